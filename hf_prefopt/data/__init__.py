@@ -1,0 +1,1 @@
+"""From a data set's rows to batches of prompt groups."""

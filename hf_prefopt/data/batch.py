@@ -1,0 +1,75 @@
+"""The records that travel from the collator to the losses: the batch, and the scores of its responses.
+
+A *group* is one prompt with its K ≥ 1 responses. A batch holds the responses of all its groups in one flat order
+(index R), the scored tokens of all responses in one flat order (index N), and its examples (index B): for pairs, which
+response is the chosen and which the rejected one. Nothing after the collator knows how the tokens were laid out.
+"""
+
+from dataclasses import dataclass, field
+from typing import TypedDict
+
+import torch
+from torch import Tensor
+
+
+class PreferenceBatch(TypedDict, total=False):
+    """A micro-batch, a plain dict of tensors (so that accelerate, the Trainer and worker processes can carry it).
+
+    Model inputs, whose shape is the layout's affair:
+        input_ids, position_ids, attention_mask: as the model takes them.
+
+    Scored tokens (N of them, in the order of the responses):
+        scored_rows: `[N]` int64, index into the hidden states flattened to `[rows, H]` of the position that predicts
+            the token.
+        targets: `[N]` int64, the token's id.
+        response_index: `[N]` int64, the response that the token belongs to.
+
+    Responses (R) and examples (B):
+        response_lengths: `[R]` int64, the number of scored tokens, ≥ 1.
+        chosen, rejected: `[B]` int64, each pair's responses, as indices into R. A response may serve several pairs.
+        rows: `[B]` int64, the example's row in its data set.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    attention_mask: Tensor
+    scored_rows: Tensor
+    targets: Tensor
+    response_index: Tensor
+    response_lengths: Tensor
+    chosen: Tensor
+    rejected: Tensor
+    rows: Tensor
+
+
+@dataclass
+class ResponseScores:
+    """What one model says of the responses of a batch.
+
+    Attributes:
+        token_logps: `[N]` fp32, log-prob (nats) of each scored token.
+        response_index: `[N]`, the response of each token.
+        lengths: `[R]`, scored tokens per response.
+        token_stats: further per-token statistics by name, each `[N]` fp32, present only when asked for.
+    """
+
+    token_logps: Tensor
+    response_index: Tensor
+    lengths: Tensor
+    token_stats: dict[str, Tensor] = field(default_factory=dict)
+
+    def sum_by_response(self, per_token: Tensor) -> Tensor:
+        """`[R]`: the sum of a per-token quantity `[N]` over each response."""
+        sums = torch.zeros(self.lengths.shape[0], dtype=per_token.dtype, device=per_token.device)
+        return sums.index_add(0, self.response_index, per_token)
+
+    @property
+    def logps(self) -> Tensor:
+        """`[R]`: summed log-prob of each response (nats)."""
+        return self.sum_by_response(self.token_logps)
+
+    @property
+    def alignment(self) -> Tensor:
+        """`[R]`: mean over the tokens of log π_t − log Σ_v π_v² (nats per token), detached: WPO's log weight."""
+        aligned = (self.token_logps - self.token_stats["log_sum_sq_probs"]).detach()
+        return self.sum_by_response(aligned) / self.lengths.clamp(min=1)

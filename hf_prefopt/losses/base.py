@@ -1,0 +1,125 @@
+"""What every preference loss shares: its output record, its checks, and the numerically safe pieces of its formula.
+
+Shapes are written in the names where they matter: B examples (pairs, rows or lists), K responses of one example.
+Log-probabilities are natural logarithms (nats) over the scored response tokens.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass
+class LossOutput:
+    """What a preference loss returns.
+
+    Attributes:
+        losses: `[B]`, the loss of each example, differentiable.
+        rewards: `[B, K]`, the loss's own implicit rewards, detached; for a pair the columns are (chosen, rejected).
+            `None` where the loss has no implicit reward (supervised fine-tuning).
+        components: named parts of `losses`, each `[B]`, detached, for logging.
+    """
+
+    losses: Tensor
+    rewards: Tensor | None = None
+    components: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def loss(self) -> Tensor:
+        """The mean over the examples, a scalar."""
+        return self.losses.mean()
+
+    @property
+    def chosen_rewards(self) -> Tensor:
+        """`[B]`, the implicit rewards of the chosen responses of pairs."""
+        return self.rewards[:, 0]
+
+    @property
+    def rejected_rewards(self) -> Tensor:
+        """`[B]`, the implicit rewards of the rejected responses of pairs."""
+        return self.rewards[:, 1]
+
+
+def pair_rewards(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Tensor:
+    """`[B, 2]`: the two `[B]` reward vectors of pairs side by side, detached."""
+    return torch.stack([chosen_rewards, rejected_rewards], dim=-1).detach()
+
+
+def check_same_shape(**tensors: Tensor | None) -> None:
+    """Every given tensor is a floating-point or integer vector `[B]` of one shared length.
+
+    Raises:
+        ValueError: names the tensors that disagree, with their shapes.
+    """
+    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    shapes = {name: tuple(tensor.shape) for name, tensor in given.items()}
+    if len(set(shapes.values())) > 1 or any(len(shape) != 1 for shape in shapes.values()):
+        listing = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+        raise ValueError(f"a loss takes one number per example: expected vectors [B] of one length, got {listing}")
+
+
+def check_range(name: str, value: float, low: float, high: float = float("inf"), *, open_low: bool = False) -> None:
+    """`low <= value < high` (or `low < value < high` with `open_low`).
+
+    Raises:
+        ValueError: names the parameter, its value and the range.
+    """
+    above = value > low if open_low else value >= low
+    if not (above and value < high):
+        opening = "(" if open_low else "["
+        raise ValueError(f"{name}={value!r} is outside {opening}{low:g}, {high:g})")
+
+
+def check_positive(**values: float) -> None:
+    """Every named value is finite and above zero.
+
+    Raises:
+        ValueError: names the first that is not.
+    """
+    for name, value in values.items():
+        check_range(name, value, 0.0, open_low=True)
+
+
+def check_both_or_neither(**tensors: Tensor | None) -> bool:
+    """Whether the reference log-probs are given: both of them or neither.
+
+    Raises:
+        ValueError: only one of them is given.
+    """
+    given = [name for name, tensor in tensors.items() if tensor is not None]
+    if given and len(given) < len(tensors):
+        missing = ", ".join(name for name in tensors if name not in given)
+        raise ValueError(f"{', '.join(given)} given without {missing}: pass all of them, or none for no reference")
+    return bool(given)
+
+
+def log_ratio(policy_logps: Tensor, ref_logps: Tensor | None) -> Tensor:
+    """r = s − s_ref in nats; without a reference the log-probs themselves (a uniform reference)."""
+    return policy_logps if ref_logps is None else policy_logps - ref_logps
+
+
+def per_token(summed: Tensor, lengths: Tensor) -> Tensor:
+    """A summed quantity divided by the number of scored tokens; a length of 0 counts as 1."""
+    return summed / lengths.clamp(min=1)
+
+
+def logistic(margin: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """(1 − ε)·ℓ(z) + ε·ℓ(−z) with ℓ(z) = −log σ(z): the conservative logistic loss (cDPO); ε = 0 is ℓ(z)."""
+    if label_smoothing == 0.0:
+        return -F.logsigmoid(margin)
+    return -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
+
+
+def log1mexp(x: Tensor) -> Tensor:
+    """log(1 − eˣ) for x ≤ 0, accurate at both ends (Mächler 2012): expm1 near zero, log1p far from it.
+
+    x is kept one rounding step below zero, where the value is −inf and its gradient undefined.
+    """
+    x = x.clamp(max=-torch.finfo(x.dtype).tiny)
+    near_zero = x > -0.6931471805599453
+    # Each branch is fed values that are safe for it, so that no NaN enters the gradient through `where`.
+    near = torch.log(-torch.expm1(torch.where(near_zero, x, -0.5)))
+    far = torch.log1p(-torch.exp(torch.where(near_zero, -1.0, x)))
+    return torch.where(near_zero, near, far)
