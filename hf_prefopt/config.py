@@ -19,7 +19,7 @@ def _help(text: str) -> dict[str, str]:
 
 @dataclass
 class PreferenceConfig(TrainingArguments):
-    """`transformers.TrainingArguments` and what preference optimisation adds, under TRL's names where TRL has the field.
+    """`transformers.TrainingArguments` and what preference optimisation adds, by TRL's names where TRL has it.
 
     The loss:
         loss_type: a name, an alias or a list of them; `list_losses()` names them all.

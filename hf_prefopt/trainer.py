@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from hf_prefopt.config import PreferenceConfig
 from hf_prefopt.data.batch import PreferenceBatch, ResponseScores
 from hf_prefopt.data.collate import PaddedCollator
-from hf_prefopt.data.prepare import PREPARED_COLUMNS, prepare_dataset
+from hf_prefopt.data.prepare import PREPARED_FEATURES, prepare_dataset
 from hf_prefopt.data.preview import print_preview
 from hf_prefopt.losses.base import LossOutput
 from hf_prefopt.losses.global_batch import StepInputs
@@ -106,8 +106,8 @@ class PreferenceTrainer(Trainer):
         self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = True
         if self.args.n_gpu > 1:
             raise ValueError(
-                f"{self.args.n_gpu} GPUs in one process (DataParallel) are not supported: start with `accelerate launch`, "
-                "or show this process one GPU (CUDA_VISIBLE_DEVICES=0)"
+                f"{self.args.n_gpu} GPUs in one process (DataParallel) are not supported: start with `accelerate "
+                "launch`, or show this process one GPU (CUDA_VISIBLE_DEVICES=0)"
             )
         if args.show_first_batch and train_dataset is not None and self.is_world_process_zero():
             print_preview([next(iter(self.train_dataset))], self.tokenizer)
@@ -156,7 +156,7 @@ class PreferenceTrainer(Trainer):
         return super().get_test_dataloader(self._prepared(test_dataset, "test"))
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = list(PREPARED_COLUMNS)
+        self._signature_columns = list(PREPARED_FEATURES)
 
     # -- the step -------------------------------------------------------------------------------------------------
 

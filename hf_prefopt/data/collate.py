@@ -55,7 +55,6 @@ class PaddedCollator:
         batch = {
             "input_ids": input_ids,
             "attention_mask": (np.arange(width) < lengths[:, None]).astype(np.int64),
-            "position_ids": np.tile(np.arange(width), (len(lengths), 1)),
             # The hidden state one place before a token predicts it: for a response's first, the prompt's last.
             "scored_rows": response_index * width + position[scored] - 1,
             "targets": tokens[scored],

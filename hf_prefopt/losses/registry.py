@@ -106,7 +106,8 @@ def register_loss(
         ```python
         @register_loss("my_loss", paper="2305.18290")
         def my_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta=0.1):
-            return torch.relu(1 - beta * (policy_chosen_logps - ref_chosen_logps - policy_rejected_logps + ref_rejected_logps))
+            chosen, rejected = policy_chosen_logps - ref_chosen_logps, policy_rejected_logps - ref_rejected_logps
+            return torch.relu(1 - beta * (chosen - rejected))
         ```
 
     Args:

@@ -19,8 +19,8 @@ def choose_reference(setting: str, model: nn.Module, ref_model: nn.Module | None
     """The reference of a run, or `None` where the losses need none: then nothing is copied and nothing is run.
 
     Args:
-        setting: `PreferenceConfig.reference`. "auto" is `ref_model` if one is given; under PEFT the adapter switched off
-            when it is fresh, and a frozen copy of it when it arrives trained; without PEFT a frozen copy of the policy.
+        setting: `PreferenceConfig.reference`. "auto" is `ref_model` if one is given; under PEFT the adapter switched
+            off when it is fresh, a frozen copy of it when it arrives trained; without PEFT a frozen copy of the policy.
         model: the policy as given, not yet wrapped by an engine.
         ref_model: the model that the user passed as reference.
         needed: whether the losses read the reference.

@@ -24,7 +24,7 @@ from hf_prefopt.scoring.head import (
 
 # Rows of logits held at once: small chunks starve a GPU, large ones leave a CPU's cache.
 CHUNK_ROWS = {"cpu": 512, "cuda": 2048}
-_MODEL_INPUTS = ("input_ids", "position_ids", "attention_mask")
+_MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
 _FACTORS = ("logit_scale", "lm_head_multiplier")
 _DIVISORS = ("logits_scaling",)
 _CAPS = ("final_logit_softcapping", "output_logit_soft_cap")
@@ -78,7 +78,8 @@ def _scoring_forward(self: PreTrainedModel, *args: Any, scored_rows: Tensor | No
     if scored_rows is None:
         return self.plain_forward(*args, **kwargs)
     targets, token_stats = kwargs.pop("targets"), kwargs.pop("token_stats", ())
-    hidden = self.base_model(*args, **kwargs, use_cache=False, return_dict=True).last_hidden_state
+    kwargs |= {"use_cache": False, "return_dict": True}
+    hidden = self.base_model(*args, **kwargs).last_hidden_state
     hidden = hidden.reshape(-1, hidden.shape[-1]).index_select(0, scored_rows)
     return self.get_output_embeddings()(hidden, targets=targets, token_stats=token_stats)
 

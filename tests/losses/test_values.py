@@ -133,7 +133,7 @@ def test_orpo_by_hand():
 
 
 def test_orpo_survives_a_certain_response():
-    """s̄ = −1e-6 in fp32, where log1p(−exp(s̄)) is −inf or coarse: log odds = 13.8155 = −log 1e-6, and it is finite at 0."""
+    """At s̄ = −1e-6 (fp32), where log1p(−exp(s̄)) is coarse or −inf, log odds = −log 1e-6 = 13.8155; finite at 0."""
     chosen = torch.tensor([-2e-6, 0.0], requires_grad=True)
     output = orpo_loss(chosen, torch.tensor([-4.0, -4.0]), torch.tensor([2, 2]), torch.tensor([4, 4]))
     output.losses.sum().backward()
