@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_prefopt.data.batch import PreferenceBatch, ResponseScores
+from hf_prefopt.scoring.attention import SEGMENT_INPUTS
 from hf_prefopt.scoring.head import (
     LogitTransform,
     full_precision,
@@ -24,7 +25,7 @@ from hf_prefopt.scoring.head import (
 
 # Rows of logits held at once: small chunks starve a GPU, large ones leave a CPU's cache.
 CHUNK_ROWS = {"cpu": 512, "cuda": 2048}
-_MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
+_MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", *SEGMENT_INPUTS)
 _FACTORS = ("logit_scale", "lm_head_multiplier")
 _DIVISORS = ("logits_scaling",)
 _CAPS = ("final_logit_softcapping", "output_logit_soft_cap")
@@ -79,6 +80,9 @@ def _scoring_forward(self: PreTrainedModel, *args: Any, scored_rows: Tensor | No
         return self.plain_forward(*args, **kwargs)
     targets, token_stats = kwargs.pop("targets"), kwargs.pop("token_stats", ())
     kwargs |= {"use_cache": False, "return_dict": True}
+    if kwargs.get("segment_queries") is not None:
+        # A mask of four dimensions is handed on as it is, so none is built; attention over segments does not look at it.
+        kwargs["attention_mask"] = scored_rows.new_ones(1, 1, 1, 1)
     hidden = self.base_model(*args, **kwargs).last_hidden_state
     hidden = hidden.reshape(-1, hidden.shape[-1]).index_select(0, scored_rows)
     return self.get_output_embeddings()(hidden, targets=targets, token_stats=token_stats)
