@@ -58,14 +58,18 @@ def test_a_shared_assistant_message_is_no_unfinished_turn():
 
 def test_keys_that_arrow_filled_with_none_are_not_part_of_a_message():
     padded = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {"a": None}}}]}
-    row = read_explicit_pair({"prompt": [{**say("user", "Hi"), "name": None}], "chosen": [padded], "rejected": reply("No")})
+    row = read_explicit_pair(
+        {"prompt": [{**say("user", "Hi"), "name": None}], "chosen": [padded], "rejected": reply("No")}
+    )
     assert row.prompt == [say("user", "Hi")]
     assert row.responses[0][0]["tool_calls"] == [{"function": {"name": "f", "arguments": {}}}]
 
 
 def test_tools_may_be_a_list_or_its_json_and_an_empty_list_is_none():
     tool = {"name": "search", "parameters": {}}
-    given = [read_explicit_pair({**chat_pair(), "tools": tools}).tools for tools in ([tool], f"[{tool}]".replace("'", '"'))]
+    given = [
+        read_explicit_pair({**chat_pair(), "tools": tools}).tools for tools in ([tool], f"[{tool}]".replace("'", '"'))
+    ]
     assert given == [[tool], [tool]]
     assert read_explicit_pair({**chat_pair(), "tools": []}).tools is None
 
@@ -88,8 +92,16 @@ BAD_ROWS = {
     "no reply": (read_explicit_pair, {**chat_pair(), "chosen": ask()}, "`chosen` has no assistant message"),
     "prompt twice": (read_explicit_pair, {**chat_pair(), "chosen": [*ask(), *reply("a")]}, "repeats the messages"),
     "tools": (read_explicit_pair, {**chat_pair(), "tools": "[{"}, "`tools` is text but not JSON"),
-    "no prompt": (read_implicit_pair, {"chosen": [*ask("a"), *reply("b")], "rejected": [*ask("c"), *reply("d")]}, "no prompt"),
-    "no ids": (read_tokenised_pair, {"prompt_ids": [1], "chosen_ids": [], "rejected_ids": [2]}, "`chosen_ids` is empty"),
+    "no prompt": (
+        read_implicit_pair,
+        {"chosen": [*ask("a"), *reply("b")], "rejected": [*ask("c"), *reply("d")]},
+        "no prompt",
+    ),
+    "no ids": (
+        read_tokenised_pair,
+        {"prompt_ids": [1], "chosen_ids": [], "rejected_ids": [2]},
+        "`chosen_ids` is empty",
+    ),
     "negative ids": (
         read_tokenised_pair,
         {"prompt_ids": [1], "chosen_ids": [2, -100], "rejected_ids": [2]},

@@ -1,5 +1,7 @@
 """Rows become the tokens that the model is to see, split where they should be, scored where the model is to write."""
 
+from types import SimpleNamespace
+
 import pytest
 from datasets import Dataset
 
@@ -30,12 +32,10 @@ def test_unusable_odd_cases_are_refused_by_name(name):
         prepare_row(ODD_CASES[name]["data"], tiny_tokenizer())
 
 
+@pytest.mark.parametrize("options", [{}, {"bos": True}, {"pad_is_eos": True}], ids=str)
 @pytest.mark.parametrize("name", USABLE)
-@pytest.mark.parametrize("options", [{}, {"bos": True}, {"chat_template": CHATML_WITH_MARKERS}], ids=str)
 def test_decoding_prompt_and_response_gives_the_rendered_text(name, options):
     """Whatever the boundary, nothing of the text is lost or doubled; every response has a token to score."""
-    if name == "tool_call_completion" and options.get("chat_template"):
-        pytest.skip("this template ignores tool calls: see the test of that")
     tokenizer, data = tiny_tokenizer(**options), ODD_CASES[name]["data"]
     row = prepare_row(data, tokenizer)
     assert len(row["response_ids"]) == 2
@@ -94,7 +94,7 @@ def test_texts_get_the_tokenizers_bos_and_conversations_do_not():
 
 
 def test_tokens_that_merge_across_the_boundary_belong_to_the_response_of_both():
-    """"un" + "believable" is one token "unbelievable", so nothing of "un" is a prompt that both sides share."""
+    """The tokens of "unbelievable" do not begin with those of "un", so nothing of "un" is a prompt for both sides."""
     tokenizer = tiny_tokenizer(bos=True)
     row = prepare_row(ODD_CASES["boundary_merge"]["data"], tokenizer)
     assert row["prompt_ids"] == [tokenizer.bos_token_id]
@@ -112,11 +112,12 @@ def test_without_a_prompt_the_first_token_is_not_scored():
 
 
 def test_implicit_texts_split_on_whole_tokens():
-    """TRL splits "…sky is blue" / "…sky is black" by characters, after "sky is bl"; here " blue", " black" stay whole."""
+    """The texts part within a word, after "each toy c"; by characters (TRL) that would be the prompt. " car" and " cost"
+    are tokens of this vocabulary, so the prompt ends before them."""
     tokenizer = tiny_tokenizer()
-    row = prepare_row({"chosen": "The capital of Paris", "rejected": "The capital of Rome"}, tokenizer)
-    assert tokenizer.decode(row["prompt_ids"]) == "The capital of"
-    assert [tokenizer.decode(ids) for ids in row["response_ids"]] == [" Paris<|im_end|>", " Rome<|im_end|>"]
+    row = prepare_row({"chosen": "each toy car", "rejected": "each toy cost"}, tokenizer)
+    assert tokenizer.decode(row["prompt_ids"]) == "each toy"
+    assert [tokenizer.decode(ids) for ids in row["response_ids"]] == [" car<|im_end|>", " cost<|im_end|>"]
 
 
 def test_an_implicit_text_that_the_other_begins_with_keeps_its_eos_to_score():
@@ -139,7 +140,7 @@ MULTI_TURN = {
 
 
 def test_only_the_assistants_turns_of_a_response_are_scored():
-    """By rendering turn by turn: its words, its end of turn and the line break after it; no header, no user, no tool."""
+    """Found turn by turn: its words, its end of turn and the line break after it; no header, no user, no tool."""
     tokenizer = tiny_tokenizer()
     row = prepare_row(MULTI_TURN, tokenizer)
     assert scored_text(row, 0, tokenizer) == "Hello.<|im_end|>\nFour.<|im_end|>\n"
@@ -161,7 +162,7 @@ def test_turns_are_told_apart_where_only_the_last_one_shows_its_thinking():
 
 
 def test_a_template_that_ignores_tool_calls_makes_a_bad_row():
-    with pytest.raises(ValueError, match="`chosen` has nothing to score.*ignores its tool_calls"):
+    with pytest.raises(ValueError, match=r"`chosen` has nothing to score.*ignores its tool_calls"):
         prepare_row(ODD_CASES["tool_call_completion"]["data"], tiny_tokenizer(CHATML_WITHOUT_TOOLS))
 
 
@@ -192,8 +193,6 @@ def test_chat_template_kwargs_reach_the_template():
 @pytest.mark.parametrize("options", [{}, {"bos": True}], ids=str)
 def test_ordinary_rows_have_the_tokens_that_trl_gives_them(options):
     dpo_trainer = pytest.importorskip("trl.trainer.dpo_trainer")
-    from types import SimpleNamespace
-
     tokenizer = tiny_tokenizer(**options)
     chats = [ODD_CASES[name]["data"] for name in ("near_identical_pair", "system_only_prompt", "one_token_completion")]
     texts = [text_pair(), text_pair(chosen="Paris, of course.", rejected="Rome"), ODD_CASES["boundary_merge"]["data"]]
@@ -202,5 +201,5 @@ def test_ordinary_rows_have_the_tokens_that_trl_gives_them(options):
         args = SimpleNamespace(dataset_num_proc=None, max_length=None, truncation_mode="keep_start")
         theirs = dpo_trainer.DPOTrainer._prepare_dataset(trainer, Dataset.from_list(rows), tokenizer, args, "train")
         ours = prepare_dataset(Dataset.from_list(rows), tokenizer, max_length=None)
-        assert ours["prompt_ids"] == theirs["prompt_ids"]
+        assert [row["prompt_ids"] for row in ours] == [row["prompt_ids"] for row in theirs]
         assert [row["response_ids"] for row in ours] == [[row["chosen_ids"], row["rejected_ids"]] for row in theirs]
