@@ -112,8 +112,8 @@ def test_without_a_prompt_the_first_token_is_not_scored():
 
 
 def test_implicit_texts_split_on_whole_tokens():
-    """The texts part within a word, after "each toy c"; by characters (TRL) that would be the prompt. " car" and " cost"
-    are tokens of this vocabulary, so the prompt ends before them."""
+    """The texts part within a word, after "each toy c": by characters (TRL) that would be the prompt. " car" and
+    " cost" are tokens of this vocabulary, so the prompt ends before them."""
     tokenizer = tiny_tokenizer()
     row = prepare_row({"chosen": "each toy car", "rejected": "each toy cost"}, tokenizer)
     assert tokenizer.decode(row["prompt_ids"]) == "each toy"
@@ -159,6 +159,13 @@ def test_turns_are_told_apart_where_only_the_last_one_shows_its_thinking():
     tokenizer = tiny_tokenizer(CHATML_THINKING_LAST)
     row = prepare_row(MULTI_TURN, tokenizer)
     assert scored_text(row, 0, tokenizer) == "Hello.<|im_end|>\n<think>\n\n</think>\n\nFour.<|im_end|>\n"
+
+
+def test_turns_that_cannot_be_told_apart_make_a_bad_row():
+    """A template that begins with the number of messages renders no turn as it does alone."""
+    counting = "{{ messages | length }}{% for m in messages %}{{ m['role'] + ': ' + m['content'] }} {% endfor %}"
+    with pytest.raises(ValueError, match=r"row 0: `chosen` is refused.*it rewrites earlier turns"):
+        prepare_row(MULTI_TURN, tiny_tokenizer(counting))
 
 
 def test_a_template_that_ignores_tool_calls_makes_a_bad_row():
