@@ -126,6 +126,14 @@ def test_an_implicit_text_that_the_other_begins_with_keeps_its_eos_to_score():
     assert [tokenizer.decode(ids) for ids in row["response_ids"]] == ["<|im_end|>", " Rome<|im_end|>"]
 
 
+def test_identical_implicit_texts_keep_one_token_each():
+    """All tokens are shared, so the prompt is all of them but the last, the EOS."""
+    tokenizer = tiny_tokenizer()
+    row = prepare_row({"chosen": "The capital", "rejected": "The capital"}, tokenizer)
+    assert tokenizer.decode(row["prompt_ids"]) == "The capital"
+    assert row["response_ids"] == [[tokenizer.eos_token_id]] * 2
+
+
 def test_ids_are_taken_as_they_are():
     row = prepare_row({"prompt_ids": [7, 8], "chosen_ids": [9, 10], "rejected_ids": [11]}, tiny_tokenizer())
     assert (row["prompt_ids"], row["response_ids"]) == ([7, 8], [[9, 10], [11]])
