@@ -78,13 +78,15 @@ def _scoring_forward(self: PreTrainedModel, *args: Any, scored_rows: Tensor | No
     """The model's forward; with `scored_rows`, log-probs (and statistics) of the targets instead of logits."""
     if scored_rows is None:
         return self.plain_forward(*args, **kwargs)
-    targets, token_stats = kwargs.pop("targets"), kwargs.pop("token_stats", ())
+    targets, token_stats, width = (kwargs.pop(name) for name in ("targets", "token_stats", "width"))
     kwargs |= {"use_cache": False, "return_dict": True}
     if kwargs.get("segment_queries") is not None:
         # A mask of four dimensions is handed on as it is, so none is built; attention over segments does not look at it.
         kwargs["attention_mask"] = scored_rows.new_ones(1, 1, 1, 1)
-    hidden = self.base_model(*args, **kwargs).last_hidden_state
-    hidden = hidden.reshape(-1, hidden.shape[-1]).index_select(0, scored_rows)
+    body = self.base_model if self.base_model is not self else self.get_decoder()
+    hidden = body(*args, **kwargs).last_hidden_state
+    # Adapters that put virtual tokens before a sequence make it longer at its front.
+    hidden = hidden[:, -width:].reshape(-1, hidden.shape[-1]).index_select(0, scored_rows)
     return self.get_output_embeddings()(hidden, targets=targets, token_stats=token_stats)
 
 
@@ -114,7 +116,13 @@ def score(model: nn.Module, batch: PreferenceBatch, token_stats: tuple[str, ...]
         The scores; gradients flow as the grad mode says.
     """
     model_inputs = {name: batch[name] for name in _MODEL_INPUTS if name in batch}
-    outputs = model(**model_inputs, scored_rows=batch["scored_rows"], targets=batch["targets"], token_stats=token_stats)
+    outputs = model(
+        **model_inputs,
+        scored_rows=batch["scored_rows"],
+        targets=batch["targets"],
+        token_stats=token_stats,
+        width=batch["input_ids"].shape[1],
+    )
     token_logps = outputs.pop("token_logps")
     token_logps = token_logps.to(full_precision(token_logps.dtype))
     return ResponseScores(token_logps, batch["response_index"], batch["response_lengths"], outputs)

@@ -30,7 +30,6 @@ def test_a_pair_by_hand():
     batch = PaddedCollator(PAD)([PAIR])
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9], [5, 6, 10, PAD, PAD]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]
-    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4]] * 2
     assert batch["scored_rows"].tolist() == [1, 3, 6]
     assert batch["targets"].tolist() == [7, 9, 10]
     assert batch["response_index"].tolist() == [0, 0, 1]
@@ -77,7 +76,7 @@ def test_scored_rows_pick_the_log_probs_of_separate_forwards():
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=16, initializer_range=0.3, **sizes)).eval()
     batch = PaddedCollator(PAD)([PAIR, LIST])
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     with torch.no_grad():
         logps = model(**inputs).logits.flatten(0, 1).log_softmax(-1)[batch["scored_rows"], batch["targets"]]
         expected = []
