@@ -1,7 +1,7 @@
 """Prepared rows to a batch in the "shared" layout: one row of tokens without padding, every prompt in it once.
 
-For each group `[prompt | response 1 | … | response K]`, each response's positions starting again at the prompt's length.
-What a response may look at is said by segments (see `scoring.attention`).
+For each group `[prompt | response 1 | … | response K]`, each response's positions starting again at the prompt's
+length. What a response may look at is said by segments (see `scoring.attention`).
 
 Shapes: T tokens of the row; S segments, one per response; Tk gathered keys; N scored tokens.
 """

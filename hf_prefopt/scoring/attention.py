@@ -1,12 +1,12 @@
 """Attention over segments: how several responses share the tokens of their prompt in one row without padding.
 
-A row holds groups `[prompt | response 1 | … | response K]`. Its queries fall into contiguous segments, prompt + response
-1 and each further response; the keys of a segment are its prompt and itself, gathered by index, and causal with the last
-query on the last key. The bounds travel through the model's forward as keyword arguments, never in a global, because
-activation checkpointing runs a layer's forward again during the backward.
+A row holds groups `[prompt | response 1 | … | response K]`. Its queries fall into contiguous segments: prompt and
+first response, and each further response. The keys of a segment are its prompt and itself, gathered by index, causal
+with the last query on the last key. The bounds travel through the model's forward as keyword arguments, never in a global,
+because activation checkpointing runs a layer's forward again during the backward.
 
-The function is registered with transformers' `AttentionInterface` in front of the implementation that a model has: a call
-without segments is that implementation's own.
+The function is registered with transformers' `AttentionInterface` in front of the implementation that a model has: a
+call without segments is that implementation's own.
 """
 
 import inspect
@@ -44,7 +44,7 @@ def install_segment_attention(model: PreTrainedModel) -> None:
 
 
 def _registered(implementation: str) -> str:
-    """The name of attention over segments in front of an implementation; a call without segments is the latter's own."""
+    """The name of attention over segments in front of an implementation, registered if it is new."""
     name = _PREFIX + implementation
     if name not in ALL_ATTENTION_FUNCTIONS:
 

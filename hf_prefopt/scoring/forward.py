@@ -81,13 +81,18 @@ def _scoring_forward(self: PreTrainedModel, *args: Any, scored_rows: Tensor | No
     targets, token_stats, width = (kwargs.pop(name) for name in ("targets", "token_stats", "width"))
     kwargs |= {"use_cache": False, "return_dict": True}
     if kwargs.get("segment_queries") is not None:
-        # A mask of four dimensions is handed on as it is, so none is built; attention over segments does not look at it.
+        # A mask of four dimensions is handed on as it is, so none is built; attention over segments ignores it.
         kwargs["attention_mask"] = scored_rows.new_ones(1, 1, 1, 1)
-    body = self.base_model if self.base_model is not self else self.get_decoder()
-    hidden = body(*args, **kwargs).last_hidden_state
+    hidden = _body(self)(*args, **kwargs).last_hidden_state
     # Adapters that put virtual tokens before a sequence make it longer at its front.
     hidden = hidden[:, -width:].reshape(-1, hidden.shape[-1]).index_select(0, scored_rows)
     return self.get_output_embeddings()(hidden, targets=targets, token_stats=token_stats)
+
+
+def _body(causal_lm: PreTrainedModel) -> nn.Module:
+    """The model beneath the head; some architectures name it otherwise than their own `base_model` says."""
+    candidates = (causal_lm.base_model, causal_lm.get_decoder(), getattr(causal_lm, "model", None))
+    return next(module for module in candidates if module is not None and module is not causal_lm)
 
 
 def _head_forward(
