@@ -1,0 +1,136 @@
+"""`PreferenceConfig`: every setting of a run, checked when it is made."""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from transformers import TrainingArguments
+from transformers.utils import is_torch_bf16_gpu_available
+
+from hf_prefopt.losses.objective import Objective, build_objective
+
+REFERENCES = ("auto", "adapter_off", "adapter:<name>", "model", "copy", "none")
+TRUNCATION_MODES = ("keep_start", "keep_end")
+BAD_ROWS = ("error", "drop")
+
+
+def _help(text: str) -> dict[str, str]:
+    return {"help": text}
+
+
+@dataclass
+class PreferenceConfig(TrainingArguments):
+    """`transformers.TrainingArguments` and what preference optimisation adds, by TRL's names where TRL has it.
+
+    The loss:
+        loss_type: a name, an alias or a list of them; `list_losses()` names them all.
+        loss_weights: one weight per loss; 1 each when left out.
+        beta, label_smoothing: given to every loss that takes them; `None` means the loss's own published default.
+        loss_params: further hyperparameters, flat for one loss, by name for several.
+        sft_weight: adds this times the mean negative log-likelihood of the chosen response's tokens.
+        use_weighting: multiplies each pair's loss by its WPO weight.
+        reference_free: leaves the reference out of losses that can do without it.
+        temperature: log-probs are those of logits / temperature, for policy and reference.
+
+    The reference:
+        reference: "auto" (the adapter switched off when it is fresh; otherwise a frozen copy of what is trained, as
+            given), "adapter_off", "adapter:<name>", "model" (the `ref_model` passed to the trainer), "copy", "none".
+
+    The data:
+        max_length: tokens of prompt and response together; `None` for no limit. truncation_mode: "keep_start" cuts the
+            end of responses (their EOS stays), "keep_end" cuts the start of the prompt.
+        on_bad_rows: "error" or "drop". dataset_num_proc: processes that tokenise.
+        show_first_batch: print the first training row, its tokens and which of them are scored.
+
+    Raises:
+        ValueError: at construction, naming the field, its value and what it may be.
+    """
+
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [
+        *TrainingArguments._VALID_DICT_FIELDS,
+        "loss_params",
+        "model_init_kwargs",
+    ]
+
+    learning_rate: float = field(default=1e-6, metadata=_help("Initial learning rate; adapters want 1e-5 to 2e-4."))
+    logging_steps: float = field(default=10, metadata=_help("Log every so many steps (below 1: a share of all steps)."))
+    bf16: bool | None = field(
+        default=None, metadata=_help("bf16 autocast; by default on GPUs that have it, unless fp16 is set.")
+    )
+
+    loss_type: list[str] = field(default_factory=lambda: ["dpo"], metadata=_help("One or more names of losses."))
+    loss_weights: list[float] | None = field(default=None, metadata=_help("One weight per loss; 1 each by default."))
+    beta: float | None = field(default=None, metadata=_help("β of the losses that take it; default: each loss's own."))
+    label_smoothing: float | None = field(
+        default=None, metadata=_help("ε of the losses that take it; default: each loss's own.")
+    )
+    loss_params: dict | str | None = field(
+        default=None, metadata=_help('Other hyperparameters, as JSON: flat for one loss, {"name": {...}} for several.')
+    )
+    sft_weight: float = field(default=0.0, metadata=_help("Adds this times the NLL of the chosen response (RPO's α)."))
+    use_weighting: bool = field(default=False, metadata=_help("Multiply each pair's loss by its WPO weight."))
+    reference_free: bool = field(default=False, metadata=_help("Leave the reference out of the losses that can."))
+    temperature: float = field(default=1.0, metadata=_help("Log-probs of logits / temperature."))
+
+    reference: str = field(
+        default="auto", metadata=_help("Where the reference comes from: " + ", ".join(REFERENCES) + ".")
+    )
+    disable_dropout: bool = field(
+        default=False, metadata=_help("Train without dropout. The reference never has any, whatever this says.")
+    )
+    model_init_kwargs: dict | str | None = field(
+        default=None, metadata=_help("Arguments of `from_pretrained` when the model is given by name, as JSON.")
+    )
+
+    max_length: int | None = field(default=1024, metadata=_help("Tokens of prompt and response together."))
+    truncation_mode: str = field(default="keep_start", metadata=_help("keep_start or keep_end (of the prompt)."))
+    on_bad_rows: str = field(default="error", metadata=_help("error or drop."))
+    dataset_num_proc: int | None = field(default=None, metadata=_help("Processes that tokenise."))
+    pad_to_multiple_of: int | None = field(default=None, metadata=_help("Round padded lengths up to a multiple."))
+    show_first_batch: bool = field(
+        default=False, metadata=_help("Print the first training row: its tokens, and which are scored.")
+    )
+
+    def __post_init__(self):
+        if isinstance(self.loss_type, str):
+            self.loss_type = [self.loss_type]
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
+        super().__post_init__()
+        self._check_values()
+        self.build_objective()
+
+    def build_objective(self) -> Objective:
+        """The objective that these settings describe.
+
+        Raises:
+            ValueError: see `losses.objective.build_objective`.
+        """
+        shared = {"beta": self.beta, "label_smoothing": self.label_smoothing}
+        return build_objective(
+            self.loss_type,
+            self.loss_weights,
+            self.loss_params,
+            shared_params={name: value for name, value in shared.items() if value is not None},
+            sft_weight=self.sft_weight,
+            use_weighting=self.use_weighting,
+            reference_free=self.reference_free,
+        )
+
+    def _check_values(self) -> None:
+        _check_choice("truncation_mode", self.truncation_mode, TRUNCATION_MODES)
+        _check_choice("on_bad_rows", self.on_bad_rows, BAD_ROWS)
+        if not self.reference.startswith("adapter:"):
+            _check_choice("reference", self.reference, REFERENCES)
+        if self.loss_params is not None and not isinstance(self.loss_params, dict):
+            raise ValueError(
+                f"loss_params={self.loss_params!r} is no mapping: pass a dict, or JSON on the command line"
+            )
+        if not self.temperature > 0:
+            raise ValueError(f"temperature={self.temperature} must be above 0")
+        if self.max_length is not None and self.max_length < 2:
+            raise ValueError(f"max_length={self.max_length} leaves no room for a prompt and a response token")
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is none of {', '.join(choices)}")

@@ -1,0 +1,93 @@
+"""What a list of messages must be, and what two conversations share. Templates and tokens are rendering's affair."""
+
+from typing import Any
+
+Message = dict[str, Any]
+
+DROP_CURE = "drop the row or pass on_bad_rows='drop'"
+
+
+class BadRow(ValueError):
+    """A row that cannot be trained on: the column, what is wrong with it, and the cure."""
+
+    def __init__(self, column: str, problem: str, cure: str = DROP_CURE):
+        super().__init__(f"`{column}` {problem}; {cure}")
+
+
+def check_messages(column: str, messages: Any) -> list[Message]:
+    """The messages without their empty keys. Raises `BadRow` unless each has a role and something to say."""
+    return [_check_message(column, position, message) for position, message in enumerate(messages)]
+
+
+def _check_message(column: str, position: int, message: Any) -> Message:
+    if not isinstance(message, dict):
+        problem = f"holds a {type(message).__name__} where message {position} should be"
+        raise BadRow(column, problem, "make each message a dict with `role` and `content`")
+    message = drop_nones(message)
+    role, content = message.get("role"), message.get("content")
+    if not isinstance(role, str) or not role:
+        raise BadRow(column, f"has no `role` in message {position}", "name it: 'system', 'user', 'assistant' or 'tool'")
+    if content is None and not message.get("tool_calls"):
+        raise BadRow(column, f"has no `content` in message {position} ({role})")
+    if content is not None and not isinstance(content, str | list):
+        problem = f"has `content` of type {type(content).__name__} in message {position} ({role})"
+        raise BadRow(column, problem, "make it text or a list of content blocks")
+    return message
+
+
+def check_reply(column: str, messages: list[Message]) -> list[Message]:
+    """The messages of a response. Raises `BadRow` unless an assistant message among them says or calls something."""
+    if not messages:
+        raise BadRow(column, "is empty")
+    replies = [message for message in messages if message["role"] == "assistant"]
+    if not replies:
+        roles = ", ".join(sorted({message["role"] for message in messages}))
+        problem = f"has no assistant message, so no token to score (roles: {roles})"
+        raise BadRow(column, problem, "give the model's turns the role 'assistant'")
+    if not any(message.get("tool_calls") or text_of(message).strip() for message in replies):
+        raise BadRow(column, "is only whitespace" if any(map(text_of, replies)) else "is empty")
+    return messages
+
+
+def count_shared_messages(conversations: dict[str, list[Message]]) -> int:
+    """How many whole messages, counted from the start, are the prompt of all these conversations (by column).
+
+    The last message of each conversation is always part of its response. Nor does the prompt end with an assistant
+    message that the next one follows up: it would be taken for the beginning of that next one.
+    """
+    sides = list(conversations.values())
+    longest = min(len(messages) for messages in sides) - 1
+    shared = 0
+    while shared < longest and all(messages[shared] == sides[0][shared] for messages in sides):
+        shared += 1
+    while shared > 0 and all(_is_reply(messages[at]) for messages in sides for at in (shared - 1, shared)):
+        shared -= 1
+    if shared == 0 and not all(_is_reply(messages[0]) for messages in sides):
+        first, *others = conversations
+        problem = f"and `{first}` do not begin with the same message, so there is no prompt"
+        raise BadRow(others[0], problem, "begin both with the same messages or add a `prompt` column")
+    return shared
+
+
+def text_of(message: Message) -> str:
+    """The text of a message's content, whether it is a string or a list of content blocks."""
+    content = message.get("content") or ""
+    if isinstance(content, str):
+        return content
+    return "".join(block.get("text") or "" for block in content if isinstance(block, dict))
+
+
+def drop_nones(value: Any) -> Any:
+    """The value without the keys that hold None, at any depth.
+
+    Arrow gives every struct of a column the same keys: what one row's tool call names, all others get as None.
+    """
+    if isinstance(value, dict):
+        return {key: drop_nones(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list | tuple):
+        return [drop_nones(item) for item in value]
+    return value
+
+
+def _is_reply(message: Message) -> bool:
+    return message["role"] == "assistant"

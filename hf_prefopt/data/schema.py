@@ -1,0 +1,201 @@
+"""A data set's row, in whichever format it comes, as one canonical row; or a `BadRow` that says what is wrong with it.
+
+Formats (an entry of `FORMATS` each, found by the data set's columns; a column holds text or lists of messages):
+
+    prompt, chosen, rejected                   explicit prompt
+    chosen, rejected                           implicit prompt: both sides begin with it
+    prompt_ids, chosen_ids, rejected_ids       already tokenised
+
+with `tools` and `chat_template_kwargs` beside messages. Messages themselves are checked in messages.py; tokens are the
+affair of tokenize.py.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from hf_prefopt.data.messages import BadRow, Message, check_messages, check_reply, count_shared_messages, drop_nones
+
+Kind = Literal["text", "messages", "tokens"]
+
+
+@dataclass(frozen=True)
+class CanonicalRow:
+    """One prompt and its K responses, all of one kind.
+
+    Attributes:
+        kind: what prompt and responses are: text, lists of messages, or lists of token ids.
+        prompt: the prompt; None for texts that carry it inside (it is split off once there are tokens).
+        responses: the K responses; for a pair the chosen, then the rejected one.
+        columns: the column that each response came from, for error messages.
+        pairs: `(chosen, rejected)` indices into `responses`.
+        tools: tool schemas for the chat template, or None.
+        chat_template_kwargs: further arguments of the chat template.
+    """
+
+    kind: Kind
+    prompt: Any
+    responses: list[Any]
+    columns: tuple[str, ...]
+    pairs: list[tuple[int, int]]
+    tools: list[dict[str, Any]] | None = None
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RowFormat:
+    """A format: the columns that a data set of this format has, and the reader of one of its rows."""
+
+    name: str
+    columns: tuple[str, ...]
+    read: Callable[[Mapping[str, Any]], CanonicalRow]
+
+
+def find_format(columns: Iterable[str]) -> RowFormat:
+    """The first format whose columns are all there. Raises `ValueError` naming what is missing from the nearest one."""
+    present = set(columns)
+    for row_format in FORMATS:
+        if present.issuperset(row_format.columns):
+            return row_format
+    nearest = max(FORMATS, key=lambda row_format: len(present.intersection(row_format.columns)))
+    missing = ", ".join(f"`{name}`" for name in nearest.columns if name not in present)
+    known = "; ".join(f"{row_format.name} ({', '.join(row_format.columns)})" for row_format in FORMATS)
+    found = ", ".join(sorted(present)) or "none"
+    raise ValueError(f"column {missing} is missing (columns found: {found}); the formats are: {known}")
+
+
+def read_explicit_pair(row: Mapping[str, Any]) -> CanonicalRow:
+    """`prompt`, `chosen`, `rejected`: three texts, or three lists of messages."""
+    kind = _shared_kind(row, ("prompt", "chosen", "rejected"))
+    prompt = _CHECKS[kind].prompt("prompt", row["prompt"])
+    responses = [_CHECKS[kind].response(column, row[column]) for column in ("chosen", "rejected")]
+    for column, response in zip(("chosen", "rejected"), responses, strict=True):
+        if kind == "messages" and prompt and response[: len(prompt)] == prompt:
+            raise BadRow(column, "repeats the messages of `prompt`", "remove the `prompt` column")
+    return _pair(kind, prompt, responses, row)
+
+
+def read_implicit_pair(row: Mapping[str, Any]) -> CanonicalRow:
+    """`chosen`, `rejected` that begin with their prompt: whole messages that both share, or text left unsplit."""
+    kind = _shared_kind(row, ("chosen", "rejected"))
+    prompt, responses = _CHECKS[kind].split({column: row[column] for column in ("chosen", "rejected")})
+    return _pair(kind, prompt, responses, row)
+
+
+def read_tokenised_pair(row: Mapping[str, Any]) -> CanonicalRow:
+    """`prompt_ids`, `chosen_ids`, `rejected_ids`: lists of token ids, taken as they are."""
+    prompt, *responses = [_check_ids(name, row.get(name)) for name in ("prompt_ids", "chosen_ids", "rejected_ids")]
+    for column, ids in zip(("chosen_ids", "rejected_ids"), responses, strict=True):
+        if not ids:
+            raise BadRow(column, "is empty")
+    return CanonicalRow("tokens", prompt, responses, ("chosen_ids", "rejected_ids"), [(0, 1)])
+
+
+# The order matters: the first format whose columns are all present is the data set's.
+FORMATS: tuple[RowFormat, ...] = (
+    RowFormat("tokenised pairs", ("prompt_ids", "chosen_ids", "rejected_ids"), read_tokenised_pair),
+    RowFormat("pairs", ("prompt", "chosen", "rejected"), read_explicit_pair),
+    RowFormat("pairs that begin with their prompt", ("chosen", "rejected"), read_implicit_pair),
+)
+
+
+@dataclass(frozen=True)
+class _KindChecks:
+    """What differs between text and messages: how a prompt and a response are checked, an implicit prompt split."""
+
+    prompt: Callable[[str, Any], Any]
+    response: Callable[[str, Any], Any]
+    split: Callable[[dict[str, Any]], tuple[Any, list[Any]]]
+
+
+def _check_text_response(column: str, text: str) -> str:
+    if not text.strip():
+        raise BadRow(column, "is empty" if not text else "is only whitespace")
+    return text
+
+
+def _leave_texts_whole(texts: dict[str, str]) -> tuple[None, list[str]]:
+    return None, [_check_text_response(column, text) for column, text in texts.items()]
+
+
+def _check_message_response(column: str, messages: list[Any]) -> list[Message]:
+    return check_reply(column, check_messages(column, messages))
+
+
+def _split_messages(conversations: dict[str, list[Any]]) -> tuple[list[Message], list[list[Message]]]:
+    """The messages that both conversations begin with, and the rest of each."""
+    checked = {column: _check_message_response(column, messages) for column, messages in conversations.items()}
+    shared = count_shared_messages(checked)
+    prompt = next(iter(checked.values()))[:shared]
+    return prompt, [check_reply(column, messages[shared:]) for column, messages in checked.items()]
+
+
+_CHECKS: dict[str, _KindChecks] = {
+    "text": _KindChecks(lambda column, text: text, _check_text_response, _leave_texts_whole),
+    "messages": _KindChecks(check_messages, _check_message_response, _split_messages),
+}
+
+
+def _kind_of(column: str, value: Any) -> Kind:
+    if value is None:
+        raise BadRow(column, "is missing")
+    if isinstance(value, str):
+        return "text"
+    if isinstance(value, list | tuple):
+        return "messages"
+    raise BadRow(column, f"is of type {type(value).__name__}", "make it text or a list of messages")
+
+
+def _shared_kind(row: Mapping[str, Any], columns: tuple[str, ...]) -> Kind:
+    """The one kind that all these columns have."""
+    kinds = {column: _kind_of(column, row.get(column)) for column in columns}
+    first, *others = columns
+    for column in others:
+        if kinds[column] != kinds[first]:
+            cure = "give both as text or both as messages"
+            if first == "prompt":
+                cure += ", or remove `prompt` where the responses already begin with it"
+            raise BadRow(column, f"is {_SPOKEN[kinds[column]]} while `{first}` is {_SPOKEN[kinds[first]]}", cure)
+    return kinds[first]
+
+
+_SPOKEN = {"text": "text", "messages": "a list"}
+
+
+def _pair(kind: Kind, prompt: Any, responses: list[Any], row: Mapping[str, Any]) -> CanonicalRow:
+    return CanonicalRow(
+        kind=kind,
+        prompt=prompt,
+        responses=responses,
+        columns=("chosen", "rejected"),
+        pairs=[(0, 1)],
+        # An empty list is no tools: some templates would print the heading of a list of tools.
+        tools=_parse_json("tools", row.get("tools"), list) or None,
+        chat_template_kwargs=_parse_json("chat_template_kwargs", row.get("chat_template_kwargs"), dict) or {},
+    )
+
+
+def _parse_json(column: str, value: Any, wanted: type) -> Any:
+    """The value of a column that holds a list or a dict, or the same as a JSON string (whose nulls are meant)."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value) if value.strip() else None
+        except json.JSONDecodeError as error:
+            raise BadRow(column, f"is text but not JSON ({error})", f"give a {wanted.__name__} or valid JSON") from None
+    else:
+        value = drop_nones(value)
+    if value is not None and not isinstance(value, wanted):
+        raise BadRow(column, f"is of type {type(value).__name__}", f"make it a {wanted.__name__} or its JSON")
+    return value
+
+
+def _check_ids(column: str, ids: Any) -> list[int]:
+    if ids is None:
+        raise BadRow(column, "is missing")
+    if not isinstance(ids, list | tuple):
+        raise BadRow(column, f"is of type {type(ids).__name__}", "make it a list of token ids")
+    for position, token in enumerate(ids):
+        if isinstance(token, bool) or not isinstance(token, int) or token < 0:
+            raise BadRow(column, f"holds {token!r} at position {position:,}", "make it a list of token ids, all ≥ 0")
+    return list(ids)

@@ -1,0 +1,189 @@
+"""Canonical rows as token ids: one prompt that all responses of a row share, and which response tokens are scored.
+
+The texts of all rows go to the tokenizer in one call. A response begins where the tokens of prompt + response leave
+those of the prompt, for all responses at the earliest such place, since tokens may merge across the boundary.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
+
+from transformers import PreTrainedTokenizerBase
+
+from hf_prefopt.data.messages import BadRow
+from hf_prefopt.data.render import RENDERERS, RenderedRow, Span, shared_length
+from hf_prefopt.data.schema import CanonicalRow
+
+
+@dataclass(frozen=True)
+class TokenisedRow:
+    """One prompt group as tokens.
+
+    Attributes:
+        prompt_ids: the prompt that all responses share.
+        response_ids: K lists of token ids.
+        scored_masks: K lists of 0 / 1, one per response token: 1 where its log-prob counts.
+        pairs: `(chosen, rejected)` indices into the responses.
+    """
+
+    prompt_ids: list[int]
+    response_ids: list[list[int]]
+    scored_masks: list[list[int]]
+    pairs: list[tuple[int, int]]
+
+
+class TokenKinds:
+    """Which ids of a tokenizer are words and which are control tokens or blanks."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.tokenizer = tokenizer
+        self._blank: dict[int, bool] = {}
+
+    @cached_property
+    def special(self) -> frozenset[int]:
+        """The ids of the control tokens, of whichever role."""
+        added = (token_id for token_id, token in self.tokenizer.added_tokens_decoder.items() if token.special)
+        return frozenset(chain(self.tokenizer.all_special_ids, added))
+
+    def is_blank(self, token_id: int) -> bool:
+        """Whether the token is whitespace and nothing else."""
+        if token_id not in self._blank:
+            self._blank[token_id] = not self.tokenizer.decode([token_id]).strip()
+        return self._blank[token_id]
+
+    def closing_token(self, ids: Sequence[int]) -> int | None:
+        """The control token that ends these ids (EOS, or the template's end of turn), blanks after it aside."""
+        for token_id in reversed(ids):
+            if token_id in self.special:
+                return token_id
+            if not self.is_blank(token_id):
+                return None
+        return None
+
+    def says_something(self, ids: Sequence[int], scored: Sequence[int]) -> bool:
+        """Whether any scored token is neither a control token nor blank."""
+        words = (i for i, is_scored in zip(ids, scored, strict=True) if is_scored and i not in self.special)
+        return any(not self.is_blank(token_id) for token_id in words)
+
+
+def tokenize_rows(
+    rows: Sequence[CanonicalRow], tokenizer: PreTrainedTokenizerBase, kinds: TokenKinds
+) -> list[TokenisedRow | BadRow]:
+    """Tokenise rows; a row that cannot be is replaced by the `BadRow` that says why."""
+    rendered = [_attempt(RENDERERS[row.kind], row, tokenizer) if row.kind in RENDERERS else None for row in rows]
+    encodings = _encode_all([r for r in rendered if isinstance(r, RenderedRow)], tokenizer)
+    done: list[TokenisedRow | BadRow] = []
+    for row, texts in zip(rows, rendered, strict=True):
+        if isinstance(texts, BadRow):
+            done.append(texts)
+        elif texts is None:
+            done.append(_attempt(_take_ids, row))
+        else:
+            done.append(_attempt(_split_row, row, texts, next(encodings), kinds))
+    return done
+
+
+def _attempt(step, *arguments):
+    """The result of a step, or the `BadRow` that it raised."""
+    try:
+        return step(*arguments)
+    except BadRow as error:
+        return error
+
+
+@dataclass(frozen=True)
+class _Encoding:
+    """The token ids of a row's texts; `offsets` (character ranges of the tokens) only where a row has spans."""
+
+    prompt: list[int] | None
+    full: list[list[int]]
+    offsets: list[list[Span]] | None
+
+
+def _encode_all(rows: list[RenderedRow], tokenizer: PreTrainedTokenizerBase) -> Iterable[_Encoding]:
+    """The encodings of the rows, in their order; one call of the tokenizer for all of one kind."""
+    done: dict[int, _Encoding] = {}
+    for add_special_tokens in (False, True):
+        group = {at: row for at, row in enumerate(rows) if row.add_special_tokens == add_special_tokens}
+        done.update(zip(group, _encode(list(group.values()), add_special_tokens, tokenizer), strict=True))
+    return iter([done[at] for at in range(len(rows))])
+
+
+def _encode(rows: list[RenderedRow], add_special_tokens: bool, tokenizer: PreTrainedTokenizerBase) -> list[_Encoding]:
+    if not rows:
+        return []
+    wants_offsets = any(spans is not None for row in rows for spans in row.spans)
+    if wants_offsets and not tokenizer.is_fast:
+        raise ValueError("telling the assistant's turns apart needs a fast tokenizer: load it with use_fast=True")
+    encoded = tokenizer(
+        [text for row in rows for text in (row.prompt or "", *row.full)],
+        add_special_tokens=add_special_tokens,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        return_offsets_mapping=wants_offsets,
+        verbose=False,  # no warning of texts longer than the model takes: truncation comes later
+    )
+    ids, offsets = encoded["input_ids"], encoded.get("offset_mapping")
+    done, at = [], 0
+    for row in rows:
+        first, at = at + 1, at + 1 + len(row.full)
+        prompt = None if row.prompt is None else ids[first - 1]
+        done.append(_Encoding(prompt, ids[first:at], offsets[first:at] if wants_offsets else None))
+    return done
+
+
+def _split_row(row: CanonicalRow, texts: RenderedRow, encoding: _Encoding, kinds: TokenKinds) -> TokenisedRow:
+    boundary = _boundary(encoding)
+    responses = [ids[boundary:] for ids in encoding.full]
+    masks = [_scored_mask(texts, encoding, k)[boundary:] for k in range(len(responses))]
+    tokenised = _finish_row(row, encoding.full[0][:boundary], responses, masks)
+    if texts.prompt is not None:
+        for column, ids, mask in zip(row.columns, responses, tokenised.scored_masks, strict=True):
+            if not kinds.says_something(ids, mask):
+                raise BadRow(column, *_SAYS_NOTHING[row.kind])
+    return tokenised
+
+
+_SAYS_NOTHING = {
+    "text": ("has nothing to score beyond special tokens",),
+    "messages": (
+        "has nothing to score beyond the end of the turn: the chat template ignores its tool_calls or its content",
+        "use a chat template that renders them, drop the row or pass on_bad_rows='drop'",
+    ),
+}
+
+
+def _take_ids(row: CanonicalRow) -> TokenisedRow:
+    return _finish_row(row, row.prompt, row.responses, [[1] * len(ids) for ids in row.responses])
+
+
+def _finish_row(
+    row: CanonicalRow, prompt: list[int], responses: list[list[int]], masks: list[list[int]]
+) -> TokenisedRow:
+    if not prompt:
+        # Nothing stands before the first token, so nothing predicts it.
+        masks = [[0, *mask[1:]] for mask in masks]
+    for column, mask in zip(row.columns, masks, strict=True):
+        if not any(mask):
+            raise BadRow(column, "has no token to score")
+    return TokenisedRow(prompt, responses, masks, row.pairs)
+
+
+def _boundary(encoding: _Encoding) -> int:
+    """The number of prompt tokens that all of a row's sequences begin with; each keeps at least one token beyond it."""
+    if encoding.prompt is None:
+        first, *others = encoding.full
+        shared = min(shared_length(first, ids) for ids in others)
+    else:
+        shared = min(shared_length(encoding.prompt, ids) for ids in encoding.full)
+    return max(0, min(shared, *(len(ids) - 1 for ids in encoding.full)))
+
+
+def _scored_mask(texts: RenderedRow, encoding: _Encoding, k: int) -> list[int]:
+    """0 / 1 for each token of prompt + response `k`: 1 where the token's last character lies in a span."""
+    spans = texts.spans[k]
+    if spans is None or encoding.offsets is None:
+        return [1] * len(encoding.full[k])
+    # By its end: a byte-level tokenizer moves a token's start past its leading blanks.
+    return [int(any(start < end <= stop for start, stop in spans)) for _, end in encoding.offsets[k]]

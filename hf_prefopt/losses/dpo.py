@@ -1,0 +1,210 @@
+"""DPO and its nearest kin: pairs, with a reference; the loss is a function of h = r_w − r_l or of both log-ratios.
+
+r = s − s_ref is the summed log-ratio (nats) of a response to the reference, w the chosen and l the rejected one.
+"""
+
+import torch
+from torch import Tensor
+
+from hf_prefopt.losses.base import (
+    LossOutput,
+    check_both_or_neither,
+    check_positive,
+    check_range,
+    check_same_shape,
+    log_ratio,
+    logistic,
+    pair_rewards,
+    per_token,
+)
+from hf_prefopt.losses.registry import register_loss
+
+
+def _log_ratios(
+    policy_chosen: Tensor, policy_rejected: Tensor, ref_chosen: Tensor | None, ref_rejected: Tensor | None, **lengths
+) -> tuple[Tensor, Tensor]:
+    """(r_w, r_l), each `[B]`, after the checks that every loss of this file makes."""
+    check_both_or_neither(ref_chosen_logps=ref_chosen, ref_rejected_logps=ref_rejected)
+    check_same_shape(
+        policy_chosen_logps=policy_chosen,
+        policy_rejected_logps=policy_rejected,
+        ref_chosen_logps=ref_chosen,
+        ref_rejected_logps=ref_rejected,
+        **lengths,
+    )
+    return log_ratio(policy_chosen, ref_chosen), log_ratio(policy_rejected, ref_rejected)
+
+
+@register_loss("dpo", aliases=("sigmoid",), paper="2305.18290")
+def dpo_loss(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    ref_chosen_logps: Tensor | None = None,
+    ref_rejected_logps: Tensor | None = None,
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+) -> LossOutput:
+    """(1−ε)ℓ(βh) + εℓ(−βh), h = r_w − r_l; ε > 0 is conservative DPO.
+
+    Direct Preference Optimization, eq. 7; ε is the probability that a label is flipped (cDPO note, eq. 3).
+
+    Args:
+        policy_chosen_logps, policy_rejected_logps: `[B]`, summed log-probs (nats) of the policy.
+        ref_chosen_logps, ref_rejected_logps: `[B]`, the same of the reference; without them its log-ratio is 0.
+        beta: strength of the pull to the reference, > 0.
+        label_smoothing: ε in [0, 0.5).
+
+    Raises:
+        ValueError: shapes differ, one reference is missing, or a hyperparameter is out of range.
+    """
+    check_positive(beta=beta)
+    check_range("label_smoothing", label_smoothing, 0.0, 0.5)
+    chosen, rejected = _log_ratios(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps)
+    return LossOutput(
+        logistic(beta * (chosen - rejected), label_smoothing), pair_rewards(beta * chosen, beta * rejected)
+    )
+
+
+def reference_free_dpo_loss(chosen_logps: Tensor, rejected_logps: Tensor, beta: float = 0.1) -> LossOutput:
+    """ℓ(β(s_w − s_l)): DPO with a uniform reference, on sums `[B]` or on masked token log-probs `[B, T]`.
+
+    Raises:
+        ValueError: the shapes differ in B, there are more than two dimensions, or beta is not above 0.
+    """
+    if chosen_logps.dim() not in (1, 2) or rejected_logps.dim() not in (1, 2):
+        raise ValueError(
+            "reference-free DPO takes [B] sums or [B, T] token log-probs, got "
+            f"{tuple(chosen_logps.shape)} and {tuple(rejected_logps.shape)}"
+        )
+    summed = (logps.sum(-1) if logps.dim() == 2 else logps for logps in (chosen_logps, rejected_logps))
+    return dpo_loss(*summed, beta=beta)
+
+
+@register_loss("dpo_norm", aliases=("sigmoid_norm",), paper="2411.15124", is_average_loss=True)
+def dpo_norm_loss(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    chosen_lengths: Tensor,
+    rejected_lengths: Tensor,
+    ref_chosen_logps: Tensor | None = None,
+    ref_rejected_logps: Tensor | None = None,
+    beta: float = 5.0,
+    label_smoothing: float = 0.0,
+) -> LossOutput:
+    """ℓ(β(r̄_w − r̄_l)): DPO on log-ratios per token.
+
+    Length-normalised DPO, Tülu 3, eq. 6. Arguments as in `dpo_loss`, and the scored tokens of each response `[B]`.
+
+    Raises:
+        ValueError: as `dpo_loss`.
+    """
+    check_positive(beta=beta)
+    check_range("label_smoothing", label_smoothing, 0.0, 0.5)
+    chosen, rejected = _log_ratios(
+        policy_chosen_logps,
+        policy_rejected_logps,
+        ref_chosen_logps,
+        ref_rejected_logps,
+        chosen_lengths=chosen_lengths,
+        rejected_lengths=rejected_lengths,
+    )
+    chosen, rejected = per_token(chosen, chosen_lengths), per_token(rejected, rejected_lengths)
+    return LossOutput(
+        logistic(beta * (chosen - rejected), label_smoothing), pair_rewards(beta * chosen, beta * rejected)
+    )
+
+
+@register_loss("ipo", paper="2310.12036", is_average_loss=True)
+def ipo_loss(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    chosen_lengths: Tensor,
+    rejected_lengths: Tensor,
+    ref_chosen_logps: Tensor | None = None,
+    ref_rejected_logps: Tensor | None = None,
+    beta: float = 0.1,
+    length_normalize: bool = True,
+) -> LossOutput:
+    """(r̄_w − r̄_l − 1/(2β))²: a finite target for the margin, so that a deterministic preference cannot overfit.
+
+    Identity preference optimisation, eq. 17, β being the paper's τ. The paper sums over tokens
+    (`length_normalize=False`); its authors' results average over them, as projects do by default.
+    The implicit reward is β·r̄ (or β·r): the loss is least at a reward margin of 1/2.
+
+    Raises:
+        ValueError: as `dpo_loss`.
+    """
+    check_positive(beta=beta)
+    chosen, rejected = _log_ratios(
+        policy_chosen_logps,
+        policy_rejected_logps,
+        ref_chosen_logps,
+        ref_rejected_logps,
+        chosen_lengths=chosen_lengths,
+        rejected_lengths=rejected_lengths,
+    )
+    if length_normalize:
+        chosen, rejected = per_token(chosen, chosen_lengths), per_token(rejected, rejected_lengths)
+    return LossOutput((chosen - rejected - 1 / (2 * beta)).square(), pair_rewards(beta * chosen, beta * rejected))
+
+
+@register_loss("hinge", paper="2309.06657")
+def hinge_loss(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    ref_chosen_logps: Tensor | None = None,
+    ref_rejected_logps: Tensor | None = None,
+    beta: float = 0.05,
+) -> LossOutput:
+    """max(0, 1 − βh): a pair beyond its margin trains nothing.
+
+    Statistical rejection sampling optimisation (RSO), hinge-norm, β being the paper's γ.
+
+    Raises:
+        ValueError: as `dpo_loss`.
+    """
+    check_positive(beta=beta)
+    chosen, rejected = _log_ratios(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps)
+    losses = torch.relu(1 - beta * (chosen - rejected))
+    return LossOutput(losses, pair_rewards(beta * chosen, beta * rejected))
+
+
+@register_loss("wpo", paper="2406.11827")
+def wpo_loss(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    policy_chosen_alignment: Tensor,
+    policy_rejected_alignment: Tensor,
+    ref_chosen_logps: Tensor | None = None,
+    ref_rejected_logps: Tensor | None = None,
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+) -> LossOutput:
+    """sg[min(1, w_w·w_l)]·ℓ(βh): off-policy pairs weigh less; w = exp(mean_t(log π_t − log Σ_v π_v²)).
+
+    Weighted preference optimisation, eq. 2 with the sampled-alignment weights of section 3.2; the weight is no
+    function to differentiate, and at most 1.
+
+    Args:
+        policy_chosen_alignment, policy_rejected_alignment: `[B]`, log w of each response (nats per token).
+
+    Raises:
+        ValueError: as `dpo_loss`.
+    """
+    output = dpo_loss(
+        policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta, label_smoothing
+    )
+    output.losses = output.losses * wpo_weights(policy_chosen_alignment, policy_rejected_alignment, output.losses)
+    return output
+
+
+def wpo_weights(chosen_alignment: Tensor, rejected_alignment: Tensor, losses: Tensor) -> Tensor:
+    """`[B]`: sg[min(1, w_w·w_l)], the WPO weight of each pair.
+
+    Raises:
+        ValueError: the shapes differ from the losses'.
+    """
+    check_same_shape(
+        policy_chosen_alignment=chosen_alignment, policy_rejected_alignment=rejected_alignment, losses=losses
+    )
+    return (chosen_alignment + rejected_alignment).detach().clamp(max=0).exp()

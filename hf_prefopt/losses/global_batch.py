@@ -1,0 +1,61 @@
+"""Losses whose examples depend on each other, over the global batch: all micro-batches of a step, on all ranks.
+
+The inputs of the whole step are collected first, without gradients. Each micro-batch then computes the loss of the
+global batch with its own entries live, so that the gradients of the micro-batches add up to the exact one.
+"""
+
+from collections.abc import Callable
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+Inputs = dict[str, Tensor]
+
+
+def gather_inputs(accelerator: Accelerator, inputs: Inputs) -> tuple[Inputs, int]:
+    """The inputs `[B_r]` of all ranks in one `[ΣB_r]`, detached, and where this rank's begin."""
+    detached = {name: tensor.detach() for name, tensor in inputs.items()}
+    if accelerator.num_processes == 1:
+        return detached, 0
+    own = torch.tensor([len(next(iter(detached.values())))], device=accelerator.device)
+    sizes = accelerator.gather(own).tolist()
+
+    def gathered(tensor: Tensor) -> Tensor:
+        padded = torch.nn.functional.pad(tensor, (0, max(sizes) - len(tensor)))
+        parts = accelerator.gather(padded).view(len(sizes), max(sizes))
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+    everything = {name: gathered(tensor.contiguous()) for name, tensor in detached.items()}
+    return everything, sum(sizes[: accelerator.process_index])
+
+
+class StepInputs:
+    """The loss inputs of one optimisation step, collected micro-batch by micro-batch."""
+
+    def __init__(self, accelerator: Accelerator, collect: Callable[[], list[Inputs]]):
+        """`collect` computes the local micro-batches' inputs without gradients, when they are first needed."""
+        self._accelerator, self._collect = accelerator, collect
+        self._everything: Inputs | None = None
+        self._starts: list[int] = []
+
+    def splice(self, index: int, own: Inputs) -> tuple[Inputs, slice]:
+        """The global inputs with micro-batch `index`'s entries replaced by its live ones, and where those stand."""
+        if self._everything is None:
+            self._gather()
+        start = self._starts[index]
+        where = slice(start, start + len(next(iter(own.values()))))
+        spliced = {
+            name: torch.cat([everything[: where.start], own[name], everything[where.stop :]])
+            for name, everything in self._everything.items()
+        }
+        return spliced, where
+
+    def _gather(self) -> None:
+        parts, total = [], 0
+        for inputs in self._collect():
+            gathered, offset = gather_inputs(self._accelerator, inputs)
+            parts.append(gathered)
+            self._starts.append(total + offset)
+            total += len(next(iter(gathered.values())))
+        self._everything = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

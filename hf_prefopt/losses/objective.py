@@ -1,0 +1,185 @@
+"""The objective: the weighted sum of losses that a configuration asks for, as one function of named inputs."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_prefopt.losses.base import LossOutput, check_range
+from hf_prefopt.losses.dpo import wpo_weights
+from hf_prefopt.losses.registry import LossSpec, get_loss, token_stats_of
+
+_WPO_INPUTS = ("policy_chosen_alignment", "policy_rejected_alignment")
+
+
+@dataclass(frozen=True)
+class Term:
+    """One loss of the objective: its weight, its hyperparameters, and the inputs it is given."""
+
+    spec: LossSpec
+    weight: float
+    params: dict[str, Any] = field(default_factory=dict)
+    reference_free: bool = False
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The names of the tensors that the loss is called with."""
+        left_out = self.spec.reference_inputs if self.reference_free else ()
+        return tuple(name for name in self.spec.inputs if name not in left_out)
+
+    def __call__(self, inputs: dict[str, Tensor]) -> LossOutput:
+        """The loss on the inputs it asks for, not weighted."""
+        return self.spec(**{name: inputs[name] for name in self.inputs}, **self.params)
+
+
+class Objective:
+    """Σ_k w_k · loss_k over one forward, every component logged by its own name.
+
+    The implicit rewards are those of the first loss that has any. With `use_weighting`, each loss that has rewards is
+    multiplied by the pair's WPO weight.
+
+    Raises:
+        ValueError: at construction, when a loss refuses its hyperparameters, on two tensors of made-up numbers.
+    """
+
+    def __init__(self, terms: list[Term], use_weighting: bool = False):
+        self.terms = terms
+        self.use_weighting = use_weighting
+        self.inputs = tuple(
+            dict.fromkeys([name for term in terms for name in term.inputs] + list(_WPO_INPUTS if use_weighting else ()))
+        )
+        self._check_on_made_up_numbers()
+
+    @property
+    def needs_reference_model(self) -> bool:
+        """Whether any loss reads the reference's log-probs."""
+        return any(name.startswith("ref_") for name in self.inputs)
+
+    @property
+    def needs_global_batch(self) -> bool:
+        """Whether any loss of an example depends on the other examples of the global batch."""
+        return any(term.spec.needs_global_batch for term in self.terms)
+
+    @property
+    def token_stats(self) -> tuple[str, ...]:
+        """The per-token statistics, besides the log-prob, that the policy's head must compute."""
+        return tuple(sorted(token_stats_of(self.inputs)))
+
+    def __call__(self, inputs: dict[str, Tensor]) -> LossOutput:
+        """The weighted sum on named inputs `[B]`; see `losses.inputs`."""
+        outputs = {term.spec.name: self._weighted(term, inputs) for term in self.terms}
+        total = sum(term.weight * output.losses for term, output in zip(self.terms, outputs.values(), strict=True))
+        rewards = next((output.rewards for output in outputs.values() if output.rewards is not None), None)
+        components = {
+            f"{name}_{part}": values for name, output in outputs.items() for part, values in output.components.items()
+        }
+        if len(outputs) > 1:
+            components |= {name: output.losses.detach() for name, output in outputs.items()}
+        return LossOutput(total, rewards, components)
+
+    def _weighted(self, term: Term, inputs: dict[str, Tensor]) -> LossOutput:
+        """The output of one loss, times the pair's WPO weight where that is asked for and the loss is of pairs."""
+        output = term(inputs)
+        if self.use_weighting and term.spec.computes_reward_metrics:
+            output.losses = output.losses * wpo_weights(*(inputs[name] for name in _WPO_INPUTS), output.losses)
+        return output
+
+    def _check_on_made_up_numbers(self) -> None:
+        """Call every loss once, so that a bad hyperparameter is refused now and not at the first step."""
+        made_up = {name: torch.full((2,), 8 if name.endswith("lengths") else -4.0) for name in self.inputs}
+        self(made_up)
+
+
+def build_objective(
+    loss_types: list[str],
+    loss_weights: list[float] | None = None,
+    loss_params: dict[str, Any] | None = None,
+    shared_params: dict[str, Any] | None = None,
+    sft_weight: float = 0.0,
+    use_weighting: bool = False,
+    reference_free: bool = False,
+) -> Objective:
+    """The objective of a configuration.
+
+    Args:
+        loss_types: names or aliases.
+        loss_weights: one per loss; 1 each when left out.
+        loss_params: hyperparameters, flat for one loss (`{"gamma": 0.5}`), by name for several
+            (`{"simpo": {"gamma": 0.5}}`).
+        shared_params: hyperparameters that every loss takes that has them (`beta`, `label_smoothing`).
+        sft_weight: adds this times the NLL of the chosen response.
+        use_weighting: multiplies pair losses by their WPO weight.
+        reference_free: leaves the reference out of the losses that can do without.
+
+    Raises:
+        ValueError: an unknown name, a parameter that no loss takes (the valid ones are listed with their defaults), a
+            combination without meaning, or a value out of range.
+    """
+    specs = [get_loss(name) for name in loss_types]
+    weights = list(loss_weights) if loss_weights is not None else [1.0] * len(specs)
+    if not specs:
+        raise ValueError("loss_type is empty: name at least one loss")
+    if len(weights) != len(specs):
+        raise ValueError(f"loss_weights has {len(weights)} values for {len(specs)} losses {loss_types}")
+    check_range("sft_weight", sft_weight, 0.0)
+    if sft_weight > 0:
+        specs, weights = [*specs, get_loss("sft")], [*weights, sft_weight]
+    _refuse_senseless(specs, use_weighting, reference_free)
+    params = _distribute(specs, loss_params or {}, shared_params or {})
+    terms = [
+        Term(spec, weight, params[spec.name], reference_free and spec.can_be_reference_free)
+        for spec, weight in zip(specs, weights, strict=True)
+    ]
+    return Objective(terms, use_weighting)
+
+
+def _refuse_senseless(specs: list[LossSpec], use_weighting: bool, reference_free: bool) -> None:
+    names = [spec.name for spec in specs]
+    twice = {name for name in names if names.count(name) > 1}
+    if twice:
+        raise ValueError(f"{', '.join(sorted(twice))} stands twice among the losses (sft_weight adds sft): keep one")
+    if use_weighting and "policy_chosen_alignment" in {name for spec in specs for name in spec.inputs}:
+        raise ValueError("use_weighting=True would apply the WPO weight twice: wpo has it already")
+    if use_weighting and not any(spec.computes_reward_metrics for spec in specs):
+        raise ValueError(f"use_weighting=True weighs preference pairs, and {', '.join(names)} has none")
+    needing = [spec for spec in specs if spec.needs_reference_model]
+    if reference_free and not needing:
+        raise ValueError(f"reference_free=True changes nothing: {', '.join(names)} uses no reference")
+    bound = [spec.name for spec in needing if reference_free and not spec.can_be_reference_free]
+    if bound:
+        raise ValueError(f"reference_free=True, but {', '.join(bound)} is undefined without a reference")
+
+
+def _distribute(specs: list[LossSpec], loss_params: dict, shared_params: dict) -> dict[str, dict[str, Any]]:
+    """The hyperparameters of each loss by its name; whatever no loss takes is refused with what they do take."""
+    by_name = loss_params if len(specs) > 1 or specs[0].name in loss_params else {specs[0].name: loss_params}
+    own = {}
+    for name, values in by_name.items():
+        if not isinstance(values, dict):
+            raise ValueError(
+                f"loss_params[{name!r}]={values!r}: with several losses, give them by loss, "
+                f"as in {{{specs[0].name!r}: {{{name!r}: {values!r}}}}}"
+            )
+        own[get_loss(name).name] = values
+    missing = [name for name in own if name not in {spec.name for spec in specs}]
+    if missing:
+        raise ValueError(f"loss_params names {', '.join(missing)}, which is not among the losses")
+    for spec in specs:
+        _refuse_unknown(own.get(spec.name, {}), [spec])
+    _refuse_unknown(shared_params, specs)
+    return {
+        spec.name: {name: value for name, value in shared_params.items() if name in spec.defaults}
+        | own.get(spec.name, {})
+        for spec in specs
+    }
+
+
+def _refuse_unknown(params: dict[str, Any], specs: list[LossSpec]) -> None:
+    unknown = [name for name in params if not any(name in spec.defaults for spec in specs)]
+    if unknown:
+        valid = "; ".join(
+            f"{spec.name} takes " + (", ".join(f"{k}={v!r}" for k, v in spec.defaults.items()) or "no hyperparameters")
+            for spec in specs
+        )
+        raise ValueError(f"{', '.join(f'{name}={params[name]!r}' for name in unknown)} is used by no loss: {valid}")

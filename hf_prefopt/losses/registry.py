@@ -1,0 +1,173 @@
+"""The registry: every loss by name, with what it needs read off its own signature.
+
+A loss is a pure function of tensors. The names of its parameters say what it needs, so nothing is declared twice:
+
+    policy_chosen_logps, ref_rejected_logps, ...   {policy | ref}_{chosen | rejected}_{statistic}: `[B]`
+    chosen_lengths, rejected_lengths               scored tokens per response: `[B]`
+    everything else                                a hyperparameter, which must have a default
+
+A reference input with the default `None` may be left out, which makes the loss reference-free.
+"""
+
+import difflib
+import inspect
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_prefopt.losses.base import LossOutput
+
+# What a loss may ask of a response (attributes of `ResponseScores`), with the per-token statistics that takes of the
+# head besides the log-prob.
+STATISTICS: dict[str, tuple[str, ...]] = {"logps": (), "alignment": ("log_sum_sq_probs",)}
+
+_INPUT = re.compile(rf"(policy|ref)_(chosen|rejected)_(?P<statistic>{'|'.join(STATISTICS)})|(chosen|rejected)_lengths")
+
+
+@dataclass(frozen=True)
+class LossSpec:
+    """A registered loss: the function, and what the trainer must know to feed it.
+
+    Attributes:
+        name: the loss's own name; `aliases` are accepted wherever it is.
+        function: `(named tensors [B], **hyperparameters) -> LossOutput`, or a tensor `[B]` of losses.
+        paper: arXiv number of the source, empty where there is none.
+        description: the first line of the function's docstring.
+        is_average_loss: the log-probs are averaged over tokens, so beta is on another scale than DPO's.
+        computes_reward_metrics: the loss has implicit rewards.
+        needs_global_batch: the loss of an example depends on the other examples of the global batch.
+        inputs: names of its tensor parameters. `defaults`: its hyperparameters.
+    """
+
+    name: str
+    function: Callable[..., LossOutput | Tensor]
+    aliases: tuple[str, ...] = ()
+    paper: str = ""
+    description: str = ""
+    is_average_loss: bool = False
+    computes_reward_metrics: bool = True
+    needs_global_batch: bool = False
+    inputs: tuple[str, ...] = ()
+    defaults: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def reference_inputs(self) -> tuple[str, ...]:
+        """The inputs that come from the reference model."""
+        return tuple(name for name in self.inputs if name.startswith("ref_"))
+
+    @property
+    def needs_reference_model(self) -> bool:
+        """Whether the loss reads the reference's log-probs."""
+        return bool(self.reference_inputs)
+
+    @property
+    def can_be_reference_free(self) -> bool:
+        """Whether the reference's log-probs may be left out."""
+        parameters = inspect.signature(self.function).parameters
+        return self.needs_reference_model and all(parameters[name].default is None for name in self.reference_inputs)
+
+    def __call__(self, **arguments: Any) -> LossOutput:
+        """The loss on named inputs and hyperparameters; a bare tensor of losses gets log-ratio rewards."""
+        output = self.function(**arguments)
+        return output if isinstance(output, LossOutput) else LossOutput(output, self._default_rewards(arguments))
+
+    def _default_rewards(self, arguments: dict[str, Any]) -> Tensor | None:
+        """β·(s − s_ref), the implicit reward of a loss that returns only its losses."""
+        if "policy_chosen_logps" not in arguments or not self.computes_reward_metrics:
+            return None
+        beta = arguments.get("beta", self.defaults.get("beta", 1.0))
+        sides = (
+            arguments[f"policy_{side}_logps"] - arguments.get(f"ref_{side}_logps", 0.0)
+            for side in ("chosen", "rejected")
+        )
+        return beta * torch.stack(list(sides), dim=-1).detach()
+
+
+def token_stats_of(inputs: Iterable[str]) -> frozenset[str]:
+    """The per-token statistics, besides the log-prob, that inputs of these names are made of."""
+    statistics = (_INPUT.fullmatch(name)["statistic"] for name in inputs)
+    return frozenset(name for statistic in statistics for name in STATISTICS.get(statistic, ()))
+
+
+_LOSSES: dict[str, LossSpec] = {}
+_ALIASES: dict[str, str] = {}
+
+
+def register_loss(
+    name: str, *, aliases: tuple[str, ...] = (), paper: str = "", **capabilities: bool
+) -> Callable[[Callable], Callable]:
+    """Register a loss under a name: it then works by that name in YAML, on the command line and in `PreferenceConfig`.
+
+    Example:
+        ```python
+        @register_loss("my_loss", paper="2305.18290")
+        def my_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta=0.1):
+            chosen, rejected = policy_chosen_logps - ref_chosen_logps, policy_rejected_logps - ref_rejected_logps
+            return torch.relu(1 - beta * (chosen - rejected))
+        ```
+
+    Args:
+        name: the loss's name.
+        aliases: further names.
+        paper: arXiv number.
+        **capabilities: `is_average_loss`, `computes_reward_metrics`, `needs_global_batch` where they differ from
+            `LossSpec`'s defaults.
+
+    Returns:
+        A decorator that returns the function unchanged.
+
+    Raises:
+        ValueError: the name or an alias is taken, or a parameter is neither a known input nor has a default.
+    """
+
+    def decorate(function: Callable) -> Callable:
+        inputs, defaults = _split_signature(name, function)
+        taken = [n for n in (name, *aliases) if n in _LOSSES or n in _ALIASES]
+        if taken:
+            raise ValueError(f"loss name {', '.join(taken)} is registered already; choose another name")
+        description = (inspect.getdoc(function) or "").split("\n", 1)[0]
+        _LOSSES[name] = LossSpec(
+            name, function, tuple(aliases), paper, description, inputs=inputs, defaults=defaults, **capabilities
+        )
+        _ALIASES.update(dict.fromkeys(aliases, name))
+        return function
+
+    return decorate
+
+
+def _split_signature(name: str, function: Callable) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """The tensor inputs and the hyperparameters (with defaults) of a loss function, told apart by name."""
+    parameters = inspect.signature(function).parameters.values()
+    inputs = tuple(p.name for p in parameters if _INPUT.fullmatch(p.name))
+    defaults = {p.name: p.default for p in parameters if p.name not in inputs}
+    unknown = [parameter for parameter, default in defaults.items() if default is inspect.Parameter.empty]
+    if unknown:
+        raise ValueError(
+            f"loss {name!r}: parameter {', '.join(unknown)} is no known input and has no default; inputs are named "
+            "policy_chosen_logps, ref_rejected_logps, chosen_lengths, ...; hyperparameters need a default"
+        )
+    return inputs, defaults
+
+
+def get_loss(name: str) -> LossSpec:
+    """The registered loss of that name or alias.
+
+    Raises:
+        ValueError: there is none; the nearest names are offered.
+    """
+    canonical = _ALIASES.get(name, name)
+    if canonical not in _LOSSES:
+        known = [*_LOSSES, *_ALIASES]
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(sorted(_LOSSES))}"
+        raise ValueError(f"loss_type={name!r} is not registered; {hint}")
+    return _LOSSES[canonical]
+
+
+def list_losses() -> list[str]:
+    """The names of all registered losses, sorted (aliases are left out)."""
+    return sorted(_LOSSES)

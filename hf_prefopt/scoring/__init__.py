@@ -1,0 +1,1 @@
+"""From a model and a batch to the log-probs of the scored tokens."""

@@ -1,0 +1,116 @@
+"""The scoring forward: a causal language model's own forward, taught to return log-probs of chosen tokens.
+
+The model's and its head's forward are replaced on the instance, beneath PEFT and beneath any engine's wrapper, so that
+their hooks (gathering, unsharding, casting, bookkeeping) see an ordinary call. Called without `scored_rows` the model
+behaves as before, so generation and other evaluation go on working.
+"""
+
+import inspect
+from collections.abc import Callable
+from types import FunctionType, MethodType
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hf_prefopt.data.batch import PreferenceBatch, ResponseScores
+from hf_prefopt.scoring.head import (
+    LogitTransform,
+    full_precision,
+    is_plain_linear,
+    linear_head_logps,
+    module_head_logps,
+)
+
+# Rows of logits held at once: small chunks starve a GPU, large ones leave a CPU's cache.
+CHUNK_ROWS = {"cpu": 512, "cuda": 2048}
+_MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
+_FACTORS = ("logit_scale", "lm_head_multiplier")
+_DIVISORS = ("logits_scaling",)
+_CAPS = ("final_logit_softcapping", "output_logit_soft_cap")
+
+
+def logit_transform(config: Any, temperature: float = 1.0) -> LogitTransform:
+    """What the model of that config does to its logits, read off the names that configs use for it."""
+    text_config = config.get_text_config()
+
+    def value(names: tuple[str, ...]) -> float | None:
+        return next((v for name in names if (v := getattr(text_config, name, None)) is not None), None)
+
+    scale = (value(_FACTORS) or 1.0) / (value(_DIVISORS) or 1.0)
+    return LogitTransform(scale, value(_CAPS), temperature)
+
+
+def base_causal_lm(model: nn.Module) -> PreTrainedModel:
+    """The transformers causal language model inside PEFT's wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+
+
+def install_scoring(model: nn.Module, temperature: float = 1.0) -> None:
+    """Teach a model (PEFT-wrapped or not) the scoring forward; doing it again changes the temperature.
+
+    Raises:
+        ValueError: the model has no output embeddings, so it is no language model.
+    """
+    causal_lm = base_causal_lm(model)
+    head = causal_lm.get_output_embeddings()
+    if head is None:
+        raise ValueError(f"{type(causal_lm).__name__} has no language-model head (get_output_embeddings() is None)")
+    head.logit_transform = logit_transform(causal_lm.config, temperature)
+    for module, with_scoring in ((causal_lm, _scoring_forward), (head, _head_forward)):
+        if not hasattr(module, "plain_forward"):
+            module.plain_forward = module.forward
+            module.forward = MethodType(_keeping_signature(with_scoring, module.forward), module)
+
+
+def _keeping_signature(function: Callable, method: Callable) -> Callable:
+    """A copy of `function(self, ...)` that shows the signature of `method`, which `generate` and PEFT look at."""
+    copy = FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    shown = inspect.signature(method)
+    self_parameter = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    copy.__signature__ = shown.replace(parameters=[self_parameter, *shown.parameters.values()])
+    return copy
+
+
+def _scoring_forward(self: PreTrainedModel, *args: Any, scored_rows: Tensor | None = None, **kwargs: Any) -> Any:
+    """The model's forward; with `scored_rows`, log-probs (and statistics) of the targets instead of logits."""
+    if scored_rows is None:
+        return self.plain_forward(*args, **kwargs)
+    targets, token_stats = kwargs.pop("targets"), kwargs.pop("token_stats", ())
+    kwargs |= {"use_cache": False, "return_dict": True}
+    hidden = self.base_model(*args, **kwargs).last_hidden_state
+    hidden = hidden.reshape(-1, hidden.shape[-1]).index_select(0, scored_rows)
+    return self.get_output_embeddings()(hidden, targets=targets, token_stats=token_stats)
+
+
+def _head_forward(
+    self: nn.Module, hidden: Tensor, *args: Any, targets: Tensor | None = None, token_stats: tuple[str, ...] = ()
+) -> Any:
+    """The head's forward; with `targets`, their log-probs by chunk, as a dict of tensors `[N]`."""
+    if targets is None:
+        return self.plain_forward(hidden, *args)
+    chunk_rows = CHUNK_ROWS.get(hidden.device.type, CHUNK_ROWS["cuda"])
+    settings = (targets, self.logit_transform, token_stats, chunk_rows)
+    if is_plain_linear(self):
+        outputs = linear_head_logps(hidden, self.weight, self.bias, *settings)
+    else:
+        outputs = module_head_logps(self.plain_forward, hidden, *settings)
+    return dict(zip(("token_logps", *token_stats), outputs, strict=True))
+
+
+def score(model: nn.Module, batch: PreferenceBatch, token_stats: tuple[str, ...] = ()) -> ResponseScores:
+    """The log-probs of a batch's scored tokens under a model that `install_scoring` has been called on.
+
+    Args:
+        model: the model or an engine's wrapper of it.
+        token_stats: names of further statistics per token (see `scoring.head.STATISTICS`).
+
+    Returns:
+        The scores; gradients flow as the grad mode says.
+    """
+    model_inputs = {name: batch[name] for name in _MODEL_INPUTS if name in batch}
+    outputs = model(**model_inputs, scored_rows=batch["scored_rows"], targets=batch["targets"], token_stats=token_stats)
+    token_logps = outputs.pop("token_logps")
+    token_logps = token_logps.to(full_precision(token_logps.dtype))
+    return ResponseScores(token_logps, batch["response_index"], batch["response_lengths"], outputs)

@@ -1,0 +1,203 @@
+"""The log-prob head: from hidden states of scored positions to the log-probs of their tokens, in chunks of rows.
+
+The full logits of a batch are never held, only those of one chunk, and their statistics are fp32. Shapes: N scored
+tokens, C rows of a chunk, H hidden size, V vocabulary. Three ways of one function, by what must be differentiated:
+
+    frozen weight     the gradient d logp / d hidden is made in the forward, where the probabilities are at hand, kept
+                      as `[N, H]` and scaled by the incoming gradient: two products over the vocabulary in all.
+    trained weight    the backward makes the logits again, chunk by chunk, and sums the weight's gradient in fp32.
+    any other module  (an adapter on the head) is called by chunk under activation checkpointing.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+@dataclass(frozen=True)
+class LogitTransform:
+    """What a model does to z = W·h before its softmax: cap · tanh(scale · z / cap) / temperature.
+
+    Attributes:
+        scale: a factor (Cohere's `logit_scale`, the inverse of Granite's `logits_scaling`).
+        softcap: a cap (Gemma-2's `final_logit_softcapping`), or `None` for none.
+        temperature: divides the result.
+    """
+
+    scale: float = 1.0
+    softcap: float | None = None
+    temperature: float = 1.0
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """The transformed logits, differentiable."""
+        logits = logits * self.scale
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits / self.temperature
+
+    def slope(self, transformed: Tensor) -> Tensor | float:
+        """d transformed / d z, from the transformed logits."""
+        factor = self.scale / self.temperature
+        if self.softcap is None:
+            return factor
+        return factor * (1 - (transformed * self.temperature / self.softcap).square())
+
+
+def full_precision(dtype: torch.dtype) -> torch.dtype:
+    """fp32, or float64 where the tensor is that already."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+STATISTICS: dict[str, Callable[[Tensor], Tensor]] = {
+    # Both take log-probs [C, V] in full precision and give [C].
+    "entropy": lambda logps: -(logps.exp() * logps).sum(-1),
+    "log_sum_sq_probs": lambda logps: (2 * logps).logsumexp(-1),
+}
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform) -> Tensor:
+    """Transformed logits `[C, V]` in full precision; the product runs in the inputs' dtype."""
+    logits = hidden @ weight.T
+    if bias is not None:
+        logits = logits + bias
+    return transform(logits.to(full_precision(logits.dtype)))
+
+
+def _target_minus_probs(logps: Tensor, targets: Tensor, slope: Tensor | float) -> Tensor:
+    """d logp_target / d z `[C, V]` = (onehot − p) · slope; overwrites `logps`."""
+    gradient = logps.exp_().neg_()
+    gradient.scatter_add_(1, targets.unsqueeze(1), torch.ones_like(gradient[:, :1]))
+    return gradient.mul_(slope)
+
+
+class FrozenHeadLogps(torch.autograd.Function):
+    """Log-probs of targets under a head whose weight takes no gradient: unit gradients made in the forward."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, transform, statistics, chunk_rows):
+        """(hidden `[N, H]`, weight `[V, H]`, targets `[N]`) → (logps `[N]`, one `[N]` per name in `statistics`)."""
+        unit_gradient = torch.empty_like(hidden)
+        outputs = [hidden.new_empty(len(targets), dtype=full_precision(hidden.dtype)) for _ in (0, *statistics)]
+        for rows in _chunks(len(targets), chunk_rows):
+            logits = _logits(hidden[rows], weight, bias, transform)
+            slope = transform.slope(logits)
+            logps = logits.sub_(logits.logsumexp(-1, keepdim=True))
+            _record(outputs, rows, logps, targets[rows], statistics)
+            gradient = _target_minus_probs(logps, targets[rows], slope)
+            unit_gradient[rows] = gradient.to(weight.dtype) @ weight
+        ctx.save_for_backward(unit_gradient)
+        ctx.mark_non_differentiable(*outputs[1:])
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx, grad_logps, *_):
+        """d logps / d hidden, scaled by the incoming gradient `[N]`."""
+        (unit_gradient,) = ctx.saved_tensors
+        return unit_gradient * grad_logps.unsqueeze(1).to(unit_gradient.dtype), *(None,) * 6
+
+
+class TrainedHeadLogps(torch.autograd.Function):
+    """Log-probs of targets under a head that trains: the backward makes each chunk's logits again."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, transform, statistics, chunk_rows):
+        """As `FrozenHeadLogps.forward`."""
+        outputs = [hidden.new_empty(len(targets), dtype=full_precision(hidden.dtype)) for _ in (0, *statistics)]
+        for rows in _chunks(len(targets), chunk_rows):
+            logits = _logits(hidden[rows], weight, bias, transform)
+            _record(outputs, rows, logits.sub_(logits.logsumexp(-1, keepdim=True)), targets[rows], statistics)
+        ctx.save_for_backward(hidden, weight, bias, targets)
+        ctx.transform, ctx.chunk_rows = transform, chunk_rows
+        ctx.mark_non_differentiable(*outputs[1:])
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx, grad_logps, *_):
+        """Gradients of hidden, weight and bias; the latter two summed in full precision over the chunks."""
+        hidden, weight, bias, targets = ctx.saved_tensors
+        exact = full_precision(weight.dtype)
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight, dtype=exact)
+        grad_bias = None if bias is None else torch.zeros_like(bias, dtype=exact)
+        for rows in _chunks(len(targets), ctx.chunk_rows):
+            logits = _logits(hidden[rows], weight, bias, ctx.transform)
+            slope = ctx.transform.slope(logits)
+            logps = logits.sub_(logits.logsumexp(-1, keepdim=True))
+            gradient = _target_minus_probs(logps, targets[rows], slope).mul_(grad_logps[rows].unsqueeze(1))
+            if grad_bias is not None:
+                grad_bias += gradient.sum(0)
+            gradient = gradient.to(weight.dtype)
+            grad_hidden[rows] = gradient @ weight
+            grad_weight += gradient.T @ hidden[rows]
+        grad_bias = None if bias is None else grad_bias.to(bias.dtype)
+        return grad_hidden, grad_weight.to(weight.dtype), grad_bias, None, None, None, None
+
+
+def _chunks(length: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+def _record(outputs: list[Tensor], rows: slice, logps: Tensor, targets: Tensor, statistics: tuple[str, ...]) -> None:
+    """Write a chunk's log-probs at the targets, and its statistics, into the rows of the outputs."""
+    outputs[0][rows] = logps.gather(1, targets.unsqueeze(1)).squeeze(1)
+    for output, name in zip(outputs[1:], statistics, strict=True):
+        output[rows] = STATISTICS[name](logps)
+
+
+def linear_head_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    transform: LogitTransform = LogitTransform(),
+    statistics: tuple[str, ...] = (),
+    chunk_rows: int = 512,
+) -> tuple[Tensor, ...]:
+    """Log-probs of `targets` under softmax(transform(hidden · weightᵀ + bias)), and statistics of that distribution.
+
+    Args:
+        hidden: `[N, H]`. weight: `[V, H]`. bias: `[V]` or `None`. targets: `[N]`.
+        statistics: names of `STATISTICS`, not differentiated.
+        chunk_rows: rows whose logits are held at once.
+
+    Returns:
+        (`[N]` log-probs in nats, then `[N]` for each statistic), in fp32 or float64.
+    """
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight, bias = (t if t is None else t.to(dtype) for t in (hidden, weight, bias))
+    trained = torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad))
+    # Without gradients the trained way is the plain forward.
+    way = FrozenHeadLogps if hidden.requires_grad and torch.is_grad_enabled() and not trained else TrainedHeadLogps
+    with torch.autocast(hidden.device.type, enabled=False):
+        return way.apply(hidden, weight, bias, targets, transform, statistics, chunk_rows)
+
+
+def module_head_logps(
+    head: Callable[[Tensor], Tensor],
+    hidden: Tensor,
+    targets: Tensor,
+    transform: LogitTransform = LogitTransform(),
+    statistics: tuple[str, ...] = (),
+    chunk_rows: int = 512,
+) -> tuple[Tensor, ...]:
+    """`linear_head_logps` for any callable head (an adapter on it, a quantised one), checkpointed by chunk."""
+
+    def chunk(hidden_rows: Tensor, target_rows: Tensor) -> tuple[Tensor, ...]:
+        logits = head(hidden_rows)
+        logps = transform(logits.to(full_precision(logits.dtype))).log_softmax(-1)
+        extra = (STATISTICS[name](logps.detach()) for name in statistics)
+        return logps.gather(1, target_rows.unsqueeze(1)).squeeze(1), *extra
+
+    run = partial(checkpoint, chunk, use_reentrant=False) if torch.is_grad_enabled() else chunk
+    parts = [run(hidden[rows], targets[rows]) for rows in _chunks(len(targets), chunk_rows)]
+    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+
+
+def is_plain_linear(head: nn.Module) -> bool:
+    """Whether a head is nothing but its weight and bias, so that the product may be written out."""
+    return type(head) is nn.Linear

@@ -1,0 +1,287 @@
+"""`PreferenceTrainer`: transformers' Trainer with a preference objective in place of its loss.
+
+A step is four lines: score the batch, score the reference, evaluate the objective, record. Everything else here makes
+the step's loss the exact mean over the examples of the global batch, evaluation exact over rows, and keeps every habit
+of the Trainer. Which losses there are, how tokens are laid out and where a reference comes from is decided elsewhere.
+"""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from peft import PeftConfig, PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+
+from hf_prefopt.config import PreferenceConfig
+from hf_prefopt.data.batch import PreferenceBatch, ResponseScores
+from hf_prefopt.data.collate import PaddedCollator
+from hf_prefopt.data.prepare import PREPARED_FEATURES, prepare_dataset
+from hf_prefopt.data.preview import print_preview
+from hf_prefopt.losses.base import LossOutput
+from hf_prefopt.losses.global_batch import StepInputs
+from hf_prefopt.losses.inputs import loss_inputs
+from hf_prefopt.policy import disable_dropout, load_model, load_tokenizer, with_adapter
+from hf_prefopt.reference.choose import choose_reference
+from hf_prefopt.reference.live import evaluation_mode
+from hf_prefopt.reporting.metrics import METRIC_INPUTS, EvaluationRecord, RunningMeans, example_metrics
+from hf_prefopt.scoring.forward import install_scoring, score
+
+logger = logging.getLogger(__name__)
+
+Data = Dataset | IterableDataset
+DataOrSplits = Data | dict[str, Data]
+
+
+class PreferenceTrainer(Trainer):
+    """Aligns a causal language model with preference data, offline.
+
+    Example:
+        ```python
+        trainer = PreferenceTrainer(
+            "HuggingFaceTB/SmolLM2-135M-Instruct",
+            args=PreferenceConfig(output_dir="aligned", loss_type="dpo", learning_rate=2e-4),
+            train_dataset=load_dataset("trl-lib/ultrafeedback_binarized", split="train"),
+            peft_config=LoraConfig(target_modules="all-linear"),
+        )
+        trainer.train()
+        ```
+
+    Args:
+        model: a name or path, a transformers model or a PEFT model. Not with `model_init`.
+        ref_model: an explicit reference; by default see `PreferenceConfig.reference`.
+        args: the configuration.
+        data_collator: from prepared rows to a `PreferenceBatch`.
+        train_dataset, eval_dataset: preference data, raw or prepared; `eval_dataset` may be several by name.
+        processing_class: the tokenizer; by default the one beside the model's weights.
+        peft_config: puts a new adapter on the model.
+        quantization_config: used when the model is loaded by name.
+        Everything else is `Trainer`'s: `model_init`, `compute_metrics`, `callbacks`, `optimizers`, ….
+            `compute_metrics` gets the implicit rewards `[rows, 2]` as predictions and (1, 0) per row as labels; a loss
+            without rewards gives the log-probs instead.
+
+    Raises:
+        ValueError: the data, the model, the reference and the losses do not fit together.
+    """
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel | None = None,
+        ref_model: nn.Module | None = None,
+        args: PreferenceConfig | None = None,
+        data_collator: Callable[[list[dict]], PreferenceBatch] | None = None,
+        train_dataset: Data | None = None,
+        eval_dataset: DataOrSplits | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: PeftConfig | None = None,
+        quantization_config: Any = None,
+        **trainer_arguments: Any,
+    ):
+        self.args = args = args or PreferenceConfig(output_dir="trainer_output")
+        self.objective = args.build_objective()
+        self._given_reference, self._peft_config = ref_model, peft_config
+        if isinstance(model, str):
+            model = load_model(model, args.model_init_kwargs, quantization_config)
+        if model is not None:
+            model = self._adopt(model)
+        elif trainer_arguments.get("model_init") is None:
+            raise ValueError("PreferenceTrainer wants a model, or a model_init that makes one")
+        if processing_class is None:
+            processing_class = load_tokenizer(model or trainer_arguments["model_init"](), args.model_init_kwargs)
+        self.tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        self._train_metrics, self._evaluation = RunningMeans(), EvaluationRecord()
+
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator or PaddedCollator(_pad_token_id(self.tokenizer), args.pad_to_multiple_of),
+            train_dataset=self._prepared(train_dataset, "train"),
+            eval_dataset=self._prepared(eval_dataset, "eval"),
+            processing_class=processing_class,
+            **trainer_arguments,
+        )
+        # compute_loss divides by the examples of the whole step itself.
+        self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = True
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"{self.args.n_gpu} GPUs in one process (DataParallel) are not supported: start with `accelerate "
+                "launch`, or show this process one GPU (CUDA_VISIBLE_DEVICES=0)"
+            )
+        if args.show_first_batch and train_dataset is not None and self.is_world_process_zero():
+            print_preview([next(iter(self.train_dataset))], self.tokenizer)
+
+    # -- the model and the data -----------------------------------------------------------------------------------
+
+    def _adopt(self, model: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftModel:
+        """Make a given model the policy: adapter, dropout, reference, scoring."""
+        model = with_adapter(model, self._peft_config)
+        if self.args.disable_dropout:
+            disable_dropout(model)
+        needed = self.objective.needs_reference_model
+        self.reference = choose_reference(self.args.reference, model, self._given_reference, needed)
+        for module in {model, self.reference.model if self.reference else model}:
+            install_scoring(module, self.args.temperature)
+        return model
+
+    def call_model_init(self, trial: Any = None) -> PreTrainedModel | PeftModel:
+        """A fresh policy from `model_init`, with a fresh reference."""
+        return self._adopt(super().call_model_init(trial))
+
+    def _prepared(self, dataset: DataOrSplits | None, name: str) -> DataOrSplits | None:
+        """The data set tokenised, or each of several."""
+        if dataset is None:
+            return None
+        if isinstance(dataset, dict):
+            return {key: self._prepared(split, key) for key, split in dataset.items()}
+        with self.args.main_process_first(desc=f"tokenising {name}"):
+            return prepare_dataset(
+                dataset,
+                self.tokenizer,
+                max_length=self.args.max_length,
+                truncation_mode=self.args.truncation_mode,
+                on_bad_rows=self.args.on_bad_rows,
+                num_proc=self.args.dataset_num_proc,
+                name=name,
+            )
+
+    def get_eval_dataloader(self, eval_dataset: str | Data | None = None):
+        """As the Trainer's; a raw data set is prepared first."""
+        named = eval_dataset is None or isinstance(eval_dataset, str)
+        return super().get_eval_dataloader(eval_dataset if named else self._prepared(eval_dataset, "eval"))
+
+    def get_test_dataloader(self, test_dataset: Data):
+        """As the Trainer's; a raw data set is prepared first."""
+        return super().get_test_dataloader(self._prepared(test_dataset, "test"))
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = list(PREPARED_FEATURES)
+
+    # -- the step -------------------------------------------------------------------------------------------------
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: PreferenceBatch,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """This micro-batch's share of the step's loss; with `return_outputs` also rewards and labels, `[B, 2]` each."""
+        policy = score(model, inputs, self.objective.token_stats)
+        reference = self._score_reference(inputs)
+        output, loss = self._objective_loss(inputs, policy, reference, num_items_in_batch, model.training)
+        return (loss, output) if return_outputs else loss
+
+    def _score_reference(self, inputs: PreferenceBatch) -> ResponseScores | None:
+        if self.reference is None:
+            return None
+        return inputs.get("reference_scores") or self.reference.score(inputs)
+
+    def _objective_loss(
+        self,
+        inputs: PreferenceBatch,
+        policy: ResponseScores,
+        reference: ResponseScores | None,
+        num_examples: Tensor | int | None,
+        training: bool,
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """The objective on a micro-batch, recorded, and scaled so that a step's micro-batches add up to its mean."""
+        own = self._loss_inputs(inputs, policy, reference)
+        if not training:
+            output = self.objective(own)
+            self._evaluation.add(inputs["rows"], own)
+            return _predictions(output, own), output.loss
+        everything, where = self._step_inputs(inputs, own)
+        output = self.objective(everything)
+        own_output = _rows_of(output, where)
+        self._train_metrics.add(example_metrics(own_output, own))
+        scale = self.accelerator.num_processes / (len(inputs["rows"]) if num_examples is None else num_examples)
+        total, share = output.losses.sum() * scale, own_output.losses.detach().sum() * scale
+        # The gradient is that of the whole batch's loss; the value is this micro-batch's part of it.
+        return _predictions(own_output, own), total + (share - total.detach())
+
+    def _loss_inputs(
+        self, inputs: PreferenceBatch, policy: ResponseScores, reference: ResponseScores | None
+    ) -> dict[str, Tensor]:
+        names = dict.fromkeys((*self.objective.inputs, *METRIC_INPUTS))
+        return loss_inputs(names, inputs, policy, reference)
+
+    def _step_inputs(self, inputs: PreferenceBatch, own: dict[str, Tensor]) -> tuple[dict[str, Tensor], slice]:
+        """The inputs that the objective is evaluated on, and where this micro-batch's stand among them."""
+        if not self.objective.needs_global_batch:
+            return own, slice(None)
+        step, index = inputs.get("step_inputs") or (StepInputs(self.accelerator, lambda: [own]), 0)
+        return step.splice(index, own)
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The micro-batches of a step and its number of examples; for batch-wise losses, tied together."""
+        batches, num_examples = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.objective.needs_global_batch and len(batches) > 1:
+            step = StepInputs(self.accelerator, lambda: self._collect(batches))
+            for index, batch in enumerate(batches):
+                batch["step_inputs"] = (step, index)
+        return batches, num_examples
+
+    def _collect(self, batches: list[PreferenceBatch]) -> list[dict[str, Tensor]]:
+        """The loss inputs of all micro-batches of a step, without gradients; the reference's scores are kept."""
+        collected = []
+        with torch.no_grad(), evaluation_mode(self.model):
+            for batch in batches:
+                inputs = self._prepare_inputs(batch)
+                policy = score(self.model, inputs, self.objective.token_stats)
+                batch["reference_scores"] = self._score_reference(inputs)
+                collected.append(self._loss_inputs(inputs, policy, batch["reference_scores"]))
+        return collected
+
+    def _get_num_items_in_batch(self, batch_samples: list[PreferenceBatch], device: torch.device) -> Tensor | int:
+        """The examples of a step: those of its micro-batches on all ranks."""
+        count = sum(len(batch["rows"]) for batch in batch_samples)
+        if self.accelerator.num_processes == 1:
+            return count
+        return self.accelerator.reduce(torch.tensor(count, device=device), reduction="sum")
+
+    # -- evaluation and logs --------------------------------------------------------------------------------------
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """(loss of the batch, rewards `[B, 2]`, labels `[B, 2]`)."""
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, outputs = self.compute_loss(model, self._prepare_inputs(inputs), return_outputs=True)
+        return (loss, None, None) if prediction_loss_only else (loss, outputs["predictions"], outputs["labels"])
+
+    def evaluation_loop(self, dataloader, description, *args, metric_key_prefix: str = "eval", **kwargs):
+        """As the Trainer's, with the loss and every metric taken over the rows and not over the batches."""
+        self._evaluation = EvaluationRecord()
+        output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        metrics = self._evaluation.metrics(self.objective)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
+        self._evaluation = EvaluationRecord()
+        return output
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As the Trainer's; a training log also carries the means of the metrics since the last one."""
+        if "loss" in logs:
+            logs.update(self._train_metrics.pop(self.accelerator))
+        super().log(logs, start_time)
+
+
+def _pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """An id to fill padded rows with; the mask is made from lengths, so it may be the EOS."""
+    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+
+
+def _rows_of(output: LossOutput, where: slice) -> LossOutput:
+    rewards = None if output.rewards is None else output.rewards[where]
+    return LossOutput(
+        output.losses[where], rewards, {name: values[where] for name, values in output.components.items()}
+    )
+
+
+def _predictions(output: LossOutput, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What `compute_metrics` is given: a score for each response, and 1 for the chosen one."""
+    scores = output.rewards
+    if scores is None:
+        scores = torch.stack([inputs[name] for name in METRIC_INPUTS], dim=-1).detach()
+    labels = torch.zeros_like(scores)
+    labels[:, 0] = 1
+    return {"predictions": scores, "labels": labels}
