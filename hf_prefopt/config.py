@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import torch
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
@@ -95,6 +96,8 @@ class PreferenceConfig(TrainingArguments):
             self.loss_type = [self.loss_type]
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
+        # TrainingArguments refuses bf16 on a CPU that it was not told of, even where there is nothing else.
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
         self._check_values()
         self.build_objective()
