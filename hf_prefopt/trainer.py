@@ -26,7 +26,9 @@ from hf_prefopt.losses.inputs import loss_inputs
 from hf_prefopt.policy import disable_dropout, load_model, load_tokenizer, with_adapter
 from hf_prefopt.reference.choose import choose_reference
 from hf_prefopt.reference.live import evaluation_mode
+from hf_prefopt.reporting.card import model_card
 from hf_prefopt.reporting.metrics import METRIC_INPUTS, EvaluationRecord, RunningMeans, example_metrics
+from hf_prefopt.reporting.run_facts import card_facts
 from hf_prefopt.scoring.forward import install_scoring, score
 
 logger = logging.getLogger(__name__)
@@ -263,6 +265,14 @@ class PreferenceTrainer(Trainer):
         if "loss" in logs:
             logs.update(self._train_metrics.pop(self.accelerator))
         super().log(logs, start_time)
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset: str | list[str] | None = None, **_: Any
+    ) -> None:
+        """Writes `README.md`, the model card, into `output_dir`; `dataset` names the data sets, on the Hub or local."""
+        if self.is_world_process_zero():
+            datasets = [dataset] if isinstance(dataset, str) else dataset or []
+            model_card(card_facts(self, model_name, datasets)).save(f"{self.args.output_dir}/README.md")
 
 
 def _pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:

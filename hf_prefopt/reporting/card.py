@@ -15,12 +15,13 @@ PACKAGES = ("hf_prefopt", "torch", "transformers", "peft", "accelerate", "datase
 
 @dataclass(frozen=True)
 class LossFacts:
-    """A loss as a card names it: its name, the formula per example, the paper's address and its weight."""
+    """A loss as a card names it: its name, the formula per example, its arXiv number, weight and hyperparameters."""
 
     name: str
     formula: str = ""
     paper: str = ""
     weight: float = 1.0
+    hyperparameters: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,7 @@ class CardFacts:
         losses: the losses, in the order of their names in the configuration.
         is_adapter: whether the result is a PEFT adapter (else a whole model).
         repository: `owner/name` on the Hub, or the local folder: what the usage snippet loads.
-        beta: the losses' β; `None` where none has one.
-        reference: where the reference log-probs came from, as in `adapter_off`.
+        reference: what the reference was, as a phrase.
         datasets: the data sets' names (Hub names enter the metadata) or folders.
         data: further facts on the data, as in `{"training pairs": 1878}`.
         hyperparameters, metrics: as they are to appear; metrics are those of the final evaluation.
@@ -46,7 +46,6 @@ class CardFacts:
     losses: list[LossFacts]
     is_adapter: bool
     repository: str
-    beta: float | None = None
     reference: str = "none"
     datasets: list[str] = field(default_factory=list)
     data: Mapping[str, object] = field(default_factory=dict)
@@ -120,14 +119,13 @@ def usage_snippet(facts: CardFacts) -> str:
 
 
 def _summary(facts: CardFacts) -> str:
-    """One paragraph: what this is, made from what, against which reference, with which β."""
+    """One paragraph: what this is, made from what, by which losses, against which reference."""
     kind = "A PEFT adapter for" if facts.is_adapter else "A fine-tuned version of"
     base = f"[{facts.base_model}](https://huggingface.co/{facts.base_model})"
     names = " + ".join(loss.name for loss in facts.losses)
-    beta = "" if facts.beta is None else f", β = {facts.beta:g}"
     return (
         f"{kind} {base if is_hub_name(facts.base_model) else f'`{facts.base_model}`'}, aligned with preferences by "
-        f"`hf_prefopt` (loss: {names}{beta}; reference: {facts.reference})."
+        f"`hf_prefopt` (loss: {names}; reference: {facts.reference})."
     )
 
 
@@ -135,8 +133,9 @@ def _loss_line(loss: LossFacts, losses: int) -> str:
     """A loss in one line; weights matter only where there are several."""
     weight = f"{loss.weight:g} × " if losses > 1 else ""
     formula = f": `{loss.formula}`" if loss.formula else ""
-    paper = f" ([paper]({loss.paper}))" if loss.paper else ""
-    return f"{weight}**{loss.name}**{formula}{paper}"
+    settings = ", ".join(f"{name} = {value}" for name, value in loss.hyperparameters.items())
+    paper = f"[arXiv:{loss.paper}](https://arxiv.org/abs/{loss.paper})" if loss.paper else ""
+    return f"{weight}**{loss.name}**{formula}" + "".join(f"; {part}" for part in (settings, paper) if part)
 
 
 def _rounded(metrics: Mapping[str, float]) -> dict[str, object]:

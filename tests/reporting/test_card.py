@@ -8,7 +8,7 @@ from huggingface_hub import ModelCard
 
 from hf_prefopt.reporting.card import CardFacts, LossFacts, is_hub_name, model_card, usage_snippet
 
-DPO = LossFacts("dpo", "−log σ(β h)", "https://arxiv.org/abs/2305.18290")
+DPO = LossFacts("dpo", "−log σ(βh)", "2305.18290", hyperparameters={"beta": 0.1})
 
 
 def facts(**changes) -> CardFacts:
@@ -18,7 +18,6 @@ def facts(**changes) -> CardFacts:
         "losses": [DPO],
         "is_adapter": True,
         "repository": "me/smollm2-gsm8k",
-        "beta": 0.1,
         "reference": "adapter_off",
         "datasets": ["trl-lib/ultrafeedback_binarized"],
         "data": {"training pairs": 160},
@@ -39,7 +38,7 @@ def test_metadata_survives_saving_and_loading(tmp_path):
 
 def test_body_says_loss_paper_beta_reference_and_rounded_metrics():
     text = model_card(facts()).text
-    for said in ("−log σ(β h)", "2305.18290", "β = 0.1", "adapter_off", "0.6123", "| training pairs | 160 |", "torch"):
+    for said in ("−log σ(βh)", "arxiv.org/abs/2305.18290", "beta = 0.1", "adapter_off", "0.6123", "| training pairs | 160 |", "torch"):
         assert said in text
 
 
