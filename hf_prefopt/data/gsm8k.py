@@ -11,7 +11,7 @@ from decimal import Decimal
 from importlib.resources import files
 
 # A minus counts as a sign only where no operand stands before it: in "5-3" the last number is 3.
-_NUMBER = r"(?:(?<![\d)])-\s?)?\$?\s?-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
+_NUMBER = r"(?:(?<![\d)])-)?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
 _MARKED = re.compile(rf"(?:####|\bA:)\s*({_NUMBER})")
 _ANY = re.compile(_NUMBER)
 
@@ -32,7 +32,7 @@ def final_answer(text: str) -> str | None:
     found = _MARKED.findall(text) or _ANY.findall(text)
     if not found:
         return None
-    number = Decimal(re.sub(r"[$,\s]", "", found[-1]))
+    number = Decimal(re.sub(r"[$,]", "", found[-1]))
     return f"{number.normalize() + 0:f}"
 
 
