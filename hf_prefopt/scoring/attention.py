@@ -2,8 +2,8 @@
 
 A row holds groups `[prompt | response 1 | … | response K]`. Its queries fall into contiguous segments: prompt and
 first response, and each further response. The keys of a segment are its prompt and itself, gathered by index, causal
-with the last query on the last key. The bounds travel through the model's forward as keyword arguments, never in a global,
-because activation checkpointing runs a layer's forward again during the backward.
+with the last query on the last key. The bounds travel through the model's forward as keyword arguments, never in a
+global, because activation checkpointing runs a layer's forward again during the backward.
 
 The function is registered with transformers' `AttentionInterface` in front of the implementation that a model has: a
 call without segments is that implementation's own.
