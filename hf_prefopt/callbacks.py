@@ -85,9 +85,7 @@ class GenerationEvalCallback(TrainerCallback):
             for start in range(0, len(ordered), self.batch_size):
                 batch = ordered[start : start + self.batch_size]
                 answers = self._generate([prompts[index] for index in batch], tokenizer)
-                scores.update(
-                    {i: float(self.score(self.problems[i], a)) for i, a in zip(batch, answers, strict=True)}
-                )
+                scores.update({i: float(self.score(self.problems[i], a)) for i, a in zip(batch, answers, strict=True)})
                 progress.update(len(batch))
         return scores
 

@@ -292,12 +292,19 @@ class PreferenceTrainer(Trainer):
         super().log(logs, start_time)
 
     def create_model_card(
-        self, model_name: str | None = None, dataset: str | list[str] | None = None, **_: Any
+        self, *_: Any, model_name: str | None = None, dataset: str | list[str] | None = None, **metadata: Any
     ) -> None:
-        """Writes `README.md`, the model card, into `output_dir`; `dataset` names the data sets, on the Hub or local."""
+        """Writes the run's model card, `README.md`, into `output_dir`; `push_to_hub` passes its arguments on to here.
+
+        Args:
+            model_name: the card's title; by default the name of the repository or of the output folder.
+            dataset: the name or names of the data, on the Hub or local.
+            metadata: further metadata of the Hub, such as `license="apache-2.0"` or `language="en"`.
+        """
         if self.is_world_process_zero():
             datasets = [dataset] if isinstance(dataset, str) else dataset or []
-            model_card(card_facts(self, model_name, datasets)).save(f"{self.args.output_dir}/README.md")
+            card = model_card(card_facts(self, model_name, datasets), **metadata)
+            card.save(f"{self.args.output_dir}/README.md")
 
 
 def _pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:

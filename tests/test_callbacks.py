@@ -93,10 +93,12 @@ def test_the_mean_score_is_logged_with_its_count_and_returned_by_evaluate(traine
 def test_answers_do_not_depend_on_the_batch_they_are_generated_in(trainer, batch_size):
     """Left padding is invisible to the model: in batches of any size the answers are those generated one by one."""
     answers = {}
-    callback = GenerationEvalCallback(
-        trainer, PROBLEMS, lambda p, text: answers.setdefault(p["prompt"], text) and 0, max_new_tokens=8, batch_size=batch_size
-    )
-    evaluate(callback)
+
+    def keep(problem, text):
+        answers[problem["prompt"]] = text
+        return 0.0
+
+    evaluate(GenerationEvalCallback(trainer, PROBLEMS, keep, max_new_tokens=8, batch_size=batch_size))
     tokenizer, model = trainer.processing_class, trainer.model
     for problem in PROBLEMS:
         ids = torch.tensor([prompt_ids(problem, tokenizer)])
@@ -123,7 +125,8 @@ def test_a_model_under_an_adapter_generates(trainer):
 def test_a_tokenizer_without_chat_template_or_padding_token_serves(trainer):
     trainer.processing_class.chat_template = None
     trainer.processing_class.pad_token = None
-    assert evaluate(GenerationEvalCallback(trainer, PROBLEMS, lambda *_: 1.0, max_new_tokens=2))["eval_gsm8k/exact_match"] == 1.0
+    metrics = evaluate(GenerationEvalCallback(trainer, PROBLEMS, lambda *_: 1.0, max_new_tokens=2))
+    assert metrics["eval_gsm8k/exact_match"] == 1.0
 
 
 def test_no_problems_are_refused(trainer):

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
@@ -54,14 +55,23 @@ class CardFacts:
     versions: Mapping[str, str] = field(default_factory=lambda: package_versions())
 
 
-def model_card(facts: CardFacts) -> ModelCard:
-    """The card as `huggingface_hub` knows it: `.save(path)`, `.push_to_hub(name)`, `.data` for the metadata."""
+def model_card(facts: CardFacts, tags: str | list[str] | None = None, **metadata: Any) -> ModelCard:
+    """The card as `huggingface_hub` knows it: `.save(path)`, `.push_to_hub(name)`, `.data` for the metadata.
+
+    Args:
+        facts: what the card says.
+        tags: further tags.
+        metadata: further entries of the metadata, such as `license` or `language`.
+    """
+    own_tags = ["hf_prefopt", "preference-optimization", *(loss.name for loss in facts.losses)]
+    further_tags = [tags] if isinstance(tags, str) else tags or []
     data = ModelCardData(
         base_model=facts.base_model if is_hub_name(facts.base_model) else None,
         library_name="peft" if facts.is_adapter else "transformers",
         pipeline_tag="text-generation",
         datasets=[name for name in facts.datasets if is_hub_name(name)] or None,
-        tags=["hf_prefopt", "preference-optimization", *(loss.name for loss in facts.losses)],
+        tags=list(dict.fromkeys([*own_tags, *further_tags])),
+        **metadata,
     )
     sections = [
         f"# {facts.model_name}",

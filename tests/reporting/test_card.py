@@ -38,8 +38,15 @@ def test_metadata_survives_saving_and_loading(tmp_path):
 
 def test_body_says_loss_paper_beta_reference_and_rounded_metrics():
     text = model_card(facts()).text
-    for said in ("−log σ(βh)", "arxiv.org/abs/2305.18290", "beta = 0.1", "adapter_off", "0.6123", "| training pairs | 160 |", "torch"):
+    for said in ("−log σ(βh)", "arxiv.org/abs/2305.18290", "beta = 0.1", "adapter_off"):
         assert said in text
+    for said in ("0.6123", "| training pairs | 160 |", "torch"):
+        assert said in text
+
+
+def test_license_and_tags_of_the_user_join_the_metadata():
+    card = model_card(facts(), tags="math", license="apache-2.0")
+    assert card.data.license == "apache-2.0" and card.data.tags[-1] == "math" and "dpo" in card.data.tags
 
 
 def test_several_losses_are_listed_with_their_weights():
@@ -53,7 +60,10 @@ def test_folders_of_this_machine_stay_out_of_the_metadata(tmp_path):
     assert card.data.base_model is None and card.data.datasets is None
 
 
-@pytest.mark.parametrize(("name", "expected"), [("gpt2", True), ("a/b", True), ("./a", False), ("/a/b", False), ("a/b/c", False)])
+HUB_NAMES = [("gpt2", True), ("a/b", True), ("./a", False), ("/a/b", False), ("a/b/c", False)]
+
+
+@pytest.mark.parametrize(("name", "expected"), HUB_NAMES)
 def test_hub_names(name, expected):
     assert is_hub_name(name) is expected
 

@@ -13,8 +13,8 @@ def test_closing_report_keeps_paths_and_commands_whole():
     """A path longer than the terminal must not be broken: people copy it."""
     long_path = "runs/" + "a" * 120
     out = io.StringIO()
-    console = Console(width=80, file=out)
-    closing_report(evaluation(0), evaluation(1), 96, {"adapter": long_path}, {"a data set": "--dataset_name x"}, console)
+    results, next_steps = {"adapter": long_path}, {"a data set": "--dataset_name x"}
+    closing_report(evaluation(0), evaluation(1), 96, results, next_steps, Console(width=80, file=out))
     text = out.getvalue()
     assert long_path in text and "--dataset_name x" in text and "How to go on" in text
     assert text.index("reward accuracy") < text.index(long_path)
@@ -27,7 +27,13 @@ def test_closing_report_without_an_evaluation_has_no_table():
 
 
 def test_short_line_of_a_training_record():
-    logs = {"loss": 0.65124, "rewards/accuracies": 0.6, "rewards/margins": 0.05, "learning_rate": 2e-4, "logps/chosen": -90}
+    logs = {
+        "loss": 0.65124,
+        "rewards/accuracies": 0.6,
+        "rewards/margins": 0.05,
+        "learning_rate": 2e-4,
+        "logps/chosen": -9,
+    }
     assert short_line(logs, 10, 40) == "step 10/40 · loss 0.6512 · accuracy 0.600 · margin +0.0500 · lr 2.0e-04"
 
 

@@ -1,5 +1,7 @@
 """The table before → after and the interval on its shares."""
 
+import io
+
 import pytest
 from rich.console import Console
 
@@ -7,9 +9,9 @@ from hf_prefopt.reporting.table import evaluation_table, wilson_interval
 
 
 def render(table) -> str:
-    console = Console(width=100, record=True, file=open("/dev/null", "w"))
-    console.print(table)
-    return console.export_text()
+    out = io.StringIO()
+    Console(width=100, file=out).print(table)
+    return out.getvalue()
 
 
 def test_wilson_interval_equals_the_textbook_value():
