@@ -5,7 +5,8 @@
 PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
-PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# Twice quiet: errors only. What stands in between are remarks on the indexes that pip is set to use.
+PIP := $(VENV)/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 MODEL := models/smollm2-135m-instruct
 # Named in full, for accelerate otherwise lists the defaults that it fell back on.
 LAUNCH := $(VENV)/bin/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
@@ -17,7 +18,7 @@ DEMO_OPTIONS ?=
 
 demo: $(READY) $(MODEL)/config.json
 	@echo "Training: recipes/dpo_lora.py --config recipes/dpo_lora.yaml $(DEMO_OPTIONS)"
-	@HF_HUB_OFFLINE=1 $(LAUNCH) recipes/dpo_lora.py --config recipes/dpo_lora.yaml $(DEMO_OPTIONS)
+	@$(LAUNCH) recipes/dpo_lora.py --config recipes/dpo_lora.yaml $(DEMO_OPTIONS)
 
 test: $(READY)
 	@HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest

