@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import torch
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
@@ -59,7 +60,7 @@ class PreferenceConfig(TrainingArguments):
     learning_rate: float = field(default=1e-6, metadata=_help("Initial learning rate; adapters want 1e-5 to 2e-4."))
     logging_steps: float = field(default=10, metadata=_help("Log every so many steps (below 1: a share of all steps)."))
     bf16: bool | None = field(
-        default=None, metadata=_help("bf16 autocast; by default on GPUs that have it, unless fp16 is set.")
+        default=None, metadata=_help("bf16 autocast; by default where the hardware is fast in it, unless fp16 is set.")
     )
 
     loss_type: list[str] = field(default_factory=lambda: ["dpo"], metadata=_help("One or more names of losses."))
@@ -109,8 +110,10 @@ class PreferenceConfig(TrainingArguments):
     def __post_init__(self):
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
+        # TrainingArguments refuses bf16 on a CPU that it was not told of, even where there is nothing else.
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         if self.bf16 is None:
-            self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
+            self.bf16 = not self.fp16 and _is_fast_in_bf16(self.use_cpu)
         super().__post_init__()
         self._check_values()
         self.build_objective()
@@ -148,6 +151,11 @@ class PreferenceConfig(TrainingArguments):
             raise ValueError(f"temperature={self.temperature} must be above 0")
         if self.max_length is not None and self.max_length < 2:
             raise ValueError(f"max_length={self.max_length} leaves no room for a prompt and a response token")
+
+
+def _is_fast_in_bf16(use_cpu: bool) -> bool:
+    """Whether bf16 pays: on GPUs that have it, on CPUs with AMX; others emulate it, several times slower than fp32."""
+    return torch.cpu._is_amx_tile_supported() if use_cpu else is_torch_bf16_gpu_available()
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

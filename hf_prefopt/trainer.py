@@ -29,7 +29,9 @@ from hf_prefopt.losses.inputs import loss_inputs
 from hf_prefopt.policy import disable_dropout, load_model, load_tokenizer, with_adapter
 from hf_prefopt.reference.choose import choose_reference
 from hf_prefopt.reference.live import evaluation_mode
+from hf_prefopt.reporting.card import model_card
 from hf_prefopt.reporting.metrics import METRIC_INPUTS, EvaluationRecord, RunningMeans, example_metrics
+from hf_prefopt.reporting.run_facts import card_facts
 from hf_prefopt.scoring.attention import install_segment_attention
 from hf_prefopt.scoring.forward import base_causal_lm, install_scoring, score
 from hf_prefopt.scoring.layout import reason_against_shared
@@ -335,6 +337,21 @@ class PreferenceTrainer(Trainer):
         if "loss" in logs:
             logs.update(self._train_metrics.pop(self.accelerator))
         super().log(logs, start_time)
+
+    def create_model_card(
+        self, *_: Any, model_name: str | None = None, dataset: str | list[str] | None = None, **metadata: Any
+    ) -> None:
+        """Writes the run's model card, `README.md`, into `output_dir`; `push_to_hub` passes its arguments on to here.
+
+        Args:
+            model_name: the card's title; by default the name of the repository or of the output folder.
+            dataset: the name or names of the data, on the Hub or local.
+            metadata: further metadata of the Hub, such as `license="apache-2.0"` or `language="en"`.
+        """
+        if self.is_world_process_zero():
+            datasets = [dataset] if isinstance(dataset, str) else dataset or []
+            card = model_card(card_facts(self, model_name, datasets), **metadata)
+            card.save(f"{self.args.output_dir}/README.md")
 
 
 def _pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:

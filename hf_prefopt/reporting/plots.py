@@ -1,0 +1,86 @@
+"""The training curves as a PNG: loss, reward accuracy, reward margin, chosen and rejected rewards.
+
+Reads `trainer.state.log_history` alone, so a figure can be drawn again from a checkpoint's `trainer_state.json`.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+TRAIN_COLOUR = "#4c72b0"
+REJECTED_COLOUR = "#c44e52"
+CHANCE_COLOUR = "#999999"
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One of the figure's axes: the curves it shows (metric key → colour, label) and the value of no preference."""
+
+    title: str
+    unit: str
+    curves: Mapping[str, tuple[str, str]]
+    no_preference: float | None = None
+
+
+PANELS = (
+    Panel("Loss", "nats", {"loss": (TRAIN_COLOUR, "loss")}),
+    Panel("Reward accuracy", "share of pairs", {"rewards/accuracies": (TRAIN_COLOUR, "accuracy")}, 0.5),
+    Panel("Reward margin", "nats", {"rewards/margins": (TRAIN_COLOUR, "chosen − rejected")}, 0.0),
+    Panel(
+        "Rewards",
+        "nats",
+        {"rewards/chosen": (TRAIN_COLOUR, "chosen"), "rewards/rejected": (REJECTED_COLOUR, "rejected")},
+        0.0,
+    ),
+)
+
+
+def plot_training(log_history: Iterable[Mapping[str, float]], path: str | Path, title: str = "Training") -> Path:
+    """Draws the curves of a run into a PNG and returns its path.
+
+    Lines are the training batches as logged; diamonds are evaluations on the held-back pairs (the first one stands at
+    step 0 where the run evaluated on start). The dotted line is what a policy without a preference would show.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    records = list(log_history)
+    # A Figure of its own, not pyplot's: no window system is asked for and no global state is left behind.
+    figure = Figure(figsize=(10, 7), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, panel in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
+        _draw_panel(axes, panel, records)
+    figure.suptitle(title, fontsize=13)
+    figure.supxlabel("lines: training batches   ◆ evaluation on the held-back pairs", fontsize=9, color="#555555")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    return path
+
+
+def _draw_panel(axes, panel: Panel, records: list[Mapping[str, float]]) -> None:
+    """One panel: every curve with its evaluation points."""
+    for index, (key, (colour, label)) in enumerate(panel.curves.items()):
+        axes.plot(*_series(records, key), color=colour, linewidth=1.6, marker=".", markersize=4, label=label)
+        evaluations = _series(records, f"eval_{key}")
+        axes.plot(*evaluations, color=colour, linestyle="none", marker="D", markersize=8, markeredgecolor="black")
+        # The first and the last evaluation carry their number; a second curve's stand below it, clear of the first's.
+        below_or_above = (0, 9) if index == 0 else (0, -16)
+        points = list(zip(*evaluations, strict=True))
+        for point in dict.fromkeys(points[:1] + points[-1:]):
+            label_text = f"{point[1] + 0.0:.3f}"
+            axes.annotate(label_text, point, below_or_above, textcoords="offset points", fontsize=8, ha="center")
+    if panel.no_preference is not None:
+        axes.axhline(panel.no_preference, color=CHANCE_COLOUR, linestyle=":", linewidth=1.2, zorder=0)
+    axes.set(title=panel.title, xlabel="optimiser step", ylabel=f"{panel.title.lower()} [{panel.unit}]")
+    axes.margins(x=0.08, y=0.18)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    if len(panel.curves) > 1:
+        axes.legend(frameon=False, loc="best")
+
+
+def _series(records: list[Mapping[str, float]], key: str) -> tuple[list[float], list[float]]:
+    """The steps and the values of the records that have the metric."""
+    points = [(record["step"], record[key]) for record in records if key in record]
+    return [step for step, _ in points], [value for _, value in points]
