@@ -23,7 +23,9 @@ _SIZES: dict[str, Any] = {
 }
 
 
-def tiny_model(model_type: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32, **config) -> PreTrainedModel:
+def tiny_model(
+    model_type: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32, **config
+) -> PreTrainedModel:
     """A random causal language model of an architecture; large initial weights, so that log-ratios are not tiny."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**_SIZES, **config}))
