@@ -53,7 +53,7 @@ def is_fresh_adapter(model: PeftModel) -> bool:
     """Whether the active adapter leaves the model's output as it is, as a newly made LoRA adapter does, and is all that
     trains, so that switching it off will always give the model as it is now.
 
-    True for LoRA layers (DoRA and rsLoRA among them) whose product B·A is zero, with any fully trained modules equal to the
+    True for LoRA layers (DoRA and rsLoRA among them) whose B·A is zero, with any fully trained modules equal to the
     originals. Anything that cannot be told so, such as PiSSA's or another method's weights, counts as trained: a frozen
     copy is then the reference, which is right in either case.
     """
