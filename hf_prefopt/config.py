@@ -11,6 +11,7 @@ from hf_prefopt.losses.objective import Objective, build_objective
 REFERENCES = ("auto", "adapter_off", "adapter:<name>", "model", "copy", "none")
 TRUNCATION_MODES = ("keep_start", "keep_end")
 BAD_ROWS = ("error", "drop")
+LAYOUTS = ("auto", "shared", "padded")
 
 
 def _help(text: str) -> dict[str, str]:
@@ -39,6 +40,8 @@ class PreferenceConfig(TrainingArguments):
         max_length: tokens of prompt and response together; `None` for no limit. truncation_mode: "keep_start" cuts the
             end of responses (their EOS stays), "keep_end" cuts the start of the prompt.
         on_bad_rows: "error" or "drop". dataset_num_proc: processes that tokenise.
+        layout: "auto" computes every prompt once and no padding where that is exact for the model, and says where it is
+            not; "shared" insists on it, "padded" is one padded sequence per response.
         show_first_batch: print the first training row, its tokens and which of them are scored.
 
     Raises:
@@ -86,6 +89,10 @@ class PreferenceConfig(TrainingArguments):
     on_bad_rows: str = field(default="error", metadata=_help("error or drop."))
     dataset_num_proc: int | None = field(default=None, metadata=_help("Processes that tokenise."))
     pad_to_multiple_of: int | None = field(default=None, metadata=_help("Round padded lengths up to a multiple."))
+    layout: str = field(
+        default="auto",
+        metadata=_help("auto, shared (every prompt computed once, no padding) or padded (a sequence per response)."),
+    )
     show_first_batch: bool = field(
         default=False, metadata=_help("Print the first training row: its tokens, and which are scored.")
     )
@@ -118,6 +125,7 @@ class PreferenceConfig(TrainingArguments):
 
     def _check_values(self) -> None:
         _check_choice("truncation_mode", self.truncation_mode, TRUNCATION_MODES)
+        _check_choice("layout", self.layout, LAYOUTS)
         _check_choice("on_bad_rows", self.on_bad_rows, BAD_ROWS)
         if not self.reference.startswith("adapter:"):
             _check_choice("reference", self.reference, REFERENCES)

@@ -20,6 +20,7 @@ from hf_prefopt.data.batch import PreferenceBatch, ResponseScores
 from hf_prefopt.data.collate import PaddedCollator
 from hf_prefopt.data.prepare import PREPARED_FEATURES, prepare_dataset
 from hf_prefopt.data.preview import print_preview
+from hf_prefopt.data.shared import LayoutCollator, SharedCollator
 from hf_prefopt.losses.base import LossOutput
 from hf_prefopt.losses.global_batch import StepInputs
 from hf_prefopt.losses.inputs import loss_inputs
@@ -27,7 +28,9 @@ from hf_prefopt.policy import disable_dropout, load_model, load_tokenizer, with_
 from hf_prefopt.reference.choose import choose_reference
 from hf_prefopt.reference.live import evaluation_mode
 from hf_prefopt.reporting.metrics import METRIC_INPUTS, EvaluationRecord, RunningMeans, example_metrics
-from hf_prefopt.scoring.forward import install_scoring, score
+from hf_prefopt.scoring.attention import install_segment_attention
+from hf_prefopt.scoring.forward import base_causal_lm, install_scoring, score
+from hf_prefopt.scoring.layout import reason_against_shared
 
 logger = logging.getLogger(__name__)
 
@@ -92,11 +95,13 @@ class PreferenceTrainer(Trainer):
             processing_class = load_tokenizer(model or trainer_arguments["model_init"](), args.model_init_kwargs)
         self.tokenizer = getattr(processing_class, "tokenizer", processing_class)
         self._train_metrics, self._evaluation = RunningMeans(), EvaluationRecord()
+        padded = PaddedCollator(_pad_token_id(self.tokenizer), args.pad_to_multiple_of)
+        self._layouts = LayoutCollator({"padded": padded, "shared": SharedCollator()})
 
         super().__init__(
             model=model,
             args=args,
-            data_collator=data_collator or PaddedCollator(_pad_token_id(self.tokenizer), args.pad_to_multiple_of),
+            data_collator=data_collator or self._layouts,
             train_dataset=self._prepared(train_dataset, "train"),
             eval_dataset=self._prepared(eval_dataset, "eval"),
             processing_class=processing_class,
@@ -116,6 +121,7 @@ class PreferenceTrainer(Trainer):
 
     def _adopt(self, model: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftModel:
         """Make a given model the policy: adapter, dropout, reference, scoring."""
+        self.layout: str | None = None
         model = with_adapter(model, self._peft_config)
         if self.args.disable_dropout:
             disable_dropout(model)
@@ -124,6 +130,23 @@ class PreferenceTrainer(Trainer):
         for module in {model, self.reference.model if self.reference else model}:
             install_scoring(module, self.args.temperature)
         return model
+
+    def _settle_layout(self) -> None:
+        """Decide, once for a model, how its batches are laid out: when it is on its device, before the first batch."""
+        if self.layout is not None or self.data_collator is not self._layouts:
+            return
+        reason = None
+        if self.args.layout != "padded":
+            dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
+            reason = reason_against_shared(self.model, self.args.max_length, dtype)
+        if reason is not None and self.args.layout == "shared":
+            raise ValueError(f"layout='shared' is not exact for this model: {reason}; choose layout='auto'")
+        if reason is not None:
+            logger.warning("layout: padded, because %s (%s)", reason, type(base_causal_lm(self.model)).__name__)
+        self.layout = "padded" if reason is not None else self.args.layout.replace("auto", "shared")
+        self._layouts.layout = self.layout
+        if self.layout == "shared" and self.reference is not None:
+            install_segment_attention(base_causal_lm(self.reference.model))
 
     def call_model_init(self, trial: Any = None) -> PreTrainedModel | PeftModel:
         """A fresh policy from `model_init`, with a fresh reference."""
@@ -216,6 +239,7 @@ class PreferenceTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of a step and its number of examples; for batch-wise losses, tied together."""
+        self._settle_layout()
         batches, num_examples = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.objective.needs_global_batch and len(batches) > 1:
             step = StepInputs(self.accelerator, lambda: self._collect(batches))
@@ -251,6 +275,7 @@ class PreferenceTrainer(Trainer):
 
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix: str = "eval", **kwargs):
         """As the Trainer's, with the loss and every metric taken over the rows and not over the batches."""
+        self._settle_layout()
         self._evaluation = EvaluationRecord()
         output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         metrics = self._evaluation.metrics(self.objective)

@@ -17,6 +17,8 @@ class PreferenceBatch(TypedDict, total=False):
 
     Model inputs, whose shape is the layout's affair:
         input_ids, position_ids, attention_mask: as the model takes them.
+        segment_queries, segment_keys, segment_key_index, segment_longest: what each response of a row may look at, in
+            the layout "shared" (see `scoring.attention`).
 
     Scored tokens (N of them, in the order of the responses):
         scored_rows: `[N]` int64, index into the hidden states flattened to `[rows, H]` of the position that predicts
@@ -33,6 +35,10 @@ class PreferenceBatch(TypedDict, total=False):
     input_ids: Tensor
     position_ids: Tensor
     attention_mask: Tensor
+    segment_queries: Tensor
+    segment_keys: Tensor
+    segment_key_index: Tensor
+    segment_longest: tuple[int, int]
     scored_rows: Tensor
     targets: Tensor
     response_index: Tensor

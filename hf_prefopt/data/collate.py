@@ -8,7 +8,7 @@ Shapes: R responses of all rows, group by group; T tokens of the longest sequenc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -62,7 +62,7 @@ class PaddedCollator:
             "response_lengths": response_lengths,
             **index_examples(rows),
         }
-        return PreferenceBatch(**{name: torch.from_numpy(array) for name, array in batch.items()})
+        return cast(PreferenceBatch, {name: torch.from_numpy(array) for name, array in batch.items()})
 
     def _width(self, longest: int) -> int:
         multiple = self.pad_to_multiple_of or 1
@@ -86,7 +86,9 @@ def index_examples(rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
 
 def _concatenate(rows: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """All sequences end to end: their tokens and whether each is scored, both `[sum of lengths]`; the lengths `[R]`."""
-    tokens, scored, lengths = [], [], []
+    tokens: list[list[int]] = []
+    scored: list[list[int]] = []
+    lengths: list[int] = []
     for row in rows:
         prompt = row["prompt_ids"]
         unscored = [0] * len(prompt)
@@ -96,5 +98,5 @@ def _concatenate(rows: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndar
             lengths.append(len(prompt) + len(response))
     total = sum(lengths)
     flat_tokens = np.fromiter(chain.from_iterable(tokens), dtype=np.int64, count=total)
-    flat_scored = np.fromiter(chain.from_iterable(scored), dtype=bool, count=total)
+    flat_scored = np.fromiter(chain.from_iterable(scored), dtype=np.bool_, count=total)
     return flat_tokens, flat_scored, np.array(lengths)

@@ -74,7 +74,7 @@ def _show_tokens(ids: Sequence[int], mask: Sequence[int], style: str, kinds: Tok
         shown.append("⟦" if is_scored else "", style="bold")
         for is_special, part in groupby((token for token, _ in run), key=kinds.special.__contains__):
             text = kinds.tokenizer.decode(list(part), skip_special_tokens=False, clean_up_tokenization_spaces=False)
-            shown.append(text, style=f"{base} italic" if is_special else base)
+            shown.append(str(text), style=f"{base} italic" if is_special else base)
         shown.append("⟧" if is_scored else "", style="bold")
     return shown
 

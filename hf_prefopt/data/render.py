@@ -5,9 +5,10 @@ tokenize.py can hand the texts of many rows to the tokenizer at once.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
@@ -54,12 +55,30 @@ def _adds_eos(tokenizer: PreTrainedTokenizerBase) -> bool:
 def render_messages(row: CanonicalRow, tokenizer: PreTrainedTokenizerBase) -> RenderedRow:
     """The conversation by the chat template. Raises `BadRow` where the template refuses it."""
     template = ChatTemplate(tokenizer, row.tools, row.chat_template_kwargs)
+    continues = _continues_last_message(row)
+    shared, responses = row.prompt, row.responses
+    if continues:
+        shared, last = row.prompt[:-1], row.prompt[-1]
+        responses = [[_join_messages(last, response[0]), *response[1:]] for response in row.responses]
+    full, spans = [], []
+    for column, response in zip(row.columns, responses, strict=True):
+        with _blaming(column):
+            full.append(template.render(shared + response))
+    with _blaming("prompt"):
+        prompt = _render_prompt(row.prompt, continues, full, template)
+    for column, response, text in zip(row.columns, responses, full, strict=True):
+        with _blaming(column):
+            spans.append(_scored_spans(text, prompt, shared, response, template))
+    return RenderedRow(prompt, full, spans, add_special_tokens=False)
+
+
+@contextmanager
+def _blaming(column: str) -> Iterator[None]:
+    """Whatever the template cannot render is this column's fault."""
     try:
-        return _render_messages(row, template)
+        yield
     except (jinja2.TemplateError, TypeError, KeyError, ValueError) as error:
-        if isinstance(error, BadRow):
-            raise
-        raise BadRow(row.columns[0], f"is refused by the chat template ({error})") from error
+        raise BadRow(column, f"is refused by the chat template ({error})") from error
 
 
 RENDERERS: dict[str, Callable[[CanonicalRow, PreTrainedTokenizerBase], RenderedRow]] = {
@@ -85,27 +104,14 @@ class ChatTemplate:
     def render(self, messages: list[Message], generation_prompt: bool = False, unfinished: bool = False) -> str:
         """The messages as text, followed by the header of an assistant turn or with the last message left open."""
         how = {"add_generation_prompt": generation_prompt, "continue_final_message": unfinished, "tokenize": False}
-        return self.tokenizer.apply_chat_template(messages, **{**self.arguments, **how})
+        return cast(str, self.tokenizer.apply_chat_template(messages, **{**self.arguments, **how}))
 
     def generated_spans(self, messages: list[Message]) -> list[Span]:
         """The character ranges between the template's `{% generation %}` markers."""
         how = {"chat_template": self.source, "return_assistant_tokens_mask": True, "add_generation_prompt": False}
-        _, spans = render_jinja_template([messages], **{**self.tokenizer.special_tokens_map, **self.arguments, **how})
-        return [tuple(span) for span in spans[0]]
-
-
-def _render_messages(row: CanonicalRow, template: ChatTemplate) -> RenderedRow:
-    continues = _continues_last_message(row)
-    if continues:
-        shared, last = row.prompt[:-1], row.prompt[-1]
-        responses = [[_join_messages(last, response[0]), *response[1:]] for response in row.responses]
-    else:
-        shared, responses = row.prompt, row.responses
-    full = [template.render(shared + response) for response in responses]
-    prompt = _render_prompt(row.prompt, continues, full, template)
-    turns = zip(full, responses, strict=True)
-    spans = [_scored_spans(text, prompt, shared, response, template) for text, response in turns]
-    return RenderedRow(prompt, full, spans, add_special_tokens=False)
+        rendered = render_jinja_template([messages], **{**self.tokenizer.special_tokens_map, **self.arguments, **how})
+        _, spans = cast(tuple[list[str], list[list[Span]]], rendered)
+        return spans[0]
 
 
 def _continues_last_message(row: CanonicalRow) -> bool:
@@ -162,12 +168,15 @@ def _scored_spans(
     return spans
 
 
+_REWRITES = "it rewrites earlier turns, so that the assistant's cannot be told apart: give it {% generation %} markers"
+
+
 def _turn_start(full: str, prompt: str, before: list[Message], template: ChatTemplate, first: bool) -> int:
     if first:
         return shared_length(prompt, full)
     start = shared_length(template.render(before, generation_prompt=True), full)
     if start < len(template.render(before)):
-        raise BadRow("chosen/rejected", *_REWRITES)
+        raise ValueError(_REWRITES)
     return start
 
 
@@ -176,10 +185,10 @@ def _turn_end(full: str, start: int, messages: list[Message], at: int, template:
         return len(full)
     turn = template.render(messages[: at + 1])[start:]
     # A template may write more in a last turn than in an earlier one (Qwen3: its thinking) and leave the end alike.
-    for skipped in range(len(turn)):
+    for skipped in range(len(turn.rstrip())):
         if full.startswith(turn[skipped:], start):
             return start + len(turn) - skipped
-    raise BadRow("chosen/rejected", *_REWRITES)
+    raise ValueError(_REWRITES)
 
 
 def shared_length(left: Sequence, right: Sequence) -> int:
@@ -188,9 +197,3 @@ def shared_length(left: Sequence, right: Sequence) -> int:
     if left[:shorter] == right[:shorter]:  # the ordinary case, at C speed
         return shorter
     return next(at for at in range(shorter) if left[at] != right[at])
-
-
-_REWRITES = (
-    "has several turns, and the chat template rewrites earlier ones, so that the assistant's cannot be told",
-    "use a chat template with {% generation %} markers or responses of one message",
-)

@@ -4,10 +4,11 @@ The texts of all rows go to the tokenizer in one call. A response begins where t
 those of the prompt, for all responses at the earliest such place, since tokens may merge across the boundary.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
+from typing import cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -49,7 +50,7 @@ class TokenKinds:
     def is_blank(self, token_id: int) -> bool:
         """Whether the token is whitespace and nothing else."""
         if token_id not in self._blank:
-            self._blank[token_id] = not self.tokenizer.decode([token_id]).strip()
+            self._blank[token_id] = not cast(str, self.tokenizer.decode([token_id])).strip()
         return self._blank[token_id]
 
     def closing_token(self, ids: Sequence[int]) -> int | None:
@@ -101,7 +102,7 @@ class _Encoding:
     offsets: list[list[Span]] | None
 
 
-def _encode_all(rows: list[RenderedRow], tokenizer: PreTrainedTokenizerBase) -> Iterable[_Encoding]:
+def _encode_all(rows: list[RenderedRow], tokenizer: PreTrainedTokenizerBase) -> Iterator[_Encoding]:
     """The encodings of the rows, in their order; one call of the tokenizer for all of one kind."""
     done: dict[int, _Encoding] = {}
     for add_special_tokens in (False, True):

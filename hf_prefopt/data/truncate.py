@@ -70,7 +70,7 @@ TRUNCATION_MODES: dict[str, Callable[[TokenisedRow, int], list[int]]] = {
 
 
 def _cut_response(ids: list[int], mask: list[int], room: int, kinds: TokenKinds) -> tuple[list[int], list[int]]:
-    """The response's first tokens, ended as the whole one was. An unscored turn that the cut goes through is left out."""
+    """The response's first tokens, ended as the whole one was; an unscored turn that the cut goes through goes."""
     end = max(0, room)
     if end and not mask[end - 1]:
         while end and not mask[end - 1]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_prefopt.data.batch import PreferenceBatch, ResponseScores
+from hf_prefopt.scoring.attention import SEGMENT_INPUTS
 from hf_prefopt.scoring.head import (
     LogitTransform,
     full_precision,
@@ -24,7 +25,7 @@ from hf_prefopt.scoring.head import (
 
 # Rows of logits held at once: small chunks starve a GPU, large ones leave a CPU's cache.
 CHUNK_ROWS = {"cpu": 512, "cuda": 2048}
-_MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
+_MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", *SEGMENT_INPUTS)
 _FACTORS = ("logit_scale", "lm_head_multiplier")
 _DIVISORS = ("logits_scaling",)
 _CAPS = ("final_logit_softcapping", "output_logit_soft_cap")
@@ -77,11 +78,21 @@ def _scoring_forward(self: PreTrainedModel, *args: Any, scored_rows: Tensor | No
     """The model's forward; with `scored_rows`, log-probs (and statistics) of the targets instead of logits."""
     if scored_rows is None:
         return self.plain_forward(*args, **kwargs)
-    targets, token_stats = kwargs.pop("targets"), kwargs.pop("token_stats", ())
+    targets, token_stats, width = (kwargs.pop(name) for name in ("targets", "token_stats", "width"))
     kwargs |= {"use_cache": False, "return_dict": True}
-    hidden = self.base_model(*args, **kwargs).last_hidden_state
-    hidden = hidden.reshape(-1, hidden.shape[-1]).index_select(0, scored_rows)
+    if kwargs.get("segment_queries") is not None:
+        # A mask of four dimensions is handed on as it is, so none is built; attention over segments ignores it.
+        kwargs["attention_mask"] = scored_rows.new_ones(1, 1, 1, 1)
+    hidden = _body(self)(*args, **kwargs).last_hidden_state
+    # Adapters that put virtual tokens before a sequence make it longer at its front.
+    hidden = hidden[:, -width:].reshape(-1, hidden.shape[-1]).index_select(0, scored_rows)
     return self.get_output_embeddings()(hidden, targets=targets, token_stats=token_stats)
+
+
+def _body(causal_lm: PreTrainedModel) -> nn.Module:
+    """The model beneath the head; some architectures name it otherwise than their own `base_model` says."""
+    candidates = (causal_lm.base_model, causal_lm.get_decoder(), getattr(causal_lm, "model", None))
+    return next(module for module in candidates if module is not None and module is not causal_lm)
 
 
 def _head_forward(
@@ -110,7 +121,13 @@ def score(model: nn.Module, batch: PreferenceBatch, token_stats: tuple[str, ...]
         The scores; gradients flow as the grad mode says.
     """
     model_inputs = {name: batch[name] for name in _MODEL_INPUTS if name in batch}
-    outputs = model(**model_inputs, scored_rows=batch["scored_rows"], targets=batch["targets"], token_stats=token_stats)
+    outputs = model(
+        **model_inputs,
+        scored_rows=batch["scored_rows"],
+        targets=batch["targets"],
+        token_stats=token_stats,
+        width=batch["input_ids"].shape[1],
+    )
     token_logps = outputs.pop("token_logps")
     token_logps = token_logps.to(full_precision(token_logps.dtype))
     return ResponseScores(token_logps, batch["response_index"], batch["response_lengths"], outputs)

@@ -1,0 +1,163 @@
+"""Attention over segments: how several responses share the tokens of their prompt in one row without padding.
+
+A row holds groups `[prompt | response 1 | … | response K]`. Its queries fall into contiguous segments: prompt and
+first response, and each further response. The keys of a segment are its prompt and itself, gathered by index, causal
+with the last query on the last key. The bounds travel through the model's forward as keyword arguments, never in a
+global, because activation checkpointing runs a layer's forward again during the backward.
+
+The function is registered with transformers' `AttentionInterface` in front of the implementation that a model has: a
+call without segments is that implementation's own.
+"""
+
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+SEGMENT_INPUTS = ("segment_queries", "segment_keys", "segment_key_index", "segment_longest")
+_PREFIX = "hf_prefopt|"
+# What attention modules pass along that has no bearing on the result, or is handled here.
+_HARMLESS = {"position_ids", "use_cache", "output_attentions", "output_hidden_states", "return_dict", "cache_position"}
+_VARLEN_HAS_WINDOW = "window_size" in inspect.signature(varlen_attn).parameters
+_VARLEN_HAS_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+
+class UnsupportedAttention(RuntimeError):
+    """The model's attention asks for something that attention over segments does not have."""
+
+
+def install_segment_attention(model: PreTrainedModel) -> None:
+    """Put attention over segments in front of the implementation the model has; doing it again changes nothing."""
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        implementation = getattr(config, "_attn_implementation", None)
+        if implementation is not None and not implementation.startswith(_PREFIX):
+            config._attn_implementation = _registered(implementation)
+
+
+def _registered(implementation: str) -> str:
+    """The name of attention over segments in front of an implementation, registered if it is new."""
+    name = _PREFIX + implementation
+    if name not in ALL_ATTENTION_FUNCTIONS:
+
+        def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any):
+            if kwargs.get("segment_queries") is None:
+                return _plain(implementation, module)(module, query, key, value, mask, **kwargs)
+            return segment_attention(query, key, value, **kwargs), None
+
+        AttentionInterface.register(name, attention)
+        if implementation in ALL_MASK_ATTENTION_FUNCTIONS:
+            AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[implementation])
+    return name
+
+
+def _plain(implementation: str, module: nn.Module) -> Callable:
+    """The attention function that the model would use by itself; "eager" is each model file's own."""
+    own_eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    return ALL_ATTENTION_FUNCTIONS.get_interface(implementation, own_eager)
+
+
+def segment_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    segment_queries: Tensor,
+    segment_keys: Tensor,
+    segment_key_index: Tensor,
+    segment_longest: tuple[int, int],
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    is_causal: bool | None = None,
+    **others: Any,
+) -> Tensor:
+    """Causal attention of each segment's queries on its own keys.
+
+    Args:
+        query: `[1, heads, T, D]`. key, value: `[1, key heads, T, D]`, the latter's D may differ.
+        segment_queries, segment_keys: `[S + 1]` int32, where each of the S segments begins among the queries and among
+            the gathered keys, and where the last one ends.
+        segment_key_index: `[Tk]` int64, the row's position of each gathered key.
+        segment_longest: the most queries and the most keys of a segment.
+        sliding_window: a query sees that many keys, itself included. softcap: scores are cap · tanh(score / cap).
+
+    Returns:
+        `[1, T, heads, D]`.
+
+    Raises:
+        UnsupportedAttention: the module asks for something else, such as sinks, a position bias, or no causality.
+    """
+    unknown = [name for name, given in others.items() if given is not None and name not in _HARMLESS]
+    if unknown or is_causal is False:
+        raise UnsupportedAttention(f"attention with {', '.join(unknown) or 'is_causal=False'}")
+    key, value = key.index_select(2, segment_key_index), value.index_select(2, segment_key_index)
+    window = sliding_window if sliding_window and sliding_window < segment_longest[1] else None
+    if query.is_cuda and softcap is None and dropout == 0 and _fits_varlen(query, value):
+        return _varlen(query, key, value, segment_queries, segment_keys, segment_longest, scaling, window)
+    pieces = [
+        _one_segment(q, k, v, scaling, dropout, window, softcap)
+        for q, k, v in zip(
+            _split(query, segment_queries), _split(key, segment_keys), _split(value, segment_keys), strict=True
+        )
+    ]
+    return torch.cat(pieces, dim=2).transpose(1, 2)
+
+
+def _fits_varlen(query: Tensor, value: Tensor) -> bool:
+    """The flash kernel takes half precision, heads of one width, up to 256."""
+    width = query.shape[-1]
+    return query.dtype in (torch.bfloat16, torch.float16) and value.shape[-1] == width and width <= 256
+
+
+def _varlen(query, key, value, query_bounds, key_bounds, longest, scaling, window) -> Tensor:
+    """All segments in one call of the variable-length flash kernel, whose causal mask is aligned at the last key."""
+    if _VARLEN_HAS_WINDOW:
+        options = {"window_size": (window - 1 if window else -1, 0)}
+    elif window:
+        raise UnsupportedAttention("a sliding window, which this PyTorch's variable-length attention lacks")
+    else:
+        options = {"is_causal": True}
+    groups = query.shape[1] // key.shape[1]
+    if _VARLEN_HAS_GQA:
+        options["enable_gqa"] = groups > 1
+    elif groups > 1:
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    rows = (tensor.squeeze(0).transpose(0, 1).contiguous() for tensor in (query, key, value))
+    return varlen_attn(*rows, query_bounds, key_bounds, *longest, scale=scaling, **options).unsqueeze(0)
+
+
+def _split(tensor: Tensor, bounds: Tensor) -> tuple[Tensor, ...]:
+    return tensor.split(bounds.diff().tolist(), dim=2)
+
+
+def _one_segment(query, key, value, scaling, dropout, window, softcap) -> Tensor:
+    """One segment `[1, heads, n, D]` by PyTorch's attention, or written out where scores are capped."""
+    queries, keys, groups = query.shape[2], key.shape[2], query.shape[1] // key.shape[1]
+    mask = None
+    if queries != keys or window or softcap is not None:
+        mask = _causal_mask(queries, keys, window, query.device)
+    if softcap is None:
+        return F.scaled_dot_product_attention(
+            query, key, value, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=groups > 1
+        )
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = query @ key.transpose(2, 3) * (scaling if scaling is not None else query.shape[-1] ** -0.5)
+    scores = (softcap * torch.tanh(scores / softcap)).masked_fill(~mask, float("-inf"))
+    return F.dropout(scores.softmax(-1, dtype=torch.float32).to(query.dtype), dropout) @ value
+
+
+def _causal_mask(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
+    """`[queries, keys]`, true where a query sees a key: the last query on the last key, at most `window` keys back."""
+    distance = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
+    mask = distance >= 0
+    return mask if window is None else mask & (distance < window)

@@ -1,0 +1,104 @@
+"""Which layout a model can be scored in: "shared" where it is exact, "padded" where it is not, and why.
+
+Static checks name what is known not to work. Everything else is decided by a probe on the model itself, because a wrong
+layout gives no error, only other numbers.
+"""
+
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from hf_prefopt.data.collate import PaddedCollator
+from hf_prefopt.data.shared import SharedCollator
+from hf_prefopt.reference.live import evaluation_mode
+from hf_prefopt.scoring.attention import install_segment_attention
+from hf_prefopt.scoring.forward import base_causal_lm, score
+
+_STATELESS_LAYERS = {"full_attention", "sliding_attention", "attention", "dense", "sparse", "moe"}
+
+
+def reason_against_shared(
+    model: nn.Module, max_length: int | None = None, compute_dtype: torch.dtype | None = None
+) -> str | None:
+    """Why the layout "shared" is not exact for this model, or `None` where it is; the model is then ready for it.
+
+    Args:
+        model: a model that `scoring.forward.install_scoring` has been called on, on its device.
+        max_length: the longest sequence that will be scored; a sliding window beyond it does not matter.
+        compute_dtype: the dtype the model computes in, where autocast makes it another than its weights'.
+    """
+    reason = known_reason(model)
+    if reason is None:
+        install_segment_attention(base_causal_lm(model))
+        reason = _probe(model, max_length, compute_dtype)
+    return reason
+
+
+def known_reason(model: nn.Module) -> str | None:
+    """What is known to be wrong with the layout "shared" for a model, without running it."""
+    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+        return "prompt-learning adapters put virtual tokens before every sequence"
+    causal_lm = base_causal_lm(model)
+    config = causal_lm.config.get_text_config()
+    stateful = set(getattr(config, "layer_types", None) or ()) - _STATELESS_LAYERS
+    if stateful or getattr(causal_lm, "_is_stateful", False):
+        return f"its layers ({', '.join(sorted(stateful)) or 'stateful'}) carry a state along the row"
+    if getattr(config, "alibi", False):
+        return "ALiBi counts distances along the row"
+    if not causal_lm._can_set_attn_implementation():
+        return "its attention does not go through transformers' attention interface"
+    if getattr(config, "output_router_logits", False):
+        return "its router's auxiliary loss would count a prompt once instead of once per response"
+    return None
+
+
+def _probe(model: nn.Module, max_length: int | None, compute_dtype: torch.dtype | None) -> str | None:
+    """Score a few made-up groups in both layouts, with other prompts, and with other first responses."""
+    causal_lm = base_causal_lm(model)
+    rows = _made_up_rows(causal_lm.config, max_length)
+    other_prompts = [{**row, "prompt_ids": row["prompt_ids"][::-1]} for row in rows]
+    other_chosen = [{**row, "response_ids": [row["response_ids"][0][::-1], row["response_ids"][1]]} for row in rows]
+    try:
+        with torch.no_grad(), evaluation_mode(model):
+            padded, padded_prompts = (_score(model, PaddedCollator(0)(variant)) for variant in (rows, other_prompts))
+            shared, shared_prompts, shared_chosen = (
+                _score(model, SharedCollator()(variant)) for variant in (rows, other_prompts, other_chosen)
+            )
+    except (TypeError, ValueError, RuntimeError, KeyError) as error:  # UnsupportedAttention is a RuntimeError
+        return f"its forward refuses it ({type(error).__name__}: {str(error).splitlines()[0]})"
+    rejected = torch.arange(len(shared)) % 2 == 1  # the rows' pairs alternate chosen, rejected
+    effect = (padded_prompts - padded).abs().mean()
+    dtype = compute_dtype or next(p.dtype for p in model.parameters() if p.is_floating_point())
+    # What rounding may do to a sum of log-probs, and far less than what a wrongly seen or unseen token does.
+    noise = torch.finfo(dtype).eps * padded.abs().mean() + 0.01 * effect
+    if (shared_chosen - shared)[rejected].abs().mean() > noise:
+        return "a response sees another response of its prompt"
+    if (shared - padded).abs().mean() > noise or (shared_prompts - padded_prompts).abs().mean() > noise:
+        return "its log-probs differ from those of padded sequences"
+    return None
+
+
+def _score(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    """`[R]`: the summed log-prob of each response, on the CPU."""
+    device = next(model.parameters()).device
+    moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+    return score(model, moved).logps.float().cpu()
+
+
+def _made_up_rows(config: Any, max_length: int | None) -> Sequence[dict[str, Any]]:
+    """Three pairs of arbitrary tokens, the longest of them longer than any sliding window that can matter."""
+    text_config = config.get_text_config()
+    window = min(getattr(text_config, "sliding_window", None) or 0, max_length or 1 << 20)
+    generator = random.Random(0)
+    vocabulary = text_config.vocab_size
+
+    def row(prompt: int, chosen: int, rejected: int) -> dict[str, Any]:
+        ids = [[generator.randrange(vocabulary) for _ in range(n)] for n in (prompt, chosen, rejected)]
+        masks = [[1] * chosen, [1] * rejected]
+        return {"prompt_ids": ids[0], "response_ids": ids[1:], "scored_masks": masks, "pairs": [[0, 1]], "row": 0}
+
+    return [row(7, 5, 9), row(window + 6, 4, 6), row(3, 11, 2)]

@@ -1,0 +1,43 @@
+"""What the tests of the data layer share: rows, the odd cases, and a way to prepare one row."""
+
+import json
+from pathlib import Path
+
+from datasets import Dataset
+
+from hf_prefopt.data.prepare import prepare_dataset
+
+ODD_CASES = {
+    case["case"]: case for case in map(json.loads, Path(__file__).with_name("odd_cases.jsonl").open(encoding="utf-8"))
+}
+
+
+def say(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def ask(question: str = "What is the capital of France?") -> list[dict[str, str]]:
+    return [say("user", question)]
+
+
+def reply(content: str) -> list[dict[str, str]]:
+    return [say("assistant", content)]
+
+
+def chat_pair(chosen: str = "Paris.", rejected: str = "Rome.", prompt: list | None = None) -> dict:
+    return {"prompt": ask() if prompt is None else prompt, "chosen": reply(chosen), "rejected": reply(rejected)}
+
+
+def text_pair(prompt: str = "The capital of France is", chosen: str = " Paris.", rejected: str = " Rome.") -> dict:
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def prepare_row(row: dict, tokenizer, **options) -> dict:
+    """The first prepared row of a data set of this one row, with nothing cut unless asked for."""
+    return prepare_dataset(Dataset.from_list([row]), tokenizer, **{"max_length": None, **options})[0]
+
+
+def scored_text(row: dict, response: int, tokenizer) -> str:
+    """The scored tokens of a response, decoded."""
+    tokens = zip(row["response_ids"][response], row["scored_masks"][response], strict=True)
+    return tokenizer.decode([token for token, scored in tokens if scored])

@@ -1,0 +1,118 @@
+"""Rows of every format become one canonical row, and a bad one says what is wrong with it and what to do."""
+
+import pytest
+
+from hf_prefopt.data.messages import BadRow
+from hf_prefopt.data.schema import FORMATS, find_format, read_explicit_pair, read_implicit_pair, read_tokenised_pair
+from tests.data.helpers import ask, chat_pair, reply, say, text_pair
+
+
+def test_each_format_is_found_by_its_columns_and_others_are_left_aside():
+    for row_format in FORMATS:
+        assert find_format([*row_format.columns, "problem_id"]).read is row_format.read
+
+
+@pytest.mark.parametrize(
+    ("columns", "missing"), [(["prompt", "chosen"], "`rejected`"), (["prompt_ids", "chosen_ids"], "`rejected_ids`")]
+)
+def test_a_missing_column_is_named(columns, missing):
+    with pytest.raises(ValueError, match=f"column {missing} is missing"):
+        find_format(columns)
+
+
+def test_explicit_pairs_keep_their_parts():
+    row = read_explicit_pair(chat_pair())
+    assert (row.kind, row.prompt, row.responses) == ("messages", ask(), [reply("Paris."), reply("Rome.")])
+    assert row.pairs == [(0, 1)]
+
+
+def test_implicit_messages_split_after_the_messages_that_both_sides_share():
+    """user, assistant are shared; the second user turn differs, so responses are the last two messages of each."""
+    start = [*ask("Hi"), *reply("Hello")]
+    row = read_implicit_pair(
+        {"chosen": [*start, *ask("2+2?"), *reply("4")], "rejected": [*start, *ask("3+3?"), *reply("5")]}
+    )
+    assert row.prompt == start
+    assert row.responses == [[*ask("2+2?"), *reply("4")], [*ask("3+3?"), *reply("5")]]
+
+
+def test_a_shared_prompt_never_swallows_a_response():
+    """The rejected side goes on where the chosen one ends: the chosen one's last message is still its response."""
+    longer = [*ask("Hi"), *reply("Hello"), *ask("2+2?"), *reply("4")]
+    row = read_implicit_pair({"chosen": longer[:2], "rejected": longer})
+    assert row.prompt == ask("Hi")
+    assert row.responses == [reply("Hello"), longer[1:]]
+
+
+def test_identical_implicit_conversations_keep_their_last_message_as_response():
+    row = read_implicit_pair({"chosen": [*ask(), *reply("Paris.")], "rejected": [*ask(), *reply("Paris.")]})
+    assert (row.prompt, row.responses) == (ask(), [reply("Paris."), reply("Paris.")])
+
+
+def test_a_shared_assistant_message_is_no_unfinished_turn():
+    """Both sides follow one shared assistant message with another: the prompt stops before the first of the two."""
+    chosen, rejected = ([*ask(), *reply("Well."), *reply(end)] for end in ("Paris.", "Rome."))
+    row = read_implicit_pair({"chosen": chosen, "rejected": rejected})
+    assert (row.prompt, row.responses) == (ask(), [chosen[1:], rejected[1:]])
+
+
+def test_keys_that_arrow_filled_with_none_are_not_part_of_a_message():
+    padded = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {"a": None}}}]}
+    row = read_explicit_pair(
+        {"prompt": [{**say("user", "Hi"), "name": None}], "chosen": [padded], "rejected": reply("No")}
+    )
+    assert row.prompt == [say("user", "Hi")]
+    assert row.responses[0][0]["tool_calls"] == [{"function": {"name": "f", "arguments": {}}}]
+
+
+def test_tools_may_be_a_list_or_its_json_and_an_empty_list_is_none():
+    tool = {"name": "search", "parameters": {}}
+    given = [
+        read_explicit_pair({**chat_pair(), "tools": tools}).tools for tools in ([tool], f"[{tool}]".replace("'", '"'))
+    ]
+    assert given == [[tool], [tool]]
+    assert read_explicit_pair({**chat_pair(), "tools": []}).tools is None
+
+
+BAD_ROWS = {
+    "a missing side": (read_explicit_pair, {**text_pair(), "rejected": None}, "`rejected` is missing"),
+    "an empty side": (read_explicit_pair, text_pair(chosen=""), "`chosen` is empty"),
+    "a blank side": (read_explicit_pair, text_pair(rejected=" \n"), "`rejected` is only whitespace"),
+    "an empty message": (read_explicit_pair, chat_pair(rejected=""), "`rejected` is empty"),
+    "no messages": (read_explicit_pair, {**chat_pair(), "chosen": []}, "`chosen` is empty"),
+    "mixed kinds": (
+        read_explicit_pair,
+        {**chat_pair(), "prompt": "What is the capital of France?"},
+        "`chosen` is a list while `prompt` is text; .*remove `prompt`",
+    ),
+    "a number": (read_explicit_pair, {**text_pair(), "chosen": 4.5}, "`chosen` is of type float"),
+    "no role": (read_explicit_pair, {**chat_pair(), "chosen": [{"content": "a"}]}, "no `role` in message 0"),
+    "no content": (read_explicit_pair, {**chat_pair(), "chosen": [{"role": "assistant"}]}, "no `content` in message 0"),
+    "no dict": (read_explicit_pair, {**chat_pair(), "chosen": ["Paris."]}, "holds a str where message 0"),
+    "no reply": (read_explicit_pair, {**chat_pair(), "chosen": ask()}, "`chosen` has no assistant message"),
+    "prompt twice": (read_explicit_pair, {**chat_pair(), "chosen": [*ask(), *reply("a")]}, "repeats the messages"),
+    "tools": (read_explicit_pair, {**chat_pair(), "tools": "[{"}, "`tools` is text but not JSON"),
+    "no prompt": (
+        read_implicit_pair,
+        {"chosen": [*ask("a"), *reply("b")], "rejected": [*ask("c"), *reply("d")]},
+        "no prompt",
+    ),
+    "no ids": (
+        read_tokenised_pair,
+        {"prompt_ids": [1], "chosen_ids": [], "rejected_ids": [2]},
+        "`chosen_ids` is empty",
+    ),
+    "negative ids": (
+        read_tokenised_pair,
+        {"prompt_ids": [1], "chosen_ids": [2, -100], "rejected_ids": [2]},
+        "`chosen_ids` holds -100 at position 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ROWS)
+def test_a_bad_row_names_its_column_and_a_cure(case):
+    read, row, expected = BAD_ROWS[case]
+    with pytest.raises(BadRow, match=expected) as caught:
+        read(row)
+    assert "; " in str(caught.value)

@@ -1,0 +1,85 @@
+"""What is cut is cut where it hurts least: the EOS stays, the prompt stays one, nothing empty is left behind."""
+
+import pytest
+
+from hf_prefopt.data.tokenize import TokenisedRow, TokenKinds
+from hf_prefopt.data.truncate import Cuts, truncate_row
+from tests.tokenizers import tiny_tokenizer
+
+TOKENIZER = tiny_tokenizer()
+KINDS = TokenKinds(TOKENIZER)
+EOS = TOKENIZER.eos_token_id
+NEWLINE, *_ = TOKENIZER("\n")["input_ids"]
+# Ids of plain letters, so that a row can be written by hand.
+A, B, C, D, E, P, Q, R = (TOKENIZER.convert_tokens_to_ids(letter) for letter in "abcdepqr")
+
+
+def row_of(prompt, *responses, masks=None) -> TokenisedRow:
+    masks = masks or [[1] * len(ids) for ids in responses]
+    return TokenisedRow(list(prompt), [list(ids) for ids in responses], masks, [(0, 1)])
+
+
+def test_a_row_that_fits_comes_back_as_it_is():
+    """2 prompt tokens and at most 3 of a response: 5 in all."""
+    row = row_of([P, Q], [A, B, EOS], [C, EOS])
+    assert truncate_row(row, 5, "keep_start", KINDS) == (row, Cuts(longest=5))
+    assert truncate_row(row, None, "keep_start", KINDS) == (row, Cuts(longest=5))
+
+
+def test_keep_start_cuts_the_end_of_a_response_and_keeps_its_eos_scored():
+    """max_length 5 leaves 3 tokens after the prompt: two words and the EOS that ended the whole response."""
+    row, cuts = truncate_row(row_of([P, Q], [A, B, C, D, EOS], [C, EOS]), 5, "keep_start", KINDS)
+    assert row.response_ids == [[A, B, EOS], [C, EOS]]
+    assert row.scored_masks == [[1, 1, 1], [1, 1]]
+    assert cuts == Cuts(responses=1, longest=7)
+
+
+def test_an_eos_before_the_templates_line_break_counts_as_the_end():
+    row, _ = truncate_row(row_of([P], [A, B, C, EOS, NEWLINE], [C, EOS]), 4, "keep_start", KINDS)
+    assert row.response_ids[0] == [A, B, EOS]
+
+
+def test_a_response_without_eos_gets_none():
+    row, _ = truncate_row(row_of([P], [A, B, C, D], [C, EOS]), 4, "keep_start", KINDS)
+    assert row.response_ids[0] == [A, B, C]
+
+
+@pytest.mark.parametrize("prompt", [[P, Q, R], [P, Q, R, P, Q]])
+def test_keep_start_drops_a_row_whose_prompt_leaves_no_word_of_a_response(prompt):
+    """max_length 4: a prompt of 3 leaves room for the EOS alone, one of 5 for nothing."""
+    kept, cuts = truncate_row(row_of(prompt, [A, B, EOS], [C, D, EOS]), 4, "keep_start", KINDS)
+    assert kept is None and cuts.responses == 0
+
+
+def test_keep_start_keeps_a_full_row_whose_one_token_responses_fit():
+    row = row_of([P, Q, R], [A], [B])
+    assert truncate_row(row, 4, "keep_start", KINDS)[0] == row
+
+
+def test_keep_end_cuts_the_start_of_the_prompt_alike_for_all_responses():
+    """max_length 5, longest response 3: the last 2 prompt tokens stay, also before the response of 2."""
+    row, cuts = truncate_row(row_of([P, Q, R], [A, B, EOS], [C, EOS]), 5, "keep_end", KINDS)
+    assert (row.prompt_ids, row.response_ids) == ([Q, R], [[A, B, EOS], [C, EOS]])
+    assert cuts == Cuts(responses=0, prompt=True, longest=6)
+
+
+def test_keep_end_keeps_one_prompt_token_and_cuts_the_response_that_is_too_long_alone():
+    """max_length 4: one prompt token, so 3 for a response: 2 words and the EOS."""
+    row, cuts = truncate_row(row_of([P, Q, R], [A, B, C, D, EOS], [C, EOS]), 4, "keep_end", KINDS)
+    assert (row.prompt_ids, row.response_ids) == ([R], [[A, B, EOS], [C, EOS]])
+    assert cuts == Cuts(responses=1, prompt=True, longest=8)
+
+
+def test_a_cut_through_somebody_elses_turn_ends_with_the_assistants_turn_before_it():
+    """Scored A B EOS, a user's turn Q Q Q, scored C EOS; room for 5 ends inside the user's turn, which goes."""
+    ids, mask = [A, B, EOS, Q, Q, Q, C, EOS], [1, 1, 1, 0, 0, 0, 1, 1]
+    row, _ = truncate_row(row_of([P], ids, [D, EOS], masks=[mask, [1, 1]]), 6, "keep_start", KINDS)
+    assert row.response_ids[0] == [A, B, EOS] and row.scored_masks[0] == [1, 1, 1]
+
+
+def test_without_a_prompt_nothing_is_kept_for_one():
+    row = row_of([], [A, B, C, EOS], [D, EOS], masks=[[0, 1, 1, 1], [0, 1]])
+    for mode in ("keep_start", "keep_end"):
+        cut, cuts = truncate_row(row, 3, mode, KINDS)
+        assert (cut.prompt_ids, cut.response_ids[0]) == ([], [A, B, EOS])
+        assert not cuts.prompt

@@ -1,0 +1,232 @@
+"""The layout "shared" computes every prompt once and gives the numbers of separate, padded sequences.
+
+Log-probs of single tokens are of order 10, so fp32 rounding is about 1e-6 a token and layer; sums over up to 20 tokens
+and two layers stay below 5e-5, a thousandth of what one token wrongly seen or not seen changes. Gradients, compared in
+norm, accumulate rounding over all tokens: 1e-5 relative.
+"""
+
+import pytest
+import torch
+
+from hf_prefopt.data.collate import PaddedCollator
+from hf_prefopt.data.shared import SharedCollator
+from hf_prefopt.scoring.attention import install_segment_attention
+from hf_prefopt.scoring.forward import base_causal_lm, install_scoring, score
+from hf_prefopt.scoring.layout import reason_against_shared
+from tests.scoring.architectures import FALLING_BACK, SHARING, architecture
+from tests.tiny_models import perturbed, random_rows, tiny_model, with_lora
+
+LOGPS, GRADIENTS = 5e-5, 1e-5
+
+
+def mixed_rows():
+    """Pairs, a list of four responses, a single response, an unscored stretch in a response, and an empty prompt."""
+    rows = random_rows(6)
+    rows[0]["response_ids"] += [[5, 6, 7, 8], [9, 9, 2]]
+    rows[1]["response_ids"] = rows[1]["response_ids"][:1]
+    rows[3]["prompt_ids"] = []
+    for row in rows:
+        row["scored_masks"] = [[1] * len(response) for response in row["response_ids"]]
+        row["pairs"] = [[0, i] for i in range(1, len(row["response_ids"]))]
+    rows[2]["scored_masks"][0][0] = 0
+    for mask in rows[3]["scored_masks"]:
+        mask[0] = 0
+    return rows
+
+
+def scores_and_gradients(model, batch):
+    """Per-token log-probs, and the gradients of a random weighting of them."""
+    model.zero_grad()
+    logps = score(model, batch).token_logps
+    (logps * torch.randn(logps.shape, generator=torch.Generator().manual_seed(0))).sum().backward()
+    return logps.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_layouts_equal(model, rows, logps_tolerance=LOGPS, gradient_tolerance=GRADIENTS):
+    install_scoring(model)
+    install_segment_attention(base_causal_lm(model))
+    padded, padded_gradients = scores_and_gradients(model, PaddedCollator(0)(rows))
+    shared, shared_gradients = scores_and_gradients(model, SharedCollator()(rows))
+    assert (padded - shared).abs().max() < logps_tolerance
+    assert padded_gradients.keys() == shared_gradients.keys()
+    # Some gradients are nothing but rounding (a bias on the keys cancels in the softmax): eps of the whole gradient.
+    floor = 1.2e-7 * torch.stack([gradient.norm() for gradient in padded_gradients.values()]).norm()
+    for name, gradient in padded_gradients.items():
+        assert (gradient - shared_gradients[name]).norm() <= gradient_tolerance * gradient.norm() + floor, name
+
+
+@pytest.mark.parametrize("name", SHARING)
+def test_equals_padded_full(name):
+    """Log-probs and every gradient, all weights training."""
+    assert_layouts_equal(architecture(name), mixed_rows()[:3] + mixed_rows()[4:])
+
+
+@pytest.mark.parametrize("name", SHARING)
+def test_equals_padded_under_lora(name):
+    """The same with a trained LoRA adapter on all linear layers, the head frozen."""
+    assert_layouts_equal(perturbed(with_lora(architecture(name))), mixed_rows()[:3] + mixed_rows()[4:])
+
+
+@pytest.mark.parametrize("name", SHARING)
+def test_the_probe_lets_share_what_can(name):
+    """In fp32 and in bf16, whose rounding must not look like a wrong layout."""
+    for dtype in (torch.float32, torch.bfloat16):
+        model = architecture(name).to(dtype)
+        install_scoring(model)
+        assert reason_against_shared(model) is None
+
+
+@pytest.mark.parametrize("name", FALLING_BACK)
+def test_falls_back_where_it_would_be_wrong(name):
+    """The reason is said, and the padded layout still scores the model as its plain logits do."""
+    model = architecture(name)
+    install_scoring(model)
+    assert FALLING_BACK[name][1] in reason_against_shared(model)
+    batch = PaddedCollator(0)(random_rows(3))
+    with torch.no_grad():
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        expected = logits.flatten(0, 1).log_softmax(-1)[batch["scored_rows"], batch["targets"]]
+        torch.testing.assert_close(score(model, batch).token_logps, expected, rtol=0, atol=LOGPS)
+
+
+def test_an_empty_prompt_is_shared_too():
+    """Nothing stands before the responses; the first token of each is not scored."""
+    assert_layouts_equal(tiny_model(), mixed_rows())
+
+
+@pytest.mark.parametrize("adapter", [{"use_dora": True}, {"use_rslora": True}, {"target_modules": ["q_proj"]}])
+def test_equals_padded_under_other_adapters(adapter):
+    assert_layouts_equal(perturbed(with_lora(tiny_model(), **adapter)), mixed_rows())
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("lora", [True, False])
+def test_survives_activation_checkpointing(reentrant, lora):
+    """A layer's forward runs again during the backward, with the same segments: gradients as without checkpointing."""
+    model = perturbed(with_lora(tiny_model())) if lora else tiny_model()
+    install_scoring(model)
+    install_segment_attention(base_causal_lm(model))
+    batch = SharedCollator()(mixed_rows())
+    model.train()
+    logps, expected = scores_and_gradients(model, batch)
+    base_causal_lm(model).activation_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    checkpointed, gradients = scores_and_gradients(model, batch)
+    assert base_causal_lm(model).is_activation_checkpointing
+    torch.testing.assert_close(checkpointed, logps, rtol=0, atol=0)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-6, atol=1e-7)
+
+
+def test_eager_attention_is_shared_too():
+    """A model that was loaded with attn_implementation="eager" keeps it for plain calls, and shares as any other."""
+    assert_layouts_equal(tiny_model(attn_implementation="eager"), mixed_rows())
+
+
+def test_plain_calls_are_untouched():
+    """With attention over segments installed, plain logits and generation are bit for bit what they were."""
+    model, inputs = tiny_model(), torch.arange(3, 23).view(2, 10)
+    mask = torch.ones_like(inputs)
+    mask[0, :4] = 0
+    before = model(input_ids=inputs, attention_mask=mask).logits
+    generated = model.generate(inputs, attention_mask=mask, max_new_tokens=5, do_sample=False)
+    install_scoring(model)
+    install_segment_attention(model)
+    assert torch.equal(model(input_ids=inputs, attention_mask=mask).logits, before)
+    assert torch.equal(model.generate(inputs, attention_mask=mask, max_new_tokens=5, do_sample=False), generated)
+
+
+def test_half_precision_is_no_further_from_fp32_than_padded():
+    """bf16 error of the summed log-probs against fp32, mean over 24 responses: within 1.2 times padded's."""
+    rows = random_rows(12)
+    exact = tiny_model()
+    install_scoring(exact)
+    half = tiny_model().bfloat16()
+    install_scoring(half)
+    install_segment_attention(half)
+    with torch.no_grad():
+        truth = score(exact, PaddedCollator(0)(rows)).logps
+        padded, shared = (score(half, collate(rows)).logps for collate in (PaddedCollator(0), SharedCollator()))
+    assert (shared - truth).abs().mean() <= 1.2 * (padded - truth).abs().mean()
+
+
+class TestTheProbe:
+    """It must notice what is silently wrong: here attention is broken on purpose, in each way that is known."""
+
+    @pytest.fixture
+    def model(self):
+        model = tiny_model("mistral", sliding_window=7)
+        install_scoring(model)
+        return model
+
+    def break_attention(self, monkeypatch, change):
+        from hf_prefopt.scoring import attention
+
+        right = attention.segment_attention
+        monkeypatch.setattr(attention, "segment_attention", lambda *args, **kwargs: right(*args, **change(kwargs)))
+
+    def test_a_response_that_does_not_see_its_prompt(self, model, monkeypatch):
+        """Every later response's keys are made its own only, as PyTorch's document masking would."""
+
+        def cut_off(kwargs):
+            queries, keys = kwargs["segment_queries"], kwargs["segment_keys"]
+            kept = torch.cat(
+                [
+                    index[-int(q) :]
+                    for index, q in zip(
+                        kwargs["segment_key_index"].split(keys.diff().tolist()), queries.diff(), strict=True
+                    )
+                ]
+            )
+            return {**kwargs, "segment_keys": queries, "segment_key_index": kept}
+
+        self.break_attention(monkeypatch, cut_off)
+        assert "differ from those of padded" in reason_against_shared(model)
+
+    def test_a_response_that_sees_another(self, model, monkeypatch):
+        """The whole row is one segment, as flash attention without bounds would have it."""
+
+        def run_together(kwargs):
+            total = kwargs["segment_queries"][-1:]
+            bounds = torch.cat([torch.zeros_like(total), total])
+            longest = (int(total), int(total))
+            return {
+                **kwargs,
+                "segment_queries": bounds,
+                "segment_keys": bounds,
+                "segment_key_index": torch.arange(int(total)),
+                "segment_longest": longest,
+            }
+
+        self.break_attention(monkeypatch, run_together)
+        assert "sees another response" in reason_against_shared(model)
+
+    def test_a_dropped_sliding_window(self, model, monkeypatch):
+        self.break_attention(monkeypatch, lambda kwargs: {**kwargs, "sliding_window": None})
+        assert "differ from those of padded" in reason_against_shared(model)
+
+    def test_positions_that_run_on(self, model, monkeypatch):
+        """Position ids that count along the row instead of starting again behind the prompt."""
+        from hf_prefopt.scoring import layout
+
+        class RunningOn(SharedCollator):
+            def __call__(self, rows):
+                batch = super().__call__(rows)
+                batch["position_ids"] = torch.arange(batch["input_ids"].shape[1])[None]
+                return batch
+
+        monkeypatch.setattr(layout, "SharedCollator", RunningOn)
+        assert reason_against_shared(model) is not None
+
+    def test_prompt_learning_is_refused(self):
+        from peft import PromptTuningConfig, get_peft_model
+
+        model = get_peft_model(tiny_model(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+        install_scoring(model)
+        assert "virtual tokens" in reason_against_shared(model)
+
+    def test_an_active_router_loss_is_refused(self):
+        model = architecture("mixtral")
+        model.config.output_router_logits = True
+        install_scoring(model)
+        assert "auxiliary loss" in reason_against_shared(model)
