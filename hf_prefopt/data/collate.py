@@ -73,7 +73,8 @@ def index_examples(rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
     """The pairs of all rows as indices into the batch's flat order of responses, in whatever layout.
 
     Returns:
-        `chosen`, `rejected`: `[B]` int64, responses; `rows`: `[B]` int64, each pair's row in its data set.
+        `chosen`, `rejected`: `[B]` int64, responses; `rows`, `pair_in_row`: `[B]` int64, each pair's row in its data
+        set and its place among that row's pairs.
     """
     responses = np.array([len(row["response_ids"]) for row in rows])
     first = np.cumsum(responses) - responses
@@ -81,7 +82,12 @@ def index_examples(rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
     pairs = np.array([pair for row in rows for pair in row["pairs"]], dtype=np.int64).reshape(-1, 2)
     pairs += np.repeat(first, counts)[:, None]
     numbers = np.array([row["row"] for row in rows], dtype=np.int64)
-    return {"chosen": pairs[:, 0].copy(), "rejected": pairs[:, 1].copy(), "rows": np.repeat(numbers, counts)}
+    return {
+        "chosen": pairs[:, 0].copy(),
+        "rejected": pairs[:, 1].copy(),
+        "rows": np.repeat(numbers, counts),
+        "pair_in_row": np.concatenate([np.arange(count) for count in counts]),
+    }
 
 
 def _concatenate(rows: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -45,9 +45,9 @@ def test_biases_that_train_do_not_move_the_reference(setting, tmp_path):
 
 
 @pytest.mark.parametrize("name", list_losses())
-def test_a_loss_without_a_reference_runs_and_copies_none(name, tmp_path, monkeypatch):
+def test_a_loss_without_a_reference_runs_and_copies_none(name, tmp_path):
     """One micro-batch runs the model once where no reference is needed, and then none exists; otherwise twice."""
-    trainer = make_trainer(tmp_path, loss_type=name, max_steps=1)
+    trainer = make_trainer(tmp_path, loss_type=name, max_steps=1, layout="padded")
     calls = []
     trainer.model.register_forward_pre_hook(lambda *_: calls.append(1))
     trainer.train()

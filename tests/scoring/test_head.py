@@ -225,9 +225,7 @@ HEADS = {
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize(("config", "adapt"), HEADS.values(), ids=HEADS)
-@pytest.mark.parametrize(
-    "architecture", [("llama", {}), ("gemma2", {"final_logit_softcapping": 5.0})], ids=lambda a: a[0]
-)
+@pytest.mark.parametrize(("model_type", "own"), [("llama", {}), ("gemma2", {"final_logit_softcapping": 5.0})])
 def test_every_kind_of_head_has_the_gradients_of_plain_logits(model_type, own, config, adapt, temperature, monkeypatch):
     """Every trained parameter of a float64 model gets autograd's gradient through `model(...).logits`.
 
