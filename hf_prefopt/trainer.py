@@ -255,7 +255,7 @@ class PreferenceTrainer(Trainer):
         own = self._loss_inputs(inputs, policy, reference)
         if not training:
             output = self.objective(own)
-            self._evaluation.add(inputs["rows"], own)
+            self._evaluation.add(inputs, own)
             return _predictions(output, own), output.loss
         everything, where = self._step_inputs(inputs, own)
         output = self.objective(everything)

@@ -79,7 +79,9 @@ class PaddedCollator:
 
 def _concatenate(groups: Sequence[Group]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """All sequences end to end: their tokens and whether each is scored, both `[sum of lengths]`; the lengths `[R]`."""
-    tokens, scored, lengths = [], [], []
+    tokens: list[Sequence[int]] = []
+    scored: list[Sequence[int]] = []
+    lengths: list[int] = []
     for group in groups:
         unscored = [0] * len(group.prompt_ids)
         for response, mask in group.responses:

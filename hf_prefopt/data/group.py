@@ -70,12 +70,18 @@ def index_examples(rows: Sequence[Mapping[str, Any]], places: Sequence[np.ndarra
         places: for each row, where its responses stand in that order.
 
     Returns:
-        `chosen`, `rejected`: `[B]` int64, responses; `rows`: `[B]` int64, each pair's row in its data set.
+        `chosen`, `rejected`: `[B]` int64, responses; `rows`, `pair_in_row`: `[B]` int64, each pair's row in its data
+        set and its place among that row's pairs.
     """
     pairs = [at[np.array(row["pairs"], dtype=np.int64).reshape(-1, 2)] for row, at in zip(rows, places, strict=True)]
     chosen, rejected = np.concatenate(pairs).T
-    numbers = np.repeat([row["row"] for row in rows], [len(row["pairs"]) for row in rows])
-    return {"chosen": chosen.copy(), "rejected": rejected.copy(), "rows": numbers.astype(np.int64)}
+    counts = [len(row["pairs"]) for row in rows]
+    return {
+        "chosen": chosen.copy(),
+        "rejected": rejected.copy(),
+        "rows": np.repeat(np.array([row["row"] for row in rows], dtype=np.int64), counts),
+        "pair_in_row": np.concatenate([np.arange(count) for count in counts]),
+    }
 
 
 def prompt_keys(dataset: Dataset) -> np.ndarray:

@@ -72,4 +72,4 @@ def idle(batch: PreferenceBatch) -> PreferenceBatch:
     Ranks of a sharded model call its layers together, so one with fewer pieces than the others fills up with these.
     """
     nothing = torch.empty(0, dtype=torch.int64, device=batch["rows"].device)
-    return {**batch, "chosen": nothing, "rejected": nothing, "rows": nothing}
+    return {**batch, **dict.fromkeys(("chosen", "rejected", "rows", "pair_in_row"), nothing)}
