@@ -203,7 +203,7 @@ class PreferenceTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
         """Forward and backward of a batch, piece by piece where a token budget has cut it."""
-        *pieces, last = self._evened(pieces_of(inputs))
+        *pieces, last = pieces_of(inputs)
         synchronise = self.accelerator.sync_gradients
         loss = torch.zeros((), device=self.args.device)
         for piece in pieces:
@@ -220,7 +220,7 @@ class PreferenceTrainer(Trainer):
 
     def _evened(self, pieces: list[PreferenceBatch]) -> list[PreferenceBatch]:
         """As many pieces on every rank."""
-        if self.args.max_tokens_per_batch is None or self.accelerator.num_processes == 1:
+        if self.accelerator.num_processes == 1:
             return pieces
         count = self.accelerator.gather(torch.tensor([len(pieces)], device=self.args.device)).max().item()
         return [*(idle(pieces[-1]) for _ in range(count - len(pieces))), *pieces]
@@ -283,8 +283,10 @@ class PreferenceTrainer(Trainer):
         """The micro-batches of a step and its number of examples; for batch-wise losses, tied together."""
         self._settle_layout()
         batches, num_examples = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if self.objective.needs_global_batch and len(batches) > 1:
-            pieces = [piece for batch in batches for piece in pieces_of(batch)]
+        if self.args.max_tokens_per_batch is not None:
+            batches = [{"pieces": self._evened(pieces_of(batch))} for batch in batches]
+        pieces = [piece for batch in batches for piece in pieces_of(batch)]
+        if self.objective.needs_global_batch and len(pieces) > 1:
             step = StepInputs(self.accelerator, lambda: self._collect(pieces))
             for index, piece in enumerate(pieces):
                 piece["step_inputs"] = (step, index)
