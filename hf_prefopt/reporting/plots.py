@@ -64,16 +64,17 @@ def _draw_panel(axes, panel: Panel, records: list[Mapping[str, float]]) -> None:
         axes.plot(*_series(records, key), color=colour, linewidth=1.6, marker=".", markersize=4, label=label)
         evaluations = _series(records, f"eval_{key}")
         axes.plot(*evaluations, color=colour, linestyle="none", marker="D", markersize=8, markeredgecolor="black")
-        # The first and the last evaluation carry their number; a second curve's stand below it, clear of the first's.
-        below_or_above = (0, 9) if index == 0 else (0, -16)
+        # The first and the last evaluation carry their number; those of two curves stand on either side of the points.
+        place, align = ((0, 9), "center") if len(panel.curves) == 1 else (((-8, -3), "right"), ((8, -3), "left"))[index]
         points = list(zip(*evaluations, strict=True))
         for point in dict.fromkeys(points[:1] + points[-1:]):
             label_text = f"{point[1] + 0.0:.3f}"
-            axes.annotate(label_text, point, below_or_above, textcoords="offset points", fontsize=8, ha="center")
+            axes.annotate(label_text, point, place, textcoords="offset points", fontsize=8, ha=align)
     if panel.no_preference is not None:
         axes.axhline(panel.no_preference, color=CHANCE_COLOUR, linestyle=":", linewidth=1.2, zorder=0)
     axes.set(title=panel.title, xlabel="optimiser step", ylabel=f"{panel.title.lower()} [{panel.unit}]")
-    axes.margins(x=0.08, y=0.18)
+    axes.margins(x=0.12, y=0.18)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     if len(panel.curves) > 1:
