@@ -43,6 +43,8 @@ class PreferenceConfig(TrainingArguments):
         on_bad_rows: "error" or "drop". dataset_num_proc: processes that tokenise.
         layout: "auto" computes every prompt once and no padding where that is exact for the model, and says where it is
             not; "shared" insists on it, "padded" is one padded sequence per response.
+        group_by_prompt: draws prompts instead of rows, so that the pairs of a prompt share its tokens.
+        max_tokens_per_batch: a token budget for a forward; the examples per step stay as configured.
         show_first_batch: print the first training row, its tokens and which of them are scored.
 
     Raises:
@@ -94,6 +96,13 @@ class PreferenceConfig(TrainingArguments):
         default="auto",
         metadata=_help("auto, shared (every prompt computed once, no padding) or padded (a sequence per response)."),
     )
+    group_by_prompt: bool = field(
+        default=False, metadata=_help("Keep the pairs of a prompt together, so that its tokens are computed once.")
+    )
+    max_tokens_per_batch: int | None = field(
+        default=None,
+        metadata=_help("Token positions per forward: a batch of examples is cut into pieces below it, memory is flat."),
+    )
     show_first_batch: bool = field(
         default=False, metadata=_help("Print the first training row: its tokens, and which are scored.")
     )
@@ -136,6 +145,8 @@ class PreferenceConfig(TrainingArguments):
             raise ValueError(
                 f"loss_params={self.loss_params!r} is no mapping: pass a dict, or JSON on the command line"
             )
+        if self.max_tokens_per_batch is not None and self.max_tokens_per_batch < 1:
+            raise ValueError(f"max_tokens_per_batch={self.max_tokens_per_batch} : give at least 1, or None for none")
         if not self.temperature > 0:
             raise ValueError(f"temperature={self.temperature} must be above 0")
         if self.max_length is not None and self.max_length < 2:

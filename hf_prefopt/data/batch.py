@@ -29,7 +29,7 @@ class PreferenceBatch(TypedDict, total=False):
     Responses (R) and examples (B):
         response_lengths: `[R]` int64, the number of scored tokens, ≥ 1.
         chosen, rejected: `[B]` int64, each pair's responses, as indices into R. A response may serve several pairs.
-        rows: `[B]` int64, the example's row in its data set.
+        rows, pair_in_row: `[B]` int64, the example's row in its data set, and its place among that row's pairs.
     """
 
     input_ids: Tensor
@@ -46,6 +46,7 @@ class PreferenceBatch(TypedDict, total=False):
     chosen: Tensor
     rejected: Tensor
     rows: Tensor
+    pair_in_row: Tensor
 
 
 @dataclass
