@@ -75,7 +75,8 @@ class GenerationEvalCallback(TrainerCallback):
 
     def _score_own(self, indices: list[int]) -> dict[int, float]:
         """The scores of this rank's problems; longest prompts first, so that a batch's prompts are of like length."""
-        tokenizer = getattr(self.trainer.processing_class, "tokenizer", self.trainer.processing_class)
+        processing_class: Any = self.trainer.processing_class
+        tokenizer = getattr(processing_class, "tokenizer", processing_class)
         prompts = {index: prompt_ids(self.problems[index], tokenizer) for index in indices}
         ordered = sorted(indices, key=lambda index: -len(prompts[index]))
         scores = {}

@@ -3,6 +3,7 @@
 A recipe says what is trained and how; here stands only what would otherwise be the same lines in each of them.
 """
 
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,10 @@ class RecipeArguments:
     gsm8k_problems: int = field(
         default=0, metadata={"help": "Solve so many GSM8K problems (at most 200) at every evaluation; 0 for none."}
     )
+
+
+# PEFT asks transformers for an attribute under its old name: one known line of noise, at every start, that is not ours.
+warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
 
 
 def parse_arguments() -> tuple[ScriptArguments, PreferenceConfig, ModelConfig, RecipeArguments]:

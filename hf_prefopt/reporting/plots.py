@@ -60,24 +60,31 @@ def plot_training(log_history: Iterable[Mapping[str, float]], path: str | Path, 
 
 def _draw_panel(axes, panel: Panel, records: list[Mapping[str, float]]) -> None:
     """One panel: every curve with its evaluation points."""
-    for index, (key, (colour, label)) in enumerate(panel.curves.items()):
+    for key, (colour, label) in panel.curves.items():
         axes.plot(*_series(records, key), color=colour, linewidth=1.6, marker=".", markersize=4, label=label)
         evaluations = _series(records, f"eval_{key}")
         axes.plot(*evaluations, color=colour, linestyle="none", marker="D", markersize=8, markeredgecolor="black")
-        # The first and the last evaluation carry their number; a second curve's stand below it, clear of the first's.
-        below_or_above = (0, 9) if index == 0 else (0, -16)
-        points = list(zip(*evaluations, strict=True))
-        for point in dict.fromkeys(points[:1] + points[-1:]):
-            label_text = f"{point[1] + 0.0:.3f}"
-            axes.annotate(label_text, point, below_or_above, textcoords="offset points", fontsize=8, ha="center")
+    _label_evaluations(axes, panel, records)
     if panel.no_preference is not None:
         axes.axhline(panel.no_preference, color=CHANCE_COLOUR, linestyle=":", linewidth=1.2, zorder=0)
     axes.set(title=panel.title, xlabel="optimiser step", ylabel=f"{panel.title.lower()} [{panel.unit}]")
-    axes.margins(x=0.08, y=0.18)
+    axes.margins(x=0.08, y=0.2)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     if len(panel.curves) > 1:
         axes.legend(frameon=False, loc="best")
+
+
+def _label_evaluations(axes, panel: Panel, records: list[Mapping[str, float]]) -> None:
+    """The numbers of the first and the last evaluation; of two curves, the higher's above and the lower's below."""
+    series = [list(zip(*_series(records, f"eval_{key}"), strict=True)) for key in panel.curves]
+    for ends in zip(*(dict.fromkeys(points[:1] + points[-1:]) for points in series), strict=False):
+        for rank, (step, value) in enumerate(sorted(ends, key=lambda point: -point[1])):
+            offset = (0, 9 if rank == 0 else -16)
+            axes.annotate(
+                f"{value + 0.0:.3f}", (step, value), offset, textcoords="offset points", fontsize=8, ha="center"
+            )
 
 
 def _series(records: list[Mapping[str, float]], key: str) -> tuple[list[float], list[float]]:

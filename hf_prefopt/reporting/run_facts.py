@@ -1,6 +1,6 @@
 """Reads the facts of a run off its trainer, as the model card and the closing report take them."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sized
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +38,7 @@ def card_facts(trainer: "PreferenceTrainer", model_name: str | None = None, data
     """
     arguments = trainer.args
     model = trainer.accelerator.unwrap_model(trainer.model)
-    repository = arguments.hub_model_id or arguments.output_dir
+    repository = arguments.hub_model_id or str(arguments.output_dir)
     return CardFacts(
         model_name=model_name or Path(repository).name,
         base_model=model.config._name_or_path or "a model made in memory",
@@ -65,9 +65,9 @@ def last_evaluation(log_history: Iterable[Mapping[str, float]]) -> dict[str, flo
     return _evaluation_at(max(steps), records) if steps else {}
 
 
-def _evaluation_at(step: int, log_history: Iterable[Mapping[str, float]]) -> dict[str, float]:
+def _evaluation_at(step: float, log_history: Iterable[Mapping[str, float]]) -> dict[str, float]:
     """Everything that was evaluated at a step; a later record of the same step wins."""
-    found = {}
+    found: dict[str, float] = {}
     for record in log_history:
         if record["step"] == step:
             found |= {key: value for key, value in record.items() if key.startswith("eval_")}
@@ -82,7 +82,7 @@ def _loss_facts(term: Any) -> LossFacts:
 def _row_counts(trainer: "PreferenceTrainer") -> dict[str, str]:
     """How many rows the data sets have; a streamed one has no length."""
     named = {"training rows": trainer.train_dataset, "evaluation rows": trainer.eval_dataset}
-    return {name: f"{len(dataset):,}" for name, dataset in named.items() if hasattr(dataset, "__len__")}
+    return {name: f"{len(dataset):,}" for name, dataset in named.items() if isinstance(dataset, Sized)}
 
 
 def _hyperparameters(trainer: "PreferenceTrainer", model: Any) -> dict[str, Any]:
