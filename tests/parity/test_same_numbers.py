@@ -11,7 +11,14 @@ from tests.scoring.plain import assert_same_gradients
 
 pytest.importorskip("trl")
 
-METRICS = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected")
+METRICS = (
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracies",
+    "rewards/margins",
+    "logps/chosen",
+    "logps/rejected",
+)
 
 # Ours, and theirs where it has another name or needs other settings to say the same.
 DPO = {
@@ -20,6 +27,7 @@ DPO = {
     "sigmoid_norm": ({"loss_type": "sigmoid_norm", "beta": 5.0}, {}),
     "ipo": ({"loss_type": "ipo", "beta": 0.3}, {}),
     "hinge": ({"loss_type": "hinge", "beta": 0.05}, {}),
+    "sigmoid, use_weighting": ({"loss_type": "sigmoid", "use_weighting": True}, {}),
     "sigmoid + hinge": ({"loss_type": ["sigmoid", "hinge"], "loss_weights": [0.7, 0.3], "beta": 0.2}, {}),
 }
 
