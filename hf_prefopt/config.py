@@ -1,5 +1,6 @@
 """`PreferenceConfig`: every setting of a run, checked when it is made."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -139,18 +140,28 @@ class PreferenceConfig(TrainingArguments):
         _check_choice("truncation_mode", self.truncation_mode, TRUNCATION_MODES)
         _check_choice("layout", self.layout, LAYOUTS)
         _check_choice("on_bad_rows", self.on_bad_rows, BAD_ROWS)
-        if not self.reference.startswith("adapter:"):
+        if not re.fullmatch("adapter:.+", self.reference):
             _check_choice("reference", self.reference, REFERENCES)
         if self.loss_params is not None and not isinstance(self.loss_params, dict):
             raise ValueError(
                 f"loss_params={self.loss_params!r} is no mapping: pass a dict, or JSON on the command line"
             )
         if self.max_tokens_per_batch is not None and self.max_tokens_per_batch < 1:
-            raise ValueError(f"max_tokens_per_batch={self.max_tokens_per_batch} : give at least 1, or None for none")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature={self.temperature} must be above 0")
+            raise ValueError(f"max_tokens_per_batch={self.max_tokens_per_batch}: give at least 1, or None for none")
+        if not 0 < self.temperature < float("inf"):
+            raise ValueError(f"temperature={self.temperature} must be above 0, and finite")
         if self.max_length is not None and self.max_length < 2:
             raise ValueError(f"max_length={self.max_length} leaves no room for a prompt and a response token")
+        if self.pad_to_multiple_of is not None and self.pad_to_multiple_of < 1:
+            raise ValueError(
+                f"pad_to_multiple_of={self.pad_to_multiple_of} must be at least 1, or None for no rounding"
+            )
+        if self.accelerator_config.dispatch_batches:
+            raise ValueError(
+                "accelerator_config.dispatch_batches=True would cut batches whose tensors differ in length"
+            )
+        # Left to itself, accelerate dispatches, and so cuts, the batches of streams.
+        self.accelerator_config.dispatch_batches = False
 
 
 def _is_fast_in_bf16(use_cpu: bool) -> bool:

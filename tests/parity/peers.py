@@ -2,13 +2,9 @@
 
 from dataclasses import dataclass
 
-import torch
 from datasets import Dataset
 from torch import Tensor, nn
 
-from hf_prefopt.losses.inputs import loss_inputs
-from hf_prefopt.reporting.metrics import METRIC_INPUTS, example_metrics
-from hf_prefopt.scoring.forward import score
 from tests.tiny_models import perturbed, random_rows, tiny_model
 from tests.tokenizers import tiny_tokenizer
 from tests.training import make_trainer
@@ -118,14 +114,3 @@ def _labelled(row: dict) -> dict:
         labelled[f"{side}_attention_mask"] = [1] * len(ids)
         labelled[f"{side}_labels"] = [-100] * len(row["prompt_ids"]) + response
     return labelled
-
-
-def our_examples(trainer, data: list[dict]) -> dict[str, Tensor]:
-    """Our loss inputs and metrics of each row, `[B]` by name."""
-    batch = trainer.data_collator(data)
-    names = dict.fromkeys((*trainer.objective.inputs, *METRIC_INPUTS))
-    with torch.no_grad():
-        own = loss_inputs(
-            names, batch, score(trainer.model, batch, trainer.objective.token_stats), trainer.reference.score(batch)
-        )
-        return {**own, **example_metrics(trainer.objective(own), own)}

@@ -27,6 +27,7 @@ DPO = {
     "sigmoid_norm": ({"loss_type": "sigmoid_norm", "beta": 5.0}, {}),
     "ipo": ({"loss_type": "ipo", "beta": 0.3}, {}),
     "hinge": ({"loss_type": "hinge", "beta": 0.05}, {}),
+    "sigmoid, use_weighting": ({"loss_type": "sigmoid", "use_weighting": True}, {}),
     "sigmoid + hinge": ({"loss_type": ["sigmoid", "hinge"], "loss_weights": [0.7, 0.3], "beta": 0.2}, {}),
 }
 
