@@ -1,1 +1,1 @@
-"""Speed and memory, measured in pairs: this trainer and TRL's on the same weights, the same tokens, the same process."""
+"""Speed and memory, measured in pairs: this trainer and TRL's, with the same weights, tokens and process."""

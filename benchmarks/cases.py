@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
 
 from benchmarks.sides import Side, vocabulary_of
 from benchmarks.work import Row, Work, merged, ranked_as_pairs, read_rows, shuffled_batches, synthetic
@@ -36,14 +37,21 @@ def tokenised_alike(raw: Sequence[dict[str, Any]], peer: Side) -> list[Row]:
 
 
 def equal_lengths(shape: str) -> Callable[[Side, str], Work]:
-    """Pairs of random tokens of one shape, prompt to response."""
+    """Pairs of one shape, prompt to response: pieces of text, or random tokens for a random model."""
     prompt, response, pairs = SHAPES[shape]
 
-    def build(_: Side, source: str) -> Work:
-        batches = synthetic(vocabulary_of(source), pairs, prompt, response, steps=STEPS)
+    def build(peer: Side, source: str) -> Work:
+        text = [] if source.startswith("random:") else _one_text(peer.trainer.processing_class)
+        batches = synthetic(vocabulary_of(source), pairs, prompt, response, steps=STEPS, text=text)
         return Work(f"equal lengths {shape}", batches, SHAPE_SPEED[shape], SHAPE_MEMORY[shape])
 
     return build
+
+
+def _one_text(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens of some solutions of GSM8K, end to end."""
+    rows = read_rows("recipes/data/gsm8k_pairs/test.jsonl.gz")
+    return tokenizer("\n\n".join(row["chosen"][0]["content"] for row in rows))["input_ids"]
 
 
 def gsm8k(peer: Side, _: str) -> Work:

@@ -2,9 +2,9 @@
 
     python -m benchmarks.compare --rounds 5 --memory --ablation --growth --write-results
 
-Each case first asserts that both trainers compute the same loss and the same gradients, then times their steps in turns.
-Results are kept in a JSON file after every case, so that a run can be stopped and gone on with (`--cases`, and the parts
-left out keep their earlier figures). Needs the model's folder, or `--model random:layers=2,vocab=1000` to try it out.
+Each case first asserts that both trainers compute the same loss and gradients, then times their steps in turns.
+Results are kept in a JSON file after every case, so that a run can be stopped and gone on with (`--cases`, and what
+is left out keeps its earlier figures). Needs the model's folder, or `--model random:layers=2,vocab=1000` to try it out.
 A step of 8 pairs needs up to 16 GB in TRL.
 """
 
@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         if options.memory:
             for name, work in built.items():
                 figures = {side: in_own_process(side, options.model, work.batch(0)) for side in ("trl", "ours")}
-                keep("cases", name, results["cases"][name] | {"memory": figures})
+                keep("cases", name, results.get("cases", {}).get(name, {"name": work.name}) | {"memory": figures})
         if options.ablation and "gsm8k" in built:
             keep("ablation", "GSM8K pairs", ladder(options.model, built["gsm8k"], options.ablation))
         if options.ablation and "ranked" in built:

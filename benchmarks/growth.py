@@ -1,7 +1,7 @@
 """How time and memory grow: with the tokens, the responses of a prompt, the vocabulary, and the data set.
 
-Each point is a process of its own (see `benchmarks.memory`), ours alone: the claim is a straight line or a flat one, not a
-ratio. The vocabulary grows under a model of four layers, where the head is most of the step.
+Each point is a process of its own (see `benchmarks.memory`), ours alone: the claim is a straight line or a flat one,
+not a ratio. The vocabulary grows under a model of four layers, where the head is most of the step.
 """
 
 import json
@@ -19,7 +19,7 @@ _FOUR_LAYERS = "random:layers=4"
 
 
 def _point(source: str, rows: list[Row]) -> dict[str, float]:
-    measured = in_own_process("ours", source, rows)
+    measured = in_own_process("ours", source, rows, steps=2)
     return {"positions": shared_positions(rows), "scored": _scored(rows), **measured}
 
 

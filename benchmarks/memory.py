@@ -1,7 +1,7 @@
 """The peak memory of one side on one batch, measured in a process of its own.
 
-The parent writes what is to be done as JSON to the child's standard input; the child loads one trainer, makes steps, and
-prints the peak of its resident memory. Linux's `VmHWM` is read, which starts anew in a child; elsewhere `ru_maxrss`.
+The parent writes what is to be done as JSON to the child's standard input; the child loads one trainer, makes steps,
+and prints the peak of its resident memory: on Linux `VmHWM`, which starts anew in a child; elsewhere `ru_maxrss`.
 """
 
 import json
@@ -20,22 +20,28 @@ GIB = 1024**3
 
 
 def in_own_process(
-    side: str, source: str, rows: Sequence[Row], changes: Mapping[str, Any] | None = None, lever: str | None = None
+    side: str,
+    source: str,
+    rows: Sequence[Row],
+    changes: Mapping[str, Any] | None = None,
+    lever: str | None = None,
+    steps: int = 1,
 ) -> dict[str, float]:
-    """Two steps of a side on these rows, in a process of its own.
+    """A step or more of a side on these rows, in a process of its own.
 
     Args:
         side: "trl" or "ours". source: see `benchmarks.sides.load_model`.
         changes: settings of the trainer. lever: a name of `benchmarks.ablation.LEVERS`, to switch off.
 
     Returns:
-        `peak` and `before` (GiB resident: at most, and with the model loaded but no step made), `seconds` of CPU time of
-        the second step.
+        `peak` and `before` (GiB resident: at most, and with the model loaded but no step made), `seconds` of CPU time
+        of the last step.
 
     Raises:
         RuntimeError: the process failed; its last lines are in the message.
     """
-    job = {"side": side, "source": source, "rows": list(rows), "changes": dict(changes or {}), "lever": lever}
+    job = {"side": side, "source": source, "rows": list(rows), "changes": dict(changes or {})}
+    job |= {"lever": lever, "steps": steps}
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     command = [sys.executable, "-m", "benchmarks.memory"]
     done = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, env=environment, check=False)
@@ -68,9 +74,9 @@ def _main() -> None:
     perturb_adapters(side)
     before = peak_resident()
     with lever_off(side, job["lever"]) if job["lever"] else nullcontext():
-        side.step(job["rows"])
-        start = time.process_time()
-        side.step(job["rows"])
+        for _ in range(job["steps"]):
+            start = time.process_time()
+            side.step(job["rows"])
     seconds = time.process_time() - start
     print(json.dumps({"peak": peak_resident(), "before": before, "seconds": seconds}))
 

@@ -21,7 +21,7 @@ LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-4
 
 @dataclass
 class Agreement:
-    """How far two sides are apart on one batch, relative: the loss, all gradients as one vector, the worst parameter."""
+    """How far two sides are apart, relative: the loss, all gradients as one vector, the worst parameter."""
 
     loss: float
     gradient: float

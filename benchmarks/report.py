@@ -165,9 +165,14 @@ def draw(results: Mapping[str, Any], path: str | Path) -> None:
 
     cases = list(results["cases"].values())
     places = range(len(cases))
-    figure, (speed, memory) = plt.subplots(1, 2, figsize=(11, 0.55 * len(cases) + 1.7), sharey=True, layout="constrained")
+    figure, (speed, memory) = plt.subplots(
+        1, 2, figsize=(11, 0.55 * len(cases) + 1.7), sharey=True, layout="constrained"
+    )
     ratios = [case["ratio"] for case in cases]
-    spread = [[r - min(c["ratios"]) for r, c in zip(ratios, cases)], [max(c["ratios"]) - r for r, c in zip(ratios, cases)]]
+    spread = [
+        [r - min(c["ratios"]) for r, c in zip(ratios, cases, strict=True)],
+        [max(c["ratios"]) - r for r, c in zip(ratios, cases, strict=True)],
+    ]
     speed.barh(places, ratios, height=0.6, color="#2a6f97", xerr=spread, error_kw={"ecolor": "#12263a", "capsize": 3})
     targets = [case["target_speed"] for case in cases]
     speed.scatter(targets, places, marker="|", s=420, linewidths=2.5, color="#d1495b", zorder=3, label="target")
@@ -181,7 +186,9 @@ def draw(results: Mapping[str, Any], path: str | Path) -> None:
     speed.legend(loc="lower right", frameon=False)
 
     measured = [(place, case["memory"]) for place, case in enumerate(cases) if "memory" in case]
-    for offset, (name, label, color) in zip((-0.2, 0.2), (("trl", "TRL", "#adb5bd"), ("ours", "hf_prefopt", "#2a6f97"))):
+    for offset, (name, label, color) in zip(
+        (-0.2, 0.2), (("trl", "TRL", "#adb5bd"), ("ours", "hf_prefopt", "#2a6f97")), strict=True
+    ):
         peaks = [side[name]["peak"] for _, side in measured]
         bars = memory.barh([place + offset for place, _ in measured], peaks, height=0.38, color=color, label=label)
         memory.bar_label(bars, fmt="%.1f", padding=3, fontsize=8)

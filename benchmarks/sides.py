@@ -29,7 +29,7 @@ _SHAPE = {"hidden": 576, "mlp": 1536, "layers": 30, "heads": 9, "key_heads": 3, 
 
 
 def load_model(source: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A model from a folder, or with "random:layers=4,vocab=1000" a random one of SmolLM2's shape with these changes."""
+    """A model from a folder, or by "random:layers=4,vocab=1000" a random one of SmolLM2's shape so changed."""
     if not source.startswith("random:"):
         return AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
     changes = dict(item.split("=") for item in source.removeprefix("random:").split(",") if item)
