@@ -67,8 +67,10 @@ class ResponseScores:
 
     def sum_by_response(self, per_token: Tensor) -> Tensor:
         """`[R]`: the sum of a per-token quantity `[N]` over each response."""
-        sums = torch.zeros(self.lengths.shape[0], dtype=per_token.dtype, device=per_token.device)
-        return sums.index_add(0, self.response_index, per_token)
+        # index_add adds one by one: in fp32, hundreds of tokens cost two digits of a log-ratio.
+        wide = per_token.dtype if per_token.device.type == "mps" else torch.float64
+        sums = torch.zeros(self.lengths.shape[0], dtype=wide, device=per_token.device)
+        return sums.index_add(0, self.response_index, per_token.to(wide)).to(per_token.dtype)
 
     @property
     def logps(self) -> Tensor:
