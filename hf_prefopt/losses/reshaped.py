@@ -80,7 +80,9 @@ def r_dpo_loss(
         chosen_lengths=chosen_lengths,
         rejected_lengths=rejected_lengths,
     )
-    chosen, rejected = beta * chosen + alpha * chosen_lengths, beta * rejected + alpha * rejected_lengths
+    # Whole-number lengths times a Python float would be fp32, whatever the log-probs are.
+    chosen = beta * chosen + alpha * chosen_lengths.to(chosen)
+    rejected = beta * rejected + alpha * rejected_lengths.to(rejected)
     return LossOutput(logistic(chosen - rejected), pair_rewards(chosen, rejected))
 
 
