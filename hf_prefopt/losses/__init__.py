@@ -1,26 +1,60 @@
 """The loss family: pure functions of tensors, found by name through the registry."""
 
+from hf_prefopt.losses.anchored import apo_down_loss, apo_zero_loss, cal_dpo_loss, nca_pair_loss, sppo_hard_loss
 from hf_prefopt.losses.base import LossOutput
+from hf_prefopt.losses.batchwise import aot_loss, aot_unpaired_loss, dr_dpo_loss
 from hf_prefopt.losses.dpo import dpo_loss, dpo_norm_loss, hinge_loss, ipo_loss, reference_free_dpo_loss, wpo_loss
 from hf_prefopt.losses.kto import kto_pair_loss
-from hf_prefopt.losses.reference_free import cpo_loss, orpo_loss, sft_loss, simpo_loss
+from hf_prefopt.losses.margin_functions import (
+    cauchy_loss,
+    discopop_loss,
+    exo_pair_loss,
+    focal_po_loss,
+    gpo_loss,
+    robust_loss,
+)
+from hf_prefopt.losses.reference_free import cpo_loss, orpo_loss, sft_loss, slic_hf_loss
 from hf_prefopt.losses.registry import LossSpec, get_loss, list_losses, register_loss
+from hf_prefopt.losses.reshaped import chi_po_loss, dpo_shift_loss, dpop_loss, r_dpo_loss
+from hf_prefopt.losses.simpo import alphapo_loss, repo_loss, simper_loss, simpo_loss
 
 __all__ = [
     "LossOutput",
     "LossSpec",
+    "alphapo_loss",
+    "aot_loss",
+    "aot_unpaired_loss",
+    "apo_down_loss",
+    "apo_zero_loss",
+    "cal_dpo_loss",
+    "cauchy_loss",
+    "chi_po_loss",
     "cpo_loss",
+    "discopop_loss",
     "dpo_loss",
     "dpo_norm_loss",
+    "dpo_shift_loss",
+    "dpop_loss",
+    "dr_dpo_loss",
+    "exo_pair_loss",
+    "focal_po_loss",
     "get_loss",
+    "gpo_loss",
     "hinge_loss",
     "ipo_loss",
     "kto_pair_loss",
     "list_losses",
+    "nca_pair_loss",
     "orpo_loss",
+    "r_dpo_loss",
     "reference_free_dpo_loss",
     "register_loss",
+    "repo_loss",
+    "robust_loss",
     "sft_loss",
+    "simper_loss",
     "simpo_loss",
+    "slic_hf_loss",
+    "sppo_hard_loss",
     "wpo_loss",
 ]

@@ -60,16 +60,25 @@ def check_same_shape(**tensors: Tensor | None) -> None:
         raise ValueError(f"a loss takes one number per example: expected vectors [B] of one length, got {listing}")
 
 
-def check_range(name: str, value: float, low: float, high: float = float("inf"), *, open_low: bool = False) -> None:
-    """`low <= value < high` (or `low < value < high` with `open_low`).
+def check_range(
+    name: str,
+    value: float,
+    low: float,
+    high: float = float("inf"),
+    *,
+    open_low: bool = False,
+    closed_high: bool = False,
+) -> None:
+    """`low <= value < high`, with `low < value` where `open_low` and `value <= high` where `closed_high`.
 
     Raises:
         ValueError: names the parameter, its value and the range.
     """
     above = value > low if open_low else value >= low
-    if not (above and value < high):
-        opening = "(" if open_low else "["
-        raise ValueError(f"{name}={value!r} is outside {opening}{low:g}, {high:g})")
+    below = value <= high if closed_high else value < high
+    if not (above and below):
+        opening, closing = "(" if open_low else "[", "]" if closed_high else ")"
+        raise ValueError(f"{name}={value!r} is outside {opening}{low:g}, {high:g}{closing}")
 
 
 def check_positive(**values: float) -> None:
@@ -95,9 +104,46 @@ def check_both_or_neither(**tensors: Tensor | None) -> bool:
     return bool(given)
 
 
-def log_ratio(policy_logps: Tensor, ref_logps: Tensor | None) -> Tensor:
-    """r = s − s_ref in nats; without a reference the log-probs themselves (a uniform reference)."""
-    return policy_logps if ref_logps is None else policy_logps - ref_logps
+def log_ratios(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    ref_chosen_logps: Tensor | None,
+    ref_rejected_logps: Tensor | None,
+    **others: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """(r_w, r_l), r = s − s_ref in nats, each `[B]`; without a reference (s_w, s_l), as if it were uniform.
+
+    Raises:
+        ValueError: one reference is missing, or the shapes of these and of the `others` are not one `[B]`.
+    """
+    has_reference = check_both_or_neither(ref_chosen_logps=ref_chosen_logps, ref_rejected_logps=ref_rejected_logps)
+    check_same_shape(
+        policy_chosen_logps=policy_chosen_logps,
+        policy_rejected_logps=policy_rejected_logps,
+        ref_chosen_logps=ref_chosen_logps,
+        ref_rejected_logps=ref_rejected_logps,
+        **others,
+    )
+    if not has_reference:
+        return policy_chosen_logps, policy_rejected_logps
+    return policy_chosen_logps - ref_chosen_logps, policy_rejected_logps - ref_rejected_logps
+
+
+def mean_logps(
+    policy_chosen_logps: Tensor, policy_rejected_logps: Tensor, chosen_lengths: Tensor, rejected_lengths: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(s̄_w, s̄_l), the log-probs per scored token, each `[B]`.
+
+    Raises:
+        ValueError: the shapes are not one `[B]`.
+    """
+    check_same_shape(
+        policy_chosen_logps=policy_chosen_logps,
+        policy_rejected_logps=policy_rejected_logps,
+        chosen_lengths=chosen_lengths,
+        rejected_lengths=rejected_lengths,
+    )
+    return per_token(policy_chosen_logps, chosen_lengths), per_token(policy_rejected_logps, rejected_lengths)
 
 
 def per_token(summed: Tensor, lengths: Tensor) -> Tensor:
@@ -110,6 +156,22 @@ def logistic(margin: Tensor, label_smoothing: float = 0.0) -> Tensor:
     if label_smoothing == 0.0:
         return -F.logsigmoid(margin)
     return -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
+
+
+# Past this exponent, eˣ goes on as its tangent: e²⁰ is 5e8, whose square still leaves fp32 room for a gradient norm.
+MAX_EXPONENT = 20.0
+
+
+def exp_to_tangent(x: Tensor) -> Tensor:
+    """eˣ up to x = 20 and its tangent beyond: finite far out, with a gradient that neither explodes nor vanishes."""
+    capped = x.clamp(max=MAX_EXPONENT)
+    return capped.exp() * (1 + x - capped)
+
+
+def expm1_to_tangent(x: Tensor) -> Tensor:
+    """eˣ − 1, accurate near 0, up to x = 20 and its tangent beyond; see `exp_to_tangent`."""
+    capped = x.clamp(max=MAX_EXPONENT)
+    return torch.expm1(capped) + capped.exp() * (x - capped)
 
 
 def log1mexp(x: Tensor) -> Tensor:

@@ -8,31 +8,15 @@ from torch import Tensor
 
 from hf_prefopt.losses.base import (
     LossOutput,
-    check_both_or_neither,
     check_positive,
     check_range,
     check_same_shape,
-    log_ratio,
+    log_ratios,
     logistic,
     pair_rewards,
     per_token,
 )
 from hf_prefopt.losses.registry import register_loss
-
-
-def _log_ratios(
-    policy_chosen: Tensor, policy_rejected: Tensor, ref_chosen: Tensor | None, ref_rejected: Tensor | None, **lengths
-) -> tuple[Tensor, Tensor]:
-    """(r_w, r_l), each `[B]`, after the checks that every loss of this file makes."""
-    check_both_or_neither(ref_chosen_logps=ref_chosen, ref_rejected_logps=ref_rejected)
-    check_same_shape(
-        policy_chosen_logps=policy_chosen,
-        policy_rejected_logps=policy_rejected,
-        ref_chosen_logps=ref_chosen,
-        ref_rejected_logps=ref_rejected,
-        **lengths,
-    )
-    return log_ratio(policy_chosen, ref_chosen), log_ratio(policy_rejected, ref_rejected)
 
 
 @register_loss("dpo", aliases=("sigmoid",), paper="2305.18290")
@@ -59,7 +43,7 @@ def dpo_loss(
     """
     check_positive(beta=beta)
     check_range("label_smoothing", label_smoothing, 0.0, 0.5)
-    chosen, rejected = _log_ratios(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps)
+    chosen, rejected = log_ratios(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps)
     return LossOutput(
         logistic(beta * (chosen - rejected), label_smoothing), pair_rewards(beta * chosen, beta * rejected)
     )
@@ -100,7 +84,7 @@ def dpo_norm_loss(
     """
     check_positive(beta=beta)
     check_range("label_smoothing", label_smoothing, 0.0, 0.5)
-    chosen, rejected = _log_ratios(
+    chosen, rejected = log_ratios(
         policy_chosen_logps,
         policy_rejected_logps,
         ref_chosen_logps,
@@ -135,7 +119,7 @@ def ipo_loss(
         ValueError: as `dpo_loss`.
     """
     check_positive(beta=beta)
-    chosen, rejected = _log_ratios(
+    chosen, rejected = log_ratios(
         policy_chosen_logps,
         policy_rejected_logps,
         ref_chosen_logps,
@@ -164,7 +148,7 @@ def hinge_loss(
         ValueError: as `dpo_loss`.
     """
     check_positive(beta=beta)
-    chosen, rejected = _log_ratios(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps)
+    chosen, rejected = log_ratios(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps)
     losses = torch.relu(1 - beta * (chosen - rejected))
     return LossOutput(losses, pair_rewards(beta * chosen, beta * rejected))
 

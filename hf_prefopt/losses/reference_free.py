@@ -1,8 +1,9 @@
-"""Losses that need no reference: SimPO, CPO, ORPO and plain supervised fine-tuning.
+"""Losses that need no reference, held to the chosen responses by their NLL: CPO, ORPO, SLiC-HF, and the NLL alone.
 
 s is a response's summed log-prob (nats), s̄ the same per scored token, NLL(y) = −s̄.
 """
 
+import torch
 from torch import Tensor
 
 from hf_prefopt.losses.base import (
@@ -12,64 +13,11 @@ from hf_prefopt.losses.base import (
     check_same_shape,
     log1mexp,
     logistic,
+    mean_logps,
     pair_rewards,
     per_token,
 )
 from hf_prefopt.losses.registry import register_loss
-
-
-@register_loss("simpo", paper="2405.14734", is_average_loss=True)
-def simpo_loss(
-    policy_chosen_logps: Tensor,
-    policy_rejected_logps: Tensor,
-    chosen_lengths: Tensor,
-    rejected_lengths: Tensor,
-    beta: float = 2.0,
-    gamma: float | None = None,
-    gamma_beta_ratio: float | None = None,
-    label_smoothing: float = 0.0,
-) -> LossOutput:
-    """ℓ(β(s̄_w − s̄_l) − γ): the mean log-prob of a response is its reward, γ the target margin.
-
-    Simple preference optimisation, eq. 6. The margin is given once: as γ itself, or as γ/β (the default, 0.5).
-
-    Args:
-        policy_chosen_logps, policy_rejected_logps: `[B]`, summed, nats; lengths: `[B]`, tokens.
-        beta: > 0. gamma: ≥ 0, in reward units. gamma_beta_ratio: ≥ 0, nats per token.
-
-    Raises:
-        ValueError: both gamma and gamma_beta_ratio are given, shapes differ, or a value is out of range.
-    """
-    check_positive(beta=beta)
-    check_range("label_smoothing", label_smoothing, 0.0, 0.5)
-    gamma = target_margin(beta, gamma, gamma_beta_ratio)
-    check_same_shape(
-        policy_chosen_logps=policy_chosen_logps,
-        policy_rejected_logps=policy_rejected_logps,
-        chosen_lengths=chosen_lengths,
-        rejected_lengths=rejected_lengths,
-    )
-    chosen = beta * per_token(policy_chosen_logps, chosen_lengths)
-    rejected = beta * per_token(policy_rejected_logps, rejected_lengths)
-    return LossOutput(logistic(chosen - rejected - gamma, label_smoothing), pair_rewards(chosen, rejected))
-
-
-def target_margin(
-    beta: float, gamma: float | None, gamma_beta_ratio: float | None, default_ratio: float = 0.5
-) -> float:
-    """γ, from γ itself or from γ/β, whichever is given; neither means `default_ratio`·β.
-
-    Raises:
-        ValueError: both are given, or the one given is negative.
-    """
-    if gamma is not None and gamma_beta_ratio is not None:
-        raise ValueError(f"gamma={gamma} and gamma_beta_ratio={gamma_beta_ratio} both set the margin: pass one of them")
-    if gamma is None:
-        ratio = default_ratio if gamma_beta_ratio is None else gamma_beta_ratio
-        check_range("gamma_beta_ratio", ratio, 0.0)
-        return ratio * beta
-    check_range("gamma", gamma, 0.0)
-    return gamma
 
 
 @register_loss("cpo", paper="2401.08417")
@@ -124,20 +72,50 @@ def orpo_loss(
         ValueError: shapes differ or beta is out of range.
     """
     check_positive(beta=beta)
-    check_same_shape(
-        policy_chosen_logps=policy_chosen_logps,
-        policy_rejected_logps=policy_rejected_logps,
-        chosen_lengths=chosen_lengths,
-        rejected_lengths=rejected_lengths,
-    )
-    chosen = per_token(policy_chosen_logps, chosen_lengths)
-    rejected = per_token(policy_rejected_logps, rejected_lengths)
+    chosen, rejected = mean_logps(policy_chosen_logps, policy_rejected_logps, chosen_lengths, rejected_lengths)
     log_odds_ratio = (chosen - log1mexp(chosen)) - (rejected - log1mexp(rejected))
     preference = logistic(log_odds_ratio)
     return LossOutput(
         beta * preference - chosen,
         pair_rewards(beta * chosen, beta * rejected),
         {"preference": preference.detach(), "nll": -chosen.detach(), "log_odds_ratio": log_odds_ratio.detach()},
+    )
+
+
+@register_loss("slic_hf", aliases=("slic",), paper="2305.10425")
+def slic_hf_loss(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    chosen_lengths: Tensor,
+    delta: float = 1.0,
+    lambda_coef: float = 0.1,
+    length_normalize: bool = False,
+) -> LossOutput:
+    """max(0, δ − s_w + s_l) + λ·NLL(y_w): a margin of δ nats between the sums, held to the chosen responses.
+
+    Sequence likelihood calibration with human feedback, its rank loss and its regulariser towards a target, here the
+    chosen response. That NLL is −s_w as the paper writes it and HALOs computes it, or −s̄_w with `length_normalize`,
+    the unit of the NLL of every other loss here. The implicit reward is s.
+
+    Args:
+        delta: δ > 0, nats. lambda_coef: λ ≥ 0.
+
+    Raises:
+        ValueError: shapes differ or a value is out of range.
+    """
+    check_positive(delta=delta)
+    check_range("lambda_coef", lambda_coef, 0.0)
+    check_same_shape(
+        policy_chosen_logps=policy_chosen_logps,
+        policy_rejected_logps=policy_rejected_logps,
+        chosen_lengths=chosen_lengths,
+    )
+    preference = torch.relu(delta - policy_chosen_logps + policy_rejected_logps)
+    nll = -(per_token(policy_chosen_logps, chosen_lengths) if length_normalize else policy_chosen_logps)
+    return LossOutput(
+        preference + lambda_coef * nll,
+        pair_rewards(policy_chosen_logps, policy_rejected_logps),
+        {"preference": preference.detach(), "nll": nll.detach()},
     )
 
 

@@ -1,0 +1,139 @@
+"""Pair losses that anchor each response by itself: functions of r_w and of r_l, not of their difference alone.
+
+r = s − s_ref is the summed log-ratio (nats) of a response to the reference, which these losses cannot do without.
+Every implicit reward here is βr.
+"""
+
+import torch
+from torch import Tensor
+
+from hf_prefopt.losses.base import LossOutput, check_positive, check_range, log_ratios, logistic, pair_rewards
+from hf_prefopt.losses.registry import register_loss
+
+
+@register_loss("nca_pair", paper="2402.05369")
+def nca_pair_loss(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    ref_chosen_logps: Tensor,
+    ref_rejected_logps: Tensor,
+    beta: float = 0.01,
+) -> LossOutput:
+    """ℓ(βr_w) + ½ℓ(−βr_w) + ½ℓ(−βr_l): the chosen response against noise, and both as noise.
+
+    Noise contrastive alignment for two responses whose rewards are far apart. Past σ(βr_w) = 2/3 the loss grows
+    again with r_w, which keeps the chosen likelihood from running away.
+
+    Args:
+        policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps: `[B]`, summed, nats.
+        beta: > 0.
+
+    Raises:
+        ValueError: shapes differ or a hyperparameter is out of range.
+    """
+    check_positive(beta=beta)
+    chosen, rejected = log_ratios(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps)
+    chosen, rejected = beta * chosen, beta * rejected
+    losses = logistic(chosen) + logistic(-chosen) / 2 + logistic(-rejected) / 2
+    return LossOutput(losses, pair_rewards(chosen, rejected))
+
+
+@register_loss("sppo_hard", paper="2405.00675")
+def sppo_hard_loss(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    ref_chosen_logps: Tensor,
+    ref_rejected_logps: Tensor,
+    beta: float = 0.001,
+) -> LossOutput:
+    """(r_w − 1/(2β))² + (r_l + 1/(2β))²: each log-ratio is led to its own target.
+
+    Self-play preference optimisation, eq. 4.7 with win rates of 1 and 0, β being the paper's 1/η.
+    The targets are implicit rewards of ½ and −½; beyond them the loss grows again.
+
+    Raises:
+        ValueError: as `nca_pair_loss`.
+    """
+    check_positive(beta=beta)
+    chosen, rejected = log_ratios(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps)
+    return LossOutput(_distance_to_targets(chosen, rejected, beta), pair_rewards(beta * chosen, beta * rejected))
+
+
+def _distance_to_targets(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
+    """(r_w − 1/(2β))² + (r_l + 1/(2β))²."""
+    target = 1 / (2 * beta)
+    return (chosen - target).square() + (rejected + target).square()
+
+
+@register_loss("cal_dpo", aliases=("caldpo",), paper="2412.14516")
+def cal_dpo_loss(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    ref_chosen_logps: Tensor,
+    ref_rejected_logps: Tensor,
+    beta: float = 1e-3,
+    calibration_weight: float = 0.5,
+) -> LossOutput:
+    """ℓ(h) + w[(r_w − 1/(2β))² + (r_l + 1/(2β))²], h = r_w − r_l: DPO whose rewards keep their absolute scale.
+
+    Calibrated DPO. h is not scaled by β; β sets only the targets. w is ½ in the authors' code and 1 in the paper's
+    own listing; w = 0 is DPO at β = 1.
+
+    Args:
+        calibration_weight: w ≥ 0.
+
+    Raises:
+        ValueError: as `nca_pair_loss`.
+    """
+    check_positive(beta=beta)
+    check_range("calibration_weight", calibration_weight, 0.0)
+    chosen, rejected = log_ratios(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps)
+    preference, calibration = logistic(chosen - rejected), _distance_to_targets(chosen, rejected, beta)
+    return LossOutput(
+        preference + calibration_weight * calibration,
+        pair_rewards(beta * chosen, beta * rejected),
+        {"preference": preference.detach(), "calibration": calibration.detach()},
+    )
+
+
+@register_loss("apo_zero", paper="2408.06266")
+def apo_zero_loss(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    ref_chosen_logps: Tensor,
+    ref_rejected_logps: Tensor,
+    beta: float = 0.1,
+) -> LossOutput:
+    """1 − σ(βr_w) + σ(βr_l): chosen up and rejected down, each from the reference, for chosen better than the model.
+
+    Anchored preference optimisation, APO-zero, eq. 7.
+
+    Raises:
+        ValueError: as `nca_pair_loss`.
+    """
+    check_positive(beta=beta)
+    chosen, rejected = log_ratios(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps)
+    chosen, rejected = beta * chosen, beta * rejected
+    return LossOutput(torch.sigmoid(-chosen) + torch.sigmoid(rejected), pair_rewards(chosen, rejected))
+
+
+@register_loss("apo_down", paper="2408.06266")
+def apo_down_loss(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    ref_chosen_logps: Tensor,
+    ref_rejected_logps: Tensor,
+    beta: float = 0.1,
+) -> LossOutput:
+    """σ(βr_w) + 1 − σ(β(r_w − r_l)): both responses down, the rejected further, for chosen worse than the model.
+
+    Anchored preference optimisation, APO-down, eq. 8. Wherever |r_w| < |r_w − r_l|, a likelier chosen response raises
+    the loss: that is its purpose.
+
+    Raises:
+        ValueError: as `nca_pair_loss`.
+    """
+    check_positive(beta=beta)
+    chosen, rejected = log_ratios(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps)
+    chosen, rejected = beta * chosen, beta * rejected
+    return LossOutput(torch.sigmoid(chosen) + torch.sigmoid(rejected - chosen), pair_rewards(chosen, rejected))

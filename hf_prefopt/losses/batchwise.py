@@ -1,0 +1,111 @@
+"""Pair losses that compare the pairs of the global batch with each other: AOT by sorting, Dr. DPO by a soft minimum.
+
+Each is given the whole global batch (`needs_global_batch`) and is exact for that batch: however it is split into
+micro-batches and ranks, the mean of the losses is the paper's value and their gradients add up to its gradient.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from hf_prefopt.losses.base import LossOutput, check_positive, check_range, log_ratios, logistic, pair_rewards
+from hf_prefopt.losses.registry import register_loss
+
+
+def _at_rank_of(values: Tensor, others: Tensor) -> Tensor:
+    """`others` `[B]` in the order in which the smallest stands where the smallest of `values` does, and so on up.
+
+    Sorting both, as the papers write it, pairs the same numbers; this keeps each at the example that it came from.
+    """
+    ranks = values.argsort(stable=True).argsort()
+    return others.sort().values[ranks]
+
+
+@register_loss("aot", aliases=("aot_pair",), paper="2406.05882", needs_global_batch=True)
+def aot_loss(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    ref_chosen_logps: Tensor,
+    ref_rejected_logps: Tensor,
+    beta: float = 0.01,
+    label_smoothing: float = 0.0,
+) -> LossOutput:
+    """ℓ(β·Δ), Δ = sort_B(s_w − s_l) − sort_B(ref_w − ref_l): the policy's margins dominate the reference's.
+
+    Alignment via optimal transport, paired: each quantile of the policy's margins over the batch against the same
+    quantile of the reference's. A pair's loss is that of its own margin's rank, and its implicit reward is βr.
+    Earlier versions of TRL call this one `aot_pair` and the unpaired form `aot`.
+
+    Args:
+        policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps: `[B]`, summed, nats, of
+            the global batch.
+        beta: > 0. label_smoothing: ε in [0, 0.5), as in `dpo_loss`.
+
+    Raises:
+        ValueError: shapes differ or a hyperparameter is out of range.
+    """
+    check_positive(beta=beta)
+    check_range("label_smoothing", label_smoothing, 0.0, 0.5)
+    chosen, rejected = log_ratios(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps)
+    policy_margins, ref_margins = policy_chosen_logps - policy_rejected_logps, ref_chosen_logps - ref_rejected_logps
+    excess = policy_margins - _at_rank_of(policy_margins, ref_margins)
+    return LossOutput(logistic(beta * excess, label_smoothing), pair_rewards(beta * chosen, beta * rejected))
+
+
+@register_loss("aot_unpaired", paper="2406.05882", needs_global_batch=True)
+def aot_unpaired_loss(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    ref_chosen_logps: Tensor,
+    ref_rejected_logps: Tensor,
+    beta: float = 0.01,
+    label_smoothing: float = 0.0,
+) -> LossOutput:
+    """ℓ(β·Δ), Δ = sort_B(r_w) − sort_B(r_l): the rewards of chosen responses dominate those of rejected ones.
+
+    Alignment via optimal transport, unpaired: who was compared with whom plays no part. The loss of a pair is that of
+    its chosen response, against the rejected response of the same rank in the batch. Arguments as in `aot_loss`.
+
+    Raises:
+        ValueError: as `aot_loss`.
+    """
+    check_positive(beta=beta)
+    check_range("label_smoothing", label_smoothing, 0.0, 0.5)
+    chosen, rejected = log_ratios(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps)
+    excess = chosen - _at_rank_of(chosen, rejected)
+    return LossOutput(logistic(beta * excess, label_smoothing), pair_rewards(beta * chosen, beta * rejected))
+
+
+@register_loss("dr_dpo", aliases=("drdpo",), paper="2407.07880", needs_global_batch=True)
+def dr_dpo_loss(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    ref_chosen_logps: Tensor | None = None,
+    ref_rejected_logps: Tensor | None = None,
+    beta: float = 0.1,
+    beta_prime: float = 1.0,
+) -> LossOutput:
+    """−β′ log mean_B e^(−ℓ(βh)/β′): pairs with a large loss, perhaps labelled wrongly, count less.
+
+    Distributionally robustifying DPO (Dr. DPO). This is one value for the batch and no mean over its pairs, so every
+    pair carries that value: the mean is the value, and its gradient weighs pair i by softmax_B(−ℓ_i/β′) as it should.
+    The component `preference` is ℓ(βh) of each pair. β′ → ∞ is DPO.
+
+    Args:
+        policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps: `[B]`, summed, nats, of
+            the global batch.
+        beta: > 0. beta_prime: β′ > 0, nats of loss.
+
+    Raises:
+        ValueError: shapes differ, one reference is missing, or a hyperparameter is out of range.
+    """
+    check_positive(beta=beta, beta_prime=beta_prime)
+    chosen, rejected = log_ratios(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps)
+    preference = logistic(beta * (chosen - rejected))
+    value = -beta_prime * (torch.logsumexp(-preference / beta_prime, dim=0) - math.log(len(preference)))
+    return LossOutput(
+        value.expand_as(preference),
+        pair_rewards(beta * chosen, beta * rejected),
+        {"preference": preference.detach()},
+    )

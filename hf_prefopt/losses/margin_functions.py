@@ -1,0 +1,205 @@
+"""Pair losses that are another function of DPO's margin z = βh, h = r_w − r_l, than ℓ(z) = −log σ(z).
+
+r = s − s_ref is the summed log-ratio (nats) of a response to the reference; without one, the sum s itself.
+Every implicit reward here is βr. `hinge` and `ipo` are of this kind too and stand in `losses.dpo`.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_prefopt.losses.base import (
+    LossOutput,
+    check_positive,
+    check_range,
+    exp_to_tangent,
+    log_ratios,
+    logistic,
+    pair_rewards,
+)
+from hf_prefopt.losses.registry import register_loss
+
+
+@register_loss("robust", aliases=("robust_dpo",), paper="2403.00409")
+def robust_loss(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    ref_chosen_logps: Tensor | None = None,
+    ref_rejected_logps: Tensor | None = None,
+    beta: float = 0.1,
+    label_smoothing: float = 0.1,
+) -> LossOutput:
+    """[(1−ε)ℓ(βh) − εℓ(−βh)]/(1−2ε): an unbiased DPO loss where labels are flipped with probability ε.
+
+    Provably robust DPO (rDPO), the loss whose expectation over the flips is DPO's on clean labels; ε = 0 is DPO.
+
+    Args:
+        policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps: `[B]`, summed, nats.
+        beta: > 0. label_smoothing: ε in [0, 0.5); at 0.5 the labels say nothing and the loss is undefined.
+
+    Raises:
+        ValueError: shapes differ, one reference is missing, or a hyperparameter is out of range.
+    """
+    check_positive(beta=beta)
+    check_range("label_smoothing", label_smoothing, 0.0, 0.5)
+    chosen, rejected = log_ratios(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps)
+    margin = beta * (chosen - rejected)
+    kept, flipped = (1 - label_smoothing) * logistic(margin), label_smoothing * logistic(-margin)
+    return LossOutput((kept - flipped) / (1 - 2 * label_smoothing), pair_rewards(beta * chosen, beta * rejected))
+
+
+@register_loss("exo_pair", aliases=("exo_pref",), paper="2402.00856")
+def exo_pair_loss(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    ref_chosen_logps: Tensor | None = None,
+    ref_rejected_logps: Tensor | None = None,
+    beta: float = 0.1,
+    label_smoothing: float = 1e-3,
+) -> LossOutput:
+    """q_w log(q_w/(1−ε)) + q_l log(q_l/ε), q_w = σ(βh) = 1 − q_l: the reverse KL(q‖p) to soft labels p = (1−ε, ε).
+
+    Efficient exact optimisation, EXO-pref, eq. 16 for two responses. The loss is 0 at βh = log((1−ε)/ε), and grows
+    again beyond.
+
+    Args:
+        label_smoothing: ε in (0, 0.5); at 0 the reverse KL is infinite.
+
+    Raises:
+        ValueError: as `robust_loss`.
+    """
+    check_positive(beta=beta)
+    check_range("label_smoothing", label_smoothing, 0.0, 0.5, open_low=True)
+    chosen, rejected = log_ratios(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps)
+    margin = beta * (chosen - rejected)
+    chosen_part = torch.sigmoid(margin) * (F.logsigmoid(margin) - math.log1p(-label_smoothing))
+    rejected_part = torch.sigmoid(-margin) * (F.logsigmoid(-margin) - math.log(label_smoothing))
+    return LossOutput(chosen_part + rejected_part, pair_rewards(beta * chosen, beta * rejected))
+
+
+@register_loss("discopop", aliases=("lrml",), paper="2406.08414")
+def discopop_loss(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    ref_chosen_logps: Tensor | None = None,
+    ref_rejected_logps: Tensor | None = None,
+    beta: float = 0.05,
+    discopop_tau: float = 0.05,
+) -> LossOutput:
+    """(1−m)ℓ(βh) + m·e^(−βh), m = σ(βh/τ): logistic for pairs ranked wrongly, exponential for those ranked right.
+
+    Discovered preference optimisation (DiscoPOP), the log-ratio modulated loss, eq. 5. It is not monotone: with the
+    default τ it rises between h ≈ −2.37 and h ≈ 1.44. The product m·e^(−βh) is formed in logs, where τ ≤ 1 bounds it.
+
+    Args:
+        discopop_tau: τ in (0, 1]; beyond 1, m no longer outweighs e^(−βh) and the loss explodes on wrong pairs.
+
+    Raises:
+        ValueError: as `robust_loss`.
+    """
+    check_positive(beta=beta)
+    check_range("discopop_tau", discopop_tau, 0.0, 1.0, open_low=True, closed_high=True)
+    chosen, rejected = log_ratios(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps)
+    margin = beta * (chosen - rejected)
+    modulation = margin / discopop_tau
+    exponential = torch.exp(F.logsigmoid(modulation) - margin)
+    losses = torch.sigmoid(-modulation) * logistic(margin) + exponential
+    return LossOutput(losses, pair_rewards(beta * chosen, beta * rejected))
+
+
+# Table 1 of the GPO paper, each a function of z = βh; e^(−z) goes on as its tangent below z = −20.
+GPO_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "logistic": logistic,
+    "hinge": lambda z: torch.relu(1 - z),
+    "square": lambda z: (z - 1).square(),
+    "exponential": lambda z: exp_to_tangent(-z),
+    "truncated_square": lambda z: torch.relu(1 - z).square(),
+    "savage": lambda z: torch.sigmoid(-z).square(),
+}
+
+
+@register_loss("gpo", paper="2402.05749")
+def gpo_loss(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    ref_chosen_logps: Tensor | None = None,
+    ref_rejected_logps: Tensor | None = None,
+    beta: float = 0.1,
+    function: str = "logistic",
+) -> LossOutput:
+    """f(βh): logistic, hinge (1−z)₊, square (z−1)², exponential e^−z, truncated_square (1−z)₊², savage 1/(1+e^z)².
+
+    Generalised preference optimisation, table 1, read from the paper as no code is published: f is a convex (savage:
+    not convex) loss of binary classification. Logistic is `dpo`, hinge is `hinge`, and square is β² times the summed
+    `ipo` at β/2; those papers' defaults of β differ from this one.
+
+    Args:
+        function: a name in `GPO_FUNCTIONS`.
+
+    Raises:
+        ValueError: as `robust_loss`, or no such function.
+    """
+    check_positive(beta=beta)
+    if function not in GPO_FUNCTIONS:
+        raise ValueError(f"function={function!r} is not one of {', '.join(GPO_FUNCTIONS)}")
+    chosen, rejected = log_ratios(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps)
+    losses = GPO_FUNCTIONS[function](beta * (chosen - rejected))
+    return LossOutput(losses, pair_rewards(beta * chosen, beta * rejected))
+
+
+@register_loss("cauchy", paper="2405.14953")
+def cauchy_loss(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    ref_chosen_logps: Tensor | None = None,
+    ref_rejected_logps: Tensor | None = None,
+    beta: float = 0.1,
+) -> LossOutput:
+    """−log(atan(βh)/π + ½): preferences follow a Cauchy distribution, whose heavy tails forgive wrong labels.
+
+    From the code published with MallowsPO; the paper itself does not derive it. The probability is the angle
+    atan2(1, −βh)/π, the same number without the cancellation at βh → −∞.
+
+    Raises:
+        ValueError: as `robust_loss`.
+    """
+    check_positive(beta=beta)
+    chosen, rejected = log_ratios(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps)
+    margin = beta * (chosen - rejected)
+    losses = -torch.log(torch.atan2(torch.ones_like(margin), -margin) / math.pi)
+    return LossOutput(losses, pair_rewards(beta * chosen, beta * rejected))
+
+
+@register_loss("focal_po", aliases=("focalpo",), paper="2501.06645")
+def focal_po_loss(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    ref_chosen_logps: Tensor | None = None,
+    ref_rejected_logps: Tensor | None = None,
+    beta: float = 0.1,
+    gamma: float = 0.05,
+    detach_weight: bool = False,
+) -> LossOutput:
+    """−p^γ log p, p = σ(βh): pairs that the policy ranks wrongly weigh less.
+
+    FocalPO: the focal loss with its factor turned round, p^γ for (1−p)^γ; γ = 0 is DPO. Written from the paper's
+    description, its authors' code being unpublished: whether the factor is differentiated is the open choice. As
+    written it is, and the gradient −p^γ(1−p)(1 + γ log p)β changes sign below p = e^(−1/γ), 2e-9 at the default γ.
+    `detach_weight` holds the factor fixed, so that it only weighs DPO's gradient.
+
+    Args:
+        gamma: γ ≥ 0. detach_weight: keep p^γ out of the gradient.
+
+    Raises:
+        ValueError: as `robust_loss`.
+    """
+    check_positive(beta=beta)
+    check_range("gamma", gamma, 0.0)
+    chosen, rejected = log_ratios(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps)
+    losses = logistic(beta * (chosen - rejected))
+    weight = torch.exp(-gamma * losses)
+    losses = (weight.detach() if detach_weight else weight) * losses
+    return LossOutput(losses, pair_rewards(beta * chosen, beta * rejected))

@@ -1,0 +1,148 @@
+"""DPO with a reshaped margin: ℓ of something more than βh, against one failure of DPO each.
+
+r = s − s_ref is the summed log-ratio (nats) of a response to the reference, h = r_w − r_l, ℓ(z) = −log σ(z).
+"""
+
+from torch import Tensor
+
+from hf_prefopt.losses.base import (
+    LossOutput,
+    check_positive,
+    check_range,
+    exp_to_tangent,
+    log_ratios,
+    logistic,
+    pair_rewards,
+)
+from hf_prefopt.losses.registry import register_loss
+
+
+@register_loss("dpop", aliases=("dpo_positive",), paper="2402.13228")
+def dpop_loss(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    ref_chosen_logps: Tensor,
+    ref_rejected_logps: Tensor,
+    beta: float = 0.3,
+    lambda_coef: float = 50.0,
+) -> LossOutput:
+    """ℓ(β(h − λ·max(0, −r_w))): a chosen response less likely than under the reference costs λ times its fall.
+
+    DPO-positive (Smaug), eq. 3; λ = 0 is DPO. The implicit reward stays βr, of which the penalty is no part.
+
+    Args:
+        policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps: `[B]`, summed, nats.
+        beta: > 0. lambda_coef: λ ≥ 0.
+
+    Raises:
+        ValueError: shapes differ or a hyperparameter is out of range.
+    """
+    check_positive(beta=beta)
+    check_range("lambda_coef", lambda_coef, 0.0)
+    chosen, rejected = log_ratios(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps)
+    penalty = lambda_coef * (-chosen).relu()
+    return LossOutput(
+        logistic(beta * (chosen - rejected - penalty)),
+        pair_rewards(beta * chosen, beta * rejected),
+        {"penalty": (beta * penalty).detach()},
+    )
+
+
+@register_loss("r_dpo", paper="2403.19159")
+def r_dpo_loss(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    chosen_lengths: Tensor,
+    rejected_lengths: Tensor,
+    ref_chosen_logps: Tensor | None = None,
+    ref_rejected_logps: Tensor | None = None,
+    beta: float = 0.1,
+    alpha: float = 0.05,
+) -> LossOutput:
+    """ℓ(βh + α(|y_w| − |y_l|)): a preference that length explains trains less.
+
+    Length-regularised DPO (R-DPO). The reward is regularised to R − α|y|, and its optimal policy gives R = βr + α|y|
+    up to a constant of the prompt: hence the sign, and the implicit reward βr + α|y|. α = 0 is DPO.
+
+    Args:
+        chosen_lengths, rejected_lengths: `[B]`, scored tokens. alpha: α ≥ 0, reward per token.
+
+    Raises:
+        ValueError: as `dpop_loss`, or one reference is missing.
+    """
+    check_positive(beta=beta)
+    check_range("alpha", alpha, 0.0)
+    chosen, rejected = log_ratios(
+        policy_chosen_logps,
+        policy_rejected_logps,
+        ref_chosen_logps,
+        ref_rejected_logps,
+        chosen_lengths=chosen_lengths,
+        rejected_lengths=rejected_lengths,
+    )
+    # Whole-number lengths times a Python float would be fp32, whatever the log-probs are.
+    chosen = beta * chosen + alpha * chosen_lengths.to(chosen)
+    rejected = beta * rejected + alpha * rejected_lengths.to(rejected)
+    return LossOutput(logistic(chosen - rejected), pair_rewards(chosen, rejected))
+
+
+@register_loss("dpo_shift", paper="2502.07599")
+def dpo_shift_loss(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    ref_chosen_logps: Tensor,
+    ref_rejected_logps: Tensor,
+    beta: float = 0.1,
+    lambda_coef: float = 0.7,
+) -> LossOutput:
+    """ℓ(β(r_w − λr_l)): the rejected reward counts less, so that the chosen likelihood falls less.
+
+    DPO-Shift with a constant λ; λ = 1 is DPO. The paper's schedules that move λ with the step need the step, which no
+    loss sees, and are left out. The implicit reward is βr: λ shifts the comparison, not the reward.
+
+    Args:
+        lambda_coef: λ in [0, 1].
+
+    Raises:
+        ValueError: as `dpop_loss`.
+    """
+    check_positive(beta=beta)
+    check_range("lambda_coef", lambda_coef, 0.0, 1.0, closed_high=True)
+    chosen, rejected = log_ratios(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps)
+    losses = logistic(beta * (chosen - lambda_coef * rejected))
+    return LossOutput(losses, pair_rewards(beta * chosen, beta * rejected))
+
+
+@register_loss("chi_po", aliases=("chipo",), paper="2407.13399")
+def chi_po_loss(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    ref_chosen_logps: Tensor,
+    ref_rejected_logps: Tensor,
+    beta: float = 0.1,
+    reward_bound: float | None = None,
+) -> LossOutput:
+    """ℓ(clip(β(φ(r_w) − φ(r_l)), ±2R)), φ(r) = r + e^r: DPO held to the reference by χ² beside the KL.
+
+    χ²-preference optimisation, algorithm 1, its link φ(z) = z + log z taken at z = π/π_ref = e^r. φ is the derivative
+    of ½(z−1)² + z log z, so that E[R] − β(χ² + KL) has its optimum at R = βφ + a constant of the prompt: βφ(r) is the
+    implicit reward. The algorithm always clips, at the bound R of the true reward, which its theory knows and a data
+    set does not tell: without `reward_bound` nothing is clipped. No default of β is on record. Beyond r = 20, e^r goes
+    on as its tangent.
+
+    Args:
+        reward_bound: R > 0, in reward units; a pair past it trains nothing.
+
+    Raises:
+        ValueError: as `dpop_loss`.
+    """
+    check_positive(beta=beta)
+    chosen, rejected = (
+        beta * (ratio + exp_to_tangent(ratio))
+        for ratio in log_ratios(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps)
+    )
+    margin = chosen - rejected
+    if reward_bound is not None:
+        check_positive(reward_bound=reward_bound)
+        margin = margin.clamp(-2 * reward_bound, 2 * reward_bound)
+    return LossOutput(logistic(margin), pair_rewards(chosen, rejected))

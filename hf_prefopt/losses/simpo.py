@@ -1,0 +1,142 @@
+"""SimPO and its kin: functions of the mean log-prob of a response's tokens, without a reference.
+
+s̄ is a response's summed log-prob (nats) divided by its scored tokens; e^s̄ is its inverse perplexity.
+"""
+
+import torch
+from torch import Tensor
+
+from hf_prefopt.losses.base import (
+    LossOutput,
+    check_positive,
+    check_range,
+    expm1_to_tangent,
+    logistic,
+    mean_logps,
+    pair_rewards,
+)
+from hf_prefopt.losses.registry import register_loss
+
+
+@register_loss("simpo", paper="2405.14734", is_average_loss=True)
+def simpo_loss(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    chosen_lengths: Tensor,
+    rejected_lengths: Tensor,
+    beta: float = 2.0,
+    gamma: float | None = None,
+    gamma_beta_ratio: float | None = None,
+    label_smoothing: float = 0.0,
+) -> LossOutput:
+    """ℓ(β(s̄_w − s̄_l) − γ): the mean log-prob of a response is its reward, γ the target margin.
+
+    Simple preference optimisation, eq. 6. The margin is given once: as γ itself, or as γ/β (the default, 0.5).
+
+    Args:
+        policy_chosen_logps, policy_rejected_logps: `[B]`, summed, nats; lengths: `[B]`, tokens.
+        beta: > 0. gamma: ≥ 0, in reward units. gamma_beta_ratio: ≥ 0, nats per token.
+
+    Raises:
+        ValueError: both gamma and gamma_beta_ratio are given, shapes differ, or a value is out of range.
+    """
+    check_positive(beta=beta)
+    check_range("label_smoothing", label_smoothing, 0.0, 0.5)
+    gamma = target_margin(beta, gamma, gamma_beta_ratio)
+    chosen, rejected = mean_logps(policy_chosen_logps, policy_rejected_logps, chosen_lengths, rejected_lengths)
+    return LossOutput(
+        logistic(beta * (chosen - rejected) - gamma, label_smoothing), pair_rewards(beta * chosen, beta * rejected)
+    )
+
+
+def target_margin(
+    beta: float, gamma: float | None, gamma_beta_ratio: float | None, default_ratio: float = 0.5
+) -> float:
+    """γ, from γ itself or from γ/β, whichever is given; neither means `default_ratio`·β.
+
+    Raises:
+        ValueError: both are given, or the one given is negative.
+    """
+    if gamma is not None and gamma_beta_ratio is not None:
+        raise ValueError(f"gamma={gamma} and gamma_beta_ratio={gamma_beta_ratio} both set the margin: pass one of them")
+    if gamma is None:
+        ratio = default_ratio if gamma_beta_ratio is None else gamma_beta_ratio
+        check_range("gamma_beta_ratio", ratio, 0.0)
+        return ratio * beta
+    check_range("gamma", gamma, 0.0)
+    return gamma
+
+
+@register_loss("alphapo", aliases=("alpha_po",), paper="2501.03884", is_average_loss=True)
+def alphapo_loss(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    chosen_lengths: Tensor,
+    rejected_lengths: Tensor,
+    beta: float = 2.5,
+    alpha: float = 0.25,
+    gamma: float | None = None,
+    gamma_beta_ratio: float | None = None,
+    label_smoothing: float = 0.0,
+) -> LossOutput:
+    """ℓ(β(ρ_w − ρ_l) − γ), ρ = (1 − e^(−α s̄))/α: SimPO with a reward whose shape α bends.
+
+    AlphaPO; α → 0 is SimPO (ρ → s̄), and is taken as that limit. The margin is given once: as γ itself, or as γ/β (the
+    default, 0.04: γ = 0.1 at β = 2.5). The reward is formed from s̄ and never from a probability; where −α·s̄ passes 20
+    (no trained model does) e^x goes on as its tangent. The implicit reward is β·ρ.
+
+    Args:
+        alpha: any finite number. beta, gamma, gamma_beta_ratio, label_smoothing: as in `simpo_loss`.
+
+    Raises:
+        ValueError: as `simpo_loss`, or alpha is not finite.
+    """
+    check_positive(beta=beta)
+    check_range("alpha", alpha, float("-inf"), open_low=True)
+    check_range("label_smoothing", label_smoothing, 0.0, 0.5)
+    gamma = target_margin(beta, gamma, gamma_beta_ratio, default_ratio=0.04)
+    chosen, rejected = (
+        mean if alpha == 0 else expm1_to_tangent(-alpha * mean) / -alpha
+        for mean in mean_logps(policy_chosen_logps, policy_rejected_logps, chosen_lengths, rejected_lengths)
+    )
+    return LossOutput(
+        logistic(beta * (chosen - rejected) - gamma, label_smoothing), pair_rewards(beta * chosen, beta * rejected)
+    )
+
+
+@register_loss("simper", paper="2502.00883", is_average_loss=True)
+def simper_loss(
+    policy_chosen_logps: Tensor, policy_rejected_logps: Tensor, chosen_lengths: Tensor, rejected_lengths: Tensor
+) -> LossOutput:
+    """e^s̄_l − e^s̄_w: the inverse perplexities themselves, without any hyperparameter.
+
+    SimPER. The implicit reward is e^s̄, in (0, 1].
+
+    Raises:
+        ValueError: shapes differ.
+    """
+    chosen, rejected = mean_logps(policy_chosen_logps, policy_rejected_logps, chosen_lengths, rejected_lengths)
+    return LossOutput(rejected.exp() - chosen.exp(), pair_rewards(chosen.exp(), rejected.exp()))
+
+
+@register_loss("repo", paper="2503.07426", is_average_loss=True)
+def repo_loss(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    chosen_lengths: Tensor,
+    rejected_lengths: Tensor,
+    gamma: float = 0.5,
+) -> LossOutput:
+    """max(0, γ − (s̄_w − s̄_l)): SimPO's limit for a large β, a pair beyond its margin trains nothing.
+
+    ReLU-based preference optimisation (RePO). The implicit reward is s̄.
+
+    Args:
+        gamma: γ ≥ 0, nats per token.
+
+    Raises:
+        ValueError: shapes differ or gamma is out of range.
+    """
+    check_range("gamma", gamma, 0.0)
+    chosen, rejected = mean_logps(policy_chosen_logps, policy_rejected_logps, chosen_lengths, rejected_lengths)
+    return LossOutput(torch.relu(gamma - (chosen - rejected)), pair_rewards(chosen, rejected))

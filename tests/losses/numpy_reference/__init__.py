@@ -1,0 +1,44 @@
+"""Every loss once more, in NumPy float64, written from the papers' equations and from nothing in the package.
+
+Arguments are arrays [B]: policy and reference log-probs of chosen (w) and rejected (l) responses, their lengths n and
+their log alignment weights a. Each function returns (losses [B], rewards [B, 2] or None).
+"""
+
+from tests.losses.numpy_reference.both_ratios import (  # noqa: F401
+    apo_down,
+    apo_zero,
+    cal_dpo,
+    chi_po,
+    dpo_shift,
+    dpop,
+    nca_pair,
+    r_dpo,
+    sppo_hard,
+)
+from tests.losses.numpy_reference.dpo import (  # noqa: F401
+    cauchy,
+    discopop,
+    dpo,
+    dpo_norm,
+    exo_pair,
+    focal_po,
+    gpo,
+    hinge,
+    ipo,
+    robust,
+    wpo,
+)
+from tests.losses.numpy_reference.over_the_batch import aot, aot_unpaired, dr_dpo, kto_pair  # noqa: F401
+from tests.losses.numpy_reference.reference_free import alphapo, cpo, orpo, repo, sft, simper, simpo, slic_hf  # noqa: F401
+
+# The package's input names, in the short names used above.
+SHORT = {
+    "policy_chosen_logps": "w",
+    "policy_rejected_logps": "l",
+    "ref_chosen_logps": "rw",
+    "ref_rejected_logps": "rl",
+    "chosen_lengths": "nw",
+    "rejected_lengths": "nl",
+    "policy_chosen_alignment": "aw",
+    "policy_rejected_alignment": "al",
+}

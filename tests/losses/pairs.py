@@ -1,0 +1,21 @@
+"""Pairs written down by their log-ratios, for tests that derive a number by hand."""
+
+import torch
+
+from hf_prefopt.losses import LossOutput, get_loss
+
+
+def vector(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def by_log_ratios(name: str, r_w, r_l, lengths=(1.0, 1.0), **params) -> LossOutput:
+    """The loss of pairs with log-ratios `r_w` and `r_l` (numbers, or vectors `[B]`) to a reference of zeros."""
+    chosen, rejected = (r if torch.is_tensor(r) else vector(r) for r in (r_w, r_l))
+    values = {"policy_chosen_logps": chosen, "policy_rejected_logps": rejected}
+    values |= {f"ref_{side}_logps": torch.zeros_like(chosen) for side in ("chosen", "rejected")}
+    values |= {
+        f"{side}_lengths": torch.full_like(chosen, n) for side, n in zip(("chosen", "rejected"), lengths, strict=True)
+    }
+    spec = get_loss(name)
+    return spec(**{key: values[key] for key in spec.inputs}, **params)
