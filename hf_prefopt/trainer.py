@@ -32,7 +32,6 @@ from hf_prefopt.reference.live import evaluation_mode
 from hf_prefopt.reporting.card import model_card
 from hf_prefopt.reporting.metrics import METRIC_INPUTS, EvaluationRecord, RunningMeans, example_metrics
 from hf_prefopt.reporting.run_facts import card_facts
-from hf_prefopt.scoring.attention import install_segment_attention
 from hf_prefopt.scoring.forward import base_causal_lm, install_scoring, score
 from hf_prefopt.scoring.layout import reason_against_shared
 
@@ -140,18 +139,22 @@ class PreferenceTrainer(Trainer):
         """Decide, once for a model, how its batches are laid out: when it is on its device, before the first batch."""
         if self.layout is not None or self.data_collator is not self._layouts:
             return
-        reason = None
-        if self.args.layout != "padded":
-            dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
-            reason = reason_against_shared(self.model, self.args.max_length, dtype)
+        reason = None if self.args.layout == "padded" else self._reason_against_shared()
         if reason is not None and self.args.layout == "shared":
             raise ValueError(f"layout='shared' is not exact for this model: {reason}; choose layout='auto'")
         if reason is not None:
-            logger.warning("layout: padded, because %s (%s)", reason, type(base_causal_lm(self.model)).__name__)
+            logger.warning("layout: padded, because %s", reason)
         self.layout = "padded" if reason is not None else self.args.layout.replace("auto", "shared")
         self._layouts.layout = self.layout
-        if self.layout == "shared" and self.reference is not None:
-            install_segment_attention(base_causal_lm(self.reference.model))
+
+    def _reason_against_shared(self) -> str | None:
+        """Why the policy, or a reference model of its own, cannot be scored in the layout "shared"."""
+        dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
+        for model in dict.fromkeys((self.model, self.reference.model if self.reference else self.model)):
+            reason = reason_against_shared(model, self.args.max_length, dtype)
+            if reason is not None:
+                return f"{reason} ({type(base_causal_lm(model)).__name__})"
+        return None
 
     def call_model_init(self, trial: Any = None) -> PreTrainedModel | PeftModel:
         """A fresh policy from `model_init`, with a fresh reference."""
