@@ -29,6 +29,7 @@ from hf_prefopt.losses.inputs import loss_inputs
 from hf_prefopt.policy import disable_dropout, load_model, load_tokenizer, with_adapter
 from hf_prefopt.reference.choose import choose_reference
 from hf_prefopt.reference.live import evaluation_mode
+from hf_prefopt.reference.remembered import RememberedScores
 from hf_prefopt.reporting.card import model_card
 from hf_prefopt.reporting.metrics import METRIC_INPUTS, EvaluationRecord, RunningMeans, example_metrics
 from hf_prefopt.reporting.run_facts import card_facts
@@ -130,6 +131,7 @@ class PreferenceTrainer(Trainer):
         if self.args.disable_dropout:
             disable_dropout(model)
         needed = self.objective.needs_reference_model
+        self._reference_memory = RememberedScores()
         self.reference = choose_reference(self.args.reference, model, self._given_reference, needed)
         for module in {model, self.reference.model if self.reference else model}:
             install_scoring(module, self.args.temperature)
@@ -237,7 +239,7 @@ class PreferenceTrainer(Trainer):
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """This micro-batch's share of the step's loss; with `return_outputs` also rewards and labels, `[B, 2]` each."""
         policy = score(model, inputs, self.objective.token_stats)
-        reference = self._score_reference(inputs)
+        reference = self._score_reference(inputs) if model.training else self._remembered_reference(inputs)
         output, loss = self._objective_loss(inputs, policy, reference, num_items_in_batch, model.training)
         return (loss, output) if return_outputs else loss
 
@@ -245,6 +247,14 @@ class PreferenceTrainer(Trainer):
         if self.reference is None:
             return None
         return inputs.get("reference_scores") or self.reference.score(inputs)
+
+    def _remembered_reference(self, inputs: PreferenceBatch) -> ResponseScores | None:
+        """The reference's scores of an evaluation batch, run once for all evaluations of a data set."""
+        if self.reference is None:
+            return None
+        dataset = getattr(self.callback_handler.eval_dataloader, "dataset", None)
+        fingerprint = getattr(dataset, "_fingerprint", None)
+        return self._reference_memory.score(fingerprint, inputs, self.reference.score)
 
     def _objective_loss(
         self,
