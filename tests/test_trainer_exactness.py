@@ -15,7 +15,7 @@ from hf_prefopt.losses import list_losses
 from hf_prefopt.losses.inputs import loss_inputs
 from hf_prefopt.scoring.forward import score
 from tests.tiny_models import perturbed, random_rows, tiny_model
-from tests.training import logged, make_trainer, pairs, weights
+from tests.training import logged, make_config, make_trainer, pairs, weights
 
 # Every loss, and what is built on several of them.
 OBJECTIVES = {
@@ -25,7 +25,9 @@ OBJECTIVES = {
     "several losses": {"loss_type": ["dpo", "kto_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]},
     "reference-free": {"loss_type": "ipo", "reference_free": True},
 }
-each_layout = pytest.mark.parametrize("layout", ["padded", "shared"])
+# One of each kind that the trainer treats differently.
+KINDS = {name: OBJECTIVES[name] for name in ("dpo", "sft", "kto_pair", "with use_weighting", "several losses")}
+each_kind = pytest.mark.parametrize("objective", KINDS.values(), ids=KINDS)
 each_objective = pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
 DESCENT = {"optim": "sgd", "learning_rate": 1.0, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
 
@@ -33,8 +35,8 @@ DESCENT = {"optim": "sgd", "learning_rate": 1.0, "lr_scheduler_type": "constant"
 def off_reference(objective):
     """A policy half a nat or so away from its reference, where a loss has one."""
     model = perturbed(tiny_model(dtype=torch.float64), scale=0.05)
-    free = objective.get("reference_free") or objective["loss_type"] in ("simpo", "cpo", "orpo", "sft")
-    return model, {} if free else {"ref_model": tiny_model(dtype=torch.float64)}
+    needed = make_config("unused", **objective).build_objective().needs_reference_model
+    return model, {"ref_model": tiny_model(dtype=torch.float64)} if needed else {}
 
 
 def run(folder, objective, batch_size, accumulation, **settings):
@@ -52,8 +54,11 @@ def assert_same_change(actual, expected, tolerance):
         torch.testing.assert_close(actual[name], change, rtol=0, atol=tolerance * change.abs().max().item() + 1e-300)
 
 
-@each_layout
-@each_objective
+@pytest.mark.parametrize(
+    ("objective", "layout"),
+    [(objective, "padded") for objective in OBJECTIVES.values()] + [(kind, "shared") for kind in KINDS.values()],
+    ids=[*OBJECTIVES, *(f"{name}, shared" for name in KINDS)],
+)
 def test_a_step_is_the_gradient_of_the_mean_over_its_examples(objective, layout, tmp_path):
     """Eight micro-batches of one pair, in either layout. At rate 1 the change of the weights is minus the gradient of
     the objective's mean over the eight pairs scored at once, padded, by autograd; the logged loss is that mean.
@@ -77,12 +82,16 @@ def test_a_step_is_the_gradient_of_the_mean_over_its_examples(objective, layout,
 
 @each_objective
 def test_accumulation_changes_nothing(objective, tmp_path):
-    """1×8 = 8×1 over 20 pairs of which the last step has only four: weights, losses and metrics of all three steps."""
-    settings = {"train_dataset": pairs(20), "learning_rate": 0.01}
+    """1×8 = 8×1 over 12 pairs, of which the last step has only four: weights, losses and metrics of both steps.
+
+    The gradient is clipped to length 1, since the squares of some losses would take the first step far out, where the
+    second one blows up every rounding.
+    """
+    settings = {"train_dataset": pairs(12), "learning_rate": 0.01, "max_grad_norm": 1.0}
     whole, expected = run(tmp_path, objective, 8, 1, **settings)
     split, change = run(tmp_path, objective, 1, 8, **settings)
     assert_same_change(change, expected, 1e-9)
-    assert len(logged(whole, "loss")) == 3
+    assert len(logged(whole, "loss")) == 2
     for name in {name for entry in whole.state.log_history for name in entry if "/" in name or name == "loss"}:
         assert logged(split, name) == pytest.approx(logged(whole, name), rel=1e-6, abs=1e-9), name
 
@@ -101,18 +110,17 @@ def test_padding_changes_nothing(objective, other, tolerance, tmp_path):
 
 @each_objective
 def test_evaluation_is_of_the_rows(objective, tmp_path):
-    """Seven rows in batches of 1, 2, 3, 4 and 7 have the loss and metrics of all seven at once, which are the
-    objective's on all rows; a mean of batch means would give the last row another weight.
+    """Seven rows in batches of 1, 2 and 3 have the loss and metrics of all seven at once, which are the objective's on
+    all rows; a mean of batch means would give the last row another weight.
     """
     model, reference = off_reference(objective)
+    trainer = make_trainer(tmp_path, model, **reference, **objective, eval_dataset=pairs(7))
     results = []
-    for size in (7, 1, 2, 3, 4):
-        settings = {"eval_dataset": pairs(7), "per_device_eval_batch_size": size}
-        trainer = make_trainer(tmp_path, model, **reference, **objective, **settings)
-        found = trainer.evaluate()
-        results.append({k: v for k, v in found.items() if "/" in k or k == "eval_loss"})
+    for size in (7, 1, 2, 3):
+        trainer.args.per_device_eval_batch_size = size
+        results.append({k: v for k, v in trainer.evaluate().items() if "/" in k or k == "eval_loss"})
     for result in results[1:]:
-        assert result == pytest.approx(results[0], rel=1e-9, abs=1e-12)
+        assert result == pytest.approx(results[0], rel=1e-9, abs=1e-9)
 
 
 def test_evaluation_counts_every_pair_of_a_prompt(tmp_path):
@@ -180,7 +188,7 @@ def test_logged_metrics_are_means_over_the_examples_since_the_last_log(tmp_path)
 SYNCHRONISING = ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__float__", "__int__")
 
 
-@each_objective
+@each_kind
 def test_no_step_waits_for_the_device(objective, tmp_path, monkeypatch):
     """Between logs the package's own code reads no value off a tensor, which on a GPU would wait for it.
 

@@ -21,6 +21,7 @@ def make_config(folder: str | Path, **settings: Any) -> PreferenceConfig:
     """Quiet settings: every step logged, nothing saved, no dropout but the model's own."""
     quiet = {
         "use_cpu": True,
+        "bf16": False,
         "report_to": "none",
         "disable_tqdm": True,
         "save_strategy": "no",

@@ -125,7 +125,7 @@ def test_the_reference_has_no_dropout_while_the_policy_has(name, tmp_path):
         "full": lambda: tiny_model(attention_dropout=0.3),
         "fresh adapter": lambda: with_lora(tiny_model(attention_dropout=0.3), lora_dropout=0.3),
         "trained adapter": lambda: perturbed(with_lora(tiny_model(attention_dropout=0.3), lora_dropout=0.3)),
-        "trained adapter, its twin": lambda: with_frozen_twin(),
+        "trained adapter, its twin": with_frozen_twin,
     }[name]
     trainer = make_trainer(tmp_path, make(), **STARTS[name][1])
     if name == "trained adapter, its twin":
