@@ -1,1 +1,50 @@
-.PHONY: test
+# make demo   aligns a real model with real preferences, from nothing
+# make test   the whole CPU test suite
+# Both set up .venv by themselves; PYTHON=python3.12 picks the interpreter it is made with.
+
+PYTHON ?= python3
+VENV := .venv
+READY := $(VENV)/.ready
+# Twice quiet: errors only. What stands in between are remarks on the indexes that pip is set to use.
+PIP := $(VENV)/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt
+MODEL := models/smollm2-135m-instruct
+# Named in full, for accelerate otherwise lists the defaults that it fell back on.
+LAUNCH := $(VENV)/bin/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
+# Further options of the demo's recipe: make demo DEMO_OPTIONS="--loss_type simpo"
+DEMO_OPTIONS ?=
+
+.PHONY: demo test lint setup clean
+.DELETE_ON_ERROR:
+
+demo: $(READY) $(MODEL)/config.json
+	@echo "Training: recipes/dpo_lora.py --config recipes/dpo_lora.yaml $(DEMO_OPTIONS)"
+	@$(LAUNCH) recipes/dpo_lora.py --config recipes/dpo_lora.yaml $(DEMO_OPTIONS)
+
+test: $(READY)
+	@HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest
+
+lint: $(READY)
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/mypy hf_prefopt
+
+setup: $(READY)
+
+clean:
+	rm -rf $(VENV) models runs build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+
+$(MODEL)/config.json: | $(READY)
+	@$(VENV)/bin/python recipes/get_smollm2.py --to $(MODEL)
+
+# The stamp is written last, so an interrupted installation is taken up again.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+		{ echo "hf_prefopt needs Python 3.11 or newer; name one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@echo "Setting up $(VENV): $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV)
+	@echo "Installing PyTorch ..."
+	@# First and by its exact version: the open requirement of another package may bring a CUDA build, gigabytes of it.
+	@$(PIP) torch==2.13.0
+	@echo "Installing hf_prefopt and what it needs ..."
+	@$(PIP) -e '.[dev]'
+	@touch $@

@@ -1,8 +1,10 @@
 """`PreferenceConfig`: every setting of a run, checked when it is made."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import torch
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
@@ -42,6 +44,8 @@ class PreferenceConfig(TrainingArguments):
         on_bad_rows: "error" or "drop". dataset_num_proc: processes that tokenise.
         layout: "auto" computes every prompt once and no padding where that is exact for the model, and says where it is
             not; "shared" insists on it, "padded" is one padded sequence per response.
+        group_by_prompt: draws prompts instead of rows, so that the pairs of a prompt share its tokens.
+        max_tokens_per_batch: a token budget for a forward; the examples per step stay as configured.
         show_first_batch: print the first training row, its tokens and which of them are scored.
 
     Raises:
@@ -57,7 +61,7 @@ class PreferenceConfig(TrainingArguments):
     learning_rate: float = field(default=1e-6, metadata=_help("Initial learning rate; adapters want 1e-5 to 2e-4."))
     logging_steps: float = field(default=10, metadata=_help("Log every so many steps (below 1: a share of all steps)."))
     bf16: bool | None = field(
-        default=None, metadata=_help("bf16 autocast; by default on GPUs that have it, unless fp16 is set.")
+        default=None, metadata=_help("bf16 autocast; by default where the hardware is fast in it, unless fp16 is set.")
     )
 
     loss_type: list[str] = field(default_factory=lambda: ["dpo"], metadata=_help("One or more names of losses."))
@@ -93,6 +97,13 @@ class PreferenceConfig(TrainingArguments):
         default="auto",
         metadata=_help("auto, shared (every prompt computed once, no padding) or padded (a sequence per response)."),
     )
+    group_by_prompt: bool = field(
+        default=False, metadata=_help("Keep the pairs of a prompt together, so that its tokens are computed once.")
+    )
+    max_tokens_per_batch: int | None = field(
+        default=None,
+        metadata=_help("Token positions per forward: a batch of examples is cut into pieces below it, memory is flat."),
+    )
     show_first_batch: bool = field(
         default=False, metadata=_help("Print the first training row: its tokens, and which are scored.")
     )
@@ -100,8 +111,10 @@ class PreferenceConfig(TrainingArguments):
     def __post_init__(self):
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
+        # TrainingArguments refuses bf16 on a CPU that it was not told of, even where there is nothing else.
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         if self.bf16 is None:
-            self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
+            self.bf16 = not self.fp16 and _is_fast_in_bf16(self.use_cpu)
         super().__post_init__()
         self._check_values()
         self.build_objective()
@@ -127,16 +140,33 @@ class PreferenceConfig(TrainingArguments):
         _check_choice("truncation_mode", self.truncation_mode, TRUNCATION_MODES)
         _check_choice("layout", self.layout, LAYOUTS)
         _check_choice("on_bad_rows", self.on_bad_rows, BAD_ROWS)
-        if not self.reference.startswith("adapter:"):
+        if not re.fullmatch("adapter:.+", self.reference):
             _check_choice("reference", self.reference, REFERENCES)
         if self.loss_params is not None and not isinstance(self.loss_params, dict):
             raise ValueError(
                 f"loss_params={self.loss_params!r} is no mapping: pass a dict, or JSON on the command line"
             )
-        if not self.temperature > 0:
-            raise ValueError(f"temperature={self.temperature} must be above 0")
+        if self.max_tokens_per_batch is not None and self.max_tokens_per_batch < 1:
+            raise ValueError(f"max_tokens_per_batch={self.max_tokens_per_batch}: give at least 1, or None for none")
+        if not 0 < self.temperature < float("inf"):
+            raise ValueError(f"temperature={self.temperature} must be above 0, and finite")
         if self.max_length is not None and self.max_length < 2:
             raise ValueError(f"max_length={self.max_length} leaves no room for a prompt and a response token")
+        if self.pad_to_multiple_of is not None and self.pad_to_multiple_of < 1:
+            raise ValueError(
+                f"pad_to_multiple_of={self.pad_to_multiple_of} must be at least 1, or None for no rounding"
+            )
+        if self.accelerator_config.dispatch_batches:
+            raise ValueError(
+                "accelerator_config.dispatch_batches=True would cut batches whose tensors differ in length"
+            )
+        # Left to itself, accelerate dispatches, and so cuts, the batches of streams.
+        self.accelerator_config.dispatch_batches = False
+
+
+def _is_fast_in_bf16(use_cpu: bool) -> bool:
+    """Whether bf16 pays: on GPUs that have it, on CPUs with AMX; others emulate it, several times slower than fp32."""
+    return torch.cpu._is_amx_tile_supported() if use_cpu else is_torch_bf16_gpu_available()
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

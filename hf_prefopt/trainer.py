@@ -18,16 +18,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from hf_prefopt.config import PreferenceConfig
 from hf_prefopt.data.batch import PreferenceBatch, ResponseScores
 from hf_prefopt.data.collate import PaddedCollator
+from hf_prefopt.data.group import PromptSampler, prompt_keys
+from hf_prefopt.data.microbatch import MicroBatchCollator, idle, pieces_of
 from hf_prefopt.data.prepare import PREPARED_FEATURES, prepare_dataset
 from hf_prefopt.data.preview import print_preview
-from hf_prefopt.data.shared import LayoutCollator, SharedCollator
+from hf_prefopt.data.shared import SharedCollator
 from hf_prefopt.losses.base import LossOutput
 from hf_prefopt.losses.global_batch import StepInputs
 from hf_prefopt.losses.inputs import loss_inputs
 from hf_prefopt.policy import disable_dropout, load_model, load_tokenizer, with_adapter
 from hf_prefopt.reference.choose import choose_reference
 from hf_prefopt.reference.live import evaluation_mode
+from hf_prefopt.reporting.card import model_card
 from hf_prefopt.reporting.metrics import METRIC_INPUTS, EvaluationRecord, RunningMeans, example_metrics
+from hf_prefopt.reporting.run_facts import card_facts
 from hf_prefopt.scoring.attention import install_segment_attention
 from hf_prefopt.scoring.forward import base_causal_lm, install_scoring, score
 from hf_prefopt.scoring.layout import reason_against_shared
@@ -96,7 +100,8 @@ class PreferenceTrainer(Trainer):
         self.tokenizer = getattr(processing_class, "tokenizer", processing_class)
         self._train_metrics, self._evaluation = RunningMeans(), EvaluationRecord()
         padded = PaddedCollator(_pad_token_id(self.tokenizer), args.pad_to_multiple_of)
-        self._layouts = LayoutCollator({"padded": padded, "shared": SharedCollator()})
+        layouts = {"padded": padded, "shared": SharedCollator()}
+        self._layouts = MicroBatchCollator(layouts, max_tokens=args.max_tokens_per_batch)
 
         super().__init__(
             model=model,
@@ -178,10 +183,47 @@ class PreferenceTrainer(Trainer):
         """As the Trainer's; a raw data set is prepared first."""
         return super().get_test_dataloader(self._prepared(test_dataset, "test"))
 
+    def _get_train_sampler(self, train_dataset: Dataset | None = None):
+        """As the Trainer's, or by prompt where `group_by_prompt` asks for it."""
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if not self.args.group_by_prompt or not isinstance(dataset, Dataset):
+            return super()._get_train_sampler(train_dataset)
+        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
+        return PromptSampler(prompt_keys(dataset), seed)
+
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = list(PREPARED_FEATURES)
 
     # -- the step -------------------------------------------------------------------------------------------------
+
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: PreferenceBatch | dict[str, list[PreferenceBatch]],
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """Forward and backward of a batch, piece by piece where a token budget has cut it."""
+        *pieces, last = pieces_of(inputs)
+        synchronise = self.accelerator.sync_gradients
+        loss = torch.zeros((), device=self.args.device)
+        for piece in pieces:
+            self.accelerator.gradient_state._set_sync_gradients(False)
+            with self.accelerator.no_sync(model):
+                loss += super().training_step(model, piece, num_items_in_batch)
+        self.accelerator.gradient_state._set_sync_gradients(synchronise)
+        return loss + super().training_step(model, last, num_items_in_batch)
+
+    def floating_point_ops(self, inputs: PreferenceBatch | dict[str, list[PreferenceBatch]]) -> int:
+        """As the Trainer's, over the pieces of a batch."""
+        count = super().floating_point_ops
+        return sum(count(piece) for piece in pieces_of(inputs))
+
+    def _evened(self, pieces: list[PreferenceBatch]) -> list[PreferenceBatch]:
+        """As many pieces on every rank."""
+        if self.accelerator.num_processes == 1:
+            return pieces
+        count = self.accelerator.gather(torch.tensor([len(pieces)], device=self.args.device)).max().item()
+        return [*(idle(pieces[-1]) for _ in range(count - len(pieces))), *pieces]
 
     def compute_loss(
         self,
@@ -213,7 +255,7 @@ class PreferenceTrainer(Trainer):
         own = self._loss_inputs(inputs, policy, reference)
         if not training:
             output = self.objective(own)
-            self._evaluation.add(inputs["rows"], own)
+            self._evaluation.add(inputs, own)
             return _predictions(output, own), output.loss
         everything, where = self._step_inputs(inputs, own)
         output = self.objective(everything)
@@ -241,10 +283,13 @@ class PreferenceTrainer(Trainer):
         """The micro-batches of a step and its number of examples; for batch-wise losses, tied together."""
         self._settle_layout()
         batches, num_examples = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if self.objective.needs_global_batch and len(batches) > 1:
-            step = StepInputs(self.accelerator, lambda: self._collect(batches))
-            for index, batch in enumerate(batches):
-                batch["step_inputs"] = (step, index)
+        if self.args.max_tokens_per_batch is not None:
+            batches = [{"pieces": self._evened(pieces_of(batch))} for batch in batches]
+        pieces = [piece for batch in batches for piece in pieces_of(batch)]
+        if self.objective.needs_global_batch and len(pieces) > 1:
+            step = StepInputs(self.accelerator, lambda: self._collect(pieces))
+            for index, piece in enumerate(pieces):
+                piece["step_inputs"] = (step, index)
         return batches, num_examples
 
     def _collect(self, batches: list[PreferenceBatch]) -> list[dict[str, Tensor]]:
@@ -260,7 +305,7 @@ class PreferenceTrainer(Trainer):
 
     def _get_num_items_in_batch(self, batch_samples: list[PreferenceBatch], device: torch.device) -> Tensor | int:
         """The examples of a step: those of its micro-batches on all ranks."""
-        count = sum(len(batch["rows"]) for batch in batch_samples)
+        count = sum(len(piece["rows"]) for batch in batch_samples for piece in pieces_of(batch))
         if self.accelerator.num_processes == 1:
             return count
         return self.accelerator.reduce(torch.tensor(count, device=device), reduction="sum")
@@ -268,10 +313,16 @@ class PreferenceTrainer(Trainer):
     # -- evaluation and logs --------------------------------------------------------------------------------------
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """(loss of the batch, rewards `[B, 2]`, labels `[B, 2]`)."""
+        """(mean loss of the batch, rewards `[B, 2]`, labels `[B, 2]`)."""
         with torch.no_grad(), self.compute_loss_context_manager():
-            loss, outputs = self.compute_loss(model, self._prepare_inputs(inputs), return_outputs=True)
-        return (loss, None, None) if prediction_loss_only else (loss, outputs["predictions"], outputs["labels"])
+            outputs = [
+                self.compute_loss(model, piece, return_outputs=True)
+                for piece in pieces_of(self._prepare_inputs(inputs))
+            ]
+        loss = torch.stack([loss for loss, _ in outputs]).mean()
+        if prediction_loss_only:
+            return loss, None, None
+        return loss, *(torch.cat([output[name] for _, output in outputs]) for name in ("predictions", "labels"))
 
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix: str = "eval", **kwargs):
         """As the Trainer's, with the loss and every metric taken over the rows and not over the batches."""
@@ -288,6 +339,21 @@ class PreferenceTrainer(Trainer):
         if "loss" in logs:
             logs.update(self._train_metrics.pop(self.accelerator))
         super().log(logs, start_time)
+
+    def create_model_card(
+        self, *_: Any, model_name: str | None = None, dataset: str | list[str] | None = None, **metadata: Any
+    ) -> None:
+        """Writes the run's model card, `README.md`, into `output_dir`; `push_to_hub` passes its arguments on to here.
+
+        Args:
+            model_name: the card's title; by default the name of the repository or of the output folder.
+            dataset: the name or names of the data, on the Hub or local.
+            metadata: further metadata of the Hub, such as `license="apache-2.0"` or `language="en"`.
+        """
+        if self.is_world_process_zero():
+            datasets = [dataset] if isinstance(dataset, str) else dataset or []
+            card = model_card(card_facts(self, model_name, datasets), **metadata)
+            card.save(f"{self.args.output_dir}/README.md")
 
 
 def _pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -29,7 +29,7 @@ class PreferenceBatch(TypedDict, total=False):
     Responses (R) and examples (B):
         response_lengths: `[R]` int64, the number of scored tokens, ≥ 1.
         chosen, rejected: `[B]` int64, each pair's responses, as indices into R. A response may serve several pairs.
-        rows: `[B]` int64, the example's row in its data set.
+        rows, pair_in_row: `[B]` int64, the example's row in its data set, and its place among that row's pairs.
     """
 
     input_ids: Tensor
@@ -46,6 +46,7 @@ class PreferenceBatch(TypedDict, total=False):
     chosen: Tensor
     rejected: Tensor
     rows: Tensor
+    pair_in_row: Tensor
 
 
 @dataclass
@@ -66,8 +67,10 @@ class ResponseScores:
 
     def sum_by_response(self, per_token: Tensor) -> Tensor:
         """`[R]`: the sum of a per-token quantity `[N]` over each response."""
-        sums = torch.zeros(self.lengths.shape[0], dtype=per_token.dtype, device=per_token.device)
-        return sums.index_add(0, self.response_index, per_token)
+        # index_add adds one by one: in fp32, hundreds of tokens cost two digits of a log-ratio.
+        wide = per_token.dtype if per_token.device.type == "mps" else torch.float64
+        sums = torch.zeros(self.lengths.shape[0], dtype=wide, device=per_token.device)
+        return sums.index_add(0, self.response_index, per_token.to(wide)).to(per_token.dtype)
 
     @property
     def logps(self) -> Tensor:

@@ -8,12 +8,13 @@ Shapes: R responses of all rows, group by group; T tokens of the longest sequenc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 
 from hf_prefopt.data.batch import PreferenceBatch
+from hf_prefopt.data.group import Group, group_rows, index_examples
 
 
 @dataclass
@@ -38,9 +39,16 @@ class PaddedCollator:
     pad_token_id: int
     pad_to_multiple_of: int | None = None
 
+    def count_tokens(self, rows: Sequence[Mapping[str, Any]]) -> int:
+        """The positions that the batch of these rows computes, padding included."""
+        groups = group_rows(rows).groups
+        lengths = [len(group.prompt_ids) + len(ids) for group in groups for ids, _ in group.responses]
+        return len(lengths) * self._width(max(lengths))
+
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> PreferenceBatch:
         """The batch of these rows. Raises `ValueError` for a response without a scored token that can be predicted."""
-        tokens, scored, lengths = _concatenate(rows)
+        grouped = group_rows(rows)
+        tokens, scored, lengths = _concatenate(grouped.groups)
         width = self._width(int(lengths.max()))
         sequence = np.repeat(np.arange(len(lengths)), lengths)
         position = np.arange(len(tokens)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
@@ -60,43 +68,27 @@ class PaddedCollator:
             "targets": tokens[scored],
             "response_index": response_index,
             "response_lengths": response_lengths,
-            **index_examples(rows),
+            **index_examples(rows, grouped.places),
         }
-        return cast(PreferenceBatch, {name: torch.from_numpy(array) for name, array in batch.items()})
+        return PreferenceBatch(**{name: torch.from_numpy(array) for name, array in batch.items()})
 
     def _width(self, longest: int) -> int:
         multiple = self.pad_to_multiple_of or 1
         return -(-longest // multiple) * multiple
 
 
-def index_examples(rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
-    """The pairs of all rows as indices into the batch's flat order of responses, in whatever layout.
-
-    Returns:
-        `chosen`, `rejected`: `[B]` int64, responses; `rows`: `[B]` int64, each pair's row in its data set.
-    """
-    responses = np.array([len(row["response_ids"]) for row in rows])
-    first = np.cumsum(responses) - responses
-    counts = [len(row["pairs"]) for row in rows]
-    pairs = np.array([pair for row in rows for pair in row["pairs"]], dtype=np.int64).reshape(-1, 2)
-    pairs += np.repeat(first, counts)[:, None]
-    numbers = np.array([row["row"] for row in rows], dtype=np.int64)
-    return {"chosen": pairs[:, 0].copy(), "rejected": pairs[:, 1].copy(), "rows": np.repeat(numbers, counts)}
-
-
-def _concatenate(rows: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _concatenate(groups: Sequence[Group]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """All sequences end to end: their tokens and whether each is scored, both `[sum of lengths]`; the lengths `[R]`."""
-    tokens: list[list[int]] = []
-    scored: list[list[int]] = []
+    tokens: list[Sequence[int]] = []
+    scored: list[Sequence[int]] = []
     lengths: list[int] = []
-    for row in rows:
-        prompt = row["prompt_ids"]
-        unscored = [0] * len(prompt)
-        for response, mask in zip(row["response_ids"], row["scored_masks"], strict=True):
-            tokens += (prompt, response)
+    for group in groups:
+        unscored = [0] * len(group.prompt_ids)
+        for response, mask in group.responses:
+            tokens += (group.prompt_ids, response)
             scored += (unscored, mask)
-            lengths.append(len(prompt) + len(response))
+            lengths.append(len(group.prompt_ids) + len(response))
     total = sum(lengths)
     flat_tokens = np.fromiter(chain.from_iterable(tokens), dtype=np.int64, count=total)
-    flat_scored = np.fromiter(chain.from_iterable(scored), dtype=np.bool_, count=total)
+    flat_scored = np.fromiter(chain.from_iterable(scored), dtype=bool, count=total)
     return flat_tokens, flat_scored, np.array(lengths)

@@ -6,7 +6,7 @@ length. What a response may look at is said by segments (see `scoring.attention`
 Shapes: T tokens of the row; S segments, one per response; Tk gathered keys; N scored tokens.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from hf_prefopt.data.batch import PreferenceBatch
-from hf_prefopt.data.collate import index_examples
+from hf_prefopt.data.group import group_rows, index_examples
 
 
 @dataclass
@@ -31,26 +31,27 @@ class SharedCollator:
         ([1, 2, 1], [7, 8, 9])
     """
 
+    def count_tokens(self, rows: Sequence[Mapping[str, Any]]) -> int:
+        """The positions that the batch of these rows computes."""
+        return sum(group.tokens for group in group_rows(rows).groups)
+
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> PreferenceBatch:
         """The batch of these rows. Raises `ValueError` for a response without a scored token that can be predicted."""
-        prompts = np.repeat([len(row["prompt_ids"]) for row in rows], [len(row["response_ids"]) for row in rows])
-        lengths = np.array([len(response) for row in rows for response in row["response_ids"]])
+        grouped = group_rows(rows)
+        groups = grouped.groups
+        counts = [len(group.responses) for group in groups]
+        prompts = np.repeat([len(group.prompt_ids) for group in groups], counts)
+        lengths = np.array([len(ids) for group in groups for ids, _ in group.responses])
         # The first response of a group brings the prompt along: its segment's queries are both.
-        first = np.concatenate([np.arange(len(row["response_ids"])) == 0 for row in rows])
-        queries = lengths + prompts * first
-        query_ends, keys = np.cumsum(queries), prompts + lengths
-        response_starts = query_ends - lengths
-        prompt_starts = np.maximum.accumulate(np.where(first, query_ends - queries, 0))
+        first = np.concatenate([np.arange(count) == 0 for count in counts])
+        queries, keys = lengths + prompts * first, prompts + lengths
+        response_starts = np.cumsum(queries) - lengths
+        prompt_starts = np.repeat((response_starts - prompts)[first], counts)
 
-        tokens = [ids for row in rows for ids in (row["prompt_ids"], *row["response_ids"])]
+        tokens = [ids for group in groups for ids in (group.prompt_ids, *(ids for ids, _ in group.responses))]
+        masks = [mask for group in groups for _, mask in group.responses]
         input_ids = np.concatenate([np.asarray(ids, dtype=np.int64) for ids in tokens])
-        # Keys of a segment: its prompt's positions, then its own; `inside` counts within the segment.
-        inside = _count_up(keys)
-        of_prompt = inside < np.repeat(prompts, keys)
-        key_index = np.where(
-            of_prompt, inside + np.repeat(prompt_starts, keys), inside + np.repeat(response_starts - prompts, keys)
-        )
-        scored = np.concatenate([np.asarray(mask, dtype=bool) for row in rows for mask in row["scored_masks"]])
+        scored = np.concatenate([np.asarray(mask, dtype=bool) for mask in masks])
         response_index = np.repeat(np.arange(len(lengths)), lengths)[scored]
         place = _count_up(lengths)[scored]
         response_lengths = np.bincount(response_index, minlength=len(lengths))
@@ -58,40 +59,35 @@ class SharedCollator:
             raise ValueError("a response scores no token, or the first of its sequence, which nothing predicts")
 
         position = place + response_starts[response_index]
-        last_of_prompt = prompt_starts[response_index] + prompts[response_index] - 1
+        last_of_prompt = (prompt_starts + prompts - 1)[response_index]
         batch = {
             "input_ids": input_ids[None],
             "position_ids": (_count_up(queries) + np.repeat(np.where(first, 0, prompts), queries))[None],
-            "segment_queries": np.concatenate([[0], query_ends]).astype(np.int32),
-            "segment_keys": np.concatenate([[0], np.cumsum(keys)]).astype(np.int32),
-            "segment_key_index": key_index,
+            "segment_queries": _bounds(queries),
+            "segment_keys": _bounds(keys),
+            "segment_key_index": _key_index(prompts, keys, prompt_starts, response_starts),
             "scored_rows": np.where(place == 0, last_of_prompt, position - 1),
             "targets": input_ids[position],
             "response_index": response_index,
             "response_lengths": response_lengths,
-            **index_examples(rows),
+            **index_examples(rows, grouped.places),
         }
         tensors = {name: torch.from_numpy(array) for name, array in batch.items()}
         return PreferenceBatch(**tensors, segment_longest=(int(queries.max()), int(keys.max())))
 
 
+def _key_index(prompts: np.ndarray, keys: np.ndarray, prompt_starts: np.ndarray, response_starts: np.ndarray):
+    """`[Tk]`: where in the row the keys of each segment stand, its prompt's and then its own."""
+    inside = _count_up(keys)
+    of_prompt = inside < np.repeat(prompts, keys)
+    return inside + np.where(of_prompt, np.repeat(prompt_starts, keys), np.repeat(response_starts - prompts, keys))
+
+
+def _bounds(lengths: np.ndarray) -> np.ndarray:
+    """`[S + 1]` int32: where pieces of these lengths begin, end to end, and where the last one ends."""
+    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+
+
 def _count_up(lengths: np.ndarray) -> np.ndarray:
     """0, 1, …, n − 1 for each n in `lengths`, end to end."""
     return np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-
-
-@dataclass
-class LayoutCollator:
-    """Collates in the layout that `layout` names at the time, so that it can be settled after data loaders are made.
-
-    Attributes:
-        collators: a collator for each layout.
-        layout: which of them is used.
-    """
-
-    collators: dict[str, Callable[[Sequence[Mapping[str, Any]]], PreferenceBatch]]
-    layout: str = "padded"
-
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> PreferenceBatch:
-        """The batch of these rows."""
-        return self.collators[self.layout](rows)

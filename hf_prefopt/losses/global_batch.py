@@ -52,10 +52,9 @@ class StepInputs:
         return spliced, where
 
     def _gather(self) -> None:
-        parts, total = [], 0
-        for inputs in self._collect():
-            gathered, offset = gather_inputs(self._accelerator, inputs)
-            parts.append(gathered)
-            self._starts.append(total + offset)
-            total += len(next(iter(gathered.values())))
-        self._everything = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        parts = self._collect()
+        local = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        self._everything, start = gather_inputs(self._accelerator, local)
+        for part in parts:
+            self._starts.append(start)
+            start += len(next(iter(part.values())))

@@ -2,6 +2,7 @@
 
 import torch
 from peft import PeftModel
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
@@ -49,20 +50,31 @@ def _automatic(model: nn.Module, ref_model: nn.Module | None) -> str:
 
 
 def is_fresh_adapter(model: PeftModel) -> bool:
-    """Whether the active adapter leaves the model's output as it is, as a newly made LoRA adapter does.
+    """Whether the active adapter leaves the model's output as it is, as a newly made LoRA adapter does, and is all that
+    trains, so that switching it off will always give the model as it is now.
 
-    True for LoRA layers (DoRA and rsLoRA among them) whose B is zero, with any fully trained modules equal to the
+    True for LoRA layers (DoRA and rsLoRA among them) whose B·A is zero, with any fully trained modules equal to the
     originals. Anything that cannot be told so, such as PiSSA's or another method's weights, counts as trained: a frozen
     copy is then the reference, which is right in either case.
     """
-    return all(_is_neutral(module, model.active_adapters) for module in model.modules())
+    neutral = all(_is_neutral(module, model.active_adapters) for module in model.modules())
+    return neutral and not trained_beneath(model)
+
+
+def trained_beneath(model: PeftModel) -> list[str]:
+    """The parameters that train and belong to no adapter, such as LoRA's `bias="lora_only"`: no switch undoes them."""
+    prefixes = (PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type) for config in model.peft_config.values())
+    marks = [*filter(None, prefixes), "modules_to_save.", "trainable_tokens_", "prompt_encoder."]
+    return [name for name, p in model.named_parameters() if p.requires_grad and not any(mark in name for mark in marks)]
 
 
 def _is_neutral(module: nn.Module, adapters: list[str]) -> bool:
     if isinstance(module, LoraLayer):
-        weights = [*module.lora_B.items(), *module.lora_embedding_B.items()]
-        tensors = [getattr(weight, "weight", weight) for name, weight in weights if name in adapters]
-        return all(not torch.any(tensor) for tensor in tensors)
+        # A linear layer's adapter starts with B at zero, an embedding's with A.
+        start_at_zero = [*module.lora_B.items(), *module.lora_embedding_A.items()]
+        found = [weight for name, weight in start_at_zero if name in adapters]
+        tensors = [t for weight in found for t in (weight.parameters() if isinstance(weight, nn.Module) else (weight,))]
+        return not any(torch.any(tensor) for tensor in tensors)
     if isinstance(module, ModulesToSaveWrapper):
         original = module.original_module.state_dict()
         copies = [module.modules_to_save[name].state_dict() for name in adapters if name in module.modules_to_save]
@@ -90,3 +102,17 @@ def _refuse_contradictions(setting: str, model: nn.Module, ref_model: nn.Module 
         raise ValueError("ref_model is the policy itself, so it would train along: leave it out for a frozen copy")
     if setting.startswith("adapter") and not isinstance(model, PeftModel):
         raise ValueError(f"reference={setting!r} wants a PEFT model, and the policy is {type(model).__name__}")
+    if setting.startswith("adapter"):
+        _refuse_what_trains_along(setting, model)
+
+
+def _refuse_what_trains_along(setting: str, model: PeftModel) -> None:
+    if setting.removeprefix("adapter:") in model.active_adapters:
+        raise ValueError(
+            f"{setting.removeprefix('adapter:')!r} is the adapter that trains: reference='copy' freezes it"
+        )
+    if beneath := trained_beneath(model):
+        raise ValueError(
+            f"reference={setting!r}, but {len(beneath)} parameters that belong to no adapter train too "
+            f"({beneath[0]}, …) and would change the reference: use reference='copy'"
+        )

@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from hf_prefopt.data.batch import PreferenceBatch
 from hf_prefopt.losses.base import LossOutput
 
 # Inputs that the metrics read, whatever the loss does.
@@ -58,29 +59,30 @@ class RunningMeans:
 
 
 class EvaluationRecord:
-    """The loss inputs of every row of an evaluation, so that its figures are of the rows and not of the batches.
+    """The loss inputs of every example of an evaluation, so that its figures are of the rows and not of the batches.
 
     Rows that a sampler repeats to even out the ranks are counted once; a loss that compares examples compares all of
     them.
     """
 
     def __init__(self):
-        self._rows: list[Tensor] = []
+        self._examples: list[Tensor] = []
         self._inputs: list[dict[str, Tensor]] = []
 
-    def add(self, rows: Tensor, inputs: dict[str, Tensor]) -> None:
-        """Keep a batch: its data-set rows `[B]` and its loss inputs, each `[B]`."""
-        self._rows.append(rows)
+    def add(self, batch: PreferenceBatch, inputs: dict[str, Tensor]) -> None:
+        """Keep a batch's examples and their loss inputs, each `[B]`."""
+        self._examples.append(torch.stack([batch["rows"], batch["pair_in_row"]], dim=-1))
         self._inputs.append({name: tensor.detach() for name, tensor in inputs.items()})
 
     def metrics(self, objective: Callable[[dict[str, Tensor]], LossOutput]) -> dict[str, float]:
-        """The loss and the metrics over all rows of all ranks, by name."""
-        rows = torch.cat(self._rows).cpu()
+        """The loss and the metrics over all examples of all ranks, by name."""
+        examples = torch.cat(self._examples).cpu()
         inputs = {name: torch.cat([part[name] for part in self._inputs]).cpu() for name in self._inputs[0]}
-        gathered = gather_object([(rows, inputs)])
-        rows = torch.cat([part for part, _ in gathered])
-        first = torch.from_numpy(np.unique(rows.numpy(), return_index=True)[1])
-        inputs = {name: torch.cat([part[name] for _, part in gathered])[first] for name in inputs}
+        ranks = gather_object([(examples, inputs)])
+        if len(ranks) > 1:
+            examples = torch.cat([part for part, _ in ranks])
+            first = torch.from_numpy(np.unique(examples.numpy(), axis=0, return_index=True)[1])
+            inputs = {name: torch.cat([part[name] for _, part in ranks])[first] for name in inputs}
         output = objective(inputs)
         values = {"loss": output.losses, **example_metrics(output, inputs)}
         return {name: tensor.double().mean().item() for name, tensor in values.items()}

@@ -61,9 +61,7 @@ STATISTICS: dict[str, Callable[[Tensor], Tensor]] = {
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform) -> Tensor:
     """Transformed logits `[C, V]` in full precision; the product runs in the inputs' dtype."""
-    logits = hidden @ weight.T
-    if bias is not None:
-        logits = logits + bias
+    logits = nn.functional.linear(hidden, weight, bias)
     return transform(logits.to(full_precision(logits.dtype)))
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hf_prefopt.data.collate import PaddedCollator, index_examples
+from hf_prefopt.data.collate import PaddedCollator
 
 PAD = 0
 PAIR = {
@@ -43,7 +43,7 @@ def test_every_tensor_is_int64():
 
 def test_responses_come_group_by_group_and_examples_point_at_them():
     """PAIR's responses are 0, 1; LIST's 2, 3, 4, with the pairs (2, 4) and (3, 4)."""
-    examples = index_examples([PAIR, LIST])
+    examples = PaddedCollator(PAD)([PAIR, LIST])
     assert examples["chosen"].tolist() == [0, 2, 3]
     assert examples["rejected"].tolist() == [1, 4, 4]
     assert examples["rows"].tolist() == [41, 7, 7]

@@ -1,0 +1,132 @@
+"""The ablation ladder: what each lever of the fast path is worth, by the step without it, in turns with the whole.
+
+Levers are switched off from the outside; the library has no switches for what there is no reason to leave out.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from benchmarks.paired import agreement, measure
+from benchmarks.sides import Side, our_side, perturb_adapters
+from benchmarks.work import Row, Work, as_groups_of_pairs
+from hf_prefopt.scoring import forward
+
+
+@contextmanager
+def _padded(side: Side) -> Iterator[None]:
+    """The layout "padded": every prompt once a response, every sequence as long as the longest."""
+    with patch.object(side.trainer._layouts, "layout", "padded"), patch.object(side.trainer, "layout", "padded"):
+        yield
+
+
+@contextmanager
+def _no_unit_gradient(_: Side) -> Iterator[None]:
+    """The frozen head by way of any other head: the backward makes each chunk's logits again, three products."""
+    with patch.object(forward, "is_plain_linear", lambda head: False):
+        yield
+
+
+@contextmanager
+def _every_position(side: Side) -> Iterator[None]:
+    """The head on every position, prompts and padding included, and not only where a response token is predicted."""
+    collate = side.trainer.data_collator
+    with patch.object(side.trainer, "data_collator", lambda rows: _scoring_everything(collate(rows))):
+        # The trainer settles its layout only for the collator that it made.
+        yield
+
+
+@contextmanager
+def _one_chunk(_: Side) -> Iterator[None]:
+    """All logits at once."""
+    with patch.dict(forward.CHUNK_ROWS, dict.fromkeys(forward.CHUNK_ROWS, 1 << 40)):
+        yield
+
+
+@contextmanager
+def _apart(side: Side) -> Iterator[None]:
+    """Every pair a group of its own, though they have their prompt in common."""
+    collate = side.trainer.data_collator
+    with patch.object(side.trainer, "data_collator", lambda rows: collate(as_groups_of_pairs(rows))):
+        yield
+
+
+@contextmanager
+def _entropy(side: Side) -> Iterator[None]:
+    """No lever, but what TRL's metrics cost: the entropy of every token, which TRL computes for its log."""
+    with patch.object(type(side.trainer.objective), "token_stats", ("entropy",)):
+        yield
+
+
+LEVERS: dict[str, Callable[[Side], Any]] = {
+    "layout: padded": _padded,
+    "head: no unit gradient": _no_unit_gradient,
+    "head: every position": _every_position,
+    "head: one chunk": _one_chunk,
+    "each pair a group": _apart,
+    "with token entropy": _entropy,
+}
+ALL_OFF = ("layout: padded", "head: no unit gradient", "head: every position")
+
+
+@contextmanager
+def lever_off(side: Side, name: str) -> Iterator[None]:
+    """Switch a lever off for the time of the context; several by "a + b"."""
+    with ExitStack() as stack:
+        for one in name.split(" + "):
+            stack.enter_context(LEVERS[one](side))
+        yield
+
+
+class WithoutLever(Side):
+    """A side that switches levers off for each of its steps."""
+
+    lever: str
+
+    def backward(self, rows: Sequence[Row]) -> float:
+        """As `Side.backward`."""
+        with lever_off(self, self.lever):
+            return super().backward(rows)
+
+    def positions(self, rows: Sequence[Row]) -> int:
+        """As `Side.positions`."""
+        with lever_off(self, self.lever):
+            return super().positions(as_groups_of_pairs(rows) if "each pair a group" in self.lever else rows)
+
+
+def without(side: Side, lever: str) -> WithoutLever:
+    """The same trainer with levers off."""
+    variant = WithoutLever(lever, side.trainer, side.model, side.optimizer)
+    variant.lever = lever
+    return variant
+
+
+def ladder(source: str, work: Work, rounds: int, levers: Sequence[str] | None = None) -> dict[str, Mapping[str, Any]]:
+    """For each lever the step without it against the whole: `ratio` is how many times as long it takes."""
+    side = our_side(source)
+    perturb_adapters(side)
+    side.backward(work.batch(0))  # settles the layout
+    side.model.zero_grad()
+    results: dict[str, Mapping[str, Any]] = {}
+    for lever in levers or [*list(LEVERS)[:4], "with token entropy", " + ".join(ALL_OFF)]:
+        variant = without(side, lever)
+        apart = agreement(variant, side, work.batch(0))
+        apart.check()
+        results[lever] = measure(variant, side, work, rounds).summary() | {"gradients_apart": apart.gradient}
+    return results
+
+
+def _scoring_everything(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The batch with the positions that nobody asks for scored too, as those of one more response in no pair."""
+    batch = dict(batch)
+    asked = torch.zeros(batch["input_ids"].numel(), dtype=torch.bool)
+    asked[batch["scored_rows"]] = True
+    extra = (~asked).nonzero().squeeze(1)
+    last = torch.full_like(extra, len(batch["response_lengths"]))
+    for name, more in (("scored_rows", extra), ("targets", torch.zeros_like(extra)), ("response_index", last)):
+        batch[name] = torch.cat([batch[name], more])
+    batch["response_lengths"] = torch.cat([batch["response_lengths"], torch.tensor([len(extra)])])
+    return batch

@@ -1,0 +1,82 @@
+"""The cases of the comparison, with their targets: three synthetic shapes, real pairs, chat pairs and ranked lists."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from benchmarks.sides import Side, vocabulary_of
+from benchmarks.work import Row, Work, merged, ranked_as_pairs, read_rows, shuffled_batches, synthetic
+from hf_prefopt.data.prepare import prepare_dataset
+
+# Prompt and response tokens and pairs a step, sized for a step of TRL below 40 s on one CPU thread.
+SHAPES = {"1:1": (128, 128, 2), "4:1": (512, 128, 1), "10:1": (1280, 128, 1)}
+SHAPE_SPEED = {"1:1": 1.6, "4:1": 2.2, "10:1": 2.4}
+SHAPE_MEMORY = {"1:1": 1.0, "4:1": 0.7, "10:1": 0.7}
+STEPS = 7
+PAIRS_A_STEP = 8
+
+
+def tokenised_alike(raw: Sequence[dict[str, Any]], peer: Side) -> list[Row]:
+    """Raw pairs as prepared rows, tokenised by TRL's trainer and by `hf_prefopt`.
+
+    Raises:
+        AssertionError: the two give other token ids.
+    """
+    rows = Dataset.from_list([{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in raw])
+    tokenizer = peer.trainer.processing_class
+    theirs = peer.trainer._prepare_dataset(rows, tokenizer, peer.trainer.args, "benchmark")
+    ours = prepare_dataset(rows, tokenizer, max_length=None, name="benchmark")
+    for their_row, our_row in zip(theirs, ours, strict=True):
+        same = their_row["prompt_ids"] == our_row["prompt_ids"]
+        same &= [their_row["chosen_ids"], their_row["rejected_ids"]] == our_row["response_ids"]
+        if not same:
+            raise AssertionError(f"row {our_row['row']}: TRL and hf_prefopt tokenise it differently")
+    return list(ours)
+
+
+def equal_lengths(shape: str) -> Callable[[Side, str], Work]:
+    """Pairs of one shape, prompt to response: pieces of text, or random tokens for a random model."""
+    prompt, response, pairs = SHAPES[shape]
+
+    def build(peer: Side, source: str) -> Work:
+        text = [] if source.startswith("random:") else _one_text(peer.trainer.processing_class)
+        batches = synthetic(vocabulary_of(source), pairs, prompt, response, steps=STEPS, text=text)
+        return Work(f"equal lengths {shape}", batches, SHAPE_SPEED[shape], SHAPE_MEMORY[shape])
+
+    return build
+
+
+def _one_text(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens of some solutions of GSM8K, end to end."""
+    rows = read_rows("recipes/data/gsm8k_pairs/test.jsonl.gz")
+    return tokenizer("\n\n".join(row["chosen"][0]["content"] for row in rows))["input_ids"]
+
+
+def gsm8k(peer: Side, _: str) -> Work:
+    """Pairs of solutions, shuffled."""
+    rows = tokenised_alike(read_rows("recipes/data/gsm8k_pairs/train.jsonl.gz")[:800], peer)
+    return Work("GSM8K pairs", shuffled_batches(rows, PAIRS_A_STEP, STEPS), 3.6, 0.55)
+
+
+def chat(peer: Side, _: str) -> Work:
+    """Instructions of very unequal lengths, shuffled."""
+    rows = tokenised_alike(read_rows("benchmarks/data/chat_pairs.jsonl.gz"), peer)
+    return Work("chat pairs", shuffled_batches(rows, PAIRS_A_STEP, STEPS), 5.0, 0.3)
+
+
+def ranked(peer: Side, _: str) -> Work:
+    """One long prompt a step, its best answer against each of three others: one group here, three pairs in TRL."""
+    lists = 24
+    pairs = tokenised_alike(ranked_as_pairs(read_rows("benchmarks/data/ranked4.jsonl.gz")[:lists]), peer)
+    groups = [merged(pairs[3 * number : 3 * number + 3]) for number in range(lists)]
+    return Work("ranked lists, K = 4", shuffled_batches(groups, 1, STEPS), 3.0, 0.7)
+
+
+CASES: dict[str, Callable[[Side, str], Work]] = {
+    **{f"equal-{shape}": equal_lengths(shape) for shape in SHAPES},
+    "gsm8k": gsm8k,
+    "chat": chat,
+    "ranked": ranked,
+}

@@ -1,0 +1,201 @@
+"""What must hold on a GPU before anything is timed: the kernel's mask, and both layouts against fp32.
+
+Every check returns figures and a verdict; none stops the others. On a CPU the same checks run on the paths that it has.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from benchmarks.work import synthetic
+from hf_prefopt.data.collate import PaddedCollator
+from hf_prefopt.data.shared import SharedCollator
+from hf_prefopt.losses.dpo import dpo_loss
+from hf_prefopt.scoring.attention import install_segment_attention, segment_attention
+from hf_prefopt.scoring.forward import base_causal_lm, install_scoring, score
+from hf_prefopt.scoring.layout import reason_against_shared
+
+Check = dict[str, Any]
+
+
+def moved(batch: dict[str, Any], device: str) -> dict[str, Any]:
+    """The batch on a device."""
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+
+
+def attention_by_mask(query: Tensor, key: Tensor, value: Tensor, batch: dict[str, Any], window: int | None) -> Tensor:
+    """Attention over segments written out in float64 with a mask that is spelled out key by key: `[1, T, heads, D]`."""
+    groups = query.shape[1] // key.shape[1]
+    query, key, value = (
+        query.double(),
+        key.double().repeat_interleave(groups, 1),
+        value.double().repeat_interleave(groups, 1),
+    )
+    queries, keys = batch["segment_queries"].tolist(), batch["segment_keys"].tolist()
+    allowed = torch.zeros(query.shape[2], query.shape[2], dtype=torch.bool)
+    position = batch["position_ids"][0].cpu()
+    index = batch["segment_key_index"].cpu()
+    for segment in range(len(queries) - 1):
+        visible = index[keys[segment] : keys[segment + 1]]
+        for row in range(queries[segment], queries[segment + 1]):
+            back = position[row] - position[visible]
+            allowed[row, visible[(back >= 0) & ((back < window) if window else True)]] = True
+    scores = (query @ key.transpose(2, 3)) * query.shape[-1] ** -0.5
+    scores = scores.masked_fill(~allowed.to(scores.device), float("-inf"))
+    return (scores.softmax(-1) @ value).transpose(1, 2)
+
+
+def kernel(device: str, dtype: torch.dtype) -> dict[str, Check]:
+    """Attention over segments against the mask: with fewer queries than keys, grouped heads, sliding windows."""
+    checks = {}
+    rows = [row for batch in (synthetic(500, 2, 37, 19, 3)[0], synthetic(500, 1, 5, 40, 2)[0]) for row in batch]
+    batch = moved(SharedCollator()(rows), device)
+    length = batch["input_ids"].shape[1]
+    segments = {name: value for name, value in batch.items() if name.startswith("segment_")}
+    for heads, key_heads, window, size in ((4, 4, None, 64), (8, 2, None, 64), (8, 2, 16, 64), (4, 1, 48, 128)):
+        torch.manual_seed(0)
+        tensors = [
+            torch.randn(1, n, length, size, device=device, dtype=dtype, requires_grad=True)
+            for n in (heads, key_heads, key_heads)
+        ]
+        name = f"{heads} heads on {key_heads}, window {window}, width {size}, {str(dtype).removeprefix('torch.')}"
+        checks[name] = _attempt(lambda t=tensors, w=window: _compare_attention(t, batch, segments, w))
+    return checks
+
+
+def _compare_attention(tensors: Sequence[Tensor], batch: dict, segments: dict, window: int | None) -> Check:
+    out = segment_attention(*tensors, **segments, sliding_window=window)
+    expected = attention_by_mask(*tensors, batch, window)
+    weight = torch.randn_like(expected)
+    gradients = torch.autograd.grad((out.double() * weight).sum(), tensors)
+    wanted = torch.autograd.grad((expected * weight).sum(), tensors)
+    apart = max(_relative(g, w) for g, w in zip(gradients, wanted, strict=True))
+    figures = {"output": _relative(out, expected), "gradients": apart}
+    return figures | {"ok": max(figures.values()) < 20 * torch.finfo(tensors[0].dtype).eps}
+
+
+def _relative(found: Tensor, expected: Tensor) -> float:
+    return float(
+        (found.detach().double() - expected.detach().double()).norm()
+        / expected.detach().double().norm().clamp(min=1e-30)
+    )
+
+
+def _attempt(check: Callable[[], Check]) -> Check:
+    try:
+        return check()
+    except Exception as error:
+        return {"ok": False, "error": f"{type(error).__name__}: {error}"[:300]}
+
+
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {},
+    "mistral": {"sliding_window": 24},
+    "gemma2": {"sliding_window": 24},
+    "gemma3_text": {"sliding_window": 24},
+    "phi3": {},
+    "olmo2": {},
+}
+
+
+def small_model(model_type: str, device: str, dtype: torch.dtype, **changes: Any) -> nn.Module:
+    """A random model of an architecture, with heads wide enough for every kernel and a LoRA adapter away from zero."""
+    sizes = {
+        "vocab_size": 500,
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.1,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**sizes, **changes})).float()
+    model = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
+    model = model.to(device=device, dtype=dtype)
+    install_scoring(model)
+    install_segment_attention(base_causal_lm(model))
+    return model
+
+
+def dpo_step(model: nn.Module, batch: dict[str, Any], backward: bool = True) -> Tensor:
+    """The DPO loss of a batch with the adapter switched off as its reference, and its backward."""
+    policy = score(model, batch)
+    with torch.no_grad(), model.disable_adapter():
+        reference = score(model, batch)
+    sides = (batch["chosen"], batch["rejected"])
+    logps = [scores.logps[side] for scores in (policy, reference) for side in sides]
+    loss = dpo_loss(*logps, beta=0.1).losses.mean()
+    if backward:
+        loss.backward()
+    return loss
+
+
+def layouts(model_type: str, device: str, dtype: torch.dtype, changes: dict[str, Any]) -> Check:
+    """Log-probs and gradients of both layouts in `dtype`, each against "padded" in fp32."""
+    rows = synthetic(500, 3, 41, 23, 2)[0] + synthetic(500, 1, 30, 12, 4)[0]
+    batches = {"padded": PaddedCollator(0)(rows), "shared": SharedCollator()(rows)}
+    model = small_model(model_type, device, torch.float32, **changes)
+    expected = _logps_and_gradients(model, moved(batches["padded"], device))
+    del model
+    figures: Check = {}
+    for layout, batch in batches.items():
+        model = small_model(model_type, device, dtype, **changes)
+        found = _logps_and_gradients(model, moved(batch, device))
+        figures[f"{layout} log-probs"], figures[f"{layout} gradients"] = map(_relative, found, expected)
+    slack = 1e-4 if dtype == torch.float32 else 0.0
+    figures["ok"] = all(
+        figures[f"shared {what}"] <= max(1.2 * figures[f"padded {what}"], slack) for what in ("log-probs", "gradients")
+    )
+    return figures
+
+
+def _logps_and_gradients(model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    logps = score(model, batch).logps.detach().float()
+    dpo_step(model, batch)
+    gradients = [p.grad.flatten().float() for p in model.parameters() if p.grad is not None]
+    return logps, torch.cat(gradients)
+
+
+def probes(device: str, dtype: torch.dtype) -> dict[str, Check]:
+    """What the probe decides for each architecture."""
+    decisions = {}
+    for model_type, changes in ARCHITECTURES.items():
+        decisions[model_type] = _attempt(
+            lambda t=model_type, c=changes: _decision(reason_against_shared(small_model(t, device, dtype, **c)))
+        )
+    return decisions
+
+
+def _decision(reason: str | None) -> Check:
+    return {"ok": True, "layout": "shared" if reason is None else f"padded: {reason}"}
+
+
+def all_checks(device: str, dtypes: Sequence[torch.dtype]) -> dict[str, dict[str, Check]]:
+    """Everything of this file, by group and name."""
+    results: dict[str, dict[str, Check]] = {}
+    for dtype in dtypes:
+        name = str(dtype).removeprefix("torch.")
+        results[f"kernel, {name}"] = kernel(device, dtype)
+        results[f"layouts against fp32, {name}"] = {
+            model_type: _attempt(lambda t=model_type, c=changes, d=dtype: layouts(t, device, d, c))
+            for model_type, changes in ARCHITECTURES.items()
+        }
+        results[f"probe, {name}"] = probes(device, dtype)
+    return results

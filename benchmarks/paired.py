@@ -1,0 +1,117 @@
+"""The paired benchmark: first that both sides compute the same thing, then how long each takes, taken in turns.
+
+The machine may be shared, so the time is the process's own CPU time on one thread, and what is reported is the ratio of
+neighbouring measurements and not of two averages.
+"""
+
+import gc
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from benchmarks.sides import Side
+from benchmarks.work import Row, Work, count_pairs, real_tokens
+
+LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-4
+
+
+@dataclass
+class Agreement:
+    """How far two sides are apart, relative: the loss, all gradients as one vector, the worst parameter."""
+
+    loss: float
+    gradient: float
+    worst_parameter: float
+
+    def check(self) -> None:
+        """Raises `AssertionError` where the two sides do not compute the same thing."""
+        if self.loss > LOSS_TOLERANCE or self.gradient > GRADIENT_TOLERANCE:
+            raise AssertionError(
+                f"the two sides do not compute the same: losses differ by {self.loss:.1e} (at most {LOSS_TOLERANCE}), "
+                f"gradients by {self.gradient:.1e} (at most {GRADIENT_TOLERANCE})"
+            )
+
+
+@dataclass
+class Timing:
+    """Seconds a step of two sides, measured in turns.
+
+    Attributes:
+        peer, ours: seconds of each round.
+        pairs, tokens: pairs and real tokens (2p + c + r) of each round.
+        positions: what each side computed, summed over the rounds.
+    """
+
+    peer: list[float] = field(default_factory=list)
+    ours: list[float] = field(default_factory=list)
+    pairs: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    positions: dict[str, int] = field(default_factory=lambda: {"peer": 0, "ours": 0})
+
+    @property
+    def ratios(self) -> list[float]:
+        """How many times as fast ours was, by round."""
+        return [peer / ours for peer, ours in zip(self.peer, self.ours, strict=True)]
+
+    def summary(self) -> dict[str, Any]:
+        """The figures that are reported."""
+        peer, ours = sum(self.peer), sum(self.ours)
+        return asdict(self) | {
+            "ratios": self.ratios,
+            "ratio": statistics.median(self.ratios),
+            "peer_pairs_per_second": sum(self.pairs) / peer,
+            "our_pairs_per_second": sum(self.pairs) / ours,
+            "peer_tokens_per_second": sum(self.tokens) / peer,
+            "our_tokens_per_second": sum(self.tokens) / ours,
+        }
+
+
+def agreement(peer: Side, ours: Side, rows: Sequence[Row]) -> Agreement:
+    """Loss and gradients of both sides on the same rows."""
+    losses, gradients = [], []
+    for side in (peer, ours):
+        side.model.zero_grad()
+        losses.append(side.backward(rows))
+        gradients.append(side.gradients())
+        side.model.zero_grad()
+    if gradients[0].keys() != gradients[1].keys():
+        raise AssertionError("the two sides have gradients for other parameters")
+    apart = {name: _norm(gradient - gradients[1][name]) for name, gradient in gradients[0].items()}
+    size = {name: _norm(gradient) for name, gradient in gradients[0].items()}
+    return Agreement(
+        loss=abs(losses[0] - losses[1]) / abs(losses[0]),
+        gradient=sum(x**2 for x in apart.values()) ** 0.5 / sum(x**2 for x in size.values()) ** 0.5,
+        worst_parameter=max(apart[name] / size[name] for name in apart if size[name] > 0),
+    )
+
+
+def _norm(tensor: Tensor) -> float:
+    return float(tensor.double().norm())
+
+
+def measure(peer: Side, ours: Side, work: Work, rounds: int) -> Timing:
+    """Step both sides in turns, peer first in one round and second in the next; a new batch each round."""
+    timing = Timing()
+    for number in range(rounds):
+        rows = work.batch(number)
+        order = (peer, ours) if number % 2 == 0 else (ours, peer)
+        seconds = {side.name: cpu_seconds(side, rows) for side in order}
+        timing.peer.append(seconds[peer.name])
+        timing.ours.append(seconds[ours.name])
+        timing.pairs.append(count_pairs(rows))
+        timing.tokens.append(real_tokens(rows))
+        timing.positions["peer"] += peer.positions(rows)
+        timing.positions["ours"] += ours.positions(rows)
+    return timing
+
+
+def cpu_seconds(side: Side, rows: Sequence[Row]) -> float:
+    """The CPU time of one step."""
+    gc.collect()
+    start = time.process_time()
+    side.step(rows)
+    return time.process_time() - start

@@ -1,0 +1,204 @@
+"""The two trainers under test, ready to step: TRL's `DPOTrainer` and this project's `PreferenceTrainer`.
+
+Both get the same weights, the same LoRA adapter and equal settings. A step is each trainer's own: its collator, its
+`get_batch_samples`, its `training_step`, clipping, the optimizer. Nothing is taken out of either.
+"""
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Trainer,
+)
+
+from benchmarks.work import Row, as_groups_of_pairs, as_pairs, padded_positions, shared_positions
+
+# SmolLM2-135M's shape; "random:layers=4,vocab=1000" changes some of it.
+_SHAPE = {"hidden": 576, "mlp": 1536, "layers": 30, "heads": 9, "key_heads": 3, "vocab": 49152}
+
+
+def load_model(source: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A model from a folder, or by "random:layers=4,vocab=1000" a random one of SmolLM2's shape so changed."""
+    if not source.startswith("random:"):
+        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    changes = dict(item.split("=") for item in source.removeprefix("random:").split(",") if item)
+    shape = {name: int(changes.pop(name, size)) for name, size in _SHAPE.items()}
+    if changes:
+        raise ValueError(f"{source!r}: {', '.join(changes)} is none of {', '.join(_SHAPE)}")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=shape["hidden"],
+        intermediate_size=shape["mlp"],
+        num_hidden_layers=shape["layers"],
+        num_attention_heads=shape["heads"],
+        num_key_value_heads=shape["key_heads"],
+        vocab_size=shape["vocab"],
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        attn_implementation="sdpa",
+    )
+    return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def vocabulary_of(source: str) -> int:
+    """The number of token ids of the model at `source`."""
+    if source.startswith("random:"):
+        sizes = dict(item.split("=") for item in source.removeprefix("random:").split(",") if item)
+        return int(sizes.get("vocab", _SHAPE["vocab"]))
+    return AutoConfig.from_pretrained(source).vocab_size
+
+
+def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    """The tokenizer beside the model, or for a random model one that knows three words."""
+    if not source.startswith("random:"):
+        return PreTrainedTokenizerFast.from_pretrained(source)
+    from tokenizers import Tokenizer, models
+
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "<s>": 1, "</s>": 2}, unk_token="<s>"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<s>")
+
+
+def lora() -> LoraConfig:
+    """Rank 16 on all linear layers, no dropout."""
+    return LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+@dataclass
+class Side:
+    """A trainer and what a step of it needs.
+
+    Attributes:
+        name: "trl" or "ours".
+        trainer: the trainer; `model` and `optimizer` as its accelerator prepared them.
+    """
+
+    name: str
+    trainer: Trainer
+    model: nn.Module
+    optimizer: Any
+
+    @classmethod
+    def of(cls, name: str, trainer: Trainer) -> "Side":
+        """Ready the trainer as the start of `train()` would."""
+        trainer.create_optimizer()
+        model, optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
+        trainer.model_wrapped, trainer.optimizer = model, optimizer
+        trainer.current_gradient_accumulation_steps = 1
+        return cls(name, trainer, model, optimizer)
+
+    def backward(self, rows: Sequence[Row]) -> float:
+        """Collate the rows, and run the trainer's forward and backward; the loss."""
+        features = as_pairs(rows) if self.name == "trl" else list(rows)
+        trainer = self.trainer
+        device = trainer.accelerator.device
+        batches, count = trainer.get_batch_samples(iter(_Collated(trainer, features)), 1, device)
+        return float(trainer.training_step(self.model, batches[0], count))
+
+    def step(self, rows: Sequence[Row]) -> float:
+        """A whole optimisation step; the loss before it."""
+        loss = self.backward(rows)
+        self.trainer.accelerator.clip_grad_norm_(self.model.parameters(), self.trainer.args.max_grad_norm)
+        self.optimizer.step()
+        self.model.zero_grad()
+        return loss
+
+    def gradients(self) -> dict[str, Tensor]:
+        """The gradients as they stand, by parameter."""
+        return {name: p.grad.detach().clone() for name, p in self.model.named_parameters() if p.grad is not None}
+
+    def positions(self, rows: Sequence[Row]) -> int:
+        """The positions that this side computes for these rows."""
+        if self.name == "trl":
+            return padded_positions(as_groups_of_pairs(rows))
+        return padded_positions(rows) if self.trainer.layout == "padded" else shared_positions(rows)
+
+
+class _Collated:
+    """The one batch of a step, collated when it is asked for: after our trainer has settled its layout."""
+
+    def __init__(self, trainer: Trainer, features: list[Row]):
+        self.trainer, self.features = trainer, features
+
+    def __iter__(self):
+        yield self.trainer.data_collator(self.features)
+
+
+def settings(bf16: bool = False, on_gpu: bool = False) -> dict[str, Any]:
+    """The arguments that both trainers get: no checkpointing, nothing saved, nothing reported."""
+    return {
+        "output_dir": tempfile.gettempdir(),
+        "per_device_train_batch_size": 8,
+        "learning_rate": 1e-5,
+        "gradient_checkpointing": False,
+        "bf16": bf16,
+        "use_cpu": not on_gpu,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "beta": 0.1,
+        "seed": 0,
+    }
+
+
+def trl_side(source: str, **changes: Any) -> Side:
+    """TRL's trainer, at its defaults but for `settings`."""
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    # It will not start without a data set; its batches come from the benchmark.
+    unused = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])
+    arguments = DPOConfig(**(settings() | {"max_length": None} | changes))
+    trainer = DPOTrainer(
+        load_model(source),
+        args=arguments,
+        train_dataset=unused,
+        processing_class=load_tokenizer(source),
+        peft_config=lora(),
+    )
+    return Side.of("trl", trainer)
+
+
+def our_side(source: str, **changes: Any) -> Side:
+    """`PreferenceTrainer`, at its defaults but for `settings`."""
+    from hf_prefopt import PreferenceConfig, PreferenceTrainer
+
+    arguments = PreferenceConfig(**(settings() | {"max_length": None} | changes))
+    tokenizer = load_tokenizer(source)
+    torch.manual_seed(0)
+    trainer = PreferenceTrainer(load_model(source), args=arguments, processing_class=tokenizer, peft_config=lora())
+    return Side.of("ours", trainer)
+
+
+SIDES = {"trl": trl_side, "ours": our_side}
+
+
+def perturb_adapters(*sides: Side, scale: float = 0.02) -> None:
+    """Give all sides the same adapter away from zero, so that policy and reference differ."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameters in zip(*(_trained(side).items() for side in sides), strict=True):
+            (name, first), *others = parameters
+            first += scale * torch.randn(first.shape, generator=generator).to(first)
+            for other_name, other in others:
+                if other_name != name:
+                    raise ValueError(f"the sides train other parameters: {name} and {other_name}")
+                other.copy_(first)
+
+
+def _trained(side: Side) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in side.model.named_parameters() if p.requires_grad}

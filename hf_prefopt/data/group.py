@@ -1,0 +1,119 @@
+"""Rows of one prompt as one group: the prompt, and each different response to it, once.
+
+Preference data often holds several pairs of a prompt, with responses that come back in more than one of them. Where
+such rows meet in a micro-batch, they are computed together; which rows meet is the sampler's affair.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch.utils.data import Sampler
+
+
+@dataclass
+class Group:
+    """A prompt and its different responses, in the order in which they were met.
+
+    Attributes:
+        prompt_ids: token ids. responses: for each response its token ids and which of them are scored (0 or 1).
+    """
+
+    prompt_ids: Sequence[int]
+    responses: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = field(default_factory=dict)
+
+    def place(self, ids: Sequence[int], mask: Sequence[int]) -> int:
+        """The number of a response in this group, which it joins if it is new."""
+        return self.responses.setdefault((tuple(ids), tuple(mask)), len(self.responses))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the prompt and of all responses."""
+        return len(self.prompt_ids) + sum(len(ids) for ids, _ in self.responses)
+
+
+@dataclass
+class Grouped:
+    """Rows by prompt.
+
+    Attributes:
+        groups: the groups, in the order of their first rows.
+        places: for each row, its responses as indices into the flat order of all groups' responses.
+    """
+
+    groups: list[Group]
+    places: list[np.ndarray]
+
+
+def group_rows(rows: Sequence[Mapping[str, Any]]) -> Grouped:
+    """Bring the rows of each prompt together, and each response of a prompt to one."""
+    groups: dict[tuple[int, ...], Group] = {}
+    numbered = []
+    for row in rows:
+        group = groups.setdefault(tuple(row["prompt_ids"]), Group(row["prompt_ids"]))
+        responses = zip(row["response_ids"], row["scored_masks"], strict=True)
+        numbered.append((group, [group.place(ids, mask) for ids, mask in responses]))
+    first, total = {}, 0
+    for group in groups.values():
+        first[id(group)] = total
+        total += len(group.responses)
+    return Grouped(list(groups.values()), [np.array(numbers) + first[id(group)] for group, numbers in numbered])
+
+
+def index_examples(rows: Sequence[Mapping[str, Any]], places: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+    """The pairs of all rows, in the order of the rows, as indices into the batch's flat order of responses.
+
+    Args:
+        places: for each row, where its responses stand in that order.
+
+    Returns:
+        `chosen`, `rejected`: `[B]` int64, responses; `rows`, `pair_in_row`: `[B]` int64, each pair's row in its data
+        set and its place among that row's pairs.
+    """
+    pairs = [at[np.array(row["pairs"], dtype=np.int64).reshape(-1, 2)] for row, at in zip(rows, places, strict=True)]
+    chosen, rejected = np.concatenate(pairs).T
+    counts = [len(row["pairs"]) for row in rows]
+    return {
+        "chosen": chosen.copy(),
+        "rejected": rejected.copy(),
+        "rows": np.repeat(np.array([row["row"] for row in rows], dtype=np.int64), counts),
+        "pair_in_row": np.concatenate([np.arange(count) for count in counts]),
+    }
+
+
+def prompt_keys(dataset: Dataset) -> np.ndarray:
+    """`[rows]` int64: a number for each row's prompt, equal for equal prompts."""
+    numbers: dict[tuple[int, ...], int] = {}
+    prompts = dataset.select_columns(["prompt_ids"]).with_format(None).iter(batch_size=1000)
+    keys = [numbers.setdefault(tuple(ids), len(numbers)) for batch in prompts for ids in batch["prompt_ids"]]
+    return np.array(keys, dtype=np.int64)
+
+
+class PromptSampler(Sampler[int]):
+    """Rows in random order, those of one prompt next to each other, so that they mostly meet in a micro-batch.
+
+    The order is a function of (seed, epoch) alone, the same on every rank.
+    """
+
+    def __init__(self, prompt_keys: np.ndarray, seed: int):
+        """`prompt_keys`: `[rows]`, equal for rows of one prompt."""
+        order = np.argsort(prompt_keys, kind="stable")
+        boundaries = np.flatnonzero(np.diff(prompt_keys[order])) + 1
+        self._rows_of_prompt = np.split(order, boundaries)
+        self._length, self._seed, self._epoch = len(prompt_keys), seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Another order for another epoch; the Trainer calls this."""
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self._seed + self._epoch)
+        for prompt in torch.randperm(len(self._rows_of_prompt), generator=generator).tolist():
+            rows = self._rows_of_prompt[prompt]
+            yield from rows[torch.randperm(len(rows), generator=generator).numpy()].tolist()

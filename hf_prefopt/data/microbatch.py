@@ -1,0 +1,75 @@
+"""A batch's rows as one micro-batch, or as several under a token budget, in the layout that is settled on.
+
+With a budget, `per_device_train_batch_size` goes on saying how many examples a rank takes at a time, and memory follows
+the budget: the rows are cut, in their order, into pieces whose positions stay below it.
+"""
+
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from hf_prefopt.data.batch import PreferenceBatch
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+class Collator(Protocol):
+    """What a layout's collator does."""
+
+    def count_tokens(self, rows: Rows) -> int:
+        """The positions that the batch of these rows computes."""
+
+    def __call__(self, rows: Rows) -> PreferenceBatch:
+        """The batch of these rows."""
+
+
+@dataclass
+class MicroBatchCollator:
+    """Collates in the layout that `layout` names at the time, so that it can be settled after data loaders are made.
+
+    Attributes:
+        collators: a collator for each layout.
+        layout: which of them is used.
+        max_tokens: the most positions of a piece; a single row beyond it is a piece of its own. `None`: no pieces.
+    """
+
+    collators: dict[str, Collator]
+    layout: str = "padded"
+    max_tokens: int | None = None
+
+    def __call__(self, rows: Rows) -> PreferenceBatch | dict[str, list[PreferenceBatch]]:
+        """The batch of these rows, or with a budget `{"pieces": [batch, …]}`."""
+        collate = self.collators[self.layout]
+        if self.max_tokens is None:
+            return collate(rows)
+        return {"pieces": [collate(piece) for piece in self._pieces(rows, collate)]}
+
+    def _pieces(self, rows: Rows, collate: Collator) -> list[Rows]:
+        pieces, start = [], 0
+        while start < len(rows):
+            pieces.append(self._longest_piece(rows[start:], collate))
+            start += len(pieces[-1])
+        return pieces
+
+    def _longest_piece(self, rows: Rows, collate: Collator) -> Rows:
+        """The most of the first rows that stay below the budget, at least one."""
+        counts = range(1, len(rows) + 1)
+        fitting = bisect_right(counts, self.max_tokens, key=lambda count: collate.count_tokens(rows[:count]))
+        return rows[: max(1, fitting)]
+
+
+def pieces_of(batch: Mapping[str, Any]) -> list[PreferenceBatch]:
+    """The micro-batches of what the collator returned."""
+    return batch.get("pieces", [batch])
+
+
+def idle(batch: PreferenceBatch) -> PreferenceBatch:
+    """The batch without its examples: it runs as long as the batch does and changes nothing.
+
+    Ranks of a sharded model call its layers together, so one with fewer pieces than the others fills up with these.
+    """
+    nothing = torch.empty(0, dtype=torch.int64, device=batch["rows"].device)
+    return {**batch, **dict.fromkeys(("chosen", "rejected", "rows", "pair_in_row"), nothing)}

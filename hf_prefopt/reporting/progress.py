@@ -1,0 +1,34 @@
+"""Progress for eyes: the Trainer's bars as they are, and of each log record the five numbers people watch.
+
+The whole record still goes to `log_history` and to every `report_to` integration.
+"""
+
+from collections.abc import Mapping
+
+from transformers import ProgressCallback
+
+SHOWN = {
+    "loss": "loss {:.4f}",
+    "rewards/accuracies": "accuracy {:.3f}",
+    "rewards/margins": "margin {:+.4f}",
+    "grad_norm": "grad norm {:.2f}",
+    "learning_rate": "lr {:.1e}",
+}
+
+
+class ShortProgressCallback(ProgressCallback):
+    """Writes one short line per log record above the progress bar, in place of the whole record as a dict."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero and self.training_bar is not None:
+            line = short_line(logs or {}, state.global_step, state.max_steps)
+            if line:
+                self.training_bar.write(line)
+
+
+def short_line(logs: Mapping[str, float], step: int, max_steps: int) -> str:
+    """`step 10/40 · loss 0.6512 · accuracy 0.600 · …`; empty for a record with none of the numbers."""
+    prefix = "eval_" if "eval_loss" in logs else ""
+    numbers = [text.format(float(logs[prefix + key])) for key, text in SHOWN.items() if prefix + key in logs]
+    where = f"{'evaluation at ' if prefix else ''}step {step}/{max_steps}"
+    return " · ".join([where, *numbers]) if numbers else ""

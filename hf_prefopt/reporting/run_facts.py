@@ -1,0 +1,102 @@
+"""Reads the facts of a run off its trainer, as the model card and the closing report take them."""
+
+from collections.abc import Iterable, Mapping, Sized
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peft import PeftModel
+
+from hf_prefopt.reporting.card import CardFacts, LossFacts
+
+if TYPE_CHECKING:
+    from hf_prefopt.trainer import PreferenceTrainer
+
+_ARGUMENTS = (
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "max_grad_norm",
+    "optim",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "max_length",
+    "bf16",
+    "seed",
+)
+# What an evaluation says of itself and not of the model.
+_BOOKKEEPING = ("runtime", "per_second", "preparation_time", "epoch", "step")
+
+
+def card_facts(trainer: "PreferenceTrainer", model_name: str | None = None, datasets: Iterable[str] = ()) -> CardFacts:
+    """The facts of a run for its model card.
+
+    Args:
+        trainer: after training (or before: then there is no evaluation to report).
+        model_name: the card's title; by default the name of the repository or of the output folder.
+        datasets: the names or folders of the data; the trainer, which was given rows, cannot know them.
+    """
+    arguments = trainer.args
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    repository = arguments.hub_model_id or str(arguments.output_dir)
+    return CardFacts(
+        model_name=model_name or Path(repository).name,
+        base_model=model.config._name_or_path or "a model made in memory",
+        losses=[_loss_facts(term) for term in trainer.objective.terms],
+        is_adapter=isinstance(model, PeftModel),
+        repository=repository,
+        reference=trainer.reference.description if trainer.reference else "none, the loss needs none",
+        datasets=list(datasets),
+        data={"data sets": ", ".join(f"`{name}`" for name in datasets), **_row_counts(trainer)},
+        hyperparameters=_hyperparameters(trainer, model),
+        metrics=last_evaluation(trainer.state.log_history),
+    )
+
+
+def first_evaluation(log_history: Iterable[Mapping[str, float]]) -> dict[str, float] | None:
+    """The evaluation on start, callbacks' results included; `None` where the run did not evaluate before training."""
+    return _evaluation_at(0, log_history) or None
+
+
+def last_evaluation(log_history: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """The evaluation at the latest step that has one, callbacks' results included; empty where there is none."""
+    records = list(log_history)
+    steps = [record["step"] for record in records if any(key.startswith("eval_") for key in record)]
+    return _evaluation_at(max(steps), records) if steps else {}
+
+
+def _evaluation_at(step: float, log_history: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """Everything that was evaluated at a step; a later record of the same step wins."""
+    found: dict[str, float] = {}
+    for record in log_history:
+        if record["step"] == step:
+            found |= {key: value for key, value in record.items() if key.startswith("eval_")}
+    return {key: value for key, value in found.items() if not key.endswith(_BOOKKEEPING)}
+
+
+def _loss_facts(term: Any) -> LossFacts:
+    spec = term.spec
+    return LossFacts(spec.name, spec.description, spec.paper, term.weight, {**spec.defaults, **term.params})
+
+
+def _row_counts(trainer: "PreferenceTrainer") -> dict[str, str]:
+    """How many rows the data sets have; a streamed one has no length."""
+    named = {"training rows": trainer.train_dataset, "evaluation rows": trainer.eval_dataset}
+    return {name: f"{len(dataset):,}" for name, dataset in named.items() if isinstance(dataset, Sized)}
+
+
+def _hyperparameters(trainer: "PreferenceTrainer", model: Any) -> dict[str, Any]:
+    """The settings that shape the result, the optimiser steps taken, and those of an adapter."""
+    settings = {name: getattr(trainer.args, name) for name in _ARGUMENTS}
+    settings = {name: getattr(value, "value", value) for name, value in settings.items()}
+    settings["processes"] = trainer.args.world_size
+    settings["optimiser steps"] = trainer.state.global_step
+    if isinstance(model, PeftModel):
+        adapter = model.active_peft_config
+        settings["adapter"] = adapter.peft_type.value
+        for name in ("r", "lora_alpha", "lora_dropout"):
+            if hasattr(adapter, name):
+                settings[name] = getattr(adapter, name)
+        targets = getattr(adapter, "target_modules", None)
+        settings["target_modules"] = ", ".join(sorted(targets)) if isinstance(targets, set | list) else targets
+    return settings

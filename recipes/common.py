@@ -1,0 +1,95 @@
+"""What the recipes share: their own switches, the data, how a model is loaded, and how a run is watched and closed.
+
+A recipe says what is trained and how; here stands only what would otherwise be the same lines in each of them.
+"""
+
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, load_dataset
+from transformers import ProgressCallback
+from trl import ModelConfig, ScriptArguments, TrlParser
+
+from hf_prefopt import PreferenceConfig, PreferenceTrainer
+from hf_prefopt.callbacks import GenerationEvalCallback
+from hf_prefopt.reporting.closing import closing_report
+from hf_prefopt.reporting.plots import plot_training
+from hf_prefopt.reporting.progress import ShortProgressCallback
+from hf_prefopt.reporting.run_facts import first_evaluation, last_evaluation
+
+
+@dataclass
+class RecipeArguments:
+    """Switches of the recipes themselves, beside those of the trainer, the model and the data."""
+
+    train_rows: int | None = field(default=None, metadata={"help": "Train on so many rows, drawn at random."})
+    eval_rows: int | None = field(default=None, metadata={"help": "Evaluate on so many rows, drawn at random."})
+    gsm8k_problems: int = field(
+        default=0, metadata={"help": "Solve so many GSM8K problems (at most 200) at every evaluation; 0 for none."}
+    )
+
+
+# PEFT asks transformers for an attribute under its old name: one known line of noise, at every start, that is not ours.
+warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+
+
+def parse_arguments() -> tuple[ScriptArguments, PreferenceConfig, ModelConfig, RecipeArguments]:
+    """The arguments of the command line, over those of the YAML file given as `--config`."""
+    parser = TrlParser((ScriptArguments, PreferenceConfig, ModelConfig, RecipeArguments))
+    script, training, model, recipe = parser.parse_args_and_config()
+    for name, value in (("dataset_name", script.dataset_name), ("model_name_or_path", model.model_name_or_path)):
+        if value is None:
+            parser.error(f"--{name} is missing: pass it, or a YAML file that has it by --config")
+    return script, training, model, recipe
+
+
+def load_pairs(script: ScriptArguments, recipe: RecipeArguments, seed: int) -> tuple[Dataset, Dataset | None]:
+    """The training rows and, where the data set has such a split, the evaluation rows: a Hub name or a local folder."""
+    splits = load_dataset(script.dataset_name, name=script.dataset_config, streaming=script.dataset_streaming)
+    train, test = splits[script.dataset_train_split], splits.get(script.dataset_test_split)
+    return draw(train, recipe.train_rows, seed), test and draw(test, recipe.eval_rows, seed)
+
+
+def draw(rows: Dataset, count: int | None, seed: int) -> Dataset:
+    """So many rows at random, the same ones for the same seed; all of them, in order, without a count."""
+    return rows if count is None else rows.shuffle(seed=seed).take(count)
+
+
+def loading_arguments(model: ModelConfig) -> dict[str, Any]:
+    """What `from_pretrained` is to be told, from the model's command-line arguments."""
+    chosen = {"revision": model.model_revision, "dtype": model.dtype, "attn_implementation": model.attn_implementation}
+    return {name: value for name, value in chosen.items() if value is not None}
+
+
+def watch(trainer: PreferenceTrainer, recipe: RecipeArguments) -> None:
+    """Short progress lines in place of whole log records, and GSM8K at every evaluation where it is asked for."""
+    if trainer.pop_callback(ProgressCallback) is not None:
+        trainer.add_callback(ShortProgressCallback)
+    if recipe.gsm8k_problems:
+        trainer.add_callback(GenerationEvalCallback(trainer, limit=recipe.gsm8k_problems))
+
+
+def close(trainer: PreferenceTrainer, script: ScriptArguments) -> None:
+    """Writes the model card and the curves beside the saved model, prints the closing report, and pushes if told to."""
+    folder = Path(trainer.args.output_dir)
+    trainer.create_model_card(dataset=script.dataset_name)
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub(dataset=script.dataset_name)
+    if not trainer.is_world_process_zero():
+        return
+    history = trainer.state.log_history
+    curves = plot_training(history, folder / "curves.png", title=f"{' + '.join(trainer.args.loss_type)} → {folder}")
+    closing_report(
+        before=first_evaluation(history),
+        after=last_evaluation(history) or None,
+        pairs=len(trainer.eval_dataset) if trainer.eval_dataset is not None else 0,
+        results={"trained model": folder, "model card": folder / "README.md", "training curves": curves},
+        next_steps={
+            "another model": "--model_name_or_path HuggingFaceTB/SmolLM2-360M-Instruct",
+            "your preferences": "--dataset_name your-name/your-pairs   (columns: prompt, chosen, rejected)",
+            "another loss": "--loss_type simpo",
+            "share the result": "--push_to_hub --hub_model_id your-name/your-model",
+        },
+    )

@@ -1,0 +1,84 @@
+"""Every recipe runs as a user runs it, on a tiny random model, and leaves behind what it says it does."""
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+
+from tests.tiny_models import tiny_model
+from tests.tokenizers import tiny_tokenizer
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+ADAPTER, WHOLE_MODEL = "adapter_model.safetensors", "model.safetensors"
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory) -> Path:
+    """A tiny Llama with its tokenizer, saved as a model of the Hub is."""
+    folder = tmp_path_factory.mktemp("tiny-model")
+    tokenizer = tiny_tokenizer()
+    tiny_model(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data_folder(tmp_path_factory) -> Path:
+    """Sixteen training pairs and four held-back ones, as `train` and `test` in one folder."""
+    folder = tmp_path_factory.mktemp("pairs")
+    for split, count in (("train", 16), ("test", 4)):
+        with gzip.open(folder / f"{split}.jsonl.gz", "wt") as file:
+            for row in range(count):
+                pair = {"prompt": f"Is {row} even? ", "chosen": "I can help you.", "rejected": "I'm sorry."}
+                file.write(json.dumps(pair) + "\n")
+    return folder
+
+
+def run_recipe(name: str, output: Path, model: Path, data: Path, *options: str) -> str:
+    """What a recipe prints with its own YAML file, cut down to a tiny model, two steps and a few rows."""
+    command = [sys.executable, str(RECIPES / f"{name}.py"), "--config", str(RECIPES / f"{name}.yaml")]
+    shared = ["--model_name_or_path", str(model), "--dataset_name", str(data), "--output_dir", str(output)]
+    small = ["--max_steps=2", "--logging_steps=1", "--train_rows=16", "--eval_rows=4", "--max_length=128"]
+    run = in_a_process([*command, *shared, *small, *options], cwd=RECIPES.parent, cache=data / "cache")
+    assert run.returncode == 0, run.stderr[-3000:]
+    return run.stdout + run.stderr
+
+
+def in_a_process(command: list[str], cwd: Path, cache: Path) -> subprocess.CompletedProcess:
+    """Runs a command on the package of this tree, whatever is installed, without a network and in a wide terminal."""
+    settings = {"PYTHONPATH": str(RECIPES.parent), "HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
+    environment = {**os.environ, **settings, "HF_DATASETS_CACHE": str(cache)}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd)
+
+
+@pytest.mark.parametrize(("recipe", "weights"), [("dpo_lora", ADAPTER), ("dpo_full", WHOLE_MODEL), ("qlora", ADAPTER)])
+def test_recipe_leaves_weights_card_and_curves(recipe, weights, tmp_path, model_folder, data_folder):
+    printed = run_recipe(recipe, tmp_path, model_folder, data_folder)
+    assert (tmp_path / weights).stat().st_size > 0
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    card = ModelCard.load(tmp_path / "README.md")
+    assert "dpo" in card.data.tags and "arXiv:2305.18290" in card.text and "eval_rewards/accuracies" in card.text
+    for said in ("before", "after", "0.6931", "reward accuracy", "How to go on", str(tmp_path / "curves.png")):
+        assert said in printed
+
+
+def test_command_line_overrides_the_yaml_and_the_downstream_check_joins_the_table(tmp_path, model_folder, data_folder):
+    options = ("--loss_type", "simpo", "sft", "--loss_weights", "1", "0.1", "--gsm8k_problems", "2")
+    printed = run_recipe("dpo_lora", tmp_path, model_folder, data_folder, *options)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert {"simpo", "sft"} <= set(card.data.tags) and "0.1 × **sft**" in card.text
+    assert "none, the loss needs none" in card.text
+    assert "GSM8K exact match" in printed
+
+
+def test_a_missing_model_is_named_before_anything_is_loaded(tmp_path):
+    run = in_a_process([sys.executable, str(RECIPES / "dpo_lora.py")], cwd=tmp_path, cache=tmp_path)
+    assert run.returncode == 2
+    assert "--dataset_name is missing" in run.stderr

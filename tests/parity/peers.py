@@ -1,0 +1,116 @@
+"""TRL's trainers and ours on the same tiny model and the same token ids, one batch at a time."""
+
+from dataclasses import dataclass
+
+from datasets import Dataset
+from torch import Tensor, nn
+
+from tests.tiny_models import perturbed, random_rows, tiny_model
+from tests.tokenizers import tiny_tokenizer
+from tests.training import make_trainer
+
+QUIET = {
+    "bf16": False,
+    "use_cpu": True,
+    "gradient_checkpointing": False,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "save_strategy": "no",
+}
+# One raw row that the peers' constructors look at; batches are made of token ids.
+RAW = Dataset.from_list([{"prompt": "The capital of France is", "chosen": " Paris.", "rejected": " Rome."}])
+
+
+@dataclass
+class Step:
+    """What a trainer makes of one batch: its loss, the gradient of every parameter, its metrics."""
+
+    loss: float
+    gradients: dict[str, Tensor]
+    metrics: dict[str, float]
+
+
+def policy() -> nn.Module:
+    """A policy some nats away from `reference()`; without dropout."""
+    return perturbed(tiny_model("qwen2", vocab_size=600), scale=0.05)
+
+
+def reference() -> nn.Module:
+    return tiny_model("qwen2", vocab_size=600)
+
+
+def rows(count: int = 3) -> list[dict]:
+    return random_rows(count, seed=5, longest=12)
+
+
+def step_of(loss: Tensor, model: nn.Module, metrics: dict[str, float]) -> Step:
+    model.zero_grad()
+    loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return Step(loss.item(), gradients, metrics)
+
+
+def our_step(folder, data: list[dict] | None = None, model: nn.Module | None = None, **settings) -> Step:
+    """Our trainer's, through the `compute_loss` that `train()` calls."""
+    model = model or policy()
+    trainer = make_trainer(folder, model, layout="padded", **settings)
+    batch = trainer.data_collator(data or rows())
+    model.train()
+    step = step_of(trainer.compute_loss(model, batch), model, {})
+    step.metrics = trainer._train_metrics.pop(trainer.accelerator)
+    return step
+
+
+def dpo_trainer(folder, model: nn.Module | None = None, ref_model: nn.Module | None = None, **settings):
+    """TRL's DPOTrainer, in fp32 on the CPU; without `ref_model`, what it makes of that by itself."""
+    from trl import DPOConfig, DPOTrainer
+
+    raw = {name: settings.pop(name) for name in ("train_dataset", "eval_dataset", "peft_config") if name in settings}
+    args = DPOConfig(output_dir=str(folder), **{**QUIET, **settings})
+    data = {"train_dataset": RAW, **raw}
+    return DPOTrainer(model or policy(), ref_model, args=args, processing_class=tiny_tokenizer(), **data)
+
+
+def trl_rows(data: list[dict]) -> list[dict]:
+    """Prepared pairs under the names that TRL's DPO collator takes."""
+    return [
+        {"prompt_ids": row["prompt_ids"], "chosen_ids": row["response_ids"][0], "rejected_ids": row["response_ids"][1]}
+        for row in data
+    ]
+
+
+def dpo_step(folder, data: list[dict] | None = None, **settings) -> Step:
+    """TRL's DPOTrainer's."""
+    trainer = dpo_trainer(folder, ref_model=reference(), **settings)
+    batch = trainer.data_collator(trl_rows(data or rows()))
+    trainer.model.train()
+    step = step_of(trainer.compute_loss(trainer.model, batch), trainer.model, {})
+    step.metrics = {name: sum(values) / len(values) for name, values in trainer._metrics["train"].items()}
+    return step
+
+
+def concatenated_step(kind: str, folder, data: list[dict] | None = None, **settings) -> Step:
+    """TRL's CPOTrainer's ("cpo") or ORPOTrainer's ("orpo")."""
+    if kind == "cpo":
+        from trl.experimental.cpo import CPOConfig as Config
+        from trl.experimental.cpo import CPOTrainer as Trainer
+    else:
+        from trl.experimental.orpo import ORPOConfig as Config
+        from trl.experimental.orpo import ORPOTrainer as Trainer
+    args = Config(output_dir=str(folder), max_length=256, remove_unused_columns=False, **{**QUIET, **settings})
+    trainer = Trainer(policy(), args=args, train_dataset=RAW, processing_class=tiny_tokenizer())
+    batch = trainer.data_collator([_labelled(row) for row in data or rows()])
+    trainer.model.train()
+    loss, metrics = trainer.get_batch_loss_metrics(trainer.model, batch, train_eval="train")
+    return step_of(loss, trainer.model, metrics)
+
+
+def _labelled(row: dict) -> dict:
+    """A prepared pair as CPO's and ORPO's collator takes it: whole sequences, and labels with the prompt left out."""
+    labelled = {"prompt_input_ids": row["prompt_ids"], "prompt_attention_mask": [1] * len(row["prompt_ids"])}
+    for side, response in zip(("chosen", "rejected"), row["response_ids"], strict=True):
+        ids = row["prompt_ids"] + response
+        labelled[f"{side}_input_ids"] = ids
+        labelled[f"{side}_attention_mask"] = [1] * len(ids)
+        labelled[f"{side}_labels"] = [-100] * len(row["prompt_ids"]) + response
+    return labelled

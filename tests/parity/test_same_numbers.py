@@ -1,0 +1,141 @@
+"""Where TRL 1.16 is right, we agree with it: loss, every gradient and the metrics of one batch of a tiny model.
+
+The tolerances are the project's promise: losses to 1e-5, each parameter's gradient to 1e-4 of its largest entry. Both
+sides compute in fp32, where sums of some 50 nats round at 4e-6 and ratios of a few nats keep five digits or more.
+"""
+
+import pytest
+
+from tests.parity.peers import concatenated_step, dpo_step, our_step, reference, rows
+from tests.scoring.plain import assert_same_gradients
+
+pytest.importorskip("trl")
+
+METRICS = (
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracies",
+    "rewards/margins",
+    "logps/chosen",
+    "logps/rejected",
+)
+
+# Ours, and theirs where it has another name or needs other settings to say the same.
+DPO = {
+    "sigmoid": ({"loss_type": "sigmoid"}, {}),
+    "sigmoid, beta": ({"loss_type": "sigmoid", "beta": 0.5}, {}),
+    "sigmoid_norm": ({"loss_type": "sigmoid_norm", "beta": 5.0}, {}),
+    "ipo": ({"loss_type": "ipo", "beta": 0.3}, {}),
+    "hinge": ({"loss_type": "hinge", "beta": 0.05}, {}),
+    "sigmoid, use_weighting": ({"loss_type": "sigmoid", "use_weighting": True}, {}),
+    "sigmoid + hinge": ({"loss_type": ["sigmoid", "hinge"], "loss_weights": [0.7, 0.3], "beta": 0.2}, {}),
+}
+
+
+def compare(ours, theirs, metrics=METRICS):
+    assert ours.loss == pytest.approx(theirs.loss, rel=1e-5)
+    assert_same_gradients(ours.gradients, theirs.gradients, rtol=1e-4)
+    for name in metrics:
+        assert ours.metrics[name] == pytest.approx(theirs.metrics[name], rel=1e-5, abs=1e-5), name
+
+
+@pytest.mark.parametrize(("ours", "also"), DPO.values(), ids=DPO)
+def test_dpo_trainer(ours, also, tmp_path):
+    """TRL logs β·(summed log-ratio) whatever the loss is; so do we, but for losses of averages, whose own reward is
+    β·(log-ratio per token) here.
+    """
+    averaged = ours["loss_type"] in ("sigmoid_norm", "ipo")
+    metrics = METRICS[-2:] if averaged else METRICS
+    compare(our_step(tmp_path, ref_model=reference(), **ours), dpo_step(tmp_path, **ours, **also), metrics)
+
+
+@pytest.mark.parametrize("weights", [None, [1.0, 0.25]])
+def test_dpo_trainer_with_sft(weights, tmp_path):
+    """["sigmoid", "sft"] on a single pair, where TRL's mean over tokens and our mean over examples are the same."""
+    settings = {"loss_type": ["sigmoid", "sft"], "loss_weights": weights, "beta": 0.2}
+    one = rows(1)
+    compare(our_step(tmp_path, one, ref_model=reference(), **settings), dpo_step(tmp_path, one, **settings))
+
+
+def test_dpo_trainer_with_sft_alone(tmp_path):
+    """The NLL of the chosen response; we log no rewards for it, having none."""
+    one = rows(1)
+    compare(our_step(tmp_path, one, loss_type="sft"), dpo_step(tmp_path, one, loss_type=["sft"]), METRICS[-2:])
+
+
+def test_dpo_trainer_with_an_adapter(tmp_path):
+    """A fresh adapter against itself switched off: log 2, and the same gradient of every LoRA matrix that has one."""
+    from peft import LoraConfig
+
+    adapter = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    theirs = dpo_step_with_adapter(tmp_path, adapter)
+    ours = our_step_with_adapter(tmp_path, adapter)
+    compare(ours, theirs)
+
+
+def dpo_step_with_adapter(folder, adapter):
+    from tests.parity.peers import dpo_trainer, step_of, trl_rows
+
+    trainer = dpo_trainer(folder, peft_config=adapter)
+    trainer.model.train()
+    step = step_of(trainer.compute_loss(trainer.model, trainer.data_collator(trl_rows(rows()))), trainer.model, {})
+    step.metrics = {name: values[0] for name, values in trainer._metrics["train"].items()}
+    return step
+
+
+def our_step_with_adapter(folder, adapter):
+    from peft import get_peft_model
+    from transformers import set_seed
+
+    from tests.parity.peers import policy
+
+    base = policy()
+    set_seed(42)  # TRL's default seed, which it sets before it makes the adapter
+    return our_step(folder, model=get_peft_model(base, adapter), reference="adapter_off")
+
+
+CPO = {
+    "cpo": ({"loss_type": "cpo"}, {"loss_type": "sigmoid"}),
+    "cpo, alpha": ({"loss_type": "cpo", "loss_params": {"cpo_alpha": 0.3}}, {"loss_type": "sigmoid", "cpo_alpha": 0.3}),
+    "cpo, smoothed": ({"loss_type": "cpo", "label_smoothing": 0.2}, {"loss_type": "sigmoid", "label_smoothing": 0.2}),
+    "hinge": (
+        {"loss_type": "hinge", "beta": 0.1, "reference_free": True, "sft_weight": 1.0},
+        {"loss_type": "hinge", "beta": 0.1},
+    ),
+    "ipo": ({"loss_type": "ipo", "reference_free": True, "sft_weight": 1.0}, {"loss_type": "ipo"}),
+    "simpo": (
+        {"loss_type": "simpo", "beta": 2.0, "loss_params": {"gamma": 1.2}},
+        {"loss_type": "simpo", "beta": 2.0, "simpo_gamma": 1.2, "cpo_alpha": 0.0},
+    ),
+    "simpo, smoothed": (
+        {"loss_type": "simpo", "beta": 2.0, "loss_params": {"gamma": 0.5}, "label_smoothing": 0.1},
+        {"loss_type": "simpo", "beta": 2.0, "simpo_gamma": 0.5, "cpo_alpha": 0.0, "label_smoothing": 0.1},
+    ),
+}
+
+
+@pytest.mark.parametrize(("ours", "theirs"), CPO.values(), ids=CPO)
+def test_cpo_trainer(ours, theirs, tmp_path):
+    """One pair, since its NLL is a mean over the batch's tokens. For the averaged losses its logps are per token."""
+    one = rows(1)
+    averaged = theirs["loss_type"] in ("ipo", "simpo")
+    metrics = METRICS[:4] if averaged else METRICS
+    compare(our_step(tmp_path, one, **ours), concatenated_step("cpo", tmp_path, one, **theirs), metrics)
+
+
+@pytest.mark.parametrize("name", ["simpo"])
+def test_cpo_trainer_on_three_pairs(name, tmp_path):
+    """Without an NLL the batch does not matter."""
+    ours, theirs = CPO[name]
+    compare(our_step(tmp_path, **ours), concatenated_step("cpo", tmp_path, **theirs), METRICS[:4])
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.7])
+def test_orpo_trainer(beta, tmp_path):
+    """Its NLL is of prompt and response. With a prompt of one token, which nothing predicts, that is our NLL."""
+    one = [{**rows(1)[0], "prompt_ids": [7]}]
+    ours = our_step(tmp_path, one, loss_type="orpo", beta=beta)
+    theirs = concatenated_step("orpo", tmp_path, one, beta=beta)
+    compare(ours, theirs, METRICS[:4])
+    assert ours.metrics["loss/orpo_nll"] == pytest.approx(theirs.metrics["nll_loss"], rel=1e-5)
+    assert ours.metrics["loss/orpo_log_odds_ratio"] == pytest.approx(theirs.metrics["log_odds_chosen"], rel=1e-5)

@@ -1,0 +1,201 @@
+"""The reference is the policy at step 0, in every mode; it stays what it was, and nothing of it is ever saved."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from hf_prefopt.scoring.forward import score
+from tests.tiny_models import perturbed, tiny_model, with_lora
+from tests.training import first_batch, logged, make_trainer, pairs, weights
+
+
+def trained_adapter(**settings) -> PeftModel:
+    return perturbed(with_lora(tiny_model(), **settings), scale=0.1)
+
+
+def with_frozen_twin() -> PeftModel:
+    """A trained adapter, and another of the same weights."""
+    model = trained_adapter()
+    model.add_adapter("before", model.peft_config["default"])
+    state = {name: value for name, value in model.state_dict().items() if ".default." in name}
+    model.load_state_dict({name.replace(".default.", ".before."): v for name, v in state.items()}, strict=False)
+    return model
+
+
+# How each policy comes, and the settings under which its reference is the policy as given.
+STARTS = {
+    "full": (tiny_model, {}),
+    "full, modified in memory": (lambda: perturbed(tiny_model(), scale=0.1), {}),
+    "full, tied": (lambda: tiny_model(tie_word_embeddings=True), {}),
+    "full, partly frozen": (lambda: frozen_embeddings(tiny_model()), {}),
+    "full, copy": (tiny_model, {"reference": "copy"}),
+    "full, another model": (tiny_model, {"reference": "model", "ref_model": tiny_model}),
+    "full, ref_model by itself": (tiny_model, {"ref_model": tiny_model}),
+    "fresh adapter": (lambda: with_lora(tiny_model()), {}),
+    "fresh adapter, switched off": (lambda: with_lora(tiny_model()), {"reference": "adapter_off"}),
+    "fresh adapter, copy": (lambda: with_lora(tiny_model()), {"reference": "copy"}),
+    "trained adapter": (trained_adapter, {}),
+    "trained adapter, its twin": (with_frozen_twin, {"reference": "adapter:before"}),
+    "DoRA": (lambda: with_lora(tiny_model(), use_dora=True), {}),
+    "DoRA, trained": (lambda: trained_adapter(use_dora=True), {}),
+    "rsLoRA": (lambda: with_lora(tiny_model(), use_rslora=True), {}),
+    "PiSSA": (lambda: with_lora(tiny_model(), init_lora_weights="pissa"), {}),
+    "random LoRA": (lambda: with_lora(tiny_model(), init_lora_weights=False), {}),
+    "trained biases": (lambda: with_lora(tiny_model("qwen2"), bias="lora_only"), {}),
+    "LoRA on lm_head": (lambda: with_lora(tiny_model(), target_modules=["q_proj", "lm_head"]), {}),
+    "modules_to_save": (lambda: with_lora(tiny_model(), modules_to_save=["lm_head"]), {}),
+    "modules_to_save, trained": (lambda: trained_adapter(modules_to_save=["lm_head"]), {}),
+    "LoRA dropout": (lambda: with_lora(tiny_model(), lora_dropout=0.3), {"disable_dropout": True}),
+    "attention dropout": (lambda: tiny_model(attention_dropout=0.3), {"disable_dropout": True}),
+    "adapter over attention dropout": (
+        lambda: with_lora(tiny_model(attention_dropout=0.3)),
+        {"disable_dropout": True},
+    ),
+}
+each_start = pytest.mark.parametrize(("make", "settings"), STARTS.values(), ids=STARTS)
+
+
+def frozen_embeddings(model):
+    model.get_input_embeddings().requires_grad_(False)
+    return model
+
+
+def build(folder, make, settings, **more):
+    given = {name: value() if callable(value) else value for name, value in settings.items()}
+    return make_trainer(folder, make(), **given, **more)
+
+
+@each_start
+def test_the_first_loss_is_log_two(make, settings, tmp_path):
+    """π = π_ref at step 0, so every margin is 0 and −log σ(0) = log 2 = 0.6931472.
+
+    Both forwards run the same operations, so the margins are zero to fp32 rounding of sums of about 100 nats: 1e-5, of
+    which β/2 = 0.05 enters the loss.
+    """
+    trainer = build(tmp_path, make, settings, train_dataset=pairs(2), max_steps=1)
+    trainer.train()
+    assert logged(trainer, "loss")[0] == pytest.approx(math.log(2), abs=1e-6)
+
+
+@each_start
+def test_the_reference_stays_what_it_was(make, settings, tmp_path):
+    """After three steps at a high rate the policy has moved by nats, and the reference not by one bit."""
+    trainer = build(tmp_path, make, settings, max_steps=3, learning_rate=1e-2)
+    batch = first_batch(trainer)
+    before = trainer.reference.score(batch).token_logps
+    trainer.train()
+    with torch.no_grad():
+        moved = (score(trainer.model, batch).token_logps - before).abs().max()
+    assert torch.equal(trainer.reference.score(batch).token_logps, before)
+    assert moved > 0.1
+
+
+@pytest.mark.parametrize("name", ["full", "trained adapter", "trained adapter, its twin", "fresh adapter"])
+def test_bf16_autocast_does_not_mix_the_two_up(name, tmp_path):
+    """Autocast caches the low-precision casts of weights by parameter object; a cache that outlives the exchange of
+    tensors gives one model the other's weights. Steps under autocast leave the reference's scores bit for bit, and a
+    policy scored after the reference, in one context, is the policy.
+    """
+    trainer = build(tmp_path, *STARTS[name], max_steps=3, learning_rate=1e-2, bf16=True)
+    batch = first_batch(trainer)
+    with torch.autocast("cpu", torch.bfloat16):
+        before = trainer.reference.score(batch).token_logps
+    trainer.train()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        alone = score(trainer.model, batch).token_logps
+    with torch.autocast("cpu", torch.bfloat16):
+        policy = score(trainer.model, batch).token_logps
+        reference = trainer.reference.score(batch).token_logps
+        again = score(trainer.model, batch).token_logps
+    assert torch.equal(reference, before)
+    assert torch.equal(policy, again)
+    assert (policy - reference).abs().max() > 0.1 and torch.allclose(policy, alone)
+
+
+@pytest.mark.parametrize("name", ["full", "fresh adapter", "trained adapter", "trained adapter, its twin"])
+def test_the_reference_has_no_dropout_while_the_policy_has(name, tmp_path):
+    """With LoRA and functional attention dropout at 0.3 and the policy in training mode, the reference repeats itself
+    bit for bit and the policy does not; every module is then in training mode as before.
+    """
+    make = {
+        "full": lambda: tiny_model(attention_dropout=0.3),
+        "fresh adapter": lambda: with_lora(tiny_model(attention_dropout=0.3), lora_dropout=0.3),
+        "trained adapter": lambda: perturbed(with_lora(tiny_model(attention_dropout=0.3), lora_dropout=0.3)),
+        "trained adapter, its twin": lambda: with_frozen_twin(),
+    }[name]
+    trainer = make_trainer(tmp_path, make(), **STARTS[name][1])
+    if name == "trained adapter, its twin":
+        for module in trainer.model.modules():
+            if hasattr(module, "attention_dropout"):
+                module.attention_dropout = 0.3
+    batch = first_batch(trainer)
+    trainer.model.train()
+    frozen = trainer.model.get_submodule(
+        next(name for name, _ in trainer.model.named_modules() if name.endswith("mlp"))
+    )
+    frozen.eval()
+    first, second = (trainer.reference.score(batch).token_logps for _ in range(2))
+    assert torch.equal(first, second)
+    assert trainer.model.training and not frozen.training
+    assert not torch.equal(score(trainer.model, batch).token_logps, score(trainer.model, batch).token_logps)
+
+
+@pytest.mark.parametrize("name", ["full", "trained adapter", "modules_to_save, trained", "full, ref_model by itself"])
+def test_nothing_of_the_reference_is_saved(name, tmp_path):
+    """Checkpoints and save_model hold exactly the tensors that a model saved without a trainer holds."""
+    make, settings = STARTS[name]
+    plain = make()
+    plain.save_pretrained(tmp_path / "plain")
+    trainer = build(tmp_path / "run", make, settings, max_steps=1, save_strategy="steps", save_steps=1)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    expected = saved_names(tmp_path / "plain")
+    assert expected
+    assert saved_names(tmp_path / "saved") == expected
+    assert saved_names(tmp_path / "run" / "checkpoint-1") == expected
+
+
+def saved_names(folder: Path) -> dict[str, list[str]]:
+    """The tensors in each safetensors file of a folder and its sub-folders."""
+    files = sorted(folder.rglob("*.safetensors"))
+    return {str(file.relative_to(folder)): sorted(load_file(file)) for file in files}
+
+
+def test_a_named_adapter_leaves_the_model_as_it_was(tmp_path):
+    """After the reference has run, the active adapter and what trains are as before, and so after an error."""
+    trainer = build(tmp_path, *STARTS["trained adapter, its twin"])
+    trains = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
+    trainer.reference.score(first_batch(trainer))
+    with pytest.raises(KeyError):
+        trainer.reference.score({})
+    assert {name for name, p in trainer.model.named_parameters() if p.requires_grad} == trains
+    assert all(".default." in name for name in trains)
+    assert trainer.model.active_adapter == "default"
+
+
+def test_an_explicit_reference_is_that_one(tmp_path):
+    """Switching a trained adapter off is not the policy as given: the first loss is −log σ(β·margin) of the two models,
+    far from log 2, and the reference's scores are those of the base model alone.
+    """
+    trainer = make_trainer(tmp_path, trained_adapter(), reference="adapter_off")
+    batch = first_batch(trainer)
+    base = make_trainer(tmp_path, tiny_model(), loss_type="sft")
+    with torch.no_grad():
+        expected = score(base.model, batch).token_logps
+    torch.testing.assert_close(trainer.reference.score(batch).token_logps, expected, rtol=1e-6, atol=1e-6)
+    trainer.train()
+    assert abs(logged(trainer, "loss")[0] - math.log(2)) > 0.01
+
+
+def test_a_copy_exchanges_tensors_and_no_objects(tmp_path):
+    """The parameters stay the same objects with the same storage after the reference has run: optimisers keep them."""
+    trainer = build(tmp_path, *STARTS["full, tied"])
+    before = {name: (id(p), p.data_ptr()) for name, p in trainer.model.named_parameters()}
+    values = weights(trainer.model)
+    trainer.reference.score(first_batch(trainer))
+    assert {name: (id(p), p.data_ptr()) for name, p in trainer.model.named_parameters()} == before
+    assert all(torch.equal(p, values[name]) for name, p in trainer.model.named_parameters())

@@ -1,0 +1,82 @@
+"""The model card: metadata that the Hub accepts, and the facts a reader looks for."""
+
+import subprocess
+import sys
+
+import pytest
+from huggingface_hub import ModelCard
+
+from hf_prefopt.reporting.card import CardFacts, LossFacts, is_hub_name, model_card, usage_snippet
+
+DPO = LossFacts("dpo", "−log σ(βh)", "2305.18290", hyperparameters={"beta": 0.1})
+
+
+def facts(**changes) -> CardFacts:
+    known = {
+        "model_name": "smollm2-gsm8k",
+        "base_model": "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "losses": [DPO],
+        "is_adapter": True,
+        "repository": "me/smollm2-gsm8k",
+        "reference": "adapter_off",
+        "datasets": ["trl-lib/ultrafeedback_binarized"],
+        "data": {"training pairs": 160},
+        "hyperparameters": {"learning_rate": 2e-4},
+        "metrics": {"eval_loss": 0.6123456789},
+    }
+    return CardFacts(**{**known, **changes})
+
+
+def test_metadata_survives_saving_and_loading(tmp_path):
+    model_card(facts()).save(tmp_path / "README.md")
+    data = ModelCard.load(tmp_path / "README.md").data
+    assert data.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert data.library_name == "peft"
+    assert data.datasets == ["trl-lib/ultrafeedback_binarized"]
+    assert {"hf_prefopt", "dpo"} <= set(data.tags)
+
+
+def test_body_says_loss_paper_beta_reference_and_rounded_metrics():
+    text = model_card(facts()).text
+    for said in ("−log σ(βh)", "arxiv.org/abs/2305.18290", "beta = 0.1", "adapter_off"):
+        assert said in text
+    for said in ("0.6123", "| training pairs | 160 |", "torch"):
+        assert said in text
+
+
+def test_license_and_tags_of_the_user_join_the_metadata():
+    card = model_card(facts(), tags="math", license="apache-2.0")
+    assert card.data.license == "apache-2.0" and card.data.tags[-1] == "math" and "dpo" in card.data.tags
+
+
+def test_several_losses_are_listed_with_their_weights():
+    text = model_card(facts(losses=[LossFacts("dpo", weight=0.8), LossFacts("sft", weight=1.0)])).text
+    assert "- 0.8 × **dpo**" in text and "- 1 × **sft**" in text
+
+
+def test_folders_of_this_machine_stay_out_of_the_metadata(tmp_path):
+    """The Hub refuses a card whose base model is no Hub name, and nobody else has the folder."""
+    card = model_card(facts(base_model=str(tmp_path), datasets=[str(tmp_path)]))
+    assert card.data.base_model is None and card.data.datasets is None
+
+
+HUB_NAMES = [("gpt2", True), ("a/b", True), ("./a", False), ("/a/b", False), ("a/b/c", False)]
+
+
+@pytest.mark.parametrize(("name", "expected"), HUB_NAMES)
+def test_hub_names(name, expected):
+    assert is_hub_name(name) is expected
+
+
+@pytest.mark.parametrize("is_adapter", [True, False])
+def test_usage_snippet_is_ten_lines_of_valid_python(is_adapter):
+    snippet = usage_snippet(facts(is_adapter=is_adapter)).strip("`").removeprefix("python\n")
+    compile(snippet, "snippet", "exec")
+    assert len([line for line in snippet.splitlines() if line]) <= 10
+
+
+def test_reporting_does_not_import_matplotlib_or_trl():
+    """`import hf_prefopt` stays light: both take seconds."""
+    modules = "hf_prefopt.reporting.card, hf_prefopt.reporting.closing, hf_prefopt.reporting.plots"
+    code = f"import sys, {modules}; sys.exit(bool({{'matplotlib', 'trl'}} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

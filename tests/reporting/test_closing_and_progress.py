@@ -1,0 +1,45 @@
+"""The closing lines and the short progress lines, as they are read."""
+
+import io
+
+from rich.console import Console
+
+from hf_prefopt.reporting.closing import closing_report
+from hf_prefopt.reporting.progress import short_line
+from tests.reporting.history import evaluation
+
+
+def test_closing_report_keeps_paths_and_commands_whole():
+    """A path longer than the terminal must not be broken: people copy it."""
+    long_path = "runs/" + "a" * 120
+    out = io.StringIO()
+    results, next_steps = {"adapter": long_path}, {"a data set": "--dataset_name x"}
+    closing_report(evaluation(0), evaluation(1), 96, results, next_steps, Console(width=80, file=out))
+    text = out.getvalue()
+    assert long_path in text and "--dataset_name x" in text and "How to go on" in text
+    assert text.index("reward accuracy") < text.index(long_path)
+
+
+def test_closing_report_without_an_evaluation_has_no_table():
+    out = io.StringIO()
+    closing_report(None, None, 0, {"model": "runs/x"}, {}, Console(file=out))
+    assert "Evaluation" not in out.getvalue() and "runs/x" in out.getvalue()
+
+
+def test_short_line_of_a_training_record():
+    logs = {
+        "loss": 0.65124,
+        "rewards/accuracies": 0.6,
+        "rewards/margins": 0.05,
+        "learning_rate": 2e-4,
+        "logps/chosen": -9,
+    }
+    assert short_line(logs, 10, 40) == "step 10/40 · loss 0.6512 · accuracy 0.600 · margin +0.0500 · lr 2.0e-04"
+
+
+def test_short_line_of_an_evaluation_says_so():
+    assert short_line({"eval_loss": 0.6931512}, 0, 40) == "evaluation at step 0/40 · loss 0.6932"
+
+
+def test_short_line_of_a_record_without_known_numbers_is_empty():
+    assert short_line({"train_runtime": 12.0}, 40, 40) == ""

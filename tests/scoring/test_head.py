@@ -1,0 +1,244 @@
+"""The log-prob head: its gradients, its statistics and what it holds in memory, by itself and under real models.
+
+Everything that can be is in float64, where a correct formula agrees to about 1e-14 a rounding and a wrong one does not.
+"""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hf_prefopt.scoring import forward
+from hf_prefopt.scoring.forward import install_scoring, score
+from hf_prefopt.scoring.head import LogitTransform, linear_head_logps, module_head_logps
+from hf_prefopt.scoring.logps import token_logps
+from tests.scoring.plain import assert_same_gradients, gradients, padded_batch, plain_response_logps
+from tests.tiny_models import perturbed, tiny_model, with_lora
+
+N, H, V = 5, 3, 7
+TRANSFORMS = {
+    "plain": LogitTransform(),
+    "softcap": LogitTransform(softcap=1.5),
+    "scale": LogitTransform(scale=0.3),
+    "temperature": LogitTransform(temperature=0.6),
+    "all": LogitTransform(scale=0.7, softcap=2.0, temperature=1.7),
+}
+each_transform = pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+# One row at a time, a size that does not divide N, all rows, more than there are.
+each_chunk = pytest.mark.parametrize("chunk_rows", [1, 2, N, 64])
+
+
+def head_inputs(n=N, h=H, v=V, dtype=torch.float64):
+    """(hidden, weight, bias, targets) with logits of a few units, so that caps bend and probabilities differ."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((n, h), (v, h), (v,))
+    tensors = (torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes)
+    return *tensors, torch.randint(0, v, (n,), generator=generator)
+
+
+def direct_logps(hidden, weight, bias, targets, transform):
+    """(log-probs of the targets, all log-probs), written out."""
+    logits = hidden @ weight.T + (0 if bias is None else bias)
+    logits = logits * transform.scale
+    if transform.softcap is not None:
+        logits = transform.softcap * torch.tanh(logits / transform.softcap)
+    logps = (logits / transform.temperature).log_softmax(-1)
+    return logps[torch.arange(len(targets)), targets], logps
+
+
+@each_chunk
+@each_transform
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_frozen_head_gradient_is_the_derivative(transform, chunk_rows, with_bias):
+    """Float64 gradcheck of the log-probs with respect to hidden, the weight frozen."""
+    hidden, weight, bias, targets = head_inputs()
+    bias = bias if with_bias else None
+
+    def logps(hidden):
+        return linear_head_logps(hidden, weight, bias, targets, transform, chunk_rows=chunk_rows)[0]
+
+    assert torch.autograd.gradcheck(logps, hidden.requires_grad_())
+
+
+@each_chunk
+@each_transform
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_trained_head_gradient_is_the_derivative(transform, chunk_rows, with_bias):
+    """Float64 gradcheck with respect to hidden, weight and bias."""
+    hidden, weight, bias, targets = head_inputs()
+    trained = [t.requires_grad_() for t in ((hidden, weight, bias) if with_bias else (hidden, weight))]
+
+    def logps(hidden, weight, bias=None):
+        return linear_head_logps(hidden, weight, bias, targets, transform, chunk_rows=chunk_rows)[0]
+
+    assert torch.autograd.gradcheck(logps, trained)
+
+
+@each_chunk
+@each_transform
+def test_module_head_gradient_is_the_derivative(transform, chunk_rows):
+    """Float64 gradcheck through a head that is no plain linear (here a sum of two), parameters included."""
+    hidden, weight, bias, targets = head_inputs()
+
+    def logps(hidden, weight, bias):
+        def head(rows):
+            return rows @ weight.T + (rows * 0.5) @ weight.T + bias
+
+        return module_head_logps(head, hidden, targets, transform, chunk_rows=chunk_rows)[0]
+
+    assert torch.autograd.gradcheck(logps, [t.requires_grad_() for t in (hidden, weight, bias)])
+
+
+@each_chunk
+@each_transform
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("way", ["linear", "module"])
+def test_values_and_statistics_are_the_definitions(way, trained, transform, chunk_rows):
+    """log p_y, −Σ p log p and log Σ p² against their definitions, to float64 rounding, with and without gradients."""
+    hidden, weight, bias, targets = head_inputs()
+    weight.requires_grad_(trained)
+    settings = (targets, transform, ("entropy", "log_sum_sq_probs"), chunk_rows)
+    if way == "linear":
+        run = partial(linear_head_logps, hidden.requires_grad_(), weight, bias, *settings)
+    else:
+        run = partial(module_head_logps, lambda rows: rows @ weight.T + bias, hidden.requires_grad_(), *settings)
+    expected, logps = direct_logps(hidden, weight, bias, targets, transform)
+    probs = logps.exp()
+    definitions = (expected, -(probs * logps).sum(-1), probs.square().sum(-1).log())
+    for outputs in (run(), torch.no_grad()(run)()):
+        for output, definition in zip(outputs, definitions, strict=True):
+            torch.testing.assert_close(output, definition, rtol=1e-13, atol=1e-13)
+
+
+@each_transform
+def test_frozen_and_trained_ways_give_the_same_gradient(transform):
+    """d/d hidden of a weighted sum is the same number whether or not the weight trains too."""
+    hidden, weight, bias, targets = head_inputs()
+    incoming = torch.linspace(-1, 2, N, dtype=torch.float64)
+    found = []
+    for trained in (False, True):
+        leaf = hidden.clone().requires_grad_()
+        logps = linear_head_logps(leaf, weight.clone().requires_grad_(trained), bias, targets, transform, chunk_rows=2)
+        found += torch.autograd.grad((logps[0] * incoming).sum(), leaf)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-13, atol=1e-14)
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("trained", [False, True])
+def test_bf16_autocast_costs_no_more_than_full_logits_do(trained, with_bias):
+    """Under bf16 autocast the error against float64 is at most that of full logits and autograd.
+
+    Both round hidden, weight and logits to bf16, so the log-probs' errors are of one size; in the gradient both round
+    (onehot − p), and the product. The frozen way rounds once more, after scaling by the incoming gradient: with
+    roundings of equal size, √(3/2) = 1.22 times the plain error at most.
+    """
+    hidden, weight, bias, targets = head_inputs(n=200, h=64, v=500, dtype=torch.float32)
+    incoming = torch.linspace(-1, 1, 200)
+
+    def run(logps, dtype):
+        h, w = hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(trained)
+        values = logps(h, w, bias.to(dtype) if with_bias else None)
+        wanted = [h, w] if trained else [h]
+        return values.detach(), *torch.autograd.grad((values * incoming.to(values.dtype)).sum(), wanted)
+
+    def plain(h, w, b):
+        logits = nn.functional.linear(h, w, b)
+        return token_logps(logits, targets)
+
+    def chunked(h, w, b):
+        return linear_head_logps(h, w, b, targets, chunk_rows=64)[0]
+
+    truth = run(plain, torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        by_plain = run(plain, torch.float32)
+        by_head = run(chunked, torch.float32)
+    for exact, full_logits, ours in zip(truth, by_plain, by_head, strict=True):
+        error, theirs = ((found.double() - exact).norm().item() for found in (ours, full_logits))
+        assert error <= 1.22 * theirs
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the number of elements of the largest tensor that any operation returned."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("way", ["linear", "module"])
+def test_the_full_logits_are_never_held(way, trained):
+    """N = 64 rows, V = 1000, H = 8, chunks of C = 4: nothing larger than V·H = 8,000 elements (the weight and its
+    gradient; a chunk's logits are C·V = 4,000) is made in forward or backward, where the logits would be 64,000.
+    """
+    hidden, weight, bias, targets = head_inputs(n=64, h=8, v=1000, dtype=torch.float32)
+    hidden.requires_grad_(), weight.requires_grad_(trained)
+    with LargestTensor() as largest:
+        if way == "linear":
+            logps = linear_head_logps(hidden, weight, bias, targets, statistics=("entropy",), chunk_rows=4)[0]
+        else:
+            logps = module_head_logps(lambda rows: rows @ weight.T, hidden, targets, chunk_rows=4)[0]
+        logps.sum().backward()
+    assert largest.elements <= 8_000
+
+
+def test_the_full_logits_are_never_held_in_a_model(monkeypatch):
+    """Scoring with V = 4096 and chunks of 4 makes nothing beyond V·H = 131,072 elements; the batch's logits at the
+    scored positions alone would be N·V, over 60 · 4096.
+    """
+    monkeypatch.setitem(forward.CHUNK_ROWS, "cpu", 4)
+    model, batch = tiny_model(vocab_size=4096), padded_batch()
+    install_scoring(model)
+    with LargestTensor() as largest:
+        score(model, batch).logps.sum().backward()
+    assert len(batch["targets"]) >= 60
+    assert largest.elements <= 4096 * 32
+
+
+def lora_on_the_head(model):
+    return perturbed(with_lora(model, target_modules=["q_proj", "lm_head"]))
+
+
+def trained_copy_of_the_head(model):
+    return perturbed(with_lora(model, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+
+
+def tied_and_adapted(model):
+    return perturbed(with_lora(model, target_modules=["q_proj", "v_proj"]))
+
+
+HEADS = {
+    "trained": ({"tie_word_embeddings": False}, lambda model: model),
+    "tied": ({"tie_word_embeddings": True}, lambda model: model),
+    "tied, frozen under LoRA": ({"tie_word_embeddings": True}, tied_and_adapted),
+    "LoRA on lm_head": ({"tie_word_embeddings": False}, lora_on_the_head),
+    "modules_to_save": ({"tie_word_embeddings": False}, trained_copy_of_the_head),
+}
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize(("config", "adapt"), HEADS.values(), ids=HEADS)
+@pytest.mark.parametrize(("model_type", "own"), [("llama", {}), ("gemma2", {"final_logit_softcapping": 5.0})])
+def test_every_kind_of_head_has_the_gradients_of_plain_logits(model_type, own, config, adapt, temperature, monkeypatch):
+    """Every trained parameter of a float64 model gets autograd's gradient through `model(...).logits`.
+
+    The body computes the same numbers either way, so only float64 roundings of the head differ: about 100 of 1e-16 in
+    a sum of this size, 1e-12 with room. Each response is weighted by a number of its own, chunks do not divide N.
+    """
+    monkeypatch.setitem(forward.CHUNK_ROWS, "cpu", 7)
+    model, batch = adapt(tiny_model(model_type, dtype=torch.float64, **own, **config)), padded_batch()
+    weights = torch.linspace(-1, 1, len(batch["response_lengths"]), dtype=torch.float64)
+    plain = plain_response_logps(model, batch, temperature)
+    expected = gradients((plain * weights).sum(), model)
+    install_scoring(model, temperature)
+    logps = score(model, batch).logps
+    torch.testing.assert_close(logps, plain, rtol=1e-13, atol=0)
+    assert len(expected) >= 2
+    assert_same_gradients(gradients((logps * weights).sum(), model), expected, rtol=1e-12)

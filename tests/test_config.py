@@ -1,0 +1,149 @@
+"""`PreferenceConfig`: refused at construction or used; the same from Python, YAML and the command line."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from transformers import HfArgumentParser
+
+from hf_prefopt import PreferenceConfig
+from hf_prefopt.losses import get_loss
+
+
+def config(**settings):
+    return PreferenceConfig(output_dir="unused", use_cpu=True, report_to="none", **settings)
+
+
+REFUSALS = {
+    "an unknown loss": ({"loss_type": "simp0"}, "did you mean simpo"),
+    "no loss": ({"loss_type": []}, "name at least one"),
+    "a loss twice": ({"loss_type": ["dpo", "sigmoid"]}, "stands twice"),
+    "weights that do not match": ({"loss_type": ["dpo", "sft"], "loss_weights": [1.0]}, "1 values for 2 losses"),
+    "an unknown parameter": ({"loss_type": "dpo", "loss_params": {"gamma": 1.0}}, "dpo takes beta=0.1"),
+    "a parameter out of range": ({"loss_type": "simpo", "loss_params": {"gamma": -1.0}}, "gamma=-1.0 is outside"),
+    "two margins": (
+        {"loss_type": "simpo", "loss_params": {"gamma": 1.0, "gamma_beta_ratio": 0.5}},
+        "both set the margin",
+    ),
+    "parameters that are no mapping": ({"loss_params": [1]}, "is no mapping"),
+    "beta at 0": ({"beta": 0.0}, "beta=0.0 is outside"),
+    "beta that no loss takes": ({"loss_type": "sft", "beta": 0.1}, "sft takes no hyperparameters"),
+    "smoothing that no loss takes": ({"loss_type": "hinge", "label_smoothing": 0.1}, "used by no loss"),
+    "smoothing of one half": ({"label_smoothing": 0.5}, "label_smoothing=0.5 is outside"),
+    "a negative sft_weight": ({"sft_weight": -1.0}, "sft_weight=-1.0"),
+    "weighting what has no pairs": ({"loss_type": "sft", "use_weighting": True}, "sft has none"),
+    "no reference to leave out": ({"loss_type": "simpo", "reference_free": True}, "uses no reference"),
+    "an unknown reference": ({"reference": "frozen"}, "reference='frozen' is none of"),
+    "an adapter without a name": ({"reference": "adapter:"}, "reference='adapter:'"),
+    "an unknown truncation": ({"truncation_mode": "middle"}, "truncation_mode='middle' is none of"),
+    "an unknown layout": ({"layout": "packed"}, "layout='packed' is none of"),
+    "an unknown way with bad rows": ({"on_bad_rows": "ignore"}, "on_bad_rows='ignore' is none of"),
+    "no temperature": ({"temperature": 0.0}, "temperature=0.0"),
+    "a negative temperature": ({"temperature": -1.0}, "temperature=-1.0"),
+    "an infinite temperature": ({"temperature": float("inf")}, "temperature=inf"),
+    "no room": ({"max_length": 1}, "max_length=1"),
+    "batches cut by accelerate": ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches=True"),
+    "a width of nothing": ({"pad_to_multiple_of": 0}, "pad_to_multiple_of=0"),
+}
+
+
+@pytest.mark.parametrize(("settings", "message"), REFUSALS.values(), ids=REFUSALS)
+def test_refused_at_construction(settings, message):
+    """Every value that could not be used is an error before any model is loaded; the message names it."""
+    with pytest.raises(ValueError, match=message):
+        config(**settings)
+
+
+def test_the_defaults_are_each_losses_own():
+    """beta=None is the published default of the loss, and a given one reaches it."""
+    for name in ("dpo", "simpo", "hinge", "dpo_norm"):
+        (term,) = config(loss_type=name).build_objective().terms
+        assert "beta" not in term.params and "beta" in get_loss(name).defaults
+        (term,) = config(loss_type=name, beta=0.33).build_objective().terms
+        assert term.params["beta"] == 0.33
+
+
+FULL = {
+    "loss_type": ["simpo", "sft"],
+    "loss_weights": [1.0, 0.5],
+    "loss_params": {"simpo": {"gamma": 0.7}},
+    "beta": 1.5,
+    "reference": "auto",
+    "max_length": 77,
+    "temperature": 0.9,
+    "model_init_kwargs": {"dtype": "bfloat16"},
+    "learning_rate": 3e-5,
+}
+
+
+def test_a_dict_and_back():
+    """to_dict() is JSON, and the settings in it make an equal configuration."""
+    first = config(**FULL)
+    stored = json.loads(json.dumps(first.to_dict()))
+    assert {name: stored[name] for name in FULL} == FULL
+    again = config(**{name: stored[name] for name in FULL})
+    assert again.to_dict() | {"logging_dir": None} == first.to_dict() | {"logging_dir": None}
+    json.loads(first.to_json_string())
+
+
+def test_the_command_line():
+    """HfArgumentParser: lists by spaces, loss_params and model_init_kwargs as JSON."""
+    line = ["--output_dir", "unused", "--use_cpu", "true", "--report_to", "none", "--loss_type", "simpo", "sft"]
+    line += ["--loss_weights", "1.0", "0.5", "--loss_params", '{"simpo": {"gamma": 0.7}}', "--beta", "1.5"]
+    line += ["--max_length", "77", "--temperature", "0.9", "--model_init_kwargs", '{"dtype": "bfloat16"}']
+    (parsed,) = HfArgumentParser(PreferenceConfig).parse_args_into_dataclasses([*line, "--learning_rate", "3e-5"])
+    assert {name: getattr(parsed, name) for name in FULL} == FULL
+
+
+def test_flat_parameters_on_the_command_line():
+    """With one loss its parameters need no name around them."""
+    line = ["--output_dir", "unused", "--use_cpu", "true", "--loss_type", "simpo", "--loss_params", '{"gamma": 0.7}']
+    (parsed,) = HfArgumentParser(PreferenceConfig).parse_args_into_dataclasses(line)
+    (term,) = parsed.build_objective().terms
+    assert term.params == {"gamma": 0.7}
+
+
+@pytest.mark.parametrize("overridden", [False, True])
+def test_yaml_by_trl_parser(overridden, tmp_path):
+    """A YAML file gives what Python gives; the command line wins over it."""
+    trl = pytest.importorskip("trl")
+    text = """
+        output_dir: unused
+        use_cpu: true
+        report_to: none
+        loss_type: [simpo, sft]
+        loss_weights: [1.0, 0.5]
+        loss_params: {simpo: {gamma: 0.7}}
+        beta: 1.5
+        max_length: 77
+        temperature: 0.9
+        model_init_kwargs: {dtype: bfloat16}
+        learning_rate: 3.0e-5
+    """
+    file = tmp_path / "run.yaml"
+    file.write_text("\n".join(line.strip() for line in text.strip().splitlines()))
+    extra = ["--max_length", "99", "--loss_params", '{"simpo": {"gamma": 0.1}}'] if overridden else []
+    (parsed,) = trl.TrlParser([PreferenceConfig]).parse_args_and_config(["--config", str(file), *extra])
+    changed = {"max_length": 99, "loss_params": {"simpo": {"gamma": 0.1}}} if overridden else {}
+    assert {name: getattr(parsed, name) for name in FULL} == FULL | changed
+
+
+def test_one_name_is_a_list_of_one():
+    """A YAML scalar and a Python string mean the same as a list."""
+    assert config(loss_type="ipo").loss_type == ["ipo"]
+
+
+def test_every_field_has_a_help_text():
+    """What `--help` shows of our own fields."""
+    own = {name for name in PreferenceConfig.__annotations__ if not name.startswith("_")}
+    fields = {name: PreferenceConfig.__dataclass_fields__[name] for name in own}
+    assert not [name for name, field in fields.items() if not field.metadata.get("help")]
+
+
+def test_the_import_is_light():
+    """`import hf_prefopt` brings in neither trl nor matplotlib nor tensorboard, in a fresh interpreter."""
+    heavy = "trl", "matplotlib", "tensorboard", "deepspeed", "wandb"
+    code = f"import sys, hf_prefopt; print([name for name in {heavy!r} if name in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"

@@ -1,0 +1,207 @@
+"""A step's loss is the mean over the examples of the global batch, and an evaluation is of the rows, however they are
+cut into micro-batches, padded or logged.
+
+The runs are in float64 with plain gradient descent, whose steps are linear in the gradient: Adam would turn the sign
+of a rounding error into a full step. Norms inside the models are computed in fp32 by transformers, row by row.
+"""
+
+import sys
+
+import pytest
+import torch
+from datasets import Dataset
+
+from hf_prefopt.losses import list_losses
+from hf_prefopt.losses.inputs import loss_inputs
+from hf_prefopt.scoring.forward import score
+from tests.tiny_models import perturbed, random_rows, tiny_model
+from tests.training import logged, make_trainer, pairs, weights
+
+# Every loss, and what is built on several of them.
+OBJECTIVES = {
+    **{name: {"loss_type": name} for name in list_losses()},
+    "with sft_weight": {"loss_type": "dpo", "sft_weight": 0.5},
+    "with use_weighting": {"loss_type": "hinge", "use_weighting": True},
+    "several losses": {"loss_type": ["dpo", "kto_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]},
+    "reference-free": {"loss_type": "ipo", "reference_free": True},
+}
+each_layout = pytest.mark.parametrize("layout", ["padded", "shared"])
+each_objective = pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
+DESCENT = {"optim": "sgd", "learning_rate": 1.0, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
+
+
+def off_reference(objective):
+    """A policy half a nat or so away from its reference, where a loss has one."""
+    model = perturbed(tiny_model(dtype=torch.float64), scale=0.05)
+    free = objective.get("reference_free") or objective["loss_type"] in ("simpo", "cpo", "orpo", "sft")
+    return model, {} if free else {"ref_model": tiny_model(dtype=torch.float64)}
+
+
+def run(folder, objective, batch_size, accumulation, **settings):
+    model, reference = off_reference(objective)
+    sizes = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": accumulation}
+    trainer = make_trainer(folder, model, **reference, **objective, **{**DESCENT, **sizes, **settings})
+    before = weights(trainer.model)
+    trainer.train()
+    change = {name: value - before[name] for name, value in weights(trainer.model).items()}
+    return trainer, change
+
+
+def assert_same_change(actual, expected, tolerance):
+    for name, change in expected.items():
+        torch.testing.assert_close(actual[name], change, rtol=0, atol=tolerance * change.abs().max().item() + 1e-300)
+
+
+@each_layout
+@each_objective
+def test_a_step_is_the_gradient_of_the_mean_over_its_examples(objective, layout, tmp_path):
+    """Eight micro-batches of one pair, in either layout. At rate 1 the change of the weights is minus the gradient of
+    the objective's mean over the eight pairs scored at once, padded, by autograd; the logged loss is that mean.
+
+    Padded, the same sums are rounded in float64: 1e-10. The other layout adds up attention in another order, and that
+    last bit may move a rounding of the fp32 norms: some 1e-7, which 1e-6 covers.
+    """
+    trainer, change = run(tmp_path, objective, 1, 8, max_steps=1, layout=layout)
+    model, _ = off_reference(objective)
+    fresh = make_trainer(tmp_path, model, **off_reference(objective)[1], **objective, per_device_train_batch_size=8)
+    batch = next(iter(fresh.get_train_dataloader()))
+    policy = score(model, batch, fresh.objective.token_stats)
+    reference = fresh.reference.score(batch) if fresh.reference else None
+    loss = fresh.objective(loss_inputs(fresh.objective.inputs, batch, policy, reference)).losses.mean()
+    gradients = dict(zip(change, torch.autograd.grad(loss, list(model.parameters())), strict=True))
+    tolerance = {"padded": 1e-10, "shared": 1e-6}[layout]
+    assert_same_change({name: -value for name, value in change.items()}, gradients, tolerance)
+    # The Trainer keeps its running loss in fp32.
+    assert logged(trainer, "loss") == pytest.approx([loss.item()], rel=1e-6)
+
+
+@each_objective
+def test_accumulation_changes_nothing(objective, tmp_path):
+    """1×8 = 8×1 over 20 pairs of which the last step has only four: weights, losses and metrics of all three steps."""
+    settings = {"train_dataset": pairs(20), "learning_rate": 0.01}
+    whole, expected = run(tmp_path, objective, 8, 1, **settings)
+    split, change = run(tmp_path, objective, 1, 8, **settings)
+    assert_same_change(change, expected, 1e-9)
+    assert len(logged(whole, "loss")) == 3
+    for name in {name for entry in whole.state.log_history for name in entry if "/" in name or name == "loss"}:
+        assert logged(split, name) == pytest.approx(logged(whole, name), rel=1e-6, abs=1e-9), name
+
+
+@pytest.mark.parametrize("objective", [OBJECTIVES["dpo"], OBJECTIVES["kto_pair"]], ids=["dpo", "kto_pair"])
+@pytest.mark.parametrize(
+    ("other", "tolerance"), [({"layout": "padded", "pad_to_multiple_of": 64}, 1e-9), ({"layout": "shared"}, 1e-6)]
+)
+def test_padding_changes_nothing(objective, other, tolerance, tmp_path):
+    """A run whose rows are padded to multiples of 64, or not padded at all, ends where the padded run does."""
+    settings = {"train_dataset": pairs(12), "learning_rate": 0.01}
+    _, expected = run(tmp_path, objective, 4, 2, **settings, layout="padded")
+    _, change = run(tmp_path, objective, 4, 2, **settings, **other)
+    assert_same_change(change, expected, tolerance)
+
+
+@each_objective
+def test_evaluation_is_of_the_rows(objective, tmp_path):
+    """Seven rows in batches of 1, 2, 3, 4 and 7 have the loss and metrics of all seven at once, which are the
+    objective's on all rows; a mean of batch means would give the last row another weight.
+    """
+    model, reference = off_reference(objective)
+    results = []
+    for size in (7, 1, 2, 3, 4):
+        settings = {"eval_dataset": pairs(7), "per_device_eval_batch_size": size}
+        trainer = make_trainer(tmp_path, model, **reference, **objective, **settings)
+        found = trainer.evaluate()
+        results.append({k: v for k, v in found.items() if "/" in k or k == "eval_loss"})
+    for result in results[1:]:
+        assert result == pytest.approx(results[0], rel=1e-9, abs=1e-12)
+
+
+def test_evaluation_counts_every_pair_of_a_prompt(tmp_path):
+    """A row with responses (a, b, c) and pairs (a, b), (a, c) and a row with one pair are three examples: the mean of
+    the metrics is that of three rows of one pair each.
+    """
+    first, second = random_rows(2)
+    extra = [11, 12, 2]
+    group = {**first, "response_ids": [*first["response_ids"], extra], "pairs": [[0, 1], [0, 2]]}
+    group["scored_masks"] = [*first["scored_masks"], [1, 1, 1]]
+    single = {**first, "response_ids": [first["response_ids"][0], extra], "row": 2}
+    single["scored_masks"] = [first["scored_masks"][0], [1, 1, 1]]
+    model = perturbed(tiny_model(dtype=torch.float64))
+    results = []
+    for rows in ([group, second], [first, single, second]):
+        trainer = make_trainer(tmp_path, model, ref_model=tiny_model(dtype=torch.float64))
+        results.append(trainer.evaluate(Dataset.from_list(rows)))
+    for name in ("eval_loss", "eval_rewards/margins", "eval_logps/rejected"):
+        assert results[0][name] == pytest.approx(results[1][name], rel=1e-9)
+
+
+def test_evaluation_counts_rows_that_share_a_number(tmp_path):
+    """Two prepared data sets put together have row numbers twice; every row still counts."""
+    one, other = random_rows(3, seed=1), random_rows(3, seed=2)
+    trainer = make_trainer(tmp_path, perturbed(tiny_model()), ref_model=tiny_model())
+    together = trainer.evaluate(Dataset.from_list(one + other))["eval_loss"]
+    apart = [trainer.evaluate(Dataset.from_list(rows))["eval_loss"] for rows in (one, other)]
+    assert together == pytest.approx(sum(apart) / 2, rel=1e-5)
+    assert abs(apart[0] - apart[1]) > 1e-3
+
+
+def test_a_tie_is_half_a_win(tmp_path):
+    """An untrained policy is its reference, so all rewards are 0 and accuracy is 0.5, not 0."""
+    trainer = make_trainer(tmp_path, eval_dataset=pairs(5))
+    metrics = trainer.evaluate()
+    assert metrics["eval_rewards/accuracies"] == 0.5
+    assert metrics["eval_rewards/margins"] == 0.0
+
+
+def test_logged_metrics_are_means_over_the_examples_since_the_last_log(tmp_path):
+    """At rate 0 the policy stands still, so one log over an epoch of 4 + 4 + 2 pairs has the figures of an evaluation
+    of the ten pairs, and logs of single steps have theirs: weighted 4, 4, 2 they give the same.
+    """
+    settings = {"learning_rate": 0.0, "per_device_train_batch_size": 4, "train_dataset": pairs(10)}
+    runs = {}
+    for steps in (1, 3):
+        trainer = make_trainer(
+            tmp_path, perturbed(tiny_model()), ref_model=tiny_model(), logging_steps=steps, **settings
+        )
+        trainer.train()
+        runs[steps] = trainer
+    evaluation = runs[3].evaluate(pairs(10))
+    names = [name for name in runs[3].state.log_history[0] if "/" in name]
+    assert {"rewards/chosen", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected"} <= {*names}
+    for name in names:
+        (mean,) = logged(runs[3], name)
+        assert mean == pytest.approx(evaluation[f"eval_{name}"], rel=1e-5, abs=1e-6)
+        by_step = logged(runs[1], name)
+        assert sum(w * v for w, v in zip((4, 4, 2), by_step, strict=True)) / 10 == pytest.approx(
+            mean, rel=1e-5, abs=1e-6
+        )
+    assert len(set(logged(runs[1], "logps/chosen"))) == 3
+
+
+SYNCHRONISING = ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__float__", "__int__")
+
+
+@each_objective
+def test_no_step_waits_for_the_device(objective, tmp_path, monkeypatch):
+    """Between logs the package's own code reads no value off a tensor, which on a GPU would wait for it.
+
+    In layout "padded": the other one's attention goes by segment on the CPU, and by one kernel on a GPU.
+    """
+    seen = []
+
+    def watched(name, method):
+        def call(tensor, *args, **kwargs):
+            caller = sys._getframe(1).f_globals["__name__"]
+            if caller.startswith("hf_prefopt"):
+                seen.append((name, caller))
+            return method(tensor, *args, **kwargs)
+
+        return call
+
+    model, reference = off_reference(objective)
+    settings = {"logging_steps": 100, "max_steps": 2, "gradient_accumulation_steps": 2, "layout": "padded"}
+    trainer = make_trainer(tmp_path, model, **settings, **reference, **objective)
+    monkeypatch.setattr(trainer, "log", lambda *_, **__: None)
+    for name in SYNCHRONISING:
+        monkeypatch.setattr(torch.Tensor, name, watched(name, getattr(torch.Tensor, name)))
+    trainer.train()
+    assert seen == []

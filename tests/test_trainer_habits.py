@@ -1,0 +1,227 @@
+"""What people do with a `Trainer` works as it does with theirs: resuming, callbacks, logging, evaluating, saving."""
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, EarlyStoppingCallback, TrainerCallback
+
+from tests.data.helpers import chat_pair, text_pair
+from tests.tiny_models import perturbed, tiny_model, with_lora
+from tests.tokenizers import tiny_tokenizer
+from tests.training import logged, make_trainer, pairs, weights
+
+TEXTS = Dataset.from_list([text_pair(), text_pair(chosen=" Paris it is."), text_pair(rejected=" Berlin."), text_pair()])
+RAW = {"train_dataset": TEXTS, "processing_class": tiny_tokenizer()}
+
+
+def raw_model():
+    return tiny_model(vocab_size=600)
+
+
+RUNS = {
+    "full": (tiny_model, {}),
+    "full, attention dropout": (lambda: tiny_model(attention_dropout=0.2), {"layout": "padded"}),
+    "LoRA with dropout": (lambda: with_lora(tiny_model(), lora_dropout=0.3), {}),
+    "trained adapter": (lambda: perturbed(with_lora(tiny_model(), lora_dropout=0.3)), {}),
+    "kto_pair, accumulated": (
+        lambda: with_lora(tiny_model(), lora_dropout=0.3),
+        {"loss_type": "kto_pair", "gradient_accumulation_steps": 2, "per_device_train_batch_size": 1},
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "settings"), RUNS.values(), ids=RUNS)
+def test_a_resumed_run_is_the_uninterrupted_one(make, settings, tmp_path):
+    """Stopped after step 2 of 6 (in the middle of an epoch) and resumed from the checkpoint by a new trainer: losses,
+    metrics and final weights are the same bits, dropout included.
+    """
+    settings = {"num_train_epochs": 2, "train_dataset": pairs(6), "save_strategy": "steps", "save_steps": 2, **settings}
+    whole = make_trainer(tmp_path / "whole", make(), **settings)
+    whole.train()
+    resumed = make_trainer(tmp_path / "again", make(), **settings)
+    torch.rand(100)  # another state of the generator, which the checkpoint must bring back
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert resumed.state.global_step == whole.state.global_step == 6
+    for name in ("loss", "rewards/margins", "logps/chosen", "grad_norm"):
+        assert logged(resumed, name)[2:] == logged(whole, name)[2:], name
+    final = weights(whole.model)
+    assert all(torch.equal(value, final[name]) for name, value in weights(resumed.model).items())
+
+
+class Recorder(TrainerCallback):
+    def __init__(self):
+        self.events, self.logs = [], []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.events.append(state.global_step)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.logs.append(dict(logs))
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        self.events.append(sorted(name for name in metrics if "rewards" in name))
+
+
+def test_callbacks_see_steps_logs_and_evaluations(tmp_path):
+    """Each step, each log with the metrics under their names, each evaluation with its own."""
+    recorder = Recorder()
+    settings = {"eval_dataset": pairs(3), "eval_strategy": "steps", "eval_steps": 2, "max_steps": 2}
+    make_trainer(tmp_path, callbacks=[recorder], **settings).train()
+    names = [f"eval_rewards/{name}" for name in ("accuracies", "chosen", "margins", "rejected")]
+    assert recorder.events == [1, 2, names]
+    assert {"loss", "rewards/chosen", "rewards/margins", "logps/rejected", "learning_rate"} <= recorder.logs[0].keys()
+
+
+@pytest.mark.parametrize("loss", ["dpo", "sft"])
+def test_compute_metrics_gets_a_score_per_response_and_which_was_chosen(loss, tmp_path):
+    """Predictions `[N, 2]`: the implicit rewards, or log-probs where the loss has none; labels (1, 0) in every row."""
+    seen = []
+
+    def compute_metrics(prediction):
+        seen.append(prediction)
+        return {"mean_chosen": prediction.predictions[:, 0].mean().item()}
+
+    settings = {"loss_type": loss, "eval_dataset": pairs(5), "compute_metrics": compute_metrics}
+    trainer = make_trainer(tmp_path, perturbed(tiny_model()), **settings)
+    metrics = trainer.evaluate()
+    assert seen[0].predictions.shape == seen[0].label_ids.shape == (5, 2)
+    assert seen[0].label_ids.tolist() == [[1.0, 0.0]] * 5
+    own = "eval_rewards/chosen" if loss == "dpo" else "eval_logps/chosen"
+    assert metrics["eval_mean_chosen"] == pytest.approx(metrics[own], rel=1e-5, abs=1e-9)
+
+
+def test_predict_gives_rewards_labels_and_metrics(tmp_path):
+    prediction = make_trainer(tmp_path, train_dataset=None).predict(pairs(5))
+    assert prediction.predictions.shape == prediction.label_ids.shape == (5, 2)
+    assert prediction.metrics["test_rewards/accuracies"] == 0.5
+
+
+def test_model_init_starts_over(tmp_path):
+    """Every train() has a fresh policy and a fresh reference, so two runs of one trainer are the same run."""
+    trainer = make_trainer(tmp_path, model_init=lambda: with_lora(tiny_model()), max_steps=2)
+    trainer.train()
+    first = weights(trainer.model)
+    trainer.train()
+    assert all(torch.equal(value, first[name]) for name, value in weights(trainer.model).items())
+    assert logged(trainer, "loss")[0] == pytest.approx(0.6931472, abs=1e-6)
+
+
+def test_several_evaluation_sets_by_name(tmp_path):
+    """Each set's figures under its own name, equal to evaluating it alone."""
+    sets = {"small": pairs(3, seed=1), "large": pairs(5, seed=2)}
+    trainer = make_trainer(tmp_path, perturbed(tiny_model()), ref_model=tiny_model(), eval_dataset=sets)
+    together = trainer.evaluate()
+    for name, data in sets.items():
+        alone = trainer.evaluate(data)
+        assert together[f"eval_{name}_loss"] == alone["eval_loss"]
+        assert together[f"eval_{name}_rewards/margins"] == alone["eval_rewards/margins"]
+
+
+def test_a_raw_data_set_can_be_evaluated_at_any_time(tmp_path):
+    """Text or messages given to evaluate() or predict() are prepared as at construction."""
+    raw = Dataset.from_list([chat_pair(), chat_pair(chosen="It is Paris.")])
+    given = make_trainer(tmp_path, raw_model(), eval_dataset=raw, **RAW).evaluate()
+    later = make_trainer(tmp_path, raw_model(), **{**RAW, "train_dataset": None})
+    assert later.evaluate(raw)["eval_logps/chosen"] == given["eval_logps/chosen"]
+    assert later.predict(raw).metrics["test_logps/chosen"] == given["eval_logps/chosen"]
+
+
+def test_tensorboard_gets_trl_names(tmp_path, monkeypatch):
+    """`report_to="tensorboard"` writes train/ and eval/ curves under the names of TRL's."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "curves"))
+    settings = {"report_to": "tensorboard", "eval_dataset": pairs(2), "eval_strategy": "steps", "eval_steps": 2}
+    make_trainer(tmp_path, max_steps=2, **settings).train()
+    events = accumulator.EventAccumulator(str(next((tmp_path / "curves").rglob("events.*")).parent))
+    events.Reload()
+    names = [f"rewards/{name}" for name in ("chosen", "rejected", "accuracies", "margins")]
+    names += ["logps/chosen", "logps/rejected", "loss"]
+    assert {f"{split}/{name}" for split in ("train", "eval") for name in names} <= {*events.Tags()["scalars"]}
+    assert len(events.Scalars("train/rewards/margins")) == 2
+
+
+def test_the_best_model_is_loaded_at_the_end(tmp_path):
+    """At a rate that ruins the policy the first checkpoint is the best by evaluation loss, and comes back."""
+    settings = {"eval_dataset": pairs(4, seed=3), "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps"}
+    settings |= {"save_steps": 1, "load_best_model_at_end": True, "max_steps": 3, "learning_rate": 0.5}
+    trainer = make_trainer(tmp_path, with_lora(tiny_model()), **settings)
+    trainer.train()
+    losses = logged(trainer, "eval_loss")
+    best = losses.index(min(losses))
+    assert best < 2
+    assert trainer.state.best_model_checkpoint.endswith(f"checkpoint-{best + 1}")
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(losses[best], rel=1e-6)
+
+
+def test_training_stops_early_by_a_metric_of_ours(tmp_path):
+    """`metric_for_best_model` takes a reward metric by its name."""
+    settings = {"eval_dataset": pairs(2), "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps"}
+    settings |= {"save_steps": 1, "load_best_model_at_end": True, "metric_for_best_model": "rewards/accuracies"}
+    settings |= {"learning_rate": 0.0, "max_steps": 4, "callbacks": [EarlyStoppingCallback(1)]}
+    trainer = make_trainer(tmp_path, **settings)
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+def test_a_stream_trains_for_a_number_of_steps(tmp_path):
+    """A streaming raw data set, endless as far as the trainer knows."""
+    settings = {**RAW, "train_dataset": TEXTS.to_iterable_dataset()}
+    trainer = make_trainer(tmp_path, raw_model(), max_steps=3, **settings)
+    trainer.train()
+    assert trainer.state.global_step == 3
+    assert logged(trainer, "loss")[0] == pytest.approx(0.6931472, abs=1e-6)
+
+
+@pytest.mark.parametrize("adapt", [False, True], ids=["full", "lora"])
+def test_what_is_saved_loads_without_us(adapt, tmp_path):
+    """`save_model` writes a plain transformers model or PEFT adapter with the tokenizer: the same logits come back."""
+    trainer = make_trainer(tmp_path, with_lora(raw_model()) if adapt else raw_model(), max_steps=2, **RAW)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    if adapt:
+        loaded = PeftModel.from_pretrained(raw_model(), tmp_path / "saved")
+    else:
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(ids).logits, trainer.model.eval()(ids).logits)
+    assert (tmp_path / "saved" / "tokenizer.json").exists()
+
+
+def test_gradient_checkpointing_changes_no_number(tmp_path):
+    """Activations made again in the backward are the same bits, so are the steps."""
+    runs = []
+    for settings in ({}, {"gradient_checkpointing": True}):
+        trainer = make_trainer(tmp_path, with_lora(tiny_model()), max_steps=2, **settings)
+        trainer.train()
+        runs.append((logged(trainer, "loss"), logged(trainer, "grad_norm")))
+    assert runs[0] == runs[1]
+
+
+def test_worker_processes_feed_the_same_batches(tmp_path):
+    """With dataloader workers the run is the same run."""
+    runs = []
+    for workers in (0, 1):
+        trainer = make_trainer(tmp_path, max_steps=2, dataloader_num_workers=workers)
+        trainer.train()
+        runs.append(logged(trainer, "loss"))
+    assert runs[0] == runs[1]
+
+
+def test_hyperparameters_are_searched(tmp_path):
+    """Each trial trains a fresh policy at the rate it was given."""
+    pytest.importorskip("optuna")
+    settings = {"eval_dataset": pairs(2), "max_steps": 1}
+    trainer = make_trainer(tmp_path, model_init=lambda: with_lora(tiny_model()), **settings)
+    best = trainer.hyperparameter_search(
+        lambda trial: {"learning_rate": trial.suggest_float("learning_rate", 1e-4, 1e-2)}, n_trials=2
+    )
+    assert "learning_rate" in best.hyperparameters
+
+
+def test_a_trainer_without_a_model_is_refused(tmp_path):
+    from hf_prefopt import PreferenceTrainer
+
+    with pytest.raises(ValueError, match="wants a model, or a model_init"):
+        PreferenceTrainer()

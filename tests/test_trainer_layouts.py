@@ -1,0 +1,142 @@
+"""A run is the same in every layout, under any token budget and however the pairs of a prompt are brought together.
+
+Two optimiser steps of fp32 training with plain SGD: a gradient that is equal to rounding (1e-5 relative, tests/scoring)
+moves weights of order 0.3 by lr · |gradient| ≤ 1e-2 · 10 each, so weights agree to 2 · 1e-5 · 0.1 = 2e-6; the logged
+losses, of order 1, to 1e-5.
+"""
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+
+from hf_prefopt import PreferenceConfig, PreferenceTrainer
+from tests.scoring.architectures import architecture
+from tests.tiny_models import perturbed, random_rows, tiny_model, with_lora
+from tests.tokenizers import tiny_tokenizer
+
+WEIGHTS, LOSSES = 2e-6, 1e-5
+
+
+def rows_with_shared_prompts(count: int = 12) -> list[dict]:
+    """Every third row takes over the prompt, and the chosen response, of the row before it."""
+    rows = random_rows(count)
+    for before, row in zip(rows[::3], rows[1::3], strict=True):
+        row["prompt_ids"] = before["prompt_ids"]
+        row["response_ids"][0] = before["response_ids"][0]
+        row["scored_masks"] = [[1] * len(ids) for ids in row["response_ids"]]
+    return rows
+
+
+def make_trainer(output_dir, model=None, rows=None, **settings) -> PreferenceTrainer:
+    dataset = Dataset.from_list(rows or rows_with_shared_prompts())
+    config = {
+        "output_dir": output_dir,
+        "use_cpu": True,
+        "bf16": False,
+        "optim": "sgd",
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "per_device_train_batch_size": 6,
+        "max_steps": 2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
+    return PreferenceTrainer(
+        model if model is not None else perturbed(with_lora(tiny_model())),
+        args=PreferenceConfig(**config | settings),
+        train_dataset=dataset,
+        eval_dataset=dataset,
+        processing_class=tiny_tokenizer(),
+    )
+
+
+def run(output_dir, **settings):
+    """(losses of the steps, trained weights, evaluation) of a run."""
+    trainer = make_trainer(output_dir, **settings)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters() if p.requires_grad])
+    evaluation = {k: v for k, v in trainer.evaluate().items() if "runtime" not in k and "per_second" not in k}
+    return np.array(losses), weights, {k: v for k, v in evaluation.items() if "time" not in k}
+
+
+def assert_same_run(one, other):
+    np.testing.assert_allclose(one[0], other[0], rtol=LOSSES)
+    torch.testing.assert_close(one[1], other[1], rtol=0, atol=WEIGHTS)
+    assert one[2].keys() == other[2].keys()
+    for name, value in one[2].items():
+        assert other[2][name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+
+
+@pytest.mark.parametrize("loss", ["dpo", "simpo", "kto_pair", "wpo"])
+def test_both_layouts_train_alike(tmp_path, loss):
+    assert_same_run(*(run(tmp_path, loss_type=loss, layout=layout) for layout in ("padded", "shared")))
+
+
+@pytest.mark.parametrize("layout", ["shared", "padded"])
+@pytest.mark.parametrize("loss", ["dpo", "kto_pair"])
+def test_a_token_budget_changes_nothing_but_memory(tmp_path, layout, loss):
+    """70 positions hold one or two of the six examples of a batch; with accumulation, pieces and micro-batches mix."""
+    whole = run(tmp_path, loss_type=loss, layout=layout)
+    assert_same_run(whole, run(tmp_path, loss_type=loss, layout=layout, max_tokens_per_batch=70))
+    accumulated = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2, "max_tokens_per_batch": 70}
+    assert_same_run(whole, run(tmp_path, loss_type=loss, layout=layout, **accumulated))
+
+
+def test_a_token_budget_is_kept(tmp_path, monkeypatch):
+    """No forward has more positions than the budget (every row here has fewer), and there are more forwards."""
+    from hf_prefopt import trainer as module
+
+    seen, score = [], module.score
+
+    def watched(model, batch, *others):
+        seen.append(batch["input_ids"].numel())
+        return score(model, batch, *others)
+
+    monkeypatch.setattr(module, "score", watched)
+    make_trainer(tmp_path, max_tokens_per_batch=120).train()
+    assert len(seen) > 2 and max(seen) <= 120
+
+
+def test_grouping_by_prompt_shares_its_tokens(tmp_path, monkeypatch):
+    """All 12 rows are one step, so any order of them gives the same step; with two rows a batch, fewer positions."""
+    together = {"per_device_train_batch_size": 12, "max_steps": 1}
+    assert_same_run(run(tmp_path, **together), run(tmp_path, **together, group_by_prompt=True))
+
+    def positions(**settings):
+        trainer = make_trainer(tmp_path, per_device_train_batch_size=2, **settings)
+        trainer._settle_layout()
+        return sum(batch["input_ids"].numel() for batch in trainer.get_train_dataloader())
+
+    assert positions(group_by_prompt=True) < positions()
+
+
+def test_predictions_stand_in_the_order_of_the_rows(tmp_path):
+    """Rewards of predict() equal those of each row predicted alone, also where prompts were merged and batches cut."""
+    trainer = make_trainer(tmp_path, max_tokens_per_batch=100)
+    trainer.train()
+    together = trainer.predict(trainer.eval_dataset).predictions
+    alone = [trainer.predict(trainer.eval_dataset.select([row])).predictions[0] for row in range(12)]
+    np.testing.assert_allclose(together, np.array(alone), rtol=1e-4, atol=1e-5)
+
+
+def test_the_layout_falls_back_with_a_reason_or_refuses(tmp_path, caplog):
+    """auto: one line that says why; shared: an error before the first step."""
+    trainer = make_trainer(tmp_path, model=architecture("bloom"))
+    with caplog.at_level(logging.WARNING):
+        trainer.train()
+        trainer.evaluate()
+    said = [record.message for record in caplog.records if record.message.startswith("layout: padded")]
+    assert len(said) == 1 and "attention interface (BloomForCausalLM)" in said[0]
+    with pytest.raises(ValueError, match="layout='shared' is not exact for this model"):
+        make_trainer(tmp_path, model=architecture("bloom"), layout="shared").train()
+
+
+@pytest.mark.parametrize("checkpointing", [{"use_reentrant": True}, {"use_reentrant": False}])
+def test_activation_checkpointing_changes_nothing(tmp_path, checkpointing):
+    settings = {"activation_checkpointing": True, "activation_checkpointing_kwargs": checkpointing}
+    assert_same_run(run(tmp_path), run(tmp_path, **settings))

@@ -1,0 +1,71 @@
+"""A small trainer for tests: prepared random pairs, a tiny model, quiet settings on the CPU in fp32."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import nn
+
+from hf_prefopt import PreferenceConfig, PreferenceTrainer
+from tests.tiny_models import random_rows, tiny_model
+from tests.tokenizers import tiny_tokenizer
+
+
+def pairs(count: int = 8, seed: int = 0, longest: int = 10) -> Dataset:
+    """Prepared random pairs as a data set."""
+    return Dataset.from_list(random_rows(count, seed, longest))
+
+
+def make_config(folder: str | Path, **settings: Any) -> PreferenceConfig:
+    """Quiet settings: every step logged, nothing saved, no dropout but the model's own."""
+    quiet = {
+        "use_cpu": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "per_device_train_batch_size": 2,
+        "per_device_eval_batch_size": 2,
+        "learning_rate": 1e-3,
+        "num_train_epochs": 1,
+    }
+    return PreferenceConfig(output_dir=str(folder), **{**quiet, **settings})
+
+
+def make_trainer(folder: str | Path, model: nn.Module | None = None, **settings: Any) -> PreferenceTrainer:
+    """A trainer of `model` (a tiny Llama by default); what is not an argument of the trainer is a setting."""
+    given = {
+        name: settings.pop(name)
+        for name in (
+            "ref_model",
+            "data_collator",
+            "train_dataset",
+            "eval_dataset",
+            "processing_class",
+            "peft_config",
+            "model_init",
+            "compute_metrics",
+            "callbacks",
+        )
+        if name in settings
+    }
+    if model is None and "model_init" not in given:
+        model = tiny_model()
+    given = {"train_dataset": pairs(), "processing_class": tiny_tokenizer(), **given}
+    return PreferenceTrainer(model, args=make_config(folder, **settings), **given)
+
+
+def logged(trainer: PreferenceTrainer, name: str) -> list[float]:
+    """The values of one figure over the logs of a run, in order."""
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+def first_batch(trainer: PreferenceTrainer) -> dict[str, torch.Tensor]:
+    """The first training batch, as the step would get it."""
+    return trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+
+
+def weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """A copy of every parameter by name."""
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
