@@ -29,10 +29,10 @@ from hf_prefopt.losses.inputs import loss_inputs
 from hf_prefopt.policy import disable_dropout, load_model, load_tokenizer, with_adapter
 from hf_prefopt.reference.choose import choose_reference
 from hf_prefopt.reference.live import evaluation_mode
+from hf_prefopt.reference.remembered import RememberedScores
 from hf_prefopt.reporting.card import model_card
 from hf_prefopt.reporting.metrics import METRIC_INPUTS, EvaluationRecord, RunningMeans, example_metrics
 from hf_prefopt.reporting.run_facts import card_facts
-from hf_prefopt.scoring.attention import install_segment_attention
 from hf_prefopt.scoring.forward import base_causal_lm, install_scoring, score
 from hf_prefopt.scoring.layout import reason_against_shared
 
@@ -131,6 +131,7 @@ class PreferenceTrainer(Trainer):
         if self.args.disable_dropout:
             disable_dropout(model)
         needed = self.objective.needs_reference_model
+        self._reference_memory = RememberedScores()
         self.reference = choose_reference(self.args.reference, model, self._given_reference, needed)
         for module in {model, self.reference.model if self.reference else model}:
             install_scoring(module, self.args.temperature)
@@ -140,18 +141,22 @@ class PreferenceTrainer(Trainer):
         """Decide, once for a model, how its batches are laid out: when it is on its device, before the first batch."""
         if self.layout is not None or self.data_collator is not self._layouts:
             return
-        reason = None
-        if self.args.layout != "padded":
-            dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
-            reason = reason_against_shared(self.model, self.args.max_length, dtype)
+        reason = None if self.args.layout == "padded" else self._reason_against_shared()
         if reason is not None and self.args.layout == "shared":
             raise ValueError(f"layout='shared' is not exact for this model: {reason}; choose layout='auto'")
         if reason is not None:
-            logger.warning("layout: padded, because %s (%s)", reason, type(base_causal_lm(self.model)).__name__)
+            logger.warning("layout: padded, because %s", reason)
         self.layout = "padded" if reason is not None else self.args.layout.replace("auto", "shared")
         self._layouts.layout = self.layout
-        if self.layout == "shared" and self.reference is not None:
-            install_segment_attention(base_causal_lm(self.reference.model))
+
+    def _reason_against_shared(self) -> str | None:
+        """Why the policy, or a reference model of its own, cannot be scored in the layout "shared"."""
+        dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
+        for model in dict.fromkeys((self.model, self.reference.model if self.reference else self.model)):
+            reason = reason_against_shared(model, self.args.max_length, dtype)
+            if reason is not None:
+                return f"{reason} ({type(base_causal_lm(model)).__name__})"
+        return None
 
     def call_model_init(self, trial: Any = None) -> PreTrainedModel | PeftModel:
         """A fresh policy from `model_init`, with a fresh reference."""
@@ -234,7 +239,7 @@ class PreferenceTrainer(Trainer):
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """This micro-batch's share of the step's loss; with `return_outputs` also rewards and labels, `[B, 2]` each."""
         policy = score(model, inputs, self.objective.token_stats)
-        reference = self._score_reference(inputs)
+        reference = self._score_reference(inputs) if model.training else self._remembered_reference(inputs)
         output, loss = self._objective_loss(inputs, policy, reference, num_items_in_batch, model.training)
         return (loss, output) if return_outputs else loss
 
@@ -242,6 +247,14 @@ class PreferenceTrainer(Trainer):
         if self.reference is None:
             return None
         return inputs.get("reference_scores") or self.reference.score(inputs)
+
+    def _remembered_reference(self, inputs: PreferenceBatch) -> ResponseScores | None:
+        """The reference's scores of an evaluation batch, run once for all evaluations of a data set."""
+        if self.reference is None:
+            return None
+        dataset = getattr(self.callback_handler.eval_dataloader, "dataset", None)
+        fingerprint = getattr(dataset, "_fingerprint", None)
+        return self._reference_memory.score(fingerprint, inputs, self.reference.score)
 
     def _objective_loss(
         self,

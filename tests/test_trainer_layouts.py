@@ -140,3 +140,18 @@ def test_the_layout_falls_back_with_a_reason_or_refuses(tmp_path, caplog):
 def test_activation_checkpointing_changes_nothing(tmp_path, checkpointing):
     settings = {"activation_checkpointing": True, "activation_checkpointing_kwargs": checkpointing}
     assert_same_run(run(tmp_path), run(tmp_path, **settings))
+
+
+def test_a_reference_model_that_cannot_share_decides_for_both(tmp_path, caplog):
+    """The policy could share, its explicit reference could not: one batch serves both, so it is padded."""
+    rows = Dataset.from_list(random_rows(4))
+    trainer = PreferenceTrainer(
+        tiny_model(),
+        ref_model=architecture("bloom"),
+        args=PreferenceConfig(output_dir=tmp_path, use_cpu=True, bf16=False, disable_tqdm=True),
+        eval_dataset=rows,
+        processing_class=tiny_tokenizer(),
+    )
+    with caplog.at_level(logging.WARNING):
+        assert np.isfinite(trainer.evaluate()["eval_loss"])
+    assert "interface (BloomForCausalLM)" in caplog.text

@@ -1,0 +1,56 @@
+"""The reference is run once over an evaluation set, however often the policy is evaluated on it."""
+
+import pytest
+from datasets import Dataset
+
+from hf_prefopt.reference.live import LiveReference
+from tests.tiny_models import perturbed, random_rows, tiny_model, with_lora
+from tests.training import make_trainer
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """The rows of every batch that the reference is run on."""
+    seen, score = [], LiveReference.score
+
+    def counted(self, batch):
+        seen.append(batch["rows"].tolist())
+        return score(self, batch)
+
+    monkeypatch.setattr(LiveReference, "score", counted)
+    return seen
+
+
+def trainer_with(folder, rows, **settings):
+    data = Dataset.from_list(rows)
+    model = perturbed(with_lora(tiny_model()))
+    settings = {"per_device_eval_batch_size": 2, "reference": "adapter_off", **settings}
+    return make_trainer(folder, model, train_dataset=data, eval_dataset=data, **settings)
+
+
+def test_a_second_evaluation_asks_nothing_of_it(tmp_path, runs):
+    """Five rows, two a batch: three runs at the first evaluation, none at the second, the same figures."""
+    trainer = trainer_with(tmp_path, random_rows(5))
+    first, runs_of_first = trainer.evaluate(), len(runs)
+    second = trainer.evaluate()
+    assert (runs_of_first, len(runs)) == (3, 3)
+    assert first["eval_loss"] == second["eval_loss"]
+    assert first["eval_rewards/margins"] == second["eval_rewards/margins"]
+
+
+def test_other_rows_and_other_data_sets_are_not_taken_for_these(tmp_path, runs):
+    """Another data set has its own rows 0 to 4, and the first set in other batches is run again."""
+    trainer = trainer_with(tmp_path, random_rows(5))
+    trainer.evaluate()
+    other = Dataset.from_list(random_rows(5, seed=9))
+    fresh = trainer_with(tmp_path, random_rows(5, seed=9)).evaluate()
+    assert trainer.evaluate(other)["eval_loss"] == pytest.approx(fresh["eval_loss"], rel=1e-6)
+
+
+def test_training_never_reads_the_memory(tmp_path, runs):
+    """Two steps of two rows after an evaluation of the same rows: the reference runs for each."""
+    trainer = trainer_with(tmp_path, random_rows(4), per_device_train_batch_size=2, max_steps=2)
+    trainer.evaluate()
+    before = len(runs)
+    trainer.train()
+    assert len(runs) == before + 2
