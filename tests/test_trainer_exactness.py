@@ -11,7 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from hf_prefopt.losses import list_losses
+from hf_prefopt.losses import get_loss, list_losses
 from hf_prefopt.losses.inputs import loss_inputs
 from hf_prefopt.scoring.forward import score
 from tests.tiny_models import perturbed, random_rows, tiny_model
@@ -20,6 +20,8 @@ from tests.training import logged, make_config, make_trainer, pairs, weights
 # Every loss, and what is built on several of them.
 OBJECTIVES = {
     **{name: {"loss_type": name} for name in list_losses()},
+    # Squares whose targets, 1/(2β), are 500 nats by default: three steps of plain descent towards those would diverge.
+    **{name: {"loss_type": name, "beta": 0.1} for name in ("sppo_hard", "cal_dpo")},
     "with sft_weight": {"loss_type": "dpo", "sft_weight": 0.5},
     "with use_weighting": {"loss_type": "hinge", "use_weighting": True},
     "several losses": {"loss_type": ["dpo", "kto_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]},

@@ -116,7 +116,7 @@ def log_ratios(
     Raises:
         ValueError: one reference is missing, or the shapes of these and of the `others` are not one `[B]`.
     """
-    has_reference = check_both_or_neither(ref_chosen_logps=ref_chosen_logps, ref_rejected_logps=ref_rejected_logps)
+    check_both_or_neither(ref_chosen_logps=ref_chosen_logps, ref_rejected_logps=ref_rejected_logps)
     check_same_shape(
         policy_chosen_logps=policy_chosen_logps,
         policy_rejected_logps=policy_rejected_logps,
@@ -124,7 +124,7 @@ def log_ratios(
         ref_rejected_logps=ref_rejected_logps,
         **others,
     )
-    if not has_reference:
+    if ref_chosen_logps is None or ref_rejected_logps is None:
         return policy_chosen_logps, policy_rejected_logps
     return policy_chosen_logps - ref_chosen_logps, policy_rejected_logps - ref_rejected_logps
 
