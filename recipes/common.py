@@ -3,6 +3,8 @@
 A recipe says what is trained and how; here stands only what would otherwise be the same lines in each of them.
 """
 
+import json
+import random
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,8 +26,10 @@ from hf_prefopt.reporting.run_facts import first_evaluation, last_evaluation
 class RecipeArguments:
     """Switches of the recipes themselves, beside those of the trainer, the model and the data."""
 
-    train_rows: int | None = field(default=None, metadata={"help": "Train on so many rows, drawn at random."})
-    eval_rows: int | None = field(default=None, metadata={"help": "Evaluate on so many rows, drawn at random."})
+    train_rows: int | None = field(default=None, metadata={"help": "Train on so many rows, drawn at random by prompt."})
+    eval_rows: int | None = field(
+        default=None, metadata={"help": "Evaluate on so many rows, drawn at random by prompt."}
+    )
     gsm8k_problems: int = field(
         default=0, metadata={"help": "Solve so many GSM8K problems (at most 200) at every evaluation; 0 for none."}
     )
@@ -53,8 +57,16 @@ def load_pairs(script: ScriptArguments, recipe: RecipeArguments, seed: int) -> t
 
 
 def draw(rows: Dataset, count: int | None, seed: int) -> Dataset:
-    """So many rows at random, the same ones for the same seed; all of them, in order, without a count."""
-    return rows if count is None else rows.shuffle(seed=seed).take(count)
+    """So many rows at random, the same ones for the same seed; all of them, in order, without a count.
+
+    Rows of one prompt are drawn, and stay, together: the trainer computes a prompt that they share once.
+    """
+    if count is None or "prompt" not in rows.column_names:
+        return rows if count is None else rows.shuffle(seed=seed).take(count)
+    numbers: dict[str, int] = {}
+    prompts = [numbers.setdefault(json.dumps(prompt), len(numbers)) for prompt in rows["prompt"]]
+    order = random.Random(seed).sample(range(len(numbers)), len(numbers))
+    return rows.select(sorted(range(len(prompts)), key=lambda row: order[prompts[row]])[:count])
 
 
 def loading_arguments(model: ModelConfig) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from hf_prefopt.losses import get_loss, list_losses
+from hf_prefopt.losses import list_losses
 from hf_prefopt.losses.inputs import loss_inputs
 from hf_prefopt.scoring.forward import score
 from tests.tiny_models import perturbed, random_rows, tiny_model
