@@ -26,7 +26,7 @@ test: $(READY)
 lint: $(READY)
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
-	@$(VENV)/bin/mypy hf_prefopt
+	@$(VENV)/bin/mypy
 
 setup: $(READY)
 

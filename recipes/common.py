@@ -26,7 +26,7 @@ from hf_prefopt.reporting.run_facts import first_evaluation, last_evaluation
 class RecipeArguments:
     """Switches of the recipes themselves, beside those of the trainer, the model and the data."""
 
-    train_rows: int | None = field(default=None, metadata={"help": "Train on so many rows, drawn at random by prompt."})
+    train_rows: int | None = field(default=None, metadata={"help": "Train on so many rows, drawn by prompt."})
     eval_rows: int | None = field(
         default=None, metadata={"help": "Evaluate on so many rows, drawn at random by prompt."}
     )

@@ -33,18 +33,21 @@ class LogitTransform:
     temperature: float = 1.0
 
     def __call__(self, logits: Tensor) -> Tensor:
-        """The transformed logits, differentiable."""
-        logits = logits * self.scale
+        """The transformed logits, differentiable; untouched where there is nothing to do, for each pass costs."""
         if self.softcap is not None:
-            logits = self.softcap * torch.tanh(logits / self.softcap)
-        return logits / self.temperature
+            return torch.tanh(logits * (self.scale / self.softcap)) * (self.softcap / self.temperature)
+        return logits if self.factor == 1.0 else logits * self.factor
 
-    def slope(self, transformed: Tensor) -> Tensor | float:
-        """d transformed / d z, from the transformed logits."""
-        factor = self.scale / self.temperature
+    @property
+    def factor(self) -> float:
+        """d transformed / d z at z = 0, and everywhere where there is no cap."""
+        return self.scale / self.temperature
+
+    def relative_slope(self, transformed: Tensor) -> Tensor | None:
+        """d transformed / d z divided by `factor`, from the transformed logits; `None` where it is 1 everywhere."""
         if self.softcap is None:
-            return factor
-        return factor * (1 - (transformed * self.temperature / self.softcap).square())
+            return None
+        return 1 - (transformed * (self.temperature / self.softcap)).square()
 
 
 def full_precision(dtype: torch.dtype) -> torch.dtype:
@@ -65,11 +68,12 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: Logi
     return transform(logits.to(full_precision(logits.dtype)))
 
 
-def _target_minus_probs(logps: Tensor, targets: Tensor, slope: Tensor | float) -> Tensor:
-    """d logp_target / d z `[C, V]` = (onehot − p) · slope; overwrites `logps`."""
-    gradient = logps.exp_().neg_()
-    gradient.scatter_add_(1, targets.unsqueeze(1), torch.ones_like(gradient[:, :1]))
-    return gradient.mul_(slope)
+def _probs_minus_target(logits: Tensor, normaliser: Tensor, targets: Tensor, transform: LogitTransform) -> Tensor:
+    """−d logp_target / d z `[C, V]`, but for `transform.factor`: (p − onehot) · its slope; overwrites the logits."""
+    slope = transform.relative_slope(logits)
+    gradient = logits.sub_(normaliser).exp_()
+    gradient.scatter_add_(1, targets.unsqueeze(1), gradient.new_full((len(targets), 1), -1.0))
+    return gradient if slope is None else gradient.mul_(slope)
 
 
 class FrozenHeadLogps(torch.autograd.Function):
@@ -82,12 +86,11 @@ class FrozenHeadLogps(torch.autograd.Function):
         outputs = [hidden.new_empty(len(targets), dtype=full_precision(hidden.dtype)) for _ in (0, *statistics)]
         for rows in _chunks(len(targets), chunk_rows):
             logits = _logits(hidden[rows], weight, bias, transform)
-            slope = transform.slope(logits)
-            logps = logits.sub_(logits.logsumexp(-1, keepdim=True))
-            _record(outputs, rows, logps, targets[rows], statistics)
-            gradient = _target_minus_probs(logps, targets[rows], slope)
+            normaliser = logits.logsumexp(-1, keepdim=True)
+            _record(outputs, rows, logits, normaliser, targets[rows], statistics)
+            gradient = _probs_minus_target(logits, normaliser, targets[rows], transform)
             unit_gradient[rows] = gradient.to(weight.dtype) @ weight
-        ctx.save_for_backward(unit_gradient)
+        ctx.save_for_backward(unit_gradient.mul_(-transform.factor))
         ctx.mark_non_differentiable(*outputs[1:])
         return tuple(outputs)
 
@@ -107,7 +110,7 @@ class TrainedHeadLogps(torch.autograd.Function):
         outputs = [hidden.new_empty(len(targets), dtype=full_precision(hidden.dtype)) for _ in (0, *statistics)]
         for rows in _chunks(len(targets), chunk_rows):
             logits = _logits(hidden[rows], weight, bias, transform)
-            _record(outputs, rows, logits.sub_(logits.logsumexp(-1, keepdim=True)), targets[rows], statistics)
+            _record(outputs, rows, logits, logits.logsumexp(-1, keepdim=True), targets[rows], statistics)
         ctx.save_for_backward(hidden, weight, bias, targets)
         ctx.transform, ctx.chunk_rows = transform, chunk_rows
         ctx.mark_non_differentiable(*outputs[1:])
@@ -121,16 +124,16 @@ class TrainedHeadLogps(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=exact)
         grad_bias = None if bias is None else torch.zeros_like(bias, dtype=exact)
+        # The factors of a row go to the narrow side of each product.
+        row_factors = (grad_logps * -ctx.transform.factor).unsqueeze(1)
         for rows in _chunks(len(targets), ctx.chunk_rows):
-            logits = _logits(hidden[rows], weight, bias, ctx.transform)
-            slope = ctx.transform.slope(logits)
-            logps = logits.sub_(logits.logsumexp(-1, keepdim=True))
-            gradient = _target_minus_probs(logps, targets[rows], slope).mul_(grad_logps[rows].unsqueeze(1))
+            logits, factors = _logits(hidden[rows], weight, bias, ctx.transform), row_factors[rows]
+            gradient = _probs_minus_target(logits, logits.logsumexp(-1, keepdim=True), targets[rows], ctx.transform)
             if grad_bias is not None:
-                grad_bias += gradient.sum(0)
+                grad_bias += gradient.T.mv(factors.squeeze(1))
             gradient = gradient.to(weight.dtype)
-            grad_hidden[rows] = gradient @ weight
-            grad_weight += gradient.T @ hidden[rows]
+            grad_hidden[rows] = (gradient @ weight) * factors.to(weight.dtype)
+            grad_weight += gradient.T @ (hidden[rows] * factors.to(hidden.dtype))
         grad_bias = None if bias is None else grad_bias.to(bias.dtype)
         return grad_hidden, grad_weight.to(weight.dtype), grad_bias, None, None, None, None
 
@@ -139,11 +142,18 @@ def _chunks(length: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
-def _record(outputs: list[Tensor], rows: slice, logps: Tensor, targets: Tensor, statistics: tuple[str, ...]) -> None:
+def _record(
+    outputs: list[Tensor],
+    rows: slice,
+    logits: Tensor,
+    normaliser: Tensor,
+    targets: Tensor,
+    statistics: tuple[str, ...],
+) -> None:
     """Write a chunk's log-probs at the targets, and its statistics, into the rows of the outputs."""
-    outputs[0][rows] = logps.gather(1, targets.unsqueeze(1)).squeeze(1)
+    outputs[0][rows] = (logits.gather(1, targets.unsqueeze(1)) - normaliser).squeeze(1)
     for output, name in zip(outputs[1:], statistics, strict=True):
-        output[rows] = STATISTICS[name](logps)
+        output[rows] = STATISTICS[name](logits - normaliser)
 
 
 def linear_head_logps(
