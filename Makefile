@@ -8,8 +8,9 @@ READY := $(VENV)/.ready
 # Twice quiet: errors only. What stands in between are remarks on the indexes that pip is set to use.
 PIP := $(VENV)/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 MODEL := models/smollm2-135m-instruct
-# Named in full, for accelerate otherwise lists the defaults that it fell back on.
-LAUNCH := $(VENV)/bin/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
+# Named in full, for accelerate otherwise lists the defaults that it fell back on, one CPU thread among them.
+LAUNCH := $(VENV)/bin/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+    --num_cpu_threads_per_process $(shell getconf _NPROCESSORS_ONLN)
 # Further options of the demo's recipe: make demo DEMO_OPTIONS="--loss_type simpo"
 DEMO_OPTIONS ?=
 
