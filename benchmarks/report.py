@@ -183,7 +183,7 @@ def draw(results: Mapping[str, Any], path: str | Path) -> None:
     speed.set_yticks(places, [case["name"] for case in cases])
     speed.invert_yaxis()
     speed.set_xlabel("times as fast as TRL (median and range)")
-    speed.legend(loc="lower right", frameon=False)
+    speed.legend(loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False, markerscale=0.6)
 
     measured = [(place, case["memory"]) for place, case in enumerate(cases) if "memory" in case]
     for offset, (name, label, color) in zip(
@@ -194,7 +194,7 @@ def draw(results: Mapping[str, Any], path: str | Path) -> None:
         memory.bar_label(bars, fmt="%.1f", padding=3, fontsize=8)
     memory.set_xlabel("peak resident memory of the process (GiB)")
     memory.margins(x=0.12)
-    memory.legend(loc="lower right", frameon=False)
+    memory.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)
     for axis in (speed, memory):
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)
