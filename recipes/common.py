@@ -3,7 +3,6 @@
 A recipe says what is trained and how; here stands only what would otherwise be the same lines in each of them.
 """
 
-import json
 import random
 import warnings
 from dataclasses import dataclass, field
@@ -26,7 +25,7 @@ from hf_prefopt.reporting.run_facts import first_evaluation, last_evaluation
 class RecipeArguments:
     """Switches of the recipes themselves, beside those of the trainer, the model and the data."""
 
-    train_rows: int | None = field(default=None, metadata={"help": "Train on so many rows, drawn prompt by prompt."})
+    train_rows: int | None = field(default=None, metadata={"help": "Train on so many rows, drawn at random."})
     eval_rows: int | None = field(default=None, metadata={"help": "Evaluate on so many rows, drawn at random."})
     gsm8k_problems: int = field(
         default=0, metadata={"help": "Solve so many GSM8K problems (at most 200) at every evaluation; 0 for none."}
@@ -51,26 +50,14 @@ def load_pairs(script: ScriptArguments, recipe: RecipeArguments, seed: int) -> t
     """The training rows and, where the data set has such a split, the evaluation rows: a Hub name or a local folder."""
     splits = load_dataset(script.dataset_name, name=script.dataset_config, streaming=script.dataset_streaming)
     train, test = splits[script.dataset_train_split], splits.get(script.dataset_test_split)
-    return draw_by_prompt(train, recipe.train_rows, seed), test and draw(test, recipe.eval_rows, seed)
+    return draw(train, recipe.train_rows, seed), test and draw(test, recipe.eval_rows, seed)
 
 
 def draw(rows: Dataset, count: int | None, seed: int) -> Dataset:
     """So many rows at random, the same ones for the same seed, in their order; all of them without a count."""
-    return (
-        rows
-        if count is None
-        else rows.select(sorted(random.Random(seed).sample(range(len(rows)), min(count, len(rows)))))
-    )
-
-
-def draw_by_prompt(rows: Dataset, count: int | None, seed: int) -> Dataset:
-    """So many rows at random, those of a prompt together: with `group_by_prompt` its tokens are computed once."""
-    if count is None or "prompt" not in rows.column_names:
-        return draw(rows, count, seed)
-    numbers: dict[str, int] = {}
-    prompts = [numbers.setdefault(json.dumps(prompt), len(numbers)) for prompt in rows["prompt"]]
-    order = random.Random(seed).sample(range(len(numbers)), len(numbers))
-    return rows.select(sorted(range(len(prompts)), key=lambda row: order[prompts[row]])[:count])
+    if count is None:
+        return rows
+    return rows.select(sorted(random.Random(seed).sample(range(len(rows)), min(count, len(rows)))))
 
 
 def loading_arguments(model: ModelConfig) -> dict[str, Any]:
