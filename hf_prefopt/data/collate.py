@@ -8,7 +8,7 @@ Shapes: R responses of all rows, group by group; T tokens of the longest sequenc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -70,7 +70,7 @@ class PaddedCollator:
             "response_lengths": response_lengths,
             **index_examples(rows, grouped.places),
         }
-        return PreferenceBatch(**{name: torch.from_numpy(array) for name, array in batch.items()})
+        return cast(PreferenceBatch, {name: torch.from_numpy(array) for name, array in batch.items()})
 
     def _width(self, longest: int) -> int:
         multiple = self.pad_to_multiple_of or 1

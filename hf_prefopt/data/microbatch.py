@@ -7,7 +7,7 @@ the budget: the rows are cut, in their order, into pieces whose positions stay b
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 
@@ -45,20 +45,23 @@ class MicroBatchCollator:
         collate = self.collators[self.layout]
         if self.max_tokens is None:
             return collate(rows)
-        return {"pieces": [collate(piece) for piece in self._pieces(rows, collate)]}
+        return {"pieces": [collate(piece) for piece in _cut(rows, collate, self.max_tokens)]}
 
-    def _pieces(self, rows: Rows, collate: Collator) -> list[Rows]:
-        pieces, start = [], 0
-        while start < len(rows):
-            pieces.append(self._longest_piece(rows[start:], collate))
-            start += len(pieces[-1])
-        return pieces
 
-    def _longest_piece(self, rows: Rows, collate: Collator) -> Rows:
-        """The most of the first rows that stay below the budget, at least one."""
-        counts = range(1, len(rows) + 1)
-        fitting = bisect_right(counts, self.max_tokens, key=lambda count: collate.count_tokens(rows[:count]))
-        return rows[: max(1, fitting)]
+def _cut(rows: Rows, collate: Collator, max_tokens: int) -> list[Rows]:
+    """The rows, in their order, in pieces that are as long as the budget lets them be, and have at least one row."""
+    pieces: list[Rows] = []
+    start = 0
+    while start < len(rows):
+        pieces.append(_longest_piece(rows[start:], collate, max_tokens))
+        start += len(pieces[-1])
+    return pieces
+
+
+def _longest_piece(rows: Rows, collate: Collator, max_tokens: int) -> Rows:
+    counts = range(1, len(rows) + 1)
+    fitting = bisect_right(counts, max_tokens, key=lambda count: collate.count_tokens(rows[:count]))
+    return rows[: max(1, fitting)]
 
 
 def pieces_of(batch: Mapping[str, Any]) -> list[PreferenceBatch]:
@@ -72,4 +75,5 @@ def idle(batch: PreferenceBatch) -> PreferenceBatch:
     Ranks of a sharded model call its layers together, so one with fewer pieces than the others fills up with these.
     """
     nothing = torch.empty(0, dtype=torch.int64, device=batch["rows"].device)
-    return {**batch, **dict.fromkeys(("chosen", "rejected", "rows", "pair_in_row"), nothing)}
+    emptied = dict.fromkeys(("chosen", "rejected", "rows", "pair_in_row"), nothing)
+    return cast(PreferenceBatch, {**batch, **emptied})

@@ -8,7 +8,7 @@ Shapes: T tokens of the row; S segments, one per response; Tk gathered keys; N s
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -72,8 +72,8 @@ class SharedCollator:
             "response_lengths": response_lengths,
             **index_examples(rows, grouped.places),
         }
-        tensors = {name: torch.from_numpy(array) for name, array in batch.items()}
-        return PreferenceBatch(**tensors, segment_longest=(int(queries.max()), int(keys.max())))
+        tensors: dict[str, Any] = {name: torch.from_numpy(array) for name, array in batch.items()}
+        return cast(PreferenceBatch, tensors | {"segment_longest": (int(queries.max()), int(keys.max()))})
 
 
 def _key_index(prompts: np.ndarray, keys: np.ndarray, prompt_starts: np.ndarray, response_starts: np.ndarray):

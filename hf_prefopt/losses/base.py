@@ -34,12 +34,17 @@ class LossOutput:
     @property
     def chosen_rewards(self) -> Tensor:
         """`[B]`, the implicit rewards of the chosen responses of pairs."""
-        return self.rewards[:, 0]
+        return self._reward_column(0)
 
     @property
     def rejected_rewards(self) -> Tensor:
         """`[B]`, the implicit rewards of the rejected responses of pairs."""
-        return self.rewards[:, 1]
+        return self._reward_column(1)
+
+    def _reward_column(self, column: int) -> Tensor:
+        if self.rewards is None:
+            raise ValueError("this loss has no implicit rewards")
+        return self.rewards[:, column]
 
 
 def pair_rewards(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Tensor:

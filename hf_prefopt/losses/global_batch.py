@@ -36,12 +36,12 @@ class StepInputs:
     def __init__(self, accelerator: Accelerator, collect: Callable[[], list[Inputs]]):
         """`collect` computes the local micro-batches' inputs without gradients, when they are first needed."""
         self._accelerator, self._collect = accelerator, collect
-        self._everything: Inputs | None = None
+        self._everything: Inputs = {}
         self._starts: list[int] = []
 
     def splice(self, index: int, own: Inputs) -> tuple[Inputs, slice]:
         """The global inputs with micro-batch `index`'s entries replaced by its live ones, and where those stand."""
-        if self._everything is None:
+        if not self._everything:
             self._gather()
         start = self._starts[index]
         where = slice(start, start + len(next(iter(own.values()))))

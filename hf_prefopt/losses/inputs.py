@@ -19,15 +19,16 @@ def loss_inputs(
         Tensors `[B]` by name; gradients flow to the policy's scores.
     """
     sources = {"policy": policy, "ref": reference}
+    indices = {side: batch[side] for side in ("chosen", "rejected")}
     statistics: dict[tuple[str, str], Tensor] = {}
 
     def lookup(name: str) -> Tensor:
         first, _, rest = name.partition("_")
-        if first in ("chosen", "rejected"):
-            return policy.lengths[batch[first]]
+        if first in indices:
+            return policy.lengths[indices[first]]
         side, _, statistic = rest.partition("_")
         if (first, statistic) not in statistics:
             statistics[first, statistic] = getattr(sources[first], statistic)
-        return statistics[first, statistic][batch[side]]
+        return statistics[first, statistic][indices[side]]
 
     return {name: lookup(name) for name in names}

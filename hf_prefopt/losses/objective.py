@@ -1,5 +1,6 @@
 """The objective: the weighted sum of losses that a configuration asks for, as one function of named inputs."""
 
+import functools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,7 +70,8 @@ class Objective:
     def __call__(self, inputs: dict[str, Tensor]) -> LossOutput:
         """The weighted sum on named inputs `[B]`; see `losses.inputs`."""
         outputs = {term.spec.name: self._weighted(term, inputs) for term in self.terms}
-        total = sum(term.weight * output.losses for term, output in zip(self.terms, outputs.values(), strict=True))
+        parts = (term.weight * output.losses for term, output in zip(self.terms, outputs.values(), strict=True))
+        total = functools.reduce(torch.add, parts)
         rewards = next((output.rewards for output in outputs.values() if output.rewards is not None), None)
         components = {
             f"{name}_{part}": values for name, output in outputs.items() for part, values in output.components.items()
@@ -82,7 +84,8 @@ class Objective:
         """The output of one loss, times the pair's WPO weight where that is asked for and the loss is of pairs."""
         output = term(inputs)
         if self.use_weighting and term.spec.computes_reward_metrics:
-            output.losses = output.losses * wpo_weights(*(inputs[name] for name in _WPO_INPUTS), output.losses)
+            chosen, rejected = (inputs[name] for name in _WPO_INPUTS)
+            output.losses = output.losses * wpo_weights(chosen, rejected, output.losses)
         return output
 
     def _check_on_made_up_numbers(self) -> None:

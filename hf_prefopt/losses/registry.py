@@ -89,8 +89,8 @@ class LossSpec:
 
 def token_stats_of(inputs: Iterable[str]) -> frozenset[str]:
     """The per-token statistics, besides the log-prob, that inputs of these names are made of."""
-    statistics = (_INPUT.fullmatch(name)["statistic"] for name in inputs)
-    return frozenset(name for statistic in statistics for name in STATISTICS.get(statistic, ()))
+    matches = (match for name in inputs if (match := _INPUT.fullmatch(name)))
+    return frozenset(name for match in matches for name in STATISTICS.get(match["statistic"], ()))
 
 
 _LOSSES: dict[str, LossSpec] = {}
