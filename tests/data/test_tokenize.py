@@ -21,7 +21,6 @@ UNUSABLE = {
     "whitespace_only_completion": "`rejected` is only whitespace",
     "missing_rejected": "`rejected` is missing",
     "wrong_types": "`chosen` is text while `prompt` is a list",
-    "unpaired_single_class": "is missing",
 }
 USABLE = [name for name in ODD_CASES if name not in UNUSABLE]
 
