@@ -3,8 +3,10 @@
 from hf_prefopt.losses.anchored import apo_down_loss, apo_zero_loss, cal_dpo_loss, nca_pair_loss, sppo_hard_loss
 from hf_prefopt.losses.base import LossOutput
 from hf_prefopt.losses.batchwise import aot_loss, aot_unpaired_loss, dr_dpo_loss
+from hf_prefopt.losses.bco import bco_loss, bco_pair_loss
 from hf_prefopt.losses.dpo import dpo_loss, dpo_norm_loss, hinge_loss, ipo_loss, reference_free_dpo_loss, wpo_loss
-from hf_prefopt.losses.kto import kto_pair_loss
+from hf_prefopt.losses.kto import kto_loss, kto_pair_loss, kto_weights
+from hf_prefopt.losses.lists import plackett_luce_loss, rrhf_loss, s_dpo_loss
 from hf_prefopt.losses.margin_functions import (
     cauchy_loss,
     discopop_loss,
@@ -14,18 +16,24 @@ from hf_prefopt.losses.margin_functions import (
     robust_loss,
 )
 from hf_prefopt.losses.reference_free import cpo_loss, orpo_loss, sft_loss, slic_hf_loss
-from hf_prefopt.losses.registry import LossSpec, get_loss, list_losses, register_loss
+from hf_prefopt.losses.registry import LossSpec, RunningState, get_loss, list_losses, register_loss
 from hf_prefopt.losses.reshaped import chi_po_loss, dpo_shift_loss, dpop_loss, r_dpo_loss
+from hf_prefopt.losses.scored_lists import exo_rw_loss, infonca_loss, lipo_loss, nca_loss
 from hf_prefopt.losses.simpo import alphapo_loss, repo_loss, simper_loss, simpo_loss
+from hf_prefopt.losses.unpaired import apo_zero_unpaired_loss, npo_loss, sft_unpaired_loss
 
 __all__ = [
     "LossOutput",
     "LossSpec",
+    "RunningState",
     "alphapo_loss",
     "aot_loss",
     "aot_unpaired_loss",
     "apo_down_loss",
     "apo_zero_loss",
+    "apo_zero_unpaired_loss",
+    "bco_loss",
+    "bco_pair_loss",
     "cal_dpo_loss",
     "cauchy_loss",
     "chi_po_loss",
@@ -37,21 +45,32 @@ __all__ = [
     "dpop_loss",
     "dr_dpo_loss",
     "exo_pair_loss",
+    "exo_rw_loss",
     "focal_po_loss",
     "get_loss",
     "gpo_loss",
     "hinge_loss",
+    "infonca_loss",
     "ipo_loss",
+    "kto_loss",
     "kto_pair_loss",
+    "kto_weights",
+    "lipo_loss",
     "list_losses",
+    "nca_loss",
     "nca_pair_loss",
+    "npo_loss",
     "orpo_loss",
+    "plackett_luce_loss",
     "r_dpo_loss",
     "reference_free_dpo_loss",
     "register_loss",
     "repo_loss",
     "robust_loss",
+    "rrhf_loss",
+    "s_dpo_loss",
     "sft_loss",
+    "sft_unpaired_loss",
     "simper_loss",
     "simpo_loss",
     "slic_hf_loss",

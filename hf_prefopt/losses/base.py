@@ -17,7 +17,8 @@ class LossOutput:
 
     Attributes:
         losses: `[B]`, the loss of each example, differentiable.
-        rewards: `[B, K]`, the loss's own implicit rewards, detached; for a pair the columns are (chosen, rejected).
+        rewards: `[B, K]`, the loss's own implicit rewards, detached; for a pair the columns are (chosen, rejected),
+            for an unpaired example there is one, for lists there is padding.
             `None` where the loss has no implicit reward (supervised fine-tuning).
         components: named parts of `losses`, each `[B]`, detached, for logging.
     """
@@ -63,6 +64,18 @@ def check_same_shape(**tensors: Tensor | None) -> None:
     if len(set(shapes.values())) > 1 or any(len(shape) != 1 for shape in shapes.values()):
         listing = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
         raise ValueError(f"a loss takes one number per example: expected vectors [B] of one length, got {listing}")
+
+
+def check_lists(**tensors: Tensor | None) -> None:
+    """Every given tensor is a matrix `[B, K]` of one shared shape.
+
+    Raises:
+        ValueError: names the tensors that disagree, with their shapes.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items() if tensor is not None}
+    if len(set(shapes.values())) > 1 or any(len(shape) != 2 for shape in shapes.values()):
+        listing = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+        raise ValueError(f"a loss of lists takes matrices [B, K] of one shape and no vectors, got {listing}")
 
 
 def check_range(

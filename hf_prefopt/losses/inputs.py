@@ -5,6 +5,19 @@ from collections.abc import Iterable
 from torch import Tensor
 
 from hf_prefopt.data.batch import PreferenceBatch, ResponseScores
+from hf_prefopt.examples import KINDS
+
+
+class _Once:
+    """Scores whose statistics, which are sums over tokens, are each computed once."""
+
+    def __init__(self, scores: ResponseScores | None):
+        self._scores = scores
+
+    def __getattr__(self, statistic: str) -> Tensor:
+        value = getattr(self._scores, statistic)
+        setattr(self, statistic, value)
+        return value
 
 
 def loss_inputs(
@@ -12,23 +25,9 @@ def loss_inputs(
 ) -> dict[str, Tensor]:
     """The inputs of the examples of a batch, by the names that losses use for them (see `losses.registry`).
 
-    `{policy | ref}_{chosen | rejected}_{statistic}` is that statistic of that model (an attribute of
-    `ResponseScores`, `[R]`), at each example's chosen or rejected response; `{side}_lengths` counts scored tokens.
-
     Returns:
-        Tensors `[B]` by name; gradients flow to the policy's scores.
+        Tensors `[B]`, or `[B, K]` of lists, by name; gradients flow to the policy's scores.
     """
-    sources = {"policy": policy, "ref": reference}
-    indices = {side: batch[side] for side in ("chosen", "rejected")}
-    statistics: dict[tuple[str, str], Tensor] = {}
-
-    def lookup(name: str) -> Tensor:
-        first, _, rest = name.partition("_")
-        if first in indices:
-            return policy.lengths[indices[first]]
-        side, _, statistic = rest.partition("_")
-        if (first, statistic) not in statistics:
-            statistics[first, statistic] = getattr(sources[first], statistic)
-        return statistics[first, statistic][indices[side]]
-
-    return {name: lookup(name) for name in names}
+    scores = {"policy": _Once(policy), "ref": _Once(reference)}
+    kind_of = {name: next(kind for kind in KINDS if kind.takes(name)) for name in names}
+    return {name: kind.find(name, batch, scores) for name, kind in kind_of.items()}

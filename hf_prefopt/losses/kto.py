@@ -1,10 +1,73 @@
 """KTO's family: prospect-theoretic losses that compare each response with a baseline of the batch."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from hf_prefopt.losses.base import LossOutput, check_positive, check_same_shape, pair_rewards
+from hf_prefopt.losses.base import LossOutput, check_positive, check_range, check_same_shape, pair_rewards
 from hf_prefopt.losses.registry import register_loss
+
+
+@register_loss("kto", paper="2402.01306", needs_global_batch=True)
+def kto_loss(
+    policy_logps: Tensor,
+    ref_logps: Tensor,
+    policy_mismatched_logps: Tensor,
+    ref_mismatched_logps: Tensor,
+    labels: Tensor,
+    beta: float = 0.1,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+    log_form: bool = False,
+) -> LossOutput:
+    """λ_D(1−σ(β(r − z))) if desirable, λ_U(1−σ(β(z − r))) if not, z = sg max(0, mean_B r of mismatched pairs).
+
+    Kahneman–Tversky optimisation, eq. 7 and 8. z estimates KL(π‖π_ref) from responses to other prompts, over the
+    global batch, whatever its labels. The component `kl` is z. See `kto_weights` for data with more of one label.
+
+    Args:
+        policy_logps, ref_logps: `[B]`, summed, nats.
+        policy_mismatched_logps, ref_mismatched_logps: `[B]`, of another prompt's response behind each prompt.
+        labels: `[B]` bool, True for desirable.
+        beta: > 0. desirable_weight, undesirable_weight: λ_D, λ_U ≥ 0.
+        log_form: −log σ in place of 1 − σ, as some write-ups have it.
+
+    Raises:
+        ValueError: shapes differ or a hyperparameter is out of range.
+    """
+    check_positive(beta=beta)
+    check_range("desirable_weight", desirable_weight, 0.0)
+    check_range("undesirable_weight", undesirable_weight, 0.0)
+    check_same_shape(
+        policy_logps=policy_logps,
+        ref_logps=ref_logps,
+        policy_mismatched_logps=policy_mismatched_logps,
+        ref_mismatched_logps=ref_mismatched_logps,
+        labels=labels,
+    )
+    ratios = policy_logps - ref_logps
+    baseline = (policy_mismatched_logps - ref_mismatched_logps).mean().clamp(min=0).detach()
+    gains = beta * torch.where(labels, ratios - baseline, baseline - ratios)
+    losses = -F.logsigmoid(gains) if log_form else torch.sigmoid(-gains)
+    losses = torch.where(labels, desirable_weight * losses, undesirable_weight * losses)
+    return LossOutput(losses, (beta * ratios).detach()[:, None], {"kl": baseline.expand_as(losses)})
+
+
+def kto_weights(desirable: int, undesirable: int) -> tuple[float, float]:
+    """(λ_D, λ_U) for data with that many examples of each label: the smallest change of one weight from 1 that brings
+    λ_D·n_D / λ_U·n_U into [1, 4/3], the range that KTO's authors recommend (2402.01306, section 4.2).
+
+    Example:
+        >>> kto_weights(100, 80), kto_weights(100, 200), kto_weights(300, 100)
+        ((1.0, 1.0), (2.0, 1.0), (1.0, 2.25))
+
+    Raises:
+        ValueError: there are no examples of a label, so that no weight balances them.
+    """
+    if desirable < 1 or undesirable < 1:
+        raise ValueError(f"{desirable} desirable and {undesirable} undesirable examples cannot be balanced by weights")
+    ratio = desirable / undesirable
+    return max(1.0, 1 / ratio), max(1.0, ratio * 3 / 4)
 
 
 @register_loss("kto_pair", paper="2402.01306", needs_global_batch=True)

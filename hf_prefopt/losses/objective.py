@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_prefopt.examples import PAIRS, ExampleKind
 from hf_prefopt.losses.base import LossOutput, check_range
 from hf_prefopt.losses.dpo import wpo_weights
 from hf_prefopt.losses.registry import LossSpec, get_loss, token_stats_of
 
+State = dict[str, Tensor]
 _WPO_INPUTS = ("policy_chosen_alignment", "policy_rejected_alignment")
 
 
@@ -29,9 +31,15 @@ class Term:
         left_out = self.spec.reference_inputs if self.reference_free else ()
         return tuple(name for name in self.spec.inputs if name not in left_out)
 
-    def __call__(self, inputs: dict[str, Tensor]) -> LossOutput:
-        """The loss on the inputs it asks for, not weighted."""
-        return self.spec(**{name: inputs[name] for name in self.inputs}, **self.params)
+    def __call__(self, inputs: dict[str, Tensor], state: State | None = None) -> LossOutput:
+        """The loss on the inputs it asks for, not weighted, and on the state that it keeps, if it keeps one."""
+        kept = {} if self.spec.state is None else {"state": state}
+        return self.spec(**{name: inputs[name] for name in self.inputs}, **self.params, **kept)
+
+    def updated(self, state: State, inputs: dict[str, Tensor]) -> State:
+        """The loss's state after the global batch of these inputs."""
+        with torch.no_grad():
+            return self.spec.state.update(state, **{name: inputs[name] for name in self.inputs}, **self.params)
 
 
 class Objective:
@@ -40,13 +48,23 @@ class Objective:
     The implicit rewards are those of the first loss that has any. With `use_weighting`, each loss that has rewards is
     multiplied by the pair's WPO weight.
 
+    Attributes:
+        kind: the kind of examples that all its losses compare.
+        state: what losses keep across batches, by loss: numbers `[]`.
+
     Raises:
-        ValueError: at construction, when a loss refuses its hyperparameters, on two tensors of made-up numbers.
+        ValueError: at construction, when a loss refuses its hyperparameters, on two examples of made-up numbers.
     """
 
     def __init__(self, terms: list[Term], use_weighting: bool = False):
         self.terms = terms
         self.use_weighting = use_weighting
+        self.kind = terms[0].spec.kind
+        self.state: dict[str, State] = {
+            term.spec.name: {name: torch.tensor(value).double() for name, value in term.spec.state.initial.items()}
+            for term in terms
+            if term.spec.state is not None
+        }
         self.inputs = tuple(
             dict.fromkeys([name for term in terms for name in term.inputs] + list(_WPO_INPUTS if use_weighting else ()))
         )
@@ -68,7 +86,7 @@ class Objective:
         return tuple(sorted(token_stats_of(self.inputs)))
 
     def __call__(self, inputs: dict[str, Tensor]) -> LossOutput:
-        """The weighted sum on named inputs `[B]`; see `losses.inputs`."""
+        """The weighted sum on named inputs `[B]` or `[B, K]`; see `losses.inputs`."""
         outputs = {term.spec.name: self._weighted(term, inputs) for term in self.terms}
         parts = (term.weight * output.losses for term, output in zip(self.terms, outputs.values(), strict=True))
         total = functools.reduce(torch.add, parts)
@@ -80,9 +98,29 @@ class Objective:
             components |= {name: output.losses.detach() for name, output in outputs.items()}
         return LossOutput(total, rewards, components)
 
+    def update_state(self, inputs: dict[str, Tensor]) -> None:
+        """Take the global batch of a step into what losses keep: once, before they are computed on it."""
+        for term in self.terms:
+            if term.spec.state is not None:
+                self.state[term.spec.name] = term.updated(self._state_beside(term, inputs), inputs)
+
+    def state_dict(self) -> dict[str, dict[str, float]]:
+        """What losses keep, as numbers for a checkpoint."""
+        return {loss: {name: value.item() for name, value in state.items()} for loss, state in self.state.items()}
+
+    def load_state_dict(self, saved: dict[str, dict[str, float]]) -> None:
+        """Take over what `state_dict` gave; losses that it does not name start afresh."""
+        for loss in self.state.keys() & saved.keys():
+            self.state[loss] = {name: torch.tensor(value).double() for name, value in saved[loss].items()}
+
+    def _state_beside(self, term: Term, inputs: dict[str, Tensor]) -> State | None:
+        """The state of a loss, on the device and in the precision of its inputs."""
+        like = inputs[term.inputs[0]]
+        return {name: value.to(like) for name, value in self.state.get(term.spec.name, {}).items()}
+
     def _weighted(self, term: Term, inputs: dict[str, Tensor]) -> LossOutput:
         """The output of one loss, times the pair's WPO weight where that is asked for and the loss is of pairs."""
-        output = term(inputs)
+        output = term(inputs, self._state_beside(term, inputs))
         if self.use_weighting and term.spec.computes_reward_metrics:
             chosen, rejected = (inputs[name] for name in _WPO_INPUTS)
             output.losses = output.losses * wpo_weights(chosen, rejected, output.losses)
@@ -90,8 +128,7 @@ class Objective:
 
     def _check_on_made_up_numbers(self) -> None:
         """Call every loss once, so that a bad hyperparameter is refused now and not at the first step."""
-        made_up = {name: torch.full((2,), 8 if name.endswith("lengths") else -4.0) for name in self.inputs}
-        self(made_up)
+        self({name: self.kind.made_up(name) for name in self.inputs})
 
 
 def build_objective(
@@ -102,6 +139,7 @@ def build_objective(
     sft_weight: float = 0.0,
     use_weighting: bool = False,
     reference_free: bool = False,
+    kind: ExampleKind | None = None,
 ) -> Objective:
     """The objective of a configuration.
 
@@ -114,6 +152,7 @@ def build_objective(
         sft_weight: adds this times the NLL of the chosen response.
         use_weighting: multiplies pair losses by their WPO weight.
         reference_free: leaves the reference out of the losses that can do without.
+        kind: the examples that there are, for losses that take several kinds; by default what the losses agree on.
 
     Raises:
         ValueError: an unknown name, a parameter that no loss takes (the valid ones are listed with their defaults), a
@@ -128,6 +167,7 @@ def build_objective(
     check_range("sft_weight", sft_weight, 0.0)
     if sft_weight > 0:
         specs, weights = [*specs, get_loss("sft")], [*weights, sft_weight]
+    specs = _of_one_kind(specs, kind)
     _refuse_senseless(specs, use_weighting, reference_free)
     params = _distribute(specs, loss_params or {}, shared_params or {})
     terms = [
@@ -137,11 +177,23 @@ def build_objective(
     return Objective(terms, use_weighting)
 
 
+def _of_one_kind(specs: list[LossSpec], kind: ExampleKind | None) -> list[LossSpec]:
+    """The losses in their forms for the given kind of examples, or for the first kind that all of them take."""
+    tried = [[spec.for_kind(k) for spec in specs] for k in ([kind] if kind else []) + [spec.kind for spec in specs]]
+    agreeing = [forms for forms in tried if len({form.kind.name for form in forms}) == 1]
+    if not agreeing:
+        wants = "; ".join(f"{spec.name} wants {spec.kind.wanted}" for spec in specs)
+        raise ValueError(f"these losses compare different kinds of examples, which no data set holds at once: {wants}")
+    return agreeing[0]
+
+
 def _refuse_senseless(specs: list[LossSpec], use_weighting: bool, reference_free: bool) -> None:
     names = [spec.name for spec in specs]
     twice = {name for name in names if names.count(name) > 1}
     if twice:
         raise ValueError(f"{', '.join(sorted(twice))} stands twice among the losses (sft_weight adds sft): keep one")
+    if use_weighting and specs[0].kind is not PAIRS:
+        raise ValueError(f"use_weighting=True weighs preference pairs, and {names[0]} compares {specs[0].kind.name}")
     if use_weighting and "policy_chosen_alignment" in {name for spec in specs for name in spec.inputs}:
         raise ValueError("use_weighting=True would apply the WPO weight twice: wpo has it already")
     if use_weighting and not any(spec.computes_reward_metrics for spec in specs):

@@ -2,8 +2,12 @@
 
 A loss is a pure function of tensors. The names of its parameters say what it needs, so nothing is declared twice:
 
-    policy_chosen_logps, ref_rejected_logps, ...   {policy | ref}_{chosen | rejected}_{statistic}: `[B]`
+    policy_chosen_logps, ref_rejected_logps, ...   pairs: {policy | ref}_{chosen | rejected}_{statistic}, `[B]`
     chosen_lengths, rejected_lengths               scored tokens per response: `[B]`
+    policy_logps, ref_logps, lengths, labels       single responses, desirable (True) or not: `[B]`
+    policy_mismatched_logps, ...                   another prompt's response behind the example's prompt: `[B]`
+    policy_list_logps, ref_list_logps, list_lengths, list_mask, list_ranks, list_scores     lists: `[B, K]`
+    state                                          numbers kept across batches; see `RunningState`
     everything else                                a hyperparameter, which must have a default
 
 A reference input with the default `None` may be left out, which makes the loss reference-free.
@@ -11,21 +15,28 @@ A reference input with the default `None` may be left out, which makes the loss 
 
 import difflib
 import inspect
-import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from hf_prefopt.examples import KINDS, PAIRS, STATISTICS, ExampleKind
 from hf_prefopt.losses.base import LossOutput
 
-# What a loss may ask of a response (attributes of `ResponseScores`), with the per-token statistics that takes of the
-# head besides the log-prob.
-STATISTICS: dict[str, tuple[str, ...]] = {"logps": (), "alignment": ("log_sum_sq_probs",)}
 
-_INPUT = re.compile(rf"(policy|ref)_(chosen|rejected)_(?P<statistic>{'|'.join(STATISTICS)})|(chosen|rejected)_lengths")
+@dataclass(frozen=True)
+class RunningState:
+    """Numbers that a loss keeps across the batches of a training run.
+
+    Attributes:
+        initial: their values before the first batch.
+        update: `(state, **the loss's inputs and hyperparameters) -> new state`, tensors `[]` without gradients. It is
+            called once per optimisation step, on the global batch, before the loss is computed; in evaluation never.
+    """
+
+    initial: Mapping[str, float]
+    update: Callable[..., dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -40,6 +51,8 @@ class LossSpec:
         is_average_loss: the log-probs are averaged over tokens, so beta is on another scale than DPO's.
         computes_reward_metrics: the loss has implicit rewards.
         needs_global_batch: the loss of an example depends on the other examples of the global batch.
+        state: what the loss keeps across batches; it is given to it as `state`.
+        form_of: the loss of which this is the form for examples of its kind.
         inputs: names of its tensor parameters. `defaults`: its hyperparameters.
     """
 
@@ -51,8 +64,20 @@ class LossSpec:
     is_average_loss: bool = False
     computes_reward_metrics: bool = True
     needs_global_batch: bool = False
+    state: RunningState | None = None
+    form_of: str = ""
     inputs: tuple[str, ...] = ()
     defaults: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def kind(self) -> ExampleKind:
+        """The kind of examples that the loss compares."""
+        return next((kind for kind in KINDS if any(map(kind.takes, self.inputs))), PAIRS)
+
+    def for_kind(self, kind: ExampleKind) -> "LossSpec":
+        """The form of this loss for examples of that kind; itself where there is none."""
+        forms = (spec for spec in _LOSSES.values() if self.name in (spec.name, spec.form_of))
+        return next((spec for spec in forms if spec.kind is kind), self)
 
     @property
     def reference_inputs(self) -> tuple[str, ...]:
@@ -77,20 +102,15 @@ class LossSpec:
 
     def _default_rewards(self, arguments: dict[str, Any]) -> Tensor | None:
         """β·(s − s_ref), the implicit reward of a loss that returns only its losses."""
-        if "policy_chosen_logps" not in arguments or not self.computes_reward_metrics:
+        if not self.computes_reward_metrics:
             return None
-        beta = arguments.get("beta", self.defaults.get("beta", 1.0))
-        sides = (
-            arguments[f"policy_{side}_logps"] - arguments.get(f"ref_{side}_logps", 0.0)
-            for side in ("chosen", "rejected")
-        )
-        return beta * torch.stack(list(sides), dim=-1).detach()
+        return self.kind.default_rewards(arguments, arguments.get("beta", self.defaults.get("beta", 1.0)))
 
 
 def token_stats_of(inputs: Iterable[str]) -> frozenset[str]:
     """The per-token statistics, besides the log-prob, that inputs of these names are made of."""
-    matches = (match for name in inputs if (match := _INPUT.fullmatch(name)))
-    return frozenset(name for match in matches for name in STATISTICS.get(match["statistic"], ()))
+    statistics = (kind.statistic(name) for name in inputs for kind in KINDS if kind.takes(name))
+    return frozenset(name for statistic in statistics for name in STATISTICS.get(statistic, ()))
 
 
 _LOSSES: dict[str, LossSpec] = {}
@@ -98,7 +118,7 @@ _ALIASES: dict[str, str] = {}
 
 
 def register_loss(
-    name: str, *, aliases: tuple[str, ...] = (), paper: str = "", **capabilities: bool
+    name: str, *, aliases: tuple[str, ...] = (), paper: str = "", **capabilities: Any
 ) -> Callable[[Callable], Callable]:
     """Register a loss under a name: it then works by that name in YAML, on the command line and in `PreferenceConfig`.
 
@@ -114,14 +134,15 @@ def register_loss(
         name: the loss's name.
         aliases: further names.
         paper: arXiv number.
-        **capabilities: `is_average_loss`, `computes_reward_metrics`, `needs_global_batch` where they differ from
-            `LossSpec`'s defaults.
+        **capabilities: `is_average_loss`, `computes_reward_metrics`, `needs_global_batch`, `state`, `form_of` where
+            they differ from `LossSpec`'s defaults.
 
     Returns:
         A decorator that returns the function unchanged.
 
     Raises:
-        ValueError: the name or an alias is taken, or a parameter is neither a known input nor has a default.
+        ValueError: the name or an alias is taken, a parameter is neither a known input nor has a default, or the
+            inputs are of several kinds of examples.
     """
 
     def decorate(function: Callable) -> Callable:
@@ -142,8 +163,11 @@ def register_loss(
 def _split_signature(name: str, function: Callable) -> tuple[tuple[str, ...], dict[str, Any]]:
     """The tensor inputs and the hyperparameters (with defaults) of a loss function, told apart by name."""
     parameters = inspect.signature(function).parameters.values()
-    inputs = tuple(p.name for p in parameters if _INPUT.fullmatch(p.name))
-    defaults = {p.name: p.default for p in parameters if p.name not in inputs}
+    inputs = tuple(p.name for p in parameters if any(kind.takes(p.name) for kind in KINDS))
+    kinds = [kind.name for kind in KINDS if any(map(kind.takes, inputs))]
+    if len(kinds) > 1:
+        raise ValueError(f"loss {name!r} takes inputs of {' and '.join(kinds)}: a loss compares one kind of examples")
+    defaults = {p.name: p.default for p in parameters if p.name not in (*inputs, "state")}
     unknown = [parameter for parameter, default in defaults.items() if default is inspect.Parameter.empty]
     if unknown:
         raise ValueError(

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 PAIRS = 5
+LONGEST_LIST = 4
 
 
 def made_up_inputs(dtype=torch.float64, pairs: int = PAIRS, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -17,4 +18,45 @@ def made_up_inputs(dtype=torch.float64, pairs: int = PAIRS, seed: int = 0) -> di
         inputs[f"ref_{side}_logps"] = torch.tensor(reference, dtype=dtype)
         inputs[f"policy_{side}_logps"] = torch.tensor(policy, dtype=dtype)
         inputs[f"policy_{side}_alignment"] = torch.tensor(rng.normal(-0.2, 0.4, pairs), dtype=dtype)
-    return inputs
+    return {**inputs, **_unpaired(rng, pairs, dtype), **_lists(rng, pairs, dtype)}
+
+
+def _logps(rng, shape, dtype) -> dict[str, torch.Tensor]:
+    """Policy and reference log-probs and lengths of responses in that shape."""
+    n = rng.integers(3, 30, shape)
+    reference = -n * rng.uniform(0.5, 2.5, shape)
+    policy = np.minimum(reference + rng.normal(0, 3, shape), -0.05 * n)
+    return {
+        "lengths": torch.tensor(n),
+        "ref": torch.tensor(reference, dtype=dtype),
+        "policy": torch.tensor(policy, dtype=dtype),
+    }
+
+
+def _unpaired(rng, count, dtype) -> dict[str, torch.Tensor]:
+    """Single responses, every other one desirable, and mismatched responses somewhat above the reference."""
+    own, other = _logps(rng, count, dtype), _logps(rng, count, dtype)
+    return {
+        "policy_logps": own["policy"],
+        "ref_logps": own["ref"],
+        "lengths": own["lengths"],
+        "labels": torch.arange(count) % 2 == 0,
+        "policy_mismatched_logps": other["ref"] + other["policy"].new_tensor(rng.uniform(0, 4, count)),
+        "ref_mismatched_logps": other["ref"],
+    }
+
+
+def _lists(rng, count, dtype) -> dict[str, torch.Tensor]:
+    """Lists of 2, 3, 4, 2, … responses; scores in [0, 1] in no order, ranks by them; what stands at padding is wild."""
+    shape = (count, LONGEST_LIST)
+    own = _logps(rng, shape, dtype)
+    mask = torch.arange(LONGEST_LIST) < (torch.arange(count) % (LONGEST_LIST - 1) + 2)[:, None]
+    scores = torch.tensor(rng.permuted(np.tile(np.linspace(0.05, 0.9, LONGEST_LIST), (count, 1)), axis=1), dtype=dtype)
+    return {
+        "policy_list_logps": own["policy"].masked_fill(~mask, -77.0),
+        "ref_list_logps": own["ref"].masked_fill(~mask, 33.0),
+        "list_lengths": own["lengths"].masked_fill(~mask, 0),
+        "list_mask": mask,
+        "list_scores": scores.masked_fill(~mask, 55.0),
+        "list_ranks": (-scores).argsort(1).argsort(1).to(dtype).masked_fill(~mask, -9.0),
+    }

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from hf_prefopt.examples import LISTS, PAIRS, UNPAIRED
 from hf_prefopt.losses import get_loss, list_losses
 from hf_prefopt.losses.objective import build_objective
 from tests.losses import numpy_reference
@@ -30,9 +31,20 @@ OTHER_VALUES = {
     "calibration_weight": 1.0,
     "reward_bound": 0.1,
     "beta_prime": 0.3,
+    "desirable_weight": 1.7,
+    "undesirable_weight": 0.6,
+    "log_form": True,
+    "sft_coef": 0.4,
+    "tau": 0.3,
+    "normalize_scores": True,
 }
 # Where that value is out of a loss's range, or its default.
-OTHER_VALUES_OF = {"r_dpo": {"alpha": 0.6}, "slic_hf": {"length_normalize": True}}
+OTHER_VALUES_OF = {
+    "r_dpo": {"alpha": 0.6},
+    "slic_hf": {"length_normalize": True},
+    "infonca": {"alpha": 0.3},
+    "nca": {"alpha": 0.3},
+}
 # Losses whose gradient in s_w may be positive, each by its formula, its turning point tested in test_turning_points.py.
 RISING = {
     "ipo",  # a square: past its target
@@ -43,9 +55,20 @@ RISING = {
     "apo_down",  # lowers the chosen response by intent: where |r_w| < |h|
     "discopop",  # the mixture switches from ℓ to the larger e^−z around z = 0
     "focal_po",  # undetached: below p = e^(−1/γ)
+    "nca",  # every response is a noise sample too
+    "exo_rw",  # a KL to soft labels
 }
 # Losses defined as another where a hyperparameter is at its default: told apart at a value away from it.
-TOLD_APART_BY = {"gpo": {"function": "exponential"}}
+TOLD_APART_BY = {
+    "gpo": {"function": "exponential"},
+    "infonca": {"alpha": 0.3},  # at α → 0 all is on the best response: softmax DPO
+}
+# For each kind of examples: the log-probs that losses of them may read.
+POLICY_LOGPS = {
+    PAIRS: ("policy_chosen_logps", "policy_rejected_logps"),
+    UNPAIRED: ("policy_logps",),
+    LISTS: ("policy_list_logps",),
+}
 
 
 def other_values(name):
@@ -59,13 +82,19 @@ def call(name, inputs, **params):
     return spec(**{key: inputs[key] for key in spec.inputs}, **params)
 
 
+def gradients(name, inputs):
+    """The gradients in the policy's log-probs, end to end, 0 where a loss does not read them."""
+    read = [inputs[key] for key in POLICY_LOGPS[get_loss(name).kind]]
+    return torch.cat([(torch.zeros_like(x) if x.grad is None else x.grad).flatten() for x in read])
+
+
 def with_gradients(inputs):
     """The same inputs, the policy's log-probs as leaves that record gradients."""
     return {key: value.requires_grad_("policy" in key and "logps" in key) for key, value in inputs.items()}
 
 
 def expected(name, inputs, **params):
-    arguments = {numpy_reference.SHORT[key]: inputs[key].double().numpy() for key in get_loss(name).inputs}
+    arguments = {numpy_reference.SHORT[key]: inputs[key].numpy() for key in get_loss(name).inputs}
     return getattr(numpy_reference, name)(**arguments, **params)
 
 
@@ -90,7 +119,7 @@ def test_every_hyperparameter_is_used(name):
         inputs = with_gradients(made_up_inputs())
         losses = call(name, inputs, **params).losses
         losses.sum().backward()
-        return torch.cat([losses.detach(), inputs["policy_chosen_logps"].grad])
+        return torch.cat([losses.detach(), gradients(name, inputs)])
 
     plain = loss_and_gradient()
     for params in other_values(name):
@@ -114,30 +143,40 @@ def test_no_two_losses_are_the_same():
 def test_gradients_are_those_of_the_value(name):
     """Float64 gradcheck of the losses with respect to the policy's log-probs.
 
-    Detached parts (KTO's baseline) are held fixed by making the check at a point where their clamp at 0 is active;
+    Detached parts are held fixed: KTO's baseline by making the check where its clamp at 0 is active, BCO's δ as state;
     FocalPO's detached weight is no gradient of the value, and has a test of its own.
     """
     inputs = made_up_inputs()
     if get_loss(name).needs_global_batch:
-        for side in ("chosen", "rejected"):
-            inputs[f"policy_{side}_logps"] = inputs[f"ref_{side}_logps"] - 2 - torch.rand(5, dtype=torch.float64)
+        for stem in ("chosen_logps", "rejected_logps", "mismatched_logps"):
+            inputs[f"policy_{stem}"] = inputs[f"ref_{stem}"] - 2 - torch.rand(5, dtype=torch.float64)
     policy = [key for key in get_loss(name).inputs if key.startswith("policy") and key.endswith("logps")]
 
     def losses(*values):
-        return call(name, {**inputs, **dict(zip(policy, values, strict=True))}, **params).losses
+        return call(name, {**inputs, **dict(zip(policy, values, strict=True))}, **params, **fixed).losses
 
+    fixed = {"state": {"delta": torch.tensor(0.3)}} if get_loss(name).state else {}
     for params in [{}, *(params for params in other_values(name) if "detach_weight" not in params)]:
         assert torch.autograd.gradcheck(losses, [inputs[key].clone().requires_grad_() for key in policy]), params
 
 
 @pytest.mark.parametrize("name", [name for name in LOSSES if name not in RISING])
 def test_raising_the_chosen_response_never_raises_the_loss(name):
-    """dL/ds_w ≤ 0, and dL/ds_l ≥ 0, for every pair."""
+    """dL/ds ≤ 0 of what is preferred and ≥ 0 of what is not, for every example; of lists, of the best and the worst."""
     inputs = with_gradients(made_up_inputs(pairs=50))
     call(name, inputs).losses.sum().backward()
-    assert (inputs["policy_chosen_logps"].grad <= 0).all()
-    rejected = inputs["policy_rejected_logps"].grad
-    assert rejected is None or (rejected >= 0).all()
+    found = gradients(name, inputs)
+    kind = get_loss(name).kind
+    if kind is PAIRS:
+        preferred, other = found.chunk(2)
+    elif kind is UNPAIRED:
+        preferred, other = found[inputs["labels"]], found[~inputs["labels"]]
+    else:
+        by_rank = inputs["list_ranks"].masked_fill(~inputs["list_mask"], torch.inf)
+        last = inputs["list_ranks"].masked_fill(~inputs["list_mask"], -torch.inf).argmax(1, keepdim=True)
+        found = found.view_as(by_rank)
+        preferred, other = found.gather(1, by_rank.argmin(1, keepdim=True)), found.gather(1, last)
+    assert (preferred <= 0).all() and (other >= 0).all()
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -162,6 +201,8 @@ def test_refuses_shapes_that_do_not_fit(name):
     inputs = made_up_inputs()
     for key in get_loss(name).inputs:
         for wrong in (inputs[key][:1], inputs[key][:, None]):
+            if get_loss(name).kind is LISTS:
+                wrong = {1: inputs[key][:, :1], 2: inputs[key][:, 0]}[1 if wrong.dim() == 2 else 2]
             with pytest.raises(ValueError, match="vectors"):
                 call(name, {**inputs, key: wrong})
         if len(get_loss(name).inputs) == 1:
@@ -183,13 +224,14 @@ def test_stays_finite_far_out(name):
     far = {key: value - 3000 if "ref" in key else value for key, value in inputs.items()}
     far["policy_chosen_logps"] = (far["ref_chosen_logps"] + 1000 * sign).requires_grad_()
     far["policy_rejected_logps"] = (far["ref_rejected_logps"] - 1000 * sign).requires_grad_()
+    far["policy_logps"] = (far["ref_logps"] + 1000 * sign).requires_grad_()
+    signs = sign[:, None] * torch.tensor([1.0, -1.0, 1.0, -1.0])
+    far["policy_list_logps"] = (far["ref_list_logps"] + 1000 * signs).requires_grad_()
     output = call(name, far)
     output.losses.sum().backward()
     assert output.losses.isfinite().all()
     assert output.rewards is None or output.rewards.isfinite().all()
-    for side in ("chosen", "rejected"):
-        gradient = far[f"policy_{side}_logps"].grad
-        assert gradient is None or gradient.isfinite().all()
+    assert gradients(name, far).isfinite().all()
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -198,15 +240,19 @@ def test_fp32_is_enough_for_long_responses(name):
     inputs = made_up_inputs()
     for side in ("chosen", "rejected"):
         inputs[f"{side}_lengths"] = inputs[f"{side}_lengths"] + 2000
-        for model in ("policy", "ref"):
-            inputs[f"{model}_{side}_logps"] = inputs[f"{model}_{side}_logps"] - 3000
-    single = {key: value.float() for key, value in inputs.items()}
+    for key in ("lengths", "list_lengths"):
+        inputs[key] = inputs[key] + 2000
+    for key in [key for key in inputs if key.endswith("logps")]:
+        inputs[key] = inputs[key] - 3000
+    single = {key: value if value.dtype is torch.bool else value.float() for key, value in inputs.items()}
     torch.testing.assert_close(
         call(name, single).losses.double(), call(name, inputs).losses, rtol=2e-3, atol=2e-4, check_dtype=False
     )
 
 
-@pytest.mark.parametrize("name", [name for name in LOSSES if "chosen_lengths" in get_loss(name).inputs])
+@pytest.mark.parametrize(
+    "name", [name for name in LOSSES if {"chosen_lengths", "lengths", "list_lengths"} & {*get_loss(name).inputs}]
+)
 def test_an_empty_response_is_no_division_by_zero(name):
     """An empty response (length 0, sum 0) gives finite losses and gradients."""
     inputs = made_up_inputs()
@@ -216,14 +262,43 @@ def test_an_empty_response_is_no_division_by_zero(name):
     empty = with_gradients(empty)
     losses = call(name, empty).losses
     losses.sum().backward()
-    assert losses.isfinite().all() and empty["policy_chosen_logps"].grad.isfinite().all()
+    assert losses.isfinite().all() and gradients(name, empty).isfinite().all()
+
+
+@pytest.mark.parametrize("name", [name for name in LOSSES if get_loss(name).kind is LISTS])
+def test_padding_of_lists_is_never_looked_at(name):
+    """Whatever stands there, one column more of it or none where no list needs it: same losses, no gradient there."""
+    inputs = with_gradients(made_up_inputs())
+    losses = call(name, inputs).losses
+    losses.sum().backward()
+    mask = inputs["list_mask"]
+    assert (inputs["policy_list_logps"].grad[~mask] == 0).all()
+    other = {key: x.detach() for key, x in inputs.items() if x.dim() == 2}
+    wild = {key: x if key == "list_mask" else x.masked_fill(~mask, 3) for key, x in other.items()}
+    wider = {key: torch.nn.functional.pad(x, (0, 1)) for key, x in other.items()}
+    for same in (wild, wider):
+        torch.testing.assert_close(call(name, same).losses, losses.detach(), rtol=1e-14, atol=0)
+    short = {key: x[:1, :2] for key, x in other.items()}
+    torch.testing.assert_close(call(name, short).losses, losses[:1].detach(), rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("name", [name for name in LOSSES if get_loss(name).kind is LISTS])
+def test_the_order_within_a_list_does_not_matter(name):
+    """Responses in another order, with their ranks and scores: the same losses, the rewards in that order."""
+    inputs = {key: x for key, x in made_up_inputs().items() if x.dim() == 2}
+    order = torch.tensor([2, 0, 3, 1])
+    output, moved = call(name, inputs), call(name, {key: x[:, order] for key, x in inputs.items()})
+    torch.testing.assert_close(moved.losses, output.losses, rtol=1e-13, atol=0)
+    torch.testing.assert_close(moved.rewards, output.rewards[:, order], rtol=1e-14, atol=0)
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_stands_as_an_objective(name):
     """What a configuration of that one loss computes is the loss, and a bad hyperparameter is refused with the name."""
     inputs = made_up_inputs()
-    torch.testing.assert_close(build_objective([name])(inputs).losses, call(name, inputs).losses, rtol=0, atol=0)
+    objective = build_objective([name])
+    objective.update_state(inputs)
+    torch.testing.assert_close(objective(inputs).losses, call(name, inputs).losses, rtol=1e-14, atol=0)
     with pytest.raises(ValueError, match=f"{name} takes"):
         build_objective([name], loss_params={"no_such_parameter": 1.0})
 
@@ -234,4 +309,4 @@ def test_documents_itself(name):
     docstring = inspect.getdoc(get_loss(name).function)
     assert "Raises" in docstring
     assert get_loss(name).description
-    assert name == "sft" or get_loss(name).paper
+    assert name.startswith("sft") or get_loss(name).paper

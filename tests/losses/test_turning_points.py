@@ -22,6 +22,8 @@ TURNS = [
     ("discopop", {}, 0.0, -2.3714, (-1, 1)),
     ("discopop", {}, 0.0, 1.4401, (1, -1)),
     ("focal_po", {"beta": 1.0, "gamma": 1.0}, 0.0, -math.log(math.e - 1), (1, -1)),  # p = e^(−1/γ)
+    ("nca", {"beta": 1.0}, 0.0, math.log(2), (-1, 1)),  # p = (1, 0), K = 2: σ(βr_w) = K/(K + 1)
+    ("exo_rw", {"beta": 1.0, "tau": 0.5}, 0.0, 2.0, (-1, 1)),  # softmax(βr) = softmax(R/τ): βh = 1/τ
     ("gpo", {"beta": 1.0, "function": "square"}, 0.0, 1.0, (-1, 1)),  # z = 1
 ]
 

@@ -1,7 +1,8 @@
 """Every loss once more, in NumPy float64, written from the papers' equations and from nothing in the package.
 
 Arguments are arrays [B]: policy and reference log-probs of chosen (w) and rejected (l) responses, their lengths n and
-their log alignment weights a. Each function returns (losses [B], rewards [B, 2] or None).
+their log alignment weights a; those of other examples are named in unpaired.py and lists.py. Each function returns
+(losses [B], rewards [B, 2], [B, 1] or [B, K], or None).
 """
 
 from tests.losses.numpy_reference.both_ratios import (  # noqa: F401
@@ -28,8 +29,25 @@ from tests.losses.numpy_reference.dpo import (  # noqa: F401
     robust,
     wpo,
 )
+from tests.losses.numpy_reference.lists import (  # noqa: F401
+    exo_rw,
+    infonca,
+    lipo,
+    nca,
+    plackett_luce,
+    rrhf,
+    s_dpo,
+)
 from tests.losses.numpy_reference.over_the_batch import aot, aot_unpaired, dr_dpo, kto_pair  # noqa: F401
 from tests.losses.numpy_reference.reference_free import alphapo, cpo, orpo, repo, sft, simper, simpo, slic_hf  # noqa: F401
+from tests.losses.numpy_reference.unpaired import (  # noqa: F401
+    apo_zero_unpaired,
+    bco,
+    bco_pair,
+    kto,
+    npo,
+    sft_unpaired,
+)
 
 # The package's input names, in the short names used above.
 SHORT = {
@@ -41,4 +59,16 @@ SHORT = {
     "rejected_lengths": "nl",
     "policy_chosen_alignment": "aw",
     "policy_rejected_alignment": "al",
+    "policy_logps": "s",
+    "ref_logps": "rs",
+    "lengths": "n",
+    "labels": "y",
+    "policy_mismatched_logps": "m",
+    "ref_mismatched_logps": "rm",
+    "policy_list_logps": "S",
+    "ref_list_logps": "RS",
+    "list_lengths": "N",
+    "list_mask": "M",
+    "list_ranks": "K",
+    "list_scores": "R",
 }

@@ -1,0 +1,93 @@
+"""Binary classifier optimisation (BCO): rewards told apart by a running mean δ, which is kept across batches.
+
+r is the log-ratio of a response's summed log-probs, policy to reference, in nats.
+"""
+
+import torch
+from torch import Tensor
+
+from hf_prefopt.losses.base import LossOutput, check_positive, check_same_shape, log_ratios, logistic, pair_rewards
+from hf_prefopt.losses.registry import RunningState, register_loss
+
+_START = {"delta": 0.0, "count": 0.0}
+
+
+def _mean_with(state: dict[str, Tensor], rewards: Tensor) -> dict[str, Tensor]:
+    """The mean of all rewards seen so far, these included."""
+    count = state["count"] + rewards.numel()
+    return {"delta": state["delta"] + (rewards.mean() - state["delta"]) * rewards.numel() / count, "count": count}
+
+
+def _update_unpaired(state: dict[str, Tensor], policy_logps: Tensor, ref_logps: Tensor, beta: float = 0.01, **_):
+    return _mean_with(state, beta * (policy_logps - ref_logps))
+
+
+def _update_pairs(
+    state: dict[str, Tensor],
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    ref_chosen_logps: Tensor,
+    ref_rejected_logps: Tensor,
+    beta: float = 0.01,
+):
+    ratios = (policy_chosen_logps - ref_chosen_logps, policy_rejected_logps - ref_rejected_logps)
+    return _mean_with(state, beta * torch.cat(ratios))
+
+
+@register_loss("bco", paper="2404.04656", needs_global_batch=True, state=RunningState(_START, _update_unpaired))
+def bco_loss(
+    policy_logps: Tensor,
+    ref_logps: Tensor,
+    labels: Tensor,
+    beta: float = 0.01,
+    state: dict[str, Tensor] | None = None,
+) -> LossOutput:
+    """ℓ(βr − δ) if desirable, ℓ(δ − βr) if not, δ the running mean of βr over all that training has seen.
+
+    Binary classifier optimisation, eq. 13, without its weighting of undesirable examples by an underlying
+    distribution. δ takes in the global batch of a step before the loss is computed, and stands still in evaluation. It
+    is the plain mean, as the authors' code has it; an exponential one forgets. The implicit reward is βr.
+
+    Args:
+        policy_logps, ref_logps: `[B]`, summed, nats. labels: `[B]` bool.
+        beta: > 0.
+        state: `delta`, a number; `None` for that of this batch alone.
+
+    Raises:
+        ValueError: shapes differ or beta is out of range.
+    """
+    check_positive(beta=beta)
+    check_same_shape(policy_logps=policy_logps, ref_logps=ref_logps, labels=labels)
+    rewards = beta * (policy_logps - ref_logps)
+    delta = rewards.mean().detach() if state is None else state["delta"]
+    margins = torch.where(labels, rewards - delta, delta - rewards)
+    return LossOutput(logistic(margins), rewards.detach()[:, None], {"delta": delta.expand_as(rewards)})
+
+
+@register_loss("bco_pair", paper="2404.04656", needs_global_batch=True, state=RunningState(_START, _update_pairs))
+def bco_pair_loss(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    ref_chosen_logps: Tensor,
+    ref_rejected_logps: Tensor,
+    beta: float = 0.01,
+    state: dict[str, Tensor] | None = None,
+) -> LossOutput:
+    """ℓ(βr_w − δ) + ℓ(δ − βr_l), δ the running mean of both rewards over all that training has seen.
+
+    Binary classifier optimisation on pairs; δ as in `bco_loss`.
+
+    Args:
+        policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps: `[B]`, summed, nats.
+        beta: > 0.
+        state: `delta`, a number; `None` for that of this batch alone.
+
+    Raises:
+        ValueError: shapes differ or beta is out of range.
+    """
+    check_positive(beta=beta)
+    chosen, rejected = log_ratios(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps)
+    rewards = pair_rewards(beta * chosen, beta * rejected)
+    delta = rewards.mean() if state is None else state["delta"]
+    losses = logistic(beta * chosen - delta) + logistic(delta - beta * rejected)
+    return LossOutput(losses, rewards, {"delta": delta.expand_as(losses)})

@@ -1,0 +1,104 @@
+"""Losses of ranked lists: Plackett–Luce, softmax DPO, and RRHF, which need an order of the responses and no more.
+
+Tensors are `[B, K]`, padded where `list_mask` is False; what stands there is never looked at. r is a response's
+log-ratio of summed log-probs, policy to reference, in nats. Smaller ranks are better.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_prefopt.examples.lists import best_of
+from hf_prefopt.losses.base import LossOutput, check_lists, check_positive, check_range, per_token
+from hf_prefopt.losses.registry import register_loss
+
+
+def list_rewards(policy_list_logps: Tensor, ref_list_logps: Tensor, list_mask: Tensor, beta: float) -> Tensor:
+    """βr `[B, K]`, 0 at padding."""
+    return beta * torch.where(list_mask, policy_list_logps - ref_list_logps, 0.0)
+
+
+@register_loss("plackett_luce", aliases=("pl",), paper="2305.18290")
+def plackett_luce_loss(
+    policy_list_logps: Tensor, ref_list_logps: Tensor, list_ranks: Tensor, list_mask: Tensor, beta: float = 0.1
+) -> LossOutput:
+    """−Σ_k [βr_(k) − logsumexp_{j ≥ k} βr_(j)], best first: the whole ranking under a Plackett–Luce model.
+
+    DPO's general form, appendix A.3; lists of two are DPO. Responses of equal rank stand in the order of the row.
+
+    Args:
+        policy_list_logps, ref_list_logps: `[B, K]`, summed, nats. list_ranks: `[B, K]`. list_mask: `[B, K]` bool.
+        beta: > 0.
+
+    Raises:
+        ValueError: shapes differ or beta is out of range.
+    """
+    check_positive(beta=beta)
+    check_lists(
+        policy_list_logps=policy_list_logps, ref_list_logps=ref_list_logps, list_ranks=list_ranks, list_mask=list_mask
+    )
+    rewards = list_rewards(policy_list_logps, ref_list_logps, list_mask, beta)
+    place = list_ranks.masked_fill(~list_mask, torch.inf).argsort(dim=1, stable=True).argsort(dim=1)
+    # [b, k, j]: whether response j is still to be placed when k is. Each is so beside itself, padding too: no row of
+    # the logsumexp is empty, whose gradient would be NaN.
+    remaining = (place[:, None, :] >= place[:, :, None]) & (list_mask[:, None, :] | _diagonal(list_mask))
+    totals = torch.logsumexp(torch.where(remaining, rewards[:, None, :], -torch.inf), dim=-1)
+    return LossOutput(((totals - rewards) * list_mask).sum(1), rewards.detach())
+
+
+def _diagonal(mask: Tensor) -> Tensor:
+    return torch.eye(mask.shape[1], dtype=torch.bool, device=mask.device)
+
+
+@register_loss("s_dpo", aliases=("softmax_dpo",), paper="2406.09215")
+def s_dpo_loss(
+    policy_list_logps: Tensor, ref_list_logps: Tensor, list_ranks: Tensor, list_mask: Tensor, beta: float = 1.0
+) -> LossOutput:
+    """ℓ(−logsumexp_l β(r_l − r_w)): the best response against all others at once.
+
+    Softmax-DPO, eq. 9: one chosen and any number of rejected responses, whose order among each other does not count.
+
+    Args:
+        policy_list_logps, ref_list_logps: `[B, K]`, summed, nats. list_ranks: `[B, K]`. list_mask: `[B, K]` bool.
+        beta: > 0.
+
+    Raises:
+        ValueError: shapes differ or beta is out of range.
+    """
+    check_positive(beta=beta)
+    check_lists(
+        policy_list_logps=policy_list_logps, ref_list_logps=ref_list_logps, list_ranks=list_ranks, list_mask=list_mask
+    )
+    rewards = list_rewards(policy_list_logps, ref_list_logps, list_mask, beta)
+    best = best_of(list_ranks, list_mask)
+    others = list_mask.scatter(1, best, False)
+    excess = torch.where(others, rewards - rewards.gather(1, best), -torch.inf)
+    return LossOutput(F.softplus(torch.logsumexp(excess, dim=1)), rewards.detach())
+
+
+@register_loss("rrhf", paper="2304.05302", is_average_loss=True)
+def rrhf_loss(
+    policy_list_logps: Tensor, list_lengths: Tensor, list_ranks: Tensor, list_mask: Tensor, sft_coef: float = 1.0
+) -> LossOutput:
+    """Σ_{i worse than j} max(0, s̄_i − s̄_j) + λ·NLL(best): log-probs per token in the order of the ranks.
+
+    RRHF, eq. 2 to 4, the NLL per token like every other here. Responses of equal rank are not compared. The implicit
+    reward is s̄.
+
+    Args:
+        policy_list_logps: `[B, K]`, summed, nats. list_lengths, list_ranks: `[B, K]`. list_mask: `[B, K]` bool.
+        sft_coef: λ ≥ 0.
+
+    Raises:
+        ValueError: shapes differ or λ is out of range.
+    """
+    check_range("sft_coef", sft_coef, 0.0)
+    check_lists(
+        policy_list_logps=policy_list_logps, list_lengths=list_lengths, list_ranks=list_ranks, list_mask=list_mask
+    )
+    means = torch.where(list_mask, per_token(policy_list_logps, list_lengths), 0.0)
+    worse = (list_ranks[:, :, None] > list_ranks[:, None, :]) & list_mask[:, :, None] & list_mask[:, None, :]
+    ranking = (torch.relu(means[:, :, None] - means[:, None, :]) * worse).sum((1, 2))
+    nll = -means.gather(1, best_of(list_ranks, list_mask))[:, 0]
+    components = {"ranking": ranking.detach(), "nll": nll.detach()}
+    return LossOutput(ranking + sft_coef * nll, means.detach(), components)

@@ -1,0 +1,154 @@
+"""Losses of lists whose responses have scores R: InfoNCA, NCA, EXO, and LiPO's lambda loss. Larger scores are better.
+
+Tensors are `[B, K]`, padded where `list_mask` is False; what stands there is never looked at. r is a response's
+log-ratio of summed log-probs, policy to reference, in nats; p = softmax(R / temperature) over a list.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_prefopt.losses.base import LossOutput, check_lists, check_positive
+from hf_prefopt.losses.lists import list_rewards
+from hf_prefopt.losses.registry import register_loss
+
+
+def _checked_rewards(
+    policy_list_logps: Tensor, ref_list_logps: Tensor, list_scores: Tensor, list_mask: Tensor, beta: float
+) -> Tensor:
+    """βr `[B, K]`, 0 at padding. Raises `ValueError` where shapes differ."""
+    check_lists(
+        policy_list_logps=policy_list_logps, ref_list_logps=ref_list_logps, list_scores=list_scores, list_mask=list_mask
+    )
+    return list_rewards(policy_list_logps, ref_list_logps, list_mask, beta)
+
+
+def _targets(scores: Tensor, mask: Tensor) -> Tensor:
+    """softmax over the responses of each list, 0 at padding."""
+    return torch.softmax(scores.masked_fill(~mask, -torch.inf), dim=1)
+
+
+def _log_softmax(rewards: Tensor, mask: Tensor) -> Tensor:
+    """log softmax over the responses of each list, 0 at padding."""
+    return torch.where(mask, torch.log_softmax(rewards.masked_fill(~mask, -torch.inf), dim=1), 0.0)
+
+
+@register_loss("infonca", aliases=("info_nca",), paper="2402.05369")
+def infonca_loss(
+    policy_list_logps: Tensor,
+    ref_list_logps: Tensor,
+    list_scores: Tensor,
+    list_mask: Tensor,
+    beta: float = 0.01,
+    alpha: float = 1e-4,
+) -> LossOutput:
+    """−Σ p log softmax(βr), p = softmax(R/α): the policy's softmax meets that of the scores.
+
+    InfoNCA, eq. 7. The default α is that of the authors' code, for which p is nearly all on the best response.
+
+    Args:
+        policy_list_logps, ref_list_logps, list_scores: `[B, K]`; sums in nats. list_mask: `[B, K]` bool.
+        beta: > 0. alpha: > 0, in the unit of the scores.
+
+    Raises:
+        ValueError: shapes differ or a hyperparameter is out of range.
+    """
+    check_positive(beta=beta, alpha=alpha)
+    rewards = _checked_rewards(policy_list_logps, ref_list_logps, list_scores, list_mask, beta)
+    targets = _targets(list_scores / alpha, list_mask)
+    return LossOutput(-(targets * _log_softmax(rewards, list_mask)).sum(1), rewards.detach())
+
+
+@register_loss("nca", paper="2402.05369")
+def nca_loss(
+    policy_list_logps: Tensor,
+    ref_list_logps: Tensor,
+    list_scores: Tensor,
+    list_mask: Tensor,
+    beta: float = 0.01,
+    alpha: float = 1e-4,
+) -> LossOutput:
+    """−Σ p log σ(βr) − (1/K)Σ log σ(−βr), p = softmax(R/α): like InfoNCA, held to the reference's likelihoods.
+
+    Noise contrastive alignment, eq. 11; arguments as in `infonca_loss`. K is each list's own length.
+
+    Raises:
+        ValueError: shapes differ or a hyperparameter is out of range.
+    """
+    check_positive(beta=beta, alpha=alpha)
+    rewards = _checked_rewards(policy_list_logps, ref_list_logps, list_scores, list_mask, beta)
+    targets = _targets(list_scores / alpha, list_mask)
+    noise = (F.logsigmoid(-rewards) * list_mask).sum(1) / list_mask.sum(1)
+    return LossOutput(-(targets * F.logsigmoid(rewards)).sum(1) - noise, rewards.detach())
+
+
+@register_loss("exo_rw", aliases=("exo",), paper="2402.00856")
+def exo_rw_loss(
+    policy_list_logps: Tensor,
+    ref_list_logps: Tensor,
+    list_scores: Tensor,
+    list_mask: Tensor,
+    beta: float = 1.0,
+    tau: float = 1.0,
+) -> LossOutput:
+    """KL(softmax(βr) ‖ softmax(R/τ)): the reverse KL of the policy's softmax to that of the scores.
+
+    Efficient exact optimisation with rewards, eq. 14.
+
+    Args:
+        policy_list_logps, ref_list_logps, list_scores: `[B, K]`; sums in nats. list_mask: `[B, K]` bool.
+        beta: > 0. tau: > 0, in the unit of the scores.
+
+    Raises:
+        ValueError: shapes differ or a hyperparameter is out of range.
+    """
+    check_positive(beta=beta, tau=tau)
+    rewards = _checked_rewards(policy_list_logps, ref_list_logps, list_scores, list_mask, beta)
+    policy, data = (_log_softmax(values, list_mask) for values in (rewards, list_scores / tau))
+    return LossOutput((policy.exp() * (policy - data) * list_mask).sum(1), rewards.detach())
+
+
+@register_loss("lipo", aliases=("lambda", "lipo_lambda"), paper="2402.01878")
+def lipo_loss(
+    policy_list_logps: Tensor,
+    ref_list_logps: Tensor,
+    list_scores: Tensor,
+    list_mask: Tensor,
+    beta: float = 0.05,
+    normalize_scores: bool = False,
+) -> LossOutput:
+    """Σ_{R_i > R_j} Δ_ij ℓ(β(r_i − r_j)), Δ_ij = |2^R_i − 2^R_j|·|1/log(1+τ_i) − 1/log(1+τ_j)|, τ the rank by βr.
+
+    LiPO-λ, eq. 8: pairs whose exchange would change the DCG of the policy's own ranking most count most. Δ is not
+    differentiated. Scores are gains and meant to be in [0, 1]; the trainer refuses data with others.
+
+    Args:
+        policy_list_logps, ref_list_logps, list_scores: `[B, K]`; sums in nats. list_mask: `[B, K]` bool.
+        beta: > 0.
+        normalize_scores: stretch each list's scores to [0, 1] first.
+
+    Raises:
+        ValueError: shapes differ or beta is out of range.
+    """
+    check_positive(beta=beta)
+    rewards = _checked_rewards(policy_list_logps, ref_list_logps, list_scores, list_mask, beta)
+    scores = _stretched(list_scores, list_mask) if normalize_scores else list_scores
+    order = rewards.detach().masked_fill(~list_mask, -torch.inf).argsort(dim=1, descending=True, stable=True)
+    rank = (order.argsort(dim=1) + 1).to(rewards.dtype)
+    gains, discounts = torch.exp2(scores), 1 / torch.log1p(rank)
+    better = (scores[:, :, None] > scores[:, None, :]) & list_mask[:, :, None] & list_mask[:, None, :]
+    weights = (_differences(gains) * _differences(discounts)).abs() * better
+    losses = -F.logsigmoid(_differences(rewards)) * weights.to(rewards.dtype)
+    return LossOutput(losses.sum((1, 2)), rewards.detach())
+
+
+def _differences(values: Tensor) -> Tensor:
+    """`[B, K, K]`: value i less value j."""
+    return values[:, :, None] - values[:, None, :]
+
+
+def _stretched(scores: Tensor, mask: Tensor) -> Tensor:
+    """Each list's scores moved and scaled to [0, 1]; equal ones become 0."""
+    low = scores.masked_fill(~mask, torch.inf).amin(1, keepdim=True)
+    high = scores.masked_fill(~mask, -torch.inf).amax(1, keepdim=True)
+    return torch.where(mask, (scores - low) / torch.where(high > low, high - low, 1.0), 0.0)

@@ -1,0 +1,72 @@
+"""Losses of single responses by their label: APO-zero, NPO, and the NLL of the desirable ones.
+
+r is the log-ratio of a response's summed log-probs, policy to reference, in nats; True labels are desirable.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_prefopt.losses.base import LossOutput, check_positive, check_range, check_same_shape, per_token
+from hf_prefopt.losses.registry import register_loss
+
+
+@register_loss("apo_zero_unpaired", paper="2408.06266")
+def apo_zero_unpaired_loss(
+    policy_logps: Tensor,
+    ref_logps: Tensor,
+    labels: Tensor,
+    beta: float = 0.1,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> LossOutput:
+    """λ_D(1 − σ(βr)) if desirable, λ_U·σ(βr) if not: raise the one, lower the other, from the reference on.
+
+    Anchored preference optimisation, APO-zero (eq. 7) term by term: KTO with its baseline at 0. The implicit reward
+    is βr.
+
+    Args:
+        policy_logps, ref_logps: `[B]`, summed, nats. labels: `[B]` bool.
+        beta: > 0. desirable_weight, undesirable_weight: λ_D, λ_U ≥ 0.
+
+    Raises:
+        ValueError: shapes differ or a hyperparameter is out of range.
+    """
+    check_positive(beta=beta)
+    check_range("desirable_weight", desirable_weight, 0.0)
+    check_range("undesirable_weight", undesirable_weight, 0.0)
+    check_same_shape(policy_logps=policy_logps, ref_logps=ref_logps, labels=labels)
+    rewards = beta * (policy_logps - ref_logps)
+    desirable, undesirable = desirable_weight * torch.sigmoid(-rewards), undesirable_weight * torch.sigmoid(rewards)
+    return LossOutput(torch.where(labels, desirable, undesirable), rewards.detach()[:, None])
+
+
+@register_loss("npo", paper="2404.05868")
+def npo_loss(policy_logps: Tensor, ref_logps: Tensor, labels: Tensor, beta: float = 0.1) -> LossOutput:
+    """(2/β)·softplus(βr) on what is to be forgotten (undesirable), 0 on what is to be kept.
+
+    Negative preference optimisation, eq. 3: half of DPO, and gradient ascent as β → 0. Examples to keep are its usual
+    companion, trained on by `sft_weight`. The implicit reward is βr.
+
+    Args:
+        policy_logps, ref_logps: `[B]`, summed, nats. labels: `[B]` bool, False for the forget set.
+        beta: > 0.
+
+    Raises:
+        ValueError: shapes differ or beta is out of range.
+    """
+    check_positive(beta=beta)
+    check_same_shape(policy_logps=policy_logps, ref_logps=ref_logps, labels=labels)
+    rewards = beta * (policy_logps - ref_logps)
+    return LossOutput(2 / beta * F.softplus(rewards) * ~labels, rewards.detach()[:, None])
+
+
+@register_loss("sft_unpaired", form_of="sft", is_average_loss=True, computes_reward_metrics=False)
+def sft_unpaired_loss(policy_logps: Tensor, lengths: Tensor, labels: Tensor) -> LossOutput:
+    """NLL(y) = −s̄ of a desirable response, 0 of an undesirable one: `sft` on unpaired examples.
+
+    Raises:
+        ValueError: shapes differ.
+    """
+    check_same_shape(policy_logps=policy_logps, lengths=lengths, labels=labels)
+    return LossOutput(-per_token(policy_logps, lengths) * labels)

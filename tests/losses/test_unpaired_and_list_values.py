@@ -1,0 +1,159 @@
+"""Losses of single responses and of lists: values derived by hand, and the pair losses that they become."""
+
+import math
+
+import pytest
+import torch
+
+from hf_prefopt.losses import get_loss, kto_weights
+from hf_prefopt.losses.objective import build_objective
+from tests.losses.batches import made_up_inputs
+from tests.losses.pairs import by_log_ratios, vector
+
+
+def sigmoid(x):
+    return 1 / (1 + math.exp(-x))
+
+
+def unpaired(name, ratios, labels, mismatched=None, **params):
+    """The loss of responses with these log-ratios to a reference of zeros."""
+    values = {"policy_logps": vector(*ratios), "policy_mismatched_logps": vector(*(mismatched or ratios))}
+    values |= {key.replace("policy", "ref"): torch.zeros_like(value) for key, value in values.items()}
+    values["labels"] = torch.tensor(labels)
+    spec = get_loss(name)
+    return spec(**{key: values[key] for key in spec.inputs}, **params)
+
+
+def listed(name, ratios, **params):
+    """The loss of one list with these log-ratios, best first, with scores falling evenly from 1 to 0."""
+    k = len(ratios)
+    values = {
+        "policy_list_logps": vector(*ratios)[None],
+        "ref_list_logps": torch.zeros(1, k, dtype=torch.float64),
+        "list_lengths": torch.ones(1, k),
+        "list_mask": torch.ones(1, k, dtype=torch.bool),
+        "list_ranks": torch.arange(k)[None].double(),
+        "list_scores": torch.linspace(1, 0, k, dtype=torch.float64)[None],
+    }
+    spec = get_loss(name)
+    return spec(**{key: values[key] for key in spec.inputs}, **params).losses.item()
+
+
+@pytest.mark.parametrize(("mismatched", "z"), [((4, 0), 2), ((-4, 0), 0)])
+def test_kto_by_hand(mismatched, z):
+    """r = (3, −1), β = 1; mismatched (4, 0) give z = 2 and (−4, 0) z = 0: 1 − σ(3 − z), 1 − σ(z + 1)."""
+    output = unpaired("kto", (3, -1), (True, False), mismatched, beta=1.0)
+    torch.testing.assert_close(output.losses, vector(1 - sigmoid(3 - z), 1 - sigmoid(z + 1)))
+    assert output.components["kl"].tolist() == [z, z]
+
+
+@pytest.mark.parametrize("name", ["kto", "bco", "apo_zero_unpaired", "npo", "sft_unpaired"])
+@pytest.mark.parametrize("label", [True, False])
+def test_a_batch_of_one_class_is_finite(name, label):
+    inputs = made_up_inputs() | {"labels": torch.full((5,), label)}
+    objective = build_objective([name])
+    objective.update_state(inputs)
+    assert objective(inputs).losses.isfinite().all()
+
+
+def test_no_gradient_goes_through_ktos_baseline():
+    inputs = {key: value.requires_grad_(value.is_floating_point()) for key, value in made_up_inputs().items()}
+    spec = get_loss("kto")
+    spec(**{key: inputs[key] for key in spec.inputs}).losses.sum().backward()
+    assert inputs["policy_mismatched_logps"].grad is None
+
+
+def test_npo_forgets_and_leaves_the_rest_alone():
+    """r = 0: (2/β) log 2 to forget, 0 to keep; β = 0.5 gives 4 log 2."""
+    assert unpaired("npo", (0, 0), (False, True), beta=0.5).losses.tolist() == pytest.approx([4 * math.log(2), 0])
+
+
+@pytest.mark.parametrize(("pair", "single"), [("apo_zero", "apo_zero_unpaired"), ("bco_pair", "bco")])
+def test_a_pair_is_two_examples(pair, single):
+    """The pairs' losses are those of their responses added up; BCO's δ is the mean of all of them in both cases."""
+    pairs = by_log_ratios(pair, vector(2.0, -0.5), vector(-1.0, 1.0), beta=0.7).losses.sum()
+    singles = unpaired(single, (2, -0.5, -1, 1), (True, True, False, False), beta=0.7).losses.sum()
+    torch.testing.assert_close(pairs, singles)
+
+
+def test_bcos_delta_is_the_mean_of_all_that_training_has_seen():
+    """β = 1: batches of rewards (1, 3) and (5, 5, 5) leave δ at 2 and then at 19/5; computing the loss moves nothing."""
+    objective = build_objective(["bco"], shared_params={"beta": 1.0})
+
+    def batch(*rewards):
+        labels = torch.ones(len(rewards), dtype=torch.bool)
+        return {"policy_logps": vector(*rewards), "ref_logps": torch.zeros(len(rewards)).double(), "labels": labels}
+
+    for rewards, delta in (((1, 3), 2.0), ((5, 5, 5), 3.8)):
+        objective.update_state(batch(*rewards))
+        assert objective.state_dict()["bco"]["delta"] == pytest.approx(delta)
+    for _ in range(2):
+        assert objective(batch(4.0)).losses.item() == pytest.approx(-math.log(sigmoid(4 - 3.8)))
+    other = build_objective(["bco"], shared_params={"beta": 1.0})
+    other.load_state_dict(objective.state_dict())
+    assert other.state_dict() == objective.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("lists", "pair"), [("plackett_luce", "dpo"), ("s_dpo", "dpo"), ("infonca", "dpo"), ("nca", "nca_pair")]
+)
+def test_lists_of_two_are_pairs(lists, pair):
+    r_w, r_l = vector(2.0, -0.5, 0.0), vector(-1.0, 1.0, 0.0)
+    expected = by_log_ratios(pair, r_w, r_l, beta=0.3).losses
+    torch.testing.assert_close(by_log_ratios(lists, r_w, r_l, beta=0.3).losses, expected)
+
+
+def test_lists_of_equal_responses_by_hand():
+    """Three equal responses: 3! orders are equally likely, log 6; the best one of three, log 3. InfoNCA's and NCA's
+    scores (1, ½, 0) put all weight on the best: log 3, and log 2 + log 2."""
+    expected = {"plackett_luce": math.log(6), "s_dpo": math.log(3), "infonca": math.log(3), "nca": 2 * math.log(2)}
+    assert {name: listed(name, (0, 0, 0)) for name in expected} == pytest.approx(expected)
+
+
+def test_exo_vanishes_where_the_policy_is_the_target():
+    """βr = R/τ up to a constant."""
+    assert listed("exo_rw", (7, 6.5, 6), beta=1.0, tau=1.0) == pytest.approx(0, abs=1e-12)
+
+
+def test_rrhf_by_hand():
+    """s̄ = (−3, −1, −2), best first: max(0, 2) + max(0, 1) + max(0, −1) = 3, and λ = ½ of the best's NLL of 3."""
+    assert listed("rrhf", (-3, -1, -2), sft_coef=0.5) == pytest.approx(3 + 1.5)
+
+
+def test_lipo_by_hand():
+    """β = 1, r = (0, 1), R = (1, 0): the policy ranks the worse one first. Gains 2 and 1 differ by 1, discounts by
+    1/log 2 − 1/log 3; times ℓ(−1)."""
+    weight = 1 / math.log(2) - 1 / math.log(3)
+    assert listed("lipo", (0, 1), beta=1.0) == pytest.approx(weight * -math.log(sigmoid(-1)))
+
+
+def test_lipo_stretches_scores_on_request():
+    """Ten times the scores and 3 more are the same scores once each list's are stretched to [0, 1]."""
+    inputs = made_up_inputs()
+    spec = get_loss("lipo")
+    given = {key: inputs[key] for key in spec.inputs}
+    large = {**given, "list_scores": 10 * given["list_scores"] + 3}
+    expected = spec(**given, normalize_scores=True).losses
+    torch.testing.assert_close(spec(**large, normalize_scores=True).losses, expected)
+
+
+@pytest.mark.parametrize(("counts", "weights"), [((100, 80), (1, 1)), ((100, 200), (2, 1)), ((300, 100), (1, 2.25))])
+def test_kto_weights_bring_the_ratio_into_its_range(counts, weights):
+    assert kto_weights(*counts) == pytest.approx(weights)
+    assert 1 <= round(counts[0] * weights[0] / (counts[1] * weights[1]), 9) <= 4 / 3 + 1e-9
+
+
+def test_kinds_that_no_data_set_holds_at_once_are_refused():
+    with pytest.raises(ValueError, match="kto wants rows with `label`, or pairs with unpair=True; dpo wants pairs"):
+        build_objective(["kto", "dpo"])
+    with pytest.raises(ValueError, match="plackett_luce compares lists"):
+        build_objective(["plackett_luce"], use_weighting=True)
+
+
+def test_sft_joins_either_kind():
+    """Beside a loss of single responses it is the NLL of the desirable ones."""
+    inputs = made_up_inputs()
+    output = build_objective(["npo"], sft_weight=0.5)(inputs)
+    nll = -inputs["policy_logps"] / inputs["lengths"] * inputs["labels"]
+    npo = get_loss("npo")(**{key: inputs[key] for key in get_loss("npo").inputs})
+    torch.testing.assert_close(output.losses, npo.losses + 0.5 * nll)
