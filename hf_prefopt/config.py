@@ -8,6 +8,7 @@ import torch
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
+from hf_prefopt.examples import UNPAIRED, ExampleKind
 from hf_prefopt.losses.objective import Objective, build_objective
 
 REFERENCES = ("auto", "adapter_off", "adapter:<name>", "model", "copy", "none")
@@ -41,6 +42,7 @@ class PreferenceConfig(TrainingArguments):
     The data:
         max_length: tokens of prompt and response together; `None` for no limit. truncation_mode: "keep_start" cuts the
             end of responses (their EOS stays), "keep_end" cuts the start of the prompt.
+        unpair: makes two examples of every pair, a desirable and an undesirable one, for losses of single responses.
         on_bad_rows: "error" or "drop". dataset_num_proc: processes that tokenise.
         layout: "auto" computes every prompt once and no padding where that is exact for the model, and says where it is
             not; "shared" insists on it, "padded" is one padded sequence per response.
@@ -90,6 +92,9 @@ class PreferenceConfig(TrainingArguments):
 
     max_length: int | None = field(default=1024, metadata=_help("Tokens of prompt and response together."))
     truncation_mode: str = field(default="keep_start", metadata=_help("keep_start or keep_end (of the prompt)."))
+    unpair: bool = field(
+        default=False, metadata=_help("Make two unpaired examples of every pair, for losses of single responses.")
+    )
     on_bad_rows: str = field(default="error", metadata=_help("error or drop."))
     dataset_num_proc: int | None = field(default=None, metadata=_help("Processes that tokenise."))
     pad_to_multiple_of: int | None = field(default=None, metadata=_help("Round padded lengths up to a multiple."))
@@ -117,10 +122,17 @@ class PreferenceConfig(TrainingArguments):
             self.bf16 = not self.fp16 and _is_fast_in_bf16(self.use_cpu)
         super().__post_init__()
         self._check_values()
-        self.build_objective()
+        objective = self.build_objective()
+        if self.unpair and objective.kind is not UNPAIRED:
+            raise ValueError(
+                f"unpair=True makes unpaired examples, and {', '.join(self.loss_type)} wants {objective.kind.wanted}"
+            )
 
-    def build_objective(self) -> Objective:
+    def build_objective(self, kind: ExampleKind | None = None) -> Objective:
         """The objective that these settings describe.
+
+        Args:
+            kind: the examples that there are, for losses that take several kinds (`sft`).
 
         Raises:
             ValueError: see `losses.objective.build_objective`.
@@ -134,6 +146,7 @@ class PreferenceConfig(TrainingArguments):
             sft_weight=self.sft_weight,
             use_weighting=self.use_weighting,
             reference_free=self.reference_free,
+            kind=UNPAIRED if self.unpair else kind,
         )
 
     def _check_values(self) -> None:

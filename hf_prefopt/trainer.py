@@ -5,8 +5,10 @@ the step's loss the exact mean over the examples of the global batch, evaluation
 of the Trainer. Which losses there are, how tokens are laid out and where a reference comes from is decided elsewhere.
 """
 
+import json
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,13 +18,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from hf_prefopt.config import PreferenceConfig
-from hf_prefopt.data.batch import PreferenceBatch, ResponseScores
+from hf_prefopt.data.batch import PreferenceBatch, ResponseScores, join_examples
 from hf_prefopt.data.collate import PaddedCollator
 from hf_prefopt.data.group import PromptSampler, prompt_keys
 from hf_prefopt.data.microbatch import MicroBatchCollator, idle, pieces_of
-from hf_prefopt.data.prepare import PREPARED_FEATURES, prepare_dataset
+from hf_prefopt.data.mismatched import EpochOfMismatches, MismatchedResponses
+from hf_prefopt.data.prepare import prepare_dataset, prepared_features
 from hf_prefopt.data.preview import print_preview
 from hf_prefopt.data.shared import SharedCollator
+from hf_prefopt.examples import KINDS, kind_of_columns
 from hf_prefopt.losses.base import LossOutput
 from hf_prefopt.losses.global_batch import StepInputs
 from hf_prefopt.losses.inputs import loss_inputs
@@ -31,13 +35,14 @@ from hf_prefopt.reference.choose import choose_reference
 from hf_prefopt.reference.live import evaluation_mode
 from hf_prefopt.reference.remembered import RememberedScores
 from hf_prefopt.reporting.card import model_card
-from hf_prefopt.reporting.metrics import METRIC_INPUTS, EvaluationRecord, RunningMeans, example_metrics
+from hf_prefopt.reporting.metrics import EvaluationRecord, RunningMeans, example_metrics
 from hf_prefopt.reporting.run_facts import card_facts
 from hf_prefopt.scoring.forward import base_causal_lm, install_scoring, score
 from hf_prefopt.scoring.layout import reason_against_shared
 
 logger = logging.getLogger(__name__)
 
+OBJECTIVE_STATE = "objective_state.json"
 Data = Dataset | IterableDataset
 DataOrSplits = Data | dict[str, Data]
 
@@ -67,7 +72,8 @@ class PreferenceTrainer(Trainer):
         quantization_config: used when the model is loaded by name.
         Everything else is `Trainer`'s: `model_init`, `compute_metrics`, `callbacks`, `optimizers`, ….
             `compute_metrics` gets the implicit rewards `[rows, 2]` as predictions and (1, 0) per row as labels; a loss
-            without rewards gives the log-probs instead.
+            without rewards gives the log-probs instead. Unpaired examples have one column and their label, lists one
+            for each response and 1 for the best.
 
     Raises:
         ValueError: the data, the model, the reference and the losses do not fit together.
@@ -88,6 +94,7 @@ class PreferenceTrainer(Trainer):
     ):
         self.args = args = args or PreferenceConfig(output_dir="trainer_output")
         self.objective = args.build_objective()
+        self._has_seen_data = False
         self._given_reference, self._peft_config = ref_model, peft_config
         if isinstance(model, str):
             model = load_model(model, args.model_init_kwargs, quantization_config)
@@ -112,6 +119,8 @@ class PreferenceTrainer(Trainer):
             processing_class=processing_class,
             **trainer_arguments,
         )
+        if self.objective.needs_mismatched:
+            self.add_callback(EpochOfMismatches())
         # compute_loss divides by the examples of the whole step itself.
         self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = True
         if self.args.n_gpu > 1:
@@ -159,7 +168,8 @@ class PreferenceTrainer(Trainer):
         return None
 
     def call_model_init(self, trial: Any = None) -> PreTrainedModel | PeftModel:
-        """A fresh policy from `model_init`, with a fresh reference."""
+        """A fresh policy from `model_init`, with a fresh reference; the losses forget what they have seen."""
+        self.objective.reset_state()
         return self._adopt(super().call_model_init(trial))
 
     def _prepared(self, dataset: DataOrSplits | None, name: str) -> DataOrSplits | None:
@@ -169,7 +179,7 @@ class PreferenceTrainer(Trainer):
         if isinstance(dataset, dict):
             return {key: self._prepared(split, key) for key, split in dataset.items()}
         with self.args.main_process_first(desc=f"tokenising {name}"):
-            return prepare_dataset(
+            prepared = prepare_dataset(
                 dataset,
                 self.tokenizer,
                 max_length=self.args.max_length,
@@ -177,7 +187,27 @@ class PreferenceTrainer(Trainer):
                 on_bad_rows=self.args.on_bad_rows,
                 num_proc=self.args.dataset_num_proc,
                 name=name,
+                unpair=self.args.unpair,
             )
+        self._check_examples(prepared, name)
+        return prepared
+
+    def _check_examples(self, dataset: Data, name: str) -> None:
+        """Refuse a data set whose examples the losses cannot compare; losses that take several kinds take the first."""
+        kind = kind_of_columns(dataset.column_names)
+        if kind is not self.objective.kind and not self._has_seen_data:
+            self.objective = self.args.build_objective(kind)
+        self._has_seen_data = True
+        losses = ", ".join(self.args.loss_type)
+        if kind is not self.objective.kind:
+            raise ValueError(f"{name} holds {kind.name}, and {losses} wants {self.objective.kind.wanted}")
+        # The rows of a stream are looked at when they are reached.
+        is_stream = not isinstance(dataset, Dataset)
+        reason = None if is_stream or not len(dataset) else kind.refusal(dataset[0], self.objective.inputs)
+        if reason is None and self.objective.needs_mismatched and is_stream:
+            reason = "it draws responses to other prompts from the whole data set, which a stream does not give"
+        if reason is not None:
+            raise ValueError(f"{name} does not fit {losses}: {reason}")
 
     def get_eval_dataloader(self, eval_dataset: str | Data | None = None):
         """As the Trainer's; a raw data set is prepared first."""
@@ -191,13 +221,24 @@ class PreferenceTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Dataset | None = None):
         """As the Trainer's, or by prompt where `group_by_prompt` asks for it."""
         dataset = self.train_dataset if train_dataset is None else train_dataset
+        dataset = dataset.dataset if isinstance(dataset, MismatchedResponses) else dataset
         if not self.args.group_by_prompt or not isinstance(dataset, Dataset):
             return super()._get_train_sampler(train_dataset)
-        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
-        return PromptSampler(prompt_keys(dataset), seed)
+        return PromptSampler(prompt_keys(dataset), self._data_seed)
+
+    @property
+    def _data_seed(self) -> int:
+        return self.args.data_seed if self.args.data_seed is not None else self.args.seed
+
+    def _get_dataloader(self, dataset: Data, *args: Any, **kwargs: Any):
+        """As the Trainer's; rows get a mismatched response where a loss asks for it."""
+        if self.objective.needs_mismatched:
+            dataset = MismatchedResponses(dataset, self._data_seed, self.args.max_length)
+        return super()._get_dataloader(dataset, *args, **kwargs)
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = list(PREPARED_FEATURES)
+        columns = dict.fromkeys(column for kind in KINDS for column in prepared_features(kind))
+        self._signature_columns = [*columns, "mismatched_ids", "mismatched_masks"]
 
     # -- the step -------------------------------------------------------------------------------------------------
 
@@ -269,20 +310,20 @@ class PreferenceTrainer(Trainer):
         if not training:
             output = self.objective(own)
             self._evaluation.add(inputs, own)
-            return _predictions(output, own), output.loss
+            return self.objective.kind.predictions(output.rewards, own), output.loss
         everything, where = self._step_inputs(inputs, own)
         output = self.objective(everything)
         own_output = _rows_of(output, where)
-        self._train_metrics.add(example_metrics(own_output, own))
+        self._train_metrics.add(example_metrics(self.objective.kind, own_output, own))
         scale = self.accelerator.num_processes / (len(inputs["rows"]) if num_examples is None else num_examples)
         total, share = output.losses.sum() * scale, own_output.losses.detach().sum() * scale
         # The gradient is that of the whole batch's loss; the value is this micro-batch's part of it.
-        return _predictions(own_output, own), total + (share - total.detach())
+        return self.objective.kind.predictions(own_output.rewards, own), total + (share - total.detach())
 
     def _loss_inputs(
         self, inputs: PreferenceBatch, policy: ResponseScores, reference: ResponseScores | None
     ) -> dict[str, Tensor]:
-        names = dict.fromkeys((*self.objective.inputs, *METRIC_INPUTS))
+        names = dict.fromkeys((*self.objective.inputs, *self.objective.kind.metric_inputs))
         return loss_inputs(names, inputs, policy, reference)
 
     def _step_inputs(self, inputs: PreferenceBatch, own: dict[str, Tensor]) -> tuple[dict[str, Tensor], slice]:
@@ -290,6 +331,8 @@ class PreferenceTrainer(Trainer):
         if not self.objective.needs_global_batch:
             return own, slice(None)
         step, index = inputs.get("step_inputs") or (StepInputs(self.accelerator, lambda: [own]), 0)
+        if index == 0:
+            self.objective.update_state(step.everything)
         return step.splice(index, own)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
@@ -323,6 +366,23 @@ class PreferenceTrainer(Trainer):
             return count
         return self.accelerator.reduce(torch.tensor(count, device=device), reduction="sum")
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """As the Trainer's, with what losses keep across batches."""
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.objective.state and self.args.should_save:
+            Path(output_dir, OBJECTIVE_STATE).write_text(json.dumps(self.objective.state_dict()))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As the Trainer's, with what losses keep across batches."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or not self.objective.state:
+            return
+        saved = Path(checkpoint, OBJECTIVE_STATE)
+        if saved.is_file():
+            self.objective.load_state_dict(json.loads(saved.read_text()))
+        else:
+            logger.warning("%s has no %s: %s starts afresh", checkpoint, saved.name, ", ".join(self.objective.state))
+
     # -- evaluation and logs --------------------------------------------------------------------------------------
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
@@ -335,7 +395,9 @@ class PreferenceTrainer(Trainer):
         loss = torch.stack([loss for loss, _ in outputs]).mean()
         if prediction_loss_only:
             return loss, None, None
-        return loss, *(torch.cat([output[name] for _, output in outputs]) for name in ("predictions", "labels"))
+        # The Trainer fills up what is shorter with −100, too.
+        names = ("predictions", "labels")
+        return loss, *(join_examples([output[name] for _, output in outputs], fill=-100.0) for name in names)
 
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix: str = "eval", **kwargs):
         """As the Trainer's, with the loss and every metric taken over the rows and not over the batches."""
@@ -350,7 +412,7 @@ class PreferenceTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As the Trainer's; a training log also carries the means of the metrics since the last one."""
         if "loss" in logs:
-            logs.update(self._train_metrics.pop(self.accelerator))
+            logs.update(self.objective.kind.conclude(self._train_metrics.pop(self.accelerator)))
         super().log(logs, start_time)
 
     def create_model_card(
@@ -379,13 +441,3 @@ def _rows_of(output: LossOutput, where: slice) -> LossOutput:
     return LossOutput(
         output.losses[where], rewards, {name: values[where] for name, values in output.components.items()}
     )
-
-
-def _predictions(output: LossOutput, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What `compute_metrics` is given: a score for each response, and 1 for the chosen one."""
-    scores = output.rewards
-    if scores is None:
-        scores = torch.stack([inputs[name] for name in METRIC_INPUTS], dim=-1).detach()
-    labels = torch.zeros_like(scores)
-    labels[:, 0] = 1
-    return {"predictions": scores, "labels": labels}

@@ -15,7 +15,7 @@ from hf_prefopt.losses import list_losses
 from hf_prefopt.losses.inputs import loss_inputs
 from hf_prefopt.scoring.forward import score
 from tests.tiny_models import perturbed, random_rows, tiny_model
-from tests.training import logged, make_config, make_trainer, pairs, weights
+from tests.training import examples, logged, make_config, make_trainer, pairs, weights
 
 # Every loss, and what is built on several of them.
 OBJECTIVES = {
@@ -28,7 +28,10 @@ OBJECTIVES = {
     "reference-free": {"loss_type": "ipo", "reference_free": True},
 }
 # One of each kind that the trainer treats differently.
-KINDS = {name: OBJECTIVES[name] for name in ("dpo", "sft", "kto_pair", "with use_weighting", "several losses")}
+KINDS = {
+    name: OBJECTIVES[name]
+    for name in ("dpo", "sft", "kto_pair", "with use_weighting", "several losses", "kto", "bco", "plackett_luce")
+}
 each_kind = pytest.mark.parametrize("objective", KINDS.values(), ids=KINDS)
 each_objective = pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
 DESCENT = {"optim": "sgd", "learning_rate": 1.0, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
@@ -39,6 +42,10 @@ def off_reference(objective):
     model = perturbed(tiny_model(dtype=torch.float64), scale=0.05)
     needed = make_config("unused", **objective).build_objective().needs_reference_model
     return model, {"ref_model": tiny_model(dtype=torch.float64)} if needed else {}
+
+
+def rows_for(objective, count):
+    return examples(make_config("unused", **objective).build_objective(), count)
 
 
 def run(folder, objective, batch_size, accumulation, **settings):
@@ -74,7 +81,9 @@ def test_a_step_is_the_gradient_of_the_mean_over_its_examples(objective, layout,
     batch = next(iter(fresh.get_train_dataloader()))
     policy = score(model, batch, fresh.objective.token_stats)
     reference = fresh.reference.score(batch) if fresh.reference else None
-    loss = fresh.objective(loss_inputs(fresh.objective.inputs, batch, policy, reference)).losses.mean()
+    inputs = loss_inputs(fresh.objective.inputs, batch, policy, reference)
+    fresh.objective.update_state(inputs)
+    loss = fresh.objective(inputs).losses.mean()
     gradients = dict(zip(change, torch.autograd.grad(loss, list(model.parameters())), strict=True))
     tolerance = {"padded": 1e-10, "shared": 1e-6}[layout]
     assert_same_change({name: -value for name, value in change.items()}, gradients, tolerance)
@@ -89,7 +98,7 @@ def test_accumulation_changes_nothing(objective, tmp_path):
     The gradient is clipped to length 1, since the squares of some losses would take the first step far out, where the
     second one blows up every rounding.
     """
-    settings = {"train_dataset": pairs(12), "learning_rate": 0.01, "max_grad_norm": 1.0}
+    settings = {"train_dataset": rows_for(objective, 12), "learning_rate": 0.01, "max_grad_norm": 1.0}
     whole, expected = run(tmp_path, objective, 8, 1, **settings)
     split, change = run(tmp_path, objective, 1, 8, **settings)
     assert_same_change(change, expected, 1e-9)
@@ -116,7 +125,7 @@ def test_evaluation_is_of_the_rows(objective, tmp_path):
     all rows; a mean of batch means would give the last row another weight.
     """
     model, reference = off_reference(objective)
-    trainer = make_trainer(tmp_path, model, **reference, **objective, eval_dataset=pairs(7))
+    trainer = make_trainer(tmp_path, model, **reference, **objective, eval_dataset=rows_for(objective, 7))
     results = []
     for size in (7, 1, 2, 3):
         trainer.args.per_device_eval_batch_size = size

@@ -8,13 +8,59 @@ from datasets import Dataset
 from torch import nn
 
 from hf_prefopt import PreferenceConfig, PreferenceTrainer
+from hf_prefopt.examples import LISTS, PAIRS, UNPAIRED
+from hf_prefopt.losses.objective import Objective
 from tests.tiny_models import random_rows, tiny_model
 from tests.tokenizers import tiny_tokenizer
+
+
+def examples(objective: Objective, count: int = 8, seed: int = 0) -> Dataset:
+    """Prepared random rows of the kind that an objective compares."""
+    return ROWS[objective.kind](count, seed)
+
+
+def unpaired(count: int = 8, seed: int = 0) -> Dataset:
+    """The first responses of random pairs, two desirable ones and then an undesirable one, and so on."""
+    return Dataset.from_list(
+        [
+            {
+                "prompt_ids": row["prompt_ids"],
+                "response_ids": row["response_ids"][:1],
+                "scored_masks": row["scored_masks"][:1],
+                "labels": [row["row"] % 3 < 2],
+                "row": row["row"],
+            }
+            for row in random_rows(count, seed, longest=10)
+        ]
+    )
+
+
+def lists(count: int = 8, seed: int = 0) -> Dataset:
+    """Lists of 2, 3, 4, 2, … random responses, scored in [0, 1] in no order."""
+    rows = []
+    for number, row in enumerate(random_rows(count, seed, longest=10)):
+        extra = [ids for other in random_rows(2, 100 + number, longest=10) for ids in other["response_ids"]]
+        responses = [*row["response_ids"], *extra][: number % 3 + 2]
+        scores = [(7 * k + 3 * number) % 10 / 10 for k in range(len(responses))]
+        rows.append(
+            {
+                "prompt_ids": row["prompt_ids"],
+                "response_ids": responses,
+                "scored_masks": [[1] * len(ids) for ids in responses],
+                "ranks": [1.0 + sum(other > score for other in scores) for score in scores],
+                "scores": scores,
+                "row": number,
+            }
+        )
+    return Dataset.from_list(rows)
 
 
 def pairs(count: int = 8, seed: int = 0, longest: int = 10) -> Dataset:
     """Prepared random pairs as a data set."""
     return Dataset.from_list(random_rows(count, seed, longest))
+
+
+ROWS = {PAIRS: pairs, UNPAIRED: unpaired, LISTS: lists}
 
 
 def make_config(folder: str | Path, **settings: Any) -> PreferenceConfig:
@@ -53,8 +99,9 @@ def make_trainer(folder: str | Path, model: nn.Module | None = None, **settings:
     }
     if model is None and "model_init" not in given:
         model = tiny_model()
-    given = {"train_dataset": pairs(), "processing_class": tiny_tokenizer(), **given}
-    return PreferenceTrainer(model, args=make_config(folder, **settings), **given)
+    config = make_config(folder, **settings)
+    given = {"train_dataset": examples(config.build_objective()), "processing_class": tiny_tokenizer(), **given}
+    return PreferenceTrainer(model, args=config, **given)
 
 
 def logged(trainer: PreferenceTrainer, name: str) -> list[float]:

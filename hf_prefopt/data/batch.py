@@ -2,13 +2,16 @@
 
 A *group* is one prompt with its K ≥ 1 responses. A batch holds the responses of all its groups in one flat order
 (index R), the scored tokens of all responses in one flat order (index N), and its examples (index B): for pairs, which
-response is the chosen and which the rejected one. Nothing after the collator knows how the tokens were laid out.
+response is the chosen and which the rejected one; the kinds of examples are in `examples/`. Nothing after the collator
+knows how the tokens were laid out.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TypedDict
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -29,6 +32,8 @@ class PreferenceBatch(TypedDict, total=False):
     Responses (R) and examples (B):
         response_lengths: `[R]` int64, the number of scored tokens, ≥ 1.
         chosen, rejected: `[B]` int64, each pair's responses, as indices into R. A response may serve several pairs.
+        responses, mismatched: `[B]` int64, and labels: `[B]` bool, of unpaired examples (see `examples.unpaired`).
+        list_responses, list_mask, list_ranks, list_scores: `[B, K]`, of lists (see `examples.lists`).
         rows, pair_in_row: `[B]` int64, the example's row in its data set, and its place among that row's pairs.
     """
 
@@ -45,6 +50,13 @@ class PreferenceBatch(TypedDict, total=False):
     response_lengths: Tensor
     chosen: Tensor
     rejected: Tensor
+    responses: Tensor
+    mismatched: Tensor
+    labels: Tensor
+    list_responses: Tensor
+    list_mask: Tensor
+    list_ranks: Tensor
+    list_scores: Tensor
     rows: Tensor
     pair_in_row: Tensor
 
@@ -82,3 +94,11 @@ class ResponseScores:
         """`[R]`: mean over the tokens of log π_t − log Σ_v π_v² (nats per token), detached: WPO's log weight."""
         aligned = (self.token_logps - self.token_stats["log_sum_sq_probs"]).detach()
         return self.sum_by_response(aligned) / self.lengths.clamp(min=1)
+
+
+def join_examples(parts: Sequence[Tensor], fill: float = 0.0) -> Tensor:
+    """Tensors `[B_i]`, or `[B_i, K_i]` of lists, one behind the other; shorter lists are filled up."""
+    if parts[0].dim() == 1:
+        return torch.cat(list(parts))
+    longest = max(part.shape[1] for part in parts)
+    return torch.cat([F.pad(part, (0, longest - part.shape[1]), value=fill) for part in parts])

@@ -13,6 +13,8 @@ import torch
 from datasets import Dataset
 from torch.utils.data import Sampler
 
+from hf_prefopt.examples import kind_of_columns
+
 
 @dataclass
 class Group:
@@ -41,7 +43,8 @@ class Grouped:
 
     Attributes:
         groups: the groups, in the order of their first rows.
-        places: for each row, its responses as indices into the flat order of all groups' responses.
+        places: for each row, its responses (and then its mismatched ones, if it has any) as indices into the flat
+            order of all groups' responses.
     """
 
     groups: list[Group]
@@ -54,7 +57,9 @@ def group_rows(rows: Sequence[Mapping[str, Any]]) -> Grouped:
     numbered = []
     for row in rows:
         group = groups.setdefault(tuple(row["prompt_ids"]), Group(row["prompt_ids"]))
-        responses = zip(row["response_ids"], row["scored_masks"], strict=True)
+        ids = [*row["response_ids"], *row.get("mismatched_ids", ())]
+        masks = [*row["scored_masks"], *row.get("mismatched_masks", ())]
+        responses = zip(ids, masks, strict=True)
         numbered.append((group, [group.place(ids, mask) for ids, mask in responses]))
     first, total = {}, 0
     for group in groups.values():
@@ -64,24 +69,12 @@ def group_rows(rows: Sequence[Mapping[str, Any]]) -> Grouped:
 
 
 def index_examples(rows: Sequence[Mapping[str, Any]], places: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
-    """The pairs of all rows, in the order of the rows, as indices into the batch's flat order of responses.
+    """The examples of all rows, in the order of the rows, as entries of the batch; see `ExampleKind.index`.
 
     Args:
-        places: for each row, where its responses stand in that order.
-
-    Returns:
-        `chosen`, `rejected`: `[B]` int64, responses; `rows`, `pair_in_row`: `[B]` int64, each pair's row in its data
-        set and its place among that row's pairs.
+        places: for each row, where its responses stand in the batch's flat order of responses.
     """
-    pairs = [at[np.array(row["pairs"], dtype=np.int64).reshape(-1, 2)] for row, at in zip(rows, places, strict=True)]
-    chosen, rejected = np.concatenate(pairs).T
-    counts = [len(row["pairs"]) for row in rows]
-    return {
-        "chosen": chosen.copy(),
-        "rejected": rejected.copy(),
-        "rows": np.repeat(np.array([row["row"] for row in rows], dtype=np.int64), counts),
-        "pair_in_row": np.concatenate([np.arange(count) for count in counts]),
-    }
+    return kind_of_columns(rows[0]).index(rows, places)
 
 
 def prompt_keys(dataset: Dataset) -> np.ndarray:

@@ -9,9 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
-import torch
-
 from hf_prefopt.data.batch import PreferenceBatch
+from hf_prefopt.examples import EXAMPLE_ENTRIES
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -74,6 +73,4 @@ def idle(batch: PreferenceBatch) -> PreferenceBatch:
 
     Ranks of a sharded model call its layers together, so one with fewer pieces than the others fills up with these.
     """
-    nothing = torch.empty(0, dtype=torch.int64, device=batch["rows"].device)
-    emptied = dict.fromkeys(("chosen", "rejected", "rows", "pair_in_row"), nothing)
-    return cast(PreferenceBatch, {**batch, **emptied})
+    return cast(PreferenceBatch, {**batch, **{name: batch[name][:0] for name in EXAMPLE_ENTRIES if name in batch}})

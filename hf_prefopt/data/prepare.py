@@ -17,18 +17,36 @@ from hf_prefopt.data.schema import CanonicalRow, find_format
 from hf_prefopt.data.summary import describe_bad_rows, summarise
 from hf_prefopt.data.tokenize import TokenisedRow, TokenKinds, tokenize_rows
 from hf_prefopt.data.truncate import TRUNCATION_MODES, Cuts, truncate_row
+from hf_prefopt.data.unpair import unpair as unpair_rows
+from hf_prefopt.examples import PAIRS, UNPAIRED, ExampleKind, kind_of_columns
 
 logger = logging.getLogger(__name__)
 
 ON_BAD_ROWS = ("error", "drop")
 
-PREPARED_FEATURES = {
-    "prompt_ids": List(Value("int32")),
-    "response_ids": List(List(Value("int32"))),
-    "scored_masks": List(List(Value("int8"))),
+# What a prepared data set says of its examples, by the kinds' columns.
+EXAMPLE_FEATURES = {
     "pairs": List(List(Value("int32"))),
-    "row": Value("int64"),
+    "labels": List(Value("bool")),
+    "ranks": List(Value("float64")),
+    "scores": List(Value("float64")),
 }
+
+
+def prepared_features(kind: ExampleKind) -> Features:
+    """The columns of a prepared data set of such examples."""
+    return Features(
+        {
+            "prompt_ids": List(Value("int32")),
+            "response_ids": List(List(Value("int32"))),
+            "scored_masks": List(List(Value("int8"))),
+            **{column: EXAMPLE_FEATURES[column] for column in kind.columns},
+            "row": Value("int64"),
+        }
+    )
+
+
+PREPARED_FEATURES = dict(prepared_features(PAIRS))
 # What happened to the row; removed once counted.
 _NOTES = {
     "_problem": Value("string"),  # what is wrong with the row, or ""
@@ -53,6 +71,7 @@ def prepare_dataset(
     on_bad_rows: str = "error",
     num_proc: int | None = None,
     name: str = "train",
+    unpair: bool = False,
 ) -> Dataset | IterableDataset:
     """Tokenise a data set of preferences, in any of the formats of `schema.FORMATS`.
 
@@ -69,11 +88,12 @@ def prepare_dataset(
         on_bad_rows: "error" refuses a data set with unusable rows, "drop" leaves them out; both count them.
         num_proc: processes of `Dataset.map`.
         name: what messages call the data set.
+        unpair: makes two unpaired examples of every pair, in rows of their own.
 
     Returns:
         A data set of the columns `prompt_ids` (list of int), `response_ids` (K lists; of a pair chosen, then rejected),
-        `scored_masks` (K lists of 0 / 1, one per response token), `pairs` (`[[0, 1]]` for a pair) and `row` (the row in
-        the data set given).
+        `scored_masks` (K lists of 0 / 1, one per response token), `row` (the row in the data set given), and by the
+        kind of the examples `pairs` (`[[0, 1]]` for a pair), `labels` (K bools), or `ranks` and `scores` (K numbers).
 
     Raises:
         ValueError: an argument outside its values; columns of no known format; messages without a chat template; with
@@ -84,17 +104,33 @@ def prepare_dataset(
     if max_length is not None and (not isinstance(max_length, int) or max_length < 2):
         raise ValueError(f"max_length={max_length!r}: give at least 2 tokens, or None to cut nothing")
     columns = _column_names(dataset)
-    if set(PREPARED_FEATURES).issubset(columns):
-        return dataset
-    try:
-        find_format(columns)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
+    kind = kind_of_columns(columns)
+    if kind is None or not set(prepared_features(kind)).issubset(columns):
+        try:
+            kind = find_format(columns).kind
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        dataset = _tokenise(dataset, kind, tokenizer, max_length, truncation_mode, on_bad_rows, num_proc, name)
+    return unpair_rows(dataset, prepared_features(UNPAIRED)) if unpair and kind is PAIRS else dataset
+
+
+def _tokenise(
+    dataset: Dataset | IterableDataset,
+    kind: ExampleKind,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None,
+    truncation_mode: str,
+    on_bad_rows: str,
+    num_proc: int | None,
+    name: str,
+) -> Dataset | IterableDataset:
+    """The data set of rows in a known format, prepared."""
+    features = prepared_features(kind)
     how = {
         "batched": True,
         "with_indices": True,
-        "remove_columns": columns,
-        "features": Features({**PREPARED_FEATURES, **_NOTES}),
+        "remove_columns": _column_names(dataset),
+        "features": Features({**features, **_NOTES}),
         "fn_kwargs": {
             "tokenizer": tokenizer,
             "max_length": max_length,
@@ -103,7 +139,7 @@ def prepare_dataset(
         },
     }
     if isinstance(dataset, Dataset) and not len(dataset):
-        return Dataset.from_dict({column: [] for column in PREPARED_FEATURES}, features=Features(PREPARED_FEATURES))
+        return Dataset.from_dict({column: [] for column in features}, features=features)
     if isinstance(dataset, IterableDataset):
         # Small batches: the first rows should not wait for a thousand.
         noted = dataset.map(_prepare_batch, batch_size=64, **how)
@@ -136,10 +172,11 @@ def _prepare_batch(
     kinds = TokenKinds(tokenizer)
     rows = [_read(row_format.read, columns, at) for at in range(len(indices))]
     tokenised = iter(tokenize_rows([row for row in rows if isinstance(row, CanonicalRow)], tokenizer, kinds))
-    out: dict[str, list[Any]] = {column: [] for column in (*PREPARED_FEATURES, *_NOTES)}
+    out: dict[str, list[Any]] = {column: [] for column in (*prepared_features(row_format.kind), *_NOTES)}
     for index, row in zip(indices, rows, strict=True):
         done = row if isinstance(row, BadRow) else next(tokenised)
-        for column, value in _note(index, done, max_length, truncation_mode, kinds).items():
+        noted = _note(index, done, max_length, truncation_mode, kinds, row_format.kind)
+        for column, value in noted.items():
             out[column].append(value)
     return out
 
@@ -152,7 +189,7 @@ def _read(read: Any, columns: Mapping[str, list[Any]], at: int) -> CanonicalRow 
 
 
 def _note(
-    index: int, row: TokenisedRow | BadRow, max_length: int | None, mode: str, kinds: TokenKinds
+    index: int, row: TokenisedRow | BadRow, max_length: int | None, mode: str, kinds: TokenKinds, examples: ExampleKind
 ) -> dict[str, Any]:
     """One row of the map's result."""
     kept, cuts, problem = None, Cuts(), ""
@@ -160,12 +197,13 @@ def _note(
         problem = str(row)
     else:
         kept, cuts = truncate_row(row, max_length, mode, kinds)
-    shown = kept or TokenisedRow([], [], [], [])
+    shown = kept or TokenisedRow([], [], [])
+    said = {"pairs": [list(pair) for pair in shown.pairs], **shown.marks}
     return {
         "prompt_ids": shown.prompt_ids,
         "response_ids": shown.response_ids,
         "scored_masks": shown.scored_masks,
-        "pairs": [list(pair) for pair in shown.pairs],
+        **{column: said.get(column, []) for column in examples.columns},
         "row": index,
         "_problem": problem,
         "_bad": bool(problem),

@@ -5,17 +5,22 @@ Formats (an entry of `FORMATS` each, found by the data set's columns; a column h
     prompt, chosen, rejected                   explicit prompt
     chosen, rejected                           implicit prompt: both sides begin with it
     prompt_ids, chosen_ids, rejected_ids       already tokenised
+    prompt, completion, label                  a response, desirable (true) or not
+    prompt, responses, ranks                   a list of responses; smaller ranks are better
+    prompt, responses, scores                  a list of responses; larger scores are better
 
 with `tools` and `chat_template_kwargs` beside messages. Messages themselves are checked in messages.py; tokens are the
 affair of tokenize.py.
 """
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from hf_prefopt.data.messages import BadRow, Message, check_messages, check_reply, count_shared_messages, drop_nones
+from hf_prefopt.examples import LISTS, PAIRS, UNPAIRED, ExampleKind
 
 Kind = Literal["text", "messages", "tokens"]
 
@@ -30,6 +35,7 @@ class CanonicalRow:
         responses: the K responses; for a pair the chosen, then the rejected one.
         columns: the column that each response came from, for error messages.
         pairs: `(chosen, rejected)` indices into `responses`.
+        marks: what the row says of each response beside pairs, by the prepared column: `labels`, or `ranks`, `scores`.
         tools: tool schemas for the chat template, or None.
         chat_template_kwargs: further arguments of the chat template.
     """
@@ -38,7 +44,8 @@ class CanonicalRow:
     prompt: Any
     responses: list[Any]
     columns: tuple[str, ...]
-    pairs: list[tuple[int, int]]
+    pairs: list[tuple[int, int]] = field(default_factory=list)
+    marks: dict[str, list] = field(default_factory=dict)
     tools: list[dict[str, Any]] | None = None
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
 
@@ -50,6 +57,7 @@ class RowFormat:
     name: str
     columns: tuple[str, ...]
     read: Callable[[Mapping[str, Any]], CanonicalRow]
+    kind: ExampleKind = PAIRS
 
 
 def find_format(columns: Iterable[str]) -> RowFormat:
@@ -92,11 +100,54 @@ def read_tokenised_pair(row: Mapping[str, Any]) -> CanonicalRow:
     return CanonicalRow("tokens", prompt, responses, ("chosen_ids", "rejected_ids"), [(0, 1)])
 
 
+def read_labelled(row: Mapping[str, Any]) -> CanonicalRow:
+    """`prompt`, `completion`, as texts or as lists of messages, and `label`: whether the completion is desirable."""
+    kind = _shared_kind(row, ("prompt", "completion"))
+    prompt = _CHECKS[kind].prompt("prompt", row["prompt"])
+    completion = _CHECKS[kind].response("completion", row["completion"])
+    if row.get("label") not in (True, False):  # Of numbers, 0 and 1 are equal to these.
+        raise BadRow("label", f"is {row.get('label')!r}", "make it true (desirable) or false")
+    return _canonical(kind, prompt, {"completion": completion}, row, marks={"labels": [bool(row["label"])]})
+
+
+def read_ranked(row: Mapping[str, Any]) -> CanonicalRow:
+    """`prompt` and `responses`, a list of texts or of lists of messages, with `ranks`: a number each, 1 the best."""
+    return _read_list(row, "ranks", lambda ranks: {"ranks": ranks, "scores": []})
+
+
+def read_scored(row: Mapping[str, Any]) -> CanonicalRow:
+    """As `read_ranked`, with `scores`: larger is better. Ranks are made of them, equal ones of equal scores."""
+    return _read_list(
+        row, "scores", lambda scores: {"ranks": [1 + sum(o > s for o in scores) for s in scores], "scores": scores}
+    )
+
+
+def _read_list(
+    row: Mapping[str, Any], column: str, mark: Callable[[list[float]], dict[str, list[float]]]
+) -> CanonicalRow:
+    responses, values = row.get("responses"), row.get(column)
+    if not isinstance(responses, list | tuple) or len(responses) < 2:
+        raise BadRow("responses", "is no list of two or more", "give every prompt at least two responses")
+    if not isinstance(values, list | tuple) or len(values) != len(responses):
+        raise BadRow(column, f"is no list of {len(responses)} numbers", "give one for each response")
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise BadRow(column, f"holds {value!r}", "make it a list of finite numbers")
+    named = {f"responses[{place}]": response for place, response in enumerate(responses)}
+    kind = _shared_kind({"prompt": row.get("prompt"), **named}, ("prompt", *named))
+    prompt = _CHECKS[kind].prompt("prompt", row["prompt"])
+    checked = {name: _CHECKS[kind].response(name, response) for name, response in named.items()}
+    return _canonical(kind, prompt, checked, row, marks=mark([float(value) for value in values]))
+
+
 # The order matters: the first format whose columns are all present is the data set's.
 FORMATS: tuple[RowFormat, ...] = (
     RowFormat("tokenised pairs", ("prompt_ids", "chosen_ids", "rejected_ids"), read_tokenised_pair),
     RowFormat("pairs", ("prompt", "chosen", "rejected"), read_explicit_pair),
     RowFormat("pairs that begin with their prompt", ("chosen", "rejected"), read_implicit_pair),
+    RowFormat("labelled responses", ("prompt", "completion", "label"), read_labelled, UNPAIRED),
+    RowFormat("scored lists", ("prompt", "responses", "scores"), read_scored, LISTS),
+    RowFormat("ranked lists", ("prompt", "responses", "ranks"), read_ranked, LISTS),
 )
 
 
@@ -164,12 +215,20 @@ _SPOKEN = {"text": "text", "messages": "a list"}
 
 
 def _pair(kind: Kind, prompt: Any, responses: list[Any], row: Mapping[str, Any]) -> CanonicalRow:
+    named = dict(zip(("chosen", "rejected"), responses, strict=True))
+    return _canonical(kind, prompt, named, row, pairs=[(0, 1)])
+
+
+def _canonical(
+    kind: Kind, prompt: Any, responses: dict[str, Any], row: Mapping[str, Any], **examples: Any
+) -> CanonicalRow:
+    """The row of these responses by column, with the columns that stand beside messages in every format."""
     return CanonicalRow(
         kind=kind,
         prompt=prompt,
-        responses=responses,
-        columns=("chosen", "rejected"),
-        pairs=[(0, 1)],
+        responses=list(responses.values()),
+        columns=tuple(responses),
+        **examples,
         # An empty list is no tools: some templates would print the heading of a list of tools.
         tools=_parse_json("tools", row.get("tools"), list) or None,
         chat_template_kwargs=_parse_json("chat_template_kwargs", row.get("chat_template_kwargs"), dict) or {},

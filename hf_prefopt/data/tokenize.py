@@ -5,7 +5,7 @@ those of the prompt, for all responses at the earliest such place, since tokens 
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
 from typing import cast
@@ -26,12 +26,14 @@ class TokenisedRow:
         response_ids: K lists of token ids.
         scored_masks: K lists of 0 / 1, one per response token: 1 where its log-prob counts.
         pairs: `(chosen, rejected)` indices into the responses.
+        marks: further columns that say something of each response.
     """
 
     prompt_ids: list[int]
     response_ids: list[list[int]]
     scored_masks: list[list[int]]
-    pairs: list[tuple[int, int]]
+    pairs: list[tuple[int, int]] = field(default_factory=list)
+    marks: dict[str, list] = field(default_factory=dict)
 
 
 class TokenKinds:
@@ -168,7 +170,7 @@ def _finish_row(
     for column, mask in zip(row.columns, masks, strict=True):
         if not any(mask):
             raise BadRow(column, "has no token to score")
-    return TokenisedRow(prompt, responses, masks, row.pairs)
+    return TokenisedRow(prompt, responses, masks, row.pairs, row.marks)
 
 
 def _boundary(encoding: _Encoding) -> int:

@@ -10,20 +10,25 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from hf_prefopt.data.batch import join_examples
+
 Inputs = dict[str, Tensor]
 
 
 def gather_inputs(accelerator: Accelerator, inputs: Inputs) -> tuple[Inputs, int]:
-    """The inputs `[B_r]` of all ranks in one `[ΣB_r]`, detached, and where this rank's begin."""
+    """The inputs `[B_r]` or `[B_r, K_r]` of all ranks in one, detached, and where this rank's begin."""
     detached = {name: tensor.detach() for name, tensor in inputs.items()}
     if accelerator.num_processes == 1:
         return detached, 0
-    own = torch.tensor([len(next(iter(detached.values())))], device=accelerator.device)
-    sizes = accelerator.gather(own).tolist()
+    count = len(next(iter(detached.values())))
+    longest_list = max((tensor.shape[1] for tensor in detached.values() if tensor.dim() == 2), default=0)
+    shapes = accelerator.gather(torch.tensor([[count, longest_list]], device=accelerator.device))
+    sizes, widths = shapes.T.tolist()
 
     def gathered(tensor: Tensor) -> Tensor:
-        padded = torch.nn.functional.pad(tensor, (0, max(sizes) - len(tensor)))
-        parts = accelerator.gather(padded).view(len(sizes), max(sizes))
+        room = (0, max(widths) - tensor.shape[1]) if tensor.dim() == 2 else ()
+        padded = torch.nn.functional.pad(tensor, (*room, 0, max(sizes) - len(tensor)))
+        parts = accelerator.gather(padded).view(len(sizes), *padded.shape)
         return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
     everything = {name: gathered(tensor.contiguous()) for name, tensor in detached.items()}
@@ -39,21 +44,27 @@ class StepInputs:
         self._everything: Inputs = {}
         self._starts: list[int] = []
 
-    def splice(self, index: int, own: Inputs) -> tuple[Inputs, slice]:
-        """The global inputs with micro-batch `index`'s entries replaced by its live ones, and where those stand."""
+    @property
+    def everything(self) -> Inputs:
+        """The inputs of the global batch, the same on every rank and without gradients."""
         if not self._everything:
             self._gather()
+        return self._everything
+
+    def splice(self, index: int, own: Inputs) -> tuple[Inputs, slice]:
+        """The global inputs with micro-batch `index`'s entries replaced by its live ones, and where those stand."""
+        everything_else = self.everything
         start = self._starts[index]
         where = slice(start, start + len(next(iter(own.values()))))
         spliced = {
-            name: torch.cat([everything[: where.start], own[name], everything[where.stop :]])
-            for name, everything in self._everything.items()
+            name: join_examples([everything[: where.start], own[name], everything[where.stop :]])
+            for name, everything in everything_else.items()
         }
         return spliced, where
 
     def _gather(self) -> None:
         parts = self._collect()
-        local = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        local = {name: join_examples([part[name] for part in parts]) for name in parts[0]}
         self._everything, start = gather_inputs(self._accelerator, local)
         for part in parts:
             self._starts.append(start)

@@ -60,11 +60,8 @@ class Objective:
         self.terms = terms
         self.use_weighting = use_weighting
         self.kind = terms[0].spec.kind
-        self.state: dict[str, State] = {
-            term.spec.name: {name: torch.tensor(value).double() for name, value in term.spec.state.initial.items()}
-            for term in terms
-            if term.spec.state is not None
-        }
+        self.state: dict[str, State] = {}
+        self.reset_state()
         self.inputs = tuple(
             dict.fromkeys([name for term in terms for name in term.inputs] + list(_WPO_INPUTS if use_weighting else ()))
         )
@@ -79,6 +76,11 @@ class Objective:
     def needs_global_batch(self) -> bool:
         """Whether any loss of an example depends on the other examples of the global batch."""
         return any(term.spec.needs_global_batch for term in self.terms)
+
+    @property
+    def needs_mismatched(self) -> bool:
+        """Whether any loss reads log-probs of another prompt's responses."""
+        return any("mismatched" in name for name in self.inputs)
 
     @property
     def token_stats(self) -> tuple[str, ...]:
@@ -98,6 +100,12 @@ class Objective:
             components |= {name: output.losses.detach() for name, output in outputs.items()}
         return LossOutput(total, rewards, components)
 
+    def reset_state(self) -> None:
+        """Forget all batches."""
+        initial = {term.spec.name: term.spec.state.initial for term in self.terms if term.spec.state is not None}
+        self.state = {loss: {} for loss in initial}
+        self.load_state_dict(initial)
+
     def update_state(self, inputs: dict[str, Tensor]) -> None:
         """Take the global batch of a step into what losses keep: once, before they are computed on it."""
         for term in self.terms:
@@ -111,7 +119,7 @@ class Objective:
     def load_state_dict(self, saved: dict[str, dict[str, float]]) -> None:
         """Take over what `state_dict` gave; losses that it does not name start afresh."""
         for loss in self.state.keys() & saved.keys():
-            self.state[loss] = {name: torch.tensor(value).double() for name, value in saved[loss].items()}
+            self.state[loss] = {name: torch.tensor(value, dtype=torch.float64) for name, value in saved[loss].items()}
 
     def _state_beside(self, term: Term, inputs: dict[str, Tensor]) -> State | None:
         """The state of a loss, on the device and in the precision of its inputs."""

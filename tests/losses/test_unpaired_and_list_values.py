@@ -77,7 +77,7 @@ def test_a_pair_is_two_examples(pair, single):
 
 
 def test_bcos_delta_is_the_mean_of_all_that_training_has_seen():
-    """β = 1: batches of rewards (1, 3) and (5, 5, 5) leave δ at 2 and then at 19/5; computing the loss moves nothing."""
+    """β = 1: batches of rewards (1, 3) and (5, 5, 5) leave δ at 2 and then at 19/5; the loss itself moves nothing."""
     objective = build_objective(["bco"], shared_params={"beta": 1.0})
 
     def batch(*rewards):
