@@ -4,6 +4,7 @@ A recipe says what is trained and how; here stands only what would otherwise be 
 """
 
 import random
+import runpy
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +31,13 @@ class RecipeArguments:
     gsm8k_problems: int = field(
         default=0, metadata={"help": "Solve so many GSM8K problems (at most 200) at every evaluation; 0 for none."}
     )
+    losses_from: str | None = field(
+        default=None, metadata={"help": "A Python file that registers losses of your own; it is run first."}
+    )
+
+    def __post_init__(self):
+        if self.losses_from:
+            runpy.run_path(self.losses_from)
 
 
 # PEFT asks transformers for an attribute under its old name: one known line of noise, at every start, that is not ours.
@@ -38,8 +46,9 @@ warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprec
 
 def parse_arguments() -> tuple[ScriptArguments, PreferenceConfig, ModelConfig, RecipeArguments]:
     """The arguments of the command line, over those of the YAML file given as `--config`."""
-    parser = TrlParser((ScriptArguments, PreferenceConfig, ModelConfig, RecipeArguments))
-    script, training, model, recipe = parser.parse_args_and_config()
+    # The recipe's own come first: PreferenceConfig looks its losses up, which `losses_from` may have yet to register.
+    parser = TrlParser((RecipeArguments, ScriptArguments, PreferenceConfig, ModelConfig))
+    recipe, script, training, model = parser.parse_args_and_config()
     for name, value in (("dataset_name", script.dataset_name), ("model_name_or_path", model.model_name_or_path)):
         if value is None:
             parser.error(f"--{name} is missing: pass it, or a YAML file that has it by --config")
