@@ -14,7 +14,7 @@ LAUNCH := $(VENV)/bin/accelerate launch --num_processes 1 --num_machines 1 --mix
 # Further options of the demo's recipe: make demo DEMO_OPTIONS="--loss_type simpo"
 DEMO_OPTIONS ?=
 
-.PHONY: demo test lint setup clean
+.PHONY: demo test lint docs setup clean
 .DELETE_ON_ERROR:
 
 demo: $(READY) $(MODEL)/config.json
@@ -28,6 +28,11 @@ lint: $(READY)
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/mypy
+
+# What is made from the registry of losses: their page and their configurations.
+docs: $(READY)
+	@$(VENV)/bin/python -m hf_prefopt.losses.page > docs/losses.md
+	@$(VENV)/bin/python recipes/configs/write.py
 
 setup: $(READY)
 

@@ -73,4 +73,7 @@ def idle(batch: PreferenceBatch) -> PreferenceBatch:
 
     Ranks of a sharded model call its layers together, so one with fewer pieces than the others fills up with these.
     """
-    return cast(PreferenceBatch, {**batch, **{name: batch[name][:0] for name in EXAMPLE_ENTRIES if name in batch}})
+    entries = cast(dict[str, Any], batch)
+    return cast(
+        PreferenceBatch, {**entries, **{name: entries[name][:0] for name in EXAMPLE_ENTRIES if name in entries}}
+    )

@@ -1,6 +1,7 @@
 """The objective: the weighted sum of losses that a configuration asks for, as one function of named inputs."""
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,7 +38,9 @@ class Term:
         return self.spec(**{name: inputs[name] for name in self.inputs}, **self.params, **kept)
 
     def updated(self, state: State, inputs: dict[str, Tensor]) -> State:
-        """The loss's state after the global batch of these inputs."""
+        """The loss's state after the global batch of these inputs; what it was, of a loss that keeps none."""
+        if self.spec.state is None:
+            return state
         with torch.no_grad():
             return self.spec.state.update(state, **{name: inputs[name] for name in self.inputs}, **self.params)
 
@@ -109,19 +112,19 @@ class Objective:
     def update_state(self, inputs: dict[str, Tensor]) -> None:
         """Take the global batch of a step into what losses keep: once, before they are computed on it."""
         for term in self.terms:
-            if term.spec.state is not None:
+            if term.spec.name in self.state:
                 self.state[term.spec.name] = term.updated(self._state_beside(term, inputs), inputs)
 
     def state_dict(self) -> dict[str, dict[str, float]]:
         """What losses keep, as numbers for a checkpoint."""
         return {loss: {name: value.item() for name, value in state.items()} for loss, state in self.state.items()}
 
-    def load_state_dict(self, saved: dict[str, dict[str, float]]) -> None:
+    def load_state_dict(self, saved: Mapping[str, Mapping[str, float]]) -> None:
         """Take over what `state_dict` gave; losses that it does not name start afresh."""
         for loss in self.state.keys() & saved.keys():
             self.state[loss] = {name: torch.tensor(value, dtype=torch.float64) for name, value in saved[loss].items()}
 
-    def _state_beside(self, term: Term, inputs: dict[str, Tensor]) -> State | None:
+    def _state_beside(self, term: Term, inputs: dict[str, Tensor]) -> State:
         """The state of a loss, on the device and in the precision of its inputs."""
         like = inputs[term.inputs[0]]
         return {name: value.to(like) for name, value in self.state.get(term.spec.name, {}).items()}

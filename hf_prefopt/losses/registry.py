@@ -110,7 +110,7 @@ class LossSpec:
 def token_stats_of(inputs: Iterable[str]) -> frozenset[str]:
     """The per-token statistics, besides the log-prob, that inputs of these names are made of."""
     statistics = (kind.statistic(name) for name in inputs for kind in KINDS if kind.takes(name))
-    return frozenset(name for statistic in statistics for name in STATISTICS.get(statistic, ()))
+    return frozenset(name for statistic in statistics if statistic for name in STATISTICS[statistic])
 
 
 _LOSSES: dict[str, LossSpec] = {}
