@@ -79,8 +79,9 @@ def test_a_step_is_the_gradient_of_the_mean_over_its_examples(objective, layout,
     model, _ = off_reference(objective)
     fresh = make_trainer(tmp_path, model, **off_reference(objective)[1], **objective, per_device_train_batch_size=8)
     batch = next(iter(fresh.get_train_dataloader()))
-    policy = score(model, batch, fresh.objective.token_stats)
-    reference = fresh.reference.score(batch) if fresh.reference else None
+    reference = fresh.reference.score(batch, fresh.objective.reference_token_stats) if fresh.reference else None
+    predictions = fresh.reference.predictions(reference) if fresh.reference else None
+    policy = score(model, batch, fresh.objective.token_stats, predictions)
     inputs = loss_inputs(fresh.objective.inputs, batch, policy, reference)
     fresh.objective.update_state(inputs)
     loss = fresh.objective(inputs).losses.mean()

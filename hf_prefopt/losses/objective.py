@@ -88,7 +88,12 @@ class Objective:
     @property
     def token_stats(self) -> tuple[str, ...]:
         """The per-token statistics, besides the log-prob, that the policy's head must compute."""
-        return tuple(sorted(token_stats_of(self.inputs)))
+        return tuple(sorted(token_stats_of(self.inputs, "policy")))
+
+    @property
+    def reference_token_stats(self) -> tuple[str, ...]:
+        """The same for the reference's head."""
+        return tuple(sorted(token_stats_of(self.inputs, "ref")))
 
     def __call__(self, inputs: dict[str, Tensor]) -> LossOutput:
         """The weighted sum on named inputs `[B]` or `[B, K]`; see `losses.inputs`."""

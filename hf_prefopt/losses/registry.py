@@ -2,9 +2,15 @@
 
 A loss is a pure function of tensors. The names of its parameters say what it needs, so nothing is declared twice:
 
-    policy_chosen_logps, ref_rejected_logps, ...   pairs: {policy | ref}_{chosen | rejected}_{statistic}, `[B]`
+    policy_chosen_logps, ref_rejected_logps, ...   pairs: {policy | ref}_{chosen | rejected}_{statistic}, `[B]`; the
+                                                   statistics are `examples.STATISTICS`
     chosen_lengths, rejected_lengths               scored tokens per response: `[B]`
+    policy_chosen_token_logps, ...                 log-probs of the scored tokens: `[B, T]`, 0 behind a response's end
+    chosen_token_mask, rejected_token_mask         `[B, T]` bool, False behind it
+    chosen_token_weights, rejected_token_weights   of the data set's columns: `[B, T]`
+    rows, pair_in_row                              which pair of the data set it is: `[B]`
     policy_logps, ref_logps, lengths, labels       single responses, desirable (True) or not: `[B]`
+    policy_token_logps, token_mask, ...            the same of their tokens: `[B, T]`
     policy_mismatched_logps, ...                   another prompt's response behind the example's prompt: `[B]`
     policy_list_logps, ref_list_logps, list_lengths, list_mask, list_ranks, list_scores     lists: `[B, K]`
     state                                          numbers kept across batches; see `RunningState`
@@ -107,10 +113,16 @@ class LossSpec:
         return self.kind.default_rewards(arguments, arguments.get("beta", self.defaults.get("beta", 1.0)))
 
 
-def token_stats_of(inputs: Iterable[str]) -> frozenset[str]:
-    """The per-token statistics, besides the log-prob, that inputs of these names are made of."""
-    statistics = (kind.statistic(name) for name in inputs for kind in KINDS if kind.takes(name))
-    return frozenset(name for statistic in statistics if statistic for name in STATISTICS[statistic])
+def token_stats_of(inputs: Iterable[str], model: str) -> frozenset[str]:
+    """The per-token statistics, besides the log-prob, that inputs of these names take of the head of a model.
+
+    Args:
+        model: "policy" or "ref".
+    """
+    found = [(name, kind.statistic(name)) for name in inputs for kind in KINDS if kind.takes(name)]
+    asked = [(name, STATISTICS[statistic]) for name, statistic in found if statistic]
+    own = {stat for name, statistic in asked if name.startswith(model) for stat in statistic.own}
+    return frozenset(own | {stat for _, statistic in asked if model == "ref" for stat in statistic.of_reference})
 
 
 _LOSSES: dict[str, LossSpec] = {}
