@@ -26,11 +26,17 @@ OBJECTIVES = {
     "with use_weighting": {"loss_type": "hinge", "use_weighting": True},
     "several losses": {"loss_type": ["dpo", "kto_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]},
     "reference-free": {"loss_type": "ipo", "reference_free": True},
+    "f_divergence": {"loss_type": ["dpo", "sft"], "f_divergence_type": "js_divergence"},
+    "modified tokens": {"loss_type": "kto_pair", "humanline": True, "ld_alpha": 0.3, "use_token_weights": True},
+    "humanline": {"loss_type": "kto", "humanline": True},
 }
 # One of each kind that the trainer treats differently.
 KINDS = {
     name: OBJECTIVES[name]
-    for name in ("dpo", "sft", "kto_pair", "with use_weighting", "several losses", "kto", "bco", "plackett_luce")
+    for name in (
+        *("dpo", "sft", "kto_pair", "with use_weighting", "several losses", "kto", "bco", "plackett_luce"),
+        *("sampo", "tdpo2", "mallows_dpo", "modified tokens"),
+    )
 }
 each_kind = pytest.mark.parametrize("objective", KINDS.values(), ids=KINDS)
 each_objective = pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)

@@ -57,6 +57,7 @@ class LossSpec:
         is_average_loss: the log-probs are averaged over tokens, so beta is on another scale than DPO's.
         computes_reward_metrics: the loss has implicit rewards.
         needs_global_batch: the loss of an example depends on the other examples of the global batch.
+        has_own_divergence: it is made for a divergence from the reference, so no other one can take its place.
         state: what the loss keeps across batches; it is given to it as `state`.
         form_of: the loss of which this is the form for examples of its kind.
         inputs: names of its tensor parameters. `defaults`: its hyperparameters.
@@ -70,6 +71,7 @@ class LossSpec:
     is_average_loss: bool = False
     computes_reward_metrics: bool = True
     needs_global_batch: bool = False
+    has_own_divergence: bool = False
     state: RunningState | None = None
     form_of: str = ""
     inputs: tuple[str, ...] = ()
@@ -146,8 +148,8 @@ def register_loss(
         name: the loss's name.
         aliases: further names.
         paper: arXiv number.
-        **capabilities: `is_average_loss`, `computes_reward_metrics`, `needs_global_batch`, `state`, `form_of` where
-            they differ from `LossSpec`'s defaults.
+        **capabilities: `is_average_loss`, `computes_reward_metrics`, `needs_global_batch`, `has_own_divergence`,
+            `state`, `form_of` where they differ from `LossSpec`'s defaults.
 
     Returns:
         A decorator that returns the function unchanged.

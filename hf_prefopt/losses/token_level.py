@@ -4,6 +4,8 @@
 What the methods differ in is m_t; with m_t = 1 each is DPO. The implicit reward is the weighted sum, β Σ_t m_t ρ_t.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -83,11 +85,13 @@ def d2po_loss(
     ratios = _token_log_ratios(
         policy_chosen_token_logps, policy_rejected_token_logps, ref_chosen_token_logps, ref_rejected_token_logps
     )
-    # The power in float64: γ^1000 in fp32 would be off by the thousandfold rounding of γ.
-    chosen, rejected = (
-        ratio * (gamma ** torch.arange(1, ratio.shape[1] + 1, dtype=torch.float64)).to(ratio) for ratio in ratios
-    )
-    return _dpo_of_tokens(chosen, rejected, beta)
+    return _dpo_of_tokens(*(ratio * _decay(ratio, gamma) for ratio in ratios), beta)
+
+
+def _decay(ratio: Tensor, gamma: float) -> Tensor:
+    """γ, γ², … `[T]`, through the logarithm, which is rounded once and not with every power."""
+    places = torch.arange(1, ratio.shape[1] + 1, dtype=ratio.dtype, device=ratio.device)
+    return torch.exp(math.log(gamma) * places)
 
 
 @register_loss("tis_dpo", aliases=("tisdpo",), paper="2410.04350")

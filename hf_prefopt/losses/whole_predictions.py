@@ -19,7 +19,7 @@ from hf_prefopt.losses.base import (
 from hf_prefopt.losses.registry import register_loss
 
 
-@register_loss("tdpo1", paper="2404.11999")
+@register_loss("tdpo1", paper="2404.11999", has_own_divergence=True)
 def tdpo1_loss(
     policy_chosen_logps: Tensor,
     policy_rejected_logps: Tensor,
@@ -53,7 +53,7 @@ def tdpo1_loss(
     return _with_divergence(chosen, rejected, policy_chosen_kl, policy_rejected_kl, beta)
 
 
-@register_loss("tdpo2", paper="2404.11999")
+@register_loss("tdpo2", paper="2404.11999", has_own_divergence=True)
 def tdpo2_loss(
     policy_chosen_logps: Tensor,
     policy_rejected_logps: Tensor,
