@@ -35,6 +35,7 @@ class PreferenceBatch(TypedDict, total=False):
         responses, mismatched: `[B]` int64, and labels: `[B]` bool, of unpaired examples (see `examples.unpaired`).
         list_responses, list_mask, list_ranks, list_scores: `[B, K]`, of lists (see `examples.lists`).
         rows, pair_in_row: `[B]` int64, the example's row in its data set, and its place among that row's pairs.
+        counted: `[B]` bool, in evaluation, where some examples are repetitions (see `data.uneven`).
     """
 
     input_ids: Tensor
@@ -59,6 +60,7 @@ class PreferenceBatch(TypedDict, total=False):
     list_scores: Tensor
     rows: Tensor
     pair_in_row: Tensor
+    counted: Tensor
 
 
 @dataclass
