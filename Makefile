@@ -51,6 +51,10 @@ $(READY): pyproject.toml constraints.txt
 	@echo "Installing PyTorch ..."
 	@# First and by its exact version: the open requirement of another package may bring a CUDA build, gigabytes of it.
 	@$(PIP) torch==2.13.0
+	@echo "Installing DeepSpeed ..."
+	@# It is built here, and looks at the torch that it will run with: what builds it must be there already.
+	@$(PIP) setuptools packaging ninja numpy
+	@DS_ACCELERATOR=cpu DS_BUILD_OPS=0 $(PIP) --no-build-isolation deepspeed
 	@echo "Installing hf_prefopt and what it needs ..."
 	@$(PIP) -e '.[dev]'
 	@touch $@

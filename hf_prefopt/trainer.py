@@ -8,6 +8,7 @@ of the Trainer. Which losses there are, how tokens are laid out and where a refe
 import json
 import logging
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,20 @@ from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from hf_prefopt.checkpoints import is_complete, last_complete_checkpoint
 from hf_prefopt.config import PreferenceConfig
 from hf_prefopt.data.batch import PreferenceBatch, ResponseScores, join_examples
 from hf_prefopt.data.collate import PaddedCollator
 from hf_prefopt.data.group import PromptSampler, prompt_keys
-from hf_prefopt.data.microbatch import MicroBatchCollator, idle, pieces_of
+from hf_prefopt.data.microbatch import MicroBatchCollator, pieces_of
 from hf_prefopt.data.mismatched import EpochOfMismatches, MismatchedResponses
 from hf_prefopt.data.prepare import prepare_dataset, prepared_features
 from hf_prefopt.data.preview import print_preview
 from hf_prefopt.data.shared import SharedCollator
+from hf_prefopt.data.uneven import examples_of_first_rows, keep_examples, rows_that_count
 from hf_prefopt.examples import KINDS, kind_of_columns
 from hf_prefopt.losses.base import LossOutput
 from hf_prefopt.losses.global_batch import StepInputs
@@ -240,6 +245,53 @@ class PreferenceTrainer(Trainer):
         columns = dict.fromkeys(column for kind in KINDS for column in prepared_features(kind))
         self._signature_columns = [*columns, "token_weights", "mismatched_ids", "mismatched_masks"]
 
+    # -- checkpoints ----------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **arguments: Any):
+        """As the Trainer's; with `resume_from_checkpoint=True` from the newest checkpoint that was written to its end.
+
+        Raises:
+            ValueError: the checkpoint is half of one, or there is no whole one to resume from.
+        """
+        newest = last_complete_checkpoint(self.args.output_dir)
+        if resume_from_checkpoint is True:
+            if newest is None:
+                raise ValueError(f"{self.args.output_dir} has no complete checkpoint to resume from: start without")
+            resume_from_checkpoint = newest
+        if resume_from_checkpoint and not is_complete(resume_from_checkpoint):
+            cure = f"resume from {newest}" if newest else "start without resume_from_checkpoint"
+            raise ValueError(f"{resume_from_checkpoint} is no checkpoint that was written to its end: {cure}")
+        return super().train(resume_from_checkpoint or None, **arguments)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As the Trainer's; one that is overwritten loses the sign of a whole checkpoint first."""
+        folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        if self.args.should_save:
+            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+        super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """As the Trainer's, the last of what all ranks write; the state of the first rank follows when it is there."""
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """As the Trainer's, with what losses keep across batches."""
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.objective.state and self.args.should_save:
+            Path(output_dir, OBJECTIVE_STATE).write_text(json.dumps(self.objective.state_dict()))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As the Trainer's, with what losses keep across batches."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or not self.objective.state:
+            return
+        saved = Path(checkpoint, OBJECTIVE_STATE)
+        if saved.is_file():
+            self.objective.load_state_dict(json.loads(saved.read_text()))
+        else:
+            logger.warning("%s has no %s: %s starts afresh", checkpoint, saved.name, ", ".join(self.objective.state))
+
     # -- the step -------------------------------------------------------------------------------------------------
 
     def training_step(
@@ -269,7 +321,8 @@ class PreferenceTrainer(Trainer):
         if self.accelerator.num_processes == 1:
             return pieces
         count = self.accelerator.gather(torch.tensor([len(pieces)], device=self.args.device)).max().item()
-        return [*(idle(pieces[-1]) for _ in range(count - len(pieces))), *pieces]
+        idle = keep_examples(pieces[-1], torch.zeros_like(pieces[-1]["rows"], dtype=torch.bool))
+        return [*({**idle} for _ in range(count - len(pieces))), *pieces]
 
     def compute_loss(
         self,
@@ -345,7 +398,10 @@ class PreferenceTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of a step and its number of examples; for batch-wise losses, tied together."""
         self._settle_layout()
-        batches, num_examples = super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches = list(islice(epoch_iterator, num_batches))
+        if batches:
+            batches[-1] = self._without_repeats(batches[-1])
+        num_examples = self._get_num_items_in_batch(batches, device)
         if self.args.max_tokens_per_batch is not None:
             batches = [{"pieces": self._evened(pieces_of(batch))} for batch in batches]
         pieces = [piece for batch in batches for piece in pieces_of(batch)]
@@ -354,6 +410,23 @@ class PreferenceTrainer(Trainer):
             for index, piece in enumerate(pieces):
                 piece["step_inputs"] = (step, index)
         return batches, num_examples
+
+    def _without_repeats(self, batch: PreferenceBatch | dict[str, list[PreferenceBatch]]):
+        """A training batch without the examples of rows that are repeated at the end of the data."""
+        pieces = pieces_of(batch)
+        counted = self._counted(pieces, self._train_batch_size)
+        if counted is None:
+            return batch
+        pieces = [keep_examples(piece, kept) for piece, kept in zip(pieces, counted, strict=True)]
+        return {"pieces": pieces} if "pieces" in batch else pieces[0]
+
+    def _counted(self, pieces: list[PreferenceBatch], share: int) -> list[Tensor] | None:
+        """For each piece of a batch of `share` rows, which examples count; `None` where all do. See `data.uneven`."""
+        state, world_size = self.accelerator.gradient_state, self.accelerator.num_processes
+        if world_size == 1 or not state.end_of_dataloader or self.args.dataloader_drop_last:
+            return None
+        rows = len(state.active_dataloader.dataset)
+        return examples_of_first_rows(pieces, rows_that_count(rows, share, self.accelerator.process_index, world_size))
 
     def _collect(self, batches: list[PreferenceBatch]) -> list[dict[str, Tensor]]:
         """The loss inputs of all micro-batches of a step, without gradients; the reference's scores are kept."""
@@ -373,32 +446,16 @@ class PreferenceTrainer(Trainer):
             return count
         return self.accelerator.reduce(torch.tensor(count, device=device), reduction="sum")
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """As the Trainer's, with what losses keep across batches."""
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self.objective.state and self.args.should_save:
-            Path(output_dir, OBJECTIVE_STATE).write_text(json.dumps(self.objective.state_dict()))
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """As the Trainer's, with what losses keep across batches."""
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None or not self.objective.state:
-            return
-        saved = Path(checkpoint, OBJECTIVE_STATE)
-        if saved.is_file():
-            self.objective.load_state_dict(json.loads(saved.read_text()))
-        else:
-            logger.warning("%s has no %s: %s starts afresh", checkpoint, saved.name, ", ".join(self.objective.state))
-
     # -- evaluation and logs --------------------------------------------------------------------------------------
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """(mean loss of the batch, rewards `[B, 2]`, labels `[B, 2]`)."""
         with torch.no_grad(), self.compute_loss_context_manager():
-            outputs = [
-                self.compute_loss(model, piece, return_outputs=True)
-                for piece in pieces_of(self._prepare_inputs(inputs))
-            ]
+            pieces = pieces_of(self._prepare_inputs(inputs))
+            counted = self._counted(pieces, self.args.eval_batch_size)
+            if counted is not None:
+                pieces = [{**piece, "counted": examples} for piece, examples in zip(pieces, counted, strict=True)]
+            outputs = [self.compute_loss(model, piece, return_outputs=True) for piece in pieces]
         loss = torch.stack([loss for loss, _ in outputs]).mean()
         if prediction_loss_only:
             return loss, None, None

@@ -38,6 +38,7 @@ class PreferenceBatch(TypedDict, total=False):
         chosen_token_weights, rejected_token_weights: `[B, T]` fp32, of pairs whose tokens have weights, 0 behind the
             end of a response.
         rows, pair_in_row: `[B]` int64, the example's row in its data set, and its place among that row's pairs.
+        counted: `[B]` bool, in evaluation, where some examples are repetitions (see `data.uneven`).
     """
 
     input_ids: Tensor
@@ -65,6 +66,7 @@ class PreferenceBatch(TypedDict, total=False):
     list_scores: Tensor
     rows: Tensor
     pair_in_row: Tensor
+    counted: Tensor
 
 
 @dataclass

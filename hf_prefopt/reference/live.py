@@ -13,6 +13,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from hf_prefopt.data.batch import PreferenceBatch, ResponseScores
+from hf_prefopt.reference.shards import exchange, held, release_gathered
 from hf_prefopt.scoring.forward import HIDDEN, base_causal_lm, head_predictions, score
 
 
@@ -112,29 +113,33 @@ class FrozenTensors:
     """Copies of a model's trainable parameters, which can take the parameters' place for a while.
 
     The parameters stay the same objects, so that optimisers, engines and tied weights never notice; nothing of the copy
-    is in the model's state dict, so it is in no checkpoint.
+    is in the model's state dict, so it is in no checkpoint. Where an engine shards the parameters, a rank keeps its
+    shards of the copy.
     """
 
     model: nn.Module
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self):
-        self.tensors = {name: p.detach().clone() for name, p in self.model.named_parameters() if p.requires_grad}
+        self.tensors = {name: held(p).clone() for name, p in _named(self.model).items() if p.requires_grad}
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
         """The model computes with the copies inside this context."""
-        parameters = dict(self.model.named_parameters())
-        self._exchange(parameters)
+        self._exchange()
         try:
             yield
         finally:
-            self._exchange(parameters)
+            self._exchange()
 
-    def _exchange(self, parameters: dict[str, nn.Parameter]) -> None:
+    def _exchange(self) -> None:
         # Autocast keeps low-precision casts by parameter object: they would be those of the other tensors.
         torch.clear_autocast_cache()
-        for name, tensor in self.tensors.items():
-            parameter = parameters[name]
-            tensor = tensor.to(device=parameter.device, dtype=parameter.dtype)
-            self.tensors[name], parameter.data = parameter.data, tensor
+        release_gathered(self.model)
+        parameters = _named(self.model)
+        self.tensors = {name: exchange(parameters[name], tensor) for name, tensor in self.tensors.items()}
+
+
+def _named(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters by their names in the model as given, which an engine's checkpointing puts a word into."""
+    return {name.replace("_checkpoint_wrapped_module.", ""): p for name, p in model.named_parameters()}
