@@ -11,7 +11,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 from hf_prefopt.examples import UNPAIRED, ExampleKind
 from hf_prefopt.losses.objective import Objective, build_objective
 
-REFERENCES = ("auto", "adapter_off", "adapter:<name>", "model", "copy", "none")
+REFERENCES = ("auto", "adapter_off", "adapter:<name>", "model", "copy", "cache", "none")
 TRUNCATION_MODES = ("keep_start", "keep_end")
 BAD_ROWS = ("error", "drop")
 LAYOUTS = ("auto", "shared", "padded")
@@ -37,7 +37,10 @@ class PreferenceConfig(TrainingArguments):
 
     The reference:
         reference: "auto" (the adapter switched off when it is fresh; otherwise a frozen copy of what is trained, as
-            given), "adapter_off", "adapter:<name>", "model" (the `ref_model` passed to the trainer), "copy", "none".
+            given), "adapter_off", "adapter:<name>", "model" (the `ref_model` passed to the trainer), "copy", "none";
+            "cache" is "auto" with precompute_ref_log_probs.
+        precompute_ref_log_probs: computes the reference's log-probs of all data once, and keeps them on disk in
+            reference_cache_dir, where other runs find them; by default a folder beside the Hub's caches.
 
     The data:
         max_length: tokens of prompt and response together; `None` for no limit. truncation_mode: "keep_start" cuts the
@@ -83,6 +86,12 @@ class PreferenceConfig(TrainingArguments):
     reference: str = field(
         default="auto", metadata=_help("Where the reference comes from: " + ", ".join(REFERENCES) + ".")
     )
+    precompute_ref_log_probs: bool = field(
+        default=False, metadata=_help("Compute the reference's log-probs once, before training, and keep them on disk.")
+    )
+    reference_cache_dir: str | None = field(
+        default=None, metadata=_help("Where reference log-probs are kept; default: hf_prefopt in Hugging Face's cache.")
+    )
     disable_dropout: bool = field(
         default=False, metadata=_help("Train without dropout. The reference never has any, whatever this says.")
     )
@@ -121,8 +130,12 @@ class PreferenceConfig(TrainingArguments):
         if self.bf16 is None:
             self.bf16 = not self.fp16 and _is_fast_in_bf16(self.use_cpu)
         super().__post_init__()
+        if self.reference == "cache":
+            self.reference, self.precompute_ref_log_probs = "auto", True
         self._check_values()
         objective = self.build_objective()
+        if self.precompute_ref_log_probs:
+            self._check_cacheable(objective)
         if self.unpair and objective.kind is not UNPAIRED:
             raise ValueError(
                 f"unpair=True makes unpaired examples, and {', '.join(self.loss_type)} wants {objective.kind.wanted}"
@@ -148,6 +161,17 @@ class PreferenceConfig(TrainingArguments):
             reference_free=self.reference_free,
             kind=UNPAIRED if self.unpair else kind,
         )
+
+    def _check_cacheable(self, objective: Objective) -> None:
+        """Refuse a cache that nothing would read, or that does not hold what the losses read."""
+        losses = ", ".join(self.loss_type)
+        if not objective.needs_reference_model:
+            raise ValueError(f"precompute_ref_log_probs=True, but {losses} needs no reference: leave it out")
+        if objective.reference_token_stats:
+            raise ValueError(
+                f"precompute_ref_log_probs=True keeps log-probs, and {losses} also reads the reference's "
+                f"{', '.join(objective.reference_token_stats)} at every token: set precompute_ref_log_probs=False"
+            )
 
     def _check_values(self) -> None:
         _check_choice("truncation_mode", self.truncation_mode, TRUNCATION_MODES)

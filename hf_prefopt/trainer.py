@@ -31,6 +31,9 @@ from hf_prefopt.losses.base import LossOutput
 from hf_prefopt.losses.global_batch import StepInputs
 from hf_prefopt.losses.inputs import loss_inputs
 from hf_prefopt.policy import disable_dropout, load_model, load_tokenizer, with_adapter
+from hf_prefopt.reference.cache import CachedReference
+from hf_prefopt.reference.cache_fill import FillCache
+from hf_prefopt.reference.cache_key import KeyedCollator
 from hf_prefopt.reference.choose import choose_reference
 from hf_prefopt.reference.live import evaluation_mode
 from hf_prefopt.reference.remembered import RememberedScores
@@ -108,6 +111,11 @@ class PreferenceTrainer(Trainer):
         self._train_metrics, self._evaluation = RunningMeans(), EvaluationRecord()
         padded = PaddedCollator(_pad_token_id(self.tokenizer), args.pad_to_multiple_of)
         layouts = {"padded": padded, "shared": SharedCollator()}
+        self._cache_filler = FillCache(self) if args.precompute_ref_log_probs else None
+        if self._cache_filler and data_collator is not None:
+            raise ValueError("precompute_ref_log_probs=True finds responses by keys that a data_collator does not give")
+        if self._cache_filler:
+            layouts = {name: KeyedCollator(collator) for name, collator in layouts.items()}
         self._layouts = MicroBatchCollator(layouts, max_tokens=args.max_tokens_per_batch)
 
         super().__init__(
@@ -121,6 +129,8 @@ class PreferenceTrainer(Trainer):
         )
         if self.objective.needs_mismatched:
             self.add_callback(EpochOfMismatches())
+        if self._cache_filler:
+            self.add_callback(self._cache_filler)
         # compute_loss divides by the examples of the whole step itself.
         self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = True
         if self.args.n_gpu > 1:
@@ -144,11 +154,26 @@ class PreferenceTrainer(Trainer):
         self.reference = choose_reference(self.args.reference, model, self._given_reference, needed)
         for module in {model, self.reference.model if self.reference else model}:
             install_scoring(module, self.args.temperature)
+        if self.args.precompute_ref_log_probs:
+            where = self.args.reference_cache_dir
+            self.reference = CachedReference(self.reference, where, self.args.temperature, self._autocast_dtype)
         return model
 
+    @property
+    def _autocast_dtype(self) -> torch.dtype | None:
+        return torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
+
     def _settle_layout(self) -> None:
-        """Decide, once for a model, how its batches are laid out: when it is on its device, before the first batch."""
-        if self.layout is not None or self.data_collator is not self._layouts:
+        """Decide, once for a model, how its batches are laid out: when it is on its device, before the first batch.
+
+        A reference model of its own follows it there.
+        """
+        if self.layout is not None:
+            return
+        if self.reference:
+            self.reference.place(self.args.device)
+        if self.data_collator is not self._layouts:
+            self.layout = "the data_collator's"
             return
         reason = None if self.args.layout == "padded" else self._reason_against_shared()
         if reason is not None and self.args.layout == "shared":
@@ -160,9 +185,8 @@ class PreferenceTrainer(Trainer):
 
     def _reason_against_shared(self) -> str | None:
         """Why the policy, or a reference model of its own, cannot be scored in the layout "shared"."""
-        dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
         for model in dict.fromkeys((self.model, self.reference.model if self.reference else self.model)):
-            reason = reason_against_shared(model, self.args.max_length, dtype)
+            reason = reason_against_shared(model, self.args.max_length, self._autocast_dtype)
             if reason is not None:
                 return f"{reason} ({type(base_causal_lm(model)).__name__})"
         return None
@@ -170,6 +194,8 @@ class PreferenceTrainer(Trainer):
     def call_model_init(self, trial: Any = None) -> PreTrainedModel | PeftModel:
         """A fresh policy from `model_init`, with a fresh reference; the losses forget what they have seen."""
         self.objective.reset_state()
+        if self._cache_filler:
+            self._cache_filler.forget()
         return self._adopt(super().call_model_init(trial))
 
     def _prepared(self, dataset: DataOrSplits | None, name: str) -> DataOrSplits | None:
@@ -287,12 +313,16 @@ class PreferenceTrainer(Trainer):
     def _score_reference(self, inputs: PreferenceBatch) -> ResponseScores | None:
         if self.reference is None:
             return None
-        return inputs.get("reference_scores") or self.reference.score(inputs)
+        if "reference_scores" in inputs:
+            return inputs["reference_scores"]
+        # An engine's autocast is in the policy's forward, which a reference model of its own has not.
+        with self.accelerator.autocast():
+            return self.reference.score(inputs)
 
     def _remembered_reference(self, inputs: PreferenceBatch) -> ResponseScores | None:
         """The reference's scores of an evaluation batch, run once for all evaluations of a data set."""
-        if self.reference is None:
-            return None
+        if self.reference is None or self._cache_filler:
+            return self._score_reference(inputs)
         dataset = getattr(self.callback_handler.eval_dataloader, "dataset", None)
         fingerprint = getattr(dataset, "_fingerprint", None)
         return self._reference_memory.score(fingerprint, inputs, self.reference.score)
@@ -402,6 +432,8 @@ class PreferenceTrainer(Trainer):
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix: str = "eval", **kwargs):
         """As the Trainer's, with the loss and every metric taken over the rows and not over the batches."""
         self._settle_layout()
+        if self._cache_filler:
+            self._cache_filler.fill(dataloader.dataset, description.lower())
         self._evaluation = EvaluationRecord()
         output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         metrics = self._evaluation.metrics(self.objective)

@@ -31,6 +31,7 @@ class PreferenceBatch(TypedDict, total=False):
 
     Responses (R) and examples (B):
         response_lengths: `[R]` int64, the number of scored tokens, ≥ 1.
+        response_keys: R bytes, what each response's reference log-probs are cached under, where a cache is used.
         chosen, rejected: `[B]` int64, each pair's responses, as indices into R. A response may serve several pairs.
         responses, mismatched: `[B]` int64, and labels: `[B]` bool, of unpaired examples (see `examples.unpaired`).
         list_responses, list_mask, list_ranks, list_scores: `[B, K]`, of lists (see `examples.lists`).
@@ -48,6 +49,7 @@ class PreferenceBatch(TypedDict, total=False):
     targets: Tensor
     response_index: Tensor
     response_lengths: Tensor
+    response_keys: tuple[bytes, ...]
     chosen: Tensor
     rejected: Tensor
     responses: Tensor

@@ -87,6 +87,11 @@ class Objective:
         """The per-token statistics, besides the log-prob, that the policy's head must compute."""
         return tuple(sorted(token_stats_of(self.inputs)))
 
+    @property
+    def reference_token_stats(self) -> tuple[str, ...]:
+        """The per-token statistics, besides the log-prob, that losses read of the reference."""
+        return tuple(sorted(token_stats_of(name for name in self.inputs if name.startswith("ref_"))))
+
     def __call__(self, inputs: dict[str, Tensor]) -> LossOutput:
         """The weighted sum on named inputs `[B]` or `[B, K]`; see `losses.inputs`."""
         outputs = {term.spec.name: self._weighted(term, inputs) for term in self.terms}
