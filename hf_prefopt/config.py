@@ -41,6 +41,8 @@ class PreferenceConfig(TrainingArguments):
             "cache" is "auto" with precompute_ref_log_probs.
         precompute_ref_log_probs: computes the reference's log-probs of all data once, and keeps them on disk in
             reference_cache_dir, where other runs find them; by default a folder beside the Hub's caches.
+        sync_ref_model: the reference, a frozen copy of the policy, follows it (TR-DPO): every ref_model_sync_steps
+            optimiser steps it becomes ref_model_mixup_alpha of the policy and the rest of itself; 1 is a hard update.
 
     The data:
         max_length: tokens of prompt and response together; `None` for no limit. truncation_mode: "keep_start" cuts the
@@ -92,6 +94,15 @@ class PreferenceConfig(TrainingArguments):
     reference_cache_dir: str | None = field(
         default=None, metadata=_help("Where reference log-probs are kept; default: hf_prefopt in Hugging Face's cache.")
     )
+    sync_ref_model: bool = field(
+        default=False, metadata=_help("Move the reference towards the policy every ref_model_sync_steps steps.")
+    )
+    ref_model_mixup_alpha: float = field(
+        default=0.6, metadata=_help("α of θ_ref ← α·θ + (1 − α)·θ_ref when the reference is moved; 1: a hard update.")
+    )
+    ref_model_sync_steps: int = field(
+        default=512, metadata=_help("Optimiser steps from one move of the reference to the next.")
+    )
     disable_dropout: bool = field(
         default=False, metadata=_help("Train without dropout. The reference never has any, whatever this says.")
     )
@@ -134,6 +145,7 @@ class PreferenceConfig(TrainingArguments):
             self.reference, self.precompute_ref_log_probs = "auto", True
         self._check_values()
         objective = self.build_objective()
+        self._check_moving(objective)
         if self.precompute_ref_log_probs:
             self._check_cacheable(objective)
         if self.unpair and objective.kind is not UNPAIRED:
@@ -161,6 +173,32 @@ class PreferenceConfig(TrainingArguments):
             reference_free=self.reference_free,
             kind=UNPAIRED if self.unpair else kind,
         )
+
+    def _check_moving(self, objective: Objective) -> None:
+        """Refuse a reference that is to move and cannot, and settings of a move that never comes."""
+        if not self.sync_ref_model:
+            for name in ("ref_model_mixup_alpha", "ref_model_sync_steps"):
+                value, default = getattr(self, name), PreferenceConfig.__dataclass_fields__[name].default
+                if value != default:
+                    raise ValueError(f"{name}={value} is only used with sync_ref_model=True")
+            return
+        if not 0 < self.ref_model_mixup_alpha <= 1:
+            raise ValueError(f"ref_model_mixup_alpha={self.ref_model_mixup_alpha} is outside (0, 1]")
+        if self.ref_model_sync_steps < 1:
+            raise ValueError(f"ref_model_sync_steps={self.ref_model_sync_steps}: give at least 1")
+        if not objective.needs_reference_model:
+            raise ValueError(f"sync_ref_model=True, but {', '.join(self.loss_type)} needs no reference: leave it out")
+        if self.precompute_ref_log_probs:
+            raise ValueError(
+                "sync_ref_model=True moves the reference, and precompute_ref_log_probs=True (or "
+                "reference='cache') keeps what it says: choose one of them"
+            )
+        if self.reference not in ("auto", "copy"):
+            raise ValueError(
+                f"sync_ref_model=True moves a frozen copy of what trains, and reference={self.reference!r} is none: "
+                "leave reference at 'auto'"
+            )
+        self.reference = "copy"
 
     def _check_cacheable(self, objective: Objective) -> None:
         """Refuse a cache that nothing would read, or that does not hold what the losses read."""

@@ -36,6 +36,7 @@ from hf_prefopt.reference.cache_fill import FillCache
 from hf_prefopt.reference.cache_key import KeyedCollator
 from hf_prefopt.reference.choose import choose_reference
 from hf_prefopt.reference.live import evaluation_mode
+from hf_prefopt.reference.moving import MovingReference
 from hf_prefopt.reference.remembered import RememberedScores
 from hf_prefopt.reporting.card import model_card
 from hf_prefopt.reporting.metrics import EvaluationRecord, RunningMeans, example_metrics
@@ -66,7 +67,8 @@ class PreferenceTrainer(Trainer):
 
     Args:
         model: a name or path, a transformers model or a PEFT model. Not with `model_init`.
-        ref_model: an explicit reference; by default see `PreferenceConfig.reference`.
+        ref_model: an explicit reference, as a model of any dtype, or as a name or path, which is loaded as the policy
+            is; by default see `PreferenceConfig.reference`.
         args: the configuration.
         data_collator: from prepared rows to a `PreferenceBatch`.
         train_dataset, eval_dataset: preference data, raw or prepared; `eval_dataset` may be several by name.
@@ -85,7 +87,7 @@ class PreferenceTrainer(Trainer):
     def __init__(
         self,
         model: str | PreTrainedModel | PeftModel | None = None,
-        ref_model: nn.Module | None = None,
+        ref_model: nn.Module | str | None = None,
         args: PreferenceConfig | None = None,
         data_collator: Callable[[list[dict]], PreferenceBatch] | None = None,
         train_dataset: Data | None = None,
@@ -99,6 +101,11 @@ class PreferenceTrainer(Trainer):
         self.objective = args.build_objective()
         self._has_seen_data = False
         self._given_reference, self._peft_config = ref_model, peft_config
+        self._moving = MovingReference(self) if args.sync_ref_model else None
+        if self._moving and ref_model is not None:
+            raise ValueError("sync_ref_model=True moves a frozen copy of what trains, not a ref_model: leave it out")
+        if isinstance(ref_model, str) and self.objective.needs_reference_model:
+            self._given_reference = load_model(ref_model, args.model_init_kwargs, quantization_config)
         if isinstance(model, str):
             model = load_model(model, args.model_init_kwargs, quantization_config)
         if model is not None:
@@ -129,8 +136,8 @@ class PreferenceTrainer(Trainer):
         )
         if self.objective.needs_mismatched:
             self.add_callback(EpochOfMismatches())
-        if self._cache_filler:
-            self.add_callback(self._cache_filler)
+        for callback in filter(None, (self._cache_filler, self._moving)):
+            self.add_callback(callback)
         # compute_loss divides by the examples of the whole step itself.
         self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = True
         if self.args.n_gpu > 1:
@@ -157,6 +164,8 @@ class PreferenceTrainer(Trainer):
         if self.args.precompute_ref_log_probs:
             where = self.args.reference_cache_dir
             self.reference = CachedReference(self.reference, where, self.args.temperature, self._autocast_dtype)
+        if self._moving:
+            self.reference.description = self._moving.description
         return model
 
     @property
@@ -319,6 +328,10 @@ class PreferenceTrainer(Trainer):
         with self.accelerator.autocast():
             return self.reference.score(inputs)
 
+    def forget_reference_scores(self) -> None:
+        """For whoever changes the reference: what evaluations remember of it holds no longer."""
+        self._reference_memory.forget()
+
     def _remembered_reference(self, inputs: PreferenceBatch) -> ResponseScores | None:
         """The reference's scores of an evaluation batch, run once for all evaluations of a data set."""
         if self.reference is None or self._cache_filler:
@@ -397,14 +410,18 @@ class PreferenceTrainer(Trainer):
         return self.accelerator.reduce(torch.tensor(count, device=device), reduction="sum")
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """As the Trainer's, with what losses keep across batches."""
+        """As the Trainer's, with what losses keep across batches, and with a reference that moves."""
         super()._save_optimizer_and_scheduler(output_dir)
+        if self._moving and self.args.should_save:
+            self._moving.save(output_dir)
         if self.objective.state and self.args.should_save:
             Path(output_dir, OBJECTIVE_STATE).write_text(json.dumps(self.objective.state_dict()))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """As the Trainer's, with what losses keep across batches."""
+        """As the Trainer's, with what losses keep across batches, and with a reference that moves."""
         super()._load_optimizer_and_scheduler(checkpoint)
+        if self._moving and checkpoint is not None:
+            self._moving.load(checkpoint)
         if checkpoint is None or not self.objective.state:
             return
         saved = Path(checkpoint, OBJECTIVE_STATE)
