@@ -14,7 +14,7 @@ from hf_prefopt.losses.modifiers import Modifier
 from hf_prefopt.losses.objective import Objective, build_objective
 from hf_prefopt.losses.token_sums import ColumnWeights, Humanline, LengthDesensitised, TokenStep, TokenSums
 
-REFERENCES = ("auto", "adapter_off", "adapter:<name>", "model", "copy", "none")
+REFERENCES = ("auto", "adapter_off", "adapter:<name>", "model", "copy", "cache", "none")
 TRUNCATION_MODES = ("keep_start", "keep_end")
 BAD_ROWS = ("error", "drop")
 LAYOUTS = ("auto", "shared", "padded")
@@ -48,7 +48,12 @@ class PreferenceConfig(TrainingArguments):
 
     The reference:
         reference: "auto" (the adapter switched off when it is fresh; otherwise a frozen copy of what is trained, as
-            given), "adapter_off", "adapter:<name>", "model" (the `ref_model` passed to the trainer), "copy", "none".
+            given), "adapter_off", "adapter:<name>", "model" (the `ref_model` passed to the trainer), "copy", "none";
+            "cache" is "auto" with precompute_ref_log_probs.
+        precompute_ref_log_probs: computes the reference's log-probs of all data once, and keeps them on disk in
+            reference_cache_dir, where other runs find them; by default a folder beside the Hub's caches.
+        sync_ref_model: the reference, a frozen copy of the policy, follows it (TR-DPO): every ref_model_sync_steps
+            optimiser steps it becomes ref_model_mixup_alpha of the policy and the rest of itself; 1 is a hard update.
 
     The data:
         max_length: tokens of prompt and response together; `None` for no limit. truncation_mode: "keep_start" cuts the
@@ -109,6 +114,21 @@ class PreferenceConfig(TrainingArguments):
     reference: str = field(
         default="auto", metadata=_help("Where the reference comes from: " + ", ".join(REFERENCES) + ".")
     )
+    precompute_ref_log_probs: bool = field(
+        default=False, metadata=_help("Compute the reference's log-probs once, before training, and keep them on disk.")
+    )
+    reference_cache_dir: str | None = field(
+        default=None, metadata=_help("Where reference log-probs are kept; default: hf_prefopt in Hugging Face's cache.")
+    )
+    sync_ref_model: bool = field(
+        default=False, metadata=_help("Move the reference towards the policy every ref_model_sync_steps steps.")
+    )
+    ref_model_mixup_alpha: float = field(
+        default=0.6, metadata=_help("α of θ_ref ← α·θ + (1 − α)·θ_ref when the reference is moved; 1: a hard update.")
+    )
+    ref_model_sync_steps: int = field(
+        default=512, metadata=_help("Optimiser steps from one move of the reference to the next.")
+    )
     disable_dropout: bool = field(
         default=False, metadata=_help("Train without dropout. The reference never has any, whatever this says.")
     )
@@ -147,8 +167,13 @@ class PreferenceConfig(TrainingArguments):
         if self.bf16 is None:
             self.bf16 = not self.fp16 and _is_fast_in_bf16(self.use_cpu)
         super().__post_init__()
+        if self.reference == "cache":
+            self.reference, self.precompute_ref_log_probs = "auto", True
         self._check_values()
         objective = self.build_objective()
+        self._check_moving(objective)
+        if self.precompute_ref_log_probs:
+            self._check_cacheable(objective)
         if self.unpair and objective.kind is not UNPAIRED:
             raise ValueError(
                 f"unpair=True makes unpaired examples, and {', '.join(self.loss_type)} wants {objective.kind.wanted}"
@@ -192,6 +217,43 @@ class PreferenceConfig(TrainingArguments):
         modifiers: list[Modifier] = [TokenSums(steps)] if steps else []
         divergence = FDivergence(self.f_divergence_type, self.f_alpha_divergence_coef)
         return [*modifiers, divergence] if self.f_divergence_type != "reverse_kl" else modifiers
+
+    def _check_moving(self, objective: Objective) -> None:
+        """Refuse a reference that is to move and cannot, and settings of a move that never comes."""
+        if not self.sync_ref_model:
+            for name in ("ref_model_mixup_alpha", "ref_model_sync_steps"):
+                value, default = getattr(self, name), PreferenceConfig.__dataclass_fields__[name].default
+                if value != default:
+                    raise ValueError(f"{name}={value} is only used with sync_ref_model=True")
+            return
+        if not 0 < self.ref_model_mixup_alpha <= 1:
+            raise ValueError(f"ref_model_mixup_alpha={self.ref_model_mixup_alpha} is outside (0, 1]")
+        if self.ref_model_sync_steps < 1:
+            raise ValueError(f"ref_model_sync_steps={self.ref_model_sync_steps}: give at least 1")
+        if not objective.needs_reference_model:
+            raise ValueError(f"sync_ref_model=True, but {', '.join(self.loss_type)} needs no reference: leave it out")
+        if self.precompute_ref_log_probs:
+            raise ValueError(
+                "sync_ref_model=True moves the reference, and precompute_ref_log_probs=True (or "
+                "reference='cache') keeps what it says: choose one of them"
+            )
+        if self.reference not in ("auto", "copy"):
+            raise ValueError(
+                f"sync_ref_model=True moves a frozen copy of what trains, and reference={self.reference!r} is none: "
+                "leave reference at 'auto'"
+            )
+        self.reference = "copy"
+
+    def _check_cacheable(self, objective: Objective) -> None:
+        """Refuse a cache that nothing would read, or that does not hold what the losses read."""
+        losses = ", ".join(self.loss_type)
+        if not objective.needs_reference_model:
+            raise ValueError(f"precompute_ref_log_probs=True, but {losses} needs no reference: leave it out")
+        if objective.reference_token_stats:
+            raise ValueError(
+                f"precompute_ref_log_probs=True keeps log-probs, and {losses} also reads the reference's "
+                f"{', '.join(objective.reference_token_stats)} at every token: set precompute_ref_log_probs=False"
+            )
 
     def _check_values(self) -> None:
         _check_choice("truncation_mode", self.truncation_mode, TRUNCATION_MODES)

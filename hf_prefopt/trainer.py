@@ -36,8 +36,12 @@ from hf_prefopt.losses.base import LossOutput
 from hf_prefopt.losses.global_batch import StepInputs
 from hf_prefopt.losses.inputs import loss_inputs
 from hf_prefopt.policy import disable_dropout, load_model, load_tokenizer, with_adapter
+from hf_prefopt.reference.cache import CachedReference
+from hf_prefopt.reference.cache_fill import FillCache
+from hf_prefopt.reference.cache_key import KeyedCollator
 from hf_prefopt.reference.choose import choose_reference
 from hf_prefopt.reference.live import evaluation_mode
+from hf_prefopt.reference.moving import MovingReference
 from hf_prefopt.reference.remembered import RememberedScores
 from hf_prefopt.reporting.card import model_card
 from hf_prefopt.reporting.metrics import EvaluationRecord, RunningMeans, example_metrics
@@ -68,7 +72,8 @@ class PreferenceTrainer(Trainer):
 
     Args:
         model: a name or path, a transformers model or a PEFT model. Not with `model_init`.
-        ref_model: an explicit reference; by default see `PreferenceConfig.reference`.
+        ref_model: an explicit reference, as a model of any dtype, or as a name or path, which is loaded as the policy
+            is; by default see `PreferenceConfig.reference`.
         args: the configuration.
         data_collator: from prepared rows to a `PreferenceBatch`.
         train_dataset, eval_dataset: preference data, raw or prepared; `eval_dataset` may be several by name.
@@ -87,7 +92,7 @@ class PreferenceTrainer(Trainer):
     def __init__(
         self,
         model: str | PreTrainedModel | PeftModel | None = None,
-        ref_model: nn.Module | None = None,
+        ref_model: nn.Module | str | None = None,
         args: PreferenceConfig | None = None,
         data_collator: Callable[[list[dict]], PreferenceBatch] | None = None,
         train_dataset: Data | None = None,
@@ -101,6 +106,11 @@ class PreferenceTrainer(Trainer):
         self.objective = args.build_objective()
         self._has_seen_data = False
         self._given_reference, self._peft_config = ref_model, peft_config
+        self._moving = MovingReference(self) if args.sync_ref_model else None
+        if self._moving and ref_model is not None:
+            raise ValueError("sync_ref_model=True moves a frozen copy of what trains, not a ref_model: leave it out")
+        if isinstance(ref_model, str) and self.objective.needs_reference_model:
+            self._given_reference = load_model(ref_model, args.model_init_kwargs, quantization_config)
         if isinstance(model, str):
             model = load_model(model, args.model_init_kwargs, quantization_config)
         if model is not None:
@@ -113,6 +123,11 @@ class PreferenceTrainer(Trainer):
         self._train_metrics, self._evaluation = RunningMeans(), EvaluationRecord()
         padded = PaddedCollator(_pad_token_id(self.tokenizer), args.pad_to_multiple_of)
         layouts = {"padded": padded, "shared": SharedCollator()}
+        self._cache_filler = FillCache(self) if args.precompute_ref_log_probs else None
+        if self._cache_filler and data_collator is not None:
+            raise ValueError("precompute_ref_log_probs=True finds responses by keys that a data_collator does not give")
+        if self._cache_filler:
+            layouts = {name: KeyedCollator(collator) for name, collator in layouts.items()}
         self._layouts = MicroBatchCollator(layouts, max_tokens=args.max_tokens_per_batch)
 
         super().__init__(
@@ -126,6 +141,8 @@ class PreferenceTrainer(Trainer):
         )
         if self.objective.needs_mismatched:
             self.add_callback(EpochOfMismatches())
+        for callback in filter(None, (self._cache_filler, self._moving)):
+            self.add_callback(callback)
         # compute_loss divides by the examples of the whole step itself.
         self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = True
         if self.args.n_gpu > 1:
@@ -149,11 +166,28 @@ class PreferenceTrainer(Trainer):
         self.reference = choose_reference(self.args.reference, model, self._given_reference, needed)
         for module in {model, self.reference.model if self.reference else model}:
             install_scoring(module, self.args.temperature)
+        if self.args.precompute_ref_log_probs:
+            where = self.args.reference_cache_dir
+            self.reference = CachedReference(self.reference, where, self.args.temperature, self._autocast_dtype)
+        if self._moving:
+            self.reference.description = self._moving.description
         return model
 
+    @property
+    def _autocast_dtype(self) -> torch.dtype | None:
+        return torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
+
     def _settle_layout(self) -> None:
-        """Decide, once for a model, how its batches are laid out: when it is on its device, before the first batch."""
-        if self.layout is not None or self.data_collator is not self._layouts:
+        """Decide, once for a model, how its batches are laid out: when it is on its device, before the first batch.
+
+        A reference model of its own follows it there.
+        """
+        if self.layout is not None:
+            return
+        if self.reference:
+            self.reference.place(self.args.device)
+        if self.data_collator is not self._layouts:
+            self.layout = "the data_collator's"
             return
         reason = None if self.args.layout == "padded" else self._reason_against_shared()
         if reason is not None and self.args.layout == "shared":
@@ -165,9 +199,8 @@ class PreferenceTrainer(Trainer):
 
     def _reason_against_shared(self) -> str | None:
         """Why the policy, or a reference model of its own, cannot be scored in the layout "shared"."""
-        dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
         for model in dict.fromkeys((self.model, self.reference.model if self.reference else self.model)):
-            reason = reason_against_shared(model, self.args.max_length, dtype)
+            reason = reason_against_shared(model, self.args.max_length, self._autocast_dtype)
             if reason is not None:
                 return f"{reason} ({type(base_causal_lm(model)).__name__})"
         return None
@@ -175,6 +208,8 @@ class PreferenceTrainer(Trainer):
     def call_model_init(self, trial: Any = None) -> PreTrainedModel | PeftModel:
         """A fresh policy from `model_init`, with a fresh reference; the losses forget what they have seen."""
         self.objective.reset_state()
+        if self._cache_filler:
+            self._cache_filler.forget()
         return self._adopt(super().call_model_init(trial))
 
     def _prepared(self, dataset: DataOrSplits | None, name: str) -> DataOrSplits | None:
@@ -276,14 +311,18 @@ class PreferenceTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """As the Trainer's, with what losses keep across batches."""
+        """As the Trainer's, with what losses keep across batches, and with a reference that moves."""
         super()._save_optimizer_and_scheduler(output_dir)
+        if self._moving and self.args.should_save:
+            self._moving.save(output_dir)
         if self.objective.state and self.args.should_save:
             Path(output_dir, OBJECTIVE_STATE).write_text(json.dumps(self.objective.state_dict()))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """As the Trainer's, with what losses keep across batches."""
+        """As the Trainer's, with what losses keep across batches, and with a reference that moves."""
         super()._load_optimizer_and_scheduler(checkpoint)
+        if self._moving and checkpoint is not None:
+            self._moving.load(checkpoint)
         if checkpoint is None or not self.objective.state:
             return
         saved = Path(checkpoint, OBJECTIVE_STATE)
@@ -347,12 +386,20 @@ class PreferenceTrainer(Trainer):
     def _score_reference(self, inputs: PreferenceBatch) -> ResponseScores | None:
         if self.reference is None:
             return None
-        return inputs.get("reference_scores") or self.reference.score(inputs, self.objective.reference_token_stats)
+        if "reference_scores" in inputs:
+            return inputs["reference_scores"]
+        # An engine's autocast is in the policy's forward, which a reference model of its own has not.
+        with self.accelerator.autocast():
+            return self.reference.score(inputs, self.objective.reference_token_stats)
+
+    def forget_reference_scores(self) -> None:
+        """For whoever changes the reference: what evaluations remember of it holds no longer."""
+        self._reference_memory.forget()
 
     def _remembered_reference(self, inputs: PreferenceBatch) -> ResponseScores | None:
         """The reference's scores of an evaluation batch, run once for all evaluations of a data set."""
-        if self.reference is None:
-            return None
+        if self.reference is None or self._cache_filler:
+            return self._score_reference(inputs)
         dataset = getattr(self.callback_handler.eval_dataloader, "dataset", None)
         fingerprint = getattr(dataset, "_fingerprint", None)
         return self._reference_memory.score(fingerprint, inputs, self._score_reference)
@@ -466,6 +513,8 @@ class PreferenceTrainer(Trainer):
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix: str = "eval", **kwargs):
         """As the Trainer's, with the loss and every metric taken over the rows and not over the batches."""
         self._settle_layout()
+        if self._cache_filler:
+            self._cache_filler.fill(dataloader.dataset, description.lower())
         self._evaluation = EvaluationRecord()
         output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         metrics = self._evaluation.metrics(self.objective)

@@ -32,6 +32,7 @@ class PreferenceBatch(TypedDict, total=False):
     Responses (R) and examples (B):
         response_lengths: `[R]` int64, the number of scored tokens, ≥ 1.
         longest_response: the largest of them, a number: no device is waited for to know the width of `[R, T]`.
+        response_keys: R bytes, what each response's reference log-probs are cached under, where a cache is used.
         chosen, rejected: `[B]` int64, each pair's responses, as indices into R. A response may serve several pairs.
         responses, mismatched: `[B]` int64, and labels: `[B]` bool, of unpaired examples (see `examples.unpaired`).
         list_responses, list_mask, list_ranks, list_scores: `[B, K]`, of lists (see `examples.lists`).
@@ -53,6 +54,7 @@ class PreferenceBatch(TypedDict, total=False):
     response_index: Tensor
     response_lengths: Tensor
     longest_response: int
+    response_keys: tuple[bytes, ...]
     chosen: Tensor
     rejected: Tensor
     chosen_token_weights: Tensor

@@ -25,11 +25,25 @@ class LiveReference:
         model: the module that is called.
         switch: makes the context in which it is the reference.
         description: a phrase for logs and model cards.
+        copies: the frozen copies that it is made of, if it is.
+        is_separate: whether the module is another than the policy's.
     """
 
     model: nn.Module
     switch: Callable[[], AbstractContextManager]
     description: str
+    copies: "FrozenTensors | None" = None
+    is_separate: bool = False
+
+    @property
+    def has_own_memory(self) -> bool:
+        """Whether letting it go gives memory back."""
+        return self.is_separate or self.copies is not None
+
+    def place(self, device: torch.device) -> None:
+        """Move a separate model to the device, unless it was loaded onto devices of its own."""
+        if self.is_separate and not hasattr(self.model, "hf_device_map") and not is_quantised(self.model):
+            self.model.to(device)
 
     def score(self, batch: PreferenceBatch, token_stats: tuple[str, ...] = ()) -> ResponseScores:
         """The reference's scores of a batch: no gradients, evaluation mode, whatever state the policy is in."""
@@ -49,6 +63,11 @@ class LiveReference:
                 return head_predictions(self.model, scores.token_stats[HIDDEN][tokens])
 
         return predict
+
+
+def is_quantised(model: nn.Module) -> bool:
+    """Whether a model was loaded in 4 or 8 bits, which fixes its device."""
+    return getattr(model, "quantization_method", None) is not None
 
 
 @contextmanager
@@ -100,12 +119,13 @@ def separate_model(model: nn.Module) -> LiveReference:
     """Another model, frozen."""
     model.requires_grad_(False).eval()
     name = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
-    return LiveReference(model, nullcontext, f"another model ({name})")
+    return LiveReference(model, nullcontext, f"another model ({name})", is_separate=True)
 
 
 def frozen_copy(model: nn.Module) -> LiveReference:
     """The policy as it is now: a copy in memory of every tensor that trains, everything else shared with the policy."""
-    return LiveReference(model, FrozenTensors(model).swapped_in, "a frozen copy of the policy as given")
+    copies = FrozenTensors(model)
+    return LiveReference(model, copies.swapped_in, "a frozen copy of the policy as given", copies)
 
 
 @dataclass

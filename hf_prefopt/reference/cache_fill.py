@@ -1,0 +1,255 @@
+"""The pass that computes what the cache lacks of a data set: large batches, no gradients, every response once.
+
+Every rank computes its share and writes it; then all read everything. A pass that was killed goes on where its last
+shard ended.
+"""
+
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, broadcast_object_list
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
+
+from hf_prefopt.data.batch import PreferenceBatch
+from hf_prefopt.reference.cache import CachedReference
+from hf_prefopt.reference.cache_key import response_keys
+
+# Positions of a forward: without gradients nothing is kept, so this is far above what training can have.
+TOKENS = {"cpu": 4096, "cuda": 16384}
+_ROWS_AT_ONCE = 1000
+
+
+class Inventory(NamedTuple):
+    """The different responses of a data set, each where it is first met.
+
+    Attributes:
+        keys: their keys. rows, which: the row, and the response's number in it. prompts: a number for each prompt, by
+            its hash, so that two may share one; it is only used to bring responses together.
+        lengths: tokens of prompt and response.
+    """
+
+    keys: list[bytes]
+    rows: np.ndarray
+    which: np.ndarray
+    prompts: np.ndarray
+    lengths: np.ndarray
+
+
+def responses_of(row: Mapping[str, Any]) -> list[tuple[Sequence[int], Sequence[int]]]:
+    """The ids and the mask of each response of a row, mismatched ones included."""
+    ids = [*row["response_ids"], *row.get("mismatched_ids", ())]
+    masks = [*row["scored_masks"], *row.get("mismatched_masks", ())]
+    return list(zip(ids, masks, strict=True))
+
+
+def take_inventory(dataset: Any) -> Inventory:
+    """The different responses of a data set that has a length."""
+    seen: dict[bytes, None] = {}
+    columns = array("q")  # four numbers a response: a data set may have millions
+    for start in range(0, len(dataset), _ROWS_AT_ONCE):
+        indices = range(start, min(start + _ROWS_AT_ONCE, len(dataset)))
+        for index, row in zip(indices, dataset.__getitems__(list(indices)), strict=True):
+            prompt_ids, responses = row["prompt_ids"], responses_of(row)
+            prompt = hash(tuple(prompt_ids))
+            for which, key in enumerate(response_keys(prompt_ids, responses)):
+                if key not in seen:
+                    seen[key] = None
+                    columns.extend((index, which, prompt, len(prompt_ids) + len(responses[which][0])))
+    rows, which, prompts, lengths = np.frombuffer(columns, dtype=np.int64).reshape(-1, 4).T
+    return Inventory(list(seen), rows, which, np.unique(prompts, return_inverse=True)[1], lengths)
+
+
+def plan_batches(inventory: Inventory, missing: np.ndarray, tokens: int) -> list[np.ndarray]:
+    """Places in the inventory, batch by batch: the longest first, the responses of a prompt next to each other.
+
+    A batch has at most `tokens` positions if each of its responses were padded to the longest; at least one response.
+    """
+    chosen = np.flatnonzero(missing)
+    longest = np.zeros(inventory.prompts.max(initial=-1) + 1, dtype=np.int64)
+    np.maximum.at(longest, inventory.prompts[chosen], inventory.lengths[chosen])
+    of_prompt = longest[inventory.prompts[chosen]]
+    order = chosen[np.lexsort((inventory.prompts[chosen], -of_prompt))]
+    batches, start, widest = [], 0, 0
+    for end, place in enumerate(order):
+        widest = max(widest, inventory.lengths[place])
+        if end > start and (end + 1 - start) * widest > tokens:
+            batches.append(order[start:end])
+            start, widest = end, inventory.lengths[place]
+    return [*batches, order[start:]] if len(order) else []
+
+
+def single_responses(dataset: Any, inventory: Inventory, places: np.ndarray) -> list[dict[str, Any]]:
+    """Rows of these responses alone, whatever kind of examples the data set holds."""
+    wanted: dict[int, list[int]] = {}
+    for place in places:
+        wanted.setdefault(int(inventory.rows[place]), []).append(int(inventory.which[place]))
+    rows = []
+    for (index, which), row in zip(wanted.items(), dataset.__getitems__(list(wanted)), strict=True):
+        ids, masks = zip(*(responses_of(row)[i] for i in which), strict=True)
+        labels = [True] * len(which)
+        rows.append(
+            {
+                "prompt_ids": row["prompt_ids"],
+                "response_ids": ids,
+                "scored_masks": masks,
+                "labels": labels,
+                "row": index,
+            }
+        )
+    return rows
+
+
+def fill(
+    reference: CachedReference,
+    dataset: Any,
+    collate: Callable[[list[dict[str, Any]]], PreferenceBatch],
+    accelerator: Accelerator,
+    tokens: int | None = None,
+    name: str = "train",
+    silent: bool = False,
+) -> None:
+    """Compute and keep what the cache lacks of a data set; call it on every rank.
+
+    Args:
+        reference: the cache, with the live reference inside.
+        dataset: prepared rows, with a length.
+        collate: from rows to a batch with keys, on the device.
+        tokens: positions of a forward at most; by default what suits the device.
+        name: what the progress bar calls the data set. silent: no bar.
+
+    Raises:
+        MissingLogProbs: something is missing that the reference, which has been released, cannot compute; or still is
+            after the pass, because the ranks do not share a folder.
+    """
+    inventory = take_inventory(dataset)
+    missing = _agreed(accelerator, reference.store.missing(inventory.keys))
+    if not missing.any():
+        reference.store.reload()
+        return
+    if reference.live is None:
+        raise reference.missing_error(int(missing.sum()), len(missing), f"the data set {name!r}")
+    batches = plan_batches(inventory, missing, tokens or TOKENS.get(accelerator.device.type, TOKENS["cuda"]))
+    total = int(inventory.lengths[missing].sum())
+    with (
+        tqdm(
+            total=total, desc=f"Reference log-probs of {name}", unit="tok", unit_scale=True, disable=silent
+        ) as progress,
+        accelerator.autocast(),
+    ):
+        for number, places in _shares(batches, accelerator):
+            batch = collate(single_responses(dataset, inventory, places))
+            if number is None:
+                reference.live.score(batch)
+            else:
+                reference.compute(batch)
+                of_round = batches[number : number + accelerator.num_processes]
+                progress.update(int(sum(inventory.lengths[part].sum() for part in of_round)))
+    reference.store.flush()
+    accelerator.wait_for_everyone()
+    reference.store.reload()
+    left = int(reference.store.missing(inventory.keys).sum())
+    if left:
+        raise LookupError(
+            f"after the pass, {left:,} of {len(missing):,} responses of the data set {name!r} are not in "
+            f"{reference.store.folder}: reference_cache_dir must be a folder that all {accelerator.num_processes} "
+            "processes see"
+        )
+
+
+def _agreed(accelerator: Accelerator, missing: np.ndarray) -> np.ndarray:
+    """What the first rank misses: another run may be writing while the ranks look."""
+    if accelerator.num_processes == 1:
+        return missing
+    (missing,) = broadcast_object_list([missing])
+    return missing
+
+
+def _shares(batches: list[np.ndarray], accelerator: Accelerator) -> Iterator[tuple[int | None, np.ndarray]]:
+    """This rank's batches with their numbers; as many on every rank, the number `None` for one of another rank."""
+    ranks, rank = accelerator.num_processes, accelerator.process_index
+    for first in range(0, len(batches), ranks):
+        number = first + rank
+        yield (number, batches[number]) if number < len(batches) else (None, batches[-1])
+
+
+def _any_rank(accelerator: Accelerator, here: bool) -> bool:
+    return bool(accelerator.gather(torch.tensor([here], device=accelerator.device)).any())
+
+
+class FillCache(TrainerCallback):
+    """Fills the cache of a trainer's reference, each data set before its first batch is read.
+
+    Before training these are the evaluation sets and the training set, whose reference may then let its memory go.
+    Mismatched responses are drawn anew every epoch, so their pass is at its beginning. What a data stream brings is
+    computed when it is met, and written whenever the Trainer saves.
+    """
+
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+        self._filled: set[str] = set()
+
+    def fill(self, dataset: Any, name: str) -> bool:
+        """See to it that nothing of a data set is missing; False for a stream, which has no rows to go through."""
+        trainer, accelerator = self.trainer, self.trainer.accelerator
+        if not hasattr(dataset, "__getitems__"):
+            if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+                # Ranks of a sharded model call its layers together, whoever misses something.
+                trainer.reference.any_rank = partial(_any_rank, accelerator)
+            return False
+        known_as = getattr(dataset, "_fingerprint", None)
+        if known_as is None or known_as not in self._filled:
+            collator = trainer.data_collator.collators[trainer.layout]
+            silent = trainer.args.disable_tqdm or not trainer.is_world_process_zero()
+            tokens = trainer.args.max_tokens_per_batch
+            fill(
+                trainer.reference,
+                dataset,
+                lambda rows: trainer._prepare_inputs(collator(rows)),
+                accelerator,
+                tokens,
+                name,
+                silent,
+            )
+            self._filled.add(known_as)
+        return True
+
+    def forget(self) -> None:
+        """Another reference: nothing is filled."""
+        self._filled.clear()
+
+    def on_train_begin(self, args, state, control, train_dataloader=None, **_):
+        """Before the first batch."""
+        trainer = self.trainer
+        trainer._settle_layout()
+        named = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"eval": trainer.eval_dataset}
+        for name, dataset in named.items():
+            if dataset is not None:
+                given = name if named is trainer.eval_dataset else None
+                self.fill(trainer.get_eval_dataloader(given).dataset, name)
+        fresh_every_epoch = trainer.objective.needs_mismatched
+        if not fresh_every_epoch and self.fill(train_dataloader.dataset, "train") and trainer.model_init is None:
+            trainer.reference.release()
+            trainer._given_reference = None
+
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **_):
+        """With the epoch's mismatched responses."""
+        if self.trainer.objective.needs_mismatched:
+            self.fill(train_dataloader.dataset, "train")
+
+    def on_save(self, args, state, control, **_):
+        """What a stream has brought so far outlives what comes."""
+        self.trainer.reference.store.flush()
+
+    def on_evaluate(self, args, state, control, **_):
+        """As above."""
+        self.trainer.reference.store.flush()
+
+    def on_train_end(self, args, state, control, **_):
+        """As above."""
+        self.trainer.reference.store.flush()

@@ -1,0 +1,198 @@
+"""What cached log-probs are known by: the reference as it acts, and the tokens that it reads. Nothing else.
+
+A *fingerprint* stands for the reference: the bytes of every tensor that takes part, the model's configuration as far as
+it shapes the output, the temperature and the dtype of autocast. A *key* stands for a response: its prompt's ids, its
+own ids, and which of them are scored. Losses, β, seeds, the adapter that trains, batches, layouts and folders are in
+neither.
+
+Left out: what only moves the last bits (the device, the attention's kernel, the layout, TF32).
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from hf_prefopt.data.batch import PreferenceBatch
+from hf_prefopt.data.group import group_rows
+from hf_prefopt.data.microbatch import Collator
+from hf_prefopt.scoring.forward import base_causal_lm
+
+KEY_BYTES = 16
+
+# What PEFT puts into the name of a tensor that it wraps.
+_WRAPPERS = ("base_layer", "original_module", "token_adapter")
+# Settings of a configuration that say where a model came from or how it is trained and used, not what it computes.
+_BESIDE_THE_POINT = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache")
+_BESIDE_THE_POINT_OF_ADAPTERS = ("base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "task_type")
+
+
+def response_keys(prompt_ids: Sequence[int], responses: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[bytes]:
+    """The key of each response to a prompt, 16 bytes: BLAKE2b over the three lists, each behind its length.
+
+    Args:
+        prompt_ids: token ids. responses: for each response its token ids and which of them are scored (0 or 1).
+    """
+    prompt = hashlib.blake2b(_framed(np.asarray(prompt_ids, dtype="<i4")), digest_size=KEY_BYTES)
+    keys = []
+    for ids, mask in responses:
+        digest = prompt.copy()
+        digest.update(_framed(np.asarray(ids, dtype="<i4")))
+        digest.update(_framed(np.asarray(mask, dtype="u1")))
+        keys.append(digest.digest())
+    return keys
+
+
+def _framed(array: np.ndarray) -> bytes:
+    return len(array).to_bytes(8, "little") + array.tobytes()
+
+
+@dataclass
+class KeyedCollator:
+    """A layout's collator that also gives the batch `response_keys`: the key of each of its R responses, in order."""
+
+    collator: Collator
+
+    def count_tokens(self, rows: Sequence[Mapping[str, Any]]) -> int:
+        """As the collator's."""
+        return self.collator.count_tokens(rows)
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> PreferenceBatch:
+        """The collator's batch, with keys."""
+        batch = self.collator(rows)
+        groups = group_rows(rows).groups
+        batch["response_keys"] = tuple(
+            key for group in groups for key in response_keys(group.prompt_ids, list(group.responses))
+        )
+        return batch
+
+
+def fingerprint(model: nn.Module, temperature: float, autocast_dtype: torch.dtype | None) -> str:
+    """The fingerprint, 32 hexadecimal digits, of the model as it acts at this moment.
+
+    An adapter that is switched off leaves no trace; one that is on counts with its tensors and its configuration. So a
+    base model beneath any adapter, a copy of it and the same weights loaded again have one fingerprint.
+
+    Where an engine has sharded the parameters, they are gathered one by one: call it on every rank.
+
+    Args:
+        model: the reference, inside the context in which it is the reference.
+        temperature: the one that log-probs are taken at.
+        autocast_dtype: what matrix products run in, where autocast makes it another dtype than the weights'.
+    """
+    acting = _acting_adapters(model)
+    adapters = [_settings(model.peft_config[name].to_dict(), _BESIDE_THE_POINT_OF_ADAPTERS) for name in acting]
+    facts = {
+        "model": _settings(base_causal_lm(model).config.to_dict(), _BESIDE_THE_POINT),
+        "adapters": adapters,
+        "temperature": temperature,
+        "autocast": str(autocast_dtype),
+        "tensors": dict(_tensor_digests(model)),
+    }
+    return hashlib.blake2b(json.dumps(facts, sort_keys=True, default=_plain).encode(), digest_size=16).hexdigest()
+
+
+def _acting_adapters(model: nn.Module) -> list[str]:
+    """The adapters that take part in the model's output."""
+    if not isinstance(model, PeftModel):
+        return []
+    layers = [module for module in model.modules() if hasattr(module, "adapter_layer_names")]
+    on = [name for name in model.active_adapters if any(name in _acting_in(layer) for layer in layers)]
+    return model.active_adapters if model.active_peft_config.is_prompt_learning else on
+
+
+def _acting_in(layer: Any) -> list[str]:
+    return [] if layer.disable_adapters else layer.active_adapters
+
+
+def _settings(config: Mapping[str, Any], left_out: tuple[str, ...]) -> dict[str, Any]:
+    """The settings that shape the output, in those of nested configurations too."""
+    return {
+        name: _settings(value, left_out) if isinstance(value, Mapping) else value
+        for name, value in ((str(name), value) for name, value in config.items())
+        if name not in left_out and not (name.startswith("_") or "dropout" in name or name.endswith("token_id"))
+    }
+
+
+def _plain(value: Any) -> Any:
+    return sorted(value) if isinstance(value, set | frozenset) else str(value)
+
+
+def _tensor_digests(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """(name without an adapter's wrappers, digest) of every tensor that takes part in the model's output."""
+    renamed = _renaming(model)
+    for name, parameter in model.named_parameters():
+        acting_name = renamed(name)
+        if acting_name is not None:
+            with _whole(parameter) as tensor:
+                yield acting_name, _digest(tensor)
+            for part, tensor in _quantisation(parameter):
+                yield f"{acting_name}.{part}", _digest(tensor)
+    for module_name, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            acting_name = renamed(f"{module_name}.{name}" if module_name else name)
+            if acting_name is not None and name not in module._non_persistent_buffers_set:
+                yield acting_name, _digest(buffer)
+
+
+def _renaming(model: nn.Module) -> Any:
+    """A function from a tensor's name to its name beneath the adapters, or to `None` where it does not act."""
+    causal_lm = base_causal_lm(model)
+    inside = next(name for name, module in model.named_modules() if module is causal_lm)
+    hidden, places = [], {}
+    for path, layer in model.named_modules():
+        if not hasattr(layer, "adapter_layer_names"):
+            continue
+        acting = _acting_in(layer)
+        for container in (*layer.adapter_layer_names, *layer.other_param_names):
+            hidden.append(f"{path}.{container}.")
+            places |= {f"{path}.{container}.{name}": f"{path}.{container}.#{i}" for i, name in enumerate(acting)}
+        if acting and hasattr(layer, "original_module") and hasattr(layer, "modules_to_save"):
+            hidden.append(f"{path}.original_module.")
+
+    hidden_prefixes = tuple(hidden)
+
+    def rename(name: str) -> str | None:
+        if name.startswith(hidden_prefixes):
+            adapter = next((old for old in places if name == old or name.startswith(f"{old}.")), None)
+            if adapter is None:
+                return None
+            name = places[adapter] + name.removeprefix(adapter)
+        name = name.removeprefix(f"{inside}.") if inside else name
+        return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+    return rename
+
+
+@contextmanager
+def _whole(parameter: nn.Parameter) -> Iterator[Tensor]:
+    """All of a parameter that an engine may have sharded."""
+    if hasattr(parameter, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter]):
+            yield parameter.data
+    else:
+        yield parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+
+
+def _quantisation(parameter: nn.Parameter) -> Iterator[tuple[str, Tensor]]:
+    """What bitsandbytes keeps beside a quantised weight."""
+    state = getattr(parameter, "quant_state", None)
+    tensors = state.as_dict(packed=True) if state is not None else {"SCB": getattr(parameter, "SCB", None)}
+    return ((name, tensor) for name, tensor in tensors.items() if tensor is not None)
+
+
+def _digest(tensor: Tensor) -> str:
+    """dtype, shape and bytes."""
+    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return f"{tensor.dtype} {tuple(tensor.shape)} {xxhash.xxh3_128_hexdigest(data)}"

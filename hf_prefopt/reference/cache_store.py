@@ -1,0 +1,202 @@
+"""Token log-probs on disk, by key: shards that are written whole or not at all, and checked when they are read.
+
+A folder belongs to one reference (its name is the fingerprint; `about.json` says in words what that stands for) and
+holds shards, safetensors files of three little-endian tensors each:
+
+    keys      uint8 `[R, 16]`        the key of each response (see `cache_key`)
+    offsets   int64 `[R + 1]`        where each response's scored tokens begin in `logps`, and where the last one ends
+    logps     float32 `[N]`          log-probs (nats) of the scored tokens; float64 where the reference computes in it
+
+A shard is named after the XXH3-128 of the bytes of the three, so a file whose content is not its name is damaged. Any
+number of processes and runs may write into a folder: shards never change, and what is in two of them is the same.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import xxhash
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hf_prefopt.reference.cache_key import KEY_BYTES
+
+logger = logging.getLogger(__name__)
+
+FORMAT = "hf_prefopt reference log-probs 1"
+# What a kill may cost: a shard is written when so many tokens wait for it, or the first has waited so long.
+SHARD_TOKENS = 1 << 20
+SHARD_SECONDS = 30.0
+# A temporary file older than this belongs to a process that was killed.
+_STALE_SECONDS = 3600.0
+
+
+# Keys as NumPy sorts and compares them: all bytes count.
+KEY = np.dtype(f"V{KEY_BYTES}")
+
+
+class Shard(NamedTuple):
+    """The content of a shard. keys: `[R]` of 16 bytes. offsets: `[R + 1]`. logps: `[N]`, mapped from the file."""
+
+    keys: np.ndarray
+    offsets: np.ndarray
+    logps: Tensor
+
+
+class DamagedShard(ValueError):
+    """A shard that is not what its name says."""
+
+
+def write_shard(folder: Path, entries: Mapping[bytes, Tensor]) -> Path:
+    """Write log-probs by key; the file appears under its name when it is complete."""
+    lengths = [0, *(len(logps) for logps in entries.values())]
+    tensors = {
+        "keys": torch.frombuffer(bytearray(b"".join(entries)), dtype=torch.uint8).view(-1, KEY_BYTES),
+        "offsets": torch.tensor(lengths, dtype=torch.int64).cumsum(0),
+        "logps": torch.cat(list(entries.values())),
+    }
+    path = folder / f"{_digest(**tensors)}.safetensors"
+    temporary = folder / f"{uuid.uuid4().hex}.tmp"
+    save_file(tensors, temporary, metadata={"format": FORMAT})
+    os.replace(temporary, path)
+    return path
+
+
+def read_shard(path: Path) -> Shard:
+    """The content of a shard, checked.
+
+    Raises:
+        DamagedShard: it cannot be read, its content is not what its name says, or it is of another format.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            form = (file.metadata() or {}).get("format")
+            keys, offsets, logps = (file.get_tensor(name) for name in ("keys", "offsets", "logps"))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise DamagedShard(f"cannot be read ({str(error).splitlines()[0]})") from None
+    if form != FORMAT:
+        raise DamagedShard(f"is of the format {form!r} and not {FORMAT!r}")
+    if _digest(keys, offsets, logps) != path.stem:
+        raise DamagedShard("has another checksum than its name")
+    return Shard(keys.numpy().reshape(-1).view(KEY), offsets.numpy(), logps)
+
+
+def _as_array(keys: Sequence[bytes]) -> np.ndarray:
+    return np.frombuffer(b"".join(keys), dtype=KEY)
+
+
+def _digest(keys: Tensor, offsets: Tensor, logps: Tensor) -> str:
+    digest = xxhash.xxh3_128()
+    for tensor in (keys, offsets, logps):
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+class LogProbStore:
+    """The log-probs of one reference: those of all shards of its folder, and those that wait for the next one.
+
+    Args:
+        folder: made if it is not there.
+        about: what the fingerprint stands for, for people.
+    """
+
+    def __init__(self, folder: Path, about: Mapping[str, Any] | None = None):
+        self.folder = folder
+        self._shards: list[Shard] = []
+        self._names: set[str] = set()
+        self._keys = np.empty(0, dtype=KEY)  # sorted
+        self._places = np.empty((0, 2), dtype=np.int64)  # of each: the number of its shard, the response in it
+        self._waiting: dict[bytes, Tensor] = {}
+        self._waiting_tokens, self._waiting_since = 0, 0.0
+        folder.mkdir(parents=True, exist_ok=True)
+        self._remove_stale()
+        if about is not None and not (folder / "about.json").exists():
+            temporary = folder / f"{uuid.uuid4().hex}.tmp"
+            temporary.write_text(json.dumps({"format": FORMAT, **about}, indent=2) + "\n")
+            os.replace(temporary, folder / "about.json")
+        self.reload()
+
+    def reload(self) -> None:
+        """Take in the shards that others have written; a damaged one is put aside and said."""
+        new = []
+        for path in sorted(self.folder.glob("*.safetensors")):
+            if path.stem not in self._names:
+                try:
+                    new.append(read_shard(path))
+                    self._names.add(path.stem)
+                except DamagedShard as damage:
+                    # Another process may have been quicker to put it aside.
+                    with contextlib.suppress(FileNotFoundError):
+                        path.rename(path.with_suffix(".damaged"))
+                        logger.warning("%s %s: its log-probs are computed again", path, damage)
+        self._take_in(new)
+
+    def missing(self, keys: Sequence[bytes]) -> np.ndarray:
+        """`[R]` bool: which of these responses are not known."""
+        unknown = self._find(_as_array(keys)) < 0
+        if self._waiting:
+            unknown &= [key not in self._waiting for key in keys]
+        return unknown
+
+    def get(self, keys: Sequence[bytes]) -> list[Tensor]:
+        """The log-probs of these responses, each `[tokens]`. Raises `KeyError` for one that is not known."""
+        found = zip(keys, self._find(_as_array(keys)), strict=True)
+        return [self._waiting[key] if at < 0 else self._read(*self._places[at]) for key, at in found]
+
+    def put(self, key: bytes, logps: Tensor) -> None:
+        """Keep the log-probs `[tokens]` of a response."""
+        if not self._waiting:
+            self._waiting_since = time.monotonic()
+        self._waiting[key] = logps
+        self._waiting_tokens += len(logps)
+        if self._waiting_tokens >= SHARD_TOKENS or time.monotonic() - self._waiting_since >= SHARD_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what waits."""
+        if self._waiting:
+            path = write_shard(self.folder, self._waiting)
+            self._waiting, self._waiting_tokens = {}, 0
+            if path.stem not in self._names:
+                self._names.add(path.stem)
+                self._take_in([read_shard(path)])
+
+    def _take_in(self, shards: list[Shard]) -> None:
+        """Sort what these shards hold in among what is known."""
+        if not shards:
+            return
+        keys = np.concatenate([shard.keys for shard in shards])
+        numbers = np.repeat(np.arange(len(shards)) + len(self._shards), [len(shard.keys) for shard in shards])
+        places = np.stack([numbers, np.concatenate([np.arange(len(shard.keys)) for shard in shards])], axis=1)
+        self._shards += shards
+        keys, first = np.unique(keys, return_index=True)
+        new = self._find(keys) < 0
+        at = np.searchsorted(self._keys, keys[new])
+        self._keys = np.insert(self._keys, at, keys[new])
+        self._places = np.insert(self._places, at, places[first][new], axis=0)
+
+    def _find(self, keys: np.ndarray) -> np.ndarray:
+        """`[R]`: the place of each key among the sorted ones, −1 where it is not."""
+        if not len(self._keys):
+            return np.full(len(keys), -1)
+        at = np.searchsorted(self._keys, keys).clip(max=len(self._keys) - 1)
+        return np.where(self._keys[at] == keys, at, -1)
+
+    def _read(self, number: int, response: int) -> Tensor:
+        shard = self._shards[number]
+        return shard.logps[shard.offsets[response] : shard.offsets[response + 1]]
+
+    def _remove_stale(self) -> None:
+        for path in self.folder.glob("*.tmp"):
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - path.stat().st_mtime > _STALE_SECONDS:
+                    path.unlink()

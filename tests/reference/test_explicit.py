@@ -1,0 +1,107 @@
+"""A reference that the user names: another model, by itself or by its path, in another dtype or quantised, or another
+adapter; cached or not, it is scored as it is by itself."""
+
+import pytest
+import torch
+from peft import PeftModel
+
+from hf_prefopt.scoring.forward import score
+from tests.tiny_models import perturbed, tiny_model, with_lora
+from tests.training import first_batch, logged, make_trainer
+
+
+def scores_by_itself(model, folder, batch):
+    """The token log-probs of a model as the policy of a trainer of its own."""
+    trainer = make_trainer(folder, model, loss_type="sft", layout="padded")
+    with torch.no_grad():
+        return score(trainer.model.eval(), batch).token_logps
+
+
+def reference_scores(trainer, batch):
+    trainer._settle_layout()
+    return trainer._score_reference(batch).token_logps
+
+
+def test_a_name_is_loaded_as_the_policy_is(tmp_path):
+    """In the dtype that `model_init_kwargs` asks for, the model that was saved."""
+    perturbed(tiny_model(), scale=0.1).save_pretrained(tmp_path / "saved")
+    settings = {"ref_model": str(tmp_path / "saved"), "model_init_kwargs": {"dtype": "float64"}, "layout": "padded"}
+    trainer = make_trainer(tmp_path / "run", tiny_model(dtype=torch.float64), **settings)
+    assert {p.dtype for p in trainer.reference.model.parameters()} == {torch.float64}
+    batch = first_batch(trainer)
+    expected = scores_by_itself(perturbed(tiny_model(), scale=0.1).double(), tmp_path, batch)
+    assert torch.equal(reference_scores(trainer, batch), expected)
+
+
+def test_a_name_is_not_loaded_where_no_loss_needs_it(tmp_path):
+    """The refusal comes first: the name leads nowhere."""
+    with pytest.raises(ValueError, match="need no reference"):
+        make_trainer(tmp_path, tiny_model(), ref_model="nowhere/at-all", loss_type="simpo")
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_reference_in_another_dtype(cached, tmp_path):
+    """bf16 beside a policy in fp32: its scores are those it has by itself, in full precision from the head on; the
+    first loss is near log 2 but not on it.
+    """
+    settings = {"ref_model": tiny_model(dtype=torch.bfloat16), "layout": "padded", "max_steps": 2}
+    settings |= {"precompute_ref_log_probs": cached, "reference_cache_dir": str(tmp_path / "cache")}
+    trainer = make_trainer(tmp_path / "run", tiny_model(), **settings)
+    batch = first_batch(trainer)
+    expected = scores_by_itself(tiny_model(dtype=torch.bfloat16), tmp_path, batch)
+    actual = reference_scores(trainer, batch)
+    assert actual.dtype == torch.float32 and torch.equal(actual, expected)
+    trainer.train()
+    assert 1e-5 < abs(logged(trainer, "loss")[0] - 0.6931472) < 0.1
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_quantised_reference(bits, cached, tmp_path):
+    """Under a policy in full precision; what was rounded away in its weights shows in the first loss."""
+    pytest.importorskip("bitsandbytes", reason="quantised references need bitsandbytes")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    perturbed(tiny_model(hidden_size=64, head_dim=16), scale=0.1).save_pretrained(tmp_path / "saved")
+    quantisation = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8, bnb_4bit_quant_type="nf4")
+    try:
+        quantised = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", quantization_config=quantisation)
+        quantised(torch.tensor([[5, 6, 7]]))
+    except (RuntimeError, NotImplementedError, ImportError) as error:
+        pytest.skip(f"bitsandbytes' {bits}-bit layers do not run on this device: {error}")
+    policy = perturbed(tiny_model(hidden_size=64, head_dim=16), scale=0.1)
+    settings = {"ref_model": quantised, "layout": "padded", "max_steps": 2}
+    settings |= {"precompute_ref_log_probs": cached, "reference_cache_dir": str(tmp_path / "cache")}
+    trainer = make_trainer(tmp_path / "run", policy, **settings)
+    batch = first_batch(trainer)
+    with torch.no_grad():
+        logits = quantised(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
+    rows = logits.flatten(0, 1)[batch["scored_rows"]].log_softmax(-1)
+    expected = rows.gather(1, batch["targets"][:, None])[:, 0]
+    # The head of a batch of scored rows and of all rows: the same products, in another order.
+    torch.testing.assert_close(reference_scores(trainer, batch), expected, rtol=1e-3, atol=1e-3)
+    trainer.train()
+    assert 1e-5 < abs(logged(trainer, "loss")[0] - 0.6931472) < 1.0
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("layout", ["padded", "shared"])
+def test_a_named_adapter_is_the_model_with_it_merged(layout, cached, tmp_path):
+    """Beside another that trains. Merging rounds W + B·A once in fp32: some 1e-6 of log-probs of a few nats."""
+    ours = perturbed(with_lora(tiny_model()), scale=0.1, seed=5)
+    ours.save_pretrained(tmp_path / "adapter")
+    model = with_lora(tiny_model())
+    model.load_adapter(tmp_path / "adapter", "before")
+    perturbed(model, scale=0.1, seed=7)
+    settings = {"reference": "adapter:before", "layout": layout, "precompute_ref_log_probs": cached}
+    trainer = make_trainer(tmp_path, model, **settings, reference_cache_dir=str(tmp_path / "cache"))
+    trainer._settle_layout()
+    batch = first_batch(trainer)
+    merged = PeftModel.from_pretrained(tiny_model(), tmp_path / "adapter").merge_and_unload()
+    other = make_trainer(tmp_path, merged, loss_type="sft", layout=layout)
+    other._settle_layout()
+    with torch.no_grad():
+        expected = score(other.model.eval(), batch).token_logps
+        policy = score(trainer.model.eval(), batch).token_logps
+    torch.testing.assert_close(reference_scores(trainer, batch), expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(policy, expected, atol=1e-2)

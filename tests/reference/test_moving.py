@@ -1,0 +1,147 @@
+"""A reference that follows the policy is where the formula says, and a resumed run finds it there."""
+
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from tests.tiny_models import perturbed, tiny_model, with_lora
+from tests.training import first_batch, logged, make_config, make_trainer, pairs, weights
+
+POLICIES = {
+    "full": tiny_model,
+    "full, tied": lambda: tiny_model(tie_word_embeddings=True),
+    "fresh adapter": lambda: with_lora(tiny_model()),
+    "trained adapter": lambda: perturbed(with_lora(tiny_model())),
+    "adapter and modules_to_save": lambda: with_lora(tiny_model(), modules_to_save=["lm_head"]),
+}
+each_policy = pytest.mark.parametrize("make", POLICIES.values(), ids=POLICIES)
+SOFT = {"sync_ref_model": True, "ref_model_mixup_alpha": 0.3, "ref_model_sync_steps": 2}
+HARD = {"sync_ref_model": True, "ref_model_mixup_alpha": 1.0, "ref_model_sync_steps": 2}
+
+
+class Watch(TrainerCallback):
+    """The policy's trained weights after every step."""
+
+    def __init__(self):
+        self.after = []
+
+    def on_step_end(self, args, state, control, model=None, **_):
+        self.after.append({name: p.detach().double() for name, p in model.named_parameters() if p.requires_grad})
+
+
+@each_policy
+def test_the_reference_is_the_mixture(make, tmp_path):
+    """Six steps, moved after 2 and 4 and 6: θ_ref = .3·θ_6 + .7·(.3·θ_4 + .7·(.3·θ_2 + .7·θ_0)), computed in float64.
+
+    Each of three updates rounds in fp32 once or twice: 1e-6 relative to the largest weight.
+    """
+    model, watch = make(), Watch()
+    expected = {name: p.detach().double().clone() for name, p in model.named_parameters() if p.requires_grad}
+    trainer = make_trainer(tmp_path, model, callbacks=[watch], max_steps=6, **SOFT)
+    trainer.train()
+    for step in (2, 4, 6):
+        for name in expected:
+            expected[name] = 0.3 * watch.after[step - 1][name] + 0.7 * expected[name]
+    moved = trainer.reference.copies.tensors
+    assert moved.keys() == expected.keys()
+    for name, tensor in moved.items():
+        scale = expected[name].abs().max().item()
+        torch.testing.assert_close(tensor.double(), expected[name], rtol=0, atol=1e-6 * scale + 1e-12)
+    assert any(not torch.equal(tensor.double(), watch.after[-1][name]) for name, tensor in moved.items())
+
+
+@pytest.mark.parametrize(
+    ("make", "layout"),
+    [(make, "padded") for make in POLICIES.values()] + [(POLICIES["fresh adapter"], "shared")],
+    ids=[*POLICIES, "fresh adapter, shared"],
+)
+def test_after_a_hard_update_the_loss_is_log_2(make, layout, tmp_path):
+    """The reference is the policy at steps 1, 3 and 5 and not at steps 2 and 4; in evaluations after steps 2 and 4 all
+    rewards are 0, which what was remembered of the old reference would not give."""
+    settings = {"max_steps": 5, "eval_dataset": pairs(3), "eval_strategy": "steps", "eval_steps": 1, "layout": layout}
+    trainer = make_trainer(tmp_path, make(), **settings, **HARD)
+    trainer.train()
+    distances = [abs(loss - math.log(2)) for loss in logged(trainer, "loss")]
+    # The layouts' two forwards are the same forward here, but sums of β·(log-ratio) are rounded: 1e-6 as elsewhere.
+    assert max(distances[::2]) < 1e-6 and min(distances[1::2]) > 1e-5
+    margins = [abs(margin) for margin in logged(trainer, "eval_rewards/margins")]
+    assert margins[1] < 1e-5 and margins[3] < 1e-5 and min(margins[0], margins[2]) > 1e-5
+
+
+@pytest.mark.parametrize(
+    ("make", "settings"),
+    [(POLICIES["full"], SOFT), (POLICIES["trained adapter"], SOFT), (POLICIES["fresh adapter"], HARD)],
+    ids=["full, soft", "trained adapter, soft", "fresh adapter, hard"],
+)
+def test_a_resumed_run_is_the_uninterrupted_one(make, settings, tmp_path):
+    """Stopped after step 3 of 6, between two updates, and resumed by a new trainer: the same bits in losses, policy
+    and reference. The checkpoint holds the moved tensors, the saved model does not.
+    """
+    settings = {"train_dataset": pairs(6), "num_train_epochs": 2, "save_strategy": "steps", "save_steps": 3, **settings}
+    whole = make_trainer(tmp_path / "whole", make(), **settings)
+    whole.train()
+    checkpoint = tmp_path / "whole" / "checkpoint-3"
+    resumed = make_trainer(tmp_path / "again", make(), **settings)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert logged(resumed, "loss")[3:] == logged(whole, "loss")[3:]
+    final = weights(whole.model)
+    assert all(torch.equal(value, final[name]) for name, value in weights(resumed.model).items())
+    moved = whole.reference.copies.tensors
+    assert all(torch.equal(value, moved[name]) for name, value in resumed.reference.copies.tensors.items())
+    assert load_file(checkpoint / "moving_reference.safetensors").keys() == moved.keys()
+    whole.save_model(str(tmp_path / "saved"))
+    assert not list((tmp_path / "saved").glob("moving*"))
+
+
+def test_a_checkpoint_of_another_adapter_is_refused(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1, **HARD}
+    one = make_trainer(tmp_path, with_lora(tiny_model()), **settings)
+    one.train()
+    other = make_trainer(tmp_path / "other", with_lora(tiny_model(), target_modules=["q_proj"]), **settings)
+    with pytest.raises(ValueError, match=r"differ in \d+ trained tensors"):
+        other._moving.load(str(tmp_path / "checkpoint-1"))
+
+
+def test_a_move_leaves_the_policy_alone(tmp_path):
+    """No parameter of the policy changes by it, and the reference's scores do."""
+    trainer = make_trainer(tmp_path, tiny_model(), **HARD)
+    batch, before = first_batch(trainer), weights(trainer.model)
+    perturbed(trainer.model)
+    policy, scores = weights(trainer.model), trainer.reference.score(batch).token_logps
+    trainer._moving.sync()
+    assert all(torch.equal(value, policy[name]) for name, value in weights(trainer.model).items())
+    assert not torch.equal(trainer.reference.score(batch).token_logps, scores)
+    assert any(not torch.equal(policy[name], before[name]) for name in policy)
+    assert trainer.reference.description == (
+        "a copy of the policy that follows it: every 2 steps, 1.0 of the policy and 0 of itself"
+    )
+
+
+MOVE = {"sync_ref_model": True}
+REFUSALS = {
+    "no reference": ({**MOVE, "loss_type": "simpo"}, "simpo needs no reference"),
+    "reference none": ({**MOVE, "reference": "none"}, "reference='none' is none"),
+    "adapter off": ({**MOVE, "reference": "adapter_off"}, "reference='adapter_off' is none"),
+    "a named adapter": ({**MOVE, "reference": "adapter:x"}, "reference='adapter:x' is none"),
+    "a cache": ({**MOVE, "precompute_ref_log_probs": True}, "keeps what it says"),
+    "a cache, said otherwise": ({**MOVE, "reference": "cache"}, "keeps what it says"),
+    "α of 0": ({**MOVE, "ref_model_mixup_alpha": 0.0}, r"ref_model_mixup_alpha=0.0 is outside \(0, 1\]"),
+    "α above 1": ({**MOVE, "ref_model_mixup_alpha": 1.1}, "ref_model_mixup_alpha=1.1"),
+    "never": ({**MOVE, "ref_model_sync_steps": 0}, "ref_model_sync_steps=0"),
+    "α unused": ({"ref_model_mixup_alpha": 0.3}, "only used with sync_ref_model=True"),
+    "steps unused": ({"ref_model_sync_steps": 3}, "only used with sync_ref_model=True"),
+}
+
+
+@pytest.mark.parametrize(("settings", "message"), REFUSALS.values(), ids=REFUSALS)
+def test_contradictions_are_refused_at_construction(settings, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        make_config(tmp_path, **settings)
+
+
+def test_a_reference_model_does_not_move(tmp_path):
+    with pytest.raises(ValueError, match="not a ref_model"):
+        make_trainer(tmp_path, tiny_model(), ref_model=tiny_model(), **MOVE)
