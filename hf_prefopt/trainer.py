@@ -46,7 +46,7 @@ from hf_prefopt.reference.remembered import RememberedScores
 from hf_prefopt.reporting.card import model_card
 from hf_prefopt.reporting.metrics import EvaluationRecord, RunningMeans, example_metrics
 from hf_prefopt.reporting.run_facts import card_facts
-from hf_prefopt.scoring.forward import base_causal_lm, install_scoring, score
+from hf_prefopt.scoring.forward import VOCABULARY_KL, base_causal_lm, install_scoring, score
 from hf_prefopt.scoring.layout import reason_against_shared
 
 logger = logging.getLogger(__name__)
@@ -379,8 +379,9 @@ class PreferenceTrainer(Trainer):
     def _score_policy(
         self, model: nn.Module, inputs: PreferenceBatch, reference: ResponseScores | None
     ) -> ResponseScores:
-        """The policy's scores; a loss that compares whole predictions is given those that the reference makes."""
-        predictions = self.reference.predictions(reference) if self.reference else None
+        """The policy's scores; where a loss compares whole predictions, with those that the reference makes at hand."""
+        compared = VOCABULARY_KL in self.objective.token_stats
+        predictions = self.reference.predictions(reference) if compared else None
         return score(model, inputs, self.objective.token_stats, predictions)
 
     def _score_reference(self, inputs: PreferenceBatch) -> ResponseScores | None:

@@ -28,7 +28,7 @@ def sampo_loss(
 ) -> LossOutput:
     """ℓ(βh) over a random subset of min(|y_w|, |y_l|) tokens of each side: no reward for length as such.
 
-    SamPO, eq. 6: of the longer response as many tokens count as the shorter one has, each as likely as the next. The
+    SamPO: of the longer response as many tokens count as the shorter one has, each as likely as the next. The
     subset is a function of the pair's place in its data set and of `seed` alone: the same on every rank, in every cut
     into micro-batches, after a resume, and in every epoch, where the authors' code draws again at each step.
 
@@ -106,8 +106,8 @@ def tis_dpo_loss(
 ) -> LossOutput:
     """ℓ(β(Σ_t w_t ρ_w,t − Σ_t w_t ρ_l,t)), w from the columns `chosen_token_weights` and `rejected_token_weights`.
 
-    Token-level importance sampling DPO, the weighted sequence log-ratios u of its eq. 13; the weighted sequence KL
-    that the equation also takes off is left out. How the weights are estimated (from a contrastive pair of models in
+    Token-level importance sampling DPO, its weighted sequence log-ratios u; the weighted sequence KL η
+    that its derivation also takes off is left out. How the weights are estimated (from a contrastive pair of models in
     the paper) is the data's affair; weights of 1 are DPO.
 
     Args:

@@ -96,7 +96,7 @@ class ColumnWeights(TokenStep):
 class LengthDesensitised(TokenStep):
     """Tokens past the length of the pair's shorter response weigh α: α = 1 is no change, α = 0 cuts them off.
 
-    LD-DPO, 2409.06411, eq. 11. The length is that of the pair, so a response that serves several pairs has other
+    LD-DPO, 2409.06411. The length is that of the pair, so a response that serves several pairs has other
     weights in each.
 
     Attributes:

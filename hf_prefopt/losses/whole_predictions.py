@@ -31,7 +31,7 @@ def tdpo1_loss(
 ) -> LossOutput:
     """ℓ(β(h − (D_l − D_w))), D = Σ_t KL(π_ref(·|y_<t) ‖ π(·|y_<t)) over the vocabulary, differentiated.
 
-    Token-level DPO, eq. 14 to 16. The implicit reward is β(r + D).
+    Token-level DPO, its first form. The implicit reward is β(r + D).
 
     Args:
         policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps: `[B]`, summed, nats.
@@ -66,7 +66,7 @@ def tdpo2_loss(
 ) -> LossOutput:
     """ℓ(β(h − α(D_l − sg D_w))): TDPO1 with the chosen response's KL held fixed, and both weighed by α.
 
-    Token-level DPO, eq. 17 and 18; D as in `tdpo1_loss`. Without a gradient the chosen KL is no longer raised, and the
+    Token-level DPO, its second form; D as in `tdpo1_loss`. Without a gradient the chosen KL is not raised, and the
     rejected one is held to the reference. α = 0 is DPO. The implicit reward is β(r + αD).
 
     Args:

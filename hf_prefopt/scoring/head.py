@@ -80,7 +80,7 @@ def vocabulary_kl(logps: Tensor, reference_logps: Tensor) -> Tensor:
 
 STATISTICS: dict[str, Callable[[Tensor], Tensor]] = {
     # All take log-probs [C, V] in full precision and give [C].
-    "entropy": lambda logps: entropy(logps),
+    "entropy": entropy,
     "normalised_entropy": lambda logps: entropy(logps) / math.log(logps.shape[-1]),
     "log_sum_sq_probs": lambda logps: (2 * logps).logsumexp(-1),
 }

@@ -264,7 +264,7 @@ def test_a_response_of_several_pairs_has_the_tail_of_each(collate):
     scores = score(model, batch)
     objective = build_objective(["dpo"], reference_free=True, modifiers=[TokenSums([LengthDesensitised(0.0)])])
     rewards = objective(loss_inputs(objective.inputs, batch, scores, None)).rewards
-    tokens = scores.token_logps
+    tokens = scores.token_logps.detach()
     expected = [[tokens[0], tokens[4]], [tokens[:3].sum(), tokens[5:].sum()]]
     torch.testing.assert_close(rewards, 0.1 * torch.tensor(expected, dtype=torch.float64))
 

@@ -39,7 +39,7 @@ def _hash(number):
 
 
 def sampo(tw, tl, trw, trl, nw, nl, row, place, beta=0.1, seed=0):
-    """2406.10957 eq. 6, the tokens being those of the smallest hashes of (seed, row, pair, side, position)."""
+    """2406.10957, the tokens being those of the smallest hashes of (seed, row, pair, side, position)."""
 
     def rewards(b):
         count = min(int(nw[b]), int(nl[b]))
@@ -55,13 +55,13 @@ def sampo(tw, tl, trw, trl, nw, nl, row, place, beta=0.1, seed=0):
 
 
 def tdpo1(w, l, rw, rl, dw, dl, beta=0.1):
-    """2404.11999 eq. 14: σ(u − δ), δ = β D(y_l) − β D(y_w)."""
+    """2404.11999, TDPO1: σ(u − δ), δ = β D(y_l) − β D(y_w)."""
     u, delta = beta * (w - rw) - beta * (l - rl), beta * dl - beta * dw
     return nll(u - delta), two(beta * (w - rw + dw), beta * (l - rl + dl))
 
 
 def tdpo2(w, l, rw, rl, dw, dl, beta=0.1, alpha=0.5):
-    """2404.11999 eq. 17: σ(u − αδ₂)."""
+    """2404.11999, TDPO2: σ(u − αδ₂)."""
     u, delta = beta * (w - rw) - beta * (l - rl), beta * dl - beta * dw
     return nll(u - alpha * delta), two(beta * (w - rw + alpha * dw), beta * (l - rl + alpha * dl))
 
