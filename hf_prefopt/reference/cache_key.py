@@ -135,7 +135,7 @@ def _tensor_digests(model: nn.Module) -> Iterator[tuple[str, str]]:
         if acting_name is not None:
             with _whole(parameter) as tensor:
                 yield acting_name, _digest(tensor)
-            for part, tensor in _quantisation(parameter):
+            for part, tensor in _quantisation(parameter, model.get_submodule(name.rpartition(".")[0])):
                 yield f"{acting_name}.{part}", _digest(tensor)
     for module_name, module in model.named_modules():
         for name, buffer in module.named_buffers(recurse=False):
@@ -185,10 +185,15 @@ def _whole(parameter: nn.Parameter) -> Iterator[Tensor]:
         yield parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
-def _quantisation(parameter: nn.Parameter) -> Iterator[tuple[str, Tensor]]:
+def _quantisation(parameter: nn.Parameter, owner: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """What bitsandbytes keeps beside a quantised weight."""
     state = getattr(parameter, "quant_state", None)
-    tensors = state.as_dict(packed=True) if state is not None else {"SCB": getattr(parameter, "SCB", None)}
+    if state is not None:
+        tensors = state.as_dict(packed=True)
+    else:
+        # The first forward takes the scales of 8 bits from the weight to the module's state.
+        places = (parameter, getattr(owner, "state", None))
+        tensors = {"SCB": next((s for place in places if (s := getattr(place, "SCB", None)) is not None), None)}
     return ((name, tensor) for name, tensor in tensors.items() if tensor is not None)
 
 
