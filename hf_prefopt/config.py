@@ -1,6 +1,7 @@
 """`PreferenceConfig`: every setting of a run, checked when it is made."""
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -128,11 +129,12 @@ class PreferenceConfig(TrainingArguments):
                 f"unpair=True makes unpaired examples, and {', '.join(self.loss_type)} wants {objective.kind.wanted}"
             )
 
-    def build_objective(self, kind: ExampleKind | None = None) -> Objective:
+    def build_objective(self, kind: ExampleKind | None = None, columns: Collection[str] = ()) -> Objective:
         """The objective that these settings describe.
 
         Args:
             kind: the examples that there are, for losses that take several kinds (`sft`).
+            columns: what the data say of them besides, such as `weights`.
 
         Raises:
             ValueError: see `losses.objective.build_objective`.
@@ -147,6 +149,7 @@ class PreferenceConfig(TrainingArguments):
             use_weighting=self.use_weighting,
             reference_free=self.reference_free,
             kind=UNPAIRED if self.unpair else kind,
+            columns=columns,
         )
 
     def _check_values(self) -> None:

@@ -34,6 +34,7 @@ class PreferenceBatch(TypedDict, total=False):
         chosen, rejected: `[B]` int64, each pair's responses, as indices into R. A response may serve several pairs.
         responses, mismatched: `[B]` int64, and labels: `[B]` bool, of unpaired examples (see `examples.unpaired`).
         list_responses, list_mask, list_ranks, list_scores: `[B, K]`, of lists (see `examples.lists`).
+        weights, margins, chosen_scores, ...: `[B]` float32, where rows have them (see `ExampleKind.extras`).
         rows, pair_in_row: `[B]` int64, the example's row in its data set, and its place among that row's pairs.
     """
 
@@ -57,6 +58,12 @@ class PreferenceBatch(TypedDict, total=False):
     list_mask: Tensor
     list_ranks: Tensor
     list_scores: Tensor
+    weights: Tensor
+    margins: Tensor
+    chosen_scores: Tensor
+    rejected_scores: Tensor
+    chosen_win_rates: Tensor
+    rejected_win_rates: Tensor
     rows: Tensor
     pair_in_row: Tensor
 

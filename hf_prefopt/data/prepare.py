@@ -5,13 +5,14 @@ travels in columns beside it, so that the counts are also right when `datasets` 
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import PreTrainedTokenizerBase
 
+from hf_prefopt.data.extras import extra_columns, present_extras, read_extras
 from hf_prefopt.data.messages import BadRow
 from hf_prefopt.data.schema import CanonicalRow, find_format
 from hf_prefopt.data.summary import describe_bad_rows, summarise
@@ -33,14 +34,15 @@ EXAMPLE_FEATURES = {
 }
 
 
-def prepared_features(kind: ExampleKind) -> Features:
-    """The columns of a prepared data set of such examples."""
+def prepared_features(kind: ExampleKind, extras: Iterable[str] = ()) -> Features:
+    """The columns of a prepared data set of such examples, with further numbers of these names for each."""
     return Features(
         {
             "prompt_ids": List(Value("int32")),
             "response_ids": List(List(Value("int32"))),
             "scored_masks": List(List(Value("int8"))),
             **{column: EXAMPLE_FEATURES[column] for column in kind.columns},
+            **{extra: List(Value("float64")) for extra in extras},
             "row": Value("int64"),
         }
     )
@@ -59,7 +61,7 @@ _NOTES = {
     "_identical": Value("bool"),  # chosen and rejected are the same tokens
 }
 # Part of the cache's key, which sees this module's functions by name only: raise it when what they return changes.
-_CACHE_VERSION = 1
+_CACHE_VERSION = 2
 
 
 def prepare_dataset(
@@ -93,7 +95,8 @@ def prepare_dataset(
     Returns:
         A data set of the columns `prompt_ids` (list of int), `response_ids` (K lists; of a pair chosen, then rejected),
         `scored_masks` (K lists of 0 / 1, one per response token), `row` (the row in the data set given), and by the
-        kind of the examples `pairs` (`[[0, 1]]` for a pair), `labels` (K bools), or `ranks` and `scores` (K numbers).
+        kind of the examples `pairs` (`[[0, 1]]` for a pair), `labels` (K bools), or `ranks` and `scores` (K numbers);
+        and what the rows say of them besides (`ExampleKind.extras`), such as `weights`: a list of a number per example.
 
     Raises:
         ValueError: an argument outside its values; columns of no known format; messages without a chat template; with
@@ -111,7 +114,9 @@ def prepare_dataset(
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
         dataset = _tokenise(dataset, kind, tokenizer, max_length, truncation_mode, on_bad_rows, num_proc, name)
-    return unpair_rows(dataset, prepared_features(UNPAIRED)) if unpair and kind is PAIRS else dataset
+    if not unpair or kind is not PAIRS:
+        return dataset
+    return unpair_rows(dataset, prepared_features(UNPAIRED, present_extras(UNPAIRED, _column_names(dataset))))
 
 
 def _tokenise(
@@ -125,7 +130,7 @@ def _tokenise(
     name: str,
 ) -> Dataset | IterableDataset:
     """The data set of rows in a known format, prepared."""
-    features = prepared_features(kind)
+    features = prepared_features(kind, extra_columns(kind, _column_names(dataset)))
     how = {
         "batched": True,
         "with_indices": True,
@@ -172,10 +177,12 @@ def _prepare_batch(
     kinds = TokenKinds(tokenizer)
     rows = [_read(row_format.read, columns, at) for at in range(len(indices))]
     tokenised = iter(tokenize_rows([row for row in rows if isinstance(row, CanonicalRow)], tokenizer, kinds))
-    out: dict[str, list[Any]] = {column: [] for column in (*prepared_features(row_format.kind), *_NOTES)}
-    for index, row in zip(indices, rows, strict=True):
+    extras = extra_columns(row_format.kind, columns)
+    out: dict[str, list[Any]] = {column: [] for column in (*prepared_features(row_format.kind, extras), *_NOTES)}
+    for at, (index, row) in enumerate(zip(indices, rows, strict=True)):
         done = row if isinstance(row, BadRow) else next(tokenised)
         noted = _note(index, done, max_length, truncation_mode, kinds, row_format.kind)
+        noted |= read_extras({column: columns[column][at] for column in extras.values()}, extras)
         for column, value in noted.items():
             out[column].append(value)
     return out

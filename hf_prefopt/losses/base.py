@@ -48,6 +48,18 @@ class LossOutput:
         return self.rewards[:, column]
 
 
+class UnsuitableExamples(ValueError):
+    """Examples of a data set that a loss cannot compare.
+
+    Attributes:
+        which: `[N]` bool.
+    """
+
+    def __init__(self, which: Tensor, reason: str):
+        super().__init__(reason)
+        self.which = which
+
+
 def pair_rewards(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Tensor:
     """`[B, 2]`: the two `[B]` reward vectors of pairs side by side, detached."""
     return torch.stack([chosen_rewards, rejected_rewards], dim=-1).detach()

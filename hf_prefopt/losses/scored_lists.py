@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_prefopt.losses.base import LossOutput, check_lists, check_positive
+from hf_prefopt.losses.base import LossOutput, UnsuitableExamples, check_lists, check_positive
 from hf_prefopt.losses.lists import list_rewards
 from hf_prefopt.losses.registry import register_loss
 
@@ -114,7 +114,18 @@ def exo_rw_loss(
     return LossOutput((policy.exp() * (policy - data) * list_mask).sum(1), rewards.detach())
 
 
-@register_loss("lipo", aliases=("lambda", "lipo_lambda"), paper="2402.01878")
+def _check_gains(list_scores: Tensor, list_mask: Tensor, normalize_scores: bool) -> None:
+    """Scores are gains from 0 to 1, unless they are to be stretched."""
+    outside = ((list_scores < 0) | (list_scores > 1)) & list_mask
+    if outside.any() and not normalize_scores:
+        raise UnsuitableExamples(
+            outside.any(dim=1),
+            f"its scores reach {list_scores[outside][0].item():g}, and 2^R wants gains from 0 to 1: rescale them, or "
+            "pass normalize_scores=True in loss_params",
+        )
+
+
+@register_loss("lipo", aliases=("lambda", "lipo_lambda"), paper="2402.01878", check_data=_check_gains)
 def lipo_loss(
     policy_list_logps: Tensor,
     ref_list_logps: Tensor,
