@@ -117,6 +117,13 @@ RESUMED = {
     "bco": {"loss_type": "bco", "beta": 0.3},
     "bco, unpaired pairs": {"loss_type": "bco", "beta": 0.3, "unpair": True, "train_dataset": pairs(3)},
     "bco_pair": {"loss_type": "bco_pair", "beta": 0.3, "train_dataset": pairs(6)},
+    "beta_dpo": {"loss_type": "beta_dpo", "train_dataset": pairs(6)},
+    "alpha_dpo, one by one": {
+        "loss_type": "alpha_dpo",
+        "train_dataset": pairs(6),
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 2,
+    },
     "plackett_luce": {"loss_type": "plackett_luce", "train_dataset": list_rows(6)},
 }
 

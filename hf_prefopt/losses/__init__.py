@@ -18,6 +18,7 @@ from hf_prefopt.losses.margin_functions import (
 from hf_prefopt.losses.reference_free import cpo_loss, orpo_loss, sft_loss, slic_hf_loss
 from hf_prefopt.losses.registry import LossSpec, RunningState, get_loss, list_losses, register_loss
 from hf_prefopt.losses.reshaped import chi_po_loss, dpo_shift_loss, dpop_loss, r_dpo_loss
+from hf_prefopt.losses.running_margin import alpha_dpo_loss, beta_dpo_loss
 from hf_prefopt.losses.scored_lists import exo_rw_loss, infonca_loss, lipo_loss, nca_loss
 from hf_prefopt.losses.simpo import alphapo_loss, repo_loss, simper_loss, simpo_loss
 from hf_prefopt.losses.unpaired import apo_zero_unpaired_loss, npo_loss, sft_unpaired_loss
@@ -26,6 +27,7 @@ __all__ = [
     "LossOutput",
     "LossSpec",
     "RunningState",
+    "alpha_dpo_loss",
     "alphapo_loss",
     "aot_loss",
     "aot_unpaired_loss",
@@ -34,6 +36,7 @@ __all__ = [
     "apo_zero_unpaired_loss",
     "bco_loss",
     "bco_pair_loss",
+    "beta_dpo_loss",
     "cal_dpo_loss",
     "cauchy_loss",
     "chi_po_loss",

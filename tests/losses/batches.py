@@ -18,6 +18,7 @@ def made_up_inputs(dtype=torch.float64, pairs: int = PAIRS, seed: int = 0) -> di
         inputs[f"ref_{side}_logps"] = torch.tensor(reference, dtype=dtype)
         inputs[f"policy_{side}_logps"] = torch.tensor(policy, dtype=dtype)
         inputs[f"policy_{side}_alignment"] = torch.tensor(rng.normal(-0.2, 0.4, pairs), dtype=dtype)
+    inputs |= {"rows": torch.tensor(rng.permutation(100)[:pairs]), "pair_in_row": torch.arange(pairs) % 2}
     return {**inputs, **_unpaired(rng, pairs, dtype), **_lists(rng, pairs, dtype)}
 
 

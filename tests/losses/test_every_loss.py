@@ -2,6 +2,7 @@
 
 import inspect
 import itertools
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -37,6 +38,8 @@ OTHER_VALUES = {
     "sft_coef": 0.4,
     "tau": 0.3,
     "normalize_scores": True,
+    "a": 0.1,
+    "rho": 0.5,
 }
 # Where that value is out of a loss's range, or its default.
 OTHER_VALUES_OF = {
@@ -44,6 +47,7 @@ OTHER_VALUES_OF = {
     "slic_hf": {"length_normalize": True},
     "infonca": {"alpha": 0.3},
     "nca": {"alpha": 0.3},
+    "alpha_dpo": {"alpha": 0.6},
 }
 # Losses whose gradient in s_w may be positive, each by its formula, its turning point tested in test_turning_points.py.
 RISING = {
@@ -141,23 +145,38 @@ def test_no_two_losses_are_the_same():
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_gradients_are_those_of_the_value(name):
-    """Float64 gradcheck of the losses with respect to the policy's log-probs.
-
-    Detached parts are held fixed: KTO's baseline by making the check where its clamp at 0 is active, BCO's δ as state;
-    FocalPO's detached weight is no gradient of the value, and has a test of its own.
-    """
+    """Float64 gradcheck of the losses with respect to the policy's log-probs, detached parts held at their values."""
     inputs = made_up_inputs()
-    if get_loss(name).needs_global_batch:
-        for stem in ("chosen_logps", "rejected_logps", "mismatched_logps"):
-            inputs[f"policy_{stem}"] = inputs[f"ref_{stem}"] - 2 - torch.rand(5, dtype=torch.float64)
     policy = [key for key in get_loss(name).inputs if key.startswith("policy") and key.endswith("logps")]
 
     def losses(*values):
-        return call(name, {**inputs, **dict(zip(policy, values, strict=True))}, **params, **fixed).losses
+        with held.replayed():
+            return call(name, {**inputs, **dict(zip(policy, values, strict=True))}, **params).losses
 
-    fixed = {"state": {"delta": torch.tensor(0.3)}} if get_loss(name).state else {}
-    for params in [{}, *(params for params in other_values(name) if "detach_weight" not in params)]:
+    for params in [{}, *other_values(name)]:
+        held = DetachedValues()
         assert torch.autograd.gradcheck(losses, [inputs[key].clone().requires_grad_() for key in policy]), params
+
+
+class DetachedValues:
+    """What `detach` returned, call by call, the first time: from then on it returns that again."""
+
+    def __init__(self):
+        self._values = None
+
+    @contextmanager
+    def replayed(self):
+        values, detach, known = [], torch.Tensor.detach, self._values
+
+        def replay(tensor):
+            values.append(detach(tensor).clone() if known is None else known[len(values)])
+            return values[-1]
+
+        torch.Tensor.detach = replay
+        try:
+            yield
+        finally:
+            torch.Tensor.detach, self._values = detach, values
 
 
 @pytest.mark.parametrize("name", [name for name in LOSSES if name not in RISING])
@@ -244,7 +263,7 @@ def test_fp32_is_enough_for_long_responses(name):
         inputs[key] = inputs[key] + 2000
     for key in [key for key in inputs if key.endswith("logps")]:
         inputs[key] = inputs[key] - 3000
-    single = {key: value if value.dtype is torch.bool else value.float() for key, value in inputs.items()}
+    single = {key: value.float() if value.is_floating_point() else value for key, value in inputs.items()}
     torch.testing.assert_close(
         call(name, single).losses.double(), call(name, inputs).losses, rtol=2e-3, atol=2e-4, check_dtype=False
     )
@@ -298,7 +317,8 @@ def test_stands_as_an_objective(name):
     inputs = made_up_inputs()
     objective = build_objective([name])
     objective.update_state(inputs)
-    torch.testing.assert_close(objective(inputs).losses, call(name, inputs).losses, rtol=1e-14, atol=0)
+    state = {"state": objective.state[name]} if name in objective.state else {}
+    torch.testing.assert_close(objective(inputs).losses, call(name, inputs, **state).losses, rtol=1e-14, atol=0)
     with pytest.raises(ValueError, match=f"{name} takes"):
         build_objective([name], loss_params={"no_such_parameter": 1.0})
 

@@ -38,7 +38,14 @@ from tests.losses.numpy_reference.lists import (  # noqa: F401
     rrhf,
     s_dpo,
 )
-from tests.losses.numpy_reference.over_the_batch import aot, aot_unpaired, dr_dpo, kto_pair  # noqa: F401
+from tests.losses.numpy_reference.over_the_batch import (  # noqa: F401
+    alpha_dpo,
+    aot,
+    aot_unpaired,
+    beta_dpo,
+    dr_dpo,
+    kto_pair,
+)
 from tests.losses.numpy_reference.reference_free import alphapo, cpo, orpo, repo, sft, simper, simpo, slic_hf  # noqa: F401
 from tests.losses.numpy_reference.unpaired import (  # noqa: F401
     apo_zero_unpaired,
@@ -59,6 +66,8 @@ SHORT = {
     "rejected_lengths": "nl",
     "policy_chosen_alignment": "aw",
     "policy_rejected_alignment": "al",
+    "rows": "row",
+    "pair_in_row": "place",
     "policy_logps": "s",
     "ref_logps": "rs",
     "lengths": "n",
