@@ -20,6 +20,7 @@ from hf_prefopt.losses.registry import LossSpec, RunningState, get_loss, list_lo
 from hf_prefopt.losses.reshaped import chi_po_loss, dpo_shift_loss, dpop_loss, r_dpo_loss
 from hf_prefopt.losses.running_margin import alpha_dpo_loss, beta_dpo_loss
 from hf_prefopt.losses.scored_lists import exo_rw_loss, infonca_loss, lipo_loss, nca_loss
+from hf_prefopt.losses.scored_pairs import odpo_loss, rpo_bwd_loss, rpo_fwd_loss, rpo_sq_loss, sppo_loss
 from hf_prefopt.losses.simpo import alphapo_loss, repo_loss, simper_loss, simpo_loss
 from hf_prefopt.losses.unpaired import apo_zero_unpaired_loss, npo_loss, sft_unpaired_loss
 
@@ -63,6 +64,7 @@ __all__ = [
     "nca_loss",
     "nca_pair_loss",
     "npo_loss",
+    "odpo_loss",
     "orpo_loss",
     "plackett_luce_loss",
     "r_dpo_loss",
@@ -70,6 +72,9 @@ __all__ = [
     "register_loss",
     "repo_loss",
     "robust_loss",
+    "rpo_bwd_loss",
+    "rpo_fwd_loss",
+    "rpo_sq_loss",
     "rrhf_loss",
     "s_dpo_loss",
     "sft_loss",
@@ -78,5 +83,6 @@ __all__ = [
     "simpo_loss",
     "slic_hf_loss",
     "sppo_hard_loss",
+    "sppo_loss",
     "wpo_loss",
 ]

@@ -139,7 +139,7 @@ def log_ratios(
     policy_rejected_logps: Tensor,
     ref_chosen_logps: Tensor | None,
     ref_rejected_logps: Tensor | None,
-    **others: Tensor,
+    **others: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """(r_w, r_l), r = s − s_ref in nats, each `[B]`; without a reference (s_w, s_l), as if it were uniform.
 
@@ -174,6 +174,11 @@ def mean_logps(
         rejected_lengths=rejected_lengths,
     )
     return per_token(policy_chosen_logps, chosen_lengths), per_token(policy_rejected_logps, rejected_lengths)
+
+
+def less_margins(rewards: Tensor, margins: Tensor | None) -> Tensor:
+    """A reward margin `[B]` less what each pair is to have at the least; itself without such margins."""
+    return rewards if margins is None else rewards - margins
 
 
 def per_token(summed: Tensor, lengths: Tensor) -> Tensor:

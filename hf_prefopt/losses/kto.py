@@ -41,7 +41,7 @@ def kto_loss(
 ) -> LossOutput:
     """λ_D(1−σ(β(r − z))) if desirable, λ_U(1−σ(β(z − r))) if not, z = sg max(0, mean_B r of mismatched pairs).
 
-    Kahneman–Tversky optimisation, eq. 7 and 8. z estimates KL(π‖π_ref) from responses to other prompts, over the
+    Kahneman–Tversky optimisation. z estimates KL(π‖π_ref) from responses to other prompts, over the
     global batch, whatever its labels. The component `kl` is z. See `kto_weights` for data with more of one label.
 
     Use it on thumbs-up / thumbs-down data, unpaired and unbalanced, or on pairs of doubtful quality by `unpair`.
@@ -76,7 +76,7 @@ def kto_loss(
 
 def kto_weights(desirable: int, undesirable: int) -> tuple[float, float]:
     """(λ_D, λ_U) for data with that many examples of each label: the smallest change of one weight from 1 that brings
-    λ_D·n_D / λ_U·n_U into [1, 4/3], the range that KTO's authors recommend (2402.01306, section 4.2).
+    λ_D·n_D / λ_U·n_U into [1, 4/3], the range that KTO's authors recommend (2402.01306).
 
     Example:
         >>> kto_weights(100, 80), kto_weights(100, 200), kto_weights(300, 100)

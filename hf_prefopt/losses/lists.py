@@ -58,7 +58,7 @@ def s_dpo_loss(
 ) -> LossOutput:
     """ℓ(−logsumexp_l β(r_l − r_w)): the best response against all others at once.
 
-    Softmax-DPO, eq. 9: one chosen and any number of rejected responses, whose order among each other does not count.
+    Softmax-DPO: one chosen and any number of rejected responses, whose order among each other does not count.
 
     Use it on one good response against several bad ones, as in recommendation.
 
@@ -86,7 +86,7 @@ def rrhf_loss(
 ) -> LossOutput:
     """Σ_{i worse than j} max(0, s̄_i − s̄_j) + λ·NLL(best): log-probs per token in the order of the ranks.
 
-    RRHF, eq. 2 to 4, the NLL per token like every other here. Responses of equal rank are not compared. The implicit
+    RRHF, the NLL per token like every other here. Responses of equal rank are not compared. The implicit
     reward is s̄.
 
     Use it on ranked lists without a reference model, when ranking and imitation should go together.

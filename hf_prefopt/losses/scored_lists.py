@@ -44,7 +44,7 @@ def infonca_loss(
 ) -> LossOutput:
     """−Σ p log softmax(βr), p = softmax(R/α): the policy's softmax meets that of the scores.
 
-    InfoNCA, eq. 7. The default α is that of the authors' code, for which p is nearly all on the best response.
+    InfoNCA. The default α is that of the authors' code, for which p is nearly all on the best response.
 
     Use it on lists of scored responses to a prompt; two responses suffice.
 
@@ -72,7 +72,7 @@ def nca_loss(
 ) -> LossOutput:
     """−Σ p log σ(βr) − (1/K)Σ log σ(−βr), p = softmax(R/α): like InfoNCA, held to the reference's likelihoods.
 
-    Noise contrastive alignment, eq. 11; arguments as in `infonca_loss`. K is each list's own length.
+    Noise contrastive alignment; arguments as in `infonca_loss`. K is each list's own length.
 
     Use it on lists of scored responses where the likelihood of the best one must not fall.
 
@@ -97,7 +97,7 @@ def exo_rw_loss(
 ) -> LossOutput:
     """KL(softmax(βr) ‖ softmax(R/τ)): the reverse KL of the policy's softmax to that of the scores.
 
-    Efficient exact optimisation with rewards, eq. 14.
+    Efficient exact optimisation with rewards.
 
     Use it on lists with a reward model's scores, to seek their mode (reverse KL); `infonca` covers them.
 

@@ -8,7 +8,7 @@ LONGEST_LIST = 4
 
 
 def made_up_inputs(dtype=torch.float64, pairs: int = PAIRS, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Inputs of `pairs` pairs by every name a loss may ask for: about −1.5 nats a token, log-ratios of a few nats."""
+    """Inputs of `pairs` pairs by every name a loss must have: about −1.5 nats a token, log-ratios of a few nats."""
     rng = np.random.default_rng(seed)
     lengths = {side: rng.integers(3, 30, pairs) for side in ("chosen", "rejected")}
     inputs = {f"{side}_lengths": torch.tensor(lengths[side]) for side in lengths}
@@ -19,6 +19,10 @@ def made_up_inputs(dtype=torch.float64, pairs: int = PAIRS, seed: int = 0) -> di
         inputs[f"policy_{side}_logps"] = torch.tensor(policy, dtype=dtype)
         inputs[f"policy_{side}_alignment"] = torch.tensor(rng.normal(-0.2, 0.4, pairs), dtype=dtype)
     inputs |= {"rows": torch.tensor(rng.permutation(100)[:pairs]), "pair_in_row": torch.arange(pairs) % 2}
+    scores = rng.uniform(0.2, 3, (2, pairs))
+    inputs["rejected_scores"] = torch.tensor(scores[0], dtype=dtype)
+    inputs["chosen_scores"] = torch.tensor(scores.sum(0), dtype=dtype)
+    inputs["chosen_win_rates"] = torch.tensor(rng.uniform(0.3, 1, pairs), dtype=dtype)
     return {**inputs, **_unpaired(rng, pairs, dtype), **_lists(rng, pairs, dtype)}
 
 

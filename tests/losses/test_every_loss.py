@@ -40,6 +40,8 @@ OTHER_VALUES = {
     "normalize_scores": True,
     "a": 0.1,
     "rho": 0.5,
+    "eta": 0.6,
+    "margin": "ratio",
 }
 # Where that value is out of a loss's range, or its default.
 OTHER_VALUES_OF = {
@@ -48,6 +50,7 @@ OTHER_VALUES_OF = {
     "infonca": {"alpha": 0.3},
     "nca": {"alpha": 0.3},
     "alpha_dpo": {"alpha": 0.6},
+    "odpo": {"alpha": 0.6},
 }
 # Losses whose gradient in s_w may be positive, each by its formula, its turning point tested in test_turning_points.py.
 RISING = {
@@ -61,6 +64,10 @@ RISING = {
     "focal_po",  # undetached: below p = e^(−1/γ)
     "nca",  # every response is a noise sample too
     "exo_rw",  # a KL to soft labels
+    "rpo_bwd",  # a KL to soft labels
+    "rpo_fwd",  # a KL to soft labels
+    "rpo_sq",  # a square: past its target
+    "sppo",  # squares: past their targets
 }
 # Losses defined as another where a hyperparameter is at its default: told apart at a value away from it.
 TOLD_APART_BY = {
@@ -83,7 +90,7 @@ def other_values(name):
 
 def call(name, inputs, **params):
     spec = get_loss(name)
-    return spec(**{key: inputs[key] for key in spec.inputs}, **params)
+    return spec(**{key: inputs[key] for key in spec.inputs if key in inputs}, **params)
 
 
 def gradients(name, inputs):
@@ -98,7 +105,8 @@ def with_gradients(inputs):
 
 
 def expected(name, inputs, **params):
-    arguments = {numpy_reference.SHORT[key]: inputs[key].numpy() for key in get_loss(name).inputs}
+    given = [key for key in get_loss(name).inputs if key in inputs]
+    arguments = {numpy_reference.SHORT[key]: inputs[key].numpy() for key in given}
     return getattr(numpy_reference, name)(**arguments, **params)
 
 
@@ -113,6 +121,24 @@ def test_equals_the_paper_in_float64(name):
             assert output.rewards is None
         else:
             np.testing.assert_allclose(output.rewards.numpy(), rewards, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "column"), [(name, column) for name in LOSSES for column in get_loss(name).optional_columns]
+)
+def test_equals_the_paper_with_a_further_column(name, column):
+    """A column that a loss can do without, where the data have it, beside ε, too."""
+    inputs = made_up_inputs()
+    inputs[column] = torch.rand(5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    plain = call(name, made_up_inputs()).losses
+    for params in [{}, *([{"label_smoothing": 0.2}] if "label_smoothing" in get_loss(name).defaults else [])]:
+        output, (losses, rewards) = call(name, inputs, **params), expected(name, inputs, **params)
+        np.testing.assert_allclose(output.losses.numpy(), losses, rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(output.rewards.numpy(), rewards, rtol=1e-12, atol=1e-12)
+        assert (output.losses != plain).any()
+    for wrong in (inputs[column][:1], inputs[column][:, None]):
+        with pytest.raises(ValueError, match="vectors"):
+            call(name, {**inputs, column: wrong})
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -218,7 +244,7 @@ def test_a_pair_is_alone_in_its_loss(name):
 def test_refuses_shapes_that_do_not_fit(name):
     """One vector of another length, or a matrix, is an error and not a broadcast."""
     inputs = made_up_inputs()
-    for key in get_loss(name).inputs:
+    for key in [key for key in get_loss(name).inputs if key in inputs]:
         for wrong in (inputs[key][:1], inputs[key][:, None]):
             if get_loss(name).kind is LISTS:
                 wrong = {1: inputs[key][:, :1], 2: inputs[key][:, 0]}[1 if wrong.dim() == 2 else 2]

@@ -47,6 +47,7 @@ from tests.losses.numpy_reference.over_the_batch import (  # noqa: F401
     kto_pair,
 )
 from tests.losses.numpy_reference.reference_free import alphapo, cpo, orpo, repo, sft, simper, simpo, slic_hf  # noqa: F401
+from tests.losses.numpy_reference.scored_pairs import odpo, rpo_bwd, rpo_fwd, rpo_sq, sppo  # noqa: F401
 from tests.losses.numpy_reference.unpaired import (  # noqa: F401
     apo_zero_unpaired,
     bco,
@@ -66,6 +67,11 @@ SHORT = {
     "rejected_lengths": "nl",
     "policy_chosen_alignment": "aw",
     "policy_rejected_alignment": "al",
+    "margins": "D",
+    "chosen_scores": "Rw",
+    "rejected_scores": "Rl",
+    "chosen_win_rates": "Pw",
+    "rejected_win_rates": "Pl",
     "rows": "row",
     "pair_in_row": "place",
     "policy_logps": "s",

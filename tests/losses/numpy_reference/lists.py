@@ -19,7 +19,7 @@ def _softmax(x):
 
 
 def plackett_luce(S, RS, K, M, beta=0.1):
-    """2305.18290 eq. 20: −log Π_k exp(βr_(k)) / Σ_{j≥k} exp(βr_(j))."""
+    """2305.18290 appendix A.3: −log Π_k exp(βr_(k)) / Σ_{j≥k} exp(βr_(j))."""
 
     def of(s, rs, ranks):
         r = beta * (s - rs)
@@ -30,7 +30,7 @@ def plackett_luce(S, RS, K, M, beta=0.1):
 
 
 def s_dpo(S, RS, K, M, beta=1.0):
-    """2406.09215 eq. 9: −log σ(−log Σ_l exp(β r_l − β r_w))."""
+    """2406.09215: −log σ(−log Σ_l exp(β r_l − β r_w))."""
 
     def of(s, rs, ranks):
         r = beta * (s - rs)
