@@ -43,6 +43,9 @@ class PreferenceConfig(TrainingArguments):
     The data:
         max_length: tokens of prompt and response together; `None` for no limit. truncation_mode: "keep_start" cuts the
             end of responses (their EOS stays), "keep_end" cuts the start of the prompt.
+        Columns beside the responses are used where there are any: `weight` multiplies the loss of its example (the mean
+            stays over the number of examples), `margin` is subtracted from a pair's reward margin (in reward units,
+            nats), scores and win rates go to the losses that ask for them.
         unpair: makes two examples of every pair, a desirable and an undesirable one, for losses of single responses.
         on_bad_rows: "error" or "drop". dataset_num_proc: processes that tokenise.
         layout: "auto" computes every prompt once and no padding where that is exact for the model, and says where it is

@@ -6,7 +6,7 @@ from hf_prefopt.losses.batchwise import aot_loss, aot_unpaired_loss, dr_dpo_loss
 from hf_prefopt.losses.bco import bco_loss, bco_pair_loss
 from hf_prefopt.losses.dpo import dpo_loss, dpo_norm_loss, hinge_loss, ipo_loss, reference_free_dpo_loss, wpo_loss
 from hf_prefopt.losses.kto import kto_loss, kto_pair_loss, kto_weights
-from hf_prefopt.losses.lists import plackett_luce_loss, rrhf_loss, s_dpo_loss
+from hf_prefopt.losses.lists import plackett_luce_loss, rrhf_loss, s_dpo_loss, sft_lists_loss
 from hf_prefopt.losses.margin_functions import (
     cauchy_loss,
     discopop_loss,
@@ -77,6 +77,7 @@ __all__ = [
     "rpo_sq_loss",
     "rrhf_loss",
     "s_dpo_loss",
+    "sft_lists_loss",
     "sft_loss",
     "sft_unpaired_loss",
     "simper_loss",

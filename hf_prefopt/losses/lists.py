@@ -80,6 +80,24 @@ def s_dpo_loss(
     return LossOutput(F.softplus(torch.logsumexp(excess, dim=1)), rewards.detach())
 
 
+@register_loss("sft_lists", form_of="sft", is_average_loss=True, computes_reward_metrics=False)
+def sft_lists_loss(
+    policy_list_logps: Tensor, list_lengths: Tensor, list_ranks: Tensor, list_mask: Tensor
+) -> LossOutput:
+    """NLL(best) = −s̄ of the response of the smallest rank: `sft` on lists.
+
+    Use it by its name `sft`, or by `sft_weight`, beside losses of lists.
+
+    Raises:
+        ValueError: shapes differ.
+    """
+    check_lists(
+        policy_list_logps=policy_list_logps, list_lengths=list_lengths, list_ranks=list_ranks, list_mask=list_mask
+    )
+    means = torch.where(list_mask, per_token(policy_list_logps, list_lengths), 0.0)
+    return LossOutput(-means.gather(1, best_of(list_ranks, list_mask))[:, 0])
+
+
 @register_loss("rrhf", paper="2304.05302", is_average_loss=True)
 def rrhf_loss(
     policy_list_logps: Tensor, list_lengths: Tensor, list_ranks: Tensor, list_mask: Tensor, sft_coef: float = 1.0

@@ -37,6 +37,7 @@ from tests.losses.numpy_reference.lists import (  # noqa: F401
     plackett_luce,
     rrhf,
     s_dpo,
+    sft_lists,
 )
 from tests.losses.numpy_reference.over_the_batch import (  # noqa: F401
     alpha_dpo,

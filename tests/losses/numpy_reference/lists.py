@@ -97,3 +97,9 @@ def lipo(S, RS, R, M, beta=0.05, normalize_scores=False):
         return total, r
 
     return _of_each_list(of, M, S, RS, R)
+
+
+def sft_lists(S, N, K, M):
+    """The negative log-likelihood per token of the response of the smallest rank."""
+    losses, _ = _of_each_list(lambda s, n, ranks: (-(s / n)[np.argmin(ranks)], s), M, S, N, K)
+    return losses, None
