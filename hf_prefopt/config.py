@@ -1,6 +1,7 @@
 """`PreferenceConfig`: every setting of a run, checked when it is made."""
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -58,6 +59,9 @@ class PreferenceConfig(TrainingArguments):
     The data:
         max_length: tokens of prompt and response together; `None` for no limit. truncation_mode: "keep_start" cuts the
             end of responses (their EOS stays), "keep_end" cuts the start of the prompt.
+        Columns beside the responses are used where there are any: `weight` multiplies the loss of its example (the mean
+            stays over the number of examples), `margin` is subtracted from a pair's reward margin (in reward units,
+            nats), scores and win rates go to the losses that ask for them.
         unpair: makes two examples of every pair, a desirable and an undesirable one, for losses of single responses.
         on_bad_rows: "error" or "drop". dataset_num_proc: processes that tokenise.
         layout: "auto" computes every prompt once and no padding where that is exact for the model, and says where it is
@@ -179,11 +183,12 @@ class PreferenceConfig(TrainingArguments):
                 f"unpair=True makes unpaired examples, and {', '.join(self.loss_type)} wants {objective.kind.wanted}"
             )
 
-    def build_objective(self, kind: ExampleKind | None = None) -> Objective:
+    def build_objective(self, kind: ExampleKind | None = None, columns: Collection[str] = ()) -> Objective:
         """The objective that these settings describe.
 
         Args:
             kind: the examples that there are, for losses that take several kinds (`sft`).
+            columns: what the data say of them besides, such as `weights`.
 
         Raises:
             ValueError: see `losses.objective.build_objective`.
@@ -199,6 +204,7 @@ class PreferenceConfig(TrainingArguments):
             reference_free=self.reference_free,
             kind=UNPAIRED if self.unpair else kind,
             modifiers=self._modifiers(),
+            columns=columns,
         )
 
     def _modifiers(self) -> list[Modifier]:

@@ -23,7 +23,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from hf_prefopt.checkpoints import is_complete, last_complete_checkpoint
 from hf_prefopt.config import PreferenceConfig
 from hf_prefopt.data.batch import PreferenceBatch, ResponseScores, join_examples
+from hf_prefopt.data.check import check_examples
 from hf_prefopt.data.collate import PaddedCollator
+from hf_prefopt.data.extras import present_extras
 from hf_prefopt.data.group import PromptSampler, prompt_keys
 from hf_prefopt.data.microbatch import MicroBatchCollator, pieces_of
 from hf_prefopt.data.mismatched import EpochOfMismatches, MismatchedResponses
@@ -229,14 +231,14 @@ class PreferenceTrainer(Trainer):
                 name=name,
                 unpair=self.args.unpair,
             )
-        self._check_examples(prepared, name)
-        return prepared
+        return self._fitting(prepared, name)
 
-    def _check_examples(self, dataset: Data, name: str) -> None:
-        """Refuse a data set whose examples the losses cannot compare; losses that take several kinds take the first."""
+    def _fitting(self, dataset: Data, name: str) -> Data:
+        """The data set, unless the losses cannot compare its examples. What the first one holds settles the objective:
+        the kind, of losses that take several, and further columns."""
         kind = kind_of_columns(dataset.column_names)
-        if kind is not self.objective.kind and not self._has_seen_data:
-            self.objective = self.args.build_objective(kind)
+        if not self._has_seen_data:
+            self.objective = self.args.build_objective(kind, present_extras(kind, dataset.column_names))
         self._has_seen_data = True
         losses = ", ".join(self.args.loss_type)
         if kind is not self.objective.kind:
@@ -248,6 +250,7 @@ class PreferenceTrainer(Trainer):
             reason = "it draws responses to other prompts from the whole data set, which a stream does not give"
         if reason is not None:
             raise ValueError(f"{name} does not fit {losses}: {reason}")
+        return check_examples(dataset, self.objective, name)
 
     def get_eval_dataloader(self, eval_dataset: str | Data | None = None):
         """As the Trainer's; a raw data set is prepared first."""
@@ -277,7 +280,7 @@ class PreferenceTrainer(Trainer):
         return super()._get_dataloader(dataset, *args, **kwargs)
 
     def _set_signature_columns_if_needed(self) -> None:
-        columns = dict.fromkeys(column for kind in KINDS for column in prepared_features(kind))
+        columns = dict.fromkeys(column for kind in KINDS for column in prepared_features(kind, extras=kind.extras))
         self._signature_columns = [*columns, "token_weights", "mismatched_ids", "mismatched_masks"]
 
     # -- checkpoints ----------------------------------------------------------------------------------------------

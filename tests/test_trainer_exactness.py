@@ -21,7 +21,7 @@ from tests.training import examples, logged, make_config, make_trainer, pairs, w
 OBJECTIVES = {
     **{name: {"loss_type": name} for name in list_losses()},
     # Squares whose targets, 1/(2β), are 500 nats by default: three steps of plain descent towards those would diverge.
-    **{name: {"loss_type": name, "beta": 0.1} for name in ("sppo_hard", "cal_dpo")},
+    **{name: {"loss_type": name, "beta": 0.1} for name in ("sppo_hard", "cal_dpo", "sppo")},
     "with sft_weight": {"loss_type": "dpo", "sft_weight": 0.5},
     "with use_weighting": {"loss_type": "hinge", "use_weighting": True},
     "several losses": {"loss_type": ["dpo", "kto_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]},

@@ -4,6 +4,7 @@ import functools
 import itertools
 import logging
 import math
+import re
 from io import StringIO
 
 import numpy as np
@@ -116,6 +117,13 @@ RESUMED = {
     "bco": {"loss_type": "bco", "beta": 0.3},
     "bco, unpaired pairs": {"loss_type": "bco", "beta": 0.3, "unpair": True, "train_dataset": pairs(3)},
     "bco_pair": {"loss_type": "bco_pair", "beta": 0.3, "train_dataset": pairs(6)},
+    "beta_dpo": {"loss_type": "beta_dpo", "train_dataset": pairs(6)},
+    "alpha_dpo, one by one": {
+        "loss_type": "alpha_dpo",
+        "train_dataset": pairs(6),
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 2,
+    },
     "plackett_luce": {"loss_type": "plackett_luce", "train_dataset": list_rows(6)},
 }
 
@@ -298,3 +306,39 @@ def test_a_stream_has_no_other_prompts_to_draw_from(tmp_path):
     trainer = make_trainer(tmp_path, loss_type="bco", train_dataset=stream, max_steps=1)
     trainer.train()
     assert trainer.state.global_step == 1
+
+
+@pytest.mark.parametrize(
+    ("labels", "given", "advice"),
+    [
+        (
+            [True] * 2 + [False] * 6,
+            {},
+            "2 desirable and 6 undesirable examples weigh 0.333 to 1, .*desirable_weight=3 in",
+        ),
+        ([True] * 6 + [False] * 2, {}, "weigh 3 to 1, .*: set undesirable_weight=2.25 in loss_params"),
+        ([True, False] * 4, {"desirable_weight": 2.0}, "weigh 2 to 1, .*: leave both weights at 1"),
+        ([True] * 2 + [False] * 6, {"desirable_weight": 3.5}, None),
+        ([True] * 4 + [False] * 3, {}, None),
+        ([True] * 8, {}, None),
+    ],
+)
+def test_labels_out_of_balance_are_pointed_out_once(labels, given, advice, tmp_path, caplog):
+    """Outside [1, 4/3], with counts and cure; following it silences the advice. One class alone has no balance."""
+    data = unpaired(len(labels)).map(lambda row, at: {"labels": [labels[at]]}, with_indices=True)
+    with caplog.at_level(logging.WARNING, logger="hf_prefopt"):
+        make_trainer(tmp_path, loss_type="kto", loss_params=given, train_dataset=data)
+    said = [record.getMessage() for record in caplog.records if "recommend 1 to 4/3" in record.getMessage()]
+    assert len(said) == (advice is not None)
+    assert advice is None or re.search(advice, said[0])
+
+
+def test_lipo_refuses_scores_that_are_no_gains(tmp_path):
+    """Raw scores of a reward model, by row; stretched on request they train."""
+    raw = list_rows(4).map(lambda row: {"scores": [10 * s if row["row"] in (1, 3) else s for s in row["scores"]]})
+    with pytest.raises(ValueError, match=r"does not fit lipo: row 1 \(and 1 more rows\): its scores reach 3"):
+        make_trainer(tmp_path, loss_type="lipo", train_dataset=raw)
+    make_trainer(tmp_path, loss_type="lipo", loss_params={"normalize_scores": True}, train_dataset=raw)
+    streamed = make_trainer(tmp_path, loss_type="lipo", train_dataset=raw.to_iterable_dataset(), max_steps=1)
+    with pytest.raises(ValueError, match="train does not fit lipo: row 1"):
+        streamed.train()

@@ -1,5 +1,6 @@
 """A small trainer for tests: prepared random pairs, a tiny model, quiet settings on the CPU in fp32."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,31 @@ from tests.tokenizers import tiny_tokenizer
 
 
 def examples(objective: Objective, count: int = 8, seed: int = 0) -> Dataset:
-    """Prepared random rows of the kind that an objective compares, with weights of tokens where it wants them."""
+    """Prepared random rows of the kind that an objective compares, with the further columns that it asks for."""
     rows = ROWS[objective.kind](count, seed)
     if "chosen_token_weights" in objective.inputs:
-        return rows.map(lambda row: {"token_weights": token_weights(row["response_ids"])})
+        rows = rows.map(lambda row: {"token_weights": token_weights(row["response_ids"])})
+    for name in objective.inputs:
+        if name in objective.kind.extras:
+            rows = with_column(rows, name, EXTRAS[name])
     return rows
 
 
 def token_weights(responses: list[list[int]]) -> list[list[float]]:
     """A weight between ½ and 2 for each token, by its id and place."""
     return [[0.5 + (7 * place + token) % 13 / 8 for place, token in enumerate(ids)] for ids in responses]
+
+
+EXTRAS = {
+    "chosen_scores": lambda row: 2.0 + row % 3,
+    "rejected_scores": lambda row: 0.25 + row % 2,
+    "chosen_win_rates": lambda row: (3 + row % 5) / 8,
+}
+
+
+def with_column(rows: Dataset, name: str, value: Callable[[int], float]) -> Dataset:
+    """The rows with that prepared column, a function of the row's number."""
+    return rows.add_column(name, [[float(value(row))] for row in rows["row"]])
 
 
 def unpaired(count: int = 8, seed: int = 0) -> Dataset:

@@ -38,6 +38,7 @@ class PreferenceBatch(TypedDict, total=False):
         list_responses, list_mask, list_ranks, list_scores: `[B, K]`, of lists (see `examples.lists`).
         chosen_token_weights, rejected_token_weights: `[B, T]` fp32, of pairs whose tokens have weights, 0 behind the
             end of a response.
+        weights, margins, chosen_scores, ...: `[B]` float32, where rows have them (see `ExampleKind.extras`).
         rows, pair_in_row: `[B]` int64, the example's row in its data set, and its place among that row's pairs.
         counted: `[B]` bool, in evaluation, where some examples are repetitions (see `data.uneven`).
     """
@@ -66,6 +67,12 @@ class PreferenceBatch(TypedDict, total=False):
     list_mask: Tensor
     list_ranks: Tensor
     list_scores: Tensor
+    weights: Tensor
+    margins: Tensor
+    chosen_scores: Tensor
+    rejected_scores: Tensor
+    chosen_win_rates: Tensor
+    rejected_win_rates: Tensor
     rows: Tensor
     pair_in_row: Tensor
     counted: Tensor

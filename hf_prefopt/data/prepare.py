@@ -5,13 +5,14 @@ travels in columns beside it, so that the counts are also right when `datasets` 
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import PreTrainedTokenizerBase
 
+from hf_prefopt.data.extras import extra_columns, present_extras, read_extras
 from hf_prefopt.data.messages import BadRow
 from hf_prefopt.data.schema import CanonicalRow, find_format
 from hf_prefopt.data.summary import describe_bad_rows, summarise
@@ -34,14 +35,18 @@ EXAMPLE_FEATURES = {
 }
 
 
-def prepared_features(kind: ExampleKind, marks: Sequence[str] = ()) -> Features:
-    """The columns of a prepared data set of such examples, of which `marks` are not in every one."""
+def prepared_features(kind: ExampleKind, marks: Sequence[str] = (), extras: Iterable[str] = ()) -> Features:
+    """The columns of a prepared data set of such examples, of which `marks` and `extras` are not in every one.
+
+    Marks are those of `EXAMPLE_FEATURES`; an extra is a number for each example.
+    """
     return Features(
         {
             "prompt_ids": List(Value("int32")),
             "response_ids": List(List(Value("int32"))),
             "scored_masks": List(List(Value("int8"))),
             **{column: EXAMPLE_FEATURES[column] for column in (*kind.columns, *marks)},
+            **{extra: List(Value("float64")) for extra in extras},
             "row": Value("int64"),
         }
     )
@@ -60,7 +65,7 @@ _NOTES = {
     "_identical": Value("bool"),  # chosen and rejected are the same tokens
 }
 # Part of the cache's key, which sees this module's functions by name only: raise it when what they return changes.
-_CACHE_VERSION = 1
+_CACHE_VERSION = 2
 
 
 def prepare_dataset(
@@ -95,7 +100,8 @@ def prepare_dataset(
         A data set of the columns `prompt_ids` (list of int), `response_ids` (K lists; of a pair chosen, then rejected),
         `scored_masks` (K lists of 0 / 1, one per response token), `row` (the row in the data set given), and by the
         kind of the examples `pairs` (`[[0, 1]]` for a pair), `labels` (K bools), or `ranks` and `scores` (K numbers);
-        of pairs whose tokens have weights also `token_weights` (K lists of numbers).
+        of pairs whose tokens have weights also `token_weights` (K lists of numbers); and what the rows say of the
+        examples besides (`ExampleKind.extras`), such as `weights`: a list of a number per example.
 
     Raises:
         ValueError: an argument outside its values; columns of no known format; messages without a chat template; with
@@ -112,9 +118,13 @@ def prepare_dataset(
             row_format = find_format(columns)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
-        kind, features = row_format.kind, prepared_features(row_format.kind, row_format.marks)
+        kind = row_format.kind
+        features = prepared_features(kind, row_format.marks, extra_columns(kind, columns))
         dataset = _tokenise(dataset, features, tokenizer, max_length, truncation_mode, on_bad_rows, num_proc, name)
-    return unpair_rows(dataset, prepared_features(UNPAIRED)) if unpair and kind is PAIRS else dataset
+    if not unpair or kind is not PAIRS:
+        return dataset
+    extras = present_extras(UNPAIRED, _column_names(dataset))
+    return unpair_rows(dataset, prepared_features(UNPAIRED, extras=extras))
 
 
 def _tokenise(
@@ -174,11 +184,13 @@ def _prepare_batch(
     kinds = TokenKinds(tokenizer)
     rows = [_read(row_format.read, columns, at) for at in range(len(indices))]
     tokenised = iter(tokenize_rows([row for row in rows if isinstance(row, CanonicalRow)], tokenizer, kinds))
-    features = prepared_features(row_format.kind, row_format.marks)
+    extras = extra_columns(row_format.kind, columns)
+    features = prepared_features(row_format.kind, row_format.marks, extras)
     out: dict[str, list[Any]] = {column: [] for column in (*features, *_NOTES)}
-    for index, row in zip(indices, rows, strict=True):
+    for at, (index, row) in enumerate(zip(indices, rows, strict=True)):
         done = row if isinstance(row, BadRow) else next(tokenised)
         noted = _note(index, done, max_length, truncation_mode, kinds, (*row_format.kind.columns, *row_format.marks))
+        noted |= read_extras({column: columns[column][at] for column in extras.values()}, extras)
         for column, value in noted.items():
             out[column].append(value)
     return out

@@ -10,8 +10,8 @@ Formats (an entry of `FORMATS` each, found by the data set's columns; a column h
     prompt, responses, ranks                   a list of responses; smaller ranks are better
     prompt, responses, scores                  a list of responses; larger scores are better
 
-with `tools` and `chat_template_kwargs` beside messages. Messages themselves are checked in messages.py; tokens are the
-affair of tokenize.py.
+with `tools` and `chat_template_kwargs` beside messages, and numbers of each example in further columns, such as
+`weight` (extras.py). Messages themselves are checked in messages.py; tokens are the affair of tokenize.py.
 """
 
 import json

@@ -8,6 +8,9 @@ from typing import Any
 
 from datasets import Dataset, Features, IterableDataset
 
+from hf_prefopt.data.extras import present_extras
+from hf_prefopt.examples import UNPAIRED
+
 # Streams are shuffled where they are read, so the two rows of a pair are moved apart here, within so many rows.
 STREAM_BUFFER = 1000
 
@@ -30,7 +33,9 @@ def unpair(dataset: Dataset | IterableDataset, features: Features, seed: int = 0
 
 
 def _unpair_batch(columns: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
-    out: dict[str, list[Any]] = {name: [] for name in ("prompt_ids", "response_ids", "scored_masks", "labels", "row")}
+    extras = present_extras(UNPAIRED, columns)
+    names = ("prompt_ids", "response_ids", "scored_masks", "labels", "row", *extras)
+    out: dict[str, list[Any]] = {name: [] for name in names}
     for at, row in enumerate(columns["row"]):
         if len(columns["pairs"][at]) != 1:
             raise ValueError(f"row {row:,} holds {len(columns['pairs'][at])} pairs: unpair=True takes one pair a row")
@@ -40,4 +45,6 @@ def _unpair_batch(columns: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
             out["scored_masks"].append([columns["scored_masks"][at][response]])
             out["labels"].append([side == 0])
             out["row"].append(2 * row + side)
+            for extra in extras:
+                out[extra].append(columns[extra][at])
     return out

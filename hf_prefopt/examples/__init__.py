@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from hf_prefopt.examples.kind import STATISTICS, ExampleKind, Figure, Statistic
+from hf_prefopt.examples.kind import STATISTICS, ExampleKind, Extra, Figure, Statistic
 from hf_prefopt.examples.lists import LISTS
 from hf_prefopt.examples.pairs import PAIRS
 from hf_prefopt.examples.unpaired import UNPAIRED
@@ -11,7 +11,9 @@ from hf_prefopt.examples.unpaired import UNPAIRED
 KINDS: tuple[ExampleKind, ...] = (PAIRS, UNPAIRED, LISTS)
 
 # The entries of a batch that have an element for each example.
-EXAMPLE_ENTRIES = (*{name for kind in KINDS for name in (*kind.responses.values(), *kind.facts)}, "rows", "pair_in_row")
+EXAMPLE_ENTRIES = tuple(
+    {name for kind in KINDS for name in (*kind.responses.values(), *kind.facts, "rows", "pair_in_row")}
+)
 
 __all__ = [
     "EXAMPLE_ENTRIES",
@@ -21,6 +23,7 @@ __all__ = [
     "STATISTICS",
     "UNPAIRED",
     "ExampleKind",
+    "Extra",
     "Figure",
     "Statistic",
     "kind_of_columns",

@@ -41,6 +41,27 @@ STATISTICS: dict[str, Statistic] = {
 
 
 @dataclass(frozen=True)
+class Extra:
+    """A number that each example may have beside what its kind needs: a prepared column, and an input of losses.
+
+    Attributes:
+        columns: the names that people have for the column in a raw row; the first is the one to offer.
+        default: what an example without it has; `None` where a loss that asks for it cannot do without.
+        low, high: the values allowed, both included.
+        made_up: the values of two examples, to try a loss on.
+    """
+
+    columns: tuple[str, ...]
+    default: float | None = None
+    low: float = -np.inf
+    high: float = np.inf
+    made_up: tuple[float, float] = (1.0, 1.0)
+
+
+WEIGHT = Extra(("weight", "sample_weight"), default=1.0, low=0.0)
+
+
+@dataclass(frozen=True)
 class Figure:
     """A metric of the examples of a batch.
 
@@ -73,7 +94,8 @@ class ExampleKind(ABC):
         columns: prepared columns by which these examples are told, with the type of their entries in NumPy's terms.
         responses: for each name by which a loss speaks of a response, `{policy | ref}_{that}_{statistic}`, the entry
             of the batch that says which response it is, as indices into R.
-        facts: entries of the batch that losses take as they are.
+        facts: entries of the batch that losses take as they are, the extras among them.
+        extras: numbers that an example may have besides, by the name of the prepared column and of the input.
         rewarded: the names of the responses that have implicit rewards, in the order of the rewards' columns.
         metric_inputs: inputs that the metrics read, whatever the loss does.
         has_token_inputs: whether losses may ask for `..._token_logps` and `..._token_mask`.
@@ -84,6 +106,7 @@ class ExampleKind(ABC):
     columns: tuple[str, ...]
     responses: Mapping[str, str]
     facts: tuple[str, ...] = ()
+    extras: Mapping[str, Extra]
     rewarded: tuple[str, ...]
     metric_inputs: tuple[str, ...]
     has_token_inputs: bool = True
@@ -113,11 +136,18 @@ class ExampleKind(ABC):
             scores: the `ResponseStatistics` of "policy" and "ref".
         """
         if name in self.facts:
-            return batch[name]
+            return batch[name] if name in batch else self._left_out(name, batch)
         match = self._pattern.fullmatch(name)
         which = match["which"] if match["model"] else match["of"]
         places = batch[self.responses[which.removesuffix("_")]]
         return getattr(scores[match["model"] or "policy"], match["statistic"] or match["fact"])[places]
+
+    def _left_out(self, name: str, batch: Mapping[str, Any]) -> Tensor:
+        """What examples have whose rows say nothing of it."""
+        default = self.extras[name].default
+        if default is None:
+            raise ValueError(f"a loss asks for `{name}`, and rows of this batch have none")
+        return torch.full(batch["rows"].shape, default, device=batch["rows"].device)
 
     def default_rewards(self, arguments: Mapping[str, Any], beta: float) -> Tensor | None:
         """β·(s − s_ref) `[B, K]`, the implicit reward of a loss that returns only its losses."""
@@ -132,6 +162,15 @@ class ExampleKind(ABC):
         shown = _columns([inputs[f"policy_{stem}"] for stem in stems]).detach() if rewards is None else rewards
         return {"predictions": shown, "labels": self.preferred(shown, inputs)}
 
+    def count_examples(self, row: Mapping[str, Any]) -> int:
+        """How many examples a prepared row holds."""
+        return len(row[self.columns[0]])
+
+    def facts_of(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+        """What prepared rows say of their examples, in the order of the rows: the `facts` that they have."""
+        present = [name for name in self.extras if name in rows[0]]
+        return {name: np.concatenate([np.array(row[name], dtype=np.float32) for row in rows]) for name in present}
+
     @abstractmethod
     def index(self, rows: Sequence[Mapping[str, Any]], places: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
         """The examples of prepared rows, in the order of the rows, as entries of the batch.
@@ -145,9 +184,13 @@ class ExampleKind(ABC):
             place among that row's examples.
         """
 
-    @abstractmethod
     def made_up(self, name: str) -> Tensor:
         """Two examples' worth of an input of that name, to try a loss on."""
+        return torch.tensor(self.extras[name].made_up) if name in self.extras else self.made_up_needed(name)
+
+    @abstractmethod
+    def made_up_needed(self, name: str) -> Tensor:
+        """`made_up` of what every example has."""
 
     @abstractmethod
     def figures(self, rewards: Tensor | None, inputs: Mapping[str, Tensor]) -> dict[str, Figure]:
@@ -163,6 +206,11 @@ class ExampleKind(ABC):
 
     def refusal(self, row: Mapping[str, Any], inputs: Sequence[str]) -> str | None:
         """Why a data set with such a row cannot give these inputs, or `None`."""
+        for name in inputs:
+            if name in self.extras and self.extras[name].default is None and name not in row:
+                column, *others = self.extras[name].columns
+                known = f" (or {', '.join(others)})" if others else ""
+                return f"it needs a number for every row in a column `{column}`{known}, which is missing: add it"
         return None
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_prefopt.examples.kind import ExampleKind, Figure, row_numbers
+from hf_prefopt.examples.kind import WEIGHT, ExampleKind, Figure, row_numbers
 
 
 class Lists(ExampleKind):
@@ -18,22 +18,37 @@ class Lists(ExampleKind):
     wanted = "lists: rows with `responses` and `ranks` or `scores`"
     columns = ("ranks", "scores")
     responses = {"list": "list_responses"}  # noqa: RUF012
-    facts = ("list_mask", "list_ranks", "list_scores")
+    extras = {"weights": WEIGHT}  # noqa: RUF012
+    facts = ("list_mask", "list_ranks", "list_scores", *extras)
     rewarded = ("list",)
     metric_inputs = ("policy_list_logps", "list_mask", "list_ranks")
     has_token_inputs = False
 
     def index(self, rows: Sequence[Mapping[str, Any]], places: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
         """Each row is one example. Padding points at response 0, with a mask that says so."""
-        entries = {
-            "list_responses": _padded(places, np.int64),
-            "list_mask": _padded([np.ones(len(at)) for at in places], bool),
-            "list_ranks": _padded([row["ranks"] for row in rows], np.float32),
-            "list_scores": _padded([row["scores"] or [0.0] for row in rows], np.float32),
+        return {
+            "list_responses": _padded(
+                [at[: len(row["ranks"])] for row, at in zip(rows, places, strict=True)], np.int64
+            ),
+            **self.facts_of(rows),
+            **row_numbers(rows, [1] * len(rows)),
         }
-        return {**entries, **row_numbers(rows, [1] * len(rows))}
 
-    def made_up(self, name: str) -> Tensor:
+    def count_examples(self, row: Mapping[str, Any]) -> int:
+        """One: the list."""
+        return 1
+
+    def facts_of(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+        """With `list_mask`, `list_ranks`, `list_scores` `[B, K]`; scores of 0 where there are ranks alone."""
+        ranks = [row["ranks"] for row in rows]
+        return {
+            "list_mask": _padded([np.ones(len(given)) for given in ranks], bool),
+            "list_ranks": _padded(ranks, np.float32),
+            "list_scores": _padded([row["scores"] or [0.0] * len(row["ranks"]) for row in rows], np.float32),
+            **super().facts_of(rows),
+        }
+
+    def made_up_needed(self, name: str) -> Tensor:
         """Two lists of three, the third the best."""
         if name == "list_mask":
             return torch.ones(2, 3, dtype=torch.bool)
@@ -71,7 +86,7 @@ class Lists(ExampleKind):
         """Scores cannot be made of ranks."""
         if "list_scores" in inputs and not row["scores"]:
             return "it compares scores and these rows hold `ranks`: give `scores`"
-        return None
+        return super().refusal(row, inputs)
 
 
 def best_of(ranks: Tensor, mask: Tensor) -> Tensor:

@@ -7,18 +7,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_prefopt.examples.kind import ExampleKind, Figure, made_up_statistic, row_numbers
+from hf_prefopt.examples.kind import WEIGHT, ExampleKind, Extra, Figure, made_up_statistic, row_numbers
 
 
 class Pairs(ExampleKind):
     """`chosen`, `rejected`: `[B]` int64, responses. A response may serve several pairs, with other weights of its
-    tokens in each: `chosen_token_weights`, `rejected_token_weights`, `[B, T]` fp32."""
+    tokens in each: `chosen_token_weights`, `rejected_token_weights`, `[B, T]` fp32. Float32 `[B]` where rows have
+    them: `weights`; `margins` in the unit of rewards; scores R of both responses; win rates against all samples of the
+    prompt."""
 
     name = "pairs"
     wanted = "pairs: rows with `chosen` and `rejected`"
     columns = ("pairs",)
     responses = {"chosen": "chosen", "rejected": "rejected"}  # noqa: RUF012
-    facts = ("rows", "pair_in_row", "chosen_token_weights", "rejected_token_weights")
+    extras = {  # noqa: RUF012
+        "weights": WEIGHT,
+        "margins": Extra(("margin",), default=0.0, made_up=(0.5, 0.5)),
+        "chosen_scores": Extra(("chosen_score", "score_chosen", "chosen_rating", "chosen-rating")),
+        "rejected_scores": Extra(
+            ("rejected_score", "score_rejected", "rejected_rating", "rejected-rating"), made_up=(0.5, 0.5)
+        ),
+        "chosen_win_rates": Extra(("chosen_win_rate", "win_rate", "p_chosen"), low=0.0, high=1.0),
+        "rejected_win_rates": Extra(("rejected_win_rate", "p_rejected"), low=0.0, high=1.0, made_up=(0.0, 0.0)),
+    }
+    facts = ("rows", "pair_in_row", "chosen_token_weights", "rejected_token_weights", *extras)
     rewarded = ("chosen", "rejected")
     metric_inputs = ("policy_chosen_logps", "policy_rejected_logps")
 
@@ -29,10 +41,11 @@ class Pairs(ExampleKind):
         ]
         chosen, rejected = np.concatenate(pairs).T
         counts = [len(row["pairs"]) for row in rows]
+        indices = {"chosen": chosen.copy(), "rejected": rejected.copy()}
         weights = _token_weights(rows) if all("token_weights" in row for row in rows) else {}
-        return {"chosen": chosen.copy(), "rejected": rejected.copy(), **weights, **row_numbers(rows, counts)}
+        return {**indices, **weights, **self.facts_of(rows), **row_numbers(rows, counts)}
 
-    def made_up(self, name: str) -> Tensor:
+    def made_up_needed(self, name: str) -> Tensor:
         """Eight tokens, −4 nats; rows 0 and 1."""
         if name in ("rows", "pair_in_row"):
             return torch.arange(2)

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_prefopt.examples.kind import ExampleKind, Figure, made_up_statistic, row_numbers
+from hf_prefopt.examples.kind import WEIGHT, ExampleKind, Figure, made_up_statistic, row_numbers
 
 
 class Unpaired(ExampleKind):
@@ -18,7 +18,8 @@ class Unpaired(ExampleKind):
     wanted = "rows with `label`, or pairs with unpair=True"
     columns = ("labels",)
     responses = {"": "responses", "mismatched": "mismatched"}  # noqa: RUF012
-    facts = ("labels",)
+    extras = {"weights": WEIGHT}  # noqa: RUF012
+    facts = ("labels", *extras)
     rewarded = ("",)
     metric_inputs = ("policy_logps", "labels")
 
@@ -27,13 +28,18 @@ class Unpaired(ExampleKind):
         counts = [len(row["labels"]) for row in rows]
         entries = {
             "responses": np.concatenate([at[:count] for at, count in zip(places, counts, strict=True)]),
-            "labels": np.concatenate([np.array(row["labels"], dtype=bool) for row in rows]),
+            **self.facts_of(rows),
         }
         if "mismatched_ids" in rows[0]:
             entries["mismatched"] = np.concatenate([at[count:] for at, count in zip(places, counts, strict=True)])
         return {**entries, **row_numbers(rows, counts)}
 
-    def made_up(self, name: str) -> Tensor:
+    def facts_of(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+        """With `labels` `[B]` bool."""
+        labels = np.concatenate([np.array(row["labels"], dtype=bool) for row in rows])
+        return {"labels": labels, **super().facts_of(rows)}
+
+    def made_up_needed(self, name: str) -> Tensor:
         """A desirable and an undesirable example of eight tokens, −4 nats."""
         if name == "labels":
             return torch.tensor([True, False])

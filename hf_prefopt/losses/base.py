@@ -48,6 +48,18 @@ class LossOutput:
         return self.rewards[:, column]
 
 
+class UnsuitableExamples(ValueError):
+    """Examples of a data set that a loss cannot compare.
+
+    Attributes:
+        which: `[N]` bool.
+    """
+
+    def __init__(self, which: Tensor, reason: str):
+        super().__init__(reason)
+        self.which = which
+
+
 def pair_rewards(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Tensor:
     """`[B, 2]`: the two `[B]` reward vectors of pairs side by side, detached."""
     return torch.stack([chosen_rewards, rejected_rewards], dim=-1).detach()
@@ -141,7 +153,7 @@ def log_ratios(
     policy_rejected_logps: Tensor,
     ref_chosen_logps: Tensor | None,
     ref_rejected_logps: Tensor | None,
-    **others: Tensor,
+    **others: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """(r_w, r_l), r = s − s_ref in nats, each `[B]`; without a reference (s_w, s_l), as if it were uniform.
 
@@ -176,6 +188,11 @@ def mean_logps(
         rejected_lengths=rejected_lengths,
     )
     return per_token(policy_chosen_logps, chosen_lengths), per_token(policy_rejected_logps, rejected_lengths)
+
+
+def less_margins(rewards: Tensor, margins: Tensor | None) -> Tensor:
+    """A reward margin `[B]` less what each pair is to have at the least; itself without such margins."""
+    return rewards if margins is None else rewards - margins
 
 
 def per_token(summed: Tensor, lengths: Tensor) -> Tensor:

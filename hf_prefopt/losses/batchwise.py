@@ -82,7 +82,7 @@ def aot_unpaired_loss(
     return LossOutput(logistic(beta * excess, label_smoothing), pair_rewards(beta * chosen, beta * rejected))
 
 
-@register_loss("dr_dpo", aliases=("drdpo",), paper="2407.07880", needs_global_batch=True)
+@register_loss("dr_dpo", aliases=("drdpo",), paper="2407.07880", needs_global_batch=True, is_one_value=True)
 def dr_dpo_loss(
     policy_chosen_logps: Tensor,
     policy_rejected_logps: Tensor,

@@ -44,7 +44,7 @@ def bco_loss(
 ) -> LossOutput:
     """ℓ(βr − δ) if desirable, ℓ(δ − βr) if not, δ the running mean of βr over all that training has seen.
 
-    Binary classifier optimisation, eq. 13, without its weighting of undesirable examples by an underlying
+    Binary classifier optimisation, without its weighting of undesirable examples by an underlying
     distribution. δ takes in the global batch of a step before the loss is computed, and stands still in evaluation. It
     is the plain mean, as the authors' code has it; an exponential one forgets. The implicit reward is βr.
 

@@ -11,6 +11,7 @@ from hf_prefopt.losses.base import (
     check_positive,
     check_range,
     check_same_shape,
+    less_margins,
     log_ratios,
     logistic,
     pair_rewards,
@@ -27,6 +28,7 @@ def dpo_loss(
     ref_rejected_logps: Tensor | None = None,
     beta: float = 0.1,
     label_smoothing: float = 0.0,
+    margins: Tensor | None = None,
 ) -> LossOutput:
     """(1−ε)ℓ(βh) + εℓ(−βh), h = r_w − r_l; ε > 0 is conservative DPO.
 
@@ -39,16 +41,18 @@ def dpo_loss(
         ref_chosen_logps, ref_rejected_logps: `[B]`, the same of the reference; without them its log-ratio is 0.
         beta: strength of the pull to the reference, > 0.
         label_smoothing: ε in [0, 0.5).
+        margins: `[B]`, m of each pair in reward units: βh − m stands for βh (as in ODPO, 2402.10571).
 
     Raises:
         ValueError: shapes differ, one reference is missing, or a hyperparameter is out of range.
     """
     check_positive(beta=beta)
     check_range("label_smoothing", label_smoothing, 0.0, 0.5)
-    chosen, rejected = log_ratios(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps)
-    return LossOutput(
-        logistic(beta * (chosen - rejected), label_smoothing), pair_rewards(beta * chosen, beta * rejected)
+    chosen, rejected = log_ratios(
+        policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, margins=margins
     )
+    excess = less_margins(beta * (chosen - rejected), margins)
+    return LossOutput(logistic(excess, label_smoothing), pair_rewards(beta * chosen, beta * rejected))
 
 
 def reference_free_dpo_loss(chosen_logps: Tensor, rejected_logps: Tensor, beta: float = 0.1) -> LossOutput:
@@ -76,6 +80,7 @@ def dpo_norm_loss(
     ref_rejected_logps: Tensor | None = None,
     beta: float = 5.0,
     label_smoothing: float = 0.0,
+    margins: Tensor | None = None,
 ) -> LossOutput:
     """ℓ(β(r̄_w − r̄_l)): DPO on log-ratios per token.
 
@@ -95,11 +100,11 @@ def dpo_norm_loss(
         ref_rejected_logps,
         chosen_lengths=chosen_lengths,
         rejected_lengths=rejected_lengths,
+        margins=margins,
     )
     chosen, rejected = per_token(chosen, chosen_lengths), per_token(rejected, rejected_lengths)
-    return LossOutput(
-        logistic(beta * (chosen - rejected), label_smoothing), pair_rewards(beta * chosen, beta * rejected)
-    )
+    excess = less_margins(beta * (chosen - rejected), margins)
+    return LossOutput(logistic(excess, label_smoothing), pair_rewards(beta * chosen, beta * rejected))
 
 
 @register_loss("ipo", paper="2310.12036", is_average_loss=True)
@@ -145,19 +150,23 @@ def hinge_loss(
     ref_chosen_logps: Tensor | None = None,
     ref_rejected_logps: Tensor | None = None,
     beta: float = 0.05,
+    margins: Tensor | None = None,
 ) -> LossOutput:
     """max(0, 1 − βh): a pair beyond its margin trains nothing.
 
     Statistical rejection sampling optimisation (RSO), hinge-norm, β being the paper's γ.
 
     Use it where pairs that are clearly told apart should train no further.
+    `margins` as in `dpo_loss`.
 
     Raises:
         ValueError: as `dpo_loss`.
     """
     check_positive(beta=beta)
-    chosen, rejected = log_ratios(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps)
-    losses = torch.relu(1 - beta * (chosen - rejected))
+    chosen, rejected = log_ratios(
+        policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, margins=margins
+    )
+    losses = torch.relu(1 - less_margins(beta * (chosen - rejected), margins))
     return LossOutput(losses, pair_rewards(beta * chosen, beta * rejected))
 
 

@@ -1,5 +1,7 @@
 """KTO's family: prospect-theoretic losses that compare each response with a baseline of the batch."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -8,7 +10,24 @@ from hf_prefopt.losses.base import LossOutput, check_positive, check_range, chec
 from hf_prefopt.losses.registry import register_loss
 
 
-@register_loss("kto", paper="2402.01306", needs_global_batch=True)
+def advise_on_balance(labels: Tensor, desirable_weight: float, undesirable_weight: float) -> str | None:
+    """Advice for data whose λ_D·n_D / λ_U·n_U is outside [1, 4/3], or nothing; data of one label need no balance."""
+    desirable, undesirable = int(labels.sum()), int((~labels).sum())
+    if not min(desirable, undesirable, desirable_weight, undesirable_weight) > 0:
+        return None
+    ratio = desirable_weight * desirable / (undesirable_weight * undesirable)
+    if 1 - 1e-6 <= ratio <= 4 / 3 + 1e-6:
+        return None
+    weights = dict(zip(("desirable_weight", "undesirable_weight"), kto_weights(desirable, undesirable), strict=True))
+    name, value = max(weights.items(), key=lambda item: item[1])
+    cure = f"set {name}={math.ceil(value * 1000) / 1000:g} in loss_params" if value > 1 else "leave both weights at 1"
+    return (
+        f"{desirable:,} desirable and {undesirable:,} undesirable examples weigh {ratio:.3g} to 1, and KTO's authors "
+        f"recommend 1 to 4/3 (desirable_weight·n_D / (undesirable_weight·n_U)): {cure}"
+    )
+
+
+@register_loss("kto", paper="2402.01306", needs_global_batch=True, check_data=advise_on_balance)
 def kto_loss(
     policy_logps: Tensor,
     ref_logps: Tensor,
@@ -22,7 +41,7 @@ def kto_loss(
 ) -> LossOutput:
     """λ_D(1−σ(β(r − z))) if desirable, λ_U(1−σ(β(z − r))) if not, z = sg max(0, mean_B r of mismatched pairs).
 
-    Kahneman–Tversky optimisation, eq. 7 and 8. z estimates KL(π‖π_ref) from responses to other prompts, over the
+    Kahneman–Tversky optimisation. z estimates KL(π‖π_ref) from responses to other prompts, over the
     global batch, whatever its labels. The component `kl` is z. See `kto_weights` for data with more of one label.
 
     Use it on thumbs-up / thumbs-down data, unpaired and unbalanced, or on pairs of doubtful quality by `unpair`.
@@ -57,7 +76,7 @@ def kto_loss(
 
 def kto_weights(desirable: int, undesirable: int) -> tuple[float, float]:
     """(λ_D, λ_U) for data with that many examples of each label: the smallest change of one weight from 1 that brings
-    λ_D·n_D / λ_U·n_U into [1, 4/3], the range that KTO's authors recommend (2402.01306, section 4.2).
+    λ_D·n_D / λ_U·n_U into [1, 4/3], the range that KTO's authors recommend (2402.01306).
 
     Example:
         >>> kto_weights(100, 80), kto_weights(100, 200), kto_weights(300, 100)

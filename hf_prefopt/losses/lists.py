@@ -58,7 +58,7 @@ def s_dpo_loss(
 ) -> LossOutput:
     """ℓ(−logsumexp_l β(r_l − r_w)): the best response against all others at once.
 
-    Softmax-DPO, eq. 9: one chosen and any number of rejected responses, whose order among each other does not count.
+    Softmax-DPO: one chosen and any number of rejected responses, whose order among each other does not count.
 
     Use it on one good response against several bad ones, as in recommendation.
 
@@ -80,13 +80,31 @@ def s_dpo_loss(
     return LossOutput(F.softplus(torch.logsumexp(excess, dim=1)), rewards.detach())
 
 
+@register_loss("sft_lists", form_of="sft", is_average_loss=True, computes_reward_metrics=False)
+def sft_lists_loss(
+    policy_list_logps: Tensor, list_lengths: Tensor, list_ranks: Tensor, list_mask: Tensor
+) -> LossOutput:
+    """NLL(best) = −s̄ of the response of the smallest rank: `sft` on lists.
+
+    Use it by its name `sft`, or by `sft_weight`, beside losses of lists.
+
+    Raises:
+        ValueError: shapes differ.
+    """
+    check_lists(
+        policy_list_logps=policy_list_logps, list_lengths=list_lengths, list_ranks=list_ranks, list_mask=list_mask
+    )
+    means = torch.where(list_mask, per_token(policy_list_logps, list_lengths), 0.0)
+    return LossOutput(-means.gather(1, best_of(list_ranks, list_mask))[:, 0])
+
+
 @register_loss("rrhf", paper="2304.05302", is_average_loss=True)
 def rrhf_loss(
     policy_list_logps: Tensor, list_lengths: Tensor, list_ranks: Tensor, list_mask: Tensor, sft_coef: float = 1.0
 ) -> LossOutput:
     """Σ_{i worse than j} max(0, s̄_i − s̄_j) + λ·NLL(best): log-probs per token in the order of the ranks.
 
-    RRHF, eq. 2 to 4, the NLL per token like every other here. Responses of equal rank are not compared. The implicit
+    RRHF, the NLL per token like every other here. Responses of equal rank are not compared. The implicit
     reward is s̄.
 
     Use it on ranked lists without a reference model, when ranking and imitation should go together.

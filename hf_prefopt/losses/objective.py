@@ -1,7 +1,7 @@
 """The objective: the weighted sum of losses that a configuration asks for, as one function of named inputs."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from hf_prefopt.examples import PAIRS, ExampleKind
 from hf_prefopt.losses.base import LossOutput, check_range
 from hf_prefopt.losses.dpo import wpo_weights
 from hf_prefopt.losses.modifiers import Modifier
-from hf_prefopt.losses.registry import LossSpec, get_loss, token_stats_of
+from hf_prefopt.losses.registry import LossSpec, get_loss, list_losses, token_stats_of
 
 State = dict[str, Tensor]
 _WPO_INPUTS = ("policy_chosen_alignment", "policy_rejected_alignment")
@@ -20,18 +20,22 @@ _WPO_INPUTS = ("policy_chosen_alignment", "policy_rejected_alignment")
 
 @dataclass(frozen=True)
 class Term:
-    """One loss of the objective: its weight, its hyperparameters, and the inputs it is given."""
+    """One loss of the objective: its weight, its hyperparameters, and the inputs it is given.
+
+    `absent` are the inputs that it can do without and that the data do not have.
+    """
 
     spec: LossSpec
     weight: float
     params: dict[str, Any] = field(default_factory=dict)
     reference_free: bool = False
+    absent: tuple[str, ...] = ()
     modifiers: tuple[Modifier, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
         """The names of the tensors that the loss is called with."""
-        left_out = self.spec.reference_inputs if self.reference_free else ()
+        left_out = (*self.absent, *(self.spec.reference_inputs if self.reference_free else ()))
         return tuple(name for name in self.spec.inputs if name not in left_out)
 
     @property
@@ -67,7 +71,8 @@ class Objective:
     """Σ_k w_k · loss_k over one forward, every component logged by its own name.
 
     The implicit rewards are those of the first loss that has any. With `use_weighting`, each loss that has rewards is
-    multiplied by the pair's WPO weight.
+    multiplied by the pair's WPO weight. With `use_weights`, an example's sum is multiplied by the example's own weight;
+    the loss of a step stays the mean over its examples, whatever their weights add up to.
 
     Attributes:
         kind: the kind of examples that all its losses compare.
@@ -77,15 +82,14 @@ class Objective:
         ValueError: at construction, when a loss refuses its hyperparameters, on two examples of made-up numbers.
     """
 
-    def __init__(self, terms: list[Term], use_weighting: bool = False):
+    def __init__(self, terms: list[Term], use_weighting: bool = False, use_weights: bool = False):
         self.terms = terms
-        self.use_weighting = use_weighting
+        self.use_weighting, self.use_weights = use_weighting, use_weights
         self.kind = terms[0].spec.kind
         self.state: dict[str, State] = {}
         self.reset_state()
-        self.inputs = tuple(
-            dict.fromkeys([name for term in terms for name in term.inputs] + list(_WPO_INPUTS if use_weighting else ()))
-        )
+        modifiers = (*(_WPO_INPUTS if use_weighting else ()), *(("weights",) if use_weights else ()))
+        self.inputs = tuple(dict.fromkeys([*(name for term in terms for name in term.inputs), *modifiers]))
         self._check_on_made_up_numbers()
 
     @property
@@ -118,6 +122,8 @@ class Objective:
         outputs = {term.spec.name: self._weighted(term, inputs) for term in self.terms}
         parts = (term.weight * output.losses for term, output in zip(self.terms, outputs.values(), strict=True))
         total = functools.reduce(torch.add, parts)
+        if self.use_weights:
+            total = total * inputs["weights"]
         rewards = next((output.rewards for output in outputs.values() if output.rewards is not None), None)
         components = {
             f"{name}_{part}": values for name, output in outputs.items() for part, values in output.components.items()
@@ -175,6 +181,7 @@ def build_objective(
     reference_free: bool = False,
     kind: ExampleKind | None = None,
     modifiers: Sequence[Modifier] = (),
+    columns: Collection[str] = (),
 ) -> Objective:
     """The objective of a configuration.
 
@@ -189,6 +196,8 @@ def build_objective(
         reference_free: leaves the reference out of the losses that can do without.
         kind: the examples that there are, for losses that take several kinds; by default what the losses agree on.
         modifiers: change what the losses that have rewards are given, in that order.
+        columns: what the data say of the examples besides (`ExampleKind.extras`): `weights` multiply the examples'
+            losses, `margins` go to the losses that subtract one, the others to the losses that ask for them.
 
     Raises:
         ValueError: an unknown name, a parameter that no loss takes (the valid ones are listed with their defaults), a
@@ -205,12 +214,19 @@ def build_objective(
         specs, weights = [*specs, get_loss("sft")], [*weights, sft_weight]
     specs = _of_one_kind(specs, kind)
     _refuse_senseless(specs, use_weighting, reference_free)
+    _refuse_senseless_columns(specs, use_weighting, columns)
     params = _distribute(specs, loss_params or {}, shared_params or {})
     terms = [
-        Term(spec, weight, params[spec.name], reference_free and spec.can_be_reference_free)
+        Term(
+            spec,
+            weight,
+            params[spec.name],
+            reference_free and spec.can_be_reference_free,
+            absent=tuple(name for name in spec.optional_columns if name not in columns),
+        )
         for spec, weight in zip(specs, weights, strict=True)
     ]
-    return Objective(_with_modifiers(terms, modifiers), use_weighting)
+    return Objective(_with_modifiers(terms, modifiers), use_weighting, use_weights="weights" in columns)
 
 
 def _with_modifiers(terms: list[Term], modifiers: Sequence[Modifier]) -> list[Term]:
@@ -253,6 +269,21 @@ def _refuse_senseless(specs: list[LossSpec], use_weighting: bool, reference_free
     bound = [spec.name for spec in needing if reference_free and not spec.can_be_reference_free]
     if bound:
         raise ValueError(f"reference_free=True, but {', '.join(bound)} is undefined without a reference")
+
+
+def _refuse_senseless_columns(specs: list[LossSpec], use_weighting: bool, columns: Collection[str]) -> None:
+    one_value = [spec.name for spec in specs if spec.is_one_value]
+    if one_value and (use_weighting or "weights" in columns):
+        which, cure = ("use_weighting=True", "leave it out") if use_weighting else ("`weight`", "remove the column")
+        raise ValueError(
+            f"{which} weighs the losses of examples, and {', '.join(one_value)} is one value for a whole batch: {cure}"
+        )
+    if "margins" in columns and not any("margins" in spec.inputs for spec in specs):
+        takers = [name for name in list_losses() if "margins" in get_loss(name).inputs]
+        raise ValueError(
+            f"there is a column `margin`, and {', '.join(spec.name for spec in specs)} subtracts none: remove it, or "
+            f"choose one of {', '.join(takers)}"
+        )
 
 
 def _distribute(specs: list[LossSpec], loss_params: dict, shared_params: dict) -> dict[str, dict[str, Any]]:

@@ -13,10 +13,12 @@ A loss is a pure function of tensors. The names of its parameters say what it ne
     policy_token_logps, token_mask, ...            the same of their tokens: `[B, T]`
     policy_mismatched_logps, ...                   another prompt's response behind the example's prompt: `[B]`
     policy_list_logps, ref_list_logps, list_lengths, list_mask, list_ranks, list_scores     lists: `[B, K]`
+    chosen_scores, chosen_win_rates, margins, ...  what pairs may have in further columns: `[B]`; see `examples.pairs`
     state                                          numbers kept across batches; see `RunningState`
     everything else                                a hyperparameter, which must have a default
 
-A reference input with the default `None` may be left out, which makes the loss reference-free.
+A reference input with the default `None` may be left out, which makes the loss reference-free; a further column with
+the default `None` is given where the data have it.
 """
 
 import difflib
@@ -59,6 +61,10 @@ class LossSpec:
         needs_global_batch: the loss of an example depends on the other examples of the global batch.
         has_own_divergence: it is made for a divergence from the reference, so no other one can take its place.
         state: what the loss keeps across batches; it is given to it as `state`.
+        is_one_value: the loss is one value for the global batch, so no example has a loss of its own to be weighed.
+        check_data: looks at the examples of a whole data set before training. It is called with those hyperparameters
+            and facts (`[N]`, `[N, K]`) that it has as parameters, returns advice for the user, or nothing, and
+            raises `UnsuitableExamples` for examples that the loss cannot compare.
         form_of: the loss of which this is the form for examples of its kind.
         inputs: names of its tensor parameters. `defaults`: its hyperparameters.
     """
@@ -72,6 +78,8 @@ class LossSpec:
     computes_reward_metrics: bool = True
     needs_global_batch: bool = False
     has_own_divergence: bool = False
+    is_one_value: bool = False
+    check_data: Callable[..., str | None] | None = None
     state: RunningState | None = None
     form_of: str = ""
     inputs: tuple[str, ...] = ()
@@ -80,7 +88,7 @@ class LossSpec:
     @property
     def kind(self) -> ExampleKind:
         """The kind of examples that the loss compares."""
-        return next((kind for kind in KINDS if any(map(kind.takes, self.inputs))), PAIRS)
+        return next((kind for kind in KINDS if all(map(kind.takes, self.inputs))), PAIRS)
 
     def for_kind(self, kind: ExampleKind) -> "LossSpec":
         """The form of this loss for examples of that kind; itself where there is none."""
@@ -91,6 +99,12 @@ class LossSpec:
     def reference_inputs(self) -> tuple[str, ...]:
         """The inputs that come from the reference model."""
         return tuple(name for name in self.inputs if name.startswith("ref_"))
+
+    @property
+    def optional_columns(self) -> tuple[str, ...]:
+        """The inputs that are given where the data have them."""
+        parameters = inspect.signature(self.function).parameters
+        return tuple(name for name in self.inputs if name in self.kind.extras and parameters[name].default is None)
 
     @property
     def needs_reference_model(self) -> bool:
@@ -149,7 +163,7 @@ def register_loss(
         aliases: further names.
         paper: arXiv number.
         **capabilities: `is_average_loss`, `computes_reward_metrics`, `needs_global_batch`, `has_own_divergence`,
-            `state`, `form_of` where they differ from `LossSpec`'s defaults.
+            `is_one_value`, `check_data`, `state`, `form_of` where they differ from `LossSpec`'s defaults.
 
     Returns:
         A decorator that returns the function unchanged.
@@ -178,9 +192,9 @@ def _split_signature(name: str, function: Callable) -> tuple[tuple[str, ...], di
     """The tensor inputs and the hyperparameters (with defaults) of a loss function, told apart by name."""
     parameters = inspect.signature(function).parameters.values()
     inputs = tuple(p.name for p in parameters if any(kind.takes(p.name) for kind in KINDS))
-    kinds = [kind.name for kind in KINDS if any(map(kind.takes, inputs))]
-    if len(kinds) > 1:
-        raise ValueError(f"loss {name!r} takes inputs of {' and '.join(kinds)}: a loss compares one kind of examples")
+    if not any(all(map(kind.takes, inputs)) for kind in KINDS):
+        kinds = " and ".join(kind.name for kind in KINDS if any(map(kind.takes, inputs)))
+        raise ValueError(f"loss {name!r} takes inputs of {kinds}: a loss compares one kind of examples")
     defaults = {p.name: p.default for p in parameters if p.name not in (*inputs, "state")}
     unknown = [parameter for parameter, default in defaults.items() if default is inspect.Parameter.empty]
     if unknown:

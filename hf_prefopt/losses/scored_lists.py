@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_prefopt.losses.base import LossOutput, check_lists, check_positive
+from hf_prefopt.losses.base import LossOutput, UnsuitableExamples, check_lists, check_positive
 from hf_prefopt.losses.lists import list_rewards
 from hf_prefopt.losses.registry import register_loss
 
@@ -44,7 +44,7 @@ def infonca_loss(
 ) -> LossOutput:
     """−Σ p log softmax(βr), p = softmax(R/α): the policy's softmax meets that of the scores.
 
-    InfoNCA, eq. 7. The default α is that of the authors' code, for which p is nearly all on the best response.
+    InfoNCA. The default α is that of the authors' code, for which p is nearly all on the best response.
 
     Use it on lists of scored responses to a prompt; two responses suffice.
 
@@ -72,7 +72,7 @@ def nca_loss(
 ) -> LossOutput:
     """−Σ p log σ(βr) − (1/K)Σ log σ(−βr), p = softmax(R/α): like InfoNCA, held to the reference's likelihoods.
 
-    Noise contrastive alignment, eq. 11; arguments as in `infonca_loss`. K is each list's own length.
+    Noise contrastive alignment; arguments as in `infonca_loss`. K is each list's own length.
 
     Use it on lists of scored responses where the likelihood of the best one must not fall.
 
@@ -97,7 +97,7 @@ def exo_rw_loss(
 ) -> LossOutput:
     """KL(softmax(βr) ‖ softmax(R/τ)): the reverse KL of the policy's softmax to that of the scores.
 
-    Efficient exact optimisation with rewards, eq. 14.
+    Efficient exact optimisation with rewards.
 
     Use it on lists with a reward model's scores, to seek their mode (reverse KL); `infonca` covers them.
 
@@ -114,7 +114,18 @@ def exo_rw_loss(
     return LossOutput((policy.exp() * (policy - data) * list_mask).sum(1), rewards.detach())
 
 
-@register_loss("lipo", aliases=("lambda", "lipo_lambda"), paper="2402.01878")
+def _check_gains(list_scores: Tensor, list_mask: Tensor, normalize_scores: bool) -> None:
+    """Scores are gains from 0 to 1, unless they are to be stretched."""
+    outside = ((list_scores < 0) | (list_scores > 1)) & list_mask
+    if outside.any() and not normalize_scores:
+        raise UnsuitableExamples(
+            outside.any(dim=1),
+            f"its scores reach {list_scores[outside][0].item():g}, and 2^R wants gains from 0 to 1: rescale them, or "
+            "pass normalize_scores=True in loss_params",
+        )
+
+
+@register_loss("lipo", aliases=("lambda", "lipo_lambda"), paper="2402.01878", check_data=_check_gains)
 def lipo_loss(
     policy_list_logps: Tensor,
     ref_list_logps: Tensor,

@@ -10,7 +10,9 @@ from hf_prefopt.losses.base import (
     LossOutput,
     check_positive,
     check_range,
+    check_same_shape,
     expm1_to_tangent,
+    less_margins,
     logistic,
     mean_logps,
     pair_rewards,
@@ -28,6 +30,7 @@ def simpo_loss(
     gamma: float | None = None,
     gamma_beta_ratio: float | None = None,
     label_smoothing: float = 0.0,
+    margins: Tensor | None = None,
 ) -> LossOutput:
     """ℓ(β(s̄_w − s̄_l) − γ): the mean log-prob of a response is its reward, γ the target margin.
 
@@ -38,6 +41,7 @@ def simpo_loss(
     Args:
         policy_chosen_logps, policy_rejected_logps: `[B]`, summed, nats; lengths: `[B]`, tokens.
         beta: > 0. gamma: ≥ 0, in reward units. gamma_beta_ratio: ≥ 0, nats per token.
+        margins: `[B]`, of each pair in reward units, subtracted like γ.
 
     Raises:
         ValueError: both gamma and gamma_beta_ratio are given, shapes differ, or a value is out of range.
@@ -46,9 +50,10 @@ def simpo_loss(
     check_range("label_smoothing", label_smoothing, 0.0, 0.5)
     gamma = target_margin(beta, gamma, gamma_beta_ratio)
     chosen, rejected = mean_logps(policy_chosen_logps, policy_rejected_logps, chosen_lengths, rejected_lengths)
-    return LossOutput(
-        logistic(beta * (chosen - rejected) - gamma, label_smoothing), pair_rewards(beta * chosen, beta * rejected)
-    )
+    if margins is not None:
+        check_same_shape(policy_chosen_logps=policy_chosen_logps, margins=margins)
+    excess = less_margins(beta * (chosen - rejected) - gamma, margins)
+    return LossOutput(logistic(excess, label_smoothing), pair_rewards(beta * chosen, beta * rejected))
 
 
 def target_margin(

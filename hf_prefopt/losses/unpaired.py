@@ -48,7 +48,7 @@ def apo_zero_unpaired_loss(
 def npo_loss(policy_logps: Tensor, ref_logps: Tensor, labels: Tensor, beta: float = 0.1) -> LossOutput:
     """(2/β)·softplus(βr) on what is to be forgotten (undesirable), 0 on what is to be kept.
 
-    Negative preference optimisation, eq. 3: half of DPO, and gradient ascent as β → 0. Examples to keep are its usual
+    Negative preference optimisation: half of DPO, and gradient ascent as β → 0. Examples to keep are its usual
     companion, trained on by `sft_weight`. The implicit reward is βr.
 
     Use it to unlearn: a forget set labelled False, a retain set labelled True with `sft_weight`.

@@ -51,7 +51,10 @@ def config_of(spec: LossSpec) -> str:
     own = {name: value for name, value in spec.defaults.items() if value is not None}
     loss = {"loss_type": [spec.name], **{name: own.pop(name) for name in FIELDS if name in own}}
     loss |= {"loss_params": own} if own else {}
-    parts = [MODEL, DATA[spec.kind], loss, TRAINING, {"output_dir": f"runs/{spec.name}"}]
+    # Further columns of pairs are in the one set that has them.
+    extras = {*spec.inputs} & {*spec.kind.extras} - {*spec.optional_columns}
+    data = {"dataset_name": "recipes/data/pandalm_pairs"} if extras else DATA[spec.kind]
+    parts = [MODEL, data, loss, TRAINING, {"output_dir": f"runs/{spec.name}"}]
     command = f"accelerate launch recipes/dpo_lora.py --config recipes/configs/{spec.name}.yaml"
     source = [f"https://arxiv.org/abs/{spec.paper}"] if spec.paper else []
     head = "".join(f"# {line}\n" for line in (spec.description, *source, command))

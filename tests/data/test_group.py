@@ -2,12 +2,14 @@
 
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset
 
 from hf_prefopt.data.collate import PaddedCollator
 from hf_prefopt.data.group import PromptSampler, group_rows, prompt_keys
-from hf_prefopt.data.microbatch import MicroBatchCollator, idle, pieces_of
+from hf_prefopt.data.microbatch import MicroBatchCollator, pieces_of
 from hf_prefopt.data.shared import SharedCollator
+from hf_prefopt.data.uneven import keep_examples
 
 
 def pair(row, prompt, chosen, rejected):
@@ -108,5 +110,6 @@ class TestTokenBudget:
 
     def test_an_idle_piece_has_the_tokens_and_no_examples(self):
         batch = self.collate(None)
-        assert idle(batch)["input_ids"] is batch["input_ids"]
-        assert [len(idle(batch)[name]) for name in ("chosen", "rejected", "rows")] == [0, 0, 0]
+        idle = keep_examples(batch, torch.zeros_like(batch["rows"], dtype=torch.bool))
+        assert idle["input_ids"] is batch["input_ids"]
+        assert [len(idle[name]) for name in ("chosen", "rejected", "rows")] == [0, 0, 0]

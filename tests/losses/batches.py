@@ -9,7 +9,7 @@ LONGEST_RESPONSE = 32
 
 
 def made_up_inputs(dtype=torch.float64, pairs: int = PAIRS, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Inputs of `pairs` pairs by every name a loss may ask for: about −1.5 nats a token, log-ratios of a few nats."""
+    """Inputs of `pairs` pairs by every name a loss must have: about −1.5 nats a token, log-ratios of a few nats."""
     rng = np.random.default_rng(seed)
     lengths = {side: rng.integers(3, 30, pairs) for side in ("chosen", "rejected")}
     inputs = {f"{side}_lengths": torch.tensor(lengths[side]) for side in lengths}
@@ -19,13 +19,17 @@ def made_up_inputs(dtype=torch.float64, pairs: int = PAIRS, seed: int = 0) -> di
         inputs[f"ref_{side}_logps"] = torch.tensor(reference, dtype=dtype)
         inputs[f"policy_{side}_logps"] = torch.tensor(policy, dtype=dtype)
         inputs[f"policy_{side}_alignment"] = torch.tensor(rng.normal(-0.2, 0.4, pairs), dtype=dtype)
+    scores = rng.uniform(0.2, 3, (2, pairs))
+    inputs["rejected_scores"] = torch.tensor(scores[0], dtype=dtype)
+    inputs["chosen_scores"] = torch.tensor(scores.sum(0), dtype=dtype)
+    inputs["chosen_win_rates"] = torch.tensor(rng.uniform(0.3, 1, pairs), dtype=dtype)
     others = {**_unpaired(rng, pairs, dtype), **_lists(rng, pairs, dtype)}
     return {**inputs, **others, **_tokens(rng, inputs), **_whole_predictions(rng, pairs, dtype)}
 
 
 def _tokens(rng, inputs) -> dict[str, torch.Tensor]:
     """The pairs' sums shared out to their tokens, weights of about 1, and places in a data set."""
-    tokens = {"rows": 7 * torch.arange(len(inputs["chosen_lengths"]))}
+    tokens = {"rows": torch.tensor(rng.permutation(100)[: len(inputs["chosen_lengths"])])}
     for side in ("chosen", "rejected"):
         mask = torch.arange(LONGEST_RESPONSE) < inputs[f"{side}_lengths"][:, None]
         tokens[f"{side}_token_mask"] = mask

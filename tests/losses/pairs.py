@@ -12,7 +12,8 @@ def vector(*values):
 def by_log_ratios(name: str, r_w, r_l, lengths=(1.0, 1.0), **params) -> LossOutput:
     """The loss of pairs with log-ratios `r_w` and `r_l` (numbers, or vectors `[B]`) to a reference of zeros.
 
-    A loss of lists gets each pair as a list of two, ranked 1 and 2, with scores 1 and 0.
+    Scores are 1 and 0, and the chosen one always wins. A loss of lists gets each pair as a list of two, ranked 1 and 2,
+    with those scores.
     """
     chosen, rejected = (r if torch.is_tensor(r) else vector(r) for r in (r_w, r_l))
     values = {"policy_chosen_logps": chosen, "policy_rejected_logps": rejected}
@@ -20,9 +21,11 @@ def by_log_ratios(name: str, r_w, r_l, lengths=(1.0, 1.0), **params) -> LossOutp
     values |= {
         f"{side}_lengths": torch.full_like(chosen, n) for side, n in zip(("chosen", "rejected"), lengths, strict=True)
     }
+    values |= {"chosen_scores": torch.ones_like(chosen), "rejected_scores": torch.zeros_like(chosen)}
+    values |= {"chosen_win_rates": torch.ones_like(chosen)}
     values |= _as_lists(chosen, rejected)
     spec = get_loss(name)
-    return spec(**{key: values[key] for key in spec.inputs}, **params)
+    return spec(**{key: values[key] for key in spec.inputs if key in values}, **params)
 
 
 def _as_lists(chosen: torch.Tensor, rejected: torch.Tensor) -> dict[str, torch.Tensor]:

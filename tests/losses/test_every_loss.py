@@ -2,6 +2,7 @@
 
 import inspect
 import itertools
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -39,6 +40,10 @@ OTHER_VALUES = {
     "normalize_scores": True,
     "seed": 3,
     "dispersion_scale": 0.6,
+    "a": 0.1,
+    "rho": 0.5,
+    "eta": 0.6,
+    "margin": "ratio",
 }
 # Where that value is out of a loss's range, or its default.
 OTHER_VALUES_OF = {
@@ -47,6 +52,8 @@ OTHER_VALUES_OF = {
     "infonca": {"alpha": 0.3},
     "nca": {"alpha": 0.3},
     "tdpo2": {"alpha": 0.2},
+    "alpha_dpo": {"alpha": 0.6},
+    "odpo": {"alpha": 0.6},
 }
 # Losses whose gradient in s_w may be positive, each by its formula, its turning point tested in test_turning_points.py.
 RISING = {
@@ -60,6 +67,10 @@ RISING = {
     "focal_po",  # undetached: below p = e^(−1/γ)
     "nca",  # every response is a noise sample too
     "exo_rw",  # a KL to soft labels
+    "rpo_bwd",  # a KL to soft labels
+    "rpo_fwd",  # a KL to soft labels
+    "rpo_sq",  # a square: past its target
+    "sppo",  # squares: past their targets
 }
 # Losses defined as another where a hyperparameter is at its default: told apart at a value away from it.
 TOLD_APART_BY = {
@@ -87,7 +98,7 @@ def other_values(name):
 
 def call(name, inputs, **params):
     spec = get_loss(name)
-    return spec(**{key: inputs[key] for key in spec.inputs}, **params)
+    return spec(**{key: inputs[key] for key in spec.inputs if key in inputs}, **params)
 
 
 def gradients(name, inputs):
@@ -102,7 +113,8 @@ def with_gradients(inputs):
 
 
 def expected(name, inputs, **params):
-    arguments = {numpy_reference.SHORT[key]: inputs[key].numpy() for key in get_loss(name).inputs}
+    given = [key for key in get_loss(name).inputs if key in inputs]
+    arguments = {numpy_reference.SHORT[key]: inputs[key].numpy() for key in given}
     return getattr(numpy_reference, name)(**arguments, **params)
 
 
@@ -117,6 +129,24 @@ def test_equals_the_paper_in_float64(name):
             assert output.rewards is None
         else:
             np.testing.assert_allclose(output.rewards.numpy(), rewards, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "column"), [(name, column) for name in LOSSES for column in get_loss(name).optional_columns]
+)
+def test_equals_the_paper_with_a_further_column(name, column):
+    """A column that a loss can do without, where the data have it, beside ε, too."""
+    inputs = made_up_inputs()
+    inputs[column] = torch.rand(5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    plain = call(name, made_up_inputs()).losses
+    for params in [{}, *([{"label_smoothing": 0.2}] if "label_smoothing" in get_loss(name).defaults else [])]:
+        output, (losses, rewards) = call(name, inputs, **params), expected(name, inputs, **params)
+        np.testing.assert_allclose(output.losses.numpy(), losses, rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(output.rewards.numpy(), rewards, rtol=1e-12, atol=1e-12)
+        assert (output.losses != plain).any()
+    for wrong in (inputs[column][:1], inputs[column][:, None]):
+        with pytest.raises(ValueError, match="vectors"):
+            call(name, {**inputs, column: wrong})
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -149,23 +179,38 @@ def test_no_two_losses_are_the_same():
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_gradients_are_those_of_the_value(name):
-    """Float64 gradcheck of the losses with respect to the policy's log-probs.
-
-    Detached parts are held fixed: KTO's baseline by making the check where its clamp at 0 is active, BCO's δ as state;
-    FocalPO's detached weight is no gradient of the value, and has a test of its own.
-    """
+    """Float64 gradcheck of the losses with respect to the policy's log-probs, detached parts held at their values."""
     inputs = made_up_inputs()
-    if get_loss(name).needs_global_batch:
-        for stem in ("chosen_logps", "rejected_logps", "mismatched_logps"):
-            inputs[f"policy_{stem}"] = inputs[f"ref_{stem}"] - 2 - torch.rand(5, dtype=torch.float64)
     policy = [key for key in get_loss(name).inputs if key.startswith("policy") and key.endswith("logps")]
 
     def losses(*values):
-        return call(name, {**inputs, **dict(zip(policy, values, strict=True))}, **params, **fixed).losses
+        with held.replayed():
+            return call(name, {**inputs, **dict(zip(policy, values, strict=True))}, **params).losses
 
-    fixed = {"state": {"delta": torch.tensor(0.3)}} if get_loss(name).state else {}
-    for params in [{}, *(params for params in other_values(name) if "detach_weight" not in params)]:
+    for params in [{}, *other_values(name)]:
+        held = DetachedValues()
         assert torch.autograd.gradcheck(losses, [inputs[key].clone().requires_grad_() for key in policy]), params
+
+
+class DetachedValues:
+    """What `detach` returned, call by call, the first time: from then on it returns that again."""
+
+    def __init__(self):
+        self._values = None
+
+    @contextmanager
+    def replayed(self):
+        values, detach, known = [], torch.Tensor.detach, self._values
+
+        def replay(tensor):
+            values.append(detach(tensor).clone() if known is None else known[len(values)])
+            return values[-1]
+
+        torch.Tensor.detach = replay
+        try:
+            yield
+        finally:
+            torch.Tensor.detach, self._values = detach, values
 
 
 @pytest.mark.parametrize("name", [name for name in LOSSES if name not in RISING])
@@ -207,7 +252,7 @@ def test_a_pair_is_alone_in_its_loss(name):
 def test_refuses_shapes_that_do_not_fit(name):
     """One vector of another length, or a matrix, is an error and not a broadcast."""
     inputs = made_up_inputs()
-    for key in get_loss(name).inputs:
+    for key in [key for key in get_loss(name).inputs if key in inputs]:
         for wrong in (inputs[key][:1], inputs[key][:, None]):
             if get_loss(name).kind is LISTS:
                 wrong = {1: inputs[key][:, :1], 2: inputs[key][:, 0]}[1 if wrong.dim() == 2 else 2]
@@ -256,7 +301,7 @@ def test_fp32_is_enough_for_long_responses(name):
         inputs[key] = inputs[key] + 2000
     for key in [key for key in inputs if key.endswith("logps")]:
         inputs[key] = inputs[key] - (100 if "token" in key else 3000)
-    single = {key: value if value.dtype is torch.bool else value.float() for key, value in inputs.items()}
+    single = {key: value.float() if value.is_floating_point() else value for key, value in inputs.items()}
     torch.testing.assert_close(
         call(name, single).losses.double(), call(name, inputs).losses, rtol=2e-3, atol=2e-4, check_dtype=False
     )
@@ -301,7 +346,8 @@ def test_the_order_within_a_list_does_not_matter(name):
     order = torch.tensor([2, 0, 3, 1])
     output, moved = call(name, inputs), call(name, {key: x[:, order] for key, x in inputs.items()})
     torch.testing.assert_close(moved.losses, output.losses, rtol=1e-13, atol=0)
-    torch.testing.assert_close(moved.rewards, output.rewards[:, order], rtol=1e-14, atol=0)
+    if output.rewards is not None:
+        torch.testing.assert_close(moved.rewards, output.rewards[:, order], rtol=1e-14, atol=0)
 
 
 @pytest.mark.parametrize("name", [name for name in LOSSES if any("token" in key for key in get_loss(name).inputs)])
@@ -324,7 +370,8 @@ def test_stands_as_an_objective(name):
     inputs = made_up_inputs()
     objective = build_objective([name])
     objective.update_state(inputs)
-    torch.testing.assert_close(objective(inputs).losses, call(name, inputs).losses, rtol=1e-14, atol=0)
+    state = {"state": objective.state[name]} if name in objective.state else {}
+    torch.testing.assert_close(objective(inputs).losses, call(name, inputs, **state).losses, rtol=1e-14, atol=0)
     with pytest.raises(ValueError, match=f"{name} takes"):
         build_objective([name], loss_params={"no_such_parameter": 1.0})
 

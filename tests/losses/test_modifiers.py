@@ -32,15 +32,15 @@ MODIFIERS = {
     "use_token_weights": (TokenSums([ColumnWeights()]), TokenSums([LengthDesensitised(1.0)])),
 }
 REFERENCE_FREE = {
-    *("alphapo", "cpo", "orpo", "repo", "rrhf", "sft", "sft_unpaired", "simper", "simpo", "slic_hf"),
+    *("alphapo", "cpo", "orpo", "repo", "rrhf", "sft", "sft_lists", "sft_unpaired", "simper", "simpo", "slic_hf"),
     "mallows_dpo_reference_free",
 }
 OF_TOKENS = {"d2po", "sampo", "tis_dpo"}
 OF_SINGLE_RESPONSES = {"apo_zero_unpaired", "bco", "kto", "npo", "sft_unpaired"}
-OF_LISTS = {"exo_rw", "infonca", "lipo", "nca", "plackett_luce", "rrhf", "s_dpo"}
+OF_LISTS = {"exo_rw", "infonca", "lipo", "nca", "plackett_luce", "rrhf", "s_dpo", "sft_lists"}
 OF_KL = {"tdpo1", "tdpo2"}
 REFUSED = {
-    "f_divergence": REFERENCE_FREE | OF_TOKENS | OF_KL | {"aot", "chi_po"},
+    "f_divergence": REFERENCE_FREE | OF_TOKENS | OF_KL | {"alpha_dpo", "aot", "chi_po"},
     "ld_alpha": OF_TOKENS | OF_KL | OF_SINGLE_RESPONSES | OF_LISTS | {"sft"},
     "ld_policy_only": OF_TOKENS | OF_KL | OF_SINGLE_RESPONSES | OF_LISTS | {"sft"},
     "humanline": REFERENCE_FREE | OF_TOKENS | OF_KL | OF_LISTS,
@@ -91,8 +91,8 @@ def test_a_modifier_changes_what_the_loss_is_given_and_no_more(name, modifier):
     output = modified(name, MODIFIERS[modifier][0], inputs)
     by_hand = {**inputs, **BY_HAND[modifier](inputs)}
     spec = get_loss(name)
-    state = {"state": {k: torch.tensor(v) for k, v in spec.state.initial.items()}} if spec.state else {}
-    expected = spec(**{key: by_hand[key] for key in spec.inputs}, **state)
+    state = {"state": {k: vector(v)[0] for k, v in spec.state.initial.items()}} if spec.state else {}
+    expected = spec(**{key: by_hand[key] for key in spec.inputs if key not in spec.optional_columns}, **state)
     torch.testing.assert_close(output.losses, expected.losses, rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(output.rewards, expected.rewards, rtol=1e-12, atol=1e-14)
     assert not torch.allclose(output.losses, build_objective([name])(inputs).losses, rtol=1e-6, atol=0)

@@ -19,7 +19,7 @@ BETA = 0.3
 
 def losses(name, inputs, **params):
     spec = get_loss(name)
-    return spec(**{key: inputs[key] for key in spec.inputs}, **params).losses
+    return spec(**{key: inputs[key] for key in spec.inputs if key not in spec.optional_columns}, **params).losses
 
 
 def of_tokens(name, chosen, rejected, weights=None, **params):
@@ -33,7 +33,7 @@ def of_tokens(name, chosen, rejected, weights=None, **params):
     if weights:
         inputs |= {f"{side}_token_weights": vector(*values)[None] for side, values in weights.items()}
     spec = get_loss(name)
-    return spec(**{key: inputs[key] for key in spec.inputs}, **params)
+    return spec(**{key: inputs[key] for key in spec.inputs if key not in spec.optional_columns}, **params)
 
 
 def test_d2po_by_hand():

@@ -25,6 +25,9 @@ TURNS = [
     ("nca", {"beta": 1.0}, 0.0, math.log(2), (-1, 1)),  # p = (1, 0), K = 2: σ(βr_w) = K/(K + 1)
     ("exo_rw", {"beta": 1.0, "tau": 0.5}, 0.0, 2.0, (-1, 1)),  # softmax(βr) = softmax(R/τ): βh = 1/τ
     ("gpo", {"beta": 1.0, "function": "square"}, 0.0, 1.0, (-1, 1)),  # z = 1
+    # ΔR = 1: βh = η.
+    *((name, {"beta": 0.5, "eta": 2.0}, 0.0, 4.0, (-1, 1)) for name in ("rpo_bwd", "rpo_fwd", "rpo_sq")),
+    ("sppo", {"beta": 0.5}, 0.0, 1.0, (-1, 1)),  # P = 1: r_w = 1/(2β)
 ]
 
 

@@ -114,3 +114,58 @@ def _labelled(row: dict) -> dict:
         labelled[f"{side}_attention_mask"] = [1] * len(ids)
         labelled[f"{side}_labels"] = [-100] * len(row["prompt_ids"]) + response
     return labelled
+
+
+def kto_trainer(folder, **settings):
+    """TRL's KTOTrainer, in fp32 on the CPU, on raw rows; it insists on two rows a batch and on their order."""
+    from trl import KTOConfig, KTOTrainer
+
+    raw = Dataset.from_list(
+        [
+            {"prompt": "The capital of France is", "completion": c, "label": c == " Paris."}
+            for c in (" Paris.", " Rome.")
+        ]
+    )
+    order = {"train_sampling_strategy": "sequential"}
+    args = KTOConfig(output_dir=str(folder), max_length=256, **{**QUIET, **order, **settings})
+    return KTOTrainer(policy(), reference(), args=args, train_dataset=raw, processing_class=tiny_tokenizer())
+
+
+def kto_step(folder, data: list[dict], **settings) -> Step:
+    """TRL's, on prepared unpaired rows with their mismatched responses."""
+    trainer = kto_trainer(folder, **settings)
+    batch = trainer.data_collator(
+        [
+            {
+                "prompt_ids": row["prompt_ids"],
+                "completion_ids": row["response_ids"][0],
+                "label": row["labels"][0],
+                **({"KL_completion_ids": row["mismatched_ids"][0]} if "mismatched_ids" in row else {}),
+            }
+            for row in data
+        ]
+    )
+    trainer.model.train()
+    step = step_of(trainer.compute_loss(trainer.model, batch), trainer.model, {})
+    step.metrics = {name: sum(values) / len(values) for name, values in trainer._metrics["train"].items()}
+    return step
+
+
+def labelled_rows(labels: tuple[bool, ...], mismatched: bool = True) -> list[dict]:
+    """Prepared unpaired rows with these labels, each with the response of the row behind it as its mismatched one."""
+    data = rows(len(labels))
+    first = [row["response_ids"][0] for row in data]
+    unpaired = [
+        {
+            "prompt_ids": row["prompt_ids"],
+            "response_ids": [row["response_ids"][0]],
+            "scored_masks": [row["scored_masks"][0]],
+            "labels": [label],
+            "row": row["row"],
+        }
+        for row, label in zip(data, labels, strict=True)
+    ]
+    for row, other in zip(unpaired, first[1:] + first[:1], strict=True):
+        if mismatched:
+            row |= {"mismatched_ids": [other], "mismatched_masks": [[1] * len(other)]}
+    return unpaired

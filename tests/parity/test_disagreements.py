@@ -12,9 +12,21 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests.parity.peers import concatenated_step, dpo_step, dpo_trainer, our_step, policy, reference, rows, trl_rows
+from tests.parity.peers import (
+    concatenated_step,
+    dpo_step,
+    dpo_trainer,
+    kto_step,
+    kto_trainer,
+    labelled_rows,
+    our_step,
+    policy,
+    reference,
+    rows,
+    trl_rows,
+)
 from tests.tiny_models import perturbed, tiny_model, with_lora
-from tests.training import logged, make_trainer
+from tests.training import logged, make_trainer, unpaired
 
 pytest.importorskip("trl")
 LOG_TWO = math.log(2)
@@ -233,3 +245,63 @@ def test_orpo_trains_on_the_prompt(tmp_path):
     ours = our_step(tmp_path, one, loss_type="orpo").metrics["loss/orpo_nll"]
     assert ours == pytest.approx(response, rel=1e-5)
     assert abs(theirs - response) > 0.1
+
+
+def test_kto_is_not_shuffled(tmp_path):
+    """TRL refuses every order but that of the data, which auto-unpaired pairs make all desirable, then all undesirable;
+    ours is shuffled."""
+    with pytest.raises(ValueError, match="train_sampling_strategy"):
+        kto_trainer(tmp_path, train_sampling_strategy="random")
+    assert type(kto_trainer(tmp_path)._get_train_sampler()).__name__ == "SequentialSampler"
+    trainer = make_trainer(tmp_path, loss_type="kto", train_dataset=unpaired(16))
+    order = [row for batch in trainer.get_train_dataloader() for row in batch["rows"].tolist()]
+    assert sorted(order) == list(range(16)) != order
+
+
+def test_kto_takes_no_single_row(tmp_path):
+    """TRL draws mismatched responses from the batch, so it refuses batches of one; we draw from the data set, and 1 × 4
+    is 4 × 1 (proven for every loss in test_trainer_exactness)."""
+    with pytest.raises(ValueError, match="batch size must be > 1"):
+        kto_trainer(tmp_path, per_device_train_batch_size=1)
+    trainer = make_trainer(
+        tmp_path, loss_type="kto", train_dataset=unpaired(4), per_device_train_batch_size=1, max_steps=1
+    )
+    trainer.train()
+    assert trainer.state.global_step == 1
+
+
+def test_a_row_left_over_is_its_own_mismatch(tmp_path):
+    """Three rows in TRL's batches of two: the third is alone in its batch of the map, so its "mismatched" response is
+    its own; ours never is, whatever is left over."""
+    from datasets import Dataset as Rows
+
+    from tests.tokenizers import tiny_tokenizer
+
+    texts = [("The capital of France is", " Paris."), ("The capital of Italy is", " Rome."), ("Once upon", " a time.")]
+    data = Rows.from_list([{"prompt": p, "completion": c, "label": True} for p, c in texts])
+    theirs = kto_trainer(tmp_path, per_device_train_batch_size=2)
+    prepared = theirs._prepare_dataset(data, theirs.processing_class, theirs.args, "train")
+    assert prepared[2]["KL_completion_ids"] == prepared[2]["completion_ids"]
+    ours = make_trainer(
+        tmp_path, tiny_model(vocab_size=600), loss_type="kto", train_dataset=data, processing_class=tiny_tokenizer()
+    )
+    for row in ours.get_train_dataloader().dataset:
+        assert row["mismatched_ids"] != row["response_ids"]
+
+
+def test_ktos_baseline_is_of_one_micro_batch(tmp_path):
+    """TRL's z is clamped and averaged by micro-batch, so accumulation changes the loss; ours is of the whole step. The
+    first half's mismatched responses are the policy's own greedy ones, which it finds likelier than the reference does;
+    the other half's are below 0.
+    """
+    data, model = labelled_rows((True, False, True, False)), policy()
+    for row in data[:2]:
+        prompt = torch.tensor([row["prompt_ids"]])
+        length = {"min_new_tokens": 8, "max_new_tokens": 8, "eos_token_id": 599}
+        output = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), do_sample=False, **length)
+        row["mismatched_ids"], row["mismatched_masks"] = [output[0, prompt.shape[1] :].tolist()], [[1] * 8]
+    settings = {"loss_type": "kto", "beta": 0.5}
+    whole = kto_step(tmp_path, data, **settings).loss
+    halves = [kto_step(tmp_path, part, **settings).loss for part in (data[:2], data[2:])]
+    assert abs(sum(halves) / 2 - whole) > 1e-3
+    assert our_step(tmp_path, data, ref_model=reference(), **settings).loss == pytest.approx(whole, rel=1e-5)

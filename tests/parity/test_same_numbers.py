@@ -6,7 +6,7 @@ sides compute in fp32, where sums of some 50 nats round at 4e-6 and ratios of a 
 
 import pytest
 
-from tests.parity.peers import concatenated_step, dpo_step, our_step, reference, rows
+from tests.parity.peers import concatenated_step, dpo_step, kto_step, labelled_rows, our_step, reference, rows
 from tests.scoring.plain import assert_same_gradients
 
 pytest.importorskip("trl")
@@ -174,3 +174,27 @@ def test_orpo_trainer(beta, tmp_path):
     compare(ours, theirs, METRICS[:4])
     assert ours.metrics["loss/orpo_nll"] == pytest.approx(theirs.metrics["nll_loss"], rel=1e-5)
     assert ours.metrics["loss/orpo_log_odds_ratio"] == pytest.approx(theirs.metrics["log_odds_chosen"], rel=1e-5)
+
+
+KTO = {
+    "kto": {"loss_type": "kto"},
+    "kto, weights": {"loss_type": "kto", "beta": 0.4, "desirable_weight": 1.3, "undesirable_weight": 0.7},
+    "apo_zero_unpaired": {"loss_type": "apo_zero_unpaired", "beta": 0.3},
+}
+KTO_METRICS = ("rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected")
+
+
+@pytest.mark.parametrize("labels", [(True, False, True, False, False), (True, True), (False, False)])
+@pytest.mark.parametrize("settings", KTO.values(), ids=KTO)
+def test_kto_trainer(settings, labels, tmp_path):
+    """The same rows with the same mismatched responses, of both classes and of one: its z is ours where the batch is
+    whole. The metrics of a class that is absent are left out on both sides."""
+    data = labelled_rows(labels, mismatched=settings["loss_type"] == "kto")
+    weights = {name: value for name, value in settings.items() if name.endswith("weight")}
+    others = {name: value for name, value in settings.items() if name not in weights}
+    theirs = kto_step(tmp_path, data, **settings)
+    ours = our_step(tmp_path, data, ref_model=reference(), loss_params=weights, **others)
+    compare(ours, theirs, [name for name in KTO_METRICS if name in theirs.metrics])
+    assert {*KTO_METRICS} & ours.metrics.keys() == {*KTO_METRICS} & theirs.metrics.keys()
+    if settings["loss_type"] == "kto":
+        assert ours.metrics["loss/kto_kl"] == pytest.approx(theirs.metrics["kl"], rel=1e-5, abs=1e-5)

@@ -37,9 +37,18 @@ from tests.losses.numpy_reference.lists import (  # noqa: F401
     plackett_luce,
     rrhf,
     s_dpo,
+    sft_lists,
 )
-from tests.losses.numpy_reference.over_the_batch import aot, aot_unpaired, dr_dpo, kto_pair  # noqa: F401
+from tests.losses.numpy_reference.over_the_batch import (  # noqa: F401
+    alpha_dpo,
+    aot,
+    aot_unpaired,
+    beta_dpo,
+    dr_dpo,
+    kto_pair,
+)
 from tests.losses.numpy_reference.reference_free import alphapo, cpo, orpo, repo, sft, simper, simpo, slic_hf  # noqa: F401
+from tests.losses.numpy_reference.scored_pairs import odpo, rpo_bwd, rpo_fwd, rpo_sq, sppo  # noqa: F401
 from tests.losses.numpy_reference.token_level import (  # noqa: F401
     d2po,
     mallows_dpo,
@@ -80,6 +89,11 @@ SHORT = {
     "policy_rejected_kl": "dl",
     "ref_chosen_normalised_entropy": "hw",
     "ref_rejected_normalised_entropy": "hl",
+    "margins": "D",
+    "chosen_scores": "Rw",
+    "rejected_scores": "Rl",
+    "chosen_win_rates": "Pw",
+    "rejected_win_rates": "Pl",
     "policy_logps": "s",
     "ref_logps": "rs",
     "lengths": "n",

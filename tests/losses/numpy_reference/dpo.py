@@ -5,15 +5,15 @@ import numpy as np
 from tests.losses.numpy_reference.basics import nll, sigmoid, two
 
 
-def dpo(w, l, rw, rl, beta=0.1, label_smoothing=0.0, **_):
-    z = beta * ((w - rw) - (l - rl))
+def dpo(w, l, rw, rl, beta=0.1, label_smoothing=0.0, D=0.0, **_):
+    z = beta * ((w - rw) - (l - rl)) - D
     losses = (1 - label_smoothing) * nll(z) + label_smoothing * nll(-z)
     return losses, two(beta * (w - rw), beta * (l - rl))
 
 
-def dpo_norm(w, l, rw, rl, nw, nl, beta=5.0, label_smoothing=0.0, **_):
+def dpo_norm(w, l, rw, rl, nw, nl, beta=5.0, label_smoothing=0.0, D=0.0, **_):
     chosen, rejected = (w - rw) / nw, (l - rl) / nl
-    z = beta * (chosen - rejected)
+    z = beta * (chosen - rejected) - D
     return (1 - label_smoothing) * nll(z) + label_smoothing * nll(-z), two(beta * chosen, beta * rejected)
 
 
@@ -24,8 +24,8 @@ def ipo(w, l, rw, rl, nw, nl, beta=0.1, length_normalize=True, **_):
     return (chosen - rejected - 0.5 / beta) ** 2, two(beta * chosen, beta * rejected)
 
 
-def hinge(w, l, rw, rl, beta=0.05, **_):
-    return np.maximum(0.0, 1 - beta * ((w - rw) - (l - rl))), two(beta * (w - rw), beta * (l - rl))
+def hinge(w, l, rw, rl, beta=0.05, D=0.0, **_):
+    return np.maximum(0.0, 1 + D - beta * ((w - rw) - (l - rl))), two(beta * (w - rw), beta * (l - rl))
 
 
 def wpo(w, l, rw, rl, aw, al, beta=0.1, label_smoothing=0.0, **_):

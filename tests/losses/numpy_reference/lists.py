@@ -19,7 +19,7 @@ def _softmax(x):
 
 
 def plackett_luce(S, RS, K, M, beta=0.1):
-    """2305.18290 eq. 20: −log Π_k exp(βr_(k)) / Σ_{j≥k} exp(βr_(j))."""
+    """2305.18290 appendix A.3: −log Π_k exp(βr_(k)) / Σ_{j≥k} exp(βr_(j))."""
 
     def of(s, rs, ranks):
         r = beta * (s - rs)
@@ -30,7 +30,7 @@ def plackett_luce(S, RS, K, M, beta=0.1):
 
 
 def s_dpo(S, RS, K, M, beta=1.0):
-    """2406.09215 eq. 9: −log σ(−log Σ_l exp(β r_l − β r_w))."""
+    """2406.09215: −log σ(−log Σ_l exp(β r_l − β r_w))."""
 
     def of(s, rs, ranks):
         r = beta * (s - rs)
@@ -97,3 +97,9 @@ def lipo(S, RS, R, M, beta=0.05, normalize_scores=False):
         return total, r
 
     return _of_each_list(of, M, S, RS, R)
+
+
+def sft_lists(S, N, K, M):
+    """The negative log-likelihood per token of the response of the smallest rank."""
+    losses, _ = _of_each_list(lambda s, n, ranks: (-(s / n)[np.argmin(ranks)], s), M, S, N, K)
+    return losses, None

@@ -5,10 +5,10 @@ import numpy as np
 from tests.losses.numpy_reference.basics import nll, two
 
 
-def simpo(w, l, nw, nl, beta=2.0, gamma=None, gamma_beta_ratio=None, label_smoothing=0.0, **_):
+def simpo(w, l, nw, nl, beta=2.0, gamma=None, gamma_beta_ratio=None, label_smoothing=0.0, D=0.0, **_):
     if gamma is None:
         gamma = beta * (0.5 if gamma_beta_ratio is None else gamma_beta_ratio)
-    z = beta * (w / nw - l / nl) - gamma
+    z = beta * (w / nw - l / nl) - gamma - D
     losses = (1 - label_smoothing) * nll(z) + label_smoothing * nll(-z)
     return losses, two(beta * w / nw, beta * l / nl)
 

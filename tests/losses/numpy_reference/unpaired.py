@@ -6,7 +6,7 @@ from tests.losses.numpy_reference.basics import nll, sigmoid, two
 
 
 def kto(s, rs, m, rm, y, beta=0.1, desirable_weight=1.0, undesirable_weight=1.0, log_form=False):
-    """2402.01306 eq. 8: λ_y − v(x, y), v = λ_D σ(β(r − z)) or λ_U σ(β(z − r)), constants left out as its code does."""
+    """2402.01306: λ_y − v(x, y), v = λ_D σ(β(r − z)) or λ_U σ(β(z − r)), constants left out as its code does."""
     r, z = s - rs, max(0.0, np.mean(m - rm))
     value = np.where(y, sigmoid(beta * (r - z)), sigmoid(beta * (z - r)))
     return np.where(y, desirable_weight, undesirable_weight) * (-np.log(value) if log_form else 1 - value), one(
@@ -21,7 +21,7 @@ def apo_zero_unpaired(s, rs, y, beta=0.1, desirable_weight=1.0, undesirable_weig
 
 
 def npo(s, rs, y, beta=0.1):
-    """2404.05868 eq. 3: −(2/β) log σ(−β log(π/π_ref)) on the forget set."""
+    """2404.05868: −(2/β) log σ(−β log(π/π_ref)) on the forget set."""
     return np.where(y, 0.0, 2 / beta * nll(-beta * (s - rs))), one(beta * (s - rs))
 
 

@@ -1,0 +1,231 @@
+"""Losses that measure each pair's margin against the margins of the batches so far: β-DPO and α-DPO.
+
+Both keep an exponential mean of the global batch's mean margin μ and of its standard deviation σ, as the authors' code
+does: momentum 0.9, both 0 before the first batch, which is taken in before its loss is computed; σ is that of a sample
+(divided by B − 1), 0 for a single pair. In evaluation they stand still.
+"""
+
+import torch
+from torch import Tensor
+
+from hf_prefopt.losses.base import (
+    LossOutput,
+    check_positive,
+    check_range,
+    check_same_shape,
+    log_ratios,
+    logistic,
+    pair_rewards,
+    per_token,
+)
+from hf_prefopt.losses.registry import RunningState, register_loss
+from hf_prefopt.losses.simpo import target_margin
+
+State = dict[str, Tensor]
+MOMENTUM = 0.9
+# Below it, margins are all the same: at the reference there is nothing to tell pairs apart by.
+SMALLEST_STD = 1e-8
+SMALLEST_BETA = 1e-3
+
+
+def _spread(margins: Tensor) -> Tensor:
+    """σ, the sample's standard deviation; 0 for a single one."""
+    return (margins - margins.mean()).square().sum().div(max(1, len(margins) - 1)).sqrt()
+
+
+def _moved(state: State, margins: Tensor) -> State:
+    """μ and σ with a batch taken in, and how many batches there have been."""
+    return {
+        "mean": MOMENTUM * state["mean"] + (1 - MOMENTUM) * margins.mean(),
+        "std": MOMENTUM * state["std"] + (1 - MOMENTUM) * _spread(margins),
+        "batches": state["batches"] + 1,
+    }
+
+
+def _alone(margins: Tensor) -> State:
+    """μ and σ of one batch by itself."""
+    return {"mean": margins.mean(), "std": _spread(margins), "batches": torch.zeros_like(margins[0])}
+
+
+def _standardised(margins: Tensor, state: State) -> Tensor:
+    return (margins - state["mean"]) / state["std"].clamp(min=SMALLEST_STD)
+
+
+def _update_beta_dpo(
+    state: State,
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    ref_chosen_logps: Tensor,
+    ref_rejected_logps: Tensor,
+    **_,
+) -> State:
+    return _moved(state, policy_chosen_logps - ref_chosen_logps - policy_rejected_logps + ref_rejected_logps)
+
+
+_START = {"mean": 0.0, "std": 0.0, "batches": 0.0}
+
+
+@register_loss("beta_dpo", paper="2407.08639", needs_global_batch=True, state=RunningState(_START, _update_beta_dpo))
+def beta_dpo_loss(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    ref_chosen_logps: Tensor,
+    ref_rejected_logps: Tensor,
+    rows: Tensor,
+    pair_in_row: Tensor,
+    beta: float = 0.1,
+    a: float = 0.6,
+    rho: float = 0.2,
+    state: State | None = None,
+) -> LossOutput:
+    """ℓ(β_b h) of the pairs kept, β_b = sg max(10⁻³, β(1 + a(mean of the kept h − μ))): β follows the batch.
+
+    β-DPO: where margins are large, the batch says little new and β grows; outliers are left out first. Of B pairs,
+    int(B(1 − ρ)), one at least, are kept, drawn without replacement with weights exp(−½((h − μ)/σ)²). μ and σ are the
+    running ones. A pair that is kept has B/kept times its ℓ and one left out has 0, so that the mean over the batch is
+    that over the kept; its implicit reward is βr either way. What is drawn is a function of the number of batches so
+    far and of the pairs' places in their data set, so it is the same on every rank, in every split, and on resuming.
+
+    Use it on data of mixed quality, with batches large enough for a mean and a spread: 32 pairs or more.
+
+    Args:
+        policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps: `[B]`, summed, nats, of
+            the global batch.
+        rows, pair_in_row: `[B]` int64, the pair's row in its data set and its place among that row's pairs.
+        beta: > 0. a: ≥ 0, per nat. rho: ρ in [0, 1), the share left out.
+        state: μ (`mean`), σ (`std`) and `batches`; `None` for those of this batch alone.
+
+    Raises:
+        ValueError: shapes differ or a hyperparameter is out of range.
+    """
+    check_positive(beta=beta)
+    check_range("a", a, 0.0)
+    check_range("rho", rho, 0.0, 1.0)
+    chosen, rejected = log_ratios(
+        policy_chosen_logps,
+        policy_rejected_logps,
+        ref_chosen_logps,
+        ref_rejected_logps,
+        rows=rows,
+        pair_in_row=pair_in_row,
+    )
+    margins = chosen - rejected
+    known = _alone(margins.detach()) if state is None else state
+    count = max(1, int(len(margins) * (1 - rho)))
+    log_weights = -_standardised(margins.detach(), known).square() / 2
+    kept = _draw(log_weights, count, (known["batches"], rows, pair_in_row))
+    mean_kept = (margins.detach() * kept).sum() / count
+    beta_used = (beta * (1 + a * (mean_kept - known["mean"]))).clamp(min=SMALLEST_BETA)
+    return LossOutput(
+        logistic(beta_used * margins) * kept * (len(margins) / count),
+        pair_rewards(beta * chosen, beta * rejected),
+        {"beta": beta_used.expand_as(margins), "kept": kept.to(margins.dtype)},
+    )
+
+
+def _draw(log_weights: Tensor, count: int, keys: tuple[Tensor, ...]) -> Tensor:
+    """`[B]` bool: `count` of them, drawn one after the other without replacement, the weights as given.
+
+    Adding Gumbel noise to the log-weights and taking the largest is that draw (Efraimidis and Spirakis 2006).
+    """
+    noise = -(-_uniform(keys).to(log_weights.dtype).log()).log()
+    chosen = (log_weights + noise).topk(count).indices
+    return torch.zeros_like(log_weights, dtype=torch.bool).scatter(0, chosen, True)
+
+
+def _uniform(keys: tuple[Tensor, ...]) -> Tensor:
+    """`[B]` fp32 in (0, 1), a function of whole numbers, by the mixing of SplitMix64 (Steele et al. 2014) over each.
+
+    On the device and without a generator's state, which would have to be kept alike on all ranks. Of the 64 bits, 23
+    are used: those and a half are exact in fp32, and never 1.
+    """
+    mixed = torch.zeros_like(keys[-1])
+    for key in keys:
+        mixed = mixed + key.to(torch.int64) - 0x61C8864680B583EB
+        mixed = (mixed ^ _shifted(mixed, 30)) * -0x40A7B892E31B1A47
+        mixed = (mixed ^ _shifted(mixed, 27)) * -0x6B2FB644ECCEEE15
+        mixed = mixed ^ _shifted(mixed, 31)
+    return (_shifted(mixed, 41).float() + 0.5) / 2**23
+
+
+def _shifted(values: Tensor, places: int) -> Tensor:
+    """Shifted right as unsigned numbers are: zeros come in from the left."""
+    return (values >> places) & ((1 << (64 - places)) - 1)
+
+
+def _update_alpha_dpo(
+    state: State,
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    ref_chosen_logps: Tensor,
+    ref_rejected_logps: Tensor,
+    chosen_lengths: Tensor,
+    rejected_lengths: Tensor,
+    **_,
+) -> State:
+    chosen = per_token(policy_chosen_logps - ref_chosen_logps, chosen_lengths)
+    return _moved(state, chosen - per_token(policy_rejected_logps - ref_rejected_logps, rejected_lengths))
+
+
+@register_loss(
+    "alpha_dpo",
+    paper="2410.10148",
+    is_average_loss=True,
+    needs_global_batch=True,
+    state=RunningState(_START, _update_alpha_dpo),
+)
+def alpha_dpo_loss(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    ref_chosen_logps: Tensor,
+    ref_rejected_logps: Tensor,
+    chosen_lengths: Tensor,
+    rejected_lengths: Tensor,
+    beta: float = 10.0,
+    gamma: float | None = None,
+    gamma_beta_ratio: float | None = None,
+    alpha: float = 0.2,
+    state: State | None = None,
+) -> LossOutput:
+    """ℓ(β[s̄_w − s̄_l − sg(γ/β + αz)]), z = (r̄_w − r̄_l − μ)/σ: SimPO with a target margin of each pair's own.
+
+    α-DPO: a pair that the policy tells apart better than the reference does, compared with other pairs, is given a
+    larger target. μ and σ are running ones, of r̄_w − r̄_l. The margin is given once, as γ or as γ/β (by default 0.4);
+    α is 0.2, and 0.05 for Gemma-2 and Mistral in the paper. The implicit reward is β·s̄, and the component `target`
+    is γ/β + αz.
+
+    Use it where SimPO works, with a reference at hand and pairs of very different difficulty.
+
+    Args:
+        policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps: `[B]`, summed, nats, of
+            the global batch; lengths: `[B]`, tokens.
+        beta: > 0. gamma: ≥ 0, in reward units. gamma_beta_ratio: ≥ 0, nats per token. alpha: ≥ 0, nats per token.
+        state: μ (`mean`) and σ (`std`); `None` for those of this batch alone.
+
+    Raises:
+        ValueError: both gamma and gamma_beta_ratio are given, shapes differ, or a value is out of range.
+    """
+    check_positive(beta=beta)
+    check_range("alpha", alpha, 0.0)
+    gamma = target_margin(beta, gamma, gamma_beta_ratio, default_ratio=0.4)
+    check_same_shape(
+        policy_chosen_logps=policy_chosen_logps,
+        policy_rejected_logps=policy_rejected_logps,
+        ref_chosen_logps=ref_chosen_logps,
+        ref_rejected_logps=ref_rejected_logps,
+        chosen_lengths=chosen_lengths,
+        rejected_lengths=rejected_lengths,
+    )
+    chosen, rejected = (
+        per_token(policy_chosen_logps, chosen_lengths),
+        per_token(policy_rejected_logps, rejected_lengths),
+    )
+    ref_margins = per_token(ref_chosen_logps, chosen_lengths) - per_token(ref_rejected_logps, rejected_lengths)
+    excess = (chosen - rejected - ref_margins).detach()
+    known = _alone(excess) if state is None else state
+    target = gamma / beta + alpha * _standardised(excess, known)
+    return LossOutput(
+        logistic(beta * (chosen - rejected - target)),
+        pair_rewards(beta * chosen, beta * rejected),
+        {"target": target},
+    )

@@ -1,0 +1,249 @@
+"""Further columns of the data, weights, margins, scores and win rates, from the raw row to the loss."""
+
+import pytest
+import torch
+from datasets import Dataset
+
+from hf_prefopt.data.prepare import prepare_dataset
+from hf_prefopt.losses import get_loss
+from hf_prefopt.losses.objective import build_objective
+from tests.data.helpers import real_rows, text_pair
+from tests.losses.batches import made_up_inputs
+from tests.test_trainer_exactness import DESCENT, off_reference, run
+from tests.tiny_models import perturbed, tiny_model
+from tests.tokenizers import tiny_tokenizer
+from tests.training import examples, lists, logged, make_config, make_trainer, pairs, unpaired, weights, with_column
+
+TOKENIZER = tiny_tokenizer()
+KINDS = {"dpo": pairs, "kto": unpaired, "plackett_luce": lists}
+
+
+def prepared(rows: list[dict], **options) -> Dataset:
+    return prepare_dataset(Dataset.from_list(rows), TOKENIZER, **options)
+
+
+ALIASES = {
+    "weight": "weights",
+    "sample_weight": "weights",
+    "margin": "margins",
+    "chosen_score": "chosen_scores",
+    "score_chosen": "chosen_scores",
+    "chosen-rating": "chosen_scores",
+    "rejected_score": "rejected_scores",
+    "score_rejected": "rejected_scores",
+    "chosen_win_rate": "chosen_win_rates",
+    "p_chosen": "chosen_win_rates",
+    "rejected_win_rate": "rejected_win_rates",
+}
+
+
+@pytest.mark.parametrize(("column", "name"), ALIASES.items())
+def test_a_column_travels_with_its_pair(column, name):
+    rows = prepared([{**text_pair(), column: 0.5}, {**text_pair(), column: 1}])
+    assert rows[name][:] == [[0.5], [1.0]]
+    assert [*rows.features] == ["prompt_ids", "response_ids", "scored_masks", "pairs", name, "row"]
+
+
+def test_columns_of_every_kind_and_format():
+    """A weight beside a label, a list, a stream and token ids; both unpaired rows have that of their pair."""
+    labelled = {"prompt": "A", "completion": " b", "label": True, "weight": 2}
+    listed = {"prompt": "A", "responses": [" b", " c"], "scores": [0, 1], "weight": 2}
+    ids = {"prompt_ids": [7], "chosen_ids": [8], "rejected_ids": [9], "weight": 2}
+    for row in (labelled, listed, ids):
+        assert prepared([row])["weights"][:] == [[2.0]]
+        stream = Dataset.from_list([row]).to_iterable_dataset()
+        assert next(iter(prepare_dataset(stream, TOKENIZER)))["weights"] == [2.0]
+    unpaired_rows = prepared([{**text_pair(), "weight": 2}, {**text_pair(), "weight": 3}], unpair=True)
+    assert unpaired_rows["weights"][:] == [[2.0], [2.0], [3.0], [3.0]]
+
+
+def test_ultrafeedback_and_pandalm_fit_as_they_are(tmp_path):
+    """`score_chosen` and `score_rejected` for odpo; PandaLM's share of votes as the one win rate of sppo, 1 − P for the
+    other: at the reference r = 0, so the loss is ½·2·((P − ½)/β)² for P = 1, ⅔ and ½: (25 + 25/9 + 0)/3 at β = 0.1."""
+    rows = [
+        {**text_pair(), "score_chosen": 8.5, "score_rejected": 6.0},
+        {**text_pair(), "score_chosen": 7, "score_rejected": 6},
+    ]
+    given = {"train_dataset": Dataset.from_list(rows), "processing_class": TOKENIZER}
+    trainer = make_trainer(tmp_path, tiny_model(vocab_size=600), loss_type="odpo", max_steps=1, **given)
+    trainer.train()
+    # At the reference h = 0: ℓ(−log ΔR) = log(1 + ΔR), for ΔR = 2.5 and 1.
+    assert logged(trainer, "loss")[0] == pytest.approx(torch.tensor([3.5, 2.0]).log().mean().item(), rel=1e-5)
+    soft = {"train_dataset": Dataset.from_list(real_rows("pandalm")), "processing_class": TOKENIZER}
+    trainer = make_trainer(
+        tmp_path, tiny_model(vocab_size=600), loss_type="sppo", beta=0.1, per_device_train_batch_size=3, **soft
+    )
+    trainer.train()
+    assert logged(trainer, "loss")[0] == pytest.approx((25 + (0.6667 - 0.5) ** 2 * 100) / 3, rel=1e-5)
+
+
+@pytest.mark.parametrize("loss", ["dpo", "plackett_luce"])
+def test_a_weight_multiplies_its_example_and_not_the_count(loss, tmp_path):
+    """Weights 0, 1, 2, 0, 1, 2: the evaluation's loss is Σ w_i ℓ_i / 6, ℓ_i those of the rows evaluated alone; rewards
+    are as without weights."""
+    rows = KINDS[loss](6)
+    model = {"model": perturbed(tiny_model(), scale=0.05), "ref_model": tiny_model()}
+    plain = make_trainer(tmp_path, **model, loss_type=loss, train_dataset=rows)
+    alone = [plain.evaluate(rows.select([row]))["eval_loss"] for row in range(6)]
+    unweighted = plain.evaluate(rows)
+    heavy_rows = with_column(rows, "weights", lambda row: row % 3)
+    heavy = make_trainer(tmp_path, **model, loss_type=loss, train_dataset=heavy_rows)
+    metrics = heavy.evaluate(heavy_rows)
+    assert metrics["eval_loss"] == pytest.approx(sum(row % 3 * alone[row] for row in range(6)) / 6, rel=1e-5)
+    assert {name: value for name, value in metrics.items() if "rewards" in name} == {
+        name: value for name, value in unweighted.items() if "rewards" in name
+    }
+
+
+@pytest.mark.parametrize("loss", ["kto", "plackett_luce", "beta_dpo"])
+def test_weights_and_accumulation(loss, tmp_path):
+    """1×8 = 8×1 with weights and an NLL beside, the batch-wise losses too; a weight of 0 trains nothing."""
+    rows = with_column(KINDS.get(loss, pairs)(8), "weights", lambda row: row % 3)
+    objective = {"loss_type": loss, "sft_weight": 0.5}
+    settings = {"train_dataset": rows, "learning_rate": 0.01, "max_grad_norm": 1.0}
+    _, expected = run(tmp_path, objective, 8, 1, **settings)
+    _, change = run(tmp_path, objective, 1, 8, **settings)
+    for name, value in expected.items():
+        torch.testing.assert_close(change[name], value, rtol=0, atol=1e-9 * value.abs().max().item() + 1e-300)
+    nothing = with_column(KINDS.get(loss, pairs)(8), "weights", lambda row: 0)
+    _, none = run(tmp_path, objective, 8, 1, **{**settings, "train_dataset": nothing})
+    assert all((value == 0).all() for value in none.values())
+
+
+def test_equal_weights_are_a_factor():
+    inputs = made_up_inputs() | {"weights": torch.full((5,), 3.0, dtype=torch.float64)}
+    for names in (["dpo"], ["simpo", "sft"], ["kto"], ["infonca"]):
+        heavy, plain = (build_objective(names, columns=columns)(inputs).losses for columns in (["weights"], []))
+        torch.testing.assert_close(heavy, 3 * plain)
+
+
+@pytest.mark.parametrize("loss", ["dpo", "dpo_norm", "hinge", "simpo"])
+def test_margins_reach_the_losses_that_subtract_them(loss, tmp_path):
+    """The trainer's loss with a column of margins is the loss function's on the same inputs with them; without the
+    column there are none, and rows of an evaluation set without it have margins of 0."""
+    rows = with_column(pairs(6), "margins", lambda row: row / 4)
+    objective = {"loss_type": loss, "sft_weight": 0.2}
+    model, reference = off_reference(objective)
+    assert "margins" not in make_config("unused", **objective).build_objective().inputs
+    trainer = make_trainer(tmp_path, model, **reference, **objective, train_dataset=rows)
+    assert "margins" in trainer.objective.inputs
+    zero = with_column(pairs(6), "margins", lambda row: 0)
+    without = [trainer.evaluate(data)["eval_loss"] for data in (zero, pairs(6))]
+    assert without[0] == without[1] != trainer.evaluate(rows)["eval_loss"]
+
+
+def test_a_margin_of_alpha_log_delta_r_makes_dpo_odpo():
+    inputs = made_up_inputs()
+    inputs["margins"] = 0.6 * (inputs["chosen_scores"] - inputs["rejected_scores"]).log()
+    odpo = build_objective(["odpo"], loss_params={"alpha": 0.6})(inputs)
+    torch.testing.assert_close(build_objective(["dpo"], columns=["margins"])(inputs).losses, odpo.losses)
+
+
+def test_modifiers_compose():
+    """0.7 hinge with margins and WPO weights + 0.3 ipo + 0.5 sft, all times the example's weight."""
+    inputs = made_up_inputs()
+    inputs |= {"margins": torch.rand(5).double(), "weights": torch.arange(5).double()}
+    objective = build_objective(
+        ["hinge", "ipo"], [0.7, 0.3], sft_weight=0.5, use_weighting=True, columns=["weights", "margins"]
+    )
+    wpo = (inputs["policy_chosen_alignment"] + inputs["policy_rejected_alignment"]).clamp(max=0).exp()
+    parts = {
+        name: get_loss(name)(**{key: inputs[key] for key in get_loss(name).inputs}).losses
+        for name in ("hinge", "ipo", "sft")
+    }
+    expected = inputs["weights"] * (wpo * (0.7 * parts["hinge"] + 0.3 * parts["ipo"]) + 0.5 * parts["sft"])
+    torch.testing.assert_close(objective(inputs).losses, expected)
+
+
+@pytest.mark.parametrize(
+    ("losses", "options", "reason"),
+    [
+        (
+            ["dr_dpo"],
+            {"use_weighting": True},
+            "use_weighting=True weighs .* and dr_dpo is one value",
+        ),
+        (["dpo", "dr_dpo"], {"columns": ["weights"]}, "`weight` weighs .* dr_dpo is one value .*: remove the column"),
+        (
+            ["ipo"],
+            {"columns": ["margins"]},
+            "`margin`, and ipo subtracts none: remove it, or choose one of dpo, ",
+        ),
+        (["odpo"], {"columns": ["margins"]}, "odpo subtracts none"),
+    ],
+)
+def test_combinations_without_meaning_are_refused(losses, options, reason):
+    with pytest.raises(ValueError, match=reason):
+        build_objective(losses, **options)
+
+
+def test_they_are_refused_at_construction_with_the_data(tmp_path):
+    rows = with_column(pairs(4), "margins", lambda row: 1)
+    with pytest.raises(ValueError, match="a column `margin`, and ipo subtracts none"):
+        make_trainer(tmp_path, loss_type="ipo", train_dataset=rows)
+    make_trainer(tmp_path, loss_type="ipo", train_dataset=rows.remove_columns("margins"))
+
+
+@pytest.mark.parametrize(
+    ("loss", "column", "value", "reason"),
+    [
+        (
+            "odpo",
+            "rejected_scores",
+            lambda row: 9 if row == 2 else 0,
+            "odpo: row 2: its chosen_score 4 is not above",
+        ),
+        (
+            "odpo",
+            "rejected_scores",
+            lambda row: float("nan") if row else 1,
+            "row 1 .and 2 more rows.: `rejected_score`",
+        ),
+        (
+            "sppo",
+            "chosen_win_rates",
+            lambda row: 70 if row == 3 else 0.5,
+            "row 3: `chosen_win_rate` is 70; .* 0 to 1",
+        ),
+        (
+            "dpo",
+            "weights",
+            lambda row: -1 if row == 1 else 1,
+            "row 1: `weight` is -1; .*a number of 0 or more",
+        ),
+    ],
+)
+def test_numbers_that_do_not_fit_are_refused_by_row(loss, column, value, reason, tmp_path):
+    rows = examples(make_config("unused", loss_type=loss).build_objective(), 4)
+    rows = with_column(rows.remove_columns([name for name in rows.column_names if name == column]), column, value)
+    with pytest.raises(ValueError, match=reason):
+        make_trainer(tmp_path, loss_type=loss, train_dataset=rows)
+    trainer = make_trainer(tmp_path, loss_type=loss, train_dataset=rows.to_iterable_dataset(), max_steps=2)
+    with pytest.raises(ValueError, match=reason.replace(" .and 2 more rows.", ".*")):
+        trainer.train()
+
+
+def test_a_ratio_wants_positive_scores(tmp_path):
+    rows = with_column(with_column(pairs(3), "chosen_scores", lambda row: 1), "rejected_scores", lambda row: row - 2)
+    make_trainer(tmp_path, loss_type="odpo", train_dataset=rows)
+    with pytest.raises(ValueError, match=r"row 0 .*: its rejected_score -2 is not above 0, as margin='ratio' wants it"):
+        make_trainer(tmp_path, loss_type="odpo", loss_params={"margin": "ratio"}, train_dataset=rows)
+    with pytest.raises(ValueError, match="margin='quotient' is none of difference, ratio"):
+        make_config(tmp_path, loss_type="odpo", loss_params={"margin": "quotient"})
+
+
+def test_a_missing_column_is_named_with_its_other_names(tmp_path):
+    with pytest.raises(ValueError, match=r"rpo_sq: it needs .* `chosen_score` \(or score_chosen, .*missing: add it"):
+        make_trainer(tmp_path, loss_type="rpo_sq", train_dataset=pairs(2))
+
+
+def test_a_column_that_no_loss_asks_for_may_hold_anything(tmp_path):
+    """Scores are None in some rows, and DPO does not look at them; nor does it train differently."""
+    rows = [{**text_pair(), "score_chosen": None}, {**text_pair(), "score_chosen": 3.0}]
+    given = {"processing_class": TOKENIZER, "max_steps": 1, **DESCENT}
+    changes = []
+    for data in (rows, [text_pair()] * 2):
+        trainer = make_trainer(tmp_path, tiny_model(vocab_size=600), train_dataset=Dataset.from_list(data), **given)
+        trainer.train()
+        changes.append(weights(trainer.model))
+    assert all(torch.equal(value, changes[1][name]) for name, value in changes[0].items())
