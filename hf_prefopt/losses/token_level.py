@@ -82,10 +82,10 @@ def d2po_loss(
     """
     check_positive(beta=beta)
     check_range("gamma", gamma, 0.0, 1.0, open_low=True, closed_high=True)
-    ratios = _token_log_ratios(
+    chosen, rejected = _token_log_ratios(
         policy_chosen_token_logps, policy_rejected_token_logps, ref_chosen_token_logps, ref_rejected_token_logps
     )
-    return _dpo_of_tokens(*(ratio * _decay(ratio, gamma) for ratio in ratios), beta)
+    return _dpo_of_tokens(chosen * _decay(chosen, gamma), rejected * _decay(rejected, gamma), beta)
 
 
 def _decay(ratio: Tensor, gamma: float) -> Tensor:
