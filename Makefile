@@ -14,7 +14,7 @@ LAUNCH := $(VENV)/bin/accelerate launch --num_processes 1 --num_machines 1 --mix
 # Further options of the demo's recipe: make demo DEMO_OPTIONS="--loss_type simpo"
 DEMO_OPTIONS ?=
 
-.PHONY: demo test lint setup clean
+.PHONY: demo test lint docs setup clean
 .DELETE_ON_ERROR:
 
 demo: $(READY) $(MODEL)/config.json
@@ -28,6 +28,11 @@ lint: $(READY)
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/mypy
+
+# What is made from the registry of losses: their page and their configurations.
+docs: $(READY)
+	@$(VENV)/bin/python -m hf_prefopt.losses.page > docs/losses.md
+	@$(VENV)/bin/python recipes/configs/write.py
 
 setup: $(READY)
 
@@ -46,6 +51,10 @@ $(READY): pyproject.toml constraints.txt
 	@echo "Installing PyTorch ..."
 	@# First and by its exact version: the open requirement of another package may bring a CUDA build, gigabytes of it.
 	@$(PIP) torch==2.13.0
+	@echo "Installing DeepSpeed ..."
+	@# It is built here, and looks at the torch that it will run with: what builds it must be there already.
+	@$(PIP) setuptools packaging ninja numpy
+	@DS_ACCELERATOR=cpu DS_BUILD_OPS=0 $(PIP) --no-build-isolation deepspeed
 	@echo "Installing hf_prefopt and what it needs ..."
 	@$(PIP) -e '.[dev]'
 	@touch $@

@@ -1,6 +1,6 @@
 """`PreferenceTrainer`: transformers' Trainer with a preference objective in place of its loss.
 
-A step is four lines: score the batch, score the reference, evaluate the objective, record. Everything else here makes
+A step is four lines: score the reference, score the batch, evaluate the objective, record. Everything else here makes
 the step's loss the exact mean over the examples of the global batch, evaluation exact over rows, and keeps every habit
 of the Trainer. Which losses there are, how tokens are laid out and where a reference comes from is decided elsewhere.
 """
@@ -8,6 +8,7 @@ of the Trainer. Which losses there are, how tokens are laid out and where a refe
 import json
 import logging
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,20 @@ from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from hf_prefopt.checkpoints import is_complete, last_complete_checkpoint
 from hf_prefopt.config import PreferenceConfig
 from hf_prefopt.data.batch import PreferenceBatch, ResponseScores, join_examples
 from hf_prefopt.data.collate import PaddedCollator
 from hf_prefopt.data.group import PromptSampler, prompt_keys
-from hf_prefopt.data.microbatch import MicroBatchCollator, idle, pieces_of
+from hf_prefopt.data.microbatch import MicroBatchCollator, pieces_of
 from hf_prefopt.data.mismatched import EpochOfMismatches, MismatchedResponses
 from hf_prefopt.data.prepare import prepare_dataset, prepared_features
 from hf_prefopt.data.preview import print_preview
 from hf_prefopt.data.shared import SharedCollator
+from hf_prefopt.data.uneven import examples_of_first_rows, keep_examples, rows_that_count
 from hf_prefopt.examples import KINDS, kind_of_columns
 from hf_prefopt.losses.base import LossOutput
 from hf_prefopt.losses.global_batch import StepInputs
@@ -41,7 +46,7 @@ from hf_prefopt.reference.remembered import RememberedScores
 from hf_prefopt.reporting.card import model_card
 from hf_prefopt.reporting.metrics import EvaluationRecord, RunningMeans, example_metrics
 from hf_prefopt.reporting.run_facts import card_facts
-from hf_prefopt.scoring.forward import base_causal_lm, install_scoring, score
+from hf_prefopt.scoring.forward import VOCABULARY_KL, base_causal_lm, install_scoring, score
 from hf_prefopt.scoring.layout import reason_against_shared
 
 logger = logging.getLogger(__name__)
@@ -273,7 +278,58 @@ class PreferenceTrainer(Trainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         columns = dict.fromkeys(column for kind in KINDS for column in prepared_features(kind))
-        self._signature_columns = [*columns, "mismatched_ids", "mismatched_masks"]
+        self._signature_columns = [*columns, "token_weights", "mismatched_ids", "mismatched_masks"]
+
+    # -- checkpoints ----------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **arguments: Any):
+        """As the Trainer's; with `resume_from_checkpoint=True` from the newest checkpoint that was written to its end.
+
+        Raises:
+            ValueError: the checkpoint is half of one, or there is no whole one to resume from.
+        """
+        newest = last_complete_checkpoint(self.args.output_dir)
+        if resume_from_checkpoint is True:
+            if newest is None:
+                raise ValueError(f"{self.args.output_dir} has no complete checkpoint to resume from: start without")
+            resume_from_checkpoint = newest
+        if resume_from_checkpoint and not is_complete(resume_from_checkpoint):
+            cure = f"resume from {newest}" if newest else "start without resume_from_checkpoint"
+            raise ValueError(f"{resume_from_checkpoint} is no checkpoint that was written to its end: {cure}")
+        return super().train(resume_from_checkpoint or None, **arguments)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As the Trainer's; one that is overwritten loses the sign of a whole checkpoint first."""
+        folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        if self.args.should_save:
+            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+        super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """As the Trainer's, the last of what all ranks write; the state of the first rank follows when it is there."""
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """As the Trainer's, with what losses keep across batches, and with a reference that moves."""
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self._moving and self.args.should_save:
+            self._moving.save(output_dir)
+        if self.objective.state and self.args.should_save:
+            Path(output_dir, OBJECTIVE_STATE).write_text(json.dumps(self.objective.state_dict()))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As the Trainer's, with what losses keep across batches, and with a reference that moves."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self._moving and checkpoint is not None:
+            self._moving.load(checkpoint)
+        if checkpoint is None or not self.objective.state:
+            return
+        saved = Path(checkpoint, OBJECTIVE_STATE)
+        if saved.is_file():
+            self.objective.load_state_dict(json.loads(saved.read_text()))
+        else:
+            logger.warning("%s has no %s: %s starts afresh", checkpoint, saved.name, ", ".join(self.objective.state))
 
     # -- the step -------------------------------------------------------------------------------------------------
 
@@ -304,7 +360,8 @@ class PreferenceTrainer(Trainer):
         if self.accelerator.num_processes == 1:
             return pieces
         count = self.accelerator.gather(torch.tensor([len(pieces)], device=self.args.device)).max().item()
-        return [*(idle(pieces[-1]) for _ in range(count - len(pieces))), *pieces]
+        idle = keep_examples(pieces[-1], torch.zeros_like(pieces[-1]["rows"], dtype=torch.bool))
+        return [*({**idle} for _ in range(count - len(pieces))), *pieces]
 
     def compute_loss(
         self,
@@ -314,10 +371,18 @@ class PreferenceTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """This micro-batch's share of the step's loss; with `return_outputs` also rewards and labels, `[B, 2]` each."""
-        policy = score(model, inputs, self.objective.token_stats)
         reference = self._score_reference(inputs) if model.training else self._remembered_reference(inputs)
+        policy = self._score_policy(model, inputs, reference)
         output, loss = self._objective_loss(inputs, policy, reference, num_items_in_batch, model.training)
         return (loss, output) if return_outputs else loss
+
+    def _score_policy(
+        self, model: nn.Module, inputs: PreferenceBatch, reference: ResponseScores | None
+    ) -> ResponseScores:
+        """The policy's scores; where a loss compares whole predictions, with those that the reference makes at hand."""
+        compared = VOCABULARY_KL in self.objective.token_stats
+        predictions = self.reference.predictions(reference) if compared else None
+        return score(model, inputs, self.objective.token_stats, predictions)
 
     def _score_reference(self, inputs: PreferenceBatch) -> ResponseScores | None:
         if self.reference is None:
@@ -326,7 +391,7 @@ class PreferenceTrainer(Trainer):
             return inputs["reference_scores"]
         # An engine's autocast is in the policy's forward, which a reference model of its own has not.
         with self.accelerator.autocast():
-            return self.reference.score(inputs)
+            return self.reference.score(inputs, self.objective.reference_token_stats)
 
     def forget_reference_scores(self) -> None:
         """For whoever changes the reference: what evaluations remember of it holds no longer."""
@@ -338,7 +403,7 @@ class PreferenceTrainer(Trainer):
             return self._score_reference(inputs)
         dataset = getattr(self.callback_handler.eval_dataloader, "dataset", None)
         fingerprint = getattr(dataset, "_fingerprint", None)
-        return self._reference_memory.score(fingerprint, inputs, self.reference.score)
+        return self._reference_memory.score(fingerprint, inputs, self._score_reference)
 
     def _objective_loss(
         self,
@@ -381,7 +446,10 @@ class PreferenceTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of a step and its number of examples; for batch-wise losses, tied together."""
         self._settle_layout()
-        batches, num_examples = super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches = list(islice(epoch_iterator, num_batches))
+        if batches:
+            batches[-1] = self._without_repeats(batches[-1])
+        num_examples = self._get_num_items_in_batch(batches, device)
         if self.args.max_tokens_per_batch is not None:
             batches = [{"pieces": self._evened(pieces_of(batch))} for batch in batches]
         pieces = [piece for batch in batches for piece in pieces_of(batch)]
@@ -391,15 +459,32 @@ class PreferenceTrainer(Trainer):
                 piece["step_inputs"] = (step, index)
         return batches, num_examples
 
+    def _without_repeats(self, batch: PreferenceBatch | dict[str, list[PreferenceBatch]]):
+        """A training batch without the examples of rows that are repeated at the end of the data."""
+        pieces = pieces_of(batch)
+        counted = self._counted(pieces, self._train_batch_size)
+        if counted is None:
+            return batch
+        pieces = [keep_examples(piece, kept) for piece, kept in zip(pieces, counted, strict=True)]
+        return {"pieces": pieces} if "pieces" in batch else pieces[0]
+
+    def _counted(self, pieces: list[PreferenceBatch], share: int) -> list[Tensor] | None:
+        """For each piece of a batch of `share` rows, which examples count; `None` where all do. See `data.uneven`."""
+        state, world_size = self.accelerator.gradient_state, self.accelerator.num_processes
+        if world_size == 1 or not state.end_of_dataloader or self.args.dataloader_drop_last:
+            return None
+        rows = len(state.active_dataloader.dataset)
+        return examples_of_first_rows(pieces, rows_that_count(rows, share, self.accelerator.process_index, world_size))
+
     def _collect(self, batches: list[PreferenceBatch]) -> list[dict[str, Tensor]]:
         """The loss inputs of all micro-batches of a step, without gradients; the reference's scores are kept."""
         collected = []
         with torch.no_grad(), evaluation_mode(self.model):
             for batch in batches:
                 inputs = self._prepare_inputs(batch)
-                policy = score(self.model, inputs, self.objective.token_stats)
-                batch["reference_scores"] = self._score_reference(inputs)
-                collected.append(self._loss_inputs(inputs, policy, batch["reference_scores"]))
+                reference = batch["reference_scores"] = self._score_reference(inputs)
+                policy = self._score_policy(self.model, inputs, reference)
+                collected.append(self._loss_inputs(inputs, policy, reference))
         return collected
 
     def _get_num_items_in_batch(self, batch_samples: list[PreferenceBatch], device: torch.device) -> Tensor | int:
@@ -409,36 +494,16 @@ class PreferenceTrainer(Trainer):
             return count
         return self.accelerator.reduce(torch.tensor(count, device=device), reduction="sum")
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """As the Trainer's, with what losses keep across batches, and with a reference that moves."""
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self._moving and self.args.should_save:
-            self._moving.save(output_dir)
-        if self.objective.state and self.args.should_save:
-            Path(output_dir, OBJECTIVE_STATE).write_text(json.dumps(self.objective.state_dict()))
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """As the Trainer's, with what losses keep across batches, and with a reference that moves."""
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if self._moving and checkpoint is not None:
-            self._moving.load(checkpoint)
-        if checkpoint is None or not self.objective.state:
-            return
-        saved = Path(checkpoint, OBJECTIVE_STATE)
-        if saved.is_file():
-            self.objective.load_state_dict(json.loads(saved.read_text()))
-        else:
-            logger.warning("%s has no %s: %s starts afresh", checkpoint, saved.name, ", ".join(self.objective.state))
-
     # -- evaluation and logs --------------------------------------------------------------------------------------
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """(mean loss of the batch, rewards `[B, 2]`, labels `[B, 2]`)."""
         with torch.no_grad(), self.compute_loss_context_manager():
-            outputs = [
-                self.compute_loss(model, piece, return_outputs=True)
-                for piece in pieces_of(self._prepare_inputs(inputs))
-            ]
+            pieces = pieces_of(self._prepare_inputs(inputs))
+            counted = self._counted(pieces, self.args.eval_batch_size)
+            if counted is not None:
+                pieces = [{**piece, "counted": examples} for piece, examples in zip(pieces, counted, strict=True)]
+            outputs = [self.compute_loss(model, piece, return_outputs=True) for piece in pieces]
         loss = torch.stack([loss for loss, _ in outputs]).mean()
         if prediction_loss_only:
             return loss, None, None

@@ -72,13 +72,13 @@ def assert_same_run(one, other):
         assert other[2][name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
 
 
-@pytest.mark.parametrize("loss", ["dpo", "simpo", "kto_pair", "wpo"])
+@pytest.mark.parametrize("loss", ["dpo", "simpo", "kto_pair", "wpo", "sampo", "tdpo2"])
 def test_both_layouts_train_alike(tmp_path, loss):
     assert_same_run(*(run(tmp_path, loss_type=loss, layout=layout) for layout in ("padded", "shared")))
 
 
 @pytest.mark.parametrize("layout", ["shared", "padded"])
-@pytest.mark.parametrize("loss", ["dpo", "kto_pair"])
+@pytest.mark.parametrize("loss", ["dpo", "kto_pair", "sampo", "tdpo2"])
 def test_a_token_budget_changes_nothing_but_memory(tmp_path, layout, loss):
     """70 positions hold one or two of the six examples of a batch; with accumulation, pieces and micro-batches mix."""
     whole = run(tmp_path, loss_type=loss, layout=layout)

@@ -15,8 +15,16 @@ from tests.tokenizers import tiny_tokenizer
 
 
 def examples(objective: Objective, count: int = 8, seed: int = 0) -> Dataset:
-    """Prepared random rows of the kind that an objective compares."""
-    return ROWS[objective.kind](count, seed)
+    """Prepared random rows of the kind that an objective compares, with weights of tokens where it wants them."""
+    rows = ROWS[objective.kind](count, seed)
+    if "chosen_token_weights" in objective.inputs:
+        return rows.map(lambda row: {"token_weights": token_weights(row["response_ids"])})
+    return rows
+
+
+def token_weights(responses: list[list[int]]) -> list[list[float]]:
+    """A weight between ½ and 2 for each token, by its id and place."""
+    return [[0.5 + (7 * place + token) % 13 / 8 for place, token in enumerate(ids)] for ids in responses]
 
 
 def unpaired(count: int = 8, seed: int = 0) -> Dataset:

@@ -74,7 +74,10 @@ def index_examples(rows: Sequence[Mapping[str, Any]], places: Sequence[np.ndarra
     Args:
         places: for each row, where its responses stand in the batch's flat order of responses.
     """
-    return kind_of_columns(rows[0]).index(rows, places)
+    kind = kind_of_columns(rows[0])
+    if kind is None:
+        raise ValueError(f"the rows have the columns {', '.join(rows[0])}, which are of no prepared data set")
+    return kind.index(rows, places)
 
 
 def prompt_keys(dataset: Dataset) -> np.ndarray:

@@ -7,10 +7,9 @@ the budget: the rows are cut, in their order, into pieces whose positions stay b
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 from hf_prefopt.data.batch import PreferenceBatch
-from hf_prefopt.examples import EXAMPLE_ENTRIES
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -66,11 +65,3 @@ def _longest_piece(rows: Rows, collate: Collator, max_tokens: int) -> Rows:
 def pieces_of(batch: Mapping[str, Any]) -> list[PreferenceBatch]:
     """The micro-batches of what the collator returned."""
     return batch.get("pieces", [batch])
-
-
-def idle(batch: PreferenceBatch) -> PreferenceBatch:
-    """The batch without its examples: it runs as long as the batch does and changes nothing.
-
-    Ranks of a sharded model call its layers together, so one with fewer pieces than the others fills up with these.
-    """
-    return cast(PreferenceBatch, {**batch, **{name: batch[name][:0] for name in EXAMPLE_ENTRIES if name in batch}})

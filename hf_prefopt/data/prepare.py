@@ -5,7 +5,7 @@ travels in columns beside it, so that the counts are also right when `datasets` 
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,17 +30,18 @@ EXAMPLE_FEATURES = {
     "labels": List(Value("bool")),
     "ranks": List(Value("float64")),
     "scores": List(Value("float64")),
+    "token_weights": List(List(Value("float32"))),
 }
 
 
-def prepared_features(kind: ExampleKind) -> Features:
-    """The columns of a prepared data set of such examples."""
+def prepared_features(kind: ExampleKind, marks: Sequence[str] = ()) -> Features:
+    """The columns of a prepared data set of such examples, of which `marks` are not in every one."""
     return Features(
         {
             "prompt_ids": List(Value("int32")),
             "response_ids": List(List(Value("int32"))),
             "scored_masks": List(List(Value("int8"))),
-            **{column: EXAMPLE_FEATURES[column] for column in kind.columns},
+            **{column: EXAMPLE_FEATURES[column] for column in (*kind.columns, *marks)},
             "row": Value("int64"),
         }
     )
@@ -93,7 +94,8 @@ def prepare_dataset(
     Returns:
         A data set of the columns `prompt_ids` (list of int), `response_ids` (K lists; of a pair chosen, then rejected),
         `scored_masks` (K lists of 0 / 1, one per response token), `row` (the row in the data set given), and by the
-        kind of the examples `pairs` (`[[0, 1]]` for a pair), `labels` (K bools), or `ranks` and `scores` (K numbers).
+        kind of the examples `pairs` (`[[0, 1]]` for a pair), `labels` (K bools), or `ranks` and `scores` (K numbers);
+        of pairs whose tokens have weights also `token_weights` (K lists of numbers).
 
     Raises:
         ValueError: an argument outside its values; columns of no known format; messages without a chat template; with
@@ -107,16 +109,17 @@ def prepare_dataset(
     kind = kind_of_columns(columns)
     if kind is None or not set(prepared_features(kind)).issubset(columns):
         try:
-            kind = find_format(columns).kind
+            row_format = find_format(columns)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
-        dataset = _tokenise(dataset, kind, tokenizer, max_length, truncation_mode, on_bad_rows, num_proc, name)
+        kind, features = row_format.kind, prepared_features(row_format.kind, row_format.marks)
+        dataset = _tokenise(dataset, features, tokenizer, max_length, truncation_mode, on_bad_rows, num_proc, name)
     return unpair_rows(dataset, prepared_features(UNPAIRED)) if unpair and kind is PAIRS else dataset
 
 
 def _tokenise(
     dataset: Dataset | IterableDataset,
-    kind: ExampleKind,
+    features: Features,
     tokenizer: PreTrainedTokenizerBase,
     max_length: int | None,
     truncation_mode: str,
@@ -124,8 +127,7 @@ def _tokenise(
     num_proc: int | None,
     name: str,
 ) -> Dataset | IterableDataset:
-    """The data set of rows in a known format, prepared."""
-    features = prepared_features(kind)
+    """The data set of rows in a known format, prepared to these columns."""
     how = {
         "batched": True,
         "with_indices": True,
@@ -172,10 +174,11 @@ def _prepare_batch(
     kinds = TokenKinds(tokenizer)
     rows = [_read(row_format.read, columns, at) for at in range(len(indices))]
     tokenised = iter(tokenize_rows([row for row in rows if isinstance(row, CanonicalRow)], tokenizer, kinds))
-    out: dict[str, list[Any]] = {column: [] for column in (*prepared_features(row_format.kind), *_NOTES)}
+    features = prepared_features(row_format.kind, row_format.marks)
+    out: dict[str, list[Any]] = {column: [] for column in (*features, *_NOTES)}
     for index, row in zip(indices, rows, strict=True):
         done = row if isinstance(row, BadRow) else next(tokenised)
-        noted = _note(index, done, max_length, truncation_mode, kinds, row_format.kind)
+        noted = _note(index, done, max_length, truncation_mode, kinds, (*row_format.kind.columns, *row_format.marks))
         for column, value in noted.items():
             out[column].append(value)
     return out
@@ -189,7 +192,12 @@ def _read(read: Any, columns: Mapping[str, list[Any]], at: int) -> CanonicalRow 
 
 
 def _note(
-    index: int, row: TokenisedRow | BadRow, max_length: int | None, mode: str, kinds: TokenKinds, examples: ExampleKind
+    index: int,
+    row: TokenisedRow | BadRow,
+    max_length: int | None,
+    mode: str,
+    kinds: TokenKinds,
+    columns: Sequence[str],
 ) -> dict[str, Any]:
     """One row of the map's result."""
     kept, cuts, problem = None, Cuts(), ""
@@ -203,7 +211,7 @@ def _note(
         "prompt_ids": shown.prompt_ids,
         "response_ids": shown.response_ids,
         "scored_masks": shown.scored_masks,
-        **{column: said.get(column, []) for column in examples.columns},
+        **{column: said.get(column, []) for column in columns},
         "row": index,
         "_problem": problem,
         "_bad": bool(problem),

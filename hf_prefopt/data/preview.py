@@ -46,10 +46,10 @@ def print_preview(
 def _show_group(row: Mapping[str, Any], kinds: TokenKinds) -> RenderableType:
     prompt = row["prompt_ids"]
     panels = [_panel("prompt", _count(len(prompt), "token"), _show_tokens(prompt, [0] * len(prompt), "", kinds), "dim")]
-    names = _name_responses(row)
-    for name, ids, mask in zip(names, row["response_ids"], row["scored_masks"], strict=True):
+    names, marks = _name_responses(row), _say_marks(row)
+    for name, ids, mask, said in zip(names, row["response_ids"], row["scored_masks"], marks, strict=True):
         style = _RESPONSE_STYLES.get(name, _OTHER_RESPONSE_STYLE)
-        counts = f"{_count(len(ids), 'token')}, {sum(mask):,} scored"
+        counts = f"{_count(len(ids), 'token')}, {sum(mask):,} scored{said}"
         panels.append(_panel(name, counts, _show_tokens(ids, mask, style, kinds), style))
     return Group(Text(f"row {row['row']:,}", style="bold"), *panels)
 
@@ -65,6 +65,14 @@ def _name_responses(row: Mapping[str, Any]) -> list[str]:
     if "labels" in row:
         return ["desirable" if label else "undesirable" for label in row["labels"]]
     return [f"response {number}" for number in range(len(row["response_ids"]))]
+
+
+def _say_marks(row: Mapping[str, Any]) -> list[str]:
+    """What a list's row says of each response: its rank, and its score if it has one."""
+    count = len(row["response_ids"])
+    ranks = [f", rank {rank:g}" for rank in row.get("ranks", ())] or [""] * count
+    scores = [f", score {score:g}" for score in row.get("scores", ())] or [""] * count
+    return [rank + score for rank, score in zip(ranks, scores, strict=True)]
 
 
 def _show_tokens(ids: Sequence[int], mask: Sequence[int], style: str, kinds: TokenKinds) -> Text:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from hf_prefopt.examples.kind import STATISTICS, ExampleKind, Figure
+from hf_prefopt.examples.kind import STATISTICS, ExampleKind, Figure, Statistic
 from hf_prefopt.examples.lists import LISTS
 from hf_prefopt.examples.pairs import PAIRS
 from hf_prefopt.examples.unpaired import UNPAIRED
@@ -22,6 +22,7 @@ __all__ = [
     "UNPAIRED",
     "ExampleKind",
     "Figure",
+    "Statistic",
     "kind_of_columns",
 ]
 

@@ -20,7 +20,14 @@ from hf_prefopt.losses.registry import LossSpec, RunningState, get_loss, list_lo
 from hf_prefopt.losses.reshaped import chi_po_loss, dpo_shift_loss, dpop_loss, r_dpo_loss
 from hf_prefopt.losses.scored_lists import exo_rw_loss, infonca_loss, lipo_loss, nca_loss
 from hf_prefopt.losses.simpo import alphapo_loss, repo_loss, simper_loss, simpo_loss
+from hf_prefopt.losses.token_level import d2po_loss, sampo_loss, tis_dpo_loss
 from hf_prefopt.losses.unpaired import apo_zero_unpaired_loss, npo_loss, sft_unpaired_loss
+from hf_prefopt.losses.whole_predictions import (
+    mallows_dpo_loss,
+    mallows_dpo_reference_free_loss,
+    tdpo1_loss,
+    tdpo2_loss,
+)
 
 __all__ = [
     "LossOutput",
@@ -38,6 +45,7 @@ __all__ = [
     "cauchy_loss",
     "chi_po_loss",
     "cpo_loss",
+    "d2po_loss",
     "discopop_loss",
     "dpo_loss",
     "dpo_norm_loss",
@@ -57,6 +65,8 @@ __all__ = [
     "kto_weights",
     "lipo_loss",
     "list_losses",
+    "mallows_dpo_loss",
+    "mallows_dpo_reference_free_loss",
     "nca_loss",
     "nca_pair_loss",
     "npo_loss",
@@ -69,11 +79,15 @@ __all__ = [
     "robust_loss",
     "rrhf_loss",
     "s_dpo_loss",
+    "sampo_loss",
     "sft_loss",
     "sft_unpaired_loss",
     "simper_loss",
     "simpo_loss",
     "slic_hf_loss",
     "sppo_hard_loss",
+    "tdpo1_loss",
+    "tdpo2_loss",
+    "tis_dpo_loss",
     "wpo_loss",
 ]

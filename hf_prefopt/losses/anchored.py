@@ -24,6 +24,8 @@ def nca_pair_loss(
     Noise contrastive alignment for two responses whose rewards are far apart. Past σ(βr_w) = 2/3 the loss grows
     again with r_w, which keeps the chosen likelihood from running away.
 
+    Use it where the likelihood of chosen responses falls under DPO.
+
     Args:
         policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps: `[B]`, summed, nats.
         beta: > 0.
@@ -50,6 +52,8 @@ def sppo_hard_loss(
 
     Self-play preference optimisation, eq. 4.7 with win rates of 1 and 0, β being the paper's 1/η.
     The targets are implicit rewards of ½ and −½; beyond them the loss grows again.
+
+    Use it in rounds of self-play, on pairs of the model's own responses with clear winners.
 
     Raises:
         ValueError: as `nca_pair_loss`.
@@ -78,6 +82,8 @@ def cal_dpo_loss(
 
     Calibrated DPO. h is not scaled by β; β sets only the targets. w is ½ in the authors' code and 1 in the paper's
     own listing; w = 0 is DPO at β = 1.
+
+    Use it where the chosen likelihood falls under DPO and the rewards should mean something in absolute terms.
 
     Args:
         calibration_weight: w ≥ 0.
@@ -108,6 +114,8 @@ def apo_zero_loss(
 
     Anchored preference optimisation, APO-zero, eq. 7.
 
+    Use it where the chosen responses are better than what the model writes now, and their likelihood must rise.
+
     Raises:
         ValueError: as `nca_pair_loss`.
     """
@@ -129,6 +137,8 @@ def apo_down_loss(
 
     Anchored preference optimisation, APO-down, eq. 8. Wherever |r_w| < |r_w − r_l|, a likelier chosen response raises
     the loss: that is its purpose.
+
+    Use it where even the chosen responses are worse than what the model writes now.
 
     Raises:
         ValueError: as `nca_pair_loss`.

@@ -37,6 +37,9 @@ def aot_loss(
     quantile of the reference's. A pair's loss is that of its own margin's rank, and its implicit reward is βr.
     Earlier versions of TRL call this one `aot_pair` and the unpaired form `aot`.
 
+    Use it on noisy pairs, in batches of at least some tens: it asks for better margins as a whole, not pair by
+    pair.
+
     Args:
         policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps: `[B]`, summed, nats, of
             the global batch.
@@ -67,6 +70,8 @@ def aot_unpaired_loss(
     Alignment via optimal transport, unpaired: who was compared with whom plays no part. The loss of a pair is that of
     its chosen response, against the rejected response of the same rank in the batch. Arguments as in `aot_loss`.
 
+    Use it where chosen and rejected responses were collected apart, in batches of at least some tens.
+
     Raises:
         ValueError: as `aot_loss`.
     """
@@ -91,6 +96,8 @@ def dr_dpo_loss(
     Distributionally robustifying DPO (Dr. DPO). This is one value for the batch and no mean over its pairs, so every
     pair carries that value: the mean is the value, and its gradient weighs pair i by softmax_B(−ℓ_i/β′) as it should.
     The component `preference` is ℓ(βh) of each pair. β′ → ∞ is DPO.
+
+    Use it where a good part of the pairs may be labelled the wrong way round.
 
     Args:
         policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps: `[B]`, summed, nats, of

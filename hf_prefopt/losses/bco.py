@@ -48,6 +48,8 @@ def bco_loss(
     distribution. δ takes in the global batch of a step before the loss is computed, and stands still in evaluation. It
     is the plain mean, as the authors' code has it; an exponential one forgets. The implicit reward is βr.
 
+    Use it on thumbs-up / thumbs-down data, as an alternative to KTO that needs no forward over mismatched pairs.
+
     Args:
         policy_logps, ref_logps: `[B]`, summed, nats. labels: `[B]` bool.
         beta: > 0.
@@ -76,6 +78,8 @@ def bco_pair_loss(
     """ℓ(βr_w − δ) + ℓ(δ − βr_l), δ the running mean of both rewards over all that training has seen.
 
     Binary classifier optimisation on pairs; δ as in `bco_loss`.
+
+    Use it as the part of a mixture that judges each response by itself, as MPO does (.8 dpo + .2 bco_pair + 1 sft).
 
     Args:
         policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps: `[B]`, summed, nats.

@@ -32,6 +32,8 @@ def dpo_loss(
 
     Direct Preference Optimization, eq. 7; ε is the probability that a label is flipped (cDPO note, eq. 3).
 
+    Use it first: it is the baseline that the others are measured by.
+
     Args:
         policy_chosen_logps, policy_rejected_logps: `[B]`, summed log-probs (nats) of the policy.
         ref_chosen_logps, ref_rejected_logps: `[B]`, the same of the reference; without them its log-ratio is 0.
@@ -79,6 +81,8 @@ def dpo_norm_loss(
 
     Length-normalised DPO, Tülu 3, eq. 6. Arguments as in `dpo_loss`, and the scored tokens of each response `[B]`.
 
+    Use it where DPO makes responses longer: a long pair no longer has a larger log-ratio by its length alone.
+
     Raises:
         ValueError: as `dpo_loss`.
     """
@@ -115,6 +119,8 @@ def ipo_loss(
     (`length_normalize=False`); its authors' results average over them, as projects do by default.
     The implicit reward is β·r̄ (or β·r): the loss is least at a reward margin of 1/2.
 
+    Use it where preferences are nearly deterministic and DPO runs off to ever larger margins.
+
     Raises:
         ValueError: as `dpo_loss`.
     """
@@ -144,6 +150,8 @@ def hinge_loss(
 
     Statistical rejection sampling optimisation (RSO), hinge-norm, β being the paper's γ.
 
+    Use it where pairs that are clearly told apart should train no further.
+
     Raises:
         ValueError: as `dpo_loss`.
     """
@@ -168,6 +176,8 @@ def wpo_loss(
 
     Weighted preference optimisation, eq. 2 with the sampled-alignment weights of section 3.2; the weight is no
     function to differentiate, and at most 1.
+
+    Use it on pairs that other models wrote: those unlike what the policy writes count less.
 
     Args:
         policy_chosen_alignment, policy_rejected_alignment: `[B]`, log w of each response (nats per token).

@@ -25,6 +25,8 @@ def kto_loss(
     Kahneman–Tversky optimisation, eq. 7 and 8. z estimates KL(π‖π_ref) from responses to other prompts, over the
     global batch, whatever its labels. The component `kl` is z. See `kto_weights` for data with more of one label.
 
+    Use it on thumbs-up / thumbs-down data, unpaired and unbalanced, or on pairs of doubtful quality by `unpair`.
+
     Args:
         policy_logps, ref_logps: `[B]`, summed, nats.
         policy_mismatched_logps, ref_mismatched_logps: `[B]`, of another prompt's response behind each prompt.
@@ -83,6 +85,8 @@ def kto_pair_loss(
     Kahneman–Tversky optimisation in the paired form of the authors' first code release: each side's baseline is the
     mean log-ratio of the *other* side over the global batch, clamped at 0 and not differentiated. The loss of a pair is
     the mean over its two responses.
+
+    Use it on pairs where KTO's saturating value is wanted without its forward over mismatched pairs.
 
     Args:
         policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps: `[B]`, summed, nats.

@@ -26,6 +26,8 @@ def plackett_luce_loss(
 
     DPO's general form, appendix A.3; lists of two are DPO. Responses of equal rank stand in the order of the row.
 
+    Use it on fully ranked lists of three or more responses.
+
     Args:
         policy_list_logps, ref_list_logps: `[B, K]`, summed, nats. list_ranks: `[B, K]`. list_mask: `[B, K]` bool.
         beta: > 0.
@@ -58,6 +60,8 @@ def s_dpo_loss(
 
     Softmax-DPO, eq. 9: one chosen and any number of rejected responses, whose order among each other does not count.
 
+    Use it on one good response against several bad ones, as in recommendation.
+
     Args:
         policy_list_logps, ref_list_logps: `[B, K]`, summed, nats. list_ranks: `[B, K]`. list_mask: `[B, K]` bool.
         beta: > 0.
@@ -84,6 +88,8 @@ def rrhf_loss(
 
     RRHF, eq. 2 to 4, the NLL per token like every other here. Responses of equal rank are not compared. The implicit
     reward is s̄.
+
+    Use it on ranked lists without a reference model, when ranking and imitation should go together.
 
     Args:
         policy_list_logps: `[B, K]`, summed, nats. list_lengths, list_ranks: `[B, K]`. list_mask: `[B, K]` bool.

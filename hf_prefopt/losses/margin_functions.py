@@ -36,6 +36,8 @@ def robust_loss(
 
     Provably robust DPO (rDPO), the loss whose expectation over the flips is DPO's on clean labels; ε = 0 is DPO.
 
+    Use it where the share of flipped labels is known, roughly.
+
     Args:
         policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps: `[B]`, summed, nats.
         beta: > 0. label_smoothing: ε in [0, 0.5); at 0.5 the labels say nothing and the loss is undefined.
@@ -65,6 +67,8 @@ def exo_pair_loss(
     Efficient exact optimisation, EXO-pref, eq. 16 for two responses. The loss is 0 at βh = log((1−ε)/ε), and grows
     again beyond.
 
+    Use it instead of DPO to seek the mode of the preferred responses (reverse KL) and not to cover them all.
+
     Args:
         label_smoothing: ε in (0, 0.5); at 0 the reverse KL is infinite.
 
@@ -93,6 +97,8 @@ def discopop_loss(
 
     Discovered preference optimisation (DiscoPOP), the log-ratio modulated loss, eq. 5. It is not monotone: with the
     default τ it rises between h ≈ −2.37 and h ≈ 1.44. The product m·e^(−βh) is formed in logs, where τ ≤ 1 bounds it.
+
+    Use it as an alternative to DPO that was found by search over losses; compare on your own data.
 
     Args:
         discopop_tau: τ in (0, 1]; beyond 1, m no longer outweighs e^(−βh) and the loss explodes on wrong pairs.
@@ -136,6 +142,8 @@ def gpo_loss(
     not convex) loss of binary classification. Logistic is `dpo`, hinge is `hinge`, and square is β² times the summed
     `ipo` at β/2; those papers' defaults of β differ from this one.
 
+    Use it to compare convex losses with all else equal, or for one that has no name of its own here.
+
     Args:
         function: a name in `GPO_FUNCTIONS`.
 
@@ -163,6 +171,8 @@ def cauchy_loss(
     From the code published with MallowsPO; the paper itself does not derive it. The probability is the angle
     atan2(1, −βh)/π, the same number without the cancellation at βh → −∞.
 
+    Use it where labels are noisy and a few badly ranked pairs should not dominate.
+
     Raises:
         ValueError: as `robust_loss`.
     """
@@ -189,6 +199,8 @@ def focal_po_loss(
     description, its authors' code being unpublished: whether the factor is differentiated is the open choice. As
     written it is, and the gradient −p^γ(1−p)(1 + γ log p)β changes sign below p = e^(−1/γ), 2e-9 at the default γ.
     `detach_weight` holds the factor fixed, so that it only weighs DPO's gradient.
+
+    Use it where pairs that the model ranks wrongly are mostly noise, and those it ranks right should be sharpened.
 
     Args:
         gamma: γ ≥ 0. detach_weight: keep p^γ out of the gradient.

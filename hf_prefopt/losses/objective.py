@@ -1,7 +1,8 @@
 """The objective: the weighted sum of losses that a configuration asks for, as one function of named inputs."""
 
 import functools
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from hf_prefopt.examples import PAIRS, ExampleKind
 from hf_prefopt.losses.base import LossOutput, check_range
 from hf_prefopt.losses.dpo import wpo_weights
+from hf_prefopt.losses.modifiers import Modifier
 from hf_prefopt.losses.registry import LossSpec, get_loss, token_stats_of
 
 State = dict[str, Tensor]
@@ -24,22 +26,41 @@ class Term:
     weight: float
     params: dict[str, Any] = field(default_factory=dict)
     reference_free: bool = False
+    modifiers: tuple[Modifier, ...] = ()
 
     @property
-    def inputs(self) -> tuple[str, ...]:
+    def names(self) -> tuple[str, ...]:
         """The names of the tensors that the loss is called with."""
         left_out = self.spec.reference_inputs if self.reference_free else ()
         return tuple(name for name in self.spec.inputs if name not in left_out)
 
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The names of the tensors that these are made of; the same without modifiers."""
+        return functools.reduce(lambda names, modifier: modifier.reads(names), reversed(self.modifiers), self.names)
+
+    @property
+    def initial_state(self) -> Mapping[str, float]:
+        """What the loss keeps before the first batch."""
+        return {} if self.spec.state is None else self.spec.state.initial
+
     def __call__(self, inputs: dict[str, Tensor], state: State | None = None) -> LossOutput:
         """The loss on the inputs it asks for, not weighted, and on the state that it keeps, if it keeps one."""
         kept = {} if self.spec.state is None else {"state": state}
-        return self.spec(**{name: inputs[name] for name in self.inputs}, **self.params, **kept)
+        return self.spec(**self._modified(inputs), **self.params, **kept)
 
     def updated(self, state: State, inputs: dict[str, Tensor]) -> State:
-        """The loss's state after the global batch of these inputs."""
+        """The loss's state after the global batch of these inputs; what it was, of a loss that keeps none."""
+        if self.spec.state is None:
+            return state
         with torch.no_grad():
-            return self.spec.state.update(state, **{name: inputs[name] for name in self.inputs}, **self.params)
+            return self.spec.state.update(state, **self._modified(inputs), **self.params)
+
+    def _modified(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors that the loss is called with."""
+        for modifier in self.modifiers:
+            inputs = modifier(inputs, self.names)
+        return {name: inputs[name] for name in self.names}
 
 
 class Objective:
@@ -85,12 +106,12 @@ class Objective:
     @property
     def token_stats(self) -> tuple[str, ...]:
         """The per-token statistics, besides the log-prob, that the policy's head must compute."""
-        return tuple(sorted(token_stats_of(self.inputs)))
+        return tuple(sorted(token_stats_of(self.inputs, "policy")))
 
     @property
     def reference_token_stats(self) -> tuple[str, ...]:
-        """The per-token statistics, besides the log-prob, that losses read of the reference."""
-        return tuple(sorted(token_stats_of(name for name in self.inputs if name.startswith("ref_"))))
+        """The same for the reference's head."""
+        return tuple(sorted(token_stats_of(self.inputs, "ref")))
 
     def __call__(self, inputs: dict[str, Tensor]) -> LossOutput:
         """The weighted sum on named inputs `[B]` or `[B, K]`; see `losses.inputs`."""
@@ -114,19 +135,19 @@ class Objective:
     def update_state(self, inputs: dict[str, Tensor]) -> None:
         """Take the global batch of a step into what losses keep: once, before they are computed on it."""
         for term in self.terms:
-            if term.spec.state is not None:
+            if term.spec.name in self.state:
                 self.state[term.spec.name] = term.updated(self._state_beside(term, inputs), inputs)
 
     def state_dict(self) -> dict[str, dict[str, float]]:
         """What losses keep, as numbers for a checkpoint."""
         return {loss: {name: value.item() for name, value in state.items()} for loss, state in self.state.items()}
 
-    def load_state_dict(self, saved: dict[str, dict[str, float]]) -> None:
+    def load_state_dict(self, saved: Mapping[str, Mapping[str, float]]) -> None:
         """Take over what `state_dict` gave; losses that it does not name start afresh."""
         for loss in self.state.keys() & saved.keys():
             self.state[loss] = {name: torch.tensor(value, dtype=torch.float64) for name, value in saved[loss].items()}
 
-    def _state_beside(self, term: Term, inputs: dict[str, Tensor]) -> State | None:
+    def _state_beside(self, term: Term, inputs: dict[str, Tensor]) -> State:
         """The state of a loss, on the device and in the precision of its inputs."""
         like = inputs[term.inputs[0]]
         return {name: value.to(like) for name, value in self.state.get(term.spec.name, {}).items()}
@@ -153,6 +174,7 @@ def build_objective(
     use_weighting: bool = False,
     reference_free: bool = False,
     kind: ExampleKind | None = None,
+    modifiers: Sequence[Modifier] = (),
 ) -> Objective:
     """The objective of a configuration.
 
@@ -166,6 +188,7 @@ def build_objective(
         use_weighting: multiplies pair losses by their WPO weight.
         reference_free: leaves the reference out of the losses that can do without.
         kind: the examples that there are, for losses that take several kinds; by default what the losses agree on.
+        modifiers: change what the losses that have rewards are given, in that order.
 
     Raises:
         ValueError: an unknown name, a parameter that no loss takes (the valid ones are listed with their defaults), a
@@ -187,7 +210,20 @@ def build_objective(
         Term(spec, weight, params[spec.name], reference_free and spec.can_be_reference_free)
         for spec, weight in zip(specs, weights, strict=True)
     ]
-    return Objective(terms, use_weighting)
+    return Objective(_with_modifiers(terms, modifiers), use_weighting)
+
+
+def _with_modifiers(terms: list[Term], modifiers: Sequence[Modifier]) -> list[Term]:
+    """The terms, those that have rewards modified; what is not changed by a modifier is refused."""
+    rewarded = [term for term in terms if term.spec.computes_reward_metrics]
+    for modifier in modifiers:
+        reasons = [(term.spec.name, modifier.refusal(term)) for term in rewarded] or [
+            (terms[0].spec.name, "it has no rewards")
+        ]
+        refused = [f"{name} cannot be modified so: {reason}" for name, reason in reasons if reason]
+        if refused:
+            raise ValueError(f"{modifier.setting}, but {'; '.join(refused)}")
+    return [replace(term, modifiers=tuple(modifiers)) if term in rewarded else term for term in terms]
 
 
 def _of_one_kind(specs: list[LossSpec], kind: ExampleKind | None) -> list[LossSpec]:

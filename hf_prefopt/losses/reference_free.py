@@ -34,6 +34,8 @@ def cpo_loss(
     Contrastive preference optimisation, eq. 5. Its hinge, IPO and SimPO forms are those losses with
     `reference_free` where they have a reference, and `sft_weight` for α.
 
+    Use it where there is no room for a reference model and the chosen responses are good enough to imitate.
+
     Raises:
         ValueError: shapes differ or a value is out of range.
     """
@@ -68,6 +70,8 @@ def orpo_loss(
     probability of a token; log(1 − e^s̄) is computed so that a likely response costs no precision.
     The implicit reward is β·s̄.
 
+    Use it to align a base model in one stage, without a fine-tuned one before and without a reference.
+
     Raises:
         ValueError: shapes differ or beta is out of range.
     """
@@ -97,6 +101,8 @@ def slic_hf_loss(
     chosen response. That NLL is −s_w as the paper writes it and HALOs computes it, or −s̄_w with `length_normalize`,
     the unit of the NLL of every other loss here. The implicit reward is s.
 
+    Use it where a fixed margin in log-probs is wanted and the chosen responses are good enough to imitate.
+
     Args:
         delta: δ > 0, nats. lambda_coef: λ ≥ 0.
 
@@ -122,6 +128,8 @@ def slic_hf_loss(
 @register_loss("sft", is_average_loss=True, computes_reward_metrics=False)
 def sft_loss(policy_chosen_logps: Tensor, chosen_lengths: Tensor) -> LossOutput:
     """NLL(y_w) = −s̄_w: supervised fine-tuning on the chosen responses, each by its own length.
+
+    Use it as a part of a mixture (or by `sft_weight`), or alone for a baseline on the chosen responses.
 
     Raises:
         ValueError: shapes differ.

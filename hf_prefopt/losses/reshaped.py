@@ -30,6 +30,8 @@ def dpop_loss(
 
     DPO-positive (Smaug), eq. 3; λ = 0 is DPO. The implicit reward stays βr, of which the penalty is no part.
 
+    Use it where chosen and rejected differ in few tokens, so that DPO drags both likelihoods down.
+
     Args:
         policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps: `[B]`, summed, nats.
         beta: > 0. lambda_coef: λ ≥ 0.
@@ -63,6 +65,8 @@ def r_dpo_loss(
 
     Length-regularised DPO (R-DPO). The reward is regularised to R − α|y|, and its optimal policy gives R = βr + α|y|
     up to a constant of the prompt: hence the sign, and the implicit reward βr + α|y|. α = 0 is DPO.
+
+    Use it where chosen responses are longer than rejected ones and the model learns just that.
 
     Args:
         chosen_lengths, rejected_lengths: `[B]`, scored tokens. alpha: α ≥ 0, reward per token.
@@ -100,6 +104,8 @@ def dpo_shift_loss(
     DPO-Shift with a constant λ; λ = 1 is DPO. The paper's schedules that move λ with the step need the step, which no
     loss sees, and are left out. The implicit reward is βr: λ shifts the comparison, not the reward.
 
+    Use it where the likelihood of chosen responses falls under DPO.
+
     Args:
         lambda_coef: λ in [0, 1].
 
@@ -113,7 +119,7 @@ def dpo_shift_loss(
     return LossOutput(losses, pair_rewards(beta * chosen, beta * rejected))
 
 
-@register_loss("chi_po", aliases=("chipo",), paper="2407.13399")
+@register_loss("chi_po", aliases=("chipo",), paper="2407.13399", has_own_divergence=True)
 def chi_po_loss(
     policy_chosen_logps: Tensor,
     policy_rejected_logps: Tensor,
@@ -129,6 +135,8 @@ def chi_po_loss(
     implicit reward. The algorithm always clips, at the bound R of the true reward, which its theory knows and a data
     set does not tell: without `reward_bound` nothing is clipped. No default of β is on record. Beyond r = 20, e^r goes
     on as its tangent.
+
+    Use it where DPO overfits its pairs (overoptimisation): the χ² term grows with distance from the reference.
 
     Args:
         reward_bound: R > 0, in reward units; a pair past it trains nothing.

@@ -46,6 +46,8 @@ def infonca_loss(
 
     InfoNCA, eq. 7. The default α is that of the authors' code, for which p is nearly all on the best response.
 
+    Use it on lists of scored responses to a prompt; two responses suffice.
+
     Args:
         policy_list_logps, ref_list_logps, list_scores: `[B, K]`; sums in nats. list_mask: `[B, K]` bool.
         beta: > 0. alpha: > 0, in the unit of the scores.
@@ -72,6 +74,8 @@ def nca_loss(
 
     Noise contrastive alignment, eq. 11; arguments as in `infonca_loss`. K is each list's own length.
 
+    Use it on lists of scored responses where the likelihood of the best one must not fall.
+
     Raises:
         ValueError: shapes differ or a hyperparameter is out of range.
     """
@@ -94,6 +98,8 @@ def exo_rw_loss(
     """KL(softmax(βr) ‖ softmax(R/τ)): the reverse KL of the policy's softmax to that of the scores.
 
     Efficient exact optimisation with rewards, eq. 14.
+
+    Use it on lists with a reward model's scores, to seek their mode (reverse KL); `infonca` covers them.
 
     Args:
         policy_list_logps, ref_list_logps, list_scores: `[B, K]`; sums in nats. list_mask: `[B, K]` bool.
@@ -121,6 +127,8 @@ def lipo_loss(
 
     LiPO-λ, eq. 8: pairs whose exchange would change the DCG of the policy's own ranking most count most. Δ is not
     differentiated. Scores are gains and meant to be in [0, 1]; the trainer refuses data with others.
+
+    Use it on lists of four or more scored responses where the top of the ranking matters most.
 
     Args:
         policy_list_logps, ref_list_logps, list_scores: `[B, K]`; sums in nats. list_mask: `[B, K]` bool.

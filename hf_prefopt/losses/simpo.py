@@ -33,6 +33,8 @@ def simpo_loss(
 
     Simple preference optimisation, eq. 6. The margin is given once: as γ itself, or as γ/β (the default, 0.5).
 
+    Use it where there is no room for a reference model and length must not pay; tune β and γ together.
+
     Args:
         policy_chosen_logps, policy_rejected_logps: `[B]`, summed, nats; lengths: `[B]`, tokens.
         beta: > 0. gamma: ≥ 0, in reward units. gamma_beta_ratio: ≥ 0, nats per token.
@@ -85,6 +87,8 @@ def alphapo_loss(
     default, 0.04: γ = 0.1 at β = 2.5). The reward is formed from s̄ and never from a probability; where −α·s̄ passes 20
     (no trained model does) e^x goes on as its tangent. The implicit reward is β·ρ.
 
+    Use it where SimPO lets the likelihood of both responses fall too far, or too little: α is the dial.
+
     Args:
         alpha: any finite number. beta, gamma, gamma_beta_ratio, label_smoothing: as in `simpo_loss`.
 
@@ -112,6 +116,8 @@ def simper_loss(
 
     SimPER. The implicit reward is e^s̄, in (0, 1].
 
+    Use it where nothing should be tuned.
+
     Raises:
         ValueError: shapes differ.
     """
@@ -130,6 +136,8 @@ def repo_loss(
     """max(0, γ − (s̄_w − s̄_l)): SimPO's limit for a large β, a pair beyond its margin trains nothing.
 
     ReLU-based preference optimisation (RePO). The implicit reward is s̄.
+
+    Use it as SimPO with one hyperparameter fewer.
 
     Args:
         gamma: γ ≥ 0, nats per token.

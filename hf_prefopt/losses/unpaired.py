@@ -25,6 +25,9 @@ def apo_zero_unpaired_loss(
     Anchored preference optimisation, APO-zero (eq. 7) term by term: KTO with its baseline at 0. The implicit reward
     is βr.
 
+    Use it on labelled responses that are better (desirable) or worse than the model's own; it needs no batch
+    statistics.
+
     Args:
         policy_logps, ref_logps: `[B]`, summed, nats. labels: `[B]` bool.
         beta: > 0. desirable_weight, undesirable_weight: λ_D, λ_U ≥ 0.
@@ -48,6 +51,8 @@ def npo_loss(policy_logps: Tensor, ref_logps: Tensor, labels: Tensor, beta: floa
     Negative preference optimisation, eq. 3: half of DPO, and gradient ascent as β → 0. Examples to keep are its usual
     companion, trained on by `sft_weight`. The implicit reward is βr.
 
+    Use it to unlearn: a forget set labelled False, a retain set labelled True with `sft_weight`.
+
     Args:
         policy_logps, ref_logps: `[B]`, summed, nats. labels: `[B]` bool, False for the forget set.
         beta: > 0.
@@ -64,6 +69,8 @@ def npo_loss(policy_logps: Tensor, ref_logps: Tensor, labels: Tensor, beta: floa
 @register_loss("sft_unpaired", form_of="sft", is_average_loss=True, computes_reward_metrics=False)
 def sft_unpaired_loss(policy_logps: Tensor, lengths: Tensor, labels: Tensor) -> LossOutput:
     """NLL(y) = −s̄ of a desirable response, 0 of an undesirable one: `sft` on unpaired examples.
+
+    Use it by the name `sft`: this form is taken where the data set has labels.
 
     Raises:
         ValueError: shapes differ.

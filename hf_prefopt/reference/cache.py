@@ -78,8 +78,11 @@ class CachedReference:
         }
         return LogProbStore(self._folder / name, about)
 
-    def score(self, batch: PreferenceBatch) -> ResponseScores:
+    def score(self, batch: PreferenceBatch, token_stats: tuple[str, ...] = ()) -> ResponseScores:
         """The reference's scores of a batch: looked up, or computed and kept.
+
+        Args:
+            token_stats: as the live reference's; none of them is cached, and the configuration refuses losses that ask.
 
         Raises:
             MissingLogProbs: some are not cached, and the reference has been released.
@@ -89,6 +92,9 @@ class CachedReference:
             return self.compute(batch)
         token_logps = torch.cat(self.store.get(keys)).to(batch["targets"].device, non_blocking=True)
         return ResponseScores(token_logps, batch["response_index"], batch["response_lengths"])
+
+    def predictions(self, scores: ResponseScores) -> None:
+        """As the live reference's; there are none of whole vocabularies."""
 
     def compute(self, batch: PreferenceBatch) -> ResponseScores:
         """Run the reference on a batch and keep what was not known.

@@ -13,7 +13,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from hf_prefopt.data.batch import PreferenceBatch, ResponseScores
-from hf_prefopt.scoring.forward import score
+from hf_prefopt.reference.shards import exchange, held, release_gathered
+from hf_prefopt.scoring.forward import HIDDEN, base_causal_lm, head_predictions, score
 
 
 @dataclass
@@ -44,10 +45,24 @@ class LiveReference:
         if self.is_separate and not hasattr(self.model, "hf_device_map") and not is_quantised(self.model):
             self.model.to(device)
 
-    def score(self, batch: PreferenceBatch) -> ResponseScores:
+    def score(self, batch: PreferenceBatch, token_stats: tuple[str, ...] = ()) -> ResponseScores:
         """The reference's scores of a batch: no gradients, evaluation mode, whatever state the policy is in."""
         with torch.no_grad(), evaluation_mode(self.model), self.switch():
-            return score(self.model, batch)
+            return score(self.model, batch, token_stats)
+
+    def predictions(self, scores: ResponseScores) -> Callable[[slice], Tensor]:
+        """From a slice of the scored tokens to the reference's log-probs of the whole vocabulary there, `[C, V]`.
+
+        They are made of the hidden states in `scores` whenever they are asked for, also in the backward of a
+        checkpointed policy: one chunk of them lives at a time.
+        """
+        head = base_causal_lm(self.model).get_output_embeddings()
+
+        def predict(tokens: slice) -> Tensor:
+            with torch.no_grad(), evaluation_mode(head), self.switch():
+                return head_predictions(self.model, scores.token_stats[HIDDEN][tokens])
+
+        return predict
 
 
 def is_quantised(model: nn.Module) -> bool:
@@ -118,29 +133,33 @@ class FrozenTensors:
     """Copies of a model's trainable parameters, which can take the parameters' place for a while.
 
     The parameters stay the same objects, so that optimisers, engines and tied weights never notice; nothing of the copy
-    is in the model's state dict, so it is in no checkpoint.
+    is in the model's state dict, so it is in no checkpoint. Where an engine shards the parameters, a rank keeps its
+    shards of the copy.
     """
 
     model: nn.Module
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self):
-        self.tensors = {name: p.detach().clone() for name, p in self.model.named_parameters() if p.requires_grad}
+        self.tensors = {name: held(p).clone() for name, p in _named(self.model).items() if p.requires_grad}
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
         """The model computes with the copies inside this context."""
-        parameters = dict(self.model.named_parameters())
-        self._exchange(parameters)
+        self._exchange()
         try:
             yield
         finally:
-            self._exchange(parameters)
+            self._exchange()
 
-    def _exchange(self, parameters: dict[str, nn.Parameter]) -> None:
+    def _exchange(self) -> None:
         # Autocast keeps low-precision casts by parameter object: they would be those of the other tensors.
         torch.clear_autocast_cache()
-        for name, tensor in self.tensors.items():
-            parameter = parameters[name]
-            tensor = tensor.to(device=parameter.device, dtype=parameter.dtype)
-            self.tensors[name], parameter.data = parameter.data, tensor
+        release_gathered(self.model)
+        parameters = _named(self.model)
+        self.tensors = {name: exchange(parameters[name], tensor) for name, tensor in self.tensors.items()}
+
+
+def _named(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters by their names in the model as given, which an engine's checkpointing puts a word into."""
+    return {name.replace("_checkpoint_wrapped_module.", ""): p for name, p in model.named_parameters()}

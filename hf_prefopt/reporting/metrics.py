@@ -1,6 +1,5 @@
 """What is measured beside the loss: per example, then averaged exactly, in training and in evaluation."""
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -49,28 +48,23 @@ class RunningMeans:
 class EvaluationRecord:
     """The loss inputs of every example of an evaluation, so that its figures are of the rows and not of the batches.
 
-    Rows that a sampler repeats to even out the ranks are counted once; a loss that compares examples compares all of
-    them.
+    Examples that do not count, because their rows come a second time to even out the ranks, are left out; a loss that
+    compares examples compares all of the others.
     """
 
     def __init__(self):
-        self._examples: list[Tensor] = []
         self._inputs: list[dict[str, Tensor]] = []
 
     def add(self, batch: PreferenceBatch, inputs: dict[str, Tensor]) -> None:
-        """Keep a batch's examples and their loss inputs."""
-        self._examples.append(torch.stack([batch["rows"], batch["pair_in_row"]], dim=-1))
-        self._inputs.append({name: tensor.detach() for name, tensor in inputs.items()})
+        """Keep the loss inputs of a batch's examples; where the batch has `counted` `[B]`, of those."""
+        counted = batch.get("counted", slice(None))
+        self._inputs.append({name: tensor.detach()[counted] for name, tensor in inputs.items()})
 
     def metrics(self, objective: Objective) -> dict[str, float]:
         """The loss and the metrics over all examples of all ranks, by name."""
-        examples = torch.cat(self._examples).cpu()
-        inputs = {name: join_examples([part[name] for part in self._inputs]).cpu() for name in self._inputs[0]}
-        ranks = gather_object([(examples, inputs)])
-        if len(ranks) > 1:
-            examples = torch.cat([part for part, _ in ranks])
-            first = torch.from_numpy(np.unique(examples.numpy(), axis=0, return_index=True)[1])
-            inputs = {name: join_examples([part[name] for _, part in ranks])[first] for name in inputs}
+        own = {name: join_examples([part[name] for part in self._inputs]).cpu() for name in self._inputs[0]}
+        ranks = gather_object([own])
+        inputs = {name: join_examples([part[name] for part in ranks]) for name in own}
         output = objective(inputs)
         figures = {"loss": Figure(output.losses), **example_metrics(objective.kind, output, inputs)}
         means = {name: (figure.total / figure.count).item() for name, figure in figures.items() if figure.count}

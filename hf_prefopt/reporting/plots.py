@@ -29,7 +29,11 @@ PANELS = (
     Panel(
         "Rewards",
         "nats",
-        {"rewards/chosen": (TRAIN_COLOUR, "chosen"), "rewards/rejected": (REJECTED_COLOUR, "rejected")},
+        {
+            "rewards/chosen": (TRAIN_COLOUR, "chosen"),
+            "rewards/rejected": (REJECTED_COLOUR, "rejected"),
+            "rewards/best": (TRAIN_COLOUR, "best of the list"),
+        },
         0.0,
     ),
 )
@@ -59,12 +63,13 @@ def plot_training(log_history: Iterable[Mapping[str, float]], path: str | Path, 
 
 
 def _draw_panel(axes, panel: Panel, records: list[Mapping[str, float]]) -> None:
-    """One panel: every curve with its evaluation points."""
-    for key, (colour, label) in panel.curves.items():
+    """One panel: every curve that the run has, with its evaluation points."""
+    curves = {key: look for key, look in panel.curves.items() if _has(records, key)}
+    for key, (colour, label) in curves.items():
         axes.plot(*_series(records, key), color=colour, linewidth=1.6, marker=".", markersize=4, label=label)
         evaluations = _series(records, f"eval_{key}")
         axes.plot(*evaluations, color=colour, linestyle="none", marker="D", markersize=8, markeredgecolor="black")
-    _label_evaluations(axes, panel, records)
+    _label_evaluations(axes, curves, records)
     if panel.no_preference is not None:
         axes.axhline(panel.no_preference, color=CHANCE_COLOUR, linestyle=":", linewidth=1.2, zorder=0)
     axes.set(title=panel.title, xlabel="optimiser step", ylabel=f"{panel.title.lower()} [{panel.unit}]")
@@ -72,19 +77,24 @@ def _draw_panel(axes, panel: Panel, records: list[Mapping[str, float]]) -> None:
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    if len(panel.curves) > 1:
+    if len(curves) > 1:
         axes.legend(frameon=False, loc="best")
 
 
-def _label_evaluations(axes, panel: Panel, records: list[Mapping[str, float]]) -> None:
+def _label_evaluations(axes, curves: Iterable[str], records: list[Mapping[str, float]]) -> None:
     """The numbers of the first and the last evaluation; of two curves, the higher's above and the lower's below."""
-    series = [list(zip(*_series(records, f"eval_{key}"), strict=True)) for key in panel.curves]
+    series = [list(zip(*_series(records, f"eval_{key}"), strict=True)) for key in curves]
     for ends in zip(*(dict.fromkeys(points[:1] + points[-1:]) for points in series), strict=False):
         for rank, (step, value) in enumerate(sorted(ends, key=lambda point: -point[1])):
             offset = (0, 9 if rank == 0 else -16)
             axes.annotate(
                 f"{value + 0.0:.3f}", (step, value), offset, textcoords="offset points", fontsize=8, ha="center"
             )
+
+
+def _has(records: list[Mapping[str, float]], key: str) -> bool:
+    """Whether the run has logged or evaluated the metric."""
+    return any(key in record or f"eval_{key}" in record for record in records)
 
 
 def _series(records: list[Mapping[str, float]], key: str) -> tuple[list[float], list[float]]:

@@ -28,6 +28,7 @@ ROWS = (
     Row("eval_rewards/margins", "reward margin"),
     Row("eval_rewards/chosen", "chosen reward"),
     Row("eval_rewards/rejected", "rejected reward"),
+    Row("eval_rewards/best", "best reward"),
     Row("eval_gsm8k/exact_match", "GSM8K exact match", share_of="eval_gsm8k/problems"),
 )
 

@@ -41,3 +41,9 @@ def scored_text(row: dict, response: int, tokenizer) -> str:
     """The scored tokens of a response, decoded."""
     tokens = zip(row["response_ids"][response], row["scored_masks"][response], strict=True)
     return tokenizer.decode([token for token, scored in tokens if scored])
+
+
+def real_rows(name: str) -> list[dict]:
+    """The rows of that set in unpaired_and_lists.jsonl."""
+    lines = map(json.loads, Path(__file__).with_name("unpaired_and_lists.jsonl").open(encoding="utf-8"))
+    return [row for row in lines if row.pop("set") == name]

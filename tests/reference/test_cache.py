@@ -29,9 +29,9 @@ def runs(monkeypatch):
     """The number of responses of every batch that a reference is run on."""
     seen, score = [], LiveReference.score
 
-    def counted(self, batch):
+    def counted(self, batch, *token_stats):
         seen.append(len(batch["response_lengths"]))
-        return score(self, batch)
+        return score(self, batch, *token_stats)
 
     monkeypatch.setattr(LiveReference, "score", counted)
     return seen

@@ -1,0 +1,129 @@
+"""Trains every registered loss for a few steps on real preferences and prints one table.
+
+The model is the first layers of the real one, with its whole vocabulary; data and hyperparameters are those of the
+loss's file in `recipes/configs/`, so the sweep also shows that every one of those runs.
+
+    python -m benchmarks.sweep --layers 3 --steps 6 --write benchmarks/SWEEP.md
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from unittest.mock import patch
+
+from datasets.utils.logging import disable_progress_bar
+from rich.console import Console
+from rich.table import Table
+from transformers import PrinterCallback
+from transformers.utils.logging import set_verbosity_error
+from trl import get_peft_config
+
+from benchmarks.report import machine
+from hf_prefopt import PreferenceTrainer, list_losses
+
+ROOT = Path(__file__).parents[1]
+COLUMNS = ("loss", "first loss", "last loss", "accuracy", "margin", "seconds a step")
+
+
+@dataclass
+class Run:
+    """A loss's few steps: the logged losses, the last reward accuracy and margin where it has them, seconds a step."""
+
+    loss: str
+    first: float
+    last: float
+    accuracy: float | None
+    margin: float | None
+    seconds: float
+
+    def cells(self) -> list[str]:
+        """The row of the table."""
+        figures = (self.first, self.last, self.accuracy, self.margin, self.seconds)
+        return [self.loss, *("–" if figure is None else f"{figure:.4g}" for figure in figures)]
+
+
+@contextmanager
+def command_line(*arguments: str) -> Iterator[None]:
+    """`sys.argv` as if the recipe had been started with these."""
+    with patch.object(sys, "argv", ["dpo_lora.py", *arguments]):
+        yield
+
+
+def run(loss: str, layers: int, steps: int, pairs: int) -> Run:
+    """A few steps of a loss by its own file."""
+    from common import load_pairs, loading_arguments, parse_arguments
+
+    with tempfile.TemporaryDirectory() as folder:
+        small = {
+            "output_dir": folder,
+            "max_steps": steps,
+            "train_rows": steps * pairs,
+            "per_device_train_batch_size": pairs,
+            "logging_steps": 1,
+        }
+        options = [part for name, value in small.items() for part in (f"--{name}", str(value))]
+        with command_line("--config", f"recipes/configs/{loss}.yaml", *options, "--eval_strategy", "no"):
+            script, training, model, recipe = parse_arguments()
+        training.eval_on_start, training.disable_tqdm = False, True
+        training.model_init_kwargs = {**loading_arguments(model), "num_hidden_layers": layers}
+        rows, _ = load_pairs(script, recipe, training)
+        trainer = PreferenceTrainer(
+            model.model_name_or_path, args=training, train_dataset=rows, peft_config=get_peft_config(model)
+        )
+        trainer.remove_callback(PrinterCallback)
+        start = time.perf_counter()
+        trainer.train()
+        seconds = (time.perf_counter() - start) / trainer.state.global_step
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    last = logs[-1]
+    return Run(
+        loss, logs[0]["loss"], last["loss"], last.get("rewards/accuracies"), last.get("rewards/margins"), seconds
+    )
+
+
+def as_markdown(runs: list[Run], arguments: argparse.Namespace) -> str:
+    """The table, with what it was made on."""
+    where = ", ".join(f"{name} {value}" for name, value in machine().items())
+    head = (
+        "# Every loss, a few steps\n\n"
+        f"`python -m benchmarks.sweep --layers {arguments.layers} --steps {arguments.steps} "
+        f"--pairs {arguments.pairs}`: "
+        f"the first {arguments.layers} layers of SmolLM2-135M-Instruct with their whole vocabulary, "
+        f"{arguments.pairs} examples a step, the loss and the rewards as logged in training.\n\n{where}\n"
+    )
+    rows = ["| " + " | ".join(cells) + " |" for cells in (COLUMNS, ["---"] * len(COLUMNS), *(r.cells() for r in runs))]
+    return head + "\n" + "\n".join(rows) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--pairs", type=int, default=4, help="examples a step")
+    parser.add_argument("--losses", nargs="*", default=list_losses())
+    parser.add_argument("--write", type=Path, help="a Markdown file for the table")
+    arguments = parser.parse_args()
+    sys.path.insert(0, str(ROOT / "recipes"))
+    disable_progress_bar()
+    set_verbosity_error()  # the layers left out are no news
+
+    runs = []
+    console = Console()
+    for loss in arguments.losses:
+        with console.status(f"{loss} ({len(runs) + 1} of {len(arguments.losses)})"):
+            runs.append(run(loss, arguments.layers, arguments.steps, arguments.pairs))
+    table = Table(*COLUMNS, title=f"{len(runs)} losses, {arguments.steps} steps of {arguments.pairs} examples")
+    for finished in runs:
+        table.add_row(*finished.cells())
+    console.print(table)
+    if arguments.write:
+        arguments.write.write_text(as_markdown(runs, arguments))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,245 @@
+"""Labelled responses and lists become prepared rows, and pairs unpaired rows on request.
+
+A row is given another prompt's response where a loss asks for it.
+"""
+
+from collections import Counter
+from io import StringIO
+
+import numpy as np
+import pytest
+from datasets import Dataset
+from rich.console import Console
+
+from hf_prefopt.data.messages import BadRow
+from hf_prefopt.data.mismatched import MismatchedResponses
+from hf_prefopt.data.prepare import prepare_dataset
+from hf_prefopt.data.preview import preview_rows
+from hf_prefopt.data.schema import read_labelled, read_ranked, read_scored
+from tests.data.helpers import ask, chat_pair, prepare_row, real_rows, reply, scored_text, text_pair
+from tests.tiny_models import random_rows
+from tests.tokenizers import tiny_tokenizer
+from tests.training import unpaired
+
+TOKENIZER = tiny_tokenizer()
+CAPITAL = "The capital of France is"
+
+
+def labelled(label=True, completion=" Paris.") -> dict:
+    return {"prompt": CAPITAL, "completion": completion, "label": label}
+
+
+def listed(column: str, values: list, responses=(" Paris.", " Rome.", " Berlin.")) -> dict:
+    return {"prompt": CAPITAL, "responses": list(responses), column: values}
+
+
+@pytest.mark.parametrize("label", [True, False, 1, 0])
+def test_a_labelled_text_is_one_response_and_its_label(label):
+    row = prepare_row(labelled(label), TOKENIZER)
+    assert row["labels"] == [bool(label)]
+    assert len(row["response_ids"]) == 1 and scored_text(row, 0, TOKENIZER) == " Paris.<|im_end|>"
+    assert "pairs" not in row and "ranks" not in row
+
+
+def test_a_labelled_message_has_the_tokens_of_the_same_pair():
+    """Prompt and response of a chat row are what they are as the chosen side of a pair."""
+    row = prepare_row({"prompt": ask(), "completion": reply("Paris."), "label": False}, TOKENIZER)
+    pair = prepare_row(chat_pair(), TOKENIZER)
+    assert row["prompt_ids"] == pair["prompt_ids"] and row["response_ids"][0] == pair["response_ids"][0]
+    assert row["labels"] == [False]
+
+
+def test_ranks_are_kept_and_scores_give_ranks_too():
+    """Scores (2, 5, 2): the second is the best, the others share rank 2, counted behind one better response."""
+    ranked, scored = (prepare_row(listed(*given), TOKENIZER) for given in (("ranks", [2, 1, 3]), ("scores", [2, 5, 2])))
+    assert (ranked["ranks"], ranked["scores"]) == ([2.0, 1.0, 3.0], [])
+    assert (scored["ranks"], scored["scores"]) == ([2.0, 1.0, 2.0], [2.0, 5.0, 2.0])
+    assert [scored_text(scored, k, TOKENIZER) for k in range(3)] == [
+        f" {city}.<|im_end|>" for city in ("Paris", "Rome", "Berlin")
+    ]
+
+
+def test_a_list_may_be_of_messages():
+    responses = [reply("Paris."), reply("Rome.")]
+    row = prepare_row({"prompt": ask(), "responses": responses, "scores": [1.0, 0.0]}, TOKENIZER)
+    pair = prepare_row(chat_pair(), TOKENIZER)
+    assert [row[key] for key in ("prompt_ids", "response_ids")] == [pair[key] for key in ("prompt_ids", "response_ids")]
+
+
+BAD_ROWS = {
+    "no label": (read_labelled, labelled(None), "`label` is None"),
+    "a label of words": (read_labelled, labelled("good"), "`label` is 'good'; make it true"),
+    "a rating for a label": (read_labelled, labelled(4), "`label` is 4"),
+    "an empty completion": (read_labelled, labelled(completion=""), "`completion` is empty"),
+    "mixed kinds": (read_labelled, {**labelled(), "completion": reply("a")}, "`completion` is a list while `prompt`"),
+    "no responses": (read_ranked, {**listed("ranks", []), "responses": None}, "`responses` is no list of two or more"),
+    "one response": (read_ranked, listed("ranks", [1], [" Paris."]), "`responses` is no list of two or more"),
+    "too few ranks": (read_ranked, listed("ranks", [1, 2]), "`ranks` is no list of 3 numbers; give one for each"),
+    "a rank of words": (read_ranked, listed("ranks", [1, 2, "last"]), "`ranks` holds 'last'"),
+    "a score that is none": (read_scored, listed("scores", [1, 2, None]), "`scores` holds None"),
+    "a score of nan": (read_scored, listed("scores", [1.0, 2.0, float("nan")]), "`scores` holds nan"),
+    "an empty response": (read_scored, listed("scores", [1, 2], [" Paris.", ""]), r"`responses\[1\]` is empty"),
+    "mixed responses": (
+        read_scored,
+        {**listed("scores", [1, 2]), "responses": [" a", reply("b")]},
+        r"`responses\[1\]` is a list while `prompt` is text",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ROWS)
+def test_a_bad_row_names_its_column_and_a_cure(case):
+    read, row, expected = BAD_ROWS[case]
+    with pytest.raises(BadRow, match=expected) as caught:
+        read(row)
+    assert "; " in str(caught.value)
+
+
+def test_bad_rows_are_counted_and_named_or_dropped():
+    rows = Dataset.from_list([labelled(), labelled(completion=" "), labelled(False)])
+    with pytest.raises(ValueError, match=r"1 of 3 rows cannot be used\n  row 1: `completion` is only whitespace"):
+        prepare_dataset(rows, TOKENIZER)
+    assert prepare_dataset(rows, TOKENIZER, on_bad_rows="drop")["labels"][:] == [[True], [False]]
+
+
+def test_a_list_is_cut_as_a_whole():
+    """Responses beyond max_length are cut one by one, behind one prompt, their ranks untouched."""
+    long = " Paris, the capital of France, once upon a time, under the sea"
+    rows = Dataset.from_list([listed("ranks", [2, 1], [" Rome.", long])])
+    whole = prepare_dataset(rows, TOKENIZER, max_length=None)[0]
+    room = len(whole["prompt_ids"]) + 6
+    cut = prepare_dataset(rows, TOKENIZER, max_length=room)[0]
+    assert cut["prompt_ids"] == whole["prompt_ids"] and cut["ranks"] == [2.0, 1.0]
+    assert cut["response_ids"][0] == whole["response_ids"][0]
+    assert len(cut["response_ids"][1]) == 6 and cut["response_ids"][1][-1] == TOKENIZER.eos_token_id
+
+
+def test_real_labelled_answers():
+    """Eight GSM8K answers, a right and a wrong one to each of four problems, whose prompts are the same tokens."""
+    rows = real_rows("gsm8k")
+    prepared = prepare_dataset(Dataset.from_list(rows), TOKENIZER, max_length=None)
+    assert prepared["labels"][:] == [[row["label"]] for row in rows] == [[True], [False]] * 4
+    for number, row in enumerate(rows):
+        assert scored_text(prepared[number], 0, TOKENIZER).startswith(row["completion"][0]["content"])
+    assert all(prepared[n]["prompt_ids"] == prepared[n + 1]["prompt_ids"] for n in range(0, 8, 2))
+
+
+def test_real_lists():
+    """Four answers with the number of comparisons each has won: 2½, 2½, ½, ½ and a four-way tie."""
+    rows = [
+        {
+            "prompt": row["prompt"],
+            "responses": [reply(response["content"]) for response in row["responses"]],
+            "scores": [response["wins"] for response in row["responses"]],
+        }
+        for row in real_rows("qa_feedback")
+    ]
+    prepared = prepare_dataset(Dataset.from_list(rows), TOKENIZER, max_length=None)
+    assert prepared["ranks"][:] == [[1, 1, 3, 3], [1, 1, 1, 1]]
+    assert scored_text(prepared[0], 2, TOKENIZER).startswith("In ww2, the uk declared war on Germany.")
+
+
+def test_the_preview_names_labels_and_numbers_responses():
+    def printed(row) -> str:
+        console = Console(width=100, file=StringIO())
+        console.print(preview_rows([prepare_row(row, TOKENIZER)], TOKENIZER))
+        return console.file.getvalue()
+
+    assert "undesirable: " in printed(labelled(False)) and "undesirable" not in printed(labelled(True))
+    assert "desirable: " in printed(labelled(True))
+    text = printed(listed("scores", [0.5, 1.0, 0.0]))
+    assert all(f"response {number}: " in text for number in range(3))
+    assert "score 0.5" in text and "rank 2" in text
+
+
+def test_unpairing_makes_two_rows_of_a_pair():
+    prepared = prepare_dataset(Dataset.from_list([text_pair(), text_pair(chosen=" A.", rejected=" B.")]), TOKENIZER)
+    rows = prepare_dataset(prepared, TOKENIZER, unpair=True)
+    assert rows["labels"][:] == [[True], [False]] * 2 and rows["row"][:] == [0, 1, 2, 3]
+    assert rows["prompt_ids"][:] == [ids for ids in prepared["prompt_ids"] for _ in range(2)]
+    assert rows["response_ids"][:] == [[ids] for pair in prepared["response_ids"] for ids in pair]
+
+
+def test_unpairing_leaves_labelled_rows_alone_and_refuses_rows_of_several_pairs():
+    rows = prepare_dataset(Dataset.from_list([labelled()]), TOKENIZER)
+    assert prepare_dataset(rows, TOKENIZER, unpair=True) is rows
+    several = Dataset.from_list([{**random_rows(1)[0], "pairs": [[0, 1], [1, 0]]}])
+    with pytest.raises(ValueError, match="row 0 holds 2 pairs: unpair=True takes one pair a row"):
+        prepare_dataset(several, TOKENIZER, unpair=True)
+
+
+def test_an_unpaired_stream_mixes_its_labels():
+    """Streams are shuffled where they are read: the two responses of a pair do not follow each other."""
+    rows = [text_pair(chosen=f" {n}.", rejected=f" {-n}.") for n in range(1, 65)]
+    stream = prepare_dataset(Dataset.from_list(rows).to_iterable_dataset(), TOKENIZER, unpair=True)
+    found = [(row["row"], row["labels"][0]) for row in stream]
+    assert sorted(found) == [(n, n % 2 == 0) for n in range(128)]
+    labels = [label for _, label in found]
+    assert labels != [True, False] * 64 and 20 < sum(labels[:64]) < 44
+
+
+# -- mismatched responses ---------------------------------------------------------------------------------------------
+
+
+def same_prompts(counts: list[int]) -> Dataset:
+    """Unpaired rows of prompts 0, 1, … that have so many rows each, in no order; a row's response is its own number."""
+    prompts = np.random.default_rng(0).permutation(np.repeat(np.arange(len(counts)), counts))
+    return Dataset.from_list(
+        [
+            {
+                "prompt_ids": [10 + int(prompt)],
+                "response_ids": [[100 + number, 2]],
+                "scored_masks": [[1, 1]],
+                "labels": [number % 2 == 0],
+                "row": number,
+            }
+            for number, prompt in enumerate(prompts)
+        ]
+    )
+
+
+def test_no_mismatched_response_answers_the_own_prompt():
+    """One prompt of 12 rows and three small ones, 120 epochs: never a row of the own prompt, the row itself included;
+    every other row about as often as the next (χ² of 12 rows is below 40 but once in 10,000)."""
+    data = same_prompts([12, 4, 3, 1])
+    prompt_of = {row["response_ids"][0][0]: row["prompt_ids"][0] for row in data}
+    rows = MismatchedResponses(data, seed=3)
+    drawn = Counter()
+    for epoch in range(120):
+        rows.set_epoch(epoch)
+        for row in rows.__getitems__(range(len(rows))):
+            (ids,) = row["mismatched_ids"]
+            assert prompt_of[ids[0]] != row["prompt_ids"][0]
+            if row["prompt_ids"] == [13]:  # the single row, to which all 19 others are open
+                drawn[ids[0]] += 1
+    counts = np.array([drawn[number] for number in prompt_of if prompt_of[number] == 10])
+    assert ((counts - 120 / 19) ** 2 / (120 / 19)).sum() < 40
+    assert len(drawn) == 19
+
+
+def test_a_draw_is_of_the_seed_the_epoch_and_the_row():
+    """However rows are asked for, one by one or together, the mismatch is the same; another epoch has another."""
+    data = unpaired(16)
+
+    def draws(seed=0, epoch=0):
+        rows = MismatchedResponses(data, seed)
+        rows.set_epoch(epoch)
+        return [row["mismatched_ids"] for row in rows.__getitems__(range(16))]
+
+    one_by_one = MismatchedResponses(data, 0)
+    assert [one_by_one[place]["mismatched_ids"] for place in reversed(range(16))] == draws()[::-1]
+    assert draws() == draws() != draws(epoch=1)
+    assert draws() != draws(seed=1)
+
+
+def test_a_mismatched_response_is_cut_to_the_room_behind_the_prompt():
+    data = unpaired(16)
+    rows = MismatchedResponses(data, seed=0, max_length=12).__getitems__(range(16))
+    lengths = [len(row["prompt_ids"]) + len(row["mismatched_ids"][0]) for row in rows if len(row["prompt_ids"]) < 12]
+    assert max(lengths) <= 12
+    assert all(len(row["mismatched_ids"][0]) == len(row["mismatched_masks"][0]) >= 1 for row in rows)
+
+
+def test_rows_of_one_prompt_have_no_mismatch():
+    with pytest.raises(ValueError, match=r"all 3 rows have the same prompt, .*give rows of at least two prompts"):
+        MismatchedResponses(same_prompts([3]), seed=0)

@@ -1,0 +1,104 @@
+"""What is trained the same way by every engine and by one process.
+
+Every case has a global batch of four examples, in two micro-batches, over seven rows: one process takes
+two rows at a time, two processes one each. The second step has three rows, so a rank is left over, to which
+the data loader gives a row that it has seen already. Gradients are clipped to length 1 and the weights go down by plain
+gradient descent, which is linear in the gradient: Adam would make a full step of the sign of a rounding error.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from tests.tiny_models import perturbed, tiny_model, with_lora
+
+GLOBAL_BATCH = 4
+DESCENT = {
+    "optim": "sgd",
+    "learning_rate": 0.1,
+    "lr_scheduler_type": "constant",
+    "max_grad_norm": 1.0,
+    "num_train_epochs": 1,
+    "gradient_accumulation_steps": 2,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A training run.
+
+    Attributes:
+        name: what the table calls it.
+        settings: of `PreferenceConfig`, over `DESCENT`.
+        lora: whether an adapter trains (one that is not fresh) or all weights.
+        model: of the model's config.
+        rows: of the training data.
+        resumes: whether the run is also continued from its second checkpoint, in a new trainer.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    lora: bool = False
+    model: dict[str, Any] = field(default_factory=dict)
+    rows: int = 7
+    resumes: bool = False
+
+    def build_model(self) -> nn.Module:
+        """The policy, the same on every rank; an adapter has moved away from zero, so that every loss has margins."""
+        model = tiny_model(**self.model)
+        return perturbed(with_lora(model), 0.1) if self.lora else model
+
+    def merged_settings(self, world_size: int) -> dict[str, Any]:
+        """The settings of a rank."""
+        merged = {**DESCENT, **self.settings}
+        share = GLOBAL_BATCH // (merged["gradient_accumulation_steps"] * world_size)
+        return {**merged, "per_device_train_batch_size": share, "per_device_eval_batch_size": share}
+
+
+def _case(loss: str, layout: str, lora: bool, name: str = "", **settings: Any) -> Case:
+    own = {key: settings.pop(key) for key in ("model", "rows", "resumes") if key in settings}
+    reference = {"reference": "adapter_off"} if lora and loss != "simpo" else {}
+    name = ", ".join(filter(None, (loss, layout, "LoRA" if lora else "full", name)))
+    return Case(name, {"loss_type": loss, "layout": layout, **reference, **settings}, lora, **own)
+
+
+# An example of its own; over the batch, unpaired, with mismatched responses; no reference; a list; a running mean.
+LOSSES = ("dpo", "kto", "simpo", "plackett_luce", "bco_pair", "kto_pair")
+EVERY_LOSS = [
+    _case(loss, layout, lora=(number + shift) % 2 == 0)
+    for number, loss in enumerate(LOSSES)
+    for shift, layout in enumerate(("shared", "padded"))
+]
+CHECKPOINTED = {"activation_checkpointing": True}
+BUDGET = {"max_tokens_per_batch": 45, "gradient_accumulation_steps": 1, "rows": 10}
+# With an epsilon as large as the gradients, Adam is as smooth as plain descent; and it has a state to resume.
+RESUMED = {"optim": "adamw_torch", "adam_epsilon": 0.01, "learning_rate": 0.01, "num_train_epochs": 2, "resumes": True}
+MORE = [
+    _case("dpo", "shared", False, "tied head", model={"tie_word_embeddings": True}),
+    _case("dpo", "shared", True, "copy of a trained adapter", reference="copy"),
+    _case("dpo", "shared", False, "checkpointed", **CHECKPOINTED),
+    _case("kto_pair", "padded", True, "checkpointed", **CHECKPOINTED),
+    _case("dpo", "shared", False, "token budget", **BUDGET),
+    _case("kto", "shared", True, "token budget", **BUDGET),
+    _case("dpo", "padded", True, "a rank without a row", rows=5),
+    _case("bco_pair", "shared", False, "resumed", **RESUMED),
+    _case("bco", "shared", True, "resumed", **RESUMED),
+]
+CASES = {case.name: case for case in EVERY_LOSS + MORE}
+assert len(CASES) == len(EVERY_LOSS) + len(MORE)
+
+# What the test suite runs: everything where it is quick, and elsewhere each loss, in one layout or the other, and what
+# an engine may treat in a way of its own. `python -m tests.distributed.table` runs everything everywhere.
+SOME = [
+    "dpo, padded, full",
+    "kto, shared, full",
+    "simpo, shared, LoRA",
+    "plackett_luce, padded, LoRA",
+    "dpo, shared, LoRA, copy of a trained adapter",
+    "kto_pair, padded, LoRA, checkpointed",
+    "dpo, shared, full, token budget",
+    "bco_pair, shared, full, resumed",
+]
+FEW = ["dpo, padded, full", "dpo, shared, LoRA, copy of a trained adapter", "bco, shared, LoRA, resumed"]
+IN_SUITE = {"ddp": list(CASES), "zero1": FEW, "zero2": SOME, "zero3": SOME, "zero3_offload": FEW, "fsdp2": SOME}

@@ -1,0 +1,87 @@
+"""The engines, set up on the CPU: what a trainer is told, and how a rank sees the whole of a sharded parameter."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import Trainer
+
+
+@dataclass(frozen=True)
+class Engine:
+    """An engine.
+
+    Attributes:
+        settings: of `PreferenceConfig`.
+        whole: a parameter's values, whole, on every rank.
+        is_sharded: whether a rank holds only a part of a parameter.
+        adapt: what a trainer needs beyond its settings.
+    """
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    whole: Callable[[nn.Parameter], Tensor] = lambda parameter: parameter.detach().clone()
+    is_sharded: Callable[[nn.Parameter], bool] = lambda parameter: False
+    adapt: Callable[[Trainer], None] = lambda trainer: None
+
+
+def zero(stage: int, **optimization: Any) -> dict[str, Any]:
+    """A DeepSpeed configuration of a ZeRO stage. In fp32, without overlap, which the CPU has no streams for."""
+    return {
+        "zero_optimization": {"stage": stage, "overlap_comm": False, **optimization},
+        "zero_allow_untested_optimizer": True,
+        # With parameters in CPU memory, DeepSpeed insists on its own Adam otherwise.
+        "zero_force_ds_cpu_optimizer": False,
+        "gradient_clipping": "auto",
+        "gradient_accumulation_steps": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "train_batch_size": "auto",
+    }
+
+
+def _zero3(**more: Any) -> Engine:
+    optimization = {"stage3_gather_16bit_weights_on_model_save": True, **more}
+    return Engine({"deepspeed": zero(3, **optimization)}, _gathered, _is_partitioned)
+
+
+def _gathered(parameter: nn.Parameter) -> Tensor:
+    from deepspeed.runtime.zero import GatheredParameters
+
+    with GatheredParameters([parameter]):
+        return parameter.detach().clone()
+
+
+def _is_partitioned(parameter: nn.Parameter) -> bool:
+    return parameter.numel() == 0 < parameter.ds_tensor.numel() < parameter.ds_numel
+
+
+def _switch_fsdp_on(trainer: Trainer) -> None:
+    """What accelerate does for processes with GPUs, and leaves for those with CPUs."""
+    for state in (PartialState(), trainer.accelerator.state):
+        state.distributed_type = DistributedType.FSDP
+    trainer.accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(**trainer.args.fsdp_plugin_args)
+    trainer.is_fsdp_enabled = True
+
+
+FSDP2 = {
+    "fsdp": True,
+    "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]},
+}
+ENGINES = {
+    "ddp": Engine(),
+    "zero1": Engine({"deepspeed": zero(1)}),
+    "zero2": Engine({"deepspeed": zero(2)}),
+    # No parameter is too small to be sharded.
+    "zero3": _zero3(stage3_param_persistence_threshold=0),
+    # With DeepSpeed's own threshold, which leaves everything of a tiny model whole between its uses.
+    "zero3_offload": _zero3(offload_optimizer={"device": "cpu"}, offload_param={"device": "cpu"}),
+    "fsdp2": Engine(
+        FSDP2,
+        whole=lambda parameter: parameter.detach().full_tensor().clone(),
+        is_sharded=lambda parameter: isinstance(parameter, DTensor),
+        adapt=_switch_fsdp_on,
+    ),
+}

@@ -1,0 +1,67 @@
+"""Two processes on the CPU that run cases under an engine, and one process that runs the same."""
+
+import functools
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.distributed.cases import CASES
+from tests.distributed.engines import Engine
+from tests.distributed.run import run_case
+
+ROOT = Path(__file__).parents[2]
+WORLD_SIZE = 2
+
+
+def launch(engine: str, cases: list[str], folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """What came out of each case, by rank: `run_case`'s outcome, or an `error`.
+
+    One start of two processes for all cases, because starting them costs more than most cases do.
+    """
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(WORLD_SIZE)]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
+        "CUDA_VISIBLE_DEVICES": "",
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    command = [*torchrun, "-m", "tests.distributed.worker", engine, str(folder), *cases]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    outcomes = {}
+    for number, name in enumerate(cases):
+        files = [folder / str(number) / f"rank{rank}.pt" for rank in range(WORLD_SIZE)]
+        died = {"error": (process.stdout + process.stderr)[-4000:]}
+        outcomes[name] = [torch.load(file, weights_only=False) if file.exists() else died for file in files]
+    return outcomes
+
+
+@functools.cache
+def one_process(case: str) -> dict[str, Any]:
+    """What comes out of a case in this process."""
+    with tempfile.TemporaryDirectory() as folder:
+        return run_case(CASES[case], Engine(), Path(folder))
+
+
+def differences(actual: dict[str, Any], expected: dict[str, Any]) -> dict[str, float]:
+    """The largest difference of the losses, of the weights (as a share of their largest change) and of the metrics."""
+    if len(actual["losses"]) != len(expected["losses"]) or actual["metrics"].keys() != expected["metrics"].keys():
+        return dict.fromkeys(("losses", "weights", "metrics"), float("inf"))
+    metrics = ((actual["metrics"][name], value) for name, value in expected["metrics"].items())
+    return {
+        "losses": max(abs(a - b) for a, b in zip(actual["losses"], expected["losses"], strict=True)),
+        "weights": largest_difference(actual["weights"], expected["weights"]) / expected["scale"],
+        "metrics": max(abs(a - b) / max(1.0, abs(b)) for a, b in metrics),
+    }
+
+
+def largest_difference(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    """The largest difference of any weight."""
+    assert actual.keys() == expected.keys()
+    return max((actual[name] - expected[name]).abs().max().item() for name in expected)

@@ -1,0 +1,107 @@
+"""One case under one engine: what came out of it, as plain tensors and numbers."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from transformers import TrainerCallback
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from hf_prefopt import PreferenceTrainer
+from hf_prefopt.scoring.forward import base_causal_lm
+from tests.distributed.cases import Case
+from tests.distributed.engines import Engine
+from tests.training import ROWS, logged, make_trainer
+
+RESUMED_FROM = 3
+
+
+def run_case(case: Case, engine: Engine, folder: Path) -> dict[str, Any]:
+    """Train, evaluate and save.
+
+    Returns:
+        losses: of each step. metrics: of the evaluation of seven rows. weights: of all that trains.
+        resumed: the weights of a new trainer that went on from the middle of the second epoch, if the case asks for it.
+        head_is_whole: see `watch_head`. pieces: see `count_pieces`.
+        whole_parameters: names of the parameters of which this rank holds more than its part, after training.
+        saved: where the model was saved. scale: the largest change of a weight.
+    """
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    trainer = _trainer(case, engine, folder, world_size)
+    heads = watch_head(trainer, engine)
+    pieces = count_pieces(trainer)
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    trainer.train()
+    outcome = {"losses": logged(trainer, "loss"), "head_is_whole": heads, "pieces": pieces}
+    outcome["whole_parameters"] = [name for name, p in trainer.model.named_parameters() if not engine.is_sharded(p)]
+    outcome["metrics"] = _metrics(trainer)
+    outcome["weights"] = _trained(trainer, engine)
+    outcome["scale"] = max((outcome["weights"][name] - before[name]).abs().max().item() for name in before)
+    outcome["saved"] = str(folder / "saved")
+    trainer.save_model(outcome["saved"])
+    if case.resumes:
+        resumed = _trainer(case, engine, folder, world_size)
+        resumed.train(resume_from_checkpoint=str(folder / f"checkpoint-{RESUMED_FROM}"))
+        outcome["resumed"] = _trained(resumed, engine)
+    return outcome
+
+
+class Hooks(TrainerCallback):
+    """Registers hooks when training begins, so that they run inside those of the engine."""
+
+    def __init__(self, register: Callable[[], None]):
+        self.register = register
+
+    def on_train_begin(self, *_, **__):
+        self.register()
+
+
+def watch_head(trainer: PreferenceTrainer, engine: Engine) -> dict[str, set[bool]]:
+    """Whether the head's weight was whole before, inside and after the head's forward, filled in by training."""
+    seen: dict[str, set[bool]] = {"before": set(), "inside": set(), "after": set()}
+
+    def register() -> None:
+        causal_lm = base_causal_lm(trainer.model)
+        head = causal_lm.get_output_embeddings()
+
+        def note(place: str) -> Callable[..., None]:
+            return lambda *_: seen[place].add(not engine.is_sharded(head.weight))
+
+        causal_lm.model.layers[-1].register_forward_hook(note("before"))
+        head.register_forward_pre_hook(note("inside"))
+        head.register_forward_hook(note("after"))
+
+    trainer.add_callback(Hooks(register))
+    return seen
+
+
+def count_pieces(trainer: PreferenceTrainer) -> list[int]:
+    """How many pieces each batch of this rank was cut into, filled in by training."""
+    counts: list[int] = []
+    evened = trainer._evened
+    trainer._evened = lambda pieces: (counts.append(len(pieces)), evened(pieces))[1]
+    return counts
+
+
+def _trained(trainer: PreferenceTrainer, engine: Engine) -> dict[str, Any]:
+    return {name: engine.whole(p) for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+def _trainer(case: Case, engine: Engine, folder: Path, world_size: int) -> PreferenceTrainer:
+    settings = {**case.merged_settings(world_size), **engine.settings, "log_level": "error"}
+    if case.resumes:
+        settings |= {"save_strategy": "steps", "save_steps": 1}
+    # The configuration of the last case would make models in parts, each rank of its own random numbers.
+    unset_hf_deepspeed_config()
+    model = case.build_model()
+    trainer = make_trainer(folder, model, train_dataset=None, **settings)
+    engine.adapt(trainer)
+    rows = ROWS[trainer.objective.kind]
+    trainer.train_dataset, trainer.eval_dataset = rows(case.rows), rows(7, seed=1)
+    return trainer
+
+
+def _metrics(trainer: PreferenceTrainer) -> dict[str, float]:
+    timing = ("runtime", "per_second", "epoch")
+    return {name: value for name, value in trainer.evaluate().items() if not name.endswith(timing)}

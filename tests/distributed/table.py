@@ -1,0 +1,28 @@
+"""Every engine with every case against one process, as a table in Markdown.
+
+python -m tests.distributed.table [engine …]
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+
+from tests.distributed.cases import CASES
+from tests.distributed.engines import ENGINES
+from tests.distributed.launch import differences, launch, one_process
+
+
+def main(engines: list[str]) -> None:
+    print("| engine | loss, layout, what trains | losses | weights | metrics |\n|---|---|---|---|---|")
+    for engine in engines:
+        with tempfile.TemporaryDirectory() as folder:
+            outcomes = launch(engine, list(CASES), Path(folder))
+        for case, ranks in outcomes.items():
+            failed = next((outcome["error"].strip().splitlines()[-1] for outcome in ranks if "error" in outcome), None)
+            found = [] if failed else [differences(outcome, one_process(case)) for outcome in ranks]
+            cells = [failed] if failed else [f"{max(d[name] for d in found):.0e}" for name in found[0]]
+            print(f"| {engine} | {case} | {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:] or list(ENGINES))

@@ -1,0 +1,78 @@
+"""Two processes under an engine do what one process does with the same global batch: the same losses, weights and
+evaluation, whatever the loss, the layout and what trains.
+
+Everything is in fp32, and what differs is the order of sums. A loss is made of log-probs of some 50 nats, whose last
+place is 4e-6, times β = 0.1 (SimPO's are per token): 1e-5 leaves room for ten of them. Weights of about 1 have a last
+place of 1.2e-7, and the largest of them moves by 1e-2: 1e-4 of that is eight last places. A row that counts twice,
+which is what accelerate's data loader does to fill up the last batch, changes weights by a tenth of the largest change.
+"""
+
+import functools
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from tests.distributed.cases import CASES, IN_SUITE
+from tests.distributed.engines import ENGINES
+from tests.distributed.launch import differences, largest_difference, launch, one_process
+from tests.tiny_models import tiny_model
+
+TOLERANCE = {"losses": 1e-5, "weights": 1e-4, "metrics": 1e-5}
+
+
+@pytest.fixture(scope="module")
+def outcomes_of(tmp_path_factory):
+    """What came out of an engine's cases: it is started once for all of them."""
+    return functools.cache(lambda engine: launch(engine, IN_SUITE[engine], tmp_path_factory.mktemp(engine)))
+
+
+def each(engines):
+    pairs = [(engine, case) for engine in engines for case in IN_SUITE[engine]]
+    return pytest.mark.parametrize(("engine", "case"), pairs, ids=[f"{engine}: {case}" for engine, case in pairs])
+
+
+@each(ENGINES)
+def test_two_processes_do_what_one_does(outcomes_of, engine, case):
+    """On every rank; and a run that is resumed in the middle of its second epoch ends where the whole one does."""
+    expected = one_process(case)
+    for outcome in outcomes_of(engine)[case]:
+        assert "error" not in outcome, outcome["error"]
+        found = differences(outcome, expected)
+        assert {name: value for name, value in found.items() if value > TOLERANCE[name]} == {}
+        if CASES[case].resumes:
+            assert largest_difference(outcome["resumed"], outcome["weights"]) <= 1e-6 * outcome["scale"]
+    print(f"{engine}: {case}: {found}")
+
+
+@each(ENGINES)
+def test_what_was_saved_loads_without_the_engine(outcomes_of, engine, case):
+    """By transformers and PEFT alone, every weight bit for bit what was trained."""
+    outcome = outcomes_of(engine)[case][0]
+    if CASES[case].lora:
+        base = tiny_model(**CASES[case].model)
+        loaded = PeftModel.from_pretrained(base, outcome["saved"], is_trainable=True)
+    else:
+        loaded = AutoModelForCausalLM.from_pretrained(outcome["saved"])
+    weights = dict(loaded.named_parameters())
+    assert all(torch.equal(weights[name].detach(), value) for name, value in outcome["weights"].items())
+
+
+@each(["zero3", "fsdp2"])
+def test_every_parameter_is_sharded(outcomes_of, engine, case):
+    """After a step a rank holds no parameter whole: what was to be sharded is."""
+    assert [outcome["whole_parameters"] for outcome in outcomes_of(engine)[case]] == [[], []]
+
+
+@each(["zero3"])
+def test_the_heads_weight_is_whole_only_inside_the_head(outcomes_of, engine, case):
+    """Policy and reference, with and without gradients: not while the last layer runs, and not after the head."""
+    expected = {"before": {False}, "inside": {True}, "after": {False}}
+    assert [outcome["head_is_whole"] for outcome in outcomes_of(engine)[case]] == [expected, expected]
+
+
+def test_a_token_budget_cuts_ranks_batches_unequally(outcomes_of):
+    """So the comparison above is of ranks that fill up with pieces without examples."""
+    first, second = (outcome["pieces"] for outcome in outcomes_of("ddp")["dpo, shared, full, token budget"])
+    assert len(first) == len(second) and first != second

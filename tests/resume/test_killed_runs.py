@@ -1,0 +1,58 @@
+"""A run that is killed at any moment and started again ends where it would have ended, to the last bit.
+
+`python -m tests.resume.killed_runs 20` does this for moments drawn at random.
+"""
+
+import json
+import random
+
+import pytest
+
+from hf_prefopt.checkpoints import is_complete, last_complete_checkpoint
+from tests.resume.killed_runs import kill_twice, result, run
+from tests.training import make_trainer
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nobody kills."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert run(folder) == 0
+    return folder
+
+
+@pytest.mark.parametrize(
+    "moment",
+    ["between the micro-batches of step 5", "writing trainer_state.json", "writing optimizer.pt"],
+)
+def test_a_killed_run_ends_as_the_whole_one(moment, whole, tmp_path):
+    """Killed at its last such moment, and again in the resumed run: the weights and the loss's running mean."""
+    moments = json.loads((whole / "moments.json").read_text())
+    last = len(moments) - 1 - moments[::-1].index(moment)
+    first_code, _ = kill_twice(tmp_path, last, random.Random(moment))
+    assert first_code == -9
+    assert result(tmp_path) == result(whole)
+
+
+def test_half_a_checkpoint_is_passed_over(tmp_path):
+    """Newest first by number, not by name; without its last file, or with half of it, a checkpoint does not count."""
+    for step, state in ((2, "{}"), (10, "{}"), (12, '{"global_st'), (14, None)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        if state is not None:
+            (folder / "trainer_state.json").write_text(state)
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+    assert not is_complete(tmp_path / "checkpoint-12")
+    assert last_complete_checkpoint(tmp_path / "nowhere") is None
+
+
+def test_half_a_checkpoint_is_refused_with_the_whole_one_named(tmp_path):
+    """The Trainer would take its weights and begin at step 0 without a word."""
+    trainer = make_trainer(tmp_path)
+    with pytest.raises(ValueError, match="no complete checkpoint"):
+        trainer.train(resume_from_checkpoint=True)
+    for step, state in ((3, "{}"), (4, "{")):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+    with pytest.raises(ValueError, match=r"checkpoint-4 is no checkpoint.*resume from .*checkpoint-3"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
