@@ -316,7 +316,7 @@ class PreferenceTrainer(Trainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """As the Trainer's, with what losses keep across batches, and with a reference that moves."""
         super()._save_optimizer_and_scheduler(output_dir)
-        if self._moving and self.args.should_save:
+        if self._moving:
             self._moving.save(output_dir)
         if self.objective.state and self.args.should_save:
             Path(output_dir, OBJECTIVE_STATE).write_text(json.dumps(self.objective.state_dict()))

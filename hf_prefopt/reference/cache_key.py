@@ -29,8 +29,8 @@ from hf_prefopt.scoring.forward import base_causal_lm
 
 KEY_BYTES = 16
 
-# What PEFT puts into the name of a tensor that it wraps.
-_WRAPPERS = ("base_layer", "original_module", "token_adapter")
+# What PEFT, and an engine's checkpointing, put into the name of a tensor that they wrap.
+_WRAPPERS = ("base_layer", "original_module", "token_adapter", "_checkpoint_wrapped_module")
 # Settings of a configuration that say where a model came from or how it is trained and used, not what it computes.
 _BESIDE_THE_POINT = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache")
 _BESIDE_THE_POINT_OF_ADAPTERS = ("base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "task_type")

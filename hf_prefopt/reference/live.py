@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from hf_prefopt.data.batch import PreferenceBatch, ResponseScores
-from hf_prefopt.reference.shards import exchange, held, release_gathered
+from hf_prefopt.reference.shards import exchange, held, own_part, release_gathered
 from hf_prefopt.scoring.forward import HIDDEN, base_causal_lm, head_predictions, score
 
 
@@ -151,6 +151,15 @@ class FrozenTensors:
             yield
         finally:
             self._exchange()
+
+    @torch.no_grad()
+    def move(self, share: float) -> None:
+        """copy ← share · parameter + (1 − share) · copy; a rank moves its shards, and nothing is gathered."""
+        parameters = _named(self.model)
+        for name, values in self.tensors.items():
+            policy = held(parameters[name])
+            mine = own_part(parameters[name], values).to(policy.device)
+            self.tensors[name] = mine.lerp_(policy.to(mine.dtype), share)
 
     def _exchange(self) -> None:
         # Autocast keeps low-precision casts by parameter object: they would be those of the other tensors.

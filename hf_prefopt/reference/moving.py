@@ -9,19 +9,21 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
+
+from hf_prefopt.reference.shards import is_sharded
 
 logger = logging.getLogger(__name__)
 
 FILE = "moving_reference.safetensors"
+SHARD = "moving_reference-{}-of-{}.safetensors"
 
 
 class MovingReference(TrainerCallback):
     """Moves the reference of a trainer, and carries it over checkpoints; its settings are the trainer's.
 
-    Every process moves its own copies by its own parameters, which are the same on all of them.
+    Every process moves its own copies by its own parameters: the same on all of them, or their shards.
     """
 
     def __init__(self, trainer: Any):
@@ -41,21 +43,22 @@ class MovingReference(TrainerCallback):
         if state.global_step % args.ref_model_sync_steps == 0:
             self.sync()
 
-    @torch.no_grad()
     def sync(self) -> None:
         """One update. What evaluations remember of the reference is forgotten."""
-        copies, alpha = self.trainer.reference.copies, self.trainer.args.ref_model_mixup_alpha
-        parameters = dict(copies.model.named_parameters())
-        for name, tensor in copies.tensors.items():
-            # The optimiser moves parameters to their device after the copies were made.
-            copies.tensors[name] = tensor = tensor.to(parameters[name].device)
-            tensor.lerp_(parameters[name].data.to(tensor.dtype), alpha)
+        self.trainer.reference.copies.move(self.trainer.args.ref_model_mixup_alpha)
         self.trainer.forget_reference_scores()
 
     def save(self, checkpoint: str) -> None:
-        """Write the reference beside the optimiser's state."""
-        tensors = self.trainer.reference.copies.tensors
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, Path(checkpoint, FILE))
+        """Write the reference beside the optimiser's state; where an engine shards it, each rank its shards."""
+        copies = self.trainer.reference.copies
+        if self.trainer.args.should_save or is_sharded(copies.model):
+            tensors = {name: tensor.contiguous() for name, tensor in copies.tensors.items()}
+            save_file(tensors, self._file(checkpoint))
+
+    def _file(self, checkpoint: str) -> Path:
+        args = self.trainer.args
+        sharded = is_sharded(self.trainer.reference.copies.model)
+        return Path(checkpoint, SHARD.format(args.process_index, args.world_size) if sharded else FILE)
 
     def load(self, checkpoint: str) -> None:
         """Take over the reference of a checkpoint.
@@ -63,13 +66,13 @@ class MovingReference(TrainerCallback):
         Raises:
             ValueError: it holds other tensors than those that train now.
         """
-        path = Path(checkpoint, FILE)
+        path = self._file(checkpoint)
         if not path.is_file():
-            logger.warning("%s has no %s: the reference starts from the policy as given", checkpoint, FILE)
+            logger.warning("%s has no %s: the reference starts from the policy as given", checkpoint, path.name)
             return
         saved, copies = load_file(path), self.trainer.reference.copies
         differing = sorted(saved.keys() ^ copies.tensors.keys())
         if differing:
             raise ValueError(f"{path} and the model differ in {len(differing)} trained tensors ({differing[0]}, …)")
-        for name, tensor in copies.tensors.items():
-            tensor.copy_(saved[name])
+        # Whole copies that were made before an engine sharded the model give way to shards.
+        copies.tensors = {name: saved[name].to(tensor.device, tensor.dtype) for name, tensor in copies.tensors.items()}

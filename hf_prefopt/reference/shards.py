@@ -70,5 +70,10 @@ def release_gathered(model: nn.Module) -> None:
             parameter.partition()
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Whether ranks hold different parts of a model's trained parameters."""
+    return any(isinstance(p, DTensor) or _is_zero3(p) for p in model.parameters() if p.requires_grad)
+
+
 def _is_zero3(parameter: nn.Parameter) -> bool:
     return hasattr(parameter, "ds_tensor")

@@ -3,6 +3,7 @@
 import gc
 import logging
 import shutil
+import sys
 import weakref
 
 import pytest
@@ -15,9 +16,10 @@ from hf_prefopt.reference.cache import MissingLogProbs
 from hf_prefopt.reference.cache_store import read_shard
 from hf_prefopt.reference.live import LiveReference
 from tests.data.helpers import text_pair
+from tests.test_trainer_exactness import SYNCHRONISING
 from tests.tiny_models import perturbed, random_rows, tiny_model, with_lora
 from tests.tokenizers import tiny_tokenizer
-from tests.training import lists, logged, make_config, make_trainer, pairs, unpaired
+from tests.training import first_batch, lists, logged, make_config, make_trainer, pairs, unpaired
 
 DESCENT = {"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant"}
 
@@ -347,3 +349,40 @@ def test_the_pass_shows_its_speed(tmp_path, capfd):
     trainer.train()
     tokens = sum(len(row["prompt_ids"]) + len(ids) for row in rows for ids in row["response_ids"])
     assert f"{tokens}/{tokens}" in capfd.readouterr().err.replace(".00", "")
+
+
+def test_a_cached_step_waits_for_no_device(tmp_path, monkeypatch):
+    """As `test_no_step_waits_for_the_device`, with every log-prob looked up: no value is read off a tensor."""
+    trainer = cached(tmp_path, max_steps=2, logging_steps=100, layout="padded")
+    before_training(trainer)
+    seen = []
+
+    def watched(name, method):
+        def call(tensor, *args, **kwargs):
+            caller = sys._getframe(1).f_globals["__name__"]
+            if caller.startswith("hf_prefopt"):
+                seen.append((name, caller))
+            return method(tensor, *args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(trainer, "log", lambda *_, **__: None)
+    for name in SYNCHRONISING:
+        monkeypatch.setattr(torch.Tensor, name, watched(name, getattr(torch.Tensor, name)))
+    trainer.train()
+    assert trainer.state.global_step == 2 and seen == []
+
+
+def test_ranks_that_must_run_together_do(runs, tmp_path):
+    """Where another rank misses something this one runs too, says the same as it would by itself, and keeps nothing
+    twice."""
+    trainer = cached(tmp_path)
+    before_training(trainer)
+    batch = first_batch(trainer)
+    found, count = trainer.reference.score(batch).token_logps, len(runs)
+    trainer.reference.any_rank = lambda here: True
+    computed = trainer.reference.score(batch).token_logps
+    assert len(runs) == count + 1
+    torch.testing.assert_close(found, computed, rtol=1e-5, atol=1e-5)
+    trainer.reference.store.flush()
+    assert len(stored(tmp_path)) == 16
