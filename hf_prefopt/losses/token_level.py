@@ -32,6 +32,8 @@ def sampo_loss(
     subset is a function of the pair's place in its data set and of `seed` alone: the same on every rank, in every cut
     into micro-batches, after a resume, and in every epoch, where the authors' code draws again at each step.
 
+    Use it where DPO makes responses longer, and `dpo_norm`'s mean would change the scale of the rewards.
+
     Args:
         policy_chosen_token_logps, policy_rejected_token_logps, ref_chosen_token_logps, ref_rejected_token_logps:
             `[B, T]`, nats, 0 behind the end of a response.
@@ -72,6 +74,8 @@ def d2po_loss(
 
     D²PO, DPO with temporal decay; t counts the scored tokens, and begins at 1 as in the authors' code. γ = 1 is DPO.
 
+    Use it where responses drift after a good or bad start, so that late tokens say little about the preference.
+
     Args:
         policy_chosen_token_logps, policy_rejected_token_logps, ref_chosen_token_logps, ref_rejected_token_logps:
             `[B, T]`, nats, 0 behind the end of a response.
@@ -109,6 +113,8 @@ def tis_dpo_loss(
     Token-level importance sampling DPO, its weighted sequence log-ratios u; the weighted sequence KL η
     that its derivation also takes off is left out. How the weights are estimated (from a contrastive pair of models in
     the paper) is the data's affair; weights of 1 are DPO.
+
+    Use it where something says which tokens matter: contrastive models, span annotations, a verifier.
 
     Args:
         policy_chosen_token_logps, policy_rejected_token_logps, ref_chosen_token_logps, ref_rejected_token_logps:

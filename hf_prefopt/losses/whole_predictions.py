@@ -33,6 +33,8 @@ def tdpo1_loss(
 
     Token-level DPO, its first form. The implicit reward is β(r + D).
 
+    Use it to hold the policy to the reference token by token; `tdpo2` is the form that its authors prefer.
+
     Args:
         policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps: `[B]`, summed, nats.
         policy_chosen_kl, policy_rejected_kl: `[B]`, D of each response, summed over its tokens, nats.
@@ -68,6 +70,8 @@ def tdpo2_loss(
 
     Token-level DPO, its second form; D as in `tdpo1_loss`. Without a gradient the chosen KL is not raised, and the
     rejected one is held to the reference. α = 0 is DPO. The implicit reward is β(r + αD).
+
+    Use it where DPO drifts too far from the reference, at the cost of the reference's logits in every chunk.
 
     Args:
         policy_chosen_kl, policy_rejected_kl: `[B]`, nats. alpha: α ≥ 0.
@@ -115,6 +119,8 @@ def mallows_dpo_loss(
     log V, averaged over the two responses. The implicit reward is −c log(H)·βr. See `mallows_dpo_reference_free` for
     the form that the authors ran.
 
+    Use it on prompts of both kinds, with one right answer and with many: the first kind then trains more.
+
     Args:
         policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps: `[B]`, summed, nats.
         ref_chosen_normalised_entropy, ref_rejected_normalised_entropy: `[B]`, in [0, 1].
@@ -151,6 +157,8 @@ def mallows_dpo_reference_free_loss(
 
     MallowsPO as its authors' code sets it up. c = 0.29 there brings −log(H) near 1 on their data. The implicit reward
     is −c log(H)·βs̄.
+
+    Use it to repeat the results that the authors' code gave.
 
     Args:
         policy_chosen_logps, policy_rejected_logps: `[B]`, summed, nats; lengths: `[B]`, tokens.

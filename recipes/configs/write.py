@@ -22,6 +22,12 @@ DATA = {
     UNPAIRED: {"dataset_name": "recipes/data/gsm8k_pairs", "unpair": True},
     LISTS: {"dataset_name": "recipes/data/gsm8k_lists"},
 }
+# The sets that have what some losses ask for besides, by the input that they ask by.
+DATA_WITH = {
+    "chosen_scores": {"dataset_name": "recipes/data/pandalm_pairs"},
+    "chosen_win_rates": {"dataset_name": "recipes/data/pandalm_pairs"},
+    "chosen_token_weights": {"dataset_name": "recipes/data/gsm8k_weighted_tokens"},
+}
 MODEL = {
     "model_name_or_path": "models/smollm2-135m-instruct",
     "dtype": "float32",
@@ -51,9 +57,7 @@ def config_of(spec: LossSpec) -> str:
     own = {name: value for name, value in spec.defaults.items() if value is not None}
     loss = {"loss_type": [spec.name], **{name: own.pop(name) for name in FIELDS if name in own}}
     loss |= {"loss_params": own} if own else {}
-    # Further columns of pairs are in the one set that has them.
-    extras = {*spec.inputs} & {*spec.kind.extras} - {*spec.optional_columns}
-    data = {"dataset_name": "recipes/data/pandalm_pairs"} if extras else DATA[spec.kind]
+    data = next((DATA_WITH[name] for name in spec.inputs if name in DATA_WITH), DATA[spec.kind])
     parts = [MODEL, data, loss, TRAINING, {"output_dir": f"runs/{spec.name}"}]
     command = f"accelerate launch recipes/dpo_lora.py --config recipes/configs/{spec.name}.yaml"
     source = [f"https://arxiv.org/abs/{spec.paper}"] if spec.paper else []
@@ -63,9 +67,8 @@ def config_of(spec: LossSpec) -> str:
 
 def _line(name: str, value: Any) -> str:
     """An entry, what it holds on the same line."""
-    return yaml.safe_dump(
-        {name: value}, width=1000, default_flow_style=None if isinstance(value, list | dict) else False
-    )
+    in_line = None if isinstance(value, list | dict) else False
+    return yaml.safe_dump({name: value}, width=1000, default_flow_style=in_line)
 
 
 def main() -> None:
