@@ -71,7 +71,7 @@ def run(loss: str, layers: int, steps: int, pairs: int) -> Run:
             script, training, model, recipe = parse_arguments()
         training.eval_on_start, training.disable_tqdm = False, True
         training.model_init_kwargs = {**loading_arguments(model), "num_hidden_layers": layers}
-        rows, _ = load_pairs(script, recipe, training.seed)
+        rows, _ = load_pairs(script, recipe, training)
         trainer = PreferenceTrainer(
             model.model_name_or_path, args=training, train_dataset=rows, peft_config=get_peft_config(model)
         )

@@ -10,7 +10,10 @@ from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
 from hf_prefopt.examples import UNPAIRED, ExampleKind
+from hf_prefopt.losses.divergences import DIVERGENCES, FDivergence
+from hf_prefopt.losses.modifiers import Modifier
 from hf_prefopt.losses.objective import Objective, build_objective
+from hf_prefopt.losses.token_sums import ColumnWeights, Humanline, LengthDesensitised, TokenStep, TokenSums
 
 REFERENCES = ("auto", "adapter_off", "adapter:<name>", "model", "copy", "none")
 TRUNCATION_MODES = ("keep_start", "keep_end")
@@ -35,6 +38,14 @@ class PreferenceConfig(TrainingArguments):
         use_weighting: multiplies each pair's loss by its WPO weight.
         reference_free: leaves the reference out of losses that can do without it.
         temperature: log-probs are those of logits / temperature, for policy and reference.
+
+    Modifiers, which change what any loss is given that has a meaning with them:
+        f_divergence_type: "reverse_kl", "forward_kl", "js_divergence" or "alpha_divergence" (its α is
+            `f_alpha_divergence_coef`): f-DPO's reward f′(π/π_ref) in place of the log-ratio.
+        ld_alpha: LD-DPO; tokens past the length of a pair's shorter response weigh this, in [0, 1]; `None` for off.
+            ld_policy_only: of the policy's log-probs alone.
+        humanline: clamps each token's log-ratio to [humanline_log_eps_p, humanline_log_eps_r].
+        use_token_weights: weighs tokens by the columns `chosen_token_weights`, `rejected_token_weights`.
 
     The reference:
         reference: "auto" (the adapter switched off when it is fresh; otherwise a frozen copy of what is trained, as
@@ -83,6 +94,21 @@ class PreferenceConfig(TrainingArguments):
     use_weighting: bool = field(default=False, metadata=_help("Multiply each pair's loss by its WPO weight."))
     reference_free: bool = field(default=False, metadata=_help("Leave the reference out of the losses that can."))
     temperature: float = field(default=1.0, metadata=_help("Log-probs of logits / temperature."))
+
+    f_divergence_type: str = field(
+        default="reverse_kl", metadata=_help("The reward's divergence: " + ", ".join(DIVERGENCES) + ".")
+    )
+    f_alpha_divergence_coef: float = field(default=0.5, metadata=_help("α of alpha_divergence."))
+    ld_alpha: float | None = field(
+        default=None, metadata=_help("LD-DPO: the weight of tokens past the length of the pair's shorter response.")
+    )
+    ld_policy_only: bool = field(default=False, metadata=_help("ld_alpha weighs the policy's tokens alone."))
+    humanline: bool = field(default=False, metadata=_help("Clamp each token's log-ratio to the reference."))
+    humanline_log_eps_p: float = field(default=-1.0, metadata=_help("The lower bound of humanline, a logarithm."))
+    humanline_log_eps_r: float = field(default=1.5, metadata=_help("The upper bound of humanline, a logarithm."))
+    use_token_weights: bool = field(
+        default=False, metadata=_help("Weigh tokens by chosen_token_weights and rejected_token_weights.")
+    )
 
     reference: str = field(
         default="auto", metadata=_help("Where the reference comes from: " + ", ".join(REFERENCES) + ".")
@@ -153,7 +179,25 @@ class PreferenceConfig(TrainingArguments):
             reference_free=self.reference_free,
             kind=UNPAIRED if self.unpair else kind,
             columns=columns,
+            modifiers=self._modifiers(),
         )
+
+    def _modifiers(self) -> list[Modifier]:
+        """The modifiers that are asked for, in the order in which they are taken."""
+        steps: list[TokenStep] = []
+        if self.humanline:
+            steps.append(Humanline(self.humanline_log_eps_p, self.humanline_log_eps_r))
+        if self.use_token_weights:
+            steps.append(ColumnWeights())
+        if self.ld_alpha is not None:
+            steps.append(LengthDesensitised(self.ld_alpha, self.ld_policy_only))
+        elif self.ld_policy_only:
+            raise ValueError(
+                "ld_policy_only=True says how ld_alpha weighs, and that is not set: give ld_alpha in [0, 1]"
+            )
+        modifiers: list[Modifier] = [TokenSums(steps)] if steps else []
+        divergence = FDivergence(self.f_divergence_type, self.f_alpha_divergence_coef)
+        return [*modifiers, divergence] if self.f_divergence_type != "reverse_kl" else modifiers
 
     def _check_values(self) -> None:
         _check_choice("truncation_mode", self.truncation_mode, TRUNCATION_MODES)

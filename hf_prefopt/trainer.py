@@ -1,6 +1,6 @@
 """`PreferenceTrainer`: transformers' Trainer with a preference objective in place of its loss.
 
-A step is four lines: score the batch, score the reference, evaluate the objective, record. Everything else here makes
+A step is four lines: score the reference, score the batch, evaluate the objective, record. Everything else here makes
 the step's loss the exact mean over the examples of the global batch, evaluation exact over rows, and keeps every habit
 of the Trainer. Which losses there are, how tokens are laid out and where a reference comes from is decided elsewhere.
 """
@@ -240,8 +240,8 @@ class PreferenceTrainer(Trainer):
         return super()._get_dataloader(dataset, *args, **kwargs)
 
     def _set_signature_columns_if_needed(self) -> None:
-        columns = dict.fromkeys(column for kind in KINDS for column in prepared_features(kind, kind.extras))
-        self._signature_columns = [*columns, "mismatched_ids", "mismatched_masks"]
+        columns = dict.fromkeys(column for kind in KINDS for column in prepared_features(kind, extras=kind.extras))
+        self._signature_columns = [*columns, "token_weights", "mismatched_ids", "mismatched_masks"]
 
     # -- the step -------------------------------------------------------------------------------------------------
 
@@ -282,15 +282,22 @@ class PreferenceTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """This micro-batch's share of the step's loss; with `return_outputs` also rewards and labels, `[B, 2]` each."""
-        policy = score(model, inputs, self.objective.token_stats)
         reference = self._score_reference(inputs) if model.training else self._remembered_reference(inputs)
+        policy = self._score_policy(model, inputs, reference)
         output, loss = self._objective_loss(inputs, policy, reference, num_items_in_batch, model.training)
         return (loss, output) if return_outputs else loss
+
+    def _score_policy(
+        self, model: nn.Module, inputs: PreferenceBatch, reference: ResponseScores | None
+    ) -> ResponseScores:
+        """The policy's scores; a loss that compares whole predictions is given those that the reference makes."""
+        predictions = self.reference.predictions(reference) if self.reference else None
+        return score(model, inputs, self.objective.token_stats, predictions)
 
     def _score_reference(self, inputs: PreferenceBatch) -> ResponseScores | None:
         if self.reference is None:
             return None
-        return inputs.get("reference_scores") or self.reference.score(inputs)
+        return inputs.get("reference_scores") or self.reference.score(inputs, self.objective.reference_token_stats)
 
     def _remembered_reference(self, inputs: PreferenceBatch) -> ResponseScores | None:
         """The reference's scores of an evaluation batch, run once for all evaluations of a data set."""
@@ -298,7 +305,7 @@ class PreferenceTrainer(Trainer):
             return None
         dataset = getattr(self.callback_handler.eval_dataloader, "dataset", None)
         fingerprint = getattr(dataset, "_fingerprint", None)
-        return self._reference_memory.score(fingerprint, inputs, self.reference.score)
+        return self._reference_memory.score(fingerprint, inputs, self._score_reference)
 
     def _objective_loss(
         self,
@@ -357,9 +364,9 @@ class PreferenceTrainer(Trainer):
         with torch.no_grad(), evaluation_mode(self.model):
             for batch in batches:
                 inputs = self._prepare_inputs(batch)
-                policy = score(self.model, inputs, self.objective.token_stats)
-                batch["reference_scores"] = self._score_reference(inputs)
-                collected.append(self._loss_inputs(inputs, policy, batch["reference_scores"]))
+                reference = batch["reference_scores"] = self._score_reference(inputs)
+                policy = self._score_policy(self.model, inputs, reference)
+                collected.append(self._loss_inputs(inputs, policy, reference))
         return collected
 
     def _get_num_items_in_batch(self, batch_samples: list[PreferenceBatch], device: torch.device) -> Tensor | int:

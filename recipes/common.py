@@ -3,7 +3,9 @@
 A recipe says what is trained and how; here stands only what would otherwise be the same lines in each of them.
 """
 
+import json
 import random
+import runpy
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,9 +29,19 @@ class RecipeArguments:
 
     train_rows: int | None = field(default=None, metadata={"help": "Train on so many rows, drawn at random."})
     eval_rows: int | None = field(default=None, metadata={"help": "Evaluate on so many rows, drawn at random."})
+    longest_row: int | None = field(
+        default=None, metadata={"help": "Leave out rows with more characters than this, prompt and responses together."}
+    )
     gsm8k_problems: int = field(
         default=0, metadata={"help": "Solve so many GSM8K problems (at most 200) at every evaluation; 0 for none."}
     )
+    losses_from: str | None = field(
+        default=None, metadata={"help": "A Python file that registers losses of your own; it is run first."}
+    )
+
+    def __post_init__(self):
+        if self.losses_from:
+            runpy.run_path(self.losses_from)
 
 
 # PEFT asks transformers for an attribute under its old name: one known line of noise, at every start, that is not ours.
@@ -38,19 +50,33 @@ warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprec
 
 def parse_arguments() -> tuple[ScriptArguments, PreferenceConfig, ModelConfig, RecipeArguments]:
     """The arguments of the command line, over those of the YAML file given as `--config`."""
-    parser = TrlParser((ScriptArguments, PreferenceConfig, ModelConfig, RecipeArguments))
-    script, training, model, recipe = parser.parse_args_and_config()
+    # The recipe's own come first: PreferenceConfig looks its losses up, which `losses_from` may have yet to register.
+    parser = TrlParser((RecipeArguments, ScriptArguments, PreferenceConfig, ModelConfig))
+    recipe, script, training, model = parser.parse_args_and_config()
     for name, value in (("dataset_name", script.dataset_name), ("model_name_or_path", model.model_name_or_path)):
         if value is None:
             parser.error(f"--{name} is missing: pass it, or a YAML file that has it by --config")
     return script, training, model, recipe
 
 
-def load_pairs(script: ScriptArguments, recipe: RecipeArguments, seed: int) -> tuple[Dataset, Dataset | None]:
+def load_pairs(
+    script: ScriptArguments, recipe: RecipeArguments, training: PreferenceConfig
+) -> tuple[Dataset, Dataset | None]:
     """The training rows and, where the data set has such a split, the evaluation rows: a Hub name or a local folder."""
     splits = load_dataset(script.dataset_name, name=script.dataset_config, streaming=script.dataset_streaming)
+    if recipe.longest_row is not None:
+        splits = splits.filter(lambda row: characters(row) <= recipe.longest_row)
     train, test = splits[script.dataset_train_split], splits.get(script.dataset_test_split)
-    return draw(train, recipe.train_rows, seed), test and draw(test, recipe.eval_rows, seed)
+    how = draw_prompts if training.group_by_prompt else draw
+    return how(train, recipe.train_rows, training.seed), test and how(test, recipe.eval_rows, training.seed)
+
+
+def characters(value: Any) -> int:
+    """The length of all texts in a row, or in whatever it is made of; names of roles count too."""
+    if isinstance(value, str):
+        return len(value)
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return sum(map(characters, parts))
 
 
 def draw(rows: Dataset, count: int | None, seed: int) -> Dataset:
@@ -58,6 +84,17 @@ def draw(rows: Dataset, count: int | None, seed: int) -> Dataset:
     if count is None:
         return rows
     return rows.select(sorted(random.Random(seed).sample(range(len(rows)), min(count, len(rows)))))
+
+
+def draw_prompts(rows: Dataset, count: int | None, seed: int) -> Dataset:
+    """As `draw`, but prompts at random with all their rows; of the last one as many as are left to take."""
+    if count is None:
+        return rows
+    rows_of: dict[str, list[int]] = {}
+    for number, prompt in enumerate(rows["prompt"]):
+        rows_of.setdefault(json.dumps(prompt), []).append(number)
+    prompts = random.Random(seed).sample(list(rows_of), len(rows_of))
+    return rows.select(sorted([number for prompt in prompts for number in rows_of[prompt]][:count]))
 
 
 def loading_arguments(model: ModelConfig) -> dict[str, Any]:

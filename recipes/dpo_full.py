@@ -17,7 +17,7 @@ from hf_prefopt import PreferenceTrainer
 def main() -> None:
     script, training, model, recipe = parse_arguments()
     training.model_init_kwargs = loading_arguments(model)
-    train_pairs, test_pairs = load_pairs(script, recipe, training.seed)
+    train_pairs, test_pairs = load_pairs(script, recipe, training)
 
     trainer = PreferenceTrainer(
         model.model_name_or_path, args=training, train_dataset=train_pairs, eval_dataset=test_pairs

@@ -26,11 +26,17 @@ OBJECTIVES = {
     "with use_weighting": {"loss_type": "hinge", "use_weighting": True},
     "several losses": {"loss_type": ["dpo", "kto_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]},
     "reference-free": {"loss_type": "ipo", "reference_free": True},
+    "f_divergence": {"loss_type": ["dpo", "sft"], "f_divergence_type": "js_divergence"},
+    "modified tokens": {"loss_type": "kto_pair", "humanline": True, "ld_alpha": 0.3, "use_token_weights": True},
+    "humanline": {"loss_type": "kto", "humanline": True},
 }
 # One of each kind that the trainer treats differently.
 KINDS = {
     name: OBJECTIVES[name]
-    for name in ("dpo", "sft", "kto_pair", "with use_weighting", "several losses", "kto", "bco", "plackett_luce")
+    for name in (
+        *("dpo", "sft", "kto_pair", "with use_weighting", "several losses", "kto", "bco", "plackett_luce"),
+        *("sampo", "tdpo2", "mallows_dpo", "modified tokens"),
+    )
 }
 each_kind = pytest.mark.parametrize("objective", KINDS.values(), ids=KINDS)
 each_objective = pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
@@ -79,8 +85,9 @@ def test_a_step_is_the_gradient_of_the_mean_over_its_examples(objective, layout,
     model, _ = off_reference(objective)
     fresh = make_trainer(tmp_path, model, **off_reference(objective)[1], **objective, per_device_train_batch_size=8)
     batch = next(iter(fresh.get_train_dataloader()))
-    policy = score(model, batch, fresh.objective.token_stats)
-    reference = fresh.reference.score(batch) if fresh.reference else None
+    reference = fresh.reference.score(batch, fresh.objective.reference_token_stats) if fresh.reference else None
+    predictions = fresh.reference.predictions(reference) if fresh.reference else None
+    policy = score(model, batch, fresh.objective.token_stats, predictions)
     inputs = loss_inputs(fresh.objective.inputs, batch, policy, reference)
     fresh.objective.update_state(inputs)
     loss = fresh.objective(inputs).losses.mean()

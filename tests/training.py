@@ -16,11 +16,13 @@ from tests.tokenizers import tiny_tokenizer
 
 
 def examples(objective: Objective, count: int = 8, seed: int = 0) -> Dataset:
-    """Prepared random rows of the kind that an objective compares, with the further columns that it asks for."""
+    """Prepared random rows of the kind that an objective compares, with the further columns that it wants."""
     rows = ROWS[objective.kind](count, seed)
     for name in objective.inputs:
         if name in objective.kind.extras:
             rows = with_column(rows, name, EXTRAS[name])
+    if "chosen_token_weights" in objective.inputs:
+        return rows.map(lambda row: {"token_weights": token_weights(row["response_ids"])})
     return rows
 
 
@@ -34,6 +36,11 @@ EXTRAS = {
 def with_column(rows: Dataset, name: str, value: Callable[[int], float]) -> Dataset:
     """The rows with that prepared column, a function of the row's number."""
     return rows.add_column(name, [[float(value(row))] for row in rows["row"]])
+
+
+def token_weights(responses: list[list[int]]) -> list[list[float]]:
+    """A weight between ½ and 2 for each token, by its id and place."""
+    return [[0.5 + (7 * place + token) % 13 / 8 for place, token in enumerate(ids)] for ids in responses]
 
 
 def unpaired(count: int = 8, seed: int = 0) -> Dataset:

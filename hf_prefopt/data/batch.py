@@ -31,10 +31,13 @@ class PreferenceBatch(TypedDict, total=False):
 
     Responses (R) and examples (B):
         response_lengths: `[R]` int64, the number of scored tokens, ≥ 1.
+        longest_response: the largest of them, a number: no device is waited for to know the width of `[R, T]`.
         chosen, rejected: `[B]` int64, each pair's responses, as indices into R. A response may serve several pairs.
         responses, mismatched: `[B]` int64, and labels: `[B]` bool, of unpaired examples (see `examples.unpaired`).
         list_responses, list_mask, list_ranks, list_scores: `[B, K]`, of lists (see `examples.lists`).
         weights, margins, chosen_scores, ...: `[B]` float32, where rows have them (see `ExampleKind.extras`).
+        chosen_token_weights, rejected_token_weights: `[B, T]` fp32, of pairs whose tokens have weights, 0 behind the
+            end of a response.
         rows, pair_in_row: `[B]` int64, the example's row in its data set, and its place among that row's pairs.
     """
 
@@ -49,8 +52,11 @@ class PreferenceBatch(TypedDict, total=False):
     targets: Tensor
     response_index: Tensor
     response_lengths: Tensor
+    longest_response: int
     chosen: Tensor
     rejected: Tensor
+    chosen_token_weights: Tensor
+    rejected_token_weights: Tensor
     responses: Tensor
     mismatched: Tensor
     labels: Tensor
@@ -76,7 +82,8 @@ class ResponseScores:
         token_logps: `[N]` fp32, log-prob (nats) of each scored token.
         response_index: `[N]`, the response of each token.
         lengths: `[R]`, scored tokens per response.
-        token_stats: further per-token statistics by name, each `[N]` fp32, present only when asked for.
+        token_stats: further per-token statistics by name, each `[N]` fp32, present only when asked for; among them
+            `hidden`, `[N, H]`, what the head was given.
     """
 
     token_logps: Tensor
@@ -91,6 +98,17 @@ class ResponseScores:
         sums = torch.zeros(self.lengths.shape[0], dtype=wide, device=per_token.device)
         return sums.index_add(0, self.response_index, per_token.to(wide)).to(per_token.dtype)
 
+    def by_response(self, per_token: Tensor, width: int) -> Tensor:
+        """`[R, width]`: a per-token quantity `[N]` of each response in a row of its own, 0 behind its end."""
+        starts = self.lengths.cumsum(0) - self.lengths
+        places = torch.arange(len(per_token), device=per_token.device) - starts[self.response_index]
+        rows = per_token.new_zeros(len(self.lengths), width)
+        return rows.index_put((self.response_index, places), per_token)
+
+    def mean_by_response(self, per_token: Tensor) -> Tensor:
+        """`[R]`: the mean of a per-token quantity `[N]` over each response."""
+        return self.sum_by_response(per_token) / self.lengths.clamp(min=1)
+
     @property
     def logps(self) -> Tensor:
         """`[R]`: summed log-prob of each response (nats)."""
@@ -99,8 +117,22 @@ class ResponseScores:
     @property
     def alignment(self) -> Tensor:
         """`[R]`: mean over the tokens of log π_t − log Σ_v π_v² (nats per token), detached: WPO's log weight."""
-        aligned = (self.token_logps - self.token_stats["log_sum_sq_probs"]).detach()
-        return self.sum_by_response(aligned) / self.lengths.clamp(min=1)
+        return self.mean_by_response((self.token_logps - self.token_stats["log_sum_sq_probs"]).detach())
+
+    @property
+    def entropy(self) -> Tensor:
+        """`[R]`: mean over the tokens of the entropy of the model's prediction (nats per token)."""
+        return self.mean_by_response(self.token_stats["entropy"])
+
+    @property
+    def normalised_entropy(self) -> Tensor:
+        """`[R]`: the same as a share of log V, its largest value for a vocabulary of V tokens; in [0, 1]."""
+        return self.mean_by_response(self.token_stats["normalised_entropy"])
+
+    @property
+    def kl(self) -> Tensor:
+        """`[R]`: sum over the tokens of KL(π_ref(·|·) ‖ π(·|·)) over the whole vocabulary (nats)."""
+        return self.sum_by_response(self.token_stats["vocabulary_kl"])
 
 
 def join_examples(parts: Sequence[Tensor], fill: float = 0.0) -> Tensor:

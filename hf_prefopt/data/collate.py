@@ -70,7 +70,8 @@ class PaddedCollator:
             "response_lengths": response_lengths,
             **index_examples(rows, grouped.places),
         }
-        return cast(PreferenceBatch, {name: torch.from_numpy(array) for name, array in batch.items()})
+        tensors: dict[str, Any] = {name: torch.from_numpy(array) for name, array in batch.items()}
+        return cast(PreferenceBatch, tensors | {"longest_response": int(response_lengths.max())})
 
     def _width(self, longest: int) -> int:
         multiple = self.pad_to_multiple_of or 1

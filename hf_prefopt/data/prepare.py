@@ -5,7 +5,7 @@ travels in columns beside it, so that the counts are also right when `datasets` 
 """
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,17 +31,19 @@ EXAMPLE_FEATURES = {
     "labels": List(Value("bool")),
     "ranks": List(Value("float64")),
     "scores": List(Value("float64")),
+    "token_weights": List(List(Value("float32"))),
 }
 
 
-def prepared_features(kind: ExampleKind, extras: Iterable[str] = ()) -> Features:
-    """The columns of a prepared data set of such examples, with further numbers of these names for each."""
+def prepared_features(kind: ExampleKind, marks: Iterable[str] = (), extras: Iterable[str] = ()) -> Features:
+    """The columns of a prepared data set of such examples, of which `marks` and `extras`, further numbers for each
+    example, are not in every one."""
     return Features(
         {
             "prompt_ids": List(Value("int32")),
             "response_ids": List(List(Value("int32"))),
             "scored_masks": List(List(Value("int8"))),
-            **{column: EXAMPLE_FEATURES[column] for column in kind.columns},
+            **{column: EXAMPLE_FEATURES[column] for column in (*kind.columns, *marks)},
             **{extra: List(Value("float64")) for extra in extras},
             "row": Value("int64"),
         }
@@ -96,7 +98,8 @@ def prepare_dataset(
         A data set of the columns `prompt_ids` (list of int), `response_ids` (K lists; of a pair chosen, then rejected),
         `scored_masks` (K lists of 0 / 1, one per response token), `row` (the row in the data set given), and by the
         kind of the examples `pairs` (`[[0, 1]]` for a pair), `labels` (K bools), or `ranks` and `scores` (K numbers);
-        and what the rows say of them besides (`ExampleKind.extras`), such as `weights`: a list of a number per example.
+        of pairs whose tokens have weights also `token_weights` (K lists of numbers); and what the rows say of the
+        examples besides (`ExampleKind.extras`), such as `weights`: a list of a number per example.
 
     Raises:
         ValueError: an argument outside its values; columns of no known format; messages without a chat template; with
@@ -110,18 +113,21 @@ def prepare_dataset(
     kind = kind_of_columns(columns)
     if kind is None or not set(prepared_features(kind)).issubset(columns):
         try:
-            kind = find_format(columns).kind
+            row_format = find_format(columns)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
-        dataset = _tokenise(dataset, kind, tokenizer, max_length, truncation_mode, on_bad_rows, num_proc, name)
+        kind, extras = row_format.kind, extra_columns(row_format.kind, columns)
+        features = prepared_features(kind, row_format.marks, extras)
+        dataset = _tokenise(dataset, features, tokenizer, max_length, truncation_mode, on_bad_rows, num_proc, name)
     if not unpair or kind is not PAIRS:
         return dataset
-    return unpair_rows(dataset, prepared_features(UNPAIRED, present_extras(UNPAIRED, _column_names(dataset))))
+    extras_there = present_extras(UNPAIRED, _column_names(dataset))
+    return unpair_rows(dataset, prepared_features(UNPAIRED, extras=extras_there))
 
 
 def _tokenise(
     dataset: Dataset | IterableDataset,
-    kind: ExampleKind,
+    features: Features,
     tokenizer: PreTrainedTokenizerBase,
     max_length: int | None,
     truncation_mode: str,
@@ -129,8 +135,7 @@ def _tokenise(
     num_proc: int | None,
     name: str,
 ) -> Dataset | IterableDataset:
-    """The data set of rows in a known format, prepared."""
-    features = prepared_features(kind, extra_columns(kind, _column_names(dataset)))
+    """The data set of rows in a known format, prepared to these columns."""
     how = {
         "batched": True,
         "with_indices": True,
@@ -178,10 +183,11 @@ def _prepare_batch(
     rows = [_read(row_format.read, columns, at) for at in range(len(indices))]
     tokenised = iter(tokenize_rows([row for row in rows if isinstance(row, CanonicalRow)], tokenizer, kinds))
     extras = extra_columns(row_format.kind, columns)
-    out: dict[str, list[Any]] = {column: [] for column in (*prepared_features(row_format.kind, extras), *_NOTES)}
+    features = prepared_features(row_format.kind, row_format.marks, extras)
+    out: dict[str, list[Any]] = {column: [] for column in (*features, *_NOTES)}
     for at, (index, row) in enumerate(zip(indices, rows, strict=True)):
         done = row if isinstance(row, BadRow) else next(tokenised)
-        noted = _note(index, done, max_length, truncation_mode, kinds, row_format.kind)
+        noted = _note(index, done, max_length, truncation_mode, kinds, (*row_format.kind.columns, *row_format.marks))
         noted |= read_extras({column: columns[column][at] for column in extras.values()}, extras)
         for column, value in noted.items():
             out[column].append(value)
@@ -196,7 +202,12 @@ def _read(read: Any, columns: Mapping[str, list[Any]], at: int) -> CanonicalRow 
 
 
 def _note(
-    index: int, row: TokenisedRow | BadRow, max_length: int | None, mode: str, kinds: TokenKinds, examples: ExampleKind
+    index: int,
+    row: TokenisedRow | BadRow,
+    max_length: int | None,
+    mode: str,
+    kinds: TokenKinds,
+    columns: Sequence[str],
 ) -> dict[str, Any]:
     """One row of the map's result."""
     kept, cuts, problem = None, Cuts(), ""
@@ -210,7 +221,7 @@ def _note(
         "prompt_ids": shown.prompt_ids,
         "response_ids": shown.response_ids,
         "scored_masks": shown.scored_masks,
-        **{column: said.get(column, []) for column in examples.columns},
+        **{column: said.get(column, []) for column in columns},
         "row": index,
         "_problem": problem,
         "_bad": bool(problem),

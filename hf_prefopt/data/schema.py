@@ -4,7 +4,8 @@ Formats (an entry of `FORMATS` each, found by the data set's columns; a column h
 
     prompt, chosen, rejected                   explicit prompt
     chosen, rejected                           implicit prompt: both sides begin with it
-    prompt_ids, chosen_ids, rejected_ids       already tokenised
+    prompt_ids, chosen_ids, rejected_ids       already tokenised; with chosen_token_weights, rejected_token_weights a
+                                               number for each token of the responses
     prompt, completion, label                  a response, desirable (true) or not
     prompt, responses, ranks                   a list of responses; smaller ranks are better
     prompt, responses, scores                  a list of responses; larger scores are better
@@ -16,7 +17,7 @@ with `tools` and `chat_template_kwargs` beside messages, and numbers of each exa
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from hf_prefopt.data.messages import BadRow, Message, check_messages, check_reply, count_shared_messages, drop_nones
@@ -35,7 +36,8 @@ class CanonicalRow:
         responses: the K responses; for a pair the chosen, then the rejected one.
         columns: the column that each response came from, for error messages.
         pairs: `(chosen, rejected)` indices into `responses`.
-        marks: what the row says of each response beside pairs, by the prepared column: `labels`, or `ranks`, `scores`.
+        marks: what the row says of each response beside pairs, by the prepared column: `labels`, or `ranks`, `scores`,
+            or `token_weights`.
         tools: tool schemas for the chat template, or None.
         chat_template_kwargs: further arguments of the chat template.
     """
@@ -52,25 +54,44 @@ class CanonicalRow:
 
 @dataclass(frozen=True)
 class RowFormat:
-    """A format: the columns that a data set of this format has, and the reader of one of its rows."""
+    """A format: the columns that a data set of this format has, and the reader of one of its rows.
+
+    `marks` are the prepared columns that its rows have beside those of every row of their kind.
+    """
 
     name: str
     columns: tuple[str, ...]
     read: Callable[[Mapping[str, Any]], CanonicalRow]
     kind: ExampleKind = PAIRS
+    marks: tuple[str, ...] = ()
 
 
 def find_format(columns: Iterable[str]) -> RowFormat:
-    """The first format whose columns are all there. Raises `ValueError` naming what is missing from the nearest one."""
+    """The first format whose columns are all there.
+
+    Raises:
+        ValueError: there is none (what is missing from the nearest one is named), or there are weights of tokens and no
+            tokens that they could be told by.
+    """
     present = set(columns)
     for row_format in FORMATS:
         if present.issuperset(row_format.columns):
+            _refuse_lost_weights(present, row_format)
             return row_format
-    nearest = max(FORMATS, key=lambda row_format: len(present.intersection(row_format.columns)))
+    nearest = max(FORMATS, key=lambda f: (len(present.intersection(f.columns)), -len(f.columns)))
     missing = ", ".join(f"`{name}`" for name in nearest.columns if name not in present)
     known = "; ".join(f"{row_format.name} ({', '.join(row_format.columns)})" for row_format in FORMATS)
     found = ", ".join(sorted(present)) or "none"
     raise ValueError(f"column {missing} is missing (columns found: {found}); the formats are: {known}")
+
+
+def _refuse_lost_weights(present: set[str], row_format: RowFormat) -> None:
+    weights = sorted(present.intersection(_TOKEN_WEIGHTS))
+    if weights and not row_format.marks:
+        raise ValueError(
+            f"column {', '.join(weights)} weighs tokens, and these rows ({row_format.name}) do not say which tokens "
+            "there are: give prompt_ids, chosen_ids, rejected_ids, chosen_token_weights and rejected_token_weights"
+        )
 
 
 def read_explicit_pair(row: Mapping[str, Any]) -> CanonicalRow:
@@ -98,6 +119,16 @@ def read_tokenised_pair(row: Mapping[str, Any]) -> CanonicalRow:
         if not ids:
             raise BadRow(column, "is empty")
     return CanonicalRow("tokens", prompt, responses, ("chosen_ids", "rejected_ids"), [(0, 1)])
+
+
+def read_weighted_pair(row: Mapping[str, Any]) -> CanonicalRow:
+    """`read_tokenised_pair` with `chosen_token_weights`, `rejected_token_weights`: a number ≥ 0 for each token."""
+    pair = read_tokenised_pair(row)
+    weights = [
+        _check_weights(column, row.get(column), len(ids))
+        for column, ids in zip(_TOKEN_WEIGHTS, pair.responses, strict=True)
+    ]
+    return replace(pair, marks={"token_weights": weights})
 
 
 def read_labelled(row: Mapping[str, Any]) -> CanonicalRow:
@@ -140,9 +171,15 @@ def _read_list(
     return _canonical(kind, prompt, checked, row, marks=mark([float(value) for value in values]))
 
 
+_TOKEN_WEIGHTS = ("chosen_token_weights", "rejected_token_weights")
+_TOKENS = ("prompt_ids", "chosen_ids", "rejected_ids")
+
 # The order matters: the first format whose columns are all present is the data set's.
 FORMATS: tuple[RowFormat, ...] = (
-    RowFormat("tokenised pairs", ("prompt_ids", "chosen_ids", "rejected_ids"), read_tokenised_pair),
+    RowFormat(
+        "tokenised pairs with weights", (*_TOKENS, *_TOKEN_WEIGHTS), read_weighted_pair, marks=("token_weights",)
+    ),
+    RowFormat("tokenised pairs", _TOKENS, read_tokenised_pair),
     RowFormat("pairs", ("prompt", "chosen", "rejected"), read_explicit_pair),
     RowFormat("pairs that begin with their prompt", ("chosen", "rejected"), read_implicit_pair),
     RowFormat("labelled responses", ("prompt", "completion", "label"), read_labelled, UNPAIRED),
@@ -258,3 +295,15 @@ def _check_ids(column: str, ids: Any) -> list[int]:
         if isinstance(token, bool) or not isinstance(token, int) or token < 0:
             raise BadRow(column, f"holds {token!r} at position {position:,}", "make it a list of token ids, all ≥ 0")
     return list(ids)
+
+
+def _check_weights(column: str, weights: Any, count: int) -> list[float]:
+    if not isinstance(weights, list | tuple) or len(weights) != count:
+        given = f"{len(weights):,}" if isinstance(weights, list | tuple) else f"{weights!r} and no"
+        raise BadRow(column, f"holds {given} numbers for {count:,} tokens", "give one for each token of the response")
+    for position, weight in enumerate(weights):
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
+            raise BadRow(
+                column, f"holds {weight!r} at position {position:,}", "make it a list of finite numbers, all ≥ 0"
+            )
+    return [float(weight) for weight in weights]

@@ -73,7 +73,11 @@ class SharedCollator:
             **index_examples(rows, grouped.places),
         }
         tensors: dict[str, Any] = {name: torch.from_numpy(array) for name, array in batch.items()}
-        return cast(PreferenceBatch, tensors | {"segment_longest": (int(queries.max()), int(keys.max()))})
+        longest = {
+            "segment_longest": (int(queries.max()), int(keys.max())),
+            "longest_response": int(response_lengths.max()),
+        }
+        return cast(PreferenceBatch, tensors | longest)
 
 
 def _key_index(prompts: np.ndarray, keys: np.ndarray, prompt_starts: np.ndarray, response_starts: np.ndarray):

@@ -4,7 +4,7 @@ Whatever is cut, a response keeps the token that ends it (EOS, or the template's
 row keep one and the same prompt.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from hf_prefopt.data.tokenize import TokenisedRow, TokenKinds
@@ -40,16 +40,29 @@ def truncate_row(
     prompt = TRUNCATION_MODES[mode](row, max_length)
     room = max_length - len(prompt)
     responses, masks = [], []
+    kept: list[Sequence[int]] = []
     for ids, mask in zip(row.response_ids, row.scored_masks, strict=True):
+        places: Sequence[int] = range(len(ids))
         if len(ids) > room:
-            ids, mask = _cut_response(ids, mask, room, kinds)
+            ids, mask, places = _cut_response(ids, mask, room, kinds)
             if not kinds.says_something(ids, mask):
                 return None, Cuts(longest=longest)
         responses.append(ids)
         masks.append(mask)
+        kept.append(places)
     cut = sum(len(ids) > room for ids in row.response_ids)
     cuts = Cuts(cut, prompt=len(prompt) < len(row.prompt_ids), longest=longest)
-    return replace(row, prompt_ids=prompt, response_ids=responses, scored_masks=masks), cuts
+    marks = {name: _kept(values, kept) if name in TOKEN_MARKS else values for name, values in row.marks.items()}
+    return replace(row, prompt_ids=prompt, response_ids=responses, scored_masks=masks, marks=marks), cuts
+
+
+# Marks that say something of each token, and go where it goes; the others are of whole responses.
+TOKEN_MARKS = ("token_weights",)
+
+
+def _kept(values: list[list[float]], places: list[Sequence[int]]) -> list[list[float]]:
+    """The values of the tokens that stayed, response by response."""
+    return [[of_tokens[at] for at in kept] for of_tokens, kept in zip(values, places, strict=True)]
 
 
 def _whole_prompt(row: TokenisedRow, max_length: int) -> list[int]:
@@ -69,14 +82,21 @@ TRUNCATION_MODES: dict[str, Callable[[TokenisedRow, int], list[int]]] = {
 }
 
 
-def _cut_response(ids: list[int], mask: list[int], room: int, kinds: TokenKinds) -> tuple[list[int], list[int]]:
-    """The response's first tokens, ended as the whole one was; an unscored turn that the cut goes through goes."""
+def _cut_response(
+    ids: list[int], mask: list[int], room: int, kinds: TokenKinds
+) -> tuple[list[int], list[int], Sequence[int]]:
+    """The response's first tokens, ended as the whole one was; an unscored turn that the cut goes through goes.
+
+    Returns:
+        The tokens, which of them are scored, and where each stood.
+    """
     end = max(0, room)
     if end and not mask[end - 1]:
         while end and not mask[end - 1]:
             end -= 1
-        return ids[:end], mask[:end]
+        return ids[:end], mask[:end], range(end)
     closing = kinds.closing_token(ids)
     if closing is None or not end:
-        return ids[:end], mask[:end]
-    return [*ids[: end - 1], closing], [*mask[: end - 1], 1]
+        return ids[:end], mask[:end], range(end)
+    closed_at = len(ids) - 1 - ids[::-1].index(closing)
+    return [*ids[: end - 1], closing], [*mask[: end - 1], 1], [*range(end - 1), closed_at]

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from hf_prefopt.examples.kind import STATISTICS, ExampleKind, Extra, Figure
+from hf_prefopt.examples.kind import STATISTICS, ExampleKind, Extra, Figure, Statistic
 from hf_prefopt.examples.lists import LISTS
 from hf_prefopt.examples.pairs import PAIRS
 from hf_prefopt.examples.unpaired import UNPAIRED
@@ -25,6 +25,7 @@ __all__ = [
     "ExampleKind",
     "Extra",
     "Figure",
+    "Statistic",
     "kind_of_columns",
 ]
 

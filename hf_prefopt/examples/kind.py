@@ -15,9 +15,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# What a loss may ask of a response (attributes of `ResponseScores`), with the per-token statistics that takes of the
-# head besides the log-prob.
-STATISTICS: dict[str, tuple[str, ...]] = {"logps": (), "alignment": ("log_sum_sq_probs",)}
+
+@dataclass(frozen=True)
+class Statistic:
+    """What it takes of the heads, besides the log-probs of the tokens, to tell a loss something of a response.
+
+    Attributes:
+        own: per-token statistics of the model's own head.
+        of_reference: those of the reference's, which is then scored first.
+    """
+
+    own: tuple[str, ...] = ()
+    of_reference: tuple[str, ...] = ()
+
+
+# What a loss may ask of a response under a model; see `losses.inputs.ResponseStatistics`.
+STATISTICS: dict[str, Statistic] = {
+    "logps": Statistic(),
+    "token_logps": Statistic(),
+    "alignment": Statistic(("log_sum_sq_probs",)),
+    "entropy": Statistic(("entropy",)),
+    "normalised_entropy": Statistic(("normalised_entropy",)),
+    "kl": Statistic(("vocabulary_kl",), of_reference=("hidden",)),
+}
 
 
 @dataclass(frozen=True)
@@ -78,6 +98,7 @@ class ExampleKind(ABC):
         extras: numbers that an example may have besides, by the name of the prepared column and of the input.
         rewarded: the names of the responses that have implicit rewards, in the order of the rewards' columns.
         metric_inputs: inputs that the metrics read, whatever the loss does.
+        has_token_inputs: whether losses may ask for `..._token_logps` and `..._token_mask`.
     """
 
     name: str
@@ -88,12 +109,16 @@ class ExampleKind(ABC):
     extras: Mapping[str, Extra]
     rewarded: tuple[str, ...]
     metric_inputs: tuple[str, ...]
+    has_token_inputs: bool = True
 
     @cached_property
     def _pattern(self) -> re.Pattern[str]:
         which = "|".join(f"{name}_" if name else "" for name in sorted(self.responses, reverse=True))
-        stat = "|".join(STATISTICS)
-        return re.compile(rf"(?P<model>policy|ref)_(?P<which>{which})(?P<statistic>{stat})|(?P<of>{which})lengths")
+        per_token = "|token_mask" if self.has_token_inputs else ""
+        stat = "|".join(name for name in STATISTICS if self.has_token_inputs or not name.startswith("token_"))
+        return re.compile(
+            rf"(?P<model>policy|ref)_(?P<which>{which})(?P<statistic>{stat})|(?P<of>{which})(?P<fact>lengths{per_token})"
+        )
 
     def takes(self, name: str) -> bool:
         """Whether a loss's parameter of that name is an input of such examples."""
@@ -108,20 +133,18 @@ class ExampleKind(ABC):
         """The input of that name of a batch's examples; gradients flow to the policy's scores.
 
         Args:
-            scores: the `ResponseScores` of "policy" and "ref".
+            scores: the `ResponseStatistics` of "policy" and "ref".
         """
         if name in self.facts:
             return batch[name] if name in batch else self._left_out(name, batch)
         match = self._pattern.fullmatch(name)
         which = match["which"] if match["model"] else match["of"]
         places = batch[self.responses[which.removesuffix("_")]]
-        if match["model"] is None:
-            return scores["policy"].lengths[places]
-        return getattr(scores[match["model"]], match["statistic"])[places]
+        return getattr(scores[match["model"] or "policy"], match["statistic"] or match["fact"])[places]
 
     def _left_out(self, name: str, batch: Mapping[str, Any]) -> Tensor:
         """What examples have whose rows say nothing of it."""
-        default = self.extras[name].default
+        default = self.extras[name].default if name in self.extras else None
         if default is None:
             raise ValueError(f"a loss asks for `{name}`, and rows of this batch have none")
         return torch.full(batch["rows"].shape, default, device=batch["rows"].device)
@@ -202,3 +225,14 @@ def row_numbers(rows: Sequence[Mapping[str, Any]], counts: Sequence[int]) -> dic
         "rows": np.repeat(np.array([row["row"] for row in rows], dtype=np.int64), counts),
         "pair_in_row": np.concatenate([np.arange(count) for count in counts]),
     }
+
+
+def made_up_statistic(name: str) -> Tensor:
+    """An input of that name of two responses of eight tokens: −4 nats in all, weights of 1, a KL or entropy of ½."""
+    if name.endswith(("token_mask", "token_weights")):
+        return torch.ones(2, 8, dtype=torch.bool if name.endswith("mask") else torch.float32)
+    if name.endswith("token_logps"):
+        return torch.full((2, 8), -0.5)
+    if name.endswith(("entropy", "kl")):
+        return torch.full((2,), 0.5)
+    return torch.full((2,), 8 if name.endswith("lengths") else -4.0)

@@ -22,6 +22,7 @@ class Lists(ExampleKind):
     facts = ("list_mask", "list_ranks", "list_scores", *extras)
     rewarded = ("list",)
     metric_inputs = ("policy_list_logps", "list_mask", "list_ranks")
+    has_token_inputs = False
 
     def index(self, rows: Sequence[Mapping[str, Any]], places: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
         """Each row is one example. Padding points at response 0, with a mask that says so."""

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_prefopt.examples.kind import WEIGHT, ExampleKind, Figure, row_numbers
+from hf_prefopt.examples.kind import WEIGHT, ExampleKind, Figure, made_up_statistic, row_numbers
 
 
 class Unpaired(ExampleKind):
@@ -43,7 +43,7 @@ class Unpaired(ExampleKind):
         """A desirable and an undesirable example of eight tokens, −4 nats."""
         if name == "labels":
             return torch.tensor([True, False])
-        return torch.full((2,), 8 if name.endswith("lengths") else -4.0)
+        return made_up_statistic(name)
 
     def figures(self, rewards: Tensor | None, inputs: Mapping[str, Tensor]) -> dict[str, Figure]:
         """Means over the desirable ("chosen") and over the undesirable ("rejected") examples that there are."""

@@ -22,7 +22,14 @@ from hf_prefopt.losses.running_margin import alpha_dpo_loss, beta_dpo_loss
 from hf_prefopt.losses.scored_lists import exo_rw_loss, infonca_loss, lipo_loss, nca_loss
 from hf_prefopt.losses.scored_pairs import odpo_loss, rpo_bwd_loss, rpo_fwd_loss, rpo_sq_loss, sppo_loss
 from hf_prefopt.losses.simpo import alphapo_loss, repo_loss, simper_loss, simpo_loss
+from hf_prefopt.losses.token_level import d2po_loss, sampo_loss, tis_dpo_loss
 from hf_prefopt.losses.unpaired import apo_zero_unpaired_loss, npo_loss, sft_unpaired_loss
+from hf_prefopt.losses.whole_predictions import (
+    mallows_dpo_loss,
+    mallows_dpo_reference_free_loss,
+    tdpo1_loss,
+    tdpo2_loss,
+)
 
 __all__ = [
     "LossOutput",
@@ -42,6 +49,7 @@ __all__ = [
     "cauchy_loss",
     "chi_po_loss",
     "cpo_loss",
+    "d2po_loss",
     "discopop_loss",
     "dpo_loss",
     "dpo_norm_loss",
@@ -61,6 +69,8 @@ __all__ = [
     "kto_weights",
     "lipo_loss",
     "list_losses",
+    "mallows_dpo_loss",
+    "mallows_dpo_reference_free_loss",
     "nca_loss",
     "nca_pair_loss",
     "npo_loss",
@@ -77,6 +87,7 @@ __all__ = [
     "rpo_sq_loss",
     "rrhf_loss",
     "s_dpo_loss",
+    "sampo_loss",
     "sft_lists_loss",
     "sft_loss",
     "sft_unpaired_loss",
@@ -85,5 +96,8 @@ __all__ = [
     "slic_hf_loss",
     "sppo_hard_loss",
     "sppo_loss",
+    "tdpo1_loss",
+    "tdpo2_loss",
+    "tis_dpo_loss",
     "wpo_loss",
 ]

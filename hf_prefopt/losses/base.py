@@ -90,6 +90,20 @@ def check_lists(**tensors: Tensor | None) -> None:
         raise ValueError(f"a loss of lists takes matrices [B, K] of one shape and no vectors, got {listing}")
 
 
+def check_tokens(tokens: dict[str, Tensor], vectors: dict[str, Tensor]) -> None:
+    """Every tensor of `tokens` is a matrix `[B, T]` of one shape, and every one of `vectors` is `[B]`.
+
+    Raises:
+        ValueError: names the tensors that disagree, with their shapes.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in (tokens | vectors).items()}
+    first = next(iter(tokens.values())).shape
+    fitting = len(first) == 2 and all(tensor.shape == first for tensor in tokens.values())
+    if not fitting or any(tensor.shape != first[:1] for tensor in vectors.values()):
+        listing = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+        raise ValueError(f"a loss of tokens takes matrices [B, T] of one shape beside vectors [B], got {listing}")
+
+
 def check_range(
     name: str,
     value: float,

@@ -16,13 +16,13 @@ Inputs = dict[str, Tensor]
 
 
 def gather_inputs(accelerator: Accelerator, inputs: Inputs) -> tuple[Inputs, int]:
-    """The inputs `[B_r]` or `[B_r, K_r]` of all ranks in one, detached, and where this rank's begin."""
+    """The inputs `[B_r]`, `[B_r, K_r]` or `[B_r, T_r]` of all ranks in one, detached, and where this rank's begin."""
     detached = {name: tensor.detach() for name, tensor in inputs.items()}
     if accelerator.num_processes == 1:
         return detached, 0
     count = len(next(iter(detached.values())))
-    longest_list = max((tensor.shape[1] for tensor in detached.values() if tensor.dim() == 2), default=0)
-    shapes = accelerator.gather(torch.tensor([[count, longest_list]], device=accelerator.device))
+    widest = max((tensor.shape[1] for tensor in detached.values() if tensor.dim() == 2), default=0)
+    shapes = accelerator.gather(torch.tensor([[count, widest]], device=accelerator.device))
     sizes, widths = shapes.T.tolist()
 
     def gathered(tensor: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """The objective: the weighted sum of losses that a configuration asks for, as one function of named inputs."""
 
 import functools
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from hf_prefopt.examples import PAIRS, ExampleKind
 from hf_prefopt.losses.base import LossOutput, check_range
 from hf_prefopt.losses.dpo import wpo_weights
+from hf_prefopt.losses.modifiers import Modifier
 from hf_prefopt.losses.registry import LossSpec, get_loss, list_losses, token_stats_of
 
 State = dict[str, Tensor]
@@ -29,24 +30,41 @@ class Term:
     params: dict[str, Any] = field(default_factory=dict)
     reference_free: bool = False
     absent: tuple[str, ...] = ()
+    modifiers: tuple[Modifier, ...] = ()
 
     @property
-    def inputs(self) -> tuple[str, ...]:
+    def names(self) -> tuple[str, ...]:
         """The names of the tensors that the loss is called with."""
         left_out = (*self.absent, *(self.spec.reference_inputs if self.reference_free else ()))
         return tuple(name for name in self.spec.inputs if name not in left_out)
 
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The names of the tensors that these are made of; the same without modifiers."""
+        return functools.reduce(lambda names, modifier: modifier.reads(names), reversed(self.modifiers), self.names)
+
+    @property
+    def initial_state(self) -> Mapping[str, float]:
+        """What the loss keeps before the first batch."""
+        return {} if self.spec.state is None else self.spec.state.initial
+
     def __call__(self, inputs: dict[str, Tensor], state: State | None = None) -> LossOutput:
         """The loss on the inputs it asks for, not weighted, and on the state that it keeps, if it keeps one."""
         kept = {} if self.spec.state is None else {"state": state}
-        return self.spec(**{name: inputs[name] for name in self.inputs}, **self.params, **kept)
+        return self.spec(**self._modified(inputs), **self.params, **kept)
 
     def updated(self, state: State, inputs: dict[str, Tensor]) -> State:
         """The loss's state after the global batch of these inputs; what it was, of a loss that keeps none."""
         if self.spec.state is None:
             return state
         with torch.no_grad():
-            return self.spec.state.update(state, **{name: inputs[name] for name in self.inputs}, **self.params)
+            return self.spec.state.update(state, **self._modified(inputs), **self.params)
+
+    def _modified(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors that the loss is called with."""
+        for modifier in self.modifiers:
+            inputs = modifier(inputs, self.names)
+        return {name: inputs[name] for name in self.names}
 
 
 class Objective:
@@ -92,7 +110,12 @@ class Objective:
     @property
     def token_stats(self) -> tuple[str, ...]:
         """The per-token statistics, besides the log-prob, that the policy's head must compute."""
-        return tuple(sorted(token_stats_of(self.inputs)))
+        return tuple(sorted(token_stats_of(self.inputs, "policy")))
+
+    @property
+    def reference_token_stats(self) -> tuple[str, ...]:
+        """The same for the reference's head."""
+        return tuple(sorted(token_stats_of(self.inputs, "ref")))
 
     def __call__(self, inputs: dict[str, Tensor]) -> LossOutput:
         """The weighted sum on named inputs `[B]` or `[B, K]`; see `losses.inputs`."""
@@ -158,6 +181,7 @@ def build_objective(
     reference_free: bool = False,
     kind: ExampleKind | None = None,
     columns: Collection[str] = (),
+    modifiers: Sequence[Modifier] = (),
 ) -> Objective:
     """The objective of a configuration.
 
@@ -173,6 +197,7 @@ def build_objective(
         kind: the examples that there are, for losses that take several kinds; by default what the losses agree on.
         columns: what the data say of the examples besides (`ExampleKind.extras`): `weights` multiply the examples'
             losses, `margins` go to the losses that subtract one, the others to the losses that ask for them.
+        modifiers: change what the losses that have rewards are given, in that order.
 
     Raises:
         ValueError: an unknown name, a parameter that no loss takes (the valid ones are listed with their defaults), a
@@ -201,7 +226,20 @@ def build_objective(
         )
         for spec, weight in zip(specs, weights, strict=True)
     ]
-    return Objective(terms, use_weighting, use_weights="weights" in columns)
+    return Objective(_with_modifiers(terms, modifiers), use_weighting, use_weights="weights" in columns)
+
+
+def _with_modifiers(terms: list[Term], modifiers: Sequence[Modifier]) -> list[Term]:
+    """The terms, those that have rewards modified; what is not changed by a modifier is refused."""
+    rewarded = [term for term in terms if term.spec.computes_reward_metrics]
+    for modifier in modifiers:
+        reasons = [(term.spec.name, modifier.refusal(term)) for term in rewarded] or [
+            (terms[0].spec.name, "it has no rewards")
+        ]
+        refused = [f"{name} cannot be modified so: {reason}" for name, reason in reasons if reason]
+        if refused:
+            raise ValueError(f"{modifier.setting}, but {'; '.join(refused)}")
+    return [replace(term, modifiers=tuple(modifiers)) if term in rewarded else term for term in terms]
 
 
 def _of_one_kind(specs: list[LossSpec], kind: ExampleKind | None) -> list[LossSpec]:

@@ -60,7 +60,7 @@ def _section(spec: LossSpec) -> str:
 
 def _needs(spec: LossSpec) -> list[str]:
     """What the loss asks of the trainer beyond summed log-probs of the policy, in words."""
-    statistics = ", ".join(sorted(token_stats_of(spec.inputs)))
+    statistics = ", ".join(sorted(token_stats_of(spec.inputs, "policy") | token_stats_of(spec.inputs, "ref")))
     said = {
         f"reference model: {_reference(spec)}": True,
         f"token statistics ({statistics})": statistics,

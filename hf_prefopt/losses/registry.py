@@ -2,9 +2,15 @@
 
 A loss is a pure function of tensors. The names of its parameters say what it needs, so nothing is declared twice:
 
-    policy_chosen_logps, ref_rejected_logps, ...   pairs: {policy | ref}_{chosen | rejected}_{statistic}, `[B]`
+    policy_chosen_logps, ref_rejected_logps, ...   pairs: {policy | ref}_{chosen | rejected}_{statistic}, `[B]`; the
+                                                   statistics are `examples.STATISTICS`
     chosen_lengths, rejected_lengths               scored tokens per response: `[B]`
+    policy_chosen_token_logps, ...                 log-probs of the scored tokens: `[B, T]`, 0 behind a response's end
+    chosen_token_mask, rejected_token_mask         `[B, T]` bool, False behind it
+    chosen_token_weights, rejected_token_weights   of the data set's columns: `[B, T]`
+    rows, pair_in_row                              which pair of the data set it is: `[B]`
     policy_logps, ref_logps, lengths, labels       single responses, desirable (True) or not: `[B]`
+    policy_token_logps, token_mask, ...            the same of their tokens: `[B, T]`
     policy_mismatched_logps, ...                   another prompt's response behind the example's prompt: `[B]`
     policy_list_logps, ref_list_logps, list_lengths, list_mask, list_ranks, list_scores     lists: `[B, K]`
     chosen_scores, chosen_win_rates, margins, ...  what pairs may have in further columns: `[B]`; see `examples.pairs`
@@ -53,6 +59,7 @@ class LossSpec:
         is_average_loss: the log-probs are averaged over tokens, so beta is on another scale than DPO's.
         computes_reward_metrics: the loss has implicit rewards.
         needs_global_batch: the loss of an example depends on the other examples of the global batch.
+        has_own_divergence: it is made for a divergence from the reference, so no other one can take its place.
         state: what the loss keeps across batches; it is given to it as `state`.
         is_one_value: the loss is one value for the global batch, so no example has a loss of its own to be weighed.
         check_data: looks at the examples of a whole data set before training. It is called with those hyperparameters
@@ -72,6 +79,7 @@ class LossSpec:
     needs_global_batch: bool = False
     is_one_value: bool = False
     check_data: Callable[..., str | None] | None = None
+    has_own_divergence: bool = False
     state: RunningState | None = None
     form_of: str = ""
     inputs: tuple[str, ...] = ()
@@ -121,10 +129,16 @@ class LossSpec:
         return self.kind.default_rewards(arguments, arguments.get("beta", self.defaults.get("beta", 1.0)))
 
 
-def token_stats_of(inputs: Iterable[str]) -> frozenset[str]:
-    """The per-token statistics, besides the log-prob, that inputs of these names are made of."""
-    statistics = (kind.statistic(name) for name in inputs for kind in KINDS if kind.takes(name))
-    return frozenset(name for statistic in statistics if statistic for name in STATISTICS[statistic])
+def token_stats_of(inputs: Iterable[str], model: str) -> frozenset[str]:
+    """The per-token statistics, besides the log-prob, that inputs of these names take of the head of a model.
+
+    Args:
+        model: "policy" or "ref".
+    """
+    found = [(name, kind.statistic(name)) for name in inputs for kind in KINDS if kind.takes(name)]
+    asked = [(name, STATISTICS[statistic]) for name, statistic in found if statistic]
+    own = {stat for name, statistic in asked if name.startswith(model) for stat in statistic.own}
+    return frozenset(own | {stat for _, statistic in asked if model == "ref" for stat in statistic.of_reference})
 
 
 _LOSSES: dict[str, LossSpec] = {}
@@ -149,7 +163,7 @@ def register_loss(
         aliases: further names.
         paper: arXiv number.
         **capabilities: `is_average_loss`, `computes_reward_metrics`, `needs_global_batch`, `is_one_value`,
-            `check_data`, `state`, `form_of` where they differ from `LossSpec`'s defaults.
+            `check_data`, `has_own_divergence`, `state`, `form_of` where they differ from `LossSpec`'s defaults.
 
     Returns:
         A decorator that returns the function unchanged.

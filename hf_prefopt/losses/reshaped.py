@@ -119,7 +119,7 @@ def dpo_shift_loss(
     return LossOutput(losses, pair_rewards(beta * chosen, beta * rejected))
 
 
-@register_loss("chi_po", aliases=("chipo",), paper="2407.13399")
+@register_loss("chi_po", aliases=("chipo",), paper="2407.13399", has_own_divergence=True)
 def chi_po_loss(
     policy_chosen_logps: Tensor,
     policy_rejected_logps: Tensor,

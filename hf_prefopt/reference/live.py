@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from hf_prefopt.data.batch import PreferenceBatch, ResponseScores
-from hf_prefopt.scoring.forward import score
+from hf_prefopt.scoring.forward import HIDDEN, base_causal_lm, head_predictions, score
 
 
 @dataclass
@@ -30,10 +30,24 @@ class LiveReference:
     switch: Callable[[], AbstractContextManager]
     description: str
 
-    def score(self, batch: PreferenceBatch) -> ResponseScores:
+    def score(self, batch: PreferenceBatch, token_stats: tuple[str, ...] = ()) -> ResponseScores:
         """The reference's scores of a batch: no gradients, evaluation mode, whatever state the policy is in."""
         with torch.no_grad(), evaluation_mode(self.model), self.switch():
-            return score(self.model, batch)
+            return score(self.model, batch, token_stats)
+
+    def predictions(self, scores: ResponseScores) -> Callable[[slice], Tensor]:
+        """From a slice of the scored tokens to the reference's log-probs of the whole vocabulary there, `[C, V]`.
+
+        They are made of the hidden states in `scores` whenever they are asked for, also in the backward of a
+        checkpointed policy: one chunk of them lives at a time.
+        """
+        head = base_causal_lm(self.model).get_output_embeddings()
+
+        def predict(tokens: slice) -> Tensor:
+            with torch.no_grad(), evaluation_mode(head), self.switch():
+                return head_predictions(self.model, scores.token_stats[HIDDEN][tokens])
+
+        return predict
 
 
 @contextmanager

@@ -16,15 +16,19 @@ from transformers import PreTrainedModel
 from hf_prefopt.data.batch import PreferenceBatch, ResponseScores
 from hf_prefopt.scoring.attention import SEGMENT_INPUTS
 from hf_prefopt.scoring.head import (
+    STATISTICS,
     LogitTransform,
     full_precision,
     is_plain_linear,
     linear_head_logps,
     module_head_logps,
+    predictions,
 )
 
 # Rows of logits held at once: small chunks starve a GPU, large ones leave a CPU's cache.
 CHUNK_ROWS = {"cpu": 512, "cuda": 2048}
+# Statistics per token that are none of one prediction alone: what the head is given, and the KL from the reference.
+HIDDEN, VOCABULARY_KL = "hidden", "vocabulary_kl"
 _MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", *SEGMENT_INPUTS)
 _FACTORS = ("logit_scale", "lm_head_multiplier")
 _DIVISORS = ("logits_scaling",)
@@ -78,7 +82,9 @@ def _scoring_forward(self: PreTrainedModel, *args: Any, scored_rows: Tensor | No
     """The model's forward; with `scored_rows`, log-probs (and statistics) of the targets instead of logits."""
     if scored_rows is None:
         return self.plain_forward(*args, **kwargs)
-    targets, token_stats, width = (kwargs.pop(name) for name in ("targets", "token_stats", "width"))
+    targets, token_stats, width, reference = (
+        kwargs.pop(name) for name in ("targets", "token_stats", "width", "reference_predictions")
+    )
     kwargs |= {"use_cache": False, "return_dict": True}
     if kwargs.get("segment_queries") is not None:
         # A mask of four dimensions is handed on as it is, so none is built; attention over segments ignores it.
@@ -86,7 +92,9 @@ def _scoring_forward(self: PreTrainedModel, *args: Any, scored_rows: Tensor | No
     hidden = _body(self)(*args, **kwargs).last_hidden_state
     # Adapters that put virtual tokens before a sequence make it longer at its front.
     hidden = hidden[:, -width:].reshape(-1, hidden.shape[-1]).index_select(0, scored_rows)
-    return self.get_output_embeddings()(hidden, targets=targets, token_stats=token_stats)
+    return self.get_output_embeddings()(
+        hidden, targets=targets, token_stats=token_stats, reference_predictions=reference
+    )
 
 
 def _body(causal_lm: PreTrainedModel) -> nn.Module:
@@ -96,26 +104,50 @@ def _body(causal_lm: PreTrainedModel) -> nn.Module:
 
 
 def _head_forward(
-    self: nn.Module, hidden: Tensor, *args: Any, targets: Tensor | None = None, token_stats: tuple[str, ...] = ()
+    self: nn.Module,
+    hidden: Tensor,
+    *args: Any,
+    targets: Tensor | None = None,
+    token_stats: tuple[str, ...] = (),
+    reference_predictions: Callable[[slice], Tensor] | None = None,
 ) -> Any:
     """The head's forward; with `targets`, their log-probs by chunk, as a dict of tensors `[N]`."""
     if targets is None:
         return self.plain_forward(hidden, *args)
     chunk_rows = CHUNK_ROWS.get(hidden.device.type, CHUNK_ROWS["cuda"])
-    settings = (targets, self.logit_transform, token_stats, chunk_rows)
-    if is_plain_linear(self):
+    statistics = tuple(name for name in token_stats if name in STATISTICS)
+    settings = (targets, self.logit_transform, statistics, chunk_rows)
+    names = ("token_logps", *statistics)
+    if VOCABULARY_KL in token_stats:
+        names = (*names, VOCABULARY_KL)
+        outputs = module_head_logps(self.plain_forward, hidden, *settings, reference=reference_predictions)
+    elif is_plain_linear(self):
         outputs = linear_head_logps(hidden, self.weight, self.bias, *settings)
     else:
         outputs = module_head_logps(self.plain_forward, hidden, *settings)
-    return dict(zip(("token_logps", *token_stats), outputs, strict=True))
+    given = {HIDDEN: hidden} if HIDDEN in token_stats else {}
+    return dict(zip(names, outputs, strict=True)) | given
 
 
-def score(model: nn.Module, batch: PreferenceBatch, token_stats: tuple[str, ...] = ()) -> ResponseScores:
+def head_predictions(model: nn.Module, hidden: Tensor) -> Tensor:
+    """`[C, V]`: log-probs of every token (nats) from hidden states `[C, H]` of a model's scored positions."""
+    head = base_causal_lm(model).get_output_embeddings()
+    return predictions(head.plain_forward, hidden, head.logit_transform)
+
+
+def score(
+    model: nn.Module,
+    batch: PreferenceBatch,
+    token_stats: tuple[str, ...] = (),
+    reference_predictions: Callable[[slice], Tensor] | None = None,
+) -> ResponseScores:
     """The log-probs of a batch's scored tokens under a model that `install_scoring` has been called on.
 
     Args:
         model: the model or an engine's wrapper of it.
-        token_stats: names of further statistics per token (see `scoring.head.STATISTICS`).
+        token_stats: names of further statistics per token: those of `scoring.head.STATISTICS`, "hidden" for what the
+            head is given, and "vocabulary_kl".
+        reference_predictions: for the latter, the reference's log-probs `[C, V]` of a slice of the scored tokens.
 
     Returns:
         The scores; gradients flow as the grad mode says.
@@ -127,6 +159,7 @@ def score(model: nn.Module, batch: PreferenceBatch, token_stats: tuple[str, ...]
         targets=batch["targets"],
         token_stats=token_stats,
         width=batch["input_ids"].shape[1],
+        reference_predictions=reference_predictions,
     )
     token_logps = outputs.pop("token_logps")
     token_logps = token_logps.to(full_precision(token_logps.dtype))

@@ -7,8 +7,12 @@ tokens, C rows of a chunk, H hidden size, V vocabulary. Three ways of one functi
                       as `[N, H]` and scaled by the incoming gradient: two products over the vocabulary in all.
     trained weight    the backward makes the logits again, chunk by chunk, and sums the weight's gradient in fp32.
     any other module  (an adapter on the head) is called by chunk under activation checkpointing.
+
+So is any head where the KL to the reference's predictions is asked for: both models' logits of a chunk are then held at
+once, and made again in the backward.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -55,9 +59,29 @@ def full_precision(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def entropy(logps: Tensor) -> Tensor:
+    """`[...]`: the entropy (nats) of distributions given by their log-probs `[..., V]`."""
+    return -(logps.exp() * logps).sum(-1)
+
+
+def vocabulary_kl(logps: Tensor, reference_logps: Tensor) -> Tensor:
+    """`[...]`: KL(π_ref ‖ π) = Σ_v π_ref (log π_ref − log π) (nats) of log-probs `[..., V]`.
+
+    Raises:
+        ValueError: the two have different vocabularies.
+    """
+    if logps.shape != reference_logps.shape:
+        raise ValueError(
+            f"the KL of policy and reference is over one vocabulary, and theirs have {logps.shape[-1]:,} and "
+            f"{reference_logps.shape[-1]:,} tokens: choose a reference whose head is as wide as the policy's"
+        )
+    return (reference_logps.exp() * (reference_logps - logps)).sum(-1)
+
+
 STATISTICS: dict[str, Callable[[Tensor], Tensor]] = {
-    # Both take log-probs [C, V] in full precision and give [C].
-    "entropy": lambda logps: -(logps.exp() * logps).sum(-1),
+    # All take log-probs [C, V] in full precision and give [C].
+    "entropy": lambda logps: entropy(logps),
+    "normalised_entropy": lambda logps: entropy(logps) / math.log(logps.shape[-1]),
     "log_sum_sq_probs": lambda logps: (2 * logps).logsumexp(-1),
 }
 
@@ -192,18 +216,30 @@ def module_head_logps(
     transform: LogitTransform = LogitTransform(),
     statistics: tuple[str, ...] = (),
     chunk_rows: int = 512,
+    reference: Callable[[slice], Tensor] | None = None,
 ) -> tuple[Tensor, ...]:
-    """`linear_head_logps` for any callable head (an adapter on it, a quantised one), checkpointed by chunk."""
+    """`linear_head_logps` for any callable head (an adapter on it, a quantised one), checkpointed by chunk.
 
-    def chunk(hidden_rows: Tensor, target_rows: Tensor) -> tuple[Tensor, ...]:
-        logits = head(hidden_rows)
-        logps = transform(logits.to(full_precision(logits.dtype))).log_softmax(-1)
-        extra = (STATISTICS[name](logps.detach()) for name in statistics)
-        return logps.gather(1, target_rows.unsqueeze(1)).squeeze(1), *extra
+    Args:
+        reference: the reference's log-probs `[C, V]` of some of the rows, without gradient; the KL to them, which is
+            differentiated, `[N]`, then stands behind the statistics.
+    """
+
+    def chunk(hidden_rows: Tensor, target_rows: Tensor, rows: slice) -> tuple[Tensor, ...]:
+        logps = predictions(head, hidden_rows, transform)
+        extra = [STATISTICS[name](logps.detach()) for name in statistics]
+        divergence = [] if reference is None else [vocabulary_kl(logps, reference(rows))]
+        return logps.gather(1, target_rows.unsqueeze(1)).squeeze(1), *extra, *divergence
 
     run = partial(checkpoint, chunk, use_reentrant=False) if torch.is_grad_enabled() else chunk
-    parts = [run(hidden[rows], targets[rows]) for rows in _chunks(len(targets), chunk_rows)]
+    parts = [run(hidden[rows], targets[rows], rows) for rows in _chunks(len(targets), chunk_rows)]
     return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+
+
+def predictions(head: Callable[[Tensor], Tensor], hidden: Tensor, transform: LogitTransform) -> Tensor:
+    """`[C, V]`: the log-probs of every token, in full precision."""
+    logits = head(hidden)
+    return transform(logits.to(full_precision(logits.dtype))).log_softmax(-1)
 
 
 def is_plain_linear(head: nn.Module) -> bool:

@@ -38,7 +38,10 @@ def test_a_pair_by_hand():
 
 
 def test_every_tensor_is_int64():
-    assert {tensor.dtype for tensor in PaddedCollator(PAD)([PAIR, LIST]).values()} == {torch.int64}
+    """Beside them there is a number: the scored tokens of the longest response, 2."""
+    batch = PaddedCollator(PAD)([PAIR, LIST])
+    assert batch.pop("longest_response") == 2
+    assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
 
 
 def test_responses_come_group_by_group_and_examples_point_at_them():

@@ -78,6 +78,21 @@ def test_command_line_overrides_the_yaml_and_the_downstream_check_joins_the_tabl
     assert "GSM8K exact match" in printed
 
 
+def test_a_loss_of_ones_own_is_registered_by_its_file(tmp_path, model_folder, data_folder):
+    """Three lines in a file: the loss then goes by its name on the command line, into the logs and the card."""
+    own = tmp_path / "own.py"
+    own.write_text(
+        "from hf_prefopt import register_loss\n"
+        '@register_loss("likelier")\n'
+        "def likelier(policy_chosen_logps, policy_rejected_logps, beta=0.1):\n"
+        "    return (1 - beta * (policy_chosen_logps - policy_rejected_logps)).relu()\n"
+    )
+    options = ("--losses_from", str(own), "--loss_type", "likelier", "--beta", "0.5")
+    run_recipe("dpo_lora", tmp_path, model_folder, data_folder, *options)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert "likelier" in card.data.tags and "none, the loss needs none" in card.text
+
+
 def test_a_missing_model_is_named_before_anything_is_loaded(tmp_path):
     run = in_a_process([sys.executable, str(RECIPES / "dpo_lora.py")], cwd=tmp_path, cache=tmp_path)
     assert run.returncode == 2

@@ -5,6 +5,7 @@ import torch
 
 PAIRS = 5
 LONGEST_LIST = 4
+LONGEST_RESPONSE = 32
 
 
 def made_up_inputs(dtype=torch.float64, pairs: int = PAIRS, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -18,12 +19,34 @@ def made_up_inputs(dtype=torch.float64, pairs: int = PAIRS, seed: int = 0) -> di
         inputs[f"ref_{side}_logps"] = torch.tensor(reference, dtype=dtype)
         inputs[f"policy_{side}_logps"] = torch.tensor(policy, dtype=dtype)
         inputs[f"policy_{side}_alignment"] = torch.tensor(rng.normal(-0.2, 0.4, pairs), dtype=dtype)
-    inputs |= {"rows": torch.tensor(rng.permutation(100)[:pairs]), "pair_in_row": torch.arange(pairs) % 2}
     scores = rng.uniform(0.2, 3, (2, pairs))
     inputs["rejected_scores"] = torch.tensor(scores[0], dtype=dtype)
     inputs["chosen_scores"] = torch.tensor(scores.sum(0), dtype=dtype)
     inputs["chosen_win_rates"] = torch.tensor(rng.uniform(0.3, 1, pairs), dtype=dtype)
-    return {**inputs, **_unpaired(rng, pairs, dtype), **_lists(rng, pairs, dtype)}
+    others = {**_unpaired(rng, pairs, dtype), **_lists(rng, pairs, dtype)}
+    return {**inputs, **others, **_tokens(rng, inputs), **_whole_predictions(rng, pairs, dtype)}
+
+
+def _tokens(rng, inputs) -> dict[str, torch.Tensor]:
+    """The pairs' sums shared out to their tokens, weights of about 1, and places in a data set."""
+    tokens = {"rows": 7 * torch.arange(len(inputs["chosen_lengths"]))}
+    for side in ("chosen", "rejected"):
+        mask = torch.arange(LONGEST_RESPONSE) < inputs[f"{side}_lengths"][:, None]
+        tokens[f"{side}_token_mask"] = mask
+        for name in (f"policy_{side}", f"ref_{side}"):
+            shares = torch.tensor(rng.uniform(0.2, 1, mask.shape)) * mask
+            sums = inputs[f"{name}_logps"]
+            tokens[f"{name}_token_logps"] = (shares / shares.sum(1, keepdim=True)).to(sums) * sums[:, None]
+        tokens[f"{side}_token_weights"] = (torch.tensor(rng.uniform(0.5, 2, mask.shape)) * mask).to(sums)
+    tokens["pair_in_row"] = torch.arange(len(tokens["rows"])) % 2
+    return tokens
+
+
+def _whole_predictions(rng, pairs, dtype) -> dict[str, torch.Tensor]:
+    """KL of some nats a response, entropies between a tenth and a half of the largest."""
+    kl = {f"policy_{side}_kl": rng.uniform(0.5, 8, pairs) for side in ("chosen", "rejected")}
+    entropies = {f"ref_{side}_normalised_entropy": rng.uniform(0.1, 0.5, pairs) for side in ("chosen", "rejected")}
+    return {name: torch.tensor(values, dtype=dtype) for name, values in {**kl, **entropies}.items()}
 
 
 def _logps(rng, shape, dtype) -> dict[str, torch.Tensor]:

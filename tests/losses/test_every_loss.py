@@ -42,6 +42,8 @@ OTHER_VALUES = {
     "rho": 0.5,
     "eta": 0.6,
     "margin": "ratio",
+    "seed": 3,
+    "dispersion_scale": 0.6,
 }
 # Where that value is out of a loss's range, or its default.
 OTHER_VALUES_OF = {
@@ -51,6 +53,7 @@ OTHER_VALUES_OF = {
     "nca": {"alpha": 0.3},
     "alpha_dpo": {"alpha": 0.6},
     "odpo": {"alpha": 0.6},
+    "tdpo2": {"alpha": 0.2},
 }
 # Losses whose gradient in s_w may be positive, each by its formula, its turning point tested in test_turning_points.py.
 RISING = {
@@ -76,7 +79,12 @@ TOLD_APART_BY = {
 }
 # For each kind of examples: the log-probs that losses of them may read.
 POLICY_LOGPS = {
-    PAIRS: ("policy_chosen_logps", "policy_rejected_logps"),
+    PAIRS: (
+        "policy_chosen_logps",
+        "policy_chosen_token_logps",
+        "policy_rejected_logps",
+        "policy_rejected_token_logps",
+    ),
     UNPAIRED: ("policy_logps",),
     LISTS: ("policy_list_logps",),
 }
@@ -269,6 +277,10 @@ def test_stays_finite_far_out(name):
     far = {key: value - 3000 if "ref" in key else value for key, value in inputs.items()}
     far["policy_chosen_logps"] = (far["ref_chosen_logps"] + 1000 * sign).requires_grad_()
     far["policy_rejected_logps"] = (far["ref_rejected_logps"] - 1000 * sign).requires_grad_()
+    for side, direction in (("chosen", sign), ("rejected", -sign)):
+        shift = 1000 / far[f"{side}_lengths"] * direction
+        moved = (far[f"ref_{side}_token_logps"] + shift[:, None]) * far[f"{side}_token_mask"]
+        far[f"policy_{side}_token_logps"] = moved.requires_grad_()
     far["policy_logps"] = (far["ref_logps"] + 1000 * sign).requires_grad_()
     signs = sign[:, None] * torch.tensor([1.0, -1.0, 1.0, -1.0])
     far["policy_list_logps"] = (far["ref_list_logps"] + 1000 * signs).requires_grad_()
@@ -288,7 +300,7 @@ def test_fp32_is_enough_for_long_responses(name):
     for key in ("lengths", "list_lengths"):
         inputs[key] = inputs[key] + 2000
     for key in [key for key in inputs if key.endswith("logps")]:
-        inputs[key] = inputs[key] - 3000
+        inputs[key] = inputs[key] - (100 if "token" in key else 3000)
     single = {key: value.float() if value.is_floating_point() else value for key, value in inputs.items()}
     torch.testing.assert_close(
         call(name, single).losses.double(), call(name, inputs).losses, rtol=2e-3, atol=2e-4, check_dtype=False
@@ -318,7 +330,7 @@ def test_padding_of_lists_is_never_looked_at(name):
     losses.sum().backward()
     mask = inputs["list_mask"]
     assert (inputs["policy_list_logps"].grad[~mask] == 0).all()
-    other = {key: x.detach() for key, x in inputs.items() if x.dim() == 2}
+    other = {key: x.detach() for key, x in inputs.items() if "list" in key}
     wild = {key: x if key == "list_mask" else x.masked_fill(~mask, 3) for key, x in other.items()}
     wider = {key: torch.nn.functional.pad(x, (0, 1)) for key, x in other.items()}
     for same in (wild, wider):
@@ -330,12 +342,26 @@ def test_padding_of_lists_is_never_looked_at(name):
 @pytest.mark.parametrize("name", [name for name in LOSSES if get_loss(name).kind is LISTS])
 def test_the_order_within_a_list_does_not_matter(name):
     """Responses in another order, with their ranks and scores: the same losses, the rewards in that order."""
-    inputs = {key: x for key, x in made_up_inputs().items() if x.dim() == 2}
+    inputs = {key: x for key, x in made_up_inputs().items() if "list" in key}
     order = torch.tensor([2, 0, 3, 1])
     output, moved = call(name, inputs), call(name, {key: x[:, order] for key, x in inputs.items()})
     torch.testing.assert_close(moved.losses, output.losses, rtol=1e-13, atol=0)
     if output.rewards is not None:
         torch.testing.assert_close(moved.rewards, output.rewards[:, order], rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("name", [name for name in LOSSES if any("token" in key for key in get_loss(name).inputs)])
+def test_the_width_of_token_tensors_does_not_matter(name):
+    """Columns of zeros behind the longest response, as a longer one elsewhere in the batch makes them, and none there:
+    the same losses, to the order in which zeros are added."""
+    inputs = made_up_inputs()
+    longest = max(inputs[f"{side}_lengths"].max() for side in ("chosen", "rejected"))
+    for width in (longest, 3 * longest):
+        resized = {
+            key: torch.nn.functional.pad(x, (0, width - x.shape[1])) if "token" in key else x
+            for key, x in inputs.items()
+        }
+        torch.testing.assert_close(call(name, resized).losses, call(name, inputs).losses, rtol=1e-13, atol=0)
 
 
 @pytest.mark.parametrize("name", LOSSES)

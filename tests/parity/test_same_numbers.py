@@ -49,6 +49,41 @@ def test_dpo_trainer(ours, also, tmp_path):
     compare(our_step(tmp_path, ref_model=reference(), **ours), dpo_step(tmp_path, **ours, **also), metrics)
 
 
+F_DIVERGENCES = {
+    "forward_kl": {"f_divergence_type": "forward_kl"},
+    "js_divergence": {"f_divergence_type": "js_divergence"},
+    "alpha_divergence": {"f_divergence_type": "alpha_divergence"},
+    "alpha_divergence, 0.2": {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.2},
+    "alpha_divergence, 1": {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 1.0},
+}
+
+
+# IPO squares the exponentials of all but one divergence, and with them the rounding of fp32 sums.
+@pytest.mark.parametrize(
+    ("loss_type", "divergence"),
+    [(loss_type, name) for loss_type in ("sigmoid", "sigmoid_norm", "hinge") for name in F_DIVERGENCES]
+    + [("ipo", "js_divergence")],
+)
+def test_dpo_trainer_with_an_f_divergence(loss_type, divergence, tmp_path):
+    """Loss, gradients and the policy's own log-probs; the rewards are β·f′ here and β·(log-ratio) there."""
+    settings = {"loss_type": loss_type, "beta": 0.3, **F_DIVERGENCES[divergence]}
+    compare(our_step(tmp_path, ref_model=reference(), **settings), dpo_step(tmp_path, **settings), METRICS[-2:])
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "hinge", "apo_zero"])
+@pytest.mark.parametrize("ld_alpha", [0.0, 0.4, 1.0])
+def test_dpo_trainer_with_ld_alpha(ld_alpha, loss_type, tmp_path):
+    """Loss, gradients and rewards; the logged log-probs are the policy's own here and the weighted ones there."""
+    settings = {"loss_type": loss_type, "beta": 0.3, "ld_alpha": ld_alpha}
+    compare(our_step(tmp_path, ref_model=reference(), **settings), dpo_step(tmp_path, **settings), METRICS[:4])
+
+
+def test_dpo_trainer_with_ld_alpha_and_an_f_divergence(tmp_path):
+    """The divergence of the weighted log-ratios."""
+    settings = {"loss_type": "sigmoid", "ld_alpha": 0.4, "f_divergence_type": "js_divergence"}
+    compare(our_step(tmp_path, ref_model=reference(), **settings), dpo_step(tmp_path, **settings), ())
+
+
 @pytest.mark.parametrize("weights", [None, [1.0, 0.25]])
 def test_dpo_trainer_with_sft(weights, tmp_path):
     """["sigmoid", "sft"] on a single pair, where TRL's mean over tokens and our mean over examples are the same."""

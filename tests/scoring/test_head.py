@@ -3,6 +3,7 @@
 Everything that can be is in float64, where a correct formula agrees to about 1e-14 a rounding and a wrong one does not.
 """
 
+import math
 from functools import partial
 
 import pytest
@@ -96,17 +97,18 @@ def test_module_head_gradient_is_the_derivative(transform, chunk_rows):
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("way", ["linear", "module"])
 def test_values_and_statistics_are_the_definitions(way, trained, transform, chunk_rows):
-    """log p_y, −Σ p log p and log Σ p² against their definitions, to float64 rounding, with and without gradients."""
+    """log p_y, −Σ p log p, the same over log V, and log Σ p² are their definitions, with and without gradients."""
     hidden, weight, bias, targets = head_inputs()
     weight.requires_grad_(trained)
-    settings = (targets, transform, ("entropy", "log_sum_sq_probs"), chunk_rows)
+    settings = (targets, transform, ("entropy", "log_sum_sq_probs", "normalised_entropy"), chunk_rows)
     if way == "linear":
         run = partial(linear_head_logps, hidden.requires_grad_(), weight, bias, *settings)
     else:
         run = partial(module_head_logps, lambda rows: rows @ weight.T + bias, hidden.requires_grad_(), *settings)
     expected, logps = direct_logps(hidden, weight, bias, targets, transform)
     probs = logps.exp()
-    definitions = (expected, -(probs * logps).sum(-1), probs.square().sum(-1).log())
+    entropy = -(probs * logps).sum(-1)
+    definitions = (expected, entropy, probs.square().sum(-1).log(), entropy / math.log(V))
     for outputs in (run(), torch.no_grad()(run)()):
         for output, definition in zip(outputs, definitions, strict=True):
             torch.testing.assert_close(output, definition, rtol=1e-13, atol=1e-13)

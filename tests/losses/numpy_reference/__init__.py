@@ -49,6 +49,15 @@ from tests.losses.numpy_reference.over_the_batch import (  # noqa: F401
 )
 from tests.losses.numpy_reference.reference_free import alphapo, cpo, orpo, repo, sft, simper, simpo, slic_hf  # noqa: F401
 from tests.losses.numpy_reference.scored_pairs import odpo, rpo_bwd, rpo_fwd, rpo_sq, sppo  # noqa: F401
+from tests.losses.numpy_reference.token_level import (  # noqa: F401
+    d2po,
+    mallows_dpo,
+    mallows_dpo_reference_free,
+    sampo,
+    tdpo1,
+    tdpo2,
+    tis_dpo,
+)
 from tests.losses.numpy_reference.unpaired import (  # noqa: F401
     apo_zero_unpaired,
     bco,
@@ -73,8 +82,18 @@ SHORT = {
     "rejected_scores": "Rl",
     "chosen_win_rates": "Pw",
     "rejected_win_rates": "Pl",
+    "policy_chosen_token_logps": "tw",
+    "policy_rejected_token_logps": "tl",
+    "ref_chosen_token_logps": "trw",
+    "ref_rejected_token_logps": "trl",
+    "chosen_token_weights": "ww",
+    "rejected_token_weights": "wl",
     "rows": "row",
     "pair_in_row": "place",
+    "policy_chosen_kl": "dw",
+    "policy_rejected_kl": "dl",
+    "ref_chosen_normalised_entropy": "hw",
+    "ref_rejected_normalised_entropy": "hl",
     "policy_logps": "s",
     "ref_logps": "rs",
     "lengths": "n",

@@ -1,0 +1,181 @@
+"""Pair losses that read whole predictions, not only the tokens' log-probs: TDPO their KL, MallowsPO their entropy.
+
+r = s − s_ref is the summed log-ratio (nats) of a response to the reference, h = r_w − r_l, ℓ(z) = −log σ(z).
+"""
+
+import torch
+from torch import Tensor
+
+from hf_prefopt.losses.base import (
+    LossOutput,
+    check_positive,
+    check_range,
+    check_same_shape,
+    log_ratios,
+    logistic,
+    mean_logps,
+    pair_rewards,
+)
+from hf_prefopt.losses.registry import register_loss
+
+
+@register_loss("tdpo1", paper="2404.11999", has_own_divergence=True)
+def tdpo1_loss(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    ref_chosen_logps: Tensor,
+    ref_rejected_logps: Tensor,
+    policy_chosen_kl: Tensor,
+    policy_rejected_kl: Tensor,
+    beta: float = 0.1,
+) -> LossOutput:
+    """ℓ(β(h − (D_l − D_w))), D = Σ_t KL(π_ref(·|y_<t) ‖ π(·|y_<t)) over the vocabulary, differentiated.
+
+    Token-level DPO, eq. 14 to 16. The implicit reward is β(r + D).
+
+    Args:
+        policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps: `[B]`, summed, nats.
+        policy_chosen_kl, policy_rejected_kl: `[B]`, D of each response, summed over its tokens, nats.
+        beta: > 0.
+
+    Raises:
+        ValueError: shapes differ or beta is out of range.
+    """
+    check_positive(beta=beta)
+    chosen, rejected = log_ratios(
+        policy_chosen_logps,
+        policy_rejected_logps,
+        ref_chosen_logps,
+        ref_rejected_logps,
+        policy_chosen_kl=policy_chosen_kl,
+        policy_rejected_kl=policy_rejected_kl,
+    )
+    return _with_divergence(chosen, rejected, policy_chosen_kl, policy_rejected_kl, beta)
+
+
+@register_loss("tdpo2", paper="2404.11999", has_own_divergence=True)
+def tdpo2_loss(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    ref_chosen_logps: Tensor,
+    ref_rejected_logps: Tensor,
+    policy_chosen_kl: Tensor,
+    policy_rejected_kl: Tensor,
+    beta: float = 0.1,
+    alpha: float = 0.5,
+) -> LossOutput:
+    """ℓ(β(h − α(D_l − sg D_w))): TDPO1 with the chosen response's KL held fixed, and both weighed by α.
+
+    Token-level DPO, eq. 17 and 18; D as in `tdpo1_loss`. Without a gradient the chosen KL is no longer raised, and the
+    rejected one is held to the reference. α = 0 is DPO. The implicit reward is β(r + αD).
+
+    Args:
+        policy_chosen_kl, policy_rejected_kl: `[B]`, nats. alpha: α ≥ 0.
+
+    Raises:
+        ValueError: as `tdpo1_loss`.
+    """
+    check_positive(beta=beta)
+    check_range("alpha", alpha, 0.0)
+    chosen, rejected = log_ratios(
+        policy_chosen_logps,
+        policy_rejected_logps,
+        ref_chosen_logps,
+        ref_rejected_logps,
+        policy_chosen_kl=policy_chosen_kl,
+        policy_rejected_kl=policy_rejected_kl,
+    )
+    return _with_divergence(chosen, rejected, alpha * policy_chosen_kl.detach(), alpha * policy_rejected_kl, beta)
+
+
+def _with_divergence(
+    chosen: Tensor, rejected: Tensor, chosen_kl: Tensor, rejected_kl: Tensor, beta: float
+) -> LossOutput:
+    chosen_rewards, rejected_rewards = beta * (chosen + chosen_kl), beta * (rejected + rejected_kl)
+    components = {"chosen_kl": chosen_kl.detach(), "rejected_kl": rejected_kl.detach()}
+    return LossOutput(
+        logistic(chosen_rewards - rejected_rewards), pair_rewards(chosen_rewards, rejected_rewards), components
+    )
+
+
+@register_loss("mallows_dpo", paper="2405.14953")
+def mallows_dpo_loss(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    ref_chosen_logps: Tensor,
+    ref_rejected_logps: Tensor,
+    ref_chosen_normalised_entropy: Tensor,
+    ref_rejected_normalised_entropy: Tensor,
+    beta: float = 0.1,
+    dispersion_scale: float = 1.0,
+) -> LossOutput:
+    """ℓ(−c log(H)·βh): prompts on which the reference is sure of its tokens count more, H its entropy over log V.
+
+    MallowsPO-θ with the paper's stand-in for the dispersion: −log of the reference's mean token entropy as a share of
+    log V, averaged over the two responses. The implicit reward is −c log(H)·βr. See `mallows_dpo_reference_free` for
+    the form that the authors ran.
+
+    Args:
+        policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps: `[B]`, summed, nats.
+        ref_chosen_normalised_entropy, ref_rejected_normalised_entropy: `[B]`, in [0, 1].
+        beta: > 0. dispersion_scale: c > 0.
+
+    Raises:
+        ValueError: shapes differ or a hyperparameter is out of range.
+    """
+    check_positive(beta=beta, dispersion_scale=dispersion_scale)
+    chosen, rejected = log_ratios(
+        policy_chosen_logps,
+        policy_rejected_logps,
+        ref_chosen_logps,
+        ref_rejected_logps,
+        ref_chosen_normalised_entropy=ref_chosen_normalised_entropy,
+        ref_rejected_normalised_entropy=ref_rejected_normalised_entropy,
+    )
+    dispersion = _dispersion(ref_chosen_normalised_entropy, ref_rejected_normalised_entropy, dispersion_scale)
+    return _dispersed(beta * chosen, beta * rejected, dispersion)
+
+
+@register_loss("mallows_dpo_reference_free", paper="2405.14953", is_average_loss=True)
+def mallows_dpo_reference_free_loss(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    chosen_lengths: Tensor,
+    rejected_lengths: Tensor,
+    ref_chosen_normalised_entropy: Tensor,
+    ref_rejected_normalised_entropy: Tensor,
+    beta: float = 10.0,
+    dispersion_scale: float = 0.29,
+) -> LossOutput:
+    """ℓ(−c log(H)·β(s̄_w − s̄_l)): `mallows_dpo` on the log-probs per token, the reference giving H alone.
+
+    MallowsPO as its authors' code sets it up. c = 0.29 there brings −log(H) near 1 on their data. The implicit reward
+    is −c log(H)·βs̄.
+
+    Args:
+        policy_chosen_logps, policy_rejected_logps: `[B]`, summed, nats; lengths: `[B]`, tokens.
+        ref_chosen_normalised_entropy, ref_rejected_normalised_entropy, beta, dispersion_scale: as `mallows_dpo_loss`.
+
+    Raises:
+        ValueError: as `mallows_dpo_loss`.
+    """
+    check_positive(beta=beta, dispersion_scale=dispersion_scale)
+    chosen, rejected = mean_logps(policy_chosen_logps, policy_rejected_logps, chosen_lengths, rejected_lengths)
+    check_same_shape(
+        policy_chosen_logps=policy_chosen_logps,
+        ref_chosen_normalised_entropy=ref_chosen_normalised_entropy,
+        ref_rejected_normalised_entropy=ref_rejected_normalised_entropy,
+    )
+    dispersion = _dispersion(ref_chosen_normalised_entropy, ref_rejected_normalised_entropy, dispersion_scale)
+    return _dispersed(beta * chosen, beta * rejected, dispersion)
+
+
+def _dispersion(chosen_entropy: Tensor, rejected_entropy: Tensor, scale: float) -> Tensor:
+    """−c log H `[B]`, H the mean of the two; an entropy of 0 counts as the smallest number above it."""
+    entropy = ((chosen_entropy + rejected_entropy) / 2).detach()
+    return -scale * entropy.clamp(min=torch.finfo(entropy.dtype).tiny).log()
+
+
+def _dispersed(chosen: Tensor, rejected: Tensor, dispersion: Tensor) -> LossOutput:
+    chosen, rejected = dispersion * chosen, dispersion * rejected
+    return LossOutput(logistic(chosen - rejected), pair_rewards(chosen, rejected), {"dispersion": dispersion})
