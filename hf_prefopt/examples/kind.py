@@ -144,7 +144,7 @@ class ExampleKind(ABC):
 
     def _left_out(self, name: str, batch: Mapping[str, Any]) -> Tensor:
         """What examples have whose rows say nothing of it."""
-        default = self.extras[name].default
+        default = self.extras[name].default if name in self.extras else None
         if default is None:
             raise ValueError(f"a loss asks for `{name}`, and rows of this batch have none")
         return torch.full(batch["rows"].shape, default, device=batch["rows"].device)
