@@ -98,7 +98,10 @@ def _trainer(case: Case, engine: Engine, folder: Path, world_size: int) -> Prefe
     trainer = make_trainer(folder, model, train_dataset=None, **settings)
     engine.adapt(trainer)
     rows = ROWS[trainer.objective.kind]
-    trainer.train_dataset, trainer.eval_dataset = rows(case.rows), rows(7, seed=1)
+    datasets = rows(case.rows), rows(7, seed=1)
+    if case.streams:
+        datasets = (dataset.to_iterable_dataset() for dataset in datasets)
+    trainer.train_dataset, trainer.eval_dataset = datasets
     return trainer
 
 
