@@ -64,9 +64,10 @@ def watch_head(trainer: PreferenceTrainer, engine: Engine) -> dict[str, set[bool
     def register() -> None:
         causal_lm = base_causal_lm(trainer.model)
         head = causal_lm.get_output_embeddings()
+        weight = head.weight  # asking the module for it inside a forward would make ZeRO-3 gather it
 
         def note(place: str) -> Callable[..., None]:
-            return lambda *_: seen[place].add(not engine.is_sharded(head.weight))
+            return lambda *_: seen[place].add(not engine.is_sharded(weight))
 
         causal_lm.model.layers[-1].register_forward_hook(note("before"))
         head.register_forward_pre_hook(note("inside"))
