@@ -281,6 +281,11 @@ class PreferenceConfig(TrainingArguments):
             raise ValueError(
                 f"pad_to_multiple_of={self.pad_to_multiple_of} must be at least 1, or None for no rounding"
             )
+        if self.parallelism_config and (self.parallelism_config.sp_enabled or self.parallelism_config.cp_enabled):
+            raise ValueError(
+                "parallelism_config cuts sequences (sp_size or cp_size above 1), and scored tokens are found by their "
+                "place in the whole row: leave it at 1; activation_checkpointing and max_tokens_per_batch save memory"
+            )
         if self.accelerator_config.dispatch_batches:
             raise ValueError(
                 "accelerator_config.dispatch_batches=True would cut batches whose tensors differ in length"

@@ -18,7 +18,7 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 
 from hf_prefopt.checkpoints import is_complete, last_complete_checkpoint
 from hf_prefopt.config import PreferenceConfig
@@ -32,7 +32,7 @@ from hf_prefopt.data.mismatched import EpochOfMismatches, MismatchedResponses
 from hf_prefopt.data.prepare import prepare_dataset, prepared_features
 from hf_prefopt.data.preview import print_preview
 from hf_prefopt.data.shared import SharedCollator
-from hf_prefopt.data.uneven import examples_of_first_rows, keep_examples, rows_that_count
+from hf_prefopt.data.uneven import EvenStream, examples_of_first_rows, keep_examples, rows_that_count
 from hf_prefopt.examples import KINDS, kind_of_columns
 from hf_prefopt.losses.base import LossOutput
 from hf_prefopt.losses.global_batch import StepInputs
@@ -273,15 +273,18 @@ class PreferenceTrainer(Trainer):
     def _data_seed(self) -> int:
         return self.args.data_seed if self.args.data_seed is not None else self.args.seed
 
-    def _get_dataloader(self, dataset: Data, *args: Any, **kwargs: Any):
-        """As the Trainer's; rows get a mismatched response where a loss asks for it."""
+    def _get_dataloader(self, dataset: Data, description: str, batch_size: int, **kwargs: Any):
+        """As the Trainer's; rows get a mismatched response where a loss asks for it, streams fill up the last batch."""
         if self.objective.needs_mismatched:
             dataset = MismatchedResponses(dataset, self._data_seed, self.args.max_length)
-        return super()._get_dataloader(dataset, *args, **kwargs)
+        world_size = self.accelerator.num_processes
+        if isinstance(dataset, IterableDataset) and world_size > 1 and not self.args.dataloader_drop_last:
+            dataset = EvenStream(dataset, batch_size * world_size)
+        return super()._get_dataloader(dataset, description, batch_size, **kwargs)
 
     def _set_signature_columns_if_needed(self) -> None:
         columns = dict.fromkeys(column for kind in KINDS for column in prepared_features(kind, extras=kind.extras))
-        self._signature_columns = [*columns, "token_weights", "mismatched_ids", "mismatched_masks"]
+        self._signature_columns = [*columns, "token_weights", "mismatched_ids", "mismatched_masks", "repeated"]
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
 
@@ -473,8 +476,12 @@ class PreferenceTrainer(Trainer):
 
     def _counted(self, pieces: list[PreferenceBatch], share: int) -> list[Tensor] | None:
         """For each piece of a batch of `share` rows, which examples count; `None` where all do. See `data.uneven`."""
+        if "counted" in pieces[0]:
+            return [piece["counted"] for piece in pieces]
         state, world_size = self.accelerator.gradient_state, self.accelerator.num_processes
         if world_size == 1 or not state.end_of_dataloader or self.args.dataloader_drop_last:
+            return None
+        if not has_length(state.active_dataloader.dataset):
             return None
         rows = len(state.active_dataloader.dataset)
         return examples_of_first_rows(pieces, rows_that_count(rows, share, self.accelerator.process_index, world_size))

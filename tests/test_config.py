@@ -147,3 +147,11 @@ def test_the_import_is_light():
     code = f"import sys, hf_prefopt; print([name for name in {heavy!r} if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_sequence_parallelism_is_refused(tmp_path):
+    """Its ranks hold parts of a row, and scored tokens are found by their place in the whole."""
+    from accelerate.parallelism_config import ParallelismConfig
+
+    with pytest.raises(ValueError, match="sp_size or cp_size above 1"):
+        PreferenceConfig(str(tmp_path), parallelism_config=ParallelismConfig(cp_size=2))

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from hf_prefopt.data.batch import PreferenceBatch
+from hf_prefopt.data.uneven import examples_of_first_rows
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -41,9 +42,13 @@ class MicroBatchCollator:
     def __call__(self, rows: Rows) -> PreferenceBatch | dict[str, list[PreferenceBatch]]:
         """The batch of these rows, or with a budget `{"pieces": [batch, …]}`."""
         collate = self.collators[self.layout]
-        if self.max_tokens is None:
-            return collate(rows)
-        return {"pieces": [collate(piece) for piece in _cut(rows, collate, self.max_tokens)]}
+        cut = [rows] if self.max_tokens is None else _cut(rows, collate, self.max_tokens)
+        pieces = [collate(piece) for piece in cut]
+        new = sum(not row.get("repeated") for row in rows)
+        if new < len(rows):
+            for piece, counted in zip(pieces, examples_of_first_rows(pieces, new), strict=True):
+                piece["counted"] = counted
+        return pieces[0] if self.max_tokens is None else {"pieces": pieces}
 
 
 def _cut(rows: Rows, collate: Collator, max_tokens: int) -> list[Rows]:

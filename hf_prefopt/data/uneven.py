@@ -3,12 +3,16 @@
 Where the rows do not fill the last batches of all ranks, accelerate goes on with the first rows. Training would take
 them a second time in an epoch, and evaluation would count them twice. They are computed, for ranks work in step, and
 their examples are left out.
+
+Of a data set it is known by its length which rows those are. A stream is filled up here, by rows that say so.
 """
 
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.utils.data import IterableDataset
 
 from hf_prefopt.data.batch import PreferenceBatch
 from hf_prefopt.examples import EXAMPLE_ENTRIES
@@ -43,5 +47,33 @@ def keep_examples(batch: PreferenceBatch, kept: Tensor) -> PreferenceBatch:
     runs such a batch.
     """
     entries = cast(dict[str, Any], batch)
-    of_kept = {name: entries[name][kept] for name in EXAMPLE_ENTRIES if name in entries}
-    return cast(PreferenceBatch, {**entries, **of_kept})
+    names = [name for name in (*EXAMPLE_ENTRIES, "counted") if name in entries]
+    return cast(PreferenceBatch, {**entries, **{name: entries[name][kept] for name in names}})
+
+
+class EvenStream(IterableDataset):
+    """A stream whose number of rows is a multiple of some number: its first rows come again, `repeated` in them.
+
+    Args:
+        stream: rows, which are mappings.
+        multiple: of what the number of rows is to be; the rows that all ranks take at a time.
+    """
+
+    def __init__(self, stream: Iterable[Mapping[str, Any]], multiple: int):
+        self._stream, self._multiple = stream, multiple
+
+    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+        first: list[Mapping[str, Any]] = []
+        count = 0
+        for row in self._stream:
+            if count < self._multiple:
+                first.append(row)
+            count += 1
+            yield row
+        for number in range(-count % self._multiple):
+            yield {**first[number % len(first)], "repeated": True}
+
+    def set_epoch(self, epoch: int) -> None:
+        """Hands the epoch on, for streams that shuffle."""
+        if hasattr(self._stream, "set_epoch"):
+            self._stream.set_epoch(epoch)

@@ -14,6 +14,7 @@ from hf_prefopt.reference.live import (
     named_adapter,
     separate_model,
 )
+from hf_prefopt.reference.shards import is_in_parts
 
 
 def choose_reference(setting: str, model: nn.Module, ref_model: nn.Module | None, needed: bool) -> LiveReference | None:
@@ -57,6 +58,8 @@ def is_fresh_adapter(model: PeftModel) -> bool:
     originals. Anything that cannot be told so, such as PiSSA's or another method's weights, counts as trained: a frozen
     copy is then the reference, which is right in either case.
     """
+    if any(is_in_parts(parameter) for parameter in model.parameters() if parameter.requires_grad):
+        return False  # no rank sees enough of it to tell
     neutral = all(_is_neutral(module, model.active_adapters) for module in model.modules())
     return neutral and not trained_beneath(model)
 
@@ -100,6 +103,11 @@ def _refuse_contradictions(setting: str, model: nn.Module, ref_model: nn.Module 
         raise ValueError("reference='model' wants the model: pass ref_model to the trainer")
     if ref_model is not None and ref_model is model:
         raise ValueError("ref_model is the policy itself, so it would train along: leave it out for a frozen copy")
+    if ref_model is not None and any(map(is_in_parts, ref_model.parameters())):
+        raise ValueError(
+            "ref_model is in parts: it was loaded under ZeRO-3, whose engine only gathers what trains. Load it before "
+            "the configuration is made, or leave it out for a frozen copy of the policy, which is kept by shards"
+        )
     if setting.startswith("adapter") and not isinstance(model, PeftModel):
         raise ValueError(f"reference={setting!r} wants a PEFT model, and the policy is {type(model).__name__}")
     if setting.startswith("adapter"):

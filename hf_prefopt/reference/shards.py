@@ -19,7 +19,7 @@ def held(parameter: nn.Parameter) -> Tensor:
     """
     if isinstance(parameter, DTensor):
         return parameter.to_local().data
-    if not _is_zero3(parameter):
+    if not is_in_parts(parameter):
         return parameter.data
     if parameter.ds_tensor.status.name != "AVAILABLE":
         raise ValueError(
@@ -53,7 +53,7 @@ def exchange(parameter: nn.Parameter, values: Tensor) -> Tensor:
         kept = current.clone()
         current.copy_(values)
         return kept
-    if _is_zero3(parameter):
+    if is_in_parts(parameter):
         parameter.ds_tensor.data = values
     else:
         parameter.data = values
@@ -66,14 +66,15 @@ def release_gathered(model: nn.Module) -> None:
         if isinstance(module, FSDPModule):
             module.reshard()
     for parameter in model.parameters():
-        if _is_zero3(parameter) and parameter.ds_status.name == "AVAILABLE":
+        if is_in_parts(parameter) and parameter.ds_status.name == "AVAILABLE":
             parameter.partition()
 
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether ranks hold different parts of a model's trained parameters."""
-    return any(isinstance(p, DTensor) or _is_zero3(p) for p in model.parameters() if p.requires_grad)
+    return any(isinstance(p, DTensor) or is_in_parts(p) for p in model.parameters() if p.requires_grad)
 
 
-def _is_zero3(parameter: nn.Parameter) -> bool:
+def is_in_parts(parameter: nn.Parameter) -> bool:
+    """Whether ZeRO-3 has shared out a parameter, which then is empty between its uses."""
     return hasattr(parameter, "ds_tensor")

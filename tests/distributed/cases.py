@@ -33,7 +33,7 @@ class Case:
         settings: of `PreferenceConfig`, over `DESCENT`.
         lora: whether an adapter trains (one that is not fresh) or all weights.
         model: of the model's config.
-        rows: of the training data.
+        rows: of the training data. streams: whether rows come as a stream.
         resumes: whether the run is also continued from its second checkpoint, in a new trainer.
     """
 
@@ -42,6 +42,7 @@ class Case:
     lora: bool = False
     model: dict[str, Any] = field(default_factory=dict)
     rows: int = 7
+    streams: bool = False
     resumes: bool = False
 
     def build_model(self) -> nn.Module:
@@ -57,7 +58,7 @@ class Case:
 
 
 def _case(loss: str, layout: str, lora: bool, name: str = "", **settings: Any) -> Case:
-    own = {key: settings.pop(key) for key in ("model", "rows", "resumes") if key in settings}
+    own = {key: settings.pop(key) for key in ("model", "rows", "streams", "resumes") if key in settings}
     reference = {"reference": "adapter_off"} if lora and loss != "simpo" else {}
     name = ", ".join(filter(None, (loss, layout, "LoRA" if lora else "full", name)))
     return Case(name, {"loss_type": loss, "layout": layout, **reference, **settings}, lora, **own)
@@ -82,6 +83,7 @@ MORE = [
     _case("dpo", "shared", False, "token budget", **BUDGET),
     _case("kto", "shared", True, "token budget", **BUDGET),
     _case("dpo", "padded", True, "a rank without a row", rows=5),
+    _case("dpo", "shared", True, "a stream", streams=True, max_steps=2),
     _case("bco_pair", "shared", False, "resumed", **RESUMED),
     _case("bco", "shared", True, "resumed", **RESUMED),
 ]

@@ -74,8 +74,8 @@ ENGINES = {
     "ddp": Engine(),
     "zero1": Engine({"deepspeed": zero(1)}),
     "zero2": Engine({"deepspeed": zero(2)}),
-    # No parameter is too small to be sharded.
-    "zero3": _zero3(stage3_param_persistence_threshold=0),
+    # No parameter is too small to be sharded, none is gathered before it is used or kept for another use.
+    "zero3": _zero3(stage3_param_persistence_threshold=0, stage3_prefetch_bucket_size=0, stage3_max_reuse_distance=0),
     # With DeepSpeed's own threshold, which leaves everything of a tiny model whole between its uses.
     "zero3_offload": _zero3(offload_optimizer={"device": "cpu"}, offload_param={"device": "cpu"}),
     "fsdp2": Engine(

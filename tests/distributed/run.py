@@ -64,9 +64,10 @@ def watch_head(trainer: PreferenceTrainer, engine: Engine) -> dict[str, set[bool
     def register() -> None:
         causal_lm = base_causal_lm(trainer.model)
         head = causal_lm.get_output_embeddings()
+        weight = head.weight  # asking the module for it inside a forward would make ZeRO-3 gather it
 
         def note(place: str) -> Callable[..., None]:
-            return lambda *_: seen[place].add(not engine.is_sharded(head.weight))
+            return lambda *_: seen[place].add(not engine.is_sharded(weight))
 
         causal_lm.model.layers[-1].register_forward_hook(note("before"))
         head.register_forward_pre_hook(note("inside"))
@@ -98,7 +99,10 @@ def _trainer(case: Case, engine: Engine, folder: Path, world_size: int) -> Prefe
     trainer = make_trainer(folder, model, train_dataset=None, **settings)
     engine.adapt(trainer)
     rows = ROWS[trainer.objective.kind]
-    trainer.train_dataset, trainer.eval_dataset = rows(case.rows), rows(7, seed=1)
+    datasets = rows(case.rows), rows(7, seed=1)
+    if case.streams:
+        datasets = (dataset.to_iterable_dataset() for dataset in datasets)
+    trainer.train_dataset, trainer.eval_dataset = datasets
     return trainer
 
 

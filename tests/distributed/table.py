@@ -3,20 +3,25 @@
 python -m tests.distributed.table [engine …]
 """
 
-import sys
+import argparse
 import tempfile
 from pathlib import Path
 
-from tests.distributed.cases import CASES
+from tests.distributed.cases import CASES, IN_SUITE
 from tests.distributed.engines import ENGINES
 from tests.distributed.launch import differences, launch, one_process
 
 
-def main(engines: list[str]) -> None:
+def main() -> None:
+    options = argparse.ArgumentParser()
+    options.add_argument("engines", nargs="*")
+    options.add_argument("--all-cases", action="store_true", help="every case under every engine: takes a while")
+    arguments = options.parse_args()
     print("| engine | loss, layout, what trains | losses | weights | metrics |\n|---|---|---|---|---|")
-    for engine in engines:
+    for engine in arguments.engines or ENGINES:
+        cases = list(CASES) if arguments.all_cases else IN_SUITE[engine]
         with tempfile.TemporaryDirectory() as folder:
-            outcomes = launch(engine, list(CASES), Path(folder))
+            outcomes = launch(engine, cases, Path(folder))
         for case, ranks in outcomes.items():
             failed = next((outcome["error"].strip().splitlines()[-1] for outcome in ranks if "error" in outcome), None)
             found = [] if failed else [differences(outcome, one_process(case)) for outcome in ranks]
@@ -25,4 +30,4 @@ def main(engines: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or list(ENGINES))
+    main()
