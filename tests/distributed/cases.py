@@ -75,6 +75,7 @@ CHECKPOINTED = {"activation_checkpointing": True}
 BUDGET = {"max_tokens_per_batch": 45, "gradient_accumulation_steps": 1, "rows": 10}
 # With an epsilon as large as the gradients, Adam is as smooth as plain descent; and it has a state to resume.
 RESUMED = {"optim": "adamw_torch", "adam_epsilon": 0.01, "learning_rate": 0.01, "num_train_epochs": 2, "resumes": True}
+MOVING = {"sync_ref_model": True, "ref_model_mixup_alpha": 0.5, "ref_model_sync_steps": 2}
 MORE = [
     _case("dpo", "shared", False, "tied head", model={"tie_word_embeddings": True}),
     _case("dpo", "shared", True, "copy of a trained adapter", reference="copy"),
@@ -86,6 +87,9 @@ MORE = [
     _case("dpo", "shared", True, "a stream", streams=True, max_steps=2),
     _case("bco_pair", "shared", False, "resumed", **RESUMED),
     _case("bco", "shared", True, "resumed", **RESUMED),
+    _case("dpo", "shared", False, "moving reference, resumed", **RESUMED, **MOVING),
+    _case("dpo", "shared", False, "cached reference", precompute_ref_log_probs=True),
+    _case("kto", "padded", True, "cached reference", precompute_ref_log_probs=True),
 ]
 CASES = {case.name: case for case in EVERY_LOSS + MORE}
 assert len(CASES) == len(EVERY_LOSS) + len(MORE)
@@ -101,6 +105,8 @@ SOME = [
     "kto_pair, padded, LoRA, checkpointed",
     "dpo, shared, full, token budget",
     "bco_pair, shared, full, resumed",
+    "dpo, shared, full, moving reference, resumed",
+    "dpo, shared, full, cached reference",
 ]
 FEW = ["dpo, padded, full", "dpo, shared, LoRA, copy of a trained adapter", "bco, shared, LoRA, resumed"]
 IN_SUITE = {"ddp": list(CASES), "zero1": FEW, "zero2": SOME, "zero3": SOME, "zero3_offload": FEW, "fsdp2": SOME}

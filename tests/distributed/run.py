@@ -9,6 +9,7 @@ from transformers import TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from hf_prefopt import PreferenceTrainer
+from hf_prefopt.reference.shards import release_gathered
 from hf_prefopt.scoring.forward import base_causal_lm
 from tests.distributed.cases import Case
 from tests.distributed.engines import Engine
@@ -86,11 +87,14 @@ def count_pieces(trainer: PreferenceTrainer) -> list[int]:
 
 
 def _trained(trainer: PreferenceTrainer, engine: Engine) -> dict[str, Any]:
+    # FSDP2 leaves what the last forward has gathered whole until the next one.
+    release_gathered(trainer.model)
     return {name: engine.whole(p) for name, p in trainer.model.named_parameters() if p.requires_grad}
 
 
 def _trainer(case: Case, engine: Engine, folder: Path, world_size: int) -> PreferenceTrainer:
     settings = {**case.merged_settings(world_size), **engine.settings, "log_level": "error"}
+    settings["reference_cache_dir"] = str(folder / "cache")
     if case.resumes:
         settings |= {"save_strategy": "steps", "save_steps": 1}
     # The configuration of the last case would make models in parts, each rank of its own random numbers.
