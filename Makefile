@@ -5,6 +5,7 @@
 PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
+READY_TO_TEST := $(VENV)/.ready-to-test
 # Twice quiet: errors only. What stands in between are remarks on the indexes that pip is set to use.
 PIP := $(VENV)/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 MODEL := models/smollm2-135m-instruct
@@ -21,20 +22,20 @@ demo: $(READY) $(MODEL)/config.json
 	@echo "Training: recipes/dpo_lora.py --config recipes/dpo_lora.yaml $(DEMO_OPTIONS)"
 	@$(LAUNCH) recipes/dpo_lora.py --config recipes/dpo_lora.yaml $(DEMO_OPTIONS)
 
-test: $(READY)
+test: $(READY_TO_TEST)
 	@HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest
 
-lint: $(READY)
+lint: $(READY_TO_TEST)
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/mypy
 
 # What is made from the registry of losses: their page and their configurations.
-docs: $(READY)
+docs: $(READY_TO_TEST)
 	@$(VENV)/bin/python -m hf_prefopt.losses.page > docs/losses.md
 	@$(VENV)/bin/python recipes/configs/write.py
 
-setup: $(READY)
+setup: $(READY_TO_TEST)
 
 clean:
 	rm -rf $(VENV) models runs build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
@@ -51,10 +52,14 @@ $(READY): pyproject.toml constraints.txt
 	@echo "Installing PyTorch ..."
 	@# First and by its exact version: the open requirement of another package may bring a CUDA build, gigabytes of it.
 	@$(PIP) torch==2.13.0
-	@echo "Installing DeepSpeed ..."
-	@# It is built here, and looks at the torch that it will run with: what builds it must be there already.
+	@echo "Installing hf_prefopt and what it needs ..."
+	@$(PIP) -e '.[demo]'
+	@touch $@
+
+$(READY_TO_TEST): $(READY)
+	@echo "Installing what the tests need ..."
+	@# DeepSpeed is built here, and looks at the torch that it will run with: what builds it must be there already.
 	@$(PIP) setuptools packaging ninja numpy
 	@DS_ACCELERATOR=cpu DS_BUILD_OPS=0 $(PIP) --no-build-isolation deepspeed
-	@echo "Installing hf_prefopt and what it needs ..."
 	@$(PIP) -e '.[dev]'
 	@touch $@

@@ -57,7 +57,7 @@ def _apart(side: Side) -> Iterator[None]:
 @contextmanager
 def _entropy(side: Side) -> Iterator[None]:
     """No lever, but what TRL's metrics cost: the entropy of every token, which TRL computes for its log."""
-    with patch.object(type(side.trainer.objective), "token_stats", ("entropy",)):
+    with patch.object(type(side.trainer.criterion), "token_stats", ("entropy",)):
         yield
 
 

@@ -105,13 +105,13 @@ class PreferenceTrainer(Trainer):
         **trainer_arguments: Any,
     ):
         self.args = args = args or PreferenceConfig(output_dir="trainer_output")
-        self.objective = args.build_objective()
+        self.criterion = args.build_objective()
         self._has_seen_data = False
         self._given_reference, self._peft_config = ref_model, peft_config
         self._moving = MovingReference(self) if args.sync_ref_model else None
         if self._moving and ref_model is not None:
             raise ValueError("sync_ref_model=True moves a frozen copy of what trains, not a ref_model: leave it out")
-        if isinstance(ref_model, str) and self.objective.needs_reference_model:
+        if isinstance(ref_model, str) and self.criterion.needs_reference_model:
             self._given_reference = load_model(ref_model, args.model_init_kwargs, quantization_config)
         if isinstance(model, str):
             model = load_model(model, args.model_init_kwargs, quantization_config)
@@ -141,7 +141,7 @@ class PreferenceTrainer(Trainer):
             processing_class=processing_class,
             **trainer_arguments,
         )
-        if self.objective.needs_mismatched:
+        if self.criterion.needs_mismatched:
             self.add_callback(EpochOfMismatches())
         for callback in filter(None, (self._cache_filler, self._moving)):
             self.add_callback(callback)
@@ -163,7 +163,7 @@ class PreferenceTrainer(Trainer):
         model = with_adapter(model, self._peft_config)
         if self.args.disable_dropout:
             disable_dropout(model)
-        needed = self.objective.needs_reference_model
+        needed = self.criterion.needs_reference_model
         self._reference_memory = RememberedScores()
         self.reference = choose_reference(self.args.reference, model, self._given_reference, needed)
         for module in {model, self.reference.model if self.reference else model}:
@@ -209,7 +209,7 @@ class PreferenceTrainer(Trainer):
 
     def call_model_init(self, trial: Any = None) -> PreTrainedModel | PeftModel:
         """A fresh policy from `model_init`, with a fresh reference; the losses forget what they have seen."""
-        self.objective.reset_state()
+        self.criterion.reset_state()
         if self._cache_filler:
             self._cache_filler.forget()
         return self._adopt(super().call_model_init(trial))
@@ -238,19 +238,19 @@ class PreferenceTrainer(Trainer):
         the kind, of losses that take several, and further columns."""
         kind = kind_of_columns(dataset.column_names)
         if not self._has_seen_data:
-            self.objective = self.args.build_objective(kind, present_extras(kind, dataset.column_names))
+            self.criterion = self.args.build_objective(kind, present_extras(kind, dataset.column_names))
         self._has_seen_data = True
         losses = ", ".join(self.args.loss_type)
-        if kind is not self.objective.kind:
-            raise ValueError(f"{name} holds {kind.name}, and {losses} wants {self.objective.kind.wanted}")
+        if kind is not self.criterion.kind:
+            raise ValueError(f"{name} holds {kind.name}, and {losses} wants {self.criterion.kind.wanted}")
         # The rows of a stream are looked at when they are reached.
         is_stream = not isinstance(dataset, Dataset)
-        reason = None if is_stream or not len(dataset) else kind.refusal(dataset[0], self.objective.inputs)
-        if reason is None and self.objective.needs_mismatched and is_stream:
+        reason = None if is_stream or not len(dataset) else kind.refusal(dataset[0], self.criterion.inputs)
+        if reason is None and self.criterion.needs_mismatched and is_stream:
             reason = "it draws responses to other prompts from the whole data set, which a stream does not give"
         if reason is not None:
             raise ValueError(f"{name} does not fit {losses}: {reason}")
-        return check_examples(dataset, self.objective, name)
+        return check_examples(dataset, self.criterion, name)
 
     def get_eval_dataloader(self, eval_dataset: str | Data | None = None):
         """As the Trainer's; a raw data set is prepared first."""
@@ -275,7 +275,7 @@ class PreferenceTrainer(Trainer):
 
     def _get_dataloader(self, dataset: Data, description: str, batch_size: int, **kwargs: Any):
         """As the Trainer's; rows get a mismatched response where a loss asks for it, streams fill up the last batch."""
-        if self.objective.needs_mismatched:
+        if self.criterion.needs_mismatched:
             dataset = MismatchedResponses(dataset, self._data_seed, self.args.max_length)
         world_size = self.accelerator.num_processes
         if isinstance(dataset, IterableDataset) and world_size > 1 and not self.args.dataloader_drop_last:
@@ -321,21 +321,21 @@ class PreferenceTrainer(Trainer):
         super()._save_optimizer_and_scheduler(output_dir)
         if self._moving:
             self._moving.save(output_dir)
-        if self.objective.state and self.args.should_save:
-            Path(output_dir, OBJECTIVE_STATE).write_text(json.dumps(self.objective.state_dict()))
+        if self.criterion.state and self.args.should_save:
+            Path(output_dir, OBJECTIVE_STATE).write_text(json.dumps(self.criterion.state_dict()))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """As the Trainer's, with what losses keep across batches, and with a reference that moves."""
         super()._load_optimizer_and_scheduler(checkpoint)
         if self._moving and checkpoint is not None:
             self._moving.load(checkpoint)
-        if checkpoint is None or not self.objective.state:
+        if checkpoint is None or not self.criterion.state:
             return
         saved = Path(checkpoint, OBJECTIVE_STATE)
         if saved.is_file():
-            self.objective.load_state_dict(json.loads(saved.read_text()))
+            self.criterion.load_state_dict(json.loads(saved.read_text()))
         else:
-            logger.warning("%s has no %s: %s starts afresh", checkpoint, saved.name, ", ".join(self.objective.state))
+            logger.warning("%s has no %s: %s starts afresh", checkpoint, saved.name, ", ".join(self.criterion.state))
 
     # -- the step -------------------------------------------------------------------------------------------------
 
@@ -386,9 +386,9 @@ class PreferenceTrainer(Trainer):
         self, model: nn.Module, inputs: PreferenceBatch, reference: ResponseScores | None
     ) -> ResponseScores:
         """The policy's scores; where a loss compares whole predictions, with those that the reference makes at hand."""
-        compared = VOCABULARY_KL in self.objective.token_stats
+        compared = VOCABULARY_KL in self.criterion.token_stats
         predictions = self.reference.predictions(reference) if compared else None
-        return score(model, inputs, self.objective.token_stats, predictions)
+        return score(model, inputs, self.criterion.token_stats, predictions)
 
     def _score_reference(self, inputs: PreferenceBatch) -> ResponseScores | None:
         if self.reference is None:
@@ -397,7 +397,7 @@ class PreferenceTrainer(Trainer):
             return inputs["reference_scores"]
         # An engine's autocast is in the policy's forward, which a reference model of its own has not.
         with self.accelerator.autocast():
-            return self.reference.score(inputs, self.objective.reference_token_stats)
+            return self.reference.score(inputs, self.criterion.reference_token_stats)
 
     def forget_reference_scores(self) -> None:
         """For whoever changes the reference: what evaluations remember of it holds no longer."""
@@ -422,31 +422,31 @@ class PreferenceTrainer(Trainer):
         """The objective on a micro-batch, recorded, and scaled so that a step's micro-batches add up to its mean."""
         own = self._loss_inputs(inputs, policy, reference)
         if not training:
-            output = self.objective(own)
+            output = self.criterion(own)
             self._evaluation.add(inputs, own)
-            return self.objective.kind.predictions(output.rewards, own), output.loss
+            return self.criterion.kind.predictions(output.rewards, own), output.loss
         everything, where = self._step_inputs(inputs, own)
-        output = self.objective(everything)
+        output = self.criterion(everything)
         own_output = _rows_of(output, where)
-        self._train_metrics.add(example_metrics(self.objective.kind, own_output, own))
+        self._train_metrics.add(example_metrics(self.criterion.kind, own_output, own))
         scale = self.accelerator.num_processes / (len(inputs["rows"]) if num_examples is None else num_examples)
         total, share = output.losses.sum() * scale, own_output.losses.detach().sum() * scale
         # The gradient is that of the whole batch's loss; the value is this micro-batch's part of it.
-        return self.objective.kind.predictions(own_output.rewards, own), total + (share - total.detach())
+        return self.criterion.kind.predictions(own_output.rewards, own), total + (share - total.detach())
 
     def _loss_inputs(
         self, inputs: PreferenceBatch, policy: ResponseScores, reference: ResponseScores | None
     ) -> dict[str, Tensor]:
-        names = dict.fromkeys((*self.objective.inputs, *self.objective.kind.metric_inputs))
+        names = dict.fromkeys((*self.criterion.inputs, *self.criterion.kind.metric_inputs))
         return loss_inputs(names, inputs, policy, reference)
 
     def _step_inputs(self, inputs: PreferenceBatch, own: dict[str, Tensor]) -> tuple[dict[str, Tensor], slice]:
         """The inputs that the objective is evaluated on, and where this micro-batch's stand among them."""
-        if not self.objective.needs_global_batch:
+        if not self.criterion.needs_global_batch:
             return own, slice(None)
         step, index = inputs.get("step_inputs") or (StepInputs(self.accelerator, lambda: [own]), 0)
         if index == 0:
-            self.objective.update_state(step.everything)
+            self.criterion.update_state(step.everything)
         return step.splice(index, own)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
@@ -459,7 +459,7 @@ class PreferenceTrainer(Trainer):
         if self.args.max_tokens_per_batch is not None:
             batches = [{"pieces": self._evened(pieces_of(batch))} for batch in batches]
         pieces = [piece for batch in batches for piece in pieces_of(batch)]
-        if self.objective.needs_global_batch and len(pieces) > 1:
+        if self.criterion.needs_global_batch and len(pieces) > 1:
             step = StepInputs(self.accelerator, lambda: self._collect(pieces))
             for index, piece in enumerate(pieces):
                 piece["step_inputs"] = (step, index)
@@ -528,7 +528,7 @@ class PreferenceTrainer(Trainer):
             self._cache_filler.fill(dataloader.dataset, description.lower())
         self._evaluation = EvaluationRecord()
         output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
-        metrics = self._evaluation.metrics(self.objective)
+        metrics = self._evaluation.metrics(self.criterion)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         self._evaluation = EvaluationRecord()
         return output
@@ -536,7 +536,7 @@ class PreferenceTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As the Trainer's; a training log also carries the means of the metrics since the last one."""
         if "loss" in logs:
-            logs.update(self.objective.kind.conclude(self._train_metrics.pop(self.accelerator)))
+            logs.update(self.criterion.kind.conclude(self._train_metrics.pop(self.accelerator)))
         super().log(logs, start_time)
 
     def create_model_card(

@@ -126,7 +126,7 @@ def test_margins_reach_the_losses_that_subtract_them(loss, tmp_path):
     model, reference = off_reference(objective)
     assert "margins" not in make_config("unused", **objective).build_objective().inputs
     trainer = make_trainer(tmp_path, model, **reference, **objective, train_dataset=rows)
-    assert "margins" in trainer.objective.inputs
+    assert "margins" in trainer.criterion.inputs
     zero = with_column(pairs(6), "margins", lambda row: 0)
     without = [trainer.evaluate(data)["eval_loss"] for data in (zero, pairs(6))]
     assert without[0] == without[1] != trainer.evaluate(rows)["eval_loss"]

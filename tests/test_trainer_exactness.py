@@ -85,12 +85,12 @@ def test_a_step_is_the_gradient_of_the_mean_over_its_examples(objective, layout,
     model, _ = off_reference(objective)
     fresh = make_trainer(tmp_path, model, **off_reference(objective)[1], **objective, per_device_train_batch_size=8)
     batch = next(iter(fresh.get_train_dataloader()))
-    reference = fresh.reference.score(batch, fresh.objective.reference_token_stats) if fresh.reference else None
+    reference = fresh.reference.score(batch, fresh.criterion.reference_token_stats) if fresh.reference else None
     predictions = fresh.reference.predictions(reference) if fresh.reference else None
-    policy = score(model, batch, fresh.objective.token_stats, predictions)
-    inputs = loss_inputs(fresh.objective.inputs, batch, policy, reference)
-    fresh.objective.update_state(inputs)
-    loss = fresh.objective(inputs).losses.mean()
+    policy = score(model, batch, fresh.criterion.token_stats, predictions)
+    inputs = loss_inputs(fresh.criterion.inputs, batch, policy, reference)
+    fresh.criterion.update_state(inputs)
+    loss = fresh.criterion(inputs).losses.mean()
     gradients = dict(zip(change, torch.autograd.grad(loss, list(model.parameters())), strict=True))
     tolerance = {"padded": 1e-10, "shared": 1e-6}[layout]
     assert_same_change({name: -value for name, value in change.items()}, gradients, tolerance)

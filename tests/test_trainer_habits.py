@@ -1,5 +1,7 @@
 """What people do with a `Trainer` works as it does with theirs: resuming, callbacks, logging, evaluating, saving."""
 
+import math
+
 import pytest
 import torch
 from datasets import Dataset
@@ -210,14 +212,23 @@ def test_worker_processes_feed_the_same_batches(tmp_path):
 
 
 def test_hyperparameters_are_searched(tmp_path):
-    """Each trial trains a fresh policy at the rate it was given."""
+    """Each trial trains a fresh policy at the rate it was given: DPO's first loss is log 2 in both."""
     pytest.importorskip("optuna")
-    settings = {"eval_dataset": pairs(2), "max_steps": 1}
-    trainer = make_trainer(tmp_path, model_init=lambda: with_lora(tiny_model()), **settings)
+    rates, first_losses = [], []
+
+    class Watch(TrainerCallback):
+        def on_log(self, args, state, control, logs, **_):
+            if "loss" in logs and state.global_step == 1:
+                rates.append(args.learning_rate)
+                first_losses.append(logs["loss"])
+
+    settings = {"eval_dataset": pairs(2), "max_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+    trainer = make_trainer(tmp_path, model_init=lambda: with_lora(tiny_model()), callbacks=[Watch()], **settings)
     best = trainer.hyperparameter_search(
         lambda trial: {"learning_rate": trial.suggest_float("learning_rate", 1e-4, 1e-2)}, n_trials=2
     )
-    assert "learning_rate" in best.hyperparameters
+    assert first_losses == pytest.approx([math.log(2)] * 2, abs=1e-6)
+    assert len(set(rates)) == 2 and best.hyperparameters["learning_rate"] in rates
 
 
 def test_a_trainer_without_a_model_is_refused(tmp_path):

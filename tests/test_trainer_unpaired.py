@@ -145,7 +145,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(settings, tmp_path):
         after = [entry[name] for entry in whole.state.log_history if name in entry and entry["step"] > 4]
         again = [entry[name] for entry in resumed.state.log_history if name in entry and entry["step"] > 4]
         assert again == after, name
-    assert resumed.objective.state_dict() == whole.objective.state_dict()
+    assert resumed.criterion.state_dict() == whole.criterion.state_dict()
     assert all(torch.equal(value, weights(whole.model)[name]) for name, value in weights(resumed.model).items())
 
 
@@ -180,8 +180,8 @@ def test_metrics_are_means_over_their_class(loss, tmp_path):
     those of its rows evaluated alone, and the margin is their difference."""
     data = unpaired(9)
     trainer = make_trainer(tmp_path, **away(), loss_type=loss, train_dataset=data)
-    trainer.objective.update_state(
-        {name: torch.zeros(2, dtype=torch.bool if name == "labels" else None) for name in trainer.objective.inputs}
+    trainer.criterion.update_state(
+        {name: torch.zeros(2, dtype=torch.bool if name == "labels" else None) for name in trainer.criterion.inputs}
     )
     together = trainer.evaluate(data)
     for side, label in (("chosen", True), ("rejected", False)):

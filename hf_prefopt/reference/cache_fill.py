@@ -232,14 +232,14 @@ class FillCache(TrainerCallback):
             if dataset is not None:
                 given = name if named is trainer.eval_dataset else None
                 self.fill(trainer.get_eval_dataloader(given).dataset, name)
-        fresh_every_epoch = trainer.objective.needs_mismatched
+        fresh_every_epoch = trainer.criterion.needs_mismatched
         if not fresh_every_epoch and self.fill(train_dataloader.dataset, "train") and trainer.model_init is None:
             trainer.reference.release()
             trainer._given_reference = None
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **_):
         """With the epoch's mismatched responses."""
-        if self.trainer.objective.needs_mismatched:
+        if self.trainer.criterion.needs_mismatched:
             self.fill(train_dataloader.dataset, "train")
 
     def on_save(self, args, state, control, **_):

@@ -42,7 +42,7 @@ def card_facts(trainer: "PreferenceTrainer", model_name: str | None = None, data
     return CardFacts(
         model_name=model_name or Path(repository).name,
         base_model=model.config._name_or_path or "a model made in memory",
-        losses=[_loss_facts(term) for term in trainer.objective.terms],
+        losses=[_loss_facts(term) for term in trainer.criterion.terms],
         is_adapter=isinstance(model, PeftModel),
         repository=repository,
         reference=trainer.reference.description if trainer.reference else "none, the loss needs none",

@@ -102,7 +102,7 @@ def _trainer(case: Case, engine: Engine, folder: Path, world_size: int) -> Prefe
     model = case.build_model()
     trainer = make_trainer(folder, model, train_dataset=None, **settings)
     engine.adapt(trainer)
-    rows = ROWS[trainer.objective.kind]
+    rows = ROWS[trainer.criterion.kind]
     datasets = rows(case.rows), rows(7, seed=1)
     if case.streams:
         datasets = (dataset.to_iterable_dataset() for dataset in datasets)

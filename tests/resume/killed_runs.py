@@ -120,7 +120,7 @@ def train(folder: Path, last_moment: int | None) -> None:
     )
     moments.watch_writes()
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder))
-    (folder / "state.json").write_bytes(json.dumps(trainer.objective.state_dict()).encode())
+    (folder / "state.json").write_bytes(json.dumps(trainer.criterion.state_dict()).encode())
     (folder / "weights").write_bytes(safetensors.torch.save(weights(trainer.model)))
     (folder / "moments.json").write_bytes(json.dumps(moments.names).encode())
 
