@@ -17,7 +17,7 @@ from hf_prefopt.losses.inputs import loss_inputs
 from hf_prefopt.losses.objective import build_objective
 from hf_prefopt.losses.token_sums import ColumnWeights, Humanline, LengthDesensitised, TokenSums
 from hf_prefopt.scoring.forward import install_scoring, score
-from tests.losses.batches import made_up_inputs
+from hf_prefopt.testing.made_up import made_up_inputs
 from tests.losses.numpy_reference.basics import nll
 from tests.losses.pairs import vector
 from tests.tiny_models import tiny_model

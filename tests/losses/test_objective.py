@@ -5,7 +5,7 @@ import torch
 
 from hf_prefopt.losses import get_loss
 from hf_prefopt.losses.objective import build_objective
-from tests.losses.batches import made_up_inputs
+from hf_prefopt.testing.made_up import made_up_inputs
 
 
 def losses(name, inputs, **params):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_prefopt.losses import get_loss
-from tests.losses.batches import made_up_inputs
+from hf_prefopt.testing.made_up import made_up_inputs
 
 BETA = 0.3
 

@@ -10,7 +10,7 @@ import torch
 
 from hf_prefopt.losses import get_loss
 from hf_prefopt.losses.token_level import _subset
-from tests.losses.batches import made_up_inputs
+from hf_prefopt.testing.made_up import made_up_inputs
 from tests.losses.pairs import vector
 
 L1 = 0.3132616875182228

@@ -7,7 +7,7 @@ import torch
 
 from hf_prefopt.losses import get_loss, kto_weights
 from hf_prefopt.losses.objective import build_objective
-from tests.losses.batches import made_up_inputs
+from hf_prefopt.testing.made_up import made_up_inputs
 from tests.losses.pairs import by_log_ratios, vector
 
 

@@ -1,0 +1,236 @@
+"""What every loss must fulfil: checks that take the name of a registered loss, and hyperparameters if wanted.
+
+Each calls the loss on made-up scores of the kind of examples that it compares, and raises `AssertionError` where a
+promise is broken. Which of them have a meaning for a loss is read off its signature (`loss_checks`).
+"""
+
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from hf_prefopt.examples import LISTS, PAIRS, UNPAIRED
+from hf_prefopt.losses.base import LossOutput
+from hf_prefopt.losses.objective import build_objective
+from hf_prefopt.losses.registry import LossSpec, get_loss
+from hf_prefopt.testing.made_up import made_up_inputs
+
+Check = Callable[..., None]
+# For each kind of examples: the log-probs that losses of them may read, what is preferred first.
+POLICY_LOGPS = {
+    PAIRS: ("policy_chosen_logps", "policy_chosen_token_logps", "policy_rejected_logps", "policy_rejected_token_logps"),
+    UNPAIRED: ("policy_logps",),
+    LISTS: ("policy_list_logps",),
+}
+_CHECKS: list[tuple[Check, Callable[[LossSpec], bool]]] = []
+
+
+def loss_checks(name: str) -> list[Check]:
+    """The checks that have a meaning for a loss; call each with the name, and with hyperparameters if wanted.
+
+    Raises:
+        ValueError: no loss of that name is registered.
+    """
+    spec = get_loss(name)
+    return [check for check, applies in _CHECKS if applies(spec)]
+
+
+def _check(applies: Callable[[LossSpec], bool] = lambda spec: True) -> Callable[[Check], Check]:
+    def register(check: Check) -> Check:
+        _CHECKS.append((check, applies))
+        return check
+
+    return register
+
+
+def call(name: str, inputs: Mapping[str, Tensor], **params: Any) -> LossOutput:
+    """The loss on those of the inputs that it takes."""
+    spec = get_loss(name)
+    return spec(**{key: inputs[key] for key in spec.inputs if key in inputs}, **params)
+
+
+def gradients(name: str, inputs: Mapping[str, Tensor]) -> Tensor:
+    """The gradients in the policy's log-probs, end to end, 0 where a loss does not read them."""
+    read = [inputs[key] for key in POLICY_LOGPS[get_loss(name).kind]]
+    return torch.cat([(torch.zeros_like(x) if x.grad is None else x.grad).flatten() for x in read])
+
+
+def with_gradients(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same inputs, the policy's log-probs as leaves that record gradients."""
+    return {key: value.requires_grad_("policy" in key and "logps" in key) for key, value in inputs.items()}
+
+
+@_check()
+def check_gradients(name: str, **params: Any) -> None:
+    """Float64 gradcheck in the policy's log-probs; what is detached is held at its value."""
+    inputs, held = made_up_inputs(), DetachedValues()
+    policy = [key for key in get_loss(name).inputs if key.startswith("policy") and key.endswith("logps")]
+
+    def losses(*values: Tensor) -> Tensor:
+        with held.replayed():
+            return call(name, {**inputs, **dict(zip(policy, values, strict=True))}, **params).losses
+
+    assert torch.autograd.gradcheck(losses, [inputs[key].clone().requires_grad_() for key in policy])
+
+
+class DetachedValues:
+    """What `detach` returned, call by call, the first time: from then on it returns that again."""
+
+    def __init__(self):
+        self._values: list[Tensor] | None = None
+
+    @contextmanager
+    def replayed(self):
+        """In this context; not for several threads."""
+        values, detach, known = [], torch.Tensor.detach, self._values
+
+        def replay(tensor: Tensor) -> Tensor:
+            values.append(detach(tensor).clone() if known is None else known[len(values)])
+            return values[-1]
+
+        torch.Tensor.detach = replay
+        try:
+            yield
+        finally:
+            torch.Tensor.detach, self._values = detach, values
+
+
+@_check()
+def check_preferred_direction(name: str, **params: Any) -> None:
+    """dL/ds ≤ 0 of what is preferred and ≥ 0 of what is not, for every example; of lists, of the best and the worst.
+
+    Losses with a target, squares among them, turn at it by construction: leave this one out for them.
+    """
+    inputs = with_gradients(made_up_inputs(pairs=50))
+    call(name, inputs, **params).losses.sum().backward()
+    found = gradients(name, inputs)
+    kind = get_loss(name).kind
+    if kind is PAIRS:
+        preferred, other = found.chunk(2)
+    elif kind is UNPAIRED:
+        preferred, other = found[inputs["labels"]], found[~inputs["labels"]]
+    else:
+        by_rank = inputs["list_ranks"].masked_fill(~inputs["list_mask"], torch.inf)
+        last = inputs["list_ranks"].masked_fill(~inputs["list_mask"], -torch.inf).argmax(1, keepdim=True)
+        found = found.view_as(by_rank)
+        preferred, other = found.gather(1, by_rank.argmin(1, keepdim=True)), found.gather(1, last)
+    assert (preferred <= 0).all() and (other >= 0).all()
+
+
+@_check()
+def check_order_of_examples(name: str, **params: Any) -> None:
+    """Permuting the examples permutes their losses."""
+    inputs, order = made_up_inputs(), torch.tensor([3, 0, 4, 1, 2])
+    permuted = call(name, {key: value[order] for key, value in inputs.items()}, **params).losses
+    torch.testing.assert_close(permuted, call(name, inputs, **params).losses[order], rtol=1e-14, atol=0)
+
+
+@_check(lambda spec: not spec.needs_global_batch)
+def check_examples_apart(name: str, **params: Any) -> None:
+    """The loss of an example computed alone equals its loss in a batch; otherwise the loss needs the global batch."""
+    inputs = made_up_inputs()
+    alone = [call(name, {k: v[i : i + 1] for k, v in inputs.items()}, **params).losses for i in range(5)]
+    torch.testing.assert_close(torch.cat(alone), call(name, inputs, **params).losses, rtol=1e-14, atol=0)
+
+
+@_check()
+def check_far_out(name: str, **params: Any) -> None:
+    """Sums of −3,000 nats and ratios of ±1,000 give finite losses and gradients in fp32: no exp(log-prob) is formed."""
+    inputs = made_up_inputs(torch.float32)
+    sign = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0])
+    far = {key: value - 3000 if "ref" in key else value for key, value in inputs.items()}
+    for side, direction in (("chosen", sign), ("rejected", -sign)):
+        far[f"policy_{side}_logps"] = (far[f"ref_{side}_logps"] + 1000 * direction).requires_grad_()
+        shift = 1000 / far[f"{side}_lengths"] * direction
+        moved = (far[f"ref_{side}_token_logps"] + shift[:, None]) * far[f"{side}_token_mask"]
+        far[f"policy_{side}_token_logps"] = moved.requires_grad_()
+    far["policy_logps"] = (far["ref_logps"] + 1000 * sign).requires_grad_()
+    signs = sign[:, None] * torch.tensor([1.0, -1.0, 1.0, -1.0])
+    far["policy_list_logps"] = (far["ref_list_logps"] + 1000 * signs).requires_grad_()
+    output = call(name, far, **params)
+    output.losses.sum().backward()
+    assert output.losses.isfinite().all()
+    assert output.rewards is None or output.rewards.isfinite().all()
+    assert gradients(name, far).isfinite().all()
+
+
+@_check()
+def check_fp32(name: str, **params: Any) -> None:
+    """2,000 tokens and −3,000 nats in fp32, where e^s underflows: losses within what rounding s to 1e-4 explains."""
+    inputs = made_up_inputs()
+    for key in ("chosen_lengths", "rejected_lengths", "lengths", "list_lengths"):
+        inputs[key] = inputs[key] + 2000
+    for key in [key for key in inputs if key.endswith("logps")]:
+        inputs[key] = inputs[key] - (100 if "token" in key else 3000)
+    single = {key: value.float() if value.is_floating_point() else value for key, value in inputs.items()}
+    found, exact = (call(name, given, **params).losses.double() for given in (single, inputs))
+    torch.testing.assert_close(found, exact, rtol=2e-3, atol=2e-4)
+
+
+@_check(lambda spec: bool({"chosen_lengths", "lengths", "list_lengths"} & {*spec.inputs}))
+def check_empty_responses(name: str, **params: Any) -> None:
+    """An empty response (length 0, sum 0) gives finite losses and gradients."""
+    inputs = made_up_inputs()
+    empty = {
+        key: torch.zeros_like(value) if "lengths" in key or "logps" in key else value for key, value in inputs.items()
+    }
+    empty = with_gradients(empty)
+    losses = call(name, empty, **params).losses
+    losses.sum().backward()
+    assert losses.isfinite().all() and gradients(name, empty).isfinite().all()
+
+
+@_check(lambda spec: spec.kind is LISTS)
+def check_list_padding(name: str, **params: Any) -> None:
+    """Whatever stands behind a list, one column more of it or none where no list needs it: same losses, no gradient."""
+    inputs = with_gradients(made_up_inputs())
+    losses = call(name, inputs, **params).losses
+    losses.sum().backward()
+    mask = inputs["list_mask"]
+    found = inputs["policy_list_logps"].grad
+    assert found is not None and (found[~mask] == 0).all()
+    other = {key: x.detach() for key, x in inputs.items() if "list" in key}
+    wild = {key: x if key == "list_mask" else x.masked_fill(~mask, 3) for key, x in other.items()}
+    wider = {key: pad(x, (0, 1)) for key, x in other.items()}
+    for same in (wild, wider):
+        torch.testing.assert_close(call(name, same, **params).losses, losses.detach(), rtol=1e-14, atol=0)
+    short = {key: x[:1, :2] for key, x in other.items()}
+    torch.testing.assert_close(call(name, short, **params).losses, losses[:1].detach(), rtol=1e-14, atol=0)
+
+
+@_check(lambda spec: spec.kind is LISTS)
+def check_list_order(name: str, **params: Any) -> None:
+    """Responses in another order, with their ranks and scores: the same losses, the rewards in that order."""
+    inputs = {key: x for key, x in made_up_inputs().items() if "list" in key}
+    order = torch.tensor([2, 0, 3, 1])
+    output = call(name, inputs, **params)
+    moved = call(name, {key: x[:, order] for key, x in inputs.items()}, **params)
+    torch.testing.assert_close(moved.losses, output.losses, rtol=1e-13, atol=0)
+    if output.rewards is not None:
+        torch.testing.assert_close(moved.rewards, output.rewards[:, order], rtol=1e-14, atol=0)
+
+
+@_check(lambda spec: any("token" in name for name in spec.inputs))
+def check_token_width(name: str, **params: Any) -> None:
+    """Columns of zeros behind the longest response, as a longer one elsewhere in the batch makes them, and none there:
+    the same losses, to the order in which zeros are added."""
+    inputs = made_up_inputs()
+    longest = int(max(inputs[f"{side}_lengths"].max() for side in ("chosen", "rejected")))
+    for width in (longest, 3 * longest):
+        resized = {key: pad(x, (0, width - x.shape[1])) if "token" in key else x for key, x in inputs.items()}
+        found, expected = (call(name, given, **params).losses for given in (resized, inputs))
+        torch.testing.assert_close(found, expected, rtol=1e-13, atol=0)
+
+
+@_check()
+def check_objective(name: str, **params: Any) -> None:
+    """What a configuration of that one loss computes is the loss."""
+    inputs = made_up_inputs()
+    objective = build_objective([name], loss_params=params)
+    objective.update_state(inputs)
+    state = {"state": objective.state[name]} if name in objective.state else {}
+    expected = call(name, inputs, **params, **state).losses
+    torch.testing.assert_close(objective(inputs).losses, expected, rtol=1e-14, atol=0)

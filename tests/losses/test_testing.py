@@ -1,0 +1,78 @@
+"""The checks that ship for users' losses notice what they are for."""
+
+import pytest
+import torch
+
+from hf_prefopt import register_loss
+from hf_prefopt.losses import registry
+from hf_prefopt.testing import (
+    check_examples_apart,
+    check_far_out,
+    check_gradients,
+    check_preferred_direction,
+    loss_checks,
+)
+
+
+@pytest.fixture
+def register(monkeypatch):
+    """Registers a loss for the time of a test."""
+    monkeypatch.setattr(registry, "_LOSSES", dict(registry._LOSSES))
+    return lambda function: register_loss("users_own")(function)
+
+
+def test_a_sound_loss_of_three_lines_passes(register):
+    @register
+    def hinge(policy_chosen_logps, policy_rejected_logps, beta=0.3):
+        return torch.relu(1 - beta * (policy_chosen_logps - policy_rejected_logps))
+
+    checks = loss_checks("users_own")
+    assert len(checks) >= 6
+    for check in checks:
+        check("users_own")
+
+
+def test_the_wrong_sign_is_noticed(register):
+    @register
+    def backwards(policy_chosen_logps, policy_rejected_logps):
+        return torch.relu(1 + policy_chosen_logps - policy_rejected_logps)
+
+    with pytest.raises(AssertionError):
+        check_preferred_direction("users_own")
+
+
+def test_probabilities_of_whole_sequences_are_noticed(register):
+    @register
+    def underflows(policy_chosen_logps, policy_rejected_logps):
+        return torch.log(policy_chosen_logps.exp() + policy_rejected_logps.exp()) - policy_chosen_logps
+
+    with pytest.raises(AssertionError):
+        check_far_out("users_own")
+
+
+def test_a_statistic_of_the_batch_that_is_not_declared_is_noticed(register):
+    @register
+    def centred(policy_chosen_logps, policy_rejected_logps):
+        margin = policy_chosen_logps - policy_rejected_logps
+        return torch.nn.functional.softplus(margin.mean() - margin)
+
+    with pytest.raises(AssertionError):
+        check_examples_apart("users_own")
+
+
+def test_a_gradient_that_is_not_the_values_is_noticed(register):
+    class Twice(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return 2 * gradient
+
+    @register
+    def doubled(policy_chosen_logps, policy_rejected_logps):
+        return -Twice.apply(policy_chosen_logps) + policy_rejected_logps
+
+    with pytest.raises(RuntimeError, match="Jacobian"):
+        check_gradients("users_own")
