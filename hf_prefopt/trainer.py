@@ -473,8 +473,12 @@ class PreferenceTrainer(Trainer):
         state, world_size = self.accelerator.gradient_state, self.accelerator.num_processes
         if world_size == 1 or not state.end_of_dataloader or self.args.dataloader_drop_last:
             return None
-        rows = len(state.active_dataloader.dataset)
-        return examples_of_first_rows(pieces, rows_that_count(rows, share, self.accelerator.process_index, world_size))
+        dataset = state.active_dataloader.dataset
+        if isinstance(dataset, torch.utils.data.IterableDataset | IterableDataset):
+            return None  # a stream does not say how many rows it has
+        return examples_of_first_rows(
+            pieces, rows_that_count(len(dataset), share, self.accelerator.process_index, world_size)
+        )
 
     def _collect(self, batches: list[PreferenceBatch]) -> list[dict[str, Tensor]]:
         """The loss inputs of all micro-batches of a step, without gradients; the reference's scores are kept."""
