@@ -23,7 +23,7 @@ demo: $(READY) $(MODEL)/config.json
 	@$(LAUNCH) recipes/dpo_lora.py --config recipes/dpo_lora.yaml $(DEMO_OPTIONS)
 
 test: $(READY_TO_TEST)
-	@HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest
+	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadscope
 
 lint: $(READY_TO_TEST)
 	@$(VENV)/bin/ruff check .

@@ -4,7 +4,8 @@ evaluation, whatever the loss, the layout and what trains.
 Everything is in fp32, and what differs is the order of sums. A loss is made of log-probs of some 50 nats, whose last
 place is 4e-6, times β = 0.1 (SimPO's are per token): 1e-5 leaves room for ten of them. Weights of about 1 have a last
 place of 1.2e-7, and the largest of them moves by 1e-2: 1e-4 of that is eight last places. A row that counts twice,
-which is what accelerate's data loader does to fill up the last batch, changes weights by a tenth of the largest change.
+which is what accelerate's data loader does to fill up the last batch, changes weights by 13 % of the largest change or
+more.
 """
 
 import functools
