@@ -5,35 +5,24 @@ the step's loss the exact mean over the examples of the global batch, evaluation
 of the Trainer. Which losses there are, how tokens are laid out and where a reference comes from is decided elsewhere.
 """
 
-import json
 import logging
 from collections.abc import Callable
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_prefopt.checkpoints import is_complete, last_complete_checkpoint
 from hf_prefopt.config import PreferenceConfig
-from hf_prefopt.data.batch import PreferenceBatch, ResponseScores, join_examples
-from hf_prefopt.data.check import check_examples
+from hf_prefopt.data.batch import PreferenceBatch, ResponseScores
 from hf_prefopt.data.collate import PaddedCollator
-from hf_prefopt.data.extras import present_extras
-from hf_prefopt.data.group import PromptSampler, prompt_keys
 from hf_prefopt.data.microbatch import MicroBatchCollator, pieces_of
-from hf_prefopt.data.mismatched import EpochOfMismatches, MismatchedResponses
-from hf_prefopt.data.prepare import prepare_dataset, prepared_features
+from hf_prefopt.data.mismatched import EpochOfMismatches
 from hf_prefopt.data.preview import print_preview
 from hf_prefopt.data.shared import SharedCollator
-from hf_prefopt.data.uneven import EvenStream, examples_of_first_rows, keep_examples, rows_that_count
-from hf_prefopt.examples import KINDS, kind_of_columns
+from hf_prefopt.data.uneven import keep_examples
 from hf_prefopt.losses.base import LossOutput
 from hf_prefopt.losses.global_batch import StepInputs
 from hf_prefopt.losses.inputs import loss_inputs
@@ -50,15 +39,13 @@ from hf_prefopt.reporting.metrics import EvaluationRecord, RunningMeans, example
 from hf_prefopt.reporting.run_facts import card_facts
 from hf_prefopt.scoring.forward import VOCABULARY_KL, base_causal_lm, install_scoring, score
 from hf_prefopt.scoring.layout import reason_against_shared
+from hf_prefopt.training.evaluating import EvaluatingTrainer
+from hf_prefopt.training.preparing import Data, DataOrSplits
 
 logger = logging.getLogger(__name__)
 
-OBJECTIVE_STATE = "objective_state.json"
-Data = Dataset | IterableDataset
-DataOrSplits = Data | dict[str, Data]
 
-
-class PreferenceTrainer(Trainer):
+class PreferenceTrainer(EvaluatingTrainer):
     """Aligns a causal language model with preference data, offline.
 
     Example:
@@ -214,129 +201,6 @@ class PreferenceTrainer(Trainer):
             self._cache_filler.forget()
         return self._adopt(super().call_model_init(trial))
 
-    def _prepared(self, dataset: DataOrSplits | None, name: str) -> DataOrSplits | None:
-        """The data set tokenised, or each of several."""
-        if dataset is None:
-            return None
-        if isinstance(dataset, dict):
-            return {key: self._prepared(split, key) for key, split in dataset.items()}
-        with self.args.main_process_first(desc=f"tokenising {name}"):
-            prepared = prepare_dataset(
-                dataset,
-                self.tokenizer,
-                max_length=self.args.max_length,
-                truncation_mode=self.args.truncation_mode,
-                on_bad_rows=self.args.on_bad_rows,
-                num_proc=self.args.dataset_num_proc,
-                name=name,
-                unpair=self.args.unpair,
-            )
-        return self._fitting(prepared, name)
-
-    def _fitting(self, dataset: Data, name: str) -> Data:
-        """The data set, unless the losses cannot compare its examples. What the first one holds settles the objective:
-        the kind, of losses that take several, and further columns."""
-        kind = kind_of_columns(dataset.column_names)
-        if not self._has_seen_data:
-            self.criterion = self.args.build_objective(kind, present_extras(kind, dataset.column_names))
-        self._has_seen_data = True
-        losses = ", ".join(self.args.loss_type)
-        if kind is not self.criterion.kind:
-            raise ValueError(f"{name} holds {kind.name}, and {losses} wants {self.criterion.kind.wanted}")
-        # The rows of a stream are looked at when they are reached.
-        is_stream = not isinstance(dataset, Dataset)
-        reason = None if is_stream or not len(dataset) else kind.refusal(dataset[0], self.criterion.inputs)
-        if reason is None and self.criterion.needs_mismatched and is_stream:
-            reason = "it draws responses to other prompts from the whole data set, which a stream does not give"
-        if reason is not None:
-            raise ValueError(f"{name} does not fit {losses}: {reason}")
-        return check_examples(dataset, self.criterion, name)
-
-    def get_eval_dataloader(self, eval_dataset: str | Data | None = None):
-        """As the Trainer's; a raw data set is prepared first."""
-        named = eval_dataset is None or isinstance(eval_dataset, str)
-        return super().get_eval_dataloader(eval_dataset if named else self._prepared(eval_dataset, "eval"))
-
-    def get_test_dataloader(self, test_dataset: Data):
-        """As the Trainer's; a raw data set is prepared first."""
-        return super().get_test_dataloader(self._prepared(test_dataset, "test"))
-
-    def _get_train_sampler(self, train_dataset: Dataset | None = None):
-        """As the Trainer's, or by prompt where `group_by_prompt` asks for it."""
-        dataset = self.train_dataset if train_dataset is None else train_dataset
-        dataset = dataset.dataset if isinstance(dataset, MismatchedResponses) else dataset
-        if not self.args.group_by_prompt or not isinstance(dataset, Dataset):
-            return super()._get_train_sampler(train_dataset)
-        return PromptSampler(prompt_keys(dataset), self._data_seed)
-
-    @property
-    def _data_seed(self) -> int:
-        return self.args.data_seed if self.args.data_seed is not None else self.args.seed
-
-    def _get_dataloader(self, dataset: Data, description: str, batch_size: int, **kwargs: Any):
-        """As the Trainer's; rows get a mismatched response where a loss asks for it, streams fill up the last batch."""
-        if self.criterion.needs_mismatched:
-            dataset = MismatchedResponses(dataset, self._data_seed, self.args.max_length)
-        world_size = self.accelerator.num_processes
-        if isinstance(dataset, IterableDataset) and world_size > 1 and not self.args.dataloader_drop_last:
-            dataset = EvenStream(dataset, batch_size * world_size)
-        return super()._get_dataloader(dataset, description, batch_size, **kwargs)
-
-    def _set_signature_columns_if_needed(self) -> None:
-        columns = dict.fromkeys(column for kind in KINDS for column in prepared_features(kind, extras=kind.extras))
-        self._signature_columns = [*columns, "token_weights", "mismatched_ids", "mismatched_masks", "repeated"]
-
-    # -- checkpoints ----------------------------------------------------------------------------------------------
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, **arguments: Any):
-        """As the Trainer's; with `resume_from_checkpoint=True` from the newest checkpoint that was written to its end.
-
-        Raises:
-            ValueError: the checkpoint is half of one, or there is no whole one to resume from.
-        """
-        newest = last_complete_checkpoint(self.args.output_dir)
-        if resume_from_checkpoint is True:
-            if newest is None:
-                raise ValueError(f"{self.args.output_dir} has no complete checkpoint to resume from: start without")
-            resume_from_checkpoint = newest
-        if resume_from_checkpoint and not is_complete(resume_from_checkpoint):
-            cure = f"resume from {newest}" if newest else "start without resume_from_checkpoint"
-            raise ValueError(f"{resume_from_checkpoint} is no checkpoint that was written to its end: {cure}")
-        return super().train(resume_from_checkpoint or None, **arguments)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """As the Trainer's; one that is overwritten loses the sign of a whole checkpoint first."""
-        folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-        if self.args.should_save:
-            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
-        super()._save_checkpoint(model, trial)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        """As the Trainer's, the last of what all ranks write; the state of the first rank follows when it is there."""
-        super()._save_rng_state(output_dir)
-        self.accelerator.wait_for_everyone()
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """As the Trainer's, with what losses keep across batches, and with a reference that moves."""
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self._moving:
-            self._moving.save(output_dir)
-        if self.criterion.state and self.args.should_save:
-            Path(output_dir, OBJECTIVE_STATE).write_text(json.dumps(self.criterion.state_dict()))
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """As the Trainer's, with what losses keep across batches, and with a reference that moves."""
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if self._moving and checkpoint is not None:
-            self._moving.load(checkpoint)
-        if checkpoint is None or not self.criterion.state:
-            return
-        saved = Path(checkpoint, OBJECTIVE_STATE)
-        if saved.is_file():
-            self.criterion.load_state_dict(json.loads(saved.read_text()))
-        else:
-            logger.warning("%s has no %s: %s starts afresh", checkpoint, saved.name, ", ".join(self.criterion.state))
-
     # -- the step -------------------------------------------------------------------------------------------------
 
     def training_step(
@@ -465,27 +329,6 @@ class PreferenceTrainer(Trainer):
                 piece["step_inputs"] = (step, index)
         return batches, num_examples
 
-    def _without_repeats(self, batch: PreferenceBatch | dict[str, list[PreferenceBatch]]):
-        """A training batch without the examples of rows that are repeated at the end of the data."""
-        pieces = pieces_of(batch)
-        counted = self._counted(pieces, self._train_batch_size)
-        if counted is None:
-            return batch
-        pieces = [keep_examples(piece, kept) for piece, kept in zip(pieces, counted, strict=True)]
-        return {"pieces": pieces} if "pieces" in batch else pieces[0]
-
-    def _counted(self, pieces: list[PreferenceBatch], share: int) -> list[Tensor] | None:
-        """For each piece of a batch of `share` rows, which examples count; `None` where all do. See `data.uneven`."""
-        if "counted" in pieces[0]:
-            return [piece["counted"] for piece in pieces]
-        state, world_size = self.accelerator.gradient_state, self.accelerator.num_processes
-        if world_size == 1 or not state.end_of_dataloader or self.args.dataloader_drop_last:
-            return None
-        if not has_length(state.active_dataloader.dataset):
-            return None
-        rows = len(state.active_dataloader.dataset)
-        return examples_of_first_rows(pieces, rows_that_count(rows, share, self.accelerator.process_index, world_size))
-
     def _collect(self, batches: list[PreferenceBatch]) -> list[dict[str, Tensor]]:
         """The loss inputs of all micro-batches of a step, without gradients; the reference's scores are kept."""
         collected = []
@@ -504,40 +347,7 @@ class PreferenceTrainer(Trainer):
             return count
         return self.accelerator.reduce(torch.tensor(count, device=device), reduction="sum")
 
-    # -- evaluation and logs --------------------------------------------------------------------------------------
-
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """(mean loss of the batch, rewards `[B, 2]`, labels `[B, 2]`)."""
-        with torch.no_grad(), self.compute_loss_context_manager():
-            pieces = pieces_of(self._prepare_inputs(inputs))
-            counted = self._counted(pieces, self.args.eval_batch_size)
-            if counted is not None:
-                pieces = [{**piece, "counted": examples} for piece, examples in zip(pieces, counted, strict=True)]
-            outputs = [self.compute_loss(model, piece, return_outputs=True) for piece in pieces]
-        loss = torch.stack([loss for loss, _ in outputs]).mean()
-        if prediction_loss_only:
-            return loss, None, None
-        # The Trainer fills up what is shorter with −100, too.
-        names = ("predictions", "labels")
-        return loss, *(join_examples([output[name] for _, output in outputs], fill=-100.0) for name in names)
-
-    def evaluation_loop(self, dataloader, description, *args, metric_key_prefix: str = "eval", **kwargs):
-        """As the Trainer's, with the loss and every metric taken over the rows and not over the batches."""
-        self._settle_layout()
-        if self._cache_filler:
-            self._cache_filler.fill(dataloader.dataset, description.lower())
-        self._evaluation = EvaluationRecord()
-        output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
-        metrics = self._evaluation.metrics(self.criterion)
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
-        self._evaluation = EvaluationRecord()
-        return output
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As the Trainer's; a training log also carries the means of the metrics since the last one."""
-        if "loss" in logs:
-            logs.update(self.criterion.kind.conclude(self._train_metrics.pop(self.accelerator)))
-        super().log(logs, start_time)
+    # -- the model card --------------------------------------------------------------------------------------------
 
     def create_model_card(
         self, *_: Any, model_name: str | None = None, dataset: str | list[str] | None = None, **metadata: Any

@@ -1,0 +1,1 @@
+"""The layers of `PreferenceTrainer` beneath its step: checkpoints, data, evaluation."""

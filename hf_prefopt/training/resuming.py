@@ -1,0 +1,79 @@
+"""A Trainer whose checkpoints are whole or not there: what a loss keeps and a reference that moves are in them."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from hf_prefopt.checkpoints import is_complete, last_complete_checkpoint
+from hf_prefopt.losses.objective import Objective
+from hf_prefopt.reference.moving import MovingReference
+
+logger = logging.getLogger(__name__)
+
+OBJECTIVE_STATE = "objective_state.json"
+
+
+class ResumingTrainer(Trainer):
+    """Resumes from the newest whole checkpoint to the same weights, bit for bit on one process.
+
+    Attributes:
+        criterion: the objective, whose state is saved.
+    """
+
+    criterion: Objective
+    _moving: MovingReference | None
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **arguments: Any):
+        """As the Trainer's; with `resume_from_checkpoint=True` from the newest checkpoint that was written to its end.
+
+        Raises:
+            ValueError: the checkpoint is half of one, or there is no whole one to resume from.
+        """
+        newest = last_complete_checkpoint(self.args.output_dir)
+        if resume_from_checkpoint is True:
+            if newest is None:
+                raise ValueError(f"{self.args.output_dir} has no complete checkpoint to resume from: start without")
+            resume_from_checkpoint = newest
+        if resume_from_checkpoint and not is_complete(resume_from_checkpoint):
+            cure = f"resume from {newest}" if newest else "start without resume_from_checkpoint"
+            raise ValueError(f"{resume_from_checkpoint} is no checkpoint that was written to its end: {cure}")
+        return super().train(resume_from_checkpoint or None, **arguments)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As the Trainer's; one that is overwritten loses the sign of a whole checkpoint first."""
+        folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        if self.args.should_save:
+            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+        super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """As the Trainer's, the last of what all ranks write; the state of the first rank follows when it is there."""
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """As the Trainer's, with what losses keep across batches, and with a reference that moves."""
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self._moving:
+            self._moving.save(output_dir)
+        if self.criterion.state and self.args.should_save:
+            Path(output_dir, OBJECTIVE_STATE).write_text(json.dumps(self.criterion.state_dict()))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As the Trainer's, with what losses keep across batches, and with a reference that moves."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self._moving and checkpoint is not None:
+            self._moving.load(checkpoint)
+        if checkpoint is None or not self.criterion.state:
+            return
+        saved = Path(checkpoint, OBJECTIVE_STATE)
+        if saved.is_file():
+            self.criterion.load_state_dict(json.loads(saved.read_text()))
+        else:
+            logger.warning("%s has no %s: %s starts afresh", checkpoint, saved.name, ", ".join(self.criterion.state))
