@@ -20,7 +20,7 @@ from datasets.utils.logging import disable_progress_bar
 from rich.console import Console
 from rich.table import Table
 from transformers import PrinterCallback
-from transformers.utils.logging import set_verbosity_error
+from transformers.utils import logging as transformers_logging
 from trl import get_peft_config
 
 from benchmarks.report import machine
@@ -110,7 +110,8 @@ def main() -> None:
     arguments = parser.parse_args()
     sys.path.insert(0, str(ROOT / "recipes"))
     disable_progress_bar()
-    set_verbosity_error()  # the layers left out are no news
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()  # the layers left out are no news
 
     runs = []
     console = Console()
