@@ -62,7 +62,8 @@ def _needs(spec: LossSpec) -> list[str]:
     """What the loss asks of the trainer beyond summed log-probs of the policy, in words."""
     statistics = ", ".join(sorted(token_stats_of(spec.inputs, "policy") | token_stats_of(spec.inputs, "ref")))
     said = {
-        f"reference model: {_reference(spec)}": True,
+        "a reference model": spec.needs_reference_model and not spec.can_be_reference_free,
+        "a reference model, unless `reference_free`": spec.can_be_reference_free,
         f"token statistics ({statistics})": statistics,
         "the global batch": spec.needs_global_batch,
         "state across batches (kept in checkpoints)": spec.state is not None,
