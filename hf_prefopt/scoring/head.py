@@ -86,17 +86,28 @@ STATISTICS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform) -> Tensor:
-    """Transformed logits `[C, V]` in full precision; the product runs in the inputs' dtype."""
-    logits = nn.functional.linear(hidden, weight, bias)
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform, out: Tensor) -> Tensor:
+    """Transformed logits `[C, V]` in full precision; the product runs in the inputs' dtype, and is written to `out`."""
+    out = out[: len(hidden)]
+    logits = torch.mm(hidden, weight.T, out=out) if bias is None else torch.addmm(bias, hidden, weight.T, out=out)
     return transform(logits.to(full_precision(logits.dtype)))
 
 
-def _probs_minus_target(logits: Tensor, normaliser: Tensor, targets: Tensor, transform: LogitTransform) -> Tensor:
-    """−d logp_target / d z `[C, V]`, but for `transform.factor`: (p − onehot) · its slope; overwrites the logits."""
-    slope = transform.relative_slope(logits)
-    gradient = logits.sub_(normaliser).exp_()
-    gradient.scatter_add_(1, targets.unsqueeze(1), gradient.new_full((len(targets), 1), -1.0))
+def _softmax_at(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probs `[C]` of the targets, and the softmax as e^(z − max z) `[C, V]` over its sums `[C, 1]`.
+
+    Overwrites the logits, and leaves the division to where the vocabulary is summed over: each pass over it costs.
+    """
+    at_targets = logits.gather(1, targets.unsqueeze(1))
+    largest = logits.amax(-1, keepdim=True)
+    exponentials = logits.sub_(largest).exp_()
+    sums = exponentials.sum(-1, keepdim=True)
+    return (at_targets - largest - sums.log()).squeeze(1), exponentials, sums
+
+
+def _minus_target(exponentials: Tensor, sums: Tensor, targets: Tensor, slope: Tensor | None) -> Tensor:
+    """−d logp_target / d z `[C, V]`, but for `transform.factor` and times `sums`; overwrites the exponentials."""
+    gradient = exponentials.scatter_add_(1, targets.unsqueeze(1), -sums)
     return gradient if slope is None else gradient.mul_(slope)
 
 
@@ -107,14 +118,15 @@ class FrozenHeadLogps(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, targets, transform, statistics, chunk_rows):
         """(hidden `[N, H]`, weight `[V, H]`, targets `[N]`) → (logps `[N]`, one `[N]` per name in `statistics`)."""
         unit_gradient = torch.empty_like(hidden)
-        outputs = [hidden.new_empty(len(targets), dtype=full_precision(hidden.dtype)) for _ in (0, *statistics)]
+        outputs, buffer = _outputs(hidden, statistics), _buffer(hidden, weight, chunk_rows)
         for rows in _chunks(len(targets), chunk_rows):
-            logits = _logits(hidden[rows], weight, bias, transform)
-            normaliser = logits.logsumexp(-1, keepdim=True)
-            _record(outputs, rows, logits, normaliser, targets[rows], statistics)
-            gradient = _probs_minus_target(logits, normaliser, targets[rows], transform)
-            unit_gradient[rows] = gradient.to(weight.dtype) @ weight
-        ctx.save_for_backward(unit_gradient.mul_(-transform.factor))
+            logits = _logits(hidden[rows], weight, bias, transform, buffer)
+            slope = transform.relative_slope(logits)
+            exponentials, sums = _record(outputs, rows, logits, targets[rows], statistics)
+            gradient = _minus_target(exponentials, sums, targets[rows], slope)
+            product = gradient.to(weight.dtype) @ weight
+            unit_gradient[rows] = product * (-transform.factor / sums)
+        ctx.save_for_backward(unit_gradient)
         ctx.mark_non_differentiable(*outputs[1:])
         return tuple(outputs)
 
@@ -131,10 +143,10 @@ class TrainedHeadLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, transform, statistics, chunk_rows):
         """As `FrozenHeadLogps.forward`."""
-        outputs = [hidden.new_empty(len(targets), dtype=full_precision(hidden.dtype)) for _ in (0, *statistics)]
+        outputs, buffer = _outputs(hidden, statistics), _buffer(hidden, weight, chunk_rows)
         for rows in _chunks(len(targets), chunk_rows):
-            logits = _logits(hidden[rows], weight, bias, transform)
-            _record(outputs, rows, logits, logits.logsumexp(-1, keepdim=True), targets[rows], statistics)
+            logits = _logits(hidden[rows], weight, bias, transform, buffer)
+            _record(outputs, rows, logits, targets[rows], statistics)
         ctx.save_for_backward(hidden, weight, bias, targets)
         ctx.transform, ctx.chunk_rows = transform, chunk_rows
         ctx.mark_non_differentiable(*outputs[1:])
@@ -145,14 +157,17 @@ class TrainedHeadLogps(torch.autograd.Function):
         """Gradients of hidden, weight and bias; the latter two summed in full precision over the chunks."""
         hidden, weight, bias, targets = ctx.saved_tensors
         exact = full_precision(weight.dtype)
+        buffer = _buffer(hidden, weight, ctx.chunk_rows)
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=exact)
         grad_bias = None if bias is None else torch.zeros_like(bias, dtype=exact)
-        # The factors of a row go to the narrow side of each product.
-        row_factors = (grad_logps * -ctx.transform.factor).unsqueeze(1)
         for rows in _chunks(len(targets), ctx.chunk_rows):
-            logits, factors = _logits(hidden[rows], weight, bias, ctx.transform), row_factors[rows]
-            gradient = _probs_minus_target(logits, logits.logsumexp(-1, keepdim=True), targets[rows], ctx.transform)
+            logits = _logits(hidden[rows], weight, bias, ctx.transform, buffer)
+            slope = ctx.transform.relative_slope(logits)
+            _, exponentials, sums = _softmax_at(logits, targets[rows])
+            gradient = _minus_target(exponentials, sums, targets[rows], slope)
+            # The factors of a row go to the narrow side of each product.
+            factors = grad_logps[rows].unsqueeze(1) * (-ctx.transform.factor / sums)
             if grad_bias is not None:
                 grad_bias += gradient.T.mv(factors.squeeze(1))
             gradient = gradient.to(weight.dtype)
@@ -166,18 +181,27 @@ def _chunks(length: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
+def _outputs(hidden: Tensor, statistics: tuple[str, ...]) -> list[Tensor]:
+    """Room for the log-probs and each statistic, `[N]` in full precision."""
+    return [hidden.new_empty(len(hidden), dtype=full_precision(hidden.dtype)) for _ in (0, *statistics)]
+
+
+def _buffer(hidden: Tensor, weight: Tensor, chunk_rows: int) -> Tensor:
+    """Room for one chunk's logits, which all chunks use: on the CPU fresh memory costs a fault for each page."""
+    return hidden.new_empty(min(chunk_rows, len(hidden)), len(weight))
+
+
 def _record(
-    outputs: list[Tensor],
-    rows: slice,
-    logits: Tensor,
-    normaliser: Tensor,
-    targets: Tensor,
-    statistics: tuple[str, ...],
-) -> None:
-    """Write a chunk's log-probs at the targets, and its statistics, into the rows of the outputs."""
-    outputs[0][rows] = (logits.gather(1, targets.unsqueeze(1)) - normaliser).squeeze(1)
-    for output, name in zip(outputs[1:], statistics, strict=True):
-        output[rows] = STATISTICS[name](logits - normaliser)
+    outputs: list[Tensor], rows: slice, logits: Tensor, targets: Tensor, statistics: tuple[str, ...]
+) -> tuple[Tensor, Tensor]:
+    """Write a chunk's log-probs and statistics into the rows of the outputs; the softmax, see `_softmax_at`."""
+    if statistics:
+        logps = logits.log_softmax(-1)
+        for output, name in zip(outputs[1:], statistics, strict=True):
+            output[rows] = STATISTICS[name](logps)
+        del logps
+    outputs[0][rows], exponentials, sums = _softmax_at(logits, targets)
+    return exponentials, sums
 
 
 def linear_head_logps(
