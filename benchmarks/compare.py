@@ -4,7 +4,8 @@
 
 Each case first asserts that both trainers compute the same loss and gradients, then times their steps in turns.
 Results are kept in a JSON file after every case, so that a run can be stopped and gone on with (`--cases`, and what
-is left out keeps its earlier figures). Needs the model's folder, or `--model random:layers=2,vocab=1000` to try it out.
+is left out keeps its earlier figures). What the figures alone do not say stands in `REMARKS.md` and is put behind them.
+Needs the model's folder, or `--model random:layers=2,vocab=1000` to try it out.
 A step of 8 pairs needs up to 16 GB in TRL.
 """
 
@@ -31,6 +32,7 @@ from benchmarks.work import ROOT, Work
 
 MODEL = "models/smollm2-135m-instruct"
 RESULTS, PLOT = ROOT / "benchmarks" / "RESULTS.md", ROOT / "benchmarks" / "results.png"
+REMARKS = ROOT / "benchmarks" / "REMARKS.md"
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
@@ -40,7 +42,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     results = _earlier(options.json)
     command = "python -m benchmarks.compare " + shlex.join(sys.argv[1:] if arguments is None else arguments)
     date = datetime.date.today().isoformat()
-    results["about"] = report.machine() | {"date": date, "command": command.strip(), "model": Path(options.model).name}
+    commands = [*results.get("about", {}).get("commands", ()), command.strip()]
+    results["about"] = report.machine() | {"date": date, "commands": commands, "model": Path(options.model).name}
 
     def keep(part: str, name: str, figures: Mapping[str, Any]) -> None:
         results.setdefault(part, {})[name] = figures
@@ -71,7 +74,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     report.print_tables(results)
     if options.write_results:
         report.draw(results, PLOT)
-        RESULTS.write_text(report.as_markdown(results, PLOT.name))
+        RESULTS.write_text(report.as_markdown(results, PLOT.name) + "\n" + REMARKS.read_text())
     return results
 
 

@@ -136,10 +136,11 @@ def as_markdown(results: Mapping[str, Any], plot: str | None = None) -> str:
     """All tables as one page."""
     about = results["about"]
     versions = ", ".join(f"{name} {about[name]}" for name in PACKAGES)
+    commands = ", ".join(f"`{command}`" for command in dict.fromkeys(about["commands"]))
     lines = [
         "# Results",
         "",
-        f"Printed by `{about['command']}` on {about['date']}: {about['cpu']}, {about['threads']} thread(s), "
+        f"Printed by {commands} on {about['date']}: {about['cpu']}, {about['threads']} thread(s), "
         f"Python {about['python']}, {versions}. Model: {about['model']}; LoRA r = 16 on all linear layers, fp32, live "
         "reference, no checkpointing on either side, CPU time of the process. The two sides take turns on the same "
         "batches; `ratio` is the median over the rounds. TRL is at its defaults, metrics included, which it cannot be "

@@ -112,15 +112,16 @@ def watch(trainer: PreferenceTrainer, recipe: RecipeArguments) -> None:
 
 
 def close(trainer: PreferenceTrainer, script: ScriptArguments) -> None:
-    """Writes the model card and the curves beside the saved model, prints the closing report, and pushes if told to."""
-    folder = Path(trainer.args.output_dir)
+    """Writes the model card and the curves beside the saved model, pushes if told to, and prints the closing report."""
+    folder, history = Path(trainer.args.output_dir), trainer.state.log_history
     trainer.create_model_card(dataset=script.dataset_name)
+    if trainer.is_world_process_zero():
+        title = f"{' + '.join(trainer.args.loss_type)} → {folder}"
+        curves = plot_training(history, folder / "curves.png", title=title)
     if trainer.args.push_to_hub:
         trainer.push_to_hub(dataset=script.dataset_name)
     if not trainer.is_world_process_zero():
         return
-    history = trainer.state.log_history
-    curves = plot_training(history, folder / "curves.png", title=f"{' + '.join(trainer.args.loss_type)} → {folder}")
     closing_report(
         before=first_evaluation(history),
         after=last_evaluation(history) or None,

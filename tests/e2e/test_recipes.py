@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
+from tests.hub import REPOSITORY, hub
 from tests.tiny_models import tiny_model
 from tests.tokenizers import tiny_tokenizer
 
@@ -41,21 +42,21 @@ def data_folder(tmp_path_factory) -> Path:
     return folder
 
 
-def run_recipe(name: str, output: Path, model: Path, data: Path, *options: str) -> str:
+def run_recipe(name: str, output: Path, model: Path, data: Path, *options: str, **environment: str) -> str:
     """What a recipe prints with its own YAML file, cut down to a tiny model, two steps and a few rows."""
     command = [sys.executable, str(RECIPES / f"{name}.py"), "--config", str(RECIPES / f"{name}.yaml")]
     shared = ["--model_name_or_path", str(model), "--dataset_name", str(data), "--output_dir", str(output)]
     small = ["--max_steps=2", "--logging_steps=1", "--train_rows=16", "--eval_rows=4", "--max_length=128"]
-    run = in_a_process([*command, *shared, *small, *options], cwd=RECIPES.parent, cache=data / "cache")
+    run = in_a_process([*command, *shared, *small, *options], RECIPES.parent, data / "cache", **environment)
     assert run.returncode == 0, run.stderr[-3000:]
     return run.stdout + run.stderr
 
 
-def in_a_process(command: list[str], cwd: Path, cache: Path) -> subprocess.CompletedProcess:
+def in_a_process(command: list[str], cwd: Path, cache: Path, **environment: str) -> subprocess.CompletedProcess:
     """Runs a command on the package of this tree, whatever is installed, without a network and in a wide terminal."""
     settings = {"PYTHONPATH": str(RECIPES.parent), "HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
-    environment = {**os.environ, **settings, "HF_DATASETS_CACHE": str(cache)}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd)
+    settings |= {**os.environ, **settings, "HF_DATASETS_CACHE": str(cache), **environment}
+    return subprocess.run(command, capture_output=True, text=True, env=settings, cwd=cwd)
 
 
 @pytest.mark.parametrize(("recipe", "weights"), [("dpo_lora", ADAPTER), ("dpo_full", WHOLE_MODEL), ("qlora", ADAPTER)])
@@ -76,6 +77,18 @@ def test_command_line_overrides_the_yaml_and_the_downstream_check_joins_the_tabl
     assert {"simpo", "sft"} <= set(card.data.tags) and "0.1 × **sft**" in card.text
     assert "none, the loss needs none" in card.text
     assert "GSM8K exact match" in printed
+
+
+def test_an_adapter_is_pushed_with_its_card_and_curves(tmp_path, model_folder, data_folder):
+    """To a stand-in for the Hub, which then has the very files of the output folder."""
+    with hub() as server:
+        online = {"HF_ENDPOINT": server.address, "HF_TOKEN": "hf_none", "HF_HUB_OFFLINE": "0"}
+        options = ("--push_to_hub", "--hub_model_id", REPOSITORY)
+        run_recipe("dpo_lora", tmp_path, model_folder, data_folder, *options, **online)
+    assert set(server.created) == {REPOSITORY}
+    for name in (ADAPTER, "adapter_config.json", "tokenizer.json", "README.md", "curves.png"):
+        assert server.files[name] == (tmp_path / name).read_bytes(), name
+    assert f'"{REPOSITORY}"' in server.files["README.md"].decode()
 
 
 def test_a_loss_of_ones_own_is_registered_by_its_file(tmp_path, model_folder, data_folder):
