@@ -12,9 +12,10 @@ import numpy as np
 from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import PreTrainedTokenizerBase
 
+from hf_prefopt.data.canonical import CanonicalRow
 from hf_prefopt.data.extras import extra_columns, present_extras, read_extras
 from hf_prefopt.data.messages import BadRow
-from hf_prefopt.data.schema import CanonicalRow, find_format
+from hf_prefopt.data.schema import find_format
 from hf_prefopt.data.summary import describe_bad_rows, summarise
 from hf_prefopt.data.tokenize import TokenisedRow, TokenKinds, tokenize_rows
 from hf_prefopt.data.truncate import TRUNCATION_MODES, Cuts, truncate_row
