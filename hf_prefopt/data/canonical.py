@@ -21,11 +21,11 @@ class CanonicalRow:
     Attributes:
         kind: what prompt and responses are: text, lists of messages, or lists of token ids.
         prompt: the prompt; None for texts that carry it inside (it is split off once there are tokens).
-        responses: the K responses; for a pair the chosen, then the rejected one.
+        responses: the K responses; for a pair the chosen, then the rejected one, and a triple's gold one.
         columns: the column that each response came from, for error messages.
         pairs: `(chosen, rejected)` indices into `responses`.
         marks: what the row says of each response beside pairs, by the prepared column: `labels`, or `ranks`, `scores`,
-            or `token_weights`.
+            or `golds`, or `token_weights`.
         tools: tool schemas for the chat template, or None.
         chat_template_kwargs: further arguments of the chat template.
     """
@@ -80,7 +80,7 @@ def _check_message_response(column: str, messages: list[Any]) -> list[Message]:
 
 
 def _split_messages(conversations: dict[str, list[Any]]) -> tuple[list[Message], list[list[Message]]]:
-    """The messages that both conversations begin with, and the rest of each."""
+    """The messages that all conversations begin with, and the rest of each."""
     checked = {column: _check_message_response(column, messages) for column, messages in conversations.items()}
     shared = count_shared_messages(checked)
     prompt = next(iter(checked.values()))[:shared]

@@ -6,6 +6,7 @@ Formats (an entry of `FORMATS` each, found by the data set's columns; a column h
     chosen, rejected                           implicit prompt: both sides begin with it
     prompt_ids, chosen_ids, rejected_ids       already tokenised; with chosen_token_weights, rejected_token_weights a
                                                number for each token of the responses
+    … and reference, or reference_ids          of pairs: a third, gold response, for losses of triples
     prompt, completion, label                  a response, desirable (true) or not
     prompt, responses, ranks                   a list of responses; smaller ranks are better
     prompt, responses, scores                  a list of responses; larger scores are better
@@ -22,14 +23,13 @@ from typing import Any
 from hf_prefopt.data.canonical import (
     CHECKS,
     CanonicalRow,
-    Kind,
     canonical_row,
     check_ids,
     check_weights,
     shared_kind,
 )
 from hf_prefopt.data.messages import BadRow
-from hf_prefopt.examples import LISTS, PAIRS, UNPAIRED, ExampleKind
+from hf_prefopt.examples import LISTS, PAIRS, TRIPLES, UNPAIRED, ExampleKind
 
 
 @dataclass(frozen=True)
@@ -46,18 +46,19 @@ class RowFormat:
     marks: tuple[str, ...] = ()
 
 
-def find_format(columns: Iterable[str]) -> RowFormat:
-    """The first format whose columns are all there.
+def find_format(columns: Iterable[str], kind: ExampleKind | None = None) -> RowFormat:
+    """The first format whose columns are all there, of those that hold examples of a kind if there is one.
 
     Raises:
         ValueError: there is none (what is missing from the nearest one is named), or there are weights of tokens and no
             tokens that they could be told by.
     """
     present = set(columns)
-    for row_format in FORMATS:
-        if present.issuperset(row_format.columns):
-            _refuse_lost_weights(present, row_format)
-            return row_format
+    fitting = [row_format for row_format in FORMATS if present.issuperset(row_format.columns)]
+    if fitting:
+        row_format = next((wanted for wanted in fitting if wanted.kind is kind), fitting[0])
+        _refuse_lost_weights(present, row_format)
+        return row_format
     nearest = max(FORMATS, key=lambda f: (len(present.intersection(f.columns)), -len(f.columns)))
     missing = ", ".join(f"`{name}`" for name in nearest.columns if name not in present)
     known = "; ".join(f"{row_format.name} ({', '.join(row_format.columns)})" for row_format in FORMATS)
@@ -74,31 +75,67 @@ def _refuse_lost_weights(present: set[str], row_format: RowFormat) -> None:
         )
 
 
+_PAIR = ("chosen", "rejected")
+_TRIPLE = (*_PAIR, "reference")
+
+
 def read_explicit_pair(row: Mapping[str, Any]) -> CanonicalRow:
     """`prompt`, `chosen`, `rejected`: three texts, or three lists of messages."""
-    kind = shared_kind(row, ("prompt", "chosen", "rejected"))
+    return _read_explicit(row, _PAIR)
+
+
+def read_explicit_triple(row: Mapping[str, Any]) -> CanonicalRow:
+    """As `read_explicit_pair`, with a gold response in `reference`."""
+    return _with_gold(_read_explicit(row, _TRIPLE))
+
+
+def _read_explicit(row: Mapping[str, Any], columns: tuple[str, ...]) -> CanonicalRow:
+    kind = shared_kind(row, ("prompt", *columns))
     prompt = CHECKS[kind].prompt("prompt", row["prompt"])
-    responses = [CHECKS[kind].response(column, row[column]) for column in ("chosen", "rejected")]
-    for column, response in zip(("chosen", "rejected"), responses, strict=True):
+    responses = {column: CHECKS[kind].response(column, row[column]) for column in columns}
+    for column, response in responses.items():
         if kind == "messages" and prompt and response[: len(prompt)] == prompt:
             raise BadRow(column, "repeats the messages of `prompt`", "remove the `prompt` column")
-    return _pair(kind, prompt, responses, row)
+    return canonical_row(kind, prompt, responses, row, pairs=[(0, 1)])
 
 
 def read_implicit_pair(row: Mapping[str, Any]) -> CanonicalRow:
     """`chosen`, `rejected` that begin with their prompt: whole messages that both share, or text left unsplit."""
-    kind = shared_kind(row, ("chosen", "rejected"))
-    prompt, responses = CHECKS[kind].split({column: row[column] for column in ("chosen", "rejected")})
-    return _pair(kind, prompt, responses, row)
+    return _read_implicit(row, _PAIR)
+
+
+def read_implicit_triple(row: Mapping[str, Any]) -> CanonicalRow:
+    """As `read_implicit_pair`, with a gold response in `reference` that begins with the same prompt."""
+    return _with_gold(_read_implicit(row, _TRIPLE))
+
+
+def _read_implicit(row: Mapping[str, Any], columns: tuple[str, ...]) -> CanonicalRow:
+    kind = shared_kind(row, columns)
+    prompt, responses = CHECKS[kind].split({column: row[column] for column in columns})
+    return canonical_row(kind, prompt, dict(zip(columns, responses, strict=True)), row, pairs=[(0, 1)])
 
 
 def read_tokenised_pair(row: Mapping[str, Any]) -> CanonicalRow:
     """`prompt_ids`, `chosen_ids`, `rejected_ids`: lists of token ids, taken as they are."""
-    prompt, *responses = [check_ids(name, row.get(name)) for name in ("prompt_ids", "chosen_ids", "rejected_ids")]
-    for column, ids in zip(("chosen_ids", "rejected_ids"), responses, strict=True):
-        if not ids:
+    return _read_tokenised(row, _PAIR)
+
+
+def read_tokenised_triple(row: Mapping[str, Any]) -> CanonicalRow:
+    """As `read_tokenised_pair`, with a gold response in `reference_ids`."""
+    return _with_gold(_read_tokenised(row, _TRIPLE))
+
+
+def _read_tokenised(row: Mapping[str, Any], responses: tuple[str, ...]) -> CanonicalRow:
+    columns = tuple(f"{name}_ids" for name in responses)
+    prompt, *ids = [check_ids(name, row.get(name)) for name in ("prompt_ids", *columns)]
+    for column, tokens in zip(columns, ids, strict=True):
+        if not tokens:
             raise BadRow(column, "is empty")
-    return CanonicalRow("tokens", prompt, responses, ("chosen_ids", "rejected_ids"), [(0, 1)])
+    return CanonicalRow("tokens", prompt, ids, columns, [(0, 1)])
+
+
+def _with_gold(row: CanonicalRow) -> CanonicalRow:
+    return replace(row, marks={"golds": [len(row.responses) - 1]})
 
 
 def read_weighted_pair(row: Mapping[str, Any]) -> CanonicalRow:
@@ -109,11 +146,6 @@ def read_weighted_pair(row: Mapping[str, Any]) -> CanonicalRow:
         for column, ids in zip(_TOKEN_WEIGHTS, pair.responses, strict=True)
     ]
     return replace(pair, marks={"token_weights": weights})
-
-
-def _pair(kind: Kind, prompt: Any, responses: list[Any], row: Mapping[str, Any]) -> CanonicalRow:
-    named = dict(zip(("chosen", "rejected"), responses, strict=True))
-    return canonical_row(kind, prompt, named, row, pairs=[(0, 1)])
 
 
 def read_labelled(row: Mapping[str, Any]) -> CanonicalRow:
@@ -159,14 +191,18 @@ def _read_list(
 _TOKEN_WEIGHTS = ("chosen_token_weights", "rejected_token_weights")
 _TOKENS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
-# The order matters: the first format whose columns are all present is the data set's.
+# The order matters: of the formats whose columns are all present, the data set's is the first of the wanted kind, or
+# else the first. A `reference` is read only where triples are wanted: other data sets have a column of that name, too.
 FORMATS: tuple[RowFormat, ...] = (
     RowFormat(
         "tokenised pairs with weights", (*_TOKENS, *_TOKEN_WEIGHTS), read_weighted_pair, marks=("token_weights",)
     ),
     RowFormat("tokenised pairs", _TOKENS, read_tokenised_pair),
-    RowFormat("pairs", ("prompt", "chosen", "rejected"), read_explicit_pair),
-    RowFormat("pairs that begin with their prompt", ("chosen", "rejected"), read_implicit_pair),
+    RowFormat("pairs", ("prompt", *_PAIR), read_explicit_pair),
+    RowFormat("pairs that begin with their prompt", _PAIR, read_implicit_pair),
+    RowFormat("tokenised triples", (*_TOKENS, "reference_ids"), read_tokenised_triple, TRIPLES),
+    RowFormat("triples", ("prompt", *_TRIPLE), read_explicit_triple, TRIPLES),
+    RowFormat("triples that begin with their prompt", _TRIPLE, read_implicit_triple, TRIPLES),
     RowFormat("labelled responses", ("prompt", "completion", "label"), read_labelled, UNPAIRED),
     RowFormat("scored lists", ("prompt", "responses", "scores"), read_scored, LISTS),
     RowFormat("ranked lists", ("prompt", "responses", "ranks"), read_ranked, LISTS),

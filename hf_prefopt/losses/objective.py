@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_prefopt.examples import PAIRS, ExampleKind
+from hf_prefopt.examples import KINDS, PAIRS, ExampleKind
 from hf_prefopt.losses.base import LossOutput, check_range
 from hf_prefopt.losses.dpo import wpo_weights
 from hf_prefopt.losses.modifiers import Modifier
@@ -85,11 +85,11 @@ class Objective:
     def __init__(self, terms: list[Term], use_weighting: bool = False, use_weights: bool = False):
         self.terms = terms
         self.use_weighting, self.use_weights = use_weighting, use_weights
-        self.kind = terms[0].spec.kind
         self.state: dict[str, State] = {}
         self.reset_state()
         modifiers = (*(_WPO_INPUTS if use_weighting else ()), *(("weights",) if use_weights else ()))
         self.inputs = tuple(dict.fromkeys([*(name for term in terms for name in term.inputs), *modifiers]))
+        self.kind = next(kind for kind in KINDS if all(map(kind.takes, self.inputs)))
         self._check_on_made_up_numbers()
 
     @property
@@ -244,12 +244,12 @@ def _with_modifiers(terms: list[Term], modifiers: Sequence[Modifier]) -> list[Te
 
 def _of_one_kind(specs: list[LossSpec], kind: ExampleKind | None) -> list[LossSpec]:
     """The losses in their forms for the given kind of examples, or for the first kind that all of them take."""
-    tried = [[spec.for_kind(k) for spec in specs] for k in ([kind] if kind else []) + [spec.kind for spec in specs]]
-    agreeing = [forms for forms in tried if len({form.kind.name for form in forms}) == 1]
-    if not agreeing:
-        wants = "; ".join(f"{spec.name} wants {spec.kind.wanted}" for spec in specs)
-        raise ValueError(f"these losses compare different kinds of examples, which no data set holds at once: {wants}")
-    return agreeing[0]
+    for tried in ([kind] if kind else []) + [spec.kind for spec in specs]:
+        forms = [spec.for_kind(tried) for spec in specs]
+        if all(form.fits(tried) for form in forms):
+            return forms
+    wants = "; ".join(f"{spec.name} wants {spec.kind.wanted}" for spec in specs)
+    raise ValueError(f"these losses compare different kinds of examples, which no data set holds at once: {wants}")
 
 
 def _refuse_senseless(specs: list[LossSpec], use_weighting: bool, reference_free: bool) -> None:
@@ -257,8 +257,9 @@ def _refuse_senseless(specs: list[LossSpec], use_weighting: bool, reference_free
     twice = {name for name in names if names.count(name) > 1}
     if twice:
         raise ValueError(f"{', '.join(sorted(twice))} stands twice among the losses (sft_weight adds sft): keep one")
-    if use_weighting and specs[0].kind is not PAIRS:
-        raise ValueError(f"use_weighting=True weighs preference pairs, and {names[0]} compares {specs[0].kind.name}")
+    other = next((spec for spec in specs if spec.kind is not PAIRS), None)
+    if use_weighting and other:
+        raise ValueError(f"use_weighting=True weighs preference pairs, and {other.name} compares {other.kind.name}")
     if use_weighting and "policy_chosen_alignment" in {name for spec in specs for name in spec.inputs}:
         raise ValueError("use_weighting=True would apply the WPO weight twice: wpo has it already")
     if use_weighting and not any(spec.computes_reward_metrics for spec in specs):

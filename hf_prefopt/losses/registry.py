@@ -9,6 +9,7 @@ A loss is a pure function of tensors. The names of its parameters say what it ne
     chosen_token_mask, rejected_token_mask         `[B, T]` bool, False behind it
     chosen_token_weights, rejected_token_weights   of the data set's columns: `[B, T]`
     rows, pair_in_row                              which pair of the data set it is: `[B]`
+    policy_gold_logps, gold_lengths, ...           triples: a third, gold response beside a pair: `[B]`
     policy_logps, ref_logps, lengths, labels       single responses, desirable (True) or not: `[B]`
     policy_token_logps, token_mask, ...            the same of their tokens: `[B, T]`
     policy_mismatched_logps, ...                   another prompt's response behind the example's prompt: `[B]`
@@ -88,7 +89,11 @@ class LossSpec:
     @property
     def kind(self) -> ExampleKind:
         """The kind of examples that the loss compares."""
-        return next((kind for kind in KINDS if all(map(kind.takes, self.inputs))), PAIRS)
+        return next((kind for kind in KINDS if self.fits(kind)), PAIRS)
+
+    def fits(self, kind: ExampleKind) -> bool:
+        """Whether the loss compares examples of that kind; triples are pairs, too."""
+        return all(map(kind.takes, self.inputs))
 
     def for_kind(self, kind: ExampleKind) -> "LossSpec":
         """The form of this loss for examples of that kind; itself where there is none."""
@@ -193,7 +198,7 @@ def _split_signature(name: str, function: Callable) -> tuple[tuple[str, ...], di
     parameters = inspect.signature(function).parameters.values()
     inputs = tuple(p.name for p in parameters if any(kind.takes(p.name) for kind in KINDS))
     if not any(all(map(kind.takes, inputs)) for kind in KINDS):
-        kinds = " and ".join(kind.name for kind in KINDS if any(map(kind.takes, inputs)))
+        kinds = " and ".join(dict.fromkeys(next(k.name for k in KINDS if k.takes(given)) for given in inputs))
         raise ValueError(f"loss {name!r} takes inputs of {kinds}: a loss compares one kind of examples")
     defaults = {p.name: p.default for p in parameters if p.name not in (*inputs, "state")}
     unknown = [parameter for parameter, default in defaults.items() if default is inspect.Parameter.empty]

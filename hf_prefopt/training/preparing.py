@@ -51,6 +51,7 @@ class PreparingTrainer(ResumingTrainer):
                 num_proc=self.args.dataset_num_proc,
                 name=name,
                 unpair=self.args.unpair,
+                kind=self.criterion.kind,
             )
         return self._fitting(prepared, name)
 
@@ -62,7 +63,7 @@ class PreparingTrainer(ResumingTrainer):
             self.criterion = self.args.build_objective(kind, present_extras(kind, dataset.column_names))
         self._has_seen_data = True
         losses = ", ".join(self.args.loss_type)
-        if kind is not self.criterion.kind:
+        if not all(map(kind.takes, self.criterion.inputs)):
             raise ValueError(f"{name} holds {kind.name}, and {losses} wants {self.criterion.kind.wanted}")
         # The rows of a stream are looked at when they are reached.
         is_stream = not isinstance(dataset, Dataset)

@@ -23,6 +23,7 @@ OTHER_VALUES = {
     "gamma": 0.9,
     "gamma_beta_ratio": 0.3,
     "cpo_alpha": 0.4,
+    "tpo_alpha": 0.4,
     "lambda_coef": 0.45,
     "delta": 2.5,
     "alpha": -0.6,
