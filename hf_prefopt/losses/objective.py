@@ -48,10 +48,12 @@ class Term:
         """What the loss keeps before the first batch."""
         return {} if self.spec.state is None else self.spec.state.initial
 
-    def __call__(self, inputs: dict[str, Tensor], state: State | None = None) -> LossOutput:
-        """The loss on the inputs it asks for, not weighted, and on the state that it keeps, if it keeps one."""
-        kept = {} if self.spec.state is None else {"state": state}
-        return self.spec(**self._modified(inputs), **self.params, **kept)
+    def __call__(self, inputs: dict[str, Tensor], state: State | None = None, progress: float = 0.0) -> LossOutput:
+        """The loss on the inputs it asks for, not weighted, and on what it asks of the run: its state, the progress."""
+        of_the_run: dict[str, Any] = {} if self.spec.state is None else {"state": state}
+        if self.spec.follows_progress:
+            of_the_run["progress"] = progress
+        return self.spec(**self._modified(inputs), **self.params, **of_the_run)
 
     def updated(self, state: State, inputs: dict[str, Tensor]) -> State:
         """The loss's state after the global batch of these inputs; what it was, of a loss that keeps none."""
@@ -77,6 +79,8 @@ class Objective:
     Attributes:
         kind: the kind of examples that all its losses compare.
         state: what losses keep across batches, by loss: numbers `[]`.
+        progress: the part of a run's optimiser steps that is done, in [0, 1], for losses that change with it; who runs
+            it says so.
 
     Raises:
         ValueError: at construction, when a loss refuses its hyperparameters, on two examples of made-up numbers.
@@ -86,6 +90,7 @@ class Objective:
         self.terms = terms
         self.use_weighting, self.use_weights = use_weighting, use_weights
         self.state: dict[str, State] = {}
+        self.progress = 0.0
         self.reset_state()
         modifiers = (*(_WPO_INPUTS if use_weighting else ()), *(("weights",) if use_weights else ()))
         self.inputs = tuple(dict.fromkeys([*(name for term in terms for name in term.inputs), *modifiers]))
@@ -160,7 +165,7 @@ class Objective:
 
     def _weighted(self, term: Term, inputs: dict[str, Tensor]) -> LossOutput:
         """The output of one loss, times the pair's WPO weight where that is asked for and the loss is of pairs."""
-        output = term(inputs, self._state_beside(term, inputs))
+        output = term(inputs, self._state_beside(term, inputs), self.progress)
         if self.use_weighting and term.spec.computes_reward_metrics:
             chosen, rejected = (inputs[name] for name in _WPO_INPUTS)
             output.losses = output.losses * wpo_weights(chosen, rejected, output.losses)

@@ -16,6 +16,7 @@ A loss is a pure function of tensors. The names of its parameters say what it ne
     policy_list_logps, ref_list_logps, list_lengths, list_mask, list_ranks, list_scores     lists: `[B, K]`
     chosen_scores, chosen_win_rates, margins, ...  what pairs may have in further columns: `[B]`; see `examples.pairs`
     state                                          numbers kept across batches; see `RunningState`
+    progress                                       the part of a run's optimiser steps that is done, a number in [0, 1]
     everything else                                a hyperparameter, which must have a default
 
 A reference input with the default `None` may be left out, which makes the loss reference-free; a further column with
@@ -112,6 +113,11 @@ class LossSpec:
         return tuple(name for name in self.inputs if name in self.kind.extras and parameters[name].default is None)
 
     @property
+    def follows_progress(self) -> bool:
+        """Whether the loss changes over a run."""
+        return "progress" in inspect.signature(self.function).parameters
+
+    @property
     def needs_reference_model(self) -> bool:
         """Whether the loss reads the reference's log-probs."""
         return bool(self.reference_inputs)
@@ -146,6 +152,8 @@ def token_stats_of(inputs: Iterable[str], model: str) -> frozenset[str]:
     return frozenset(own | {stat for _, statistic in asked if model == "ref" for stat in statistic.of_reference})
 
 
+# Parameters that are neither inputs of examples nor hyperparameters.
+_OF_THE_RUN = ("state", "progress")
 _LOSSES: dict[str, LossSpec] = {}
 _ALIASES: dict[str, str] = {}
 
@@ -200,7 +208,7 @@ def _split_signature(name: str, function: Callable) -> tuple[tuple[str, ...], di
     if not any(all(map(kind.takes, inputs)) for kind in KINDS):
         kinds = " and ".join(dict.fromkeys(next(k.name for k in KINDS if k.takes(given)) for given in inputs))
         raise ValueError(f"loss {name!r} takes inputs of {kinds}: a loss compares one kind of examples")
-    defaults = {p.name: p.default for p in parameters if p.name not in (*inputs, "state")}
+    defaults = {p.name: p.default for p in parameters if p.name not in (*inputs, *_OF_THE_RUN)}
     unknown = [parameter for parameter, default in defaults.items() if default is inspect.Parameter.empty]
     if unknown:
         raise ValueError(

@@ -234,6 +234,8 @@ def check_objective(name: str, **params: Any) -> None:
     inputs = made_up_inputs()
     objective = build_objective([name], loss_params=params)
     objective.update_state(inputs)
-    state = {"state": objective.state[name]} if name in objective.state else {}
-    expected = call(name, inputs, **params, **state).losses
+    of_the_run: dict[str, Any] = {"state": objective.state[name]} if name in objective.state else {}
+    if get_loss(name).follows_progress:
+        of_the_run["progress"] = objective.progress
+    expected = call(name, inputs, **params, **of_the_run).losses
     torch.testing.assert_close(objective(inputs).losses, expected, rtol=1e-14, atol=0)

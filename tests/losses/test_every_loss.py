@@ -25,6 +25,7 @@ OTHER_VALUES = {
     "cpo_alpha": 0.4,
     "tpo_alpha": 0.4,
     "lambda_coef": 0.45,
+    "lambda_end": 0.25,
     "delta": 2.5,
     "alpha": -0.6,
     "discopop_tau": 0.8,
