@@ -287,7 +287,7 @@ class PreferenceTrainer(EvaluatingTrainer):
         """The objective on a micro-batch, recorded, and scaled so that a step's micro-batches add up to its mean."""
         own = self._loss_inputs(inputs, policy, reference)
         if not training:
-            output = self.criterion(own)
+            output = self.criterion(own, training=False)
             self._evaluation.add(inputs, own)
             return self.criterion.kind.predictions(output.rewards, own), output.loss
         everything, where = self._step_inputs(inputs, own)

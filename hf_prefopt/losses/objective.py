@@ -48,12 +48,10 @@ class Term:
         """What the loss keeps before the first batch."""
         return {} if self.spec.state is None else self.spec.state.initial
 
-    def __call__(self, inputs: dict[str, Tensor], state: State | None = None, progress: float = 0.0) -> LossOutput:
-        """The loss on the inputs it asks for, not weighted, and on what it asks of the run: its state, the progress."""
-        of_the_run: dict[str, Any] = {} if self.spec.state is None else {"state": state}
-        if self.spec.follows_progress:
-            of_the_run["progress"] = progress
-        return self.spec(**self._modified(inputs), **self.params, **of_the_run)
+    def __call__(self, inputs: dict[str, Tensor], of_the_run: Mapping[str, Any]) -> LossOutput:
+        """The loss on the inputs it asks for, not weighted, and on what is known of what it asks of the run."""
+        asked = {name: of_the_run[name] for name in self.spec.of_the_run if name in of_the_run}
+        return self.spec(**self._modified(inputs), **self.params, **asked)
 
     def updated(self, state: State, inputs: dict[str, Tensor]) -> State:
         """The loss's state after the global batch of these inputs; what it was, of a loss that keeps none."""
@@ -122,9 +120,9 @@ class Objective:
         """The same for the reference's head."""
         return tuple(sorted(token_stats_of(self.inputs, "ref")))
 
-    def __call__(self, inputs: dict[str, Tensor]) -> LossOutput:
-        """The weighted sum on named inputs `[B]` or `[B, K]`; see `losses.inputs`."""
-        outputs = {term.spec.name: self._weighted(term, inputs) for term in self.terms}
+    def __call__(self, inputs: dict[str, Tensor], training: bool = True) -> LossOutput:
+        """The weighted sum on named inputs `[B]` or `[B, K]`; see `losses.inputs`. In evaluations not `training`."""
+        outputs = {term.spec.name: self._weighted(term, inputs, training) for term in self.terms}
         parts = (term.weight * output.losses for term, output in zip(self.terms, outputs.values(), strict=True))
         total = functools.reduce(torch.add, parts)
         if self.use_weights:
@@ -163,9 +161,10 @@ class Objective:
         like = inputs[term.inputs[0]]
         return {name: value.to(like) for name, value in self.state.get(term.spec.name, {}).items()}
 
-    def _weighted(self, term: Term, inputs: dict[str, Tensor]) -> LossOutput:
+    def _weighted(self, term: Term, inputs: dict[str, Tensor], training: bool) -> LossOutput:
         """The output of one loss, times the pair's WPO weight where that is asked for and the loss is of pairs."""
-        output = term(inputs, self._state_beside(term, inputs), self.progress)
+        state = self._state_beside(term, inputs)
+        output = term(inputs, {"state": state, "progress": self.progress, "training": training})
         if self.use_weighting and term.spec.computes_reward_metrics:
             chosen, rejected = (inputs[name] for name in _WPO_INPUTS)
             output.losses = output.losses * wpo_weights(chosen, rejected, output.losses)

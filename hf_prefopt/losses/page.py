@@ -67,7 +67,7 @@ def _needs(spec: LossSpec) -> list[str]:
         f"token statistics ({statistics})": statistics,
         "the global batch": spec.needs_global_batch,
         "state across batches (kept in checkpoints)": spec.state is not None,
-        "how far the run is, where it changes with that": spec.follows_progress,
+        "how far the run is, where it changes with that": "progress" in spec.of_the_run,
         "log-probs averaged over tokens": spec.is_average_loss,
         "responses to other prompts": any("mismatched" in name for name in spec.inputs),
     }
