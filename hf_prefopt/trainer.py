@@ -242,6 +242,7 @@ class PreferenceTrainer(EvaluatingTrainer):
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """This micro-batch's share of the step's loss; with `return_outputs` also rewards and labels, `[B, 2]` each."""
         self.criterion.progress = min(1.0, self.state.global_step / max(1, self.state.max_steps))
+        self.criterion.epoch = int(self.state.epoch or 0)
         reference = self._score_reference(inputs) if model.training else self._remembered_reference(inputs)
         policy = self._score_policy(model, inputs, reference)
         output, loss = self._objective_loss(inputs, policy, reference, num_items_in_batch, model.training)

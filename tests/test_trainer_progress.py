@@ -1,5 +1,7 @@
 """Losses that change over a run: what λ each step and each evaluation has, however the steps are cut."""
 
+import itertools
+
 import pytest
 
 from tests.tiny_models import perturbed, tiny_model
@@ -43,6 +45,24 @@ def test_an_evaluation_has_the_lambda_of_the_steps_taken(tmp_path):
     after = trainer.evaluate(data)["eval_loss"]
     assert (before, after) == pytest.approx((constant[0.5], constant[1.0]), rel=1e-6)
     assert abs(before - after) > 1e-3
+
+
+@pytest.mark.parametrize("layout", ["padded", "shared"])
+def test_sampo_draws_again_in_each_epoch_and_alike_in_every_split(layout, tmp_path):
+    """A policy that stands still, three epochs of one step over all rows: another loss in each, the same losses
+    one by one; evaluations between them are all the same. Sums in another order are 1e-5 of one another."""
+    model = {"model": perturbed(tiny_model(), scale=0.05), "ref_model": tiny_model()}
+    settings = {"loss_type": "sampo", "beta": 1.0, "learning_rate": 0.0, "num_train_epochs": 3, "layout": layout}
+    settings |= {"train_dataset": pairs(8), "eval_dataset": pairs(4, seed=1), "eval_strategy": "epoch"}
+    losses = []
+    for size in (8, 1):
+        steps = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 8 // size}
+        trainer = make_trainer(tmp_path, **model, **settings, **steps)
+        trainer.train()
+        losses.append(logged(trainer, "loss"))
+        assert len({*logged(trainer, "eval_loss")}) == 1
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert min(abs(a - b) for a, b in itertools.combinations(losses[0], 2)) > 1e-3
 
 
 def test_other_losses_are_told_nothing(tmp_path):

@@ -77,8 +77,8 @@ class Objective:
     Attributes:
         kind: the kind of examples that all its losses compare.
         state: what losses keep across batches, by loss: numbers `[]`.
-        progress: the part of a run's optimiser steps that is done, in [0, 1], for losses that change with it; who runs
-            it says so.
+        progress, epoch: the part of a run's optimiser steps that is done, in [0, 1], and the number of the epoch, for
+            losses that change with them; who runs it says so.
 
     Raises:
         ValueError: at construction, when a loss refuses its hyperparameters, on two examples of made-up numbers.
@@ -88,7 +88,7 @@ class Objective:
         self.terms = terms
         self.use_weighting, self.use_weights = use_weighting, use_weights
         self.state: dict[str, State] = {}
-        self.progress = 0.0
+        self.progress, self.epoch = 0.0, 0
         self.reset_state()
         modifiers = (*(_WPO_INPUTS if use_weighting else ()), *(("weights",) if use_weights else ()))
         self.inputs = tuple(dict.fromkeys([*(name for term in terms for name in term.inputs), *modifiers]))
@@ -163,8 +163,14 @@ class Objective:
 
     def _weighted(self, term: Term, inputs: dict[str, Tensor], training: bool) -> LossOutput:
         """The output of one loss, times the pair's WPO weight where that is asked for and the loss is of pairs."""
-        state = self._state_beside(term, inputs)
-        output = term(inputs, {"state": state, "progress": self.progress, "training": training})
+        of_the_run = {
+            "state": self._state_beside(term, inputs),
+            "progress": self.progress,
+            # Evaluations of a data set are to be compared with each other.
+            "epoch": self.epoch if training else 0,
+            "training": training,
+        }
+        output = term(inputs, of_the_run)
         if self.use_weighting and term.spec.computes_reward_metrics:
             chosen, rejected = (inputs[name] for name in _WPO_INPUTS)
             output.losses = output.losses * wpo_weights(chosen, rejected, output.losses)

@@ -17,6 +17,7 @@ A loss is a pure function of tensors. The names of its parameters say what it ne
     chosen_scores, chosen_win_rates, margins, ...  what pairs may have in further columns: `[B]`; see `examples.pairs`
     state                                          numbers kept across batches; see `RunningState`
     progress                                       the part of a run's optimiser steps that is done, a number in [0, 1]
+    epoch                                          the number of the epoch, from 0; 0 in evaluations
     training                                       False in evaluations, for what is done to training batches alone
     everything else                                a hyperparameter, which must have a default
 
@@ -115,7 +116,7 @@ class LossSpec:
 
     @property
     def of_the_run(self) -> tuple[str, ...]:
-        """What the loss asks of the run: its state, how far it is, whether it is training."""
+        """What the loss asks of the run: its state, how far it is, which epoch it is, whether it is training."""
         parameters = inspect.signature(self.function).parameters
         return tuple(name for name in _OF_THE_RUN if name in parameters and (name != "state" or self.state))
 
@@ -155,7 +156,7 @@ def token_stats_of(inputs: Iterable[str], model: str) -> frozenset[str]:
 
 
 # Parameters that are neither inputs of examples nor hyperparameters.
-_OF_THE_RUN = ("state", "progress", "training")
+_OF_THE_RUN = ("state", "progress", "epoch", "training")
 _LOSSES: dict[str, LossSpec] = {}
 _ALIASES: dict[str, str] = {}
 
