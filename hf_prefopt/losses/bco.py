@@ -81,7 +81,8 @@ def bco_pair_loss(
 ) -> LossOutput:
     """ℓ(βr_w − δ) + ℓ(δ − βr_l), δ the running mean of both rewards over all that training has seen.
 
-    Binary classifier optimisation on pairs; δ as in `bco_loss`.
+    Binary classifier optimisation on pairs; δ as in `bco_loss`, of both rewards of every pair. (TRL's `bco_pair` took
+    the mean over the means of batches, which is the same where batches are equally large.)
 
     Use it as the part of a mixture that judges each response by itself, as MPO does (.8 dpo + .2 bco_pair + 1 sft).
 

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -149,6 +150,34 @@ def test_kinds_that_no_data_set_holds_at_once_are_refused():
         build_objective(["kto", "dpo"])
     with pytest.raises(ValueError, match="plackett_luce compares lists"):
         build_objective(["plackett_luce"], use_weighting=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "policy", "reference"),
+    [
+        ("bco", ("policy_logps",), ("ref_logps",)),
+        ("bco_pair", ("policy_chosen_logps", "policy_rejected_logps"), ("ref_chosen_logps", "ref_rejected_logps")),
+    ],
+)
+def test_delta_over_unequal_batches_equals_numpy(name, policy, reference):
+    """After batches of 2, 7 and 4 examples δ is the mean of all rewards, of both responses of a pair, each as heavy as
+    the next: the batch at hand is among them, with its own loss that of this δ. An evaluation moves nothing."""
+    objective, rewards = build_objective([name], shared_params={"beta": 0.3}), []
+    for seed, count in enumerate((2, 7, 4)):
+        inputs = made_up_inputs(pairs=count, seed=seed)
+        objective.update_state(inputs)
+        own = [0.3 * (inputs[p] - inputs[r]).numpy() for p, r in zip(policy, reference, strict=True)]
+        rewards += own
+        delta = np.concatenate(rewards).mean()
+        assert objective.state_dict()[name]["delta"] == pytest.approx(delta, rel=1e-12)
+        if name == "bco":
+            expected = np.logaddexp(0, np.where(inputs["labels"], delta - own[0], own[0] - delta))
+        else:
+            expected = np.logaddexp(0, delta - own[0]) + np.logaddexp(0, own[1] - delta)
+        for training in (True, False):
+            found = objective(inputs, training=training).losses
+            torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-12, atol=0)
+    assert objective.state_dict()[name]["count"] == 13 * len(policy)
 
 
 def test_losses_of_pairs_join_those_of_triples():
