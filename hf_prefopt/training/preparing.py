@@ -65,9 +65,10 @@ class PreparingTrainer(ResumingTrainer):
         losses = ", ".join(self.args.loss_type)
         if not all(map(kind.takes, self.criterion.inputs)):
             raise ValueError(f"{name} holds {kind.name}, and {losses} wants {self.criterion.kind.wanted}")
-        # The rows of a stream are looked at when they are reached.
         is_stream = not isinstance(dataset, Dataset)
-        reason = None if is_stream or not len(dataset) else kind.refusal(dataset[0], self.criterion.inputs)
+        # The rows of a stream are looked at when they are reached, its columns are known.
+        first = dict.fromkeys(dataset.column_names, True) if is_stream or not len(dataset) else dataset[0]
+        reason = kind.refusal(first, self.criterion.inputs)
         if reason is None and self.criterion.needs_mismatched and is_stream:
             reason = "it draws responses to other prompts from the whole data set, which a stream does not give"
         if reason is not None:
