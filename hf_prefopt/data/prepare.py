@@ -122,7 +122,7 @@ def prepare_dataset(
         kind = prepared
     else:
         try:
-            row_format = find_format(columns, kind)
+            row_format = find_format(columns, PAIRS if unpair else kind)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
         kind = row_format.kind

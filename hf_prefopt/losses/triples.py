@@ -31,8 +31,7 @@ def tpo_loss(
     """ℓ(β(s_w − s_l)) + α·NLL(y_g): contrast without a reference, held to a third, gold response.
 
     Triple preference optimisation: CPO whose NLL is of a response that is better than both of the pair. Each example's
-    NLL is by its own length, as that of every loss here; TRL averages over the tokens of a micro-batch. The implicit
-    reward is β·s.
+    NLL is by its own length, where TRL averages over the tokens of a micro-batch. The implicit reward is β·s.
 
     Use it where prompts have a response worth imitating beside two that are only compared: solutions by an expert, and
     pairs of the model's own.
