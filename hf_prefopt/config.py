@@ -44,7 +44,8 @@ class PreferenceConfig(TrainingArguments):
             `f_alpha_divergence_coef`): f-DPO's reward f′(π/π_ref) in place of the log-ratio.
         ld_alpha: LD-DPO; tokens past the length of a pair's shorter response weigh this, in [0, 1]; `None` for off.
             ld_policy_only: of the policy's log-probs alone.
-        humanline: clamps each token's log-ratio to [humanline_log_eps_p, humanline_log_eps_r].
+        humanline: clamps each token's log-ratio to [humanline_log_eps_p, humanline_log_eps_r]. Its authors copy the
+            policy into the reference every few steps, too: sync_ref_model with ref_model_mixup_alpha=1.0.
         use_token_weights: weighs tokens by the columns `chosen_token_weights`, `rejected_token_weights`.
 
     The reference:

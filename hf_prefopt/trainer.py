@@ -241,6 +241,8 @@ class PreferenceTrainer(EvaluatingTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """This micro-batch's share of the step's loss; with `return_outputs` also rewards and labels, `[B, 2]` each."""
+        self.criterion.progress = min(1.0, self.state.global_step / max(1, self.state.max_steps))
+        self.criterion.epoch = int(self.state.epoch or 0)
         reference = self._score_reference(inputs) if model.training else self._remembered_reference(inputs)
         policy = self._score_policy(model, inputs, reference)
         output, loss = self._objective_loss(inputs, policy, reference, num_items_in_batch, model.training)
@@ -286,7 +288,7 @@ class PreferenceTrainer(EvaluatingTrainer):
         """The objective on a micro-batch, recorded, and scaled so that a step's micro-batches add up to its mean."""
         own = self._loss_inputs(inputs, policy, reference)
         if not training:
-            output = self.criterion(own)
+            output = self.criterion(own, training=False)
             self._evaluation.add(inputs, own)
             return self.criterion.kind.predictions(output.rewards, own), output.loss
         everything, where = self._step_inputs(inputs, own)

@@ -1,5 +1,7 @@
 """Further columns of the data, weights, margins, scores and win rates, from the raw row to the loss."""
 
+import logging
+
 import pytest
 import torch
 from datasets import Dataset
@@ -108,6 +110,47 @@ def test_weights_and_accumulation(loss, tmp_path):
     nothing = with_column(KINDS.get(loss, pairs)(8), "weights", lambda row: 0)
     _, none = run(tmp_path, objective, 8, 1, **{**settings, "train_dataset": nothing})
     assert all((value == 0).all() for value in none.values())
+
+
+@pytest.mark.parametrize("loss", ["dpo", "kto"])
+def test_weights_are_said_once_for_each_data_set(loss, tmp_path, caplog):
+    """Weights 0, 1, 2, 0, 1, 2: six examples from 0 to 2, 1 on average; of a stream that there are any; without the
+    column nothing."""
+    rows = with_column(KINDS.get(loss, pairs)(6), "weights", lambda row: row % 3)
+    said = "train: the column `weight` multiplies the losses of its examples"
+    for data, expected in (
+        (rows, f"{said}: 6 examples, weights from 0 to 2, 1 on average"),
+        (rows.to_iterable_dataset(), said),
+        (rows.remove_columns("weights"), None),
+    ):
+        if loss == "kto" and not isinstance(data, Dataset):
+            continue  # it draws from the whole data set
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, logger="hf_prefopt"):
+            make_trainer(tmp_path, loss_type=loss, train_dataset=data, max_steps=1).train()
+        lines = [record.getMessage() for record in caplog.records if "`weight`" in record.getMessage()]
+        assert lines == ([expected] if expected else [])
+
+
+STREAMED = {
+    "token weights": ({"loss_type": "tis_dpo"}, "tis_dpo: it weighs tokens and these rows hold no weights: give"),
+    "weighed tokens": ({"use_token_weights": True}, "dpo: it weighs tokens and these rows hold no weights: give"),
+    "scores": ({"loss_type": "odpo"}, r"odpo: it needs a number for every row in a column `chosen_score` \(or"),
+}
+
+
+@pytest.mark.parametrize(("settings", "reason"), STREAMED.values(), ids=STREAMED)
+def test_a_stream_without_a_column_is_refused_at_construction(settings, reason, tmp_path):
+    with pytest.raises(ValueError, match=f"train does not fit {reason}"):
+        make_trainer(tmp_path, **settings, train_dataset=pairs(3).to_iterable_dataset(), max_steps=1)
+
+
+def test_a_row_of_a_stream_without_scores_is_refused_when_it_comes(tmp_path):
+    """A ranked list behind two scored ones, for a loss of scores."""
+    rows = lists(3).map(lambda row: {"scores": [] if row["row"] == 2 else row["scores"]})
+    trainer = make_trainer(tmp_path, loss_type="lipo", train_dataset=rows.to_iterable_dataset(), max_steps=2)
+    with pytest.raises(ValueError, match=r"train does not fit lipo: row 2: it compares scores .*: give `scores`"):
+        trainer.train()
 
 
 def test_equal_weights_are_a_factor():

@@ -25,6 +25,8 @@ OBJECTIVES = {
     "with sft_weight": {"loss_type": "dpo", "sft_weight": 0.5},
     "with use_weighting": {"loss_type": "hinge", "use_weighting": True},
     "several losses": {"loss_type": ["dpo", "kto_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]},
+    "a pair's loss beside a triple's": {"loss_type": ["tpo", "dpo"], "loss_weights": [1.0, 0.5], "sft_weight": 0.2},
+    "dpo_shift, λ with the step": {"loss_type": "dpo_shift", "loss_params": {"lambda_coef": 0.9, "lambda_end": 0.1}},
     "reference-free": {"loss_type": "ipo", "reference_free": True},
     "f_divergence": {"loss_type": ["dpo", "sft"], "f_divergence_type": "js_divergence"},
     "modified tokens": {"loss_type": "kto_pair", "humanline": True, "ld_alpha": 0.3, "use_token_weights": True},
@@ -35,7 +37,7 @@ KINDS = {
     name: OBJECTIVES[name]
     for name in (
         *("dpo", "sft", "kto_pair", "with use_weighting", "several losses", "kto", "bco", "plackett_luce"),
-        *("sampo", "tdpo2", "mallows_dpo", "modified tokens"),
+        *("sampo", "tdpo2", "mallows_dpo", "modified tokens", "tpo"),
     )
 }
 each_kind = pytest.mark.parametrize("objective", KINDS.values(), ids=KINDS)

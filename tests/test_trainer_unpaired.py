@@ -118,6 +118,8 @@ RESUMED = {
     "bco, unpaired pairs": {"loss_type": "bco", "beta": 0.3, "unpair": True, "train_dataset": pairs(3)},
     "bco_pair": {"loss_type": "bco_pair", "beta": 0.3, "train_dataset": pairs(6)},
     "beta_dpo": {"loss_type": "beta_dpo", "train_dataset": pairs(6)},
+    "dpo_shift": {"loss_type": "dpo_shift", "loss_params": {"lambda_end": 0.1}, "train_dataset": pairs(6)},
+    "sampo": {"loss_type": "sampo", "beta": 1.0, "train_dataset": pairs(6)},
     "alpha_dpo, one by one": {
         "loss_type": "alpha_dpo",
         "train_dataset": pairs(6),

@@ -9,7 +9,7 @@ from datasets import Dataset
 from torch import nn
 
 from hf_prefopt import PreferenceConfig, PreferenceTrainer
-from hf_prefopt.examples import LISTS, PAIRS, UNPAIRED
+from hf_prefopt.examples import LISTS, PAIRS, TRIPLES, UNPAIRED
 from hf_prefopt.losses.objective import Objective
 from tests.tiny_models import random_rows, tiny_model
 from tests.tokenizers import tiny_tokenizer
@@ -84,7 +84,17 @@ def pairs(count: int = 8, seed: int = 0, longest: int = 10) -> Dataset:
     return Dataset.from_list(random_rows(count, seed, longest))
 
 
-ROWS = {PAIRS: pairs, UNPAIRED: unpaired, LISTS: lists}
+def triples(count: int = 8, seed: int = 0) -> Dataset:
+    """Random pairs with a third response."""
+    rows = []
+    for row, other in zip(random_rows(count, seed, longest=10), random_rows(count, seed + 1, longest=10), strict=True):
+        responses = [*row["response_ids"], other["response_ids"][0]]
+        rows.append({**row, "response_ids": responses, "scored_masks": [[1] * len(ids) for ids in responses]})
+        rows[-1]["golds"] = [2]
+    return Dataset.from_list(rows)
+
+
+ROWS = {PAIRS: pairs, TRIPLES: triples, UNPAIRED: unpaired, LISTS: lists}
 
 
 def make_config(folder: str | Path, **settings: Any) -> PreferenceConfig:

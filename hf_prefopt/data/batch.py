@@ -34,6 +34,7 @@ class PreferenceBatch(TypedDict, total=False):
         longest_response: the largest of them, a number: no device is waited for to know the width of `[R, T]`.
         response_keys: R bytes, what each response's reference log-probs are cached under, where a cache is used.
         chosen, rejected: `[B]` int64, each pair's responses, as indices into R. A response may serve several pairs.
+        gold: `[B]` int64, each triple's third response (see `examples.triples`).
         responses, mismatched: `[B]` int64, and labels: `[B]` bool, of unpaired examples (see `examples.unpaired`).
         list_responses, list_mask, list_ranks, list_scores: `[B, K]`, of lists (see `examples.lists`).
         chosen_token_weights, rejected_token_weights: `[B, T]` fp32, of pairs whose tokens have weights, 0 behind the
@@ -58,6 +59,7 @@ class PreferenceBatch(TypedDict, total=False):
     response_keys: tuple[bytes, ...]
     chosen: Tensor
     rejected: Tensor
+    gold: Tensor
     chosen_token_weights: Tensor
     rejected_token_weights: Tensor
     responses: Tensor

@@ -1,6 +1,6 @@
 """The examples of a data set as the losses see them, before the first step.
 
-What cannot be compared is refused with its row, and what a loss advises is said once.
+What cannot be compared is refused with its row; what a loss advises is said once, and that examples have weights.
 """
 
 import inspect
@@ -13,6 +13,7 @@ from datasets import Dataset, IterableDataset
 from torch import Tensor
 
 from hf_prefopt.data.batch import join_examples
+from hf_prefopt.data.summary import describe_weights
 from hf_prefopt.examples import ExampleKind
 from hf_prefopt.losses.base import UnsuitableExamples
 from hf_prefopt.losses.objective import Objective, Term
@@ -32,16 +33,25 @@ def check_examples(dataset: Dataset | IterableDataset, objective: Objective, nam
     """
     kind = objective.kind
     extras = [extra for extra in objective.inputs if extra in kind.extras]
-    if not extras and not any(term.spec.check_data for term in objective.terms):
-        return dataset
+    has_checks = bool(extras) or any(term.spec.check_data for term in objective.terms)
     if isinstance(dataset, IterableDataset):
+        # What a row without anything would be refused for, every row is asked for.
+        if not has_checks and kind.refusal({}, objective.inputs) is None:
+            return dataset
+        if objective.use_weights:
+            logger.warning(describe_weights(name))
         how = {"objective": objective, "name": name}
         return dataset.map(_look_at_batch, batched=True, features=dataset.features, fn_kwargs=how)
+    if not has_checks:
+        return dataset
     wanted = [*(column for column in kind.columns), *extras, "row"]
     rows = dataset.select_columns([column for column in wanted if column in dataset.column_names]).with_format(None)
     parts = [_facts(_rows_of(batch), kind) for batch in rows.iter(batch_size=1000)]
     if parts:
-        _look_at({fact: join_examples([part[fact] for part in parts]) for fact in parts[0]}, objective, name)
+        facts = {fact: join_examples([part[fact] for part in parts]) for fact in parts[0]}
+        _look_at(facts, objective, name)
+        if "weights" in extras and "weights" in facts:
+            logger.warning(describe_weights(name, facts["weights"].numpy()))
     return dataset
 
 
@@ -57,7 +67,13 @@ def _facts(rows: Sequence[Mapping[str, Any]], kind: ExampleKind) -> dict[str, Te
 
 
 def _look_at_batch(columns: Mapping[str, list[Any]], objective: Objective, name: str) -> dict[str, list[Any]]:
-    _look_at(_facts(_rows_of(columns), objective.kind), objective, name, advise=False)
+    rows = _rows_of(columns)
+    for row in rows:
+        reason = objective.kind.refusal(row, objective.inputs)
+        if reason is not None:
+            losses = ", ".join(term.spec.name for term in objective.terms)
+            raise ValueError(f"{name} does not fit {losses}: row {row['row']:,}: {reason}")
+    _look_at(_facts(rows, objective.kind), objective, name, advise=False)
     return {}
 
 

@@ -12,9 +12,10 @@ import numpy as np
 from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import PreTrainedTokenizerBase
 
+from hf_prefopt.data.canonical import CanonicalRow
 from hf_prefopt.data.extras import extra_columns, present_extras, read_extras
 from hf_prefopt.data.messages import BadRow
-from hf_prefopt.data.schema import CanonicalRow, find_format
+from hf_prefopt.data.schema import FORMATS, RowFormat, find_format
 from hf_prefopt.data.summary import describe_bad_rows, summarise
 from hf_prefopt.data.tokenize import TokenisedRow, TokenKinds, tokenize_rows
 from hf_prefopt.data.truncate import TRUNCATION_MODES, Cuts, truncate_row
@@ -28,6 +29,7 @@ ON_BAD_ROWS = ("error", "drop")
 # What a prepared data set says of its examples, by the kinds' columns.
 EXAMPLE_FEATURES = {
     "pairs": List(List(Value("int32"))),
+    "golds": List(Value("int32")),
     "labels": List(Value("bool")),
     "ranks": List(Value("float64")),
     "scores": List(Value("float64")),
@@ -78,6 +80,7 @@ def prepare_dataset(
     num_proc: int | None = None,
     name: str = "train",
     unpair: bool = False,
+    kind: ExampleKind | None = None,
 ) -> Dataset | IterableDataset:
     """Tokenise a data set of preferences, in any of the formats of `schema.FORMATS`.
 
@@ -95,13 +98,15 @@ def prepare_dataset(
         num_proc: processes of `Dataset.map`.
         name: what messages call the data set.
         unpair: makes two unpaired examples of every pair, in rows of their own.
+        kind: of the examples that are wanted, where the columns fit several formats; by default the first of them.
 
     Returns:
-        A data set of the columns `prompt_ids` (list of int), `response_ids` (K lists; of a pair chosen, then rejected),
-        `scored_masks` (K lists of 0 / 1, one per response token), `row` (the row in the data set given), and by the
-        kind of the examples `pairs` (`[[0, 1]]` for a pair), `labels` (K bools), or `ranks` and `scores` (K numbers);
-        of pairs whose tokens have weights also `token_weights` (K lists of numbers); and what the rows say of the
-        examples besides (`ExampleKind.extras`), such as `weights`: a list of a number per example.
+        A data set of the columns `prompt_ids` (list of int), `response_ids` (K lists; of a pair chosen, then rejected,
+        of a triple then the gold one), `scored_masks` (K lists of 0 / 1, one per response token), `row` (the row in the
+        data set given), and by the kind of the examples `pairs` (`[[0, 1]]` for a pair), for a triple `golds` (`[2]`),
+        `labels` (K bools), or `ranks` and `scores` (K numbers); of pairs whose tokens have weights also `token_weights`
+        (K lists of numbers); and what the rows say of the examples besides (`ExampleKind.extras`), such as `weights`: a
+        list of a number per example.
 
     Raises:
         ValueError: an argument outside its values; columns of no known format; messages without a chat template; with
@@ -112,15 +117,16 @@ def prepare_dataset(
     if max_length is not None and (not isinstance(max_length, int) or max_length < 2):
         raise ValueError(f"max_length={max_length!r}: give at least 2 tokens, or None to cut nothing")
     columns = _column_names(dataset)
-    kind = kind_of_columns(columns)
-    if kind is None or not set(prepared_features(kind)).issubset(columns):
+    prepared = kind_of_columns(columns)
+    if prepared is not None and set(prepared_features(prepared)).issubset(columns):
+        kind = prepared
+    else:
         try:
-            row_format = find_format(columns)
+            row_format = find_format(columns, PAIRS if unpair else kind)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
         kind = row_format.kind
-        features = prepared_features(kind, row_format.marks, extra_columns(kind, columns))
-        dataset = _tokenise(dataset, features, tokenizer, max_length, truncation_mode, on_bad_rows, num_proc, name)
+        dataset = _tokenise(dataset, row_format, tokenizer, max_length, truncation_mode, on_bad_rows, num_proc, name)
     if not unpair or kind is not PAIRS:
         return dataset
     extras = present_extras(UNPAIRED, _column_names(dataset))
@@ -129,7 +135,7 @@ def prepare_dataset(
 
 def _tokenise(
     dataset: Dataset | IterableDataset,
-    features: Features,
+    row_format: RowFormat,
     tokenizer: PreTrainedTokenizerBase,
     max_length: int | None,
     truncation_mode: str,
@@ -137,13 +143,16 @@ def _tokenise(
     num_proc: int | None,
     name: str,
 ) -> Dataset | IterableDataset:
-    """The data set of rows in a known format, prepared to these columns."""
+    """The data set of rows in a known format, prepared."""
+    columns = _column_names(dataset)
+    features = prepared_features(row_format.kind, row_format.marks, extra_columns(row_format.kind, columns))
     how = {
         "batched": True,
         "with_indices": True,
-        "remove_columns": _column_names(dataset),
+        "remove_columns": columns,
         "features": Features({**features, **_NOTES}),
         "fn_kwargs": {
+            "format_name": row_format.name,
             "tokenizer": tokenizer,
             "max_length": max_length,
             "truncation_mode": truncation_mode,
@@ -174,13 +183,14 @@ def _column_names(dataset: Dataset | IterableDataset) -> list[str]:
 def _prepare_batch(
     columns: Mapping[str, list[Any]],
     indices: list[int],
+    format_name: str,
     tokenizer: PreTrainedTokenizerBase,
     max_length: int | None,
     truncation_mode: str,
     cache_version: int,
 ) -> dict[str, list[Any]]:
     """One map batch: the prepared columns and the notes, a row for each row that came in."""
-    row_format = find_format(columns)
+    row_format = next(known for known in FORMATS if known.name == format_name)
     kinds = TokenKinds(tokenizer)
     rows = [_read(row_format.read, columns, at) for at in range(len(indices))]
     tokenised = iter(tokenize_rows([row for row in rows if isinstance(row, CanonicalRow)], tokenizer, kinds))

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_prefopt.data.tokenize import TokenKinds
 
-_RESPONSE_STYLES = {"chosen": "green", "desirable": "green", "rejected": "red", "undesirable": "red"}
+_RESPONSE_STYLES = {"chosen": "green", "desirable": "green", "gold": "yellow", "rejected": "red", "undesirable": "red"}
 _OTHER_RESPONSE_STYLE = "cyan"
 
 
@@ -59,9 +59,9 @@ def _panel(name: str, counts: str, body: Text, style: str) -> Panel:
 
 
 def _name_responses(row: Mapping[str, Any]) -> list[str]:
-    """ "chosen" and "rejected" for the two responses of a pair, by label for unpaired ones, numbers for a list's."""
+    """The names of a pair's responses, and of a triple's third; by label for unpaired ones, numbers for a list's."""
     if [list(pair) for pair in row.get("pairs", ())] == [[0, 1]]:
-        return ["chosen", "rejected"]
+        return ["chosen", "rejected", *("gold" for _ in row.get("golds", ()))]
     if "labels" in row:
         return ["desirable" if label else "undesirable" for label in row["labels"]]
     return [f"response {number}" for number in range(len(row["response_ids"]))]

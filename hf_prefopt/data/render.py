@@ -14,8 +14,8 @@ import jinja2
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from hf_prefopt.data.canonical import CanonicalRow
 from hf_prefopt.data.messages import BadRow, Message
-from hf_prefopt.data.schema import CanonicalRow
 
 Span = tuple[int, int]
 

@@ -1,4 +1,4 @@
-"""What preparing a data set did to it, in words: one line of what was cut and left out, or the first unusable rows."""
+"""What becomes of a data set's rows, in words: what was cut and left out, which are unusable, what they weigh."""
 
 from collections.abc import Mapping, Sequence
 
@@ -35,6 +35,15 @@ def describe_bad_rows(name: str, problems: Sequence[str], shown: int = 3) -> str
     if len(bad) > shown:
         lines.append(f"  … and {_plural(len(bad) - shown, 'more row')}")
     return "\n".join(lines)
+
+
+def describe_weights(name: str, weights: np.ndarray | None = None) -> str:
+    """That the losses of a data set's examples are multiplied. `weights`: theirs, unless it is a stream."""
+    line = f"{name}: the column `weight` multiplies the losses of its examples"
+    if weights is None or not len(weights):
+        return line
+    low, high, mean = (f"{value:.3g}" for value in (weights.min(), weights.max(), weights.mean()))
+    return f"{line}: {_plural(len(weights), 'example')}, weights from {low} to {high}, {mean} on average"
 
 
 def _plural(count: int, noun: str) -> str:

@@ -12,9 +12,9 @@ from typing import cast
 
 from transformers import PreTrainedTokenizerBase
 
+from hf_prefopt.data.canonical import CanonicalRow
 from hf_prefopt.data.messages import BadRow
 from hf_prefopt.data.render import RENDERERS, RenderedRow, Span, shared_length
-from hf_prefopt.data.schema import CanonicalRow
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,16 @@
-"""The kinds of examples that losses compare: pairs, single responses with a label, and lists."""
+"""The kinds of examples that losses compare: pairs, triples, single responses with a label, and lists."""
 
 from collections.abc import Iterable
 
 from hf_prefopt.examples.kind import STATISTICS, ExampleKind, Extra, Figure, Statistic
 from hf_prefopt.examples.lists import LISTS
 from hf_prefopt.examples.pairs import PAIRS
+from hf_prefopt.examples.triples import TRIPLES
 from hf_prefopt.examples.unpaired import UNPAIRED
 
-# Whatever depends on the kind of examples is in its class; another kind is another entry.
-KINDS: tuple[ExampleKind, ...] = (PAIRS, UNPAIRED, LISTS)
+# Whatever depends on the kind of examples is in its class; another kind is another entry. A kind that holds another one
+# stands behind it, so that a loss is of the first that has all its inputs.
+KINDS: tuple[ExampleKind, ...] = (PAIRS, TRIPLES, UNPAIRED, LISTS)
 
 # The entries of a batch that have an element for each example.
 EXAMPLE_ENTRIES = tuple(
@@ -21,6 +23,7 @@ __all__ = [
     "LISTS",
     "PAIRS",
     "STATISTICS",
+    "TRIPLES",
     "UNPAIRED",
     "ExampleKind",
     "Extra",
@@ -33,4 +36,5 @@ __all__ = [
 def kind_of_columns(columns: Iterable[str]) -> ExampleKind | None:
     """The kind of the examples that prepared rows of these columns hold, or `None` where it is no known one."""
     present = set(columns)
-    return next((kind for kind in KINDS if present.issuperset(kind.columns)), None)
+    fitting = [kind for kind in KINDS if present.issuperset(kind.columns)]
+    return max(fitting, key=lambda kind: len(kind.columns), default=None)

@@ -84,7 +84,7 @@ class Lists(ExampleKind):
 
     def refusal(self, row: Mapping[str, Any], inputs: Sequence[str]) -> str | None:
         """Scores cannot be made of ranks."""
-        if "list_scores" in inputs and not row["scores"]:
+        if "list_scores" in inputs and not row.get("scores"):
             return "it compares scores and these rows hold `ranks`: give `scores`"
         return super().refusal(row, inputs)
 

@@ -23,6 +23,7 @@ from hf_prefopt.losses.scored_lists import exo_rw_loss, infonca_loss, lipo_loss,
 from hf_prefopt.losses.scored_pairs import odpo_loss, rpo_bwd_loss, rpo_fwd_loss, rpo_sq_loss, sppo_loss
 from hf_prefopt.losses.simpo import alphapo_loss, repo_loss, simper_loss, simpo_loss
 from hf_prefopt.losses.token_level import d2po_loss, sampo_loss, tis_dpo_loss
+from hf_prefopt.losses.triples import tpo_l_loss, tpo_loss
 from hf_prefopt.losses.unpaired import apo_zero_unpaired_loss, npo_loss, sft_unpaired_loss
 from hf_prefopt.losses.whole_predictions import (
     mallows_dpo_loss,
@@ -99,5 +100,7 @@ __all__ = [
     "tdpo1_loss",
     "tdpo2_loss",
     "tis_dpo_loss",
+    "tpo_l_loss",
+    "tpo_loss",
     "wpo_loss",
 ]

@@ -114,4 +114,5 @@ def _is_of_log_ratios(term: Term) -> bool:
         shift = noise(inputs[policy])
         moved |= {policy: inputs[policy] + shift, reference: inputs[reference] + shift}
     state = {name: torch.tensor(x, dtype=torch.float64) for name, x in term.initial_state.items()}
-    return torch.allclose(term(inputs, state).losses, term(moved, state).losses, rtol=1e-9, atol=1e-9)
+    before, after = (term(given, {"state": state}).losses for given in (inputs, moved))
+    return torch.allclose(before, after, rtol=1e-9, atol=1e-9)

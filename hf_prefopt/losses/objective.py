@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_prefopt.examples import PAIRS, ExampleKind
+from hf_prefopt.examples import KINDS, PAIRS, ExampleKind
 from hf_prefopt.losses.base import LossOutput, check_range
 from hf_prefopt.losses.dpo import wpo_weights
 from hf_prefopt.losses.modifiers import Modifier
@@ -48,10 +48,10 @@ class Term:
         """What the loss keeps before the first batch."""
         return {} if self.spec.state is None else self.spec.state.initial
 
-    def __call__(self, inputs: dict[str, Tensor], state: State | None = None) -> LossOutput:
-        """The loss on the inputs it asks for, not weighted, and on the state that it keeps, if it keeps one."""
-        kept = {} if self.spec.state is None else {"state": state}
-        return self.spec(**self._modified(inputs), **self.params, **kept)
+    def __call__(self, inputs: dict[str, Tensor], of_the_run: Mapping[str, Any]) -> LossOutput:
+        """The loss on the inputs it asks for, not weighted, and on what is known of what it asks of the run."""
+        asked = {name: of_the_run[name] for name in self.spec.of_the_run if name in of_the_run}
+        return self.spec(**self._modified(inputs), **self.params, **asked)
 
     def updated(self, state: State, inputs: dict[str, Tensor]) -> State:
         """The loss's state after the global batch of these inputs; what it was, of a loss that keeps none."""
@@ -77,6 +77,8 @@ class Objective:
     Attributes:
         kind: the kind of examples that all its losses compare.
         state: what losses keep across batches, by loss: numbers `[]`.
+        progress, epoch: the part of a run's optimiser steps that is done, in [0, 1], and the number of the epoch, for
+            losses that change with them; who runs it says so.
 
     Raises:
         ValueError: at construction, when a loss refuses its hyperparameters, on two examples of made-up numbers.
@@ -85,11 +87,12 @@ class Objective:
     def __init__(self, terms: list[Term], use_weighting: bool = False, use_weights: bool = False):
         self.terms = terms
         self.use_weighting, self.use_weights = use_weighting, use_weights
-        self.kind = terms[0].spec.kind
         self.state: dict[str, State] = {}
+        self.progress, self.epoch = 0.0, 0
         self.reset_state()
         modifiers = (*(_WPO_INPUTS if use_weighting else ()), *(("weights",) if use_weights else ()))
         self.inputs = tuple(dict.fromkeys([*(name for term in terms for name in term.inputs), *modifiers]))
+        self.kind = next(kind for kind in KINDS if all(map(kind.takes, self.inputs)))
         self._check_on_made_up_numbers()
 
     @property
@@ -117,9 +120,9 @@ class Objective:
         """The same for the reference's head."""
         return tuple(sorted(token_stats_of(self.inputs, "ref")))
 
-    def __call__(self, inputs: dict[str, Tensor]) -> LossOutput:
-        """The weighted sum on named inputs `[B]` or `[B, K]`; see `losses.inputs`."""
-        outputs = {term.spec.name: self._weighted(term, inputs) for term in self.terms}
+    def __call__(self, inputs: dict[str, Tensor], training: bool = True) -> LossOutput:
+        """The weighted sum on named inputs `[B]` or `[B, K]`; see `losses.inputs`. In evaluations not `training`."""
+        outputs = {term.spec.name: self._weighted(term, inputs, training) for term in self.terms}
         parts = (term.weight * output.losses for term, output in zip(self.terms, outputs.values(), strict=True))
         total = functools.reduce(torch.add, parts)
         if self.use_weights:
@@ -158,9 +161,16 @@ class Objective:
         like = inputs[term.inputs[0]]
         return {name: value.to(like) for name, value in self.state.get(term.spec.name, {}).items()}
 
-    def _weighted(self, term: Term, inputs: dict[str, Tensor]) -> LossOutput:
+    def _weighted(self, term: Term, inputs: dict[str, Tensor], training: bool) -> LossOutput:
         """The output of one loss, times the pair's WPO weight where that is asked for and the loss is of pairs."""
-        output = term(inputs, self._state_beside(term, inputs))
+        of_the_run = {
+            "state": self._state_beside(term, inputs),
+            "progress": self.progress,
+            # Evaluations of a data set are to be compared with each other.
+            "epoch": self.epoch if training else 0,
+            "training": training,
+        }
+        output = term(inputs, of_the_run)
         if self.use_weighting and term.spec.computes_reward_metrics:
             chosen, rejected = (inputs[name] for name in _WPO_INPUTS)
             output.losses = output.losses * wpo_weights(chosen, rejected, output.losses)
@@ -244,12 +254,12 @@ def _with_modifiers(terms: list[Term], modifiers: Sequence[Modifier]) -> list[Te
 
 def _of_one_kind(specs: list[LossSpec], kind: ExampleKind | None) -> list[LossSpec]:
     """The losses in their forms for the given kind of examples, or for the first kind that all of them take."""
-    tried = [[spec.for_kind(k) for spec in specs] for k in ([kind] if kind else []) + [spec.kind for spec in specs]]
-    agreeing = [forms for forms in tried if len({form.kind.name for form in forms}) == 1]
-    if not agreeing:
-        wants = "; ".join(f"{spec.name} wants {spec.kind.wanted}" for spec in specs)
-        raise ValueError(f"these losses compare different kinds of examples, which no data set holds at once: {wants}")
-    return agreeing[0]
+    for tried in ([kind] if kind else []) + [spec.kind for spec in specs]:
+        forms = [spec.for_kind(tried) for spec in specs]
+        if all(form.fits(tried) for form in forms):
+            return forms
+    wants = "; ".join(f"{spec.name} wants {spec.kind.wanted}" for spec in specs)
+    raise ValueError(f"these losses compare different kinds of examples, which no data set holds at once: {wants}")
 
 
 def _refuse_senseless(specs: list[LossSpec], use_weighting: bool, reference_free: bool) -> None:
@@ -257,8 +267,9 @@ def _refuse_senseless(specs: list[LossSpec], use_weighting: bool, reference_free
     twice = {name for name in names if names.count(name) > 1}
     if twice:
         raise ValueError(f"{', '.join(sorted(twice))} stands twice among the losses (sft_weight adds sft): keep one")
-    if use_weighting and specs[0].kind is not PAIRS:
-        raise ValueError(f"use_weighting=True weighs preference pairs, and {names[0]} compares {specs[0].kind.name}")
+    other = next((spec for spec in specs if spec.kind is not PAIRS), None)
+    if use_weighting and other:
+        raise ValueError(f"use_weighting=True weighs preference pairs, and {other.name} compares {other.kind.name}")
     if use_weighting and "policy_chosen_alignment" in {name for spec in specs for name in spec.inputs}:
         raise ValueError("use_weighting=True would apply the WPO weight twice: wpo has it already")
     if use_weighting and not any(spec.computes_reward_metrics for spec in specs):

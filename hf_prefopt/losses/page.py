@@ -22,8 +22,8 @@ Any of these names, or an alias, goes into `loss_type`, in Python, in YAML or on
 other hyperparameters go into `loss_params`.
 
 Notation: s, the sum of the policy's log-probs (nats) over a response's scored tokens; s̄, their mean; r, s less the
-reference's; r̄, that per token; w and l, the chosen and the rejected response; h = r_w − r_l; ℓ(z) = −log σ(z); σ, the
-logistic function; sg, no gradient; R, a score of the data set.
+reference's; r̄, that per token; w, l and g, the chosen, the rejected and the gold response; h = r_w − r_l;
+ℓ(z) = −log σ(z); σ, the logistic function; sg, no gradient; R, a score of the data set.
 """
 
 
@@ -67,6 +67,8 @@ def _needs(spec: LossSpec) -> list[str]:
         f"token statistics ({statistics})": statistics,
         "the global batch": spec.needs_global_batch,
         "state across batches (kept in checkpoints)": spec.state is not None,
+        "the progress of the run": "progress" in spec.of_the_run,
+        "the number of the epoch": "epoch" in spec.of_the_run,
         "log-probs averaged over tokens": spec.is_average_loss,
         "responses to other prompts": any("mismatched" in name for name in spec.inputs),
     }

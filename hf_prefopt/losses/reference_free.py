@@ -1,6 +1,6 @@
 """Losses that need no reference, held to the chosen responses by their NLL: CPO, ORPO, SLiC-HF, and the NLL alone.
 
-s is a response's summed log-prob (nats), s̄ the same per scored token, NLL(y) = −s̄.
+s is a response's summed log-prob (nats), s̄ the same per scored token, NLL(y) = −s̄ but for SLiC-HF, whose own is −s.
 """
 
 import torch
@@ -95,11 +95,12 @@ def slic_hf_loss(
     lambda_coef: float = 0.1,
     length_normalize: bool = False,
 ) -> LossOutput:
-    """max(0, δ − s_w + s_l) + λ·NLL(y_w): a margin of δ nats between the sums, held to the chosen responses.
+    """max(0, δ − s_w + s_l) − λ·s_w: a margin of δ nats between the sums, held to the chosen responses.
 
     Sequence likelihood calibration with human feedback, its rank loss and its regulariser towards a target, here the
-    chosen response. That NLL is −s_w as the paper writes it and HALOs computes it, or −s̄_w with `length_normalize`,
-    the unit of the NLL of every other loss here. The implicit reward is s.
+    chosen response: λ times an NLL that is −s_w, of the whole response, as the paper writes it and HALOs computes it.
+    With `length_normalize` it is −s̄_w, the unit of the NLL of every other loss here, and λ is on another scale. The
+    implicit reward is s.
 
     Use it where a fixed margin in log-probs is wanted and the chosen responses are good enough to imitate.
 

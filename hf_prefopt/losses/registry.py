@@ -9,12 +9,16 @@ A loss is a pure function of tensors. The names of its parameters say what it ne
     chosen_token_mask, rejected_token_mask         `[B, T]` bool, False behind it
     chosen_token_weights, rejected_token_weights   of the data set's columns: `[B, T]`
     rows, pair_in_row                              which pair of the data set it is: `[B]`
+    policy_gold_logps, gold_lengths, ...           triples: a third, gold response beside a pair: `[B]`
     policy_logps, ref_logps, lengths, labels       single responses, desirable (True) or not: `[B]`
     policy_token_logps, token_mask, ...            the same of their tokens: `[B, T]`
     policy_mismatched_logps, ...                   another prompt's response behind the example's prompt: `[B]`
     policy_list_logps, ref_list_logps, list_lengths, list_mask, list_ranks, list_scores     lists: `[B, K]`
     chosen_scores, chosen_win_rates, margins, ...  what pairs may have in further columns: `[B]`; see `examples.pairs`
     state                                          numbers kept across batches; see `RunningState`
+    progress                                       the part of a run's optimiser steps that is done, a number in [0, 1]
+    epoch                                          the number of the epoch, from 0; 0 in evaluations
+    training                                       False in evaluations, for what is done to training batches alone
     everything else                                a hyperparameter, which must have a default
 
 A reference input with the default `None` may be left out, which makes the loss reference-free; a further column with
@@ -88,7 +92,11 @@ class LossSpec:
     @property
     def kind(self) -> ExampleKind:
         """The kind of examples that the loss compares."""
-        return next((kind for kind in KINDS if all(map(kind.takes, self.inputs))), PAIRS)
+        return next((kind for kind in KINDS if self.fits(kind)), PAIRS)
+
+    def fits(self, kind: ExampleKind) -> bool:
+        """Whether the loss compares examples of that kind; triples are pairs, too."""
+        return all(map(kind.takes, self.inputs))
 
     def for_kind(self, kind: ExampleKind) -> "LossSpec":
         """The form of this loss for examples of that kind; itself where there is none."""
@@ -105,6 +113,12 @@ class LossSpec:
         """The inputs that are given where the data have them."""
         parameters = inspect.signature(self.function).parameters
         return tuple(name for name in self.inputs if name in self.kind.extras and parameters[name].default is None)
+
+    @property
+    def of_the_run(self) -> tuple[str, ...]:
+        """What the loss asks of the run: its state, how far it is, which epoch it is, whether it is training."""
+        parameters = inspect.signature(self.function).parameters
+        return tuple(name for name in _OF_THE_RUN if name in parameters and (name != "state" or self.state))
 
     @property
     def needs_reference_model(self) -> bool:
@@ -141,6 +155,8 @@ def token_stats_of(inputs: Iterable[str], model: str) -> frozenset[str]:
     return frozenset(own | {stat for _, statistic in asked if model == "ref" for stat in statistic.of_reference})
 
 
+# Parameters that are neither inputs of examples nor hyperparameters.
+_OF_THE_RUN = ("state", "progress", "epoch", "training")
 _LOSSES: dict[str, LossSpec] = {}
 _ALIASES: dict[str, str] = {}
 
@@ -193,9 +209,9 @@ def _split_signature(name: str, function: Callable) -> tuple[tuple[str, ...], di
     parameters = inspect.signature(function).parameters.values()
     inputs = tuple(p.name for p in parameters if any(kind.takes(p.name) for kind in KINDS))
     if not any(all(map(kind.takes, inputs)) for kind in KINDS):
-        kinds = " and ".join(kind.name for kind in KINDS if any(map(kind.takes, inputs)))
+        kinds = " and ".join(dict.fromkeys(next(k.name for k in KINDS if k.takes(given)) for given in inputs))
         raise ValueError(f"loss {name!r} takes inputs of {kinds}: a loss compares one kind of examples")
-    defaults = {p.name: p.default for p in parameters if p.name not in (*inputs, "state")}
+    defaults = {p.name: p.default for p in parameters if p.name not in (*inputs, *_OF_THE_RUN)}
     unknown = [parameter for parameter, default in defaults.items() if default is inspect.Parameter.empty]
     if unknown:
         raise ValueError(

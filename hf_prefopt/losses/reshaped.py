@@ -3,6 +3,7 @@
 r = s − s_ref is the summed log-ratio (nats) of a response to the reference, h = r_w − r_l, ℓ(z) = −log σ(z).
 """
 
+import torch
 from torch import Tensor
 
 from hf_prefopt.losses.base import (
@@ -98,25 +99,35 @@ def dpo_shift_loss(
     ref_rejected_logps: Tensor,
     beta: float = 0.1,
     lambda_coef: float = 0.7,
+    lambda_end: float | None = None,
+    progress: float = 1.0,
 ) -> LossOutput:
     """ℓ(β(r_w − λr_l)): the rejected reward counts less, so that the chosen likelihood falls less.
 
-    DPO-Shift with a constant λ; λ = 1 is DPO. The paper's schedules that move λ with the step need the step, which no
-    loss sees, and are left out. The implicit reward is βr: λ shifts the comparison, not the reward.
+    DPO-Shift; λ = 1 is DPO. λ is constant, or goes linearly from `lambda_coef` at the first step to `lambda_end`, up or
+    down: with k of n optimiser steps taken it is λ_0 + (λ_end − λ_0)k/n, as in the authors' code (.5 and 1 there); an
+    evaluation after k steps has that λ, too. The implicit reward is βr: λ shifts the comparison, not the reward.
 
     Use it where the likelihood of chosen responses falls under DPO.
 
     Args:
-        lambda_coef: λ in [0, 1].
+        lambda_coef: λ in [0, 1], or what it begins with. lambda_end: what it ends with, in [0, 1]; `None`: constant.
+        progress: k/n, in [0, 1]; that of a trainer's run, and without one its end.
 
     Raises:
         ValueError: as `dpop_loss`.
     """
     check_positive(beta=beta)
     check_range("lambda_coef", lambda_coef, 0.0, 1.0, closed_high=True)
+    check_range("progress", progress, 0.0, 1.0, closed_high=True)
     chosen, rejected = log_ratios(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps)
+    components = {}
+    if lambda_end is not None:
+        check_range("lambda_end", lambda_end, 0.0, 1.0, closed_high=True)
+        lambda_coef += (lambda_end - lambda_coef) * progress
+        components["lambda"] = torch.full_like(chosen, lambda_coef)
     losses = logistic(beta * (chosen - lambda_coef * rejected))
-    return LossOutput(losses, pair_rewards(beta * chosen, beta * rejected))
+    return LossOutput(losses, pair_rewards(beta * chosen, beta * rejected), components)
 
 
 @register_loss("chi_po", aliases=("chipo",), paper="2407.13399", has_own_divergence=True)

@@ -77,6 +77,7 @@ def beta_dpo_loss(
     a: float = 0.6,
     rho: float = 0.2,
     state: State | None = None,
+    training: bool = True,
 ) -> LossOutput:
     """ℓ(β_b h) of the pairs kept, β_b = sg max(10⁻³, β(1 + a(mean of the kept h − μ))): β follows the batch.
 
@@ -85,6 +86,7 @@ def beta_dpo_loss(
     running ones. A pair that is kept has B/kept times its ℓ and one left out has 0, so that the mean over the batch is
     that over the kept; its implicit reward is βr either way. What is drawn is a function of the number of batches so
     far and of the pairs' places in their data set, so it is the same on every rank, in every split, and on resuming.
+    In evaluation no pair is left out, so that the figures are of all rows: the mean of h in β_b is theirs, μ stands.
 
     Use it on data of mixed quality, with batches large enough for a mean and a spread: 32 pairs or more.
 
@@ -94,6 +96,7 @@ def beta_dpo_loss(
         rows, pair_in_row: `[B]` int64, the pair's row in its data set and its place among that row's pairs.
         beta: > 0. a: ≥ 0, per nat. rho: ρ in [0, 1), the share left out.
         state: μ (`mean`), σ (`std`) and `batches`; `None` for those of this batch alone.
+        training: False to keep all pairs.
 
     Raises:
         ValueError: shapes differ or a hyperparameter is out of range.
@@ -111,7 +114,7 @@ def beta_dpo_loss(
     )
     margins = chosen - rejected
     known = _alone(margins.detach()) if state is None else state
-    count = max(1, int(len(margins) * (1 - rho)))
+    count = max(1, int(len(margins) * (1 - rho))) if training else len(margins)
     log_weights = -_standardised(margins.detach(), known).square() / 2
     kept = _draw(log_weights, count, (known["batches"], rows, pair_in_row))
     mean_kept = (margins.detach() * kept).sum() / count

@@ -25,12 +25,14 @@ def sampo_loss(
     pair_in_row: Tensor,
     beta: float = 0.1,
     seed: int = 0,
+    epoch: int = 0,
 ) -> LossOutput:
     """ℓ(βh) over a random subset of min(|y_w|, |y_l|) tokens of each side: no reward for length as such.
 
     SamPO: of the longer response as many tokens count as the shorter one has, each as likely as the next. The
-    subset is a function of the pair's place in its data set and of `seed` alone: the same on every rank, in every cut
-    into micro-batches, after a resume, and in every epoch, where the authors' code draws again at each step.
+    subset is a function of the pair's place in its data set, of the epoch and of `seed`: the same on every rank, in
+    every cut into micro-batches and after a resume, and another one in each epoch, as in the authors' code, which draws
+    whenever it sees the pair. Evaluations all have the subsets of the first epoch.
 
     Use it where DPO makes responses longer, and `dpo_norm`'s mean would change the scale of the rewards.
 
@@ -38,7 +40,7 @@ def sampo_loss(
         policy_chosen_token_logps, policy_rejected_token_logps, ref_chosen_token_logps, ref_rejected_token_logps:
             `[B, T]`, nats, 0 behind the end of a response.
         chosen_lengths, rejected_lengths, rows, pair_in_row: `[B]`, whole numbers.
-        beta: > 0. seed: of the subsets, a whole number.
+        beta: > 0. seed: of the subsets, a whole number. epoch: the number of the epoch, from 0.
 
     Raises:
         ValueError: shapes differ or beta is out of range.
@@ -55,7 +57,8 @@ def sampo_loss(
         pair_in_row=pair_in_row,
     )
     shorter = torch.minimum(chosen_lengths, rejected_lengths)
-    pair = _mixed(_mixed(rows + (seed * 0x9E3779B9 & _WORD)) + pair_in_row)
+    draw = (seed * 0x9E3779B9 + epoch * 0x85EBCA6B) & _WORD
+    pair = _mixed(_mixed(rows + draw) + pair_in_row)
     chosen_subset = _subset(chosen_lengths, shorter, _mixed(pair), chosen.shape[1])
     rejected_subset = _subset(rejected_lengths, shorter, _mixed(pair + 1), rejected.shape[1])
     return _dpo_of_tokens(chosen * chosen_subset, rejected * rejected_subset, beta)

@@ -52,7 +52,8 @@ class Humanline(TokenStep):
     """Each token's log-ratio clamped to [low, high]: log π := log π_ref + clamp(log π − log π_ref).
 
     From the code of HALOs, whose bounds are the logarithms −1 and 1.5. A clamped token has no gradient. That code also
-    copies the policy into the reference before every step, which is a moving reference's affair and not a modifier's.
+    copies the policy into the reference from one optimiser step to the next, which is a moving reference's affair:
+    `sync_ref_model` with `ref_model_sync_steps=1` and `ref_model_mixup_alpha=1.0` (see `reference.moving`).
     """
 
     low: float = -1.0

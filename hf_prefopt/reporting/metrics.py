@@ -65,7 +65,7 @@ class EvaluationRecord:
         own = {name: join_examples([part[name] for part in self._inputs]).cpu() for name in self._inputs[0]}
         ranks = gather_object([own])
         inputs = {name: join_examples([part[name] for part in ranks]) for name in own}
-        output = objective(inputs)
+        output = objective(inputs, training=False)
         figures = {"loss": Figure(output.losses), **example_metrics(objective.kind, output, inputs)}
         means = {name: (figure.total / figure.count).item() for name, figure in figures.items() if figure.count}
         return objective.kind.conclude(means)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from hf_prefopt.examples import LISTS, PAIRS, UNPAIRED
+from hf_prefopt.examples import LISTS, PAIRS, TRIPLES, UNPAIRED
 from hf_prefopt.losses.base import LossOutput
 from hf_prefopt.losses.objective import build_objective
 from hf_prefopt.losses.registry import LossSpec, get_loss
@@ -22,6 +22,7 @@ Check = Callable[..., None]
 # For each kind of examples: the log-probs that losses of them may read, what is preferred first.
 POLICY_LOGPS = {
     PAIRS: ("policy_chosen_logps", "policy_chosen_token_logps", "policy_rejected_logps", "policy_rejected_token_logps"),
+    TRIPLES: ("policy_chosen_logps", "policy_gold_logps", "policy_rejected_logps"),
     UNPAIRED: ("policy_logps",),
     LISTS: ("policy_list_logps",),
 }
@@ -108,8 +109,9 @@ def check_preferred_direction(name: str, **params: Any) -> None:
     call(name, inputs, **params).losses.sum().backward()
     found = gradients(name, inputs)
     kind = get_loss(name).kind
-    if kind is PAIRS:
-        preferred, other = found.chunk(2)
+    if kind in (PAIRS, TRIPLES):
+        rejected = sum(inputs[key].numel() for key in POLICY_LOGPS[kind] if "rejected" in key)
+        preferred, other = found[:-rejected], found[-rejected:]
     elif kind is UNPAIRED:
         preferred, other = found[inputs["labels"]], found[~inputs["labels"]]
     else:
@@ -147,6 +149,7 @@ def check_far_out(name: str, **params: Any) -> None:
         shift = 1000 / far[f"{side}_lengths"] * direction
         moved = (far[f"ref_{side}_token_logps"] + shift[:, None]) * far[f"{side}_token_mask"]
         far[f"policy_{side}_token_logps"] = moved.requires_grad_()
+    far["policy_gold_logps"] = (far["policy_gold_logps"] - 3000).requires_grad_()
     far["policy_logps"] = (far["ref_logps"] + 1000 * sign).requires_grad_()
     signs = sign[:, None] * torch.tensor([1.0, -1.0, 1.0, -1.0])
     far["policy_list_logps"] = (far["ref_list_logps"] + 1000 * signs).requires_grad_()
@@ -161,7 +164,7 @@ def check_far_out(name: str, **params: Any) -> None:
 def check_fp32(name: str, **params: Any) -> None:
     """2,000 tokens and −3,000 nats in fp32, where e^s underflows: losses within what rounding s to 1e-4 explains."""
     inputs = made_up_inputs()
-    for key in ("chosen_lengths", "rejected_lengths", "lengths", "list_lengths"):
+    for key in ("chosen_lengths", "rejected_lengths", "gold_lengths", "lengths", "list_lengths"):
         inputs[key] = inputs[key] + 2000
     for key in [key for key in inputs if key.endswith("logps")]:
         inputs[key] = inputs[key] - (100 if "token" in key else 3000)
@@ -231,6 +234,8 @@ def check_objective(name: str, **params: Any) -> None:
     inputs = made_up_inputs()
     objective = build_objective([name], loss_params=params)
     objective.update_state(inputs)
-    state = {"state": objective.state[name]} if name in objective.state else {}
-    expected = call(name, inputs, **params, **state).losses
+    known = {"progress": objective.progress, "epoch": objective.epoch, "training": True}
+    known["state"] = objective.state.get(name)
+    of_the_run = {asked: known[asked] for asked in get_loss(name).of_the_run}
+    expected = call(name, inputs, **params, **of_the_run).losses
     torch.testing.assert_close(objective(inputs).losses, expected, rtol=1e-14, atol=0)

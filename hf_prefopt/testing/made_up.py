@@ -24,7 +24,9 @@ def made_up_inputs(dtype=torch.float64, pairs: int = PAIRS, seed: int = 0) -> di
     inputs["chosen_scores"] = torch.tensor(scores.sum(0), dtype=dtype)
     inputs["chosen_win_rates"] = torch.tensor(rng.uniform(0.3, 1, pairs), dtype=dtype)
     others = {**_unpaired(rng, pairs, dtype), **_lists(rng, pairs, dtype)}
-    return {**inputs, **others, **_tokens(rng, inputs), **_whole_predictions(rng, pairs, dtype)}
+    others |= {**_tokens(rng, inputs), **_whole_predictions(rng, pairs, dtype)}
+    gold = _logps(rng, pairs, dtype)
+    return {**inputs, **others, "policy_gold_logps": gold["policy"], "gold_lengths": gold["lengths"]}
 
 
 def _tokens(rng, inputs) -> dict[str, torch.Tensor]:

@@ -51,6 +51,7 @@ class PreparingTrainer(ResumingTrainer):
                 num_proc=self.args.dataset_num_proc,
                 name=name,
                 unpair=self.args.unpair,
+                kind=self.criterion.kind,
             )
         return self._fitting(prepared, name)
 
@@ -62,11 +63,12 @@ class PreparingTrainer(ResumingTrainer):
             self.criterion = self.args.build_objective(kind, present_extras(kind, dataset.column_names))
         self._has_seen_data = True
         losses = ", ".join(self.args.loss_type)
-        if kind is not self.criterion.kind:
+        if not all(map(kind.takes, self.criterion.inputs)):
             raise ValueError(f"{name} holds {kind.name}, and {losses} wants {self.criterion.kind.wanted}")
-        # The rows of a stream are looked at when they are reached.
         is_stream = not isinstance(dataset, Dataset)
-        reason = None if is_stream or not len(dataset) else kind.refusal(dataset[0], self.criterion.inputs)
+        # The rows of a stream are looked at when they are reached, its columns are known.
+        first = dict.fromkeys(dataset.column_names, True) if is_stream or not len(dataset) else dataset[0]
+        reason = kind.refusal(first, self.criterion.inputs)
         if reason is None and self.criterion.needs_mismatched and is_stream:
             reason = "it draws responses to other prompts from the whole data set, which a stream does not give"
         if reason is not None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from hf_prefopt.examples import LISTS, PAIRS, UNPAIRED
+from hf_prefopt.examples import LISTS, PAIRS, TRIPLES, UNPAIRED
 from hf_prefopt.losses import LossSpec, get_loss, list_losses
 
 FOLDER = Path(__file__).parent
@@ -19,6 +19,7 @@ FOLDER = Path(__file__).parent
 FIELDS = ("beta", "label_smoothing")
 DATA = {
     PAIRS: {"dataset_name": "recipes/data/gsm8k_pairs"},
+    TRIPLES: {"dataset_name": "recipes/data/gsm8k_triples"},
     UNPAIRED: {"dataset_name": "recipes/data/gsm8k_pairs", "unpair": True},
     LISTS: {"dataset_name": "recipes/data/gsm8k_lists"},
 }

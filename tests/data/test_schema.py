@@ -3,13 +3,45 @@
 import pytest
 
 from hf_prefopt.data.messages import BadRow
-from hf_prefopt.data.schema import FORMATS, find_format, read_explicit_pair, read_implicit_pair, read_tokenised_pair
+from hf_prefopt.data.schema import (
+    FORMATS,
+    find_format,
+    read_explicit_pair,
+    read_explicit_triple,
+    read_implicit_pair,
+    read_implicit_triple,
+    read_tokenised_pair,
+    read_tokenised_triple,
+)
+from hf_prefopt.examples import PAIRS, TRIPLES, UNPAIRED
 from tests.data.helpers import ask, chat_pair, reply, say, text_pair
 
 
 def test_each_format_is_found_by_its_columns_and_others_are_left_aside():
     for row_format in FORMATS:
-        assert find_format([*row_format.columns, "problem_id"]).read is row_format.read
+        assert find_format([*row_format.columns, "problem_id"], row_format.kind).read is row_format.read
+
+
+@pytest.mark.parametrize("kind", [None, PAIRS, UNPAIRED])
+def test_a_reference_is_a_gold_response_only_where_triples_are_wanted(kind):
+    """Other data sets have a column of that name; a loss of pairs leaves it aside, as TRL's trainers do."""
+    columns = ["prompt", "chosen", "rejected", "reference"]
+    assert find_format(columns, kind).read is read_explicit_pair
+    assert find_format(columns, TRIPLES).read is read_explicit_triple
+    assert find_format(columns[:3], TRIPLES).read is read_explicit_pair
+
+
+def test_a_triple_is_a_pair_and_a_gold_response():
+    """In text, in messages with their prompt inside, and in tokens."""
+    explicit = read_explicit_triple({**text_pair(), "reference": " Paris!"})
+    assert explicit.responses == [*read_explicit_pair(text_pair()).responses, " Paris!"]
+    sides = {side: [*ask(), *reply(side)] for side in ("chosen", "rejected", "reference")}
+    implicit = read_implicit_triple(sides)
+    assert (implicit.prompt, implicit.responses) == (ask(), [reply(side) for side in sides])
+    ids = read_tokenised_triple({"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3], "reference_ids": [4]})
+    assert ids.responses == [[2], [3], [4]]
+    for row in (explicit, implicit, ids):
+        assert (row.pairs, row.marks) == ([(0, 1)], {"golds": [2]})
 
 
 @pytest.mark.parametrize(
@@ -84,6 +116,12 @@ BAD_ROWS = {
         read_explicit_pair,
         {**chat_pair(), "prompt": "What is the capital of France?"},
         "`chosen` is a list while `prompt` is text; .*remove `prompt`",
+    ),
+    "an empty gold response": (read_explicit_triple, {**text_pair(), "reference": ""}, "`reference` is empty"),
+    "no gold ids": (
+        read_tokenised_triple,
+        {"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3], "reference_ids": None},
+        "`reference_ids` is missing",
     ),
     "a number": (read_explicit_pair, {**text_pair(), "chosen": 4.5}, "`chosen` is of type float"),
     "no role": (read_explicit_pair, {**chat_pair(), "chosen": [{"content": "a"}]}, "no `role` in message 0"),

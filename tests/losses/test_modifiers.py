@@ -33,18 +33,19 @@ MODIFIERS = {
 }
 REFERENCE_FREE = {
     *("alphapo", "cpo", "orpo", "repo", "rrhf", "sft", "sft_lists", "sft_unpaired", "simper", "simpo", "slic_hf"),
-    "mallows_dpo_reference_free",
+    *("mallows_dpo_reference_free", "tpo", "tpo_l"),
 }
 OF_TOKENS = {"d2po", "sampo", "tis_dpo"}
 OF_SINGLE_RESPONSES = {"apo_zero_unpaired", "bco", "kto", "npo", "sft_unpaired"}
 OF_LISTS = {"exo_rw", "infonca", "lipo", "nca", "plackett_luce", "rrhf", "s_dpo", "sft_lists"}
 OF_KL = {"tdpo1", "tdpo2"}
+OF_TRIPLES = {"tpo", "tpo_l"}
 REFUSED = {
     "f_divergence": REFERENCE_FREE | OF_TOKENS | OF_KL | {"alpha_dpo", "aot", "chi_po"},
-    "ld_alpha": OF_TOKENS | OF_KL | OF_SINGLE_RESPONSES | OF_LISTS | {"sft"},
-    "ld_policy_only": OF_TOKENS | OF_KL | OF_SINGLE_RESPONSES | OF_LISTS | {"sft"},
+    "ld_alpha": OF_TOKENS | OF_KL | OF_SINGLE_RESPONSES | OF_LISTS | OF_TRIPLES | {"sft"},
+    "ld_policy_only": OF_TOKENS | OF_KL | OF_SINGLE_RESPONSES | OF_LISTS | OF_TRIPLES | {"sft"},
     "humanline": REFERENCE_FREE | OF_TOKENS | OF_KL | OF_LISTS,
-    "use_token_weights": OF_TOKENS | OF_KL | OF_SINGLE_RESPONSES | OF_LISTS | {"sft"},
+    "use_token_weights": OF_TOKENS | OF_KL | OF_SINGLE_RESPONSES | OF_LISTS | OF_TRIPLES | {"sft"},
 }
 COMBINATIONS = [(name, modifier) for name in list_losses() for modifier in MODIFIERS]
 TAKEN = [(name, modifier) for name, modifier in COMBINATIONS if name not in REFUSED[modifier]]
@@ -186,6 +187,42 @@ def test_f_prime_by_hand():
         ("alpha_divergence", 2 - math.sqrt(2)),
     ):
         assert f_prime(ratio, name).tolist() == pytest.approx([expected, 0.0], abs=1e-15)
+
+
+# f′ as functions of the density ratio u, from the divergences' generators.
+F_PRIME = {
+    "forward_kl": (FDivergence("forward_kl"), lambda u: 1 - 1 / u),
+    "js": (FDivergence("js"), lambda u: np.log(2 * u / (1 + u))),
+    "alpha 0.3": (FDivergence("alpha", 0.3), lambda u: (u**-0.7 - 1) / -0.7),
+    "alpha 1.7": (FDivergence("alpha", 1.7), lambda u: (u**0.7 - 1) / 0.7),
+}
+
+
+@pytest.mark.parametrize("length_normalize", [True, False])
+@pytest.mark.parametrize(("divergence", "f_prime_of"), F_PRIME.values(), ids=F_PRIME)
+def test_ipo_under_a_divergence_equals_numpy(divergence, f_prime_of, length_normalize):
+    """(f′(u_w)/|y_w| − f′(u_l)/|y_l| − 1/(2β))² in float64, without the lengths where they do not count; with its
+    gradient, 2·(…)·(±u f″(u)/|y|), u f″(u) by central differences in log u."""
+    inputs = made_up_inputs()
+    for side in ("chosen", "rejected"):
+        inputs[f"policy_{side}_logps"].requires_grad_()
+    params = {"length_normalize": length_normalize}
+    output = build_objective(["ipo"], loss_params=params, shared_params={"beta": 0.3}, modifiers=[divergence])(inputs)
+    output.losses.sum().backward()
+    values, slopes = {}, {}
+    for side in ("chosen", "rejected"):
+        ratio = (inputs[f"policy_{side}_logps"] - inputs[f"ref_{side}_logps"]).detach().numpy()
+        length = inputs[f"{side}_lengths"].numpy() if length_normalize else 1
+        values[side] = f_prime_of(np.exp(ratio)) / length
+        step = 1e-5
+        slopes[side] = (f_prime_of(np.exp(ratio + step)) - f_prime_of(np.exp(ratio - step))) / (2 * step) / length
+    distance = values["chosen"] - values["rejected"] - 1 / (2 * 0.3)
+    np.testing.assert_allclose(output.losses.detach().numpy(), distance**2, rtol=1e-12)
+    np.testing.assert_allclose(output.rewards.numpy(), 0.3 * np.stack([values["chosen"], values["rejected"]], 1))
+    for side, sign in (("chosen", 1), ("rejected", -1)):
+        # A central difference is off by step²·f‴/6 ≈ 1e-10 and rounds at 1e-16/step = 1e-11, of the terms' scale.
+        found = inputs[f"policy_{side}_logps"].grad.numpy()
+        np.testing.assert_allclose(found, 2 * distance * sign * slopes[side], rtol=1e-7, atol=1e-8)
 
 
 def test_alpha_goes_from_the_forward_to_the_reverse_kl():

@@ -10,6 +10,8 @@ import torch
 
 from hf_prefopt.losses import get_loss, slic_hf_loss
 from hf_prefopt.losses.base import exp_to_tangent, expm1_to_tangent
+from hf_prefopt.testing.made_up import made_up_inputs
+from tests.losses import numpy_reference
 from tests.losses.pairs import by_log_ratios, vector
 
 L1 = 0.3132616875182228
@@ -109,6 +111,22 @@ def test_r_dpo_by_hand():
     output = by_log_ratios("r_dpo", 2.0, -1.0, lengths=(2.0, 4.0), beta=2 / 3, alpha=0.5)
     assert output.losses.item() == pytest.approx(L1)
     assert output.rewards[0].tolist() == pytest.approx([7 / 3, 4 / 3])
+
+
+@pytest.mark.parametrize("progress", [0.0, 0.25, 0.7, 1.0])
+def test_dpo_shift_along_its_line(progress):
+    """λ from 0.5 to 1: the value is that of a constant λ = ½ + ½·progress, and NumPy's."""
+    inputs = made_up_inputs()
+    spec = get_loss("dpo_shift")
+    given = {key: inputs[key] for key in spec.inputs}
+    output = spec(**given, lambda_coef=0.5, lambda_end=1.0, progress=progress)
+    constant = spec(**given, lambda_coef=0.5 + 0.5 * progress, progress=1 - progress)
+    torch.testing.assert_close(output.losses, constant.losses, rtol=1e-13, atol=0)
+    expected, _ = numpy_reference.dpo_shift(
+        *(inputs[key].numpy() for key in spec.inputs), lambda_coef=0.5, lambda_end=1.0, progress=progress
+    )
+    torch.testing.assert_close(output.losses, torch.tensor(expected), rtol=1e-12, atol=0)
+    assert output.components["lambda"].tolist() == pytest.approx([0.5 + 0.5 * progress] * 5)
 
 
 def test_dpo_shift_by_hand():
@@ -219,6 +237,8 @@ def test_exponentials_go_on_as_their_tangent():
         ("dpop", {"lambda_coef": -1.0}, "lambda_coef=-1.0 is outside"),
         ("r_dpo", {"alpha": -0.05}, "alpha=-0.05 is outside"),
         ("dpo_shift", {"lambda_coef": 1.1}, r"lambda_coef=1.1 is outside \[0, 1\]"),
+        ("dpo_shift", {"lambda_end": -0.1}, r"lambda_end=-0.1 is outside \[0, 1\]"),
+        ("dpo_shift", {"progress": 1.5}, r"progress=1.5 is outside \[0, 1\]"),
         ("chi_po", {"reward_bound": 0.0}, "reward_bound=0.0 is outside"),
         ("aot", {"label_smoothing": 0.6}, "label_smoothing=0.6 is outside"),
         ("dr_dpo", {"beta_prime": 0.0}, "beta_prime=0.0 is outside"),

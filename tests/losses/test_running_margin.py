@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,6 +12,8 @@ from hf_prefopt.losses.objective import build_objective
 from hf_prefopt.testing.made_up import made_up_inputs
 from tests.losses import numpy_reference
 from tests.losses.pairs import vector
+from tests.tiny_models import perturbed, tiny_model
+from tests.training import make_trainer, pairs
 
 
 def pairs_of(margins, rows=None, lengths=1.0):
@@ -97,6 +100,27 @@ def test_so_many_pairs_are_kept_and_the_mean_is_theirs(count, rho, kept):
     torch.testing.assert_close(output.loss, dpo.losses[chosen].mean())
     assert output.losses[~chosen].abs().sum() == 0
     torch.testing.assert_close(output.rewards, dpo.rewards)
+
+
+def test_an_evaluation_keeps_all_pairs(tmp_path):
+    """After two steps, on seven rows of which training would leave out two: the mean of ℓ(β_b h) over all seven, in
+    NumPy, β_b = 0.1(1 + 0.6(mean h − μ)) with the μ that training left; whatever the batches, and μ stays."""
+    model = {"model": perturbed(tiny_model(), scale=0.05), "ref_model": tiny_model()}
+    trainer = make_trainer(tmp_path, **model, loss_type="beta_dpo", loss_params={"rho": 0.4}, max_steps=2)
+    trainer.train()
+    state, rows = trainer.criterion.state_dict(), pairs(7, seed=2)
+    found = []
+    for size in (7, 2):
+        trainer.args.per_device_eval_batch_size = size
+        found.append(trainer.evaluate(rows))
+    rewards = trainer.predict(rows).predictions.astype(np.float64)
+    margins = (rewards[:, 0] - rewards[:, 1]) / 0.1
+    beta = 0.1 * (1 + 0.6 * (margins.mean() - state["beta_dpo"]["mean"]))
+    for metrics in found:
+        assert metrics["eval_loss"] == pytest.approx(np.logaddexp(0, -beta * margins).mean(), rel=1e-5)
+        assert metrics["eval_loss/beta_dpo_kept"] == 1
+        assert metrics["eval_loss/beta_dpo_beta"] == pytest.approx(beta, rel=1e-5)
+    assert trainer.criterion.state_dict() == state
 
 
 def test_pairs_are_drawn_by_their_weights():

@@ -3,6 +3,7 @@
 ℓ(1) = log(1 + e⁻¹) = 0.3132617 is used throughout.
 """
 
+import itertools
 import math
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from hf_prefopt.losses import get_loss
 from hf_prefopt.losses.token_level import _subset
 from hf_prefopt.testing.made_up import made_up_inputs
+from tests.losses import numpy_reference
 from tests.losses.pairs import vector
 
 L1 = 0.3132616875182228
@@ -147,6 +149,19 @@ def test_every_token_is_as_likely_as_the_next():
     assert (subset.sum(0) - 5000).abs().max() < 305
     together = subset.double().T @ subset.double()
     assert (together[0, 1:] - 909).abs().max() < 145
+
+
+def test_sampos_subsets_of_an_epoch():
+    """Those of NumPy in epochs 0, 1 and 2, other ones in each, and not those of another seed."""
+    inputs = made_up_inputs()
+    spec = get_loss("sampo")
+    arguments = {numpy_reference.SHORT[key]: inputs[key].numpy() for key in spec.inputs}
+    seen = []
+    for given in ({}, {"epoch": 1}, {"epoch": 2}, {"seed": 1}, {"seed": 1, "epoch": 1}, {"seed": 2}):
+        seen.append(spec(**{key: inputs[key] for key in spec.inputs}, **given).losses)
+        expected, _ = numpy_reference.sampo(**arguments, **given)
+        torch.testing.assert_close(seen[-1], torch.tensor(expected), rtol=1e-12, atol=0)
+    assert all((a != b).any() for a, b in itertools.combinations(seen, 2))
 
 
 def test_sampos_subset_depends_on_the_pair_and_the_seed_alone():

@@ -1,11 +1,13 @@
-"""Losses of single responses and of lists: values derived by hand, and the pair losses that they become."""
+"""Losses of single responses, of triples and of lists: values derived by hand, and the pair losses that they become."""
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from hf_prefopt.losses import get_loss, kto_weights
+from hf_prefopt.examples import PAIRS, TRIPLES
+from hf_prefopt.losses import get_loss, kto_weights, tpo_l_loss, tpo_loss
 from hf_prefopt.losses.objective import build_objective
 from hf_prefopt.testing.made_up import made_up_inputs
 from tests.losses.pairs import by_log_ratios, vector
@@ -148,6 +150,68 @@ def test_kinds_that_no_data_set_holds_at_once_are_refused():
         build_objective(["kto", "dpo"])
     with pytest.raises(ValueError, match="plackett_luce compares lists"):
         build_objective(["plackett_luce"], use_weighting=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "policy", "reference"),
+    [
+        ("bco", ("policy_logps",), ("ref_logps",)),
+        ("bco_pair", ("policy_chosen_logps", "policy_rejected_logps"), ("ref_chosen_logps", "ref_rejected_logps")),
+    ],
+)
+def test_delta_over_unequal_batches_equals_numpy(name, policy, reference):
+    """After batches of 2, 7 and 4 examples δ is the mean of all rewards, of both responses of a pair, each as heavy as
+    the next: the batch at hand is among them, with its own loss that of this δ. An evaluation moves nothing."""
+    objective, rewards = build_objective([name], shared_params={"beta": 0.3}), []
+    for seed, count in enumerate((2, 7, 4)):
+        inputs = made_up_inputs(pairs=count, seed=seed)
+        objective.update_state(inputs)
+        own = [0.3 * (inputs[p] - inputs[r]).numpy() for p, r in zip(policy, reference, strict=True)]
+        rewards += own
+        delta = np.concatenate(rewards).mean()
+        assert objective.state_dict()[name]["delta"] == pytest.approx(delta, rel=1e-12)
+        if name == "bco":
+            expected = np.logaddexp(0, np.where(inputs["labels"], delta - own[0], own[0] - delta))
+        else:
+            expected = np.logaddexp(0, delta - own[0]) + np.logaddexp(0, own[1] - delta)
+        for training in (True, False):
+            found = objective(inputs, training=training).losses
+            torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-12, atol=0)
+    assert objective.state_dict()[name]["count"] == 13 * len(policy)
+
+
+def test_losses_of_pairs_join_those_of_triples():
+    """Triples are pairs, too: 0.5 tpo + 2 dpo + 0.3 sft is that sum, and what weighs pairs is refused beside tpo."""
+    inputs = made_up_inputs()
+    objective = build_objective(["dpo", "tpo"], [2.0, 0.5], sft_weight=0.3)
+    assert objective.kind is TRIPLES and build_objective(["dpo"]).kind is PAIRS
+    parts = {name: build_objective([name])(inputs).losses for name in ("dpo", "tpo", "sft")}
+    torch.testing.assert_close(objective(inputs).losses, 2 * parts["dpo"] + 0.5 * parts["tpo"] + 0.3 * parts["sft"])
+    with pytest.raises(ValueError, match="weighs preference pairs, and tpo compares triples"):
+        build_objective(["dpo", "tpo"], use_weighting=True)
+
+
+def test_tpo_by_hand():
+    """s = (−2, −4), β = ½, γ = ¼, the gold response −6 nats in four tokens, α = 2: ℓ(1) + 3 for the sums; for the means
+    over two and four tokens, both −1, ℓ(−¼) + 3."""
+    given = {"policy_chosen_logps": vector(-2), "policy_rejected_logps": vector(-4), "policy_gold_logps": vector(-6)}
+    lengths = {"chosen_lengths": vector(2), "rejected_lengths": vector(4), "gold_lengths": vector(4)}
+    tpo = tpo_loss(**given, gold_lengths=lengths["gold_lengths"], beta=0.5, tpo_alpha=2.0)
+    tpo_l = tpo_l_loss(**given, **lengths, beta=0.5, gamma=0.25, tpo_alpha=2.0)
+    assert tpo.losses.item() == pytest.approx(-math.log(sigmoid(1.0)) + 3)
+    assert tpo_l.losses.item() == pytest.approx(-math.log(sigmoid(-0.25)) + 3)
+    assert tpo.rewards.tolist() == [[-1, -2]] and tpo_l.rewards.tolist() == [[-0.5, -0.5]]
+
+
+def test_tpo_with_the_chosen_response_for_gold_is_cpo():
+    """And TPO-L is SimPO with the NLL of the chosen response."""
+    inputs = made_up_inputs()
+    inputs |= {"policy_gold_logps": inputs["policy_chosen_logps"], "gold_lengths": inputs["chosen_lengths"]}
+    for loss, parents, params in (("tpo", ["cpo"], {}), ("tpo_l", ["simpo", "sft"], {"simpo": {"gamma": 0.5}})):
+        expected = build_objective(parents, loss_params=params, shared_params={"beta": 0.3})(inputs)
+        found = build_objective([loss], shared_params={"beta": 0.3})(inputs)
+        torch.testing.assert_close(found.losses, expected.losses)
+        torch.testing.assert_close(found.rewards, expected.rewards)
 
 
 def test_sft_joins_either_kind():

@@ -116,6 +116,21 @@ def _labelled(row: dict) -> dict:
     return labelled
 
 
+def tpo_step(folder, data: list[dict], **settings) -> Step:
+    """TRL's TPOTrainer's, on prepared triples."""
+    from trl.experimental.tpo import TPOConfig, TPOTrainer
+
+    raw = Dataset.from_list([{**RAW[0], "reference": " Paris, of course."}])
+    args = TPOConfig(output_dir=str(folder), **{**QUIET, **settings})
+    trainer = TPOTrainer(policy(), args=args, train_dataset=raw, processing_class=tiny_tokenizer())
+    golds = [{"reference_ids": row["response_ids"][2]} for row in data]
+    batch = trainer.data_collator([pair | gold for pair, gold in zip(trl_rows(data), golds, strict=True)])
+    trainer.model.train()
+    step = step_of(trainer.compute_loss(trainer.model, batch), trainer.model, {})
+    step.metrics = {name: sum(values) / len(values) for name, values in trainer._metrics["train"].items()}
+    return step
+
+
 def kto_trainer(folder, **settings):
     """TRL's KTOTrainer, in fp32 on the CPU, on raw rows; it insists on two rows a batch and on their order."""
     from trl import KTOConfig, KTOTrainer

@@ -23,10 +23,11 @@ from tests.parity.peers import (
     policy,
     reference,
     rows,
+    tpo_step,
     trl_rows,
 )
 from tests.tiny_models import perturbed, tiny_model, with_lora
-from tests.training import logged, make_trainer, unpaired
+from tests.training import logged, make_trainer, triples, unpaired
 
 pytest.importorskip("trl")
 LOG_TWO = math.log(2)
@@ -146,6 +147,21 @@ def test_the_sft_term_changes_with_the_batch(tmp_path):
     both = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 1.0]}
     assert abs(difference(dpo_step, **both)) > 0.05
     assert abs(difference(our_step, ref_model=reference(), **both)) < 1e-5
+
+
+def test_the_nll_of_tpo_changes_with_the_batch(tmp_path):
+    """The same of TPO's gold responses, of eight tokens and of two."""
+    first, second = triples(2, seed=5)
+    first["response_ids"][2], second["response_ids"][2] = [5, 6, 7, 8, 9, 10, 11, 2], [12, 2]
+    for row in (first, second):
+        row["scored_masks"] = [[1] * len(response) for response in row["response_ids"]]
+
+    def difference(step, **settings):
+        together = step(tmp_path, [first, second], **settings).loss
+        return together - (step(tmp_path, [first], **settings).loss + step(tmp_path, [second], **settings).loss) / 2
+
+    assert abs(difference(tpo_step, loss_type="sigmoid")) > 0.05
+    assert abs(difference(our_step, loss_type="tpo")) < 1e-5
 
 
 def test_wpo_weights_grow_beyond_one(tmp_path):

@@ -6,8 +6,18 @@ sides compute in fp32, where sums of some 50 nats round at 4e-6 and ratios of a 
 
 import pytest
 
-from tests.parity.peers import concatenated_step, dpo_step, kto_step, labelled_rows, our_step, reference, rows
+from tests.parity.peers import (
+    concatenated_step,
+    dpo_step,
+    kto_step,
+    labelled_rows,
+    our_step,
+    reference,
+    rows,
+    tpo_step,
+)
 from tests.scoring.plain import assert_same_gradients
+from tests.training import triples
 
 pytest.importorskip("trl")
 
@@ -182,6 +192,34 @@ def test_orpo_trainer(beta, tmp_path):
     compare(ours, theirs, METRICS[:4])
     assert ours.metrics["loss/orpo_nll"] == pytest.approx(theirs.metrics["nll_loss"], rel=1e-5)
     assert ours.metrics["loss/orpo_log_odds_ratio"] == pytest.approx(theirs.metrics["log_odds_chosen"], rel=1e-5)
+
+
+TPO = {
+    "tpo": ({"loss_type": "tpo"}, {}),
+    "tpo, alpha": ({"loss_type": "tpo", "beta": 0.4, "loss_params": {"tpo_alpha": 0.3}}, {"tpo_alpha": 0.3}),
+    "tpo, smoothed": ({"loss_type": "tpo", "beta": 0.4, "label_smoothing": 0.2}, {}),
+    "tpo-l": ({"loss_type": "tpo-l"}, {}),
+    "tpo-l, margin": ({"loss_type": "tpo-l", "beta": 2.0, "loss_params": {"gamma": 1.1}}, {"tpo_l_gamma": 1.1}),
+}
+
+
+@pytest.mark.parametrize(("ours", "also"), TPO.values(), ids=TPO)
+def test_tpo_trainer(ours, also, tmp_path):
+    """One triple, since its NLL is a mean over the batch's tokens; the log-probs logged for TPO-L are per token."""
+    one = [*triples(1, seed=5)]
+    plain = {name: value for name, value in ours.items() if name not in ("loss_type", "loss_params")}
+    their_name = "sigmoid" if ours["loss_type"] == "tpo" else "tpo-l"
+    theirs = tpo_step(tmp_path, one, loss_type=their_name, **plain, **also)
+    compare(our_step(tmp_path, one, **ours), theirs, METRICS[:4] if ours["loss_type"] == "tpo-l" else METRICS)
+
+
+@pytest.mark.parametrize(("ours", "also"), [TPO["tpo-l, margin"]])
+def test_tpo_trainer_on_three_triples(ours, also, tmp_path):
+    """Without the NLL the batch does not matter."""
+    three = [*triples(3, seed=5)]
+    given = {"loss_type": "tpo-l", "beta": 2.0, "tpo_alpha": 0.0}
+    ours = ours | {"loss_params": {"gamma": 1.1, "tpo_alpha": 0.0}}
+    compare(our_step(tmp_path, three, **ours), tpo_step(tmp_path, three, **given, **also), METRICS[:4])
 
 
 KTO = {

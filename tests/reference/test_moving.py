@@ -96,6 +96,36 @@ def test_a_resumed_run_is_the_uninterrupted_one(make, settings, tmp_path):
     assert not list((tmp_path / "saved").glob("moving*"))
 
 
+@each_policy
+def test_humanline_beside_a_reference_that_is_the_policy(make, tmp_path):
+    """A hard update after every step: each step's log-ratios, clamped or not, are exactly 0, the same numbers through
+    the same operations, so that the loss is log 2; and its gradient is DPO's, for a ratio of 0 is inside the bounds:
+    the norms of four steps agree to what Adam makes of sums that are rounded in another order."""
+    steps = {"max_steps": 4, "layout": "padded", **HARD, "ref_model_sync_steps": 1}
+    human = make_trainer(tmp_path, make(), humanline=True, **steps)
+    human.train()
+    assert logged(human, "rewards/chosen") == logged(human, "rewards/rejected") == [0.0] * 4
+    assert logged(human, "loss") == pytest.approx([math.log(2)] * 4, rel=1e-6)
+    plain = make_trainer(tmp_path, make(), **steps)
+    plain.train()
+    norms = logged(human, "grad_norm")
+    assert min(norms) > 1e-4 and norms == pytest.approx(logged(plain, "grad_norm"), rel=1e-3)
+
+
+def test_humanline_clamps_between_two_moves(tmp_path):
+    """Moved after every second step: at steps 1 and 3 the policy is the reference and bounds of a thousandth of a nat
+    clamp nothing; at steps 2 and 4 they hold every token's log-ratio."""
+    bounds = {"humanline": True, "humanline_log_eps_p": -1e-3, "humanline_log_eps_r": 1e-3}
+    settings = {"max_steps": 4, "layout": "padded", "learning_rate": 1e-2, **HARD}
+    runs = [make_trainer(tmp_path, tiny_model(), **settings, **given) for given in ({}, bounds)]
+    for trainer in runs:
+        trainer.train()
+    plain, clamped = ([abs(value) for value in logged(trainer, "rewards/chosen")] for trainer in runs)
+    assert plain[0] == clamped[0] == clamped[2] == 0
+    # β = 0.1, a thousandth of a nat at most, of ten tokens and an EOS.
+    assert all(0 < value <= 0.1 * 1e-3 * 11 for value in (clamped[1], clamped[3])) and plain[1] > 0.1 * 1e-3 * 11
+
+
 def test_a_checkpoint_of_another_adapter_is_refused(tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1, **HARD}
     one = make_trainer(tmp_path, with_lora(tiny_model()), **settings)

@@ -58,6 +58,7 @@ from tests.losses.numpy_reference.token_level import (  # noqa: F401
     tdpo2,
     tis_dpo,
 )
+from tests.losses.numpy_reference.triples import tpo, tpo_l  # noqa: F401
 from tests.losses.numpy_reference.unpaired import (  # noqa: F401
     apo_zero_unpaired,
     bco,
@@ -75,6 +76,8 @@ SHORT = {
     "ref_rejected_logps": "rl",
     "chosen_lengths": "nw",
     "rejected_lengths": "nl",
+    "policy_gold_logps": "g",
+    "gold_lengths": "ng",
     "policy_chosen_alignment": "aw",
     "policy_rejected_alignment": "al",
     "policy_chosen_token_logps": "tw",

@@ -49,8 +49,10 @@ def r_dpo(w, l, rw, rl, nw, nl, beta=0.1, alpha=0.05, **_):
     return nll(z), two(beta * (w - rw) + alpha * nw, beta * (l - rl) + alpha * nl)
 
 
-def dpo_shift(w, l, rw, rl, beta=0.1, lambda_coef=0.7, **_):
-    """2502.07599: β log-ratio of the chosen less f(λ) = λ times that of the rejected."""
+def dpo_shift(w, l, rw, rl, beta=0.1, lambda_coef=0.7, lambda_end=None, progress=1.0, **_):
+    """2502.07599: β log-ratio of the chosen less f(λ) = λ times that of the rejected, λ a line over the steps."""
+    if lambda_end is not None:
+        lambda_coef = (1 - progress) * lambda_coef + progress * lambda_end
     return nll(beta * (w - rw) - lambda_coef * beta * (l - rl)), two(beta * (w - rw), beta * (l - rl))
 
 

@@ -38,12 +38,12 @@ def _hash(number):
     return number ^ (number >> 16)
 
 
-def sampo(tw, tl, trw, trl, nw, nl, row, place, beta=0.1, seed=0):
-    """2406.10957, the tokens being those of the smallest hashes of (seed, row, pair, side, position)."""
+def sampo(tw, tl, trw, trl, nw, nl, row, place, beta=0.1, seed=0, epoch=0):
+    """2406.10957, the tokens being those of the smallest hashes of (seed, epoch, row, pair, side, position)."""
 
     def rewards(b):
         count = min(int(nw[b]), int(nl[b]))
-        pair = _hash(_hash(int(row[b]) + seed * 0x9E3779B9) + int(place[b]))
+        pair = _hash(_hash(int(row[b]) + seed * 0x9E3779B9 + epoch * 0x85EBCA6B) + int(place[b]))
         values = []
         for side, (policy, ref, n) in enumerate(((tw, trw, nw), (tl, trl, nl))):
             key = _hash(pair + side)
