@@ -174,7 +174,7 @@ class PreferenceTrainer(EvaluatingTrainer):
         if self.layout is not None:
             return
         if self.reference:
-            self.reference.place(self.args.device)
+            self.reference.place(self.accelerator)
         if self.data_collator is not self._layouts:
             self.layout = "the data_collator's"
             return

@@ -11,7 +11,6 @@ Left out: what only moves the last bits (the device, the attention's kernel, the
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +19,11 @@ import torch
 import xxhash
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from hf_prefopt.data.batch import PreferenceBatch
 from hf_prefopt.data.group import group_rows
 from hf_prefopt.data.microbatch import Collator
+from hf_prefopt.reference.shards import whole
 from hf_prefopt.scoring.forward import base_causal_lm
 
 KEY_BYTES = 16
@@ -133,7 +132,7 @@ def _tensor_digests(model: nn.Module) -> Iterator[tuple[str, str]]:
     for name, parameter in model.named_parameters():
         acting_name = renamed(name)
         if acting_name is not None:
-            with _whole(parameter) as tensor:
+            with whole(parameter) as tensor:
                 yield acting_name, _digest(tensor)
             for part, tensor in _quantisation(parameter, model.get_submodule(name.rpartition(".")[0])):
                 yield f"{acting_name}.{part}", _digest(tensor)
@@ -171,18 +170,6 @@ def _renaming(model: nn.Module) -> Any:
         return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
     return rename
-
-
-@contextmanager
-def _whole(parameter: nn.Parameter) -> Iterator[Tensor]:
-    """All of a parameter that an engine may have sharded."""
-    if hasattr(parameter, "ds_id"):
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters([parameter]):
-            yield parameter.data
-    else:
-        yield parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
 def _quantisation(parameter: nn.Parameter, owner: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -11,6 +11,7 @@ from types import FunctionType, MethodType
 from typing import Any
 
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from hf_prefopt.data.batch import PreferenceBatch, ResponseScores
@@ -64,8 +65,10 @@ def install_scoring(model: nn.Module, temperature: float = 1.0) -> None:
     head.logit_transform = logit_transform(causal_lm.config, temperature)
     for module, with_scoring in ((causal_lm, _scoring_forward), (head, _head_forward)):
         if not hasattr(module, "plain_forward"):
-            module.plain_forward = module.forward
-            module.forward = MethodType(_keeping_signature(with_scoring, module.forward), module)
+            # accelerate's hooks, which bring weights to the device, call what they have put aside.
+            place = "_old_forward" if hasattr(module, "_hf_hook") else "forward"
+            module.plain_forward = getattr(module, place)
+            setattr(module, place, MethodType(_keeping_signature(with_scoring, module.plain_forward), module))
 
 
 def _keeping_signature(function: Callable, method: Callable) -> Callable:
@@ -129,10 +132,29 @@ def _head_forward(
     return dict(zip(names, outputs, strict=True)) | given
 
 
-def head_predictions(model: nn.Module, hidden: Tensor) -> Tensor:
-    """`[C, V]`: log-probs of every token (nats) from hidden states `[C, H]` of a model's scored positions."""
-    head = base_causal_lm(model).get_output_embeddings()
-    return predictions(head.plain_forward, hidden, head.logit_transform)
+class _PlainForward(nn.Module):
+    """A head's own forward, by which an engine's hooks on the head are passed over."""
+
+    def __init__(self, head: nn.Module):
+        super().__init__()
+        self.head = head
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.head.plain_forward(hidden)
+
+
+def head_predictions(head: nn.Module, hidden: Tensor, weights: dict[str, Tensor] | None = None) -> Tensor:
+    """`[C, V]`: log-probs of every token (nats) from hidden states `[C, H]` of a model's scored positions.
+
+    Args:
+        head: of a model that `install_scoring` has been called on.
+        weights: whole tensors in place of the head's own, by name.
+    """
+    if not weights:
+        return predictions(head, hidden, head.logit_transform)
+    named = {f"head.{name}": tensor for name, tensor in weights.items()}
+    plain = _PlainForward(head)
+    return predictions(lambda rows: functional_call(plain, named, (rows,)), hidden, head.logit_transform)
 
 
 def score(
