@@ -1,9 +1,9 @@
 """What cached log-probs are known by: the reference as it acts, and the tokens that it reads. Nothing else.
 
 A *fingerprint* stands for the reference: the bytes of every tensor that takes part, the model's configuration as far
-as it shapes the output, the temperature, the dtype of autocast and the precision of products of fp32 numbers (TF32 keeps
-10 of their 23 bits). A *key* stands for a response: its prompt's ids, its own ids, and which of them are scored. Losses,
-β, seeds, the adapter that trains, batches, layouts and folders are in neither.
+as it shapes the output, the temperature, the dtype of autocast and the precision of products of fp32 numbers (TF32
+keeps 10 of their 23 bits). A *key* stands for a response: its prompt's ids, its own ids, and which of them are
+scored. Losses, β, seeds, the adapter that trains, batches, layouts and folders are in neither.
 
 Left out: what only moves the last bits of the dtype (the device, the attention's implementation, the layout).
 """

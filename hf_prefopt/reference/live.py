@@ -68,26 +68,27 @@ class LiveReference:
         checkpointed policy: one chunk of them lives at a time. The head's weights are brought together here, because
         ranks have different numbers of chunks.
         """
-        head = base_causal_lm(self.model).get_output_embeddings()
+        head, hidden = base_causal_lm(self.model).get_output_embeddings(), scores.token_stats[HIDDEN]
         release_gathered(self.model)
         with self.switch():
-            weights = _weights(head) if self.copies or any(map(is_sharded, head.parameters())) else {}
+            in_hand = self.copies or any(map(is_sharded, head.parameters()))
+            weights = _weights(head, hidden.dtype) if in_hand else {}
         # A copy's weights are in hand; an adapter is switched for the time of a chunk.
         acting = nullcontext if self.copies else self.switch
 
         def predict(tokens: slice) -> Tensor:
             with torch.no_grad(), evaluation_mode(head), acting():
-                return head_predictions(head, scores.token_stats[HIDDEN][tokens], weights)
+                return head_predictions(head, hidden[tokens], weights)
 
         return predict
 
 
-def _weights(module: nn.Module) -> dict[str, Tensor]:
-    """The whole parameters of a module by name; copies of those that are sharded."""
+def _weights(module: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The whole parameters of a module by name; those that are sharded in the dtype that their engine computes in."""
     weights = {}
     for name, parameter in module.named_parameters():
         with whole(parameter) as values:
-            weights[name] = values.clone() if is_sharded(parameter) else values
+            weights[name] = values.to(dtype, copy=True) if is_sharded(parameter) else values
     return weights
 
 

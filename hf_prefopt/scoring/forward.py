@@ -10,6 +10,7 @@ from collections.abc import Callable
 from types import FunctionType, MethodType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
@@ -121,15 +122,24 @@ def _head_forward(
     statistics = tuple(name for name in token_stats if name in STATISTICS)
     settings = (targets, self.logit_transform, statistics, chunk_rows)
     names = ("token_logps", *statistics)
-    if VOCABULARY_KL in token_stats:
-        names = (*names, VOCABULARY_KL)
-        outputs = module_head_logps(self.plain_forward, hidden, *settings, reference=reference_predictions)
-    elif is_plain_linear(self):
+    if VOCABULARY_KL not in token_stats and is_plain_linear(self):
         outputs = linear_head_logps(hidden, self.weight, self.bias, *settings)
     else:
-        outputs = module_head_logps(self.plain_forward, hidden, *settings)
+        names = (*names, VOCABULARY_KL) if VOCABULARY_KL in token_stats else names
+        least = _chunks_of_all_ranks(self, hidden, chunk_rows)
+        outputs = module_head_logps(self.plain_forward, hidden, *settings, reference_predictions, least)
     given = {HIDDEN: hidden} if HIDDEN in token_stats else {}
     return dict(zip(names, outputs, strict=True)) | given
+
+
+def _chunks_of_all_ranks(head: nn.Module, hidden: Tensor, chunk_rows: int) -> int:
+    """The most chunks that any rank has, where each call of an adapter's layers gathers their weights (ZeRO-3)."""
+    groups = [p.ds_process_group for p in head.parameters() if hasattr(p, "ds_tensor")]
+    if not groups or is_plain_linear(head):
+        return 0
+    most = torch.tensor(-(-len(hidden) // chunk_rows), device=hidden.device)
+    torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX, group=groups[0])
+    return int(most)
 
 
 class _PlainForward(nn.Module):

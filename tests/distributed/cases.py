@@ -33,7 +33,7 @@ class Case:
         name: what the table calls it.
         settings: of `PreferenceConfig`, over `DESCENT`.
         lora: whether an adapter trains (one that is not fresh) or all weights.
-        model: of the model's config.
+        model: of the model's config. adapter: of the adapter's.
         rows: of the training data. streams: whether rows come as a stream.
         ref_model: an explicit reference, "given" as a model or "by name".
         seed: of how far the policy is from its reference when training begins.
@@ -44,6 +44,7 @@ class Case:
     settings: dict[str, Any]
     lora: bool = False
     model: dict[str, Any] = field(default_factory=dict)
+    adapter: dict[str, Any] = field(default_factory=dict)
     rows: int = 7
     ref_model: str | None = None
     seed: int = 1
@@ -53,7 +54,7 @@ class Case:
     def build_model(self) -> nn.Module:
         """The policy, the same on every rank; an adapter has moved away from zero, so that every loss has margins."""
         model = tiny_model(**self.model)
-        return perturbed(with_lora(model), 0.1, self.seed) if self.lora else model
+        return perturbed(with_lora(model, **self.adapter), 0.1, self.seed) if self.lora else model
 
     def build_reference(self, folder: Path) -> nn.Module | str:
         """The explicit reference, or where it was saved: a model that is neither the policy nor what is beneath it."""
@@ -73,7 +74,7 @@ class Case:
 def _case(loss: str, layout: str, lora: bool, name: str = "", **settings: Any) -> Case:
     own = {
         key: settings.pop(key)
-        for key in ("model", "rows", "ref_model", "seed", "streams", "resumes")
+        for key in ("model", "adapter", "rows", "ref_model", "seed", "streams", "resumes")
         if key in settings
     }
     has_own = loss == "simpo" or "ref_model" in own
@@ -99,6 +100,7 @@ MOVING = {"sync_ref_model": True, "ref_model_mixup_alpha": 0.5, "ref_model_sync_
 MORE = [
     _case("dpo", "shared", False, "tied head", model={"tie_word_embeddings": True}),
     _case("dpo", "shared", True, "copy of a trained adapter", reference="copy"),
+    _case("dpo", "shared", True, "adapted head", adapter={"target_modules": ["q_proj", "lm_head"]}),
     _case("dpo", "shared", False, "checkpointed", **CHECKPOINTED),
     _case("kto_pair", "padded", True, "checkpointed", **CHECKPOINTED),
     _case("dpo", "shared", False, "token budget", **BUDGET),
@@ -140,6 +142,7 @@ SOME = [
 # Where weights are in shards, also what reads those of the reference.
 SHARDED = [
     *SOME,
+    "dpo, shared, LoRA, adapted head",
     "tdpo2, shared, full",
     "tdpo2, padded, LoRA",
     "tdpo2, padded, full, explicit reference",
