@@ -38,7 +38,7 @@ from hf_prefopt.reporting.card import model_card
 from hf_prefopt.reporting.metrics import EvaluationRecord, RunningMeans, example_metrics
 from hf_prefopt.reporting.run_facts import card_facts
 from hf_prefopt.scoring.forward import VOCABULARY_KL, base_causal_lm, install_scoring, score
-from hf_prefopt.scoring.layout import reason_against_shared
+from hf_prefopt.scoring.layout import Reason, reason_against_shared
 from hf_prefopt.training.evaluating import EvaluatingTrainer
 from hf_prefopt.training.preparing import Data, DataOrSplits
 
@@ -174,24 +174,26 @@ class PreferenceTrainer(EvaluatingTrainer):
         if self.layout is not None:
             return
         if self.reference:
-            self.reference.place(self.args.device)
+            self.reference.place(self.accelerator)
         if self.data_collator is not self._layouts:
             self.layout = "the data_collator's"
             return
         reason = None if self.args.layout == "padded" else self._reason_against_shared()
         if reason is not None and self.args.layout == "shared":
-            raise ValueError(f"layout='shared' is not exact for this model: {reason}; choose layout='auto'")
+            raise ValueError(
+                f"layout='shared' is not exact for this model: {reason}; choose layout='auto'"
+            ) from reason.cause
         if reason is not None:
             logger.warning("layout: padded, because %s", reason)
         self.layout = "padded" if reason is not None else self.args.layout.replace("auto", "shared")
         self._layouts.layout = self.layout
 
-    def _reason_against_shared(self) -> str | None:
+    def _reason_against_shared(self) -> Reason | None:
         """Why the policy, or a reference model of its own, cannot be scored in the layout "shared"."""
         for model in dict.fromkeys((self.model, self.reference.model if self.reference else self.model)):
             reason = reason_against_shared(model, self.args.max_length, self._autocast_dtype)
             if reason is not None:
-                return f"{reason} ({type(base_causal_lm(model)).__name__})"
+                return Reason(f"{reason} ({type(base_causal_lm(model)).__name__})", reason.cause)
         return None
 
     def call_model_init(self, trial: Any = None) -> PreTrainedModel | PeftModel:

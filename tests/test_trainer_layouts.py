@@ -136,6 +136,18 @@ def test_the_layout_falls_back_with_a_reason_or_refuses(tmp_path, caplog):
         make_trainer(tmp_path, model=architecture("bloom"), layout="shared").train()
 
 
+def test_layout_shared_raises_from_the_error_of_the_forward(tmp_path, monkeypatch):
+    error = RuntimeError("no such kernel")
+
+    def refusing(*_, **__):
+        raise error
+
+    monkeypatch.setattr("hf_prefopt.scoring.attention.segment_attention", refusing)
+    with pytest.raises(ValueError, match=r"RuntimeError: no such kernel.*choose layout='auto'") as raised:
+        make_trainer(tmp_path, layout="shared").train()
+    assert raised.value.__cause__ is error
+
+
 @pytest.mark.parametrize("checkpointing", [{"use_reentrant": True}, {"use_reentrant": False}])
 def test_activation_checkpointing_changes_nothing(tmp_path, checkpointing):
     settings = {"activation_checkpointing": True, "activation_checkpointing_kwargs": checkpointing}

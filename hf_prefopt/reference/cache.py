@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from huggingface_hub.constants import HF_HOME
 from torch import nn
 
@@ -59,10 +60,10 @@ class CachedReference:
         """The module that is called for what is missing; `None` once it is released."""
         return self.live.model if self.live else None
 
-    def place(self, device: torch.device) -> None:
+    def place(self, accelerator: Accelerator) -> None:
         """As the live reference's."""
         if self.live:
-            self.live.place(device)
+            self.live.place(accelerator)
 
     @cached_property
     def store(self) -> LogProbStore:

@@ -1,30 +1,30 @@
 """What cached log-probs are known by: the reference as it acts, and the tokens that it reads. Nothing else.
 
-A *fingerprint* stands for the reference: the bytes of every tensor that takes part, the model's configuration as far as
-it shapes the output, the temperature and the dtype of autocast. A *key* stands for a response: its prompt's ids, its
-own ids, and which of them are scored. Losses, β, seeds, the adapter that trains, batches, layouts and folders are in
-neither.
+A *fingerprint* stands for the reference: the bytes of every tensor that takes part, the model's configuration as far
+as it shapes the output, the temperature, the dtype of autocast and the precision of products of fp32 numbers (TF32
+keeps 10 of their 23 bits). A *key* stands for a response: its prompt's ids, its own ids, and which of them are
+scored. Losses, β, seeds, the adapter that trains, batches, layouts and folders are in neither.
 
-Left out: what only moves the last bits (the device, the attention's kernel, the layout, TF32).
+Left out: what only moves the last bits of the dtype (the device, the attention's implementation, the layout).
 """
 
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 import xxhash
+from accelerate.utils import align_module_device
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from hf_prefopt.data.batch import PreferenceBatch
 from hf_prefopt.data.group import group_rows
 from hf_prefopt.data.microbatch import Collator
+from hf_prefopt.reference.shards import whole
 from hf_prefopt.scoring.forward import base_causal_lm
 
 KEY_BYTES = 16
@@ -96,9 +96,18 @@ def fingerprint(model: nn.Module, temperature: float, autocast_dtype: torch.dtyp
         "adapters": adapters,
         "temperature": temperature,
         "autocast": str(autocast_dtype),
+        "fp32_products": fp32_products(model),
         "tensors": dict(_tensor_digests(model)),
     }
     return hashlib.blake2b(json.dumps(facts, sort_keys=True, default=_plain).encode(), digest_size=16).hexdigest()
+
+
+def fp32_products(model: nn.Module) -> str:
+    """How products of fp32 numbers are made on the model's device: "ieee" in full, "tf32" or "bf16"."""
+    on_cpu = not torch.cuda.is_available() or all(parameter.device.type == "cpu" for parameter in model.parameters())
+    backend = torch.backends.mkldnn if on_cpu else torch.backends.cuda
+    precision = backend.matmul.fp32_precision
+    return "ieee" if precision == "none" else precision
 
 
 def _acting_adapters(model: nn.Module) -> list[str]:
@@ -130,12 +139,18 @@ def _plain(value: Any) -> Any:
 def _tensor_digests(model: nn.Module) -> Iterator[tuple[str, str]]:
     """(name without an adapter's wrappers, digest) of every tensor that takes part in the model's output."""
     renamed = _renaming(model)
-    for name, parameter in model.named_parameters():
+    for name, _ in model.named_parameters():
         acting_name = renamed(name)
-        if acting_name is not None:
-            with _whole(parameter) as tensor:
+        if acting_name is None:
+            continue
+        owner_name, _, own_name = name.rpartition(".")
+        owner = model.get_submodule(owner_name)
+        # Inside, weights that wait elsewhere for their use are there.
+        with align_module_device(owner):
+            parameter = getattr(owner, own_name)
+            with whole(parameter) as tensor:
                 yield acting_name, _digest(tensor)
-            for part, tensor in _quantisation(parameter, model.get_submodule(name.rpartition(".")[0])):
+            for part, tensor in _quantisation(parameter, owner):
                 yield f"{acting_name}.{part}", _digest(tensor)
     for module_name, module in model.named_modules():
         for name, buffer in module.named_buffers(recurse=False):
@@ -171,18 +186,6 @@ def _renaming(model: nn.Module) -> Any:
         return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
     return rename
-
-
-@contextmanager
-def _whole(parameter: nn.Parameter) -> Iterator[Tensor]:
-    """All of a parameter that an engine may have sharded."""
-    if hasattr(parameter, "ds_id"):
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters([parameter]):
-            yield parameter.data
-    else:
-        yield parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
 def _quantisation(parameter: nn.Parameter, owner: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -103,11 +103,6 @@ def _refuse_contradictions(setting: str, model: nn.Module, ref_model: nn.Module 
         raise ValueError("reference='model' wants the model: pass ref_model to the trainer")
     if ref_model is not None and ref_model is model:
         raise ValueError("ref_model is the policy itself, so it would train along: leave it out for a frozen copy")
-    if ref_model is not None and any(map(is_in_parts, ref_model.parameters())):
-        raise ValueError(
-            "ref_model is in parts: it was loaded under ZeRO-3, whose engine only gathers what trains. Load it before "
-            "the configuration is made, or leave it out for a frozen copy of the policy, which is kept by shards"
-        )
     if setting.startswith("adapter") and not isinstance(model, PeftModel):
         raise ValueError(f"reference={setting!r} wants a PEFT model, and the policy is {type(model).__name__}")
     if setting.startswith("adapter"):

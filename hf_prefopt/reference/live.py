@@ -7,13 +7,16 @@ another adapter switched on, the trained tensors replaced by a frozen copy of wh
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from accelerate import Accelerator
 from peft import PeftModel
 from torch import Tensor, nn
 
 from hf_prefopt.data.batch import PreferenceBatch, ResponseScores
-from hf_prefopt.reference.shards import exchange, held, own_part, release_gathered
+from hf_prefopt.reference.engine import shard_like_the_policy
+from hf_prefopt.reference.shards import exchange, held, is_sharded, own_part, release_gathered, whole
 from hf_prefopt.scoring.forward import HIDDEN, base_causal_lm, head_predictions, score
 
 
@@ -27,6 +30,7 @@ class LiveReference:
         description: a phrase for logs and model cards.
         copies: the frozen copies that it is made of, if it is.
         is_separate: whether the module is another than the policy's.
+        engine: what keeps a separate module in shards, if anything does.
     """
 
     model: nn.Module
@@ -34,40 +38,64 @@ class LiveReference:
     description: str
     copies: "FrozenTensors | None" = None
     is_separate: bool = False
+    engine: Any = None
 
     @property
     def has_own_memory(self) -> bool:
         """Whether letting it go gives memory back."""
         return self.is_separate or self.copies is not None
 
-    def place(self, device: torch.device) -> None:
-        """Move a separate model to the device, unless it was loaded onto devices of its own."""
-        if self.is_separate and not hasattr(self.model, "hf_device_map") and not is_quantised(self.model):
-            self.model.to(device)
+    def place(self, accelerator: Accelerator) -> None:
+        """Bring a separate model to the device, in shards where the policy is, unless it was loaded to a place."""
+        if not self.is_separate or has_its_place(self.model):
+            return
+        self.engine = self.engine or shard_like_the_policy(self.model, accelerator)
+        if self.engine is None:
+            self.model.to(accelerator.device)
 
     def score(self, batch: PreferenceBatch, token_stats: tuple[str, ...] = ()) -> ResponseScores:
         """The reference's scores of a batch: no gradients, evaluation mode, whatever state the policy is in."""
         with torch.no_grad(), evaluation_mode(self.model), self.switch():
-            return score(self.model, batch, token_stats)
+            scores = score(self.model, batch, token_stats)
+        if self.engine:
+            release_gathered(self.model)
+        return scores
 
     def predictions(self, scores: ResponseScores) -> Callable[[slice], Tensor]:
         """From a slice of the scored tokens to the reference's log-probs of the whole vocabulary there, `[C, V]`.
 
         They are made of the hidden states in `scores` whenever they are asked for, also in the backward of a
-        checkpointed policy: one chunk of them lives at a time.
+        checkpointed policy: one chunk of them lives at a time. The head's weights are brought together here, because
+        ranks have different numbers of chunks.
         """
-        head = base_causal_lm(self.model).get_output_embeddings()
+        head, hidden = base_causal_lm(self.model).get_output_embeddings(), scores.token_stats[HIDDEN]
+        release_gathered(self.model)
+        with self.switch():
+            in_hand = self.copies or any(map(is_sharded, head.parameters()))
+            weights = _weights(head, hidden.dtype) if in_hand else {}
+        # A copy's weights are in hand; an adapter is switched for the time of a chunk.
+        acting = nullcontext if self.copies else self.switch
 
         def predict(tokens: slice) -> Tensor:
-            with torch.no_grad(), evaluation_mode(head), self.switch():
-                return head_predictions(self.model, scores.token_stats[HIDDEN][tokens])
+            with torch.no_grad(), evaluation_mode(head), acting():
+                return head_predictions(head, hidden[tokens], weights)
 
         return predict
 
 
-def is_quantised(model: nn.Module) -> bool:
-    """Whether a model was loaded in 4 or 8 bits, which fixes its device."""
-    return getattr(model, "quantization_method", None) is not None
+def _weights(module: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The whole parameters of a module by name; those that are sharded in the dtype that their engine computes in."""
+    weights = {}
+    for name, parameter in module.named_parameters():
+        with whole(parameter) as values:
+            weights[name] = values.to(dtype, copy=True) if is_sharded(parameter) else values
+    return weights
+
+
+def has_its_place(model: nn.Module) -> bool:
+    """Whether a model was loaded in 4 or 8 bits, or over devices, or its weights come from elsewhere for each use."""
+    placed = hasattr(model, "hf_device_map") or getattr(model, "quantization_method", None) is not None
+    return placed or any(hasattr(module, "_hf_hook") for module in model.modules())
 
 
 @contextmanager
@@ -160,6 +188,21 @@ class FrozenTensors:
             policy = held(parameters[name])
             mine = own_part(parameters[name], values).to(policy.device)
             self.tensors[name] = mine.lerp_(policy.to(mine.dtype), share)
+
+    def whole(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, the whole copy) of one parameter after the other; where they are sharded, on every rank together."""
+        with self.swapped_in():
+            for name, parameter in _named(self.model).items():
+                if name in self.tensors:
+                    with whole(parameter) as tensor:
+                        yield name, tensor
+
+    def replace(self, values: Callable[[str], Tensor]) -> None:
+        """Take others in the copies' place: from a name to the whole tensor, of which a rank keeps its part."""
+        release_gathered(self.model)
+        parameters = _named(self.model)
+        for name, old in self.tensors.items():
+            self.tensors[name] = own_part(parameters[name], values(name)).to(old.device, old.dtype)
 
     def _exchange(self) -> None:
         # Autocast keeps low-precision casts by parameter object: they would be those of the other tensors.

@@ -9,15 +9,13 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import TrainerCallback
-
-from hf_prefopt.reference.shards import is_sharded
 
 logger = logging.getLogger(__name__)
 
 FILE = "moving_reference.safetensors"
-SHARD = "moving_reference-{}-of-{}.safetensors"
 
 
 class MovingReference(TrainerCallback):
@@ -49,30 +47,31 @@ class MovingReference(TrainerCallback):
         self.trainer.forget_reference_scores()
 
     def save(self, checkpoint: str) -> None:
-        """Write the reference beside the optimiser's state; where an engine shards it, each rank its shards."""
-        copies = self.trainer.reference.copies
-        if self.trainer.args.should_save or is_sharded(copies.model):
-            tensors = {name: tensor.contiguous() for name, tensor in copies.tensors.items()}
-            save_file(tensors, self._file(checkpoint))
+        """Write the reference beside the optimiser's state, whole, so that any number of ranks can go on with it.
 
-    def _file(self, checkpoint: str) -> Path:
-        args = self.trainer.args
-        sharded = is_sharded(self.trainer.reference.copies.model)
-        return Path(checkpoint, SHARD.format(args.process_index, args.world_size) if sharded else FILE)
+        Called on every rank. Where an engine shards it, it is gathered parameter by parameter into the CPU's memory of
+        the rank that writes.
+        """
+        saves, tensors = self.trainer.args.should_save, {}
+        for name, tensor in self.trainer.reference.copies.whole():
+            if saves:
+                tensors[name] = tensor.cpu().contiguous()
+        if saves:
+            save_file(tensors, Path(checkpoint, FILE))
 
     def load(self, checkpoint: str) -> None:
-        """Take over the reference of a checkpoint.
+        """Take over the reference of a checkpoint; a rank of an engine that shards it, its part of every tensor.
 
         Raises:
             ValueError: it holds other tensors than those that train now.
         """
-        path = self._file(checkpoint)
+        path = Path(checkpoint, FILE)
         if not path.is_file():
             logger.warning("%s has no %s: the reference starts from the policy as given", checkpoint, path.name)
             return
-        saved, copies = load_file(path), self.trainer.reference.copies
-        differing = sorted(saved.keys() ^ copies.tensors.keys())
-        if differing:
-            raise ValueError(f"{path} and the model differ in {len(differing)} trained tensors ({differing[0]}, …)")
-        # Whole copies that were made before an engine sharded the model give way to shards.
-        copies.tensors = {name: saved[name].to(tensor.device, tensor.dtype) for name, tensor in copies.tensors.items()}
+        copies = self.trainer.reference.copies
+        with safe_open(path, framework="pt") as saved:
+            differing = sorted(saved.keys() ^ copies.tensors.keys())
+            if differing:
+                raise ValueError(f"{path} and the model differ in {len(differing)} trained tensors ({differing[0]}, …)")
+            copies.replace(saved.get_tensor)

@@ -1,8 +1,11 @@
 """What a rank holds of a parameter: all of it, or its shard under ZeRO-3 and FSDP2; and how values take its place.
 
-Nothing here communicates: a rank puts its own shard of other values where its shard of the parameter was, and the
-engine gathers those as it would have gathered the parameter's.
+Only `whole` communicates: elsewhere a rank puts its own shard of other values where its shard of the parameter was, and
+the engine gathers those as it would have gathered the parameter's.
 """
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +30,21 @@ def held(parameter: nn.Parameter) -> Tensor:
             "train an adapter with reference='adapter_off'"
         )
     return parameter.ds_tensor.data
+
+
+@contextmanager
+def whole(parameter: nn.Parameter) -> Iterator[Tensor]:
+    """All of a parameter `[shape]`, inside the context only; where it is sharded, on every rank at the same time."""
+    if is_in_parts(parameter):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter]):
+            yield parameter.data
+    elif isinstance(parameter, DTensor):
+        # Shards that wait in the CPU's memory are gathered by the device, as its process group does.
+        yield parameter.detach().to(parameter.device_mesh.device_type).full_tensor()
+    else:
+        yield parameter.data
 
 
 def own_part(parameter: nn.Parameter, values: Tensor) -> Tensor:
@@ -70,9 +88,9 @@ def release_gathered(model: nn.Module) -> None:
             parameter.partition()
 
 
-def is_sharded(model: nn.Module) -> bool:
-    """Whether ranks hold different parts of a model's trained parameters."""
-    return any(isinstance(p, DTensor) or is_in_parts(p) for p in model.parameters() if p.requires_grad)
+def is_sharded(parameter: nn.Parameter) -> bool:
+    """Whether this rank holds only a part of a parameter."""
+    return isinstance(parameter, DTensor) or is_in_parts(parameter)
 
 
 def is_in_parts(parameter: nn.Parameter) -> bool:

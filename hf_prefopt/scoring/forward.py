@@ -10,7 +10,9 @@ from collections.abc import Callable
 from types import FunctionType, MethodType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from hf_prefopt.data.batch import PreferenceBatch, ResponseScores
@@ -64,8 +66,10 @@ def install_scoring(model: nn.Module, temperature: float = 1.0) -> None:
     head.logit_transform = logit_transform(causal_lm.config, temperature)
     for module, with_scoring in ((causal_lm, _scoring_forward), (head, _head_forward)):
         if not hasattr(module, "plain_forward"):
-            module.plain_forward = module.forward
-            module.forward = MethodType(_keeping_signature(with_scoring, module.forward), module)
+            # accelerate's hooks, which bring weights to the device, call what they have put aside.
+            place = "_old_forward" if hasattr(module, "_hf_hook") else "forward"
+            module.plain_forward = getattr(module, place)
+            setattr(module, place, MethodType(_keeping_signature(with_scoring, module.plain_forward), module))
 
 
 def _keeping_signature(function: Callable, method: Callable) -> Callable:
@@ -118,21 +122,49 @@ def _head_forward(
     statistics = tuple(name for name in token_stats if name in STATISTICS)
     settings = (targets, self.logit_transform, statistics, chunk_rows)
     names = ("token_logps", *statistics)
-    if VOCABULARY_KL in token_stats:
-        names = (*names, VOCABULARY_KL)
-        outputs = module_head_logps(self.plain_forward, hidden, *settings, reference=reference_predictions)
-    elif is_plain_linear(self):
+    if VOCABULARY_KL not in token_stats and is_plain_linear(self):
         outputs = linear_head_logps(hidden, self.weight, self.bias, *settings)
     else:
-        outputs = module_head_logps(self.plain_forward, hidden, *settings)
+        names = (*names, VOCABULARY_KL) if VOCABULARY_KL in token_stats else names
+        least = _chunks_of_all_ranks(self, hidden, chunk_rows)
+        outputs = module_head_logps(self.plain_forward, hidden, *settings, reference_predictions, least)
     given = {HIDDEN: hidden} if HIDDEN in token_stats else {}
     return dict(zip(names, outputs, strict=True)) | given
 
 
-def head_predictions(model: nn.Module, hidden: Tensor) -> Tensor:
-    """`[C, V]`: log-probs of every token (nats) from hidden states `[C, H]` of a model's scored positions."""
-    head = base_causal_lm(model).get_output_embeddings()
-    return predictions(head.plain_forward, hidden, head.logit_transform)
+def _chunks_of_all_ranks(head: nn.Module, hidden: Tensor, chunk_rows: int) -> int:
+    """The most chunks that any rank has, where each call of an adapter's layers gathers their weights (ZeRO-3)."""
+    groups = [p.ds_process_group for p in head.parameters() if hasattr(p, "ds_tensor")]
+    if not groups or is_plain_linear(head):
+        return 0
+    most = torch.tensor(-(-len(hidden) // chunk_rows), device=hidden.device)
+    torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX, group=groups[0])
+    return int(most)
+
+
+class _PlainForward(nn.Module):
+    """A head's own forward, by which an engine's hooks on the head are passed over."""
+
+    def __init__(self, head: nn.Module):
+        super().__init__()
+        self.head = head
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.head.plain_forward(hidden)
+
+
+def head_predictions(head: nn.Module, hidden: Tensor, weights: dict[str, Tensor] | None = None) -> Tensor:
+    """`[C, V]`: log-probs of every token (nats) from hidden states `[C, H]` of a model's scored positions.
+
+    Args:
+        head: of a model that `install_scoring` has been called on.
+        weights: whole tensors in place of the head's own, by name.
+    """
+    if not weights:
+        return predictions(head, hidden, head.logit_transform)
+    named = {f"head.{name}": tensor for name, tensor in weights.items()}
+    plain = _PlainForward(head)
+    return predictions(lambda rows: functional_call(plain, named, (rows,)), hidden, head.logit_transform)
 
 
 def score(

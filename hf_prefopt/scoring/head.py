@@ -241,12 +241,14 @@ def module_head_logps(
     statistics: tuple[str, ...] = (),
     chunk_rows: int = 512,
     reference: Callable[[slice], Tensor] | None = None,
+    least_chunks: int = 0,
 ) -> tuple[Tensor, ...]:
     """`linear_head_logps` for any callable head (an adapter on it, a quantised one), checkpointed by chunk.
 
     Args:
         reference: the reference's log-probs `[C, V]` of some of the rows, without gradient; the KL to them, which is
             differentiated, `[N]`, then stands behind the statistics.
+        least_chunks: empty chunks follow until there are as many.
     """
 
     def chunk(hidden_rows: Tensor, target_rows: Tensor, rows: slice) -> tuple[Tensor, ...]:
@@ -256,7 +258,9 @@ def module_head_logps(
         return logps.gather(1, target_rows.unsqueeze(1)).squeeze(1), *extra, *divergence
 
     run = partial(checkpoint, chunk, use_reentrant=False) if torch.is_grad_enabled() else chunk
-    parts = [run(hidden[rows], targets[rows], rows) for rows in _chunks(len(targets), chunk_rows)]
+    chunks = _chunks(len(targets), chunk_rows)
+    chunks += [slice(len(targets), None)] * (least_chunks - len(chunks))
+    parts = [run(hidden[rows], targets[rows], rows) for rows in chunks]
     return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
 

@@ -18,24 +18,46 @@ from hf_prefopt.reference.live import evaluation_mode
 from hf_prefopt.scoring.attention import install_segment_attention
 from hf_prefopt.scoring.forward import base_causal_lm, score
 
+# What says nothing about a layout, although it is a RuntimeError: no memory, a broken device, a lost process.
+_FAILURES = (torch.OutOfMemoryError, torch.AcceleratorError, torch.distributed.DistError)
+_NO_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
 _STATELESS_LAYERS = {"full_attention", "sliding_attention", "attention", "dense", "sparse", "moe"}
+
+
+class Reason(str):
+    """Why a layout is not exact for a model, in words.
+
+    Attributes:
+        cause: the error that the model's forward raised, if that is the reason.
+    """
+
+    cause: Exception | None
+
+    def __new__(cls, words: str, cause: Exception | None = None):
+        """The words, with their cause."""
+        reason = super().__new__(cls, words)
+        reason.cause = cause
+        return reason
 
 
 def reason_against_shared(
     model: nn.Module, max_length: int | None = None, compute_dtype: torch.dtype | None = None
-) -> str | None:
+) -> Reason | None:
     """Why the layout "shared" is not exact for this model, or `None` where it is; the model is then ready for it.
 
     Args:
         model: a model that `scoring.forward.install_scoring` has been called on, on its device.
         max_length: the longest sequence that will be scored; a sliding window beyond it does not matter.
         compute_dtype: the dtype the model computes in, where autocast makes it another than its weights'.
+
+    Raises:
+        RuntimeError: the model cannot be run at all: there is no memory for it, or its device or a process is lost.
     """
-    reason = known_reason(model)
-    if reason is None:
-        install_segment_attention(base_causal_lm(model))
-        reason = _probe(model, max_length, compute_dtype)
-    return reason
+    known = known_reason(model)
+    if known is not None:
+        return Reason(known)
+    install_segment_attention(base_causal_lm(model))
+    return _probe(model, max_length, compute_dtype)
 
 
 def known_reason(model: nn.Module) -> str | None:
@@ -56,7 +78,7 @@ def known_reason(model: nn.Module) -> str | None:
     return None
 
 
-def _probe(model: nn.Module, max_length: int | None, compute_dtype: torch.dtype | None) -> str | None:
+def _probe(model: nn.Module, max_length: int | None, compute_dtype: torch.dtype | None) -> Reason | None:
     """Score a few made-up groups in both layouts, with other prompts, and with other first responses."""
     causal_lm = base_causal_lm(model)
     rows = _made_up_rows(causal_lm.config, max_length)
@@ -69,22 +91,31 @@ def _probe(model: nn.Module, max_length: int | None, compute_dtype: torch.dtype 
                 _score(model, SharedCollator()(variant)) for variant in (rows, other_prompts, other_chosen)
             )
     except (TypeError, ValueError, RuntimeError, KeyError) as error:  # UnsupportedAttention is a RuntimeError
-        return f"its forward refuses it ({type(error).__name__}: {str(error).splitlines()[0]})"
+        if _is_failure(error):
+            raise
+        said = next(iter(str(error).splitlines()), "without a word")
+        return Reason(f"its forward refuses it ({type(error).__name__}: {said})", cause=error)
     rejected = torch.arange(len(shared)) % 2 == 1  # the rows' pairs alternate chosen, rejected
     effect = (padded_prompts - padded).abs().mean()
     dtype = compute_dtype or next(p.dtype for p in model.parameters() if p.is_floating_point())
     # What rounding may do to a sum of log-probs, and far less than what a wrongly seen or unseen token does.
     noise = torch.finfo(dtype).eps * padded.abs().mean() + 0.01 * effect
     if (shared_chosen - shared)[rejected].abs().mean() > noise:
-        return "a response sees another response of its prompt"
+        return Reason("a response sees another response of its prompt")
     if (shared - padded).abs().mean() > noise or (shared_prompts - padded_prompts).abs().mean() > noise:
-        return "its log-probs differ from those of padded sequences"
+        return Reason("its log-probs differ from those of padded sequences")
     return None
+
+
+def _is_failure(error: Exception) -> bool:
+    """Whether an error would have come in any layout."""
+    return isinstance(error, _FAILURES) or any(words in str(error) for words in _NO_MEMORY)
 
 
 def _score(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     """`[R]`: the summed log-prob of each response, on the CPU."""
-    device = next(model.parameters()).device
+    # Hooks that bring offloaded weights, which stand on no device, bring the inputs along.
+    device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
     moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
     return score(model, moved).logps.float().cpu()
 

@@ -7,6 +7,7 @@ gradient descent, which is linear in the gradient: Adam would make a full step o
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -32,8 +33,10 @@ class Case:
         name: what the table calls it.
         settings: of `PreferenceConfig`, over `DESCENT`.
         lora: whether an adapter trains (one that is not fresh) or all weights.
-        model: of the model's config.
+        model: of the model's config. adapter: of the adapter's.
         rows: of the training data. streams: whether rows come as a stream.
+        ref_model: an explicit reference, "given" as a model or "by name".
+        seed: of how far the policy is from its reference when training begins.
         resumes: whether the run is also continued from its second checkpoint, in a new trainer.
     """
 
@@ -41,14 +44,25 @@ class Case:
     settings: dict[str, Any]
     lora: bool = False
     model: dict[str, Any] = field(default_factory=dict)
+    adapter: dict[str, Any] = field(default_factory=dict)
     rows: int = 7
+    ref_model: str | None = None
+    seed: int = 1
     streams: bool = False
     resumes: bool = False
 
     def build_model(self) -> nn.Module:
         """The policy, the same on every rank; an adapter has moved away from zero, so that every loss has margins."""
         model = tiny_model(**self.model)
-        return perturbed(with_lora(model), 0.1) if self.lora else model
+        return perturbed(with_lora(model, **self.adapter), 0.1, self.seed) if self.lora else model
+
+    def build_reference(self, folder: Path) -> nn.Module | str:
+        """The explicit reference, or where it was saved: a model that is neither the policy nor what is beneath it."""
+        model = perturbed(tiny_model(**self.model), 0.1, seed=3)
+        if self.ref_model == "given":
+            return model
+        model.save_pretrained(folder)
+        return str(folder)
 
     def merged_settings(self, world_size: int) -> dict[str, Any]:
         """The settings of a rank."""
@@ -58,16 +72,23 @@ class Case:
 
 
 def _case(loss: str, layout: str, lora: bool, name: str = "", **settings: Any) -> Case:
-    own = {key: settings.pop(key) for key in ("model", "rows", "streams", "resumes") if key in settings}
-    reference = {"reference": "adapter_off"} if lora and loss != "simpo" else {}
+    own = {
+        key: settings.pop(key)
+        for key in ("model", "adapter", "rows", "ref_model", "seed", "streams", "resumes")
+        if key in settings
+    }
+    has_own = loss == "simpo" or "ref_model" in own
+    reference = {"reference": "adapter_off"} if lora and not has_own else {}
     name = ", ".join(filter(None, (loss, layout, "LoRA" if lora else "full", name)))
     return Case(name, {"loss_type": loss, "layout": layout, **reference, **settings}, lora, **own)
 
 
 # An example of its own; over the batch, unpaired, with mismatched responses; no reference; a list; a running mean.
 LOSSES = ("dpo", "kto", "simpo", "plackett_luce", "bco_pair", "kto_pair")
+# With them KTO's baseline is above 0 in every step and in the evaluation, so that it counts.
+SEEDS = {("kto", "shared"): 7, ("kto", "padded"): 5}
 EVERY_LOSS = [
-    _case(loss, layout, lora=(number + shift) % 2 == 0)
+    _case(loss, layout, lora=(number + shift) % 2 == 0, seed=SEEDS.get((loss, layout), 1))
     for number, loss in enumerate(LOSSES)
     for shift, layout in enumerate(("shared", "padded"))
 ]
@@ -79,34 +100,53 @@ MOVING = {"sync_ref_model": True, "ref_model_mixup_alpha": 0.5, "ref_model_sync_
 MORE = [
     _case("dpo", "shared", False, "tied head", model={"tie_word_embeddings": True}),
     _case("dpo", "shared", True, "copy of a trained adapter", reference="copy"),
+    _case("dpo", "shared", True, "adapted head", adapter={"target_modules": ["q_proj", "lm_head"]}),
     _case("dpo", "shared", False, "checkpointed", **CHECKPOINTED),
     _case("kto_pair", "padded", True, "checkpointed", **CHECKPOINTED),
     _case("dpo", "shared", False, "token budget", **BUDGET),
-    _case("kto", "shared", True, "token budget", **BUDGET),
+    _case("kto", "shared", True, "token budget", **BUDGET, seed=29),
     _case("dpo", "padded", True, "a rank without a row", rows=5),
     _case("dpo", "shared", True, "a stream", streams=True, max_steps=2),
     _case("bco_pair", "shared", False, "resumed", **RESUMED),
+    _case("bco_pair", "padded", True, "resumed", **RESUMED),
     _case("bco", "shared", True, "resumed", **RESUMED),
     _case("dpo", "shared", False, "moving reference, resumed", **RESUMED, **MOVING),
+    _case("tdpo2", "shared", False),
+    _case("tdpo2", "padded", True),
+    _case("tdpo2", "padded", False, "explicit reference", ref_model="given"),
+    _case("dpo", "padded", False, "explicit reference by name", ref_model="by name"),
     _case("dpo", "shared", False, "cached reference", precompute_ref_log_probs=True),
-    _case("kto", "padded", True, "cached reference", precompute_ref_log_probs=True),
+    _case("kto", "padded", True, "cached reference", precompute_ref_log_probs=True, seed=5),
 ]
 CASES = {case.name: case for case in EVERY_LOSS + MORE}
 assert len(CASES) == len(EVERY_LOSS) + len(MORE)
 
-# What the test suite runs: everything where it is quick, and elsewhere each loss, in one layout or the other, and what
-# an engine may treat in a way of its own. `python -m tests.distributed.table` runs everything everywhere.
+# What the test suite runs: everything where it is quick, and elsewhere each loss, in both layouts, and what an engine
+# may treat in a way of its own. `python -m tests.distributed.table --all-cases` runs everything everywhere.
 SOME = [
     "dpo, padded, full",
-    "kto, shared, full",
-    "simpo, shared, LoRA",
-    "plackett_luce, padded, LoRA",
     "dpo, shared, LoRA, copy of a trained adapter",
+    "kto, shared, full",
+    "kto, padded, LoRA",
+    "simpo, shared, LoRA",
+    "simpo, padded, full",
+    "plackett_luce, shared, full",
+    "plackett_luce, padded, LoRA",
+    "bco_pair, shared, full, resumed",
+    "bco_pair, padded, LoRA, resumed",
     "kto_pair, padded, LoRA, checkpointed",
     "dpo, shared, full, token budget",
-    "bco_pair, shared, full, resumed",
     "dpo, shared, full, moving reference, resumed",
     "dpo, shared, full, cached reference",
 ]
+# Where weights are in shards, also what reads those of the reference.
+SHARDED = [
+    *SOME,
+    "dpo, shared, LoRA, adapted head",
+    "tdpo2, shared, full",
+    "tdpo2, padded, LoRA",
+    "tdpo2, padded, full, explicit reference",
+    "dpo, padded, full, explicit reference by name",
+]
 FEW = ["dpo, padded, full", "dpo, shared, LoRA, copy of a trained adapter", "bco, shared, LoRA, resumed"]
-IN_SUITE = {"ddp": list(CASES), "zero1": FEW, "zero2": SOME, "zero3": SOME, "zero3_offload": FEW, "fsdp2": SOME}
+IN_SUITE = {"ddp": list(CASES), "zero1": FEW, "zero2": SOME, "zero3": SHARDED, "zero3_offload": FEW, "fsdp2": SHARDED}

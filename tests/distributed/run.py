@@ -3,29 +3,36 @@
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch.distributed as dist
+from torch import nn
 from transformers import TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from hf_prefopt import PreferenceTrainer
 from hf_prefopt.reference.shards import release_gathered
-from hf_prefopt.scoring.forward import base_causal_lm
+from hf_prefopt.scoring.forward import CHUNK_ROWS, base_causal_lm
 from tests.distributed.cases import Case
 from tests.distributed.engines import Engine
+from tests.tiny_models import perturbed
 from tests.training import ROWS, logged, make_trainer
 
 RESUMED_FROM = 3
 
 
+@mock.patch.dict(CHUNK_ROWS, cpu=16)  # several chunks to a micro-batch, and not as many on every rank
 def run_case(case: Case, engine: Engine, folder: Path) -> dict[str, Any]:
     """Train, evaluate and save.
 
     Returns:
         losses: of each step. metrics: of the evaluation of seven rows. weights: of all that trains.
+        baselines: KTO's, of each step and of the evaluation. checkpoint: the last one, if the case has any.
+        moved: where a reference that moves is after the last step.
         resumed: the weights of a new trainer that went on from the middle of the second epoch, if the case asks for it.
         head_is_whole: see `watch_head`. pieces: see `count_pieces`.
-        whole_parameters: names of the parameters of which this rank holds more than its part, after training.
+        whole_parameters: names of the parameters of policy and explicit reference of which this rank holds more than
+            its part, after training.
         saved: where the model was saved. scale: the largest change of a weight.
     """
     world_size = dist.get_world_size() if dist.is_initialized() else 1
@@ -35,13 +42,20 @@ def run_case(case: Case, engine: Engine, folder: Path) -> dict[str, Any]:
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
     trainer.train()
     outcome = {"losses": logged(trainer, "loss"), "head_is_whole": heads, "pieces": pieces}
-    outcome["whole_parameters"] = [name for name, p in trainer.model.named_parameters() if not engine.is_sharded(p)]
+    outcome["whole_parameters"] = _whole_parameters(trainer.model, engine)
+    if case.ref_model:
+        outcome["whole_parameters"] += _whole_parameters(trainer.reference.model, engine)
     outcome["metrics"] = _metrics(trainer)
-    outcome["weights"] = _trained(trainer, engine)
-    outcome["scale"] = max((outcome["weights"][name] - before[name]).abs().max().item() for name in before)
+    outcome["baselines"] = [*logged(trainer, "loss/kto_kl"), *logged(trainer, "eval_loss/kto_kl")]
+    # Saved as the evaluation has left it.
     outcome["saved"] = str(folder / "saved")
     trainer.save_model(outcome["saved"])
+    outcome["weights"] = _trained(trainer, engine)
+    outcome["scale"] = max((outcome["weights"][name] - before[name]).abs().max().item() for name in before)
+    if trainer._moving:
+        outcome["moved"] = {name: tensor.clone() for name, tensor in trainer.reference.copies.whole()}
     if case.resumes:
+        outcome["checkpoint"] = str(folder / f"checkpoint-{trainer.state.global_step}")
         resumed = _trainer(case, engine, folder, world_size)
         resumed.train(resume_from_checkpoint=str(folder / f"checkpoint-{RESUMED_FROM}"))
         outcome["resumed"] = _trained(resumed, engine)
@@ -86,6 +100,10 @@ def count_pieces(trainer: PreferenceTrainer) -> list[int]:
     return counts
 
 
+def _whole_parameters(model: nn.Module, engine: Engine) -> list[str]:
+    return [name for name, p in model.named_parameters() if not engine.is_sharded(p)]
+
+
 def _trained(trainer: PreferenceTrainer, engine: Engine) -> dict[str, Any]:
     # FSDP2 leaves what the last forward has gathered whole until the next one.
     release_gathered(trainer.model)
@@ -100,8 +118,15 @@ def _trainer(case: Case, engine: Engine, folder: Path, world_size: int) -> Prefe
     # The configuration of the last case would make models in parts, each rank of its own random numbers.
     unset_hf_deepspeed_config()
     model = case.build_model()
+    if case.ref_model:
+        settings["ref_model"] = case.build_reference(folder / "reference")
+        if world_size > 1:
+            dist.barrier()  # the first rank writes it
     trainer = make_trainer(folder, model, train_dataset=None, **settings)
     engine.adapt(trainer)
+    if not case.lora:
+        # The reference is a copy of what it was, so the first loss has margins, and KTO's baseline is above 0.
+        perturbed(trainer.model, 0.1, case.seed)
     rows = ROWS[trainer.criterion.kind]
     datasets = rows(case.rows), rows(7, seed=1)
     if case.streams:

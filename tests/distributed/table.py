@@ -4,6 +4,8 @@ python -m tests.distributed.table [engine …]
 """
 
 import argparse
+import contextlib
+import sys
 import tempfile
 from pathlib import Path
 
@@ -24,7 +26,8 @@ def main() -> None:
             outcomes = launch(engine, cases, Path(folder))
         for case, ranks in outcomes.items():
             failed = next((outcome["error"].strip().splitlines()[-1] for outcome in ranks if "error" in outcome), None)
-            found = [] if failed else [differences(outcome, one_process(case)) for outcome in ranks]
+            with contextlib.redirect_stdout(sys.stderr):  # what a trainer prints is no row of the table
+                found = [] if failed else [differences(outcome, one_process(case)) for outcome in ranks]
             cells = [failed] if failed else [f"{max(d[name] for d in found):.0e}" for name in found[0]]
             print(f"| {engine} | {case} | {' | '.join(cells)} |", flush=True)
 

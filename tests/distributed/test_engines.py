@@ -19,6 +19,7 @@ from tests.distributed.cases import CASES, IN_SUITE
 from tests.distributed.engines import ENGINES
 from tests.distributed.launch import differences, largest_difference, launch, one_process
 from tests.tiny_models import tiny_model
+from tests.training import make_trainer
 
 TOLERANCE = {"losses": 1e-5, "weights": 1e-4, "metrics": 1e-5}
 
@@ -71,6 +72,26 @@ def test_the_heads_weight_is_whole_only_inside_the_head(outcomes_of, engine, cas
     """Policy and reference, with and without gradients: not while the last layer runs, and not after the head."""
     expected = {"before": {False}, "inside": {True}, "after": {False}}
     assert [outcome["head_is_whole"] for outcome in outcomes_of(engine)[case]] == [expected, expected]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_ktos_baseline_is_above_zero(outcomes_of, engine):
+    """In every step and in the evaluation of every case, so that the comparison is one of baselines too: the case would
+    pass without them if z = max(0, mean) were 0."""
+    baselines = {case: outcomes_of(engine)[case][0]["baselines"] for case in IN_SUITE[engine] if case[:4] == "kto,"}
+    assert all(len(found) >= 3 and min(found) > 0 for found in baselines.values()), baselines
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3", "fsdp2"])
+def test_a_moved_reference_goes_on_with_another_number_of_ranks(outcomes_of, engine, tmp_path):
+    """What two ranks have saved is whole: one process takes it over, and it is what the one process had saved."""
+    case = "dpo, shared, full, moving reference, resumed"
+    expected = one_process(case)
+    trainer = make_trainer(tmp_path, CASES[case].build_model(), train_dataset=None, **CASES[case].merged_settings(1))
+    tolerance = TOLERANCE["weights"] * expected["scale"]
+    assert largest_difference(trainer.reference.copies.tensors, expected["moved"]) > 1000 * tolerance
+    trainer._moving.load(outcomes_of(engine)[case][0]["checkpoint"])
+    assert largest_difference(trainer.reference.copies.tensors, expected["moved"]) <= tolerance
 
 
 def test_a_token_budget_cuts_ranks_batches_unequally(outcomes_of):

@@ -20,6 +20,10 @@ def main() -> None:
     arguments = options.parse_args()
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
+    if "deepspeed" in ENGINES[arguments.engine].settings:
+        import deepspeed
+
+        deepspeed.init_distributed("gloo")  # as accelerate does, which finds a group here already
     for number, name in enumerate(arguments.cases):
         folder = arguments.folder / str(number)
         folder.mkdir(parents=True, exist_ok=True)

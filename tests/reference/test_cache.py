@@ -106,6 +106,7 @@ HITS = {
     "another seed": {"seed": 1, "data_seed": 2},
     "another rate": {"learning_rate": 1e-5, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 3},
     "another layout": {"layout": "shared"},
+    "another implementation of attention": {"model": lambda: with_lora(tiny_model(attn_implementation="eager"))},
     "another batching": {"group_by_prompt": True, "max_tokens_per_batch": 40},
     "another rank": {"model": lambda: with_lora(tiny_model(), r=8, seed=3)},
     "another kind of adapter": {"model": lambda: with_lora(tiny_model(), use_dora=True, modules_to_save=["lm_head"])},
@@ -175,6 +176,19 @@ def test_what_is_found_and_what_is_computed(change, count, filled, tmp_path):
     settings |= {name: settings[name]() for name in ("model", "ref_model") if name in settings}
     before_training(cached(tmp_path, **settings))
     assert len(stored(tmp_path)) - 12 == len(set(stored(tmp_path)) - set(stored(filled))) == count
+
+
+@pytest.mark.parametrize(("precision", "count"), [("ieee", 0), ("tf32", 12), ("bf16", 12)])
+def test_the_precision_of_fp32_products_is_part_of_the_key(precision, count, filled, tmp_path):
+    """The base run had PyTorch's default, "none", which is full precision. Where fp32 products are made of fewer bits,
+    all 12 responses are computed."""
+    shutil.copytree(filled / "cache", tmp_path / "cache")
+    before, torch.backends.mkldnn.matmul.fp32_precision = torch.backends.mkldnn.matmul.fp32_precision, precision
+    try:
+        before_training(cached(tmp_path, **BASE, train_dataset=Dataset.from_list(ROWS)))
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = before
+    assert len(set(stored(tmp_path)) - set(stored(filled))) == count
 
 
 def test_a_cut_is_another_response(tmp_path):

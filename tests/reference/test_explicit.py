@@ -1,8 +1,12 @@
 """A reference that the user names: another model, by itself or by its path, in another dtype or quantised, or another
 adapter; cached or not, it is scored as it is by itself."""
 
+import math
+from functools import partial
+
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import PeftModel
 
 from hf_prefopt.reference.cache_key import fingerprint
@@ -54,6 +58,40 @@ def test_a_reference_in_another_dtype(cached, tmp_path):
     assert actual.dtype == torch.float32 and torch.equal(actual, expected)
     trainer.train()
     assert 1e-5 < abs(logged(trainer, "loss")[0] - 0.6931472) < 0.1
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("layout", ["padded", "shared"])
+def test_a_reference_that_waits_in_the_cpus_memory(layout, cached, tmp_path):
+    """accelerate's hooks bring each layer's weights for its use; before and after they are on no device. Scores are
+    those of the model as it is, bit for bit, and so is what it is known by in the cache.
+    """
+    plain = perturbed(tiny_model(), scale=0.1)
+    known_by = fingerprint(plain, 1.0, None)
+    offloaded = cpu_offload(perturbed(tiny_model(), scale=0.1), execution_device="cpu")
+    settings = {"ref_model": offloaded, "layout": layout, "max_steps": 2, "precompute_ref_log_probs": cached}
+    trainer = make_trainer(tmp_path / "run", tiny_model(), **settings, reference_cache_dir=str(tmp_path / "cache"))
+    batch = first_batch(trainer)
+    other = make_trainer(tmp_path / "other", plain, loss_type="sft", layout=layout)
+    other._settle_layout()
+    with torch.no_grad():
+        expected = score(plain.eval(), batch).token_logps
+    assert torch.equal(reference_scores(trainer, batch), expected)
+    assert fingerprint(offloaded, 1.0, None) == known_by
+    trainer.train()
+    assert {p.device.type for p in offloaded.parameters()} == {"meta"}
+    assert all(math.isfinite(loss) and abs(loss - math.log(2)) > 1e-3 for loss in logged(trainer, "loss"))
+
+
+def test_whole_predictions_of_a_reference_that_waits_in_the_cpus_memory(tmp_path):
+    """The same losses as with the model as it is: TDPO asks its head for them beside the forward."""
+    losses = []
+    for place in (lambda model: model, partial(cpu_offload, execution_device="cpu")):
+        reference = place(perturbed(tiny_model(), scale=0.1))
+        trainer = make_trainer(tmp_path, tiny_model(), ref_model=reference, loss_type="tdpo2", max_steps=2)
+        trainer.train()
+        losses.append(logged(trainer, "loss"))
+    assert losses[0] == losses[1]
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -114,6 +114,26 @@ def test_values_and_statistics_are_the_definitions(way, trained, transform, chun
             torch.testing.assert_close(output, definition, rtol=1e-13, atol=1e-13)
 
 
+@pytest.mark.parametrize(("chunk_rows", "least", "calls"), [(2, 0, 3), (2, 3, 3), (2, 5, 5), (9, 2, 2)])
+def test_empty_chunks_make_up_the_number_that_is_asked_for(chunk_rows, least, calls):
+    """N = 5: three chunks of two, or one of nine; the head is called that often, in the backward too, and the log-probs
+    and their gradient are those of one chunk."""
+    hidden, weight, bias, targets = head_inputs()
+    hidden.requires_grad_()
+    seen = []
+
+    def head(rows):
+        seen.append(len(rows))
+        return rows @ weight.T + bias
+
+    logps = module_head_logps(head, hidden, targets, chunk_rows=chunk_rows, least_chunks=least)[0]
+    (gradient,) = torch.autograd.grad(logps.sum(), hidden)
+    assert len(seen) == 2 * calls and sum(seen) == 2 * N
+    expected = direct_logps(hidden, weight, bias, targets, LogitTransform())[0]
+    torch.testing.assert_close(logps, expected, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected.sum(), hidden)[0], rtol=1e-12, atol=1e-13)
+
+
 @each_transform
 def test_frozen_and_trained_ways_give_the_same_gradient(transform):
     """d/d hidden of a weighted sum is the same number whether or not the weight trains too."""

@@ -10,6 +10,7 @@ import torch
 
 from hf_prefopt.data.collate import PaddedCollator
 from hf_prefopt.data.shared import SharedCollator
+from hf_prefopt.scoring import layout
 from hf_prefopt.scoring.attention import install_segment_attention
 from hf_prefopt.scoring.forward import base_causal_lm, install_scoring, score
 from hf_prefopt.scoring.layout import reason_against_shared
@@ -150,6 +151,23 @@ def test_half_precision_is_no_further_from_fp32_than_padded():
     assert (shared - truth).abs().mean() <= 1.2 * (padded - truth).abs().mean()
 
 
+NO_REFUSALS = (
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:119] DefaultCPUAllocator: can't allocate memory"),
+    torch.AcceleratorError("CUDA error: an illegal memory access was encountered"),
+    torch.distributed.DistBackendError("NCCL communicator was aborted"),
+)
+
+
+def raising(error):
+    """In the place of a collator's class: makes collators that raise the error."""
+
+    def collate(rows):
+        raise error
+
+    return lambda: collate
+
+
 class TestTheProbe:
     """It must notice what is silently wrong: here attention is broken on purpose, in each way that is known."""
 
@@ -207,7 +225,6 @@ class TestTheProbe:
 
     def test_positions_that_run_on(self, model, monkeypatch):
         """Position ids that count along the row instead of starting again behind the prompt."""
-        from hf_prefopt.scoring import layout
 
         class RunningOn(SharedCollator):
             def __call__(self, rows):
@@ -217,6 +234,20 @@ class TestTheProbe:
 
         monkeypatch.setattr(layout, "SharedCollator", RunningOn)
         assert reason_against_shared(model) is not None
+
+    def test_an_error_of_the_forward_is_named_and_kept(self, model, monkeypatch):
+        error = RuntimeError("no such kernel\nand a page of a trace")
+        monkeypatch.setattr(layout, "SharedCollator", raising(error))
+        reason = reason_against_shared(model)
+        assert reason == "its forward refuses it (RuntimeError: no such kernel)" and reason.cause is error
+
+    @pytest.mark.parametrize("error", NO_REFUSALS, ids=lambda error: type(error).__name__)
+    def test_what_is_no_refusal_is_raised(self, error, model, monkeypatch):
+        """No memory, a broken device or a lost process would stop the padded layout as well."""
+        monkeypatch.setattr(layout, "SharedCollator", raising(error))
+        with pytest.raises(type(error)) as raised:
+            reason_against_shared(model)
+        assert raised.value is error
 
     def test_prompt_learning_is_refused(self):
         from peft import PromptTuningConfig, get_peft_model
