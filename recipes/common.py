@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, load_dataset
+from datasets import Dataset, IterableDataset, load_dataset
 from transformers import ProgressCallback
 from trl import ModelConfig, ScriptArguments, TrlParser
 
@@ -27,7 +27,9 @@ from hf_prefopt.reporting.run_facts import first_evaluation, last_evaluation
 class RecipeArguments:
     """Switches of the recipes themselves, beside those of the trainer, the model and the data."""
 
-    train_rows: int | None = field(default=None, metadata={"help": "Train on so many rows, drawn at random."})
+    train_rows: int | None = field(
+        default=None, metadata={"help": "Train on so many rows, drawn at random; a number beyond them takes all."}
+    )
     eval_rows: int | None = field(default=None, metadata={"help": "Evaluate on so many rows, drawn at random."})
     longest_row: int | None = field(
         default=None, metadata={"help": "Leave out rows with more characters than this, prompt and responses together."}
@@ -79,17 +81,25 @@ def characters(value: Any) -> int:
     return sum(map(characters, parts))
 
 
-def draw(rows: Dataset, count: int | None, seed: int) -> Dataset:
-    """So many rows at random, the same ones for the same seed, in their order; all of them without a count."""
+def draw(rows: Dataset | IterableDataset, count: int | None, seed: int) -> Dataset | IterableDataset:
+    """So many rows at random, the same ones for the same seed, in their order; all of them without a count.
+
+    Of a stream, its first ones.
+    """
     if count is None:
         return rows
+    if isinstance(rows, IterableDataset):
+        return rows.take(count)
     return rows.select(sorted(random.Random(seed).sample(range(len(rows)), min(count, len(rows)))))
 
 
-def draw_prompts(rows: Dataset, count: int | None, seed: int) -> Dataset:
-    """As `draw`, but prompts at random with all their rows; of the last one as many as are left to take."""
-    if count is None:
-        return rows
+def draw_prompts(rows: Dataset | IterableDataset, count: int | None, seed: int) -> Dataset | IterableDataset:
+    """As `draw`, but prompts at random with all their rows; of the last one as many as are left to take.
+
+    Rows without a column `prompt`, whose responses begin with it, are drawn one by one.
+    """
+    if count is None or isinstance(rows, IterableDataset) or "prompt" not in rows.column_names:
+        return draw(rows, count, seed)
     rows_of: dict[str, list[int]] = {}
     for number, prompt in enumerate(rows["prompt"]):
         rows_of.setdefault(json.dumps(prompt), []).append(number)

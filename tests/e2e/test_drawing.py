@@ -39,5 +39,16 @@ def test_prompts_are_drawn_with_all_their_rows(common):
         assert len(cut) <= 1
 
 
+def test_rows_that_begin_with_their_prompt_are_drawn_one_by_one(common):
+    rows = ROWS.remove_columns("prompt")
+    assert common.draw_prompts(rows, 4, seed=1)["chosen"] == common.draw(rows, 4, seed=1)["chosen"]
+
+
+def test_of_a_stream_the_first_rows_are_taken(common):
+    stream = ROWS.to_iterable_dataset()
+    for draw in (common.draw, common.draw_prompts):
+        assert [row["chosen"] for row in draw(stream, 3, seed=1)] == ["0", "1", "2"]
+
+
 def test_the_length_of_a_row_is_that_of_its_texts(common):
     assert common.characters({"prompt": [{"role": "user", "content": "ab"}], "chosen": "cde", "score": 1.5}) == 9
