@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hf_prefopt.data.batch import PreferenceBatch, ResponseScores
 from hf_prefopt.reference.engine import shard_like_the_policy
-from hf_prefopt.reference.shards import exchange, held, is_sharded, own_part, release_gathered, whole
+from hf_prefopt.reference.shards import exchange, held, is_sharded, own_part, release_gathered, reshard, whole
 from hf_prefopt.scoring.forward import HIDDEN, base_causal_lm, head_predictions, score
 
 
@@ -55,10 +55,11 @@ class LiveReference:
 
     def score(self, batch: PreferenceBatch, token_stats: tuple[str, ...] = ()) -> ResponseScores:
         """The reference's scores of a batch: no gradients, evaluation mode, whatever state the policy is in."""
+        # A switch must find the same objects at both its ends, or what PEFT turns off for the reference stays off.
+        reshard(self.model)
         with torch.no_grad(), evaluation_mode(self.model), self.switch():
             scores = score(self.model, batch, token_stats)
-        if self.engine:
-            release_gathered(self.model)
+            reshard(self.model)
         return scores
 
     def predictions(self, scores: ResponseScores) -> Callable[[slice], Tensor]:

@@ -78,11 +78,17 @@ def exchange(parameter: nn.Parameter, values: Tensor) -> Tensor:
     return current
 
 
+def reshard(model: nn.Module) -> None:
+    """Put FSDP2's shards where the whole parameters are, other objects, that it keeps after a forward or a backward."""
+    if torch.distributed.is_initialized():
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+
 def release_gathered(model: nn.Module) -> None:
     """Let go of whole parameters that an engine keeps between two forwards, so that the next one gathers anew."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    reshard(model)
     for parameter in model.parameters():
         if is_in_parts(parameter) and parameter.ds_status.name == "AVAILABLE":
             parameter.partition()

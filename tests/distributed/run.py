@@ -79,6 +79,7 @@ def watch_head(trainer: PreferenceTrainer, engine: Engine) -> dict[str, set[bool
     def register() -> None:
         causal_lm = base_causal_lm(trainer.model)
         head = causal_lm.get_output_embeddings()
+        head = getattr(head, "base_layer", head)  # beneath an adapter
         weight = head.weight  # asking the module for it inside a forward would make ZeRO-3 gather it
 
         def note(place: str) -> Callable[..., None]:
