@@ -10,9 +10,10 @@ from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
 from hf_prefopt.examples import UNPAIRED, ExampleKind
+from hf_prefopt.losses.building import build_objective
 from hf_prefopt.losses.divergences import DIVERGENCES, FDivergence
 from hf_prefopt.losses.modifiers import Modifier
-from hf_prefopt.losses.objective import Objective, build_objective
+from hf_prefopt.losses.objective import Objective
 from hf_prefopt.losses.token_sums import ColumnWeights, Humanline, LengthDesensitised, TokenStep, TokenSums
 
 REFERENCES = ("auto", "adapter_off", "adapter:<name>", "model", "copy", "cache", "none")

@@ -12,9 +12,9 @@ import torch
 from hf_prefopt.data.collate import PaddedCollator
 from hf_prefopt.data.shared import SharedCollator
 from hf_prefopt.losses import get_loss, list_losses
+from hf_prefopt.losses.building import build_objective
 from hf_prefopt.losses.divergences import FDivergence, f_prime
 from hf_prefopt.losses.inputs import loss_inputs
-from hf_prefopt.losses.objective import build_objective
 from hf_prefopt.losses.token_sums import ColumnWeights, Humanline, LengthDesensitised, TokenSums
 from hf_prefopt.scoring.forward import install_scoring, score
 from hf_prefopt.testing.made_up import made_up_inputs

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_prefopt.losses import get_loss
-from hf_prefopt.losses.objective import build_objective
+from hf_prefopt.losses.building import build_objective
 from hf_prefopt.testing.made_up import made_up_inputs
 
 

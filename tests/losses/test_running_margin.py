@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hf_prefopt.losses import alpha_dpo_loss, beta_dpo_loss, get_loss
-from hf_prefopt.losses.objective import build_objective
+from hf_prefopt.losses.building import build_objective
 from hf_prefopt.testing.made_up import made_up_inputs
 from tests.losses import numpy_reference
 from tests.losses.pairs import vector
