@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from peft import LoraConfig, get_peft_model
 
 from hf_prefopt.callbacks import GenerationEvalCallback, pad_left, prompt_ids
@@ -19,6 +20,7 @@ class StandInTrainer(SimpleNamespace):
     """What the callback asks of a trainer, around a tiny model."""
 
     def __init__(self, model, tokenizer):
+        AcceleratorState._reset_state()  # or the precision of whatever trained before in this process would hold
         super().__init__(model=model, processing_class=tokenizer, accelerator=Accelerator(cpu=True), logged=[])
         self.args = SimpleNamespace(disable_tqdm=True)
 

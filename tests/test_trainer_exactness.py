@@ -13,7 +13,7 @@ from datasets import Dataset
 
 from hf_prefopt.losses import list_losses
 from hf_prefopt.losses.inputs import loss_inputs
-from hf_prefopt.scoring.forward import score
+from hf_prefopt.scoring.forward import VOCABULARY_KL, score
 from tests.tiny_models import perturbed, random_rows, tiny_model
 from tests.training import examples, logged, make_config, make_trainer, pairs, weights
 
@@ -88,7 +88,8 @@ def test_a_step_is_the_gradient_of_the_mean_over_its_examples(objective, layout,
     fresh = make_trainer(tmp_path, model, **off_reference(objective)[1], **objective, per_device_train_batch_size=8)
     batch = next(iter(fresh.get_train_dataloader()))
     reference = fresh.reference.score(batch, fresh.criterion.reference_token_stats) if fresh.reference else None
-    predictions = fresh.reference.predictions(reference) if fresh.reference else None
+    compared = VOCABULARY_KL in fresh.criterion.token_stats
+    predictions = fresh.reference.predictions(reference) if compared else None
     policy = score(model, batch, fresh.criterion.token_stats, predictions)
     inputs = loss_inputs(fresh.criterion.inputs, batch, policy, reference)
     fresh.criterion.update_state(inputs)
