@@ -144,7 +144,7 @@ def as_markdown(results: Mapping[str, Any], plot: str | None = None) -> str:
         f"Python {about['python']}, {versions}. Model: {about['model']}; LoRA r = 16 on all linear layers, fp32, live "
         "reference, no checkpointing on either side, CPU time of the process. The two sides take turns on the same "
         "batches; `ratio` is the median over the rounds. TRL is at its defaults, metrics included, which it cannot be "
-        "told to leave out; what its token entropy would cost here stands in the ablation.",
+        "told to leave out.",
     ]
     for title, columns, rows in tables(results):
         lines += ["", f"## {title}", "", _line(columns), _line(["---"] * len(columns)), *map(_line, rows)]
