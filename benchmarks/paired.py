@@ -5,6 +5,7 @@ neighbouring measurements and not of two averages.
 """
 
 import gc
+import os
 import statistics
 import time
 from collections.abc import Sequence
@@ -42,6 +43,8 @@ class Timing:
 
     Attributes:
         peer, ours: seconds of each round.
+        system: of these, the operating system's (it clears each page of memory that a process touches first), summed
+            over the rounds.
         pairs, tokens: pairs and real tokens (2p + c + r) of each round.
         positions: what each side computed, summed over the rounds.
     """
@@ -50,6 +53,7 @@ class Timing:
     ours: list[float] = field(default_factory=list)
     pairs: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
+    system: dict[str, float] = field(default_factory=lambda: {"peer": 0.0, "ours": 0.0})
     positions: dict[str, int] = field(default_factory=lambda: {"peer": 0, "ours": 0})
 
     @property
@@ -100,18 +104,19 @@ def measure(peer: Side, ours: Side, work: Work, rounds: int) -> Timing:
         rows = work.batch(number)
         order = (peer, ours) if number % 2 == 0 else (ours, peer)
         seconds = {side.name: cpu_seconds(side, rows) for side in order}
-        timing.peer.append(seconds[peer.name])
-        timing.ours.append(seconds[ours.name])
+        for role, side in (("peer", peer), ("ours", ours)):
+            whole, system = seconds[side.name]
+            getattr(timing, role).append(whole)
+            timing.system[role] += system
+            timing.positions[role] += side.positions(rows)
         timing.pairs.append(count_pairs(rows))
         timing.tokens.append(real_tokens(rows))
-        timing.positions["peer"] += peer.positions(rows)
-        timing.positions["ours"] += ours.positions(rows)
     return timing
 
 
-def cpu_seconds(side: Side, rows: Sequence[Row]) -> float:
-    """The CPU time of one step."""
+def cpu_seconds(side: Side, rows: Sequence[Row]) -> tuple[float, float]:
+    """The CPU time of one step, and how much of it the operating system took."""
     gc.collect()
-    start = time.process_time()
+    start, system = time.process_time(), os.times().system
     side.step(rows)
-    return time.process_time() - start
+    return time.process_time() - start, os.times().system - system

@@ -85,6 +85,7 @@ def test_compare_in_one_command(tmp_path):
     assert case == results["cases"]["equal-1:1"]
     assert case["ratio"] == case["peer"][0] / case["ours"][0]
     assert case["positions"] == {"peer": 2 * 2 * 256, "ours": 2 * 384}
+    assert all(0 <= case["system"][role] <= sum(case[role]) + 0.1 for role in ("peer", "ours"))  # in ticks of 10 ms
     assert all(case["memory"][side]["peak"] > case["memory"][side]["before"] for side in ("trl", "ours"))
     assert "| equal lengths 1:1 |" in compare.report.as_markdown(results)
     compare.report.draw(results, tmp_path / "plot.png")
