@@ -27,7 +27,7 @@ from benchmarks.cases import CASES
 from benchmarks.growth import GROWTH
 from benchmarks.memory import in_own_process
 from benchmarks.paired import agreement, measure
-from benchmarks.sides import Side, our_side, perturb_adapters, trl_side
+from benchmarks.sides import Side, copy_adapter, our_side, perturb_adapters, trl_side
 from benchmarks.work import ROOT, Work
 
 MODEL = "models/smollm2-135m-instruct"
@@ -79,7 +79,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 
 
 def compared(peer: Side, ours: Side, work: Work, rounds: int) -> dict[str, Any]:
-    """A case: equality asserted, then the rounds."""
+    """A case: equality asserted, then the rounds, from the same adapter."""
+    copy_adapter(peer, ours)
     apart = agreement(peer, ours, work.batch(0))
     print(
         f"{work.name}: losses apart by {apart.loss:.1e}, gradients by {apart.gradient:.1e} "

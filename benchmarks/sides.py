@@ -187,17 +187,29 @@ def our_side(source: str, **changes: Any) -> Side:
 SIDES = {"trl": trl_side, "ours": our_side}
 
 
-def perturb_adapters(*sides: Side, scale: float = 0.02) -> None:
+def perturb_adapters(first: Side, *others: Side, scale: float = 0.02) -> None:
     """Give all sides the same adapter away from zero, so that policy and reference differ."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for parameters in zip(*(_trained(side).items() for side in sides), strict=True):
-            (name, first), *others = parameters
-            first += scale * torch.randn(first.shape, generator=generator).to(first)
-            for other_name, other in others:
-                if other_name != name:
-                    raise ValueError(f"the sides train other parameters: {name} and {other_name}")
-                other.copy_(first)
+        for parameter in _trained(first).values():
+            parameter += scale * torch.randn(parameter.shape, generator=generator).to(parameter)
+    copy_adapter(first, *others)
+
+
+def copy_adapter(first: Side, *others: Side) -> None:
+    """Give the others the first side's adapter: after some steps theirs differ by more than rounding.
+
+    Raises:
+        ValueError: the sides train other parameters.
+    """
+    source = {name: parameter.detach() for name, parameter in _trained(first).items()}
+    for other in others:
+        trained = _trained(other)
+        if trained.keys() != source.keys():
+            raise ValueError(f"the sides train other parameters: {sorted(trained.keys() ^ source.keys())}")
+        with torch.no_grad():
+            for name, parameter in trained.items():
+                parameter.copy_(source[name])
 
 
 def _trained(side: Side) -> dict[str, nn.Parameter]:

@@ -26,7 +26,7 @@ SEGMENT_INPUTS = ("segment_queries", "segment_keys", "segment_key_index", "segme
 _PREFIX = "hf_prefopt|"
 # What attention modules pass along that has no bearing on the result, or is handled here.
 _HARMLESS = {"position_ids", "use_cache", "output_attentions", "output_hidden_states", "return_dict", "cache_position"}
-_VARLEN_HAS_WINDOW = "window_size" in inspect.signature(varlen_attn).parameters
+# PyTorch 2.11's wants as many key heads as there are query heads.
 _VARLEN_HAS_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
@@ -121,12 +121,7 @@ def _fits_varlen(query: Tensor, value: Tensor) -> bool:
 
 def _varlen(query, key, value, query_bounds, key_bounds, longest, scaling, window) -> Tensor:
     """All segments in one call of the variable-length flash kernel, whose causal mask is aligned at the last key."""
-    if _VARLEN_HAS_WINDOW:
-        options = {"window_size": (window - 1 if window else -1, 0)}
-    elif window:
-        raise UnsupportedAttention("a sliding window, which this PyTorch's variable-length attention lacks")
-    else:
-        options = {"is_causal": True}
+    options: dict[str, Any] = {"window_size": (window - 1 if window else -1, 0)}
     groups = query.shape[1] // key.shape[1]
     if _VARLEN_HAS_GQA:
         options["enable_gqa"] = groups > 1

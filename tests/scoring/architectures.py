@@ -8,6 +8,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from tests.tiny_models import tiny_model
 
 _WINDOW = {"sliding_window": 7}
+# PyTorch's own attention has no soft-cap; older versions of transformers use it all the same, without the cap.
+_CAPPED = {"query_pre_attn_scalar": 8, "attn_implementation": "eager"}
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 
 # Exact in the layout "shared".
@@ -16,7 +18,7 @@ SHARING = {
     "qwen2": {},
     "qwen3": {},
     "mistral": _WINDOW,
-    "gemma2": {**_WINDOW, "query_pre_attn_scalar": 8},
+    "gemma2": {**_WINDOW, **_CAPPED},
     "gemma3_text": {**_WINDOW, "query_pre_attn_scalar": 8},
     "phi3": _WINDOW,
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256},

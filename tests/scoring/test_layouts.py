@@ -110,10 +110,10 @@ def test_survives_activation_checkpointing(reentrant, lora):
     batch = SharedCollator()(mixed_rows())
     model.train()
     logps, expected = scores_and_gradients(model, batch)
-    base_causal_lm(model).activation_checkpointing_enable({"use_reentrant": reentrant})
+    base_causal_lm(model).gradient_checkpointing_enable({"use_reentrant": reentrant})
     model.enable_input_require_grads()
     checkpointed, gradients = scores_and_gradients(model, batch)
-    assert base_causal_lm(model).is_activation_checkpointing
+    assert base_causal_lm(model).is_gradient_checkpointing
     torch.testing.assert_close(checkpointed, logps, rtol=0, atol=0)
     for name, gradient in expected.items():
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-6, atol=1e-7)

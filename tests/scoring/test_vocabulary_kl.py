@@ -74,7 +74,7 @@ def full(model_type="llama", **config):
 PAIRS_OF_MODELS = {
     "copy": (full(), "copy"),
     "copy, tied": (full(tie_word_embeddings=True), "copy"),
-    "copy, softcap": (full("gemma2", final_logit_softcapping=5.0), "copy"),
+    "copy, softcap": (full("gemma2", final_logit_softcapping=5.0, attn_implementation="eager"), "copy"),
     "another model": (full(), full(seed=3, hidden_size=24, tie_word_embeddings=True)),
     "adapter off": (lora(), "adapter_off"),
     "adapter off, adapted head": (lora(target_modules=["q_proj", "lm_head"]), "adapter_off"),
