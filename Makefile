@@ -1,13 +1,16 @@
 # make demo   aligns a real model with real preferences, from nothing
 # make test   the whole CPU test suite
+# make test-oldest   the same with the oldest versions that pyproject.toml admits; its PyTorch may bring a CUDA build
 # Both set up .venv by themselves; PYTHON=python3.12 picks the interpreter it is made with.
 
 PYTHON ?= python3
 VENV := .venv
+CONSTRAINTS := constraints.txt
+TORCH := $(shell sed -n 's/^torch==//p' $(CONSTRAINTS))
 READY := $(VENV)/.ready
 READY_TO_TEST := $(VENV)/.ready-to-test
 # Twice quiet: errors only. What stands in between are remarks on the indexes that pip is set to use.
-PIP := $(VENV)/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt
+PIP := $(VENV)/bin/python -m pip install -qq --disable-pip-version-check -c $(CONSTRAINTS)
 MODEL := models/smollm2-135m-instruct
 # Named in full, for accelerate otherwise lists the defaults that it fell back on, one CPU thread among them.
 LAUNCH := $(VENV)/bin/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
@@ -15,7 +18,7 @@ LAUNCH := $(VENV)/bin/accelerate launch --num_processes 1 --num_machines 1 --mix
 # Further options of the demo's recipe: make demo DEMO_OPTIONS="--loss_type simpo"
 DEMO_OPTIONS ?=
 
-.PHONY: demo test lint docs setup clean
+.PHONY: demo test test-oldest lint docs setup clean
 .DELETE_ON_ERROR:
 
 demo: $(READY) $(MODEL)/config.json
@@ -24,6 +27,9 @@ demo: $(READY) $(MODEL)/config.json
 
 test: $(READY_TO_TEST)
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadscope
+
+test-oldest:
+	@$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
 
 lint: $(READY_TO_TEST)
 	@$(VENV)/bin/ruff check .
@@ -38,20 +44,20 @@ docs: $(READY_TO_TEST)
 setup: $(READY_TO_TEST)
 
 clean:
-	rm -rf $(VENV) models runs build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) .venv-oldest models runs build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
 
 $(MODEL)/config.json: | $(READY)
 	@$(VENV)/bin/python recipes/get_smollm2.py --to $(MODEL)
 
 # The stamp is written last, so an interrupted installation is taken up again.
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
 		{ echo "hf_prefopt needs Python 3.11 or newer; name one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
 	@echo "Setting up $(VENV): $$($(PYTHON) --version)"
 	@$(PYTHON) -m venv $(VENV)
 	@echo "Installing PyTorch ..."
 	@# First and by its exact version: the open requirement of another package may bring a CUDA build, gigabytes of it.
-	@$(PIP) torch==2.13.0
+	@$(PIP) torch==$(TORCH)
 	@echo "Installing hf_prefopt and what it needs ..."
 	@$(PIP) -e '.[demo]'
 	@touch $@

@@ -97,7 +97,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "qwen2": {},
     "qwen3": {},
     "mistral": {"sliding_window": 24},
-    "gemma2": {"sliding_window": 24},
+    # Older versions of transformers give it PyTorch's own attention, which leaves the soft-cap out.
+    "gemma2": {"sliding_window": 24, "attn_implementation": "eager"},
     "gemma3_text": {"sliding_window": 24},
     "phi3": {},
     "olmo2": {},

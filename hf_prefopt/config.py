@@ -286,7 +286,7 @@ class PreferenceConfig(TrainingArguments):
         if self.parallelism_config and (self.parallelism_config.sp_enabled or self.parallelism_config.cp_enabled):
             raise ValueError(
                 "parallelism_config cuts sequences (sp_size or cp_size above 1), and scored tokens are found by their "
-                "place in the whole row: leave it at 1; activation_checkpointing and max_tokens_per_batch save memory"
+                "place in the whole row: leave it at 1; activation checkpointing and max_tokens_per_batch save memory"
             )
         if self.accelerator_config.dispatch_batches:
             raise ValueError(

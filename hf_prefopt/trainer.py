@@ -1,13 +1,12 @@
 """`PreferenceTrainer`: transformers' Trainer with a preference objective in place of its loss.
 
-A step is four lines: score the reference, score the batch, evaluate the objective, record. Everything else here makes
-the step's loss the exact mean over the examples of the global batch, evaluation exact over rows, and keeps every habit
-of the Trainer. Which losses there are, how tokens are laid out and where a reference comes from is decided elsewhere.
+A micro-batch is four lines: score the reference, score the batch, evaluate the objective, record. What makes steps and
+evaluations exact lies beneath, in `training/`; which losses there are, how tokens are laid out and where a reference
+comes from is decided elsewhere.
 """
 
 import logging
 from collections.abc import Callable
-from itertools import islice
 from typing import Any
 
 import torch
@@ -18,20 +17,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_prefopt.config import PreferenceConfig
 from hf_prefopt.data.batch import PreferenceBatch, ResponseScores
 from hf_prefopt.data.collate import PaddedCollator
-from hf_prefopt.data.microbatch import MicroBatchCollator, pieces_of
+from hf_prefopt.data.microbatch import MicroBatchCollator
 from hf_prefopt.data.mismatched import EpochOfMismatches
 from hf_prefopt.data.preview import print_preview
 from hf_prefopt.data.shared import SharedCollator
-from hf_prefopt.data.uneven import keep_examples
 from hf_prefopt.losses.base import LossOutput
-from hf_prefopt.losses.global_batch import StepInputs
 from hf_prefopt.losses.inputs import loss_inputs
 from hf_prefopt.policy import disable_dropout, load_model, load_tokenizer, with_adapter
 from hf_prefopt.reference.cache import CachedReference
 from hf_prefopt.reference.cache_fill import FillCache
 from hf_prefopt.reference.cache_key import KeyedCollator
 from hf_prefopt.reference.choose import choose_reference
-from hf_prefopt.reference.live import evaluation_mode
 from hf_prefopt.reference.moving import MovingReference
 from hf_prefopt.reference.remembered import RememberedScores
 from hf_prefopt.reporting.card import model_card
@@ -39,13 +35,13 @@ from hf_prefopt.reporting.metrics import EvaluationRecord, RunningMeans, example
 from hf_prefopt.reporting.run_facts import card_facts
 from hf_prefopt.scoring.forward import VOCABULARY_KL, base_causal_lm, install_scoring, score
 from hf_prefopt.scoring.layout import Reason, reason_against_shared
-from hf_prefopt.training.evaluating import EvaluatingTrainer
 from hf_prefopt.training.preparing import Data, DataOrSplits
+from hf_prefopt.training.stepping import SteppingTrainer
 
 logger = logging.getLogger(__name__)
 
 
-class PreferenceTrainer(EvaluatingTrainer):
+class PreferenceTrainer(SteppingTrainer):
     """Aligns a causal language model with preference data, offline.
 
     Example:
@@ -205,36 +201,6 @@ class PreferenceTrainer(EvaluatingTrainer):
 
     # -- the step -------------------------------------------------------------------------------------------------
 
-    def training_step(
-        self,
-        model: nn.Module,
-        inputs: PreferenceBatch | dict[str, list[PreferenceBatch]],
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Tensor:
-        """Forward and backward of a batch, piece by piece where a token budget has cut it."""
-        *pieces, last = pieces_of(inputs)
-        synchronise = self.accelerator.sync_gradients
-        loss = torch.zeros((), device=self.args.device)
-        for piece in pieces:
-            self.accelerator.gradient_state._set_sync_gradients(False)
-            with self.accelerator.no_sync(model):
-                loss += super().training_step(model, piece, num_items_in_batch)
-        self.accelerator.gradient_state._set_sync_gradients(synchronise)
-        return loss + super().training_step(model, last, num_items_in_batch)
-
-    def floating_point_ops(self, inputs: PreferenceBatch | dict[str, list[PreferenceBatch]]) -> int:
-        """As the Trainer's, over the pieces of a batch."""
-        count = super().floating_point_ops
-        return sum(count(piece) for piece in pieces_of(inputs))
-
-    def _evened(self, pieces: list[PreferenceBatch]) -> list[PreferenceBatch]:
-        """As many pieces on every rank."""
-        if self.accelerator.num_processes == 1:
-            return pieces
-        count = self.accelerator.gather(torch.tensor([len(pieces)], device=self.args.device)).max().item()
-        idle = keep_examples(pieces[-1], torch.zeros_like(pieces[-1]["rows"], dtype=torch.bool))
-        return [*({**idle} for _ in range(count - len(pieces))), *pieces]
-
     def compute_loss(
         self,
         model: nn.Module,
@@ -307,49 +273,6 @@ class PreferenceTrainer(EvaluatingTrainer):
     ) -> dict[str, Tensor]:
         names = dict.fromkeys((*self.criterion.inputs, *self.criterion.kind.metric_inputs))
         return loss_inputs(names, inputs, policy, reference)
-
-    def _step_inputs(self, inputs: PreferenceBatch, own: dict[str, Tensor]) -> tuple[dict[str, Tensor], slice]:
-        """The inputs that the objective is evaluated on, and where this micro-batch's stand among them."""
-        if not self.criterion.needs_global_batch:
-            return own, slice(None)
-        step, index = inputs.get("step_inputs") or (StepInputs(self.accelerator, lambda: [own]), 0)
-        if index == 0:
-            self.criterion.update_state(step.everything)
-        return step.splice(index, own)
-
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """The micro-batches of a step and its number of examples; for batch-wise losses, tied together."""
-        self._settle_layout()
-        batches = list(islice(epoch_iterator, num_batches))
-        if batches:
-            batches[-1] = self._without_repeats(batches[-1])
-        num_examples = self._get_num_items_in_batch(batches, device)
-        if self.args.max_tokens_per_batch is not None:
-            batches = [{"pieces": self._evened(pieces_of(batch))} for batch in batches]
-        pieces = [piece for batch in batches for piece in pieces_of(batch)]
-        if self.criterion.needs_global_batch and len(pieces) > 1:
-            step = StepInputs(self.accelerator, lambda: self._collect(pieces))
-            for index, piece in enumerate(pieces):
-                piece["step_inputs"] = (step, index)
-        return batches, num_examples
-
-    def _collect(self, batches: list[PreferenceBatch]) -> list[dict[str, Tensor]]:
-        """The loss inputs of all micro-batches of a step, without gradients; the reference's scores are kept."""
-        collected = []
-        with torch.no_grad(), evaluation_mode(self.model):
-            for batch in batches:
-                inputs = self._prepare_inputs(batch)
-                reference = batch["reference_scores"] = self._score_reference(inputs)
-                policy = self._score_policy(self.model, inputs, reference)
-                collected.append(self._loss_inputs(inputs, policy, reference))
-        return collected
-
-    def _get_num_items_in_batch(self, batch_samples: list[PreferenceBatch], device: torch.device) -> Tensor | int:
-        """The examples of a step: those of its micro-batches on all ranks."""
-        count = sum(len(piece["rows"]) for batch in batch_samples for piece in pieces_of(batch))
-        if self.accelerator.num_processes == 1:
-            return count
-        return self.accelerator.reduce(torch.tensor(count, device=device), reduction="sum")
 
     # -- the model card --------------------------------------------------------------------------------------------
 

@@ -150,7 +150,7 @@ def test_layout_shared_raises_from_the_error_of_the_forward(tmp_path, monkeypatc
 
 @pytest.mark.parametrize("checkpointing", [{"use_reentrant": True}, {"use_reentrant": False}])
 def test_activation_checkpointing_changes_nothing(tmp_path, checkpointing):
-    settings = {"activation_checkpointing": True, "activation_checkpointing_kwargs": checkpointing}
+    settings = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": checkpointing}
     assert_same_run(run(tmp_path), run(tmp_path, **settings))
 
 

@@ -111,6 +111,14 @@ def _minus_target(exponentials: Tensor, sums: Tensor, targets: Tensor, slope: Te
     return gradient if slope is None else gradient.mul_(slope)
 
 
+def _in_range(gradient: Tensor, sums: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A gradient that can be cast to the products' dtype, and what it must still be divided by, `[C, 1]`.
+
+    The sums of a flat softmax over a large vocabulary pass 65,504, where fp16 ends: there it is divided at once.
+    """
+    return (gradient.div_(sums), torch.ones_like(sums)) if dtype == torch.float16 else (gradient, sums)
+
+
 class FrozenHeadLogps(torch.autograd.Function):
     """Log-probs of targets under a head whose weight takes no gradient: unit gradients made in the forward."""
 
@@ -124,8 +132,9 @@ class FrozenHeadLogps(torch.autograd.Function):
             slope = transform.relative_slope(logits)
             exponentials, sums = _record(outputs, rows, logits, targets[rows], statistics)
             gradient = _minus_target(exponentials, sums, targets[rows], slope)
+            gradient, divisors = _in_range(gradient, sums, weight.dtype)
             product = gradient.to(weight.dtype) @ weight
-            unit_gradient[rows] = product * (-transform.factor / sums)
+            unit_gradient[rows] = product * (-transform.factor / divisors)
         ctx.save_for_backward(unit_gradient)
         ctx.mark_non_differentiable(*outputs[1:])
         return tuple(outputs)
@@ -166,8 +175,9 @@ class TrainedHeadLogps(torch.autograd.Function):
             slope = ctx.transform.relative_slope(logits)
             _, exponentials, sums = _softmax_at(logits, targets[rows])
             gradient = _minus_target(exponentials, sums, targets[rows], slope)
+            gradient, divisors = _in_range(gradient, sums, weight.dtype)
             # The factors of a row go to the narrow side of each product.
-            factors = grad_logps[rows].unsqueeze(1) * (-ctx.transform.factor / sums)
+            factors = grad_logps[rows].unsqueeze(1) * (-ctx.transform.factor / divisors)
             if grad_bias is not None:
                 grad_bias += gradient.T.mv(factors.squeeze(1))
             gradient = gradient.to(weight.dtype)

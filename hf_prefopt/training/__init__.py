@@ -1,1 +1,1 @@
-"""The layers of `PreferenceTrainer` beneath its step: checkpoints, data, evaluation."""
+"""The layers of `PreferenceTrainer` beneath its loss: checkpoints, data, evaluation, steps."""

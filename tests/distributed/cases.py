@@ -92,7 +92,7 @@ EVERY_LOSS = [
     for number, loss in enumerate(LOSSES)
     for shift, layout in enumerate(("shared", "padded"))
 ]
-CHECKPOINTED = {"activation_checkpointing": True}
+CHECKPOINTED = {"gradient_checkpointing": True}
 BUDGET = {"max_tokens_per_batch": 45, "gradient_accumulation_steps": 1, "rows": 10}
 # With an epsilon as large as the gradients, Adam is as smooth as plain descent; and it has a state to resume.
 RESUMED = {"optim": "adamw_torch", "adam_epsilon": 0.01, "learning_rate": 0.01, "num_train_epochs": 2, "resumes": True}
