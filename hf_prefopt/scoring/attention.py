@@ -65,6 +65,7 @@ def _plain(implementation: str, module: nn.Module) -> Callable:
     return ALL_ATTENTION_FUNCTIONS.get_interface(implementation, own_eager)
 
 
+@torch.compiler.disable  # the segments of each batch would be compiled anew
 def segment_attention(
     query: Tensor,
     key: Tensor,

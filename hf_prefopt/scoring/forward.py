@@ -107,27 +107,30 @@ def _body(causal_lm: PreTrainedModel) -> nn.Module:
     return next(module for module in candidates if module is not None and module is not causal_lm)
 
 
-def _head_forward(
-    self: nn.Module,
+def _head_forward(self: nn.Module, hidden: Tensor, *args: Any, targets: Tensor | None = None, **asked: Any) -> Any:
+    """The head's forward; with `targets`, what `_target_logps` gives."""
+    return self.plain_forward(hidden, *args) if targets is None else _target_logps(self, hidden, targets, **asked)
+
+
+@torch.compiler.disable  # what a chunk takes is written by hand, and the number of chunks changes with the batch
+def _target_logps(
+    head: nn.Module,
     hidden: Tensor,
-    *args: Any,
-    targets: Tensor | None = None,
+    targets: Tensor,
     token_stats: tuple[str, ...] = (),
     reference_predictions: Callable[[slice], Tensor] | None = None,
-) -> Any:
-    """The head's forward; with `targets`, their log-probs by chunk, as a dict of tensors `[N]`."""
-    if targets is None:
-        return self.plain_forward(hidden, *args)
+) -> dict[str, Tensor]:
+    """The log-probs of the targets by chunk, and the statistics that are asked for, each `[N]` by its name."""
     chunk_rows = CHUNK_ROWS.get(hidden.device.type, CHUNK_ROWS["cuda"])
     statistics = tuple(name for name in token_stats if name in STATISTICS)
-    settings = (targets, self.logit_transform, statistics, chunk_rows)
+    settings = (targets, head.logit_transform, statistics, chunk_rows)
     names = ("token_logps", *statistics)
-    if VOCABULARY_KL not in token_stats and is_plain_linear(self):
-        outputs = linear_head_logps(hidden, self.weight, self.bias, *settings)
+    if VOCABULARY_KL not in token_stats and is_plain_linear(head):
+        outputs = linear_head_logps(hidden, head.weight, head.bias, *settings)
     else:
         names = (*names, VOCABULARY_KL) if VOCABULARY_KL in token_stats else names
-        least = _chunks_of_all_ranks(self, hidden, chunk_rows)
-        outputs = module_head_logps(self.plain_forward, hidden, *settings, reference_predictions, least)
+        least = _chunks_of_all_ranks(head, hidden, chunk_rows)
+        outputs = module_head_logps(head.plain_forward, hidden, *settings, reference_predictions, least)
     given = {HIDDEN: hidden} if HIDDEN in token_stats else {}
     return dict(zip(names, outputs, strict=True)) | given
 

@@ -12,6 +12,8 @@ import functools
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -22,6 +24,10 @@ from tests.tiny_models import tiny_model
 from tests.training import make_trainer
 
 TOLERANCE = {"losses": 1e-5, "weights": 1e-4, "metrics": 1e-5}
+CAN_RESUME_DDP = pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.18"),
+    reason="wants transformers 5.18, before which the optimizer's state cannot be loaded by several CPU processes",
+)
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +37,17 @@ def outcomes_of(tmp_path_factory):
 
 
 def each(engines):
-    pairs = [(engine, case) for engine in engines for case in IN_SUITE[engine]]
-    return pytest.mark.parametrize(("engine", "case"), pairs, ids=[f"{engine}: {case}" for engine, case in pairs])
+    pairs = [
+        pytest.param(
+            engine,
+            case,
+            id=f"{engine}: {case}",
+            marks=CAN_RESUME_DDP if engine == "ddp" and CASES[case].resumes else (),
+        )
+        for engine in engines
+        for case in IN_SUITE[engine]
+    ]
+    return pytest.mark.parametrize(("engine", "case"), pairs)
 
 
 @each(ENGINES)
@@ -84,7 +99,7 @@ def test_ktos_baseline_is_above_zero(outcomes_of, engine):
     assert all(len(found) >= 3 and min(found) > 0 for found in baselines.values()), baselines
 
 
-@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3", "fsdp2"])
+@pytest.mark.parametrize("engine", [pytest.param("ddp", marks=CAN_RESUME_DDP), "zero2", "zero3", "fsdp2"])
 def test_a_moved_reference_goes_on_with_another_number_of_ranks(outcomes_of, engine, tmp_path):
     """What two ranks have saved is whole: one process takes it over, and it is what the one process had saved."""
     case = "dpo, shared, full, moving reference, resumed"

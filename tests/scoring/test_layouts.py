@@ -10,7 +10,7 @@ import torch
 
 from hf_prefopt.data.collate import PaddedCollator
 from hf_prefopt.data.shared import SharedCollator
-from hf_prefopt.scoring import layout
+from hf_prefopt.scoring import attention, forward, layout
 from hf_prefopt.scoring.attention import install_segment_attention
 from hf_prefopt.scoring.forward import base_causal_lm, install_scoring, score
 from hf_prefopt.scoring.layout import reason_against_shared
@@ -117,6 +117,32 @@ def test_survives_activation_checkpointing(reentrant, lora):
     torch.testing.assert_close(checkpointed, logps, rtol=0, atol=0)
     for name, gradient in expected.items():
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-6, atol=1e-7)
+
+
+def test_attention_and_head_stay_out_of_compiled_graphs(monkeypatch):
+    """They would be compiled anew for the segments and chunks of each batch; what else the model does is compiled."""
+    compiling = {"_one_segment": [], "linear_head_logps": [], "_body": []}
+
+    def watch(module, name):
+        function = getattr(module, name)
+
+        def watched(*args, **kwargs):
+            compiling[name].append(torch.compiler.is_compiling())
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, watched)
+
+    model, batch = tiny_model(num_hidden_layers=1), SharedCollator()(mixed_rows())
+    install_scoring(model)
+    install_segment_attention(model)
+    expected = score(model, batch).token_logps
+    watch(attention, "_one_segment"), watch(forward, "linear_head_logps"), watch(forward, "_body")
+    torch._dynamo.reset()
+    found = score(torch.compile(model, backend="eager"), batch).token_logps
+    torch._dynamo.reset()
+    assert all(compiling["_body"]) and all(compiling.values())
+    assert not any(compiling["_one_segment"] + compiling["linear_head_logps"])
+    torch.testing.assert_close(found, expected, rtol=0, atol=LOGPS)
 
 
 def test_eager_attention_is_shared_too():
