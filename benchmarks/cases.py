@@ -23,7 +23,10 @@ def tokenised_alike(raw: Sequence[dict[str, Any]], peer: Side) -> list[Row]:
 
     Raises:
         AssertionError: the two give other token ids.
+        ValueError: the model is a random one, whose tokenizer knows three words.
     """
+    if peer.trainer.processing_class.chat_template is None:
+        raise ValueError(f"real text wants a real model: a random one takes {', '.join(f'equal-{s}' for s in SHAPES)}")
     rows = Dataset.from_list([{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in raw])
     tokenizer = peer.trainer.processing_class
     theirs = peer.trainer._prepare_dataset(rows, tokenizer, peer.trainer.args, "benchmark")

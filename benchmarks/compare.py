@@ -5,7 +5,7 @@
 Each case first asserts that both trainers compute the same loss and gradients, then times their steps in turns.
 Results are kept in a JSON file after every case, so that a run can be stopped and gone on with (`--cases`, and what
 is left out keeps its earlier figures). What the figures alone do not say stands in `REMARKS.md` and is put behind them.
-Needs the model's folder, or `--model random:layers=2,vocab=1000` to try it out.
+Needs the model's folder, or `--model random:layers=2,vocab=1000 --cases equal-1:1` to try it out.
 A step of 8 pairs needs up to 16 GB in TRL.
 """
 
