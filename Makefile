@@ -1,7 +1,7 @@
 # make demo   aligns a real model with real preferences, from nothing
 # make test   the whole CPU test suite
 # make test-oldest   the same with the oldest versions that pyproject.toml admits; its PyTorch may bring a CUDA build
-# Both set up .venv by themselves; PYTHON=python3.12 picks the interpreter it is made with.
+# Each sets up its environment by itself; PYTHON=python3.12 picks the interpreter it is made with.
 
 PYTHON ?= python3
 VENV := .venv

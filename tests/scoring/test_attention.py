@@ -22,15 +22,14 @@ SHAPES = [(4, 4, None), (4, 2, None), (4, 1, 3), (2, 2, 1), (4, 2, 64)]
 
 def documented(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
     """`varlen_attn` of PyTorch 2.11, `[T, heads, D]`: the last query on the last key, keys in a window."""
+
+    def by_segment(tensor, bounds):
+        return tensor.transpose(0, 1).split(bounds.diff().tolist(), dim=1)
+
     pieces = []
     left, right = (size if size >= 0 else 1 << 20 for size in window_size)
-    for q, k, v in zip(
-        *(
-            tensor.transpose(0, 1).split(bounds.diff().tolist(), dim=1)
-            for tensor, bounds in ((query, cu_seq_q), (key, cu_seq_k), (value, cu_seq_k))
-        ),
-        strict=True,
-    ):
+    segments = by_segment(query, cu_seq_q), by_segment(key, cu_seq_k), by_segment(value, cu_seq_k)
+    for q, k, v in zip(*segments, strict=True):
         assert q.shape[1] <= max_q and k.shape[1] <= max_k and q.shape[0] == k.shape[0]
         ahead = torch.arange(k.shape[1]) - torch.arange(k.shape[1] - q.shape[1], k.shape[1])[:, None]
         scores = (q @ k.transpose(1, 2)) * (scale or q.shape[-1] ** -0.5)
@@ -47,28 +46,26 @@ def documented_with_gqa(query, key, value, *bounds, enable_gqa=False, **options)
     return documented(query, key, value, *bounds, **options)
 
 
-def by_kernel(monkeypatch, kernel, has_gqa):
-    """Every segment to the stand-in, as half precision on a GPU would go to the kernel."""
-    monkeypatch.setattr(attention, "varlen_attn", kernel)
-    monkeypatch.setattr(attention, "_VARLEN_HAS_GQA", has_gqa)
+def by_kernel(query, key, value, segment_queries, segment_keys, segment_key_index, segment_longest, sliding_window):
+    """Every segment to the kernel, as half precision on a GPU goes to it."""
+    key, value = (tensor.index_select(2, segment_key_index) for tensor in (key, value))
+    bounds = (segment_queries, segment_keys, segment_longest)
+    return attention._varlen(query, key, value, *bounds, None, sliding_window)
 
-    def segments(query, key, value, segment_queries, segment_keys, segment_key_index, segment_longest, sliding_window):
-        key, value = (tensor.index_select(2, segment_key_index) for tensor in (key, value))
-        bounds = (segment_queries, segment_keys, segment_longest)
-        return attention._varlen(query, key, value, *bounds, None, sliding_window)
 
-    return segments
+WAYS = {  # what attends, PyTorch's kernel, and whether that repeats grouped heads
+    "by segment": (segment_attention, None, None),
+    "kernel of 2.11": (by_kernel, documented, False),
+    "kernel of 2.13": (by_kernel, documented_with_gqa, True),
+}
 
 
 @pytest.mark.parametrize(("heads", "key_heads", "window"), SHAPES)
-@pytest.mark.parametrize("way", ["by segment", "kernel of 2.11", "kernel of 2.13"])
-def test_every_way_is_the_mask_spelled_out(monkeypatch, way, heads, key_heads, window):
+@pytest.mark.parametrize(("attend", "kernel", "has_gqa"), WAYS.values(), ids=WAYS)
+def test_every_way_is_the_mask_spelled_out(monkeypatch, attend, kernel, has_gqa, heads, key_heads, window):
     """Output and gradients, in float64."""
-    attend = {
-        "by segment": lambda: segment_attention,
-        "kernel of 2.11": lambda: by_kernel(monkeypatch, documented, False),
-        "kernel of 2.13": lambda: by_kernel(monkeypatch, documented_with_gqa, True),
-    }[way]()
+    monkeypatch.setattr(attention, "varlen_attn", kernel)
+    monkeypatch.setattr(attention, "_VARLEN_HAS_GQA", has_gqa)
     batch = SharedCollator()(random_rows(3))
     segments = {name: value for name, value in batch.items() if name.startswith("segment_")}
     generator = torch.Generator().manual_seed(0)
