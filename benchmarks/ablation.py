@@ -9,6 +9,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch import Tensor
 
 from benchmarks.paired import agreement, measure
 from benchmarks.sides import Side, our_side, perturb_adapters
@@ -86,7 +87,7 @@ class WithoutLever(Side):
 
     lever: str
 
-    def backward(self, rows: Sequence[Row]) -> float:
+    def backward(self, rows: Sequence[Row]) -> Tensor:
         """As `Side.backward`."""
         with lever_off(self, self.lever):
             return super().backward(rows)

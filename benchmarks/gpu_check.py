@@ -1,25 +1,30 @@
-"""One call on a CUDA machine: is the fast path right there, and how fast is it?
+"""One call of eight minutes on a CUDA machine: is the fast path right there, and how fast is it?
 
-    python -m benchmarks.gpu_check --out DIR                      # correctness, then speed
+    python -m benchmarks.gpu_check --out DIR                      # correctness, speed, losses, a profile, in this order
     python -m benchmarks.gpu_check --device cpu --tiny            # the same code, small enough for any machine
 
-Correctness first: the variable-length kernel against a mask written out (fewer queries than keys, grouped heads,
-sliding windows), both layouts in bf16 against fp32, what the probe decides. Then speed on random weights, LoRA, bf16,
-nothing padded, prompt : response 1:1, 4:1 and 10:1: "shared" against "padded" through the scoring functions, and, where
-`trl` can be imported, `PreferenceTrainer` against TRL's `DPOTrainer`. Timed by CUDA events after warming up, in turns;
-peak allocated and reserved memory; MFU on the fewest FLOP that the step needs.
+Correctness first: fp32 weights under autocast reach the variable-length kernel; the kernel against a mask written out
+(fewer queries than keys, grouped heads, sliding windows); both layouts in bf16 against fp32; what the probe decides.
+Then speed on random weights, LoRA, the cases in the order of what matters: `PreferenceTrainer` against TRL's
+`DPOTrainer`, or where `trl` cannot be imported "shared" against "padded" through the scoring functions. Timed by CUDA
+events after warming up, in turns; peak allocated and reserved memory; MFU on the fewest FLOP that the step needs. Then
+two steps with each loss that there is, on the CPU and on the device. Last a profile of one step of each trainer:
+launches, waits of the host by call site, the kernels that take longest.
 
-Needs torch, transformers, accelerate, peft. Without `datasets` or `trl`, the two layouts are compared instead. For TRL,
-carry the wheels trl, datasets, pyarrow, dill, multiprocess, xxhash and what else `pip show` misses there, and put them
-on PYTHONPATH. Where the time is short: `--shapes 0.5B 8B`, and a second call for the rest.
+Every part prints and writes its results before the next one starts; `--budget` seconds after the start no further case
+is begun. Needs torch, transformers, accelerate, peft. For TRL, carry the wheels trl, datasets, dill, multiprocess,
+pyarrow and what else is missing there, and install them into a folder called `site-packages` on PYTHONPATH: by that
+name dill knows what it must not pickle.
 """
 
 import argparse
+import gc
 import importlib.util
 import json
 import statistics
 import sys
 import time
+import traceback
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
@@ -46,60 +51,88 @@ HAS_TRL = importlib.util.find_spec("trl") is not None and importlib.util.find_sp
 stand_in_for_datasets()
 
 from benchmarks.gpu_correctness import all_checks  # noqa: E402
-from benchmarks.gpu_speed import layouts_in_turns, pairs_that_fit, trainers_in_turns  # noqa: E402
-from benchmarks.shapes import SHAPES  # noqa: E402
+from benchmarks.gpu_losses import every_loss  # noqa: E402
+from benchmarks.gpu_profile import profiles  # noqa: E402
+from benchmarks.gpu_speed import Case, layouts_in_turns, trainers_in_turns  # noqa: E402
 
-TARGETS = {"1:1": 1.2, "4:1": 1.5, "10:1": 1.7}
-# Prompt and response tokens.
-LENGTHS = {"1:1": (512, 512), "4:1": (1024, 256), "10:1": (2560, 256)}
-TINY_LENGTHS = {"1:1": (16, 16), "4:1": (64, 16), "10:1": (160, 16)}
+HALF, FULL = torch.bfloat16, torch.float32
+# In the order of what matters; pairs a step are what TRL's padded activations leave room for in 80 GB.
+CASES = [
+    Case("0.5B", "4:1", FULL, 8),  # the default configuration: fp32 weights under bf16 autocast
+    Case("8B", "4:1", HALF, 2),
+    Case("8B", "chat", HALF, 6),
+    Case("0.5B", "chat", FULL, 8),
+    Case("0.5B", "1:1", FULL, 8),
+    Case("8B", "1:1", HALF, 2),
+    Case("8B", "10:1", HALF, 1),
+    Case("0.5B", "4:1", HALF, 8),
+    Case("0.5B", "10:1", FULL, 4),
+]
+TINY_LOSSES = ["dpo", "kto", "lipo"]
+TINY_CASES = [Case("tiny", lengths, FULL, 2) for lengths in ("4:1", "1:1", "chat")]
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    """Run the checks and the benchmark, print tables, write `gpu.json`."""
+    """Run the parts, print tables, write `gpu.json`."""
     options = _options(arguments)
     torch.set_num_threads(options.threads)
-    about = _about(options.device)
-    print(json.dumps(about), flush=True)
-    results: dict[str, Any] = {"about": about}
+    start = time.monotonic()
+    results: dict[str, Any] = {"about": _about(options.device)}
+    print(json.dumps(results["about"]), flush=True)
 
     def save() -> None:
         if options.out:
             options.out.mkdir(parents=True, exist_ok=True)
             (options.out / "gpu.json").write_text(json.dumps(results, indent=1))
 
-    if "correctness" in options.parts:
-        dtypes = [torch.float32] if options.device == "cpu" else [torch.float32, torch.bfloat16]
-        results["correctness"] = all_checks(options.device, dtypes)
-        _print_checks(results["correctness"])
+    def show_checks(checks: dict[str, Any]) -> None:
+        _print_checks({name: checks[name] for name in checks if name not in results.get("correctness", {})})
+        results["correctness"] = dict(checks)
+        print(f"{time.monotonic() - start:.0f} s", flush=True)
         save()
+
+    if "correctness" in options.parts:
+        all_checks(options.device, [FULL] if options.device == "cpu" else [HALF, FULL], show_checks)
     if "speed" in options.parts:
         results["speed"] = []
-        start = time.monotonic()
-        for shape in options.shapes:
-            for lengths in options.lengths:
-                if time.monotonic() - start > options.budget:
-                    print(f"left out for lack of time: {shape} {lengths}", flush=True)
-                    continue
-                results["speed"].append(_speed(shape, lengths, options))
-                _print_speed(results["speed"][-1:])
-                save()
+        for case in TINY_CASES if options.tiny else CASES:
+            if time.monotonic() - start > options.budget:
+                print(f"left out for lack of time: {case.names()}", flush=True)
+                continue
+            results["speed"].append(_speed(case, options))
+            _print_speed(results["speed"][-1:])
+            print(f"{time.monotonic() - start:.0f} s", flush=True)
+            save()
         _print_speed(results["speed"])
+    if "losses" in options.parts and HAS_TRL:
+        results["losses"] = {}
+        for name, check in every_loss(options.device, TINY_LOSSES if options.tiny else None):
+            results["losses"][name] = check
+            if time.monotonic() - start > options.budget + 60:
+                print(f"losses after {name} left out for lack of time", flush=True)
+                break
+        _print_checks({"every loss trains as on the CPU": results["losses"]})
+        print(f"{time.monotonic() - start:.0f} s", flush=True)
+        save()
+    if "profile" in options.parts and HAS_TRL:
+        case = (TINY_CASES if options.tiny else CASES)[0]
+        results["profile"] = profiles(case, case.rows(options.tiny), options.device, options.out)
+        print(json.dumps(results["profile"], indent=1), flush=True)
+        save()
     return results
 
 
-def _speed(shape: str, lengths: str, options: argparse.Namespace) -> dict[str, Any]:
-    prompt, response = (TINY_LENGTHS if options.tiny else LENGTHS)[lengths]
+def _speed(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     measure = trainers_in_turns if HAS_TRL and not options.layouts_only else layouts_in_turns
-    pairs = 2 if options.tiny else pairs_that_fit(shape, prompt, response)
-    case = {"shape": shape, "lengths": lengths, "pairs": pairs, "target": TARGETS[lengths], "by": measure.__name__}
     try:
-        figures = measure(shape, prompt, response, pairs, options.rounds, options.device)
-    except torch.OutOfMemoryError as error:
-        figures = {"error": str(error).splitlines()[0]}
+        figures = measure(case, case.rows(options.tiny), options.rounds, options.device)
+    except Exception as error:  # one case's failure leaves the others their time
+        figures = {"error": f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"}
+        traceback.print_exc()
+    gc.collect()
     if options.device == "cuda":
         torch.cuda.empty_cache()
-    return case | figures
+    return case.names() | {"by": measure.__name__} | figures
 
 
 def _about(device: str) -> dict[str, str]:
@@ -122,56 +155,39 @@ def _print_checks(results: dict[str, dict[str, dict[str, Any]]]) -> None:
 
 def _print_speed(cases: list[dict[str, Any]]) -> None:
     table = Table(title="Speed: the peer's step time / ours", title_justify="left")
-    columns = (
-        "shape",
-        "lengths",
-        "ratio",
-        "range",
-        "target",
-        "ms peer",
-        "ms ours",
-        "peak GiB peer",
-        "ours",
-        "MFU",
-        "apart",
-    )
-    for column in columns:
-        table.add_column(column, justify="right")
+    columns = "shape weights lengths pairs ratio range ms_peer ms_ours GiB_peer GiB_ours MFU loss_apart gradients_apart"
+    for column in columns.split():
+        table.add_column(column.replace("_", " "), justify="right")
     for case in cases:
+        names = [str(case[name]) for name in ("shape", "weights", "lengths", "pairs")]
         if "error" in case:
-            table.add_row(case["shape"], case["lengths"], case["error"][:60])
+            table.add_row(*names, case["error"][:60])
             continue
         ratios = case["ratios"]
-        memory = [f"{case[side]['allocated']:.1f} ({case[side]['reserved']:.1f})" for side in ("peer", "ours")]
         table.add_row(
-            case["shape"],
-            case["lengths"],
+            *names,
             f"{case['ratio']:.2f}×",
             f"{min(ratios):.2f} – {max(ratios):.2f}",
-            f"≥ {case['target']}×",
             *(f"{1000 * statistics.median(case[side]['seconds']):.1f}" for side in ("peer", "ours")),
-            *memory,
+            *(f"{case[side]['allocated']:.1f} ({case[side]['reserved']:.1f})" for side in ("peer", "ours")),
             f"{case['mfu']:.1%}" if case["mfu"] is not None else "–",
-            f"{case['loss_apart']:.0e}",
+            *(f"{case[name]:.0e}" if name in case else "–" for name in ("loss_apart", "gradients_apart")),
         )
-    Console(width=150).print(table)
+    Console(width=170).print(table)
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
+    parts = ["correctness", "speed", "losses", "profile"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--parts", nargs="+", default=["correctness", "speed"], choices=["correctness", "speed"])
-    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), help="default: 0.5B 1.5B 3B 8B")
-    parser.add_argument("--lengths", nargs="+", default=list(LENGTHS), choices=list(LENGTHS))
+    parser.add_argument("--parts", nargs="+", default=parts, choices=parts)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--tiny", action="store_true", help="short sequences and the shape 'tiny'")
     parser.add_argument("--layouts-only", action="store_true", help="shared against padded even where trl is there")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU")
-    parser.add_argument("--budget", type=float, default=480, help="seconds after which no further case is started")
-    parser.add_argument("--out", type=Path, help="a folder for gpu.json")
-    options = parser.parse_args(arguments)
-    options.shapes = options.shapes or (["tiny"] if options.tiny else ["0.5B", "1.5B", "3B", "8B"])
-    return options
+    parser.add_argument("--budget", type=float, default=360, help="seconds after which no further case is started")
+    parser.add_argument("--out", type=Path, help="a folder for gpu.json and the profiles")
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

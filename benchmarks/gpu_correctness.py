@@ -3,7 +3,8 @@
 Every check returns figures and a verdict; none stops the others. On a CPU the same checks run on the paths that it has.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from benchmarks.work import synthetic
 from hf_prefopt.data.collate import PaddedCollator
 from hf_prefopt.data.shared import SharedCollator
 from hf_prefopt.losses.dpo import dpo_loss
+from hf_prefopt.scoring import attention
 from hf_prefopt.scoring.attention import install_segment_attention, segment_attention
 from hf_prefopt.scoring.forward import base_causal_lm, install_scoring, score
 from hf_prefopt.scoring.layout import reason_against_shared
@@ -148,6 +150,55 @@ def dpo_step(model: nn.Module, batch: dict[str, Any], backward: bool = True) -> 
     return loss
 
 
+def default_configuration(device: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, Check]:
+    """fp32 weights under autocast, as the recipes run: the variable-length kernel serves every attention call.
+
+    The log-probs are compared with those of the padded layout in fp32, and may be as far from them as the padded
+    layout's own under autocast.
+    """
+    return {
+        model_type: _attempt(lambda t=model_type, c=changes: _default_configuration(t, device, dtype, c))
+        for model_type, changes in ARCHITECTURES.items()
+    }
+
+
+def _default_configuration(model_type: str, device: str, dtype: torch.dtype, changes: dict[str, Any]) -> Check:
+    rows = synthetic(500, 3, 41, 23, 2)[0]
+    padded, shared = (moved(collate(rows), device) for collate in (PaddedCollator(0), SharedCollator()))
+    model = small_model(model_type, device, torch.float32, **changes)
+    expected = _logps_and_gradients(model, padded)
+    figures: Check = {}
+    for layout, batch in (("padded", padded), ("shared", shared)):
+        model.zero_grad()
+        with torch.autocast(device, dtype=dtype), counted_varlen_calls() as calls:
+            found = _logps_and_gradients(model, batch)
+        figures[f"{layout} log-probs"], figures[f"{layout} gradients"] = map(_relative, found, expected)
+    layers, forwards = model.config.num_hidden_layers, 3  # the scores alone, the policy, the reference
+    figures["varlen calls"] = f"{len(calls)} of {layers * forwards}"
+    capped = getattr(model.config, "attn_logit_softcapping", None) is not None
+    on_kernel = len(calls) == (0 if capped or device == "cpu" else layers * forwards)
+    figures["ok"] = on_kernel and all(
+        figures[f"shared {what}"] <= 1.2 * figures[f"padded {what}"] for what in ("log-probs", "gradients")
+    )
+    return figures
+
+
+@contextmanager
+def counted_varlen_calls() -> Iterator[list[torch.dtype]]:
+    """The dtype of each call of the variable-length kernel made meanwhile."""
+    kernel_call, calls = attention._varlen, []
+
+    def counted(query: Tensor, *args: Any) -> Tensor:
+        calls.append(query.dtype)
+        return kernel_call(query, *args)
+
+    attention._varlen = counted
+    try:
+        yield calls
+    finally:
+        attention._varlen = kernel_call
+
+
 def layouts(model_type: str, device: str, dtype: torch.dtype, changes: dict[str, Any]) -> Check:
     """Log-probs and gradients of both layouts in `dtype`, each against "padded" in fp32."""
     rows = synthetic(500, 3, 41, 23, 2)[0] + synthetic(500, 1, 30, 12, 4)[0]
@@ -188,9 +239,12 @@ def _decision(reason: str | None) -> Check:
     return {"ok": True, "layout": "shared" if reason is None else f"padded: {reason}"}
 
 
-def all_checks(device: str, dtypes: Sequence[torch.dtype]) -> dict[str, dict[str, Check]]:
-    """Everything of this file, by group and name."""
-    results: dict[str, dict[str, Check]] = {}
+def all_checks(
+    device: str, dtypes: Sequence[torch.dtype], show: Callable[[dict[str, dict[str, Check]]], None]
+) -> dict[str, dict[str, Check]]:
+    """Everything of this file, by group and name; `show` is given what there is after each part."""
+    results = {"fp32 weights under bf16 autocast": default_configuration(device)}
+    show(results)
     for dtype in dtypes:
         name = str(dtype).removeprefix("torch.")
         results[f"kernel, {name}"] = kernel(device, dtype)
@@ -199,4 +253,5 @@ def all_checks(device: str, dtypes: Sequence[torch.dtype]) -> dict[str, dict[str
             for model_type, changes in ARCHITECTURES.items()
         }
         results[f"probe, {name}"] = probes(device, dtype)
+        show(results)
     return results

@@ -1,9 +1,12 @@
 """Timed in turns on a device: both layouts through the scoring functions, or both trainers where TRL is there."""
 
 import gc
+import random
+import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,7 +16,7 @@ from torch import nn
 
 from benchmarks.gpu_correctness import dpo_step, moved
 from benchmarks.shapes import SHAPES, random_model
-from benchmarks.work import Row, shared_positions, synthetic
+from benchmarks.work import Row, prepared, read_rows, shared_positions, synthetic
 from hf_prefopt.data.collate import PaddedCollator
 from hf_prefopt.data.shared import SharedCollator
 from hf_prefopt.scoring.attention import install_segment_attention
@@ -22,6 +25,9 @@ from hf_prefopt.scoring.forward import base_causal_lm, install_scoring
 # bf16 products without sparsity, as large ones were measured to reach and not as data sheets have it.
 REACHED_FLOP_PER_SECOND = {"H100": 790e12, "H200": 790e12, "A100": 270e12}
 WARM_UP = 2
+# Prompt and response tokens.
+LENGTHS = {"1:1": (512, 512), "4:1": (1024, 256), "10:1": (2560, 256)}
+TINY_LENGTHS = {"1:1": (16, 16), "4:1": (64, 16), "10:1": (160, 16)}
 GIB = 1024**3
 
 
@@ -54,10 +60,8 @@ def peak_of(step: Callable[[], Any], device: str) -> dict[str, float]:
     }
 
 
-def in_turns(
-    peer: Callable[[], Any], ours: Callable[[], Any], rounds: int, device: str, flop: float, losses: Sequence[float]
-) -> dict[str, Any]:
-    """Both steps measured in turns; `losses` are those of both sides before the first step."""
+def in_turns(peer: Callable[[], Any], ours: Callable[[], Any], rounds: int, device: str, flop: float) -> dict[str, Any]:
+    """Both steps measured in turns; `flop` are the fewest that a step needs."""
     for _ in range(WARM_UP if device == "cuda" else 1):
         peer(), ours()
     figures: dict[str, Any] = {"peer": peak_of(peer, device), "ours": peak_of(ours, device)}
@@ -71,7 +75,6 @@ def in_turns(
         "ratios": ratios,
         "ratio": statistics.median(ratios),
         "mfu": _mfu(flop, statistics.median(figures["ours"]["seconds"]), device),
-        "loss_apart": abs(losses[0] - losses[1]) / abs(losses[0]),
     }
 
 
@@ -85,21 +88,62 @@ def _mfu(flop: float, seconds: float, device: str) -> float | None:
 
 def least_flop(shape: str, rows: Sequence[Row]) -> float:
     """The fewest FLOP of a LoRA step on these rows with a live reference."""
-    prompt, response = len(rows[0]["prompt_ids"]), len(rows[0]["response_ids"][0])
-    scored = sum(len(ids) for row in rows for ids in row["response_ids"])
-    return SHAPES[shape].step_flop(shared_positions(rows), scored, (prompt + response) // 2)
+    responses = [(len(row["prompt_ids"]), len(ids)) for row in rows for ids in row["response_ids"]]
+    positions = shared_positions(rows)
+    # A position of a sequence of n attends to n / 2 others on average.
+    keys = sum(len(row["prompt_ids"]) ** 2 / 2 for row in rows) + sum(r * (p + r / 2) for p, r in responses)
+    return SHAPES[shape].step_flop(positions, sum(r for _, r in responses), int(keys / positions))
 
 
-def layouts_in_turns(shape: str, prompt: int, response: int, pairs: int, rounds: int, device: str) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Case:
+    """One comparison: a shape of `SHAPES`, the lengths of its rows, the dtype of its frozen weights, pairs a step."""
+
+    shape: str
+    lengths: str
+    weights: torch.dtype
+    pairs: int
+
+    def rows(self, tiny: bool = False) -> Sequence[Row]:
+        """The rows of its step, random tokens."""
+        vocabulary = SHAPES[self.shape].vocab
+        if self.lengths == "chat":
+            return chat_lengths(vocabulary, self.pairs)
+        return synthetic(vocabulary, self.pairs, *(TINY_LENGTHS if tiny else LENGTHS)[self.lengths])[0]
+
+    def names(self) -> dict[str, Any]:
+        """What identifies it in tables and files."""
+        return {
+            "shape": self.shape,
+            "lengths": self.lengths,
+            "weights": str(self.weights).removeprefix("torch."),
+            "pairs": self.pairs,
+        }
+
+
+def chat_lengths(vocabulary: int, pairs: int) -> list[Row]:
+    """A random batch of the chat pairs: their lengths, in words and punctuation marks, with random tokens."""
+    rng = random.Random(0)
+    texts = rng.sample(read_rows("benchmarks/data/chat_pairs.jsonl.gz"), pairs)
+
+    def tokens(messages: Sequence[dict[str, str]]) -> list[int]:
+        count = sum(len(re.findall(r"\w+|[^\w\s]", message["content"])) + 5 for message in messages)
+        return [rng.randrange(3, vocabulary) for _ in range(count)]
+
+    return [
+        prepared(tokens(text["prompt"]), [tokens(text["chosen"]), tokens(text["rejected"])], row)
+        for row, text in enumerate(texts)
+    ]
+
+
+def layouts_in_turns(case: Case, rows: Sequence[Row], rounds: int, device: str) -> dict[str, Any]:
     """ "padded" (the peer) against "shared", one model, through the scoring functions, with AdamW on the adapter."""
     from benchmarks.sides import lora
 
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    model = get_peft_model(random_model(shape, device, dtype), lora()).train()
+    model = get_peft_model(random_model(case.shape, device, case.weights), lora()).train()
     install_scoring(model)
     install_segment_attention(base_causal_lm(model))
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-5)
-    rows = synthetic(SHAPES[shape].vocab, pairs, prompt, response)[0]
     batches = [moved(collate(rows), device) for collate in (PaddedCollator(0), SharedCollator())]
 
     def loss_of(batch: dict[str, Any]) -> torch.Tensor:
@@ -112,27 +156,36 @@ def layouts_in_turns(shape: str, prompt: int, response: int, pairs: int, rounds:
         optimizer.zero_grad()
 
     losses = [float(loss_of(batch).detach()) for batch in batches]
-    return in_turns(*(partial(step, batch) for batch in batches), rounds, device, least_flop(shape, rows), losses)
+    flop = least_flop(case.shape, rows)
+    figures = in_turns(*(partial(step, batch) for batch in batches), rounds, device, flop)
+    return figures | {"loss_apart": abs(losses[0] - losses[1]) / abs(losses[0])}
 
 
-def trainers_in_turns(shape: str, prompt: int, response: int, pairs: int, rounds: int, device: str) -> dict[str, Any]:
+def trainers_in_turns(case: Case, rows: Sequence[Row], rounds: int, device: str) -> dict[str, Any]:
     """TRL's trainer against `PreferenceTrainer`, each at equal settings with a model of its own."""
+    from benchmarks.paired import agreement
+
+    peer, ours = both_trainers(case, device)
+    same = agreement(peer, ours, rows)
+    flop = least_flop(case.shape, rows)
+    figures = in_turns(partial(peer.step, rows), partial(ours.step, rows), rounds, device, flop)
+    figures |= {"loss_apart": same.loss, "gradients_apart": same.gradient}
+    return figures | {"positions": [side.positions(rows) for side in (peer, ours)], "layout": ours.trainer.layout}
+
+
+def both_trainers(case: Case, device: str) -> tuple[Any, Any]:
+    """TRL's trainer and ours on random weights of a shape, held once, with one adapter away from zero."""
     from unittest.mock import patch
 
     from benchmarks import sides
 
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    source = f"random:vocab={SHAPES[shape].vocab}"  # names the tokenizer; the weights are those of the shape
-    with patch.object(sides, "load_model", lambda _: random_model(shape, device, dtype)):
+    source = f"random:vocab={SHAPES[case.shape].vocab}"  # names the tokenizer; the weights are those of the shape
+    with patch.object(sides, "load_model", lambda _: random_model(case.shape, device, case.weights)):
         options = {"bf16": device == "cuda", "use_cpu": device == "cpu"}
         peer, ours = sides.trl_side(source, **options), sides.our_side(source, **options)
     sides.perturb_adapters(peer, ours)
     _share_frozen(peer.model, ours.model)
-    rows = synthetic(SHAPES[shape].vocab, pairs, prompt, response)[0]
-    losses = [side.backward(rows) for side in (peer, ours)]
-    for side in (peer, ours):
-        side.model.zero_grad()
-    return in_turns(partial(peer.step, rows), partial(ours.step, rows), rounds, device, least_flop(shape, rows), losses)
+    return peer, ours
 
 
 def _share_frozen(first: nn.Module, second: nn.Module) -> None:
@@ -141,10 +194,3 @@ def _share_frozen(first: nn.Module, second: nn.Module) -> None:
     for name, parameter in second.named_parameters():
         if name in frozen:
             parameter.data = frozen[name].data
-
-
-def pairs_that_fit(shape: str, prompt: int, response: int, most: int = 8, gib: float = 40) -> int:
-    """Pairs a step of which the padded layout's activations, kept without checkpointing, take about so many GiB."""
-    sizes = SHAPES[shape]
-    per_position = sizes.layers * 2 * (14 * sizes.hidden + 6 * sizes.mlp)
-    return max(1, min(most, int(gib * GIB / (per_position * 2 * (prompt + response)))))

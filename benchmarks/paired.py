@@ -79,7 +79,7 @@ def agreement(peer: Side, ours: Side, rows: Sequence[Row]) -> Agreement:
     losses, gradients = [], []
     for side in (peer, ours):
         side.model.zero_grad()
-        losses.append(side.backward(rows))
+        losses.append(float(side.backward(rows)))
         gradients.append(side.gradients())
         side.model.zero_grad()
     if gradients[0].keys() != gradients[1].keys():

@@ -100,15 +100,15 @@ class Side:
         trainer.current_gradient_accumulation_steps = 1
         return cls(name, trainer, model, optimizer)
 
-    def backward(self, rows: Sequence[Row]) -> float:
-        """Collate the rows, and run the trainer's forward and backward; the loss."""
+    def backward(self, rows: Sequence[Row]) -> Tensor:
+        """Collate the rows, and run the trainer's forward and backward; the loss, which nobody waits for."""
         features = as_pairs(rows) if self.name == "trl" else list(rows)
         trainer = self.trainer
         device = trainer.accelerator.device
         batches, count = trainer.get_batch_samples(iter(_Collated(trainer, features)), 1, device)
-        return float(trainer.training_step(self.model, batches[0], count))
+        return trainer.training_step(self.model, batches[0], count)
 
-    def step(self, rows: Sequence[Row]) -> float:
+    def step(self, rows: Sequence[Row]) -> Tensor:
         """A whole optimisation step; the loss before it."""
         loss = self.backward(rows)
         self.trainer.accelerator.clip_grad_norm_(self.model.parameters(), self.trainer.args.max_grad_norm)

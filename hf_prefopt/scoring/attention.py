@@ -101,6 +101,7 @@ def segment_attention(
     unknown = [name for name, given in others.items() if given is not None and name not in _HARMLESS]
     if unknown or is_causal is False:
         raise UnsupportedAttention(f"attention with {', '.join(unknown) or 'is_causal=False'}")
+    query, key, value = _in_one_dtype(query, key, value)
     key, value = key.index_select(2, segment_key_index), value.index_select(2, segment_key_index)
     window = sliding_window if sliding_window and sliding_window < segment_longest[1] else None
     if query.is_cuda and softcap is None and dropout == 0 and _fits_varlen(query, value):
@@ -112,6 +113,17 @@ def segment_attention(
         )
     ]
     return torch.cat(pieces, dim=2).transpose(1, 2)
+
+
+def _in_one_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The three in autocast's dtype, as PyTorch's attention casts them, or without autocast in the value's.
+
+    Rotary embeddings and norms in fp32 leave queries and keys in fp32 beside values in half precision.
+    """
+    device = query.device.type
+    autocast = torch.is_autocast_enabled(device) and value.dtype != torch.float64
+    dtype = torch.get_autocast_dtype(device) if autocast else value.dtype
+    return query.to(dtype), key.to(dtype), value.to(dtype)
 
 
 def _fits_varlen(query: Tensor, value: Tensor) -> bool:

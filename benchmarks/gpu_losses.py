@@ -1,0 +1,44 @@
+"""Every loss for two steps of the real trainer: on a device in fp32 as on the CPU, and with bf16 autocast finite."""
+
+import math
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import redirect_stdout
+from io import StringIO
+from typing import Any
+
+# What two steps of AdamW leave of rounding; where a gradient is nearly zero, AdamW passes its sign on.
+TOLERANCE = 1e-3
+
+
+def every_loss(device: str, names: Sequence[str] | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The name and the check of each registered loss, as they come."""
+    from hf_prefopt.losses import list_losses
+
+    for name in names or list_losses():
+        try:
+            yield name, _check(name, device)
+        except Exception as error:
+            yield name, {"ok": False, "error": f"{type(error).__name__}: {error}"[:200]}
+
+
+def _check(name: str, device: str) -> dict[str, Any]:
+    expected, found = (_two_steps(name, use_cpu=on_cpu) for on_cpu in (True, device == "cpu"))
+    apart = max(abs(a - b) / max(1.0, abs(b)) for a, b in zip(found, expected, strict=True))
+    check = {"fp32 apart": apart, "ok": apart < TOLERANCE}
+    if device == "cuda":
+        half = _two_steps(name, use_cpu=False, bf16=True)
+        check["bf16 apart"] = max(abs(a - b) / max(1.0, abs(b)) for a, b in zip(half, expected, strict=True))
+        check["ok"] &= all(map(math.isfinite, half))
+    return check
+
+
+def _two_steps(name: str, **settings: Any) -> list[float]:
+    """The losses and norms of the gradient of two steps of a tiny Llama under a LoRA adapter."""
+    from tests.tiny_models import tiny_model, with_lora
+    from tests.training import logged, make_trainer
+
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(StringIO()):
+        trainer = make_trainer(folder, with_lora(tiny_model()), loss_type=name, max_steps=2, **settings)
+        trainer.train()
+    return logged(trainer, "loss") + logged(trainer, "grad_norm")
