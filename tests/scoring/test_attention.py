@@ -5,16 +5,19 @@ place here, which checks what the kernel is given. Whether the kernel keeps to t
 """
 
 import inspect
+from contextlib import contextmanager
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn.attention.varlen import varlen_attn
 
-from benchmarks.gpu_correctness import attention_by_mask
+from benchmarks.gpu_correctness import ARCHITECTURES, attention_by_mask
 from hf_prefopt.data.shared import SharedCollator
 from hf_prefopt.scoring import attention
-from hf_prefopt.scoring.attention import UnsupportedAttention, segment_attention
-from tests.tiny_models import random_rows
+from hf_prefopt.scoring.attention import UnsupportedAttention, install_segment_attention, segment_attention
+from hf_prefopt.scoring.forward import install_scoring, score
+from tests.tiny_models import random_rows, tiny_model
 
 # Heads, key heads and window; the rows are up to twelve tokens long.
 SHAPES = [(4, 4, None), (4, 2, None), (4, 1, 3), (2, 2, 1), (4, 2, 64)]
@@ -86,6 +89,83 @@ def test_the_installed_kernel_takes_what_it_is_given():
     """The names by which it is called are the installed PyTorch's."""
     options = {"scale": None, "window_size": (-1, 0)} | ({"enable_gqa": True} if attention._VARLEN_HAS_GQA else {})
     inspect.signature(varlen_attn).bind(*"qkv", "queries", "keys", 1, 2, **options)
+
+
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+
+
+@pytest.mark.parametrize(
+    ("query", "value", "autocast", "expected"),
+    [
+        (FP32, BF16, BF16, BF16),  # fp32 weights: rotary embeddings in fp32, the value projection under autocast
+        (FP32, FP16, FP16, FP16),
+        (FP32, FP32, BF16, BF16),
+        (FP32, BF16, None, BF16),  # fp32 norms of queries and keys in a half-precision model
+        (BF16, BF16, None, BF16),
+        (FP32, FP32, None, None),  # full precision everywhere: the kernel has none
+    ],
+)
+def test_half_precision_reaches_the_kernel_on_cuda(monkeypatch, query, value, autocast, expected):
+    """Fake CUDA tensors walk the path that real ones take, up to the kernel's call."""
+    calls = []
+
+    def kernel_call(query, key, value, *bounds_and_settings):
+        calls.append({tensor.dtype for tensor in (query, key, value)})
+        return query
+
+    monkeypatch.setattr(attention, "_varlen", kernel_call)
+    batch = SharedCollator()(random_rows(3))
+    with FakeTensorMode(), torch.no_grad(), cuda_autocast(autocast):
+        segments = {
+            name: torch.empty(given.shape, dtype=given.dtype, device="cuda") if torch.is_tensor(given) else given
+            for name, given in batch.items()
+            if name.startswith("segment_")
+        }
+        length = batch["input_ids"].shape[1]
+        tensors = [
+            torch.empty(1, heads, length, 64, dtype=dtype, device="cuda")
+            for heads, dtype in ((4, query), (2, query), (2, value))
+        ]
+        if expected is None:
+            # The loop over segments asks the device for their lengths, which fake tensors do not have.
+            with pytest.raises(DataDependentOutputException):
+                segment_attention(*tensors, **segments)
+        else:
+            segment_attention(*tensors, **segments)
+    assert calls == ([{expected}] if expected else [])
+
+
+@contextmanager
+def cuda_autocast(dtype):
+    """What `torch.autocast("cuda", dtype)` does, which switches itself off on a machine without a GPU."""
+    enabled, before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    torch.set_autocast_enabled("cuda", dtype is not None)
+    torch.set_autocast_dtype("cuda", dtype or before)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled("cuda", enabled)
+        torch.set_autocast_dtype("cuda", before)
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_under_autocast_every_layer_attends_in_its_dtype(monkeypatch, model_type):
+    """fp32 weights, bf16 autocast: what attention over segments computes with is bf16 in every architecture."""
+    seen, one_segment = [], attention._one_segment
+
+    def recorded(query, key, value, *settings):
+        seen.append({tensor.dtype for tensor in (query, key, value)})
+        return one_segment(query, key, value, *settings)
+
+    monkeypatch.setattr(attention, "_one_segment", recorded)
+    model = tiny_model(model_type, **ARCHITECTURES[model_type])
+    install_scoring(model)
+    install_segment_attention(model)
+    batch = SharedCollator()(random_rows(3))
+    with torch.no_grad(), torch.autocast("cpu", dtype=BF16):
+        score(model, batch)
+    segments = len(batch["segment_queries"]) - 1
+    assert seen == [{BF16}] * (segments * model.config.num_hidden_layers)
 
 
 @pytest.mark.parametrize("asked", [{"s_aux": torch.ones(4)}, {"is_causal": False}])
