@@ -32,7 +32,8 @@ from benchmarks.work import ROOT, Work
 
 MODEL = "models/smollm2-135m-instruct"
 RESULTS, PLOT = ROOT / "benchmarks" / "RESULTS.md", ROOT / "benchmarks" / "results.png"
-REMARKS = ROOT / "benchmarks" / "REMARKS.md"
+# What follows the tables: the section of the last run on a GPU, and remarks.
+SECTIONS = (ROOT / "benchmarks" / "GPU.md", ROOT / "benchmarks" / "REMARKS.md")
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
@@ -74,7 +75,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     report.print_tables(results)
     if options.write_results:
         report.draw(results, PLOT)
-        RESULTS.write_text(report.as_markdown(results, PLOT.name) + "\n" + REMARKS.read_text())
+        sections = [report.as_markdown(results, PLOT.name), *(path.read_text() for path in SECTIONS)]
+        RESULTS.write_text("\n".join(sections))
     return results
 
 

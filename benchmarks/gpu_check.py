@@ -18,22 +18,20 @@ name dill knows what it must not pickle.
 """
 
 import argparse
+import datetime
 import gc
 import importlib.util
 import json
-import statistics
 import sys
 import time
 import traceback
 from importlib.machinery import ModuleSpec
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
-import transformers
-from rich.console import Console
-from rich.table import Table
 
 
 def stand_in_for_datasets() -> None:
@@ -53,6 +51,7 @@ stand_in_for_datasets()
 from benchmarks.gpu_correctness import all_checks  # noqa: E402
 from benchmarks.gpu_losses import every_loss  # noqa: E402
 from benchmarks.gpu_profile import profiles  # noqa: E402
+from benchmarks.gpu_report import as_markdown, print_checks, print_speed  # noqa: E402
 from benchmarks.gpu_speed import Case, layouts_in_turns, trainers_in_turns  # noqa: E402
 
 HALF, FULL = torch.bfloat16, torch.float32
@@ -73,7 +72,7 @@ TINY_CASES = [Case("tiny", lengths, FULL, 2) for lengths in ("4:1", "1:1", "chat
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    """Run the parts, print tables, write `gpu.json`."""
+    """Run the parts, print tables, write `gpu.json` and `gpu.md`."""
     options = _options(arguments)
     torch.set_num_threads(options.threads)
     start = time.monotonic()
@@ -84,9 +83,10 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         if options.out:
             options.out.mkdir(parents=True, exist_ok=True)
             (options.out / "gpu.json").write_text(json.dumps(results, indent=1))
+            (options.out / "gpu.md").write_text(as_markdown(results))
 
     def show_checks(checks: dict[str, Any]) -> None:
-        _print_checks({name: checks[name] for name in checks if name not in results.get("correctness", {})})
+        print_checks({name: checks[name] for name in checks if name not in results.get("correctness", {})})
         results["correctness"] = dict(checks)
         print(f"{time.monotonic() - start:.0f} s", flush=True)
         save()
@@ -100,10 +100,10 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
                 print(f"left out for lack of time: {case.names()}", flush=True)
                 continue
             results["speed"].append(_speed(case, options))
-            _print_speed(results["speed"][-1:])
+            print_speed(results["speed"][-1:])
             print(f"{time.monotonic() - start:.0f} s", flush=True)
             save()
-        _print_speed(results["speed"])
+        print_speed(results["speed"])
     if "losses" in options.parts and HAS_TRL:
         results["losses"] = {}
         for name, check in every_loss(options.device, TINY_LOSSES if options.tiny else None):
@@ -111,7 +111,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             if time.monotonic() - start > options.budget + 60:
                 print(f"losses after {name} left out for lack of time", flush=True)
                 break
-        _print_checks({"every loss trains as on the CPU": results["losses"]})
+        print_checks({"every loss trains as on the CPU": results["losses"]})
         print(f"{time.monotonic() - start:.0f} s", flush=True)
         save()
     if "profile" in options.parts and HAS_TRL:
@@ -136,44 +136,12 @@ def _speed(case: Case, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _about(device: str) -> dict[str, str]:
-    name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-    return {"device": name, "torch": torch.__version__, "transformers": transformers.__version__, "trl": str(HAS_TRL)}
-
-
-def _print_checks(results: dict[str, dict[str, dict[str, Any]]]) -> None:
-    for group, checks in results.items():
-        table = Table(title=group, title_justify="left")
-        for column in ("check", "ok", "figures"):
-            table.add_column(column)
-        for name, check in checks.items():
-            figures = ", ".join(
-                f"{k} {v:.1e}" if isinstance(v, float) else str(v) for k, v in check.items() if k != "ok"
-            )
-            table.add_row(name, "yes" if check["ok"] else "NO", figures)
-        Console(width=150).print(table)
-
-
-def _print_speed(cases: list[dict[str, Any]]) -> None:
-    table = Table(title="Speed: the peer's step time / ours", title_justify="left")
-    columns = "shape weights lengths pairs ratio range ms_peer ms_ours GiB_peer GiB_ours MFU loss_apart gradients_apart"
-    for column in columns.split():
-        table.add_column(column.replace("_", " "), justify="right")
-    for case in cases:
-        names = [str(case[name]) for name in ("shape", "weights", "lengths", "pairs")]
-        if "error" in case:
-            table.add_row(*names, case["error"][:60])
-            continue
-        ratios = case["ratios"]
-        table.add_row(
-            *names,
-            f"{case['ratio']:.2f}×",
-            f"{min(ratios):.2f} – {max(ratios):.2f}",
-            *(f"{1000 * statistics.median(case[side]['seconds']):.1f}" for side in ("peer", "ours")),
-            *(f"{case[side]['allocated']:.1f} ({case[side]['reserved']:.1f})" for side in ("peer", "ours")),
-            f"{case['mfu']:.1%}" if case["mfu"] is not None else "–",
-            *(f"{case[name]:.0e}" if name in case else "–" for name in ("loss_apart", "gradients_apart")),
-        )
-    Console(width=170).print(table)
+    packages = ("torch", "transformers", "accelerate", "peft", "trl", "triton")
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else "CPU",
+        "date": datetime.date.today().isoformat(),
+        **{name: version(name) for name in packages if importlib.util.find_spec(name)},
+    }
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
@@ -186,7 +154,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--layouts-only", action="store_true", help="shared against padded even where trl is there")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU")
     parser.add_argument("--budget", type=float, default=360, help="seconds after which no further case is started")
-    parser.add_argument("--out", type=Path, help="a folder for gpu.json and the profiles")
+    parser.add_argument("--out", type=Path, help="a folder for the results and the profiles")
     return parser.parse_args(arguments)
 
 

@@ -151,10 +151,15 @@ def as_markdown(results: Mapping[str, Any], plot: str | None = None) -> str:
         "told to leave out.",
     ]
     for title, columns, rows in tables(results):
-        lines += ["", f"## {title}", "", _line(columns), _line(["---"] * len(columns)), *map(_line, rows)]
+        lines += ["", f"## {title}", "", *markdown_table(columns, rows)]
     if plot:
         lines += ["", f"![Speed and memory by case]({plot})"]
     return "\n".join(lines) + "\n"
+
+
+def markdown_table(columns: Sequence[str], rows: Rows) -> list[str]:
+    """The lines of a table."""
+    return [_line(columns), _line(["---"] * len(columns)), *map(_line, rows)]
 
 
 def _line(cells: Sequence[str]) -> str:
