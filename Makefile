@@ -18,6 +18,10 @@ LAUNCH := $(VENV)/bin/accelerate launch --num_processes 1 --num_machines 1 --mix
 # Further options of the demo's recipe: make demo DEMO_OPTIONS="--loss_type simpo"
 DEMO_OPTIONS ?=
 
+# How many tests run at once, and in which order: make test TEST_OPTIONS="--random-order" WORKERS=1
+WORKERS ?= logical --maxprocesses 4
+TEST_OPTIONS ?=
+
 .PHONY: demo test test-oldest lint docs setup clean
 .DELETE_ON_ERROR:
 
@@ -26,7 +30,7 @@ demo: $(READY) $(MODEL)/config.json
 	@$(LAUNCH) recipes/dpo_lora.py --config recipes/dpo_lora.yaml $(DEMO_OPTIONS)
 
 test: $(READY_TO_TEST)
-	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadscope
+	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses $(WORKERS) --dist loadscope $(TEST_OPTIONS)
 
 test-oldest:
 	@$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt

@@ -1,5 +1,26 @@
 """Settings of every test run: one thread, which is fastest for models this small and the same on any machine."""
 
+import os
+from collections.abc import Iterator
+from unittest.mock import patch
+
+import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState
+from transformers import set_seed
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def fresh_process_state() -> Iterator[None]:
+    """What a test leaves behind in the process does not reach the next one.
+
+    accelerate keeps devices, engines and what the last data loader left over in shared states; TrainingArguments sets
+    environment variables; models and shuffles draw from global random numbers.
+    """
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    set_seed(0)
+    with patch.dict(os.environ):
+        yield

@@ -21,6 +21,8 @@ _SIZES: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+# bitsandbytes packs the weights of 4-bit layers in blocks of 64 on CPUs with AVX-512-BF16, and rejects others.
+QUANTIZABLE = {"hidden_size": 64, "intermediate_size": 128, "num_key_value_heads": 4, "head_dim": 16}
 
 
 def tiny_model(

@@ -24,7 +24,7 @@ from benchmarks.work import (
 TINY = "random:layers=2,vocab=500,hidden=64,mlp=128,heads=4,key_heads=2"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def sides():
     torch.set_num_threads(1)
     peer, ours = trl_side(TINY), our_side(TINY)

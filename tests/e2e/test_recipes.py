@@ -11,7 +11,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from tests.hub import REPOSITORY, hub
-from tests.tiny_models import tiny_model
+from tests.tiny_models import QUANTIZABLE, tiny_model
 from tests.tokenizers import tiny_tokenizer
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -25,7 +25,8 @@ def model_folder(tmp_path_factory) -> Path:
     """A tiny Llama with its tokenizer, saved as a model of the Hub is."""
     folder = tmp_path_factory.mktemp("tiny-model")
     tokenizer = tiny_tokenizer()
-    tiny_model(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id).save_pretrained(folder)
+    sizes = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, **QUANTIZABLE}
+    tiny_model(**sizes).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

@@ -11,7 +11,7 @@ from peft import PeftModel
 
 from hf_prefopt.reference.cache_key import fingerprint
 from hf_prefopt.scoring.forward import score
-from tests.tiny_models import perturbed, tiny_model, with_lora
+from tests.tiny_models import QUANTIZABLE, perturbed, tiny_model, with_lora
 from tests.training import first_batch, logged, make_trainer
 
 
@@ -101,13 +101,13 @@ def test_a_quantised_reference(bits, cached, tmp_path):
     pytest.importorskip("bitsandbytes", reason="quantised references need bitsandbytes")
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    perturbed(tiny_model(hidden_size=64, head_dim=16), scale=0.1).save_pretrained(tmp_path / "saved")
+    perturbed(tiny_model(**QUANTIZABLE), scale=0.1).save_pretrained(tmp_path / "saved")
     quantisation = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8, bnb_4bit_quant_type="nf4")
     quantised = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", quantization_config=quantisation)
     before = fingerprint(quantised, 1.0, None)
     quantised(torch.tensor([[5, 6, 7]]))
     assert fingerprint(quantised, 1.0, None) == before
-    policy = perturbed(tiny_model(hidden_size=64, head_dim=16), scale=0.1)
+    policy = perturbed(tiny_model(**QUANTIZABLE), scale=0.1)
     settings = {"ref_model": quantised, "layout": "padded", "max_steps": 2}
     settings |= {"precompute_ref_log_probs": cached, "reference_cache_dir": str(tmp_path / "cache")}
     trainer = make_trainer(tmp_path / "run", policy, **settings)
