@@ -7,6 +7,7 @@ another adapter switched on, the trained tensors replaced by a frozen copy of wh
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from hf_prefopt.data.batch import PreferenceBatch, ResponseScores
 from hf_prefopt.reference.engine import shard_like_the_policy
 from hf_prefopt.reference.shards import exchange, held, is_sharded, own_part, release_gathered, reshard, whole
 from hf_prefopt.scoring.forward import HIDDEN, base_causal_lm, head_predictions, score
+from hf_prefopt.scoring.modes import adapters_off, evaluation_mode
 
 
 @dataclass
@@ -99,22 +101,9 @@ def has_its_place(model: nn.Module) -> bool:
     return placed or any(hasattr(module, "_hf_hook") for module in model.modules())
 
 
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """`model.eval()` for the time of the context; each module gets its own mode back."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
 def adapter_off(model: PeftModel) -> LiveReference:
     """The model beneath the adapter."""
-    return LiveReference(model, model.disable_adapter, "the base model, the adapter switched off")
+    return LiveReference(model, partial(adapters_off, model), "the base model, the adapter switched off")
 
 
 def named_adapter(model: PeftModel, name: str) -> LiveReference:

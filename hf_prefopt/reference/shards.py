@@ -13,6 +13,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from hf_prefopt.scoring.modes import all_modules
+
 
 def held(parameter: nn.Parameter) -> Tensor:
     """The values that this rank holds of a parameter: `[shape]`, under ZeRO-3 `[shard]`, flat.
@@ -81,7 +83,7 @@ def exchange(parameter: nn.Parameter, values: Tensor) -> Tensor:
 def reshard(model: nn.Module) -> None:
     """Put FSDP2's shards where the whole parameters are, other objects, that it keeps after a forward or a backward."""
     if torch.distributed.is_initialized():
-        for module in model.modules():
+        for module in all_modules(model):
             if isinstance(module, FSDPModule):
                 module.reshard()
 

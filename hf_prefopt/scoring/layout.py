@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from hf_prefopt.data.collate import PaddedCollator
 from hf_prefopt.data.shared import SharedCollator
-from hf_prefopt.reference.live import evaluation_mode
 from hf_prefopt.scoring.attention import install_segment_attention
 from hf_prefopt.scoring.forward import base_causal_lm, score
+from hf_prefopt.scoring.modes import evaluation_mode
 
 # What says nothing about a layout, although it is a RuntimeError: no memory, a broken device, a lost process.
 _FAILURES = (torch.OutOfMemoryError, torch.AcceleratorError, torch.distributed.DistError)

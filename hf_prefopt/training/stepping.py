@@ -9,7 +9,7 @@ from hf_prefopt.data.batch import PreferenceBatch
 from hf_prefopt.data.microbatch import pieces_of
 from hf_prefopt.data.uneven import keep_examples
 from hf_prefopt.losses.global_batch import StepInputs
-from hf_prefopt.reference.live import evaluation_mode
+from hf_prefopt.scoring.modes import evaluation_mode
 from hf_prefopt.training.evaluating import EvaluatingTrainer
 
 # A micro-batch, whole, or under "pieces" as a token budget has cut it.
