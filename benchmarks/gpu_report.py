@@ -90,7 +90,8 @@ def as_markdown(results: Results) -> str:
         for group, checks in groups.items()
         if checks
     ]
-    lines += ["", *markdown_table(("checks", "passed"), rows)]
+    if rows:
+        lines += ["", *markdown_table(("checks", "passed"), rows)]
     profile = results.get("profile", {})
     if profile:
         columns = (

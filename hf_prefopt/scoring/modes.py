@@ -60,6 +60,24 @@ def adapters_off(model: PeftModel) -> Iterator[None]:
             state["_disable_adapters"] = False
 
 
+@contextmanager
+def adapter_casts_off(model: nn.Module, autocast: bool) -> Iterator[None]:
+    """Adapters take their inputs as they come, where autocast will cast them anyway; the results are the same bits.
+
+    PEFT casts the input of each adapter to the adapter's dtype, fp32, and keeps the cast for the backward; autocast
+    then casts it back. The context belongs around forward and backward, since checkpointing runs a forward in there.
+    """
+    layers = [module for module in all_modules(model) if isinstance(module, BaseTunerLayer)] if autocast else []
+    states = [layer.__dict__ for layer in layers if getattr(layer, "cast_input_dtype_enabled", False)]
+    for state in states:
+        state["cast_input_dtype_enabled"] = False
+    try:
+        yield
+    finally:
+        for state in states:
+            state["cast_input_dtype_enabled"] = True
+
+
 def _switched_by_layer(model: PeftModel) -> bool:
     """Whether PEFT switches this method's adapters off layer by layer, and not by replacing forwards or modules."""
     tuner = type(model.base_model)

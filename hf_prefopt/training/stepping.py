@@ -9,7 +9,7 @@ from hf_prefopt.data.batch import PreferenceBatch
 from hf_prefopt.data.microbatch import pieces_of
 from hf_prefopt.data.uneven import keep_examples
 from hf_prefopt.losses.global_batch import StepInputs
-from hf_prefopt.scoring.modes import evaluation_mode
+from hf_prefopt.scoring.modes import adapter_casts_off, evaluation_mode
 from hf_prefopt.training.evaluating import EvaluatingTrainer
 
 # A micro-batch, whole, or under "pieces" as a token budget has cut it.
@@ -82,9 +82,13 @@ class SteppingTrainer(EvaluatingTrainer):
         for piece in pieces:
             self.accelerator.gradient_state._set_sync_gradients(False)
             with self.accelerator.no_sync(model):
-                loss += super().training_step(model, piece, num_items_in_batch)
+                loss += self._forward_and_backward(model, piece, num_items_in_batch)
         self.accelerator.gradient_state._set_sync_gradients(synchronise)
-        return loss + super().training_step(model, last, num_items_in_batch)
+        return loss + self._forward_and_backward(model, last, num_items_in_batch)
+
+    def _forward_and_backward(self, model: nn.Module, piece: PreferenceBatch, num_items: Tensor | int | None) -> Tensor:
+        with adapter_casts_off(model, self._autocast_dtype is not None):
+            return super().training_step(model, piece, num_items)
 
     def floating_point_ops(self, inputs: Cut) -> int:
         """As the Trainer's, over the pieces of a batch."""

@@ -1,5 +1,7 @@
 """A model in evaluation mode, and a model without its adapters, for the time of a context."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from peft import (
@@ -14,8 +16,9 @@ from peft import (
     VeraConfig,
     get_peft_model,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_prefopt.scoring.modes import adapters_off, all_modules, evaluation_mode
+from hf_prefopt.scoring.modes import adapter_casts_off, adapters_off, all_modules, evaluation_mode
 from tests.tiny_models import perturbed, tiny_model
 
 TARGETS = ["q_proj", "v_proj"]
@@ -97,3 +100,45 @@ def test_all_modules_are_all_modules():
     model.register_module("nothing", None)
     assert set(all_modules(model)) == set(model.modules())
     assert len(all_modules(model)) == len(set(all_modules(model))) + 1
+
+
+class Copies(TorchDispatchMode):
+    """Counts casts from one dtype to another."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._to_copy.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16])
+def test_adapter_casts_off_changes_no_bit(base, checkpointing):
+    """Loss and all gradients of an fp32 adapter under bf16 autocast are the same, with fewer casts."""
+    model = get_peft_model(tiny_model(dtype=base).train(), ADAPTERS["LoRA"])
+    perturbed(model, scale=0.3)
+    if checkpointing:
+        model.base_model.model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    results = []
+    for context in (nullcontext(), adapter_casts_off(model, autocast=True)):
+        with context, Copies() as copies:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                loss = model(IDS, labels=IDS).loss
+            loss.backward()
+        results.append(
+            (loss.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None], copies.count)
+        )
+        model.zero_grad()
+    (loss, gradients, copies), (found_loss, found_gradients, found_copies) = results
+    assert torch.equal(loss, found_loss) and len(gradients) == len(found_gradients) > 10
+    assert all(map(torch.equal, gradients, found_gradients))
+    assert found_copies < copies
+    assert all(m.cast_input_dtype_enabled for m in model.modules() if hasattr(m, "cast_input_dtype_enabled"))
+
+
+def test_without_autocast_adapters_go_on_casting():
+    model = adapted("LoRA")
+    with adapter_casts_off(model, autocast=False):
+        assert all(m.cast_input_dtype_enabled for m in model.modules() if hasattr(m, "cast_input_dtype_enabled"))
