@@ -35,6 +35,7 @@ from hf_prefopt.reporting.metrics import EvaluationRecord, RunningMeans, example
 from hf_prefopt.reporting.run_facts import card_facts
 from hf_prefopt.scoring.forward import VOCABULARY_KL, base_causal_lm, install_scoring, score
 from hf_prefopt.scoring.layout import Reason, reason_against_shared
+from hf_prefopt.training.given import check_arguments
 from hf_prefopt.training.preparing import Data, DataOrSplits
 from hf_prefopt.training.stepping import SteppingTrainer
 
@@ -87,6 +88,7 @@ class PreferenceTrainer(SteppingTrainer):
         quantization_config: Any = None,
         **trainer_arguments: Any,
     ):
+        check_arguments(args, ref_model)
         self.args = args = args or PreferenceConfig(output_dir="trainer_output")
         self.criterion = args.build_objective()
         self._has_seen_data = False

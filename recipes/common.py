@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, IterableDataset, load_dataset
+from splits import evaluation_split, training_split, without_evaluation
 from transformers import ProgressCallback
 from trl import ModelConfig, ScriptArguments, TrlParser
 
@@ -33,6 +34,9 @@ class RecipeArguments:
     eval_rows: int | None = field(default=None, metadata={"help": "Evaluate on so many rows, drawn at random."})
     longest_row: int | None = field(
         default=None, metadata={"help": "Leave out rows with more characters than this, prompt and responses together."}
+    )
+    remove_columns: list[str] | None = field(
+        default=None, metadata={"help": "Columns to leave out: of what is no context and looks like it."}
     )
     gsm8k_problems: int = field(
         default=0, metadata={"help": "Solve so many GSM8K problems (at most 200) at every evaluation; 0 for none."}
@@ -66,9 +70,14 @@ def load_pairs(
 ) -> tuple[Dataset, Dataset | None]:
     """The training rows and, where the data set has such a split, the evaluation rows: a Hub name or a local folder."""
     splits = load_dataset(script.dataset_name, name=script.dataset_config, streaming=script.dataset_streaming)
+    if recipe.remove_columns:
+        splits = splits.remove_columns(recipe.remove_columns)
     if recipe.longest_row is not None:
         splits = splits.filter(lambda row: characters(row) <= recipe.longest_row)
-    train, test = splits[script.dataset_train_split], splits.get(script.dataset_test_split)
+    train = training_split(splits, script.dataset_train_split)
+    test = evaluation_split(splits, script.dataset_test_split, trained=script.dataset_train_split)
+    if test is None:
+        without_evaluation(training)
     how = draw_prompts if training.group_by_prompt else draw
     return how(train, recipe.train_rows, training.seed), test and how(test, recipe.eval_rows, training.seed)
 

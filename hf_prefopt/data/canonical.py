@@ -10,6 +10,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from hf_prefopt.data.messages import BadRow, Message, check_messages, check_reply, count_shared_messages, drop_nones
+from hf_prefopt.data.texts import (
+    PROMPT_WORDS,
+    beginning,
+    check_text_prompt,
+    check_text_response,
+)
 
 Kind = Literal["text", "messages", "tokens"]
 
@@ -39,6 +45,11 @@ class CanonicalRow:
     tools: list[dict[str, Any]] | None = None
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def is_unlike(self) -> bool:
+        """Whether these are texts that should begin with their prompt and hardly begin alike."""
+        return self.kind == "text" and self.prompt is None and beginning(self.responses) < PROMPT_WORDS
+
 
 def canonical_row(
     kind: Kind, prompt: Any, responses: dict[str, Any], row: Mapping[str, Any], **examples: Any
@@ -65,14 +76,8 @@ class KindChecks:
     split: Callable[[dict[str, Any]], tuple[Any, list[Any]]]
 
 
-def _check_text_response(column: str, text: str) -> str:
-    if not text.strip():
-        raise BadRow(column, "is empty" if not text else "is only whitespace")
-    return text
-
-
 def _leave_texts_whole(texts: dict[str, str]) -> tuple[None, list[str]]:
-    return None, [_check_text_response(column, text) for column, text in texts.items()]
+    return None, [check_text_response(column, text) for column, text in texts.items()]
 
 
 def _check_message_response(column: str, messages: list[Any]) -> list[Message]:
@@ -88,7 +93,7 @@ def _split_messages(conversations: dict[str, list[Any]]) -> tuple[list[Message],
 
 
 CHECKS: dict[str, KindChecks] = {
-    "text": KindChecks(lambda column, text: text, _check_text_response, _leave_texts_whole),
+    "text": KindChecks(check_text_prompt, check_text_response, _leave_texts_whole),
     "messages": KindChecks(check_messages, _check_message_response, _split_messages),
 }
 

@@ -2,9 +2,12 @@
 
 from typing import Any
 
+from hf_prefopt.data.media import MEDIA_CURE, find_media
+
 Message = dict[str, Any]
 
 DROP_CURE = "drop the row or pass on_bad_rows='drop'"
+_TEXT_BLOCKS = ("text", "input_text", "output_text")
 
 
 class BadRow(ValueError):
@@ -15,7 +18,10 @@ class BadRow(ValueError):
 
 
 def check_messages(column: str, messages: Any) -> list[Message]:
-    """The messages without their empty keys. Raises `BadRow` unless each has a role and something to say."""
+    """The messages without their empty keys, their content as text, out of blocks where it is given as such.
+
+    Raises `BadRow` unless each has a role and something to say, in text.
+    """
     return [_check_message(column, position, message) for position, message in enumerate(messages)]
 
 
@@ -32,7 +38,25 @@ def _check_message(column: str, position: int, message: Any) -> Message:
     if content is not None and not isinstance(content, str | list):
         problem = f"has `content` of type {type(content).__name__} in message {position} ({role})"
         raise BadRow(column, problem, "make it text or a list of content blocks")
+    where = f"message {position} ({role})"
+    media = find_media(message)
+    if media is not None:
+        raise BadRow(column, f"has something that is not text in `{media}` of {where}", MEDIA_CURE.format("it"))
+    if isinstance(content, list):
+        message["content"] = "".join(_text_of_block(column, block, where) for block in content)
     return message
+
+
+def _text_of_block(column: str, block: Any, where: str) -> str:
+    """The text of a content block. Raises `BadRow` for one that holds anything else."""
+    if isinstance(block, str):
+        return block
+    named = block if isinstance(block, dict) else {"type": type(block).__name__}
+    kind, text = named.get("type", "text"), named.get("text")
+    if not isinstance(text, str) or kind not in _TEXT_BLOCKS or find_media(named) is not None:
+        cure = MEDIA_CURE.format("such blocks") + "; what a tool gave back may be text, too, as by json.dumps"
+        raise BadRow(column, f"has a content block of type {kind!r} in {where}, which is not text", cure)
+    return text
 
 
 def check_reply(column: str, messages: list[Message]) -> list[Message]:
@@ -62,19 +86,18 @@ def count_shared_messages(conversations: dict[str, list[Message]]) -> int:
         shared += 1
     while shared > 0 and all(_is_reply(messages[at]) for messages in sides for at in (shared - 1, shared)):
         shared -= 1
-    if shared == 0 and not all(_is_reply(messages[0]) for messages in sides):
+    if shared == 0:
         first, *others = conversations
-        problem = f"and `{first}` do not begin with the same message, so there is no prompt"
-        raise BadRow(others[0], problem, "begin both with the same messages or add a `prompt` column")
+        is_answer = all(_is_reply(messages[0]) for messages in sides)
+        problem = "begin with the assistant" if is_answer else "do not begin with the same message"
+        cure = "begin both with the same messages or add a `prompt` column, [] where the assistant speaks first"
+        raise BadRow(others[0], f"and `{first}` {problem}, so there is no prompt", cure)
     return shared
 
 
 def text_of(message: Message) -> str:
-    """The text of a message's content, whether it is a string or a list of content blocks."""
-    content = message.get("content") or ""
-    if isinstance(content, str):
-        return content
-    return "".join(block.get("text") or "" for block in content if isinstance(block, dict))
+    """The text of a checked message, or "" where it has none."""
+    return message.get("content") or ""
 
 
 def drop_nones(value: Any) -> Any:

@@ -14,12 +14,15 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_prefopt.data.canonical import CanonicalRow
 from hf_prefopt.data.extras import extra_columns, present_extras, read_extras
+from hf_prefopt.data.media import undecoded
 from hf_prefopt.data.messages import BadRow
 from hf_prefopt.data.schema import FORMATS, RowFormat, find_format
-from hf_prefopt.data.summary import describe_bad_rows, summarise
+from hf_prefopt.data.summary import describe_bad_rows, describe_unlike, summarise
+from hf_prefopt.data.texts import refuse_unlike_beginnings
 from hf_prefopt.data.tokenize import TokenisedRow, TokenKinds, tokenize_rows
 from hf_prefopt.data.truncate import TRUNCATION_MODES, Cuts, truncate_row
 from hf_prefopt.data.unpair import unpair as unpair_rows
+from hf_prefopt.data.unused import refuse_unused
 from hf_prefopt.examples import PAIRS, UNPAIRED, ExampleKind, kind_of_columns
 
 logger = logging.getLogger(__name__)
@@ -65,9 +68,10 @@ _NOTES = {
     "_prompt_cut": Value("bool"),
     "_longest": Value("int32"),  # tokens of prompt + longest response, before any cut
     "_identical": Value("bool"),  # chosen and rejected are the same tokens
+    "_unlike": Value("bool"),  # texts without a prompt column that hardly begin with one
 }
 # Part of the cache's key, which sees this module's functions by name only: raise it when what they return changes.
-_CACHE_VERSION = 2
+_CACHE_VERSION = 3
 
 
 def prepare_dataset(
@@ -109,8 +113,8 @@ def prepare_dataset(
         list of a number per example.
 
     Raises:
-        ValueError: an argument outside its values; columns of no known format; messages without a chat template; with
-            on_bad_rows="error", unusable rows.
+        ValueError: an argument outside its values; columns of no known format; messages without a chat template; texts
+            most of which share no prompt; with on_bad_rows="error", unusable rows, such as those with unread context.
     """
     _check_choice("truncation_mode", truncation_mode, TRUNCATION_MODES)
     _check_choice("on_bad_rows", on_bad_rows, ON_BAD_ROWS)
@@ -144,7 +148,7 @@ def _tokenise(
     name: str,
 ) -> Dataset | IterableDataset:
     """The data set of rows in a known format, prepared."""
-    columns = _column_names(dataset)
+    dataset, columns = undecoded(dataset), _column_names(dataset)
     features = prepared_features(row_format.kind, row_format.marks, extra_columns(row_format.kind, columns))
     how = {
         "batched": True,
@@ -192,7 +196,7 @@ def _prepare_batch(
     """One map batch: the prepared columns and the notes, a row for each row that came in."""
     row_format = next(known for known in FORMATS if known.name == format_name)
     kinds = TokenKinds(tokenizer)
-    rows = [_read(row_format.read, columns, at) for at in range(len(indices))]
+    rows = [_read(row_format, columns, at) for at in range(len(indices))]
     tokenised = iter(tokenize_rows([row for row in rows if isinstance(row, CanonicalRow)], tokenizer, kinds))
     extras = extra_columns(row_format.kind, columns)
     features = prepared_features(row_format.kind, row_format.marks, extras)
@@ -201,14 +205,21 @@ def _prepare_batch(
         done = row if isinstance(row, BadRow) else next(tokenised)
         noted = _note(index, done, max_length, truncation_mode, kinds, (*row_format.kind.columns, *row_format.marks))
         noted |= read_extras({column: columns[column][at] for column in extras.values()}, extras)
+        noted["_unlike"] = isinstance(row, CanonicalRow) and row.is_unlike
         for column, value in noted.items():
             out[column].append(value)
     return out
 
 
-def _read(read: Any, columns: Mapping[str, list[Any]], at: int) -> CanonicalRow | BadRow:
+def _read(row_format: RowFormat, columns: Mapping[str, list[Any]], at: int) -> CanonicalRow | BadRow:
+    """A row of the format, all of which is used, or the reason why it cannot be."""
+    row = {column: values[at] for column, values in columns.items()}
     try:
-        return read({column: values[at] for column, values in columns.items()})
+        read = row_format.read(row)
+        refuse_unused(row, row_format.columns, read)
+        if read.prompt is None:
+            refuse_unlike_beginnings(dict(zip(read.columns, read.responses, strict=True)))
+        return read
     except BadRow as error:
         return error
 
@@ -253,12 +264,16 @@ def _settle(noted: Dataset, name: str, max_length: int | None, on_bad_rows: str)
     if on_bad_rows == "error" and any(problems):
         raise ValueError(describe_bad_rows(name, problems))
     counts = {column: notes[column].to_numpy() for column in _NOTES if column != "_problem"}
+    unlike = describe_unlike(name, int(counts["_unlike"].sum()), int((~counts["_bad"]).sum()))
+    if unlike:
+        raise ValueError(unlike)
     summary = summarise(name, counts, max_length)
     if summary:
         logger.warning(summary)
     out = counts["_bad"] | counts["_no_room"]
     if out.all():
-        raise ValueError(f"none of the {len(noted):,} rows can be used. {summary}")
+        reasons = f"\n{describe_bad_rows(name, problems)}" if any(problems) else ""
+        raise ValueError(f"{name}: none of the {len(noted):,} rows can be used. {summary}{reasons}")
     kept = noted.select(np.flatnonzero(~out)) if out.any() else noted
     return kept.remove_columns(list(_NOTES))
 
@@ -269,10 +284,15 @@ class _StreamGate:
     def __init__(self, name: str, max_length: int | None, on_bad_rows: str):
         self.name, self.max_length, self.on_bad_rows = name, max_length, on_bad_rows
         self.has_warned = False
+        self.rows = self.unlike = 0
 
     def __call__(self, row: Mapping[str, Any]) -> bool:
         if row["_bad"] and self.on_bad_rows == "error":
             raise ValueError(f"{self.name}: row {row['row']:,}: {row['_problem']}")
+        self.rows, self.unlike = self.rows + (not row["_bad"]), self.unlike + row["_unlike"]
+        unlike = describe_unlike(self.name, self.unlike, self.rows)
+        if unlike:
+            raise ValueError(unlike)
         summary = summarise(self.name, {column: np.array([row[column]]) for column in _NOTES}, self.max_length)
         if summary and not self.has_warned:
             self.has_warned = True

@@ -5,9 +5,10 @@ tokenize.py can hand the texts of many rows to the tokenizer at once.
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, cast
 
 import jinja2
@@ -15,7 +16,8 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from hf_prefopt.data.canonical import CanonicalRow
-from hf_prefopt.data.messages import BadRow, Message
+from hf_prefopt.data.messages import BadRow, Message, text_of
+from hf_prefopt.data.texts import shared_length
 
 Span = tuple[int, int]
 
@@ -100,18 +102,42 @@ class ChatTemplate:
         self.arguments = {"tools": tools, **kwargs}
         self.source = tokenizer.get_chat_template(kwargs.get("chat_template"), tools)
         self.has_markers = bool(_GENERATION_MARKER.search(self.source))
+        self.wants_blocks = _wants_blocks(self.source)
+
+    def _contents(self, messages: list[Message]) -> list[Message]:
+        """The messages with their content as the template reads it."""
+        if not self.wants_blocks:
+            return messages
+        return [{**message, "content": [{"type": "text", "text": text_of(message)}]} for message in messages]
 
     def render(self, messages: list[Message], generation_prompt: bool = False, unfinished: bool = False) -> str:
         """The messages as text, followed by the header of an assistant turn or with the last message left open."""
         how = {"add_generation_prompt": generation_prompt, "continue_final_message": unfinished, "tokenize": False}
-        return cast(str, self.tokenizer.apply_chat_template(messages, **{**self.arguments, **how}))
+        contents = self._contents(messages)
+        return cast(str, self.tokenizer.apply_chat_template(contents, **{**self.arguments, **how}))
 
     def generated_spans(self, messages: list[Message]) -> list[Span]:
         """The character ranges between the template's `{% generation %}` markers."""
         how = {"chat_template": self.source, "return_assistant_tokens_mask": True, "add_generation_prompt": False}
-        rendered = render_jinja_template([messages], **{**self.tokenizer.special_tokens_map, **self.arguments, **how})
+        rendered = render_jinja_template(
+            [self._contents(messages)], **{**self.tokenizer.special_tokens_map, **self.arguments, **how}
+        )
         _, spans = cast(tuple[list[str], list[list[Span]]], rendered)
         return spans[0]
+
+
+@lru_cache(maxsize=64)
+def _wants_blocks(template: str) -> bool:
+    """Whether a chat template reads content as blocks alone: of a content that is text it would write nothing."""
+    word = "prefopt"
+    shown = []
+    for content in (word, [{"type": "text", "text": word}]):
+        try:
+            rendered, _ = render_jinja_template([[{"role": "user", "content": content}]], chat_template=template)
+            shown.append(word in rendered[0])
+        except (jinja2.TemplateError, TypeError, KeyError, ValueError):
+            shown.append(False)
+    return shown == [False, True]
 
 
 def _continues_last_message(row: CanonicalRow) -> bool:
@@ -128,11 +154,7 @@ def _continues_last_message(row: CanonicalRow) -> bool:
 
 def _join_messages(begun: Message, rest: Message) -> Message:
     """One message out of a begun one and its continuation."""
-    left, right = begun.get("content") or "", rest.get("content") or ""
-    if isinstance(left, str) != isinstance(right, str):
-        problem = "ends with text that goes on with content blocks, or the other way round"
-        raise BadRow("prompt", problem, "make the content of both messages text")
-    return {**begun, **rest, "content": left + right}
+    return {**begun, **rest, "content": text_of(begun) + text_of(rest)}
 
 
 def _render_prompt(prompt: list[Message], continues: bool, full: list[str], template: ChatTemplate) -> str:
@@ -189,11 +211,3 @@ def _turn_end(full: str, start: int, messages: list[Message], at: int, template:
         if full.startswith(turn[skipped:], start):
             return start + len(turn) - skipped
     raise ValueError(_REWRITES)
-
-
-def shared_length(left: Sequence, right: Sequence) -> int:
-    """The length of the longest common prefix of two texts or lists."""
-    shorter = min(len(left), len(right))
-    if left[:shorter] == right[:shorter]:  # the ordinary case, at C speed
-        return shorter
-    return next(at for at in range(shorter) if left[at] != right[at])

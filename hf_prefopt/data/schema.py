@@ -29,6 +29,7 @@ from hf_prefopt.data.canonical import (
     shared_kind,
 )
 from hf_prefopt.data.messages import BadRow
+from hf_prefopt.data.texts import refuse_repeated_prompt
 from hf_prefopt.examples import LISTS, PAIRS, TRIPLES, UNPAIRED, ExampleKind
 
 
@@ -96,6 +97,8 @@ def _read_explicit(row: Mapping[str, Any], columns: tuple[str, ...]) -> Canonica
     for column, response in responses.items():
         if kind == "messages" and prompt and response[: len(prompt)] == prompt:
             raise BadRow(column, "repeats the messages of `prompt`", "remove the `prompt` column")
+    if kind == "text":
+        refuse_repeated_prompt(prompt, responses)
     return canonical_row(kind, prompt, responses, row, pairs=[(0, 1)])
 
 
@@ -155,6 +158,8 @@ def read_labelled(row: Mapping[str, Any]) -> CanonicalRow:
     completion = CHECKS[kind].response("completion", row["completion"])
     if row.get("label") not in (True, False):  # Of numbers, 0 and 1 are equal to these.
         raise BadRow("label", f"is {row.get('label')!r}", "make it true (desirable) or false")
+    if kind == "text" and row["label"]:  # An undesirable completion may echo its prompt.
+        refuse_repeated_prompt(prompt, {"completion": completion})
     return canonical_row(kind, prompt, {"completion": completion}, row, marks={"labels": [bool(row["label"])]})
 
 
@@ -185,6 +190,8 @@ def _read_list(
     kind = shared_kind({"prompt": row.get("prompt"), **named}, ("prompt", *named))
     prompt = CHECKS[kind].prompt("prompt", row["prompt"])
     checked = {name: CHECKS[kind].response(name, response) for name, response in named.items()}
+    if kind == "text":
+        refuse_repeated_prompt(prompt, checked)
     return canonical_row(kind, prompt, checked, row, marks=mark([float(value) for value in values]))
 
 

@@ -4,6 +4,11 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from hf_prefopt.data.texts import PROMPT_WORDS
+
+# Fewer rows may begin alike, or not, by chance.
+_ENOUGH_ROWS = 8
+
 
 def summarise(name: str, notes: Mapping[str, np.ndarray], max_length: int | None) -> str:
     """One line on the notes of prepare.py (by column, a value for each row), or "" if there is nothing to say."""
@@ -35,6 +40,17 @@ def describe_bad_rows(name: str, problems: Sequence[str], shown: int = 3) -> str
     if len(bad) > shown:
         lines.append(f"  … and {_plural(len(bad) - shown, 'more row')}")
     return "\n".join(lines)
+
+
+def describe_unlike(name: str, unlike: int, rows: int) -> str:
+    """Why texts without a prompt column cannot be used; "" where most begin with a prompt, or few rows are known."""
+    if rows < _ENOUGH_ROWS or 2 * unlike <= rows:
+        return ""
+    return (
+        f"{name}: the texts of {unlike:,} of {_plural(rows, 'row')} share fewer than {PROMPT_WORDS} words at their "
+        "beginning: without a column `prompt`, the texts of a row begin with their prompt. Add a column `prompt` (with "
+        "'' where there is none), or begin each text with it"
+    )
 
 
 def describe_weights(name: str, weights: np.ndarray | None = None) -> str:

@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_prefopt.data.canonical import CanonicalRow
 from hf_prefopt.data.messages import BadRow
-from hf_prefopt.data.render import RENDERERS, RenderedRow, Span, shared_length
+from hf_prefopt.data.render import RENDERERS, RenderedRow, Span
+from hf_prefopt.data.texts import shared_length
 
 
 @dataclass(frozen=True)

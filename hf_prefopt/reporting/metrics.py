@@ -61,7 +61,9 @@ class EvaluationRecord:
         self._inputs.append({name: tensor.detach()[counted] for name, tensor in inputs.items()})
 
     def metrics(self, objective: Objective) -> dict[str, float]:
-        """The loss and the metrics over all examples of all ranks, by name."""
+        """The loss and the metrics over all examples of all ranks, by name. `ValueError` where there is none."""
+        if not self._inputs:
+            raise ValueError("the data set that was to be evaluated gave no rows: nothing to take a mean of")
         own = {name: join_examples([part[name] for part in self._inputs]).cpu() for name in self._inputs[0]}
         ranks = gather_object([own])
         inputs = {name: join_examples([part[name] for part in ranks]) for name in own}

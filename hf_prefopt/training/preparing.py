@@ -17,6 +17,7 @@ from hf_prefopt.data.mismatched import MismatchedResponses
 from hf_prefopt.data.prepare import prepare_dataset, prepared_features
 from hf_prefopt.data.uneven import EvenStream, examples_of_first_rows, keep_examples, rows_that_count
 from hf_prefopt.examples import KINDS, kind_of_columns
+from hf_prefopt.training.given import check_data
 from hf_prefopt.training.resuming import ResumingTrainer
 
 Data = Dataset | IterableDataset
@@ -39,6 +40,7 @@ class PreparingTrainer(ResumingTrainer):
         """The data set tokenised, or each of several."""
         if dataset is None:
             return None
+        check_data(dataset, name)
         if isinstance(dataset, dict):
             return {key: self._prepared(split, key) for key, split in dataset.items()}
         with self.args.main_process_first(desc=f"tokenising {name}"):

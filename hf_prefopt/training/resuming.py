@@ -5,6 +5,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from datasets import IterableDataset
 from torch import nn
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
@@ -17,6 +18,8 @@ from hf_prefopt.reference.moving import MovingReference
 logger = logging.getLogger(__name__)
 
 OBJECTIVE_STATE = "objective_state.json"
+# What a command line, where everything is text, says of a checkpoint.
+_SPOKEN = {"true": True, "last": True, "auto": True, "false": None, "none": None}
 
 
 class ResumingTrainer(Trainer):
@@ -32,18 +35,25 @@ class ResumingTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, **arguments: Any):
         """As the Trainer's; with `resume_from_checkpoint=True` from the newest checkpoint that was written to its end.
 
+        The command line says `true`, `last` or `auto` for that; `false` is as `None`.
+
         Raises:
-            ValueError: the checkpoint is half of one, or there is no whole one to resume from.
+            ValueError: the checkpoint is half of one, there is no whole one to resume from, or a stream gave no rows.
         """
         newest = last_complete_checkpoint(self.args.output_dir)
-        if resume_from_checkpoint is True:
+        checkpoint = _SPOKEN.get(str(resume_from_checkpoint).lower(), resume_from_checkpoint)
+        if checkpoint is True:
             if newest is None:
                 raise ValueError(f"{self.args.output_dir} has no complete checkpoint to resume from: start without")
-            resume_from_checkpoint = newest
-        if resume_from_checkpoint and not is_complete(resume_from_checkpoint):
+            checkpoint = newest
+            logger.warning("resuming from %s", checkpoint)
+        if checkpoint and not is_complete(checkpoint):
             cure = f"resume from {newest}" if newest else "start without resume_from_checkpoint"
-            raise ValueError(f"{resume_from_checkpoint} is no checkpoint that was written to its end: {cure}")
-        return super().train(resume_from_checkpoint or None, **arguments)
+            raise ValueError(f"{checkpoint} is no checkpoint that was written to its end: {cure}")
+        output = super().train(checkpoint or None, **arguments)
+        if isinstance(self.train_dataset, IterableDataset) and not self.state.global_step:
+            raise ValueError("nothing was trained: the stream of the training data gave no row that can be used")
+        return output
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """As the Trainer's; one that is overwritten loses the sign of a whole checkpoint first."""

@@ -107,6 +107,17 @@ def test_a_loss_of_ones_own_is_registered_by_its_file(tmp_path, model_folder, da
     assert "likelier" in card.data.tags and "none, the loss needs none" in card.text
 
 
+def test_a_data_set_of_one_file_is_trained_on_and_a_column_may_be_left_out(tmp_path, model_folder):
+    """No split to evaluate, and a column that looks like context, which the recipe is told to leave out."""
+    data = tmp_path / "one"
+    data.mkdir()
+    pair = {"prompt": "Is 2 even? ", "chosen": "I can help you.", "rejected": "I'm sorry.", "question": "Is 3 odd?"}
+    (data / "pairs.jsonl").write_text(f"{json.dumps(pair)}\n" * 16)
+    printed = run_recipe("dpo_lora", tmp_path / "out", model_folder, data, "--remove_columns", "question")
+    assert "training without evaluation" in printed
+    assert (tmp_path / "out" / ADAPTER).stat().st_size > 0
+
+
 def test_a_missing_model_is_named_before_anything_is_loaded(tmp_path):
     run = in_a_process([sys.executable, str(RECIPES / "dpo_lora.py")], cwd=tmp_path, cache=tmp_path)
     assert run.returncode == 2

@@ -1,0 +1,147 @@
+"""Texts that begin with no prompt, repeat it, or are messages in writing."""
+
+import json
+
+import pytest
+from datasets import Dataset
+
+from hf_prefopt.data.prepare import prepare_dataset
+from hf_prefopt.data.texts import beginning
+from tests.data.helpers import ask, chat_pair, reply, text_pair
+from tests.tokenizers import tiny_tokenizer
+
+TOKENIZER = tiny_tokenizer()
+
+
+def prepare(*rows: dict, **options):
+    return prepare_dataset(Dataset.from_list([*rows]), TOKENIZER, max_length=None, **options)
+
+
+def sides(chosen: str, rejected: str) -> dict:
+    return {"chosen": chosen, "rejected": rejected}
+
+
+# Answers alone: some begin alike, in a word or three.
+ANSWERS = [
+    sides("The sky is blue.", "The sky is green, I think."),
+    sides("I'm sorry, I can't.", "I'm sorry, but no."),
+    sides("Of course! I can.", "Of course not."),
+    sides("The answer is 4.", "The answer would be 5."),
+] * 3
+CONTINUED = [sides(f"The capital of country {n} is Paris.", f"The capital of country {n} is Rome.") for n in range(12)]
+TRANSCRIPTS = [sides(f"\n\nHuman: {n}?\n\nAssistant: Yes.", f"\n\nHuman: {n}?\n\nAssistant: No.") for n in range(12)]
+ASKED = [sides("Why? Because.", "Why? Therefore.")] * 12
+CHINESE = [sides("法国的首都是巴黎", "法国的首都是罗马")] * 12
+
+
+@pytest.mark.parametrize(
+    ("texts", "words"),
+    [
+        (["The sky is blue.", "The sky is green."], 3),
+        (["Yes, blue.", "No."], 0),
+        (["There", "The"], 0),
+        (["The capital", "The capital"], 2),
+        (["法国的首都是巴黎", "法国的首都是罗马"], 3),
+        (["\nYes", "\nNo"], 0),
+        (["Why? A", "Why? B"], float("inf")),
+        (["User: A", "User: B"], float("inf")),
+        (["a b c d", "a b c e", "a b x"], 2),
+    ],
+)
+def test_the_words_that_texts_begin_with(texts, words):
+    """Two letters of Chinese count as one word."""
+    assert beginning(texts) == words
+
+
+@pytest.mark.parametrize("rows", [CONTINUED, TRANSCRIPTS, ASKED], ids=["continued", "transcripts", "asked"])
+def test_texts_that_begin_with_a_prompt_are_taken(rows):
+    assert len(prepare(*rows)) == 12
+    assert len(list(prepare_dataset(Dataset.from_list(rows).to_iterable_dataset(), TOKENIZER))) == 12
+
+
+def test_answers_without_a_prompt_are_refused():
+    message = "train: the texts of 12 of 12 rows share fewer than 4 words .* Add a column `prompt`"
+    with pytest.raises(ValueError, match=message):
+        prepare(*ANSWERS)
+    with pytest.raises(ValueError, match="9 of 12 rows share"):
+        prepare(*ANSWERS[:9], *CONTINUED[:3])
+    assert len(prepare(*ANSWERS[:3], *CONTINUED[:9])) == 12
+    stream = prepare_dataset(Dataset.from_list(ANSWERS).to_iterable_dataset(), TOKENIZER)
+    with pytest.raises(ValueError, match="8 of 8 rows share"):
+        list(stream)
+
+
+def test_answers_that_begin_with_nothing_in_common_are_refused_by_the_row():
+    unlike = sides("Yes, blue.", "No.")
+    for options in ({}, {"unpair": True}):
+        with pytest.raises(ValueError, match="row 12: `rejected` and `chosen` do not begin with the same word"):
+            prepare(*CONTINUED, unlike, **options)
+    assert len(prepare(*CONTINUED, unlike, on_bad_rows="drop")) == 12
+    with pytest.raises(ValueError, match="12 of 12 rows share"):  # what is left is no better
+        prepare(*ANSWERS, *[unlike] * 20, on_bad_rows="drop")
+    assert len(prepare({"prompt": "", **unlike})) == 1
+
+
+def test_messages_that_begin_with_the_answer_have_no_prompt():
+    pair = {"chosen": reply("Paris."), "rejected": reply("Rome.")}
+    with pytest.raises(ValueError, match=r"begin with the assistant, so there is no prompt; .*\[\] where"):
+        prepare(pair)
+    assert len(prepare({"prompt": [], **pair})) == 1
+
+
+MESSAGES = {
+    "JSON": json.dumps([*ask(), *reply("Paris.")]),
+    "one message": json.dumps(reply("Paris.")[0]),
+    "Python": str([*ask(), *reply("It's Paris.")]),
+    "NumPy": "[{'content': 'Why?', 'role': 'user'}\n {'content': 'Because.', 'role': 'assistant'}]",
+    "sharegpt": '[{"from": "human", "value": "Why?"}]',
+    "white space": '\n [ {"role" : "user", "content" : "Why?"} ]\n',
+}
+
+
+@pytest.mark.parametrize("text", MESSAGES.values(), ids=MESSAGES)
+@pytest.mark.parametrize("column", ["prompt", "chosen", "rejected"])
+def test_messages_in_writing_are_refused(column, text):
+    with pytest.raises(ValueError, match=rf"row 0: `{column}` is text that writes down messages.*json\.loads"):
+        prepare({**text_pair(), column: text})
+
+
+def test_messages_in_writing_are_refused_in_rows_of_every_kind():
+    text = MESSAGES["JSON"]
+    for row in (
+        {"chosen": text, "rejected": text},
+        {"prompt": "Why?", "completion": text, "label": False},
+        {"prompt": "Why?", "responses": ["Yes", text], "scores": [0, 1]},
+    ):
+        with pytest.raises(ValueError, match="writes down messages"):
+            prepare(row)
+    with pytest.raises(ValueError, match="`prompt` is text that writes down a list"):
+        prepare({**text_pair(), "prompt": '["What is the capital of France?"]'})
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ['{"from": "Paris", "to": "Rome", "value": 3}', '["a", "b"]', "[1, 2]", '{"role": "user"}', "The role: [{x}]"],
+)
+def test_an_answer_in_json_is_an_answer(answer):
+    assert len(prepare(text_pair(chosen=answer))) == 1
+
+
+def test_a_prompt_that_all_responses_repeat_is_refused():
+    prompt = "Human: What colour is the sky?\nAssistant:"
+    row = {"prompt": prompt, "chosen": f"{prompt} Blue.", "rejected": f" {prompt} Green."}
+    with pytest.raises(ValueError, match="row 0: `chosen` repeats the text of `prompt`; remove the `prompt` column"):
+        prepare(row)
+    with pytest.raises(ValueError, match="`completion` repeats"):
+        prepare({"prompt": prompt, "completion": f"{prompt} Blue.", "label": True})
+    with pytest.raises(ValueError, match="repeats the text of `prompt`"):
+        prepare({"prompt": prompt, "responses": [row["chosen"], row["rejected"]], "ranks": [1, 2]})
+    assert len(prepare({key: row[key].strip() for key in ("chosen", "rejected")})) == 1
+
+
+def test_an_echo_is_no_repeated_prompt():
+    """One response alone, an undesirable completion, or a greeting: there the words are the model's own."""
+    assert len(prepare({**text_pair(), "rejected": "The capital of France is the capital of France is"})) == 1
+    assert len(prepare({"prompt": "Why is it so?", "completion": "Why is it so? Why?", "label": False})) == 1
+    assert len(prepare({"prompt": "Hello", "chosen": "Hello there!", "rejected": "Hello."})) == 1
+    assert len(prepare(chat_pair())) == 1

@@ -1,0 +1,141 @@
+"""What people pass by mistake is refused with what to pass instead; what has no rows is refused by name."""
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from transformers import TrainingArguments
+from trl import DPOConfig
+
+from hf_prefopt import PreferenceTrainer
+from tests.data.helpers import text_pair
+from tests.tiny_models import tiny_model
+from tests.tokenizers import tiny_tokenizer
+from tests.training import make_config, make_trainer, pairs
+
+ROWS = [text_pair(), text_pair()]
+
+
+class Rows(torch.utils.data.Dataset):
+    def __len__(self):
+        return len(ROWS)
+
+    def __getitem__(self, at):
+        return ROWS[at]
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter(ROWS)
+
+
+def generate():
+    yield from ROWS
+
+
+MISTAKES = {
+    "list": (ROWS, r"is a list and no datasets.Dataset: make it one: Dataset\.from_list\(rows\)"),
+    "frame": (pd.DataFrame(ROWS), r"is a DataFrame .* Dataset\.from_pandas\(frame\)"),
+    "generator": (generate(), r"is a generator .* Dataset\.from_generator"),
+    "generating function": (generate, r"is a function .* Dataset\.from_generator"),
+    "torch": (Rows(), r"is a Rows .* Dataset\.from_list\(\[rows\[i\]"),
+    "torch stream": (Stream(), r"is a Stream .* IterableDataset\.from_generator"),
+    "name": ("trl-lib/ultrafeedback_binarized", r"is a str .* load_dataset\(name, split='train'\)"),
+    "path": (Path("rows.jsonl"), r"is a PosixPath .* load_dataset\('json'"),
+    "number": (3, "is a int .* make it a Dataset or an IterableDataset"),
+    "columns": ({"prompt": ["a"], "chosen": ["b"]}, r"is a dict of prompt, chosen: .*Dataset\.from_dict\(columns\)"),
+    "splits": (
+        DatasetDict(test=Dataset.from_list(ROWS), train=Dataset.from_list(ROWS)),
+        r"'train' is a DatasetDict of test, train: pass one of them, as in train_dataset=splits\['train'\]",
+    ),
+    "splits of a stream": (
+        IterableDatasetDict(train_prefs=Dataset.from_list(ROWS).to_iterable_dataset()),
+        r"is a IterableDatasetDict of train_prefs: .*splits\['train_prefs'\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("given", MISTAKES)
+def test_what_is_no_data_set_to_train_on(given, tmp_path):
+    data, message = MISTAKES[given]
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, train_dataset=data)
+
+
+@pytest.mark.parametrize(
+    "given", [name for name in MISTAKES if name not in ("columns", "splits", "splits of a stream")]
+)
+def test_what_is_no_data_set_to_evaluate(given, tmp_path):
+    """At construction, as one of several, and later."""
+    data, message = MISTAKES[given]
+    trainer = make_trainer(tmp_path)
+    for call in (
+        lambda: make_trainer(tmp_path, eval_dataset=data),
+        lambda: make_trainer(tmp_path, eval_dataset={"easy": pairs(2), "hard": data}),
+        lambda: trainer.predict(data),
+        lambda: trainer.get_eval_dataloader(data) if given != "name" else make_trainer(tmp_path, eval_dataset=data),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_several_sets_are_evaluated(tmp_path):
+    splits = DatasetDict(easy=pairs(2), hard=pairs(4))
+    metrics = make_trainer(tmp_path, eval_dataset=splits).evaluate()
+    assert {"eval_easy_loss", "eval_hard_loss"} <= metrics.keys()
+
+
+@pytest.mark.parametrize("kind", [DPOConfig, TrainingArguments])
+def test_another_librarys_arguments(kind, tmp_path):
+    args = kind(output_dir=str(tmp_path), use_cpu=True, bf16=False)
+    with pytest.raises(ValueError, match=f"args is a {kind.__name__}: PreferenceTrainer takes a PreferenceConfig"):
+        PreferenceTrainer(tiny_model(), args=args, train_dataset=pairs(2), processing_class=tiny_tokenizer())
+    with pytest.raises(ValueError, match=f"ref_model is a {kind.__name__}.*args="):
+        PreferenceTrainer(tiny_model(), args, train_dataset=pairs(2))
+    with pytest.raises(ValueError, match="ref_model is a PreferenceConfig"):
+        PreferenceTrainer(tiny_model(), make_config(tmp_path), train_dataset=pairs(2))
+    with pytest.raises(ValueError, match="args is a dict"):
+        PreferenceTrainer(tiny_model(), args={"output_dir": "x"}, train_dataset=pairs(2))
+
+
+EMPTY = {
+    "raw": Dataset.from_list(ROWS).select([]),
+    "prepared": pairs(2).select([]),
+    "without columns": Dataset.from_dict({}),
+}
+
+
+@pytest.mark.parametrize("data", EMPTY.values(), ids=EMPTY)
+def test_a_set_without_rows_is_named(data, tmp_path):
+    with pytest.raises(ValueError, match="the data set 'train' has no rows"):
+        make_trainer(tmp_path, train_dataset=data)
+    with pytest.raises(ValueError, match="the data set 'eval' has no rows"):
+        make_trainer(tmp_path, eval_dataset=data)
+    with pytest.raises(ValueError, match="the data set 'hard' has no rows"):
+        make_trainer(tmp_path, eval_dataset={"easy": pairs(2), "hard": data})
+    trainer = make_trainer(tmp_path)
+    with pytest.raises(ValueError, match="the data set 'eval' has no rows"):
+        trainer.evaluate(data)
+    with pytest.raises(ValueError, match="the data set 'test' has no rows"):
+        trainer.predict(data)
+
+
+def test_a_set_all_of_which_is_dropped_is_named(tmp_path):
+    bad = Dataset.from_list([text_pair(chosen="")] * 3)
+    for split in ("train", "eval"):
+        with pytest.raises(ValueError, match=rf"{split}: none of the 3 rows can be used.*3 unusable rows dropped"):
+            make_trainer(tmp_path, processing_class=tiny_tokenizer(), on_bad_rows="drop", **{f"{split}_dataset": bad})
+
+
+def test_a_stream_without_rows_is_refused_when_it_is_read(tmp_path):
+    """Nothing to train, nothing to evaluate: from the start, or because all rows were dropped."""
+    empty = IterableDataset.from_generator(lambda: iter([]), features=pairs(2).features)
+    bad = Dataset.from_list([text_pair(chosen="")] * 3).to_iterable_dataset()
+    for data in (empty, bad):
+        given = {"processing_class": tiny_tokenizer(), "on_bad_rows": "drop", "max_steps": 1}
+        with pytest.raises(ValueError, match="nothing was trained: the stream"):
+            make_trainer(tmp_path, train_dataset=data, **given).train()
+        with pytest.raises(ValueError, match="gave no rows"):
+            make_trainer(tmp_path, eval_dataset=data, **given).evaluate()
