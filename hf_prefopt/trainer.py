@@ -35,6 +35,7 @@ from hf_prefopt.reporting.metrics import EvaluationRecord, RunningMeans, example
 from hf_prefopt.reporting.run_facts import card_facts
 from hf_prefopt.scoring.forward import VOCABULARY_KL, base_causal_lm, install_scoring, score
 from hf_prefopt.scoring.layout import Reason, reason_against_shared
+from hf_prefopt.training.agreement import RanksAgree
 from hf_prefopt.training.preparing import Data, DataOrSplits
 from hf_prefopt.training.stepping import SteppingTrainer
 
@@ -126,7 +127,7 @@ class PreferenceTrainer(SteppingTrainer):
         )
         if self.criterion.needs_mismatched:
             self.add_callback(EpochOfMismatches())
-        for callback in filter(None, (self._cache_filler, self._moving)):
+        for callback in filter(None, (self._cache_filler, self._moving, RanksAgree(self))):
             self.add_callback(callback)
         # compute_loss divides by the examples of the whole step itself.
         self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = True

@@ -6,6 +6,7 @@ from hf_prefopt.data.batch import join_examples
 from hf_prefopt.data.microbatch import pieces_of
 from hf_prefopt.reference.cache_fill import FillCache
 from hf_prefopt.reporting.metrics import EvaluationRecord, RunningMeans
+from hf_prefopt.training.engines import keep_output_precision
 from hf_prefopt.training.preparing import PreparingTrainer
 
 
@@ -33,6 +34,7 @@ class EvaluatingTrainer(PreparingTrainer):
 
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix: str = "eval", **kwargs):
         """As the Trainer's, with the loss and every metric taken over the rows and not over the batches."""
+        keep_output_precision(self.accelerator)
         self._settle_layout()
         if self._cache_filler:
             self._cache_filler.fill(dataloader.dataset, description.lower())

@@ -105,6 +105,14 @@ class PreparingTrainer(ResumingTrainer):
             dataset = EvenStream(dataset, batch_size * world_size)
         return super()._get_dataloader(dataset, description, batch_size, **kwargs)
 
+    def _prepare_input(self, data: Any) -> Any:
+        """As the Trainer's, but tensors are moved and never cast.
+
+        The Trainer casts floats to the model's dtype under DeepSpeed. Those of a batch are scores, margins and weights,
+        which the losses read and no model does.
+        """
+        return data.to(self.args.device) if isinstance(data, Tensor) else super()._prepare_input(data)
+
     def _set_signature_columns_if_needed(self) -> None:
         columns = dict.fromkeys(column for kind in KINDS for column in prepared_features(kind, extras=kind.extras))
         self._signature_columns = [*columns, "token_weights", "mismatched_ids", "mismatched_masks", "repeated"]

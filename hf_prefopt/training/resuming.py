@@ -13,6 +13,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from hf_prefopt.checkpoints import is_complete, last_complete_checkpoint
 from hf_prefopt.losses.objective import Objective
 from hf_prefopt.reference.moving import MovingReference
+from hf_prefopt.training.engines import keep_output_precision, release_from_evaluation
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,8 @@ class ResumingTrainer(Trainer):
         if resume_from_checkpoint and not is_complete(resume_from_checkpoint):
             cure = f"resume from {newest}" if newest else "start without resume_from_checkpoint"
             raise ValueError(f"{resume_from_checkpoint} is no checkpoint that was written to its end: {cure}")
+        keep_output_precision(self.accelerator)
+        release_from_evaluation(self)
         return super().train(resume_from_checkpoint or None, **arguments)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:

@@ -1,0 +1,39 @@
+"""What accelerate's preparation of a model would get wrong for a preference step, put right before it."""
+
+from dataclasses import replace
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.nn.parallel import DistributedDataParallel
+
+
+def keep_output_precision(accelerator: Accelerator) -> None:
+    """Make FSDP2 return what a model returns.
+
+    The output of a scoring forward is log-probs in fp32. accelerate's policy for mixed precision casts outputs to bf16,
+    which rounds a log-prob of 5 nats to steps of 1/32.
+    """
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    policy = getattr(plugin, "mixed_precision_policy", None)
+    if isinstance(policy, MixedPrecisionPolicy):
+        plugin.mixed_precision_policy = replace(policy, output_dtype=None)
+
+
+def release_from_evaluation(trainer: Any) -> None:
+    """Undo what an evaluation before training has done to the model of a `Trainer`, under DDP.
+
+    accelerate prepares a model for evaluation without the wrapper that averages gradients, and does not prepare a model
+    twice. Training would then run without the wrapper, and each rank would train a model of its own.
+    """
+    accelerator, model, prepared = trainer.accelerator, trainer.model, trainer.model_wrapped
+    if accelerator.distributed_type in (DistributedType.NO, DistributedType.FSDP, DistributedType.DEEPSPEED):
+        return
+    if any(isinstance(module, DistributedDataParallel) for module in prepared.modules()):
+        return
+    vars(model).pop("_is_accelerate_prepared", None)
+    if "_original_forward" in vars(model):
+        model.forward = vars(model).pop("_original_forward")
+    accelerator._models = [other for other in accelerator._models if other not in (model, prepared)]
+    trainer.model_wrapped = model
