@@ -165,7 +165,7 @@ def test_ranks_that_drift_apart_stop_on_every_rank(outcomes, scene):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_a_checksum_sees_every_change(dtype):
-    """One element by one last place, two that are swapped, and the sign of a zero; and nothing where nothing changed."""
+    """One element by one last place, two that are swapped, the sign of a zero; and nothing where nothing changed."""
     values = torch.randn(7, 11, generator=torch.Generator().manual_seed(0)).to(dtype)
     swapped, nudged, signed = values.clone(), values.clone(), torch.zeros(3, dtype=dtype)
     swapped[0, 0], swapped[6, 10] = values[6, 10], values[0, 0]
