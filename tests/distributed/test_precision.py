@@ -8,13 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from datasets import Dataset
 
 from hf_prefopt.reference.shards import whole
 from hf_prefopt.scoring.forward import score
 from tests.distributed.engines import ENGINES, zero
 from tests.distributed.scenes import play
-from tests.tiny_models import perturbed, random_rows, tiny_model
+from tests.tiny_models import perturbed, tiny_model
 from tests.training import make_trainer, pairs, with_column
 
 COLUMNS = {
