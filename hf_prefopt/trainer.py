@@ -31,6 +31,7 @@ from hf_prefopt.reference.choose import choose_reference
 from hf_prefopt.reference.moving import MovingReference
 from hf_prefopt.reference.remembered import RememberedScores
 from hf_prefopt.reporting.card import model_card
+from hf_prefopt.reporting.finite import FiniteRun, Seen
 from hf_prefopt.reporting.metrics import EvaluationRecord, RunningMeans, example_metrics
 from hf_prefopt.reporting.run_facts import card_facts
 from hf_prefopt.scoring.forward import VOCABULARY_KL, base_causal_lm, install_scoring, score
@@ -106,7 +107,7 @@ class PreferenceTrainer(SteppingTrainer):
         if processing_class is None:
             processing_class = load_tokenizer(model or trainer_arguments["model_init"](), args.model_init_kwargs)
         self.tokenizer = getattr(processing_class, "tokenizer", processing_class)
-        self._train_metrics, self._evaluation = RunningMeans(), EvaluationRecord()
+        self._train_metrics, self._evaluation, self._finite = RunningMeans(), EvaluationRecord(), FiniteRun()
         padded = PaddedCollator(_pad_token_id(self.tokenizer), args.pad_to_multiple_of)
         layouts = {"padded": padded, "shared": SharedCollator()}
         self._cache_filler = FillCache(self) if args.precompute_ref_log_probs else None
@@ -264,6 +265,7 @@ class PreferenceTrainer(SteppingTrainer):
         output = self.criterion(everything)
         own_output = _rows_of(output, where)
         self._train_metrics.add(example_metrics(self.criterion.kind, own_output, own))
+        self._finite.add(self.state.global_step + 1, Seen.of(self.criterion, inputs["rows"], own, own_output))
         scale = self.accelerator.num_processes / (len(inputs["rows"]) if num_examples is None else num_examples)
         total, share = output.losses.sum() * scale, own_output.losses.detach().sum() * scale
         # The gradient is that of the whole batch's loss; the value is this micro-batch's part of it.

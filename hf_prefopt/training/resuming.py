@@ -13,6 +13,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from hf_prefopt.checkpoints import is_complete, last_complete_checkpoint
 from hf_prefopt.losses.objective import Objective
 from hf_prefopt.reference.moving import MovingReference
+from hf_prefopt.reporting.finite import FiniteRun, ruined_weights
 from hf_prefopt.training.engines import keep_output_precision, release_from_evaluation
 
 logger = logging.getLogger(__name__)
@@ -29,12 +30,14 @@ class ResumingTrainer(Trainer):
 
     criterion: Objective
     _moving: MovingReference | None
+    _finite: FiniteRun
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **arguments: Any):
         """As the Trainer's; with `resume_from_checkpoint=True` from the newest checkpoint that was written to its end.
 
         Raises:
             ValueError: the checkpoint is half of one, or there is no whole one to resume from.
+            FloatingPointError: a loss or, at a checkpoint and at the end, a weight is not finite.
         """
         newest = last_complete_checkpoint(self.args.output_dir)
         if resume_from_checkpoint is True:
@@ -49,7 +52,12 @@ class ResumingTrainer(Trainer):
         return super().train(resume_from_checkpoint or None, **arguments)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """As the Trainer's; one that is overwritten loses the sign of a whole checkpoint first."""
+        """As the Trainer's; one that is overwritten loses the sign of a whole checkpoint first.
+
+        Raises:
+            FloatingPointError: a loss or the weights are not finite: there is nothing worth saving.
+        """
+        self._finite.check(self.accelerator, ruined_weights(self.model))
         folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         if self.args.should_save:
             (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)

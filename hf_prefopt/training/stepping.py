@@ -26,6 +26,8 @@ class SteppingTrainer(EvaluatingTrainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of a step and its number of examples; for batch-wise losses, tied together."""
         self._settle_layout()
+        if self._finite.is_full:
+            self._finite.check(self.accelerator)
         batches = list(islice(epoch_iterator, num_batches))
         if batches:
             batches[-1] = self._without_repeats(batches[-1])

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from hf_prefopt.losses import register_loss, registry
 from hf_prefopt.training import agreement, resuming
 from hf_prefopt.training.agreement import checksum
 from tests.distributed.cases import DESCENT, GLOBAL_BATCH
@@ -115,6 +116,18 @@ def changed_on_one_rank(folder):
         trainer.train()
 
 
+def not_finite_on_one_rank(folder):
+    """The loss of a row that one of the ranks has, in the second of two steps; nothing is logged, all is saved."""
+    with mock.patch.dict(registry._LOSSES):
+
+        @register_loss("fails_in_row_5")
+        def fails_in_row_5(policy_chosen_logps, policy_rejected_logps, rows):
+            return policy_rejected_logps - policy_chosen_logps + torch.where(rows == 5, torch.nan, 0.0)
+
+        settings = {"loss_type": "fails_in_row_5", "logging_strategy": "no", "save_strategy": "steps", "save_steps": 1}
+        make(folder, train_sampling_strategy="sequential", **settings).train()
+
+
 SAME = [
     (evaluate_first, train_alone),
     (predict_first, train_alone),
@@ -127,7 +140,7 @@ BROKEN = [broken, broken_behind_a_warm_up, changed_on_one_rank]
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
-    scenes = dict.fromkeys([scene for pair in SAME for scene in pair] + BROKEN)
+    scenes = dict.fromkeys([scene for pair in SAME for scene in pair] + [*BROKEN, not_finite_on_one_rank])
     return play(list(scenes), tmp_path_factory.mktemp("scenes"))
 
 
@@ -161,6 +174,11 @@ def test_ranks_that_drift_apart_stop_on_every_rank(outcomes, scene):
         assert "after step 1, 1 of" in error and "lm_head.weight" in error
     if scene is broken_behind_a_warm_up:
         assert "after step 2" in error
+
+
+def test_a_loss_that_is_not_finite_stops_every_rank(outcomes):
+    for error in outcomes["not_finite_on_one_rank"]:
+        assert "FloatingPointError: step 2: the loss fails_in_row_5 is nan for row 5 of" in error, error
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
