@@ -7,6 +7,7 @@ comes from is decided elsewhere.
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from hf_prefopt.reference.cache import CachedReference
 from hf_prefopt.reference.cache_fill import FillCache
 from hf_prefopt.reference.cache_key import KeyedCollator
 from hf_prefopt.reference.choose import choose_reference
+from hf_prefopt.reference.engine import any_rank
 from hf_prefopt.reference.moving import MovingReference
 from hf_prefopt.reference.remembered import RememberedScores
 from hf_prefopt.reporting.card import model_card
@@ -245,7 +247,12 @@ class PreferenceTrainer(SteppingTrainer):
             return self._score_reference(inputs)
         dataset = getattr(self.callback_handler.eval_dataloader, "dataset", None)
         fingerprint = getattr(dataset, "_fingerprint", None)
-        return self._reference_memory.score(fingerprint, inputs, self._score_reference)
+        ranks = partial(any_rank, self.accelerator)
+        return self._reference_memory.score(fingerprint, inputs, self._score_reference, ranks)
+
+    def _run_along(self, model: nn.Module, idle: PreferenceBatch) -> None:
+        """An evaluation's forwards of a piece without examples: ranks of a sharded model call its layers together."""
+        self._score_policy(model, idle, self._remembered_reference(idle))
 
     def _objective_loss(
         self,

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
@@ -31,8 +32,11 @@ class RanksAgree(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, **_):
         """The engine has wrapped the model."""
-        comparable = self._trainer.accelerator.num_processes > 1 and any(True for _ in _replicated(model))
-        self._before = self._compared(model, "before the first step") if comparable else None
+        accelerator = self._trainer.accelerator
+        # FSDP2 has parameters of its own in place of its shards, from a forward to the next.
+        is_whole = accelerator.distributed_type != DistributedType.FSDP and any(True for _ in _replicated(model))
+        compares = is_whole and accelerator.num_processes > 1
+        self._before = self._compared(model, "before the first step") if compares else None
 
     def on_step_end(self, args, state, control, model=None, **_):
         """The optimizer has made its step."""

@@ -25,6 +25,8 @@ class EvaluatingTrainer(PreparingTrainer):
             counted = self._counted(pieces, self.args.eval_batch_size)
             if counted is not None:
                 pieces = [{**piece, "counted": examples} for piece, examples in zip(pieces, counted, strict=True)]
+            for idle in self._idle(pieces) if "pieces" in inputs else ():
+                self._run_along(model, idle)
             outputs = [self.compute_loss(model, piece, return_outputs=True) for piece in pieces]
         loss = torch.stack([loss for loss, _ in outputs]).mean()
         if prediction_loss_only:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -137,3 +138,11 @@ class PreparingTrainer(ResumingTrainer):
             return None
         rows = len(state.active_dataloader.dataset)
         return examples_of_first_rows(pieces, rows_that_count(rows, share, self.accelerator.process_index, world_size))
+
+    def _idle(self, pieces: list[PreferenceBatch]) -> list[PreferenceBatch]:
+        """Pieces without examples, as many as this rank has fewer than the one that has most."""
+        if self.accelerator.num_processes == 1:
+            return []
+        count = self.accelerator.gather(torch.tensor([len(pieces)], device=self.args.device)).max().item()
+        idle = keep_examples(pieces[-1], torch.zeros_like(pieces[-1]["rows"], dtype=torch.bool))
+        return [{**idle} for _ in range(count - len(pieces))]
