@@ -215,9 +215,10 @@ class PreferenceTrainer(SteppingTrainer):
         """This micro-batch's share of the step's loss; with `return_outputs` also rewards and labels, `[B, 2]` each."""
         self.criterion.progress = min(1.0, self.state.global_step / max(1, self.state.max_steps))
         self.criterion.epoch = int(self.state.epoch or 0)
-        reference = self._score_reference(inputs) if model.training else self._remembered_reference(inputs)
+        training = self.model.training  # DeepSpeed's wrapper stays in training mode
+        reference = self._score_reference(inputs) if training else self._remembered_reference(inputs)
         policy = self._score_policy(model, inputs, reference)
-        output, loss = self._objective_loss(inputs, policy, reference, num_items_in_batch, model.training)
+        output, loss = self._objective_loss(inputs, policy, reference, num_items_in_batch, training)
         return (loss, output) if return_outputs else loss
 
     def _score_policy(

@@ -48,14 +48,22 @@ def release_from_evaluation(trainer: Any) -> None:
 
     accelerate prepares a model for evaluation without the wrapper that averages gradients, and does not prepare a model
     twice. Training would then run without the wrapper, and each rank would train a model of its own.
+
+    Raises:
+        ValueError: under DeepSpeed, where a model stays in the engine of its first training or evaluation, which the
+            Trainer closes.
     """
     accelerator, model, prepared = trainer.accelerator, trainer.model, trainer.model_wrapped
-    if accelerator.distributed_type in (DistributedType.NO, DistributedType.FSDP, DistributedType.DEEPSPEED):
-        return
-    if any(isinstance(module, DistributedDataParallel) for module in prepared.modules()):
+    engine = accelerator.distributed_type
+    if engine == DistributedType.DEEPSPEED and prepared is not model and trainer.model_init is None:
+        raise ValueError(
+            "under DeepSpeed a trainer trains once, and evaluates or predicts only after that: set eval_on_start=True "
+            "to evaluate first, or make a new model and trainer for another train()"
+        )
+    is_wrapped = any(isinstance(module, DistributedDataParallel) for module in prepared.modules())
+    if is_wrapped or engine in (DistributedType.NO, DistributedType.FSDP, DistributedType.DEEPSPEED):
         return
     vars(model).pop("_is_accelerate_prepared", None)
     if "_original_forward" in vars(model):
         model.forward = vars(model).pop("_original_forward")
-    accelerator._models = [other for other in accelerator._models if other not in (model, prepared)]
     trainer.model_wrapped = model

@@ -16,6 +16,7 @@ from tests.distributed.scenes import play
 from tests.tiny_models import perturbed, tiny_model
 from tests.training import make_trainer, pairs, with_column
 
+ZERO3 = {"deepspeed": zero(3)}
 COLUMNS = {
     "chosen_scores": lambda row: 8.51 + row,
     "rejected_scores": lambda row: 8.5 + row,
@@ -81,6 +82,23 @@ def ddp_in_bf16(folder):
     return in_bf16({}, folder)
 
 
+def zero3_evaluates_first(folder):
+    """The metrics of an evaluation before training, and what training says then."""
+    trainer = make_trainer(folder, eval_dataset=pairs(6), ref_model=perturbed(tiny_model(), 0.1, seed=3), **ZERO3)
+    metrics = trainer.evaluate()
+    with pytest.raises(ValueError) as error:
+        trainer.train()
+    return metrics, str(error.value)
+
+
+def zero2_trains_twice(folder):
+    trainer = make_trainer(folder, max_steps=1, deepspeed=zero(2))
+    trainer.train()
+    with pytest.raises(ValueError) as error:
+        trainer.train()
+    return str(error.value)
+
+
 def fsdp2_in_bf16(folder):
     """Scores of the policy and of an explicit reference, and the whole weights that they were made with."""
     reference = perturbed(tiny_model(), 0.1, seed=3)
@@ -114,7 +132,8 @@ def fsdp2_in_bf16(folder):
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
-    return play([ddp_in_bf16, zero2_in_bf16, zero3_in_bf16], tmp_path_factory.mktemp("scenes"))
+    scenes = [ddp_in_bf16, zero2_in_bf16, zero3_in_bf16, zero3_evaluates_first, zero2_trains_twice]
+    return play(scenes, tmp_path_factory.mktemp("scenes"))
 
 
 @pytest.fixture(scope="module")
@@ -164,3 +183,19 @@ def test_fsdp2_returns_log_probs_in_fp32(sharded, name):
         expected = logps.gather(1, batch["targets"][:, None])[:, 0]
         assert (found - expected).abs().max() < 0.25
         assert (found - found.bfloat16().float()).abs().max() > 1e-3
+
+
+def test_zero3_evaluates_before_training_and_refuses_to_train_then(outcomes, tmp_path):
+    """The evaluation is that of one process, to what fp32 leaves of log-probs of 50 nats times 0.1."""
+    alone = make_trainer(tmp_path, eval_dataset=pairs(6), ref_model=perturbed(tiny_model(), 0.1, seed=3))
+    expected = {name: value for name, value in alone.evaluate().items() if "/" in name or name == "eval_loss"}
+    for outcome in outcomes["zero3_evaluates_first"]:
+        assert not isinstance(outcome, str), outcome
+        metrics, error = outcome
+        assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=1e-5, abs=1e-5)
+        assert "eval_on_start=True" in error
+
+
+def test_under_deepspeed_a_second_training_is_refused(outcomes):
+    """It would fail in its first backward, for accelerate has closed the engine."""
+    assert all("a trainer trains once" in error and "new model" in error for error in outcomes["zero2_trains_twice"])
