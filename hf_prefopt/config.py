@@ -15,6 +15,7 @@ from hf_prefopt.losses.divergences import DIVERGENCES, FDivergence
 from hf_prefopt.losses.modifiers import Modifier
 from hf_prefopt.losses.objective import Objective
 from hf_prefopt.losses.token_sums import ColumnWeights, Humanline, LengthDesensitised, TokenStep, TokenSums
+from hf_prefopt.training.engines import refuse_uneven_batches
 
 REFERENCES = ("auto", "adapter_off", "adapter:<name>", "model", "copy", "cache", "none")
 TRUNCATION_MODES = ("keep_start", "keep_end")
@@ -72,6 +73,9 @@ class PreferenceConfig(TrainingArguments):
         max_tokens_per_batch: a token budget for a forward; the examples per step stay as configured.
         show_first_batch: print the first training row, its tokens and which of them are scored.
 
+    Of the Trainer's settings, `logging_steps` is 10 by default and `logging_nan_inf_filter` off: to filter the loss of
+    every micro-batch, the host waits for the device. With it or without it, a loss that is not finite stops the run.
+
     Raises:
         ValueError: at construction, naming the field, its value and what it may be.
     """
@@ -84,6 +88,9 @@ class PreferenceConfig(TrainingArguments):
 
     learning_rate: float = field(default=1e-6, metadata=_help("Initial learning rate; adapters want 1e-5 to 2e-4."))
     logging_steps: float = field(default=10, metadata=_help("Log every so many steps (below 1: a share of all steps)."))
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata=_help("Log other steps' mean in place of a NaN; a run with one stops either way.")
+    )
     bf16: bool | None = field(
         default=None, metadata=_help("bf16 autocast; by default where the hardware is fast in it, unless fp16 is set.")
     )
@@ -292,6 +299,7 @@ class PreferenceConfig(TrainingArguments):
             raise ValueError(
                 "accelerator_config.dispatch_batches=True would cut batches whose tensors differ in length"
             )
+        refuse_uneven_batches(self.accelerator_config, self.world_size)
         # Left to itself, accelerate dispatches, and so cuts, the batches of streams.
         self.accelerator_config.dispatch_batches = False
 

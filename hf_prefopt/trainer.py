@@ -7,6 +7,7 @@ comes from is decided elsewhere.
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,14 +29,17 @@ from hf_prefopt.reference.cache import CachedReference
 from hf_prefopt.reference.cache_fill import FillCache
 from hf_prefopt.reference.cache_key import KeyedCollator
 from hf_prefopt.reference.choose import choose_reference
+from hf_prefopt.reference.engine import any_rank
 from hf_prefopt.reference.moving import MovingReference
 from hf_prefopt.reference.remembered import RememberedScores
 from hf_prefopt.reporting.card import model_card
+from hf_prefopt.reporting.finite import FiniteRun, Seen
 from hf_prefopt.reporting.metrics import EvaluationRecord, RunningMeans, example_metrics
 from hf_prefopt.reporting.run_facts import card_facts
 from hf_prefopt.scoring.forward import VOCABULARY_KL, base_causal_lm, install_scoring, score
 from hf_prefopt.scoring.layout import Reason, reason_against_shared
 from hf_prefopt.training.given import check_arguments
+from hf_prefopt.training.agreement import RanksAgree
 from hf_prefopt.training.preparing import Data, DataOrSplits
 from hf_prefopt.training.stepping import SteppingTrainer
 
@@ -107,7 +111,7 @@ class PreferenceTrainer(SteppingTrainer):
         if processing_class is None:
             processing_class = load_tokenizer(model or trainer_arguments["model_init"](), args.model_init_kwargs)
         self.tokenizer = getattr(processing_class, "tokenizer", processing_class)
-        self._train_metrics, self._evaluation = RunningMeans(), EvaluationRecord()
+        self._train_metrics, self._evaluation, self._finite = RunningMeans(), EvaluationRecord(), FiniteRun()
         padded = PaddedCollator(_pad_token_id(self.tokenizer), args.pad_to_multiple_of)
         layouts = {"padded": padded, "shared": SharedCollator()}
         self._cache_filler = FillCache(self) if args.precompute_ref_log_probs else None
@@ -128,7 +132,7 @@ class PreferenceTrainer(SteppingTrainer):
         )
         if self.criterion.needs_mismatched:
             self.add_callback(EpochOfMismatches())
-        for callback in filter(None, (self._cache_filler, self._moving)):
+        for callback in filter(None, (self._cache_filler, self._moving, RanksAgree(self))):
             self.add_callback(callback)
         # compute_loss divides by the examples of the whole step itself.
         self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = True
@@ -213,9 +217,10 @@ class PreferenceTrainer(SteppingTrainer):
         """This micro-batch's share of the step's loss; with `return_outputs` also rewards and labels, `[B, 2]` each."""
         self.criterion.progress = min(1.0, self.state.global_step / max(1, self.state.max_steps))
         self.criterion.epoch = int(self.state.epoch or 0)
-        reference = self._score_reference(inputs) if model.training else self._remembered_reference(inputs)
+        training = self.model.training  # DeepSpeed's wrapper stays in training mode
+        reference = self._score_reference(inputs) if training else self._remembered_reference(inputs)
         policy = self._score_policy(model, inputs, reference)
-        output, loss = self._objective_loss(inputs, policy, reference, num_items_in_batch, model.training)
+        output, loss = self._objective_loss(inputs, policy, reference, num_items_in_batch, training)
         return (loss, output) if return_outputs else loss
 
     def _score_policy(
@@ -245,7 +250,12 @@ class PreferenceTrainer(SteppingTrainer):
             return self._score_reference(inputs)
         dataset = getattr(self.callback_handler.eval_dataloader, "dataset", None)
         fingerprint = getattr(dataset, "_fingerprint", None)
-        return self._reference_memory.score(fingerprint, inputs, self._score_reference)
+        ranks = partial(any_rank, self.accelerator)
+        return self._reference_memory.score(fingerprint, inputs, self._score_reference, ranks)
+
+    def _run_along(self, model: nn.Module, idle: PreferenceBatch) -> None:
+        """An evaluation's forwards of a piece without examples: ranks of a sharded model call its layers together."""
+        self._score_policy(model, idle, self._remembered_reference(idle))
 
     def _objective_loss(
         self,
@@ -265,6 +275,7 @@ class PreferenceTrainer(SteppingTrainer):
         output = self.criterion(everything)
         own_output = _rows_of(output, where)
         self._train_metrics.add(example_metrics(self.criterion.kind, own_output, own))
+        self._finite.add(self.state.global_step + 1, Seen.of(self.criterion, inputs["rows"], own, own_output))
         scale = self.accelerator.num_processes / (len(inputs["rows"]) if num_examples is None else num_examples)
         total, share = output.losses.sum() * scale, own_output.losses.detach().sum() * scale
         # The gradient is that of the whole batch's loss; the value is this micro-batch's part of it.

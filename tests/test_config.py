@@ -155,3 +155,15 @@ def test_sequence_parallelism_is_refused(tmp_path):
 
     with pytest.raises(ValueError, match="sp_size or cp_size above 1"):
         PreferenceConfig(str(tmp_path), parallelism_config=ParallelismConfig(cp_size=2))
+
+
+@pytest.mark.parametrize(
+    ("setting", "cure"), [({"split_batches": True}, "by the 2 ranks"), ({"even_batches": False}, "leave it out")]
+)
+def test_what_gives_ranks_other_rows_than_are_counted_is_refused(setting, cure, tmp_path, monkeypatch):
+    """Where there are several ranks; one rank has all rows either way."""
+    settings = {"output_dir": str(tmp_path), "accelerator_config": setting}
+    assert PreferenceConfig(**settings).accelerator_config is not None
+    monkeypatch.setattr(PreferenceConfig, "world_size", 2)
+    with pytest.raises(ValueError, match=f"accelerator_config.{next(iter(setting))}=.*{cure}"):
+        PreferenceConfig(**settings)

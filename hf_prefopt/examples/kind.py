@@ -156,6 +156,10 @@ class ExampleKind(ABC):
             return None
         return beta * _columns([arguments[f"policy_{s}"] - arguments.get(f"ref_{s}", 0.0) for s in stems]).detach()
 
+    def count_rewards(self, inputs: Mapping[str, Tensor]) -> int:
+        """How many columns the rewards have of examples whose inputs these are."""
+        return len(self.rewarded)
+
     def predictions(self, rewards: Tensor | None, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What `compute_metrics` is given, `[B, K]` each: the rewards (or log-probs), and 1 for what is preferred."""
         stems = [f"{name}_logps" if name else "logps" for name in self.rewarded]

@@ -38,6 +38,10 @@ class Lists(ExampleKind):
         """One: the list."""
         return 1
 
+    def count_rewards(self, inputs: Mapping[str, Tensor]) -> int:
+        """K, with the padding."""
+        return next(tensor.shape[1] for tensor in inputs.values() if tensor.dim() == 2)
+
     def facts_of(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
         """With `list_mask`, `list_ranks`, `list_scores` `[B, K]`; scores of 0 where there are ranks alone."""
         ranks = [row["ranks"] for row in rows]

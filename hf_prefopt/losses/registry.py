@@ -35,6 +35,7 @@ from torch import Tensor
 
 from hf_prefopt.examples import KINDS, PAIRS, STATISTICS, ExampleKind
 from hf_prefopt.losses.base import LossOutput
+from hf_prefopt.losses.returned import check_returned
 
 
 @dataclass(frozen=True)
@@ -132,9 +133,17 @@ class LossSpec:
         return self.needs_reference_model and all(parameters[name].default is None for name in self.reference_inputs)
 
     def __call__(self, **arguments: Any) -> LossOutput:
-        """The loss on named inputs and hyperparameters; a bare tensor of losses gets log-ratio rewards."""
+        """The loss on named inputs and hyperparameters; a bare tensor of losses gets log-ratio rewards.
+
+        Raises:
+            ValueError: it does not return one number per example; see `losses.returned`.
+        """
         output = self.function(**arguments)
-        return output if isinstance(output, LossOutput) else LossOutput(output, self._default_rewards(arguments))
+        if not isinstance(output, LossOutput):
+            output = LossOutput(output, self._default_rewards(arguments))
+        given = {name: arguments[name] for name in self.inputs if arguments.get(name) is not None}
+        check_returned(self, output, given)
+        return output
 
     def _default_rewards(self, arguments: dict[str, Any]) -> Tensor | None:
         """β·(s − s_ref), the implicit reward of a loss that returns only its losses."""
@@ -182,26 +191,45 @@ def register_loss(
             `is_one_value`, `check_data`, `state`, `form_of` where they differ from `LossSpec`'s defaults.
 
     Returns:
-        A decorator that returns the function unchanged.
+        A decorator that returns the function unchanged. A function of the same module and qualified name takes the
+        place of the one that was registered before it, as when a notebook's cell is run again.
 
     Raises:
-        ValueError: the name or an alias is taken, a parameter is neither a known input nor has a default, or the
-            inputs are of several kinds of examples.
+        ValueError: the name or an alias is another loss's, a parameter is neither a known input nor has a default, or
+            the inputs are of several kinds of examples.
     """
 
     def decorate(function: Callable) -> Callable:
         inputs, defaults = _split_signature(name, function)
-        taken = [n for n in (name, *aliases) if n in _LOSSES or n in _ALIASES]
+        owners = {n: _LOSSES[_ALIASES.get(n, n)] for n in (name, *aliases) if n in _LOSSES or n in _ALIASES}
+        taken = [n for n, owner in owners.items() if owner.name != name or not _is_anew(function, owner.function)]
         if taken:
             raise ValueError(f"loss name {', '.join(taken)} is registered already; choose another name")
         description = (inspect.getdoc(function) or "").split("\n", 1)[0]
-        _LOSSES[name] = LossSpec(
+        spec = LossSpec(
             name, function, tuple(aliases), paper, description, inputs=inputs, defaults=defaults, **capabilities
         )
+        for alias in _LOSSES[name].aliases if name in _LOSSES else ():
+            del _ALIASES[alias]
+        _LOSSES[name] = spec
         _ALIASES.update(dict.fromkeys(aliases, name))
         return function
 
     return decorate
+
+
+def _is_anew(function: Callable, before: Callable) -> bool:
+    """Whether a function is the same definition as one before it, run again."""
+    return _definition(function) is not None and _definition(function) == _definition(before)
+
+
+def _definition(function: Callable) -> tuple[str, str] | None:
+    """The module and qualified name of a function, or `None` where others have the same: lambdas, and what is made of
+    an object or by a function that makes several."""
+    function = inspect.unwrap(function)
+    name = getattr(function, "__qualname__", "<lambda>")
+    is_one_of_several = name.endswith("<lambda>") or getattr(function, "__closure__", None) is not None
+    return None if is_one_of_several else (function.__module__, name)
 
 
 def _split_signature(name: str, function: Callable) -> tuple[tuple[str, ...], dict[str, Any]]:

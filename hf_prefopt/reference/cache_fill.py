@@ -10,15 +10,15 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, broadcast_object_list
+from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from hf_prefopt.data.batch import PreferenceBatch
 from hf_prefopt.reference.cache import CachedReference
 from hf_prefopt.reference.cache_key import response_keys
+from hf_prefopt.reference.engine import any_rank
 
 # Positions of a forward: without gradients nothing is kept, so this is far above what training can have.
 TOKENS = {"cpu": 4096, "cuda": 16384}
@@ -178,10 +178,6 @@ def _shares(batches: list[np.ndarray], accelerator: Accelerator) -> Iterator[tup
         yield (number, batches[number]) if number < len(batches) else (None, batches[-1])
 
 
-def _any_rank(accelerator: Accelerator, here: bool) -> bool:
-    return bool(accelerator.gather(torch.tensor([here], device=accelerator.device)).any())
-
-
 class FillCache(TrainerCallback):
     """Fills the cache of a trainer's reference, each data set before its first batch is read.
 
@@ -198,9 +194,7 @@ class FillCache(TrainerCallback):
         """See to it that nothing of a data set is missing; False for a stream, which has no rows to go through."""
         trainer, accelerator = self.trainer, self.trainer.accelerator
         if not hasattr(dataset, "__getitems__"):
-            if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-                # Ranks of a sharded model call its layers together, whoever misses something.
-                trainer.reference.any_rank = partial(_any_rank, accelerator)
+            trainer.reference.any_rank = partial(any_rank, accelerator)
             return False
         known_as = getattr(dataset, "_fingerprint", None)
         if known_as is None or known_as not in self._filled:

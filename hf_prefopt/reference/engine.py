@@ -6,6 +6,7 @@ optimizer, and no gradient is ever reduced.
 
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
@@ -38,3 +39,10 @@ def _under_zero3(model: nn.Module, settings: dict[str, Any], accelerator: Accele
         config[accelerator.mixed_precision] = {"enabled": True}
     engine, *_ = deepspeed.initialize(model=model, config=config)
     return engine
+
+
+def any_rank(accelerator: Accelerator, here: bool) -> bool:
+    """Whether something holds here or, as ranks of a sharded model call its layers together, on any other rank."""
+    if accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        return here
+    return bool(accelerator.gather(torch.tensor([here], device=accelerator.device)).any())

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Hashable
 
+import torch
 from torch import Tensor
 
 from hf_prefopt.data.batch import PreferenceBatch, ResponseScores
@@ -21,20 +22,26 @@ class RememberedScores:
         self._token_logps.clear()
 
     def score(
-        self, dataset: Hashable, batch: PreferenceBatch, score: Callable[[PreferenceBatch], ResponseScores]
+        self,
+        dataset: Hashable,
+        batch: PreferenceBatch,
+        score: Callable[[PreferenceBatch], ResponseScores],
+        any_rank: Callable[[bool], bool] = bool,
     ) -> ResponseScores:
         """The reference's scores of a batch: remembered, or made by `score` and remembered.
 
         Args:
             dataset: tells data sets apart, such as a fingerprint; `None` is never remembered.
-            batch: a batch of that data set.
+            batch: a batch of that data set; one without examples only runs along with other ranks.
             score: makes the scores of a batch that is new.
+            any_rank: from "it is new here" to "… on any rank", where ranks must run the reference together.
         """
         key = (dataset, *batch["rows"].tolist(), *batch["pair_in_row"].tolist())
-        if key in self._token_logps:
-            logps = self._token_logps[key].to(batch["targets"].device)
-            return ResponseScores(logps, batch["response_index"], batch["response_lengths"])
+        is_idle = not len(batch["rows"])
+        if not any_rank(key not in self._token_logps and not is_idle):
+            logps = torch.zeros(len(batch["targets"])) if is_idle else self._token_logps[key]
+            return ResponseScores(logps.to(batch["targets"].device), batch["response_index"], batch["response_lengths"])
         scores = score(batch)
-        if dataset is not None and not scores.token_stats:
+        if dataset is not None and not is_idle and not scores.token_stats:
             self._token_logps[key] = scores.token_logps.cpu()
         return scores

@@ -9,6 +9,7 @@ from hf_prefopt.data.batch import PreferenceBatch, join_examples
 from hf_prefopt.examples import ExampleKind, Figure
 from hf_prefopt.losses.base import LossOutput
 from hf_prefopt.losses.objective import Objective
+from hf_prefopt.reporting.finite import Seen
 
 
 def example_metrics(kind: ExampleKind, output: LossOutput, inputs: dict[str, Tensor]) -> dict[str, Figure]:
@@ -58,16 +59,27 @@ class EvaluationRecord:
     def add(self, batch: PreferenceBatch, inputs: dict[str, Tensor]) -> None:
         """Keep the loss inputs of a batch's examples; where the batch has `counted` `[B]`, of those."""
         counted = batch.get("counted", slice(None))
-        self._inputs.append({name: tensor.detach()[counted] for name, tensor in inputs.items()})
+        kept = {**inputs, "rows": batch["rows"]}
+        self._inputs.append({name: tensor.detach()[counted] for name, tensor in kept.items()})
 
-    def metrics(self, objective: Objective) -> dict[str, float]:
-        """The loss and the metrics over all examples of all ranks, by name. `ValueError` where there is none."""
+    def metrics(self, objective: Objective, where: str = "evaluation") -> dict[str, float]:
+        """The loss and the metrics over all examples of all ranks, by name.
+
+        Args:
+            where: for the error, which evaluation it is.
+
+        Raises:
+            ValueError: there is no example.
+            FloatingPointError: the loss of an example is not finite; names its row.
+        """
         if not self._inputs:
             raise ValueError("the data set that was to be evaluated gave no rows: nothing to take a mean of")
         own = {name: join_examples([part[name] for part in self._inputs]).cpu() for name in self._inputs[0]}
         ranks = gather_object([own])
         inputs = {name: join_examples([part[name] for part in ranks]) for name in own}
         output = objective(inputs, training=False)
+        if finding := Seen.of(objective, inputs["rows"], inputs, output).finding():
+            raise FloatingPointError(f"{where}: {finding[1]}")
         figures = {"loss": Figure(output.losses), **example_metrics(objective.kind, output, inputs)}
         means = {name: (figure.total / figure.count).item() for name, figure in figures.items() if figure.count}
         return objective.kind.conclude(means)

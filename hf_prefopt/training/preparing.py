@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -107,6 +108,14 @@ class PreparingTrainer(ResumingTrainer):
             dataset = EvenStream(dataset, batch_size * world_size)
         return super()._get_dataloader(dataset, description, batch_size, **kwargs)
 
+    def _prepare_input(self, data: Any) -> Any:
+        """As the Trainer's, but tensors are moved and never cast.
+
+        The Trainer casts floats to the model's dtype under DeepSpeed. Those of a batch are scores, margins and weights,
+        which the losses read and no model does.
+        """
+        return data.to(self.args.device) if isinstance(data, Tensor) else super()._prepare_input(data)
+
     def _set_signature_columns_if_needed(self) -> None:
         columns = dict.fromkeys(column for kind in KINDS for column in prepared_features(kind, extras=kind.extras))
         self._signature_columns = [*columns, "token_weights", "mismatched_ids", "mismatched_masks", "repeated"]
@@ -131,3 +140,11 @@ class PreparingTrainer(ResumingTrainer):
             return None
         rows = len(state.active_dataloader.dataset)
         return examples_of_first_rows(pieces, rows_that_count(rows, share, self.accelerator.process_index, world_size))
+
+    def _idle(self, pieces: list[PreferenceBatch]) -> list[PreferenceBatch]:
+        """Pieces without examples, as many as this rank has fewer than the one that has most."""
+        if self.accelerator.num_processes == 1:
+            return []
+        count = self.accelerator.gather(torch.tensor([len(pieces)], device=self.args.device)).max().item()
+        idle = keep_examples(pieces[-1], torch.zeros_like(pieces[-1]["rows"], dtype=torch.bool))
+        return [{**idle} for _ in range(count - len(pieces))]

@@ -14,6 +14,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from hf_prefopt.checkpoints import is_complete, last_complete_checkpoint
 from hf_prefopt.losses.objective import Objective
 from hf_prefopt.reference.moving import MovingReference
+from hf_prefopt.reporting.finite import FiniteRun, ruined_weights
+from hf_prefopt.training.engines import keep_output_precision, release_from_evaluation
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +33,7 @@ class ResumingTrainer(Trainer):
 
     criterion: Objective
     _moving: MovingReference | None
+    _finite: FiniteRun
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **arguments: Any):
         """As the Trainer's; with `resume_from_checkpoint=True` from the newest checkpoint that was written to its end.
@@ -39,6 +42,7 @@ class ResumingTrainer(Trainer):
 
         Raises:
             ValueError: the checkpoint is half of one, there is no whole one to resume from, or a stream gave no rows.
+            FloatingPointError: a loss or, at a checkpoint and at the end, a weight is not finite.
         """
         newest = last_complete_checkpoint(self.args.output_dir)
         checkpoint = _SPOKEN.get(str(resume_from_checkpoint).lower(), resume_from_checkpoint)
@@ -50,13 +54,20 @@ class ResumingTrainer(Trainer):
         if checkpoint and not is_complete(checkpoint):
             cure = f"resume from {newest}" if newest else "start without resume_from_checkpoint"
             raise ValueError(f"{checkpoint} is no checkpoint that was written to its end: {cure}")
+        keep_output_precision(self.accelerator)
+        release_from_evaluation(self)
         output = super().train(checkpoint or None, **arguments)
         if isinstance(self.train_dataset, IterableDataset) and not self.state.global_step:
             raise ValueError("nothing was trained: the stream of the training data gave no row that can be used")
         return output
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """As the Trainer's; one that is overwritten loses the sign of a whole checkpoint first."""
+        """As the Trainer's; one that is overwritten loses the sign of a whole checkpoint first.
+
+        Raises:
+            FloatingPointError: a loss or the weights are not finite: there is nothing worth saving.
+        """
+        self._finite.check(self.accelerator, ruined_weights(self.model))
         folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         if self.args.should_save:
             (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)

@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from hf_prefopt.data.batch import PreferenceBatch
 from hf_prefopt.data.microbatch import pieces_of
-from hf_prefopt.data.uneven import keep_examples
 from hf_prefopt.losses.global_batch import StepInputs
 from hf_prefopt.scoring.modes import adapter_casts_off, evaluation_mode
 from hf_prefopt.training.evaluating import EvaluatingTrainer
@@ -26,6 +25,8 @@ class SteppingTrainer(EvaluatingTrainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of a step and its number of examples; for batch-wise losses, tied together."""
         self._settle_layout()
+        if self._finite.is_full:
+            self._finite.check(self.accelerator)
         batches = list(islice(epoch_iterator, num_batches))
         if batches:
             batches[-1] = self._without_repeats(batches[-1])
@@ -48,11 +49,7 @@ class SteppingTrainer(EvaluatingTrainer):
 
     def _evened(self, pieces: list[PreferenceBatch]) -> list[PreferenceBatch]:
         """As many pieces on every rank."""
-        if self.accelerator.num_processes == 1:
-            return pieces
-        count = self.accelerator.gather(torch.tensor([len(pieces)], device=self.args.device)).max().item()
-        idle = keep_examples(pieces[-1], torch.zeros_like(pieces[-1]["rows"], dtype=torch.bool))
-        return [*({**idle} for _ in range(count - len(pieces))), *pieces]
+        return [*self._idle(pieces), *pieces]
 
     def _collect(self, batches: list[PreferenceBatch]) -> list[dict[str, Tensor]]:
         """The loss inputs of all micro-batches of a step, without gradients; the reference's scores are kept."""

@@ -23,7 +23,18 @@ def launch(engine: str, cases: list[str], folder: Path) -> dict[str, list[dict[s
 
     One start of two processes for all cases, because starting them costs more than most cases do.
     """
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(WORLD_SIZE)]
+    output = torchrun("tests.distributed.worker", engine, folder, *cases)
+    outcomes = {}
+    for number, name in enumerate(cases):
+        files = [folder / str(number) / f"rank{rank}.pt" for rank in range(WORLD_SIZE)]
+        died = {"error": output}
+        outcomes[name] = [torch.load(file, weights_only=False) if file.exists() else died for file in files]
+    return outcomes
+
+
+def torchrun(module: str, *arguments: object) -> str:
+    """Run a module in two processes; the end of what they printed."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(WORLD_SIZE)]
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
@@ -32,14 +43,9 @@ def launch(engine: str, cases: list[str], folder: Path) -> dict[str, list[dict[s
         "OMP_NUM_THREADS": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    command = [*torchrun, "-m", "tests.distributed.worker", engine, str(folder), *cases]
+    command += ["-m", module, *map(str, arguments)]
     process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
-    outcomes = {}
-    for number, name in enumerate(cases):
-        files = [folder / str(number) / f"rank{rank}.pt" for rank in range(WORLD_SIZE)]
-        died = {"error": (process.stdout + process.stderr)[-4000:]}
-        outcomes[name] = [torch.load(file, weights_only=False) if file.exists() else died for file in files]
-    return outcomes
+    return (process.stdout + process.stderr)[-4000:]
 
 
 @functools.cache

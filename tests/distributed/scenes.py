@@ -1,0 +1,48 @@
+"""Short scenes for two processes: each is a function that every rank calls, and that gives back numbers.
+
+Started as a module, it runs those of a test module that are named, one after the other:
+`python -m torch.distributed.run … -m tests.distributed.scenes FOLDER TEST_MODULE SCENE…`.
+"""
+
+import importlib
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from tests.distributed.launch import WORLD_SIZE, torchrun
+
+
+def play(scenes: list[Callable[[Path], Any]], folder: Path) -> dict[str, list[Any]]:
+    """What each scene gave back on each rank, by its name; an error is given back as its text."""
+    names = [scene.__name__ for scene in scenes]
+    output = torchrun("tests.distributed.scenes", folder, scenes[0].__module__, *names)
+    files = {name: [folder / f"{name}{rank}.pt" for rank in range(WORLD_SIZE)] for name in names}
+    return {
+        name: [torch.load(file, weights_only=False) if file.exists() else output for file in of_ranks]
+        for name, of_ranks in files.items()
+    }
+
+
+def _main(folder: str, module: str, *names: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    for name in names:
+        unset_hf_deepspeed_config()
+        try:
+            outcome = getattr(importlib.import_module(module), name)(Path(folder, name))
+        except Exception:
+            outcome = traceback.format_exc()
+        torch.save(outcome, Path(folder, f"{name}{dist.get_rank()}.pt"))
+        # A rank that has failed would answer the other one's next call of another kind.
+        dist.monitored_barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])

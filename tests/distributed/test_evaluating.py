@@ -1,0 +1,83 @@
+"""Under engines that shard, an evaluation under a token budget is that of one process, whichever way ranks cut batches.
+
+In fp32 a loss of log-probs of some 50 nats (a last place of 4e-6) times β = 0.1 differs by 1e-5 at most: see
+`test_engines`.
+"""
+
+import functools
+
+import pytest
+from datasets import Dataset
+
+from tests.distributed.engines import ENGINES, Engine
+from tests.distributed.scenes import play
+from tests.tiny_models import perturbed, random_rows, tiny_model
+from tests.training import make_trainer, pairs
+
+ONE_PROCESS = Engine()
+# Two rows a rank: short | long, long | short, long | short and a rest that is filled up.
+LONG = [False] * 2 + [True] * 4 + [False] * 2 + [True] * 2 + [False] * 2 + [True]
+
+
+def uneven_rows():
+    rows = zip(random_rows(len(LONG), 1, longest=4), random_rows(len(LONG), 2, longest=14), strict=True)
+    return Dataset.from_list([pair[is_long] for pair, is_long in zip(rows, LONG, strict=True)])
+
+
+def evaluations(engine, folder, **settings):
+    """The metrics of two evaluations, of which the second remembers the reference, and how many pieces batches had."""
+    settings = {"loss_type": "dpo", "max_tokens_per_batch": 30, "eval_dataset": uneven_rows(), **settings}
+    data = {"train_dataset": pairs(2), "ref_model": perturbed(tiny_model(), 0.1, seed=3)}
+    trainer = make_trainer(
+        folder, per_device_train_batch_size=1, learning_rate=0.0, **data, **settings, **engine.settings
+    )
+    engine.adapt(trainer)
+    trainer.train()
+    counts, idle = [], trainer._idle
+    trainer._idle = lambda pieces: (counts.append(len(pieces)), idle(pieces))[1]
+    timing = ("runtime", "per_second", "epoch")
+    found = [{n: v for n, v in trainer.evaluate().items() if not n.endswith(timing)} for _ in range(2)]
+    return found, counts
+
+
+def scene(engine, **settings):
+    return lambda folder: evaluations(ENGINES[engine], folder, **settings)
+
+
+SETTINGS = {
+    "dpo": {},
+    "dpo_padded": {"layout": "padded", "max_tokens_per_batch": 50},
+    "tdpo2": {"loss_type": "tdpo2"},
+    "cached": {"precompute_ref_log_probs": True},
+}
+
+
+def _named(engine):
+    for name, settings in SETTINGS.items():
+        function = scene(engine, **settings)
+        function.__name__, function.__module__ = f"{engine}_{name}", __name__
+        globals()[function.__name__] = function
+        yield function
+
+
+SCENES = {engine: list(_named(engine)) for engine in ("zero3", "fsdp2")}
+
+
+@pytest.fixture(scope="module")
+def outcomes_of(tmp_path_factory):
+    return functools.cache(lambda engine: play(SCENES[engine], tmp_path_factory.mktemp(engine)))
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("engine", SCENES)
+def test_an_evaluation_is_that_of_one_process(outcomes_of, engine, name, tmp_path):
+    outcomes = outcomes_of(engine)[f"{engine}_{name}"]
+    assert all(isinstance(outcome, tuple) for outcome in outcomes), outcomes[0]
+    cuts = [counts for _, counts in outcomes]
+    assert len(cuts[0]) == len(cuts[1])
+    assert {a < b for a, b in zip(*cuts, strict=True) if a != b} == {True, False}
+    settings = {**SETTINGS[name], "max_tokens_per_batch": None, "reference_cache_dir": str(tmp_path / "cache")}
+    (expected, _), _ = evaluations(ONE_PROCESS, tmp_path, **settings)
+    for found, _ in outcomes:
+        for metrics in found:
+            assert metrics == pytest.approx(expected, rel=1e-5, abs=1e-5)
