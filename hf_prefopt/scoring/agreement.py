@@ -49,24 +49,24 @@ def check_scores(model: nn.Module, compute_dtype: torch.dtype | None = None) -> 
         scores = _scores(model, ids, targets.to(ids.device)).to(logits.device)
     plain, plain_changed = (each.log_softmax(-1).gather(1, targets) for each in (logits, changed_logits))
     unit, body_unit = _units(model, compute_dtype)
-    # The mean is of the prediction; a token that the model rules out (z = −∞) must be ruled out exactly.
+    # The mean is of the prediction. A token that the model rules out (z = −∞) must be ruled out exactly.
     size = logits.gather(1, targets).abs() + (logits.softmax(-1) * logits.abs()).nansum(1, keepdim=True)
-    size = size.nan_to_num(posinf=0.0)
-    rounding = _ROUNDINGS * unit * size + _SUMMING * (size + plain.abs())
+    rounding = (_ROUNDINGS * unit * size + _SUMMING * (size + plain.abs())).nan_to_num(posinf=0.0)
 
     if plain.isnan().any():
         raise ValueError(f"{name} gives NaN for made-up tokens: look for NaN in its weights, or choose bf16 for fp16")
-    off = (scores - plain).abs()
-    if not ((off <= rounding) | (scores == plain)).all():
+    off = torch.where(scores == plain, 0.0, (scores - plain).abs())
+    worst, explained = off.max(), rounding.flatten()[off.argmax()]
+    if not (off <= rounding).all():
         raise ValueError(
             f"the log-probs that {name} would train on are not those of its own logits: of {targets.numel()} made-up "
-            f"tokens the worst is off by {off.max():.3g} nats, and rounding explains {rounding.max():.1g}. It does "
+            f"tokens the worst is off by {worst:.3g} nats, and rounding explains {explained:.1g}. It does "
             "something between hidden states and logits that its config does not say in a known way (a scale, a cap, a "
             "layer before the output embeddings), so it cannot be trained here: choose a model of another class"
         )
     effect = (plain_changed - plain).abs().amax(1)
     # What rounding becomes on its way through a model cannot be told from less than half of the digits.
-    leak, noise = effect[: _KEPT - 1], rounding.amax(1)[: _KEPT - 1] + body_unit**0.5 * effect[_KEPT:].mean()
+    leak, noise = effect[:_KEPT], rounding.amax(1)[:_KEPT] + body_unit**0.5 * effect[_KEPT:].mean()
     if not (leak <= noise).all():
         raise ValueError(
             f"{name} is not causal: other tokens at the end of a sequence change log-probs before them, by up to "
