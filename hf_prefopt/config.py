@@ -15,6 +15,7 @@ from hf_prefopt.losses.divergences import DIVERGENCES, FDivergence
 from hf_prefopt.losses.modifiers import Modifier
 from hf_prefopt.losses.objective import Objective
 from hf_prefopt.losses.token_sums import ColumnWeights, Humanline, LengthDesensitised, TokenStep, TokenSums
+from hf_prefopt.policy import without_fused_head
 from hf_prefopt.training.engines import refuse_uneven_batches
 
 REFERENCES = ("auto", "adapter_off", "adapter:<name>", "model", "copy", "cache", "none")
@@ -180,6 +181,8 @@ class PreferenceConfig(TrainingArguments):
         if self.bf16 is None:
             self.bf16 = not self.fp16 and _is_fast_in_bf16(self.use_cpu)
         super().__post_init__()
+        if self.use_liger_kernel:
+            self.liger_kernel_config = without_fused_head(self.liger_kernel_config or {})
         if self.reference == "cache":
             self.reference, self.precompute_ref_log_probs = "auto", True
         self._check_values()

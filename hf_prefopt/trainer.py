@@ -36,10 +36,11 @@ from hf_prefopt.reporting.card import model_card
 from hf_prefopt.reporting.finite import FiniteRun, Seen
 from hf_prefopt.reporting.metrics import EvaluationRecord, RunningMeans, example_metrics
 from hf_prefopt.reporting.run_facts import card_facts
-from hf_prefopt.scoring.forward import VOCABULARY_KL, base_causal_lm, install_scoring, score
-from hf_prefopt.scoring.layout import Reason, reason_against_shared
-from hf_prefopt.training.given import check_arguments
+from hf_prefopt.scoring.agreement import check_scores
+from hf_prefopt.scoring.forward import VOCABULARY_KL, install_scoring, score
+from hf_prefopt.scoring.layout import settled_layout
 from hf_prefopt.training.agreement import RanksAgree
+from hf_prefopt.training.given import check_arguments
 from hf_prefopt.training.preparing import Data, DataOrSplits
 from hf_prefopt.training.stepping import SteppingTrainer
 
@@ -177,26 +178,14 @@ class PreferenceTrainer(SteppingTrainer):
             return
         if self.reference:
             self.reference.place(self.accelerator)
-        if self.data_collator is not self._layouts:
-            self.layout = "the data_collator's"
-            return
-        reason = None if self.args.layout == "padded" else self._reason_against_shared()
-        if reason is not None and self.args.layout == "shared":
-            raise ValueError(
-                f"layout='shared' is not exact for this model: {reason}; choose layout='auto'"
-            ) from reason.cause
-        if reason is not None:
-            logger.warning("layout: padded, because %s", reason)
-        self.layout = "padded" if reason is not None else self.args.layout.replace("auto", "shared")
-        self._layouts.layout = self.layout
-
-    def _reason_against_shared(self) -> Reason | None:
-        """Why the policy, or a reference model of its own, cannot be scored in the layout "shared"."""
-        for model in dict.fromkeys((self.model, self.reference.model if self.reference else self.model)):
-            reason = reason_against_shared(model, self.args.max_length, self._autocast_dtype)
-            if reason is not None:
-                return Reason(f"{reason} ({type(base_causal_lm(model)).__name__})", reason.cause)
-        return None
+        models = list(dict.fromkeys((self.model, self.reference.model if self.reference else self.model)))
+        with self.accelerator.autocast():
+            for model in models:
+                check_scores(model, self._autocast_dtype)
+            if self.data_collator is self._layouts:
+                asked, longest = self.args.layout, self.args.max_length
+                self._layouts.layout = settled_layout(asked, models, longest, self._autocast_dtype)
+        self.layout = self._layouts.layout if self.data_collator is self._layouts else "the data_collator's"
 
     def call_model_init(self, trial: Any = None) -> PreTrainedModel | PeftModel:
         """A fresh policy from `model_init`, with a fresh reference; the losses forget what they have seen."""

@@ -36,21 +36,37 @@ class UnsupportedAttention(RuntimeError):
 
 def install_segment_attention(model: PreTrainedModel) -> None:
     """Put attention over segments in front of the implementation the model has; doing it again changes nothing."""
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        implementation = getattr(config, "_attn_implementation", None)
-        if implementation is not None and not implementation.startswith(_PREFIX):
-            config._attn_implementation = _registered(implementation)
+    for config, implementation in _implementations(model):
+        if not implementation.startswith(_PREFIX):
+            config._attn_implementation_internal = _registered(implementation)
+
+
+def remove_segment_attention(model: PreTrainedModel) -> None:
+    """Give a model back the implementations it had before `install_segment_attention`."""
+    for config, implementation in _implementations(model):
+        config._attn_implementation_internal = implementation.removeprefix(_PREFIX)
+
+
+def _implementations(model: PreTrainedModel) -> list[tuple[Any, str]]:
+    """The config of each module that has one, with the attention it names.
+
+    Written to as `_attn_implementation`, a config would make all configs inside it name the same one.
+    """
+    configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
+    named = [(config, getattr(config, "_attn_implementation", None)) for config in configs.values()]
+    return [(config, implementation) for config, implementation in named if implementation is not None]
 
 
 def _registered(implementation: str) -> str:
     """The name of attention over segments in front of an implementation, registered if it is new."""
     name = _PREFIX + implementation
     if name not in ALL_ATTENTION_FUNCTIONS:
-
-        def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any):
+        # The parameters have the names of transformers' own functions, for some models pass the mask by name.
+        def attention(
+            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+        ):
             if kwargs.get("segment_queries") is None:
-                return _plain(implementation, module)(module, query, key, value, mask, **kwargs)
+                return _plain(implementation, module)(module, query, key, value, attention_mask, **kwargs)
             return segment_attention(query, key, value, **kwargs), None
 
         AttentionInterface.register(name, attention)

@@ -32,20 +32,26 @@ CHUNK_ROWS = {"cpu": 512, "cuda": 2048}
 # Statistics per token that are none of one prediction alone: what the head is given, and the KL from the reference.
 HIDDEN, VOCABULARY_KL = "hidden", "vocabulary_kl"
 _MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", *SEGMENT_INPUTS)
-_FACTORS = ("logit_scale", "lm_head_multiplier")
-_DIVISORS = ("logits_scaling",)
-_CAPS = ("final_logit_softcapping", "output_logit_soft_cap")
+_FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
+_DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
+_CAPS = ("final_logit_softcapping", "output_logit_soft_cap", "logits_soft_cap")
+# Model types that multiply by what the others divide by.
+_INVERTED = ("hyperclovax",)
 
 
 def logit_transform(config: Any, temperature: float = 1.0) -> LogitTransform:
-    """What the model of that config does to its logits, read off the names that configs use for it."""
+    """What the model of that config does to its logits, read off the names that configs use for it.
+
+    A name can be missing here, or mean something else in a model: `scoring.agreement` measures whether this is right.
+    """
     text_config = config.get_text_config()
 
     def value(names: tuple[str, ...]) -> float | None:
         return next((v for name in names if (v := getattr(text_config, name, None)) is not None), None)
 
-    scale = (value(_FACTORS) or 1.0) / (value(_DIVISORS) or 1.0)
-    return LogitTransform(scale, value(_CAPS), temperature)
+    divisor = value(_DIVISORS) or 1.0
+    divisor = 1 / divisor if text_config.model_type in _INVERTED else divisor
+    return LogitTransform((value(_FACTORS) or 1.0) / divisor, value(_CAPS), temperature)
 
 
 def base_causal_lm(model: nn.Module) -> PreTrainedModel:
@@ -57,9 +63,14 @@ def install_scoring(model: nn.Module, temperature: float = 1.0) -> None:
     """Teach a model (PEFT-wrapped or not) the scoring forward; doing it again changes the temperature.
 
     Raises:
-        ValueError: the model has no output embeddings, so it is no language model.
+        ValueError: the model is an encoder-decoder, or has no output embeddings, so it is no causal language model.
     """
     causal_lm = base_causal_lm(model)
+    if causal_lm.config.is_encoder_decoder or causal_lm.config.get_text_config().is_encoder_decoder:
+        raise ValueError(
+            f"{type(causal_lm).__name__} is an encoder-decoder model (config.is_encoder_decoder=True), which reads the "
+            "prompt and the response apart: choose a decoder-only model, such as AutoModelForCausalLM loads"
+        )
     head = causal_lm.get_output_embeddings()
     if head is None:
         raise ValueError(f"{type(causal_lm).__name__} has no language-model head (get_output_embeddings() is None)")
@@ -186,16 +197,34 @@ def score(
 
     Returns:
         The scores; gradients flow as the grad mode says.
+
+    Raises:
+        RuntimeError: the model's forward is no longer the one that `install_scoring` made.
     """
     model_inputs = {name: batch[name] for name in _MODEL_INPUTS if name in batch}
-    outputs = model(
-        **model_inputs,
-        scored_rows=batch["scored_rows"],
-        targets=batch["targets"],
-        token_stats=token_stats,
-        width=batch["input_ids"].shape[1],
-        reference_predictions=reference_predictions,
-    )
+    asked = {
+        "scored_rows": batch["scored_rows"],
+        "targets": batch["targets"],
+        "token_stats": token_stats,
+        "width": batch["input_ids"].shape[1],
+        "reference_predictions": reference_predictions,
+    }
+    try:
+        outputs = model(**model_inputs, **asked)
+    except TypeError as error:
+        if "scored_rows" not in str(error):
+            raise
+        raise _replaced_forward(model) from error
+    if not isinstance(outputs, dict) or "token_logps" not in outputs:
+        raise _replaced_forward(model)
     token_logps = outputs.pop("token_logps")
     token_logps = token_logps.to(full_precision(token_logps.dtype))
     return ResponseScores(token_logps, batch["response_index"], batch["response_lengths"], outputs)
+
+
+def _replaced_forward(model: nn.Module) -> RuntimeError:
+    name = type(base_causal_lm(getattr(model, "module", model))).__name__
+    return RuntimeError(
+        f"the forward of {name} did not take scored_rows: install_scoring was not called on it, or something (a kernel "
+        "library, say) replaced the forward afterwards. Replace it before the model is given to the trainer"
+    )

@@ -4,6 +4,7 @@ Static checks name what is known not to work. Everything else is decided by a pr
 layout gives no error, only other numbers.
 """
 
+import logging
 import random
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,9 +15,12 @@ from torch import Tensor, nn
 
 from hf_prefopt.data.collate import PaddedCollator
 from hf_prefopt.data.shared import SharedCollator
-from hf_prefopt.scoring.attention import install_segment_attention
+from hf_prefopt.scoring.agreement import device_of, made_up_tokens
+from hf_prefopt.scoring.attention import install_segment_attention, remove_segment_attention
 from hf_prefopt.scoring.forward import base_causal_lm, score
 from hf_prefopt.scoring.modes import evaluation_mode
+
+logger = logging.getLogger(__name__)
 
 # What says nothing about a layout, although it is a RuntimeError: no memory, a broken device, a lost process.
 _FAILURES = (torch.OutOfMemoryError, torch.AcceleratorError, torch.distributed.DistError)
@@ -40,10 +44,47 @@ class Reason(str):
         return reason
 
 
+def settled_layout(
+    asked: str, models: Sequence[nn.Module], max_length: int | None = None, compute_dtype: torch.dtype | None = None
+) -> str:
+    """The layout that all of these models are scored in: "shared" or "padded".
+
+    Where it is "padded", the models' attention is what it was before.
+
+    Args:
+        asked: "shared", "padded", or "auto", which says why where it is not "shared".
+        models, max_length, compute_dtype: as for `reason_against_shared`.
+
+    Raises:
+        ValueError: "shared" is asked for, and not exact for one of the models.
+    """
+    reason = None if asked == "padded" else _first_reason(models, max_length, compute_dtype)
+    if reason is None and asked != "padded":
+        return "shared"
+    for model in models:
+        remove_segment_attention(base_causal_lm(model))
+    if asked == "shared":
+        raise ValueError(
+            f"layout='shared' is not exact for this model: {reason}; choose layout='auto'"
+        ) from reason.cause
+    if asked == "auto":
+        logger.warning("layout: padded, because %s", reason)
+    return "padded"
+
+
+def _first_reason(models: Sequence[nn.Module], *limits: Any) -> Reason | None:
+    """Why one of the models cannot be scored in the layout "shared", and which."""
+    for model in models:
+        reason = reason_against_shared(model, *limits)
+        if reason is not None:
+            return Reason(f"{reason} ({type(base_causal_lm(model)).__name__})", reason.cause)
+    return None
+
+
 def reason_against_shared(
     model: nn.Module, max_length: int | None = None, compute_dtype: torch.dtype | None = None
 ) -> Reason | None:
-    """Why the layout "shared" is not exact for this model, or `None` where it is; the model is then ready for it.
+    """Why the layout "shared" is not exact for this model, or `None` where it is; only then the model is ready for it.
 
     Args:
         model: a model that `scoring.forward.install_scoring` has been called on, on its device.
@@ -57,7 +98,10 @@ def reason_against_shared(
     if known is not None:
         return Reason(known)
     install_segment_attention(base_causal_lm(model))
-    return _probe(model, max_length, compute_dtype)
+    reason = _probe(model, max_length, compute_dtype)
+    if reason is not None:
+        remove_segment_attention(base_causal_lm(model))
+    return reason
 
 
 def known_reason(model: nn.Module) -> str | None:
@@ -114,8 +158,7 @@ def _is_failure(error: Exception) -> bool:
 
 def _score(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     """`[R]`: the summed log-prob of each response, on the CPU."""
-    # Hooks that bring offloaded weights, which stand on no device, bring the inputs along.
-    device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
+    device = device_of(model)
     moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
     return score(model, moved).logps.float().cpu()
 
@@ -125,10 +168,9 @@ def _made_up_rows(config: Any, max_length: int | None) -> Sequence[dict[str, Any
     text_config = config.get_text_config()
     window = min(getattr(text_config, "sliding_window", None) or 0, max_length or 1 << 20)
     generator = random.Random(0)
-    vocabulary = text_config.vocab_size
 
     def row(prompt: int, chosen: int, rejected: int) -> dict[str, Any]:
-        ids = [[generator.randrange(vocabulary) for _ in range(n)] for n in (prompt, chosen, rejected)]
+        ids = [made_up_tokens(config, n, generator) for n in (prompt, chosen, rejected)]
         masks = [[1] * chosen, [1] * rejected]
         return {"prompt_ids": ids[0], "response_ids": ids[1:], "scored_masks": masks, "pairs": [[0, 1]], "row": 0}
 

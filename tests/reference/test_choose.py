@@ -48,6 +48,7 @@ def test_biases_that_train_do_not_move_the_reference(setting, tmp_path):
 def test_a_loss_without_a_reference_runs_and_copies_none(name, tmp_path):
     """One micro-batch runs the model once where no reference is needed, and then none exists; otherwise twice."""
     trainer = make_trainer(tmp_path, loss_type=name, max_steps=1, layout="padded")
+    trainer._settle_layout()  # which runs the model by itself
     calls = []
     trainer.model.register_forward_pre_hook(lambda *_: calls.append(1))
     trainer.train()
