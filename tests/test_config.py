@@ -155,3 +155,15 @@ def test_sequence_parallelism_is_refused(tmp_path):
 
     with pytest.raises(ValueError, match="sp_size or cp_size above 1"):
         PreferenceConfig(str(tmp_path), parallelism_config=ParallelismConfig(cp_size=2))
+
+
+def test_liger_keeps_off_the_models_forward(tmp_path):
+    """Its fused head is switched off, whatever else is chosen, also in JSON; asked for, it is refused."""
+    off = {"fused_linear_cross_entropy": False}
+    assert PreferenceConfig(str(tmp_path)).liger_kernel_config is None
+    assert PreferenceConfig(str(tmp_path), use_liger_kernel=True).liger_kernel_config == off
+    for chosen in ({"rope": False}, '{"rope": false}', {"rope": False, **off}):
+        config = PreferenceConfig(str(tmp_path), use_liger_kernel=True, liger_kernel_config=chosen)
+        assert config.liger_kernel_config == {"rope": False, **off}
+    with pytest.raises(ValueError, match=r"'fused_linear_cross_entropy': True.*leave it out"):
+        PreferenceConfig(str(tmp_path), use_liger_kernel=True, liger_kernel_config={"fused_linear_cross_entropy": True})
