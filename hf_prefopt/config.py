@@ -83,6 +83,7 @@ class PreferenceConfig(TrainingArguments):
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [
         *TrainingArguments._VALID_DICT_FIELDS,
+        "liger_kernel_config",
         "loss_params",
         "model_init_kwargs",
     ]

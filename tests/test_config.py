@@ -167,3 +167,15 @@ def test_what_gives_ranks_other_rows_than_are_counted_is_refused(setting, cure, 
     monkeypatch.setattr(PreferenceConfig, "world_size", 2)
     with pytest.raises(ValueError, match=f"accelerator_config.{next(iter(setting))}=.*{cure}"):
         PreferenceConfig(**settings)
+
+
+def test_liger_keeps_off_the_models_forward(tmp_path):
+    """Its fused head is switched off, whatever else is chosen, also in JSON; asked for, it is refused."""
+    off = {"fused_linear_cross_entropy": False}
+    assert PreferenceConfig(str(tmp_path)).liger_kernel_config is None
+    assert PreferenceConfig(str(tmp_path), use_liger_kernel=True).liger_kernel_config == off
+    for chosen in ({"rope": False}, '{"rope": false}', {"rope": False, **off}):
+        config = PreferenceConfig(str(tmp_path), use_liger_kernel=True, liger_kernel_config=chosen)
+        assert config.liger_kernel_config == {"rope": False, **off}
+    with pytest.raises(ValueError, match=r"'fused_linear_cross_entropy': True.*leave it out"):
+        PreferenceConfig(str(tmp_path), use_liger_kernel=True, liger_kernel_config={"fused_linear_cross_entropy": True})

@@ -230,6 +230,7 @@ def test_no_step_waits_for_the_device(objective, tmp_path, monkeypatch):
     settings = {"logging_steps": 100, "max_steps": 2, "gradient_accumulation_steps": 2, "layout": "padded"}
     trainer = make_trainer(tmp_path, model, **settings, **reference, **objective)
     monkeypatch.setattr(trainer, "log", lambda *_, **__: None)
+    trainer._settle_layout()  # once, before the first step, the model is tried out
     for name in SYNCHRONISING:
         monkeypatch.setattr(torch.Tensor, name, watched(name, getattr(torch.Tensor, name)))
     trainer.train()

@@ -7,6 +7,7 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, EarlyStoppingCallback, TrainerCallback
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from tests.data.helpers import chat_pair, text_pair
 from tests.tiny_models import perturbed, tiny_model, with_lora
@@ -236,3 +237,38 @@ def test_a_trainer_without_a_model_is_refused(tmp_path):
 
     with pytest.raises(ValueError, match="wants a model, or a model_init"):
         PreferenceTrainer()
+
+
+def stand_in_for_liger(model, kernel_config):
+    """What transformers' `apply_liger_kernel` does: it wants a GPU, and this replaces the same forward as it does."""
+    causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
+    if (kernel_config or {}).get("fused_linear_cross_entropy", True):
+
+        def forward(input_ids=None, attention_mask=None, **_):
+            hidden = causal_lm.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+            return CausalLMOutputWithPast(logits=causal_lm.lm_head(hidden))
+
+        causal_lm.forward = forward
+
+
+@pytest.mark.parametrize("layout", ["auto", "padded"])
+@pytest.mark.parametrize("adapt", [lambda model: model, with_lora], ids=["full", "lora"])
+def test_liger_kernels_leave_the_losses_as_they_are(adapt, layout, tmp_path, monkeypatch):
+    """transformers puts them in when training begins; without its fused head the run is the one without liger."""
+    monkeypatch.setattr("transformers.trainer.apply_liger_kernel", stand_in_for_liger)
+    losses = []
+    for use_liger_kernel in (False, True):
+        torch.manual_seed(0)
+        settings = {"use_liger_kernel": use_liger_kernel, "layout": layout, "max_steps": 3}
+        trainer = make_trainer(tmp_path, adapt(tiny_model()), **settings)
+        trainer.train()
+        losses.append(logged(trainer, "loss"))
+    assert losses[0] == losses[1] and losses[0][0] == pytest.approx(math.log(2), abs=1e-5)
+
+
+def test_a_forward_replaced_in_train_is_an_error_before_the_first_step(tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.trainer.apply_liger_kernel", lambda model, _: stand_in_for_liger(model, None))
+    trainer = make_trainer(tmp_path, use_liger_kernel=True)
+    with pytest.raises(RuntimeError, match="LlamaForCausalLM did not take scored_rows"):
+        trainer.train()
+    assert trainer.state.global_step == 0

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_prefopt.reference.live import evaluation_mode
 from hf_prefopt.scoring.forward import base_causal_lm, score
+from hf_prefopt.scoring.modes import evaluation_mode
 
 _KEPT, _CHANGED = 10, 6
 # Roundings to the model's dtype on the way to a logit: the product, a scale, a division by a cap, tanh, a product.

@@ -67,7 +67,7 @@ def _registered(implementation: str) -> str:
         ):
             if kwargs.get("segment_queries") is None:
                 return _plain(implementation, module)(module, query, key, value, attention_mask, **kwargs)
-            return segment_attention(query, key, value, **kwargs), None
+            return segment_attention(query, key, value, attention_mask=attention_mask, **kwargs), None
 
         AttentionInterface.register(name, attention)
         if implementation in ALL_MASK_ATTENTION_FUNCTIONS:
@@ -91,6 +91,7 @@ def segment_attention(
     segment_keys: Tensor,
     segment_key_index: Tensor,
     segment_longest: tuple[int, int],
+    attention_mask: Tensor | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -106,6 +107,7 @@ def segment_attention(
             the gathered keys, and where the last one ends.
         segment_key_index: `[Tk]` int64, the row's position of each gathered key.
         segment_longest: the most queries and the most keys of a segment.
+        attention_mask: of one element, which stands for none; a larger one is of the module's own making.
         sliding_window: a query sees that many keys, itself included. softcap: scores are cap · tanh(score / cap).
 
     Returns:
@@ -114,6 +116,8 @@ def segment_attention(
     Raises:
         UnsupportedAttention: the module asks for something else, such as sinks, a position bias, or no causality.
     """
+    if attention_mask is not None and attention_mask.numel() > 1:
+        raise UnsupportedAttention("attention with a mask of the module's own making")
     unknown = [name for name, given in others.items() if given is not None and name not in _HARMLESS]
     if unknown or is_causal is False:
         raise UnsupportedAttention(f"attention with {', '.join(unknown) or 'is_causal=False'}")
@@ -128,7 +132,7 @@ def segment_attention(
             _split(query, segment_queries), _split(key, segment_keys), _split(value, segment_keys), strict=True
         )
     ]
-    return torch.cat(pieces, dim=2).transpose(1, 2)
+    return torch.cat(pieces, dim=2).transpose(1, 2).contiguous()  # as transformers' own functions: some models view it
 
 
 def _in_one_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -44,6 +44,9 @@ SHARING = {
     "cohere2": _WINDOW,
     "qwen3_moe": _EXPERTS,
     "smollm3": {},
+    "afmoe": {**_EXPERTS, **_WINDOW},
+    "jetmoe": {"num_local_experts": 4, "num_experts_per_tok": 2, "kv_channels": 8},
+    "hyperclovax": {"logits_scaling": 0.25},
     "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
 }
 
@@ -74,6 +77,7 @@ FALLING_BACK = {
     ),
     "gpt_oss": ({**_WINDOW, "num_local_experts": 4, "num_experts_per_tok": 2}, "s_aux"),
     "stablelm": ({}, "its forward refuses it"),
+    "doge": ({}, "a mask of the module's own making"),  # with learned weights in it
 }
 
 _WITHOUT_HEAD_DIM = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -4,9 +4,10 @@ import copy
 
 import pytest
 import torch
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hf_prefopt.data.collate import PaddedCollator
-from hf_prefopt.scoring.forward import install_scoring, logit_transform, score
+from hf_prefopt.scoring.forward import base_causal_lm, install_scoring, logit_transform, score
 from tests.scoring.plain import padded_batch, plain_response_logps
 from tests.tiny_models import perturbed, random_rows, tiny_model, with_lora
 
@@ -153,3 +154,36 @@ def test_a_model_without_a_head_is_refused():
     """The bare body of a language model cannot score."""
     with pytest.raises(ValueError, match="has no language-model head"):
         install_scoring(tiny_model().base_model)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("takes_anything", [False, True])
+def test_a_forward_that_was_replaced_is_named(takes_anything, lora):
+    """A kernel library puts its own forward on the instance after the scoring forward, which is then gone."""
+    model = build("llama", lora)
+    install_scoring(model)
+    output = CausalLMOutputWithPast(logits=torch.zeros(1))
+
+    def forward(
+        input_ids=None,
+        attention_mask=None,
+        inputs_embeds=None,
+        labels=None,
+        return_dict=None,
+        output_attentions=None,
+        output_hidden_states=None,
+    ):
+        return output
+
+    causal_lm = base_causal_lm(model)
+    causal_lm.forward = (lambda **_: output) if takes_anything else forward
+    with pytest.raises(RuntimeError, match=r"LlamaForCausalLM did not take scored_rows.*replaced the forward"):
+        score(model, padded_batch())
+
+
+def test_other_type_errors_stay_what_they_are():
+    model = build("llama")
+    install_scoring(model)
+    model.model.norm.forward = lambda: None
+    with pytest.raises(TypeError, match="positional argument"):
+        score(model, padded_batch())

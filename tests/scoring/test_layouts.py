@@ -5,6 +5,8 @@ and two layers stay below 5e-5, a thousandth of what one token wrongly seen or n
 norm, accumulate rounding over all tokens: 1e-5 relative.
 """
 
+import copy
+
 import pytest
 import torch
 
@@ -60,6 +62,30 @@ def assert_layouts_equal(model, rows, logps_tolerance=LOGPS, gradient_tolerance=
 def test_equals_padded_full(name):
     """Log-probs and every gradient, all weights training."""
     assert_layouts_equal(architecture(name), mixed_rows()[:3] + mixed_rows()[4:])
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("name", SHARING)
+def test_equals_the_plain_logits_of_each_sequence_alone(name, lora):
+    """In both layouts, token by token: the model's own forward of one sequence, unpadded, before anything of ours."""
+    model = perturbed(with_lora(architecture(name))) if lora else architecture(name)
+    rows = mixed_rows()[:3] + mixed_rows()[4:]
+    plain = {}
+    with torch.no_grad():
+        for prompt, ids in ((row["prompt_ids"], ids) for row in rows for ids in row["response_ids"]):
+            logps = model(torch.tensor([[*prompt, *ids]])).logits[0].log_softmax(-1)[len(prompt) - 1 : -1]
+            plain[tuple(prompt), tuple(ids)] = logps.gather(1, torch.tensor(ids)[:, None])[:, 0]
+        expected = [
+            plain[tuple(row["prompt_ids"]), tuple(ids)][torch.tensor(mask, dtype=torch.bool)]
+            for row in rows
+            for ids, mask in zip(row["response_ids"], row["scored_masks"], strict=True)
+        ]
+        install_scoring(model)
+        padded = score(model, PaddedCollator(0)(rows)).token_logps
+        install_segment_attention(base_causal_lm(model))
+        shared = score(model, SharedCollator()(rows)).token_logps
+    for found in (padded, shared):
+        torch.testing.assert_close(found, torch.cat(expected), rtol=0, atol=LOGPS)
 
 
 @pytest.mark.parametrize("name", SHARING)
@@ -175,6 +201,90 @@ def test_half_precision_is_no_further_from_fp32_than_padded():
         truth = score(exact, PaddedCollator(0)(rows)).logps
         padded, shared = (score(half, collate(rows)).logps for collate in (PaddedCollator(0), SharedCollator()))
     assert (shared - truth).abs().mean() <= 1.2 * (padded - truth).abs().mean()
+
+
+def implementations(model):
+    """The attention that each module's config names, its parts' configs included."""
+    configs = {name: module.config for name, module in model.named_modules() if hasattr(module, "config")}
+    parts = {f"{name}.{key}": getattr(config, key) for name, config in configs.items() for key in config.sub_configs}
+    return {name: config._attn_implementation for name, config in (configs | parts).items()}
+
+
+class TestAttentionIsGivenBack:
+    """A model that cannot share keeps its own attention, under the names it had, wherever it was replaced."""
+
+    @pytest.mark.parametrize("name", FALLING_BACK)
+    @pytest.mark.parametrize("attention", ["eager", "sdpa"])
+    def test_after_a_fallback(self, name, attention):
+        model = architecture(name)
+        model.config._attn_implementation = attention
+        before = implementations(model)
+        install_scoring(model)
+        assert reason_against_shared(model) is not None
+        assert implementations(model) == before
+
+    def test_of_the_policy_where_the_reference_falls_back(self):
+        models = [tiny_model(), architecture("gpt_oss")]
+        before = [implementations(model) for model in models]
+        for model in models:
+            install_scoring(model)
+        assert layout.settled_layout("auto", models) == "padded"
+        assert [implementations(model) for model in models] == before
+
+    @pytest.mark.parametrize("asked", ["shared", "padded"])
+    def test_of_a_model_that_another_run_shared(self, asked):
+        models = [tiny_model(), architecture("gpt_oss")]
+        before = [implementations(model) for model in models]
+        for model in models:
+            install_scoring(model)
+        assert layout.settled_layout("auto", models[:1]) == "shared"
+        assert implementations(models[0]) != before[0]
+        if asked == "shared":
+            with pytest.raises(ValueError, match="s_aux"):
+                layout.settled_layout(asked, models)
+        else:
+            assert layout.settled_layout(asked, models) == "padded"
+        assert [implementations(model) for model in models] == before
+
+    def test_each_part_keeps_its_own(self):
+        """A vision tower and a text model with different attentions: the whole's config has a third say."""
+        from transformers import AutoConfig, Gemma3Config, Gemma3ForConditionalGeneration
+
+        vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        text = tiny_model("gemma3_text", query_pre_attn_scalar=8).config
+        vision_config = AutoConfig.for_model("siglip_vision_model", **vision, image_size=28, patch_size=14)
+        config = Gemma3Config(text_config=text, vision_config=vision_config, mm_tokens_per_image=4, image_token_id=299)
+        model = Gemma3ForConditionalGeneration(config).eval()
+        model.set_attn_implementation({"": "sdpa", "text_config": "eager", "vision_config": "sdpa"})
+        before = implementations(model)
+        assert set(before.values()) == {"eager", "sdpa"}
+        install_segment_attention(model)
+        installed = implementations(model)
+        assert {name: value.split("|")[-1] for name, value in installed.items()} == before
+        attention.remove_segment_attention(model)
+        assert implementations(model) == before
+
+
+@pytest.mark.parametrize("name", ["afmoe", "doge"])
+def test_a_mask_that_is_passed_by_name(name, tmp_path):
+    """These call attention with `attention_mask=`: they train by default, with the log-probs of plain logits."""
+    from tests.training import first_batch, make_trainer
+
+    model = architecture(name)
+    plain = copy.deepcopy(model)
+    trainer = make_trainer(tmp_path, model, max_steps=2, gradient_checkpointing=True)
+    trainer._settle_layout()
+    assert trainer.layout == ("shared" if name in SHARING else "padded")
+    batch, padded = first_batch(trainer), PaddedCollator(0)
+    padded_batch = padded([trainer.train_dataset[int(row)] for row in batch["rows"]])
+    with torch.no_grad():
+        logits = plain(input_ids=padded_batch["input_ids"], attention_mask=padded_batch["attention_mask"]).logits
+        rows = logits.flatten(0, 1)[padded_batch["scored_rows"]].log_softmax(-1)
+        logps = score(trainer.model.eval(), batch).token_logps
+    torch.testing.assert_close(logps, rows.gather(1, padded_batch["targets"][:, None])[:, 0], rtol=0, atol=LOGPS)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[0] == pytest.approx(0.6931472, abs=1e-5) and len(losses) == 2
 
 
 NO_REFUSALS = (
