@@ -35,6 +35,7 @@ from hf_prefopt.reporting.metrics import EvaluationRecord, RunningMeans, example
 from hf_prefopt.reporting.run_facts import card_facts
 from hf_prefopt.scoring.forward import VOCABULARY_KL, base_causal_lm, install_scoring, score
 from hf_prefopt.scoring.layout import Reason, reason_against_shared
+from hf_prefopt.trained import refuse_frozen, refuse_stale_optimizer
 from hf_prefopt.training.preparing import Data, DataOrSplits
 from hf_prefopt.training.stepping import SteppingTrainer
 
@@ -56,14 +57,15 @@ class PreferenceTrainer(SteppingTrainer):
         ```
 
     Args:
-        model: a name or path, a transformers model or a PEFT model. Not with `model_init`.
+        model: a name or path (of an adapter, too: it goes on training), a transformers model or a PEFT model. Not with
+            `model_init`.
         ref_model: an explicit reference, as a model of any dtype, or as a name or path, which is loaded as the policy
             is; by default see `PreferenceConfig.reference`.
         args: the configuration.
         data_collator: from prepared rows to a `PreferenceBatch`.
         train_dataset, eval_dataset: preference data, raw or prepared; `eval_dataset` may be several by name.
         processing_class: the tokenizer; by default the one beside the model's weights.
-        peft_config: puts a new adapter on the model.
+        peft_config: puts a new adapter on a model that has none.
         quantization_config: used when the model is loaded by name.
         Everything else is `Trainer`'s: `model_init`, `compute_metrics`, `callbacks`, `optimizers`, ….
             `compute_metrics` gets the implicit rewards `[rows, 2]` as predictions and (1, 0) per row as labels; a loss
@@ -91,19 +93,23 @@ class PreferenceTrainer(SteppingTrainer):
         self.criterion = args.build_objective()
         self._has_seen_data = False
         self._given_reference, self._peft_config = ref_model, peft_config
+        self._trains = train_dataset is not None
         self._moving = MovingReference(self) if args.sync_ref_model else None
         if self._moving and ref_model is not None:
             raise ValueError("sync_ref_model=True moves a frozen copy of what trains, not a ref_model: leave it out")
         if isinstance(ref_model, str) and self.criterion.needs_reference_model:
             self._given_reference = load_model(ref_model, args.model_init_kwargs, quantization_config)
-        if isinstance(model, str):
-            model = load_model(model, args.model_init_kwargs, quantization_config)
+        name = model if isinstance(model, str) else None
+        if name is not None:
+            model = load_model(name, args.model_init_kwargs, quantization_config)
         if model is not None:
-            model = self._adopt(model)
+            model = self._adopt(with_adapter(model, peft_config))
+            refuse_stale_optimizer(model, trainer_arguments.get("optimizers", (None,))[0])
         elif trainer_arguments.get("model_init") is None:
             raise ValueError("PreferenceTrainer wants a model, or a model_init that makes one")
         if processing_class is None:
-            processing_class = load_tokenizer(model or trainer_arguments["model_init"](), args.model_init_kwargs)
+            self.model_init = trainer_arguments.get("model_init")
+            processing_class = load_tokenizer(model or super().call_model_init(), args.model_init_kwargs, name)
         self.tokenizer = getattr(processing_class, "tokenizer", processing_class)
         self._train_metrics, self._evaluation = RunningMeans(), EvaluationRecord()
         padded = PaddedCollator(_pad_token_id(self.tokenizer), args.pad_to_multiple_of)
@@ -141,9 +147,10 @@ class PreferenceTrainer(SteppingTrainer):
     # -- the model and the data -----------------------------------------------------------------------------------
 
     def _adopt(self, model: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftModel:
-        """Make a given model the policy: adapter, dropout, reference, scoring."""
+        """Make a given model the policy: dropout, reference, scoring."""
         self.layout: str | None = None
-        model = with_adapter(model, self._peft_config)
+        if self._trains:
+            refuse_frozen(model)
         if self.args.disable_dropout:
             disable_dropout(model)
         needed = self.criterion.needs_reference_model
@@ -197,7 +204,7 @@ class PreferenceTrainer(SteppingTrainer):
         self.criterion.reset_state()
         if self._cache_filler:
             self._cache_filler.forget()
-        return self._adopt(super().call_model_init(trial))
+        return self._adopt(with_adapter(super().call_model_init(trial), self._peft_config))
 
     # -- the step -------------------------------------------------------------------------------------------------
 
