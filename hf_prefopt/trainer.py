@@ -14,6 +14,7 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_prefopt.arguments import check_arguments
 from hf_prefopt.config import PreferenceConfig
 from hf_prefopt.data.batch import PreferenceBatch, ResponseScores
 from hf_prefopt.data.collate import PaddedCollator
@@ -31,18 +32,19 @@ from hf_prefopt.reference.choose import choose_reference
 from hf_prefopt.reference.moving import MovingReference
 from hf_prefopt.reference.remembered import RememberedScores
 from hf_prefopt.reporting.card import model_card
+from hf_prefopt.reporting.losses import SayLosses
 from hf_prefopt.reporting.metrics import EvaluationRecord, RunningMeans, example_metrics
 from hf_prefopt.reporting.run_facts import card_facts
 from hf_prefopt.scoring.forward import VOCABULARY_KL, base_causal_lm, install_scoring, score
 from hf_prefopt.scoring.layout import Reason, reason_against_shared
 from hf_prefopt.trained import refuse_frozen, refuse_stale_optimizer
 from hf_prefopt.training.preparing import Data, DataOrSplits
-from hf_prefopt.training.stepping import SteppingTrainer
+from hf_prefopt.training.trials import TryingTrainer, settings_of
 
 logger = logging.getLogger(__name__)
 
 
-class PreferenceTrainer(SteppingTrainer):
+class PreferenceTrainer(TryingTrainer):
     """Aligns a causal language model with preference data, offline.
 
     Example:
@@ -90,13 +92,12 @@ class PreferenceTrainer(SteppingTrainer):
         **trainer_arguments: Any,
     ):
         self.args = args = args or PreferenceConfig(output_dir="trainer_output")
-        self.criterion = args.build_objective()
-        self._has_seen_data = False
+        check_arguments(args, model, ref_model, data_collator, trainer_arguments)
+        self.criterion, self._configured = args.build_objective(), settings_of(args)
+        self._has_seen_data = self.is_in_train = False
         self._given_reference, self._peft_config = ref_model, peft_config
         self._trains = train_dataset is not None
         self._moving = MovingReference(self) if args.sync_ref_model else None
-        if self._moving and ref_model is not None:
-            raise ValueError("sync_ref_model=True moves a frozen copy of what trains, not a ref_model: leave it out")
         if isinstance(ref_model, str) and self.criterion.needs_reference_model:
             self._given_reference = load_model(ref_model, args.model_init_kwargs, quantization_config)
         name = model if isinstance(model, str) else None
@@ -105,8 +106,6 @@ class PreferenceTrainer(SteppingTrainer):
         if model is not None:
             model = self._adopt(with_adapter(model, peft_config))
             refuse_stale_optimizer(model, trainer_arguments.get("optimizers", (None,))[0])
-        elif trainer_arguments.get("model_init") is None:
-            raise ValueError("PreferenceTrainer wants a model, or a model_init that makes one")
         if processing_class is None:
             self.model_init = trainer_arguments.get("model_init")
             processing_class = load_tokenizer(model or super().call_model_init(), args.model_init_kwargs, name)
@@ -115,8 +114,6 @@ class PreferenceTrainer(SteppingTrainer):
         padded = PaddedCollator(_pad_token_id(self.tokenizer), args.pad_to_multiple_of)
         layouts = {"padded": padded, "shared": SharedCollator()}
         self._cache_filler = FillCache(self) if args.precompute_ref_log_probs else None
-        if self._cache_filler and data_collator is not None:
-            raise ValueError("precompute_ref_log_probs=True finds responses by keys that a data_collator does not give")
         if self._cache_filler:
             layouts = {name: KeyedCollator(collator) for name, collator in layouts.items()}
         self._layouts = MicroBatchCollator(layouts, max_tokens=args.max_tokens_per_batch)
@@ -130,9 +127,7 @@ class PreferenceTrainer(SteppingTrainer):
             processing_class=processing_class,
             **trainer_arguments,
         )
-        if self.criterion.needs_mismatched:
-            self.add_callback(EpochOfMismatches())
-        for callback in filter(None, (self._cache_filler, self._moving)):
+        for callback in filter(None, (EpochOfMismatches(), SayLosses(self), self._cache_filler, self._moving)):
             self.add_callback(callback)
         # compute_loss divides by the examples of the whole step itself.
         self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = True
@@ -176,6 +171,7 @@ class PreferenceTrainer(SteppingTrainer):
         """
         if self.layout is not None:
             return
+        self._layouts.max_tokens = self.args.max_tokens_per_batch
         if self.reference:
             self.reference.place(self.accelerator)
         if self.data_collator is not self._layouts:
@@ -200,11 +196,11 @@ class PreferenceTrainer(SteppingTrainer):
         return None
 
     def call_model_init(self, trial: Any = None) -> PreTrainedModel | PeftModel:
-        """A fresh policy from `model_init`, with a fresh reference; the losses forget what they have seen."""
-        self.criterion.reset_state()
+        """A fresh policy from `model_init`, with a fresh reference; in training, once the settings are known for it."""
         if self._cache_filler:
             self._cache_filler.forget()
-        return self._adopt(with_adapter(super().call_model_init(trial), self._peft_config))
+        model = with_adapter(super().call_model_init(trial), self._peft_config)
+        return model if self.is_in_train else self._adopt(model)
 
     # -- the step -------------------------------------------------------------------------------------------------
 
