@@ -45,7 +45,7 @@ class PreferenceConfig(TrainingArguments):
     Modifiers, which change what any loss is given that has a meaning with them:
         f_divergence_type: "reverse_kl", "forward_kl", "js_divergence" or "alpha_divergence" (its α is
             `f_alpha_divergence_coef`): f-DPO's reward f′(π/π_ref) in place of the log-ratio.
-        ld_alpha: LD-DPO; tokens past the length of a pair's shorter response weigh this, in [0, 1]; `None` for off.
+        ld_alpha: LD-DPO; tokens past the length of a pair's shorter response weigh this, in [0, 1]; `None` or 1: off.
             ld_policy_only: of the policy's log-probs alone.
         humanline: clamps each token's log-ratio to [humanline_log_eps_p, humanline_log_eps_r]. Its authors copy the
             policy into the reference every few steps, too: sync_ref_model with ref_model_mixup_alpha=1.0.
@@ -175,8 +175,6 @@ class PreferenceConfig(TrainingArguments):
     )
 
     def __post_init__(self):
-        if isinstance(self.loss_type, str):
-            self.loss_type = [self.loss_type]
         # TrainingArguments refuses bf16 on a CPU that it was not told of, even where there is nothing else.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         if self.bf16 is None:
@@ -184,6 +182,16 @@ class PreferenceConfig(TrainingArguments):
         super().__post_init__()
         if self.use_liger_kernel:
             self.liger_kernel_config = without_fused_head(self.liger_kernel_config or {})
+        self.check()
+
+    def check(self) -> None:
+        """Refuse what has no meaning; whoever changes settings calls it again.
+
+        Raises:
+            ValueError: as at construction.
+        """
+        if isinstance(self.loss_type, str):
+            self.loss_type = [self.loss_type]
         if self.reference == "cache":
             self.reference, self.precompute_ref_log_probs = "auto", True
         self._check_values()
@@ -227,9 +235,9 @@ class PreferenceConfig(TrainingArguments):
             steps.append(Humanline(self.humanline_log_eps_p, self.humanline_log_eps_r))
         if self.use_token_weights:
             steps.append(ColumnWeights())
-        if self.ld_alpha is not None:
+        if self.ld_alpha not in (None, 1):
             steps.append(LengthDesensitised(self.ld_alpha, self.ld_policy_only))
-        elif self.ld_policy_only:
+        elif self.ld_policy_only and self.ld_alpha is None:
             raise ValueError(
                 "ld_policy_only=True says how ld_alpha weighs, and that is not set: give ld_alpha in [0, 1]"
             )
@@ -293,6 +301,11 @@ class PreferenceConfig(TrainingArguments):
         if self.pad_to_multiple_of is not None and self.pad_to_multiple_of < 1:
             raise ValueError(
                 f"pad_to_multiple_of={self.pad_to_multiple_of} must be at least 1, or None for no rounding"
+            )
+        if self.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor={self.label_smoothing_factor} is of the Trainer's cross-entropy, which is not "
+                "computed here: set label_smoothing, which losses of preferences take"
             )
         if self.parallelism_config and (self.parallelism_config.sp_enabled or self.parallelism_config.cp_enabled):
             raise ValueError(

@@ -3,30 +3,76 @@
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.adaption_prompt import AdaptionPromptModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file, find_adapter_config_file
+
+_OF_THE_HUB = ("revision", "token", "cache_dir", "subfolder", "local_files_only")
 
 
-def load_model(name: str, init_kwargs: dict[str, Any] | None, quantization_config: Any = None) -> PreTrainedModel:
-    """A causal language model by name or path, in fp32 unless `init_kwargs` has a `dtype` (bf16 comes by autocast)."""
+def load_model(
+    name: str, init_kwargs: dict[str, Any] | None, quantization_config: Any = None
+) -> PreTrainedModel | PeftModel:
+    """A causal language model by name or path, in fp32 unless `init_kwargs` has a `dtype` (bf16 comes by autocast).
+
+    An adapter is loaded on the base model that its configuration names, and is trainable.
+
+    Raises:
+        ValueError: an adapter's configuration names no base model, or it is a soft prompt.
+    """
     kwargs = {"dtype": torch.float32, **(init_kwargs or {})}
     if quantization_config is not None:
         kwargs["quantization_config"] = quantization_config
-    return AutoModelForCausalLM.from_pretrained(name, **kwargs)
+    if not is_adapter(name, init_kwargs):
+        return AutoModelForCausalLM.from_pretrained(name, **kwargs)
+    config = PeftConfig.from_pretrained(name, **_hub_arguments(init_kwargs))
+    if not config.base_model_name_or_path:
+        raise ValueError(
+            f"the adapter {name} does not say which model it belongs to (base_model_name_or_path in adapter_config.json"
+            " is empty): pass PeftModel.from_pretrained(base_model, adapter, is_trainable=True) as the model"
+        )
+    if config.is_prompt_learning:
+        raise ValueError(
+            f"the adapter {name} is a soft prompt ({config.peft_type.value}), which PEFT loads frozen: pass "
+            "PeftModel.from_pretrained(base_model, adapter) as the model, after model.prompt_encoder.requires_grad_()"
+        )
+    return AutoPeftModelForCausalLM.from_pretrained(name, is_trainable=True, **kwargs)
 
 
-def load_tokenizer(model: nn.Module, init_kwargs: dict[str, Any] | None) -> PreTrainedTokenizerBase:
-    """The tokenizer that stands beside the model's weights.
+def is_adapter(name: str, init_kwargs: dict[str, Any] | None = None) -> bool:
+    """Whether a folder or Hub repository holds an adapter and not a model."""
+    return find_adapter_config_file(name, **_hub_arguments(init_kwargs)) is not None
+
+
+def _hub_arguments(init_kwargs: dict[str, Any] | None) -> dict[str, Any]:
+    return {key: value for key, value in (init_kwargs or {}).items() if key in _OF_THE_HUB}
+
+
+def load_tokenizer(
+    model: nn.Module, init_kwargs: dict[str, Any] | None, name: str | None = None
+) -> PreTrainedTokenizerBase:
+    """The tokenizer that stands beside the model's weights; of an adapter, its own where it has one, or the base's.
+
+    Args:
+        name: what the model was loaded by.
 
     Raises:
         ValueError: the model came from no folder or Hub name.
     """
-    name = getattr(model.config, "_name_or_path", "")
-    if not name:
-        raise ValueError("the model has no name to load its tokenizer from: pass processing_class=tokenizer")
     kwargs = {key: value for key, value in (init_kwargs or {}).items() if key in ("revision", "trust_remote_code")}
-    return AutoTokenizer.from_pretrained(name, **kwargs)
+    base = getattr(model.config, "_name_or_path", "")
+    if name and is_adapter(name, init_kwargs):
+        where = {**_hub_arguments(init_kwargs), "_raise_exceptions_for_missing_entries": False}
+        has_tokenizer = cached_file(name, "tokenizer_config.json", **where) is not None
+        # A revision is the adapter's.
+        return AutoTokenizer.from_pretrained(name, **kwargs) if has_tokenizer else AutoTokenizer.from_pretrained(base)
+    if not base:
+        raise ValueError("the model has no name to load its tokenizer from: pass processing_class=tokenizer")
+    return AutoTokenizer.from_pretrained(base, **kwargs)
 
 
 def with_adapter(model: PreTrainedModel, peft_config: PeftConfig | None) -> PreTrainedModel | PeftModel:
@@ -36,13 +82,29 @@ def with_adapter(model: PreTrainedModel, peft_config: PeftConfig | None) -> PreT
         ValueError: the model has an adapter already.
     """
     if peft_config is None:
-        return model
-    if isinstance(model, PeftModel):
+        return _called_late(model)
+    if isinstance(model, PeftModel) or any(map(_has_adapters, model.modules())):
         raise ValueError(
             "the model has an adapter and peft_config asks for another: drop peft_config to go on with the one it has, "
-            "or merge it first (model.merge_and_unload())"
+            "or merge it first (PeftModel.merge_and_unload(), also of an adapter folder: "
+            "AutoPeftModelForCausalLM.from_pretrained(folder).merge_and_unload())"
         )
-    return get_peft_model(model, peft_config)
+    return _called_late(get_peft_model(model, peft_config))
+
+
+def _has_adapters(module: nn.Module) -> bool:
+    """Whether an adapter has been put on a module, by PEFT or by transformers (`load_adapter`, `add_adapter`)."""
+    if isinstance(module, ModulesToSaveWrapper):
+        return bool(module.modules_to_save)
+    return isinstance(module, BaseTunerLayer) and bool(module._get_available_adapters())
+
+
+def _called_late(model: nn.Module) -> nn.Module:
+    """The model, called through whatever forward it has at that time: adaption prompts keep the one they found."""
+    tuner = getattr(model, "base_model", None)
+    if isinstance(tuner, AdaptionPromptModel):
+        tuner.forward = tuner.model.__call__
+    return model
 
 
 def disable_dropout(model: nn.Module) -> None:

@@ -15,6 +15,7 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_prefopt.arguments import check_arguments
 from hf_prefopt.config import PreferenceConfig
 from hf_prefopt.data.batch import PreferenceBatch, ResponseScores
 from hf_prefopt.data.collate import PaddedCollator
@@ -34,20 +35,22 @@ from hf_prefopt.reference.moving import MovingReference
 from hf_prefopt.reference.remembered import RememberedScores
 from hf_prefopt.reporting.card import model_card
 from hf_prefopt.reporting.finite import FiniteRun, Seen
+from hf_prefopt.reporting.losses import SayLosses
 from hf_prefopt.reporting.metrics import EvaluationRecord, RunningMeans, example_metrics
 from hf_prefopt.reporting.run_facts import card_facts
 from hf_prefopt.scoring.agreement import check_scores
 from hf_prefopt.scoring.forward import VOCABULARY_KL, install_scoring, score
 from hf_prefopt.scoring.layout import settled_layout
+from hf_prefopt.trained import refuse_frozen, refuse_stale_optimizer
 from hf_prefopt.training.agreement import RanksAgree
-from hf_prefopt.training.given import check_arguments
+from hf_prefopt.training.given import check_types
 from hf_prefopt.training.preparing import Data, DataOrSplits
-from hf_prefopt.training.stepping import SteppingTrainer
+from hf_prefopt.training.trials import TryingTrainer, settings_of
 
 logger = logging.getLogger(__name__)
 
 
-class PreferenceTrainer(SteppingTrainer):
+class PreferenceTrainer(TryingTrainer):
     """Aligns a causal language model with preference data, offline.
 
     Example:
@@ -62,14 +65,15 @@ class PreferenceTrainer(SteppingTrainer):
         ```
 
     Args:
-        model: a name or path, a transformers model or a PEFT model. Not with `model_init`.
+        model: a name or path (of an adapter, too: it goes on training), a transformers model or a PEFT model. Not with
+            `model_init`.
         ref_model: an explicit reference, as a model of any dtype, or as a name or path, which is loaded as the policy
             is; by default see `PreferenceConfig.reference`.
         args: the configuration.
         data_collator: from prepared rows to a `PreferenceBatch`.
         train_dataset, eval_dataset: preference data, raw or prepared; `eval_dataset` may be several by name.
         processing_class: the tokenizer; by default the one beside the model's weights.
-        peft_config: puts a new adapter on the model.
+        peft_config: puts a new adapter on a model that has none.
         quantization_config: used when the model is loaded by name.
         Everything else is `Trainer`'s: `model_init`, `compute_metrics`, `callbacks`, `optimizers`, ….
             `compute_metrics` gets the implicit rewards `[rows, 2]` as predictions and (1, 0) per row as labels; a loss
@@ -93,31 +97,30 @@ class PreferenceTrainer(SteppingTrainer):
         quantization_config: Any = None,
         **trainer_arguments: Any,
     ):
-        check_arguments(args, ref_model)
+        check_types(args, ref_model)
         self.args = args = args or PreferenceConfig(output_dir="trainer_output")
-        self.criterion = args.build_objective()
-        self._has_seen_data = False
+        check_arguments(args, model, ref_model, data_collator, trainer_arguments)
+        self.criterion, self._configured = args.build_objective(), settings_of(args)
+        self._has_seen_data = self.is_in_train = False
         self._given_reference, self._peft_config = ref_model, peft_config
+        self._trains = train_dataset is not None
         self._moving = MovingReference(self) if args.sync_ref_model else None
-        if self._moving and ref_model is not None:
-            raise ValueError("sync_ref_model=True moves a frozen copy of what trains, not a ref_model: leave it out")
         if isinstance(ref_model, str) and self.criterion.needs_reference_model:
             self._given_reference = load_model(ref_model, args.model_init_kwargs, quantization_config)
-        if isinstance(model, str):
-            model = load_model(model, args.model_init_kwargs, quantization_config)
+        name = model if isinstance(model, str) else None
+        if name is not None:
+            model = load_model(name, args.model_init_kwargs, quantization_config)
         if model is not None:
-            model = self._adopt(model)
-        elif trainer_arguments.get("model_init") is None:
-            raise ValueError("PreferenceTrainer wants a model, or a model_init that makes one")
+            model = self._adopt(with_adapter(model, peft_config))
+            refuse_stale_optimizer(model, trainer_arguments.get("optimizers", (None,))[0])
         if processing_class is None:
-            processing_class = load_tokenizer(model or trainer_arguments["model_init"](), args.model_init_kwargs)
+            self.model_init = trainer_arguments.get("model_init")
+            processing_class = load_tokenizer(model or super().call_model_init(), args.model_init_kwargs, name)
         self.tokenizer = getattr(processing_class, "tokenizer", processing_class)
         self._train_metrics, self._evaluation, self._finite = RunningMeans(), EvaluationRecord(), FiniteRun()
         padded = PaddedCollator(_pad_token_id(self.tokenizer), args.pad_to_multiple_of)
         layouts = {"padded": padded, "shared": SharedCollator()}
         self._cache_filler = FillCache(self) if args.precompute_ref_log_probs else None
-        if self._cache_filler and data_collator is not None:
-            raise ValueError("precompute_ref_log_probs=True finds responses by keys that a data_collator does not give")
         if self._cache_filler:
             layouts = {name: KeyedCollator(collator) for name, collator in layouts.items()}
         self._layouts = MicroBatchCollator(layouts, max_tokens=args.max_tokens_per_batch)
@@ -131,9 +134,8 @@ class PreferenceTrainer(SteppingTrainer):
             processing_class=processing_class,
             **trainer_arguments,
         )
-        if self.criterion.needs_mismatched:
-            self.add_callback(EpochOfMismatches())
-        for callback in filter(None, (self._cache_filler, self._moving, RanksAgree(self))):
+        callbacks = (EpochOfMismatches(), SayLosses(self), self._cache_filler, self._moving, RanksAgree(self))
+        for callback in filter(None, callbacks):
             self.add_callback(callback)
         # compute_loss divides by the examples of the whole step itself.
         self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = True
@@ -148,9 +150,10 @@ class PreferenceTrainer(SteppingTrainer):
     # -- the model and the data -----------------------------------------------------------------------------------
 
     def _adopt(self, model: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftModel:
-        """Make a given model the policy: adapter, dropout, reference, scoring."""
+        """Make a given model the policy: dropout, reference, scoring."""
         self.layout: str | None = None
-        model = with_adapter(model, self._peft_config)
+        if self._trains:
+            refuse_frozen(model)
         if self.args.disable_dropout:
             disable_dropout(model)
         needed = self.criterion.needs_reference_model
@@ -176,6 +179,7 @@ class PreferenceTrainer(SteppingTrainer):
         """
         if self.layout is not None:
             return
+        self._layouts.max_tokens = self.args.max_tokens_per_batch
         if self.reference:
             self.reference.place(self.accelerator)
         models = list(dict.fromkeys((self.model, self.reference.model if self.reference else self.model)))
@@ -188,11 +192,11 @@ class PreferenceTrainer(SteppingTrainer):
         self.layout = self._layouts.layout if self.data_collator is self._layouts else "the data_collator's"
 
     def call_model_init(self, trial: Any = None) -> PreTrainedModel | PeftModel:
-        """A fresh policy from `model_init`, with a fresh reference; the losses forget what they have seen."""
-        self.criterion.reset_state()
+        """A fresh policy from `model_init`, with a fresh reference; in training, once the settings are known for it."""
         if self._cache_filler:
             self._cache_filler.forget()
-        return self._adopt(super().call_model_init(trial))
+        model = with_adapter(super().call_model_init(trial), self._peft_config)
+        return model if self.is_in_train else self._adopt(model)
 
     # -- the step -------------------------------------------------------------------------------------------------
 

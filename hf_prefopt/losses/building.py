@@ -146,16 +146,29 @@ def _distribute(specs: list[LossSpec], loss_params: dict, shared_params: dict) -
     _refuse_unknown(shared_params, specs)
     return {
         spec.name: {name: value for name, value in shared_params.items() if name in spec.defaults}
-        | own.get(spec.name, {})
+        | {name: value for name, value in own.get(spec.name, {}).items() if name in spec.defaults}
         for spec in specs
     }
 
 
+# Values at which a hyperparameter does nothing, so that a loss that has none is the same.
+_OFF = {
+    "label_smoothing": 0.0,
+    "gamma": 0.0,
+    "cpo_alpha": 0.0,
+    "tpo_alpha": 0.0,
+    "desirable_weight": 1.0,
+    "undesirable_weight": 1.0,
+}
+
+
 def _refuse_unknown(params: dict[str, Any], specs: list[LossSpec]) -> None:
-    unknown = [name for name in params if not any(name in spec.defaults for spec in specs)]
+    asked = [name for name, value in params.items() if name not in _OFF or value != _OFF[name]]
+    unknown = [name for name in asked if not any(name in spec.defaults for spec in specs)]
     if unknown:
         valid = "; ".join(
             f"{spec.name} takes " + (", ".join(f"{k}={v!r}" for k, v in spec.defaults.items()) or "no hyperparameters")
             for spec in specs
         )
-        raise ValueError(f"{', '.join(f'{name}={params[name]!r}' for name in unknown)} is used by no loss: {valid}")
+        given = ", ".join(f"{name}={params[name]!r}" for name in unknown)
+        raise ValueError(f"{given} is used by no loss: {valid}; leave it out")

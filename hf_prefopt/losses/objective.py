@@ -44,6 +44,11 @@ class Term:
         return functools.reduce(lambda names, modifier: modifier.reads(names), reversed(self.modifiers), self.names)
 
     @property
+    def hyperparameters(self) -> dict[str, Any]:
+        """Every hyperparameter of the loss, with its default where nothing else was asked for."""
+        return {**self.spec.defaults, **self.params}
+
+    @property
     def initial_state(self) -> Mapping[str, float]:
         """What the loss keeps before the first batch."""
         return {} if self.spec.state is None else self.spec.state.initial

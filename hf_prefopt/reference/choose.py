@@ -1,11 +1,13 @@
 """Which reference a run has: what the configuration says, and what "auto" means for the model at hand."""
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, PeftType
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
-from torch import nn
+from peft.utils.integrations import dequantize_module_weight
+from torch import Tensor, nn
 
 from hf_prefopt.reference.live import (
     LiveReference,
@@ -54,10 +56,12 @@ def is_fresh_adapter(model: PeftModel) -> bool:
     """Whether the active adapter leaves the model's output as it is, as a newly made LoRA adapter does, and is all that
     trains, so that switching it off will always give the model as it is now.
 
-    True for LoRA layers (DoRA and rsLoRA among them) whose B·A is zero, with any fully trained modules equal to the
-    originals. Anything that cannot be told so, such as PiSSA's or another method's weights, counts as trained: a frozen
-    copy is then the reference, which is right in either case.
+    True for LoRA (DoRA and rsLoRA among it) whose B·A is zero, with any fully trained modules equal to the originals.
+    Anything that cannot be told so, such as PiSSA's weights, soft prompts or another method's, counts as trained: a
+    frozen copy is then the reference, which is right in either case.
     """
+    if any(model.peft_config[name].peft_type != PeftType.LORA for name in model.active_adapters):
+        return False
     if any(is_in_parts(parameter) for parameter in model.parameters() if parameter.requires_grad):
         return False  # no rank sees enough of it to tell
     neutral = all(_is_neutral(module, model.active_adapters) for module in model.modules())
@@ -73,22 +77,29 @@ def trained_beneath(model: PeftModel) -> list[str]:
 
 def _is_neutral(module: nn.Module, adapters: list[str]) -> bool:
     if isinstance(module, LoraLayer):
-        # A linear layer's adapter starts with B at zero, an embedding's with A.
-        start_at_zero = [*module.lora_B.items(), *module.lora_embedding_A.items()]
-        found = [weight for name, weight in start_at_zero if name in adapters]
-        tensors = [t for weight in found for t in (weight.parameters() if isinstance(weight, nn.Module) else (weight,))]
-        return not any(torch.any(tensor) for tensor in tensors)
+        return not any(map(torch.any, _start_at_zero(module, adapters))) and all(
+            _keeps_magnitudes(module, name) for name in adapters if name in module.lora_variant
+        )
     if isinstance(module, ModulesToSaveWrapper):
         original = module.original_module.state_dict()
         copies = [module.modules_to_save[name].state_dict() for name in adapters if name in module.modules_to_save]
         return all(torch.equal(original[key], copy[key]) for copy in copies for key in original)
-    return not any(getattr(module, "active_adapters", None) or ()) if _is_other_tuner(module) else True
+    return not (isinstance(module, BaseTunerLayer) and any(module.active_adapters))
 
 
-def _is_other_tuner(module: nn.Module) -> bool:
-    from peft.tuners.tuners_utils import BaseTunerLayer
+def _start_at_zero(layer: LoraLayer, adapters: list[str]) -> list[Tensor]:
+    """What is zero in a new adapter: B of a linear layer, A of an embedding."""
+    found = [w for name, w in (*layer.lora_B.items(), *layer.lora_embedding_A.items()) if name in adapters]
+    return [t for weight in found for t in (weight.parameters() if isinstance(weight, nn.Module) else (weight,))]
 
-    return isinstance(module, BaseTunerLayer) and not isinstance(module, LoraLayer)
+
+def _keeps_magnitudes(layer: LoraLayer, adapter: str) -> bool:
+    """Whether a variant of LoRA is DoRA whose magnitudes are the norms of the base's weights; others cannot be told."""
+    if adapter not in layer.lora_magnitude_vector:
+        return False
+    dora = layer.lora_magnitude_vector[adapter]
+    norms = dora.get_weight_norm(dequantize_module_weight(layer.get_base_layer()), 0.0, 0.0)
+    return torch.equal(norms.to(dora.weight), dora.weight)
 
 
 def _refuse_contradictions(setting: str, model: nn.Module, ref_model: nn.Module | None, needed: bool) -> None:
@@ -101,12 +112,20 @@ def _refuse_contradictions(setting: str, model: nn.Module, ref_model: nn.Module 
         raise ValueError(f"ref_model is given and reference={setting!r}: drop one of them")
     if setting == "model" and ref_model is None:
         raise ValueError("reference='model' wants the model: pass ref_model to the trainer")
-    if ref_model is not None and ref_model is model:
-        raise ValueError("ref_model is the policy itself, so it would train along: leave it out for a frozen copy")
+    if ref_model is not None and (shared := _trained_in_both(model, ref_model)):
+        raise ValueError(
+            f"ref_model is the policy itself, or shares {len(shared)} parameters with it that train ({shared[0]}, …), "
+            "so it would train along: leave it out for a frozen copy"
+        )
     if setting.startswith("adapter") and not isinstance(model, PeftModel):
         raise ValueError(f"reference={setting!r} wants a PEFT model, and the policy is {type(model).__name__}")
     if setting.startswith("adapter"):
         _refuse_what_trains_along(setting, model)
+
+
+def _trained_in_both(model: nn.Module, ref_model: nn.Module) -> list[str]:
+    others = {id(parameter) for parameter in ref_model.parameters()}
+    return [name for name, p in model.named_parameters() if p.requires_grad and id(p) in others]
 
 
 def _refuse_what_trains_along(setting: str, model: PeftModel) -> None:

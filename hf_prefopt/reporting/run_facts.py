@@ -76,7 +76,7 @@ def _evaluation_at(step: float, log_history: Iterable[Mapping[str, float]]) -> d
 
 def _loss_facts(term: Any) -> LossFacts:
     spec = term.spec
-    return LossFacts(spec.name, spec.description, spec.paper, term.weight, {**spec.defaults, **term.params})
+    return LossFacts(spec.name, spec.description, spec.paper, term.weight, term.hyperparameters)
 
 
 def _row_counts(trainer: "PreferenceTrainer") -> dict[str, str]:

@@ -21,7 +21,7 @@ _WAYS: tuple[tuple[Any, str], ...] = (
 )
 
 
-def check_arguments(args: Any, ref_model: Any) -> None:
+def check_types(args: Any, ref_model: Any) -> None:
     """Raise `ValueError` where the configuration is another library's, or stands in the place of the reference."""
     if isinstance(ref_model, TrainingArguments):
         raise ValueError(f"ref_model is a {type(ref_model).__name__}, by its place: pass it by name, args=...")

@@ -78,6 +78,14 @@ class PreparingTrainer(ResumingTrainer):
             raise ValueError(f"{name} does not fit {losses}: {reason}")
         return check_examples(dataset, self.criterion, name)
 
+    def _fit_objective(self) -> None:
+        """The objective of the settings as they are now, for the data at hand, which must suit it as at the start."""
+        self.criterion, self._has_seen_data = self.args.build_objective(), False
+        evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
+        for name, dataset in {"train": self.train_dataset, **evaluated}.items():
+            if dataset is not None:
+                self._fitting(dataset, name)
+
     def get_eval_dataloader(self, eval_dataset: str | Data | None = None):
         """As the Trainer's; a raw data set is prepared first."""
         named = eval_dataset is None or isinstance(eval_dataset, str)

@@ -135,7 +135,7 @@ def test_a_named_adapter_is_the_model_with_it_merged(layout, cached, tmp_path):
     trainer = make_trainer(tmp_path, model, **settings, reference_cache_dir=str(tmp_path / "cache"))
     trainer._settle_layout()
     batch = first_batch(trainer)
-    merged = PeftModel.from_pretrained(tiny_model(), tmp_path / "adapter").merge_and_unload()
+    merged = PeftModel.from_pretrained(tiny_model(), tmp_path / "adapter").merge_and_unload().requires_grad_()
     other = make_trainer(tmp_path, merged, loss_type="sft", layout=layout)
     other._settle_layout()
     with torch.no_grad():

@@ -1,0 +1,129 @@
+"""Every setting is used, off or refused: values that mean "off" go with any loss, others never go unread."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from datasets import Dataset
+from transformers import TrainingArguments
+
+from hf_prefopt import PreferenceConfig, PreferenceTrainer
+from hf_prefopt.losses import get_loss, list_losses
+from tests.tiny_models import tiny_model
+from tests.tokenizers import tiny_tokenizer
+from tests.training import examples, logged, make_config, make_trainer
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+OFF = {
+    "label_smoothing": 0.0,
+    "ld_alpha": None,
+    "sft_weight": 0.0,
+    "use_weighting": False,
+    "reference_free": False,
+    "humanline": False,
+    "use_token_weights": False,
+    "sync_ref_model": False,
+    "precompute_ref_log_probs": False,
+    "f_divergence_type": "reverse_kl",
+    "temperature": 1.0,
+    "loss_params": {},
+    "label_smoothing_factor": 0.0,
+}
+
+
+@pytest.mark.parametrize("name", list_losses())
+def test_what_is_off_goes_with_every_loss(name):
+    """Each by itself and all together, also `ld_alpha=1`, and other losses' hyperparameters where they do nothing.
+
+    EXO's ε is a probability that its target needs above 0, so it has no off value.
+    """
+    off = {key: value for key, value in OFF.items() if (name, key) != ("exo_pair", "label_smoothing")}
+    plain = PreferenceConfig("unused", loss_type=name).build_objective().terms[0].params
+    foreign = {key: value for key, value in OFF_PARAMETERS.items() if key not in get_loss(name).defaults}
+    tried = [{key: value} for key, value in off.items()] + [off, {"ld_alpha": 1.0}, {"loss_params": foreign}]
+    for settings in tried:
+        (term,) = PreferenceConfig("unused", loss_type=name, **settings).build_objective().terms
+        takes = "label_smoothing" in settings and "label_smoothing" in get_loss(name).defaults
+        assert term.params == ({**plain, "label_smoothing": 0.0} if takes else plain)
+        assert not term.modifiers and not term.reference_free
+
+
+OFF_PARAMETERS = {
+    "label_smoothing": 0.0,
+    "gamma": 0.0,
+    "cpo_alpha": 0.0,
+    "tpo_alpha": 0,
+    "desirable_weight": 1.0,
+    "undesirable_weight": 1.0,
+}
+
+
+@pytest.mark.parametrize("name", list_losses())
+@pytest.mark.parametrize("parameter", ["label_smoothing", "beta"])
+def test_what_a_loss_has_not_is_refused_by_name(name, parameter):
+    """With the loss, the value and what to do."""
+    if parameter in get_loss(name).defaults:
+        PreferenceConfig("unused", loss_type=name, **{parameter: 0.1})
+        return
+    message = rf"{parameter}=0\.1 is used by no loss: {name} takes .*; leave it out"
+    with pytest.raises(ValueError, match=message):
+        PreferenceConfig("unused", loss_type=name, **{parameter: 0.1})
+    with pytest.raises(ValueError, match=message):
+        PreferenceConfig("unused", loss_type=name, loss_params={parameter: 0.1})
+
+
+def test_a_misspelt_off_value_is_no_off_value():
+    with pytest.raises(ValueError, match=r"label_smothing=0\.0 is used by no loss"):
+        PreferenceConfig("unused", loss_type="hinge", loss_params={"label_smothing": 0.0})
+
+
+@pytest.mark.parametrize("alpha", [1.0, 1])
+def test_ld_alpha_at_one_is_dpo(alpha, tmp_path):
+    """Its tokens weigh 1: the very numbers of the plain loss."""
+    losses = []
+    for settings in ({}, {"ld_alpha": alpha}, {"ld_alpha": alpha, "ld_policy_only": True}):
+        trainer = make_trainer(tmp_path, max_steps=2, learning_rate=1e-2, **settings)
+        trainer.train()
+        losses.append(logged(trainer, "loss"))
+    assert losses[0] == losses[1] == losses[2]
+    with pytest.raises(ValueError, match="ld_alpha=7"):
+        PreferenceConfig("unused", ld_alpha=7.0)
+
+
+@pytest.mark.parametrize("value", [0.3, 1e-3])
+def test_the_trainers_own_smoothing_is_refused(value):
+    with pytest.raises(ValueError, match=f"label_smoothing_factor={value} is of the Trainer's .* set label_smoothing"):
+        PreferenceConfig("unused", label_smoothing_factor=value)
+
+
+def test_a_loss_function_is_refused_with_the_way_to_give_one(tmp_path):
+    arguments = {"args": make_config(tmp_path), "processing_class": tiny_tokenizer()}
+    with pytest.raises(ValueError, match=r"compute_loss_func is never called: .*@register_loss .* loss_type"):
+        PreferenceTrainer(tiny_model(), compute_loss_func=lambda *_: 0.0, **arguments)
+    data = examples(arguments["args"].build_objective())
+    PreferenceTrainer(tiny_model(), compute_loss_func=None, train_dataset=Dataset.from_list(list(data)), **arguments)
+
+
+def test_arguments_of_another_trainer_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="args is a TrainingArguments: pass a PreferenceConfig"):
+        PreferenceTrainer(tiny_model(), args=TrainingArguments(str(tmp_path)), processing_class=tiny_tokenizer())
+
+
+@pytest.mark.parametrize("recipe", ["dpo_lora", "dpo_full", "qlora"])
+@pytest.mark.parametrize("name", list_losses())
+def test_another_loss_on_a_recipes_settings_has_its_own_hyperparameters(recipe, name):
+    """`--loss_type name` on the command line replaces that line of the file, and nothing else."""
+    of_the_file = yaml.safe_load((RECIPES / f"{recipe}.yaml").read_text())
+    loss = {key: of_the_file[key] for key in ("beta", "label_smoothing", "loss_params") if key in of_the_file}
+    (term,) = PreferenceConfig("unused", **{**loss, "loss_type": [name]}).build_objective().terms
+    assert term.hyperparameters == get_loss(name).defaults
+
+
+@pytest.mark.parametrize("name", list_losses())
+def test_a_losss_file_has_the_losss_own_hyperparameters(name):
+    of_the_file = yaml.safe_load((RECIPES / "configs" / f"{name}.yaml").read_text())
+    loss = {
+        key: of_the_file[key] for key in ("loss_type", "beta", "label_smoothing", "loss_params") if key in of_the_file
+    }
+    (term,) = PreferenceConfig("unused", **loss).build_objective().terms
+    assert term.spec is get_loss(name) and term.hyperparameters == get_loss(name).defaults
