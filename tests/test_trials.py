@@ -1,5 +1,7 @@
 """`hyperparameter_search` over our own settings: each trial is the run that has its values from the start."""
 
+import gc
+
 import pytest
 from datasets import Dataset
 
@@ -49,6 +51,14 @@ SEARCHES = {
     "max_tokens_per_batch": ([None, 20, None], {}),
     "learning_rate": ([1e-3, 1e-2], {}),
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_collections():
+    """The Trainer collects garbage three times a trial: half a second each, were all modules looked through."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def model():
