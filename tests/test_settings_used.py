@@ -105,7 +105,7 @@ def test_a_loss_function_is_refused_with_the_way_to_give_one(tmp_path):
 
 
 def test_arguments_of_another_trainer_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="args is a TrainingArguments: pass a PreferenceConfig"):
+    with pytest.raises(ValueError, match="args is a TrainingArguments: PreferenceTrainer takes a PreferenceConfig"):
         PreferenceTrainer(tiny_model(), args=TrainingArguments(str(tmp_path)), processing_class=tiny_tokenizer())
 
 

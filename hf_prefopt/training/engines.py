@@ -55,6 +55,8 @@ def release_from_evaluation(trainer: Any) -> None:
     """
     accelerator, model, prepared = trainer.accelerator, trainer.model, trainer.model_wrapped
     engine = accelerator.distributed_type
+    if prepared is None:  # a search, whose trials make their models later
+        return
     if engine == DistributedType.DEEPSPEED and prepared is not model and trainer.model_init is None:
         raise ValueError(
             "under DeepSpeed a trainer trains once, and evaluates or predicts only after that: set eval_on_start=True "
