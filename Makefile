@@ -42,7 +42,7 @@ lint: $(READY_TO_TEST)
 
 # What is made from the registry of losses: their page and their configurations.
 docs: $(READY_TO_TEST)
-	@$(VENV)/bin/python -m hf_prefopt.losses.page > docs/losses.md
+	@$(VENV)/bin/python -m hf_prefopt.reporting.loss_page > docs/losses.md
 	@$(VENV)/bin/python recipes/configs/write.py
 
 setup: $(READY_TO_TEST)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.work import synthetic
-from hf_prefopt.data.collate import PaddedCollator
+from hf_prefopt.data.padded import PaddedCollator
 from hf_prefopt.data.shared import SharedCollator
 from hf_prefopt.losses.dpo import dpo_loss
 from hf_prefopt.scoring import attention

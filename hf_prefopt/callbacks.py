@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 
-from hf_prefopt.data.gsm8k import exact_match, load_gsm8k_problems
+from hf_prefopt.evaluation.gsm8k import exact_match, load_gsm8k_problems
 
 Problem = Mapping[str, Any]
 

@@ -9,14 +9,13 @@ import torch
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
-from hf_prefopt.examples import UNPAIRED, ExampleKind
-from hf_prefopt.losses.building import build_objective
-from hf_prefopt.losses.divergences import DIVERGENCES, FDivergence
-from hf_prefopt.losses.modifiers import Modifier
-from hf_prefopt.losses.objective import Objective
-from hf_prefopt.losses.token_sums import ColumnWeights, Humanline, LengthDesensitised, TokenStep, TokenSums
-from hf_prefopt.policy import without_fused_head
-from hf_prefopt.training.engines import refuse_uneven_batches
+from hf_prefopt.config_checks import refuse_uneven_batches, without_fused_head
+from hf_prefopt.kinds import UNPAIRED, ExampleKind
+from hf_prefopt.objective.build import build_objective
+from hf_prefopt.objective.divergences import DIVERGENCES, FDivergence
+from hf_prefopt.objective.objective import Objective
+from hf_prefopt.objective.term import Modifier
+from hf_prefopt.objective.token_sums import ColumnWeights, Humanline, LengthDesensitised, TokenStep, TokenSums
 
 REFERENCES = ("auto", "adapter_off", "adapter:<name>", "model", "copy", "cache", "none")
 TRUNCATION_MODES = ("keep_start", "keep_end")
@@ -212,7 +211,7 @@ class PreferenceConfig(TrainingArguments):
             columns: what the data say of them besides, such as `weights`.
 
         Raises:
-            ValueError: see `losses.objective.build_objective`.
+            ValueError: see `objective.objective.build_objective`.
         """
         shared = {"beta": self.beta, "label_smoothing": self.label_smoothing}
         return build_objective(

@@ -115,17 +115,3 @@ def disable_dropout(model: nn.Module) -> None:
         rates = [name for name, value in vars(module).items() if "dropout" in name and isinstance(value, float)]
         for name in rates:
             setattr(module, name, 0.0)
-
-
-def without_fused_head(liger_kernel_config: dict[str, bool]) -> dict[str, bool]:
-    """Liger's kernels but the one that replaces the model's forward, in which log-probs are computed here.
-
-    Raises:
-        ValueError: it is asked for.
-    """
-    if liger_kernel_config.get("fused_linear_cross_entropy"):
-        raise ValueError(
-            "liger_kernel_config={'fused_linear_cross_entropy': True} replaces the model's forward, and the trainer "
-            "needs its own, which never holds all logits either: leave it out"
-        )
-    return {**liger_kernel_config, "fused_linear_cross_entropy": False}

@@ -15,16 +15,14 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_prefopt.arguments import check_arguments
+from hf_prefopt.batch import PreferenceBatch, ResponseScores
 from hf_prefopt.config import PreferenceConfig
-from hf_prefopt.data.batch import PreferenceBatch, ResponseScores
-from hf_prefopt.data.collate import PaddedCollator
-from hf_prefopt.data.microbatch import MicroBatchCollator
+from hf_prefopt.data.collator import MicroBatchCollator
 from hf_prefopt.data.mismatched import EpochOfMismatches
-from hf_prefopt.data.preview import print_preview
+from hf_prefopt.data.padded import PaddedCollator
 from hf_prefopt.data.shared import SharedCollator
 from hf_prefopt.losses.base import LossOutput
-from hf_prefopt.losses.inputs import loss_inputs
+from hf_prefopt.objective.inputs import loss_inputs
 from hf_prefopt.policy import disable_dropout, load_model, load_tokenizer, with_adapter
 from hf_prefopt.reference.cache import CachedReference
 from hf_prefopt.reference.cache_fill import FillCache
@@ -37,14 +35,15 @@ from hf_prefopt.reporting.card import model_card
 from hf_prefopt.reporting.finite import FiniteRun, Seen
 from hf_prefopt.reporting.losses import SayLosses
 from hf_prefopt.reporting.metrics import EvaluationRecord, RunningMeans, example_metrics
+from hf_prefopt.reporting.preview import print_preview
 from hf_prefopt.reporting.run_facts import card_facts
 from hf_prefopt.scoring.agreement import check_scores
 from hf_prefopt.scoring.forward import VOCABULARY_KL, install_scoring, score
 from hf_prefopt.scoring.layout import settled_layout
-from hf_prefopt.trained import refuse_frozen, refuse_stale_optimizer
 from hf_prefopt.training.agreement import RanksAgree
-from hf_prefopt.training.given import check_types
+from hf_prefopt.training.arguments import check_arguments, check_types
 from hf_prefopt.training.preparing import Data, DataOrSplits
+from hf_prefopt.training.trainable import refuse_frozen, refuse_stale_optimizer
 from hf_prefopt.training.trials import TryingTrainer, settings_of
 
 logger = logging.getLogger(__name__)
@@ -134,7 +133,13 @@ class PreferenceTrainer(TryingTrainer):
             processing_class=processing_class,
             **trainer_arguments,
         )
-        callbacks = (EpochOfMismatches(), SayLosses(self), self._cache_filler, self._moving, RanksAgree(self))
+        callbacks = (
+            EpochOfMismatches(),
+            SayLosses(lambda: self.criterion),
+            self._cache_filler,
+            self._moving,
+            RanksAgree(self),
+        )
         for callback in filter(None, callbacks):
             self.add_callback(callback)
         # compute_loss divides by the examples of the whole step itself.
@@ -294,7 +299,17 @@ class PreferenceTrainer(TryingTrainer):
         """
         if self.is_world_process_zero():
             datasets = [dataset] if isinstance(dataset, str) else dataset or []
-            card = model_card(card_facts(self, model_name, datasets), **metadata)
+            facts = card_facts(
+                self.args,
+                self.accelerator.unwrap_model(self.model),
+                self.criterion.terms,
+                self.reference.description if self.reference else None,
+                self.state,
+                {"training rows": self.train_dataset, "evaluation rows": self.eval_dataset},
+                model_name,
+                datasets,
+            )
+            card = model_card(facts, **metadata)
             card.save(f"{self.args.output_dir}/README.md")
 
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 from datasets import Dataset
 
-from hf_prefopt.data.collate import PaddedCollator
+from hf_prefopt.data.padded import PaddedCollator
 from hf_prefopt.data.prepare import prepare_dataset
-from hf_prefopt.data.preview import preview_rows
 from hf_prefopt.data.shared import SharedCollator
-from hf_prefopt.losses.inputs import loss_inputs
+from hf_prefopt.objective.inputs import loss_inputs
+from hf_prefopt.reporting.preview import preview_rows
 from hf_prefopt.scoring.forward import install_scoring, score
 from tests.data.helpers import chat_pair, reply, text_pair
 from tests.tiny_models import tiny_model
@@ -92,7 +92,7 @@ def test_rows_without_a_gold_response_are_refused(tmp_path):
 
 
 def test_a_gold_response_of_messages_has_the_prompt_of_its_pair():
-    from hf_prefopt.examples import TRIPLES
+    from hf_prefopt.kinds import TRIPLES
 
     raw = {**chat_pair(), "reference": reply("It is Paris.")}
     row = prepare_dataset(Dataset.from_list([raw]), TOKENIZER, kind=TRIPLES)[0]

@@ -9,8 +9,8 @@ from datasets import Dataset
 from torch import nn
 
 from hf_prefopt import PreferenceConfig, PreferenceTrainer
-from hf_prefopt.examples import LISTS, PAIRS, TRIPLES, UNPAIRED
-from hf_prefopt.losses.objective import Objective
+from hf_prefopt.kinds import LISTS, PAIRS, TRIPLES, UNPAIRED
+from hf_prefopt.objective.objective import Objective
 from tests.tiny_models import random_rows, tiny_model
 from tests.tokenizers import tiny_tokenizer
 

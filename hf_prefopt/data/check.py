@@ -12,11 +12,12 @@ import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor
 
-from hf_prefopt.data.batch import join_examples
+from hf_prefopt.batch import join_examples
 from hf_prefopt.data.summary import describe_weights
-from hf_prefopt.examples import ExampleKind
+from hf_prefopt.kinds import ExampleKind
 from hf_prefopt.losses.base import UnsuitableExamples
-from hf_prefopt.losses.objective import Objective, Term
+from hf_prefopt.objective.objective import Objective
+from hf_prefopt.objective.term import Term
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from hf_prefopt.examples import ExampleKind
+from hf_prefopt.kinds import ExampleKind
 
 
 def extra_columns(kind: ExampleKind, columns: Collection[str]) -> dict[str, str]:

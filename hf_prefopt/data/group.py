@@ -13,7 +13,7 @@ import torch
 from datasets import Dataset
 from torch.utils.data import Sampler
 
-from hf_prefopt.examples import kind_of_columns
+from hf_prefopt.kinds import kind_of_columns
 
 
 @dataclass

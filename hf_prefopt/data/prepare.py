@@ -23,7 +23,7 @@ from hf_prefopt.data.tokenize import TokenisedRow, TokenKinds, tokenize_rows
 from hf_prefopt.data.truncate import TRUNCATION_MODES, Cuts, truncate_row
 from hf_prefopt.data.unpair import unpair as unpair_rows
 from hf_prefopt.data.unused import refuse_unused
-from hf_prefopt.examples import PAIRS, UNPAIRED, ExampleKind, kind_of_columns
+from hf_prefopt.kinds import PAIRS, UNPAIRED, ExampleKind, kind_of_columns
 
 logger = logging.getLogger(__name__)
 

@@ -30,7 +30,7 @@ from hf_prefopt.data.canonical import (
 )
 from hf_prefopt.data.messages import BadRow
 from hf_prefopt.data.texts import refuse_repeated_prompt
-from hf_prefopt.examples import LISTS, PAIRS, TRIPLES, UNPAIRED, ExampleKind
+from hf_prefopt.kinds import LISTS, PAIRS, TRIPLES, UNPAIRED, ExampleKind
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from hf_prefopt.data.batch import PreferenceBatch
+from hf_prefopt.batch import PreferenceBatch
 from hf_prefopt.data.group import group_rows, index_examples
 
 

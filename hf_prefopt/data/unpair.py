@@ -9,7 +9,7 @@ from typing import Any
 from datasets import Dataset, Features, IterableDataset
 
 from hf_prefopt.data.extras import present_extras
-from hf_prefopt.examples import UNPAIRED
+from hf_prefopt.kinds import UNPAIRED
 
 # Streams are shuffled where they are read, so the two rows of a pair are moved apart here, within so many rows.
 STREAM_BUFFER = 1000

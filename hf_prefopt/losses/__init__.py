@@ -1,13 +1,13 @@
 """The loss family: pure functions of tensors, found by name through the registry."""
 
+from hf_prefopt.losses.adaptive import alpha_dpo_loss, beta_dpo_loss
 from hf_prefopt.losses.anchored import apo_down_loss, apo_zero_loss, cal_dpo_loss, nca_pair_loss, sppo_hard_loss
 from hf_prefopt.losses.base import LossOutput
 from hf_prefopt.losses.batchwise import aot_loss, aot_unpaired_loss, dr_dpo_loss
 from hf_prefopt.losses.bco import bco_loss, bco_pair_loss
 from hf_prefopt.losses.dpo import dpo_loss, dpo_norm_loss, hinge_loss, ipo_loss, reference_free_dpo_loss, wpo_loss
 from hf_prefopt.losses.kto import kto_loss, kto_pair_loss, kto_weights
-from hf_prefopt.losses.lists import plackett_luce_loss, rrhf_loss, s_dpo_loss, sft_lists_loss
-from hf_prefopt.losses.margin_functions import (
+from hf_prefopt.losses.link_functions import (
     cauchy_loss,
     discopop_loss,
     exo_pair_loss,
@@ -15,17 +15,17 @@ from hf_prefopt.losses.margin_functions import (
     gpo_loss,
     robust_loss,
 )
+from hf_prefopt.losses.lists import plackett_luce_loss, rrhf_loss, s_dpo_loss, sft_lists_loss
 from hf_prefopt.losses.reference_free import cpo_loss, orpo_loss, sft_loss, slic_hf_loss
 from hf_prefopt.losses.registry import LossSpec, RunningState, get_loss, list_losses, register_loss
-from hf_prefopt.losses.reshaped import chi_po_loss, dpo_shift_loss, dpop_loss, r_dpo_loss
-from hf_prefopt.losses.running_margin import alpha_dpo_loss, beta_dpo_loss
+from hf_prefopt.losses.regularized import chi_po_loss, dpo_shift_loss, dpop_loss, r_dpo_loss
+from hf_prefopt.losses.reward_aware import odpo_loss, rpo_bwd_loss, rpo_fwd_loss, rpo_sq_loss, sppo_loss
 from hf_prefopt.losses.scored_lists import exo_rw_loss, infonca_loss, lipo_loss, nca_loss
-from hf_prefopt.losses.scored_pairs import odpo_loss, rpo_bwd_loss, rpo_fwd_loss, rpo_sq_loss, sppo_loss
 from hf_prefopt.losses.simpo import alphapo_loss, repo_loss, simper_loss, simpo_loss
 from hf_prefopt.losses.token_level import d2po_loss, sampo_loss, tis_dpo_loss
 from hf_prefopt.losses.triples import tpo_l_loss, tpo_loss
 from hf_prefopt.losses.unpaired import apo_zero_unpaired_loss, npo_loss, sft_unpaired_loss
-from hf_prefopt.losses.whole_predictions import (
+from hf_prefopt.losses.vocabulary import (
     mallows_dpo_loss,
     mallows_dpo_reference_free_loss,
     tdpo1_loss,

@@ -49,7 +49,7 @@ def bco_loss(
     The implicit reward is βr.
 
     Where undesirable examples have other prompts than desirable ones, the paper weighs them by how alike their prompts
-    are to those of the desirable (underlying distribution matching): `hf_prefopt.data.underlying.underlying_weights`
+    are to those of the desirable (underlying distribution matching): `hf_prefopt.data.bco_weights.underlying_weights`
     makes that column `weight` of embeddings of the prompts, before training.
 
     Use it on thumbs-up / thumbs-down data, as an alternative to KTO that needs no forward over mismatched pairs.

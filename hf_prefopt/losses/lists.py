@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_prefopt.examples.lists import best_of
+from hf_prefopt.kinds.lists import best_of
 from hf_prefopt.losses.base import LossOutput, check_lists, check_positive, check_range, per_token
 from hf_prefopt.losses.registry import register_loss
 

@@ -33,7 +33,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hf_prefopt.examples import KINDS, PAIRS, STATISTICS, ExampleKind
+from hf_prefopt.kinds import KINDS, PAIRS, STATISTICS, ExampleKind
 from hf_prefopt.losses.base import LossOutput
 from hf_prefopt.losses.returned import check_returned
 

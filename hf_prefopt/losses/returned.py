@@ -2,18 +2,24 @@
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor
 
+from hf_prefopt.kinds import ExampleKind
 from hf_prefopt.losses.base import LossOutput
 
-if TYPE_CHECKING:
-    from hf_prefopt.losses.registry import LossSpec
+
+class NamedLoss(Protocol):
+    """What an error says of a loss; `losses.registry.LossSpec` is one."""
+
+    name: str
+    function: Callable[..., Any]
+    kind: ExampleKind
 
 
-def check_returned(spec: "LossSpec", output: LossOutput, given: Mapping[str, Tensor]) -> None:
+def check_returned(spec: NamedLoss, output: LossOutput, given: Mapping[str, Tensor]) -> None:
     """Refuse what would be averaged to another number than the loss of the examples.
 
     Args:
@@ -40,7 +46,7 @@ def check_returned(spec: "LossSpec", output: LossOutput, given: Mapping[str, Ten
         _check_tensor(spec, like, f"the component {part!r}", values, (size,))
 
 
-def _check_tensor(spec: "LossSpec", like: Tensor, what: str, returned: Any, shape: tuple[int, ...]) -> None:
+def _check_tensor(spec: NamedLoss, like: Tensor, what: str, returned: Any, shape: tuple[int, ...]) -> None:
     if not isinstance(returned, Tensor):
         _refuse(spec, like, what, returned, shape, "return a tensor")
     if returned.shape != shape:
@@ -54,7 +60,7 @@ def _check_tensor(spec: "LossSpec", like: Tensor, what: str, returned: Any, shap
         _refuse(spec, like, what, returned, shape, "make new tensors with zeros_like() or new_tensor()")
 
 
-def _refuse(spec: "LossSpec", like: Tensor, what: str, returned: Any, shape: tuple[int, ...], cure: str) -> NoReturn:
+def _refuse(spec: NamedLoss, like: Tensor, what: str, returned: Any, shape: tuple[int, ...], cure: str) -> NoReturn:
     raise ValueError(
         f"loss {spec.name!r} ({_place(spec.function)}) returned {what} {_description(returned)}. Given {len(like)} "
         f"examples, it is to return shape {list(shape)}, in {like.dtype} on {like.device} as its inputs are: {cure}"

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from huggingface_hub.constants import HF_HOME
 from torch import nn
 
-from hf_prefopt.data.batch import PreferenceBatch, ResponseScores
+from hf_prefopt.batch import PreferenceBatch, ResponseScores
 from hf_prefopt.reference.cache_key import fingerprint
 from hf_prefopt.reference.cache_store import LogProbStore
 from hf_prefopt.reference.live import LiveReference

@@ -15,7 +15,7 @@ from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
-from hf_prefopt.data.batch import PreferenceBatch
+from hf_prefopt.batch import PreferenceBatch
 from hf_prefopt.reference.cache import CachedReference
 from hf_prefopt.reference.cache_key import response_keys
 from hf_prefopt.reference.engine import any_rank

@@ -21,9 +21,9 @@ from accelerate.utils import align_module_device
 from peft import PeftModel
 from torch import Tensor, nn
 
-from hf_prefopt.data.batch import PreferenceBatch
+from hf_prefopt.batch import PreferenceBatch
+from hf_prefopt.data.collator import Collator
 from hf_prefopt.data.group import group_rows
-from hf_prefopt.data.microbatch import Collator
 from hf_prefopt.reference.shards import whole
 from hf_prefopt.scoring.forward import base_causal_lm
 

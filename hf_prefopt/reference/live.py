@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from peft import PeftModel
 from torch import Tensor, nn
 
-from hf_prefopt.data.batch import PreferenceBatch, ResponseScores
+from hf_prefopt.batch import PreferenceBatch, ResponseScores
 from hf_prefopt.reference.engine import shard_like_the_policy
 from hf_prefopt.reference.shards import exchange, held, is_sharded, own_part, release_gathered, reshard, whole
 from hf_prefopt.scoring.forward import HIDDEN, base_causal_lm, head_predictions, score

@@ -5,7 +5,7 @@ from collections.abc import Callable, Hashable
 import torch
 from torch import Tensor
 
-from hf_prefopt.data.batch import PreferenceBatch, ResponseScores
+from hf_prefopt.batch import PreferenceBatch, ResponseScores
 
 
 class RememberedScores:

@@ -14,7 +14,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from hf_prefopt.losses.base import LossOutput
-from hf_prefopt.losses.objective import Objective
+from hf_prefopt.objective.objective import Objective
 from hf_prefopt.reference.shards import held, is_in_parts
 
 # Micro-batches that are kept before they are looked at, and rows that an error names.

@@ -1,12 +1,11 @@
 """What a run optimises, in a line for each loss: at its start, where a wrong β is still cheap."""
 
 import logging
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
 
 from transformers import TrainerCallback
 
-from hf_prefopt.losses.objective import Objective
+from hf_prefopt.objective.objective import Objective
 
 logger = logging.getLogger(__name__)
 
@@ -21,13 +20,17 @@ def loss_lines(objective: Objective) -> Iterator[str]:
 
 
 class SayLosses(TrainerCallback):
-    """Logs the losses of a trainer, once for all ranks, whenever it begins to train."""
+    """Logs the losses of an objective, once for all ranks, whenever training begins.
 
-    def __init__(self, trainer: Any):
-        self.trainer = trainer
+    Args:
+        objective: gives the objective of the run, which each trial of a search has anew.
+    """
+
+    def __init__(self, objective: Callable[[], Objective]):
+        self._objective = objective
 
     def on_train_begin(self, args, state, control, **_):
         """With the hyperparameters of this run, or of this trial of a search."""
         if state.is_world_process_zero:
-            for line in loss_lines(self.trainer.criterion):
+            for line in loss_lines(self._objective()):
                 logger.warning(line)

@@ -5,10 +5,10 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from hf_prefopt.data.batch import PreferenceBatch, join_examples
-from hf_prefopt.examples import ExampleKind, Figure
+from hf_prefopt.batch import PreferenceBatch, join_examples
+from hf_prefopt.kinds import ExampleKind, Figure
 from hf_prefopt.losses.base import LossOutput
-from hf_prefopt.losses.objective import Objective
+from hf_prefopt.objective.objective import Objective
 from hf_prefopt.reporting.finite import Seen
 
 

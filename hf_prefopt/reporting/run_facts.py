@@ -1,15 +1,15 @@
-"""Reads the facts of a run off its trainer, as the model card and the closing report take them."""
+"""The facts of a run, as the model card and the closing report take them."""
 
 from collections.abc import Iterable, Mapping, Sized
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from peft import PeftModel
+from transformers import PreTrainedModel, TrainerState
 
+from hf_prefopt.config import PreferenceConfig
+from hf_prefopt.objective.term import Term
 from hf_prefopt.reporting.card import CardFacts, LossFacts
-
-if TYPE_CHECKING:
-    from hf_prefopt.trainer import PreferenceTrainer
 
 _ARGUMENTS = (
     "learning_rate",
@@ -28,28 +28,40 @@ _ARGUMENTS = (
 _BOOKKEEPING = ("runtime", "per_second", "preparation_time", "epoch", "step")
 
 
-def card_facts(trainer: "PreferenceTrainer", model_name: str | None = None, datasets: Iterable[str] = ()) -> CardFacts:
+def card_facts(
+    args: PreferenceConfig,
+    model: PreTrainedModel | PeftModel,
+    terms: Iterable[Term],
+    reference: str | None,
+    state: TrainerState,
+    rows: Mapping[str, Any],
+    model_name: str | None = None,
+    datasets: Iterable[str] = (),
+) -> CardFacts:
     """The facts of a run for its model card.
 
     Args:
-        trainer: after training (or before: then there is no evaluation to report).
+        model: the policy, without an engine's wrapper.
+        terms: the losses of the objective.
+        reference: what the reference is, as a phrase; `None` where the losses need none.
+        state: the Trainer's, after training (or before: then there is no evaluation to report).
+        rows: data sets by what their rows are for, as in `{"training rows": dataset}`.
         model_name: the card's title; by default the name of the repository or of the output folder.
         datasets: the names or folders of the data; the trainer, which was given rows, cannot know them.
     """
-    arguments = trainer.args
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    repository = arguments.hub_model_id or str(arguments.output_dir)
+    repository = args.hub_model_id or str(args.output_dir)
+    counts = {name: f"{len(dataset):,}" for name, dataset in rows.items() if isinstance(dataset, Sized)}
     return CardFacts(
         model_name=model_name or Path(repository).name,
         base_model=model.config._name_or_path or "a model made in memory",
-        losses=[_loss_facts(term) for term in trainer.criterion.terms],
+        losses=[_loss_facts(term) for term in terms],
         is_adapter=isinstance(model, PeftModel),
         repository=repository,
-        reference=trainer.reference.description if trainer.reference else "none, the loss needs none",
+        reference=reference or "none, the loss needs none",
         datasets=list(datasets),
-        data={"data sets": ", ".join(f"`{name}`" for name in datasets), **_row_counts(trainer)},
-        hyperparameters=_hyperparameters(trainer, model),
-        metrics=last_evaluation(trainer.state.log_history),
+        data={"data sets": ", ".join(f"`{name}`" for name in datasets), **counts},
+        hyperparameters=_hyperparameters(args, model, state.global_step),
+        metrics=last_evaluation(state.log_history),
     )
 
 
@@ -79,18 +91,12 @@ def _loss_facts(term: Any) -> LossFacts:
     return LossFacts(spec.name, spec.description, spec.paper, term.weight, term.hyperparameters)
 
 
-def _row_counts(trainer: "PreferenceTrainer") -> dict[str, str]:
-    """How many rows the data sets have; a streamed one has no length."""
-    named = {"training rows": trainer.train_dataset, "evaluation rows": trainer.eval_dataset}
-    return {name: f"{len(dataset):,}" for name, dataset in named.items() if isinstance(dataset, Sized)}
-
-
-def _hyperparameters(trainer: "PreferenceTrainer", model: Any) -> dict[str, Any]:
+def _hyperparameters(args: PreferenceConfig, model: Any, steps: int) -> dict[str, Any]:
     """The settings that shape the result, the optimiser steps taken, and those of an adapter."""
-    settings = {name: getattr(trainer.args, name) for name in _ARGUMENTS}
+    settings = {name: getattr(args, name) for name in _ARGUMENTS}
     settings = {name: getattr(value, "value", value) for name, value in settings.items()}
-    settings["processes"] = trainer.args.world_size
-    settings["optimiser steps"] = trainer.state.global_step
+    settings["processes"] = args.world_size
+    settings["optimizer steps"] = steps
     if isinstance(model, PeftModel):
         adapter = model.active_peft_config
         settings["adapter"] = adapter.peft_type.value

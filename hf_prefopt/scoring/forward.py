@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
-from hf_prefopt.data.batch import PreferenceBatch, ResponseScores
+from hf_prefopt.batch import PreferenceBatch, ResponseScores
 from hf_prefopt.scoring.attention import SEGMENT_INPUTS
 from hf_prefopt.scoring.head import (
     STATISTICS,

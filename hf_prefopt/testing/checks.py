@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from hf_prefopt.examples import LISTS, PAIRS, TRIPLES, UNPAIRED
+from hf_prefopt.kinds import LISTS, PAIRS, TRIPLES, UNPAIRED
 from hf_prefopt.losses.base import LossOutput
-from hf_prefopt.losses.building import build_objective
 from hf_prefopt.losses.registry import LossSpec, get_loss
+from hf_prefopt.objective.build import build_objective
 from hf_prefopt.testing.made_up import made_up_inputs
 
 Check = Callable[..., None]

@@ -2,8 +2,8 @@
 
 import torch
 
-from hf_prefopt.data.batch import join_examples
-from hf_prefopt.data.microbatch import pieces_of
+from hf_prefopt.batch import join_examples
+from hf_prefopt.data.collator import pieces_of
 from hf_prefopt.reference.cache_fill import FillCache
 from hf_prefopt.reporting.finite import ruined_gradient, ruined_weights
 from hf_prefopt.reporting.metrics import EvaluationRecord, RunningMeans

@@ -8,17 +8,17 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import has_length
 
+from hf_prefopt.batch import PreferenceBatch
 from hf_prefopt.config import PreferenceConfig
-from hf_prefopt.data.batch import PreferenceBatch
 from hf_prefopt.data.check import check_examples
+from hf_prefopt.data.collator import pieces_of
 from hf_prefopt.data.extras import present_extras
 from hf_prefopt.data.group import PromptSampler, prompt_keys
-from hf_prefopt.data.microbatch import pieces_of
 from hf_prefopt.data.mismatched import MismatchedResponses
 from hf_prefopt.data.prepare import prepare_dataset, prepared_features
-from hf_prefopt.data.uneven import EvenStream, examples_of_first_rows, keep_examples, rows_that_count
-from hf_prefopt.examples import KINDS, kind_of_columns
-from hf_prefopt.training.given import check_data
+from hf_prefopt.data.repeated_rows import EvenStream, examples_of_first_rows, keep_examples, rows_that_count
+from hf_prefopt.kinds import KINDS, kind_of_columns
+from hf_prefopt.training.arguments import check_data
 from hf_prefopt.training.resuming import ResumingTrainer
 
 Data = Dataset | IterableDataset
@@ -138,7 +138,7 @@ class PreparingTrainer(ResumingTrainer):
         return {"pieces": pieces} if "pieces" in batch else pieces[0]
 
     def _counted(self, pieces: list[PreferenceBatch], share: int) -> list[Tensor] | None:
-        """For each piece of a batch of `share` rows, which examples count; `None` where all do. See `data.uneven`."""
+        """For each piece of a batch of `share` rows, which examples count; `None` where all do."""
         if "counted" in pieces[0]:
             return [piece["counted"] for piece in pieces]
         state, world_size = self.accelerator.gradient_state, self.accelerator.num_processes

@@ -11,10 +11,10 @@ from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from hf_prefopt.checkpoints import is_complete, last_complete_checkpoint
-from hf_prefopt.losses.objective import Objective
+from hf_prefopt.objective.objective import Objective
 from hf_prefopt.reference.moving import MovingReference
 from hf_prefopt.reporting.finite import FiniteRun, ruined_weights
+from hf_prefopt.training.checkpoints import is_complete, last_complete_checkpoint
 from hf_prefopt.training.engines import keep_output_precision, release_from_evaluation
 
 logger = logging.getLogger(__name__)

@@ -5,9 +5,9 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
-from hf_prefopt.data.batch import PreferenceBatch
-from hf_prefopt.data.microbatch import pieces_of
-from hf_prefopt.losses.global_batch import StepInputs
+from hf_prefopt.batch import PreferenceBatch
+from hf_prefopt.data.collator import pieces_of
+from hf_prefopt.objective.step_inputs import StepInputs
 from hf_prefopt.scoring.modes import adapter_casts_off, evaluation_mode
 from hf_prefopt.training.evaluating import EvaluatingTrainer
 

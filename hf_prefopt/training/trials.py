@@ -8,7 +8,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import HPSearchBackend
 
 from hf_prefopt.config import PreferenceConfig
-from hf_prefopt.losses.objective import Objective
+from hf_prefopt.objective.objective import Objective
 from hf_prefopt.training.stepping import SteppingTrainer
 
 OWN = tuple({field.name for field in fields(PreferenceConfig)} - {field.name for field in fields(TrainingArguments)})

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from hf_prefopt.examples import LISTS, PAIRS, TRIPLES, UNPAIRED
+from hf_prefopt.kinds import LISTS, PAIRS, TRIPLES, UNPAIRED
 from hf_prefopt.losses import LossSpec, get_loss, list_losses
 
 FOLDER = Path(__file__).parent

@@ -5,11 +5,11 @@ import pytest
 import torch
 from datasets import Dataset
 
-from hf_prefopt.data.collate import PaddedCollator
+from hf_prefopt.data.collator import MicroBatchCollator, pieces_of
 from hf_prefopt.data.group import PromptSampler, group_rows, prompt_keys
-from hf_prefopt.data.microbatch import MicroBatchCollator, pieces_of
+from hf_prefopt.data.padded import PaddedCollator
+from hf_prefopt.data.repeated_rows import keep_examples
 from hf_prefopt.data.shared import SharedCollator
-from hf_prefopt.data.uneven import keep_examples
 
 
 def pair(row, prompt, chosen, rejected):

@@ -13,7 +13,7 @@ from hf_prefopt.data.schema import (
     read_tokenised_pair,
     read_tokenised_triple,
 )
-from hf_prefopt.examples import PAIRS, TRIPLES, UNPAIRED
+from hf_prefopt.kinds import PAIRS, TRIPLES, UNPAIRED
 from tests.data.helpers import ask, chat_pair, reply, say, text_pair
 
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 from datasets import Dataset
 
-from hf_prefopt.data.collate import PaddedCollator
+from hf_prefopt.data.padded import PaddedCollator
 from hf_prefopt.data.prepare import prepare_dataset
 from hf_prefopt.data.shared import SharedCollator
-from hf_prefopt.losses.inputs import loss_inputs
+from hf_prefopt.objective.inputs import loss_inputs
 from hf_prefopt.scoring.forward import install_scoring, score
 from tests.tiny_models import tiny_model
 from tests.tokenizers import tiny_tokenizer

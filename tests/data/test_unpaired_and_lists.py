@@ -14,8 +14,8 @@ from rich.console import Console
 from hf_prefopt.data.messages import BadRow
 from hf_prefopt.data.mismatched import MismatchedResponses
 from hf_prefopt.data.prepare import prepare_dataset
-from hf_prefopt.data.preview import preview_rows
 from hf_prefopt.data.schema import read_labelled, read_ranked, read_scored
+from hf_prefopt.reporting.preview import preview_rows
 from tests.data.helpers import ask, chat_pair, prepare_row, real_rows, reply, scored_text, text_pair
 from tests.tiny_models import random_rows
 from tests.tokenizers import tiny_tokenizer

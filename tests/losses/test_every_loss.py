@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from hf_prefopt.examples import LISTS
+from hf_prefopt.kinds import LISTS
 from hf_prefopt.losses import get_loss, list_losses
-from hf_prefopt.losses.building import build_objective
+from hf_prefopt.objective.build import build_objective
 from hf_prefopt.testing import call, check_gradients, check_preferred_direction, loss_checks, made_up_inputs
 from hf_prefopt.testing.checks import gradients, with_gradients
 from tests.losses import numpy_reference

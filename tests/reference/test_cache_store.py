@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-from hf_prefopt.data.collate import PaddedCollator
+from hf_prefopt.data.padded import PaddedCollator
 from hf_prefopt.reference import cache_fill, cache_store
 from hf_prefopt.reference.cache import CachedReference
 from hf_prefopt.reference.cache_fill import fill, plan_batches, single_responses, take_inventory

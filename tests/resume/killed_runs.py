@@ -23,7 +23,7 @@ import safetensors.torch
 import torch
 from transformers import TrainerCallback, TrainerState
 
-from hf_prefopt.checkpoints import last_complete_checkpoint
+from hf_prefopt.training.checkpoints import last_complete_checkpoint
 from tests.tiny_models import perturbed, tiny_model, with_lora
 from tests.training import make_trainer, unpaired, weights
 

@@ -8,7 +8,7 @@ import random
 
 import pytest
 
-from hf_prefopt.checkpoints import is_complete, last_complete_checkpoint
+from hf_prefopt.training.checkpoints import is_complete, last_complete_checkpoint
 from tests.resume.killed_runs import kill_twice, result, run
 from tests.training import make_trainer
 

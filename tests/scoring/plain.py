@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from hf_prefopt.data.batch import PreferenceBatch
-from hf_prefopt.data.collate import PaddedCollator
-from hf_prefopt.scoring.logps import sequence_logps
+from hf_prefopt.batch import PreferenceBatch
+from hf_prefopt.data.padded import PaddedCollator
+from tests.scoring.logps import sequence_logps
 from tests.tiny_models import random_rows
 
 

@@ -13,7 +13,7 @@ from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, ge
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM
 
-from hf_prefopt.data.collate import PaddedCollator
+from hf_prefopt.data.padded import PaddedCollator
 from hf_prefopt.scoring.agreement import check_scores
 from hf_prefopt.scoring.forward import install_scoring, score
 from tests.scoring.architectures import FALLING_BACK, SHARING, architecture

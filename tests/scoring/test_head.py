@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hf_prefopt.scoring import forward
 from hf_prefopt.scoring.forward import install_scoring, score
 from hf_prefopt.scoring.head import LogitTransform, linear_head_logps, module_head_logps
-from hf_prefopt.scoring.logps import token_logps
+from tests.scoring.logps import token_logps
 from tests.scoring.plain import assert_same_gradients, gradients, padded_batch, plain_response_logps
 from tests.tiny_models import perturbed, tiny_model, with_lora
 

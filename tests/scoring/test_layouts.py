@@ -10,7 +10,7 @@ import copy
 import pytest
 import torch
 
-from hf_prefopt.data.collate import PaddedCollator
+from hf_prefopt.data.padded import PaddedCollator
 from hf_prefopt.data.shared import SharedCollator
 from hf_prefopt.scoring import attention, forward, layout
 from hf_prefopt.scoring.attention import install_segment_attention

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from hf_prefopt.scoring.logps import (
+from tests.scoring.logps import (
     sequence_logps,
     sequence_logps_from_hidden,
     split_concatenated,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from hf_prefopt.data.collate import PaddedCollator
+from hf_prefopt.data.padded import PaddedCollator
 from hf_prefopt.data.shared import SharedCollator
 from hf_prefopt.reference.choose import choose_reference
 from hf_prefopt.scoring import forward

@@ -1,0 +1,149 @@
+"""The records that travel from the collator to the losses: the batch, and the scores of its responses.
+
+A *group* is one prompt with its K ≥ 1 responses. A batch holds the responses of all its groups in one flat order
+(index R), the scored tokens of all responses in one flat order (index N), and its examples (index B): for pairs, which
+response is the chosen and which the rejected one; the kinds of examples are in `examples/`. Nothing after the collator
+knows how the tokens were laid out.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TypedDict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class PreferenceBatch(TypedDict, total=False):
+    """A micro-batch, a plain dict of tensors (so that accelerate, the Trainer and worker processes can carry it).
+
+    Model inputs, whose shape is the layout's affair:
+        input_ids, position_ids, attention_mask: as the model takes them.
+        segment_queries, segment_keys, segment_key_index, segment_longest: what each response of a row may look at, in
+            the layout "shared" (see `scoring.attention`).
+
+    Scored tokens (N of them, in the order of the responses):
+        scored_rows: `[N]` int64, index into the hidden states flattened to `[rows, H]` of the position that predicts
+            the token.
+        targets: `[N]` int64, the token's id.
+        response_index: `[N]` int64, the response that the token belongs to.
+
+    Responses (R) and examples (B):
+        response_lengths: `[R]` int64, the number of scored tokens, ≥ 1.
+        longest_response: the largest of them, a number: no device is waited for to know the width of `[R, T]`.
+        response_keys: R bytes, what each response's reference log-probs are cached under, where a cache is used.
+        chosen, rejected: `[B]` int64, each pair's responses, as indices into R. A response may serve several pairs.
+        gold: `[B]` int64, each triple's third response (see `examples.triples`).
+        responses, mismatched: `[B]` int64, and labels: `[B]` bool, of unpaired examples (see `examples.unpaired`).
+        list_responses, list_mask, list_ranks, list_scores: `[B, K]`, of lists (see `examples.lists`).
+        chosen_token_weights, rejected_token_weights: `[B, T]` fp32, of pairs whose tokens have weights, 0 behind the
+            end of a response.
+        weights, margins, chosen_scores, ...: `[B]` float32, where rows have them (see `ExampleKind.extras`).
+        rows, pair_in_row: `[B]` int64, the example's row in its data set, and its place among that row's pairs.
+        counted: `[B]` bool, in evaluation, where some examples are repetitions (see `data.repeated_rows`).
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    attention_mask: Tensor
+    segment_queries: Tensor
+    segment_keys: Tensor
+    segment_key_index: Tensor
+    segment_longest: tuple[int, int]
+    scored_rows: Tensor
+    targets: Tensor
+    response_index: Tensor
+    response_lengths: Tensor
+    longest_response: int
+    response_keys: tuple[bytes, ...]
+    chosen: Tensor
+    rejected: Tensor
+    gold: Tensor
+    chosen_token_weights: Tensor
+    rejected_token_weights: Tensor
+    responses: Tensor
+    mismatched: Tensor
+    labels: Tensor
+    list_responses: Tensor
+    list_mask: Tensor
+    list_ranks: Tensor
+    list_scores: Tensor
+    weights: Tensor
+    margins: Tensor
+    chosen_scores: Tensor
+    rejected_scores: Tensor
+    chosen_win_rates: Tensor
+    rejected_win_rates: Tensor
+    rows: Tensor
+    pair_in_row: Tensor
+    counted: Tensor
+
+
+@dataclass
+class ResponseScores:
+    """What one model says of the responses of a batch.
+
+    Attributes:
+        token_logps: `[N]` fp32, log-prob (nats) of each scored token.
+        response_index: `[N]`, the response of each token.
+        lengths: `[R]`, scored tokens per response.
+        token_stats: further per-token statistics by name, each `[N]` fp32, present only when asked for; among them
+            `hidden`, `[N, H]`, what the head was given.
+    """
+
+    token_logps: Tensor
+    response_index: Tensor
+    lengths: Tensor
+    token_stats: dict[str, Tensor] = field(default_factory=dict)
+
+    def sum_by_response(self, per_token: Tensor) -> Tensor:
+        """`[R]`: the sum of a per-token quantity `[N]` over each response."""
+        # index_add adds one by one: in fp32, hundreds of tokens cost two digits of a log-ratio.
+        wide = per_token.dtype if per_token.device.type == "mps" else torch.float64
+        sums = torch.zeros(self.lengths.shape[0], dtype=wide, device=per_token.device)
+        return sums.index_add(0, self.response_index, per_token.to(wide)).to(per_token.dtype)
+
+    def by_response(self, per_token: Tensor, width: int) -> Tensor:
+        """`[R, width]`: a per-token quantity `[N]` of each response in a row of its own, 0 behind its end."""
+        starts = self.lengths.cumsum(0) - self.lengths
+        places = torch.arange(len(per_token), device=per_token.device) - starts[self.response_index]
+        rows = per_token.new_zeros(len(self.lengths), width)
+        return rows.index_put((self.response_index, places), per_token)
+
+    def mean_by_response(self, per_token: Tensor) -> Tensor:
+        """`[R]`: the mean of a per-token quantity `[N]` over each response."""
+        return self.sum_by_response(per_token) / self.lengths.clamp(min=1)
+
+    @property
+    def logps(self) -> Tensor:
+        """`[R]`: summed log-prob of each response (nats)."""
+        return self.sum_by_response(self.token_logps)
+
+    @property
+    def alignment(self) -> Tensor:
+        """`[R]`: mean over the tokens of log π_t − log Σ_v π_v² (nats per token), detached: WPO's log weight."""
+        return self.mean_by_response((self.token_logps - self.token_stats["log_sum_sq_probs"]).detach())
+
+    @property
+    def entropy(self) -> Tensor:
+        """`[R]`: mean over the tokens of the entropy of the model's prediction (nats per token)."""
+        return self.mean_by_response(self.token_stats["entropy"])
+
+    @property
+    def normalised_entropy(self) -> Tensor:
+        """`[R]`: the same as a share of log V, its largest value for a vocabulary of V tokens; in [0, 1]."""
+        return self.mean_by_response(self.token_stats["normalised_entropy"])
+
+    @property
+    def kl(self) -> Tensor:
+        """`[R]`: sum over the tokens of KL(π_ref(·|·) ‖ π(·|·)) over the whole vocabulary (nats)."""
+        return self.sum_by_response(self.token_stats["vocabulary_kl"])
+
+
+def join_examples(parts: Sequence[Tensor], fill: float = 0.0) -> Tensor:
+    """Tensors `[B_i]`, or `[B_i, K_i]` of lists, one behind the other; shorter lists are filled up."""
+    if parts[0].dim() == 1:
+        return torch.cat(list(parts))
+    longest = max(part.shape[1] for part in parts)
+    return torch.cat([F.pad(part, (0, longest - part.shape[1]), value=fill) for part in parts])

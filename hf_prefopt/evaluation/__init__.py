@@ -1,0 +1,1 @@
+"""Evaluations beside the loss: answers to problems with known solutions."""

@@ -1,0 +1,108 @@
+"""Lists: K ≥ 2 responses to one prompt, ranked or scored; K may differ from list to list."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_prefopt.kinds.kind import WEIGHT, ExampleKind, Figure, row_numbers
+
+
+class Lists(ExampleKind):
+    """`[B, K]` each, K the longest list's: `list_responses` int64, `list_mask` bool (False for padding), `list_ranks`
+    (smaller is better) and `list_scores` (larger is better) float32."""
+
+    name = "lists"
+    wanted = "lists: rows with `responses` and `ranks` or `scores`"
+    columns = ("ranks", "scores")
+    responses = {"list": "list_responses"}  # noqa: RUF012
+    extras = {"weights": WEIGHT}  # noqa: RUF012
+    facts = ("list_mask", "list_ranks", "list_scores", *extras)
+    rewarded = ("list",)
+    metric_inputs = ("policy_list_logps", "list_mask", "list_ranks")
+    has_token_inputs = False
+
+    def index(self, rows: Sequence[Mapping[str, Any]], places: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+        """Each row is one example. Padding points at response 0, with a mask that says so."""
+        return {
+            "list_responses": _padded(
+                [at[: len(row["ranks"])] for row, at in zip(rows, places, strict=True)], np.int64
+            ),
+            **self.facts_of(rows),
+            **row_numbers(rows, [1] * len(rows)),
+        }
+
+    def count_examples(self, row: Mapping[str, Any]) -> int:
+        """One: the list."""
+        return 1
+
+    def count_rewards(self, inputs: Mapping[str, Tensor]) -> int:
+        """K, with the padding."""
+        return next(tensor.shape[1] for tensor in inputs.values() if tensor.dim() == 2)
+
+    def facts_of(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+        """With `list_mask`, `list_ranks`, `list_scores` `[B, K]`; scores of 0 where there are ranks alone."""
+        ranks = [row["ranks"] for row in rows]
+        return {
+            "list_mask": _padded([np.ones(len(given)) for given in ranks], bool),
+            "list_ranks": _padded(ranks, np.float32),
+            "list_scores": _padded([row["scores"] or [0.0] * len(row["ranks"]) for row in rows], np.float32),
+            **super().facts_of(rows),
+        }
+
+    def made_up_needed(self, name: str) -> Tensor:
+        """Two lists of three, the third the best."""
+        if name == "list_mask":
+            return torch.ones(2, 3, dtype=torch.bool)
+        if name in self.facts:
+            return torch.tensor([[0.0, 0.5, 1.0]] * 2) * (1 if name == "list_scores" else -1)
+        return torch.full((2, 3), 8 if name.endswith("lengths") else -4.0)
+
+    def figures(self, rewards: Tensor | None, inputs: Mapping[str, Tensor]) -> dict[str, Figure]:
+        """The best by the data: its reward, how often it has the highest one (a tie of n counts 1/n), by how much it
+        is above the mean of the others."""
+        mask = inputs["list_mask"]
+        best = best_of(inputs["list_ranks"], mask)
+
+        def of_best(values: Tensor) -> Tensor:
+            return values.gather(1, best)[:, 0]
+
+        figures = {"logps/best": of_best(inputs["policy_list_logps"])}
+        if rewards is not None:
+            rewards = rewards[:, : mask.shape[1]]
+            highest = rewards.masked_fill(~mask, -torch.inf).amax(dim=1, keepdim=True)
+            at_top = (rewards == highest) & mask
+            others = (rewards * mask).sum(1) - of_best(rewards)
+            figures |= {
+                "rewards/best": of_best(rewards),
+                "rewards/accuracies": of_best(at_top.float()) / at_top.sum(1),
+                "rewards/margins": of_best(rewards) - others / (mask.sum(1) - 1).clamp(min=1),
+            }
+        return {name: Figure(values) for name, values in figures.items()}
+
+    def preferred(self, shown: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+        """1 for the best of each list."""
+        return torch.zeros_like(shown).scatter(1, best_of(inputs["list_ranks"], inputs["list_mask"]), 1.0)
+
+    def refusal(self, row: Mapping[str, Any], inputs: Sequence[str]) -> str | None:
+        """Scores cannot be made of ranks."""
+        if "list_scores" in inputs and not row.get("scores"):
+            return "it compares scores and these rows hold `ranks`: give `scores`"
+        return super().refusal(row, inputs)
+
+
+def best_of(ranks: Tensor, mask: Tensor) -> Tensor:
+    """`[B, 1]` int64: the first of the responses of the smallest rank."""
+    return ranks.masked_fill(~mask, torch.inf).argmin(dim=1, keepdim=True)
+
+
+def _padded(lists: Sequence[Any], dtype: Any) -> np.ndarray:
+    padded = np.zeros((len(lists), max(map(len, lists))), dtype=dtype)
+    for row, values in zip(padded, lists, strict=True):
+        row[: len(values)] = values
+    return padded
+
+
+LISTS = Lists()

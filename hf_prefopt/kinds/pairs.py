@@ -1,0 +1,101 @@
+"""Pairs: a chosen and a rejected response to one prompt."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_prefopt.kinds.kind import WEIGHT, ExampleKind, Extra, Figure, made_up_statistic, row_numbers
+
+
+class Pairs(ExampleKind):
+    """`chosen`, `rejected`: `[B]` int64, responses. A response may serve several pairs, with other weights of its
+    tokens in each: `chosen_token_weights`, `rejected_token_weights`, `[B, T]` fp32. Float32 `[B]` where rows have
+    them: `weights`; `margins` in the unit of rewards; scores R of both responses; win rates against all samples of the
+    prompt."""
+
+    name = "pairs"
+    wanted = "pairs: rows with `chosen` and `rejected`"
+    columns = ("pairs",)
+    responses = {"chosen": "chosen", "rejected": "rejected"}  # noqa: RUF012
+    extras = {  # noqa: RUF012
+        "weights": WEIGHT,
+        "margins": Extra(("margin",), default=0.0, made_up=(0.5, 0.5)),
+        "chosen_scores": Extra(("chosen_score", "score_chosen", "chosen_rating", "chosen-rating")),
+        "rejected_scores": Extra(
+            ("rejected_score", "score_rejected", "rejected_rating", "rejected-rating"), made_up=(0.5, 0.5)
+        ),
+        "chosen_win_rates": Extra(("chosen_win_rate", "win_rate", "p_chosen"), low=0.0, high=1.0),
+        "rejected_win_rates": Extra(("rejected_win_rate", "p_rejected"), low=0.0, high=1.0, made_up=(0.0, 0.0)),
+    }
+    facts = ("rows", "pair_in_row", "chosen_token_weights", "rejected_token_weights", *extras)
+    rewarded = ("chosen", "rejected")
+    metric_inputs = ("policy_chosen_logps", "policy_rejected_logps")
+
+    def index(self, rows: Sequence[Mapping[str, Any]], places: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+        """`chosen`, `rejected`, from the column `pairs`: (chosen, rejected) indices into the row's responses."""
+        pairs = [
+            at[np.array(row["pairs"], dtype=np.int64).reshape(-1, 2)] for row, at in zip(rows, places, strict=True)
+        ]
+        chosen, rejected = np.concatenate(pairs).T
+        counts = [len(row["pairs"]) for row in rows]
+        indices = {"chosen": chosen.copy(), "rejected": rejected.copy()}
+        weights = _token_weights(rows) if all("token_weights" in row for row in rows) else {}
+        return {**indices, **weights, **self.facts_of(rows), **row_numbers(rows, counts)}
+
+    def made_up_needed(self, name: str) -> Tensor:
+        """Eight tokens, −4 nats; rows 0 and 1."""
+        if name in ("rows", "pair_in_row"):
+            return torch.arange(2)
+        return made_up_statistic(name)
+
+    def refusal(self, row: Mapping[str, Any], inputs: Sequence[str]) -> str | None:
+        """Weights of tokens cannot be made up."""
+        if "chosen_token_weights" in inputs and "token_weights" not in row:
+            return (
+                "it weighs tokens and these rows hold no weights: give prompt_ids, chosen_ids and rejected_ids with "
+                "chosen_token_weights and rejected_token_weights, a number for each token"
+            )
+        return super().refusal(row, inputs)
+
+    def figures(self, rewards: Tensor | None, inputs: Mapping[str, Tensor]) -> dict[str, Figure]:
+        """Under TRL's names; a tie of rewards counts as half an accurate one."""
+        figures = {}
+        if rewards is not None:
+            chosen, rejected = rewards[:, 0], rewards[:, 1]
+            figures = {
+                "rewards/chosen": chosen,
+                "rewards/rejected": rejected,
+                "rewards/accuracies": ((chosen > rejected).float() + (chosen >= rejected).float()) / 2,
+                "rewards/margins": chosen - rejected,
+            }
+        figures |= {f"logps/{side}": inputs[f"policy_{side}_logps"] for side in ("chosen", "rejected")}
+        return {name: Figure(values) for name, values in figures.items()}
+
+    def preferred(self, shown: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+        """(1, 0) for every pair."""
+        labels = torch.zeros_like(shown)
+        labels[:, 0] = 1
+        return labels
+
+
+def _token_weights(rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+    """The weights of the scored tokens of each pair's responses, padded with 0 to the longest response."""
+    scored = [
+        [
+            np.asarray(weights, dtype=np.float32)[np.asarray(mask, dtype=bool)]
+            for weights, mask in zip(*both, strict=True)
+        ]
+        for both in ((row["token_weights"], row["scored_masks"]) for row in rows)
+    ]
+    width = max(len(weights) for row in scored for weights in row)
+    sides: dict[str, np.ndarray] = {}
+    for side, name in enumerate(("chosen_token_weights", "rejected_token_weights")):
+        of_pairs = [weights[pair[side]] for weights, row in zip(scored, rows, strict=True) for pair in row["pairs"]]
+        sides[name] = np.stack([np.pad(weights, (0, width - len(weights))) for weights in of_pairs])
+    return sides
+
+
+PAIRS = Pairs()

@@ -1,0 +1,33 @@
+"""Triples: a pair, and a third response to the same prompt, the gold one."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from hf_prefopt.kinds.kind import Figure
+from hf_prefopt.kinds.pairs import Pairs
+
+
+class Triples(Pairs):
+    """What pairs have, and `gold`: `[B]` int64, a response. Losses of pairs compare triples as the pairs that they
+    hold."""
+
+    name = "triples"
+    wanted = "triples: rows with `chosen`, `rejected` and a third, gold response in `reference`"
+    columns = ("pairs", "golds")
+    responses = {**Pairs.responses, "gold": "gold"}  # noqa: RUF012
+    metric_inputs = (*Pairs.metric_inputs, "policy_gold_logps")
+
+    def index(self, rows: Sequence[Mapping[str, Any]], places: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+        """With `gold`, from the column `golds`: for each of the row's pairs an index into its responses."""
+        golds = [at[np.array(row["golds"], dtype=np.int64)] for row, at in zip(rows, places, strict=True)]
+        return {**super().index(rows, places), "gold": np.concatenate(golds)}
+
+    def figures(self, rewards: Tensor | None, inputs: Mapping[str, Tensor]) -> dict[str, Figure]:
+        """With the log-prob of the gold response."""
+        return {**super().figures(rewards, inputs), "logps/gold": Figure(inputs["policy_gold_logps"])}
+
+
+TRIPLES = Triples()

@@ -1,0 +1,174 @@
+"""The objective of a configuration: losses by name, their hyperparameters handed out, what has no meaning refused."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from typing import Any
+
+from hf_prefopt.kinds import PAIRS, ExampleKind
+from hf_prefopt.losses.base import check_range
+from hf_prefopt.losses.registry import LossSpec, get_loss, list_losses
+from hf_prefopt.objective.objective import Objective
+from hf_prefopt.objective.term import Modifier, Term
+
+
+def build_objective(
+    loss_types: list[str],
+    loss_weights: list[float] | None = None,
+    loss_params: dict[str, Any] | None = None,
+    shared_params: dict[str, Any] | None = None,
+    sft_weight: float = 0.0,
+    use_weighting: bool = False,
+    reference_free: bool = False,
+    kind: ExampleKind | None = None,
+    modifiers: Sequence[Modifier] = (),
+    columns: Collection[str] = (),
+) -> Objective:
+    """The objective of a configuration.
+
+    Args:
+        loss_types: names or aliases.
+        loss_weights: one per loss; 1 each when left out.
+        loss_params: hyperparameters, flat for one loss (`{"gamma": 0.5}`), by name for several
+            (`{"simpo": {"gamma": 0.5}}`).
+        shared_params: hyperparameters that every loss takes that has them (`beta`, `label_smoothing`).
+        sft_weight: adds this times the NLL of the chosen response.
+        use_weighting: multiplies pair losses by their WPO weight.
+        reference_free: leaves the reference out of the losses that can do without.
+        kind: the examples that there are, for losses that take several kinds; by default what the losses agree on.
+        modifiers: change what the losses that have rewards are given, in that order.
+        columns: what the data say of the examples besides (`ExampleKind.extras`): `weights` multiply the examples'
+            losses, `margins` go to the losses that subtract one, the others to the losses that ask for them.
+
+    Raises:
+        ValueError: an unknown name, a parameter that no loss takes (the valid ones are listed with their defaults), a
+            combination without meaning, or a value out of range.
+    """
+    specs = [get_loss(name) for name in loss_types]
+    weights = list(loss_weights) if loss_weights is not None else [1.0] * len(specs)
+    if not specs:
+        raise ValueError("loss_type is empty: name at least one loss")
+    if len(weights) != len(specs):
+        raise ValueError(f"loss_weights has {len(weights)} values for {len(specs)} losses {loss_types}")
+    check_range("sft_weight", sft_weight, 0.0)
+    if sft_weight > 0:
+        specs, weights = [*specs, get_loss("sft")], [*weights, sft_weight]
+    specs = _of_one_kind(specs, kind)
+    _refuse_senseless(specs, use_weighting, reference_free)
+    _refuse_senseless_columns(specs, use_weighting, columns)
+    params = _distribute(specs, loss_params or {}, shared_params or {})
+    terms = [
+        Term(
+            spec,
+            weight,
+            params[spec.name],
+            reference_free and spec.can_be_reference_free,
+            absent=tuple(name for name in spec.optional_columns if name not in columns),
+        )
+        for spec, weight in zip(specs, weights, strict=True)
+    ]
+    return Objective(_with_modifiers(terms, modifiers), use_weighting, use_weights="weights" in columns)
+
+
+def _with_modifiers(terms: list[Term], modifiers: Sequence[Modifier]) -> list[Term]:
+    """The terms, those that have rewards modified; what is not changed by a modifier is refused."""
+    rewarded = [term for term in terms if term.spec.computes_reward_metrics]
+    for modifier in modifiers:
+        reasons = [(term.spec.name, modifier.refusal(term)) for term in rewarded] or [
+            (terms[0].spec.name, "it has no rewards")
+        ]
+        refused = [f"{name} cannot be modified so: {reason}" for name, reason in reasons if reason]
+        if refused:
+            raise ValueError(f"{modifier.setting}, but {'; '.join(refused)}")
+    return [replace(term, modifiers=tuple(modifiers)) if term in rewarded else term for term in terms]
+
+
+def _of_one_kind(specs: list[LossSpec], kind: ExampleKind | None) -> list[LossSpec]:
+    """The losses in their forms for the given kind of examples, or for the first kind that all of them take."""
+    for tried in ([kind] if kind else []) + [spec.kind for spec in specs]:
+        forms = [spec.for_kind(tried) for spec in specs]
+        if all(form.fits(tried) for form in forms):
+            return forms
+    wants = "; ".join(f"{spec.name} wants {spec.kind.wanted}" for spec in specs)
+    raise ValueError(f"these losses compare different kinds of examples, which no data set holds at once: {wants}")
+
+
+def _refuse_senseless(specs: list[LossSpec], use_weighting: bool, reference_free: bool) -> None:
+    names = [spec.name for spec in specs]
+    twice = {name for name in names if names.count(name) > 1}
+    if twice:
+        raise ValueError(f"{', '.join(sorted(twice))} stands twice among the losses (sft_weight adds sft): keep one")
+    other = next((spec for spec in specs if spec.kind is not PAIRS), None)
+    if use_weighting and other:
+        raise ValueError(f"use_weighting=True weighs preference pairs, and {other.name} compares {other.kind.name}")
+    if use_weighting and "policy_chosen_alignment" in {name for spec in specs for name in spec.inputs}:
+        raise ValueError("use_weighting=True would apply the WPO weight twice: wpo has it already")
+    if use_weighting and not any(spec.computes_reward_metrics for spec in specs):
+        raise ValueError(f"use_weighting=True weighs preference pairs, and {', '.join(names)} has none")
+    needing = [spec for spec in specs if spec.needs_reference_model]
+    if reference_free and not needing:
+        raise ValueError(f"reference_free=True changes nothing: {', '.join(names)} uses no reference")
+    bound = [spec.name for spec in needing if reference_free and not spec.can_be_reference_free]
+    if bound:
+        raise ValueError(f"reference_free=True, but {', '.join(bound)} is undefined without a reference")
+
+
+def _refuse_senseless_columns(specs: list[LossSpec], use_weighting: bool, columns: Collection[str]) -> None:
+    one_value = [spec.name for spec in specs if spec.is_one_value]
+    if one_value and (use_weighting or "weights" in columns):
+        which, cure = ("use_weighting=True", "leave it out") if use_weighting else ("`weight`", "remove the column")
+        raise ValueError(
+            f"{which} weighs the losses of examples, and {', '.join(one_value)} is one value for a whole batch: {cure}"
+        )
+    if "margins" in columns and not any("margins" in spec.inputs for spec in specs):
+        takers = [name for name in list_losses() if "margins" in get_loss(name).inputs]
+        raise ValueError(
+            f"there is a column `margin`, and {', '.join(spec.name for spec in specs)} subtracts none: remove it, or "
+            f"choose one of {', '.join(takers)}"
+        )
+
+
+def _distribute(specs: list[LossSpec], loss_params: dict, shared_params: dict) -> dict[str, dict[str, Any]]:
+    """The hyperparameters of each loss by its name; whatever no loss takes is refused with what they do take."""
+    by_name = loss_params if len(specs) > 1 or specs[0].name in loss_params else {specs[0].name: loss_params}
+    own = {}
+    for name, values in by_name.items():
+        if not isinstance(values, dict):
+            raise ValueError(
+                f"loss_params[{name!r}]={values!r}: with several losses, give them by loss, "
+                f"as in {{{specs[0].name!r}: {{{name!r}: {values!r}}}}}"
+            )
+        own[get_loss(name).name] = values
+    missing = [name for name in own if name not in {spec.name for spec in specs}]
+    if missing:
+        raise ValueError(f"loss_params names {', '.join(missing)}, which is not among the losses")
+    for spec in specs:
+        _refuse_unknown(own.get(spec.name, {}), [spec])
+    _refuse_unknown(shared_params, specs)
+    return {
+        spec.name: {name: value for name, value in shared_params.items() if name in spec.defaults}
+        | {name: value for name, value in own.get(spec.name, {}).items() if name in spec.defaults}
+        for spec in specs
+    }
+
+
+# Values at which a hyperparameter does nothing, so that a loss that has none is the same.
+_OFF = {
+    "label_smoothing": 0.0,
+    "gamma": 0.0,
+    "cpo_alpha": 0.0,
+    "tpo_alpha": 0.0,
+    "desirable_weight": 1.0,
+    "undesirable_weight": 1.0,
+}
+
+
+def _refuse_unknown(params: dict[str, Any], specs: list[LossSpec]) -> None:
+    asked = [name for name, value in params.items() if name not in _OFF or value != _OFF[name]]
+    unknown = [name for name in asked if not any(name in spec.defaults for spec in specs)]
+    if unknown:
+        valid = "; ".join(
+            f"{spec.name} takes " + (", ".join(f"{k}={v!r}" for k, v in spec.defaults.items()) or "no hyperparameters")
+            for spec in specs
+        )
+        given = ", ".join(f"{name}={params[name]!r}" for name in unknown)
+        raise ValueError(f"{given} is used by no loss: {valid}; leave it out")

@@ -1,0 +1,129 @@
+"""The objective: the weighted sum of losses that a configuration asks for, as one function of named inputs."""
+
+import functools
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from hf_prefopt.kinds import KINDS
+from hf_prefopt.losses.base import LossOutput
+from hf_prefopt.losses.dpo import wpo_weights
+from hf_prefopt.losses.registry import token_stats_of
+from hf_prefopt.objective.term import State, Term
+
+_WPO_INPUTS = ("policy_chosen_alignment", "policy_rejected_alignment")
+
+
+class Objective:
+    """Σ_k w_k · loss_k over one forward, every component logged by its own name.
+
+    The implicit rewards are those of the first loss that has any. With `use_weighting`, each loss that has rewards is
+    multiplied by the pair's WPO weight. With `use_weights`, an example's sum is multiplied by the example's own weight;
+    the loss of a step stays the mean over its examples, whatever their weights add up to.
+
+    Attributes:
+        kind: the kind of examples that all its losses compare.
+        state: what losses keep across batches, by loss: numbers `[]`.
+        progress, epoch: the part of a run's optimiser steps that is done, in [0, 1], and the number of the epoch, for
+            losses that change with them; who runs it says so.
+
+    Raises:
+        ValueError: at construction, when a loss refuses its hyperparameters, on two examples of made-up numbers.
+    """
+
+    def __init__(self, terms: list[Term], use_weighting: bool = False, use_weights: bool = False):
+        self.terms = terms
+        self.use_weighting, self.use_weights = use_weighting, use_weights
+        self.state: dict[str, State] = {}
+        self.progress, self.epoch = 0.0, 0
+        self.reset_state()
+        modifiers = (*(_WPO_INPUTS if use_weighting else ()), *(("weights",) if use_weights else ()))
+        self.inputs = tuple(dict.fromkeys([*(name for term in terms for name in term.inputs), *modifiers]))
+        self.kind = next(kind for kind in KINDS if all(map(kind.takes, self.inputs)))
+        self._check_on_made_up_numbers()
+
+    @property
+    def needs_reference_model(self) -> bool:
+        """Whether any loss reads the reference's log-probs."""
+        return any(name.startswith("ref_") for name in self.inputs)
+
+    @property
+    def needs_global_batch(self) -> bool:
+        """Whether any loss of an example depends on the other examples of the global batch."""
+        return any(term.spec.needs_global_batch for term in self.terms)
+
+    @property
+    def needs_mismatched(self) -> bool:
+        """Whether any loss reads log-probs of another prompt's responses."""
+        return any("mismatched" in name for name in self.inputs)
+
+    @property
+    def token_stats(self) -> tuple[str, ...]:
+        """The per-token statistics, besides the log-prob, that the policy's head must compute."""
+        return tuple(sorted(token_stats_of(self.inputs, "policy")))
+
+    @property
+    def reference_token_stats(self) -> tuple[str, ...]:
+        """The same for the reference's head."""
+        return tuple(sorted(token_stats_of(self.inputs, "ref")))
+
+    def __call__(self, inputs: dict[str, Tensor], training: bool = True) -> LossOutput:
+        """The weighted sum on named inputs `[B]` or `[B, K]`; see `objective.inputs`. In evaluations not `training`."""
+        outputs = {term.spec.name: self._weighted(term, inputs, training) for term in self.terms}
+        parts = (term.weight * output.losses for term, output in zip(self.terms, outputs.values(), strict=True))
+        total = functools.reduce(torch.add, parts)
+        if self.use_weights:
+            total = total * inputs["weights"]
+        rewards = next((output.rewards for output in outputs.values() if output.rewards is not None), None)
+        components = {
+            f"{name}_{part}": values for name, output in outputs.items() for part, values in output.components.items()
+        }
+        if len(outputs) > 1:
+            components |= {name: output.losses.detach() for name, output in outputs.items()}
+        return LossOutput(total, rewards, components)
+
+    def reset_state(self) -> None:
+        """Forget all batches."""
+        initial = {term.spec.name: term.spec.state.initial for term in self.terms if term.spec.state is not None}
+        self.state = {loss: {} for loss in initial}
+        self.load_state_dict(initial)
+
+    def update_state(self, inputs: dict[str, Tensor]) -> None:
+        """Take the global batch of a step into what losses keep: once, before they are computed on it."""
+        for term in self.terms:
+            if term.spec.name in self.state:
+                self.state[term.spec.name] = term.updated(self._state_beside(term, inputs), inputs)
+
+    def state_dict(self) -> dict[str, dict[str, float]]:
+        """What losses keep, as numbers for a checkpoint."""
+        return {loss: {name: value.item() for name, value in state.items()} for loss, state in self.state.items()}
+
+    def load_state_dict(self, saved: Mapping[str, Mapping[str, float]]) -> None:
+        """Take over what `state_dict` gave; losses that it does not name start afresh."""
+        for loss in self.state.keys() & saved.keys():
+            self.state[loss] = {name: torch.tensor(value, dtype=torch.float64) for name, value in saved[loss].items()}
+
+    def _state_beside(self, term: Term, inputs: dict[str, Tensor]) -> State:
+        """The state of a loss, on the device and in the precision of its inputs."""
+        like = inputs[term.inputs[0]]
+        return {name: value.to(like) for name, value in self.state.get(term.spec.name, {}).items()}
+
+    def _weighted(self, term: Term, inputs: dict[str, Tensor], training: bool) -> LossOutput:
+        """The output of one loss, times the pair's WPO weight where that is asked for and the loss is of pairs."""
+        of_the_run = {
+            "state": self._state_beside(term, inputs),
+            "progress": self.progress,
+            # Evaluations of a data set are to be compared with each other.
+            "epoch": self.epoch if training else 0,
+            "training": training,
+        }
+        output = term(inputs, of_the_run)
+        if self.use_weighting and term.spec.computes_reward_metrics:
+            chosen, rejected = (inputs[name] for name in _WPO_INPUTS)
+            output.losses = output.losses * wpo_weights(chosen, rejected, output.losses)
+        return output
+
+    def _check_on_made_up_numbers(self) -> None:
+        """Call every loss once, so that a bad hyperparameter is refused now and not at the first step."""
+        self({name: self.kind.made_up(name) for name in self.inputs})

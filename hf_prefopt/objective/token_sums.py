@@ -1,0 +1,179 @@
+"""Modifiers of single tokens: a loss of sums gets Σ_t of changed token log-probs for the plain sums.
+
+The steps, in the order in which they are taken: humanline clamps, a data set's weights, LD-DPO's weight of the longer
+response's tail. Losses that divide by a length go on dividing by the number of scored tokens.
+
+Shapes: B examples, T tokens of the longest response; what stands behind the end of a response is 0 and stays 0.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from hf_prefopt.kinds import PAIRS, ExampleKind
+from hf_prefopt.losses.base import check_range
+from hf_prefopt.objective.term import Inputs, Modifier, Names, Term, is_sum, policy_and_reference
+
+
+class TokenStep(ABC):
+    """What is done to the log-probs of tokens `[B, T]` before they are summed.
+
+    Attributes:
+        clamps_ratios: whether the tokens' log-ratios to the reference are changed, and not the tokens weighed.
+    """
+
+    clamps_ratios: ClassVar[bool] = False
+
+    @property
+    @abstractmethod
+    def setting(self) -> str:
+        """How a configuration asks for it, for error messages."""
+
+    def reads(self, model: str, response: str) -> Names:
+        """Further inputs that it takes for the tokens of a response ("chosen_", "" of single ones) under a model."""
+        return ()
+
+    @abstractmethod
+    def __call__(self, tokens: Tensor, model: str, response: str, inputs: Inputs) -> Tensor:
+        """The tokens' log-probs, changed."""
+
+
+@dataclass(frozen=True)
+class Humanline(TokenStep):
+    """Each token's log-ratio clamped to [low, high]: log π := log π_ref + clamp(log π − log π_ref).
+
+    From the code of HALOs, whose bounds are the logarithms −1 and 1.5. A clamped token has no gradient. That code also
+    copies the policy into the reference from one optimiser step to the next, which is a moving reference's affair:
+    `sync_ref_model` with `ref_model_sync_steps=1` and `ref_model_mixup_alpha=1.0` (see `reference.moving`).
+    """
+
+    low: float = -1.0
+    high: float = 1.5
+    clamps_ratios: ClassVar[bool] = True
+
+    @property
+    def setting(self) -> str:
+        return "humanline=True"
+
+    def __post_init__(self):
+        check_range("humanline_log_eps_p", self.low, float("-inf"), 0.0, open_low=True, closed_high=True)
+        check_range("humanline_log_eps_r", self.high, 0.0)
+
+    def reads(self, model: str, response: str) -> Names:
+        return (f"ref_{response}token_logps",) if model == "policy" else ()
+
+    def __call__(self, tokens: Tensor, model: str, response: str, inputs: Inputs) -> Tensor:
+        if model == "ref":
+            return tokens
+        reference = inputs[f"ref_{response}token_logps"]
+        return reference + (tokens - reference).clamp(self.low, self.high)
+
+
+@dataclass(frozen=True)
+class ColumnWeights(TokenStep):
+    """Each token times its weight from the columns `chosen_token_weights`, `rejected_token_weights`."""
+
+    @property
+    def setting(self) -> str:
+        return "use_token_weights=True"
+
+    def reads(self, model: str, response: str) -> Names:
+        return (f"{response}token_weights",)
+
+    def __call__(self, tokens: Tensor, model: str, response: str, inputs: Inputs) -> Tensor:
+        return tokens * inputs[f"{response}token_weights"].to(tokens)
+
+
+@dataclass(frozen=True)
+class LengthDesensitised(TokenStep):
+    """Tokens past the length of the pair's shorter response weigh α: α = 1 is no change, α = 0 cuts them off.
+
+    LD-DPO, 2409.06411. The length is that of the pair, so a response that serves several pairs has other
+    weights in each.
+
+    Attributes:
+        alpha: α in [0, 1].
+        policy_only: leaves the reference's tokens as they are.
+    """
+
+    alpha: float
+    policy_only: bool = False
+
+    def __post_init__(self):
+        check_range("ld_alpha", self.alpha, 0.0, 1.0, closed_high=True)
+
+    @property
+    def setting(self) -> str:
+        return f"ld_alpha={self.alpha!r}"
+
+    def reads(self, model: str, response: str) -> Names:
+        return ("chosen_lengths", "rejected_lengths")
+
+    def __call__(self, tokens: Tensor, model: str, response: str, inputs: Inputs) -> Tensor:
+        if model == "ref" and self.policy_only:
+            return tokens
+        shorter = torch.minimum(inputs["chosen_lengths"], inputs["rejected_lengths"])
+        places = torch.arange(tokens.shape[1], device=tokens.device)
+        return torch.where(places < shorter[:, None], tokens, self.alpha * tokens)
+
+
+@dataclass(frozen=True)
+class TokenSums(Modifier):
+    """Sums over the tokens that the steps have changed, in place of the plain sums."""
+
+    steps: Sequence[TokenStep]
+
+    @property
+    def setting(self) -> str:
+        return ", ".join(step.setting for step in self.steps)
+
+    def refusal(self, term: Term) -> str | None:
+        if any("token_" in name for name in term.names):
+            return "it weighs tokens itself"
+        if any(name.endswith("_kl") for name in term.names):
+            return "it also takes a KL of every token, which would stay as it is"
+        sums = [name for name in term.names if is_sum(name)]
+        paired = {name for pair in policy_and_reference(term.names) for name in pair}
+        if any(step.clamps_ratios for step in self.steps) and not paired.issuperset(sums):
+            return "it reads log-probs without those of a reference, and ratios to it are what is clamped"
+        return self._refusal_of(term.spec.kind)
+
+    def _refusal_of(self, kind: ExampleKind) -> str | None:
+        if not kind.has_token_inputs:
+            return f"it compares {kind.name}, whose tokens are not told apart"
+        if kind is not PAIRS and not all(step.clamps_ratios for step in self.steps):
+            return f"it compares {kind.name}, and these weights are of the tokens of a pair"
+        return None
+
+    def reads(self, names: Names) -> Names:
+        needed = [name for name in names if not is_sum(name)]
+        of_tokens: list[str] = []
+        for name in filter(is_sum, names):
+            model, response = _model_and_response(name)
+            of_tokens.append(f"{model}_{response}token_logps")
+            needed += [further for step in self.steps for further in step.reads(model, response)]
+        return tuple(dict.fromkeys((*of_tokens, *needed)))
+
+    def __call__(self, inputs: Inputs, names: Names) -> Inputs:
+        return {**inputs, **{name: self._sum(name, inputs) for name in filter(is_sum, names)}}
+
+    def _sum(self, name: str, inputs: Inputs) -> Tensor:
+        model, response = _model_and_response(name)
+        tokens = inputs[f"{model}_{response}token_logps"]
+        for step in self.steps:
+            tokens = step(tokens, model, response, inputs)
+        # As the plain sums are formed, whose difference is a small one of large numbers.
+        wide = tokens.dtype if tokens.device.type == "mps" else torch.float64
+        return tokens.sum(-1, dtype=wide).to(tokens.dtype)
+
+
+def _model_and_response(name: str) -> tuple[str, str]:
+    """("policy", "chosen_") of "policy_chosen_logps", ("ref", "") of "ref_logps"."""
+    model, response = name.removesuffix("logps").split("_", 1)
+    return model, response

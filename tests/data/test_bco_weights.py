@@ -1,0 +1,110 @@
+"""Weights for undesirable rows whose prompts are unlike those of the desirable ones (BCO's UDM)."""
+
+import sys
+
+import numpy as np
+import pytest
+from datasets import Dataset
+
+from hf_prefopt.data.bco_weights import underlying_weights
+from tests.tiny_models import tiny_model
+from tests.tokenizers import tiny_tokenizer
+from tests.training import make_trainer
+
+pytest.importorskip("sklearn")
+
+
+def balanced_regression(x, y, steps=50):
+    """θ = (w, b) of min ½|w|² + Σ_i s_i·NLL_i, s_i = n/(2n_class), by Newton's method in float64, and the smallest
+    curvature of that sum over n at its minimum."""
+    share = np.where(y, len(y) / (2 * y.sum()), len(y) / (2 * (~y).sum()))
+    design = np.column_stack([x, np.ones(len(x))])
+    ridge = np.diag([*np.ones(x.shape[1]), 0.0])
+    theta = np.zeros(design.shape[1])
+    for _ in range(steps):
+        p = 1 / (1 + np.exp(-design @ theta))
+        gradient = design.T @ (share * (p - y)) + ridge @ theta
+        hessian = design.T @ (design * (share * p * (1 - p))[:, None]) + ridge
+        theta -= np.linalg.solve(hessian, gradient)
+    return theta, np.linalg.eigvalsh(hessian / len(y)).min()
+
+
+def test_weights_are_the_odds_of_a_balanced_regression():
+    """40 desirable and 20 undesirable prompts, a standard deviation apart in one of three directions: p/(1 − p) =
+    e^(w·x + b), the minimum found by Newton's method here. The library stops where no entry of the gradient of the mean
+    exceeds 1e-4, so that θ is off by |gradient|/curvature at most, and log-odds by |(x, 1)| times that."""
+    generator = np.random.default_rng(3)
+    labels = np.arange(60) % 3 < 2
+    prompts = generator.normal(size=(60, 3)) + labels[:, None] * np.array([1.0, 0.0, 0.0])
+    theta, curvature = balanced_regression(prompts, labels)
+    design = np.column_stack([prompts, np.ones(60)])
+    log_odds = design @ theta
+    tolerance = np.linalg.norm(design, axis=1).max() * 1e-4 * 2 / curvature
+    assert tolerance < 0.01 < log_odds.std()
+    wide = underlying_weights(prompts, labels, low=0.0, high=np.inf)
+    np.testing.assert_allclose(np.log(wide[~labels]), log_odds[~labels], rtol=0, atol=tolerance)
+    found = underlying_weights(prompts, labels)
+    np.testing.assert_array_equal(found, np.where(labels, 1.0, wide.clip(0.5, 10)))
+
+
+def test_prompts_that_say_nothing_weigh_one():
+    """All alike, three desirable to one undesirable: balanced, p = ½, and the odds are 1 and not 3."""
+    weights = underlying_weights(np.zeros((8, 2)), [True, True, True, False] * 2)
+    np.testing.assert_allclose(weights, 1.0, rtol=1e-6)
+
+
+def test_weights_stay_within_their_bounds():
+    """Undesirable prompts deep among the desirable ones (x = 40) weigh 10, those far from them (x = −40) ½: nine of ten
+    desirable prompts lie at 40, nine of ten undesirable ones at −40."""
+    at = np.array([40.0] * 9 + [-40.0] + [-40.0] * 9 + [40.0])[:, None]
+    weights = underlying_weights(at, [True] * 10 + [False] * 10)
+    # Balanced odds of 9 : 1, pulled towards 1 by a penalty that is nothing beside x = 40.
+    np.testing.assert_allclose(weights, [1.0] * 10 + [0.5] * 9 + [9.0], rtol=1e-2)
+    np.testing.assert_allclose(underlying_weights(at, [True] * 10 + [False] * 10, high=3.0)[-1], 3.0)
+
+
+def test_so_many_prompts_of_a_class_are_enough():
+    """Fitted to two of each class, a draw by the seed: every example still has a weight."""
+    generator = np.random.default_rng(0)
+    prompts, labels = generator.normal(size=(50, 2)), np.arange(50) % 2 == 0
+    few = [underlying_weights(prompts, labels, prompts_per_class=2, seed=seed) for seed in (0, 0, 1)]
+    assert few[0].shape == (50,) and (few[0] == few[1]).all() and (few[0] != few[2]).any()
+
+
+@pytest.mark.parametrize(
+    ("embeddings", "labels", "options", "message"),
+    [
+        (np.zeros(3), [True] * 3, {}, r"embeddings \(3,\) and labels \(3,\): give a matrix"),
+        (np.zeros((3, 2)), [True] * 2, {}, "a label for each row"),
+        (np.array([[0.0], [np.nan]]), [True, False], {}, r"row 1 \(and 0 more\): its embedding is not finite"),
+        (np.zeros((2, 1)), [True, True], {}, "all 2 examples are desirable"),
+        (np.zeros((2, 1)), [False, False], {}, "all 2 examples are undesirable"),
+        (np.zeros((2, 1)), [4, 0], {}, "row 0: its label is "),
+        (np.zeros((2, 1)), [True, False], {"low": 2.0, "high": 1.0}, "low=2.0, high=1.0"),
+        (np.zeros((2, 1)), [True, False], {"prompts_per_class": 0}, "prompts_per_class=0"),
+    ],
+)
+def test_what_does_not_fit_is_refused(embeddings, labels, options, message):
+    with pytest.raises(ValueError, match=message):
+        underlying_weights(embeddings, labels, **options)
+
+
+def test_without_scikit_learn_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.linear_model", None)
+    with pytest.raises(ImportError, match=r"hf_prefopt\[bco\]"):
+        underlying_weights(np.zeros((2, 1)), [True, False])
+
+
+def test_the_weights_are_a_column_of_bco(tmp_path):
+    """At the reference every reward is 0 and so is δ: a row's loss is w log 2, the mean over rows mean(w) log 2."""
+    texts = ["The capital of France is", "2+2?", "2+3?", "The capital of Italy is"]
+    rows = Dataset.from_list(
+        [{"prompt": text, "completion": " Yes.", "label": label} for text in texts for label in (True, text[0] == "T")]
+    )
+    embedded = [[float(text[0] == "2")] for text in rows["prompt"]]
+    rows = rows.add_column("weight", underlying_weights(embedded, rows["label"]))
+    given = {"train_dataset": rows, "processing_class": tiny_tokenizer(), "max_steps": 1}
+    trainer = make_trainer(tmp_path, tiny_model(vocab_size=600), loss_type="bco", **given)
+    loss = trainer.evaluate(rows)["eval_loss"]
+    assert loss == pytest.approx(np.mean(rows["weight"]) * np.log(2), rel=1e-6)
+    assert min(rows["weight"]) < 0.9

@@ -1,0 +1,47 @@
+"""The catalogue and the configurations of all losses are what the registry says now."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hf_prefopt import PreferenceConfig, get_loss
+from hf_prefopt.reporting.loss_page import loss_page
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted((ROOT / "recipes" / "configs").glob("*.yaml"))
+
+
+def test_the_page_is_the_one_that_the_registry_makes():
+    """In a fresh interpreter, where no test has registered a loss of its own."""
+    command = [sys.executable, "-m", "hf_prefopt.reporting.loss_page"]
+    made = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    assert made == (ROOT / "docs" / "losses.md").read_text(), "run: make docs"
+
+
+def test_every_loss_has_its_section_its_source_and_its_file():
+    page, names = loss_page(), {path.stem for path in CONFIGS}
+    for name in names:
+        spec = get_loss(name)
+        assert spec.name == name and f"\n### {name}\n" in page and spec.description in page
+    made = subprocess.run(
+        [sys.executable, "-c", "import hf_prefopt; print(*hf_prefopt.list_losses())"],
+        capture_output=True, text=True, check=True, cwd=ROOT,
+    )  # fmt: skip
+    assert names == set(made.stdout.split()), "run: make docs"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_config_builds_its_loss_with_its_published_defaults(path, tmp_path):
+    """What the file sets is the loss's default; and it is accepted as settings of a run."""
+    entries = yaml.safe_load(path.read_text())
+    spec = get_loss(path.stem)
+    given = {name: entries[name] for name in ("beta", "label_smoothing") if name in entries}
+    given |= entries.get("loss_params", {})
+    assert given == {name: value for name, value in spec.defaults.items() if value is not None}
+    names = PreferenceConfig.__dataclass_fields__.keys() & entries.keys()
+    config = PreferenceConfig(**{name: entries[name] for name in names} | {"output_dir": str(tmp_path)})
+    assert [term.spec.name for term in config.build_objective().terms] == [spec.name]
+    assert (ROOT / entries["dataset_name"]).is_dir()
