@@ -6,6 +6,7 @@ comes from is decided elsewhere.
 """
 
 import logging
+import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -85,8 +86,8 @@ class PreferenceTrainer(TryingTrainer):
 
     def __init__(
         self,
-        model: str | PreTrainedModel | PeftModel | None = None,
-        ref_model: nn.Module | str | None = None,
+        model: str | os.PathLike | PreTrainedModel | PeftModel | None = None,
+        ref_model: nn.Module | str | os.PathLike | None = None,
         args: PreferenceConfig | None = None,
         data_collator: Callable[[list[dict]], PreferenceBatch] | None = None,
         train_dataset: Data | None = None,
@@ -96,7 +97,8 @@ class PreferenceTrainer(TryingTrainer):
         quantization_config: Any = None,
         **trainer_arguments: Any,
     ):
-        check_types(args, ref_model)
+        check_types(args, ref_model, peft_config, processing_class)
+        model, ref_model = (os.fspath(m) if isinstance(m, os.PathLike) else m for m in (model, ref_model))
         self.args = args = args or PreferenceConfig(output_dir="trainer_output")
         check_arguments(args, model, ref_model, data_collator, trainer_arguments)
         self.criterion, self._configured = args.build_objective(), settings_of(args)

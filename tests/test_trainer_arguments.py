@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from peft import LoraConfig
 from transformers import TrainingArguments
 from trl import DPOConfig
 
@@ -139,3 +140,38 @@ def test_a_stream_without_rows_is_refused_when_it_is_read(tmp_path):
             make_trainer(tmp_path, train_dataset=data, **given).train()
         with pytest.raises(ValueError, match="gave no rows"):
             make_trainer(tmp_path, eval_dataset=data, **given).evaluate()
+
+
+@pytest.mark.parametrize(
+    ("given", "cure"),
+    [
+        ({"peft_config": {"r": 4}}, r"peft_config is a dict: pass one PEFT configuration"),
+        ({"peft_config": [LoraConfig()]}, r"peft_config is a list"),
+        ({"processing_class": "a folder"}, r"AutoTokenizer\.from_pretrained"),
+    ],
+)
+def test_arguments_of_another_type(given, cure, tmp_path):
+    with pytest.raises(ValueError, match=cure):
+        make_trainer(tmp_path, **given)
+
+
+def test_models_are_named_by_paths_too(tmp_path):
+    folder = tmp_path / "model"
+    tiny_model().save_pretrained(folder)
+    trainer = make_trainer(tmp_path / "run", folder, ref_model=folder, max_steps=1)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(0.693147, abs=1e-6)
+
+
+def test_an_optimizer_set_by_hand_holds_what_trains(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=1)
+    trainer.optimizer = torch.optim.SGD(tiny_model().parameters(), 1.0)
+    with pytest.raises(ValueError, match="misses 21 of the 21 parameters"):
+        trainer.train()
+
+
+def test_a_policy_frozen_by_hand_is_refused(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=1)
+    trainer.model.requires_grad_(False)
+    with pytest.raises(ValueError, match="no parameter of the policy"):
+        trainer.train()

@@ -4,6 +4,7 @@ import gc
 
 import pytest
 from datasets import Dataset
+from transformers import TrainerCallback
 
 from hf_prefopt import PreferenceTrainer
 from hf_prefopt.policy import load_model
@@ -243,3 +244,69 @@ def test_a_model_init_of_the_trial_without_a_tokenizer(arguments, tmp_path):
     assert trainer.processing_class.name_or_path == str(tmp_path / "base")
     search(trainer, [{"beta": 0.5}])
     assert (seen[-1].number == 0) if arguments else (seen[-1] == "none")
+
+
+def by_itself(trainer, spaces, **options):
+    return trainer.hyperparameter_search(
+        hp_space=lambda trial: spaces[trial.number], n_trials=len(spaces), backend="optuna", **options
+    )
+
+
+class Evaluations(TrainerCallback):
+    """The losses of each evaluation, by data set."""
+
+    def __init__(self):
+        self.losses = []
+
+    def on_evaluate(self, args, state, control, metrics=None, **_):
+        self.losses.append({name: value for name, value in metrics.items() if name.endswith("_loss")})
+
+
+def test_what_is_searched_for_by_default_is_the_loss(tmp_path):
+    """The Trainer would add up rewards and log-probs, and so prefer a model that has collapsed."""
+    seen = Evaluations()
+    trainer = trainer_for(tmp_path, callbacks=[seen])
+    found = by_itself(trainer, [{"learning_rate": rate} for rate in (1e-5, 1e-2, 3.0)])
+    losses = [evaluation["eval_loss"] for evaluation in seen.losses]
+    assert len(set(losses)) == 3 and found.objective == min(losses)
+    assert found.run_id == str(losses.index(min(losses)))
+
+
+def test_of_several_evaluation_sets_it_is_the_mean_loss(tmp_path):
+    sets, seen = {"a": pairs(2, seed=1), "b": pairs(2, seed=2)}, Evaluations()
+    found = by_itself(trainer_for(tmp_path, eval_dataset=sets, callbacks=[seen]), [{"learning_rate": 1e-3}])
+    losses = {name: value for losses in seen.losses for name, value in losses.items()}
+    assert found.objective == pytest.approx((losses["eval_a_loss"] + losses["eval_b_loss"]) / 2)
+
+
+def test_the_loss_is_not_maximized(tmp_path):
+    with pytest.raises(ValueError, match="direction='maximize' needs compute_objective"):
+        by_itself(trainer_for(tmp_path), [{"beta": 0.2}], direction="maximize")
+
+
+@pytest.mark.parametrize(
+    ("space", "refusal"),
+    [
+        ({"loss_type": ["simpo"], "gamma": 0.3}, "gamma=0.3, a hyperparameter of simpo"),
+        ({"betaa": 0.3}, "betaa=0.3, and PreferenceConfig has no such field"),
+    ],
+)
+def test_what_would_not_act_is_refused_in_the_first_trial(space, refusal, tmp_path):
+    with pytest.raises(ValueError, match=refusal):
+        by_itself(trainer_for(tmp_path), [space])
+
+
+@pytest.mark.parametrize(("name", "value"), [("beta", 5.0), ("loss_type", ["ipo"]), ("temperature", 0.5)])
+def test_a_setting_changed_by_hand_is_refused(name, value, tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=1)
+    setattr(trainer.args, name, value)
+    with pytest.raises(ValueError, match=f"{name}=.* was set after the trainer was made"):
+        trainer.train()
+
+
+def test_the_trainers_own_settings_still_act_on_the_next_run(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=1)
+    trainer.train()
+    trainer.args.max_steps = 2
+    trainer.train()
+    assert trainer.state.global_step == 2

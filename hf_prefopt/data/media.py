@@ -10,7 +10,7 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 
 MEDIA_CURE = "images, video and audio are not supported: drop the row, or leave {} out if the text will do alone"
-_MEDIA = r"(image|img|picture|photo|screenshot|video|audio|pixel_value)s?"
+_MEDIA = r"(image|img|picture|photo|screenshot|frame|video|audio|pixel_value)s?"
 _FORMS = r"(path|url|uri|file|byte|data|base64|list|\d+)s?"
 _NAME = re.compile(rf"(.*[_\-. ])?{_MEDIA}([_\-. ]?{_FORMS})*", re.IGNORECASE)
 # What Arrow gives for columns of text, numbers, flags and times.

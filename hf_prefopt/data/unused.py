@@ -30,7 +30,7 @@ _CARRIERS = _set("text content string str raw full value json list")
 _CONTEXT = _set(
     "prompt preprompt prefix preamble system question instruction input query queries context ctx history histories "
     "problem message conversation dialogue dialog chat background passage article document premise persona scenario "
-    "choices options tool function step shot demonstration"
+    "choices options tool function step shot demonstration table fact concept schema code hint src"
 )
 # What was answered and what was thought of it: all that such a column holds.
 _ANSWERS = _set(
@@ -42,7 +42,7 @@ _ANSWERS = _set(
 _MAKING = _set(
     "generation generated generator labelling labeling labeler labeller annotation annotator judge judging grader "
     "grading rater rating reward rm verifier evaluation evaluator critic preference meta metadata distilabel license "
-    "citation"
+    "citation criteria criterion rubric principle constitution aspect"
 )
 # Names of things, at times long ones.
 _LABELS = _set(
@@ -53,7 +53,9 @@ _LABELS = _set(
 _NEVER, _IN_LABELS, _IN_UNKNOWN, _AT_ALL = math.inf, 15, 4, 0
 _SPEAKERS = frozenset(("role", "from", "type"))
 _REPLIERS = frozenset(("assistant", "gpt", "model", "bot", "chatgpt", "ai"))
-_NOTHING = frozenset(("", "none", "null", "nan", "n/a", "na"))
+_NOTHING = frozenset(("", "none", "null", "nan", "n/a", "na", "yes", "no", "true", "false"))
+# A flag or a count, whatever it is of: `is_question`, `n_shot`.
+_FLAGS = frozenset(("is", "has", "was", "num", "n"))
 _UNSPACED = re.compile(f"[{UNSPACED}]{{2}}")
 _SENTENCE_ENDS = tuple(".?!…。？！।؟")
 
@@ -118,8 +120,9 @@ def _is_context(text: str, bar: float) -> bool:
     if text.strip(" \n[]{}\"'").lower() in _NOTHING:
         return False
     words = sum(any(map(str.isalpha, word)) for word in text.split()) + len(_UNSPACED.findall(text))
-    is_sentence = bar == _IN_UNKNOWN and words >= 2 and text.rstrip().endswith(_SENTENCE_ENDS)
-    return bar == _AT_ALL or words > bar or is_sentence
+    least = {_IN_UNKNOWN: 2, _IN_LABELS: 3}.get(bar, _NEVER)
+    is_sentence = words >= least and "://" not in text and text.rstrip().endswith(_SENTENCE_ENDS)
+    return (bar == _AT_ALL and not text.strip().isdecimal()) or words > bar or is_sentence
 
 
 def _without_last_reply(value: Any) -> Any:
@@ -149,6 +152,8 @@ def _texts(value: Any, bar: float, bar_of: Callable[[str], float]) -> Iterator[t
 def _bar(name: str) -> float:
     """How many words a text of a column, or of a key in it, may have and still be no context."""
     words = [word.lower() for word in _WORD.findall(name)]
+    if words and words[0] in _FLAGS:
+        return _NEVER
     words = [word for word in words if word not in _CARRIERS and (len(word) > 2 or word in ("id", "rm"))]
     stems = [{word, word.removesuffix("s")} for word in words]
     if any(stem & _MAKING for stem in stems):

@@ -80,8 +80,9 @@ def _cause(inputs: list[str]) -> str:
     if not of_models:
         return f"it was given {', '.join(inputs)} there, which the data have wrong: correct these rows"
     return (
-        f"it was given {', '.join(of_models)} there that are not finite, so the model's weights are ruined or its "
-        "activations overflow: lower learning_rate, take bf16 in place of fp16, and start from an earlier checkpoint"
+        f"it was given {', '.join(of_models)} there that are not finite, so the model's weights are ruined "
+        "(by a high learning_rate, or by a gradient that was not finite: logging_steps=1 names its step) or its "
+        "activations overflow (take bf16 in place of fp16): start from an earlier checkpoint"
     )
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
+from peft import PeftConfig
 from transformers import TrainingArguments
 
 from hf_prefopt.config import PreferenceConfig
@@ -21,14 +22,20 @@ _WAYS: tuple[tuple[Any, str], ...] = (
 )
 
 
-def check_types(args: Any, ref_model: Any) -> None:
-    """Raise `ValueError` where the configuration is another library's, or stands in the place of the reference."""
+def check_types(args: Any, ref_model: Any, peft_config: Any = None, processing_class: Any = None) -> None:
+    """Raise `ValueError` where an argument is of another type than the trainer takes, such as another configuration."""
     if isinstance(ref_model, TrainingArguments):
         raise ValueError(f"ref_model is a {type(ref_model).__name__}, by its place: pass it by name, args=...")
     if not isinstance(args, PreferenceConfig | None):
         raise ValueError(
             f"args is a {_type(args)}: PreferenceTrainer takes a PreferenceConfig, which has the fields of "
-            "TrainingArguments and, by TRL's names, those of a DPOConfig: PreferenceConfig(output_dir=..., ...)"
+            "TrainingArguments, and TRL's names for most of a DPOConfig's: PreferenceConfig(output_dir=..., ...)"
+        )
+    if not isinstance(peft_config, PeftConfig | None):
+        raise ValueError(f"peft_config is a {_type(peft_config)}: pass one PEFT configuration, as in LoraConfig(...)")
+    if isinstance(processing_class, str | Path):
+        raise ValueError(
+            f"processing_class is a {_type(processing_class)}: load it, AutoTokenizer.from_pretrained(...)"
         )
 
 

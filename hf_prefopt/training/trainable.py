@@ -14,7 +14,9 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that train and act, by name: those of an adapter that is switched off or merged do not act."""
     idle = set(model.peft_config) - set(model.active_adapters) if isinstance(model, PeftModel) else set()
     merged = tuple(
-        f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer) and module.merged
+        f"{name}."
+        for name, module in model.named_modules()
+        if isinstance(module, BaseTunerLayer) and (module.merged or module.disable_adapters)
     )
     return {
         name: parameter

@@ -109,6 +109,14 @@ HUB = {
     "a set of the recipes": ({**TALK, "annotators": [1, 2], "tie": False, "problem_id": 3}, []),
 }
 METADATA = {
+    "has_system": "yes",
+    "is_question": "no",
+    "n_shot": "0-shot",
+    "num_turns_of_dialogue": "three turns",
+    "steps": "120",
+    "criteria": "Is the response helpful, honest and free of any harm to others?",
+    "orig_rubric": "Score 1: wrong. Score 5: right.",
+    "principle": "Choose the response that is less harmful.",
     "uuid": "123e4567-e89b-12d3-a456-426614174000",
     "url": "https://example.org/what is/the capital of/france?",
     "timestamp": "Mon, 3 Jan 2024 10:22:33 GMT",
@@ -151,6 +159,14 @@ CONTEXT = {
     "source": "Paris is a city on the Seine. " * 5,
     "问题": "法国的首都是哪里？请用一个词回答。",
     "extra_info": {"question": "And Italy?"},
+    "table": [["country", "capital"], ["France", "Paris"]],
+    "facts": ["Paris is big", "Rome is old"],
+    "concepts": ["dog", "run"],
+    "hint": "use recursion",
+    "code": "def f(x):\n    return x + 1",
+    "schema": "t(a int, b int)",
+    "source_text": "Once upon a time there was a king.",
+    "topic": "Paris lies there.",
     "tools": [{"name": "search", "description": "Looks things up."}],
 }
 
