@@ -133,7 +133,7 @@ def _wants_blocks(template: str) -> bool:
     shown = []
     for content in (word, [{"type": "text", "text": word}]):
         try:
-            rendered, _ = render_jinja_template([[{"role": "user", "content": content}]], chat_template=template)
+            rendered = render_jinja_template([[{"role": "user", "content": content}]], chat_template=template)[0]
             shown.append(word in rendered[0])
         except (jinja2.TemplateError, TypeError, KeyError, ValueError):
             shown.append(False)

@@ -51,6 +51,8 @@ _LABELS = _set(
     "path file version date time timestamp status difficulty level group key"
 )
 _NEVER, _IN_LABELS, _IN_UNKNOWN, _AT_ALL = math.inf, 15, 4, 0
+# The words of the shortest sentence that counts as one, by bar.
+_SENTENCE: dict[float, float] = {_IN_UNKNOWN: 2, _IN_LABELS: 3}
 _SPEAKERS = frozenset(("role", "from", "type"))
 _REPLIERS = frozenset(("assistant", "gpt", "model", "bot", "chatgpt", "ai"))
 _NOTHING = frozenset(("", "none", "null", "nan", "n/a", "na", "yes", "no", "true", "false"))
@@ -120,7 +122,7 @@ def _is_context(text: str, bar: float) -> bool:
     if text.strip(" \n[]{}\"'").lower() in _NOTHING:
         return False
     words = sum(any(map(str.isalpha, word)) for word in text.split()) + len(_UNSPACED.findall(text))
-    least = {_IN_UNKNOWN: 2, _IN_LABELS: 3}.get(bar, _NEVER)
+    least = _SENTENCE.get(bar, _NEVER)
     is_sentence = words >= least and "://" not in text and text.rstrip().endswith(_SENTENCE_ENDS)
     return (bar == _AT_ALL and not text.strip().isdecimal()) or words > bar or is_sentence
 

@@ -14,9 +14,17 @@ from hf_prefopt.losses.base import LossOutput
 class NamedLoss(Protocol):
     """What an error says of a loss; `losses.registry.LossSpec` is one."""
 
-    name: str
-    function: Callable[..., Any]
-    kind: ExampleKind
+    @property
+    def name(self) -> str:
+        """As it is registered."""
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        """The formula."""
+
+    @property
+    def kind(self) -> ExampleKind:
+        """The examples that it compares."""
 
 
 def check_returned(spec: NamedLoss, output: LossOutput, given: Mapping[str, Tensor]) -> None:
