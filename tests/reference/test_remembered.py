@@ -47,6 +47,25 @@ def test_other_rows_and_other_data_sets_are_not_taken_for_these(tmp_path, runs):
     assert trainer.evaluate(other)["eval_loss"] == pytest.approx(fresh["eval_loss"], rel=1e-6)
 
 
+@pytest.mark.parametrize("size", [1, 3])
+def test_rows_of_one_number_in_concatenated_sets_are_told_apart(tmp_path, size):
+    """Of equal lengths, so that nothing but the tokens differs; against an evaluation that remembers nothing."""
+    rows = random_rows(3, longest=5)
+    others = [
+        {
+            **row,
+            "prompt_ids": [id + 1 for id in row["prompt_ids"]],
+            "response_ids": [[3 + (id + 7) % 200 for id in ids] for ids in row["response_ids"]],
+        }
+        for row in rows
+    ]
+    trainer = trainer_with(tmp_path, rows + others, per_device_eval_batch_size=size)
+    found = [trainer.evaluate()["eval_rewards/margins"] for _ in range(2)]
+    trainer._remembered_reference = trainer._score_reference
+    expected = trainer.evaluate()["eval_rewards/margins"]
+    assert found == pytest.approx([expected] * 2, rel=1e-6)
+
+
 def test_training_never_reads_the_memory(tmp_path, runs):
     """Two steps of two rows after an evaluation of the same rows: the reference runs for each."""
     trainer = trainer_with(tmp_path, random_rows(4), per_device_train_batch_size=2, max_steps=2)
