@@ -114,7 +114,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         print_checks({"every loss trains as on the CPU": results["losses"]})
         print(f"{time.monotonic() - start:.0f} s", flush=True)
         save()
-    if "profile" in options.parts and HAS_TRL:
+    if "profile" in options.parts and HAS_TRL and time.monotonic() - start < options.budget + 90:
         case = (TINY_CASES if options.tiny else CASES)[0]
         results["profile"] = profiles(case, case.rows(options.tiny), options.device, options.out)
         print(json.dumps(results["profile"], indent=1), flush=True)
