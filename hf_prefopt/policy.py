@@ -55,7 +55,7 @@ def _hub_arguments(init_kwargs: dict[str, Any] | None) -> dict[str, Any]:
 def load_tokenizer(
     model: nn.Module, init_kwargs: dict[str, Any] | None, name: str | None = None
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer that stands beside the model's weights; of an adapter, its own where it has one, or the base's.
+    """Load the tokenizer saved with the model; for an adapter, its own tokenizer if it has one, else the base model's.
 
     Args:
         name: what the model was loaded by.

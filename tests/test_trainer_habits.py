@@ -235,7 +235,7 @@ def test_hyperparameters_are_searched(tmp_path):
 def test_a_trainer_without_a_model_is_refused(tmp_path):
     from hf_prefopt import PreferenceTrainer
 
-    with pytest.raises(ValueError, match="wants a model, or a model_init"):
+    with pytest.raises(ValueError, match="no model: pass model, or model_init"):
         PreferenceTrainer()
 
 
@@ -272,3 +272,22 @@ def test_a_forward_replaced_in_train_is_an_error_before_the_first_step(tmp_path,
     with pytest.raises(RuntimeError, match="LlamaForCausalLM did not take scored_rows"):
         trainer.train()
     assert trainer.state.global_step == 0
+
+
+@pytest.mark.parametrize(
+    ("bf16", "by_autocast", "casting"), [(True, True, False), (True, False, True), (False, False, True)]
+)
+def test_adapters_leave_their_casts_to_autocast_alone(bf16, by_autocast, casting, tmp_path, monkeypatch):
+    """bf16 without autocast is an engine's, such as DeepSpeed's: PEFT's casts are needed there."""
+    trainer = make_trainer(tmp_path, with_lora(tiny_model()), bf16=bf16, max_steps=1)
+    assert trainer.accelerator.native_amp == bf16
+    trainer.accelerator.native_amp = by_autocast
+    seen, compute_loss = [], trainer.compute_loss
+
+    def watched(model, *arguments, **options):
+        seen.extend(m.cast_input_dtype_enabled for m in model.modules() if hasattr(m, "cast_input_dtype_enabled"))
+        return compute_loss(model, *arguments, **options)
+
+    monkeypatch.setattr(trainer, "compute_loss", watched)
+    trainer.train()
+    assert set(seen) == {casting} and len(seen) > 5

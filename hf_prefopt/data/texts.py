@@ -34,7 +34,7 @@ def check_text(column: str, text: str) -> str:
 
 
 def check_text_prompt(column: str, text: str) -> str:
-    """As `check_text`; a prompt is no list of texts, written down, either."""
+    """Like `check_text`, and also reject a prompt that is a list of texts written as a string."""
     if _LIST.fullmatch(text.strip()):
         raise BadRow(column, "is text that writes down a list", "read it, and make each row one prompt: json.loads")
     return check_text(column, text)

@@ -1,4 +1,4 @@
-"""Text beside the prompt and the responses: context that the model would never see is refused.
+"""Reject rows with context that the model would never see: text in a column that is neither prompt nor response.
 
 A row says its context in whichever column its author liked. A column that no format reads is harmless where it is
 empty, where the model reads the same elsewhere, or where it is about the row (an id, a source, a model's name, a

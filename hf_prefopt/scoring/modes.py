@@ -1,7 +1,7 @@
-"""What a model is switched to for the time of a forward: evaluation mode, its adapters off.
+"""Context managers for a forward: evaluation mode, adapters off, no casts of adapter inputs.
 
-Both happen in every step, so both walk the modules once, without what `nn.Module.modules()` and
-`PeftModel.disable_adapter()` do besides: on a model of 24 layers that took longer than launching a forward.
+They run in every step, so each walks the modules once and does nothing else. `nn.Module.modules()` and
+`PeftModel.disable_adapter()` do more, and on a model of 24 layers they took longer than a forward's launches.
 """
 
 from collections.abc import Iterator

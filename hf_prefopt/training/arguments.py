@@ -84,7 +84,7 @@ def check_arguments(
         ValueError: it names the argument and what to do.
     """
     if model is None and of_the_trainer.get("model_init") is None:
-        raise ValueError("PreferenceTrainer wants a model, or a model_init that makes one")
+        raise ValueError("no model: pass model, or model_init, a function that makes one")
     if args.sync_ref_model and ref_model is not None:
         raise ValueError("sync_ref_model=True moves a frozen copy of what trains, not a ref_model: leave it out")
     if args.precompute_ref_log_probs and data_collator is not None:

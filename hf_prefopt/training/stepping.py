@@ -84,7 +84,8 @@ class SteppingTrainer(EvaluatingTrainer):
         return loss + self._forward_and_backward(model, last, num_items_in_batch)
 
     def _forward_and_backward(self, model: nn.Module, piece: PreferenceBatch, num_items: Tensor | int | None) -> Tensor:
-        with adapter_casts_off(model, self._autocast_dtype is not None):
+        # Under DeepSpeed there is bf16 without autocast.
+        with adapter_casts_off(model, self.accelerator.native_amp):
             return super().training_step(model, piece, num_items)
 
     def floating_point_ops(self, inputs: Cut) -> int:
