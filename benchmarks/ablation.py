@@ -20,7 +20,10 @@ from hf_prefopt.scoring import forward
 @contextmanager
 def _padded(side: Side) -> Iterator[None]:
     """The layout "padded": every prompt once a response, every sequence as long as the longest."""
-    with patch.object(side.trainer._layouts, "layout", "padded"), patch.object(side.trainer, "layout", "padded"):
+    with (
+        patch.object(side.trainer.data_collator, "layout", "padded"),
+        patch.object(side.trainer.scorer, "layout", "padded"),
+    ):
         yield
 
 

@@ -2,8 +2,7 @@
 
 A *group* is one prompt with its K ≥ 1 responses. A batch holds the responses of all its groups in one flat order
 (index R), the scored tokens of all responses in one flat order (index N), and its examples (index B): for pairs, which
-response is the chosen and which the rejected one; the kinds of examples are in `examples/`. Nothing after the collator
-knows how the tokens were laid out.
+response is chosen and which is rejected (see `kinds`). Only the collator knows how the tokens are laid out.
 """
 
 from collections.abc import Sequence
@@ -34,14 +33,18 @@ class PreferenceBatch(TypedDict, total=False):
         longest_response: the largest of them, a number: no device is waited for to know the width of `[R, T]`.
         response_keys: R bytes, what each response's reference log-probs are cached under, where a cache is used.
         chosen, rejected: `[B]` int64, each pair's responses, as indices into R. A response may serve several pairs.
-        gold: `[B]` int64, each triple's third response (see `examples.triples`).
-        responses, mismatched: `[B]` int64, and labels: `[B]` bool, of unpaired examples (see `examples.unpaired`).
-        list_responses, list_mask, list_ranks, list_scores: `[B, K]`, of lists (see `examples.lists`).
+        gold: `[B]` int64, each triple's third response (see `kinds.triples`).
+        responses, mismatched: `[B]` int64, and labels: `[B]` bool, of unpaired examples (see `kinds.unpaired`).
+        list_responses, list_mask, list_ranks, list_scores: `[B, K]`, of lists (see `kinds.lists`).
         chosen_token_weights, rejected_token_weights: `[B, T]` fp32, of pairs whose tokens have weights, 0 behind the
             end of a response.
         weights, margins, chosen_scores, ...: `[B]` float32, where rows have them (see `ExampleKind.extras`).
         rows, pair_in_row: `[B]` int64, the example's row in its data set, and its place among that row's pairs.
-        counted: `[B]` bool, in evaluation, where some examples are repetitions (see `data.repeated_rows`).
+        counted: `[B]` bool, where some examples repeat earlier ones and do not count (see `data.repeated_rows`).
+
+    Set during a step that needs the global batch (see `training.global_batch`):
+        place_in_step: this piece's number among the pieces of the step.
+        reference_scores: the reference's `ResponseScores`, once they are known.
     """
 
     input_ids: Tensor
@@ -78,6 +81,25 @@ class PreferenceBatch(TypedDict, total=False):
     rows: Tensor
     pair_in_row: Tensor
     counted: Tensor
+    place_in_step: int
+    reference_scores: "ResponseScores"
+
+
+class LoaderBatch(TypedDict):
+    """What the data loader yields: the rows of one micro-batch, in pieces that are computed one after the other.
+
+    There is one piece, unless `max_tokens_per_batch` cuts the rows into several. The Trainer reads the other entries.
+
+    Attributes:
+        rows: `[B]` int64, for each example its row in the data set.
+        input_ids, attention_mask: `[1, T]`, all positions of all pieces, and which of them are not padding.
+        pieces: the micro-batches.
+    """
+
+    rows: Tensor
+    input_ids: Tensor
+    attention_mask: Tensor
+    pieces: list[PreferenceBatch]
 
 
 @dataclass

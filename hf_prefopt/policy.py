@@ -1,5 +1,6 @@
 """From what a user passes as model to the policy: loaded, adapted, without dropout where asked."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer_utils import number_of_arguments
 from transformers.utils import cached_file, find_adapter_config_file
 
 _OF_THE_HUB = ("revision", "token", "cache_dir", "subfolder", "local_files_only")
@@ -90,6 +92,25 @@ def with_adapter(model: PreTrainedModel, peft_config: PeftConfig | None) -> PreT
             "AutoPeftModelForCausalLM.from_pretrained(folder).merge_and_unload())"
         )
     return _called_late(get_peft_model(model, peft_config))
+
+
+def under_adapter(
+    model_init: Callable[..., PreTrainedModel], peft_config: PeftConfig | None
+) -> Callable[..., PreTrainedModel | PeftModel]:
+    """A `model_init`, of a trial or of nothing, whose models get a new adapter; see `with_adapter`."""
+
+    def fresh_policy() -> PreTrainedModel | PeftModel:
+        return with_adapter(model_init(), peft_config)
+
+    def policy_of_trial(trial: Any) -> PreTrainedModel | PeftModel:
+        return with_adapter(model_init(trial), peft_config)
+
+    return policy_of_trial if number_of_arguments(model_init) else fresh_policy
+
+
+def sample_of(model_init: Callable[..., PreTrainedModel]) -> PreTrainedModel:
+    """A model from a `model_init`, as the Trainer makes one outside a search."""
+    return model_init(None) if number_of_arguments(model_init) else model_init()
 
 
 def _has_adapters(module: nn.Module) -> bool:

@@ -1,56 +1,49 @@
 """`PreferenceTrainer`: transformers' Trainer with a preference objective in place of its loss.
 
-A micro-batch is four lines: score the reference, score the batch, evaluate the objective, record. What makes steps and
-evaluations exact lies beneath, in `training/`; which losses there are, how tokens are laid out and where a reference
-comes from is decided elsewhere.
+A batch passes through `get_batch_samples`, `training_step` and `compute_loss`, which leave the work to four objects:
+`PreferenceData` prepares and draws the rows, `Scorer` scores policy and reference, `GlobalBatch` makes each step the
+exact mean over its examples, `Evaluation` collects what an evaluation reports.
 """
 
-import logging
 import os
 from collections.abc import Callable
-from functools import partial
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HPSearchBackend
 
-from hf_prefopt.batch import PreferenceBatch, ResponseScores
+from hf_prefopt.batch import LoaderBatch, PreferenceBatch, join_examples
 from hf_prefopt.config import PreferenceConfig
-from hf_prefopt.data.collator import MicroBatchCollator
 from hf_prefopt.data.mismatched import EpochOfMismatches
-from hf_prefopt.data.padded import PaddedCollator
-from hf_prefopt.data.shared import SharedCollator
-from hf_prefopt.losses.base import LossOutput
-from hf_prefopt.objective.inputs import loss_inputs
-from hf_prefopt.policy import disable_dropout, load_model, load_tokenizer, with_adapter
-from hf_prefopt.reference.cache import CachedReference
-from hf_prefopt.reference.cache_fill import FillCache
-from hf_prefopt.reference.cache_key import KeyedCollator
-from hf_prefopt.reference.choose import choose_reference
-from hf_prefopt.reference.engine import any_rank
-from hf_prefopt.reference.moving import MovingReference
-from hf_prefopt.reference.remembered import RememberedScores
+from hf_prefopt.objective.objective import Objective
+from hf_prefopt.policy import load_model, load_tokenizer, sample_of, under_adapter, with_adapter
+from hf_prefopt.reference.choose import check_reference
 from hf_prefopt.reporting.card import model_card
-from hf_prefopt.reporting.finite import FiniteRun, Seen
+from hf_prefopt.reporting.finite import ruined_gradient, ruined_weights
 from hf_prefopt.reporting.losses import SayLosses
-from hf_prefopt.reporting.metrics import EvaluationRecord, RunningMeans, example_metrics
+from hf_prefopt.reporting.metrics import Evaluation, TrainingRecord
 from hf_prefopt.reporting.preview import print_preview
 from hf_prefopt.reporting.run_facts import card_facts
-from hf_prefopt.scoring.agreement import check_scores
-from hf_prefopt.scoring.forward import VOCABULARY_KL, install_scoring, score
-from hf_prefopt.scoring.layout import settled_layout
-from hf_prefopt.training.agreement import RanksAgree
+from hf_prefopt.scoring.modes import adapter_casts_off
 from hf_prefopt.training.arguments import check_arguments, check_types
-from hf_prefopt.training.preparing import Data, DataOrSplits
-from hf_prefopt.training.trainable import refuse_frozen, refuse_stale_optimizer
-from hf_prefopt.training.trials import TryingTrainer, settings_of
+from hf_prefopt.training.checkpoints import checkpoint_to_resume, keep_losses, restore_losses
+from hf_prefopt.training.engines import keep_output_precision, unwrapped_after_evaluation
+from hf_prefopt.training.global_batch import GlobalBatch
+from hf_prefopt.training.preference_data import Data, DataOrSplits, PreferenceData
+from hf_prefopt.training.replicas import RanksAgree
+from hf_prefopt.training.scorer import Scorer, ScorerEvents, loader_collator
+from hf_prefopt.training.settings import OWN, OwnSettings, evaluation_loss
+from hf_prefopt.training.trainable import check_trainable, refuse_frozen
 
-logger = logging.getLogger(__name__)
 
-
-class PreferenceTrainer(TryingTrainer):
+class PreferenceTrainer(Trainer):
     """Aligns a causal language model with preference data, offline.
 
     Example:
@@ -65,14 +58,14 @@ class PreferenceTrainer(TryingTrainer):
         ```
 
     Args:
-        model: a name or path (of an adapter, too: it goes on training), a transformers model or a PEFT model. Not with
-            `model_init`.
-        ref_model: an explicit reference, as a model of any dtype, or as a name or path, which is loaded as the policy
-            is; by default see `PreferenceConfig.reference`.
+        model: a name or path (also of an adapter, which continues to train), a transformers model or a PEFT model. Not
+            with `model_init`.
+        ref_model: an explicit reference: a model of any dtype, or a name or path, which is loaded as the policy is. By
+            default, see `PreferenceConfig.reference`.
         args: the configuration.
         data_collator: from prepared rows to a `PreferenceBatch`.
-        train_dataset, eval_dataset: preference data, raw or prepared; `eval_dataset` may be several by name.
-        processing_class: the tokenizer; by default the one beside the model's weights.
+        train_dataset, eval_dataset: preference data, raw or prepared; `eval_dataset` may be a dict of several.
+        processing_class: the tokenizer; by default the one saved with the model.
         peft_config: puts a new adapter on a model that has none.
         quantization_config: used when the model is loaded by name.
         Everything else is `Trainer`'s: `model_init`, `compute_metrics`, `callbacks`, `optimizers`, ….
@@ -80,9 +73,17 @@ class PreferenceTrainer(TryingTrainer):
             without rewards gives the log-probs instead. Unpaired examples have one column and their label, lists one
             for each response and 1 for the best.
 
+    Attributes:
+        criterion: the objective. data, scorer, global_batch, evaluation: see above.
+
     Raises:
         ValueError: the data, the model, the reference and the losses do not fit together.
     """
+
+    # The Trainer keeps the metric of a trial in `objective`.
+    criterion: Objective
+    global_batch: GlobalBatch
+    evaluation: Evaluation
 
     def __init__(
         self,
@@ -95,117 +96,109 @@ class PreferenceTrainer(TryingTrainer):
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: PeftConfig | None = None,
         quantization_config: Any = None,
+        model_init: Callable[..., PreTrainedModel] | None = None,
         **trainer_arguments: Any,
     ):
         check_types(args, ref_model, peft_config, processing_class)
-        model, ref_model = (os.fspath(m) if isinstance(m, os.PathLike) else m for m in (model, ref_model))
-        self.args = args = args or PreferenceConfig(output_dir="trainer_output")
-        check_arguments(args, model, ref_model, data_collator, trainer_arguments)
-        self.criterion, self._configured = args.build_objective(), settings_of(args)
-        self._has_seen_data = self.is_in_train = False
-        self._given_reference, self._peft_config = ref_model, peft_config
-        self._trains = train_dataset is not None
-        self._moving = MovingReference(self) if args.sync_ref_model else None
-        if isinstance(ref_model, str) and self.criterion.needs_reference_model:
-            self._given_reference = load_model(ref_model, args.model_init_kwargs, quantization_config)
-        name = model if isinstance(model, str) else None
+        args = args or PreferenceConfig(output_dir="trainer_output")
+        check_arguments(args, model or model_init, ref_model, data_collator, trainer_arguments)
+        name = os.fspath(model) if isinstance(model, str | os.PathLike) else None
+        needs_reference = args.build_objective().needs_reference_model
+        if isinstance(ref_model, str | os.PathLike) and needs_reference:
+            ref_model = load_model(os.fspath(ref_model), args.model_init_kwargs, quantization_config)
         if name is not None:
             model = load_model(name, args.model_init_kwargs, quantization_config)
-        if model is not None:
-            model = self._adopt(with_adapter(model, peft_config))
-            refuse_stale_optimizer(model, trainer_arguments.get("optimizers", (None,))[0])
+        if model is None:
+            model_init = under_adapter(model_init, peft_config)
+        else:
+            model = with_adapter(model, peft_config)
+            check_trainable(model, trainer_arguments.get("optimizers", (None,))[0], trains=train_dataset is not None)
+            check_reference(args.reference, model, ref_model, needs_reference)
         if processing_class is None:
-            self.model_init = trainer_arguments.get("model_init")
-            processing_class = load_tokenizer(model or super().call_model_init(), args.model_init_kwargs, name)
-        self.tokenizer = getattr(processing_class, "tokenizer", processing_class)
-        self._train_metrics, self._evaluation, self._finite = RunningMeans(), EvaluationRecord(), FiniteRun()
-        padded = PaddedCollator(_pad_token_id(self.tokenizer), args.pad_to_multiple_of)
-        layouts = {"padded": padded, "shared": SharedCollator()}
-        self._cache_filler = FillCache(self) if args.precompute_ref_log_probs else None
-        if self._cache_filler:
-            layouts = {name: KeyedCollator(collator) for name, collator in layouts.items()}
-        self._layouts = MicroBatchCollator(layouts, max_tokens=args.max_tokens_per_batch)
+            processing_class = load_tokenizer(model or sample_of(model_init), args.model_init_kwargs, name)
+        data = PreferenceData(args, getattr(processing_class, "tokenizer", processing_class))
+        collator = loader_collator(args, data.pad_token_id, data_collator)
 
         super().__init__(
             model=model,
             args=args,
-            data_collator=data_collator or self._layouts,
-            train_dataset=self._prepared(train_dataset, "train"),
-            eval_dataset=self._prepared(eval_dataset, "eval"),
+            data_collator=collator,
+            train_dataset=data.prepare(train_dataset, "train"),
+            eval_dataset=data.prepare(eval_dataset, "eval"),
             processing_class=processing_class,
+            model_init=model_init,
             **trainer_arguments,
         )
-        callbacks = (
-            EpochOfMismatches(),
-            SayLosses(lambda: self.criterion),
-            self._cache_filler,
-            self._moving,
-            RanksAgree(self),
-        )
-        for callback in filter(None, callbacks):
+        self.data, self.scorer, self.settings = data, Scorer(args, collator, ref_model), OwnSettings(args)
+        self._attach_model()
+        events = ScorerEvents(self.scorer, self._evaluated, keeps_reference=model_init is not None)
+        for callback in (EpochOfMismatches(), SayLosses(lambda: self.criterion), events, RanksAgree()):
             self.add_callback(callback)
-        # compute_loss divides by the examples of the whole step itself.
+        # compute_loss divides by the number of examples in the whole step.
         self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = True
-        if self.args.n_gpu > 1:
+        if args.n_gpu > 1:
             raise ValueError(
-                f"{self.args.n_gpu} GPUs in one process (DataParallel) are not supported: start with `accelerate "
-                "launch`, or show this process one GPU (CUDA_VISIBLE_DEVICES=0)"
+                f"{args.n_gpu} GPUs in one process (DataParallel) are not supported: start with `accelerate launch`, "
+                "or show this process one GPU (CUDA_VISIBLE_DEVICES=0)"
             )
         if args.show_first_batch and train_dataset is not None and self.is_world_process_zero():
-            print_preview([next(iter(self.train_dataset))], self.tokenizer)
+            print_preview([next(iter(self.train_dataset))], data.tokenizer)
 
-    # -- the model and the data -----------------------------------------------------------------------------------
+    def _attach_model(self) -> None:
+        """Prepare the model for the objective: when the trainer is made, and for every model of a `model_init`."""
+        if self.train_dataset is not None:
+            refuse_frozen(self.model)
+        self._use(self.data.objective)
+        self.scorer.attach(self.model, self.criterion, self.accelerator)
 
-    def _adopt(self, model: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftModel:
-        """Make a given model the policy: dropout, reference, scoring."""
-        self.layout: str | None = None
-        if self._trains:
-            refuse_frozen(model)
-        if self.args.disable_dropout:
-            disable_dropout(model)
-        needed = self.criterion.needs_reference_model
-        self._reference_memory = RememberedScores()
-        self.reference = choose_reference(self.args.reference, model, self._given_reference, needed)
-        for module in {model, self.reference.model if self.reference else model}:
-            install_scoring(module, self.args.temperature)
-        if self.args.precompute_ref_log_probs:
-            where = self.args.reference_cache_dir
-            self.reference = CachedReference(self.reference, where, self.args.temperature, self._autocast_dtype)
-        if self._moving:
-            self.reference.description = self._moving.description
-        return model
+    def _use(self, objective: Objective) -> None:
+        self.criterion = self.scorer.objective = objective
+        self.global_batch = GlobalBatch(self.accelerator, objective, self.args.dataloader_drop_last)
+        self.evaluation, self.record = Evaluation(objective), TrainingRecord(objective)
 
     @property
-    def _autocast_dtype(self) -> torch.dtype | None:
-        return torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
+    def reference(self):
+        """The reference; `None` where the losses need none."""
+        return self.scorer.reference
 
-    def _settle_layout(self) -> None:
-        """Decide, once for a model, how its batches are laid out: when it is on its device, before the first batch.
+    @property
+    def layout(self) -> str | None:
+        """How batches are laid out; `None` until training or evaluation begins."""
+        return self.scorer.layout
 
-        A reference model of its own follows it there.
-        """
-        if self.layout is not None:
-            return
-        self._layouts.max_tokens = self.args.max_tokens_per_batch
-        if self.reference:
-            self.reference.place(self.accelerator)
-        models = list(dict.fromkeys((self.model, self.reference.model if self.reference else self.model)))
-        with self.accelerator.autocast():
-            for model in models:
-                check_scores(model, self._autocast_dtype)
-            if self.data_collator is self._layouts:
-                asked, longest = self.args.layout, self.args.max_length
-                self._layouts.layout = settled_layout(asked, models, longest, self._autocast_dtype)
-        self.layout = self._layouts.layout if self.data_collator is self._layouts else "the data_collator's"
+    # -- a step ---------------------------------------------------------------------------------------------------
 
-    def call_model_init(self, trial: Any = None) -> PreTrainedModel | PeftModel:
-        """A fresh policy from `model_init`, with a fresh reference; in training, once the settings are known for it."""
-        if self._cache_filler:
-            self._cache_filler.forget()
-        model = with_adapter(super().call_model_init(trial), self._peft_config)
-        return model if self.is_in_train else self._adopt(model)
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The batches of a step, without repeated examples and in as many pieces on every rank, and its examples."""
+        self.scorer.settle()
+        if self.record.is_full:
+            self.record.check(self.accelerator)
+        batches = list(islice(epoch_iterator, num_batches))
+        for batch in batches[-1:]:
+            batch["pieces"] = self.global_batch.without_repeats(batch["pieces"], self._train_batch_size)
+        pieces = [piece for batch in batches for piece in batch["pieces"]]
+        num_examples = self.global_batch.count(pieces)
+        if self.args.max_tokens_per_batch is not None:
+            for batch in batches:
+                batch["pieces"] = [*self.global_batch.idle(batch["pieces"]), *batch["pieces"]]
+            pieces = [piece for batch in batches for piece in batch["pieces"]]
+        self.global_batch.begin(pieces, self.scorer.collect)
+        return batches, num_examples
 
-    # -- the step -------------------------------------------------------------------------------------------------
+    def training_step(
+        self, model: nn.Module, inputs: LoaderBatch, num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Forward and backward, piece by piece; gradients are synchronized with the last piece."""
+        state, *pieces = self.accelerator.gradient_state, *inputs["pieces"]
+        loss, synchronizes = torch.zeros((), device=self.args.device), self.accelerator.sync_gradients
+        # Under DeepSpeed there is bf16 without autocast.
+        with adapter_casts_off(model, self.accelerator.native_amp):
+            for piece in pieces[:-1]:
+                state._set_sync_gradients(False)
+                with self.accelerator.no_sync(model):
+                    loss += super().training_step(model, piece, num_items_in_batch)
+            state._set_sync_gradients(synchronizes)
+            return loss + super().training_step(model, pieces[-1], num_items_in_batch)
 
     def compute_loss(
         self,
@@ -214,80 +207,226 @@ class PreferenceTrainer(TryingTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        """This micro-batch's share of the step's loss; with `return_outputs` also rewards and labels, `[B, 2]` each."""
-        self.criterion.progress = min(1.0, self.state.global_step / max(1, self.state.max_steps))
-        self.criterion.epoch = int(self.state.epoch or 0)
-        training = self.model.training  # DeepSpeed's wrapper stays in training mode
-        reference = self._score_reference(inputs) if training else self._remembered_reference(inputs)
-        policy = self._score_policy(model, inputs, reference)
-        output, loss = self._objective_loss(inputs, policy, reference, num_items_in_batch, training)
-        return (loss, output) if return_outputs else loss
+        """A piece's share of the step's loss; with `return_outputs` also rewards and labels, `[B, 2]` each.
 
-    def _score_policy(
-        self, model: nn.Module, inputs: PreferenceBatch, reference: ResponseScores | None
-    ) -> ResponseScores:
-        """The policy's scores; where a loss compares whole predictions, with those that the reference makes at hand."""
-        compared = VOCABULARY_KL in self.criterion.token_stats
-        predictions = self.reference.predictions(reference) if compared else None
-        return score(model, inputs, self.criterion.token_stats, predictions)
+        In evaluation, the mean over the examples of the piece.
+        """
+        objective, scorer, step = self.criterion, self.scorer, self.state.global_step
+        objective.progress = min(1.0, step / max(1, self.state.max_steps))
+        objective.epoch = int(self.state.epoch or 0)
+        if self.model.training:  # DeepSpeed's wrapper stays in training mode
+            reference = scorer.reference_scores(inputs)
+            policy = scorer.policy_scores(model, inputs, reference)
+            own = objective.read(inputs, policy, reference)
+            output, loss = self.global_batch.loss(inputs, own, num_items_in_batch)
+            self.record.add(step + 1, inputs["rows"], own, output)
+        else:
+            reference = scorer.remembered_reference_scores(inputs, self.evaluation.dataset)
+            policy = scorer.policy_scores(model, inputs, reference)
+            own = objective.read(inputs, policy, reference)
+            output = self.evaluation.add(inputs, own)
+            loss = output.loss
+        return (loss, objective.kind.predictions(output.rewards, own)) if return_outputs else loss
 
-    def _score_reference(self, inputs: PreferenceBatch) -> ResponseScores | None:
-        if self.reference is None:
-            return None
-        if "reference_scores" in inputs:
-            return inputs["reference_scores"]
-        # An engine's autocast is in the policy's forward, which a reference model of its own has not.
-        with self.accelerator.autocast():
-            return self.reference.score(inputs, self.criterion.reference_token_stats)
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As the Trainer's; a training log also has the means of the metrics since the last one.
 
-    def forget_reference_scores(self) -> None:
-        """For whoever changes the reference: what evaluations remember of it holds no longer."""
-        self._reference_memory.forget()
+        Raises:
+            FloatingPointError: a loss since then, the gradient or, in a run's last log, a weight is not finite.
+        """
+        if "train_loss" in logs:  # the last log of a run
+            self.record.check(self.accelerator, ruined_weights(self.model))
+        if "loss" in logs:
+            # fp16's loss scaling skips steps whose gradients overflow.
+            norm = None if self.accelerator.mixed_precision == "fp16" else logs.get("grad_norm")
+            self.record.check(self.accelerator, ruined_gradient(norm))
+            logs.update(self.record.pop_means(self.accelerator))
+        super().log(logs, start_time)
 
-    def _remembered_reference(self, inputs: PreferenceBatch) -> ResponseScores | None:
-        """The reference's scores of an evaluation batch, run once for all evaluations of a data set."""
-        if self.reference is None or self._cache_filler:
-            return self._score_reference(inputs)
-        dataset = getattr(self.callback_handler.eval_dataloader, "dataset", None)
-        fingerprint = getattr(dataset, "_fingerprint", None)
-        ranks = partial(any_rank, self.accelerator)
-        return self._reference_memory.score(fingerprint, inputs, self._score_reference, ranks)
+    # -- evaluation -----------------------------------------------------------------------------------------------
 
-    def _run_along(self, model: nn.Module, idle: PreferenceBatch) -> None:
-        """An evaluation's forwards of a piece without examples: ranks of a sharded model call its layers together."""
-        self._score_policy(model, idle, self._remembered_reference(idle))
+    def evaluation_loop(self, dataloader, description, *args, metric_key_prefix: str = "eval", **kwargs):
+        """As the Trainer's, with the loss and every metric taken over the rows and not over the batches.
 
-    def _objective_loss(
+        Raises:
+            FloatingPointError: the loss of a row is not finite, or that of a training step before was not.
+        """
+        self.record.check(self.accelerator)
+        keep_output_precision(self.accelerator)
+        self.scorer.settle()
+        self.scorer.fill_cache(dataloader.dataset, description.lower())
+        self.evaluation = Evaluation(self.criterion, dataloader.dataset)
+        output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        metrics = self.evaluation.metrics(f"evaluation at step {self.state.global_step}")
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
+        self.evaluation = Evaluation(self.criterion)
+        return output
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """(mean loss of the batch, rewards `[B, 2]`, labels `[B, 2]`)."""
+        with torch.no_grad(), self.compute_loss_context_manager():
+            pieces = self._prepare_inputs(inputs)["pieces"]
+            for piece, counted in zip(
+                pieces, self.global_batch.counted(pieces, self.args.eval_batch_size), strict=True
+            ):
+                if counted is not None:
+                    piece["counted"] = counted
+            # Ranks of a sharded model run its layers together, so they run as many pieces.
+            for piece in self.global_batch.idle(pieces) if self.args.max_tokens_per_batch is not None else ():
+                self.scorer.policy_scores(model, piece, self.scorer.remembered_reference_scores(piece, None))
+            outputs = [self.compute_loss(model, piece, return_outputs=True) for piece in pieces]
+        loss = torch.stack([loss for loss, _ in outputs]).mean()
+        if prediction_loss_only:
+            return loss, None, None
+        # The Trainer fills up what is shorter with −100, too.
+        names = ("predictions", "labels")
+        return loss, *(join_examples([output[name] for _, output in outputs], fill=-100.0) for name in names)
+
+    # -- data -----------------------------------------------------------------------------------------------------
+
+    def get_eval_dataloader(self, eval_dataset: str | Data | None = None):
+        """As the Trainer's; a raw data set is prepared first."""
+        is_given = eval_dataset is not None and not isinstance(eval_dataset, str)
+        return super().get_eval_dataloader(self._prepared(eval_dataset, "eval") if is_given else eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Data):
+        """As the Trainer's; a raw data set is prepared first."""
+        return super().get_test_dataloader(self._prepared(test_dataset, "test"))
+
+    def _prepared(self, dataset: Data, name: str) -> Data:
+        prepared = self.data.prepare(dataset, name)
+        if self.data.objective is not self.criterion:
+            self._use(self.data.objective)
+        return prepared
+
+    def _evaluated(self) -> dict[str, Any]:
+        """The evaluation data sets as their data loaders read them, by name."""
+        if self.eval_dataset is None:
+            return {}
+        names = list(self.eval_dataset) if isinstance(self.eval_dataset, dict) else [None]
+        return {name or "eval": self.get_eval_dataloader(name).dataset for name in names}
+
+    def _get_train_sampler(self, train_dataset: Any = None):
+        """As the Trainer's, or by prompt where `group_by_prompt` asks for it."""
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        return self.data.sampler(dataset) or super()._get_train_sampler(train_dataset)
+
+    def _get_dataloader(self, dataset: Data, description: str, batch_size: int, **kwargs: Any):
+        """As the Trainer's, over the data set as the losses need it."""
+        to_read = self.data.to_read(dataset, batch_size * self.accelerator.num_processes)
+        return super()._get_dataloader(to_read, description, batch_size, **kwargs)
+
+    def _prepare_input(self, data: Any) -> Any:
+        """As the Trainer's, but tensors are moved and never cast.
+
+        Under DeepSpeed the Trainer casts floats to the model's dtype. The floats of a batch are scores, margins and
+        weights, which the losses read and no model does.
+        """
+        return data.to(self.args.device) if isinstance(data, Tensor) else super()._prepare_input(data)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = self.data.columns
+
+    # -- training, searching, resuming ----------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any):
+        """As the Trainer's; with `resume_from_checkpoint=True` from the newest complete checkpoint.
+
+        With a `model_init`, our settings are taken over as they are in `args` when training begins.
+
+        Raises:
+            ValueError: our settings have changed without a `model_init`; nothing trains, or the optimizer holds other
+                parameters; the checkpoint is incomplete or there is none; a stream gave no rows.
+            FloatingPointError: a loss or, at a checkpoint and at the end, a weight is not finite.
+        """
+        if self.model_init is None:
+            self.settings.refuse_changes()
+            check_trainable(self.model, self.optimizer)
+            self.model_wrapped = unwrapped_after_evaluation(self.accelerator, self.model, self.model_wrapped)
+        checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
+        keep_output_precision(self.accelerator)
+        output = super().train(checkpoint, **options)
+        if isinstance(self.train_dataset, IterableDataset) and not self.state.global_step:
+            raise ValueError("nothing was trained: the stream of the training data gave no row that can be used")
+        return output
+
+    def hyperparameter_search(
         self,
-        inputs: PreferenceBatch,
-        policy: ResponseScores,
-        reference: ResponseScores | None,
-        num_examples: Tensor | int | None,
-        training: bool,
-    ) -> tuple[dict[str, Tensor], Tensor]:
-        """The objective on a micro-batch, recorded, and scaled so that a step's micro-batches add up to its mean."""
-        own = self._loss_inputs(inputs, policy, reference)
-        if not training:
-            output = self.criterion(own, training=False)
-            self._evaluation.add(inputs, own)
-            return self.criterion.kind.predictions(output.rewards, own), output.loss
-        everything, where = self._step_inputs(inputs, own)
-        output = self.criterion(everything)
-        own_output = _rows_of(output, where)
-        self._train_metrics.add(example_metrics(self.criterion.kind, own_output, own))
-        self._finite.add(self.state.global_step + 1, Seen.of(self.criterion, inputs["rows"], own, own_output))
-        scale = self.accelerator.num_processes / (len(inputs["rows"]) if num_examples is None else num_examples)
-        total, share = output.losses.sum() * scale, own_output.losses.detach().sum() * scale
-        # The gradient is that of the whole batch's loss; the value is this micro-batch's part of it.
-        return self.criterion.kind.predictions(own_output.rewards, own), total + (share - total.detach())
+        hp_space: Callable[[Any], dict[str, Any]] | None = None,
+        compute_objective: Callable[[dict[str, float]], float] | None = None,
+        n_trials: int = 20,
+        direction: str | list[str] = "minimize",
+        **search: Any,
+    ):
+        """As the Trainer's; it may also search our own settings: β, the loss, the reference, ….
 
-    def _loss_inputs(
-        self, inputs: PreferenceBatch, policy: ResponseScores, reference: ResponseScores | None
-    ) -> dict[str, Tensor]:
-        names = dict.fromkeys((*self.criterion.inputs, *self.criterion.kind.metric_inputs))
-        return loss_inputs(names, inputs, policy, reference)
+        Each trial starts from the settings before the search, which are restored after it.
 
-    # -- the model card --------------------------------------------------------------------------------------------
+        Args:
+            compute_objective: from the metrics of an evaluation to what is searched for; by default the loss, or the
+                mean of the losses of several evaluation sets.
+
+        Raises:
+            ValueError: a trial's settings are invalid, do not suit the data, or change what has shaped the prepared
+                data; or the loss would be maximized.
+        """
+        if compute_objective is None and direction != "minimize":
+            raise ValueError(f"direction={direction!r} needs compute_objective: by default the loss is minimized")
+        with self.settings.restored():
+            return super().hyperparameter_search(
+                hp_space, compute_objective or evaluation_loss, n_trials, direction, **search
+            )
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        """As the Trainer's, which would convert our settings to the type of the value before."""
+        if trial is None or self.hp_search_backend is None:
+            super()._hp_search_setup(trial)
+        else:
+            is_space = self.hp_search_backend == HPSearchBackend.OPTUNA
+            # A space is asked once: it may draw at random.
+            space, values = self.hp_space, self.hp_space(trial) if is_space else trial
+            others = {name: value for name, value in values.items() if name not in OWN}
+            self.hp_space = lambda _: others
+            super()._hp_search_setup(trial if is_space else others)
+            self.hp_space, self._trial = space, trial
+            self.settings.take(values, is_space)
+        if self.model_init is not None:
+            self.args.check()
+            self.settings.refuse_late_changes()
+            self.data.settle_again(self.train_dataset, self.eval_dataset)
+            self._attach_model()
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As the Trainer's, with what the losses keep and a reference that moves.
+
+        A checkpoint that is overwritten stops being complete first.
+
+        Raises:
+            FloatingPointError: a loss or the weights are not finite: there is nothing worth saving.
+        """
+        self.record.check(self.accelerator, ruined_weights(self.model))
+        folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        if self.args.should_save:
+            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+        self.scorer.save(folder, self.args.should_save)
+        keep_losses(self.state, self.criterion)
+        super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """As the Trainer's, the last that all ranks write; `trainer_state.json` follows when all of it is there."""
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
+
+    def _load_callback_state(self) -> None:
+        """As the Trainer's, with what the losses keep."""
+        restore_losses(self.state, self.criterion)
+        super()._load_callback_state()
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As the Trainer's, with a reference that moves."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self.scorer.load(Path(checkpoint))
 
     def create_model_card(
         self, *_: Any, model_name: str | None = None, dataset: str | list[str] | None = None, **metadata: Any
@@ -299,29 +438,16 @@ class PreferenceTrainer(TryingTrainer):
             dataset: the name or names of the data, on the Hub or local.
             metadata: further metadata of the Hub, such as `license="apache-2.0"` or `language="en"`.
         """
-        if self.is_world_process_zero():
-            datasets = [dataset] if isinstance(dataset, str) else dataset or []
-            facts = card_facts(
-                self.args,
-                self.accelerator.unwrap_model(self.model),
-                self.criterion.terms,
-                self.reference.description if self.reference else None,
-                self.state,
-                {"training rows": self.train_dataset, "evaluation rows": self.eval_dataset},
-                model_name,
-                datasets,
-            )
-            card = model_card(facts, **metadata)
-            card.save(f"{self.args.output_dir}/README.md")
-
-
-def _pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """An id to fill padded rows with; the mask is made from lengths, so it may be the EOS."""
-    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-
-
-def _rows_of(output: LossOutput, where: slice) -> LossOutput:
-    rewards = None if output.rewards is None else output.rewards[where]
-    return LossOutput(
-        output.losses[where], rewards, {name: values[where] for name, values in output.components.items()}
-    )
+        if not self.is_world_process_zero():
+            return
+        facts = card_facts(
+            self.args,
+            self.accelerator.unwrap_model(self.model),
+            self.criterion.terms,
+            self.reference.description if self.reference else None,
+            self.state,
+            {"training rows": self.train_dataset, "evaluation rows": self.eval_dataset},
+            model_name,
+            [dataset] if isinstance(dataset, str) else dataset or [],
+        )
+        model_card(facts, **metadata).save(f"{self.args.output_dir}/README.md")

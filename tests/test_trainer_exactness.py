@@ -15,7 +15,7 @@ from hf_prefopt.losses import list_losses
 from hf_prefopt.objective.inputs import loss_inputs
 from hf_prefopt.scoring.forward import VOCABULARY_KL, score
 from tests.tiny_models import perturbed, random_rows, tiny_model
-from tests.training import examples, logged, make_config, make_trainer, pairs, weights
+from tests.training import examples, first_batch, logged, make_config, make_trainer, pairs, weights
 
 # Every loss, and what is built on several of them.
 OBJECTIVES = {
@@ -86,7 +86,7 @@ def test_a_step_is_the_gradient_of_the_mean_over_its_examples(objective, layout,
     trainer, change = run(tmp_path, objective, 1, 8, max_steps=1, layout=layout)
     model, _ = off_reference(objective)
     fresh = make_trainer(tmp_path, model, **off_reference(objective)[1], **objective, per_device_train_batch_size=8)
-    batch = next(iter(fresh.get_train_dataloader()))
+    batch = first_batch(fresh)
     reference = fresh.reference.score(batch, fresh.criterion.reference_token_stats) if fresh.reference else None
     compared = VOCABULARY_KL in fresh.criterion.token_stats
     predictions = fresh.reference.predictions(reference) if compared else None
@@ -230,7 +230,7 @@ def test_no_step_waits_for_the_device(objective, tmp_path, monkeypatch):
     settings = {"logging_steps": 100, "max_steps": 2, "gradient_accumulation_steps": 2, "layout": "padded"}
     trainer = make_trainer(tmp_path, model, **settings, **reference, **objective)
     monkeypatch.setattr(trainer, "log", lambda *_, **__: None)
-    trainer._settle_layout()  # once, before the first step, the model is tried out
+    trainer.scorer.settle()  # once, before the first step, the model is tried out
     for name in SYNCHRONISING:
         monkeypatch.setattr(torch.Tensor, name, watched(name, getattr(torch.Tensor, name)))
     trainer.train()

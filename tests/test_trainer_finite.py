@@ -86,7 +86,7 @@ def test_the_row_is_named_however_a_step_is_cut(batches, tmp_path):
 def test_ruined_weights_are_named_as_the_cause(loss, tmp_path):
     """A policy whose weights are no longer numbers: its log-probs are named, and not the formula."""
     trainer = make_trainer(tmp_path, loss_type=loss, layout="padded", max_steps=1)
-    trainer._settle_layout()  # which would refuse such a model
+    trainer.scorer.settle()  # which would refuse such a model
     with torch.no_grad():
         trainer.model.lm_head.weight.fill_(torch.nan)
     with pytest.raises(FloatingPointError, match=r"^step 1: the loss .* policy_.* the model's weights are ruined"):

@@ -89,7 +89,7 @@ def test_a_token_budget_changes_nothing_but_memory(tmp_path, layout, loss):
 
 def test_a_token_budget_is_kept(tmp_path, monkeypatch):
     """No forward has more positions than the budget (every row here has fewer), and there are more forwards."""
-    from hf_prefopt import trainer as module
+    from hf_prefopt.training import scorer as module
 
     seen, score = [], module.score
 
@@ -109,7 +109,7 @@ def test_grouping_by_prompt_shares_its_tokens(tmp_path, monkeypatch):
 
     def positions(**settings):
         trainer = make_trainer(tmp_path, per_device_train_batch_size=2, **settings)
-        trainer._settle_layout()
+        trainer.scorer.settle()
         return sum(batch["input_ids"].numel() for batch in trainer.get_train_dataloader())
 
     assert positions(group_by_prompt=True) < positions()

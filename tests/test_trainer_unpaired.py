@@ -32,7 +32,7 @@ def away(**config):
 def train_batches(trainer, epoch=0):
     loader = trainer.get_train_dataloader()
     loader.set_epoch(epoch)
-    return [trainer._prepare_inputs(batch) for batch in loader]
+    return [piece for batch in loader for piece in trainer._prepare_inputs(batch)["pieces"]]
 
 
 def response_tokens(batch, which):
@@ -66,7 +66,7 @@ def test_mismatched_responses_are_another_rows_behind_the_own_prompt(layout, tmp
     """Each is some other row's response; and in the shared layout the prompt is there once for both responses."""
     data = unpaired(12)
     trainer = make_trainer(tmp_path, loss_type="kto", train_dataset=data, layout=layout)
-    trainer._settle_layout()
+    trainer.scorer.settle()
     of_row = {row["row"]: tuple(row["response_ids"][0]) for row in data}
     for batch in train_batches(trainer):
         own, other = response_tokens(batch, "responses"), response_tokens(batch, "mismatched")
@@ -158,7 +158,7 @@ def test_a_checkpoint_without_the_state_says_so(tmp_path, caplog):
     resumed = make_trainer(tmp_path, loss_type="bco_pair", **{**settings, "max_steps": 2})
     with caplog.at_level(logging.WARNING, logger="hf_prefopt"):
         resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
-    assert "has no objective_state.json: bco_pair starts afresh" in caplog.text
+    assert "the checkpoint has no state of bco_pair, which starts afresh" in caplog.text
 
 
 @pytest.mark.parametrize("label", [True, False])
@@ -286,9 +286,9 @@ def test_real_lists_train(tmp_path):
 
 
 def test_data_of_another_kind_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="train holds pairs, and kto wants rows with `label`, or pairs with unpair"):
+    with pytest.raises(ValueError, match="train holds pairs, but kto needs rows with `label`, or pairs with unpair"):
         make_trainer(tmp_path, loss_type="kto", train_dataset=pairs(2))
-    with pytest.raises(ValueError, match="eval holds lists, and dpo wants pairs"):
+    with pytest.raises(ValueError, match="eval holds lists, but dpo needs pairs"):
         make_trainer(tmp_path, train_dataset=pairs(2), eval_dataset=list_rows(2))
     with pytest.raises(ValueError, match="unpair=True makes unpaired examples, and dpo wants pairs"):
         make_trainer(tmp_path, unpair=True)

@@ -8,7 +8,7 @@ from transformers import TrainerCallback
 
 from hf_prefopt import PreferenceTrainer
 from hf_prefopt.policy import load_model
-from hf_prefopt.training.trials import OWN, SETTLED
+from hf_prefopt.training.settings import OWN, SETTLED
 from tests.tiny_models import perturbed, tiny_model, with_lora
 from tests.tokenizers import tiny_tokenizer
 from tests.training import examples, logged, make_config, make_trainer, pairs
@@ -158,7 +158,7 @@ def test_every_settled_setting_is_tried():
         ({"temperature": 0.0}, "temperature=0.0 must be above 0"),
         ({"loss_type": "dop"}, "loss_type='dop' is not registered; did you mean dpo"),
         ({"loss_type": "sft", "beta": 0.5}, "beta=0.5 is used by no loss"),
-        ({"loss_type": "kto"}, "train holds pairs, and kto wants"),
+        ({"loss_type": "kto"}, "train holds pairs, but kto needs"),
         ({"reference": "none"}, "a loss needs one"),
         ({"reference": "cache"}, "precompute_ref_log_probs=True comes too late"),
         ({"unpair": True}, "unpair=True makes unpaired examples"),

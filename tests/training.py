@@ -145,7 +145,8 @@ def logged(trainer: PreferenceTrainer, name: str) -> list[float]:
 
 def first_batch(trainer: PreferenceTrainer) -> dict[str, torch.Tensor]:
     """The first training batch, as the step would get it."""
-    return trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    (piece,) = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))["pieces"]
+    return piece
 
 
 def weights(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -1,64 +1,65 @@
-"""A batch's rows as one micro-batch, or as several under a token budget, in the layout that is settled on.
+"""From the rows that the data loader draws to the batch that it yields, in the layout that has been settled.
 
-With a budget, `per_device_train_batch_size` goes on saying how many examples a rank takes at a time, and memory follows
-the budget: the rows are cut, in their order, into pieces whose positions stay below it.
+With a token budget, `per_device_train_batch_size` still says how many examples a rank takes at a time: the rows are
+cut, in order, into pieces of at most that many positions, and memory follows the budget.
 """
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from hf_prefopt.batch import PreferenceBatch
+import torch
+
+from hf_prefopt.batch import LoaderBatch, PreferenceBatch
 from hf_prefopt.data.repeated_rows import examples_of_first_rows
 
 Rows = Sequence[Mapping[str, Any]]
 
 
 class Collator(Protocol):
-    """What a layout's collator does."""
+    """The collator of a layout."""
 
     def count_tokens(self, rows: Rows) -> int:
-        """The positions that the batch of these rows computes."""
+        """The number of positions in the batch of these rows."""
 
     def __call__(self, rows: Rows) -> PreferenceBatch:
         """The batch of these rows."""
 
 
 @dataclass
-class MicroBatchCollator:
-    """Collates in the layout that `layout` names at the time, so that it can be settled after data loaders are made.
+class LoaderCollator:
+    """Collates with the collator that `layout` names, which may be decided after the data loaders are made.
 
     Attributes:
-        collators: a collator for each layout.
-        layout: which of them is used.
-        max_tokens: the most positions of a piece; a single row beyond it is a piece of its own. `None`: no pieces.
+        collators: the collator of each layout. Only those used with `max_tokens` must be able to count tokens.
+        layout: which of them to use.
+        max_tokens: the most positions in a piece. A single row with more is a piece of its own. `None`: one piece.
     """
 
-    collators: dict[str, Collator]
+    collators: Mapping[str, Collator | Callable[[Rows], PreferenceBatch]]
     layout: str = "padded"
     max_tokens: int | None = None
 
-    def __call__(self, rows: Rows) -> PreferenceBatch | dict[str, list[PreferenceBatch]]:
-        """The batch of these rows, or with a budget `{"pieces": [batch, …]}`."""
+    def __call__(self, rows: Rows) -> LoaderBatch:
+        """The batch of these rows; the examples of rows that are marked `repeated` do not count."""
         collate = self.collators[self.layout]
-        cut = [rows] if self.max_tokens is None else _cut(rows, collate, self.max_tokens)
-        pieces = [collate(piece) for piece in cut]
+        pieces = [collate(part) for part in self._cut(rows, collate)]
         new = sum(not row.get("repeated") for row in rows)
         if new < len(rows):
             for piece, counted in zip(pieces, examples_of_first_rows(pieces, new), strict=True):
                 piece["counted"] = counted
-        return pieces[0] if self.max_tokens is None else {"pieces": pieces}
+        return loader_batch(pieces)
 
-
-def _cut(rows: Rows, collate: Collator, max_tokens: int) -> list[Rows]:
-    """The rows, in their order, in pieces that are as long as the budget lets them be, and have at least one row."""
-    pieces: list[Rows] = []
-    start = 0
-    while start < len(rows):
-        pieces.append(_longest_piece(rows[start:], collate, max_tokens))
-        start += len(pieces[-1])
-    return pieces
+    def _cut(self, rows: Rows, collate: Any) -> list[Rows]:
+        """The rows in pieces, each as long as the budget allows and at least one row long."""
+        if self.max_tokens is None:
+            return [rows]
+        pieces: list[Rows] = []
+        while rows:
+            pieces.append(_longest_piece(rows, collate, self.max_tokens))
+            rows = rows[len(pieces[-1]) :]
+        return pieces
 
 
 def _longest_piece(rows: Rows, collate: Collator, max_tokens: int) -> Rows:
@@ -67,6 +68,12 @@ def _longest_piece(rows: Rows, collate: Collator, max_tokens: int) -> Rows:
     return rows[: max(1, fitting)]
 
 
-def pieces_of(batch: Mapping[str, Any]) -> list[PreferenceBatch]:
-    """The micro-batches of what the collator returned."""
-    return batch.get("pieces", [batch])
+def loader_batch(pieces: list[PreferenceBatch]) -> LoaderBatch:
+    """The batch of these pieces."""
+    masks = [piece.get("attention_mask", torch.ones_like(piece["input_ids"])) for piece in pieces]
+    return {
+        "rows": torch.cat([piece["rows"] for piece in pieces]),
+        "input_ids": torch.cat([piece["input_ids"].flatten() for piece in pieces])[None],
+        "attention_mask": torch.cat([mask.flatten() for mask in masks])[None],
+        "pieces": pieces,
+    }

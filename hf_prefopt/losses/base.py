@@ -42,6 +42,11 @@ class LossOutput:
         """`[B]`, the implicit rewards of the rejected responses of pairs."""
         return self._reward_column(1)
 
+    def rows(self, place: slice) -> "LossOutput":
+        """The output for some of the examples."""
+        rewards = None if self.rewards is None else self.rewards[place]
+        return LossOutput(self.losses[place], rewards, {name: part[place] for name, part in self.components.items()})
+
     def _reward_column(self, column: int) -> Tensor:
         if self.rewards is None:
             raise ValueError("this loss has no implicit rewards")

@@ -6,10 +6,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from hf_prefopt.batch import PreferenceBatch, ResponseScores
 from hf_prefopt.kinds import KINDS
 from hf_prefopt.losses.base import LossOutput
 from hf_prefopt.losses.dpo import wpo_weights
 from hf_prefopt.losses.registry import token_stats_of
+from hf_prefopt.objective.inputs import loss_inputs
 from hf_prefopt.objective.term import State, Term
 
 _WPO_INPUTS = ("policy_chosen_alignment", "policy_rejected_alignment")
@@ -67,6 +69,13 @@ class Objective:
     def reference_token_stats(self) -> tuple[str, ...]:
         """The same for the reference's head."""
         return tuple(sorted(token_stats_of(self.inputs, "ref")))
+
+    def read(
+        self, batch: PreferenceBatch, policy: ResponseScores, reference: ResponseScores | None
+    ) -> dict[str, Tensor]:
+        """The inputs of the losses and of the metrics, by name, for the examples of a batch."""
+        names = dict.fromkeys((*self.inputs, *self.kind.metric_inputs))
+        return loss_inputs(names, batch, policy, reference)
 
     def __call__(self, inputs: dict[str, Tensor], training: bool = True) -> LossOutput:
         """The weighted sum on named inputs `[B]` or `[B, K]`; see `objective.inputs`. In evaluations not `training`."""

@@ -13,7 +13,6 @@ import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
-from transformers import TrainerCallback
 
 from hf_prefopt.batch import PreferenceBatch
 from hf_prefopt.reference.cache import CachedReference
@@ -178,72 +177,36 @@ def _shares(batches: list[np.ndarray], accelerator: Accelerator) -> Iterator[tup
         yield (number, batches[number]) if number < len(batches) else (None, batches[-1])
 
 
-class FillCache(TrainerCallback):
-    """Fills the cache of a trainer's reference, each data set before its first batch is read.
+class CacheFiller:
+    """Fills a reference's cache, each data set once.
 
-    Before training these are the evaluation sets and the training set, whose reference may then let its memory go.
-    Mismatched responses are drawn anew every epoch, so their pass is at its beginning. What a data stream brings is
-    computed when it is met, and written whenever the Trainer saves.
+    Args:
+        reference: the cache, with the live reference inside.
+        collate: from rows to a batch with keys, on the device.
+        accelerator: connects the ranks.
+        tokens: positions of a forward at most; by default what suits the device.
+        silent: no progress bars.
     """
 
-    def __init__(self, trainer: Any):
-        self.trainer = trainer
+    def __init__(
+        self,
+        reference: CachedReference,
+        collate: Callable[[list[dict[str, Any]]], PreferenceBatch],
+        accelerator: Accelerator,
+        tokens: int | None = None,
+        silent: bool = False,
+    ):
+        self._reference, self._collate, self._accelerator = reference, collate, accelerator
+        self._tokens, self._silent = tokens, silent
         self._filled: set[str] = set()
 
     def fill(self, dataset: Any, name: str) -> bool:
-        """See to it that nothing of a data set is missing; False for a stream, which has no rows to go through."""
-        trainer, accelerator = self.trainer, self.trainer.accelerator
+        """Compute what is missing of a data set; False for a stream, whose log-probs are computed when it is read."""
         if not hasattr(dataset, "__getitems__"):
-            trainer.reference.any_rank = partial(any_rank, accelerator)
+            self._reference.any_rank = partial(any_rank, self._accelerator)
             return False
-        known_as = getattr(dataset, "_fingerprint", None)
-        if known_as is None or known_as not in self._filled:
-            collator = trainer.data_collator.collators[trainer.layout]
-            silent = trainer.args.disable_tqdm or not trainer.is_world_process_zero()
-            tokens = trainer.args.max_tokens_per_batch
-            fill(
-                trainer.reference,
-                dataset,
-                lambda rows: trainer._prepare_inputs(collator(rows)),
-                accelerator,
-                tokens,
-                name,
-                silent,
-            )
-            self._filled.add(known_as)
+        fingerprint = getattr(dataset, "_fingerprint", None)
+        if fingerprint is None or fingerprint not in self._filled:
+            fill(self._reference, dataset, self._collate, self._accelerator, self._tokens, name, self._silent)
+            self._filled.add(fingerprint)
         return True
-
-    def forget(self) -> None:
-        """Another reference: nothing is filled."""
-        self._filled.clear()
-
-    def on_train_begin(self, args, state, control, train_dataloader=None, **_):
-        """Before the first batch."""
-        trainer = self.trainer
-        trainer._settle_layout()
-        named = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"eval": trainer.eval_dataset}
-        for name, dataset in named.items():
-            if dataset is not None:
-                given = name if named is trainer.eval_dataset else None
-                self.fill(trainer.get_eval_dataloader(given).dataset, name)
-        fresh_every_epoch = trainer.criterion.needs_mismatched
-        if not fresh_every_epoch and self.fill(train_dataloader.dataset, "train") and trainer.model_init is None:
-            trainer.reference.release()
-            trainer._given_reference = None
-
-    def on_epoch_begin(self, args, state, control, train_dataloader=None, **_):
-        """With the epoch's mismatched responses."""
-        if self.trainer.criterion.needs_mismatched:
-            self.fill(train_dataloader.dataset, "train")
-
-    def on_save(self, args, state, control, **_):
-        """What a stream has brought so far outlives what comes."""
-        self.trainer.reference.store.flush()
-
-    def on_evaluate(self, args, state, control, **_):
-        """As above."""
-        self.trainer.reference.store.flush()
-
-    def on_train_end(self, args, state, control, **_):
-        """As above."""
-        self.trainer.reference.store.flush()

@@ -32,7 +32,7 @@ def choose_reference(setting: str, model: nn.Module, ref_model: nn.Module | None
     Raises:
         ValueError: the setting contradicts the model, the `ref_model` or the losses.
     """
-    _refuse_contradictions(setting, model, ref_model, needed)
+    check_reference(setting, model, ref_model, needed)
     if not needed:
         return None
     if setting.startswith("adapter:"):
@@ -102,7 +102,12 @@ def _keeps_magnitudes(layer: LoraLayer, adapter: str) -> bool:
     return torch.equal(norms.to(dora.weight), dora.weight)
 
 
-def _refuse_contradictions(setting: str, model: nn.Module, ref_model: nn.Module | None, needed: bool) -> None:
+def check_reference(setting: str, model: nn.Module, ref_model: nn.Module | None, needed: bool) -> None:
+    """Refuse a setting that contradicts the model, the `ref_model` or the losses; see `choose_reference`.
+
+    Raises:
+        ValueError: it names the setting and what to do.
+    """
     if not needed and (ref_model is not None or setting not in ("auto", "none")):
         given = "ref_model is given" if ref_model is not None else f"reference={setting!r}"
         raise ValueError(f"{given}, but the losses need no reference: leave it out")

@@ -1,5 +1,7 @@
 """What is measured beside the loss: per example, then averaged exactly, in training and in evaluation."""
 
+from typing import Any
+
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -9,7 +11,7 @@ from hf_prefopt.batch import PreferenceBatch, join_examples
 from hf_prefopt.kinds import ExampleKind, Figure
 from hf_prefopt.losses.base import LossOutput
 from hf_prefopt.objective.objective import Objective
-from hf_prefopt.reporting.finite import Seen
+from hf_prefopt.reporting.finite import FiniteRun, Seen
 
 
 def example_metrics(kind: ExampleKind, output: LossOutput, inputs: dict[str, Tensor]) -> dict[str, Figure]:
@@ -46,27 +48,71 @@ class RunningMeans:
         return {name: total / count for name, (total, count) in zip(names, totals, strict=True) if count}
 
 
-class EvaluationRecord:
-    """The loss inputs of every example of an evaluation, so that its figures are of the rows and not of the batches.
+class TrainingRecord:
+    """What training has seen since its last log: running means of the metrics, and losses that are not finite.
 
-    Examples that do not count, because their rows come a second time to even out the ranks, are left out; a loss that
-    compares examples compares all of the others.
+    Args:
+        objective: whose outputs are recorded.
     """
 
-    def __init__(self):
+    def __init__(self, objective: Objective):
+        self._objective, self._means, self._finite = objective, RunningMeans(), FiniteRun()
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it is time to `check`, even if nothing is logged."""
+        return self._finite.is_full
+
+    def add(self, step: int, rows: Tensor, inputs: dict[str, Tensor], output: LossOutput) -> None:
+        """Record some examples of a step; nothing waits for the device.
+
+        Args:
+            rows: `[B]`, the examples' rows in their data set. inputs: what the losses were given, by name.
+        """
+        self._means.add(example_metrics(self._objective.kind, output, inputs))
+        self._finite.add(step, Seen.of(self._objective, rows, inputs, output))
+
+    def pop_means(self, accelerator: Accelerator) -> dict[str, float]:
+        """The metrics over the examples of all ranks since the last call."""
+        return self._objective.kind.conclude(self._means.pop(accelerator))
+
+    def check(self, accelerator: Accelerator, *others: str | None) -> None:
+        """Stop the run, on all ranks together, if anything was not finite; see `FiniteRun.check`."""
+        self._finite.check(accelerator, *others)
+
+
+class Evaluation:
+    """The loss inputs of every example of an evaluation, so that its metrics are of the rows and not of the batches.
+
+    Examples that repeat earlier ones, to even out the ranks, are left out. A loss that compares examples compares all
+    that are kept.
+
+    Args:
+        objective: the losses.
+        dataset: the data set that is evaluated.
+    """
+
+    def __init__(self, objective: Objective, dataset: Any = None):
+        self.dataset = dataset
+        self._objective = objective
         self._inputs: list[dict[str, Tensor]] = []
 
-    def add(self, batch: PreferenceBatch, inputs: dict[str, Tensor]) -> None:
-        """Keep the loss inputs of a batch's examples; where the batch has `counted` `[B]`, of those."""
+    def add(self, batch: PreferenceBatch, inputs: dict[str, Tensor]) -> LossOutput:
+        """Keep the loss inputs of the examples of a batch that count.
+
+        Returns:
+            The objective's output on the batch by itself, for all of its examples.
+        """
         counted = batch.get("counted", slice(None))
         kept = {**inputs, "rows": batch["rows"]}
         self._inputs.append({name: tensor.detach()[counted] for name, tensor in kept.items()})
+        return self._objective(inputs, training=False)
 
-    def metrics(self, objective: Objective, where: str = "evaluation") -> dict[str, float]:
+    def metrics(self, where: str = "evaluation") -> dict[str, float]:
         """The loss and the metrics over all examples of all ranks, by name.
 
         Args:
-            where: for the error, which evaluation it is.
+            where: which evaluation it is, for errors.
 
         Raises:
             ValueError: there is no example.
@@ -77,9 +123,9 @@ class EvaluationRecord:
         own = {name: join_examples([part[name] for part in self._inputs]).cpu() for name in self._inputs[0]}
         ranks = gather_object([own])
         inputs = {name: join_examples([part[name] for part in ranks]) for name in own}
-        output = objective(inputs, training=False)
-        if finding := Seen.of(objective, inputs["rows"], inputs, output).finding():
+        output = self._objective(inputs, training=False)
+        if finding := Seen.of(self._objective, inputs["rows"], inputs, output).finding():
             raise FloatingPointError(f"{where}: {finding[1]}")
-        figures = {"loss": Figure(output.losses), **example_metrics(objective.kind, output, inputs)}
+        figures = {"loss": Figure(output.losses), **example_metrics(self._objective.kind, output, inputs)}
         means = {name: (figure.total / figure.count).item() for name, figure in figures.items() if figure.count}
-        return objective.kind.conclude(means)
+        return self._objective.kind.conclude(means)

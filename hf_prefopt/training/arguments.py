@@ -78,17 +78,23 @@ def check_arguments(
     """Refuse arguments of `PreferenceTrainer` that have no meaning together.
 
     Args:
+        model: the model or a `model_init`.
         of_the_trainer: those that are `transformers.Trainer`'s.
 
     Raises:
         ValueError: it names the argument and what to do.
     """
-    if model is None and of_the_trainer.get("model_init") is None:
+    if model is None:
         raise ValueError("no model: pass model, or model_init, a function that makes one")
     if args.sync_ref_model and ref_model is not None:
         raise ValueError("sync_ref_model=True moves a frozen copy of what trains, not a ref_model: leave it out")
     if args.precompute_ref_log_probs and data_collator is not None:
         raise ValueError("precompute_ref_log_probs=True finds responses by keys that a data_collator does not give")
+    if args.max_tokens_per_batch is not None and data_collator is not None:
+        raise ValueError(
+            "max_tokens_per_batch cuts batches between rows, which a data_collator of your own does not allow: leave "
+            "one of them out"
+        )
     if of_the_trainer.get("compute_loss_func") is not None:
         raise ValueError(
             "compute_loss_func is never called: decorate the loss with @register_loss and name it in loss_type"

@@ -1,14 +1,27 @@
-"""Which checkpoints of a run are whole: a process may be killed while it writes one.
+"""Checkpoints that are whole or not there: which ones can be resumed, and what ours hold besides the Trainer's.
 
-The Trainer writes a checkpoint's `trainer_state.json` last, when everything else of all ranks is there (the trainer
-sees to that), and without it starts afresh from the weights without a word. So that file decides.
+A process may be killed while it writes a checkpoint. The Trainer writes `trainer_state.json` last, when everything
+else of all ranks is there (the trainer sees to that), so this file decides. What the losses keep is in it.
 """
 
 import json
+import logging
 import re
 from pathlib import Path
 
+from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
+
+from hf_prefopt.objective.objective import Objective
+
+logger = logging.getLogger(__name__)
+
+# The key of the losses' state beside that of the callbacks.
+LOSSES = "hf_prefopt_losses"
+# Where earlier versions kept it.
+_OLD_STATE = "objective_state.json"
+# What resume_from_checkpoint may be on a command line, where everything is text.
+_WORDS = {"true": True, "last": True, "auto": True, "false": None, "none": None}
 
 
 def is_complete(checkpoint: str | Path) -> bool:
@@ -31,3 +44,49 @@ def last_complete_checkpoint(output_dir: str | Path) -> str | None:
     steps = {folder: re.fullmatch(r"checkpoint-(\d+)", folder.name) for folder in Path(output_dir).glob("checkpoint-*")}
     complete = {int(found[1]): str(folder) for folder, found in steps.items() if found and is_complete(folder)}
     return complete[max(complete)] if complete else None
+
+
+def checkpoint_to_resume(asked: str | bool | None, output_dir: str | Path) -> str | None:
+    """The folder that `resume_from_checkpoint` asks for; `None`: start without.
+
+    Args:
+        asked: a folder; `True` ("true", "last" or "auto" on a command line) for the newest complete checkpoint;
+            `None` or `False` ("none", "false") for none.
+
+    Raises:
+        ValueError: there is no complete checkpoint, the one asked for is incomplete, or an older version wrote it.
+    """
+    newest = last_complete_checkpoint(output_dir)
+    checkpoint = _WORDS.get(str(asked).lower(), asked)
+    if checkpoint is True:
+        if newest is None:
+            raise ValueError(f"{output_dir} has no complete checkpoint to resume from: start without")
+        checkpoint = newest
+        logger.warning("resuming from %s", checkpoint)
+    if not checkpoint:
+        return None
+    if not is_complete(checkpoint):
+        cure = f"resume from {newest}" if newest else "start without resume_from_checkpoint"
+        raise ValueError(f"{checkpoint} is not a complete checkpoint, its writing was interrupted: {cure}")
+    if Path(checkpoint, _OLD_STATE).is_file():
+        raise ValueError(
+            f"{checkpoint} is from an older version of hf_prefopt, which kept the state of the losses in {_OLD_STATE}, "
+            "and cannot be resumed: resume with the older version, or start without resume_from_checkpoint"
+        )
+    return str(checkpoint)
+
+
+def keep_losses(state: TrainerState, objective: Objective) -> None:
+    """Put what the losses keep across batches into the state that the Trainer saves with a checkpoint."""
+    if objective.state:
+        state.stateful_callbacks[LOSSES] = objective.state_dict()
+
+
+def restore_losses(state: TrainerState, objective: Objective) -> None:
+    """Take it over from the state of a checkpoint; losses whose state is not there start afresh, with a warning."""
+    # The Trainer takes what is left for the states of callbacks.
+    saved = state.stateful_callbacks.pop(LOSSES, {})
+    missing = objective.state.keys() - saved.keys()
+    if missing:
+        logger.warning("the checkpoint has no state of %s, which starts afresh", ", ".join(sorted(missing)))
+    objective.load_state_dict(saved)

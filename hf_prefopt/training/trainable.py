@@ -2,6 +2,7 @@
 
 import logging
 
+from accelerate.optimizer import AcceleratedOptimizer
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -23,6 +24,18 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         for name, parameter in model.named_parameters()
         if parameter.requires_grad and not idle & set(name.split(".")) and not name.startswith(merged)
     }
+
+
+def check_trainable(model: nn.Module, optimizer: Optimizer | None, trains: bool = True) -> None:
+    """Refuse a policy of which nothing trains, if it is to train, and an optimizer of other parameters.
+
+    Raises:
+        ValueError: see `refuse_frozen` and `refuse_stale_optimizer`.
+    """
+    if trains:
+        refuse_frozen(model)
+    if not isinstance(optimizer, AcceleratedOptimizer):  # that of an earlier train()
+        refuse_stale_optimizer(model, optimizer)
 
 
 def refuse_frozen(model: nn.Module) -> None:

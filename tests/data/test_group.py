@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from transformers.trainer_pt_utils import find_batch_size
 
-from hf_prefopt.data.collator import MicroBatchCollator, pieces_of
+from hf_prefopt.data.collator import LoaderCollator
 from hf_prefopt.data.group import PromptSampler, group_rows, prompt_keys
 from hf_prefopt.data.padded import PaddedCollator
 from hf_prefopt.data.repeated_rows import keep_examples
@@ -90,7 +91,7 @@ class TestPromptSampler:
 
 class TestTokenBudget:
     def collate(self, max_tokens):
-        return MicroBatchCollator({"shared": SharedCollator()}, "shared", max_tokens)(ROWS)
+        return LoaderCollator({"shared": SharedCollator()}, "shared", max_tokens)(ROWS)
 
     @pytest.mark.parametrize(
         ("budget", "rows"),
@@ -102,14 +103,31 @@ class TestTokenBudget:
         ],
     )
     def test_pieces_stay_below_it(self, budget, rows):
-        assert [piece["rows"].tolist() for piece in pieces_of(self.collate(budget))] == rows
+        assert [piece["rows"].tolist() for piece in self.collate(budget)["pieces"]] == rows
 
     def test_without_one_there_is_one_micro_batch(self):
-        batch = self.collate(None)
-        assert pieces_of(batch) == [batch]
+        (piece,) = self.collate(None)["pieces"]
+        assert piece["rows"].tolist() == [0, 1, 2]
+
+    @pytest.mark.parametrize(
+        ("layout", "max_tokens", "positions", "tokens"),
+        [
+            ("shared", None, 16, 16),
+            ("shared", 15, 14 + 7, 14 + 7),
+            ("padded", None, 25, 3 * 5 + 4 + 5),  # the prompt B with one response of two tokens is padded by one
+            ("padded", 15, 3 * 10, 10 + 4 + 5 + 10),  # a row at a time
+        ],
+    )
+    def test_what_the_trainer_counts_is_of_all_pieces(self, layout, max_tokens, positions, tokens):
+        """The examples and the tokens, as the Trainer finds them, are those of the pieces together."""
+        collators = {"shared": SharedCollator(), "padded": PaddedCollator(0)}
+        batch = LoaderCollator(collators, layout, max_tokens)(ROWS)
+        assert find_batch_size(batch) == 3
+        assert batch["input_ids"].shape == batch["attention_mask"].shape == (1, positions)
+        assert batch["attention_mask"].sum() == tokens
 
     def test_an_idle_piece_has_the_tokens_and_no_examples(self):
-        batch = self.collate(None)
+        (batch,) = self.collate(None)["pieces"]
         idle = keep_examples(batch, torch.zeros_like(batch["rows"], dtype=torch.bool))
         assert idle["input_ids"] is batch["input_ids"]
         assert [len(idle[name]) for name in ("chosen", "rejected", "rows")] == [0, 0, 0]

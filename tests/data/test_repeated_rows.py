@@ -5,7 +5,7 @@ import torch
 from accelerate.data_loader import BatchSamplerShard, IterableDatasetShard
 from torch.utils.data import BatchSampler, SequentialSampler
 
-from hf_prefopt.data.collator import MicroBatchCollator, pieces_of
+from hf_prefopt.data.collator import LoaderCollator
 from hf_prefopt.data.padded import PaddedCollator
 from hf_prefopt.data.repeated_rows import EvenStream, examples_of_first_rows, keep_examples, rows_that_count
 from hf_prefopt.data.shared import SharedCollator
@@ -47,8 +47,8 @@ def test_repeated_rows_of_a_batch_are_marked_in_each_piece():
     rows = random_rows(4)
     rows[2:] = [{**row, "repeated": True} for row in rows[:2]]
     collators = {"padded": PaddedCollator(0), "shared": SharedCollator()}
-    whole = MicroBatchCollator(collators)(rows)
-    pieces = pieces_of(MicroBatchCollator(collators, max_tokens=1)(rows))
+    (whole,) = LoaderCollator(collators)(rows)["pieces"]
+    pieces = LoaderCollator(collators, max_tokens=1)(rows)["pieces"]
     assert whole["counted"].tolist() == [True, True, False, False]
     assert [piece["counted"].tolist() for piece in pieces] == [[True], [True], [False], [False]]
     kept = keep_examples(whole, whole["counted"])

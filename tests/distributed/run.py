@@ -52,7 +52,7 @@ def run_case(case: Case, engine: Engine, folder: Path) -> dict[str, Any]:
     trainer.save_model(outcome["saved"])
     outcome["weights"] = _trained(trainer, engine)
     outcome["scale"] = max((outcome["weights"][name] - before[name]).abs().max().item() for name in before)
-    if trainer._moving:
+    if trainer.args.sync_ref_model:
         outcome["moved"] = {name: tensor.clone() for name, tensor in trainer.reference.copies.whole()}
     if case.resumes:
         outcome["checkpoint"] = str(folder / f"checkpoint-{trainer.state.global_step}")
@@ -96,8 +96,8 @@ def watch_head(trainer: PreferenceTrainer, engine: Engine) -> dict[str, set[bool
 def count_pieces(trainer: PreferenceTrainer) -> list[int]:
     """How many pieces each batch of this rank was cut into, filled in by training."""
     counts: list[int] = []
-    evened = trainer._evened
-    trainer._evened = lambda pieces: (counts.append(len(pieces)), evened(pieces))[1]
+    idle = trainer.global_batch.idle
+    trainer.global_batch.idle = lambda pieces: (counts.append(len(pieces)), idle(pieces))[1]
     return counts
 
 

@@ -9,6 +9,7 @@ more.
 """
 
 import functools
+from pathlib import Path
 
 import pytest
 import torch
@@ -107,7 +108,7 @@ def test_a_moved_reference_goes_on_with_another_number_of_ranks(outcomes_of, eng
     trainer = make_trainer(tmp_path, CASES[case].build_model(), train_dataset=None, **CASES[case].merged_settings(1))
     tolerance = TOLERANCE["weights"] * expected["scale"]
     assert largest_difference(trainer.reference.copies.tensors, expected["moved"]) > 1000 * tolerance
-    trainer._moving.load(outcomes_of(engine)[case][0]["checkpoint"])
+    trainer.scorer.load(Path(outcomes_of(engine)[case][0]["checkpoint"]))
     assert largest_difference(trainer.reference.copies.tensors, expected["moved"]) <= tolerance
 
 

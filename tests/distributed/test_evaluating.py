@@ -33,8 +33,8 @@ def evaluations(engine, folder, **settings):
     )
     engine.adapt(trainer)
     trainer.train()
-    counts, idle = [], trainer._idle
-    trainer._idle = lambda pieces: (counts.append(len(pieces)), idle(pieces))[1]
+    counts, idle = [], trainer.global_batch.idle
+    trainer.global_batch.idle = lambda pieces: (counts.append(len(pieces)), idle(pieces))[1]
     timing = ("runtime", "per_second", "epoch")
     found = [{n: v for n, v in trainer.evaluate().items() if not n.endswith(timing)} for _ in range(2)]
     return found, counts

@@ -14,7 +14,7 @@ from hf_prefopt.scoring.forward import score
 from tests.distributed.engines import ENGINES, zero
 from tests.distributed.scenes import play
 from tests.tiny_models import perturbed, tiny_model
-from tests.training import make_trainer, pairs, with_column
+from tests.training import first_batch, make_trainer, pairs, with_column
 
 ZERO3 = {"deepspeed": zero(3)}
 COLUMNS = {
@@ -35,14 +35,14 @@ def scored_pairs(count=4):
 def watched(trainer):
     """What the objective is given, by name, filled in by training and evaluation."""
     seen = []
-    criterion = trainer.criterion
+    objective = trainer.criterion
 
-    class Watch(type(criterion)):
+    class Watch(type(objective)):
         def __call__(self, inputs, training=True):
             seen.append({name: tensor.detach().clone() for name, tensor in inputs.items()})
             return super().__call__(inputs, training)
 
-    criterion.__class__ = Watch
+    objective.__class__ = Watch
     return seen
 
 
@@ -116,7 +116,7 @@ def fsdp2_in_bf16(folder):
     engine.adapt(trainer)
     trainer.accelerator.state.fsdp_plugin.set_mixed_precision("bf16")
     trainer.train()
-    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    batch = first_batch(trainer)
     outcome = {"batch": dict(batch)}
     with torch.no_grad():
         outcome["policy"] = score(trainer.model, batch).token_logps

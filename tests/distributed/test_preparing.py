@@ -12,9 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from hf_prefopt import trainer as trainer_module
 from hf_prefopt.losses import register_loss, registry
-from hf_prefopt.training import agreement, resuming
-from hf_prefopt.training.agreement import checksum
+from hf_prefopt.training import replicas
+from hf_prefopt.training.replicas import checksum
 from tests.distributed.cases import DESCENT, GLOBAL_BATCH
 from tests.distributed.launch import largest_difference
 from tests.distributed.scenes import play
@@ -89,7 +90,7 @@ def broken(folder):
     """What upstream does with evaluate() before train(), here without the cure."""
     trainer = make(folder)
     trainer.evaluate()
-    with mock.patch.object(resuming, "release_from_evaluation"):
+    with mock.patch.object(trainer_module, "unwrapped_after_evaluation", lambda accelerator, model, wrapped: wrapped):
         trainer.train()
 
 
@@ -97,14 +98,14 @@ def broken_behind_a_warm_up(folder):
     """The first step is at learning rate 0, and moves nothing on either rank."""
     trainer = make(folder, lr_scheduler_type="linear", warmup_steps=1)
     trainer.evaluate()
-    with mock.patch.object(resuming, "release_from_evaluation"):
+    with mock.patch.object(trainer_module, "unwrapped_after_evaluation", lambda accelerator, model, wrapped: wrapped):
         trainer.train()
 
 
 def changed_on_one_rank(folder):
     """Someone moves one weight of one rank in a callback of the first step; the others stay as they are."""
     trainer = make(folder)
-    before = agreement.RanksAgree.on_step_end
+    before = replicas.RanksAgree.on_step_end
 
     def on_step_end(self, args, state, control, model=None, **rest):
         if dist.get_rank() == 1:
@@ -112,7 +113,7 @@ def changed_on_one_rank(folder):
                 model.lm_head.weight[3, 5] += 1e-6
         return before(self, args, state, control, model=model, **rest)
 
-    with mock.patch.object(agreement.RanksAgree, "on_step_end", on_step_end):
+    with mock.patch.object(replicas.RanksAgree, "on_step_end", on_step_end):
         trainer.train()
 
 
@@ -197,5 +198,5 @@ def test_a_checksum_sees_every_change(dtype):
 def test_a_checksum_is_the_same_however_it_is_cut(monkeypatch):
     values = nn.Parameter(torch.randn(100, generator=torch.Generator().manual_seed(0)))
     whole = checksum(values)
-    monkeypatch.setattr(agreement, "_CHUNK", 7)
+    monkeypatch.setattr(replicas, "_CHUNK", 7)
     assert torch.equal(checksum(values), whole)

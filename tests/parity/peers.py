@@ -54,10 +54,10 @@ def our_step(folder, data: list[dict] | None = None, model: nn.Module | None = N
     """Our trainer's, through the `compute_loss` that `train()` calls."""
     model = model or policy()
     trainer = make_trainer(folder, model, layout="padded", **settings)
-    batch = trainer.data_collator(data or rows())
+    (batch,) = trainer.data_collator(data or rows())["pieces"]
     model.train()
     step = step_of(trainer.compute_loss(model, batch), model, {})
-    step.metrics = trainer._train_metrics.pop(trainer.accelerator)
+    step.metrics = trainer.record.pop_means(trainer.accelerator)
     return step
 
 

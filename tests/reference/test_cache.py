@@ -15,6 +15,7 @@ from hf_prefopt.losses import registry
 from hf_prefopt.reference.cache import MissingLogProbs
 from hf_prefopt.reference.cache_store import read_shard
 from hf_prefopt.reference.live import LiveReference
+from hf_prefopt.training.scorer import ScorerEvents
 from tests.data.helpers import text_pair
 from tests.test_trainer_exactness import SYNCHRONISING
 from tests.tiny_models import perturbed, random_rows, tiny_model, with_lora
@@ -47,7 +48,8 @@ def cached(folder, model=None, **settings):
 def before_training(trainer):
     """What train() does to the cache before its first step."""
     loader = trainer.get_train_dataloader()
-    trainer._cache_filler.on_train_begin(trainer.args, trainer.state, trainer.control, train_dataloader=loader)
+    (events,) = (callback for callback in trainer.callback_handler.callbacks if isinstance(callback, ScorerEvents))
+    events.on_train_begin(trainer.args, trainer.state, trainer.control, train_dataloader=loader)
 
 
 def stored(folder):
@@ -240,7 +242,7 @@ def test_a_reference_with_memory_of_its_own_is_let_go(make, settings, tmp_path):
     ]
     with pytest.raises(MissingLogProbs, match=r"3 of 6 responses of the data set 'evaluation' .* precompute"):
         trainer.evaluate(Dataset.from_list(rows))
-    batch = trainer._prepare_inputs(trainer.data_collator(rows))
+    (batch,) = trainer._prepare_inputs(trainer.data_collator(rows))["pieces"]
     with pytest.raises(MissingLogProbs, match=r"3 of 6 responses of the batch of rows \[0, 1, 2\]"):
         trainer.reference.score(batch)
 

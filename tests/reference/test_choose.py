@@ -8,7 +8,7 @@ from hf_prefopt.losses import get_loss, list_losses
 from hf_prefopt.reference.choose import choose_reference, is_fresh_adapter
 from hf_prefopt.reference.live import FrozenTensors
 from tests.tiny_models import perturbed, tiny_model, with_lora
-from tests.training import make_trainer
+from tests.training import first_batch, make_trainer
 
 ADAPTERS = {
     "LoRA": (lambda: with_lora(tiny_model()), True),
@@ -38,7 +38,7 @@ def test_a_fresh_adapter_is_told_from_a_trained_one(make, fresh):
 def test_biases_that_train_do_not_move_the_reference(setting, tmp_path):
     """`bias="lora_only"` trains biases of the base model, which stay changed when the adapter is off."""
     trainer = make_trainer(tmp_path, with_lora(tiny_model("qwen2"), bias="lora_only"), reference=setting, max_steps=2)
-    batch = next(iter(trainer.get_train_dataloader()))
+    batch = first_batch(trainer)
     before = trainer.reference.score(batch).token_logps
     trainer.train()
     assert torch.equal(trainer.reference.score(batch).token_logps, before)
@@ -48,7 +48,7 @@ def test_biases_that_train_do_not_move_the_reference(setting, tmp_path):
 def test_a_loss_without_a_reference_runs_and_copies_none(name, tmp_path):
     """One micro-batch runs the model once where no reference is needed, and then none exists; otherwise twice."""
     trainer = make_trainer(tmp_path, loss_type=name, max_steps=1, layout="padded")
-    trainer._settle_layout()  # which runs the model by itself
+    trainer.scorer.settle()  # which runs the model by itself
     calls = []
     trainer.model.register_forward_pre_hook(lambda *_: calls.append(1))
     trainer.train()

@@ -23,8 +23,8 @@ def scores_by_itself(model, folder, batch):
 
 
 def reference_scores(trainer, batch):
-    trainer._settle_layout()
-    return trainer._score_reference(batch).token_logps
+    trainer.scorer.settle()
+    return trainer.scorer.reference_scores(batch).token_logps
 
 
 def test_a_name_is_loaded_as_the_policy_is(tmp_path):
@@ -73,7 +73,7 @@ def test_a_reference_that_waits_in_the_cpus_memory(layout, cached, tmp_path):
     trainer = make_trainer(tmp_path / "run", tiny_model(), **settings, reference_cache_dir=str(tmp_path / "cache"))
     batch = first_batch(trainer)
     other = make_trainer(tmp_path / "other", plain, loss_type="sft", layout=layout)
-    other._settle_layout()
+    other.scorer.settle()
     with torch.no_grad():
         expected = score(plain.eval(), batch).token_logps
     assert torch.equal(reference_scores(trainer, batch), expected)
@@ -133,11 +133,11 @@ def test_a_named_adapter_is_the_model_with_it_merged(layout, cached, tmp_path):
     perturbed(model, scale=0.1, seed=7)
     settings = {"reference": "adapter:before", "layout": layout, "precompute_ref_log_probs": cached}
     trainer = make_trainer(tmp_path, model, **settings, reference_cache_dir=str(tmp_path / "cache"))
-    trainer._settle_layout()
+    trainer.scorer.settle()
     batch = first_batch(trainer)
     merged = PeftModel.from_pretrained(tiny_model(), tmp_path / "adapter").merge_and_unload().requires_grad_()
     other = make_trainer(tmp_path, merged, loss_type="sft", layout=layout)
-    other._settle_layout()
+    other.scorer.settle()
     with torch.no_grad():
         expected = score(other.model.eval(), batch).token_logps
         policy = score(trainer.model.eval(), batch).token_logps

@@ -132,7 +132,7 @@ def test_a_checkpoint_of_another_adapter_is_refused(tmp_path):
     one.train()
     other = make_trainer(tmp_path / "other", with_lora(tiny_model(), target_modules=["q_proj"]), **settings)
     with pytest.raises(ValueError, match=r"differ in \d+ trained tensors"):
-        other._moving.load(str(tmp_path / "checkpoint-1"))
+        other.scorer.load(tmp_path / "checkpoint-1")
 
 
 def test_a_move_leaves_the_policy_alone(tmp_path):
@@ -141,7 +141,7 @@ def test_a_move_leaves_the_policy_alone(tmp_path):
     batch, before = first_batch(trainer), weights(trainer.model)
     perturbed(trainer.model)
     policy, scores = weights(trainer.model), trainer.reference.score(batch).token_logps
-    trainer._moving.sync()
+    trainer.scorer.move_reference(2)
     assert all(torch.equal(value, policy[name]) for name, value in weights(trainer.model).items())
     assert not torch.equal(trainer.reference.score(batch).token_logps, scores)
     assert any(not torch.equal(policy[name], before[name]) for name in policy)

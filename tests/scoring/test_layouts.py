@@ -273,7 +273,7 @@ def test_a_mask_that_is_passed_by_name(name, tmp_path):
     model = architecture(name)
     plain = copy.deepcopy(model)
     trainer = make_trainer(tmp_path, model, max_steps=2, gradient_checkpointing=True)
-    trainer._settle_layout()
+    trainer.scorer.settle()
     assert trainer.layout == ("shared" if name in SHARING else "padded")
     batch, padded = first_batch(trainer), PaddedCollator(0)
     padded_batch = padded([trainer.train_dataset[int(row)] for row in batch["rows"]])

@@ -1,10 +1,10 @@
-"""Ranks that train one model together hold the same weights: looked at until the first step that changes them."""
+"""Ranks that train one model together hold the same weights: checked until the first step that changes them."""
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
-from accelerate.utils import DistributedType
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, gather
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
@@ -19,45 +19,45 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 class RanksAgree(TrainerCallback):
     """Stops a training run whose ranks do not hold the same weights, when it begins or after its first real step.
 
-    A step at learning rate 0, as a warm-up begins with, or one that fp16's loss scaling leaves out changes nothing and
-    says nothing, so the next one is looked at, too. Parameters in shards are no rank's alone and are not compared.
+    A step at learning rate 0 (warm-up) and a step that fp16's loss scaling skips change nothing, so the next step is
+    checked, too. Sharded parameters are not compared.
 
     Raises:
-        RuntimeError: on every rank, with the names of the parameters that differ.
+        RuntimeError: on every rank, with the name of a parameter that differs.
     """
 
-    def __init__(self, trainer: Any):
-        self._trainer = trainer
+    def __init__(self):
         self._before: Tensor | None = None
 
     def on_train_begin(self, args, state, control, model=None, **_):
         """The engine has wrapped the model."""
-        accelerator = self._trainer.accelerator
+        engine = AcceleratorState()
         # FSDP2 has parameters of its own in place of its shards, from a forward to the next.
-        is_whole = accelerator.distributed_type != DistributedType.FSDP and any(True for _ in _replicated(model))
-        compares = is_whole and accelerator.num_processes > 1
-        self._before = self._compared(model, "before the first step") if compares else None
+        is_whole = engine.distributed_type != DistributedType.FSDP and any(True for _ in _replicated(model))
+        compares = is_whole and engine.num_processes > 1
+        self._before = _compared(model, args.device, "before the first step") if compares else None
 
     def on_step_end(self, args, state, control, model=None, **_):
         """The optimizer has made its step."""
         if self._before is None:
             return
-        now = self._compared(model, f"after step {state.global_step}")
+        now = _compared(model, args.device, f"after step {state.global_step}")
         self._before = self._before if torch.equal(now, self._before) else None
 
-    def _compared(self, model: nn.Module, when: str) -> Tensor:
-        """The checksums `[P, 2]` that all ranks agree on."""
-        names, parameters = zip(*_replicated(model), strict=True)
-        own = torch.stack([checksum(parameter).to(self._trainer.args.device) for parameter in parameters])
-        ranks = self._trainer.accelerator.gather(own[None])
-        differ = (ranks != ranks[0]).any(dim=(0, 2)).tolist()
-        if any(differ):
-            raise RuntimeError(
-                f"{when}, {sum(differ)} of {len(names)} trained parameters are not the same on all {len(ranks)} ranks "
-                f"(the first is {names[differ.index(True)]}): their gradients are not averaged, so each rank trains a "
-                "model of its own. Let the trainer prepare the model, and change no weights on single ranks"
-            )
-        return ranks[0]
+
+def _compared(model: nn.Module, device: torch.device, when: str) -> Tensor:
+    """The checksums `[P, 2]` that all ranks agree on."""
+    names, parameters = zip(*_replicated(model), strict=True)
+    own = torch.stack([checksum(parameter).to(device) for parameter in parameters])
+    ranks = gather(own[None])
+    differ = (ranks != ranks[0]).any(dim=(0, 2)).tolist()
+    if any(differ):
+        raise RuntimeError(
+            f"{when}, {sum(differ)} of {len(names)} trained parameters are not the same on all {len(ranks)} ranks "
+            f"(the first is {names[differ.index(True)]}): their gradients are not averaged, so each rank trains a "
+            "model of its own. Let the trainer prepare the model, and change no weights on single ranks"
+        )
+    return ranks[0]
 
 
 def _replicated(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

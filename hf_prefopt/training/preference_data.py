@@ -1,0 +1,127 @@
+"""The data of a trainer: prepared, checked against the losses, and drawn as the settings say."""
+
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedTokenizerBase
+
+from hf_prefopt.config import PreferenceConfig
+from hf_prefopt.data.check import check_examples
+from hf_prefopt.data.extras import present_extras
+from hf_prefopt.data.group import PromptSampler, prompt_keys
+from hf_prefopt.data.mismatched import MismatchedResponses
+from hf_prefopt.data.prepare import prepare_dataset, prepared_features
+from hf_prefopt.data.repeated_rows import EvenStream
+from hf_prefopt.kinds import KINDS, kind_of_columns
+from hf_prefopt.training.arguments import check_data
+
+Data = Dataset | IterableDataset
+DataOrSplits = Data | dict[str, Data]
+
+
+class PreferenceData:
+    """Prepares data sets for the losses of a configuration, and draws their rows.
+
+    Args:
+        args: the settings, read whenever they are needed.
+        tokenizer: tokenizes raw rows.
+
+    Attributes:
+        objective: the losses. The first data set settles it: the kind of examples, for losses that take several kinds,
+            and the optional columns.
+    """
+
+    def __init__(self, args: PreferenceConfig, tokenizer: PreTrainedTokenizerBase):
+        self.args, self.tokenizer = args, tokenizer
+        self.objective, self._is_settled = args.build_objective(), False
+
+    def prepare(self, dataset: DataOrSplits | None, name: str) -> DataOrSplits | None:
+        """The data set tokenized, or each of several.
+
+        Raises:
+            ValueError: it is no data set, its rows cannot be read, or the losses cannot compare its examples.
+        """
+        if dataset is None:
+            return None
+        check_data(dataset, name)
+        if isinstance(dataset, dict):
+            return {key: self.prepare(split, key) for key, split in dataset.items()}
+        with self.args.main_process_first(desc=f"tokenizing {name}"):
+            prepared = prepare_dataset(
+                dataset,
+                self.tokenizer,
+                max_length=self.args.max_length,
+                truncation_mode=self.args.truncation_mode,
+                on_bad_rows=self.args.on_bad_rows,
+                num_proc=self.args.dataset_num_proc,
+                name=name,
+                unpair=self.args.unpair,
+                kind=self.objective.kind,
+            )
+        return self._checked(prepared, name)
+
+    def settle_again(self, train: Data | None, evaluation: DataOrSplits | None) -> None:
+        """Build the objective from the settings as they are now, and check the prepared data against it.
+
+        Raises:
+            ValueError: the losses cannot compare the examples.
+        """
+        self.objective, self._is_settled = self.args.build_objective(), False
+        named = evaluation if isinstance(evaluation, dict) else {"eval": evaluation}
+        for name, dataset in {"train": train, **named}.items():
+            if dataset is not None:
+                self._checked(dataset, name)
+
+    def _checked(self, dataset: Data, name: str) -> Data:
+        """The data set, whose examples the losses can compare; the first one settles the objective."""
+        kind = kind_of_columns(dataset.column_names)
+        if not self._is_settled:
+            columns = present_extras(kind, dataset.column_names)
+            self.objective, self._is_settled = self.args.build_objective(kind, columns), True
+        losses, wanted = ", ".join(self.args.loss_type), self.objective.inputs
+        if not all(map(kind.takes, wanted)):
+            raise ValueError(f"{name} holds {kind.name}, but {losses} needs {self.objective.kind.wanted}")
+        is_stream = not isinstance(dataset, Dataset)
+        # The columns of a stream are known, its rows are checked when they are read.
+        first = dict.fromkeys(dataset.column_names, True) if is_stream or not len(dataset) else dataset[0]
+        reason = kind.refusal(first, wanted)
+        if reason is None and self.objective.needs_mismatched and is_stream:
+            reason = "it draws responses to other prompts from the whole data set, which a stream does not give"
+        if reason is not None:
+            raise ValueError(f"{name} does not fit {losses}: {reason}")
+        return check_examples(dataset, self.objective, name)
+
+    def sampler(self, dataset: Any) -> PromptSampler | None:
+        """Draws prompts instead of rows, where `group_by_prompt` asks for it; `None`: the Trainer's sampler."""
+        rows = dataset.dataset if isinstance(dataset, MismatchedResponses) else dataset
+        if not self.args.group_by_prompt or not isinstance(rows, Dataset):
+            return None
+        return PromptSampler(prompt_keys(rows), self._seed)
+
+    def to_read(self, dataset: Data, rows_at_once: int) -> Any:
+        """The data set as a data loader reads it.
+
+        Rows get a mismatched response where a loss needs one. A stream's last rows are filled up.
+
+        Args:
+            rows_at_once: the rows that all ranks together draw at a time.
+        """
+        if self.objective.needs_mismatched:
+            dataset = MismatchedResponses(dataset, self._seed, self.args.max_length)
+        is_uneven = self.args.world_size > 1 and not self.args.dataloader_drop_last
+        return EvenStream(dataset, rows_at_once) if isinstance(dataset, IterableDataset) and is_uneven else dataset
+
+    @property
+    def pad_token_id(self) -> int:
+        """An id to fill padded rows with; masks are made from lengths, so it may be the EOS."""
+        return next((i for i in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id) if i is not None), 0)
+
+    @property
+    def columns(self) -> list[str]:
+        """Every column that the collators may read."""
+        columns = dict.fromkeys(column for kind in KINDS for column in prepared_features(kind, extras=kind.extras))
+        return [*columns, "token_weights", "mismatched_ids", "mismatched_masks", "repeated"]
+
+    @property
+    def _seed(self) -> int:
+        return self.args.seed if self.args.data_seed is None else self.args.data_seed

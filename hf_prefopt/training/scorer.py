@@ -1,0 +1,249 @@
+"""Scores batches with the policy and with the reference, in the layout that is exact for both models."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from hf_prefopt.batch import PreferenceBatch, ResponseScores
+from hf_prefopt.config import PreferenceConfig
+from hf_prefopt.data.collator import LoaderCollator
+from hf_prefopt.data.padded import PaddedCollator
+from hf_prefopt.data.shared import SharedCollator
+from hf_prefopt.objective.objective import Objective
+from hf_prefopt.policy import disable_dropout
+from hf_prefopt.reference.cache import CachedReference
+from hf_prefopt.reference.cache_fill import CacheFiller
+from hf_prefopt.reference.cache_key import KeyedCollator
+from hf_prefopt.reference.choose import choose_reference
+from hf_prefopt.reference.engine import any_rank
+from hf_prefopt.reference.live import LiveReference
+from hf_prefopt.reference.moving import MovingReference
+from hf_prefopt.reference.remembered import RememberedScores
+from hf_prefopt.scoring.agreement import check_scores
+from hf_prefopt.scoring.forward import VOCABULARY_KL, install_scoring, score
+from hf_prefopt.scoring.layout import settled_layout
+from hf_prefopt.scoring.modes import evaluation_mode
+
+CUSTOM = "the data_collator's"
+
+
+def loader_collator(
+    args: PreferenceConfig, pad_token_id: int, custom: Callable[[list[dict]], PreferenceBatch] | None
+) -> LoaderCollator:
+    """The trainer's collator, whose layout the scorer settles; a user's own collator is the only layout there is."""
+    if custom is not None:
+        return LoaderCollator({CUSTOM: custom}, CUSTOM)
+    layouts = {"padded": PaddedCollator(pad_token_id, args.pad_to_multiple_of), "shared": SharedCollator()}
+    if args.precompute_ref_log_probs:
+        layouts = {name: KeyedCollator(collator) for name, collator in layouts.items()}
+    return LoaderCollator(layouts, max_tokens=args.max_tokens_per_batch)
+
+
+class Scorer:
+    """The policy and its reference, ready to score.
+
+    Args:
+        args: the settings, read when a model is attached.
+        collator: its layout is settled here.
+        ref_model: an explicit reference.
+
+    Attributes:
+        objective: the losses, which say what must be scored.
+        reference: `None` where the losses need none.
+        layout: how batches are laid out; `None` until it is settled.
+    """
+
+    model: nn.Module
+    objective: Objective
+    accelerator: Accelerator
+
+    def __init__(self, args: PreferenceConfig, collator: LoaderCollator, ref_model: nn.Module | None = None):
+        self._args, self._collator, self._ref_model = args, collator, ref_model
+        self.reference: LiveReference | CachedReference | None = None
+        self.layout: str | None = None
+        self._moving: MovingReference | None = None
+        self._filler: CacheFiller | None = None
+        self._remembered = RememberedScores()
+
+    def attach(self, model: nn.Module, objective: Objective, accelerator: Accelerator) -> None:
+        """Make a model the policy: its dropout, its reference, its scoring forward.
+
+        Raises:
+            ValueError: the reference that the settings ask for contradicts the model or the losses.
+        """
+        args = self._args
+        self.model, self.objective, self.accelerator = model, objective, accelerator
+        self.layout, self._filler, self._moving, self._remembered = None, None, None, RememberedScores()
+        if args.disable_dropout:
+            disable_dropout(model)
+        self.reference = choose_reference(args.reference, model, self._ref_model, objective.needs_reference_model)
+        for module in self._models():
+            install_scoring(module, args.temperature)
+        if args.sync_ref_model:
+            copies, share, every = self.reference.copies, args.ref_model_mixup_alpha, args.ref_model_sync_steps
+            self._moving = MovingReference(copies, share, every)
+            self.reference.description = self._moving.description
+        if args.precompute_ref_log_probs:
+            self.reference = CachedReference(
+                self.reference, args.reference_cache_dir, args.temperature, self._autocast_dtype
+            )
+
+    def settle(self) -> None:
+        """Place the reference, check that the models' scores are their own, and choose the layout; once for a model.
+
+        Call it when the model is on its device, before the first batch is collated.
+
+        Raises:
+            ValueError: the scores are not those of the model's own logits, or the layout asked for is not exact.
+        """
+        if self.layout is not None:
+            return
+        args, collator = self._args, self._collator
+        if self.reference:
+            self.reference.place(self.accelerator)
+        models = self._models()
+        with self.accelerator.autocast():
+            for model in models:
+                check_scores(model, self._autocast_dtype)
+            if collator.layout != CUSTOM:
+                collator.max_tokens = args.max_tokens_per_batch
+                collator.layout = settled_layout(args.layout, models, args.max_length, self._autocast_dtype)
+        self.layout = collator.layout
+        if isinstance(self.reference, CachedReference):
+            silent = args.disable_tqdm or not self.accelerator.is_main_process
+            self._filler = CacheFiller(
+                self.reference, self._collated, self.accelerator, args.max_tokens_per_batch, silent
+            )
+
+    def policy_scores(
+        self, model: nn.Module, batch: PreferenceBatch, reference: ResponseScores | None
+    ) -> ResponseScores:
+        """The policy's scores; losses that compare whole predictions also get the reference's.
+
+        Args:
+            model: the policy as the engine wraps it.
+            reference: the reference's scores of the same batch.
+        """
+        stats = self.objective.token_stats
+        predictions = self.reference.predictions(reference) if VOCABULARY_KL in stats else None
+        return score(model, batch, stats, predictions)
+
+    def reference_scores(self, batch: PreferenceBatch) -> ResponseScores | None:
+        """The reference's scores of a training batch; `None` where the losses need none."""
+        if self.reference is None:
+            return None
+        if "reference_scores" in batch:
+            return batch["reference_scores"]
+        # An engine's autocast is in the policy's forward, which a separate reference model does not have.
+        with self.accelerator.autocast():
+            return self.reference.score(batch, self.objective.reference_token_stats)
+
+    def remembered_reference_scores(self, batch: PreferenceBatch, dataset: Any) -> ResponseScores | None:
+        """The reference's scores of an evaluation batch, computed once for all evaluations of a data set."""
+        if self.reference is None or isinstance(self.reference, CachedReference):
+            return self.reference_scores(batch)
+        fingerprint = getattr(dataset, "_fingerprint", None)
+        ranks = partial(any_rank, self.accelerator)
+        return self._remembered.score(fingerprint, batch, self.reference_scores, ranks)
+
+    def collect(self, batch: PreferenceBatch) -> dict[str, Tensor]:
+        """The loss inputs of a batch, without gradients; the batch keeps the reference's scores."""
+        on_device = send_to_device(batch, self.accelerator.device)
+        with torch.no_grad(), evaluation_mode(self.model):
+            reference = batch["reference_scores"] = self.reference_scores(on_device)
+            return self.objective.read(on_device, self.policy_scores(self.model, on_device, reference), reference)
+
+    def fill_cache(self, dataset: Any, name: str) -> bool:
+        """Cache what is missing of a data set's reference scores; whether all of them are cached now."""
+        return self._filler is not None and self._filler.fill(dataset, name)
+
+    def flush_cache(self) -> None:
+        """Write the reference scores that a stream has brought so far."""
+        if self._filler is not None:
+            self.reference.store.flush()
+
+    def release_reference(self) -> None:
+        """Free the memory of a reference whose scores are all cached."""
+        self.reference.release()
+        self._ref_model = None
+
+    def move_reference(self, step: int) -> None:
+        """After an optimizer step: let the reference follow the policy, where it does and an update is due."""
+        if self._moving and self._moving.follow(step):
+            self._remembered.forget()
+
+    def save(self, checkpoint: Path, saves: bool) -> None:
+        """Write a reference that moves into a checkpoint; call it on every rank, of which one `saves`."""
+        if self._moving:
+            self._moving.save(checkpoint, saves)
+
+    def load(self, checkpoint: Path) -> None:
+        """Take over a reference that moves from a checkpoint."""
+        if self._moving:
+            self._moving.load(checkpoint)
+
+    @property
+    def _autocast_dtype(self) -> torch.dtype | None:
+        return torch.bfloat16 if self._args.bf16 else torch.float16 if self._args.fp16 else None
+
+    def _models(self) -> list[nn.Module]:
+        """The policy and, where it is another model, the reference."""
+        return list(dict.fromkeys((self.model, self.reference.model if self.reference else self.model)))
+
+    def _collated(self, rows: list[dict[str, Any]]) -> PreferenceBatch:
+        return send_to_device(self._collator.collators[self.layout](rows), self.accelerator.device)
+
+
+class ScorerEvents(TrainerCallback):
+    """What the scorer does at the events of a training run.
+
+    With a cache, every data set is filled before its first batch is read; then the reference's memory may be freed.
+    Mismatched responses are drawn anew in every epoch, so they are filled at its beginning.
+
+    Args:
+        evaluated: gives the evaluation data sets as their data loaders read them, by name.
+        keeps_reference: whether another run of the same trainer may need it.
+    """
+
+    def __init__(self, scorer: Scorer, evaluated: Callable[[], Mapping[str, Any]], keeps_reference: bool):
+        self._scorer, self._evaluated, self._keeps_reference = scorer, evaluated, keeps_reference
+
+    def on_train_begin(self, args, state, control, train_dataloader=None, **_):
+        """The engine has wrapped the model, and a checkpoint has been loaded."""
+        self._scorer.settle()
+        if not args.precompute_ref_log_probs:
+            return
+        for name, dataset in self._evaluated().items():
+            self._scorer.fill_cache(dataset, name)
+        if self._scorer.objective.needs_mismatched:
+            return
+        if self._scorer.fill_cache(train_dataloader.dataset, "train") and not self._keeps_reference:
+            self._scorer.release_reference()
+
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **_):
+        """The mismatched responses of the epoch have been drawn."""
+        if self._scorer.objective.needs_mismatched:
+            self._scorer.fill_cache(train_dataloader.dataset, "train")
+
+    def on_step_end(self, args, state, control, **_):
+        """The optimizer has made its step; nothing has been evaluated or saved yet."""
+        self._scorer.move_reference(state.global_step)
+
+    def on_save(self, args, state, control, **_):
+        """A checkpoint has been written."""
+        self._scorer.flush_cache()
+
+    def on_evaluate(self, args, state, control, **_):
+        """An evaluation has ended."""
+        self._scorer.flush_cache()
+
+    def on_train_end(self, args, state, control, **_):
+        """Training has ended."""
+        self._scorer.flush_cache()
