@@ -1,0 +1,73 @@
+"""What the losses keep is in `trainer_state.json`: any resume has it, and older checkpoints raise an error."""
+
+import json
+import logging
+
+import pytest
+from transformers import TrainerCallback, TrainerState
+
+from hf_prefopt.objective.build import build_objective
+from hf_prefopt.training.checkpoints import LOSSES, checkpoint_to_resume, keep_losses, restore_losses
+from tests.training import make_trainer, pairs
+
+BCO = {"loss_type": "bco_pair", "train_dataset": pairs(8), "save_strategy": "steps", "save_steps": 2}
+
+
+class AtBegin(TrainerCallback):
+    """Calls a function when training begins."""
+
+    def __init__(self, function=None):
+        self.function = function
+
+    def on_train_begin(self, *_, **__):
+        self.function()
+
+
+def moved():
+    """BCO's δ away from where it starts."""
+    objective = build_objective(["bco_pair"])
+    (loss,) = objective.state
+    objective.load_state_dict({loss: dict.fromkeys(objective.state[loss], 0.25)})
+    return objective
+
+
+def test_the_state_survives_a_file(tmp_path):
+    state, objective = TrainerState(), moved()
+    keep_losses(state, objective)
+    state.save_to_json(str(tmp_path / "state.json"))
+    loaded, fresh = TrainerState.load_from_json(str(tmp_path / "state.json")), build_objective(["bco_pair"])
+    restore_losses(loaded, fresh)
+    assert fresh.state_dict() == objective.state_dict() != build_objective(["bco_pair"]).state_dict()
+    assert LOSSES not in loaded.stateful_callbacks  # the Trainer would look for a callback of that name
+
+
+def test_losses_without_state_leave_no_trace(caplog):
+    state = TrainerState()
+    keep_losses(state, build_objective(["dpo"]))
+    assert not state.stateful_callbacks
+    with caplog.at_level(logging.WARNING, logger="hf_prefopt"):
+        restore_losses(state, build_objective(["dpo"]))
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("settings", [{}, {"save_only_model": True}, {"restore_callback_states_from_checkpoint": True}])
+def test_a_resumed_bco_keeps_its_delta(settings, tmp_path):
+    """δ after step 2, whatever is saved beside it and whatever else the Trainer restores."""
+    whole = make_trainer(tmp_path, **BCO, **settings, max_steps=2)
+    whole.train()
+    saved = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
+    assert saved["stateful_callbacks"][LOSSES] == whole.criterion.state_dict()
+    resumed, seen = make_trainer(tmp_path / "again", **BCO, **settings, max_steps=3), []
+    resumed.add_callback(AtBegin(lambda: seen.append(resumed.criterion.state_dict())))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert seen == [whole.criterion.state_dict()] != [resumed.criterion.state_dict()]
+
+
+def test_a_checkpoint_of_an_older_version_is_an_error_that_says_so(tmp_path):
+    checkpoint = tmp_path / "checkpoint-2"
+    checkpoint.mkdir()
+    (checkpoint / "trainer_state.json").write_text("{}")
+    assert checkpoint_to_resume(True, tmp_path) == str(checkpoint)
+    (checkpoint / "objective_state.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"older version of hf_prefopt.*objective_state.json"):
+        checkpoint_to_resume(str(checkpoint), tmp_path)

@@ -1,0 +1,79 @@
+"""`PreferenceData` by itself: settings and a tokenizer, no trainer."""
+
+import pytest
+from datasets import Dataset
+from torch.utils.data import IterableDataset
+
+from hf_prefopt.training.preference_data import PreferenceData
+from tests.data.helpers import text_pair
+from tests.tokenizers import tiny_tokenizer
+from tests.training import lists, make_config, pairs, unpaired
+
+
+def data(folder, **settings):
+    return PreferenceData(make_config(folder, **settings), tiny_tokenizer())
+
+
+def test_the_first_data_set_settles_the_objective(tmp_path):
+    """`sft` compares pairs or lists; `margin` is a column that `dpo` uses where it is there."""
+    of_lists = data(tmp_path, loss_type="sft_lists")
+    of_lists.prepare(lists(4), "train")
+    assert of_lists.objective.kind.name == "lists"
+    with_margins = data(tmp_path)
+    assert "margins" not in with_margins.objective.inputs
+    with_margins.prepare(Dataset.from_list([text_pair() | {"margin": 0.5}] * 2), "train")
+    assert "margins" in with_margins.objective.inputs
+
+
+def test_raw_rows_are_tokenized_and_prepared_ones_stay(tmp_path):
+    made = data(tmp_path)
+    prepared = made.prepare(Dataset.from_list([text_pair()] * 2), "train")
+    assert {"prompt_ids", "response_ids", "scored_masks"} <= set(prepared.column_names) <= set(made.columns) | {"pairs"}
+    assert made.prepare(prepared, "eval")._fingerprint == prepared._fingerprint
+    assert made.prepare(None, "eval") is None
+
+
+def test_examples_that_the_losses_cannot_compare_are_named(tmp_path):
+    with pytest.raises(ValueError, match="train holds unpaired examples, but dpo needs pairs"):
+        data(tmp_path).prepare(unpaired(3), "train")
+    with pytest.raises(ValueError, match="b holds lists, but dpo needs pairs"):
+        data(tmp_path).prepare({"a": pairs(2), "b": lists(2)}, "eval")
+
+
+def test_changed_settings_are_checked_against_the_data(tmp_path):
+    made = data(tmp_path)
+    train = made.prepare(pairs(3), "train")
+    made.args.loss_type = ["ipo"]
+    made.settle_again(train, {"a": train})
+    assert [term.spec.name for term in made.objective.terms] == ["ipo"]
+    made.args.loss_type = ["kto"]
+    with pytest.raises(ValueError, match="train holds pairs, but kto needs"):
+        made.settle_again(train, None)
+
+
+def test_prompts_are_drawn_only_where_they_are_asked_for(tmp_path):
+    rows = pairs(6)
+    assert data(tmp_path).sampler(rows) is None
+    made = data(tmp_path, group_by_prompt=True)
+    assert sorted(made.sampler(rows)) == list(range(6))
+    assert made.sampler(rows.to_iterable_dataset()) is None
+
+
+def test_rows_get_a_mismatched_response_where_a_loss_needs_one(tmp_path):
+    rows = unpaired(4)
+    plain, with_others = data(tmp_path, loss_type="dpo"), data(tmp_path, loss_type="kto")
+    assert plain.to_read(rows, 2) is rows
+    assert "mismatched_ids" in with_others.to_read(rows, 2)[0]
+    assert "mismatched_ids" in with_others.columns
+
+
+def test_a_stream_is_filled_up_for_several_ranks(tmp_path):
+    """Three rows for two ranks that take two at a time: the first one comes again, and says so."""
+    made, stream = data(tmp_path), pairs(3).to_iterable_dataset()
+    assert made.to_read(stream, 4) is stream
+    made.args.__class__ = type("TwoRanks", (type(made.args),), {"world_size": 2})
+    read = made.to_read(stream, 4)
+    assert isinstance(read, IterableDataset)
+    assert [row.get("repeated", False) for row in read] == [False, False, False, True]
+    made.args.dataloader_drop_last = True
+    assert made.to_read(stream, 4) is stream
