@@ -14,6 +14,8 @@ from torch import Tensor
 from benchmarks.paired import agreement, measure
 from benchmarks.sides import Side, our_side, perturb_adapters
 from benchmarks.work import Row, Work, as_groups_of_pairs
+from hf_prefopt.batch import LoaderBatch, PreferenceBatch
+from hf_prefopt.data.collator import loader_batch
 from hf_prefopt.scoring import forward
 
 
@@ -38,8 +40,11 @@ def _no_unit_gradient(_: Side) -> Iterator[None]:
 def _every_position(side: Side) -> Iterator[None]:
     """The head on every position, prompts and padding included, and not only where a response token is predicted."""
     collate = side.trainer.data_collator
-    with patch.object(side.trainer, "data_collator", lambda rows: _scoring_everything(collate(rows))):
-        # The trainer settles its layout only for the collator that it made.
+
+    def all_scored(rows: Sequence[Row]) -> LoaderBatch:
+        return loader_batch([_scoring_everything(piece) for piece in collate(rows)["pieces"]])
+
+    with patch.object(side.trainer, "data_collator", all_scored):
         yield
 
 
@@ -123,9 +128,9 @@ def ladder(source: str, work: Work, rounds: int, levers: Sequence[str] | None = 
     return results
 
 
-def _scoring_everything(batch: Mapping[str, Any]) -> dict[str, Any]:
+def _scoring_everything(batch: PreferenceBatch) -> PreferenceBatch:
     """The batch with the positions that nobody asks for scored too, as those of one more response in no pair."""
-    batch = dict(batch)
+    batch = {**batch}
     asked = torch.zeros(batch["input_ids"].numel(), dtype=torch.bool)
     asked[batch["scored_rows"]] = True
     extra = (~asked).nonzero().squeeze(1)
