@@ -19,7 +19,7 @@ from hf_prefopt.losses.dpo import dpo_loss
 from hf_prefopt.scoring import attention
 from hf_prefopt.scoring.attention import install_segment_attention, segment_attention
 from hf_prefopt.scoring.forward import base_causal_lm, install_scoring, score
-from hf_prefopt.scoring.layout import reason_against_shared
+from hf_prefopt.scoring.layout import Reason, reason_against_shared
 
 Check = dict[str, Any]
 
@@ -235,8 +235,8 @@ def probes(device: str, dtype: torch.dtype) -> dict[str, Check]:
     return decisions
 
 
-def _decision(reason: str | None) -> Check:
-    return {"ok": True, "layout": "shared" if reason is None else f"padded: {reason}"}
+def _decision(reason: Reason | None) -> Check:
+    return {"ok": True, "layout": "shared" if reason is None else f"padded: {reason.words}"}
 
 
 def all_checks(

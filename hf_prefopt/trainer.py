@@ -32,7 +32,7 @@ from hf_prefopt.reporting.metrics import Evaluation, TrainingRecord
 from hf_prefopt.reporting.preview import print_preview
 from hf_prefopt.reporting.run_facts import card_facts
 from hf_prefopt.scoring.modes import adapter_casts_off
-from hf_prefopt.training.arguments import check_arguments, check_types
+from hf_prefopt.training.arguments import check_arguments, check_types, refuse_data_parallel
 from hf_prefopt.training.checkpoints import checkpoint_to_resume, keep_losses, restore_losses
 from hf_prefopt.training.engines import keep_output_precision, unwrapped_after_evaluation
 from hf_prefopt.training.global_batch import GlobalBatch
@@ -136,11 +136,7 @@ class PreferenceTrainer(Trainer):
             self.add_callback(callback)
         # compute_loss divides by the number of examples in the whole step.
         self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = True
-        if args.n_gpu > 1:
-            raise ValueError(
-                f"{args.n_gpu} GPUs in one process (DataParallel) are not supported: start with `accelerate launch`, "
-                "or show this process one GPU (CUDA_VISIBLE_DEVICES=0)"
-            )
+        refuse_data_parallel(args.n_gpu)
         if args.show_first_batch and train_dataset is not None and self.is_world_process_zero():
             print_preview([next(iter(self.train_dataset))], data.tokenizer)
 
@@ -211,19 +207,20 @@ class PreferenceTrainer(Trainer):
 
         In evaluation, the mean over the examples of the piece.
         """
-        objective, scorer, step = self.criterion, self.scorer, self.state.global_step
-        objective.progress = min(1.0, step / max(1, self.state.max_steps))
-        objective.epoch = int(self.state.epoch or 0)
-        if self.model.training:  # DeepSpeed's wrapper stays in training mode
-            reference = scorer.reference_scores(inputs)
-            policy = scorer.policy_scores(model, inputs, reference)
-            own = objective.read(inputs, policy, reference)
+        objective, state = self.criterion, self.state
+        objective.progress, objective.epoch = (
+            min(1.0, state.global_step / max(1, state.max_steps)),
+            int(state.epoch or 0),
+        )
+        is_training = self.model.training  # DeepSpeed's wrapper stays in training mode
+        known_as = None if is_training else self.evaluation.dataset
+        reference = self.scorer.reference_scores(inputs, known_as)
+        policy = self.scorer.policy_scores(model, inputs, reference)
+        own = objective.read(inputs, policy, reference)
+        if is_training:
             output, loss = self.global_batch.loss(inputs, own, num_items_in_batch)
-            self.record.add(step + 1, inputs["rows"], own, output)
+            self.record.add(state.global_step + 1, inputs["rows"], own, output)
         else:
-            reference = scorer.remembered_reference_scores(inputs, self.evaluation.dataset)
-            policy = scorer.policy_scores(model, inputs, reference)
-            own = objective.read(inputs, policy, reference)
             output = self.evaluation.add(inputs, own)
             loss = output.loss
         return (loss, objective.kind.predictions(output.rewards, own)) if return_outputs else loss
@@ -273,7 +270,7 @@ class PreferenceTrainer(Trainer):
                     piece["counted"] = counted
             # Ranks of a sharded model run its layers together, so they run as many pieces.
             for piece in self.global_batch.idle(pieces) if self.args.max_tokens_per_batch is not None else ():
-                self.scorer.policy_scores(model, piece, self.scorer.remembered_reference_scores(piece, None))
+                self.scorer.policy_scores(model, piece, self.scorer.reference_scores(piece, self.evaluation.dataset))
             outputs = [self.compute_loss(model, piece, return_outputs=True) for piece in pieces]
         loss = torch.stack([loss for loss, _ in outputs]).mean()
         if prediction_loss_only:

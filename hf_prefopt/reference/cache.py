@@ -116,8 +116,9 @@ class CachedReference:
         return scores
 
     def release(self) -> None:
-        """Let a reference go that has memory of its own: what is cached is then all there will be."""
-        assert self.store is not None  # the fingerprint needs the weights
+        """Free a reference that has memory of its own: what is cached is then all there will be."""
+        if not self.store:
+            raise RuntimeError("the store is made before the weights are freed, because its name is their fingerprint")
         if self.live is not None and self.live.has_own_memory:
             self.live = None
 

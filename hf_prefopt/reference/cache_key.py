@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from hf_prefopt.batch import PreferenceBatch
 from hf_prefopt.data.collator import Collator
 from hf_prefopt.data.group import group_rows
-from hf_prefopt.reference.shards import whole
+from hf_prefopt.reference.shards import gathered
 from hf_prefopt.scoring.forward import base_causal_lm
 
 KEY_BYTES = 16
@@ -148,7 +148,7 @@ def _tensor_digests(model: nn.Module) -> Iterator[tuple[str, str]]:
         # Inside, weights that wait elsewhere for their use are there.
         with align_module_device(owner):
             parameter = getattr(owner, own_name)
-            with whole(parameter) as tensor:
+            with gathered(parameter) as tensor:
                 yield acting_name, _digest(tensor)
             for part, tensor in _quantisation(parameter, owner):
                 yield f"{acting_name}.{part}", _digest(tensor)

@@ -16,7 +16,7 @@ from hf_prefopt.reference.live import (
     named_adapter,
     separate_model,
 )
-from hf_prefopt.reference.shards import is_in_parts
+from hf_prefopt.reference.shards import is_zero3_partitioned
 
 
 def choose_reference(setting: str, model: nn.Module, ref_model: nn.Module | None, needed: bool) -> LiveReference | None:
@@ -39,11 +39,9 @@ def choose_reference(setting: str, model: nn.Module, ref_model: nn.Module | None
         return named_adapter(model, setting.removeprefix("adapter:"))
     if setting == "auto":
         setting = _automatic(model, ref_model)
-    return {
-        "adapter_off": lambda: adapter_off(model),
-        "model": lambda: separate_model(ref_model),
-        "copy": lambda: frozen_copy(model),
-    }[setting]()
+    if setting == "model":
+        return separate_model(ref_model)
+    return adapter_off(model) if setting == "adapter_off" else frozen_copy(model)
 
 
 def _automatic(model: nn.Module, ref_model: nn.Module | None) -> str:
@@ -62,7 +60,7 @@ def is_fresh_adapter(model: PeftModel) -> bool:
     """
     if any(model.peft_config[name].peft_type != PeftType.LORA for name in model.active_adapters):
         return False
-    if any(is_in_parts(parameter) for parameter in model.parameters() if parameter.requires_grad):
+    if any(is_zero3_partitioned(parameter) for parameter in model.parameters() if parameter.requires_grad):
         return False  # no rank sees enough of it to tell
     neutral = all(_is_neutral(module, model.active_adapters) for module in model.modules())
     return neutral and not trained_beneath(model)

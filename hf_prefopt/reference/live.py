@@ -17,7 +17,15 @@ from torch import Tensor, nn
 
 from hf_prefopt.batch import PreferenceBatch, ResponseScores
 from hf_prefopt.reference.engine import shard_like_the_policy
-from hf_prefopt.reference.shards import exchange, held, is_sharded, own_part, release_gathered, reshard, whole
+from hf_prefopt.reference.shards import (
+    gathered,
+    is_sharded,
+    local_shard,
+    release_gathered,
+    reshard,
+    shard_of,
+    swap_shard,
+)
 from hf_prefopt.scoring.forward import HIDDEN, base_causal_lm, head_predictions, score
 from hf_prefopt.scoring.modes import adapters_off, evaluation_mode
 
@@ -90,7 +98,7 @@ def _weights(module: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
     """The whole parameters of a module by name; those that are sharded in the dtype that their engine computes in."""
     weights = {}
     for name, parameter in module.named_parameters():
-        with whole(parameter) as values:
+        with gathered(parameter) as values:
             weights[name] = values.to(dtype, copy=True) if is_sharded(parameter) else values
     return weights
 
@@ -159,7 +167,7 @@ class FrozenTensors:
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self):
-        self.tensors = {name: held(p).clone() for name, p in _named(self.model).items() if p.requires_grad}
+        self.tensors = {name: local_shard(p).clone() for name, p in _named(self.model).items() if p.requires_grad}
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
@@ -175,16 +183,16 @@ class FrozenTensors:
         """copy ← share · parameter + (1 − share) · copy; a rank moves its shards, and nothing is gathered."""
         parameters = _named(self.model)
         for name, values in self.tensors.items():
-            policy = held(parameters[name])
-            mine = own_part(parameters[name], values).to(policy.device)
+            policy = local_shard(parameters[name])
+            mine = shard_of(parameters[name], values).to(policy.device)
             self.tensors[name] = mine.lerp_(policy.to(mine.dtype), share)
 
-    def whole(self) -> Iterator[tuple[str, Tensor]]:
+    def gathered(self) -> Iterator[tuple[str, Tensor]]:
         """(name, the whole copy) of one parameter after the other; where they are sharded, on every rank together."""
         with self.swapped_in():
             for name, parameter in _named(self.model).items():
                 if name in self.tensors:
-                    with whole(parameter) as tensor:
+                    with gathered(parameter) as tensor:
                         yield name, tensor
 
     def replace(self, values: Callable[[str], Tensor]) -> None:
@@ -192,14 +200,14 @@ class FrozenTensors:
         release_gathered(self.model)
         parameters = _named(self.model)
         for name, old in self.tensors.items():
-            self.tensors[name] = own_part(parameters[name], values(name)).to(old.device, old.dtype)
+            self.tensors[name] = shard_of(parameters[name], values(name)).to(old.device, old.dtype)
 
     def _exchange(self) -> None:
         # Autocast keeps low-precision casts by parameter object: they would be those of the other tensors.
         torch.clear_autocast_cache()
         release_gathered(self.model)
         parameters = _named(self.model)
-        self.tensors = {name: exchange(parameters[name], tensor) for name, tensor in self.tensors.items()}
+        self.tensors = {name: swap_shard(parameters[name], tensor) for name, tensor in self.tensors.items()}
 
 
 def _named(model: nn.Module) -> dict[str, nn.Parameter]:

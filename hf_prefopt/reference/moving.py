@@ -56,7 +56,7 @@ class MovingReference:
         Call it on every rank: sharded tensors are gathered one by one into the memory of the rank that `saves`.
         """
         tensors = {}
-        for name, tensor in self.copies.whole():
+        for name, tensor in self.copies.gathered():
             if saves:
                 tensors[name] = tensor.cpu().contiguous()
         if saves:

@@ -1,7 +1,7 @@
-"""What a rank holds of a parameter: all of it, or its shard under ZeRO-3 and FSDP2; and how values take its place.
+"""What a rank holds of a parameter: all of it, or its shard under ZeRO-3 and FSDP2; and how other values replace it.
 
-Only `whole` communicates: elsewhere a rank puts its own shard of other values where its shard of the parameter was, and
-the engine gathers those as it would have gathered the parameter's.
+Only `gathered` communicates. Elsewhere a rank replaces its shard of the parameter by its shard of other values, and the
+engine gathers those as it would have gathered the parameter's.
 """
 
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from hf_prefopt.scoring.modes import all_modules
 
 
-def held(parameter: nn.Parameter) -> Tensor:
+def local_shard(parameter: nn.Parameter) -> Tensor:
     """The values that this rank holds of a parameter: `[shape]`, under ZeRO-3 `[shard]`, flat.
 
     Raises:
@@ -24,7 +24,7 @@ def held(parameter: nn.Parameter) -> Tensor:
     """
     if isinstance(parameter, DTensor):
         return parameter.to_local().data
-    if not is_in_parts(parameter):
+    if not is_zero3_partitioned(parameter):
         return parameter.data
     if parameter.ds_tensor.status.name != "AVAILABLE":
         raise ValueError(
@@ -35,9 +35,9 @@ def held(parameter: nn.Parameter) -> Tensor:
 
 
 @contextmanager
-def whole(parameter: nn.Parameter) -> Iterator[Tensor]:
-    """All of a parameter `[shape]`, inside the context only; where it is sharded, on every rank at the same time."""
-    if is_in_parts(parameter):
+def gathered(parameter: nn.Parameter) -> Iterator[Tensor]:
+    """The whole parameter `[shape]`, inside the context only; enter it on every rank where the parameter is sharded."""
+    if is_zero3_partitioned(parameter):
         import deepspeed
 
         with deepspeed.zero.GatheredParameters([parameter]):
@@ -49,31 +49,31 @@ def whole(parameter: nn.Parameter) -> Iterator[Tensor]:
         yield parameter.data
 
 
-def own_part(parameter: nn.Parameter, values: Tensor) -> Tensor:
-    """What this rank holds of whole values `[shape]` of a parameter; what is its part already stays as it is."""
-    if values.shape == held(parameter).shape:
+def shard_of(parameter: nn.Parameter, values: Tensor) -> Tensor:
+    """This rank's shard of whole values `[shape]` for a parameter; a shard is returned as it is."""
+    if values.shape == local_shard(parameter).shape:
         return values
     if isinstance(parameter, DTensor):
         shape, offset = compute_local_shape_and_global_offset(
             parameter.shape, parameter.device_mesh, parameter.placements
         )
         return values[tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))].clone()
-    size = held(parameter).numel()
+    size = local_shard(parameter).numel()
     start = torch.distributed.get_rank(parameter.ds_process_group) * size
     part = values.flatten()[start : start + size]
     return torch.cat([part, part.new_zeros(size - len(part))])
 
 
-def exchange(parameter: nn.Parameter, values: Tensor) -> Tensor:
-    """Put what this rank holds of other values in place of the parameter's, and return those."""
-    current = held(parameter)
-    values = own_part(parameter, values).to(device=current.device, dtype=current.dtype)
+def swap_shard(parameter: nn.Parameter, values: Tensor) -> Tensor:
+    """Replace this rank's shard of a parameter by its shard of other values, and return the old shard."""
+    current = local_shard(parameter)
+    values = shard_of(parameter, values).to(device=current.device, dtype=current.dtype)
     if isinstance(parameter, DTensor):
         # FSDP2 gathers from a buffer of its own, which the parameter is a view of.
         kept = current.clone()
         current.copy_(values)
         return kept
-    if is_in_parts(parameter):
+    if is_zero3_partitioned(parameter):
         parameter.ds_tensor.data = values
     else:
         parameter.data = values
@@ -81,7 +81,7 @@ def exchange(parameter: nn.Parameter, values: Tensor) -> Tensor:
 
 
 def reshard(model: nn.Module) -> None:
-    """Put FSDP2's shards where the whole parameters are, other objects, that it keeps after a forward or a backward."""
+    """Put FSDP2's shards back in place of the gathered parameters, other objects, that it keeps after a forward."""
     if torch.distributed.is_initialized():
         for module in all_modules(model):
             if isinstance(module, FSDPModule):
@@ -89,18 +89,18 @@ def reshard(model: nn.Module) -> None:
 
 
 def release_gathered(model: nn.Module) -> None:
-    """Let go of whole parameters that an engine keeps between two forwards, so that the next one gathers anew."""
+    """Free gathered parameters that an engine keeps between two forwards, so that the next forward gathers anew."""
     reshard(model)
     for parameter in model.parameters():
-        if is_in_parts(parameter) and parameter.ds_status.name == "AVAILABLE":
+        if is_zero3_partitioned(parameter) and parameter.ds_status.name == "AVAILABLE":
             parameter.partition()
 
 
 def is_sharded(parameter: nn.Parameter) -> bool:
     """Whether this rank holds only a part of a parameter."""
-    return isinstance(parameter, DTensor) or is_in_parts(parameter)
+    return isinstance(parameter, DTensor) or is_zero3_partitioned(parameter)
 
 
-def is_in_parts(parameter: nn.Parameter) -> bool:
-    """Whether ZeRO-3 has shared out a parameter, which then is empty between its uses."""
+def is_zero3_partitioned(parameter: nn.Parameter) -> bool:
+    """Whether ZeRO-3 shards a parameter, which then is empty between its uses."""
     return hasattr(parameter, "ds_tensor")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from hf_prefopt.losses.base import LossOutput
 from hf_prefopt.objective.objective import Objective
-from hf_prefopt.reference.shards import held, is_in_parts
+from hf_prefopt.reference.shards import is_zero3_partitioned, local_shard
 
 # Micro-batches that are kept before they are looked at, and rows that an error names.
 _KEPT, _NAMED = 1000, 8
@@ -90,6 +90,9 @@ class FiniteRun:
     """What training has seen since it was last looked at."""
 
     def __init__(self):
+        self._forget()
+
+    def _forget(self) -> None:
         self._seen: list[tuple[int, Seen]] = []
         self._is_finite: Tensor | None = None
 
@@ -115,7 +118,7 @@ class FiniteRun:
         """
         own = [] if self._is_finite is None or self._is_finite else self._findings()
         own += [(float("inf"), True, text) for text in others if text]
-        self.__init__()
+        self._forget()
         if accelerator.gather(torch.tensor([bool(own)], device=accelerator.device)).any():
             *_, text = min(gather_object(own))
             raise FloatingPointError(text)
@@ -149,6 +152,6 @@ def ruined_gradient(norm: float | None) -> str | None:
 
 def _held_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in model.named_parameters():
-        is_away = is_in_parts(parameter) and parameter.ds_tensor.status.name != "AVAILABLE"
-        if parameter.requires_grad and not is_away and held(parameter).numel():
-            yield name, held(parameter).detach()
+        is_away = is_zero3_partitioned(parameter) and parameter.ds_tensor.status.name != "AVAILABLE"
+        if parameter.requires_grad and not is_away and local_shard(parameter).numel():
+            yield name, local_shard(parameter).detach()

@@ -44,7 +44,7 @@ class RunningMeans:
         counts = torch.stack([torch.as_tensor(count, device=sums.device) for count in self._counts.values()])
         totals = accelerator.reduce(torch.stack([sums, counts.to(sums.dtype)]), reduction="sum").T.tolist()
         names = list(self._sums)
-        self.__init__()
+        self._sums, self._counts = {}, {}
         return {name: total / count for name, (total, count) in zip(names, totals, strict=True) if count}
 
 

@@ -4,9 +4,9 @@ Static checks name what is known not to work. Everything else is decided by a pr
 layout gives no error, only other numbers.
 """
 
-import logging
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,39 +20,42 @@ from hf_prefopt.scoring.attention import install_segment_attention, remove_segme
 from hf_prefopt.scoring.forward import base_causal_lm, score
 from hf_prefopt.scoring.modes import evaluation_mode
 
-logger = logging.getLogger(__name__)
-
 # What says nothing about a layout, although it is a RuntimeError: no memory, a broken device, a lost process.
 _FAILURES = (torch.OutOfMemoryError, torch.AcceleratorError, torch.distributed.DistError)
 _NO_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
 _STATELESS_LAYERS = {"full_attention", "sliding_attention", "attention", "dense", "sparse", "moe"}
 
 
-class Reason(str):
-    """Why a layout is not exact for a model, in words.
+@dataclass(frozen=True)
+class Reason:
+    """Why a layout is not exact for a model.
 
     Attributes:
+        words: for people.
         cause: the error that the model's forward raised, if that is the reason.
     """
 
-    cause: Exception | None
+    words: str
+    cause: Exception | None = None
 
-    def __new__(cls, words: str, cause: Exception | None = None):
-        """The words, with their cause."""
-        reason = super().__new__(cls, words)
-        reason.cause = cause
-        return reason
+
+@dataclass(frozen=True)
+class Layout:
+    """How batches are laid out, "shared" or "padded", and why, as a phrase."""
+
+    name: str
+    why: str
 
 
 def settled_layout(
     asked: str, models: Sequence[nn.Module], max_length: int | None = None, compute_dtype: torch.dtype | None = None
-) -> str:
-    """The layout that all of these models are scored in: "shared" or "padded".
+) -> Layout:
+    """The layout that all of these models are scored in.
 
     Where it is "padded", the models' attention is what it was before.
 
     Args:
-        asked: "shared", "padded", or "auto", which says why where it is not "shared".
+        asked: "shared", "padded", or "auto": "shared" where that is exact.
         models, max_length, compute_dtype: as for `reason_against_shared`.
 
     Raises:
@@ -60,16 +63,14 @@ def settled_layout(
     """
     reason = None if asked == "padded" else _first_reason(models, max_length, compute_dtype)
     if reason is None and asked != "padded":
-        return "shared"
+        return Layout("shared", "each prompt is computed once, and no padding")
     for model in models:
         remove_segment_attention(base_causal_lm(model))
     if asked == "shared":
         raise ValueError(
-            f"layout='shared' is not exact for this model: {reason}; choose layout='auto'"
+            f"layout='shared' is not exact for this model: {reason.words}; choose layout='auto'"
         ) from reason.cause
-    if asked == "auto":
-        logger.warning("layout: padded, because %s", reason)
-    return "padded"
+    return Layout("padded", f"because {reason.words}" if reason else "as layout='padded' asks")
 
 
 def _first_reason(models: Sequence[nn.Module], *limits: Any) -> Reason | None:
@@ -77,7 +78,7 @@ def _first_reason(models: Sequence[nn.Module], *limits: Any) -> Reason | None:
     for model in models:
         reason = reason_against_shared(model, *limits)
         if reason is not None:
-            return Reason(f"{reason} ({type(base_causal_lm(model)).__name__})", reason.cause)
+            return Reason(f"{reason.words} ({type(base_causal_lm(model)).__name__})", reason.cause)
     return None
 
 

@@ -72,6 +72,15 @@ def _type(value: Any) -> str:
     return value.__name__ if isinstance(value, type) else type(value).__name__
 
 
+def refuse_data_parallel(gpus: int) -> None:
+    """Raise `ValueError` if one process would share batches among several GPUs."""
+    if gpus > 1:
+        raise ValueError(
+            f"{gpus} GPUs in one process (DataParallel) are not supported: start with `accelerate launch`, or show this "
+            "process one GPU (CUDA_VISIBLE_DEVICES=0)"
+        )
+
+
 def check_arguments(
     args: PreferenceConfig, model: Any, ref_model: Any, data_collator: Any, of_the_trainer: dict[str, Any]
 ) -> None:

@@ -114,7 +114,8 @@ class Scorer:
                 check_scores(model, self._autocast_dtype)
             if collator.layout != CUSTOM:
                 collator.max_tokens = args.max_tokens_per_batch
-                collator.layout = settled_layout(args.layout, models, args.max_length, self._autocast_dtype)
+                layout = settled_layout(args.layout, models, args.max_length, self._autocast_dtype)
+                collator.layout = layout.name
         self.layout = collator.layout
         if isinstance(self.reference, CachedReference):
             silent = args.disable_tqdm or not self.accelerator.is_main_process
@@ -135,23 +136,26 @@ class Scorer:
         predictions = self.reference.predictions(reference) if VOCABULARY_KL in stats else None
         return score(model, batch, stats, predictions)
 
-    def reference_scores(self, batch: PreferenceBatch) -> ResponseScores | None:
-        """The reference's scores of a training batch; `None` where the losses need none."""
+    def reference_scores(self, batch: PreferenceBatch, dataset: Any = None) -> ResponseScores | None:
+        """The reference's scores of a batch; `None` where the losses need none.
+
+        Args:
+            dataset: what is evaluated, whose scores are computed once for all evaluations; `None` in training.
+        """
         if self.reference is None:
             return None
+        if dataset is None or isinstance(self.reference, CachedReference):
+            return self._run_reference(batch)
+        fingerprint = getattr(dataset, "_fingerprint", None)
+        ranks = partial(any_rank, self.accelerator)
+        return self._remembered.score(fingerprint, batch, self._run_reference, ranks)
+
+    def _run_reference(self, batch: PreferenceBatch) -> ResponseScores:
         if "reference_scores" in batch:
             return batch["reference_scores"]
         # An engine's autocast is in the policy's forward, which a separate reference model does not have.
         with self.accelerator.autocast():
             return self.reference.score(batch, self.objective.reference_token_stats)
-
-    def remembered_reference_scores(self, batch: PreferenceBatch, dataset: Any) -> ResponseScores | None:
-        """The reference's scores of an evaluation batch, computed once for all evaluations of a data set."""
-        if self.reference is None or isinstance(self.reference, CachedReference):
-            return self.reference_scores(batch)
-        fingerprint = getattr(dataset, "_fingerprint", None)
-        ranks = partial(any_rank, self.accelerator)
-        return self._remembered.score(fingerprint, batch, self.reference_scores, ranks)
 
     def collect(self, batch: PreferenceBatch) -> dict[str, Tensor]:
         """The loss inputs of a batch, without gradients; the batch keeps the reference's scores."""

@@ -53,7 +53,7 @@ def run_case(case: Case, engine: Engine, folder: Path) -> dict[str, Any]:
     outcome["weights"] = _trained(trainer, engine)
     outcome["scale"] = max((outcome["weights"][name] - before[name]).abs().max().item() for name in before)
     if trainer.args.sync_ref_model:
-        outcome["moved"] = {name: tensor.clone() for name, tensor in trainer.reference.copies.whole()}
+        outcome["moved"] = {name: tensor.clone() for name, tensor in trainer.reference.copies.gathered()}
     if case.resumes:
         outcome["checkpoint"] = str(folder / f"checkpoint-{trainer.state.global_step}")
         resumed = _trainer(case, engine, folder, world_size)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hf_prefopt.reference.shards import whole
+from hf_prefopt.reference.shards import gathered
 from hf_prefopt.scoring.forward import score
 from tests.distributed.engines import ENGINES, zero
 from tests.distributed.scenes import play
@@ -124,7 +124,7 @@ def fsdp2_in_bf16(folder):
     for name, model in (("policy", trainer.model), ("ref", trainer.reference.model)):
         weights = {}
         for key, parameter in model.named_parameters():
-            with whole(parameter) as values:
+            with gathered(parameter) as values:
                 weights[key] = values.clone()
         outcome[f"{name}_weights"] = weights
     return outcome

@@ -61,7 +61,7 @@ def test_rows_of_one_number_in_concatenated_sets_are_told_apart(tmp_path, size):
     ]
     trainer = trainer_with(tmp_path, rows + others, per_device_eval_batch_size=size)
     found = [trainer.evaluate()["eval_rewards/margins"] for _ in range(2)]
-    trainer.scorer.remembered_reference_scores = lambda batch, dataset: trainer.scorer.reference_scores(batch)
+    trainer.scorer.reference_scores = lambda batch, dataset: trainer.scorer._run_reference(batch)
     expected = trainer.evaluate()["eval_rewards/margins"]
     assert found == pytest.approx([expected] * 2, rel=1e-6)
 

@@ -108,7 +108,7 @@ def test_falls_back_where_it_would_be_wrong(name):
     """The reason is said, and the padded layout still scores the model as its plain logits do."""
     model = architecture(name)
     install_scoring(model)
-    assert FALLING_BACK[name][1] in reason_against_shared(model)
+    assert FALLING_BACK[name][1] in reason_against_shared(model).words
     batch = PaddedCollator(0)(random_rows(3))
     with torch.no_grad():
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
@@ -228,7 +228,7 @@ class TestAttentionIsGivenBack:
         before = [implementations(model) for model in models]
         for model in models:
             install_scoring(model)
-        assert layout.settled_layout("auto", models) == "padded"
+        assert layout.settled_layout("auto", models).name == "padded"
         assert [implementations(model) for model in models] == before
 
     @pytest.mark.parametrize("asked", ["shared", "padded"])
@@ -237,13 +237,13 @@ class TestAttentionIsGivenBack:
         before = [implementations(model) for model in models]
         for model in models:
             install_scoring(model)
-        assert layout.settled_layout("auto", models[:1]) == "shared"
+        assert layout.settled_layout("auto", models[:1]).name == "shared"
         assert implementations(models[0]) != before[0]
         if asked == "shared":
             with pytest.raises(ValueError, match="s_aux"):
                 layout.settled_layout(asked, models)
         else:
-            assert layout.settled_layout(asked, models) == "padded"
+            assert layout.settled_layout(asked, models).name == "padded"
         assert [implementations(model) for model in models] == before
 
     def test_each_part_keeps_its_own(self):
@@ -335,7 +335,7 @@ class TestTheProbe:
             return {**kwargs, "segment_keys": queries, "segment_key_index": kept}
 
         self.break_attention(monkeypatch, cut_off)
-        assert "differ from those of padded" in reason_against_shared(model)
+        assert "differ from those of padded" in reason_against_shared(model).words
 
     def test_a_response_that_sees_another(self, model, monkeypatch):
         """The whole row is one segment, as flash attention without bounds would have it."""
@@ -353,11 +353,11 @@ class TestTheProbe:
             }
 
         self.break_attention(monkeypatch, run_together)
-        assert "sees another response" in reason_against_shared(model)
+        assert "sees another response" in reason_against_shared(model).words
 
     def test_a_dropped_sliding_window(self, model, monkeypatch):
         self.break_attention(monkeypatch, lambda kwargs: {**kwargs, "sliding_window": None})
-        assert "differ from those of padded" in reason_against_shared(model)
+        assert "differ from those of padded" in reason_against_shared(model).words
 
     def test_positions_that_run_on(self, model, monkeypatch):
         """Position ids that count along the row instead of starting again behind the prompt."""
@@ -375,7 +375,7 @@ class TestTheProbe:
         error = RuntimeError("no such kernel\nand a page of a trace")
         monkeypatch.setattr(layout, "SharedCollator", raising(error))
         reason = reason_against_shared(model)
-        assert reason == "its forward refuses it (RuntimeError: no such kernel)" and reason.cause is error
+        assert reason.words == "its forward refuses it (RuntimeError: no such kernel)" and reason.cause is error
 
     @pytest.mark.parametrize("error", NO_REFUSALS, ids=lambda error: type(error).__name__)
     def test_what_is_no_refusal_is_raised(self, error, model, monkeypatch):
@@ -390,10 +390,10 @@ class TestTheProbe:
 
         model = get_peft_model(tiny_model(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
         install_scoring(model)
-        assert "virtual tokens" in reason_against_shared(model)
+        assert "virtual tokens" in reason_against_shared(model).words
 
     def test_an_active_router_loss_is_refused(self):
         model = architecture("mixtral")
         model.config.output_router_logits = True
         install_scoring(model)
-        assert "auxiliary loss" in reason_against_shared(model)
+        assert "auxiliary loss" in reason_against_shared(model).words
