@@ -76,8 +76,8 @@ def refuse_data_parallel(gpus: int) -> None:
     """Raise `ValueError` if one process would share batches among several GPUs."""
     if gpus > 1:
         raise ValueError(
-            f"{gpus} GPUs in one process (DataParallel) are not supported: start with `accelerate launch`, or show this "
-            "process one GPU (CUDA_VISIBLE_DEVICES=0)"
+            f"{gpus} GPUs in one process (DataParallel) are not supported: start with `accelerate launch`, or show "
+            "this process one GPU (CUDA_VISIBLE_DEVICES=0)"
         )
 
 
