@@ -208,10 +208,8 @@ class PreferenceTrainer(Trainer):
         In evaluation, the mean over the examples of the piece.
         """
         objective, state = self.criterion, self.state
-        objective.progress, objective.epoch = (
-            min(1.0, state.global_step / max(1, state.max_steps)),
-            int(state.epoch or 0),
-        )
+        objective.progress = min(1.0, state.global_step / max(1, state.max_steps))
+        objective.epoch = int(state.epoch or 0)
         is_training = self.model.training  # DeepSpeed's wrapper stays in training mode
         known_as = None if is_training else self.evaluation.dataset
         reference = self.scorer.reference_scores(inputs, known_as)
