@@ -27,10 +27,10 @@ from hf_prefopt.policy import load_model, load_tokenizer, sample_of, under_adapt
 from hf_prefopt.reference.choose import check_reference
 from hf_prefopt.reporting.card import model_card
 from hf_prefopt.reporting.finite import ruined_gradient, ruined_weights
-from hf_prefopt.reporting.losses import SayLosses
 from hf_prefopt.reporting.metrics import Evaluation, TrainingRecord
 from hf_prefopt.reporting.preview import print_preview
 from hf_prefopt.reporting.run_facts import card_facts
+from hf_prefopt.reporting.start_summary import StartSummary, data_text, loss_texts
 from hf_prefopt.scoring.modes import adapter_casts_off
 from hf_prefopt.training.arguments import check_arguments, check_types, refuse_data_parallel
 from hf_prefopt.training.checkpoints import checkpoint_to_resume, keep_losses, restore_losses
@@ -129,10 +129,11 @@ class PreferenceTrainer(Trainer):
             model_init=model_init,
             **trainer_arguments,
         )
-        self.data, self.scorer, self.settings = data, Scorer(args, collator, ref_model), OwnSettings(args)
+        self.data, self.settings, self.summary = data, OwnSettings(args), StartSummary()
+        self.scorer = Scorer(args, collator, ref_model, self.summary)
         self._attach_model()
         events = ScorerEvents(self.scorer, self._evaluated, keeps_reference=model_init is not None)
-        for callback in (EpochOfMismatches(), SayLosses(lambda: self.criterion), events, RanksAgree()):
+        for callback in (EpochOfMismatches(), events, self.summary, RanksAgree()):
             self.add_callback(callback)
         # compute_loss divides by the number of examples in the whole step.
         self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = True
@@ -151,6 +152,7 @@ class PreferenceTrainer(Trainer):
         self.criterion = self.scorer.objective = objective
         self.global_batch = GlobalBatch(self.accelerator, objective, self.args.dataloader_drop_last)
         self.evaluation, self.record = Evaluation(objective), TrainingRecord(objective)
+        self.summary.say("loss", *loss_texts(objective))
 
     @property
     def reference(self):
@@ -248,7 +250,8 @@ class PreferenceTrainer(Trainer):
         """
         self.record.check(self.accelerator)
         keep_output_precision(self.accelerator)
-        self.scorer.settle()
+        if self.scorer.settle() and not self.is_in_train and self.is_world_process_zero():
+            self.summary.show("layout")
         self.scorer.fill_cache(dataloader.dataset, description.lower())
         self.evaluation = Evaluation(self.criterion, dataloader.dataset)
         output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
@@ -340,6 +343,8 @@ class PreferenceTrainer(Trainer):
             self.model_wrapped = unwrapped_after_evaluation(self.accelerator, self.model, self.model_wrapped)
         checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
         keep_output_precision(self.accelerator)
+        evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
+        self.summary.say("data", data_text({"train": self.train_dataset, **evaluated}))
         output = super().train(checkpoint, **options)
         if isinstance(self.train_dataset, IterableDataset) and not self.state.global_step:
             raise ValueError("nothing was trained: the stream of the training data gave no row that can be used")
@@ -444,5 +449,6 @@ class PreferenceTrainer(Trainer):
             {"training rows": self.train_dataset, "evaluation rows": self.eval_dataset},
             model_name,
             [dataset] if isinstance(dataset, str) else dataset or [],
+            self.summary.as_dict(),
         )
         model_card(facts, **metadata).save(f"{self.args.output_dir}/README.md")

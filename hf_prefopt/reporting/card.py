@@ -38,6 +38,7 @@ class CardFacts:
         reference: what the reference was, as a phrase.
         datasets: the data sets' names (Hub names enter the metadata) or folders.
         data: further facts on the data, as in `{"training pairs": 1878}`.
+        setup: how it was trained, by topic: the layout, the attention, the batch.
         hyperparameters, metrics: as they are to appear; metrics are those of the final evaluation.
         versions: package versions; those of this environment by default.
     """
@@ -50,6 +51,7 @@ class CardFacts:
     reference: str = "none"
     datasets: list[str] = field(default_factory=list)
     data: Mapping[str, object] = field(default_factory=dict)
+    setup: Mapping[str, str] = field(default_factory=dict)
     hyperparameters: Mapping[str, object] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=lambda: package_versions())
@@ -80,6 +82,7 @@ def model_card(facts: CardFacts, tags: str | list[str] | None = None, **metadata
         _table_section("Data", facts.data),
         _table_section("Evaluation", _rounded(facts.metrics)),
         f"## Use\n\n{usage_snippet(facts)}",
+        _table_section("Setup", facts.setup),
         _table_section("Hyperparameters", facts.hyperparameters),
         _table_section("Versions", facts.versions),
     ]

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sized
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from peft import PeftModel
@@ -24,6 +25,7 @@ _ARGUMENTS = (
     "bf16",
     "seed",
 )
+_SETUP = ("model", "layout", "attention", "batch")
 # What an evaluation says of itself and not of the model.
 _BOOKKEEPING = ("runtime", "per_second", "preparation_time", "epoch", "step")
 
@@ -37,6 +39,7 @@ def card_facts(
     rows: Mapping[str, Any],
     model_name: str | None = None,
     datasets: Iterable[str] = (),
+    setup: Mapping[str, str] = MappingProxyType({}),
 ) -> CardFacts:
     """The facts of a run for its model card.
 
@@ -48,6 +51,7 @@ def card_facts(
         rows: data sets by what their rows are for, as in `{"training rows": dataset}`.
         model_name: the card's title; by default the name of the repository or of the output folder.
         datasets: the names or folders of the data; the trainer, which was given rows, cannot know them.
+        setup: the start summary, by topic; what the card says elsewhere is left out.
     """
     repository = args.hub_model_id or str(args.output_dir)
     counts = {name: f"{len(dataset):,}" for name, dataset in rows.items() if isinstance(dataset, Sized)}
@@ -60,6 +64,7 @@ def card_facts(
         reference=reference or "none, the loss needs none",
         datasets=list(datasets),
         data={"data sets": ", ".join(f"`{name}`" for name in datasets), **counts},
+        setup={topic: text for topic, text in setup.items() if topic in _SETUP},
         hyperparameters=_hyperparameters(args, model, state.global_step),
         metrics=last_evaluation(state.log_history),
     )

@@ -26,6 +26,7 @@ SEGMENT_INPUTS = ("segment_queries", "segment_keys", "segment_key_index", "segme
 _PREFIX = "hf_prefopt|"
 # What attention modules pass along that has no bearing on the result, or is handled here.
 _HARMLESS = {"position_ids", "use_cache", "output_attentions", "output_hidden_states", "return_dict", "cache_position"}
+_VARLEN_DTYPES = (torch.bfloat16, torch.float16)
 # PyTorch 2.11's wants as many key heads as there are query heads.
 _VARLEN_HAS_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
@@ -73,6 +74,20 @@ def _registered(implementation: str) -> str:
         if implementation in ALL_MASK_ATTENTION_FUNCTIONS:
             AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[implementation])
     return name
+
+
+def describe_attention(model: PreTrainedModel, device: str, dtype: torch.dtype) -> str:
+    """Which attention a model's forward runs, as a phrase.
+
+    Args:
+        device: its type, such as "cuda". dtype: what the model computes in.
+    """
+    implementations = sorted({implementation for _, implementation in _implementations(model)})
+    named = " and ".join(implementation.removeprefix(_PREFIX) for implementation in implementations)
+    if not any(implementation.startswith(_PREFIX) for implementation in implementations):
+        return named
+    has_kernel = device == "cuda" and dtype in _VARLEN_DTYPES
+    return "variable-length kernel over all responses" if has_kernel else f"PyTorch's ({named}), a response at a time"
 
 
 def _plain(implementation: str, module: nn.Module) -> Callable:
@@ -149,7 +164,7 @@ def _in_one_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Te
 def _fits_varlen(query: Tensor, value: Tensor) -> bool:
     """The flash kernel takes half precision, heads of one width, up to 256."""
     width = query.shape[-1]
-    return query.dtype in (torch.bfloat16, torch.float16) and value.shape[-1] == width and width <= 256
+    return query.dtype in _VARLEN_DTYPES and value.shape[-1] == width and width <= 256
 
 
 def _varlen(query, key, value, query_bounds, key_bounds, longest, scaling, window) -> Tensor:

@@ -26,8 +26,10 @@ from hf_prefopt.reference.engine import any_rank
 from hf_prefopt.reference.live import LiveReference
 from hf_prefopt.reference.moving import MovingReference
 from hf_prefopt.reference.remembered import RememberedScores
+from hf_prefopt.reporting.start_summary import StartSummary, model_text
 from hf_prefopt.scoring.agreement import check_scores
-from hf_prefopt.scoring.forward import VOCABULARY_KL, install_scoring, score
+from hf_prefopt.scoring.attention import describe_attention
+from hf_prefopt.scoring.forward import VOCABULARY_KL, base_causal_lm, install_scoring, score
 from hf_prefopt.scoring.layout import settled_layout
 from hf_prefopt.scoring.modes import evaluation_mode
 
@@ -53,6 +55,7 @@ class Scorer:
         args: the settings, read when a model is attached.
         collator: its layout is settled here.
         ref_model: an explicit reference.
+        summary: gets the lines on the reference, the layout and the attention.
 
     Attributes:
         objective: the losses, which say what must be scored.
@@ -64,8 +67,15 @@ class Scorer:
     objective: Objective
     accelerator: Accelerator
 
-    def __init__(self, args: PreferenceConfig, collator: LoaderCollator, ref_model: nn.Module | None = None):
+    def __init__(
+        self,
+        args: PreferenceConfig,
+        collator: LoaderCollator,
+        ref_model: nn.Module | None = None,
+        summary: StartSummary | None = None,
+    ):
         self._args, self._collator, self._ref_model = args, collator, ref_model
+        self._summary = summary or StartSummary()
         self.reference: LiveReference | CachedReference | None = None
         self.layout: str | None = None
         self._moving: MovingReference | None = None
@@ -95,16 +105,19 @@ class Scorer:
                 self.reference, args.reference_cache_dir, args.temperature, self._autocast_dtype
             )
 
-    def settle(self) -> None:
+    def settle(self) -> bool:
         """Place the reference, check that the models' scores are their own, and choose the layout; once for a model.
 
         Call it when the model is on its device, before the first batch is collated.
+
+        Returns:
+            Whether there was anything to do.
 
         Raises:
             ValueError: the scores are not those of the model's own logits, or the layout asked for is not exact.
         """
         if self.layout is not None:
-            return
+            return False
         args, collator = self._args, self._collator
         if self.reference:
             self.reference.place(self.accelerator)
@@ -116,12 +129,23 @@ class Scorer:
                 collator.max_tokens = args.max_tokens_per_batch
                 layout = settled_layout(args.layout, models, args.max_length, self._autocast_dtype)
                 collator.layout = layout.name
+                self._summary.say("layout", f"{layout.name}, {layout.why}")
         self.layout = collator.layout
+        self._say_how()
         if isinstance(self.reference, CachedReference):
             silent = args.disable_tqdm or not self.accelerator.is_main_process
             self._filler = CacheFiller(
                 self.reference, self._collated, self.accelerator, args.max_tokens_per_batch, silent
             )
+        return True
+
+    def _say_how(self) -> None:
+        """The summary's lines on the model, the reference and the attention."""
+        causal_lm = base_causal_lm(self.model)
+        dtype = self._autocast_dtype or causal_lm.dtype
+        self._summary.say("model", model_text(self.model, self._args))
+        self._summary.say("reference", self.reference.description if self.reference else "none, the losses need none")
+        self._summary.say("attention", describe_attention(causal_lm, self.accelerator.device.type, dtype))
 
     def policy_scores(
         self, model: nn.Module, batch: PreferenceBatch, reference: ResponseScores | None

@@ -1,0 +1,127 @@
+"""What a run is, in at most twelve lines when it begins, where a wrong setting is still cheap.
+
+Every part of the trainer says its line: which losses with which hyperparameters, which reference, which layout and why.
+"""
+
+import logging
+from collections.abc import Mapping, Sized
+from typing import Any
+
+from peft import PeftModel
+from torch import nn
+from transformers import TrainerCallback, TrainerState
+
+from hf_prefopt.config import PreferenceConfig
+from hf_prefopt.objective.objective import Objective
+
+logger = logging.getLogger(__name__)
+
+TOPICS = ("model", "loss", "reference", "layout", "attention", "data", "batch", "optimizer")
+MOST_LINES = 12
+
+
+class StartSummary(TrainerCallback):
+    """Logs its lines whenever training begins, on the first rank; the model card has them, too."""
+
+    def __init__(self):
+        self._texts: dict[str, tuple[str, ...]] = {}
+
+    def say(self, topic: str, *texts: str) -> None:
+        """Set what there is to say on a topic, in a line for each text.
+
+        Raises:
+            KeyError: the topic is not one of `TOPICS`.
+        """
+        if topic not in TOPICS:
+            raise KeyError(f"{topic!r} is not one of {', '.join(TOPICS)}")
+        self._texts[topic] = texts
+
+    def lines(self) -> list[str]:
+        """All lines, in the order of the topics; of too many on one topic the first ones and the number of the rest."""
+        room = MOST_LINES - len(self._texts) + 1
+        found = []
+        for topic in TOPICS:
+            texts = self._texts.get(topic, ())
+            if len(texts) > room:
+                texts = (*texts[: room - 1], f"and {len(texts) - room + 1} more")
+            found += [f"{topic}: {text}" for text in texts]
+        return found
+
+    def as_dict(self) -> dict[str, str]:
+        """The same by topic, as the model card takes it."""
+        return {topic: "; ".join(self._texts[topic]) for topic in TOPICS if topic in self._texts}
+
+    def show(self, *topics: str) -> None:
+        """Log the lines of these topics, or all lines."""
+        for line in self.lines():
+            if not topics or line.split(":")[0] in topics:
+                logger.warning(line)
+
+    def on_train_begin(self, args, state, control, model=None, **_):
+        """With the settings of this run, or of this trial of a search."""
+        self.say("batch", batch_text(args, state))
+        self.say("optimizer", optimizer_text(args))
+        if state.is_world_process_zero:
+            self.show()
+
+
+def loss_texts(objective: Objective) -> list[str]:
+    """For each loss its weight, its name, every hyperparameter and modifier: `0.5 × simpo, beta=2.0, gamma=None`."""
+    texts = []
+    for term in objective.terms:
+        settings = [f"{name}={value!r}" for name, value in term.hyperparameters.items()]
+        settings += ["reference_free=True"] * term.reference_free
+        settings += [modifier.setting for modifier in term.modifiers]
+        texts.append(", ".join([f"{term.weight:g} × {term.spec.name}", *settings]))
+    return texts
+
+
+def model_text(model: nn.Module, args: PreferenceConfig) -> str:
+    """The model's class, what of it trains, and in which precision."""
+    is_adapter = isinstance(model, PeftModel)
+    name = type(model.get_base_model() if is_adapter else model).__name__
+    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
+    trained, total = sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
+    dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()})
+    autocast = " under bf16 autocast" if args.bf16 else " under fp16 autocast" if args.fp16 else ""
+    return f"{name}, {trained:,} of {total:,} parameters train{_adapter(model)}, {' and '.join(dtypes)}{autocast}"
+
+
+def _adapter(model: nn.Module) -> str:
+    if not isinstance(model, PeftModel):
+        return ""
+    config = model.active_peft_config
+    rank = f" r={config.r}" if hasattr(config, "r") else ""
+    return f" ({config.peft_type.value}{rank})"
+
+
+def data_text(datasets: Mapping[str, Any]) -> str:
+    """The number of rows of each data set, by what it is for, as in `{"train": dataset}`."""
+    counts = [
+        f"{name} {len(rows):,} rows" if isinstance(rows, Sized) else f"{name} a stream"
+        for name, rows in datasets.items()
+        if rows is not None
+    ]
+    return ", ".join(counts) or "none"
+
+
+def batch_text(args: PreferenceConfig, state: TrainerState) -> str:
+    """How many rows a step has, and how many steps there are."""
+    per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    factors = f"{args.train_batch_size} per device"
+    if args.gradient_accumulation_steps > 1:
+        factors += f" × {args.gradient_accumulation_steps} accumulated"
+    if args.world_size > 1:
+        factors += f" × {args.world_size} processes"
+    budget = f", pieces of at most {args.max_tokens_per_batch:,} tokens" if args.max_tokens_per_batch else ""
+    return f"{per_step} rows a step ({factors}){budget}, {state.max_steps:,} steps"
+
+
+def optimizer_text(args: PreferenceConfig) -> str:
+    """The optimizer, its learning rate and schedule."""
+    name, schedule = (getattr(value, "value", value) for value in (args.optim, args.lr_scheduler_type))
+    warmup = f", warm-up {args.warmup_steps:g}" if args.warmup_steps else ""
+    return (
+        f"{name}, learning rate {args.learning_rate:g} ({schedule}{warmup}), weight decay {args.weight_decay:g}, "
+        f"gradients clipped at {args.max_grad_norm:g}"
+    )

@@ -1,0 +1,128 @@
+"""The lines that say what a run is when training begins: at most twelve, on the first rank, in the card, too."""
+
+import logging
+
+import pytest
+from transformers import TrainerState
+
+from hf_prefopt.losses import get_loss, list_losses
+from hf_prefopt.reporting.start_summary import (
+    MOST_LINES,
+    TOPICS,
+    StartSummary,
+    batch_text,
+    data_text,
+    loss_texts,
+    model_text,
+)
+from tests.tiny_models import tiny_model, with_lora
+from tests.training import make_config, make_trainer, pairs
+
+
+def said(caplog):
+    return [r.getMessage() for r in caplog.records if r.name == "hf_prefopt.reporting.start_summary"]
+
+
+def test_a_run_says_what_it_is(caplog, tmp_path):
+    """Losses by the names they are registered under, defaults resolved, in the order of the configuration; sft_weight
+    is a loss, too."""
+    losses = {"loss_type": ["simpo", "sigmoid"], "loss_weights": [0.5, 1.0], "sft_weight": 0.1, "label_smoothing": 0.2}
+    trainer = make_trainer(
+        tmp_path,
+        with_lora(tiny_model()),
+        max_steps=1,
+        loss_params={"sigmoid": {"beta": 0.3}},
+        eval_dataset=pairs(3),
+        gradient_accumulation_steps=2,
+        lr_scheduler_type="constant",
+        optim="sgd",
+        **losses,
+    )
+    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in trainer.model.parameters())
+    with caplog.at_level(logging.WARNING):
+        trainer.train()
+    assert said(caplog) == [
+        f"model: LlamaForCausalLM, {trained:,} of {total:,} parameters train (LORA r=4), float32",
+        "loss: 0.5 × simpo, beta=2.0, gamma=None, gamma_beta_ratio=None, label_smoothing=0.2",
+        "loss: 1 × dpo, beta=0.3, label_smoothing=0.2",
+        "loss: 0.1 × sft",
+        "reference: the base model, the adapter switched off",
+        "layout: shared, each prompt is computed once, and no padding",
+        "attention: PyTorch's (sdpa), a response at a time",
+        "data: train 8 rows, eval 3 rows",
+        "batch: 4 rows a step (2 per device × 2 accumulated), 1 steps",
+        "optimizer: sgd, learning rate 0.001 (constant), weight decay 0, gradients clipped at 1",
+    ]
+    trainer.create_model_card()
+    card = (tmp_path / "README.md").read_text()
+    assert "| layout | shared, each prompt is computed once, and no padding |" in card
+
+
+def test_an_evaluation_alone_says_its_layout_once(caplog, tmp_path):
+    trainer = make_trainer(tmp_path, layout="padded", eval_dataset=pairs(2))
+    with caplog.at_level(logging.WARNING):
+        trainer.evaluate()
+        trainer.evaluate()
+    assert said(caplog) == ["layout: padded, as layout='padded' asks"]
+
+
+def test_many_losses_are_folded():
+    """Seven other topics leave five lines."""
+    summary = StartSummary()
+    for topic in TOPICS:
+        summary.say(topic, topic)
+    summary.say("loss", *(f"loss {n}" for n in range(9)))
+    lines = summary.lines()
+    assert len(lines) == MOST_LINES == 12
+    assert lines[1:6] == ["loss: loss 0", "loss: loss 1", "loss: loss 2", "loss: loss 3", "loss: and 5 more"]
+    assert summary.as_dict()["loss"].count("loss ") == 9
+
+
+def test_a_later_word_replaces_an_earlier_one():
+    summary = StartSummary()
+    summary.say("layout", "padded")
+    summary.say("layout", "shared")
+    assert summary.lines() == ["layout: shared"]
+    with pytest.raises(KeyError, match="'weather' is not one of model, loss"):
+        summary.say("weather", "fair")
+
+
+def test_other_ranks_are_silent(caplog, tmp_path):
+    summary, args, state = StartSummary(), make_config(tmp_path), TrainerState(is_world_process_zero=False)
+    with caplog.at_level(logging.WARNING):
+        summary.on_train_begin(args, state, None)
+        assert said(caplog) == []
+        state.is_world_process_zero = True
+        summary.on_train_begin(args, state, None)
+    assert len(said(caplog)) == 2
+
+
+def test_modifiers_are_said(tmp_path):
+    config = make_config(tmp_path, ld_alpha=0.5, f_divergence_type="forward_kl", reference_free=False)
+    (text,) = loss_texts(config.build_objective())
+    assert text.startswith("1 × dpo, beta=0.1, label_smoothing=0.0, ld_alpha=0.5, f_divergence_type=")
+    (text,) = loss_texts(make_config(tmp_path, reference_free=True).build_objective())
+    assert text.endswith(", reference_free=True")
+
+
+@pytest.mark.parametrize("name", list_losses())
+def test_every_loss_has_one_line_with_all_its_hyperparameters(name, tmp_path):
+    (text,) = loss_texts(make_config(tmp_path, loss_type=name).build_objective())
+    assert all(f", {parameter}={value!r}" in text for parameter, value in get_loss(name).defaults.items())
+    assert "\n" not in text
+
+
+def test_facts_that_a_tiny_run_does_not_have(tmp_path):
+    rows = pairs(2)
+    assert data_text({"train": rows.to_iterable_dataset(), "eval": None}) == "train a stream"
+    args = make_config(tmp_path, max_tokens_per_batch=4096)
+    assert batch_text(args, TrainerState(max_steps=1000)) == (
+        "2 rows a step (2 per device), pieces of at most 4,096 tokens, 1,000 steps"
+    )
+    args.bf16 = True
+    model = tiny_model()
+    count = f"{sum(p.numel() for p in model.parameters()):,}"
+    assert (
+        model_text(model, args) == f"LlamaForCausalLM, {count} of {count} parameters train, float32 under bf16 autocast"
+    )
