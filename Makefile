@@ -40,9 +40,11 @@ lint: $(READY_TO_TEST)
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/mypy
 
-# What is made from the registry of losses: their page and their configurations.
+# What is generated: the pages of the losses and of the settings, and a configuration for each loss.
 docs: $(READY_TO_TEST)
 	@$(VENV)/bin/python -m hf_prefopt.reporting.loss_page > docs/losses.md
+	@$(VENV)/bin/python -c 'from hf_prefopt import config, config_docs; \
+		print(config_docs.settings_page(config.PreferenceConfig), end="")' > docs/settings.md
 	@$(VENV)/bin/python recipes/configs/write.py
 
 setup: $(READY_TO_TEST)

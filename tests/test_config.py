@@ -3,12 +3,16 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from transformers import HfArgumentParser
 
 from hf_prefopt import PreferenceConfig
+from hf_prefopt.config_docs import default_of, settings_by_group, settings_page
 from hf_prefopt.losses import get_loss
+
+ROOT = Path(__file__).parents[1]
 
 
 def config(**settings):
@@ -26,7 +30,7 @@ REFUSALS = {
         {"loss_type": "simpo", "loss_params": {"gamma": 1.0, "gamma_beta_ratio": 0.5}},
         "both set the margin",
     ),
-    "parameters that are no mapping": ({"loss_params": [1]}, "is no mapping"),
+    "parameters that are no mapping": ({"loss_params": [1]}, "is not a mapping"),
     "beta at 0": ({"beta": 0.0}, "beta=0.0 is outside"),
     "beta that no loss takes": ({"loss_type": "sft", "beta": 0.1}, "sft takes no hyperparameters"),
     "smoothing that no loss takes": ({"loss_type": "hinge", "label_smoothing": 0.1}, "used by no loss"),
@@ -34,11 +38,11 @@ REFUSALS = {
     "a negative sft_weight": ({"sft_weight": -1.0}, "sft_weight=-1.0"),
     "weighting what has no pairs": ({"loss_type": "sft", "use_weighting": True}, "sft has none"),
     "no reference to leave out": ({"loss_type": "simpo", "reference_free": True}, "uses no reference"),
-    "an unknown reference": ({"reference": "frozen"}, "reference='frozen' is none of"),
+    "an unknown reference": ({"reference": "frozen"}, "reference='frozen' is not one of"),
     "an adapter without a name": ({"reference": "adapter:"}, "reference='adapter:'"),
-    "an unknown truncation": ({"truncation_mode": "middle"}, "truncation_mode='middle' is none of"),
-    "an unknown layout": ({"layout": "packed"}, "layout='packed' is none of"),
-    "an unknown way with bad rows": ({"on_bad_rows": "ignore"}, "on_bad_rows='ignore' is none of"),
+    "an unknown truncation": ({"truncation_mode": "middle"}, "truncation_mode='middle' is not one of"),
+    "an unknown layout": ({"layout": "packed"}, "layout='packed' is not one of"),
+    "an unknown way with bad rows": ({"on_bad_rows": "ignore"}, "on_bad_rows='ignore' is not one of"),
     "no temperature": ({"temperature": 0.0}, "temperature=0.0"),
     "a negative temperature": ({"temperature": -1.0}, "temperature=-1.0"),
     "an infinite temperature": ({"temperature": float("inf")}, "temperature=inf"),
@@ -134,11 +138,16 @@ def test_one_name_is_a_list_of_one():
     assert config(loss_type="ipo").loss_type == ["ipo"]
 
 
-def test_every_field_has_a_help_text():
-    """What `--help` shows of our own fields."""
+def test_each_setting_is_documented_once_and_everywhere():
+    """The help of a field is what `--help`, the docstring and docs/settings.md say."""
     own = {name for name in PreferenceConfig.__annotations__ if not name.startswith("_")}
-    fields = {name: PreferenceConfig.__dataclass_fields__[name] for name in own}
-    assert not [name for name, field in fields.items() if not field.metadata.get("help")]
+    listed = {field.name: field for group in settings_by_group(PreferenceConfig).values() for field in group}
+    assert listed.keys() == own
+    docstring = " ".join(PreferenceConfig.__doc__.split())
+    for name, field in listed.items():
+        assert len(field.metadata["help"]) > 10
+        assert f"{name}: {field.metadata['help']} Default: {default_of(field)!r}." in docstring
+    assert settings_page(PreferenceConfig) == (ROOT / "docs" / "settings.md").read_text(), "run: make docs"
 
 
 def test_the_import_is_light():

@@ -153,11 +153,11 @@ def test_a_move_leaves_the_policy_alone(tmp_path):
 MOVE = {"sync_ref_model": True}
 REFUSALS = {
     "no reference": ({**MOVE, "loss_type": "simpo"}, "simpo needs no reference"),
-    "reference none": ({**MOVE, "reference": "none"}, "reference='none' is none"),
-    "adapter off": ({**MOVE, "reference": "adapter_off"}, "reference='adapter_off' is none"),
-    "a named adapter": ({**MOVE, "reference": "adapter:x"}, "reference='adapter:x' is none"),
-    "a cache": ({**MOVE, "precompute_ref_log_probs": True}, "keeps what it says"),
-    "a cache, said otherwise": ({**MOVE, "reference": "cache"}, "keeps what it says"),
+    "reference none": ({**MOVE, "reference": "none"}, "reference='none' is not one"),
+    "adapter off": ({**MOVE, "reference": "adapter_off"}, "reference='adapter_off' is not one"),
+    "a named adapter": ({**MOVE, "reference": "adapter:x"}, "reference='adapter:x' is not one"),
+    "a cache": ({**MOVE, "precompute_ref_log_probs": True}, "keeps its scores"),
+    "a cache, said otherwise": ({**MOVE, "reference": "cache"}, "keeps its scores"),
     "α of 0": ({**MOVE, "ref_model_mixup_alpha": 0.0}, r"ref_model_mixup_alpha=0.0 is outside \(0, 1\]"),
     "α above 1": ({**MOVE, "ref_model_mixup_alpha": 1.1}, "ref_model_mixup_alpha=1.1"),
     "never": ({**MOVE, "ref_model_sync_steps": 0}, "ref_model_sync_steps=0"),

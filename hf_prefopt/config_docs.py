@@ -1,0 +1,56 @@
+"""The help of a setting is its only documentation: docstrings, `--help` and docs/settings.md are made from it."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, Field, fields
+from textwrap import fill
+from typing import Any
+
+_WIDTH = 120
+
+
+def documented(groups: Mapping[str, str]) -> Callable[[type], type]:
+    """Lists the settings of a configuration in its docstring, before what it raises.
+
+    Args:
+        groups: the heading that begins at a field, by the field's name.
+    """
+
+    def decorate(config: type) -> type:
+        config.GROUPS = groups
+        summary, _, raises = config.__doc__.partition("    Raises:")
+        lines = []
+        for group, found in settings_by_group(config).items():
+            lines += [f"    {group}:", *map(_entry, found), ""]
+        config.__doc__ = summary + "\n".join(lines) + "\n    Raises:" + raises
+        return config
+
+    return decorate
+
+
+def settings_by_group(config: type) -> dict[str, list[Field]]:
+    """The settings that a documented configuration defines, in their order; inherited ones are left out."""
+    by_name, found = {field.name: field for field in fields(config)}, {}
+    for name in filter(by_name.get, config.__annotations__):
+        if name in config.GROUPS:
+            group = found[config.GROUPS[name]] = []
+        group.append(by_name[name])
+    return found
+
+
+def default_of(setting: Field) -> Any:
+    """The value that a field has by default."""
+    return setting.default if setting.default_factory is MISSING else setting.default_factory()
+
+
+def settings_page(config: type) -> str:
+    """The settings as a page in Markdown, a table for each group."""
+    sections = [f"# Settings\n\n`{config.__name__}` has every field of `transformers.TrainingArguments`, and these."]
+    for group, found in settings_by_group(config).items():
+        rows = [f"| `{s.name}` | `{default_of(s)!r}` | {s.metadata['help']} |" for s in found]
+        sections.append("\n".join([f"## {group}", "", "| field | default | |", "|---|---|---|", *rows]))
+    return "\n\n".join(sections) + "\n"
+
+
+def _entry(setting: Field) -> str:
+    text = f"{setting.name}: {setting.metadata['help']} Default: {default_of(setting)!r}."
+    return fill(text, _WIDTH, initial_indent=" " * 8, subsequent_indent=" " * 12, break_on_hyphens=False)
