@@ -99,8 +99,8 @@ class PreferenceConfig(TrainingArguments):
     humanline: bool = field(
         default=False,
         metadata=_help(
-            "Clamp each token's log-ratio to [humanline_log_eps_p, humanline_log_eps_r]. Its authors also copy the policy "
-            "into the reference every few steps: sync_ref_model=True, ref_model_mixup_alpha=1.0."
+            "Clamp each token's log-ratio to [humanline_log_eps_p, humanline_log_eps_r]. Its authors also copy the "
+            "policy into the reference every few steps: sync_ref_model=True, ref_model_mixup_alpha=1.0."
         ),
     )
     humanline_log_eps_p: float = field(default=-1.0, metadata=_help("The lower bound of humanline, in nats."))
@@ -170,8 +170,8 @@ class PreferenceConfig(TrainingArguments):
     layout: str = field(
         default="auto",
         metadata=_help(
-            "shared computes each prompt once and no padding, padded is one padded sequence per response; auto is shared "
-            "where that is exact for the model, and says why where it is not."
+            "shared computes each prompt once and no padding, padded is one padded sequence per response; auto is "
+            "shared where that is exact for the model, and says why where it is not."
         ),
     )
     max_tokens_per_batch: int | None = field(

@@ -1,6 +1,6 @@
-"""What the recipes share: their own switches, the data, how a model is loaded, and how a run is watched and closed.
+"""What the recipes share: their own switches, loading the data, and how a model is loaded.
 
-A recipe says what is trained and how; here stands only what would otherwise be the same lines in each of them.
+A recipe says what is trained and how. This file has only what would otherwise be the same lines in each of them.
 """
 
 import json
@@ -8,20 +8,23 @@ import random
 import runpy
 import warnings
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, IterableDataset, load_dataset
 from splits import evaluation_split, training_split, without_evaluation
-from transformers import ProgressCallback
 from trl import ModelConfig, ScriptArguments, TrlParser
 
 from hf_prefopt import PreferenceConfig, PreferenceTrainer
 from hf_prefopt.callbacks import GenerationEvalCallback
-from hf_prefopt.reporting.closing import closing_report
-from hf_prefopt.reporting.plots import plot_training
-from hf_prefopt.reporting.progress import ShortProgressCallback
-from hf_prefopt.reporting.run_facts import first_evaluation, last_evaluation
+from hf_prefopt.console import use_short_progress
+
+# What the report at the end suggests.
+NEXT_STEPS = {
+    "another model": "--model_name_or_path HuggingFaceTB/SmolLM2-360M-Instruct",
+    "your preferences": "--dataset_name your-name/your-pairs   (columns: prompt, chosen, rejected)",
+    "another loss": "--loss_type simpo",
+    "share the result": "--push_to_hub --hub_model_id your-name/your-model",
+}
 
 
 @dataclass
@@ -29,17 +32,17 @@ class RecipeArguments:
     """Switches of the recipes themselves, beside those of the trainer, the model and the data."""
 
     train_rows: int | None = field(
-        default=None, metadata={"help": "Train on so many rows, drawn at random; a number beyond them takes all."}
+        default=None, metadata={"help": "Train on N rows, drawn at random; all of them if there are fewer."}
     )
-    eval_rows: int | None = field(default=None, metadata={"help": "Evaluate on so many rows, drawn at random."})
+    eval_rows: int | None = field(default=None, metadata={"help": "Evaluate on N rows, drawn at random."})
     longest_row: int | None = field(
-        default=None, metadata={"help": "Leave out rows with more characters than this, prompt and responses together."}
+        default=None, metadata={"help": "Leave out rows with more than N characters, prompt and responses together."}
     )
     remove_columns: list[str] | None = field(
-        default=None, metadata={"help": "Columns to leave out: of what is no context and looks like it."}
+        default=None, metadata={"help": "Columns to leave out, such as one that looks like context and is not."}
     )
     gsm8k_problems: int = field(
-        default=0, metadata={"help": "Solve so many GSM8K problems (at most 200) at every evaluation; 0 for none."}
+        default=0, metadata={"help": "Solve N GSM8K problems (at most 200) at every evaluation; 0 for none."}
     )
     losses_from: str | None = field(
         default=None, metadata={"help": "A Python file that registers losses of your own; it is run first."}
@@ -123,33 +126,7 @@ def loading_arguments(model: ModelConfig) -> dict[str, Any]:
 
 
 def watch(trainer: PreferenceTrainer, recipe: RecipeArguments) -> None:
-    """Short progress lines in place of whole log records, and GSM8K at every evaluation where it is asked for."""
-    if trainer.pop_callback(ProgressCallback) is not None:
-        trainer.add_callback(ShortProgressCallback)
+    """Short progress lines, and GSM8K at every evaluation where it is asked for."""
+    use_short_progress(trainer)
     if recipe.gsm8k_problems:
         trainer.add_callback(GenerationEvalCallback(trainer, limit=recipe.gsm8k_problems))
-
-
-def close(trainer: PreferenceTrainer, script: ScriptArguments) -> None:
-    """Writes the model card and the curves beside the saved model, pushes if told to, and prints the closing report."""
-    folder, history = Path(trainer.args.output_dir), trainer.state.log_history
-    trainer.create_model_card(dataset=script.dataset_name)
-    if trainer.is_world_process_zero():
-        title = f"{' + '.join(trainer.args.loss_type)} → {folder}"
-        curves = plot_training(history, folder / "curves.png", title=title)
-    if trainer.args.push_to_hub:
-        trainer.push_to_hub(dataset=script.dataset_name)
-    if not trainer.is_world_process_zero():
-        return
-    closing_report(
-        before=first_evaluation(history),
-        after=last_evaluation(history) or None,
-        pairs=len(trainer.eval_dataset) if trainer.eval_dataset is not None else 0,
-        results={"trained model": folder, "model card": folder / "README.md", "training curves": curves},
-        next_steps={
-            "another model": "--model_name_or_path HuggingFaceTB/SmolLM2-360M-Instruct",
-            "your preferences": "--dataset_name your-name/your-pairs   (columns: prompt, chosen, rejected)",
-            "another loss": "--loss_type simpo",
-            "share the result": "--push_to_hub --hub_model_id your-name/your-model",
-        },
-    )

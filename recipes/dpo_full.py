@@ -9,9 +9,10 @@ Left out on purpose: adapters (`dpo_lora.py`).
     accelerate launch recipes/dpo_full.py --config recipes/dpo_full.yaml
 """
 
-from common import close, load_pairs, loading_arguments, parse_arguments, watch
+from common import NEXT_STEPS, load_pairs, loading_arguments, parse_arguments, watch
 
 from hf_prefopt import PreferenceTrainer
+from hf_prefopt.console import finish_run
 
 
 def main() -> None:
@@ -28,7 +29,7 @@ def main() -> None:
     if test_pairs is not None:
         trainer.evaluate()
     trainer.save_model()
-    close(trainer, script)
+    finish_run(trainer, script.dataset_name, NEXT_STEPS)
 
 
 if __name__ == "__main__":

@@ -10,10 +10,11 @@ Left out on purpose: 4-bit base models (`qlora.py`), training all weights (`dpo_
     accelerate launch recipes/dpo_lora.py --config recipes/dpo_lora.yaml --loss_type simpo --max_steps 5
 """
 
-from common import close, load_pairs, loading_arguments, parse_arguments, watch
+from common import NEXT_STEPS, load_pairs, loading_arguments, parse_arguments, watch
 from trl import get_peft_config
 
 from hf_prefopt import PreferenceTrainer
+from hf_prefopt.console import finish_run
 
 
 def main() -> None:
@@ -35,7 +36,7 @@ def main() -> None:
     if test_pairs is not None:
         trainer.evaluate()
     trainer.save_model()
-    close(trainer, script)
+    finish_run(trainer, script.dataset_name, NEXT_STEPS)
 
 
 if __name__ == "__main__":

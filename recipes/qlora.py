@@ -9,10 +9,11 @@ Left out on purpose: merging the adapter, which a model in 4 bits would round aw
     accelerate launch recipes/qlora.py --config recipes/qlora.yaml
 """
 
-from common import close, load_pairs, loading_arguments, parse_arguments, watch
+from common import NEXT_STEPS, load_pairs, loading_arguments, parse_arguments, watch
 from trl import get_peft_config, get_quantization_config
 
 from hf_prefopt import PreferenceTrainer
+from hf_prefopt.console import finish_run
 
 
 def main() -> None:
@@ -34,7 +35,7 @@ def main() -> None:
     if test_pairs is not None:
         trainer.evaluate()
     trainer.save_model()
-    close(trainer, script)
+    finish_run(trainer, script.dataset_name, NEXT_STEPS)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ LAYERS = (
     ("evaluation",),
     ("reporting",),
     ("policy", "training", "trainer"),
-    ("callbacks",),
+    ("callbacks", "console"),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 MODULES = {

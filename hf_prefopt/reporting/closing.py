@@ -1,4 +1,4 @@
-"""The last thing a recipe prints: what the training changed, where its results are, and what to do next."""
+"""The last thing that a run prints: what the training changed, where its results are, and what to do next."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,8 +31,9 @@ def closing_report(
         console.print(evaluation_table(before, after, pairs))
         console.print()
     _print_aligned(console, {name: str(path) for name, path in results.items()})
-    console.print("\n[bold]How to go on[/bold]")
-    _print_aligned(console, next_steps)
+    if next_steps:
+        console.print("\n[bold]Next steps[/bold]")
+        _print_aligned(console, next_steps)
 
 
 def _print_aligned(console: Console, entries: Mapping[str, str]) -> None:

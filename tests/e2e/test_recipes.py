@@ -67,7 +67,7 @@ def test_recipe_leaves_weights_card_and_curves(recipe, weights, tmp_path, model_
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     card = ModelCard.load(tmp_path / "README.md")
     assert "dpo" in card.data.tags and "arXiv:2305.18290" in card.text and "eval_rewards/accuracies" in card.text
-    for said in ("before", "after", "0.6931", "reward accuracy", "How to go on", str(tmp_path / "curves.png")):
+    for said in ("before", "after", "0.6931", "reward accuracy", "Next steps", str(tmp_path / "curves.png")):
         assert said in printed
 
 

@@ -16,7 +16,7 @@ def test_closing_report_keeps_paths_and_commands_whole():
     results, next_steps = {"adapter": long_path}, {"a data set": "--dataset_name x"}
     closing_report(evaluation(0), evaluation(1), 96, results, next_steps, Console(width=80, file=out))
     text = out.getvalue()
-    assert long_path in text and "--dataset_name x" in text and "How to go on" in text
+    assert long_path in text and "--dataset_name x" in text and "Next steps" in text
     assert text.index("reward accuracy") < text.index(long_path)
 
 
