@@ -271,7 +271,7 @@ def test_a_ratio_wants_positive_scores(tmp_path):
     make_trainer(tmp_path, loss_type="odpo", train_dataset=rows)
     with pytest.raises(ValueError, match=r"row 0 .*: its rejected_score -2 is not above 0, as margin='ratio' wants it"):
         make_trainer(tmp_path, loss_type="odpo", loss_params={"margin": "ratio"}, train_dataset=rows)
-    with pytest.raises(ValueError, match="margin='quotient' is none of difference, ratio"):
+    with pytest.raises(ValueError, match="margin='quotient' is not one of difference, ratio"):
         make_config(tmp_path, loss_type="odpo", loss_params={"margin": "quotient"})
 
 

@@ -13,8 +13,8 @@ from hf_prefopt.losses.base import (
     check_positive,
     check_range,
     check_same_shape,
-    log_ratios,
     logistic,
+    of_log_ratios,
     pair_rewards,
     per_token,
 )
@@ -66,11 +66,10 @@ _START = {"mean": 0.0, "std": 0.0, "batches": 0.0}
 
 
 @register_loss("beta_dpo", paper="2407.08639", needs_global_batch=True, state=RunningState(_START, _update_beta_dpo))
+@of_log_ratios()
 def beta_dpo_loss(
-    policy_chosen_logps: Tensor,
-    policy_rejected_logps: Tensor,
-    ref_chosen_logps: Tensor,
-    ref_rejected_logps: Tensor,
+    chosen: Tensor,
+    rejected: Tensor,
     rows: Tensor,
     pair_in_row: Tensor,
     beta: float = 0.1,
@@ -101,17 +100,8 @@ def beta_dpo_loss(
     Raises:
         ValueError: shapes differ or a hyperparameter is out of range.
     """
-    check_positive(beta=beta)
     check_range("a", a, 0.0)
     check_range("rho", rho, 0.0, 1.0)
-    chosen, rejected = log_ratios(
-        policy_chosen_logps,
-        policy_rejected_logps,
-        ref_chosen_logps,
-        ref_rejected_logps,
-        rows=rows,
-        pair_in_row=pair_in_row,
-    )
     margins = chosen - rejected
     known = _alone(margins.detach()) if state is None else state
     count = max(1, int(len(margins) * (1 - rho))) if training else len(margins)

@@ -7,18 +7,13 @@ Every implicit reward here is βr.
 import torch
 from torch import Tensor
 
-from hf_prefopt.losses.base import LossOutput, check_positive, check_range, log_ratios, logistic, pair_rewards
+from hf_prefopt.losses.base import LossOutput, check_range, logistic, of_log_ratios, pair_rewards
 from hf_prefopt.losses.registry import register_loss
 
 
 @register_loss("nca_pair", paper="2402.05369")
-def nca_pair_loss(
-    policy_chosen_logps: Tensor,
-    policy_rejected_logps: Tensor,
-    ref_chosen_logps: Tensor,
-    ref_rejected_logps: Tensor,
-    beta: float = 0.01,
-) -> LossOutput:
+@of_log_ratios()
+def nca_pair_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.01) -> Tensor:
     """ℓ(βr_w) + ½ℓ(−βr_w) + ½ℓ(−βr_l): the chosen response against noise, and both as noise.
 
     Noise contrastive alignment for two responses whose rewards are far apart. Past σ(βr_w) = 2/3 the loss grows
@@ -33,21 +28,13 @@ def nca_pair_loss(
     Raises:
         ValueError: shapes differ or a hyperparameter is out of range.
     """
-    check_positive(beta=beta)
-    chosen, rejected = log_ratios(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps)
     chosen, rejected = beta * chosen, beta * rejected
-    losses = logistic(chosen) + logistic(-chosen) / 2 + logistic(-rejected) / 2
-    return LossOutput(losses, pair_rewards(chosen, rejected))
+    return logistic(chosen) + logistic(-chosen) / 2 + logistic(-rejected) / 2
 
 
 @register_loss("sppo_hard", paper="2405.00675")
-def sppo_hard_loss(
-    policy_chosen_logps: Tensor,
-    policy_rejected_logps: Tensor,
-    ref_chosen_logps: Tensor,
-    ref_rejected_logps: Tensor,
-    beta: float = 0.001,
-) -> LossOutput:
+@of_log_ratios()
+def sppo_hard_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.001) -> Tensor:
     """(r_w − 1/(2β))² + (r_l + 1/(2β))²: each log-ratio is led to its own target.
 
     Self-play preference optimisation, eq. 4.7 with win rates of 1 and 0, β being the paper's 1/η.
@@ -58,9 +45,7 @@ def sppo_hard_loss(
     Raises:
         ValueError: as `nca_pair_loss`.
     """
-    check_positive(beta=beta)
-    chosen, rejected = log_ratios(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps)
-    return LossOutput(_distance_to_targets(chosen, rejected, beta), pair_rewards(beta * chosen, beta * rejected))
+    return _distance_to_targets(chosen, rejected, beta)
 
 
 def _distance_to_targets(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
@@ -70,14 +55,8 @@ def _distance_to_targets(chosen: Tensor, rejected: Tensor, beta: float) -> Tenso
 
 
 @register_loss("cal_dpo", aliases=("caldpo",), paper="2412.14516")
-def cal_dpo_loss(
-    policy_chosen_logps: Tensor,
-    policy_rejected_logps: Tensor,
-    ref_chosen_logps: Tensor,
-    ref_rejected_logps: Tensor,
-    beta: float = 1e-3,
-    calibration_weight: float = 0.5,
-) -> LossOutput:
+@of_log_ratios()
+def cal_dpo_loss(chosen: Tensor, rejected: Tensor, beta: float = 1e-3, calibration_weight: float = 0.5) -> LossOutput:
     """ℓ(h) + w[(r_w − 1/(2β))² + (r_l + 1/(2β))²], h = r_w − r_l: DPO whose rewards keep their absolute scale.
 
     Calibrated DPO. h is not scaled by β; β sets only the targets. w is ½ in the authors' code and 1 in the paper's
@@ -91,9 +70,7 @@ def cal_dpo_loss(
     Raises:
         ValueError: as `nca_pair_loss`.
     """
-    check_positive(beta=beta)
     check_range("calibration_weight", calibration_weight, 0.0)
-    chosen, rejected = log_ratios(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps)
     preference, calibration = logistic(chosen - rejected), _distance_to_targets(chosen, rejected, beta)
     return LossOutput(
         preference + calibration_weight * calibration,
@@ -103,13 +80,8 @@ def cal_dpo_loss(
 
 
 @register_loss("apo_zero", paper="2408.06266")
-def apo_zero_loss(
-    policy_chosen_logps: Tensor,
-    policy_rejected_logps: Tensor,
-    ref_chosen_logps: Tensor,
-    ref_rejected_logps: Tensor,
-    beta: float = 0.1,
-) -> LossOutput:
+@of_log_ratios()
+def apo_zero_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.1) -> Tensor:
     """1 − σ(βr_w) + σ(βr_l): chosen up and rejected down, each from the reference, for chosen better than the model.
 
     Anchored preference optimisation, APO-zero, eq. 7.
@@ -119,20 +91,13 @@ def apo_zero_loss(
     Raises:
         ValueError: as `nca_pair_loss`.
     """
-    check_positive(beta=beta)
-    chosen, rejected = log_ratios(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps)
     chosen, rejected = beta * chosen, beta * rejected
-    return LossOutput(torch.sigmoid(-chosen) + torch.sigmoid(rejected), pair_rewards(chosen, rejected))
+    return torch.sigmoid(-chosen) + torch.sigmoid(rejected)
 
 
 @register_loss("apo_down", paper="2408.06266")
-def apo_down_loss(
-    policy_chosen_logps: Tensor,
-    policy_rejected_logps: Tensor,
-    ref_chosen_logps: Tensor,
-    ref_rejected_logps: Tensor,
-    beta: float = 0.1,
-) -> LossOutput:
+@of_log_ratios()
+def apo_down_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.1) -> Tensor:
     """σ(βr_w) + 1 − σ(β(r_w − r_l)): both responses down, the rejected further, for chosen worse than the model.
 
     Anchored preference optimisation, APO-down, eq. 8. Wherever |r_w| < |r_w − r_l|, a likelier chosen response raises
@@ -143,7 +108,5 @@ def apo_down_loss(
     Raises:
         ValueError: as `nca_pair_loss`.
     """
-    check_positive(beta=beta)
-    chosen, rejected = log_ratios(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps)
     chosen, rejected = beta * chosen, beta * rejected
-    return LossOutput(torch.sigmoid(chosen) + torch.sigmoid(rejected - chosen), pair_rewards(chosen, rejected))
+    return torch.sigmoid(chosen) + torch.sigmoid(rejected - chosen)

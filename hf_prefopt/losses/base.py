@@ -4,7 +4,11 @@ Shapes are written in the names where they matter: B examples (pairs, rows or li
 Log-probabilities are natural logarithms (nats) over the scored response tokens.
 """
 
+import functools
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -165,17 +169,63 @@ def log_ratios(
     Raises:
         ValueError: one reference is missing, or the shapes of these and of the `others` are not one `[B]`.
     """
-    check_both_or_neither(ref_chosen_logps=ref_chosen_logps, ref_rejected_logps=ref_rejected_logps)
+    references = {"ref_chosen_logps": ref_chosen_logps, "ref_rejected_logps": ref_rejected_logps}
+    check_both_or_neither(**references)
     check_same_shape(
-        policy_chosen_logps=policy_chosen_logps,
-        policy_rejected_logps=policy_rejected_logps,
-        ref_chosen_logps=ref_chosen_logps,
-        ref_rejected_logps=ref_rejected_logps,
-        **others,
+        policy_chosen_logps=policy_chosen_logps, policy_rejected_logps=policy_rejected_logps, **references, **others
     )
     if ref_chosen_logps is None or ref_rejected_logps is None:
         return policy_chosen_logps, policy_rejected_logps
     return policy_chosen_logps - ref_chosen_logps, policy_rejected_logps - ref_rejected_logps
+
+
+_SUMS = ("policy_chosen_logps", "policy_rejected_logps", "ref_chosen_logps", "ref_rejected_logps")
+
+
+def of_log_ratios(reference_free: bool = False) -> Callable[[Callable[..., Any]], Callable[..., LossOutput]]:
+    """Make the loss of a formula in the log-ratios r = s − s_ref (nats) of the chosen and the rejected response.
+
+    The formula takes `chosen` and `rejected`, `[B]` each, and returns the losses `[B]`, whose implicit rewards are βr,
+    or a `LossOutput`. In their place the loss takes `policy_chosen_logps`, `policy_rejected_logps`, `ref_chosen_logps`
+    and `ref_rejected_logps`, summed log-probs (nats) `[B]`. It checks that all tensors are `[B]` and that β > 0.
+
+    Args:
+        reference_free: the reference may be left out; r is then s.
+    """
+
+    def decorate(formula: Callable[..., Any]) -> Callable[..., LossOutput]:
+        signature = _with_sums(formula, reference_free)
+        tensors = [p.name for p in signature.parameters.values() if p.annotation in (Tensor, Tensor | None)]
+
+        @functools.wraps(formula)
+        def loss(*args: Any, **kwargs: Any) -> LossOutput:
+            given = signature.bind(*args, **kwargs)
+            given.apply_defaults()
+            check_positive(beta=given.arguments["beta"])
+            chosen, rejected = log_ratios(**{name: given.arguments[name] for name in tensors})
+            others = {name: value for name, value in given.arguments.items() if name not in _SUMS}
+            output = formula(chosen, rejected, **others)
+            if isinstance(output, LossOutput):
+                return output
+            return LossOutput(output, pair_rewards(others["beta"] * chosen, others["beta"] * rejected))
+
+        loss.__signature__ = signature  # type: ignore[attr-defined]
+        return loss
+
+    return decorate
+
+
+def _with_sums(formula: Callable[..., Any], reference_free: bool) -> inspect.Signature:
+    """The signature of a formula with the four sums in place of the two log-ratios: what has a default comes last."""
+    _, _, *others = inspect.signature(formula).parameters.values()
+    of_reference = {"annotation": Tensor | None, "default": None} if reference_free else {"annotation": Tensor}
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    sums = [
+        inspect.Parameter(name, kind, **(of_reference if name.startswith("ref_") else {"annotation": Tensor}))
+        for name in _SUMS
+    ]
+    parameters = sorted([*sums, *others], key=lambda parameter: parameter.default is not inspect.Parameter.empty)
+    return inspect.Signature(parameters, return_annotation=LossOutput)
 
 
 def mean_logps(

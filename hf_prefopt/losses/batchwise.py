@@ -9,7 +9,15 @@ import math
 import torch
 from torch import Tensor
 
-from hf_prefopt.losses.base import LossOutput, check_positive, check_range, log_ratios, logistic, pair_rewards
+from hf_prefopt.losses.base import (
+    LossOutput,
+    check_positive,
+    check_range,
+    log_ratios,
+    logistic,
+    of_log_ratios,
+    pair_rewards,
+)
 from hf_prefopt.losses.registry import register_loss
 
 
@@ -57,14 +65,8 @@ def aot_loss(
 
 
 @register_loss("aot_unpaired", paper="2406.05882", needs_global_batch=True)
-def aot_unpaired_loss(
-    policy_chosen_logps: Tensor,
-    policy_rejected_logps: Tensor,
-    ref_chosen_logps: Tensor,
-    ref_rejected_logps: Tensor,
-    beta: float = 0.01,
-    label_smoothing: float = 0.0,
-) -> LossOutput:
+@of_log_ratios()
+def aot_unpaired_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.01, label_smoothing: float = 0.0) -> Tensor:
     """ℓ(β·Δ), Δ = sort_B(r_w) − sort_B(r_l): the rewards of chosen responses dominate those of rejected ones.
 
     Alignment via optimal transport, unpaired: who was compared with whom plays no part. The loss of a pair is that of
@@ -75,22 +77,14 @@ def aot_unpaired_loss(
     Raises:
         ValueError: as `aot_loss`.
     """
-    check_positive(beta=beta)
     check_range("label_smoothing", label_smoothing, 0.0, 0.5)
-    chosen, rejected = log_ratios(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps)
     excess = chosen - _at_rank_of(chosen, rejected)
-    return LossOutput(logistic(beta * excess, label_smoothing), pair_rewards(beta * chosen, beta * rejected))
+    return logistic(beta * excess, label_smoothing)
 
 
 @register_loss("dr_dpo", aliases=("drdpo",), paper="2407.07880", needs_global_batch=True, is_one_value=True)
-def dr_dpo_loss(
-    policy_chosen_logps: Tensor,
-    policy_rejected_logps: Tensor,
-    ref_chosen_logps: Tensor | None = None,
-    ref_rejected_logps: Tensor | None = None,
-    beta: float = 0.1,
-    beta_prime: float = 1.0,
-) -> LossOutput:
+@of_log_ratios(reference_free=True)
+def dr_dpo_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.1, beta_prime: float = 1.0) -> LossOutput:
     """−β′ log mean_B e^(−ℓ(βh)/β′): pairs with a large loss, perhaps labelled wrongly, count less.
 
     Distributionally robustifying DPO (Dr. DPO). This is one value for the batch and no mean over its pairs, so every
@@ -107,8 +101,7 @@ def dr_dpo_loss(
     Raises:
         ValueError: shapes differ, one reference is missing, or a hyperparameter is out of range.
     """
-    check_positive(beta=beta, beta_prime=beta_prime)
-    chosen, rejected = log_ratios(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps)
+    check_positive(beta_prime=beta_prime)
     preference = logistic(beta * (chosen - rejected))
     value = -beta_prime * (torch.logsumexp(-preference / beta_prime, dim=0) - math.log(len(preference)))
     return LossOutput(

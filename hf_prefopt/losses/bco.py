@@ -6,7 +6,7 @@ r is the log-ratio of a response's summed log-probs, policy to reference, in nat
 import torch
 from torch import Tensor
 
-from hf_prefopt.losses.base import LossOutput, check_positive, check_same_shape, log_ratios, logistic, pair_rewards
+from hf_prefopt.losses.base import LossOutput, check_positive, check_same_shape, logistic, of_log_ratios, pair_rewards
 from hf_prefopt.losses.registry import RunningState, register_loss
 
 _START = {"delta": 0.0, "count": 0.0}
@@ -71,11 +71,10 @@ def bco_loss(
 
 
 @register_loss("bco_pair", paper="2404.04656", needs_global_batch=True, state=RunningState(_START, _update_pairs))
+@of_log_ratios()
 def bco_pair_loss(
-    policy_chosen_logps: Tensor,
-    policy_rejected_logps: Tensor,
-    ref_chosen_logps: Tensor,
-    ref_rejected_logps: Tensor,
+    chosen: Tensor,
+    rejected: Tensor,
     beta: float = 0.01,
     state: dict[str, Tensor] | None = None,
 ) -> LossOutput:
@@ -94,8 +93,6 @@ def bco_pair_loss(
     Raises:
         ValueError: shapes differ or beta is out of range.
     """
-    check_positive(beta=beta)
-    chosen, rejected = log_ratios(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps)
     rewards = pair_rewards(beta * chosen, beta * rejected)
     delta = rewards.mean() if state is None else state["delta"]
     losses = logistic(beta * chosen - delta) + logistic(delta - beta * rejected)

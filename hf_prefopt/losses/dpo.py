@@ -8,12 +8,11 @@ from torch import Tensor
 
 from hf_prefopt.losses.base import (
     LossOutput,
-    check_positive,
     check_range,
     check_same_shape,
     less_margins,
-    log_ratios,
     logistic,
+    of_log_ratios,
     pair_rewards,
     per_token,
 )
@@ -21,15 +20,14 @@ from hf_prefopt.losses.registry import register_loss
 
 
 @register_loss("dpo", aliases=("sigmoid",), paper="2305.18290")
+@of_log_ratios(reference_free=True)
 def dpo_loss(
-    policy_chosen_logps: Tensor,
-    policy_rejected_logps: Tensor,
-    ref_chosen_logps: Tensor | None = None,
-    ref_rejected_logps: Tensor | None = None,
+    chosen: Tensor,
+    rejected: Tensor,
     beta: float = 0.1,
     label_smoothing: float = 0.0,
     margins: Tensor | None = None,
-) -> LossOutput:
+) -> Tensor:
     """(1−ε)ℓ(βh) + εℓ(−βh), h = r_w − r_l; ε > 0 is conservative DPO.
 
     Direct Preference Optimization, eq. 7; ε is the probability that a label is flipped (cDPO note, eq. 3).
@@ -46,13 +44,8 @@ def dpo_loss(
     Raises:
         ValueError: shapes differ, one reference is missing, or a hyperparameter is out of range.
     """
-    check_positive(beta=beta)
     check_range("label_smoothing", label_smoothing, 0.0, 0.5)
-    chosen, rejected = log_ratios(
-        policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, margins=margins
-    )
-    excess = less_margins(beta * (chosen - rejected), margins)
-    return LossOutput(logistic(excess, label_smoothing), pair_rewards(beta * chosen, beta * rejected))
+    return logistic(less_margins(beta * (chosen - rejected), margins), label_smoothing)
 
 
 def reference_free_dpo_loss(chosen_logps: Tensor, rejected_logps: Tensor, beta: float = 0.1) -> LossOutput:
@@ -71,13 +64,12 @@ def reference_free_dpo_loss(chosen_logps: Tensor, rejected_logps: Tensor, beta: 
 
 
 @register_loss("dpo_norm", aliases=("sigmoid_norm",), paper="2411.15124", is_average_loss=True)
+@of_log_ratios(reference_free=True)
 def dpo_norm_loss(
-    policy_chosen_logps: Tensor,
-    policy_rejected_logps: Tensor,
+    chosen: Tensor,
+    rejected: Tensor,
     chosen_lengths: Tensor,
     rejected_lengths: Tensor,
-    ref_chosen_logps: Tensor | None = None,
-    ref_rejected_logps: Tensor | None = None,
     beta: float = 5.0,
     label_smoothing: float = 0.0,
     margins: Tensor | None = None,
@@ -91,30 +83,19 @@ def dpo_norm_loss(
     Raises:
         ValueError: as `dpo_loss`.
     """
-    check_positive(beta=beta)
     check_range("label_smoothing", label_smoothing, 0.0, 0.5)
-    chosen, rejected = log_ratios(
-        policy_chosen_logps,
-        policy_rejected_logps,
-        ref_chosen_logps,
-        ref_rejected_logps,
-        chosen_lengths=chosen_lengths,
-        rejected_lengths=rejected_lengths,
-        margins=margins,
-    )
     chosen, rejected = per_token(chosen, chosen_lengths), per_token(rejected, rejected_lengths)
     excess = less_margins(beta * (chosen - rejected), margins)
     return LossOutput(logistic(excess, label_smoothing), pair_rewards(beta * chosen, beta * rejected))
 
 
 @register_loss("ipo", paper="2310.12036", is_average_loss=True)
+@of_log_ratios(reference_free=True)
 def ipo_loss(
-    policy_chosen_logps: Tensor,
-    policy_rejected_logps: Tensor,
+    chosen: Tensor,
+    rejected: Tensor,
     chosen_lengths: Tensor,
     rejected_lengths: Tensor,
-    ref_chosen_logps: Tensor | None = None,
-    ref_rejected_logps: Tensor | None = None,
     beta: float = 0.1,
     length_normalize: bool = True,
 ) -> LossOutput:
@@ -129,29 +110,14 @@ def ipo_loss(
     Raises:
         ValueError: as `dpo_loss`.
     """
-    check_positive(beta=beta)
-    chosen, rejected = log_ratios(
-        policy_chosen_logps,
-        policy_rejected_logps,
-        ref_chosen_logps,
-        ref_rejected_logps,
-        chosen_lengths=chosen_lengths,
-        rejected_lengths=rejected_lengths,
-    )
     if length_normalize:
         chosen, rejected = per_token(chosen, chosen_lengths), per_token(rejected, rejected_lengths)
     return LossOutput((chosen - rejected - 1 / (2 * beta)).square(), pair_rewards(beta * chosen, beta * rejected))
 
 
 @register_loss("hinge", paper="2309.06657")
-def hinge_loss(
-    policy_chosen_logps: Tensor,
-    policy_rejected_logps: Tensor,
-    ref_chosen_logps: Tensor | None = None,
-    ref_rejected_logps: Tensor | None = None,
-    beta: float = 0.05,
-    margins: Tensor | None = None,
-) -> LossOutput:
+@of_log_ratios(reference_free=True)
+def hinge_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.05, margins: Tensor | None = None) -> Tensor:
     """max(0, 1 − βh): a pair beyond its margin trains nothing.
 
     Statistical rejection sampling optimisation (RSO), hinge-norm, β being the paper's γ.
@@ -162,25 +128,19 @@ def hinge_loss(
     Raises:
         ValueError: as `dpo_loss`.
     """
-    check_positive(beta=beta)
-    chosen, rejected = log_ratios(
-        policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, margins=margins
-    )
-    losses = torch.relu(1 - less_margins(beta * (chosen - rejected), margins))
-    return LossOutput(losses, pair_rewards(beta * chosen, beta * rejected))
+    return torch.relu(1 - less_margins(beta * (chosen - rejected), margins))
 
 
 @register_loss("wpo", paper="2406.11827")
+@of_log_ratios(reference_free=True)
 def wpo_loss(
-    policy_chosen_logps: Tensor,
-    policy_rejected_logps: Tensor,
+    chosen: Tensor,
+    rejected: Tensor,
     policy_chosen_alignment: Tensor,
     policy_rejected_alignment: Tensor,
-    ref_chosen_logps: Tensor | None = None,
-    ref_rejected_logps: Tensor | None = None,
     beta: float = 0.1,
     label_smoothing: float = 0.0,
-) -> LossOutput:
+) -> Tensor:
     """sg[min(1, w_w·w_l)]·ℓ(βh): off-policy pairs weigh less; w = exp(mean_t(log π_t − log Σ_v π_v²)).
 
     Weighted preference optimisation, eq. 2 with the sampled-alignment weights of section 3.2; the weight is no
@@ -194,11 +154,9 @@ def wpo_loss(
     Raises:
         ValueError: as `dpo_loss`.
     """
-    output = dpo_loss(
-        policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta, label_smoothing
-    )
-    output.losses = output.losses * wpo_weights(policy_chosen_alignment, policy_rejected_alignment, output.losses)
-    return output
+    check_range("label_smoothing", label_smoothing, 0.0, 0.5)
+    losses = logistic(beta * (chosen - rejected), label_smoothing)
+    return losses * wpo_weights(policy_chosen_alignment, policy_rejected_alignment, losses)
 
 
 def wpo_weights(chosen_alignment: Tensor, rejected_alignment: Tensor, losses: Tensor) -> Tensor:

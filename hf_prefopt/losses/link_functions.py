@@ -11,27 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_prefopt.losses.base import (
-    LossOutput,
-    check_positive,
-    check_range,
-    exp_to_tangent,
-    log_ratios,
-    logistic,
-    pair_rewards,
-)
+from hf_prefopt.losses.base import check_range, exp_to_tangent, logistic, of_log_ratios
 from hf_prefopt.losses.registry import register_loss
 
 
 @register_loss("robust", aliases=("robust_dpo",), paper="2403.00409")
-def robust_loss(
-    policy_chosen_logps: Tensor,
-    policy_rejected_logps: Tensor,
-    ref_chosen_logps: Tensor | None = None,
-    ref_rejected_logps: Tensor | None = None,
-    beta: float = 0.1,
-    label_smoothing: float = 0.1,
-) -> LossOutput:
+@of_log_ratios(reference_free=True)
+def robust_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.1, label_smoothing: float = 0.1) -> Tensor:
     """[(1−ε)ℓ(βh) − εℓ(−βh)]/(1−2ε): an unbiased DPO loss where labels are flipped with probability ε.
 
     Provably robust DPO (rDPO), the loss whose expectation over the flips is DPO's on clean labels; ε = 0 is DPO.
@@ -45,23 +31,15 @@ def robust_loss(
     Raises:
         ValueError: shapes differ, one reference is missing, or a hyperparameter is out of range.
     """
-    check_positive(beta=beta)
     check_range("label_smoothing", label_smoothing, 0.0, 0.5)
-    chosen, rejected = log_ratios(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps)
     margin = beta * (chosen - rejected)
     kept, flipped = (1 - label_smoothing) * logistic(margin), label_smoothing * logistic(-margin)
-    return LossOutput((kept - flipped) / (1 - 2 * label_smoothing), pair_rewards(beta * chosen, beta * rejected))
+    return (kept - flipped) / (1 - 2 * label_smoothing)
 
 
 @register_loss("exo_pair", aliases=("exo_pref",), paper="2402.00856")
-def exo_pair_loss(
-    policy_chosen_logps: Tensor,
-    policy_rejected_logps: Tensor,
-    ref_chosen_logps: Tensor | None = None,
-    ref_rejected_logps: Tensor | None = None,
-    beta: float = 0.1,
-    label_smoothing: float = 1e-3,
-) -> LossOutput:
+@of_log_ratios(reference_free=True)
+def exo_pair_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.1, label_smoothing: float = 1e-3) -> Tensor:
     """q_w log(q_w/(1−ε)) + q_l log(q_l/ε), q_w = σ(βh) = 1 − q_l: the reverse KL(q‖p) to soft labels p = (1−ε, ε).
 
     Efficient exact optimisation, EXO-pref, eq. 16 for two responses. The loss is 0 at βh = log((1−ε)/ε), and grows
@@ -75,24 +53,16 @@ def exo_pair_loss(
     Raises:
         ValueError: as `robust_loss`.
     """
-    check_positive(beta=beta)
     check_range("label_smoothing", label_smoothing, 0.0, 0.5, open_low=True)
-    chosen, rejected = log_ratios(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps)
     margin = beta * (chosen - rejected)
     chosen_part = torch.sigmoid(margin) * (F.logsigmoid(margin) - math.log1p(-label_smoothing))
     rejected_part = torch.sigmoid(-margin) * (F.logsigmoid(-margin) - math.log(label_smoothing))
-    return LossOutput(chosen_part + rejected_part, pair_rewards(beta * chosen, beta * rejected))
+    return chosen_part + rejected_part
 
 
 @register_loss("discopop", aliases=("lrml",), paper="2406.08414")
-def discopop_loss(
-    policy_chosen_logps: Tensor,
-    policy_rejected_logps: Tensor,
-    ref_chosen_logps: Tensor | None = None,
-    ref_rejected_logps: Tensor | None = None,
-    beta: float = 0.05,
-    discopop_tau: float = 0.05,
-) -> LossOutput:
+@of_log_ratios(reference_free=True)
+def discopop_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.05, discopop_tau: float = 0.05) -> Tensor:
     """(1−m)ℓ(βh) + m·e^(−βh), m = σ(βh/τ): logistic for pairs ranked wrongly, exponential for those ranked right.
 
     Discovered preference optimisation (DiscoPOP), the log-ratio modulated loss, eq. 5. It is not monotone: with the
@@ -106,14 +76,11 @@ def discopop_loss(
     Raises:
         ValueError: as `robust_loss`.
     """
-    check_positive(beta=beta)
     check_range("discopop_tau", discopop_tau, 0.0, 1.0, open_low=True, closed_high=True)
-    chosen, rejected = log_ratios(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps)
     margin = beta * (chosen - rejected)
     modulation = margin / discopop_tau
     exponential = torch.exp(F.logsigmoid(modulation) - margin)
-    losses = torch.sigmoid(-modulation) * logistic(margin) + exponential
-    return LossOutput(losses, pair_rewards(beta * chosen, beta * rejected))
+    return torch.sigmoid(-modulation) * logistic(margin) + exponential
 
 
 # Table 1 of the GPO paper, each a function of z = βh; e^(−z) goes on as its tangent below z = −20.
@@ -128,14 +95,8 @@ GPO_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @register_loss("gpo", paper="2402.05749")
-def gpo_loss(
-    policy_chosen_logps: Tensor,
-    policy_rejected_logps: Tensor,
-    ref_chosen_logps: Tensor | None = None,
-    ref_rejected_logps: Tensor | None = None,
-    beta: float = 0.1,
-    function: str = "logistic",
-) -> LossOutput:
+@of_log_ratios(reference_free=True)
+def gpo_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.1, function: str = "logistic") -> Tensor:
     """f(βh): logistic, hinge (1−z)₊, square (z−1)², exponential e^−z, truncated_square (1−z)₊², savage 1/(1+e^z)².
 
     Generalised preference optimisation, table 1, read from the paper as no code is published: f is a convex (savage:
@@ -150,22 +111,14 @@ def gpo_loss(
     Raises:
         ValueError: as `robust_loss`, or no such function.
     """
-    check_positive(beta=beta)
     if function not in GPO_FUNCTIONS:
         raise ValueError(f"function={function!r} is not one of {', '.join(GPO_FUNCTIONS)}")
-    chosen, rejected = log_ratios(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps)
-    losses = GPO_FUNCTIONS[function](beta * (chosen - rejected))
-    return LossOutput(losses, pair_rewards(beta * chosen, beta * rejected))
+    return GPO_FUNCTIONS[function](beta * (chosen - rejected))
 
 
 @register_loss("cauchy", paper="2405.14953")
-def cauchy_loss(
-    policy_chosen_logps: Tensor,
-    policy_rejected_logps: Tensor,
-    ref_chosen_logps: Tensor | None = None,
-    ref_rejected_logps: Tensor | None = None,
-    beta: float = 0.1,
-) -> LossOutput:
+@of_log_ratios(reference_free=True)
+def cauchy_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.1) -> Tensor:
     """−log(atan(βh)/π + ½): preferences follow a Cauchy distribution, whose heavy tails forgive wrong labels.
 
     From the code published with MallowsPO; the paper itself does not derive it. The probability is the angle
@@ -176,23 +129,19 @@ def cauchy_loss(
     Raises:
         ValueError: as `robust_loss`.
     """
-    check_positive(beta=beta)
-    chosen, rejected = log_ratios(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps)
     margin = beta * (chosen - rejected)
-    losses = -torch.log(torch.atan2(torch.ones_like(margin), -margin) / math.pi)
-    return LossOutput(losses, pair_rewards(beta * chosen, beta * rejected))
+    return -torch.log(torch.atan2(torch.ones_like(margin), -margin) / math.pi)
 
 
 @register_loss("focal_po", aliases=("focalpo",), paper="2501.06645")
+@of_log_ratios(reference_free=True)
 def focal_po_loss(
-    policy_chosen_logps: Tensor,
-    policy_rejected_logps: Tensor,
-    ref_chosen_logps: Tensor | None = None,
-    ref_rejected_logps: Tensor | None = None,
+    chosen: Tensor,
+    rejected: Tensor,
     beta: float = 0.1,
     gamma: float = 0.05,
     detach_weight: bool = False,
-) -> LossOutput:
+) -> Tensor:
     """−p^γ log p, p = σ(βh): pairs that the policy ranks wrongly weigh less.
 
     FocalPO: the focal loss with its factor turned round, p^γ for (1−p)^γ; γ = 0 is DPO. Written from the paper's
@@ -208,10 +157,7 @@ def focal_po_loss(
     Raises:
         ValueError: as `robust_loss`.
     """
-    check_positive(beta=beta)
     check_range("gamma", gamma, 0.0)
-    chosen, rejected = log_ratios(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps)
     losses = logistic(beta * (chosen - rejected))
     weight = torch.exp(-gamma * losses)
-    losses = (weight.detach() if detach_weight else weight) * losses
-    return LossOutput(losses, pair_rewards(beta * chosen, beta * rejected))
+    return (weight.detach() if detach_weight else weight) * losses

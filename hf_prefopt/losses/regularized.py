@@ -11,22 +11,16 @@ from hf_prefopt.losses.base import (
     check_positive,
     check_range,
     exp_to_tangent,
-    log_ratios,
     logistic,
+    of_log_ratios,
     pair_rewards,
 )
 from hf_prefopt.losses.registry import register_loss
 
 
 @register_loss("dpop", aliases=("dpo_positive",), paper="2402.13228")
-def dpop_loss(
-    policy_chosen_logps: Tensor,
-    policy_rejected_logps: Tensor,
-    ref_chosen_logps: Tensor,
-    ref_rejected_logps: Tensor,
-    beta: float = 0.3,
-    lambda_coef: float = 50.0,
-) -> LossOutput:
+@of_log_ratios()
+def dpop_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.3, lambda_coef: float = 50.0) -> LossOutput:
     """ℓ(β(h − λ·max(0, −r_w))): a chosen response less likely than under the reference costs λ times its fall.
 
     DPO-positive (Smaug), eq. 3; λ = 0 is DPO. The implicit reward stays βr, of which the penalty is no part.
@@ -40,9 +34,7 @@ def dpop_loss(
     Raises:
         ValueError: shapes differ or a hyperparameter is out of range.
     """
-    check_positive(beta=beta)
     check_range("lambda_coef", lambda_coef, 0.0)
-    chosen, rejected = log_ratios(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps)
     penalty = lambda_coef * (-chosen).relu()
     return LossOutput(
         logistic(beta * (chosen - rejected - penalty)),
@@ -52,13 +44,12 @@ def dpop_loss(
 
 
 @register_loss("r_dpo", paper="2403.19159")
+@of_log_ratios(reference_free=True)
 def r_dpo_loss(
-    policy_chosen_logps: Tensor,
-    policy_rejected_logps: Tensor,
+    chosen: Tensor,
+    rejected: Tensor,
     chosen_lengths: Tensor,
     rejected_lengths: Tensor,
-    ref_chosen_logps: Tensor | None = None,
-    ref_rejected_logps: Tensor | None = None,
     beta: float = 0.1,
     alpha: float = 0.05,
 ) -> LossOutput:
@@ -75,16 +66,7 @@ def r_dpo_loss(
     Raises:
         ValueError: as `dpop_loss`, or one reference is missing.
     """
-    check_positive(beta=beta)
     check_range("alpha", alpha, 0.0)
-    chosen, rejected = log_ratios(
-        policy_chosen_logps,
-        policy_rejected_logps,
-        ref_chosen_logps,
-        ref_rejected_logps,
-        chosen_lengths=chosen_lengths,
-        rejected_lengths=rejected_lengths,
-    )
     # Whole-number lengths times a Python float would be fp32, whatever the log-probs are.
     chosen = beta * chosen + alpha * chosen_lengths.to(chosen)
     rejected = beta * rejected + alpha * rejected_lengths.to(rejected)
@@ -92,11 +74,10 @@ def r_dpo_loss(
 
 
 @register_loss("dpo_shift", paper="2502.07599")
+@of_log_ratios()
 def dpo_shift_loss(
-    policy_chosen_logps: Tensor,
-    policy_rejected_logps: Tensor,
-    ref_chosen_logps: Tensor,
-    ref_rejected_logps: Tensor,
+    chosen: Tensor,
+    rejected: Tensor,
     beta: float = 0.1,
     lambda_coef: float = 0.7,
     lambda_end: float | None = None,
@@ -117,10 +98,8 @@ def dpo_shift_loss(
     Raises:
         ValueError: as `dpop_loss`.
     """
-    check_positive(beta=beta)
     check_range("lambda_coef", lambda_coef, 0.0, 1.0, closed_high=True)
     check_range("progress", progress, 0.0, 1.0, closed_high=True)
-    chosen, rejected = log_ratios(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps)
     components = {}
     if lambda_end is not None:
         check_range("lambda_end", lambda_end, 0.0, 1.0, closed_high=True)
@@ -131,14 +110,8 @@ def dpo_shift_loss(
 
 
 @register_loss("chi_po", aliases=("chipo",), paper="2407.13399", has_own_divergence=True)
-def chi_po_loss(
-    policy_chosen_logps: Tensor,
-    policy_rejected_logps: Tensor,
-    ref_chosen_logps: Tensor,
-    ref_rejected_logps: Tensor,
-    beta: float = 0.1,
-    reward_bound: float | None = None,
-) -> LossOutput:
+@of_log_ratios()
+def chi_po_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.1, reward_bound: float | None = None) -> LossOutput:
     """ℓ(clip(β(φ(r_w) − φ(r_l)), ±2R)), φ(r) = r + e^r: DPO held to the reference by χ² beside the KL.
 
     χ²-preference optimisation, algorithm 1, its link φ(z) = z + log z taken at z = π/π_ref = e^r. φ is the derivative
@@ -155,11 +128,7 @@ def chi_po_loss(
     Raises:
         ValueError: as `dpop_loss`.
     """
-    check_positive(beta=beta)
-    chosen, rejected = (
-        beta * (ratio + exp_to_tangent(ratio))
-        for ratio in log_ratios(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps)
-    )
+    chosen, rejected = (beta * (ratio + exp_to_tangent(ratio)) for ratio in (chosen, rejected))
     margin = chosen - rejected
     if reward_bound is not None:
         check_positive(reward_bound=reward_bound)

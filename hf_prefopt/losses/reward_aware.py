@@ -13,8 +13,8 @@ from hf_prefopt.losses.base import (
     UnsuitableExamples,
     check_positive,
     check_range,
-    log_ratios,
     logistic,
+    of_log_ratios,
     pair_rewards,
 )
 from hf_prefopt.losses.registry import register_loss
@@ -42,11 +42,10 @@ def _check_order(chosen_scores: Tensor, rejected_scores: Tensor, margin: str) ->
 
 
 @register_loss("odpo", paper="2402.10571", check_data=_check_order)
+@of_log_ratios()
 def odpo_loss(
-    policy_chosen_logps: Tensor,
-    policy_rejected_logps: Tensor,
-    ref_chosen_logps: Tensor,
-    ref_rejected_logps: Tensor,
+    chosen: Tensor,
+    rejected: Tensor,
     chosen_scores: Tensor,
     rejected_scores: Tensor,
     beta: float = 0.1,
@@ -67,31 +66,13 @@ def odpo_loss(
     Raises:
         ValueError: shapes differ or a hyperparameter is out of range.
     """
-    check_positive(beta=beta)
     check_range("alpha", alpha, 0.0)
     if margin not in MARGINS:
-        raise ValueError(f"margin={margin!r} is none of {', '.join(MARGINS)}")
-    chosen, rejected = log_ratios(
-        policy_chosen_logps,
-        policy_rejected_logps,
-        ref_chosen_logps,
-        ref_rejected_logps,
-        chosen_scores=chosen_scores,
-        rejected_scores=rejected_scores,
-    )
+        raise ValueError(f"margin={margin!r} is not one of {', '.join(MARGINS)}")
     excess = chosen_scores - rejected_scores if margin == "difference" else chosen_scores / rejected_scores
     offsets = alpha * excess.log() if alpha > 0 else torch.zeros_like(excess)
     losses = logistic(beta * (chosen - rejected) - offsets)
     return LossOutput(losses, pair_rewards(beta * chosen, beta * rejected), {"margin": offsets})
-
-
-def _margins_and_targets(
-    logps: tuple[Tensor, Tensor, Tensor, Tensor], scores: tuple[Tensor, Tensor], beta: float, eta: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """βh and ηΔR, each `[B]`, and the rewards `[B, 2]`. Raises `ValueError` as the losses below do."""
-    check_positive(beta=beta, eta=eta)
-    chosen, rejected = log_ratios(*logps, chosen_scores=scores[0], rejected_scores=scores[1])
-    return beta * (chosen - rejected), eta * (scores[0] - scores[1]), pair_rewards(beta * chosen, beta * rejected)
 
 
 def _bernoulli_kl(first: Tensor, second: Tensor) -> Tensor:
@@ -101,16 +82,15 @@ def _bernoulli_kl(first: Tensor, second: Tensor) -> Tensor:
 
 
 @register_loss("rpo_bwd", paper="2406.11704")
+@of_log_ratios()
 def rpo_bwd_loss(
-    policy_chosen_logps: Tensor,
-    policy_rejected_logps: Tensor,
-    ref_chosen_logps: Tensor,
-    ref_rejected_logps: Tensor,
+    chosen: Tensor,
+    rejected: Tensor,
     chosen_scores: Tensor,
     rejected_scores: Tensor,
     beta: float = 0.2,
     eta: float = 1.0,
-) -> LossOutput:
+) -> Tensor:
     """KL(p* ‖ p), p* = σ(ηΔR), p = σ(βh): the margin is led to ηΔR, not to infinity.
 
     Reward-aware preference optimisation (Nemotron-4 340B) with the "backward" KL of its source: that of the scores'
@@ -126,22 +106,20 @@ def rpo_bwd_loss(
     Raises:
         ValueError: shapes differ or a hyperparameter is out of range.
     """
-    logps = (policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps)
-    margins, targets, rewards = _margins_and_targets(logps, (chosen_scores, rejected_scores), beta, eta)
-    return LossOutput(_bernoulli_kl(targets, margins), rewards)
+    check_positive(eta=eta)
+    return _bernoulli_kl(eta * (chosen_scores - rejected_scores), beta * (chosen - rejected))
 
 
 @register_loss("rpo_fwd", paper="2406.11704")
+@of_log_ratios()
 def rpo_fwd_loss(
-    policy_chosen_logps: Tensor,
-    policy_rejected_logps: Tensor,
-    ref_chosen_logps: Tensor,
-    ref_rejected_logps: Tensor,
+    chosen: Tensor,
+    rejected: Tensor,
     chosen_scores: Tensor,
     rejected_scores: Tensor,
     beta: float = 0.2,
     eta: float = 1.0,
-) -> LossOutput:
+) -> Tensor:
     """KL(p ‖ p*), p = σ(βh), p* = σ(ηΔR): `rpo_bwd` with the KL the other way round, as its source names them.
 
     Pairs that the policy has far wrong train little: its gradient in βh is p(1 − p)(βh − ηΔR). Arguments as in
@@ -152,22 +130,20 @@ def rpo_fwd_loss(
     Raises:
         ValueError: shapes differ or a hyperparameter is out of range.
     """
-    logps = (policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps)
-    margins, targets, rewards = _margins_and_targets(logps, (chosen_scores, rejected_scores), beta, eta)
-    return LossOutput(_bernoulli_kl(margins, targets), rewards)
+    check_positive(eta=eta)
+    return _bernoulli_kl(beta * (chosen - rejected), eta * (chosen_scores - rejected_scores))
 
 
 @register_loss("rpo_sq", paper="2406.11704")
+@of_log_ratios()
 def rpo_sq_loss(
-    policy_chosen_logps: Tensor,
-    policy_rejected_logps: Tensor,
-    ref_chosen_logps: Tensor,
-    ref_rejected_logps: Tensor,
+    chosen: Tensor,
+    rejected: Tensor,
     chosen_scores: Tensor,
     rejected_scores: Tensor,
     beta: float = 0.2,
     eta: float = 1.0,
-) -> LossOutput:
+) -> Tensor:
     """(βh − ηΔR)²: the reward margin regressed on the scores'.
 
     Reward-aware preference optimisation with a squared distance. Arguments as in `rpo_bwd_loss`.
@@ -177,21 +153,19 @@ def rpo_sq_loss(
     Raises:
         ValueError: shapes differ or a hyperparameter is out of range.
     """
-    logps = (policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps)
-    margins, targets, rewards = _margins_and_targets(logps, (chosen_scores, rejected_scores), beta, eta)
-    return LossOutput((margins - targets).square(), rewards)
+    check_positive(eta=eta)
+    return (beta * (chosen - rejected) - eta * (chosen_scores - rejected_scores)).square()
 
 
 @register_loss("sppo", paper="2405.00675")
+@of_log_ratios()
 def sppo_loss(
-    policy_chosen_logps: Tensor,
-    policy_rejected_logps: Tensor,
-    ref_chosen_logps: Tensor,
-    ref_rejected_logps: Tensor,
+    chosen: Tensor,
+    rejected: Tensor,
     chosen_win_rates: Tensor,
     rejected_win_rates: Tensor | None = None,
     beta: float = 0.001,
-) -> LossOutput:
+) -> Tensor:
     """½[(r_w − (P_w − ½)/β)² + (r_l − (P_l − ½)/β)²]: each log-ratio is led to what its win rate says.
 
     Self-play preference optimisation with win rates P of each response against the samples of its prompt, β being the
@@ -207,17 +181,7 @@ def sppo_loss(
     Raises:
         ValueError: shapes differ or beta is out of range.
     """
-    check_positive(beta=beta)
     if rejected_win_rates is None:
         rejected_win_rates = 1 - chosen_win_rates
-    chosen, rejected = log_ratios(
-        policy_chosen_logps,
-        policy_rejected_logps,
-        ref_chosen_logps,
-        ref_rejected_logps,
-        chosen_win_rates=chosen_win_rates,
-        rejected_win_rates=rejected_win_rates,
-    )
     targets = (chosen_win_rates - 0.5) / beta, (rejected_win_rates - 0.5) / beta
-    losses = ((chosen - targets[0]).square() + (rejected - targets[1]).square()) / 2
-    return LossOutput(losses, pair_rewards(beta * chosen, beta * rejected))
+    return ((chosen - targets[0]).square() + (rejected - targets[1]).square()) / 2

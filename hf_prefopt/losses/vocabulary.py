@@ -11,20 +11,19 @@ from hf_prefopt.losses.base import (
     check_positive,
     check_range,
     check_same_shape,
-    log_ratios,
     logistic,
     mean_logps,
+    of_log_ratios,
     pair_rewards,
 )
 from hf_prefopt.losses.registry import register_loss
 
 
 @register_loss("tdpo1", paper="2404.11999", has_own_divergence=True)
+@of_log_ratios()
 def tdpo1_loss(
-    policy_chosen_logps: Tensor,
-    policy_rejected_logps: Tensor,
-    ref_chosen_logps: Tensor,
-    ref_rejected_logps: Tensor,
+    chosen: Tensor,
+    rejected: Tensor,
     policy_chosen_kl: Tensor,
     policy_rejected_kl: Tensor,
     beta: float = 0.1,
@@ -43,24 +42,14 @@ def tdpo1_loss(
     Raises:
         ValueError: shapes differ or beta is out of range.
     """
-    check_positive(beta=beta)
-    chosen, rejected = log_ratios(
-        policy_chosen_logps,
-        policy_rejected_logps,
-        ref_chosen_logps,
-        ref_rejected_logps,
-        policy_chosen_kl=policy_chosen_kl,
-        policy_rejected_kl=policy_rejected_kl,
-    )
     return _with_divergence(chosen, rejected, policy_chosen_kl, policy_rejected_kl, beta)
 
 
 @register_loss("tdpo2", paper="2404.11999", has_own_divergence=True)
+@of_log_ratios()
 def tdpo2_loss(
-    policy_chosen_logps: Tensor,
-    policy_rejected_logps: Tensor,
-    ref_chosen_logps: Tensor,
-    ref_rejected_logps: Tensor,
+    chosen: Tensor,
+    rejected: Tensor,
     policy_chosen_kl: Tensor,
     policy_rejected_kl: Tensor,
     beta: float = 0.1,
@@ -79,16 +68,7 @@ def tdpo2_loss(
     Raises:
         ValueError: as `tdpo1_loss`.
     """
-    check_positive(beta=beta)
     check_range("alpha", alpha, 0.0)
-    chosen, rejected = log_ratios(
-        policy_chosen_logps,
-        policy_rejected_logps,
-        ref_chosen_logps,
-        ref_rejected_logps,
-        policy_chosen_kl=policy_chosen_kl,
-        policy_rejected_kl=policy_rejected_kl,
-    )
     return _with_divergence(chosen, rejected, alpha * policy_chosen_kl.detach(), alpha * policy_rejected_kl, beta)
 
 
@@ -103,11 +83,10 @@ def _with_divergence(
 
 
 @register_loss("mallows_dpo", paper="2405.14953")
+@of_log_ratios()
 def mallows_dpo_loss(
-    policy_chosen_logps: Tensor,
-    policy_rejected_logps: Tensor,
-    ref_chosen_logps: Tensor,
-    ref_rejected_logps: Tensor,
+    chosen: Tensor,
+    rejected: Tensor,
     ref_chosen_normalised_entropy: Tensor,
     ref_rejected_normalised_entropy: Tensor,
     beta: float = 0.1,
@@ -129,15 +108,7 @@ def mallows_dpo_loss(
     Raises:
         ValueError: shapes differ or a hyperparameter is out of range.
     """
-    check_positive(beta=beta, dispersion_scale=dispersion_scale)
-    chosen, rejected = log_ratios(
-        policy_chosen_logps,
-        policy_rejected_logps,
-        ref_chosen_logps,
-        ref_rejected_logps,
-        ref_chosen_normalised_entropy=ref_chosen_normalised_entropy,
-        ref_rejected_normalised_entropy=ref_rejected_normalised_entropy,
-    )
+    check_positive(dispersion_scale=dispersion_scale)
     dispersion = _dispersion(ref_chosen_normalised_entropy, ref_rejected_normalised_entropy, dispersion_scale)
     return _dispersed(beta * chosen, beta * rejected, dispersion)
 
