@@ -7,9 +7,9 @@ import torch
 from datasets import Dataset
 
 from hf_prefopt.data.prepare import prepare_dataset
+from hf_prefopt.kinds.made_up import made_up_inputs
 from hf_prefopt.losses import get_loss
 from hf_prefopt.objective.build import build_objective
-from hf_prefopt.testing.made_up import made_up_inputs
 from tests.data.helpers import real_rows, text_pair
 from tests.test_trainer_exactness import DESCENT, off_reference, run
 from tests.tiny_models import perturbed, tiny_model

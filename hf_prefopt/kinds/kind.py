@@ -48,14 +48,12 @@ class Extra:
         columns: the names that people have for the column in a raw row; the first is the one to offer.
         default: what an example without it has; `None` where a loss that asks for it cannot do without.
         low, high: the values allowed, both included.
-        made_up: the values of two examples, to try a loss on.
     """
 
     columns: tuple[str, ...]
     default: float | None = None
     low: float = -np.inf
     high: float = np.inf
-    made_up: tuple[float, float] = (1.0, 1.0)
 
 
 WEIGHT = Extra(("weight", "sample_weight"), default=1.0, low=0.0)
@@ -188,14 +186,6 @@ class ExampleKind(ABC):
             place among that row's examples.
         """
 
-    def made_up(self, name: str) -> Tensor:
-        """Two examples' worth of an input of that name, to try a loss on."""
-        return torch.tensor(self.extras[name].made_up) if name in self.extras else self.made_up_needed(name)
-
-    @abstractmethod
-    def made_up_needed(self, name: str) -> Tensor:
-        """`made_up` of what every example has."""
-
     @abstractmethod
     def figures(self, rewards: Tensor | None, inputs: Mapping[str, Tensor]) -> dict[str, Figure]:
         """The metrics of the examples, by the names they are logged under."""
@@ -229,14 +219,3 @@ def row_numbers(rows: Sequence[Mapping[str, Any]], counts: Sequence[int]) -> dic
         "rows": np.repeat(np.array([row["row"] for row in rows], dtype=np.int64), counts),
         "pair_in_row": np.concatenate([np.arange(count) for count in counts]),
     }
-
-
-def made_up_statistic(name: str) -> Tensor:
-    """An input of that name of two responses of eight tokens: −4 nats in all, weights of 1, a KL or entropy of ½."""
-    if name.endswith(("token_mask", "token_weights")):
-        return torch.ones(2, 8, dtype=torch.bool if name.endswith("mask") else torch.float32)
-    if name.endswith("token_logps"):
-        return torch.full((2, 8), -0.5)
-    if name.endswith(("entropy", "kl")):
-        return torch.full((2,), 0.5)
-    return torch.full((2,), 8 if name.endswith("lengths") else -4.0)

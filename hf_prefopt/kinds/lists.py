@@ -52,14 +52,6 @@ class Lists(ExampleKind):
             **super().facts_of(rows),
         }
 
-    def made_up_needed(self, name: str) -> Tensor:
-        """Two lists of three, the third the best."""
-        if name == "list_mask":
-            return torch.ones(2, 3, dtype=torch.bool)
-        if name in self.facts:
-            return torch.tensor([[0.0, 0.5, 1.0]] * 2) * (1 if name == "list_scores" else -1)
-        return torch.full((2, 3), 8 if name.endswith("lengths") else -4.0)
-
     def figures(self, rewards: Tensor | None, inputs: Mapping[str, Tensor]) -> dict[str, Figure]:
         """The best by the data: its reward, how often it has the highest one (a tie of n counts 1/n), by how much it
         is above the mean of the others."""

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_prefopt.kinds.kind import WEIGHT, ExampleKind, Extra, Figure, made_up_statistic, row_numbers
+from hf_prefopt.kinds.kind import WEIGHT, ExampleKind, Extra, Figure, row_numbers
 
 
 class Pairs(ExampleKind):
@@ -22,13 +22,11 @@ class Pairs(ExampleKind):
     responses = {"chosen": "chosen", "rejected": "rejected"}  # noqa: RUF012
     extras = {  # noqa: RUF012
         "weights": WEIGHT,
-        "margins": Extra(("margin",), default=0.0, made_up=(0.5, 0.5)),
+        "margins": Extra(("margin",), default=0.0),
         "chosen_scores": Extra(("chosen_score", "score_chosen", "chosen_rating", "chosen-rating")),
-        "rejected_scores": Extra(
-            ("rejected_score", "score_rejected", "rejected_rating", "rejected-rating"), made_up=(0.5, 0.5)
-        ),
+        "rejected_scores": Extra(("rejected_score", "score_rejected", "rejected_rating", "rejected-rating")),
         "chosen_win_rates": Extra(("chosen_win_rate", "win_rate", "p_chosen"), low=0.0, high=1.0),
-        "rejected_win_rates": Extra(("rejected_win_rate", "p_rejected"), low=0.0, high=1.0, made_up=(0.0, 0.0)),
+        "rejected_win_rates": Extra(("rejected_win_rate", "p_rejected"), low=0.0, high=1.0),
     }
     facts = ("rows", "pair_in_row", "chosen_token_weights", "rejected_token_weights", *extras)
     rewarded = ("chosen", "rejected")
@@ -44,12 +42,6 @@ class Pairs(ExampleKind):
         indices = {"chosen": chosen.copy(), "rejected": rejected.copy()}
         weights = _token_weights(rows) if all("token_weights" in row for row in rows) else {}
         return {**indices, **weights, **self.facts_of(rows), **row_numbers(rows, counts)}
-
-    def made_up_needed(self, name: str) -> Tensor:
-        """Eight tokens, −4 nats; rows 0 and 1."""
-        if name in ("rows", "pair_in_row"):
-            return torch.arange(2)
-        return made_up_statistic(name)
 
     def refusal(self, row: Mapping[str, Any], inputs: Sequence[str]) -> str | None:
         """Weights of tokens cannot be made up."""

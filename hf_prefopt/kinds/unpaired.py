@@ -4,10 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from hf_prefopt.kinds.kind import WEIGHT, ExampleKind, Figure, made_up_statistic, row_numbers
+from hf_prefopt.kinds.kind import WEIGHT, ExampleKind, Figure, row_numbers
 
 
 class Unpaired(ExampleKind):
@@ -38,12 +37,6 @@ class Unpaired(ExampleKind):
         """With `labels` `[B]` bool."""
         labels = np.concatenate([np.array(row["labels"], dtype=bool) for row in rows])
         return {"labels": labels, **super().facts_of(rows)}
-
-    def made_up_needed(self, name: str) -> Tensor:
-        """A desirable and an undesirable example of eight tokens, −4 nats."""
-        if name == "labels":
-            return torch.tensor([True, False])
-        return made_up_statistic(name)
 
     def figures(self, rewards: Tensor | None, inputs: Mapping[str, Tensor]) -> dict[str, Figure]:
         """Means over the desirable ("chosen") and over the undesirable ("rejected") examples that there are."""

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_prefopt.kinds.made_up import made_up_examples
 from hf_prefopt.losses.base import check_range, expm1_to_tangent
 from hf_prefopt.objective.term import Inputs, Modifier, Names, Term, is_sum, policy_and_reference
 
@@ -102,8 +103,7 @@ def _is_of_log_ratios(term: Term) -> bool:
     def noise(tensor: Tensor) -> Tensor:
         return 3 * torch.rand(tensor.shape, generator=generator, dtype=torch.float64)
 
-    made_up = {name: torch.cat([term.spec.kind.made_up(name)] * 4) for name in term.names}
-    inputs = {name: x.double() if x.is_floating_point() else x for name, x in made_up.items()}
+    inputs = made_up_examples(term.names, count=8, dtype=torch.float64)
     inputs |= {name: x - noise(x) for name, x in inputs.items() if is_sum(name)}
     moved = dict(inputs)
     for policy, reference in policy_and_reference(term.names):

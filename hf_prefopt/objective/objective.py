@@ -8,6 +8,7 @@ from torch import Tensor
 
 from hf_prefopt.batch import PreferenceBatch, ResponseScores
 from hf_prefopt.kinds import KINDS
+from hf_prefopt.kinds.made_up import made_up_examples
 from hf_prefopt.losses.base import LossOutput
 from hf_prefopt.losses.dpo import wpo_weights
 from hf_prefopt.losses.registry import token_stats_of
@@ -135,4 +136,4 @@ class Objective:
 
     def _check_on_made_up_numbers(self) -> None:
         """Call every loss once, so that a bad hyperparameter is refused now and not at the first step."""
-        self({name: self.kind.made_up(name) for name in self.inputs})
+        self(made_up_examples(self.inputs))

@@ -8,6 +8,7 @@ def test_my_loss(check):
     check("my_loss")
 """
 
+from hf_prefopt.kinds.made_up import made_up_inputs
 from hf_prefopt.testing.checks import (
     call,
     check_empty_responses,
@@ -23,7 +24,6 @@ from hf_prefopt.testing.checks import (
     check_token_width,
     loss_checks,
 )
-from hf_prefopt.testing.made_up import made_up_inputs
 
 __all__ = [
     "call",

@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from hf_prefopt.kinds import LISTS, PAIRS, TRIPLES, UNPAIRED
+from hf_prefopt.kinds.made_up import made_up_inputs
 from hf_prefopt.losses.base import LossOutput
 from hf_prefopt.losses.registry import LossSpec, get_loss
 from hf_prefopt.objective.build import build_objective
-from hf_prefopt.testing.made_up import made_up_inputs
 
 Check = Callable[..., None]
 # For each kind of examples: the log-probs that losses of them may read, what is preferred first.

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from hf_prefopt.kinds.made_up import made_up_inputs
 from hf_prefopt.losses import alpha_dpo_loss, beta_dpo_loss, get_loss
 from hf_prefopt.objective.build import build_objective
-from hf_prefopt.testing.made_up import made_up_inputs
 from tests.losses import numpy_reference
 from tests.losses.pairs import vector
 from tests.tiny_models import perturbed, tiny_model

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from hf_prefopt.kinds.made_up import made_up_inputs
 from hf_prefopt.losses import get_loss, list_losses
-from hf_prefopt.testing.made_up import made_up_inputs
 from tests.losses.pairs import by_log_ratios
 
 BATCHWISE = [name for name in list_losses() if get_loss(name).needs_global_batch]

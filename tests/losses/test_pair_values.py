@@ -8,9 +8,9 @@ import math
 import pytest
 import torch
 
+from hf_prefopt.kinds.made_up import made_up_inputs
 from hf_prefopt.losses import get_loss, slic_hf_loss
 from hf_prefopt.losses.base import exp_to_tangent, expm1_to_tangent
-from hf_prefopt.testing.made_up import made_up_inputs
 from tests.losses import numpy_reference
 from tests.losses.pairs import by_log_ratios, vector
 

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
+from hf_prefopt.kinds.made_up import made_up_inputs
 from hf_prefopt.losses import get_loss
-from hf_prefopt.testing.made_up import made_up_inputs
 
 BETA = 0.3
 

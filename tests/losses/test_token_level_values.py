@@ -9,9 +9,9 @@ import math
 import pytest
 import torch
 
+from hf_prefopt.kinds.made_up import made_up_inputs
 from hf_prefopt.losses import get_loss
 from hf_prefopt.losses.token_level import _subset
-from hf_prefopt.testing.made_up import made_up_inputs
 from tests.losses import numpy_reference
 from tests.losses.pairs import vector
 

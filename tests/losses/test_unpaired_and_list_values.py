@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from hf_prefopt.kinds import PAIRS, TRIPLES
+from hf_prefopt.kinds.made_up import made_up_inputs
 from hf_prefopt.losses import get_loss, kto_weights, tpo_l_loss, tpo_loss
 from hf_prefopt.objective.build import build_objective
-from hf_prefopt.testing.made_up import made_up_inputs
 from tests.losses.pairs import by_log_ratios, vector
 
 

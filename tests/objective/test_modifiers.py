@@ -11,13 +11,13 @@ import torch
 
 from hf_prefopt.data.padded import PaddedCollator
 from hf_prefopt.data.shared import SharedCollator
+from hf_prefopt.kinds.made_up import made_up_inputs
 from hf_prefopt.losses import get_loss, list_losses
 from hf_prefopt.objective.build import build_objective
 from hf_prefopt.objective.divergences import FDivergence, f_prime
 from hf_prefopt.objective.inputs import loss_inputs
 from hf_prefopt.objective.token_sums import ColumnWeights, Humanline, LengthDesensitised, TokenSums
 from hf_prefopt.scoring.forward import install_scoring, score
-from hf_prefopt.testing.made_up import made_up_inputs
 from tests.losses.numpy_reference.basics import nll
 from tests.losses.pairs import vector
 from tests.tiny_models import tiny_model

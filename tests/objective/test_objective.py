@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from hf_prefopt.kinds.made_up import made_up_inputs
 from hf_prefopt.losses import get_loss
 from hf_prefopt.objective.build import build_objective
-from hf_prefopt.testing.made_up import made_up_inputs
 
 
 def losses(name, inputs, **params):

@@ -1,14 +1,20 @@
-"""One fixed batch of made-up scores for the losses, as named inputs."""
+"""Made-up examples of every kind, as the named inputs of losses: to try a loss on before training, and to test it.
+
+Among five examples are a tie of two pairs, responses of one token, and a list of one response.
+"""
+
+from collections.abc import Iterable
 
 import numpy as np
 import torch
+from torch import Tensor
 
-PAIRS = 5
+EXAMPLES = 5
 LONGEST_LIST = 4
 LONGEST_RESPONSE = 32
 
 
-def made_up_inputs(dtype=torch.float64, pairs: int = PAIRS, seed: int = 0) -> dict[str, torch.Tensor]:
+def made_up_inputs(dtype=torch.float64, pairs: int = EXAMPLES, seed: int = 0) -> dict[str, torch.Tensor]:
     """Inputs of `pairs` pairs by every name a loss must have: about −1.5 nats a token, log-ratios of a few nats."""
     rng = np.random.default_rng(seed)
     lengths = {side: rng.integers(3, 30, pairs) for side in ("chosen", "rejected")}
@@ -27,6 +33,23 @@ def made_up_inputs(dtype=torch.float64, pairs: int = PAIRS, seed: int = 0) -> di
     others |= {**_tokens(rng, inputs), **_whole_predictions(rng, pairs, dtype)}
     gold = _logps(rng, pairs, dtype)
     return {**inputs, **others, "policy_gold_logps": gold["policy"], "gold_lengths": gold["lengths"]}
+
+
+def made_up_examples(names: Iterable[str], count: int = 2, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """The inputs of these names, of any that a kind of examples has, for so many examples."""
+    known = made_up_inputs(dtype, count)
+    return {name: known[name] if name in known else _any_input(name, count, dtype) for name in names}
+
+
+def _any_input(name: str, count: int, dtype: torch.dtype) -> Tensor:
+    """Eight tokens of −½ nats, an entropy or KL of ½, an optional column of ½ or, for weights, of 1."""
+    shape = (count, LONGEST_RESPONSE) if "token" in name else (count, LONGEST_LIST) if "list" in name else (count,)
+    if name.endswith("mask"):
+        return torch.ones(shape, dtype=torch.bool)
+    if name.endswith("lengths"):
+        return torch.full(shape, 8)
+    value = 1.0 if name.endswith("weights") else -4.0 if name.endswith("logps") and "token" not in name else 0.5
+    return torch.full(shape, -value if name.endswith("token_logps") else value, dtype=dtype)
 
 
 def _tokens(rng, inputs) -> dict[str, torch.Tensor]:
