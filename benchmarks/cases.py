@@ -18,8 +18,8 @@ STEPS = 7
 PAIRS_A_STEP = 8
 
 
-def tokenised_alike(raw: Sequence[dict[str, Any]], peer: Side) -> list[Row]:
-    """Raw pairs as prepared rows, tokenised by TRL's trainer and by `hf_prefopt`.
+def tokenized_alike(raw: Sequence[dict[str, Any]], peer: Side) -> list[Row]:
+    """Raw pairs as prepared rows, tokenized by TRL's trainer and by `hf_prefopt`.
 
     Raises:
         AssertionError: the two give other token ids.
@@ -35,7 +35,7 @@ def tokenised_alike(raw: Sequence[dict[str, Any]], peer: Side) -> list[Row]:
         same = their_row["prompt_ids"] == our_row["prompt_ids"]
         same &= [their_row["chosen_ids"], their_row["rejected_ids"]] == our_row["response_ids"]
         if not same:
-            raise AssertionError(f"row {our_row['row']}: TRL and hf_prefopt tokenise it differently")
+            raise AssertionError(f"row {our_row['row']}: TRL and hf_prefopt tokenize it differently")
     return list(ours)
 
 
@@ -59,20 +59,20 @@ def _one_text(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def gsm8k(peer: Side, _: str) -> Work:
     """Pairs of solutions, shuffled."""
-    rows = tokenised_alike(read_rows("recipes/data/gsm8k_pairs/train.jsonl.gz")[:800], peer)
+    rows = tokenized_alike(read_rows("recipes/data/gsm8k_pairs/train.jsonl.gz")[:800], peer)
     return Work("GSM8K pairs", shuffled_batches(rows, PAIRS_A_STEP, STEPS), 3.6, 0.55)
 
 
 def chat(peer: Side, _: str) -> Work:
     """Instructions of very unequal lengths, shuffled."""
-    rows = tokenised_alike(read_rows("benchmarks/data/chat_pairs.jsonl.gz"), peer)
+    rows = tokenized_alike(read_rows("benchmarks/data/chat_pairs.jsonl.gz"), peer)
     return Work("chat pairs", shuffled_batches(rows, PAIRS_A_STEP, STEPS), 5.0, 0.3)
 
 
 def ranked(peer: Side, _: str) -> Work:
     """One long prompt a step, its best answer against each of three others: one group here, three pairs in TRL."""
     lists = 24
-    pairs = tokenised_alike(ranked_as_pairs(read_rows("benchmarks/data/ranked4.jsonl.gz")[:lists]), peer)
+    pairs = tokenized_alike(ranked_as_pairs(read_rows("benchmarks/data/ranked4.jsonl.gz")[:lists]), peer)
     groups = [merged(pairs[3 * number : 3 * number + 3]) for number in range(lists)]
     return Work("ranked lists, K = 4", shuffled_batches(groups, 1, STEPS), 3.0, 0.7)
 

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.work import synthetic
-from hf_prefopt.data.padded import PaddedCollator
-from hf_prefopt.data.shared import SharedCollator
+from hf_prefopt.data.layouts import PaddedCollator, SharedCollator
 from hf_prefopt.losses.dpo import dpo_loss
 from hf_prefopt.scoring import attention
 from hf_prefopt.scoring.attention import install_segment_attention, segment_attention

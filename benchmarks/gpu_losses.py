@@ -36,7 +36,7 @@ def _check(name: str, device: str) -> dict[str, Any]:
 def _two_steps(name: str, **settings: Any) -> list[float]:
     """The losses and norms of the gradient of two steps of a tiny Llama under a LoRA adapter."""
     from tests.tiny_models import tiny_model, with_lora
-    from tests.training import logged, make_trainer
+    from tests.trainers import logged, make_trainer
 
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(StringIO()):
         trainer = make_trainer(folder, with_lora(tiny_model()), loss_type=name, max_steps=2, **settings)

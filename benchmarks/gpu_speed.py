@@ -17,8 +17,7 @@ from torch import nn
 from benchmarks.gpu_correctness import dpo_step, moved
 from benchmarks.shapes import SHAPES, random_model
 from benchmarks.work import Row, prepared, read_rows, shared_positions, synthetic
-from hf_prefopt.data.padded import PaddedCollator
-from hf_prefopt.data.shared import SharedCollator
+from hf_prefopt.data.layouts import PaddedCollator, SharedCollator
 from hf_prefopt.scoring.attention import install_segment_attention
 from hf_prefopt.scoring.forward import base_causal_lm, install_scoring
 

@@ -1,7 +1,7 @@
 """The paired benchmark: first that both sides compute the same thing, then how long each takes, taken in turns.
 
 The machine may be shared, so the time is the process's own CPU time on one thread, and what is reported is the ratio of
-neighbouring measurements and not of two averages.
+neighboring measurements and not of two averages.
 """
 
 import gc

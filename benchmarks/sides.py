@@ -109,7 +109,7 @@ class Side:
         return trainer.training_step(self.model, batches[0], count)
 
     def step(self, rows: Sequence[Row]) -> Tensor:
-        """A whole optimisation step; the loss before it."""
+        """A whole optimization step; the loss before it."""
         loss = self.backward(rows)
         self.trainer.accelerator.clip_grad_norm_(self.model.parameters(), self.trainer.args.max_grad_norm)
         self.optimizer.step()

@@ -1,7 +1,7 @@
 """The work of the benchmark: which tokens are trained on, in one form for both trainers.
 
 A piece of work is prepared rows (prompt, responses, pairs), as `hf_prefopt` trains on. TRL trains on the same token
-ids, a row for each pair. Real rows are tokenised by TRL's trainer and by `hf_prefopt`, and the two must agree.
+ids, a row for each pair. Real rows are tokenized by TRL's trainer and by `hf_prefopt`, and the two must agree.
 """
 
 import gzip

@@ -1,4 +1,4 @@
-"""Offline preference optimisation for Hugging Face causal language models: one Trainer, the whole DPO family."""
+"""Offline preference optimization for Hugging Face causal language models: one Trainer, the whole DPO family."""
 
 from hf_prefopt.config import PreferenceConfig
 from hf_prefopt.losses import LossOutput, get_loss, list_losses, register_loss

@@ -38,9 +38,9 @@ class PreferenceBatch(TypedDict, total=False):
         list_responses, list_mask, list_ranks, list_scores: `[B, K]`, of lists (see `kinds.lists`).
         chosen_token_weights, rejected_token_weights: `[B, T]` fp32, of pairs whose tokens have weights, 0 behind the
             end of a response.
-        weights, margins, chosen_scores, ...: `[B]` float32, where rows have them (see `ExampleKind.extras`).
+        weights, margins, chosen_scores, ...: `[B]` float32, where rows have them (see `ExampleKind.optional_columns`).
         rows, pair_in_row: `[B]` int64, the example's row in its data set, and its place among that row's pairs.
-        counted: `[B]` bool, where some examples repeat earlier ones and do not count (see `data.repeated_rows`).
+        counted: `[B]` bool, where some examples repeat earlier ones and do not count (see `data.collator`).
 
     Set during a step that needs the global batch (see `training.global_batch`):
         place_in_step: this piece's number among the pieces of the step.
@@ -153,9 +153,9 @@ class ResponseScores:
         return self.mean_by_response(self.token_stats["entropy"])
 
     @property
-    def normalised_entropy(self) -> Tensor:
+    def normalized_entropy(self) -> Tensor:
         """`[R]`: the same as a share of log V, its largest value for a vocabulary of V tokens; in [0, 1]."""
-        return self.mean_by_response(self.token_stats["normalised_entropy"])
+        return self.mean_by_response(self.token_stats["normalized_entropy"])
 
     @property
     def kl(self) -> Tensor:

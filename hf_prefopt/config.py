@@ -21,7 +21,7 @@ from hf_prefopt.objective.build import build_objective
 from hf_prefopt.objective.divergences import DIVERGENCES, FDivergence
 from hf_prefopt.objective.objective import Objective
 from hf_prefopt.objective.term import Modifier
-from hf_prefopt.objective.token_sums import ColumnWeights, Humanline, LengthDesensitised, TokenStep, TokenSums
+from hf_prefopt.objective.token_sums import ColumnWeights, Humanline, LengthDesensitized, TokenStep, TokenSums
 
 # The headings of the settings, by the first one beneath each.
 GROUPS = {
@@ -261,7 +261,7 @@ class PreferenceConfig(TrainingArguments):
         if self.use_token_weights:
             steps.append(ColumnWeights())
         if self.ld_alpha not in (None, 1):
-            steps.append(LengthDesensitised(self.ld_alpha, self.ld_policy_only))
+            steps.append(LengthDesensitized(self.ld_alpha, self.ld_policy_only))
         elif self.ld_policy_only and self.ld_alpha is None:
             raise ValueError(
                 "ld_policy_only=True says how ld_alpha weighs, and that is not set: give ld_alpha in [0, 1]"

@@ -17,11 +17,11 @@ def check_values(args: Any) -> None:
     Args:
         args: a `PreferenceConfig`.
     """
-    _check_choice("truncation_mode", args.truncation_mode, TRUNCATION_MODES)
-    _check_choice("layout", args.layout, LAYOUTS)
-    _check_choice("on_bad_rows", args.on_bad_rows, BAD_ROWS)
+    check_choice("truncation_mode", args.truncation_mode, TRUNCATION_MODES)
+    check_choice("layout", args.layout, LAYOUTS)
+    check_choice("on_bad_rows", args.on_bad_rows, BAD_ROWS)
     if not re.fullmatch("adapter:.+", args.reference):
-        _check_choice("reference", args.reference, REFERENCES)
+        check_choice("reference", args.reference, REFERENCES)
     if args.loss_params is not None and not isinstance(args.loss_params, dict):
         raise ValueError(f"loss_params={args.loss_params!r} is not a mapping: pass a dict, or JSON on the command line")
     if args.max_tokens_per_batch is not None and args.max_tokens_per_batch < 1:
@@ -120,6 +120,7 @@ def without_fused_head(liger_kernel_config: dict[str, bool]) -> dict[str, bool]:
     return {**liger_kernel_config, "fused_linear_cross_entropy": False}
 
 
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raise `ValueError` unless the value of a setting is one of the choices."""
     if value not in choices:
         raise ValueError(f"{name}={value!r} is not one of {', '.join(choices)}")

@@ -21,7 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HPSearchBackend
 
 from hf_prefopt.batch import LoaderBatch, PreferenceBatch, join_examples
 from hf_prefopt.config import PreferenceConfig
-from hf_prefopt.data.mismatched import EpochOfMismatches
+from hf_prefopt.data.unpaired import EpochOfMismatches
 from hf_prefopt.objective.objective import Objective
 from hf_prefopt.policy import load_model, load_tokenizer, sample_of, under_adapter, with_adapter
 from hf_prefopt.reference.choose import check_reference

@@ -71,7 +71,7 @@ def convert(gguf_file: Path, folder: Path) -> None:
 
     source = {"pretrained_model_name_or_path": gguf_file.parent, "gguf_file": gguf_file.name}
     loaded = LlamaForCausalLM.from_pretrained(**source, dtype=torch.float32)
-    # What comes from a GGUF file counts as quantised and refuses to be saved: the weights move into a plain model.
+    # What comes from a GGUF file counts as quantized and refuses to be saved: the weights move into a plain model.
     config = loaded.config
     del config.quantization_config
     model = LlamaForCausalLM(config)

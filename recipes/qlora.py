@@ -1,7 +1,7 @@
 """Aligns a language model held in 4 bits with preference pairs, training a LoRA adapter on top (QLoRA).
 
-The base model is quantised by bitsandbytes (nf4) as it is loaded, a quarter of its size in bf16; the reference is that
-same quantised model with the adapter switched off, so there is no second one. It evaluates before and after, and saves
+The base model is quantized by bitsandbytes (nf4) as it is loaded, a quarter of its size in bf16; the reference is that
+same quantized model with the adapter switched off, so there is no second one. It evaluates before and after, and saves
 the adapter. On a CPU the 4-bit layers are slow: there it is a way to try the recipe out, with few rows.
 
 Left out on purpose: merging the adapter, which a model in 4 bits would round away.

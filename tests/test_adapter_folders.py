@@ -15,7 +15,7 @@ from hf_prefopt.policy import load_model, load_tokenizer
 from tests.reference.test_adapters import mean_chosen_logp
 from tests.tiny_models import perturbed, random_rows, tiny_model, with_lora
 from tests.tokenizers import tiny_tokenizer
-from tests.training import make_config, make_trainer, pairs, weights
+from tests.trainers import make_config, make_trainer, pairs, weights
 
 
 def lora():
@@ -122,8 +122,8 @@ def test_a_folder_under_model_init_kwargs(sft):
     assert dtypes == {(True, torch.float32), (False, torch.bfloat16)}
 
 
-def test_a_folder_on_a_quantised_base(tmp_path):
-    pytest.importorskip("bitsandbytes", reason="quantisation needs bitsandbytes")
+def test_a_folder_on_a_quantized_base(tmp_path):
+    pytest.importorskip("bitsandbytes", reason="quantization needs bitsandbytes")
     tiny_model(hidden_size=64, head_dim=16).save_pretrained(tmp_path / "base")
     perturbed(get_peft_model(plain(tmp_path / "base"), lora()), scale=0.05).save_pretrained(tmp_path / "sft")
     model = load_model(str(tmp_path / "sft"), None, BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"))

@@ -4,7 +4,7 @@ from transformers import ProgressCallback
 
 from hf_prefopt.console import finish_run, use_short_progress
 from hf_prefopt.reporting.progress import ShortProgressCallback
-from tests.training import make_trainer, pairs
+from tests.trainers import make_trainer, pairs
 
 
 def test_a_run_is_finished_with_card_curves_and_report(tmp_path, capsys):

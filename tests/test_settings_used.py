@@ -11,7 +11,7 @@ from hf_prefopt import PreferenceConfig, PreferenceTrainer
 from hf_prefopt.losses import get_loss, list_losses
 from tests.tiny_models import tiny_model
 from tests.tokenizers import tiny_tokenizer
-from tests.training import examples, logged, make_config, make_trainer
+from tests.trainers import examples, logged, make_config, make_trainer
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 OFF = {

@@ -14,7 +14,7 @@ from hf_prefopt import PreferenceTrainer
 from tests.data.helpers import text_pair
 from tests.tiny_models import tiny_model
 from tests.tokenizers import tiny_tokenizer
-from tests.training import make_config, make_trainer, pairs
+from tests.trainers import make_config, make_trainer, pairs
 
 ROWS = [text_pair(), text_pair()]
 

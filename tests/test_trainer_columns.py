@@ -14,7 +14,7 @@ from tests.data.helpers import real_rows, text_pair
 from tests.test_trainer_exactness import DESCENT, off_reference, run
 from tests.tiny_models import perturbed, tiny_model
 from tests.tokenizers import tiny_tokenizer
-from tests.training import examples, lists, logged, make_config, make_trainer, pairs, unpaired, weights, with_column
+from tests.trainers import examples, lists, logged, make_config, make_trainer, pairs, unpaired, weights, with_column
 
 TOKENIZER = tiny_tokenizer()
 KINDS = {"dpo": pairs, "kto": unpaired, "plackett_luce": lists}
@@ -48,10 +48,10 @@ def test_a_column_travels_with_its_pair(column, name):
 
 def test_columns_of_every_kind_and_format():
     """A weight beside a label, a list, a stream and token ids; both unpaired rows have that of their pair."""
-    labelled = {"prompt": "A", "completion": " b", "label": True, "weight": 2}
+    labeled = {"prompt": "A", "completion": " b", "label": True, "weight": 2}
     listed = {"prompt": "A", "responses": [" b", " c"], "scores": [0, 1], "weight": 2}
     ids = {"prompt_ids": [7], "chosen_ids": [8], "rejected_ids": [9], "weight": 2}
-    for row in (labelled, listed, ids):
+    for row in (labeled, listed, ids):
         assert prepared([row])["weights"][:] == [[2.0]]
         stream = Dataset.from_list([row]).to_iterable_dataset()
         assert next(iter(prepare_dataset(stream, TOKENIZER)))["weights"] == [2.0]

@@ -15,7 +15,7 @@ from hf_prefopt.losses import list_losses
 from hf_prefopt.objective.inputs import loss_inputs
 from hf_prefopt.scoring.forward import VOCABULARY_KL, score
 from tests.tiny_models import perturbed, random_rows, tiny_model
-from tests.training import examples, first_batch, logged, make_config, make_trainer, pairs, weights
+from tests.trainers import examples, first_batch, logged, make_config, make_trainer, pairs, weights
 
 # Every loss, and what is built on several of them.
 OBJECTIVES = {
@@ -206,7 +206,7 @@ def test_logged_metrics_are_means_over_the_examples_since_the_last_log(tmp_path)
     assert len(set(logged(runs[1], "logps/chosen"))) == 3
 
 
-SYNCHRONISING = ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__float__", "__int__")
+SYNCHRONIZING = ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__float__", "__int__")
 
 
 @each_kind
@@ -231,7 +231,7 @@ def test_no_step_waits_for_the_device(objective, tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path, model, **settings, **reference, **objective)
     monkeypatch.setattr(trainer, "log", lambda *_, **__: None)
     trainer.scorer.settle()  # once, before the first step, the model is tried out
-    for name in SYNCHRONISING:
+    for name in SYNCHRONIZING:
         monkeypatch.setattr(torch.Tensor, name, watched(name, getattr(torch.Tensor, name)))
     trainer.train()
     assert seen == []

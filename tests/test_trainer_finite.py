@@ -10,7 +10,7 @@ from hf_prefopt.losses import register_loss, registry
 from hf_prefopt.reporting import finite
 from hf_prefopt.reporting.finite import Seen
 from tests.tiny_models import tiny_model
-from tests.training import logged, make_config, make_trainer, pairs, with_column
+from tests.trainers import logged, make_config, make_trainer, pairs, with_column
 
 # Rows in order, two to a step: row 5 is in step 3.
 IN_ORDER = {"train_sampling_strategy": "sequential", "per_device_train_batch_size": 2, "train_dataset": pairs(8)}

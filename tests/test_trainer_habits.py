@@ -12,7 +12,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from tests.data.helpers import chat_pair, text_pair
 from tests.tiny_models import perturbed, tiny_model, with_lora
 from tests.tokenizers import tiny_tokenizer
-from tests.training import logged, make_trainer, pairs, weights
+from tests.trainers import logged, make_trainer, pairs, weights
 
 TEXTS = Dataset.from_list([text_pair(), text_pair(chosen=" Paris it is."), text_pair(rejected=" Berlin."), text_pair()])
 RAW = {"train_dataset": TEXTS, "processing_class": tiny_tokenizer()}

@@ -1,6 +1,6 @@
 """A run is the same in every layout, under any token budget and however the pairs of a prompt are brought together.
 
-Two optimiser steps of fp32 training with plain SGD: a gradient that is equal to rounding (1e-5 relative, tests/scoring)
+Two optimizer steps of fp32 training with plain SGD: a gradient that is equal to rounding (1e-5 relative, tests/scoring)
 moves weights of order 0.3 by lr · |gradient| ≤ 1e-2 · 10 each, so weights agree to 2 · 1e-5 · 0.1 = 2e-6; the logged
 losses, of order 1, to 1e-5.
 """

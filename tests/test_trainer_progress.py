@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from tests.tiny_models import perturbed, tiny_model
-from tests.training import logged, make_trainer, pairs
+from tests.trainers import logged, make_trainer, pairs
 
 SHIFT = {"loss_type": "dpo_shift", "loss_params": {"lambda_coef": 0.5, "lambda_end": 1.0}}
 
@@ -19,7 +19,7 @@ SHIFT = {"loss_type": "dpo_shift", "loss_params": {"lambda_coef": 0.5, "lambda_e
     ],
     ids=["whole", "accumulated", "by tokens"],
 )
-def test_lambda_goes_with_the_optimiser_steps(split, tmp_path):
+def test_lambda_goes_with_the_optimizer_steps(split, tmp_path):
     """Four steps from ½ to 1: 0.5, 0.625, 0.75, 0.875; evaluations after steps 2 and 4 have 0.75 and 1."""
     settings = {"train_dataset": pairs(8), "eval_dataset": pairs(3, seed=1), "eval_strategy": "steps", "eval_steps": 2}
     trainer = make_trainer(tmp_path, **SHIFT, **settings, **split, num_train_epochs=2)

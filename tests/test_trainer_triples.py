@@ -4,16 +4,15 @@ import pytest
 import torch
 from datasets import Dataset
 
-from hf_prefopt.data.padded import PaddedCollator
+from hf_prefopt.data.layouts import PaddedCollator, SharedCollator
 from hf_prefopt.data.prepare import prepare_dataset
-from hf_prefopt.data.shared import SharedCollator
 from hf_prefopt.objective.inputs import loss_inputs
 from hf_prefopt.reporting.preview import preview_rows
 from hf_prefopt.scoring.forward import install_scoring, score
 from tests.data.helpers import chat_pair, reply, text_pair
 from tests.tiny_models import tiny_model
 from tests.tokenizers import tiny_tokenizer
-from tests.training import first_batch, logged, make_trainer, pairs, triples
+from tests.trainers import first_batch, logged, make_trainer, pairs, triples
 
 TOKENIZER = tiny_tokenizer()
 RAW = [

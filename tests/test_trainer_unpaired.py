@@ -18,8 +18,8 @@ from hf_prefopt.reporting.table import evaluation_table
 from tests.data.helpers import real_rows, reply
 from tests.tiny_models import perturbed, tiny_model, with_lora
 from tests.tokenizers import tiny_tokenizer
-from tests.training import lists as list_rows
-from tests.training import logged, make_trainer, pairs, unpaired, weights
+from tests.trainers import lists as list_rows
+from tests.trainers import logged, make_trainer, pairs, unpaired, weights
 
 UNPAIRED_LOSSES = ["kto", "bco", "apo_zero_unpaired", "npo"]
 
@@ -256,7 +256,7 @@ REAL = Dataset.from_list(real_rows("gsm8k"))
 LONG = functools.partial(tiny_model, vocab_size=600, max_position_embeddings=512)
 
 
-def test_real_labelled_rows_train(tmp_path):
+def test_real_labeled_rows_train(tmp_path):
     """Eight answers to four problems, raw, two epochs of KTO, the mismatched ones from other problems."""
     settings = {"train_dataset": REAL, "eval_dataset": REAL, "processing_class": tiny_tokenizer(), "max_length": 512}
     trainer = make_trainer(tmp_path, LONG(), loss_type="kto", **settings)

@@ -3,7 +3,7 @@
 Thumbs down may come from other prompts than thumbs up, and a classifier could tell the two apart by the prompt alone.
 An undesirable example then weighs p/(1 − p), p the probability that its prompt is one of a desirable example.
 
-    rows = rows.add_column("weight", underlying_weights(embed(rows["prompt"]), rows["label"]))
+    rows = rows.add_column("weight", distribution_matching_weights(embed(rows["prompt"]), rows["label"]))
 
 What embeds a prompt is the user's choice: a sentence encoder, or the mean of a model's last hidden states. The trainer
 takes the column like any other `weight`. scikit-learn is needed here alone: `pip install "hf_prefopt[bco]"`.
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 
-def underlying_weights(
+def distribution_matching_weights(
     embeddings: ArrayLike,
     labels: Sequence[bool],
     *,
@@ -47,7 +47,7 @@ def underlying_weights(
     try:
         from sklearn.linear_model import LogisticRegression
     except ImportError:
-        raise ImportError('underlying_weights needs scikit-learn: pip install "hf_prefopt[bco]"') from None
+        raise ImportError('distribution_matching_weights needs scikit-learn: pip install "hf_prefopt[bco]"') from None
     prompts, desirable = _checked(np.asarray(embeddings, dtype=np.float64), np.asarray(labels))
     if not 0 <= low <= high:
         raise ValueError(f"low={low}, high={high}: bounds of a weight are 0 or more, the lower one first")

@@ -13,7 +13,7 @@ from datasets import Dataset, IterableDataset
 from torch import Tensor
 
 from hf_prefopt.batch import join_examples
-from hf_prefopt.data.summary import describe_weights
+from hf_prefopt.data.notes import describe_weights
 from hf_prefopt.kinds import ExampleKind
 from hf_prefopt.losses.base import UnsuitableExamples
 from hf_prefopt.objective.objective import Objective
@@ -33,8 +33,8 @@ def check_examples(dataset: Dataset | IterableDataset, objective: Objective, nam
         ValueError: examples that a loss cannot compare, or a number that is missing or out of range, with its row.
     """
     kind = objective.kind
-    extras = [extra for extra in objective.inputs if extra in kind.extras]
-    has_checks = bool(extras) or any(term.spec.check_data for term in objective.terms)
+    optional_columns = [extra for extra in objective.inputs if extra in kind.optional_columns]
+    has_checks = bool(optional_columns) or any(term.spec.check_data for term in objective.terms)
     if isinstance(dataset, IterableDataset):
         # What a row without anything would be refused for, every row is asked for.
         if not has_checks and kind.refusal({}, objective.inputs) is None:
@@ -45,13 +45,13 @@ def check_examples(dataset: Dataset | IterableDataset, objective: Objective, nam
         return dataset.map(_look_at_batch, batched=True, features=dataset.features, fn_kwargs=how)
     if not has_checks:
         return dataset
-    wanted = [*(column for column in kind.columns), *extras, "row"]
+    wanted = [*(column for column in kind.columns), *optional_columns, "row"]
     rows = dataset.select_columns([column for column in wanted if column in dataset.column_names]).with_format(None)
     parts = [_facts(_rows_of(batch), kind) for batch in rows.iter(batch_size=1000)]
     if parts:
         facts = {fact: join_examples([part[fact] for part in parts]) for fact in parts[0]}
         _look_at(facts, objective, name)
-        if "weights" in extras and "weights" in facts:
+        if "weights" in optional_columns and "weights" in facts:
             logger.warning(describe_weights(name, facts["weights"].numpy()))
     return dataset
 
@@ -62,7 +62,7 @@ def _rows_of(columns: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
 
 def _facts(rows: Sequence[Mapping[str, Any]], kind: ExampleKind) -> dict[str, Tensor]:
     """The facts of the examples, and for each the number of its `row`."""
-    facts = {name: torch.from_numpy(values) for name, values in kind.facts_of(rows).items()}
+    facts = {name: torch.from_numpy(values) for name, values in kind.batch_inputs_of(rows).items()}
     numbers = torch.tensor([row["row"] for row in rows])
     return {**facts, "row": numbers.repeat_interleave(torch.tensor([kind.count_examples(row) for row in rows]))}
 
@@ -81,7 +81,7 @@ def _look_at_batch(columns: Mapping[str, list[Any]], objective: Objective, name:
 def _look_at(facts: dict[str, Tensor], objective: Objective, name: str, advise: bool = True) -> None:
     """Raise for what is unsuitable, and log the advice that the losses have."""
     for extra in objective.inputs:
-        if extra in objective.kind.extras and extra in facts:
+        if extra in objective.kind.optional_columns and extra in facts:
             _check_numbers(extra, facts, objective.kind, name)
     for term in objective.terms:
         try:
@@ -103,7 +103,7 @@ def _ask(term: Term, facts: Mapping[str, Tensor]) -> str | None:
 
 def _check_numbers(extra: str, facts: Mapping[str, Tensor], kind: ExampleKind, name: str) -> None:
     """Every example has a number, within the bounds of its column."""
-    values, about = facts[extra], kind.extras[extra]
+    values, about = facts[extra], kind.optional_columns[extra]
     wrong = ~values.isfinite() | (values < about.low) | (values > about.high)
     if wrong.any():
         bounds = {(0.0, float("inf")): "of 0 or more ", (0.0, 1.0): "from 0 to 1 "}.get((about.low, about.high), "")

@@ -1,6 +1,6 @@
 """A canonical row as text: its prompt, and prompt + response for each response, with the characters that are scored.
 
-Conversations go through the tokenizer's chat template, texts get their EOS. Nothing is tokenised here, so that
+Conversations go through the tokenizer's chat template, texts get their EOS. Nothing is tokenized here, so that
 tokenize.py can hand the texts of many rows to the tokenizer at once.
 """
 
@@ -15,9 +15,8 @@ import jinja2
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from hf_prefopt.data.canonical import CanonicalRow
 from hf_prefopt.data.messages import BadRow, Message, text_of
-from hf_prefopt.data.texts import shared_length
+from hf_prefopt.data.rows import CanonicalRow, shared_length
 
 Span = tuple[int, int]
 

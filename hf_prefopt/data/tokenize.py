@@ -12,14 +12,13 @@ from typing import cast
 
 from transformers import PreTrainedTokenizerBase
 
-from hf_prefopt.data.canonical import CanonicalRow
 from hf_prefopt.data.messages import BadRow
 from hf_prefopt.data.render import RENDERERS, RenderedRow, Span
-from hf_prefopt.data.texts import shared_length
+from hf_prefopt.data.rows import CanonicalRow, shared_length
 
 
 @dataclass(frozen=True)
-class TokenisedRow:
+class TokenizedRow:
     """One prompt group as tokens.
 
     Attributes:
@@ -27,14 +26,14 @@ class TokenisedRow:
         response_ids: K lists of token ids.
         scored_masks: K lists of 0 / 1, one per response token: 1 where its log-prob counts.
         pairs: `(chosen, rejected)` indices into the responses.
-        marks: further columns that say something of each response.
+        example_columns: further columns that say something of each response.
     """
 
     prompt_ids: list[int]
     response_ids: list[list[int]]
     scored_masks: list[list[int]]
     pairs: list[tuple[int, int]] = field(default_factory=list)
-    marks: dict[str, list] = field(default_factory=dict)
+    example_columns: dict[str, list] = field(default_factory=dict)
 
 
 class TokenKinds:
@@ -73,11 +72,11 @@ class TokenKinds:
 
 def tokenize_rows(
     rows: Sequence[CanonicalRow], tokenizer: PreTrainedTokenizerBase, kinds: TokenKinds
-) -> list[TokenisedRow | BadRow]:
-    """Tokenise rows; a row that cannot be is replaced by the `BadRow` that says why."""
+) -> list[TokenizedRow | BadRow]:
+    """Tokenize rows; a row that cannot be is replaced by the `BadRow` that says why."""
     rendered = [_attempt(RENDERERS[row.kind], row, tokenizer) if row.kind in RENDERERS else None for row in rows]
     encodings = _encode_all([r for r in rendered if isinstance(r, RenderedRow)], tokenizer)
-    done: list[TokenisedRow | BadRow] = []
+    done: list[TokenizedRow | BadRow] = []
     for row, texts in zip(rows, rendered, strict=True):
         if isinstance(texts, BadRow):
             done.append(texts)
@@ -137,16 +136,16 @@ def _encode(rows: list[RenderedRow], add_special_tokens: bool, tokenizer: PreTra
     return done
 
 
-def _split_row(row: CanonicalRow, texts: RenderedRow, encoding: _Encoding, kinds: TokenKinds) -> TokenisedRow:
+def _split_row(row: CanonicalRow, texts: RenderedRow, encoding: _Encoding, kinds: TokenKinds) -> TokenizedRow:
     boundary = _boundary(encoding)
     responses = [ids[boundary:] for ids in encoding.full]
     masks = [_scored_mask(texts, encoding, k)[boundary:] for k in range(len(responses))]
-    tokenised = _finish_row(row, encoding.full[0][:boundary], responses, masks)
+    tokenized = _finish_row(row, encoding.full[0][:boundary], responses, masks)
     if texts.prompt is not None:
-        for column, ids, mask in zip(row.columns, responses, tokenised.scored_masks, strict=True):
+        for column, ids, mask in zip(row.columns, responses, tokenized.scored_masks, strict=True):
             if not kinds.says_something(ids, mask):
                 raise BadRow(column, *_SAYS_NOTHING[row.kind])
-    return tokenised
+    return tokenized
 
 
 _SAYS_NOTHING = {
@@ -158,20 +157,20 @@ _SAYS_NOTHING = {
 }
 
 
-def _take_ids(row: CanonicalRow) -> TokenisedRow:
+def _take_ids(row: CanonicalRow) -> TokenizedRow:
     return _finish_row(row, row.prompt, row.responses, [[1] * len(ids) for ids in row.responses])
 
 
 def _finish_row(
     row: CanonicalRow, prompt: list[int], responses: list[list[int]], masks: list[list[int]]
-) -> TokenisedRow:
+) -> TokenizedRow:
     if not prompt:
         # Nothing stands before the first token, so nothing predicts it.
         masks = [[0, *mask[1:]] for mask in masks]
     for column, mask in zip(row.columns, masks, strict=True):
         if not any(mask):
             raise BadRow(column, "has no token to score")
-    return TokenisedRow(prompt, responses, masks, row.pairs, row.marks)
+    return TokenizedRow(prompt, responses, masks, row.pairs, row.example_columns)
 
 
 def _boundary(encoding: _Encoding) -> int:

@@ -7,7 +7,7 @@ row keep one and the same prompt.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from hf_prefopt.data.tokenize import TokenisedRow, TokenKinds
+from hf_prefopt.data.tokenize import TokenizedRow, TokenKinds
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,8 @@ class Cuts:
 
 
 def truncate_row(
-    row: TokenisedRow, max_length: int | None, mode: str, kinds: TokenKinds
-) -> tuple[TokenisedRow | None, Cuts]:
+    row: TokenizedRow, max_length: int | None, mode: str, kinds: TokenKinds
+) -> tuple[TokenizedRow | None, Cuts]:
     """Cut a row so that prompt + response is at most `max_length` tokens, for each response.
 
     Args:
@@ -52,8 +52,12 @@ def truncate_row(
         kept.append(places)
     cut = sum(len(ids) > room for ids in row.response_ids)
     cuts = Cuts(cut, prompt=len(prompt) < len(row.prompt_ids), longest=longest)
-    marks = {name: _kept(values, kept) if name in TOKEN_MARKS else values for name, values in row.marks.items()}
-    return replace(row, prompt_ids=prompt, response_ids=responses, scored_masks=masks, marks=marks), cuts
+    example_columns = {
+        name: _kept(values, kept) if name in TOKEN_MARKS else values for name, values in row.example_columns.items()
+    }
+    return replace(
+        row, prompt_ids=prompt, response_ids=responses, scored_masks=masks, example_columns=example_columns
+    ), cuts
 
 
 # Marks that say something of each token, and go where it goes; the others are of whole responses.
@@ -65,18 +69,18 @@ def _kept(values: list[list[float]], places: list[Sequence[int]]) -> list[list[f
     return [[of_tokens[at] for at in kept] for of_tokens, kept in zip(values, places, strict=True)]
 
 
-def _whole_prompt(row: TokenisedRow, max_length: int) -> list[int]:
+def _whole_prompt(row: TokenizedRow, max_length: int) -> list[int]:
     return row.prompt_ids
 
 
-def _end_of_prompt(row: TokenisedRow, max_length: int) -> list[int]:
+def _end_of_prompt(row: TokenizedRow, max_length: int) -> list[int]:
     """What fits before the longest response, one token at least: the first token of a response has to be predicted."""
     room = max(1, max_length - max(map(len, row.response_ids)))
     return row.prompt_ids[-room:]
 
 
 # What is kept of the prompt of a row that is too long; the responses get what is left of max_length.
-TRUNCATION_MODES: dict[str, Callable[[TokenisedRow, int], list[int]]] = {
+TRUNCATION_MODES: dict[str, Callable[[TokenizedRow, int], list[int]]] = {
     "keep_start": _whole_prompt,
     "keep_end": _end_of_prompt,
 }

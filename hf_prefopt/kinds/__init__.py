@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from hf_prefopt.kinds.kind import STATISTICS, ExampleKind, Extra, Figure, Statistic
+from hf_prefopt.kinds.kind import STATISTICS, ExampleKind, Metric, OptionalColumn, Statistic
 from hf_prefopt.kinds.lists import LISTS
 from hf_prefopt.kinds.pairs import PAIRS
 from hf_prefopt.kinds.triples import TRIPLES
@@ -14,7 +14,7 @@ KINDS: tuple[ExampleKind, ...] = (PAIRS, TRIPLES, UNPAIRED, LISTS)
 
 # The entries of a batch that have an element for each example.
 EXAMPLE_ENTRIES = tuple(
-    {name for kind in KINDS for name in (*kind.responses.values(), *kind.facts, "rows", "pair_in_row")}
+    {name for kind in KINDS for name in (*kind.responses.values(), *kind.batch_inputs, "rows", "pair_in_row")}
 )
 
 __all__ = [
@@ -26,8 +26,8 @@ __all__ = [
     "TRIPLES",
     "UNPAIRED",
     "ExampleKind",
-    "Extra",
-    "Figure",
+    "Metric",
+    "OptionalColumn",
     "Statistic",
     "kind_of_columns",
 ]

@@ -1,6 +1,6 @@
 """What a kind of examples is: how losses name its tensors, where the collator finds them, and what is measured.
 
-An example is what a loss gives one number for: a pair of responses, one labelled response, or a list of them. The
+An example is what a loss gives one number for: a pair of responses, one labeled response, or a list of them. The
 responses of a batch stand in one flat order (R); a kind says, for each of its B examples, which of them it compares.
 """
 
@@ -35,13 +35,13 @@ STATISTICS: dict[str, Statistic] = {
     "token_logps": Statistic(),
     "alignment": Statistic(("log_sum_sq_probs",)),
     "entropy": Statistic(("entropy",)),
-    "normalised_entropy": Statistic(("normalised_entropy",)),
+    "normalized_entropy": Statistic(("normalized_entropy",)),
     "kl": Statistic(("vocabulary_kl",), of_reference=("hidden",)),
 }
 
 
 @dataclass(frozen=True)
-class Extra:
+class OptionalColumn:
     """A number that each example may have beside what its kind needs: a prepared column, and an input of losses.
 
     Attributes:
@@ -56,11 +56,11 @@ class Extra:
     high: float = np.inf
 
 
-WEIGHT = Extra(("weight", "sample_weight"), default=1.0, low=0.0)
+WEIGHT = OptionalColumn(("weight", "sample_weight"), default=1.0, low=0.0)
 
 
 @dataclass(frozen=True)
-class Figure:
+class Metric:
     """A metric of the examples of a batch.
 
     Attributes:
@@ -92,8 +92,8 @@ class ExampleKind(ABC):
         columns: prepared columns by which these examples are told, with the type of their entries in NumPy's terms.
         responses: for each name by which a loss speaks of a response, `{policy | ref}_{that}_{statistic}`, the entry
             of the batch that says which response it is, as indices into R.
-        facts: entries of the batch that losses take as they are, the extras among them.
-        extras: numbers that an example may have besides, by the name of the prepared column and of the input.
+        batch_inputs: entries of the batch that losses take as they are, the optional columns among them.
+        optional_columns: numbers that an example may also have, by the name of the prepared column and of the input.
         rewarded: the names of the responses that have implicit rewards, in the order of the rewards' columns.
         metric_inputs: inputs that the metrics read, whatever the loss does.
         has_token_inputs: whether losses may ask for `..._token_logps` and `..._token_mask`.
@@ -103,8 +103,8 @@ class ExampleKind(ABC):
     wanted: str
     columns: tuple[str, ...]
     responses: Mapping[str, str]
-    facts: tuple[str, ...] = ()
-    extras: Mapping[str, Extra]
+    batch_inputs: tuple[str, ...] = ()
+    optional_columns: Mapping[str, OptionalColumn]
     rewarded: tuple[str, ...]
     metric_inputs: tuple[str, ...]
     has_token_inputs: bool = True
@@ -115,34 +115,34 @@ class ExampleKind(ABC):
         per_token = "|token_mask" if self.has_token_inputs else ""
         stat = "|".join(name for name in STATISTICS if self.has_token_inputs or not name.startswith("token_"))
         return re.compile(
-            rf"(?P<model>policy|ref)_(?P<which>{which})(?P<statistic>{stat})|(?P<of>{which})(?P<fact>lengths{per_token})"
+            rf"(?P<model>policy|ref)_(?P<which>{which})(?P<statistic>{stat})|(?P<of>{which})(?P<length>lengths{per_token})"
         )
 
-    def takes(self, name: str) -> bool:
+    def has_input(self, name: str) -> bool:
         """Whether a loss's parameter of that name is an input of such examples."""
-        return name in self.facts or self._pattern.fullmatch(name) is not None
+        return name in self.batch_inputs or self._pattern.fullmatch(name) is not None
 
     def statistic(self, name: str) -> str | None:
-        """The statistic of a response that an input is made of; `None` for lengths and facts."""
+        """The statistic of a response that an input is made of; `None` for lengths and entries of the batch."""
         match = self._pattern.fullmatch(name)
         return match["statistic"] if match else None
 
-    def find(self, name: str, batch: Mapping[str, Any], scores: Mapping[str, Any]) -> Tensor:
+    def input_of(self, name: str, batch: Mapping[str, Any], scores: Mapping[str, Any]) -> Tensor:
         """The input of that name of a batch's examples; gradients flow to the policy's scores.
 
         Args:
             scores: the `ResponseStatistics` of "policy" and "ref".
         """
-        if name in self.facts:
+        if name in self.batch_inputs:
             return batch[name] if name in batch else self._left_out(name, batch)
         match = self._pattern.fullmatch(name)
         which = match["which"] if match["model"] else match["of"]
         places = batch[self.responses[which.removesuffix("_")]]
-        return getattr(scores[match["model"] or "policy"], match["statistic"] or match["fact"])[places]
+        return getattr(scores[match["model"] or "policy"], match["statistic"] or match["length"])[places]
 
     def _left_out(self, name: str, batch: Mapping[str, Any]) -> Tensor:
         """What examples have whose rows say nothing of it."""
-        default = self.extras[name].default if name in self.extras else None
+        default = self.optional_columns[name].default if name in self.optional_columns else None
         if default is None:
             raise ValueError(f"a loss asks for `{name}`, and rows of this batch have none")
         return torch.full(batch["rows"].shape, default, device=batch["rows"].device)
@@ -168,9 +168,9 @@ class ExampleKind(ABC):
         """How many examples a prepared row holds."""
         return len(row[self.columns[0]])
 
-    def facts_of(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
-        """What prepared rows say of their examples, in the order of the rows: the `facts` that they have."""
-        present = [name for name in self.extras if name in rows[0]]
+    def batch_inputs_of(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+        """What prepared rows say of their examples, in the order of the rows: the `batch_inputs` that they have."""
+        present = [name for name in self.optional_columns if name in rows[0]]
         return {name: np.concatenate([np.array(row[name], dtype=np.float32) for row in rows]) for name in present}
 
     @abstractmethod
@@ -187,11 +187,11 @@ class ExampleKind(ABC):
         """
 
     @abstractmethod
-    def figures(self, rewards: Tensor | None, inputs: Mapping[str, Tensor]) -> dict[str, Figure]:
+    def metrics(self, rewards: Tensor | None, inputs: Mapping[str, Tensor]) -> dict[str, Metric]:
         """The metrics of the examples, by the names they are logged under."""
 
-    def conclude(self, means: dict[str, float]) -> dict[str, float]:
-        """The means of the figures, and what follows from them."""
+    def finish_metrics(self, means: dict[str, float]) -> dict[str, float]:
+        """The means of the metrics, and what follows from them."""
         return means
 
     @abstractmethod
@@ -201,8 +201,8 @@ class ExampleKind(ABC):
     def refusal(self, row: Mapping[str, Any], inputs: Sequence[str]) -> str | None:
         """Why a data set with such a row cannot give these inputs, or `None`."""
         for name in inputs:
-            if name in self.extras and self.extras[name].default is None and name not in row:
-                column, *others = self.extras[name].columns
+            if name in self.optional_columns and self.optional_columns[name].default is None and name not in row:
+                column, *others = self.optional_columns[name].columns
                 known = f" (or {', '.join(others)})" if others else ""
                 return f"it needs a number for every row in a column `{column}`{known}, which is missing: add it"
         return None

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_prefopt.kinds.kind import WEIGHT, ExampleKind, Figure, row_numbers
+from hf_prefopt.kinds.kind import WEIGHT, ExampleKind, Metric, row_numbers
 
 
 class Lists(ExampleKind):
@@ -18,8 +18,8 @@ class Lists(ExampleKind):
     wanted = "lists: rows with `responses` and `ranks` or `scores`"
     columns = ("ranks", "scores")
     responses = {"list": "list_responses"}  # noqa: RUF012
-    extras = {"weights": WEIGHT}  # noqa: RUF012
-    facts = ("list_mask", "list_ranks", "list_scores", *extras)
+    optional_columns = {"weights": WEIGHT}  # noqa: RUF012
+    batch_inputs = ("list_mask", "list_ranks", "list_scores", *optional_columns)
     rewarded = ("list",)
     metric_inputs = ("policy_list_logps", "list_mask", "list_ranks")
     has_token_inputs = False
@@ -30,7 +30,7 @@ class Lists(ExampleKind):
             "list_responses": _padded(
                 [at[: len(row["ranks"])] for row, at in zip(rows, places, strict=True)], np.int64
             ),
-            **self.facts_of(rows),
+            **self.batch_inputs_of(rows),
             **row_numbers(rows, [1] * len(rows)),
         }
 
@@ -42,17 +42,17 @@ class Lists(ExampleKind):
         """K, with the padding."""
         return next(tensor.shape[1] for tensor in inputs.values() if tensor.dim() == 2)
 
-    def facts_of(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+    def batch_inputs_of(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
         """With `list_mask`, `list_ranks`, `list_scores` `[B, K]`; scores of 0 where there are ranks alone."""
         ranks = [row["ranks"] for row in rows]
         return {
             "list_mask": _padded([np.ones(len(given)) for given in ranks], bool),
             "list_ranks": _padded(ranks, np.float32),
             "list_scores": _padded([row["scores"] or [0.0] * len(row["ranks"]) for row in rows], np.float32),
-            **super().facts_of(rows),
+            **super().batch_inputs_of(rows),
         }
 
-    def figures(self, rewards: Tensor | None, inputs: Mapping[str, Tensor]) -> dict[str, Figure]:
+    def metrics(self, rewards: Tensor | None, inputs: Mapping[str, Tensor]) -> dict[str, Metric]:
         """The best by the data: its reward, how often it has the highest one (a tie of n counts 1/n), by how much it
         is above the mean of the others."""
         mask = inputs["list_mask"]
@@ -61,18 +61,18 @@ class Lists(ExampleKind):
         def of_best(values: Tensor) -> Tensor:
             return values.gather(1, best)[:, 0]
 
-        figures = {"logps/best": of_best(inputs["policy_list_logps"])}
+        metrics = {"logps/best": of_best(inputs["policy_list_logps"])}
         if rewards is not None:
             rewards = rewards[:, : mask.shape[1]]
             highest = rewards.masked_fill(~mask, -torch.inf).amax(dim=1, keepdim=True)
             at_top = (rewards == highest) & mask
             others = (rewards * mask).sum(1) - of_best(rewards)
-            figures |= {
+            metrics |= {
                 "rewards/best": of_best(rewards),
                 "rewards/accuracies": of_best(at_top.float()) / at_top.sum(1),
                 "rewards/margins": of_best(rewards) - others / (mask.sum(1) - 1).clamp(min=1),
             }
-        return {name: Figure(values) for name, values in figures.items()}
+        return {name: Metric(values) for name, values in metrics.items()}
 
     def preferred(self, shown: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
         """1 for the best of each list."""

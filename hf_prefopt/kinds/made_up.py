@@ -18,6 +18,7 @@ def made_up_inputs(dtype=torch.float64, pairs: int = EXAMPLES, seed: int = 0) ->
     """Inputs of `pairs` pairs by every name a loss must have: about −1.5 nats a token, log-ratios of a few nats."""
     rng = np.random.default_rng(seed)
     lengths = {side: rng.integers(3, 30, pairs) for side in ("chosen", "rejected")}
+    lengths["chosen"][0] = 1
     inputs = {f"{side}_lengths": torch.tensor(lengths[side]) for side in lengths}
     for side, n in lengths.items():
         reference = -n * rng.uniform(0.5, 2.5, pairs)
@@ -25,6 +26,8 @@ def made_up_inputs(dtype=torch.float64, pairs: int = EXAMPLES, seed: int = 0) ->
         inputs[f"ref_{side}_logps"] = torch.tensor(reference, dtype=dtype)
         inputs[f"policy_{side}_logps"] = torch.tensor(policy, dtype=dtype)
         inputs[f"policy_{side}_alignment"] = torch.tensor(rng.normal(-0.2, 0.4, pairs), dtype=dtype)
+    for model in ("ref", "policy") if pairs > 3 else ():
+        inputs[f"{model}_rejected_logps"][3] = inputs[f"{model}_chosen_logps"][3]
     scores = rng.uniform(0.2, 3, (2, pairs))
     inputs["rejected_scores"] = torch.tensor(scores[0], dtype=dtype)
     inputs["chosen_scores"] = torch.tensor(scores.sum(0), dtype=dtype)
@@ -70,7 +73,7 @@ def _tokens(rng, inputs) -> dict[str, torch.Tensor]:
 def _whole_predictions(rng, pairs, dtype) -> dict[str, torch.Tensor]:
     """KL of some nats a response, entropies between a tenth and a half of the largest."""
     kl = {f"policy_{side}_kl": rng.uniform(0.5, 8, pairs) for side in ("chosen", "rejected")}
-    entropies = {f"ref_{side}_normalised_entropy": rng.uniform(0.1, 0.5, pairs) for side in ("chosen", "rejected")}
+    entropies = {f"ref_{side}_normalized_entropy": rng.uniform(0.1, 0.5, pairs) for side in ("chosen", "rejected")}
     return {name: torch.tensor(values, dtype=dtype) for name, values in {**kl, **entropies}.items()}
 
 
@@ -103,13 +106,17 @@ def _lists(rng, count, dtype) -> dict[str, torch.Tensor]:
     """Lists of 2, 3, 4, 2, … responses; scores in [0, 1] in no order, ranks by them; what stands at padding is wild."""
     shape = (count, LONGEST_LIST)
     own = _logps(rng, shape, dtype)
-    mask = torch.arange(LONGEST_LIST) < (torch.arange(count) % (LONGEST_LIST - 1) + 2)[:, None]
+    sizes = torch.arange(count) % (LONGEST_LIST - 1) + 2
+    sizes[4:5] = 1
+    mask = torch.arange(LONGEST_LIST) < sizes[:, None]
     scores = torch.tensor(rng.permuted(np.tile(np.linspace(0.05, 0.9, LONGEST_LIST), (count, 1)), axis=1), dtype=dtype)
+    scores[2:3, 1] = scores[2:3, 0]
+    better = (scores[:, None] > scores[:, :, None]) & mask[:, None]
     return {
         "policy_list_logps": own["policy"].masked_fill(~mask, -77.0),
         "ref_list_logps": own["ref"].masked_fill(~mask, 33.0),
         "list_lengths": own["lengths"].masked_fill(~mask, 0),
         "list_mask": mask,
         "list_scores": scores.masked_fill(~mask, 55.0),
-        "list_ranks": (-scores).argsort(1).argsort(1).to(dtype).masked_fill(~mask, -9.0),
+        "list_ranks": better.sum(2).to(dtype).masked_fill(~mask, -9.0),
     }

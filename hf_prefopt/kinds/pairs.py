@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_prefopt.kinds.kind import WEIGHT, ExampleKind, Extra, Figure, row_numbers
+from hf_prefopt.kinds.kind import WEIGHT, ExampleKind, Metric, OptionalColumn, row_numbers
 
 
 class Pairs(ExampleKind):
@@ -20,15 +20,15 @@ class Pairs(ExampleKind):
     wanted = "pairs: rows with `chosen` and `rejected`"
     columns = ("pairs",)
     responses = {"chosen": "chosen", "rejected": "rejected"}  # noqa: RUF012
-    extras = {  # noqa: RUF012
+    optional_columns = {  # noqa: RUF012
         "weights": WEIGHT,
-        "margins": Extra(("margin",), default=0.0),
-        "chosen_scores": Extra(("chosen_score", "score_chosen", "chosen_rating", "chosen-rating")),
-        "rejected_scores": Extra(("rejected_score", "score_rejected", "rejected_rating", "rejected-rating")),
-        "chosen_win_rates": Extra(("chosen_win_rate", "win_rate", "p_chosen"), low=0.0, high=1.0),
-        "rejected_win_rates": Extra(("rejected_win_rate", "p_rejected"), low=0.0, high=1.0),
+        "margins": OptionalColumn(("margin",), default=0.0),
+        "chosen_scores": OptionalColumn(("chosen_score", "score_chosen", "chosen_rating", "chosen-rating")),
+        "rejected_scores": OptionalColumn(("rejected_score", "score_rejected", "rejected_rating", "rejected-rating")),
+        "chosen_win_rates": OptionalColumn(("chosen_win_rate", "win_rate", "p_chosen"), low=0.0, high=1.0),
+        "rejected_win_rates": OptionalColumn(("rejected_win_rate", "p_rejected"), low=0.0, high=1.0),
     }
-    facts = ("rows", "pair_in_row", "chosen_token_weights", "rejected_token_weights", *extras)
+    batch_inputs = ("rows", "pair_in_row", "chosen_token_weights", "rejected_token_weights", *optional_columns)
     rewarded = ("chosen", "rejected")
     metric_inputs = ("policy_chosen_logps", "policy_rejected_logps")
 
@@ -41,7 +41,7 @@ class Pairs(ExampleKind):
         counts = [len(row["pairs"]) for row in rows]
         indices = {"chosen": chosen.copy(), "rejected": rejected.copy()}
         weights = _token_weights(rows) if all("token_weights" in row for row in rows) else {}
-        return {**indices, **weights, **self.facts_of(rows), **row_numbers(rows, counts)}
+        return {**indices, **weights, **self.batch_inputs_of(rows), **row_numbers(rows, counts)}
 
     def refusal(self, row: Mapping[str, Any], inputs: Sequence[str]) -> str | None:
         """Weights of tokens cannot be made up."""
@@ -52,19 +52,19 @@ class Pairs(ExampleKind):
             )
         return super().refusal(row, inputs)
 
-    def figures(self, rewards: Tensor | None, inputs: Mapping[str, Tensor]) -> dict[str, Figure]:
+    def metrics(self, rewards: Tensor | None, inputs: Mapping[str, Tensor]) -> dict[str, Metric]:
         """Under TRL's names; a tie of rewards counts as half an accurate one."""
-        figures = {}
+        metrics = {}
         if rewards is not None:
             chosen, rejected = rewards[:, 0], rewards[:, 1]
-            figures = {
+            metrics = {
                 "rewards/chosen": chosen,
                 "rewards/rejected": rejected,
                 "rewards/accuracies": ((chosen > rejected).float() + (chosen >= rejected).float()) / 2,
                 "rewards/margins": chosen - rejected,
             }
-        figures |= {f"logps/{side}": inputs[f"policy_{side}_logps"] for side in ("chosen", "rejected")}
-        return {name: Figure(values) for name, values in figures.items()}
+        metrics |= {f"logps/{side}": inputs[f"policy_{side}_logps"] for side in ("chosen", "rejected")}
+        return {name: Metric(values) for name, values in metrics.items()}
 
     def preferred(self, shown: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
         """(1, 0) for every pair."""

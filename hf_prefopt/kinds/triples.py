@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from hf_prefopt.kinds.kind import Figure
+from hf_prefopt.kinds.kind import Metric
 from hf_prefopt.kinds.pairs import Pairs
 
 
@@ -25,9 +25,9 @@ class Triples(Pairs):
         golds = [at[np.array(row["golds"], dtype=np.int64)] for row, at in zip(rows, places, strict=True)]
         return {**super().index(rows, places), "gold": np.concatenate(golds)}
 
-    def figures(self, rewards: Tensor | None, inputs: Mapping[str, Tensor]) -> dict[str, Figure]:
+    def metrics(self, rewards: Tensor | None, inputs: Mapping[str, Tensor]) -> dict[str, Metric]:
         """With the log-prob of the gold response."""
-        return {**super().figures(rewards, inputs), "logps/gold": Figure(inputs["policy_gold_logps"])}
+        return {**super().metrics(rewards, inputs), "logps/gold": Metric(inputs["policy_gold_logps"])}
 
 
 TRIPLES = Triples()

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from hf_prefopt.kinds.kind import WEIGHT, ExampleKind, Figure, row_numbers
+from hf_prefopt.kinds.kind import WEIGHT, ExampleKind, Metric, row_numbers
 
 
 class Unpaired(ExampleKind):
@@ -17,8 +17,8 @@ class Unpaired(ExampleKind):
     wanted = "rows with `label`, or pairs with unpair=True"
     columns = ("labels",)
     responses = {"": "responses", "mismatched": "mismatched"}  # noqa: RUF012
-    extras = {"weights": WEIGHT}  # noqa: RUF012
-    facts = ("labels", *extras)
+    optional_columns = {"weights": WEIGHT}  # noqa: RUF012
+    batch_inputs = ("labels", *optional_columns)
     rewarded = ("",)
     metric_inputs = ("policy_logps", "labels")
 
@@ -27,27 +27,27 @@ class Unpaired(ExampleKind):
         counts = [len(row["labels"]) for row in rows]
         entries = {
             "responses": np.concatenate([at[:count] for at, count in zip(places, counts, strict=True)]),
-            **self.facts_of(rows),
+            **self.batch_inputs_of(rows),
         }
         if "mismatched_ids" in rows[0]:
             entries["mismatched"] = np.concatenate([at[count:] for at, count in zip(places, counts, strict=True)])
         return {**entries, **row_numbers(rows, counts)}
 
-    def facts_of(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+    def batch_inputs_of(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
         """With `labels` `[B]` bool."""
         labels = np.concatenate([np.array(row["labels"], dtype=bool) for row in rows])
-        return {"labels": labels, **super().facts_of(rows)}
+        return {"labels": labels, **super().batch_inputs_of(rows)}
 
-    def figures(self, rewards: Tensor | None, inputs: Mapping[str, Tensor]) -> dict[str, Figure]:
+    def metrics(self, rewards: Tensor | None, inputs: Mapping[str, Tensor]) -> dict[str, Metric]:
         """Means over the desirable ("chosen") and over the undesirable ("rejected") examples that there are."""
-        figures = {}
+        metrics = {}
         for side, counted in (("chosen", inputs["labels"]), ("rejected", ~inputs["labels"])):
             if rewards is not None:
-                figures[f"rewards/{side}"] = Figure(rewards[:, 0], counted)
-            figures[f"logps/{side}"] = Figure(inputs["policy_logps"], counted)
-        return figures
+                metrics[f"rewards/{side}"] = Metric(rewards[:, 0], counted)
+            metrics[f"logps/{side}"] = Metric(inputs["policy_logps"], counted)
+        return metrics
 
-    def conclude(self, means: dict[str, float]) -> dict[str, float]:
+    def finish_metrics(self, means: dict[str, float]) -> dict[str, float]:
         """With the margin, the difference of the two mean rewards, where there were examples of both labels."""
         if {"rewards/chosen", "rewards/rejected"} <= means.keys():
             means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]

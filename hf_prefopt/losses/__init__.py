@@ -27,7 +27,7 @@ from hf_prefopt.losses.triples import tpo_l_loss, tpo_loss
 from hf_prefopt.losses.unpaired import apo_zero_unpaired_loss, npo_loss, sft_unpaired_loss
 from hf_prefopt.losses.vocabulary import (
     mallows_dpo_loss,
-    mallows_dpo_reference_free_loss,
+    mallows_dpo_per_token_loss,
     tdpo1_loss,
     tdpo2_loss,
 )
@@ -71,7 +71,7 @@ __all__ = [
     "lipo_loss",
     "list_losses",
     "mallows_dpo_loss",
-    "mallows_dpo_reference_free_loss",
+    "mallows_dpo_per_token_loss",
     "nca_loss",
     "nca_pair_loss",
     "npo_loss",

@@ -47,7 +47,7 @@ def _alone(margins: Tensor) -> State:
     return {"mean": margins.mean(), "std": _spread(margins), "batches": torch.zeros_like(margins[0])}
 
 
-def _standardised(margins: Tensor, state: State) -> Tensor:
+def _standardized(margins: Tensor, state: State) -> Tensor:
     return (margins - state["mean"]) / state["std"].clamp(min=SMALLEST_STD)
 
 
@@ -105,7 +105,7 @@ def beta_dpo_loss(
     margins = chosen - rejected
     known = _alone(margins.detach()) if state is None else state
     count = max(1, int(len(margins) * (1 - rho))) if training else len(margins)
-    log_weights = -_standardised(margins.detach(), known).square() / 2
+    log_weights = -_standardized(margins.detach(), known).square() / 2
     kept = _draw(log_weights, count, (known["batches"], rows, pair_in_row))
     mean_kept = (margins.detach() * kept).sum() / count
     beta_used = (beta * (1 + a * (mean_kept - known["mean"]))).clamp(min=SMALLEST_BETA)
@@ -216,7 +216,7 @@ def alpha_dpo_loss(
     ref_margins = per_token(ref_chosen_logps, chosen_lengths) - per_token(ref_rejected_logps, rejected_lengths)
     excess = (chosen - rejected - ref_margins).detach()
     known = _alone(excess) if state is None else state
-    target = gamma / beta + alpha * _standardised(excess, known)
+    target = gamma / beta + alpha * _standardized(excess, known)
     return LossOutput(
         logistic(beta * (chosen - rejected - target)),
         pair_rewards(beta * chosen, beta * rejected),

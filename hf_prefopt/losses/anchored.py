@@ -37,7 +37,7 @@ def nca_pair_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.01) -> Tenso
 def sppo_hard_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.001) -> Tensor:
     """(r_w − 1/(2β))² + (r_l + 1/(2β))²: each log-ratio is led to its own target.
 
-    Self-play preference optimisation, eq. 4.7 with win rates of 1 and 0, β being the paper's 1/η.
+    Self-play preference optimization, eq. 4.7 with win rates of 1 and 0, β being the paper's 1/η.
     The targets are implicit rewards of ½ and −½; beyond them the loss grows again.
 
     Use it in rounds of self-play, on pairs of the model's own responses with clear winners.
@@ -84,7 +84,7 @@ def cal_dpo_loss(chosen: Tensor, rejected: Tensor, beta: float = 1e-3, calibrati
 def apo_zero_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.1) -> Tensor:
     """1 − σ(βr_w) + σ(βr_l): chosen up and rejected down, each from the reference, for chosen better than the model.
 
-    Anchored preference optimisation, APO-zero, eq. 7.
+    Anchored preference optimization, APO-zero, eq. 7.
 
     Use it where the chosen responses are better than what the model writes now, and their likelihood must rise.
 
@@ -100,7 +100,7 @@ def apo_zero_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.1) -> Tensor
 def apo_down_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.1) -> Tensor:
     """σ(βr_w) + 1 − σ(β(r_w − r_l)): both responses down, the rejected further, for chosen worse than the model.
 
-    Anchored preference optimisation, APO-down, eq. 8. Wherever |r_w| < |r_w − r_l|, a likelier chosen response raises
+    Anchored preference optimization, APO-down, eq. 8. Wherever |r_w| < |r_w − r_l|, a likelier chosen response raises
     the loss: that is its purpose.
 
     Use it where even the chosen responses are worse than what the model writes now.

@@ -85,13 +85,13 @@ def aot_unpaired_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.01, labe
 @register_loss("dr_dpo", aliases=("drdpo",), paper="2407.07880", needs_global_batch=True, is_one_value=True)
 @of_log_ratios(reference_free=True)
 def dr_dpo_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.1, beta_prime: float = 1.0) -> LossOutput:
-    """−β′ log mean_B e^(−ℓ(βh)/β′): pairs with a large loss, perhaps labelled wrongly, count less.
+    """−β′ log mean_B e^(−ℓ(βh)/β′): pairs with a large loss, perhaps labeled wrongly, count less.
 
     Distributionally robustifying DPO (Dr. DPO). This is one value for the batch and no mean over its pairs, so every
     pair carries that value: the mean is the value, and its gradient weighs pair i by softmax_B(−ℓ_i/β′) as it should.
     The component `preference` is ℓ(βh) of each pair. β′ → ∞ is DPO.
 
-    Use it where a good part of the pairs may be labelled the wrong way round.
+    Use it where a good part of the pairs may be labeled the wrong way round.
 
     Args:
         policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps: `[B]`, summed, nats, of

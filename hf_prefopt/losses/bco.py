@@ -1,4 +1,4 @@
-"""Binary classifier optimisation (BCO): rewards told apart by a running mean δ, which is kept across batches.
+"""Binary classifier optimization (BCO): rewards told apart by a running mean δ, which is kept across batches.
 
 r is the log-ratio of a response's summed log-probs, policy to reference, in nats.
 """
@@ -44,13 +44,13 @@ def bco_loss(
 ) -> LossOutput:
     """ℓ(βr − δ) if desirable, ℓ(δ − βr) if not, δ the running mean of βr over all that training has seen.
 
-    Binary classifier optimisation. δ takes in the global batch of a step before the loss is computed, and stands still
+    Binary classifier optimization. δ takes in the global batch of a step before the loss is computed, and stands still
     in evaluation. It is the plain mean of all rewards, as in TRL's last BCO trainer; an exponential one would forget.
     The implicit reward is βr.
 
-    Where undesirable examples have other prompts than desirable ones, the paper weighs them by how alike their prompts
-    are to those of the desirable (underlying distribution matching): `hf_prefopt.data.bco_weights.underlying_weights`
-    makes that column `weight` of embeddings of the prompts, before training.
+    Where undesirable examples have other prompts than desirable ones, the paper weights them by how similar their
+    prompts are to those of the desirable ones (underlying distribution matching). `distribution_matching_weights`, in
+    `data.bco_weights`, makes that column `weight` from embeddings of the prompts, before training.
 
     Use it on thumbs-up / thumbs-down data, as an alternative to KTO that needs no forward over mismatched pairs.
 
@@ -80,7 +80,7 @@ def bco_pair_loss(
 ) -> LossOutput:
     """ℓ(βr_w − δ) + ℓ(δ − βr_l), δ the running mean of both rewards over all that training has seen.
 
-    Binary classifier optimisation on pairs; δ as in `bco_loss`, of both rewards of every pair. (TRL's `bco_pair` took
+    Binary classifier optimization on pairs; δ as in `bco_loss`, of both rewards of every pair. (TRL's `bco_pair` took
     the mean over the means of batches, which is the same where batches are equally large.)
 
     Use it as the part of a mixture that judges each response by itself, as MPO does (.8 dpo + .2 bco_pair + 1 sft).

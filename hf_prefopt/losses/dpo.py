@@ -76,7 +76,7 @@ def dpo_norm_loss(
 ) -> LossOutput:
     """ℓ(β(r̄_w − r̄_l)): DPO on log-ratios per token.
 
-    Length-normalised DPO, Tülu 3, eq. 6. Arguments as in `dpo_loss`, and the scored tokens of each response `[B]`.
+    Length-normalized DPO, Tülu 3, eq. 6. Arguments as in `dpo_loss`, and the scored tokens of each response `[B]`.
 
     Use it where DPO makes responses longer: a long pair no longer has a larger log-ratio by its length alone.
 
@@ -101,7 +101,7 @@ def ipo_loss(
 ) -> LossOutput:
     """(r̄_w − r̄_l − 1/(2β))²: a finite target for the margin, so that a deterministic preference cannot overfit.
 
-    Identity preference optimisation, eq. 17, β being the paper's τ. The paper sums over tokens
+    Identity preference optimization, eq. 17, β being the paper's τ. The paper sums over tokens
     (`length_normalize=False`); its authors' results average over them, as projects do by default.
     The implicit reward is β·r̄ (or β·r): the loss is least at a reward margin of 1/2.
 
@@ -120,7 +120,7 @@ def ipo_loss(
 def hinge_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.05, margins: Tensor | None = None) -> Tensor:
     """max(0, 1 − βh): a pair beyond its margin trains nothing.
 
-    Statistical rejection sampling optimisation (RSO), hinge-norm, β being the paper's γ.
+    Statistical rejection sampling optimization (RSO), hinge-norm, β being the paper's γ.
 
     Use it where pairs that are clearly told apart should train no further.
     `margins` as in `dpo_loss`.
@@ -143,7 +143,7 @@ def wpo_loss(
 ) -> Tensor:
     """sg[min(1, w_w·w_l)]·ℓ(βh): off-policy pairs weigh less; w = exp(mean_t(log π_t − log Σ_v π_v²)).
 
-    Weighted preference optimisation, eq. 2 with the sampled-alignment weights of section 3.2; the weight is no
+    Weighted preference optimization, eq. 2 with the sampled-alignment weights of section 3.2; the weight is no
     function to differentiate, and at most 1.
 
     Use it on pairs that other models wrote: those unlike what the policy writes count less.

@@ -41,7 +41,7 @@ def kto_loss(
 ) -> LossOutput:
     """λ_D(1−σ(β(r − z))) if desirable, λ_U(1−σ(β(z − r))) if not, z = sg max(0, mean_B r of mismatched pairs).
 
-    Kahneman–Tversky optimisation. z estimates KL(π‖π_ref) from responses to other prompts, over the
+    Kahneman–Tversky optimization. z estimates KL(π‖π_ref) from responses to other prompts, over the
     global batch, whatever its labels. The component `kl` is z. See `kto_weights` for data with more of one label.
 
     Use it on thumbs-up / thumbs-down data, unpaired and unbalanced, or on pairs of doubtful quality by `unpair`.
@@ -96,7 +96,7 @@ def kto_weights(desirable: int, undesirable: int) -> tuple[float, float]:
 def kto_pair_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.1) -> Tensor:
     """½[1−σ(β(r_w − z_l)) + 1−σ(β(z_w − r_l))], z_x = sg max(0, mean_B r_x): KTO on pairs.
 
-    Kahneman–Tversky optimisation in the paired form of the authors' first code release: each side's baseline is the
+    Kahneman–Tversky optimization in the paired form of the authors' first code release: each side's baseline is the
     mean log-ratio of the *other* side over the global batch, clamped at 0 and not differentiated. The loss of a pair is
     the mean over its two responses.
 

@@ -42,7 +42,7 @@ def robust_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.1, label_smoot
 def exo_pair_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.1, label_smoothing: float = 1e-3) -> Tensor:
     """q_w log(q_w/(1−ε)) + q_l log(q_l/ε), q_w = σ(βh) = 1 − q_l: the reverse KL(q‖p) to soft labels p = (1−ε, ε).
 
-    Efficient exact optimisation, EXO-pref, eq. 16 for two responses. The loss is 0 at βh = log((1−ε)/ε), and grows
+    Efficient exact optimization, EXO-pref, eq. 16 for two responses. The loss is 0 at βh = log((1−ε)/ε), and grows
     again beyond.
 
     Use it instead of DPO to seek the mode of the preferred responses (reverse KL) and not to cover them all.
@@ -65,7 +65,7 @@ def exo_pair_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.1, label_smo
 def discopop_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.05, discopop_tau: float = 0.05) -> Tensor:
     """(1−m)ℓ(βh) + m·e^(−βh), m = σ(βh/τ): logistic for pairs ranked wrongly, exponential for those ranked right.
 
-    Discovered preference optimisation (DiscoPOP), the log-ratio modulated loss, eq. 5. It is not monotone: with the
+    Discovered preference optimization (DiscoPOP), the log-ratio modulated loss, eq. 5. It is not monotone: with the
     default τ it rises between h ≈ −2.37 and h ≈ 1.44. The product m·e^(−βh) is formed in logs, where τ ≤ 1 bounds it.
 
     Use it as an alternative to DPO that was found by search over losses; compare on your own data.
@@ -99,7 +99,7 @@ GPO_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 def gpo_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.1, function: str = "logistic") -> Tensor:
     """f(βh): logistic, hinge (1−z)₊, square (z−1)², exponential e^−z, truncated_square (1−z)₊², savage 1/(1+e^z)².
 
-    Generalised preference optimisation, table 1, read from the paper as no code is published: f is a convex (savage:
+    Generalized preference optimization, table 1, read from the paper as no code is published: f is a convex (savage:
     not convex) loss of binary classification. Logistic is `dpo`, hinge is `hinge`, and square is β² times the summed
     `ipo` at β/2; those papers' defaults of β differ from this one.
 

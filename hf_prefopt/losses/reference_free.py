@@ -31,7 +31,7 @@ def cpo_loss(
 ) -> LossOutput:
     """ℓ(β(s_w − s_l)) + α·NLL(y_w): contrast without a reference, held to the chosen responses.
 
-    Contrastive preference optimisation, eq. 5. Its hinge, IPO and SimPO forms are those losses with
+    Contrastive preference optimization, eq. 5. Its hinge, IPO and SimPO forms are those losses with
     `reference_free` where they have a reference, and `sft_weight` for α.
 
     Use it where there is no room for a reference model and the chosen responses are good enough to imitate.
@@ -66,7 +66,7 @@ def orpo_loss(
 ) -> LossOutput:
     """NLL(y_w) + β·ℓ(log-odds_w − log-odds_l), log-odds = s̄ − log(1 − e^s̄).
 
-    Odds-ratio preference optimisation, eq. 6 and 7; β is the paper's λ. The odds are of the geometric mean
+    Odds-ratio preference optimization, eq. 6 and 7; β is the paper's λ. The odds are of the geometric mean
     probability of a token; log(1 − e^s̄) is computed so that a likely response costs no precision.
     The implicit reward is β·s̄.
 
@@ -97,7 +97,7 @@ def slic_hf_loss(
 ) -> LossOutput:
     """max(0, δ − s_w + s_l) − λ·s_w: a margin of δ nats between the sums, held to the chosen responses.
 
-    Sequence likelihood calibration with human feedback, its rank loss and its regulariser towards a target, here the
+    Sequence likelihood calibration with human feedback, its rank loss and its regularizer towards a target, here the
     chosen response: λ times an NLL that is −s_w, of the whole response, as the paper writes it and HALOs computes it.
     With `length_normalize` it is −s̄_w, the unit of the NLL of every other loss here, and λ is on another scale. The
     implicit reward is s.

@@ -3,7 +3,7 @@
 A loss is a pure function of tensors. The names of its parameters say what it needs, so nothing is declared twice:
 
     policy_chosen_logps, ref_rejected_logps, ...   pairs: {policy | ref}_{chosen | rejected}_{statistic}, `[B]`; the
-                                                   statistics are `examples.STATISTICS`
+                                                   statistics are `kinds.STATISTICS`
     chosen_lengths, rejected_lengths               scored tokens per response: `[B]`
     policy_chosen_token_logps, ...                 log-probs of the scored tokens: `[B, T]`, 0 behind a response's end
     chosen_token_mask, rejected_token_mask         `[B, T]` bool, False behind it
@@ -14,9 +14,9 @@ A loss is a pure function of tensors. The names of its parameters say what it ne
     policy_token_logps, token_mask, ...            the same of their tokens: `[B, T]`
     policy_mismatched_logps, ...                   another prompt's response behind the example's prompt: `[B]`
     policy_list_logps, ref_list_logps, list_lengths, list_mask, list_ranks, list_scores     lists: `[B, K]`
-    chosen_scores, chosen_win_rates, margins, ...  what pairs may have in further columns: `[B]`; see `examples.pairs`
+    chosen_scores, chosen_win_rates, margins, ...  what pairs may have in further columns: `[B]`; see `kinds.pairs`
     state                                          numbers kept across batches; see `RunningState`
-    progress                                       the part of a run's optimiser steps that is done, a number in [0, 1]
+    progress                                       the part of a run's optimizer steps that is done, a number in [0, 1]
     epoch                                          the number of the epoch, from 0; 0 in evaluations
     training                                       False in evaluations, for what is done to training batches alone
     everything else                                a hyperparameter, which must have a default
@@ -45,7 +45,7 @@ class RunningState:
     Attributes:
         initial: their values before the first batch.
         update: `(state, **the loss's inputs and hyperparameters) -> new state`, tensors `[]` without gradients. It is
-            called once per optimisation step, on the global batch, before the loss is computed; in evaluation never.
+            called once per optimization step, on the global batch, before the loss is computed; in evaluation never.
     """
 
     initial: Mapping[str, float]
@@ -68,7 +68,7 @@ class LossSpec:
         state: what the loss keeps across batches; it is given to it as `state`.
         is_one_value: the loss is one value for the global batch, so no example has a loss of its own to be weighed.
         check_data: looks at the examples of a whole data set before training. It is called with those hyperparameters
-            and facts (`[N]`, `[N, K]`) that it has as parameters, returns advice for the user, or nothing, and
+            and inputs (`[N]`, `[N, K]`) that it has as parameters, returns advice for the user, or nothing, and
             raises `UnsuitableExamples` for examples that the loss cannot compare.
         form_of: the loss of which this is the form for examples of its kind.
         inputs: names of its tensor parameters. `defaults`: its hyperparameters.
@@ -97,7 +97,7 @@ class LossSpec:
 
     def fits(self, kind: ExampleKind) -> bool:
         """Whether the loss compares examples of that kind; triples are pairs, too."""
-        return all(map(kind.takes, self.inputs))
+        return all(map(kind.has_input, self.inputs))
 
     def for_kind(self, kind: ExampleKind) -> "LossSpec":
         """The form of this loss for examples of that kind; itself where there is none."""
@@ -110,16 +110,18 @@ class LossSpec:
         return tuple(name for name in self.inputs if name.startswith("ref_"))
 
     @property
-    def optional_columns(self) -> tuple[str, ...]:
+    def optional_inputs(self) -> tuple[str, ...]:
         """The inputs that are given where the data have them."""
         parameters = inspect.signature(self.function).parameters
-        return tuple(name for name in self.inputs if name in self.kind.extras and parameters[name].default is None)
+        return tuple(
+            name for name in self.inputs if name in self.kind.optional_columns and parameters[name].default is None
+        )
 
     @property
-    def of_the_run(self) -> tuple[str, ...]:
+    def run_inputs(self) -> tuple[str, ...]:
         """What the loss asks of the run: its state, how far it is, which epoch it is, whether it is training."""
         parameters = inspect.signature(self.function).parameters
-        return tuple(name for name in _OF_THE_RUN if name in parameters and (name != "state" or self.state))
+        return tuple(name for name in _RUN_INPUTS if name in parameters and (name != "state" or self.state))
 
     @property
     def needs_reference_model(self) -> bool:
@@ -158,14 +160,14 @@ def token_stats_of(inputs: Iterable[str], model: str) -> frozenset[str]:
     Args:
         model: "policy" or "ref".
     """
-    found = [(name, kind.statistic(name)) for name in inputs for kind in KINDS if kind.takes(name)]
+    found = [(name, kind.statistic(name)) for name in inputs for kind in KINDS if kind.has_input(name)]
     asked = [(name, STATISTICS[statistic]) for name, statistic in found if statistic]
     own = {stat for name, statistic in asked if name.startswith(model) for stat in statistic.own}
     return frozenset(own | {stat for _, statistic in asked if model == "ref" for stat in statistic.of_reference})
 
 
 # Parameters that are neither inputs of examples nor hyperparameters.
-_OF_THE_RUN = ("state", "progress", "epoch", "training")
+_RUN_INPUTS = ("state", "progress", "epoch", "training")
 _LOSSES: dict[str, LossSpec] = {}
 _ALIASES: dict[str, str] = {}
 
@@ -235,11 +237,11 @@ def _definition(function: Callable) -> tuple[str, str] | None:
 def _split_signature(name: str, function: Callable) -> tuple[tuple[str, ...], dict[str, Any]]:
     """The tensor inputs and the hyperparameters (with defaults) of a loss function, told apart by name."""
     parameters = inspect.signature(function).parameters.values()
-    inputs = tuple(p.name for p in parameters if any(kind.takes(p.name) for kind in KINDS))
-    if not any(all(map(kind.takes, inputs)) for kind in KINDS):
-        kinds = " and ".join(dict.fromkeys(next(k.name for k in KINDS if k.takes(given)) for given in inputs))
+    inputs = tuple(p.name for p in parameters if any(kind.has_input(p.name) for kind in KINDS))
+    if not any(all(map(kind.has_input, inputs)) for kind in KINDS):
+        kinds = " and ".join(dict.fromkeys(next(k.name for k in KINDS if k.has_input(given)) for given in inputs))
         raise ValueError(f"loss {name!r} takes inputs of {kinds}: a loss compares one kind of examples")
-    defaults = {p.name: p.default for p in parameters if p.name not in (*inputs, *_OF_THE_RUN)}
+    defaults = {p.name: p.default for p in parameters if p.name not in (*inputs, *_RUN_INPUTS)}
     unknown = [parameter for parameter, default in defaults.items() if default is inspect.Parameter.empty]
     if unknown:
         raise ValueError(

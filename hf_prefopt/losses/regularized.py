@@ -55,7 +55,7 @@ def r_dpo_loss(
 ) -> LossOutput:
     """ℓ(βh + α(|y_w| − |y_l|)): a preference that length explains trains less.
 
-    Length-regularised DPO (R-DPO). The reward is regularised to R − α|y|, and its optimal policy gives R = βr + α|y|
+    Length-regularized DPO (R-DPO). The reward is regularized to R − α|y|, and its optimal policy gives R = βr + α|y|
     up to a constant of the prompt: hence the sign, and the implicit reward βr + α|y|. α = 0 is DPO.
 
     Use it where chosen responses are longer than rejected ones and the model learns just that.
@@ -86,7 +86,7 @@ def dpo_shift_loss(
     """ℓ(β(r_w − λr_l)): the rejected reward counts less, so that the chosen likelihood falls less.
 
     DPO-Shift; λ = 1 is DPO. λ is constant, or goes linearly from `lambda_coef` at the first step to `lambda_end`, up or
-    down: with k of n optimiser steps taken it is λ_0 + (λ_end − λ_0)k/n, as in the authors' code (.5 and 1 there); an
+    down: with k of n optimizer steps taken it is λ_0 + (λ_end − λ_0)k/n, as in the authors' code (.5 and 1 there); an
     evaluation after k steps has that λ, too. The implicit reward is βr: λ shifts the comparison, not the reward.
 
     Use it where the likelihood of chosen responses falls under DPO.
@@ -114,13 +114,13 @@ def dpo_shift_loss(
 def chi_po_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.1, reward_bound: float | None = None) -> LossOutput:
     """ℓ(clip(β(φ(r_w) − φ(r_l)), ±2R)), φ(r) = r + e^r: DPO held to the reference by χ² beside the KL.
 
-    χ²-preference optimisation, algorithm 1, its link φ(z) = z + log z taken at z = π/π_ref = e^r. φ is the derivative
+    χ²-preference optimization, algorithm 1, its link φ(z) = z + log z taken at z = π/π_ref = e^r. φ is the derivative
     of ½(z−1)² + z log z, so that E[R] − β(χ² + KL) has its optimum at R = βφ + a constant of the prompt: βφ(r) is the
     implicit reward. The algorithm always clips, at the bound R of the true reward, which its theory knows and a data
     set does not tell: without `reward_bound` nothing is clipped. No default of β is on record. Beyond r = 20, e^r goes
     on as its tangent.
 
-    Use it where DPO overfits its pairs (overoptimisation): the χ² term grows with distance from the reference.
+    Use it where DPO overfits its pairs (overoptimization): the χ² term grows with distance from the reference.
 
     Args:
         reward_bound: R > 0, in reward units; a pair past it trains nothing.

@@ -93,7 +93,7 @@ def rpo_bwd_loss(
 ) -> Tensor:
     """KL(p* ‖ p), p* = σ(ηΔR), p = σ(βh): the margin is led to ηΔR, not to infinity.
 
-    Reward-aware preference optimisation (Nemotron-4 340B) with the "backward" KL of its source: that of the scores'
+    Reward-aware preference optimization (Nemotron-4 340B) with the "backward" KL of its source: that of the scores'
     probability to the policy's. Scores may come in either order: a chosen response with the lower one is led below. The
     loss is least, 0, at βh = ηΔR, and η → ∞ is DPO.
 
@@ -146,7 +146,7 @@ def rpo_sq_loss(
 ) -> Tensor:
     """(βh − ηΔR)²: the reward margin regressed on the scores'.
 
-    Reward-aware preference optimisation with a squared distance. Arguments as in `rpo_bwd_loss`.
+    Reward-aware preference optimization with a squared distance. Arguments as in `rpo_bwd_loss`.
 
     Use it where scores are calibrated and their differences, not only their order, are to come out in the policy.
 
@@ -168,7 +168,7 @@ def sppo_loss(
 ) -> Tensor:
     """½[(r_w − (P_w − ½)/β)² + (r_l − (P_l − ½)/β)²]: each log-ratio is led to what its win rate says.
 
-    Self-play preference optimisation with win rates P of each response against the samples of its prompt, β being the
+    Self-play preference optimization with win rates P of each response against the samples of its prompt, β being the
     paper's 1/η. Without `rejected_win_rates`, P_l = 1 − P_w, P_w being how often the chosen one beats the rejected one.
     P = 1 and 0 is half of `sppo_hard`.
 

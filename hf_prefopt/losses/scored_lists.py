@@ -97,7 +97,7 @@ def exo_rw_loss(
 ) -> LossOutput:
     """KL(softmax(βr) ‖ softmax(R/τ)): the reverse KL of the policy's softmax to that of the scores.
 
-    Efficient exact optimisation with rewards.
+    Efficient exact optimization with rewards.
 
     Use it on lists with a reward model's scores, to seek their mode (reverse KL); `infonca` covers them.
 

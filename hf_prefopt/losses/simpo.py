@@ -34,7 +34,7 @@ def simpo_loss(
 ) -> LossOutput:
     """ℓ(β(s̄_w − s̄_l) − γ): the mean log-prob of a response is its reward, γ the target margin.
 
-    Simple preference optimisation, eq. 6. The margin is given once: as γ itself, or as γ/β (the default, 0.5).
+    Simple preference optimization, eq. 6. The margin is given once: as γ itself, or as γ/β (the default, 0.5).
 
     Use it where there is no room for a reference model and length must not pay; tune β and γ together.
 
@@ -140,7 +140,7 @@ def repo_loss(
 ) -> LossOutput:
     """max(0, γ − (s̄_w − s̄_l)): SimPO's limit for a large β, a pair beyond its margin trains nothing.
 
-    ReLU-based preference optimisation (RePO). The implicit reward is s̄.
+    ReLU-based preference optimization (RePO). The implicit reward is s̄.
 
     Use it as SimPO with one hyperparameter fewer.
 

@@ -30,7 +30,7 @@ def tpo_loss(
 ) -> LossOutput:
     """ℓ(β(s_w − s_l)) + α·NLL(y_g): contrast without a reference, held to a third, gold response.
 
-    Triple preference optimisation: CPO whose NLL is of a response that is better than both of the pair. Each example's
+    Triple preference optimization: CPO whose NLL is of a response that is better than both of the pair. Each example's
     NLL is by its own length, where TRL averages over the tokens of a micro-batch. The implicit reward is β·s.
 
     Use it where prompts have a response worth imitating beside two that are only compared: solutions by an expert, and
@@ -68,7 +68,7 @@ def tpo_l_loss(
 ) -> LossOutput:
     """ℓ(β(s̄_w − s̄_l) − γ) + α·NLL(y_g): TPO on log-probs per token, with a target margin γ.
 
-    The length-controlled form of triple preference optimisation: SimPO's contrast beside TPO's NLL. β and γ are those
+    The length-controlled form of triple preference optimization: SimPO's contrast beside TPO's NLL. β and γ are those
     that TRL has for it; γ counts in reward units, after β. The implicit reward is β·s̄.
 
     Use it as TPO, where the responses grow longer under it.

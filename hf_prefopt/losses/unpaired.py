@@ -22,10 +22,10 @@ def apo_zero_unpaired_loss(
 ) -> LossOutput:
     """λ_D(1 − σ(βr)) if desirable, λ_U·σ(βr) if not: raise the one, lower the other, from the reference on.
 
-    Anchored preference optimisation, APO-zero (eq. 7) term by term: KTO with its baseline at 0. The implicit reward
+    Anchored preference optimization, APO-zero (eq. 7) term by term: KTO with its baseline at 0. The implicit reward
     is βr.
 
-    Use it on labelled responses that are better (desirable) or worse than the model's own; it needs no batch
+    Use it on labeled responses that are better (desirable) or worse than the model's own; it needs no batch
     statistics.
 
     Args:
@@ -48,10 +48,10 @@ def apo_zero_unpaired_loss(
 def npo_loss(policy_logps: Tensor, ref_logps: Tensor, labels: Tensor, beta: float = 0.1) -> LossOutput:
     """(2/β)·softplus(βr) on what is to be forgotten (undesirable), 0 on what is to be kept.
 
-    Negative preference optimisation: half of DPO, and gradient ascent as β → 0. Examples to keep are its usual
+    Negative preference optimization: half of DPO, and gradient ascent as β → 0. Examples to keep are its usual
     companion, trained on by `sft_weight`. The implicit reward is βr.
 
-    Use it to unlearn: a forget set labelled False, a retain set labelled True with `sft_weight`.
+    Use it to unlearn: a forget set labeled False, a retain set labeled True with `sft_weight`.
 
     Args:
         policy_logps, ref_logps: `[B]`, summed, nats. labels: `[B]` bool, False for the forget set.

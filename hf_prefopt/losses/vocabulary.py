@@ -87,40 +87,40 @@ def _with_divergence(
 def mallows_dpo_loss(
     chosen: Tensor,
     rejected: Tensor,
-    ref_chosen_normalised_entropy: Tensor,
-    ref_rejected_normalised_entropy: Tensor,
+    ref_chosen_normalized_entropy: Tensor,
+    ref_rejected_normalized_entropy: Tensor,
     beta: float = 0.1,
     dispersion_scale: float = 1.0,
 ) -> LossOutput:
     """ℓ(−c log(H)·βh): prompts on which the reference is sure of its tokens count more, H its entropy over log V.
 
     MallowsPO-θ with the paper's stand-in for the dispersion: −log of the reference's mean token entropy as a share of
-    log V, averaged over the two responses. The implicit reward is −c log(H)·βr. See `mallows_dpo_reference_free` for
+    log V, averaged over the two responses. The implicit reward is −c log(H)·βr. See `mallows_dpo_per_token` for
     the form that the authors ran.
 
     Use it on prompts of both kinds, with one right answer and with many: the first kind then trains more.
 
     Args:
         policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps: `[B]`, summed, nats.
-        ref_chosen_normalised_entropy, ref_rejected_normalised_entropy: `[B]`, in [0, 1].
+        ref_chosen_normalized_entropy, ref_rejected_normalized_entropy: `[B]`, in [0, 1].
         beta: > 0. dispersion_scale: c > 0.
 
     Raises:
         ValueError: shapes differ or a hyperparameter is out of range.
     """
     check_positive(dispersion_scale=dispersion_scale)
-    dispersion = _dispersion(ref_chosen_normalised_entropy, ref_rejected_normalised_entropy, dispersion_scale)
+    dispersion = _dispersion(ref_chosen_normalized_entropy, ref_rejected_normalized_entropy, dispersion_scale)
     return _dispersed(beta * chosen, beta * rejected, dispersion)
 
 
-@register_loss("mallows_dpo_reference_free", paper="2405.14953", is_average_loss=True)
-def mallows_dpo_reference_free_loss(
+@register_loss("mallows_dpo_per_token", paper="2405.14953", is_average_loss=True)
+def mallows_dpo_per_token_loss(
     policy_chosen_logps: Tensor,
     policy_rejected_logps: Tensor,
     chosen_lengths: Tensor,
     rejected_lengths: Tensor,
-    ref_chosen_normalised_entropy: Tensor,
-    ref_rejected_normalised_entropy: Tensor,
+    ref_chosen_normalized_entropy: Tensor,
+    ref_rejected_normalized_entropy: Tensor,
     beta: float = 10.0,
     dispersion_scale: float = 0.29,
 ) -> LossOutput:
@@ -133,7 +133,7 @@ def mallows_dpo_reference_free_loss(
 
     Args:
         policy_chosen_logps, policy_rejected_logps: `[B]`, summed, nats; lengths: `[B]`, tokens.
-        ref_chosen_normalised_entropy, ref_rejected_normalised_entropy, beta, dispersion_scale: as `mallows_dpo_loss`.
+        ref_chosen_normalized_entropy, ref_rejected_normalized_entropy, beta, dispersion_scale: as `mallows_dpo_loss`.
 
     Raises:
         ValueError: as `mallows_dpo_loss`.
@@ -142,10 +142,10 @@ def mallows_dpo_reference_free_loss(
     chosen, rejected = mean_logps(policy_chosen_logps, policy_rejected_logps, chosen_lengths, rejected_lengths)
     check_same_shape(
         policy_chosen_logps=policy_chosen_logps,
-        ref_chosen_normalised_entropy=ref_chosen_normalised_entropy,
-        ref_rejected_normalised_entropy=ref_rejected_normalised_entropy,
+        ref_chosen_normalized_entropy=ref_chosen_normalized_entropy,
+        ref_rejected_normalized_entropy=ref_rejected_normalized_entropy,
     )
-    dispersion = _dispersion(ref_chosen_normalised_entropy, ref_rejected_normalised_entropy, dispersion_scale)
+    dispersion = _dispersion(ref_chosen_normalized_entropy, ref_rejected_normalized_entropy, dispersion_scale)
     return _dispersed(beta * chosen, beta * rejected, dispersion)
 
 

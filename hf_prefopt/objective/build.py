@@ -36,7 +36,7 @@ def build_objective(
         reference_free: leaves the reference out of the losses that can do without.
         kind: the examples that there are, for losses that take several kinds; by default what the losses agree on.
         modifiers: change what the losses that have rewards are given, in that order.
-        columns: what the data say of the examples besides (`ExampleKind.extras`): `weights` multiply the examples'
+        columns: the optional columns of the data (`ExampleKind.optional_columns`): `weights` multiply the examples'
             losses, `margins` go to the losses that subtract one, the others to the losses that ask for them.
 
     Raises:
@@ -62,7 +62,7 @@ def build_objective(
             weight,
             params[spec.name],
             reference_free and spec.can_be_reference_free,
-            absent=tuple(name for name in spec.optional_columns if name not in columns),
+            absent=tuple(name for name in spec.optional_inputs if name not in columns),
         )
         for spec, weight in zip(specs, weights, strict=True)
     ]

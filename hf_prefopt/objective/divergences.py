@@ -60,7 +60,7 @@ class FDivergence(Modifier):
     """Every log-ratio r of a loss replaced by f′, the loss being a function of them alone.
 
     Whether it is one is found out by trying: then policy and reference may move together, by another amount for every
-    response, and its value stays. The divergence's normaliser, a constant of the prompt, cancels in a difference of two
+    response, and its value stays. The divergence's normalizer, a constant of the prompt, cancels in a difference of two
     responses; losses of each response by itself leave it out, as they do under the reverse KL.
     """
 

@@ -14,7 +14,7 @@ class ResponseStatistics:
     """What losses may ask of the responses of a batch under one model, each computed once and when it is asked for.
 
     Attributes:
-        logps, alignment, entropy, normalised_entropy, kl, lengths: `[R]`, as `ResponseScores` has them.
+        logps, alignment, entropy, normalized_entropy, kl, lengths: `[R]`, as `ResponseScores` has them.
         token_logps: `[R, T]`, log-prob (nats) of each response's scored tokens in their order, 0 behind its end; T is
             the longest response of the batch, the same for all its tensors.
         token_mask: `[R, T]` bool, False behind the end.
@@ -48,5 +48,5 @@ def loss_inputs(
     """
     given = {"policy": policy, "ref": reference}
     scores = {model: ResponseStatistics(scores, batch["longest_response"]) for model, scores in given.items() if scores}
-    kind_of = {name: next(kind for kind in KINDS if kind.takes(name)) for name in names}
-    return {name: kind.find(name, batch, scores) for name, kind in kind_of.items()}
+    kind_of = {name: next(kind for kind in KINDS if kind.has_input(name)) for name in names}
+    return {name: kind.input_of(name, batch, scores) for name, kind in kind_of.items()}

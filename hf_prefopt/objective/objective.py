@@ -28,7 +28,7 @@ class Objective:
     Attributes:
         kind: the kind of examples that all its losses compare.
         state: what losses keep across batches, by loss: numbers `[]`.
-        progress, epoch: the part of a run's optimiser steps that is done, in [0, 1], and the number of the epoch, for
+        progress, epoch: the part of a run's optimizer steps that is done, in [0, 1], and the number of the epoch, for
             losses that change with them; who runs it says so.
 
     Raises:
@@ -43,7 +43,7 @@ class Objective:
         self.reset_state()
         modifiers = (*(_WPO_INPUTS if use_weighting else ()), *(("weights",) if use_weights else ()))
         self.inputs = tuple(dict.fromkeys([*(name for term in terms for name in term.inputs), *modifiers]))
-        self.kind = next(kind for kind in KINDS if all(map(kind.takes, self.inputs)))
+        self.kind = next(kind for kind in KINDS if all(map(kind.has_input, self.inputs)))
         self._check_on_made_up_numbers()
 
     @property
@@ -121,14 +121,14 @@ class Objective:
 
     def _weighted(self, term: Term, inputs: dict[str, Tensor], training: bool) -> LossOutput:
         """The output of one loss, times the pair's WPO weight where that is asked for and the loss is of pairs."""
-        of_the_run = {
+        run_inputs = {
             "state": self._state_beside(term, inputs),
             "progress": self.progress,
             # Evaluations of a data set are to be compared with each other.
             "epoch": self.epoch if training else 0,
             "training": training,
         }
-        output = term(inputs, of_the_run)
+        output = term(inputs, run_inputs)
         if self.use_weighting and term.spec.computes_reward_metrics:
             chosen, rejected = (inputs[name] for name in _WPO_INPUTS)
             output.losses = output.losses * wpo_weights(chosen, rejected, output.losses)

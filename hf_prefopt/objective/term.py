@@ -80,9 +80,9 @@ class Term:
         """What the loss keeps before the first batch."""
         return {} if self.spec.state is None else self.spec.state.initial
 
-    def __call__(self, inputs: dict[str, Tensor], of_the_run: Mapping[str, Any]) -> LossOutput:
+    def __call__(self, inputs: dict[str, Tensor], run_inputs: Mapping[str, Any]) -> LossOutput:
         """The loss on the inputs it asks for, not weighted, and on what is known of what it asks of the run."""
-        asked = {name: of_the_run[name] for name in self.spec.of_the_run if name in of_the_run}
+        asked = {name: run_inputs[name] for name in self.spec.run_inputs if name in run_inputs}
         return self.spec(**self._modified(inputs), **self.params, **asked)
 
     def updated(self, state: State, inputs: dict[str, Tensor]) -> State:

@@ -49,7 +49,7 @@ class Humanline(TokenStep):
     """Each token's log-ratio clamped to [low, high]: log π := log π_ref + clamp(log π − log π_ref).
 
     From the code of HALOs, whose bounds are the logarithms −1 and 1.5. A clamped token has no gradient. That code also
-    copies the policy into the reference from one optimiser step to the next, which is a moving reference's affair:
+    copies the policy into the reference from one optimizer step to the next, which is a moving reference's affair:
     `sync_ref_model` with `ref_model_sync_steps=1` and `ref_model_mixup_alpha=1.0` (see `reference.moving`).
     """
 
@@ -91,7 +91,7 @@ class ColumnWeights(TokenStep):
 
 
 @dataclass(frozen=True)
-class LengthDesensitised(TokenStep):
+class LengthDesensitized(TokenStep):
     """Tokens past the length of the pair's shorter response weigh α: α = 1 is no change, α = 0 cuts them off.
 
     LD-DPO, 2409.06411. The length is that of the pair, so a response that serves several pairs has other

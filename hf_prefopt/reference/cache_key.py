@@ -150,7 +150,7 @@ def _tensor_digests(model: nn.Module) -> Iterator[tuple[str, str]]:
             parameter = getattr(owner, own_name)
             with gathered(parameter) as tensor:
                 yield acting_name, _digest(tensor)
-            for part, tensor in _quantisation(parameter, owner):
+            for part, tensor in _quantization(parameter, owner):
                 yield f"{acting_name}.{part}", _digest(tensor)
     for module_name, module in model.named_modules():
         for name, buffer in module.named_buffers(recurse=False):
@@ -188,8 +188,8 @@ def _renaming(model: nn.Module) -> Any:
     return rename
 
 
-def _quantisation(parameter: nn.Parameter, owner: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """What bitsandbytes keeps beside a quantised weight."""
+def _quantization(parameter: nn.Parameter, owner: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What bitsandbytes keeps beside a quantized weight."""
     state = getattr(parameter, "quant_state", None)
     if state is not None:
         tensors = state.as_dict(packed=True)

@@ -158,7 +158,7 @@ def frozen_copy(model: nn.Module) -> LiveReference:
 class FrozenTensors:
     """Copies of a model's trainable parameters, which can take the parameters' place for a while.
 
-    The parameters stay the same objects, so that optimisers, engines and tied weights never notice; nothing of the copy
+    The parameters stay the same objects, so that optimizers, engines and tied weights never notice; nothing of the copy
     is in the model's state dict, so it is in no checkpoint. Where an engine shards the parameters, a rank keeps its
     shards of the copy.
     """

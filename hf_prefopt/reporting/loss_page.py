@@ -67,8 +67,8 @@ def _needs(spec: LossSpec) -> list[str]:
         f"token statistics ({statistics})": statistics,
         "the global batch": spec.needs_global_batch,
         "state across batches (kept in checkpoints)": spec.state is not None,
-        "the progress of the run": "progress" in spec.of_the_run,
-        "the number of the epoch": "epoch" in spec.of_the_run,
+        "the progress of the run": "progress" in spec.run_inputs,
+        "the number of the epoch": "epoch" in spec.run_inputs,
         "log-probs averaged over tokens": spec.is_average_loss,
         "responses to other prompts": any("mismatched" in name for name in spec.inputs),
     }

@@ -8,16 +8,16 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from hf_prefopt.batch import PreferenceBatch, join_examples
-from hf_prefopt.kinds import ExampleKind, Figure
+from hf_prefopt.kinds import ExampleKind, Metric
 from hf_prefopt.losses.base import LossOutput
 from hf_prefopt.objective.objective import Objective
 from hf_prefopt.reporting.finite import FiniteRun, Seen
 
 
-def example_metrics(kind: ExampleKind, output: LossOutput, inputs: dict[str, Tensor]) -> dict[str, Figure]:
+def example_metrics(kind: ExampleKind, output: LossOutput, inputs: dict[str, Tensor]) -> dict[str, Metric]:
     """The metrics of each example: the loss's components, and those of its kind, under TRL's names."""
-    components = {f"loss/{name}": Figure(values) for name, values in output.components.items()}
-    return components | kind.figures(output.rewards, inputs)
+    components = {f"loss/{name}": Metric(values) for name, values in output.components.items()}
+    return components | kind.metrics(output.rewards, inputs)
 
 
 class RunningMeans:
@@ -30,11 +30,11 @@ class RunningMeans:
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, Tensor | int] = {}
 
-    def add(self, metrics: dict[str, Figure]) -> None:
+    def add(self, metrics: dict[str, Metric]) -> None:
         """Count the examples of a batch."""
-        for name, figure in metrics.items():
-            self._sums[name] = self._sums[name] + figure.total if name in self._sums else figure.total
-            self._counts[name] = self._counts.get(name, 0) + figure.count
+        for name, metric in metrics.items():
+            self._sums[name] = self._sums[name] + metric.total if name in self._sums else metric.total
+            self._counts[name] = self._counts.get(name, 0) + metric.count
 
     def pop(self, accelerator: Accelerator) -> dict[str, float]:
         """The means over the examples of all ranks; counting starts again. What no example has is left out."""
@@ -74,7 +74,7 @@ class TrainingRecord:
 
     def pop_means(self, accelerator: Accelerator) -> dict[str, float]:
         """The metrics over the examples of all ranks since the last call."""
-        return self._objective.kind.conclude(self._means.pop(accelerator))
+        return self._objective.kind.finish_metrics(self._means.pop(accelerator))
 
     def check(self, accelerator: Accelerator, *others: str | None) -> None:
         """Stop the run, on all ranks together, if anything was not finite; see `FiniteRun.check`."""
@@ -126,6 +126,6 @@ class Evaluation:
         output = self._objective(inputs, training=False)
         if finding := Seen.of(self._objective, inputs["rows"], inputs, output).finding():
             raise FloatingPointError(f"{where}: {finding[1]}")
-        figures = {"loss": Figure(output.losses), **example_metrics(self._objective.kind, output, inputs)}
-        means = {name: (figure.total / figure.count).item() for name, figure in figures.items() if figure.count}
-        return self._objective.kind.conclude(means)
+        found = {"loss": Metric(output.losses), **example_metrics(self._objective.kind, output, inputs)}
+        means = {name: (metric.total / metric.count).item() for name, metric in found.items() if metric.count}
+        return self._objective.kind.finish_metrics(means)

@@ -7,14 +7,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-TRAIN_COLOUR = "#4c72b0"
-REJECTED_COLOUR = "#c44e52"
-CHANCE_COLOUR = "#999999"
+TRAIN_COLOR = "#4c72b0"
+REJECTED_COLOR = "#c44e52"
+CHANCE_COLOR = "#999999"
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One of the figure's axes: the curves it shows (metric key → colour, label) and the value of no preference."""
+    """One of the figure's axes: the curves it shows (metric key → color, label) and the value of no preference."""
 
     title: str
     unit: str
@@ -23,16 +23,16 @@ class Panel:
 
 
 PANELS = (
-    Panel("Loss", "nats", {"loss": (TRAIN_COLOUR, "loss")}),
-    Panel("Reward accuracy", "share of pairs", {"rewards/accuracies": (TRAIN_COLOUR, "accuracy")}, 0.5),
-    Panel("Reward margin", "nats", {"rewards/margins": (TRAIN_COLOUR, "chosen − rejected")}, 0.0),
+    Panel("Loss", "nats", {"loss": (TRAIN_COLOR, "loss")}),
+    Panel("Reward accuracy", "share of pairs", {"rewards/accuracies": (TRAIN_COLOR, "accuracy")}, 0.5),
+    Panel("Reward margin", "nats", {"rewards/margins": (TRAIN_COLOR, "chosen − rejected")}, 0.0),
     Panel(
         "Rewards",
         "nats",
         {
-            "rewards/chosen": (TRAIN_COLOUR, "chosen"),
-            "rewards/rejected": (REJECTED_COLOUR, "rejected"),
-            "rewards/best": (TRAIN_COLOUR, "best of the list"),
+            "rewards/chosen": (TRAIN_COLOR, "chosen"),
+            "rewards/rejected": (REJECTED_COLOR, "rejected"),
+            "rewards/best": (TRAIN_COLOR, "best of the list"),
         },
         0.0,
     ),
@@ -49,7 +49,7 @@ def plot_training(log_history: Iterable[Mapping[str, float]], path: str | Path, 
     from matplotlib.figure import Figure
 
     records = list(log_history)
-    # A Figure of its own, not pyplot's: no window system is asked for and no global state is left behind.
+    # A Metric of its own, not pyplot's: no window system is asked for and no global state is left behind.
     figure = Figure(figsize=(10, 7), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, panel in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
@@ -65,14 +65,14 @@ def plot_training(log_history: Iterable[Mapping[str, float]], path: str | Path, 
 def _draw_panel(axes, panel: Panel, records: list[Mapping[str, float]]) -> None:
     """One panel: every curve that the run has, with its evaluation points."""
     curves = {key: look for key, look in panel.curves.items() if _has(records, key)}
-    for key, (colour, label) in curves.items():
-        axes.plot(*_series(records, key), color=colour, linewidth=1.6, marker=".", markersize=4, label=label)
+    for key, (color, label) in curves.items():
+        axes.plot(*_series(records, key), color=color, linewidth=1.6, marker=".", markersize=4, label=label)
         evaluations = _series(records, f"eval_{key}")
-        axes.plot(*evaluations, color=colour, linestyle="none", marker="D", markersize=8, markeredgecolor="black")
+        axes.plot(*evaluations, color=color, linestyle="none", marker="D", markersize=8, markeredgecolor="black")
     _label_evaluations(axes, curves, records)
     if panel.no_preference is not None:
-        axes.axhline(panel.no_preference, color=CHANCE_COLOUR, linestyle=":", linewidth=1.2, zorder=0)
-    axes.set(title=panel.title, xlabel="optimiser step", ylabel=f"{panel.title.lower()} [{panel.unit}]")
+        axes.axhline(panel.no_preference, color=CHANCE_COLOR, linestyle=":", linewidth=1.2, zorder=0)
+    axes.set(title=panel.title, xlabel="optimizer step", ylabel=f"{panel.title.lower()} [{panel.unit}]")
     axes.margins(x=0.08, y=0.2)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.25)

@@ -1,6 +1,6 @@
 """Prepared rows for a person to read: what the model sees, and which tokens count.
 
-Scored tokens stand between ⟦ ⟧, and in colour where the terminal has any; what is not scored is dim. Tokens are decoded
+Scored tokens stand between ⟦ ⟧, and in color where the terminal has any; what is not scored is dim. Tokens are decoded
 run by run, since one character may be several tokens.
 """
 
@@ -46,8 +46,8 @@ def print_preview(
 def _show_group(row: Mapping[str, Any], kinds: TokenKinds) -> RenderableType:
     prompt = row["prompt_ids"]
     panels = [_panel("prompt", _count(len(prompt), "token"), _show_tokens(prompt, [0] * len(prompt), "", kinds), "dim")]
-    names, marks = _name_responses(row), _say_marks(row)
-    for name, ids, mask, said in zip(names, row["response_ids"], row["scored_masks"], marks, strict=True):
+    names, example_columns = _name_responses(row), _describe_responses(row)
+    for name, ids, mask, said in zip(names, row["response_ids"], row["scored_masks"], example_columns, strict=True):
         style = _RESPONSE_STYLES.get(name, _OTHER_RESPONSE_STYLE)
         counts = f"{_count(len(ids), 'token')}, {sum(mask):,} scored{said}"
         panels.append(_panel(name, counts, _show_tokens(ids, mask, style, kinds), style))
@@ -67,7 +67,7 @@ def _name_responses(row: Mapping[str, Any]) -> list[str]:
     return [f"response {number}" for number in range(len(row["response_ids"]))]
 
 
-def _say_marks(row: Mapping[str, Any]) -> list[str]:
+def _describe_responses(row: Mapping[str, Any]) -> list[str]:
     """What a list's row says of each response: its rank, and its score if it has one."""
     count = len(row["response_ids"])
     ranks = [f", rank {rank:g}" for rank in row.get("ranks", ())] or [""] * count

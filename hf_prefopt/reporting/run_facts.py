@@ -97,7 +97,7 @@ def _loss_facts(term: Any) -> LossFacts:
 
 
 def _hyperparameters(args: PreferenceConfig, model: Any, steps: int) -> dict[str, Any]:
-    """The settings that shape the result, the optimiser steps taken, and those of an adapter."""
+    """The settings that shape the result, the optimizer steps taken, and those of an adapter."""
     settings = {name: getattr(args, name) for name in _ARGUMENTS}
     settings = {name: getattr(value, "value", value) for name, value in settings.items()}
     settings["processes"] = args.world_size

@@ -46,9 +46,9 @@ def wilson_interval(share: float, n: int, z: float = Z_95) -> tuple[float, float
     if not 0.0 <= share <= 1.0 or n < 1:
         raise ValueError(f"a share of n trials needs 0 <= share <= 1 and n >= 1, got share={share!r}, n={n!r}")
     scale = 1 + z * z / n
-    centre = (share + z * z / (2 * n)) / scale
+    center = (share + z * z / (2 * n)) / scale
     half_width = z * sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / scale
-    return max(0.0, centre - half_width), min(1.0, centre + half_width)
+    return max(0.0, center - half_width), min(1.0, center + half_width)
 
 
 def evaluation_table(before: Mapping[str, float] | None, after: Mapping[str, float], pairs: int) -> Table:

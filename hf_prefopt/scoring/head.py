@@ -81,7 +81,7 @@ def vocabulary_kl(logps: Tensor, reference_logps: Tensor) -> Tensor:
 STATISTICS: dict[str, Callable[[Tensor], Tensor]] = {
     # All take log-probs [C, V] in full precision and give [C].
     "entropy": entropy,
-    "normalised_entropy": lambda logps: entropy(logps) / math.log(logps.shape[-1]),
+    "normalized_entropy": lambda logps: entropy(logps) / math.log(logps.shape[-1]),
     "log_sum_sq_probs": lambda logps: (2 * logps).logsumexp(-1),
 }
 
@@ -253,7 +253,7 @@ def module_head_logps(
     reference: Callable[[slice], Tensor] | None = None,
     least_chunks: int = 0,
 ) -> tuple[Tensor, ...]:
-    """`linear_head_logps` for any callable head (an adapter on it, a quantised one), checkpointed by chunk.
+    """`linear_head_logps` for any callable head (an adapter on it, a quantized one), checkpointed by chunk.
 
     Args:
         reference: the reference's log-probs `[C, V]` of some of the rows, without gradient; the KL to them, which is

@@ -13,8 +13,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from hf_prefopt.data.padded import PaddedCollator
-from hf_prefopt.data.shared import SharedCollator
+from hf_prefopt.data.layouts import PaddedCollator, SharedCollator
 from hf_prefopt.scoring.agreement import device_of, made_up_tokens
 from hf_prefopt.scoring.attention import install_segment_attention, remove_segment_attention
 from hf_prefopt.scoring.forward import base_causal_lm, score

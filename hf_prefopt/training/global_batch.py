@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.trainer_utils import has_length
 
 from hf_prefopt.batch import PreferenceBatch, join_examples
-from hf_prefopt.data.repeated_rows import examples_of_first_rows, keep_examples, rows_that_count
+from hf_prefopt.data.collator import examples_of_first_rows, keep_examples, rows_that_count
 from hf_prefopt.losses.base import LossOutput
 from hf_prefopt.objective.objective import Objective
 

@@ -7,11 +7,11 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_prefopt.config import PreferenceConfig
 from hf_prefopt.data.check import check_examples
-from hf_prefopt.data.extras import present_extras
+from hf_prefopt.data.collator import EvenStream
+from hf_prefopt.data.formats import present_optional_columns
 from hf_prefopt.data.group import PromptSampler, prompt_keys
-from hf_prefopt.data.mismatched import MismatchedResponses
 from hf_prefopt.data.prepare import prepare_dataset, prepared_features
-from hf_prefopt.data.repeated_rows import EvenStream
+from hf_prefopt.data.unpaired import MismatchedResponses
 from hf_prefopt.kinds import KINDS, kind_of_columns
 from hf_prefopt.training.arguments import check_data
 
@@ -76,10 +76,10 @@ class PreferenceData:
         """The data set, whose examples the losses can compare; the first one settles the objective."""
         kind = kind_of_columns(dataset.column_names)
         if not self._is_settled:
-            columns = present_extras(kind, dataset.column_names)
+            columns = present_optional_columns(kind, dataset.column_names)
             self.objective, self._is_settled = self.args.build_objective(kind, columns), True
         losses, wanted = ", ".join(self.args.loss_type), self.objective.inputs
-        if not all(map(kind.takes, wanted)):
+        if not all(map(kind.has_input, wanted)):
             raise ValueError(f"{name} holds {kind.name}, but {losses} needs {self.objective.kind.wanted}")
         is_stream = not isinstance(dataset, Dataset)
         # The columns of a stream are known, its rows are checked when they are read.
@@ -119,7 +119,9 @@ class PreferenceData:
     @property
     def columns(self) -> list[str]:
         """Every column that the collators may read."""
-        columns = dict.fromkeys(column for kind in KINDS for column in prepared_features(kind, extras=kind.extras))
+        columns = dict.fromkeys(
+            column for kind in KINDS for column in prepared_features(kind, optional_columns=kind.optional_columns)
+        )
         return [*columns, "token_weights", "mismatched_ids", "mismatched_masks", "repeated"]
 
     @property

@@ -14,8 +14,7 @@ from transformers import TrainerCallback
 from hf_prefopt.batch import PreferenceBatch, ResponseScores
 from hf_prefopt.config import PreferenceConfig
 from hf_prefopt.data.collator import LoaderCollator
-from hf_prefopt.data.padded import PaddedCollator
-from hf_prefopt.data.shared import SharedCollator
+from hf_prefopt.data.layouts import PaddedCollator, SharedCollator
 from hf_prefopt.objective.objective import Objective
 from hf_prefopt.policy import disable_dropout
 from hf_prefopt.reference.cache import CachedReference

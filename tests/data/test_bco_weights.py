@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from hf_prefopt.data.bco_weights import underlying_weights
+from hf_prefopt.data.bco_weights import distribution_matching_weights
 from tests.tiny_models import tiny_model
 from tests.tokenizers import tiny_tokenizer
-from tests.training import make_trainer
+from tests.trainers import make_trainer
 
 pytest.importorskip("sklearn")
 
@@ -41,15 +41,15 @@ def test_weights_are_the_odds_of_a_balanced_regression():
     log_odds = design @ theta
     tolerance = np.linalg.norm(design, axis=1).max() * 1e-4 * 2 / curvature
     assert tolerance < 0.01 < log_odds.std()
-    wide = underlying_weights(prompts, labels, low=0.0, high=np.inf)
+    wide = distribution_matching_weights(prompts, labels, low=0.0, high=np.inf)
     np.testing.assert_allclose(np.log(wide[~labels]), log_odds[~labels], rtol=0, atol=tolerance)
-    found = underlying_weights(prompts, labels)
+    found = distribution_matching_weights(prompts, labels)
     np.testing.assert_array_equal(found, np.where(labels, 1.0, wide.clip(0.5, 10)))
 
 
 def test_prompts_that_say_nothing_weigh_one():
     """All alike, three desirable to one undesirable: balanced, p = ½, and the odds are 1 and not 3."""
-    weights = underlying_weights(np.zeros((8, 2)), [True, True, True, False] * 2)
+    weights = distribution_matching_weights(np.zeros((8, 2)), [True, True, True, False] * 2)
     np.testing.assert_allclose(weights, 1.0, rtol=1e-6)
 
 
@@ -57,17 +57,17 @@ def test_weights_stay_within_their_bounds():
     """Undesirable prompts deep among the desirable ones (x = 40) weigh 10, those far from them (x = −40) ½: nine of ten
     desirable prompts lie at 40, nine of ten undesirable ones at −40."""
     at = np.array([40.0] * 9 + [-40.0] + [-40.0] * 9 + [40.0])[:, None]
-    weights = underlying_weights(at, [True] * 10 + [False] * 10)
+    weights = distribution_matching_weights(at, [True] * 10 + [False] * 10)
     # Balanced odds of 9 : 1, pulled towards 1 by a penalty that is nothing beside x = 40.
     np.testing.assert_allclose(weights, [1.0] * 10 + [0.5] * 9 + [9.0], rtol=1e-2)
-    np.testing.assert_allclose(underlying_weights(at, [True] * 10 + [False] * 10, high=3.0)[-1], 3.0)
+    np.testing.assert_allclose(distribution_matching_weights(at, [True] * 10 + [False] * 10, high=3.0)[-1], 3.0)
 
 
 def test_so_many_prompts_of_a_class_are_enough():
     """Fitted to two of each class, a draw by the seed: every example still has a weight."""
     generator = np.random.default_rng(0)
     prompts, labels = generator.normal(size=(50, 2)), np.arange(50) % 2 == 0
-    few = [underlying_weights(prompts, labels, prompts_per_class=2, seed=seed) for seed in (0, 0, 1)]
+    few = [distribution_matching_weights(prompts, labels, prompts_per_class=2, seed=seed) for seed in (0, 0, 1)]
     assert few[0].shape == (50,) and (few[0] == few[1]).all() and (few[0] != few[2]).any()
 
 
@@ -86,13 +86,13 @@ def test_so_many_prompts_of_a_class_are_enough():
 )
 def test_what_does_not_fit_is_refused(embeddings, labels, options, message):
     with pytest.raises(ValueError, match=message):
-        underlying_weights(embeddings, labels, **options)
+        distribution_matching_weights(embeddings, labels, **options)
 
 
 def test_without_scikit_learn_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.linear_model", None)
     with pytest.raises(ImportError, match=r"hf_prefopt\[bco\]"):
-        underlying_weights(np.zeros((2, 1)), [True, False])
+        distribution_matching_weights(np.zeros((2, 1)), [True, False])
 
 
 def test_the_weights_are_a_column_of_bco(tmp_path):
@@ -102,7 +102,7 @@ def test_the_weights_are_a_column_of_bco(tmp_path):
         [{"prompt": text, "completion": " Yes.", "label": label} for text in texts for label in (True, text[0] == "T")]
     )
     embedded = [[float(text[0] == "2")] for text in rows["prompt"]]
-    rows = rows.add_column("weight", underlying_weights(embedded, rows["label"]))
+    rows = rows.add_column("weight", distribution_matching_weights(embedded, rows["label"]))
     given = {"train_dataset": rows, "processing_class": tiny_tokenizer(), "max_steps": 1}
     trainer = make_trainer(tmp_path, tiny_model(vocab_size=600), loss_type="bco", **given)
     loss = trainer.evaluate(rows)["eval_loss"]

@@ -6,11 +6,9 @@ import torch
 from datasets import Dataset
 from transformers.trainer_pt_utils import find_batch_size
 
-from hf_prefopt.data.collator import LoaderCollator
+from hf_prefopt.data.collator import LoaderCollator, keep_examples
 from hf_prefopt.data.group import PromptSampler, group_rows, prompt_keys
-from hf_prefopt.data.padded import PaddedCollator
-from hf_prefopt.data.repeated_rows import keep_examples
-from hf_prefopt.data.shared import SharedCollator
+from hf_prefopt.data.layouts import PaddedCollator, SharedCollator
 
 
 def pair(row, prompt, chosen, rejected):

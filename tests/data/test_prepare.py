@@ -134,9 +134,9 @@ def test_a_data_set_of_which_nothing_is_left_is_an_error():
     [
         (
             {"truncation_mode": "keep_middle"},
-            "truncation_mode='keep_middle': valid values are 'keep_start', 'keep_end'",
+            "truncation_mode='keep_middle' is not one of keep_start, keep_end",
         ),
-        ({"on_bad_rows": "ignore"}, "on_bad_rows='ignore': valid values are 'error', 'drop'"),
+        ({"on_bad_rows": "ignore"}, "on_bad_rows='ignore' is not one of error, drop"),
         ({"max_length": 0}, "max_length=0: give at least 2 tokens, or None"),
     ],
 )

@@ -6,7 +6,7 @@ import pytest
 from datasets import Dataset
 
 from hf_prefopt.data.prepare import prepare_dataset
-from hf_prefopt.data.texts import beginning
+from hf_prefopt.data.rows import beginning
 from tests.data.helpers import ask, chat_pair, reply, text_pair
 from tests.tokenizers import tiny_tokenizer
 
@@ -128,7 +128,7 @@ def test_an_answer_in_json_is_an_answer(answer):
 
 
 def test_a_prompt_that_all_responses_repeat_is_refused():
-    prompt = "Human: What colour is the sky?\nAssistant:"
+    prompt = "Human: What color is the sky?\nAssistant:"
     row = {"prompt": prompt, "chosen": f"{prompt} Blue.", "rejected": f" {prompt} Green."}
     with pytest.raises(ValueError, match="row 0: `chosen` repeats the text of `prompt`; remove the `prompt` column"):
         prepare(row)

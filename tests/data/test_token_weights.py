@@ -1,17 +1,16 @@
-"""Weights of tokens, from the columns of a tokenised pair to the entries of a batch."""
+"""Weights of tokens, from the columns of a tokenized pair to the entries of a batch."""
 
 import pytest
 import torch
 from datasets import Dataset
 
-from hf_prefopt.data.padded import PaddedCollator
+from hf_prefopt.data.layouts import PaddedCollator, SharedCollator
 from hf_prefopt.data.prepare import prepare_dataset
-from hf_prefopt.data.shared import SharedCollator
 from hf_prefopt.objective.inputs import loss_inputs
 from hf_prefopt.scoring.forward import install_scoring, score
 from tests.tiny_models import tiny_model
 from tests.tokenizers import tiny_tokenizer
-from tests.training import make_trainer
+from tests.trainers import make_trainer
 
 ROW = {
     "prompt_ids": [7, 8, 9],

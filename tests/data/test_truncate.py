@@ -2,7 +2,7 @@
 
 import pytest
 
-from hf_prefopt.data.tokenize import TokenisedRow, TokenKinds
+from hf_prefopt.data.tokenize import TokenizedRow, TokenKinds
 from hf_prefopt.data.truncate import Cuts, truncate_row
 from tests.tokenizers import tiny_tokenizer
 
@@ -14,9 +14,9 @@ NEWLINE, *_ = TOKENIZER("\n")["input_ids"]
 A, B, C, D, E, P, Q, R = (TOKENIZER.convert_tokens_to_ids(letter) for letter in "abcdepqr")
 
 
-def row_of(prompt, *responses, masks=None) -> TokenisedRow:
+def row_of(prompt, *responses, masks=None) -> TokenizedRow:
     masks = masks or [[1] * len(ids) for ids in responses]
-    return TokenisedRow(list(prompt), [list(ids) for ids in responses], masks, [(0, 1)])
+    return TokenizedRow(list(prompt), [list(ids) for ids in responses], masks, [(0, 1)])
 
 
 def test_a_row_that_fits_comes_back_as_it_is():

@@ -11,21 +11,21 @@ import pytest
 from datasets import Dataset
 from rich.console import Console
 
+from hf_prefopt.data.formats import read_labeled, read_ranked, read_scored
 from hf_prefopt.data.messages import BadRow
-from hf_prefopt.data.mismatched import MismatchedResponses
 from hf_prefopt.data.prepare import prepare_dataset
-from hf_prefopt.data.schema import read_labelled, read_ranked, read_scored
+from hf_prefopt.data.unpaired import MismatchedResponses
 from hf_prefopt.reporting.preview import preview_rows
 from tests.data.helpers import ask, chat_pair, prepare_row, real_rows, reply, scored_text, text_pair
 from tests.tiny_models import random_rows
 from tests.tokenizers import tiny_tokenizer
-from tests.training import unpaired
+from tests.trainers import unpaired
 
 TOKENIZER = tiny_tokenizer()
 CAPITAL = "The capital of France is"
 
 
-def labelled(label=True, completion=" Paris.") -> dict:
+def labeled(label=True, completion=" Paris.") -> dict:
     return {"prompt": CAPITAL, "completion": completion, "label": label}
 
 
@@ -34,14 +34,14 @@ def listed(column: str, values: list, responses=(" Paris.", " Rome.", " Berlin."
 
 
 @pytest.mark.parametrize("label", [True, False, 1, 0])
-def test_a_labelled_text_is_one_response_and_its_label(label):
-    row = prepare_row(labelled(label), TOKENIZER)
+def test_a_labeled_text_is_one_response_and_its_label(label):
+    row = prepare_row(labeled(label), TOKENIZER)
     assert row["labels"] == [bool(label)]
     assert len(row["response_ids"]) == 1 and scored_text(row, 0, TOKENIZER) == " Paris.<|im_end|>"
     assert "pairs" not in row and "ranks" not in row
 
 
-def test_a_labelled_message_has_the_tokens_of_the_same_pair():
+def test_a_labeled_message_has_the_tokens_of_the_same_pair():
     """Prompt and response of a chat row are what they are as the chosen side of a pair."""
     row = prepare_row({"prompt": ask(), "completion": reply("Paris."), "label": False}, TOKENIZER)
     pair = prepare_row(chat_pair(), TOKENIZER)
@@ -67,11 +67,11 @@ def test_a_list_may_be_of_messages():
 
 
 BAD_ROWS = {
-    "no label": (read_labelled, labelled(None), "`label` is None"),
-    "a label of words": (read_labelled, labelled("good"), "`label` is 'good'; make it true"),
-    "a rating for a label": (read_labelled, labelled(4), "`label` is 4"),
-    "an empty completion": (read_labelled, labelled(completion=""), "`completion` is empty"),
-    "mixed kinds": (read_labelled, {**labelled(), "completion": reply("a")}, "`completion` is a list while `prompt`"),
+    "no label": (read_labeled, labeled(None), "`label` is None"),
+    "a label of words": (read_labeled, labeled("good"), "`label` is 'good'; make it true"),
+    "a rating for a label": (read_labeled, labeled(4), "`label` is 4"),
+    "an empty completion": (read_labeled, labeled(completion=""), "`completion` is empty"),
+    "mixed kinds": (read_labeled, {**labeled(), "completion": reply("a")}, "`completion` is a list while `prompt`"),
     "no responses": (read_ranked, {**listed("ranks", []), "responses": None}, "`responses` is no list of two or more"),
     "one response": (read_ranked, listed("ranks", [1], [" Paris."]), "`responses` is no list of two or more"),
     "too few ranks": (read_ranked, listed("ranks", [1, 2]), "`ranks` is no list of 3 numbers; give one for each"),
@@ -96,7 +96,7 @@ def test_a_bad_row_names_its_column_and_a_cure(case):
 
 
 def test_bad_rows_are_counted_and_named_or_dropped():
-    rows = Dataset.from_list([labelled(), labelled(completion=" "), labelled(False)])
+    rows = Dataset.from_list([labeled(), labeled(completion=" "), labeled(False)])
     with pytest.raises(ValueError, match=r"1 of 3 rows cannot be used\n  row 1: `completion` is only whitespace"):
         prepare_dataset(rows, TOKENIZER)
     assert prepare_dataset(rows, TOKENIZER, on_bad_rows="drop")["labels"][:] == [[True], [False]]
@@ -114,7 +114,7 @@ def test_a_list_is_cut_as_a_whole():
     assert len(cut["response_ids"][1]) == 6 and cut["response_ids"][1][-1] == TOKENIZER.eos_token_id
 
 
-def test_real_labelled_answers():
+def test_real_labeled_answers():
     """Eight GSM8K answers, a right and a wrong one to each of four problems, whose prompts are the same tokens."""
     rows = real_rows("gsm8k")
     prepared = prepare_dataset(Dataset.from_list(rows), TOKENIZER, max_length=None)
@@ -145,8 +145,8 @@ def test_the_preview_names_labels_and_numbers_responses():
         console.print(preview_rows([prepare_row(row, TOKENIZER)], TOKENIZER))
         return console.file.getvalue()
 
-    assert "undesirable: " in printed(labelled(False)) and "undesirable" not in printed(labelled(True))
-    assert "desirable: " in printed(labelled(True))
+    assert "undesirable: " in printed(labeled(False)) and "undesirable" not in printed(labeled(True))
+    assert "desirable: " in printed(labeled(True))
     text = printed(listed("scores", [0.5, 1.0, 0.0]))
     assert all(f"response {number}: " in text for number in range(3))
     assert "score 0.5" in text and "rank 2" in text
@@ -160,8 +160,8 @@ def test_unpairing_makes_two_rows_of_a_pair():
     assert rows["response_ids"][:] == [[ids] for pair in prepared["response_ids"] for ids in pair]
 
 
-def test_unpairing_leaves_labelled_rows_alone_and_refuses_rows_of_several_pairs():
-    rows = prepare_dataset(Dataset.from_list([labelled()]), TOKENIZER)
+def test_unpairing_leaves_labeled_rows_alone_and_refuses_rows_of_several_pairs():
+    rows = prepare_dataset(Dataset.from_list([labeled()]), TOKENIZER)
     assert prepare_dataset(rows, TOKENIZER, unpair=True) is rows
     several = Dataset.from_list([{**random_rows(1)[0], "pairs": [[0, 1], [1, 0]]}])
     with pytest.raises(ValueError, match="row 0 holds 2 pairs: unpair=True takes one pair a row"):

@@ -16,7 +16,7 @@ from hf_prefopt.scoring.forward import CHUNK_ROWS, base_causal_lm
 from tests.distributed.cases import Case
 from tests.distributed.engines import Engine
 from tests.tiny_models import perturbed
-from tests.training import ROWS, logged, make_trainer
+from tests.trainers import ROWS, logged, make_trainer
 
 RESUMED_FROM = 3
 

@@ -22,7 +22,7 @@ from tests.distributed.cases import CASES, IN_SUITE
 from tests.distributed.engines import ENGINES
 from tests.distributed.launch import differences, largest_difference, launch, one_process
 from tests.tiny_models import tiny_model
-from tests.training import make_trainer
+from tests.trainers import make_trainer
 
 TOLERANCE = {"losses": 1e-5, "weights": 1e-4, "metrics": 1e-5}
 CAN_RESUME_DDP = pytest.mark.skipif(

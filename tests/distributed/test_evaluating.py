@@ -12,7 +12,7 @@ from datasets import Dataset
 from tests.distributed.engines import ENGINES, Engine
 from tests.distributed.scenes import play
 from tests.tiny_models import perturbed, random_rows, tiny_model
-from tests.training import make_trainer, pairs
+from tests.trainers import make_trainer, pairs
 
 ONE_PROCESS = Engine()
 # Two rows a rank: short | long, long | short, long | short and a rest that is filled up.

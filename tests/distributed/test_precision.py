@@ -14,7 +14,7 @@ from hf_prefopt.scoring.forward import score
 from tests.distributed.engines import ENGINES, zero
 from tests.distributed.scenes import play
 from tests.tiny_models import perturbed, tiny_model
-from tests.training import first_batch, make_trainer, pairs, with_column
+from tests.trainers import first_batch, make_trainer, pairs, with_column
 
 ZERO3 = {"deepspeed": zero(3)}
 COLUMNS = {
@@ -166,7 +166,7 @@ def test_loss_inputs_are_what_the_data_say(outcomes, scene):
 
 @pytest.mark.parametrize("name", ["policy", "ref"])
 def test_fsdp2_returns_log_probs_in_fp32(sharded, name):
-    """They are those of a plain model with these weights in bf16, whose logits are normalised in fp32.
+    """They are those of a plain model with these weights in bf16, whose logits are normalized in fp32.
 
     Logits of up to 8 have steps of 1/32 in bf16, so the two ways to them differ by some steps. Log-probs beyond −4 that
     were rounded to bf16 would be multiples of 1/32 or more: a distance of 1e-3 from those is no rounding of fp32's.

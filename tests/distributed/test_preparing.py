@@ -20,7 +20,7 @@ from tests.distributed.cases import DESCENT, GLOBAL_BATCH
 from tests.distributed.launch import largest_difference
 from tests.distributed.scenes import play
 from tests.tiny_models import tiny_model, with_lora
-from tests.training import make_trainer, pairs, weights
+from tests.trainers import make_trainer, pairs, weights
 
 
 def make(folder, model=None, **settings):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset, DatasetDict
 
-from tests.training import make_config
+from tests.trainers import make_config
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 

@@ -13,7 +13,7 @@ from hf_prefopt.objective.build import build_objective
 from tests.losses import numpy_reference
 from tests.losses.pairs import vector
 from tests.tiny_models import perturbed, tiny_model
-from tests.training import make_trainer, pairs
+from tests.trainers import make_trainer, pairs
 
 
 def pairs_of(margins, rows=None, lengths=1.0):

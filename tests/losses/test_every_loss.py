@@ -141,7 +141,7 @@ def test_every_hyperparameter_is_used(name):
 
 def test_no_two_losses_are_the_same():
     """On one batch every registered loss gives its own number, at one shared beta: no name computes another's loss."""
-    inputs = made_up_inputs()
+    inputs = made_up_inputs(pairs=9)
     values = {
         name: call(
             name, inputs, **({"beta": 0.7} if "beta" in get_loss(name).defaults else {}), **TOLD_APART_BY.get(name, {})

@@ -275,6 +275,6 @@ def test_other_projects_names(alias, name):
 
 
 def test_rdpo_is_refused_as_ambiguous():
-    """`rdpo` is written for robust DPO and for length-regularised DPO: neither is guessed, and r_dpo is offered."""
+    """`rdpo` is written for robust DPO and for length-regularized DPO: neither is guessed, and r_dpo is offered."""
     with pytest.raises(ValueError, match="did you mean r_dpo"):
         get_loss("rdpo")

@@ -7,7 +7,7 @@ import torch
 
 from hf_prefopt.losses import get_loss, register_loss, registry
 from hf_prefopt.losses.base import LossOutput
-from tests.training import make_config
+from tests.trainers import make_config
 
 ARGUMENTS = ("policy_chosen_logps", "policy_rejected_logps", "ref_chosen_logps", "ref_rejected_logps")
 

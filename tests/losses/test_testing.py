@@ -52,7 +52,7 @@ def test_probabilities_of_whole_sequences_are_noticed(register):
 
 def test_a_statistic_of_the_batch_that_is_not_declared_is_noticed(register):
     @register
-    def centred(policy_chosen_logps, policy_rejected_logps):
+    def centerd(policy_chosen_logps, policy_rejected_logps):
         margin = policy_chosen_logps - policy_rejected_logps
         return torch.nn.functional.softplus(margin.mean() - margin)
 

@@ -21,7 +21,7 @@ BETA = 0.3
 
 def losses(name, inputs, **params):
     spec = get_loss(name)
-    return spec(**{key: inputs[key] for key in spec.inputs if key not in spec.optional_columns}, **params).losses
+    return spec(**{key: inputs[key] for key in spec.inputs if key not in spec.optional_inputs}, **params).losses
 
 
 def of_tokens(name, chosen, rejected, weights=None, **params):
@@ -35,7 +35,7 @@ def of_tokens(name, chosen, rejected, weights=None, **params):
     if weights:
         inputs |= {f"{side}_token_weights": vector(*values)[None] for side, values in weights.items()}
     spec = get_loss(name)
-    return spec(**{key: inputs[key] for key in spec.inputs if key not in spec.optional_columns}, **params)
+    return spec(**{key: inputs[key] for key in spec.inputs if key not in spec.optional_inputs}, **params)
 
 
 def test_d2po_by_hand():
@@ -89,7 +89,7 @@ def test_mallows_by_hand():
     assert output.losses.item() == pytest.approx(L1)
     assert output.rewards[0].tolist() == pytest.approx([2 / 3, -1 / 3])
     assert output.components["dispersion"].item() == pytest.approx(1.0)
-    free = get_loss("mallows_dpo_reference_free").function(
+    free = get_loss("mallows_dpo_per_token").function(
         vector(-2.0), vector(-8.0), vector(2.0), vector(4.0), *entropies, beta=0.5, dispersion_scale=1.0
     )
     assert free.losses.item() == pytest.approx(L1)
@@ -111,7 +111,7 @@ def test_neutral_setting_is_dpo(name, neutral):
     inputs = made_up_inputs()
     for side in ("chosen", "rejected"):
         inputs[f"{side}_token_weights"] = inputs[f"{side}_token_mask"].double()
-        inputs[f"ref_{side}_normalised_entropy"] = torch.full((5,), math.exp(-1), dtype=torch.float64)
+        inputs[f"ref_{side}_normalized_entropy"] = torch.full((5,), math.exp(-1), dtype=torch.float64)
     if name == "sampo":
         inputs["rejected_lengths"] = inputs["chosen_lengths"] = torch.full((5,), 32)
     torch.testing.assert_close(
@@ -127,7 +127,7 @@ def test_tdpo2_at_alpha_one_is_tdpo1_in_value():
 def test_a_mallows_dispersion_scales_beta():
     """Two pairs alike but for their H: the loss of each is DPO's at −log(H)·β."""
     inputs = made_up_inputs()
-    entropy = (inputs["ref_chosen_normalised_entropy"] + inputs["ref_rejected_normalised_entropy"]) / 2
+    entropy = (inputs["ref_chosen_normalized_entropy"] + inputs["ref_rejected_normalized_entropy"]) / 2
     for pair in range(5):
         expected = losses("dpo", inputs, beta=-BETA * math.log(entropy[pair]))[pair]
         torch.testing.assert_close(losses("mallows_dpo", inputs, beta=BETA)[pair], expected, rtol=1e-13, atol=0)

@@ -9,31 +9,30 @@ import numpy as np
 import pytest
 import torch
 
-from hf_prefopt.data.padded import PaddedCollator
-from hf_prefopt.data.shared import SharedCollator
+from hf_prefopt.data.layouts import PaddedCollator, SharedCollator
 from hf_prefopt.kinds.made_up import made_up_inputs
 from hf_prefopt.losses import get_loss, list_losses
 from hf_prefopt.objective.build import build_objective
 from hf_prefopt.objective.divergences import FDivergence, f_prime
 from hf_prefopt.objective.inputs import loss_inputs
-from hf_prefopt.objective.token_sums import ColumnWeights, Humanline, LengthDesensitised, TokenSums
+from hf_prefopt.objective.token_sums import ColumnWeights, Humanline, LengthDesensitized, TokenSums
 from hf_prefopt.scoring.forward import install_scoring, score
 from tests.losses.numpy_reference.basics import nll
 from tests.losses.pairs import vector
 from tests.tiny_models import tiny_model
-from tests.training import make_config
+from tests.trainers import make_config
 
 # Each modifier at a setting that changes something, and at one that changes nothing.
 MODIFIERS = {
     "f_divergence": (FDivergence("js"), FDivergence("alpha", 1.0)),
-    "ld_alpha": (TokenSums([LengthDesensitised(0.3)]), TokenSums([LengthDesensitised(1.0)])),
-    "ld_policy_only": (TokenSums([LengthDesensitised(0.3, True)]), TokenSums([LengthDesensitised(1.0, True)])),
+    "ld_alpha": (TokenSums([LengthDesensitized(0.3)]), TokenSums([LengthDesensitized(1.0)])),
+    "ld_policy_only": (TokenSums([LengthDesensitized(0.3, True)]), TokenSums([LengthDesensitized(1.0, True)])),
     "humanline": (TokenSums([Humanline(-0.05, 0.04)]), TokenSums([Humanline(-1e6, 1e6)])),
-    "use_token_weights": (TokenSums([ColumnWeights()]), TokenSums([LengthDesensitised(1.0)])),
+    "use_token_weights": (TokenSums([ColumnWeights()]), TokenSums([LengthDesensitized(1.0)])),
 }
 REFERENCE_FREE = {
     *("alphapo", "cpo", "orpo", "repo", "rrhf", "sft", "sft_lists", "sft_unpaired", "simper", "simpo", "slic_hf"),
-    *("mallows_dpo_reference_free", "tpo", "tpo_l"),
+    *("mallows_dpo_per_token", "tpo", "tpo_l"),
 }
 OF_TOKENS = {"d2po", "sampo", "tis_dpo"}
 OF_SINGLE_RESPONSES = {"apo_zero_unpaired", "bco", "kto", "npo", "sft_unpaired"}
@@ -93,7 +92,7 @@ def test_a_modifier_changes_what_the_loss_is_given_and_no_more(name, modifier):
     by_hand = {**inputs, **BY_HAND[modifier](inputs)}
     spec = get_loss(name)
     state = {"state": {k: vector(v)[0] for k, v in spec.state.initial.items()}} if spec.state else {}
-    expected = spec(**{key: by_hand[key] for key in spec.inputs if key not in spec.optional_columns}, **state)
+    expected = spec(**{key: by_hand[key] for key in spec.inputs if key not in spec.optional_inputs}, **state)
     torch.testing.assert_close(output.losses, expected.losses, rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(output.rewards, expected.rewards, rtol=1e-12, atol=1e-14)
     assert not torch.allclose(output.losses, build_objective([name])(inputs).losses, rtol=1e-6, atol=0)
@@ -299,7 +298,7 @@ def test_a_response_of_several_pairs_has_the_tail_of_each(collate):
     install_segment_attention(model)
     assert len(batch["response_lengths"]) == 3
     scores = score(model, batch)
-    objective = build_objective(["dpo"], reference_free=True, modifiers=[TokenSums([LengthDesensitised(0.0)])])
+    objective = build_objective(["dpo"], reference_free=True, modifiers=[TokenSums([LengthDesensitized(0.0)])])
     rewards = objective(loss_inputs(objective.inputs, batch, scores, None)).rewards
     tokens = scores.token_logps.detach()
     expected = [[tokens[0], tokens[4]], [tokens[:3].sum(), tokens[5:].sum()]]

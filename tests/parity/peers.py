@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from tests.tiny_models import perturbed, random_rows, tiny_model
 from tests.tokenizers import tiny_tokenizer
-from tests.training import make_trainer
+from tests.trainers import make_trainer
 
 QUIET = {
     "bf16": False,
@@ -99,21 +99,21 @@ def concatenated_step(kind: str, folder, data: list[dict] | None = None, **setti
         from trl.experimental.orpo import ORPOTrainer as Trainer
     args = Config(output_dir=str(folder), max_length=256, remove_unused_columns=False, **{**QUIET, **settings})
     trainer = Trainer(policy(), args=args, train_dataset=RAW, processing_class=tiny_tokenizer())
-    batch = trainer.data_collator([_labelled(row) for row in data or rows()])
+    batch = trainer.data_collator([_labeled(row) for row in data or rows()])
     trainer.model.train()
     loss, metrics = trainer.get_batch_loss_metrics(trainer.model, batch, train_eval="train")
     return step_of(loss, trainer.model, metrics)
 
 
-def _labelled(row: dict) -> dict:
+def _labeled(row: dict) -> dict:
     """A prepared pair as CPO's and ORPO's collator takes it: whole sequences, and labels with the prompt left out."""
-    labelled = {"prompt_input_ids": row["prompt_ids"], "prompt_attention_mask": [1] * len(row["prompt_ids"])}
+    labeled = {"prompt_input_ids": row["prompt_ids"], "prompt_attention_mask": [1] * len(row["prompt_ids"])}
     for side, response in zip(("chosen", "rejected"), row["response_ids"], strict=True):
         ids = row["prompt_ids"] + response
-        labelled[f"{side}_input_ids"] = ids
-        labelled[f"{side}_attention_mask"] = [1] * len(ids)
-        labelled[f"{side}_labels"] = [-100] * len(row["prompt_ids"]) + response
-    return labelled
+        labeled[f"{side}_input_ids"] = ids
+        labeled[f"{side}_attention_mask"] = [1] * len(ids)
+        labeled[f"{side}_labels"] = [-100] * len(row["prompt_ids"]) + response
+    return labeled
 
 
 def tpo_step(folder, data: list[dict], **settings) -> Step:
@@ -166,7 +166,7 @@ def kto_step(folder, data: list[dict], **settings) -> Step:
     return step
 
 
-def labelled_rows(labels: tuple[bool, ...], mismatched: bool = True) -> list[dict]:
+def labeled_rows(labels: tuple[bool, ...], mismatched: bool = True) -> list[dict]:
     """Prepared unpaired rows with these labels, each with the response of the row behind it as its mismatched one."""
     data = rows(len(labels))
     first = [row["response_ids"][0] for row in data]

@@ -18,7 +18,7 @@ from tests.parity.peers import (
     dpo_trainer,
     kto_step,
     kto_trainer,
-    labelled_rows,
+    labeled_rows,
     our_step,
     policy,
     reference,
@@ -27,7 +27,7 @@ from tests.parity.peers import (
     trl_rows,
 )
 from tests.tiny_models import perturbed, tiny_model, with_lora
-from tests.training import logged, make_trainer, triples, unpaired
+from tests.trainers import logged, make_trainer, triples, unpaired
 
 pytest.importorskip("trl")
 LOG_TWO = math.log(2)
@@ -310,7 +310,7 @@ def test_ktos_baseline_is_of_one_micro_batch(tmp_path):
     first half's mismatched responses are the policy's own greedy ones, which it finds likelier than the reference does;
     the other half's are below 0.
     """
-    data, model = labelled_rows((True, False, True, False)), policy()
+    data, model = labeled_rows((True, False, True, False)), policy()
     for row in data[:2]:
         prompt = torch.tensor([row["prompt_ids"]])
         length = {"min_new_tokens": 8, "max_new_tokens": 8, "eos_token_id": 599}

@@ -10,14 +10,14 @@ from tests.parity.peers import (
     concatenated_step,
     dpo_step,
     kto_step,
-    labelled_rows,
+    labeled_rows,
     our_step,
     reference,
     rows,
     tpo_step,
 )
 from tests.scoring.plain import assert_same_gradients
-from tests.training import triples
+from tests.trainers import triples
 
 pytest.importorskip("trl")
 
@@ -235,7 +235,7 @@ KTO_METRICS = ("rewards/chosen", "rewards/rejected", "logps/chosen", "logps/reje
 def test_kto_trainer(settings, labels, tmp_path):
     """The same rows with the same mismatched responses, of both classes and of one: its z is ours where the batch is
     whole. The metrics of a class that is absent are left out on both sides."""
-    data = labelled_rows(labels, mismatched=settings["loss_type"] == "kto")
+    data = labeled_rows(labels, mismatched=settings["loss_type"] == "kto")
     weights = {name: value for name, value in settings.items() if name.endswith("weight")}
     others = {name: value for name, value in settings.items() if name not in weights}
     theirs = kto_step(tmp_path, data, **settings)

@@ -9,7 +9,7 @@ from peft import PeftType, get_peft_model
 
 from hf_prefopt.reference.choose import is_fresh_adapter
 from tests.tiny_models import perturbed, random_rows, tiny_model, with_lora
-from tests.training import logged, make_trainer, pairs
+from tests.trainers import logged, make_trainer, pairs
 
 IN_THE_DATA = random_rows(4, longest=10)[0]["prompt_ids"]
 ATTENTION = {"target_modules": ["q_proj", "v_proj"]}

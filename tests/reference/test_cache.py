@@ -17,10 +17,10 @@ from hf_prefopt.reference.cache_store import read_shard
 from hf_prefopt.reference.live import LiveReference
 from hf_prefopt.training.scorer import ScorerEvents
 from tests.data.helpers import text_pair
-from tests.test_trainer_exactness import SYNCHRONISING
+from tests.test_trainer_exactness import SYNCHRONIZING
 from tests.tiny_models import perturbed, random_rows, tiny_model, with_lora
 from tests.tokenizers import tiny_tokenizer
-from tests.training import first_batch, lists, logged, make_config, make_trainer, pairs, unpaired
+from tests.trainers import first_batch, lists, logged, make_config, make_trainer, pairs, unpaired
 
 DESCENT = {"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant"}
 
@@ -383,7 +383,7 @@ def test_a_cached_step_waits_for_no_device(tmp_path, monkeypatch):
         return call
 
     monkeypatch.setattr(trainer, "log", lambda *_, **__: None)
-    for name in SYNCHRONISING:
+    for name in SYNCHRONIZING:
         monkeypatch.setattr(torch.Tensor, name, watched(name, getattr(torch.Tensor, name)))
     trainer.train()
     assert trainer.state.global_step == 2 and seen == []

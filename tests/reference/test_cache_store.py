@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-from hf_prefopt.data.padded import PaddedCollator
+from hf_prefopt.data.layouts import PaddedCollator
 from hf_prefopt.reference import cache_fill, cache_store
 from hf_prefopt.reference.cache import CachedReference
 from hf_prefopt.reference.cache_fill import fill, plan_batches, single_responses, take_inventory
@@ -24,7 +24,7 @@ from hf_prefopt.reference.cache_store import LogProbStore
 from hf_prefopt.reference.live import adapter_off, frozen_copy, separate_model
 from hf_prefopt.scoring.forward import install_scoring, score
 from tests.tiny_models import perturbed, tiny_model, with_lora
-from tests.training import pairs
+from tests.trainers import pairs
 
 
 def scored_model():

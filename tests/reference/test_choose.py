@@ -8,7 +8,7 @@ from hf_prefopt.losses import get_loss, list_losses
 from hf_prefopt.reference.choose import choose_reference, is_fresh_adapter
 from hf_prefopt.reference.live import FrozenTensors
 from tests.tiny_models import perturbed, tiny_model, with_lora
-from tests.training import first_batch, make_trainer
+from tests.trainers import first_batch, make_trainer
 
 ADAPTERS = {
     "LoRA": (lambda: with_lora(tiny_model()), True),

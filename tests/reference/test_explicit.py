@@ -1,4 +1,4 @@
-"""A reference that the user names: another model, by itself or by its path, in another dtype or quantised, or another
+"""A reference that the user names: another model, by itself or by its path, in another dtype or quantized, or another
 adapter; cached or not, it is scored as it is by itself."""
 
 import math
@@ -12,7 +12,7 @@ from peft import PeftModel
 from hf_prefopt.reference.cache_key import fingerprint
 from hf_prefopt.scoring.forward import score
 from tests.tiny_models import QUANTIZABLE, perturbed, tiny_model, with_lora
-from tests.training import first_batch, logged, make_trainer
+from tests.trainers import first_batch, logged, make_trainer
 
 
 def scores_by_itself(model, folder, batch):
@@ -96,24 +96,24 @@ def test_whole_predictions_of_a_reference_that_waits_in_the_cpus_memory(tmp_path
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("cached", [False, True])
-def test_a_quantised_reference(bits, cached, tmp_path):
+def test_a_quantized_reference(bits, cached, tmp_path):
     """Under a policy in full precision; what was rounded away in its weights shows in the first loss."""
-    pytest.importorskip("bitsandbytes", reason="quantised references need bitsandbytes")
+    pytest.importorskip("bitsandbytes", reason="quantized references need bitsandbytes")
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     perturbed(tiny_model(**QUANTIZABLE), scale=0.1).save_pretrained(tmp_path / "saved")
-    quantisation = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8, bnb_4bit_quant_type="nf4")
-    quantised = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", quantization_config=quantisation)
-    before = fingerprint(quantised, 1.0, None)
-    quantised(torch.tensor([[5, 6, 7]]))
-    assert fingerprint(quantised, 1.0, None) == before
+    quantization = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8, bnb_4bit_quant_type="nf4")
+    quantized = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", quantization_config=quantization)
+    before = fingerprint(quantized, 1.0, None)
+    quantized(torch.tensor([[5, 6, 7]]))
+    assert fingerprint(quantized, 1.0, None) == before
     policy = perturbed(tiny_model(**QUANTIZABLE), scale=0.1)
-    settings = {"ref_model": quantised, "layout": "padded", "max_steps": 2}
+    settings = {"ref_model": quantized, "layout": "padded", "max_steps": 2}
     settings |= {"precompute_ref_log_probs": cached, "reference_cache_dir": str(tmp_path / "cache")}
     trainer = make_trainer(tmp_path / "run", policy, **settings)
     batch = first_batch(trainer)
     with torch.no_grad():
-        logits = quantised(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
+        logits = quantized(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
     rows = logits.flatten(0, 1)[batch["scored_rows"]].log_softmax(-1)
     expected = rows.gather(1, batch["targets"][:, None])[:, 0]
     # The head of a batch of scored rows and of all rows: the same products, in another order.

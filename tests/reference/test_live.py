@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from hf_prefopt.scoring.forward import score
 from tests.tiny_models import perturbed, tiny_model, with_lora
-from tests.training import first_batch, logged, make_trainer, pairs, weights
+from tests.trainers import first_batch, logged, make_trainer, pairs, weights
 
 
 def trained_adapter(**settings) -> PeftModel:
@@ -192,7 +192,7 @@ def test_an_explicit_reference_is_that_one(tmp_path):
 
 
 def test_a_copy_exchanges_tensors_and_no_objects(tmp_path):
-    """The parameters stay the same objects with the same storage after the reference has run: optimisers keep them."""
+    """The parameters stay the same objects with the same storage after the reference has run: optimizers keep them."""
     trainer = build(tmp_path, *STARTS["full, tied"])
     before = {name: (id(p), p.data_ptr()) for name, p in trainer.model.named_parameters()}
     values = weights(trainer.model)

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from tests.tiny_models import perturbed, tiny_model, with_lora
-from tests.training import first_batch, logged, make_config, make_trainer, pairs, weights
+from tests.trainers import first_batch, logged, make_config, make_trainer, pairs, weights
 
 POLICIES = {
     "full": tiny_model,

@@ -5,7 +5,7 @@ from datasets import Dataset
 
 from hf_prefopt.reference.live import LiveReference
 from tests.tiny_models import perturbed, random_rows, tiny_model, with_lora
-from tests.training import make_trainer
+from tests.trainers import make_trainer
 
 
 @pytest.fixture

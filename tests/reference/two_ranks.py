@@ -10,7 +10,7 @@ from pathlib import Path
 
 from hf_prefopt.reference.live import LiveReference
 from tests.tiny_models import perturbed, tiny_model, with_lora
-from tests.training import logged, make_trainer, pairs, unpaired
+from tests.trainers import logged, make_trainer, pairs, unpaired
 
 folder = Path(sys.argv[1])
 responses: list[int] = []

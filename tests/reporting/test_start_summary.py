@@ -16,7 +16,7 @@ from hf_prefopt.reporting.start_summary import (
     model_text,
 )
 from tests.tiny_models import tiny_model, with_lora
-from tests.training import make_config, make_trainer, pairs
+from tests.trainers import make_config, make_trainer, pairs
 
 
 def said(caplog):

@@ -15,7 +15,7 @@ def render(table) -> str:
 
 
 def test_wilson_interval_equals_the_textbook_value():
-    """p = 1/2, n = 96, z² = 3.8415: the centre stays 1/2, the half-width is z/(2·√(n + z²)) = 1.95996/(2·9.99207)."""
+    """p = 1/2, n = 96, z² = 3.8415: the center stays 1/2, the half-width is z/(2·√(n + z²)) = 1.95996/(2·9.99207)."""
     assert wilson_interval(0.5, 96) == pytest.approx((0.5 - 0.098076, 0.5 + 0.098076), abs=1e-6)
 
 

@@ -25,7 +25,7 @@ from transformers import TrainerCallback, TrainerState
 
 from hf_prefopt.training.checkpoints import last_complete_checkpoint
 from tests.tiny_models import perturbed, tiny_model, with_lora
-from tests.training import make_trainer, unpaired, weights
+from tests.trainers import make_trainer, unpaired, weights
 
 
 class Moments:

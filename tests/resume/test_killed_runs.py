@@ -10,7 +10,7 @@ import pytest
 
 from hf_prefopt.training.checkpoints import is_complete, last_complete_checkpoint
 from tests.resume.killed_runs import kill_twice, result, run
-from tests.training import make_trainer
+from tests.trainers import make_trainer
 
 
 @pytest.fixture(scope="module")

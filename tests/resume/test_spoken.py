@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.training import logged, make_trainer, pairs
+from tests.trainers import logged, make_trainer, pairs
 
 SETTINGS = {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 2}
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_prefopt.batch import PreferenceBatch
-from hf_prefopt.data.padded import PaddedCollator
+from hf_prefopt.data.layouts import PaddedCollator
 from tests.scoring.logps import sequence_logps
 from tests.tiny_models import random_rows
 

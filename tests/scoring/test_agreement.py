@@ -13,13 +13,13 @@ from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, ge
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM
 
-from hf_prefopt.data.padded import PaddedCollator
+from hf_prefopt.data.layouts import PaddedCollator
 from hf_prefopt.scoring.agreement import check_scores
 from hf_prefopt.scoring.forward import install_scoring, score
 from tests.scoring.architectures import FALLING_BACK, SHARING, architecture
 from tests.scoring.plain import padded_batch, plain_response_logps
 from tests.tiny_models import _SIZES, QUANTIZABLE, perturbed, random_rows, tiny_model, with_lora
-from tests.training import make_trainer, weights
+from tests.trainers import make_trainer, weights
 
 NOT_ITS_OWN = "not those of its own logits"
 
@@ -243,8 +243,8 @@ class TestNoFalseAlarms:
     def test_in_few_bits(self, weights, tmp_path):
         """In 8 bits, which columns are kept in 16 bits depends on all tokens: no leak, only rounding."""
         tiny_model(**QUANTIZABLE).save_pretrained(tmp_path)
-        quantised = BitsAndBytesConfig(**weights, llm_int8_threshold=2.0)
-        model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=quantised, device_map="cpu")
+        quantized = BitsAndBytesConfig(**weights, llm_int8_threshold=2.0)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=quantized, device_map="cpu")
         check(model)
         check(perturbed(with_lora(model)))
 

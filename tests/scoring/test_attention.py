@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.nn.attention.varlen import varlen_attn
 
 from benchmarks.gpu_correctness import ARCHITECTURES, attention_by_mask
-from hf_prefopt.data.shared import SharedCollator
+from hf_prefopt.data.layouts import SharedCollator
 from hf_prefopt.scoring import attention
 from hf_prefopt.scoring.attention import UnsupportedAttention, install_segment_attention, segment_attention
 from hf_prefopt.scoring.forward import install_scoring, score

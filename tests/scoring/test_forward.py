@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from hf_prefopt.data.padded import PaddedCollator
+from hf_prefopt.data.layouts import PaddedCollator
 from hf_prefopt.scoring.forward import base_causal_lm, install_scoring, logit_transform, score
 from tests.scoring.plain import padded_batch, plain_response_logps
 from tests.tiny_models import perturbed, random_rows, tiny_model, with_lora

@@ -100,7 +100,7 @@ def test_values_and_statistics_are_the_definitions(way, trained, transform, chun
     """log p_y, −Σ p log p, the same over log V, and log Σ p² are their definitions, with and without gradients."""
     hidden, weight, bias, targets = head_inputs()
     weight.requires_grad_(trained)
-    settings = (targets, transform, ("entropy", "log_sum_sq_probs", "normalised_entropy"), chunk_rows)
+    settings = (targets, transform, ("entropy", "log_sum_sq_probs", "normalized_entropy"), chunk_rows)
     if way == "linear":
         run = partial(linear_head_logps, hidden.requires_grad_(), weight, bias, *settings)
     else:

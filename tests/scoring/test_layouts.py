@@ -10,8 +10,7 @@ import copy
 import pytest
 import torch
 
-from hf_prefopt.data.padded import PaddedCollator
-from hf_prefopt.data.shared import SharedCollator
+from hf_prefopt.data.layouts import PaddedCollator, SharedCollator
 from hf_prefopt.scoring import attention, forward, layout
 from hf_prefopt.scoring.attention import install_segment_attention
 from hf_prefopt.scoring.forward import base_causal_lm, install_scoring, score
@@ -268,7 +267,7 @@ class TestAttentionIsGivenBack:
 @pytest.mark.parametrize("name", ["afmoe", "doge"])
 def test_a_mask_that_is_passed_by_name(name, tmp_path):
     """These call attention with `attention_mask=`: they train by default, with the log-probs of plain logits."""
-    from tests.training import first_batch, make_trainer
+    from tests.trainers import first_batch, make_trainer
 
     model = architecture(name)
     plain = copy.deepcopy(model)

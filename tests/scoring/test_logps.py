@@ -25,7 +25,7 @@ def test_token_logps_by_hand():
 
 
 def test_temperature_by_hand():
-    """At T = ½ probabilities are squared and normalised: (4, 1, 1)/6 and (1, 1, 36)/38."""
+    """At T = ½ probabilities are squared and normalized: (4, 1, 1)/6 and (1, 1, 36)/38."""
     logps = token_logps(LOGITS, torch.tensor([0, 2]), temperature=0.5)
     assert logps.tolist() == pytest.approx([math.log(4 / 6), math.log(36 / 38)], rel=1e-12)
 

@@ -9,8 +9,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from hf_prefopt.data.padded import PaddedCollator
-from hf_prefopt.data.shared import SharedCollator
+from hf_prefopt.data.layouts import PaddedCollator, SharedCollator
 from hf_prefopt.reference.choose import choose_reference
 from hf_prefopt.scoring import forward
 from hf_prefopt.scoring.attention import install_segment_attention
@@ -19,7 +18,7 @@ from hf_prefopt.scoring.head import module_head_logps, vocabulary_kl
 from tests.scoring.plain import assert_same_gradients, gradients
 from tests.scoring.test_head import TRANSFORMS, LargestTensor, direct_logps, head_inputs
 from tests.tiny_models import perturbed, random_rows, tiny_model, with_lora
-from tests.training import first_batch, make_trainer
+from tests.trainers import first_batch, make_trainer
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)

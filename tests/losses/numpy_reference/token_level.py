@@ -67,12 +67,12 @@ def tdpo2(w, l, rw, rl, dw, dl, beta=0.1, alpha=0.5):
 
 
 def mallows_dpo(w, l, rw, rl, hw, hl, beta=0.1, dispersion_scale=1.0):
-    """2405.14953: DPO with β times −log of the normalised entropy."""
+    """2405.14953: DPO with β times −log of the normalized entropy."""
     weight = dispersion_scale * np.log(1 / ((hw + hl) / 2))
     return nll(weight * beta * (w - rw - l + rl)), two(weight * beta * (w - rw), weight * beta * (l - rl))
 
 
-def mallows_dpo_reference_free(w, l, nw, nl, hw, hl, beta=10.0, dispersion_scale=0.29):
+def mallows_dpo_per_token(w, l, nw, nl, hw, hl, beta=10.0, dispersion_scale=0.29):
     """Its code: the log-probs averaged over tokens, no reference in the margin."""
     weight = dispersion_scale * np.log(1 / ((hw + hl) / 2))
     return nll(weight * beta * (w / nw - l / nl)), two(weight * beta * w / nw, weight * beta * l / nl)

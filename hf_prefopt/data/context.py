@@ -4,6 +4,7 @@ A row says its context in whichever column its author liked. A column that no fo
 empty, where the model reads the same elsewhere, or where it is about the row (an id, a source, a model's name, a
 judge's words) and not for the model. Its name tells where it can, by its last word of meaning: `question_id` is an id,
 `labelling_prompt` was for a judge. A name that tells nothing leaves it to the text: labels are short, context is prose.
+
 """
 
 import math
@@ -12,10 +13,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import lru_cache
 from typing import Any
 
-from hf_prefopt.data.canonical import CanonicalRow
-from hf_prefopt.data.media import MEDIA_CURE, find_media
-from hf_prefopt.data.messages import BadRow
-from hf_prefopt.data.texts import UNSPACED
+from hf_prefopt.data.messages import MEDIA_CURE, BadRow, find_media
+from hf_prefopt.data.rows import UNSPACED, CanonicalRow
 
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|[^\W\d_A-Za-z]+")
 
@@ -40,7 +39,7 @@ _ANSWERS = _set(
 )
 # How the rows were made and judged: in whichever place of the name.
 _MAKING = _set(
-    "generation generated generator labelling labeling labeler labeller annotation annotator judge judging grader "
+    "generation generated generator labeling labelling labeler labeller annotation annotator judge judging grader "
     "grading rater rating reward rm verifier evaluation evaluator critic preference meta metadata distilabel license "
     "citation criteria criterion rubric principle constitution aspect"
 )

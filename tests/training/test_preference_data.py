@@ -7,7 +7,7 @@ from torch.utils.data import IterableDataset
 from hf_prefopt.training.preference_data import PreferenceData
 from tests.data.helpers import text_pair
 from tests.tokenizers import tiny_tokenizer
-from tests.training import lists, make_config, pairs, unpaired
+from tests.trainers import lists, make_config, pairs, unpaired
 
 
 def data(folder, **settings):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hf_prefopt.data.padded import PaddedCollator
+from hf_prefopt.data.layouts import PaddedCollator
 
 PAD = 0
 PAIR = {

@@ -5,10 +5,10 @@ import torch
 from accelerate import Accelerator
 
 from hf_prefopt.batch import PreferenceBatch
-from hf_prefopt.data.padded import PaddedCollator
+from hf_prefopt.data.layouts import PaddedCollator
 from hf_prefopt.training.scorer import Scorer, loader_collator
 from tests.tiny_models import perturbed, random_rows, tiny_model, with_lora
-from tests.training import make_config
+from tests.trainers import make_config
 
 
 def scorer(folder, model, ref_model=None, custom=None, **settings):

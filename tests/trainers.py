@@ -21,7 +21,7 @@ def examples(objective: Objective, count: int = 8, seed: int = 0) -> Dataset:
     if "chosen_token_weights" in objective.inputs:
         rows = rows.map(lambda row: {"token_weights": token_weights(row["response_ids"])})
     for name in objective.inputs:
-        if name in objective.kind.extras:
+        if name in objective.kind.optional_columns:
             rows = with_column(rows, name, EXTRAS[name])
     return rows
 

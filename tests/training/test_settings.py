@@ -11,7 +11,7 @@ from hf_prefopt.policy import load_model
 from hf_prefopt.training.settings import OWN, SETTLED
 from tests.tiny_models import perturbed, tiny_model, with_lora
 from tests.tokenizers import tiny_tokenizer
-from tests.training import examples, logged, make_config, make_trainer, pairs
+from tests.trainers import examples, logged, make_config, make_trainer, pairs
 
 pytest.importorskip("optuna", reason="searches need optuna")
 

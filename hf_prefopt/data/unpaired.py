@@ -1,7 +1,8 @@
-"""Rows with a mismatched response: one that answers another prompt, drawn anew every epoch.
+"""Rows for losses of single responses: pairs taken apart, and mismatched responses, which KTO's baseline needs.
 
-KTO's baseline is the policy's distance from its reference on such responses. Each is drawn from the whole data set
-where the row is read, so a micro-batch of one has it, and a row has the same one on every rank and in every split.
+A pair becomes two rows, a desirable and an undesirable one, so that whatever shuffles the rows shuffles the two apart.
+A mismatched response answers another prompt. It is drawn from the whole data set when the row is read, anew in every
+epoch, so a micro-batch of one has it, and a row has the same one on every rank and in every split.
 """
 
 import multiprocessing
@@ -9,11 +10,51 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from datasets import Dataset
+from datasets import Dataset, Features, IterableDataset
 from torch.utils.data import Dataset as TorchDataset
 from transformers import TrainerCallback
 
+from hf_prefopt.data.formats import present_optional_columns
 from hf_prefopt.data.group import prompt_keys
+from hf_prefopt.kinds import UNPAIRED
+
+# Streams are shuffled where they are read, so the two rows of a pair are moved apart here, within so many rows.
+STREAM_BUFFER = 1000
+
+
+def unpair(dataset: Dataset | IterableDataset, features: Features, seed: int = 0) -> Dataset | IterableDataset:
+    """Two rows of the unpaired kind for each prepared row, which holds one pair; rows 2n and 2n + 1 were row n.
+
+    Args:
+        dataset: prepared pairs.
+        features: those of prepared unpaired rows.
+        seed: of the order of a stream.
+
+    Raises:
+        ValueError: a row holds several pairs, whose responses would count more than once.
+    """
+    how = {"batched": True, "features": features, "remove_columns": dataset.column_names}
+    if isinstance(dataset, IterableDataset):
+        return dataset.map(_unpair_batch, **how).shuffle(seed=seed, buffer_size=STREAM_BUFFER)
+    return dataset.map(_unpair_batch, desc="Unpairing", **how)
+
+
+def _unpair_batch(columns: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+    optional_columns = present_optional_columns(UNPAIRED, columns)
+    names = ("prompt_ids", "response_ids", "scored_masks", "labels", "row", *optional_columns)
+    out: dict[str, list[Any]] = {name: [] for name in names}
+    for at, row in enumerate(columns["row"]):
+        if len(columns["pairs"][at]) != 1:
+            raise ValueError(f"row {row:,} holds {len(columns['pairs'][at])} pairs: unpair=True takes one pair a row")
+        for side, response in enumerate(columns["pairs"][at][0]):
+            out["prompt_ids"].append(columns["prompt_ids"][at])
+            out["response_ids"].append([columns["response_ids"][at][response]])
+            out["scored_masks"].append([columns["scored_masks"][at][response]])
+            out["labels"].append([side == 0])
+            out["row"].append(2 * row + side)
+            for extra in optional_columns:
+                out[extra].append(columns[extra][at])
+    return out
 
 
 class MismatchedResponses(TorchDataset):

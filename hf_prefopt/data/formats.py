@@ -4,7 +4,7 @@ Formats (an entry of `FORMATS` each, found by the data set's columns; a column h
 
     prompt, chosen, rejected                   explicit prompt
     chosen, rejected                           implicit prompt: both sides begin with it
-    prompt_ids, chosen_ids, rejected_ids       already tokenised; with chosen_token_weights, rejected_token_weights a
+    prompt_ids, chosen_ids, rejected_ids       already tokenized; with chosen_token_weights, rejected_token_weights a
                                                number for each token of the responses
     … and reference, or reference_ids          of pairs: a third, gold response, for losses of triples
     prompt, completion, label                  a response, desirable (true) or not
@@ -12,39 +12,61 @@ Formats (an entry of `FORMATS` each, found by the data set's columns; a column h
     prompt, responses, scores                  a list of responses; larger scores are better
 
 with `tools` and `chat_template_kwargs` beside messages, and numbers of each example in further columns, such as
-`weight` (extras.py). What a column holds is checked in canonical.py; tokens are the affair of tokenize.py.
+`weight` (`ExampleKind.optional_columns`). What a column holds is checked in `rows`.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from hf_prefopt.data.canonical import (
+from hf_prefopt.data.messages import BadRow
+from hf_prefopt.data.rows import (
     CHECKS,
     CanonicalRow,
     canonical_row,
     check_ids,
     check_weights,
+    refuse_repeated_prompt,
     shared_kind,
 )
-from hf_prefopt.data.messages import BadRow
-from hf_prefopt.data.texts import refuse_repeated_prompt
 from hf_prefopt.kinds import LISTS, PAIRS, TRIPLES, UNPAIRED, ExampleKind
+
+
+def raw_optional_columns(kind: ExampleKind, columns: Collection[str]) -> dict[str, str]:
+    """The optional columns among the columns of raw rows: prepared name → raw name, the first that is there."""
+    found = {name: [c for c in extra.columns if c in columns] for name, extra in kind.optional_columns.items()}
+    return {name: present[0] for name, present in found.items() if present}
+
+
+def present_optional_columns(kind: ExampleKind, columns: Collection[str]) -> tuple[str, ...]:
+    """The optional_columns that prepared rows of these columns have."""
+    return tuple(name for name in kind.optional_columns if name in columns)
+
+
+def number_or_nan(value: Any) -> float:
+    """The value as a float; NaN where it is no number."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if is_number else math.nan
+
+
+def read_optional_columns(row: Mapping[str, Any], found: Mapping[str, str]) -> dict[str, list[float]]:
+    """The prepared columns of a raw row, which holds one example."""
+    return {name: [number_or_nan(row[column])] for name, column in found.items()}
 
 
 @dataclass(frozen=True)
 class RowFormat:
     """A format: the columns that a data set of this format has, and the reader of one of its rows.
 
-    `marks` are the prepared columns that its rows have beside those of every row of their kind.
+    `example_columns` are the prepared columns that its rows have beside those of every row of their kind.
     """
 
     name: str
     columns: tuple[str, ...]
     read: Callable[[Mapping[str, Any]], CanonicalRow]
     kind: ExampleKind = PAIRS
-    marks: tuple[str, ...] = ()
+    example_columns: tuple[str, ...] = ()
 
 
 def find_format(columns: Iterable[str], kind: ExampleKind | None = None) -> RowFormat:
@@ -69,7 +91,7 @@ def find_format(columns: Iterable[str], kind: ExampleKind | None = None) -> RowF
 
 def _refuse_lost_weights(present: set[str], row_format: RowFormat) -> None:
     weights = sorted(present.intersection(_TOKEN_WEIGHTS))
-    if weights and not row_format.marks:
+    if weights and not row_format.example_columns:
         raise ValueError(
             f"column {', '.join(weights)} weighs tokens, and these rows ({row_format.name}) do not say which tokens "
             "there are: give prompt_ids, chosen_ids, rejected_ids, chosen_token_weights and rejected_token_weights"
@@ -118,17 +140,17 @@ def _read_implicit(row: Mapping[str, Any], columns: tuple[str, ...]) -> Canonica
     return canonical_row(kind, prompt, dict(zip(columns, responses, strict=True)), row, pairs=[(0, 1)])
 
 
-def read_tokenised_pair(row: Mapping[str, Any]) -> CanonicalRow:
+def read_tokenized_pair(row: Mapping[str, Any]) -> CanonicalRow:
     """`prompt_ids`, `chosen_ids`, `rejected_ids`: lists of token ids, taken as they are."""
-    return _read_tokenised(row, _PAIR)
+    return _read_tokenized(row, _PAIR)
 
 
-def read_tokenised_triple(row: Mapping[str, Any]) -> CanonicalRow:
-    """As `read_tokenised_pair`, with a gold response in `reference_ids`."""
-    return _with_gold(_read_tokenised(row, _TRIPLE))
+def read_tokenized_triple(row: Mapping[str, Any]) -> CanonicalRow:
+    """As `read_tokenized_pair`, with a gold response in `reference_ids`."""
+    return _with_gold(_read_tokenized(row, _TRIPLE))
 
 
-def _read_tokenised(row: Mapping[str, Any], responses: tuple[str, ...]) -> CanonicalRow:
+def _read_tokenized(row: Mapping[str, Any], responses: tuple[str, ...]) -> CanonicalRow:
     columns = tuple(f"{name}_ids" for name in responses)
     prompt, *ids = [check_ids(name, row.get(name)) for name in ("prompt_ids", *columns)]
     for column, tokens in zip(columns, ids, strict=True):
@@ -138,20 +160,20 @@ def _read_tokenised(row: Mapping[str, Any], responses: tuple[str, ...]) -> Canon
 
 
 def _with_gold(row: CanonicalRow) -> CanonicalRow:
-    return replace(row, marks={"golds": [len(row.responses) - 1]})
+    return replace(row, example_columns={"golds": [len(row.responses) - 1]})
 
 
 def read_weighted_pair(row: Mapping[str, Any]) -> CanonicalRow:
-    """`read_tokenised_pair` with `chosen_token_weights`, `rejected_token_weights`: a number ≥ 0 for each token."""
-    pair = read_tokenised_pair(row)
+    """`read_tokenized_pair` with `chosen_token_weights`, `rejected_token_weights`: a number ≥ 0 for each token."""
+    pair = read_tokenized_pair(row)
     weights = [
         check_weights(column, row.get(column), len(ids))
         for column, ids in zip(_TOKEN_WEIGHTS, pair.responses, strict=True)
     ]
-    return replace(pair, marks={"token_weights": weights})
+    return replace(pair, example_columns={"token_weights": weights})
 
 
-def read_labelled(row: Mapping[str, Any]) -> CanonicalRow:
+def read_labeled(row: Mapping[str, Any]) -> CanonicalRow:
     """`prompt`, `completion`, as texts or as lists of messages, and `label`: whether the completion is desirable."""
     kind = shared_kind(row, ("prompt", "completion"))
     prompt = CHECKS[kind].prompt("prompt", row["prompt"])
@@ -160,7 +182,9 @@ def read_labelled(row: Mapping[str, Any]) -> CanonicalRow:
         raise BadRow("label", f"is {row.get('label')!r}", "make it true (desirable) or false")
     if kind == "text" and row["label"]:  # An undesirable completion may echo its prompt.
         refuse_repeated_prompt(prompt, {"completion": completion})
-    return canonical_row(kind, prompt, {"completion": completion}, row, marks={"labels": [bool(row["label"])]})
+    return canonical_row(
+        kind, prompt, {"completion": completion}, row, example_columns={"labels": [bool(row["label"])]}
+    )
 
 
 def read_ranked(row: Mapping[str, Any]) -> CanonicalRow:
@@ -192,7 +216,7 @@ def _read_list(
     checked = {name: CHECKS[kind].response(name, response) for name, response in named.items()}
     if kind == "text":
         refuse_repeated_prompt(prompt, checked)
-    return canonical_row(kind, prompt, checked, row, marks=mark([float(value) for value in values]))
+    return canonical_row(kind, prompt, checked, row, example_columns=mark([float(value) for value in values]))
 
 
 _TOKEN_WEIGHTS = ("chosen_token_weights", "rejected_token_weights")
@@ -202,15 +226,18 @@ _TOKENS = ("prompt_ids", "chosen_ids", "rejected_ids")
 # else the first. A `reference` is read only where triples are wanted: other data sets have a column of that name, too.
 FORMATS: tuple[RowFormat, ...] = (
     RowFormat(
-        "tokenised pairs with weights", (*_TOKENS, *_TOKEN_WEIGHTS), read_weighted_pair, marks=("token_weights",)
+        "tokenized pairs with weights",
+        (*_TOKENS, *_TOKEN_WEIGHTS),
+        read_weighted_pair,
+        example_columns=("token_weights",),
     ),
-    RowFormat("tokenised pairs", _TOKENS, read_tokenised_pair),
+    RowFormat("tokenized pairs", _TOKENS, read_tokenized_pair),
     RowFormat("pairs", ("prompt", *_PAIR), read_explicit_pair),
     RowFormat("pairs that begin with their prompt", _PAIR, read_implicit_pair),
-    RowFormat("tokenised triples", (*_TOKENS, "reference_ids"), read_tokenised_triple, TRIPLES),
+    RowFormat("tokenized triples", (*_TOKENS, "reference_ids"), read_tokenized_triple, TRIPLES),
     RowFormat("triples", ("prompt", *_TRIPLE), read_explicit_triple, TRIPLES),
     RowFormat("triples that begin with their prompt", _TRIPLE, read_implicit_triple, TRIPLES),
-    RowFormat("labelled responses", ("prompt", "completion", "label"), read_labelled, UNPAIRED),
+    RowFormat("labeled responses", ("prompt", "completion", "label"), read_labeled, UNPAIRED),
     RowFormat("scored lists", ("prompt", "responses", "scores"), read_scored, LISTS),
     RowFormat("ranked lists", ("prompt", "responses", "ranks"), read_ranked, LISTS),
 )

@@ -29,7 +29,7 @@ HUB = {
             "order": ["chosen", "rejected"],
             "labelling_model": "gpt-4-1106-preview",
             "labelling_prompt": [say("user", "Which of these two answers is the better one, and why?")],
-            "raw_labelling_response": "9 8.5\n\nThe first answer is right and to the point.",
+            "raw_labeling_response": "9 8.5\n\nThe first answer is right and to the point.",
             "rating": [9.0, 8.5],
             "rationale": "The first answer is right and to the point.",
             "status": "unchanged",

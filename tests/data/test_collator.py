@@ -5,10 +5,8 @@ import torch
 from accelerate.data_loader import BatchSamplerShard, IterableDatasetShard
 from torch.utils.data import BatchSampler, SequentialSampler
 
-from hf_prefopt.data.collator import LoaderCollator
-from hf_prefopt.data.padded import PaddedCollator
-from hf_prefopt.data.repeated_rows import EvenStream, examples_of_first_rows, keep_examples, rows_that_count
-from hf_prefopt.data.shared import SharedCollator
+from hf_prefopt.data.collator import EvenStream, LoaderCollator, examples_of_first_rows, keep_examples, rows_that_count
+from hf_prefopt.data.layouts import PaddedCollator, SharedCollator
 from tests.tiny_models import random_rows
 
 

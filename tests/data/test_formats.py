@@ -2,17 +2,17 @@
 
 import pytest
 
-from hf_prefopt.data.messages import BadRow
-from hf_prefopt.data.schema import (
+from hf_prefopt.data.formats import (
     FORMATS,
     find_format,
     read_explicit_pair,
     read_explicit_triple,
     read_implicit_pair,
     read_implicit_triple,
-    read_tokenised_pair,
-    read_tokenised_triple,
+    read_tokenized_pair,
+    read_tokenized_triple,
 )
+from hf_prefopt.data.messages import BadRow
 from hf_prefopt.kinds import PAIRS, TRIPLES, UNPAIRED
 from tests.data.helpers import ask, chat_pair, reply, say, text_pair
 
@@ -38,10 +38,10 @@ def test_a_triple_is_a_pair_and_a_gold_response():
     sides = {side: [*ask(), *reply(side)] for side in ("chosen", "rejected", "reference")}
     implicit = read_implicit_triple(sides)
     assert (implicit.prompt, implicit.responses) == (ask(), [reply(side) for side in sides])
-    ids = read_tokenised_triple({"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3], "reference_ids": [4]})
+    ids = read_tokenized_triple({"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3], "reference_ids": [4]})
     assert ids.responses == [[2], [3], [4]]
     for row in (explicit, implicit, ids):
-        assert (row.pairs, row.marks) == ([(0, 1)], {"golds": [2]})
+        assert (row.pairs, row.example_columns) == ([(0, 1)], {"golds": [2]})
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ BAD_ROWS = {
     ),
     "an empty gold response": (read_explicit_triple, {**text_pair(), "reference": ""}, "`reference` is empty"),
     "no gold ids": (
-        read_tokenised_triple,
+        read_tokenized_triple,
         {"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3], "reference_ids": None},
         "`reference_ids` is missing",
     ),
@@ -136,12 +136,12 @@ BAD_ROWS = {
         "no prompt",
     ),
     "no ids": (
-        read_tokenised_pair,
+        read_tokenized_pair,
         {"prompt_ids": [1], "chosen_ids": [], "rejected_ids": [2]},
         "`chosen_ids` is empty",
     ),
     "negative ids": (
-        read_tokenised_pair,
+        read_tokenized_pair,
         {"prompt_ids": [1], "chosen_ids": [2, -100], "rejected_ids": [2]},
         "`chosen_ids` holds -100 at position 1",
     ),

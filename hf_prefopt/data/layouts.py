@@ -1,0 +1,179 @@
+"""From prepared rows to a batch, in either layout.
+
+"padded": one right-padded sequence [prompt | response] for each response. Every causal language model takes it.
+"shared": one row of tokens without padding, each prompt in it once. For each group
+[prompt | response 1 | … | response K], each response's positions start again at the prompt's length, and segments say
+what it may look at (see `scoring.attention`).
+
+Shapes: R responses of all rows, group by group; T tokens of the longest sequence (padded) or of the row (shared);
+S segments, one per response; Tk gathered keys; N scored tokens; B examples.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+from hf_prefopt.batch import PreferenceBatch
+from hf_prefopt.data.group import Group, group_rows, index_examples
+
+
+@dataclass
+class PaddedCollator:
+    """Collates prepared rows (see `prepare_dataset`) into a `PreferenceBatch`.
+
+    Attributes:
+        pad_token_id: fills `input_ids` after the end of a sequence. It may well be the EOS: nothing here is told by the
+            pad token, everything by lengths.
+        pad_to_multiple_of: T is rounded up to a multiple of this.
+
+    Example:
+        >>> row = {"prompt_ids": [5, 6], "response_ids": [[7, 8], [9]], "scored_masks": [[1, 1], [1]],
+        ...        "pairs": [[0, 1]], "row": 3}
+        >>> batch = PaddedCollator(pad_token_id=0)([row])
+        >>> batch["input_ids"].tolist()
+        [[5, 6, 7, 8], [5, 6, 9, 0]]
+        >>> batch["scored_rows"].tolist(), batch["targets"].tolist()
+        ([1, 2, 5], [7, 8, 9])
+    """
+
+    pad_token_id: int
+    pad_to_multiple_of: int | None = None
+
+    def count_tokens(self, rows: Sequence[Mapping[str, Any]]) -> int:
+        """The positions that the batch of these rows computes, padding included."""
+        groups = group_rows(rows).groups
+        lengths = [len(group.prompt_ids) + len(ids) for group in groups for ids, _ in group.responses]
+        return len(lengths) * self._width(max(lengths))
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> PreferenceBatch:
+        """The batch of these rows. Raises `ValueError` for a response without a scored token that can be predicted."""
+        grouped = group_rows(rows)
+        tokens, scored, lengths = _concatenate(grouped.groups)
+        width = self._width(int(lengths.max()))
+        sequence = np.repeat(np.arange(len(lengths)), lengths)
+        position = np.arange(len(tokens)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+
+        input_ids = np.full((len(lengths), width), self.pad_token_id, dtype=np.int64)
+        input_ids[sequence, position] = tokens
+        response_index = sequence[scored]
+        response_lengths = np.bincount(response_index, minlength=len(lengths))
+        if (position[scored] == 0).any() or (response_lengths == 0).any():
+            raise ValueError("a response scores no token, or the first of its sequence, which nothing predicts")
+
+        batch = {
+            "input_ids": input_ids,
+            "attention_mask": (np.arange(width) < lengths[:, None]).astype(np.int64),
+            # The hidden state one place before a token predicts it: for a response's first, the prompt's last.
+            "scored_rows": response_index * width + position[scored] - 1,
+            "targets": tokens[scored],
+            "response_index": response_index,
+            "response_lengths": response_lengths,
+            **index_examples(rows, grouped.places),
+        }
+        tensors: dict[str, Any] = {name: torch.from_numpy(array) for name, array in batch.items()}
+        return cast(PreferenceBatch, tensors | {"longest_response": int(response_lengths.max())})
+
+    def _width(self, longest: int) -> int:
+        multiple = self.pad_to_multiple_of or 1
+        return -(-longest // multiple) * multiple
+
+
+def _concatenate(groups: Sequence[Group]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """All sequences end to end: their tokens and whether each is scored, both `[sum of lengths]`; the lengths `[R]`."""
+    tokens: list[Sequence[int]] = []
+    scored: list[Sequence[int]] = []
+    lengths: list[int] = []
+    for group in groups:
+        unscored = [0] * len(group.prompt_ids)
+        for response, mask in group.responses:
+            tokens += (group.prompt_ids, response)
+            scored += (unscored, mask)
+            lengths.append(len(group.prompt_ids) + len(response))
+    total = sum(lengths)
+    flat_tokens = np.fromiter(chain.from_iterable(tokens), dtype=np.int64, count=total)
+    flat_scored = np.fromiter(chain.from_iterable(scored), dtype=bool, count=total)
+    return flat_tokens, flat_scored, np.array(lengths)
+
+
+@dataclass
+class SharedCollator:
+    """Collates prepared rows (see `prepare_dataset`) into a `PreferenceBatch` of one row.
+
+    Example:
+        >>> row = {"prompt_ids": [5, 6], "response_ids": [[7, 8], [9]], "scored_masks": [[1, 1], [1]],
+        ...        "pairs": [[0, 1]], "row": 3}
+        >>> batch = SharedCollator()([row])
+        >>> batch["input_ids"].tolist(), batch["position_ids"].tolist()
+        ([[5, 6, 7, 8, 9]], [[0, 1, 2, 3, 2]])
+        >>> batch["scored_rows"].tolist(), batch["targets"].tolist()
+        ([1, 2, 1], [7, 8, 9])
+    """
+
+    def count_tokens(self, rows: Sequence[Mapping[str, Any]]) -> int:
+        """The positions that the batch of these rows computes."""
+        return sum(group.tokens for group in group_rows(rows).groups)
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> PreferenceBatch:
+        """The batch of these rows. Raises `ValueError` for a response without a scored token that can be predicted."""
+        grouped = group_rows(rows)
+        groups = grouped.groups
+        counts = [len(group.responses) for group in groups]
+        prompts = np.repeat([len(group.prompt_ids) for group in groups], counts)
+        lengths = np.array([len(ids) for group in groups for ids, _ in group.responses])
+        # The first response of a group brings the prompt along: its segment's queries are both.
+        first = np.concatenate([np.arange(count) == 0 for count in counts])
+        queries, keys = lengths + prompts * first, prompts + lengths
+        response_starts = np.cumsum(queries) - lengths
+        prompt_starts = np.repeat((response_starts - prompts)[first], counts)
+
+        tokens = [ids for group in groups for ids in (group.prompt_ids, *(ids for ids, _ in group.responses))]
+        masks = [mask for group in groups for _, mask in group.responses]
+        input_ids = np.concatenate([np.asarray(ids, dtype=np.int64) for ids in tokens])
+        scored = np.concatenate([np.asarray(mask, dtype=bool) for mask in masks])
+        response_index = np.repeat(np.arange(len(lengths)), lengths)[scored]
+        place = _count_up(lengths)[scored]
+        response_lengths = np.bincount(response_index, minlength=len(lengths))
+        if (place + prompts[response_index] == 0).any() or (response_lengths == 0).any():
+            raise ValueError("a response scores no token, or the first of its sequence, which nothing predicts")
+
+        position = place + response_starts[response_index]
+        last_of_prompt = (prompt_starts + prompts - 1)[response_index]
+        batch = {
+            "input_ids": input_ids[None],
+            "position_ids": (_count_up(queries) + np.repeat(np.where(first, 0, prompts), queries))[None],
+            "segment_queries": _bounds(queries),
+            "segment_keys": _bounds(keys),
+            "segment_key_index": _key_index(prompts, keys, prompt_starts, response_starts),
+            "scored_rows": np.where(place == 0, last_of_prompt, position - 1),
+            "targets": input_ids[position],
+            "response_index": response_index,
+            "response_lengths": response_lengths,
+            **index_examples(rows, grouped.places),
+        }
+        tensors: dict[str, Any] = {name: torch.from_numpy(array) for name, array in batch.items()}
+        longest = {
+            "segment_longest": (int(queries.max()), int(keys.max())),
+            "longest_response": int(response_lengths.max()),
+        }
+        return cast(PreferenceBatch, tensors | longest)
+
+
+def _key_index(prompts: np.ndarray, keys: np.ndarray, prompt_starts: np.ndarray, response_starts: np.ndarray):
+    """`[Tk]`: where in the row the keys of each segment stand, its prompt's and then its own."""
+    inside = _count_up(keys)
+    of_prompt = inside < np.repeat(prompts, keys)
+    return inside + np.where(of_prompt, np.repeat(prompt_starts, keys), np.repeat(response_starts - prompts, keys))
+
+
+def _bounds(lengths: np.ndarray) -> np.ndarray:
+    """`[S + 1]` int32: where pieces of these lengths begin, end to end, and where the last one ends."""
+    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+
+
+def _count_up(lengths: np.ndarray) -> np.ndarray:
+    """0, 1, …, n − 1 for each n in `lengths`, end to end."""
+    return np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
