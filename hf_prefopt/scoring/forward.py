@@ -5,9 +5,10 @@ their hooks (gathering, unsharding, casting, bookkeeping) see an ordinary call. 
 behaves as before, so generation and other evaluation go on working.
 """
 
+import functools
 import inspect
 from collections.abc import Callable
-from types import FunctionType, MethodType
+from types import MethodType
 from typing import Any
 
 import torch
@@ -80,17 +81,20 @@ def install_scoring(model: nn.Module, temperature: float = 1.0) -> None:
             # accelerate's hooks, which bring weights to the device, call what they have put aside.
             place = "_old_forward" if hasattr(module, "_hf_hook") else "forward"
             module.plain_forward = getattr(module, place)
-            setattr(module, place, MethodType(_keeping_signature(with_scoring, module.plain_forward), module))
+            setattr(module, place, MethodType(_in_place_of(module.plain_forward, with_scoring), module))
 
 
-def _keeping_signature(function: Callable, method: Callable) -> Callable:
-    """A copy of `function(self, ...)` that shows the signature of `method`, which `generate` and PEFT look at."""
-    copy = FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__)
-    copy.__kwdefaults__ = function.__kwdefaults__
+def _in_place_of(method: Callable, function: Callable) -> Callable:
+    """`function(self, ...)` with the signature of a bound method, which `generate` and PEFT look at."""
+
+    @functools.wraps(function)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return function(self, *args, **kwargs)
+
     shown = inspect.signature(method)
     self_parameter = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
-    copy.__signature__ = shown.replace(parameters=[self_parameter, *shown.parameters.values()])
-    return copy
+    forward.__signature__ = shown.replace(parameters=[self_parameter, *shown.parameters.values()])
+    return forward
 
 
 def _scoring_forward(self: PreTrainedModel, *args: Any, scored_rows: Tensor | None = None, **kwargs: Any) -> Any:
