@@ -64,7 +64,7 @@ class TokenKinds:
                 return None
         return None
 
-    def says_something(self, ids: Sequence[int], scored: Sequence[int]) -> bool:
+    def has_words(self, ids: Sequence[int], scored: Sequence[int]) -> bool:
         """Whether any scored token is neither a control token nor blank."""
         words = (i for i, is_scored in zip(ids, scored, strict=True) if is_scored and i not in self.special)
         return any(not self.is_blank(token_id) for token_id in words)
@@ -143,7 +143,7 @@ def _split_row(row: CanonicalRow, texts: RenderedRow, encoding: _Encoding, kinds
     tokenized = _finish_row(row, encoding.full[0][:boundary], responses, masks)
     if texts.prompt is not None:
         for column, ids, mask in zip(row.columns, responses, tokenized.scored_masks, strict=True):
-            if not kinds.says_something(ids, mask):
+            if not kinds.has_words(ids, mask):
                 raise BadRow(column, *_SAYS_NOTHING[row.kind])
     return tokenized
 

@@ -45,7 +45,7 @@ def truncate_row(
         places: Sequence[int] = range(len(ids))
         if len(ids) > room:
             ids, mask, places = _cut_response(ids, mask, room, kinds)
-            if not kinds.says_something(ids, mask):
+            if not kinds.has_words(ids, mask):
                 return None, Cuts(longest=longest)
         responses.append(ids)
         masks.append(mask)

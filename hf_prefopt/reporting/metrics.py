@@ -103,9 +103,10 @@ class Evaluation:
         Returns:
             The objective's output on the batch by itself, for all of its examples.
         """
-        counted = batch.get("counted", slice(None))
-        kept = {**inputs, "rows": batch["rows"]}
-        self._inputs.append({name: tensor.detach()[counted] for name, tensor in kept.items()})
+        kept = {name: tensor.detach() for name, tensor in {**inputs, "rows": batch["rows"]}.items()}
+        if "counted" in batch:
+            kept = {name: tensor[batch["counted"]] for name, tensor in kept.items()}
+        self._inputs.append(kept)
         return self._objective(inputs, training=False)
 
     def metrics(self, where: str = "evaluation") -> dict[str, float]:

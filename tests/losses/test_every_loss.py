@@ -107,7 +107,7 @@ def test_equals_the_paper_in_float64(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "column"), [(name, column) for name in LOSSES for column in get_loss(name).optional_columns]
+    ("name", "column"), [(name, column) for name in LOSSES for column in get_loss(name).optional_inputs]
 )
 def test_equals_the_paper_with_a_further_column(name, column):
     """A column that a loss can do without, where the data have it, beside ε, too."""
