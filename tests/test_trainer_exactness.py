@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 
 from hf_prefopt.losses import list_losses
-from hf_prefopt.objective.inputs import loss_inputs
+from hf_prefopt.objective.objective import loss_inputs
 from hf_prefopt.scoring.forward import VOCABULARY_KL, score
 from tests.tiny_models import perturbed, random_rows, tiny_model
 from tests.trainers import examples, first_batch, logged, make_config, make_trainer, pairs, weights

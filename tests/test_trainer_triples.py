@@ -6,7 +6,7 @@ from datasets import Dataset
 
 from hf_prefopt.data.layouts import PaddedCollator, SharedCollator
 from hf_prefopt.data.prepare import prepare_dataset
-from hf_prefopt.objective.inputs import loss_inputs
+from hf_prefopt.objective.objective import loss_inputs
 from hf_prefopt.reporting.preview import preview_rows
 from hf_prefopt.scoring.forward import install_scoring, score
 from tests.data.helpers import chat_pair, reply, text_pair

@@ -29,7 +29,7 @@ class Statistic:
     of_reference: tuple[str, ...] = ()
 
 
-# What a loss may ask of a response under a model; see `objective.inputs.ResponseStatistics`.
+# What a loss may ask of a response under a model; see `objective.objective.ResponseStatistics`.
 STATISTICS: dict[str, Statistic] = {
     "logps": Statistic(),
     "token_logps": Statistic(),

@@ -1,7 +1,8 @@
 """The objective: the weighted sum of losses that a configuration asks for, as one function of named inputs."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -12,7 +13,6 @@ from hf_prefopt.kinds.made_up import made_up_examples
 from hf_prefopt.losses.base import LossOutput
 from hf_prefopt.losses.dpo import wpo_weights
 from hf_prefopt.losses.registry import token_stats_of
-from hf_prefopt.objective.inputs import loss_inputs
 from hf_prefopt.objective.term import State, Term
 
 _WPO_INPUTS = ("policy_chosen_alignment", "policy_rejected_alignment")
@@ -79,7 +79,7 @@ class Objective:
         return loss_inputs(names, batch, policy, reference)
 
     def __call__(self, inputs: dict[str, Tensor], training: bool = True) -> LossOutput:
-        """The weighted sum on named inputs `[B]` or `[B, K]`; see `objective.inputs`. In evaluations not `training`."""
+        """The weighted sum on named inputs `[B]` or `[B, K]`; see `loss_inputs`. In evaluations not `training`."""
         outputs = {term.spec.name: self._weighted(term, inputs, training) for term in self.terms}
         parts = (term.weight * output.losses for term, output in zip(self.terms, outputs.values(), strict=True))
         total = functools.reduce(torch.add, parts)
@@ -137,3 +137,45 @@ class Objective:
     def _check_on_made_up_numbers(self) -> None:
         """Call every loss once, so that a bad hyperparameter is refused now and not at the first step."""
         self(made_up_examples(self.inputs))
+
+
+class ResponseStatistics:
+    """What losses may ask of the responses of a batch under one model, each computed once and when it is asked for.
+
+    Attributes:
+        logps, alignment, entropy, normalized_entropy, kl, lengths: `[R]`, as `ResponseScores` has them.
+        token_logps: `[R, T]`, log-prob (nats) of each response's scored tokens in their order, 0 behind its end; T is
+            the longest response of the batch, the same for all its tensors.
+        token_mask: `[R, T]` bool, False behind the end.
+    """
+
+    def __init__(self, scores: ResponseScores, longest: int):
+        self._scores, self._longest = scores, longest
+
+    @cached_property
+    def token_logps(self) -> Tensor:
+        return self._scores.by_response(self._scores.token_logps, self._longest)
+
+    @cached_property
+    def token_mask(self) -> Tensor:
+        lengths = self._scores.lengths
+        return torch.arange(self._longest, device=lengths.device) < lengths[:, None]
+
+    def __getattr__(self, statistic: str) -> Tensor:
+        value = getattr(self._scores, statistic)
+        setattr(self, statistic, value)
+        return value
+
+
+def loss_inputs(
+    names: Iterable[str], batch: PreferenceBatch, policy: ResponseScores, reference: ResponseScores | None
+) -> dict[str, Tensor]:
+    """The inputs of the examples of a batch, by the names that losses use for them (see `losses.registry`).
+
+    Returns:
+        Tensors `[B]`, `[B, T]` of tokens or `[B, K]` of lists, by name; gradients flow to the policy's scores.
+    """
+    given = {"policy": policy, "ref": reference}
+    scores = {model: ResponseStatistics(scores, batch["longest_response"]) for model, scores in given.items() if scores}
+    kind_of = {name: next(kind for kind in KINDS if kind.has_input(name)) for name in names}
+    return {name: kind.input_of(name, batch, scores) for name, kind in kind_of.items()}

@@ -6,7 +6,7 @@ from datasets import Dataset
 
 from hf_prefopt.data.layouts import PaddedCollator, SharedCollator
 from hf_prefopt.data.prepare import prepare_dataset
-from hf_prefopt.objective.inputs import loss_inputs
+from hf_prefopt.objective.objective import loss_inputs
 from hf_prefopt.scoring.forward import install_scoring, score
 from tests.tiny_models import tiny_model
 from tests.tokenizers import tiny_tokenizer

@@ -14,7 +14,7 @@ from hf_prefopt.kinds.made_up import made_up_inputs
 from hf_prefopt.losses import get_loss, list_losses
 from hf_prefopt.objective.build import build_objective
 from hf_prefopt.objective.divergences import FDivergence, f_prime
-from hf_prefopt.objective.inputs import loss_inputs
+from hf_prefopt.objective.objective import loss_inputs
 from hf_prefopt.objective.token_sums import ColumnWeights, Humanline, LengthDesensitized, TokenSums
 from hf_prefopt.scoring.forward import install_scoring, score
 from tests.losses.numpy_reference.basics import nll
