@@ -112,9 +112,9 @@ class PreferenceConfig(TrainingArguments):
     reference: str = field(
         default="auto",
         metadata=_help(
-            f"Where the reference comes from: {', '.join(REFERENCES)}. auto: the adapter switched off if it is fresh, "
-            "otherwise a frozen copy of what trains, as given; model: the ref_model passed to the trainer; cache: auto "
-            "with precompute_ref_log_probs."
+            f"Where the reference comes from: {', '.join(REFERENCES)}. auto: the ref_model if one is passed; the "
+            "adapter switched off if it is fresh; otherwise a frozen copy of what trains, as given. cache: auto with "
+            "precompute_ref_log_probs."
         ),
     )
     precompute_ref_log_probs: bool = field(
@@ -237,7 +237,7 @@ class PreferenceConfig(TrainingArguments):
             columns: what the data say of them besides, such as `weights`.
 
         Raises:
-            ValueError: see `objective.objective.build_objective`.
+            ValueError: see `objective.build.build_objective`.
         """
         shared = {"beta": self.beta, "label_smoothing": self.label_smoothing}
         return build_objective(

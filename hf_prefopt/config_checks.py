@@ -46,6 +46,11 @@ def check_of_the_trainer(args: Any) -> None:
             "parallelism_config cuts sequences (sp_size or cp_size above 1), but scored tokens are found by their "
             "place in the whole row: leave it at 1; activation checkpointing and max_tokens_per_batch save memory"
         )
+    if "inputs" in args.include_for_metrics:
+        raise ValueError(
+            "include_for_metrics: 'inputs' are rows of the layout here, which do not match predictions: leave it out; "
+            "predictions are in the order of the data set's rows"
+        )
     if args.accelerator_config.dispatch_batches:
         raise ValueError("accelerator_config.dispatch_batches=True would cut batches whose tensors differ in length")
     _refuse_uneven_batches(args.accelerator_config, args.world_size)

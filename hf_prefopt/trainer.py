@@ -172,8 +172,7 @@ class PreferenceTrainer(Trainer):
         if self.record.is_full:
             self.record.check(self.accelerator)
         batches = list(islice(epoch_iterator, num_batches))
-        for batch in batches[-1:]:
-            batch["pieces"] = self.global_batch.without_repeats(batch["pieces"], self._train_batch_size)
+        self.global_batch.without_repeats(batches, self._train_batch_size)
         pieces = [piece for batch in batches for piece in batch["pieces"]]
         num_examples = self.global_batch.count(pieces)
         if self.args.max_tokens_per_batch is not None:

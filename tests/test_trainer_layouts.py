@@ -167,3 +167,13 @@ def test_a_reference_model_that_cannot_share_decides_for_both(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         assert np.isfinite(trainer.evaluate()["eval_loss"])
     assert "interface (BloomForCausalLM)" in caplog.text
+
+
+def test_noise_on_embeddings_needs_the_padded_layout(tmp_path, caplog):
+    """NEFTune's noise is uniform on ±α/√(L·d), L the length of the embedded row: less for a row of several sequences."""
+    trainer = make_trainer(tmp_path, neftune_noise_alpha=5.0, max_steps=1)
+    with caplog.at_level(logging.WARNING):
+        trainer.train()
+    assert trainer.layout == "padded" and "layout: padded, because NEFTune" in caplog.text
+    with pytest.raises(ValueError, match=r"layout='shared' is not exact for this model: NEFTune"):
+        make_trainer(tmp_path, neftune_noise_alpha=5.0, layout="shared").train()

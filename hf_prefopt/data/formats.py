@@ -222,8 +222,9 @@ def _read_list(
 _TOKEN_WEIGHTS = ("chosen_token_weights", "rejected_token_weights")
 _TOKENS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
-# The order matters: of the formats whose columns are all present, the data set's is the first of the wanted kind, or
-# else the first. A `reference` is read only where triples are wanted: other data sets have a column of that name, too.
+# A data set has the first of these formats whose columns are all present; among several, one of the wanted kind is
+# preferred. A `reference` is read only if triples are wanted, because other data sets have a column of that name, too.
+# When a reader changes, raise `_CACHE_VERSION` in `prepare`.
 FORMATS: tuple[RowFormat, ...] = (
     RowFormat(
         "tokenized pairs with weights",

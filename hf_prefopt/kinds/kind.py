@@ -89,9 +89,10 @@ class ExampleKind(ABC):
     Attributes:
         name: what the examples are called.
         wanted: the rows that a data set of such examples has, for error messages.
-        columns: prepared columns by which these examples are told, with the type of their entries in NumPy's terms.
-        responses: for each name by which a loss speaks of a response, `{policy | ref}_{that}_{statistic}`, the entry
-            of the batch that says which response it is, as indices into R.
+        columns: the prepared columns by which a data set of such examples is recognized; the first has an entry for each
+            example.
+        responses: maps the name of a response in the parameters of losses (`chosen` in `policy_chosen_logps`) to the
+            entry of the batch that has its indices into R.
         batch_inputs: entries of the batch that losses take as they are, the optional columns among them.
         optional_columns: numbers that an example may also have, by the name of the prepared column and of the input.
         rewarded: the names of the responses that have implicit rewards, in the order of the rewards' columns.

@@ -187,7 +187,8 @@ def of_log_ratios(reference_free: bool = False) -> Callable[[Callable[..., Any]]
 
     The formula takes `chosen` and `rejected`, `[B]` each, and returns the losses `[B]`, whose implicit rewards are βr,
     or a `LossOutput`. In their place the loss takes `policy_chosen_logps`, `policy_rejected_logps`, `ref_chosen_logps`
-    and `ref_rejected_logps`, summed log-probs (nats) `[B]`. It checks that all tensors are `[B]` and that β > 0.
+    and `ref_rejected_logps`, summed log-probs (nats) `[B]`, before the formula's other parameters. It checks that all
+    tensors are `[B]` and that β > 0; the formula must have a parameter `beta`.
 
     Args:
         reference_free: the reference may be left out; r is then s.

@@ -1,6 +1,8 @@
 """DPO and its nearest kin: pairs, with a reference; the loss is a function of h = r_w − r_l or of both log-ratios.
 
-r = s − s_ref is the summed log-ratio (nats) of a response to the reference, w the chosen and l the rejected one.
+r = s − s_ref is the summed log-ratio (nats) of a response to the reference, w the chosen and l the rejected one. A
+formula under `@of_log_ratios` is written in r_w and r_l; the loss is called with the four sums of log-probs, best by
+keyword, and returns a `LossOutput`.
 """
 
 import torch

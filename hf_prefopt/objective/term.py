@@ -67,7 +67,7 @@ class Term:
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """The names of the tensors that these are made of; the same without modifiers."""
+        """The names of the inputs that the modifiers make `names` from; without modifiers they are `names`."""
         return functools.reduce(lambda names, modifier: modifier.reads(names), reversed(self.modifiers), self.names)
 
     @property

@@ -39,6 +39,7 @@ def choose_reference(setting: str, model: nn.Module, ref_model: nn.Module | None
         return named_adapter(model, setting.removeprefix("adapter:"))
     if setting == "auto":
         setting = _automatic(model, ref_model)
+    # The configuration has turned "cache" into "auto", and sync_ref_model=True into "copy".
     if setting == "model":
         return separate_model(ref_model)
     return adapter_off(model) if setting == "adapter_off" else frozen_copy(model)

@@ -125,13 +125,15 @@ def named_adapter(model: PeftModel, name: str) -> LiveReference:
 
     @contextmanager
     def switch() -> Iterator[None]:
-        policy = model.active_adapter
+        policy, all_active = model.active_adapter, list(model.active_adapters)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         model.set_adapter(name)
         try:
             yield
         finally:
             model.set_adapter(policy)
+            if len(all_active) > 1:
+                model.base_model.set_adapter(all_active)
             # set_adapter makes the adapter it activates trainable, and the one it leaves not.
             for parameter in model.parameters():
                 parameter.requires_grad_(False)

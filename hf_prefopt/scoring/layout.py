@@ -47,7 +47,11 @@ class Layout:
 
 
 def settled_layout(
-    asked: str, models: Sequence[nn.Module], max_length: int | None = None, compute_dtype: torch.dtype | None = None
+    asked: str,
+    models: Sequence[nn.Module],
+    max_length: int | None = None,
+    compute_dtype: torch.dtype | None = None,
+    known: str | None = None,
 ) -> Layout:
     """The layout that all of these models are scored in.
 
@@ -56,11 +60,14 @@ def settled_layout(
     Args:
         asked: "shared", "padded", or "auto": "shared" where that is exact.
         models, max_length, compute_dtype: as for `reason_against_shared`.
+        known: a reason against "shared" that the models do not show.
 
     Raises:
         ValueError: "shared" is asked for, and not exact for one of the models.
     """
-    reason = None if asked == "padded" else _first_reason(models, max_length, compute_dtype)
+    reason = Reason(known) if known else None
+    if asked != "padded" and reason is None:
+        reason = _first_reason(models, max_length, compute_dtype)
     if reason is None and asked != "padded":
         return Layout("shared", "each prompt is computed once, and no padding")
     for model in models:
@@ -69,7 +76,7 @@ def settled_layout(
         raise ValueError(
             f"layout='shared' is not exact for this model: {reason.words}; choose layout='auto'"
         ) from reason.cause
-    return Layout("padded", f"because {reason.words}" if reason else "as layout='padded' asks")
+    return Layout("padded", "as layout='padded' asks" if asked == "padded" else f"because {reason.words}")
 
 
 def _first_reason(models: Sequence[nn.Module], *limits: Any) -> Reason | None:

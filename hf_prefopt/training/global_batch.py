@@ -1,8 +1,8 @@
 """One optimizer step as the exact mean over the examples of its global batch: all micro-batches, on all ranks.
 
-Losses that compare examples with each other need the inputs of the whole step. These are collected first, without
-gradients. Each micro-batch then computes the loss of the global batch with its own entries live, so that the gradients
-of the micro-batches add up to the exact one.
+Losses that compare examples with each other need the inputs of the whole step. When the first piece asks for them, they
+are computed for all pieces, without gradients. Each piece then computes the loss of the global batch, in which only the
+piece's own inputs have gradients. The sum of these gradients is the gradient of the global batch's loss.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers.trainer_utils import has_length
 
-from hf_prefopt.batch import PreferenceBatch, join_examples
+from hf_prefopt.batch import LoaderBatch, PreferenceBatch, join_examples
 from hf_prefopt.data.collator import examples_of_first_rows, keep_examples, rows_that_count
 from hf_prefopt.losses.base import LossOutput
 from hf_prefopt.objective.objective import Objective
@@ -49,10 +49,19 @@ class GlobalBatch:
         count = rows_that_count(len(dataset), rows_per_rank, self.accelerator.process_index, world_size)
         return list(examples_of_first_rows(pieces, count))
 
-    def without_repeats(self, pieces: list[PreferenceBatch], rows_per_rank: int) -> list[PreferenceBatch]:
-        """The pieces of the batch that was drawn last, with the examples that count."""
-        counted = self.counted(pieces, rows_per_rank)
-        return [p if kept is None else keep_examples(p, kept) for p, kept in zip(pieces, counted, strict=True)]
+    def without_repeats(self, batches: list[LoaderBatch], rows_per_rank: int) -> None:
+        """Leave the examples that do not count out of the batches that were drawn, in their order, for a step.
+
+        Batches say so themselves, wherever they come in a step; the loader's length tells only of the last one.
+        """
+        for batch in batches:
+            pieces = batch["pieces"]
+            is_last = batch is batches[-1]
+            counted = self.counted(pieces, rows_per_rank) if is_last else [piece.get("counted") for piece in pieces]
+            batch["pieces"] = [
+                piece if kept is None else keep_examples(piece, kept)
+                for piece, kept in zip(pieces, counted, strict=True)
+            ]
 
     def idle(self, pieces: list[PreferenceBatch]) -> list[PreferenceBatch]:
         """Pieces without examples, as many as this rank has fewer than the rank that has most."""

@@ -33,6 +33,7 @@ from hf_prefopt.scoring.layout import settled_layout
 from hf_prefopt.scoring.modes import evaluation_mode
 
 CUSTOM = "the data_collator's"
+NEFTUNE = "NEFTune scales its noise by the length of a row, which would be that of several sequences"
 
 
 def loader_collator(
@@ -126,7 +127,8 @@ class Scorer:
                 check_scores(model, self._autocast_dtype)
             if collator.layout != CUSTOM:
                 collator.max_tokens = args.max_tokens_per_batch
-                layout = settled_layout(args.layout, models, args.max_length, self._autocast_dtype)
+                known = NEFTUNE if args.neftune_noise_alpha is not None else None
+                layout = settled_layout(args.layout, models, args.max_length, self._autocast_dtype, known)
                 collator.layout = layout.name
                 self._summary.say("layout", f"{layout.name}, {layout.why}")
         self.layout = collator.layout
@@ -215,6 +217,7 @@ class Scorer:
         """Take over a reference that moves from a checkpoint."""
         if self._moving:
             self._moving.load(checkpoint)
+            self._remembered.forget()
 
     @property
     def _autocast_dtype(self) -> torch.dtype | None:

@@ -7,12 +7,12 @@ from functools import partial
 import pytest
 import torch
 from accelerate import cpu_offload
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 
 from hf_prefopt.reference.cache_key import fingerprint
 from hf_prefopt.scoring.forward import score
 from tests.tiny_models import QUANTIZABLE, perturbed, tiny_model, with_lora
-from tests.trainers import first_batch, logged, make_trainer
+from tests.trainers import first_batch, logged, make_trainer, pairs, weights
 
 
 def scores_by_itself(model, folder, batch):
@@ -143,3 +143,22 @@ def test_a_named_adapter_is_the_model_with_it_merged(layout, cached, tmp_path):
         policy = score(trainer.model.eval(), batch).token_logps
     torch.testing.assert_close(reference_scores(trainer, batch), expected, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(policy, expected, atol=1e-2)
+
+
+def test_several_active_adapters_are_active_again(tmp_path):
+    """An SFT adapter below the one that trains, and a third one as reference: after its forward both are active, the
+    frozen one stays frozen, and the other one trains."""
+    model = perturbed(with_lora(tiny_model()), 0.1)
+    model.add_adapter("ref", LoraConfig(r=4, target_modules="all-linear"))
+    model.add_adapter("dpo", LoraConfig(r=4, target_modules="all-linear"))
+    model.base_model.set_adapter(["default", "dpo"])
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".dpo." in name)
+    trainer = make_trainer(tmp_path, model, reference="adapter:ref", eval_dataset=pairs(2), max_steps=2)
+    trainer.evaluate()
+    assert model.active_adapters == ["default", "dpo"]
+    before = weights(model)
+    trainer.train()
+    assert model.active_adapters == ["default", "dpo"]
+    changed = {name.split(".")[-2] for name, value in weights(model).items() if not torch.equal(value, before[name])}
+    assert changed == {"dpo"}

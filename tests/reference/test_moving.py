@@ -175,3 +175,17 @@ def test_contradictions_are_refused_at_construction(settings, message, tmp_path)
 def test_a_reference_model_does_not_move(tmp_path):
     with pytest.raises(ValueError, match="not a ref_model"):
         make_trainer(tmp_path, tiny_model(), ref_model=tiny_model(), **MOVE)
+
+
+def test_an_evaluation_before_resuming_is_forgotten(tmp_path):
+    """Evaluations after resuming see the checkpoint's reference, not the one at the start, whose scores an earlier
+    evaluation kept: they equal those of the uninterrupted run."""
+    settings = {"sync_ref_model": True, "ref_model_mixup_alpha": 0.5, "ref_model_sync_steps": 2, "max_steps": 4}
+    settings |= {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 1}
+    settings |= {"eval_dataset": pairs(5, seed=3), "learning_rate": 2e-2}
+    whole = make_trainer(tmp_path / "whole", tiny_model(), **settings)
+    whole.train()
+    resumed = make_trainer(tmp_path / "resumed", tiny_model(), **settings)
+    resumed.evaluate()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert logged(resumed, "eval_rewards/margins")[-2:] == logged(whole, "eval_rewards/margins")[-2:]

@@ -29,6 +29,13 @@ def pieces(*sizes):
     return [{"rows": part, "pair_in_row": torch.zeros_like(part), "chosen": part} for part in numbers]
 
 
+def kept_of(at, *batches):
+    """The pairs that are left of each batch of a step."""
+    loaded = [{"pieces": pieces_of_batch} for pieces_of_batch in batches]
+    at.without_repeats(loaded, 2)
+    return [[number for piece in batch["pieces"] for number in piece["chosen"].tolist()] for batch in loaded]
+
+
 def inputs_of(objective, count, seed=0):
     """Random log-probs around −10 for the inputs of an objective of pairs, live."""
     generator = torch.Generator().manual_seed(seed)
@@ -91,8 +98,7 @@ def test_rows_that_come_again_at_the_end_do_not_count(rank, expected):
     at = GlobalBatch(accelerator(2, rank, dataset=range(7)), build_objective(["dpo"]))
     (counted,) = at.counted(pieces(2), 2)
     assert counted.tolist() == expected
-    (kept,) = at.without_repeats(pieces(2), 2)
-    assert kept["chosen"].tolist() == [place for place, counts in enumerate(expected) if counts]
+    assert kept_of(at, pieces(2)) == [[place for place, counts in enumerate(expected) if counts]]
 
 
 @pytest.mark.parametrize(
@@ -106,7 +112,7 @@ def test_rows_that_come_again_at_the_end_do_not_count(rank, expected):
 def test_otherwise_every_row_counts(where):
     at = GlobalBatch(accelerator(rank=where["ranks"] - 1, **where), build_objective(["dpo"]))
     assert at.counted(pieces(2), 2) == [None]
-    assert at.without_repeats(pieces(2), 2)[0]["chosen"].tolist() == [0, 1]
+    assert kept_of(at, pieces(2)) == [[0, 1]]
 
 
 def test_what_is_dropped_is_not_repeated():
@@ -118,7 +124,17 @@ def test_a_piece_that_says_what_counts_is_believed():
     marked = [{**piece, "counted": torch.tensor([True, False])} for piece in pieces(2)]
     for ranks in (1, 2):
         at = GlobalBatch(accelerator(ranks, dataset=range(7)), build_objective(["dpo"]))
-        assert at.without_repeats(marked, 2)[0]["chosen"].tolist() == [0]
+        assert kept_of(at, marked) == [[0]]
+
+
+def test_batches_that_say_what_counts_are_believed_wherever_they_come():
+    """As those of a stream with several loader workers, each of which fills up its own last batch."""
+    marked = [{**piece, "counted": torch.tensor([True, False])} for piece in pieces(2)]
+    at = GlobalBatch(accelerator(2, dataset=iter(range(7))), build_objective(["dpo"]))
+    assert kept_of(at, marked, pieces(2)) == [[0], [0, 1]]
+    # What the length tells is of the last batch alone: rows 4, 5 and rows 6, 0 on the second rank.
+    at = GlobalBatch(accelerator(2, 1, dataset=range(7)), build_objective(["dpo"]))
+    assert kept_of(at, pieces(2), pieces(2)) == [[0, 1], [0]]
 
 
 def test_a_rank_with_fewer_pieces_gets_idle_ones():
