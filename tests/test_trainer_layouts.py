@@ -170,7 +170,7 @@ def test_a_reference_model_that_cannot_share_decides_for_both(tmp_path, caplog):
 
 
 def test_noise_on_embeddings_needs_the_padded_layout(tmp_path, caplog):
-    """NEFTune's noise is uniform on ±α/√(L·d), L the length of the embedded row: less for a row of several sequences."""
+    """NEFTune's noise is uniform on ±α/√(L·d), L the length of the embedded row: less for a row of several."""
     trainer = make_trainer(tmp_path, neftune_noise_alpha=5.0, max_steps=1)
     with caplog.at_level(logging.WARNING):
         trainer.train()

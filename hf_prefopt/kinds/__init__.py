@@ -8,8 +8,8 @@ from hf_prefopt.kinds.pairs import PAIRS
 from hf_prefopt.kinds.triples import TRIPLES
 from hf_prefopt.kinds.unpaired import UNPAIRED
 
-# A loss is of the first kind that has all of its inputs, so a kind whose inputs include those of another comes after it:
-# triples after pairs. docs/design.md lists what else a new kind needs.
+# A loss is of the first kind that has all of its inputs, so a kind whose inputs include those of another comes after
+# it: triples after pairs. docs/design.md lists what else a new kind needs.
 KINDS: tuple[ExampleKind, ...] = (PAIRS, TRIPLES, UNPAIRED, LISTS)
 
 # The entries of a batch that have an element for each example.

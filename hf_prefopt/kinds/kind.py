@@ -89,8 +89,8 @@ class ExampleKind(ABC):
     Attributes:
         name: what the examples are called.
         wanted: the rows that a data set of such examples has, for error messages.
-        columns: the prepared columns by which a data set of such examples is recognized; the first has an entry for each
-            example.
+        columns: the prepared columns by which a data set of such examples is recognized; the first has an entry for
+            each example.
         responses: maps the name of a response in the parameters of losses (`chosen` in `policy_chosen_logps`) to the
             entry of the batch that has its indices into R.
         batch_inputs: entries of the batch that losses take as they are, the optional columns among them.
