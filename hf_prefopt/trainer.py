@@ -7,6 +7,7 @@ exact mean over its examples, `Evaluation` collects what an evaluation reports.
 
 import os
 from collections.abc import Callable
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from hf_prefopt.scoring.modes import adapter_casts_off
 from hf_prefopt.training.arguments import check_arguments, check_types, refuse_data_parallel
 from hf_prefopt.training.checkpoints import checkpoint_to_resume, keep_losses, restore_losses
 from hf_prefopt.training.engines import keep_output_precision, unwrapped_after_evaluation
-from hf_prefopt.training.global_batch import GlobalBatch
+from hf_prefopt.training.global_batch import GlobalBatch, gather_examples
 from hf_prefopt.training.preference_data import Data, DataOrSplits, PreferenceData
 from hf_prefopt.training.replicas import RanksAgree
 from hf_prefopt.training.scorer import Scorer, ScorerEvents, loader_collator
@@ -253,6 +254,8 @@ class PreferenceTrainer(Trainer):
             self.summary.show("layout")
         self.scorer.fill_cache(dataloader.dataset, description.lower())
         self.evaluation = Evaluation(self.criterion, dataloader.dataset)
+        # The Trainer's own cuts the last batch to its rows, which may have several examples each.
+        self.gather_function = partial(gather_examples, self.accelerator)
         output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         metrics = self.evaluation.metrics(f"evaluation at step {self.state.global_step}")
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
@@ -275,9 +278,13 @@ class PreferenceTrainer(Trainer):
         loss = torch.stack([loss for loss, _ in outputs]).mean()
         if prediction_loss_only:
             return loss, None, None
+        everything = slice(None)
+        kept = [
+            {name: values[piece.get("counted", everything)] for name, values in output.items()}
+            for piece, (_, output) in zip(pieces, outputs, strict=True)
+        ]
         # The Trainer fills up what is shorter with −100, too.
-        names = ("predictions", "labels")
-        return loss, *(join_examples([output[name] for _, output in outputs], fill=-100.0) for name in names)
+        return loss, *(join_examples([part[name] for part in kept], fill=-100.0) for name in ("predictions", "labels"))
 
     # -- data -----------------------------------------------------------------------------------------------------
 
@@ -420,6 +427,15 @@ class PreferenceTrainer(Trainer):
         """As the Trainer's, with what the losses keep."""
         restore_losses(self.state, self.criterion)
         super()._load_callback_state()
+
+    def _load_best_model(self) -> None:
+        """As the Trainer's, which only finds an adapter named "default": others are saved in folders of their own."""
+        best = Path(self.state.best_model_checkpoint)
+        is_whole = not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
+        if is_whole and any(best.glob("*/adapter_config.json")):
+            self._load_from_checkpoint(str(best))
+        else:
+            super()._load_best_model()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """As the Trainer's, with a reference that moves."""

@@ -235,3 +235,23 @@ def test_no_step_waits_for_the_device(objective, tmp_path, monkeypatch):
         monkeypatch.setattr(torch.Tensor, name, watched(name, getattr(torch.Tensor, name)))
     trainer.train()
     assert seen == []
+
+
+def test_predictions_are_of_examples_and_not_of_rows(tmp_path):
+    """Five rows of three pairs in batches of two: 15 predictions, whose mean is the metric's."""
+    rows = [
+        {**row, "response_ids": [*row["response_ids"], *other["response_ids"]], "pairs": [[0, 1], [0, 2], [3, 1]]}
+        for row, other in zip(random_rows(5, longest=8), random_rows(5, seed=1, longest=8), strict=True)
+    ]
+    rows = [{**row, "scored_masks": [[1] * len(ids) for ids in row["response_ids"]]} for row in rows]
+    seen = []
+    trainer = make_trainer(
+        tmp_path,
+        perturbed(tiny_model(), 0.1),
+        ref_model=tiny_model(),
+        eval_dataset=Dataset.from_list(rows),
+        compute_metrics=lambda found: seen.append(found.predictions) or {},
+    )
+    metrics = trainer.evaluate()
+    assert seen[0].shape == trainer.predict(trainer.eval_dataset).predictions.shape == (15, 2)
+    assert seen[0][:, 0].mean() == pytest.approx(metrics["eval_rewards/chosen"], rel=1e-5)

@@ -154,6 +154,11 @@ class StepInputs:
         return spliced, place
 
 
+def gather_examples(accelerator: Accelerator, values: Tensor) -> Tensor:
+    """Numbers `[B_r]` or `[B_r, K]` of the examples of all ranks, which may have different numbers of them."""
+    return gather_inputs(accelerator, {"": values})[0][""]
+
+
 def gather_inputs(accelerator: Accelerator, inputs: Inputs) -> tuple[Inputs, int]:
     """The inputs `[B_r]`, `[B_r, K_r]` or `[B_r, T_r]` of all ranks, detached, and where this rank's begin."""
     detached = {name: tensor.detach() for name, tensor in inputs.items()}
