@@ -192,6 +192,9 @@ def of_log_ratios(reference_free: bool = False) -> Callable[[Callable[..., Any]]
 
     Args:
         reference_free: the reference may be left out; r is then s.
+
+    Raises:
+        ValueError: (the loss) shapes differ, β is not above 0, or a reference is missing that the formula needs.
     """
 
     def decorate(formula: Callable[..., Any]) -> Callable[..., LossOutput]:
@@ -200,11 +203,12 @@ def of_log_ratios(reference_free: bool = False) -> Callable[[Callable[..., Any]]
 
         @functools.wraps(formula)
         def loss(*args: Any, **kwargs: Any) -> LossOutput:
-            given = signature.bind(*args, **kwargs)
-            given.apply_defaults()
-            check_positive(beta=given.arguments["beta"])
-            chosen, rejected = log_ratios(**{name: given.arguments[name] for name in tensors})
-            others = {name: value for name, value in given.arguments.items() if name not in _SUMS}
+            given = _arguments(formula.__name__, signature, args, kwargs)
+            check_positive(beta=given["beta"])
+            chosen, rejected = log_ratios(**{name: given[name] for name in tensors})
+            if given["ref_chosen_logps"] is None and not reference_free:
+                raise ValueError(f"{formula.__name__} needs a reference: pass ref_chosen_logps and ref_rejected_logps")
+            others = {name: value for name, value in given.items() if name not in _SUMS}
             output = formula(chosen, rejected, **others)
             if isinstance(output, LossOutput):
                 return output
@@ -216,9 +220,20 @@ def of_log_ratios(reference_free: bool = False) -> Callable[[Callable[..., Any]]
     return decorate
 
 
+def _arguments(name: str, signature: inspect.Signature, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name, defaults included; a `TypeError` names the function, as Python's own does."""
+    try:
+        given = signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise TypeError(f"{name}() {error}") from None
+    given.apply_defaults()
+    return given.arguments
+
+
 def _with_sums(formula: Callable[..., Any], reference_free: bool) -> inspect.Signature:
     """The signature of a formula with the four sums in place of the two log-ratios: what has a default comes last."""
-    _, _, *others = inspect.signature(formula).parameters.values()
+    # Which parameters are tensors is read off the annotations, which are strings in some modules.
+    _, _, *others = inspect.signature(formula, eval_str=True).parameters.values()
     of_reference = {"annotation": Tensor | None, "default": None} if reference_free else {"annotation": Tensor}
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     sums = [
