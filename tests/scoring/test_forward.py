@@ -1,6 +1,7 @@
 """The scoring forward on real architectures: the log-prob of a response is the one that plain logits give."""
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -187,3 +188,13 @@ def test_other_type_errors_stay_what_they_are():
     model.model.norm.forward = lambda: None
     with pytest.raises(TypeError, match="positional argument"):
         score(model, padded_batch())
+
+
+def test_forwards_keep_their_signatures():
+    """`generate` and PEFT read off a forward's signature what the model takes: it stays the model's own."""
+    model = build("llama", True)
+    causal_lm = base_causal_lm(model)
+    modules = (causal_lm, causal_lm.get_output_embeddings())
+    before = [inspect.signature(module.forward) for module in modules]
+    install_scoring(model)
+    assert [inspect.signature(module.forward) for module in modules] == before
