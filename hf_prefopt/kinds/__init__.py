@@ -12,7 +12,7 @@ from hf_prefopt.kinds.unpaired import UNPAIRED
 # it: triples after pairs. docs/design.md lists what else a new kind needs.
 KINDS: tuple[ExampleKind, ...] = (PAIRS, TRIPLES, UNPAIRED, LISTS)
 
-# The entries of a batch that have an element for each example.
+# The entries of a batch with one element for each example.
 EXAMPLE_ENTRIES = tuple(
     {name for kind in KINDS for name in (*kind.responses.values(), *kind.batch_inputs, "rows", "pair_in_row")}
 )
@@ -34,7 +34,7 @@ __all__ = [
 
 
 def kind_of_columns(columns: Iterable[str]) -> ExampleKind | None:
-    """The kind of the examples that prepared rows of these columns hold, or `None` where it is no known one."""
+    """The kind of the examples in prepared rows with these columns, or `None` if they fit no kind."""
     present = set(columns)
     fitting = [kind for kind in KINDS if present.issuperset(kind.columns)]
     return max(fitting, key=lambda kind: len(kind.columns), default=None)

@@ -1,7 +1,7 @@
 """What a kind of examples is: how losses name its tensors, where the collator finds them, and what is measured.
 
-An example is what a loss gives one number for: a pair of responses, one labeled response, or a list of them. The
-responses of a batch stand in one flat order (R); a kind says, for each of its B examples, which of them it compares.
+A loss gives one number for each example: a pair of responses, one labeled response, or a list of responses. A batch
+holds its R responses in one flat order; the kind says which of them each of the B examples compares.
 """
 
 import re
@@ -18,18 +18,18 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Statistic:
-    """What it takes of the heads, besides the log-probs of the tokens, to tell a loss something of a response.
+    """The per-token statistics that the language-model heads compute, besides log-probs, for an input of a loss.
 
     Attributes:
-        own: per-token statistics of the model's own head.
-        of_reference: those of the reference's, which is then scored first.
+        own: statistics from the head of the model that the input describes.
+        of_reference: statistics from the reference's head; the reference is then scored before the policy.
     """
 
     own: tuple[str, ...] = ()
     of_reference: tuple[str, ...] = ()
 
 
-# What a loss may ask of a response under a model; see `objective.objective.ResponseStatistics`.
+# The statistics of a response under a model that a loss can have as inputs; see `objective.objective.ResponseStatistics`.
 STATISTICS: dict[str, Statistic] = {
     "logps": Statistic(),
     "token_logps": Statistic(),
@@ -42,12 +42,12 @@ STATISTICS: dict[str, Statistic] = {
 
 @dataclass(frozen=True)
 class OptionalColumn:
-    """A number that each example may have beside what its kind needs: a prepared column, and an input of losses.
+    """An optional number for each example: a column of the prepared data and an input of losses.
 
     Attributes:
-        columns: the names that people have for the column in a raw row; the first is the one to offer.
-        default: what an example without it has; `None` where a loss that asks for it cannot do without.
-        low, high: the values allowed, both included.
+        columns: the column's accepted names in raw rows; error messages suggest the first.
+        default: the value for examples without the column; `None` if a loss that uses it requires it.
+        low, high: the allowed range, both ends included.
     """
 
     columns: tuple[str, ...]
@@ -65,7 +65,7 @@ class Metric:
 
     Attributes:
         values: `[B]`.
-        counted: `[B]` bool, the examples that have it; `None` for all of them.
+        counted: `[B]` bool, the examples that the metric is defined for; `None` for all of them.
     """
 
     values: Tensor
@@ -84,20 +84,19 @@ class Metric:
 
 
 class ExampleKind(ABC):
-    """A kind of examples. Losses say by the names of their parameters which one they compare.
+    """A kind of examples. The names of a loss's parameters say which kind it compares.
 
     Attributes:
         name: what the examples are called.
-        wanted: the rows that a data set of such examples has, for error messages.
-        columns: the prepared columns by which a data set of such examples is recognized; the first has an entry for
-            each example.
-        responses: maps the name of a response in the parameters of losses (`chosen` in `policy_chosen_logps`) to the
-            entry of the batch that has its indices into R.
-        batch_inputs: entries of the batch that losses take as they are, the optional columns among them.
-        optional_columns: numbers that an example may also have, by the name of the prepared column and of the input.
-        rewarded: the names of the responses that have implicit rewards, in the order of the rewards' columns.
-        metric_inputs: inputs that the metrics read, whatever the loss does.
-        has_token_inputs: whether losses may ask for `..._token_logps` and `..._token_mask`.
+        wanted: a description of the rows that such a data set needs, for error messages.
+        columns: the prepared columns that identify this kind; the first has an entry for each example.
+        responses: maps the name of a response in a loss's parameters, `{policy | ref}_{name}_{statistic}`, to the
+            entry of the batch that holds its indices into the R responses.
+        batch_inputs: entries of the batch that losses take unchanged, including the optional columns.
+        optional_columns: the optional numbers of an example, keyed by the name of the prepared column and input.
+        rewarded: the names of the responses with implicit rewards, in the order of the rewards' columns.
+        metric_inputs: the inputs that the metrics read, for any loss.
+        has_token_inputs: whether losses can take `..._token_logps` and `..._token_mask`.
     """
 
     name: str
@@ -120,19 +119,22 @@ class ExampleKind(ABC):
         )
 
     def has_input(self, name: str) -> bool:
-        """Whether a loss's parameter of that name is an input of such examples."""
+        """Whether a parameter of that name is an input of examples of this kind."""
         return name in self.batch_inputs or self._pattern.fullmatch(name) is not None
 
     def statistic(self, name: str) -> str | None:
-        """The statistic of a response that an input is made of; `None` for lengths and entries of the batch."""
+        """The statistic of a response that an input holds; `None` for lengths and entries of the batch."""
         match = self._pattern.fullmatch(name)
         return match["statistic"] if match else None
 
     def input_of(self, name: str, batch: Mapping[str, Any], scores: Mapping[str, Any]) -> Tensor:
-        """The input of that name of a batch's examples; gradients flow to the policy's scores.
+        """The input of that name for the examples of a batch; gradients flow to the policy's scores.
 
         Args:
             scores: the `ResponseStatistics` of "policy" and "ref".
+
+        Raises:
+            ValueError: the rows lack a column that has no default.
         """
         if name in self.batch_inputs:
             return batch[name] if name in batch else self._left_out(name, batch)
@@ -142,65 +144,67 @@ class ExampleKind(ABC):
         return getattr(scores[match["model"] or "policy"], match["statistic"] or match["length"])[places]
 
     def _left_out(self, name: str, batch: Mapping[str, Any]) -> Tensor:
-        """What examples have whose rows say nothing of it."""
+        """The default of an optional column that the rows lack."""
         default = self.optional_columns[name].default if name in self.optional_columns else None
         if default is None:
-            raise ValueError(f"a loss asks for `{name}`, and rows of this batch have none")
+            raise ValueError(
+                f"a loss needs `{name}`, and the rows of this batch lack it: add the column, or choose another loss"
+            )
         return torch.full(batch["rows"].shape, default, device=batch["rows"].device)
 
     def default_rewards(self, arguments: Mapping[str, Any], beta: float) -> Tensor | None:
-        """β·(s − s_ref) `[B, K]`, the implicit reward of a loss that returns only its losses."""
+        """β·(s − s_ref) `[B, K]`: implicit rewards for a loss that returns none; `None` without log-probs."""
         stems = [f"{name}_logps" if name else "logps" for name in self.rewarded]
         if any(f"policy_{stem}" not in arguments for stem in stems):
             return None
         return beta * _columns([arguments[f"policy_{s}"] - arguments.get(f"ref_{s}", 0.0) for s in stems]).detach()
 
     def count_rewards(self, inputs: Mapping[str, Tensor]) -> int:
-        """How many columns the rewards have of examples whose inputs these are."""
+        """K, the number of columns of the rewards `[B, K]` for these inputs."""
         return len(self.rewarded)
 
     def predictions(self, rewards: Tensor | None, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What `compute_metrics` is given, `[B, K]` each: the rewards (or log-probs), and 1 for what is preferred."""
+        """The arguments of `compute_metrics`, `[B, K]` each: rewards (or log-probs), and 1 for preferred responses."""
         stems = [f"{name}_logps" if name else "logps" for name in self.rewarded]
         shown = _columns([inputs[f"policy_{stem}"] for stem in stems]).detach() if rewards is None else rewards
         return {"predictions": shown, "labels": self.preferred(shown, inputs)}
 
     def count_examples(self, row: Mapping[str, Any]) -> int:
-        """How many examples a prepared row holds."""
+        """The number of examples in a prepared row."""
         return len(row[self.columns[0]])
 
     def batch_inputs_of(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
-        """What prepared rows say of their examples, in the order of the rows: the `batch_inputs` that they have."""
+        """The `batch_inputs` that prepared rows hold, one value for each example, in the order of the rows."""
         present = [name for name in self.optional_columns if name in rows[0]]
         return {name: np.concatenate([np.array(row[name], dtype=np.float32) for row in rows]) for name in present}
 
     @abstractmethod
     def index(self, rows: Sequence[Mapping[str, Any]], places: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
-        """The examples of prepared rows, in the order of the rows, as entries of the batch.
+        """The entries of the batch that describe the examples of prepared rows, in the order of the rows.
 
         Args:
             rows: prepared rows.
-            places: for each row, where its responses stand in the batch's flat order.
+            places: for each row, the positions of its responses in the batch's flat order.
 
         Returns:
-            This kind's entries, and `rows`, `pair_in_row` `[B]` int64: each example's row in its data set, and its
-            place among that row's examples.
+            This kind's entries, and `rows` and `pair_in_row`, `[B]` int64: the number of each example's row in its
+            data set, and the example's position among those of its row.
         """
 
     @abstractmethod
     def metrics(self, rewards: Tensor | None, inputs: Mapping[str, Tensor]) -> dict[str, Metric]:
-        """The metrics of the examples, by the names they are logged under."""
+        """The metrics of the examples, keyed by the names that they are logged under."""
 
     def finish_metrics(self, means: dict[str, float]) -> dict[str, float]:
-        """The means of the metrics, and what follows from them."""
+        """The metrics to log, computed from the means over all examples."""
         return means
 
     @abstractmethod
     def preferred(self, shown: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
-        """As `shown` `[B, K]`: 1 for what the data prefer, 0 for the rest."""
+        """`[B, K]`, like `shown`: 1 for the responses that the data prefer, 0 for the others."""
 
     def refusal(self, row: Mapping[str, Any], inputs: Sequence[str]) -> str | None:
-        """Why a data set with such a row cannot give these inputs, or `None`."""
+        """Why a data set with this row cannot provide these inputs, or `None` if it can."""
         for name in inputs:
             if name in self.optional_columns and self.optional_columns[name].default is None and name not in row:
                 column, *others = self.optional_columns[name].columns
@@ -210,12 +214,12 @@ class ExampleKind(ABC):
 
 
 def _columns(tensors: list[Tensor]) -> Tensor:
-    """Vectors `[B]` side by side; what is a matrix `[B, K]` already stays one."""
+    """Vectors `[B]` as the columns of a matrix `[B, K]`; a single matrix stays as it is."""
     return torch.stack(tensors, dim=-1) if tensors[0].dim() == 1 else tensors[0]
 
 
 def row_numbers(rows: Sequence[Mapping[str, Any]], counts: Sequence[int]) -> dict[str, np.ndarray]:
-    """`rows` and `pair_in_row` of the examples, of which each row has so many."""
+    """`rows` and `pair_in_row` of the examples; `counts` is the number of examples in each row."""
     return {
         "rows": np.repeat(np.array([row["row"] for row in rows], dtype=np.int64), counts),
         "pair_in_row": np.concatenate([np.arange(count) for count in counts]),

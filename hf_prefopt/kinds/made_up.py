@@ -1,6 +1,7 @@
-"""Made-up examples of every kind, as the named inputs of losses: to try a loss on before training, and to test it.
+"""Made-up examples of every kind, as the named inputs of losses: to try a loss before training, and to test it.
 
-Among five examples are a tie of two pairs, responses of one token, and a list of one response.
+Five examples include the hard cases: a chosen response of one token (example 0), a list with two equal scores and ranks
+(2), a pair whose responses have equal log-probs (3), and a list of one response (4).
 """
 
 from collections.abc import Iterable
@@ -15,7 +16,7 @@ LONGEST_RESPONSE = 32
 
 
 def made_up_inputs(dtype=torch.float64, pairs: int = EXAMPLES, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Inputs of `pairs` pairs by every name a loss must have: about −1.5 nats a token, log-ratios of a few nats."""
+    """The inputs that every example has, by name: about −1.5 nats per token, log-ratios of a few nats."""
     rng = np.random.default_rng(seed)
     lengths = {side: rng.integers(3, 30, pairs) for side in ("chosen", "rejected")}
     lengths["chosen"][0] = 1
@@ -39,13 +40,13 @@ def made_up_inputs(dtype=torch.float64, pairs: int = EXAMPLES, seed: int = 0) ->
 
 
 def made_up_examples(names: Iterable[str], count: int = 2, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """The inputs of these names, of any that a kind of examples has, for so many examples."""
+    """The inputs of these names, which can be any that a kind has, for `count` examples."""
     known = made_up_inputs(dtype, count)
     return {name: known[name] if name in known else _any_input(name, count, dtype) for name in names}
 
 
 def _any_input(name: str, count: int, dtype: torch.dtype) -> Tensor:
-    """Eight tokens of −½ nats, an entropy or KL of ½, an optional column of ½ or, for weights, of 1."""
+    """A constant: sums of −4 nats over 8 tokens, −½ nats for a token, weights of 1, and ½ for everything else."""
     shape = (count, LONGEST_RESPONSE) if "token" in name else (count, LONGEST_LIST) if "list" in name else (count,)
     if name.endswith("mask"):
         return torch.ones(shape, dtype=torch.bool)
@@ -56,7 +57,7 @@ def _any_input(name: str, count: int, dtype: torch.dtype) -> Tensor:
 
 
 def _tokens(rng, inputs) -> dict[str, torch.Tensor]:
-    """The pairs' sums shared out to their tokens, weights of about 1, and places in a data set."""
+    """The pairs' sums split among their tokens, token weights near 1, and row numbers."""
     tokens = {"rows": torch.tensor(rng.permutation(100)[: len(inputs["chosen_lengths"])])}
     for side in ("chosen", "rejected"):
         mask = torch.arange(LONGEST_RESPONSE) < inputs[f"{side}_lengths"][:, None]
@@ -71,14 +72,14 @@ def _tokens(rng, inputs) -> dict[str, torch.Tensor]:
 
 
 def _whole_predictions(rng, pairs, dtype) -> dict[str, torch.Tensor]:
-    """KL of some nats a response, entropies between a tenth and a half of the largest."""
+    """KLs of a few nats per response, entropies between 0.1 and 0.5 of the maximum."""
     kl = {f"policy_{side}_kl": rng.uniform(0.5, 8, pairs) for side in ("chosen", "rejected")}
     entropies = {f"ref_{side}_normalized_entropy": rng.uniform(0.1, 0.5, pairs) for side in ("chosen", "rejected")}
     return {name: torch.tensor(values, dtype=dtype) for name, values in {**kl, **entropies}.items()}
 
 
 def _logps(rng, shape, dtype) -> dict[str, torch.Tensor]:
-    """Policy and reference log-probs and lengths of responses in that shape."""
+    """Lengths, policy log-probs and reference log-probs of responses, each of this shape."""
     n = rng.integers(3, 30, shape)
     reference = -n * rng.uniform(0.5, 2.5, shape)
     policy = np.minimum(reference + rng.normal(0, 3, shape), -0.05 * n)
@@ -103,7 +104,7 @@ def _unpaired(rng, count, dtype) -> dict[str, torch.Tensor]:
 
 
 def _lists(rng, count, dtype) -> dict[str, torch.Tensor]:
-    """Lists of 2, 3, 4, 2, … responses; scores in [0, 1] in no order, ranks by them; what stands at padding is wild."""
+    """Lists of 2, 3, 4, 2, 1, 4, … responses with scores in [0, 1], in any order, and their ranks; padding is wild."""
     shape = (count, LONGEST_LIST)
     own = _logps(rng, shape, dtype)
     sizes = torch.arange(count) % (LONGEST_LIST - 1) + 2

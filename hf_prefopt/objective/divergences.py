@@ -1,7 +1,7 @@
-"""f-DPO: the divergence that holds the policy to the reference, and with it the reward that a loss compares.
+"""f-DPO: another divergence between policy and reference, and so another implicit reward for a loss to compare.
 
-DPO's reward βr = β log π/π_ref is that of a reverse KL. Another f-divergence has β f′(π/π_ref) in its place
-(2309.16240, theorem 1), which is what a modified loss gets for r, and what is logged as its implicit reward.
+DPO's reward βr = β log π/π_ref comes from the reverse KL. With another f-divergence the reward is β f′(π/π_ref)
+(2309.16240, theorem 1): a modified loss gets f′ in place of r, and logs β f′ as its implicit reward.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def _alpha(ratio: Tensor, alpha: float) -> Tensor:
     return ratio if alpha == 1 else expm1_to_tangent((alpha - 1) * ratio) / (alpha - 1)
 
 
-# f′(e^r) of each divergence, up to a constant that is 0 at r = 0; e^x goes on as its tangent past x = 20.
+# f′(e^r) of each divergence, shifted to be 0 at r = 0; past x = 20, e^x continues as its tangent.
 DIVERGENCES: dict[str, Callable[[Tensor, float], Tensor]] = {
     "reverse_kl": lambda ratio, _: ratio,
     "forward_kl": lambda ratio, _: -expm1_to_tangent(-ratio),
@@ -35,33 +35,33 @@ ALIASES = {"js": "js_divergence", "alpha": "alpha_divergence"}
 
 
 def f_prime(ratio: Tensor, divergence: str = "reverse_kl", alpha: float = 0.5) -> Tensor:
-    """f′(π/π_ref) from r = log π/π_ref: what takes the place of r in a loss under an f-divergence.
+    """f′(π/π_ref) from r = log π/π_ref: it replaces r in a loss under an f-divergence.
 
     reverse_kl r; forward_kl 1 − e^{−r}; js_divergence log 2 + log σ(r); alpha_divergence (e^{(α−1)r} − 1)/(α − 1),
-    which is forward_kl at α = 0 and reverse_kl at α = 1. Exponentials go on as their tangent past an exponent of 20.
+    which is forward_kl at α = 0 and reverse_kl at α = 1. Past an exponent of 20, exponentials continue as tangents.
 
     Args:
         ratio: r, any shape, nats.
-        divergence: one of these names, or "js", "alpha".
+        divergence: one of these names, or "js" or "alpha".
 
     Raises:
-        ValueError: there is no such divergence, or α is not finite.
+        ValueError: the divergence is unknown, or α is not finite.
     """
     name = ALIASES.get(divergence, divergence)
     if name not in DIVERGENCES:
         known = ", ".join((*DIVERGENCES, *ALIASES))
-        raise ValueError(f"f_divergence_type={divergence!r} is none of {known}")
+        raise ValueError(f"f_divergence_type={divergence!r} must be one of {known}")
     check_range("f_alpha_divergence_coef", alpha, float("-inf"), open_low=True)
     return DIVERGENCES[name](ratio, alpha)
 
 
 @dataclass(frozen=True)
 class FDivergence(Modifier):
-    """Every log-ratio r of a loss replaced by f′, the loss being a function of them alone.
+    """Replaces every log-ratio r of a loss by f′; the loss must depend on log-probs through log-ratios alone.
 
-    Whether it is one is found out by trying: then policy and reference may move together, by another amount for every
-    response, and its value stays. The divergence's normalizer, a constant of the prompt, cancels in a difference of two
-    responses; losses of each response by itself leave it out, as they do under the reverse KL.
+    A trial on made-up numbers decides whether it does, so that users' losses need no declaration: the value must stay
+    when policy and reference move together. The divergence's normalizer, a constant of the prompt, cancels in the
+    difference of two responses; losses of single responses leave it out, as they do under the reverse KL.
     """
 
     divergence: str
@@ -76,13 +76,13 @@ class FDivergence(Modifier):
 
     def refusal(self, term: Term) -> str | None:
         if any(name.endswith("token_logps") for name in term.names):
-            return "it compares log-ratios of tokens, and the divergence is one of sequences"
+            return "it compares log-ratios of tokens, and the divergence is defined for whole responses"
         if not policy_and_reference(term.names):
             return "it compares no log-ratios to a reference"
         if term.spec.has_own_divergence:
             return "it has a divergence of its own"
         if not _is_of_log_ratios(term):
-            return "it is no function of the log-ratios alone, for which the divergence could stand"
+            return "it also depends on log-probs other than through the log-ratios that the divergence replaces"
         return None
 
     def reads(self, names: Names) -> Names:
@@ -97,7 +97,7 @@ class FDivergence(Modifier):
 
 
 def _is_of_log_ratios(term: Term) -> bool:
-    """Whether the losses of made-up examples stay as policy and reference move together."""
+    """Whether the losses of made-up examples stay the same when policy and reference log-probs move together."""
     generator = torch.Generator().manual_seed(0)
 
     def noise(tensor: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""One loss of the objective, with its weight and hyperparameters, and what changes its inputs before it sees them.
+"""One loss of the objective, with its weight and hyperparameters, and the modifiers of its inputs.
 
-A modifier says which inputs it makes the loss's own out of, and refuses the losses that it has no meaning for, so one
-modifier serves many losses. Those that change the sums over tokens are in `objective.token_sums`, the divergence of the
-reward in `objective.divergences`. A loss without rewards, such as an NLL beside another loss, is not modified.
+A modifier names the inputs that it reads and gives a reason to refuse each loss that it cannot modify, so it works for
+many losses. `objective.token_sums` changes the sums over tokens, `objective.divergences` the reward's divergence. The
+objective does not modify losses without rewards, such as the NLL that `sft_weight` adds.
 """
 
 from __future__ import annotations
@@ -30,26 +30,29 @@ class Modifier(ABC):
     @property
     @abstractmethod
     def setting(self) -> str:
-        """How a configuration asks for it, for error messages."""
+        """The setting that turns it on, for error messages."""
 
     @abstractmethod
     def refusal(self, term: Term) -> str | None:
-        """Why it has no meaning for a loss, or `None` where it has."""
+        """Why it cannot modify a loss, or `None` if it can."""
 
     @abstractmethod
     def reads(self, names: Names) -> Names:
-        """The inputs that it takes to make those of these names."""
+        """The inputs that it needs to compute the inputs of these names."""
 
     @abstractmethod
     def __call__(self, inputs: Inputs, names: Names) -> Inputs:
-        """The inputs of these names, modified, beside those given."""
+        """The given inputs, with those of these names modified."""
 
 
 @dataclass(frozen=True)
 class Term:
-    """One loss of the objective: its weight, its hyperparameters, and the inputs it is given.
+    """One loss of the objective: its weight, its hyperparameters, and its inputs.
 
-    `absent` are the inputs that it can do without and that the data do not have.
+    Attributes:
+        reference_free: whether the loss is called without its reference inputs.
+        absent: optional inputs that the data lack; the loss is called without them.
+        modifiers: applied to the inputs in this order.
     """
 
     spec: LossSpec
@@ -61,51 +64,51 @@ class Term:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names of the tensors that the loss is called with."""
+        """The names of the tensors that are passed to the loss."""
         left_out = (*self.absent, *(self.spec.reference_inputs if self.reference_free else ()))
         return tuple(name for name in self.spec.inputs if name not in left_out)
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """The names of the inputs that the modifiers make `names` from; without modifiers they are `names`."""
+        """The names of the tensors that a batch must provide: `names`, or what the modifiers compute them from."""
         return functools.reduce(lambda names, modifier: modifier.reads(names), reversed(self.modifiers), self.names)
 
     @property
     def hyperparameters(self) -> dict[str, Any]:
-        """Every hyperparameter of the loss, with its default where nothing else was asked for."""
+        """All hyperparameters of the loss: its defaults, overridden by `params`."""
         return {**self.spec.defaults, **self.params}
 
     @property
     def initial_state(self) -> Mapping[str, float]:
-        """What the loss keeps before the first batch."""
+        """The state of the loss before the first batch."""
         return {} if self.spec.state is None else self.spec.state.initial
 
     def __call__(self, inputs: dict[str, Tensor], run_inputs: Mapping[str, Any]) -> LossOutput:
-        """The loss on the inputs it asks for, not weighted, and on what is known of what it asks of the run."""
+        """The unweighted loss; it gets those of the run inputs that it has parameters for."""
         asked = {name: run_inputs[name] for name in self.spec.run_inputs if name in run_inputs}
         return self.spec(**self._modified(inputs), **self.params, **asked)
 
     def updated(self, state: State, inputs: dict[str, Tensor]) -> State:
-        """The loss's state after the global batch of these inputs; what it was, of a loss that keeps none."""
+        """The state after a global batch with these inputs; unchanged for a loss without state."""
         if self.spec.state is None:
             return state
         with torch.no_grad():
             return self.spec.state.update(state, **self._modified(inputs), **self.params)
 
     def _modified(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors that the loss is called with."""
+        """The tensors that are passed to the loss."""
         for modifier in self.modifiers:
             inputs = modifier(inputs, self.names)
         return {name: inputs[name] for name in self.names}
 
 
 def policy_and_reference(names: Names) -> list[tuple[str, str]]:
-    """The summed log-probs among the names, policy's and reference's, of responses that both are asked for."""
+    """The (policy, reference) pairs of summed log-probs of the same response among the names."""
     sums = [name for name in names if is_sum(name) and name.startswith("policy_")]
     pairs = [(name, "ref_" + name.removeprefix("policy_")) for name in sums]
     return [(policy, reference) for policy, reference in pairs if reference in names]
 
 
 def is_sum(name: str) -> bool:
-    """Whether an input is the summed log-prob of responses."""
+    """Whether an input holds summed log-probs of responses."""
     return name.endswith("logps") and not name.endswith("token_logps")

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hf_prefopt import register_loss
+from hf_prefopt.kinds.made_up import made_up_inputs
 from hf_prefopt.losses import registry
 from hf_prefopt.testing import (
     check_examples_apart,
@@ -19,6 +20,17 @@ def register(monkeypatch):
     """Registers a loss for the time of a test."""
     monkeypatch.setattr(registry, "_LOSSES", dict(registry._LOSSES))
     return lambda function: register_loss("users_own")(function)
+
+
+def test_the_checks_see_ties_single_tokens_and_single_responses():
+    """The examples that its docstring promises; without them, no check would notice a loss that fails on them."""
+    inputs = made_up_inputs()
+    assert inputs["chosen_lengths"][0] == 1
+    assert inputs["policy_chosen_logps"][3] == inputs["policy_rejected_logps"][3]
+    assert inputs["ref_chosen_logps"][3] == inputs["ref_rejected_logps"][3]
+    assert inputs["list_mask"].sum(1).tolist() == [2, 3, 4, 2, 1]
+    for name in ("list_ranks", "list_scores"):
+        assert inputs[name][2, 0] == inputs[name][2, 1]
 
 
 def test_a_sound_loss_of_three_lines_passes(register):

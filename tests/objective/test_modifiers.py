@@ -308,7 +308,7 @@ def test_a_response_of_several_pairs_has_the_tail_of_each(collate):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"f_divergence_type": "kl"}, "f_divergence_type='kl' is none of reverse_kl, forward_kl"),
+        ({"f_divergence_type": "kl"}, "f_divergence_type='kl' must be one of reverse_kl, forward_kl"),
         ({"f_divergence_type": "alpha", "f_alpha_divergence_coef": math.inf}, "f_alpha_divergence_coef=inf is outside"),
         ({"f_divergence_type": "js", "loss_type": "sft"}, "sft cannot be modified so: it has no rewards"),
         ({"f_divergence_type": "js", "reference_free": True}, "it compares no log-ratios to a reference"),
