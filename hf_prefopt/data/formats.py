@@ -1,244 +1,222 @@
-"""A data set's row, in whichever format it comes, as one canonical row; or a `BadRow` that says what is wrong with it.
+"""The formats of a data set's rows: which columns each has, and how a row of it becomes a canonical row.
 
-Formats (an entry of `FORMATS` each, found by the data set's columns; a column holds text or lists of messages):
+Each format is an entry of `FORMATS` and is recognized by its columns, which hold text or lists of messages:
 
     prompt, chosen, rejected                   explicit prompt
     chosen, rejected                           implicit prompt: both sides begin with it
-    prompt_ids, chosen_ids, rejected_ids       already tokenized; with chosen_token_weights, rejected_token_weights a
-                                               number for each token of the responses
-    … and reference, or reference_ids          of pairs: a third, gold response, for losses of triples
-    prompt, completion, label                  a response, desirable (true) or not
+    prompt_ids, chosen_ids, rejected_ids       tokenized already; optionally with chosen_token_weights and
+                                               rejected_token_weights, a number for each token of the responses
+    … and reference, or reference_ids          triples: a pair and a third, gold response
+    prompt, completion, label                  a response that is desirable (true) or not
     prompt, responses, ranks                   a list of responses; smaller ranks are better
     prompt, responses, scores                  a list of responses; larger scores are better
 
-with `tools` and `chat_template_kwargs` beside messages, and numbers of each example in further columns, such as
-`weight` (`ExampleKind.optional_columns`). What a column holds is checked in `rows`.
+Rows of messages may also have `tools` and `chat_template_kwargs`. Two groups of columns are prepared from a row:
+
+    example columns     how its responses are compared: `pairs`, `golds`, `labels`, `ranks`, `scores`, `token_weights`
+    optional columns    a number for each example, such as `weights`; see `ExampleKind.optional_columns`
 """
 
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-from hf_prefopt.data.messages import BadRow
+from hf_prefopt.data.messages import check_messages, check_reply, split_conversations
 from hf_prefopt.data.rows import (
-    CHECKS,
+    BadRow,
     CanonicalRow,
-    canonical_row,
+    ContentType,
     check_ids,
-    check_weights,
-    refuse_repeated_prompt,
-    shared_kind,
+    check_list,
+    check_numbers,
+    check_text_prompt,
+    check_text_response,
+    common_content_type,
+    read_json,
+    reject_repeated_prompt,
 )
 from hf_prefopt.kinds import LISTS, PAIRS, TRIPLES, UNPAIRED, ExampleKind
 
-
-def raw_optional_columns(kind: ExampleKind, columns: Collection[str]) -> dict[str, str]:
-    """The optional columns among the columns of raw rows: prepared name → raw name, the first that is there."""
-    found = {name: [c for c in extra.columns if c in columns] for name, extra in kind.optional_columns.items()}
-    return {name: present[0] for name, present in found.items() if present}
-
-
-def present_optional_columns(kind: ExampleKind, columns: Collection[str]) -> tuple[str, ...]:
-    """The optional_columns that prepared rows of these columns have."""
-    return tuple(name for name in kind.optional_columns if name in columns)
-
-
-def number_or_nan(value: Any) -> float:
-    """The value as a float; NaN where it is no number."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if is_number else math.nan
-
-
-def read_optional_columns(row: Mapping[str, Any], found: Mapping[str, str]) -> dict[str, list[float]]:
-    """The prepared columns of a raw row, which holds one example."""
-    return {name: [number_or_nan(row[column])] for name, column in found.items()}
+_TOKEN_WEIGHTS = ("chosen_token_weights", "rejected_token_weights")
 
 
 @dataclass(frozen=True)
 class RowFormat:
-    """A format: the columns that a data set of this format has, and the reader of one of its rows.
+    """A format of rows.
 
-    `example_columns` are the prepared columns that its rows have beside those of every row of their kind.
+    Attributes:
+        name: what error messages call it.
+        kind: the examples that its rows hold.
+        columns: the columns that a data set must have to be of this format.
+        reader: makes the canonical row of a raw row, given `columns`.
+        has_token_weights: whether its rows have weights of tokens.
     """
 
     name: str
+    kind: ExampleKind
     columns: tuple[str, ...]
-    read: Callable[[Mapping[str, Any]], CanonicalRow]
-    kind: ExampleKind = PAIRS
-    example_columns: tuple[str, ...] = ()
+    reader: Callable[[Mapping[str, Any], tuple[str, ...]], CanonicalRow]
+    has_token_weights: bool = False
+
+    @property
+    def example_columns(self) -> tuple[str, ...]:
+        """The example columns of its prepared rows."""
+        return (*self.kind.columns, *["token_weights"] * self.has_token_weights)
+
+    def read(self, row: Mapping[str, Any]) -> CanonicalRow:
+        """The canonical row of a raw row. Raises `BadRow` for a row that cannot be used."""
+        return self.reader(row, self.columns)
 
 
 def find_format(columns: Iterable[str], kind: ExampleKind | None = None) -> RowFormat:
-    """The first format whose columns are all there, of those that hold examples of a kind if there is one.
+    """The first format whose columns are all present, preferably one of this kind of examples.
 
     Raises:
-        ValueError: there is none (what is missing from the nearest one is named), or there are weights of tokens and no
-            tokens that they could be told by.
+        ValueError: no format matches (the message names the missing columns of the closest one), or there are token
+            weights without tokens.
     """
     present = set(columns)
-    fitting = [row_format for row_format in FORMATS if present.issuperset(row_format.columns)]
-    if fitting:
-        row_format = next((wanted for wanted in fitting if wanted.kind is kind), fitting[0])
-        _refuse_lost_weights(present, row_format)
-        return row_format
-    nearest = max(FORMATS, key=lambda f: (len(present.intersection(f.columns)), -len(f.columns)))
-    missing = ", ".join(f"`{name}`" for name in nearest.columns if name not in present)
-    known = "; ".join(f"{row_format.name} ({', '.join(row_format.columns)})" for row_format in FORMATS)
-    found = ", ".join(sorted(present)) or "none"
-    raise ValueError(f"column {missing} is missing (columns found: {found}); the formats are: {known}")
-
-
-def _refuse_lost_weights(present: set[str], row_format: RowFormat) -> None:
+    matching = [row_format for row_format in FORMATS if present.issuperset(row_format.columns)]
+    if not matching:
+        closest = max(FORMATS, key=lambda f: (len(present.intersection(f.columns)), -len(f.columns)))
+        missing = ", ".join(f"`{name}`" for name in closest.columns if name not in present)
+        known = "; ".join(f"{row_format.name} ({', '.join(row_format.columns)})" for row_format in FORMATS)
+        found = ", ".join(sorted(present)) or "none"
+        raise ValueError(f"column {missing} is missing (columns found: {found}); the formats are: {known}")
+    row_format = next((match for match in matching if match.kind is kind), matching[0])
     weights = sorted(present.intersection(_TOKEN_WEIGHTS))
-    if weights and not row_format.example_columns:
+    if weights and not row_format.has_token_weights:
         raise ValueError(
-            f"column {', '.join(weights)} weighs tokens, and these rows ({row_format.name}) do not say which tokens "
-            "there are: give prompt_ids, chosen_ids, rejected_ids, chosen_token_weights and rejected_token_weights"
+            f"column {', '.join(weights)} weighs tokens, but rows in this format ({row_format.name}) do not say which "
+            "tokens there are: give prompt_ids, chosen_ids, rejected_ids, chosen_token_weights, rejected_token_weights"
         )
+    return row_format
+
+
+def optional_columns(kind: ExampleKind, columns: Collection[str]) -> dict[str, str]:
+    """The optional columns of raw rows with these columns: prepared column → raw column, the first of its names."""
+    found = {name: [c for c in column.columns if c in columns] for name, column in kind.optional_columns.items()}
+    return {name: present[0] for name, present in found.items() if present}
+
+
+def number_or_nan(value: Any) -> float:
+    """The value as a float; NaN if it is not a number, which is an error only if a loss uses the column."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if is_number else math.nan
+
+
+def _read_explicit(row: Mapping[str, Any], columns: tuple[str, ...]) -> CanonicalRow:
+    """A prompt and responses, all text or all lists of messages."""
+    content_type, prompt, responses = _read_contents(row, columns)
+    for column, response in responses.items():
+        if content_type == "messages" and prompt and response[: len(prompt)] == prompt:
+            raise BadRow(column, "repeats the messages of `prompt`", "remove the `prompt` column")
+    if content_type == "text":
+        reject_repeated_prompt(prompt, responses)
+    return _canonical_row(content_type, prompt, responses, row, _pair(responses))
+
+
+def _read_implicit(row: Mapping[str, Any], columns: tuple[str, ...]) -> CanonicalRow:
+    """Responses that begin with their prompt: messages are split here, text once there are tokens."""
+    content_type, prompt = common_content_type(row, columns), None
+    responses = {column: row[column] for column in columns}
+    if content_type == "messages":
+        prompt, responses = split_conversations(responses)
+    else:
+        responses = {column: check_text_response(column, text) for column, text in responses.items()}
+    return _canonical_row(content_type, prompt, responses, row, _pair(responses))
+
+
+def _read_tokens(row: Mapping[str, Any], columns: tuple[str, ...]) -> CanonicalRow:
+    """Lists of token ids, which are taken as they are."""
+    prompt, *responses = [check_ids(column, row.get(column)) for column in columns]
+    for column, ids in zip(columns[1:], responses, strict=True):
+        if not ids:
+            raise BadRow(column, "is empty")
+    return CanonicalRow("tokens", prompt, responses, columns[1:], _pair(responses))
+
+
+def _read_weighted_tokens(row: Mapping[str, Any], columns: tuple[str, ...]) -> CanonicalRow:
+    """Lists of token ids, and for each token of the responses a weight ≥ 0."""
+    pair = _read_tokens(row, columns[:3])
+    weights = [
+        check_numbers(column, row.get(column), len(ids), "token", low=0)
+        for column, ids in zip(columns[3:], pair.responses, strict=True)
+    ]
+    pair.example_columns["token_weights"] = weights
+    return pair
+
+
+def _read_labeled(row: Mapping[str, Any], columns: tuple[str, ...]) -> CanonicalRow:
+    """A prompt, a response, and whether it is desirable."""
+    content_type, prompt, responses = _read_contents(row, ("prompt", "completion"))
+    label = row.get("label")
+    if label not in (True, False):  # 0 and 1 are equal to these.
+        raise BadRow("label", f"is {label!r}", "make it true (desirable) or false")
+    if content_type == "text" and label:  # An undesirable completion may echo its prompt.
+        reject_repeated_prompt(prompt, responses)
+    return _canonical_row(content_type, prompt, responses, row, {"labels": [bool(label)]})
+
+
+def _read_list(row: Mapping[str, Any], columns: tuple[str, ...]) -> CanonicalRow:
+    """A prompt, a list of responses, and a rank or a score of each. Ranks are made from scores, with the same ties."""
+    listed = check_list("responses", row.get("responses"), "two or more responses")
+    if len(listed) < 2:
+        raise BadRow("responses", f"holds {len(listed)} responses", "give every prompt at least two")
+    numbers = check_numbers(columns[-1], row.get(columns[-1]), len(listed), "response")
+    scores = numbers if columns[-1] == "scores" else []
+    ranks = [1.0 + sum(other > score for other in scores) for score in scores] or numbers
+    named = {f"responses[{place}]": response for place, response in enumerate(listed)}
+    content_type, prompt, responses = _read_contents({"prompt": row.get("prompt"), **named}, ("prompt", *named))
+    if content_type == "text":
+        reject_repeated_prompt(prompt, responses)
+    return _canonical_row(content_type, prompt, responses, row, {"ranks": ranks, "scores": scores})
+
+
+def _read_contents(row: Mapping[str, Any], columns: tuple[str, ...]) -> tuple[ContentType, Any, dict[str, Any]]:
+    """The content type that these columns share, the prompt from the first one, and the responses from the others."""
+    if common_content_type(row, columns) == "text":
+        text = check_text_prompt("prompt", row["prompt"])
+        return "text", text, {column: check_text_response(column, row[column]) for column in columns[1:]}
+    prompt = check_messages("prompt", row["prompt"])
+    return "messages", prompt, {column: check_reply(column, row[column]) for column in columns[1:]}
+
+
+def _canonical_row(
+    content_type: ContentType,
+    prompt: Any,
+    responses: dict[str, Any],
+    row: Mapping[str, Any],
+    example_columns: dict[str, list],
+) -> CanonicalRow:
+    # No tools rather than an empty list: some templates print a heading above an empty list.
+    tools = read_json(row, "tools", list) or None
+    template_kwargs = read_json(row, "chat_template_kwargs", dict) or {}
+    values = [*responses.values()]
+    return CanonicalRow(content_type, prompt, values, tuple(responses), example_columns, tools, template_kwargs)
+
+
+def _pair(responses: Collection) -> dict[str, list]:
+    """The example columns of a pair, or of a triple if there are three responses."""
+    return {"pairs": [[0, 1]]} if len(responses) == 2 else {"pairs": [[0, 1]], "golds": [2]}
 
 
 _PAIR = ("chosen", "rejected")
 _TRIPLE = (*_PAIR, "reference")
-
-
-def read_explicit_pair(row: Mapping[str, Any]) -> CanonicalRow:
-    """`prompt`, `chosen`, `rejected`: three texts, or three lists of messages."""
-    return _read_explicit(row, _PAIR)
-
-
-def read_explicit_triple(row: Mapping[str, Any]) -> CanonicalRow:
-    """As `read_explicit_pair`, with a gold response in `reference`."""
-    return _with_gold(_read_explicit(row, _TRIPLE))
-
-
-def _read_explicit(row: Mapping[str, Any], columns: tuple[str, ...]) -> CanonicalRow:
-    kind = shared_kind(row, ("prompt", *columns))
-    prompt = CHECKS[kind].prompt("prompt", row["prompt"])
-    responses = {column: CHECKS[kind].response(column, row[column]) for column in columns}
-    for column, response in responses.items():
-        if kind == "messages" and prompt and response[: len(prompt)] == prompt:
-            raise BadRow(column, "repeats the messages of `prompt`", "remove the `prompt` column")
-    if kind == "text":
-        refuse_repeated_prompt(prompt, responses)
-    return canonical_row(kind, prompt, responses, row, pairs=[(0, 1)])
-
-
-def read_implicit_pair(row: Mapping[str, Any]) -> CanonicalRow:
-    """`chosen`, `rejected` that begin with their prompt: whole messages that both share, or text left unsplit."""
-    return _read_implicit(row, _PAIR)
-
-
-def read_implicit_triple(row: Mapping[str, Any]) -> CanonicalRow:
-    """As `read_implicit_pair`, with a gold response in `reference` that begins with the same prompt."""
-    return _with_gold(_read_implicit(row, _TRIPLE))
-
-
-def _read_implicit(row: Mapping[str, Any], columns: tuple[str, ...]) -> CanonicalRow:
-    kind = shared_kind(row, columns)
-    prompt, responses = CHECKS[kind].split({column: row[column] for column in columns})
-    return canonical_row(kind, prompt, dict(zip(columns, responses, strict=True)), row, pairs=[(0, 1)])
-
-
-def read_tokenized_pair(row: Mapping[str, Any]) -> CanonicalRow:
-    """`prompt_ids`, `chosen_ids`, `rejected_ids`: lists of token ids, taken as they are."""
-    return _read_tokenized(row, _PAIR)
-
-
-def read_tokenized_triple(row: Mapping[str, Any]) -> CanonicalRow:
-    """As `read_tokenized_pair`, with a gold response in `reference_ids`."""
-    return _with_gold(_read_tokenized(row, _TRIPLE))
-
-
-def _read_tokenized(row: Mapping[str, Any], responses: tuple[str, ...]) -> CanonicalRow:
-    columns = tuple(f"{name}_ids" for name in responses)
-    prompt, *ids = [check_ids(name, row.get(name)) for name in ("prompt_ids", *columns)]
-    for column, tokens in zip(columns, ids, strict=True):
-        if not tokens:
-            raise BadRow(column, "is empty")
-    return CanonicalRow("tokens", prompt, ids, columns, [(0, 1)])
-
-
-def _with_gold(row: CanonicalRow) -> CanonicalRow:
-    return replace(row, example_columns={"golds": [len(row.responses) - 1]})
-
-
-def read_weighted_pair(row: Mapping[str, Any]) -> CanonicalRow:
-    """`read_tokenized_pair` with `chosen_token_weights`, `rejected_token_weights`: a number ≥ 0 for each token."""
-    pair = read_tokenized_pair(row)
-    weights = [
-        check_weights(column, row.get(column), len(ids))
-        for column, ids in zip(_TOKEN_WEIGHTS, pair.responses, strict=True)
-    ]
-    return replace(pair, example_columns={"token_weights": weights})
-
-
-def read_labeled(row: Mapping[str, Any]) -> CanonicalRow:
-    """`prompt`, `completion`, as texts or as lists of messages, and `label`: whether the completion is desirable."""
-    kind = shared_kind(row, ("prompt", "completion"))
-    prompt = CHECKS[kind].prompt("prompt", row["prompt"])
-    completion = CHECKS[kind].response("completion", row["completion"])
-    if row.get("label") not in (True, False):  # Of numbers, 0 and 1 are equal to these.
-        raise BadRow("label", f"is {row.get('label')!r}", "make it true (desirable) or false")
-    if kind == "text" and row["label"]:  # An undesirable completion may echo its prompt.
-        refuse_repeated_prompt(prompt, {"completion": completion})
-    return canonical_row(
-        kind, prompt, {"completion": completion}, row, example_columns={"labels": [bool(row["label"])]}
-    )
-
-
-def read_ranked(row: Mapping[str, Any]) -> CanonicalRow:
-    """`prompt` and `responses`, a list of texts or of lists of messages, with `ranks`: a number each, 1 the best."""
-    return _read_list(row, "ranks", lambda ranks: {"ranks": ranks, "scores": []})
-
-
-def read_scored(row: Mapping[str, Any]) -> CanonicalRow:
-    """As `read_ranked`, with `scores`: larger is better. Ranks are made of them, equal ones of equal scores."""
-    return _read_list(
-        row, "scores", lambda scores: {"ranks": [1 + sum(o > s for o in scores) for s in scores], "scores": scores}
-    )
-
-
-def _read_list(
-    row: Mapping[str, Any], column: str, mark: Callable[[list[float]], dict[str, list[float]]]
-) -> CanonicalRow:
-    responses, values = row.get("responses"), row.get(column)
-    if not isinstance(responses, list | tuple) or len(responses) < 2:
-        raise BadRow("responses", "is no list of two or more", "give every prompt at least two responses")
-    if not isinstance(values, list | tuple) or len(values) != len(responses):
-        raise BadRow(column, f"is no list of {len(responses)} numbers", "give one for each response")
-    for value in values:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise BadRow(column, f"holds {value!r}", "make it a list of finite numbers")
-    named = {f"responses[{place}]": response for place, response in enumerate(responses)}
-    kind = shared_kind({"prompt": row.get("prompt"), **named}, ("prompt", *named))
-    prompt = CHECKS[kind].prompt("prompt", row["prompt"])
-    checked = {name: CHECKS[kind].response(name, response) for name, response in named.items()}
-    if kind == "text":
-        refuse_repeated_prompt(prompt, checked)
-    return canonical_row(kind, prompt, checked, row, example_columns=mark([float(value) for value in values]))
-
-
-_TOKEN_WEIGHTS = ("chosen_token_weights", "rejected_token_weights")
 _TOKENS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
-# A data set has the first of these formats whose columns are all present; among several, one of the wanted kind is
-# preferred. A `reference` is read only if triples are wanted, because other data sets have a column of that name, too.
-# When a reader changes, raise `_CACHE_VERSION` in `prepare`.
+# The order matters: `find_format` takes the first match. A `reference` is read only for losses of triples, because
+# other data sets have a column of that name, too.
 FORMATS: tuple[RowFormat, ...] = (
-    RowFormat(
-        "tokenized pairs with weights",
-        (*_TOKENS, *_TOKEN_WEIGHTS),
-        read_weighted_pair,
-        example_columns=("token_weights",),
-    ),
-    RowFormat("tokenized pairs", _TOKENS, read_tokenized_pair),
-    RowFormat("pairs", ("prompt", *_PAIR), read_explicit_pair),
-    RowFormat("pairs that begin with their prompt", _PAIR, read_implicit_pair),
-    RowFormat("tokenized triples", (*_TOKENS, "reference_ids"), read_tokenized_triple, TRIPLES),
-    RowFormat("triples", ("prompt", *_TRIPLE), read_explicit_triple, TRIPLES),
-    RowFormat("triples that begin with their prompt", _TRIPLE, read_implicit_triple, TRIPLES),
-    RowFormat("labeled responses", ("prompt", "completion", "label"), read_labeled, UNPAIRED),
-    RowFormat("scored lists", ("prompt", "responses", "scores"), read_scored, LISTS),
-    RowFormat("ranked lists", ("prompt", "responses", "ranks"), read_ranked, LISTS),
+    RowFormat("tokenized pairs with weights", PAIRS, (*_TOKENS, *_TOKEN_WEIGHTS), _read_weighted_tokens, True),
+    RowFormat("tokenized pairs", PAIRS, _TOKENS, _read_tokens),
+    RowFormat("pairs", PAIRS, ("prompt", *_PAIR), _read_explicit),
+    RowFormat("pairs that begin with their prompt", PAIRS, _PAIR, _read_implicit),
+    RowFormat("tokenized triples", TRIPLES, (*_TOKENS, "reference_ids"), _read_tokens),
+    RowFormat("triples", TRIPLES, ("prompt", *_TRIPLE), _read_explicit),
+    RowFormat("triples that begin with their prompt", TRIPLES, _TRIPLE, _read_implicit),
+    RowFormat("labeled responses", UNPAIRED, ("prompt", "completion", "label"), _read_labeled),
+    RowFormat("scored lists", LISTS, ("prompt", "responses", "scores"), _read_list),
+    RowFormat("ranked lists", LISTS, ("prompt", "responses", "ranks"), _read_list),
 )

@@ -1,7 +1,7 @@
-"""Rows of one prompt as one group: the prompt, and each different response to it, once.
+"""Merge the rows of a prompt into one group: the prompt once, and each different response to it once.
 
-Preference data often holds several pairs of a prompt, with responses that come back in more than one of them. Where
-such rows meet in a micro-batch, they are computed together; which rows meet is the sampler's affair.
+Preference data often holds several pairs of a prompt, and the same response in several of these pairs. Rows of a
+prompt in the same micro-batch are computed together; `PromptSampler` puts them there.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,33 +18,34 @@ from hf_prefopt.kinds import kind_of_columns
 
 @dataclass
 class Group:
-    """A prompt and its different responses, in the order in which they were met.
+    """A prompt and its different responses, in the order of the rows.
 
     Attributes:
-        prompt_ids: token ids. responses: for each response its token ids and which of them are scored (0 or 1).
+        prompt_ids: token ids.
+        responses: (token ids, scored mask) → the response's number in this group.
     """
 
     prompt_ids: Sequence[int]
     responses: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = field(default_factory=dict)
 
     def place(self, ids: Sequence[int], mask: Sequence[int]) -> int:
-        """The number of a response in this group, which it joins if it is new."""
+        """The number of a response in this group; a new response is added."""
         return self.responses.setdefault((tuple(ids), tuple(mask)), len(self.responses))
 
     @property
     def tokens(self) -> int:
-        """Tokens of the prompt and of all responses."""
+        """The number of tokens of the prompt and all responses."""
         return len(self.prompt_ids) + sum(len(ids) for ids, _ in self.responses)
 
 
 @dataclass
 class Grouped:
-    """Rows by prompt.
+    """Rows merged by prompt.
 
     Attributes:
-        groups: the groups, in the order of their first rows.
-        places: for each row, its responses (and then its mismatched ones, if it has any) as indices into the flat
-            order of all groups' responses.
+        groups: in the order of their first rows.
+        places: for each row, the indices of its responses, and then of its mismatched responses, into the responses
+            of all groups in order.
     """
 
     groups: list[Group]
@@ -52,7 +53,7 @@ class Grouped:
 
 
 def group_rows(rows: Sequence[Mapping[str, Any]]) -> Grouped:
-    """Bring the rows of each prompt together, and each response of a prompt to one."""
+    """Merge rows with the same prompt, and equal responses to it."""
     groups: dict[tuple[int, ...], Group] = {}
     numbered = []
     for row in rows:
@@ -72,11 +73,14 @@ def index_examples(rows: Sequence[Mapping[str, Any]], places: Sequence[np.ndarra
     """The examples of all rows, in the order of the rows, as entries of the batch; see `ExampleKind.index`.
 
     Args:
-        places: for each row, where its responses stand in the batch's flat order of responses.
+        places: see `Grouped`.
+
+    Raises:
+        ValueError: the rows are not prepared.
     """
     kind = kind_of_columns(rows[0])
     if kind is None:
-        raise ValueError(f"the rows have the columns {', '.join(rows[0])}, which are of no prepared data set")
+        raise ValueError(f"columns {', '.join(rows[0])} are not those of prepared rows: use prepare_dataset")
     return kind.index(rows, places)
 
 
@@ -89,9 +93,10 @@ def prompt_keys(dataset: Dataset) -> np.ndarray:
 
 
 class PromptSampler(Sampler[int]):
-    """Rows in random order, those of one prompt next to each other, so that they mostly meet in a micro-batch.
+    """Draws prompts in random order, and all rows of a prompt one after the other.
 
-    The order is a function of (seed, epoch) alone, the same on every rank.
+    Rows of a prompt are then mostly in the same batch, where the prompt is computed once. The order depends only on
+    (seed, epoch), so it is the same on every rank.
     """
 
     def __init__(self, prompt_keys: np.ndarray, seed: int):
@@ -102,7 +107,7 @@ class PromptSampler(Sampler[int]):
         self._length, self._seed, self._epoch = len(prompt_keys), seed, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Another order for another epoch; the Trainer calls this."""
+        """Change the order for another epoch; the Trainer calls this."""
         self._epoch = epoch
 
     def __len__(self) -> int:

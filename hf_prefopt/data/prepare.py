@@ -1,35 +1,39 @@
-"""A data set of preferences as token ids, by one batched and cached map.
+"""Prepare a data set for training: read each row, tokenize it and cut it, in one batched map that `datasets` caches.
 
-The steps are elsewhere: `formats` reads a row, `tokenize` tokenizes it, `truncate` cuts it, `notes` counts and reports
-what happened to it.
+formats.py reads rows, tokenize.py and truncate.py turn them into tokens, notes.py rejects or drops those that
+cannot be used. Prepared rows have these columns:
+
+    prompt_ids        token ids of the prompt
+    response_ids      K lists of token ids: of a pair chosen, then rejected; a triple's gold response is the last
+    scored_masks      K lists of 0 / 1, one for each response token: 1 if its log-prob counts
+    row               the number of the row in the data set given
+    pairs             [[0, 1]], of pairs and triples; triples also have `golds`, [2]
+    labels            [whether the response is desirable], of unpaired rows
+    ranks, scores     K numbers each, of lists; `scores` is empty if there were only ranks
+    token_weights     K lists of numbers, only of tokenized pairs with weights
+    weights, ...      the optional columns (`ExampleKind.optional_columns`), a number for each example
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from hf_prefopt.config_checks import BAD_ROWS, TRUNCATION_MODES, check_choice
-from hf_prefopt.data.context import refuse_unused
-from hf_prefopt.data.formats import (
-    FORMATS,
-    RowFormat,
-    find_format,
-    present_optional_columns,
-    raw_optional_columns,
-    read_optional_columns,
-)
-from hf_prefopt.data.messages import BadRow, undecoded
-from hf_prefopt.data.notes import NOTES, StreamGate, settle
-from hf_prefopt.data.rows import CanonicalRow, refuse_unlike_beginnings
+from hf_prefopt.data.context import reject_unread_context
+from hf_prefopt.data.formats import FORMATS, RowFormat, find_format, number_or_nan, optional_columns
+from hf_prefopt.data.notes import NOTES, keep_usable_rows, note_row
+from hf_prefopt.data.rows import BadRow, CanonicalRow, probably_lacks_prompt, reject_texts_without_prompt
 from hf_prefopt.data.tokenize import TokenizedRow, TokenKinds, tokenize_rows
 from hf_prefopt.data.truncate import Cuts, truncate_row
 from hf_prefopt.data.unpaired import unpair as unpair_rows
 from hf_prefopt.kinds import PAIRS, UNPAIRED, ExampleKind, kind_of_columns
 
-# The columns of prepared rows that say how their responses are compared.
-EXAMPLE_FEATURES = {
+# Part of the cache's key, which sees this module's functions by name only: raise it when what they return changes.
+_CACHE_VERSION = 4
+_EXAMPLE_FEATURES = {
     "pairs": List(List(Value("int32"))),
     "golds": List(Value("int32")),
     "labels": List(Value("bool")),
@@ -39,29 +43,18 @@ EXAMPLE_FEATURES = {
 }
 
 
-def prepared_features(
-    kind: ExampleKind, example_columns: Sequence[str] = (), optional_columns: Iterable[str] = ()
-) -> Features:
-    """The columns of a prepared data set of such examples.
-
-    Args:
-        example_columns: further ones of `EXAMPLE_FEATURES`. optional_columns: numbers of each example.
-    """
+def prepared_features(example_columns: Iterable[str], optional: Iterable[str] = ()) -> Features:
+    """The columns of prepared rows with these example columns and optional columns."""
     return Features(
         {
             "prompt_ids": List(Value("int32")),
             "response_ids": List(List(Value("int32"))),
             "scored_masks": List(List(Value("int8"))),
-            **{column: EXAMPLE_FEATURES[column] for column in (*kind.columns, *example_columns)},
-            **{extra: List(Value("float64")) for extra in optional_columns},
+            **{column: _EXAMPLE_FEATURES[column] for column in example_columns},
+            **{column: List(Value("float64")) for column in optional},
             "row": Value("int64"),
         }
     )
-
-
-PREPARED_FEATURES = dict(prepared_features(PAIRS))
-# Part of the cache's key, which sees this module's functions by name only: raise it when what they return changes.
-_CACHE_VERSION = 3
 
 
 def prepare_dataset(
@@ -76,30 +69,27 @@ def prepare_dataset(
     unpair: bool = False,
     kind: ExampleKind | None = None,
 ) -> Dataset | IterableDataset:
-    """Tokenize a data set of preferences, in any of the formats of `formats.FORMATS`; a prepared one stays as it is.
+    """Tokenize preference data in any of the formats of `formats.FORMATS`. A prepared data set is returned unchanged.
 
     Args:
-        dataset: the rows. Those of a stream are read later: errors, and one warning of a cut, come then.
+        dataset: the rows. A stream's rows are prepared when they are reached, and so errors and warnings come then.
         tokenizer: the model's tokenizer, with its chat template if the rows hold messages.
-        max_length: the most tokens of prompt + response; None cuts nothing.
-        truncation_mode: "keep_start" cuts the end of a response that is too long, which keeps its EOS, and drops a row
-            whose prompt leaves no room for a response. "keep_end" cuts the start of the prompt, alike for all responses
-            of a row, and a response only if it alone is too long.
-        on_bad_rows: "error" refuses a data set with unusable rows, "drop" drops them; both count them.
+        max_length: the maximum number of tokens of prompt + response; None cuts nothing.
+        truncation_mode: "keep_start" cuts the end of a response that is too long, but keeps its EOS, and drops a row
+            whose prompt leaves no room for a response. "keep_end" cuts the start of the prompt, equally for all
+            responses of a row, and a response only if it is too long by itself.
+        on_bad_rows: "error" raises an error that counts the unusable rows, "drop" drops them.
         num_proc: processes of `Dataset.map`.
         name: what messages call the data set.
-        unpair: make two unpaired examples of each pair, in rows of their own.
-        kind: of the examples that are wanted, where the columns fit several formats; by default the first of them.
+        unpair: make two unpaired rows of every pair.
+        kind: the kind of examples to prepare, if the columns match several formats; None prepares the first match.
 
     Returns:
-        A data set of the columns `prompt_ids` (list of int), `response_ids` (K lists; of a pair chosen, then rejected;
-        of a triple then the gold one), `scored_masks` (K lists of 0 / 1, one per response token), `row` (the row in the
-        data set given), those of `EXAMPLE_FEATURES` that its kind of examples has, and optional columns such as
-        `weights`, a list of one number per example.
+        The prepared rows; the module's docstring lists their columns.
 
     Raises:
         ValueError: an invalid argument; columns of no known format; messages without a chat template; texts most of
-            which share no prompt; with on_bad_rows="error", unusable rows, such as those with unread context.
+            which seem to lack a prompt; with on_bad_rows="error", unusable rows, such as those with unread context.
     """
     check_choice("truncation_mode", truncation_mode, TRUNCATION_MODES)
     check_choice("on_bad_rows", on_bad_rows, BAD_ROWS)
@@ -107,7 +97,7 @@ def prepare_dataset(
         raise ValueError(f"max_length={max_length!r}: give at least 2 tokens, or None to cut nothing")
     columns = _column_names(dataset)
     prepared = kind_of_columns(columns)
-    if prepared is not None and set(prepared_features(prepared)).issubset(columns):
+    if prepared is not None and set(prepared_features(prepared.columns)).issubset(columns):
         kind = prepared
     else:
         try:
@@ -115,55 +105,45 @@ def prepare_dataset(
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
         kind = row_format.kind
-        dataset = _tokenize(dataset, row_format, tokenizer, max_length, truncation_mode, on_bad_rows, num_proc, name)
+        options = {"tokenizer": tokenizer, "max_length": max_length, "truncation_mode": truncation_mode}
+        noted = _map_rows(dataset, row_format, options, num_proc, name)
+        dataset = keep_usable_rows(noted, name, max_length, on_bad_rows)
     if not unpair or kind is not PAIRS:
         return dataset
-    optional_columns = present_optional_columns(UNPAIRED, _column_names(dataset))
-    return unpair_rows(dataset, prepared_features(UNPAIRED, optional_columns=optional_columns))
-
-
-def _tokenize(
-    dataset: Dataset | IterableDataset,
-    row_format: RowFormat,
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int | None,
-    truncation_mode: str,
-    on_bad_rows: str,
-    num_proc: int | None,
-    name: str,
-) -> Dataset | IterableDataset:
-    """The data set of rows in a known format, prepared."""
-    dataset, columns = undecoded(dataset), _column_names(dataset)
-    features = prepared_features(
-        row_format.kind, row_format.example_columns, raw_optional_columns(row_format.kind, columns)
-    )
-    how = {
-        "batched": True,
-        "with_indices": True,
-        "remove_columns": columns,
-        "features": Features({**features, **NOTES}),
-        "fn_kwargs": {
-            "format_name": row_format.name,
-            "tokenizer": tokenizer,
-            "max_length": max_length,
-            "truncation_mode": truncation_mode,
-            "cache_version": _CACHE_VERSION,
-        },
-    }
-    if isinstance(dataset, Dataset) and not len(dataset):
-        return Dataset.from_dict({column: [] for column in features}, features=features)
-    if isinstance(dataset, IterableDataset):
-        # Small batches: the first rows should not wait for a thousand.
-        noted = dataset.map(_prepare_batch, batch_size=64, **how)
-        return noted.filter(StreamGate(name, max_length, on_bad_rows)).remove_columns(list(NOTES))
-    noted = dataset.with_format(None).map(_prepare_batch, num_proc=num_proc, desc=f"Tokenizing {name}", **how)
-    return settle(noted, name, max_length, on_bad_rows)
+    present = [name for name in UNPAIRED.optional_columns if name in _column_names(dataset)]
+    return unpair_rows(dataset, prepared_features(UNPAIRED.columns, present))
 
 
 def _column_names(dataset: Dataset | IterableDataset) -> list[str]:
     if dataset.column_names is not None:
         return dataset.column_names
-    return list(next(iter(dataset), {}))  # a stream that does not say
+    return list(next(iter(dataset), {}))  # a stream that does not know its columns
+
+
+def _map_rows(
+    dataset: Dataset | IterableDataset, row_format: RowFormat, options: dict[str, Any], num_proc: int | None, name: str
+) -> Dataset | IterableDataset:
+    """The rows prepared, with the notes of `notes.NOTES`."""
+    for column, feature in (dataset.features or {}).items():
+        # Images, video and audio stay as they are stored: they need not be decoded to be rejected.
+        if getattr(feature, "decode", False):
+            dataset = dataset.cast_column(column, replace(feature, decode=False))
+    columns = _column_names(dataset)
+    prepared = prepared_features(row_format.example_columns, optional_columns(row_format.kind, columns))
+    features = Features({**prepared, **NOTES})
+    if isinstance(dataset, Dataset) and not len(dataset):
+        return Dataset.from_dict({column: [] for column in features}, features=features)
+    arguments = {
+        "batched": True,
+        "with_indices": True,
+        "remove_columns": columns,
+        "features": features,
+        "fn_kwargs": {"format_name": row_format.name, "cache_version": _CACHE_VERSION, **options},
+    }
+    if isinstance(dataset, IterableDataset):
+        # Small batches, so that the first rows need not wait for a thousand others.
+        return dataset.map(_prepare_batch, batch_size=64, **arguments)
+    return dataset.with_format(None).map(_prepare_batch, num_proc=num_proc, desc=f"Tokenizing {name}", **arguments)
 
 
 def _prepare_batch(
@@ -175,69 +155,41 @@ def _prepare_batch(
     truncation_mode: str,
     cache_version: int,
 ) -> dict[str, list[Any]]:
-    """One map batch: the prepared columns and the notes, a row for each row that came in."""
+    """The prepared columns and the notes of one batch of the map, with a row for each row given."""
     row_format = next(known for known in FORMATS if known.name == format_name)
     kinds = TokenKinds(tokenizer)
-    rows = [_read(row_format, columns, at) for at in range(len(indices))]
+    rows = [_read(row_format, {name: values[at] for name, values in columns.items()}) for at in range(len(indices))]
     tokenized = iter(tokenize_rows([row for row in rows if isinstance(row, CanonicalRow)], tokenizer, kinds))
-    optional_columns = raw_optional_columns(row_format.kind, columns)
-    features = prepared_features(row_format.kind, row_format.example_columns, optional_columns)
-    out: dict[str, list[Any]] = {column: [] for column in (*features, *NOTES)}
-    for at, (index, row) in enumerate(zip(indices, rows, strict=True)):
+    optional = optional_columns(row_format.kind, columns)
+    out = {name: [[number_or_nan(value)] for value in columns[raw]] for name, raw in optional.items()}
+    out |= {column: [] for column in (*prepared_features(row_format.example_columns), *NOTES)}
+    for index, row in zip(indices, rows, strict=True):
         done = row if isinstance(row, BadRow) else next(tokenized)
-        noted = _note(
-            index, done, max_length, truncation_mode, kinds, (*row_format.kind.columns, *row_format.example_columns)
+        kept, cuts = (
+            (None, Cuts()) if isinstance(done, BadRow) else truncate_row(done, max_length, truncation_mode, kinds)
         )
-        noted |= read_optional_columns(
-            {column: columns[column][at] for column in optional_columns.values()}, optional_columns
-        )
-        noted["_unlike"] = isinstance(row, CanonicalRow) and row.is_unlike
-        for column, value in noted.items():
+        problem = str(done) if isinstance(done, BadRow) else ""
+        lacks_prompt = isinstance(row, CanonicalRow) and probably_lacks_prompt(row)
+        prepared = _prepared_columns(kept, row_format) | note_row(kept, cuts, problem, lacks_prompt)
+        for column, value in {**prepared, "row": index}.items():
             out[column].append(value)
     return out
 
 
-def _read(row_format: RowFormat, columns: Mapping[str, list[Any]], at: int) -> CanonicalRow | BadRow:
-    """A row of the format, all of which is used, or the reason why it cannot be."""
-    row = {column: values[at] for column, values in columns.items()}
+def _read(row_format: RowFormat, row: Mapping[str, Any]) -> CanonicalRow | BadRow:
+    """The canonical row, or the reason why the row cannot be used."""
     try:
         read = row_format.read(row)
-        refuse_unused(row, row_format.columns, read)
-        if read.prompt is None:
-            refuse_unlike_beginnings(dict(zip(read.columns, read.responses, strict=True)))
+        reject_unread_context(row, row_format.columns, read)
+        reject_texts_without_prompt(read)
         return read
     except BadRow as error:
         return error
 
 
-def _note(
-    index: int,
-    row: TokenizedRow | BadRow,
-    max_length: int | None,
-    mode: str,
-    kinds: TokenKinds,
-    columns: Sequence[str],
-) -> dict[str, Any]:
-    """One row of the map's result."""
-    kept, cuts, problem = None, Cuts(), ""
-    if isinstance(row, BadRow):
-        problem = str(row)
-    else:
-        kept, cuts = truncate_row(row, max_length, mode, kinds)
-    shown = kept or TokenizedRow([], [], [])
-    said = {"pairs": [list(pair) for pair in shown.pairs], **shown.example_columns}
-    return {
-        "prompt_ids": shown.prompt_ids,
-        "response_ids": shown.response_ids,
-        "scored_masks": shown.scored_masks,
-        **{column: said.get(column, []) for column in columns},
-        "row": index,
-        "_problem": problem,
-        "_bad": bool(problem),
-        "_no_room": kept is None and not problem,
-        "_responses": len(shown.response_ids),
-        "_responses_cut": cuts.responses,
-        "_prompt_cut": cuts.prompt,
-        "_longest": cuts.longest,
-        "_identical": any(shown.response_ids[a] == shown.response_ids[b] for a, b in shown.pairs),
-    }
+def _prepared_columns(row: TokenizedRow | None, row_format: RowFormat) -> dict[str, Any]:
+    """The columns of a prepared row, empty for a row that will be dropped."""
+    row = row or TokenizedRow([], [], [], {})
+    examples = {column: row.example_columns.get(column, []) for column in row_format.example_columns}
+    tokens = {"prompt_ids": row.prompt_ids, "response_ids": row.response_ids, "scored_masks": row.scored_masks}
+    return tokens | examples

@@ -1,22 +1,22 @@
-"""A canonical row as text: its prompt, and prompt + response for each response, with the characters that are scored.
+"""A canonical row as text: its prompt, and prompt + response for each response, with the characters to score.
 
-Conversations go through the tokenizer's chat template, texts get their EOS. Nothing is tokenized here, so that
-tokenize.py can hand the texts of many rows to the tokenizer at once.
+Conversations go through the tokenizer's chat template, texts get an EOS. tokenize.py passes the texts of many rows to
+the tokenizer in one call.
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, cast
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from hf_prefopt.data.messages import BadRow, Message, text_of
-from hf_prefopt.data.rows import CanonicalRow, shared_length
+from hf_prefopt.data.messages import Message, text_of
+from hf_prefopt.data.rows import BadRow, CanonicalRow, shared_length
 
 Span = tuple[int, int]
 
@@ -28,11 +28,11 @@ class RenderedRow:
     """The texts of one row.
 
     Attributes:
-        prompt: the prompt as text; None where it has to be found as the tokens that all of `full` begin with.
-        full: prompt + response as text, K of them.
-        spans: for each of `full` the character ranges `(start, end)` that the model is to write, or None for everything
+        prompt: the prompt as text; None if it is whatever tokens all of `full` begin with.
+        full: K texts, prompt + response.
+        spans: for each of `full` the character ranges `(start, end)` that the model should write; None for everything
             after the prompt.
-        add_special_tokens: whether the tokenizer is to add its own BOS (a chat template writes its own).
+        add_special_tokens: whether the tokenizer should add its BOS. A chat template writes its own.
     """
 
     prompt: str | None
@@ -41,55 +41,70 @@ class RenderedRow:
     add_special_tokens: bool
 
 
-def render_text(row: CanonicalRow, tokenizer: PreTrainedTokenizerBase) -> RenderedRow:
-    """prompt + response, ended by one EOS unless the text has it already or the tokenizer adds it by itself."""
-    eos = "" if _adds_eos(tokenizer) else tokenizer.eos_token or ""
-    texts = [(row.prompt or "") + response for response in row.responses]
-    full = [text if eos and text.endswith(eos) else text + eos for text in texts]
-    return RenderedRow(row.prompt, full, [None] * len(full), add_special_tokens=True)
+class Renderer:
+    """Renders rows; what depends only on the tokenizer, or on tools and template arguments, is found once.
 
+    Raises:
+        ValueError: rows hold messages, and the tokenizer has no chat template.
+    """
 
-def _adds_eos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    return tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id]
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.tokenizer = tokenizer
+        self._templates: dict[str, ChatTemplate] = {}
 
+    def render(self, row: CanonicalRow) -> RenderedRow:
+        """The texts of a row of text or messages. Raises `BadRow` if the chat template rejects it."""
+        return self._render_text(row) if row.content_type == "text" else self._render_messages(row)
 
-def render_messages(row: CanonicalRow, tokenizer: PreTrainedTokenizerBase) -> RenderedRow:
-    """The conversation by the chat template. Raises `BadRow` where the template refuses it."""
-    template = ChatTemplate(tokenizer, row.tools, row.chat_template_kwargs)
-    continues = _continues_last_message(row)
-    shared, responses = row.prompt, row.responses
-    if continues:
-        shared, last = row.prompt[:-1], row.prompt[-1]
-        responses = [[_join_messages(last, response[0]), *response[1:]] for response in row.responses]
-    full, spans = [], []
-    for column, response in zip(row.columns, responses, strict=True):
-        with _blaming(column):
-            full.append(template.render(shared + response))
-    with _blaming("prompt"):
-        prompt = _render_prompt(row.prompt, continues, full, template)
-    for column, response, text in zip(row.columns, responses, full, strict=True):
-        with _blaming(column):
-            spans.append(_scored_spans(text, prompt, shared, response, template))
-    return RenderedRow(prompt, full, spans, add_special_tokens=False)
+    @cached_property
+    def _eos(self) -> str:
+        """What ends a text: nothing if the tokenizer adds its EOS by itself."""
+        adds_eos = self.tokenizer("a")["input_ids"][-1:] == [self.tokenizer.eos_token_id]
+        return "" if adds_eos else self.tokenizer.eos_token or ""
+
+    def _render_text(self, row: CanonicalRow) -> RenderedRow:
+        """prompt + response, ended by one EOS."""
+        texts = [(row.prompt or "") + response for response in row.responses]
+        full = [text if self._eos and text.endswith(self._eos) else text + self._eos for text in texts]
+        return RenderedRow(row.prompt, full, [None] * len(full), add_special_tokens=True)
+
+    def _template(self, row: CanonicalRow) -> "ChatTemplate":
+        key = repr((row.tools, row.chat_template_kwargs))
+        if key not in self._templates:
+            self._templates[key] = ChatTemplate(self.tokenizer, row.tools, row.chat_template_kwargs)
+        return self._templates[key]
+
+    def _render_messages(self, row: CanonicalRow) -> RenderedRow:
+        """The conversation by the chat template."""
+        template = self._template(row)
+        continues = _continues_last_message(row)
+        shared, responses = row.prompt, row.responses
+        if continues:
+            shared, last = row.prompt[:-1], row.prompt[-1]
+            responses = [[_join_messages(last, response[0]), *response[1:]] for response in row.responses]
+        full, spans = [], []
+        for column, response in zip(row.columns, responses, strict=True):
+            with _blaming(column):
+                full.append(template.render(shared + response))
+        with _blaming("prompt"):
+            prompt = _render_prompt(row.prompt, continues, full, template)
+        for column, response, text in zip(row.columns, responses, full, strict=True):
+            with _blaming(column):
+                spans.append(_scored_spans(text, prompt, shared, response, template))
+        return RenderedRow(prompt, full, spans, add_special_tokens=False)
 
 
 @contextmanager
 def _blaming(column: str) -> Iterator[None]:
-    """Whatever the template cannot render is this column's fault."""
+    """Name this column in the error if the template cannot render it."""
     try:
         yield
     except (jinja2.TemplateError, TypeError, KeyError, ValueError) as error:
-        raise BadRow(column, f"is refused by the chat template ({error})") from error
-
-
-RENDERERS: dict[str, Callable[[CanonicalRow, PreTrainedTokenizerBase], RenderedRow]] = {
-    "text": render_text,
-    "messages": render_messages,
-}
+        raise BadRow(column, f"is rejected by the chat template ({error})") from error
 
 
 class ChatTemplate:
-    """A tokenizer's chat template with one row's tools and arguments."""
+    """A tokenizer's chat template with tools and further arguments."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, tools: list | None, kwargs: dict[str, Any]):
         if not (tokenizer.chat_template or kwargs.get("chat_template")):
@@ -101,11 +116,11 @@ class ChatTemplate:
         self.arguments = {"tools": tools, **kwargs}
         self.source = tokenizer.get_chat_template(kwargs.get("chat_template"), tools)
         self.has_markers = bool(_GENERATION_MARKER.search(self.source))
-        self.wants_blocks = _wants_blocks(self.source)
+        self.reads_blocks = _reads_blocks(self.source)
 
     def _contents(self, messages: list[Message]) -> list[Message]:
-        """The messages with their content as the template reads it."""
-        if not self.wants_blocks:
+        """The messages with their content in the form that the template reads."""
+        if not self.reads_blocks:
             return messages
         return [{**message, "content": [{"type": "text", "text": text_of(message)}]} for message in messages]
 
@@ -126,8 +141,8 @@ class ChatTemplate:
 
 
 @lru_cache(maxsize=64)
-def _wants_blocks(template: str) -> bool:
-    """Whether a chat template reads content as blocks alone: of a content that is text it would write nothing."""
+def _reads_blocks(template: str) -> bool:
+    """Whether a chat template reads only content blocks, and would write nothing for content given as text."""
     word = "prefopt"
     shown = []
     for content in (word, [{"type": "text", "text": word}]):
@@ -140,20 +155,19 @@ def _wants_blocks(template: str) -> bool:
 
 
 def _continues_last_message(row: CanonicalRow) -> bool:
-    """Whether the responses go on with the prompt's last, unfinished assistant message."""
+    """Whether the responses continue the prompt's last, unfinished assistant message."""
     if not row.prompt or row.prompt[-1]["role"] != "assistant":
         return False
     begins = [response[0]["role"] == "assistant" for response in row.responses]
     if any(begins) != all(begins):
         column = row.columns[begins.index(False)]
-        problem = "does not go on with the assistant message that ends the prompt, as the other response does"
+        problem = "does not continue the assistant message that ends the prompt, as the other response does"
         raise BadRow(column, problem, "begin all responses of a row with an assistant message, or none")
     return all(begins)
 
 
-def _join_messages(begun: Message, rest: Message) -> Message:
-    """One message out of a begun one and its continuation."""
-    return {**begun, **rest, "content": text_of(begun) + text_of(rest)}
+def _join_messages(start: Message, rest: Message) -> Message:
+    return {**start, **rest, "content": text_of(start) + text_of(rest)}
 
 
 def _render_prompt(prompt: list[Message], continues: bool, full: list[str], template: ChatTemplate) -> str:
@@ -161,9 +175,9 @@ def _render_prompt(prompt: list[Message], continues: bool, full: list[str], temp
         return template.render(prompt, unfinished=True)
     if prompt:
         return template.render(prompt, generation_prompt=True)
-    # transformers refuses an empty conversation: the prompt is what the template writes before an assistant's words.
-    anyone = [{"role": "user", "content": "a"}]
-    header = template.render(anyone, generation_prompt=True).removeprefix(template.render(anyone))
+    # transformers rejects an empty conversation: the prompt is what the template writes before an assistant's words.
+    user_turn = [{"role": "user", "content": "a"}]
+    header = template.render(user_turn, generation_prompt=True).removeprefix(template.render(user_turn))
     beginning = full[0][: full[0].find(header) + len(header)] if header in full[0] else ""
     return beginning if all(text.startswith(beginning) for text in full) else ""
 
@@ -173,8 +187,8 @@ def _scored_spans(
 ) -> list[Span] | None:
     """The character ranges of `full` that the assistant writes; None: everything after the prompt.
 
-    Without the template's own markers, an assistant turn is what rendering one more message adds after the generation
-    prompt: its words and the end of turn, not its header.
+    Without generation markers in the template, an assistant turn is what rendering one more message adds after the
+    generation prompt: its words and the end of turn, but not its header.
     """
     messages = shared + response
     if template.has_markers:
@@ -189,7 +203,7 @@ def _scored_spans(
     return spans
 
 
-_REWRITES = "it rewrites earlier turns, so that the assistant's cannot be told apart: give it {% generation %} markers"
+_REWRITES = "it rewrites earlier turns, which hides where the assistant's begin: give it {% generation %} markers"
 
 
 def _turn_start(full: str, prompt: str, before: list[Message], template: ChatTemplate, first: bool) -> int:
@@ -205,7 +219,7 @@ def _turn_end(full: str, start: int, messages: list[Message], at: int, template:
     if at == len(messages) - 1:
         return len(full)
     turn = template.render(messages[: at + 1])[start:]
-    # A template may write more in a last turn than in an earlier one (Qwen3: its thinking) and leave the end alike.
+    # A template may write more in the last turn than in an earlier one (Qwen3: its thinking), with the same end.
     for skipped in range(len(turn.rstrip())):
         if full.startswith(turn[skipped:], start):
             return start + len(turn) - skipped

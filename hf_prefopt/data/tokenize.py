@@ -1,20 +1,19 @@
-"""Canonical rows as token ids: one prompt that all responses of a row share, and which response tokens are scored.
+"""Canonical rows as token ids: the prompt that all responses of a row share, and which response tokens are scored.
 
-The texts of all rows go to the tokenizer in one call. A response begins where the tokens of prompt + response leave
-those of the prompt, for all responses at the earliest such place, since tokens may merge across the boundary.
+The texts of all rows go to the tokenizer in one call. Tokens may merge across the boundary of prompt and response, so
+the shared prompt ends at the first token where any prompt + response differs from the prompt alone.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from typing import cast
 
 from transformers import PreTrainedTokenizerBase
 
-from hf_prefopt.data.messages import BadRow
-from hf_prefopt.data.render import RENDERERS, RenderedRow, Span
-from hf_prefopt.data.rows import CanonicalRow, shared_length
+from hf_prefopt.data.render import RenderedRow, Renderer, Span
+from hf_prefopt.data.rows import BadRow, CanonicalRow, shared_length
 
 
 @dataclass(frozen=True)
@@ -24,20 +23,18 @@ class TokenizedRow:
     Attributes:
         prompt_ids: the prompt that all responses share.
         response_ids: K lists of token ids.
-        scored_masks: K lists of 0 / 1, one per response token: 1 where its log-prob counts.
-        pairs: `(chosen, rejected)` indices into the responses.
-        example_columns: further columns that say something of each response.
+        scored_masks: K lists of 0 / 1, one per response token: 1 if its log-prob counts.
+        example_columns: see `CanonicalRow`.
     """
 
     prompt_ids: list[int]
     response_ids: list[list[int]]
     scored_masks: list[list[int]]
-    pairs: list[tuple[int, int]] = field(default_factory=list)
-    example_columns: dict[str, list] = field(default_factory=dict)
+    example_columns: dict[str, list]
 
 
 class TokenKinds:
-    """Which ids of a tokenizer are words and which are control tokens or blanks."""
+    """Which ids of a tokenizer are words, which are control tokens, and which are blank."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
@@ -45,18 +42,18 @@ class TokenKinds:
 
     @cached_property
     def special(self) -> frozenset[int]:
-        """The ids of the control tokens, of whichever role."""
+        """The ids of all control tokens."""
         added = (token_id for token_id, token in self.tokenizer.added_tokens_decoder.items() if token.special)
         return frozenset(chain(self.tokenizer.all_special_ids, added))
 
     def is_blank(self, token_id: int) -> bool:
-        """Whether the token is whitespace and nothing else."""
+        """Whether the token is only whitespace."""
         if token_id not in self._blank:
             self._blank[token_id] = not cast(str, self.tokenizer.decode([token_id])).strip()
         return self._blank[token_id]
 
     def closing_token(self, ids: Sequence[int]) -> int | None:
-        """The control token that ends these ids (EOS, or the template's end of turn), blanks after it aside."""
+        """The control token (EOS, or the template's end of turn) that ends these ids, apart from blanks after it."""
         for token_id in reversed(ids):
             if token_id in self.special:
                 return token_id
@@ -73,21 +70,26 @@ class TokenKinds:
 def tokenize_rows(
     rows: Sequence[CanonicalRow], tokenizer: PreTrainedTokenizerBase, kinds: TokenKinds
 ) -> list[TokenizedRow | BadRow]:
-    """Tokenize rows; a row that cannot be is replaced by the `BadRow` that says why."""
-    rendered = [_attempt(RENDERERS[row.kind], row, tokenizer) if row.kind in RENDERERS else None for row in rows]
+    """The rows as tokens, or for a row that cannot be tokenized the `BadRow` that says why.
+
+    Raises:
+        ValueError: the tokenizer has no chat template, or is a slow one where turns within a response are scored.
+    """
+    renderer = Renderer(tokenizer)
+    rendered = [None if row.content_type == "tokens" else _try(renderer.render, row) for row in rows]
     encodings = _encode_all([r for r in rendered if isinstance(r, RenderedRow)], tokenizer)
     done: list[TokenizedRow | BadRow] = []
     for row, texts in zip(rows, rendered, strict=True):
         if isinstance(texts, BadRow):
             done.append(texts)
         elif texts is None:
-            done.append(_attempt(_take_ids, row))
+            done.append(_try(_take_ids, row))
         else:
-            done.append(_attempt(_split_row, row, texts, next(encodings), kinds))
+            done.append(_try(_split_row, row, texts, next(encodings), kinds))
     return done
 
 
-def _attempt(step, *arguments):
+def _try(step, *arguments):
     """The result of a step, or the `BadRow` that it raised."""
     try:
         return step(*arguments)
@@ -97,7 +99,7 @@ def _attempt(step, *arguments):
 
 @dataclass(frozen=True)
 class _Encoding:
-    """The token ids of a row's texts; `offsets` (character ranges of the tokens) only where a row has spans."""
+    """The token ids of a row's texts; `offsets` are the character ranges of the tokens, None if no row has spans."""
 
     prompt: list[int] | None
     full: list[list[int]]
@@ -105,7 +107,7 @@ class _Encoding:
 
 
 def _encode_all(rows: list[RenderedRow], tokenizer: PreTrainedTokenizerBase) -> Iterator[_Encoding]:
-    """The encodings of the rows, in their order; one call of the tokenizer for all of one kind."""
+    """The encodings of the rows, in order: one call of the tokenizer with special tokens, and one without."""
     done: dict[int, _Encoding] = {}
     for add_special_tokens in (False, True):
         group = {at: row for at, row in enumerate(rows) if row.add_special_tokens == add_special_tokens}
@@ -116,23 +118,23 @@ def _encode_all(rows: list[RenderedRow], tokenizer: PreTrainedTokenizerBase) -> 
 def _encode(rows: list[RenderedRow], add_special_tokens: bool, tokenizer: PreTrainedTokenizerBase) -> list[_Encoding]:
     if not rows:
         return []
-    wants_offsets = any(spans is not None for row in rows for spans in row.spans)
-    if wants_offsets and not tokenizer.is_fast:
-        raise ValueError("telling the assistant's turns apart needs a fast tokenizer: load it with use_fast=True")
+    needs_offsets = any(spans is not None for row in rows for spans in row.spans)
+    if needs_offsets and not tokenizer.is_fast:
+        raise ValueError("finding the assistant's turns needs a fast tokenizer: load it with use_fast=True")
     encoded = tokenizer(
         [text for row in rows for text in (row.prompt or "", *row.full)],
         add_special_tokens=add_special_tokens,
         return_attention_mask=False,
         return_token_type_ids=False,
-        return_offsets_mapping=wants_offsets,
-        verbose=False,  # no warning of texts longer than the model takes: truncation comes later
+        return_offsets_mapping=needs_offsets,
+        verbose=False,  # no warning about texts longer than the model takes: they are cut later
     )
     ids, offsets = encoded["input_ids"], encoded.get("offset_mapping")
     done, at = [], 0
     for row in rows:
         first, at = at + 1, at + 1 + len(row.full)
         prompt = None if row.prompt is None else ids[first - 1]
-        done.append(_Encoding(prompt, ids[first:at], offsets[first:at] if wants_offsets else None))
+        done.append(_Encoding(prompt, ids[first:at], offsets[first:at] if needs_offsets else None))
     return done
 
 
@@ -144,11 +146,11 @@ def _split_row(row: CanonicalRow, texts: RenderedRow, encoding: _Encoding, kinds
     if texts.prompt is not None:
         for column, ids, mask in zip(row.columns, responses, tokenized.scored_masks, strict=True):
             if not kinds.has_words(ids, mask):
-                raise BadRow(column, *_SAYS_NOTHING[row.kind])
+                raise BadRow(column, *_NO_WORDS[row.content_type])
     return tokenized
 
 
-_SAYS_NOTHING = {
+_NO_WORDS = {
     "text": ("has nothing to score beyond special tokens",),
     "messages": (
         "has nothing to score beyond the end of the turn: the chat template ignores its tool_calls or its content",
@@ -165,16 +167,16 @@ def _finish_row(
     row: CanonicalRow, prompt: list[int], responses: list[list[int]], masks: list[list[int]]
 ) -> TokenizedRow:
     if not prompt:
-        # Nothing stands before the first token, so nothing predicts it.
+        # Nothing precedes the first token, so nothing predicts it.
         masks = [[0, *mask[1:]] for mask in masks]
     for column, mask in zip(row.columns, masks, strict=True):
         if not any(mask):
             raise BadRow(column, "has no token to score")
-    return TokenizedRow(prompt, responses, masks, row.pairs, row.example_columns)
+    return TokenizedRow(prompt, responses, masks, row.example_columns)
 
 
 def _boundary(encoding: _Encoding) -> int:
-    """The number of prompt tokens that all of a row's sequences begin with; each keeps at least one token beyond it."""
+    """The number of prompt tokens that all of a row's sequences share; each keeps at least one token after them."""
     if encoding.prompt is None:
         first, *others = encoding.full
         shared = min(shared_length(first, ids) for ids in others)
@@ -184,9 +186,9 @@ def _boundary(encoding: _Encoding) -> int:
 
 
 def _scored_mask(texts: RenderedRow, encoding: _Encoding, k: int) -> list[int]:
-    """0 / 1 for each token of prompt + response `k`: 1 where the token's last character lies in a span."""
+    """0 / 1 for each token of prompt + response `k`: 1 if the token's last character is in a span."""
     spans = texts.spans[k]
     if spans is None or encoding.offsets is None:
         return [1] * len(encoding.full[k])
-    # By its end: a byte-level tokenizer moves a token's start past its leading blanks.
+    # The end, not the start: a byte-level tokenizer moves a token's start past its leading blanks.
     return [int(any(start < end <= stop for start, stop in spans)) for _, end in encoding.offsets[k]]

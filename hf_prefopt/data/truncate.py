@@ -1,19 +1,19 @@
-"""Prompt groups cut to a length in tokens: what goes, what stays, and what has to be told about it.
+"""Cut a row's prompt and responses to a maximum number of tokens.
 
-Whatever is cut, a response keeps the token that ends it (EOS, or the template's end of turn), and all responses of a
-row keep one and the same prompt.
+A response that is cut keeps the token that ends it (EOS, or the template's end of turn), and all responses of a row
+keep the same prompt.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from hf_prefopt.data.tokenize import TokenizedRow, TokenKinds
 
 
 @dataclass(frozen=True)
 class Cuts:
-    """What truncation did to one row: responses cut at their end, whether its prompt lost its start, and its length
-    (tokens of prompt + longest response) before."""
+    """What truncation did to one row: the number of responses cut, whether the prompt lost its start, and the number
+    of tokens of prompt + longest response before."""
 
     responses: int = 0
     prompt: bool = False
@@ -23,16 +23,14 @@ class Cuts:
 def truncate_row(
     row: TokenizedRow, max_length: int | None, mode: str, kinds: TokenKinds
 ) -> tuple[TokenizedRow | None, Cuts]:
-    """Cut a row so that prompt + response is at most `max_length` tokens, for each response.
+    """Cut a row so that prompt + response has at most `max_length` tokens, for each response.
 
     Args:
-        row: the row.
-        max_length: tokens; None cuts nothing.
+        max_length: None cuts nothing.
         mode: a key of `TRUNCATION_MODES`.
-        kinds: the tokenizer's control tokens and blanks.
 
     Returns:
-        The row, or None where a response would keep nothing that says something; and what was cut.
+        The row, or None if a response would keep no words; and what was cut.
     """
     longest = len(row.prompt_ids) + max(map(len, row.response_ids))
     if max_length is None or longest <= max_length:
@@ -52,21 +50,11 @@ def truncate_row(
         kept.append(places)
     cut = sum(len(ids) > room for ids in row.response_ids)
     cuts = Cuts(cut, prompt=len(prompt) < len(row.prompt_ids), longest=longest)
-    example_columns = {
-        name: _kept(values, kept) if name in TOKEN_MARKS else values for name, values in row.example_columns.items()
-    }
-    return replace(
-        row, prompt_ids=prompt, response_ids=responses, scored_masks=masks, example_columns=example_columns
-    ), cuts
-
-
-# Marks that say something of each token, and go where it goes; the others are of whole responses.
-TOKEN_MARKS = ("token_weights",)
-
-
-def _kept(values: list[list[float]], places: list[Sequence[int]]) -> list[list[float]]:
-    """The values of the tokens that stayed, response by response."""
-    return [[of_tokens[at] for at in kept] for of_tokens, kept in zip(values, places, strict=True)]
+    columns = dict(row.example_columns)
+    if "token_weights" in columns:
+        weighted = zip(columns["token_weights"], kept, strict=True)
+        columns["token_weights"] = [[weights[at] for at in places] for weights, places in weighted]
+    return TokenizedRow(prompt, responses, masks, columns), cuts
 
 
 def _whole_prompt(row: TokenizedRow, max_length: int) -> list[int]:
@@ -74,12 +62,12 @@ def _whole_prompt(row: TokenizedRow, max_length: int) -> list[int]:
 
 
 def _end_of_prompt(row: TokenizedRow, max_length: int) -> list[int]:
-    """What fits before the longest response, one token at least: the first token of a response has to be predicted."""
+    """The tokens that fit before the longest response, at least one, which predicts the first response token."""
     room = max(1, max_length - max(map(len, row.response_ids)))
     return row.prompt_ids[-room:]
 
 
-# What is kept of the prompt of a row that is too long; the responses get what is left of max_length.
+# Which tokens a prompt keeps if its row is too long; the responses get the rest of max_length.
 TRUNCATION_MODES: dict[str, Callable[[TokenizedRow, int], list[int]]] = {
     "keep_start": _whole_prompt,
     "keep_end": _end_of_prompt,
@@ -89,10 +77,10 @@ TRUNCATION_MODES: dict[str, Callable[[TokenizedRow, int], list[int]]] = {
 def _cut_response(
     ids: list[int], mask: list[int], room: int, kinds: TokenKinds
 ) -> tuple[list[int], list[int], Sequence[int]]:
-    """The response's first tokens, ended as the whole one was; an unscored turn that the cut goes through goes.
+    """The response's first tokens and its closing token. A cut inside an unscored turn removes the whole turn.
 
     Returns:
-        The tokens, which of them are scored, and where each stood.
+        The tokens, which of them are scored, and the position that each had.
     """
     end = max(0, room)
     if end and not mask[end - 1]:

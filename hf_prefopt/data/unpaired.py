@@ -1,9 +1,4 @@
-"""Rows for losses of single responses: pairs taken apart, and mismatched responses, which KTO's baseline needs.
-
-A pair becomes two rows, a desirable and an undesirable one, so that whatever shuffles the rows shuffles the two apart.
-A mismatched response answers another prompt. It is drawn from the whole data set when the row is read, anew in every
-epoch, so a micro-batch of one has it, and a row has the same one on every rank and in every split.
-"""
+"""Rows for losses of single responses: pairs that become two rows, and the mismatched responses of KTO's baseline."""
 
 import multiprocessing
 from collections.abc import Mapping, Sequence
@@ -14,76 +9,85 @@ from datasets import Dataset, Features, IterableDataset
 from torch.utils.data import Dataset as TorchDataset
 from transformers import TrainerCallback
 
-from hf_prefopt.data.formats import present_optional_columns
 from hf_prefopt.data.group import prompt_keys
-from hf_prefopt.kinds import UNPAIRED
 
-# Streams are shuffled where they are read, so the two rows of a pair are moved apart here, within so many rows.
+# A stream is shuffled here within this many rows, which separates the two rows of a pair.
 STREAM_BUFFER = 1000
 
 
-def unpair(dataset: Dataset | IterableDataset, features: Features, seed: int = 0) -> Dataset | IterableDataset:
-    """Two rows of the unpaired kind for each prepared row, which holds one pair; rows 2n and 2n + 1 were row n.
+def unpair(dataset: Dataset | IterableDataset, features: Features) -> Dataset | IterableDataset:
+    """Two unpaired rows, 2n and 2n + 1, for row n, which holds one pair: the chosen response is the desirable one.
+
+    They are rows of their own, so that shuffling the rows separates them.
 
     Args:
         dataset: prepared pairs.
-        features: those of prepared unpaired rows.
-        seed: of the order of a stream.
+        features: the columns of the unpaired rows.
 
     Raises:
         ValueError: a row holds several pairs, whose responses would count more than once.
     """
-    how = {"batched": True, "features": features, "remove_columns": dataset.column_names}
+    arguments = {
+        "batched": True,
+        "features": features,
+        "remove_columns": dataset.column_names,
+        "fn_kwargs": {"names": list(features)},
+    }
     if isinstance(dataset, IterableDataset):
-        return dataset.map(_unpair_batch, **how).shuffle(seed=seed, buffer_size=STREAM_BUFFER)
-    return dataset.map(_unpair_batch, desc="Unpairing", **how)
+        return dataset.map(_unpair_batch, **arguments).shuffle(seed=0, buffer_size=STREAM_BUFFER)
+    return dataset.map(_unpair_batch, desc="Unpairing", **arguments)
 
 
-def _unpair_batch(columns: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
-    optional_columns = present_optional_columns(UNPAIRED, columns)
-    names = ("prompt_ids", "response_ids", "scored_masks", "labels", "row", *optional_columns)
+def _unpair_batch(columns: Mapping[str, list[Any]], names: Sequence[str]) -> dict[str, list[Any]]:
     out: dict[str, list[Any]] = {name: [] for name in names}
     for at, row in enumerate(columns["row"]):
         if len(columns["pairs"][at]) != 1:
             raise ValueError(f"row {row:,} holds {len(columns['pairs'][at])} pairs: unpair=True takes one pair a row")
         for side, response in enumerate(columns["pairs"][at][0]):
-            out["prompt_ids"].append(columns["prompt_ids"][at])
-            out["response_ids"].append([columns["response_ids"][at][response]])
-            out["scored_masks"].append([columns["scored_masks"][at][response]])
-            out["labels"].append([side == 0])
-            out["row"].append(2 * row + side)
-            for extra in optional_columns:
-                out[extra].append(columns[extra][at])
+            unpaired = {name: columns[name][at] for name in names if name != "labels"} | {
+                "response_ids": [columns["response_ids"][at][response]],
+                "scored_masks": [columns["scored_masks"][at][response]],
+                "labels": [side == 0],
+                "row": 2 * row + side,
+            }
+            for name in names:
+                out[name].append(unpaired[name])
     return out
 
 
 class MismatchedResponses(TorchDataset):
-    """A prepared data set whose rows also hold `mismatched_ids` and `mismatched_masks`, one for each response.
+    """A prepared data set whose rows also hold a mismatched response for each response: an answer to another prompt.
 
-    A function of (seed, epoch, place of the row): never a response to the row's own prompt, every other row as likely
-    as the next. It is cut to the room that `max_length` leaves.
+    KTO's baseline is the policy's divergence from its reference on mismatched responses, `mismatched_ids` and
+    `mismatched_masks`. They are drawn from the whole data set, so a batch of one row has them too, uniformly over the
+    rows of other prompts, and cut to the room that `max_length` leaves. The draw depends only on (seed, epoch, index
+    of the row), so it is the same on every rank and for every batch size.
 
     Raises:
-        ValueError: all rows have one prompt, so there is nothing to draw.
+        ValueError: all rows have the same prompt.
     """
 
     def __init__(self, dataset: Dataset, seed: int, max_length: int | None = None):
         self.dataset, self._seed, self._max_length = dataset, seed, max_length
         keys = prompt_keys(dataset)
-        # Rows by prompt: those of another prompt stand before the own ones or after them.
-        self._order = np.argsort(keys, kind="stable")
-        ordered = keys[self._order]
-        self._first, self._behind = (np.searchsorted(ordered, keys, side=side) for side in ("left", "right"))
         if len(dataset) and int(keys.max()) == 0:
             raise ValueError(
                 f"all {len(dataset):,} rows have the same prompt, and KTO's baseline needs responses to other prompts: "
                 "give rows of at least two prompts"
             )
-        # Shared memory: worker processes that outlive an epoch see the next one's number.
+        # In this order the rows of a prompt are adjacent: those of row i are at places first[i] to end[i] - 1.
+        self._order = np.argsort(keys, kind="stable")
+        self._first, self._end = (np.searchsorted(keys[self._order], keys, side=side) for side in ("left", "right"))
+        # Shared memory: worker processes that outlive an epoch must see the next epoch's number.
         self._epoch = multiprocessing.Value("q", 0)
 
+    @property
+    def epoch(self) -> int:
+        """The epoch whose responses are drawn."""
+        return self._epoch.value
+
     def set_epoch(self, epoch: int) -> None:
-        """Another draw for another epoch."""
+        """Draw other responses for another epoch."""
         self._epoch.value = epoch
 
     def __len__(self) -> int:
@@ -96,39 +100,34 @@ class MismatchedResponses(TorchDataset):
         rows = [dict(row) for row in self.dataset.__getitems__(list(indices))]
         generators = [np.random.default_rng((self._seed, self.epoch, index)) for index in indices]
         draws = [
-            [self._draw(index, generator) for _ in row["response_ids"]]
+            [self._draw_row(index, generator) for _ in row["response_ids"]]
             for index, row, generator in zip(indices, rows, generators, strict=True)
         ]
         others = iter(self.dataset.__getitems__([other for draw in draws for other in draw]))
         for row, draw, generator in zip(rows, draws, generators, strict=True):
-            drawn = [self._response(next(others), len(row["prompt_ids"]), generator) for _ in draw]
+            drawn = [self._draw_response(next(others), len(row["prompt_ids"]), generator) for _ in draw]
             row["mismatched_ids"], row["mismatched_masks"] = ([part[i] for part in drawn] for i in (0, 1))
         return rows
 
-    @property
-    def epoch(self) -> int:
-        """The epoch whose draws these are."""
-        return self._epoch.value
+    def _draw_row(self, index: int, generator: np.random.Generator) -> int:
+        """A row of another prompt than this row's."""
+        first, end = self._first[index], self._end[index]
+        place = generator.integers(len(self) - (end - first))
+        return int(self._order[place if place < first else place + end - first])
 
-    def _draw(self, index: int, generator: np.random.Generator) -> int:
-        """A row of another prompt."""
-        first, behind = self._first[index], self._behind[index]
-        place = generator.integers(len(self) - (behind - first))
-        return int(self._order[place if place < first else place + behind - first])
-
-    def _response(
+    def _draw_response(
         self, row: Mapping[str, Any], prompt_length: int, generator: np.random.Generator
     ) -> tuple[list[int], list[int]]:
-        """One of the row's responses and what is scored of it, cut to the room behind a prompt of that length."""
+        """The token ids and scored mask of one of the row's responses, cut to fit after a prompt of that length."""
         which = int(generator.integers(len(row["response_ids"])))
         room = None if self._max_length is None else max(1, self._max_length - prompt_length)
         ids, mask = row["response_ids"][which][:room], row["scored_masks"][which][:room]
-        # Turns that are not scored may be all that is left.
+        # If the cut leaves only turns that are not scored, score them all.
         return ids, mask if any(mask) else [1] * len(ids)
 
 
 class EpochOfMismatches(TrainerCallback):
-    """Tells the training rows which epoch it is; the Trainer tells either the sampler or the data set, not both."""
+    """Sets the epoch of `MismatchedResponses`: the Trainer sets it on the sampler or the data set, not on both."""
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **_):
         """Before the epoch's first batch is read."""

@@ -8,7 +8,6 @@ from transformers import PreTrainedTokenizerBase
 from hf_prefopt.config import PreferenceConfig
 from hf_prefopt.data.check import check_examples
 from hf_prefopt.data.collator import EvenStream
-from hf_prefopt.data.formats import present_optional_columns
 from hf_prefopt.data.group import PromptSampler, prompt_keys
 from hf_prefopt.data.prepare import prepare_dataset, prepared_features
 from hf_prefopt.data.unpaired import MismatchedResponses
@@ -76,7 +75,7 @@ class PreferenceData:
         """The data set, whose examples the losses can compare; the first one settles the objective."""
         kind = kind_of_columns(dataset.column_names)
         if not self._is_settled:
-            columns = present_optional_columns(kind, dataset.column_names)
+            columns = [name for name in kind.optional_columns if name in dataset.column_names]
             self.objective, self._is_settled = self.args.build_objective(kind, columns), True
         losses, wanted = ", ".join(self.args.loss_type), self.objective.inputs
         if not all(map(kind.has_input, wanted)):
@@ -119,9 +118,8 @@ class PreferenceData:
     @property
     def columns(self) -> list[str]:
         """Every column that the collators may read."""
-        columns = dict.fromkeys(
-            column for kind in KINDS for column in prepared_features(kind, optional_columns=kind.optional_columns)
-        )
+        prepared = [prepared_features(kind.columns, kind.optional_columns) for kind in KINDS]
+        columns = dict.fromkeys(column for features in prepared for column in features)
         return [*columns, "token_weights", "mismatched_ids", "mismatched_masks", "repeated"]
 
     @property

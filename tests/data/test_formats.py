@@ -2,46 +2,37 @@
 
 import pytest
 
-from hf_prefopt.data.formats import (
-    FORMATS,
-    find_format,
-    read_explicit_pair,
-    read_explicit_triple,
-    read_implicit_pair,
-    read_implicit_triple,
-    read_tokenized_pair,
-    read_tokenized_triple,
-)
-from hf_prefopt.data.messages import BadRow
+from hf_prefopt.data.formats import FORMATS, find_format
+from hf_prefopt.data.rows import BadRow
 from hf_prefopt.kinds import PAIRS, TRIPLES, UNPAIRED
-from tests.data.helpers import ask, chat_pair, reply, say, text_pair
+from tests.data.helpers import READ, ask, chat_pair, reply, say, text_pair
 
 
 def test_each_format_is_found_by_its_columns_and_others_are_left_aside():
     for row_format in FORMATS:
-        assert find_format([*row_format.columns, "problem_id"], row_format.kind).read is row_format.read
+        assert find_format([*row_format.columns, "problem_id"], row_format.kind) is row_format
 
 
 @pytest.mark.parametrize("kind", [None, PAIRS, UNPAIRED])
 def test_a_reference_is_a_gold_response_only_where_triples_are_wanted(kind):
     """Other data sets have a column of that name; a loss of pairs leaves it aside, as TRL's trainers do."""
     columns = ["prompt", "chosen", "rejected", "reference"]
-    assert find_format(columns, kind).read is read_explicit_pair
-    assert find_format(columns, TRIPLES).read is read_explicit_triple
-    assert find_format(columns[:3], TRIPLES).read is read_explicit_pair
+    assert find_format(columns, kind).name == "pairs"
+    assert find_format(columns, TRIPLES).name == "triples"
+    assert find_format(columns[:3], TRIPLES).name == "pairs"
 
 
 def test_a_triple_is_a_pair_and_a_gold_response():
     """In text, in messages with their prompt inside, and in tokens."""
-    explicit = read_explicit_triple({**text_pair(), "reference": " Paris!"})
-    assert explicit.responses == [*read_explicit_pair(text_pair()).responses, " Paris!"]
+    explicit = READ["triples"]({**text_pair(), "reference": " Paris!"})
+    assert explicit.responses == [*READ["pairs"](text_pair()).responses, " Paris!"]
     sides = {side: [*ask(), *reply(side)] for side in ("chosen", "rejected", "reference")}
-    implicit = read_implicit_triple(sides)
+    implicit = READ["triples that begin with their prompt"](sides)
     assert (implicit.prompt, implicit.responses) == (ask(), [reply(side) for side in sides])
-    ids = read_tokenized_triple({"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3], "reference_ids": [4]})
+    ids = READ["tokenized triples"]({"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3], "reference_ids": [4]})
     assert ids.responses == [[2], [3], [4]]
     for row in (explicit, implicit, ids):
-        assert (row.pairs, row.example_columns) == ([(0, 1)], {"golds": [2]})
+        assert row.example_columns == {"pairs": [[0, 1]], "golds": [2]}
 
 
 @pytest.mark.parametrize(
@@ -53,15 +44,15 @@ def test_a_missing_column_is_named(columns, missing):
 
 
 def test_explicit_pairs_keep_their_parts():
-    row = read_explicit_pair(chat_pair())
-    assert (row.kind, row.prompt, row.responses) == ("messages", ask(), [reply("Paris."), reply("Rome.")])
-    assert row.pairs == [(0, 1)]
+    row = READ["pairs"](chat_pair())
+    assert (row.content_type, row.prompt, row.responses) == ("messages", ask(), [reply("Paris."), reply("Rome.")])
+    assert row.example_columns == {"pairs": [[0, 1]]}
 
 
 def test_implicit_messages_split_after_the_messages_that_both_sides_share():
     """user, assistant are shared; the second user turn differs, so responses are the last two messages of each."""
     start = [*ask("Hi"), *reply("Hello")]
-    row = read_implicit_pair(
+    row = READ["pairs that begin with their prompt"](
         {"chosen": [*start, *ask("2+2?"), *reply("4")], "rejected": [*start, *ask("3+3?"), *reply("5")]}
     )
     assert row.prompt == start
@@ -71,77 +62,75 @@ def test_implicit_messages_split_after_the_messages_that_both_sides_share():
 def test_a_shared_prompt_never_swallows_a_response():
     """The rejected side goes on where the chosen one ends: the chosen one's last message is still its response."""
     longer = [*ask("Hi"), *reply("Hello"), *ask("2+2?"), *reply("4")]
-    row = read_implicit_pair({"chosen": longer[:2], "rejected": longer})
+    row = READ["pairs that begin with their prompt"]({"chosen": longer[:2], "rejected": longer})
     assert row.prompt == ask("Hi")
     assert row.responses == [reply("Hello"), longer[1:]]
 
 
 def test_identical_implicit_conversations_keep_their_last_message_as_response():
-    row = read_implicit_pair({"chosen": [*ask(), *reply("Paris.")], "rejected": [*ask(), *reply("Paris.")]})
+    row = READ["pairs that begin with their prompt"](
+        {"chosen": [*ask(), *reply("Paris.")], "rejected": [*ask(), *reply("Paris.")]}
+    )
     assert (row.prompt, row.responses) == (ask(), [reply("Paris."), reply("Paris.")])
 
 
 def test_a_shared_assistant_message_is_no_unfinished_turn():
     """Both sides follow one shared assistant message with another: the prompt stops before the first of the two."""
     chosen, rejected = ([*ask(), *reply("Well."), *reply(end)] for end in ("Paris.", "Rome."))
-    row = read_implicit_pair({"chosen": chosen, "rejected": rejected})
+    row = READ["pairs that begin with their prompt"]({"chosen": chosen, "rejected": rejected})
     assert (row.prompt, row.responses) == (ask(), [chosen[1:], rejected[1:]])
 
 
 def test_keys_that_arrow_filled_with_none_are_not_part_of_a_message():
     padded = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {"a": None}}}]}
-    row = read_explicit_pair(
-        {"prompt": [{**say("user", "Hi"), "name": None}], "chosen": [padded], "rejected": reply("No")}
-    )
+    row = READ["pairs"]({"prompt": [{**say("user", "Hi"), "name": None}], "chosen": [padded], "rejected": reply("No")})
     assert row.prompt == [say("user", "Hi")]
     assert row.responses[0][0]["tool_calls"] == [{"function": {"name": "f", "arguments": {}}}]
 
 
 def test_tools_may_be_a_list_or_its_json_and_an_empty_list_is_none():
     tool = {"name": "search", "parameters": {}}
-    given = [
-        read_explicit_pair({**chat_pair(), "tools": tools}).tools for tools in ([tool], f"[{tool}]".replace("'", '"'))
-    ]
+    given = [READ["pairs"]({**chat_pair(), "tools": tools}).tools for tools in ([tool], f"[{tool}]".replace("'", '"'))]
     assert given == [[tool], [tool]]
-    assert read_explicit_pair({**chat_pair(), "tools": []}).tools is None
+    assert READ["pairs"]({**chat_pair(), "tools": []}).tools is None
 
 
 BAD_ROWS = {
-    "a missing side": (read_explicit_pair, {**text_pair(), "rejected": None}, "`rejected` is missing"),
-    "an empty side": (read_explicit_pair, text_pair(chosen=""), "`chosen` is empty"),
-    "a blank side": (read_explicit_pair, text_pair(rejected=" \n"), "`rejected` is only whitespace"),
-    "an empty message": (read_explicit_pair, chat_pair(rejected=""), "`rejected` is empty"),
-    "no messages": (read_explicit_pair, {**chat_pair(), "chosen": []}, "`chosen` is empty"),
+    "a missing side": ("pairs", {**text_pair(), "rejected": None}, "`rejected` is missing"),
+    "an empty side": ("pairs", text_pair(chosen=""), "`chosen` is empty"),
+    "a blank side": ("pairs", text_pair(rejected=" \n"), "`rejected` is only whitespace"),
+    "an empty message": ("pairs", chat_pair(rejected=""), "`rejected` is empty"),
+    "no messages": ("pairs", {**chat_pair(), "chosen": []}, "`chosen` is empty"),
     "mixed kinds": (
-        read_explicit_pair,
+        "pairs",
         {**chat_pair(), "prompt": "What is the capital of France?"},
         "`chosen` is a list while `prompt` is text; .*remove `prompt`",
     ),
-    "an empty gold response": (read_explicit_triple, {**text_pair(), "reference": ""}, "`reference` is empty"),
+    "an empty gold response": ("triples", {**text_pair(), "reference": ""}, "`reference` is empty"),
     "no gold ids": (
-        read_tokenized_triple,
+        "tokenized triples",
         {"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3], "reference_ids": None},
         "`reference_ids` is missing",
     ),
-    "a number": (read_explicit_pair, {**text_pair(), "chosen": 4.5}, "`chosen` is of type float"),
-    "no role": (read_explicit_pair, {**chat_pair(), "chosen": [{"content": "a"}]}, "no `role` in message 0"),
-    "no content": (read_explicit_pair, {**chat_pair(), "chosen": [{"role": "assistant"}]}, "no `content` in message 0"),
-    "no dict": (read_explicit_pair, {**chat_pair(), "chosen": ["Paris."]}, "holds a str where message 0"),
-    "no reply": (read_explicit_pair, {**chat_pair(), "chosen": ask()}, "`chosen` has no assistant message"),
-    "prompt twice": (read_explicit_pair, {**chat_pair(), "chosen": [*ask(), *reply("a")]}, "repeats the messages"),
-    "tools": (read_explicit_pair, {**chat_pair(), "tools": "[{"}, "`tools` is text but not JSON"),
+    "a number": ("pairs", {**text_pair(), "chosen": 4.5}, "`chosen` is of type float"),
+    "no role": ("pairs", {**chat_pair(), "chosen": [{"content": "a"}]}, "no `role` in message 0"),
+    "no content": ("pairs", {**chat_pair(), "chosen": [{"role": "assistant"}]}, "no `content` in message 0"),
+    "no dict": ("pairs", {**chat_pair(), "chosen": ["Paris."]}, "holds a str where message 0"),
+    "no reply": ("pairs", {**chat_pair(), "chosen": ask()}, "`chosen` has no assistant message"),
+    "prompt twice": ("pairs", {**chat_pair(), "chosen": [*ask(), *reply("a")]}, "repeats the messages"),
+    "tools": ("pairs", {**chat_pair(), "tools": "[{"}, "`tools` is text but not JSON"),
     "no prompt": (
-        read_implicit_pair,
+        "pairs that begin with their prompt",
         {"chosen": [*ask("a"), *reply("b")], "rejected": [*ask("c"), *reply("d")]},
         "no prompt",
     ),
     "no ids": (
-        read_tokenized_pair,
+        "tokenized pairs",
         {"prompt_ids": [1], "chosen_ids": [], "rejected_ids": [2]},
         "`chosen_ids` is empty",
     ),
     "negative ids": (
-        read_tokenized_pair,
+        "tokenized pairs",
         {"prompt_ids": [1], "chosen_ids": [2, -100], "rejected_ids": [2]},
         "`chosen_ids` holds -100 at position 1",
     ),
@@ -150,7 +139,7 @@ BAD_ROWS = {
 
 @pytest.mark.parametrize("case", BAD_ROWS)
 def test_a_bad_row_names_its_column_and_a_cure(case):
-    read, row, expected = BAD_ROWS[case]
+    row_format, row, expected = BAD_ROWS[case]
     with pytest.raises(BadRow, match=expected) as caught:
-        read(row)
+        READ[row_format](row)
     assert "; " in str(caught.value)

@@ -6,7 +6,8 @@ import pytest
 from datasets import Dataset, disable_caching, enable_caching
 from datasets.fingerprint import Hasher
 
-from hf_prefopt.data.prepare import PREPARED_FEATURES, prepare_dataset
+from hf_prefopt.data.prepare import prepare_dataset, prepared_features
+from hf_prefopt.kinds import PAIRS
 from tests.data.helpers import ask, chat_pair, reply, text_pair
 from tests.tokenizers import tiny_tokenizer
 
@@ -32,7 +33,7 @@ def letters(prompt: int, chosen: int, rejected: int) -> dict:
 
 def test_a_prepared_data_set_has_these_columns_and_no_other():
     prepared = prepare_dataset(Dataset.from_list([{**chat_pair(), "problem_id": 3}]), tiny_tokenizer())
-    assert prepared.features == PREPARED_FEATURES
+    assert prepared.features == prepared_features(PAIRS.columns)
     assert prepared[0]["pairs"] == [[0, 1]] and prepared[0]["row"] == 0
 
 
@@ -44,7 +45,7 @@ def test_preparing_twice_changes_nothing():
 
 def test_no_rows_stay_no_rows():
     empty = prepare_dataset(Dataset.from_list([chat_pair()]).select([]), tiny_tokenizer())
-    assert len(empty) == 0 and empty.features == PREPARED_FEATURES
+    assert len(empty) == 0 and empty.features == prepared_features(PAIRS.columns)
 
 
 def test_a_data_set_with_a_torch_format_is_prepared_all_the_same():

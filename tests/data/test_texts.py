@@ -6,7 +6,7 @@ import pytest
 from datasets import Dataset
 
 from hf_prefopt.data.prepare import prepare_dataset
-from hf_prefopt.data.rows import beginning
+from hf_prefopt.data.rows import count_shared_words
 from tests.data.helpers import ask, chat_pair, reply, text_pair
 from tests.tokenizers import tiny_tokenizer
 
@@ -50,7 +50,7 @@ CHINESE = [sides("法国的首都是巴黎", "法国的首都是罗马")] * 12
 )
 def test_the_words_that_texts_begin_with(texts, words):
     """Two letters of Chinese count as one word."""
-    assert beginning(texts) == words
+    assert count_shared_words(texts) == words
 
 
 @pytest.mark.parametrize("rows", [CONTINUED, TRANSCRIPTS, ASKED], ids=["continued", "transcripts", "asked"])
@@ -60,7 +60,7 @@ def test_texts_that_begin_with_a_prompt_are_taken(rows):
 
 
 def test_answers_without_a_prompt_are_refused():
-    message = "train: the texts of 12 of 12 rows share fewer than 4 words .* Add a column `prompt`"
+    message = "train: the texts of 12 of 12 rows share fewer than 4 words .* add a column `prompt`"
     with pytest.raises(ValueError, match=message):
         prepare(*ANSWERS)
     with pytest.raises(ValueError, match="9 of 12 rows share"):

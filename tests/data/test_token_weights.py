@@ -50,7 +50,7 @@ def test_a_response_without_an_end_is_cut_at_its_end():
     ("change", "message"),
     [
         ({"chosen_token_weights": [1.0]}, r"`chosen_token_weights` holds 1 numbers for 4 tokens"),
-        ({"chosen_token_weights": None}, "holds None and no numbers for 4 tokens"),
+        ({"chosen_token_weights": None}, "`chosen_token_weights` is missing"),
         ({"rejected_token_weights": [1.0, -1.0]}, "holds -1.0 at position 1"),
         ({"rejected_token_weights": [1.0, float("nan")]}, "holds nan at position 1"),
     ],

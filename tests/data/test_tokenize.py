@@ -171,7 +171,7 @@ def test_turns_are_told_apart_where_only_the_last_one_shows_its_thinking():
 def test_turns_that_cannot_be_told_apart_make_a_bad_row():
     """A template that begins with the number of messages renders no turn as it does alone."""
     counting = "{{ messages | length }}{% for m in messages %}{{ m['role'] + ': ' + m['content'] }} {% endfor %}"
-    with pytest.raises(ValueError, match=r"row 0: `chosen` is refused.*it rewrites earlier turns"):
+    with pytest.raises(ValueError, match=r"row 0: `chosen` is rejected.*it rewrites earlier turns"):
         prepare_row(MULTI_TURN, tiny_tokenizer(counting))
 
 
@@ -194,7 +194,7 @@ def test_messages_without_a_chat_template_are_refused_with_the_cure():
 
 def test_what_a_template_refuses_is_a_bad_row_with_the_templates_words():
     picky = "{{ raise_exception('roles must alternate') if messages | length > 1 else messages[0]['content'] }}"
-    with pytest.raises(ValueError, match=r"row 0: `chosen` is refused by the chat template \(roles must alternate\)"):
+    with pytest.raises(ValueError, match=r"row 0: `chosen` is rejected by the chat template \(roles must alternate\)"):
         prepare_row(chat_pair(), tiny_tokenizer(picky))
 
 

@@ -16,7 +16,7 @@ A, B, C, D, E, P, Q, R = (TOKENIZER.convert_tokens_to_ids(letter) for letter in 
 
 def row_of(prompt, *responses, masks=None) -> TokenizedRow:
     masks = masks or [[1] * len(ids) for ids in responses]
-    return TokenizedRow(list(prompt), [list(ids) for ids in responses], masks, [(0, 1)])
+    return TokenizedRow(list(prompt), [list(ids) for ids in responses], masks, {"pairs": [[0, 1]]})
 
 
 def test_a_row_that_fits_comes_back_as_it_is():

@@ -11,12 +11,11 @@ import pytest
 from datasets import Dataset
 from rich.console import Console
 
-from hf_prefopt.data.formats import read_labeled, read_ranked, read_scored
-from hf_prefopt.data.messages import BadRow
 from hf_prefopt.data.prepare import prepare_dataset
+from hf_prefopt.data.rows import BadRow
 from hf_prefopt.data.unpaired import MismatchedResponses
 from hf_prefopt.reporting.preview import preview_rows
-from tests.data.helpers import ask, chat_pair, prepare_row, real_rows, reply, scored_text, text_pair
+from tests.data.helpers import READ, ask, chat_pair, prepare_row, real_rows, reply, scored_text, text_pair
 from tests.tiny_models import random_rows
 from tests.tokenizers import tiny_tokenizer
 from tests.trainers import unpaired
@@ -67,20 +66,28 @@ def test_a_list_may_be_of_messages():
 
 
 BAD_ROWS = {
-    "no label": (read_labeled, labeled(None), "`label` is None"),
-    "a label of words": (read_labeled, labeled("good"), "`label` is 'good'; make it true"),
-    "a rating for a label": (read_labeled, labeled(4), "`label` is 4"),
-    "an empty completion": (read_labeled, labeled(completion=""), "`completion` is empty"),
-    "mixed kinds": (read_labeled, {**labeled(), "completion": reply("a")}, "`completion` is a list while `prompt`"),
-    "no responses": (read_ranked, {**listed("ranks", []), "responses": None}, "`responses` is no list of two or more"),
-    "one response": (read_ranked, listed("ranks", [1], [" Paris."]), "`responses` is no list of two or more"),
-    "too few ranks": (read_ranked, listed("ranks", [1, 2]), "`ranks` is no list of 3 numbers; give one for each"),
-    "a rank of words": (read_ranked, listed("ranks", [1, 2, "last"]), "`ranks` holds 'last'"),
-    "a score that is none": (read_scored, listed("scores", [1, 2, None]), "`scores` holds None"),
-    "a score of nan": (read_scored, listed("scores", [1.0, 2.0, float("nan")]), "`scores` holds nan"),
-    "an empty response": (read_scored, listed("scores", [1, 2], [" Paris.", ""]), r"`responses\[1\]` is empty"),
+    "no label": ("labeled responses", labeled(None), "`label` is None"),
+    "a label of words": ("labeled responses", labeled("good"), "`label` is 'good'; make it true"),
+    "a rating for a label": ("labeled responses", labeled(4), "`label` is 4"),
+    "an empty completion": ("labeled responses", labeled(completion=""), "`completion` is empty"),
+    "mixed kinds": (
+        "labeled responses",
+        {**labeled(), "completion": reply("a")},
+        "`completion` is a list while",
+    ),
+    "no responses": ("ranked lists", {**listed("ranks", []), "responses": None}, "`responses` is missing"),
+    "one response": (
+        "ranked lists",
+        listed("ranks", [1], [" Paris."]),
+        "holds 1 responses; give every prompt",
+    ),
+    "too few ranks": ("ranked lists", listed("ranks", [1, 2]), "`ranks` holds 2 numbers for 3 responses; give one"),
+    "a rank of words": ("ranked lists", listed("ranks", [1, 2, "last"]), "`ranks` holds 'last'"),
+    "a score that is none": ("scored lists", listed("scores", [1, 2, None]), "`scores` holds None"),
+    "a score of nan": ("scored lists", listed("scores", [1.0, 2.0, float("nan")]), "`scores` holds nan"),
+    "an empty response": ("scored lists", listed("scores", [1, 2], [" Paris.", ""]), r"`responses\[1\]` is empty"),
     "mixed responses": (
-        read_scored,
+        "scored lists",
         {**listed("scores", [1, 2]), "responses": [" a", reply("b")]},
         r"`responses\[1\]` is a list while `prompt` is text",
     ),
@@ -89,9 +96,9 @@ BAD_ROWS = {
 
 @pytest.mark.parametrize("case", BAD_ROWS)
 def test_a_bad_row_names_its_column_and_a_cure(case):
-    read, row, expected = BAD_ROWS[case]
+    row_format, row, expected = BAD_ROWS[case]
     with pytest.raises(BadRow, match=expected) as caught:
-        read(row)
+        READ[row_format](row)
     assert "; " in str(caught.value)
 
 
