@@ -1,12 +1,12 @@
-"""BCO's underlying distribution matching: weights for the undesirable rows, made once, before training.
+"""BCO's underlying distribution matching: weights for the undesirable rows, computed once, before training.
 
-Thumbs down may come from other prompts than thumbs up, and a classifier could tell the two apart by the prompt alone.
-An undesirable example then weighs p/(1 − p), p the probability that its prompt is one of a desirable example.
+If thumbs down come from other prompts than thumbs up, a classifier can tell them apart by the prompt alone. The weight
+p/(1 − p) of an undesirable example corrects this; p is the probability that its prompt is that of a desirable example.
 
     rows = rows.add_column("weight", distribution_matching_weights(embed(rows["prompt"]), rows["label"]))
 
-What embeds a prompt is the user's choice: a sentence encoder, or the mean of a model's last hidden states. The trainer
-takes the column like any other `weight`. scikit-learn is needed here alone: `pip install "hf_prefopt[bco]"`.
+Embed prompts as you like, with a sentence encoder or by the mean of a model's last hidden states. The trainer reads the
+column like any other `weight`. Only this file needs scikit-learn: `pip install "hf_prefopt[bco]"`.
 """
 
 from collections.abc import Sequence
@@ -26,23 +26,24 @@ def distribution_matching_weights(
 ) -> NDArray[np.float64]:
     """The weights of unpaired examples: 1 if desirable, clamp(p/(1 − p), low, high) if not.
 
-    p = P(desirable | embedding) is that of scikit-learn's logistic regression, its L2 penalty as it comes (C = 1) and
-    both classes of equal weight (`class_weight="balanced"`), so that p/(1 − p) is a ratio of densities whatever the
-    counts. It is fitted to at most `prompts_per_class` prompts of each class, drawn without replacement. The bounds and
-    the number of prompts are those of the last BCO trainer in TRL, whose draw is one over both classes.
+    p = P(desirable | embedding) comes from scikit-learn's logistic regression with its default L2 penalty (C = 1).
+    Both classes have equal weight (`class_weight="balanced"`), so that p/(1 − p) is a ratio of densities whatever the
+    counts. It is fitted to at most `prompts_per_class` prompts of each class, drawn without replacement. The default
+    bounds and number of prompts are those of TRL's last BCO trainer, which draws from both classes together.
 
     Args:
-        embeddings: `[N, D]`, finite, of the examples' prompts.
+        embeddings: `[N, D]`, finite: one of each example's prompt.
         labels: `[N]`, whether each example is desirable.
         low, high: 0 ≤ low ≤ high, the bounds of a weight.
-        prompts_per_class: ≥ 1. seed: of the draw.
+        prompts_per_class: ≥ 1.
+        seed: for drawing the prompts.
 
     Returns:
         `[N]` float64, in the order of the examples.
 
     Raises:
         ImportError: scikit-learn is not installed.
-        ValueError: shapes differ, an embedding is not finite, there is one class alone, or a value is out of range.
+        ValueError: shapes differ, an embedding is not finite, there is only one class, or a value is out of range.
     """
     try:
         from sklearn.linear_model import LogisticRegression
@@ -58,7 +59,7 @@ def distribution_matching_weights(
     fitted_to = np.concatenate(drawn)
     regression = LogisticRegression(class_weight="balanced", max_iter=1000)
     regression.fit(prompts[fitted_to], desirable[fitted_to])
-    # The regression's log-odds are log(p/(1 − p)) itself; beyond the bounds they may be anything.
+    # The regression's log-odds are log(p/(1 − p)); they may overflow beyond the bounds.
     with np.errstate(over="ignore"):
         odds = np.exp(regression.decision_function(prompts))
     return np.where(desirable, 1.0, odds.clip(low, high))

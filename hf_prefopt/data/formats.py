@@ -209,7 +209,13 @@ _TOKENS = ("prompt_ids", "chosen_ids", "rejected_ids")
 # The order matters: `find_format` takes the first match. A `reference` is read only for losses of triples, because
 # other data sets have a column of that name, too.
 FORMATS: tuple[RowFormat, ...] = (
-    RowFormat("tokenized pairs with weights", PAIRS, (*_TOKENS, *_TOKEN_WEIGHTS), _read_weighted_tokens, True),
+    RowFormat(
+        "tokenized pairs with weights",
+        PAIRS,
+        (*_TOKENS, *_TOKEN_WEIGHTS),
+        _read_weighted_tokens,
+        has_token_weights=True,
+    ),
     RowFormat("tokenized pairs", PAIRS, _TOKENS, _read_tokens),
     RowFormat("pairs", PAIRS, ("prompt", *_PAIR), _read_explicit),
     RowFormat("pairs that begin with their prompt", PAIRS, _PAIR, _read_implicit),

@@ -26,8 +26,8 @@ class PaddedCollator:
     """Collates prepared rows (see `prepare_dataset`) into a `PreferenceBatch`.
 
     Attributes:
-        pad_token_id: fills `input_ids` after the end of a sequence. It may well be the EOS: nothing here is told by the
-            pad token, everything by lengths.
+        pad_token_id: fills `input_ids` after the end of a sequence. It may be the EOS, because masks are made from
+            lengths.
         pad_to_multiple_of: T is rounded up to a multiple of this.
 
     Example:
@@ -44,7 +44,7 @@ class PaddedCollator:
     pad_to_multiple_of: int | None = None
 
     def count_tokens(self, rows: Sequence[Mapping[str, Any]]) -> int:
-        """The positions that the batch of these rows computes, padding included."""
+        """The number of positions in the batch of these rows, padding included."""
         groups = group_rows(rows).groups
         lengths = [len(group.prompt_ids) + len(ids) for group in groups for ids, _ in group.responses]
         return len(lengths) * self._width(max(lengths))
@@ -114,7 +114,7 @@ class SharedCollator:
     """
 
     def count_tokens(self, rows: Sequence[Mapping[str, Any]]) -> int:
-        """The positions that the batch of these rows computes."""
+        """The number of positions in the batch of these rows."""
         return sum(group.tokens for group in group_rows(rows).groups)
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> PreferenceBatch:
@@ -124,7 +124,7 @@ class SharedCollator:
         counts = [len(group.responses) for group in groups]
         prompts = np.repeat([len(group.prompt_ids) for group in groups], counts)
         lengths = np.array([len(ids) for group in groups for ids, _ in group.responses])
-        # The first response of a group brings the prompt along: its segment's queries are both.
+        # The segment of a group's first response also has the prompt's queries.
         first = np.concatenate([np.arange(count) == 0 for count in counts])
         queries, keys = lengths + prompts * first, prompts + lengths
         response_starts = np.cumsum(queries) - lengths
@@ -163,14 +163,14 @@ class SharedCollator:
 
 
 def _key_index(prompts: np.ndarray, keys: np.ndarray, prompt_starts: np.ndarray, response_starts: np.ndarray):
-    """`[Tk]`: where in the row the keys of each segment stand, its prompt's and then its own."""
+    """`[Tk]`: the positions in the row of each segment's keys, first its prompt's and then its own."""
     inside = _count_up(keys)
     of_prompt = inside < np.repeat(prompts, keys)
     return inside + np.where(of_prompt, np.repeat(prompt_starts, keys), np.repeat(response_starts - prompts, keys))
 
 
 def _bounds(lengths: np.ndarray) -> np.ndarray:
-    """`[S + 1]` int32: where pieces of these lengths begin, end to end, and where the last one ends."""
+    """`[S + 1]` int32: the starts of segments of these lengths, placed end to end, and the end of the last one."""
     return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
 
 

@@ -165,10 +165,10 @@ def _prepare_batch(
     out |= {column: [] for column in (*prepared_features(row_format.example_columns), *NOTES)}
     for index, row in zip(indices, rows, strict=True):
         done = row if isinstance(row, BadRow) else next(tokenized)
-        kept, cuts = (
-            (None, Cuts()) if isinstance(done, BadRow) else truncate_row(done, max_length, truncation_mode, kinds)
-        )
-        problem = str(done) if isinstance(done, BadRow) else ""
+        if isinstance(done, BadRow):
+            kept, cuts, problem = None, Cuts(), str(done)
+        else:
+            (kept, cuts), problem = truncate_row(done, max_length, truncation_mode, kinds), ""
         lacks_prompt = isinstance(row, CanonicalRow) and probably_lacks_prompt(row)
         prepared = _prepared_columns(kept, row_format) | note_row(kept, cuts, problem, lacks_prompt)
         for column, value in {**prepared, "row": index}.items():

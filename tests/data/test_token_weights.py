@@ -53,6 +53,7 @@ def test_a_response_without_an_end_is_cut_at_its_end():
         ({"chosen_token_weights": None}, "`chosen_token_weights` is missing"),
         ({"rejected_token_weights": [1.0, -1.0]}, "holds -1.0 at position 1"),
         ({"rejected_token_weights": [1.0, float("nan")]}, "holds nan at position 1"),
+        ({"rejected_token_weights": [1.0, float("inf")]}, "holds inf at position 1"),
     ],
 )
 def test_weights_that_do_not_fit_are_refused(change, message):

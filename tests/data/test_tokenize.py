@@ -1,10 +1,12 @@
 """Rows become the tokens that the model is to see, split where they should be, scored where the model is to write."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset
 
+from hf_prefopt.data import render
 from hf_prefopt.data.prepare import prepare_dataset
 from tests.data.helpers import ODD_CASES, ask, chat_pair, prepare_row, reply, say, scored_text, text_pair
 from tests.tokenizers import (
@@ -217,3 +219,28 @@ def test_ordinary_rows_have_the_tokens_that_trl_gives_them(options):
         ours = prepare_dataset(Dataset.from_list(rows), tokenizer, max_length=None)
         assert [row["prompt_ids"] for row in ours] == [row["prompt_ids"] for row in theirs]
         assert [row["response_ids"] for row in ours] == [[row["chosen_ids"], row["rejected_ids"]] for row in theirs]
+
+
+def test_a_chat_template_is_read_once_for_all_rows_of_a_batch_with_the_same_arguments(monkeypatch):
+    """Four rows: two alike, one with tools, one with another template argument make three templates."""
+    built = []
+
+    class Counted(render.ChatTemplate):
+        def __init__(self, *arguments):
+            built.append(arguments)
+            super().__init__(*arguments)
+
+    monkeypatch.setattr(render, "ChatTemplate", Counted)
+    tools = json.dumps([{"type": "function", "function": {"name": "search", "parameters": {}}}])
+    plain = {**chat_pair(), "tools": None, "chat_template_kwargs": None}
+    rows = [plain, plain, {**plain, "tools": tools}, {**plain, "chat_template_kwargs": '{"enable_thinking": false}'}]
+    prepare_dataset(Dataset.from_list(rows), tiny_tokenizer(), max_length=None)
+    assert len(built) == 3
+
+
+def test_the_tokenizer_is_asked_once_a_batch_whether_it_adds_an_eos(monkeypatch):
+    tokenizer, asked = tiny_tokenizer(), []
+    call = type(tokenizer).__call__
+    monkeypatch.setattr(type(tokenizer), "__call__", lambda *texts, **k: asked.append(texts[1]) or call(*texts, **k))
+    prepare_dataset(Dataset.from_list([text_pair()] * 5), tokenizer, max_length=None)
+    assert asked.count("a") == 1

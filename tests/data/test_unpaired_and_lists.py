@@ -85,6 +85,11 @@ BAD_ROWS = {
     "a rank of words": ("ranked lists", listed("ranks", [1, 2, "last"]), "`ranks` holds 'last'"),
     "a score that is none": ("scored lists", listed("scores", [1, 2, None]), "`scores` holds None"),
     "a score of nan": ("scored lists", listed("scores", [1.0, 2.0, float("nan")]), "`scores` holds nan"),
+    "a score of -inf": (
+        "scored lists",
+        listed("scores", [1.0, -float("inf"), 2.0]),
+        "`scores` holds -inf at",
+    ),
     "an empty response": ("scored lists", listed("scores", [1, 2], [" Paris.", ""]), r"`responses\[1\]` is empty"),
     "mixed responses": (
         "scored lists",
