@@ -207,7 +207,7 @@ _TRIPLE = (*_PAIR, "reference")
 _TOKENS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 # The order matters: `find_format` takes the first match. A `reference` is read only for losses of triples, because
-# other data sets have a column of that name, too.
+# other data sets have a column of that name, too. When a reader changes, raise `_CACHE_VERSION` in `prepare`.
 FORMATS: tuple[RowFormat, ...] = (
     RowFormat(
         "tokenized pairs with weights",
