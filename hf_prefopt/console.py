@@ -1,8 +1,10 @@
 """What a run shows in the terminal and leaves beside the model: short progress lines, and a report at its end."""
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 
+from datasets import Dataset
 from transformers import ProgressCallback
 
 from hf_prefopt.reporting.closing import closing_report
@@ -25,6 +27,8 @@ def finish_run(
 ) -> None:
     """Write the model card and the training curves into `output_dir`, push if `push_to_hub` is set, and print a report.
 
+    The curves need matplotlib, and are left out without it.
+
     Call it on every rank, after `trainer.save_model()`.
 
     Example:
@@ -42,8 +46,10 @@ def finish_run(
     args, history = trainer.args, trainer.state.log_history
     folder, is_first = Path(args.output_dir), trainer.is_world_process_zero()
     trainer.create_model_card(dataset=dataset)
-    if is_first:
-        curves = plot_training(history, folder / "curves.png", title=f"{' + '.join(args.loss_type)} → {folder}")
+    results = {"trained model": folder, "model card": folder / "README.md"}
+    if is_first and find_spec("matplotlib"):
+        title = f"{' + '.join(args.loss_type)} → {folder}"
+        results["training curves"] = plot_training(history, folder / "curves.png", title=title)
     if args.push_to_hub:
         trainer.push_to_hub(dataset=dataset)
     if is_first:
@@ -51,7 +57,7 @@ def finish_run(
         closing_report(
             before=first_evaluation(history),
             after=last_evaluation(history) or None,
-            pairs=len(evaluated) if hasattr(evaluated, "__len__") and not isinstance(evaluated, dict) else 0,
-            results={"trained model": folder, "model card": folder / "README.md", "training curves": curves},
+            examples=len(evaluated) if isinstance(evaluated, Dataset) else None,
+            results=results,
             next_steps=next_steps or {},
         )

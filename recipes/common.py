@@ -6,11 +6,13 @@ A recipe says what is trained and how. This file has only what would otherwise b
 import json
 import random
 import runpy
+import sys
 import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
 from datasets import Dataset, IterableDataset, load_dataset
+from short_help import short_help
 from splits import evaluation_split, training_split, without_evaluation
 from trl import ModelConfig, ScriptArguments, TrlParser
 
@@ -58,8 +60,12 @@ warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprec
 
 
 def parse_arguments() -> tuple[ScriptArguments, PreferenceConfig, ModelConfig, RecipeArguments]:
-    """The arguments of the command line, over those of the YAML file given as `--config`."""
-    # The recipe's own come first: PreferenceConfig looks its losses up, which `losses_from` may have yet to register.
+    """The arguments of the YAML file `--config`, overridden by those of the command line."""
+    if {"-h", "--help"}.intersection(sys.argv):
+        print(short_help(sys.modules["__main__"].__doc__ or "", RecipeArguments))
+        sys.exit()
+    sys.argv = ["--help" if argument == "--help_all" else argument for argument in sys.argv]
+    # RecipeArguments come first, because `losses_from` registers losses that PreferenceConfig looks up.
     parser = TrlParser((RecipeArguments, ScriptArguments, PreferenceConfig, ModelConfig))
     recipe, script, training, model = parser.parse_args_and_config()
     for name, value in (("dataset_name", script.dataset_name), ("model_name_or_path", model.model_name_or_path)):

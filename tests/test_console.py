@@ -16,7 +16,7 @@ def test_a_run_is_finished_with_card_curves_and_report(tmp_path, capsys):
     capsys.readouterr()
     finish_run(trainer, dataset="someone/pairs", next_steps={"another loss": "--loss_type simpo"})
     shown = capsys.readouterr().out
-    assert "Evaluation on 3 held-back pairs" in shown and "before" in shown and "0.6931" in shown
+    assert "Evaluation on 3 held-out examples" in shown and "before" in shown and "0.6931" in shown
     assert f"{tmp_path}/curves.png" in shown and "another loss  --loss_type simpo" in shown
     assert (tmp_path / "curves.png").stat().st_size > 10_000
     assert "someone/pairs" in (tmp_path / "README.md").read_text()

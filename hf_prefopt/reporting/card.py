@@ -1,8 +1,9 @@
-"""The model card: what was trained on what, by which loss, against which reference, and what came out.
+"""The model card: what was trained, on which data, with which loss and reference, and the results.
 
-Takes plain facts, so that the trainer, a script or a test can write a card; leaves saving and pushing to the caller.
+It is made from plain facts, so that the trainer, a script or a test can write one. The caller saves or pushes it.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -16,7 +17,7 @@ PACKAGES = ("hf_prefopt", "torch", "transformers", "peft", "accelerate", "datase
 
 @dataclass(frozen=True)
 class LossFacts:
-    """A loss as a card names it: its name, the formula per example, its arXiv number, weight and hyperparameters."""
+    """A loss in the card: its name, its formula per example, arXiv number, weight and hyperparameters."""
 
     name: str
     formula: str = ""
@@ -30,17 +31,18 @@ class CardFacts:
     """Everything that the card says.
 
     Attributes:
-        model_name: the card's title, and the repository's name.
+        model_name: the title of the card.
         base_model: the model that was trained: a Hub name or a local folder.
-        losses: the losses, in the order of their names in the configuration.
-        is_adapter: whether the result is a PEFT adapter (else a whole model).
-        repository: `owner/name` on the Hub, or the local folder: what the usage snippet loads.
-        reference: what the reference was, as a phrase.
-        datasets: the data sets' names (Hub names enter the metadata) or folders.
-        data: further facts on the data, as in `{"training pairs": 1878}`.
-        setup: how it was trained, by topic: the layout, the attention, the batch.
-        hyperparameters, metrics: as they are to appear; metrics are those of the final evaluation.
-        versions: package versions; those of this environment by default.
+        losses: the losses, in the order of the configuration.
+        is_adapter: whether the result is a PEFT adapter; otherwise it is a whole model.
+        repository: what the usage snippet loads: `owner/name` on the Hub, or a local folder.
+        reference: the reference, as a phrase.
+        datasets: Hub names, which also go into the metadata, or folders.
+        data: facts about the data, such as `{"training pairs": 1878}`.
+        setup: how it was trained, as `StartSummary.as_dict` has it: a text by topic.
+        hyperparameters: values by name.
+        metrics: the metrics of the last evaluation.
+        versions: package versions; by default, those of this environment.
     """
 
     model_name: str
@@ -58,12 +60,12 @@ class CardFacts:
 
 
 def model_card(facts: CardFacts, tags: str | list[str] | None = None, **metadata: Any) -> ModelCard:
-    """The card as `huggingface_hub` knows it: `.save(path)`, `.push_to_hub(name)`, `.data` for the metadata.
+    """A card of `huggingface_hub`: `.save(path)`, `.push_to_hub(name)`, `.data` for the metadata.
 
     Args:
-        facts: what the card says.
-        tags: further tags.
-        metadata: further entries of the metadata, such as `license` or `language`.
+        facts: the content.
+        tags: additional tags.
+        metadata: additional metadata, such as `license` or `language`.
     """
     own_tags = ["hf_prefopt", "preference-optimization", *(loss.name for loss in facts.losses)]
     further_tags = [tags] if isinstance(tags, str) else tags or []
@@ -80,9 +82,9 @@ def model_card(facts: CardFacts, tags: str | list[str] | None = None, **metadata
         _summary(facts),
         _list_section("Loss", [_loss_line(loss, len(facts.losses)) for loss in facts.losses]),
         _table_section("Data", facts.data),
+        _table_section("Setup", facts.setup),
         _table_section("Evaluation", _rounded(facts.metrics)),
         f"## Use\n\n{usage_snippet(facts)}",
-        _table_section("Setup", facts.setup),
         _table_section("Hyperparameters", facts.hyperparameters),
         _table_section("Versions", facts.versions),
     ]
@@ -91,7 +93,7 @@ def model_card(facts: CardFacts, tags: str | list[str] | None = None, **metadata
 
 
 def package_versions() -> dict[str, str]:
-    """The versions of the packages that a result depends on, of those that are installed."""
+    """The versions of the installed packages that a result depends on."""
     versions = {}
     for package in PACKAGES:
         try:
@@ -102,37 +104,33 @@ def package_versions() -> dict[str, str]:
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether a name can stand in a card's metadata: `owner/name` or `name`, and no folder of this machine."""
-    return 0 < len(name.split("/")) <= 2 and not name.startswith((".", "/", "~")) and not Path(name).exists()
+    """Whether a name is valid in a card's metadata: `owner/name` or `name`, and not a local folder."""
+    return re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name) is not None and not Path(name).exists()
 
 
 def usage_snippet(facts: CardFacts) -> str:
     """A Python block that loads the result and answers a question."""
-    loader = "AutoPeftModelForCausalLM" if facts.is_adapter else "AutoModelForCausalLM"
-    package = "peft" if facts.is_adapter else "transformers"
-    imports = [f"from {package} import {loader}", "from transformers import AutoTokenizer"]
-    if not facts.is_adapter:
-        imports = ["from transformers import AutoModelForCausalLM, AutoTokenizer"]
-    return "\n".join(
-        [
-            "```python",
-            *imports,
-            "",
-            f'name = "{facts.repository}"',
-            f'model = {loader}.from_pretrained(name, dtype="auto")',
-            "tokenizer = AutoTokenizer.from_pretrained(name)",
-            "",
-            'messages = [{"role": "user", "content": "What is 12 times 12?"}]',
-            'inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")',
-            "output = model.generate(**inputs, max_new_tokens=128)",
-            'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))',
-            "```",
-        ]
-    )
+    loader, imports = "AutoModelForCausalLM", "from transformers import AutoModelForCausalLM, AutoTokenizer"
+    if facts.is_adapter:
+        loader = "AutoPeftModelForCausalLM"
+        imports = f"from peft import {loader}\nfrom transformers import AutoTokenizer"
+    return f"""\
+```python
+{imports}
+
+name = "{facts.repository}"
+model = {loader}.from_pretrained(name, dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained(name)
+
+messages = [{{"role": "user", "content": "What is 12 times 12?"}}]
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")
+output = model.generate(**inputs, max_new_tokens=128)
+print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
+```"""
 
 
 def _summary(facts: CardFacts) -> str:
-    """One paragraph: what this is, made from what, by which losses, against which reference."""
+    """One paragraph: what this is, its base model, losses and reference."""
     kind = "A PEFT adapter for" if facts.is_adapter else "A fine-tuned version of"
     base = f"[{facts.base_model}](https://huggingface.co/{facts.base_model})"
     names = " + ".join(loss.name for loss in facts.losses)
@@ -143,7 +141,7 @@ def _summary(facts: CardFacts) -> str:
 
 
 def _loss_line(loss: LossFacts, losses: int) -> str:
-    """A loss in one line; weights matter only where there are several."""
+    """A loss in one line; its weight only if there are several."""
     weight = f"{loss.weight:g} × " if losses > 1 else ""
     formula = f": `{loss.formula}`" if loss.formula else ""
     settings = ", ".join(f"{name} = {value}" for name, value in loss.hyperparameters.items())
@@ -152,7 +150,7 @@ def _loss_line(loss: LossFacts, losses: int) -> str:
 
 
 def _rounded(metrics: Mapping[str, float]) -> dict[str, object]:
-    """Floats to four digits; a number printed with sixteen claims more than was measured."""
+    """Floats with four digits; sixteen would claim more than was measured."""
     return {name: f"{value:.4f}" if isinstance(value, float) else value for name, value in metrics.items()}
 
 
@@ -161,5 +159,5 @@ def _list_section(title: str, lines: list[str]) -> str:
 
 
 def _table_section(title: str, entries: Mapping[str, object]) -> str:
-    rows = "\n".join(f"| {name} | {value} |" for name, value in entries.items())
+    rows = "\n".join(f"| {name} | {str(value).replace('|', '&#124;')} |" for name, value in entries.items())
     return f"## {title}\n\n| | |\n|---|---|\n{rows}" if entries else ""

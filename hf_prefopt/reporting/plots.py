@@ -14,7 +14,7 @@ CHANCE_COLOR = "#999999"
 
 @dataclass(frozen=True)
 class Panel:
-    """One of the figure's axes: the curves it shows (metric key → color, label) and the value of no preference."""
+    """One panel of the figure: its curves (metric key → color, label) and the value without a preference."""
 
     title: str
     unit: str
@@ -40,22 +40,21 @@ PANELS = (
 
 
 def plot_training(log_history: Iterable[Mapping[str, float]], path: str | Path, title: str = "Training") -> Path:
-    """Draws the curves of a run into a PNG and returns its path.
+    """Draw the curves of a run as a PNG, and return its path.
 
-    Lines are the training batches as logged; diamonds are evaluations on the held-back pairs (the first one stands at
-    step 0 where the run evaluated on start). The dotted line is what a policy without a preference would show.
+    Lines are training batches; diamonds are evaluations. A policy without a preference is at the dotted line.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     records = list(log_history)
-    # A Metric of its own, not pyplot's: no window system is asked for and no global state is left behind.
+    # Not pyplot, which needs a window system and has global state.
     figure = Figure(figsize=(10, 7), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, panel in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
         _draw_panel(axes, panel, records)
     figure.suptitle(title, fontsize=13)
-    figure.supxlabel("lines: training batches   ◆ evaluation on the held-back pairs", fontsize=9, color="#555555")
+    figure.supxlabel("lines: training batches   ◆ evaluation on held-out examples", fontsize=9, color="#555555")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
@@ -63,8 +62,9 @@ def plot_training(log_history: Iterable[Mapping[str, float]], path: str | Path, 
 
 
 def _draw_panel(axes, panel: Panel, records: list[Mapping[str, float]]) -> None:
-    """One panel: every curve that the run has, with its evaluation points."""
-    curves = {key: look for key, look in panel.curves.items() if _has(records, key)}
+    """Draw every curve of the panel that the run has, with its evaluations."""
+    logged = set().union(*records)
+    curves = {key: look for key, look in panel.curves.items() if {key, f"eval_{key}"} & logged}
     for key, (color, label) in curves.items():
         axes.plot(*_series(records, key), color=color, linewidth=1.6, marker=".", markersize=4, label=label)
         evaluations = _series(records, f"eval_{key}")
@@ -82,19 +82,13 @@ def _draw_panel(axes, panel: Panel, records: list[Mapping[str, float]]) -> None:
 
 
 def _label_evaluations(axes, curves: Iterable[str], records: list[Mapping[str, float]]) -> None:
-    """The numbers of the first and the last evaluation; of two curves, the higher's above and the lower's below."""
+    """Print the values of the first and last evaluations: above the higher curve, and below the lower one."""
     series = [list(zip(*_series(records, f"eval_{key}"), strict=True)) for key in curves]
     for ends in zip(*(dict.fromkeys(points[:1] + points[-1:]) for points in series), strict=False):
         for rank, (step, value) in enumerate(sorted(ends, key=lambda point: -point[1])):
             offset = (0, 9 if rank == 0 else -16)
-            axes.annotate(
-                f"{value + 0.0:.3f}", (step, value), offset, textcoords="offset points", fontsize=8, ha="center"
-            )
-
-
-def _has(records: list[Mapping[str, float]], key: str) -> bool:
-    """Whether the run has logged or evaluated the metric."""
-    return any(key in record or f"eval_{key}" in record for record in records)
+            text = f"{value + 0.0:.3f}"
+            axes.annotate(text, (step, value), offset, textcoords="offset points", fontsize=8, ha="center")
 
 
 def _series(records: list[Mapping[str, float]], key: str) -> tuple[list[float], list[float]]:

@@ -1,6 +1,6 @@
-"""The evaluation before and after training, side by side, with what chance alone could explain.
+"""The evaluation before and after training, side by side, with confidence intervals for shares.
 
-Takes the dicts that `trainer.evaluate()` returns (or `log_history` keeps) and leaves printing to `closing`.
+It is made from the dicts that `trainer.evaluate()` returns; `closing` prints it.
 """
 
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ Z_95 = 1.959964
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table: a metric's key, its name for people, and the key of its sample size if it is a share."""
+    """A row of the table: the key of a metric, its name, and for a share the key of its sample size."""
 
     key: str
     label: str
@@ -24,7 +24,7 @@ class Row:
 
 ROWS = (
     Row("eval_loss", "loss"),
-    Row("eval_rewards/accuracies", "reward accuracy", share_of="pairs"),
+    Row("eval_rewards/accuracies", "reward accuracy", share_of="examples"),
     Row("eval_rewards/margins", "reward margin"),
     Row("eval_rewards/chosen", "chosen reward"),
     Row("eval_rewards/rejected", "rejected reward"),
@@ -46,40 +46,44 @@ def wilson_interval(share: float, n: int, z: float = Z_95) -> tuple[float, float
     if not 0.0 <= share <= 1.0 or n < 1:
         raise ValueError(f"a share of n trials needs 0 <= share <= 1 and n >= 1, got share={share!r}, n={n!r}")
     scale = 1 + z * z / n
-    center = (share + z * z / (2 * n)) / scale
+    centre = (share + z * z / (2 * n)) / scale
     half_width = z * sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / scale
-    return max(0.0, center - half_width), min(1.0, center + half_width)
+    return max(0.0, centre - half_width), min(1.0, centre + half_width)
 
 
-def evaluation_table(before: Mapping[str, float] | None, after: Mapping[str, float], pairs: int) -> Table:
-    """The table before → after, a row for each metric that the evaluation has; rewards and loss in nats.
+def evaluation_table(before: Mapping[str, float] | None, after: Mapping[str, float], examples: int | None) -> Table:
+    """The table before → after, with a row for each metric of the evaluation; rewards and loss in nats.
 
     Args:
         before: the evaluation before training; `None` leaves the column out.
         after: the evaluation after training.
-        pairs: how many pairs were evaluated.
+        examples: how many examples were evaluated; `None` leaves the intervals of their shares out.
     """
-    table = Table(title=f"Evaluation on {pairs:,} held-back pairs", title_justify="left", title_style="bold")
+    number = "" if examples is None else f"{examples:,} "
+    table = Table(title=f"Evaluation on {number}held-out examples", title_justify="left", title_style="bold")
     table.add_column("")
     for heading, metrics in (("before", before), ("after", after)):
         if metrics is not None:
             table.add_column(heading, justify="right", no_wrap=True)
     for row in ROWS:
         if row.key in after:
-            cells = [_cell(row, metrics, pairs) for metrics in (before, after) if metrics is not None]
+            cells = [_cell(row, metrics, examples) for metrics in (before, after) if metrics is not None]
             table.add_row(row.label, *cells)
     table.caption = "[ ] 95 % Wilson interval; a tie counts half"
     table.caption_justify = "left"
     return table
 
 
-def _cell(row: Row, metrics: Mapping[str, float], pairs: int) -> str:
-    """A number as the table shows it: a share with its interval, anything else to four digits."""
+def _cell(row: Row, metrics: Mapping[str, float], examples: int | None) -> str:
+    """A number for the table: a share with its interval, anything else with four digits."""
     if row.key not in metrics:
         return "–"
     value = float(metrics[row.key]) + 0.0  # A negative zero becomes a plain one.
     if row.share_of is None:
         return f"{value:.4f}" if row.key == "eval_loss" else f"{value:+.4f}"
-    low, high = wilson_interval(value, pairs if row.share_of == "pairs" else int(metrics[row.share_of]))
+    size = examples if row.share_of == "examples" else int(metrics[row.share_of])
+    if size is None:
+        return f"{value:.3f}"
+    low, high = wilson_interval(value, size)
     # The bracket is escaped: rich would read it as markup.
     return f"{value:.3f} \\[{low:.3f}, {high:.3f}]"

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
+from hf_prefopt import PreferenceConfig
 from tests.hub import REPOSITORY, hub
 from tests.tiny_models import QUANTIZABLE, tiny_model
 from tests.tokenizers import tiny_tokenizer
@@ -116,6 +117,23 @@ def test_a_data_set_of_one_file_is_trained_on_and_a_column_may_be_left_out(tmp_p
     printed = run_recipe("dpo_lora", tmp_path / "out", model_folder, data, "--remove_columns", "question")
     assert "training without evaluation" in printed
     assert (tmp_path / "out" / ADAPTER).stat().st_size > 0
+
+
+def test_help_is_short_and_shows_every_setting_of_ours(tmp_path):
+    run = in_a_process([sys.executable, str(RECIPES / "dpo_lora.py"), "--help"], cwd=tmp_path, cache=tmp_path)
+    assert run.returncode == 0 and run.stdout.count("\n") < 250
+    for said in (
+        "training a LoRA adapter",
+        "--config FILE.yaml",
+        "--train_rows",
+        "--lora_r",
+        "--help_all",
+        "Modifiers:",
+    ):
+        assert said in run.stdout
+    assert all(f"--{name} VALUE" in run.stdout for name in PreferenceConfig.__annotations__ if name[0] != "_")
+    full = in_a_process([sys.executable, str(RECIPES / "dpo_lora.py"), "--help_all"], cwd=tmp_path, cache=tmp_path)
+    assert full.returncode == 0 and "--adam_beta1" in full.stdout and "--adam_beta1" not in run.stdout
 
 
 def test_a_missing_model_is_named_before_anything_is_loaded(tmp_path):

@@ -60,7 +60,23 @@ def test_folders_of_this_machine_stay_out_of_the_metadata(tmp_path):
     assert card.data.base_model is None and card.data.datasets is None
 
 
-HUB_NAMES = [("gpt2", True), ("a/b", True), ("./a", False), ("/a/b", False), ("a/b/c", False)]
+def test_the_setup_is_a_table_of_its_own_between_data_and_evaluation():
+    """A bar in a text would end the cell."""
+    text = model_card(facts(setup={"loss": "1 × dpo, beta=0.1", "data": "a|b"})).text
+    table = text.split("## Setup\n")[1].split("\n## ")[0]
+    assert "| loss | 1 × dpo, beta=0.1 |" in table and "| data | a&#124;b |" in table
+    assert text.index("## Data") < text.index("## Setup") < text.index("## Evaluation")
+    assert "## Setup" not in model_card(facts()).text
+
+
+HUB_NAMES = [
+    ("gpt2", True),
+    ("a/b", True),
+    ("./a", False),
+    ("/a/b", False),
+    ("a/b/c", False),
+    ("a model made in memory", False),
+]
 
 
 @pytest.mark.parametrize(("name", "expected"), HUB_NAMES)

@@ -24,6 +24,7 @@ def test_closing_report_without_an_evaluation_has_no_table():
     out = io.StringIO()
     closing_report(None, None, 0, {"model": "runs/x"}, {}, Console(file=out))
     assert "Evaluation" not in out.getvalue() and "runs/x" in out.getvalue()
+    assert "Next steps" not in out.getvalue()
 
 
 def test_short_line_of_a_training_record():
