@@ -17,11 +17,11 @@ from datasets import IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HPSearchBackend
 
 from hf_prefopt.batch import LoaderBatch, PreferenceBatch, join_examples
 from hf_prefopt.config import PreferenceConfig
+from hf_prefopt.data.collator import check_loaded
 from hf_prefopt.data.unpaired import EpochOfMismatches
 from hf_prefopt.objective.objective import Objective
 from hf_prefopt.policy import load_model, load_tokenizer, sample_of, under_adapter, with_adapter
@@ -34,12 +34,12 @@ from hf_prefopt.reporting.run_facts import card_facts
 from hf_prefopt.reporting.start_summary import StartSummary, data_text, loss_texts
 from hf_prefopt.scoring.modes import adapter_casts_off
 from hf_prefopt.training.arguments import check_arguments, check_types, refuse_data_parallel
-from hf_prefopt.training.checkpoints import checkpoint_to_resume, keep_losses, restore_losses
+from hf_prefopt.training.checkpoints import begin_checkpoint, checkpoint_to_resume, keep_losses, restore_losses
 from hf_prefopt.training.engines import keep_output_precision, unwrapped_after_evaluation
 from hf_prefopt.training.global_batch import GlobalBatch, gather_examples
 from hf_prefopt.training.preference_data import Data, DataOrSplits, PreferenceData
 from hf_prefopt.training.replicas import RanksAgree
-from hf_prefopt.training.scorer import Scorer, ScorerEvents, loader_collator
+from hf_prefopt.training.scorer import Scorer, ScorerEvents, SettleScorer, loader_collator
 from hf_prefopt.training.settings import OWN, OwnSettings, evaluation_loss
 from hf_prefopt.training.trainable import check_trainable, refuse_frozen
 
@@ -134,7 +134,7 @@ class PreferenceTrainer(Trainer):
         self.scorer = Scorer(args, collator, ref_model, self.summary)
         self._attach_model()
         events = ScorerEvents(self.scorer, self._evaluated, keeps_reference=model_init is not None)
-        for callback in (EpochOfMismatches(), events, self.summary, RanksAgree()):
+        for callback in (EpochOfMismatches(), SettleScorer(self.scorer), self.summary, events, RanksAgree()):
             self.add_callback(callback)
         # compute_loss divides by the number of examples in the whole step.
         self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = True
@@ -172,7 +172,7 @@ class PreferenceTrainer(Trainer):
         self.scorer.settle()
         if self.record.is_full:
             self.record.check(self.accelerator)
-        batches = list(islice(epoch_iterator, num_batches))
+        batches = [check_loaded(batch) for batch in islice(epoch_iterator, num_batches)]
         self.global_batch.without_repeats(batches, self._train_batch_size)
         pieces = [piece for batch in batches for piece in batch["pieces"]]
         num_examples = self.global_batch.count(pieces)
@@ -209,6 +209,8 @@ class PreferenceTrainer(Trainer):
 
         In evaluation, the mean over the examples of the piece.
         """
+        if "pieces" in inputs:
+            raise ValueError("compute_loss takes one piece of a batch: for piece in batch['pieces']")
         objective, state = self.criterion, self.state
         objective.progress = min(1.0, state.global_step / max(1, state.max_steps))
         objective.epoch = int(state.epoch or 0)
@@ -265,7 +267,7 @@ class PreferenceTrainer(Trainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """(mean loss of the batch, rewards `[B, 2]`, labels `[B, 2]`)."""
         with torch.no_grad(), self.compute_loss_context_manager():
-            pieces = self._prepare_inputs(inputs)["pieces"]
+            pieces = self._prepare_inputs(check_loaded(inputs))["pieces"]
             for piece, counted in zip(
                 pieces, self.global_batch.counted(pieces, self.args.eval_batch_size), strict=True
             ):
@@ -349,7 +351,8 @@ class PreferenceTrainer(Trainer):
             self.model_wrapped = unwrapped_after_evaluation(self.accelerator, self.model, self.model_wrapped)
         checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
         keep_output_precision(self.accelerator)
-        evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
+        given = self.eval_dataset
+        evaluated = {f"eval {n}": rows for n, rows in given.items()} if isinstance(given, dict) else {"eval": given}
         self.summary.say("data", data_text({"train": self.train_dataset, **evaluated}))
         output = super().train(checkpoint, **options)
         if isinstance(self.train_dataset, IterableDataset) and not self.state.global_step:
@@ -413,7 +416,7 @@ class PreferenceTrainer(Trainer):
         self.record.check(self.accelerator, ruined_weights(self.model))
         folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         if self.args.should_save:
-            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+            begin_checkpoint(folder)
         self.scorer.save(folder, self.args.should_save)
         keep_losses(self.state, self.criterion)
         super()._save_checkpoint(model, trial)

@@ -175,3 +175,16 @@ def test_a_policy_frozen_by_hand_is_refused(tmp_path):
     trainer.model.requires_grad_(False)
     with pytest.raises(ValueError, match="no parameter of the policy"):
         trainer.train()
+
+
+def test_a_batch_of_another_shape_is_an_error_that_says_what_to_do(tmp_path):
+    trainer = make_trainer(tmp_path)
+    batch = next(iter(trainer.get_train_dataloader()))
+    with pytest.raises(ValueError, match=r"takes one piece of a batch: for piece in batch\['pieces'\]"):
+        trainer.compute_loss(trainer.model, batch)
+    for call in (
+        lambda flat: trainer.get_batch_samples(iter([flat]), 1, "cpu"),
+        lambda flat: trainer.prediction_step(trainer.model, flat, True),
+    ):
+        with pytest.raises(ValueError, match=r"collate_fn=trainer\.data_collator"):
+            call(batch["pieces"][0])

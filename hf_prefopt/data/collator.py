@@ -136,6 +136,20 @@ def _longest_piece(rows: Rows, collate: Collator, max_tokens: int) -> Rows:
     return rows[: max(1, fitting)]
 
 
+def check_loaded(batch: Any) -> LoaderBatch:
+    """The batch, which a data loader with the trainer's collator has made.
+
+    Raises:
+        ValueError: another collator has made it.
+    """
+    if not isinstance(batch, Mapping) or "pieces" not in batch:
+        raise ValueError(
+            "a data loader of your own gives batches without `pieces`: use collate_fn=trainer.data_collator, or pass "
+            "your collator to the trainer as data_collator"
+        )
+    return batch
+
+
 def loader_batch(pieces: list[PreferenceBatch]) -> LoaderBatch:
     """The batch of these pieces."""
     masks = [piece.get("attention_mask", torch.ones_like(piece["input_ids"])) for piece in pieces]

@@ -76,6 +76,12 @@ def checkpoint_to_resume(asked: str | bool | None, output_dir: str | Path) -> st
     return str(checkpoint)
 
 
+def begin_checkpoint(folder: Path) -> None:
+    """Make a checkpoint that will be overwritten incomplete, and remove what an older version kept in it."""
+    for name in (TRAINER_STATE_NAME, _OLD_STATE):
+        (folder / name).unlink(missing_ok=True)
+
+
 def keep_losses(state: TrainerState, objective: Objective) -> None:
     """Put what the losses keep across batches into the state that the Trainer saves with a checkpoint."""
     if objective.state:
@@ -84,6 +90,7 @@ def keep_losses(state: TrainerState, objective: Objective) -> None:
 
 def restore_losses(state: TrainerState, objective: Objective) -> None:
     """Take it over from the state of a checkpoint; losses whose state is not there start afresh, with a warning."""
+    objective.reset_state()
     # The Trainer takes what is left for the states of callbacks.
     saved = state.stateful_callbacks.pop(LOSSES, {})
     missing = objective.state.keys() - saved.keys()

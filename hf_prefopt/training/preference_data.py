@@ -67,7 +67,7 @@ class PreferenceData:
         """
         self.objective, self._is_settled = self.args.build_objective(), False
         named = evaluation if isinstance(evaluation, dict) else {"eval": evaluation}
-        for name, dataset in {"train": train, **named}.items():
+        for name, dataset in (("train", train), *named.items()):
             if dataset is not None:
                 self._checked(dataset, name)
 

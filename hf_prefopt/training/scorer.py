@@ -231,6 +231,17 @@ class Scorer:
         return send_to_device(self._collator.collators[self.layout](rows), self.accelerator.device)
 
 
+class SettleScorer(TrainerCallback):
+    """Settles the layout when training begins: the engine has wrapped the model, and a checkpoint has been loaded."""
+
+    def __init__(self, scorer: Scorer):
+        self._scorer = scorer
+
+    def on_train_begin(self, args, state, control, **_):
+        """Before the start summary is shown, and before a cache is filled."""
+        self._scorer.settle()
+
+
 class ScorerEvents(TrainerCallback):
     """What the scorer does at the events of a training run.
 
@@ -246,7 +257,7 @@ class ScorerEvents(TrainerCallback):
         self._scorer, self._evaluated, self._keeps_reference = scorer, evaluated, keeps_reference
 
     def on_train_begin(self, args, state, control, train_dataloader=None, **_):
-        """The engine has wrapped the model, and a checkpoint has been loaded."""
+        """The layout is settled."""
         self._scorer.settle()
         if not args.precompute_ref_log_probs:
             return

@@ -15,6 +15,7 @@ from hf_prefopt.reporting.start_summary import (
     loss_texts,
     model_text,
 )
+from hf_prefopt.training.scorer import Scorer
 from tests.tiny_models import tiny_model, with_lora
 from tests.trainers import make_config, make_trainer, pairs
 
@@ -57,6 +58,18 @@ def test_a_run_says_what_it_is(caplog, tmp_path):
     trainer.create_model_card()
     card = (tmp_path / "README.md").read_text()
     assert "| layout | shared, each prompt is computed once, and no padding |" in card
+
+
+def test_it_comes_before_a_cache_is_filled(caplog, tmp_path, monkeypatch):
+    """Where a wrong setting is still cheap."""
+    seen = []
+    monkeypatch.setattr(Scorer, "fill_cache", lambda *_: seen.append(len(said(caplog))) or True)
+    monkeypatch.setattr(Scorer, "release_reference", lambda *_: None)
+    settings = {"precompute_ref_log_probs": True, "reference_cache_dir": str(tmp_path), "max_steps": 1}
+    trainer = make_trainer(tmp_path, eval_dataset={"train": pairs(2), "held": pairs(3)}, **settings)
+    with caplog.at_level(logging.WARNING):
+        trainer.train()
+    assert seen[0] == 8 and "data: train 8 rows, eval train 2 rows, eval held 3 rows" in said(caplog)
 
 
 def test_an_evaluation_alone_says_its_layout_once(caplog, tmp_path):

@@ -50,6 +50,15 @@ def test_losses_without_state_leave_no_trace(caplog):
     assert not caplog.text
 
 
+def test_a_state_that_is_not_there_starts_afresh(caplog):
+    """Also in a trainer that has trained before."""
+    objective = moved()
+    with caplog.at_level(logging.WARNING, logger="hf_prefopt"):
+        restore_losses(TrainerState(), objective)
+    assert objective.state_dict() == build_objective(["bco_pair"]).state_dict()
+    assert "no state of bco_pair, which starts afresh" in caplog.text
+
+
 @pytest.mark.parametrize("settings", [{}, {"save_only_model": True}, {"restore_callback_states_from_checkpoint": True}])
 def test_a_resumed_bco_keeps_its_delta(settings, tmp_path):
     """δ after step 2, whatever is saved beside it and whatever else the Trainer restores."""
@@ -71,3 +80,10 @@ def test_a_checkpoint_of_an_older_version_is_an_error_that_says_so(tmp_path):
     (checkpoint / "objective_state.json").write_text("{}")
     with pytest.raises(ValueError, match=r"older version of hf_prefopt.*objective_state.json"):
         checkpoint_to_resume(str(checkpoint), tmp_path)
+
+
+def test_a_checkpoint_that_is_written_over_an_older_versions_can_be_resumed(tmp_path):
+    (tmp_path / "checkpoint-2").mkdir()
+    (tmp_path / "checkpoint-2" / "objective_state.json").write_text("{}")
+    make_trainer(tmp_path, **BCO, max_steps=2).train()
+    make_trainer(tmp_path, **BCO, max_steps=3).train(resume_from_checkpoint=True)

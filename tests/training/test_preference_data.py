@@ -51,6 +51,14 @@ def test_changed_settings_are_checked_against_the_data(tmp_path):
         made.settle_again(train, None)
 
 
+def test_an_evaluation_set_named_train_does_not_hide_the_training_set(tmp_path):
+    """What settles the objective is the training set, with its margins."""
+    made = data(tmp_path)
+    train = made.prepare(Dataset.from_list([text_pair() | {"margin": 0.5}] * 2), "train")
+    made.settle_again(train, {"train": pairs(2)})
+    assert "margins" in made.objective.inputs
+
+
 def test_prompts_are_drawn_only_where_they_are_asked_for(tmp_path):
     rows = pairs(6)
     assert data(tmp_path).sampler(rows) is None
