@@ -147,7 +147,7 @@ def check_loaded(batch: Any) -> LoaderBatch:
             "a data loader of your own gives batches without `pieces`: use collate_fn=trainer.data_collator, or pass "
             "your collator to the trainer as data_collator"
         )
-    return batch
+    return cast(LoaderBatch, batch)
 
 
 def loader_batch(pieces: list[PreferenceBatch]) -> LoaderBatch:
