@@ -10,8 +10,8 @@ from transformers.utils import is_torch_bf16_gpu_available
 
 from hf_prefopt.config_checks import (
     REFERENCES,
-    check_of_the_trainer,
     check_reference_settings,
+    check_trainer_settings,
     check_values,
     without_fused_head,
 )
@@ -219,7 +219,7 @@ class PreferenceConfig(TrainingArguments):
         if self.reference == "cache":
             self.reference, self.precompute_ref_log_probs = "auto", True
         check_values(self)
-        check_of_the_trainer(self)
+        check_trainer_settings(self)
         objective = self.build_objective()
         check_reference_settings(self, objective)
         if self.sync_ref_model:

@@ -34,7 +34,7 @@ def check_values(args: Any) -> None:
         raise ValueError(f"pad_to_multiple_of={args.pad_to_multiple_of} must be at least 1, or None for no rounding")
 
 
-def check_of_the_trainer(args: Any) -> None:
+def check_trainer_settings(args: Any) -> None:
     """Raise `ValueError` if a preference step cannot honor a setting of the Trainer or of accelerate."""
     if args.label_smoothing_factor:
         raise ValueError(
@@ -46,6 +46,8 @@ def check_of_the_trainer(args: Any) -> None:
             "parallelism_config cuts sequences (sp_size or cp_size above 1), but scored tokens are found by their "
             "place in the whole row: leave it at 1; activation checkpointing and max_tokens_per_batch save memory"
         )
+    if args.eval_use_gather_object:
+        raise ValueError("eval_use_gather_object=True has no effect: predictions are tensors of examples; leave it out")
     if "inputs" in args.include_for_metrics:
         raise ValueError(
             "include_for_metrics: 'inputs' are rows of the layout here, which do not match predictions: leave it out; "

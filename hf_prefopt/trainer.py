@@ -315,7 +315,8 @@ class PreferenceTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None):
         """As the Trainer's, or by prompt where `group_by_prompt` asks for it."""
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        return self.data.sampler(dataset) or super()._get_train_sampler(train_dataset)
+        sampler = self.data.sampler(dataset)
+        return super()._get_train_sampler(train_dataset) if sampler is None else sampler
 
     def _get_dataloader(self, dataset: Data, description: str, batch_size: int, **kwargs: Any):
         """As the Trainer's, over the data set as the losses need it."""
@@ -432,13 +433,15 @@ class PreferenceTrainer(Trainer):
         super()._load_callback_state()
 
     def _load_best_model(self) -> None:
-        """As the Trainer's, which only finds an adapter named "default": others are saved in folders of their own."""
-        best = Path(self.state.best_model_checkpoint)
-        is_whole = not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
-        if is_whole and any(best.glob("*/adapter_config.json")):
-            self._load_from_checkpoint(str(best))
-        else:
+        """As the Trainer's, which only finds the adapter named "default": others are saved in folders of their own."""
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled or not isinstance(self.model, PeftModel):
             super()._load_best_model()
+            return
+        best = Path(self.state.best_model_checkpoint)
+        for name in self.model.peft_config:
+            folder = best if name == "default" else best / name
+            if (folder / "adapter_config.json").is_file():
+                self.model.load_adapter(str(folder), name)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """As the Trainer's, with a reference that moves."""

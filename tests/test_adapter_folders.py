@@ -367,10 +367,12 @@ def test_an_optimizer_of_the_policy_trains_what_it_holds(optimizer_of, model, tm
     assert changed and changed <= meant
 
 
-@pytest.mark.parametrize("name", ["default", "dpo"])
-def test_the_best_adapter_is_loaded_at_the_end_whatever_its_name(name, tmp_path):
-    """The evaluation after training has the loss of the best one."""
+@pytest.mark.parametrize(("name", "other"), [("default", None), ("dpo", None), ("default", "sft"), ("dpo", "default")])
+def test_the_best_adapter_is_loaded_at_the_end_whatever_its_name(name, other, tmp_path):
+    """The evaluation after training has the loss of the best one, also with another adapter that does not train."""
     model = get_peft_model(tiny_model(), lora(), adapter_name=name)
+    if other:
+        model.add_adapter(other, lora())
     settings = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 4}
     settings |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "learning_rate": 0.1}
     trainer = make_trainer(tmp_path, model, train_dataset=pairs(8), eval_dataset=pairs(6, seed=3), **settings)
@@ -378,4 +380,5 @@ def test_the_best_adapter_is_loaded_at_the_end_whatever_its_name(name, tmp_path)
     losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     assert min(losses) != losses[-1]
     assert trainer.evaluate()["eval_loss"] == pytest.approx(min(losses), rel=1e-6)
-    assert model.active_adapters == [name] and all(p.requires_grad for n, p in model.named_parameters() if "lora_" in n)
+    trains = {n.split(".")[-2] for n, p in model.named_parameters() if p.requires_grad}
+    assert model.active_adapters == [name] and trains == {name}

@@ -49,6 +49,7 @@ REFUSALS = {
     "no room": ({"max_length": 1}, "max_length=1"),
     "batches cut by accelerate": ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches=True"),
     "a width of nothing": ({"pad_to_multiple_of": 0}, "pad_to_multiple_of=0"),
+    "objects to gather": ({"eval_use_gather_object": True}, "eval_use_gather_object=True has no effect"),
     "inputs for metrics": ({"include_for_metrics": ["inputs"]}, "'inputs' are rows of the layout"),
 }
 

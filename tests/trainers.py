@@ -22,7 +22,7 @@ def examples(objective: Objective, count: int = 8, seed: int = 0) -> Dataset:
         rows = rows.map(lambda row: {"token_weights": token_weights(row["response_ids"])})
     for name in objective.inputs:
         if name in objective.kind.optional_columns:
-            rows = with_column(rows, name, EXTRAS[name])
+            rows = with_column(rows, name, OPTIONAL_COLUMNS[name])
     return rows
 
 
@@ -31,7 +31,7 @@ def token_weights(responses: list[list[int]]) -> list[list[float]]:
     return [[0.5 + (7 * place + token) % 13 / 8 for place, token in enumerate(ids)] for ids in responses]
 
 
-EXTRAS = {
+OPTIONAL_COLUMNS = {
     "chosen_scores": lambda row: 2.0 + row % 3,
     "rejected_scores": lambda row: 0.25 + row % 2,
     "chosen_win_rates": lambda row: (3 + row % 5) / 8,

@@ -130,7 +130,7 @@ def check_numbers(column: str, value: Any, count: int, per: str, low: float = -m
     """A column's finite numbers ≥ `low`, one for each of the row's `count` responses or tokens (`per`).
 
     Raises:
-        BadRow: there is no list, it has another length, or one of its values is not such a number.
+        BadRow: the value is not a list, its length differs, or one of its entries is not a valid number.
     """
     numbers = check_list(column, value, "numbers")
     if len(numbers) != count:

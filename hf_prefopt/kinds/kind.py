@@ -18,7 +18,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Statistic:
-    """The per-token statistics that the language-model heads compute, besides log-probs, for an input of a loss.
+    """The per-token statistics that a loss input requires from the language-model heads, in addition to log-probs.
 
     Attributes:
         own: statistics from the head of the model that the input describes.

@@ -82,13 +82,13 @@ def refuse_data_parallel(gpus: int) -> None:
 
 
 def check_arguments(
-    args: PreferenceConfig, model: Any, ref_model: Any, data_collator: Any, of_the_trainer: dict[str, Any]
+    args: PreferenceConfig, model: Any, ref_model: Any, data_collator: Any, trainer_arguments: dict[str, Any]
 ) -> None:
     """Refuse arguments of `PreferenceTrainer` that have no meaning together.
 
     Args:
         model: the model or a `model_init`.
-        of_the_trainer: those that are `transformers.Trainer`'s.
+        trainer_arguments: those that are `transformers.Trainer`'s.
 
     Raises:
         ValueError: it names the argument and what to do.
@@ -104,7 +104,7 @@ def check_arguments(
             "max_tokens_per_batch cuts batches between rows, which a data_collator of your own does not allow: leave "
             "one of them out"
         )
-    if of_the_trainer.get("compute_loss_func") is not None:
+    if trainer_arguments.get("compute_loss_func") is not None:
         raise ValueError(
             "compute_loss_func is never called: decorate the loss with @register_loss and name it in loss_type"
         )

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there: which ones can be resumed, and what ours hold besides the Trainer's.
+"""Which checkpoints can be resumed, and what ours contain in addition to the Trainer's.
 
 A process may be killed while it writes a checkpoint. The Trainer writes `trainer_state.json` last, when everything
 else of all ranks is there (the trainer sees to that), so this file decides. What the losses keep is in it.
@@ -16,7 +16,7 @@ from hf_prefopt.objective.objective import Objective
 
 logger = logging.getLogger(__name__)
 
-# The key of the losses' state beside that of the callbacks.
+# The key of the losses' state, next to the states of the callbacks.
 LOSSES = "hf_prefopt_losses"
 # Where earlier versions kept it.
 _OLD_STATE = "objective_state.json"

@@ -107,8 +107,10 @@ class PreferenceData:
         """
         if self.objective.needs_mismatched:
             dataset = MismatchedResponses(dataset, self._seed, self.args.max_length)
-        is_uneven = self.args.world_size > 1 and not self.args.dataloader_drop_last
-        return EvenStream(dataset, rows_at_once) if isinstance(dataset, IterableDataset) and is_uneven else dataset
+        may_repeat_rows = self.args.world_size > 1 and not self.args.dataloader_drop_last
+        return (
+            EvenStream(dataset, rows_at_once) if isinstance(dataset, IterableDataset) and may_repeat_rows else dataset
+        )
 
     @property
     def pad_token_id(self) -> int:

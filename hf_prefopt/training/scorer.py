@@ -131,6 +131,8 @@ class Scorer:
                 layout = settled_layout(args.layout, models, args.max_length, self._autocast_dtype, known)
                 collator.layout = layout.name
                 self._summary.say("layout", f"{layout.name}, {layout.why}")
+            else:
+                self._summary.say("layout", CUSTOM)
         self.layout = collator.layout
         self._say_how()
         if isinstance(self.reference, CachedReference):
@@ -258,7 +260,6 @@ class ScorerEvents(TrainerCallback):
 
     def on_train_begin(self, args, state, control, train_dataloader=None, **_):
         """The layout is settled."""
-        self._scorer.settle()
         if not args.precompute_ref_log_probs:
             return
         for name, dataset in self._evaluated().items():

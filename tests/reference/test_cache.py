@@ -48,6 +48,7 @@ def cached(folder, model=None, **settings):
 def before_training(trainer):
     """What train() does to the cache before its first step."""
     loader = trainer.get_train_dataloader()
+    trainer.scorer.settle()
     (events,) = (callback for callback in trainer.callback_handler.callbacks if isinstance(callback, ScorerEvents))
     events.on_train_begin(trainer.args, trainer.state, trainer.control, train_dataloader=loader)
 

@@ -11,7 +11,7 @@ from hf_prefopt.reporting.metrics import Evaluation, TrainingRecord
 
 
 def batches(objective, sizes, seed=0):
-    """Batches of so many pairs with random log-probs, as (batch, loss inputs)."""
+    """Batches of these numbers of pairs, with random log-probs, as (batch, loss inputs)."""
     generator, rows = torch.Generator().manual_seed(seed), iter(range(100))
     names = dict.fromkeys((*objective.inputs, *objective.kind.metric_inputs))
     for size in sizes:

@@ -24,7 +24,7 @@ def accelerator(ranks=1, rank=0, gather=None, dataset=None, at_end=True):
 
 
 def pieces(*sizes):
-    """Pieces of so many pairs each, from one row each."""
+    """Pieces with these numbers of pairs, each pair from its own row."""
     numbers = torch.arange(sum(sizes)).split(sizes)
     return [{"rows": part, "pair_in_row": torch.zeros_like(part), "chosen": part} for part in numbers]
 
@@ -122,8 +122,8 @@ def test_what_is_dropped_is_not_repeated():
 
 def test_a_piece_that_says_what_counts_is_believed():
     marked = [{**piece, "counted": torch.tensor([True, False])} for piece in pieces(2)]
-    for ranks in (1, 2):
-        at = GlobalBatch(accelerator(ranks, dataset=range(7)), build_objective(["dpo"]))
+    for world_size in (1, 2):
+        at = GlobalBatch(accelerator(world_size, dataset=range(7)), build_objective(["dpo"]))
         assert kept_of(at, marked) == [[0]]
 
 
