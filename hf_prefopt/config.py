@@ -139,7 +139,13 @@ class PreferenceConfig(TrainingArguments):
         default=None,
         metadata=_help("Arguments of `from_pretrained`, as a dict or JSON, when the model is given by name."),
     )
-    disable_dropout: bool = field(default=False, metadata=_help("Train without dropout. The reference never has any."))
+    disable_dropout: bool | None = field(
+        default=None,
+        metadata=_help(
+            "True: train without dropout; False: with the rates that the model and its adapters have; None: the "
+            "model's own dropout is off, an adapter's (lora_dropout) stays. The reference never has any."
+        ),
+    )
 
     max_length: int | None = field(
         default=1024, metadata=_help("The most tokens of prompt and response together; None: no limit.")

@@ -1,4 +1,4 @@
-"""From what a user passes as model to the policy: loaded, adapted, without dropout where asked."""
+"""From what a user passes as model to the policy: loaded and adapted."""
 
 from collections.abc import Callable
 from typing import Any
@@ -126,13 +126,3 @@ def _called_late(model: nn.Module) -> nn.Module:
     if isinstance(tuner, AdaptionPromptModel):
         tuner.forward = tuner.model.__call__
     return model
-
-
-def disable_dropout(model: nn.Module) -> None:
-    """No dropout in training: `nn.Dropout` modules, and the attention's own functional dropout rates."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        rates = [name for name, value in vars(module).items() if "dropout" in name and isinstance(value, float)]
-        for name in rates:
-            setattr(module, name, 0.0)

@@ -7,13 +7,15 @@ says whether the model is causal, without which a log-prob of a token has seen t
 """
 
 import random
+from contextlib import nullcontext
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
 from hf_prefopt.scoring.forward import base_causal_lm, score
-from hf_prefopt.scoring.modes import evaluation_mode
+from hf_prefopt.scoring.modes import adapters_off, evaluation_mode, training_mode
 
 _KEPT, _CHANGED = 10, 6
 # Roundings to the model's dtype on the way to a logit: the product, a scale, a division by a cap, tanh, a product.
@@ -73,6 +75,33 @@ def check_scores(model: nn.Module, compute_dtype: torch.dtype | None = None) -> 
             f"{leak.max():.3g} nats, so each token would be scored with the answer in sight. Choose a causal language "
             "model, or set what makes this one causal in its config (is_decoder=True for models like BERT)"
         )
+
+
+def training_noise(model: nn.Module, compute_dtype: torch.dtype | None = None) -> float:
+    """By how many nats log-probs of a made-up sequence differ in training mode from evaluation mode, beyond rounding.
+
+    A router with jitter, or a kernel that is chosen by the mode, gives a policy that differs from its reference before
+    the first step. Adapters are off, so their dropout does not count.
+
+    Args:
+        model: see `check_scores`; it is run twice on 16 tokens.
+
+    Returns:
+        The largest difference, or 0 where rounding explains it.
+    """
+    ids = torch.tensor([made_up_tokens(base_causal_lm(model).config, _KEPT + _CHANGED, random.Random(0))])
+    ids = ids.to(device_of(model))
+    devices = [ids.device] if ids.device.type == "cuda" else []
+    without = adapters_off(model) if isinstance(model, PeftModel) else nullcontext()
+    with torch.no_grad(), without, torch.random.fork_rng(devices):
+        with evaluation_mode(model):
+            evaluated = _plain_logits(model, ids)
+        with training_mode(model):
+            trained = _plain_logits(model, ids)
+    _, body_unit = _units(model, compute_dtype)
+    rounding = max(_ROUNDINGS * body_unit, _SUMMING) * (evaluated.abs() + evaluated.abs().mean(-1, keepdim=True))
+    off = (trained.log_softmax(-1) - evaluated.log_softmax(-1)).abs()
+    return float(off.max()) if (off > rounding).any() else 0.0
 
 
 def made_up_tokens(config: Any, count: int, generator: random.Random) -> list[int]:

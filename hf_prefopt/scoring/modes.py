@@ -39,6 +39,18 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def training_mode(model: nn.Module) -> Iterator[None]:
+    """`model.train()` for the time of the context; each module gets its own mode back."""
+    states = [module.__dict__ for module in all_modules(model) if not module.training]
+    model.train()
+    try:
+        yield
+    finally:
+        for state in states:
+            state["training"] = False
+
+
+@contextmanager
 def adapters_off(model: PeftModel) -> Iterator[None]:
     """The model without its adapters for the time of the context.
 

@@ -1,5 +1,6 @@
 """Scores batches with the policy and with the reference, in the layout that is exact for both models."""
 
+import logging
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,6 @@ from hf_prefopt.config import PreferenceConfig
 from hf_prefopt.data.collator import LoaderCollator
 from hf_prefopt.data.layouts import PaddedCollator, SharedCollator
 from hf_prefopt.objective.objective import Objective
-from hf_prefopt.policy import disable_dropout
 from hf_prefopt.reference.cache import CachedReference
 from hf_prefopt.reference.cache_fill import CacheFiller
 from hf_prefopt.reference.cache_key import KeyedCollator
@@ -26,13 +26,21 @@ from hf_prefopt.reference.live import LiveReference
 from hf_prefopt.reference.moving import MovingReference
 from hf_prefopt.reference.remembered import RememberedScores
 from hf_prefopt.reporting.start_summary import StartSummary, model_text
-from hf_prefopt.scoring.agreement import check_scores
+from hf_prefopt.scoring.agreement import check_scores, training_noise
 from hf_prefopt.scoring.attention import describe_attention
+from hf_prefopt.scoring.dropout import switch_off_dropout
 from hf_prefopt.scoring.forward import VOCABULARY_KL, base_causal_lm, install_scoring, score
 from hf_prefopt.scoring.layout import settled_layout
 from hf_prefopt.scoring.modes import evaluation_mode
 
+logger = logging.getLogger(__name__)
+
 CUSTOM = "the data_collator's"
+NOISE = (
+    "%s computes otherwise in training mode than in evaluation mode: without dropout, log-probs of made-up tokens "
+    "differ by up to %.2g nats. The reference is scored in evaluation mode, so the policy differs from it before the "
+    "first step. Look in the model's config for a router's jitter or noise"
+)
 NEFTUNE = "NEFTune scales its noise by the length of a row, which would be that of several sequences"
 
 
@@ -81,6 +89,7 @@ class Scorer:
         self._moving: MovingReference | None = None
         self._filler: CacheFiller | None = None
         self._remembered = RememberedScores()
+        self._dropout: list[str] = []
 
     def attach(self, model: nn.Module, objective: Objective, accelerator: Accelerator) -> None:
         """Make a model the policy: its dropout, its reference, its scoring forward.
@@ -91,8 +100,7 @@ class Scorer:
         args = self._args
         self.model, self.objective, self.accelerator = model, objective, accelerator
         self.layout, self._filler, self._moving, self._remembered = None, None, None, RememberedScores()
-        if args.disable_dropout:
-            disable_dropout(model)
+        self._dropout = switch_off_dropout(model, args.disable_dropout)
         self.reference = choose_reference(args.reference, model, self._ref_model, objective.needs_reference_model)
         for module in self._models():
             install_scoring(module, args.temperature)
@@ -125,6 +133,7 @@ class Scorer:
         with self.accelerator.autocast():
             for model in models:
                 check_scores(model, self._autocast_dtype)
+            self._say_noise()
             if collator.layout != CUSTOM:
                 collator.max_tokens = args.max_tokens_per_batch
                 known = NEFTUNE if args.neftune_noise_alpha is not None else None
@@ -142,11 +151,19 @@ class Scorer:
             )
         return True
 
+    def _say_noise(self) -> None:
+        """Warn of a policy that differs from itself in training mode, where its dropout is off."""
+        if self.reference is None or self._args.disable_dropout is False:
+            return
+        noise = training_noise(self.model, self._autocast_dtype)
+        if noise and self.accelerator.is_main_process:
+            logger.warning(NOISE, type(base_causal_lm(self.model)).__name__, noise)
+
     def _say_how(self) -> None:
         """The summary's lines on the model, the reference and the attention."""
         causal_lm = base_causal_lm(self.model)
         dtype = self._autocast_dtype or causal_lm.dtype
-        self._summary.say("model", model_text(self.model, self._args))
+        self._summary.say("model", model_text(self.model, self._args), *self._dropout)
         self._summary.say("reference", self.reference.description if self.reference else "none, the losses need none")
         self._summary.say("attention", describe_attention(causal_lm, self.accelerator.device.type, dtype))
 

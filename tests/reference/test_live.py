@@ -50,11 +50,9 @@ STARTS = {
     "modules_to_save": (lambda: with_lora(tiny_model(), modules_to_save=["lm_head"]), {}),
     "modules_to_save, trained": (lambda: trained_adapter(modules_to_save=["lm_head"]), {}),
     "LoRA dropout": (lambda: with_lora(tiny_model(), lora_dropout=0.3), {"disable_dropout": True}),
-    "attention dropout": (lambda: tiny_model(attention_dropout=0.3), {"disable_dropout": True}),
-    "adapter over attention dropout": (
-        lambda: with_lora(tiny_model(attention_dropout=0.3)),
-        {"disable_dropout": True},
-    ),
+    "attention dropout": (lambda: tiny_model(attention_dropout=0.3), {}),
+    "adapter over attention dropout": (lambda: with_lora(tiny_model(attention_dropout=0.3)), {}),
+    "fresh adapter with dropout": (lambda: with_lora(tiny_model(), lora_dropout=0.3), {}),
 }
 each_start = pytest.mark.parametrize(("make", "settings"), STARTS.values(), ids=STARTS)
 
@@ -127,7 +125,7 @@ def test_the_reference_has_no_dropout_while_the_policy_has(name, tmp_path):
         "trained adapter": lambda: perturbed(with_lora(tiny_model(attention_dropout=0.3), lora_dropout=0.3)),
         "trained adapter, its twin": with_frozen_twin,
     }[name]
-    trainer = make_trainer(tmp_path, make(), **STARTS[name][1])
+    trainer = make_trainer(tmp_path, make(), disable_dropout=False, **STARTS[name][1])
     if name == "trained adapter, its twin":
         for module in trainer.model.modules():
             if hasattr(module, "attention_dropout"):
