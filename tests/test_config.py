@@ -1,6 +1,7 @@
 """`PreferenceConfig`: refused at construction or used; the same from Python, YAML and the command line."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -158,6 +159,15 @@ def test_the_import_is_light():
     code = f"import sys, hf_prefopt; print([name for name in {heavy!r} if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_the_import_is_quiet():
+    """Whatever libraries have to say of the machine, and whether DeepSpeed is imported after it."""
+    code = "import hf_prefopt, deepspeed, bitsandbytes, logging; logging.getLogger('DeepSpeed').warning('heard')"
+    environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    heard = [line for line in (result.stdout + result.stderr).splitlines() if line.strip()]
+    assert len(heard) == 1 and heard[0].endswith("heard")
 
 
 def test_sequence_parallelism_is_refused(tmp_path):

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "hf_prefopt"
 # In the order in which they may be imported; a name is a module or a package of hf_prefopt.
 LAYERS = (
-    ("kinds",),
+    ("noise", "kinds"),
     ("batch",),
     ("losses",),
     ("objective",),
