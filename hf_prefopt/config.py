@@ -86,9 +86,15 @@ class PreferenceConfig(TrainingArguments):
 
     f_divergence_type: str = field(
         default="reverse_kl",
-        metadata=_help(f"f-DPO: the reward f'(π/π_ref) in place of the log-ratio; one of {', '.join(DIVERGENCES)}."),
+        metadata=_help(
+            f"f-DPO: the reward f'(π/π_ref) in place of the log-ratio; one of {', '.join(DIVERGENCES)}. For losses of "
+            "differences of responses."
+        ),
     )
-    f_alpha_divergence_coef: float = field(default=0.5, metadata=_help("α of alpha_divergence."))
+    f_alpha_divergence_coef: float = field(
+        default=0.5,
+        metadata=_help("α of alpha_divergence, as in TRL: f'(u) = (u^(α−1) − 1)/(α − 1). The paper's α is 1 − this."),
+    )
     ld_alpha: float | None = field(
         default=None,
         metadata=_help(

@@ -277,11 +277,11 @@ def test_real_lists_train(tmp_path):
     settings = {"train_dataset": Dataset.from_list(rows), "processing_class": tiny_tokenizer()}
     trainer = make_trainer(tmp_path, LONG(), loss_type="lipo", **settings)
     trainer.train()
-    # All equal at first, so the model's ranks are the order of the responses: the four-way tie compares nothing.
+    # All rewards are equal at first, so two responses are at any two places: the mean over the 12. The four-way tie of
+    # scores compares nothing.
     gains, discounts = 2 ** (np.array([2.5, 2.5, 0.5, 0.5]) / 3), 1 / np.log(np.arange(2, 6))
-    expected = sum(
-        abs(gains[i] - gains[j]) * abs(discounts[i] - discounts[j]) * math.log(2) for i in (0, 1) for j in (2, 3)
-    )
+    apart = np.abs(discounts[:, None] - discounts).sum() / 12
+    expected = sum((gains[i] - gains[j]) * apart * math.log(2) for i in (0, 1) for j in (2, 3))
     assert logged(trainer, "loss")[0] == pytest.approx(expected / 2, rel=1e-5)
 
 

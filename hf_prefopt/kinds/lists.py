@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hf_prefopt.kinds.kind import WEIGHT, ExampleKind, Metric, row_numbers
@@ -53,30 +54,26 @@ class Lists(ExampleKind):
         }
 
     def metrics(self, rewards: Tensor | None, inputs: Mapping[str, Tensor]) -> dict[str, Metric]:
-        """The best by the data: its reward, how often it has the highest one (a tie of n counts 1/n), by how much it
-        is above the mean of the others."""
+        """The best by the data, or the mean of several equally good ones: the reward, how often it has the highest one
+        (a tie of n counts 1/n), by how much it is above the mean of the others, where there are any."""
         mask = inputs["list_mask"]
         best = best_of(inputs["list_ranks"], mask)
-
-        def of_best(values: Tensor) -> Tensor:
-            return values.gather(1, best)[:, 0]
-
-        metrics = {"logps/best": of_best(inputs["policy_list_logps"])}
+        metrics = {"logps/best": Metric(mean_of(inputs["policy_list_logps"], best))}
         if rewards is not None:
             rewards = rewards[:, : mask.shape[1]]
             highest = rewards.masked_fill(~mask, -torch.inf).amax(dim=1, keepdim=True)
-            at_top = (rewards == highest) & mask
-            others = (rewards * mask).sum(1) - of_best(rewards)
+            at_top, others = (rewards == highest) & mask, mask & ~best
             metrics |= {
-                "rewards/best": of_best(rewards),
-                "rewards/accuracies": of_best(at_top.float()) / at_top.sum(1),
-                "rewards/margins": of_best(rewards) - others / (mask.sum(1) - 1).clamp(min=1),
+                "rewards/best": Metric(mean_of(rewards, best)),
+                "rewards/accuracies": Metric(mean_of(best.to(rewards.dtype), at_top)),
+                "rewards/margins": Metric(mean_of(rewards, best) - mean_of(rewards, others), others.any(1)),
             }
-        return {name: Metric(values) for name, values in metrics.items()}
+        return metrics
 
     def preferred(self, shown: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
         """1 for the best of each list."""
-        return torch.zeros_like(shown).scatter(1, best_of(inputs["list_ranks"], inputs["list_mask"]), 1.0)
+        best = best_of(inputs["list_ranks"], inputs["list_mask"]).to(shown)
+        return F.pad(best, (0, shown.shape[1] - best.shape[1]))
 
     def refusal(self, row: Mapping[str, Any], inputs: Sequence[str]) -> str | None:
         """Scores cannot be made of ranks."""
@@ -86,8 +83,14 @@ class Lists(ExampleKind):
 
 
 def best_of(ranks: Tensor, mask: Tensor) -> Tensor:
-    """`[B, 1]` int64: the first of the responses of the smallest rank."""
-    return ranks.masked_fill(~mask, torch.inf).argmin(dim=1, keepdim=True)
+    """`[B, K]` bool: the responses of the smallest rank, of which there may be several."""
+    ranks = ranks.masked_fill(~mask, torch.inf)
+    return (ranks == ranks.amin(dim=1, keepdim=True)) & mask
+
+
+def mean_of(values: Tensor, chosen: Tensor) -> Tensor:
+    """`[B]`: the mean over the chosen responses of each list, 0 where none is chosen."""
+    return torch.where(chosen, values, 0.0).sum(1) / chosen.sum(1).clamp(min=1)
 
 
 def _padded(lists: Sequence[Any], dtype: Any) -> np.ndarray:

@@ -67,7 +67,8 @@ def orpo_loss(
     """NLL(y_w) + β·ℓ(log-odds_w − log-odds_l), log-odds = s̄ − log(1 − e^s̄).
 
     Odds-ratio preference optimization, eq. 6 and 7; β is the paper's λ. The odds are of the geometric mean
-    probability of a token; log(1 − e^s̄) is computed so that a likely response costs no precision.
+    probability of a token; log(1 − e^s̄) is computed so that a likely response costs no precision. The NLL is of the
+    response, as in the paper; the authors' code and TRL's ORPOTrainer take it over prompt and response.
     The implicit reward is β·s̄.
 
     Use it to align a base model in one stage, without a fine-tuned one before and without a reference.

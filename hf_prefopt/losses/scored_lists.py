@@ -137,7 +137,8 @@ def lipo_loss(
     """Σ_{R_i > R_j} Δ_ij ℓ(β(r_i − r_j)), Δ_ij = |2^R_i − 2^R_j|·|1/log(1+τ_i) − 1/log(1+τ_j)|, τ the rank by βr.
 
     LiPO-λ, eq. 8: pairs whose exchange would change the DCG of the policy's own ranking most count most. Δ is not
-    differentiated. Scores are gains and meant to be in [0, 1]; the trainer refuses data with others.
+    differentiated. Where rewards are equal, as all are before the first step, it is the mean of Δ over the orders that
+    they may stand in. Scores are gains and meant to be in [0, 1]; the trainer refuses data with others.
 
     Use it on lists of four or more scored responses where the top of the ranking matters most.
 
@@ -152,13 +153,29 @@ def lipo_loss(
     check_positive(beta=beta)
     rewards = _checked_rewards(policy_list_logps, ref_list_logps, list_scores, list_mask, beta)
     scores = _stretched(list_scores, list_mask) if normalize_scores else list_scores
-    order = rewards.detach().masked_fill(~list_mask, -torch.inf).argsort(dim=1, descending=True, stable=True)
-    rank = (order.argsort(dim=1) + 1).to(rewards.dtype)
-    gains, discounts = torch.exp2(scores), 1 / torch.log1p(rank)
     better = (scores[:, :, None] > scores[:, None, :]) & list_mask[:, :, None] & list_mask[:, None, :]
-    weights = (_differences(gains) * _differences(discounts)).abs() * better
+    discounts_apart = _discounts_apart(rewards.detach().masked_fill(~list_mask, -torch.inf))
+    weights = _differences(torch.exp2(scores)).abs() * discounts_apart * better
     losses = -F.logsigmoid(_differences(rewards)) * weights.to(rewards.dtype)
     return LossOutput(losses.sum((1, 2)), rewards.detach())
+
+
+def _discounts_apart(rewards: Tensor) -> Tensor:
+    """`[B, K, K]`: the mean of |1/log(1+τ_i) − 1/log(1+τ_j)| over all orders τ by these rewards, largest first.
+
+    n equal rewards share n places. One of them is at each place equally often, and two of them at each pair of places.
+    """
+    place = torch.arange(1, rewards.shape[1] + 1, device=rewards.device, dtype=rewards.dtype)
+    discounts = 1 / torch.log1p(place)
+    equal = rewards[:, :, None] == rewards[:, None, :]
+    ahead, count = (rewards[:, :, None] < rewards[:, None, :]).sum(2), equal.sum(2)
+    # [b, i, p]: the share of orders in which response i is at place p.
+    at_place = (place > ahead[..., None]) & (place <= (ahead + count)[..., None])
+    shares = at_place.to(rewards.dtype) / count[..., None]
+    means = shares @ discounts
+    among_equal = torch.einsum("bip,bjq,pq->bij", shares, shares, (discounts[:, None] - discounts).abs())
+    among_equal = among_equal * count[..., None] / (count[..., None] - 1).clamp(min=1)  # two are never at one place
+    return torch.where(equal, among_equal, (means[:, :, None] - means[:, None, :]).abs())
 
 
 def _differences(values: Tensor) -> Tensor:

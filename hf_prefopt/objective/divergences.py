@@ -60,8 +60,9 @@ class FDivergence(Modifier):
     """Replaces every log-ratio r of a loss by f′; the loss must depend on log-probs through log-ratios alone.
 
     A trial on made-up numbers decides whether it does, so that users' losses need no declaration: the value must stay
-    when policy and reference move together. The divergence's normalizer, a constant of the prompt, cancels in the
-    difference of two responses; losses of single responses leave it out, as they do under the reverse KL.
+    when policy and reference move together. It must also stay when all responses to a prompt move alike, in sums or per
+    token: the reward is f′ up to the divergence's normalizer, a constant of the prompt, which cancels in differences of
+    responses alone. So losses that read responses one by one are refused, as in TRL.
     """
 
     divergence: str
@@ -83,6 +84,8 @@ class FDivergence(Modifier):
             return "it has a divergence of its own"
         if not _is_of_log_ratios(term):
             return "it also depends on log-probs other than through the log-ratios that the divergence replaces"
+        if not _is_of_differences(term):
+            return "it reads responses one by one, and the divergence's normalizer cancels in their differences alone"
         return None
 
     def reads(self, names: Names) -> Names:
@@ -98,17 +101,44 @@ class FDivergence(Modifier):
 
 def _is_of_log_ratios(term: Term) -> bool:
     """Whether the losses of made-up examples stay the same when policy and reference log-probs move together."""
-    generator = torch.Generator().manual_seed(0)
-
-    def noise(tensor: Tensor) -> Tensor:
-        return 3 * torch.rand(tensor.shape, generator=generator, dtype=torch.float64)
-
-    inputs = made_up_examples(term.names, count=8, dtype=torch.float64)
-    inputs |= {name: x - noise(x) for name, x in inputs.items() if is_sum(name)}
+    inputs, noise = _varied_examples(term)
     moved = dict(inputs)
     for policy, reference in policy_and_reference(term.names):
-        shift = noise(inputs[policy])
+        shift = noise(inputs[policy].shape)
         moved |= {policy: inputs[policy] + shift, reference: inputs[reference] + shift}
+    return _gives_the_same(term, inputs, moved)
+
+
+def _is_of_differences(term: Term) -> bool:
+    """Whether they stay the same when the log-ratios of an example's responses move alike, as sums or per token."""
+    inputs, noise = _varied_examples(term)
+    of_example = noise((len(next(iter(inputs.values()))),))
+    policies = [policy for policy, _ in policy_and_reference(term.names)]
+
+    def moved(per_token: bool) -> Inputs:
+        shifts = {name: of_example.view(-1, *[1] * (inputs[name].dim() - 1)) for name in policies}
+        lengths = {name: inputs.get(_lengths_of(name), torch.tensor(1.0)) if per_token else 1.0 for name in policies}
+        return {**inputs, **{name: inputs[name] + shifts[name] * lengths[name] for name in policies}}
+
+    return any(_gives_the_same(term, inputs, moved(per_token)) for per_token in (False, True))
+
+
+def _lengths_of(policy: str) -> str:
+    return policy.removeprefix("policy_").removesuffix("logps") + "lengths"
+
+
+def _varied_examples(term: Term) -> tuple[Inputs, Callable[[torch.Size | tuple[int, ...]], Tensor]]:
+    """Made-up inputs whose sums differ, and random numbers from 0 to 3 of any shape, the same in each trial."""
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(shape: torch.Size | tuple[int, ...]) -> Tensor:
+        return 3 * torch.rand(shape, generator=generator, dtype=torch.float64)
+
+    inputs = made_up_examples(term.names, count=8, dtype=torch.float64)
+    return {**inputs, **{name: x - noise(x.shape) for name, x in inputs.items() if is_sum(name)}}, noise
+
+
+def _gives_the_same(term: Term, inputs: Inputs, moved: Inputs) -> bool:
     state = {name: torch.tensor(x, dtype=torch.float64) for name, x in term.initial_state.items()}
     before, after = (term(given, {"state": state}).losses for given in (inputs, moved))
     return torch.allclose(before, after, rtol=1e-9, atol=1e-9)

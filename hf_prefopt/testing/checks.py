@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from hf_prefopt.kinds import LISTS, PAIRS, TRIPLES, UNPAIRED
+from hf_prefopt.kinds.lists import best_of
 from hf_prefopt.kinds.made_up import made_up_inputs
 from hf_prefopt.losses.base import LossOutput
 from hf_prefopt.losses.registry import LossSpec, get_loss
@@ -115,12 +116,9 @@ def check_preferred_direction(name: str, **params: Any) -> None:
     elif kind is UNPAIRED:
         preferred, other = found[inputs["labels"]], found[~inputs["labels"]]
     else:
-        by_rank = inputs["list_ranks"].masked_fill(~inputs["list_mask"], torch.inf)
-        last = inputs["list_ranks"].masked_fill(~inputs["list_mask"], -torch.inf).argmax(1, keepdim=True)
-        found = found.view_as(by_rank)
-        preferred, other = found.gather(1, by_rank.argmin(1, keepdim=True)), found.gather(1, last)
-        differ = by_rank.amin(1) < inputs["list_ranks"].gather(1, last)[:, 0]  # a list of one has no worst response
-        preferred, other = preferred[differ], other[differ]
+        best, worst = (best_of(sign * inputs["list_ranks"], inputs["list_mask"]) for sign in (1, -1))
+        found = found.view_as(inputs["list_ranks"])
+        preferred, other = found[best & ~worst], found[worst & ~best]
     assert (preferred <= 0).all() and (other >= 0).all()
 
 
@@ -208,14 +206,27 @@ def check_list_padding(name: str, **params: Any) -> None:
 
 @_check(lambda spec: spec.kind is LISTS)
 def check_list_order(name: str, **params: Any) -> None:
-    """Responses in another order, with their ranks and scores: the same losses, the rewards in that order."""
+    """Responses in another order, with their ranks and scores: the same losses, the rewards in that order.
+
+    Also of responses that are equally good, and where policy and reference are still the same.
+    """
     inputs = {key: x for key, x in made_up_inputs().items() if "list" in key}
-    order = torch.tensor([2, 0, 3, 1])
-    output = call(name, inputs, **params)
-    moved = call(name, {key: x[:, order] for key, x in inputs.items()}, **params)
-    torch.testing.assert_close(moved.losses, output.losses, rtol=1e-13, atol=0)
-    if output.rewards is not None:
-        torch.testing.assert_close(moved.rewards, output.rewards[:, order], rtol=1e-14, atol=0)
+    order = torch.tensor([3, 1, 0, 2])
+    for given in (inputs, {**inputs, "policy_list_logps": inputs["ref_list_logps"]}):
+        output = call(name, given, **params)
+        moved = call(name, {key: x[:, order] for key, x in given.items()}, **params)
+        torch.testing.assert_close(moved.losses, output.losses, rtol=1e-13, atol=0)
+        if output.rewards is not None:
+            torch.testing.assert_close(moved.rewards, output.rewards[:, order], rtol=1e-14, atol=0)
+
+
+@_check(lambda spec: spec.kind is LISTS and "list_ranks" in spec.inputs)
+def check_list_ties(name: str, **params: Any) -> None:
+    """Where all are equally good, no response is pushed down."""
+    inputs = with_gradients({key: x for key, x in made_up_inputs().items() if "list" in key})
+    call(name, {**inputs, "list_ranks": torch.ones_like(inputs["list_ranks"])}, **params).losses.sum().backward()
+    found = inputs["policy_list_logps"].grad
+    assert found is None or (found <= 0).all()
 
 
 @_check(lambda spec: any("token" in name for name in spec.inputs))

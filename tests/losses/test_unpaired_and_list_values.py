@@ -105,11 +105,51 @@ def test_lists_of_two_are_pairs(lists, pair):
     torch.testing.assert_close(by_log_ratios(lists, r_w, r_l, beta=0.3).losses, expected)
 
 
+def ranked(name, log_ratios, ranks):
+    """The loss of one list by its ranks, every response of one token, with the hyperparameters of 1 that it takes."""
+    spec, values = get_loss(name), torch.tensor([log_ratios]).double()
+    given = {
+        "policy_list_logps": values,
+        "ref_list_logps": torch.zeros_like(values),
+        "list_lengths": torch.ones_like(values),
+        "list_ranks": ranks,
+        "list_mask": torch.ones_like(values, dtype=torch.bool),
+    }
+    settings = {"beta": 1.0} if "beta" in spec.defaults else {}
+    return spec(**{key: given[key] for key in spec.inputs}, **settings).losses.item()
+
+
 def test_lists_of_equal_responses_by_hand():
     """Three equal responses: 3! orders are equally likely, log 6; the best one of three, log 3. InfoNCA's and NCA's
     scores (1, ½, 0) put all weight on the best: log 3, and log 2 + log 2."""
     expected = {"plackett_luce": math.log(6), "s_dpo": math.log(3), "infonca": math.log(3), "nca": 2 * math.log(2)}
     assert {name: listed(name, (0, 0, 0)) for name in expected} == pytest.approx(expected)
+
+
+def test_equally_good_responses_by_hand():
+    """Two best responses of log-ratios 0 and 1 before a worse one of 2, at β = 1: each best one is compared with the
+    worse one alone. log-probs per token are the log-ratios, so the NLL of the best is −½."""
+    ranks = torch.tensor([[1.0, 1.0, 3.0]]).double()
+    against_worst = [-math.log(sigmoid(0 - 2)), -math.log(sigmoid(1 - 2))]
+    expected = {
+        "plackett_luce": sum(against_worst),
+        "s_dpo": sum(against_worst) / 2,
+        "rrhf": (2 - 0) + (2 - 1) - 0.5,
+        "sft_lists": -0.5,
+    }
+    found = {name: ranked(name, (0, 1, 2), ranks) for name in expected}
+    assert found == pytest.approx(expected)
+
+
+def test_lipo_before_the_first_step_is_the_mean_over_all_orders():
+    """All rewards are 0, gains 2, 1.5 and 1: each pair has the mean of |D_p − D_q| over places, times log 2."""
+    discounts = [1 / math.log(1 + place) for place in (1, 2, 3)]
+    apart = sum(abs(a - b) for a in discounts for b in discounts) / 6
+    scores = torch.tensor([[math.log2(2.0), math.log2(1.5), 0.0]]).double()
+    zero, mask = torch.zeros(1, 3).double(), torch.ones(1, 3, dtype=torch.bool)
+    given = {"policy_list_logps": zero, "ref_list_logps": zero, "list_scores": scores, "list_mask": mask}
+    loss = get_loss("lipo")(**given, beta=1.0).losses
+    assert loss.item() == pytest.approx((0.5 + 1.0 + 0.5) * apart * math.log(2))
 
 
 def test_exo_vanishes_where_the_policy_is_the_target():

@@ -39,8 +39,12 @@ OF_SINGLE_RESPONSES = {"apo_zero_unpaired", "bco", "kto", "npo", "sft_unpaired"}
 OF_LISTS = {"exo_rw", "infonca", "lipo", "nca", "plackett_luce", "rrhf", "s_dpo", "sft_lists"}
 OF_KL = {"tdpo1", "tdpo2"}
 OF_TRIPLES = {"tpo", "tpo_l"}
+ONE_BY_ONE = {
+    *("aot_unpaired", "apo_down", "apo_zero", "apo_zero_unpaired", "bco", "bco_pair", "cal_dpo", "dpo_shift", "dpop"),
+    *("kto", "kto_pair", "nca", "nca_pair", "npo", "sppo", "sppo_hard"),
+}
 REFUSED = {
-    "f_divergence": REFERENCE_FREE | OF_TOKENS | OF_KL | {"alpha_dpo", "aot", "chi_po"},
+    "f_divergence": REFERENCE_FREE | OF_TOKENS | OF_KL | ONE_BY_ONE | {"alpha_dpo", "aot", "chi_po"},
     "ld_alpha": OF_TOKENS | OF_KL | OF_SINGLE_RESPONSES | OF_LISTS | OF_TRIPLES | {"sft"},
     "ld_policy_only": OF_TOKENS | OF_KL | OF_SINGLE_RESPONSES | OF_LISTS | OF_TRIPLES | {"sft"},
     "humanline": REFERENCE_FREE | OF_TOKENS | OF_KL | OF_LISTS,
@@ -63,6 +67,11 @@ def inputs_of_tokens():
 
 def modified(name, modifier, inputs, **params):
     return build_objective([name], shared_params=params, modifiers=[modifier])(inputs)
+
+
+def test_a_divergence_leaves_a_normalizer_in_losses_that_read_responses_one_by_one():
+    with pytest.raises(ValueError, match="apo_zero cannot be modified so: it reads responses one by one"):
+        build_objective(["apo_zero"], modifiers=[FDivergence("js")])
 
 
 @pytest.mark.parametrize(("name", "modifier"), COMBINATIONS)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from hf_prefopt.kinds import LISTS
 from hf_prefopt.objective.build import build_objective
 from hf_prefopt.reporting.metrics import Evaluation, TrainingRecord
 
@@ -88,3 +89,22 @@ def test_a_loss_that_is_not_finite_stops_the_run_at_the_next_check():
     with pytest.raises(FloatingPointError, match=r"step 2: .* row 2"):
         record.check(accelerator)
     record.check(accelerator)  # said once
+
+
+def test_equally_good_responses_are_averaged_in_the_metrics_of_lists():
+    """Ranks (1, 1, 3), rewards (1, 3, 2): the best ones' mean is 2, the other's 2, and one of the best is at the top.
+    All of one rank, rewards (1, 1, 0): two tied at the top, both among the best, and nobody to be above."""
+    inputs = {
+        "list_mask": torch.tensor([[True] * 3] * 2),
+        "list_ranks": torch.tensor([[1.0, 1.0, 3.0], [1.0, 1.0, 1.0]]),
+        "policy_list_logps": torch.tensor([[-4.0, -2.0, -9.0], [-1.0, -2.0, -3.0]]),
+    }
+    found = LISTS.metrics(torch.tensor([[1.0, 3.0, 2.0], [1.0, 1.0, 0.0]]), inputs)
+    assert {name: metric.values.tolist() for name, metric in found.items()} == {
+        "logps/best": [-3.0, -2.0],
+        "rewards/best": [2.0, pytest.approx(2 / 3)],
+        "rewards/accuracies": [1.0, 1.0],
+        "rewards/margins": [0.0, pytest.approx(2 / 3)],
+    }
+    assert found["rewards/margins"].counted.tolist() == [True, False]
+    assert LISTS.preferred(torch.zeros(2, 4), inputs).tolist() == [[1, 1, 0, 0], [1, 1, 1, 0]]

@@ -1,5 +1,7 @@
 """Losses of lists, one list at a time: policy S, reference RS, lengths N, ranks K or scores R; M: no padding."""
 
+import itertools
+
 import numpy as np
 
 from tests.losses.numpy_reference.basics import nll, sigmoid
@@ -19,12 +21,11 @@ def _softmax(x):
 
 
 def plackett_luce(S, RS, K, M, beta=0.1):
-    """2305.18290 appendix A.3: −log Π_k exp(βr_(k)) / Σ_{j≥k} exp(βr_(j))."""
+    """2305.18290 appendix A.3: −log Π_k exp(βr_(k)) / Σ_{j≥k} exp(βr_(j)), without the terms of equal ranks."""
 
     def of(s, rs, ranks):
-        r = beta * (s - rs)
-        e = np.exp(r[np.argsort(ranks, kind="stable")])
-        return -sum(np.log(e[k] / e[k:].sum()) for k in range(len(e))), r
+        e = np.exp(beta * (s - rs))
+        return -sum(np.log(e[k] / (e[k] + e[ranks > ranks[k]].sum())) for k in range(len(e))), beta * (s - rs)
 
     return _of_each_list(of, M, S, RS, K)
 
@@ -34,8 +35,9 @@ def s_dpo(S, RS, K, M, beta=1.0):
 
     def of(s, rs, ranks):
         r = beta * (s - rs)
-        w = np.argmin(ranks)
-        return nll(-np.log(np.exp(np.delete(r, w) - r[w]).sum())), r
+        e_worse = np.exp(r[ranks > ranks.min()]).sum()
+        best = [sigmoid(-np.log(e_worse / np.exp(x))) if e_worse else 1.0 for x in r[ranks == ranks.min()]]
+        return -np.mean(np.log(best)), r
 
     return _of_each_list(of, M, S, RS, K)
 
@@ -46,7 +48,7 @@ def rrhf(S, N, K, M, sft_coef=1.0):
     def of(s, n, ranks):
         p = s / n
         pairs = [(i, j) for i in range(len(p)) for j in range(len(p)) if ranks[i] > ranks[j]]
-        return sum(max(0.0, p[i] - p[j]) for i, j in pairs) - sft_coef * p[np.argmin(ranks)], p
+        return sum(max(0.0, p[i] - p[j]) for i, j in pairs) - sft_coef * p[ranks == ranks.min()].mean(), p
 
     return _of_each_list(of, M, S, N, K)
 
@@ -82,24 +84,27 @@ def exo_rw(S, RS, R, M, beta=1.0, tau=1.0):
 
 
 def lipo(S, RS, R, M, beta=0.05, normalize_scores=False):
-    """2402.01878 eq. 8 to 10: gains 2^ψ − 1, discounts log(1 + τ), τ the place by the policy's own score."""
+    """2402.01878 eq. 8 to 10: gains 2^ψ − 1, discounts log(1 + τ), τ the place by the policy's own score; where those
+    are equal, the mean over all orders that they allow."""
 
     def of(s, rs, scores):
         r = beta * (s - rs)
         psi = (scores - scores.min()) / (scores.max() - scores.min()) if normalize_scores else scores
-        tau = 1 + np.array([(r > x).sum() for x in r])
+        orders = [o for o in itertools.permutations(range(len(r))) if (np.diff(r[list(o)]) <= 0).all()]
         total = 0.0
-        for i in range(len(r)):
-            for j in range(len(r)):
-                if psi[i] > psi[j]:
-                    delta = abs(2 ** psi[i] - 2 ** psi[j]) * abs(1 / np.log(1 + tau[i]) - 1 / np.log(1 + tau[j]))
-                    total += -delta * np.log(sigmoid(r[i] - r[j]))
+        for order in orders:
+            tau = 1 + np.argsort(order)
+            for i in range(len(r)):
+                for j in range(len(r)):
+                    if psi[i] > psi[j]:
+                        delta = abs(2 ** psi[i] - 2 ** psi[j]) * abs(1 / np.log(1 + tau[i]) - 1 / np.log(1 + tau[j]))
+                        total += -delta * np.log(sigmoid(r[i] - r[j])) / len(orders)
         return total, r
 
     return _of_each_list(of, M, S, RS, R)
 
 
 def sft_lists(S, N, K, M):
-    """The negative log-likelihood per token of the response of the smallest rank."""
-    losses, _ = _of_each_list(lambda s, n, ranks: (-(s / n)[np.argmin(ranks)], s), M, S, N, K)
+    """The negative log-likelihood per token of the responses of the smallest rank."""
+    losses, _ = _of_each_list(lambda s, n, ranks: (-(s / n)[ranks == ranks.min()].mean(), s), M, S, N, K)
     return losses, None
