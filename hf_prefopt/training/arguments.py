@@ -39,6 +39,15 @@ def check_types(args: Any, ref_model: Any, peft_config: Any = None, processing_c
         )
 
 
+def check_order(args: PreferenceConfig, train_dataset: Any) -> None:
+    """Raise `ValueError` if the rows of a stream, which come as they come, are to be drawn by their prompts."""
+    if args.group_by_prompt and isinstance(train_dataset, IterableDataset):
+        raise ValueError(
+            "group_by_prompt=True draws rows from the whole data set, and a stream gives them in its own order: set it "
+            "to False, or load the data set without streaming"
+        )
+
+
 def check_data(dataset: Any, name: str) -> None:
     """Raise `ValueError` unless this is a data set with rows; for evaluation it may be several by name.
 
