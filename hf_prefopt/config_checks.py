@@ -1,14 +1,30 @@
 """Checks of the settings, at construction and whenever they are changed: each error names the field and what to do."""
 
 import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from hf_prefopt.objective.divergences import ALIASES
 from hf_prefopt.objective.objective import Objective
 
 REFERENCES = ("auto", "adapter_off", "adapter:<name>", "model", "copy", "cache", "none")
 TRUNCATION_MODES = ("keep_start", "keep_end")
 BAD_ROWS = ("error", "drop")
 LAYOUTS = ("auto", "shared", "padded")
+# Settings that are read where another one is on: what that is, and whether it is.
+READ_WITH: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
+    "f_alpha_divergence_coef": (
+        "f_divergence_type='alpha_divergence'",
+        lambda args: ALIASES.get(args.f_divergence_type, args.f_divergence_type) == "alpha_divergence",
+    ),
+    "humanline_log_eps_p": ("humanline=True", lambda args: args.humanline),
+    "humanline_log_eps_r": ("humanline=True", lambda args: args.humanline),
+    "reference_cache_dir": ("precompute_ref_log_probs=True", lambda args: args.precompute_ref_log_probs),
+    "ref_model_mixup_alpha": ("sync_ref_model=True", lambda args: args.sync_ref_model),
+    "ref_model_sync_steps": ("sync_ref_model=True", lambda args: args.sync_ref_model),
+    "truncation_mode": ("a max_length", lambda args: args.max_length is not None),
+    "pad_to_multiple_of": ("layout='padded' (or 'auto')", lambda args: args.layout != "shared"),
+}
 
 
 def check_values(args: Any) -> None:
@@ -32,6 +48,14 @@ def check_values(args: Any) -> None:
         raise ValueError(f"max_length={args.max_length} leaves no room for a prompt and a response token")
     if args.pad_to_multiple_of is not None and args.pad_to_multiple_of < 1:
         raise ValueError(f"pad_to_multiple_of={args.pad_to_multiple_of} must be at least 1, or None for no rounding")
+    _refuse_unread(args)
+
+
+def _refuse_unread(args: Any) -> None:
+    for name, (feature, is_on) in READ_WITH.items():
+        value, default = getattr(args, name), type(args).__dataclass_fields__[name].default
+        if value != default and not is_on(args):
+            raise ValueError(f"{name}={value!r} is only used with {feature}: set that, or leave {name} out")
 
 
 def check_reference_settings(args: Any, objective: Objective) -> None:
@@ -46,11 +70,6 @@ def check_reference_settings(args: Any, objective: Objective) -> None:
         )
     if args.sync_ref_model:
         _check_moving(args, objective, losses)
-        return
-    for name in ("ref_model_mixup_alpha", "ref_model_sync_steps"):
-        value, default = getattr(args, name), type(args).__dataclass_fields__[name].default
-        if value != default:
-            raise ValueError(f"{name}={value} is only used with sync_ref_model=True")
 
 
 def _check_moving(args: Any, objective: Objective, losses: str) -> None:

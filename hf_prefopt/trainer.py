@@ -34,7 +34,7 @@ from hf_prefopt.reporting.preview import print_preview
 from hf_prefopt.reporting.run_facts import card_facts
 from hf_prefopt.reporting.start_summary import StartSummary, data_text, loss_texts
 from hf_prefopt.scoring.modes import adapter_casts_off
-from hf_prefopt.training.arguments import check_arguments, check_order, check_types, refuse_data_parallel
+from hf_prefopt.training.arguments import check_arguments, check_loading, check_order, check_types, refuse_data_parallel
 from hf_prefopt.training.checkpoints import begin_checkpoint, checkpoint_to_resume, keep_losses, restore_losses
 from hf_prefopt.training.engines import keep_output_precision, unwrapped_after_evaluation
 from hf_prefopt.training.global_batch import GlobalBatch, gather_examples
@@ -106,6 +106,7 @@ class PreferenceTrainer(Trainer):
         check_types(args, ref_model, peft_config, processing_class)
         args = args or PreferenceConfig(output_dir="trainer_output")
         check_arguments(args, model or model_init, ref_model, data_collator, trainer_arguments)
+        check_loading(args, (model, ref_model), quantization_config, processing_class)
         check_order(args, train_dataset)
         name = os.fspath(model) if isinstance(model, str | os.PathLike) else None
         needs_reference = args.build_objective().needs_reference_model

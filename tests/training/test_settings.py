@@ -138,7 +138,8 @@ LATE = {
 
 @pytest.mark.parametrize("name", LATE)
 def test_a_setting_that_comes_too_late_is_refused(name, tmp_path):
-    trainer = trainer_for(tmp_path)
+    cached = {"precompute_ref_log_probs": True, "reference_cache_dir": str(tmp_path / "cache")}
+    trainer = trainer_for(tmp_path / "run", **(cached if name == "reference_cache_dir" else {}))
     with pytest.raises(ValueError, match=f"{name}=.* comes too late: .* make a trainer for each value"):
         search(trainer, [{name: LATE[name]}])
     assert getattr(trainer.args, name) != LATE[name]
