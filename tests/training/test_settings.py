@@ -39,7 +39,7 @@ SEARCHES = {
     "f_alpha_divergence_coef": ([0.3, 0.8], ALPHA),
     "ld_alpha": ([None, 0.3, None, 1], {}),
     "ld_policy_only": ([False, True], LD),
-    "humanline": ([False, True], {**HUMANLINE, "humanline": False}),
+    "humanline": ([False, True], {"reference": "adapter_off"}),
     "humanline_log_eps_p": ([-0.01, -0.5], HUMANLINE),
     "humanline_log_eps_r": ([0.01, 0.5], HUMANLINE),
     "use_token_weights": ([False, True], {"loss_type": "dpo"}),
