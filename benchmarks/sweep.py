@@ -56,7 +56,7 @@ def command_line(*arguments: str) -> Iterator[None]:
 
 def run(loss: str, layers: int, steps: int, pairs: int) -> Run:
     """A few steps of a loss by its own file."""
-    from common import load_pairs, loading_arguments, parse_arguments
+    from common import load_pairs, parse_arguments
 
     with tempfile.TemporaryDirectory() as folder:
         small = {
@@ -68,9 +68,9 @@ def run(loss: str, layers: int, steps: int, pairs: int) -> Run:
         }
         options = [part for name, value in small.items() for part in (f"--{name}", str(value))]
         with command_line("--config", f"recipes/configs/{loss}.yaml", *options, "--eval_strategy", "no"):
-            script, training, model, recipe = parse_arguments()
+            script, training, model, recipe = parse_arguments(adapter=True)
         training.eval_on_start, training.disable_tqdm = False, True
-        training.model_init_kwargs = {**loading_arguments(model), "num_hidden_layers": layers}
+        training.model_init_kwargs = {**training.model_init_kwargs, "num_hidden_layers": layers}
         rows, _ = load_pairs(script, recipe, training)
         trainer = PreferenceTrainer(
             model.model_name_or_path, args=training, train_dataset=rows, peft_config=get_peft_config(model)

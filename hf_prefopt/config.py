@@ -8,14 +8,9 @@ import torch
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
-from hf_prefopt.config_checks import (
-    REFERENCES,
-    check_reference_settings,
-    check_trainer_settings,
-    check_values,
-    without_fused_head,
-)
+from hf_prefopt.config_checks import REFERENCES, check_reference_settings, check_values
 from hf_prefopt.config_docs import documented
+from hf_prefopt.config_trainer import check_trainer_settings, greater_is_better, without_fused_head
 from hf_prefopt.kinds import UNPAIRED, ExampleKind
 from hf_prefopt.objective.build import build_objective
 from hf_prefopt.objective.divergences import DIVERGENCES, FDivergence
@@ -215,6 +210,7 @@ class PreferenceConfig(TrainingArguments):
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         if self.bf16 is None:
             self.bf16 = not self.fp16 and _is_fast_in_bf16(self.use_cpu)
+        self.greater_is_better = greater_is_better(self.metric_for_best_model, self.greater_is_better)
         super().__post_init__()
         if self.use_liger_kernel:
             self.liger_kernel_config = without_fused_head(self.liger_kernel_config or {})

@@ -1,14 +1,30 @@
 """Checks of the settings, at construction and whenever they are changed: each error names the field and what to do."""
 
 import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from hf_prefopt.objective.divergences import ALIASES
 from hf_prefopt.objective.objective import Objective
 
 REFERENCES = ("auto", "adapter_off", "adapter:<name>", "model", "copy", "cache", "none")
 TRUNCATION_MODES = ("keep_start", "keep_end")
 BAD_ROWS = ("error", "drop")
 LAYOUTS = ("auto", "shared", "padded")
+# Settings that are read where another one is on: what that is, and whether it is.
+READ_WITH: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
+    "f_alpha_divergence_coef": (
+        "f_divergence_type='alpha_divergence'",
+        lambda args: ALIASES.get(args.f_divergence_type, args.f_divergence_type) == "alpha_divergence",
+    ),
+    "humanline_log_eps_p": ("humanline=True", lambda args: args.humanline),
+    "humanline_log_eps_r": ("humanline=True", lambda args: args.humanline),
+    "reference_cache_dir": ("precompute_ref_log_probs=True", lambda args: args.precompute_ref_log_probs),
+    "ref_model_mixup_alpha": ("sync_ref_model=True", lambda args: args.sync_ref_model),
+    "ref_model_sync_steps": ("sync_ref_model=True", lambda args: args.sync_ref_model),
+    "truncation_mode": ("a max_length", lambda args: args.max_length is not None),
+    "pad_to_multiple_of": ("layout='padded' (or 'auto')", lambda args: args.layout != "shared"),
+}
 
 
 def check_values(args: Any) -> None:
@@ -32,47 +48,14 @@ def check_values(args: Any) -> None:
         raise ValueError(f"max_length={args.max_length} leaves no room for a prompt and a response token")
     if args.pad_to_multiple_of is not None and args.pad_to_multiple_of < 1:
         raise ValueError(f"pad_to_multiple_of={args.pad_to_multiple_of} must be at least 1, or None for no rounding")
+    _refuse_unread(args)
 
 
-def check_trainer_settings(args: Any) -> None:
-    """Raise `ValueError` if a preference step cannot honor a setting of the Trainer or of accelerate."""
-    if args.label_smoothing_factor:
-        raise ValueError(
-            f"label_smoothing_factor={args.label_smoothing_factor} is of the Trainer's cross-entropy, which is not "
-            "computed here: set label_smoothing, which losses of preferences take"
-        )
-    if args.parallelism_config and (args.parallelism_config.sp_enabled or args.parallelism_config.cp_enabled):
-        raise ValueError(
-            "parallelism_config cuts sequences (sp_size or cp_size above 1), but scored tokens are found by their "
-            "place in the whole row: leave it at 1; activation checkpointing and max_tokens_per_batch save memory"
-        )
-    if args.eval_use_gather_object:
-        raise ValueError("eval_use_gather_object=True has no effect: predictions are tensors of examples; leave it out")
-    if "inputs" in args.include_for_metrics:
-        raise ValueError(
-            "include_for_metrics: 'inputs' are rows of the layout here, which do not match predictions: leave it out; "
-            "predictions are in the order of the data set's rows"
-        )
-    if args.accelerator_config.dispatch_batches:
-        raise ValueError("accelerator_config.dispatch_batches=True would cut batches whose tensors differ in length")
-    _refuse_uneven_batches(args.accelerator_config, args.world_size)
-    # Left to itself, accelerate dispatches, and so cuts, the batches of streams.
-    args.accelerator_config.dispatch_batches = False
-
-
-def _refuse_uneven_batches(settings: Any, world_size: int) -> None:
-    """Several ranks must draw the rows that are counted, and equally many batches."""
-    if world_size > 1 and settings.split_batches:
-        raise ValueError(
-            "accelerator_config.split_batches=True splits a batch among the ranks, and rows that repeat at the end of "
-            "the data would count again: leave it out, and divide per_device_train_batch_size and "
-            f"per_device_eval_batch_size by the {world_size} ranks"
-        )
-    if world_size > 1 and not settings.even_batches:
-        raise ValueError(
-            "accelerator_config.even_batches=False gives ranks different numbers of batches, and those with more would "
-            "wait for the others forever: leave it out; rows that are repeated to even them out do not count"
-        )
+def _refuse_unread(args: Any) -> None:
+    for name, (feature, is_on) in READ_WITH.items():
+        value, default = getattr(args, name), type(args).__dataclass_fields__[name].default
+        if value != default and not is_on(args):
+            raise ValueError(f"{name}={value!r} is only used with {feature}: set that, or leave {name} out")
 
 
 def check_reference_settings(args: Any, objective: Objective) -> None:
@@ -87,11 +70,6 @@ def check_reference_settings(args: Any, objective: Objective) -> None:
         )
     if args.sync_ref_model:
         _check_moving(args, objective, losses)
-        return
-    for name in ("ref_model_mixup_alpha", "ref_model_sync_steps"):
-        value, default = getattr(args, name), type(args).__dataclass_fields__[name].default
-        if value != default:
-            raise ValueError(f"{name}={value} is only used with sync_ref_model=True")
 
 
 def _check_moving(args: Any, objective: Objective, losses: str) -> None:
@@ -111,20 +89,6 @@ def _check_moving(args: Any, objective: Objective, losses: str) -> None:
             f"sync_ref_model=True moves a frozen copy of what trains, and reference={args.reference!r} is not one: "
             "leave reference at 'auto'"
         )
-
-
-def without_fused_head(liger_kernel_config: dict[str, bool]) -> dict[str, bool]:
-    """Liger's kernels except the one that replaces the model's forward, in which log-probs are computed here.
-
-    Raises:
-        ValueError: it is asked for.
-    """
-    if liger_kernel_config.get("fused_linear_cross_entropy"):
-        raise ValueError(
-            "liger_kernel_config={'fused_linear_cross_entropy': True} replaces the model's forward, and the trainer "
-            "needs its own, which never holds all logits either: leave it out"
-        )
-    return {**liger_kernel_config, "fused_linear_cross_entropy": False}
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

@@ -5,6 +5,7 @@ A batch passes through `get_batch_samples`, `training_step` and `compute_loss`, 
 exact mean over its examples, `Evaluation` collects what an evaluation reports.
 """
 
+import logging
 import os
 from collections.abc import Callable
 from functools import partial
@@ -33,7 +34,7 @@ from hf_prefopt.reporting.preview import print_preview
 from hf_prefopt.reporting.run_facts import card_facts
 from hf_prefopt.reporting.start_summary import StartSummary, data_text, loss_texts
 from hf_prefopt.scoring.modes import adapter_casts_off
-from hf_prefopt.training.arguments import check_arguments, check_types, refuse_data_parallel
+from hf_prefopt.training.arguments import check_arguments, check_loading, check_order, check_types, refuse_data_parallel
 from hf_prefopt.training.checkpoints import begin_checkpoint, checkpoint_to_resume, keep_losses, restore_losses
 from hf_prefopt.training.engines import keep_output_precision, unwrapped_after_evaluation
 from hf_prefopt.training.global_batch import GlobalBatch, gather_examples
@@ -42,6 +43,8 @@ from hf_prefopt.training.replicas import RanksAgree
 from hf_prefopt.training.scorer import Scorer, ScorerEvents, SettleScorer, loader_collator
 from hf_prefopt.training.settings import OWN, OwnSettings, evaluation_loss
 from hf_prefopt.training.trainable import check_trainable, refuse_frozen
+
+logger = logging.getLogger(__name__)
 
 
 class PreferenceTrainer(Trainer):
@@ -103,6 +106,8 @@ class PreferenceTrainer(Trainer):
         check_types(args, ref_model, peft_config, processing_class)
         args = args or PreferenceConfig(output_dir="trainer_output")
         check_arguments(args, model or model_init, ref_model, data_collator, trainer_arguments)
+        check_loading(args, (model, ref_model), quantization_config, processing_class)
+        check_order(args, train_dataset)
         name = os.fspath(model) if isinstance(model, str | os.PathLike) else None
         needs_reference = args.build_objective().needs_reference_model
         if isinstance(ref_model, str | os.PathLike) and needs_reference:
@@ -146,6 +151,7 @@ class PreferenceTrainer(Trainer):
         """Prepare the model for the objective: when the trainer is made, and for every model of a `model_init`."""
         if self.train_dataset is not None:
             refuse_frozen(self.model)
+        self._eval_dataloaders = {}  # persistent workers collate in the layout of the model before
         self._use(self.data.objective)
         self.scorer.attach(self.model, self.criterion, self.accelerator)
 
@@ -255,7 +261,7 @@ class PreferenceTrainer(Trainer):
         if self.scorer.settle() and not self.is_in_train and self.is_world_process_zero():
             self.summary.show("layout")
         self.scorer.fill_cache(dataloader.dataset, description.lower())
-        self.evaluation = Evaluation(self.criterion, dataloader.dataset)
+        self.evaluation = Evaluation(self.criterion, dataloader.dataset, self.args.eval_accumulation_steps)
         # The Trainer's own cuts the last batch to its rows, which may have several examples each.
         self.gather_function = partial(gather_examples, self.accelerator)
         output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
@@ -292,8 +298,15 @@ class PreferenceTrainer(Trainer):
 
     def get_eval_dataloader(self, eval_dataset: str | Data | None = None):
         """As the Trainer's; a raw data set is prepared first."""
-        is_given = eval_dataset is not None and not isinstance(eval_dataset, str)
-        return super().get_eval_dataloader(self._prepared(eval_dataset, "eval") if is_given else eval_dataset)
+        if eval_dataset is None or isinstance(eval_dataset, str):
+            return super().get_eval_dataloader(eval_dataset)
+        # With persistent workers the Trainer keeps a loader, and would take it for any data set that is given.
+        kept = self._eval_dataloaders.pop("eval", None)
+        loader = super().get_eval_dataloader(self._prepared(eval_dataset, "eval"))
+        self._eval_dataloaders.pop("eval", None)
+        if kept is not None:
+            self._eval_dataloaders["eval"] = kept
+        return loader
 
     def get_test_dataloader(self, test_dataset: Data):
         """As the Trainer's; a raw data set is prepared first."""
@@ -318,10 +331,17 @@ class PreferenceTrainer(Trainer):
         sampler = self.data.sampler(dataset)
         return super()._get_train_sampler(train_dataset) if sampler is None else sampler
 
-    def _get_dataloader(self, dataset: Data, description: str, batch_size: int, **kwargs: Any):
-        """As the Trainer's, over the data set as the losses need it."""
-        to_read = self.data.to_read(dataset, batch_size * self.accelerator.num_processes)
-        return super()._get_dataloader(to_read, description, batch_size, **kwargs)
+    def _get_dataloader(
+        self, dataset: Data, description: str, batch_size: int, is_training: bool = False, **kwargs: Any
+    ):
+        """As the Trainer's, over the data set as the losses need it; an evaluation drops no row."""
+        drops_last = self.args.dataloader_drop_last
+        self.args.dataloader_drop_last = drops_last and is_training
+        try:
+            to_read = self.data.to_read(dataset, batch_size * self.accelerator.num_processes)
+            return super()._get_dataloader(to_read, description, batch_size, is_training=is_training, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = drops_last
 
     def _prepare_input(self, data: Any) -> Any:
         """As the Trainer's, but tensors are moved and never cast.
@@ -355,10 +375,27 @@ class PreferenceTrainer(Trainer):
         given = self.eval_dataset
         evaluated = {f"eval {n}": rows for n, rows in given.items()} if isinstance(given, dict) else {"eval": given}
         self.summary.say("data", data_text({"train": self.train_dataset, **evaluated}))
+        self._attempts = 0
         output = super().train(checkpoint, **options)
         if isinstance(self.train_dataset, IterableDataset) and not self.state.global_step:
             raise ValueError("nothing was trained: the stream of the training data gave no row that can be used")
         return output
+
+    def _inner_training_loop(self, *args: Any, **options: Any):
+        """As the Trainer's, which begins again with smaller batches where memory ran out (`auto_find_batch_size`).
+
+        Nothing that the losses and metrics have kept of the attempt before is counted.
+        """
+        if self._attempts and self.state.global_step:
+            logger.warning(
+                "auto_find_batch_size: training begins again from the weights of step %d, for the Trainer does not "
+                "take back the steps before memory ran out",
+                self.state.global_step,
+            )
+        self._attempts += 1
+        self.record = TrainingRecord(self.criterion)
+        self.criterion.reset_state()
+        return super()._inner_training_loop(*args, **options)
 
     def hyperparameter_search(
         self,

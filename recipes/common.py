@@ -1,4 +1,4 @@
-"""What the recipes share: their own switches, loading the data, and how a model is loaded.
+"""What the recipes share: their own switches, the command line, and loading the data.
 
 A recipe says what is trained and how. This file has only what would otherwise be the same lines in each of them.
 """
@@ -9,9 +9,12 @@ import runpy
 import sys
 import warnings
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, IterableDataset, load_dataset
+from loss_lines import without_other_loss
+from model_options import check_model_options, loading_arguments
 from short_help import short_help
 from splits import evaluation_split, training_split, without_evaluation
 from trl import ModelConfig, ScriptArguments, TrlParser
@@ -59,19 +62,48 @@ class RecipeArguments:
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
 
 
-def parse_arguments() -> tuple[ScriptArguments, PreferenceConfig, ModelConfig, RecipeArguments]:
-    """The arguments of the YAML file `--config`, overridden by those of the command line."""
+class RecipeParser(TrlParser):
+    """trl's parser, of which a YAML file's loss keeps its hyperparameters to itself."""
+
+    def set_defaults_with_config(self, **settings: Any) -> list[str]:
+        return super().set_defaults_with_config(**without_other_loss(settings, sys.argv[1:]))
+
+
+def parse_arguments(
+    adapter: bool, quantized: bool = False
+) -> tuple[ScriptArguments, PreferenceConfig, ModelConfig, RecipeArguments]:
+    """The arguments of the YAML file `--config`, overridden by those of the command line; what is wrong ends the run.
+
+    Args:
+        adapter: whether the recipe trains an adapter. quantized: whether it quantizes the model beneath.
+    """
     if {"-h", "--help"}.intersection(sys.argv):
         print(short_help(sys.modules["__main__"].__doc__ or "", RecipeArguments))
         sys.exit()
     sys.argv = ["--help" if argument == "--help_all" else argument for argument in sys.argv]
     # RecipeArguments come first, because `losses_from` registers losses that PreferenceConfig looks up.
-    parser = TrlParser((RecipeArguments, ScriptArguments, PreferenceConfig, ModelConfig))
-    recipe, script, training, model = parser.parse_args_and_config()
+    parser = RecipeParser((RecipeArguments, ScriptArguments, PreferenceConfig, ModelConfig))
+    try:
+        recipe, script, training, model = parser.parse_args_and_config()
+        check_model_options(model, adapter, quantized)
+        _refuse_unused(script, training)
+        training.model_init_kwargs = loading_arguments(model, training.model_init_kwargs)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     for name, value in (("dataset_name", script.dataset_name), ("model_name_or_path", model.model_name_or_path)):
         if value is None:
             parser.error(f"--{name} is missing: pass it, or a YAML file that has it by --config")
+    if training.process_index == 0 and Path(training.output_dir, "README.md").is_file():
+        print(f"{training.output_dir} holds an earlier run, whose files are written over: --output_dir", flush=True)
     return script, training, model, recipe
+
+
+def _refuse_unused(script: ScriptArguments, training: PreferenceConfig) -> None:
+    """Raise `ValueError` for options of scripts in general that the recipes do nothing with."""
+    if script.ignore_bias_buffers:
+        raise ValueError("ignore_bias_buffers=True has no effect: leave it out; --ddp_broadcast_buffers false is close")
+    if training.do_predict:
+        raise ValueError("do_predict=True has no effect: recipes train and evaluate; leave it out")
 
 
 def load_pairs(
@@ -123,12 +155,6 @@ def draw_prompts(rows: Dataset | IterableDataset, count: int | None, seed: int) 
         rows_of.setdefault(json.dumps(prompt), []).append(number)
     prompts = random.Random(seed).sample(list(rows_of), len(rows_of))
     return rows.select(sorted([number for prompt in prompts for number in rows_of[prompt]][:count]))
-
-
-def loading_arguments(model: ModelConfig) -> dict[str, Any]:
-    """What `from_pretrained` is to be told, from the model's command-line arguments."""
-    chosen = {"revision": model.model_revision, "dtype": model.dtype, "attn_implementation": model.attn_implementation}
-    return {name: value for name, value in chosen.items() if value is not None}
 
 
 def watch(trainer: PreferenceTrainer, recipe: RecipeArguments) -> None:

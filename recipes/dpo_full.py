@@ -9,15 +9,14 @@ Left out on purpose: adapters (`dpo_lora.py`).
     accelerate launch recipes/dpo_full.py --config recipes/dpo_full.yaml
 """
 
-from common import NEXT_STEPS, load_pairs, loading_arguments, parse_arguments, watch
+from common import NEXT_STEPS, load_pairs, parse_arguments, watch
 
 from hf_prefopt import PreferenceTrainer
 from hf_prefopt.console import finish_run
 
 
 def main() -> None:
-    script, training, model, recipe = parse_arguments()
-    training.model_init_kwargs = loading_arguments(model)
+    script, training, model, recipe = parse_arguments(adapter=False)
     train_pairs, test_pairs = load_pairs(script, recipe, training)
 
     trainer = PreferenceTrainer(

@@ -10,7 +10,7 @@ Left out on purpose: 4-bit base models (`qlora.py`), training all weights (`dpo_
     accelerate launch recipes/dpo_lora.py --config recipes/dpo_lora.yaml --loss_type simpo --max_steps 5
 """
 
-from common import NEXT_STEPS, load_pairs, loading_arguments, parse_arguments, watch
+from common import NEXT_STEPS, load_pairs, parse_arguments, watch
 from trl import get_peft_config
 
 from hf_prefopt import PreferenceTrainer
@@ -18,8 +18,7 @@ from hf_prefopt.console import finish_run
 
 
 def main() -> None:
-    script, training, model, recipe = parse_arguments()
-    training.model_init_kwargs = loading_arguments(model)
+    script, training, model, recipe = parse_arguments(adapter=True)
     train_pairs, test_pairs = load_pairs(script, recipe, training)
 
     trainer = PreferenceTrainer(

@@ -9,7 +9,7 @@ Left out on purpose: merging the adapter, which a model in 4 bits would round aw
     accelerate launch recipes/qlora.py --config recipes/qlora.yaml
 """
 
-from common import NEXT_STEPS, load_pairs, loading_arguments, parse_arguments, watch
+from common import NEXT_STEPS, load_pairs, parse_arguments, watch
 from trl import get_peft_config, get_quantization_config
 
 from hf_prefopt import PreferenceTrainer
@@ -17,8 +17,7 @@ from hf_prefopt.console import finish_run
 
 
 def main() -> None:
-    script, training, model, recipe = parse_arguments()
-    training.model_init_kwargs = loading_arguments(model)
+    script, training, model, recipe = parse_arguments(adapter=True, quantized=True)
     train_pairs, test_pairs = load_pairs(script, recipe, training)
 
     trainer = PreferenceTrainer(

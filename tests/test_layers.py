@@ -17,7 +17,7 @@ LAYERS = (
     ("losses",),
     ("objective",),
     ("testing",),
-    ("config_checks", "config_docs", "config"),
+    ("config_checks", "config_docs", "config_trainer", "config"),
     ("data",),
     ("scoring",),
     ("reference",),

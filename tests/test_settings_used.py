@@ -7,8 +7,10 @@ import yaml
 from datasets import Dataset
 from transformers import TrainingArguments
 
-from hf_prefopt import PreferenceConfig, PreferenceTrainer
+from hf_prefopt import PreferenceConfig, PreferenceTrainer, register_loss
+from hf_prefopt.config_checks import READ_WITH
 from hf_prefopt.losses import get_loss, list_losses
+from hf_prefopt.losses.registry import _split_signature
 from tests.tiny_models import tiny_model
 from tests.tokenizers import tiny_tokenizer
 from tests.trainers import examples, logged, make_config, make_trainer
@@ -127,3 +129,87 @@ def test_a_losss_file_has_the_losss_own_hyperparameters(name):
     }
     (term,) = PreferenceConfig("unused", **loss).build_objective().terms
     assert term.spec is get_loss(name) and term.hyperparameters == get_loss(name).defaults
+
+
+UNREAD = {
+    "f_alpha_divergence_coef": ({}, 0.3, {"f_divergence_type": "alpha"}),
+    "humanline_log_eps_p": ({}, -0.5, {"humanline": True}),
+    "humanline_log_eps_r": ({}, 0.5, {"humanline": True}),
+    "reference_cache_dir": ({}, "folder", {"reference": "cache"}),
+    "ref_model_mixup_alpha": ({}, 0.5, {"sync_ref_model": True}),
+    "ref_model_sync_steps": ({}, 7, {"sync_ref_model": True}),
+    "truncation_mode": ({"max_length": None}, "keep_end", {"max_length": 64}),
+    "pad_to_multiple_of": ({"layout": "shared"}, 8, {"layout": "padded"}),
+}
+
+
+def test_every_setting_that_is_read_with_another_is_tried():
+    assert UNREAD.keys() == READ_WITH.keys()
+
+
+@pytest.mark.parametrize("name", UNREAD)
+def test_a_setting_without_the_one_that_it_goes_with_is_refused(name):
+    """By its value and with what to set; with that it is taken, and so is its default without it."""
+    without, value, with_it = UNREAD[name]
+    with pytest.raises(ValueError, match=rf"{name}={value!r} is only used with .*leave {name} out"):
+        PreferenceConfig("unused", **without, **{name: value})
+    PreferenceConfig("unused", **without)
+    assert getattr(PreferenceConfig("unused", **with_it, **{name: value}), name) == value
+
+
+def test_what_says_how_to_load_a_model_needs_a_name(tmp_path):
+    """The policy's or the reference's; a model that is loaded already is as it is."""
+    with pytest.raises(ValueError, match=r"model_init_kwargs=\{'dtype': 'bfloat16'\} is only used when .* by name"):
+        make_trainer(tmp_path, model_init_kwargs={"dtype": "bfloat16"})
+    with pytest.raises(ValueError, match="quantization_config is only used when the model is given by name"):
+        make_trainer(tmp_path, quantization_config=object())
+    make_trainer(tmp_path, model_init_kwargs={})
+
+
+@pytest.mark.parametrize(("setting", "value"), [("layout", "padded"), ("pad_to_multiple_of", 8)])
+def test_how_batches_are_laid_out_is_a_collators_own_affair(setting, value, tmp_path):
+    with pytest.raises(ValueError, match=rf"{setting}.* is not used: the data_collator lays out its batches"):
+        make_trainer(tmp_path, data_collator=lambda rows: rows, **{setting: value})
+
+
+def test_a_hyperparameter_of_one_of_several_losses_is_given_to_it():
+    """The example in the error is one that works."""
+    with pytest.raises(ValueError, match=r"as in \{'simpo': \{'gamma': 1\.0\}\}"):
+        PreferenceConfig("unused", loss_type=["dpo", "simpo"], loss_params={"gamma": 1.0})
+    PreferenceConfig("unused", loss_type=["dpo", "simpo"], loss_params={"simpo": {"gamma": 1.0}})
+
+
+def misspelt(policy_chosen_logps, policy_rejected_logps, margin=None):
+    return policy_chosen_logps - policy_rejected_logps
+
+
+def one_letter_short(policy_chosen_logps, policy_rejected_logp=0.0):
+    return policy_chosen_logps - policy_rejected_logp
+
+
+def of_the_run(policy_chosen_logps, policy_rejected_logps, epochs=None):
+    return policy_chosen_logps - policy_rejected_logps
+
+
+def with_a_default(policy_chosen_logps, policy_rejected_logps, margins=0.0):
+    return policy_chosen_logps - policy_rejected_logps - margins
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (misspelt, "margin is no input, and its default makes it a hyperparameter: is margins meant"),
+        (one_letter_short, "policy_rejected_logp is no input.* is policy_rejected_logps meant"),
+        (of_the_run, "epochs is no input.* is epoch meant"),
+        (with_a_default, "margins=0.0 is an input.* make it None where the input may be absent"),
+    ],
+)
+def test_a_misspelt_input_of_a_loss_is_no_hyperparameter(function, message):
+    with pytest.raises(ValueError, match=message):
+        register_loss("a loss of a test")(function)
+    assert "a loss of a test" not in list_losses()
+
+
+def test_a_number_that_resembles_an_input_is_a_hyperparameter():
+    inputs, defaults = _split_signature("a loss of a test", lambda policy_chosen_logps, margin=1.0, weight=2: None)
+    assert inputs == ("policy_chosen_logps",) and defaults == {"margin": 1.0, "weight": 2}

@@ -125,6 +125,7 @@ def make_trainer(folder: str | Path, model: nn.Module | None = None, **settings:
             "eval_dataset",
             "processing_class",
             "peft_config",
+            "quantization_config",
             "model_init",
             "compute_metrics",
             "callbacks",

@@ -242,6 +242,7 @@ def _split_signature(name: str, function: Callable) -> tuple[tuple[str, ...], di
         kinds = " and ".join(dict.fromkeys(next(k.name for k in KINDS if k.has_input(given)) for given in inputs))
         raise ValueError(f"loss {name!r} takes inputs of {kinds}: a loss compares one kind of examples")
     defaults = {p.name: p.default for p in parameters if p.name not in (*inputs, *_RUN_INPUTS)}
+    _refuse_misspelt(name, {p.name: p.default for p in parameters}, inputs)
     unknown = [parameter for parameter, default in defaults.items() if default is inspect.Parameter.empty]
     if unknown:
         raise ValueError(
@@ -249,6 +250,38 @@ def _split_signature(name: str, function: Callable) -> tuple[tuple[str, ...], di
             "policy_chosen_logps, ref_rejected_logps, chosen_lengths, ...; hyperparameters need a default"
         )
     return inputs, defaults
+
+
+def _refuse_misspelt(loss: str, given: Mapping[str, Any], inputs: tuple[str, ...]) -> None:
+    """Refuse parameters that are meant as inputs and would silently be something else.
+
+    Args:
+        given: all parameters of the function, with their defaults.
+    """
+    for name, default in given.items():
+        if name in inputs and default not in (inspect.Parameter.empty, None):
+            raise ValueError(
+                f"loss {loss!r}: {name}={default!r} is an input, which comes from the data or the models: leave the "
+                "default out, or make it None where the input may be absent"
+            )
+        meant = None if name in inputs or name in _RUN_INPUTS else _input_near(name)
+        # A short name with a number is a hyperparameter that happens to resemble an input: `weight=1.0`.
+        if meant and (default is None or "_" in name):
+            raise ValueError(
+                f"loss {loss!r}: {name} is no input, and its default makes it a hyperparameter: is {meant} meant? "
+                "Otherwise choose another name"
+            )
+
+
+def _input_near(name: str) -> str | None:
+    """An input that is one letter away: one more, one less, or another one."""
+    letters = "abcdefghijklmnopqrstuvwxyz_"
+    cuts = [(name[:at], name[at:]) for at in range(len(name) + 1)]
+    less = (head + tail[1:] for head, tail in cuts if tail)
+    others = (head + letter + tail[1:] for head, tail in cuts for letter in letters if tail)
+    more = (head + letter + tail for head, tail in cuts for letter in letters)
+    known = (near for near in (*more, *less, *others) if near in _RUN_INPUTS or any(k.has_input(near) for k in KINDS))
+    return next(known, None)
 
 
 def get_loss(name: str) -> LossSpec:

@@ -133,9 +133,10 @@ def _distribute(specs: list[LossSpec], loss_params: dict, shared_params: dict) -
     own = {}
     for name, values in by_name.items():
         if not isinstance(values, dict):
+            taker = next((spec.name for spec in specs if name in spec.defaults), specs[0].name)
             raise ValueError(
                 f"loss_params[{name!r}]={values!r}: with several losses, give them by loss, "
-                f"as in {{{specs[0].name!r}: {{{name!r}: {values!r}}}}}"
+                f"as in {{{taker!r}: {{{name!r}: {values!r}}}}}"
             )
         own[get_loss(name).name] = values
     missing = [name for name in own if name not in {spec.name for spec in specs}]

@@ -90,11 +90,12 @@ class Evaluation:
     Args:
         objective: the losses.
         dataset: the data set that is evaluated.
+        steps_on_device: batches after which what was kept moves to the CPU; `None`: all of it stays where it is.
     """
 
-    def __init__(self, objective: Objective, dataset: Any = None):
+    def __init__(self, objective: Objective, dataset: Any = None, steps_on_device: int | None = None):
         self.dataset = dataset
-        self._objective = objective
+        self._objective, self._steps_on_device = objective, steps_on_device
         self._inputs: list[dict[str, Tensor]] = []
 
     def add(self, batch: PreferenceBatch, inputs: dict[str, Tensor]) -> LossOutput:
@@ -107,6 +108,8 @@ class Evaluation:
         if "counted" in batch:
             kept = {name: tensor[batch["counted"]] for name, tensor in kept.items()}
         self._inputs.append(kept)
+        if self._steps_on_device and len(self._inputs) % self._steps_on_device == 0:
+            self._inputs = [_on_cpu(part) for part in self._inputs]
         return self._objective(inputs, training=False)
 
     def metrics(self, where: str = "evaluation") -> dict[str, float]:
@@ -121,7 +124,8 @@ class Evaluation:
         """
         if not self._inputs:
             raise ValueError("the data set that was to be evaluated gave no rows: nothing to take a mean of")
-        own = {name: join_examples([part[name] for part in self._inputs]).cpu() for name in self._inputs[0]}
+        parts = [_on_cpu(part) for part in self._inputs] if self._steps_on_device else self._inputs
+        own = {name: join_examples([part[name] for part in parts]).cpu() for name in parts[0]}
         ranks = gather_object([own])
         inputs = {name: join_examples([part[name] for part in ranks]) for name in own}
         output = self._objective(inputs, training=False)
@@ -130,3 +134,7 @@ class Evaluation:
         found = {"loss": Metric(output.losses), **example_metrics(self._objective.kind, output, inputs)}
         means = {name: (metric.total / metric.count).item() for name, metric in found.items() if metric.count}
         return self._objective.kind.finish_metrics(means)
+
+
+def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.cpu() for name, tensor in tensors.items()}

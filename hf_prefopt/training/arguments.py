@@ -39,6 +39,35 @@ def check_types(args: Any, ref_model: Any, peft_config: Any = None, processing_c
         )
 
 
+def check_loading(
+    args: PreferenceConfig, names: tuple[Any, ...], quantization_config: Any, processing_class: Any
+) -> None:
+    """Raise `ValueError` if nothing is loaded with what says how to load a model.
+
+    Args:
+        names: the policy and the reference as they were passed.
+    """
+    if any(isinstance(name, str | Path) for name in names):
+        return
+    cure = "pass the model by its name, or load it so and leave this out"
+    if quantization_config is not None:
+        raise ValueError(f"quantization_config is only used when the model is given by name: {cure}")
+    # The tokenizer of a model is looked for where the model came from.
+    read = () if processing_class is not None else ("revision", "trust_remote_code")
+    unread = {key: value for key, value in (args.model_init_kwargs or {}).items() if key not in read}
+    if unread:
+        raise ValueError(f"model_init_kwargs={unread} is only used when the model is given by name: {cure}")
+
+
+def check_order(args: PreferenceConfig, train_dataset: Any) -> None:
+    """Raise `ValueError` if the rows of a stream, which come as they come, are to be drawn by their prompts."""
+    if args.group_by_prompt and isinstance(train_dataset, IterableDataset):
+        raise ValueError(
+            "group_by_prompt=True draws rows from the whole data set, and a stream gives them in its own order: set it "
+            "to False, or load the data set without streaming"
+        )
+
+
 def check_data(dataset: Any, name: str) -> None:
     """Raise `ValueError` unless this is a data set with rows; for evaluation it may be several by name.
 
@@ -99,6 +128,10 @@ def check_arguments(
         raise ValueError("sync_ref_model=True moves a frozen copy of what trains, not a ref_model: leave it out")
     if args.precompute_ref_log_probs and data_collator is not None:
         raise ValueError("precompute_ref_log_probs=True finds responses by keys that a data_collator does not give")
+    if args.layout != "auto" and data_collator is not None:
+        raise ValueError(f"layout={args.layout!r} is not used: the data_collator lays out its batches; leave it out")
+    if args.pad_to_multiple_of is not None and data_collator is not None:
+        raise ValueError("pad_to_multiple_of is not used: the data_collator lays out its batches; leave it out")
     if args.max_tokens_per_batch is not None and data_collator is not None:
         raise ValueError(
             "max_tokens_per_batch cuts batches between rows, which a data_collator of your own does not allow: leave "

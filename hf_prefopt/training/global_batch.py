@@ -26,7 +26,7 @@ class GlobalBatch:
     Args:
         accelerator: connects the ranks.
         objective: the losses.
-        drops_last: whether the data loader leaves out a last batch that is not full, so that no row is repeated.
+        drops_last: whether training leaves out a last batch that is not full, so that no row is repeated.
     """
 
     def __init__(self, accelerator: Accelerator, objective: Objective, drops_last: bool = False):
@@ -41,7 +41,7 @@ class GlobalBatch:
         """
         state, world_size = self.accelerator.gradient_state, self.accelerator.num_processes
         known = [piece.get("counted") for piece in pieces]
-        if world_size == 1 or not state.end_of_dataloader or self.drops_last or any(k is not None for k in known):
+        if world_size == 1 or not state.end_of_dataloader or any(k is not None for k in known):
             return known
         dataset = state.active_dataloader.dataset
         if not has_length(dataset):
@@ -56,7 +56,7 @@ class GlobalBatch:
         """
         for batch in batches:
             pieces = batch["pieces"]
-            is_last = batch is batches[-1]
+            is_last = batch is batches[-1] and not self.drops_last
             counted = self.counted(pieces, rows_per_rank) if is_last else [piece.get("counted") for piece in pieces]
             batch["pieces"] = [
                 piece if kept is None else keep_examples(piece, kept)

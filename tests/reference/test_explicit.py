@@ -22,6 +22,11 @@ def scores_by_itself(model, folder, batch):
         return score(trainer.model.eval(), batch).token_logps
 
 
+def cache(folder, cached):
+    """The settings that keep the reference's scores in a folder, or none."""
+    return {"precompute_ref_log_probs": True, "reference_cache_dir": str(folder / "cache")} if cached else {}
+
+
 def reference_scores(trainer, batch):
     trainer.scorer.settle()
     return trainer.scorer.reference_scores(batch).token_logps
@@ -50,7 +55,7 @@ def test_a_reference_in_another_dtype(cached, tmp_path):
     first loss is near log 2 but not on it.
     """
     settings = {"ref_model": tiny_model(dtype=torch.bfloat16), "layout": "padded", "max_steps": 2}
-    settings |= {"precompute_ref_log_probs": cached, "reference_cache_dir": str(tmp_path / "cache")}
+    settings |= cache(tmp_path, cached)
     trainer = make_trainer(tmp_path / "run", tiny_model(), **settings)
     batch = first_batch(trainer)
     expected = scores_by_itself(tiny_model(dtype=torch.bfloat16), tmp_path, batch)
@@ -69,8 +74,8 @@ def test_a_reference_that_waits_in_the_cpus_memory(layout, cached, tmp_path):
     plain = perturbed(tiny_model(), scale=0.1)
     known_by = fingerprint(plain, 1.0, None)
     offloaded = cpu_offload(perturbed(tiny_model(), scale=0.1), execution_device="cpu")
-    settings = {"ref_model": offloaded, "layout": layout, "max_steps": 2, "precompute_ref_log_probs": cached}
-    trainer = make_trainer(tmp_path / "run", tiny_model(), **settings, reference_cache_dir=str(tmp_path / "cache"))
+    settings = {"ref_model": offloaded, "layout": layout, "max_steps": 2, **cache(tmp_path, cached)}
+    trainer = make_trainer(tmp_path / "run", tiny_model(), **settings)
     batch = first_batch(trainer)
     other = make_trainer(tmp_path / "other", plain, loss_type="sft", layout=layout)
     other.scorer.settle()
@@ -109,7 +114,7 @@ def test_a_quantized_reference(bits, cached, tmp_path):
     assert fingerprint(quantized, 1.0, None) == before
     policy = perturbed(tiny_model(**QUANTIZABLE), scale=0.1)
     settings = {"ref_model": quantized, "layout": "padded", "max_steps": 2}
-    settings |= {"precompute_ref_log_probs": cached, "reference_cache_dir": str(tmp_path / "cache")}
+    settings |= cache(tmp_path, cached)
     trainer = make_trainer(tmp_path / "run", policy, **settings)
     batch = first_batch(trainer)
     with torch.no_grad():
@@ -131,8 +136,8 @@ def test_a_named_adapter_is_the_model_with_it_merged(layout, cached, tmp_path):
     model = with_lora(tiny_model())
     model.load_adapter(tmp_path / "adapter", "before")
     perturbed(model, scale=0.1, seed=7)
-    settings = {"reference": "adapter:before", "layout": layout, "precompute_ref_log_probs": cached}
-    trainer = make_trainer(tmp_path, model, **settings, reference_cache_dir=str(tmp_path / "cache"))
+    settings = {"reference": "adapter:before", "layout": layout, **cache(tmp_path, cached)}
+    trainer = make_trainer(tmp_path, model, **settings)
     trainer.scorer.settle()
     batch = first_batch(trainer)
     merged = PeftModel.from_pretrained(tiny_model(), tmp_path / "adapter").merge_and_unload().requires_grad_()

@@ -39,7 +39,7 @@ SEARCHES = {
     "f_alpha_divergence_coef": ([0.3, 0.8], ALPHA),
     "ld_alpha": ([None, 0.3, None, 1], {}),
     "ld_policy_only": ([False, True], LD),
-    "humanline": ([False, True], {**HUMANLINE, "humanline": False}),
+    "humanline": ([False, True], {"reference": "adapter_off"}),
     "humanline_log_eps_p": ([-0.01, -0.5], HUMANLINE),
     "humanline_log_eps_r": ([0.01, 0.5], HUMANLINE),
     "use_token_weights": ([False, True], {"loss_type": "dpo"}),
@@ -138,7 +138,8 @@ LATE = {
 
 @pytest.mark.parametrize("name", LATE)
 def test_a_setting_that_comes_too_late_is_refused(name, tmp_path):
-    trainer = trainer_for(tmp_path)
+    cached = {"precompute_ref_log_probs": True, "reference_cache_dir": str(tmp_path / "cache")}
+    trainer = trainer_for(tmp_path / "run", **(cached if name == "reference_cache_dir" else {}))
     with pytest.raises(ValueError, match=f"{name}=.* comes too late: .* make a trainer for each value"):
         search(trainer, [{name: LATE[name]}])
     assert getattr(trainer.args, name) != LATE[name]
