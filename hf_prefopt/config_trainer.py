@@ -71,7 +71,7 @@ def check_trainer_settings(args: Any) -> None:
     for asked in args.include_for_metrics:
         if asked in METRIC_EXTRAS:
             raise ValueError(f"include_for_metrics: {METRIC_EXTRAS[asked]}")
-    if args.mixed_precision == "fp16" and args.use_cpu:
+    if args.mixed_precision == "fp16" and args.use_cpu and args.deepspeed is None:
         raise ValueError("fp16=True (or ACCELERATE_MIXED_PRECISION=fp16) has no effect on a CPU: leave it out")
     if args.group_by_prompt and args.train_sampling_strategy != "random":
         raise ValueError(
