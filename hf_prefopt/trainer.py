@@ -32,7 +32,7 @@ from hf_prefopt.reporting.metrics import Evaluation, TrainingRecord
 from hf_prefopt.reporting.preview import print_preview
 from hf_prefopt.reporting.run_facts import card_facts
 from hf_prefopt.reporting.start_summary import StartSummary, data_text, loss_texts
-from hf_prefopt.scoring.modes import adapter_casts_off
+from hf_prefopt.scoring.modes import adapter_casts_off, light_train
 from hf_prefopt.training.arguments import check_arguments, check_types, refuse_data_parallel
 from hf_prefopt.training.checkpoints import begin_checkpoint, checkpoint_to_resume, keep_losses, restore_losses
 from hf_prefopt.training.engines import keep_output_precision, unwrapped_after_evaluation
@@ -189,8 +189,9 @@ class PreferenceTrainer(Trainer):
         """Forward and backward, piece by piece; gradients are synchronized with the last piece."""
         state, *pieces = self.accelerator.gradient_state, *inputs["pieces"]
         loss, synchronizes = torch.zeros((), device=self.args.device), self.accelerator.sync_gradients
+        tree = self.scorer.tree
         # Under DeepSpeed there is bf16 without autocast.
-        with adapter_casts_off(model, self.accelerator.native_amp):
+        with tree.held(), light_train(tree), adapter_casts_off(tree, self.accelerator.native_amp):
             for piece in pieces[:-1]:
                 state._set_sync_gradients(False)
                 with self.accelerator.no_sync(model):

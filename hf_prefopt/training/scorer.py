@@ -30,7 +30,7 @@ from hf_prefopt.scoring.agreement import check_scores
 from hf_prefopt.scoring.attention import describe_attention
 from hf_prefopt.scoring.forward import VOCABULARY_KL, base_causal_lm, install_scoring, score
 from hf_prefopt.scoring.layout import settled_layout
-from hf_prefopt.scoring.modes import evaluation_mode
+from hf_prefopt.scoring.modes import ModuleTree, evaluation_mode
 
 CUSTOM = "the data_collator's"
 NEFTUNE = "NEFTune scales its noise by the length of a row, which would be that of several sequences"
@@ -61,9 +61,10 @@ class Scorer:
         objective: the losses, which say what must be scored.
         reference: `None` where the losses need none.
         layout: how batches are laid out; `None` until it is settled.
+        tree: the policy's modules.
     """
 
-    model: nn.Module
+    tree: ModuleTree
     objective: Objective
     accelerator: Accelerator
 
@@ -89,11 +90,13 @@ class Scorer:
             ValueError: the reference that the settings ask for contradicts the model or the losses.
         """
         args = self._args
-        self.model, self.objective, self.accelerator = model, objective, accelerator
+        self.objective, self.accelerator = objective, accelerator
         self.layout, self._filler, self._moving, self._remembered = None, None, None, RememberedScores()
         if args.disable_dropout:
             disable_dropout(model)
         self.reference = choose_reference(args.reference, model, self._ref_model, objective.needs_reference_model)
+        beside = self.reference is not None and not self.reference.is_separate
+        self.tree = self.reference.tree if beside else ModuleTree(model)
         for module in self._models():
             install_scoring(module, args.temperature)
         if args.sync_ref_model:
@@ -104,6 +107,11 @@ class Scorer:
             self.reference = CachedReference(
                 self.reference, args.reference_cache_dir, args.temperature, self._autocast_dtype
             )
+
+    @property
+    def model(self) -> nn.Module:
+        """The policy, without an engine's wrapper."""
+        return self.tree.model
 
     def settle(self) -> bool:
         """Place the reference, check that the models' scores are their own, and choose the layout; once for a model.
@@ -187,7 +195,7 @@ class Scorer:
     def collect(self, batch: PreferenceBatch) -> dict[str, Tensor]:
         """The loss inputs of a batch, without gradients; the batch keeps the reference's scores."""
         on_device = send_to_device(batch, self.accelerator.device)
-        with torch.no_grad(), evaluation_mode(self.model):
+        with torch.no_grad(), evaluation_mode(self.tree):
             reference = batch["reference_scores"] = self.reference_scores(on_device)
             return self.objective.read(on_device, self.policy_scores(self.model, on_device, reference), reference)
 
