@@ -32,7 +32,7 @@ from hf_prefopt.reporting.metrics import Evaluation, TrainingRecord
 from hf_prefopt.reporting.preview import print_preview
 from hf_prefopt.reporting.run_facts import card_facts
 from hf_prefopt.reporting.start_summary import StartSummary, data_text, loss_texts
-from hf_prefopt.scoring.modes import adapter_casts_off, light_train
+from hf_prefopt.scoring.modes import adapter_casts_off, body_parameters, light_train
 from hf_prefopt.training.arguments import check_arguments, check_types, refuse_data_parallel
 from hf_prefopt.training.checkpoints import begin_checkpoint, checkpoint_to_resume, keep_losses, restore_losses
 from hf_prefopt.training.engines import keep_output_precision, unwrapped_after_evaluation
@@ -174,12 +174,11 @@ class PreferenceTrainer(Trainer):
             self.record.check(self.accelerator)
         batches = [check_loaded(batch) for batch in islice(epoch_iterator, num_batches)]
         self.global_batch.without_repeats(batches, self._train_batch_size)
+        if self.args.max_tokens_per_batch is not None:
+            for batch, idle in zip(batches, self.global_batch.idle(batches), strict=True):
+                batch["pieces"] = [*idle, *batch["pieces"]]
         pieces = [piece for batch in batches for piece in batch["pieces"]]
         num_examples = self.global_batch.count(pieces)
-        if self.args.max_tokens_per_batch is not None:
-            for batch in batches:
-                batch["pieces"] = [*self.global_batch.idle(batch["pieces"]), *batch["pieces"]]
-            pieces = [piece for batch in batches for piece in batch["pieces"]]
         self.global_batch.begin(pieces, self.scorer.collect)
         return batches, num_examples
 
@@ -228,6 +227,10 @@ class PreferenceTrainer(Trainer):
             loss = output.loss
         return (loss, objective.kind.predictions(output.rewards, own)) if return_outputs else loss
 
+    def floating_point_ops(self, inputs: LoaderBatch) -> int:
+        """As the Trainer's, which would count the parameters for every batch."""
+        return 6 * inputs["input_ids"].numel() * self.scorer.tree.derived(body_parameters)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As the Trainer's; a training log also has the means of the metrics since the last one.
 
@@ -268,14 +271,15 @@ class PreferenceTrainer(Trainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """(mean loss of the batch, rewards `[B, 2]`, labels `[B, 2]`)."""
         with torch.no_grad(), self.compute_loss_context_manager():
-            pieces = self._prepare_inputs(check_loaded(inputs))["pieces"]
+            batch = self._prepare_inputs(check_loaded(inputs))
+            pieces = batch["pieces"]
             for piece, counted in zip(
                 pieces, self.global_batch.counted(pieces, self.args.eval_batch_size), strict=True
             ):
                 if counted is not None:
                     piece["counted"] = counted
             # Ranks of a sharded model run its layers together, so they run as many pieces.
-            for piece in self.global_batch.idle(pieces) if self.args.max_tokens_per_batch is not None else ():
+            for piece in self.global_batch.idle([batch])[0] if self.args.max_tokens_per_batch is not None else ():
                 self.scorer.policy_scores(model, piece, self.scorer.reference_scores(piece, self.evaluation.dataset))
             outputs = [self.compute_loss(model, piece, return_outputs=True) for piece in pieces]
         loss = torch.stack([loss for loss, _ in outputs]).mean()
@@ -330,7 +334,9 @@ class PreferenceTrainer(Trainer):
         Under DeepSpeed the Trainer casts floats to the model's dtype. The floats of a batch are scores, margins and
         weights, which the losses read and no model does.
         """
-        return data.to(self.args.device) if isinstance(data, Tensor) else super()._prepare_input(data)
+        if not isinstance(data, Tensor):
+            return super()._prepare_input(data)
+        return data.to(self.accelerator.device, non_blocking=self.accelerator.non_blocking)
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = self.data.columns

@@ -7,7 +7,7 @@ use, which takes a fifth of a walk.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -80,6 +80,11 @@ class ModuleTree:
             self._held = outer
 
 
+def body_parameters(modules: list[nn.Module]) -> int:
+    """The number of parameters of a transformers or PEFT model, given its modules, without its embeddings."""
+    return cast(PreTrainedModel, modules[0]).num_parameters(exclude_embeddings=True)
+
+
 @contextmanager
 def evaluation_mode(model: nn.Module | ModuleTree) -> Iterator[None]:
     """What `model.eval()` means for a forward, for the time of the context; each module gets its own mode back."""
@@ -124,7 +129,7 @@ def light_train(tree: ModuleTree) -> Iterator[None]:
 
 
 def _has_plain_train(modules: list[nn.Module]) -> bool:
-    return {kind.train for kind in set(map(type, modules))} <= _PLAIN_TRAIN
+    return {type(module).train for module in modules} <= _PLAIN_TRAIN
 
 
 @contextmanager
@@ -136,7 +141,7 @@ def adapters_off(tree: ModuleTree) -> Iterator[None]:
     """
     layers = tree.derived(_switched_layers)
     if layers is None:
-        with tree.model.disable_adapter():
+        with cast(PeftModel, tree.model).disable_adapter():
             yield
         return
     states = [layer.__dict__ for layer in layers if not layer.disable_adapters]
@@ -149,7 +154,7 @@ def adapters_off(tree: ModuleTree) -> Iterator[None]:
             state["_disable_adapters"] = False
 
 
-def _switched_layers(modules: list[nn.Module]) -> list[BaseTunerLayer | AuxiliaryTrainingWrapper] | None:
+def _switched_layers(modules: list[nn.Module]) -> list[Any] | None:
     """The layers of a `PeftModel` that are switched off one by one; `None` if more has to be done."""
     layers = [module for module in modules if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]
     is_plain = _switched_by_layer(modules[0]) and all(type(layer).enable_adapters in _SWITCHES for layer in layers)
@@ -178,7 +183,7 @@ def _adapter_layers(modules: list[nn.Module]) -> list[BaseTunerLayer]:
     return [module for module in modules if isinstance(module, BaseTunerLayer)]
 
 
-def _switched_by_layer(model: PeftModel) -> bool:
+def _switched_by_layer(model: nn.Module) -> bool:
     """Whether PEFT switches this method's adapters off layer by layer, and not by replacing forwards or modules."""
     tuner = type(model.base_model)
     return issubclass(tuner, BaseTuner) and tuner.disable_adapter_layers is BaseTuner.disable_adapter_layers

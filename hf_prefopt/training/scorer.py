@@ -94,9 +94,9 @@ class Scorer:
         self.layout, self._filler, self._moving, self._remembered = None, None, None, RememberedScores()
         if args.disable_dropout:
             disable_dropout(model)
-        self.reference = choose_reference(args.reference, model, self._ref_model, objective.needs_reference_model)
-        beside = self.reference is not None and not self.reference.is_separate
-        self.tree = self.reference.tree if beside else ModuleTree(model)
+        reference = choose_reference(args.reference, model, self._ref_model, objective.needs_reference_model)
+        self.tree = reference.tree if reference is not None and not reference.is_separate else ModuleTree(model)
+        self.reference = reference
         for module in self._models():
             install_scoring(module, args.temperature)
         if args.sync_ref_model:
