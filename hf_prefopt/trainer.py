@@ -35,7 +35,11 @@ from hf_prefopt.reporting.start_summary import StartSummary, data_text, loss_tex
 from hf_prefopt.scoring.modes import adapter_casts_off, body_parameters, light_train
 from hf_prefopt.training.arguments import check_arguments, check_types, refuse_data_parallel
 from hf_prefopt.training.checkpoints import begin_checkpoint, checkpoint_to_resume, keep_losses, restore_losses
-from hf_prefopt.training.engines import keep_output_precision, unwrapped_after_evaluation
+from hf_prefopt.training.engines import (
+    keep_output_precision,
+    settle_unused_parameters,
+    unwrapped_after_evaluation,
+)
 from hf_prefopt.training.global_batch import GlobalBatch, gather_examples
 from hf_prefopt.training.preference_data import Data, DataOrSplits, PreferenceData
 from hf_prefopt.training.replicas import RanksAgree
@@ -366,6 +370,12 @@ class PreferenceTrainer(Trainer):
         if isinstance(self.train_dataset, IterableDataset) and not self.state.global_step:
             raise ValueError("nothing was trained: the stream of the training data gave no row that can be used")
         return output
+
+    def _wrap_model(self, model: nn.Module, training: bool = True, *others: Any) -> nn.Module:
+        """As the Trainer's, after which accelerate wraps the model in DDP."""
+        if training:
+            settle_unused_parameters(self.accelerator, self.args.ddp_find_unused_parameters, self.model)
+        return super()._wrap_model(model, training, *others)
 
     def hyperparameter_search(
         self,

@@ -95,6 +95,10 @@ def test_the_installed_kernel_takes_what_it_is_given():
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 
 
+class BySegment(Exception):
+    """A segment of so many queries has come to be computed by itself."""
+
+
 @pytest.mark.parametrize(
     ("query", "value", "autocast", "expected"),
     [
@@ -114,9 +118,11 @@ def test_half_precision_reaches_the_kernel_on_cuda(monkeypatch, query, value, au
         calls.append({tensor.dtype for tensor in (query, key, value)})
         return query
 
-    loop = []
+    def one_segment(query, *_):
+        raise BySegment(query.shape[2])
+
     monkeypatch.setattr(attention, "_varlen", kernel_call)
-    monkeypatch.setattr(attention, "_one_segment", lambda query, *_: loop.append(query) or query)
+    monkeypatch.setattr(attention, "_one_segment", one_segment)
     batch = SharedCollator()(random_rows(3))
     with FakeTensorMode(), torch.no_grad(), cuda_autocast(autocast):
         segments = {
@@ -129,10 +135,13 @@ def test_half_precision_reaches_the_kernel_on_cuda(monkeypatch, query, value, au
             torch.empty(1, heads, length, 64, dtype=dtype, device="cuda")
             for heads, dtype in ((4, query), (2, query), (2, value))
         ]
-        # Fake tensors have no numbers, so asking one for a length would be an error.
-        segment_attention(*tensors, **segments)
+        if expected is None:
+            # Fake tensors have no numbers, so asking one for the length would be another error.
+            with pytest.raises(BySegment, match=f"^{batch['segment_lengths'].queries[0]}$"):
+                segment_attention(*tensors, **segments)
+        else:
+            segment_attention(*tensors, **segments)
     assert calls == ([{expected}] if expected else [])
-    assert len(loop) == (0 if expected else len(batch["segment_lengths"].queries))
 
 
 @contextmanager
