@@ -212,7 +212,7 @@ class PreferenceConfig(TrainingArguments):
     accelerator_config: dict | str | None = field(
         default=None,
         metadata=_help(
-            "Settings of accelerate, as a dict or a path. Unless it is a path or says otherwise, non_blocking=True where "
+            "Settings of accelerate, as a dict or a path. Unless it is a path or sets it, non_blocking=True where "
             "dataloader_pin_memory lets a GPU copy batches without a wait."
         ),
     )

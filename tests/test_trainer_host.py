@@ -16,9 +16,10 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from tests.tiny_models import perturbed, tiny_model, with_lora
-from tests.trainers import make_trainer, pairs
+from tests.trainers import logged, make_trainer, pairs
 
 WALKS = ("named_modules", "named_parameters", "parameters", "modules", "children", "_named_members")
 aten = torch.ops.aten
@@ -134,3 +135,32 @@ def test_a_batch_is_moved_as_accelerate_is_told(tmp_path, non_blocking):
     with mock.patch.object(torch.Tensor, "to", return_value=tensor) as to:
         assert trainer._prepare_inputs({"pieces": [{"input_ids": tensor, "longest_response": 3}]})
     to.assert_called_once_with(trainer.accelerator.device, non_blocking=non_blocking)
+
+
+@pytest.mark.parametrize("loss", ["dpo", "aot"])
+def test_reference_and_collection_are_compiled_too(tmp_path, monkeypatch, loss):
+    """No part of a step runs a layer as plain Python; the losses are those of a model that is not compiled."""
+    calls: list[tuple[bool, bool]] = []
+    plain = LlamaMLP.forward
+
+    def watched(layer, hidden):
+        calls.append((torch.compiler.is_compiling(), torch.is_grad_enabled()))
+        return plain(layer, hidden)
+
+    def losses(**settings):
+        model = perturbed(with_lora(tiny_model(num_hidden_layers=1)), scale=0.1)
+        settings |= {"gradient_accumulation_steps": 2, "max_steps": 2, "train_dataset": pairs(8), "loss_type": loss}
+        trainer = make_trainer(tmp_path, model, reference="adapter_off", **settings)
+        trainer.scorer.settle()
+        calls.clear()
+        torch._dynamo.reset()
+        trainer.train()
+        return logged(trainer, "loss")
+
+    monkeypatch.setattr(LlamaMLP, "forward", watched)
+    expected = losses()
+    assert not any(compiling for compiling, _ in calls)
+    found = losses(torch_compile=True, torch_compile_backend="eager")
+    torch._dynamo.reset()
+    assert set(calls) == {(True, True), (True, False)}
+    assert found == pytest.approx(expected, rel=1e-5)

@@ -41,6 +41,7 @@ class LiveReference:
         copies: the frozen copies that it is made of, if it is.
         is_separate: whether the module is another than the policy's.
         engine: what keeps a separate module in shards, if anything does.
+        compiled: the same module compiled, which is called in its place.
     """
 
     tree: ModuleTree
@@ -49,6 +50,7 @@ class LiveReference:
     copies: "FrozenTensors | None" = None
     is_separate: bool = False
     engine: Any = None
+    compiled: nn.Module | None = None
 
     @property
     def model(self) -> nn.Module:
@@ -74,7 +76,7 @@ class LiveReference:
         with self.tree.held():
             reshard(self.tree)
             with torch.no_grad(), evaluation_mode(self.tree), self.switch():
-                scores = score(self.model, batch, token_stats)
+                scores = score(self.compiled if self.compiled is not None else self.model, batch, token_stats)
                 reshard(self.tree)
         return scores
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, DynamoBackend
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.nn.parallel import DistributedDataParallel
@@ -24,6 +24,19 @@ def keep_output_precision(accelerator: Accelerator) -> None:
     policy = getattr(plugin, "mixed_precision_policy", None)
     if isinstance(policy, MixedPrecisionPolicy):
         plugin.mixed_precision_policy = replace(policy, output_dtype=None)
+
+
+def compiled_for_scoring(accelerator: Accelerator, model: nn.Module) -> nn.Module | None:
+    """A model compiled as accelerate compiles the policy, but without DDP around it; `None` where it is not compiled.
+
+    The policy's graphs serve both. Models that an engine shards, and regions that are compiled by themselves, stay as
+    they are.
+    """
+    plugin = accelerator.state.dynamo_plugin
+    is_sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    if plugin.backend == DynamoBackend.NO or plugin.use_regional_compilation or is_sharded:
+        return None
+    return torch.compile(model, **plugin.to_kwargs())
 
 
 def settle_unused_parameters(accelerator: Accelerator, setting: bool | None, model: nn.Module) -> None:

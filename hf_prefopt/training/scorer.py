@@ -31,6 +31,7 @@ from hf_prefopt.scoring.attention import describe_attention
 from hf_prefopt.scoring.forward import VOCABULARY_KL, base_causal_lm, install_scoring, score
 from hf_prefopt.scoring.layout import settled_layout
 from hf_prefopt.scoring.modes import ModuleTree, evaluation_mode
+from hf_prefopt.training.engines import compiled_for_scoring
 
 CUSTOM = "the data_collator's"
 NEFTUNE = "NEFTune scales its noise by the length of a row, which would be that of several sequences"
@@ -82,6 +83,7 @@ class Scorer:
         self._moving: MovingReference | None = None
         self._filler: CacheFiller | None = None
         self._remembered = RememberedScores()
+        self._compiled: nn.Module | None = None
 
     def attach(self, model: nn.Module, objective: Objective, accelerator: Accelerator) -> None:
         """Make a model the policy: its dropout, its reference, its scoring forward.
@@ -142,6 +144,9 @@ class Scorer:
             else:
                 self._summary.say("layout", CUSTOM)
         self.layout = collator.layout
+        self._compiled = compiled_for_scoring(self.accelerator, self.model)
+        if isinstance(self.reference, LiveReference) and not self.reference.is_separate:
+            self.reference.compiled = self._compiled
         self._say_how()
         if isinstance(self.reference, CachedReference):
             silent = args.disable_tqdm or not self.accelerator.is_main_process
@@ -197,7 +202,8 @@ class Scorer:
         on_device = send_to_device(batch, self.accelerator.device)
         with torch.no_grad(), evaluation_mode(self.tree):
             reference = batch["reference_scores"] = self.reference_scores(on_device)
-            return self.objective.read(on_device, self.policy_scores(self.model, on_device, reference), reference)
+            model = self.model if self._compiled is None else self._compiled
+            return self.objective.read(on_device, self.policy_scores(model, on_device, reference), reference)
 
     def fill_cache(self, dataset: Any, name: str) -> bool:
         """Cache what is missing of a data set's reference scores; whether all of them are cached now."""
