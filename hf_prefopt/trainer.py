@@ -231,7 +231,7 @@ class PreferenceTrainer(Trainer):
             loss = output.loss
         return (loss, objective.kind.predictions(output.rewards, own)) if return_outputs else loss
 
-    def floating_point_ops(self, inputs: LoaderBatch) -> int:
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """As the Trainer's, which would count the parameters for every batch."""
         return 6 * inputs["input_ids"].numel() * self.scorer.tree.derived(body_parameters)
 
@@ -374,7 +374,7 @@ class PreferenceTrainer(Trainer):
     def _wrap_model(self, model: nn.Module, training: bool = True, *others: Any) -> nn.Module:
         """As the Trainer's, after which accelerate wraps the model in DDP."""
         if training:
-            settle_unused_parameters(self.accelerator, self.args.ddp_find_unused_parameters, self.model)
+            settle_unused_parameters(self.accelerator, self.args.ddp_find_unused_parameters, self.scorer.model)
         return super()._wrap_model(model, training, *others)
 
     def hyperparameter_search(

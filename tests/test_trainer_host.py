@@ -13,11 +13,14 @@ from unittest import mock
 
 import pytest
 import torch
+from accelerate.utils import is_compiled_module
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
-from transformers.models.llama.modeling_llama import LlamaMLP
 
+from hf_prefopt.reference import live
+from hf_prefopt.scoring.forward import score
+from hf_prefopt.training import scorer
 from tests.tiny_models import perturbed, tiny_model, with_lora
 from tests.trainers import logged, make_trainer, pairs
 
@@ -139,28 +142,28 @@ def test_a_batch_is_moved_as_accelerate_is_told(tmp_path, non_blocking):
 
 @pytest.mark.parametrize("loss", ["dpo", "aot"])
 def test_reference_and_collection_are_compiled_too(tmp_path, monkeypatch, loss):
-    """No part of a step runs a layer as plain Python; the losses are those of a model that is not compiled."""
-    calls: list[tuple[bool, bool]] = []
-    plain = LlamaMLP.forward
+    """The module that is called is a compiled one; the losses are those of a model that is not compiled."""
+    called: list[tuple[bool, bool]] = []
 
-    def watched(layer, hidden):
-        calls.append((torch.compiler.is_compiling(), torch.is_grad_enabled()))
-        return plain(layer, hidden)
+    def watched(model, *args):
+        called.append((is_compiled_module(model), torch.is_grad_enabled()))
+        return score(model, *args)
 
     def losses(**settings):
         model = perturbed(with_lora(tiny_model(num_hidden_layers=1)), scale=0.1)
         settings |= {"gradient_accumulation_steps": 2, "max_steps": 2, "train_dataset": pairs(8), "loss_type": loss}
         trainer = make_trainer(tmp_path, model, reference="adapter_off", **settings)
         trainer.scorer.settle()
-        calls.clear()
+        called.clear()
         torch._dynamo.reset()
         trainer.train()
         return logged(trainer, "loss")
 
-    monkeypatch.setattr(LlamaMLP, "forward", watched)
+    monkeypatch.setattr(live, "score", watched)
+    monkeypatch.setattr(scorer, "score", watched)
     expected = losses()
-    assert not any(compiling for compiling, _ in calls)
+    assert set(called) == {(False, True), (False, False)}
     found = losses(torch_compile=True, torch_compile_backend="eager")
     torch._dynamo.reset()
-    assert set(calls) == {(True, True), (True, False)}
+    assert set(called) == {(True, True), (True, False)}
     assert found == pytest.approx(expected, rel=1e-5)

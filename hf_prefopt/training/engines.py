@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import replace
+from typing import cast
 
 import torch
 from accelerate import Accelerator
@@ -36,7 +37,7 @@ def compiled_for_scoring(accelerator: Accelerator, model: nn.Module) -> nn.Modul
     is_sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
     if plugin.backend == DynamoBackend.NO or plugin.use_regional_compilation or is_sharded:
         return None
-    return torch.compile(model, **plugin.to_kwargs())
+    return cast(nn.Module, torch.compile(model, **plugin.to_kwargs()))
 
 
 def settle_unused_parameters(accelerator: Accelerator, setting: bool | None, model: nn.Module) -> None:
