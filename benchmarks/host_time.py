@@ -65,18 +65,30 @@ def _whose() -> str:
     return "policy forward" if torch.is_grad_enabled() else "reference forward"
 
 
+def _freeing(backward: Callable) -> Callable:
+    """The backward, and then the graph is freed, which otherwise happens when the loss is forgotten."""
+
+    def freeing(loss: torch.Tensor, **options: Any) -> None:
+        backward(loss, **options)
+        loss.detach_()
+
+    return freeing
+
+
 def step(side: Side, rows: list, clock: Clock) -> None:
     """One step of one micro-batch, its parts timed."""
     with ExitStack() as stack:
         stack.enter_context(patch.object(side.model, "forward", clock.around(side.model.forward, _whose)))
         for owner, name, part in (
-            (torch.Tensor, "backward", "backward"),
             (side.trainer, "get_batch_samples", "collating, counting"),
             (side.trainer.accelerator, "clip_grad_norm_", "clipping"),
             (side.optimizer, "step", "optimizer"),
             (side.model, "zero_grad", "zero_grad"),
         ):
             stack.enter_context(patch.object(owner, name, clock.around(getattr(owner, name), part)))
+        accelerator = side.trainer.accelerator
+        freeing = clock.around(_freeing(accelerator.backward), "backward")
+        stack.enter_context(patch.object(accelerator, "backward", freeing))
         start = time.process_time()
         side.step(rows)
         whole = time.process_time() - start
