@@ -19,8 +19,8 @@ class PreferenceBatch(TypedDict, total=False):
 
     Model inputs, whose shape is the layout's affair:
         input_ids, position_ids, attention_mask: as the model takes them.
-        segment_queries, segment_keys, segment_key_index, segment_longest: what each response of a row may look at, in
-            the layout "shared" (see `scoring.attention`).
+        segment_queries, segment_keys, segment_key_index, segment_longest, segment_lengths: what each response of a row
+            may look at, in the layout "shared" (see `scoring.attention`).
 
     Scored tokens (N of them, in the order of the responses):
         scored_rows: `[N]` int64, index into the hidden states flattened to `[rows, H]` of the position that predicts
@@ -54,6 +54,7 @@ class PreferenceBatch(TypedDict, total=False):
     segment_keys: Tensor
     segment_key_index: Tensor
     segment_longest: tuple[int, int]
+    segment_lengths: "SegmentLengths"
     scored_rows: Tensor
     targets: Tensor
     response_index: Tensor
@@ -100,6 +101,18 @@ class LoaderBatch(TypedDict):
     input_ids: Tensor
     attention_mask: Tensor
     pieces: list[PreferenceBatch]
+
+
+@dataclass(frozen=True)
+class SegmentLengths:
+    """The lengths of the S segments of a row, which stay on the CPU; no tuple, which compiled graphs would look into.
+
+    Attributes:
+        queries, keys: S numbers each.
+    """
+
+    queries: tuple[int, ...]
+    keys: tuple[int, ...]
 
 
 @dataclass

@@ -205,7 +205,29 @@ class PreferenceConfig(TrainingArguments):
         default=None, metadata=_help("bf16 autocast; default: where the hardware is fast in it, without fp16.")
     )
 
+    ddp_find_unused_parameters: bool | None = field(
+        default=None,
+        metadata=_help(
+            "Whether DDP looks for parameters without a gradient, a walk over the graph of every backward; default: "
+            "only where a forward of one token leaves some unused."
+        ),
+    )
+    ddp_broadcast_buffers: bool | None = field(
+        default=False,
+        metadata=_help("Whether DDP sends the first rank's buffers to the others before every forward."),
+    )
+    accelerator_config: dict | str | None = field(
+        default=None,
+        metadata=_help(
+            "Settings of accelerate, as a dict or a path. Unless it is a path or sets it, non_blocking=True where "
+            "dataloader_pin_memory lets a GPU copy batches without a wait."
+        ),
+    )
+
     def __post_init__(self):
+        if self.accelerator_config is None or isinstance(self.accelerator_config, dict):
+            copies_at_once = self.dataloader_pin_memory and torch.cuda.is_available()
+            self.accelerator_config = {"non_blocking": copies_at_once, **(self.accelerator_config or {})}
         # TrainingArguments refuses bf16 on a CPU that it was not told of, even where there is nothing else.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         if self.bf16 is None:

@@ -33,10 +33,14 @@ from hf_prefopt.reporting.metrics import Evaluation, TrainingRecord
 from hf_prefopt.reporting.preview import print_preview
 from hf_prefopt.reporting.run_facts import card_facts
 from hf_prefopt.reporting.start_summary import StartSummary, data_text, loss_texts
-from hf_prefopt.scoring.modes import adapter_casts_off
+from hf_prefopt.scoring.modes import adapter_casts_off, body_parameters, light_train
 from hf_prefopt.training.arguments import check_arguments, check_loading, check_order, check_types, refuse_data_parallel
 from hf_prefopt.training.checkpoints import begin_checkpoint, checkpoint_to_resume, keep_losses, restore_losses
-from hf_prefopt.training.engines import keep_output_precision, unwrapped_after_evaluation
+from hf_prefopt.training.engines import (
+    keep_output_precision,
+    settle_unused_parameters,
+    unwrapped_after_evaluation,
+)
 from hf_prefopt.training.global_batch import GlobalBatch, gather_examples
 from hf_prefopt.training.preference_data import Data, DataOrSplits, PreferenceData
 from hf_prefopt.training.replicas import RanksAgree
@@ -180,12 +184,11 @@ class PreferenceTrainer(Trainer):
             self.record.check(self.accelerator)
         batches = [check_loaded(batch) for batch in islice(epoch_iterator, num_batches)]
         self.global_batch.without_repeats(batches, self._train_batch_size)
+        if self.args.max_tokens_per_batch is not None:
+            for batch, idle in zip(batches, self.global_batch.idle(batches), strict=True):
+                batch["pieces"] = [*idle, *batch["pieces"]]
         pieces = [piece for batch in batches for piece in batch["pieces"]]
         num_examples = self.global_batch.count(pieces)
-        if self.args.max_tokens_per_batch is not None:
-            for batch in batches:
-                batch["pieces"] = [*self.global_batch.idle(batch["pieces"]), *batch["pieces"]]
-            pieces = [piece for batch in batches for piece in batch["pieces"]]
         self.global_batch.begin(pieces, self.scorer.collect)
         return batches, num_examples
 
@@ -195,8 +198,9 @@ class PreferenceTrainer(Trainer):
         """Forward and backward, piece by piece; gradients are synchronized with the last piece."""
         state, *pieces = self.accelerator.gradient_state, *inputs["pieces"]
         loss, synchronizes = torch.zeros((), device=self.args.device), self.accelerator.sync_gradients
+        tree = self.scorer.tree
         # Under DeepSpeed there is bf16 without autocast.
-        with adapter_casts_off(model, self.accelerator.native_amp):
+        with tree.held(), light_train(tree), adapter_casts_off(tree, self.accelerator.native_amp):
             for piece in pieces[:-1]:
                 state._set_sync_gradients(False)
                 with self.accelerator.no_sync(model):
@@ -232,6 +236,10 @@ class PreferenceTrainer(Trainer):
             output = self.evaluation.add(inputs, own)
             loss = output.loss
         return (loss, objective.kind.predictions(output.rewards, own)) if return_outputs else loss
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """As the Trainer's, which would count the parameters for every batch."""
+        return 6 * inputs["input_ids"].numel() * self.scorer.tree.derived(body_parameters)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As the Trainer's; a training log also has the means of the metrics since the last one.
@@ -273,14 +281,15 @@ class PreferenceTrainer(Trainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """(mean loss of the batch, rewards `[B, 2]`, labels `[B, 2]`)."""
         with torch.no_grad(), self.compute_loss_context_manager():
-            pieces = self._prepare_inputs(check_loaded(inputs))["pieces"]
+            batch = self._prepare_inputs(check_loaded(inputs))
+            pieces = batch["pieces"]
             for piece, counted in zip(
                 pieces, self.global_batch.counted(pieces, self.args.eval_batch_size), strict=True
             ):
                 if counted is not None:
                     piece["counted"] = counted
             # Ranks of a sharded model run its layers together, so they run as many pieces.
-            for piece in self.global_batch.idle(pieces) if self.args.max_tokens_per_batch is not None else ():
+            for piece in self.global_batch.idle([batch])[0] if self.args.max_tokens_per_batch is not None else ():
                 self.scorer.policy_scores(model, piece, self.scorer.reference_scores(piece, self.evaluation.dataset))
             outputs = [self.compute_loss(model, piece, return_outputs=True) for piece in pieces]
         loss = torch.stack([loss for loss, _ in outputs]).mean()
@@ -349,7 +358,9 @@ class PreferenceTrainer(Trainer):
         Under DeepSpeed the Trainer casts floats to the model's dtype. The floats of a batch are scores, margins and
         weights, which the losses read and no model does.
         """
-        return data.to(self.args.device) if isinstance(data, Tensor) else super()._prepare_input(data)
+        if not isinstance(data, Tensor):
+            return super()._prepare_input(data)
+        return data.to(self.accelerator.device, non_blocking=self.accelerator.non_blocking)
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = self.data.columns
@@ -396,6 +407,12 @@ class PreferenceTrainer(Trainer):
         self.record = TrainingRecord(self.criterion)
         self.criterion.reset_state()
         return super()._inner_training_loop(*args, **options)
+
+    def _wrap_model(self, model: nn.Module, training: bool = True, *others: Any) -> nn.Module:
+        """As the Trainer's, after which accelerate wraps the model in DDP."""
+        if training:
+            settle_unused_parameters(self.accelerator, self.args.ddp_find_unused_parameters, self.scorer.model)
+        return super()._wrap_model(model, training, *others)
 
     def hyperparameter_search(
         self,

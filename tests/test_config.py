@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import HfArgumentParser
 
 from hf_prefopt import PreferenceConfig
@@ -200,3 +201,20 @@ def test_liger_keeps_off_the_models_forward(tmp_path):
         assert config.liger_kernel_config == {"rope": False, **off}
     with pytest.raises(ValueError, match=r"'fused_linear_cross_entropy': True.*leave it out"):
         PreferenceConfig(str(tmp_path), use_liger_kernel=True, liger_kernel_config={"fused_linear_cross_entropy": True})
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, True),
+        ({"accelerator_config": {"use_seedable_sampler": False}}, True),
+        ({"accelerator_config": {"non_blocking": False}}, False),
+        ({"dataloader_pin_memory": False}, False),
+    ],
+)
+def test_batches_are_copied_without_waiting_where_they_are_pinned(monkeypatch, tmp_path, settings, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    config = PreferenceConfig(str(tmp_path), use_cpu=True, bf16=False, **settings)
+    assert config.accelerator_config.non_blocking == expected
+    monkeypatch.undo()
+    assert not PreferenceConfig(str(tmp_path), use_cpu=True, bf16=False).accelerator_config.non_blocking

@@ -43,8 +43,8 @@ def examples_of_first_rows(pieces: list[PreferenceBatch], count: int) -> list[Te
     return list((row <= count).split(lengths))
 
 
-def keep_examples(batch: PreferenceBatch, kept: Tensor) -> PreferenceBatch:
-    """The batch with some of its examples `[B]` bool; it runs as long as before.
+def keep_examples(batch: PreferenceBatch, kept: Tensor | slice) -> PreferenceBatch:
+    """The batch with some of its examples, `[B]` bool or a slice of them; it runs as long as before.
 
     Without any it changes nothing: ranks of a sharded model call its layers together, so one that has nothing to do
     runs such a batch.

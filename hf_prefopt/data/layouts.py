@@ -17,7 +17,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from hf_prefopt.batch import PreferenceBatch
+from hf_prefopt.batch import PreferenceBatch, SegmentLengths
 from hf_prefopt.data.group import Group, group_rows, index_examples
 
 
@@ -155,11 +155,12 @@ class SharedCollator:
             **index_examples(rows, grouped.places),
         }
         tensors: dict[str, Any] = {name: torch.from_numpy(array) for name, array in batch.items()}
-        longest = {
+        on_cpu = {
             "segment_longest": (int(queries.max()), int(keys.max())),
+            "segment_lengths": SegmentLengths(tuple(queries.tolist()), tuple(keys.tolist())),
             "longest_response": int(response_lengths.max()),
         }
-        return cast(PreferenceBatch, tensors | longest)
+        return cast(PreferenceBatch, tensors | on_cpu)
 
 
 def _key_index(prompts: np.ndarray, keys: np.ndarray, prompt_starts: np.ndarray, response_starts: np.ndarray):

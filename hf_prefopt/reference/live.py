@@ -27,7 +27,7 @@ from hf_prefopt.reference.shards import (
     swap_shard,
 )
 from hf_prefopt.scoring.forward import HIDDEN, base_causal_lm, head_predictions, score
-from hf_prefopt.scoring.modes import adapters_off, evaluation_mode
+from hf_prefopt.scoring.modes import ModuleTree, adapters_off, evaluation_mode
 
 
 @dataclass
@@ -35,20 +35,27 @@ class LiveReference:
     """A reference that is run on every batch.
 
     Attributes:
-        model: the module that is called.
+        tree: the modules of the model that is called.
         switch: makes the context in which it is the reference.
         description: a phrase for logs and model cards.
         copies: the frozen copies that it is made of, if it is.
         is_separate: whether the module is another than the policy's.
         engine: what keeps a separate module in shards, if anything does.
+        compiled: the same module compiled, which is called in its place.
     """
 
-    model: nn.Module
+    tree: ModuleTree
     switch: Callable[[], AbstractContextManager]
     description: str
     copies: "FrozenTensors | None" = None
     is_separate: bool = False
     engine: Any = None
+    compiled: nn.Module | None = None
+
+    @property
+    def model(self) -> nn.Module:
+        """The module that is called."""
+        return self.tree.model
 
     @property
     def has_own_memory(self) -> bool:
@@ -66,10 +73,11 @@ class LiveReference:
     def score(self, batch: PreferenceBatch, token_stats: tuple[str, ...] = ()) -> ResponseScores:
         """The reference's scores of a batch: no gradients, evaluation mode, whatever state the policy is in."""
         # A switch must find the same objects at both its ends, or what PEFT turns off for the reference stays off.
-        reshard(self.model)
-        with torch.no_grad(), evaluation_mode(self.model), self.switch():
-            scores = score(self.model, batch, token_stats)
-            reshard(self.model)
+        with self.tree.held():
+            reshard(self.tree)
+            with torch.no_grad(), evaluation_mode(self.tree), self.switch():
+                scores = score(self.compiled if self.compiled is not None else self.model, batch, token_stats)
+                reshard(self.tree)
         return scores
 
     def predictions(self, scores: ResponseScores) -> Callable[[slice], Tensor]:
@@ -80,7 +88,7 @@ class LiveReference:
         ranks have different numbers of chunks.
         """
         head, hidden = base_causal_lm(self.model).get_output_embeddings(), scores.token_stats[HIDDEN]
-        release_gathered(self.model)
+        release_gathered(self.tree)
         with self.switch():
             in_hand = self.copies or any(map(is_sharded, head.parameters()))
             weights = _weights(head, hidden.dtype) if in_hand else {}
@@ -111,7 +119,8 @@ def has_its_place(model: nn.Module) -> bool:
 
 def adapter_off(model: PeftModel) -> LiveReference:
     """The model beneath the adapter."""
-    return LiveReference(model, partial(adapters_off, model), "the base model, the adapter switched off")
+    tree = ModuleTree(model)
+    return LiveReference(tree, partial(adapters_off, tree), "the base model, the adapter switched off")
 
 
 def named_adapter(model: PeftModel, name: str) -> LiveReference:
@@ -140,20 +149,20 @@ def named_adapter(model: PeftModel, name: str) -> LiveReference:
             for parameter in trained:
                 parameter.requires_grad_(True)
 
-    return LiveReference(model, switch, f"the adapter {name!r}")
+    return LiveReference(ModuleTree(model), switch, f"the adapter {name!r}")
 
 
 def separate_model(model: nn.Module) -> LiveReference:
     """Another model, frozen."""
     model.requires_grad_(False).eval()
     name = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
-    return LiveReference(model, nullcontext, f"another model ({name})", is_separate=True)
+    return LiveReference(ModuleTree(model), nullcontext, f"another model ({name})", is_separate=True)
 
 
 def frozen_copy(model: nn.Module) -> LiveReference:
     """The policy as it is now: a copy in memory of every tensor that trains, everything else shared with the policy."""
-    copies = FrozenTensors(model)
-    return LiveReference(model, copies.swapped_in, "a frozen copy of the policy as given", copies)
+    copies = FrozenTensors(tree := ModuleTree(model))
+    return LiveReference(tree, copies.swapped_in, "a frozen copy of the policy as given", copies)
 
 
 @dataclass
@@ -165,11 +174,11 @@ class FrozenTensors:
     shards of the copy.
     """
 
-    model: nn.Module
+    tree: ModuleTree
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self):
-        self.tensors = {name: local_shard(p).clone() for name, p in _named(self.model).items() if p.requires_grad}
+        self.tensors = {name: local_shard(p).clone() for name, p in _named(self.tree).items() if p.requires_grad}
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
@@ -183,7 +192,7 @@ class FrozenTensors:
     @torch.no_grad()
     def move(self, share: float) -> None:
         """copy ← share · parameter + (1 − share) · copy; a rank moves its shards, and nothing is gathered."""
-        parameters = _named(self.model)
+        parameters = _named(self.tree)
         for name, values in self.tensors.items():
             policy = local_shard(parameters[name])
             mine = shard_of(parameters[name], values).to(policy.device)
@@ -192,26 +201,26 @@ class FrozenTensors:
     def gathered(self) -> Iterator[tuple[str, Tensor]]:
         """(name, the whole copy) of one parameter after the other; where they are sharded, on every rank together."""
         with self.swapped_in():
-            for name, parameter in _named(self.model).items():
+            for name, parameter in _named(self.tree).items():
                 if name in self.tensors:
                     with gathered(parameter) as tensor:
                         yield name, tensor
 
     def replace(self, values: Callable[[str], Tensor]) -> None:
         """Take others in the copies' place: from a name to the whole tensor, of which a rank keeps its part."""
-        release_gathered(self.model)
-        parameters = _named(self.model)
+        release_gathered(self.tree)
+        parameters = _named(self.tree)
         for name, old in self.tensors.items():
             self.tensors[name] = shard_of(parameters[name], values(name)).to(old.device, old.dtype)
 
     def _exchange(self) -> None:
         # Autocast keeps low-precision casts by parameter object: they would be those of the other tensors.
         torch.clear_autocast_cache()
-        release_gathered(self.model)
-        parameters = _named(self.model)
+        release_gathered(self.tree)
+        parameters = _named(self.tree)
         self.tensors = {name: swap_shard(parameters[name], tensor) for name, tensor in self.tensors.items()}
 
 
-def _named(model: nn.Module) -> dict[str, nn.Parameter]:
+def _named(tree: ModuleTree) -> dict[str, nn.Parameter]:
     """The parameters by their names in the model as given, which an engine's checkpointing puts a word into."""
-    return {name.replace("_checkpoint_wrapped_module.", ""): p for name, p in model.named_parameters()}
+    return {name.replace("_checkpoint_wrapped_module.", ""): p for name, p in tree.named_parameters()}

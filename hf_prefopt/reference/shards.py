@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from hf_prefopt.scoring.modes import all_modules
+from hf_prefopt.scoring.modes import ModuleTree
 
 
 def local_shard(parameter: nn.Parameter) -> Tensor:
@@ -80,18 +80,18 @@ def swap_shard(parameter: nn.Parameter, values: Tensor) -> Tensor:
     return current
 
 
-def reshard(model: nn.Module) -> None:
+def reshard(tree: ModuleTree) -> None:
     """Put FSDP2's shards back in place of the gathered parameters, other objects, that it keeps after a forward."""
-    if torch.distributed.is_initialized():
-        for module in all_modules(model):
+    if torch.distributed.is_initialized() and any(issubclass(kind, FSDPModule) for kind in set(map(type, tree))):
+        for module in tree:
             if isinstance(module, FSDPModule):
                 module.reshard()
 
 
-def release_gathered(model: nn.Module) -> None:
+def release_gathered(tree: ModuleTree) -> None:
     """Free gathered parameters that an engine keeps between two forwards, so that the next forward gathers anew."""
-    reshard(model)
-    for parameter in model.parameters():
+    reshard(tree)
+    for _, parameter in tree.named_parameters():
         if is_zero3_partitioned(parameter) and parameter.ds_status.name == "AVAILABLE":
             parameter.partition()
 

@@ -15,7 +15,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from hf_prefopt.scoring.forward import base_causal_lm, score
-from hf_prefopt.scoring.modes import adapters_off, evaluation_mode, training_mode
+from hf_prefopt.scoring.modes import ModuleTree, adapters_off, evaluation_mode, training_mode
 
 _KEPT, _CHANGED = 10, 6
 # Roundings to the model's dtype on the way to a logit: the product, a scale, a division by a cap, tanh, a product.
@@ -92,11 +92,12 @@ def training_noise(model: nn.Module, compute_dtype: torch.dtype | None = None) -
     ids = torch.tensor([made_up_tokens(base_causal_lm(model).config, _KEPT + _CHANGED, random.Random(0))])
     ids = ids.to(device_of(model))
     devices = [ids.device] if ids.device.type == "cuda" else []
-    without = adapters_off(model) if isinstance(model, PeftModel) else nullcontext()
+    tree = ModuleTree(model)
+    without = adapters_off(tree) if isinstance(model, PeftModel) else nullcontext()
     with torch.no_grad(), without, torch.random.fork_rng(devices):
-        with evaluation_mode(model):
+        with evaluation_mode(tree):
             evaluated = _plain_logits(model, ids)
-        with training_mode(model):
+        with training_mode(tree):
             trained = _plain_logits(model, ids)
     _, body_unit = _units(model, compute_dtype)
     rounding = max(_ROUNDINGS * body_unit, _SUMMING) * (evaluated.abs() + evaluated.abs().mean(-1, keepdim=True))

@@ -22,7 +22,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-SEGMENT_INPUTS = ("segment_queries", "segment_keys", "segment_key_index", "segment_longest")
+from hf_prefopt.batch import SegmentLengths
+
+SEGMENT_INPUTS = ("segment_queries", "segment_keys", "segment_key_index", "segment_longest", "segment_lengths")
 _PREFIX = "hf_prefopt|"
 # What attention modules pass along that has no bearing on the result, or is handled here.
 _HARMLESS = {"position_ids", "use_cache", "output_attentions", "output_hidden_states", "return_dict", "cache_position"}
@@ -106,6 +108,7 @@ def segment_attention(
     segment_keys: Tensor,
     segment_key_index: Tensor,
     segment_longest: tuple[int, int],
+    segment_lengths: SegmentLengths,
     attention_mask: Tensor | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
@@ -122,6 +125,7 @@ def segment_attention(
             the gathered keys, and where the last one ends.
         segment_key_index: `[Tk]` int64, the row's position of each gathered key.
         segment_longest: the most queries and the most keys of a segment.
+        segment_lengths: all of them, so that no device is waited for where segments are computed one by one.
         attention_mask: of one element, which stands for none; a larger one is of the module's own making.
         sliding_window: a query sees that many keys, itself included. softcap: scores are cap · tanh(score / cap).
 
@@ -141,10 +145,11 @@ def segment_attention(
     window = sliding_window if sliding_window and sliding_window < segment_longest[1] else None
     if query.is_cuda and softcap is None and dropout == 0 and _fits_varlen(query, value):
         return _varlen(query, key, value, segment_queries, segment_keys, segment_longest, scaling, window)
+    keys = segment_lengths.keys
     pieces = [
         _one_segment(q, k, v, scaling, dropout, window, softcap)
         for q, k, v in zip(
-            _split(query, segment_queries), _split(key, segment_keys), _split(value, segment_keys), strict=True
+            query.split(segment_lengths.queries, 2), key.split(keys, 2), value.split(keys, 2), strict=True
         )
     ]
     return torch.cat(pieces, dim=2).transpose(1, 2).contiguous()  # as transformers' own functions: some models view it
@@ -177,10 +182,6 @@ def _varlen(query, key, value, query_bounds, key_bounds, longest, scaling, windo
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     rows = (tensor.squeeze(0).transpose(0, 1).contiguous() for tensor in (query, key, value))
     return varlen_attn(*rows, query_bounds, key_bounds, *longest, scale=scaling, **options).unsqueeze(0)
-
-
-def _split(tensor: Tensor, bounds: Tensor) -> tuple[Tensor, ...]:
-    return tensor.split(bounds.diff().tolist(), dim=2)
 
 
 def _one_segment(query, key, value, scaling, dropout, window, softcap) -> Tensor:

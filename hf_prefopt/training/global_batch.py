@@ -63,21 +63,27 @@ class GlobalBatch:
                 for piece, kept in zip(pieces, counted, strict=True)
             ]
 
-    def idle(self, pieces: list[PreferenceBatch]) -> list[PreferenceBatch]:
-        """Pieces without examples, as many as this rank has fewer than the rank that has most."""
+    def idle(self, batches: list[LoaderBatch]) -> list[list[PreferenceBatch]]:
+        """For each batch, pieces without examples, as many as this rank has fewer than the rank that has most.
+
+        Args:
+            batches: equally many on all ranks.
+        """
         if self.accelerator.num_processes == 1:
-            return []
-        own = torch.tensor([len(pieces)], device=self.accelerator.device)
-        most = int(self.accelerator.gather(own).max())
-        idle = keep_examples(pieces[-1], torch.zeros_like(pieces[-1]["rows"], dtype=torch.bool))
-        return [{**idle} for _ in range(most - len(pieces))]
+            return [[] for _ in batches]
+        own = torch.tensor([[len(batch["pieces"]) for batch in batches]], device=self.accelerator.device)
+        most = self.accelerator.gather(own).amax(0).tolist()
+        return [
+            [keep_examples(batch["pieces"][-1], slice(0)) for _ in range(count - len(batch["pieces"]))]
+            for batch, count in zip(batches, most, strict=True)
+        ]
 
     def count(self, pieces: list[PreferenceBatch]) -> Tensor | int:
         """The number of examples in these pieces, on all ranks."""
         count = sum(len(piece["rows"]) for piece in pieces)
         if self.accelerator.num_processes == 1:
             return count
-        return self.accelerator.reduce(torch.tensor(count, device=self.accelerator.device), reduction="sum")
+        return self.accelerator.reduce(torch.full((), count, device=self.accelerator.device), reduction="sum")
 
     def begin(self, pieces: list[PreferenceBatch], collect: Callable[[PreferenceBatch], Inputs]) -> None:
         """Begin a step that consists of these pieces on this rank.

@@ -31,7 +31,8 @@ from hf_prefopt.scoring.attention import describe_attention
 from hf_prefopt.scoring.dropout import switch_off_dropout
 from hf_prefopt.scoring.forward import VOCABULARY_KL, base_causal_lm, install_scoring, score
 from hf_prefopt.scoring.layout import settled_layout
-from hf_prefopt.scoring.modes import evaluation_mode
+from hf_prefopt.scoring.modes import ModuleTree, evaluation_mode
+from hf_prefopt.training.engines import compiled_for_scoring
 
 logger = logging.getLogger(__name__)
 
@@ -69,9 +70,10 @@ class Scorer:
         objective: the losses, which say what must be scored.
         reference: `None` where the losses need none.
         layout: how batches are laid out; `None` until it is settled.
+        tree: the policy's modules.
     """
 
-    model: nn.Module
+    tree: ModuleTree
     objective: Objective
     accelerator: Accelerator
 
@@ -90,6 +92,7 @@ class Scorer:
         self._filler: CacheFiller | None = None
         self._remembered = RememberedScores()
         self._dropout: list[str] = []
+        self._compiled: nn.Module | None = None
 
     def attach(self, model: nn.Module, objective: Objective, accelerator: Accelerator) -> None:
         """Make a model the policy: its dropout, its reference, its scoring forward.
@@ -98,10 +101,12 @@ class Scorer:
             ValueError: the reference that the settings ask for contradicts the model or the losses.
         """
         args = self._args
-        self.model, self.objective, self.accelerator = model, objective, accelerator
+        self.objective, self.accelerator = objective, accelerator
         self.layout, self._filler, self._moving, self._remembered = None, None, None, RememberedScores()
         self._dropout = switch_off_dropout(model, args.disable_dropout)
-        self.reference = choose_reference(args.reference, model, self._ref_model, objective.needs_reference_model)
+        reference = choose_reference(args.reference, model, self._ref_model, objective.needs_reference_model)
+        self.tree = reference.tree if reference is not None and not reference.is_separate else ModuleTree(model)
+        self.reference = reference
         for module in self._models():
             install_scoring(module, args.temperature)
         if args.sync_ref_model:
@@ -112,6 +117,11 @@ class Scorer:
             self.reference = CachedReference(
                 self.reference, args.reference_cache_dir, args.temperature, self._autocast_dtype
             )
+
+    @property
+    def model(self) -> nn.Module:
+        """The policy, without an engine's wrapper."""
+        return self.tree.model
 
     def settle(self) -> bool:
         """Place the reference, check that the models' scores are their own, and choose the layout; once for a model.
@@ -143,6 +153,9 @@ class Scorer:
             else:
                 self._summary.say("layout", CUSTOM)
         self.layout = collator.layout
+        self._compiled = compiled_for_scoring(self.accelerator, self.model)
+        if isinstance(self.reference, LiveReference) and not self.reference.is_separate:
+            self.reference.compiled = self._compiled
         self._say_how()
         if isinstance(self.reference, CachedReference):
             silent = args.disable_tqdm or not self.accelerator.is_main_process
@@ -204,9 +217,10 @@ class Scorer:
     def collect(self, batch: PreferenceBatch) -> dict[str, Tensor]:
         """The loss inputs of a batch, without gradients; the batch keeps the reference's scores."""
         on_device = send_to_device(batch, self.accelerator.device)
-        with torch.no_grad(), evaluation_mode(self.model):
+        with torch.no_grad(), evaluation_mode(self.tree):
             reference = batch["reference_scores"] = self.reference_scores(on_device)
-            return self.objective.read(on_device, self.policy_scores(self.model, on_device, reference), reference)
+            model = self.model if self._compiled is None else self._compiled
+            return self.objective.read(on_device, self.policy_scores(model, on_device, reference), reference)
 
     def fill_cache(self, dataset: Any, name: str) -> bool:
         """Cache what is missing of a data set's reference scores; whether all of them are cached now."""

@@ -13,6 +13,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from hf_prefopt import PreferenceTrainer
 from hf_prefopt.reference.shards import release_gathered
 from hf_prefopt.scoring.forward import CHUNK_ROWS, base_causal_lm
+from hf_prefopt.scoring.modes import ModuleTree
 from tests.distributed.cases import Case
 from tests.distributed.engines import Engine
 from tests.tiny_models import perturbed
@@ -107,7 +108,7 @@ def _whole_parameters(model: nn.Module, engine: Engine) -> list[str]:
 
 def _trained(trainer: PreferenceTrainer, engine: Engine) -> dict[str, Any]:
     # FSDP2 leaves what the last forward has gathered whole until the next one.
-    release_gathered(trainer.model)
+    release_gathered(ModuleTree(trainer.model))
     return {name: engine.whole(p) for name, p in trainer.model.named_parameters() if p.requires_grad}
 
 

@@ -7,6 +7,7 @@ from peft import IA3Config, get_peft_model
 from hf_prefopt.losses import get_loss, list_losses
 from hf_prefopt.reference.choose import choose_reference, is_fresh_adapter
 from hf_prefopt.reference.live import FrozenTensors
+from hf_prefopt.scoring.modes import ModuleTree
 from tests.tiny_models import perturbed, tiny_model, with_lora
 from tests.trainers import first_batch, make_trainer
 
@@ -65,7 +66,7 @@ def test_the_reference_of_reference_free_losses_is_none(tmp_path):
 def test_the_trained_tensors_alone_are_copied():
     """Under LoRA the frozen copy holds the adapter, in memory of its own, and not the model beneath it."""
     model = perturbed(with_lora(tiny_model()))
-    copies = FrozenTensors(model).tensors
+    copies = FrozenTensors(ModuleTree(model)).tensors
     assert copies and all("lora_" in name for name in copies)
     assert all(copies[name].data_ptr() != p.data_ptr() for name, p in model.named_parameters() if name in copies)
 

@@ -10,6 +10,7 @@ import copy
 import pytest
 import torch
 
+from hf_prefopt.batch import SegmentLengths
 from hf_prefopt.data.layouts import PaddedCollator, SharedCollator
 from hf_prefopt.scoring import attention, forward, layout
 from hf_prefopt.scoring.attention import install_segment_attention
@@ -168,6 +169,22 @@ def test_attention_and_head_stay_out_of_compiled_graphs(monkeypatch):
     assert all(compiling["_body"]) and all(compiling.values())
     assert not any(compiling["_one_segment"] + compiling["linear_head_logps"])
     torch.testing.assert_close(found, expected, rtol=0, atol=LOGPS)
+
+
+def test_no_batch_after_the_second_is_compiled_anew():
+    """Whatever its number of segments and their lengths."""
+    model, graphs = tiny_model(num_hidden_layers=2), []
+    install_scoring(model)
+    install_segment_attention(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
+    counts = []
+    for count in (3, 4, 2, 5):
+        batch = SharedCollator()(random_rows(count, seed=count))
+        torch.testing.assert_close(score(compiled, batch).token_logps, score(model, batch).token_logps)
+        counts.append(len(graphs))
+    torch._dynamo.reset()
+    assert 0 < counts[0] < counts[1] == counts[2] == counts[3]
 
 
 def test_eager_attention_is_shared_too():
@@ -331,7 +348,8 @@ class TestTheProbe:
                     )
                 ]
             )
-            return {**kwargs, "segment_keys": queries, "segment_key_index": kept}
+            lengths = SegmentLengths(kwargs["segment_lengths"].queries, kwargs["segment_lengths"].queries)
+            return {**kwargs, "segment_keys": queries, "segment_key_index": kept, "segment_lengths": lengths}
 
         self.break_attention(monkeypatch, cut_off)
         assert "differ from those of padded" in reason_against_shared(model).words
@@ -349,6 +367,7 @@ class TestTheProbe:
                 "segment_keys": bounds,
                 "segment_key_index": torch.arange(int(total)),
                 "segment_longest": longest,
+                "segment_lengths": SegmentLengths(longest[:1], longest[:1]),
             }
 
         self.break_attention(monkeypatch, run_together)

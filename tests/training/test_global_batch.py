@@ -138,8 +138,15 @@ def test_batches_that_say_what_counts_are_believed_wherever_they_come():
 
 
 def test_a_rank_with_fewer_pieces_gets_idle_ones():
-    """The other rank has three pieces, this one has one: two pieces without examples, which run as long."""
-    at = GlobalBatch(accelerator(2, gather=lambda own: torch.cat([own, torch.tensor([3])])), build_objective(["dpo"]))
-    idle = at.idle(pieces(2))
-    assert [len(piece["rows"]) for piece in idle] == [0, 0]
-    assert GlobalBatch(accelerator(), build_objective(["dpo"])).idle(pieces(2)) == []
+    """The other rank has three pieces and one, this one has one and two: two idle pieces, asked for once."""
+    asked = []
+
+    def gather(own):
+        asked.append(own.tolist())
+        return torch.cat([own, torch.tensor([[3, 1]])])
+
+    batches = [{"pieces": pieces(2)}, {"pieces": pieces(2) * 2}]
+    idle = GlobalBatch(accelerator(2, gather=gather), build_objective(["dpo"])).idle(batches)
+    assert [[len(piece["rows"]) for piece in those] for those in idle] == [[0, 0], []] and asked == [[[1, 2]]]
+    assert idle[0][0] is not idle[0][1]
+    assert GlobalBatch(accelerator(), build_objective(["dpo"])).idle(batches) == [[], []]

@@ -1,0 +1,169 @@
+"""A micro-batch leaves the host free: nothing of it walks the model, waits for the device or counts parameters again.
+
+Counts, not times; times are `benchmarks/host_time.py`'s.
+"""
+
+import sys
+from collections import Counter
+from collections.abc import Callable
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from accelerate.utils import is_compiled_module
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import TrainerCallback
+
+from hf_prefopt.reference import live
+from hf_prefopt.scoring.forward import score
+from hf_prefopt.training import scorer
+from tests.tiny_models import perturbed, tiny_model, with_lora
+from tests.trainers import logged, make_trainer, pairs
+
+WALKS = ("named_modules", "named_parameters", "parameters", "modules", "children", "_named_members")
+aten = torch.ops.aten
+# What reads a tensor's numbers, for which a GPU must compute them first: `item`, `bool`, `int`, `float` are the first.
+WAITS = {
+    aten._local_scalar_dense.default,
+    aten.nonzero.default,
+    aten.masked_select.default,
+    aten.repeat_interleave.Tensor,
+    aten._unique2.default,
+}
+READS = ("tolist", "numpy", "cpu")
+
+
+@contextmanager
+def counted(owner: type, names: tuple[str, ...], calls: Counter):
+    """Counts the calls of these methods, by method and by the function that called."""
+    with mock.patch.multiple(owner, **{name: counting(owner, name, calls) for name in names}):
+        yield
+
+
+def counting(owner, name, calls):
+    function = getattr(owner, name)
+
+    def method(self, *args, **kwargs):
+        calls[name, sys._getframe(1).f_code.co_name] += 1
+        return function(self, *args, **kwargs)
+
+    return method
+
+
+class Waits(TorchDispatchMode):
+    """Counts what waits for a device, by operator and by the function outside of torch that asked."""
+
+    def __init__(self, calls: Counter):
+        super().__init__()
+        self.calls = calls
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        masks = function is aten.index.Tensor and any(i is not None and i.dtype == torch.bool for i in args[1])
+        if function in WAITS or masks:
+            frame = sys._getframe(1)
+            while "/torch/" in frame.f_code.co_filename:
+                frame = frame.f_back
+            self.calls[str(function), f"{Path(frame.f_code.co_filename).name}:{frame.f_code.co_name}"] += 1
+        return function(*args, **(kwargs or {}))
+
+
+class MicroBatches(TrainerCallback):
+    """Keeps what was counted up to the end of each micro-batch that is not a step's last one."""
+
+    def __init__(self, calls: Counter):
+        self.calls, self.seen = calls, []
+
+    def on_substep_end(self, *_, **__):
+        self.seen.append(dict(self.calls))
+        self.calls.clear()
+
+
+def counts_of_micro_batches(folder, count: Callable[[Counter], AbstractContextManager], **settings) -> list[dict]:
+    """What was counted in the second and third of four micro-batches, in each of two steps without a log."""
+    model = perturbed(with_lora(tiny_model(num_hidden_layers=3)), scale=0.1)
+    calls: Counter = Counter()
+    options = {"gradient_accumulation_steps": 4, "max_steps": 2, "logging_steps": 50, "train_dataset": pairs(16)}
+    watch = MicroBatches(calls)
+    trainer = make_trainer(folder, model, callbacks=[watch], **options, **settings)
+    with count(calls):
+        trainer.train()
+    return watch.seen[1:3] + watch.seen[4:6]
+
+
+@pytest.mark.parametrize("layout", ["shared", "padded"])
+def test_no_micro_batch_walks_the_model(tmp_path, layout):
+    walks = partial(counted, nn.Module, WALKS)
+    assert counts_of_micro_batches(tmp_path, walks, layout=layout, reference="adapter_off") == [{}] * 4
+
+
+@pytest.mark.parametrize("loss", ["dpo", "simpo", "orpo"])
+@pytest.mark.parametrize("layout", ["shared", "padded"])
+def test_no_micro_batch_waits_for_the_device(tmp_path, layout, loss):
+    """From its forward to its record; transformers' own masks, which padding needs, ask whether there is any."""
+
+    @contextmanager
+    def count(calls):
+        with counted(torch.Tensor, READS, calls), Waits(calls):
+            yield
+
+    reference = {"reference": "adapter_off"} if loss == "dpo" else {}
+    counts = counts_of_micro_batches(tmp_path, count, layout=layout, loss_type=loss, **reference)
+    assert [{call: n for call, n in found.items() if "masking_utils" not in call[1]} for found in counts] == [{}] * 4
+    assert layout == "padded" or counts == [{}] * 4
+
+
+def test_parameters_are_counted_once(tmp_path, monkeypatch):
+    """As the Trainer counts them, and anew for a model that has changed."""
+    model = with_lora(tiny_model())
+    trainer, counts = make_trainer(tmp_path, model), Counter()
+    causal_lm = type(model.get_base_model())
+    monkeypatch.setattr(causal_lm, "num_parameters", counting(causal_lm, "num_parameters", counts))
+    batch = next(iter(trainer.get_train_dataloader()))
+    for name in ("second", "third"):
+        expected = super(type(trainer), trainer).floating_point_ops(batch)
+        counts.clear()
+        assert trainer.floating_point_ops(batch) == trainer.floating_point_ops(batch) == expected > 0
+        assert counts.total() == 1
+        model.add_adapter(name, model.peft_config["default"])
+
+
+@pytest.mark.parametrize("non_blocking", [True, False])
+def test_a_batch_is_moved_as_accelerate_is_told(tmp_path, non_blocking):
+    trainer = make_trainer(tmp_path, accelerator_config={"non_blocking": non_blocking}, dataloader_pin_memory=True)
+    tensor = torch.ones(2)
+    with mock.patch.object(torch.Tensor, "to", return_value=tensor) as to:
+        assert trainer._prepare_inputs({"pieces": [{"input_ids": tensor, "longest_response": 3}]})
+    to.assert_called_once_with(trainer.accelerator.device, non_blocking=non_blocking)
+
+
+@pytest.mark.parametrize("loss", ["dpo", "aot"])
+def test_reference_and_collection_are_compiled_too(tmp_path, monkeypatch, loss):
+    """The module that is called is a compiled one; the losses are those of a model that is not compiled."""
+    called: list[tuple[bool, bool]] = []
+
+    def watched(model, *args):
+        called.append((is_compiled_module(model), torch.is_grad_enabled()))
+        return score(model, *args)
+
+    def losses(**settings):
+        model = perturbed(with_lora(tiny_model(num_hidden_layers=1)), scale=0.1)
+        settings |= {"gradient_accumulation_steps": 2, "max_steps": 2, "train_dataset": pairs(8), "loss_type": loss}
+        trainer = make_trainer(tmp_path, model, reference="adapter_off", **settings)
+        trainer.scorer.settle()
+        called.clear()
+        torch._dynamo.reset()
+        trainer.train()
+        return logged(trainer, "loss")
+
+    monkeypatch.setattr(live, "score", watched)
+    monkeypatch.setattr(scorer, "score", watched)
+    expected = losses()
+    assert set(called) == {(False, True), (False, False)}
+    found = losses(torch_compile=True, torch_compile_backend="eager")
+    torch._dynamo.reset()
+    assert set(called) == {(True, True), (True, False)}
+    assert found == pytest.approx(expected, rel=1e-5)
