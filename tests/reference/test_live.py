@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from hf_prefopt.scoring.forward import score
-from tests.tiny_models import perturbed, tiny_model, with_lora
+from tests.tiny_models import QUANTIZABLE, perturbed, tiny_model, with_lora
 from tests.trainers import first_batch, logged, make_trainer, pairs, weights
 
 
@@ -155,6 +156,18 @@ def test_nothing_of_the_reference_is_saved(name, tmp_path):
     assert expected
     assert saved_names(tmp_path / "saved") == expected
     assert saved_names(tmp_path / "run" / "checkpoint-1") == expected
+
+
+def test_products_of_8_bit_weights_are_one_kernels(tmp_path):
+    """bitsandbytes has two on CPUs, by the mode of a layer: with one for each, the first loss was 0.70 here."""
+    quantization = BitsAndBytesConfig(load_in_8bit=True)
+    tiny_model(**QUANTIZABLE).save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=quantization)
+    adapter = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    trainer = make_trainer(tmp_path / "run", model, peft_config=adapter, train_dataset=pairs(4), max_steps=1)
+    trainer.train()
+    assert logged(trainer, "loss")[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert logged(trainer, "rewards/chosen")[0] == 0.0
 
 
 def saved_names(folder: Path) -> dict[str, list[str]]:
