@@ -25,6 +25,7 @@ import json
 import sys
 import time
 import traceback
+from functools import partial
 from importlib.machinery import ModuleSpec
 from importlib.metadata import version
 from pathlib import Path
@@ -49,6 +50,7 @@ HAS_TRL = importlib.util.find_spec("trl") is not None and importlib.util.find_sp
 stand_in_for_datasets()
 
 from benchmarks.gpu_correctness import all_checks  # noqa: E402
+from benchmarks.gpu_levers import put_liger_in  # noqa: E402
 from benchmarks.gpu_losses import every_loss  # noqa: E402
 from benchmarks.gpu_profile import profiles  # noqa: E402
 from benchmarks.gpu_report import as_markdown, print_checks, print_speed  # noqa: E402
@@ -124,6 +126,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 
 def _speed(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     measure = trainers_in_turns if HAS_TRL and not options.layouts_only else layouts_in_turns
+    measure = partial(measure, adapt=put_liger_in) if options.liger else measure
     try:
         figures = measure(case, case.rows(options.tiny), options.rounds, options.device)
     except Exception as error:  # one case's failure leaves the others their time
@@ -132,7 +135,7 @@ def _speed(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     gc.collect()
     if options.device == "cuda":
         torch.cuda.empty_cache()
-    return case.names() | {"by": measure.__name__} | figures
+    return case.names() | {"by": "trainers" if HAS_TRL and not options.layouts_only else "layouts"} | figures
 
 
 def _about(device: str) -> dict[str, str]:
@@ -152,6 +155,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--tiny", action="store_true", help="short sequences and the shape 'tiny'")
     parser.add_argument("--layouts-only", action="store_true", help="shared against padded even where trl is there")
+    parser.add_argument("--liger", action="store_true", help="Liger's kernels in both trainers' models")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU")
     parser.add_argument("--budget", type=float, default=360, help="seconds after which no further case is started")
     parser.add_argument("--out", type=Path, help="a folder for the results and the profiles")

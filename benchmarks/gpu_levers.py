@@ -21,10 +21,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.gpu_check import CASES, TINY_CASES, stand_in_for_datasets
 from benchmarks.gpu_speed import GIB, Case, peak_of, seconds_of
 
-stand_in_for_datasets()
+CASES = [
+    Case("0.5B", "4:1", torch.float32, 8),
+    Case("8B", "4:1", torch.bfloat16, 2),
+    Case("0.5B", "chat", torch.float32, 8),
+]
 
 
 def compile_layers(model: nn.Module) -> None:
@@ -107,7 +110,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    cases = TINY_CASES[:1] if options.tiny else [CASES[0], CASES[1], CASES[3]]
+    cases = [Case("tiny", "4:1", torch.float32, 2)] if options.tiny else CASES
     start, results = time.monotonic(), []
     for variant in options.variants:
         for case in cases:

@@ -160,11 +160,19 @@ def layouts_in_turns(case: Case, rows: Sequence[Row], rounds: int, device: str) 
     return figures | {"loss_apart": abs(losses[0] - losses[1]) / abs(losses[0])}
 
 
-def trainers_in_turns(case: Case, rows: Sequence[Row], rounds: int, device: str) -> dict[str, Any]:
-    """TRL's trainer against `PreferenceTrainer`, each at equal settings with a model of its own."""
+def trainers_in_turns(
+    case: Case, rows: Sequence[Row], rounds: int, device: str, adapt: Callable[[nn.Module], Any] = lambda model: None
+) -> dict[str, Any]:
+    """TRL's trainer against `PreferenceTrainer`, each at equal settings with a model of its own.
+
+    Args:
+        adapt: what is done to either side's model before it is timed.
+    """
     from benchmarks.paired import agreement
 
     peer, ours = both_trainers(case, device)
+    for side in (peer, ours):
+        adapt(side.trainer.model)
     same = agreement(peer, ours, rows)
     flop = least_flop(case.shape, rows)
     figures = in_turns(partial(peer.step, rows), partial(ours.step, rows), rounds, device, flop)

@@ -225,11 +225,11 @@ class PreferenceConfig(TrainingArguments):
     )
 
     def __post_init__(self):
-        if self.accelerator_config is None or isinstance(self.accelerator_config, dict):
-            copies_at_once = self.dataloader_pin_memory and torch.cuda.is_available()
-            self.accelerator_config = {"non_blocking": copies_at_once, **(self.accelerator_config or {})}
         # TrainingArguments refuses bf16 on a CPU that it was not told of, even where there is nothing else.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        if self.accelerator_config is None or isinstance(self.accelerator_config, dict):
+            copies_at_once = self.dataloader_pin_memory and torch.cuda.is_available() and not self.use_cpu
+            self.accelerator_config = {"non_blocking": copies_at_once, **(self.accelerator_config or {})}
         if self.bf16 is None:
             self.bf16 = not self.fp16 and _is_fast_in_bf16(self.use_cpu)
         self.greater_is_better = greater_is_better(self.metric_for_best_model, self.greater_is_better)
