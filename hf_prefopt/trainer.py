@@ -35,7 +35,14 @@ from hf_prefopt.reporting.run_facts import card_facts
 from hf_prefopt.reporting.start_summary import StartSummary, data_text, loss_texts
 from hf_prefopt.scoring.modes import adapter_casts_off, body_parameters, light_train
 from hf_prefopt.training.arguments import check_arguments, check_loading, check_order, check_types, refuse_data_parallel
-from hf_prefopt.training.checkpoints import begin_checkpoint, checkpoint_to_resume, keep_losses, restore_losses
+from hf_prefopt.training.checkpoints import (
+    begin_checkpoint,
+    checkpoint_to_resume,
+    keep_losses,
+    keep_reference,
+    kept_reference,
+    restore_losses,
+)
 from hf_prefopt.training.engines import (
     keep_output_precision,
     settle_unused_parameters,
@@ -474,6 +481,7 @@ class PreferenceTrainer(Trainer):
             begin_checkpoint(folder)
         self.scorer.save(folder, self.args.should_save)
         keep_losses(self.state, self.criterion)
+        keep_reference(self.state, self.scorer.made_up_logps)
         super()._save_checkpoint(model, trial)
 
     def _save_rng_state(self, output_dir: str) -> None:
@@ -484,6 +492,7 @@ class PreferenceTrainer(Trainer):
     def _load_callback_state(self) -> None:
         """As the Trainer's, with what the losses keep."""
         restore_losses(self.state, self.criterion)
+        self.scorer.resumed_logps = kept_reference(self.state)
         super()._load_callback_state()
 
     def _load_best_model(self) -> None:

@@ -14,6 +14,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from hf_prefopt.batch import PreferenceBatch
 from hf_prefopt.scoring.forward import base_causal_lm, score
 from hf_prefopt.scoring.modes import ModuleTree, adapters_off, evaluation_mode, training_mode
 
@@ -99,10 +100,9 @@ def training_noise(model: nn.Module, compute_dtype: torch.dtype | None = None) -
             evaluated = _plain_logits(model, ids)
         with training_mode(tree):
             trained = _plain_logits(model, ids)
-    _, body_unit = _units(model, compute_dtype)
-    rounding = max(_ROUNDINGS * body_unit, _SUMMING) * (evaluated.abs() + evaluated.abs().mean(-1, keepdim=True))
+    size = evaluated.abs() + evaluated.abs().mean(-1, keepdim=True)
     off = (trained.log_softmax(-1) - evaluated.log_softmax(-1)).abs()
-    return float(off.max()) if (off > rounding).any() else 0.0
+    return float(off.max()) if (off > relative_rounding(model, compute_dtype) * size).any() else 0.0
 
 
 def made_up_tokens(config: Any, count: int, generator: random.Random) -> list[int]:
@@ -128,8 +128,13 @@ def _plain_logits(model: nn.Module, ids: Tensor) -> Tensor:
 
 def _scores(model: nn.Module, ids: Tensor, targets: Tensor) -> Tensor:
     """`[T, K]`: the log-probs of K targets at each position of a sequence `[1, T]`."""
+    return score(model, scored_batch(ids, targets)).token_logps.view_as(targets)
+
+
+def scored_batch(ids: Tensor, targets: Tensor) -> PreferenceBatch:
+    """A padded batch of one sequence `[1, T]`, with K targets `[T, K]` at each position, as tokens of one response."""
     count = targets.numel()
-    batch = {
+    return {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
         "scored_rows": torch.arange(len(targets), device=ids.device).repeat_interleave(targets.shape[1]),
@@ -138,7 +143,11 @@ def _scores(model: nn.Module, ids: Tensor, targets: Tensor) -> Tensor:
         "response_lengths": ids.new_full((1,), count),
         "longest_response": count,
     }
-    return score(model, batch).token_logps.view_as(targets)
+
+
+def relative_rounding(model: nn.Module, compute_dtype: torch.dtype | None = None) -> float:
+    """By which share of |z| + mean|z| rounding may move a log-prob: of the body's products, or of their sums."""
+    return max(_ROUNDINGS * _units(model, compute_dtype)[1], _SUMMING)
 
 
 def _units(model: nn.Module, compute_dtype: torch.dtype | None) -> tuple[float, float]:

@@ -16,8 +16,8 @@ from hf_prefopt.objective.objective import Objective
 
 logger = logging.getLogger(__name__)
 
-# The key of the losses' state, next to the states of the callbacks.
-LOSSES = "hf_prefopt_losses"
+# The keys of what we keep, next to the states of the callbacks.
+LOSSES, REFERENCE = "hf_prefopt_losses", "hf_prefopt_reference"
 # Where earlier versions kept it.
 _OLD_STATE = "objective_state.json"
 # What resume_from_checkpoint may be on a command line, where everything is text.
@@ -97,3 +97,14 @@ def restore_losses(state: TrainerState, objective: Objective) -> None:
     if missing:
         logger.warning("the checkpoint has no state of %s, which starts afresh", ", ".join(sorted(missing)))
     objective.load_state_dict(saved)
+
+
+def keep_reference(state: TrainerState, made_up_logps: list[float] | None) -> None:
+    """Put what tells a reference from another into the state that the Trainer saves with a checkpoint."""
+    if made_up_logps is not None:
+        state.stateful_callbacks[REFERENCE] = {"made_up_logps": made_up_logps}
+
+
+def kept_reference(state: TrainerState) -> list[float] | None:
+    """Take it out of the state of a checkpoint; `None` where there is nothing."""
+    return state.stateful_callbacks.pop(REFERENCE, {}).get("made_up_logps")

@@ -22,6 +22,7 @@ from hf_prefopt.reference.cache_fill import CacheFiller
 from hf_prefopt.reference.cache_key import KeyedCollator
 from hf_prefopt.reference.choose import choose_reference
 from hf_prefopt.reference.engine import any_rank
+from hf_prefopt.reference.identity import made_up_logps, warn_of_another_reference
 from hf_prefopt.reference.live import LiveReference
 from hf_prefopt.reference.moving import MovingReference
 from hf_prefopt.reference.remembered import RememberedScores
@@ -71,6 +72,8 @@ class Scorer:
         reference: `None` where the losses need none.
         layout: how batches are laid out; `None` until it is settled.
         tree: the policy's modules.
+        made_up_logps: what tells the reference from another, where it stays the same; see `reference.identity`.
+        resumed_logps: the same, of the run that a checkpoint is from.
     """
 
     tree: ModuleTree
@@ -93,6 +96,8 @@ class Scorer:
         self._remembered = RememberedScores()
         self._dropout: list[str] = []
         self._compiled: nn.Module | None = None
+        self.made_up_logps: list[float] | None = None
+        self.resumed_logps: list[float] | None = None
 
     def attach(self, model: nn.Module, objective: Objective, accelerator: Accelerator) -> None:
         """Make a model the policy: its dropout, its reference, its scoring forward.
@@ -153,6 +158,8 @@ class Scorer:
             else:
                 self._summary.say("layout", CUSTOM)
         self.layout = collator.layout
+        live = self.reference.live if isinstance(self.reference, CachedReference) else self.reference
+        self.made_up_logps = made_up_logps(live) if live is not None and self._moving is None else None
         self._compiled = compiled_for_scoring(self.accelerator, self.model)
         if isinstance(self.reference, LiveReference) and not self.reference.is_separate:
             self.reference.compiled = self._compiled
@@ -179,6 +186,12 @@ class Scorer:
         self._summary.say("model", model_text(self.model, self._args), *self._dropout)
         self._summary.say("reference", self.reference.description if self.reference else "none, the losses need none")
         self._summary.say("attention", describe_attention(causal_lm, self.accelerator.device.type, dtype))
+
+    def check_resumed(self) -> None:
+        """Warn where a checkpoint's run had another reference."""
+        if self.resumed_logps and self.made_up_logps and self.accelerator.is_main_process:
+            warn_of_another_reference(self.resumed_logps, self.made_up_logps, self.model)
+        self.resumed_logps = None
 
     def policy_scores(
         self, model: nn.Module, batch: PreferenceBatch, reference: ResponseScores | None
@@ -273,6 +286,7 @@ class SettleScorer(TrainerCallback):
     def on_train_begin(self, args, state, control, **_):
         """Before the start summary is shown, and before a cache is filled."""
         self._scorer.settle()
+        self._scorer.check_resumed()
 
 
 class ScorerEvents(TrainerCallback):
