@@ -1,5 +1,6 @@
 """What accelerate would get wrong for a preference step: corrected before it prepares the model, or an error."""
 
+import weakref
 from dataclasses import replace
 
 from accelerate import Accelerator
@@ -7,6 +8,9 @@ from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.nn.parallel import DistributedDataParallel
+
+# The mixed precision in which a trainer of ours has prepared or used a model last. It keeps no model alive.
+_PRECISION: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 
 
 def keep_output_precision(accelerator: Accelerator) -> None:
@@ -19,6 +23,72 @@ def keep_output_precision(accelerator: Accelerator) -> None:
     policy = getattr(plugin, "mixed_precision_policy", None)
     if isinstance(policy, MixedPrecisionPolicy):
         plugin.mixed_precision_policy = replace(policy, output_dtype=None)
+
+
+def forget_other_trainers(model: nn.Module) -> None:
+    """Undo what the accelerator of a trainer that is none of ours has done to a model, before its forward is replaced.
+
+    accelerate marks a model that it has prepared and does not prepare it again: it would run without autocast.
+    """
+    if model not in _PRECISION:
+        _forget_preparation(model)
+
+
+def take_over(accelerator: Accelerator, model: nn.Module, precision: str) -> bool:
+    """Have a model, and accelerate, compute in a trainer's precision; call it before the model is prepared.
+
+    A model that another trainer of ours has prepared would keep that one's autocast, and accelerate's state, which all
+    accelerators of a process share, has the precision of the trainer that was made last.
+
+    Args:
+        precision: the trainer's, "no", "bf16" or "fp16".
+
+    Returns:
+        Whether the model was prepared in another precision, and has to be prepared again.
+
+    Raises:
+        ValueError: the model is in the shards of another trainer.
+    """
+    if model in _PRECISION and model not in map(accelerator.unwrap_model, accelerator._models):
+        _refuse_shards(accelerator)
+    if accelerator.distributed_type != DistributedType.DEEPSPEED:
+        accelerator.state._mixed_precision = precision
+    differs = _PRECISION.get(model, precision) != precision
+    _PRECISION[model] = precision
+    if differs:
+        _forget_preparation(model)
+        # An evaluation prepares the model only if the accelerator has none.
+        accelerator._models = [known for known in accelerator._models if known is not model]
+    return differs
+
+
+def _refuse_shards(accelerator: Accelerator) -> None:
+    """Raise `ValueError` under an engine that shards weights, which cannot shard them a second time."""
+    engine = _sharding_engine(accelerator)
+    if engine in ("FSDP2", "ZeRO-3"):
+        raise ValueError(
+            f"another trainer has used this model under {engine}, and it is in that trainer's shards: load the model "
+            "anew for each trainer, from_pretrained(folder) after first_trainer.save_model(folder) to go on with it"
+        )
+
+
+def refuse_early_evaluation(accelerator: Accelerator) -> None:
+    """Raise `ValueError` if an evaluation would come before training under an engine that cannot evaluate then."""
+    if accelerator._models:
+        return
+    engine = _sharding_engine(accelerator)
+    if engine not in ("", "ZeRO-3"):
+        raise ValueError(
+            f"{engine} does not evaluate or predict before it has trained: set eval_on_start=True to evaluate first, or "
+            "evaluate without it, in one process or under DDP"
+        )
+
+
+def _sharding_engine(accelerator: Accelerator) -> str:
+    """The name of an engine that shares anything out; "" for one process and DDP."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return f"ZeRO-{accelerator.state.deepspeed_plugin.zero_stage}"
+    return "FSDP2" if accelerator.distributed_type == DistributedType.FSDP else ""
 
 
 def unwrapped_after_evaluation(accelerator: Accelerator, model: nn.Module, wrapped: nn.Module) -> nn.Module:
@@ -43,7 +113,11 @@ def unwrapped_after_evaluation(accelerator: Accelerator, model: nn.Module, wrapp
     is_wrapped = any(isinstance(module, DistributedDataParallel) for module in wrapped.modules())
     if is_wrapped or engine in (DistributedType.NO, DistributedType.FSDP, DistributedType.DEEPSPEED):
         return wrapped
+    _forget_preparation(model)
+    return model
+
+
+def _forget_preparation(model: nn.Module) -> None:
     vars(model).pop("_is_accelerate_prepared", None)
     if "_original_forward" in vars(model):
         model.forward = vars(model).pop("_original_forward")
-    return model
