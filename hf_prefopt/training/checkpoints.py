@@ -154,7 +154,8 @@ def _check_optimizer(checkpoint: Path, accelerator: Accelerator) -> None:
             f"{checkpoint} was written under {_OPTIMIZERS[written_by][1]}, and this run is under "
             f"{_OPTIMIZERS[engine][1]}, which cannot read its optimizer: resume under the same, or {weights}"
         )
-    if not there[engine] and engine is not None:
+    is_adapter = any(checkpoint.rglob("adapter_config.json"))
+    if not there[engine] and engine is not None and not (is_adapter and engine == DistributedType.FSDP):
         raise ValueError(
             f"{checkpoint} has weights alone (save_only_model=True), which {_OPTIMIZERS[engine][1]} cannot resume "
             f"from: {weights}"

@@ -4,7 +4,6 @@ Every run has a global batch of four examples, in two micro-batches, over seven 
 `cases`. Models start from weights that bf16 has, so that an engine that keeps bf16 weights starts from the same model.
 """
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,10 +143,22 @@ def resumable(**more: Any) -> dict[str, Any]:
 
 @habit
 def resumes(place):
-    place.trainer(**resumable()).train()
+    whole = place.trainer(**resumable())
+    whole.train()
+    expected = place.outcome(whole)["weights"]
     resumed = place.trainer(**resumable())
     resumed.train(resume_from_checkpoint=str(place.folder / "out" / "checkpoint-3"))
-    return place.outcome(resumed, folder=str(place.folder / "out"))
+    outcome = place.outcome(resumed)
+    gap = max((outcome["weights"][name] - values).abs().max().item() for name, values in expected.items())
+    return {**outcome, "gap_to_the_whole_run": gap}
+
+
+def resumes_with_fewer(place):
+    """One rank goes on from what two have saved; the steps have the same rows."""
+    two = place.folder.parent / place.folder.name.replace("_with_fewer", "")
+    resumed = place.trainer(**resumable())
+    resumed.train(resume_from_checkpoint=str(two / "out" / "checkpoint-3"))
+    return place.outcome(resumed)
 
 
 @habit
@@ -163,7 +174,7 @@ def resumes_weights_alone(place):
 def two_trainers(place):
     """The second is made before the first trains; both evaluate when both have trained."""
     first = place.trainer(folder="first")
-    second = place.trainer(place.policy(seed=5), folder="second", loss_type="ipo", train_dataset=pairs(6))
+    second = place.trainer(place.policy(seed=5), folder="second", loss_type="hinge", train_dataset=pairs(6))
     first.train()
     second.train()
     first.evaluate()
@@ -279,7 +290,8 @@ def scene(engine: str, bf16: bool, name: str) -> Callable[[Path], dict[str, Any]
     """A habit under an engine as a scene, whose name says all three."""
 
     def play(folder: Path) -> dict[str, Any]:
-        return HABITS[name](Place(ENGINES[engine], bf16, folder))
+        follow = HABITS.get(name, resumes_with_fewer)
+        return follow(Place(ENGINES[engine], bf16, folder))
 
     play.__name__, play.__module__ = scene_name(engine, bf16, name), __name__
     return play
@@ -292,11 +304,5 @@ def scene_name(engine: str, bf16: bool, name: str) -> str:
 
 for _engine in ("ddp", "zero2", "zero3", "fsdp2"):
     for _bf16 in (False, True):
-        for _name in HABITS:
+        for _name in (*HABITS, resumes_with_fewer.__name__):
             globals()[scene_name(_engine, _bf16, _name)] = scene(_engine, _bf16, _name)
-
-
-@functools.cache
-def by_one_process(name: str, bf16: bool, folder: Path) -> dict[str, Any]:
-    """What comes out of a habit in this process."""
-    return HABITS[name](Place(Engine(), bf16, folder / name / str(bf16)))
