@@ -5,6 +5,7 @@ A batch passes through `get_batch_samples`, `training_step` and `compute_loss`, 
 exact mean over its examples, `Evaluation` collects what an evaluation reports.
 """
 
+import logging
 import os
 from collections.abc import Callable
 from functools import partial
@@ -47,6 +48,7 @@ from hf_prefopt.training.checkpoints import (
 from hf_prefopt.training.engines import (
     forget_other_trainers,
     keep_output_precision,
+    make_room,
     refuse_early_evaluation,
     take_over,
     unwrapped_after_evaluation,
@@ -56,7 +58,9 @@ from hf_prefopt.training.preference_data import Data, DataOrSplits, PreferenceDa
 from hf_prefopt.training.replicas import RanksAgree, refuse_drifted
 from hf_prefopt.training.scorer import Scorer, ScorerEvents, SettleScorer, loader_collator
 from hf_prefopt.training.settings import OWN, OwnSettings, evaluation_loss
-from hf_prefopt.training.trainable import check_trainable, refuse_frozen
+from hf_prefopt.training.trainable import check_trainable, refuse_cast, refuse_frozen
+
+logger = logging.getLogger(__name__)
 
 
 class PreferenceTrainer(Trainer):
@@ -134,7 +138,7 @@ class PreferenceTrainer(Trainer):
             processing_class = load_tokenizer(model or sample_of(model_init), args.model_init_kwargs, name)
         data = PreferenceData(args, getattr(processing_class, "tokenizer", processing_class))
         collator = loader_collator(args, data.pad_token_id, data_collator)
-
+        make_room(args.mixed_precision)
         super().__init__(
             model=model,
             args=args,
@@ -147,6 +151,7 @@ class PreferenceTrainer(Trainer):
         )
         self.data, self.settings, self.summary = data, OwnSettings(args), StartSummary()
         self._left_over: list[LoaderBatch] = []
+        self._is_cast = False
         self.scorer = Scorer(args, collator, ref_model, self.summary)
         self._attach_model()
         events = ScorerEvents(self.scorer, self._evaluated, keeps_reference=model_init is not None)
@@ -201,7 +206,8 @@ class PreferenceTrainer(Trainer):
         self.scorer.settle()
         if self.record.is_full:
             self.record.check(self.accelerator)
-        batches = self._left_over + [*map(check_loaded, islice(epoch_iterator, num_batches - len(self._left_over)))]
+        drawn = islice(epoch_iterator, num_batches - len(self._left_over))
+        batches = [*self._left_over, *map(check_loaded, drawn)]
         self._left_over = batches if len(batches) < num_batches else []
         if self._left_over:
             return [], None
@@ -287,6 +293,7 @@ class PreferenceTrainer(Trainer):
         refuse_early_evaluation(self.accelerator)
         take_over(self.accelerator, self.model, self.args.mixed_precision)
         keep_output_precision(self.accelerator)
+        self._is_cast |= not self.is_in_train and (self.args.bf16_full_eval or self.args.fp16_full_eval)
         if self.scorer.settle() and not self.is_in_train and self.is_world_process_zero():
             self.summary.show("layout")
         self.scorer.fill_cache(dataloader.dataset, description.lower())
@@ -378,11 +385,14 @@ class PreferenceTrainer(Trainer):
 
         Raises:
             ValueError: our settings have changed without a `model_init`; nothing trains, or the optimizer holds other
-                parameters; the checkpoint is incomplete or there is none; a stream gave no rows.
+                parameters; an evaluation has cast the weights (`bf16_full_eval`); the checkpoint is incomplete, there
+                is none, or this run cannot go on with it; a stream gave no step's rows.
+            RuntimeError: the ranks hold different weights.
             FloatingPointError: a loss or, at a checkpoint and at the end, a weight is not finite.
         """
         if self.model_init is None:
             self.settings.refuse_changes()
+            refuse_cast(self.args, self._is_cast)
             check_trainable(self.model, self.optimizer)
             if take_over(self.accelerator, self.model, self.args.mixed_precision):
                 self.model_wrapped = self.model
@@ -398,6 +408,13 @@ class PreferenceTrainer(Trainer):
         output = super().train(checkpoint, **options)
         if isinstance(self.train_dataset, IterableDataset):
             refuse_short_stream(self.state, self.args, begun_at(checkpoint), len(self._left_over))
+        if checkpoint is not None and self.state.global_step == begun_at(checkpoint):
+            logger.warning(
+                "nothing was trained: %s is of step %d, and the run ends at step %d",
+                checkpoint,
+                self.state.global_step,
+                self.state.max_steps,
+            )
         return output
 
     def hyperparameter_search(

@@ -1,5 +1,7 @@
-"""A user's callback sees under `PreferenceTrainer` what it sees under plain `transformers.Trainer`: the same events in the
-same order, with the same arguments, flags, steps and epochs, for the same schedule; and what it asks for is done.
+"""A user's callback sees under `PreferenceTrainer` what it sees under plain `transformers.Trainer`.
+
+The same events in the same order, with the same arguments, flags, steps and epochs, for the same schedule; and what it
+asks for is done.
 """
 
 import inspect
@@ -163,9 +165,7 @@ ODD = [
 REST = [pair for pair in itertools.product(EVENTS, FLAGS) if pair not in ODD]
 
 
-@pytest.mark.parametrize(
-    ("event", "flag"), [*ODD, *(pytest.param(*pair, marks=pytest.mark.nightly) for pair in REST)]
-)
+@pytest.mark.parametrize(("event", "flag"), [*ODD, *(pytest.param(*pair, marks=pytest.mark.nightly) for pair in REST)])
 def test_what_a_callback_asks_for_is_done_as_by_plain_trainer(event, flag, tmp_path):
     expected, found = both(tmp_path, asks=(event, flag), **ACCUMULATED, **{**STEPS, "logging_steps": 2})
     assert found == expected

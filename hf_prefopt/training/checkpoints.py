@@ -44,31 +44,47 @@ def is_complete(checkpoint: str | Path) -> bool:
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> str | None:
-    """The newest checkpoint of a run that was written to its end, or `None`: what to resume from after a crash.
+    """The checkpoint of most steps that was written to its end, or `None`: what to resume from after a crash.
 
     Example:
         ```python
         trainer.train(resume_from_checkpoint=last_complete_checkpoint(trainer.args.output_dir))
         ```
+
+    Raises:
+        ValueError: one of fewer steps was written after it, so they are of several runs.
     """
     steps = {folder: re.fullmatch(r"checkpoint-(\d+)", folder.name) for folder in Path(output_dir).glob("checkpoint-*")}
-    complete = {int(found[1]): str(folder) for folder, found in steps.items() if found and is_complete(folder)}
-    return complete[max(complete)] if complete else None
+    complete = {int(found[1]): folder for folder, found in steps.items() if found and is_complete(folder)}
+    if not complete:
+        return None
+    furthest = complete[max(complete)]
+    latest = max(complete.values(), key=_written)
+    if _written(latest) > _written(furthest):
+        raise ValueError(
+            f"{output_dir} has checkpoints of several runs: {latest.name} was written after {furthest.name}. Name the "
+            "one to resume from, resume_from_checkpoint=folder, and give each run an output_dir of its own"
+        )
+    return str(furthest)
+
+
+def _written(checkpoint: Path) -> int:
+    return (checkpoint / TRAINER_STATE_NAME).stat().st_mtime_ns
 
 
 def checkpoint_to_resume(asked: str | bool | None, output_dir: str | Path) -> str | None:
     """The folder that `resume_from_checkpoint` asks for; `None`: start without.
 
     Args:
-        asked: a folder; `True` ("true", "last" or "auto" on a command line) for the newest complete checkpoint;
+        asked: a folder; `True` ("true", "last" or "auto" on a command line) for the last complete checkpoint;
             `None` or `False` ("none", "false") for none.
 
     Raises:
         ValueError: there is no complete checkpoint, the one asked for is incomplete, or an older version wrote it.
     """
-    newest = last_complete_checkpoint(output_dir)
     checkpoint = _WORDS.get(str(asked).lower(), asked)
     if checkpoint is True:
+        newest = last_complete_checkpoint(output_dir)
         if newest is None:
             raise ValueError(f"{output_dir} has no complete checkpoint to resume from: start without")
         checkpoint = newest
@@ -76,6 +92,7 @@ def checkpoint_to_resume(asked: str | bool | None, output_dir: str | Path) -> st
     if not checkpoint:
         return None
     if not is_complete(checkpoint):
+        newest = last_complete_checkpoint(output_dir)
         cure = f"resume from {newest}" if newest else "start without resume_from_checkpoint"
         raise ValueError(f"{checkpoint} is not a complete checkpoint, its writing was interrupted: {cure}")
     if Path(checkpoint, _OLD_STATE).is_file():
@@ -112,9 +129,7 @@ def begun_at(checkpoint: str | None) -> int:
     return 0 if checkpoint is None else _read_state(checkpoint)["global_step"]
 
 
-def check_resumable(
-    checkpoint: str, accelerator: Accelerator, batch: BatchOfStep, args: TrainingArguments
-) -> None:
+def check_resumable(checkpoint: str, accelerator: Accelerator, batch: BatchOfStep, args: TrainingArguments) -> None:
     """Raise `ValueError` if a run resumed from this checkpoint would not go on where it ended.
 
     Without the optimizer's state (`save_only_model`) the optimizer and the learning rate start afresh, with a warning.

@@ -4,6 +4,7 @@ import weakref
 from dataclasses import replace
 
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -23,6 +24,16 @@ def keep_output_precision(accelerator: Accelerator) -> None:
     policy = getattr(plugin, "mixed_precision_policy", None)
     if isinstance(policy, MixedPrecisionPolicy):
         plugin.mixed_precision_policy = replace(policy, output_dtype=None)
+
+
+def make_room(precision: str) -> None:
+    """Let the next accelerator have this precision; call it before the accelerator is made.
+
+    accelerate keeps one for all accelerators of a process, and takes it over from the configuration that was made last.
+    """
+    state = AcceleratorState._shared_state
+    if state and state["distributed_type"] != DistributedType.DEEPSPEED and state["_mixed_precision"] != precision:
+        AcceleratorState._reset_state()
 
 
 def forget_other_trainers(model: nn.Module) -> None:
@@ -47,10 +58,16 @@ def take_over(accelerator: Accelerator, model: nn.Module, precision: str) -> boo
         Whether the model was prepared in another precision, and has to be prepared again.
 
     Raises:
-        ValueError: the model is in the shards of another trainer.
+        ValueError: the model is in the shards of another trainer, or FSDP2 has another trainer's precision.
     """
     if model in _PRECISION and model not in map(accelerator.unwrap_model, accelerator._models):
         _refuse_shards(accelerator)
+    if accelerator.distributed_type == DistributedType.FSDP and accelerator.state.mixed_precision != precision:
+        raise ValueError(
+            f"this trainer has mixed_precision={precision!r} and one that was made after it has "
+            f"{accelerator.state.mixed_precision!r}, and FSDP2 has one precision for all trainers of a process: make "
+            "this trainer after the other has done its work, or give both the same"
+        )
     if accelerator.distributed_type != DistributedType.DEEPSPEED:
         accelerator.state._mixed_precision = precision
     differs = _PRECISION.get(model, precision) != precision
@@ -79,8 +96,8 @@ def refuse_early_evaluation(accelerator: Accelerator) -> None:
     engine = _sharding_engine(accelerator)
     if engine not in ("", "ZeRO-3"):
         raise ValueError(
-            f"{engine} does not evaluate or predict before it has trained: set eval_on_start=True to evaluate first, or "
-            "evaluate without it, in one process or under DDP"
+            f"{engine} does not evaluate or predict before it has trained: set eval_on_start=True to evaluate first, "
+            "or evaluate without it, in one process or under DDP"
         )
 
 

@@ -7,6 +7,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.optim import Optimizer
+from transformers import TrainingArguments
 
 logger = logging.getLogger(__name__)
 
@@ -76,4 +77,18 @@ def refuse_stale_optimizer(model: nn.Module, optimizer: Optimizer | None) -> Non
     if missing:
         logger.warning(
             "optimizers: %d of %d parameters that train are not in the optimizer", len(missing), len(trained)
+        )
+
+
+def refuse_cast(args: TrainingArguments, is_cast: bool) -> None:
+    """Raise `ValueError` if an evaluation outside of training has cast the weights that are to train.
+
+    Args:
+        is_cast: whether there was one.
+    """
+    if is_cast:
+        name = "bf16_full_eval" if args.bf16_full_eval else "fp16_full_eval"
+        raise ValueError(
+            f"{name}=True has cast the weights in the evaluation before, and training would go on with what is left of "
+            "them: evaluate after training, or in training (eval_on_start=True), or leave it out and set bf16=True"
         )

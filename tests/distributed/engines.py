@@ -50,7 +50,8 @@ def zero(stage: int, **optimization: Any) -> dict[str, Any]:
 
 def _zero3(**more: Any) -> Engine:
     optimization = {"stage3_gather_16bit_weights_on_model_save": True, **more}
-    return Engine({"deepspeed": zero(3, **optimization)}, _gathered, _is_partitioned, bf16=zero_in_bf16(3, **optimization))
+    bf16 = zero_in_bf16(3, **optimization)
+    return Engine({"deepspeed": zero(3, **optimization)}, _gathered, _is_partitioned, bf16=bf16)
 
 
 def zero_in_bf16(stage: int, **optimization: Any) -> dict[str, Any]:
