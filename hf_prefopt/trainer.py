@@ -34,7 +34,13 @@ from hf_prefopt.reporting.preview import print_preview
 from hf_prefopt.reporting.run_facts import card_facts
 from hf_prefopt.reporting.start_summary import StartSummary, data_text, loss_texts
 from hf_prefopt.scoring.modes import adapter_casts_off
-from hf_prefopt.training.arguments import check_arguments, check_types, refuse_data_parallel, refuse_short_stream
+from hf_prefopt.training.arguments import (
+    check_arguments,
+    check_types,
+    refuse_data_parallel,
+    refuse_lost_place,
+    refuse_short_stream,
+)
 from hf_prefopt.training.checkpoints import (
     BatchOfStep,
     begin_checkpoint,
@@ -151,7 +157,7 @@ class PreferenceTrainer(Trainer):
         )
         self.data, self.settings, self.summary = data, OwnSettings(args), StartSummary()
         self._left_over: list[LoaderBatch] = []
-        self._is_cast = False
+        self._begun_at, self._is_cast = 0, False
         self.scorer = Scorer(args, collator, ref_model, self.summary)
         self._attach_model()
         events = ScorerEvents(self.scorer, self._evaluated, keeps_reference=model_init is not None)
@@ -196,6 +202,7 @@ class PreferenceTrainer(Trainer):
 
         Raises:
             RuntimeError: another trainer has used the model in another precision since training began.
+            ValueError: a stream has ended before the place at which training is resumed.
         """
         if take_over(self.accelerator, self.model, self.args.mixed_precision):
             raise RuntimeError(
@@ -206,10 +213,14 @@ class PreferenceTrainer(Trainer):
         self.scorer.settle()
         if self.record.is_full:
             self.record.check(self.accelerator)
+        if self.state.global_step >= self.state.max_steps:
+            return [], None  # resumed from its end, where the Trainer would make one more step
         drawn = islice(epoch_iterator, num_batches - len(self._left_over))
         batches = [*self._left_over, *map(check_loaded, drawn)]
+        if not batches and 0 < self._begun_at == self.state.global_step:
+            refuse_lost_place(self._begun_at)
         self._left_over = batches if len(batches) < num_batches else []
-        if self._left_over:
+        if len(batches) < num_batches:
             return [], None
         self.global_batch.without_repeats(batches, self._train_batch_size)
         pieces = [piece for batch in batches for piece in batch["pieces"]]
@@ -404,11 +415,11 @@ class PreferenceTrainer(Trainer):
         given = self.eval_dataset
         evaluated = {f"eval {n}": rows for n, rows in given.items()} if isinstance(given, dict) else {"eval": given}
         self.summary.say("data", data_text({"train": self.train_dataset, **evaluated}))
-        self._left_over = []
+        self._left_over, self._begun_at = [], begun_at(checkpoint)
         output = super().train(checkpoint, **options)
         if isinstance(self.train_dataset, IterableDataset):
-            refuse_short_stream(self.state, self.args, begun_at(checkpoint), len(self._left_over))
-        if checkpoint is not None and self.state.global_step == begun_at(checkpoint):
+            refuse_short_stream(self.state, self.args, len(self._left_over))
+        if checkpoint is not None and self.state.global_step == self._begun_at:
             logger.warning(
                 "nothing was trained: %s is of step %d, and the run ends at step %d",
                 checkpoint,

@@ -72,27 +72,28 @@ def _type(value: Any) -> str:
     return value.__name__ if isinstance(value, type) else type(value).__name__
 
 
-def refuse_short_stream(state: TrainerState, args: PreferenceConfig, begun_at: int, left_over: int) -> None:
+def refuse_lost_place(step: int) -> None:
+    """Raise `ValueError`: a stream has ended before the place at which training is to be resumed."""
+    raise ValueError(
+        f"the stream of the training data ended before the place of step {step}, which is searched in one pass from its "
+        "beginning: set ignore_data_skip=True to go on with its first rows"
+    )
+
+
+def refuse_short_stream(state: TrainerState, args: PreferenceConfig, left_over: int) -> None:
     """Raise `ValueError` if a run has made no step because its stream ended before.
 
     Args:
-        state: after the run. begun_at: the step from which it was resumed, or 0.
-        left_over: batches that did not fill a step.
+        state: after the run. left_over: batches that did not fill a step.
     """
-    if state.global_step > begun_at or begun_at >= state.max_steps:
+    if state.global_step:
         return
-    if begun_at:
-        reason = (
-            f"the stream of the training data ended before the place of step {begun_at}, which is searched from its "
-            "beginning: set ignore_data_skip=True to go on with its first rows"
-        )
-    elif left_over:
-        reason = (
-            f"the stream of the training data gave {left_over} batches, and a step takes "
-            f"gradient_accumulation_steps={args.gradient_accumulation_steps} of them: lower it"
-        )
-    else:
-        reason = "the stream of the training data gave no row that can be used"
+    reason = (
+        f"the stream of the training data gave {left_over} batches, and a step takes "
+        f"gradient_accumulation_steps={args.gradient_accumulation_steps} of them: lower it"
+        if left_over
+        else "the stream of the training data gave no row that can be used"
+    )
     raise ValueError(f"nothing was trained: {reason}")
 
 

@@ -37,7 +37,14 @@ class Engine:
 def zero(stage: int, **optimization: Any) -> dict[str, Any]:
     """A DeepSpeed configuration of a ZeRO stage. In fp32, without overlap, which the CPU has no streams for."""
     return {
-        "zero_optimization": {"stage": stage, "overlap_comm": False, **optimization},
+        # The default buckets take gigabytes.
+        "zero_optimization": {
+            "stage": stage,
+            "overlap_comm": False,
+            "reduce_bucket_size": 10**6,
+            "allgather_bucket_size": 10**6,
+            **optimization,
+        },
         "zero_allow_untested_optimizer": True,
         # With parameters in CPU memory, DeepSpeed insists on its own Adam otherwise.
         "zero_force_ds_cpu_optimizer": False,
