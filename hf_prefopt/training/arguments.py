@@ -75,8 +75,8 @@ def _type(value: Any) -> str:
 def refuse_lost_place(step: int) -> None:
     """Raise `ValueError`: a stream has ended before the place at which training is to be resumed."""
     raise ValueError(
-        f"the stream of the training data ended before the place of step {step}, which is searched in one pass from its "
-        "beginning: set ignore_data_skip=True to go on with its first rows"
+        f"the stream of the training data ended before the place of step {step}, which is searched in one pass from "
+        "its beginning: set ignore_data_skip=True to go on with its first rows"
     )
 
 

@@ -1,7 +1,7 @@
 """Trainers that share a process, a model or a configuration: each computes as if it were alone.
 
-Alone means a fresh model and a trainer made at once, so equal losses are the same bits. A loss in bf16 is another number
-than in fp32 from the second step on.
+Alone means a fresh model and a trainer made at once, so equal losses are the same bits. A loss in bf16 is another
+number than in fp32 from the second step on.
 """
 
 import functools
@@ -69,7 +69,7 @@ def test_a_model_may_come_from_transformers_own_trainer(kind, sft_bf16, bf16, tm
 
 @pytest.mark.parametrize("first", [False, True])
 def test_trainers_that_are_made_together_keep_their_precisions(first, tmp_path):
-    """Also what accelerate's shared state says of it while each of them trains: on GPUs autocast's dtype is from there."""
+    """Also in accelerate's shared state while each of them trains, from which autocast takes its dtype on GPUs."""
     models = tiny_model(), tiny_model()
     one, other = (trainer_of(model, tmp_path, bf16) for model, bf16 in zip(models, (first, not first), strict=True))
     for trainer, bf16 in ((one, first), (other, not first), (one, first)):
@@ -127,7 +127,7 @@ def test_weights_that_an_evaluation_has_cast_do_not_train(before, tmp_path):
     settings = {"bf16_full_eval": True, "eval_dataset": pairs(3)}
     trainer = trainer_of(tiny_model(), tmp_path, False, **settings)
     trainer.evaluate() if before == "evaluate" else trainer.predict(pairs(3))
-    with pytest.raises(ValueError, match="bf16_full_eval=True has cast the weights .* evaluate after training"):
+    with pytest.raises(ValueError, match=r"bf16_full_eval=True has cast the weights .* evaluate after training"):
         trainer.train()
     within = trainer_of(tiny_model(), tmp_path, False, eval_on_start=True, **settings)
     assert losses(within) == alone("full", False)
