@@ -52,6 +52,7 @@ from hf_prefopt.training.checkpoints import (
     restore_losses,
 )
 from hf_prefopt.training.engines import (
+    compute_in,
     forget_other_trainers,
     keep_output_precision,
     make_room,
@@ -204,7 +205,7 @@ class PreferenceTrainer(Trainer):
             RuntimeError: another trainer has used the model in another precision since training began.
             ValueError: a stream has ended before the place at which training is resumed.
         """
-        if take_over(self.accelerator, self.model, self.args.mixed_precision):
+        if compute_in(self.args.mixed_precision, self.accelerator, self.model):
             raise RuntimeError(
                 f"since step {self.state.global_step} another trainer has used this model in another precision than "
                 f"bf16={self.args.bf16}, fp16={self.args.fp16}: give that trainer the same settings, or a copy of the "

@@ -46,10 +46,7 @@ def forget_other_trainers(model: nn.Module) -> None:
 
 
 def take_over(accelerator: Accelerator, model: nn.Module, precision: str) -> bool:
-    """Have a model, and accelerate, compute in a trainer's precision; call it before the model is prepared.
-
-    A model that another trainer of ours has prepared would keep that one's autocast, and accelerate's state, which all
-    accelerators of a process share, has the precision of the trainer that was made last.
+    """Have a model, which another trainer may have used, ready to be prepared for this one.
 
     Args:
         precision: the trainer's, "no", "bf16" or "fp16".
@@ -60,8 +57,27 @@ def take_over(accelerator: Accelerator, model: nn.Module, precision: str) -> boo
     Raises:
         ValueError: the model is in the shards of another trainer, or FSDP2 has another trainer's precision.
     """
-    if model in _PRECISION and model not in map(accelerator.unwrap_model, accelerator._models):
-        _refuse_shards(accelerator)
+    engine = _sharding_engine(accelerator)
+    is_new = model not in _PRECISION or model in map(accelerator.unwrap_model, accelerator._models)
+    if engine in ("FSDP2", "ZeRO-3") and not is_new:
+        raise ValueError(
+            f"another trainer has used this model under {engine}, and it is in that trainer's shards: load the model "
+            "anew for each trainer, from_pretrained(folder) after first_trainer.save_model(folder) to go on with it"
+        )
+    return compute_in(precision, accelerator, model)
+
+
+def compute_in(precision: str, accelerator: Accelerator, model: nn.Module) -> bool:
+    """Have accelerate compute in a precision, and the model, which otherwise keeps the autocast of another trainer.
+
+    accelerate's state, which all accelerators of a process share, has the precision of the trainer that was made last.
+
+    Returns:
+        Whether the model was prepared in another precision, and has to be prepared again.
+
+    Raises:
+        ValueError: FSDP2 has another trainer's precision.
+    """
     if accelerator.distributed_type == DistributedType.FSDP and accelerator.state.mixed_precision != precision:
         raise ValueError(
             f"this trainer has mixed_precision={precision!r} and one that was made after it has "
@@ -77,16 +93,6 @@ def take_over(accelerator: Accelerator, model: nn.Module, precision: str) -> boo
         # An evaluation prepares the model only if the accelerator has none.
         accelerator._models = [known for known in accelerator._models if known is not model]
     return differs
-
-
-def _refuse_shards(accelerator: Accelerator) -> None:
-    """Raise `ValueError` under an engine that shards weights, which cannot shard them a second time."""
-    engine = _sharding_engine(accelerator)
-    if engine in ("FSDP2", "ZeRO-3"):
-        raise ValueError(
-            f"another trainer has used this model under {engine}, and it is in that trainer's shards: load the model "
-            "anew for each trainer, from_pretrained(folder) after first_trainer.save_model(folder) to go on with it"
-        )
 
 
 def refuse_early_evaluation(accelerator: Accelerator) -> None:

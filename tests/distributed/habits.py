@@ -55,10 +55,10 @@ class Place:
         self.engine.adapt(trainer)
         return trainer
 
-    def policy(self, seed: int = 1) -> nn.Module:
+    def policy(self, seed: int = 1, lora: bool = True) -> nn.Module:
         """A model of weights that bf16 has; whole, whatever the trainer before was configured for."""
         unset_hf_deepspeed_config()
-        return policy(seed)
+        return policy(seed, lora)
 
     def outcome(self, *trainers: PreferenceTrainer, **more: Any) -> dict[str, Any]:
         """The losses, gradient norms and evaluations of trainers, and the weights of the last of them."""
@@ -74,9 +74,9 @@ class Place:
         }
 
 
-def policy(seed: int = 1) -> nn.Module:
-    """A model of weights that bf16 has, under an adapter that has been trained."""
-    model = perturbed(with_lora(tiny_model()), 0.1, seed)
+def policy(seed: int = 1, lora: bool = True) -> nn.Module:
+    """A model of weights that bf16 has; an adapter that has been trained trains, or all weights."""
+    model = perturbed(with_lora(tiny_model()) if lora else tiny_model(), 0.1, seed)
     return model.to(torch.bfloat16).float()
 
 
@@ -162,12 +162,17 @@ def resumes_with_fewer(place):
 
 
 @habit
-def resumes_weights_alone(place):
+def resumes_weights_alone(place, lora=True):
     settings = resumable(save_only_model=True)
-    place.trainer(**settings).train()
-    resumed = place.trainer(**settings)
+    place.trainer(place.policy(lora=lora), **settings).train()
+    resumed = place.trainer(place.policy(lora=lora), **settings)
     resumed.train(resume_from_checkpoint=str(place.folder / "out" / "checkpoint-3"))
     return place.outcome(resumed)
+
+
+@habit
+def resumes_all_weights_alone(place):
+    return resumes_weights_alone(place, lora=False)
 
 
 @habit
@@ -241,14 +246,20 @@ def several_evaluation_sets(place):
 
 
 @habit
-def loads_the_best(place):
-    """The rate ruins the model, so that the first checkpoint is the best; then it evaluates, and saves."""
-    trainer = place.trainer(load_best_model_at_end=True, learning_rate=1.0, num_train_epochs=2, **EVERY_STEP)
+def loads_the_best(place, lora=True):
+    """The rate ruins the model, so that the first checkpoint is the best; then it evaluates."""
+    settings = {"load_best_model_at_end": True, "learning_rate": 1.0, "num_train_epochs": 2, **EVERY_STEP}
+    trainer = place.trainer(place.policy(lora=lora), **settings)
     trainer.train()
     losses = logged(trainer, "eval_loss")
     again = trainer.evaluate()["eval_loss"]
     best = torch.tensor([min(losses), again, float(losses.index(min(losses)) < len(losses) - 1)])
     return place.outcome(trainer, best=best)
+
+
+@habit
+def loads_the_best_of_all_weights(place):
+    return loads_the_best(place, lora=False)
 
 
 @habit

@@ -32,11 +32,12 @@ ROUNDING, NATS, GRADIENT, BETA = 2.0**-8, 0.25, 0.06, 0.1
 ENGINES = ("fsdp2", "ddp", "zero2", "zero3")  # DeepSpeed leaves settings behind that exclude FSDP, so it comes last
 PRECISIONS = ("fp32", "bf16")
 # With a state of Adam's.
-ADAPTIVE = ("resumes", "resumes_weights_alone", "resumes_with_fewer")
+ADAPTIVE = ("resumes", "resumes_weights_alone", "resumes_all_weights_alone", "resumes_with_fewer")
 FEWER = "resumes_with_fewer"
 ONCE = "under DeepSpeed a trainer trains once.* set eval_on_start=True"
 NOT_BEFORE = "does not evaluate or predict before it has trained: set eval_on_start=True"
 ANEW = "another trainer has used this model.* load the model anew"
+WEIGHTS = "weights alone.* start a new run from its weights"
 # What is refused, and what the error says to do.
 REFUSED = {
     **{(engine, "splits_batches"): "divide per_device_train_batch_size .* by the 2 ranks" for engine in ENGINES},
@@ -47,12 +48,17 @@ REFUSED = {
     ("zero3", "trains_twice"): ONCE,
     ("zero3", "runs_the_cell_again"): ANEW,
     ("fsdp2", "runs_the_cell_again"): ANEW,
-    **{(f"zero{n}", "resumes_weights_alone"): "weights alone.* start a new run from its weights" for n in (2, 3)},
+    **{(f"zero{n}", "resumes_weights_alone"): WEIGHTS for n in (2, 3)},
+    **{(engine, "resumes_all_weights_alone"): WEIGHTS for engine in ("zero2", "zero3", "fsdp2")},
     **{(f"zero{n}", FEWER): "written by 2 ranks under DeepSpeed.* here are 1: start as many" for n in (2, 3)},
 }
 # What no other test of two processes has; the rest is for make nightly.
 IN_SUITE = [
-    *((engine, "fp32", name) for engine in ENGINES for name in ("runs_the_cell_again", "loads_the_best")),
+    *(
+        (engine, "fp32", name)
+        for engine in ENGINES
+        for name in ("runs_the_cell_again", "loads_the_best_of_all_weights")
+    ),
     *((engine, "fp32", name) for engine in ("fsdp2", "zero2") for name in ("own_callback", "evaluates_first")),
     ("ddp", "fp32", "two_trainers"),
     ("ddp", "bf16", "runs_the_cell_again"),
@@ -103,10 +109,11 @@ def by_one_process(name, precision, folder):
 
 
 @functools.cache
-def start(precision, folder):
-    """The weights and the evaluation of the policy before it is trained."""
-    trainer = Place(Engine(), precision == "bf16", folder / "start" / precision).trainer()
-    return {n: p for n, p in policy().named_parameters() if p.requires_grad}, habits.metrics(trainer.evaluate())
+def start(lora, precision, folder):
+    """The weights and the evaluation of a policy before it is trained."""
+    trainer = Place(Engine(), precision == "bf16", folder / "start" / precision).trainer(policy(lora=lora))
+    weights = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    return weights, habits.metrics(trainer.evaluate())
 
 
 @pytest.mark.parametrize(("engine", "precision", "habit"), list(cells()))
@@ -131,13 +138,17 @@ def test_a_habit_gives_the_numbers_of_one_process(outcomes, table, folder, engin
 def shares(outcome, expected, engine, precision, habit, folder):
     """The largest difference of each kind of number, and its bound."""
     assert isinstance(outcome, dict), outcome
-    before, evaluated = start(precision, folder)
+    before, evaluated = start("of_all" not in habit and "resumes_all" not in habit, precision, folder)
     exact = precision == "fp32"
     gradient = 1e-4 if exact else GRADIENT * (2 if habit in ADAPTIVE else 1)
     nats = 1e-5 / BETA if exact else NATS
     scale = max((values - before[name]).abs().max().item() for name, values in expected["weights"].items())
     assert scale > 1e-2
-    kept = 0.0 if exact or engine[:4] != "zero" else ROUNDING * max(v.abs().max().item() for v in before.values())
+    kept = (
+        0.0
+        if exact or engine[:4] != "zero"
+        else ROUNDING * max(before[n].abs().max().item() for n in expected["weights"])
+    )
     weights = max((outcome["weights"][n] - v).abs().max().item() for n, v in expected["weights"].items())
     changes = [abs(loss - expected["losses"][0]) for loss in expected["losses"]]
     found = {

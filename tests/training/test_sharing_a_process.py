@@ -6,13 +6,16 @@ number than in fp32 from the second step on.
 
 import functools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from transformers import Trainer, TrainingArguments
 
 from hf_prefopt import PreferenceTrainer
+from hf_prefopt.training.engines import compute_in, refuse_early_evaluation
 from tests.tiny_models import tiny_model, with_lora
 from tests.tokenizers import tiny_tokenizer
 from tests.trainers import logged, make_config, make_trainer, pairs
@@ -132,3 +135,25 @@ def test_weights_that_an_evaluation_has_cast_do_not_train(before, tmp_path):
     within = trainer_of(tiny_model(), tmp_path, False, eval_on_start=True, **settings)
     assert losses(within) == alone("full", False)
     assert {p.dtype for p in within.model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_engines_that_cannot_evaluate_before_training_say_so(stage):
+    """DeepSpeed's own error is that its configuration is wrong."""
+    plugin = SimpleNamespace(zero_stage=stage)
+    accelerator = SimpleNamespace(
+        _models=[], distributed_type=DistributedType.DEEPSPEED, state=SimpleNamespace(deepspeed_plugin=plugin)
+    )
+    if stage == 3:
+        refuse_early_evaluation(accelerator)
+        return
+    with pytest.raises(ValueError, match=f"ZeRO-{stage} does not evaluate .* set eval_on_start=True"):
+        refuse_early_evaluation(accelerator)
+
+
+def test_under_fsdp2_trainers_have_one_precision():
+    """It is in accelerate's plugin, of which a process has one."""
+    state = SimpleNamespace(mixed_precision="bf16")
+    accelerator = SimpleNamespace(distributed_type=DistributedType.FSDP, state=state)
+    with pytest.raises(ValueError, match="mixed_precision='no' and one that was made after it has 'bf16'"):
+        compute_in("no", accelerator, tiny_model())
