@@ -13,9 +13,9 @@ loss of slope β = 0.1 is off by β·NATS.
 The gradient is a product of 2·D such results, u·√(2D/3) = 1.5 %, and a difference of those of the chosen and of the
 rejected response, which share the prompt: √2 times that. Two runs are √2 times as far apart again, and GRADIENT = 12 %
 is four times that: of the gradient's norm and of the largest change of a weight. Adam divides one such number by
-another, which makes twice that. What evaluations change with the weights is off by that share, too. DeepSpeed keeps
-weights in bf16: a weight is off by u·|w| besides. An accuracy counts signs of margins, those of size 0 among them, so it
-is not compared in bf16.
+another, which makes twice that. DeepSpeed keeps weights in bf16: a weight is off by u·|w| besides. What evaluations
+change with the weights is off by the weights' share, too. An accuracy counts signs of margins, those of size 0 among
+them, so it is not compared in bf16.
 """
 
 import functools
@@ -163,7 +163,7 @@ def shares(outcome, expected, engine, precision, habit, folder):
                 (
                     difference / bound
                     for mine, theirs in zip(outcome["metrics"], expected["metrics"], strict=True)
-                    for difference, bound in of_metrics(mine, theirs, evaluated, exact, nats, gradient)
+                    for difference, bound in of_metrics(mine, theirs, evaluated, exact, nats, gradient + kept / scale)
                 ),
                 default=0.0,
             ),
