@@ -153,22 +153,13 @@ def shares(outcome, expected, engine, precision, habit, folder):
         else ROUNDING * max(before[n].abs().max().item() for n in expected["weights"])
     )
     weights = max((outcome["weights"][n] - v).abs().max().item() for n, v in expected["weights"].items())
+    share = gradient + kept / scale
     changes = [abs(loss - expected["losses"][0]) for loss in expected["losses"]]
     found = {
         "losses": (apart(outcome["losses"], expected["losses"]), BETA * nats + gradient * max(changes)),
         "norms": (apart(outcome["norms"], expected["norms"], relative=True), 1e-5 if exact else gradient),
-        "weights": (weights / scale, gradient + kept / scale),
-        "metrics": (
-            max(
-                (
-                    difference / bound
-                    for mine, theirs in zip(outcome["metrics"], expected["metrics"], strict=True)
-                    for difference, bound in of_metrics(mine, theirs, evaluated, exact, nats, gradient + kept / scale)
-                ),
-                default=0.0,
-            ),
-            1.0,
-        ),
+        "weights": (weights / scale, share),
+        "metrics": (of_evaluations(outcome["metrics"], expected["metrics"], evaluated, exact, nats, share), 1.0),
     }
     assert outcome["weights"].keys() == expected["weights"].keys()
     for name in ("predictions", "best"):
@@ -189,17 +180,20 @@ def apart(found, expected, relative=False):
     return max((abs(a - b) / (abs(b) if relative else 1.0) for a, b in pairs), default=0.0)
 
 
-def of_metrics(found, expected, before, exact, nats, gradient):
-    """The difference of each figure of an evaluation, and its bound."""
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        if not exact and name.endswith("accuracies"):
-            continue
-        # A figure in nats, or β times one.
-        size = nats if "logps/" in name else BETA * nats
-        change = abs(value - before.get(name, value))
-        rounding = 1e-5 * abs(value) if exact else 0.0
-        yield abs(found[name] - value), size + gradient * change + rounding
+def of_evaluations(found, expected, before, exact, nats, gradient):
+    """The largest difference of a figure, as a share of its bound; each step's change of it is off by its own share."""
+    largest, path, last = 0.0, {}, dict(before)
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine.keys() == theirs.keys()
+        for name, value in theirs.items():
+            if not exact and name.endswith("accuracies"):
+                continue
+            path[name] = path.get(name, 0.0) + abs(value - last.get(name, value))
+            last[name] = value
+            # A figure in nats, or β times one.
+            bound = (nats if "logps/" in name else BETA * nats) + gradient * path[name]
+            largest = max(largest, abs(mine[name] - value) / (bound + (1e-5 * abs(value) if exact else 0.0)))
+    return largest
 
 
 def markdown(rows):
