@@ -1,6 +1,7 @@
 # make demo   aligns a real model with real preferences, from nothing
 # make test   the whole CPU test suite
 # make test-oldest   the same with the oldest versions that pyproject.toml admits; its PyTorch may bring a CUDA build
+# make nightly   what takes too long for every run; prints its date and the table of habits and engines
 # Each sets up its environment by itself; PYTHON=python3.12 picks the interpreter it is made with.
 
 PYTHON ?= python3
@@ -22,7 +23,7 @@ DEMO_OPTIONS ?=
 WORKERS ?= logical --maxprocesses 4
 TEST_OPTIONS ?=
 
-.PHONY: demo test test-oldest lint docs setup clean
+.PHONY: demo test test-oldest nightly lint docs setup clean
 .DELETE_ON_ERROR:
 
 demo: $(READY) $(MODEL)/config.json
@@ -34,6 +35,12 @@ test: $(READY_TO_TEST)
 
 test-oldest:
 	@$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
+
+nightly: $(READY_TO_TEST)
+	@mkdir -p build && rm -f build/habits.md
+	@date -u
+	@NIGHTLY_TABLE=build/habits.md HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest \
+		-m 'nightly or in_table' $(TEST_OPTIONS); result=$$?; cat build/habits.md; exit $$result
 
 lint: $(READY_TO_TEST)
 	@$(VENV)/bin/ruff check .

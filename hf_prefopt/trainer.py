@@ -34,26 +34,43 @@ from hf_prefopt.reporting.preview import print_preview
 from hf_prefopt.reporting.run_facts import card_facts
 from hf_prefopt.reporting.start_summary import StartSummary, data_text, loss_texts
 from hf_prefopt.scoring.modes import adapter_casts_off, body_parameters, light_train
-from hf_prefopt.training.arguments import check_arguments, check_loading, check_order, check_types, refuse_data_parallel
+from hf_prefopt.training.arguments import (
+    check_arguments,
+    check_loading,
+    check_order,
+    check_types,
+    refuse_data_parallel,
+    refuse_lost_place,
+    refuse_short_stream,
+)
 from hf_prefopt.training.checkpoints import (
+    BatchOfStep,
     begin_checkpoint,
+    begun_at,
+    check_resumable,
     checkpoint_to_resume,
+    keep_batch,
     keep_losses,
     keep_reference,
     kept_reference,
     restore_losses,
 )
 from hf_prefopt.training.engines import (
+    compute_in,
+    forget_other_trainers,
     keep_output_precision,
-    settle_unused_parameters,
+    make_room,
+    refuse_early_evaluation,
+    take_over,
     unwrapped_after_evaluation,
 )
 from hf_prefopt.training.global_batch import GlobalBatch, gather_examples
 from hf_prefopt.training.preference_data import Data, DataOrSplits, PreferenceData
-from hf_prefopt.training.replicas import RanksAgree
+from hf_prefopt.training.replicas import RanksAgree, refuse_drifted
 from hf_prefopt.training.scorer import Scorer, ScorerEvents, SettleScorer, loader_collator
 from hf_prefopt.training.settings import OWN, OwnSettings, evaluation_loss
 from hf_prefopt.training.trainable import check_trainable, refuse_frozen
+from hf_prefopt.training.wrapping import settle_unused_parameters
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +152,7 @@ class PreferenceTrainer(Trainer):
             processing_class = load_tokenizer(model or sample_of(model_init), args.model_init_kwargs, name)
         data = PreferenceData(args, getattr(processing_class, "tokenizer", processing_class))
         collator = loader_collator(args, data.pad_token_id, data_collator)
-
+        make_room(args.mixed_precision)
         super().__init__(
             model=model,
             args=args,
@@ -147,6 +164,8 @@ class PreferenceTrainer(Trainer):
             **trainer_arguments,
         )
         self.data, self.settings, self.summary = data, OwnSettings(args), StartSummary()
+        self._left_over: list[LoaderBatch] = []
+        self._begun_at = 0
         self.scorer = Scorer(args, collator, ref_model, self.summary)
         self._attach_model()
         events = ScorerEvents(self.scorer, self._evaluated, keeps_reference=model_init is not None)
@@ -164,6 +183,7 @@ class PreferenceTrainer(Trainer):
             refuse_frozen(self.model)
         self._eval_dataloaders = {}  # persistent workers collate in the layout of the model before
         self._use(self.data.objective)
+        forget_other_trainers(self.model)
         self.scorer.attach(self.model, self.criterion, self.accelerator)
 
     def _use(self, objective: Objective) -> None:
@@ -185,11 +205,32 @@ class PreferenceTrainer(Trainer):
     # -- a step ---------------------------------------------------------------------------------------------------
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """The batches of a step, without repeated examples and in as many pieces on every rank, and its examples."""
+        """The batches of a step, without repeated examples and in as many pieces on every rank, and its examples.
+
+        The last batches of a stream may not fill a step: they are the first of the next epoch's first step.
+
+        Raises:
+            RuntimeError: another trainer has used the model in another precision since training began.
+            ValueError: a stream has ended before the place at which training is resumed.
+        """
+        if compute_in(self.args.mixed_precision, self.accelerator, self.model):
+            raise RuntimeError(
+                f"since step {self.state.global_step} another trainer has used this model in another precision than "
+                f"bf16={self.args.bf16}, fp16={self.args.fp16}: give that trainer the same settings, or a copy of the "
+                "model"
+            )
         self.scorer.settle()
         if self.record.is_full:
             self.record.check(self.accelerator)
-        batches = [check_loaded(batch) for batch in islice(epoch_iterator, num_batches)]
+        if self.state.global_step >= self.state.max_steps:
+            return [], None  # resumed from its end, where the Trainer would make one more step
+        drawn = islice(epoch_iterator, num_batches - len(self._left_over))
+        batches = [*self._left_over, *map(check_loaded, drawn)]
+        if not batches and 0 < self._begun_at == self.state.global_step:
+            refuse_lost_place(self._begun_at)
+        self._left_over = batches if len(batches) < num_batches else []
+        if len(batches) < num_batches:
+            return [], None
         self.global_batch.without_repeats(batches, self._train_batch_size)
         if self.args.max_tokens_per_batch is not None:
             for batch, idle in zip(batches, self.global_batch.idle(batches), strict=True):
@@ -270,8 +311,11 @@ class PreferenceTrainer(Trainer):
 
         Raises:
             FloatingPointError: the loss of a row is not finite, or that of a training step before was not.
+            ValueError: the engine cannot evaluate before it has trained.
         """
         self.record.check(self.accelerator)
+        refuse_early_evaluation(self.accelerator)
+        take_over(self.accelerator, self.model, self.args.mixed_precision)
         keep_output_precision(self.accelerator)
         if self.scorer.settle() and not self.is_in_train and self.is_world_process_zero():
             self.summary.show("layout")
@@ -381,22 +425,35 @@ class PreferenceTrainer(Trainer):
 
         Raises:
             ValueError: our settings have changed without a `model_init`; nothing trains, or the optimizer holds other
-                parameters; the checkpoint is incomplete or there is none; a stream gave no rows.
+                parameters; the checkpoint is incomplete, there is none, or this run cannot go on with it; a stream
+                gave no step's rows.
+            RuntimeError: the ranks hold different weights.
             FloatingPointError: a loss or, at a checkpoint and at the end, a weight is not finite.
         """
         if self.model_init is None:
             self.settings.refuse_changes()
             check_trainable(self.model, self.optimizer)
+            if take_over(self.accelerator, self.model, self.args.mixed_precision):
+                self.model_wrapped = self.model
             self.model_wrapped = unwrapped_after_evaluation(self.accelerator, self.model, self.model_wrapped)
         checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
+        if checkpoint is not None:
+            check_resumable(checkpoint, self.accelerator, self._batch_of_step(), self.args)
         keep_output_precision(self.accelerator)
         given = self.eval_dataset
         evaluated = {f"eval {n}": rows for n, rows in given.items()} if isinstance(given, dict) else {"eval": given}
         self.summary.say("data", data_text({"train": self.train_dataset, **evaluated}))
-        self._attempts = 0
+        self._attempts, self._left_over, self._begun_at = 0, [], begun_at(checkpoint)
         output = super().train(checkpoint, **options)
-        if isinstance(self.train_dataset, IterableDataset) and not self.state.global_step:
-            raise ValueError("nothing was trained: the stream of the training data gave no row that can be used")
+        if isinstance(self.train_dataset, IterableDataset):
+            refuse_short_stream(self.state, self.args, len(self._left_over))
+        if checkpoint is not None and self.state.global_step == self._begun_at:
+            logger.warning(
+                "nothing was trained: %s is of step %d, and the run ends at step %d",
+                checkpoint,
+                self.state.global_step,
+                self.state.max_steps,
+            )
         return output
 
     def _inner_training_loop(self, *args: Any, **options: Any):
@@ -474,15 +531,22 @@ class PreferenceTrainer(Trainer):
 
         Raises:
             FloatingPointError: a loss or the weights are not finite: there is nothing worth saving.
+            RuntimeError: the ranks hold different weights.
         """
         self.record.check(self.accelerator, ruined_weights(self.model))
+        refuse_drifted(self.model, self.args.device, f"at the checkpoint of step {self.state.global_step}")
         folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         if self.args.should_save:
             begin_checkpoint(folder)
         self.scorer.save(folder, self.args.should_save)
         keep_losses(self.state, self.criterion)
         keep_reference(self.state, self.scorer.made_up_logps)
+        keep_batch(self.state, self._batch_of_step())
         super()._save_checkpoint(model, trial)
+
+    def _batch_of_step(self) -> BatchOfStep:
+        args = self.args
+        return BatchOfStep(self._train_batch_size, args.gradient_accumulation_steps, args.world_size)
 
     def _save_rng_state(self, output_dir: str) -> None:
         """As the Trainer's, the last that all ranks write; `trainer_state.json` follows when all of it is there."""

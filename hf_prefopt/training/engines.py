@@ -1,18 +1,17 @@
 """What accelerate would get wrong for a preference step: corrected before it prepares the model, or an error."""
 
-import random
+import weakref
 from dataclasses import replace
-from typing import cast
 
-import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, DynamoBackend
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.nn.parallel import DistributedDataParallel
 
-from hf_prefopt.scoring.agreement import device_of, made_up_tokens
-from hf_prefopt.scoring.forward import base_causal_lm
+# The mixed precision in which a trainer of ours has prepared or used a model last. It keeps no model alive.
+_PRECISION: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 
 
 def keep_output_precision(accelerator: Accelerator) -> None:
@@ -27,53 +26,92 @@ def keep_output_precision(accelerator: Accelerator) -> None:
         plugin.mixed_precision_policy = replace(policy, output_dtype=None)
 
 
-def compiled_for_scoring(accelerator: Accelerator, model: nn.Module) -> nn.Module | None:
-    """A model compiled as accelerate compiles the policy, but without DDP around it; `None` where it is not compiled.
+def make_room(precision: str) -> None:
+    """Let the next accelerator have this precision; call it before the accelerator is made.
 
-    The policy's graphs serve both. Models that an engine shards, and regions that are compiled by themselves, stay as
-    they are.
+    accelerate keeps one for all accelerators of a process, and takes it over from the configuration that was made last.
     """
-    plugin = accelerator.state.dynamo_plugin
-    is_sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-    if plugin.backend == DynamoBackend.NO or plugin.use_regional_compilation or is_sharded:
-        return None
-    return cast(nn.Module, torch.compile(model, **plugin.to_kwargs()))
+    state = AcceleratorState._shared_state
+    if state and state["distributed_type"] != DistributedType.DEEPSPEED and state["_mixed_precision"] != precision:
+        AcceleratorState._reset_state()
 
 
-def settle_unused_parameters(accelerator: Accelerator, setting: bool | None, model: nn.Module) -> None:
-    """Let DDP look for unused parameters in every backward only if the model may have some.
+def forget_other_trainers(model: nn.Module) -> None:
+    """Undo what the accelerator of a trainer that is none of ours has done to a model, before its forward is replaced.
+
+    accelerate marks a model that it has prepared and does not prepare it again: it would run without autocast.
+    """
+    if model not in _PRECISION:
+        _forget_preparation(model)
+
+
+def take_over(accelerator: Accelerator, model: nn.Module, precision: str) -> bool:
+    """Have a model, which another trainer may have used, ready to be prepared for this one.
 
     Args:
-        setting: `ddp_find_unused_parameters`; `None` leaves it to the model.
-        model: the model that DDP will wrap, on its device.
+        precision: the trainer's, "no", "bf16" or "fp16".
+
+    Returns:
+        Whether the model was prepared in another precision, and has to be prepared again.
+
+    Raises:
+        ValueError: the model is in the shards of another trainer, or FSDP2 has another trainer's precision.
     """
-    without_ddp = (DistributedType.NO, DistributedType.FSDP, DistributedType.DEEPSPEED)
-    if setting is None and accelerator.distributed_type not in without_ddp:
-        with accelerator.autocast():
-            accelerator.ddp_handler.find_unused_parameters = not uses_every_parameter(model)
+    engine = _sharding_engine(accelerator)
+    is_new = model not in _PRECISION or model in map(accelerator.unwrap_model, accelerator._models)
+    if engine in ("FSDP2", "ZeRO-3") and not is_new:
+        raise ValueError(
+            f"another trainer has used this model under {engine}, and it is in that trainer's shards: load the model "
+            "anew for each trainer, from_pretrained(folder) after first_trainer.save_model(folder) to go on with it"
+        )
+    return compute_in(precision, accelerator, model)
 
 
-def uses_every_parameter(model: nn.Module) -> bool:
-    """Whether every trained parameter gets a gradient, if only of zeros, whatever the tokens.
+def compute_in(precision: str, accelerator: Accelerator, model: nn.Module) -> bool:
+    """Have accelerate compute in a precision, and the model, which otherwise keeps the autocast of another trainer.
 
-    It is tried on one token, which reaches few of the experts that a router chooses among. They count as unused unless
-    their weights are one parameter, as in transformers' own models.
+    accelerate's state, which all accelerators of a process share, has the precision of the trainer that was made last.
+
+    Returns:
+        Whether the model was prepared in another precision, and has to be prepared again.
+
+    Raises:
+        ValueError: FSDP2 has another trainer's precision.
     """
-    config = base_causal_lm(model).config
-    if getattr(config, "layerdrop", 0):
-        return False
-    ids = torch.tensor([made_up_tokens(config, 1, random.Random(0))], device=device_of(model))
-    with torch.enable_grad():
-        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, return_dict=True).logits
-    nodes, used = {logits.grad_fn} - {None}, set()
-    waiting = list(nodes)
-    while waiting:
-        node = waiting.pop()
-        used.add(id(getattr(node, "variable", None)))
-        new = {following for following, _ in node.next_functions if following is not None} - nodes
-        nodes |= new
-        waiting += new
-    return all(id(parameter) in used for parameter in model.parameters() if parameter.requires_grad)
+    if accelerator.distributed_type == DistributedType.FSDP and accelerator.state.mixed_precision != precision:
+        raise ValueError(
+            f"this trainer has mixed_precision={precision!r} and one that was made after it has "
+            f"{accelerator.state.mixed_precision!r}, and FSDP2 has one precision for all trainers of a process: make "
+            "this trainer after the other has done its work, or give both the same"
+        )
+    if accelerator.distributed_type != DistributedType.DEEPSPEED:
+        accelerator.state._mixed_precision = precision
+    differs = _PRECISION.get(model, precision) != precision
+    _PRECISION[model] = precision
+    if differs:
+        _forget_preparation(model)
+        # An evaluation prepares the model only if the accelerator has none.
+        accelerator._models = [known for known in accelerator._models if known is not model]
+    return differs
+
+
+def refuse_early_evaluation(accelerator: Accelerator) -> None:
+    """Raise `ValueError` if an evaluation would come before training under an engine that cannot evaluate then."""
+    if accelerator._models:
+        return
+    engine = _sharding_engine(accelerator)
+    if engine not in ("", "ZeRO-3"):
+        raise ValueError(
+            f"{engine} does not evaluate or predict before it has trained: set eval_on_start=True to evaluate first, "
+            "or evaluate without it, in one process or under DDP"
+        )
+
+
+def _sharding_engine(accelerator: Accelerator) -> str:
+    """The name of an engine that shares anything out; "" for one process and DDP."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return f"ZeRO-{accelerator.state.deepspeed_plugin.zero_stage}"
+    return "FSDP2" if accelerator.distributed_type == DistributedType.FSDP else ""
 
 
 def unwrapped_after_evaluation(accelerator: Accelerator, model: nn.Module, wrapped: nn.Module) -> nn.Module:
@@ -98,7 +136,11 @@ def unwrapped_after_evaluation(accelerator: Accelerator, model: nn.Module, wrapp
     is_wrapped = any(isinstance(module, DistributedDataParallel) for module in wrapped.modules())
     if is_wrapped or engine in (DistributedType.NO, DistributedType.FSDP, DistributedType.DEEPSPEED):
         return wrapped
+    _forget_preparation(model)
+    return model
+
+
+def _forget_preparation(model: nn.Module) -> None:
     vars(model).pop("_is_accelerate_prepared", None)
     if "_original_forward" in vars(model):
         model.forward = vars(model).pop("_original_forward")
-    return model

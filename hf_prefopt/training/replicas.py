@@ -1,4 +1,5 @@
-"""Ranks that train one model together hold the same weights: checked until the first step that changes them."""
+"""Ranks that train one model together hold the same weights: checked when training begins, after its first step, at
+checkpoints and at the end."""
 
 from collections.abc import Iterator
 
@@ -17,7 +18,8 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class RanksAgree(TrainerCallback):
-    """Stops a training run whose ranks do not hold the same weights, when it begins or after its first real step.
+    """Stops a training run whose ranks do not hold the same weights, when it begins, after its first real step or when
+    it ends.
 
     A step at learning rate 0 (warm-up) and a step that fp16's loss scaling skips change nothing, so the next step is
     checked, too. Sharded parameters are not compared.
@@ -31,11 +33,7 @@ class RanksAgree(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, **_):
         """The engine has wrapped the model."""
-        engine = AcceleratorState()
-        # FSDP2 has parameters of its own in place of its shards, from a forward to the next.
-        is_whole = engine.distributed_type != DistributedType.FSDP and any(True for _ in _replicated(model))
-        compares = is_whole and engine.num_processes > 1
-        self._before = _compared(model, args.device, "before the first step") if compares else None
+        self._before = _compared(model, args.device, "before the first step") if _is_compared(model) else None
 
     def on_step_end(self, args, state, control, model=None, **_):
         """The optimizer has made its step."""
@@ -43,6 +41,28 @@ class RanksAgree(TrainerCallback):
             return
         now = _compared(model, args.device, f"after step {state.global_step}")
         self._before = self._before if torch.equal(now, self._before) else None
+
+    def on_train_end(self, args, state, control, model=None, **_):
+        """The best model has been loaded, where that is asked for."""
+        refuse_drifted(model, args.device, f"at the end, after step {state.global_step}")
+
+
+def refuse_drifted(model: nn.Module, device: torch.device, when: str) -> None:
+    """Raise `RuntimeError` on every rank if they do not hold the same trained weights; call it on every rank.
+
+    Args:
+        when: what the error begins with.
+    """
+    if _is_compared(model):
+        _compared(model, device, when)
+
+
+def _is_compared(model: nn.Module) -> bool:
+    """Whether there are other ranks that hold the same weights."""
+    engine = AcceleratorState()
+    # FSDP2 has parameters of its own in place of its shards, from a forward to the next.
+    is_whole = engine.distributed_type != DistributedType.FSDP and any(True for _ in _replicated(model))
+    return is_whole and engine.num_processes > 1
 
 
 def _compared(model: nn.Module, device: torch.device, when: str) -> Tensor:
@@ -55,7 +75,8 @@ def _compared(model: nn.Module, device: torch.device, when: str) -> Tensor:
         raise RuntimeError(
             f"{when}, {sum(differ)} of {len(names)} trained parameters are not the same on all {len(ranks)} ranks "
             f"(the first is {names[differ.index(True)]}): their gradients are not averaged, so each rank trains a "
-            "model of its own. Let the trainer prepare the model, and change no weights on single ranks"
+            "model of its own, or one rank has changed weights. Let the trainer prepare the model, and change no "
+            "weights on single ranks"
         )
     return ranks[0]
 

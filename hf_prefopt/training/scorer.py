@@ -33,7 +33,7 @@ from hf_prefopt.scoring.dropout import switch_off_dropout
 from hf_prefopt.scoring.forward import VOCABULARY_KL, base_causal_lm, install_scoring, score
 from hf_prefopt.scoring.layout import settled_layout
 from hf_prefopt.scoring.modes import ModuleTree, evaluation_mode
-from hf_prefopt.training.engines import compiled_for_scoring
+from hf_prefopt.training.wrapping import compiled_for_scoring
 
 logger = logging.getLogger(__name__)
 

@@ -20,18 +20,31 @@ class Engine:
         whole: a parameter's values, whole, on every rank.
         is_sharded: whether a rank holds only a part of a parameter.
         adapt: what a trainer needs beyond its settings.
+        bf16: its settings where it computes in bf16.
     """
 
     settings: dict[str, Any] = field(default_factory=dict)
     whole: Callable[[nn.Parameter], Tensor] = lambda parameter: parameter.detach().clone()
     is_sharded: Callable[[nn.Parameter], bool] = lambda parameter: False
     adapt: Callable[[Trainer], None] = lambda trainer: None
+    bf16: dict[str, Any] = field(default_factory=dict)
+
+    def in_precision(self, bf16: bool) -> dict[str, Any]:
+        """Its settings, in fp32 or in bf16."""
+        return {**self.settings, "bf16": True, **self.bf16} if bf16 else self.settings
 
 
 def zero(stage: int, **optimization: Any) -> dict[str, Any]:
     """A DeepSpeed configuration of a ZeRO stage. In fp32, without overlap, which the CPU has no streams for."""
     return {
-        "zero_optimization": {"stage": stage, "overlap_comm": False, **optimization},
+        # The default buckets take gigabytes.
+        "zero_optimization": {
+            "stage": stage,
+            "overlap_comm": False,
+            "reduce_bucket_size": 10**6,
+            "allgather_bucket_size": 10**6,
+            **optimization,
+        },
         "zero_allow_untested_optimizer": True,
         # With parameters in CPU memory, DeepSpeed insists on its own Adam otherwise.
         "zero_force_ds_cpu_optimizer": False,
@@ -44,7 +57,13 @@ def zero(stage: int, **optimization: Any) -> dict[str, Any]:
 
 def _zero3(**more: Any) -> Engine:
     optimization = {"stage3_gather_16bit_weights_on_model_save": True, **more}
-    return Engine({"deepspeed": zero(3, **optimization)}, _gathered, _is_partitioned)
+    bf16 = zero_in_bf16(3, **optimization)
+    return Engine({"deepspeed": zero(3, **optimization)}, _gathered, _is_partitioned, bf16=bf16)
+
+
+def zero_in_bf16(stage: int, **optimization: Any) -> dict[str, Any]:
+    """The settings of a ZeRO stage whose weights are in bf16, of which the optimizer has copies in fp32."""
+    return {"deepspeed": {**zero(stage, **optimization), "bf16": {"enabled": True}}}
 
 
 def _gathered(parameter: nn.Parameter) -> Tensor:
@@ -62,7 +81,10 @@ def _switch_fsdp_on(trainer: Trainer) -> None:
     """What accelerate does for processes with GPUs, and leaves for those with CPUs."""
     for state in (PartialState(), trainer.accelerator.state):
         state.distributed_type = DistributedType.FSDP
-    trainer.accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(**trainer.args.fsdp_plugin_args)
+    plugin = FullyShardedDataParallelPlugin(**trainer.args.fsdp_plugin_args)
+    if trainer.args.bf16:
+        plugin.set_mixed_precision("bf16")
+    trainer.accelerator.state.fsdp_plugin = plugin
     trainer.is_fsdp_enabled = True
 
 
@@ -73,7 +95,7 @@ FSDP2 = {
 ENGINES = {
     "ddp": Engine(),
     "zero1": Engine({"deepspeed": zero(1)}),
-    "zero2": Engine({"deepspeed": zero(2)}),
+    "zero2": Engine({"deepspeed": zero(2)}, bf16=zero_in_bf16(2)),
     # No parameter is too small to be sharded, none is gathered before it is used or kept for another use.
     "zero3": _zero3(stage3_param_persistence_threshold=0, stage3_prefetch_bucket_size=0, stage3_max_reuse_distance=0),
     # With DeepSpeed's own threshold, which leaves everything of a tiny model whole between its uses.

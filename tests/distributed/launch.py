@@ -32,9 +32,9 @@ def launch(engine: str, cases: list[str], folder: Path) -> dict[str, list[dict[s
     return outcomes
 
 
-def torchrun(module: str, *arguments: object) -> str:
-    """Run a module in two processes; the end of what they printed."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(WORLD_SIZE)]
+def torchrun(module: str, *arguments: object, ranks: int = WORLD_SIZE, timeout: int = 900) -> str:
+    """Run a module in several processes; the end of what they printed."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
@@ -44,7 +44,7 @@ def torchrun(module: str, *arguments: object) -> str:
         "TOKENIZERS_PARALLELISM": "false",
     }
     command += ["-m", module, *map(str, arguments)]
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
     return (process.stdout + process.stderr)[-4000:]
 
 

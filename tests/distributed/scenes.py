@@ -18,11 +18,14 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from tests.distributed.launch import WORLD_SIZE, torchrun
 
 
-def play(scenes: list[Callable[[Path], Any]], folder: Path) -> dict[str, list[Any]]:
+def play(
+    scenes: list[Callable[[Path], Any]], folder: Path, ranks: int = WORLD_SIZE, timeout: int = 900
+) -> dict[str, list[Any]]:
     """What each scene gave back on each rank, by its name; an error is given back as its text."""
     names = [scene.__name__ for scene in scenes]
-    output = torchrun("tests.distributed.scenes", folder, scenes[0].__module__, *names)
-    files = {name: [folder / f"{name}{rank}.pt" for rank in range(WORLD_SIZE)] for name in names}
+    module = scenes[0].__module__
+    output = torchrun("tests.distributed.scenes", folder, module, *names, ranks=ranks, timeout=timeout)
+    files = {name: [folder / f"{name}{rank}.pt" for rank in range(ranks)] for name in names}
     return {
         name: [torch.load(file, weights_only=False) if file.exists() else output for file in of_ranks]
         for name, of_ranks in files.items()

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from transformers import TrainerCallback
 
 from hf_prefopt import trainer as trainer_module
 from hf_prefopt.losses import register_loss, registry
@@ -117,6 +118,28 @@ def changed_on_one_rank(folder):
         trainer.train()
 
 
+class ChangesOneRank(TrainerCallback):
+    """Moves one weight of one rank after the second step, when nothing is compared any more until a checkpoint."""
+
+    def on_step_end(self, args, state, control, model=None, **rest):
+        if dist.get_rank() == 1 and state.global_step == 2:
+            with torch.no_grad():
+                model.lm_head.weight[3, 5] += 1e-6
+
+
+def changed_before_a_checkpoint(folder):
+    trainer = make(folder, callbacks=[ChangesOneRank()], num_train_epochs=2, save_strategy="steps", save_steps=1)
+    try:
+        trainer.train()
+    finally:
+        written = sorted(path.name for path in folder.glob("checkpoint-*"))
+        assert written == ["checkpoint-1"], written
+
+
+def changed_before_the_end(folder):
+    make(folder, callbacks=[ChangesOneRank()]).train()
+
+
 def not_finite_on_one_rank(folder):
     """The loss of a row that one of the ranks has, in the second of two steps; nothing is logged, all is saved."""
     with mock.patch.dict(registry._LOSSES):
@@ -136,7 +159,17 @@ SAME = [
     (evaluate_first_in_bf16, bf16_alone),
     (train_evaluate_train, train_twice),
 ]
-BROKEN = [broken, broken_behind_a_warm_up, changed_on_one_rank]
+BROKEN = [
+    broken,
+    broken_behind_a_warm_up,
+    changed_on_one_rank,
+    changed_before_a_checkpoint,
+    changed_before_the_end,
+]
+WHEN = {
+    changed_before_a_checkpoint: "at the checkpoint of step 2, 1 of",
+    changed_before_the_end: "at the end, after step 2, 1 of",
+}
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +206,7 @@ def test_ranks_that_drift_apart_stop_on_every_rank(outcomes, scene):
         assert "RuntimeError" in error and "not the same on all 2 ranks" in error, error
     if scene is changed_on_one_rank:
         assert "after step 1, 1 of" in error and "lm_head.weight" in error
+        assert WHEN.get(scene, "") in error
     if scene is broken_behind_a_warm_up:
         assert "after step 2" in error
 

@@ -87,3 +87,57 @@ def test_a_checkpoint_that_is_written_over_an_older_versions_can_be_resumed(tmp_
     (tmp_path / "checkpoint-2" / "objective_state.json").write_text("{}")
     make_trainer(tmp_path, **BCO, max_steps=2).train()
     make_trainer(tmp_path, **BCO, max_steps=3).train(resume_from_checkpoint=True)
+
+
+PAIRS = {"train_dataset": pairs(8), "save_strategy": "steps", "save_steps": 1}
+
+
+def test_another_number_of_rows_a_step_is_an_error(tmp_path):
+    """Half the rows would make it another place in the data, and other learning rates."""
+    make_trainer(tmp_path, **PAIRS, gradient_accumulation_steps=2).train()
+    checkpoint = str(tmp_path / "checkpoint-1")
+    with pytest.raises(ValueError, match=r"4 rows a step .*=2 × .*=2 × 1 rank\), and this run has 2 rows a step"):
+        make_trainer(tmp_path, **PAIRS).train(resume_from_checkpoint=checkpoint)
+    same = make_trainer(tmp_path, **PAIRS, per_device_train_batch_size=1, gradient_accumulation_steps=4)
+    same.train(resume_from_checkpoint=checkpoint)
+    assert same.state.global_step == 2
+    skipping = make_trainer(tmp_path, **PAIRS, ignore_data_skip=True)
+    skipping.train(resume_from_checkpoint=checkpoint)
+    assert skipping.state.global_step > 1
+
+
+def test_weights_alone_resume_with_a_warning(tmp_path, caplog):
+    make_trainer(tmp_path, **PAIRS, save_only_model=True).train()
+    with caplog.at_level(logging.WARNING, logger="hf_prefopt"):
+        make_trainer(tmp_path, **PAIRS).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert "has weights alone (save_only_model=True): the optimizer and the schedule" in caplog.text
+
+
+@pytest.mark.parametrize(("name", "engine"), [("global_step1", "DeepSpeed"), ("optimizer_0", "FSDP")])
+def test_a_checkpoint_of_another_engine_is_an_error(name, engine, tmp_path):
+    """The Trainer would go on with an optimizer and a learning rate that start afresh, and say nothing."""
+    make_trainer(tmp_path, **PAIRS, max_steps=1).train()
+    checkpoint = tmp_path / "checkpoint-1"
+    (checkpoint / "optimizer.pt").unlink()
+    (checkpoint / name).mkdir()
+    with pytest.raises(ValueError, match=f"was written under {engine}, and this run is under one process or DDP"):
+        make_trainer(tmp_path, **PAIRS).train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_the_last_of_several_runs_checkpoints_has_to_be_named(tmp_path):
+    """A shorter run in the folder of a longer one leaves the longer one's last checkpoints."""
+    make_trainer(tmp_path, **PAIRS).train()
+    make_trainer(tmp_path, **PAIRS, max_steps=2).train()
+    with pytest.raises(ValueError, match="several runs: checkpoint-2 was written after checkpoint-4"):
+        make_trainer(tmp_path, **PAIRS).train(resume_from_checkpoint=True)
+    named = make_trainer(tmp_path, **PAIRS)
+    named.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert named.state.global_step == 4
+    make_trainer(tmp_path, **PAIRS).train(resume_from_checkpoint=True)
+
+
+def test_a_finished_run_that_is_resumed_says_that_nothing_is_left(tmp_path, caplog):
+    make_trainer(tmp_path, **PAIRS, max_steps=2).train()
+    with caplog.at_level(logging.WARNING, logger="hf_prefopt"):
+        make_trainer(tmp_path, **PAIRS, max_steps=2).train(resume_from_checkpoint=True)
+    assert "nothing was trained" in caplog.text and "the run ends at step 2" in caplog.text

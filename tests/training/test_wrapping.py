@@ -8,7 +8,7 @@ from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from torch import nn
 
 from hf_prefopt.scoring.forward import install_scoring
-from hf_prefopt.training.engines import settle_unused_parameters, uses_every_parameter
+from hf_prefopt.training.wrapping import settle_unused_parameters, uses_every_parameter
 from tests.tiny_models import tiny_model, with_lora
 
 

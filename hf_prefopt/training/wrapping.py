@@ -1,0 +1,61 @@
+"""How DDP and `torch.compile` wrap a policy: what they need to know of its forward."""
+
+import random
+from typing import cast
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, DynamoBackend
+from torch import nn
+
+from hf_prefopt.scoring.agreement import device_of, made_up_tokens
+from hf_prefopt.scoring.forward import base_causal_lm
+
+
+def compiled_for_scoring(accelerator: Accelerator, model: nn.Module) -> nn.Module | None:
+    """A model compiled as accelerate compiles the policy, but without DDP around it; `None` where it is not compiled.
+
+    The policy's graphs serve both. Models that an engine shards, and regions that are compiled by themselves, stay as
+    they are.
+    """
+    plugin = accelerator.state.dynamo_plugin
+    is_sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    if plugin.backend == DynamoBackend.NO or plugin.use_regional_compilation or is_sharded:
+        return None
+    return cast(nn.Module, torch.compile(model, **plugin.to_kwargs()))
+
+
+def settle_unused_parameters(accelerator: Accelerator, setting: bool | None, model: nn.Module) -> None:
+    """Let DDP look for unused parameters in every backward only if the model may have some.
+
+    Args:
+        setting: `ddp_find_unused_parameters`; `None` leaves it to the model.
+        model: the model that DDP will wrap, on its device.
+    """
+    without_ddp = (DistributedType.NO, DistributedType.FSDP, DistributedType.DEEPSPEED)
+    if setting is None and accelerator.distributed_type not in without_ddp:
+        with accelerator.autocast():
+            accelerator.ddp_handler.find_unused_parameters = not uses_every_parameter(model)
+
+
+def uses_every_parameter(model: nn.Module) -> bool:
+    """Whether every trained parameter gets a gradient, if only of zeros, whatever the tokens.
+
+    It is tried on one token, which reaches few of the experts that a router chooses among. They count as unused unless
+    their weights are one parameter, as in transformers' own models.
+    """
+    config = base_causal_lm(model).config
+    if getattr(config, "layerdrop", 0):
+        return False
+    ids = torch.tensor([made_up_tokens(config, 1, random.Random(0))], device=device_of(model))
+    with torch.enable_grad():
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, return_dict=True).logits
+    nodes, used = {logits.grad_fn} - {None}, set()
+    waiting = list(nodes)
+    while waiting:
+        node = waiting.pop()
+        used.add(id(getattr(node, "variable", None)))
+        new = {following for following, _ in node.next_functions if following is not None} - nodes
+        nodes |= new
+        waiting += new
+    return all(id(parameter) in used for parameter in model.parameters() if parameter.requires_grad)

@@ -1,0 +1,87 @@
+"""Streams whose batches do not fill the last step of an epoch: every step has its rows, and no row is left out."""
+
+import pytest
+import torch
+
+from tests.tiny_models import tiny_model
+from tests.trainers import logged, make_trainer, pairs, weights
+
+SETTINGS = {
+    "optim": "sgd",
+    "learning_rate": 0.1,
+    "lr_scheduler_type": "constant",
+    "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": 2,
+}
+
+
+def stream_trainer(folder, rows=5, **settings):
+    return make_trainer(folder, tiny_model(), train_dataset=pairs(rows).to_iterable_dataset(), **SETTINGS, **settings)
+
+
+def rows_of_steps(trainer):
+    """The rows of each step, filled in by training."""
+    steps, begin = [], trainer.global_batch.begin
+
+    def watched(pieces, collect):
+        steps.append([int(row) for piece in pieces for row in piece["rows"]])
+        begin(pieces, collect)
+
+    trainer.global_batch.begin = watched
+    return steps
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_is_left_of_an_epoch_begins_the_next(workers, tmp_path):
+    """Five rows, two a step: the third step is the last row and the first one. Losses, norms and weights are those of
+    the rows in that order, as a data set."""
+    trainer = stream_trainer(tmp_path, max_steps=5, dataloader_num_workers=workers)
+    steps = rows_of_steps(trainer)
+    trainer.train()
+    assert steps == [[0, 1], [2, 3], [4, 0], [1, 2], [3, 4]]
+    order = torch.tensor(steps).flatten().tolist()
+    plain = make_trainer(
+        tmp_path,
+        tiny_model(),
+        train_dataset=pairs(5).select(order),
+        train_sampling_strategy="sequential",
+        **SETTINGS,
+    )
+    plain.train()
+    for name in ("loss", "grad_norm"):
+        assert logged(trainer, name) == pytest.approx(logged(plain, name), rel=1e-5)
+    expected = weights(plain.model)
+    assert all((values - expected[name]).abs().max() < 1e-6 for name, values in weights(trainer.model).items())
+
+
+def test_a_second_run_begins_with_the_first_row(tmp_path):
+    """What was left of the last epoch of the run before is not trained on."""
+    trainer = stream_trainer(tmp_path, max_steps=3)
+    steps = rows_of_steps(trainer)
+    trainer.train()
+    trainer.train()
+    assert steps == [[0, 1], [2, 3], [4, 0]] * 2
+
+
+def test_a_stream_of_less_than_a_step_is_an_error(tmp_path):
+    """It would be read again and again, and no step made."""
+    trainer = stream_trainer(tmp_path, rows=1, max_steps=2)
+    with pytest.raises(ValueError, match="gave 1 batches, and a step takes gradient_accumulation_steps=2"):
+        trainer.train()
+
+
+def test_a_run_that_is_resumed_behind_the_streams_end_is_an_error(tmp_path):
+    """The place is searched from the stream's beginning, in one pass."""
+    settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 1}
+    stream_trainer(tmp_path, **settings).train()
+    resumed = stream_trainer(tmp_path, **settings)
+    steps = rows_of_steps(resumed)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert steps[:2] == [[2, 3], [4, 0]]
+    checkpoint = str(tmp_path / "checkpoint-4")
+    with pytest.raises(ValueError, match=r"the stream .* ended before the place of step 4.* ignore_data_skip=True"):
+        stream_trainer(tmp_path, **settings).train(resume_from_checkpoint=checkpoint)
+    anew = stream_trainer(tmp_path, ignore_data_skip=True, **settings)
+    steps = rows_of_steps(anew)
+    anew.train(resume_from_checkpoint=checkpoint)
+    assert steps == [[0, 1], [2, 3]]
