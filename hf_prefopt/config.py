@@ -228,8 +228,7 @@ class PreferenceConfig(TrainingArguments):
         # TrainingArguments refuses bf16 on a CPU that it was not told of, even where there is nothing else.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         if self.accelerator_config is None or isinstance(self.accelerator_config, dict):
-            copies_at_once = self.dataloader_pin_memory and torch.cuda.is_available() and not self.use_cpu
-            self.accelerator_config = {"non_blocking": copies_at_once, **(self.accelerator_config or {})}
+            self.accelerator_config = {"non_blocking": _is_pinned(self), **(self.accelerator_config or {})}
         if self.bf16 is None:
             self.bf16 = not self.fp16 and _is_fast_in_bf16(self.use_cpu)
         self.greater_is_better = greater_is_better(self.metric_for_best_model, self.greater_is_better)
@@ -299,6 +298,11 @@ class PreferenceConfig(TrainingArguments):
         modifiers: list[Modifier] = [TokenSums(steps)] if steps else []
         divergence = FDivergence(self.f_divergence_type, self.f_alpha_divergence_coef)
         return [*modifiers, divergence] if self.f_divergence_type != "reverse_kl" else modifiers
+
+
+def _is_pinned(args: TrainingArguments) -> bool:
+    """Whether batches wait in pinned memory, from which a GPU copies them by itself."""
+    return args.dataloader_pin_memory and torch.cuda.is_available() and not args.use_cpu
 
 
 def _is_fast_in_bf16(use_cpu: bool) -> bool:

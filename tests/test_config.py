@@ -1,16 +1,19 @@
 """`PreferenceConfig`: refused at construction or used; the same from Python, YAML and the command line."""
 
+import itertools
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import HfArgumentParser
 
 from hf_prefopt import PreferenceConfig
+from hf_prefopt.config import _is_pinned
 from hf_prefopt.config_docs import default_of, settings_by_group, settings_page
 from hf_prefopt.losses import get_loss
 
@@ -203,18 +206,18 @@ def test_liger_keeps_off_the_models_forward(tmp_path):
         PreferenceConfig(str(tmp_path), use_liger_kernel=True, liger_kernel_config={"fused_linear_cross_entropy": True})
 
 
-@pytest.mark.parametrize(
-    ("settings", "expected"),
-    [
-        ({}, True),
-        ({"accelerator_config": {"use_seedable_sampler": False}}, True),
-        ({"accelerator_config": {"non_blocking": False}}, False),
-        ({"dataloader_pin_memory": False}, False),
-    ],
-)
-def test_batches_are_copied_without_waiting_where_they_are_pinned(monkeypatch, tmp_path, settings, expected):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    config = PreferenceConfig(str(tmp_path), use_cpu=True, bf16=False, **settings)
-    assert config.accelerator_config.non_blocking == expected
+@pytest.mark.parametrize("has_gpu", [True, False])
+def test_batches_are_copied_without_waiting_where_they_are_pinned(has_gpu, monkeypatch, tmp_path):
+    """Unless the user says so; a run on the CPU of a machine with a GPU does not ask for it either."""
+    monkeypatch.setattr("hf_prefopt.config._is_pinned", lambda args: has_gpu)
+    of_user = {"use_seedable_sampler": False}
+    for given, expected in ((None, has_gpu), (of_user, has_gpu), ({"non_blocking": False}, False)):
+        config = PreferenceConfig(str(tmp_path), use_cpu=True, accelerator_config=given)
+        assert config.accelerator_config.non_blocking == expected
     monkeypatch.undo()
-    assert not PreferenceConfig(str(tmp_path), use_cpu=True, bf16=False).accelerator_config.non_blocking
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    pinned = {
+        (pin, cpu): _is_pinned(SimpleNamespace(dataloader_pin_memory=pin, use_cpu=cpu))
+        for pin, cpu in itertools.product((True, False), repeat=2)
+    }
+    assert pinned == {(True, False): True, (True, True): False, (False, False): False, (False, True): False}

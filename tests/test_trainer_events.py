@@ -128,7 +128,14 @@ SCHEDULES = {
     "on start, delayed": {**STEPS, "eval_on_start": True, "eval_delay": 3, "eval_steps": 1},
     "several sets": {**STEPS, "sets": True},
     "the best": {**STEPS, "save_steps": 2, "load_best_model_at_end": True, "save_total_limit": 1},
-    "dropped rest": {**ACCUMULATED, "dataloader_drop_last": True, "per_device_train_batch_size": 2, **STEPS},
+    # Evaluations drop no row here, so there is none to drop.
+    "dropped rest": {
+        **ACCUMULATED,
+        "dataloader_drop_last": True,
+        "per_device_train_batch_size": 2,
+        "per_device_eval_batch_size": 1,
+        **STEPS,
+    },
 }
 
 

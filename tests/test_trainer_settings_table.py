@@ -53,6 +53,7 @@ COVERED = {
     "neftune_noise_alpha": "test_trainer_layouts.py::test_noise_on_embeddings_needs_the_padded_layout",
     "skip_memory_metrics": ALIKE,
     "debug": ALIKE,
+    "ddp_find_unused_parameters": "training/test_wrapping.py::test_ddp_looks_for_unused_parameters_only_where_there_may_be_some",
     # Data
     "seed": f"{HABITS}::test_a_resumed_run_is_the_uninterrupted_one",
     "data_seed": f"{HERE}::test_the_order_of_the_rows_is_the_data_seeds",
@@ -135,7 +136,6 @@ THE_TRAINERS = {
     "hub_revision": "of uploads",
     "dataloader_pin_memory": "batches are nested dicts of tensors, which PyTorch pins",
     "dataloader_multiprocessing_context": "how worker processes start",
-    "ddp_find_unused_parameters": "of DDP",
     "ddp_bucket_cap_mb": "of DDP",
     "ddp_broadcast_buffers": "of DDP",
     "ddp_static_graph": "of DDP",
