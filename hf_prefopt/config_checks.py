@@ -8,6 +8,7 @@ from hf_prefopt.objective.objective import Objective
 REFERENCES = ("auto", "adapter_off", "adapter:<name>", "model", "copy", "cache", "none")
 TRUNCATION_MODES = ("keep_start", "keep_end")
 BAD_ROWS = ("error", "drop")
+TEXT_AS = ("text", "messages")
 LAYOUTS = ("auto", "shared", "padded")
 
 

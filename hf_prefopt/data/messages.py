@@ -14,6 +14,20 @@ from hf_prefopt.data.rows import BadRow, drop_nones
 Message = dict[str, Any]
 
 _TEXT_BLOCKS = ("text", "input_text", "output_text")
+# The keys of a message that say who speaks and what, in the forms that people store; the first ones are ours.
+ROLE_KEYS = ("role", "from", "speaker")
+CONTENT_KEYS = ("content", "value", "text", "parts")
+_ROLES = {
+    **dict.fromkeys(("human", "prompter"), "user"),
+    **dict.fromkeys(("gpt", "chatgpt", "bot", "chatbot", "ai", "model"), "assistant"),
+    **dict.fromkeys(("function", "observation", "ipython", "function_response"), "tool"),
+}
+_KNOWN_ROLES = ("user", "assistant", "system", "tool", "developer")
+
+
+def is_role(name: Any) -> bool:
+    """Whether this is the name of a speaker, ours or another that people have for one."""
+    return isinstance(name, str) and (name.lower() in _KNOWN_ROLES or name.lower() in _ROLES)
 
 
 def check_messages(column: str, messages: Any) -> list[Message]:
@@ -22,6 +36,8 @@ def check_messages(column: str, messages: Any) -> list[Message]:
     Raises:
         BadRow: a message without a role, or without text or tool calls; content that is not text.
     """
+    if not isinstance(messages, list | tuple):
+        raise BadRow(column, f"is of type {type(messages).__name__}", "make it text or a list of messages")
     return [_check_message(column, position, message) for position, message in enumerate(messages)]
 
 
@@ -30,9 +46,9 @@ def _check_message(column: str, position: int, message: Any) -> Message:
         problem = f"holds a {type(message).__name__} where message {position} should be"
         raise BadRow(column, problem, "make each message a dict with `role` and `content`")
     message = drop_nones(message)
-    role, content = message.get("role"), message.get("content")
-    if not isinstance(role, str) or not role:
-        raise BadRow(column, f"has no `role` in message {position}", "name it: 'system', 'user', 'assistant' or 'tool'")
+    if message.get("role") not in _KNOWN_ROLES or "content" not in message:
+        message = _with_our_names(column, position, message)
+    role, content = message["role"], message.get("content")
     where = f"message {position} ({role})"
     if content is None and not message.get("tool_calls"):
         raise BadRow(column, f"has no `content` in {where}")
@@ -45,6 +61,17 @@ def _check_message(column: str, position: int, message: Any) -> Message:
     if isinstance(content, list):
         message["content"] = "".join(_block_text(column, block, where) for block in content)
     return message
+
+
+def _with_our_names(column: str, position: int, message: Message) -> Message:
+    """The message with `role` and `content`, and its role as templates know it; a role of other names is kept."""
+    keys = [next((key for key in names if message.get(key) is not None), None) for names in (ROLE_KEYS, CONTENT_KEYS)]
+    named = {key: value for key, value in message.items() if key not in keys}
+    role = message.get(keys[0]) if keys[0] else None
+    if not isinstance(role, str) or not role:
+        raise BadRow(column, f"has no `role` in message {position}", "name it: 'system', 'user', 'assistant' or 'tool'")
+    named = {"role": _ROLES.get(role.lower(), role.lower() if role.lower() in _KNOWN_ROLES else role), **named}
+    return {**named, "content": message[keys[1]]} if keys[1] else named
 
 
 def _block_text(column: str, block: Any, where: str) -> str:

@@ -119,7 +119,7 @@ def test_bad_rows_are_counted_and_the_first_three_shown():
 
 def test_bad_rows_can_be_dropped_and_the_others_keep_their_numbers(said):
     prepared = prepare_dataset(
-        Dataset.from_list([BAD, text_pair(), BAD, text_pair()]), tiny_tokenizer(), on_bad_rows="drop"
+        Dataset.from_list([BAD, text_pair(), BAD, text_pair()]), tiny_tokenizer(None), on_bad_rows="drop"
     )
     assert prepared["row"][:] == [1, 3]
     assert said() == ["train: 2 unusable rows dropped"]
