@@ -23,6 +23,8 @@ def check_values(args: Any) -> None:
     check_choice("on_bad_rows", args.on_bad_rows, BAD_ROWS)
     if not re.fullmatch("adapter:.+", args.reference):
         check_choice("reference", args.reference, REFERENCES)
+    check_choice("text_as", args.text_as, TEXT_AS)
+    _check_mapping(args.column_mapping)
     if args.loss_params is not None and not isinstance(args.loss_params, dict):
         raise ValueError(f"loss_params={args.loss_params!r} is not a mapping: pass a dict, or JSON on the command line")
     if args.max_tokens_per_batch is not None and args.max_tokens_per_batch < 1:
@@ -33,6 +35,17 @@ def check_values(args: Any) -> None:
         raise ValueError(f"max_length={args.max_length} leaves no room for a prompt and a response token")
     if args.pad_to_multiple_of is not None and args.pad_to_multiple_of < 1:
         raise ValueError(f"pad_to_multiple_of={args.pad_to_multiple_of} must be at least 1, or None for no rounding")
+
+
+def _check_mapping(mapping: Any) -> None:
+    if mapping is None:
+        return
+    is_mapping = isinstance(mapping, dict) and all(isinstance(name, str) for item in mapping.items() for name in item)
+    if not is_mapping or len(set(mapping.values())) < len(mapping):
+        raise ValueError(
+            f"column_mapping={mapping!r} does not map names to columns, each once: give a dict, or JSON on the command "
+            "line, as in {'prompt': 'question', 'chosen': 'answer_a', 'rejected': 'answer_b'}"
+        )
 
 
 def check_trainer_settings(args: Any) -> None:

@@ -73,7 +73,7 @@ def reject_unread_context(unused: Mapping[str, Any], read: CanonicalRow) -> None
         unused = {column: value for column, value in unused.items() if column not in ("tools", "chat_template_kwargs")}
     media = find_media(unused)
     if media is not None:
-        raise BadRow(media, "holds something that is not text", MEDIA_CURE.format(f"it (remove_columns({media!r}))"))
+        raise BadRow(media, "holds something that is not text", MEDIA_CURE.format(f"it (remove_columns=[{media!r}])"))
     if read.content_type == "tokens":
         return
     contexts = {column: _contexts(value, _word_limit(column)) for column, value in unused.items()}
@@ -91,7 +91,7 @@ def reject_unread_context(unused: Mapping[str, Any], read: CanonicalRow) -> None
         problem = (
             f"says {shown!r}, which is not in the prompt (nor in every response), so the model would not read it{also}"
         )
-        cure = f"join it into `prompt` (or rename the column so); if it is not context: remove_columns({[*unread]})"
+        cure = f"join it into `prompt` (or rename the column so); if it is not context: remove_columns={[*unread]}"
         raise BadRow(first, problem, cure)
 
 

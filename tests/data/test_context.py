@@ -186,7 +186,7 @@ def test_well_known_sets(name):
     with pytest.raises(ValueError, match="train: 2 of 2 rows cannot be used") as caught:
         prepare(row)
     said = str(caught.value)
-    assert f"row 0: `{refused[0]}` says" in said and f"remove_columns({refused})" in said
+    assert f"row 0: `{refused[0]}` says" in said and f"remove_columns={refused}" in said
 
 
 @pytest.mark.parametrize("column", CONTEXT)
