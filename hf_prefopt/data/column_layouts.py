@@ -161,7 +161,8 @@ def _describe_nearest(sample: Mapping[str, Any]) -> str:
         if set(columns).issubset(sample):
             return f"columns {_quoted(columns)}: {problem}"
     layouts = [_Lack(layout, [needed for needed in layout.needs if needed.find(sample) is None]) for layout in LAYOUTS]
-    nearest = min(layouts, key=lambda lack: (-lack.present(sample), len(lack.missing(sample))))
+    # Of those that lack equally little, the first of the table.
+    nearest = min(layouts, key=lambda lack: (-lack.present(sample), len(lack.missing(sample)) > 2))
     missing, found = nearest.missing(sample), ", ".join(sample) or "none"
     if not missing:
         kinds = [f"`{column}` is of type {type(sample[column]).__name__}" for column in nearest.columns]

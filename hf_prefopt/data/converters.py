@@ -81,14 +81,12 @@ def items(given: Given) -> Row:
         structs = [dict(zip(structs, values, strict=True)) for values in zip(*structs.values(), strict=True)]
     if not isinstance(structs, list | tuple) or not all(isinstance(item, Mapping) for item in structs):
         raise BadRow("items", "is no list of structs")
-    text, number = (
-        next((key for key in keys if any(item.get(key) is not None for item in structs)), None)
-        for keys in (ITEM_TEXTS, (*ITEM_SCORES, *ITEM_RANKS))
-    )
-    if text is None or number is None:
-        raise BadRow("items", "holds no responses with scores or ranks")
-    responses, numbers = ([item.get(key) for item in structs] for key in (text, number))
-    return {**_prompt(given), "responses": responses, "scores" if number in ITEM_SCORES else "ranks": numbers}
+    keys = {"responses": ITEM_TEXTS, "scores": ITEM_SCORES, "ranks": ITEM_RANKS}
+    found = {
+        part: next((key for key in names if any(item.get(key) is not None for item in structs)), None)
+        for part, names in keys.items()
+    }
+    return _prompt(given) | {part: [item.get(key) for item in structs] for part, key in found.items() if key}
 
 
 def good_and_bad(given: Given) -> Row:
@@ -96,6 +94,8 @@ def good_and_bad(given: Given) -> Row:
     chosen, rejected = (list(given[side] or ()) for side in ("chosen", "rejected"))
     if not chosen or not rejected:
         raise BadRow("rejected" if chosen else "chosen", "is empty")
+    if given["prompt"] in chosen:
+        raise BadRow("chosen", "holds the prompt: these are turns, and no responses", "give messages")
     ranks = [1.0] * len(chosen) + [2.0] * len(rejected)
     return {**_prompt(given), "responses": [*chosen, *rejected], "ranks": ranks}
 

@@ -22,6 +22,7 @@ Rows of messages may also have `tools` and `chat_template_kwargs`. Two groups of
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any, cast
 
 from hf_prefopt.data.contents import Content, read_content, read_responses
@@ -100,7 +101,9 @@ def number_or_nan(value: Any) -> float:
 def _read_explicit(row: Mapping[str, Any], columns: tuple[str, ...], how: Reading) -> CanonicalRow:
     """A prompt and responses, of text or messages."""
     responses = read_responses({column: row.get(column) for column in columns[1:]})
-    prompt = read_content(columns[0], row.get(columns[0]))
+    is_talk = all(isinstance(response, list) for response in responses.values())
+    # Rows without a prompt stand beside others where whole conversations hold it.
+    prompt = None if row.get(columns[0]) is None and is_talk else read_content(columns[0], row.get(columns[0]))
     return _canonical_row(prompt, responses, row, _pair(responses), how)
 
 
@@ -146,10 +149,20 @@ def _read_list(row: Mapping[str, Any], columns: tuple[str, ...], how: Reading) -
     numbers = check_numbers(columns[-1], row.get(columns[-1]), len(listed), "response")
     scores = numbers if columns[-1] == "scores" else []
     ranks = [1.0 + sum(other > score for other in scores) for score in scores] or numbers
+    if scores and row.get("ranks") is not None:
+        _check_same_order(ranks, check_numbers("ranks", row["ranks"], len(listed), "response"))
     named = {f"responses[{place}]": response for place, response in enumerate(listed)}
     responses = read_responses(named)
     prompt = read_content("prompt", row.get("prompt"))
     return _canonical_row(prompt, responses, row, {"ranks": ranks, "scores": scores}, how)
+
+
+def _check_same_order(ranks: list[float], given: list[float]) -> None:
+    """Raise `BadRow` if ranks that are given beside scores order the responses otherwise."""
+    for left, right in combinations(range(len(ranks)), 2):
+        if (ranks[left] - ranks[right]) * (given[left] - given[right]) < 0:
+            cure = "leave one of the columns out: remove_columns=['ranks'] or remove_columns=['scores']"
+            raise BadRow("ranks", "order the responses otherwise than `scores`", cure)
 
 
 def _canonical_row(
@@ -178,6 +191,8 @@ def _text_row(
     prompt: str | None, responses: dict[str, str], row: Mapping[str, Any], example_columns: dict[str, list]
 ) -> CanonicalRow:
     """A row of text; of transcripts the prompt is what they share up to the last marker of the assistant."""
+    if read_json(row, "tools", list):
+        raise BadRow("tools", "are given beside text, and only a chat template writes them", "give messages")
     texts = {column: check_text_response(column, text) for column, text in responses.items()}
     names, repeated = tuple(texts), False
     if prompt is not None:

@@ -70,6 +70,9 @@ def _with_our_names(column: str, position: int, message: Message) -> Message:
     role = message.get(keys[0]) if keys[0] else None
     if not isinstance(role, str) or not role:
         raise BadRow(column, f"has no `role` in message {position}", "name it: 'system', 'user', 'assistant' or 'tool'")
+    if keys[0] != "role" and not is_role(role):
+        cure = "write such turns as messages with `role`, `content` and `tool_calls`"
+        raise BadRow(column, f"has a speaker {role!r} in message {position}", cure)
     named = {"role": _ROLES.get(role.lower(), role.lower() if role.lower() in _KNOWN_ROLES else role), **named}
     return {**named, "content": message[keys[1]]} if keys[1] else named
 

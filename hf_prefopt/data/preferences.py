@@ -113,17 +113,7 @@ def _number(column: str, value: Any) -> float:
 
 _NAMING = (
     *("better_response_id", "better_response", "better", "best_response", "best", "preferred_response", "preferred"),
-    *(
-        "human_preference",
-        "orig_preference",
-        "preference",
-        "choice",
-        "chosen",
-        "selected",
-        "verdict",
-        "labels",
-        "label",
-    ),
+    *("human_preference", "orig_preference", "preference", "choice", "chosen", "selected", "verdict"),
 )
 # The columns that say which of two responses is better, and how to read each. Those that are read by the name of a
 # response say anything else in other data sets, too: what they say must name one of the two.

@@ -186,6 +186,7 @@ OTHERS = {
         | {"preference_strength": -1},
         {**PAIR, "prompt": [*ask("Hi"), *reply("Hello"), *ask(WHAT)]},
     ),
+    "a row without a prompt": ({"prompt": None, **TALK}, PAIR),
     "one conversation and one answer": ({"prompt": WHAT, "chosen": TALK["chosen"], "rejected": GREEN}, PAIR),
     "roles of other names": (
         {
@@ -267,6 +268,37 @@ REFUSED = {
     "a label of another kind": (
         {"prompt": WHAT, "completion": BLUE, "label": 2},
         "`label` is 2; make it true",
+    ),
+    "a label for a winner": (
+        {"prompt": WHAT, "response_0": BLUE, "response_1": GREEN, "label": 1},
+        "`winner` is missing",
+    ),
+    "ranks against scores": (
+        {"prompt": WHAT, "responses": [BLUE, GREEN], "ranks": [1, 2], "scores": [0.0, 1.0]},
+        "`ranks` order the responses otherwise than `scores`",
+    ),
+    "ranks against scores in structs": (
+        {
+            "prompt": WHAT,
+            "answers": [{"text": BLUE, "rank": 1, "score": 0.0}, {"text": GREEN, "rank": 2, "score": 1.0}],
+        },
+        "order the responses otherwise",
+    ),
+    "tools beside text": (
+        {"prompt": WHAT, "chosen": BLUE, "rejected": GREEN, "tools": [{"name": "f"}]},
+        "`tools` are given beside text",
+    ),
+    "a call of a function": (
+        {"conversations": [*SHAREGPT, {"from": "function_call", "value": "{}"}], "chosen": BLUE, "rejected": GREEN},
+        "`conversations` has a speaker 'function_call' in message 1",
+    ),
+    "turns for responses": (
+        {"prompt": WHAT, "chosen": [WHAT, BLUE], "rejected": [WHAT, GREEN]},
+        "`chosen` holds the prompt: these are turns",
+    ),
+    "other names": (
+        {"prompt": WHAT, "pos": BLUE, "neg": GREEN},
+        r"The nearest layout is pairs.*column_mapping={'chosen'",
     ),
     "a struct": ({**PAIR, "chosen": {"text": BLUE}}, "`chosen` is a struct of 'text' and no message"),
     "a comparison by an index": (

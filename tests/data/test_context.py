@@ -169,7 +169,6 @@ CONTEXT = {
     "schema": "t(a int, b int)",
     "source_text": "Once upon a time there was a king.",
     "topic": "Paris lies there.",
-    "tools": [{"name": "search", "description": "Looks things up."}],
 }
 
 
