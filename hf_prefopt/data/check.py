@@ -1,12 +1,12 @@
 """Check a data set's examples against the losses, before the first step.
 
 An example that a loss cannot compare is an error that names its row. A loss's advice about its data is logged once,
-and so is the effect of a `weight` column.
+and so is which columns change the losses.
 """
 
 import inspect
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -43,6 +43,7 @@ def check_examples(dataset: Dataset | IterableDataset, objective: Objective, nam
             return dataset
         if objective.use_weights:
             logger.warning(_describe_weights(name))
+        _say_what_is_read(optional, dataset.column_names or (), kind, name)
         arguments = {"objective": objective, "name": name}
         return dataset.map(_check_batch, batched=True, features=dataset.features, fn_kwargs=arguments)
     if has_checks and len(dataset):
@@ -52,6 +53,7 @@ def check_examples(dataset: Dataset | IterableDataset, objective: Objective, nam
         examples = {column: join_examples([part[column] for part in parts]) for column in parts[0]}
         for advice in _check(examples, objective, name):
             logger.warning("%s: %s", name, advice)
+        _say_what_is_read(optional, dataset.column_names, kind, name)
         if "weights" in optional and "weights" in examples:
             logger.warning(_describe_weights(name, examples["weights"].numpy()))
     return dataset
@@ -122,6 +124,13 @@ def _name_rows(which: Tensor, rows: Tensor) -> str:
     """The first row that has one of these examples, and how many more there are. `which`: `[B]` bool; `rows`: `[B]`."""
     first, *others = dict.fromkeys(rows[which].tolist())
     return f"row {first:,}" + (f" (and {len(others):,} more rows)" if others else "")
+
+
+def _say_what_is_read(inputs: Sequence[str], columns: Collection[str], kind: ExampleKind, name: str) -> None:
+    """Log which columns of numbers, apart from weights, the losses read."""
+    read = [kind.optional_columns[column].columns[0] for column in inputs if column in columns and column != "weights"]
+    if read:
+        logger.warning("%s: the losses read %s; remove_columns leaves columns out", name, ", ".join(read))
 
 
 def _describe_weights(name: str, weights: np.ndarray | None = None) -> str:

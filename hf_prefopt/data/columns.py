@@ -69,12 +69,14 @@ def undecoded(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
     return dataset.with_format(None)
 
 
-def sample_of(dataset: Dataset | IterableDataset) -> dict[str, Any]:
-    """A value of every column: the first that is neither missing nor empty among the first rows, otherwise None."""
-    rows: list[dict[str, Any]] = list(
-        islice(iter(dataset), next(count for kind, count in _SAMPLE.items() if isinstance(dataset, kind)))
-    )
-    columns = dict.fromkeys(column_names(dataset)) | dict.fromkeys(column for row in rows for column in row)
+def first_rows(dataset: Dataset | IterableDataset) -> list[dict[str, Any]]:
+    """Some rows from the beginning."""
+    return list(islice(iter(dataset), next(count for kind, count in _SAMPLE.items() if isinstance(dataset, kind))))
+
+
+def sample_of(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, Any]:
+    """A value of every column: the first that is neither missing nor empty among these rows, otherwise None."""
+    columns = dict.fromkeys(names) | dict.fromkeys(column for row in rows for column in row)
     return {column: _first(row.get(column) for row in rows) for column in columns}
 
 

@@ -10,7 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from hf_prefopt.data.contents import Content
-from hf_prefopt.data.messages import Message, check_messages, check_reply, split_conversations, text_of
+from hf_prefopt.data.messages import (
+    Message,
+    check_messages,
+    check_reply,
+    check_says_something,
+    split_conversations,
+    text_of,
+)
 from hf_prefopt.data.rows import BadRow, check_text_prompt, check_text_response
 from hf_prefopt.data.transcripts import is_transcript, read_transcript
 
@@ -58,7 +65,7 @@ def join_conversation(prompt: Content | None, responses: Mapping[str, Content], 
         rest = {column: _after(asked, messages) for column, messages in whole.items()}
         if asked and all(rest.values()):
             return Conversation(
-                asked, {**replies, **{column: check_reply(column, end) for column, end in rest.items()}}
+                asked, {**replies, **{column: check_says_something(column, end) for column, end in rest.items()}}
             )
         if not asked or (asked[-1]["role"] not in _ASKING and begins and not any(rest.values())):
             return Conversation(asked, replies)

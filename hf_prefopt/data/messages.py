@@ -91,7 +91,11 @@ def _block_text(column: str, block: Any, where: str) -> str:
 
 def check_reply(column: str, messages: Any) -> list[Message]:
     """The messages of a response, checked. Raises `BadRow` unless an assistant message has text or tool calls."""
-    checked = check_messages(column, messages)
+    return check_says_something(column, check_messages(column, messages))
+
+
+def check_says_something(column: str, checked: list[Message]) -> list[Message]:
+    """The checked messages of a response. Raises `BadRow` unless an assistant message has text or tool calls."""
     if not checked:
         raise BadRow(column, "is empty")
     replies = [message for message in checked if _is_reply(message)]
@@ -104,16 +108,17 @@ def check_reply(column: str, messages: Any) -> list[Message]:
     return checked
 
 
-def split_conversations(conversations: Mapping[str, Any]) -> tuple[list[Message], dict[str, list[Message]]]:
+def split_conversations(checked: Mapping[str, list[Message]]) -> tuple[list[Message], dict[str, list[Message]]]:
     """The messages that all conversations begin with, which are the prompt, and the rest of each, by column.
+
+    The conversations are replies that `check_reply` has checked.
 
     The last message of a conversation always belongs to its response. The prompt does not end between two assistant
     messages, because the second would then be taken for the continuation of the first.
 
     Raises:
-        BadRow: a message or a response that cannot be used, or no prompt.
+        BadRow: a response that says nothing, or no prompt.
     """
-    checked = {column: check_reply(column, messages) for column, messages in conversations.items()}
     sides = list(checked.values())
     longest = min(len(messages) for messages in sides) - 1
     shared = 0
@@ -127,7 +132,7 @@ def split_conversations(conversations: Mapping[str, Any]) -> tuple[list[Message]
         problem = "begin with the assistant" if begins_with_reply else "do not begin with the same message"
         cure = "begin both with the same messages or add a `prompt` column, [] where the assistant speaks first"
         raise BadRow(second, f"and `{first}` {problem}, so there is no prompt", cure)
-    return sides[0][:shared], {column: check_reply(column, side[shared:]) for column, side in checked.items()}
+    return sides[0][:shared], {column: check_says_something(column, side[shared:]) for column, side in checked.items()}
 
 
 def text_of(message: Message) -> str:

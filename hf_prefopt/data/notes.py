@@ -28,6 +28,7 @@ NOTES = {
     "_identical": Value("bool"),  # chosen and rejected are the same tokens
     "_lacks_prompt": Value("bool"),  # its texts have no prompt column and hardly begin with one
     "_tie": Value("bool"),  # neither response is the better one
+    "_against": Value("bool"),  # the chosen response has the lower score
     "_repeated": Value("bool"),  # its responses began with the prompt, which was taken off
 }
 # In fewer rows than this, texts may share their first words, or not, by chance.
@@ -134,7 +135,7 @@ def _summarize(name: str, notes: Mapping[str, np.ndarray], max_length: int | Non
     """One line on what was cut and dropped, or "" if nothing was. `notes`: a value for each row, by column."""
     cut, no_room = int(notes["_responses_cut"].sum()), int(notes["_no_room"].sum())
     prompts, bad, identical = (int(notes[column].sum()) for column in ("_prompt_cut", "_bad", "_identical"))
-    ties, repeated = int(notes["_tie"].sum()), int(notes["_repeated"].sum())
+    ties, repeated, against = (int(notes[column].sum()) for column in ("_tie", "_repeated", "_against"))
     limit = f"max_length={max_length} (longest {notes['_longest'].max():,} tokens)"
     events = []
     if cut:
@@ -151,6 +152,8 @@ def _summarize(name: str, notes: Mapping[str, np.ndarray], max_length: int | Non
         events.append(f"the prompt taken off the responses of {plural(repeated, 'row')}, which began with it")
     if identical:
         events.append(f"{plural(identical, 'pair')} with chosen = rejected kept (nothing to learn from)")
+    if against:
+        events.append(f"{plural(against, 'pair')} kept whose chosen response has the lower score")
     if not events:
         return ""
     cures = ["raise max_length"] * bool(cut or prompts or no_room) + ["truncation_mode='keep_end'"] * bool(no_room)

@@ -17,6 +17,7 @@ Prepared rows have these columns:
 """
 
 import logging
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -31,6 +32,7 @@ from hf_prefopt.data.columns import (
     class_names,
     column_names,
     describe_columns,
+    first_rows,
     sample_of,
     undecoded,
 )
@@ -41,6 +43,7 @@ from hf_prefopt.data.rows import BadRow, CanonicalRow, reject_texts_without_prom
 from hf_prefopt.data.tokenize import TokenizedRow, TokenKinds, tokenize_rows
 from hf_prefopt.data.truncate import Cuts, truncate_row
 from hf_prefopt.data.unpaired import unpair as unpair_rows
+from hf_prefopt.data.unrendered import unrendered_keys
 from hf_prefopt.kinds import PAIRS, UNPAIRED, ExampleKind, kind_of_columns
 
 logger = logging.getLogger(__name__)
@@ -150,11 +153,18 @@ def _find_layout(
     name: str,
 ) -> FoundLayout:
     """How the rows are to be read, which is logged where it is not plain."""
-    sample = sample_of(dataset)
+    rows = first_rows(dataset)
+    sample = sample_of(rows, column_names(dataset))
     layout = find_layout(sample, kind, mapped, text_as)
     if "label" in layout.columns:
         check_label_codes(dataset, layout.columns["label"])
     lines = describe_columns(layout, sample, tokenizer)
+    read = [_read(layout, row) for row in rows[:8]] if tokenizer.chat_template else []
+    unwritten = unrendered_keys([row for row in read if isinstance(row, CanonicalRow)], tokenizer)
+    if unwritten:
+        lines.append(
+            f"the chat template does not write {', '.join(unwritten)} of the messages: the model will not see it"
+        )
     if lines:
         logger.warning("%s: %s", name, "; ".join(lines))
     return layout
@@ -203,8 +213,11 @@ def _prepare_batch(
     rows = [_read(found, row, needs_prompt) for row in raw]
     tokenized = iter(tokenize_rows([row for row in rows if isinstance(row, CanonicalRow)], tokenizer, kinds))
     optional = optional_columns(row_format.kind, columns)
-    out = {name: [[number_or_nan(value)] for value in columns[raw]] for name, raw in optional.items()}
+    out: dict[str, list[Any]] = {
+        name: [[number_or_nan(value)] for value in columns[raw]] for name, raw in optional.items()
+    }
     out |= {column: [] for column in (*prepared_features(row_format.example_columns), *NOTES)}
+    out |= {"_against": _scores_against(out, rows)}
     for index, row in zip(indices, rows, strict=True):
         done = row if isinstance(row, BadRow) else next(tokenized)
         kept, cuts = (
@@ -215,6 +228,14 @@ def _prepare_batch(
         for column, value in {**_prepared_columns(kept, row_format), **notes, "row": index}.items():
             out[column].append(value)
     return out
+
+
+def _scores_against(columns: Mapping[str, list[Any]], rows: Sequence[Any]) -> list[bool]:
+    """For each row that is read, whether its chosen response has the lower score. NaN is lower than nothing."""
+    unknown = [[math.nan]] * len(rows)
+    scores = (columns.get(name, unknown) for name in ("chosen_scores", "rejected_scores"))
+    is_read = (isinstance(row, CanonicalRow) for row in rows)
+    return [one[0] < other[0] and is_one for one, other, is_one in zip(*scores, is_read, strict=True)]
 
 
 def _named(values: list[Any], names: list[str] | None) -> list[Any]:

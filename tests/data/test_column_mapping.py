@@ -180,3 +180,27 @@ def test_what_is_not_used_is_named(said):
 def test_how_columns_were_read_is_said(said):
     prepare({"question": ask(), "chosen": reply("Paris."), "rejected": reply("Rome."), "id": 3})
     assert said() == ["train: read as pairs, question (prompt = question, chosen, rejected)"]
+
+
+def test_scores_against_the_pair_are_counted(said):
+    prepare(*({**chat_pair(), "chosen_score": score, "rejected_score": 3} for score in (1, 5, None, 2)))
+    assert said() == ["train: 2 pairs kept whose chosen response has the lower score"]
+
+
+def test_columns_that_change_the_loss_are_said_once(said, tmp_path):
+    rows = [{**chat_pair(), "margin": 1.0, "chosen_score": 2.0, "rejected_score": 1.0}] * 2
+    PreferenceData(make_config(tmp_path), TOKENIZER).prepare(rows, "train")
+    assert said() == ["train: the losses read margin; remove_columns leaves columns out"]
+    made = PreferenceData(make_config(tmp_path, remove_columns=["margin"]), TOKENIZER)
+    assert "margins" not in made.prepare(rows, "train").column_names and "margins" not in made.objective.inputs
+    assert len(said()) == 1
+
+
+def test_what_the_template_does_not_write_is_named(said):
+    """`reasoning_content` is in one response of one row only; the template writes tool calls and not the reasons."""
+    call = [{"type": "function", "function": {"name": "f", "arguments": {}}}]
+    thought = {"role": "assistant", "content": "Paris.", "reasoning_content": "Think.", "tool_calls": call}
+    prepare(chat_pair(), {**chat_pair(), "chosen": [thought]})
+    assert said() == [
+        "train: the chat template does not write reasoning_content of the messages: the model will not see it"
+    ]
