@@ -28,6 +28,7 @@ NOTES = {
     "_identical": Value("bool"),  # chosen and rejected are the same tokens
     "_lacks_prompt": Value("bool"),  # its texts have no prompt column and hardly begin with one
     "_tie": Value("bool"),  # neither response is the better one
+    "_open": Value("bool"),  # a response ends in no control token that is scored
     "_against": Value("bool"),  # the chosen response has the lower score
     "_repeated": Value("bool"),  # its responses began with the prompt, which was taken off
 }
@@ -36,7 +37,7 @@ _ENOUGH_ROWS = 8
 
 
 def note_row(
-    kept: TokenizedRow | None, cuts: Cuts, problem: BadRow | None, read: CanonicalRow | None
+    kept: TokenizedRow | None, cuts: Cuts, problem: BadRow | None, read: CanonicalRow | None, is_open: bool = False
 ) -> dict[str, Any]:
     """The notes on a row.
 
@@ -45,6 +46,7 @@ def note_row(
         cuts: what truncation did.
         problem: why it cannot be used.
         read: the canonical row, if it could be read.
+        is_open: whether a response does not end, before truncation.
     """
     responses = kept.response_ids if kept else []
     pairs = kept.example_columns.get("pairs", []) if kept else []
@@ -60,6 +62,7 @@ def note_row(
         "_identical": any(responses[chosen] == responses[rejected] for chosen, rejected in pairs),
         "_lacks_prompt": read is not None and probably_lacks_prompt(read),
         "_tie": is_tie,
+        "_open": is_open,
         "_repeated": read is not None and read.repeated,
     }
 
@@ -135,7 +138,9 @@ def _summarize(name: str, notes: Mapping[str, np.ndarray], max_length: int | Non
     """One line on what was cut and dropped, or "" if nothing was. `notes`: a value for each row, by column."""
     cut, no_room = int(notes["_responses_cut"].sum()), int(notes["_no_room"].sum())
     prompts, bad, identical = (int(notes[column].sum()) for column in ("_prompt_cut", "_bad", "_identical"))
-    ties, repeated, against = (int(notes[column].sum()) for column in ("_tie", "_repeated", "_against"))
+    ties, repeated, against, unclosed = (
+        int(notes[column].sum()) for column in ("_tie", "_repeated", "_against", "_open")
+    )
     limit = f"max_length={max_length} (longest {notes['_longest'].max():,} tokens)"
     events = []
     if cut:
@@ -152,6 +157,11 @@ def _summarize(name: str, notes: Mapping[str, np.ndarray], max_length: int | Non
         events.append(f"the prompt taken off the responses of {plural(repeated, 'row')}, which began with it")
     if identical:
         events.append(f"{plural(identical, 'pair')} with chosen = rejected kept (nothing to learn from)")
+    if unclosed:
+        events.append(
+            f"a response of {plural(unclosed, 'row')} ends in no scored end of turn, without which a model does not "
+            "learn to stop"
+        )
     if against:
         events.append(f"{plural(against, 'pair')} kept whose chosen response has the lower score")
     if not events:

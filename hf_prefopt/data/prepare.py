@@ -224,7 +224,8 @@ def _prepare_batch(
             (None, Cuts()) if isinstance(done, BadRow) else truncate_row(done, max_length, truncation_mode, kinds)
         )
         problem = done if isinstance(done, BadRow) else None
-        notes = note_row(kept, cuts, problem, row if isinstance(row, CanonicalRow) else None)
+        is_open = isinstance(done, TokenizedRow) and not all(map(kinds.is_closed, done.response_ids, done.scored_masks))
+        notes = note_row(kept, cuts, problem, row if isinstance(row, CanonicalRow) else None, is_open)
         for column, value in {**_prepared_columns(kept, row_format), **notes, "row": index}.items():
             out[column].append(value)
     return out
