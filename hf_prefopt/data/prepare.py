@@ -19,7 +19,8 @@ Prepared rows have these columns:
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import PreTrainedTokenizerBase
@@ -40,7 +41,8 @@ from hf_prefopt.data.context import reject_unread_context
 from hf_prefopt.data.formats import RowFormat, number_or_nan, optional_columns
 from hf_prefopt.data.notes import NOTES, keep_usable_rows, note_row
 from hf_prefopt.data.rows import BadRow, CanonicalRow, reject_texts_without_prompt
-from hf_prefopt.data.tokenize import TokenizedRow, TokenKinds, tokenize_rows
+from hf_prefopt.data.settings import check_settings, settings_of, write_settings
+from hf_prefopt.data.tokenize import TokenizedRow, TokenKinds, head_length, tokenize_rows
 from hf_prefopt.data.truncate import Cuts, truncate_row
 from hf_prefopt.data.unpaired import unpair as unpair_rows
 from hf_prefopt.data.unrendered import unrendered_keys
@@ -92,7 +94,8 @@ def prepare_dataset(
 ) -> Dataset | IterableDataset:
     """Tokenize preference data in any of the layouts of `column_layouts.LAYOUTS`.
 
-    A prepared data set is returned unchanged. What no mapping of columns can say, a `Dataset.map` before can.
+    A data set that was prepared with the same settings is returned unchanged. What no mapping of columns can say, a
+    `Dataset.map` before can.
 
     Args:
         dataset: the rows. A stream's rows are prepared when they are reached, and so errors and warnings come then.
@@ -115,17 +118,23 @@ def prepare_dataset(
 
     Raises:
         ValueError: an invalid argument; columns of no known layout; messages without a chat template; texts most of
-            which seem to lack a prompt; with on_bad_rows="error", unusable rows, such as those with unread context.
+            which seem to lack a prompt; a data set that was prepared with other settings; with on_bad_rows="error",
+            unusable rows, such as those with unread context.
     """
     check_choice("truncation_mode", truncation_mode, TRUNCATION_MODES)
     check_choice("on_bad_rows", on_bad_rows, BAD_ROWS)
     check_choice("text_as", text_as, TEXT_AS)
     if max_length is not None and (not isinstance(max_length, int) or max_length < 2):
         raise ValueError(f"max_length={max_length!r}: give at least 2 tokens, or None to cut nothing")
+    settings = settings_of(tokenizer, max_length, truncation_mode)
     columns = column_names(dataset)
     prepared = kind_of_columns(columns)
     if prepared is not None and set(prepared_features(prepared.columns)).issubset(columns):
         kind = prepared
+        try:
+            check_settings(dataset, settings)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
     else:
         try:
             dataset = undecoded(choose_columns(dataset, column_mapping, remove_columns))
@@ -138,6 +147,7 @@ def prepare_dataset(
         options = {"tokenizer": tokenizer, "max_length": max_length, "truncation_mode": truncation_mode}
         noted = _map_rows(dataset, layout, {**options, "needs_prompt": needs_prompt or unpair}, num_proc, name)
         dataset = keep_usable_rows(noted, name, max_length, on_bad_rows)
+        write_settings(dataset, settings)
     if not unpair or kind is not PAIRS:
         return dataset
     present = [name for name in UNPAIRED.optional_columns if name in column_names(dataset)]
@@ -220,15 +230,20 @@ def _prepare_batch(
     out |= {"_against": _scores_against(out, rows)}
     for index, row in zip(indices, rows, strict=True):
         done = row if isinstance(row, BadRow) else next(tokenized)
-        kept, cuts = (
-            (None, Cuts()) if isinstance(done, BadRow) else truncate_row(done, max_length, truncation_mode, kinds)
-        )
+        kept, cuts = None, Cuts()
+        if isinstance(done, TokenizedRow):
+            head = partial(_head_length, cast(CanonicalRow, row), tokenizer)
+            kept, cuts = truncate_row(done, max_length, truncation_mode, kinds, head)
         problem = done if isinstance(done, BadRow) else None
         is_open = isinstance(done, TokenizedRow) and not all(map(kinds.is_closed, done.response_ids, done.scored_masks))
         notes = note_row(kept, cuts, problem, row if isinstance(row, CanonicalRow) else None, is_open)
         for column, value in {**_prepared_columns(kept, row_format), **notes, "row": index}.items():
             out[column].append(value)
     return out
+
+
+def _head_length(read: CanonicalRow, tokenizer: PreTrainedTokenizerBase, row: TokenizedRow) -> int:
+    return head_length(read, row.prompt_ids, tokenizer)
 
 
 def _scores_against(columns: Mapping[str, list[Any]], rows: Sequence[Any]) -> list[bool]:

@@ -56,6 +56,16 @@ class Renderer:
         """The texts of a row of text or messages. Raises `BadRow` if the chat template rejects it."""
         return self._render_text(row) if row.content_type == "text" else self._render_messages(row)
 
+    def head(self, row: CanonicalRow) -> str:
+        """What the template writes before a user's words: its own beginning, the system prompt, the user's header."""
+        template = self._template(row)
+        system = [message for message in row.prompt[:1] if message["role"] in ("system", "developer")]
+        try:
+            one, other = (template.render([*system, {"role": "user", "content": word}]) for word in ("a", "b"))
+        except (jinja2.TemplateError, TypeError, KeyError, ValueError):
+            return ""
+        return one[: shared_length(one, other)]
+
     @cached_property
     def _added(self) -> tuple[bool, bool]:
         """Whether the tokenizer adds a BOS and an EOS by itself."""
