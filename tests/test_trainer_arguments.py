@@ -40,6 +40,10 @@ def splits(**named):
     return DatasetDict({name: Dataset.from_list(rows) for name, rows in named.items()})
 
 
+def model():
+    return tiny_model(vocab_size=600)
+
+
 SOURCES = {
     "list": ROWS,
     "rows with other keys": [ROWS[0], {**ROWS[1], "id": 1}],
@@ -54,8 +58,8 @@ SOURCES = {
 @pytest.mark.parametrize("name", SOURCES)
 def test_what_holds_rows_is_a_data_set_to_train_on(name, tmp_path):
     given = {"processing_class": tiny_tokenizer(), "max_steps": 1}
-    trainer = make_trainer(tmp_path, train_dataset=SOURCES[name], **given)
-    expected = make_trainer(tmp_path, train_dataset=Dataset.from_list(ROWS), **given)
+    trainer = make_trainer(tmp_path, model(), train_dataset=SOURCES[name], **given)
+    expected = make_trainer(tmp_path, model(), train_dataset=Dataset.from_list(ROWS), **given)
     assert [row["response_ids"] for row in trainer.train_dataset] == [
         row["response_ids"] for row in expected.train_dataset
     ]
@@ -64,24 +68,29 @@ def test_what_holds_rows_is_a_data_set_to_train_on(name, tmp_path):
 def test_a_key_of_a_later_row_is_a_column(tmp_path):
     rows = [ROWS[0], {**ROWS[1], "persona": "You are a pirate."}]
     with pytest.raises(ValueError, match="row 1: `persona` says"):
-        make_trainer(tmp_path, train_dataset=rows, processing_class=tiny_tokenizer())
+        make_trainer(tmp_path, model(), train_dataset=rows, processing_class=tiny_tokenizer())
 
 
 @pytest.mark.parametrize("name", [name for name in SOURCES if name not in ("columns", "splits")])
 def test_what_holds_rows_is_a_data_set_to_evaluate(name, tmp_path):
     """At construction, as one of several, and later."""
-    trainer = make_trainer(tmp_path, eval_dataset=SOURCES[name], processing_class=tiny_tokenizer())
+    trainer = make_trainer(tmp_path, model(), eval_dataset=SOURCES[name], processing_class=tiny_tokenizer())
     assert len(trainer.eval_dataset) == len(trainer._prepared(SOURCES[name], "test")) == 2
     several = {"easy": pairs(2), "hard": SOURCES[name]}
     assert (
-        len(make_trainer(tmp_path, eval_dataset=several, processing_class=tiny_tokenizer()).eval_dataset["hard"]) == 2
+        len(
+            make_trainer(tmp_path, model(), eval_dataset=several, processing_class=tiny_tokenizer()).eval_dataset[
+                "hard"
+            ]
+        )
+        == 2
     )
 
 
 def test_a_generator_is_read_once_and_the_split_that_is_used_is_named(tmp_path, caplog):
     given = {"processing_class": tiny_tokenizer()}
-    assert len(make_trainer(tmp_path, train_dataset=generate(), **given).train_dataset) == 2
-    make_trainer(tmp_path, train_dataset=SOURCES["splits"], **given)
+    assert len(make_trainer(tmp_path, model(), train_dataset=generate(), **given).train_dataset) == 2
+    make_trainer(tmp_path, model(), train_dataset=SOURCES["splits"], **given)
     assert "train: the split 'train' is used, and not 'test'" in caplog.text
 
 

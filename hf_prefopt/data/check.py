@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor
@@ -22,6 +23,30 @@ from hf_prefopt.objective.objective import Objective
 from hf_prefopt.objective.term import Term
 
 logger = logging.getLogger(__name__)
+
+
+def check_embeddings(dataset: Dataset | IterableDataset, embeddings: int, name: str) -> None:
+    """Raise `ValueError` if a token id of prepared rows has no embedding, on which the first step would fail.
+
+    Args:
+        embeddings: how many the model has.
+        name: what errors call the data set. The rows of a stream are not looked at.
+    """
+    if not isinstance(dataset, Dataset):
+        return
+    columns = dataset.select_columns(["prompt_ids", "response_ids", "row"]).with_format("arrow")
+    for batch in columns.iter(batch_size=10_000):
+        highest = pc.max(pc.list_flatten(pc.list_flatten(batch["response_ids"]))).as_py() or 0
+        highest = max(highest, pc.max(pc.list_flatten(batch["prompt_ids"])).as_py() or 0)
+        if highest < embeddings:
+            continue
+        for row in batch.to_pylist():
+            found = max(token for ids in (row["prompt_ids"], *row["response_ids"]) for token in ids)
+            if found >= embeddings:
+                raise ValueError(
+                    f"{name}: row {row['row']:,} holds token {found:,}, and the model has {embeddings:,} embeddings: "
+                    "use the model's tokenizer, or model.resize_token_embeddings(len(tokenizer)) for new tokens"
+                )
 
 
 def check_examples(dataset: Dataset | IterableDataset, objective: Objective, name: str) -> Dataset | IterableDataset:

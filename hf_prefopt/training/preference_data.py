@@ -6,7 +6,7 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from hf_prefopt.config import PreferenceConfig
-from hf_prefopt.data.check import check_examples
+from hf_prefopt.data.check import check_embeddings, check_examples
 from hf_prefopt.data.collator import EvenStream
 from hf_prefopt.data.group import PromptSampler, prompt_keys
 from hf_prefopt.data.prepare import prepare_dataset, prepared_features
@@ -24,14 +24,15 @@ class PreferenceData:
     Args:
         args: the settings, read whenever they are needed.
         tokenizer: tokenizes raw rows.
+        embeddings: how many token ids the model knows; None if that is not known yet.
 
     Attributes:
         objective: the losses. The first data set settles it: the kind of examples, for losses that take several kinds,
             and the optional columns.
     """
 
-    def __init__(self, args: PreferenceConfig, tokenizer: PreTrainedTokenizerBase):
-        self.args, self.tokenizer = args, tokenizer
+    def __init__(self, args: PreferenceConfig, tokenizer: PreTrainedTokenizerBase, embeddings: int | None = None):
+        self.args, self.tokenizer, self._embeddings = args, tokenizer, embeddings
         self.objective, self._is_settled = args.build_objective(), False
 
     def prepare(self, dataset: Any, name: str) -> DataOrSplits | None:
@@ -62,6 +63,8 @@ class PreferenceData:
                 text_as=self.args.text_as,
                 needs_prompt=not self.objective.ignores_shared_tokens,
             )
+        if self._embeddings is not None:
+            check_embeddings(prepared, self._embeddings, name)
         return self._checked(prepared, name)
 
     def settle_again(self, train: Data | None, evaluation: DataOrSplits | None) -> None:
