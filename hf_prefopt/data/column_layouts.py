@@ -162,7 +162,7 @@ def _describe_nearest(sample: Mapping[str, Any]) -> str:
             return f"columns {_quoted(columns)}: {problem}"
     layouts = [_Lack(layout, [needed for needed in layout.needs if needed.find(sample) is None]) for layout in LAYOUTS]
     # Of those that lack equally little, the first of the table.
-    nearest = min(layouts, key=lambda lack: (-lack.present(sample), len(lack.missing(sample)) > 2))
+    nearest = min(layouts, key=lambda lack: (-lack.present(sample), len(lack.missing(sample)) > 2, lack.is_half))
     missing, found = nearest.missing(sample), ", ".join(sample) or "none"
     if not missing:
         kinds = [f"`{column}` is of type {type(sample[column]).__name__}" for column in nearest.columns]
@@ -184,6 +184,11 @@ class _Lack:
     @property
     def columns(self) -> list[str]:
         return [column for needed in self.roles for column in needed.names[0]]
+
+    @property
+    def is_half(self) -> bool:
+        """Whether only an input is missing beside an instruction, which may well do without."""
+        return roles.ALPACA in self.roles
 
     def missing(self, sample: Mapping[str, Any]) -> list[str]:
         return [column for column in self.columns if column not in sample]
@@ -210,9 +215,9 @@ _WITH_PROMPT = "pairs that begin with their prompt"
 
 # What may say which of two responses is better, and how a pair is made of it.
 _TWO_AND = (
-    ("the flag of the first", roles.FIRST_FLAGGED, (), to.flagged_first),
-    ("flags", roles.FLAGGED, (), to.flagged_two),
     ("a verdict", roles.TWO, (_VERDICT,), to.better_of_two),
+    ("flags", roles.FLAGGED, (), to.flagged_two),
+    ("the flag of the first", roles.FIRST_FLAGGED, (), to.flagged_first),
     ("scores", roles.SCORED, (), to.scored_two),
 )
 # What responses are compared by in a list.

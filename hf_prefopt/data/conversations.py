@@ -18,7 +18,7 @@ from hf_prefopt.data.messages import (
     split_conversations,
     text_of,
 )
-from hf_prefopt.data.rows import BadRow, check_text_prompt, check_text_response
+from hf_prefopt.data.rows import BadRow, check_text_prompt, check_text_response, take_off_prompt
 from hf_prefopt.data.transcripts import is_transcript, read_transcript
 
 # Who begins a whole conversation.
@@ -52,11 +52,17 @@ def join_conversation(prompt: Content | None, responses: Mapping[str, Content], 
     Raises:
         BadRow: messages that cannot be used, or of which it is not clear where the response begins.
     """
+    if isinstance(prompt, str):
+        texts = {column: content for column, content in responses.items() if isinstance(content, str)}
+        rest = take_off_prompt(prompt, texts) if texts else texts
+        # The white space between a prompt and its response is no part of a message.
+        responses = {**responses, **(rest if rest is texts else {key: text.lstrip() for key, text in rest.items()})}
     replies = {column: _reply(column, content) for column, content in responses.items()}
     written = [column for column, content in responses.items() if isinstance(content, str)]
     whole = {column: messages for column, messages in replies.items() if messages[0]["role"] in _ASKING}
     if prompt is not None and not whole:
         asked = _without_answer(_prompt(prompt), replies, begins)
+        _reject_question_in_replies(asked, replies)
         if not asked or asked[-1]["role"] != "assistant":
             replies |= {column: _without_joint(replies[column]) for column in written}
         return Conversation(asked, replies)
@@ -97,6 +103,13 @@ def text_as_messages(text: str) -> list[Message]:
     if not text.strip():
         raise BadRow("prompt", "is only whitespace" if text else "is empty")
     return read_transcript(text) if is_transcript(text) else [{"role": "user", "content": text}]
+
+
+def _reject_question_in_replies(asked: list[Message], replies: Mapping[str, list[Message]]) -> None:
+    """Raise `BadRow` if a response asks again what the prompt ends with: then it is a conversation, and not a reply."""
+    if asked and asked[-1] in (message for messages in replies.values() for message in messages[1:]):
+        column = next(column for column, messages in replies.items() if asked[-1] in messages)
+        raise BadRow(column, "repeats the end of `prompt` after other messages", "remove the `prompt` column")
 
 
 def _prompt(prompt: Content) -> list[Message]:

@@ -8,8 +8,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from hf_prefopt.data.contents import read_content
+from hf_prefopt.data.context import is_about_the_row
 from hf_prefopt.data.conversations import text_as_messages
-from hf_prefopt.data.messages import check_messages
+from hf_prefopt.data.messages import CONTENT_KEYS, ROLE_KEYS, check_messages
 from hf_prefopt.data.preferences import VERDICTS, by_flags, by_scores, first_if_true
 from hf_prefopt.data.roles import ITEM_RANKS, ITEM_SCORES, ITEM_TEXTS, SUFFIXES, read_texts
 from hf_prefopt.data.rows import BadRow
@@ -143,6 +144,8 @@ def _prompt(given: Given) -> Row:
         question = given["prompt"]
     else:
         return {}
+    if isinstance(question, Mapping):
+        _reject_other_keys(question)
     if isinstance(question, Mapping) and "messages" in question:  # the struct of OpenAI's format
         return {"prompt": question["messages"], **({"tools": question["tools"]} if question.get("tools") else {})}
     if isinstance(question, Mapping):
@@ -151,6 +154,14 @@ def _prompt(given: Given) -> Row:
     if not around or question is None:
         return {"prompt": question}
     return {"prompt": _surrounded(question, **around)}
+
+
+def _reject_other_keys(question: Mapping[str, Any]) -> None:
+    """Raise `BadRow` if a struct says more than its question, and that is not about the row."""
+    known = (*_QUESTION_KEYS, *ROLE_KEYS, *CONTENT_KEYS, "messages", "tools", "parallel_tool_calls")
+    others = [key for key, value in question.items() if value and key not in known and not is_about_the_row(key)]
+    if others:
+        raise BadRow("prompt", f"has {', '.join(map(repr, others))} beside its text", "make it messages: dataset.map")
 
 
 def _surrounded(question: Any, system: str = "", history: Any = (), prefix: str = "") -> list[dict[str, Any]]:

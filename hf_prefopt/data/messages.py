@@ -45,6 +45,8 @@ def _check_message(column: str, position: int, message: Any) -> Message:
     if not isinstance(message, dict):
         problem = f"holds a {type(message).__name__} where message {position} should be"
         raise BadRow(column, problem, "make each message a dict with `role` and `content`")
+    if len(message) == 2 and message.get("role") in _KNOWN_ROLES and isinstance(message.get("content"), str):
+        return message  # as nearly all messages are
     message = drop_nones(message)
     if message.get("role") not in _KNOWN_ROLES or "content" not in message:
         message = _with_our_names(column, position, message)

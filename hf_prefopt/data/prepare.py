@@ -219,8 +219,8 @@ def _prepare_batch(
     found, kinds = FoundLayout(*layout), TokenKinds(tokenizer)
     row_format = found.format
     columns = {name: _named(values, class_names.get(name)) for name, values in columns.items()}
-    raw = [{name: values[at] for name, values in columns.items()} for at in range(len(indices))]
-    rows = [_read(found, row, needs_prompt) for row in raw]
+    given = [{name: values[at] for name, values in columns.items()} for at in range(len(indices))]
+    rows = [_read(found, row, needs_prompt) for row in given]
     tokenized = iter(tokenize_rows([row for row in rows if isinstance(row, CanonicalRow)], tokenizer, kinds))
     optional = optional_columns(row_format.kind, columns)
     out: dict[str, list[Any]] = {

@@ -186,6 +186,10 @@ OTHERS = {
         | {"preference_strength": -1},
         {**PAIR, "prompt": [*ask("Hi"), *reply("Hello"), *ask(WHAT)]},
     ),
+    "a question that its answers repeat": (
+        {"question": WHAT, "chosen": f"{WHAT}\n{BLUE}", "rejected": f"{WHAT}\n{GREEN}"},
+        PAIR,
+    ),
     "a row without a prompt": ({"prompt": None, **TALK}, PAIR),
     "one conversation and one answer": ({"prompt": WHAT, "chosen": TALK["chosen"], "rejected": GREEN}, PAIR),
     "roles of other names": (
@@ -299,6 +303,15 @@ REFUSED = {
     "other names": (
         {"prompt": WHAT, "pos": BLUE, "neg": GREEN},
         r"The nearest layout is pairs.*column_mapping={'chosen'",
+    ),
+    "a struct that says more": (
+        {"input": {"messages": ask(WHAT), "instructions": "Be brief."}, "preferred_output": reply(BLUE)}
+        | {"non_preferred_output": reply(GREEN)},
+        "`input` has 'instructions' beside its text",
+    ),
+    "a question within the replies": (
+        {"prompt": WHAT, "chosen": [*reply("Hi"), *ask(WHAT), *reply(BLUE)], "rejected": reply(GREEN)},
+        "`chosen` repeats the end of `prompt` after other messages",
     ),
     "a struct": ({**PAIR, "chosen": {"text": BLUE}}, "`chosen` is a struct of 'text' and no message"),
     "a comparison by an index": (
