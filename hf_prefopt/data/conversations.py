@@ -52,12 +52,13 @@ def join_conversation(prompt: Content | None, responses: Mapping[str, Content], 
     Raises:
         BadRow: messages that cannot be used, or of which it is not clear where the response begins.
     """
+    contents = dict(responses)
     if isinstance(prompt, str):
         texts = {column: content for column, content in responses.items() if isinstance(content, str)}
         rest = take_off_prompt(prompt, texts) if texts else texts
-        # The white space between a prompt and its response is no part of a message.
-        responses = {**responses, **(rest if rest is texts else {key: text.lstrip() for key, text in rest.items()})}
-    replies = {column: _reply(column, content) for column, content in responses.items()}
+        if rest is not texts:  # the white space between a prompt and its response is no part of a message
+            contents |= {column: text.lstrip() for column, text in rest.items()}
+    replies = {column: _reply(column, content) for column, content in contents.items()}
     written = [column for column, content in responses.items() if isinstance(content, str)]
     whole = {column: messages for column, messages in replies.items() if messages[0]["role"] in _ASKING}
     if prompt is not None and not whole:
