@@ -55,9 +55,9 @@ def join_conversation(prompt: Content | None, responses: Mapping[str, Content], 
     contents = dict(responses)
     if isinstance(prompt, str):
         texts = {column: content for column, content in responses.items() if isinstance(content, str)}
-        rest = take_off_prompt(prompt, texts) if texts else texts
-        if rest is not texts:  # the white space between a prompt and its response is no part of a message
-            contents |= {column: text.lstrip() for column, text in rest.items()}
+        alone = take_off_prompt(prompt, texts) if texts else texts
+        if alone is not texts:  # the white space between a prompt and its response is no part of a message
+            contents |= {column: text.lstrip() for column, text in alone.items()}
     replies = {column: _reply(column, content) for column, content in contents.items()}
     written = [column for column, content in responses.items() if isinstance(content, str)]
     whole = {column: messages for column, messages in replies.items() if messages[0]["role"] in _ASKING}
