@@ -47,6 +47,7 @@ class PreferenceConfig(TrainingArguments):
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [
         *TrainingArguments._VALID_DICT_FIELDS,
+        "column_mapping",
         "liger_kernel_config",
         "loss_params",
         "model_init_kwargs",
@@ -150,6 +151,24 @@ class PreferenceConfig(TrainingArguments):
 
     max_length: int | None = field(
         default=1024, metadata=_help("The most tokens of prompt and response together; None: no limit.")
+    )
+    column_mapping: dict | str | None = field(
+        default=None,
+        metadata=_help(
+            'What columns hold, as a dict or JSON: {"prompt": "question", "chosen": "answer_a", "rejected": '
+            '"answer_b"}. Many layouts are known without it; what it cannot say, Dataset.map can.'
+        ),
+    )
+    remove_columns: list[str] | None = field(
+        default=None,
+        metadata=_help("Columns to leave out, such as a margin, or one that looks like context and is not."),
+    )
+    text_as: str = field(
+        default="text",
+        metadata=_help(
+            "What text in the columns prompt, chosen, rejected, completion and responses becomes. text: it is trained "
+            "on as it is, without the chat template; messages: it becomes the turns of a conversation."
+        ),
     )
     truncation_mode: str = field(
         default="keep_start",

@@ -10,6 +10,7 @@ from hf_prefopt.objective.objective import Objective
 REFERENCES = ("auto", "adapter_off", "adapter:<name>", "model", "copy", "cache", "none")
 TRUNCATION_MODES = ("keep_start", "keep_end")
 BAD_ROWS = ("error", "drop")
+TEXT_AS = ("text", "messages")
 LAYOUTS = ("auto", "shared", "padded")
 # Settings that are read where another one is on: what that is, and whether it is.
 READ_WITH: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
@@ -38,6 +39,8 @@ def check_values(args: Any) -> None:
     check_choice("on_bad_rows", args.on_bad_rows, BAD_ROWS)
     if not re.fullmatch("adapter:.+", args.reference):
         check_choice("reference", args.reference, REFERENCES)
+    check_choice("text_as", args.text_as, TEXT_AS)
+    _check_mapping(args.column_mapping)
     if args.loss_params is not None and not isinstance(args.loss_params, dict):
         raise ValueError(f"loss_params={args.loss_params!r} is not a mapping: pass a dict, or JSON on the command line")
     if args.max_tokens_per_batch is not None and args.max_tokens_per_batch < 1:
@@ -56,6 +59,17 @@ def _refuse_unread(args: Any) -> None:
         value, default = getattr(args, name), type(args).__dataclass_fields__[name].default
         if value != default and not is_on(args):
             raise ValueError(f"{name}={value!r} is only used with {feature}: set that, or leave {name} out")
+
+
+def _check_mapping(mapping: Any) -> None:
+    if mapping is None:
+        return
+    is_mapping = isinstance(mapping, dict) and all(isinstance(name, str) for item in mapping.items() for name in item)
+    if not is_mapping or len(set(mapping.values())) < len(mapping):
+        raise ValueError(
+            f"column_mapping={mapping!r} does not map names to columns, each once: give a dict, or JSON on the command "
+            "line, as in {'prompt': 'question', 'chosen': 'answer_a', 'rejected': 'answer_b'}"
+        )
 
 
 def check_reference_settings(args: Any, objective: Objective) -> None:

@@ -150,7 +150,8 @@ class PreferenceTrainer(Trainer):
             check_reference(args.reference, model, ref_model, needs_reference)
         if processing_class is None:
             processing_class = load_tokenizer(model or sample_of(model_init), args.model_init_kwargs, name)
-        data = PreferenceData(args, getattr(processing_class, "tokenizer", processing_class))
+        embeddings = getattr(model.get_input_embeddings(), "num_embeddings", None) if model is not None else None
+        data = PreferenceData(args, getattr(processing_class, "tokenizer", processing_class), embeddings)
         collator = loader_collator(args, data.pad_token_id, data_collator)
         make_room(args.mixed_precision)
         super().__init__(

@@ -43,9 +43,6 @@ class RecipeArguments:
     longest_row: int | None = field(
         default=None, metadata={"help": "Leave out rows with more than N characters, prompt and responses together."}
     )
-    remove_columns: list[str] | None = field(
-        default=None, metadata={"help": "Columns to leave out, such as one that looks like context and is not."}
-    )
     gsm8k_problems: int = field(
         default=0, metadata={"help": "Solve N GSM8K problems (at most 200) at every evaluation; 0 for none."}
     )
@@ -111,8 +108,6 @@ def load_pairs(
 ) -> tuple[Dataset, Dataset | None]:
     """The training rows and, where the data set has such a split, the evaluation rows: a Hub name or a local folder."""
     splits = load_dataset(script.dataset_name, name=script.dataset_config, streaming=script.dataset_streaming)
-    if recipe.remove_columns:
-        splits = splits.remove_columns(recipe.remove_columns)
     if recipe.longest_row is not None:
         splits = splits.filter(lambda row: characters(row) <= recipe.longest_row)
     train = training_split(splits, script.dataset_train_split)

@@ -36,25 +36,80 @@ def generate():
     yield from ROWS
 
 
+def splits(**named):
+    return DatasetDict({name: Dataset.from_list(rows) for name, rows in named.items()})
+
+
+def model():
+    return tiny_model(vocab_size=600)
+
+
+SOURCES = {
+    "list": ROWS,
+    "rows with other keys": [ROWS[0], {**ROWS[1], "id": 1}],
+    "frame": pd.DataFrame(ROWS),
+    "columns": {name: [row[name] for row in ROWS] for name in ROWS[0]},
+    "generating function": generate,
+    "torch": Rows(),
+    "splits": splits(test=ROWS[:1], train=ROWS),
+}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_what_holds_rows_is_a_data_set_to_train_on(name, tmp_path):
+    given = {"processing_class": tiny_tokenizer(), "max_steps": 1}
+    trainer = make_trainer(tmp_path, model(), train_dataset=SOURCES[name], **given)
+    expected = make_trainer(tmp_path, model(), train_dataset=Dataset.from_list(ROWS), **given)
+    assert [row["response_ids"] for row in trainer.train_dataset] == [
+        row["response_ids"] for row in expected.train_dataset
+    ]
+
+
+def test_a_key_of_a_later_row_is_a_column(tmp_path):
+    rows = [ROWS[0], {**ROWS[1], "persona": "You are a pirate."}]
+    with pytest.raises(ValueError, match="row 1: `persona` says"):
+        make_trainer(tmp_path, model(), train_dataset=rows, processing_class=tiny_tokenizer())
+
+
+@pytest.mark.parametrize("name", [name for name in SOURCES if name not in ("columns", "splits")])
+def test_what_holds_rows_is_a_data_set_to_evaluate(name, tmp_path):
+    """At construction, as one of several, and later."""
+    trainer = make_trainer(tmp_path, model(), eval_dataset=SOURCES[name], processing_class=tiny_tokenizer())
+    assert len(trainer.eval_dataset) == len(trainer._prepared(SOURCES[name], "test")) == 2
+    several = {"easy": pairs(2), "hard": SOURCES[name]}
+    assert (
+        len(
+            make_trainer(tmp_path, model(), eval_dataset=several, processing_class=tiny_tokenizer()).eval_dataset[
+                "hard"
+            ]
+        )
+        == 2
+    )
+
+
+def test_a_generator_is_read_once_and_the_split_that_is_used_is_named(tmp_path, caplog):
+    given = {"processing_class": tiny_tokenizer()}
+    assert len(make_trainer(tmp_path, model(), train_dataset=generate(), **given).train_dataset) == 2
+    make_trainer(tmp_path, model(), train_dataset=SOURCES["splits"], **given)
+    assert "train: the split 'train' is used, and not 'test'" in caplog.text
+
+
 MISTAKES = {
-    "list": (ROWS, r"is a list and no datasets.Dataset: make it one: Dataset\.from_list\(rows\)"),
-    "frame": (pd.DataFrame(ROWS), r"is a DataFrame .* Dataset\.from_pandas\(frame\)"),
-    "generator": (generate(), r"is a generator .* Dataset\.from_generator"),
-    "generating function": (generate, r"is a function .* Dataset\.from_generator"),
-    "torch": (Rows(), r"is a Rows .* Dataset\.from_list\(\[rows\[i\]"),
+    "texts": (["a", "b"], "row 0 is a str: make each row a dict"),
+    "mixed": ([ROWS[0], {**ROWS[1], "chosen": 4}], "'chosen' mixes types"),
     "torch stream": (Stream(), r"is a Stream .* IterableDataset\.from_generator"),
     "name": ("trl-lib/ultrafeedback_binarized", r"is a str .* load_dataset\(name, split='train'\)"),
     "path": (Path("rows.jsonl"), r"is a PosixPath .* load_dataset\('json'"),
     "number": (3, "is a int .* make it a Dataset or an IterableDataset"),
-    "columns": ({"prompt": ["a"], "chosen": ["b"]}, r"is a dict of prompt, chosen: .*Dataset\.from_dict\(columns\)"),
-    "splits": (
-        DatasetDict(test=Dataset.from_list(ROWS), train=Dataset.from_list(ROWS)),
-        r"'train' is a DatasetDict of test, train: pass one of them, as in train_dataset=splits\['train'\]",
+    "splits of other names": (
+        splits(easy=ROWS, hard=ROWS),
+        r"'train' is a DatasetDict of easy, hard: pass one of them, as in train_dataset=splits\['easy'\]",
     ),
     "splits of a stream": (
         IterableDatasetDict(train_prefs=Dataset.from_list(ROWS).to_iterable_dataset()),
         r"is a IterableDatasetDict of train_prefs: .*splits\['train_prefs'\]",
     ),
+    "a dict of other things": ({"prompt": "a", "chosen": "b"}, "is a dict of prompt, chosen: pass a data set"),
 }
 
 
@@ -65,9 +120,7 @@ def test_what_is_no_data_set_to_train_on(given, tmp_path):
         make_trainer(tmp_path, train_dataset=data)
 
 
-@pytest.mark.parametrize(
-    "given", [name for name in MISTAKES if name not in ("columns", "splits", "splits of a stream")]
-)
+@pytest.mark.parametrize("given", ["texts", "mixed", "torch stream", "name", "path", "number"])
 def test_what_is_no_data_set_to_evaluate(given, tmp_path):
     """At construction, as one of several, and later."""
     data, message = MISTAKES[given]

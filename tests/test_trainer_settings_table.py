@@ -16,6 +16,7 @@ TESTS = Path(__file__).parent
 # Fields that not every supported version has.
 NOT_IN_ALL = {"activation_checkpointing", "activation_checkpointing_kwargs"}
 HERE, HABITS, EXACT = "test_trainer_settings.py", "test_trainer_habits.py", "test_trainer_exactness.py"
+WRAPPING = "training/test_wrapping.py"
 REFUSED = f"{HERE}::test_settings_without_their_effect_are_refused"
 ALIKE = f"{HERE}::test_settings_that_change_no_number"
 COVERED = {
@@ -53,7 +54,8 @@ COVERED = {
     "neftune_noise_alpha": "test_trainer_layouts.py::test_noise_on_embeddings_needs_the_padded_layout",
     "skip_memory_metrics": ALIKE,
     "debug": ALIKE,
-    "ddp_find_unused_parameters": "training/test_wrapping.py::test_ddp_looks_for_unused_parameters_only_where_there_may_be_some",
+    "ddp_find_unused_parameters": f"{WRAPPING}::test_ddp_looks_for_unused_parameters_where_there_may_be_some",
+    "dataloader_pin_memory": "test_config.py::test_batches_are_copied_without_waiting_where_they_are_pinned",
     # Data
     "seed": f"{HABITS}::test_a_resumed_run_is_the_uninterrupted_one",
     "data_seed": f"{HERE}::test_the_order_of_the_rows_is_the_data_seeds",
@@ -134,7 +136,6 @@ THE_TRAINERS = {
     "hub_strategy": "of uploads",
     "hub_always_push": "of uploads",
     "hub_revision": "of uploads",
-    "dataloader_pin_memory": "batches are nested dicts of tensors, which PyTorch pins",
     "dataloader_multiprocessing_context": "how worker processes start",
     "ddp_bucket_cap_mb": "of DDP",
     "ddp_broadcast_buffers": "of DDP",

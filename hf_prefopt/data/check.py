@@ -1,15 +1,16 @@
 """Check a data set's examples against the losses, before the first step.
 
 An example that a loss cannot compare is an error that names its row. A loss's advice about its data is logged once,
-and so is the effect of a `weight` column.
+and so is which columns change the losses.
 """
 
 import inspect
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor
@@ -22,6 +23,30 @@ from hf_prefopt.objective.objective import Objective
 from hf_prefopt.objective.term import Term
 
 logger = logging.getLogger(__name__)
+
+
+def check_embeddings(dataset: Dataset | IterableDataset, embeddings: int, name: str) -> None:
+    """Raise `ValueError` if a token id of prepared rows has no embedding, on which the first step would fail.
+
+    Args:
+        embeddings: how many the model has.
+        name: what errors call the data set. The rows of a stream are not looked at.
+    """
+    if not isinstance(dataset, Dataset):
+        return
+    columns = dataset.select_columns(["prompt_ids", "response_ids", "row"]).with_format("arrow")
+    for batch in columns.iter(batch_size=10_000):
+        highest = pc.max(pc.list_flatten(pc.list_flatten(batch["response_ids"]))).as_py() or 0
+        highest = max(highest, pc.max(pc.list_flatten(batch["prompt_ids"])).as_py() or 0)
+        if highest < embeddings:
+            continue
+        for row in batch.to_pylist():
+            found = max(token for ids in (row["prompt_ids"], *row["response_ids"]) for token in ids)
+            if found >= embeddings:
+                raise ValueError(
+                    f"{name}: row {row['row']:,} holds token {found:,}, and the model has {embeddings:,} embeddings: "
+                    "use the model's tokenizer, or model.resize_token_embeddings(len(tokenizer)) for new tokens"
+                )
 
 
 def check_examples(dataset: Dataset | IterableDataset, objective: Objective, name: str) -> Dataset | IterableDataset:
@@ -43,6 +68,7 @@ def check_examples(dataset: Dataset | IterableDataset, objective: Objective, nam
             return dataset
         if objective.use_weights:
             logger.warning(_describe_weights(name))
+        _say_what_is_read(optional, dataset.column_names or (), kind, name)
         arguments = {"objective": objective, "name": name}
         return dataset.map(_check_batch, batched=True, features=dataset.features, fn_kwargs=arguments)
     if has_checks and len(dataset):
@@ -52,6 +78,7 @@ def check_examples(dataset: Dataset | IterableDataset, objective: Objective, nam
         examples = {column: join_examples([part[column] for part in parts]) for column in parts[0]}
         for advice in _check(examples, objective, name):
             logger.warning("%s: %s", name, advice)
+        _say_what_is_read(optional, dataset.column_names, kind, name)
         if "weights" in optional and "weights" in examples:
             logger.warning(_describe_weights(name, examples["weights"].numpy()))
     return dataset
@@ -122,6 +149,13 @@ def _name_rows(which: Tensor, rows: Tensor) -> str:
     """The first row that has one of these examples, and how many more there are. `which`: `[B]` bool; `rows`: `[B]`."""
     first, *others = dict.fromkeys(rows[which].tolist())
     return f"row {first:,}" + (f" (and {len(others):,} more rows)" if others else "")
+
+
+def _say_what_is_read(inputs: Sequence[str], columns: Collection[str], kind: ExampleKind, name: str) -> None:
+    """Log which columns of numbers, apart from weights, the losses read."""
+    read = [kind.optional_columns[column].columns[0] for column in inputs if column in columns and column != "weights"]
+    if read:
+        logger.warning("%s: the losses read %s; remove_columns leaves columns out", name, ", ".join(read))
 
 
 def _describe_weights(name: str, weights: np.ndarray | None = None) -> str:

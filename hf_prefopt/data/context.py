@@ -8,7 +8,7 @@ does not tell, the length of the text does: labels are short, context is prose.
 
 import math
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -62,19 +62,18 @@ _UNSPACED = re.compile(f"[{UNSPACED}]{{2}}")
 _SENTENCE_ENDS = tuple(".?!…。？！।؟")
 
 
-def reject_unread_context(row: Mapping[str, Any], used: Collection[str], read: CanonicalRow) -> None:
+def reject_unread_context(unused: Mapping[str, Any], read: CanonicalRow) -> None:
     """Raise `BadRow` if a column that is not used holds context, or images, video or audio.
 
     Args:
-        row: the raw row.
-        used: the columns of its format.
+        unused: the values of a raw row that it was not read from, by column.
         read: the canonical row. If it holds tokens, texts are not compared with it.
     """
-    also_used = ("tools", "chat_template_kwargs") if read.content_type == "messages" else ()
-    unused = {column: value for column, value in row.items() if column not in used and column not in also_used}
+    if read.content_type == "messages":
+        unused = {column: value for column, value in unused.items() if column not in ("tools", "chat_template_kwargs")}
     media = find_media(unused)
     if media is not None:
-        raise BadRow(media, "holds something that is not text", MEDIA_CURE.format(f"it (remove_columns({media!r}))"))
+        raise BadRow(media, "holds something that is not text", MEDIA_CURE.format(f"it (remove_columns=[{media!r}])"))
     if read.content_type == "tokens":
         return
     contexts = {column: _contexts(value, _word_limit(column)) for column, value in unused.items()}
@@ -92,7 +91,7 @@ def reject_unread_context(row: Mapping[str, Any], used: Collection[str], read: C
         problem = (
             f"says {shown!r}, which is not in the prompt (nor in every response), so the model would not read it{also}"
         )
-        cure = f"join it into `prompt` (or rename the column so); if it is not context: remove_columns({[*unread]})"
+        cure = f"join it into `prompt` (or rename the column so); if it is not context: remove_columns={[*unread]}"
         raise BadRow(first, problem, cure)
 
 
@@ -148,6 +147,19 @@ def _texts(value: Any, limit: float, limit_of: Callable[[str], float]) -> Iterat
     elif isinstance(value, list | tuple):
         for item in value:
             yield from _texts(item, limit, limit_of)
+
+
+# Numbers that judges and counters leave.
+_MEASURES = _set("score scores count length len tokens rank index idx row turn turns number logp logps logprob")
+
+
+def is_about_the_row(name: str) -> bool:
+    """Whether a column of this name is known to be about the row: an id, a source, a model's name, a judge's score."""
+    words = [word.lower() for word in _WORD.findall(name)]
+    if not words or words[0] in _FLAGS or set(words) & _MAKING or {word.removesuffix("s") for word in words} & _MAKING:
+        return bool(words)
+    last = [word for word in words if word not in _CARRIERS][-1:] or words[-1:]
+    return bool({*last, last[0].removesuffix("s")} & (_LABELS | _MEASURES))
 
 
 @lru_cache(maxsize=1024)

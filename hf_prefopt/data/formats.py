@@ -1,6 +1,7 @@
-"""The formats of a data set's rows: which columns each has, and how a row of it becomes a canonical row.
+"""The formats of rows: which columns each has, and how a row of it becomes a canonical row.
 
-Each format is an entry of `FORMATS` and is recognized by its columns, which hold text or lists of messages:
+Each format is an entry of `FORMATS`. Data sets with other columns are brought into one of them by `column_layouts.py`.
+Prompts and responses hold text or messages:
 
     prompt, chosen, rejected                   explicit prompt
     chosen, rejected                           implicit prompt: both sides begin with it
@@ -8,6 +9,7 @@ Each format is an entry of `FORMATS` and is recognized by its columns, which hol
                                                rejected_token_weights, a number for each token of the responses
     … and reference, or reference_ids          triples: a pair and a third, gold response
     prompt, completion, label                  a response that is desirable (true) or not
+    completion, label                          a conversation whose last answer is
     prompt, responses, ranks                   a list of responses; smaller ranks are better
     prompt, responses, scores                  a list of responses; larger scores are better
 
@@ -18,27 +20,42 @@ Rows of messages may also have `tools` and `chat_template_kwargs`. Two groups of
 """
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from itertools import combinations
+from typing import Any, cast
 
-from hf_prefopt.data.messages import check_messages, check_reply, split_conversations
+from hf_prefopt.data.contents import Content, read_content, read_responses
+from hf_prefopt.data.conversations import join_conversation
+from hf_prefopt.data.preferences import read_label
 from hf_prefopt.data.rows import (
     BadRow,
     CanonicalRow,
-    ContentType,
     check_ids,
     check_list,
     check_numbers,
     check_text_prompt,
     check_text_response,
-    common_content_type,
     read_json,
-    reject_repeated_prompt,
+    take_off_prompt,
 )
+from hf_prefopt.data.transcripts import has_later_turn, is_transcript, read_transcript, split_transcripts
 from hf_prefopt.kinds import LISTS, PAIRS, TRIPLES, UNPAIRED, ExampleKind
 
 _TOKEN_WEIGHTS = ("chosen_token_weights", "rejected_token_weights")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How to read rows.
+
+    Attributes:
+        as_messages: whether text becomes messages, or stays what it is where all of a row is text.
+        continues: whether responses may continue an assistant's words that end the prompt.
+    """
+
+    as_messages: bool = False
+    continues: bool = True
 
 
 @dataclass(frozen=True)
@@ -56,7 +73,7 @@ class RowFormat:
     name: str
     kind: ExampleKind
     columns: tuple[str, ...]
-    reader: Callable[[Mapping[str, Any], tuple[str, ...]], CanonicalRow]
+    reader: Callable[[Mapping[str, Any], tuple[str, ...], Reading], CanonicalRow]
     has_token_weights: bool = False
 
     @property
@@ -64,34 +81,9 @@ class RowFormat:
         """The example columns of its prepared rows."""
         return (*self.kind.columns, *["token_weights"] * self.has_token_weights)
 
-    def read(self, row: Mapping[str, Any]) -> CanonicalRow:
+    def read(self, row: Mapping[str, Any], how: Reading = Reading()) -> CanonicalRow:
         """The canonical row of a raw row. Raises `BadRow` for a row that cannot be used."""
-        return self.reader(row, self.columns)
-
-
-def find_format(columns: Iterable[str], kind: ExampleKind | None = None) -> RowFormat:
-    """The first format whose columns are all present, preferably one of this kind of examples.
-
-    Raises:
-        ValueError: no format matches (the message names the missing columns of the closest one), or there are token
-            weights without tokens.
-    """
-    present = set(columns)
-    matching = [row_format for row_format in FORMATS if present.issuperset(row_format.columns)]
-    if not matching:
-        closest = max(FORMATS, key=lambda f: (len(present.intersection(f.columns)), -len(f.columns)))
-        missing = ", ".join(f"`{name}`" for name in closest.columns if name not in present)
-        known = "; ".join(f"{row_format.name} ({', '.join(row_format.columns)})" for row_format in FORMATS)
-        found = ", ".join(sorted(present)) or "none"
-        raise ValueError(f"column {missing} is missing (columns found: {found}); the formats are: {known}")
-    row_format = next((match for match in matching if match.kind is kind), matching[0])
-    weights = sorted(present.intersection(_TOKEN_WEIGHTS))
-    if weights and not row_format.has_token_weights:
-        raise ValueError(
-            f"column {', '.join(weights)} weighs tokens, but rows in this format ({row_format.name}) do not say which "
-            "tokens there are: give prompt_ids, chosen_ids, rejected_ids, chosen_token_weights, rejected_token_weights"
-        )
-    return row_format
+        return self.reader(row, self.columns, how)
 
 
 def optional_columns(kind: ExampleKind, columns: Collection[str]) -> dict[str, str]:
@@ -106,29 +98,22 @@ def number_or_nan(value: Any) -> float:
     return float(value) if is_number else math.nan
 
 
-def _read_explicit(row: Mapping[str, Any], columns: tuple[str, ...]) -> CanonicalRow:
-    """A prompt and responses, all text or all lists of messages."""
-    content_type, prompt, responses = _read_contents(row, columns)
-    for column, response in responses.items():
-        if content_type == "messages" and prompt and response[: len(prompt)] == prompt:
-            raise BadRow(column, "repeats the messages of `prompt`", "remove the `prompt` column")
-    if content_type == "text":
-        reject_repeated_prompt(prompt, responses)
-    return _canonical_row(content_type, prompt, responses, row, _pair(responses))
+def _read_explicit(row: Mapping[str, Any], columns: tuple[str, ...], how: Reading) -> CanonicalRow:
+    """A prompt and responses, of text or messages."""
+    responses = read_responses({column: row.get(column) for column in columns[1:]})
+    is_talk = all(isinstance(response, list) for response in responses.values())
+    # Rows without a prompt stand beside others where whole conversations hold it.
+    prompt = None if row.get(columns[0]) is None and is_talk else read_content(columns[0], row.get(columns[0]))
+    return _canonical_row(prompt, responses, row, _pair(responses), how)
 
 
-def _read_implicit(row: Mapping[str, Any], columns: tuple[str, ...]) -> CanonicalRow:
-    """Responses that begin with their prompt: messages are split here, text once there are tokens."""
-    content_type, prompt = common_content_type(row, columns), None
-    responses = {column: row[column] for column in columns}
-    if content_type == "messages":
-        prompt, responses = split_conversations(responses)
-    else:
-        responses = {column: check_text_response(column, text) for column, text in responses.items()}
-    return _canonical_row(content_type, prompt, responses, row, _pair(responses))
+def _read_implicit(row: Mapping[str, Any], columns: tuple[str, ...], how: Reading) -> CanonicalRow:
+    """Responses that begin with their prompt: messages and transcripts are split here, text once there are tokens."""
+    responses = read_responses({column: row.get(column) for column in columns})
+    return _canonical_row(None, responses, row, _pair(responses), how)
 
 
-def _read_tokens(row: Mapping[str, Any], columns: tuple[str, ...]) -> CanonicalRow:
+def _read_tokens(row: Mapping[str, Any], columns: tuple[str, ...], how: Reading) -> CanonicalRow:
     """Lists of token ids, which are taken as they are."""
     prompt, *responses = [check_ids(column, row.get(column)) for column in columns]
     for column, ids in zip(columns[1:], responses, strict=True):
@@ -137,9 +122,9 @@ def _read_tokens(row: Mapping[str, Any], columns: tuple[str, ...]) -> CanonicalR
     return CanonicalRow("tokens", prompt, responses, columns[1:], _pair(responses))
 
 
-def _read_weighted_tokens(row: Mapping[str, Any], columns: tuple[str, ...]) -> CanonicalRow:
+def _read_weighted_tokens(row: Mapping[str, Any], columns: tuple[str, ...], how: Reading) -> CanonicalRow:
     """Lists of token ids, and for each token of the responses a weight ≥ 0."""
-    pair = _read_tokens(row, columns[:3])
+    pair = _read_tokens(row, columns[:3], how)
     weights = [
         check_numbers(column, row.get(column), len(ids), "token", low=0)
         for column, ids in zip(columns[3:], pair.responses, strict=True)
@@ -148,18 +133,15 @@ def _read_weighted_tokens(row: Mapping[str, Any], columns: tuple[str, ...]) -> C
     return pair
 
 
-def _read_labeled(row: Mapping[str, Any], columns: tuple[str, ...]) -> CanonicalRow:
-    """A prompt, a response, and whether it is desirable."""
-    content_type, prompt, responses = _read_contents(row, ("prompt", "completion"))
-    label = row.get("label")
-    if label not in (True, False):  # 0 and 1 are equal to these.
-        raise BadRow("label", f"is {label!r}", "make it true (desirable) or false")
-    if content_type == "text" and label:  # An undesirable completion may echo its prompt.
-        reject_repeated_prompt(prompt, responses)
-    return _canonical_row(content_type, prompt, responses, row, {"labels": [bool(label)]})
+def _read_labeled(row: Mapping[str, Any], columns: tuple[str, ...], how: Reading) -> CanonicalRow:
+    """A response, whether it is desirable, and the prompt, unless the response is a conversation that holds it."""
+    label = read_label("label", row.get("label"))
+    prompt = read_content("prompt", row.get("prompt")) if "prompt" in columns else None
+    responses = {"completion": read_content("completion", row.get("completion"))}
+    return _canonical_row(prompt, responses, row, {"labels": [label]}, how)
 
 
-def _read_list(row: Mapping[str, Any], columns: tuple[str, ...]) -> CanonicalRow:
+def _read_list(row: Mapping[str, Any], columns: tuple[str, ...], how: Reading) -> CanonicalRow:
     """A prompt, a list of responses, and a rank or a score of each. Ranks are made from scores, with the same ties."""
     listed = check_list("responses", row.get("responses"), "two or more responses")
     if len(listed) < 2:
@@ -167,34 +149,72 @@ def _read_list(row: Mapping[str, Any], columns: tuple[str, ...]) -> CanonicalRow
     numbers = check_numbers(columns[-1], row.get(columns[-1]), len(listed), "response")
     scores = numbers if columns[-1] == "scores" else []
     ranks = [1.0 + sum(other > score for other in scores) for score in scores] or numbers
+    if scores and row.get("ranks") is not None:
+        _check_same_order(ranks, check_numbers("ranks", row["ranks"], len(listed), "response"))
     named = {f"responses[{place}]": response for place, response in enumerate(listed)}
-    content_type, prompt, responses = _read_contents({"prompt": row.get("prompt"), **named}, ("prompt", *named))
-    if content_type == "text":
-        reject_repeated_prompt(prompt, responses)
-    return _canonical_row(content_type, prompt, responses, row, {"ranks": ranks, "scores": scores})
+    responses = read_responses(named)
+    prompt = read_content("prompt", row.get("prompt"))
+    return _canonical_row(prompt, responses, row, {"ranks": ranks, "scores": scores}, how)
 
 
-def _read_contents(row: Mapping[str, Any], columns: tuple[str, ...]) -> tuple[ContentType, Any, dict[str, Any]]:
-    """The content type that these columns share, the prompt from the first one, and the responses from the others."""
-    if common_content_type(row, columns) == "text":
-        text = check_text_prompt("prompt", row["prompt"])
-        return "text", text, {column: check_text_response(column, row[column]) for column in columns[1:]}
-    prompt = check_messages("prompt", row["prompt"])
-    return "messages", prompt, {column: check_reply(column, row[column]) for column in columns[1:]}
+def _check_same_order(ranks: list[float], given: list[float]) -> None:
+    """Raise `BadRow` if ranks that are given beside scores order the responses otherwise."""
+    for left, right in combinations(range(len(ranks)), 2):
+        if (ranks[left] - ranks[right]) * (given[left] - given[right]) < 0:
+            cure = "leave one of the columns out: remove_columns=['ranks'] or remove_columns=['scores']"
+            raise BadRow("ranks", "order the responses otherwise than `scores`", cure)
 
 
 def _canonical_row(
-    content_type: ContentType,
-    prompt: Any,
-    responses: dict[str, Any],
+    prompt: Content | None,
+    responses: dict[str, Content],
     row: Mapping[str, Any],
     example_columns: dict[str, list],
+    how: Reading,
 ) -> CanonicalRow:
+    """The row as text if all of it is text, as messages otherwise, or if that is how to read it."""
+    contents = responses.values() if prompt is None else (prompt, *responses.values())
+    if not how.as_messages and all(isinstance(content, str) for content in contents):
+        return _text_row(cast(str | None, prompt), cast(dict[str, str], responses), row, example_columns)
+    if prompt is None:
+        responses = {column: _whole_conversation(column, content, how) for column, content in responses.items()}
+    talk = join_conversation(prompt, responses, how.continues)
     # No tools rather than an empty list: some templates print a heading above an empty list.
     tools = read_json(row, "tools", list) or None
     template_kwargs = read_json(row, "chat_template_kwargs", dict) or {}
-    values = [*responses.values()]
-    return CanonicalRow(content_type, prompt, values, tuple(responses), example_columns, tools, template_kwargs)
+    values, names = [*talk.responses.values()], tuple(talk.responses)
+    unread = {} if talk.prompt_is_read or prompt is None else {"prompt": prompt}
+    return CanonicalRow("messages", talk.prompt, values, names, example_columns, tools, template_kwargs, unread)
+
+
+def _text_row(
+    prompt: str | None, responses: dict[str, str], row: Mapping[str, Any], example_columns: dict[str, list]
+) -> CanonicalRow:
+    """A row of text; of transcripts the prompt is what they share up to the last marker of the assistant."""
+    if read_json(row, "tools", list):
+        raise BadRow("tools", "are given beside text, and only a chat template writes them", "give messages")
+    texts = {column: check_text_response(column, text) for column, text in responses.items()}
+    names, repeated = tuple(texts), False
+    if prompt is not None:
+        texts = take_off_prompt(check_text_prompt("prompt", prompt), texts)
+        repeated = texts is not responses and any(texts[column] != responses[column] for column in names)
+        return CanonicalRow("text", prompt, [*texts.values()], names, example_columns, repeated=repeated)
+    end = split_transcripts([*texts.values()])
+    if end is None:
+        return CanonicalRow("text", None, [*texts.values()], names, example_columns)
+    rest = {column: check_text_response(column, text[end:]) for column, text in texts.items()}
+    for column, text in rest.items():
+        if has_later_turn(text):
+            cure = "read the transcripts as messages (text_as='messages'), drop the row or pass on_bad_rows='drop'"
+            raise BadRow(column, "goes on with words of the human after those of the assistant", cure)
+    return CanonicalRow("text", texts[names[0]][:end], [*rest.values()], names, example_columns)
+
+
+def _whole_conversation(column: str, content: Content, how: Reading) -> Content:
+    """A conversation that holds its prompt; a text must be a transcript."""
+    if isinstance(content, str) and is_transcript(content):
+        return read_transcript(content)
+    return content
 
 
 def _pair(responses: Collection) -> dict[str, list]:
@@ -206,23 +226,26 @@ _PAIR = ("chosen", "rejected")
 _TRIPLE = (*_PAIR, "reference")
 _TOKENS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
-# The order matters: `find_format` takes the first match. A `reference` is read only for losses of triples, because
-# other data sets have a column of that name, too. When a reader changes, raise `_CACHE_VERSION` in `prepare`.
-FORMATS: tuple[RowFormat, ...] = (
-    RowFormat(
-        "tokenized pairs with weights",
-        PAIRS,
-        (*_TOKENS, *_TOKEN_WEIGHTS),
-        _read_weighted_tokens,
-        has_token_weights=True,
-    ),
-    RowFormat("tokenized pairs", PAIRS, _TOKENS, _read_tokens),
-    RowFormat("pairs", PAIRS, ("prompt", *_PAIR), _read_explicit),
-    RowFormat("pairs that begin with their prompt", PAIRS, _PAIR, _read_implicit),
-    RowFormat("tokenized triples", TRIPLES, (*_TOKENS, "reference_ids"), _read_tokens),
-    RowFormat("triples", TRIPLES, ("prompt", *_TRIPLE), _read_explicit),
-    RowFormat("triples that begin with their prompt", TRIPLES, _TRIPLE, _read_implicit),
-    RowFormat("labeled responses", UNPAIRED, ("prompt", "completion", "label"), _read_labeled),
-    RowFormat("scored lists", LISTS, ("prompt", "responses", "scores"), _read_list),
-    RowFormat("ranked lists", LISTS, ("prompt", "responses", "ranks"), _read_list),
-)
+# When a reader changes, raise `_CACHE_VERSION` in `prepare`.
+FORMATS: dict[str, RowFormat] = {
+    row_format.name: row_format
+    for row_format in (
+        RowFormat(
+            "tokenized pairs with weights",
+            PAIRS,
+            (*_TOKENS, *_TOKEN_WEIGHTS),
+            _read_weighted_tokens,
+            has_token_weights=True,
+        ),
+        RowFormat("tokenized pairs", PAIRS, _TOKENS, _read_tokens),
+        RowFormat("tokenized triples", TRIPLES, (*_TOKENS, "reference_ids"), _read_tokens),
+        RowFormat("pairs", PAIRS, ("prompt", *_PAIR), _read_explicit),
+        RowFormat("pairs that begin with their prompt", PAIRS, _PAIR, _read_implicit),
+        RowFormat("triples", TRIPLES, ("prompt", *_TRIPLE), _read_explicit),
+        RowFormat("triples that begin with their prompt", TRIPLES, _TRIPLE, _read_implicit),
+        RowFormat("labeled responses", UNPAIRED, ("prompt", "completion", "label"), _read_labeled),
+        RowFormat("labeled conversations", UNPAIRED, ("completion", "label"), _read_labeled),
+        RowFormat("scored lists", LISTS, ("prompt", "responses", "scores"), _read_list),
+        RowFormat("ranked lists", LISTS, ("prompt", "responses", "ranks"), _read_list),
+    )
+}

@@ -14,6 +14,20 @@ from hf_prefopt.data.rows import BadRow, drop_nones
 Message = dict[str, Any]
 
 _TEXT_BLOCKS = ("text", "input_text", "output_text")
+# The keys of a message that say who speaks and what, in the forms that people store; the first ones are ours.
+ROLE_KEYS = ("role", "from", "speaker")
+CONTENT_KEYS = ("content", "value", "text", "parts")
+_ROLES = {
+    **dict.fromkeys(("human", "prompter"), "user"),
+    **dict.fromkeys(("gpt", "chatgpt", "bot", "chatbot", "ai", "model"), "assistant"),
+    **dict.fromkeys(("function", "observation", "ipython", "function_response"), "tool"),
+}
+_KNOWN_ROLES = ("user", "assistant", "system", "tool", "developer")
+
+
+def is_role(name: Any) -> bool:
+    """Whether this is the name of a speaker, ours or another that people have for one."""
+    return isinstance(name, str) and (name.lower() in _KNOWN_ROLES or name.lower() in _ROLES)
 
 
 def check_messages(column: str, messages: Any) -> list[Message]:
@@ -22,6 +36,8 @@ def check_messages(column: str, messages: Any) -> list[Message]:
     Raises:
         BadRow: a message without a role, or without text or tool calls; content that is not text.
     """
+    if not isinstance(messages, list | tuple):
+        raise BadRow(column, f"is of type {type(messages).__name__}", "make it text or a list of messages")
     return [_check_message(column, position, message) for position, message in enumerate(messages)]
 
 
@@ -29,10 +45,12 @@ def _check_message(column: str, position: int, message: Any) -> Message:
     if not isinstance(message, dict):
         problem = f"holds a {type(message).__name__} where message {position} should be"
         raise BadRow(column, problem, "make each message a dict with `role` and `content`")
+    if len(message) == 2 and message.get("role") in _KNOWN_ROLES and isinstance(message.get("content"), str):
+        return message  # as nearly all messages are
     message = drop_nones(message)
-    role, content = message.get("role"), message.get("content")
-    if not isinstance(role, str) or not role:
-        raise BadRow(column, f"has no `role` in message {position}", "name it: 'system', 'user', 'assistant' or 'tool'")
+    if message.get("role") not in _KNOWN_ROLES or "content" not in message:
+        message = _with_our_names(column, position, message)
+    role, content = message["role"], message.get("content")
     where = f"message {position} ({role})"
     if content is None and not message.get("tool_calls"):
         raise BadRow(column, f"has no `content` in {where}")
@@ -45,6 +63,20 @@ def _check_message(column: str, position: int, message: Any) -> Message:
     if isinstance(content, list):
         message["content"] = "".join(_block_text(column, block, where) for block in content)
     return message
+
+
+def _with_our_names(column: str, position: int, message: Message) -> Message:
+    """The message with `role` and `content`, and its role as templates know it; a role of other names is kept."""
+    keys = [next((key for key in names if message.get(key) is not None), None) for names in (ROLE_KEYS, CONTENT_KEYS)]
+    named = {key: value for key, value in message.items() if key not in keys}
+    role = message.get(keys[0]) if keys[0] else None
+    if not isinstance(role, str) or not role:
+        raise BadRow(column, f"has no `role` in message {position}", "name it: 'system', 'user', 'assistant' or 'tool'")
+    if keys[0] != "role" and not is_role(role):
+        cure = "write such turns as messages with `role`, `content` and `tool_calls`"
+        raise BadRow(column, f"has a speaker {role!r} in message {position}", cure)
+    named = {"role": _ROLES.get(role.lower(), role.lower() if role.lower() in _KNOWN_ROLES else role), **named}
+    return {**named, "content": message[keys[1]]} if keys[1] else named
 
 
 def _block_text(column: str, block: Any, where: str) -> str:
@@ -61,7 +93,11 @@ def _block_text(column: str, block: Any, where: str) -> str:
 
 def check_reply(column: str, messages: Any) -> list[Message]:
     """The messages of a response, checked. Raises `BadRow` unless an assistant message has text or tool calls."""
-    checked = check_messages(column, messages)
+    return check_says_something(column, check_messages(column, messages))
+
+
+def check_says_something(column: str, checked: list[Message]) -> list[Message]:
+    """The checked messages of a response. Raises `BadRow` unless an assistant message has text or tool calls."""
     if not checked:
         raise BadRow(column, "is empty")
     replies = [message for message in checked if _is_reply(message)]
@@ -74,16 +110,17 @@ def check_reply(column: str, messages: Any) -> list[Message]:
     return checked
 
 
-def split_conversations(conversations: Mapping[str, Any]) -> tuple[list[Message], dict[str, list[Message]]]:
+def split_conversations(checked: Mapping[str, list[Message]]) -> tuple[list[Message], dict[str, list[Message]]]:
     """The messages that all conversations begin with, which are the prompt, and the rest of each, by column.
+
+    The conversations are replies that `check_reply` has checked.
 
     The last message of a conversation always belongs to its response. The prompt does not end between two assistant
     messages, because the second would then be taken for the continuation of the first.
 
     Raises:
-        BadRow: a message or a response that cannot be used, or no prompt.
+        BadRow: a response that says nothing, or no prompt.
     """
-    checked = {column: check_reply(column, messages) for column, messages in conversations.items()}
     sides = list(checked.values())
     longest = min(len(messages) for messages in sides) - 1
     shared = 0
@@ -97,7 +134,7 @@ def split_conversations(conversations: Mapping[str, Any]) -> tuple[list[Message]
         problem = "begin with the assistant" if begins_with_reply else "do not begin with the same message"
         cure = "begin both with the same messages or add a `prompt` column, [] where the assistant speaks first"
         raise BadRow(second, f"and `{first}` {problem}, so there is no prompt", cure)
-    return sides[0][:shared], {column: check_reply(column, side[shared:]) for column, side in checked.items()}
+    return sides[0][:shared], {column: check_says_something(column, side[shared:]) for column, side in checked.items()}
 
 
 def text_of(message: Message) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, IterableDataset, Value
 
-from hf_prefopt.data.rows import PROMPT_WORDS
+from hf_prefopt.data.rows import PROMPT_WORDS, BadRow, CanonicalRow, Tie, probably_lacks_prompt
 from hf_prefopt.data.tokenize import TokenizedRow
 from hf_prefopt.data.truncate import Cuts
 
@@ -27,25 +27,43 @@ NOTES = {
     "_longest": Value("int32"),  # tokens of prompt + longest response, before any cut
     "_identical": Value("bool"),  # chosen and rejected are the same tokens
     "_lacks_prompt": Value("bool"),  # its texts have no prompt column and hardly begin with one
+    "_tie": Value("bool"),  # neither response is the better one
+    "_open": Value("bool"),  # a response ends in no control token that is scored
+    "_against": Value("bool"),  # the chosen response has the lower score
+    "_repeated": Value("bool"),  # its responses began with the prompt, which was taken off
 }
 # In fewer rows than this, texts may share their first words, or not, by chance.
 _ENOUGH_ROWS = 8
 
 
-def note_row(kept: TokenizedRow | None, cuts: Cuts, problem: str, lacks_prompt: bool) -> dict[str, Any]:
-    """The notes on a row. `kept`: the row after truncation, or None for one that is left out."""
+def note_row(
+    kept: TokenizedRow | None, cuts: Cuts, problem: BadRow | None, read: CanonicalRow | None, is_open: bool = False
+) -> dict[str, Any]:
+    """The notes on a row.
+
+    Args:
+        kept: the row after truncation, or None for one that is left out.
+        cuts: what truncation did.
+        problem: why it cannot be used.
+        read: the canonical row, if it could be read.
+        is_open: whether a response does not end, before truncation.
+    """
     responses = kept.response_ids if kept else []
     pairs = kept.example_columns.get("pairs", []) if kept else []
+    is_tie = isinstance(problem, Tie)
     return {
-        "_problem": problem,
-        "_bad": bool(problem),
-        "_no_room": kept is None and not problem,
+        "_problem": "" if problem is None or is_tie else str(problem),
+        "_bad": problem is not None and not is_tie,
+        "_no_room": kept is None and problem is None,
         "_responses": len(responses),
         "_responses_cut": cuts.responses,
         "_prompt_cut": cuts.prompt,
         "_longest": cuts.longest,
         "_identical": any(responses[chosen] == responses[rejected] for chosen, rejected in pairs),
-        "_lacks_prompt": lacks_prompt,
+        "_lacks_prompt": read is not None and probably_lacks_prompt(read),
+        "_tie": is_tie,
+        "_open": is_open,
+        "_repeated": read is not None and read.repeated,
     }
 
 
@@ -77,7 +95,7 @@ def keep_usable_rows(
     summary = _summarize(name, counts, max_length)
     if summary:
         logger.warning(summary)
-    dropped = counts["_bad"] | counts["_no_room"]
+    dropped = counts["_bad"] | counts["_no_room"] | counts["_tie"]
     if dropped.all():
         reasons = f"\n{_describe_bad_rows(name, problems)}" if any(problems) else ""
         raise ValueError(f"{name}: none of the {len(noted):,} rows can be used. {summary}{reasons}")
@@ -103,7 +121,7 @@ class _StreamFilter:
         if summary and not self.has_warned:
             self.has_warned = True
             logger.warning("%s (row %s, the first of this stream)", summary, f"{row['row']:,}")
-        return not (row["_bad"] or row["_no_room"])
+        return not (row["_bad"] or row["_no_room"] or row["_tie"])
 
 
 def _reject_missing_prompts(name: str, lacking: int, rows: int) -> None:
@@ -120,6 +138,9 @@ def _summarize(name: str, notes: Mapping[str, np.ndarray], max_length: int | Non
     """One line on what was cut and dropped, or "" if nothing was. `notes`: a value for each row, by column."""
     cut, no_room = int(notes["_responses_cut"].sum()), int(notes["_no_room"].sum())
     prompts, bad, identical = (int(notes[column].sum()) for column in ("_prompt_cut", "_bad", "_identical"))
+    ties, repeated, against, unclosed = (
+        int(notes[column].sum()) for column in ("_tie", "_repeated", "_against", "_open")
+    )
     limit = f"max_length={max_length} (longest {notes['_longest'].max():,} tokens)"
     events = []
     if cut:
@@ -130,8 +151,19 @@ def _summarize(name: str, notes: Mapping[str, np.ndarray], max_length: int | Non
         events.append(f"{plural(no_room, 'row')} dropped whose prompt alone fills {'it' if cut else limit}")
     if bad:
         events.append(f"{plural(bad, 'unusable row')} dropped")
+    if ties:
+        events.append(f"{plural(ties, 'tie')} dropped, in which neither response is better")
+    if repeated:
+        events.append(f"the prompt taken off the responses of {plural(repeated, 'row')}, which began with it")
     if identical:
         events.append(f"{plural(identical, 'pair')} with chosen = rejected kept (nothing to learn from)")
+    if unclosed:
+        events.append(
+            f"a response of {plural(unclosed, 'row')} ends in no scored end of turn, without which a model does not "
+            "learn to stop"
+        )
+    if against:
+        events.append(f"{plural(against, 'pair')} kept whose chosen response has the lower score")
     if not events:
         return ""
     cures = ["raise max_length"] * bool(cut or prompts or no_room) + ["truncation_mode='keep_end'"] * bool(no_room)

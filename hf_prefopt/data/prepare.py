@@ -1,7 +1,9 @@
 """Prepare a data set for training: read each row, tokenize it and cut it, in one batched map that `datasets` caches.
 
-formats.py reads rows, tokenize.py and truncate.py turn them into tokens, notes.py rejects or drops those that
-cannot be used. Prepared rows have these columns:
+column_layouts.py finds out how the columns are to be read, formats.py reads rows, tokenize.py and truncate.py turn them
+into tokens, notes.py rejects or drops those that cannot be used.
+
+Prepared rows have these columns:
 
     prompt_ids        token ids of the prompt
     response_ids      K lists of token ids: of a pair chosen, then rejected; a triple's gold response is the last
@@ -14,25 +16,42 @@ cannot be used. Prepared rows have these columns:
     weights, ...      the optional columns (`ExampleKind.optional_columns`), a number for each example
 """
 
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
-from typing import Any
+import logging
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, cast
 
 from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import PreTrainedTokenizerBase
 
-from hf_prefopt.config_checks import BAD_ROWS, TRUNCATION_MODES, check_choice
+from hf_prefopt.config_checks import BAD_ROWS, TEXT_AS, TRUNCATION_MODES, check_choice
+from hf_prefopt.data.column_layouts import FoundLayout, find_layout
+from hf_prefopt.data.columns import (
+    check_label_codes,
+    choose_columns,
+    class_names,
+    column_names,
+    describe_columns,
+    first_rows,
+    sample_of,
+    undecoded,
+)
 from hf_prefopt.data.context import reject_unread_context
-from hf_prefopt.data.formats import FORMATS, RowFormat, find_format, number_or_nan, optional_columns
+from hf_prefopt.data.formats import RowFormat, number_or_nan, optional_columns
 from hf_prefopt.data.notes import NOTES, keep_usable_rows, note_row
-from hf_prefopt.data.rows import BadRow, CanonicalRow, probably_lacks_prompt, reject_texts_without_prompt
-from hf_prefopt.data.tokenize import TokenizedRow, TokenKinds, tokenize_rows
+from hf_prefopt.data.rows import BadRow, CanonicalRow, reject_texts_without_prompt
+from hf_prefopt.data.settings import check_settings, settings_of, write_settings
+from hf_prefopt.data.tokenize import TokenizedRow, TokenKinds, head_length, tokenize_rows
 from hf_prefopt.data.truncate import Cuts, truncate_row
 from hf_prefopt.data.unpaired import unpair as unpair_rows
+from hf_prefopt.data.unrendered import unrendered_keys
 from hf_prefopt.kinds import PAIRS, UNPAIRED, ExampleKind, kind_of_columns
 
+logger = logging.getLogger(__name__)
+
 # Part of the cache's key, which sees this module's functions by name only: raise it when what they return changes.
-_CACHE_VERSION = 4
+_CACHE_VERSION = 5
 _EXAMPLE_FEATURES = {
     "pairs": List(List(Value("int32"))),
     "golds": List(Value("int32")),
@@ -68,8 +87,15 @@ def prepare_dataset(
     name: str = "train",
     unpair: bool = False,
     kind: ExampleKind | None = None,
+    column_mapping: Mapping[str, str] | None = None,
+    remove_columns: Sequence[str] | None = None,
+    text_as: str = "text",
+    needs_prompt: bool = False,
 ) -> Dataset | IterableDataset:
-    """Tokenize preference data in any of the formats of `formats.FORMATS`. A prepared data set is returned unchanged.
+    """Tokenize preference data in any of the layouts of `column_layouts.LAYOUTS`.
+
+    A data set that was prepared with the same settings is returned unchanged. What no mapping of columns can say, a
+    `Dataset.map` before can.
 
     Args:
         dataset: the rows. A stream's rows are prepared when they are reached, and so errors and warnings come then.
@@ -82,106 +108,163 @@ def prepare_dataset(
         num_proc: processes of `Dataset.map`.
         name: what messages call the data set.
         unpair: make two unpaired rows of every pair.
-        kind: the kind of examples to prepare, if the columns match several formats; None prepares the first match.
+        kind: the kind of examples to prepare, if the columns match several layouts; None prepares the first match.
+        column_mapping, remove_columns, text_as: see `PreferenceConfig`.
+        needs_prompt: whether it matters to the losses where a prompt ends. Texts without a column for it, which may
+            begin with the same words by chance, are then errors, unless they are transcripts. `unpair` needs it, too.
 
     Returns:
         The prepared rows; the module's docstring lists their columns.
 
     Raises:
-        ValueError: an invalid argument; columns of no known format; messages without a chat template; texts most of
-            which seem to lack a prompt; with on_bad_rows="error", unusable rows, such as those with unread context.
+        ValueError: an invalid argument; columns of no known layout; messages without a chat template; texts most of
+            which seem to lack a prompt; a data set that was prepared with other settings; with on_bad_rows="error",
+            unusable rows, such as those with unread context.
     """
     check_choice("truncation_mode", truncation_mode, TRUNCATION_MODES)
     check_choice("on_bad_rows", on_bad_rows, BAD_ROWS)
+    check_choice("text_as", text_as, TEXT_AS)
     if max_length is not None and (not isinstance(max_length, int) or max_length < 2):
         raise ValueError(f"max_length={max_length!r}: give at least 2 tokens, or None to cut nothing")
-    columns = _column_names(dataset)
+    settings = settings_of(tokenizer, max_length, truncation_mode)
+    columns = column_names(dataset)
     prepared = kind_of_columns(columns)
     if prepared is not None and set(prepared_features(prepared.columns)).issubset(columns):
         kind = prepared
-    else:
         try:
-            row_format = find_format(columns, PAIRS if unpair else kind)
+            check_settings(dataset, settings)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
-        kind = row_format.kind
+    else:
+        try:
+            dataset = undecoded(choose_columns(dataset, column_mapping, remove_columns))
+            layout = _find_layout(
+                dataset, tokenizer, PAIRS if unpair else kind, tuple(column_mapping or ()), text_as, name
+            )
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        kind = layout.format.kind
         options = {"tokenizer": tokenizer, "max_length": max_length, "truncation_mode": truncation_mode}
-        noted = _map_rows(dataset, row_format, options, num_proc, name)
+        noted = _map_rows(dataset, layout, {**options, "needs_prompt": needs_prompt or unpair}, num_proc, name)
         dataset = keep_usable_rows(noted, name, max_length, on_bad_rows)
+        write_settings(dataset, settings)
     if not unpair or kind is not PAIRS:
         return dataset
-    present = [name for name in UNPAIRED.optional_columns if name in _column_names(dataset)]
+    present = [name for name in UNPAIRED.optional_columns if name in column_names(dataset)]
     return unpair_rows(dataset, prepared_features(UNPAIRED.columns, present))
 
 
-def _column_names(dataset: Dataset | IterableDataset) -> list[str]:
-    if dataset.column_names is not None:
-        return dataset.column_names
-    return list(next(iter(dataset), {}))  # a stream that does not know its columns
+def _find_layout(
+    dataset: Dataset | IterableDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    kind: ExampleKind | None,
+    mapped: Sequence[str],
+    text_as: str,
+    name: str,
+) -> FoundLayout:
+    """How the rows are to be read, which is logged where it is not plain."""
+    rows = first_rows(dataset)
+    sample = sample_of(rows, column_names(dataset))
+    layout = find_layout(sample, kind, mapped, text_as)
+    if "label" in layout.columns:
+        check_label_codes(dataset, layout.columns["label"])
+    lines = describe_columns(layout, sample, tokenizer)
+    read = [_read(layout, row) for row in rows[:8]] if tokenizer.chat_template else []
+    unwritten = unrendered_keys([row for row in read if isinstance(row, CanonicalRow)], tokenizer)
+    if unwritten:
+        lines.append(
+            f"the chat template does not write {', '.join(unwritten)} of the messages: the model will not see it"
+        )
+    if lines:
+        logger.warning("%s: %s", name, "; ".join(lines))
+    return layout
 
 
 def _map_rows(
-    dataset: Dataset | IterableDataset, row_format: RowFormat, options: dict[str, Any], num_proc: int | None, name: str
+    dataset: Dataset | IterableDataset, layout: FoundLayout, options: dict[str, Any], num_proc: int | None, name: str
 ) -> Dataset | IterableDataset:
     """The rows prepared, with the notes of `notes.NOTES`."""
-    for column, feature in (dataset.features or {}).items():
-        # Images, video and audio stay as they are stored: they need not be decoded to be rejected.
-        if getattr(feature, "decode", False):
-            dataset = dataset.cast_column(column, replace(feature, decode=False))
-    columns = _column_names(dataset)
+    columns = column_names(dataset)
+    row_format = layout.format
     prepared = prepared_features(row_format.example_columns, optional_columns(row_format.kind, columns))
     features = Features({**prepared, **NOTES})
     if isinstance(dataset, Dataset) and not len(dataset):
         return Dataset.from_dict({column: [] for column in features}, features=features)
+    read_as = {"layout": (layout.name, layout.columns, layout.text_as), "class_names": class_names(dataset)}
     arguments = {
         "batched": True,
         "with_indices": True,
         "remove_columns": columns,
         "features": features,
-        "fn_kwargs": {"format_name": row_format.name, "cache_version": _CACHE_VERSION, **options},
+        "fn_kwargs": {**read_as, "cache_version": _CACHE_VERSION, **options},
     }
     if isinstance(dataset, IterableDataset):
         # Small batches, so that the first rows need not wait for a thousand others.
         return dataset.map(_prepare_batch, batch_size=64, **arguments)
-    return dataset.with_format(None).map(_prepare_batch, num_proc=num_proc, desc=f"Tokenizing {name}", **arguments)
+    return dataset.map(_prepare_batch, num_proc=num_proc, desc=f"Tokenizing {name}", **arguments)
 
 
 def _prepare_batch(
     columns: Mapping[str, list[Any]],
     indices: list[int],
-    format_name: str,
+    layout: tuple[str, dict[str, str], str],
+    class_names: Mapping[str, list[str]],
     tokenizer: PreTrainedTokenizerBase,
     max_length: int | None,
     truncation_mode: str,
+    needs_prompt: bool,
     cache_version: int,
 ) -> dict[str, list[Any]]:
     """The prepared columns and the notes of one batch of the map, with a row for each row given."""
-    row_format = next(known for known in FORMATS if known.name == format_name)
-    kinds = TokenKinds(tokenizer)
-    rows = [_read(row_format, {name: values[at] for name, values in columns.items()}) for at in range(len(indices))]
+    found, kinds = FoundLayout(*layout), TokenKinds(tokenizer)
+    row_format = found.format
+    columns = {name: _named(values, class_names.get(name)) for name, values in columns.items()}
+    given = [{name: values[at] for name, values in columns.items()} for at in range(len(indices))]
+    rows = [_read(found, row, needs_prompt) for row in given]
     tokenized = iter(tokenize_rows([row for row in rows if isinstance(row, CanonicalRow)], tokenizer, kinds))
     optional = optional_columns(row_format.kind, columns)
-    out = {name: [[number_or_nan(value)] for value in columns[raw]] for name, raw in optional.items()}
+    out: dict[str, list[Any]] = {
+        name: [[number_or_nan(value)] for value in columns[raw]] for name, raw in optional.items()
+    }
     out |= {column: [] for column in (*prepared_features(row_format.example_columns), *NOTES)}
+    out |= {"_against": _scores_against(out, rows)}
     for index, row in zip(indices, rows, strict=True):
         done = row if isinstance(row, BadRow) else next(tokenized)
-        if isinstance(done, BadRow):
-            kept, cuts, problem = None, Cuts(), str(done)
-        else:
-            (kept, cuts), problem = truncate_row(done, max_length, truncation_mode, kinds), ""
-        lacks_prompt = isinstance(row, CanonicalRow) and probably_lacks_prompt(row)
-        prepared = _prepared_columns(kept, row_format) | note_row(kept, cuts, problem, lacks_prompt)
-        for column, value in {**prepared, "row": index}.items():
+        kept, cuts = None, Cuts()
+        if isinstance(done, TokenizedRow):
+            head = partial(_head_length, cast(CanonicalRow, row), tokenizer)
+            kept, cuts = truncate_row(done, max_length, truncation_mode, kinds, head)
+        problem = done if isinstance(done, BadRow) else None
+        is_open = isinstance(done, TokenizedRow) and not all(map(kinds.is_closed, done.response_ids, done.scored_masks))
+        notes = note_row(kept, cuts, problem, row if isinstance(row, CanonicalRow) else None, is_open)
+        for column, value in {**_prepared_columns(kept, row_format), **notes, "row": index}.items():
             out[column].append(value)
     return out
 
 
-def _read(row_format: RowFormat, row: Mapping[str, Any]) -> CanonicalRow | BadRow:
+def _head_length(read: CanonicalRow, tokenizer: PreTrainedTokenizerBase, row: TokenizedRow) -> int:
+    return head_length(read, row.prompt_ids, tokenizer)
+
+
+def _scores_against(columns: Mapping[str, list[Any]], rows: Sequence[Any]) -> list[bool]:
+    """For each row that is read, whether its chosen response has the lower score. NaN is lower than nothing."""
+    unknown = [[math.nan]] * len(rows)
+    scores = (columns.get(name, unknown) for name in ("chosen_scores", "rejected_scores"))
+    is_read = (isinstance(row, CanonicalRow) for row in rows)
+    return [one[0] < other[0] and is_one for one, other, is_one in zip(*scores, is_read, strict=True)]
+
+
+def _named(values: list[Any], names: list[str] | None) -> list[Any]:
+    """The values, or the names of the classes whose numbers they are."""
+    return values if names is None else [None if value is None else names[value] for value in values]
+
+
+def _read(layout: FoundLayout, row: Mapping[str, Any], needs_prompt: bool = False) -> CanonicalRow | BadRow:
     """The canonical row, or the reason why the row cannot be used."""
     try:
-        read = row_format.read(row)
-        reject_unread_context(row, row_format.columns, read)
-        reject_texts_without_prompt(read)
+        read = layout.read(row)
+        reject_unread_context(layout.unread(row, read), read)
+        reject_texts_without_prompt(read, needs_prompt)
         return read
     except BadRow as error:
         return error

@@ -56,17 +56,34 @@ class Renderer:
         """The texts of a row of text or messages. Raises `BadRow` if the chat template rejects it."""
         return self._render_text(row) if row.content_type == "text" else self._render_messages(row)
 
+    def head(self, row: CanonicalRow) -> str:
+        """What the template writes before a user's words: its own beginning, the system prompt, the user's header."""
+        template = self._template(row)
+        system = [message for message in row.prompt[:1] if message["role"] in ("system", "developer")]
+        try:
+            one, other = (template.render([*system, {"role": "user", "content": word}]) for word in ("a", "b"))
+        except (jinja2.TemplateError, TypeError, KeyError, ValueError):
+            return ""
+        return one[: shared_length(one, other)]
+
     @cached_property
-    def _eos(self) -> str:
-        """What ends a text: nothing if the tokenizer adds its EOS by itself."""
-        adds_eos = self.tokenizer("a")["input_ids"][-1:] == [self.tokenizer.eos_token_id]
-        return "" if adds_eos else self.tokenizer.eos_token or ""
+    def _added(self) -> tuple[bool, bool]:
+        """Whether the tokenizer adds a BOS and an EOS by itself."""
+        ids = self.tokenizer("a")["input_ids"]
+        known = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
+        return ids[:1] == [known[0]], ids[-1:] == [known[1]]
 
     def _render_text(self, row: CanonicalRow) -> RenderedRow:
-        """prompt + response, ended by one EOS."""
+        """prompt + response with one BOS, if the tokenizer adds one, and one EOS at the end, whoever wrote them."""
+        bos, eos = self.tokenizer.bos_token or "", self.tokenizer.eos_token or ""
+        adds_bos, adds_eos = self._added
         texts = [(row.prompt or "") + response for response in row.responses]
-        full = [text if self._eos and text.endswith(self._eos) else text + self._eos for text in texts]
-        return RenderedRow(row.prompt, full, [None] * len(full), add_special_tokens=True)
+        prompt = row.prompt
+        if adds_bos and all(text.startswith(bos) for text in texts):
+            texts = [text[len(bos) :] for text in texts]
+            prompt = prompt and prompt.removeprefix(bos)
+        full = [_ended(text, eos, adds_eos) for text in texts]
+        return RenderedRow(prompt, full, [None] * len(full), add_special_tokens=True)
 
     def _template(self, row: CanonicalRow) -> "ChatTemplate":
         key = repr((row.tools, row.chat_template_kwargs))
@@ -92,6 +109,16 @@ class Renderer:
             with _blaming(column):
                 spans.append(_scored_spans(text, prompt, shared, response, template))
         return RenderedRow(prompt, full, spans, add_special_tokens=False)
+
+
+def _ended(text: str, eos: str, adds_eos: bool) -> str:
+    """The text with one EOS, or without where the tokenizer adds it. White space after an EOS, which a chat template
+    has written, stays."""
+    if not eos:
+        return text
+    if text.endswith(eos):
+        return text.removesuffix(eos) if adds_eos else text
+    return text if text.rstrip().endswith(eos) and not adds_eos else text + ("" if adds_eos else eos)
 
 
 @contextmanager

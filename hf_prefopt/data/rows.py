@@ -21,6 +21,17 @@ class BadRow(ValueError):
 
     def __init__(self, column: str, problem: str, cure: str = DROP_CURE):
         super().__init__(f"`{column}` {problem}; {cure}")
+        self.parts = (column, problem, cure)
+
+    def renamed(self, names: Mapping[str, str]) -> "BadRow":
+        """The same with the names that columns have in the data set, by those that they have here."""
+        column, problem, cure = self.parts
+        problem = re.sub("`([^`]+)`", lambda found: f"`{names.get(found[1], found[1])}`", problem)
+        return type(self)(names.get(column, column), problem, cure)
+
+
+class Tie(BadRow):
+    """Two responses of which neither is the better one: no pair, and no fault of the data."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +47,8 @@ class CanonicalRow:
             `scores` or `token_weights`.
         tools: tool schemas for the chat template, or None.
         chat_template_kwargs: other arguments of the chat template.
+        unread: what columns of the format say that were not used, by column, because the responses say it, too.
+        repeated: whether the responses began with the prompt, which was taken off.
     """
 
     content_type: ContentType
@@ -45,33 +58,8 @@ class CanonicalRow:
     example_columns: dict[str, list]
     tools: list[dict[str, Any]] | None = None
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
-
-
-def common_content_type(row: Mapping[str, Any], columns: tuple[str, ...]) -> ContentType:
-    """Whether all these columns hold text, or all hold lists of messages.
-
-    Raises:
-        BadRow: a column is missing, holds something else, or differs from the first column.
-    """
-    first, *others = (_content_type(column, row.get(column)) for column in columns)
-    for column, found in zip(columns[1:], others, strict=True):
-        if found != first:
-            cure = "give both as text or both as messages"
-            if columns[0] == "prompt":
-                cure += ", or remove `prompt` if the responses already begin with it"
-            name = {"text": "text", "messages": "a list"}
-            raise BadRow(column, f"is {name[found]} while `{columns[0]}` is {name[first]}", cure)
-    return first
-
-
-def _content_type(column: str, value: Any) -> ContentType:
-    if value is None:
-        raise BadRow(column, "is missing")
-    if isinstance(value, str):
-        return "text"
-    if isinstance(value, list | tuple):
-        return "messages"
-    raise BadRow(column, f"is of type {type(value).__name__}", "make it text or a list of messages")
+    unread: dict[str, Any] = field(default_factory=dict)
+    repeated: bool = False
 
 
 def read_json(row: Mapping[str, Any], column: str, expected: type) -> Any:
@@ -181,23 +169,35 @@ def _check_text(column: str, text: str) -> str:
     return text
 
 
-def reject_repeated_prompt(prompt: str, responses: Mapping[str, str]) -> None:
-    """Raise `BadRow` if all responses, by column, begin with the prompt, which would then appear twice.
+def take_off_prompt(prompt: str, responses: dict[str, str]) -> dict[str, str]:
+    """The responses without the prompt, if all of them, by column, begin with it and go on.
 
-    A single response may echo its prompt, and a short greeting may be answered by the same greeting.
+    A single response may echo its prompt, and a short greeting may be answered by the same greeting: of prompts of
+    fewer than `PROMPT_WORDS` words nothing is taken off.
     """
-    stripped = prompt.strip()
-    if count_shared_words([stripped]) < PROMPT_WORDS:
-        return
-    if all(text.lstrip().startswith(stripped) for text in responses.values()):
-        cure = "remove the `prompt` column, or take it off the responses"
-        raise BadRow(next(iter(responses)), "repeats the text of `prompt`", cure)
+    begin = prompt.strip()
+    if not all(text.lstrip().startswith(begin) for text in responses.values()):
+        return responses
+    if count_shared_words([begin]) < PROMPT_WORDS:
+        return responses
+    # White space at the end of the prompt is not repeated either.
+    ends_blank = len(prompt) > len(prompt.rstrip())
+    rest = {column: text.lstrip()[len(begin) :] for column, text in responses.items()}
+    rest = {column: text.lstrip() if ends_blank else text for column, text in rest.items()}
+    return rest if all(map(str.strip, rest.values())) else responses
 
 
-def reject_texts_without_prompt(row: CanonicalRow) -> None:
-    """Raise `BadRow` if texts that should begin with their prompt do not even begin with the same word."""
+def reject_texts_without_prompt(row: CanonicalRow, needs_prompt: bool = False) -> None:
+    """Raise `BadRow` if texts that should begin with their prompt do not even begin with the same word.
+
+    With `needs_prompt`, raise for all texts of which it is not known where their prompt ends.
+    """
     if row.content_type != "text" or row.prompt is not None:
         return
+    if needs_prompt:
+        problem = "is text that begins with its prompt, and where that ends matters to these losses"
+        cure = "add a `prompt` column, or mark the turns as in '\\n\\nHuman: …\\n\\nAssistant: …'"
+        raise BadRow(row.columns[0], problem, cure)
     (first, text), *others = zip(row.columns, row.responses, strict=True)
     for column, other in others:
         if not count_shared_words([text, other]):

@@ -61,6 +61,11 @@ class TokenKinds:
                 return None
         return None
 
+    def is_closed(self, ids: Sequence[int], scored: Sequence[int]) -> bool:
+        """Whether a control token ends these ids and is scored: otherwise a model is not trained to stop."""
+        closing = self.closing_token(ids)
+        return closing is not None and bool(scored[len(ids) - 1 - list(reversed(ids)).index(closing)])
+
     def has_words(self, ids: Sequence[int], scored: Sequence[int]) -> bool:
         """Whether any scored token is neither a control token nor blank."""
         words = (i for i, is_scored in zip(ids, scored, strict=True) if is_scored and i not in self.special)
@@ -83,10 +88,18 @@ def tokenize_rows(
         if isinstance(texts, BadRow):
             done.append(texts)
         elif texts is None:
-            done.append(_try(_take_ids, row))
+            done.append(_try(_take_ids, row, len(tokenizer)))
         else:
             done.append(_try(_split_row, row, texts, next(encodings), kinds))
     return done
+
+
+def head_length(row: CanonicalRow, prompt_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> int:
+    """The number of tokens at the start of a prompt without which it is another prompt: BOS, and the system prompt."""
+    if row.content_type == "messages":
+        head = Renderer(tokenizer).head(row)
+        return shared_length(tokenizer(head, add_special_tokens=False)["input_ids"] if head else [], prompt_ids)
+    return int(tokenizer.bos_token_id is not None and prompt_ids[:1] == [tokenizer.bos_token_id])
 
 
 def _try(step, *arguments):
@@ -159,7 +172,11 @@ _NO_WORDS = {
 }
 
 
-def _take_ids(row: CanonicalRow) -> TokenizedRow:
+def _take_ids(row: CanonicalRow, vocabulary: int) -> TokenizedRow:
+    for column, ids in zip(("prompt_ids", *row.columns), (row.prompt, *row.responses), strict=True):
+        if ids and max(ids) >= vocabulary:
+            cure = "use the tokenizer that made the ids"
+            raise BadRow(column, f"holds {max(ids)}, and the tokenizer has {vocabulary:,} tokens", cure)
     return _finish_row(row, row.prompt, row.responses, [[1] * len(ids) for ids in row.responses])
 
 

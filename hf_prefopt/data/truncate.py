@@ -21,13 +21,18 @@ class Cuts:
 
 
 def truncate_row(
-    row: TokenizedRow, max_length: int | None, mode: str, kinds: TokenKinds
+    row: TokenizedRow,
+    max_length: int | None,
+    mode: str,
+    kinds: TokenKinds,
+    head: Callable[[TokenizedRow], int] = lambda row: 0,
 ) -> tuple[TokenizedRow | None, Cuts]:
     """Cut a row so that prompt + response has at most `max_length` tokens, for each response.
 
     Args:
         max_length: None cuts nothing.
         mode: a key of `TRUNCATION_MODES`.
+        head: the number of tokens at the start of a prompt that are never cut: BOS and system prompt.
 
     Returns:
         The row, or None if a response would keep no words; and what was cut.
@@ -35,7 +40,9 @@ def truncate_row(
     longest = len(row.prompt_ids) + max(map(len, row.response_ids))
     if max_length is None or longest <= max_length:
         return row, Cuts(longest=longest)
-    prompt = TRUNCATION_MODES[mode](row, max_length)
+    prompt = TRUNCATION_MODES[mode](row, max_length, head)
+    if prompt is None:
+        return None, Cuts(longest=longest)
     room = max_length - len(prompt)
     responses, masks = [], []
     kept: list[Sequence[int]] = []
@@ -57,18 +64,31 @@ def truncate_row(
     return TokenizedRow(prompt, responses, masks, columns), cuts
 
 
-def _whole_prompt(row: TokenizedRow, max_length: int) -> list[int]:
+Head = Callable[[TokenizedRow], int]
+
+
+def _whole_prompt(row: TokenizedRow, max_length: int, head: Head) -> list[int] | None:
     return row.prompt_ids
 
 
-def _end_of_prompt(row: TokenizedRow, max_length: int) -> list[int]:
-    """The tokens that fit before the longest response, at least one, which predicts the first response token."""
+def _end_of_prompt(row: TokenizedRow, max_length: int, head: Head) -> list[int] | None:
+    """The head and the tokens that fit before the longest response, at least one, which predicts its first token.
+
+    None if the head leaves no room for them.
+    """
     room = max(1, max_length - max(map(len, row.response_ids)))
-    return row.prompt_ids[-room:]
+    if len(row.prompt_ids) <= room:
+        return row.prompt_ids
+    kept = min(head(row), len(row.prompt_ids) - 1)
+    # A response that is too long by itself is cut; the head is not.
+    end = max(1, room - kept)
+    if kept + end > max_length - 1:
+        return None
+    return [*row.prompt_ids[:kept], *row.prompt_ids[-end:]]
 
 
 # Which tokens a prompt keeps if its row is too long; the responses get the rest of max_length.
-TRUNCATION_MODES: dict[str, Callable[[TokenizedRow, int], list[int]]] = {
+TRUNCATION_MODES: dict[str, Callable[[TokenizedRow, int, Head], list[int] | None]] = {
     "keep_start": _whole_prompt,
     "keep_end": _end_of_prompt,
 }

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_prefopt.batch import PreferenceBatch, ResponseScores
-from hf_prefopt.kinds import KINDS
+from hf_prefopt.kinds import KINDS, PAIRS
 from hf_prefopt.kinds.made_up import made_up_examples
 from hf_prefopt.losses.base import LossOutput
 from hf_prefopt.losses.dpo import wpo_weights
@@ -55,6 +55,24 @@ class Objective:
     def needs_global_batch(self) -> bool:
         """Whether any loss of an example depends on the other examples of the global batch."""
         return any(term.spec.needs_global_batch for term in self.terms)
+
+    @cached_property
+    def ignores_shared_tokens(self) -> bool:
+        """Whether it does not matter where a pair's prompt ends, because all losses compare sums of log-probs alone.
+
+        Tokens that both responses begin with count for the prompt or for the responses: that moves both sums, of the
+        policy and of the reference, equally. A trial on made-up examples decides.
+        """
+        if self.kind is not PAIRS or not all(map(_counts_tokens, self.inputs)):
+            return False
+        inputs = made_up_examples(self.inputs, count=8, dtype=torch.float64)
+        moved = dict(inputs)
+        for name, value in inputs.items():
+            if name.endswith(("_logps", "_lengths")):
+                shift = 5 if name.endswith("_lengths") else -9 if name.startswith("policy") else -7
+                moved[name] = value + shift
+        before, after = (self(given).losses.detach() for given in (inputs, moved))
+        return torch.allclose(before, after, rtol=1e-9, atol=1e-9)
 
     @property
     def needs_mismatched(self) -> bool:
@@ -137,6 +155,12 @@ class Objective:
     def _check_on_made_up_numbers(self) -> None:
         """Call every loss once, so that a bad hyperparameter is refused now and not at the first step."""
         self(made_up_examples(self.inputs))
+
+
+def _counts_tokens(name: str) -> bool:
+    """Whether an input is a sum over tokens, their number, or nothing of tokens: all that a trial can move."""
+    of_tokens = ("token", "alignment", "entropy", "_kl", "gold", "mismatched")
+    return not any(part in name for part in of_tokens)
 
 
 class ResponseStatistics:

@@ -1,25 +1,13 @@
 """Checks of a trainer's arguments before anything is loaded: their types, the data, and what contradicts itself."""
 
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-from datasets import Dataset, IterableDataset
+from datasets import IterableDataset
 from peft import PeftConfig
 from transformers import TrainerState, TrainingArguments
 
 from hf_prefopt.config import PreferenceConfig
-
-# What people pass as a data set, and how one is made of it.
-_WAYS: tuple[tuple[Any, str], ...] = (
-    ((str, Path), "load it: load_dataset(name, split='train'), for a file load_dataset('json', data_files=file)"),
-    ((list, tuple), "make it one: Dataset.from_list(rows)"),
-    ((Iterator, Callable), "make it one: Dataset.from_generator(function), of a function that yields the rows"),
-    (torch.utils.data.IterableDataset, "make it one: IterableDataset.from_generator(lambda: iter(rows))"),
-    (torch.utils.data.Dataset, "make it one: Dataset.from_list([rows[i] for i in range(len(rows))])"),
-    (object, "make it a Dataset or an IterableDataset"),
-)
 
 
 def check_types(args: Any, ref_model: Any, peft_config: Any = None, processing_class: Any = None) -> None:
@@ -66,35 +54,6 @@ def check_order(args: PreferenceConfig, train_dataset: Any) -> None:
             "group_by_prompt=True draws rows from the whole data set, and a stream gives them in its own order: set it "
             "to False, or load the data set without streaming"
         )
-
-
-def check_data(dataset: Any, name: str) -> None:
-    """Raise `ValueError` unless this is a data set with rows; for evaluation it may be several by name.
-
-    Whether a stream has rows shows when it is read.
-    """
-    if isinstance(dataset, dict) and name == "eval":
-        return
-    if isinstance(dataset, dict):
-        names = ", ".join(map(str, dataset)) or "nothing"
-        raise ValueError(f"the data set {name!r} is a {_type(dataset)} of {names}: {_way_out_of(dataset)}")
-    if not isinstance(dataset, Dataset | IterableDataset):
-        raise ValueError(f"the data set {name!r} is a {_type(dataset)} and no datasets.Dataset: {_way(dataset)}")
-    if isinstance(dataset, Dataset) and not len(dataset):
-        raise ValueError(f"the data set {name!r} has no rows: look at how it was loaded and filtered, or leave it out")
-
-
-def _way_out_of(splits: dict[str, Any]) -> str:
-    if not all(isinstance(split, Dataset | IterableDataset) for split in splits.values()):
-        return "make one of its columns: Dataset.from_dict(columns)"
-    wanted = "train" if "train" in splits else next(iter(splits), "train")
-    return f"pass one of them, as in train_dataset=splits[{wanted!r}]"
-
-
-def _way(dataset: Any) -> str:
-    if type(dataset).__name__ == "DataFrame":
-        return f"make it one: Dataset.from_{type(dataset).__module__.split('.')[0]}(frame)"
-    return next(cure for types, cure in _WAYS if isinstance(dataset, types))
 
 
 def _type(value: Any) -> str:

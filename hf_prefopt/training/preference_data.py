@@ -6,13 +6,13 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from hf_prefopt.config import PreferenceConfig
-from hf_prefopt.data.check import check_examples
+from hf_prefopt.data.check import check_embeddings, check_examples
 from hf_prefopt.data.collator import EvenStream
 from hf_prefopt.data.group import PromptSampler, prompt_keys
 from hf_prefopt.data.prepare import prepare_dataset, prepared_features
+from hf_prefopt.data.sources import as_dataset, check_rows
 from hf_prefopt.data.unpaired import MismatchedResponses
 from hf_prefopt.kinds import KINDS, kind_of_columns
-from hf_prefopt.training.arguments import check_data
 
 Data = Dataset | IterableDataset
 DataOrSplits = Data | dict[str, Data]
@@ -24,27 +24,29 @@ class PreferenceData:
     Args:
         args: the settings, read whenever they are needed.
         tokenizer: tokenizes raw rows.
+        embeddings: how many token ids the model knows; None if that is not known yet.
 
     Attributes:
         objective: the losses. The first data set settles it: the kind of examples, for losses that take several kinds,
             and the optional columns.
     """
 
-    def __init__(self, args: PreferenceConfig, tokenizer: PreTrainedTokenizerBase):
-        self.args, self.tokenizer = args, tokenizer
+    def __init__(self, args: PreferenceConfig, tokenizer: PreTrainedTokenizerBase, embeddings: int | None = None):
+        self.args, self.tokenizer, self._embeddings = args, tokenizer, embeddings
         self.objective, self._is_settled = args.build_objective(), False
 
-    def prepare(self, dataset: DataOrSplits | None, name: str) -> DataOrSplits | None:
-        """The data set tokenized, or each of several.
+    def prepare(self, dataset: Any, name: str) -> DataOrSplits | None:
+        """The data set tokenized, or each of several; `sources.as_dataset` says what it may be.
 
         Raises:
             ValueError: it is no data set, its rows cannot be read, or the losses cannot compare its examples.
         """
         if dataset is None:
             return None
-        check_data(dataset, name)
+        dataset = as_dataset(dataset, name)
         if isinstance(dataset, dict):
             return {key: self.prepare(split, key) for key, split in dataset.items()}
+        check_rows(dataset, name)
         with self.args.main_process_first(desc=f"tokenizing {name}"):
             prepared = prepare_dataset(
                 dataset,
@@ -56,7 +58,13 @@ class PreferenceData:
                 name=name,
                 unpair=self.args.unpair,
                 kind=self.objective.kind,
+                column_mapping=self.args.column_mapping,
+                remove_columns=self.args.remove_columns,
+                text_as=self.args.text_as,
+                needs_prompt=not self.objective.ignores_shared_tokens,
             )
+        if self._embeddings is not None:
+            check_embeddings(prepared, self._embeddings, name)
         return self._checked(prepared, name)
 
     def settle_again(self, train: Data | None, evaluation: DataOrSplits | None) -> None:

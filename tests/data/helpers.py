@@ -9,7 +9,7 @@ from hf_prefopt.data.formats import FORMATS
 from hf_prefopt.data.prepare import prepare_dataset
 
 # By the name of a format, the function that reads a row of it.
-READ = {row_format.name: row_format.read for row_format in FORMATS}
+READ = {name: row_format.read for name, row_format in FORMATS.items()}
 
 ODD_CASES = {
     case["case"]: case for case in map(json.loads, Path(__file__).with_name("odd_cases.jsonl").open(encoding="utf-8"))

@@ -2,15 +2,27 @@
 
 import pytest
 
-from hf_prefopt.data.formats import FORMATS, find_format
+from hf_prefopt.data.column_layouts import find_layout
+from hf_prefopt.data.formats import FORMATS
 from hf_prefopt.data.rows import BadRow
 from hf_prefopt.kinds import PAIRS, TRIPLES, UNPAIRED
 from tests.data.helpers import READ, ask, chat_pair, reply, say, text_pair
 
+SAMPLES = {
+    **{column: [1] for column in ("ranks", "scores", "responses")},
+    "completion": [say("user", "a"), say("assistant", "b")],
+    "label": True,
+}
 
-def test_each_format_is_found_by_its_columns_and_others_are_left_aside():
-    for row_format in FORMATS:
-        assert find_format([*row_format.columns, "problem_id"], row_format.kind) is row_format
+
+def find_format(columns, kind=None):
+    return find_layout({column: SAMPLES.get(column, "a") for column in columns}, kind).format
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if name != "labeled conversations"])
+def test_each_format_is_found_by_its_columns_and_others_are_left_aside(name):
+    row_format = FORMATS[name]
+    assert find_format([*row_format.columns, "problem_id"], row_format.kind) is row_format
 
 
 @pytest.mark.parametrize("kind", [None, PAIRS, UNPAIRED])
@@ -101,10 +113,10 @@ BAD_ROWS = {
     "a blank side": ("pairs", text_pair(rejected=" \n"), "`rejected` is only whitespace"),
     "an empty message": ("pairs", chat_pair(rejected=""), "`rejected` is empty"),
     "no messages": ("pairs", {**chat_pair(), "chosen": []}, "`chosen` is empty"),
-    "mixed kinds": (
+    "messages written as text beside plain text": (
         "pairs",
-        {**chat_pair(), "prompt": "What is the capital of France?"},
-        "`chosen` is a list while `prompt` is text; .*remove `prompt`",
+        {**text_pair(), "rejected": '[{"role": "assistant", "content": "Rome."}]'},
+        "`rejected` is text that writes down messages, and another response is plain text",
     ),
     "an empty gold response": ("triples", {**text_pair(), "reference": ""}, "`reference` is empty"),
     "no gold ids": (
@@ -117,7 +129,6 @@ BAD_ROWS = {
     "no content": ("pairs", {**chat_pair(), "chosen": [{"role": "assistant"}]}, "no `content` in message 0"),
     "no dict": ("pairs", {**chat_pair(), "chosen": ["Paris."]}, "holds a str where message 0"),
     "no reply": ("pairs", {**chat_pair(), "chosen": ask()}, "`chosen` has no assistant message"),
-    "prompt twice": ("pairs", {**chat_pair(), "chosen": [*ask(), *reply("a")]}, "repeats the messages"),
     "tools": ("pairs", {**chat_pair(), "tools": "[{"}, "`tools` is text but not JSON"),
     "no prompt": (
         "pairs that begin with their prompt",

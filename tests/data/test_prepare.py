@@ -119,7 +119,7 @@ def test_bad_rows_are_counted_and_the_first_three_shown():
 
 def test_bad_rows_can_be_dropped_and_the_others_keep_their_numbers(said):
     prepared = prepare_dataset(
-        Dataset.from_list([BAD, text_pair(), BAD, text_pair()]), tiny_tokenizer(), on_bad_rows="drop"
+        Dataset.from_list([BAD, text_pair(), BAD, text_pair()]), tiny_tokenizer(None), on_bad_rows="drop"
     )
     assert prepared["row"][:] == [1, 3]
     assert said() == ["train: 2 unusable rows dropped"]
@@ -182,3 +182,26 @@ class TestStreaming:
     def test_a_prepared_stream_comes_back_as_it_is(self):
         stream = prepare_dataset(Dataset.from_list([text_pair()]).to_iterable_dataset(), tiny_tokenizer())
         assert prepare_dataset(stream, tiny_tokenizer()) is stream
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_length": 8}, "max_length None, and here it is 8"),
+        ({"truncation_mode": "keep_end"}, "truncation_mode 'keep_start', and here it is 'keep_end'"),
+        ({"tokenizer": tiny_tokenizer(None)}, "chat template"),
+    ],
+    ids=["length", "mode", "template"],
+)
+def test_a_set_prepared_with_other_settings_is_refused(options, message, tmp_path):
+    """Saved, loaded, and with some of its rows; a set without a note, such as one made by hand, is taken as it is."""
+    settings = {"tokenizer": tiny_tokenizer(), "max_length": None}
+    prepared = prepare_dataset(Dataset.from_list([chat_pair(), chat_pair()]), **settings)
+    prepared.select([1]).save_to_disk(tmp_path)
+    loaded = Dataset.load_from_disk(tmp_path)
+    for given in (prepared, loaded):
+        assert prepare_dataset(given, **settings) is given
+        with pytest.raises(ValueError, match=f"train: this data set was prepared with .*{message}"):
+            prepare_dataset(given, **{**settings, **options})
+    by_hand = Dataset.from_list(list(prepared), features=prepared.features)
+    assert prepare_dataset(by_hand, **{**settings, **options}) is by_hand

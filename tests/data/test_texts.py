@@ -73,9 +73,8 @@ def test_answers_without_a_prompt_are_refused():
 
 def test_answers_that_begin_with_nothing_in_common_are_refused_by_the_row():
     unlike = sides("Yes, blue.", "No.")
-    for options in ({}, {"unpair": True}):
-        with pytest.raises(ValueError, match="row 12: `rejected` and `chosen` do not begin with the same word"):
-            prepare(*CONTINUED, unlike, **options)
+    with pytest.raises(ValueError, match="row 12: `rejected` and `chosen` do not begin with the same word"):
+        prepare(*CONTINUED, unlike)
     assert len(prepare(*CONTINUED, unlike, on_bad_rows="drop")) == 12
     with pytest.raises(ValueError, match="12 of 12 rows share"):  # what is left is no better
         prepare(*ANSWERS, *[unlike] * 20, on_bad_rows="drop")
@@ -89,25 +88,21 @@ def test_messages_that_begin_with_the_answer_have_no_prompt():
     assert len(prepare({"prompt": [], **pair})) == 1
 
 
-MESSAGES = {
-    "JSON": json.dumps([*ask(), *reply("Paris.")]),
-    "one message": json.dumps(reply("Paris.")[0]),
+WRITTEN = {
     "Python": str([*ask(), *reply("It's Paris.")]),
     "NumPy": "[{'content': 'Why?', 'role': 'user'}\n {'content': 'Because.', 'role': 'assistant'}]",
-    "sharegpt": '[{"from": "human", "value": "Why?"}]',
-    "white space": '\n [ {"role" : "user", "content" : "Why?"} ]\n',
 }
 
 
-@pytest.mark.parametrize("text", MESSAGES.values(), ids=MESSAGES)
+@pytest.mark.parametrize("text", WRITTEN.values(), ids=WRITTEN)
 @pytest.mark.parametrize("column", ["prompt", "chosen", "rejected"])
-def test_messages_in_writing_are_refused(column, text):
+def test_messages_as_python_writes_them_are_refused(column, text):
     with pytest.raises(ValueError, match=rf"row 0: `{column}` is text that writes down messages.*json\.loads"):
         prepare({**text_pair(), column: text})
 
 
 def test_messages_in_writing_are_refused_in_rows_of_every_kind():
-    text = MESSAGES["JSON"]
+    text = WRITTEN["Python"]
     for row in (
         {"chosen": text, "rejected": text},
         {"prompt": "Why?", "completion": text, "label": False},
@@ -119,6 +114,29 @@ def test_messages_in_writing_are_refused_in_rows_of_every_kind():
         prepare({**text_pair(), "prompt": '["What is the capital of France?"]'})
 
 
+JSON = {
+    "a list": (json.dumps(ask()), json.dumps(reply("Paris."))),
+    "one message": (json.dumps(ask()[0]), json.dumps(reply("Paris.")[0])),
+    "sharegpt": (
+        '[{"from": "human", "value": "What is the capital of France?"}]',
+        '{"from": "gpt", "value": "Paris."}',
+    ),
+    "white space": (
+        '\n [ {"role" : "user", "content" : "What is the capital of France?"} ]\n',
+        ' [{"role": "assistant", "content": "Paris."}]',
+    ),
+}
+
+
+@pytest.mark.parametrize(("question", "answer"), JSON.values(), ids=JSON)
+def test_messages_in_json_are_messages(question, answer):
+    (expected,) = prepare(chat_pair())
+    rejected = json.dumps(reply("Rome."))
+    assert prepare({"prompt": question, "chosen": answer, "rejected": rejected})[0] == expected
+    with pytest.raises(ValueError, match="`chosen` is text that writes down messages, and another response is plain"):
+        prepare({"prompt": question, "chosen": answer, "rejected": "Rome."})
+
+
 @pytest.mark.parametrize(
     "answer",
     ['{"from": "Paris", "to": "Rome", "value": 3}', '["a", "b"]', "[1, 2]", '{"role": "user"}', "The role: [{x}]"],
@@ -127,16 +145,20 @@ def test_an_answer_in_json_is_an_answer(answer):
     assert len(prepare(text_pair(chosen=answer))) == 1
 
 
-def test_a_prompt_that_all_responses_repeat_is_refused():
-    prompt = "Human: What color is the sky?\nAssistant:"
-    row = {"prompt": prompt, "chosen": f"{prompt} Blue.", "rejected": f" {prompt} Green."}
-    with pytest.raises(ValueError, match="row 0: `chosen` repeats the text of `prompt`; remove the `prompt` column"):
-        prepare(row)
-    with pytest.raises(ValueError, match="`completion` repeats"):
-        prepare({"prompt": prompt, "completion": f"{prompt} Blue.", "label": True})
-    with pytest.raises(ValueError, match="repeats the text of `prompt`"):
-        prepare({"prompt": prompt, "responses": [row["chosen"], row["rejected"]], "ranks": [1, 2]})
-    assert len(prepare({key: row[key].strip() for key in ("chosen", "rejected")})) == 1
+@pytest.mark.parametrize("end", ["", " ", "\n"], ids=["no blank", "blank", "line"])
+def test_a_prompt_that_all_responses_repeat_is_taken_off(end, caplog):
+    """The same tokens as without it, and one line that counts the rows."""
+    prompt = f"Human: What color is the sky?\nAssistant:{end}"
+    joint = "" if end else " "
+    whole = {"chosen": f"{prompt}{joint}Blue.", "rejected": f" {prompt}{joint}Green."}
+    alone = {"chosen": f"{joint}Blue.", "rejected": f"{joint}Green."}
+    assert prepare({"prompt": prompt, **whole})[:] == prepare({"prompt": prompt, **alone})[:]
+    assert "the prompt taken off the responses of 1 row, which began with it" in caplog.text
+    for label in (True, False):
+        texts = [{"prompt": prompt, "completion": sides["chosen"], "label": label} for sides in (whole, alone)]
+        assert prepare(texts[0])[:] == prepare(texts[1])[:]
+    lists = [{"prompt": prompt, "responses": [*sides.values()], "ranks": [1, 2]} for sides in (whole, alone)]
+    assert prepare(lists[0])[:] == prepare(lists[1])[:]
 
 
 def test_an_echo_is_no_repeated_prompt():

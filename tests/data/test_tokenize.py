@@ -5,11 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset
+from tokenizers import processors
 
 from hf_prefopt.data import render
 from hf_prefopt.data.prepare import prepare_dataset
 from tests.data.helpers import ODD_CASES, ask, chat_pair, prepare_row, reply, say, scored_text, text_pair
 from tests.tokenizers import (
+    CHATML,
     CHATML_THINKING_LAST,
     CHATML_WITH_MARKERS,
     CHATML_WITHOUT_TOOLS,
@@ -22,9 +24,9 @@ UNUSABLE = {
     "empty_rejected": "`rejected` is empty",
     "whitespace_only_completion": "`rejected` is only whitespace",
     "missing_rejected": "`rejected` is missing",
-    "wrong_types": "`chosen` is text while `prompt` is a list",
 }
-USABLE = [name for name in ODD_CASES if name not in UNUSABLE]
+# Mixed kinds are in test_column_layouts.py.
+USABLE = [name for name in ODD_CASES if name not in UNUSABLE and name != "wrong_types"]
 
 
 @pytest.mark.parametrize("name", UNUSABLE)
@@ -244,3 +246,52 @@ def test_the_tokenizer_is_asked_once_a_batch_whether_it_adds_an_eos(monkeypatch)
     monkeypatch.setattr(type(tokenizer), "__call__", lambda *texts, **k: asked.append(texts[1]) or call(*texts, **k))
     prepare_dataset(Dataset.from_list([text_pair()] * 5), tokenizer, max_length=None)
     assert asked.count("a") == 1
+
+
+def test_one_bos_and_one_eos_whoever_wrote_them():
+    """In texts that a chat template has written, and with a tokenizer that adds both by itself."""
+    tokenizer = tiny_tokenizer(bos=True)
+    plain = prepare_row(text_pair("The capital", " is Paris.", " is Rome."), tokenizer)
+    written = text_pair("<s>The capital", " is Paris.<|im_end|>", " is Rome.<|im_end|>")
+    assert prepare_row(written, tokenizer) == plain
+    ids = prepare_row({side: "<s>The capital of it is " + side for side in ("chosen", "rejected")}, tokenizer)
+    assert ids["prompt_ids"].count(tokenizer.bos_token_id) == 1
+    adds_both = tiny_tokenizer(bos=True)
+    adds_both._tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A <|im_end|>",
+        special_tokens=[(token, adds_both.convert_tokens_to_ids(token)) for token in ("<s>", "<|im_end|>")],
+    )
+    assert prepare_row(written, adds_both)["response_ids"] == plain["response_ids"]
+    assert (
+        prepare_row(text_pair("The capital", " is Paris.", " is Rome."), adds_both)["response_ids"]
+        == plain["response_ids"]
+    )
+
+
+def test_a_text_that_a_template_has_ended_gets_no_second_eos():
+    tokenizer = tiny_tokenizer()
+    row = prepare_row(text_pair("<|im_start|>user", "Hi<|im_end|>\n", "No<|im_end|>\n"), tokenizer)
+    assert [tokenizer.decode(ids) for ids in row["response_ids"]] == ["Hi<|im_end|>\n", "No<|im_end|>\n"]
+
+
+def test_responses_that_do_not_end_are_counted(caplog):
+    """A template without an end of turn, and one whose markers leave it out."""
+    endless = CHATML.replace("'<|im_end|>\n'", "'\n'")
+    unscored = CHATML_WITH_MARKERS.replace(
+        "message['content'] + '<|im_end|>' -}}{%- endgeneration -%}",
+        "message['content'] -}}{%- endgeneration -%}{{- '<|im_end|>' -}}",
+    )
+    for template in (endless, unscored):
+        caplog.clear()
+        prepare_row(chat_pair(), tiny_tokenizer(template))
+        assert "a response of 1 row ends in no scored end of turn" in caplog.text
+    caplog.clear()
+    prepare_row(chat_pair(), tiny_tokenizer(CHATML_WITH_MARKERS))
+    assert not caplog.text
+
+
+def test_ids_beyond_the_vocabulary_are_refused():
+    tokenizer = tiny_tokenizer()
+    row = {"prompt_ids": [7, 8], "chosen_ids": [9, len(tokenizer)], "rejected_ids": [11]}
+    with pytest.raises(ValueError, match=rf"row 0: `chosen_ids` holds {len(tokenizer)}, and the tokenizer has"):
+        prepare_row(row, tokenizer)

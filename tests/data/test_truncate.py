@@ -1,9 +1,12 @@
 """What is cut is cut where it hurts least: the EOS stays, the prompt stays one, nothing empty is left behind."""
 
 import pytest
+from datasets import Dataset
 
+from hf_prefopt.data.prepare import prepare_dataset
 from hf_prefopt.data.tokenize import TokenizedRow, TokenKinds
 from hf_prefopt.data.truncate import Cuts, truncate_row
+from tests.data.helpers import ask, chat_pair, say, text_pair
 from tests.tokenizers import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -83,3 +86,27 @@ def test_without_a_prompt_nothing_is_kept_for_one():
         cut, cuts = truncate_row(row, 3, mode, KINDS)
         assert (cut.prompt_ids, cut.response_ids[0]) == ([], [A, B, EOS])
         assert not cuts.prompt
+
+
+def test_keep_end_keeps_the_bos():
+    tokenizer = tiny_tokenizer(bos=True)
+    rows = Dataset.from_list([text_pair("The capital of France is " * 9)])
+    (row,) = prepare_dataset(rows, tokenizer, max_length=16, truncation_mode="keep_end")
+    (whole,) = prepare_dataset(rows, tokenizer, max_length=None)
+    room = 16 - max(map(len, whole["response_ids"]))
+    assert row["prompt_ids"] == [tokenizer.bos_token_id, *whole["prompt_ids"][1 - room :]]
+    assert row["response_ids"] == whole["response_ids"]
+
+
+def test_keep_end_keeps_the_system_prompt_and_the_users_header():
+    prompt = [say("system", "Be brief."), *ask("What is the capital of France? " * 9)]
+    rows = Dataset.from_list([chat_pair(prompt=prompt)])
+    (row,) = prepare_dataset(rows, TOKENIZER, max_length=48, truncation_mode="keep_end")
+    (whole,) = prepare_dataset(rows, TOKENIZER, max_length=None)
+    text = TOKENIZER.decode(row["prompt_ids"])
+    head = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n"
+    assert text.startswith(head) and text.endswith("<|im_end|>\n<|im_start|>assistant\n")
+    assert TOKENIZER.decode(whole["prompt_ids"]).endswith(text.removeprefix(head))
+    assert len(row["prompt_ids"]) + max(map(len, row["response_ids"])) == 48
+    with pytest.raises(ValueError, match="none of the 1 rows can be used"):
+        prepare_dataset(rows, TOKENIZER, max_length=8, truncation_mode="keep_end")

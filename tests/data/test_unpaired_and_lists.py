@@ -67,14 +67,10 @@ def test_a_list_may_be_of_messages():
 
 BAD_ROWS = {
     "no label": ("labeled responses", labeled(None), "`label` is None"),
-    "a label of words": ("labeled responses", labeled("good"), "`label` is 'good'; make it true"),
+    "a label of words": ("labeled responses", labeled("fair"), "`label` is 'fair'; make it true"),
     "a rating for a label": ("labeled responses", labeled(4), "`label` is 4"),
     "an empty completion": ("labeled responses", labeled(completion=""), "`completion` is empty"),
-    "mixed kinds": (
-        "labeled responses",
-        {**labeled(), "completion": reply("a")},
-        "`completion` is a list while",
-    ),
+    "a label that is none": ("labeled responses", labeled(None), "`label` is None; make it true"),
     "no responses": ("ranked lists", {**listed("ranks", []), "responses": None}, "`responses` is missing"),
     "one response": (
         "ranked lists",
@@ -91,10 +87,10 @@ BAD_ROWS = {
         "`scores` holds -inf at",
     ),
     "an empty response": ("scored lists", listed("scores", [1, 2], [" Paris.", ""]), r"`responses\[1\]` is empty"),
-    "mixed responses": (
+    "a response that is a number": (
         "scored lists",
-        {**listed("scores", [1, 2]), "responses": [" a", reply("b")]},
-        r"`responses\[1\]` is a list while `prompt` is text",
+        {**listed("scores", [1, 2]), "responses": [" a", 4]},
+        r"`responses\[1\]` is of type int",
     ),
 }
 

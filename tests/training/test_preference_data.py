@@ -85,3 +85,19 @@ def test_a_stream_is_filled_up_for_several_ranks(tmp_path):
     assert [row.get("repeated", False) for row in read] == [False, False, False, True]
     made.args.dataloader_drop_last = True
     assert made.to_read(stream, 4) is stream
+
+
+def test_a_token_without_embedding_is_named_with_its_row(tmp_path):
+    """Ids of prompts and of responses; the highest id is one below the number of embeddings."""
+    rows = pairs(3)
+    highest = max(token for row in rows for ids in (row["prompt_ids"], *row["response_ids"]) for token in ids)
+    exact = PreferenceData(make_config(tmp_path), tiny_tokenizer(), embeddings=highest + 1)
+    assert len(exact.prepare(rows, "train")) == 3
+    fewer = PreferenceData(make_config(tmp_path), tiny_tokenizer(), embeddings=highest)
+    with pytest.raises(
+        ValueError, match=rf"train: row \d holds token {highest:,}, and the model has {highest:,} embedd"
+    ):
+        fewer.prepare(rows, "train")
+    prompt = rows.map(lambda row: {"prompt_ids": [5000]})
+    with pytest.raises(ValueError, match="eval: row 0 holds token 5,000"):
+        exact.prepare(prompt, "eval")

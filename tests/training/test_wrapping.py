@@ -83,7 +83,7 @@ def test_whether_every_parameter_gets_a_gradient(make, expected):
         (DistributedType.FSDP, None, True),
     ],
 )
-def test_ddp_looks_for_unused_parameters_only_where_there_may_be_some(engine, setting, looks):
+def test_ddp_looks_for_unused_parameters_where_there_may_be_some(engine, setting, looks):
     handler = DistributedDataParallelKwargs(find_unused_parameters=True)
     accelerator = SimpleNamespace(distributed_type=engine, ddp_handler=handler, autocast=lambda: torch.autocast("cpu"))
     settle_unused_parameters(accelerator, setting, tiny_model())

@@ -1,0 +1,141 @@
+"""The columns of a data set before its rows are read: renamed, left out, looked at, and what is said about them."""
+
+import logging
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from itertools import islice
+from typing import Any
+
+from datasets import ClassLabel, Dataset, IterableDataset
+from transformers import PreTrainedTokenizerBase
+
+from hf_prefopt.data.column_layouts import FoundLayout
+from hf_prefopt.data.contents import read_content
+from hf_prefopt.data.context import is_about_the_row
+from hf_prefopt.data.formats import optional_columns
+from hf_prefopt.data.rows import BadRow
+
+logger = logging.getLogger(__name__)
+
+# So many rows are looked at to find a value of each column.
+_SAMPLE = {Dataset: 64, IterableDataset: 8}
+
+
+def column_names(dataset: Dataset | IterableDataset) -> list[str]:
+    """The names of the columns; of a stream that does not know them those of its first row."""
+    return dataset.column_names if dataset.column_names is not None else list(next(iter(dataset), {}))
+
+
+def choose_columns(
+    dataset: Dataset | IterableDataset, mapping: Mapping[str, str] | None, removed: Sequence[str] | None
+) -> Dataset | IterableDataset:
+    """The data set without some columns, and with others under new names.
+
+    Args:
+        mapping: new name → column; see `PreferenceConfig.column_mapping`. A data set that has the new name and not the
+            column is left as it is.
+        removed: columns to leave out.
+
+    Raises:
+        ValueError: there is no such column, or the new name is taken.
+    """
+    columns = column_names(dataset)
+    unknown = [column for column in removed or () if column not in columns]
+    if unknown:
+        raise ValueError(f"remove_columns={list(removed or ())}: there is no {unknown[0]!r} among {', '.join(columns)}")
+    if removed:
+        dataset = dataset.remove_columns(list(removed))
+        columns = [column for column in columns if column not in removed]
+    renamed = {}
+    for new, column in (mapping or {}).items():
+        if column not in columns and new not in columns:
+            raise ValueError(f"column_mapping={dict(mapping or {})}: there is no {column!r} among {', '.join(columns)}")
+        if column in columns and column != new:
+            renamed[column] = new
+    taken = [new for new in renamed.values() if new in columns and new not in renamed]
+    if taken:
+        raise ValueError(
+            f"column_mapping={dict(mapping or {})}: there is a column {taken[0]!r} already; leave it out, "
+            f"remove_columns={taken[:1]}"
+        )
+    return dataset.rename_columns(renamed) if renamed else dataset
+
+
+def undecoded(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
+    """The data set as plain Python values; images, video and audio as stored, which suffices to reject them."""
+    for column, feature in (dataset.features or {}).items():
+        if getattr(feature, "decode", False):
+            dataset = dataset.cast_column(column, replace(feature, decode=False))
+    return dataset.with_format(None)
+
+
+def first_rows(dataset: Dataset | IterableDataset) -> list[dict[str, Any]]:
+    """Some rows from the beginning."""
+    return list(islice(iter(dataset), next(count for kind, count in _SAMPLE.items() if isinstance(dataset, kind))))
+
+
+def sample_of(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, Any]:
+    """A value of every column: the first that is neither missing nor empty among these rows, otherwise None."""
+    columns = dict.fromkeys(names) | dict.fromkeys(column for row in rows for column in row)
+    return {column: _first(row.get(column) for row in rows) for column in columns}
+
+
+def _first(values: Any) -> Any:
+    """The first value that is not empty, or the last one."""
+    value = None
+    for value in values:
+        if value not in (None, "", [], {}):
+            return value
+    return value
+
+
+def class_names(dataset: Dataset | IterableDataset) -> dict[str, list[str]]:
+    """The names of the classes of columns that hold their numbers."""
+    features = dataset.features or {}
+    return {column: feature.names for column, feature in features.items() if isinstance(feature, ClassLabel)}
+
+
+def check_label_codes(dataset: Dataset | IterableDataset, column: str) -> None:
+    """Raise `ValueError` if labels are −1, 0 and 1, of which nobody knows what 0 means."""
+    if isinstance(dataset, Dataset) and {-1, 0} <= {value for value in dataset.unique(column) if value is not None}:
+        raise ValueError(f"column `{column}` holds −1 and 0: make it true (desirable) or false, and drop other rows")
+
+
+def describe_columns(found: FoundLayout, sample: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The lines to say about a data set's columns: how they are read, which are not used, and that text stays text."""
+    lines = []
+    if not found.is_own:
+        roles = ", ".join(column if part == column else f"{part} = {column}" for part, column in found.columns.items())
+        lines.append(f"read as {found.layout.name} ({roles})")
+    used = {*found.columns.values(), *optional_columns(found.format.kind, sample).values(), *_BESIDE}
+    unused = [column for column in sample if column not in used and not is_about_the_row(column)]
+    if unused:
+        lines.append(f"columns not used: {', '.join(unused)}")
+    texts = [column for part, column in found.columns.items() if part not in _NUMBERS]
+    if tokenizer.chat_template and not found.how.as_messages and _are_plain_text(sample, texts, tokenizer):
+        lines.append(
+            f"{', '.join(texts)} are text, which is trained on as it is, without the chat template; "
+            "text_as='messages' makes messages of it"
+        )
+    return lines
+
+
+_BESIDE = ("tools", "chat_template_kwargs")
+_NUMBERS = ("label", "scores", "ranks", "prompt_ids", "chosen_ids", "rejected_ids")
+
+
+def _are_plain_text(sample: Mapping[str, Any], columns: Collection[str], tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether these columns hold text, and none that a chat template has written."""
+    values = [value for column in columns for value in _listed(sample[column])]
+    try:
+        texts = [read_content("text", value) for value in values if value is not None]
+    except BadRow:
+        return False
+    special = [token for token in tokenizer.all_special_tokens if token]
+    is_text = bool(texts) and all(isinstance(text, str) for text in texts)
+    return is_text and not any(token in text for text in texts for token in special)
+
+
+def _listed(value: Any) -> list[Any]:
+    """The responses of a list, or the value alone; messages are a value."""
+    return value if isinstance(value, list) and not (value and isinstance(value[0], dict)) else [value]

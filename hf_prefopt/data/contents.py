@@ -1,0 +1,81 @@
+"""What a column of a prompt or a response holds: text, or messages in any of the forms in which they are stored.
+
+Messages are stored as a list, as one message, as a struct of lists (the `Sequence` feature of older versions of
+`datasets`), as JSON, or as a struct with a list of `messages`; a message has the keys `role`/`content`, `from`/`value`
+or others (`messages.py`).
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from hf_prefopt.data.messages import CONTENT_KEYS, ROLE_KEYS, Message, is_role
+from hf_prefopt.data.rows import DROP_CURE, BadRow
+
+Content = str | list[Message]
+
+
+def read_content(column: str, value: Any) -> Content:
+    """The text, or the messages as a list of dicts, which are not checked yet.
+
+    Raises:
+        BadRow: the value is missing, or neither of them.
+    """
+    if isinstance(value, str):
+        return _read_text(value)
+    if isinstance(value, list | tuple):
+        return list(value)
+    if value is None:
+        raise BadRow(column, "is missing")
+    if isinstance(value, Mapping):
+        return _read_struct(column, value)
+    raise BadRow(column, f"is of type {type(value).__name__}", "make it text or a list of messages")
+
+
+def read_responses(values: Mapping[str, Any]) -> dict[str, Content]:
+    """The contents of responses, by column.
+
+    Raises:
+        BadRow: one is missing, or neither text nor messages, or writes messages down as text while another does not.
+    """
+    contents = {column: read_content(column, value) for column, value in values.items()}
+    written = [column for column, value in values.items() if isinstance(value, str) and value is not contents[column]]
+    if written and any(isinstance(content, str) for content in contents.values()):
+        raise BadRow(written[0], "is text that writes down messages, and another response is plain text", DROP_CURE)
+    return contents
+
+
+def _read_text(text: str) -> Content:
+    """The text, or the messages that it writes down as JSON."""
+    if text.lstrip()[:1] not in ("[", "{"):
+        return text
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        return text
+    messages = [value] if isinstance(value, dict) else value
+    is_conversation = isinstance(messages, list) and messages and all(map(_is_spoken, messages))
+    return messages if is_conversation else text
+
+
+def _read_struct(column: str, value: Mapping[str, Any]) -> Content:
+    lists = {key: items for key, items in value.items() if isinstance(items, list | tuple)}
+    if any(key in lists for key in ROLE_KEYS) and len({len(items) for items in lists.values()}) == 1:
+        return [dict(zip(lists, items, strict=True)) for items in zip(*lists.values(), strict=True)]
+    if is_message(value):
+        return [dict(value)]
+    keys = ", ".join(map(repr, value))
+    raise BadRow(column, f"is a struct of {keys} and no message", "make it text or a list of messages")
+
+
+def is_message(value: Any) -> bool:
+    """Whether this has the keys of a message."""
+    return isinstance(value, Mapping) and any(key in value for key in ROLE_KEYS) and any(key in value for key in _KEYS)
+
+
+_KEYS = (*CONTENT_KEYS, "tool_calls")
+
+
+def _is_spoken(value: Any) -> bool:
+    """Whether this is a message of a known speaker: a text may also write down structs of other things."""
+    return is_message(value) and any(is_role(value.get(key)) for key in ROLE_KEYS)

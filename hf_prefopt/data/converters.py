@@ -1,0 +1,189 @@
+"""Rows of one layout as rows of a format: the functions that `column_layouts.LAYOUTS` names.
+
+Each takes the values of a row by role (`Given`) and gives the columns of a format, of which formats.py makes the
+canonical row. They move values to their places and never look into texts, except for the transcripts of a prompt.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from hf_prefopt.data.contents import read_content
+from hf_prefopt.data.context import is_about_the_row
+from hf_prefopt.data.conversations import text_as_messages
+from hf_prefopt.data.messages import CONTENT_KEYS, ROLE_KEYS, check_messages
+from hf_prefopt.data.preferences import VERDICTS, by_flags, by_scores, first_if_true
+from hf_prefopt.data.roles import ITEM_RANKS, ITEM_SCORES, ITEM_TEXTS, SUFFIXES, read_texts
+from hf_prefopt.data.rows import BadRow
+from hf_prefopt.data.transcripts import is_transcript
+
+Row = dict[str, Any]
+
+
+class Given(dict[str, Any]):
+    """The values of a row by role.
+
+    Attributes:
+        columns: the column of each role, for errors.
+    """
+
+    def __init__(self, row: Mapping[str, Any], columns: Mapping[str, str]):
+        super().__init__({part: row.get(column) for part, column in columns.items()})
+        self.columns = columns
+
+
+def plain(given: Given) -> Row:
+    """The roles as they are, with a prompt made of all that may belong to it."""
+    around = ("system", "history", "instruction", "input", "prefix")
+    return {part: value for part, value in given.items() if part not in around} | _prompt(given)
+
+
+def talks(given: Given) -> Row:
+    """Whole conversations, which begin with the system prompt if there is one beside them."""
+    row = {part: value for part, value in given.items() if part != "system"}
+    for part in ("chosen", "rejected", "completion"):
+        if given.get("system") and part in row:
+            content = read_content(part, row[part])
+            # A text may be an answer alone; then another column says what it answers.
+            if not isinstance(content, str) or is_transcript(content):
+                row[part] = _surrounded(content, given["system"])
+    return row
+
+
+def better_of_two(given: Given) -> Row:
+    """The pair of two responses and a verdict."""
+    columns = given.columns
+    names = (columns["first"], columns["second"])
+    models = (given.get("first_model"), given.get("second_model"))
+    verdict = columns["verdict"]
+    return _ordered(given, VERDICTS[verdict](verdict, given["verdict"], names, SUFFIXES[names], models))
+
+
+def flagged_first(given: Given) -> Row:
+    """The pair of two responses and a 1 if the first is better, a 0 if the second is."""
+    return _ordered(given, first_if_true(given.columns["verdict"], given["verdict"]))
+
+
+def scored_two(given: Given) -> Row:
+    """The pair of two responses with a score each; the higher one is better."""
+    parts = ("first_score", "second_score")
+    return _ordered(given, by_scores([given.columns[part] for part in parts], [given[part] for part in parts]))
+
+
+def flagged_two(given: Given) -> Row:
+    """The pair of two responses with a flag each, and one for a tie."""
+    parts = [part for part in ("first_wins", "second_wins", "tie") if part in given]
+    return _ordered(given, by_flags([given.columns[part] for part in parts], [given[part] for part in parts]))
+
+
+def items(given: Given) -> Row:
+    """The list of responses that are structs, each with its text and a score or a rank."""
+    structs = given["items"]
+    if isinstance(structs, Mapping):  # the struct of lists that a `Sequence` of structs becomes
+        structs = [dict(zip(structs, values, strict=True)) for values in zip(*structs.values(), strict=True)]
+    if not isinstance(structs, list | tuple) or not all(isinstance(item, Mapping) for item in structs):
+        raise BadRow("items", "is no list of structs")
+    keys = {"responses": ITEM_TEXTS, "scores": ITEM_SCORES, "ranks": ITEM_RANKS}
+    found = {
+        part: next((key for key in names if any(item.get(key) is not None for item in structs)), None)
+        for part, names in keys.items()
+    }
+    return _prompt(given) | {part: [item.get(key) for item in structs] for part, key in found.items() if key}
+
+
+def good_and_bad(given: Given) -> Row:
+    """The list of several chosen responses, of rank 1, and several rejected ones, of rank 2."""
+    chosen, rejected = (list(given[side] or ()) for side in ("chosen", "rejected"))
+    if not chosen or not rejected:
+        raise BadRow("rejected" if chosen else "chosen", "is empty")
+    if given["prompt"] in chosen:
+        raise BadRow("chosen", "holds the prompt: these are turns, and no responses", "give messages")
+    ranks = [1.0] * len(chosen) + [2.0] * len(rejected)
+    return {**_prompt(given), "responses": [*chosen, *rejected], "ranks": ranks}
+
+
+def turns(given: Given) -> Row:
+    """The pair of two conversations whose turns are lists of texts, and a verdict."""
+    return better_of_two(_talks(given))
+
+
+def turns_flagged(given: Given) -> Row:
+    """The pair of two conversations whose turns are lists of texts, and flags."""
+    return flagged_two(_talks(given))
+
+
+def _talks(given: Given) -> Given:
+    """The values with conversations in place of lists of turns, and no prompt, which they hold."""
+    lists = {part: read_texts(given[part]) for part in ("prompt", "first", "second")}
+    for part, texts in lists.items():
+        if texts is None or None in texts:
+            raise BadRow(part, "is no list of texts" if texts is None else "has a turn without text")
+    if len({len(texts or ()) for texts in lists.values()}) > 1:
+        raise BadRow("prompt", "and the responses have different numbers of turns")
+    talks = Given({}, given.columns)
+    talks.update({part: value for part, value in given.items() if part != "prompt"})
+    for part in ("first", "second"):
+        talks[part] = _in_turn(zip(lists["prompt"] or (), lists[part] or (), strict=True))
+    return talks
+
+
+def _ordered(given: Given, better: int) -> Row:
+    sides = (given["first"], given["second"])
+    return {**_prompt(given), "chosen": sides[better], "rejected": sides[1 - better]}
+
+
+# What a struct may call the text of a question.
+_QUESTION_KEYS = ("full_text", "text", "question", "prompt")
+
+
+def _prompt(given: Given) -> Row:
+    """The column `prompt` of what is asked and what stands around it: system prompt, earlier turns, a begun answer."""
+    if "instruction" in given:
+        instruction, more = given["instruction"], given["input"]
+        question = f"{instruction}\n{more}" if instruction and more and more.strip() else instruction or more
+    elif "prompt" in given:
+        question = given["prompt"]
+    else:
+        return {}
+    if isinstance(question, Mapping):
+        _reject_other_keys(question)
+    if isinstance(question, Mapping) and "messages" in question:  # the struct of OpenAI's format
+        return {"prompt": question["messages"], **({"tools": question["tools"]} if question.get("tools") else {})}
+    if isinstance(question, Mapping):
+        question = next((question[key] for key in _QUESTION_KEYS if isinstance(question.get(key), str)), question)
+    around = {part: given[part] for part in ("system", "history", "prefix") if given.get(part)}
+    if not around or question is None:
+        return {"prompt": question}
+    return {"prompt": _surrounded(question, **around)}
+
+
+def _reject_other_keys(question: Mapping[str, Any]) -> None:
+    """Raise `BadRow` if a struct says more than its question, and that is not about the row."""
+    known = (*_QUESTION_KEYS, *ROLE_KEYS, *CONTENT_KEYS, "messages", "tools", "parallel_tool_calls")
+    others = [key for key, value in question.items() if value and key not in known and not is_about_the_row(key)]
+    if others:
+        raise BadRow("prompt", f"has {', '.join(map(repr, others))} beside its text", "make it messages: dataset.map")
+
+
+def _surrounded(question: Any, system: str = "", history: Any = (), prefix: str = "") -> list[dict[str, Any]]:
+    content = read_content("prompt", question)
+    messages = text_as_messages(content) if isinstance(content, str) else check_messages("prompt", content)
+    messages = [*_earlier(history), *messages]
+    if system.strip() and messages[:1] and messages[0]["role"] == "system":
+        if messages[0].get("content", "").strip() != system.strip():
+            raise BadRow("system", "is another system prompt than the one in the messages", "leave one of them out")
+    elif system.strip():
+        messages = [{"role": "system", "content": system}, *messages]
+    return [*messages, {"role": "assistant", "content": prefix}] if prefix else messages
+
+
+def _earlier(history: Any) -> list[dict[str, Any]]:
+    """The messages of earlier turns: messages, or pairs of a question and its answer."""
+    if all(isinstance(turn, list | tuple) and len(turn) == 2 for turn in history):
+        return _in_turn(history)
+    return check_messages("history", history)
+
+
+def _in_turn(exchanges: Iterable[Iterable[Any]]) -> list[dict[str, Any]]:
+    """The messages of pairs of a question and its answer."""
+    speakers = ("user", "assistant")
+    return [{"role": role, "content": text} for turn in exchanges for role, text in zip(speakers, turn, strict=True)]

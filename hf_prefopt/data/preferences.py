@@ -1,0 +1,125 @@
+"""Which response is the better one, and which is desirable, in the words that data sets have for it."""
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from hf_prefopt.data.rows import BadRow, Tie
+
+_DESIRABLE = {
+    **dict.fromkeys(("true", "1", "chosen", "good", "desirable", "desired", "positive", "accepted", "preferred"), True),
+    **dict.fromkeys(("false", "0", "-1", "rejected", "bad", "undesirable", "undesired", "negative"), False),
+}
+_TIES = frozenset(("tie", "ties", "tied", "both", "neither", "same", "equal", "draw", "both_bad", "bothbad"))
+# What may stand before the letter or number of a response: `model_a`, `Response 1`.
+_BEFORE = "model|response|assistant|answer|output|completion|candidate|option|conversation|generation|summary|reply"
+_SIDE = re.compile(rf"(?:(?:{_BEFORE})[\s_-]*)?([ab012])", re.IGNORECASE)
+_ORDINALS = {"first": 0, "second": 1}
+
+
+def read_label(column: str, value: Any) -> bool:
+    """Whether a response is desirable, of what people write for it: booleans, 0/1, −1/1, words.
+
+    Raises:
+        BadRow: the value is none of these.
+    """
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, int | float) and value in (1, 0, -1):
+        return value == 1
+    label = _DESIRABLE.get(value.strip().lower()) if isinstance(value, str) else None
+    if label is None:
+        raise BadRow(column, f"is {value!r}", "make it true (desirable) or false")
+    return label
+
+
+def by_name(column: str, value: Any, names: tuple[str, str], suffixes: tuple[str, str], models: tuple[Any, Any]) -> int:
+    """0 or 1, the place of the response that a value names, by its letter or number, its column, or its model.
+
+    Args:
+        column: where the value stands, for errors.
+        names, suffixes: of the columns of both responses, as in `response_a`, `response_b` and `a`, `b`.
+        models: the names of the models that wrote them; None if they are not known.
+
+    Raises:
+        Tie: the value says that neither is better.
+        BadRow: it names no response.
+    """
+    if value is None or isinstance(value, bool):
+        raise BadRow(column, "is missing" if value is None else f"is {value!r}, which names no response")
+    text = f"{value:g}" if isinstance(value, int | float) else str(value).strip()
+    if models[0] != models[1] and text in models:
+        return models.index(text)
+    if text.lower().split("(")[0].strip() in _TIES:
+        raise Tie(column, f"is {value!r}")
+    if text in names:
+        return names.index(text)
+    found = _SIDE.fullmatch(text)
+    side = found[1].lower() if found else None
+    lower = tuple(suffix.lower() for suffix in suffixes)
+    if side in lower:
+        return lower.index(side)
+    if text.lower() in _ORDINALS:
+        return _ORDINALS[text.lower()]
+    cure = f"write {names[0]!r} or {names[1]!r} where that one is better, 'tie' where neither is"
+    raise BadRow(column, f"is {value!r}, which names neither {names[0]} nor {names[1]}", cure)
+
+
+def by_sign(column: str, value: Any, *_: Any) -> int:
+    """0 for a number below zero, which prefers the first response, 1 above. Raises `Tie` for zero."""
+    number = _number(column, value)
+    if number == 0:
+        raise Tie(column, "is 0")
+    return int(number > 0)
+
+
+def first_if_true(column: str, value: Any, *_: Any) -> int:
+    """0 for a 1, which prefers the first response, 1 for a 0. Raises `BadRow` for anything else."""
+    if value not in (0, 1):
+        raise BadRow(column, f"is {value!r}", "make it 1 where the first response is better, 0 where the second is")
+    return 0 if value else 1
+
+
+def by_scores(columns: Sequence[str], scores: Sequence[Any]) -> int:
+    """The place of the higher score. Raises `Tie` for equal ones, `BadRow` for anything but numbers."""
+    first, second = (_number(column, score) for column, score in zip(columns, scores, strict=True))
+    if first == second:
+        raise Tie(columns[0], f"and `{columns[1]}` are equal")
+    return int(second > first)
+
+
+def by_flags(columns: Sequence[str], flags: Sequence[Any]) -> int:
+    """The place of the flag that is set, of which there is one for each response and perhaps one for a tie.
+
+    Raises:
+        Tie: the third flag is set.
+        BadRow: not exactly one is set.
+    """
+    values = [_number(column, flag) for column, flag in zip(columns, flags, strict=True)]
+    if sorted(values) != [0.0] * (len(values) - 1) + [1.0]:
+        raise BadRow(columns[0], f"and the flags beside it are {list(flags)}", "set exactly one of them")
+    if values.index(1.0) == 2:
+        raise Tie(columns[2], "is set")
+    return values.index(1.0)
+
+
+def _number(column: str, value: Any) -> float:
+    is_number = isinstance(value, int | float) and math.isfinite(value)
+    if not is_number:
+        raise BadRow(column, "is missing" if value is None else f"is {value!r} and no number")
+    return float(value)
+
+
+_NAMING = (
+    *("better_response_id", "better_response", "better", "best_response", "best", "preferred_response", "preferred"),
+    *("human_preference", "orig_preference", "preference", "choice", "chosen", "selected", "verdict"),
+)
+# The columns that say which of two responses is better, and how to read each. Those that are read by the name of a
+# response say anything else in other data sets, too: what they say must name one of the two.
+VERDICTS: Mapping[str, Callable[..., int]] = {
+    "winner": by_name,
+    "overall_preference": by_sign,
+    "preference_strength": by_sign,
+    **dict.fromkeys(_NAMING, by_name),
+}

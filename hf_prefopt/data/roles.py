@@ -1,0 +1,221 @@
+"""The names by which columns are known, by what they hold: the words that `column_layouts.py` is written in.
+
+A role may be several columns together (a chosen and a rejected response), so each of its names is a tuple of columns,
+one for each of its parts. The first name whose columns are all there, with values that the role accepts, is taken.
+"""
+
+import json
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+
+from hf_prefopt.data.contents import is_message
+
+Names = tuple[str, ...]
+
+
+def is_content(value: Any) -> bool:
+    """Whether this may be a text, a message, or messages; lists of texts are not."""
+    return isinstance(value, str | dict) or (isinstance(value, list | tuple) and not is_texts(value))
+
+
+def is_texts(value: Any) -> bool:
+    """Whether this is a list of texts."""
+    return isinstance(value, list | tuple) and bool(value) and all(isinstance(item, str) for item in value)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list | tuple)
+
+
+def _is_text_or_number(value: Any) -> bool:
+    return isinstance(value, str | int | float)
+
+
+@dataclass(frozen=True)
+class Role:
+    """What one or several columns hold.
+
+    Attributes:
+        parts: what converters call the columns.
+        names: the columns by which it is known, best first; each as long as `parts`.
+        accepts: whether a value of each column may be of this role.
+        others: columns of each name beside which it is not known, such as a third response.
+    """
+
+    parts: Names
+    names: tuple[Names, ...]
+    accepts: Callable[[Any], bool] = is_content
+    others: Mapping[Names, Collection[str]] = field(default_factory=dict)
+
+    def find(self, sample: Mapping[str, Any], mapped: Collection[str] = ()) -> dict[str, str] | None:
+        """The column of each part, or None. `sample`: a value of every column; `mapped`: columns that users named."""
+        found = [names for names in self.names if self._fits(names, sample)]
+        found.sort(key=lambda names: not set(names).intersection(mapped))
+        return dict(zip(self.parts, found[0], strict=True)) if found else None
+
+    def _fits(self, names: Names, sample: Mapping[str, Any]) -> bool:
+        if not all(name in sample for name in names) or any(other in sample for other in self.others.get(names, ())):
+            return False
+        return all(sample[name] is None or self.accepts(sample[name]) for name in names)
+
+
+def _words(text: str) -> Names:
+    return tuple(text.split())
+
+
+def role(part: str, *names: str, accepts: Callable[[Any], bool] = is_content) -> Role:
+    """A role of one column."""
+    return Role((part,), tuple((name,) for name in names), accepts)
+
+
+def _spellings(words: Iterable[Names], nouns: Sequence[str]) -> tuple[Names, ...]:
+    """Every pair of words alone, before and after a noun: `chosen`, `chosen_response`, `response_chosen`."""
+    joined = [
+        [pair, *[tuple(f"{word}_{noun}" for word in pair) for noun in nouns]]
+        + [tuple(f"{noun}_{word}" for word in pair) for noun in nouns]
+        for pair in words
+    ]
+    return tuple(names for group in joined for names in group)
+
+
+_NOUNS = _words(
+    "response responses output answer completion reply text summary solution generation "
+    "message messages conversation conversations"
+)
+_PLACES = (
+    ("chosen", "rejected"),
+    ("preferred", "non_preferred"),
+    ("preferred", "dispreferred"),
+    ("preferred", "rejected"),
+    ("accepted", "rejected"),
+    ("better", "worse"),
+    ("winning", "losing"),
+)
+BY_PLACE = Role(("chosen", "rejected"), (*_spellings(_PLACES, _NOUNS), ("response_j", "response_k"), ("y_w", "y_l")))
+GOLD = role("reference", "reference")
+
+# Two responses of which another column names the better one, and the columns that would make them three.
+_STEMS = (
+    *_NOUNS,
+    *_words("model_response assistant_response orig_response candidate human_ref model_output generated_text"),
+)
+_SUFFIXES: tuple[Names, ...] = (("0", "1"), ("1", "2"), ("a", "b"), ("A", "B"))
+_THIRD: dict[Names, str] = {("0", "1"): "2", ("1", "2"): "0 3", ("a", "b"): "c", ("A", "B"): "C"}
+SUFFIXES: dict[Names, Names] = {
+    tuple(f"{stem}{joint}{suffix}" for suffix in suffixes): suffixes
+    for stem, joint, suffixes in product(_STEMS, ("_", "", "-"), _SUFFIXES)
+}
+_THREE = {
+    names: [names[0].removesuffix(suffixes[0]) + third for third in _THIRD[suffixes].split()]
+    for names, suffixes in SUFFIXES.items()
+}
+
+
+def _two(accepts: Callable[[Any], bool] = is_content, parts: Names = (), beside: Sequence[Names] = ((),)) -> Role:
+    """Two responses and columns beside them, which have the same letters or numbers: `beside` holds `score_{0}`, …"""
+    names = {
+        (*two, *[column.format(*suffixes) for column in columns]): _THREE[two]
+        for two, suffixes in SUFFIXES.items()
+        for columns in beside
+    }
+    return Role(("first", "second", *parts), tuple(names), accepts, names)
+
+
+def _is_content_or_number(value: Any) -> bool:
+    return is_content(value) or isinstance(value, int | float)
+
+
+def read_texts(value: Any) -> list[str | None] | None:
+    """A list of texts, which may be written as JSON; None for anything else."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError:
+            return None
+    is_list = isinstance(value, list | tuple) and len(value) > 0
+    return list(value) if is_list and all(isinstance(item, str | None) for item in value) else None
+
+
+def _is_turns(value: Any) -> bool:
+    return read_texts(value) is not None
+
+
+_WINS = (("winner_model_{0}", "winner_model_{1}", "winner_tie"), ("winner_model_{0}", "winner_model_{1}"))
+TWO = _two()
+SCORED = _two(
+    _is_content_or_number,
+    ("first_score", "second_score"),
+    [(f"{noun}_{{0}}", f"{noun}_{{1}}") for noun in ("score", "rating", "reward", "rm_score")],
+)
+FLAGGED = Role(
+    ("first", "second", "first_wins", "second_wins", "tie"),
+    _two(parts=("first_wins", "second_wins", "tie"), beside=_WINS[:1]).names,
+    _is_content_or_number,
+)
+FIRST_FLAGGED = Role(("first", "second", "verdict"), (("human_ref_A", "human_ref_B", "labels"),), _is_content_or_number)
+MODELS = Role(
+    ("first_model", "second_model"),
+    tuple(tuple(f"model_{suffix}" for suffix in suffixes) for suffixes in _SUFFIXES),
+    lambda value: isinstance(value, str),
+)
+# Conversations whose turns are lists of texts.
+TURNS = role("prompt", "prompt", "question", accepts=_is_turns)
+TURNS_OF_TWO = _two(_is_turns)
+TURNS_FLAGGED = Role(FLAGGED.parts, FLAGGED.names, lambda value: _is_turns(value) or isinstance(value, int))
+
+
+def _is_question(value: Any) -> bool:
+    """Whether this may be asked: text, a struct of it, or messages."""
+    return isinstance(value, str | dict) or (_is_list(value) and all(map(is_message, value)))
+
+
+QUESTION = role(
+    "prompt",
+    *_words("prompt question instruction orig_instruction query user_query user_prompt user problem input"),
+    *_words("messages context_messages prompt_messages conversations conversation dialogue trajectory contents"),
+    *_words("history context"),
+    accepts=_is_question,
+)
+ALPACA = Role(
+    ("instruction", "input"),
+    (("instruction", "input"),),
+    lambda value: isinstance(value, str),
+    {("instruction", "input"): ["prompt"]},
+)
+SYSTEM = role("system", "system", "system_prompt", "system_message", "sys_prompt", accepts=lambda v: isinstance(v, str))
+HISTORY = role("history", "history", accepts=_is_list)
+PREFIX = role("prefix", "initial_reason_steps", accepts=lambda value: isinstance(value, str))
+
+COMPLETION = role("completion", "completion")
+ANSWER = role("completion", "completion", "response", "output", "answer", "reply")
+LABEL = role("label", "label", accepts=_is_text_or_number)
+TAG = role("label", "kto_tag", "desirable", "is_desirable", accepts=_is_text_or_number)
+CONVERSATION = role("completion", "messages", "conversations", "conversation", accepts=_is_list)
+# A conversation with the chosen answer at its end, and another answer or conversation.
+WHOLE = role("chosen", "messages", "conversations", accepts=_is_list)
+REJECTED = role("rejected", "rejected_response", "rejected_messages")
+
+_LISTED = ["responses", "generations", "completions", "answers", "candidates", "outputs"]
+ITEM_TEXTS = ("response", "answer", "completion", "text", "output", "generation", "content", "message", "messages")
+ITEM_SCORES = ("overall_score", "score", "rating", "reward", "rm_score")
+ITEM_RANKS = ("rank",)
+
+
+def _items_with(numbers: Names) -> Callable[[Any], bool]:
+    """Whether a value is a list of structs (or a struct of lists) that have a text and one of these numbers."""
+
+    def accepts(value: Any) -> bool:
+        first = value if isinstance(value, dict) else value[0] if _is_list(value) and value else None
+        return isinstance(first, dict) and all(any(key in first for key in keys) for keys in (ITEM_TEXTS, numbers))
+
+    return accepts
+
+
+RESPONSES = role("responses", *_LISTED, accepts=_is_list)
+SCORES = role("scores", *["scores", "rm_scores", "rewards", "ratings", "rating", "score"], accepts=_is_list)
+RANKS = role("ranks", "ranks", "rank", accepts=_is_list)
+SCORED_ITEMS = role("items", *_LISTED, accepts=_items_with(ITEM_SCORES))
+RANKED_ITEMS = role("items", *_LISTED, accepts=_items_with(ITEM_RANKS))
+GOOD_AND_BAD = Role(("chosen", "rejected"), BY_PLACE.names, is_texts)
