@@ -84,6 +84,7 @@ def test_settings_that_change_no_number(settings, plain, tmp_path, deterministic
     signal.signal(signal.SIGTERM, handler)
 
 
+@pytest.mark.nightly
 def test_a_compiled_model_trains_alike(tmp_path):
     """A step and its gradient; graphs are captured and run, and without fused kernels they compute the same."""
     from torch._dynamo.utils import counters
@@ -189,7 +190,7 @@ def run_out(folder, step=0, **settings):
 
 
 @pytest.mark.parametrize("loss", ["dpo", "bco_pair"])
-@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("cached", [False, pytest.param(True, marks=pytest.mark.nightly)])
 def test_an_attempt_that_ran_out_of_memory_leaves_nothing_behind(loss, cached, tmp_path):
     """Neither in the metrics nor in what the loss keeps: the run is the one with the batches that fit."""
     settings = {"loss_type": loss}
