@@ -223,7 +223,7 @@ class PreferenceTrainer(Trainer):
         self.scorer.settle()
         if self.record.is_full:
             self.record.check(self.accelerator)
-        if self.state.global_step >= self.state.max_steps:
+        if 0 < self.state.max_steps <= self.state.global_step:
             return [], None  # resumed from its end, where the Trainer would make one more step
         drawn = islice(epoch_iterator, num_batches - len(self._left_over))
         batches = [*self._left_over, *map(check_loaded, drawn)]

@@ -15,7 +15,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from hf_prefopt.batch import PreferenceBatch
-from hf_prefopt.scoring.forward import base_causal_lm, score
+from hf_prefopt.scoring.forward import base_causal_lm, score, transform_of
 from hf_prefopt.scoring.modes import ModuleTree, adapters_off, evaluation_mode, training_mode
 
 _KEPT, _CHANGED = 10, 6
@@ -42,7 +42,7 @@ def check_scores(model: nn.Module, compute_dtype: torch.dtype | None = None) -> 
         ValueError: a score is not the model's own, or a log-prob depends on tokens that come later.
     """
     causal_lm = base_causal_lm(model)
-    name, temperature = type(causal_lm).__name__, causal_lm.get_output_embeddings().logit_transform.temperature
+    name, temperature = type(causal_lm).__name__, transform_of(causal_lm.get_output_embeddings()).temperature
     generator = random.Random(0)
     kept, following, others = (made_up_tokens(causal_lm.config, n, generator) for n in (_KEPT, _CHANGED, _CHANGED))
     ids, changed = torch.tensor([[*kept, *following], [*kept, *others]], device=device_of(model)).split(1)

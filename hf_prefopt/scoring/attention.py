@@ -37,6 +37,19 @@ class UnsupportedAttention(RuntimeError):
     """The model's attention asks for something that attention over segments does not have."""
 
 
+class SegmentAttention(str):
+    """The name of attention over segments in front of an implementation; pickled, it is the implementation's own."""
+
+    def __reduce__(self):
+        return str, (self.removeprefix(_PREFIX),)
+
+    def __copy__(self):
+        return self
+
+    def __deepcopy__(self, memo: dict):
+        return self
+
+
 def install_segment_attention(model: PreTrainedModel) -> None:
     """Put attention over segments in front of the implementation the model has; doing it again changes nothing."""
     for config, implementation in _implementations(model):
@@ -62,7 +75,7 @@ def _implementations(model: PreTrainedModel) -> list[tuple[Any, str]]:
 
 def _registered(implementation: str) -> str:
     """The name of attention over segments in front of an implementation, registered if it is new."""
-    name = _PREFIX + implementation
+    name = SegmentAttention(_PREFIX + implementation)
     if name not in ALL_ATTENTION_FUNCTIONS:
         # The parameters have the names of transformers' own functions, for some models pass the mask by name.
         def attention(

@@ -4,6 +4,8 @@ A reference is scored without dropout. A policy with dropout differs from it bef
 dropout, which pretraining left in its config, is off by default; the dropout that somebody chose for an adapter stays.
 """
 
+import copy
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -101,7 +103,7 @@ def _listed(rates: dict[str, float]) -> str:
 class ConfigWithoutDropout:
     """A model's config for one of its modules, with dropout rates of zero; all else is read from and set on the config.
 
-    Some modules read their rates from the config in each forward.
+    Some modules read their rates from the config in each forward. Pickled, it is the config.
     """
 
     def __init__(self, config: PreTrainedConfig):
@@ -119,7 +121,13 @@ class ConfigWithoutDropout:
         return 0.0 if "drop" in name and type(value) is float else value
 
     def __reduce__(self):
-        return ConfigWithoutDropout, (self._config,)
+        return operator.itemgetter(0), ((self._config,),)
+
+    def __copy__(self):
+        return ConfigWithoutDropout(copy.copy(self._config))
+
+    def __deepcopy__(self, memo: dict):
+        return ConfigWithoutDropout(copy.deepcopy(self._config, memo))
 
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self._config, name, value)

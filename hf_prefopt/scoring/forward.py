@@ -5,9 +5,9 @@ their hooks (gathering, unsharding, casting, bookkeeping) see an ordinary call. 
 behaves as before, so generation and other evaluation go on working.
 """
 
-import functools
 import inspect
 from collections.abc import Callable
+from dataclasses import astuple
 from types import MethodType
 from typing import Any
 
@@ -75,22 +75,38 @@ def install_scoring(model: nn.Module, temperature: float = 1.0) -> None:
     head = causal_lm.get_output_embeddings()
     if head is None:
         raise ValueError(f"{type(causal_lm).__name__} has no language-model head (get_output_embeddings() is None)")
-    head.logit_transform = logit_transform(causal_lm.config, temperature)
+    # Plain numbers: a model that is pickled must load where this package is not installed.
+    head.logit_transform = astuple(logit_transform(causal_lm.config, temperature))
     for module, with_scoring in ((causal_lm, _scoring_forward), (head, _head_forward)):
-        if not hasattr(module, "plain_forward"):
-            # accelerate's hooks, which bring weights to the device, call what they have put aside.
-            place = "_old_forward" if hasattr(module, "_hf_hook") else "forward"
+        # accelerate's hooks, which bring weights to the device, call what they have put aside.
+        place = "_old_forward" if hasattr(module, "_hf_hook") else "forward"
+        if not _is_scoring(getattr(module, place)):
             module.plain_forward = getattr(module, place)
             setattr(module, place, MethodType(_in_place_of(module.plain_forward, with_scoring), module))
 
 
-def _in_place_of(method: Callable, function: Callable) -> Callable:
-    """`function(self, ...)` with the signature of a bound method, which `generate` and PEFT look at."""
+def _is_scoring(forward: Callable) -> bool:
+    """Whether a forward is one of ours, perhaps inside what accelerate has wrapped it in."""
+    inner = inspect.unwrap(forward, stop=lambda function: hasattr(function, "in_place_of"))
+    return hasattr(inner, "in_place_of")
 
-    @functools.wraps(function)
+
+def transform_of(head: nn.Module) -> LogitTransform:
+    """What is done to the logits of a head that `install_scoring` has been called on."""
+    return LogitTransform(*head.logit_transform)
+
+
+def _in_place_of(method: Callable, function: Callable) -> Callable:
+    """`function(self, ...)` with the signature of a bound method, which `generate` and PEFT look at.
+
+    Its name is `forward`, by which pickle finds the class's own again: a model that `torch.save` has written is the
+    plain one.
+    """
+
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return function(self, *args, **kwargs)
 
+    forward.in_place_of = method  # type: ignore[attr-defined]
     shown = inspect.signature(method)
     self_parameter = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
     forward.__signature__ = shown.replace(parameters=[self_parameter, *shown.parameters.values()])
@@ -138,7 +154,7 @@ def _target_logps(
     """The log-probs of the targets by chunk, and the statistics that are asked for, each `[N]` by its name."""
     chunk_rows = CHUNK_ROWS.get(hidden.device.type, CHUNK_ROWS["cuda"])
     statistics = tuple(name for name in token_stats if name in STATISTICS)
-    settings = (targets, head.logit_transform, statistics, chunk_rows)
+    settings = (targets, transform_of(head), statistics, chunk_rows)
     names = ("token_logps", *statistics)
     if VOCABULARY_KL not in token_stats and is_plain_linear(head):
         outputs = linear_head_logps(hidden, head.weight, head.bias, *settings)
@@ -179,10 +195,10 @@ def head_predictions(head: nn.Module, hidden: Tensor, weights: dict[str, Tensor]
         weights: whole tensors in place of the head's own, by name.
     """
     if not weights:
-        return predictions(head, hidden, head.logit_transform)
+        return predictions(head, hidden, transform_of(head))
     named = {f"head.{name}": tensor for name, tensor in weights.items()}
     plain = _PlainForward(head)
-    return predictions(lambda rows: functional_call(plain, named, (rows,)), hidden, head.logit_transform)
+    return predictions(lambda rows: functional_call(plain, named, (rows,)), hidden, transform_of(head))
 
 
 def score(

@@ -114,7 +114,8 @@ def _trained(trainer: PreferenceTrainer, engine: Engine) -> dict[str, Any]:
 
 def _trainer(case: Case, engine: Engine, folder: Path, world_size: int) -> PreferenceTrainer:
     settings = {**case.merged_settings(world_size), **engine.settings, "log_level": "error"}
-    settings["reference_cache_dir"] = str(folder / "cache")
+    if settings.get("precompute_ref_log_probs"):
+        settings["reference_cache_dir"] = str(folder / "cache")
     if case.resumes:
         settings |= {"save_strategy": "steps", "save_steps": 1}
     # The configuration of the last case would make models in parts, each rank of its own random numbers.

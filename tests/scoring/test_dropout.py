@@ -130,7 +130,8 @@ def test_a_config_without_dropout_is_the_config_in_all_else():
     config._attn_implementation = "eager"
     assert isinstance(view, type(config)) and view.hidden_size == config.hidden_size
     assert config.use_cache is False and view._attn_implementation == "eager"
-    for each in (view, copy.deepcopy(view), pickle.loads(pickle.dumps(view))):
+    assert type(pickle.loads(pickle.dumps(view))) is type(config)
+    for each in (view, copy.copy(view), copy.deepcopy(view)):
         assert each.attention_dropout == 0.0 and each.get_text_config().vocab_size == config.vocab_size
     assert config.attention_dropout == 0.3
 
