@@ -13,6 +13,9 @@ from hf_prefopt.objective.objective import Objective
 OWN = tuple({field.name for field in fields(PreferenceConfig)} - {field.name for field in fields(TrainingArguments)})
 # What has shaped the prepared data or the trainer before any trial begins.
 SETTLED = (
+    "column_mapping",
+    "remove_columns",
+    "text_as",
     "max_length",
     "truncation_mode",
     "unpair",

@@ -98,7 +98,7 @@ def count_pieces(trainer: PreferenceTrainer) -> list[int]:
     """How many pieces each batch of this rank was cut into, filled in by training."""
     counts: list[int] = []
     idle = trainer.global_batch.idle
-    trainer.global_batch.idle = lambda pieces: (counts.append(len(pieces)), idle(pieces))[1]
+    trainer.global_batch.idle = lambda batches: (counts.extend(len(b["pieces"]) for b in batches), idle(batches))[1]
     return counts
 
 

@@ -34,7 +34,7 @@ def evaluations(engine, folder, **settings):
     engine.adapt(trainer)
     trainer.train()
     counts, idle = [], trainer.global_batch.idle
-    trainer.global_batch.idle = lambda pieces: (counts.append(len(pieces)), idle(pieces))[1]
+    trainer.global_batch.idle = lambda batches: (counts.extend(len(b["pieces"]) for b in batches), idle(batches))[1]
     timing = ("runtime", "per_second", "epoch")
     found = [{n: v for n, v in trainer.evaluate().items() if not n.endswith(timing)} for _ in range(2)]
     return found, counts

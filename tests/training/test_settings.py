@@ -123,6 +123,9 @@ def test_every_setting_is_searched_or_settled():
 
 
 LATE = {
+    "column_mapping": {"prompt": "question"},
+    "remove_columns": ["margin"],
+    "text_as": "messages",
     "max_length": 64,
     "truncation_mode": "keep_end",
     "on_bad_rows": "drop",
