@@ -77,6 +77,8 @@ def test_an_evaluation_is_that_of_one_process(outcomes_of, engine, name, tmp_pat
     assert len(cuts[0]) == len(cuts[1])
     assert {a < b for a, b in zip(*cuts, strict=True) if a != b} == {True, False}
     settings = {**SETTINGS[name], "max_tokens_per_batch": None}
+    if name == "cached":
+        settings["reference_cache_dir"] = str(tmp_path / "cache")
     (expected, _), _ = evaluations(ONE_PROCESS, tmp_path, **settings)
     for found, _ in outcomes:
         for metrics in found:
