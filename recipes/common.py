@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, IterableDataset, load_dataset
+from data_files import load_splits
+from datasets import Dataset, IterableDataset
 from loss_lines import without_other_loss
 from model_options import check_model_options, loading_arguments
 from short_help import short_help
@@ -106,8 +107,11 @@ def _refuse_unused(script: ScriptArguments, training: PreferenceConfig) -> None:
 def load_pairs(
     script: ScriptArguments, recipe: RecipeArguments, training: PreferenceConfig
 ) -> tuple[Dataset, Dataset | None]:
-    """The training rows and, where the data set has such a split, the evaluation rows: a Hub name or a local folder."""
-    splits = load_dataset(script.dataset_name, name=script.dataset_config, streaming=script.dataset_streaming)
+    """The training rows and, where the data set has such a split, the evaluation rows: see `data_files.py`."""
+    try:
+        splits = load_splits(script.dataset_name, script.dataset_config, script.dataset_streaming)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     if recipe.longest_row is not None:
         splits = splits.filter(lambda row: characters(row) <= recipe.longest_row)
     train = training_split(splits, script.dataset_train_split)
