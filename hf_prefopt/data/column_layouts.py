@@ -169,10 +169,13 @@ def _describe_nearest(sample: Mapping[str, Any]) -> str:
         return f"these are the columns of {nearest.layout.name}, but {', '.join(kinds)}; give text or messages"
     mapping = ", ".join(f"{column!r}: '…'" for column in missing)
     return (
-        f"{'columns' if len(missing) > 1 else 'column'} {_quoted(missing)} {'are' if len(missing) > 1 else 'is'} missing "
-        f"(columns found: {found}). The nearest layout is {nearest.layout.name}. "
+        f"{_columns(missing)} missing (columns found: {found}). The nearest layout is {nearest.layout.name}. "
         f"Say which columns these are, column_mapping={{{mapping}}}, or make them: dataset.map(function)"
     )
+
+
+def _columns(names: list[str]) -> str:
+    return f"columns {_quoted(names)} are" if len(names) > 1 else f"column {_quoted(names)} is"
 
 
 @dataclass(frozen=True)

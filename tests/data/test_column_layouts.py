@@ -244,7 +244,7 @@ REFUSED = {
     "a model's name that ends like a letter": ({**TWO, "winner": "llama-a"}, "`winner` is 'llama-a'"),
     "no verdict": (TWO, r"column `winner` is missing .*column_mapping={'winner': '…'}"),
     "two verdicts": ({**TWO, "winner": "a", "preference": "b"}, r"may all say which response is better: name one"),
-    "three responses": ({**TWO, "response_c": GREEN, "winner": "a"}, "is missing"),
+    "three responses": ({**TWO, "response_c": GREEN, "winner": "a"}, "are missing"),
     "scores that are none": (
         {"prompt": WHAT, "answer_0": BLUE, "answer_1": GREEN, "score_0": 1.0, "score_1": float("nan")},
         "`score_1` is nan and no number",
@@ -316,7 +316,7 @@ REFUSED = {
     "a struct": ({**PAIR, "chosen": {"text": BLUE}}, "`chosen` is a struct of 'text' and no message"),
     "a comparison by an index": (
         {"info": {"post": WHAT}, "summaries": [{"text": BLUE}, {"text": GREEN}], "choice": 0},
-        "is missing .columns found: info, summaries, choice",
+        "are missing .columns found: info, summaries, choice",
     ),
     "an unknown rating": ({"prompt": WHAT, "response": BLUE, "score": 3}, "single responses with a rating"),
 }

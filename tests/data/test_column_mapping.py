@@ -31,7 +31,7 @@ def said(caplog):
 
 def test_columns_under_other_names():
     assert prepare(RENAMED, column_mapping=MAPPING)[:] == prepare(text_pair())[:]
-    with pytest.raises(ValueError, match=r"column `.*` is missing \(columns found: ask, yes, no\)"):
+    with pytest.raises(ValueError, match=r"columns `.*` are missing \(columns found: ask, yes, no\)"):
         prepare(RENAMED)
     stream = Dataset.from_list([RENAMED]).to_iterable_dataset()
     assert list(prepare_dataset(stream, TOKENIZER, column_mapping=MAPPING)) == list(prepare(text_pair()))

@@ -51,7 +51,7 @@ def test_a_triple_is_a_pair_and_a_gold_response():
     ("columns", "missing"), [(["prompt", "chosen"], "`rejected`"), (["prompt_ids", "chosen_ids"], "`rejected_ids`")]
 )
 def test_a_missing_column_is_named(columns, missing):
-    with pytest.raises(ValueError, match=f"column {missing} is missing"):
+    with pytest.raises(ValueError, match=f"columns? {missing} (is|are) missing"):
         find_format(columns)
 
 
