@@ -61,6 +61,7 @@ from hf_prefopt.training.engines import (
     keep_output_precision,
     make_room,
     refuse_early_evaluation,
+    refuse_first_fsdp,
     take_over,
     unwrapped_after_evaluation,
 )
@@ -164,6 +165,7 @@ class PreferenceTrainer(Trainer):
             model_init=model_init,
             **trainer_arguments,
         )
+        refuse_first_fsdp(self.accelerator)
         self.data, self.settings, self.summary = data, OwnSettings(args), StartSummary()
         self._left_over: list[LoaderBatch] = []
         self._begun_at = 0

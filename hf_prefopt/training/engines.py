@@ -26,6 +26,17 @@ def keep_output_precision(accelerator: Accelerator) -> None:
         plugin.mixed_precision_policy = replace(policy, output_dtype=None)
 
 
+def refuse_first_fsdp(accelerator: Accelerator) -> None:
+    """Raise `ValueError` under FSDP of the first version, accelerate's default, whose shards are flat parameters."""
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and plugin.fsdp_version == 1:
+        raise ValueError(
+            "FSDP of version 1 joins the parameters of a layer into one, and a frozen copy of what trains, or a model "
+            "of its own as reference, needs them apart: set fsdp_version: 2 in accelerate's YAML file, or "
+            "fsdp_config={'version': 2}"
+        )
+
+
 def make_room(precision: str) -> None:
     """Let the next accelerator have this precision; call it before the accelerator is made.
 

@@ -9,12 +9,13 @@ import math
 from types import SimpleNamespace
 
 import pytest
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from transformers import Trainer, TrainingArguments
 
 from hf_prefopt import PreferenceTrainer
-from hf_prefopt.training.engines import compute_in, refuse_early_evaluation
+from hf_prefopt.training.engines import compute_in, refuse_early_evaluation, refuse_first_fsdp
 from tests.tiny_models import tiny_model, with_lora
 from tests.tokenizers import tiny_tokenizer
 from tests.trainers import logged, make_config, make_trainer, pairs
@@ -143,3 +144,15 @@ def test_under_fsdp2_trainers_have_one_precision():
     accelerator = SimpleNamespace(distributed_type=DistributedType.FSDP, state=state)
     with pytest.raises(ValueError, match="mixed_precision='no' and one that was made after it has 'bf16'"):
         compute_in("no", accelerator, tiny_model())
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_fsdp_of_the_first_version_is_refused(version):
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=version)
+    accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin))
+    if version == 2:
+        refuse_first_fsdp(accelerator)
+    else:
+        with pytest.raises(ValueError, match=r"FSDP of version 1 .* fsdp_version: 2"):
+            refuse_first_fsdp(accelerator)
+    refuse_first_fsdp(Accelerator(cpu=True))
