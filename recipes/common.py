@@ -83,14 +83,14 @@ def parse_arguments(
     parser = RecipeParser((RecipeArguments, ScriptArguments, PreferenceConfig, ModelConfig))
     try:
         recipe, script, training, model = parser.parse_args_and_config()
+        for name, value in (("dataset_name", script.dataset_name), ("model_name_or_path", model.model_name_or_path)):
+            if value is None:
+                parser.error(f"--{name} is missing: pass it, or a YAML file that has it by --config")
         check_model_options(model, adapter, quantized)
         _refuse_unused(script, training)
         training.model_init_kwargs = loading_arguments(model, training.model_init_kwargs)
     except ValueError as error:
         sys.exit(f"error: {error}")
-    for name, value in (("dataset_name", script.dataset_name), ("model_name_or_path", model.model_name_or_path)):
-        if value is None:
-            parser.error(f"--{name} is missing: pass it, or a YAML file that has it by --config")
     if training.process_index == 0 and Path(training.output_dir, "README.md").is_file():
         print(f"{training.output_dir} holds an earlier run, whose files are written over: --output_dir", flush=True)
     return script, training, model, recipe

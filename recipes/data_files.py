@@ -32,7 +32,8 @@ def load_splits(name: str, config: str | None = None, streaming: bool = False) -
     if not (has_magic(name) or kind_of(name) in KINDS or Path(name).expanduser().is_file()):
         if name.startswith((".", "/", "~")) and not Path(name).expanduser().exists():
             raise ValueError(f"--dataset_name {name}: there is no such file or folder")
-        return load_dataset(str(Path(name).expanduser()) if name.startswith("~") else name, config, streaming=streaming)
+        path = str(Path(name).expanduser()) if name.startswith("~") else name
+        return load_dataset(path, name=config, streaming=streaming)
     files = sorted(glob(str(Path(name).expanduser()), recursive=True))
     _check_files(name, files)
     loader, options = KINDS[kind_of(files[0])]

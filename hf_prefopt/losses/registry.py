@@ -242,13 +242,13 @@ def _split_signature(name: str, function: Callable) -> tuple[tuple[str, ...], di
         kinds = " and ".join(dict.fromkeys(next(k.name for k in KINDS if k.has_input(given)) for given in inputs))
         raise ValueError(f"loss {name!r} takes inputs of {kinds}: a loss compares one kind of examples")
     defaults = {p.name: p.default for p in parameters if p.name not in (*inputs, *_RUN_INPUTS)}
-    _refuse_misspelt(name, {p.name: p.default for p in parameters}, inputs)
     unknown = [parameter for parameter, default in defaults.items() if default is inspect.Parameter.empty]
     if unknown:
         raise ValueError(
             f"loss {name!r}: parameter {', '.join(unknown)} is no known input and has no default; inputs are named "
             "policy_chosen_logps, ref_rejected_logps, chosen_lengths, ...; hyperparameters need a default"
         )
+    _refuse_misspelt(name, {p.name: p.default for p in parameters}, inputs)
     return inputs, defaults
 
 

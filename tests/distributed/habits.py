@@ -19,6 +19,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from hf_prefopt import PreferenceTrainer
 from hf_prefopt.losses import register_loss
 from hf_prefopt.reference.shards import release_gathered
+from hf_prefopt.scoring.modes import ModuleTree
 from tests.distributed.cases import DESCENT, GLOBAL_BATCH
 from tests.distributed.engines import ENGINES, Engine
 from tests.tiny_models import perturbed, tiny_model, with_lora
@@ -64,7 +65,7 @@ class Place:
         """The losses, gradient norms and evaluations of trainers, and the weights of the last of them."""
         logs = [entry for trainer in trainers for entry in trainer.state.log_history]
         model = trainers[-1].model
-        release_gathered(model)  # FSDP2 leaves what the last forward has gathered whole until the next one
+        release_gathered(ModuleTree(model))  # FSDP2 leaves what the last forward has gathered whole until the next one
         return {
             "losses": [entry["loss"] for entry in logs if "loss" in entry],
             "norms": [float(entry["grad_norm"]) for entry in logs if "grad_norm" in entry],

@@ -27,11 +27,12 @@ DESCENT = {"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant"
 
 @pytest.fixture
 def runs(monkeypatch):
-    """The number of responses of every batch that a reference is run on."""
+    """The number of responses of every batch of rows that a reference is run on."""
     seen, score = [], LiveReference.score
 
     def counted(self, batch, *token_stats):
-        seen.append(len(batch["response_lengths"]))
+        if "rows" in batch:
+            seen.append(len(batch["response_lengths"]))
         return score(self, batch, *token_stats)
 
     monkeypatch.setattr(LiveReference, "score", counted)
@@ -40,7 +41,8 @@ def runs(monkeypatch):
 
 def cached(folder, model=None, **settings):
     """A trainer whose cache is in a folder beside its output."""
-    settings = {"reference_cache_dir": str(folder / "cache"), "precompute_ref_log_probs": True, **settings}
+    if settings.get("precompute_ref_log_probs", True):
+        settings = {"reference_cache_dir": str(folder / "cache"), "precompute_ref_log_probs": True, **settings}
     model = with_lora(tiny_model()) if model is None and "model_init" not in settings else model
     return make_trainer(folder / "run", model, **settings)
 

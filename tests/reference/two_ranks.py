@@ -18,13 +18,14 @@ live_score = LiveReference.score
 
 
 def counted(self, batch, *token_stats):
-    responses.append(len(batch["response_lengths"]))
+    if "rows" in batch:
+        responses.append(len(batch["response_lengths"]))
     return live_score(self, batch, *token_stats)
 
 
 LiveReference.score = counted
 RUNS = {
-    "live": {"precompute_ref_log_probs": False, "train_dataset": pairs(7)},
+    "live": {"precompute_ref_log_probs": False, "reference_cache_dir": None, "train_dataset": pairs(7)},
     "cached": {"train_dataset": pairs(7)},
     "again": {"train_dataset": pairs(7)},
     "kto": {"train_dataset": unpaired(8), "loss_type": "kto"},
