@@ -98,7 +98,7 @@ ROWS = {PAIRS: pairs, TRIPLES: triples, UNPAIRED: unpaired, LISTS: lists}
 
 
 def make_config(folder: str | Path, **settings: Any) -> PreferenceConfig:
-    """Quiet settings: every step logged, nothing saved, no dropout but the model's own."""
+    """Quiet settings: every step logged, nothing saved, evaluated or reported."""
     quiet = {
         "use_cpu": True,
         "bf16": False,

@@ -81,7 +81,7 @@ def items(given: Given) -> Row:
     if isinstance(structs, Mapping):  # the struct of lists that a `Sequence` of structs becomes
         structs = [dict(zip(structs, values, strict=True)) for values in zip(*structs.values(), strict=True)]
     if not isinstance(structs, list | tuple) or not all(isinstance(item, Mapping) for item in structs):
-        raise BadRow("items", "is no list of structs")
+        raise BadRow("items", "is not a list of structs")
     keys = {"responses": ITEM_TEXTS, "scores": ITEM_SCORES, "ranks": ITEM_RANKS}
     found = {
         part: next((key for key in names if any(item.get(key) is not None for item in structs)), None)
@@ -116,7 +116,7 @@ def _talks(given: Given) -> Given:
     lists = {part: read_texts(given[part]) for part in ("prompt", "first", "second")}
     for part, texts in lists.items():
         if texts is None or None in texts:
-            raise BadRow(part, "is no list of texts" if texts is None else "has a turn without text")
+            raise BadRow(part, "is not a list of texts" if texts is None else "has a turn without text")
     if len({len(texts or ()) for texts in lists.values()}) > 1:
         raise BadRow("prompt", "and the responses have different numbers of turns")
     talks = Given({}, given.columns)

@@ -1,7 +1,7 @@
 """Whether a resumed run has the reference that it began with: told by log-probs of made-up tokens.
 
 The policy's weights come back from a checkpoint, the reference's do not: it is made of the model that is handed over.
-Where that is the half-trained model itself, loaded from the checkpoint, it would be the reference of the rest.
+If that model was loaded from the checkpoint, the half-trained policy would be the reference for the rest of the run.
 """
 
 import logging
