@@ -9,12 +9,10 @@ import logging
 import os
 from collections.abc import Callable
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
@@ -40,28 +38,26 @@ from hf_prefopt.training.arguments import (
     check_order,
     check_types,
     refuse_data_parallel,
-    refuse_lost_place,
-    refuse_short_stream,
 )
 from hf_prefopt.training.checkpoints import (
     BatchOfStep,
     begin_checkpoint,
-    begun_at,
     check_resumable,
     checkpoint_to_resume,
     keep_batch,
     keep_losses,
     keep_reference,
     kept_reference,
+    load_adapters,
     restore_losses,
 )
 from hf_prefopt.training.engines import (
-    compute_in,
     forget_other_trainers,
     keep_output_precision,
     make_room,
     refuse_early_evaluation,
     refuse_first_fsdp,
+    refuse_other_precision,
     take_over,
     unwrapped_after_evaluation,
 )
@@ -70,6 +66,7 @@ from hf_prefopt.training.preference_data import Data, DataOrSplits, PreferenceDa
 from hf_prefopt.training.replicas import RanksAgree, refuse_drifted
 from hf_prefopt.training.scorer import Scorer, ScorerEvents, SettleScorer, loader_collator
 from hf_prefopt.training.settings import OWN, OwnSettings, evaluation_loss
+from hf_prefopt.training.step_batches import StepBatches
 from hf_prefopt.training.trainable import check_trainable, refuse_frozen
 from hf_prefopt.training.wrapping import settle_unused_parameters
 
@@ -167,8 +164,7 @@ class PreferenceTrainer(Trainer):
         )
         refuse_first_fsdp(self.accelerator)
         self.data, self.settings, self.summary = data, OwnSettings(args), StartSummary()
-        self._left_over: list[LoaderBatch] = []
-        self._begun_at = 0
+        self._steps = StepBatches()
         self.scorer = Scorer(args, collator, ref_model, self.summary)
         self._attach_model()
         events = ScorerEvents(self.scorer, self._evaluated, keeps_reference=model_init is not None)
@@ -208,40 +204,22 @@ class PreferenceTrainer(Trainer):
     # -- a step ---------------------------------------------------------------------------------------------------
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """The batches of a step, without repeated examples and in as many pieces on every rank, and its examples.
-
-        The last batches of a stream may not fill a step: they are the first of the next epoch's first step.
+        """The batches of a step and the number of its examples; see `StepBatches` and `GlobalBatch.begin_step`.
 
         Raises:
             RuntimeError: another trainer has used the model in another precision since training began.
-            ValueError: a stream has ended before the place at which training is resumed.
+            ValueError: a stream has ended before the place at which training resumes.
         """
-        if compute_in(self.args.mixed_precision, self.accelerator, self.model):
-            raise RuntimeError(
-                f"since step {self.state.global_step} another trainer has used this model in another precision than "
-                f"bf16={self.args.bf16}, fp16={self.args.fp16}: give that trainer the same settings, or a copy of the "
-                "model"
-            )
+        refuse_other_precision(self.accelerator, self.model, self.args.mixed_precision)
         self.scorer.settle()
         if self.record.is_full:
             self.record.check(self.accelerator)
-        if 0 < self.state.max_steps <= self.state.global_step:
-            return [], None  # resumed from its end, where the Trainer would make one more step
-        drawn = islice(epoch_iterator, num_batches - len(self._left_over))
-        batches = [*self._left_over, *map(check_loaded, drawn)]
-        if not batches and 0 < self._begun_at == self.state.global_step:
-            refuse_lost_place(self._begun_at)
-        self._left_over = batches if len(batches) < num_batches else []
-        if len(batches) < num_batches:
+        batches = self._steps.draw(epoch_iterator, num_batches, self.state)
+        if not batches:
             return [], None
-        self.global_batch.without_repeats(batches, self._train_batch_size)
-        if self.args.max_tokens_per_batch is not None:
-            for batch, idle in zip(batches, self.global_batch.idle(batches), strict=True):
-                batch["pieces"] = [*idle, *batch["pieces"]]
-        pieces = [piece for batch in batches for piece in batch["pieces"]]
-        num_examples = self.global_batch.count(pieces)
-        self.global_batch.begin(pieces, self.scorer.collect)
-        return batches, num_examples
+        return batches, self.global_batch.begin_step(
+            batches, self._train_batch_size, self.scorer.collect, self.args.max_tokens_per_batch is not None
+        )
 
     def training_step(
         self, model: nn.Module, inputs: LoaderBatch, num_items_in_batch: Tensor | int | None = None
@@ -446,17 +424,9 @@ class PreferenceTrainer(Trainer):
         given = self.eval_dataset
         evaluated = {f"eval {n}": rows for n, rows in given.items()} if isinstance(given, dict) else {"eval": given}
         self.summary.say("data", data_text({"train": self.train_dataset, **evaluated}))
-        self._attempts, self._left_over, self._begun_at = 0, [], begun_at(checkpoint)
+        self._attempts, self._steps = 0, StepBatches(checkpoint)
         output = super().train(checkpoint, **options)
-        if isinstance(self.train_dataset, IterableDataset):
-            refuse_short_stream(self.state, self.args, len(self._left_over))
-        if checkpoint is not None and self.state.global_step == self._begun_at:
-            logger.warning(
-                "nothing was trained: %s is of step %d, and the run ends at step %d",
-                checkpoint,
-                self.state.global_step,
-                self.state.max_steps,
-            )
+        self._steps.check_end(self.state, self.args)
         return output
 
     def _inner_training_loop(self, *args: Any, **options: Any):
@@ -567,11 +537,7 @@ class PreferenceTrainer(Trainer):
         if self.is_deepspeed_enabled or self.is_fsdp_enabled or not isinstance(self.model, PeftModel):
             super()._load_best_model()
             return
-        best = Path(self.state.best_model_checkpoint)
-        for name in self.model.peft_config:
-            folder = best if name == "default" else best / name
-            if (folder / "adapter_config.json").is_file():
-                self.model.load_adapter(str(folder), name)
+        load_adapters(self.model, self.state.best_model_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """As the Trainer's, with a reference that moves."""

@@ -5,7 +5,7 @@ from typing import Any
 
 from datasets import IterableDataset
 from peft import PeftConfig
-from transformers import TrainerState, TrainingArguments
+from transformers import TrainingArguments
 
 from hf_prefopt.config import PreferenceConfig
 
@@ -58,31 +58,6 @@ def check_order(args: PreferenceConfig, train_dataset: Any) -> None:
 
 def _type(value: Any) -> str:
     return value.__name__ if isinstance(value, type) else type(value).__name__
-
-
-def refuse_lost_place(step: int) -> None:
-    """Raise `ValueError`: a stream has ended before the place at which training is to be resumed."""
-    raise ValueError(
-        f"the stream of the training data ended before the place of step {step}, which is searched in one pass from "
-        "its beginning: set ignore_data_skip=True to go on with its first rows"
-    )
-
-
-def refuse_short_stream(state: TrainerState, args: PreferenceConfig, left_over: int) -> None:
-    """Raise `ValueError` if a run has made no step because its stream ended before.
-
-    Args:
-        state: after the run. left_over: batches that did not fill a step.
-    """
-    if state.global_step:
-        return
-    reason = (
-        f"the stream of the training data gave {left_over} batches, and a step takes "
-        f"gradient_accumulation_steps={args.gradient_accumulation_steps} of them: lower it"
-        if left_over
-        else "the stream of the training data gave no row that can be used"
-    )
-    raise ValueError(f"nothing was trained: {reason}")
 
 
 def refuse_data_parallel(gpus: int) -> None:

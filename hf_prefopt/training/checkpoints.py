@@ -12,6 +12,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from peft import PeftModel
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -233,3 +234,15 @@ def keep_reference(state: TrainerState, made_up_logps: list[float] | None) -> No
 def kept_reference(state: TrainerState) -> list[float] | None:
     """Take it out of the state of a checkpoint; `None` where there is nothing."""
     return state.stateful_callbacks.pop(REFERENCE, {}).get("made_up_logps")
+
+
+def load_adapters(model: PeftModel, checkpoint: str | Path) -> None:
+    """Load every adapter of a checkpoint into the model.
+
+    PEFT saves the adapter named "default" in the folder itself, and others in a folder of their name, where the Trainer
+    does not look.
+    """
+    for name in model.peft_config:
+        folder = Path(checkpoint) if name == "default" else Path(checkpoint, name)
+        if (folder / "adapter_config.json").is_file():
+            model.load_adapter(str(folder), name)

@@ -106,6 +106,15 @@ def compute_in(precision: str, accelerator: Accelerator, model: nn.Module) -> bo
     return differs
 
 
+def refuse_other_precision(accelerator: Accelerator, model: nn.Module, precision: str) -> None:
+    """Raise `RuntimeError` if another trainer has used the model in another precision since training began."""
+    if compute_in(precision, accelerator, model):
+        raise RuntimeError(
+            f"another trainer has used this model in another precision than mixed_precision={precision!r} since "
+            "training began: give both trainers the same bf16 and fp16, or the other one a copy of the model"
+        )
+
+
 def refuse_early_evaluation(accelerator: Accelerator) -> None:
     """Raise `ValueError` if an evaluation would come before training under an engine that cannot evaluate then."""
     if accelerator._models:

@@ -78,6 +78,32 @@ class GlobalBatch:
             for batch, count in zip(batches, most, strict=True)
         ]
 
+    def begin_step(
+        self,
+        batches: list[LoaderBatch],
+        rows_per_rank: int,
+        collect: Callable[[PreferenceBatch], Inputs],
+        pieces_differ: bool = False,
+    ) -> Tensor | int:
+        """Begin a step: repeated examples are left out, and every rank gets equally many pieces.
+
+        Args:
+            batches: as they were drawn; changed in place.
+            rows_per_rank: the rows that a rank draws at a time.
+            collect: computes the loss inputs of a piece without gradients.
+            pieces_differ: whether batches are cut into pieces, whose number may differ between ranks.
+
+        Returns:
+            The number of examples in the step, on all ranks.
+        """
+        self.without_repeats(batches, rows_per_rank)
+        if pieces_differ:
+            for batch, idle in zip(batches, self.idle(batches), strict=True):
+                batch["pieces"] = [*idle, *batch["pieces"]]
+        pieces = [piece for batch in batches for piece in batch["pieces"]]
+        self.begin(pieces, collect)
+        return self.count(pieces)
+
     def count(self, pieces: list[PreferenceBatch]) -> Tensor | int:
         """The number of examples in these pieces, on all ranks."""
         count = sum(len(piece["rows"]) for piece in pieces)
