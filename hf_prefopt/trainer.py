@@ -191,6 +191,7 @@ class PreferenceTrainer(Trainer):
 
     def _use(self, objective: Objective) -> None:
         self.criterion = self.scorer.objective = objective
+        objective.aux_loss_coef = self.scorer.aux_loss_coef
         self.global_batch = GlobalBatch(self.accelerator, objective, self.args.dataloader_drop_last)
         self.evaluation, self.record = Evaluation(objective), TrainingRecord(objective)
         self.summary.say("loss", *loss_texts(objective))
