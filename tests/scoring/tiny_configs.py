@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-from tests.tiny_models import VOCABULARY
+from tests.tiny_models import VOCABULARY, random_rows
 
 # Families of masked language models, which a flag makes causal.
 _BIDIRECTIONAL = (
@@ -154,3 +154,16 @@ def _first_of_each_kind(lists: dict[str, Any], layers: int | None) -> list[int]:
     kinds = {name: [str(entry) for entry in values] for name, values in lists.items()}
     first = {values.index(kind) for values in kinds.values() for kind in values if len(set(values)) <= 4}
     return sorted(first | {layers - 1} if len(first) < 2 else first)
+
+
+def text_rows(count: int = 4, seed: int = 0, longest: int = 20) -> list[dict[str, Any]]:
+    """`random_rows` without the ids that stand for an image or a sound."""
+
+    def text(ids: list[int]) -> list[int]:
+        return [id if id < FIRST_SPECIAL else id - 100 for id in ids]
+
+    rows = random_rows(count, seed, longest)
+    return [
+        {**row, "prompt_ids": text(row["prompt_ids"]), "response_ids": [text(ids) for ids in row["response_ids"]]}
+        for row in rows
+    ]
