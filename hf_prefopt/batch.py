@@ -125,12 +125,15 @@ class ResponseScores:
         lengths: `[R]`, scored tokens per response.
         token_stats: further per-token statistics by name, each `[N]` fp32, present only when asked for; among them
             `hidden`, `[N, H]`, what the head was given.
+        aux_loss: `[]`, the load-balancing loss of the routers of a mixture of experts over the sequences of the batch,
+            without its coefficient; where it was asked for.
     """
 
     token_logps: Tensor
     response_index: Tensor
     lengths: Tensor
     token_stats: dict[str, Tensor] = field(default_factory=dict)
+    aux_loss: Tensor | None = None
 
     def sum_by_response(self, per_token: Tensor) -> Tensor:
         """`[R]`: the sum of a per-token quantity `[N]` over each response."""

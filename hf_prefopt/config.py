@@ -148,6 +148,13 @@ class PreferenceConfig(TrainingArguments):
             "model's own dropout is off, an adapter's (lora_dropout) stays. The reference never has any."
         ),
     )
+    router_aux_loss_coef: float | None = field(
+        default=None,
+        metadata=_help(
+            "Mixtures of experts: adds this times the load-balancing loss of the routers; 0: off; None: the model "
+            "config's own. It is that of each forward, weighted by the forward's examples."
+        ),
+    )
 
     max_length: int | None = field(
         default=1024, metadata=_help("The most tokens of prompt and response together; None: no limit.")

@@ -47,6 +47,8 @@ def check_values(args: Any) -> None:
         raise ValueError(f"max_tokens_per_batch={args.max_tokens_per_batch} must be at least 1, or None for no limit")
     if not 0 < args.temperature < float("inf"):
         raise ValueError(f"temperature={args.temperature} must be above 0, and finite")
+    if args.router_aux_loss_coef is not None and not 0 <= args.router_aux_loss_coef < float("inf"):
+        raise ValueError(f"router_aux_loss_coef={args.router_aux_loss_coef} must be at least 0, and finite")
     if args.max_length is not None and args.max_length < 2:
         raise ValueError(f"max_length={args.max_length} leaves no room for a prompt and a response token")
     if args.pad_to_multiple_of is not None and args.pad_to_multiple_of < 1:

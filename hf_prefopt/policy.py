@@ -1,84 +1,29 @@
-"""From what a user passes as model to the policy: loaded and adapted."""
+"""From a loaded model to the policy: a new adapter on it, on the layers that text reaches and that PEFT can adapt."""
 
-from collections.abc import Callable
+import copy
+import logging
+import re
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
-from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.adaption_prompt import AdaptionPromptModel
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, _check_lora_target_modules_mamba
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 from transformers.trainer_utils import number_of_arguments
-from transformers.utils import cached_file, find_adapter_config_file
 
-_OF_THE_HUB = ("revision", "token", "cache_dir", "subfolder", "local_files_only")
+logger = logging.getLogger(__name__)
 
-
-def load_model(
-    name: str, init_kwargs: dict[str, Any] | None, quantization_config: Any = None
-) -> PreTrainedModel | PeftModel:
-    """A causal language model by name or path, in fp32 unless `init_kwargs` has a `dtype` (bf16 comes by autocast).
-
-    An adapter is loaded on the base model that its configuration names, and is trainable.
-
-    Raises:
-        ValueError: an adapter's configuration names no base model, or it is a soft prompt.
-    """
-    kwargs = {"dtype": torch.float32, **(init_kwargs or {})}
-    if quantization_config is not None:
-        kwargs["quantization_config"] = quantization_config
-    if not is_adapter(name, init_kwargs):
-        return AutoModelForCausalLM.from_pretrained(name, **kwargs)
-    config = PeftConfig.from_pretrained(name, **_hub_arguments(init_kwargs))
-    if not config.base_model_name_or_path:
-        raise ValueError(
-            f"the adapter {name} does not say which model it belongs to (base_model_name_or_path in adapter_config.json"
-            " is empty): pass PeftModel.from_pretrained(base_model, adapter, is_trainable=True) as the model"
-        )
-    if config.is_prompt_learning:
-        raise ValueError(
-            f"the adapter {name} is a soft prompt ({config.peft_type.value}), which PEFT loads frozen: pass "
-            "PeftModel.from_pretrained(base_model, adapter) as the model, after model.prompt_encoder.requires_grad_()"
-        )
-    return AutoPeftModelForCausalLM.from_pretrained(name, is_trainable=True, **kwargs)
-
-
-def is_adapter(name: str, init_kwargs: dict[str, Any] | None = None) -> bool:
-    """Whether a folder or Hub repository holds an adapter and not a model."""
-    return find_adapter_config_file(name, **_hub_arguments(init_kwargs)) is not None
-
-
-def _hub_arguments(init_kwargs: dict[str, Any] | None) -> dict[str, Any]:
-    return {key: value for key, value in (init_kwargs or {}).items() if key in _OF_THE_HUB}
-
-
-def load_tokenizer(
-    model: nn.Module, init_kwargs: dict[str, Any] | None, name: str | None = None
-) -> PreTrainedTokenizerBase:
-    """Load the tokenizer saved with the model; for an adapter, its own tokenizer if it has one, else the base model's.
-
-    Args:
-        name: what the model was loaded by.
-
-    Raises:
-        ValueError: the model came from no folder or Hub name.
-    """
-    kwargs = {key: value for key, value in (init_kwargs or {}).items() if key in ("revision", "trust_remote_code")}
-    base = getattr(model.config, "_name_or_path", "")
-    if name and is_adapter(name, init_kwargs):
-        where = {**_hub_arguments(init_kwargs), "_raise_exceptions_for_missing_entries": False}
-        has_tokenizer = cached_file(name, "tokenizer_config.json", **where) is not None
-        # A revision is the adapter's.
-        return AutoTokenizer.from_pretrained(name, **kwargs) if has_tokenizer else AutoTokenizer.from_pretrained(base)
-    if not base:
-        raise ValueError("the model has no name to load its tokenizer from: pass processing_class=tokenizer")
-    return AutoTokenizer.from_pretrained(base, **kwargs)
+_ALL_LINEAR = "all-linear"
 
 
 def with_adapter(model: PreTrainedModel, peft_config: PeftConfig | None) -> PreTrainedModel | PeftModel:
     """The model under a new adapter, or as it is where no adapter is asked for.
+
+    Of "all-linear" some layers are left out, see `left_out_of_all_linear`.
 
     Raises:
         ValueError: the model has an adapter already.
@@ -91,7 +36,7 @@ def with_adapter(model: PreTrainedModel, peft_config: PeftConfig | None) -> PreT
             "or merge it first (PeftModel.merge_and_unload(), also of an adapter folder: "
             "AutoPeftModelForCausalLM.from_pretrained(folder).merge_and_unload())"
         )
-    return _called_late(get_peft_model(model, peft_config))
+    return _called_late(get_peft_model(model, _with_exclusions(model, peft_config)))
 
 
 def under_adapter(
@@ -111,6 +56,78 @@ def under_adapter(
 def sample_of(model_init: Callable[..., PreTrainedModel]) -> PreTrainedModel:
     """A model from a `model_init`, as the Trainer makes one outside a search."""
     return model_init(None) if number_of_arguments(model_init) else model_init()
+
+
+def left_out_of_all_linear(model: PreTrainedModel, peft_config: PeftConfig) -> dict[str, list[str]]:
+    """The linear layers that "all-linear" leaves out, by the reason.
+
+    Those are towers for images and sound, which text never reaches; linear layers with a forward of their own, such as
+    routers that return several tensors, around which PEFT's adapters do not fit; and what PEFT refuses to adapt.
+    """
+    text, reasons = _text_parts(model), {}
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear | Conv1D) or module is model.get_output_embeddings():
+            continue
+        reason = None
+        if text and not any(name == part or name.startswith(f"{part}.") for part in text):
+            reason = "text does not reach them"
+        elif (
+            type(module).__module__.startswith("transformers.models.") and type(module).forward is not nn.Linear.forward
+        ):
+            reason = f"{type(module).__name__} has a forward of its own"
+        elif _is_refused(name, model, peft_config):
+            reason = "Mamba's fused kernel passes them by"
+        if reason is not None:
+            reasons.setdefault(reason, []).append(name)
+    return reasons
+
+
+def _with_exclusions(model: PreTrainedModel, peft_config: PeftConfig) -> PeftConfig:
+    """The configuration with what is left out of "all-linear" added to its `exclude_modules`."""
+    target, excluded = (getattr(peft_config, name, None) for name in ("target_modules", "exclude_modules"))
+    if not (isinstance(target, str) and target.lower() == _ALL_LINEAR and isinstance(model, PreTrainedModel)):
+        return peft_config
+    reasons = left_out_of_all_linear(model, peft_config)
+    if not reasons:
+        return peft_config
+    for reason, names in reasons.items():
+        logger.warning("target_modules='all-linear' leaves out %d layers (%s): %s", len(names), _short(names), reason)
+    names = [name for part in reasons.values() for name in part]
+    changed = copy.deepcopy(peft_config)
+    if isinstance(excluded, str):  # a pattern of whole names
+        changed.exclude_modules = "|".join([f"(?:{excluded})", *map(re.escape, names)])
+    else:
+        changed.exclude_modules = {*(excluded or ()), *names}
+    return changed
+
+
+def _text_parts(model: PreTrainedModel) -> list[str]:
+    """The names of the modules that text goes through in a model of several kinds of inputs; none for one of text."""
+    if model.config.get_text_config(decoder=True) is model.config:
+        return []
+    decoder = model.get_decoder()
+    parts = [name for name, module in model.named_modules() if module is decoder and name]
+    return parts if decoder is not model else []
+
+
+def _has_own_forward(linear: nn.Module) -> bool:
+    """Whether a family's own subclass of a linear layer computes something else."""
+    return type(linear).__module__.startswith("transformers.models.") and type(linear).forward is not nn.Linear.forward
+
+
+def _is_refused(name: str, model: PreTrainedModel, peft_config: PeftConfig) -> bool:
+    try:
+        _check_lora_target_modules_mamba(peft_config, model, name.rpartition(".")[2])
+    except ValueError:
+        return True
+    return False
+
+
+def _short(names: list[str]) -> str:
+    """Names with their numbers left out, each once, at most three."""
+    shapes: Iterator[str] = iter(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names))
+    first = [shape for shape, _ in zip(shapes, range(4), strict=False)]
+    return ", ".join([*first[:3], *["…"] * (len(first) > 3)])
 
 
 def _has_adapters(module: nn.Module) -> bool:

@@ -22,8 +22,9 @@ from hf_prefopt.batch import LoaderBatch, PreferenceBatch, join_examples
 from hf_prefopt.config import PreferenceConfig
 from hf_prefopt.data.collator import check_loaded
 from hf_prefopt.data.unpaired import EpochOfMismatches
+from hf_prefopt.loading import load_model, load_processing_class
 from hf_prefopt.objective.objective import Objective
-from hf_prefopt.policy import load_model, load_tokenizer, sample_of, under_adapter, with_adapter
+from hf_prefopt.policy import sample_of, under_adapter, with_adapter
 from hf_prefopt.reference.choose import check_reference
 from hf_prefopt.reporting.card import model_card
 from hf_prefopt.reporting.finite import ruined_gradient, ruined_weights
@@ -147,7 +148,7 @@ class PreferenceTrainer(Trainer):
             check_trainable(model, trainer_arguments.get("optimizers", (None,))[0], trains=train_dataset is not None)
             check_reference(args.reference, model, ref_model, needs_reference)
         if processing_class is None:
-            processing_class = load_tokenizer(model or sample_of(model_init), args.model_init_kwargs, name)
+            processing_class = load_processing_class(model or sample_of(model_init), args.model_init_kwargs, name)
         embeddings = getattr(model.get_input_embeddings(), "num_embeddings", None) if model is not None else None
         data = PreferenceData(args, getattr(processing_class, "tokenizer", processing_class), embeddings)
         collator = loader_collator(args, data.pad_token_id, data_collator)
@@ -187,6 +188,7 @@ class PreferenceTrainer(Trainer):
 
     def _use(self, objective: Objective) -> None:
         self.criterion = self.scorer.objective = objective
+        objective.aux_loss_coef = self.scorer.aux_loss_coef
         self.global_batch = GlobalBatch(self.accelerator, objective, self.args.dataloader_drop_last)
         self.evaluation, self.record = Evaluation(objective), TrainingRecord(objective)
         self.summary.say("loss", *loss_texts(objective))

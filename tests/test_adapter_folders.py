@@ -11,7 +11,7 @@ from torch.optim import AdamW
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from hf_prefopt import PreferenceTrainer
-from hf_prefopt.policy import load_model, load_tokenizer
+from hf_prefopt.loading import load_model, load_processing_class
 from tests.reference.test_adapters import mean_chosen_logp
 from tests.tiny_models import perturbed, random_rows, tiny_model, with_lora
 from tests.tokenizers import tiny_tokenizer
@@ -136,11 +136,11 @@ def test_a_folder_on_a_quantized_base(tmp_path):
 def test_the_tokenizer_of_an_adapter_is_its_own_or_the_bases(base, sft):
     """A chat template that came with SFT is the adapter's."""
     model = load_model(str(sft), None)
-    assert load_tokenizer(model, None, str(sft)).name_or_path == str(base)
+    assert load_processing_class(model, None, str(sft)).name_or_path == str(base)
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{{ messages[0]['content'] }}"
     tokenizer.save_pretrained(sft)
-    assert load_tokenizer(model, None, str(sft)).chat_template == tokenizer.chat_template
+    assert load_processing_class(model, None, str(sft)).chat_template == tokenizer.chat_template
 
 
 def test_an_adapter_of_no_base_is_refused(sft):

@@ -23,7 +23,7 @@ LAYERS = (
     ("reference",),
     ("evaluation",),
     ("reporting",),
-    ("policy", "training", "trainer"),
+    ("loading", "policy", "training", "trainer"),
     ("callbacks", "console"),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

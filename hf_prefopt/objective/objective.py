@@ -15,6 +15,8 @@ from hf_prefopt.losses.dpo import wpo_weights
 from hf_prefopt.losses.registry import token_stats_of
 from hf_prefopt.objective.term import State, Term
 
+# The name of the routers' auxiliary loss among the inputs, and in the logs.
+AUX_LOSS = "aux_loss"
 _WPO_INPUTS = ("policy_chosen_alignment", "policy_rejected_alignment")
 
 
@@ -23,11 +25,13 @@ class Objective:
 
     The implicit rewards are those of the first loss that has any. With `use_weighting`, each loss that has rewards is
     multiplied by the pair's WPO weight. With `use_weights`, an example's sum is multiplied by the example's own weight;
-    the loss of a step stays the mean over its examples, whatever their weights add up to.
+    the loss of a step stays the mean over its examples, whatever their weights add up to. The auxiliary loss of a
+    mixture of experts is added with its own coefficient, whatever those weights are.
 
     Attributes:
         kind: the kind of examples that all its losses compare.
         state: what losses keep across batches, by loss: numbers `[]`.
+        aux_loss_coef: what the auxiliary loss of a model's routers is multiplied by; who runs the objective says so.
         progress, epoch: the part of a run's optimizer steps that is done, in [0, 1], and the number of the epoch, for
             losses that change with them; who runs it says so.
 
@@ -39,7 +43,7 @@ class Objective:
         self.terms = terms
         self.use_weighting, self.use_weights = use_weighting, use_weights
         self.state: dict[str, State] = {}
-        self.progress, self.epoch = 0.0, 0
+        self.progress, self.epoch, self.aux_loss_coef = 0.0, 0, 0.0
         self.reset_state()
         modifiers = (*(_WPO_INPUTS if use_weighting else ()), *(("weights",) if use_weights else ()))
         self.inputs = tuple(dict.fromkeys([*(name for term in terms for name in term.inputs), *modifiers]))
@@ -94,7 +98,11 @@ class Objective:
     ) -> dict[str, Tensor]:
         """The inputs of the losses and of the metrics, by name, for the examples of a batch."""
         names = dict.fromkeys((*self.inputs, *self.kind.metric_inputs))
-        return loss_inputs(names, batch, policy, reference)
+        inputs = loss_inputs(names, batch, policy, reference)
+        if policy.aux_loss is not None:
+            # Of a forward, so the same for each of its examples: their mean weighs forwards by their examples.
+            inputs[AUX_LOSS] = policy.aux_loss.to(policy.token_logps.dtype).expand(len(batch["rows"]))
+        return inputs
 
     def __call__(self, inputs: dict[str, Tensor], training: bool = True) -> LossOutput:
         """The weighted sum on named inputs `[B]` or `[B, K]`; see `loss_inputs`. In evaluations not `training`."""
@@ -103,6 +111,8 @@ class Objective:
         total = functools.reduce(torch.add, parts)
         if self.use_weights:
             total = total * inputs["weights"]
+        if AUX_LOSS in inputs:
+            total = total + self.aux_loss_coef * inputs[AUX_LOSS]
         rewards = next((output.rewards for output in outputs.values() if output.rewards is not None), None)
         components = {
             f"{name}_{part}": values for name, output in outputs.items() for part, values in output.components.items()

@@ -10,14 +10,15 @@ from torch import Tensor
 from hf_prefopt.batch import PreferenceBatch, join_examples
 from hf_prefopt.kinds import ExampleKind, Metric
 from hf_prefopt.losses.base import LossOutput
-from hf_prefopt.objective.objective import Objective
+from hf_prefopt.objective.objective import AUX_LOSS, Objective
 from hf_prefopt.reporting.finite import FiniteRun, Seen
 
 
 def example_metrics(kind: ExampleKind, output: LossOutput, inputs: dict[str, Tensor]) -> dict[str, Metric]:
     """The metrics of each example: the loss's components, and those of its kind, under TRL's names."""
     components = {f"loss/{name}": Metric(values) for name, values in output.components.items()}
-    return components | kind.metrics(output.rewards, inputs)
+    aux_loss = {AUX_LOSS: Metric(inputs[AUX_LOSS].detach())} if AUX_LOSS in inputs else {}
+    return components | aux_loss | kind.metrics(output.rewards, inputs)
 
 
 class RunningMeans:

@@ -2,7 +2,8 @@
 
 What a model does between its hidden states and its logits is read off names in its config, where a name can be missing
 or mean something else. A mistake there is silent: policy and reference share it, and the first loss is right. So one
-made-up sequence is scored, and run through the model's own forward, too. The same forward with other tokens at its end
+made-up sequence is scored, and run through the model's own forward, too; where the two differ, logits are the model's
+own from then on. The same forward with other tokens at its end
 says whether the model is causal, without which a log-prob of a token has seen that token.
 """
 
@@ -15,7 +16,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from hf_prefopt.batch import PreferenceBatch
-from hf_prefopt.scoring.forward import base_causal_lm, score, transform_of
+from hf_prefopt.scoring.forward import base_causal_lm, score, score_by_own_logits, scores_by_own_logits, transform_of
 from hf_prefopt.scoring.modes import ModuleTree, adapters_off, evaluation_mode, training_mode
 
 _KEPT, _CHANGED = 10, 6
@@ -25,8 +26,10 @@ _ROUNDINGS = 4
 _SUMMING = 128 * 2.0**-24
 
 
-def check_scores(model: nn.Module, compute_dtype: torch.dtype | None = None) -> None:
+def settle_scores(model: nn.Module, compute_dtype: torch.dtype | None = None) -> bool:
     """Compare each score of one made-up sequence with log softmax(logits / temperature) of the model's own forward.
+
+    Where they differ, scores are made of the model's own logits from then on, see `scoring.tail`, and compared again.
 
     Three tokens are scored at every position: the most likely one, the least likely one and the one that follows. For
     logits z, and unit roundoff u of the dtype, a score may be off by 4u · (|z_token| + mean|z|). So a factor of 1 + f
@@ -34,9 +37,12 @@ def check_scores(model: nn.Module, compute_dtype: torch.dtype | None = None) -> 
     4u to 8u: 2 to 3 % in bf16, and below 10⁻³ in fp32.
 
     Args:
-        model: a model that `scoring.forward.install_scoring` has been called on, on its device. It is run three times
-            on 16 tokens, on every rank alike.
+        model: a model that `scoring.forward.install_scoring` has been called on, on its device. It is run three or four
+            times on 16 tokens, on every rank alike.
         compute_dtype: the dtype the model computes in, where an engine or autocast makes it another than its weights'.
+
+    Returns:
+        Whether scores are made of the model's own logits.
 
     Raises:
         ValueError: a score is not the model's own, or a log-prob depends on tokens that come later.
@@ -48,26 +54,28 @@ def check_scores(model: nn.Module, compute_dtype: torch.dtype | None = None) -> 
     ids, changed = torch.tensor([[*kept, *following], [*kept, *others]], device=device_of(model)).split(1)
     with torch.no_grad(), evaluation_mode(model):
         logits, changed_logits = (_plain_logits(model, each) / temperature for each in (ids, changed))
-        targets = torch.stack([logits.argmax(-1), logits.argmin(-1), ids[0].roll(-1).to(logits.device)], dim=1)
-        scores = _scores(model, ids, targets.to(ids.device)).to(logits.device)
+    targets = torch.stack([logits.argmax(-1), logits.argmin(-1), ids[0].roll(-1).to(logits.device)], dim=1)
     plain, plain_changed = (each.log_softmax(-1).gather(1, targets) for each in (logits, changed_logits))
+    if plain.isnan().any():
+        raise ValueError(f"{name} gives NaN for made-up tokens: look for NaN in its weights, or choose bf16 for fp16")
     unit, body_unit = _units(model, compute_dtype)
     # The mean is of the prediction. A token that the model rules out (z = −∞) must be ruled out exactly.
     size = logits.gather(1, targets).abs() + (logits.softmax(-1) * logits.abs()).nansum(1, keepdim=True)
     rounding = (_ROUNDINGS * unit * size + _SUMMING * (size + plain.abs())).nan_to_num(posinf=0.0)
 
-    if plain.isnan().any():
-        raise ValueError(f"{name} gives NaN for made-up tokens: look for NaN in its weights, or choose bf16 for fp16")
-    off = torch.where(scores == plain, 0.0, (scores - plain).abs())
-    worst, explained = off.max(), rounding.flatten()[off.argmax()]
+    off = _distance(model, ids, targets, plain)
+    if not (off <= rounding).all() and not scores_by_own_logits(causal_lm):
+        score_by_own_logits(causal_lm)
+        off = _distance(model, ids, targets, plain)
     if not (off <= rounding).all():
+        worst, explained = off.max(), rounding.flatten()[off.argmax()]
         raise ValueError(
             f"the log-probs that {name} would train on are not those of its own logits: of {targets.numel()} made-up "
-            f"tokens the worst is off by {worst:.3g} nats, and rounding explains {explained:.1g}. It does "
-            "something between hidden states and logits that its config does not say in a known way (a scale, a cap, a "
-            "layer before the output embeddings), so it cannot be trained here: choose a model of another class"
+            f"tokens the worst is off by {worst:.3g} nats, and rounding explains {explained:.1g}. What it does between "
+            "the hidden states of a position and its logits depends on other positions, or is not reached through its "
+            "forward, so it cannot be trained here: choose a model of another class"
         )
-    effect = (plain_changed - plain).abs().amax(1)
+    effect = _difference(plain_changed, plain).amax(1)
     # What rounding becomes on its way through a model cannot be told from less than half of the digits.
     leak, noise = effect[:_KEPT], rounding.amax(1)[:_KEPT] + body_unit**0.5 * effect[_KEPT:].mean()
     if not (leak <= noise).all():
@@ -76,6 +84,19 @@ def check_scores(model: nn.Module, compute_dtype: torch.dtype | None = None) -> 
             f"{leak.max():.3g} nats, so each token would be scored with the answer in sight. Choose a causal language "
             "model, or set what makes this one causal in its config (is_decoder=True for models like BERT)"
         )
+    return scores_by_own_logits(causal_lm)
+
+
+def _distance(model: nn.Module, ids: Tensor, targets: Tensor, plain: Tensor) -> Tensor:
+    """`[T, K]`: how far the scores of a sequence are off its plain log-probs, in nats."""
+    with torch.no_grad(), evaluation_mode(model):
+        scores = _scores(model, ids, targets.to(ids.device)).to(plain.device)
+    return _difference(scores, plain)
+
+
+def _difference(some: Tensor, others: Tensor) -> Tensor:
+    """|some − others|, 0 where both are −∞."""
+    return torch.where(some == others, 0.0, (some - others).abs())
 
 
 def training_noise(model: nn.Module, compute_dtype: torch.dtype | None = None) -> float:
@@ -85,7 +106,7 @@ def training_noise(model: nn.Module, compute_dtype: torch.dtype | None = None) -
     the first step. Adapters are off, so their dropout does not count.
 
     Args:
-        model: see `check_scores`; it is run twice on 16 tokens.
+        model: see `settle_scores`; it is run twice on 16 tokens.
 
     Returns:
         The largest difference, or 0 where rounding explains it.

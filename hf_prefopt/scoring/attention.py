@@ -28,6 +28,7 @@ SEGMENT_INPUTS = ("segment_queries", "segment_keys", "segment_key_index", "segme
 _PREFIX = "hf_prefopt|"
 # What attention modules pass along that has no bearing on the result, or is handled here.
 _HARMLESS = {"position_ids", "use_cache", "output_attentions", "output_hidden_states", "return_dict", "cache_position"}
+_HARMLESS |= {"output_router_logits"}
 _VARLEN_DTYPES = (torch.bfloat16, torch.float16)
 # PyTorch 2.11's wants as many key heads as there are query heads.
 _VARLEN_HAS_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters

@@ -8,6 +8,7 @@ behaves as before, so generation and other evaluation go on working.
 import inspect
 from collections.abc import Callable
 from dataclasses import astuple
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -27,11 +28,14 @@ from hf_prefopt.scoring.head import (
     module_head_logps,
     predictions,
 )
+from hf_prefopt.scoring.tail import auxiliary_loss, body_of, own_logits
 
 # Rows of logits held at once: small chunks starve a GPU, large ones leave a CPU's cache.
 CHUNK_ROWS = {"cpu": 512, "cuda": 2048}
 # Statistics per token that are none of one prediction alone: what the head is given, and the KL from the reference.
 HIDDEN, VOCABULARY_KL = "hidden", "vocabulary_kl"
+# What a router's auxiliary loss is called: of a whole forward, and no statistic of the head.
+AUX_LOSS = "aux_loss"
 _MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", *SEGMENT_INPUTS)
 _FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
 _DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
@@ -117,25 +121,41 @@ def _scoring_forward(self: PreTrainedModel, *args: Any, scored_rows: Tensor | No
     """The model's forward; with `scored_rows`, log-probs (and statistics) of the targets instead of logits."""
     if scored_rows is None:
         return self.plain_forward(*args, **kwargs)
-    targets, token_stats, width, reference = (
-        kwargs.pop(name) for name in ("targets", "token_stats", "width", "reference_predictions")
-    )
-    kwargs |= {"use_cache": False, "return_dict": True}
+    names = ("targets", "token_stats", "width", "reference_predictions", "with_aux_loss")
+    targets, token_stats, width, reference, with_aux_loss = (kwargs.pop(name) for name in names)
+    kwargs |= {"use_cache": False, "return_dict": True} | ({"output_router_logits": True} if with_aux_loss else {})
+    tokens = _tokens_of_sequences(kwargs) if with_aux_loss else None
     if kwargs.get("segment_queries") is not None:
         # A mask of four dimensions is handed on as it is, so none is built; attention over segments ignores it.
         kwargs["attention_mask"] = scored_rows.new_ones(1, 1, 1, 1)
-    hidden = _body(self)(*args, **kwargs).last_hidden_state
+    outputs = body_of(self)(*args, **kwargs)
+    hidden = outputs.last_hidden_state
+    aux = {AUX_LOSS: auxiliary_loss(self, outputs, tokens)} if tokens is not None else {}
     # Adapters that put virtual tokens before a sequence make it longer at its front.
     hidden = hidden[:, -width:].reshape(-1, hidden.shape[-1]).index_select(0, scored_rows)
-    return self.get_output_embeddings()(
-        hidden, targets=targets, token_stats=token_stats, reference_predictions=reference
-    )
+    if scores_by_own_logits(self):
+        outputs["last_hidden_state"] = hidden[:0]  # only what stands beside it is read
+        return aux | _own_target_logps(self, outputs, hidden, targets, token_stats)
+    head = self.get_output_embeddings()
+    return aux | head(hidden, targets=targets, token_stats=token_stats, reference_predictions=reference)
 
 
-def _body(causal_lm: PreTrainedModel) -> nn.Module:
-    """The model beneath the head; some architectures name it otherwise than their own `base_model` says."""
-    candidates = (causal_lm.base_model, causal_lm.get_decoder(), getattr(causal_lm, "model", None))
-    return next(module for module in candidates if module is not None and module is not causal_lm)
+def _tokens_of_sequences(inputs: dict[str, Any]) -> Tensor:
+    """The positions of a batch that are no padding; those of a prompt that several responses share once for each."""
+    shared = inputs.get("segment_key_index")
+    return inputs["attention_mask"].flatten().nonzero().squeeze(1) if shared is None else shared
+
+
+def score_by_own_logits(causal_lm: PreTrainedModel) -> None:
+    """Take the logits from the model's own forward and not from its head alone, which is slower."""
+    head = causal_lm.get_output_embeddings()
+    head.logit_transform = astuple(LogitTransform(temperature=transform_of(head).temperature))
+    causal_lm.has_own_tail = True
+
+
+def scores_by_own_logits(causal_lm: PreTrainedModel) -> bool:
+    """Whether `score_by_own_logits` was called."""
+    return getattr(causal_lm, "has_own_tail", False)
 
 
 def _head_forward(self: nn.Module, hidden: Tensor, *args: Any, targets: Tensor | None = None, **asked: Any) -> Any:
@@ -160,16 +180,29 @@ def _target_logps(
         outputs = linear_head_logps(hidden, head.weight, head.bias, *settings)
     else:
         names = (*names, VOCABULARY_KL) if VOCABULARY_KL in token_stats else names
-        least = _chunks_of_all_ranks(head, hidden, chunk_rows)
+        least = 0 if is_plain_linear(head) else _chunks_of_all_ranks(head, hidden, chunk_rows)
         outputs = module_head_logps(head.plain_forward, hidden, *settings, reference_predictions, least)
     given = {HIDDEN: hidden} if HIDDEN in token_stats else {}
     return dict(zip(names, outputs, strict=True)) | given
 
 
+@torch.compiler.disable
+def _own_target_logps(
+    causal_lm: PreTrainedModel, outputs: Any, hidden: Tensor, targets: Tensor, token_stats: tuple[str, ...]
+) -> dict[str, Tensor]:
+    """As `_target_logps`, of the model's own logits."""
+    chunk_rows = CHUNK_ROWS.get(hidden.device.type, CHUNK_ROWS["cuda"])
+    head = causal_lm.get_output_embeddings()
+    least = _chunks_of_all_ranks(head, hidden, chunk_rows)
+    tail = partial(own_logits, causal_lm, outputs)
+    values = module_head_logps(tail, hidden, targets, transform_of(head), token_stats, chunk_rows, least_chunks=least)
+    return dict(zip(("token_logps", *token_stats), values, strict=True))
+
+
 def _chunks_of_all_ranks(head: nn.Module, hidden: Tensor, chunk_rows: int) -> int:
-    """The most chunks that any rank has, where each call of an adapter's layers gathers their weights (ZeRO-3)."""
+    """The most chunks that any rank has, where each call of layers gathers their weights (ZeRO-3)."""
     groups = [p.ds_process_group for p in head.parameters() if hasattr(p, "ds_tensor")]
-    if not groups or is_plain_linear(head):
+    if not groups:
         return 0
     most = torch.tensor(-(-len(hidden) // chunk_rows), device=hidden.device)
     torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX, group=groups[0])
@@ -206,6 +239,7 @@ def score(
     batch: PreferenceBatch,
     token_stats: tuple[str, ...] = (),
     reference_predictions: Callable[[slice], Tensor] | None = None,
+    with_aux_loss: bool = False,
 ) -> ResponseScores:
     """The log-probs of a batch's scored tokens under a model that `install_scoring` has been called on.
 
@@ -214,6 +248,7 @@ def score(
         token_stats: names of further statistics per token: those of `scoring.head.STATISTICS`, "hidden" for what the
             head is given, and "vocabulary_kl".
         reference_predictions: for the latter, the reference's log-probs `[C, V]` of a slice of the scored tokens.
+        with_aux_loss: also the load-balancing loss of the routers of a mixture of experts.
 
     Returns:
         The scores; gradients flow as the grad mode says.
@@ -228,6 +263,7 @@ def score(
         "token_stats": token_stats,
         "width": batch["input_ids"].shape[1],
         "reference_predictions": reference_predictions,
+        "with_aux_loss": with_aux_loss,
     }
     try:
         outputs = model(**model_inputs, **asked)
@@ -239,7 +275,8 @@ def score(
         raise _replaced_forward(model)
     token_logps = outputs.pop("token_logps")
     token_logps = token_logps.to(full_precision(token_logps.dtype))
-    return ResponseScores(token_logps, batch["response_index"], batch["response_lengths"], outputs)
+    aux_loss = outputs.pop(AUX_LOSS, None)
+    return ResponseScores(token_logps, batch["response_index"], batch["response_lengths"], outputs, aux_loss)
 
 
 def _replaced_forward(model: nn.Module) -> RuntimeError:

@@ -124,8 +124,6 @@ def known_reason(model: nn.Module) -> str | None:
         return "ALiBi counts distances along the row"
     if not causal_lm._can_set_attn_implementation():
         return "its attention does not go through transformers' attention interface"
-    if getattr(config, "output_router_logits", False):
-        return "its router's auxiliary loss would count a prompt once instead of once per response"
     return None
 
 

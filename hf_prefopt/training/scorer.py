@@ -27,12 +27,13 @@ from hf_prefopt.reference.live import LiveReference
 from hf_prefopt.reference.moving import MovingReference
 from hf_prefopt.reference.remembered import RememberedScores
 from hf_prefopt.reporting.start_summary import StartSummary, model_text
-from hf_prefopt.scoring.agreement import check_scores, training_noise
+from hf_prefopt.scoring.agreement import settle_scores, training_noise
 from hf_prefopt.scoring.attention import describe_attention
 from hf_prefopt.scoring.dropout import switch_off_dropout
 from hf_prefopt.scoring.forward import VOCABULARY_KL, base_causal_lm, install_scoring, score
 from hf_prefopt.scoring.layout import settled_layout
 from hf_prefopt.scoring.modes import ModuleTree, evaluation_mode
+from hf_prefopt.training.router import aux_loss_coef, settled_aux_loss
 from hf_prefopt.training.wrapping import compiled_for_scoring
 
 logger = logging.getLogger(__name__)
@@ -72,6 +73,7 @@ class Scorer:
         reference: `None` where the losses need none.
         layout: how batches are laid out; `None` until it is settled.
         tree: the policy's modules.
+        aux_loss_coef: what the auxiliary loss of the policy's routers is multiplied by; 0 where it is left out.
         made_up_logps: what tells the reference from another, where it stays the same; see `reference.identity`.
         resumed_logps: the same, of the run that a checkpoint is from.
     """
@@ -95,6 +97,8 @@ class Scorer:
         self._filler: CacheFiller | None = None
         self._remembered = RememberedScores()
         self._dropout: list[str] = []
+        self._notes: list[str] = []
+        self.aux_loss_coef = 0.0
         self._compiled: nn.Module | None = None
         self.made_up_logps: list[float] | None = None
         self.resumed_logps: list[float] | None = None
@@ -109,6 +113,7 @@ class Scorer:
         self.objective, self.accelerator = objective, accelerator
         self.layout, self._filler, self._moving, self._remembered = None, None, None, RememberedScores()
         self._dropout = switch_off_dropout(model, args.disable_dropout)
+        self.aux_loss_coef = objective.aux_loss_coef = aux_loss_coef(model, args.router_aux_loss_coef)
         reference = choose_reference(args.reference, model, self._ref_model, objective.needs_reference_model)
         self.tree = reference.tree if reference is not None and not reference.is_separate else ModuleTree(model)
         self.reference = reference
@@ -146,8 +151,9 @@ class Scorer:
             self.reference.place(self.accelerator)
         models = self._models()
         with self.accelerator.autocast():
-            for model in models:
-                check_scores(model, self._autocast_dtype)
+            own = [type(base_causal_lm(m)).__name__ for m in models if settle_scores(m, self._autocast_dtype)]
+            self._notes = [self._own_logits(own)] if own else []
+            self._settle_aux_loss()
             self._say_noise()
             if collator.layout != CUSTOM:
                 collator.max_tokens = args.max_tokens_per_batch
@@ -171,6 +177,22 @@ class Scorer:
             )
         return True
 
+    def _own_logits(self, names: list[str]) -> str:
+        """What is said of models that are scored by their own logits; `ValueError` if losses compare predictions."""
+        name = names[0]
+        if VOCABULARY_KL in self.objective.token_stats:
+            raise ValueError(
+                f"{', '.join(self._args.loss_type)} compares whole predictions, and {name} does something between its "
+                "hidden states and its logits that its config does not say in a known way: choose another loss"
+            )
+        return f"scored by the logits of {name}'s own forward, which is slower than by its output embeddings"
+
+    def _settle_aux_loss(self) -> None:
+        """Find out whether the policy's routers have an auxiliary loss, where its config asks for it."""
+        coefficient, notes = settled_aux_loss(self.model, self.aux_loss_coef, self._args.router_aux_loss_coef)
+        self.aux_loss_coef = self.objective.aux_loss_coef = coefficient
+        self._notes += notes
+
     def _say_noise(self) -> None:
         """Warn of a policy that differs from itself in training mode, where its dropout is off."""
         if self.reference is None or self._args.disable_dropout is False:
@@ -183,7 +205,7 @@ class Scorer:
         """The summary's lines on the model, the reference and the attention."""
         causal_lm = base_causal_lm(self.model)
         dtype = self._autocast_dtype or causal_lm.dtype
-        self._summary.say("model", model_text(self.model, self._args), *self._dropout)
+        self._summary.say("model", model_text(self.model, self._args), *self._dropout, *self._notes)
         self._summary.say("reference", self.reference.description if self.reference else "none, the losses need none")
         self._summary.say("attention", describe_attention(causal_lm, self.accelerator.device.type, dtype))
 
@@ -204,7 +226,7 @@ class Scorer:
         """
         stats = self.objective.token_stats
         predictions = self.reference.predictions(reference) if VOCABULARY_KL in stats else None
-        return score(model, batch, stats, predictions)
+        return score(model, batch, stats, predictions, with_aux_loss=self.aux_loss_coef != 0)
 
     def reference_scores(self, batch: PreferenceBatch, dataset: Any = None) -> ResponseScores | None:
         """The reference's scores of a batch; `None` where the losses need none.

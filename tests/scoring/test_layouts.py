@@ -147,7 +147,7 @@ def test_survives_activation_checkpointing(reentrant, lora):
 
 def test_attention_and_head_stay_out_of_compiled_graphs(monkeypatch):
     """They would be compiled anew for the segments and chunks of each batch; what else the model does is compiled."""
-    compiling = {"_one_segment": [], "linear_head_logps": [], "_body": []}
+    compiling = {"_one_segment": [], "linear_head_logps": [], "body_of": []}
 
     def watch(module, name):
         function = getattr(module, name)
@@ -162,11 +162,11 @@ def test_attention_and_head_stay_out_of_compiled_graphs(monkeypatch):
     install_scoring(model)
     install_segment_attention(model)
     expected = score(model, batch).token_logps
-    watch(attention, "_one_segment"), watch(forward, "linear_head_logps"), watch(forward, "_body")
+    watch(attention, "_one_segment"), watch(forward, "linear_head_logps"), watch(forward, "body_of")
     torch._dynamo.reset()
     found = score(torch.compile(model, backend="eager"), batch).token_logps
     torch._dynamo.reset()
-    assert all(compiling["_body"]) and all(compiling.values())
+    assert all(compiling["body_of"]) and all(compiling.values())
     assert not any(compiling["_one_segment"] + compiling["linear_head_logps"])
     torch.testing.assert_close(found, expected, rtol=0, atol=LOGPS)
 
@@ -409,9 +409,3 @@ class TestTheProbe:
         model = get_peft_model(tiny_model(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
         install_scoring(model)
         assert "virtual tokens" in reason_against_shared(model).words
-
-    def test_an_active_router_loss_is_refused(self):
-        model = architecture("mixtral")
-        model.config.output_router_logits = True
-        install_scoring(model)
-        assert "auxiliary loss" in reason_against_shared(model).words

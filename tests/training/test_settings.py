@@ -7,7 +7,7 @@ from datasets import Dataset
 from transformers import TrainerCallback
 
 from hf_prefopt import PreferenceTrainer
-from hf_prefopt.policy import load_model
+from hf_prefopt.loading import load_model
 from hf_prefopt.training.settings import OWN, SETTLED
 from tests.tiny_models import perturbed, tiny_model, with_lora
 from tests.tokenizers import tiny_tokenizer

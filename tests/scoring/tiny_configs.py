@@ -1,0 +1,169 @@
+"""Configurations of tiny models of any family, from the defaults that transformers gives the family.
+
+Numbers that make a model large are replaced by small ones, by the names that configs use for them. Lists with an entry
+for each layer keep the first layer of each kind. Windows, chunks and top-k are shorter than the sequences of the tests.
+"""
+
+import re
+from typing import Any
+
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+from tests.tiny_models import VOCABULARY, random_rows
+
+# Families of masked language models, which a flag makes causal.
+_BIDIRECTIONAL = (
+    *("bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert"),
+    *("rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta", "xlm-roberta-xl", "xmod"),
+)
+_LAYERS = r"(num_hidden_layers|n_layers?|num_layers|num_blocks|depth|(num_)?(en|de)coder_layers|num_layers_per_stack)"
+# The first pattern that a name matches in full decides; what matches none keeps its default.
+RULES: list[tuple[str, Any]] = [
+    (r"(unpadded_)?vocab_size|vocab_size_per_layer_input|pronunciation_vocab_size|shape_vocab_size", VOCABULARY),
+    (r"encoder_hash_byte_group_vocab|ngram_vocab_size_base", VOCABULARY),
+    (r"pad_token_id", 0),
+    (r"(bos|decoder_start)_token_id", 1),
+    (r"eos_token_id", 2),
+    (_LAYERS, 2),
+    (r"num_(nextn_predict|mtp)_layers|num_kv_shared_layers", 0),
+    (
+        r"(swa_)?(num_attention_heads|n_heads?|num_heads|attention_heads|index_n_heads)|(num_)?(en|de)coder_attention_heads",
+        4,
+    ),
+    (r"(swa_)?num_key_value_heads|num_kv_heads|num_query_groups|linear_num_key_heads", 2),
+    (r"linear_num_(value_)?heads", 4),
+    (
+        r"(swa_|attention_|linear_|linear_key_|linear_value_|index_)?head_dim|qk_nope_head_dim|dim_head|d_head|kv_channels",
+        8,
+    ),
+    (r"(swa_)?v_head_dim|qk_rope_head_dim|attention_head_size|rotary_dim|query_pre_attn_scalar", 8),
+    (r"qk_head_dim", 16),
+    (r"(q|kv|o)_lora_rank|laurel_rank|adapter_rank|gated_norm_rank|hc_lowrank|router_hidden_size|d_rel", 8),
+    (r"mamba_d_state|ssm_state_size|state_size|mamba_dt_rank|time_step_rank", 8),
+    (r"mamba_n_heads|mamba_num_heads|n_mamba_heads", 8),
+    (r"mamba_d_head|mamba_head_dim|mamba_headdim", 8),
+    (r"mamba_d_ssm|lru_width|attention_hidden_size|embedding_size|(in|out)put_embedding_size|word_embed_proj_dim", 32),
+    (r"mamba_(n_?groups)|n_groups|mamba_ngroups", 1),
+    (r"(mamba_)?chunk_size|(encoder_)?chunk_length", 8),
+    (r"hidden_size_per_layer_input|ple_embed_dim|dim_model_base", 8),
+    (r"moe_intermediate_size|expert_ffn_hidden_size|.*shared_experts?_intermediate_size|shared_intermediate_size", 16),
+    (
+        r"intermediate_size(_mlp)?|dense_intermediate_size|(en|de)?coder_ffn_dim|ffn_(hidden_size|dim)|dim_ff|dff|d_inner",
+        64,
+    ),
+    (r"feed_forward_size|block_multiple_of", 32),
+    (r"hidden_size|d_model|n_embd|emb_dim|embedding_dim|dim|embed_dim|hidden_dim|projection_dim|out_hidden_size", 32),
+    (r"(num|n_routed|num_local|moe_num)_experts", 4),
+    (r"zero_expert_num", 2),
+    (r"num_experts_per_tok|moe_topk|moe_k|top_k_experts", 2),
+    (r"n_group|topk_group|num_expert_group|o_groups", 1),
+    (r"(n|num|moe_num)_shared_experts|first_k_dense_replace|num_dense_layers|moe_layer_start_index", 1),
+    (r"(sliding_window|attention_window|window)(_size)?|attention_chunk_size|local_attention(_window_len)?", 8),
+    (r"index_topk|index_topk_blocks|keep_window_size|index_block_size|block_size|local_attn_chunk_length", 8),
+    (r"lsh_attn_chunk_length", 8),
+    (
+        r"(original_)?max_position_embeddings|n_positions|n_ctx|max_seq_len|context_length|model_max_length|rel_extent",
+        256,
+    ),
+    (r"max_(source|target)_positions", 256),
+    (r"floor_scale|log_scaling_n_floor", 8),
+    (r"initializer_range|init_std|embedding_initializer_range", 0.2),
+    (r"router_jitter_noise|input_jitter_noise|jitter_noise", 0.0),
+    (r"layer_group_size|sliding_window_pattern|global_attn_every_n_layers", 2),
+    # Towers for images and sound.
+    (r"image_size|input_size", 28),
+    (r"patch_size", 14),
+]
+
+# None, where the model computes it from what the rules change.
+_COMPUTED = {"head_dim": 8, "num_key_value_heads": 2}
+_MEANING = r"(image|video|audio|vision|img|boi|eoi|boa|eoa|speech).*token_?(id|index)"
+
+# What no rule can know: by model type.
+EXCEPTIONS: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1]},
+    "bailing_hybrid": {"num_expert_group": 1, "n_group": 1, "num_experts": 4, "num_experts_per_tok": 2},
+    "dots1": {"n_routed_experts": 4},
+    "dots3_note_text": {"num_key_value_heads": 4},
+    "doge": {"is_moe": False},
+    "falcon": {"alibi": False},
+    "gemma4_text": {"vocab_size_per_layer_input": VOCABULARY},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "kimi_linear": {"num_local_experts": 4, "n_group": 1, "num_experts_per_tok": 2, "num_hidden_layers": 4},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "mamba2": {"num_heads": 8},
+    "reformer": {"is_decoder": True, "axial_pos_shape": (16, 16), "axial_pos_embds_dim": (16, 16)},
+    "recurrent_gemma": {"num_hidden_layers": 3},
+    "xmod": {"default_language": "en_XX", "is_decoder": True},
+    "zamba2": {"num_hidden_layers": 3, "hybrid_layer_ids": [1], "layers_block_type": ["mamba", "hybrid", "mamba"]},
+    "zaya": {"num_experts_per_tok": 1},
+}
+# Ids that stand for an image, a sound or one of their ends are the last ones of the vocabulary, one each.
+FIRST_SPECIAL = VOCABULARY - 20
+
+
+def tiny_config(model_type: str, **changes: Any) -> PreTrainedConfig:
+    """A tiny configuration of a family.
+
+    Args:
+        changes: settings of the text model that no rule decides.
+    """
+    config_class = CONFIG_MAPPING[model_type]
+    causal = {"is_decoder": True} if model_type in _BIDIRECTIONAL else {}
+    return config_class(**{**_shrunk(config_class()), **causal, **EXCEPTIONS.get(model_type, {}), **changes})
+
+
+def _shrunk(config: PreTrainedConfig) -> dict[str, Any]:
+    """The settings of a configuration, and of those inside it, that are replaced."""
+    settings: dict[str, Any] = {}
+    known = vars(config)
+    layers = next((v for k, v in known.items() if re.fullmatch(_LAYERS, k) and isinstance(v, int)), None)
+    lists = {k: v for k, v in known.items() if isinstance(v, list | tuple) and layers and len(v) == layers}
+    kept = _first_of_each_kind(lists, layers)
+    for name, value in known.items():
+        if isinstance(value, PreTrainedConfig):
+            settings[name] = {"model_type": value.model_type, **_shrunk(value)}
+        elif name in lists:
+            settings[name] = [_ruled(name, value[place]) for place in kept]
+        elif re.search(_MEANING, name) and isinstance(value, int):
+            settings[name] = FIRST_SPECIAL + len(settings) % 20
+        elif value is None and name in _COMPUTED:
+            settings[name] = _COMPUTED[name]
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            replaced = len(kept) if re.fullmatch(_LAYERS, name) and kept else _ruled(name, value)
+            if replaced != value:
+                settings[name] = replaced
+    if "kv_lora_rank" in known:  # latent attention has a key for each query head
+        settings["num_key_value_heads"] = 4
+    return settings
+
+
+def _ruled(name: str, value: Any) -> Any:
+    """What the rules make of a number: of those that switch something off (0, −1), themselves."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or (value <= 0 and "token" not in name):
+        return value
+    return next((small for pattern, small in RULES if re.fullmatch(pattern, name)), value)
+
+
+def _first_of_each_kind(lists: dict[str, Any], layers: int | None) -> list[int]:
+    """The places of the first layer of each kind, two at least, in order; none where there are no kinds."""
+    if not lists:
+        return []
+    kinds = {name: [str(entry) for entry in values] for name, values in lists.items()}
+    first = {values.index(kind) for values in kinds.values() for kind in values if len(set(values)) <= 4}
+    return sorted(first | {layers - 1} if len(first) < 2 else first)
+
+
+def text_rows(count: int = 4, seed: int = 0, longest: int = 20) -> list[dict[str, Any]]:
+    """`random_rows` without the ids that stand for an image or a sound."""
+
+    def text(ids: list[int]) -> list[int]:
+        return [id if id < FIRST_SPECIAL else id - 100 for id in ids]
+
+    rows = random_rows(count, seed, longest)
+    return [
+        {**row, "prompt_ids": text(row["prompt_ids"]), "response_ids": [text(ids) for ids in row["response_ids"]]}
+        for row in rows
+    ]

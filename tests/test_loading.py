@@ -1,0 +1,204 @@
+"""Checkpoints by name: the class that they name is loaded, trained and saved, so that what was trained is served."""
+
+import json
+import logging
+import re
+
+import pytest
+import torch
+import transformers
+from datasets import Dataset
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from hf_prefopt import PreferenceTrainer
+from hf_prefopt.loading import load_model, load_processing_class, model_class
+from hf_prefopt.policy import with_adapter
+from tests.scoring.tiny_configs import text_rows, tiny_config
+from tests.tiny_models import perturbed, tiny_model
+from tests.tokenizers import CHATML, tiny_tokenizer
+from tests.trainers import make_config
+
+# Of images and text; and the names of the modules that text does not reach.
+OF_IMAGES = {
+    "gemma3": "Gemma3ForConditionalGeneration",
+    "mistral3": "Mistral3ForConditionalGeneration",
+    "qwen3_5": "Qwen3_5ForConditionalGeneration",
+    "qwen3_vl": "Qwen3VLForConditionalGeneration",
+}
+TOWERS = re.compile(r"visual|vision|projector")
+
+
+def lora():
+    return LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def checkpoint(folder, model_type):
+    """A random checkpoint of the class that the family's own checkpoints name, with a tokenizer."""
+    torch.manual_seed(0)
+    model = getattr(transformers, OF_IMAGES[model_type])._from_config(tiny_config(model_type))
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def train(folder, output, peft_config=None, **settings):
+    quiet = {"max_steps": 2, "learning_rate": 1e-2, "model_init_kwargs": {"dtype": "float32"}}
+    trainer = PreferenceTrainer(
+        str(folder),
+        args=make_config(output, **{**quiet, **settings}),
+        train_dataset=Dataset.from_list(text_rows(4, longest=10)),
+        peft_config=peft_config,
+    )
+    trainer.train()
+    trainer.save_model()
+    return trainer
+
+
+def tensors(folder):
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("model_type", OF_IMAGES)
+class TestImagesAndText:
+    def test_an_adapter_fits_the_class_that_the_checkpoint_names(self, model_type, tmp_path, caplog):
+        """Every tensor of the saved adapter is found there, none is zero, and the served model gives other logits."""
+        base = checkpoint(tmp_path / "base", model_type)
+        trainer = train(base, tmp_path / "run", lora())
+        named = getattr(transformers, json.loads((base / "config.json").read_text())["architectures"][0])
+        assert type(trainer.model.get_base_model()) is named
+        saved = load_file(tmp_path / "run" / "adapter_model.safetensors")
+        served = PeftModel.from_pretrained(named.from_pretrained(base, dtype=torch.float32), tmp_path / "run")
+        loaded = {name.replace(".default.", "."): value for name, value in served.state_dict().items()}
+        assert len(saved) >= 8 and all(torch.equal(loaded[name], value) for name, value in saved.items())
+        assert all(value.abs().max() > 0 for value in saved.values())
+        ids = torch.tensor([[5, 6, 7, 8]])
+        with torch.no_grad():
+            trained, plain = served.eval()(ids).logits, named.from_pretrained(base, dtype=torch.float32)(ids).logits
+            torch.testing.assert_close(trainer.model.eval()(ids).logits, trained)
+        assert (trained - plain).abs().max() > 1e-3
+        assert not any(TOWERS.search(name) for name in saved)
+        assert "text does not reach them" in caplog.text
+
+    def test_all_weights_are_saved(self, model_type, tmp_path):
+        """Under the same names, the untouched ones with the same values."""
+        base = checkpoint(tmp_path / "base", model_type)
+        train(base, tmp_path / "run")
+        before, after = tensors(base), tensors(tmp_path / "run")
+        assert before.keys() == after.keys()
+        changed = {name for name in before if not torch.equal(before[name], after[name])}
+        assert changed and not any(TOWERS.search(name) for name in changed)
+        assert {name for name in before if TOWERS.search(name)}
+
+
+def test_what_the_class_leaves_out_is_said(tmp_path, caplog):
+    """Layers for several tokens at once, which transformers passes over without a word, and a tensor nobody knows."""
+    base = checkpoint(tmp_path, "qwen3_5")
+    extra = {"mtp.layers.0.weight": torch.zeros(2), "stranger.weight": torch.zeros(2)}
+    save_file({**tensors(base), **extra}, base / "model.safetensors", {"format": "pt"})
+    with caplog.at_level(logging.WARNING, "hf_prefopt"):
+        load_model(str(base), None)
+    assert "2 tensors (mtp.layers.0.weight, stranger.weight) of the checkpoint are not in Qwen3_5For" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["LlamaForSequenceClassification", "LlamaForTokenClassification"])
+def test_weights_that_would_be_random_are_an_error(kind, tmp_path):
+    config = tiny_model().config
+    getattr(transformers, kind)(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"has no weights for 1 tensors \(lm_head.weight\) of LlamaForCausalLM"):
+        load_model(str(tmp_path), None)
+
+
+def test_a_config_without_a_class(tmp_path):
+    """The first Auto class that knows it."""
+    assert model_class(AutoConfig.for_model("llama")) is AutoModelForCausalLM
+    assert model_class(AutoConfig.for_model("mistral3")) is transformers.AutoModelForImageTextToText
+
+
+def test_an_adapter_of_another_class_is_an_error(tmp_path):
+    """Trained on the text-only class, its tensors have names that the served class does not have."""
+    base = checkpoint(tmp_path / "base", "qwen3_5")
+    text_only = AutoModelForCausalLM.from_pretrained(base)
+    assert type(text_only).__name__ == "Qwen3_5ForCausalLM"
+    by_last_name = LoraConfig(r=4, target_modules=["down_proj"], task_type="CAUSAL_LM")
+    perturbed(with_adapter(text_only, by_last_name)).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"which Qwen3_5ForConditionalGeneration has no place for"):
+        load_model(str(tmp_path / "adapter"), None)
+
+
+def no_processor(name, **_):
+    raise ImportError("it needs torchvision\nwhich is not there")
+
+
+def test_the_processors_template(tmp_path, monkeypatch, caplog):
+    """In a file of its own, beside a processor that cannot be loaded: the tokenizer has it, and it is said."""
+    monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", no_processor)
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = None
+    model = checkpoint(tmp_path, "qwen3_5")
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink(missing_ok=True)
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": CHATML}))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"processor_class": "NoSuchProcessor"}))
+    loaded = load_processing_class(load_model(str(model), None), None)
+    assert loaded.chat_template == CHATML
+    assert "cannot be loaded, so its tokenizer is: it needs torchvision" in caplog.text
+
+
+def test_a_processor_is_what_processes(tmp_path, monkeypatch):
+    """Its template is what rows are rendered with, and its files are saved beside the model."""
+
+    class Processor(transformers.ProcessorMixin):
+        def __init__(self, tokenizer):
+            self.tokenizer, self.chat_template = tokenizer, CHATML
+
+        def save_pretrained(self, folder, **_):
+            (tmp_path / "run" / "saved").touch()
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = None
+    monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", lambda name, **_: Processor(tokenizer))
+    base = checkpoint(tmp_path / "base", "qwen3_5")
+    (base / "processor_config.json").write_text("{}")
+    trainer = train(base, tmp_path / "run", max_steps=1)
+    assert isinstance(trainer.processing_class, Processor) and trainer.data.tokenizer.chat_template == CHATML
+    assert (tmp_path / "run" / "saved").exists()
+
+
+class TestAllLinear:
+    """What PEFT cannot adapt is left out, and the rest trains."""
+
+    @pytest.mark.parametrize(
+        ("model_type", "reason"),
+        [
+            ("llama4_text", "Llama4Router has a forward of its own"),
+            ("phimoe", "PhimoeTopKRouter has a forward of its own"),
+            ("deepseek_v4", "has a forward of its own"),
+            ("nemotron_h", "Mamba's fused kernel passes them by"),
+            ("falcon_h1", "Mamba's fused kernel passes them by"),
+            ("mamba2", "Mamba's fused kernel passes them by"),
+        ],
+    )
+    def test_it_runs(self, model_type, reason, caplog):
+        torch.manual_seed(0)
+        model = with_adapter(AutoModelForCausalLM.from_config(tiny_config(model_type)), lora())
+        assert reason in caplog.text
+        ids = torch.randint(3, 280, (1, 12))
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.sum().backward()
+        adapted = [p for name, p in model.named_parameters() if "lora_B" in name]
+        # What only chooses positions has no gradient, adapted or not.
+        assert adapted and (model_type == "deepseek_v4" or all(p.grad is not None for p in adapted))
+
+    @pytest.mark.parametrize("given", [["q_proj"], r"model\.layers\.0\..*"])
+    def test_exclusions_of_ones_own_stay(self, given):
+        config = LoraConfig(r=4, target_modules="all-linear", exclude_modules=given, task_type="CAUSAL_LM")
+        model = with_adapter(AutoModelForCausalLM.from_config(tiny_config("phimoe")), config)
+        adapted = {name for name, module in model.named_modules() if hasattr(module, "lora_A")}
+        assert adapted and not any("router" in name for name in adapted)
+        assert not any(("q_proj" in name) if isinstance(given, list) else ("layers.0." in name) for name in adapted)
+
+    def test_a_model_of_text_is_adapted_whole(self, caplog):
+        model = with_adapter(tiny_model("qwen3"), lora())
+        assert sum(hasattr(module, "lora_A") for module in model.modules()) == 2 * 7
+        assert "leaves out" not in caplog.text
