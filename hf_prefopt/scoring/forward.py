@@ -17,6 +17,7 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from hf_prefopt.batch import PreferenceBatch, ResponseScores
+from hf_prefopt.scoring.around import AROUND_INPUTS
 from hf_prefopt.scoring.attention import SEGMENT_INPUTS
 from hf_prefopt.scoring.head import (
     STATISTICS,
@@ -32,7 +33,7 @@ from hf_prefopt.scoring.head import (
 CHUNK_ROWS = {"cpu": 512, "cuda": 2048}
 # Statistics per token that are none of one prediction alone: what the head is given, and the KL from the reference.
 HIDDEN, VOCABULARY_KL = "hidden", "vocabulary_kl"
-_MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", *SEGMENT_INPUTS)
+_MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", *SEGMENT_INPUTS, *AROUND_INPUTS)
 _FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
 _DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
 _CAPS = ("final_logit_softcapping", "output_logit_soft_cap", "logits_soft_cap")
@@ -124,7 +125,7 @@ def _scoring_forward(self: PreTrainedModel, *args: Any, scored_rows: Tensor | No
     if kwargs.get("segment_queries") is not None:
         # A mask of four dimensions is handed on as it is, so none is built; attention over segments ignores it.
         kwargs["attention_mask"] = scored_rows.new_ones(1, 1, 1, 1)
-    hidden = _body(self)(*args, **kwargs).last_hidden_state
+    hidden = body_of(self)(*args, **kwargs).last_hidden_state
     # Adapters that put virtual tokens before a sequence make it longer at its front.
     hidden = hidden[:, -width:].reshape(-1, hidden.shape[-1]).index_select(0, scored_rows)
     return self.get_output_embeddings()(
@@ -132,7 +133,7 @@ def _scoring_forward(self: PreTrainedModel, *args: Any, scored_rows: Tensor | No
     )
 
 
-def _body(causal_lm: PreTrainedModel) -> nn.Module:
+def body_of(causal_lm: PreTrainedModel) -> nn.Module:
     """The model beneath the head; some architectures name it otherwise than their own `base_model` says."""
     candidates = (causal_lm.base_model, causal_lm.get_decoder(), getattr(causal_lm, "model", None))
     return next(module for module in candidates if module is not None and module is not causal_lm)
