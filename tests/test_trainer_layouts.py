@@ -74,8 +74,19 @@ def assert_same_run(one, other):
 
 
 @pytest.mark.parametrize("loss", ["dpo", "simpo", "kto_pair", "wpo", "sampo", "tdpo2"])
-def test_both_layouts_train_alike(tmp_path, loss):
-    assert_same_run(*(run(tmp_path, loss_type=loss, layout=layout) for layout in ("padded", "shared")))
+def test_all_layouts_train_alike(tmp_path, loss):
+    padded = run(tmp_path, loss_type=loss, layout="padded")
+    for layout in ("shared", "around"):
+        assert_same_run(padded, run(tmp_path, loss_type=loss, layout=layout))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("adapt", [with_lora, lambda model: model], ids=["lora", "full"])
+def test_a_hybrid_trains_alike(tmp_path, adapt, reentrant):
+    """Convolutions and attention, under checkpointing, against the padded layout without it."""
+    checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
+    padded = run(tmp_path, model=adapt(architecture("lfm2")), layout="padded")
+    assert_same_run(padded, run(tmp_path, model=adapt(architecture("lfm2")), layout="auto", **checkpointing))
 
 
 @pytest.mark.parametrize("layout", ["shared", "padded"])

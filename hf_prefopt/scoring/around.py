@@ -13,6 +13,7 @@ The modules keep their place and their tensors; what changes is their class, to 
 keyword argument of its call, so a checkpoint that runs its forward again during the backward has them, too.
 """
 
+import copyreg
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -116,9 +117,9 @@ class _Switched:
     plain: type
 
     def __reduce_ex__(self, protocol):
-        make, (_, *arguments), state, *others = super().__reduce_ex__(protocol)
-        state = {name: value for name, value in state.items() if name != _STATE}
-        return make, (self.plain, *arguments), state, *others
+        state = super().__reduce_ex__(protocol)[2]
+        kept = {name: value for name, value in state.items() if name != _STATE}
+        return copyreg._reconstructor, (self.plain, object, None), kept  # type: ignore[attr-defined]
 
 
 class _Body(_Switched):
