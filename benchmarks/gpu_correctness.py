@@ -18,7 +18,7 @@ from hf_prefopt.losses.dpo import dpo_loss
 from hf_prefopt.scoring import attention
 from hf_prefopt.scoring.attention import install_segment_attention, segment_attention
 from hf_prefopt.scoring.forward import base_causal_lm, install_scoring, score
-from hf_prefopt.scoring.layout import Reason, reason_against_shared
+from hf_prefopt.scoring.layout import Reason, reason_against
 
 Check = dict[str, Any]
 
@@ -229,7 +229,7 @@ def probes(device: str, dtype: torch.dtype) -> dict[str, Check]:
     decisions = {}
     for model_type, changes in ARCHITECTURES.items():
         decisions[model_type] = _attempt(
-            lambda t=model_type, c=changes: _decision(reason_against_shared(small_model(t, device, dtype, **c)))
+            lambda t=model_type, c=changes: _decision(reason_against("shared", small_model(t, device, dtype, **c)))
         )
     return decisions
 

@@ -21,6 +21,9 @@ class PreferenceBatch(TypedDict, total=False):
         input_ids, position_ids, attention_mask: as the model takes them.
         segment_queries, segment_keys, segment_key_index, segment_longest, segment_lengths: what each response of a row
             may look at, in the layout "shared" (see `scoring.attention`).
+        around_places: `[T]` int64, in the layout "around" (see `scoring.around`): for each token of a row that has
+            every prompt once, its place in the padded sequences `[R, L]`, flattened.
+        around_tokens: `[R, L]` int64, for each place of the padded sequences its token's position in that row.
 
     Scored tokens (N of them, in the order of the responses):
         scored_rows: `[N]` int64, index into the hidden states flattened to `[rows, H]` of the position that predicts
@@ -55,6 +58,8 @@ class PreferenceBatch(TypedDict, total=False):
     segment_key_index: Tensor
     segment_longest: tuple[int, int]
     segment_lengths: "SegmentLengths"
+    around_places: Tensor
+    around_tokens: Tensor
     scored_rows: Tensor
     targets: Tensor
     response_index: Tensor

@@ -11,7 +11,7 @@ REFERENCES = ("auto", "adapter_off", "adapter:<name>", "model", "copy", "cache",
 TRUNCATION_MODES = ("keep_start", "keep_end")
 BAD_ROWS = ("error", "drop")
 TEXT_AS = ("text", "messages")
-LAYOUTS = ("auto", "shared", "padded")
+LAYOUTS = ("auto", "shared", "around", "padded")
 # Settings that are read where another one is on: what that is, and whether it is.
 READ_WITH: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "f_alpha_divergence_coef": (

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from peft import PromptTuningConfig, get_peft_model
 
 from hf_prefopt import PreferenceConfig, PreferenceTrainer
 from tests.scoring.architectures import architecture
@@ -73,8 +74,19 @@ def assert_same_run(one, other):
 
 
 @pytest.mark.parametrize("loss", ["dpo", "simpo", "kto_pair", "wpo", "sampo", "tdpo2"])
-def test_both_layouts_train_alike(tmp_path, loss):
-    assert_same_run(*(run(tmp_path, loss_type=loss, layout=layout) for layout in ("padded", "shared")))
+def test_all_layouts_train_alike(tmp_path, loss):
+    padded = run(tmp_path, loss_type=loss, layout="padded")
+    for layout in ("shared", "around"):
+        assert_same_run(padded, run(tmp_path, loss_type=loss, layout=layout))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("adapt", [with_lora, lambda model: model], ids=["lora", "full"])
+def test_a_hybrid_trains_alike(tmp_path, adapt, reentrant):
+    """Convolutions and attention, under checkpointing, against the padded layout without it."""
+    checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
+    padded = run(tmp_path, model=adapt(architecture("lfm2")), layout="padded")
+    assert_same_run(padded, run(tmp_path, model=adapt(architecture("lfm2")), layout="auto", **checkpointing))
 
 
 @pytest.mark.parametrize("layout", ["shared", "padded"])
@@ -125,15 +137,32 @@ def test_predictions_stand_in_the_order_of_the_rows(tmp_path):
 
 
 def test_the_layout_falls_back_with_a_reason_or_refuses(tmp_path, caplog):
-    """auto: one line that says why; shared: an error before the first step."""
+    """auto: one line that says why; a layout by name: an error before the first step."""
     trainer = make_trainer(tmp_path, model=architecture("bloom"))
     with caplog.at_level(logging.WARNING):
         trainer.train()
         trainer.evaluate()
-    said = [record.message for record in caplog.records if record.message.startswith("layout: padded")]
-    assert len(said) == 1 and "attention interface (BloomForCausalLM)" in said[0]
+    said = [record.message for record in caplog.records if record.message.startswith("layout: ")]
+    assert len(said) == 1 and said[0].startswith("layout: around, each prompt is computed once")
+    assert "not shared because its attention does not go through" in said[0] and "(BloomForCausalLM)" in said[0]
     with pytest.raises(ValueError, match="layout='shared' is not exact for this model"):
         make_trainer(tmp_path, model=architecture("bloom"), layout="shared").train()
+
+
+def test_a_layout_that_nothing_takes(tmp_path, caplog):
+    """Soft prompts stand before every sequence: both reasons are said, and "around" by name is an error."""
+
+    def soft_prompt():
+        return get_peft_model(tiny_model(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+
+    trainer = make_trainer(tmp_path, model=soft_prompt(), max_steps=1)
+    with caplog.at_level(logging.WARNING):
+        trainer.train()
+    assert trainer.layout == "padded"
+    assert "layout: padded, not shared because prompt-learning" in caplog.text
+    assert "not around because prompt-learning" in caplog.text
+    with pytest.raises(ValueError, match=r"layout='around' is not exact for this model: prompt-learning adapters put"):
+        make_trainer(tmp_path, model=soft_prompt(), layout="around").train()
 
 
 def test_layout_shared_raises_from_the_error_of_the_forward(tmp_path, monkeypatch):

@@ -1,6 +1,8 @@
-"""From prepared rows to a batch, in either layout.
+"""From prepared rows to a batch, in each layout.
 
 "padded": one right-padded sequence [prompt | response] for each response. Every causal language model takes it.
+"around": the same, with indices between these sequences and a row of tokens in which each prompt is once (see
+`scoring.around`).
 "shared": one row of tokens without padding, each prompt in it once. For each group
 [prompt | response 1 | … | response K], each response's positions start again at the prompt's length, and segments say
 what it may look at (see `scoring.attention`).
@@ -18,7 +20,7 @@ import numpy as np
 import torch
 
 from hf_prefopt.batch import PreferenceBatch, SegmentLengths
-from hf_prefopt.data.group import Group, group_rows, index_examples
+from hf_prefopt.data.group import Group, Grouped, group_rows, index_examples
 
 
 @dataclass
@@ -51,7 +53,10 @@ class PaddedCollator:
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> PreferenceBatch:
         """The batch of these rows. Raises `ValueError` for a response without a scored token that can be predicted."""
-        grouped = group_rows(rows)
+        return self.collate(rows, group_rows(rows))
+
+    def collate(self, rows: Sequence[Mapping[str, Any]], grouped: Grouped) -> PreferenceBatch:
+        """The batch of these rows, which have been merged by prompt."""
         tokens, scored, lengths = _concatenate(grouped.groups)
         width = self._width(int(lengths.max()))
         sequence = np.repeat(np.arange(len(lengths)), lengths)
@@ -100,6 +105,44 @@ def _concatenate(groups: Sequence[Group]) -> tuple[np.ndarray, np.ndarray, np.nd
 
 
 @dataclass
+class AroundCollator:
+    """The batch of a `PaddedCollator`, with the indices of its tokens in a row that has each prompt once.
+
+    Attributes:
+        padded: lays out the sequences.
+
+    Example:
+        >>> row = {"prompt_ids": [5, 6], "response_ids": [[7, 8], [9]], "scored_masks": [[1, 1], [1]],
+        ...        "pairs": [[0, 1]], "row": 3}
+        >>> batch = AroundCollator(PaddedCollator(pad_token_id=0))([row])
+        >>> batch["input_ids"].flatten()[batch["around_places"]].tolist()
+        [5, 6, 7, 8, 9]
+        >>> batch["around_tokens"].tolist()
+        [[0, 1, 2, 3], [0, 1, 4, 4]]
+    """
+
+    padded: PaddedCollator
+
+    def count_tokens(self, rows: Sequence[Mapping[str, Any]]) -> int:
+        """The number of positions in the batch of these rows, padding included: token mixers compute all of them."""
+        return self.padded.count_tokens(rows)
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> PreferenceBatch:
+        """The batch of these rows. Raises `ValueError` for a response without a scored token that can be predicted."""
+        grouped = group_rows(rows)
+        batch = self.padded.collate(rows, grouped)
+        count, width = batch["input_ids"].shape
+        segments = _Segments.of(grouped.groups)
+        # Behind the end of a sequence stands its last token again, which nothing before it sees.
+        place = np.minimum(np.arange(width), segments.keys[:, None] - 1)
+        tokens = segments.key_index()[place + (np.cumsum(segments.keys) - segments.keys)[:, None]]
+        places = np.empty(segments.queries.sum(), dtype=np.int64)
+        places[tokens.flatten()[::-1]] = np.arange(count * width)[::-1]  # of several places of a token the first
+        batch["around_places"], batch["around_tokens"] = torch.from_numpy(places), torch.from_numpy(tokens)
+        return batch
+
+
+@dataclass
 class SharedCollator:
     """Collates prepared rows (see `prepare_dataset`) into a `PreferenceBatch` of one row.
 
@@ -120,16 +163,8 @@ class SharedCollator:
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> PreferenceBatch:
         """The batch of these rows. Raises `ValueError` for a response without a scored token that can be predicted."""
         grouped = group_rows(rows)
-        groups = grouped.groups
-        counts = [len(group.responses) for group in groups]
-        prompts = np.repeat([len(group.prompt_ids) for group in groups], counts)
-        lengths = np.array([len(ids) for group in groups for ids, _ in group.responses])
-        # The segment of a group's first response also has the prompt's queries.
-        first = np.concatenate([np.arange(count) == 0 for count in counts])
-        queries, keys = lengths + prompts * first, prompts + lengths
-        response_starts = np.cumsum(queries) - lengths
-        prompt_starts = np.repeat((response_starts - prompts)[first], counts)
-
+        groups, segments = grouped.groups, _Segments.of(grouped.groups)
+        prompts, lengths, response_starts = segments.prompts, segments.lengths, segments.response_starts
         tokens = [ids for group in groups for ids in (group.prompt_ids, *(ids for ids, _ in group.responses))]
         masks = [mask for group in groups for _, mask in group.responses]
         input_ids = np.concatenate([np.asarray(ids, dtype=np.int64) for ids in tokens])
@@ -141,13 +176,13 @@ class SharedCollator:
             raise ValueError("a response scores no token, or the first of its sequence, which nothing predicts")
 
         position = place + response_starts[response_index]
-        last_of_prompt = (prompt_starts + prompts - 1)[response_index]
+        last_of_prompt = (segments.prompt_starts + prompts - 1)[response_index]
         batch = {
             "input_ids": input_ids[None],
-            "position_ids": (_count_up(queries) + np.repeat(np.where(first, 0, prompts), queries))[None],
-            "segment_queries": _bounds(queries),
-            "segment_keys": _bounds(keys),
-            "segment_key_index": _key_index(prompts, keys, prompt_starts, response_starts),
+            "position_ids": segments.positions()[None],
+            "segment_queries": _bounds(segments.queries),
+            "segment_keys": _bounds(segments.keys),
+            "segment_key_index": segments.key_index(),
             "scored_rows": np.where(place == 0, last_of_prompt, position - 1),
             "targets": input_ids[position],
             "response_index": response_index,
@@ -156,18 +191,53 @@ class SharedCollator:
         }
         tensors: dict[str, Any] = {name: torch.from_numpy(array) for name, array in batch.items()}
         on_cpu = {
-            "segment_longest": (int(queries.max()), int(keys.max())),
-            "segment_lengths": SegmentLengths(tuple(queries.tolist()), tuple(keys.tolist())),
+            "segment_longest": (int(segments.queries.max()), int(segments.keys.max())),
+            "segment_lengths": SegmentLengths(tuple(segments.queries.tolist()), tuple(segments.keys.tolist())),
             "longest_response": int(response_lengths.max()),
         }
         return cast(PreferenceBatch, tensors | on_cpu)
 
 
-def _key_index(prompts: np.ndarray, keys: np.ndarray, prompt_starts: np.ndarray, response_starts: np.ndarray):
-    """`[Tk]`: the positions in the row of each segment's keys, first its prompt's and then its own."""
-    inside = _count_up(keys)
-    of_prompt = inside < np.repeat(prompts, keys)
-    return inside + np.where(of_prompt, np.repeat(prompt_starts, keys), np.repeat(response_starts - prompts, keys))
+@dataclass(frozen=True)
+class _Segments:
+    """Where the responses of some groups are in a row that has each prompt once; each array is `[S]`, S = R.
+
+    Attributes:
+        prompts, lengths: the lengths of a response's prompt and of the response.
+        first: whether it is its group's first response, whose segment also has the prompt's queries.
+        queries, keys: the lengths of its segment.
+        prompt_starts, response_starts: positions in the row.
+    """
+
+    prompts: np.ndarray
+    lengths: np.ndarray
+    first: np.ndarray
+    queries: np.ndarray
+    keys: np.ndarray
+    prompt_starts: np.ndarray
+    response_starts: np.ndarray
+
+    @classmethod
+    def of(cls, groups: Sequence[Group]) -> "_Segments":
+        counts = [len(group.responses) for group in groups]
+        prompts = np.repeat([len(group.prompt_ids) for group in groups], counts)
+        lengths = np.array([len(ids) for group in groups for ids, _ in group.responses])
+        first = np.concatenate([np.arange(count) == 0 for count in counts])
+        queries = lengths + prompts * first
+        response_starts = np.cumsum(queries) - lengths
+        prompt_starts = np.repeat((response_starts - prompts)[first], counts)
+        return cls(prompts, lengths, first, queries, prompts + lengths, prompt_starts, response_starts)
+
+    def positions(self) -> np.ndarray:
+        """`[T]`: the position of each token of the row in its own sequence."""
+        return _count_up(self.queries) + np.repeat(np.where(self.first, 0, self.prompts), self.queries)
+
+    def key_index(self) -> np.ndarray:
+        """`[Tk]`: the positions in the row of each segment's keys, first its prompt's and then its own."""
+        inside = _count_up(self.keys)
+        of_prompt = inside < np.repeat(self.prompts, self.keys)
+        starts = (self.prompt_starts, self.response_starts - self.prompts)
+        return inside + np.where(of_prompt, *(np.repeat(start, self.keys) for start in starts))
 
 
 def _bounds(lengths: np.ndarray) -> np.ndarray:

@@ -171,11 +171,17 @@ def relative_rounding(model: nn.Module, compute_dtype: torch.dtype | None = None
     return max(_ROUNDINGS * _units(model, compute_dtype)[1], _SUMMING)
 
 
+def body_precision(model: nn.Module, compute_dtype: torch.dtype | None = None) -> float:
+    """eps of the coarsest dtype that computes in a model's body; see `check_scores` for the arguments."""
+    return 2 * _units(model, compute_dtype)[1]
+
+
 def _units(model: nn.Module, compute_dtype: torch.dtype | None) -> tuple[float, float]:
     """The unit roundoffs of the head and of the body: the coarsest of the dtypes that compute there.
 
     GPUs may multiply fp32 in TF32, which has 11 bits. Where weights have 8 bits, so have what they are multiplied with,
-    on a scale that depends on all tokens of a batch; heads have more.
+    on a scale that depends on all tokens of a batch; heads have more. Weights of 4 bits, two of them in a byte, are
+    multiplied in bf16 on a CPU, which has 8 bits, too.
     """
     held = {p.dtype for p in model.parameters()}
     floats = {dtype for dtype in held if dtype.is_floating_point and dtype.itemsize > 1} | ({compute_dtype} - {None})

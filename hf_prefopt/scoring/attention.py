@@ -11,7 +11,7 @@ call without segments is that implementation's own.
 
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -84,7 +84,8 @@ def _registered(implementation: str) -> str:
         ):
             if kwargs.get("segment_queries") is None:
                 return _plain(implementation, module)(module, query, key, value, attention_mask, **kwargs)
-            return segment_attention(query, key, value, attention_mask=attention_mask, **kwargs), None
+            hidden = _hidden_by_mask(module, kwargs)
+            return segment_attention(query, key, value, attention_mask=attention_mask, **hidden, **kwargs), None
 
         AttentionInterface.register(name, attention)
         if implementation in ALL_MASK_ATTENTION_FUNCTIONS:
@@ -112,6 +113,24 @@ def _plain(implementation: str, module: nn.Module) -> Callable:
     return ALL_ATTENTION_FUNCTIONS.get_interface(implementation, own_eager)
 
 
+def _hidden_by_mask(module: nn.Module, kwargs: Mapping[str, Any]) -> dict[str, int]:
+    """What a module's mask would hide, beside later tokens, where the module does not pass it along as a number.
+
+    Llama 4 has its chunks only in the mask, PhiMoE and Qwen2-MoE their windows. What a config has is of no effect in
+    models that build no such mask.
+    """
+    config, file = getattr(module, "config", None), sys.modules[type(module).__module__]
+    types = getattr(config, "layer_types", None)
+    own_type = types[module.layer_idx] if types and hasattr(module, "layer_idx") else None
+    hidden: dict[str, int | None] = {}
+    if own_type == "chunked_attention":
+        hidden["chunk"] = config.attention_chunk_size
+    builds_windows = hasattr(file, "create_sliding_window_causal_mask")
+    if "sliding_window" not in kwargs and builds_windows and own_type in (None, "sliding_attention"):
+        hidden["sliding_window"] = getattr(config, "sliding_window", None)
+    return {name: size for name, size in hidden.items() if size}
+
+
 @torch.compiler.disable  # the segments of each batch would be compiled anew
 def segment_attention(
     query: Tensor,
@@ -128,6 +147,8 @@ def segment_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    chunk: int | None = None,
     is_causal: bool | None = None,
     **others: Any,
 ) -> Tensor:
@@ -142,12 +163,14 @@ def segment_attention(
         segment_lengths: all of them, so that no device is waited for where segments are computed one by one.
         attention_mask: of one element, which stands for none; a larger one is of the module's own making.
         sliding_window: a query sees that many keys, itself included. softcap: scores are cap · tanh(score / cap).
+        s_aux: `[heads]`, sinks: the logit of one more key, whose value is zero, for each query of a head.
+        chunk: a query at position i sees keys at positions j with i // chunk = j // chunk.
 
     Returns:
         `[1, T, heads, D]`.
 
     Raises:
-        UnsupportedAttention: the module asks for something else, such as sinks, a position bias, or no causality.
+        UnsupportedAttention: the module asks for something else, such as a position bias, or no causality.
     """
     if attention_mask is not None and attention_mask.numel() > 1:
         raise UnsupportedAttention("attention with a mask of the module's own making")
@@ -156,12 +179,13 @@ def segment_attention(
         raise UnsupportedAttention(f"attention with {', '.join(unknown) or 'is_causal=False'}")
     query, key, value = _in_one_dtype(query, key, value)
     key, value = key.index_select(2, segment_key_index), value.index_select(2, segment_key_index)
-    window = sliding_window if sliding_window and sliding_window < segment_longest[1] else None
-    if query.is_cuda and softcap is None and dropout == 0 and _fits_varlen(query, value):
+    window, chunk = (size if size and size < segment_longest[1] else None for size in (sliding_window, chunk))
+    is_plain = softcap is None and s_aux is None and chunk is None and dropout == 0
+    if query.is_cuda and is_plain and _fits_varlen(query, value):
         return _varlen(query, key, value, segment_queries, segment_keys, segment_longest, scaling, window)
     keys = segment_lengths.keys
     pieces = [
-        _one_segment(q, k, v, scaling, dropout, window, softcap)
+        _one_segment(q, k, v, scaling, dropout, (window, chunk), softcap, s_aux)
         for q, k, v in zip(
             query.split(segment_lengths.queries, 2), key.split(keys, 2), value.split(keys, 2), strict=True
         )
@@ -198,24 +222,41 @@ def _varlen(query, key, value, query_bounds, key_bounds, longest, scaling, windo
     return varlen_attn(*rows, query_bounds, key_bounds, *longest, scale=scaling, **options).unsqueeze(0)
 
 
-def _one_segment(query, key, value, scaling, dropout, window, softcap) -> Tensor:
-    """One segment `[1, heads, n, D]` by PyTorch's attention, or written out where scores are capped."""
+def _one_segment(query, key, value, scaling, dropout, hidden, softcap, sinks) -> Tensor:
+    """One segment `[1, heads, n, D]` by PyTorch's attention, or written out where it has a soft-cap or sinks."""
     queries, keys, groups = query.shape[2], key.shape[2], query.shape[1] // key.shape[1]
     mask = None
-    if queries != keys or window or softcap is not None:
-        mask = _causal_mask(queries, keys, window, query.device)
-    if softcap is None:
+    if queries != keys or any(hidden):
+        mask = _causal_mask(queries, keys, *hidden, query.device)
+    if softcap is None and sinks is None:
         return F.scaled_dot_product_attention(
             query, key, value, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=groups > 1
         )
+    mask = _causal_mask(queries, keys, *hidden, query.device) if mask is None else mask
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scores = query @ key.transpose(2, 3) * (scaling if scaling is not None else query.shape[-1] ** -0.5)
-    scores = (softcap * torch.tanh(scores / softcap)).masked_fill(~mask, float("-inf"))
-    return F.dropout(scores.softmax(-1, dtype=torch.float32).to(query.dtype), dropout) @ value
+    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+    weights = _softmax(scores.masked_fill(~mask, float("-inf")), sinks)
+    return F.dropout(weights.to(query.dtype), dropout) @ value
 
 
-def _causal_mask(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
-    """`[queries, keys]`, true where a query sees a key: the last query on the last key, at most `window` keys back."""
-    distance = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
-    mask = distance >= 0
-    return mask if window is None else mask & (distance < window)
+def _softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """`[1, heads, n, k]`: softmax over k keys, or over these and the sink of each head, in fp32 (float64 stays)."""
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    if sinks is None:
+        return scores.softmax(-1)
+    column = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+    return torch.cat([scores, column], dim=-1).softmax(-1)[..., :-1]
+
+
+def _causal_mask(queries: int, keys: int, window: int | None, chunk: int | None, device: torch.device) -> Tensor:
+    """`[queries, keys]`, true where a query sees a key: the last query on the last key, and no later one.
+
+    Args:
+        window, chunk: as for `segment_attention`; a segment's keys begin at position 0.
+    """
+    positions = torch.arange(keys, device=device)
+    of_query = positions[keys - queries :, None]
+    mask = of_query >= positions
+    mask = mask if window is None else mask & (of_query - positions < window)
+    return mask if chunk is None else mask & (of_query // chunk == positions // chunk)

@@ -18,6 +18,7 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from hf_prefopt.batch import PreferenceBatch, ResponseScores
+from hf_prefopt.scoring.around import AROUND_INPUTS
 from hf_prefopt.scoring.attention import SEGMENT_INPUTS
 from hf_prefopt.scoring.head import (
     STATISTICS,
@@ -36,7 +37,7 @@ CHUNK_ROWS = {"cpu": 512, "cuda": 2048}
 HIDDEN, VOCABULARY_KL = "hidden", "vocabulary_kl"
 # What a router's auxiliary loss is called: of a whole forward, and no statistic of the head.
 AUX_LOSS = "aux_loss"
-_MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", *SEGMENT_INPUTS)
+_MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", *SEGMENT_INPUTS, *AROUND_INPUTS)
 _FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
 _DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
 _CAPS = ("final_logit_softcapping", "output_logit_soft_cap", "logits_soft_cap")
@@ -141,9 +142,12 @@ def _scoring_forward(self: PreTrainedModel, *args: Any, scored_rows: Tensor | No
 
 
 def _tokens_of_sequences(inputs: dict[str, Any]) -> Tensor:
-    """The positions of a batch that are no padding; those of a prompt that several responses share once for each."""
-    shared = inputs.get("segment_key_index")
-    return inputs["attention_mask"].flatten().nonzero().squeeze(1) if shared is None else shared
+    """The positions that a layer computes, without padding, those of a shared prompt once for each response."""
+    shared, around = inputs.get("segment_key_index"), inputs.get("around_tokens")
+    if shared is not None:
+        return shared
+    places = inputs["attention_mask"].flatten().nonzero().squeeze(1)
+    return places if around is None else around.flatten().index_select(0, places)
 
 
 def score_by_own_logits(causal_lm: PreTrainedModel) -> None:

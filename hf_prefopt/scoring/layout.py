@@ -1,11 +1,12 @@
-"""Which layout a model can be scored in: "shared" where it is exact, "padded" where it is not, and why.
+"""Which layout a model is scored in: the first of "shared", "around" and "padded" that is exact for it, and why.
 
 Static checks name what is known not to work. Everything else is decided by a probe on the model itself, because a wrong
 layout gives no error, only other numbers.
 """
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,16 +14,36 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from hf_prefopt.data.layouts import PaddedCollator, SharedCollator
-from hf_prefopt.scoring.agreement import device_of, made_up_tokens
+from hf_prefopt.batch import PreferenceBatch
+from hf_prefopt.data.layouts import AroundCollator, PaddedCollator, SharedCollator
+from hf_prefopt.scoring.agreement import body_precision, device_of, made_up_tokens
+from hf_prefopt.scoring.around import install_around, reason_against_layers, remove_around
 from hf_prefopt.scoring.attention import install_segment_attention, remove_segment_attention
 from hf_prefopt.scoring.forward import base_causal_lm, score
 from hf_prefopt.scoring.modes import evaluation_mode
+from hf_prefopt.scoring.tail import body_of
 
 # What says nothing about a layout, although it is a RuntimeError: no memory, a broken device, a lost process.
 _FAILURES = (torch.OutOfMemoryError, torch.AcceleratorError, torch.distributed.DistError)
 _NO_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
-_STATELESS_LAYERS = {"full_attention", "sliding_attention", "attention", "dense", "sparse", "moe"}
+_STATELESS_LAYERS = {
+    "full_attention",
+    "sliding_attention",
+    "chunked_attention",
+    "attention",
+    "dense",
+    "sparse",
+    "moe",
+}
+# Names of what limits how far back attention sees, and how far it sees in the probe.
+_WINDOWS = {
+    "attention_chunk_size",
+    "attention_window_size",
+    "local_attention_window_len",
+    "sliding_window",
+    "window_size",
+}
+_SHORT = 8
 
 
 @dataclass(frozen=True)
@@ -40,120 +61,194 @@ class Reason:
 
 @dataclass(frozen=True)
 class Layout:
-    """How batches are laid out, "shared" or "padded", and why, as a phrase."""
+    """How batches are laid out, "shared", "around" or "padded", and why, as a phrase."""
 
     name: str
     why: str
 
 
+@dataclass(frozen=True)
+class _Candidate:
+    """A layout that is taken where it is exact.
+
+    Attributes:
+        gain: what it saves, as a phrase.
+        known: from a model to what is known to be wrong with it there, without running it.
+        install, remove: make a model ready for it, and give the model back as it was.
+        collate: made-up rows in this layout.
+    """
+
+    gain: str
+    known: Callable[[nn.Module], str | None]
+    install: Callable[[nn.Module], None]
+    remove: Callable[[nn.Module], None]
+    collate: Callable[[Sequence[Mapping[str, Any]]], PreferenceBatch]
+
+
 def settled_layout(
     asked: str,
     models: Sequence[nn.Module],
-    max_length: int | None = None,
     compute_dtype: torch.dtype | None = None,
     known: str | None = None,
 ) -> Layout:
-    """The layout that all of these models are scored in.
-
-    Where it is "padded", the models' attention is what it was before.
+    """The layout that all of these models are scored in; they are made ready for it, and only for it.
 
     Args:
-        asked: "shared", "padded", or "auto": "shared" where that is exact.
-        models, max_length, compute_dtype: as for `reason_against_shared`.
-        known: a reason against "shared" that the models do not show.
+        asked: the name of a layout, or "auto": the first one that is exact.
+        models, compute_dtype: as for `reason_against`.
+        known: a reason for "padded" that the models do not show.
 
     Raises:
-        ValueError: "shared" is asked for, and not exact for one of the models.
+        ValueError: the layout asked for is not exact for one of the models.
     """
-    reason = Reason(known) if known else None
-    if asked != "padded" and reason is None:
-        reason = _first_reason(models, max_length, compute_dtype)
-    if reason is None and asked != "padded":
-        return Layout("shared", "each prompt is computed once, and no padding")
     for model in models:
-        remove_segment_attention(base_causal_lm(model))
-    if asked == "shared":
-        raise ValueError(
-            f"layout='shared' is not exact for this model: {reason.words}; choose layout='auto'"
-        ) from reason.cause
-    return Layout("padded", "as layout='padded' asks" if asked == "padded" else f"because {reason.words}")
+        for candidate in _CANDIDATES.values():
+            candidate.remove(model)
+    against: list[str] = []
+    for name, candidate in _CANDIDATES.items():
+        if asked not in ("auto", name):
+            continue
+        reason = Reason(known) if known else _first_reason(name, models, compute_dtype)
+        if reason is None:
+            return Layout(name, "; ".join([candidate.gain, *against]))
+        for model in models:
+            candidate.remove(model)
+        if asked == name:
+            raise ValueError(
+                f"layout={name!r} is not exact for this model: {reason.words}; choose layout='auto'"
+            ) from reason.cause
+        against.append(f"not {name} because {reason.words}")
+    if asked == "padded":
+        return Layout("padded", "as layout='padded' asks")
+    return Layout("padded", f"because {known}" if known else "; ".join(against))
 
 
-def _first_reason(models: Sequence[nn.Module], *limits: Any) -> Reason | None:
-    """Why one of the models cannot be scored in the layout "shared", and which."""
+def _first_reason(name: str, models: Sequence[nn.Module], compute_dtype: torch.dtype | None) -> Reason | None:
+    """Why one of the models cannot be scored in a layout, and which."""
     for model in models:
-        reason = reason_against_shared(model, *limits)
+        reason = reason_against(name, model, compute_dtype)
         if reason is not None:
             return Reason(f"{reason.words} ({type(base_causal_lm(model)).__name__})", reason.cause)
     return None
 
 
-def reason_against_shared(
-    model: nn.Module, max_length: int | None = None, compute_dtype: torch.dtype | None = None
-) -> Reason | None:
-    """Why the layout "shared" is not exact for this model, or `None` where it is; only then the model is ready for it.
+def reason_against(name: str, model: nn.Module, compute_dtype: torch.dtype | None = None) -> Reason | None:
+    """Why a layout is not exact for this model, or `None` where it is; only then the model is ready for it.
 
     Args:
+        name: "shared" or "around".
         model: a model that `scoring.forward.install_scoring` has been called on, on its device.
-        max_length: the longest sequence that will be scored; a sliding window beyond it does not matter.
         compute_dtype: the dtype the model computes in, where autocast makes it another than its weights'.
 
     Raises:
         RuntimeError: the model cannot be run at all: there is no memory for it, or its device or a process is lost.
     """
-    known = known_reason(model)
+    candidate = _CANDIDATES[name]
+    known = _known_against_both(model) or candidate.known(model)
     if known is not None:
         return Reason(known)
-    install_segment_attention(base_causal_lm(model))
-    reason = _probe(model, max_length, compute_dtype)
+    candidate.install(model)
+    reason = _probe(candidate, model, compute_dtype)
     if reason is not None:
-        remove_segment_attention(base_causal_lm(model))
+        candidate.remove(model)
     return reason
 
 
-def known_reason(model: nn.Module) -> str | None:
-    """What is known to be wrong with the layout "shared" for a model, without running it."""
+def _known_against_both(model: nn.Module) -> str | None:
     if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
         return "prompt-learning adapters put virtual tokens before every sequence"
+    return None
+
+
+def _known_against_shared(model: nn.Module) -> str | None:
     causal_lm = base_causal_lm(model)
     config = causal_lm.config.get_text_config()
-    stateful = set(getattr(config, "layer_types", None) or ()) - _STATELESS_LAYERS
+    types = set(getattr(config, "layer_types", None) or ())
+    if selecting := sorted(kind for kind in types if "indexed" in kind):
+        return f"its layers ({', '.join(selecting)}) choose which tokens of the row to look at"
+    stateful = types - _STATELESS_LAYERS
     if stateful or getattr(causal_lm, "_is_stateful", False):
         return f"its layers ({', '.join(sorted(stateful)) or 'stateful'}) carry a state along the row"
     if getattr(config, "alibi", False):
         return "ALiBi counts distances along the row"
+    if getattr(config, "attn_temperature_tuning", False):
+        return "its attention scales queries by their place in the row (attn_temperature_tuning)"
     if not causal_lm._can_set_attn_implementation():
         return "its attention does not go through transformers' attention interface"
     return None
 
 
-def _probe(model: nn.Module, max_length: int | None, compute_dtype: torch.dtype | None) -> Reason | None:
-    """Score a few made-up groups in both layouts, with other prompts, and with other first responses."""
+def _known_against_around(model: nn.Module) -> str | None:
     causal_lm = base_causal_lm(model)
-    rows = _made_up_rows(causal_lm.config, max_length)
+    if getattr(causal_lm.config.get_text_config(), "layerdrop", 0):
+        return "it skips layers at random (layerdrop)"
+    return reason_against_layers(causal_lm)
+
+
+# In the order in which they are tried. The collators are looked up late, which lets tests break them.
+_CANDIDATES = {
+    "shared": _Candidate(
+        gain="each prompt is computed once, and no padding",
+        known=_known_against_shared,
+        install=lambda model: install_segment_attention(base_causal_lm(model)),
+        remove=lambda model: remove_segment_attention(base_causal_lm(model)),
+        collate=lambda rows: SharedCollator()(rows),
+    ),
+    "around": _Candidate(
+        gain="each prompt is computed once, and no padding, but for the token mixers",
+        known=_known_against_around,
+        install=lambda model: install_around(causal_lm := base_causal_lm(model), body_of(causal_lm)),
+        remove=lambda model: remove_around(base_causal_lm(model)),
+        collate=lambda rows: AroundCollator(PaddedCollator(0))(rows),
+    ),
+}
+
+
+def _probe(candidate: _Candidate, model: nn.Module, compute_dtype: torch.dtype | None) -> Reason | None:
+    """Score a few made-up groups in the layout and padded, with other prompts, and with other first responses."""
+    rows = _made_up_rows(base_causal_lm(model).config)
     other_prompts = [{**row, "prompt_ids": row["prompt_ids"][::-1]} for row in rows]
     other_chosen = [{**row, "response_ids": [row["response_ids"][0][::-1], row["response_ids"][1]]} for row in rows]
     try:
-        with torch.no_grad(), evaluation_mode(model):
+        with torch.no_grad(), evaluation_mode(model), _short_windows(model):
             padded, padded_prompts = (_score(model, PaddedCollator(0)(variant)) for variant in (rows, other_prompts))
-            shared, shared_prompts, shared_chosen = (
-                _score(model, SharedCollator()(variant)) for variant in (rows, other_prompts, other_chosen)
+            found, found_prompts, found_chosen = (
+                _score(model, candidate.collate(variant)) for variant in (rows, other_prompts, other_chosen)
             )
     except (TypeError, ValueError, RuntimeError, KeyError) as error:  # UnsupportedAttention is a RuntimeError
         if _is_failure(error):
             raise
         said = next(iter(str(error).splitlines()), "without a word")
         return Reason(f"its forward refuses it ({type(error).__name__}: {said})", cause=error)
-    rejected = torch.arange(len(shared)) % 2 == 1  # the rows' pairs alternate chosen, rejected
+    rejected = torch.arange(len(found)) % 2 == 1  # the rows' pairs alternate chosen, rejected
     effect = (padded_prompts - padded).abs().mean()
-    dtype = compute_dtype or next(p.dtype for p in model.parameters() if p.is_floating_point())
     # What rounding may do to a sum of log-probs, and far less than what a wrongly seen or unseen token does.
-    noise = torch.finfo(dtype).eps * padded.abs().mean() + 0.01 * effect
-    if (shared_chosen - shared)[rejected].abs().mean() > noise:
+    noise = body_precision(model, compute_dtype) * padded.abs().mean() + 0.01 * effect
+    if (found_chosen - found)[rejected].abs().mean() > noise:
         return Reason("a response sees another response of its prompt")
-    if (shared - padded).abs().mean() > noise or (shared_prompts - padded_prompts).abs().mean() > noise:
+    if (found - padded).abs().mean() > noise or (found_prompts - padded_prompts).abs().mean() > noise:
         return Reason("its log-probs differ from those of padded sequences")
     return None
+
+
+@contextmanager
+def _short_windows(model: nn.Module) -> Iterator[None]:
+    """Windows and chunks of attention, in configs and modules, as short as the probe's sequences need them.
+
+    The probe's time does not grow with them then, and a window that a layout loses hides most tokens.
+    """
+    configs = [config for module in model.modules() if (config := vars(module).get("config")) is not None]
+    configs += [config.get_text_config() for config in configs if hasattr(config, "get_text_config")]
+    holders = {id(each): vars(each) for each in (*configs, *model.modules())}.values()
+    sizes = [(holder, name, holder[name]) for holder in holders for name in _WINDOWS & holder.keys()]
+    long = [(holder, name, size) for holder, name, size in sizes if isinstance(size, int) and size > _SHORT]
+    for holder, name, _ in long:
+        holder[name] = _SHORT
+    try:
+        yield
+    finally:
+        for holder, name, size in long:
+            holder[name] = size
 
 
 def _is_failure(error: Exception) -> bool:
@@ -168,10 +263,11 @@ def _score(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     return score(model, moved).logps.float().cpu()
 
 
-def _made_up_rows(config: Any, max_length: int | None) -> Sequence[dict[str, Any]]:
-    """Three pairs of arbitrary tokens, the longest of them longer than any sliding window that can matter."""
-    text_config = config.get_text_config()
-    window = min(getattr(text_config, "sliding_window", None) or 0, max_length or 1 << 20)
+def _made_up_rows(config: Any) -> Sequence[dict[str, Any]]:
+    """Three pairs of arbitrary tokens, the longest of them of more than two windows, if the model takes so many."""
+    longest_response = 11
+    most = getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 20
+    long_prompt = max(1, min(2 * _SHORT + 6, most - longest_response))
     generator = random.Random(0)
 
     def row(prompt: int, chosen: int, rejected: int) -> dict[str, Any]:
@@ -179,4 +275,4 @@ def _made_up_rows(config: Any, max_length: int | None) -> Sequence[dict[str, Any
         masks = [[1] * chosen, [1] * rejected]
         return {"prompt_ids": ids[0], "response_ids": ids[1:], "scored_masks": masks, "pairs": [[0, 1]], "row": 0}
 
-    return [row(7, 5, 9), row(window + 6, 4, 6), row(3, 11, 2)]
+    return [row(7, 5, 9), row(long_prompt, 4, 6), row(3, longest_response, 2)]

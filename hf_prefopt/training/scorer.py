@@ -14,8 +14,8 @@ from transformers import TrainerCallback
 
 from hf_prefopt.batch import PreferenceBatch, ResponseScores
 from hf_prefopt.config import PreferenceConfig
-from hf_prefopt.data.collator import LoaderCollator
-from hf_prefopt.data.layouts import PaddedCollator, SharedCollator
+from hf_prefopt.data.collator import Collator, LoaderCollator
+from hf_prefopt.data.layouts import AroundCollator, PaddedCollator, SharedCollator
 from hf_prefopt.objective.objective import Objective
 from hf_prefopt.reference.cache import CachedReference
 from hf_prefopt.reference.cache_fill import CacheFiller
@@ -53,7 +53,8 @@ def loader_collator(
     """The trainer's collator, whose layout the scorer settles; a user's own collator is the only layout there is."""
     if custom is not None:
         return LoaderCollator({CUSTOM: custom}, CUSTOM)
-    layouts = {"padded": PaddedCollator(pad_token_id, args.pad_to_multiple_of), "shared": SharedCollator()}
+    padded = PaddedCollator(pad_token_id, args.pad_to_multiple_of)
+    layouts: dict[str, Collator] = {"shared": SharedCollator(), "around": AroundCollator(padded), "padded": padded}
     if args.precompute_ref_log_probs:
         layouts = {name: KeyedCollator(collator) for name, collator in layouts.items()}
     return LoaderCollator(layouts, max_tokens=args.max_tokens_per_batch)
@@ -158,7 +159,7 @@ class Scorer:
             if collator.layout != CUSTOM:
                 collator.max_tokens = args.max_tokens_per_batch
                 known = NEFTUNE if args.neftune_noise_alpha is not None else None
-                layout = settled_layout(args.layout, models, args.max_length, self._autocast_dtype, known)
+                layout = settled_layout(args.layout, models, self._autocast_dtype, known)
                 collator.layout = layout.name
                 self._summary.say("layout", f"{layout.name}, {layout.why}")
             else:

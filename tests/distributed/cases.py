@@ -111,6 +111,8 @@ MORE = [
     _case("bco_pair", "padded", True, "resumed", **RESUMED),
     _case("bco", "shared", True, "resumed", **RESUMED),
     _case("dpo", "shared", False, "moving reference, resumed", **RESUMED, **MOVING),
+    _case("dpo", "around", False, "checkpointed", **CHECKPOINTED),
+    _case("kto", "around", True, seed=7),
     _case("tdpo2", "shared", False),
     _case("tdpo2", "padded", True),
     _case("tdpo2", "padded", False, "explicit reference", ref_model="given"),
@@ -138,6 +140,8 @@ SOME = [
     "dpo, shared, full, token budget",
     "dpo, shared, full, moving reference, resumed",
     "dpo, shared, full, cached reference",
+    "dpo, around, full, checkpointed",
+    "kto, around, LoRA",
 ]
 # Where weights are in shards, also what reads those of the reference.
 SHARDED = [

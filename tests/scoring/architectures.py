@@ -3,14 +3,32 @@
 A window shorter than the sequences is set wherever the model has one.
 """
 
+from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from tests.tiny_models import tiny_model
+from tests.tiny_models import tiny_model, with_lora
 
 _WINDOW = {"sliding_window": 7}
 # PyTorch's own attention has no soft-cap; older versions of transformers use it all the same, without the cap.
 _CAPPED = {"query_pre_attn_scalar": 8, "attn_implementation": "eager"}
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+
+_LATENT = {
+    "n_routed_experts": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "num_experts_per_tok": 2,
+    "q_lora_rank": 8,
+    "kv_lora_rank": 8,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "moe_intermediate_size": 16,
+    "first_k_dense_replace": 1,
+    "num_key_value_heads": 4,
+}
+_LLAMA4 = {"num_local_experts": 2, "attention_chunk_size": 8, "intermediate_size_mlp": 64, "num_hidden_layers": 4}
+_SINKS = {**_WINDOW, "num_local_experts": 4, "num_experts_per_tok": 2}
 
 # Exact in the layout "shared".
 SHARING = {
@@ -24,20 +42,7 @@ SHARING = {
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256},
     "gpt_neox": {},
     "mixtral": {"num_local_experts": 4},
-    "deepseek_v3": {
-        "n_routed_experts": 4,
-        "n_group": 1,
-        "topk_group": 1,
-        "num_experts_per_tok": 2,
-        "q_lora_rank": 8,
-        "kv_lora_rank": 8,
-        "qk_nope_head_dim": 8,
-        "qk_rope_head_dim": 8,
-        "v_head_dim": 12,
-        "moe_intermediate_size": 16,
-        "first_k_dense_replace": 1,
-        "num_key_value_heads": 4,
-    },
+    "deepseek_v3": _LATENT,
     "olmo2": {},
     "granite": {},
     "cohere": {},
@@ -48,35 +53,107 @@ SHARING = {
     "jetmoe": {"num_local_experts": 4, "num_experts_per_tok": 2, "kv_channels": 8},
     "hyperclovax": {"logits_scaling": 0.25},
     "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
+    "gpt_oss": _SINKS,
+    "granite_swa": _WINDOW,
+    "granitemoe_swa": _SINKS,
+    "mimo_v2_flash": {**_WINDOW, **_EXPERTS, "v_head_dim": 8},
+    "flint": _WINDOW,
+    "llama4_text": {**_LLAMA4, "attn_temperature_tuning": False},
+    "phimoe": {**_SINKS, "router_jitter_noise": 0.0},
+    "qwen2_moe": {**_EXPERTS, **_WINDOW, "use_sliding_window": True, "shared_expert_intermediate_size": 16},
 }
 
-# Not exact, or not known to be: these fall back to "padded", for the reason that a part of which is given.
-FALLING_BACK = {
-    "mamba2": (
-        {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1, "chunk_size": 8},
-        "carry a state along the row",
-    ),
-    "qwen3_next": (
+_MAMBA = {
+    "mamba_n_heads": 8,
+    "mamba_d_head": 8,
+    "mamba_d_state": 8,
+    "mamba_n_groups": 1,
+    "mamba_chunk_size": 8,
+    "mamba_expand": 2,
+}
+_DELTA_NET = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "num_hidden_layers": 4,
+}
+_STATE, _INTERFACE = "carry a state along the row", "does not go through transformers' attention interface"
+
+# Exact in the layout "around", but not in "shared", for the reason that a part of which is given.
+AROUND = {
+    "mamba": ({"state_size": 8}, _STATE),
+    "mamba2": ({"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1, "chunk_size": 8}, _STATE),
+    "qwen3_next": ({**_EXPERTS, **_DELTA_NET, "shared_expert_intermediate_size": 16}, _STATE),
+    "qwen3_5_text": (_DELTA_NET, _STATE),
+    "olmo_hybrid": (_DELTA_NET, _STATE),
+    "kimi_linear": (
         {
-            **_EXPERTS,
-            "linear_num_key_heads": 2,
-            "linear_num_value_heads": 4,
-            "linear_key_head_dim": 8,
-            "linear_value_head_dim": 8,
-            "num_hidden_layers": 4,
-            "shared_expert_intermediate_size": 16,
+            **_LATENT,
+            "num_hidden_layers": 2,
+            "num_experts": 4,
+            "linear_attn_config": {
+                "full_attn_layers": [2],
+                "kda_layers": [1],
+                "head_dim": 8,
+                "num_heads": 4,
+                "short_conv_kernel_size": 4,
+            },
         },
-        "carry a state along the row",
+        _STATE,
     ),
-    "bloom": ({"n_layer": 2, "n_head": 4}, "does not go through transformers' attention interface"),
-    "mpt": ({"d_model": 32, "n_layers": 2, "n_heads": 4}, "does not go through transformers' attention interface"),
+    "lfm2": ({"num_hidden_layers": 4, "full_attn_idxs": [1, 3], "block_multiple_of": 8}, _STATE),
+    "nemotron_h": (
+        {
+            "num_hidden_layers": 4,
+            "hybrid_override_pattern": "M*-M",
+            "mamba_num_heads": 8,
+            "mamba_head_dim": 8,
+            "ssm_state_size": 8,
+            "n_groups": 1,
+            "chunk_size": 8,
+        },
+        _STATE,
+    ),
+    "granitemoehybrid": (
+        {
+            **_MAMBA,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "shared_intermediate_size": 32,
+            "layer_types": ["mamba", "attention"],
+        },
+        _STATE,
+    ),
+    "bamba": ({**_MAMBA, "attn_layer_indices": [1]}, _STATE),
+    "falcon_h1": ({**_MAMBA, "mamba_d_ssm": 64}, _STATE),
+    "jamba": (
+        {
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "expert_layer_period": 2,
+            "expert_layer_offset": 1,
+            "num_experts": 4,
+            "mamba_d_state": 8,
+            "mamba_dt_rank": 4,
+            "use_mamba_kernels": False,
+        },
+        _STATE,
+    ),
+    "minimax": ({"num_local_experts": 4, "block_size": 8}, _STATE),
+    "recurrent_gemma": ({"num_hidden_layers": 3, "attention_window_size": 7, "lru_width": 32}, _STATE),
+    # With 16 heads of the index, hardly any two tokens tie at a score of 0, between which the top k choose at will.
+    "deepseek_v32": ({**_LATENT, "index_topk": 4, "index_head_dim": 8, "index_n_heads": 16}, "choose which tokens"),
+    "bloom": ({"n_layer": 2, "n_head": 4}, _INTERFACE),
+    "mpt": ({"d_model": 32, "n_layers": 2, "n_heads": 4}, _INTERFACE),
+    "gpt_neo": (
+        {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], **_WINDOW},
+        _INTERFACE,
+    ),
+    "gptj": ({"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4}, _INTERFACE),
     "falcon": ({"alibi": True}, "ALiBi"),
-    "llama4_text": (
-        {"num_local_experts": 2, "attention_chunk_size": 8, "intermediate_size_mlp": 64},
-        "carry a state along the row",
-    ),
-    "gpt_oss": ({**_WINDOW, "num_local_experts": 4, "num_experts_per_tok": 2}, "s_aux"),
-    "stablelm": ({}, "its forward refuses it"),
+    "llama4_text with scaled queries": ({**_LLAMA4, "floor_scale": 4}, "scales queries by their place in the row"),
+    "stablelm": ({}, "its forward refuses it"),  # its layers do not hand keyword arguments on
     "doge": ({}, "a mask of the module's own making"),  # with learned weights in it
 }
 
@@ -84,8 +161,17 @@ _WITHOUT_HEAD_DIM = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 
 
 
 def architecture(name: str) -> PreTrainedModel:
-    """A tiny random model of that architecture."""
+    """A tiny random model of that architecture, whose type is the name's first word."""
+    settings = SHARING[name] if name in SHARING else AROUND[name][0]
     if name == "falcon":  # its config computes head_dim and takes none
-        config = AutoConfig.for_model(name, **_WITHOUT_HEAD_DIM, **FALLING_BACK[name][0])
+        config = AutoConfig.for_model(name, **_WITHOUT_HEAD_DIM, **settings)
         return AutoModelForCausalLM.from_config(config).eval()
-    return tiny_model(name, **(SHARING[name] if name in SHARING else FALLING_BACK[name][0]))
+    return tiny_model(name.split()[0], **settings)
+
+
+def adapted(name: str) -> PeftModel:
+    """The same under a fresh LoRA adapter on all linear layers that PEFT can adapt."""
+    # Routers that give a pair, and outputs that a kernel multiplies itself.
+    routed = name.split()[0] in ("llama4_text", "phimoe", "mamba", "mamba2", "falcon_h1", "nemotron_h")
+    settings = {"target_modules": ["q_proj", "v_proj", "o_proj", "in_proj", "up_proj"]} if routed else {}
+    return with_lora(architecture(name), **settings)

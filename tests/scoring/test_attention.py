@@ -177,9 +177,9 @@ def test_under_autocast_every_layer_attends_in_its_dtype(monkeypatch, model_type
     assert seen == [{BF16}] * (segments * model.config.num_hidden_layers)
 
 
-@pytest.mark.parametrize("asked", [{"s_aux": torch.ones(4)}, {"is_causal": False}])
+@pytest.mark.parametrize("asked", [{"position_bias": torch.ones(4)}, {"is_causal": False}])
 def test_what_it_does_not_have_is_refused(asked):
-    """Sinks, and attention to later tokens; by the name that the module asked with."""
+    """A position bias, and attention to later tokens; by the name that the module asked with."""
     batch = SharedCollator()(random_rows(2))
     segments = {name: value for name, value in batch.items() if name.startswith("segment_")}
     tensors = [torch.randn(1, 4, batch["input_ids"].shape[1], 8) for _ in range(3)]

@@ -11,9 +11,11 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from hf_prefopt.data.layouts import PaddedCollator, SharedCollator
+from hf_prefopt.data.layouts import AroundCollator, PaddedCollator, SharedCollator
+from hf_prefopt.scoring.around import install_around
 from hf_prefopt.scoring.attention import install_segment_attention
 from hf_prefopt.scoring.forward import install_scoring, score
+from hf_prefopt.scoring.tail import body_of
 from tests.parity.peers import dpo_trainer, step_of, trl_rows
 from tests.scoring.plain import assert_same_gradients, gradients
 from tests.tiny_models import perturbed, random_rows, tiny_model, with_lora
@@ -27,6 +29,12 @@ FAMILIES = {
     "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
     "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 16},
+}
+
+LAYOUTS = {
+    "padded": (lambda model: None, PaddedCollator(0)),
+    "shared": (install_segment_attention, SharedCollator()),
+    "around": (lambda model: install_around(model, body_of(model)), AroundCollator(PaddedCollator(0))),
 }
 
 
@@ -49,19 +57,17 @@ def by_hand(model, rows):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("layout", ["padded", "shared"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_prompt_counts_once_for_each_response(layout, name):
     """fp32 logits of single sequences and of the batch differ by roundings of 6e-8 · 30, and so do probabilities; 1e-5
     of a mean over 200 of them has room. The gradient in the same measure as in test_forward."""
-    if name == "gpt_oss" and layout == "shared":
-        pytest.skip("needs sinks, which attention over segments lacks")
     model, rows = moe(name), random_rows(3)
     expected = by_hand(model, rows)
     wanted = gradients(expected.float(), model)
     install_scoring(model)
-    if layout == "shared":
-        install_segment_attention(model)
-    scores = score(model, (SharedCollator() if layout == "shared" else PaddedCollator(0))(rows), with_aux_loss=True)
+    install, collator = LAYOUTS[layout]
+    install(model)
+    scores = score(model, collator(rows), with_aux_loss=True)
     torch.testing.assert_close(scores.aux_loss.double(), expected, rtol=1e-5, atol=0)
     assert_same_gradients(gradients(scores.aux_loss, model), wanted, rtol=1e-3)
 
@@ -97,7 +103,7 @@ def test_loss_and_gradients_are_trls(coefficient, tmp_path):
 
 
 @pytest.mark.parametrize("settings", [{}, {"gradient_checkpointing": True}, {"loss_type": "aot"}])
-@pytest.mark.parametrize("layout", ["padded", "shared"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_two_steps_by_hand(layout, settings, tmp_path):
     """The log has the loss with it and `aux_loss` without its coefficient: the first loss of DPO is log 2 + 3 · aux.
 
