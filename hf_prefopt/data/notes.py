@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset, Value
 
 from hf_prefopt.data.rows import PROMPT_WORDS, BadRow, CanonicalRow, Tie, probably_lacks_prompt
@@ -101,6 +103,19 @@ def keep_usable_rows(
         raise ValueError(f"{name}: none of the {len(noted):,} rows can be used. {summary}{reasons}")
     kept = noted.select(np.flatnonzero(~dropped)) if dropped.any() else noted
     return kept.remove_columns(list(NOTES))
+
+
+def count_notes(noted: Dataset) -> dict[str, int]:
+    """The number of rows, as `rows`, and the sum of each note under its name without the underscore; of `longest` the
+    largest.
+    """
+    counts = {"rows": len(noted)}
+    for column in NOTES:
+        if column != "_problem":
+            values = noted.with_format("arrow")[column][:] if len(noted) else pa.chunked_array([pa.array([0])])
+            total = pc.max(values) if column == "_longest" else pc.sum(values)
+            counts[column.removeprefix("_")] = total.as_py() or 0
+    return counts
 
 
 class _StreamFilter:
