@@ -65,16 +65,30 @@ def load_tokenizer(
     Raises:
         ValueError: the model came from no folder or Hub name.
     """
-    kwargs = {key: value for key, value in (init_kwargs or {}).items() if key in ("revision", "trust_remote_code")}
     base = getattr(model.config, "_name_or_path", "")
     if name and is_adapter(name, init_kwargs):
-        where = {**_hub_arguments(init_kwargs), "_raise_exceptions_for_missing_entries": False}
-        has_tokenizer = cached_file(name, "tokenizer_config.json", **where) is not None
-        # A revision is the adapter's.
-        return AutoTokenizer.from_pretrained(name, **kwargs) if has_tokenizer else AutoTokenizer.from_pretrained(base)
+        return load_tokenizer_of(name, init_kwargs, base)
     if not base:
         raise ValueError("the model has no name to load its tokenizer from: pass processing_class=tokenizer")
-    return AutoTokenizer.from_pretrained(base, **kwargs)
+    return load_tokenizer_of(base, init_kwargs)
+
+
+def load_tokenizer_of(
+    name: str, init_kwargs: dict[str, Any] | None = None, base: str | None = None
+) -> PreTrainedTokenizerBase:
+    """Load a tokenizer by the name or path of its model, or of an adapter.
+
+    Args:
+        base: the base model of an adapter without a tokenizer; by default the one that its configuration names.
+    """
+    if is_adapter(name, init_kwargs):
+        where = {**_hub_arguments(init_kwargs), "_raise_exceptions_for_missing_entries": False}
+        if cached_file(name, "tokenizer_config.json", **where) is None:
+            config = PeftConfig.from_pretrained(name, **_hub_arguments(init_kwargs))
+            # A revision is the adapter's.
+            return AutoTokenizer.from_pretrained(base or config.base_model_name_or_path)
+    kwargs = {key: value for key, value in (init_kwargs or {}).items() if key in ("revision", "trust_remote_code")}
+    return AutoTokenizer.from_pretrained(name, **kwargs)
 
 
 def with_adapter(model: PreTrainedModel, peft_config: PeftConfig | None) -> PreTrainedModel | PeftModel:

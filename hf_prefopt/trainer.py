@@ -28,11 +28,12 @@ from hf_prefopt.objective.objective import Objective
 from hf_prefopt.policy import load_model, load_tokenizer, sample_of, under_adapter, with_adapter
 from hf_prefopt.reference.choose import check_reference
 from hf_prefopt.reporting.card import model_card
+from hf_prefopt.reporting.data_texts import data_texts
 from hf_prefopt.reporting.finite import ruined_gradient, ruined_weights
 from hf_prefopt.reporting.metrics import Evaluation, TrainingRecord
 from hf_prefopt.reporting.preview import print_preview
 from hf_prefopt.reporting.run_facts import card_facts
-from hf_prefopt.reporting.start_summary import StartSummary, data_texts, loss_texts
+from hf_prefopt.reporting.start_summary import StartSummary, loss_texts
 from hf_prefopt.scoring.modes import adapter_casts_off, body_parameters, light_train
 from hf_prefopt.training.arguments import (
     check_arguments,

@@ -87,6 +87,7 @@ class Prepared:
         layout: how they were read; None for rows that were prepared before.
         noted: every row given with what happened to it (`notes.NOTES`); None for a stream and for prepared rows.
         is_unpaired: whether the pair of row n became the rows 2n and 2n + 1.
+        options: how the rows were tokenized and cut.
     """
 
     dataset: Dataset | IterableDataset
@@ -99,8 +100,9 @@ class Prepared:
     def uncut(self, rows: Sequence[int]) -> list[dict[str, Any]]:
         """These rows of the data set given, tokenized and not cut; only where there are notes."""
         assert self.layout is not None and isinstance(self.raw, Dataset)
-        read_as = _read_as(self.layout, self.raw)
-        columns = _prepare_batch(self.raw.select(rows)[:], [*rows], **read_as, **{**self.options, "max_length": None})
+        options = {**_read_as(self.layout, self.raw), **self.options, "max_length": None}
+        batch = self.raw.select(rows)[:]
+        columns = _prepare_batch(batch, [*rows], **options, needs_prompt=False, cache_version=_CACHE_VERSION)
         return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
@@ -173,22 +175,18 @@ def prepare(
             raise ValueError(f"{name}: {error}") from None
     else:
         try:
-            raw = undecoded(choose_columns(dataset, column_mapping, remove_columns))
-            layout = _find_layout(raw, tokenizer, PAIRS if unpair else kind, tuple(column_mapping or ()), text_as, name)
+            dataset = undecoded(choose_columns(dataset, column_mapping, remove_columns))
+            layout = _find_layout(
+                dataset, tokenizer, PAIRS if unpair else kind, tuple(column_mapping or ()), text_as, name
+            )
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
         kind = layout.format.kind
-        options = {
-            "tokenizer": tokenizer,
-            "max_length": max_length,
-            "truncation_mode": truncation_mode,
-            "needs_prompt": needs_prompt or unpair,
-            "cache_version": _CACHE_VERSION,
-        }
-        noted = _map_rows(raw, layout, options, num_proc, name)
+        options = {"tokenizer": tokenizer, "max_length": max_length, "truncation_mode": truncation_mode}
+        noted = _map_rows(dataset, layout, {**options, "needs_prompt": needs_prompt or unpair}, num_proc, name)
         kept = keep_usable_rows(noted, name, max_length, on_bad_rows)
         write_settings(kept, settings)
-        done = Prepared(kept, raw, layout, noted if isinstance(noted, Dataset) else None, options=options)
+        done = Prepared(kept, dataset, layout, noted if isinstance(noted, Dataset) else None, options=options)
     if not unpair or kind is not PAIRS:
         return done
     present = [name for name in UNPAIRED.optional_columns if name in column_names(done.dataset)]
@@ -237,7 +235,7 @@ def _map_rows(
         "with_indices": True,
         "remove_columns": columns,
         "features": features,
-        "fn_kwargs": {**_read_as(layout, dataset), **options},
+        "fn_kwargs": {**_read_as(layout, dataset), "cache_version": _CACHE_VERSION, **options},
     }
     if isinstance(dataset, IterableDataset):
         # Small batches, so that the first rows need not wait for a thousand others.

@@ -20,6 +20,12 @@ Data = Dataset | IterableDataset
 DataOrSplits = Data | dict[str, Data]
 
 
+def settings_of_rows(args: PreferenceConfig) -> dict[str, Any]:
+    """The settings that say how rows are read and cut, as arguments of `prepare`."""
+    names = ("max_length", "truncation_mode", "on_bad_rows", "unpair", "column_mapping", "remove_columns", "text_as")
+    return {"num_proc": args.dataset_num_proc, **{name: getattr(args, name) for name in names}}
+
+
 class PreferenceData:
     """Prepares data sets for the losses of a configuration, and draws their rows.
 
@@ -60,16 +66,9 @@ class PreferenceData:
             made = prepare(
                 dataset,
                 self.tokenizer,
-                max_length=self.args.max_length,
-                truncation_mode=self.args.truncation_mode,
-                on_bad_rows=self.args.on_bad_rows,
-                num_proc=self.args.dataset_num_proc,
+                **settings_of_rows(self.args),
                 name=name,
-                unpair=self.args.unpair,
                 kind=self.objective.kind,
-                column_mapping=self.args.column_mapping,
-                remove_columns=self.args.remove_columns,
-                text_as=self.args.text_as,
                 needs_prompt=not self.objective.ignores_shared_tokens,
             )
         if self._embeddings is not None:

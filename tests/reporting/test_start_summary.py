@@ -9,17 +9,14 @@ from transformers import TrainerState
 from hf_prefopt.data.summary import DataSummary
 from hf_prefopt.kinds import KINDS
 from hf_prefopt.losses import get_loss, list_losses
+from hf_prefopt.reporting.data_texts import _LONGER, content_texts, data_texts, size_text
 from hf_prefopt.reporting.start_summary import (
-    _LONGER,
     MOST_LINES,
     TOPICS,
     StartSummary,
     batch_text,
-    content_texts,
-    data_texts,
     loss_texts,
     model_text,
-    size_text,
 )
 from hf_prefopt.training.scorer import Scorer
 from tests.tiny_models import tiny_model, with_lora
