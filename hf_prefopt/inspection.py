@@ -88,7 +88,7 @@ def inspect_dataset(
         counts=count_notes(made.noted) if made.noted is not None else {},
         within=_within(made.noted),
         remarks=tuple(remarks),
-        errors=tuple(errors),
+        errors=tuple(error.removeprefix(f"{name}: ") for error in errors),
         rows=tuple(_shown_rows(made, rows, TokenKinds(tokenizer))),
     )
 

@@ -1,8 +1,7 @@
 """The command line: `hf_prefopt COMMAND …`, or `python -m hf_prefopt COMMAND …`.
 
-A command is a module of this package with an entry in `COMMANDS`. Its docstring is its help, `add_options(parser)` adds
-its options, and `run(options)` does the work and returns the exit code. A `ValueError` prints one line, and the exit code
-is 1.
+A command is a module of this package with an entry in `COMMANDS`: its docstring is its help, `add_options(parser)` adds
+its options, `run(options)` does the work and returns the exit code. A `ValueError` becomes one line, and exit code 1.
 """
 
 import argparse

@@ -6,12 +6,13 @@ The exit code is 1 if training would stop at this data set.
 """
 
 import json
-from argparse import ArgumentParser, ArgumentTypeError, Namespace, _ArgumentGroup
+from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, Namespace, _ArgumentGroup
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 from transformers.hf_argparser import string_to_bool
 
@@ -19,6 +20,7 @@ from hf_prefopt.config import PreferenceConfig
 from hf_prefopt.data.files import load_splits
 from hf_prefopt.inspection import inspect_dataset
 from hf_prefopt.policy import load_tokenizer_of
+from hf_prefopt.reporting.inspection_html import write_inspection
 from hf_prefopt.reporting.inspection_text import CHARACTERS, print_inspection
 
 
@@ -72,19 +74,22 @@ def _add_settings(group: _ArgumentGroup) -> None:
         setting.name: setting.metadata["help"] for setting in fields(PreferenceConfig) if setting.name in SETTINGS
     }
     for name, how in SETTINGS.items():
-        group.add_argument(f"--{name}", default=None, help=help_of[name].replace("%", "%%"), **how)
+        group.add_argument(f"--{name}", default=SUPPRESS, help=help_of[name].replace("%", "%%"), **how)
 
 
 def run(options: Namespace) -> int:
     """Print the inspection, and write the page if one is asked for. Raises `ValueError` if the data cannot be read."""
     dataset = _split(options)
     tokenizer = _tokenizer(options)
-    settings = {name: getattr(options, name) for name in SETTINGS if getattr(options, name) is not None}
+    settings = {name: getattr(options, name) for name in SETTINGS if hasattr(options, name)}
     found = inspect_dataset(
         dataset, tokenizer, rows=options.rows, stream_rows=options.stream_rows, name=options.data, **settings
     )
     console = Console(no_color=options.no_color or None, highlight=False)
     print_inspection(found, console, None if options.full else CHARACTERS)
+    if options.html:
+        write_inspection(found, options.html)
+        console.print(Text(f"Page: {options.html}"))
     return 1 if found.errors else 0
 
 

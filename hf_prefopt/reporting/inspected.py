@@ -82,7 +82,7 @@ def facts(inspection: Inspection) -> list[tuple[str, str]]:
     # Rounded down: not all rows fit unless it says 100.
     within = [f"{int(1000 * share) / 10:g}% ≤ {length:,}" for length, share in found.within.items()]
     listed = {
-        "Data set": f"{found.name}: {size_text(summary, found.counts)}{beginning}",
+        "Rows": size_text(summary, found.counts) + beginning,
         "Layout": f"{found.layout} ({_CONTENT[found.content]})",
         "Columns used": ", ".join(columns),
         "Numbers": ", ".join(found.numbers.values()) + " (read by losses that take them)" * bool(found.numbers),

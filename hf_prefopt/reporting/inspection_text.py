@@ -27,7 +27,12 @@ def print_inspection(
 
 def render_inspection(inspection: Inspection, characters: int | None = CHARACTERS) -> RenderableType:
     """An inspection as something that rich prints."""
-    parts: list[RenderableType] = [_facts(inspection), Text(), _lengths(inspection)]
+    parts: list[RenderableType] = [
+        Text(visible(inspection.name), style="bold"),
+        _facts(inspection),
+        Text(),
+        _lengths(inspection),
+    ]
     parts += _bullets("What happens to rows", [f"{what}: {count:,}" for what, count in events(inspection)], "yellow")
     parts += _bullets("Notes", inspection.remarks, "yellow")
     parts += _bullets("Training would stop", inspection.errors, "bold red")

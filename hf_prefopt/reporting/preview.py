@@ -13,7 +13,6 @@ from rich.panel import Panel
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from hf_prefopt.data.notes import plural
 from hf_prefopt.data.tokenize import TokenKinds
 from hf_prefopt.reporting.shown_rows import Piece, ShownRow, ShownText, State, show_row
 
@@ -68,10 +67,8 @@ def legend() -> Text:
 
 
 def _panel(text: ShownText, characters: int | None) -> Panel:
-    counts = [plural(text.tokens, "token")] + [f"{text.scored:,} scored"] * (text.name != "prompt")
-    counts += [f"{text.cut:,} cut"] * bool(text.cut) + [text.about] * bool(text.about)
     style = "dim" if text.name == "prompt" else _BORDERS.get(text.name, _OTHER_BORDER)
-    title = Text(visible(f"{text.name}: {', '.join(counts)}"))
+    title = Text(visible(f"{text.name}: {', '.join(text.counts)}"))
     return Panel(_render(_shortened(text.pieces, characters)), title=title, title_align="left", border_style=style)
 
 
@@ -88,12 +85,12 @@ def _render(pieces: Iterable[Piece]) -> Text:
 
 
 def visible(text: str) -> str:
-    """The text with pictures of its control characters, which would otherwise steer the terminal."""
-    return text.translate(_PICTURES)
+    """The text with signs for control characters, which would steer the terminal or reverse what is around them."""
+    return text.translate(_SIGNS)
 
 
-_PICTURES = {code: chr(0x2400 + code) for code in range(0x20) if chr(code) not in "\n\t"}
-_PICTURES |= {0x7F: "␡", **dict.fromkeys(range(0x80, 0xA0), "\ufffd")}
+_SIGNS: dict[int, str] = {code: chr(0x2400 + code) for code in range(0x20) if chr(code) not in "\n\t"}
+_SIGNS |= {code: f"<U+{code:04X}>" for code in (*range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A))}
 
 
 def _shortened(pieces: Sequence[Piece], characters: int | None) -> list[Piece]:

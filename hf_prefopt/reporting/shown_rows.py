@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Literal
 
+from hf_prefopt.data.notes import plural
 from hf_prefopt.data.rows import shared_length
 from hf_prefopt.data.tokenize import TokenKinds
 
@@ -60,6 +61,12 @@ class ShownText:
     def cut(self) -> int:
         """The number of tokens cut."""
         return sum(piece.tokens for piece in self.pieces if piece.state == "cut")
+
+    @property
+    def counts(self) -> list[str]:
+        """Its tokens in words: how many, how many of them scored and cut, and what is said about it."""
+        counts = [plural(self.tokens, "token")] + [f"{self.scored:,} scored"] * (self.name != "prompt")
+        return counts + [f"{self.cut:,} cut"] * bool(self.cut) + [self.about] * bool(self.about)
 
 
 @dataclass(frozen=True)
