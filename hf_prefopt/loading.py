@@ -104,16 +104,27 @@ def load_processing_class(
     Raises:
         ValueError: the model came from no folder or Hub name.
     """
-    kwargs = {key: value for key, value in (init_kwargs or {}).items() if key in ("revision", "trust_remote_code")}
     base = getattr(model.config, "_name_or_path", "")
     if name and is_adapter(name, init_kwargs):
-        # A revision is the adapter's.
-        if _has_file(name, "tokenizer_config.json", init_kwargs):
-            return _processing_class(name, kwargs, init_kwargs)
-        return _processing_class(base, {}, None)
+        return processing_class_of(name, init_kwargs, base)
     if not base:
         raise ValueError("the model has no name to load its tokenizer from: pass processing_class=tokenizer")
-    return _processing_class(base, kwargs, init_kwargs)
+    return processing_class_of(base, init_kwargs)
+
+
+def processing_class_of(
+    name: str, init_kwargs: dict[str, Any] | None = None, base: str | None = None
+) -> PreTrainedTokenizerBase | ProcessorMixin:
+    """The same by the name or path of a model or an adapter, which need not be loaded.
+
+    Args:
+        base: the base model of an adapter without a tokenizer; by default the one that its configuration names.
+    """
+    if is_adapter(name, init_kwargs) and not _has_file(name, "tokenizer_config.json", init_kwargs):
+        config = PeftConfig.from_pretrained(name, **_hub_arguments(init_kwargs))
+        return _processing_class(base or config.base_model_name_or_path, {}, None)  # a revision is the adapter's
+    kwargs = {key: value for key, value in (init_kwargs or {}).items() if key in ("revision", "trust_remote_code")}
+    return _processing_class(name, kwargs, init_kwargs)
 
 
 def _processing_class(

@@ -27,11 +27,12 @@ from hf_prefopt.objective.objective import Objective
 from hf_prefopt.policy import sample_of, under_adapter, with_adapter
 from hf_prefopt.reference.choose import check_reference
 from hf_prefopt.reporting.card import model_card
+from hf_prefopt.reporting.data_texts import data_texts
 from hf_prefopt.reporting.finite import ruined_gradient, ruined_weights
 from hf_prefopt.reporting.metrics import Evaluation, TrainingRecord
 from hf_prefopt.reporting.preview import print_preview
 from hf_prefopt.reporting.run_facts import card_facts
-from hf_prefopt.reporting.start_summary import StartSummary, data_text, loss_texts
+from hf_prefopt.reporting.start_summary import StartSummary, loss_texts
 from hf_prefopt.scoring.modes import adapter_casts_off, body_parameters, light_train
 from hf_prefopt.training.arguments import (
     check_arguments,
@@ -425,7 +426,9 @@ class PreferenceTrainer(Trainer):
         keep_output_precision(self.accelerator)
         given = self.eval_dataset
         evaluated = {f"eval {n}": rows for n, rows in given.items()} if isinstance(given, dict) else {"eval": given}
-        self.summary.say("data", data_text({"train": self.train_dataset, **evaluated}))
+        if self.is_world_process_zero():
+            datasets = {"train": self.train_dataset, **evaluated}
+            self.summary.say("data", *data_texts(datasets, self.data.counts, self.args.group_by_prompt))
         self._attempts, self._steps = 0, StepBatches(checkpoint)
         output = super().train(checkpoint, **options)
         self._steps.check_end(self.state, self.args)

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_files import load_splits
 from datasets import Dataset, IterableDataset
 from loss_lines import without_other_loss
 from model_options import check_model_options, loading_arguments
@@ -23,6 +22,7 @@ from trl import ModelConfig, ScriptArguments, TrlParser
 from hf_prefopt import PreferenceConfig, PreferenceTrainer
 from hf_prefopt.callbacks import GenerationEvalCallback
 from hf_prefopt.console import use_short_progress
+from hf_prefopt.data.files import load_splits
 
 # What the report at the end suggests.
 NEXT_STEPS = {
@@ -107,7 +107,7 @@ def _refuse_unused(script: ScriptArguments, training: PreferenceConfig) -> None:
 def load_pairs(
     script: ScriptArguments, recipe: RecipeArguments, training: PreferenceConfig
 ) -> tuple[Dataset, Dataset | None]:
-    """The training rows and, where the data set has such a split, the evaluation rows: see `data_files.py`."""
+    """The training rows and, where the data set has such a split, the evaluation rows: see `hf_prefopt.data.files`."""
     try:
         splits = load_splits(script.dataset_name, script.dataset_config, script.dataset_streaming)
     except ValueError as error:

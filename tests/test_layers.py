@@ -24,7 +24,9 @@ LAYERS = (
     ("evaluation",),
     ("reporting",),
     ("loading", "policy", "training", "trainer"),
+    ("inspection",),
     ("callbacks", "console"),
+    ("commands", "__main__"),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 MODULES = {

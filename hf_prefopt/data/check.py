@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hf_prefopt.batch import join_examples
 from hf_prefopt.data.notes import plural
+from hf_prefopt.data.ragged import pair_places, ragged
 from hf_prefopt.kinds import ExampleKind
 from hf_prefopt.losses.base import UnsuitableExamples
 from hf_prefopt.objective.objective import Objective
@@ -57,7 +58,8 @@ def check_examples(dataset: Dataset | IterableDataset, objective: Objective, nam
         name: what errors call the data set.
 
     Raises:
-        ValueError: examples that a loss cannot compare, or a number that is missing or out of range, with its row.
+        ValueError: examples that a loss cannot compare, or a number that is missing or out of range, with its row; or
+            equal responses in every pair, where the losses learn only from their difference.
     """
     kind = objective.kind
     optional = [column for column in objective.inputs if column in kind.optional_columns]
@@ -71,6 +73,8 @@ def check_examples(dataset: Dataset | IterableDataset, objective: Objective, nam
         _say_what_is_read(optional, dataset.column_names or (), kind, name)
         arguments = {"objective": objective, "name": name}
         return dataset.map(_check_batch, batched=True, features=dataset.features, fn_kwargs=arguments)
+    if len(dataset):
+        _refuse_identical_pairs(dataset, objective, name)
     if has_checks and len(dataset):
         needed = [column for column in (*kind.columns, *optional, "row") if column in dataset.column_names]
         batches = dataset.select_columns(needed).with_format(None).iter(batch_size=1000)
@@ -82,6 +86,19 @@ def check_examples(dataset: Dataset | IterableDataset, objective: Objective, nam
         if "weights" in optional and "weights" in examples:
             logger.warning(_describe_weights(name, examples["weights"].numpy()))
     return dataset
+
+
+def _refuse_identical_pairs(dataset: Dataset, objective: Objective, name: str) -> None:
+    """Raise `ValueError` if the responses of every pair are equal and so every gradient is zero."""
+    if not objective.ignores_shared_tokens:
+        return
+    for table in dataset.select_columns(["response_ids", "pairs"]).with_format("arrow").iter(batch_size=1000):
+        if not ragged(table["response_ids"], 2).are_equal(*pair_places(table).T).all():
+            return
+    raise ValueError(
+        f"{name}: chosen and rejected are the same tokens in all of {plural(len(dataset), 'pair')}, so the gradient is "
+        "zero: check how the columns were made; if the texts differ only after max_length, raise it"
+    )
 
 
 def _check_batch(columns: Mapping[str, list[Any]], objective: Objective, name: str) -> dict[str, list[Any]]:

@@ -107,8 +107,7 @@ def describe_columns(found: FoundLayout, sample: Mapping[str, Any], tokenizer: P
     if not found.is_own:
         roles = ", ".join(column if part == column else f"{part} = {column}" for part, column in found.columns.items())
         lines.append(f"read as {found.layout.name} ({roles})")
-    used = {*found.columns.values(), *optional_columns(found.format.kind, sample).values(), *_BESIDE}
-    unused = [column for column in sample if column not in used and not is_about_the_row(column)]
+    unused = [column for column in unused_columns(found, sample) if not is_about_the_row(column)]
     if unused:
         lines.append(f"columns not used: {', '.join(unused)}")
     texts = [column for part, column in found.columns.items() if part not in _NUMBERS]
@@ -118,6 +117,12 @@ def describe_columns(found: FoundLayout, sample: Mapping[str, Any], tokenizer: P
             "text_as='messages' makes messages of it"
         )
     return lines
+
+
+def unused_columns(found: FoundLayout, columns: Collection[str]) -> list[str]:
+    """The columns that neither the layout nor any loss reads."""
+    used = {*found.columns.values(), *optional_columns(found.format.kind, columns).values(), *_BESIDE}
+    return [column for column in columns if column not in used]
 
 
 _BESIDE = ("tools", "chat_template_kwargs")

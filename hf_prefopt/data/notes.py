@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset, Value
 
 from hf_prefopt.data.rows import PROMPT_WORDS, BadRow, CanonicalRow, Tie, probably_lacks_prompt
@@ -89,7 +90,7 @@ def keep_usable_rows(
     notes = noted.select_columns(list(NOTES)).with_format("arrow")[:]
     problems = notes["_problem"].to_pylist()
     if on_bad_rows == "error" and any(problems):
-        raise ValueError(_describe_bad_rows(name, problems))
+        raise ValueError(describe_bad_rows(name, problems))
     counts = {column: notes[column].to_numpy() for column in NOTES if column != "_problem"}
     _reject_missing_prompts(name, int(counts["_lacks_prompt"].sum()), int((~counts["_bad"]).sum()))
     summary = _summarize(name, counts, max_length)
@@ -97,10 +98,24 @@ def keep_usable_rows(
         logger.warning(summary)
     dropped = counts["_bad"] | counts["_no_room"] | counts["_tie"]
     if dropped.all():
-        reasons = f"\n{_describe_bad_rows(name, problems)}" if any(problems) else ""
+        reasons = f"\n{describe_bad_rows(name, problems)}" if any(problems) else ""
         raise ValueError(f"{name}: none of the {len(noted):,} rows can be used. {summary}{reasons}")
     kept = noted.select(np.flatnonzero(~dropped)) if dropped.any() else noted
     return kept.remove_columns(list(NOTES))
+
+
+def count_notes(noted: Dataset) -> dict[str, int]:
+    """For each note, without its underscore, the sum over the rows; of `longest` the largest, of texts the number of
+    rows that have one. And the number of rows, as `rows`.
+    """
+    counts = {"rows": len(noted)}
+    for column, feature in NOTES.items():
+        values = noted.with_format("arrow")[column][:]
+        if feature.dtype == "string":
+            values = pc.not_equal(values, "")
+        total = pc.max(values) if column == "_longest" else pc.sum(values)
+        counts[column.removeprefix("_")] = total.as_py() or 0
+    return counts
 
 
 class _StreamFilter:
@@ -170,7 +185,7 @@ def _summarize(name: str, notes: Mapping[str, np.ndarray], max_length: int | Non
     return f"{name}: " + "; ".join(filter(None, [", ".join(events), " or ".join(cures)]))
 
 
-def _describe_bad_rows(name: str, problems: Sequence[str], shown: int = 3) -> str:
+def describe_bad_rows(name: str, problems: Sequence[str], shown: int = 3) -> str:
     """How many rows cannot be used, and why the first ones cannot. `problems`: one for each row, or ""."""
     bad = [(index, problem) for index, problem in enumerate(problems) if problem]
     lines = [f"{name}: {len(bad):,} of {plural(len(problems), 'row')} cannot be used"]

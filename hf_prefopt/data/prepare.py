@@ -19,6 +19,7 @@ Prepared rows have these columns:
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, cast
 
@@ -76,7 +77,43 @@ def prepared_features(example_columns: Iterable[str], optional: Iterable[str] = 
     )
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A prepared data set, and how it was made of the rows given.
+
+    Attributes:
+        dataset: the prepared rows.
+        raw: the rows given, under the names of columns that they were read by.
+        layout: how they were read; None for rows that were prepared before.
+        noted: every row given with what happened to it (`notes.NOTES`); None for a stream and for prepared rows.
+        is_unpaired: whether the pair of row n became the rows 2n and 2n + 1.
+        options: how the rows were tokenized and cut.
+    """
+
+    dataset: Dataset | IterableDataset
+    raw: Dataset | IterableDataset
+    layout: FoundLayout | None = None
+    noted: Dataset | None = None
+    is_unpaired: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def uncut(self, rows: Sequence[int]) -> list[dict[str, Any]]:
+        """These rows of the data set given, tokenized and not cut; only where there are notes."""
+        assert self.layout is not None and isinstance(self.raw, Dataset)
+        options = {**_read_as(self.layout, self.raw), **self.options, "max_length": None}
+        batch = self.raw.select(rows)[:]
+        columns = _prepare_batch(batch, [*rows], **options, needs_prompt=False, cache_version=_CACHE_VERSION)
+        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
 def prepare_dataset(
+    dataset: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, **settings: Any
+) -> Dataset | IterableDataset:
+    """The rows that `prepare` makes of a data set, with the same arguments."""
+    return prepare(dataset, tokenizer, **settings).dataset
+
+
+def prepare(
     dataset: Dataset | IterableDataset,
     tokenizer: PreTrainedTokenizerBase,
     *,
@@ -91,7 +128,7 @@ def prepare_dataset(
     remove_columns: Sequence[str] | None = None,
     text_as: str = "text",
     needs_prompt: bool = False,
-) -> Dataset | IterableDataset:
+) -> Prepared:
     """Tokenize preference data in any of the layouts of `column_layouts.LAYOUTS`.
 
     A data set that was prepared with the same settings is returned unchanged. What no mapping of columns can say, a
@@ -114,7 +151,7 @@ def prepare_dataset(
             begin with the same words by chance, are then errors, unless they are transcripts. `unpair` needs it, too.
 
     Returns:
-        The prepared rows; the module's docstring lists their columns.
+        The prepared rows, whose columns the module's docstring lists, and how they were made.
 
     Raises:
         ValueError: an invalid argument; columns of no known layout; messages without a chat template; texts most of
@@ -128,9 +165,10 @@ def prepare_dataset(
         raise ValueError(f"max_length={max_length!r}: give at least 2 tokens, or None to cut nothing")
     settings = settings_of(tokenizer, max_length, truncation_mode)
     columns = column_names(dataset)
-    prepared = kind_of_columns(columns)
-    if prepared is not None and set(prepared_features(prepared.columns)).issubset(columns):
-        kind = prepared
+    done = Prepared(dataset, dataset)
+    known = kind_of_columns(columns)
+    if known is not None and set(prepared_features(known.columns)).issubset(columns):
+        kind = known
         try:
             check_settings(dataset, settings)
         except ValueError as error:
@@ -146,12 +184,14 @@ def prepare_dataset(
         kind = layout.format.kind
         options = {"tokenizer": tokenizer, "max_length": max_length, "truncation_mode": truncation_mode}
         noted = _map_rows(dataset, layout, {**options, "needs_prompt": needs_prompt or unpair}, num_proc, name)
-        dataset = keep_usable_rows(noted, name, max_length, on_bad_rows)
-        write_settings(dataset, settings)
+        kept = keep_usable_rows(noted, name, max_length, on_bad_rows)
+        write_settings(kept, settings)
+        done = Prepared(kept, dataset, layout, noted if isinstance(noted, Dataset) else None, options=options)
     if not unpair or kind is not PAIRS:
-        return dataset
-    present = [name for name in UNPAIRED.optional_columns if name in column_names(dataset)]
-    return unpair_rows(dataset, prepared_features(UNPAIRED.columns, present))
+        return done
+    present = [name for name in UNPAIRED.optional_columns if name in column_names(done.dataset)]
+    unpaired = unpair_rows(done.dataset, prepared_features(UNPAIRED.columns, present))
+    return replace(done, dataset=unpaired, is_unpaired=True)
 
 
 def _find_layout(
@@ -190,18 +230,22 @@ def _map_rows(
     features = Features({**prepared, **NOTES})
     if isinstance(dataset, Dataset) and not len(dataset):
         return Dataset.from_dict({column: [] for column in features}, features=features)
-    read_as = {"layout": (layout.name, layout.columns, layout.text_as), "class_names": class_names(dataset)}
     arguments = {
         "batched": True,
         "with_indices": True,
         "remove_columns": columns,
         "features": features,
-        "fn_kwargs": {**read_as, "cache_version": _CACHE_VERSION, **options},
+        "fn_kwargs": {**_read_as(layout, dataset), "cache_version": _CACHE_VERSION, **options},
     }
     if isinstance(dataset, IterableDataset):
         # Small batches, so that the first rows need not wait for a thousand others.
         return dataset.map(_prepare_batch, batch_size=64, **arguments)
     return dataset.map(_prepare_batch, num_proc=num_proc, desc=f"Tokenizing {name}", **arguments)
+
+
+def _read_as(layout: FoundLayout, dataset: Dataset | IterableDataset) -> dict[str, Any]:
+    """The arguments that tell `_prepare_batch` how to read rows, as `datasets` hashes them."""
+    return {"layout": (layout.name, layout.columns, layout.text_as), "class_names": class_names(dataset)}
 
 
 def _prepare_batch(

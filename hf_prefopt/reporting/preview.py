@@ -1,10 +1,10 @@
-"""Prepared rows for a person to read: what the model sees, and which tokens count.
+"""Rows in the terminal: what the model sees, and which tokens count.
 
-Scored tokens stand between ⟦ ⟧, and in color where the terminal has any; what is not scored is dim. Tokens are decoded
-run by run, since one character may be several tokens.
+Scored tokens are between ⟦ ⟧ and cut ones between ⟪ ⟫, so that they can be told apart without colors.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import groupby, islice
 from typing import Any
 
@@ -14,9 +14,12 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from hf_prefopt.data.tokenize import TokenKinds
+from hf_prefopt.reporting.shown_rows import Piece, ShownRow, ShownText, State, show_row
 
-_RESPONSE_STYLES = {"chosen": "green", "desirable": "green", "gold": "yellow", "rejected": "red", "undesirable": "red"}
-_OTHER_RESPONSE_STYLE = "cyan"
+_BORDERS = {"chosen": "green", "desirable": "green", "gold": "yellow", "rejected": "red", "undesirable": "red"}
+_OTHER_BORDER = "cyan"
+STYLES: dict[State, str] = {"prompt": "dim", "scored": "bold cyan", "masked": "yellow", "cut": "red strike"}
+BRACKETS: dict[State, tuple[str, str]] = {"scored": ("⟦", "⟧"), "cut": ("⟪", "⟫")}
 
 
 def preview_rows(
@@ -30,7 +33,7 @@ def preview_rows(
         limit: the number of groups shown.
     """
     kinds = TokenKinds(tokenizer)
-    return Group(*(_show_group(row, kinds) for row in islice(rows, limit)))
+    return Group(*(render_row(show_row(row, kinds)) for row in islice(rows, limit)))
 
 
 def print_preview(
@@ -43,51 +46,67 @@ def print_preview(
     (console or Console()).print(preview_rows(rows, tokenizer, limit))
 
 
-def _show_group(row: Mapping[str, Any], kinds: TokenKinds) -> RenderableType:
-    prompt = row["prompt_ids"]
-    panels = [_panel("prompt", _count(len(prompt), "token"), _show_tokens(prompt, [0] * len(prompt), "", kinds), "dim")]
-    names, example_columns = _name_responses(row), _describe_responses(row)
-    for name, ids, mask, said in zip(names, row["response_ids"], row["scored_masks"], example_columns, strict=True):
-        style = _RESPONSE_STYLES.get(name, _OTHER_RESPONSE_STYLE)
-        counts = f"{_count(len(ids), 'token')}, {sum(mask):,} scored{said}"
-        panels.append(_panel(name, counts, _show_tokens(ids, mask, style, kinds), style))
-    return Group(Text(f"row {row['row']:,}", style="bold"), *panels)
+def render_row(row: ShownRow, characters: int | None = None) -> RenderableType:
+    """A row as something that rich prints: a panel for the prompt and one for each response.
+
+    Args:
+        characters: the most that are shown of a text, without its middle if it has more; None shows all.
+    """
+    panels = [_panel(text, characters) for text in (row.prompt, *row.responses)]
+    return Group(Text(f"row {row.number:,}", style="bold"), *panels)
 
 
-def _panel(name: str, counts: str, body: Text, style: str) -> Panel:
-    return Panel(body, title=Text(f"{name}: {counts}"), title_align="left", border_style=style)
-
-
-def _name_responses(row: Mapping[str, Any]) -> list[str]:
-    """The names of a pair's responses, and of a triple's third; by label for unpaired ones, numbers for a list's."""
-    if [list(pair) for pair in row.get("pairs", ())] == [[0, 1]]:
-        return ["chosen", "rejected", *("gold" for _ in row.get("golds", ()))]
-    if "labels" in row:
-        return ["desirable" if label else "undesirable" for label in row["labels"]]
-    return [f"response {number}" for number in range(len(row["response_ids"]))]
-
-
-def _describe_responses(row: Mapping[str, Any]) -> list[str]:
-    """What a list's row says of each response: its rank, and its score if it has one."""
-    count = len(row["response_ids"])
-    ranks = [f", rank {rank:g}" for rank in row.get("ranks", ())] or [""] * count
-    scores = [f", score {score:g}" for score in row.get("scores", ())] or [""] * count
-    return [rank + score for rank, score in zip(ranks, scores, strict=True)]
-
-
-def _show_tokens(ids: Sequence[int], mask: Sequence[int], style: str, kinds: TokenKinds) -> Text:
-    """The tokens as text: special ones visible, scored ones between ⟦ ⟧ in `style`, the others dim."""
+def legend() -> Text:
+    """What the brackets and colors mean."""
+    names = {"prompt": "prompt", "scored": "scored", "masked": "response, not scored", "cut": "cut by max_length"}
     shown = Text()
-    tokens = zip(ids, mask, strict=True)
-    for is_scored, run in groupby(tokens, key=lambda token: bool(token[1])):
-        base = style if is_scored else "dim"
-        shown.append("⟦" if is_scored else "", style="bold")
-        for is_special, part in groupby((token for token, _ in run), key=kinds.special.__contains__):
-            text = kinds.tokenizer.decode(list(part), skip_special_tokens=False, clean_up_tokenization_spaces=False)
-            shown.append(str(text), style=f"{base} italic" if is_special else base)
-        shown.append("⟧" if is_scored else "", style="bold")
+    for state, name in names.items():
+        begin, end = BRACKETS.get(state, ("", ""))
+        shown.append("  " * bool(shown)).append(f"{begin}{name}{end}", style=STYLES[state])
     return shown
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+def _panel(text: ShownText, characters: int | None) -> Panel:
+    style = "dim" if text.name == "prompt" else _BORDERS.get(text.name, _OTHER_BORDER)
+    title = Text(visible(f"{text.name}: {', '.join(text.counts)}"))
+    return Panel(_render(_shortened(text.pieces, characters)), title=title, title_align="left", border_style=style)
+
+
+def _render(pieces: Iterable[Piece]) -> Text:
+    """The text, with special tokens in italics and brackets around what is scored and cut."""
+    shown = Text()
+    for state, run in groupby(pieces, key=lambda piece: piece.state):
+        begin, end = BRACKETS.get(state, ("", ""))
+        shown.append(begin, style="bold")
+        for piece in run:
+            shown.append(visible(piece.text), style=STYLES[state] + " italic" * piece.is_special)
+        shown.append(end, style="bold")
+    return shown
+
+
+def visible(text: str) -> str:
+    """The text with signs for control characters, which would steer the terminal or reverse what is around them."""
+    return text.translate(_SIGNS)
+
+
+_SIGNS: dict[int, str] = {code: chr(0x2400 + code) for code in range(0x20) if chr(code) not in "\n\t"}
+_SIGNS |= {code: f"<U+{code:04X}>" for code in (*range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A))}
+
+
+def _shortened(pieces: Sequence[Piece], characters: int | None) -> list[Piece]:
+    """The pieces of a text; of a long one its first two thirds of so many characters and its last third."""
+    total = sum(len(piece.text) for piece in pieces)
+    if characters is None or total <= characters:
+        return list(pieces)
+    begin = list(_first(pieces, characters * 2 // 3, lambda text, room: text[:room]))
+    end = list(_first(reversed(pieces), characters // 3, lambda text, room: text[-room:]))
+    left_out = total - sum(len(piece.text) for piece in (*begin, *end))
+    return [*begin, replace(begin[-1], text=f" … {left_out:,} characters … ", is_special=True), *reversed(end)]
+
+
+def _first(pieces: Iterable[Piece], room: int, cut: Callable[[str, int], str]) -> Iterator[Piece]:
+    """The first pieces, of the last one as much as there is room for."""
+    for piece in pieces:
+        if room > 0:
+            yield replace(piece, text=cut(piece.text, room))
+        room -= len(piece.text)

@@ -1,11 +1,9 @@
-"""What a run is, in at most twelve lines when it begins, where a wrong setting is still cheap.
+"""What a run is, in at most fourteen lines when it begins, where a wrong setting is still cheap.
 
 Every part of the trainer says its line: which losses with which hyperparameters, which reference, which layout and why.
 """
 
 import logging
-from collections.abc import Mapping, Sized
-from typing import Any
 
 from peft import PeftModel
 from torch import nn
@@ -17,7 +15,7 @@ from hf_prefopt.objective.objective import Objective
 logger = logging.getLogger(__name__)
 
 TOPICS = ("model", "loss", "reference", "layout", "attention", "data", "batch", "optimizer")
-MOST_LINES = 12
+MOST_LINES = 14
 
 
 class StartSummary(TrainerCallback):
@@ -38,11 +36,12 @@ class StartSummary(TrainerCallback):
 
     def lines(self) -> list[str]:
         """All lines, in the order of the topics; of too many on one topic the first ones and the number of the rest."""
-        room = MOST_LINES - len(self._texts) + 1
-        found = []
+        found, total = [], sum(map(len, self._texts.values()))
         for topic in TOPICS:
             texts = self._texts.get(topic, ())
+            room = max(2, MOST_LINES - (total - len(texts)))
             if len(texts) > room:
+                total -= len(texts) - room
                 texts = (*texts[: room - 1], f"and {len(texts) - room + 1} more")
             found += [f"{topic}: {text}" for text in texts]
         return found
@@ -93,16 +92,6 @@ def _adapter(model: nn.Module) -> str:
     config = model.active_peft_config
     rank = f" r={config.r}" if hasattr(config, "r") else ""
     return f" ({config.peft_type.value}{rank})"
-
-
-def data_text(datasets: Mapping[str, Any]) -> str:
-    """The number of rows of each data set, by what it is for, as in `{"train": dataset}`."""
-    counts = [
-        f"{name} {len(rows):,} rows" if isinstance(rows, Sized) else f"{name} a stream"
-        for name, rows in datasets.items()
-        if rows is not None
-    ]
-    return ", ".join(counts) or "none"
 
 
 def batch_text(args: PreferenceConfig, state: TrainerState) -> str:

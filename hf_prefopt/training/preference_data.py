@@ -1,6 +1,7 @@
 """The data of a trainer: prepared, checked against the losses, and drawn as the settings say."""
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
@@ -9,13 +10,20 @@ from hf_prefopt.config import PreferenceConfig
 from hf_prefopt.data.check import check_embeddings, check_examples
 from hf_prefopt.data.collator import EvenStream
 from hf_prefopt.data.group import PromptSampler, prompt_keys
-from hf_prefopt.data.prepare import prepare_dataset, prepared_features
+from hf_prefopt.data.notes import count_notes
+from hf_prefopt.data.prepare import Prepared, prepare, prepared_features
 from hf_prefopt.data.sources import as_dataset, check_rows
 from hf_prefopt.data.unpaired import MismatchedResponses
 from hf_prefopt.kinds import KINDS, kind_of_columns
 
 Data = Dataset | IterableDataset
 DataOrSplits = Data | dict[str, Data]
+
+
+def settings_of_rows(args: PreferenceConfig) -> dict[str, Any]:
+    """The settings that say how rows are read and cut, as arguments of `prepare`."""
+    names = ("max_length", "truncation_mode", "on_bad_rows", "unpair", "column_mapping", "remove_columns", "text_as")
+    return {"num_proc": args.dataset_num_proc, **{name: getattr(args, name) for name in names}}
 
 
 class PreferenceData:
@@ -29,11 +37,13 @@ class PreferenceData:
     Attributes:
         objective: the losses. The first data set settles it: the kind of examples, for losses that take several kinds,
             and the optional columns.
+        counts: for each prepared data set, what happened to the rows given (`notes.count_notes`).
     """
 
     def __init__(self, args: PreferenceConfig, tokenizer: PreTrainedTokenizerBase, embeddings: int | None = None):
         self.args, self.tokenizer, self._embeddings = args, tokenizer, embeddings
         self.objective, self._is_settled = args.build_objective(), False
+        self.counts: WeakKeyDictionary[Dataset, dict[str, int]] = WeakKeyDictionary()
 
     def prepare(self, dataset: Any, name: str) -> DataOrSplits | None:
         """The data set tokenized, or each of several; `sources.as_dataset` says what it may be.
@@ -46,26 +56,26 @@ class PreferenceData:
         dataset = as_dataset(dataset, name)
         if isinstance(dataset, dict):
             return {key: self.prepare(split, key) for key, split in dataset.items()}
+        made = self.read(dataset, name)
+        return self.checked(made.dataset, name)
+
+    def read(self, dataset: Data, name: str) -> Prepared:
+        """The data set tokenized, and how it was made; it is not checked against the losses."""
         check_rows(dataset, name)
         with self.args.main_process_first(desc=f"tokenizing {name}"):
-            prepared = prepare_dataset(
+            made = prepare(
                 dataset,
                 self.tokenizer,
-                max_length=self.args.max_length,
-                truncation_mode=self.args.truncation_mode,
-                on_bad_rows=self.args.on_bad_rows,
-                num_proc=self.args.dataset_num_proc,
+                **settings_of_rows(self.args),
                 name=name,
-                unpair=self.args.unpair,
                 kind=self.objective.kind,
-                column_mapping=self.args.column_mapping,
-                remove_columns=self.args.remove_columns,
-                text_as=self.args.text_as,
                 needs_prompt=not self.objective.ignores_shared_tokens,
             )
         if self._embeddings is not None:
-            check_embeddings(prepared, self._embeddings, name)
-        return self._checked(prepared, name)
+            check_embeddings(made.dataset, self._embeddings, name)
+        if made.noted is not None:
+            self.counts[made.dataset] = count_notes(made.noted)
+        return made
 
     def settle_again(self, train: Data | None, evaluation: DataOrSplits | None) -> None:
         """Build the objective from the settings as they are now, and check the prepared data against it.
@@ -77,9 +87,9 @@ class PreferenceData:
         named = evaluation if isinstance(evaluation, dict) else {"eval": evaluation}
         for name, dataset in (("train", train), *named.items()):
             if dataset is not None:
-                self._checked(dataset, name)
+                self.checked(dataset, name)
 
-    def _checked(self, dataset: Data, name: str) -> Data:
+    def checked(self, dataset: Data, name: str) -> Data:
         """The data set, whose examples the losses can compare; the first one settles the objective."""
         kind = kind_of_columns(dataset.column_names)
         if not self._is_settled:

@@ -13,7 +13,7 @@ from datasets import Dataset, DatasetDict
 from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-OURS = ("common", "loss_lines", "model_options", "short_help", "splits", "data_files")
+OURS = ("common", "loss_lines", "model_options", "short_help", "splits")
 # What each recipe says of itself, beside the options that it wants at least.
 KINDS: dict[str, tuple[dict[str, bool], list[str]]] = {
     "dpo_lora": ({"adapter": True}, ["--use_peft", "true"]),
@@ -145,7 +145,7 @@ def test_an_option_of_the_data_has_its_effect(option, common, parse, monkeypatch
         names = "train", "test", "other", "held_out"
         return DatasetDict({name: Dataset.from_dict({"from": [name]}) for name in names})
 
-    monkeypatch.setattr("data_files.load_dataset", load_dataset)
+    monkeypatch.setattr("hf_prefopt.data.files.load_dataset", load_dataset)
     parsed = parse("dpo_lora", f"--{option}", *typed)
     train, test = common.load_pairs(parsed.script, common.RecipeArguments(), parsed.training)
     asked.update(train=train["from"][0], test=test["from"][0])

@@ -1,17 +1,20 @@
-"""The lines that say what a run is when training begins: at most twelve, on the first rank, in the card, too."""
+"""The lines that say what a run is when training begins: at most fourteen, on the first rank, in the card, too."""
 
 import logging
+import operator
 
 import pytest
 from transformers import TrainerState
 
+from hf_prefopt.data.summary import DataSummary
+from hf_prefopt.kinds import KINDS
 from hf_prefopt.losses import get_loss, list_losses
+from hf_prefopt.reporting.data_texts import _LONGER, content_texts, data_texts, size_text
 from hf_prefopt.reporting.start_summary import (
     MOST_LINES,
     TOPICS,
     StartSummary,
     batch_text,
-    data_text,
     loss_texts,
     model_text,
 )
@@ -41,6 +44,16 @@ def test_a_run_says_what_it_is(caplog, tmp_path):
     )
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in trainer.model.parameters())
+    rows = [(len(row["prompt_ids"]), *map(len, row["response_ids"])) for row in trainer.train_dataset]
+    tokens, prompts, scored = (
+        sum(column) for column in zip(*((2 * p + c + r, p, c + r) for p, c, r in rows), strict=True)
+    )
+    longer, equal = (100 * sum(is_so(*row[1:]) for row in rows) / 8 for is_so in (operator.gt, operator.eq))
+    data = [
+        f"data: {tokens:,} tokens, {scored:,} of them scored; sharing prompts saves {100 * prompts / tokens:.0f}%",
+        f"data: the chosen response is longer in {longer:.1f}% of pairs ({equal:.1f}% equal): the accuracy of "
+        f'"the longer one is better" is {longer + equal / 2:.1f}%',
+    ]
     with caplog.at_level(logging.WARNING):
         trainer.train()
     assert said(caplog) == [
@@ -51,7 +64,8 @@ def test_a_run_says_what_it_is(caplog, tmp_path):
         "reference: the base model, the adapter switched off",
         "layout: shared, each prompt is computed once, and no padding",
         "attention: PyTorch's (sdpa), a response at a time",
-        "data: train 8 rows, eval 3 rows",
+        "data: train 8 rows → 8 pairs of 8 prompts, eval 3 rows → 3 pairs of 3 prompts",
+        *data,
         "batch: 4 rows a step (2 per device × 2 accumulated), 1 steps",
         "optimizer: sgd, learning rate 0.001 (constant), weight decay 0, gradients clipped at 1",
     ]
@@ -69,7 +83,12 @@ def test_it_comes_before_a_cache_is_filled(caplog, tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path, eval_dataset={"train": pairs(2), "held": pairs(3)}, **settings)
     with caplog.at_level(logging.WARNING):
         trainer.train()
-    assert seen[0] == 8 and "data: train 8 rows, eval train 2 rows, eval held 3 rows" in said(caplog)
+    sizes = (
+        "train 8 rows → 8 pairs of 8 prompts",
+        "eval train 2 rows → 2 pairs of 2 prompts",
+        "eval held 3 rows → 3 pairs of 3 prompts",
+    )
+    assert seen[0] == 10 and f"data: {', '.join(sizes)}" in said(caplog)
 
 
 def test_an_evaluation_alone_says_its_layout_once(caplog, tmp_path):
@@ -81,13 +100,14 @@ def test_an_evaluation_alone_says_its_layout_once(caplog, tmp_path):
 
 
 def test_many_losses_are_folded():
-    """Seven other topics leave five lines."""
+    """Seven other topics, one of three lines, leave five lines."""
     summary = StartSummary()
     for topic in TOPICS:
         summary.say(topic, topic)
     summary.say("loss", *(f"loss {n}" for n in range(9)))
+    summary.say("data", "a", "b", "c")
     lines = summary.lines()
-    assert len(lines) == MOST_LINES == 12
+    assert len(lines) == MOST_LINES == 14 and lines[9:12] == ["data: a", "data: b", "data: c"]
     assert lines[1:6] == ["loss: loss 0", "loss: loss 1", "loss: loss 2", "loss: loss 3", "loss: and 5 more"]
     assert summary.as_dict()["loss"].count("loss ") == 9
 
@@ -128,7 +148,7 @@ def test_every_loss_has_one_line_with_all_its_hyperparameters(name, tmp_path):
 
 def test_facts_that_a_tiny_run_does_not_have(tmp_path):
     rows = pairs(2)
-    assert data_text({"train": rows.to_iterable_dataset(), "eval": None}) == "train a stream"
+    assert data_texts({"train": rows.to_iterable_dataset(), "eval": None}) == ["train a stream"]
     args = make_config(tmp_path, max_tokens_per_batch=4096)
     assert batch_text(args, TrainerState(max_steps=1000)) == (
         "2 rows a step (2 per device), pieces of at most 4,096 tokens, 1,000 steps"
@@ -139,3 +159,22 @@ def test_facts_that_a_tiny_run_does_not_have(tmp_path):
     assert (
         model_text(model, args) == f"LlamaForCausalLM, {count} of {count} parameters train, float32 under bf16 autocast"
     )
+
+
+def test_what_a_data_set_says_by_kind():
+    lengths = {"comparisons": 4, "longer": 0.5, "as_long": 0.25}
+    pairs = DataSummary("pairs", rows=9, examples=9, prompts=1, tokens=100, tokens_by_row=80, tokens_by_prompt=60)
+    counts = {"rows": 12, "bad": 1, "no_room": 1, "tie": 1, "responses_cut": 1}
+    assert size_text(pairs, counts) == "12 rows → 9 pairs of 1 prompt (3 rows dropped, 1 response cut)"
+    assert size_text(pairs, {}) == "9 rows → 9 pairs of 1 prompt"
+    assert content_texts(pairs) == [
+        "100 tokens, 0 of them scored; sharing prompts saves 20% (40% with group_by_prompt)"
+    ]
+    assert content_texts(pairs, by_prompt=True) == ["100 tokens, 0 of them scored; sharing prompts saves 40%"]
+    labels = DataSummary("unpaired examples", desirable=3, undesirable=1, **lengths)
+    assert content_texts(labels)[1:] == [
+        "a desirable response is longer than an undesirable one in 50.0% of cases (25.0% equal): the accuracy of "
+        '"the longer one is better" is 62.5%',
+        "3 desirable and 1 undesirable",
+    ]
+    assert set(_LONGER) == {kind.name for kind in KINDS}

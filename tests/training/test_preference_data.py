@@ -1,7 +1,7 @@
 """`PreferenceData` by itself: settings and a tokenizer, no trainer."""
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from torch.utils.data import IterableDataset
 
 from hf_prefopt.training.preference_data import PreferenceData
@@ -38,6 +38,15 @@ def test_examples_that_the_losses_cannot_compare_are_named(tmp_path):
         data(tmp_path).prepare(unpaired(3), "train")
     with pytest.raises(ValueError, match="b holds lists, but dpo needs pairs"):
         data(tmp_path).prepare({"a": pairs(2), "b": lists(2)}, "eval")
+
+
+def test_pairs_that_are_all_identical_are_an_error_where_only_differences_count(tmp_path):
+    """Also of 1,001 rows the last one alone that differs makes the set usable; NLL learns from equal responses, too."""
+    same = Dataset.from_list([text_pair(chosen=" Paris.", rejected=" Paris.")] * 1000)
+    with pytest.raises(ValueError, match="train: chosen and rejected are the same tokens in all of 1,000 pairs, so "):
+        data(tmp_path).prepare(same, "train")
+    assert len(data(tmp_path, sft_weight=0.1).prepare(same, "train")) == 1000
+    assert len(data(tmp_path).prepare(concatenate_datasets([same, Dataset.from_list([text_pair()])]), "train")) == 1001
 
 
 def test_changed_settings_are_checked_against_the_data(tmp_path):

@@ -1,25 +1,15 @@
-"""The recipes read a data set by a Hub name, a folder, a file or a pattern, and name what is missing or broken."""
+"""Data sets are read by a Hub name, a folder, a file or a pattern; errors name what is missing or broken."""
 
 import gzip
 import json
-import sys
-from pathlib import Path
 
 import pytest
 from datasets import Dataset
 
-RECIPES = Path(__file__).parents[2] / "recipes"
+from hf_prefopt.data.files import load_splits
+
 ROWS = [{"prompt": f"{n}", "chosen": "yes", "rejected": "no"} for n in range(4)]
 LINES = "\n".join(map(json.dumps, ROWS))
-
-
-@pytest.fixture
-def load(monkeypatch):
-    monkeypatch.syspath_prepend(str(RECIPES))
-    import data_files
-
-    yield data_files.load_splits
-    sys.modules.pop("data_files")
 
 
 def write(folder):
@@ -35,23 +25,23 @@ def write(folder):
 
 @pytest.mark.parametrize("name", ["jsonl", "json", "jsonl.gz", "csv", "tsv", "parquet"])
 @pytest.mark.parametrize("streaming", [False, True])
-def test_files_of_every_kind(name, streaming, load, tmp_path):
+def test_files_of_every_kind(name, streaming, tmp_path):
     write(tmp_path)
-    splits = load(str(tmp_path / f"rows.{name}"), streaming=streaming)
+    splits = load_splits(str(tmp_path / f"rows.{name}"), streaming=streaming)
     assert list(splits) == ["train"]
     assert [{key: str(value) for key, value in row.items()} for row in splits["train"]] == ROWS
 
 
-def test_several_files_by_a_pattern(load, tmp_path):
+def test_several_files_by_a_pattern(tmp_path):
     for number in (2, 1):
         (tmp_path / f"part{number}.jsonl").write_text(json.dumps({"prompt": str(number)}))
-    assert load(str(tmp_path / "part*.jsonl"))["train"]["prompt"] == ["1", "2"]
+    assert load_splits(str(tmp_path / "part*.jsonl"))["train"]["prompt"] == ["1", "2"]
 
 
-def test_a_folder_has_its_splits(load, tmp_path):
+def test_a_folder_has_its_splits(tmp_path):
     for split in ("train", "test"):
         (tmp_path / f"{split}.jsonl").write_text(LINES)
-    assert set(load(str(tmp_path))) == {"train", "test"}
+    assert set(load_splits(str(tmp_path))) == {"train", "test"}
 
 
 @pytest.mark.parametrize(
@@ -66,11 +56,11 @@ def test_a_folder_has_its_splits(load, tmp_path):
         ("notes.txt", "is of .txt: give one of .json, "),
     ],
 )
-def test_what_cannot_be_read_is_named(name, message, load, tmp_path):
+def test_what_cannot_be_read_is_named(name, message, tmp_path):
     (tmp_path / "empty.jsonl").touch()
     (tmp_path / "broken.jsonl").write_text(LINES.replace('"2"', '"2'))
     (tmp_path / "rows.csv").write_text("prompt,chosen\n")
     if name == "notes.txt":
         (tmp_path / "notes.txt").write_text("some text")
     with pytest.raises(ValueError, match=message):
-        load(str(tmp_path / name))
+        load_splits(str(tmp_path / name))

@@ -31,7 +31,7 @@ def load_splits(name: str, config: str | None = None, streaming: bool = False) -
     """
     if not (has_magic(name) or kind_of(name) in KINDS or Path(name).expanduser().is_file()):
         if name.startswith((".", "/", "~")) and not Path(name).expanduser().exists():
-            raise ValueError(f"--dataset_name {name}: there is no such file or folder")
+            raise ValueError(f"{name}: there is no such file or folder")
         path = str(Path(name).expanduser()) if name.startswith("~") else name
         return load_dataset(path, name=config, streaming=streaming)
     files = sorted(glob(str(Path(name).expanduser()), recursive=True))
@@ -40,7 +40,7 @@ def load_splits(name: str, config: str | None = None, streaming: bool = False) -
     try:
         return load_dataset(loader, data_files={"train": files}, streaming=streaming, **options)
     except DatasetGenerationError as error:
-        raise ValueError(_broken_line(files) or f"--dataset_name {name}: {error.__cause__ or error}") from error
+        raise ValueError(_broken_line(files) or f"{name}: {error.__cause__ or error}") from error
 
 
 def kind_of(file: str) -> str:
@@ -51,10 +51,10 @@ def kind_of(file: str) -> str:
 
 def _check_files(name: str, files: list[str]) -> None:
     if not files:
-        raise ValueError(f"--dataset_name {name}: there is no such file")
+        raise ValueError(f"{name}: there is no such file")
     kinds = {kind_of(file) for file in files}
     if len(kinds) > 1 or not kinds.issubset(KINDS):
-        raise ValueError(f"--dataset_name {name} is of {', '.join(sorted(kinds))}: give one of {', '.join(KINDS)}")
+        raise ValueError(f"{name} is of {', '.join(sorted(kinds))}: give one of {', '.join(KINDS)}")
     empty = next((file for file in files if not Path(file).stat().st_size), None)
     if empty:
         raise ValueError(f"{empty} is empty")

@@ -1,0 +1,122 @@
+"""Show how a data set would be read, its counts, and some of its rows as a model sees them; no model is loaded.
+
+    hf_prefopt inspect pairs.jsonl --model Qwen/Qwen3-0.6B --loss_type dpo --html pairs.html
+
+The exit code is 1 if training would stop at this data set.
+"""
+
+import json
+from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, Namespace, _ArgumentGroup
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+from transformers.hf_argparser import string_to_bool
+
+from hf_prefopt.config import PreferenceConfig
+from hf_prefopt.data.files import load_splits
+from hf_prefopt.inspection import inspect_dataset
+from hf_prefopt.loading import processing_class_of
+from hf_prefopt.reporting.inspection_html import write_inspection
+from hf_prefopt.reporting.inspection_text import CHARACTERS, print_inspection
+
+
+def _length(text: str) -> int | None:
+    return None if text.lower() == "none" else int(text)
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ArgumentTypeError(f"{text} is not JSON: {error}") from None
+
+
+# Settings of `PreferenceConfig` that this command takes, and how each is read.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "loss_type": {"nargs": "+", "metavar": "LOSS"},
+    "max_length": {"type": _length, "metavar": "TOKENS"},
+    "truncation_mode": {"metavar": "MODE"},
+    "column_mapping": {"type": _json, "metavar": "JSON"},
+    "remove_columns": {"nargs": "+", "metavar": "COLUMN"},
+    "text_as": {"metavar": "KIND"},
+    "unpair": {"nargs": "?", "const": True, "type": string_to_bool, "metavar": "true"},
+    "on_bad_rows": {"metavar": "WHAT"},
+    "dataset_num_proc": {"type": int, "metavar": "N"},
+}
+
+
+def add_options(parser: ArgumentParser) -> None:
+    """The options of `inspect`; the settings of training have the names and the help that they have there."""
+    parser.usage = "%(prog)s DATA --model MODEL [options]"
+    parser.add_argument("data", metavar="DATA", help="a file, a pattern, a folder, or a name on the Hub")
+    parser.add_argument(
+        "--model", required=True, help="the model whose tokenizer is used: a folder or a name on the Hub"
+    )
+    parser.add_argument("--split", help="the split to look at (default: train)")
+    parser.add_argument("--dataset_config", metavar="NAME", help="the configuration of a data set of the Hub")
+    parser.add_argument("--dataset_streaming", action="store_true", help="read only the first --stream_rows rows")
+    parser.add_argument("--stream_rows", type=int, default=1000, metavar="N", help="rows to read of a stream (1000)")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the tokenizer")
+    _add_settings(parser.add_argument_group("settings of training"))
+    shown = parser.add_argument_group("what is shown")
+    shown.add_argument("--rows", type=int, default=3, metavar="N", help="the number of rows (3)")
+    shown.add_argument("--full", action="store_true", help="long texts whole, and not without their middle")
+    shown.add_argument("--html", type=Path, metavar="FILE", help="also write a page for the browser")
+    shown.add_argument("--no-color", "--no_color", action="store_true", help="no colors; nor where NO_COLOR is set")
+
+
+def _add_settings(group: _ArgumentGroup) -> None:
+    help_of = {
+        setting.name: setting.metadata["help"] for setting in fields(PreferenceConfig) if setting.name in SETTINGS
+    }
+    for name, how in SETTINGS.items():
+        group.add_argument(f"--{name}", default=SUPPRESS, help=help_of[name].replace("%", "%%"), **how)
+
+
+def run(options: Namespace) -> int:
+    """Print the inspection, and write the page if one is asked for. Raises `ValueError` if the data cannot be read."""
+    dataset = _split(options)
+    tokenizer = _tokenizer(options)
+    settings = {name: getattr(options, name) for name in SETTINGS if hasattr(options, name)}
+    found = inspect_dataset(
+        dataset, tokenizer, rows=options.rows, stream_rows=options.stream_rows, name=options.data, **settings
+    )
+    console = Console(no_color=options.no_color or None, highlight=False)
+    print_inspection(found, console, None if options.full else CHARACTERS)
+    if options.html:
+        write_inspection(found, options.html)
+        console.print(Text(f"Page: {options.html}"))
+    return 1 if found.errors else 0
+
+
+def _split(options: Namespace) -> Any:
+    """The split to look at: the one named, `train`, or the only one there is."""
+    try:
+        splits = load_splits(options.data, options.dataset_config, options.dataset_streaming)
+    except OSError as error:
+        raise ValueError(
+            f"{options.data}: there is no such file or folder, nor is it on the Hub: {_line(error)}"
+        ) from None
+    name = options.split or ("train" if "train" in splits or len(splits) != 1 else next(iter(splits)))
+    if name not in splits:
+        raise ValueError(f"{options.data} has no split {name!r}: name one of {', '.join(splits)} by --split")
+    return splits[name]
+
+
+def _tokenizer(options: Namespace) -> PreTrainedTokenizerBase:
+    try:
+        loaded = processing_class_of(options.model, {"trust_remote_code": True} if options.trust_remote_code else None)
+    except OSError as error:
+        raise ValueError(
+            f"--model {options.model}: no tokenizer in such a folder, nor on the Hub: {_line(error)}"
+        ) from None
+    return getattr(loaded, "tokenizer", loaded)
+
+
+def _line(error: Exception) -> str:
+    """The first line of a message."""
+    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -1,0 +1,283 @@
+"""A prepared data set in numbers: its examples, its tokens, and what the lengths of responses give away.
+
+It is read once, in batches, with Arrow and NumPy; of tokens Python sees only whole prompts and responses, as hashes.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset
+from xxhash import xxh3_128
+
+from hf_prefopt.data.ragged import Ragged, pair_places, ragged
+from hf_prefopt.kinds import kind_of_columns
+from hf_prefopt.losses.kto import kto_weights
+
+_BATCH_ROWS = 10_000
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """The lengths of some texts in tokens: the median, the 95th percentile and the longest."""
+
+    median: int = 0
+    p95: int = 0
+    longest: int = 0
+
+
+@dataclass(frozen=True)
+class DataSummary:
+    """Counts of a prepared data set.
+
+    Attributes:
+        kind: what its examples are called: pairs, triples, lists, unpaired examples.
+        rows, examples, responses: their numbers.
+        prompts: the number of different prompts.
+        repeated_rows: rows with the prompt, the responses and the labels of an earlier row.
+        identical_pairs: pairs whose responses are the same tokens.
+        tokens: of prompt + response, summed over the responses.
+        tokens_by_row: the same with the prompt of each row once.
+        tokens_by_prompt: the same with each different prompt, and each different response to it, once: what is computed
+            where all rows of a prompt are in one batch (`group_by_prompt`).
+        scored_tokens: tokens whose log-prob counts, summed over the responses.
+        lengths: of the prompts and, by their names, of the responses, in tokens.
+        comparisons: the number of times that a better response is compared with a worse one: once for each pair, for
+            each two responses of different rank in a list, for each desirable response with each undesirable one.
+        longer, as_long: the share of them in which the better response has more scored tokens, or equally many; NaN
+            without comparisons.
+        desirable, undesirable: the numbers of labels.
+    """
+
+    kind: str
+    rows: int = 0
+    examples: int = 0
+    responses: int = 0
+    prompts: int = 0
+    repeated_rows: int = 0
+    identical_pairs: int = 0
+    tokens: int = 0
+    tokens_by_row: int = 0
+    tokens_by_prompt: int = 0
+    scored_tokens: int = 0
+    lengths: Mapping[str, Lengths] = field(default_factory=dict)
+    comparisons: int = 0
+    longer: float = float("nan")
+    as_long: float = float("nan")
+    desirable: int = 0
+    undesirable: int = 0
+
+    @property
+    def longer_accuracy(self) -> float:
+        """How often "the longer response is the better one" is right; equal lengths count half."""
+        return self.longer + self.as_long / 2
+
+    @property
+    def saved_by_row(self) -> float:
+        """The share of tokens that is not computed where each row's prompt is computed once."""
+        return 1 - self.tokens_by_row / self.tokens if self.tokens else 0.0
+
+    @property
+    def saved_by_prompt(self) -> float:
+        """The share of tokens that is not computed where all rows of a prompt are in one batch."""
+        return 1 - self.tokens_by_prompt / self.tokens if self.tokens else 0.0
+
+    @property
+    def kto_weights(self) -> tuple[float, float] | None:
+        """(`desirable_weight`, `undesirable_weight`) that KTO's authors recommend; None if one label is missing."""
+        has_both = self.desirable > 0 and self.undesirable > 0
+        return kto_weights(self.desirable, self.undesirable) if has_both else None
+
+
+def summarize(dataset: Dataset) -> DataSummary:
+    """The counts of prepared rows.
+
+    Raises:
+        ValueError: the rows are not prepared.
+    """
+    kind = kind_of_columns(dataset.column_names)
+    if kind is None:
+        raise ValueError(f"columns {', '.join(dataset.column_names)} are not those of prepared rows")
+    if not len(dataset):
+        return DataSummary(kind.name)
+    needed = ["prompt_ids", "response_ids", "scored_masks", *kind.columns]
+    tables = dataset.select_columns(needed).with_format("arrow").iter(batch_size=_BATCH_ROWS)
+    total, compare = _Total(), _COMPARE[kind.columns[0]]
+    for table in tables:
+        rows = _Rows(table)
+        total.add(rows, compare(rows))
+    return total.summary(kind.name)
+
+
+class _Rows:
+    """Some prepared rows as arrays: P rows with R responses."""
+
+    def __init__(self, table: pa.Table):
+        self.table = table
+        self.prompts = ragged(table["prompt_ids"])
+        self.responses, self.masks = ragged(table["response_ids"], 2), ragged(table["scored_masks"], 2)
+        self.counts = ragged(table["response_ids"]).lengths
+        self.scored = self.masks.sums()
+
+
+@dataclass(frozen=True)
+class _Compared:
+    """What the examples of some rows compare.
+
+    Attributes:
+        examples: their number.
+        lengths: the lengths of the responses, in tokens, by name.
+        better, worse: `[C]`, the scored tokens of responses that are compared.
+        identical: pairs of equal responses.
+        labels: `[B]` bool, whether a response is desirable. keys: `[P]`, what tells rows of equal responses apart.
+    """
+
+    examples: int
+    lengths: Mapping[str, np.ndarray]
+    better: np.ndarray
+    worse: np.ndarray
+    identical: int = 0
+    labels: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=bool))
+    keys: Ragged | None = None
+
+
+def _pairs(rows: _Rows) -> _Compared:
+    """The chosen and the rejected response of each pair."""
+    chosen, rejected = pair_places(rows.table).T
+    return _Compared(
+        len(chosen),
+        {"chosen": rows.responses.lengths[chosen], "rejected": rows.responses.lengths[rejected]},
+        rows.scored[chosen],
+        rows.scored[rejected],
+        int(rows.responses.are_equal(chosen, rejected).sum()),
+    )
+
+
+def _labels(rows: _Rows) -> _Compared:
+    """Single responses, which are compared once all of them are known."""
+    keys = ragged(rows.table["labels"])
+    labels, lengths = keys.values.astype(bool), rows.responses.lengths
+    named = {"desirable": lengths[labels], "undesirable": lengths[~labels]}
+    return _Compared(len(labels), named, rows.scored[labels], rows.scored[~labels], labels=labels, keys=keys)
+
+
+def _lists(rows: _Rows) -> _Compared:
+    """Each two responses of a list that differ in rank, list by list of the same length."""
+    keys, first = ragged(rows.table["ranks"]), np.cumsum(rows.counts) - rows.counts
+    better, worse = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.int64)]
+    for size in np.unique(rows.counts):
+        places = first[rows.counts == size][:, None] + np.arange(size)
+        ranks, scored = keys.values[places], rows.scored[places]
+        is_better = ranks[:, :, None] < ranks[:, None, :]
+        row, left, right = np.nonzero(is_better)
+        better.append(scored[row, left])
+        worse.append(scored[row, right])
+    named = {"responses": rows.responses.lengths}
+    return _Compared(len(rows.counts), named, np.concatenate(better), np.concatenate(worse), keys=keys)
+
+
+# By the first column of a kind of examples.
+_COMPARE: Mapping[str, Callable[[_Rows], _Compared]] = {"pairs": _pairs, "labels": _labels, "ranks": _lists}
+
+
+class _Total:
+    """Counts over the batches of a data set."""
+
+    def __init__(self) -> None:
+        self.parts: list[_Compared] = []
+        self.prompt_lengths: list[np.ndarray] = []
+        self.rows = self.responses = self.scored = self.tokens = self.by_row = self.by_prompt = self.repeated = 0
+        self._prompts: set[bytes] = set()
+        self._responses: set[bytes] = set()
+        self._seen: set[bytes] = set()
+
+    def add(self, rows: _Rows, compared: _Compared) -> None:
+        """Count a batch of rows."""
+        prompts, responses = int(rows.prompts.lengths.sum()), int(rows.responses.lengths.sum())
+        self.rows += len(rows.counts)
+        self.responses += len(rows.scored)
+        self.scored += int(rows.scored.sum())
+        self.by_row += prompts + responses
+        self.tokens += int((rows.prompts.lengths * rows.counts).sum()) + responses
+        self.prompt_lengths.append(rows.prompts.lengths)
+        self.parts.append(compared)
+        self._count_different(rows, compared.keys)
+
+    def _count_different(self, rows: _Rows, keys: Ragged | None) -> None:
+        """Count prompts, responses to them (as in `group.Group`) and rows that are not those of earlier rows."""
+        responses = zip(rows.responses.as_bytes(), rows.masks.as_bytes(), rows.responses.lengths.tolist(), strict=True)
+        others = keys.as_bytes() if keys is not None else iter([memoryview(b"")] * len(rows.counts))
+        prompts = zip(rows.prompts.as_bytes(), rows.prompts.lengths.tolist(), rows.counts.tolist(), strict=True)
+        for (prompt, length, count), key in zip(prompts, others, strict=True):
+            of_prompt = xxh3_128(prompt).digest()
+            self.by_prompt += _first_time(of_prompt, self._prompts) * length
+            of_row = xxh3_128(key)
+            for _ in range(count):
+                ids, mask, length = next(responses)
+                of_response = xxh3_128(of_prompt)
+                of_response.update(ids)
+                of_response.update(mask)
+                of_row.update(of_response.digest())
+                self.by_prompt += _first_time(of_response.digest(), self._responses) * length
+            self.repeated += not _first_time(of_row.digest(), self._seen)
+
+    def summary(self, kind: str) -> DataSummary:
+        """All counts."""
+        labels, better, worse = (
+            np.concatenate([getattr(part, name) for part in self.parts]) for name in ("labels", "better", "worse")
+        )
+        compare = _compare_all if len(labels) else _compare_each
+        comparisons, longer, as_long = compare(better, worse)
+        lengths = {name: [part.lengths[name] for part in self.parts] for name in self.parts[0].lengths}
+        return DataSummary(
+            kind,
+            self.rows,
+            sum(part.examples for part in self.parts),
+            self.responses,
+            len(self._prompts),
+            self.repeated,
+            sum(part.identical for part in self.parts),
+            self.tokens,
+            self.by_row,
+            self.by_prompt,
+            self.scored,
+            {name: _lengths(parts) for name, parts in {"prompt": self.prompt_lengths, **lengths}.items()},
+            comparisons,
+            longer,
+            as_long,
+            int(labels.sum()),
+            int((~labels).sum()),
+        )
+
+
+def _first_time(key: bytes, seen: set[bytes]) -> bool:
+    """Whether the key is new, after which it is not."""
+    before = len(seen)
+    seen.add(key)
+    return len(seen) > before
+
+
+def _lengths(parts: list[np.ndarray]) -> Lengths:
+    lengths = np.concatenate(parts)
+    if not len(lengths):
+        return Lengths()
+    # Of an even number of lengths the lower one in the middle: a length that there is.
+    median, p95 = np.quantile(lengths, [0.5, 0.95], method="inverted_cdf")
+    return Lengths(int(median), int(p95), int(lengths.max()))
+
+
+def _compare_each(better: np.ndarray, worse: np.ndarray) -> tuple[int, float, float]:
+    """How many there are, the share in which the better is longer, and that in which both are as long."""
+    if not len(better):
+        return 0, float("nan"), float("nan")
+    return len(better), float((better > worse).mean()), float((better == worse).mean())
+
+
+def _compare_all(better: np.ndarray, worse: np.ndarray) -> tuple[int, float, float]:
+    """The same for every better response with every worse one."""
+    count = len(better) * len(worse)
+    if not count:
+        return 0, float("nan"), float("nan")
+    below, up_to = (np.searchsorted(np.sort(worse), better, side=side) for side in ("left", "right"))
+    return count, float(below.sum() / count), float((up_to - below).sum() / count)

@@ -1,0 +1,192 @@
+"""`inspect_dataset`: what a data set means to training, before a model is loaded."""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedTokenizerBase
+
+from hf_prefopt.config import PreferenceConfig
+from hf_prefopt.data.columns import column_names, unused_columns
+from hf_prefopt.data.context import is_about_the_row
+from hf_prefopt.data.formats import optional_columns
+from hf_prefopt.data.notes import count_notes, describe_bad_rows
+from hf_prefopt.data.prepare import Prepared, prepare
+from hf_prefopt.data.rows import BadRow
+from hf_prefopt.data.sources import as_dataset, check_rows
+from hf_prefopt.data.summary import summarize
+from hf_prefopt.data.tokenize import TokenKinds
+from hf_prefopt.reporting.inspected import Inspection
+from hf_prefopt.reporting.shown_rows import ShownRow, show_row
+from hf_prefopt.training.preference_data import PreferenceData, settings_of_rows
+
+# For these lengths, in tokens, it is said how many rows are within them.
+_LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
+
+
+def inspect_dataset(
+    dataset: Any,
+    processing_class: PreTrainedTokenizerBase,
+    *,
+    rows: int = 3,
+    stream_rows: int = 1000,
+    name: str = "train",
+    loss_type: str | list[str] | None = None,
+    **settings: Any,
+) -> Inspection:
+    """What training would make of a data set: the layout found, the columns used and not used, counts, and rows.
+
+    Rows that cannot be used do not stop it: they are counted, and what would stop training is in `errors`.
+
+    Example:
+        ```python
+        found = inspect_dataset(rows, AutoTokenizer.from_pretrained("Qwen/Qwen3-0.6B"), loss_type="dpo")
+        print(found.layout, found.columns, found.unused, found.summary.longer_accuracy)
+        ```
+
+    Args:
+        dataset: anything that `PreferenceTrainer` takes as `train_dataset`.
+        processing_class: the tokenizer.
+        rows: the number of rows to show.
+        stream_rows: of a stream so many rows are read.
+        name: what messages call the data set.
+        loss_type: losses that the rows must suit; by default any.
+        settings: other fields of `PreferenceConfig`, such as `max_length`, `column_mapping` or `text_as`.
+
+    Raises:
+        ValueError: the columns cannot be read, no row can be used, or a setting is invalid.
+    """
+    losses = {} if loss_type is None else {"loss_type": loss_type}
+    args = PreferenceConfig("unused", use_cpu=True, report_to="none", **losses, **settings)
+    on_bad_rows, args.on_bad_rows = args.on_bad_rows, "drop"
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    dataset = as_dataset(dataset, name)
+    is_stream = isinstance(dataset, IterableDataset)
+    given = _beginning(dataset, stream_rows) if is_stream else dataset
+    check_rows(given, name)
+    data, errors = PreferenceData(args, tokenizer), []
+    with _said(name) as remarks:
+        made = data.read(given, name) if losses else prepare(given, tokenizer, **settings_of_rows(args), name=name)
+        if losses:
+            try:
+                data.checked(made.dataset, name)
+            except ValueError as error:
+                errors.append(str(error))
+    problems = made.noted["_problem"][:] if made.noted is not None else []
+    if on_bad_rows == "error" and any(problems):
+        errors.insert(0, describe_bad_rows(name, problems))
+    return Inspection(
+        name=name,
+        **_columns(made, args.column_mapping or {}, column_names(given)),
+        is_beginning=is_stream,
+        settings={**losses, "max_length": args.max_length, "truncation_mode": args.truncation_mode, **settings},
+        summary=summarize(made.dataset),
+        counts=count_notes(made.noted) if made.noted is not None else {},
+        within=_within(made.noted),
+        remarks=tuple(remarks),
+        errors=tuple(error.removeprefix(f"{name}: ") for error in errors),
+        rows=tuple(_shown_rows(made, rows, TokenKinds(tokenizer))),
+    )
+
+
+def _beginning(stream: IterableDataset, count: int) -> Dataset:
+    """The first rows of a stream."""
+    rows = list(islice(iter(stream), count))
+    return Dataset.from_list(rows, features=stream.features)
+
+
+@contextmanager
+def _said(name: str) -> Iterator[list[str]]:
+    """What is logged about the data in the meantime, without counts and columns, which an `Inspection` has itself."""
+    remarks: list[str] = []
+    handler, logger = logging.Handler(), logging.getLogger("hf_prefopt.data")
+    handler.emit = lambda record: remarks.extend(_remark(record, name))  # type: ignore[method-assign]
+    before, logger.propagate = logger.propagate, False
+    logger.addHandler(handler)
+    try:
+        yield remarks
+    finally:
+        logger.propagate = before
+        logger.removeHandler(handler)
+
+
+def _remark(record: logging.LogRecord, name: str) -> list[str]:
+    if record.name == "hf_prefopt.data.notes":
+        return []
+    parts = record.getMessage().removeprefix(f"{name}: ").split("; ")
+    remark = "; ".join(part for part in parts if not part.startswith(("read as ", "columns not used: ")))
+    return [remark] * bool(remark)
+
+
+def _columns(made: Prepared, mapping: Mapping[str, str], given: Sequence[str]) -> dict[str, Any]:
+    """How the columns are read, under the names that they have in the data set given."""
+    layout, columns = made.layout, column_names(made.raw)
+    if layout is None:
+        return {"layout": "prepared rows", "content": "tokens", "columns": {}, "numbers": {}} | _NOT_USED
+    unused = unused_columns(layout, columns)
+    before = {new: column for new, column in mapping.items() if column in given}
+    numbers = optional_columns(layout.format.kind, columns)
+    return {
+        "layout": layout.name,
+        "content": _content(made),
+        "columns": {part: before.get(column, column) for part, column in layout.columns.items()},
+        "numbers": {name: before.get(column, column) for name, column in numbers.items()},
+        "unused": tuple(column for column in unused if not is_about_the_row(column)),
+        "about_the_row": tuple(column for column in unused if is_about_the_row(column)),
+    }
+
+
+_NOT_USED: Mapping[str, tuple[str, ...]] = {"unused": (), "about_the_row": ()}
+
+
+def _content(made: Prepared) -> str:
+    """What the first row that can be read holds: messages, text or tokens."""
+    for row in islice(iter(made.raw), 100):
+        try:
+            return made.layout.read(row).content_type
+        except BadRow:
+            continue
+    return "text"
+
+
+def _within(noted: Dataset | None) -> dict[int, float]:
+    """The share of rows within each of some lengths, up to the first within which all are."""
+    if noted is None:
+        return {}
+    notes = noted.select_columns(["_longest", "_bad", "_tie"]).with_format("numpy")[:]
+    lengths = notes["_longest"][~(notes["_bad"] | notes["_tie"])]
+    shares = {length: float(np.mean(lengths <= length)) for length in _LENGTHS}
+    enough = next((length for length, share in shares.items() if share == 1), _LENGTHS[-1])
+    return {length: share for length, share in shares.items() if length <= enough}
+
+
+def _shown_rows(made: Prepared, count: int, kinds: TokenKinds) -> Iterator[ShownRow]:
+    """The first rows that are kept; the last of them is one that is cut, if any row is and none before is."""
+    places = list(range(min(count, len(made.dataset))))
+    cut = _first_cut(made)
+    if places and cut is not None and cut > places[-1]:
+        places[-1] = cut
+    prepared = made.dataset.select(places)
+    numbers = [row // (1 + made.is_unpaired) for row in prepared["row"][:]]
+    uncut: Sequence[Any] = made.uncut(numbers) if made.noted is not None else [None] * len(numbers)
+    for row, whole in zip(prepared, uncut, strict=True):
+        if made.is_unpaired and whole is not None:
+            whole = {**whole, "response_ids": [whole["response_ids"][row["row"] % 2]]}
+        yield show_row(row, kinds, whole)
+
+
+def _first_cut(made: Prepared) -> int | None:
+    """The place, among the prepared rows, of the first one that is cut."""
+    if made.noted is None:
+        return None
+    notes = made.noted.select_columns(["row", "_responses_cut", "_prompt_cut"]).with_format("numpy")[:]
+    cut = notes["row"][(notes["_responses_cut"] > 0) | notes["_prompt_cut"]]
+    if not len(cut):
+        return None
+    rows = made.dataset.with_format("numpy")["row"][:] // (1 + made.is_unpaired)
+    found = np.flatnonzero(np.isin(rows, cut))
+    return int(found[0]) if len(found) else None

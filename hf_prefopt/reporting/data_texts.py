@@ -1,0 +1,65 @@
+"""Data sets in a line or two, for the start of a run."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from datasets import Dataset
+
+from hf_prefopt.data.notes import plural
+from hf_prefopt.data.summary import DataSummary, summarize
+
+
+def data_texts(
+    datasets: Mapping[str, Any], counts: Mapping[Any, Mapping[str, int]] = MappingProxyType({}), by_prompt: bool = False
+) -> list[str]:
+    """What the data sets hold, and of the first one what its tokens and the lengths of its responses say.
+
+    Args:
+        datasets: prepared data sets by what they are for, as in `{"train": dataset}`.
+        counts: for each of them what happened to the rows that it was made of (`notes.count_notes`), where known.
+        by_prompt: whether all rows of a prompt are computed together.
+    """
+    present = {name: rows for name, rows in datasets.items() if rows is not None}
+    summaries = {name: summarize(rows) for name, rows in present.items() if isinstance(rows, Dataset)}
+    sizes = [
+        f"{name} {size_text(summaries[name], counts.get(rows, {}))}" if name in summaries else f"{name} a stream"
+        for name, rows in present.items()
+    ]
+    first = next(iter(present), None)
+    return [", ".join(sizes) or "none", *(content_texts(summaries[first], by_prompt) if first in summaries else ())]
+
+
+def size_text(summary: DataSummary, counts: Mapping[str, int]) -> str:
+    """From how many rows to how many examples: `1,000 rows → 990 pairs of 640 prompts (10 rows dropped)`."""
+    given = counts.get("rows", summary.rows)
+    dropped = sum(counts.get(reason, 0) for reason in ("bad", "no_room", "tie"))
+    cut = counts.get("responses_cut", 0)
+    events = [f"{plural(dropped, 'row')} dropped"] * bool(dropped) + [f"{plural(cut, 'response')} cut"] * bool(cut)
+    return (
+        f"{plural(given, 'row')} → {plural(summary.examples, summary.kind.removesuffix('s'))} of "
+        f"{plural(summary.prompts, 'prompt')}" + (f" ({', '.join(events)})" if events else "")
+    )
+
+
+def content_texts(summary: DataSummary, by_prompt: bool = False) -> list[str]:
+    """The tokens and what sharing prompts saves; whether better responses are longer, or how many labels there are."""
+    row, prompt = f"{summary.saved_by_row:.0%}", f"{summary.saved_by_prompt:.0%}"
+    saved = prompt if by_prompt else row + f" ({prompt} with group_by_prompt)" * (row != prompt)
+    texts = [f"{summary.tokens:,} tokens, {summary.scored_tokens:,} of them scored; sharing prompts saves {saved}"]
+    if summary.comparisons:
+        texts.append(
+            f"{_LONGER[summary.kind].format(f'{summary.longer:.1%}')} ({summary.as_long:.1%} equal): the accuracy of "
+            f'"the longer one is better" is {summary.longer_accuracy:.1%}'
+        )
+    if summary.desirable or summary.undesirable:
+        texts.append(f"{summary.desirable:,} desirable and {summary.undesirable:,} undesirable")
+    return texts
+
+
+_LONGER = {
+    "pairs": "the chosen response is longer in {} of pairs",
+    "triples": "the chosen response is longer in {} of pairs",
+    "lists": "of two responses of a list the better one is longer in {} of cases",
+    "unpaired examples": "a desirable response is longer than an undesirable one in {} of cases",
+}

@@ -1,0 +1,115 @@
+"""What `inspect_dataset` finds, as plain data: the terminal and the page show the same."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from hf_prefopt.data.summary import DataSummary
+from hf_prefopt.reporting.data_texts import content_texts, size_text
+from hf_prefopt.reporting.shown_rows import ShownRow
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A data set as training would read it.
+
+    Attributes:
+        name: what the data set is called.
+        layout: the layout of columns found, or "prepared rows".
+        content: whether the rows are "messages", "text" or "tokens".
+        columns: what each column is read as: part → column, such as {"prompt": "question"}.
+        numbers: columns of numbers that losses may read: prepared name → column, such as {"margins": "margin"}.
+        unused: columns that are not used.
+        about_the_row: columns that are not used and known to be about the row: ids, sources, models.
+        is_beginning: whether these are the first rows of a stream.
+        settings: the settings that were given or that matter, such as {"max_length": 1024}.
+        summary: the counts of the prepared rows.
+        counts: what happened to the rows given, see `data.notes.count_notes`; empty for prepared rows.
+        within: the share of rows whose prompt and longest response have at most so many tokens, before any cut.
+        remarks: what training would say about the data set in its log.
+        errors: what would stop training.
+        rows: the first rows that are kept, and one that is cut, if any is.
+    """
+
+    name: str
+    layout: str
+    content: str
+    columns: Mapping[str, str]
+    numbers: Mapping[str, str]
+    unused: tuple[str, ...]
+    about_the_row: tuple[str, ...]
+    is_beginning: bool
+    settings: Mapping[str, object]
+    summary: DataSummary
+    counts: Mapping[str, int] = field(default_factory=dict)
+    within: Mapping[int, float] = field(default_factory=dict)
+    remarks: tuple[str, ...] = ()
+    errors: tuple[str, ...] = ()
+    rows: tuple[ShownRow, ...] = ()
+
+    @property
+    def rows_given(self) -> int:
+        """The number of rows that were read."""
+        return self.counts.get("rows", self.summary.rows)
+
+
+# What happens to rows, by the name of its count (`data.notes.NOTES`): dropped rows first.
+EVENTS: Mapping[str, str] = {
+    "bad": "rows that cannot be used",
+    "no_room": "rows dropped because the prompt alone fills max_length",
+    "tie": "rows dropped because neither response is better",
+    "responses_cut": "responses cut to max_length",
+    "prompt_cut": "prompts cut at the start to max_length",
+    "repeated": "rows whose responses began with the prompt, which was taken off",
+    "identical": "pairs with chosen = rejected, from which nothing is learned",
+    "against": "pairs whose chosen response has the lower score",
+    "open": "rows with a response that ends in no scored end of turn: the model does not learn to stop",
+}
+_NO_EVENTS = ("rows", "responses", "longest", "lacks_prompt", "problem")
+
+
+def events(inspection: Inspection) -> list[tuple[str, int]]:
+    """What happened to rows, and how often, in the order of `EVENTS`."""
+    names = dict.fromkeys([*EVENTS, *inspection.counts])
+    counted = [(EVENTS.get(name, name), inspection.counts.get(name, 0)) for name in names if name not in _NO_EVENTS]
+    return [event for event in counted if event[1]]
+
+
+def facts(inspection: Inspection) -> list[tuple[str, str]]:
+    """What is known about a data set, each with its name."""
+    found, summary = inspection, inspection.summary
+    beginning = f" (the first {found.rows_given:,} rows of a stream)" if found.is_beginning else ""
+    columns = [f"{part} = {column}" if part != column else part for part, column in found.columns.items()]
+    # Rounded down: not all rows fit unless it says 100.
+    within = [f"{int(1000 * share) / 10:g}% ≤ {length:,}" for length, share in found.within.items()]
+    listed = {
+        "Rows": size_text(summary, found.counts) + beginning,
+        "Layout": f"{found.layout} ({_CONTENT[found.content]})",
+        "Columns used": ", ".join(columns),
+        "Numbers": ", ".join(found.numbers.values()) + " (read by losses that take them)" * bool(found.numbers),
+        "Not used": ", ".join(found.unused),
+        "About the row": ", ".join(found.about_the_row) + " (not used)" * bool(found.about_the_row),
+        "Tokens": content_texts(summary)[0],
+        "Row lengths": ", ".join(within) + " tokens (prompt and longest response, before any cut)" * bool(within),
+        "Repeated": f"{summary.repeated_rows:,} rows" if summary.repeated_rows else "",
+        "Length bias": next(iter(content_texts(summary)[1:2]), "") if summary.comparisons else "",
+        "Labels": _labels(summary),
+        "Settings": ", ".join(f"{name}={value!r}" for name, value in found.settings.items()),
+    }
+    return [(name, value) for name, value in listed.items() if value]
+
+
+_CONTENT = {
+    "messages": "conversations, written with the chat template",
+    "text": "text, trained on as it is, without the chat template",
+    "tokens": "token ids",
+}
+
+
+def _labels(summary: DataSummary) -> str:
+    if not summary.desirable and not summary.undesirable:
+        return ""
+    counts = f"{summary.desirable:,} desirable, {summary.undesirable:,} undesirable"
+    if summary.kto_weights is None:
+        return counts
+    desirable, undesirable = summary.kto_weights
+    return f"{counts}; KTO's authors recommend desirable_weight={desirable:.3g}, undesirable_weight={undesirable:.3g}"

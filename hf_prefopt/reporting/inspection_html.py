@@ -1,0 +1,51 @@
+"""An inspection as one page for the browser, which loads nothing and runs no script.
+
+Jinja escapes everything that comes from the data. Colors are not the only sign: scored tokens are underlined, cut ones
+struck through, and both have their HTML elements.
+"""
+
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from hf_prefopt.reporting.inspected import Inspection, events, facts
+from hf_prefopt.reporting.preview import visible
+
+_PAGE = "inspection.html"
+
+
+def inspection_page(inspection: Inspection) -> str:
+    """The page as HTML."""
+    loader = PackageLoader("hf_prefopt", "reporting")
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["visible"] = visible
+    summary = inspection.summary
+    longest = max((lengths.longest for lengths in summary.lengths.values()), default=0)
+    return environment.get_template(_PAGE).render(
+        found=inspection,
+        facts=facts(inspection),
+        events=events(inspection),
+        figures=_figures(inspection),
+        bars=[(name, lengths, max(longest, 1)) for name, lengths in summary.lengths.items()],
+    )
+
+
+def write_inspection(inspection: Inspection, path: Path) -> None:
+    """Write the page to a file; its folder is made where there is none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(inspection_page(inspection), encoding="utf-8")
+
+
+def _figures(inspection: Inspection) -> list[tuple[str, str]]:
+    """The numbers at the top of the page, each with what it counts."""
+    summary = inspection.summary
+    figures = [
+        (f"{inspection.rows_given:,}", "rows"),
+        (f"{summary.examples:,}", summary.kind),
+        (f"{summary.prompts:,}", "different prompts"),
+        (f"{summary.tokens:,}", "tokens"),
+        (f"{summary.saved_by_row:.0%}", "saved by sharing prompts"),
+    ]
+    return figures + [(f"{summary.longer_accuracy:.1%}", "accuracy of “longer is better”")] * bool(summary.comparisons)

@@ -1,0 +1,111 @@
+"""`python -m hf_prefopt`: what each command prints, and its exit code; a mistake is one line."""
+
+import json
+import runpy
+import sys
+
+import datasets
+import huggingface_hub
+import pytest
+
+from hf_prefopt.commands import COMMANDS, main
+from tests.data.helpers import chat_pair
+from tests.tokenizers import tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    """A folder with a tokenizer and no weights."""
+    folder = tmp_path_factory.mktemp("model")
+    tiny_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def data(tmp_path) -> str:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n".join(json.dumps({**chat_pair(f"Paris, {n}."), "source": "x"}) for n in range(5)))
+    return str(path)
+
+
+def test_inspect_prints_and_writes_a_page(data, model, tmp_path, capsys):
+    page = tmp_path / "page.html"
+    assert main(["inspect", data, "--model", model, "--rows", "1", "--loss_type", "dpo", "--html", str(page)]) == 0
+    out = capsys.readouterr().out
+    assert (
+        "5 rows → 5 pairs of 1 prompt" in out and "⟦Paris, 0.<|im_end|>" in out and str(page) in out.replace("\n", "")
+    )
+    assert "Paris, 0." in page.read_text()
+
+
+def test_settings_have_their_effect(data, model, capsys):
+    options = [
+        "--max_length",
+        "none",
+        "--remove_columns",
+        "source",
+        "--text_as",
+        "messages",
+        "--unpair",
+        "--loss_type",
+        "kto",
+    ]
+    assert main(["inspect", data, "--model", model, *options, "--rows", "2", "--no-color"]) == 0
+    out = capsys.readouterr().out
+    assert "max_length=None" in out and "5 desirable" in out and "About the row" not in out
+
+
+def test_a_problem_of_the_data_is_exit_code_1(data, model, tmp_path, capsys):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(json.dumps(chat_pair()) + "\n" + json.dumps({**chat_pair(), "chosen": []}))
+    assert main(["inspect", str(bad), "--model", model]) == 1
+    assert "1 of 2 rows cannot be used" in capsys.readouterr().out
+    assert main(["inspect", str(bad), "--model", model, "--on_bad_rows", "drop"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"data": "missing.jsonl"}, "error: missing.jsonl: there is no such file\n"),
+        ({"data": "./missing"}, "error: ./missing: there is no such file or folder\n"),
+        ({"data": "missing/set"}, "error: missing/set: there is no such file or folder, nor is it on the Hub: "),
+        ({"model": "missing/model"}, "error: --model missing/model: no tokenizer in such a folder, nor on the Hub: "),
+        ({"--split": "test"}, "has no split 'test': name one of train by --split\n"),
+        ({"--max_length": "1"}, "error: max_length=1 leaves no room"),
+        ({"--loss_type": "dppo"}, "did you mean dpo"),
+        ({"--remove_columns": "chosen"}, "column `chosen` is missing"),
+    ],
+)
+def test_a_mistake_is_one_line_without_a_traceback(change, message, data, model, capsys, monkeypatch):
+    for settings in (huggingface_hub.constants, datasets.config):
+        monkeypatch.setattr(settings, "HF_HUB_OFFLINE", True)
+    named = {"data": data, "model": model, **change}
+    options = [word for name, value in named.items() if name.startswith("--") for word in (name, value)]
+    assert main(["inspect", named["data"], "--model", named["model"], *options]) == 1
+    printed = capsys.readouterr()
+    (line,) = [line for line in printed.err.splitlines() if line.startswith("error: ")]
+    assert message.removesuffix("\n") in line and "Traceback" not in printed.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--max_lenght", "8"], "unknown argument --max_lenght: did you mean --max_length?"),
+        (["--max-length=8"], "unknown argument --max-length: did you mean --max_length?"),
+        (["--zzz"], "unknown argument --zzz\n"),
+        (["--max_length", "many"], "argument --max_length: invalid"),
+        (["--column_mapping", "{a"], "argument --column_mapping: {a is not JSON"),
+    ],
+)
+def test_options_that_cannot_be_read(arguments, message, data, model, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["inspect", data, "--model", model, *arguments])
+    printed = capsys.readouterr().err
+    assert ended.value.code == 2 and message in printed and len(printed.splitlines()) <= 3
+
+
+def test_the_module_runs_and_lists_its_commands(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["hf_prefopt", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("hf_prefopt", run_name="__main__")
+    assert not ended.value.code and all(name in capsys.readouterr().out for name in COMMANDS)
