@@ -61,6 +61,7 @@ class PreferenceData:
                 column_mapping=self.args.column_mapping,
                 remove_columns=self.args.remove_columns,
                 text_as=self.args.text_as,
+                chat_template_kwargs=self.args.chat_template_kwargs,
                 needs_prompt=not self.objective.ignores_shared_tokens,
             )
         if self._embeddings is not None:
