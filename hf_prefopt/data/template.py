@@ -21,6 +21,7 @@ TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, KeyError, ValueError)
 # Markers of thinking in any template's words: <think>, [/THINK], <|begin_of_thought|>, ...
 THINKING_MARKER = re.compile(r"[<\[][^<>\[\]\s]*(?:think|thought|reason)[^<>\[\]\s]*[>\]]", re.IGNORECASE)
 _PROBE = "prefopt"
+_DATE = re.compile(r"strftime_now\([^()]*\)")
 
 
 @contextmanager
@@ -104,7 +105,8 @@ class ChatTemplate:
         """Whether the text of these messages holds today's date, where the template reads these `names`."""
         if "strftime_now" not in self.source:
             return False
-        return _PROBE in self._render_alone(messages, strftime_now=lambda _: _PROBE, **names)[0]
+        dated = _DATE.sub(repr(_PROBE), self.source)
+        return _PROBE in self._render_alone(messages, **{**names, "chat_template": dated})[0]
 
     def reads(self, name: str) -> bool:
         """Whether it mentions a variable."""
