@@ -47,6 +47,7 @@ class PreferenceConfig(TrainingArguments):
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [
         *TrainingArguments._VALID_DICT_FIELDS,
+        "chat_template_kwargs",
         "column_mapping",
         "liger_kernel_config",
         "loss_params",
@@ -175,6 +176,13 @@ class PreferenceConfig(TrainingArguments):
         metadata=_help(
             "What text in the columns prompt, chosen, rejected, completion and responses becomes. text: it is trained "
             "on as it is, without the chat template; messages: it becomes the turns of a conversation."
+        ),
+    )
+    chat_template_kwargs: dict | str | None = field(
+        default=None,
+        metadata=_help(
+            'Arguments of the chat template, as a dict or JSON: {"enable_thinking": false}. Those of a row, in its '
+            "column chat_template_kwargs, come first."
         ),
     )
     truncation_mode: str = field(

@@ -41,6 +41,7 @@ def check_values(args: Any) -> None:
         check_choice("reference", args.reference, REFERENCES)
     check_choice("text_as", args.text_as, TEXT_AS)
     _check_mapping(args.column_mapping)
+    check_template_kwargs("chat_template_kwargs", args.chat_template_kwargs)
     if args.loss_params is not None and not isinstance(args.loss_params, dict):
         raise ValueError(f"loss_params={args.loss_params!r} is not a mapping: pass a dict, or JSON on the command line")
     if args.max_tokens_per_batch is not None and args.max_tokens_per_batch < 1:
@@ -72,6 +73,21 @@ def _check_mapping(mapping: Any) -> None:
             f"column_mapping={mapping!r} does not map names to columns, each once: give a dict, or JSON on the command "
             "line, as in {'prompt': 'question', 'chosen': 'answer_a', 'rejected': 'answer_b'}"
         )
+
+
+# What the code that renders a conversation decides.
+_RENDERING = ("messages", "conversation", "tools", "add_generation_prompt", "continue_final_message", "tokenize")
+_RENDERING += ("padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask")
+_RENDERING += ("tokenizer_kwargs",)
+
+
+def check_template_kwargs(name: str, kwargs: Any) -> None:
+    """Raise `ValueError` unless these are arguments that a chat template may be given."""
+    if kwargs is not None and not isinstance(kwargs, dict):
+        raise ValueError(f"{name}={kwargs!r} is not a mapping: give a dict, or JSON on the command line")
+    taken = [key for key in kwargs or {} if key in _RENDERING]
+    if taken:
+        raise ValueError(f"{name} sets {taken[0]!r}, which follows from the rows: leave it out")
 
 
 def check_reference_settings(args: Any, objective: Objective) -> None:

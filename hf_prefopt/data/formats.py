@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any, cast
 
+from hf_prefopt.config_checks import check_template_kwargs
 from hf_prefopt.data.contents import Content, read_content, read_responses
 from hf_prefopt.data.conversations import join_conversation
 from hf_prefopt.data.preferences import read_label
@@ -181,10 +182,19 @@ def _canonical_row(
     talk = join_conversation(prompt, responses, how.continues)
     # No tools rather than an empty list: some templates print a heading above an empty list.
     tools = read_json(row, "tools", list) or None
-    template_kwargs = read_json(row, "chat_template_kwargs", dict) or {}
+    template_kwargs = _read_template_kwargs(row)
     values, names = [*talk.responses.values()], tuple(talk.responses)
     unread = {} if talk.prompt_is_read or prompt is None else {"prompt": prompt}
     return CanonicalRow("messages", talk.prompt, values, names, example_columns, tools, template_kwargs, unread)
+
+
+def _read_template_kwargs(row: Mapping[str, Any]) -> dict[str, Any]:
+    kwargs = read_json(row, "chat_template_kwargs", dict) or {}
+    try:
+        check_template_kwargs("it", kwargs)
+    except ValueError as error:
+        raise BadRow("chat_template_kwargs", f"cannot be used: {error}") from None
+    return kwargs
 
 
 def _text_row(

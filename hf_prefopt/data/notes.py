@@ -32,13 +32,19 @@ NOTES = {
     "_open": Value("bool"),  # a response ends in no control token that is scored
     "_against": Value("bool"),  # the chosen response has the lower score
     "_repeated": Value("bool"),  # its responses began with the prompt, which was taken off
+    "_change": Value("string"),  # how the prompt differs from the one that the model is asked with, or ""
 }
 # In fewer rows than this, texts may share their first words, or not, by chance.
 _ENOUGH_ROWS = 8
 
 
 def note_row(
-    kept: TokenizedRow | None, cuts: Cuts, problem: BadRow | None, read: CanonicalRow | None, is_open: bool = False
+    kept: TokenizedRow | None,
+    cuts: Cuts,
+    problem: BadRow | None,
+    read: CanonicalRow | None,
+    is_open: bool = False,
+    change: tuple[str, str] | None = None,
 ) -> dict[str, Any]:
     """The notes on a row.
 
@@ -48,6 +54,7 @@ def note_row(
         problem: why it cannot be used.
         read: the canonical row, if it could be read.
         is_open: whether a response does not end, before truncation.
+        change: see `TokenizedRow`.
     """
     responses = kept.response_ids if kept else []
     pairs = kept.example_columns.get("pairs", []) if kept else []
@@ -65,6 +72,7 @@ def note_row(
         "_tie": is_tie,
         "_open": is_open,
         "_repeated": read is not None and read.repeated,
+        "_change": "" if change is None else "{!r} before it generates, {!r} in training".format(*change),
     }
 
 
@@ -176,6 +184,12 @@ def _summarize(name: str, notes: Mapping[str, np.ndarray], max_length: int | Non
         events.append(
             f"a response of {plural(unclosed, 'row')} ends in no scored end of turn, without which a model does not "
             "learn to stop"
+        )
+    changes = [change for change in notes["_change"] if change]
+    if changes:
+        events.append(
+            f"the model responds to another prompt than it is trained on in {plural(len(changes), 'row')}, the first: "
+            f"{changes[0]}"
         )
     if against:
         events.append(f"{plural(against, 'pair')} kept whose chosen response has the lower score")

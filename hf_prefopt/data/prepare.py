@@ -26,7 +26,7 @@ from typing import Any, cast
 from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import PreTrainedTokenizerBase
 
-from hf_prefopt.config_checks import BAD_ROWS, TEXT_AS, TRUNCATION_MODES, check_choice
+from hf_prefopt.config_checks import BAD_ROWS, TEXT_AS, TRUNCATION_MODES, check_choice, check_template_kwargs
 from hf_prefopt.data.column_layouts import FoundLayout, find_layout
 from hf_prefopt.data.columns import (
     check_label_codes,
@@ -46,13 +46,13 @@ from hf_prefopt.data.settings import check_settings, settings_of, write_settings
 from hf_prefopt.data.tokenize import TokenizedRow, TokenKinds, head_length, tokenize_rows
 from hf_prefopt.data.truncate import Cuts, truncate_row
 from hf_prefopt.data.unpaired import unpair as unpair_rows
-from hf_prefopt.data.unrendered import unrendered_keys
+from hf_prefopt.data.unrendered import describe_template
 from hf_prefopt.kinds import PAIRS, UNPAIRED, ExampleKind, kind_of_columns
 
 logger = logging.getLogger(__name__)
 
 # Part of the cache's key, which sees this module's functions by name only: raise it when what they return changes.
-_CACHE_VERSION = 5
+_CACHE_VERSION = 6
 _EXAMPLE_FEATURES = {
     "pairs": List(List(Value("int32"))),
     "golds": List(Value("int32")),
@@ -127,6 +127,7 @@ def prepare(
     column_mapping: Mapping[str, str] | None = None,
     remove_columns: Sequence[str] | None = None,
     text_as: str = "text",
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     needs_prompt: bool = False,
 ) -> Prepared:
     """Tokenize preference data in any of the layouts of `column_layouts.LAYOUTS`.
@@ -146,7 +147,7 @@ def prepare(
         name: what messages call the data set.
         unpair: make two unpaired rows of every pair.
         kind: the kind of examples to prepare, if the columns match several layouts; None prepares the first match.
-        column_mapping, remove_columns, text_as: see `PreferenceConfig`.
+        column_mapping, remove_columns, text_as, chat_template_kwargs: see `PreferenceConfig`.
         needs_prompt: whether it matters to the losses where a prompt ends. Texts without a column for it, which may
             begin with the same words by chance, are then errors, unless they are transcripts. `unpair` needs it, too.
 
@@ -161,9 +162,11 @@ def prepare(
     check_choice("truncation_mode", truncation_mode, TRUNCATION_MODES)
     check_choice("on_bad_rows", on_bad_rows, BAD_ROWS)
     check_choice("text_as", text_as, TEXT_AS)
+    check_template_kwargs("chat_template_kwargs", chat_template_kwargs)
     if max_length is not None and (not isinstance(max_length, int) or max_length < 2):
         raise ValueError(f"max_length={max_length!r}: give at least 2 tokens, or None to cut nothing")
-    settings = settings_of(tokenizer, max_length, truncation_mode)
+    template_kwargs = dict(chat_template_kwargs or {})
+    settings = settings_of(tokenizer, max_length, truncation_mode, template_kwargs)
     columns = column_names(dataset)
     done = Prepared(dataset, dataset)
     known = kind_of_columns(columns)
@@ -176,13 +179,17 @@ def prepare(
     else:
         try:
             dataset = undecoded(choose_columns(dataset, column_mapping, remove_columns))
-            layout = _find_layout(
-                dataset, tokenizer, PAIRS if unpair else kind, tuple(column_mapping or ()), text_as, name
+            layout, lines = _find_layout(
+                dataset, tokenizer, PAIRS if unpair else kind, tuple(column_mapping or ()), text_as
             )
+            lines += describe_template(_first_read(dataset, layout), tokenizer, template_kwargs)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
+        if lines:
+            logger.warning("%s: %s", name, "; ".join(lines))
         kind = layout.format.kind
-        options = {"tokenizer": tokenizer, "max_length": max_length, "truncation_mode": truncation_mode}
+        options: dict[str, Any] = {"tokenizer": tokenizer, "template_kwargs": template_kwargs}
+        options |= {"max_length": max_length, "truncation_mode": truncation_mode}
         noted = _map_rows(dataset, layout, {**options, "needs_prompt": needs_prompt or unpair}, num_proc, name)
         kept = keep_usable_rows(noted, name, max_length, on_bad_rows)
         write_settings(kept, settings)
@@ -200,24 +207,19 @@ def _find_layout(
     kind: ExampleKind | None,
     mapped: Sequence[str],
     text_as: str,
-    name: str,
-) -> FoundLayout:
-    """How the rows are to be read, which is logged where it is not plain."""
-    rows = first_rows(dataset)
-    sample = sample_of(rows, column_names(dataset))
+) -> tuple[FoundLayout, list[str]]:
+    """How the rows are to be read, and what to say where that is not plain."""
+    sample = sample_of(first_rows(dataset), column_names(dataset))
     layout = find_layout(sample, kind, mapped, text_as)
     if "label" in layout.columns:
         check_label_codes(dataset, layout.columns["label"])
-    lines = describe_columns(layout, sample, tokenizer)
-    read = [_read(layout, row) for row in rows[:8]] if tokenizer.chat_template else []
-    unwritten = unrendered_keys([row for row in read if isinstance(row, CanonicalRow)], tokenizer)
-    if unwritten:
-        lines.append(
-            f"the chat template does not write {', '.join(unwritten)} of the messages: the model will not see it"
-        )
-    if lines:
-        logger.warning("%s: %s", name, "; ".join(lines))
-    return layout
+    return layout, describe_columns(layout, sample, tokenizer)
+
+
+def _first_read(dataset: Dataset | IterableDataset, layout: FoundLayout) -> list[CanonicalRow]:
+    """The first rows that can be read."""
+    read = [_read(layout, row) for row in first_rows(dataset)[:8]]
+    return [row for row in read if isinstance(row, CanonicalRow)]
 
 
 def _map_rows(
@@ -256,6 +258,7 @@ def _prepare_batch(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int | None,
     truncation_mode: str,
+    template_kwargs: Mapping[str, Any],
     needs_prompt: bool,
     cache_version: int,
 ) -> dict[str, list[Any]]:
@@ -265,7 +268,8 @@ def _prepare_batch(
     columns = {name: _named(values, class_names.get(name)) for name, values in columns.items()}
     given = [{name: values[at] for name, values in columns.items()} for at in range(len(indices))]
     rows = [_read(found, row, needs_prompt) for row in given]
-    tokenized = iter(tokenize_rows([row for row in rows if isinstance(row, CanonicalRow)], tokenizer, kinds))
+    read = [row for row in rows if isinstance(row, CanonicalRow)]
+    tokenized = iter(tokenize_rows(read, tokenizer, kinds, template_kwargs))
     optional = optional_columns(row_format.kind, columns)
     out: dict[str, list[Any]] = {
         name: [[number_or_nan(value)] for value in columns[raw]] for name, raw in optional.items()
@@ -280,7 +284,8 @@ def _prepare_batch(
             kept, cuts = truncate_row(done, max_length, truncation_mode, kinds, head)
         problem = done if isinstance(done, BadRow) else None
         is_open = isinstance(done, TokenizedRow) and not all(map(kinds.is_closed, done.response_ids, done.scored_masks))
-        notes = note_row(kept, cuts, problem, row if isinstance(row, CanonicalRow) else None, is_open)
+        change = done.change if isinstance(done, TokenizedRow) else None
+        notes = note_row(kept, cuts, problem, row if isinstance(row, CanonicalRow) else None, is_open, change)
         for column, value in {**_prepared_columns(kept, row_format), **notes, "row": index}.items():
             out[column].append(value)
     return out

@@ -4,23 +4,21 @@ Conversations go through the tokenizer's chat template, texts get an EOS. tokeni
 the tokenizer in one call.
 """
 
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from typing import Any, cast
+from functools import cached_property
+from typing import Any
 
-import jinja2
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from hf_prefopt.data.messages import Message, text_of
 from hf_prefopt.data.rows import BadRow, CanonicalRow, shared_length
+from hf_prefopt.data.template import TEMPLATE_ERRORS, THINKING_MARKER, ChatTemplate, Span, blaming
+from hf_prefopt.data.turns import scored_spans
+from hf_prefopt.data.unwritten import check_prompt_written, check_response_written
 
-Span = tuple[int, int]
-
-_GENERATION_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
+# How many characters around a difference are shown.
+_SHOWN = 16
 
 
 @dataclass(frozen=True)
@@ -33,12 +31,14 @@ class RenderedRow:
         spans: for each of `full` the character ranges `(start, end)` that the model should write; None for everything
             after the prompt.
         add_special_tokens: whether the tokenizer should add its BOS. A chat template writes its own.
+        change: how the prompt ends when the model generates, and what stands there before a response, if they differ.
     """
 
     prompt: str | None
     full: list[str]
     spans: list[list[Span] | None]
     add_special_tokens: bool
+    change: tuple[str, str] | None = None
 
 
 class Renderer:
@@ -48,8 +48,8 @@ class Renderer:
         ValueError: rows hold messages, and the tokenizer has no chat template.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any] | None = None):
+        self.tokenizer, self.kwargs = tokenizer, dict(kwargs or {})
         self._templates: dict[str, ChatTemplate] = {}
 
     def render(self, row: CanonicalRow) -> RenderedRow:
@@ -62,7 +62,7 @@ class Renderer:
         system = [message for message in row.prompt[:1] if message["role"] in ("system", "developer")]
         try:
             one, other = (template.render([*system, {"role": "user", "content": word}]) for word in ("a", "b"))
-        except (jinja2.TemplateError, TypeError, KeyError, ValueError):
+        except TEMPLATE_ERRORS:
             return ""
         return one[: shared_length(one, other)]
 
@@ -85,10 +85,10 @@ class Renderer:
         full = [_ended(text, eos, adds_eos) for text in texts]
         return RenderedRow(prompt, full, [None] * len(full), add_special_tokens=True)
 
-    def _template(self, row: CanonicalRow) -> "ChatTemplate":
+    def _template(self, row: CanonicalRow) -> ChatTemplate:
         key = repr((row.tools, row.chat_template_kwargs))
         if key not in self._templates:
-            self._templates[key] = ChatTemplate(self.tokenizer, row.tools, row.chat_template_kwargs)
+            self._templates[key] = ChatTemplate(self.tokenizer, row.tools, {**self.kwargs, **row.chat_template_kwargs})
         return self._templates[key]
 
     def _render_messages(self, row: CanonicalRow) -> RenderedRow:
@@ -101,14 +101,35 @@ class Renderer:
             responses = [[_join_messages(last, response[0]), *response[1:]] for response in row.responses]
         full, spans = [], []
         for column, response in zip(row.columns, responses, strict=True):
-            with _blaming(column):
+            with blaming(column):
                 full.append(template.render(shared + response))
-        with _blaming("prompt"):
-            prompt = _render_prompt(row.prompt, continues, full, template)
-        for column, response, text in zip(row.columns, responses, full, strict=True):
-            with _blaming(column):
-                spans.append(_scored_spans(text, prompt, shared, response, template))
-        return RenderedRow(prompt, full, spans, add_special_tokens=False)
+        with blaming("prompt"):
+            asked = _render_prompt(row.prompt, continues, full, template)
+            check_prompt_written(shared, responses[0], template)
+        for column, said, response, text in zip(row.columns, row.responses, responses, full, strict=True):
+            with blaming(column):
+                spans.append(scored_spans(column, text, asked, shared, response, template))
+                check_response_written(column, shared, said, text[spans[-1][0][0] if spans[-1] else 0 :], template)
+        prompt = _unscored_beginning(asked, full, spans)
+        kept = [None if span == [(len(prompt), len(text))] else span for span, text in zip(spans, full, strict=True)]
+        return RenderedRow(prompt, full, kept, add_special_tokens=False, change=_change(asked, full))
+
+
+def _unscored_beginning(asked: str, full: list[str], spans: list[list[Span]]) -> str:
+    """What all texts begin with before anything is scored."""
+    starts = [span[0][0] if span else shared_length(asked, text) for span, text in zip(spans, full, strict=True)]
+    beginning = full[0][: min(starts)]
+    return beginning[: min(shared_length(beginning, text) for text in full)]
+
+
+def _change(asked: str, full: list[str]) -> tuple[str, str] | None:
+    """How the generation prompt ends, and what is in its place before a response; None if nothing else."""
+    for text in full:
+        shared = shared_length(asked, text)
+        if shared < len(asked):
+            shown = max(0, shared - _SHOWN)
+            return asked[shown:], text[shown : len(asked) + _SHOWN]
+    return None
 
 
 def _ended(text: str, eos: str, adds_eos: bool) -> str:
@@ -119,66 +140,6 @@ def _ended(text: str, eos: str, adds_eos: bool) -> str:
     if text.endswith(eos):
         return text.removesuffix(eos) if adds_eos else text
     return text if text.rstrip().endswith(eos) and not adds_eos else text + ("" if adds_eos else eos)
-
-
-@contextmanager
-def _blaming(column: str) -> Iterator[None]:
-    """Name this column in the error if the template cannot render it."""
-    try:
-        yield
-    except (jinja2.TemplateError, TypeError, KeyError, ValueError) as error:
-        raise BadRow(column, f"is rejected by the chat template ({error})") from error
-
-
-class ChatTemplate:
-    """A tokenizer's chat template with tools and further arguments."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, tools: list | None, kwargs: dict[str, Any]):
-        if not (tokenizer.chat_template or kwargs.get("chat_template")):
-            raise ValueError(
-                "the data set holds messages but the tokenizer has no chat template; set tokenizer.chat_template, load "
-                "the tokenizer of the instruction-tuned model, or give prompt, chosen and rejected as text"
-            )
-        self.tokenizer = tokenizer
-        self.arguments = {"tools": tools, **kwargs}
-        self.source = tokenizer.get_chat_template(kwargs.get("chat_template"), tools)
-        self.has_markers = bool(_GENERATION_MARKER.search(self.source))
-        self.reads_blocks = _reads_blocks(self.source)
-
-    def _contents(self, messages: list[Message]) -> list[Message]:
-        """The messages with their content in the form that the template reads."""
-        if not self.reads_blocks:
-            return messages
-        return [{**message, "content": [{"type": "text", "text": text_of(message)}]} for message in messages]
-
-    def render(self, messages: list[Message], generation_prompt: bool = False, unfinished: bool = False) -> str:
-        """The messages as text, followed by the header of an assistant turn or with the last message left open."""
-        how = {"add_generation_prompt": generation_prompt, "continue_final_message": unfinished, "tokenize": False}
-        contents = self._contents(messages)
-        return cast(str, self.tokenizer.apply_chat_template(contents, **{**self.arguments, **how}))
-
-    def generated_spans(self, messages: list[Message]) -> list[Span]:
-        """The character ranges between the template's `{% generation %}` markers."""
-        how = {"chat_template": self.source, "return_assistant_tokens_mask": True, "add_generation_prompt": False}
-        rendered = render_jinja_template(
-            [self._contents(messages)], **{**self.tokenizer.special_tokens_map, **self.arguments, **how}
-        )
-        _, spans = cast(tuple[list[str], list[list[Span]]], rendered)
-        return spans[0]
-
-
-@lru_cache(maxsize=64)
-def _reads_blocks(template: str) -> bool:
-    """Whether a chat template reads only content blocks, and would write nothing for content given as text."""
-    word = "prefopt"
-    shown = []
-    for content in (word, [{"type": "text", "text": word}]):
-        try:
-            rendered = render_jinja_template([[{"role": "user", "content": content}]], chat_template=template)[0]
-            shown.append(word in rendered[0])
-        except (jinja2.TemplateError, TypeError, KeyError, ValueError):
-            shown.append(False)
-    return shown == [False, True]
 
 
 def _continues_last_message(row: CanonicalRow) -> bool:
@@ -202,52 +163,10 @@ def _render_prompt(prompt: list[Message], continues: bool, full: list[str], temp
         return template.render(prompt, unfinished=True)
     if prompt:
         return template.render(prompt, generation_prompt=True)
-    # transformers rejects an empty conversation: the prompt is what the template writes before an assistant's words.
-    user_turn = [{"role": "user", "content": "a"}]
-    header = template.render(user_turn, generation_prompt=True).removeprefix(template.render(user_turn))
-    beginning = full[0][: full[0].find(header) + len(header)] if header in full[0] else ""
-    return beginning if all(text.startswith(beginning) for text in full) else ""
-
-
-def _scored_spans(
-    full: str, prompt: str, shared: list[Message], response: list[Message], template: ChatTemplate
-) -> list[Span] | None:
-    """The character ranges of `full` that the assistant writes; None: everything after the prompt.
-
-    Without generation markers in the template, an assistant turn is what rendering one more message adds after the
-    generation prompt: its words and the end of turn, but not its header.
-    """
-    messages = shared + response
-    if template.has_markers:
-        return template.generated_spans(messages)
-    if [message["role"] for message in response] == ["assistant"]:
-        return None
-    spans = []
-    for at in range(len(shared), len(messages)):
-        if messages[at]["role"] == "assistant":
-            start = _turn_start(full, prompt, messages[:at], template, first=at == len(shared))
-            spans.append((start, _turn_end(full, start, messages, at, template)))
-    return spans
-
-
-_REWRITES = "it rewrites earlier turns, which hides where the assistant's begin: give it {% generation %} markers"
-
-
-def _turn_start(full: str, prompt: str, before: list[Message], template: ChatTemplate, first: bool) -> int:
-    if first:
-        return shared_length(prompt, full)
-    start = shared_length(template.render(before, generation_prompt=True), full)
-    if start < len(template.render(before)):
-        raise ValueError(_REWRITES)
-    return start
-
-
-def _turn_end(full: str, start: int, messages: list[Message], at: int, template: ChatTemplate) -> int:
-    if at == len(messages) - 1:
-        return len(full)
-    turn = template.render(messages[: at + 1])[start:]
-    # A template may write more in the last turn than in an earlier one (Qwen3: its thinking), with the same end.
-    for skipped in range(len(turn.rstrip())):
-        if full.startswith(turn[skipped:], start):
-            return start + len(turn) - skipped
-    raise ValueError(_REWRITES)
+    # transformers rejects an empty conversation: the prompt is what the template writes before an assistant's words,
+    # perhaps without the thinking that it asks for.
+    for header in (template.header, THINKING_MARKER.sub("", template.header).rstrip()):
+        beginning = full[0][: full[0].find(header) + len(header)]
+        if header and header in full[0] and all(text.startswith(beginning) for text in full):
+            return beginning
+    return ""

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from datasets import Dataset, IterableDataset
@@ -11,7 +12,12 @@ from transformers import PreTrainedTokenizerBase
 _NOTE = re.compile(r"Prepared by hf_prefopt with (\{.*?\})\.")
 
 
-def settings_of(tokenizer: PreTrainedTokenizerBase, max_length: int | None, truncation_mode: str) -> dict[str, Any]:
+def settings_of(
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None,
+    truncation_mode: str,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """The settings that shape tokens, as they are written down; of the tokenizer and its template a short key each."""
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
     return {
@@ -19,6 +25,7 @@ def settings_of(tokenizer: PreTrainedTokenizerBase, max_length: int | None, trun
         "chat template": _key(json.dumps(tokenizer.chat_template)),
         "max_length": max_length,
         "truncation_mode": truncation_mode,
+        **({"chat_template_kwargs": dict(chat_template_kwargs)} if chat_template_kwargs else {}),
     }
 
 

@@ -4,16 +4,17 @@ The texts of all rows go to the tokenizer in one call. Tokens may merge across t
 the shared prompt ends at the first token where any prompt + response differs from the prompt alone.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
-from typing import cast
+from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
-from hf_prefopt.data.render import RenderedRow, Renderer, Span
+from hf_prefopt.data.render import RenderedRow, Renderer
 from hf_prefopt.data.rows import BadRow, CanonicalRow, shared_length
+from hf_prefopt.data.template import Span
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,14 @@ class TokenizedRow:
         response_ids: K lists of token ids.
         scored_masks: K lists of 0 / 1, one per response token: 1 if its log-prob counts.
         example_columns: see `CanonicalRow`.
+        change: how the prompt ends when the model generates, and what stands there in training, if they differ.
     """
 
     prompt_ids: list[int]
     response_ids: list[list[int]]
     scored_masks: list[list[int]]
     example_columns: dict[str, list]
+    change: tuple[str, str] | None = None
 
 
 class TokenKinds:
@@ -73,14 +76,20 @@ class TokenKinds:
 
 
 def tokenize_rows(
-    rows: Sequence[CanonicalRow], tokenizer: PreTrainedTokenizerBase, kinds: TokenKinds
+    rows: Sequence[CanonicalRow],
+    tokenizer: PreTrainedTokenizerBase,
+    kinds: TokenKinds,
+    template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[TokenizedRow | BadRow]:
     """The rows as tokens, or for a row that cannot be tokenized the `BadRow` that says why.
+
+    Args:
+        template_kwargs: arguments of the chat template, of which a row may have others.
 
     Raises:
         ValueError: the tokenizer has no chat template, or is a slow one where turns within a response are scored.
     """
-    renderer = Renderer(tokenizer)
+    renderer = Renderer(tokenizer, template_kwargs)
     rendered = [None if row.content_type == "tokens" else _try(renderer.render, row) for row in rows]
     encodings = _encode_all([r for r in rendered if isinstance(r, RenderedRow)], tokenizer)
     done: list[TokenizedRow | BadRow] = []
@@ -155,14 +164,32 @@ def _split_row(row: CanonicalRow, texts: RenderedRow, encoding: _Encoding, kinds
     boundary = _boundary(encoding)
     responses = [ids[boundary:] for ids in encoding.full]
     masks = [_scored_mask(texts, encoding, k)[boundary:] for k in range(len(responses))]
-    tokenized = _finish_row(row, encoding.full[0][:boundary], responses, masks)
+    change = texts.change or _token_change(texts, encoding, boundary, kinds)
+    tokenized = _finish_row(row, encoding.full[0][:boundary], responses, masks, change)
     if texts.prompt is not None:
         for column, ids, mask in zip(row.columns, responses, tokenized.scored_masks, strict=True):
             if not kinds.has_words(ids, mask):
-                raise BadRow(column, *_NO_WORDS[row.content_type])
+                is_merged = not boundary and row.prompt and kinds.has_words(ids, [1] * len(ids))
+                raise BadRow(column, *(_MERGED if is_merged else _NO_WORDS[row.content_type]))
     return tokenized
 
 
+def _token_change(texts: RenderedRow, encoding: _Encoding, boundary: int, kinds: TokenKinds) -> tuple[str, str] | None:
+    """The end of the prompt by itself and before a response, if the tokenizer merges them into other tokens."""
+    prompt = encoding.prompt or []
+    first = next((k for k, ids in enumerate(encoding.full) if shared_length(prompt, ids) < len(prompt)), None)
+    begins = [span is None or (span and span[0][0] == len(texts.prompt or "")) for span in texts.spans]
+    if first is None or not all(begins):
+        return None
+    ends = (prompt[boundary:], encoding.full[first][boundary : boundary + len(prompt) - boundary])
+    alone, joined = (cast(str, kinds.tokenizer.decode(ids)) for ids in ends)
+    return alone, joined
+
+
+_MERGED = (
+    "and the prompt merge into one token, the first, which nothing predicts",
+    "put white space between them, or give the prompt another token before",
+)
 _NO_WORDS = {
     "text": ("has nothing to score beyond special tokens",),
     "messages": (
@@ -181,7 +208,11 @@ def _take_ids(row: CanonicalRow, vocabulary: int) -> TokenizedRow:
 
 
 def _finish_row(
-    row: CanonicalRow, prompt: list[int], responses: list[list[int]], masks: list[list[int]]
+    row: CanonicalRow,
+    prompt: list[int],
+    responses: list[list[int]],
+    masks: list[list[int]],
+    change: tuple[str, str] | None = None,
 ) -> TokenizedRow:
     if not prompt:
         # Nothing precedes the first token, so nothing predicts it.
@@ -189,7 +220,7 @@ def _finish_row(
     for column, mask in zip(row.columns, masks, strict=True):
         if not any(mask):
             raise BadRow(column, "has no token to score")
-    return TokenizedRow(prompt, responses, masks, row.example_columns)
+    return TokenizedRow(prompt, responses, masks, row.example_columns, change)
 
 
 def _boundary(encoding: _Encoding) -> int:

@@ -1,39 +1,91 @@
-"""Keys of messages that a chat template does not write: the model never sees what they say."""
+"""What is said once of a chat template: the keys that it does not write, arguments that it does not read, the date."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
-import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from hf_prefopt.data.messages import Message
-from hf_prefopt.data.render import ChatTemplate
 from hf_prefopt.data.rows import CanonicalRow
+from hf_prefopt.data.template import TEMPLATE_ERRORS, ChatTemplate
 
 _ALWAYS_READ = ("role", "content")
+# Names by which templates take a date instead of today's.
+_DATES = ("date_string", "current_date", "date")
 
 
-def unrendered_keys(rows: Iterable[CanonicalRow], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def describe_template(
+    rows: Sequence[CanonicalRow], tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any]
+) -> list[str]:
+    """Lines on what the chat template does with these rows.
+
+    Args:
+        kwargs: its arguments by the settings.
+
+    Raises:
+        ValueError: the template reads no such argument.
+    """
+    talks = [row for row in rows if row.content_type == "messages"]
+    if not talks:
+        unused = kwargs and "chat_template_kwargs are not used: no row holds messages"
+        return [unused] if unused else []
+    if not (tokenizer.chat_template or kwargs.get("chat_template")):
+        return []  # rendering says so
+    lines = []
+    unwritten = unrendered_keys(talks, tokenizer, kwargs)
+    if unwritten:
+        lines.append(
+            f"the chat template does not write {', '.join(unwritten)} of the messages: the model will not see it"
+        )
+    first = ChatTemplate(tokenizer, talks[0].tools, {**kwargs, **talks[0].chat_template_kwargs})
+    unread = [name for name in first.arguments if name not in ("tools", "chat_template") and not first.reads(name)]
+    for name in unread:
+        if name in kwargs:
+            raise ValueError(
+                f"chat_template_kwargs={dict(kwargs)!r}: the chat template reads no {name!r}; leave it out"
+            )
+    if unread:
+        lines.append(f"the chat template does not read {', '.join(unread)} of chat_template_kwargs")
+    return lines + _describe_date(talks[0], first)
+
+
+def _describe_date(row: CanonicalRow, template: ChatTemplate) -> list[str]:
+    """A line if the template writes today's date, and how to fix it."""
+    messages = [*row.prompt, *row.responses[0]]
+    try:
+        if not template.writes_date(messages):
+            return []
+        names = [name for name in _DATES if not template.writes_date(messages, **{name: "1 Jan 2025"})]
+    except TEMPLATE_ERRORS:
+        return []
+    cure = f"chat_template_kwargs={{{names[0]!r}: '1 Jan 2025'}}" if names else "a chat template with a fixed date"
+    return [f"the chat template writes today's date, so that rows and caches change overnight; fix it: {cure}"]
+
+
+def unrendered_keys(
+    rows: Iterable[CanonicalRow], tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any]
+) -> list[str]:
     """The keys in messages of these rows without which the template writes the same text, wherever they are.
 
     `tools` is among them if the template does not write the row's tool schemas.
     """
     written: dict[str, bool] = {}
     for row in rows:
-        if row.content_type != "messages":
-            continue
         for response in row.responses:
-            for key, makes_difference in _try_without(row, [*row.prompt, *response], tokenizer).items():
+            for key, makes_difference in _try_without(row, [*row.prompt, *response], tokenizer, kwargs).items():
                 written[key] = written.get(key, False) or makes_difference
     return [key for key, is_written in written.items() if not is_written]
 
 
-def _try_without(row: CanonicalRow, messages: list[Message], tokenizer: PreTrainedTokenizerBase) -> dict[str, bool]:
+def _try_without(
+    row: CanonicalRow, messages: list[Message], tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any]
+) -> dict[str, bool]:
     """For each key beyond role and content, and for tools, whether the text changes without it."""
     keys = dict.fromkeys(key for message in messages for key in message if key not in _ALWAYS_READ)
     if not keys and not row.tools:
         return {}
-    template = ChatTemplate(tokenizer, row.tools, row.chat_template_kwargs)
-    bare = ChatTemplate(tokenizer, None, row.chat_template_kwargs)
+    arguments = {**kwargs, **row.chat_template_kwargs}
+    template, bare = (ChatTemplate(tokenizer, tools, arguments) for tools in (row.tools, None))
     try:
         full = template.render(messages)
         differs = {
@@ -41,5 +93,5 @@ def _try_without(row: CanonicalRow, messages: list[Message], tokenizer: PreTrain
             for key in keys
         }
         return differs | ({"tools": bare.render(messages) != full} if row.tools else {})
-    except (jinja2.TemplateError, TypeError, KeyError, ValueError):
+    except TEMPLATE_ERRORS:
         return {}  # rows that the template rejects say so themselves

@@ -20,10 +20,21 @@ Data = Dataset | IterableDataset
 DataOrSplits = Data | dict[str, Data]
 
 
+_OF_ROWS = (
+    "max_length",
+    "truncation_mode",
+    "on_bad_rows",
+    "unpair",
+    "column_mapping",
+    "remove_columns",
+    "text_as",
+    "chat_template_kwargs",
+)
+
+
 def settings_of_rows(args: PreferenceConfig) -> dict[str, Any]:
     """The settings that say how rows are read and cut, as arguments of `prepare`."""
-    names = ("max_length", "truncation_mode", "on_bad_rows", "unpair", "column_mapping", "remove_columns", "text_as")
-    return {"num_proc": args.dataset_num_proc, **{name: getattr(args, name) for name in names}}
+    return {"num_proc": args.dataset_num_proc, **{name: getattr(args, name) for name in _OF_ROWS}}
 
 
 class PreferenceData:

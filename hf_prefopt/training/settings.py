@@ -16,6 +16,7 @@ SETTLED = (
     "column_mapping",
     "remove_columns",
     "text_as",
+    "chat_template_kwargs",
     "max_length",
     "truncation_mode",
     "unpair",

@@ -197,10 +197,11 @@ def test_columns_that_change_the_loss_are_said_once(said, tmp_path):
 
 
 def test_what_the_template_does_not_write_is_named(said):
-    """`reasoning_content` is in one response of one row only; the template writes tool calls and not the reasons."""
+    """`name` and the thinking of an earlier turn are in one row only; the template writes tool calls and not these."""
     call = [{"type": "function", "function": {"name": "f", "arguments": {}}}]
-    thought = {"role": "assistant", "content": "Paris.", "reasoning_content": "Think.", "tool_calls": call}
-    prepare(chat_pair(), {**chat_pair(), "chosen": [thought]})
+    thought = {"role": "assistant", "content": "Hello.", "reasoning_content": "Think.", "name": "bot"}
+    called = {"role": "assistant", "content": "Paris.", "tool_calls": call}
+    prepare(chat_pair(), {**chat_pair(prompt=[*ask("Hi"), thought, *ask()]), "chosen": [called]})
     assert said() == [
-        "train: the chat template does not write reasoning_content of the messages: the model will not see it"
+        "train: the chat template does not write reasoning_content, name of the messages: the model will not see it"
     ]

@@ -167,9 +167,10 @@ def test_a_templates_generation_markers_say_what_is_scored():
 
 
 def test_turns_are_told_apart_where_only_the_last_one_shows_its_thinking():
+    """The empty block of thinking that the template writes is not scored."""
     tokenizer = tiny_tokenizer(CHATML_THINKING_LAST)
     row = prepare_row(MULTI_TURN, tokenizer)
-    assert scored_text(row, 0, tokenizer) == "Hello.<|im_end|>\n<think>\n\n</think>\n\nFour.<|im_end|>\n"
+    assert scored_text(row, 0, tokenizer) == "Hello.<|im_end|>\nFour.<|im_end|>\n"
 
 
 def test_turns_that_cannot_be_told_apart_make_a_bad_row():
@@ -180,7 +181,7 @@ def test_turns_that_cannot_be_told_apart_make_a_bad_row():
 
 
 def test_a_template_that_ignores_tool_calls_makes_a_bad_row():
-    with pytest.raises(ValueError, match=r"`chosen` has nothing to score.*ignores its tool_calls"):
+    with pytest.raises(ValueError, match=r"`chosen` has `tool_calls`, which the chat template does not write"):
         prepare_row(ODD_CASES["tool_call_completion"]["data"], tiny_tokenizer(CHATML_WITHOUT_TOOLS))
 
 

@@ -126,6 +126,7 @@ LATE = {
     "column_mapping": {"prompt": "question"},
     "remove_columns": ["margin"],
     "text_as": "messages",
+    "chat_template_kwargs": {"enable_thinking": False},
     "max_length": 64,
     "truncation_mode": "keep_end",
     "on_bad_rows": "drop",

@@ -1,0 +1,126 @@
+"""A tokenizer's chat template: messages as text, and what it writes by itself."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property, lru_cache
+from typing import Any, cast
+
+import jinja2
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from hf_prefopt.data.messages import Message, text_of
+from hf_prefopt.data.rows import BadRow, shared_length
+
+Span = tuple[int, int]
+
+_GENERATION_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
+# What a template raises for messages that it cannot write.
+TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, KeyError, ValueError)
+# Markers of thinking in any template's words: <think>, [/THINK], <|begin_of_thought|>, ...
+THINKING_MARKER = re.compile(r"[<\[][^<>\[\]\s]*(?:think|thought|reason)[^<>\[\]\s]*[>\]]", re.IGNORECASE)
+_PROBE = "prefopt"
+_DATE = re.compile(r"strftime_now\([^()]*\)")
+
+
+@contextmanager
+def blaming(column: str) -> Iterator[None]:
+    """Name this column in the error if the template cannot write it."""
+    try:
+        yield
+    except BadRow:
+        raise
+    except TEMPLATE_ERRORS as error:
+        raise BadRow(column, f"is rejected by the chat template ({error})") from error
+
+
+class ChatTemplate:
+    """A tokenizer's chat template with tools and further arguments.
+
+    Raises:
+        ValueError: the tokenizer has no chat template.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, tools: list | None, kwargs: dict[str, Any]):
+        if not (tokenizer.chat_template or kwargs.get("chat_template")):
+            raise ValueError(
+                "the data set holds messages but the tokenizer has no chat template; set tokenizer.chat_template, load "
+                "the tokenizer of the instruction-tuned model, or give prompt, chosen and rejected as text"
+            )
+        self.tokenizer = tokenizer
+        self.arguments = {"tools": tools, **kwargs}
+        self.source = tokenizer.get_chat_template(kwargs.get("chat_template"), tools)
+        self.has_markers = bool(_GENERATION_MARKER.search(self.source))
+        self.reads_blocks = _reads_blocks(self.source)
+        self.knows_thinking = bool(THINKING_MARKER.search(self.source)) or "thought" in self.source
+        self._writes: dict[tuple[str, bool], bool] = {}
+
+    def _contents(self, messages: list[Message]) -> list[Message]:
+        """The messages with their content in the form that the template reads."""
+        if not self.reads_blocks:
+            return messages
+        return [{**message, "content": [{"type": "text", "text": text_of(message)}]} for message in messages]
+
+    def render(self, messages: list[Message], generation_prompt: bool = False, unfinished: bool = False) -> str:
+        """The messages as text, followed by the header of an assistant turn or with the last message left open."""
+        how = {"add_generation_prompt": generation_prompt, "continue_final_message": unfinished, "tokenize": False}
+        contents = self._contents(messages)
+        return cast(str, self.tokenizer.apply_chat_template(contents, **{**self.arguments, **how}))
+
+    def generated_spans(self, messages: list[Message]) -> list[Span]:
+        """The character ranges between the template's `{% generation %}` markers."""
+        how = {"return_assistant_tokens_mask": True, "add_generation_prompt": False}
+        return self._render_alone(messages, **how)[1]
+
+    def _render_alone(self, messages: list[Message], **how: Any) -> tuple[str, list[Span]]:
+        """The text and the marked ranges of a conversation, with names that the template reads."""
+        arguments = {**self.tokenizer.special_tokens_map, **self.arguments, "chat_template": self.source, **how}
+        rendered = render_jinja_template([self._contents(messages)], **arguments)
+        texts, spans = cast(tuple[list[str], list[list[Span]]], rendered)
+        return texts[0], spans[0] if spans else []
+
+    @cached_property
+    def header(self) -> str:
+        """What it writes before an assistant's words: the generation prompt after a user's message."""
+        question = [{"role": "user", "content": "a"}]
+        try:
+            asked, alone = self.render(question, generation_prompt=True), self.render(question)
+        except TEMPLATE_ERRORS:
+            return ""
+        return asked[shared_length(asked, alone) :]
+
+    def writes(self, messages: list[Message], at: int) -> bool:
+        """Whether it writes the content of a message of this role here; found once for each role, first or later."""
+        key = (messages[at]["role"], at == 0)
+        if key not in self._writes:
+            other = [*messages[:at], {**messages[at], "content": _PROBE}, *messages[at + 1 :]]
+            try:
+                self._writes[key] = self.render(other) != self.render(messages)
+            except TEMPLATE_ERRORS:
+                return True  # the row says so itself
+        return self._writes[key]
+
+    def writes_date(self, messages: list[Message], **names: str) -> bool:
+        """Whether the text of these messages holds today's date, where the template reads these `names`."""
+        if "strftime_now" not in self.source:
+            return False
+        dated = _DATE.sub(repr(_PROBE), self.source)
+        return _PROBE in self._render_alone(messages, **{**names, "chat_template": dated})[0]
+
+    def reads(self, name: str) -> bool:
+        """Whether it mentions a variable."""
+        return re.search(rf"\b{re.escape(name)}\b", self.source) is not None
+
+
+@lru_cache(maxsize=64)
+def _reads_blocks(template: str) -> bool:
+    """Whether a chat template reads only content blocks, and would write nothing for content given as text."""
+    shown = []
+    for content in (_PROBE, [{"type": "text", "text": _PROBE}]):
+        try:
+            rendered = render_jinja_template([[{"role": "user", "content": content}]], chat_template=template)[0]
+            shown.append(_PROBE in rendered[0])
+        except TEMPLATE_ERRORS:
+            shown.append(False)
+    return shown == [False, True]

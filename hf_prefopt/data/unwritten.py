@@ -1,0 +1,87 @@
+"""Errors for words of a row that a chat template leaves out: the model would be trained without them."""
+
+from hf_prefopt.data.messages import Message, text_of
+from hf_prefopt.data.rows import BadRow
+from hf_prefopt.data.template import TEMPLATE_ERRORS, THINKING_MARKER, ChatTemplate
+
+# Keys that hold what the assistant says beside its content.
+THINKING_KEYS = ("reasoning_content", "reasoning", "thinking")
+SPOKEN_KEYS = (*THINKING_KEYS, "tool_calls")
+_CURE = (
+    "use a chat template that writes it (tokenizer.chat_template), take it out of the rows, or pass on_bad_rows='drop'"
+)
+
+
+def check_prompt_written(prompt: list[Message], response: list[Message], template: ChatTemplate) -> None:
+    """Raise `BadRow` if the template leaves out a message of the prompt that is not the assistant's."""
+    _check_others("prompt", [*prompt, *response], range(len(prompt)), template)
+
+
+def check_response_written(
+    column: str, prompt: list[Message], response: list[Message], text: str, template: ChatTemplate
+) -> None:
+    """Raise `BadRow` if the template leaves out words of a response.
+
+    Args:
+        prompt: the messages before.
+        response: its messages.
+        text: what is written of them.
+    """
+    messages, at = [*prompt, *response], 0
+    for place, message in enumerate(messages[len(prompt) :], len(prompt)):
+        if message["role"] != "assistant":
+            _check_others(column, messages, range(place, place + 1), template)
+            continue
+        if len(message) > 2:
+            _check_keys(column, messages, place, text, template)
+        content = text_of(message)
+        found = text.find(content, at)
+        if found >= 0:
+            at = found + len(content)
+        elif not _holds(text[at:], content):
+            raise BadRow(column, f"says {_shown(content)}, and the chat template does not write all of it", _CURE)
+
+
+def _check_others(column: str, messages: list[Message], places: range, template: ChatTemplate) -> None:
+    for at in places:
+        role = messages[at]["role"]
+        if role != "assistant" and text_of(messages[at]).strip() and not template.writes(messages, at):
+            raise BadRow(column, f"has a message of role {role!r}, which the chat template does not write", _CURE)
+
+
+def _check_keys(column: str, messages: list[Message], place: int, text: str, template: ChatTemplate) -> None:
+    """Raise `BadRow` if the template leaves out what the assistant says beside its content."""
+    message = messages[place]
+    for key in THINKING_KEYS:
+        words = message.get(key)
+        if isinstance(words, str) and not _holds(text, words):
+            raise BadRow(column, f"says {_shown(words)} in `{key}`, which the chat template does not write", _CURE)
+    if message.get("tool_calls"):
+        silent = {key: value for key, value in message.items() if key != "tool_calls"}
+        whole = template.render(messages)
+        try:
+            is_written = template.render([*messages[:place], silent, *messages[place + 1 :]]) != whole
+        except TEMPLATE_ERRORS:
+            is_written = True  # it cannot do without them
+        if not is_written:
+            raise BadRow(column, "has `tool_calls`, which the chat template does not write", _CURE)
+
+
+def _holds(text: str, words: str) -> bool:
+    """Whether a text holds these words in order, whatever the white space and the markers around thinking."""
+    joined, at = _squeezed(text), 0
+    for part in map(_squeezed, THINKING_MARKER.split(words)):
+        found = joined.find(part, at)
+        if found < 0:
+            return False
+        at = found + len(part)
+    return True
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.split())
+
+
+def _shown(text: str) -> str:
+    line = " ".join(text.split())
+    return repr(line if len(line) <= 40 else line[:37] + "…")
