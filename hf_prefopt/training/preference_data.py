@@ -9,6 +9,7 @@ from hf_prefopt.config import PreferenceConfig
 from hf_prefopt.data.check import check_embeddings, check_examples
 from hf_prefopt.data.collator import EvenStream
 from hf_prefopt.data.group import PromptSampler, prompt_keys
+from hf_prefopt.data.mixtures import Mixture
 from hf_prefopt.data.prepare import prepare_dataset, prepared_features
 from hf_prefopt.data.sources import as_dataset, check_rows
 from hf_prefopt.data.unpaired import MismatchedResponses
@@ -36,17 +37,34 @@ class PreferenceData:
         self.objective, self._is_settled = args.build_objective(), False
 
     def prepare(self, dataset: Any, name: str) -> DataOrSplits | None:
-        """The data set tokenized, or each of several; `sources.as_dataset` says what it may be.
+        """The data set tokenized, or each of several; it is a `Mixture`, or what `sources.as_dataset` takes.
 
         Raises:
             ValueError: it is no data set, its rows cannot be read, or the losses cannot compare its examples.
         """
         if dataset is None:
             return None
+        if isinstance(dataset, Mixture):
+            return self._joined(dataset, name)
         dataset = as_dataset(dataset, name)
         if isinstance(dataset, dict):
             return {key: self.prepare(split, key) for key, split in dataset.items()}
+        return self._checked(self._prepared(dataset, name), name)
+
+    def _joined(self, mixture: Mixture, name: str) -> Data:
+        """The rows of a mixture, each source prepared and checked by itself."""
+        parts = []
+        for source in mixture.sources:
+            own = {key: getattr(source, key) for key in ("column_mapping", "remove_columns", "text_as")}
+            own = {key: value for key, value in own.items() if value is not None}
+            parts.append(self._prepared(source.rows, f"{name} ({source.name})", **own))
+        aligned = zip(mixture.sources, mixture.align(parts, name), strict=True)
+        return mixture.join([self._checked(rows, f"{name} ({source.name})") for source, rows in aligned], name)
+
+    def _prepared(self, dataset: Data, name: str, **own: Any) -> Data:
+        """The data set tokenized. `own`: settings of this data set that differ from those of the configuration."""
         check_rows(dataset, name)
+        columns = {key: getattr(self.args, key) for key in ("column_mapping", "remove_columns", "text_as")} | own
         with self.args.main_process_first(desc=f"tokenizing {name}"):
             prepared = prepare_dataset(
                 dataset,
@@ -58,14 +76,12 @@ class PreferenceData:
                 name=name,
                 unpair=self.args.unpair,
                 kind=self.objective.kind,
-                column_mapping=self.args.column_mapping,
-                remove_columns=self.args.remove_columns,
-                text_as=self.args.text_as,
                 needs_prompt=not self.objective.ignores_shared_tokens,
+                **columns,
             )
         if self._embeddings is not None:
             check_embeddings(prepared, self._embeddings, name)
-        return self._checked(prepared, name)
+        return prepared
 
     def settle_again(self, train: Data | None, evaluation: DataOrSplits | None) -> None:
         """Build the objective from the settings as they are now, and check the prepared data against it.
