@@ -1,25 +1,39 @@
 """Which splits of a data set are used for training and evaluation."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Collection
 
 from hf_prefopt import PreferenceConfig
 
 # Usual names of held-out splits; the first one found is used.
-HELD_BACK = ("test", "validation", "valid", "dev", "eval")
+HELD_BACK = ("test", "validation", "valid", "val", "dev", "eval")
 
 
-def training_split(splits: Mapping[str, Any], name: str) -> Any:
-    """The split of that name. Raises `ValueError`, naming the existing splits, if there is none."""
-    if name not in splits:
+def training_split(splits: Collection[str], name: str) -> str:
+    """The split of that name. In place of "train" the only split, the only one called train_…, or `train_prefs`.
+
+    Raises:
+        ValueError: there is no such split, or several could be meant.
+    """
+    if name in splits:
+        return name
+    alike = [split for split in splits if split.startswith("train")] if name == "train" else []
+    if name == "train" and len(splits) == 1:
+        alike = [split for split in splits if split not in HELD_BACK]
+    if "train_prefs" in alike:
+        return "train_prefs"
+    if len(alike) != 1:
         raise ValueError(
             f"no split {name!r} to train on: there are {', '.join(splits)}; name one: --dataset_train_split"
         )
-    return splits[name]
+    return alike[0]
 
 
-def evaluation_split(splits: Mapping[str, Any], name: str, trained: str) -> Any | None:
-    """The split of that name, or one with a usual name that is not trained on; `None` if there is none.
+def evaluation_split(splits: Collection[str], name: str, trained: str) -> str | None:
+    """The split of that name, or one with a usual name; beside `train_prefs` preferably `test_prefs` and its like.
+
+    Args:
+        name: "test" stands for all usual names.
+        trained: the split that is trained on, which is never the one evaluated.
 
     Raises:
         ValueError: the name is not a usual one, so somebody chose it, and there is no such split.
@@ -28,8 +42,19 @@ def evaluation_split(splits: Mapping[str, Any], name: str, trained: str) -> Any 
         raise ValueError(
             f"no split {name!r} to evaluate: there are {', '.join(splits)}; name one: --dataset_test_split"
         )
-    found = (known for known in (name, *HELD_BACK) if known in splits and known != trained)
-    return splits.get(next(found, None))
+    ending = trained.removeprefix("train") if trained.startswith("train") else ""
+    usual = (*[f"{held}{ending}" for held in HELD_BACK], *HELD_BACK)
+    names = (*usual, name) if name == "test" else (name, *usual)
+    return next((known for known in names if known in splits and known != trained), None)
+
+
+def describe_splits(splits: Collection[str], trained: str, evaluated: str | None) -> str | None:
+    """A line that says which splits are used, or None where they are `train` and `test` and there are no others."""
+    others = [split for split in splits if split not in (trained, evaluated)]
+    if trained == "train" and evaluated in (None, "test") and not others:
+        return None
+    said = f"Splits: {trained} is trained on" + (f", {evaluated} is evaluated" if evaluated else "")
+    return said + (f"; not used: {', '.join(others)}." if others else ".")
 
 
 def without_evaluation(training: PreferenceConfig) -> None:
@@ -38,4 +63,8 @@ def without_evaluation(training: PreferenceConfig) -> None:
         raise ValueError("load_best_model_at_end=True, but the data set has no split to evaluate: set it to false")
     training.eval_on_start, training.eval_strategy = False, "no"
     if training.process_index == 0:
-        print(f"No split to evaluate ({', '.join(HELD_BACK)}): training without evaluation.", flush=True)
+        print(
+            f"No split to evaluate ({', '.join(HELD_BACK)}): training without evaluation; --test_split_size 0.05 holds "
+            "rows out.",
+            flush=True,
+        )
