@@ -18,6 +18,7 @@ from transformers.hf_argparser import string_to_bool
 
 from hf_prefopt.config import PreferenceConfig
 from hf_prefopt.data.files import load_splits
+from hf_prefopt.data.splits import training_split
 from hf_prefopt.inspection import inspect_dataset
 from hf_prefopt.loading import processing_class_of
 from hf_prefopt.reporting.inspection_html import write_inspection
@@ -94,17 +95,14 @@ def run(options: Namespace) -> int:
 
 
 def _split(options: Namespace) -> Any:
-    """The split to look at: the one named, `train`, or the only one there is."""
+    """The split to look at: the one named, or the one that would be trained on."""
     try:
         splits = load_splits(options.data, options.dataset_config, options.dataset_streaming)
     except OSError as error:
         raise ValueError(
             f"{options.data}: there is no such file or folder, nor is it on the Hub: {_line(error)}"
         ) from None
-    name = options.split or ("train" if "train" in splits or len(splits) != 1 else next(iter(splits)))
-    if name not in splits:
-        raise ValueError(f"{options.data} has no split {name!r}: name one of {', '.join(splits)} by --split")
-    return splits[name]
+    return splits[training_split(splits, options.split or "train", "--split")]
 
 
 def _tokenizer(options: Namespace) -> PreTrainedTokenizerBase:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from itertools import islice
 from typing import Any
 
-from datasets import ClassLabel, Dataset, IterableDataset
+from datasets import ClassLabel, Dataset, IterableDataset, Value
 from transformers import PreTrainedTokenizerBase
 
 from hf_prefopt.data.column_layouts import FoundLayout
@@ -67,6 +67,12 @@ def undecoded(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
         if getattr(feature, "decode", False):
             dataset = dataset.cast_column(column, replace(feature, decode=False))
     return dataset.with_format(None)
+
+
+def without_empty(dataset: Dataset | IterableDataset, names: Collection[str]) -> Dataset | IterableDataset:
+    """The data set without those of these columns that hold nothing in any row, by their type in Arrow."""
+    empty = [name for name, feature in (dataset.features or {}).items() if feature == Value("null") and name in names]
+    return dataset.remove_columns(empty) if empty else dataset
 
 
 def first_rows(dataset: Dataset | IterableDataset) -> list[dict[str, Any]]:

@@ -1,12 +1,13 @@
 """The splits of a data set by its name: of the Hub, of a folder, of a file, or of files by a pattern."""
 
-import json
+from collections.abc import Callable, Sequence
 from glob import glob, has_magic
 from pathlib import Path
 from typing import Any
 
 from datasets import load_dataset
-from datasets.exceptions import DatasetGenerationError
+
+from hf_prefopt.data.file_faults import find_fault, kind_of
 
 # The loader of each kind of file, and its options.
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -17,7 +18,6 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     ".parquet": ("parquet", {}),
     ".arrow": ("arrow", {}),
 }
-COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 
 
 def load_splits(name: str, config: str | None = None, streaming: bool = False) -> Any:
@@ -33,20 +33,27 @@ def load_splits(name: str, config: str | None = None, streaming: bool = False) -
         if name.startswith((".", "/", "~")) and not Path(name).expanduser().exists():
             raise ValueError(f"{name}: there is no such file or folder")
         path = str(Path(name).expanduser()) if name.startswith("~") else name
-        return load_dataset(path, name=config, streaming=streaming)
+        files = [str(file) for file in sorted(Path(path).rglob("*")) if kind_of(file.name) in KINDS]
+        return _loaded(name, files, lambda: load_dataset(path, name=config, streaming=streaming))
     files = sorted(glob(str(Path(name).expanduser()), recursive=True))
     _check_files(name, files)
     loader, options = KINDS[kind_of(files[0])]
+    return _loaded(
+        name, files, lambda: load_dataset(loader, data_files={"train": files}, streaming=streaming, **options)
+    )
+
+
+def _loaded(name: str, files: Sequence[str], load: Callable[[], Any]) -> Any:
+    """The splits. Raises `ValueError` if they cannot be loaded, with the file, of those on this machine."""
     try:
-        return load_dataset(loader, data_files={"train": files}, streaming=streaming, **options)
-    except DatasetGenerationError as error:
-        raise ValueError(_broken_line(files) or f"{name}: {error.__cause__ or error}") from error
-
-
-def kind_of(file: str) -> str:
-    """The suffix of a file, without that of its compression."""
-    suffixes = [suffix for suffix in Path(file).suffixes if suffix.lower() not in COMPRESSED]
-    return suffixes[-1].lower() if suffixes else ""
+        splits = load()
+        for split in splits.values() if files else ():
+            next(iter(split))  # of streams nothing has been read yet
+        return splits
+    except Exception as error:  # loaders raise errors of any type
+        here = "" if files or Path(name).is_dir() else ", which is no file or folder here"
+        reason = find_fault(files) if files else None
+        raise ValueError(reason or f"{name}{here}: {error.__cause__ or error}") from error
 
 
 def _check_files(name: str, files: list[str]) -> None:
@@ -58,16 +65,3 @@ def _check_files(name: str, files: list[str]) -> None:
     empty = next((file for file in files if not Path(file).stat().st_size), None)
     if empty:
         raise ValueError(f"{empty} is empty")
-
-
-def _broken_line(files: list[str]) -> str | None:
-    """Which line of which file is no JSON, if they hold a row in each line."""
-    for file in files:
-        if Path(file).suffix != ".jsonl":
-            continue
-        for number, line in enumerate(Path(file).read_text(errors="replace").splitlines(), 1):
-            try:
-                json.loads(line or "{}")
-            except ValueError as error:
-                return f"{file}, line {number:,} is no JSON: {error}"
-    return None

@@ -37,10 +37,12 @@ from hf_prefopt.data.columns import (
     first_rows,
     sample_of,
     undecoded,
+    without_empty,
 )
 from hf_prefopt.data.context import reject_unread_context
 from hf_prefopt.data.formats import RowFormat, number_or_nan, optional_columns
 from hf_prefopt.data.notes import NOTES, keep_usable_rows, note_row
+from hf_prefopt.data.roles import AROUND
 from hf_prefopt.data.rows import BadRow, CanonicalRow, reject_texts_without_prompt
 from hf_prefopt.data.settings import check_settings, settings_of, write_settings
 from hf_prefopt.data.tokenize import TokenizedRow, TokenKinds, head_length, tokenize_rows
@@ -179,6 +181,7 @@ def prepare(
     else:
         try:
             dataset = undecoded(choose_columns(dataset, column_mapping, remove_columns))
+            dataset = without_empty(dataset, AROUND)
             layout, lines = _find_layout(
                 dataset, tokenizer, PAIRS if unpair else kind, tuple(column_mapping or ()), text_as
             )

@@ -77,11 +77,10 @@ class Renderer:
         """prompt + response with one BOS, if the tokenizer adds one, and one EOS at the end, whoever wrote them."""
         bos, eos = self.tokenizer.bos_token or "", self.tokenizer.eos_token or ""
         adds_bos, adds_eos = self._added
-        texts = [(row.prompt or "") + response for response in row.responses]
-        prompt = row.prompt
-        if adds_bos and all(text.startswith(bos) for text in texts):
-            texts = [text[len(bos) :] for text in texts]
-            prompt = prompt and prompt.removeprefix(bos)
+        prompt, texts = row.prompt, [(row.prompt or "") + response for response in row.responses]
+        if adds_bos:
+            prompt, texts = prompt and _without(bos, prompt), [_without(bos, text) for text in texts]
+            _reject_later_bos(bos, prompt, row)
         full = [_ended(text, eos, adds_eos) for text in texts]
         return RenderedRow(prompt, full, [None] * len(full), add_special_tokens=True)
 
@@ -130,6 +129,21 @@ def _change(asked: str, full: list[str]) -> tuple[str, str] | None:
             shown = max(0, shared - _SHOWN)
             return asked[shown:], text[shown : len(asked) + _SHOWN]
     return None
+
+
+def _without(bos: str, text: str) -> str:
+    """The text without the BOS that it begins with, however often."""
+    while text.startswith(bos):
+        text = text.removeprefix(bos)
+    return text
+
+
+def _reject_later_bos(bos: str, prompt: str | None, row: CanonicalRow) -> None:
+    """Raise `BadRow` if a response begins with the BOS although a prompt precedes it."""
+    for column, response in zip(row.columns, row.responses, strict=True):
+        if prompt and response.lstrip().startswith(bos):
+            cure = "remove it, or the `prompt` column if the responses hold the prompt"
+            raise BadRow(column, f"begins with {bos!r}, with which only a whole sequence begins", cure)
 
 
 def _ended(text: str, eos: str, adds_eos: bool) -> str:

@@ -187,6 +187,8 @@ ALPACA = Role(
 SYSTEM = role("system", "system", "system_prompt", "system_message", "sys_prompt", accepts=lambda v: isinstance(v, str))
 HISTORY = role("history", "history", accepts=_is_list)
 PREFIX = role("prefix", "initial_reason_steps", accepts=lambda value: isinstance(value, str))
+# The columns that may stand around a question. Beside one of them texts are turns, unless it is empty.
+AROUND = tuple(name for names in (SYSTEM, HISTORY, PREFIX) for (name,) in names.names)
 
 COMPLETION = role("completion", "completion")
 ANSWER = role("completion", "completion", "response", "output", "answer", "reply")

@@ -8,6 +8,7 @@ from peft import PeftConfig
 from transformers import TrainingArguments
 
 from hf_prefopt.config import PreferenceConfig
+from hf_prefopt.data.mixtures import Mixture
 
 
 def check_types(args: Any, ref_model: Any, peft_config: Any = None, processing_class: Any = None) -> None:
@@ -49,7 +50,10 @@ def check_loading(
 
 def check_order(args: PreferenceConfig, train_dataset: Any) -> None:
     """Raise `ValueError` if the rows of a stream, which come as they come, are to be drawn by their prompts."""
-    if args.group_by_prompt and isinstance(train_dataset, IterableDataset):
+    is_stream = (
+        train_dataset.is_stream if isinstance(train_dataset, Mixture) else isinstance(train_dataset, IterableDataset)
+    )
+    if args.group_by_prompt and is_stream:
         raise ValueError(
             "group_by_prompt=True draws rows from the whole data set, and a stream gives them in its own order: set it "
             "to False, or load the data set without streaming"

@@ -10,6 +10,7 @@ from hf_prefopt.config import PreferenceConfig
 from hf_prefopt.data.check import check_embeddings, check_examples
 from hf_prefopt.data.collator import EvenStream
 from hf_prefopt.data.group import PromptSampler, prompt_keys
+from hf_prefopt.data.mixtures import Mixture
 from hf_prefopt.data.notes import count_notes
 from hf_prefopt.data.prepare import Prepared, prepare, prepared_features
 from hf_prefopt.data.sources import as_dataset, check_rows
@@ -57,27 +58,42 @@ class PreferenceData:
         self.counts: WeakKeyDictionary[Dataset, dict[str, int]] = WeakKeyDictionary()
 
     def prepare(self, dataset: Any, name: str) -> DataOrSplits | None:
-        """The data set tokenized, or each of several; `sources.as_dataset` says what it may be.
+        """The data set tokenized, or each of several; it is a `Mixture`, or what `sources.as_dataset` takes.
 
         Raises:
             ValueError: it is no data set, its rows cannot be read, or the losses cannot compare its examples.
         """
         if dataset is None:
             return None
+        if isinstance(dataset, Mixture):
+            return self._joined(dataset, name)
         dataset = as_dataset(dataset, name)
         if isinstance(dataset, dict):
             return {key: self.prepare(split, key) for key, split in dataset.items()}
-        made = self.read(dataset, name)
-        return self.checked(made.dataset, name)
+        return self.checked(self.read(dataset, name).dataset, name)
 
-    def read(self, dataset: Data, name: str) -> Prepared:
-        """The data set tokenized, and how it was made; it is not checked against the losses."""
+    def _joined(self, mixture: Mixture, name: str) -> Data:
+        """The rows of a mixture, each source prepared and checked by itself."""
+        parts = []
+        for source in mixture.sources:
+            own = {key: getattr(source, key) for key in ("column_mapping", "remove_columns", "text_as")}
+            own = {key: value for key, value in own.items() if value is not None}
+            parts.append(self.read(source.rows, f"{name} ({source.name})", **own).dataset)
+        aligned = zip(mixture.sources, mixture.align(parts, name), strict=True)
+        return mixture.join([self.checked(rows, f"{name} ({source.name})") for source, rows in aligned], name)
+
+    def read(self, dataset: Data, name: str, **own: Any) -> Prepared:
+        """The data set tokenized, and how it was made; it is not checked against the losses.
+
+        Args:
+            own: settings of this data set that differ from those of the configuration.
+        """
         check_rows(dataset, name)
         with self.args.main_process_first(desc=f"tokenizing {name}"):
             made = prepare(
                 dataset,
                 self.tokenizer,
-                **settings_of_rows(self.args),
+                **(settings_of_rows(self.args) | own),
                 name=name,
                 kind=self.objective.kind,
                 needs_prompt=not self.objective.ignores_shared_tokens,

@@ -1,6 +1,7 @@
 """Writes a YAML file for every registered loss, with the loss's published defaults: `python recipes/configs/write.py`.
 
-Each file stands alone, to be copied and changed, and runs as it is after `make demo` has fetched the model:
+Each file stands alone, to be copied and changed, and runs as it is after `make demo` has fetched the model. Other
+files in the folder are left as they are.
 
     accelerate launch recipes/dpo_lora.py --config recipes/configs/simpo.yaml
 """
@@ -73,10 +74,11 @@ def _line(name: str, value: Any) -> str:
 
 
 def main() -> None:
-    for stale in FOLDER.glob("*.yaml"):
-        stale.unlink()
     for name in list_losses():
         (FOLDER / f"{name}.yaml").write_text(config_of(get_loss(name)))
+    others = sorted(file.name for file in FOLDER.glob("*.yaml") if file.stem not in list_losses())
+    if others:
+        print(f"not written here, and left as they are: {', '.join(others)}")
 
 
 if __name__ == "__main__":

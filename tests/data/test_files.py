@@ -64,3 +64,63 @@ def test_what_cannot_be_read_is_named(name, message, tmp_path):
         (tmp_path / "notes.txt").write_text("some text")
     with pytest.raises(ValueError, match=message):
         load_splits(str(tmp_path / name))
+
+
+PARQUET = b"PAR1 and then nothing of the kind"
+OTHER = json.dumps({"question": "a", "chosen": "b", "rejected": "c"})
+FAULTS = {
+    "half a file": ({"a.jsonl.gz": gzip.compress(LINES.encode())[:-9]}, "a.jsonl.gz cannot be read, it is incomplete"),
+    "no gzip file": ({"a.jsonl.gz": LINES.encode()}, "a.jsonl.gz cannot be read"),
+    "an empty gzip file": ({"a.jsonl.gz": gzip.compress(b"")}, "a.jsonl.gz is empty"),
+    "a line of a gzip file": (
+        {"a.jsonl.gz": gzip.compress(LINES.replace('"2"', '"2').encode())},
+        "gz, line 3 is no JSON",
+    ),
+    "half a list": ({"a.json": json.dumps(ROWS, indent=1)[:-9].encode()}, "a.json, line 20 is no JSON"),
+    "an empty list": ({"a.json": b"[]"}, "a.json has no rows"),
+    "blank lines": ({"a.jsonl": b"\n \n"}, "a.jsonl is empty"),
+    "numbers": ({"a.jsonl": b"1\n2"}, "a.jsonl, line 1 is a int and no row"),
+    "another encoding": ({"a.jsonl": LINES.replace("yes", "oui, cé").encode("latin-1")}, "line 1 is not UTF-8"),
+    "too many fields": ({"a.csv": b"prompt,chosen\n1,2\n1,2,3"}, "a.csv, line 3 has 3 fields, and the header has 2"),
+    "a header alone": ({"a.csv": b"prompt,chosen\n"}, "a.csv has a header and no rows"),
+    "no Parquet": ({"a.parquet": PARQUET}, "a.parquet is no Parquet file"),
+    "no Arrow": ({"a.arrow": PARQUET}, "a.arrow is no Arrow file"),
+}
+# Of a stream these show once it is read.
+FAULTS_OF_SEVERAL = {
+    "other columns": (
+        {"a.jsonl": LINES.encode(), "b.jsonl": OTHER.encode()},
+        "b.jsonl has the columns question, chosen, rejected, and .*a.jsonl has prompt, chosen, rejected",
+    ),
+    "other types": (
+        {"a.jsonl": LINES.encode(), "b.jsonl": json.dumps({**ROWS[0], "prompt": [{"role": "user"}]}).encode()},
+        "b.jsonl: `prompt` is of type list, and of type str in .*a.jsonl",
+    ),
+}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("as_folder", [False, True])
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_faulty_file_is_named_with_its_line(name, as_folder, streaming, tmp_path):
+    files, message = FAULTS[name]
+    for file, content in files.items():
+        (tmp_path / file).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        load_splits(str(tmp_path if as_folder else tmp_path / next(iter(files))), streaming=streaming)
+
+
+@pytest.mark.parametrize("name", FAULTS_OF_SEVERAL)
+def test_files_that_do_not_fit_together_are_named(name, tmp_path):
+    files, message = FAULTS_OF_SEVERAL[name]
+    for file, content in files.items():
+        (tmp_path / file).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        load_splits(str(tmp_path / "*.jsonl"))
+
+
+def test_a_name_that_is_neither_here_nor_on_the_hub(tmp_path):
+    with pytest.raises(ValueError, match="nobody/nothing, which is no file or folder here: "):
+        load_splits("nobody/nothing")
+    with pytest.raises(ValueError, match="doesn't contain any data files"):
+        load_splits(str(tmp_path))

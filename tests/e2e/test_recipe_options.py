@@ -13,7 +13,7 @@ from datasets import Dataset, DatasetDict
 from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-OURS = ("common", "loss_lines", "model_options", "short_help", "splits")
+OURS = ("common", "data_lines", "loss_lines", "mixture", "model_options", "short_help")
 # What each recipe says of itself, beside the options that it wants at least.
 KINDS: dict[str, tuple[dict[str, bool], list[str]]] = {
     "dpo_lora": ({"adapter": True}, ["--use_peft", "true"]),
@@ -148,6 +148,7 @@ def test_an_option_of_the_data_has_its_effect(option, common, parse, monkeypatch
     monkeypatch.setattr("hf_prefopt.data.files.load_dataset", load_dataset)
     parsed = parse("dpo_lora", f"--{option}", *typed)
     train, test = common.load_pairs(parsed.script, common.RecipeArguments(), parsed.training)
+    assert test is not None
     asked.update(train=train["from"][0], test=test["from"][0])
     assert asked == {"path": "d", "name": None, "streaming": False, "train": "train", "test": "test", **expected}
 

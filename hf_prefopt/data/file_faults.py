@@ -1,0 +1,164 @@
+"""Which file of a data set cannot be read, at which line, and why: looked for after loading it has failed.
+
+Loaders of data sets say what was wrong with some bytes, often without the file. Here files are read once more.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+Types = dict[str, str]
+
+
+def find_fault(files: Sequence[str]) -> str | None:
+    """What is wrong with the first file that cannot be read, or whose columns are not those of the first.
+
+    Args:
+        files: paths on this machine, of kinds that are told by their suffixes, also compressed.
+    """
+    columns: dict[str, Types] = {}
+    for file in files:
+        try:
+            columns[file] = _READERS[kind_of(file)](_content(file))
+        except _Fault as fault:
+            return f"{file}{fault}"
+    return _differing(columns)
+
+
+class _Fault(Exception):
+    """What is wrong with a file, to be read after its name."""
+
+
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
+
+
+def kind_of(file: str) -> str:
+    """The suffix of a file, without that of its compression."""
+    suffixes = [suffix for suffix in Path(file).suffixes if suffix.lower() not in COMPRESSED]
+    return suffixes[-1].lower() if suffixes else ""
+
+
+def _content(file: str) -> bytes:
+    try:
+        with fsspec.open(file, "rb", compression="infer") as opened:
+            content = opened.read()
+    except Exception as error:  # each kind of compression has errors of its own
+        raise _Fault(f" cannot be read, it is incomplete or no {Path(file).suffix} file: {error}") from error
+    if not content.strip():
+        raise _Fault(" is empty")
+    return content
+
+
+def _lines(content: bytes) -> Iterator[tuple[int, str]]:
+    """The lines that are not blank, with their numbers."""
+    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+        try:
+            text = line.decode()
+        except UnicodeDecodeError as error:
+            raise _Fault(f", line {number:,} is not UTF-8: {error}") from error
+        if text.strip():
+            yield number, text
+
+
+def _read_json(content: bytes) -> Types:
+    """The types of the columns of a list of rows, or of a row in each line."""
+    lines = list(_lines(content))
+    if lines[0][1].lstrip().startswith("["):
+        try:
+            rows = json.loads(content.decode("utf-8-sig"))
+        except json.JSONDecodeError as error:
+            raise _Fault(f", line {error.lineno:,} is no JSON: {error}") from error
+        if not rows:
+            raise _Fault(" has no rows")
+        return _types([(f"row {number:,}", row) for number, row in enumerate(rows)])
+    found = []
+    for number, line in lines:
+        try:
+            found.append((f"line {number:,}", json.loads(line)))
+        except json.JSONDecodeError as error:
+            raise _Fault(f", line {number:,} is no JSON: {error}") from error
+    return _types(found)
+
+
+def _types(rows: Sequence[tuple[str, Any]]) -> Types:
+    """The type of each column, which is the same in all rows."""
+    types: dict[str, tuple[str, str]] = {}
+    for where, row in rows:
+        if not isinstance(row, dict):
+            raise _Fault(f", {where} is a {type(row).__name__} and no row: make each a dict")
+        for column, value in row.items():
+            kind = _NUMBERS.get(type(value), type(value))
+            before, there = types.setdefault(column, (kind.__name__, where))
+            if value is not None and before == "NoneType":
+                types[column] = (kind.__name__, where)
+            elif value is not None and before != kind.__name__:
+                raise _Fault(f", {where}: `{column}` is of type {kind.__name__}, and of type {before} in {there}")
+    return {column: kind for column, (kind, _) in types.items()}
+
+
+_NUMBERS: dict[type, type] = {int: float}
+
+
+def _read_table(separator: str) -> Callable[[bytes], Types]:
+    def read(content: bytes) -> Types:
+        list(_lines(content))
+        rows = csv.reader(io.StringIO(content.decode("utf-8-sig"), newline=""), delimiter=separator)
+        header, has_rows = next(rows), False
+        for row in rows:
+            has_rows = True
+            if len(row) > len(header):
+                raise _Fault(f", line {rows.line_num:,} has {len(row)} fields, and the header has {len(header)}")
+        if not has_rows:
+            raise _Fault(" has a header and no rows")
+        return dict.fromkeys(header, "")
+
+    return read
+
+
+def _read_parquet(content: bytes) -> Types:
+    try:
+        return _of_schema(pq.read_schema(io.BytesIO(content)))
+    except (pa.ArrowInvalid, OSError) as error:
+        raise _Fault(f" is no Parquet file, or incomplete: {error}") from error
+
+
+def _read_arrow(content: bytes) -> Types:
+    for opened in (pa.ipc.open_stream, pa.ipc.open_file):
+        try:
+            return _of_schema(opened(content).schema)
+        except (pa.ArrowInvalid, OSError):
+            continue
+    raise _Fault(" is no Arrow file, or incomplete")
+
+
+def _of_schema(schema: pa.Schema) -> Types:
+    return {field.name: str(field.type) for field in schema}
+
+
+_READERS: dict[str, Callable[[bytes], Types]] = {
+    ".json": _read_json,
+    ".jsonl": _read_json,
+    ".csv": _read_table(","),
+    ".tsv": _read_table("\t"),
+    ".parquet": _read_parquet,
+    ".arrow": _read_arrow,
+}
+
+
+def _differing(columns: dict[str, Types]) -> str | None:
+    """The first file with other columns, or another type of a column, than the first file."""
+    (first, expected), *others = columns.items()
+    for file, types in others:
+        if types.keys() != expected.keys():
+            return f"{file} has the columns {', '.join(types)}, and {first} has {', '.join(expected)}: load them apart"
+        for column, kind in types.items():
+            if kind != expected[column] and "NoneType" not in (kind, expected[column]):
+                return f"{file}: `{column}` is of type {kind}, and of type {expected[column]} in {first}"
+    return None

@@ -1,0 +1,89 @@
+"""A share of a data set to evaluate, split by prompt: no prompt is in both parts."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import xxhash
+from datasets import Dataset
+
+from hf_prefopt.data.column_layouts import find_layout
+from hf_prefopt.data.columns import choose_columns, column_names, first_rows, sample_of, undecoded, without_empty
+from hf_prefopt.data.roles import AROUND
+from hf_prefopt.data.rows import BadRow, CanonicalRow, shared_length
+
+
+def split_by_prompt(
+    dataset: Dataset,
+    test_size: float,
+    seed: int = 42,
+    *,
+    column_mapping: Mapping[str, str] | None = None,
+    remove_columns: Sequence[str] | None = None,
+    text_as: str = "text",
+) -> tuple[Dataset, Dataset]:
+    """The rows to train on, and those to evaluate, raw as they are and in their order.
+
+    Which prompts are evaluated depends on the prompt and the seed alone, and not on the order of the rows.
+
+    Args:
+        dataset: raw rows in any of the layouts of `column_layouts.LAYOUTS`.
+        test_size: the share of the rows to evaluate, above 0 and below 1. All rows of a prompt stay together, so that
+            the part is as large or larger by less than the rows of one prompt.
+        seed: another one draws other prompts.
+        column_mapping, remove_columns, text_as: see `PreferenceConfig`.
+
+    Raises:
+        ValueError: another share, columns of no known layout, or rows that all have the same prompt.
+    """
+    keys = prompt_keys_of(dataset, column_mapping, remove_columns, text_as)
+    is_held = held_out_rows(keys, test_size, seed)
+    return dataset.select(np.flatnonzero(~is_held)), dataset.select(np.flatnonzero(is_held))
+
+
+def held_out_rows(keys: np.ndarray, share: float, seed: int) -> np.ndarray:
+    """`[rows]` bool: whether a row is held out. `keys`: `[rows]` uint64, equal for rows of one prompt.
+
+    Raises:
+        ValueError: a share that is not above 0 and below 1, or fewer than two prompts.
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"test size {share!r}: give the share of the rows to evaluate, above 0 and below 1")
+    prompts, counts = np.unique(keys, return_counts=True)
+    if len(prompts) < 2:
+        raise ValueError(f"all {len(keys):,} rows have the same prompt: no share of prompts can be held out")
+    drawn = np.array([xxhash.xxh3_64_intdigest(f"{seed} {key}".encode()) for key in prompts], dtype=np.uint64)
+    order = np.argsort(drawn, kind="stable")
+    enough = int(np.searchsorted(np.cumsum(counts[order]), max(1, round(share * len(keys))))) + 1
+    return np.isin(keys, prompts[order[: min(enough, len(prompts) - 1)]])
+
+
+def prompt_keys_of(
+    dataset: Dataset, mapping: Mapping[str, str] | None, removed: Sequence[str] | None, text_as: str
+) -> np.ndarray:
+    """`[rows]` uint64: a key of each row's prompt. A row that cannot be read has a key of its own."""
+    rows = without_empty(undecoded(choose_columns(dataset, mapping, removed)), AROUND)
+    layout = find_layout(sample_of(first_rows(rows), column_names(rows)), None, tuple(mapping or ()), text_as)
+    keys: list[int] = []
+    for batch in rows.iter(batch_size=1000):
+        for values in zip(*batch.values(), strict=True):
+            try:
+                prompt = _prompt_of(layout.read(dict(zip(batch, values, strict=True))))
+            except BadRow:
+                prompt = f"\0row {len(keys)}"
+            keys.append(xxhash.xxh3_64_intdigest(prompt.encode(errors="surrogatepass")))
+    return np.array(keys, dtype=np.uint64)
+
+
+def _prompt_of(row: CanonicalRow) -> str:
+    """The words of a prompt, the same for text and for messages."""
+    if row.prompt is None:
+        # Answers may begin with the same words by chance: the prompt ends with a line or a question, if there is one.
+        shared = row.responses[0][: min(shared_length(row.responses[0], other) for other in row.responses[1:])]
+        end = max(shared.rfind(sign) for sign in "\n?:？：")
+        return (shared[: end + 1] or shared).strip()
+    if isinstance(row.prompt, str):
+        return row.prompt.strip()
+    contents: list[Any] = [item.get("content") if isinstance(item, dict) else item for item in row.prompt]
+    return contents[0].strip() if len(contents) == 1 and isinstance(contents[0], str) else json.dumps(contents)

@@ -1,0 +1,56 @@
+"""Which splits of a data set are used for training and evaluation."""
+
+from collections.abc import Collection
+
+# Usual names of held-out splits; the first one found is used.
+HELD_BACK = ("test", "validation", "valid", "val", "dev", "eval")
+
+
+def training_split(splits: Collection[str], name: str, option: str = "--dataset_train_split") -> str:
+    """The split of that name. In place of "train" the only split, the only one called train_…, or `train_prefs`.
+
+    Args:
+        option: the option that names it, for errors.
+
+    Raises:
+        ValueError: there is no such split, or several could be meant.
+    """
+    if name in splits:
+        return name
+    alike = [split for split in splits if split.startswith("train")] if name == "train" else []
+    if name == "train" and len(splits) == 1:
+        alike = [split for split in splits if split not in HELD_BACK]
+    if "train_prefs" in alike:
+        return "train_prefs"
+    if len(alike) != 1:
+        raise ValueError(f"no split {name!r} to train on: there are {', '.join(splits)}; name one: {option}")
+    return alike[0]
+
+
+def evaluation_split(splits: Collection[str], name: str, trained: str) -> str | None:
+    """The split of that name, or one with a usual name; beside `train_prefs` preferably `test_prefs` and its like.
+
+    Args:
+        name: "test" stands for all usual names.
+        trained: the split that is trained on, which is never the one evaluated.
+
+    Raises:
+        ValueError: the name is not a usual one, so somebody chose it, and there is no such split.
+    """
+    if name not in (*splits, *HELD_BACK):
+        raise ValueError(
+            f"no split {name!r} to evaluate: there are {', '.join(splits)}; name one: --dataset_test_split"
+        )
+    ending = trained.removeprefix("train") if trained.startswith("train") else ""
+    usual = (*[f"{held}{ending}" for held in HELD_BACK], *HELD_BACK)
+    names = (*usual, name) if name == "test" else (name, *usual)
+    return next((known for known in names if known in splits and known != trained), None)
+
+
+def describe_splits(splits: Collection[str], trained: str, evaluated: str | None) -> str | None:
+    """A line that says which splits are used, or None where they are `train` and `test` and there are no others."""
+    others = [split for split in splits if split not in (trained, evaluated)]
+    if trained == "train" and evaluated in (None, "test") and not others:
+        return None
+    said = f"Splits: {trained} is trained on" + (f", {evaluated} is evaluated" if evaluated else "")
+    return said + (f"; not used: {', '.join(others)}." if others else ".")
