@@ -56,6 +56,7 @@ from hf_prefopt.training.checkpoints import (
     restore_losses,
 )
 from hf_prefopt.training.engines import (
+    check_quantized,
     compute_in,
     forget_other_trainers,
     keep_output_precision,
@@ -186,6 +187,7 @@ class PreferenceTrainer(Trainer):
             refuse_frozen(self.model)
         self._eval_dataloaders = {}  # persistent workers collate in the layout of the model before
         self._use(self.data.objective)
+        check_quantized(self.accelerator, self.model, self.args.mixed_precision)
         forget_other_trainers(self.model)
         self.scorer.attach(self.model, self.criterion, self.accelerator)
 
