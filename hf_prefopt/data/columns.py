@@ -121,7 +121,7 @@ def describe_columns(found: FoundLayout, sample: Mapping[str, Any], tokenizer: P
 
 
 _BESIDE = ("tools", "chat_template_kwargs")
-_NUMBERS = ("label", "scores", "ranks", "prompt_ids", "chosen_ids", "rejected_ids")
+_NUMBERS = ("label", "quantile", "scores", "ranks", "prompt_ids", "chosen_ids", "rejected_ids")
 
 
 def _are_plain_text(sample: Mapping[str, Any], columns: Collection[str], tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -68,11 +68,12 @@ def _name_responses(row: Mapping[str, Any]) -> list[str]:
 
 
 def _describe_responses(row: Mapping[str, Any]) -> list[str]:
-    """What a list's row says of each response: its rank, and its score if it has one."""
+    """What a row says of each response: its rank and its score in a list, its quantile."""
     count = len(row["response_ids"])
     ranks = [f", rank {rank:g}" for rank in row.get("ranks", ())] or [""] * count
     scores = [f", score {score:g}" for score in row.get("scores", ())] or [""] * count
-    return [rank + score for rank, score in zip(ranks, scores, strict=True)]
+    quantiles = [f", quantile {quantile:g}" for quantile in row.get("quantiles", ())] or [""] * count
+    return [rank + score + quantile for rank, score, quantile in zip(ranks, scores, quantiles, strict=True)]
 
 
 def _show_tokens(ids: Sequence[int], mask: Sequence[int], style: str, kinds: TokenKinds) -> Text:
