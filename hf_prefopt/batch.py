@@ -38,6 +38,7 @@ class PreferenceBatch(TypedDict, total=False):
         chosen, rejected: `[B]` int64, each pair's responses, as indices into R. A response may serve several pairs.
         gold: `[B]` int64, each triple's third response (see `kinds.triples`).
         responses, mismatched: `[B]` int64, and labels: `[B]` bool, of unpaired examples (see `kinds.unpaired`).
+        quantiles: `[B]` float32, of scored responses (see `kinds.scored`).
         list_responses, list_mask, list_ranks, list_scores: `[B, K]`, of lists (see `kinds.lists`).
         chosen_token_weights, rejected_token_weights: `[B, T]` fp32, of pairs whose tokens have weights, 0 behind the
             end of a response.
@@ -74,6 +75,7 @@ class PreferenceBatch(TypedDict, total=False):
     responses: Tensor
     mismatched: Tensor
     labels: Tensor
+    quantiles: Tensor
     list_responses: Tensor
     list_mask: Tensor
     list_ranks: Tensor

@@ -54,6 +54,7 @@ from hf_prefopt.training.checkpoints import (
     restore_losses,
 )
 from hf_prefopt.training.engines import (
+    check_quantized,
     forget_other_trainers,
     keep_output_precision,
     make_room,
@@ -184,6 +185,7 @@ class PreferenceTrainer(Trainer):
             refuse_frozen(self.model)
         self._eval_dataloaders = {}  # persistent workers collate in the layout of the model before
         self._use(self.data.objective)
+        check_quantized(self.accelerator, self.model, self.args.mixed_precision)
         forget_other_trainers(self.model)
         self.scorer.attach(self.model, self.criterion, self.accelerator)
 

@@ -1,13 +1,16 @@
 """bitsandbytes as people use it: optimizers of 8 bits and paged ones, and weights of 4 bits in every variant."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from tests.tiny_models import QUANTIZABLE, tiny_model
+from hf_prefopt.training.engines import check_quantized
+from tests.tiny_models import QUANTIZABLE, perturbed, tiny_model, with_lora
 from tests.trainers import logged, make_trainer, pairs, weights
 
 pytest.importorskip("bitsandbytes")
@@ -67,3 +70,88 @@ def test_4_bit_weights_train_an_adapter_and_stay(variant, tmp_path):
     assert abs(losses[-1] - math.log(2)) > 1e-4
     after = dict(trainer.model.named_parameters())
     assert frozen and all(torch.equal(frozen[name], after[name]) for name in frozen)
+
+
+def in_bits(folder, **config):
+    """The tiny model in 4 bits, or as a `BitsAndBytesConfig` says."""
+    tiny_model(**QUANTIZABLE).save_pretrained(folder)
+    quantization = BitsAndBytesConfig(**(config or {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}))
+    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization)
+
+
+@pytest.mark.parametrize("evaluates", [False, True])
+def test_gradients_pass_through_4_bit_weights(evaluates, tmp_path):
+    """Trained as the same weights in fp32 are, also after an evaluation, whose forwards may pack weights on a CPU.
+
+    A gradient of 20 layers' products of 64 numbers each is off by 20·√64·2⁻²⁴ ≈ 1e-5 of it; 1e-4 is ten times that.
+    No gradient passes through packed weights: its norm is then a tenth.
+    """
+    settings = {"train_dataset": pairs(8), "eval_dataset": pairs(4, seed=1), "reference": "adapter_off", "optim": "sgd"}
+    norms, trained = {}, {}
+    for name in ("4 bits", "fp32"):
+        model = in_bits(tmp_path / "base")
+        model = perturbed(with_lora(model if name == "4 bits" else model.dequantize()), 0.05)
+        trainer = make_trainer(tmp_path, model, max_steps=3, **{**settings, "learning_rate": 0.1})
+        if evaluates:
+            trainer.evaluate()
+        trainer.train()
+        norms[name] = logged(trainer, "grad_norm")
+        trained[name] = {key: p.detach() for key, p in trainer.model.named_parameters() if p.requires_grad}
+    assert norms["4 bits"] == pytest.approx(norms["fp32"], rel=1e-4)
+    moved = max((p - q).abs().max() for p, q in zip(trained["fp32"].values(), start(tmp_path).values(), strict=True))
+    for key, expected in trained["fp32"].items():
+        assert (trained["4 bits"][key] - expected).abs().max() <= 1e-4 * moved, key
+
+
+def start(folder):
+    model = perturbed(with_lora(tiny_model(**QUANTIZABLE)), 0.05)
+    return {key: p.detach() for key, p in model.named_parameters() if p.requires_grad}
+
+
+def test_packed_weights_are_refused(tmp_path):
+    """No gradient passes through them any more. Whether a forward packs them depends on the CPU, so they are marked."""
+    model = in_bits(tmp_path / "base")
+    model.model.layers[1].mlp.up_proj.weight.quant_state.packing_format_for_cpu = True
+    with pytest.raises(ValueError, match=r"packed the 4-bit weights of .*layers.1.mlp.up_proj.* load the model anew"):
+        make_trainer(tmp_path, model, peft_config=LoraConfig(r=4, target_modules="all-linear"))
+
+
+def engine(name):
+    kind = DistributedType.FSDP if name == "FSDP2" else DistributedType.DEEPSPEED
+    plugin = SimpleNamespace(zero_stage=int(name[-1]))
+    return SimpleNamespace(distributed_type=kind, state=SimpleNamespace(deepspeed_plugin=plugin))
+
+
+FOUR = {"load_in_4bit": True}
+STORED = {dtype: {**FOUR, "bnb_4bit_quant_storage": dtype} for dtype in (torch.float32, torch.bfloat16)}
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "config", "error"),
+    [
+        ("ZeRO-2", "no", FOUR, None),
+        ("ZeRO-3", "bf16", FOUR, None),
+        ("ZeRO-3", "bf16", STORED[torch.bfloat16], None),
+        ("ZeRO-3", "bf16", {"load_in_8bit": True}, None),
+        ("FSDP2", "no", STORED[torch.bfloat16], None),
+        ("FSDP2", "bf16", STORED[torch.bfloat16], None),
+        ("ZeRO-2", "bf16", STORED[torch.float32], r"would round .*float32: .*quant_storage=torch.bfloat16\)"),
+        (
+            "ZeRO-3",
+            "fp16",
+            STORED[torch.bfloat16],
+            r"would round .*bfloat16: .*quant_storage=torch.float16\)",
+        ),
+        ("FSDP2", "bf16", STORED[torch.float32], r"would round .*float32: .*quant_storage=torch.bfloat16\)"),
+        ("FSDP2", "no", FOUR, r"does not share out .*uint8: .*quant_storage=torch.float32\)"),
+        ("FSDP2", "bf16", FOUR, r"does not share out .*uint8: .*quant_storage=torch.bfloat16\)"),
+        ("FSDP2", "bf16", {"load_in_8bit": True}, r"8 bits: load the model in 4 bits .*DDP or DeepSpeed"),
+    ],
+)
+def test_engines_refuse_storage_that_they_would_cast(name, precision, config, error, tmp_path):
+    model = in_bits(tmp_path, **config)
+    if error is None:
+        check_quantized(engine(name), model, precision)
+    else:
+        with pytest.raises(ValueError, match=error):
+            check_quantized(engine(name), model, precision)

@@ -9,7 +9,7 @@ from datasets import Dataset
 from torch import nn
 
 from hf_prefopt import PreferenceConfig, PreferenceTrainer
-from hf_prefopt.kinds import LISTS, PAIRS, TRIPLES, UNPAIRED
+from hf_prefopt.kinds import LISTS, PAIRS, SCORED, TRIPLES, UNPAIRED
 from hf_prefopt.objective.objective import Objective
 from tests.tiny_models import random_rows, tiny_model
 from tests.tokenizers import tiny_tokenizer
@@ -59,6 +59,12 @@ def unpaired(count: int = 8, seed: int = 0) -> Dataset:
     )
 
 
+def scored(count: int = 8, seed: int = 0) -> Dataset:
+    """The first responses of random pairs, with quantiles 0, 3/8, 6/8, 1/8, …"""
+    rows = unpaired(count, seed).remove_columns("labels")
+    return rows.add_column("quantiles", [[3 * row % 8 / 8] for row in rows["row"]])
+
+
 def lists(count: int = 8, seed: int = 0) -> Dataset:
     """Lists of 2, 3, 4, 2, … random responses, scored in [0, 1] in no order."""
     rows = []
@@ -94,7 +100,7 @@ def triples(count: int = 8, seed: int = 0) -> Dataset:
     return Dataset.from_list(rows)
 
 
-ROWS = {PAIRS: pairs, TRIPLES: triples, UNPAIRED: unpaired, LISTS: lists}
+ROWS = {PAIRS: pairs, TRIPLES: triples, UNPAIRED: unpaired, SCORED: scored, LISTS: lists}
 
 
 def make_config(folder: str | Path, **settings: Any) -> PreferenceConfig:

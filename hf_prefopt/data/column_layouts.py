@@ -62,7 +62,9 @@ class ColumnLayout:
 
 
 # Text in these columns is trained on as it is, as in TRL; in every other layout it is a turn of a conversation.
-_TEXT_COLUMNS = {"prompt", "chosen", "rejected", "reference", "completion", "label", "responses", "scores", "ranks"}
+_TEXT_COLUMNS = {
+    *("prompt", "chosen", "rejected", "reference", "completion", "label", "quantile", "responses", "scores", "ranks")
+}
 
 
 @dataclass(frozen=True)
@@ -287,6 +289,20 @@ LAYOUTS: tuple[ColumnLayout, ...] = (
         )
         for name, label in (("label", roles.LABEL), ("tag", roles.TAG))
     ),
+    # Single responses with a quantile.
+    *(
+        ColumnLayout(
+            f"responses with a quantile, {asked}", "scored responses", (what, roles.ANSWER, roles.QUANTILE), _AROUND
+        )
+        for asked, what in _ASKED
+    ),
+    ColumnLayout(
+        "conversations with a quantile",
+        "scored conversations",
+        (roles.CONVERSATION, roles.QUANTILE),
+        (roles.SYSTEM,),
+        to.talks,
+    ),
     # Lists.
     *(
         ColumnLayout(f"{name}, {asked}", row_format, (what, *needs), _AROUND, convert, is_talk)
@@ -298,7 +314,7 @@ LAYOUTS: tuple[ColumnLayout, ...] = (
 # Columns that are known, and cannot be read row by row: what to do instead.
 _ALONE = (
     "these rows are single responses with a rating, and no preference: put those of a prompt together, into rows of "
-    "`prompt`, `responses` and `scores`, or make a `label` of the rating"
+    "`prompt`, `responses` and `scores`, or make a `label` or a `quantile` of the rating"
 )
 UNREADABLE: dict[tuple[str, ...], str] = {
     ("message_id", "parent_id", "text", "role"): "these rows are the messages of trees, one a row: put the threads "

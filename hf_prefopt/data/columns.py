@@ -132,7 +132,7 @@ def unused_columns(found: FoundLayout, columns: Collection[str]) -> list[str]:
 
 
 _BESIDE = ("tools", "chat_template_kwargs")
-_NUMBERS = ("label", "scores", "ranks", "prompt_ids", "chosen_ids", "rejected_ids")
+_NUMBERS = ("label", "quantile", "scores", "ranks", "prompt_ids", "chosen_ids", "rejected_ids")
 
 
 def _are_plain_text(sample: Mapping[str, Any], columns: Collection[str], tokenizer: PreTrainedTokenizerBase) -> bool:

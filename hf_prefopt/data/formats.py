@@ -10,12 +10,14 @@ Prompts and responses hold text or messages:
     … and reference, or reference_ids          triples: a pair and a third, gold response
     prompt, completion, label                  a response that is desirable (true) or not
     completion, label                          a conversation whose last answer is
+    … and quantile in place of label           a response and its place among the reference's, from 0 to 1
     prompt, responses, ranks                   a list of responses; smaller ranks are better
     prompt, responses, scores                  a list of responses; larger scores are better
 
 Rows of messages may also have `tools` and `chat_template_kwargs`. Two groups of columns are prepared from a row:
 
-    example columns     how its responses are compared: `pairs`, `golds`, `labels`, `ranks`, `scores`, `token_weights`
+    example columns     how its responses are compared: `pairs`, `golds`, `labels`, `quantiles`, `ranks`, `scores`,
+                        `token_weights`
     optional columns    a number for each example, such as `weights`; see `ExampleKind.optional_columns`
 """
 
@@ -28,7 +30,7 @@ from typing import Any, cast
 from hf_prefopt.config_checks import check_template_kwargs
 from hf_prefopt.data.contents import Content, read_content, read_responses
 from hf_prefopt.data.conversations import join_conversation
-from hf_prefopt.data.preferences import read_label
+from hf_prefopt.data.preferences import read_label, read_quantile
 from hf_prefopt.data.rows import (
     BadRow,
     CanonicalRow,
@@ -41,7 +43,7 @@ from hf_prefopt.data.rows import (
     take_off_prompt,
 )
 from hf_prefopt.data.transcripts import has_later_turn, is_transcript, read_transcript, split_transcripts
-from hf_prefopt.kinds import LISTS, PAIRS, TRIPLES, UNPAIRED, ExampleKind
+from hf_prefopt.kinds import LISTS, PAIRS, SCORED, TRIPLES, UNPAIRED, ExampleKind
 
 _TOKEN_WEIGHTS = ("chosen_token_weights", "rejected_token_weights")
 
@@ -136,10 +138,20 @@ def _read_weighted_tokens(row: Mapping[str, Any], columns: tuple[str, ...], how:
 
 def _read_labeled(row: Mapping[str, Any], columns: tuple[str, ...], how: Reading) -> CanonicalRow:
     """A response, whether it is desirable, and the prompt, unless the response is a conversation that holds it."""
-    label = read_label("label", row.get("label"))
+    return _single_response(row, columns, {"labels": [read_label("label", row.get("label"))]}, how)
+
+
+def _read_scored(row: Mapping[str, Any], columns: tuple[str, ...], how: Reading) -> CanonicalRow:
+    """A response and its quantile; see `_read_labeled`."""
+    return _single_response(row, columns, {"quantiles": [read_quantile("quantile", row.get("quantile"))]}, how)
+
+
+def _single_response(
+    row: Mapping[str, Any], columns: tuple[str, ...], example_columns: dict[str, list], how: Reading
+) -> CanonicalRow:
     prompt = read_content("prompt", row.get("prompt")) if "prompt" in columns else None
     responses = {"completion": read_content("completion", row.get("completion"))}
-    return _canonical_row(prompt, responses, row, {"labels": [label]}, how)
+    return _canonical_row(prompt, responses, row, example_columns, how)
 
 
 def _read_list(row: Mapping[str, Any], columns: tuple[str, ...], how: Reading) -> CanonicalRow:
@@ -255,6 +267,8 @@ FORMATS: dict[str, RowFormat] = {
         RowFormat("triples that begin with their prompt", TRIPLES, _TRIPLE, _read_implicit),
         RowFormat("labeled responses", UNPAIRED, ("prompt", "completion", "label"), _read_labeled),
         RowFormat("labeled conversations", UNPAIRED, ("completion", "label"), _read_labeled),
+        RowFormat("scored responses", SCORED, ("prompt", "completion", "quantile"), _read_scored),
+        RowFormat("scored conversations", SCORED, ("completion", "quantile"), _read_scored),
         RowFormat("scored lists", LISTS, ("prompt", "responses", "scores"), _read_list),
         RowFormat("ranked lists", LISTS, ("prompt", "responses", "ranks"), _read_list),
     )

@@ -34,6 +34,15 @@ def read_label(column: str, value: Any) -> bool:
     return label
 
 
+def read_quantile(column: str, value: Any) -> float:
+    """A number from 0 to 1. Raises `BadRow` for anything else."""
+    number = _number(column, value)
+    if isinstance(value, bool) or not 0 <= number <= 1:
+        cure = "give the share of the reference's responses to the prompt that this one is at least as good as, 0 to 1"
+        raise BadRow(column, f"is {value!r}", cure)
+    return number
+
+
 def by_name(column: str, value: Any, names: tuple[str, str], suffixes: tuple[str, str], models: tuple[Any, Any]) -> int:
     """0 or 1, the place of the response that a value names, by its letter or number, its column, or its model.
 

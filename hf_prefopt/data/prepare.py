@@ -11,6 +11,7 @@ Prepared rows have these columns:
     row               the number of the row in the data set given
     pairs             [[0, 1]], of pairs and triples; triples also have `golds`, [2]
     labels            [whether the response is desirable], of unpaired rows
+    quantiles         [the response's quantile], of scored responses
     ranks, scores     K numbers each, of lists; `scores` is empty if there were only ranks
     token_weights     K lists of numbers, only of tokenized pairs with weights
     weights, ...      the optional columns (`ExampleKind.optional_columns`), a number for each example
@@ -59,6 +60,7 @@ _EXAMPLE_FEATURES = {
     "pairs": List(List(Value("int32"))),
     "golds": List(Value("int32")),
     "labels": List(Value("bool")),
+    "quantiles": List(Value("float64")),
     "ranks": List(Value("float64")),
     "scores": List(Value("float64")),
     "token_weights": List(List(Value("float32"))),

@@ -194,6 +194,7 @@ COMPLETION = role("completion", "completion")
 ANSWER = role("completion", "completion", "response", "output", "answer", "reply")
 LABEL = role("label", "label", accepts=_is_text_or_number)
 TAG = role("label", "kto_tag", "desirable", "is_desirable", accepts=_is_text_or_number)
+QUANTILE = role("quantile", "quantile", "quantile_reward", accepts=lambda value: isinstance(value, int | float))
 CONVERSATION = role("completion", "messages", "conversations", "conversation", accepts=_is_list)
 # A conversation with the chosen answer at its end, and another answer or conversation.
 WHOLE = role("chosen", "messages", "conversations", accepts=_is_list)

@@ -1,16 +1,17 @@
-"""The kinds of examples that losses compare: pairs, triples, single responses with a label, and lists."""
+"""The kinds of examples that losses compare: pairs, triples, single responses with a label or a quantile, and lists."""
 
 from collections.abc import Iterable
 
 from hf_prefopt.kinds.kind import STATISTICS, ExampleKind, Metric, OptionalColumn, Statistic
 from hf_prefopt.kinds.lists import LISTS
 from hf_prefopt.kinds.pairs import PAIRS
+from hf_prefopt.kinds.scored import SCORED
 from hf_prefopt.kinds.triples import TRIPLES
 from hf_prefopt.kinds.unpaired import UNPAIRED
 
 # A loss is of the first kind that has all of its inputs, so a kind whose inputs include those of another comes after
 # it: triples after pairs. docs/design.md lists what else a new kind needs.
-KINDS: tuple[ExampleKind, ...] = (PAIRS, TRIPLES, UNPAIRED, LISTS)
+KINDS: tuple[ExampleKind, ...] = (PAIRS, TRIPLES, UNPAIRED, SCORED, LISTS)
 
 # The entries of a batch with one element for each example.
 EXAMPLE_ENTRIES = tuple(
@@ -22,6 +23,7 @@ __all__ = [
     "KINDS",
     "LISTS",
     "PAIRS",
+    "SCORED",
     "STATISTICS",
     "TRIPLES",
     "UNPAIRED",

@@ -91,13 +91,14 @@ def _logps(rng, shape, dtype) -> dict[str, torch.Tensor]:
 
 
 def _unpaired(rng, count, dtype) -> dict[str, torch.Tensor]:
-    """Single responses, every other one desirable, and mismatched responses somewhat above the reference."""
+    """Single responses, every other one desirable, quantiles from 0 to 1, and mismatched ones above the reference."""
     own, other = _logps(rng, count, dtype), _logps(rng, count, dtype)
     return {
         "policy_logps": own["policy"],
         "ref_logps": own["ref"],
         "lengths": own["lengths"],
         "labels": torch.arange(count) % 2 == 0,
+        "quantiles": torch.linspace(0, 1, count, dtype=dtype),
         "policy_mismatched_logps": other["ref"] + other["policy"].new_tensor(rng.uniform(0, 4, count)),
         "ref_mismatched_logps": other["ref"],
     }

@@ -24,7 +24,7 @@ from hf_prefopt.losses.scored_lists import exo_rw_loss, infonca_loss, lipo_loss,
 from hf_prefopt.losses.simpo import alphapo_loss, repo_loss, simper_loss, simpo_loss
 from hf_prefopt.losses.token_level import d2po_loss, sampo_loss, tis_dpo_loss
 from hf_prefopt.losses.triples import tpo_l_loss, tpo_loss
-from hf_prefopt.losses.unpaired import apo_zero_unpaired_loss, npo_loss, sft_unpaired_loss
+from hf_prefopt.losses.unpaired import apo_zero_unpaired_loss, npo_loss, qrpo_loss, sft_unpaired_loss
 from hf_prefopt.losses.vocabulary import (
     mallows_dpo_loss,
     mallows_dpo_per_token_loss,
@@ -78,6 +78,7 @@ __all__ = [
     "odpo_loss",
     "orpo_loss",
     "plackett_luce_loss",
+    "qrpo_loss",
     "r_dpo_loss",
     "reference_free_dpo_loss",
     "register_loss",

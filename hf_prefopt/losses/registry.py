@@ -11,6 +11,7 @@ A loss is a pure function of tensors. The names of its parameters say what it ne
     rows, pair_in_row                              which pair of the data set it is: `[B]`
     policy_gold_logps, gold_lengths, ...           triples: a third, gold response beside a pair: `[B]`
     policy_logps, ref_logps, lengths, labels       single responses, desirable (True) or not: `[B]`
+    quantiles                                      the place of a scored response among the reference's: `[B]`
     policy_token_logps, token_mask, ...            the same of their tokens: `[B, T]`
     policy_mismatched_logps, ...                   another prompt's response behind the example's prompt: `[B]`
     policy_list_logps, ref_list_logps, list_lengths, list_mask, list_ranks, list_scores     lists: `[B, K]`

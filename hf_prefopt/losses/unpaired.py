@@ -1,4 +1,4 @@
-"""Losses of single responses by their label: APO-zero, NPO, and the NLL of the desirable ones.
+"""Losses of single responses: by their label APO-zero, NPO and the NLL of the desirable ones; by their quantile QRPO.
 
 r is the log-ratio of a response's summed log-probs, policy to reference, in nats; True labels are desirable.
 """
@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_prefopt.losses.base import LossOutput, check_positive, check_range, check_same_shape, per_token
+from hf_prefopt.losses.base import LossOutput, check_positive, check_range, check_same_shape, log1mexp, per_token
 from hf_prefopt.losses.registry import register_loss
 
 
@@ -64,6 +64,44 @@ def npo_loss(policy_logps: Tensor, ref_logps: Tensor, labels: Tensor, beta: floa
     check_same_shape(policy_logps=policy_logps, ref_logps=ref_logps, labels=labels)
     rewards = beta * (policy_logps - ref_logps)
     return LossOutput(2 / beta * F.softplus(rewards) * ~labels, rewards.detach()[:, None])
+
+
+@register_loss("qrpo", paper="2507.08068")
+def qrpo_loss(
+    policy_logps: Tensor,
+    ref_logps: Tensor,
+    lengths: Tensor,
+    quantiles: Tensor,
+    beta: float = 0.003,
+    length_normalize: bool = False,
+) -> LossOutput:
+    """(Q − β log Z − βr)², Z = β(e^(1/β) − 1): each reward is led to its target, that of the optimal policy.
+
+    Quantile Reward Policy Optimization, Z by eq. 11. Q is the share of the reference's own responses to the prompt
+    whose reward is not above this response's. As Q is uniform under the reference, Z is known. The authors' code takes
+    βe^(1/β) for Z; here Z is exact, which moves the target by 1e-3 and more from β = 0.2 on. The implicit reward is βr.
+    `length_normalize=True` takes β/|y| for β, in Z too, as the authors did for Apertus with β from 1 to 10.
+
+    Use it where responses have rewards, of a reward model or a verifier, rather than preferences.
+
+    Args:
+        policy_logps, ref_logps: `[B]`, summed, nats. lengths: `[B]`, scored tokens.
+        quantiles: `[B]`, Q in [0, 1].
+        beta: > 0; the authors tried 3e-4 to 3e-3.
+
+    Raises:
+        ValueError: shapes differ or beta is out of range.
+    """
+    check_positive(beta=beta)
+    check_same_shape(policy_logps=policy_logps, ref_logps=ref_logps, lengths=lengths, quantiles=quantiles)
+    ratios = policy_logps - ref_logps
+    betas = torch.full_like(ratios, beta)
+    if length_normalize:
+        betas = per_token(betas, lengths)
+    # β log Z, without e^(1/β), which overflows.
+    partition = betas * (betas.log() + log1mexp(-1 / betas)) + 1
+    rewards = betas * ratios
+    return LossOutput((quantiles - partition - rewards).square(), rewards.detach()[:, None])
 
 
 @register_loss("sft_unpaired", form_of="sft", is_average_loss=True, computes_reward_metrics=False)

@@ -144,8 +144,9 @@ def _names(row: Mapping[str, Any]) -> list[str]:
 
 
 def _abouts(row: Mapping[str, Any]) -> list[str]:
-    """What a list's row says of each response: its rank, and its score if it has one."""
-    count = len(row["response_ids"])
-    ranks = [f"rank {rank:g}" for rank in row.get("ranks", ())] or [""] * count
-    scores = [f", score {score:g}" for score in row.get("scores", ())] or [""] * count
-    return [rank + score for rank, score in zip(ranks, scores, strict=True)]
+    """What a row says of each response: its rank, its score, its quantile, as far as there are any."""
+    said: list[list[str]] = [[] for _ in row["response_ids"]]
+    for column, name in (("ranks", "rank"), ("scores", "score"), ("quantiles", "quantile")):
+        for texts, value in zip(said, row.get(column, ()), strict=False):
+            texts.append(f"{name} {value:g}")
+    return [", ".join(texts) for texts in said]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from hf_prefopt.kinds import LISTS, PAIRS, TRIPLES, UNPAIRED
+from hf_prefopt.kinds import LISTS, PAIRS, SCORED, TRIPLES, UNPAIRED
 from hf_prefopt.kinds.lists import best_of
 from hf_prefopt.kinds.made_up import made_up_inputs
 from hf_prefopt.losses.base import LossOutput
@@ -25,6 +25,7 @@ POLICY_LOGPS = {
     PAIRS: ("policy_chosen_logps", "policy_chosen_token_logps", "policy_rejected_logps", "policy_rejected_token_logps"),
     TRIPLES: ("policy_chosen_logps", "policy_gold_logps", "policy_rejected_logps"),
     UNPAIRED: ("policy_logps",),
+    SCORED: ("policy_logps",),
     LISTS: ("policy_list_logps",),
 }
 _CHECKS: list[tuple[Check, Callable[[LossSpec], bool]]] = []
@@ -100,7 +101,7 @@ class DetachedValues:
             torch.Tensor.detach, self._values = detach, values
 
 
-@_check()
+@_check(lambda spec: spec.kind is not SCORED)
 def check_preferred_direction(name: str, **params: Any) -> None:
     """dL/ds ≤ 0 of what is preferred and ≥ 0 of what is not, for every example; of lists, of the best and the worst.
 

@@ -3,6 +3,7 @@
 import weakref
 from dataclasses import replace
 
+import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
@@ -34,6 +35,34 @@ def refuse_first_fsdp(accelerator: Accelerator) -> None:
             "FSDP of version 1 joins the parameters of a layer into one, and a frozen copy of what trains, or a model "
             "of its own as reference, needs them apart: set fsdp_version: 2 in accelerate's YAML file, or "
             "fsdp_config={'version': 2}"
+        )
+
+
+def check_quantized(accelerator: Accelerator, model: nn.Module, precision: str) -> None:
+    """Raise `ValueError` for bitsandbytes' weights that an engine cannot share out, or would round as numbers.
+
+    4-bit weights are bytes that `bnb_4bit_quant_storage` shows as elements of a dtype. FSDP2 shards and saves them only
+    as floats. What casts floats to the dtype that it computes in, as DeepSpeed and FSDP2 do, destroys them in another.
+
+    Args:
+        precision: the trainer's, "no", "bf16" or "fp16".
+    """
+    engine = _sharding_engine(accelerator)
+    kinds = {type(parameter).__name__: parameter.dtype for parameter in model.parameters()} if engine else {}
+    computes_in = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    if engine == "FSDP2" and "Int8Params" in kinds:
+        raise ValueError(
+            "FSDP2 cannot share out weights in 8 bits: load the model in 4 bits with bnb_4bit_quant_storage="
+            f"{computes_in or torch.float32}, or take DDP or DeepSpeed"
+        )
+    storage = kinds.get("Params4bit")
+    if storage is None or storage == computes_in or (storage.is_floating_point and computes_in is None):
+        return
+    if storage.is_floating_point or engine == "FSDP2":
+        problem = "would round the bytes of" if storage.is_floating_point else "does not share out or resume"
+        raise ValueError(
+            f"{engine} {problem} 4-bit weights with bnb_4bit_quant_storage={storage}: load the model with "
+            f"BitsAndBytesConfig(..., bnb_4bit_quant_storage={computes_in or torch.float32})"
         )
 
 

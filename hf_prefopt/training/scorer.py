@@ -31,6 +31,7 @@ from hf_prefopt.scoring.agreement import settle_scores, training_noise
 from hf_prefopt.scoring.attention import describe_attention
 from hf_prefopt.scoring.dropout import switch_off_dropout
 from hf_prefopt.scoring.forward import VOCABULARY_KL, base_causal_lm, install_scoring, score
+from hf_prefopt.scoring.four_bits import keep_unpacked
 from hf_prefopt.scoring.layout import settled_layout
 from hf_prefopt.scoring.modes import ModuleTree, evaluation_mode
 from hf_prefopt.training.router import aux_loss_coef, settled_aux_loss
@@ -119,6 +120,7 @@ class Scorer:
         self.tree = reference.tree if reference is not None and not reference.is_separate else ModuleTree(model)
         self.reference = reference
         for module in self._models():
+            keep_unpacked(module)
             install_scoring(module, args.temperature)
         if args.sync_ref_model:
             copies, share, every = self.reference.copies, args.ref_model_mixup_alpha, args.ref_model_sync_steps

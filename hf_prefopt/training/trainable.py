@@ -8,6 +8,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.optim import Optimizer
 
+from hf_prefopt.scoring.four_bits import refuse_packed
+
 logger = logging.getLogger(__name__)
 
 
@@ -39,12 +41,13 @@ def check_trainable(model: nn.Module, optimizer: Optimizer | None, trains: bool 
 
 
 def refuse_frozen(model: nn.Module) -> None:
-    """Refuse to train a policy of which nothing trains.
+    """Refuse to train a policy of which nothing trains, or whose weights let no gradient through.
 
     Raises:
-        ValueError: no parameter that acts requires a gradient.
+        ValueError: no parameter that acts requires a gradient, or 4-bit weights are packed for inference.
     """
     if trained_parameters(model):
+        refuse_packed(model)
         return
     cure = (
         "an adapter is loaded to be trained by PeftModel.from_pretrained(base, folder, is_trainable=True), or by its "

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from hf_prefopt.kinds import LISTS, PAIRS, TRIPLES, UNPAIRED
+from hf_prefopt.kinds import LISTS, PAIRS, SCORED, TRIPLES, UNPAIRED
 from hf_prefopt.losses import LossSpec, get_loss, list_losses
 
 FOLDER = Path(__file__).parent
@@ -22,6 +22,7 @@ DATA = {
     PAIRS: {"dataset_name": "recipes/data/gsm8k_pairs"},
     TRIPLES: {"dataset_name": "recipes/data/gsm8k_triples"},
     UNPAIRED: {"dataset_name": "recipes/data/gsm8k_pairs", "unpair": True},
+    SCORED: {"dataset_name": "recipes/data/gsm8k_quantiles"},
     LISTS: {"dataset_name": "recipes/data/gsm8k_lists"},
 }
 # The sets that have what some losses ask for besides, by the input that they ask by.

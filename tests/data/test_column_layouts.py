@@ -125,6 +125,18 @@ OTHERS = {
         {"messages": [*ask(WHAT), *reply(BLUE)], "label": False},
         {"prompt": ask(WHAT), "completion": reply(BLUE), "label": False},
     ),
+    "conversations with a quantile": (
+        {"messages": [*ask(WHAT), *reply(BLUE)], "quantile": 0.25},
+        {"prompt": ask(WHAT), "completion": reply(BLUE), "quantile": 0.25},
+    ),
+    "responses with a quantile, instruction and input": (
+        {"instruction": WHAT, "input": "", "output": BLUE, "quantile": 1},
+        {"prompt": ask(WHAT), "completion": reply(BLUE), "quantile": 1.0},
+    ),
+    "responses with a quantile, question": (
+        {"question": WHAT, "response": BLUE, "quantile_reward": 0},
+        {"prompt": ask(WHAT), "completion": reply(BLUE), "quantile": 0.0},
+    ),
     "ms-swift rejected_messages": ({"messages": TALK["chosen"], "rejected_messages": TALK["rejected"]}, PAIR),
     "axolotl chatml.icr": ({"input": WHAT, "chosen": BLUE, "rejected": GREEN}, PAIR),
     "axolotl chatml.ultra": (
@@ -272,6 +284,10 @@ REFUSED = {
     "a label of another kind": (
         {"prompt": WHAT, "completion": BLUE, "label": 2},
         "`label` is 2; make it true",
+    ),
+    "a quantile above 1": (
+        {"prompt": WHAT, "completion": BLUE, "quantile": 1.5},
+        "`quantile` is 1.5; give the share of the reference's responses",
     ),
     "a label for a winner": (
         {"prompt": WHAT, "response_0": BLUE, "response_1": GREEN, "label": 1},

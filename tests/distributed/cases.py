@@ -10,9 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
+from transformers import BitsAndBytesConfig, PreTrainedModel
 
-from tests.tiny_models import perturbed, tiny_model, with_lora
+from tests.tiny_models import QUANTIZABLE, perturbed, tiny_model, with_lora
 
 GLOBAL_BATCH = 4
 DESCENT = {
@@ -34,6 +36,7 @@ class Case:
         settings: of `PreferenceConfig`, over `DESCENT`.
         lora: whether an adapter trains (one that is not fresh) or all weights.
         model: of the model's config. adapter: of the adapter's.
+        four_bits: of the `BitsAndBytesConfig` of a model in 4 bits; `None` for one that is not quantized.
         rows: of the training data. streams: whether rows come as a stream.
         ref_model: an explicit reference, "given" as a model or "by name".
         seed: of how far the policy is from its reference when training begins.
@@ -45,6 +48,7 @@ class Case:
     lora: bool = False
     model: dict[str, Any] = field(default_factory=dict)
     adapter: dict[str, Any] = field(default_factory=dict)
+    four_bits: dict[str, Any] | None = None
     rows: int = 7
     ref_model: str | None = None
     seed: int = 1
@@ -53,8 +57,14 @@ class Case:
 
     def build_model(self) -> nn.Module:
         """The policy, the same on every rank; an adapter has moved away from zero, so that every loss has margins."""
-        model = tiny_model(**self.model)
+        model = tiny_model(**self.model) if self.four_bits is None else self._quantized()
         return perturbed(with_lora(model, **self.adapter), 0.1, self.seed) if self.lora else model
+
+    def _quantized(self) -> PreTrainedModel:
+        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", **self.four_bits)
+        model = tiny_model(**self.model)
+        weights = model.state_dict()
+        return type(model).from_pretrained(None, config=model.config, state_dict=weights, quantization_config=config)
 
     def build_reference(self, folder: Path) -> nn.Module | str:
         """The explicit reference, or where it was saved: a model that is neither the policy nor what is beneath it."""
@@ -74,7 +84,7 @@ class Case:
 def _case(loss: str, layout: str, lora: bool, name: str = "", **settings: Any) -> Case:
     own = {
         key: settings.pop(key)
-        for key in ("model", "adapter", "rows", "ref_model", "seed", "streams", "resumes")
+        for key in ("model", "adapter", "four_bits", "rows", "ref_model", "seed", "streams", "resumes")
         if key in settings
     }
     has_own = loss == "simpo" or "ref_model" in own
@@ -119,6 +129,16 @@ MORE = [
     _case("dpo", "padded", False, "explicit reference by name", ref_model="by name"),
     _case("dpo", "shared", False, "cached reference", precompute_ref_log_probs=True),
     _case("kto", "padded", True, "cached reference", precompute_ref_log_probs=True, seed=5),
+    _case("dpo", "shared", True, "4 bits, resumed", model=QUANTIZABLE, four_bits={}, **RESUMED),
+    _case(
+        "dpo",
+        "shared",
+        True,
+        "4 bits stored as fp32, resumed",
+        model=QUANTIZABLE,
+        four_bits={"bnb_4bit_quant_storage": torch.float32},
+        **RESUMED,
+    ),
 ]
 CASES = {case.name: case for case in EVERY_LOSS + MORE}
 assert len(CASES) == len(EVERY_LOSS) + len(MORE)
@@ -153,4 +173,12 @@ SHARDED = [
     "dpo, padded, full, explicit reference by name",
 ]
 FEW = ["dpo, padded, full", "dpo, shared, LoRA, copy of a trained adapter", "bco, shared, LoRA, resumed"]
-IN_SUITE = {"ddp": list(CASES), "zero1": FEW, "zero2": SOME, "zero3": SHARDED, "zero3_offload": FEW, "fsdp2": SHARDED}
+QLORA = "dpo, shared, LoRA, 4 bits, resumed"
+IN_SUITE = {
+    "ddp": list(CASES),
+    "zero1": FEW,
+    "zero2": [*SOME, QLORA],
+    "zero3": [*SHARDED, QLORA],
+    "zero3_offload": FEW,
+    "fsdp2": [*SHARDED, "dpo, shared, LoRA, 4 bits stored as fp32, resumed"],
+}

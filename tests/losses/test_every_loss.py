@@ -56,6 +56,7 @@ OTHER_VALUES_OF = {
     "tdpo2": {"alpha": 0.2},
     "alpha_dpo": {"alpha": 0.6},
     "odpo": {"alpha": 0.6},
+    "qrpo": {"length_normalize": True},
 }
 # Losses whose gradient in s_w may be positive, each by its formula, its turning point tested in test_turning_points.py.
 RISING = {

@@ -35,13 +35,13 @@ REFERENCE_FREE = {
     *("mallows_dpo_per_token", "tpo", "tpo_l"),
 }
 OF_TOKENS = {"d2po", "sampo", "tis_dpo"}
-OF_SINGLE_RESPONSES = {"apo_zero_unpaired", "bco", "kto", "npo", "sft_unpaired"}
+OF_SINGLE_RESPONSES = {"apo_zero_unpaired", "bco", "kto", "npo", "qrpo", "sft_unpaired"}
 OF_LISTS = {"exo_rw", "infonca", "lipo", "nca", "plackett_luce", "rrhf", "s_dpo", "sft_lists"}
 OF_KL = {"tdpo1", "tdpo2"}
 OF_TRIPLES = {"tpo", "tpo_l"}
 ONE_BY_ONE = {
     *("aot_unpaired", "apo_down", "apo_zero", "apo_zero_unpaired", "bco", "bco_pair", "cal_dpo", "dpo_shift", "dpop"),
-    *("kto", "kto_pair", "nca", "nca_pair", "npo", "sppo", "sppo_hard"),
+    *("kto", "kto_pair", "nca", "nca_pair", "npo", "qrpo", "sppo", "sppo_hard"),
 }
 REFUSED = {
     "f_divergence": REFERENCE_FREE | OF_TOKENS | OF_KL | ONE_BY_ONE | {"alpha_dpo", "aot", "chi_po"},

@@ -65,6 +65,7 @@ from tests.losses.numpy_reference.unpaired import (  # noqa: F401
     bco_pair,
     kto,
     npo,
+    qrpo,
     sft_unpaired,
 )
 
@@ -101,6 +102,7 @@ SHORT = {
     "ref_logps": "rs",
     "lengths": "n",
     "labels": "y",
+    "quantiles": "q",
     "policy_mismatched_logps": "m",
     "ref_mismatched_logps": "rm",
     "policy_list_logps": "S",

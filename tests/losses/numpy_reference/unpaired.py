@@ -25,6 +25,14 @@ def npo(s, rs, y, beta=0.1):
     return np.where(y, 0.0, 2 / beta * nll(-beta * (s - rs))), one(beta * (s - rs))
 
 
+def qrpo(s, rs, n, q, beta=0.003, length_normalize=False):
+    """2507.08068 eq. 11: Z, the mean of e^(Q/β) for a uniform Q, is the integral of it from 0 to 1."""
+    b = np.broadcast_to(beta / n if length_normalize else beta, s.shape)
+    # The integral by its primitive βe^(Q/β), with the largest exponent taken out.
+    log_z = 1 / b + np.log(b) + np.log1p(-np.exp(-1 / b))
+    return (q - b * log_z - b * (s - rs)) ** 2, one(b * (s - rs))
+
+
 def sft_unpaired(s, n, y):
     return np.where(y, -s / n, 0.0), None
 

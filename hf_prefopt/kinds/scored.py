@@ -1,0 +1,45 @@
+"""Scored responses: one response, and which share of the reference's own responses it is at least as good as."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from hf_prefopt.kinds.kind import WEIGHT, ExampleKind, Metric, row_numbers
+
+
+class Scored(ExampleKind):
+    """`responses`: `[B]` int64; `quantiles`: `[B]` float32 in [0, 1], the response's place in the distribution of the
+    rewards of the reference's responses to the prompt."""
+
+    name = "scored responses"
+    wanted = "rows with `quantile`, a number from 0 to 1 beside one response"
+    columns = ("quantiles",)
+    responses = {"": "responses"}  # noqa: RUF012
+    optional_columns = {"weights": WEIGHT}  # noqa: RUF012
+    batch_inputs = ("quantiles", *optional_columns)
+    rewarded = ("",)
+    metric_inputs = ("policy_logps", "quantiles")
+
+    def index(self, rows: Sequence[Mapping[str, Any]], places: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+        """Every response of a row is an example."""
+        counts = [len(row["quantiles"]) for row in rows]
+        return {"responses": np.concatenate(places), **self.batch_inputs_of(rows), **row_numbers(rows, counts)}
+
+    def batch_inputs_of(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+        """With `quantiles` `[B]` float32."""
+        quantiles = np.concatenate([np.array(row["quantiles"], dtype=np.float32) for row in rows])
+        return {"quantiles": quantiles, **super().batch_inputs_of(rows)}
+
+    def metrics(self, rewards: Tensor | None, inputs: Mapping[str, Tensor]) -> dict[str, Metric]:
+        """Means over all responses."""
+        metrics = {"quantiles": Metric(inputs["quantiles"]), "logps/responses": Metric(inputs["policy_logps"])}
+        return metrics if rewards is None else {"rewards/responses": Metric(rewards[:, 0]), **metrics}
+
+    def preferred(self, shown: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+        """The quantile of each response."""
+        return inputs["quantiles"].to(shown.dtype)[:, None]
+
+
+SCORED = Scored()
