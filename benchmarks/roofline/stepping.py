@@ -1,7 +1,7 @@
 """One training step of either trainer on fake tensors, counted."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
@@ -79,11 +79,11 @@ def counted_step(name: str, case: Case, **settings: Any) -> Counts:
     vocabulary = config_of(case.model, **case.changes).vocab_size
     head = {vocabulary, vocabulary % TRL_TILE, min(vocabulary, TRL_TILE)}
     counting = Counting(head, sides.lora().r if case.mode == "lora" else None)
-    with fake_gpu(), cuda_kernels(counting), counting, _without_numbers():
+    with fake_gpu(), cuda_kernels(counting), counting:
         with torch.device("cuda"):
             side = _side(name, case, settings)
         if name == "ours":
-            side.trainer.scorer.settle()
+            _settle(side.trainer.scorer, side.trainer.data_collator)
         _make_optimizer_state(side)
         counting.begin(_values(case.rows))
         _step(side, case.rows, counting)
@@ -116,27 +116,15 @@ def _side(name: str, case: Case, settings: dict[str, Any]) -> Side:
     return side
 
 
-@contextmanager
-def _without_numbers() -> Iterator[None]:
-    """Our trainer's checks on made-up sequences, which need numbers, are left out; the layout is what they allow."""
+def _settle(scorer: Any, collator: Any) -> None:
+    """What `Scorer.settle` does, without its checks on made-up sequences, which need numbers."""
     from hf_prefopt.scoring.attention import install_segment_attention
     from hf_prefopt.scoring.forward import base_causal_lm
-    from hf_prefopt.scoring.layout import Layout, known_reason
-    from hf_prefopt.training import scorer
 
-    def layout(asked: str, models: Sequence[nn.Module], *_: Any) -> Layout:
-        if asked == "padded" or any(map(known_reason, models)):
-            return Layout("padded", "")
-        for model in models:
-            install_segment_attention(base_causal_lm(model))
-        return Layout("shared", "")
-
-    checks = {"check_scores": None, "training_noise": 0.0, "made_up_logps": None}
-    with ExitStack() as stack:
-        for name, answer in checks.items():
-            stack.enter_context(patch.object(scorer, name, lambda *_, answer=answer: answer))
-        stack.enter_context(patch.object(scorer, "settled_layout", layout))
-        yield
+    if scorer.reference:
+        scorer.reference.place(scorer.accelerator)
+    install_segment_attention(base_causal_lm(scorer.model))
+    scorer.layout = collator.layout = "shared"
 
 
 def _make_optimizer_state(side: Side) -> None:
