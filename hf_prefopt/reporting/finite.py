@@ -119,7 +119,8 @@ class FiniteRun:
         own = [] if self._is_finite is None or self._is_finite else self._findings()
         own += [(float("inf"), True, text) for text in others if text]
         self._forget()
-        if accelerator.gather(torch.tensor([bool(own)], device=accelerator.device)).any():
+        alone = accelerator.num_processes == 1
+        if own if alone else accelerator.gather(torch.full((1,), bool(own), device=accelerator.device)).any():
             *_, text = min(gather_object(own))
             raise FloatingPointError(text)
 

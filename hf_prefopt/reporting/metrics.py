@@ -42,7 +42,9 @@ class RunningMeans:
         if not self._sums:
             return {}
         sums = torch.stack(list(self._sums.values()))
-        counts = torch.stack([torch.as_tensor(count, device=sums.device) for count in self._counts.values()])
+        # A number that is filled in on the device is not copied there, for which the host would wait.
+        numbers = [torch.full((), n, device=sums.device) if isinstance(n, int) else n for n in self._counts.values()]
+        counts = torch.stack(numbers)
         totals = accelerator.reduce(torch.stack([sums, counts.to(sums.dtype)]), reduction="sum").T.tolist()
         names = list(self._sums)
         self._sums, self._counts = {}, {}

@@ -1,0 +1,1 @@
+"""What a training step would ask of a GPU, counted on a CPU; `python -m benchmarks.roofline` says how."""

@@ -1,0 +1,74 @@
+"""Counts what a training step would ask of a GPU, ours beside TRL's, on a CPU and without weights.
+
+    python -m benchmarks.roofline --model llama-8b --case 4:1
+    python -m benchmarks.roofline --model qwen2.5-0.5b --case 4:1 --dtype fp32-autocast   # was measured, too
+    python -m benchmarks.roofline --tiny
+
+Both trainers run their real `training_step`, clipping and optimizer at a real shape, on fake CUDA tensors. Counted are
+FLOP, bytes that operators read and write, kernel launches, waits of the host by call site, and the most memory in use.
+They are facts of the code; the milliseconds of an H100 are an estimate from them (`estimate.py`). Python's own time is
+not in it: `python -m benchmarks.host_time` measures that. Needs a C++ compiler, for a device that does nothing.
+"""
+
+import warnings
+
+from benchmarks.roofline.fake_device import load_device
+
+load_device()
+
+import argparse  # noqa: E402
+import json  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+from benchmarks.gpu_speed import LENGTHS, TINY_LENGTHS, chat_lengths  # noqa: E402
+from benchmarks.roofline.models import CONFIGS  # noqa: E402
+from benchmarks.roofline.stepping import DTYPES, Case, counted_step  # noqa: E402
+from benchmarks.roofline.table import markdown, record, show  # noqa: E402
+from benchmarks.work import Row, synthetic  # noqa: E402
+
+MODELS = [name for name in CONFIGS if name != "tiny"]
+CASES = [*LENGTHS, "chat"]
+
+
+def rows_of(lengths: str, pairs: int, tiny: bool) -> list[Row]:
+    """The rows of a micro-batch. Their tokens tell nothing here: all are below any vocabulary's size."""
+    if lengths == "chat":
+        return chat_lengths(512, pairs)
+    return synthetic(512, pairs, *(TINY_LENGTHS if tiny else LENGTHS)[lengths])[0]
+
+
+def main(arguments: list[str] | None = None) -> list[dict]:
+    """Count, print a table for each case, and write what was asked for."""
+    options = _options(arguments)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    records = json.loads(options.json.read_text()) if options.json and options.json.exists() else []
+    for model in ["tiny"] if options.tiny else options.model:
+        for lengths in options.case:
+            rows = rows_of(lengths, options.pairs, options.tiny)
+            case = Case(model, lengths, rows, options.mode, options.dtype, options.checkpointing)
+            trl, ours = (counted_step(side, case) for side in ("trl", "ours"))
+            show(case, trl, ours)
+            records.append(record(case, trl, ours))
+            if options.json:
+                options.json.write_text(json.dumps(records, indent=1))
+    if options.markdown:
+        options.markdown.write_text(markdown(records))
+    return records
+
+
+def _options(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", nargs="+", default=["qwen3-0.6b"], choices=MODELS)
+    parser.add_argument("--case", nargs="+", default=["4:1"], choices=CASES, help="prompt : response, or real lengths")
+    parser.add_argument("--pairs", type=int, default=8, help="of a micro-batch (default 8)")
+    parser.add_argument("--mode", default="lora", choices=("lora", "full"))
+    parser.add_argument("--dtype", default="bf16", choices=list(DTYPES), help="of the weights; both run under autocast")
+    parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--tiny", action="store_true", help="a model of two layers and short rows")
+    parser.add_argument("--json", type=Path, help="a file that the figures are added to")
+    parser.add_argument("--markdown", type=Path, help="a file for the tables of all figures")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    main()

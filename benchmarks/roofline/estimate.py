@@ -1,0 +1,33 @@
+"""How long counted work would take on an H100: an estimate, whose parts are counts.
+
+Each operator takes as long as its products or its bytes, whichever is slower, and a constant for each launch. Caches,
+small products and the order of kernels are left out.
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+
+import torch
+
+from benchmarks.gpu_speed import REACHED_FLOP_PER_SECOND
+from benchmarks.roofline.counting import Work
+
+# fp32 products run on CUDA cores: 67 TFLOP/s by the data sheet, of which about three quarters are reached.
+FLOP_PER_SECOND = {torch.float32: 50e12}
+BYTES_PER_SECOND = 3.35e12
+SECONDS_PER_LAUNCH = 4e-6
+PARTS = ("products", "attention", "head", "elementwise", "adapter", "optimizer", "reference")
+
+
+def seconds(work: Work) -> float:
+    """The estimated time of one operator."""
+    speed = FLOP_PER_SECOND.get(work.dtype, REACHED_FLOP_PER_SECOND["H100"])
+    return max(work.flop / speed, work.bytes / BYTES_PER_SECOND) + work.launches * SECONDS_PER_LAUNCH
+
+
+def parts(work: Iterable[Work]) -> dict[str, float]:
+    """Estimated seconds by part; reference and optimizer are parts of their own, the others are the policy's."""
+    found: Counter[str] = Counter()
+    for each in work:
+        found[each.phase if each.phase in ("reference", "optimizer") else each.part] += seconds(each)
+    return {part: found[part] for part in PARTS}

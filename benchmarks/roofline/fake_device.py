@@ -1,0 +1,94 @@
+"""A CUDA device without memory and without arithmetic, in a CPU build of PyTorch.
+
+Tensors on it are fake: they have shapes, dtypes and `is_cuda`, so that code takes the path that it would take on a GPU.
+`load_device` comes before `import torch`; `fake_gpu` is a context in which `torch.cuda` says what a GPU would.
+"""
+
+import ctypes
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
+
+SOURCE = Path(__file__).with_name("device.cpp")
+BUILT = Path(__file__).resolve().parents[2] / "build"
+COMPILERS = ("c++", "g++", "clang++")
+_LOADED: list[ctypes.CDLL] = []
+
+
+def compiler() -> str | None:
+    """The C++ compiler that the device is built with: $CXX, or one that is installed."""
+    return os.environ.get("CXX") or next(filter(None, map(shutil.which, COMPILERS)), None)
+
+
+def load_device() -> None:
+    """Build the device, once for a version of PyTorch, and load it.
+
+    Raises:
+        RuntimeError: torch was imported before, or there is no C++ compiler.
+    """
+    if _LOADED:
+        return
+    if "torch" in sys.modules:
+        raise RuntimeError("torch was imported before the device: load it first thing, or run a process of its own")
+    (torch,) = importlib.util.find_spec("torch").submodule_search_locations
+    key = hashlib.sha256(SOURCE.read_bytes() + version("torch").encode() + torch.encode()).hexdigest()[:16]
+    library = BUILT / f"fake_device_{key}.so"
+    if not library.exists():
+        _build(library, Path(torch))
+    _LOADED.append(ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL))
+
+
+def _build(library: Path, torch: Path) -> None:
+    if compiler() is None:
+        raise RuntimeError(f"{SOURCE.name} needs a C++ compiler: install one, or name it in $CXX")
+    BUILT.mkdir(exist_ok=True)
+    unfinished = library.with_suffix(f".{os.getpid()}")
+    libraries = [f"-L{torch / 'lib'}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{torch / 'lib'}"]
+    options = ["-shared", "-fPIC", "-std=c++20", "-O0", f"-I{torch / 'include'}"]
+    subprocess.run([compiler(), *options, str(SOURCE), "-o", str(unfinished), *libraries], check=True)
+    unfinished.rename(library)
+
+
+@contextmanager
+def fake_gpu(capability: tuple[int, int] = (9, 0)) -> Iterator[None]:
+    """Tensors are fake, and `torch.cuda` has one device of that capability.
+
+    Autocast for "cuda" switches itself off where there is none, and accelerate would choose the CPU.
+    """
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    class WithoutDevice(FakeTensorMode):
+        # torch.tensor(list, device="cuda") makes a CPU tensor, and its copy to the device is seen as one.
+        avoid_device_init = True
+
+    properties = SimpleNamespace(name="fake", major=capability[0], minor=capability[1], total_memory=80 << 30)
+    answers = {
+        "is_available": True,
+        "device_count": 1,
+        "current_device": 0,
+        "set_device": None,
+        "synchronize": None,
+        "empty_cache": None,
+        "manual_seed_all": None,
+        "is_current_stream_capturing": False,
+        "get_device_capability": capability,
+        "get_device_properties": properties,
+        "is_bf16_supported": capability >= (8, 0),
+    }
+    with ExitStack() as stack:
+        for name, answer in answers.items():
+            stack.enter_context(patch.object(torch.cuda, name, lambda *_, answer=answer, **__: answer))
+        # `module.to` would exchange two tensors, which PyTorch refuses where something has a weak reference to one.
+        stack.enter_context(patch.object(torch.utils, "swap_tensors", lambda old, new: setattr(old, "data", new)))
+        stack.enter_context(WithoutDevice(allow_non_fake_inputs=True))
+        yield

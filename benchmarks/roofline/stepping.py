@@ -1,0 +1,186 @@
+"""One training step of either trainer on fake tensors, counted."""
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
+
+from benchmarks import sides
+from benchmarks.roofline.counting import Batch, Counting, Work
+from benchmarks.roofline.fake_device import fake_gpu
+from benchmarks.roofline.kernels import cuda_kernels
+from benchmarks.roofline.models import build, config_of
+from benchmarks.sides import Side
+from benchmarks.work import Row, as_groups_of_pairs, as_pairs
+
+# The dtype of the weights, and the autocast that the trainers are told.
+DTYPES = {
+    "bf16": (torch.bfloat16, "bf16"),
+    "fp32-autocast": (torch.float32, "bf16"),
+    "fp16-autocast": (torch.float32, "fp16"),
+}
+# TRL's head makes the logits of so many tokens of the vocabulary at a time.
+TRL_TILE = 32_768
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is trained, and on what.
+
+    Attributes:
+        model: a name of `CONFIGS`. lengths: a name for tables. rows: of one micro-batch.
+        mode: "lora" or "full". dtype: a name of `DTYPES`.
+        changes: fields of the model's config.
+    """
+
+    model: str
+    lengths: str
+    rows: Sequence[Row]
+    mode: str = "lora"
+    dtype: str = "bf16"
+    checkpointing: bool = False
+    changes: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What a step asks of the GPU.
+
+    Attributes:
+        work, waits, kept, peak: as of `Counting`. waits_of_log: of a logging step, beside. positions: computed.
+        layout: ours.
+    """
+
+    work: list[Work]
+    waits: dict[str, int]
+    waits_of_log: dict[str, int]
+    kept: dict[str, int]
+    peak: int
+    positions: int
+    layout: str | None
+
+    def total(self, what: str, **where: str) -> int:
+        """The sum of "launches", "flop" or "bytes" over work of a phase or part."""
+        chosen = (w for w in self.work if all(getattr(w, name) == value for name, value in where.items()))
+        return sum(getattr(w, what) for w in chosen)
+
+
+def counted_step(name: str, case: Case, **settings: Any) -> Counts:
+    """A step of a trainer, "trl" or "ours", whose optimizer has its state.
+
+    Args:
+        settings: the trainer's own, such as `layout`.
+    """
+    vocabulary = config_of(case.model, **case.changes).vocab_size
+    head = {vocabulary, vocabulary % TRL_TILE, min(vocabulary, TRL_TILE)}
+    counting = Counting(head, sides.lora().r if case.mode == "lora" else None)
+    with fake_gpu(), cuda_kernels(counting), counting:
+        with torch.device("cuda"):
+            side = _side(name, case, settings)
+        if name == "ours":
+            _settle(side.trainer.scorer, side.trainer.data_collator)
+        _make_optimizer_state(side)
+        counting.begin(_values(case.rows))
+        _step(side, case.rows, counting)
+        step = counting.work, dict(counting.waits)
+        kept, peak = dict(counting.kept), counting.peak
+        counting.begin(Batch())
+        side.trainer.log({"loss": 0.0})
+        layout = getattr(side.trainer, "layout", None)
+        return Counts(*step, dict(counting.waits), kept, peak, side.positions(case.rows), layout)
+
+
+def _side(name: str, case: Case, settings: dict[str, Any]) -> Side:
+    def model(*_: Any, **__: Any) -> nn.Module:
+        return build(case.model, weights, **case.changes)
+
+    weights, autocast = DTYPES[case.dtype]
+    options = {"bf16": autocast == "bf16", "fp16": autocast == "fp16", "use_cpu": False} | settings
+    if name == "ours" and case.mode == "lora":
+        options["reference"] = "adapter_off"  # "auto" looks whether the adapter is zero
+    if name == "trl":
+        options["router_aux_loss_coef"] = 0.0  # ours has no such term
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(sides, "load_model", model))
+        if case.mode == "full":
+            stack.enter_context(patch.object(sides, "lora", lambda: None))
+            stack.enter_context(patch("trl.trainer.dpo_trainer.create_model_from_path", model))
+        side = sides.SIDES[name]("random:", **options)
+    if case.checkpointing:
+        side.trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
+    return side
+
+
+def _settle(scorer: Any, collator: Any) -> None:
+    """What `Scorer.settle` does, without its checks on made-up sequences, which need numbers."""
+    from hf_prefopt.scoring.attention import install_segment_attention
+    from hf_prefopt.scoring.forward import base_causal_lm
+
+    if scorer.reference:
+        scorer.reference.place(scorer.accelerator)
+    install_segment_attention(base_causal_lm(scorer.model))
+    scorer.layout = collator.layout = "shared"
+
+
+def _make_optimizer_state(side: Side) -> None:
+    for parameter in side.model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
+    side.optimizer.optimizer.step()
+    side.model.zero_grad()
+
+
+def _values(rows: Sequence[Row]) -> Batch:
+    """What the rows tell of attention and padding."""
+    sequences = [(len(r["prompt_ids"]), len(ids)) for r in as_groups_of_pairs(rows) for ids in r["response_ids"]]
+    longest = max(map(sum, sequences))
+    scored = sum(response for _, response in sequences) / (len(sequences) * (longest - 1))
+    return Batch(sum(map(_pairs_of, rows)), scored, any(sum(sequence) < longest for sequence in sequences))
+
+
+def _pairs_of(row: Row) -> int:
+    """(query, key) pairs: the prompt's and each response's own triangle, each response's rectangle over the prompt."""
+    prompt = len(row["prompt_ids"])
+    responses = [len(ids) for ids in row["response_ids"]]
+    return prompt * (prompt + 1) // 2 + sum(r * (r + 1) // 2 + r * prompt for r in responses)
+
+
+def _step(side: Side, rows: Sequence[Row], counting: Counting) -> None:
+    """A whole step, its work recorded by phase."""
+    trainer, model = side.trainer, side.model
+    forwards = [model] + ([trainer.ref_model] if getattr(trainer, "ref_model", None) is not None else [])
+    with ExitStack() as stack:
+        for module in forwards:
+            forward = _in_phase(module.forward, counting, is_reference=module is not model)
+            stack.enter_context(patch.object(module, "forward", forward))
+        backward = trainer.accelerator.backward
+
+        def in_backward(*args: Any, **kwargs: Any) -> None:
+            with counting.during("backward"):
+                backward(*args, **kwargs)
+
+        stack.enter_context(patch.object(trainer.accelerator, "backward", in_backward))
+        with _disable_current_modes():  # a data loader's tensors are on the CPU, and real
+            collated = trainer.data_collator(as_pairs(rows) if side.name == "trl" else list(rows))
+        batches, count = trainer.get_batch_samples(iter([collated]), 1, trainer.args.device)
+        with counting.watching_saved(), counting.during("loss"):
+            loss = trainer.training_step(model, batches[0], count)
+        del loss, batches
+        with counting.during("optimizer"):
+            trainer.accelerator.clip_grad_norm_(model.parameters(), trainer.args.max_grad_norm)
+            side.optimizer.step()
+            model.zero_grad()
+
+
+def _in_phase(forward: Callable, counting: Counting, is_reference: bool) -> Callable:
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        phase = "reference" if is_reference or not torch.is_grad_enabled() else "policy"
+        with counting.during(phase):
+            return forward(*args, **kwargs)
+
+    return counted

@@ -1,0 +1,120 @@
+"""What was counted, side by side, and what was measured of the same case."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.roofline.estimate import PARTS, parts
+from benchmarks.roofline.stepping import Case, Counts
+
+GIB = 1024**3
+MEASURED = Path(__file__).resolve().parents[1] / "GPU.md"
+# The shapes of `GPU.md`, and how it calls the dtype of frozen weights.
+SHAPES = {"qwen2.5-0.5b": "0.5B", "qwen3-8b": "8B"}
+WEIGHTS = {"bf16": "bfloat16", "fp32-autocast": "float32"}
+Figures = dict[str, float]
+
+
+def figures(counts: Counts) -> Figures:
+    """The totals of a step and the parts of its estimate, by the names of the table's rows."""
+    estimated = parts(counts.work)
+    return {
+        "positions": counts.positions,
+        "TFLOP": counts.total("flop") / 1e12,
+        "GB moved": counts.total("bytes") / 1e9,
+        "launches": counts.total("launches"),
+        "waits of the host": sum(counts.waits.values()),
+        "peak GiB": counts.peak / GIB,
+        "estimated ms": 1000 * sum(estimated.values()),
+        **{f"  {part}": 1000 * estimated[part] for part in PARTS},
+    }
+
+
+def measured(case: Case, path: Path = MEASURED) -> dict[str, str]:
+    """The row of the first table of `GPU.md` that is of this case, by its columns; nothing if none is."""
+    wanted = {
+        "shape": SHAPES.get(case.model),
+        "frozen weights": WEIGHTS.get(case.dtype),
+        "prompt : response": case.lengths,
+        "pairs": str(len(case.rows)),
+    }
+    if case.mode != "lora" or case.checkpointing:
+        return {}
+    found = (row for row in _first_table(path.read_text()) if wanted.items() <= row.items())
+    return next(found, {})
+
+
+def _first_table(markdown: str) -> Iterator[dict[str, str]]:
+    lines = markdown.splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith("|"))
+    columns: list[str] = []
+    for name in _cells(lines[start]):  # "peak GiB TRL | ours"
+        columns.append(columns[-1].replace("TRL", "ours") if name == "ours" else name)
+    for line in lines[start + 2 :]:
+        if not line.startswith("|"):
+            return
+        yield dict(zip(columns, _cells(line), strict=True))
+
+
+def _cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip().strip("|").split("|")]
+
+
+def show(case: Case, trl: Counts, ours: Counts) -> None:
+    """Print the table of a case, and where the host waits."""
+    theirs, mine, real = figures(trl), figures(ours), measured(case)
+    beside: dict[str, tuple[str, str]] = {}
+    if real:
+        beside["estimated ms"] = real["ms TRL"], real["ms ours"]
+        beside["peak GiB"] = real["peak GiB TRL"], real["peak GiB ours"]
+    title = f"{case.model}, {case.lengths}, {len(case.rows)} pairs, {case.mode}, {case.dtype}"
+    title += ", checkpointing" if case.checkpointing else ""
+    table = Table("", title=title, title_justify="left")
+    for column in ("TRL", "ours", "TRL / ours", "measured TRL", "ours"):
+        table.add_column(column, justify="right")
+    for name in theirs:
+        ratio = f"{theirs[name] / mine[name]:.2f}" if mine[name] else "–"
+        table.add_row(name, _number(theirs[name]), _number(mine[name]), ratio, *beside.get(name, ("", "")))
+    console = Console(width=110)
+    console.print(table)
+    for side, counts in (("TRL", trl), ("ours", ours)):
+        for site, count in sorted(counts.waits.items(), key=lambda item: -item[1]):
+            console.print(f"{side} waits {count} times, {site}")
+        for site, size in counts.kept.items():
+            console.print(f"{side} keeps {size / GIB:.2f} GiB for the backward, {site}")
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if float(value).is_integer() or value >= 1000 else f"{value:.1f}"
+
+
+def record(case: Case, trl: Counts, ours: Counts) -> dict[str, Any]:
+    """The case and its figures, for a JSON file."""
+    names = {"model": case.model, "lengths": case.lengths, "pairs": len(case.rows), "mode": case.mode}
+    names |= {"weights": case.dtype, "checkpointing": "yes" if case.checkpointing else "no"}
+    sides = {"trl": trl, "ours": ours}
+    found: dict[str, Any] = {name: figures(counts) for name, counts in sides.items()}
+    found |= {"waits": {name: counts.waits for name, counts in sides.items()}}
+    return {"case": names, **found, "kept": {name: counts.kept for name, counts in sides.items()}}
+
+
+def markdown(records: list[dict[str, Any]]) -> str:
+    """Two tables: the counts of both sides, and the parts of the estimate."""
+    counts, estimates = [], []
+    for each in records:
+        theirs, mine, case = each["trl"], each["ours"], each["case"]
+        ratio = {"TRL / ours": f"{theirs['estimated ms'] / mine['estimated ms']:.2f}"}
+        names = [name for name in mine if not name.startswith("  ")]
+        shown = {name: f"{_number(theirs[name])} / {_number(mine[name])}" for name in names}
+        counts.append({**case, **shown, **ratio})
+        of_parts = {part: f"{theirs[f'  {part}']:.0f} / {mine[f'  {part}']:.0f}" for part in PARTS}
+        estimates.append({name: case[name] for name in list(case)[:2]} | of_parts | ratio)
+    return f"{_table(counts)}\n\nThe parts of the estimate, ms of TRL / ours:\n\n{_table(estimates)}\n"
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *([str(cell) for cell in row.values()] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
