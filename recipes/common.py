@@ -22,6 +22,7 @@ from trl import ModelConfig, ScriptArguments, TrlParser
 
 from hf_prefopt import PreferenceConfig, PreferenceTrainer
 from hf_prefopt.callbacks import GenerationEvalCallback
+from hf_prefopt.config_names import hints_in
 from hf_prefopt.console import use_short_progress
 
 # What the report at the end suggests.
@@ -90,7 +91,7 @@ def parse_arguments(
         _refuse_unused(script, training)
         training.model_init_kwargs = loading_arguments(model, training.model_init_kwargs)
     except ValueError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {error}{hints_in(str(error))}")
     if training.process_index == 0 and Path(training.output_dir, "README.md").is_file():
         print(f"{training.output_dir} holds an earlier run, whose files are written over: --output_dir", flush=True)
     return script, training, model, recipe

@@ -108,6 +108,9 @@ class Scorer:
         args = self._args
         self.objective, self.accelerator = objective, accelerator
         self.layout, self._filler, self._moving, self._remembered = None, None, None, RememberedScores()
+        if objective.needs_prompts and CUSTOM in self._collator.collators:
+            raise ValueError("a loss reads log-probs of prompts, which a data_collator does not give: leave it out")
+        self._collator.scores_prompts = objective.needs_prompts
         self._dropout = switch_off_dropout(model, args.disable_dropout)
         reference = choose_reference(args.reference, model, self._ref_model, objective.needs_reference_model)
         self.tree = reference.tree if reference is not None and not reference.is_separate else ModuleTree(model)
