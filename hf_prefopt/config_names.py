@@ -32,7 +32,7 @@ FOREIGN_SETTINGS: Mapping[str, str] = {
     "pad_token": _NO_PADDING,
     "padding_free": "nothing: layout='auto' computes no padding",
     "padding_value": _NO_PADDING,
-    "precompute_ref_batch_size": "per_device_eval_batch_size=..., in which the reference is scored",
+    "precompute_ref_batch_size": "max_tokens_per_batch=..., the positions of a batch of that pass, too",
     "pref_beta": "beta=...",
     "pref_ftx": "sft_weight=...",
     "pref_loss": "loss_type=...",

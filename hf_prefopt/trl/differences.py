@@ -36,7 +36,7 @@ OTHER_DEFAULTS: dict[str, tuple[Any, Any, str]] = {
         "whole data set.",
     ),
     "logging_nan_inf_filter": (True, False, "A loss that is not finite stops the run."),
-    "ddp_broadcast_buffers": (None, False, "No buffer changes in training."),
+    "ddp_broadcast_buffers": (None, False, "There is nothing to send: buffers do not change in training."),
 }
 
 DIFFERENCES = (

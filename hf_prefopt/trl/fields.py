@@ -45,7 +45,7 @@ TRL_FIELDS: Mapping[str, Meaning] = {
         "No effect, as in TRL. layout='auto' computes no padding where that is exact for the model.", is_idle=bool
     ),
     "precompute_ref_batch_size": Meaning(
-        "No effect: the reference is scored in batches of per_device_eval_batch_size, or of max_tokens_per_batch.",
+        "No effect: that pass takes as many responses as fit into max_tokens_per_batch positions.",
         is_idle=_is_set,
     ),
     "activation_offloading": Meaning(

@@ -26,6 +26,37 @@ RENAMED: Mapping[str, tuple[str, float]] = {
 }
 
 
+# For docs/from_trl.md: a metric, which trainers log it, and what it is under `PreferenceTrainer`.
+LOGGED = (
+    ("`loss`, `grad_norm`, `learning_rate`", "all", "the same"),
+    (
+        "`rewards/chosen`, `rewards/rejected`, `rewards/margins`",
+        "DPO",
+        "the loss's own reward: β by token for `ipo`, …",
+    ),
+    ("`rewards/chosen`, `rewards/rejected`, `rewards/margins`", "KTO, CPO, ORPO, TPO", "the same"),
+    ("`rewards/accuracies`", "DPO, CPO, ORPO, TPO", "the same; a tie counts half"),
+    ("`logps/chosen`, `logps/rejected`", "all; by token for `ipo`, `simpo`, `alphapo`, `tpo-l`, ORPO", "summed"),
+    *(
+        (f"`{name}`", trainers, f"`{ours}`" if sign > 0 else f"minus `{ours}`")
+        for name, trainers, ours, sign in (
+            ("nll_loss", "CPO", "loss/cpo_nll", 1),
+            ("nll_loss", "ORPO", "loss/orpo_sequence_nll", 1),
+            ("log_odds_chosen", "ORPO", "loss/orpo_sequence_log_odds_ratio", 1),
+            ("log_odds_ratio", "ORPO", "loss/orpo_sequence_preference", -1),
+            ("kl", "KTO", "loss/kto_kl", 1),
+        )
+    ),
+)
+LEFT_OUT = (
+    ("`entropy`, `mean_token_accuracy`", "they cost a pass over the vocabulary at every token"),
+    ("`logits/chosen`, `logits/rejected`", "logits are not kept"),
+    ("`num_tokens`", "set `include_num_input_tokens_seen`, which logs `num_input_tokens_seen`"),
+    ("`aux_loss`", "it is not computed; see `router_aux_loss_coef`"),
+    ("`kl` of `apo_zero_unpaired`", "it is 0 by definition"),
+)
+
+
 def renamed(metrics: Metrics, inputs: Inputs) -> Metrics:
     """Components of losses by the names that TRL has for them; the others keep theirs."""
     signs = {name: RENAMED.get(name, (name, 1.0)) for name in metrics}
