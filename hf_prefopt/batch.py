@@ -36,6 +36,7 @@ class PreferenceBatch(TypedDict, total=False):
         longest_response: the largest of them, a number: no device is waited for to know the width of `[R, T]`.
         response_keys: R bytes, what each response's reference log-probs are cached under, where a cache is used.
         chosen, rejected: `[B]` int64, each pair's responses, as indices into R. A response may serve several pairs.
+        prompts: `[B]` int64, each pair's prompt, where prompts are scored (see `data.prompts`).
         gold: `[B]` int64, each triple's third response (see `kinds.triples`).
         responses, mismatched: `[B]` int64, and labels: `[B]` bool, of unpaired examples (see `kinds.unpaired`).
         quantiles: `[B]` float32, of scored responses (see `kinds.scored`).
@@ -69,6 +70,7 @@ class PreferenceBatch(TypedDict, total=False):
     response_keys: tuple[bytes, ...]
     chosen: Tensor
     rejected: Tensor
+    prompts: Tensor
     gold: Tensor
     chosen_token_weights: Tensor
     rejected_token_weights: Tensor

@@ -2,14 +2,15 @@
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
-from hf_prefopt.config_checks import REFERENCES, check_reference_settings, check_values
+from hf_prefopt.config_checks import REFERENCES, check_reference_settings, check_values, unread_settings
 from hf_prefopt.config_docs import documented
+from hf_prefopt.config_names import refuse_foreign_settings
 from hf_prefopt.config_trainer import check_trainer_settings, greater_is_better, without_fused_head
 from hf_prefopt.kinds import UNPAIRED, ExampleKind
 from hf_prefopt.objective.build import build_objective
@@ -43,6 +44,7 @@ class PreferenceConfig(TrainingArguments):
 
     Raises:
         ValueError: at construction; names the field, its value and the valid values.
+        TypeError: no such field; for other libraries' names it says what to write.
     """
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [
@@ -258,6 +260,11 @@ class PreferenceConfig(TrainingArguments):
         ),
     )
 
+    def __new__(cls, *args: Any, **settings: Any):
+        """Raise `TypeError` for a name that another library has for a setting, with what to write."""
+        refuse_foreign_settings(settings, cls.__dataclass_fields__, cls.__name__)
+        return super().__new__(cls)
+
     def __post_init__(self):
         # TrainingArguments refuses bf16 on a CPU that it was not told of, even where there is nothing else.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
@@ -282,6 +289,8 @@ class PreferenceConfig(TrainingArguments):
         if self.reference == "cache":
             self.reference, self.precompute_ref_log_probs = "auto", True
         check_values(self)
+        for unread in unread_settings(self):
+            self.refuse_unread(unread)
         check_trainer_settings(self)
         objective = self.build_objective()
         check_reference_settings(self, objective)
@@ -291,6 +300,10 @@ class PreferenceConfig(TrainingArguments):
             raise ValueError(
                 f"unpair=True makes unpaired examples, but {', '.join(self.loss_type)} needs {objective.kind.wanted}"
             )
+
+    def refuse_unread(self, text: str) -> None:
+        """Raise `ValueError`: a setting would have no effect, as the text says."""
+        raise ValueError(text)
 
     def build_objective(self, kind: ExampleKind | None = None, columns: Collection[str] = ()) -> Objective:
         """The objective that these settings describe.
@@ -302,19 +315,25 @@ class PreferenceConfig(TrainingArguments):
         Raises:
             ValueError: see `objective.build.build_objective`.
         """
-        shared = {"beta": self.beta, "label_smoothing": self.label_smoothing}
         return build_objective(
-            self.loss_type,
-            self.loss_weights,
-            self.loss_params,
-            shared_params={name: value for name, value in shared.items() if value is not None},
-            sft_weight=self.sft_weight,
+            **self.losses(),
             use_weighting=self.use_weighting,
-            reference_free=self.reference_free,
             kind=UNPAIRED if self.unpair else kind,
             modifiers=self._modifiers(),
             columns=columns,
         )
+
+    def losses(self) -> dict[str, Any]:
+        """The losses that these settings name, as the arguments of `objective.build.build_objective` that say so."""
+        shared = {"beta": self.beta, "label_smoothing": self.label_smoothing}
+        return {
+            "loss_types": self.loss_type,
+            "loss_weights": self.loss_weights,
+            "loss_params": self.loss_params,
+            "shared_params": {name: value for name, value in shared.items() if value is not None},
+            "sft_weight": self.sft_weight,
+            "reference_free": self.reference_free,
+        }
 
     def _modifiers(self) -> list[Modifier]:
         """The modifiers that are asked for, in the order in which they are taken."""

@@ -1,7 +1,7 @@
 """Checks of the settings, at construction and whenever they are changed: each error names the field and what to do."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from hf_prefopt.objective.divergences import ALIASES
@@ -52,16 +52,17 @@ def check_values(args: Any) -> None:
         raise ValueError(f"router_aux_loss_coef={args.router_aux_loss_coef} must be at least 0, and finite")
     if args.max_length is not None and args.max_length < 2:
         raise ValueError(f"max_length={args.max_length} leaves no room for a prompt and a response token")
-    if args.pad_to_multiple_of is not None and args.pad_to_multiple_of < 1:
-        raise ValueError(f"pad_to_multiple_of={args.pad_to_multiple_of} must be at least 1, or None for no rounding")
-    _refuse_unread(args)
+    multiple = args.pad_to_multiple_of
+    if multiple is not None and (not isinstance(multiple, int) or multiple < 1):
+        raise ValueError(f"pad_to_multiple_of={multiple!r} must be at least 1, or None for no rounding")
 
 
-def _refuse_unread(args: Any) -> None:
+def unread_settings(args: Any) -> Iterator[str]:
+    """For each setting that is set and has no effect, because another one is off: what to do."""
     for name, (feature, is_on) in READ_WITH.items():
         value, default = getattr(args, name), type(args).__dataclass_fields__[name].default
         if value != default and not is_on(args):
-            raise ValueError(f"{name}={value!r} is only used with {feature}: set that, or leave {name} out")
+            yield f"{name}={value!r} is only used with {feature}: set that, or leave {name} out"
 
 
 def _check_mapping(mapping: Any) -> None:
@@ -99,6 +100,11 @@ def check_reference_settings(args: Any, objective: Objective) -> None:
         raise ValueError(
             f"precompute_ref_log_probs=True keeps log-probs, and {losses} also reads the reference's "
             f"{', '.join(objective.reference_token_stats)} at every token: set precompute_ref_log_probs=False"
+        )
+    if args.precompute_ref_log_probs and objective.needs_prompts:
+        raise ValueError(
+            f"precompute_ref_log_probs=True keeps log-probs of responses, and {losses} also reads those of prompts: "
+            "set precompute_ref_log_probs=False"
         )
     if args.sync_ref_model:
         _check_moving(args, objective, losses)

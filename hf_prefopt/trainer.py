@@ -20,6 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HPSearchBackend
 
 from hf_prefopt.batch import LoaderBatch, PreferenceBatch, join_examples
 from hf_prefopt.config import PreferenceConfig
+from hf_prefopt.config_names import refuse_foreign_arguments
 from hf_prefopt.data.collator import check_loaded
 from hf_prefopt.data.unpaired import EpochOfMismatches
 from hf_prefopt.loading import load_model, load_processing_class
@@ -68,7 +69,7 @@ from hf_prefopt.training.global_batch import GlobalBatch, gather_examples
 from hf_prefopt.training.preference_data import Data, DataOrSplits, PreferenceData
 from hf_prefopt.training.replicas import RanksAgree, refuse_drifted
 from hf_prefopt.training.scorer import Scorer, ScorerEvents, SettleScorer, loader_collator
-from hf_prefopt.training.settings import OWN, OwnSettings, evaluation_loss
+from hf_prefopt.training.settings import OwnSettings, evaluation_loss
 from hf_prefopt.training.step_batches import StepBatches
 from hf_prefopt.training.trainable import check_trainable, refuse_frozen
 from hf_prefopt.training.wrapping import settle_unused_parameters
@@ -493,7 +494,7 @@ class PreferenceTrainer(Trainer):
             is_space = self.hp_search_backend == HPSearchBackend.OPTUNA
             # A space is asked once: it may draw at random.
             space, values = self.hp_space, self.hp_space(trial) if is_space else trial
-            others = {name: value for name, value in values.items() if name not in OWN}
+            others = {name: value for name, value in values.items() if name not in self.settings.names}
             self.hp_space = lambda _: others
             super()._hp_search_setup(trial if is_space else others)
             self.hp_space, self._trial = space, trial
@@ -553,7 +554,7 @@ class PreferenceTrainer(Trainer):
             self.scorer.load(Path(checkpoint))
 
     def create_model_card(
-        self, *_: Any, model_name: str | None = None, dataset: str | list[str] | None = None, **metadata: Any
+        self, *, model_name: str | None = None, dataset: str | list[str] | None = None, **metadata: Any
     ) -> None:
         """Writes the run's model card, `README.md`, into `output_dir`; `push_to_hub` passes its arguments on to here.
 
@@ -561,7 +562,11 @@ class PreferenceTrainer(Trainer):
             model_name: the card's title; by default the name of the repository or of the output folder.
             dataset: the name or names of the data, on the Hub or local.
             metadata: further metadata of the Hub, such as `license="apache-2.0"` or `language="en"`.
+
+        Raises:
+            TypeError: another library's name for an argument.
         """
+        refuse_foreign_arguments(metadata)
         if not self.is_world_process_zero():
             return
         facts = card_facts(

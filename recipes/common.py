@@ -23,6 +23,7 @@ from trl import ModelConfig, ScriptArguments, TrlParser
 
 from hf_prefopt import Mixture, PreferenceConfig, PreferenceTrainer, split_by_prompt
 from hf_prefopt.callbacks import GenerationEvalCallback
+from hf_prefopt.config_names import hints_in
 from hf_prefopt.console import use_short_progress
 from hf_prefopt.data.files import load_splits
 from hf_prefopt.data.splits import HELD_BACK, describe_splits, evaluation_split, training_split
@@ -110,7 +111,7 @@ def parse_arguments(
         _refuse_unused(script, training, recipe)
         training.model_init_kwargs = loading_arguments(model, training.model_init_kwargs)
     except ValueError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {error}{hints_in(str(error))}")
     if recipe.datasets:
         script.dataset_name = [entry.path for entry in recipe.datasets]  # for the model card
     if training.process_index == 0 and Path(training.output_dir, "README.md").is_file():

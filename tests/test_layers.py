@@ -17,7 +17,7 @@ LAYERS = (
     ("losses",),
     ("objective",),
     ("testing",),
-    ("config_checks", "config_docs", "config_trainer", "config"),
+    ("config_checks", "config_docs", "config_names", "config_trainer", "config"),
     ("data",),
     ("scoring",),
     ("reference",),
@@ -27,6 +27,7 @@ LAYERS = (
     ("inspection",),
     ("callbacks", "console"),
     ("commands", "__main__"),
+    ("trl",),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 MODULES = {

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from hf_prefopt.batch import LoaderBatch, PreferenceBatch
+from hf_prefopt.data.prompts import with_scored_prompts
 from hf_prefopt.kinds import EXAMPLE_ENTRIES
 
 
@@ -103,16 +104,21 @@ class LoaderCollator:
         collators: the collator of each layout. Only those used with `max_tokens` must be able to count tokens.
         layout: which of them to use.
         max_tokens: the most positions in a piece. A single row with more is a piece of its own. `None`: one piece.
+        scores_prompts: whether prompts are scored beside the responses, for losses that ask for it.
     """
 
     collators: Mapping[str, Collator | Callable[[Rows], PreferenceBatch]]
     layout: str = "padded"
     max_tokens: int | None = None
+    scores_prompts: bool = False
 
     def __call__(self, rows: Rows) -> LoaderBatch:
         """The batch of these rows; the examples of rows that are marked `repeated` do not count."""
         collate = self.collators[self.layout]
-        pieces = [collate(part) for part in self._cut(rows, collate)]
+        parts = self._cut(rows, collate)
+        pieces = [collate(part) for part in parts]
+        if self.scores_prompts:
+            pieces = [with_scored_prompts(piece, part) for piece, part in zip(pieces, parts, strict=True)]
         new = sum(not row.get("repeated") for row in rows)
         if new < len(rows):
             for piece, counted in zip(pieces, examples_of_first_rows(pieces, new), strict=True):

@@ -35,8 +35,9 @@ def made_up_inputs(dtype=torch.float64, pairs: int = EXAMPLES, seed: int = 0) ->
     inputs["chosen_win_rates"] = torch.tensor(rng.uniform(0.3, 1, pairs), dtype=dtype)
     others = {**_unpaired(rng, pairs, dtype), **_lists(rng, pairs, dtype)}
     others |= {**_tokens(rng, inputs), **_whole_predictions(rng, pairs, dtype)}
-    gold = _logps(rng, pairs, dtype)
-    return {**inputs, **others, "policy_gold_logps": gold["policy"], "gold_lengths": gold["lengths"]}
+    further = {name: _logps(rng, pairs, dtype) for name in ("gold", "prompt")}
+    others |= {f"policy_{name}_logps": of["policy"] for name, of in further.items()}
+    return {**inputs, **others, **{f"{name}_lengths": of["lengths"] for name, of in further.items()}}
 
 
 def made_up_examples(names: Iterable[str], count: int = 2, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ class Pairs(ExampleKind):
     name = "pairs"
     wanted = "pairs: rows with `chosen` and `rejected`"
     columns = ("pairs",)
-    responses = {"chosen": "chosen", "rejected": "rejected"}  # noqa: RUF012
+    responses = {"chosen": "chosen", "rejected": "rejected", "prompt": "prompts"}  # noqa: RUF012
     optional_columns = {  # noqa: RUF012
         "weights": WEIGHT,
         "margins": OptionalColumn(("margin",), default=0.0),

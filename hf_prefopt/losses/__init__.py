@@ -16,14 +16,14 @@ from hf_prefopt.losses.link_functions import (
     robust_loss,
 )
 from hf_prefopt.losses.lists import plackett_luce_loss, rrhf_loss, s_dpo_loss, sft_lists_loss
-from hf_prefopt.losses.reference_free import cpo_loss, orpo_loss, sft_loss, slic_hf_loss
+from hf_prefopt.losses.reference_free import cpo_loss, orpo_loss, orpo_sequence_loss, sft_loss, slic_hf_loss
 from hf_prefopt.losses.registry import LossSpec, RunningState, get_loss, list_losses, register_loss
 from hf_prefopt.losses.regularized import chi_po_loss, dpo_shift_loss, dpop_loss, r_dpo_loss
 from hf_prefopt.losses.reward_aware import odpo_loss, rpo_bwd_loss, rpo_fwd_loss, rpo_sq_loss, sppo_loss
 from hf_prefopt.losses.scored_lists import exo_rw_loss, infonca_loss, lipo_loss, nca_loss
 from hf_prefopt.losses.simpo import alphapo_loss, repo_loss, simper_loss, simpo_loss
 from hf_prefopt.losses.token_level import d2po_loss, sampo_loss, tis_dpo_loss
-from hf_prefopt.losses.triples import tpo_l_loss, tpo_loss
+from hf_prefopt.losses.triples import sft_gold_loss, tpo_l_loss, tpo_loss
 from hf_prefopt.losses.unpaired import apo_zero_unpaired_loss, npo_loss, qrpo_loss, sft_unpaired_loss
 from hf_prefopt.losses.vocabulary import (
     mallows_dpo_loss,
@@ -77,6 +77,7 @@ __all__ = [
     "npo_loss",
     "odpo_loss",
     "orpo_loss",
+    "orpo_sequence_loss",
     "plackett_luce_loss",
     "qrpo_loss",
     "r_dpo_loss",
@@ -90,6 +91,7 @@ __all__ = [
     "rrhf_loss",
     "s_dpo_loss",
     "sampo_loss",
+    "sft_gold_loss",
     "sft_lists_loss",
     "sft_loss",
     "sft_unpaired_loss",

@@ -87,6 +87,40 @@ def orpo_loss(
     )
 
 
+@register_loss("orpo_sequence", paper="2403.07691", is_average_loss=True)
+def orpo_sequence_loss(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    policy_prompt_logps: Tensor,
+    chosen_lengths: Tensor,
+    rejected_lengths: Tensor,
+    prompt_lengths: Tensor,
+    beta: float = 0.1,
+) -> LossOutput:
+    """NLL(x, y_w) + β·ℓ(log-odds_w − log-odds_l): ORPO whose NLL is of the prompt, too.
+
+    As the authors' code and TRL's ORPOTrainer compute it: −(s_x + s_w)/(n_x + n_w), where s_x is the log-prob of the
+    prompt from its second token on. Everything else is as in `orpo_loss`.
+
+    Use it to repeat runs of that code; it also trains the model to write prompts.
+
+    Args:
+        policy_prompt_logps: `[B]`, summed, nats. prompt_lengths: `[B]`, scored tokens, which may be 0.
+
+    Raises:
+        ValueError: shapes differ or beta is out of range.
+    """
+    check_same_shape(
+        policy_chosen_logps=policy_chosen_logps,
+        policy_prompt_logps=policy_prompt_logps,
+        prompt_lengths=prompt_lengths,
+    )
+    output = orpo_loss(policy_chosen_logps, policy_rejected_logps, chosen_lengths, rejected_lengths, beta)
+    nll = -per_token(policy_prompt_logps + policy_chosen_logps, prompt_lengths + chosen_lengths)
+    of_response = -per_token(policy_chosen_logps, chosen_lengths)
+    return LossOutput(output.losses - of_response + nll, output.rewards, {**output.components, "nll": nll.detach()})
+
+
 @register_loss("slic_hf", aliases=("slic",), paper="2305.10425")
 def slic_hf_loss(
     policy_chosen_logps: Tensor,

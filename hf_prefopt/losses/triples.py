@@ -90,6 +90,19 @@ def tpo_l_loss(
     return _held_to_gold(rewards, gamma, policy_gold_logps, gold_lengths, beta, tpo_alpha, label_smoothing)
 
 
+@register_loss("sft_gold", is_average_loss=True, computes_reward_metrics=False)
+def sft_gold_loss(policy_gold_logps: Tensor, gold_lengths: Tensor) -> LossOutput:
+    """NLL(y_g) = −s̄_g: supervised fine-tuning on the gold responses, each by its own length.
+
+    Use it as a part of a mixture, to hold any loss of pairs to a gold response as TPO does.
+
+    Raises:
+        ValueError: shapes differ.
+    """
+    check_same_shape(policy_gold_logps=policy_gold_logps, gold_lengths=gold_lengths)
+    return LossOutput(-per_token(policy_gold_logps, gold_lengths))
+
+
 def _held_to_gold(
     rewards: tuple[Tensor, Tensor],
     gamma: float,

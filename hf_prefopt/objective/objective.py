@@ -1,14 +1,14 @@
 """The objective: the weighted sum of losses that a configuration asks for, as one function of named inputs."""
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from hf_prefopt.batch import PreferenceBatch, ResponseScores
-from hf_prefopt.kinds import KINDS, PAIRS
+from hf_prefopt.kinds import KINDS, PAIRS, Metric
 from hf_prefopt.kinds.made_up import made_up_examples
 from hf_prefopt.losses.base import LossOutput
 from hf_prefopt.losses.dpo import wpo_weights
@@ -17,6 +17,7 @@ from hf_prefopt.objective.term import State, Term
 
 # The name of the routers' auxiliary loss among the inputs, and in the logs.
 AUX_LOSS = "aux_loss"
+AsLogged = Callable[[dict[str, Metric], dict[str, Tensor]], dict[str, Metric]]
 _WPO_INPUTS = ("policy_chosen_alignment", "policy_rejected_alignment")
 
 
@@ -34,6 +35,8 @@ class Objective:
         aux_loss_coef: what the auxiliary loss of a model's routers is multiplied by; who runs the objective says so.
         progress, epoch: the part of a run's optimizer steps that is done, in [0, 1], and the number of the epoch, for
             losses that change with them; who runs it says so.
+        as_logged: from the metrics of the examples and the inputs of the losses to the metrics that are logged; who
+            has other conventions for metrics sets it.
 
     Raises:
         ValueError: at construction, when a loss refuses its hyperparameters, on two examples of made-up numbers.
@@ -44,6 +47,7 @@ class Objective:
         self.use_weighting, self.use_weights = use_weighting, use_weights
         self.state: dict[str, State] = {}
         self.progress, self.epoch, self.aux_loss_coef = 0.0, 0, 0.0
+        self.as_logged: AsLogged = lambda metrics, inputs: metrics
         self.reset_state()
         modifiers = (*(_WPO_INPUTS if use_weighting else ()), *(("weights",) if use_weights else ()))
         self.inputs = tuple(dict.fromkeys([*(name for term in terms for name in term.inputs), *modifiers]))
@@ -82,6 +86,11 @@ class Objective:
     def needs_mismatched(self) -> bool:
         """Whether any loss reads log-probs of another prompt's responses."""
         return any("mismatched" in name for name in self.inputs)
+
+    @property
+    def needs_prompts(self) -> bool:
+        """Whether any loss reads log-probs of prompts."""
+        return any("prompt" in name for name in self.inputs)
 
     @property
     def token_stats(self) -> tuple[str, ...]:
@@ -169,7 +178,7 @@ class Objective:
 
 def _counts_tokens(name: str) -> bool:
     """Whether an input is a sum over tokens, their number, or nothing of tokens: all that a trial can move."""
-    of_tokens = ("token", "alignment", "entropy", "_kl", "gold", "mismatched")
+    of_tokens = ("token", "alignment", "entropy", "_kl", "gold", "mismatched", "prompt")
     return not any(part in name for part in of_tokens)
 
 

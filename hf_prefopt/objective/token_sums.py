@@ -136,6 +136,8 @@ class TokenSums(Modifier):
     def refusal(self, term: Term) -> str | None:
         if any("token_" in name for name in term.names):
             return "it weighs tokens itself"
+        if any("prompt" in name for name in term.names):
+            return "it also reads log-probs of prompts, which would stay as they are"
         if any(name.endswith("_kl") for name in term.names):
             return "it also takes a KL of every token, which would stay as it is"
         sums = [name for name in term.names if is_sum(name)]

@@ -8,17 +8,18 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from hf_prefopt.batch import PreferenceBatch, join_examples
-from hf_prefopt.kinds import ExampleKind, Metric
+from hf_prefopt.kinds import Metric
 from hf_prefopt.losses.base import LossOutput
 from hf_prefopt.objective.objective import AUX_LOSS, Objective
 from hf_prefopt.reporting.finite import FiniteRun, Seen
 
 
-def example_metrics(kind: ExampleKind, output: LossOutput, inputs: dict[str, Tensor]) -> dict[str, Metric]:
+def example_metrics(objective: Objective, output: LossOutput, inputs: dict[str, Tensor]) -> dict[str, Metric]:
     """The metrics of each example: the loss's components, and those of its kind, under TRL's names."""
     components = {f"loss/{name}": Metric(values) for name, values in output.components.items()}
     aux_loss = {AUX_LOSS: Metric(inputs[AUX_LOSS].detach())} if AUX_LOSS in inputs else {}
-    return components | aux_loss | kind.metrics(output.rewards, inputs)
+    metrics = components | aux_loss | objective.kind.metrics(output.rewards, inputs)
+    return objective.as_logged(metrics, inputs)
 
 
 class RunningMeans:
@@ -72,7 +73,7 @@ class TrainingRecord:
         Args:
             rows: `[B]`, the examples' rows in their data set. inputs: what the losses were given, by name.
         """
-        self._means.add(example_metrics(self._objective.kind, output, inputs))
+        self._means.add(example_metrics(self._objective, output, inputs))
         self._finite.add(step, Seen.of(self._objective, rows, inputs, output))
 
     def pop_means(self, accelerator: Accelerator) -> dict[str, float]:
@@ -134,7 +135,7 @@ class Evaluation:
         output = self._objective(inputs, training=False)
         if finding := Seen.of(self._objective, inputs["rows"], inputs, output).finding():
             raise FloatingPointError(f"{where}: {finding[1]}")
-        found = {"loss": Metric(output.losses), **example_metrics(self._objective.kind, output, inputs)}
+        found = {"loss": Metric(output.losses), **example_metrics(self._objective, output, inputs)}
         means = {name: (metric.total / metric.count).item() for name, metric in found.items() if metric.count}
         return self._objective.kind.finish_metrics(means)
 

@@ -8,6 +8,7 @@ from peft import PeftConfig
 from transformers import TrainingArguments
 
 from hf_prefopt.config import PreferenceConfig
+from hf_prefopt.config_names import refuse_foreign_arguments
 from hf_prefopt.data.mixtures import Mixture
 
 
@@ -84,7 +85,9 @@ def check_arguments(
 
     Raises:
         ValueError: it names the argument and what to do.
+        TypeError: the same, of an argument that there is not.
     """
+    refuse_foreign_arguments(trainer_arguments, type(args).__dataclass_fields__, type(args).__name__)
     if model is None:
         raise ValueError("no model: pass model, or model_init, a function that makes one")
     if args.sync_ref_model and ref_model is not None:

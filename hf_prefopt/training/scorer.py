@@ -114,6 +114,9 @@ class Scorer:
         args = self._args
         self.objective, self.accelerator = objective, accelerator
         self.layout, self._filler, self._moving, self._remembered = None, None, None, RememberedScores()
+        if objective.needs_prompts and CUSTOM in self._collator.collators:
+            raise ValueError("a loss reads log-probs of prompts, which a data_collator does not give: leave it out")
+        self._collator.scores_prompts = objective.needs_prompts
         self._dropout = switch_off_dropout(model, args.disable_dropout)
         self.aux_loss_coef = objective.aux_loss_coef = aux_loss_coef(model, args.router_aux_loss_coef)
         reference = choose_reference(args.reference, model, self._ref_model, objective.needs_reference_model)

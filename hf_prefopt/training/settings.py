@@ -10,7 +10,12 @@ from transformers import TrainingArguments
 from hf_prefopt.config import PreferenceConfig
 from hf_prefopt.objective.objective import Objective
 
-OWN = tuple({field.name for field in fields(PreferenceConfig)} - {field.name for field in fields(TrainingArguments)})
+
+def own_names(config: type[PreferenceConfig] = PreferenceConfig) -> frozenset[str]:
+    """The settings that a configuration adds to the Trainer's."""
+    return frozenset({field.name for field in fields(config)} - {field.name for field in fields(TrainingArguments)})
+
+
 # What has shaped the prepared data or the trainer before any trial begins.
 SETTLED = (
     "column_mapping",
@@ -36,14 +41,17 @@ class OwnSettings:
 
     Args:
         args: the configuration, which others change.
+
+    Attributes:
+        names: of the settings.
     """
 
     def __init__(self, args: PreferenceConfig):
-        self._args = args
+        self._args, self.names = args, own_names(type(args))
         self._at_start = self._before_search = self._now()
 
     def _now(self) -> dict[str, Any]:
-        return {name: getattr(self._args, name) for name in OWN}
+        return {name: getattr(self._args, name) for name in self.names}
 
     def refuse_changes(self) -> None:
         """Raise `ValueError` if any has changed since: without a `model_init` the change would have no effect."""
@@ -83,7 +91,7 @@ class OwnSettings:
         Raises:
             ValueError: a value is invalid, or a name is not a setting.
         """
-        self._set({**self._before_search, **{name: values[name] for name in values if name in OWN}})
+        self._set({**self._before_search, **{name: values[name] for name in values if name in self.names}})
         self._args.check()
         _refuse_unknown(values, self._args.build_objective(), self._args if is_space else None)
 
@@ -101,7 +109,7 @@ def evaluation_loss(metrics: Mapping[str, float]) -> float:
 def _refuse_unknown(values: Mapping[str, Any], objective: Objective, args: PreferenceConfig | None) -> None:
     """The Trainer would only warn of a name that is not a setting."""
     for term in objective.terms:
-        for name in (values.keys() & term.spec.defaults.keys()) - set(OWN):
+        for name in (values.keys() & term.spec.defaults.keys()) - own_names():
             raise ValueError(
                 f"the search sets {name}={values[name]!r}, a hyperparameter of {term.spec.name} and no setting: search "
                 f"loss_params={{{name!r}: …}}"

@@ -32,23 +32,24 @@ MODIFIERS = {
 }
 REFERENCE_FREE = {
     *("alphapo", "cpo", "orpo", "repo", "rrhf", "sft", "sft_lists", "sft_unpaired", "simper", "simpo", "slic_hf"),
-    *("mallows_dpo_per_token", "tpo", "tpo_l"),
+    *("mallows_dpo_per_token", "orpo_sequence", "sft_gold", "tpo", "tpo_l"),
 }
 OF_TOKENS = {"d2po", "sampo", "tis_dpo"}
 OF_SINGLE_RESPONSES = {"apo_zero_unpaired", "bco", "kto", "npo", "qrpo", "sft_unpaired"}
 OF_LISTS = {"exo_rw", "infonca", "lipo", "nca", "plackett_luce", "rrhf", "s_dpo", "sft_lists"}
 OF_KL = {"tdpo1", "tdpo2"}
-OF_TRIPLES = {"tpo", "tpo_l"}
+OF_TRIPLES = {"sft_gold", "tpo", "tpo_l"}
+OF_PROMPTS = {"orpo_sequence"}
 ONE_BY_ONE = {
     *("aot_unpaired", "apo_down", "apo_zero", "apo_zero_unpaired", "bco", "bco_pair", "cal_dpo", "dpo_shift", "dpop"),
     *("kto", "kto_pair", "nca", "nca_pair", "npo", "qrpo", "sppo", "sppo_hard"),
 }
 REFUSED = {
     "f_divergence": REFERENCE_FREE | OF_TOKENS | OF_KL | ONE_BY_ONE | {"alpha_dpo", "aot", "chi_po"},
-    "ld_alpha": OF_TOKENS | OF_KL | OF_SINGLE_RESPONSES | OF_LISTS | OF_TRIPLES | {"sft"},
-    "ld_policy_only": OF_TOKENS | OF_KL | OF_SINGLE_RESPONSES | OF_LISTS | OF_TRIPLES | {"sft"},
+    "ld_alpha": OF_TOKENS | OF_KL | OF_SINGLE_RESPONSES | OF_LISTS | OF_TRIPLES | OF_PROMPTS | {"sft"},
+    "ld_policy_only": OF_TOKENS | OF_KL | OF_SINGLE_RESPONSES | OF_LISTS | OF_TRIPLES | OF_PROMPTS | {"sft"},
     "humanline": REFERENCE_FREE | OF_TOKENS | OF_KL | OF_LISTS,
-    "use_token_weights": OF_TOKENS | OF_KL | OF_SINGLE_RESPONSES | OF_LISTS | OF_TRIPLES | {"sft"},
+    "use_token_weights": OF_TOKENS | OF_KL | OF_SINGLE_RESPONSES | OF_LISTS | OF_TRIPLES | OF_PROMPTS | {"sft"},
 }
 COMBINATIONS = [(name, modifier) for name in list_losses() for modifier in MODIFIERS]
 TAKEN = [(name, modifier) for name, modifier in COMBINATIONS if name not in REFUSED[modifier]]

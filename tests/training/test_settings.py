@@ -8,7 +8,7 @@ from transformers import TrainerCallback
 
 from hf_prefopt import PreferenceTrainer
 from hf_prefopt.loading import load_model
-from hf_prefopt.training.settings import OWN, SETTLED
+from hf_prefopt.training.settings import SETTLED, own_names
 from tests.tiny_models import perturbed, tiny_model, with_lora
 from tests.tokenizers import tiny_tokenizer
 from tests.trainers import examples, logged, make_config, make_trainer, pairs
@@ -119,7 +119,7 @@ def test_each_trial_is_the_direct_run_with_its_value(what, tmp_path):
 
 
 def test_every_setting_is_searched_or_settled():
-    assert {what.split(",")[0] for what in SEARCHES} - {"learning_rate"} == set(OWN) - set(SETTLED)
+    assert {what.split(",")[0] for what in SEARCHES} - {"learning_rate"} == own_names() - set(SETTLED)
 
 
 LATE = {

@@ -47,7 +47,17 @@ from tests.losses.numpy_reference.over_the_batch import (  # noqa: F401
     dr_dpo,
     kto_pair,
 )
-from tests.losses.numpy_reference.reference_free import alphapo, cpo, orpo, repo, sft, simper, simpo, slic_hf  # noqa: F401
+from tests.losses.numpy_reference.reference_free import (  # noqa: F401
+    alphapo,
+    cpo,
+    orpo,
+    orpo_sequence,
+    repo,
+    sft,
+    simper,
+    simpo,
+    slic_hf,
+)
 from tests.losses.numpy_reference.scored_pairs import odpo, rpo_bwd, rpo_fwd, rpo_sq, sppo  # noqa: F401
 from tests.losses.numpy_reference.token_level import (  # noqa: F401
     d2po,
@@ -58,7 +68,7 @@ from tests.losses.numpy_reference.token_level import (  # noqa: F401
     tdpo2,
     tis_dpo,
 )
-from tests.losses.numpy_reference.triples import tpo, tpo_l  # noqa: F401
+from tests.losses.numpy_reference.triples import sft_gold, tpo, tpo_l  # noqa: F401
 from tests.losses.numpy_reference.unpaired import (  # noqa: F401
     apo_zero_unpaired,
     bco,
@@ -79,6 +89,8 @@ SHORT = {
     "rejected_lengths": "nl",
     "policy_gold_logps": "g",
     "gold_lengths": "ng",
+    "policy_prompt_logps": "x",
+    "prompt_lengths": "nx",
     "policy_chosen_alignment": "aw",
     "policy_rejected_alignment": "al",
     "policy_chosen_token_logps": "tw",

@@ -25,6 +25,11 @@ def orpo(w, l, nw, nl, beta=0.1, **_):
     return -w / nw + beta * nll(np.log(odds_ratio)), two(beta * w / nw, beta * l / nl)
 
 
+def orpo_sequence(w, l, x, nw, nl, nx, beta=0.1, **_):
+    losses, rewards = orpo(w, l, nw, nl, beta)
+    return losses + w / nw - (x + w) / (nx + nw), rewards
+
+
 def sft(w, nw, **_):
     return -w / nw, None
 

@@ -7,6 +7,11 @@ def _smoothed(z, label_smoothing):
     return (1 - label_smoothing) * nll(z) + label_smoothing * nll(-z)
 
 
+def sft_gold(g, ng):
+    """The negative log-likelihood of the gold response, by its length."""
+    return -g / ng, None
+
+
 def tpo(w, l, g, ng, beta=0.01, tpo_alpha=1.0, label_smoothing=0.0):
     """2405.16681: −log σ(β log π(y_w) − β log π(y_l)) − α log π(y_gold), that per token."""
     losses = _smoothed(beta * w - beta * l, label_smoothing) - tpo_alpha * g / ng

@@ -1,0 +1,90 @@
+"""Names that other libraries, TRL first, have or had for settings, and what to write.
+
+`hf_prefopt.trl` has TRL's present names as they are.
+"""
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+
+_GAMMA = "loss_params={'gamma': ...}"
+_MAX_LENGTH = "max_length=..., which bounds prompt and response together"
+_NO_PADDING = "nothing: what padding holds is never read"
+_NO_LOGITS = "nothing: logits are computed for scored tokens alone"
+FOREIGN_SETTINGS: Mapping[str, str] = {
+    "activation_offloading": "gradient_checkpointing=True, or max_tokens_per_batch=...",
+    "alpha": "loss_params={'alpha': ...}",
+    "cpo_alpha": "loss_params={'cpo_alpha': ...} with loss_type='cpo', sft_weight=... with another loss",
+    "desirable_weight": "loss_params={'desirable_weight': ...}",
+    "discopop_tau": "loss_params={'discopop_tau': ...}",
+    "dpo_alpha": "sft_weight=...",
+    "dpo_beta": "beta=...",
+    "dpo_label_smoothing": "label_smoothing=...",
+    "force_use_ref_model": "nothing: a ref_model that is passed is the reference",
+    "gamma": _GAMMA,
+    "gamma_beta_ratio": "loss_params={'gamma_beta_ratio': ...}",
+    "generate_during_eval": "trainer.add_callback(hf_prefopt.callbacks.GenerationEvalCallback(trainer))",
+    "is_encoder_decoder": "nothing: only decoder models can be trained",
+    "label_pad_token_id": _NO_PADDING,
+    "max_completion_length": _MAX_LENGTH,
+    "max_prompt_length": _MAX_LENGTH,
+    "max_target_length": _MAX_LENGTH,
+    "model_adapter_name": "model.set_adapter(name) before the trainer is made",
+    "pad_token": _NO_PADDING,
+    "padding_free": "nothing: layout='auto' computes no padding",
+    "padding_value": _NO_PADDING,
+    "precompute_ref_batch_size": "max_tokens_per_batch=..., the positions of a batch of that pass, too",
+    "pref_beta": "beta=...",
+    "pref_ftx": "sft_weight=...",
+    "pref_loss": "loss_type=...",
+    "ref_adapter_name": "reference='adapter:<name>'",
+    "ref_model_init_kwargs": "model_init_kwargs={...}, with which a ref_model given by name is loaded, too",
+    "rpo_alpha": "sft_weight=...",
+    "simpo_gamma": _GAMMA,
+    "tpo_alpha": "loss_params={'tpo_alpha': ...}",
+    "tpo_l_gamma": _GAMMA,
+    "trust_remote_code": "model_init_kwargs={'trust_remote_code': ...}",
+    "undesirable_weight": "loss_params={'undesirable_weight': ...}",
+    "use_logits_to_keep": _NO_LOGITS,
+    "use_num_logits_to_keep": _NO_LOGITS,
+}
+# Arguments of trainers, not settings.
+FOREIGN_ARGUMENTS: Mapping[str, str] = {
+    "tokenizer": "processing_class=tokenizer",
+    "tools": "a column `tools` of the rows",
+    "reference_model": "ref_model=...",
+    "dataset_name": "dataset=...",
+}
+
+
+def refuse_foreign_settings(given: Collection[str], known: Collection[str], config: str) -> None:
+    """Raise `TypeError` for names of other libraries, with what to write.
+
+    Args:
+        given: names. known: the fields of the configuration, whose name is `config`.
+    """
+    for name in given:
+        if name not in known and name in FOREIGN_SETTINGS:
+            raise TypeError(f"{config} has no field {name}: write {FOREIGN_SETTINGS[name]}")
+
+
+def refuse_foreign_arguments(
+    given: Iterable[str], settings: Collection[str] = (), config: str = "PreferenceConfig"
+) -> None:
+    """Raise `TypeError` for arguments that a trainer does not have: other libraries' names, and settings.
+
+    Args:
+        settings: the fields of the configuration, whose name is `config`.
+    """
+    for name in given:
+        if name in FOREIGN_ARGUMENTS:
+            raise TypeError(f"there is no argument {name}: write {FOREIGN_ARGUMENTS[name]}")
+        if name in settings:
+            raise TypeError(f"{name} is a setting and no argument: write args={config}({name}=...)")
+        if name in FOREIGN_SETTINGS:
+            raise TypeError(f"there is no argument {name}, and no setting: write {FOREIGN_SETTINGS[name]}")
+
+
+def hints_in(text: str) -> str:
+    """What to write for other libraries' settings that a message names; empty where it names none."""
+    named = sorted(FOREIGN_SETTINGS.keys() & set(re.findall(r"\w+", text)))
+    return "".join(f"; for {name} write {FOREIGN_SETTINGS[name]}" for name in named)

@@ -1,0 +1,83 @@
+"""Metrics by TRL's names and conventions, where those of this package are others.
+
+A function of (metrics of the examples, inputs of the losses), as `Objective.as_logged` wants it.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from hf_prefopt.kinds import PAIRS, Metric
+from hf_prefopt.objective.objective import AsLogged
+
+Metrics = dict[str, Metric]
+Inputs = Mapping[str, Tensor]
+
+# TRL's name, and the sign, of what is a component of a loss here.
+RENAMED: Mapping[str, tuple[str, float]] = {
+    "loss/cpo_nll": ("nll_loss", 1.0),
+    "loss/sft": ("nll_loss", 1.0),
+    "loss/orpo_sequence_nll": ("nll_loss", 1.0),
+    "loss/orpo_sequence_log_odds_ratio": ("log_odds_chosen", 1.0),
+    "loss/orpo_sequence_preference": ("log_odds_ratio", -1.0),
+    "loss/kto_kl": ("kl", 1.0),
+}
+
+
+# For docs/from_trl.md: a metric, which trainers log it, and what it is under `PreferenceTrainer`.
+LOGGED = (
+    ("`loss`, `grad_norm`, `learning_rate`", "all", "the same"),
+    (
+        "`rewards/chosen`, `rewards/rejected`, `rewards/margins`",
+        "DPO",
+        "the loss's own reward: β by token for `ipo`, …",
+    ),
+    ("`rewards/chosen`, `rewards/rejected`, `rewards/margins`", "KTO, CPO, ORPO, TPO", "the same"),
+    ("`rewards/accuracies`", "DPO, CPO, ORPO, TPO", "the same; a tie counts half"),
+    ("`logps/chosen`, `logps/rejected`", "all; by token for `ipo`, `simpo`, `alphapo`, `tpo-l`, ORPO", "summed"),
+    *(
+        (f"`{name}`", trainers, f"`{ours}`" if sign > 0 else f"minus `{ours}`")
+        for name, trainers, ours, sign in (
+            ("nll_loss", "CPO", "loss/cpo_nll", 1),
+            ("nll_loss", "ORPO", "loss/orpo_sequence_nll", 1),
+            ("log_odds_chosen", "ORPO", "loss/orpo_sequence_log_odds_ratio", 1),
+            ("log_odds_ratio", "ORPO", "loss/orpo_sequence_preference", -1),
+            ("kl", "KTO", "loss/kto_kl", 1),
+        )
+    ),
+)
+LEFT_OUT = (
+    ("`entropy`, `mean_token_accuracy`", "they cost a pass over the vocabulary at every token"),
+    ("`logits/chosen`, `logits/rejected`", "logits are not kept"),
+    ("`num_tokens`", "set `include_num_input_tokens_seen`, which logs `num_input_tokens_seen`"),
+    ("`kl` of `apo_zero_unpaired`", "it is 0 by definition"),
+)
+
+
+def renamed(metrics: Metrics, inputs: Inputs) -> Metrics:
+    """Components of losses by the names that TRL has for them; the others keep theirs."""
+    signs = {name: RENAMED.get(name, (name, 1.0)) for name in metrics}
+    return {to: Metric(sign * metrics[name].values, metrics[name].counted) for name, (to, sign) in signs.items()}
+
+
+def renamed_per_token(metrics: Metrics, inputs: Inputs) -> Metrics:
+    """The same, and log-probs of the responses by token."""
+    lengths = {f"logps/{side}": inputs[f"{side}_lengths"].clamp(min=1) for side in ("chosen", "rejected")}
+    averaged = {name: Metric(metrics[name].values / length) for name, length in lengths.items()}
+    return renamed(metrics | averaged, inputs)
+
+
+def rewards_of_sums(metrics: Metrics, inputs: Inputs, beta: float) -> Metrics:
+    """Rewards as DPOTrainer logs them: β(s − s_ref) of summed log-probs, whatever the loss compares."""
+    sides = [(f"policy_{side}_logps", f"ref_{side}_logps") for side in ("chosen", "rejected")]
+    if not all(name in inputs for pair in sides for name in pair):
+        return metrics
+    rewards = torch.stack([beta * (inputs[policy] - inputs[ref]) for policy, ref in sides], dim=-1)
+    return metrics | PAIRS.metrics(rewards.detach(), dict(inputs))
+
+
+def of_dpo(beta: float) -> AsLogged:
+    """DPOTrainer's."""
+    return partial(rewards_of_sums, beta=beta)

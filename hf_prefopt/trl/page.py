@@ -1,0 +1,185 @@
+"""The page docs/from_trl.md, made from the tables of this package: `python -m hf_prefopt.trl.page`."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
+from typing import Any
+
+from transformers import TrainingArguments
+
+from hf_prefopt.config import PreferenceConfig
+from hf_prefopt.config_docs import default_of
+from hf_prefopt.config_names import FOREIGN_ARGUMENTS, FOREIGN_SETTINGS
+from hf_prefopt.trl.configs import CPOConfig, DPOConfig, KTOConfig, ORPOConfig, TPOConfig, TRLConfig
+from hf_prefopt.trl.differences import DIFFERENCES, OTHER_DEFAULTS
+from hf_prefopt.trl.fields import TRL_FIELDS
+from hf_prefopt.trl.losses import CPO, KTO, ORPO, TPO, Translation
+from hf_prefopt.trl.metrics import LEFT_OUT, LOGGED
+
+CONFIGS = (DPOConfig, KTOConfig, CPOConfig, ORPOConfig, TPOConfig)
+HEAD = """\
+# From TRL
+
+Change the import, and keep the script:
+
+```diff
+-from trl import DPOConfig, DPOTrainer
++from hf_prefopt.trl import DPOConfig, DPOTrainer
+```
+
+`hf_prefopt.trl` has `DPOConfig`, `DPOTrainer`, `KTOConfig`, `KTOTrainer` (from `trl`), `CPOConfig`, `CPOTrainer`,
+`ORPOConfig`, `ORPOTrainer`, `TPOConfig` and `TPOTrainer` (from `trl.experimental`), with the field names, defaults,
+order of arguments and metric names of TRL 1.16. Loss and gradient equal those of TRL's trainers, except where TRL is at
+fault: see [Other numbers](#other-numbers). Every field of `PreferenceConfig` is there, too: `layout`,
+`max_tokens_per_batch`, `group_by_prompt` ([settings.md](settings.md)).
+
+The configurations are `PreferenceConfig`s and the trainers `PreferenceTrainer`s. For new code use those two: they have
+every loss, each with its published defaults. A name of TRL's that they do not have raises an error that says what to
+write."""
+TESTS = """\
+## TRL's own tests and scripts
+
+`python -m tests.parity.trl_suite --trl PATH`, with a checkout of huggingface/trl, runs TRL's tests of these five
+trainers on TRL and on `hf_prefopt.trl`; `tests/parity/trl_expected.py` lists the tests that do not pass here, each with
+its reason. TRL's scripts `dpo.py` and `kto.py` run with the import changed (`tests/trl/test_scripts.py`)."""
+
+
+def page() -> str:
+    """The page in Markdown."""
+    parts = [HEAD, _fields(), _losses(), _metrics(), _differences(), _behavior(), _names(), TESTS]
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    lines = ["| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in (head, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
+
+
+def _fields() -> str:
+    """Every field that TRL's configurations add to `TrainingArguments` or change in it."""
+    of_trainer, ours = ({f.name for f in fields(c)} for c in (TrainingArguments, PreferenceConfig))
+    own = {name for config in (TRLConfig, *CONFIGS) for name in config.__annotations__} & ours - {"unpair"}
+    rows = []
+    for name in (*TRL_FIELDS, *sorted(own)):
+        having = [config for config in CONFIGS if name in config.__dataclass_fields__]
+        defaults = {config.__name__: default_of(config.__dataclass_fields__[name]) for config in having}
+        text = TRL_FIELDS[name].text if name in TRL_FIELDS else having[0].__dataclass_fields__[name].metadata["help"]
+        rows.append((f"`{name}`", _where(defaults), text))
+    same = sorted((ours - of_trainer - own - set(TRL_FIELDS)) & _TRLS)
+    other = [(f"`{name}`", f"`{trl!r}`", f"`{here!r}`", why) for name, (trl, here, why) in OTHER_DEFAULTS.items()]
+    return "\n\n".join(
+        [
+            "## Fields",
+            "Those of `transformers.TrainingArguments` are the same. The following are as in `PreferenceConfig`, "
+            f"with the same default: {', '.join(f'`{name}`' for name in same)}.",
+            _table(("field", "default", "here"), rows),
+            "Other defaults than TRL's:",
+            _table(("field", "TRL", "here", "why"), other),
+        ]
+    )
+
+
+# Fields of TRL's that PreferenceConfig has by the same name and with the same default.
+_TRLS = {
+    *("dataset_num_proc", "f_alpha_divergence_coef", "f_divergence_type", "ld_alpha", "loss_weights", "max_length"),
+    *("model_init_kwargs", "precompute_ref_log_probs", "ref_model_mixup_alpha", "ref_model_sync_steps"),
+    *("sync_ref_model", "truncation_mode", "use_weighting"),
+}
+
+
+def _where(defaults: dict[str, Any]) -> str:
+    """The one default of all configurations, or that of each that has the field."""
+    if len(set(map(repr, defaults.values()))) == 1 and len(defaults) == len(CONFIGS):
+        return f"`{next(iter(defaults.values()))!r}`"
+    by_value: dict[str, list[str]] = {}
+    for config, value in defaults.items():
+        by_value.setdefault(f"`{value!r}`", []).append(config.removesuffix("Config"))
+    return "; ".join(f"{value} ({', '.join(configs)})" for value, configs in by_value.items())
+
+
+def _losses() -> str:
+    tables = {"CPO": CPO, "ORPO": ORPO, "TPO": TPO, "KTO": KTO}
+    rows = [(method, f"`{name}`", _meaning(this)) for method, table in tables.items() for name, this in table.items()]
+    return (
+        "## Losses\n\nDPO's names are the same here ([losses.md](losses.md)), also for `PreferenceConfig`; their "
+        "β there is each paper's own. Those of the other trainers:\n\n"
+        + _table(("trainer", "`loss_type`", "here"), rows)
+    )
+
+
+def _meaning(this: Translation) -> str:
+    params = ", ".join(f"{ours}={theirs}" for ours, theirs in this.params.items())
+    text = f"`{this.loss}`" + (f", {params}" if params else "") + (", reference_free" if this.reference_free else "")
+    text += f" + {this.nll_weight} × `{this.nll}`" if this.nll and this.nll_weight else ""
+    return text + (f"; `{this.bent}` where alpha is not 0" if this.bent else "")
+
+
+def _metrics() -> str:
+    return "\n\n".join(
+        [
+            "## Metrics",
+            "By TRL's names and conventions under `hf_prefopt.trl`; `eval_` before them in evaluations, as in TRL.",
+            _table(("metric", "trainers", "under `PreferenceTrainer`"), LOGGED),
+            "Left out:",
+            _table(("metric", "why"), LEFT_OUT),
+        ]
+    )
+
+
+def _differences() -> str:
+    rows = [(f"{this.method}: {this.what}", _number(this.theirs), _number(this.ours)) for this in DIFFERENCES]
+    return (
+        "## Other numbers\n\nAll losses with other numbers. The numbers are those of a tiny model, one batch, in "
+        "`tests/parity/test_dropin_faults.py`. Everything else agrees to 1e-5, and gradients to 1e-4 of their largest "
+        "entry (`tests/parity/test_dropin.py`).\n\n" + _table(("what", "TRL's loss", "here"), rows)
+    )
+
+
+def _number(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:.4f}"
+
+
+def _behavior() -> str:
+    rows = [
+        (
+            "full fine-tuning without `ref_model`",
+            "loads the model again by its name",
+            "a frozen copy of what trains, as it was given",
+        ),
+        ("a PEFT model that is given", "adds an adapter `ref`, which is saved along", "nothing is added"),
+        ("KTO's mismatched responses", "of the neighbor in the batch", "of the whole data set, anew in every epoch"),
+        ("KTO's z, AOT's sort", "of a micro-batch", "of the global batch"),
+        ("metrics of an evaluation", "means of batch means", "means over the rows"),
+        ("a tie of rewards", "counts as an inaccurate pair", "counts half"),
+        (
+            "log-probs cut by `max_length`",
+            "the end of the sequence, its EOS too",
+            "the end of the response; its EOS stays",
+        ),
+        ("`max_length=None` in CPO and ORPO", "is 512", "is no limit"),
+        (
+            "texts without a column `prompt`",
+            "are split at the first character that differs",
+            "an error, where that matters",
+        ),
+        ("`train_dataset=None`", "an error", "evaluation only"),
+        ("encoder-decoder models, images", "CPO and ORPO; DPO and KTO", "an error"),
+        ("`compute_metrics`", "gets logits", "gets rewards, and 1 for preferred responses"),
+        ("a stream for KTO's loss", "accepted", "an error: other prompts are not known"),
+        ("`tpo_alpha=0.0`", "leaves the gold responses out", "gold responses are computed, and weigh nothing"),
+        ("telemetry", "sent, unless it is switched off", "none"),
+    ]
+    return "## Other behavior\n\n" + _table(("what", "TRL", "here"), rows)
+
+
+def _names() -> str:
+    settings = [(f"`{name}`", f"`PreferenceConfig`: {text}") for name, text in FOREIGN_SETTINGS.items()]
+    arguments = [(f"`{name}`", f"`PreferenceTrainer`: {text}") for name, text in FOREIGN_ARGUMENTS.items()]
+    return (
+        "## Under PreferenceConfig and PreferenceTrainer\n\nNames of TRL's, of its earlier versions and of other "
+        "libraries raise a `TypeError` that says what to write:\n\n"
+        + _table(("name", "write"), (*settings, *arguments))
+    )
+
+
+if __name__ == "__main__":
+    print(page(), end="")

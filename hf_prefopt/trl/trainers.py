@@ -1,0 +1,118 @@
+"""TRL's trainers: `PreferenceTrainer` that takes TRL's configurations, and its arguments in TRL's order."""
+
+import inspect
+import os
+from typing import Any, ClassVar
+
+from torch import nn
+from transformers import set_seed
+
+from hf_prefopt.reference.live import LiveReference
+from hf_prefopt.trainer import PreferenceTrainer
+from hf_prefopt.training.router import aux_loss_coef
+from hf_prefopt.trl.configs import CPOConfig, DPOConfig, KTOConfig, ORPOConfig, TPOConfig, TRLConfig
+
+_DATA = ("data_collator", "train_dataset", "eval_dataset", "processing_class")
+_STABLE = ("model", "ref_model", "args", *_DATA, "compute_metrics", "callbacks", "optimizers", "quantization_config")
+_CONCATENATED = ("model", "args", *_DATA, "model_init", "callbacks", "optimizers", "preprocess_logits_for_metrics")
+
+
+class TRLTrainer(PreferenceTrainer):
+    """What TRL's trainers have in common, beside what is `PreferenceTrainer`'s.
+
+    Attributes:
+        config_class: the configuration that it takes.
+        order: the names of its arguments, in their order.
+        ref_model: the reference's model, where it is another than the policy's; otherwise `None`.
+        aux_loss_enabled: whether a mixture of experts' auxiliary loss is computed.
+    """
+
+    config_class: ClassVar[type[TRLConfig]]
+    order: ClassVar[tuple[str, ...]]
+
+    def __init_subclass__(cls, **arguments: Any):
+        super().__init_subclass__(**arguments)
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        cls.__signature__ = inspect.Signature([inspect.Parameter(name, kind, default=None) for name in cls.order])
+
+    def __init__(self, *positional: Any, **named: Any):
+        if len(positional) > len(self.order):
+            raise TypeError(f"{type(self).__name__} takes {len(self.order)} arguments: {', '.join(self.order)}")
+        by_place = dict(zip(self.order, positional, strict=False))
+        if twice := by_place.keys() & named.keys():
+            raise TypeError(f"{type(self).__name__}: {', '.join(twice)} is given twice, by its place and by its name")
+        given = {name: value for name, value in {**by_place, **named}.items() if value is not None}
+        args = given["args"] = self._checked(given.pop("args", None), given.get("model"))
+        if args.trust_remote_code and (isinstance(given.get("model"), str) or "processing_class" not in given):
+            args.model_init_kwargs = {"trust_remote_code": True, **(args.model_init_kwargs or {})}
+        set_seed(args.seed)  # before an adapter draws its weights
+        super().__init__(**given)
+        self.model.add_model_tags(["hf_prefopt", self.method.lower()])
+
+    @classmethod
+    def _checked(cls, args: Any, model: Any) -> TRLConfig:
+        """The configuration, by default TRL's: its folder has the model's name."""
+        if args is None:
+            name = model if isinstance(model, str | os.PathLike) else getattr(model, "name_or_path", "")
+            return cls.config_class(f"{os.path.basename(os.fspath(name))}-{cls.method}")
+        if not isinstance(args, cls.config_class):
+            raise ValueError(
+                f"args is a {type(args).__module__}.{type(args).__name__}: {cls.__name__} takes the "
+                f"{cls.config_class.__name__} of hf_prefopt.trl; change its import, too"
+            )
+        return args
+
+    @property
+    def ref_model(self) -> nn.Module | None:
+        """The reference's model, where it is another than the policy's."""
+        reference = self.reference
+        return reference.model if isinstance(reference, LiveReference) and reference.is_separate else None
+
+    @property
+    def aux_loss_enabled(self) -> bool:
+        """Whether the auxiliary loss of a mixture of experts is part of the loss.
+
+        As in TRL's `DPOTrainer`; its others add it only where the model's config has `output_router_logits=True`.
+        """
+        return aux_loss_coef(self.model, self.args.router_aux_loss_coef) > 0
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | list[str] | None = None,
+        tags: str | list[str] | None = None,
+        **metadata: Any,
+    ) -> None:
+        """As `PreferenceTrainer.create_model_card`, with TRL's names in TRL's order."""
+        super().create_model_card(model_name=model_name, dataset=dataset_name, tags=tags, **metadata)
+
+
+class DPOTrainer(TRLTrainer):
+    """TRL's `DPOTrainer`. See `PreferenceTrainer` for the arguments, `DPOConfig` for the settings."""
+
+    config_class, method, order = DPOConfig, "DPO", (*_STABLE, "peft_config")
+
+
+class KTOTrainer(TRLTrainer):
+    """TRL's `KTOTrainer`. See `PreferenceTrainer` for the arguments, `KTOConfig` for the settings."""
+
+    config_class, method, order = KTOConfig, "KTO", (*_STABLE, "peft_config")
+
+
+class CPOTrainer(TRLTrainer):
+    """TRL's `CPOTrainer`, of CPO, SimPO and AlphaPO. See `PreferenceTrainer` for the arguments."""
+
+    config_class, method, order = CPOConfig, "CPO", (*_CONCATENATED, "peft_config", "compute_metrics")
+
+
+class ORPOTrainer(TRLTrainer):
+    """TRL's `ORPOTrainer`. See `PreferenceTrainer` for the arguments, `ORPOConfig` for the settings."""
+
+    config_class, method, order = ORPOConfig, "ORPO", (*_CONCATENATED, "peft_config", "compute_metrics")
+
+
+class TPOTrainer(TRLTrainer):
+    """TRL's `TPOTrainer`. See `PreferenceTrainer` for the arguments, `TPOConfig` for the settings."""
+
+    config_class, method = TPOConfig, "TPO"
+    order = ("model", "args", *_DATA, "compute_metrics", "callbacks", "optimizers", "peft_config")
