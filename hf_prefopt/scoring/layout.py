@@ -17,6 +17,7 @@ from hf_prefopt.data.layouts import PaddedCollator, SharedCollator
 from hf_prefopt.scoring.agreement import device_of, made_up_tokens
 from hf_prefopt.scoring.attention import install_segment_attention, remove_segment_attention
 from hf_prefopt.scoring.forward import base_causal_lm, score
+from hf_prefopt.scoring.lengths import length_limit
 from hf_prefopt.scoring.modes import evaluation_mode
 
 # What says nothing about a layout, although it is a RuntimeError: no memory, a broken device, a lost process.
@@ -101,7 +102,7 @@ def reason_against_shared(
     Raises:
         RuntimeError: the model cannot be run at all: there is no memory for it, or its device or a process is lost.
     """
-    known = known_reason(model)
+    known = known_reason(model) or _reason_of_length(model, max_length)
     if known is not None:
         return Reason(known)
     install_segment_attention(base_causal_lm(model))
@@ -125,6 +126,13 @@ def known_reason(model: nn.Module) -> str | None:
     if not causal_lm._can_set_attn_implementation():
         return "its attention does not go through transformers' attention interface"
     return None
+
+
+def _reason_of_length(model: nn.Module, max_length: int | None) -> str | None:
+    limit = length_limit(model)
+    if limit is None or (max_length is not None and max_length <= limit):
+        return None
+    return f"its rotary embeddings depend on a sequence's length beyond {limit} tokens (max_length={limit} would do)"
 
 
 def _probe(model: nn.Module, max_length: int | None, compute_dtype: torch.dtype | None) -> Reason | None:
@@ -171,7 +179,8 @@ def _score(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
 def _made_up_rows(config: Any, max_length: int | None) -> Sequence[dict[str, Any]]:
     """Three pairs of arbitrary tokens, the longest of them longer than any sliding window that can matter."""
     text_config = config.get_text_config()
-    window = min(getattr(text_config, "sliding_window", None) or 0, max_length or 1 << 20)
+    longest = max_length or getattr(text_config, "max_position_embeddings", None) or 1 << 20
+    window = min(getattr(text_config, "sliding_window", None) or 0, longest)
     generator = random.Random(0)
 
     def row(prompt: int, chosen: int, rejected: int) -> dict[str, Any]:
