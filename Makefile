@@ -1,7 +1,8 @@
 # make demo   aligns a real model with real preferences, from nothing
 # make test   the whole CPU test suite
 # make test-oldest   the same with the oldest versions that pyproject.toml admits; its PyTorch may bring a CUDA build
-# make nightly   what takes too long for every run; prints its date and the table of habits and engines
+# make nightly   what takes too long for every run; prints its date and the table of habits and engines, and writes
+#                docs/models.md, the table of model families
 # Each sets up its environment by itself; PYTHON=python3.12 picks the interpreter it is made with.
 
 PYTHON ?= python3
@@ -41,6 +42,7 @@ nightly: $(READY_TO_TEST)
 	@date -u
 	@NIGHTLY_TABLE=build/habits.md HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest \
 		-m 'nightly or in_table' $(TEST_OPTIONS); result=$$?; cat build/habits.md; exit $$result
+	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)/bin/python -m tests.scoring.families --write docs/models.md
 
 lint: $(READY_TO_TEST)
 	@$(VENV)/bin/ruff check .

@@ -195,7 +195,10 @@ def _make_room_for_tokens(base: PreTrainedModel, name: str, init_kwargs: dict[st
     """Widen the embeddings where an adapter's tokenizer has more tokens, as PEFT does."""
     if _has_file(name, "tokenizer_config.json", init_kwargs):
         tokens = len(AutoTokenizer.from_pretrained(name, **_hub_arguments(init_kwargs)))
-        if tokens > base.get_input_embeddings().weight.shape[0]:
+        embeddings = base.get_input_embeddings().weight.shape[0]
+        if tokens > embeddings:
+            said = "the tokenizer of %s has %d tokens, and the model beneath %d embeddings: the others are made anew"
+            logger.warning(said, name, tokens, embeddings)
             base.resize_token_embeddings(tokens)
 
 

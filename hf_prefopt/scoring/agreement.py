@@ -129,8 +129,9 @@ def training_noise(model: nn.Module, compute_dtype: torch.dtype | None = None) -
 def made_up_tokens(config: Any, count: int, generator: random.Random) -> list[int]:
     """Arbitrary token ids, none of which the config gives a meaning (of an image, say)."""
     text_config = config.get_text_config()
-    named = {id: None for part in (config, text_config) for key, id in vars(part).items() if "token" in key}
-    special = {id for id in named if isinstance(id, int)}
+    named = [value for part in (config, text_config) for key, value in vars(part).items() if "token" in key]
+    # A config may have several ends of a text.
+    special = {id for value in named for id in (value if isinstance(value, list | tuple) else [value])}
     ids = [id for id in (generator.randrange(text_config.vocab_size) for _ in range(8 * count)) if id not in special]
     return ids[:count]
 

@@ -29,6 +29,7 @@ from hf_prefopt.scoring.head import (
     module_head_logps,
     predictions,
 )
+from hf_prefopt.scoring.lengths import own_lengths, own_positions, ropes_by_length
 from hf_prefopt.scoring.tail import auxiliary_loss, body_of, own_logits
 
 # Rows of logits held at once: small chunks starve a GPU, large ones leave a CPU's cache.
@@ -80,6 +81,7 @@ def install_scoring(model: nn.Module, temperature: float = 1.0) -> None:
     head = causal_lm.get_output_embeddings()
     if head is None:
         raise ValueError(f"{type(causal_lm).__name__} has no language-model head (get_output_embeddings() is None)")
+    causal_lm.ropes_by_length = ropes_by_length(causal_lm)
     # Plain numbers: a model that is pickled must load where this package is not installed.
     head.logit_transform = astuple(logit_transform(causal_lm.config, temperature))
     for module, with_scoring in ((causal_lm, _scoring_forward), (head, _head_forward)):
@@ -129,7 +131,10 @@ def _scoring_forward(self: PreTrainedModel, *args: Any, scored_rows: Tensor | No
     if kwargs.get("segment_queries") is not None:
         # A mask of four dimensions is handed on as it is, so none is built; attention over segments ignores it.
         kwargs["attention_mask"] = scored_rows.new_ones(1, 1, 1, 1)
-    outputs = body_of(self)(*args, **kwargs)
+    elif self.ropes_by_length:
+        kwargs["position_ids"] = own_positions(kwargs["attention_mask"])
+    with own_lengths(self, self.ropes_by_length):
+        outputs = body_of(self)(*args, **kwargs)
     hidden = outputs.last_hidden_state
     aux = {AUX_LOSS: auxiliary_loss(self, outputs, tokens)} if tokens is not None else {}
     # Adapters that put virtual tokens before a sequence make it longer at its front.

@@ -20,6 +20,7 @@ from hf_prefopt.scoring.agreement import body_precision, device_of, made_up_toke
 from hf_prefopt.scoring.around import install_around, reason_against_layers, remove_around
 from hf_prefopt.scoring.attention import install_segment_attention, remove_segment_attention
 from hf_prefopt.scoring.forward import base_causal_lm, score
+from hf_prefopt.scoring.lengths import length_limit
 from hf_prefopt.scoring.modes import evaluation_mode
 from hf_prefopt.scoring.tail import body_of
 
@@ -152,6 +153,18 @@ def reason_against(name: str, model: nn.Module, compute_dtype: torch.dtype | Non
     if reason is not None:
         candidate.remove(model)
     return reason
+
+
+def reason_of_length(models: Sequence[nn.Module], max_length: int | None) -> str | None:
+    """Why a prompt's computation depends on its responses' lengths in one of these models, where it does.
+
+    Args:
+        max_length: the most tokens of a sequence; `None`: any number.
+    """
+    limits = [limit for model in models if (limit := length_limit(model)) is not None]
+    if not limits or (max_length is not None and max_length <= min(limits)):
+        return None
+    return f"rotary embeddings depend on a sequence's length beyond {min(limits)} tokens (max_length={min(limits)} would do)"
 
 
 def _known_against_both(model: nn.Module) -> str | None:

@@ -32,7 +32,7 @@ from hf_prefopt.scoring.attention import describe_attention
 from hf_prefopt.scoring.dropout import switch_off_dropout
 from hf_prefopt.scoring.forward import VOCABULARY_KL, base_causal_lm, install_scoring, score
 from hf_prefopt.scoring.four_bits import keep_unpacked
-from hf_prefopt.scoring.layout import settled_layout
+from hf_prefopt.scoring.layout import reason_of_length, settled_layout
 from hf_prefopt.scoring.modes import ModuleTree, evaluation_mode
 from hf_prefopt.training.router import aux_loss_coef, settled_aux_loss
 from hf_prefopt.training.wrapping import compiled_for_scoring
@@ -163,7 +163,7 @@ class Scorer:
             self._say_noise()
             if collator.layout != CUSTOM:
                 collator.max_tokens = args.max_tokens_per_batch
-                known = NEFTUNE if args.neftune_noise_alpha is not None else None
+                known = NEFTUNE if args.neftune_noise_alpha is not None else reason_of_length(models, args.max_length)
                 layout = settled_layout(args.layout, models, self._autocast_dtype, known)
                 collator.layout = layout.name
                 self._summary.say("layout", f"{layout.name}, {layout.why}")

@@ -6,6 +6,7 @@ faults here are of 10 % or more, in models whose logits reach ±5.
 
 import copy
 import math
+import random
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, L
 
 from hf_prefopt.data.layouts import PaddedCollator
 from hf_prefopt.scoring import forward
-from hf_prefopt.scoring.agreement import settle_scores
+from hf_prefopt.scoring.agreement import made_up_tokens, settle_scores
 from hf_prefopt.scoring.forward import install_scoring, score
 from tests.scoring.architectures import AROUND, SHARING, architecture
 from tests.scoring.plain import assert_same_gradients, gradients, padded_batch, plain_response_logps
@@ -302,6 +303,12 @@ class TestNoFalseAlarms:
         model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=quantized, device_map="cpu")
         check(model)
         check(perturbed(with_lora(model)))
+
+    def test_several_ends_of_a_text(self):
+        """Llama 3 and GLM-4 name a list of ids, none of which is made up."""
+        model = tiny_model(eos_token_id=[2, *range(50, 150)])
+        assert not check(model)
+        assert set(made_up_tokens(model.config, 100, random.Random(0))).isdisjoint(range(50, 150))
 
     def test_with_weights_that_come_from_elsewhere(self):
         from accelerate import cpu_offload

@@ -90,7 +90,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "gemma4_text": {"vocab_size_per_layer_input": VOCABULARY},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
-    "kimi_linear": {"num_local_experts": 4, "n_group": 1, "num_experts_per_tok": 2, "num_hidden_layers": 4},
+    "kimi_linear": {"num_local_experts": 4, "n_group": 1, "num_experts_per_tok": 2},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8},

@@ -1,0 +1,44 @@
+"""The families that people align are exact when they are loaded by name and trained; see `tests.scoring.families`."""
+
+import pytest
+import torch
+
+from tests.scoring.families import USED, Case, Family, _gradients_off, _off, _said, examine, page
+
+
+@pytest.mark.parametrize("model_type", USED)
+def test_used_families_are_exact(model_type):
+    """In full and under LoRA, in the layout that "auto" takes; `make nightly` tries the layout "padded" as well."""
+    family = examine(model_type, layouts=["auto"])
+    assert family.verdict == "exact", _said(family)
+    compared = {name for case in family.cases for name in case.off}
+    assert len(family.cases) == 2 and {"gradients", "losses of two steps", "log-probs of the saved model"} <= compared
+
+
+def test_a_difference_is_seen():
+    """A missing tensor, a gradient off by 2 % of its largest entry, log-probs off by 10⁻³."""
+    wanted = {"a": torch.tensor([1.0, 0.1]), "b": torch.tensor([1e-9, 0.0])}
+    assert _gradients_off({"a": wanted["a"]}, wanted) == float("inf")
+    assert _gradients_off({"a": torch.tensor([1.0, 0.12]), "b": wanted["b"]}, wanted) == pytest.approx(0.02)
+    # Entries of 10⁻⁹ beside entries of 1 are rounding: their difference counts as a share of 10⁻³.
+    assert _gradients_off({"a": wanted["a"], "b": torch.zeros(2)}, wanted) == pytest.approx(1e-6)
+    assert _off(torch.tensor([-50.05]), torch.tensor([-50.0])) == pytest.approx(1e-3, rel=1e-3)
+    assert _off(torch.tensor([float("nan")]), torch.tensor([-50.0])) == float("inf")
+
+
+def test_the_page():
+    """One line a family; the worst of its cases decides."""
+    right = Case("full", "auto", "shared", "", "float64", {"log-probs": 1e-15, "gradients": 1e-7})
+    wrong = Case("LoRA", "auto", "shared", "", "float64", {"log-probs": 1e-3, "gradients": 1e-7})
+    refused = Case("full", "auto", dtype="float32", refused="ValueError: it is not causal")
+    families = [
+        Family("good", "GoodForCausalLM", [right]),
+        Family("bad", "BadForCausalLM", [right, wrong]),
+        Family("never", "NeverForCausalLM", [refused]),
+        Family("none", not_built="ImportError: no timm"),
+    ]
+    assert [family.verdict for family in families] == ["exact", "wrong", "refused", "not tried"]
+    lines = page(families).splitlines()
+    assert "1 exact, 1 wrong, 1 refused, 1 not tried." in lines
+    assert "| good | GoodForCausalLM | exact | shared | float64 | 1e-15, 1e-07 |  |" in lines
+    assert "| never | NeverForCausalLM | refused |  |  |  | ValueError: it is not causal |" in lines
