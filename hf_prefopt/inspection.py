@@ -49,10 +49,11 @@ def inspect_dataset(
         ```
 
     Args:
-        dataset: anything that `PreferenceTrainer` takes as `train_dataset`.
+        dataset: anything that `PreferenceTrainer` takes as `train_dataset`. All of it is tokenized, unless it is a
+            stream.
         processing_class: the tokenizer.
         rows: the number of rows to show.
-        stream_rows: of a stream so many rows are read.
+        stream_rows: the number of rows that are read of a stream.
         name: what messages call the data set.
         loss_type: losses that the rows must suit; by default any.
         settings: other fields of `PreferenceConfig`, such as `max_length`, `column_mapping` or `text_as`.
@@ -64,7 +65,7 @@ def inspect_dataset(
     args = PreferenceConfig("unused", use_cpu=True, report_to="none", **losses, **settings)
     on_bad_rows, args.on_bad_rows = args.on_bad_rows, "drop"
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
-    dataset = as_dataset(dataset, name)
+    dataset = as_dataset(dataset, "train")  # of several splits the one that is trained on
     is_stream = isinstance(dataset, IterableDataset)
     given = _beginning(dataset, stream_rows) if is_stream else dataset
     check_rows(given, name)

@@ -88,7 +88,10 @@ def run(options: Namespace) -> int:
     console = Console(no_color=options.no_color or None, highlight=False)
     print_inspection(found, console, None if options.full else CHARACTERS)
     if options.html:
-        write_inspection(found, options.html)
+        try:
+            write_inspection(found, options.html)
+        except OSError as error:
+            raise ValueError(f"--html {options.html} cannot be written: {error.strerror}") from error
         console.print(Text(f"Page: {options.html}"))
     return 1 if found.errors else 0
 
@@ -100,7 +103,7 @@ def _split(options: Namespace) -> Any:
     except OSError as error:
         raise ValueError(
             f"{options.data}: there is no such file or folder, nor is it on the Hub: {_line(error)}"
-        ) from None
+        ) from error
     name = options.split or ("train" if "train" in splits or len(splits) != 1 else next(iter(splits)))
     if name not in splits:
         raise ValueError(f"{options.data} has no split {name!r}: name one of {', '.join(splits)} by --split")
@@ -113,7 +116,7 @@ def _tokenizer(options: Namespace) -> PreTrainedTokenizerBase:
     except OSError as error:
         raise ValueError(
             f"--model {options.model}: no tokenizer in such a folder, nor on the Hub: {_line(error)}"
-        ) from None
+        ) from error
 
 
 def _line(error: Exception) -> str:
