@@ -11,7 +11,7 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from hf_prefopt.config import PreferenceConfig
-from hf_prefopt.data.columns import column_names, unused_columns
+from hf_prefopt.data.columns import column_names, undecoded, unused_columns
 from hf_prefopt.data.context import is_about_the_row
 from hf_prefopt.data.formats import optional_columns
 from hf_prefopt.data.notes import count_notes, describe_bad_rows
@@ -23,6 +23,7 @@ from hf_prefopt.data.tokenize import TokenKinds
 from hf_prefopt.reporting.inspected import Inspection
 from hf_prefopt.reporting.shown_rows import ShownRow, show_row
 from hf_prefopt.training.preference_data import PreferenceData, settings_of_rows
+from hf_prefopt.training.settings import OWN
 
 # For these lengths, in tokens, it is said how many rows are within them.
 _LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
@@ -62,7 +63,7 @@ def inspect_dataset(
         ValueError: the columns cannot be read, no row can be used, or a setting is invalid.
     """
     losses = {} if loss_type is None else {"loss_type": loss_type}
-    args = PreferenceConfig("unused", use_cpu=True, report_to="none", **losses, **settings)
+    args = PreferenceConfig("unused", report_to="none", **losses, **settings)
     on_bad_rows, args.on_bad_rows = args.on_bad_rows, "drop"
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     dataset = as_dataset(dataset, "train")  # of several splits the one that is trained on
@@ -84,7 +85,7 @@ def inspect_dataset(
         name=name,
         **_columns(made, args.column_mapping or {}, column_names(given)),
         is_beginning=is_stream,
-        settings={**losses, "max_length": args.max_length, "truncation_mode": args.truncation_mode, **settings},
+        settings=_settings(args, {**losses, **settings}),
         summary=summarize(made.dataset),
         counts=count_notes(made.noted) if made.noted is not None else {},
         within=_within(made.noted),
@@ -94,8 +95,15 @@ def inspect_dataset(
     )
 
 
+def _settings(args: PreferenceConfig, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that were given, and those that cut rows."""
+    named = {"max_length": args.max_length, "truncation_mode": args.truncation_mode, **given}
+    return {name: value for name, value in named.items() if name in OWN}
+
+
 def _beginning(stream: IterableDataset, count: int) -> Dataset:
     """The first rows of a stream."""
+    stream = undecoded(stream)
     rows = list(islice(iter(stream), count))
     return Dataset.from_list(rows, features=stream.features)
 

@@ -97,6 +97,8 @@ def test_a_stream_is_looked_at_from_its_beginning():
     found = inspect_dataset(rows.to_iterable_dataset(), TOKENIZER, stream_rows=6)
     assert found.is_beginning and found.rows_given == 6 and found.summary.desirable == 3
     assert dict(facts(found))["Rows"].endswith("(the first 6 rows of a stream)")
+    in_torch = inspect_dataset(rows.to_iterable_dataset().with_format("torch"), TOKENIZER, stream_rows=6)
+    assert in_torch.summary == found.summary
 
 
 def test_of_several_splits_the_training_split_is_looked_at():

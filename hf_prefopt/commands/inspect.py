@@ -82,9 +82,8 @@ def run(options: Namespace) -> int:
     dataset = _split(options)
     tokenizer = _tokenizer(options)
     settings = {name: getattr(options, name) for name in SETTINGS if hasattr(options, name)}
-    found = inspect_dataset(
-        dataset, tokenizer, rows=options.rows, stream_rows=options.stream_rows, name=options.data, **settings
-    )
+    shown = {"rows": options.rows, "stream_rows": options.stream_rows, "name": options.data}
+    found = inspect_dataset(dataset, tokenizer, **shown, use_cpu=True, **settings)
     console = Console(no_color=options.no_color or None, highlight=False)
     print_inspection(found, console, None if options.full else CHARACTERS)
     if options.html:
