@@ -11,7 +11,7 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from hf_prefopt.config import PreferenceConfig
-from hf_prefopt.data.columns import column_names, unused_columns
+from hf_prefopt.data.columns import column_names, undecoded, unused_columns
 from hf_prefopt.data.context import is_about_the_row
 from hf_prefopt.data.formats import optional_columns
 from hf_prefopt.data.notes import count_notes, describe_bad_rows
@@ -23,6 +23,7 @@ from hf_prefopt.data.tokenize import TokenKinds
 from hf_prefopt.reporting.inspected import Inspection
 from hf_prefopt.reporting.shown_rows import ShownRow, show_row
 from hf_prefopt.training.preference_data import PreferenceData, settings_of_rows
+from hf_prefopt.training.settings import OWN
 
 # For these lengths, in tokens, it is said how many rows are within them.
 _LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
@@ -49,10 +50,11 @@ def inspect_dataset(
         ```
 
     Args:
-        dataset: anything that `PreferenceTrainer` takes as `train_dataset`.
+        dataset: anything that `PreferenceTrainer` takes as `train_dataset`. All of it is tokenized, unless it is a
+            stream.
         processing_class: the tokenizer.
         rows: the number of rows to show.
-        stream_rows: of a stream so many rows are read.
+        stream_rows: the number of rows that are read of a stream.
         name: what messages call the data set.
         loss_type: losses that the rows must suit; by default any.
         settings: other fields of `PreferenceConfig`, such as `max_length`, `column_mapping` or `text_as`.
@@ -61,10 +63,10 @@ def inspect_dataset(
         ValueError: the columns cannot be read, no row can be used, or a setting is invalid.
     """
     losses = {} if loss_type is None else {"loss_type": loss_type}
-    args = PreferenceConfig("unused", use_cpu=True, report_to="none", **losses, **settings)
+    args = PreferenceConfig("unused", report_to="none", **losses, **settings)
     on_bad_rows, args.on_bad_rows = args.on_bad_rows, "drop"
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
-    dataset = as_dataset(dataset, name)
+    dataset = as_dataset(dataset, "train")  # of several splits the one that is trained on
     is_stream = isinstance(dataset, IterableDataset)
     given = _beginning(dataset, stream_rows) if is_stream else dataset
     check_rows(given, name)
@@ -83,7 +85,7 @@ def inspect_dataset(
         name=name,
         **_columns(made, args.column_mapping or {}, column_names(given)),
         is_beginning=is_stream,
-        settings={**losses, "max_length": args.max_length, "truncation_mode": args.truncation_mode, **settings},
+        settings=_settings(args, {**losses, **settings}),
         summary=summarize(made.dataset),
         counts=count_notes(made.noted) if made.noted is not None else {},
         within=_within(made.noted),
@@ -93,8 +95,15 @@ def inspect_dataset(
     )
 
 
+def _settings(args: PreferenceConfig, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that were given, and those that cut rows."""
+    named = {"max_length": args.max_length, "truncation_mode": args.truncation_mode, **given}
+    return {name: value for name, value in named.items() if name in OWN}
+
+
 def _beginning(stream: IterableDataset, count: int) -> Dataset:
     """The first rows of a stream."""
+    stream = undecoded(stream)
     rows = list(islice(iter(stream), count))
     return Dataset.from_list(rows, features=stream.features)
 

@@ -74,6 +74,7 @@ def test_a_problem_of_the_data_is_exit_code_1(data, model, tmp_path, capsys):
         ({"--max_length": "1"}, "error: max_length=1 leaves no room"),
         ({"--loss_type": "dppo"}, "did you mean dpo"),
         ({"--remove_columns": "chosen"}, "column `chosen` is missing"),
+        ({"--html": "/dev/null/page.html"}, "error: --html /dev/null/page.html cannot be written: "),
     ],
 )
 def test_a_mistake_is_one_line_without_a_traceback(change, message, data, model, capsys, monkeypatch):
@@ -85,6 +86,11 @@ def test_a_mistake_is_one_line_without_a_traceback(change, message, data, model,
     printed = capsys.readouterr()
     (line,) = [line for line in printed.err.splitlines() if line.startswith("error: ")]
     assert message.removesuffix("\n") in line and "Traceback" not in printed.err
+
+
+def test_a_traceback_is_shown_on_request(data, model):
+    with pytest.raises(ValueError, match="max_length=1 leaves no room"):
+        main(["inspect", data, "--model", model, "--max_length", "1", "--traceback"])
 
 
 @pytest.mark.parametrize(

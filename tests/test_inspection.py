@@ -5,7 +5,7 @@ import logging
 from pathlib import Path
 
 import pytest
-from datasets import ClassLabel, Dataset, Features, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
 from hf_prefopt import inspect_dataset
 from hf_prefopt.data.prepare import prepare_dataset
@@ -97,6 +97,13 @@ def test_a_stream_is_looked_at_from_its_beginning():
     found = inspect_dataset(rows.to_iterable_dataset(), TOKENIZER, stream_rows=6)
     assert found.is_beginning and found.rows_given == 6 and found.summary.desirable == 3
     assert dict(facts(found))["Rows"].endswith("(the first 6 rows of a stream)")
+    in_torch = inspect_dataset(rows.to_iterable_dataset().with_format("torch"), TOKENIZER, stream_rows=6)
+    assert in_torch.summary == found.summary
+
+
+def test_of_several_splits_the_training_split_is_looked_at():
+    splits = DatasetDict({"test": Dataset.from_list(chats(2)), "train": Dataset.from_list(chats(3))})
+    assert inspect_dataset(splits, TOKENIZER, name="eval").summary.rows == 3
 
 
 def test_prepared_rows_are_shown_as_they_are():

@@ -28,6 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return COMMANDS[options.command].run(options)
     except ValueError as error:
+        if options.traceback:
+            raise
         print(f"error: {error}", file=sys.stderr)
         return 1
 
@@ -47,6 +49,9 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
             allow_abbrev=False,
         )
         command.add_options(parsers[name])
+        parsers[name].add_argument(
+            "--traceback", action="store_true", help="show where in the code an error comes from"
+        )
     return parser, parsers
 
 

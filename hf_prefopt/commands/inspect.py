@@ -83,13 +83,15 @@ def run(options: Namespace) -> int:
     dataset = _split(options)
     tokenizer = _tokenizer(options)
     settings = {name: getattr(options, name) for name in SETTINGS if hasattr(options, name)}
-    found = inspect_dataset(
-        dataset, tokenizer, rows=options.rows, stream_rows=options.stream_rows, name=options.data, **settings
-    )
+    shown = {"rows": options.rows, "stream_rows": options.stream_rows, "name": options.data}
+    found = inspect_dataset(dataset, tokenizer, **shown, use_cpu=True, **settings)
     console = Console(no_color=options.no_color or None, highlight=False)
     print_inspection(found, console, None if options.full else CHARACTERS)
     if options.html:
-        write_inspection(found, options.html)
+        try:
+            write_inspection(found, options.html)
+        except OSError as error:
+            raise ValueError(f"--html {options.html} cannot be written: {error.strerror}") from error
         console.print(Text(f"Page: {options.html}"))
     return 1 if found.errors else 0
 
@@ -101,7 +103,7 @@ def _split(options: Namespace) -> Any:
     except OSError as error:
         raise ValueError(
             f"{options.data}: there is no such file or folder, nor is it on the Hub: {_line(error)}"
-        ) from None
+        ) from error
     return splits[training_split(splits, options.split or "train", "--split")]
 
 
@@ -111,7 +113,7 @@ def _tokenizer(options: Namespace) -> PreTrainedTokenizerBase:
     except OSError as error:
         raise ValueError(
             f"--model {options.model}: no tokenizer in such a folder, nor on the Hub: {_line(error)}"
-        ) from None
+        ) from error
     return getattr(loaded, "tokenizer", loaded)
 
 

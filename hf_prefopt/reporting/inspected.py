@@ -92,8 +92,8 @@ def facts(inspection: Inspection) -> list[tuple[str, str]]:
         "Row lengths": ", ".join(within) + " tokens (prompt and longest response, before any cut)" * bool(within),
         "Repeated": f"{summary.repeated_rows:,} rows" if summary.repeated_rows else "",
         "Length bias": next(iter(content_texts(summary)[1:2]), "") if summary.comparisons else "",
-        "Labels": _labels(summary),
-        "Settings": ", ".join(f"{name}={value!r}" for name, value in found.settings.items()),
+        "Labels": _labels(summary, advises="loss_type" not in found.settings),
+        "Settings": ", ".join(f"{name}={_setting(value)}" for name, value in found.settings.items()),
     }
     return [(name, value) for name, value in listed.items() if value]
 
@@ -105,11 +105,17 @@ _CONTENT = {
 }
 
 
-def _labels(summary: DataSummary) -> str:
+def _setting(value: object) -> str:
+    """A setting as one writes it on the command line."""
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _labels(summary: DataSummary, advises: bool) -> str:
+    """How many labels of each kind there are. A loss that is named gives its own advice."""
     if not summary.desirable and not summary.undesirable:
         return ""
     counts = f"{summary.desirable:,} desirable, {summary.undesirable:,} undesirable"
-    if summary.kto_weights is None:
+    if summary.kto_weights is None or not advises:
         return counts
     desirable, undesirable = summary.kto_weights
     return f"{counts}; KTO's authors recommend desirable_weight={desirable:.3g}, undesirable_weight={undesirable:.3g}"
