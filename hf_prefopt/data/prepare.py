@@ -247,7 +247,8 @@ def _map_rows(
     if isinstance(dataset, IterableDataset):
         # Small batches, so that the first rows need not wait for a thousand others.
         return dataset.map(_prepare_batch, batch_size=64, **arguments)
-    return dataset.map(_prepare_batch, num_proc=num_proc, desc=f"Tokenizing {name}", **arguments)
+    # The tokenizer's encodings of a thousand conversations take 200 MiB more, and no less time.
+    return dataset.map(_prepare_batch, batch_size=128, num_proc=num_proc, desc=f"Tokenizing {name}", **arguments)
 
 
 def _read_as(layout: FoundLayout, dataset: Dataset | IterableDataset) -> dict[str, Any]:
