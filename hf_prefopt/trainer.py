@@ -23,6 +23,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HPSearchBackend
 from hf_prefopt.batch import LoaderBatch, PreferenceBatch, join_examples
 from hf_prefopt.config import PreferenceConfig
 from hf_prefopt.data.collator import check_loaded
+from hf_prefopt.data.endings import stop_tokens
 from hf_prefopt.data.unpaired import EpochOfMismatches
 from hf_prefopt.objective.objective import Objective
 from hf_prefopt.policy import load_model, load_tokenizer, sample_of, under_adapter, with_adapter
@@ -152,7 +153,8 @@ class PreferenceTrainer(Trainer):
         if processing_class is None:
             processing_class = load_tokenizer(model or sample_of(model_init), args.model_init_kwargs, name)
         embeddings = getattr(model.get_input_embeddings(), "num_embeddings", None) if model is not None else None
-        data = PreferenceData(args, getattr(processing_class, "tokenizer", processing_class), embeddings)
+        tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        data = PreferenceData(args, tokenizer, embeddings, stop_tokens(model))
         collator = loader_collator(args, data.pad_token_id, data_collator)
         make_room(args.mixed_precision)
         super().__init__(

@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from hf_prefopt.config import PreferenceConfig
 from hf_prefopt.data.check import check_embeddings, check_examples
 from hf_prefopt.data.collator import EvenStream
+from hf_prefopt.data.endings import report_endings
 from hf_prefopt.data.group import PromptSampler, prompt_keys
 from hf_prefopt.data.prepare import prepare_dataset, prepared_features
 from hf_prefopt.data.sources import as_dataset, check_rows
@@ -25,14 +26,21 @@ class PreferenceData:
         args: the settings, read whenever they are needed.
         tokenizer: tokenizes raw rows.
         embeddings: how many token ids the model knows; None if that is not known yet.
+        stops: the ids at which the model stops to generate.
 
     Attributes:
         objective: the losses. The first data set settles it: the kind of examples, for losses that take several kinds,
             and the optional columns.
     """
 
-    def __init__(self, args: PreferenceConfig, tokenizer: PreTrainedTokenizerBase, embeddings: int | None = None):
-        self.args, self.tokenizer, self._embeddings = args, tokenizer, embeddings
+    def __init__(
+        self,
+        args: PreferenceConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        embeddings: int | None = None,
+        stops: frozenset[int] = frozenset(),
+    ):
+        self.args, self.tokenizer, self._embeddings, self._stops = args, tokenizer, embeddings, stops
         self.objective, self._is_settled = args.build_objective(), False
 
     def prepare(self, dataset: Any, name: str) -> DataOrSplits | None:
@@ -65,7 +73,8 @@ class PreferenceData:
                 needs_prompt=not self.objective.ignores_shared_tokens,
             )
         if self._embeddings is not None:
-            check_embeddings(prepared, self._embeddings, name)
+            prepared = check_embeddings(prepared, self._embeddings, name)
+            report_endings(prepared, self.tokenizer, self._stops, name)
         return self._checked(prepared, name)
 
     def settle_again(self, train: Data | None, evaluation: DataOrSplits | None) -> None:
