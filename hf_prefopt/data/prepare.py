@@ -147,6 +147,8 @@ def prepare_dataset(
                 dataset, tokenizer, PAIRS if unpair else kind, tuple(column_mapping or ()), text_as
             )
             lines += describe_template(_first_read(dataset, layout), tokenizer, template_kwargs)
+            if "label" in layout.columns:
+                dataset = check_label_codes(dataset, layout.columns["label"])
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
         if lines:
@@ -173,8 +175,6 @@ def _find_layout(
     """How the rows are to be read, and what to say where that is not plain."""
     sample = sample_of(first_rows(dataset), column_names(dataset))
     layout = find_layout(sample, kind, mapped, text_as)
-    if "label" in layout.columns:
-        check_label_codes(dataset, layout.columns["label"])
     return layout, describe_columns(layout, sample, tokenizer)
 
 
