@@ -22,6 +22,7 @@ from hf_prefopt.batch import LoaderBatch, PreferenceBatch, join_examples
 from hf_prefopt.config import PreferenceConfig
 from hf_prefopt.config_names import refuse_foreign_arguments
 from hf_prefopt.data.collator import check_loaded
+from hf_prefopt.data.endings import stop_tokens
 from hf_prefopt.data.unpaired import EpochOfMismatches
 from hf_prefopt.loading import load_model, load_processing_class
 from hf_prefopt.objective.objective import Objective
@@ -153,7 +154,8 @@ class PreferenceTrainer(Trainer):
         if processing_class is None:
             processing_class = load_processing_class(model or sample_of(model_init), args.model_init_kwargs, name)
         embeddings = getattr(model.get_input_embeddings(), "num_embeddings", None) if model is not None else None
-        data = PreferenceData(args, getattr(processing_class, "tokenizer", processing_class), embeddings)
+        tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        data = PreferenceData(args, tokenizer, embeddings, stop_tokens(model))
         collator = loader_collator(args, data.pad_token_id, data_collator)
         make_room(args.mixed_precision)
         super().__init__(

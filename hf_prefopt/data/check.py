@@ -26,28 +26,38 @@ from hf_prefopt.objective.term import Term
 logger = logging.getLogger(__name__)
 
 
-def check_embeddings(dataset: Dataset | IterableDataset, embeddings: int, name: str) -> None:
-    """Raise `ValueError` if a token id of prepared rows has no embedding, on which the first step would fail.
+def check_embeddings(dataset: Dataset | IterableDataset, embeddings: int, name: str) -> Dataset | IterableDataset:
+    """The data set, without a token id that has no embedding, on which a step would fail.
 
     Args:
         embeddings: how many the model has.
-        name: what errors call the data set. The rows of a stream are not looked at.
+        name: what errors call the data set.
+
+    Raises:
+        ValueError: there is such an id; in a stream when its row is reached.
     """
-    if not isinstance(dataset, Dataset):
-        return
+    if isinstance(dataset, IterableDataset):
+        arguments = {"embeddings": embeddings, "name": name}
+        return dataset.map(_check_ids, batched=True, features=dataset.features, fn_kwargs=arguments)
     columns = dataset.select_columns(["prompt_ids", "response_ids", "row"]).with_format("arrow")
     for batch in columns.iter(batch_size=10_000):
         highest = pc.max(pc.list_flatten(pc.list_flatten(batch["response_ids"]))).as_py() or 0
         highest = max(highest, pc.max(pc.list_flatten(batch["prompt_ids"])).as_py() or 0)
-        if highest < embeddings:
-            continue
-        for row in batch.to_pylist():
-            found = max(token for ids in (row["prompt_ids"], *row["response_ids"]) for token in ids)
-            if found >= embeddings:
-                raise ValueError(
-                    f"{name}: row {row['row']:,} holds token {found:,}, and the model has {embeddings:,} embeddings: "
-                    "use the model's tokenizer, or model.resize_token_embeddings(len(tokenizer)) for new tokens"
-                )
+        if highest >= embeddings:
+            _check_ids(batch.to_pydict(), embeddings, name)
+    return dataset
+
+
+def _check_ids(columns: Mapping[str, list[Any]], embeddings: int, name: str) -> dict[str, list[Any]]:
+    """Check a batch of rows, without changing it."""
+    for row in _as_rows({column: columns[column] for column in ("prompt_ids", "response_ids", "row")}):
+        found = max(token for ids in (row["prompt_ids"], *row["response_ids"]) for token in ids)
+        if found >= embeddings:
+            raise ValueError(
+                f"{name}: row {row['row']:,} holds token {found:,}, and the model has {embeddings:,} embeddings: "
+                "use the model's tokenizer, or model.resize_token_embeddings(len(tokenizer)) for new tokens"
+            )
+    return {}
 
 
 def check_examples(dataset: Dataset | IterableDataset, objective: Objective, name: str) -> Dataset | IterableDataset:

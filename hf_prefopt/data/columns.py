@@ -13,6 +13,7 @@ from hf_prefopt.data.column_layouts import FoundLayout
 from hf_prefopt.data.contents import read_content
 from hf_prefopt.data.context import is_about_the_row
 from hf_prefopt.data.formats import optional_columns
+from hf_prefopt.data.roles import ITEM_RANKS, ITEM_SCORES, ITEM_TEXTS
 from hf_prefopt.data.rows import BadRow
 
 logger = logging.getLogger(__name__)
@@ -101,10 +102,34 @@ def class_names(dataset: Dataset | IterableDataset) -> dict[str, list[str]]:
     return {column: feature.names for column, feature in features.items() if isinstance(feature, ClassLabel)}
 
 
-def check_label_codes(dataset: Dataset | IterableDataset, column: str) -> None:
-    """Raise `ValueError` if labels are −1, 0 and 1, of which nobody knows what 0 means."""
-    if isinstance(dataset, Dataset) and {-1, 0} <= {value for value in dataset.unique(column) if value is not None}:
-        raise ValueError(f"column `{column}` holds −1 and 0: make it true (desirable) or false, and drop other rows")
+def check_label_codes(dataset: Dataset | IterableDataset, column: str) -> Dataset | IterableDataset:
+    """The data set, whose labels are not −1, 0 and 1, of which nobody knows what 0 means.
+
+    Raises:
+        ValueError: there are −1 and 0; in a stream when the second of them is reached.
+    """
+    codes = _LabelCodes(column)
+    if isinstance(dataset, IterableDataset):
+        return dataset.filter(codes)
+    for value in dataset.unique(column):
+        codes({column: value})
+    return dataset
+
+
+class _LabelCodes:
+    """Keeps every row, and remembers the labels of those before it."""
+
+    def __init__(self, column: str):
+        self.column, self.seen = column, set[Any]()
+
+    def __call__(self, row: Mapping[str, Any]) -> bool:
+        value = row[self.column]
+        self.seen |= {value} & {-1, 0}
+        if len(self.seen) == 2:
+            raise ValueError(
+                f"column `{self.column}` holds −1 and 0: make it true (desirable) or false, and drop other rows"
+            )
+        return True
 
 
 def describe_columns(found: FoundLayout, sample: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -116,6 +141,9 @@ def describe_columns(found: FoundLayout, sample: Mapping[str, Any], tokenizer: P
     unused = [column for column in unused_columns(found, sample) if not is_about_the_row(column)]
     if unused:
         lines.append(f"columns not used: {', '.join(unused)}")
+    if "items" in found.columns:
+        keys = [key for key in _keys(sample[found.columns["items"]]) if key not in _ITEM and not is_about_the_row(key)]
+        lines += [f"keys of {found.columns['items']} not used: {', '.join(keys)}"] * bool(keys)
     texts = [column for part, column in found.columns.items() if part not in _NUMBERS]
     if tokenizer.chat_template and not found.how.as_messages and _are_plain_text(sample, texts, tokenizer):
         lines.append(
@@ -131,6 +159,13 @@ def unused_columns(found: FoundLayout, columns: Collection[str]) -> list[str]:
     return [column for column in columns if column not in used]
 
 
+def _keys(structs: Any) -> list[str]:
+    """The keys of a list of structs, or of a struct of lists."""
+    listed = structs if isinstance(structs, list) else [structs]
+    return [*dict.fromkeys(key for item in listed if isinstance(item, Mapping) for key in item)]
+
+
+_ITEM = (*ITEM_TEXTS, *ITEM_SCORES, *ITEM_RANKS)
 _BESIDE = ("tools", "chat_template_kwargs")
 _NUMBERS = ("label", "quantile", "scores", "ranks", "prompt_ids", "chosen_ids", "rejected_ids")
 

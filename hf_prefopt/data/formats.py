@@ -39,6 +39,7 @@ from hf_prefopt.data.rows import (
     check_numbers,
     check_text_prompt,
     check_text_response,
+    echoes_prompt,
     read_json,
     take_off_prompt,
 )
@@ -220,7 +221,8 @@ def _text_row(
     if prompt is not None:
         texts = take_off_prompt(check_text_prompt("prompt", prompt), texts)
         repeated = texts is not responses and any(texts[column] != responses[column] for column in names)
-        return CanonicalRow("text", prompt, [*texts.values()], names, example_columns, repeated=repeated)
+        echoed = not repeated and echoes_prompt(prompt, texts)
+        return CanonicalRow("text", prompt, [*texts.values()], names, example_columns, repeated=repeated, echoed=echoed)
     end = split_transcripts([*texts.values()])
     if end is None:
         return CanonicalRow("text", None, [*texts.values()], names, example_columns)

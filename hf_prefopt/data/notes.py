@@ -32,6 +32,7 @@ NOTES = {
     "_open": Value("bool"),  # a response ends in no control token that is scored
     "_against": Value("bool"),  # the chosen response has the lower score
     "_repeated": Value("bool"),  # its responses began with the prompt, which was taken off
+    "_echoed": Value("bool"),  # its responses begin with the prompt, which is too short to be taken off
     "_change": Value("string"),  # how the prompt differs from the one that the model is asked with, or ""
 }
 # In fewer rows than this, texts may share their first words, or not, by chance.
@@ -72,6 +73,7 @@ def note_row(
         "_tie": is_tie,
         "_open": is_open,
         "_repeated": read is not None and read.repeated,
+        "_echoed": read is not None and read.echoed,
         "_change": "" if change is None else "{!r} before it generates, {!r} in training".format(*change),
     }
 
@@ -184,6 +186,12 @@ def _summarize(name: str, notes: Mapping[str, np.ndarray], max_length: int | Non
         events.append(
             f"a response of {plural(unclosed, 'row')} ends in no scored end of turn, without which a model does not "
             "learn to stop"
+        )
+    echoed = int(notes["_echoed"].sum())
+    if echoed:
+        events.append(
+            f"the responses of {plural(echoed, 'row')} begin with their short prompt, which stays in them: take it off "
+            "if they repeat it"
         )
     changes = [change for change in notes["_change"] if change]
     if changes:

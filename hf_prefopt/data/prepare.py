@@ -28,6 +28,7 @@ from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from hf_prefopt.config_checks import BAD_ROWS, TEXT_AS, TRUNCATION_MODES, check_choice, check_template_kwargs
+from hf_prefopt.data.beginnings import find_beginning
 from hf_prefopt.data.column_layouts import FoundLayout, find_layout
 from hf_prefopt.data.columns import (
     check_label_codes,
@@ -46,7 +47,7 @@ from hf_prefopt.data.notes import NOTES, keep_usable_rows, note_row
 from hf_prefopt.data.roles import AROUND
 from hf_prefopt.data.rows import BadRow, CanonicalRow, reject_texts_without_prompt
 from hf_prefopt.data.settings import check_settings, settings_of, write_settings
-from hf_prefopt.data.tokenize import TokenizedRow, TokenKinds, head_length, tokenize_rows
+from hf_prefopt.data.tokenize import TokenizedRow, TokenKinds, tokenize_rows
 from hf_prefopt.data.truncate import Cuts, truncate_row
 from hf_prefopt.data.unpaired import unpair as unpair_rows
 from hf_prefopt.data.unrendered import describe_template
@@ -145,7 +146,8 @@ def prepare(
         max_length: the maximum number of tokens of prompt + response; None cuts nothing.
         truncation_mode: "keep_start" cuts the end of a response that is too long, but keeps its EOS, and drops a row
             whose prompt leaves no room for a response. "keep_end" cuts the start of the prompt, equally for all
-            responses of a row, and a response only if it is too long by itself.
+            responses of a row, and a response only if it is too long by itself. BOS and system prompt stay, whole
+            turns go before a part of the user's last message does, and a row of which that leaves nothing is dropped.
         on_bad_rows: "error" raises an error that counts the unusable rows, "drop" drops them.
         num_proc: processes of `Dataset.map`.
         name: what messages call the data set.
@@ -188,6 +190,8 @@ def prepare(
                 dataset, tokenizer, PAIRS if unpair else kind, tuple(column_mapping or ()), text_as
             )
             lines += describe_template(_first_read(dataset, layout), tokenizer, template_kwargs)
+            if "label" in layout.columns:
+                dataset = check_label_codes(dataset, layout.columns["label"])
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
         if lines:
@@ -216,8 +220,6 @@ def _find_layout(
     """How the rows are to be read, and what to say where that is not plain."""
     sample = sample_of(first_rows(dataset), column_names(dataset))
     layout = find_layout(sample, kind, mapped, text_as)
-    if "label" in layout.columns:
-        check_label_codes(dataset, layout.columns["label"])
     return layout, describe_columns(layout, sample, tokenizer)
 
 
@@ -286,8 +288,8 @@ def _prepare_batch(
         done = row if isinstance(row, BadRow) else next(tokenized)
         kept, cuts = None, Cuts()
         if isinstance(done, TokenizedRow):
-            head = partial(_head_length, cast(CanonicalRow, row), tokenizer)
-            kept, cuts = truncate_row(done, max_length, truncation_mode, kinds, head)
+            begin = partial(find_beginning, cast(CanonicalRow, row), done.prompt_ids, tokenizer, template_kwargs)
+            kept, cuts = truncate_row(done, max_length, truncation_mode, kinds, begin)
         problem = done if isinstance(done, BadRow) else None
         is_open = isinstance(done, TokenizedRow) and not all(map(kinds.is_closed, done.response_ids, done.scored_masks))
         change = done.change if isinstance(done, TokenizedRow) else None
@@ -295,10 +297,6 @@ def _prepare_batch(
         for column, value in {**_prepared_columns(kept, row_format), **notes, "row": index}.items():
             out[column].append(value)
     return out
-
-
-def _head_length(read: CanonicalRow, tokenizer: PreTrainedTokenizerBase, row: TokenizedRow) -> int:
-    return head_length(read, row.prompt_ids, tokenizer)
 
 
 def _scores_against(columns: Mapping[str, list[Any]], rows: Sequence[Any]) -> list[bool]:

@@ -56,6 +56,10 @@ class Renderer:
         """The texts of a row of text or messages. Raises `BadRow` if the chat template rejects it."""
         return self._render_text(row) if row.content_type == "text" else self._render_messages(row)
 
+    def asked(self, row: CanonicalRow, prompt: list[Message]) -> str:
+        """Messages that a model is asked with, by the template and the arguments of a row."""
+        return _render_prompt(prompt, _continues_last_message(row), [], self._template(row))
+
     def head(self, row: CanonicalRow) -> str:
         """What the template writes before a user's words: its own beginning, the system prompt, the user's header."""
         template = self._template(row)

@@ -49,6 +49,7 @@ class CanonicalRow:
         chat_template_kwargs: other arguments of the chat template.
         unread: what columns of the format say that were not used, by column, because the responses say it, too.
         repeated: whether the responses began with the prompt, which was taken off.
+        echoed: whether they begin with a prompt that is too short to tell that from chance, and stays in them.
     """
 
     content_type: ContentType
@@ -60,6 +61,7 @@ class CanonicalRow:
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     unread: dict[str, Any] = field(default_factory=dict)
     repeated: bool = False
+    echoed: bool = False
 
 
 def read_json(row: Mapping[str, Any], column: str, expected: type) -> Any:
@@ -185,6 +187,13 @@ def take_off_prompt(prompt: str, responses: dict[str, str]) -> dict[str, str]:
     rest = {column: text.lstrip()[len(begin) :] for column, text in responses.items()}
     rest = {column: text.lstrip() if ends_blank else text for column, text in rest.items()}
     return rest if all(map(str.strip, rest.values())) else responses
+
+
+def echoes_prompt(prompt: str, responses: Mapping[str, str]) -> bool:
+    """Whether all responses begin with the words of the prompt and go on after them."""
+    begin = prompt.strip()
+    rest = [text.lstrip()[len(begin) :] for text in responses.values() if text.lstrip().startswith(begin)]
+    return begin != "" and len(rest) == len(responses) and not any(text[:1].isalnum() for text in rest)
 
 
 def reject_texts_without_prompt(row: CanonicalRow, needs_prompt: bool = False) -> None:

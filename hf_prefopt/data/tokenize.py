@@ -103,14 +103,6 @@ def tokenize_rows(
     return done
 
 
-def head_length(row: CanonicalRow, prompt_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> int:
-    """The number of tokens at the start of a prompt without which it is another prompt: BOS, and the system prompt."""
-    if row.content_type == "messages":
-        head = Renderer(tokenizer).head(row)
-        return shared_length(tokenizer(head, add_special_tokens=False)["input_ids"] if head else [], prompt_ids)
-    return int(tokenizer.bos_token_id is not None and prompt_ids[:1] == [tokenizer.bos_token_id])
-
-
 def _try(step, *arguments):
     """The result of a step, or the `BadRow` that it raised."""
     try:

@@ -7,6 +7,7 @@ keep the same prompt.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from hf_prefopt.data.beginnings import Beginning
 from hf_prefopt.data.tokenize import TokenizedRow, TokenKinds
 
 
@@ -25,14 +26,14 @@ def truncate_row(
     max_length: int | None,
     mode: str,
     kinds: TokenKinds,
-    head: Callable[[TokenizedRow], int] = lambda row: 0,
+    begin: Callable[[], Beginning] = Beginning,
 ) -> tuple[TokenizedRow | None, Cuts]:
     """Cut a row so that prompt + response has at most `max_length` tokens, for each response.
 
     Args:
         max_length: None cuts nothing.
         mode: a key of `TRUNCATION_MODES`.
-        head: the number of tokens at the start of a prompt that are never cut: BOS and system prompt.
+        begin: finds where the prompt may be cut; called if it must be.
 
     Returns:
         The row, or None if a response would keep no words; and what was cut.
@@ -40,7 +41,7 @@ def truncate_row(
     longest = len(row.prompt_ids) + max(map(len, row.response_ids))
     if max_length is None or longest <= max_length:
         return row, Cuts(longest=longest)
-    prompt = TRUNCATION_MODES[mode](row, max_length, head)
+    prompt = TRUNCATION_MODES[mode](row, max_length, begin)
     if prompt is None:
         return None, Cuts(longest=longest)
     room = max_length - len(prompt)
@@ -64,31 +65,36 @@ def truncate_row(
     return TokenizedRow(prompt, responses, masks, columns), cuts
 
 
-Head = Callable[[TokenizedRow], int]
+Begin = Callable[[], Beginning]
 
 
-def _whole_prompt(row: TokenizedRow, max_length: int, head: Head) -> list[int] | None:
+def _whole_prompt(row: TokenizedRow, max_length: int, begin: Begin) -> list[int] | None:
     return row.prompt_ids
 
 
-def _end_of_prompt(row: TokenizedRow, max_length: int, head: Head) -> list[int] | None:
+def _end_of_prompt(row: TokenizedRow, max_length: int, begin: Begin) -> list[int] | None:
     """The head and the tokens that fit before the longest response, at least one, which predicts its first token.
 
-    None if the head leaves no room for them.
+    None if they do not fit, or would begin within another turn than the user's last one.
     """
     room = max(1, max_length - max(map(len, row.response_ids)))
-    if len(row.prompt_ids) <= room:
-        return row.prompt_ids
-    kept = min(head(row), len(row.prompt_ids) - 1)
+    prompt = row.prompt_ids
+    if len(prompt) <= room:
+        return prompt
+    beginning = begin()
+    kept = min(beginning.head, len(prompt) - 1)
+    for place in beginning.turns:
+        if kept + len(prompt) - place <= room:
+            return [*prompt[:kept], *prompt[place:]]
     # A response that is too long by itself is cut; the head is not.
     end = max(1, room - kept)
-    if kept + end > max_length - 1:
+    if not beginning.splits or kept + end > max_length - 1:
         return None
-    return [*row.prompt_ids[:kept], *row.prompt_ids[-end:]]
+    return [*prompt[:kept], *prompt[-end:]]
 
 
 # Which tokens a prompt keeps if its row is too long; the responses get the rest of max_length.
-TRUNCATION_MODES: dict[str, Callable[[TokenizedRow, int, Head], list[int] | None]] = {
+TRUNCATION_MODES: dict[str, Callable[[TokenizedRow, int, Begin], list[int] | None]] = {
     "keep_start": _whole_prompt,
     "keep_end": _end_of_prompt,
 }

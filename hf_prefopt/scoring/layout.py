@@ -164,7 +164,8 @@ def reason_of_length(models: Sequence[nn.Module], max_length: int | None) -> str
     limits = [limit for model in models if (limit := length_limit(model)) is not None]
     if not limits or (max_length is not None and max_length <= min(limits)):
         return None
-    return f"rotary embeddings depend on a sequence's length beyond {min(limits)} tokens (max_length={min(limits)} would do)"
+    limit = min(limits)
+    return f"rotary embeddings depend on a sequence's length beyond {limit} tokens (max_length={limit} would do)"
 
 
 def _known_against_both(model: nn.Module) -> str | None:

@@ -1,5 +1,6 @@
 """The data of a trainer: prepared, checked against the losses, and drawn as the settings say."""
 
+from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -9,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from hf_prefopt.config import PreferenceConfig
 from hf_prefopt.data.check import check_embeddings, check_examples
 from hf_prefopt.data.collator import EvenStream
+from hf_prefopt.data.endings import report_endings
 from hf_prefopt.data.group import PromptSampler, prompt_keys
 from hf_prefopt.data.mixtures import Mixture
 from hf_prefopt.data.notes import count_notes
@@ -45,6 +47,7 @@ class PreferenceData:
         args: the settings, read whenever they are needed.
         tokenizer: tokenizes raw rows.
         embeddings: how many token ids the model knows; None if that is not known yet.
+        stops: the ids at which the model stops to generate.
 
     Attributes:
         objective: the losses. The first data set settles it: the kind of examples, for losses that take several kinds,
@@ -52,8 +55,14 @@ class PreferenceData:
         counts: for each prepared data set, what happened to the rows given (`notes.count_notes`).
     """
 
-    def __init__(self, args: PreferenceConfig, tokenizer: PreTrainedTokenizerBase, embeddings: int | None = None):
-        self.args, self.tokenizer, self._embeddings = args, tokenizer, embeddings
+    def __init__(
+        self,
+        args: PreferenceConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        embeddings: int | None = None,
+        stops: frozenset[int] = frozenset(),
+    ):
+        self.args, self.tokenizer, self._embeddings, self._stops = args, tokenizer, embeddings, stops
         self.objective, self._is_settled = args.build_objective(), False
         self.counts: WeakKeyDictionary[Dataset, dict[str, int]] = WeakKeyDictionary()
 
@@ -99,7 +108,8 @@ class PreferenceData:
                 needs_prompt=not self.objective.ignores_shared_tokens,
             )
         if self._embeddings is not None:
-            check_embeddings(made.dataset, self._embeddings, name)
+            made = replace(made, dataset=check_embeddings(made.dataset, self._embeddings, name))
+            report_endings(made.dataset, self.tokenizer, self._stops, name)
         if made.noted is not None:
             self.counts[made.dataset] = count_notes(made.noted)
         return made

@@ -205,3 +205,14 @@ def test_what_the_template_does_not_write_is_named(said):
     assert said() == [
         "train: the chat template does not write reasoning_content, name of the messages: the model will not see it"
     ]
+
+
+def test_keys_of_structs_that_are_not_used_are_named(said):
+    """UltraFeedback's responses were written for system prompts that differ; scores and models are about the row."""
+    sides = [
+        {"response": text, "overall_score": score, "custom_system_prompt": system, "model": "m", "critique": "Good."}
+        for text, score, system in (("Paris.", 5.0, "Be truthful."), ("Rome.", 2.0, "Be helpful."))
+    ]
+    prepare({"instruction": "Where is it?", "completions": sides})
+    (line,) = said()
+    assert "keys of completions not used: custom_system_prompt" in line and "model" not in line.split("not used: ")[1]

@@ -167,3 +167,15 @@ def test_an_echo_is_no_repeated_prompt():
     assert len(prepare({"prompt": "Why is it so?", "completion": "Why is it so? Why?", "label": False})) == 1
     assert len(prepare({"prompt": "Hello", "chosen": "Hello there!", "rejected": "Hello."})) == 1
     assert len(prepare(chat_pair())) == 1
+
+
+def test_short_prompts_that_all_responses_begin_with_stay_and_are_counted(caplog):
+    """Of fewer than four words; "Hell" begins "Hello", and is no word of it."""
+    rows = [
+        {"prompt": "Hello", "chosen": "Hello, you!", "rejected": "Hello."},
+        {"prompt": "Hell", "chosen": "Hello, you!", "rejected": "Hello."},
+        {"prompt": "Hello", "chosen": "Hello, you!", "rejected": "Yes."},
+        {"prompt": "", "chosen": "Hello, you!", "rejected": "Hello."},
+    ]
+    assert len(prepare(*rows)) == 4
+    assert "the responses of 1 row begin with their short prompt, which stays in them: take it off" in caplog.text

@@ -110,3 +110,43 @@ def test_keep_end_keeps_the_system_prompt_and_the_users_header():
     assert len(row["prompt_ids"]) + max(map(len, row["response_ids"])) == 48
     with pytest.raises(ValueError, match="none of the 1 rows can be used"):
         prepare_dataset(rows, TOKENIZER, max_length=8, truncation_mode="keep_end")
+
+
+def turns(*words: str) -> list[dict]:
+    """A conversation that begins and ends with the user."""
+    return [say(("user", "assistant")[at % 2], word) for at, word in enumerate(words)]
+
+
+LONG = "What is the capital of France? " * 9
+
+
+@pytest.mark.parametrize("system", [[], [say("system", "Be brief.")]], ids=["no system", "system"])
+def test_keep_end_cuts_whole_turns_before_it_cuts_the_last_message(system):
+    """Each result is what the template writes for fewer turns, with one token of room less than the next longer."""
+    talk = turns("Hi", "Hello, who are you?", "Dean", "Oh, Dean.", "And the capital?")
+    parts = [[*system, *talk[at:]] for at in (0, 2, 4)]
+    wholes = [TOKENIZER.apply_chat_template(part, add_generation_prompt=True, tokenize=False) for part in parts]
+    lengths = [len(TOKENIZER(whole)["input_ids"]) for whole in wholes]
+    responses = max(len(TOKENIZER(f"{word}<|im_end|>\n")["input_ids"]) for word in ("Paris.", "Rome."))
+    rows = Dataset.from_list([chat_pair(prompt=parts[0])])
+    for room, expected in ((lengths[0], 0), (lengths[0] - 1, 1), (lengths[1], 1), (lengths[1] - 1, 2), (lengths[2], 2)):
+        (row,) = prepare_dataset(rows, TOKENIZER, max_length=room + responses, truncation_mode="keep_end")
+        assert TOKENIZER.decode(row["prompt_ids"]) == wholes[expected]
+    (row,) = prepare_dataset(rows, TOKENIZER, max_length=lengths[2] - 1 + responses, truncation_mode="keep_end")
+    # Within the last message: its first token, "A", is gone.
+    header = wholes[2][: wholes[2].index("And")]
+    assert TOKENIZER.decode(row["prompt_ids"]) == header + wholes[2][len(header) :].removeprefix("A")
+
+
+def test_keep_end_drops_a_prompt_that_would_begin_in_the_middle_of_another_turn():
+    """The user's last message is followed by an answer that is too long, which the response continues."""
+    rows = Dataset.from_list([chat_pair(prompt=[*ask("Hi"), say("assistant", LONG)]), chat_pair()])
+    done = prepare_dataset(rows, TOKENIZER, max_length=48, truncation_mode="keep_end")
+    assert done["row"][:] == [1]
+
+
+def test_keep_end_looks_at_the_template_of_the_row():
+    """A tool's result after the user's question is not cut within either."""
+    prompt = [*ask("Hi"), say("assistant", "Well."), say("tool", LONG)]
+    rows = Dataset.from_list([chat_pair(prompt=[*ask("Oh"), *prompt]), chat_pair()])
+    assert prepare_dataset(rows, TOKENIZER, max_length=48, truncation_mode="keep_end")["row"][:] == [1]

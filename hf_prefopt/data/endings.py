@@ -1,0 +1,50 @@
+"""Whether responses end in a token at which the model stops to generate."""
+
+import logging
+from collections import Counter
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedTokenizerBase
+
+from hf_prefopt.data.tokenize import TokenKinds
+
+logger = logging.getLogger(__name__)
+
+_ROWS = 1000
+
+
+def stop_tokens(model: Any) -> frozenset[int]:
+    """The ids at which a model stops by its generation config and its own; empty if there is no model yet."""
+    configs = [getattr(model, name, None) for name in ("generation_config", "config")]
+    found: set[int] = set()
+    for ids in (getattr(config, "eos_token_id", None) for config in configs):
+        found |= set(ids) if isinstance(ids, list | tuple) else {ids} if ids is not None else set()
+    return frozenset(found)
+
+
+def report_endings(
+    dataset: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, stops: frozenset[int], name: str
+) -> None:
+    """Warn once if responses end in a control token at which the model does not stop.
+
+    Args:
+        dataset: prepared rows, of which the first 1,000 are looked at; none of a stream.
+        stops: see `stop_tokens`; the tokenizer's EOS is one of them.
+        name: what the warning calls the data set.
+    """
+    stops = stops | {tokenizer.eos_token_id} - {None}
+    if not isinstance(dataset, Dataset) or not stops:
+        return
+    rows = dataset.select_columns(["response_ids"]).with_format(None)[:_ROWS]["response_ids"]
+    kinds = TokenKinds(tokenizer)
+    ends = [kinds.closing_token(ids) for responses in rows for ids in responses]
+    wrong = Counter(end for end in ends if end is not None and end not in stops)
+    if wrong:
+        (end, _), *_ = wrong.most_common(1)
+        ending, *known = [repr(tokenizer.convert_ids_to_tokens(token)) for token in (end, *sorted(stops))]
+        logger.warning(
+            f"{name}: {sum(wrong.values()):,} of {len(ends):,} responses end in {ending}, at which the model does not "
+            f"stop to generate, as it does at {', '.join(known)}: add it to "
+            "model.generation_config.eos_token_id, or use the chat template that the model was trained with"
+        )
