@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from hf_prefopt.batch import PreferenceBatch, ResponseScores
 from hf_prefopt.scoring.around import AROUND_INPUTS
-from hf_prefopt.scoring.attention import SEGMENT_INPUTS
+from hf_prefopt.scoring.attention import SEGMENT_INPUTS, no_mask
 from hf_prefopt.scoring.head import (
     STATISTICS,
     LogitTransform,
@@ -123,8 +123,7 @@ def _scoring_forward(self: PreTrainedModel, *args: Any, scored_rows: Tensor | No
     )
     kwargs |= {"use_cache": False, "return_dict": True}
     if kwargs.get("segment_queries") is not None:
-        # A mask of four dimensions is handed on as it is, so none is built; attention over segments ignores it.
-        kwargs["attention_mask"] = scored_rows.new_ones(1, 1, 1, 1)
+        kwargs["attention_mask"] = no_mask(scored_rows)
     hidden = body_of(self)(*args, **kwargs).last_hidden_state
     # Adapters that put virtual tokens before a sequence make it longer at its front.
     hidden = hidden[:, -width:].reshape(-1, hidden.shape[-1]).index_select(0, scored_rows)

@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from hf_prefopt.batch import PreferenceBatch
 from hf_prefopt.data.layouts import AroundCollator, PaddedCollator, SharedCollator
 from hf_prefopt.scoring.agreement import body_precision, device_of, made_up_tokens
-from hf_prefopt.scoring.around import install_around, reason_against_layers, remove_around
-from hf_prefopt.scoring.attention import install_segment_attention, remove_segment_attention
+from hf_prefopt.scoring.around import install_around, reason_against_layers
+from hf_prefopt.scoring.attention import LostSegments, install_segment_attention, remove_segment_attention
 from hf_prefopt.scoring.forward import base_causal_lm, body_of, score
+from hf_prefopt.scoring.handing import hand_segments_on
 from hf_prefopt.scoring.modes import evaluation_mode
+from hf_prefopt.scoring.switched import restore
 
 # What says nothing about a layout, although it is a RuntimeError: no memory, a broken device, a lost process.
 _FAILURES = (torch.OutOfMemoryError, torch.AcceleratorError, torch.distributed.DistError)
@@ -148,6 +150,9 @@ def reason_against(name: str, model: nn.Module, compute_dtype: torch.dtype | Non
         return Reason(known)
     candidate.install(model)
     reason = _probe(candidate, model, compute_dtype)
+    if reason is not None and isinstance(reason.cause, LostSegments):
+        hand_segments_on(base_causal_lm(model))
+        reason = _probe(candidate, model, compute_dtype)
     if reason is not None:
         candidate.remove(model)
     return reason
@@ -186,20 +191,25 @@ def _known_against_around(model: nn.Module) -> str | None:
     return reason_against_layers(causal_lm)
 
 
+def _remove_shared(model: nn.Module) -> None:
+    remove_segment_attention(base_causal_lm(model))
+    restore(base_causal_lm(model))
+
+
 # In the order in which they are tried. The collators are looked up late, which lets tests break them.
 _CANDIDATES = {
     "shared": _Candidate(
         gain="each prompt is computed once, and no padding",
         known=_known_against_shared,
         install=lambda model: install_segment_attention(base_causal_lm(model)),
-        remove=lambda model: remove_segment_attention(base_causal_lm(model)),
+        remove=_remove_shared,
         collate=lambda rows: SharedCollator()(rows),
     ),
     "around": _Candidate(
         gain="each prompt is computed once, and no padding, but for the token mixers",
         known=_known_against_around,
         install=lambda model: install_around(causal_lm := base_causal_lm(model), body_of(causal_lm)),
-        remove=lambda model: remove_around(base_causal_lm(model)),
+        remove=lambda model: restore(base_causal_lm(model)),
         collate=lambda rows: AroundCollator(PaddedCollator(0))(rows),
     ),
 }
