@@ -4,6 +4,7 @@ Static checks name what is known not to work. Everything else is decided by a pr
 layout gives no error, only other numbers.
 """
 
+import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -222,8 +223,10 @@ def _probe(candidate: _Candidate, model: nn.Module, compute_dtype: torch.dtype |
     other_chosen = [{**row, "response_ids": [row["response_ids"][0][::-1], row["response_ids"][1]]} for row in rows]
     try:
         with torch.no_grad(), evaluation_mode(model), _short_windows(model):
-            padded, padded_prompts = (_score(model, PaddedCollator(0)(variant)) for variant in (rows, other_prompts))
-            found, found_prompts, found_chosen = (
+            (padded, size), (padded_prompts, _) = (
+                _score(model, PaddedCollator(0)(variant)) for variant in (rows, other_prompts)
+            )
+            (found, _), (found_prompts, _), (found_chosen, _) = (
                 _score(model, candidate.collate(variant)) for variant in (rows, other_prompts, other_chosen)
             )
     except (TypeError, ValueError, RuntimeError, KeyError) as error:  # UnsupportedAttention is a RuntimeError
@@ -234,7 +237,7 @@ def _probe(candidate: _Candidate, model: nn.Module, compute_dtype: torch.dtype |
     rejected = torch.arange(len(found)) % 2 == 1  # the rows' pairs alternate chosen, rejected
     effect = (padded_prompts - padded).abs().mean()
     # What rounding may do to a sum of log-probs, and far less than what a wrongly seen or unseen token does.
-    noise = body_precision(model, compute_dtype) * padded.abs().mean() + 0.01 * effect
+    noise = body_precision(model, compute_dtype) * torch.minimum(padded.abs(), size).mean() + 0.01 * effect
     if (found_chosen - found)[rejected].abs().mean() > noise:
         return Reason("a response sees another response of its prompt")
     if (found - padded).abs().mean() > noise or (found_prompts - padded_prompts).abs().mean() > noise:
@@ -267,11 +270,19 @@ def _is_failure(error: Exception) -> bool:
     return isinstance(error, _FAILURES) or any(words in str(error) for words in _NO_MEMORY)
 
 
-def _score(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-    """`[R]`: the summed log-prob of each response, on the CPU."""
+def _score(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Of each response, on the CPU, the summed log-prob, and how far the model is from a uniform guess, each `[R]`.
+
+    The latter is the sum over its tokens of |log p + log V| + (log V − entropy), in nats. That is what there is to
+    round: a model that hardly prefers a token has log-probs of −log V, whatever it sees.
+    """
     device = device_of(model)
     moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
-    return score(model, moved).logps.float().cpu()
+    scores = score(model, moved, ("entropy",))
+    uniform = math.log(base_causal_lm(model).config.get_text_config().vocab_size)
+    from_uniform = (scores.token_logps + uniform).abs() + uniform - scores.token_stats["entropy"]
+    size = scores.sum_by_response(from_uniform).nan_to_num(nan=math.inf)
+    return scores.logps.float().cpu(), size.float().cpu()
 
 
 def _made_up_rows(config: Any) -> Sequence[dict[str, Any]]:

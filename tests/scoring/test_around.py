@@ -11,6 +11,7 @@ import io
 
 import pytest
 import torch
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from hf_prefopt.data.layouts import AroundCollator, PaddedCollator
 from hf_prefopt.scoring import around
@@ -19,7 +20,7 @@ from hf_prefopt.scoring.forward import base_causal_lm, install_scoring, score
 from hf_prefopt.scoring.layout import reason_against, settled_layout
 from hf_prefopt.scoring.switched import STATE, restore
 from tests.scoring.architectures import AROUND, adapted, architecture
-from tests.scoring.plain import gradients
+from tests.scoring.plain import assert_same_gradients, gradients
 from tests.tiny_models import perturbed, random_rows
 
 LOGPS, GRADIENTS = 2e-5, 1e-5
@@ -105,6 +106,22 @@ def test_auto_takes_it_with_the_reason_against_shared(name):
     layout = settled_layout("auto", [model])
     assert layout.name == "around" and f"not shared because {reason_against('shared', model).words}" in layout.why
     assert AROUND[name][1] in layout.why
+
+
+@pytest.mark.parametrize("name", ["lfm2", "llama"])
+def test_layers_that_pytorch_checkpoints(name):
+    """Wrapped one by one, as FSDP2's activation checkpointing does it."""
+    model, batch = in_float64(architecture(name)), COLLATE(rows_of_three_kinds())
+    install_scoring(model)
+    logps = score(model, PaddedCollator(0)(rows_of_three_kinds())).token_logps
+    expected = gradients(weighted(logps), model)
+    layers = model.get_decoder().layers
+    for place, layer in enumerate(layers):
+        layers[place] = checkpoint_wrapper(layer)
+    assert reason_against("around", model) is None
+    found = gradients(weighted(score(model, batch).token_logps), model)
+    found = {name.replace("_checkpoint_wrapped_module.", ""): gradient for name, gradient in found.items()}
+    assert_same_gradients(found, expected, GRADIENTS)
 
 
 def test_only_mixers_see_padding():

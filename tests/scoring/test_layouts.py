@@ -388,6 +388,52 @@ class TestTheProbe:
         self.break_attention(monkeypatch, lambda kwargs: {**kwargs, "sliding_window": None})
         assert "differ from those of padded" in reason_against("shared", model).words
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("window", [24, 512, 262144])
+    def test_a_long_window_that_is_dropped(self, window, dtype, monkeypatch):
+        """However long it is, with small initial weights, on sequences of a few tokens, and the model keeps its own."""
+        model = tiny_model(
+            "mistral", sliding_window=window, initializer_range=0.02, max_position_embeddings=window + 64
+        )
+        install_scoring(model.to(dtype))
+        longest = self.watch_lengths(monkeypatch)
+        assert reason_against("shared", model) is None
+        self.break_attention(monkeypatch, lambda kwargs: {**kwargs, "sliding_window": None})
+        assert "differ from those of padded" in reason_against("shared", model).words
+        assert max(longest) < 100 and model.config.sliding_window == window
+        assert {getattr(m, "sliding_window", window) for m in model.modules()} <= {window, None}
+
+    def watch_lengths(self, monkeypatch):
+        lengths, right = [], layout.score
+
+        def watched(model, batch, *others):
+            lengths.append(batch["input_ids"].shape[1])
+            return right(model, batch, *others)
+
+        monkeypatch.setattr(layout, "score", watched)
+        return lengths
+
+    @pytest.mark.parametrize("name", ["phimoe", "qwen2_moe"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_a_window_that_is_only_in_the_mask(self, name, dtype, monkeypatch):
+        """Where it is not taken from the config, log-probs differ."""
+        model = architecture(name).to(dtype)
+        install_scoring(model)
+        assert reason_against("shared", model) is None
+        monkeypatch.setattr(attention, "_hidden_by_mask", lambda module, kwargs: {})
+        assert "differ from those of padded" in reason_against("shared", model).words
+
+    def test_a_window_that_only_the_config_has_is_none(self):
+        """Llama has no window, whatever its config says."""
+        model = tiny_model(sliding_window=7)
+        assert_layouts_equal(model, mixed_rows())
+
+    def test_a_model_of_few_positions(self):
+        """Learned positions end where the longest sequence of the probe does."""
+        model = tiny_model("gpt2", n_embd=32, n_layer=2, n_head=4, n_positions=24)
+        install_scoring(model)
+        assert reason_against("shared", model) is None
+
     def test_positions_that_run_on(self, model, monkeypatch):
         """Position ids that count along the row instead of starting again behind the prompt."""
 
