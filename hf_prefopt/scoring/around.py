@@ -1,24 +1,18 @@
 """Sharing around the token mixers: the layout of models whose layers need whole sequences.
 
-A token mixer is the module of a decoder layer that looks at other tokens: attention of any kind, a state space model, a
-linear attention, a convolution. Everything else in a layer (norms, MLPs, experts) computes each token by itself, and so
-do the projections inside a mixer. In this layout the model is called with ordinary right-padded sequences `[R, L]`, so
+Everything else in a layer (norms, MLPs, experts) computes each token by itself, and so do the projections inside a
+mixer. In this layout the model is called with ordinary right-padded sequences `[R, L]`, so
 that rotary embeddings, masks and position biases are those of padded sequences. The first decoder layer picks a row
 `[1, T]` out of them, in which each prompt is once and nothing is padding, and the last layer puts the sequences back.
 In between, a mixer gets the padded sequences, its linear projections compute the row, and of its output the row is
 taken. A token at the end of a sequence is seen by none before it, so what stands in the padding does not matter.
 
-The modules keep their place and their tensors; what changes is their class, to a subclass of the same name whose
-`__call__` does the picking. Pickled or copied, they are of their own class again. The indices reach a layer as a
-keyword argument of its call, so a checkpoint that runs its forward again during the backward has them, too.
+The modules that pick and spread tokens are switched (see `scoring.switched`). The indices reach a layer as a keyword
+argument of its call, so a checkpoint that runs its forward again during the backward has them, too.
 """
 
-import copyreg
-import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
-from types import MethodType
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -27,21 +21,18 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
+from hf_prefopt.scoring.switched import (
+    STATE,
+    Switched,
+    decoder_layers,
+    mixers_of,
+    outermost,
+    parameters_of,
+    switch,
+    unwrapped,
+)
+
 AROUND_INPUTS = ("around_places", "around_tokens")
-_STATE = "_hf_prefopt_around"
-# A module that takes one of these looks at other tokens.
-_OF_MIXERS = {
-    "alibi",
-    "attention_mask",
-    "cache_params",
-    "cache_position",
-    "layer_past",
-    "past_key_value",
-    "past_key_values",
-    "position_embeddings",
-    "position_ids",
-    "state",
-}
 
 
 class UnsupportedLayer(RuntimeError):
@@ -111,24 +102,13 @@ class _OfLayer:
         return self.pairs[-1][0]
 
 
-class _Switched:
-    """A module whose class was replaced by a subclass of it; see `_switch`."""
-
-    plain: type
-
-    def __reduce_ex__(self, protocol):
-        state = super().__reduce_ex__(protocol)[2]
-        kept = {name: value for name, value in state.items() if name != _STATE}
-        return copyreg._reconstructor, (self.plain, object, None), kept  # type: ignore[attr-defined]
-
-
-class _Body(_Switched):
+class _Body(Switched):
     """The model beneath the head: takes the indices of a batch; right-padded sequences need no mask."""
 
     def __call__(self, *args, around_places=None, around_tokens=None, **kwargs):
         if around_places is None:
             return super().__call__(*args, **kwargs)
-        state: _OfBody = vars(self)[_STATE]
+        state: _OfBody = vars(self)[STATE]
         is_row_already = len(around_places) == around_tokens.numel()
         state.rows = None if is_row_already else Rows(around_places, around_tokens)
         try:
@@ -137,11 +117,11 @@ class _Body(_Switched):
             state.rows = None
 
 
-class _Called(_Switched):
+class _Called(Switched):
     """A decoder layer as it is called, outside its checkpoint: hands the indices on."""
 
     def __call__(self, *args, **kwargs):
-        state: _OfLayer = vars(self)[_STATE]
+        state: _OfLayer = vars(self)[STATE]
         rows = state.body.rows
         if rows is None:
             return super().__call__(*args, **kwargs)
@@ -153,11 +133,11 @@ class _Called(_Switched):
         return _first(output, rows.is_row, rows.padded) if state.is_last else output
 
 
-class _Layer(_Switched):
+class _Layer(Switched):
     """A decoder layer as it runs, inside its checkpoint: takes the indices for its mixers."""
 
     def forward(self, *args, around_rows=None, **kwargs):
-        state: _OfLayer = vars(self)[_STATE]
+        state: _OfLayer = vars(self)[STATE]
         state.rows = around_rows
         try:
             return super().forward(*args, **kwargs)
@@ -165,11 +145,11 @@ class _Layer(_Switched):
             state.rows = None
 
 
-class _Mixer(_Switched):
+class _Mixer(Switched):
     """A token mixer: gets the padded sequences, and gives the row."""
 
     def __call__(self, *args, **kwargs):
-        state: _OfLayer = vars(self)[_STATE]
+        state: _OfLayer = vars(self)[STATE]
         rows = state.rows
         if rows is None:
             return super().__call__(*args, **kwargs)
@@ -184,11 +164,11 @@ class _Mixer(_Switched):
             state.pairs.clear()
 
 
-class _Projection(_Switched):
+class _Projection(Switched):
     """A linear layer inside a mixer: computes the row."""
 
     def __call__(self, hidden, *args, **kwargs):
-        state: _OfLayer = vars(self)[_STATE]
+        state: _OfLayer = vars(self)[STATE]
         rows = state.rows
         if rows is None or not rows.is_padded(hidden):
             return super().__call__(hidden, *args, **kwargs)
@@ -214,39 +194,30 @@ def install_around(model: PreTrainedModel, body: nn.Module) -> None:
     Raises:
         UnsupportedLayer: see `reason_against_layers`.
     """
-    if isinstance(body, _Switched):
+    if isinstance(body, Switched):
         return
     if reason := reason_against_layers(model):
         raise UnsupportedLayer(reason)
-    shared, layers = _OfBody(), _decoder_layers(model)
-    _switch(body, (_Body,), shared)
+    shared, layers = _OfBody(), decoder_layers(model)
+    switch(body, (_Body,), shared)
     for called in layers:
-        layer = _unwrapped(called)
+        layer = unwrapped(called)
         state = _OfLayer(shared, _first_parameter(layer), called is layers[-1])
-        for mixer in _mixers(layer):
-            for projection in _outermost(mixer, _is_linear):
-                _switch(projection, (_Projection,), state)
-            _switch(mixer, (_Mixer,), state)
+        for mixer in mixers_of(layer):
+            for projection in outermost(mixer, _is_linear):
+                switch(projection, (_Projection,), state)
+            switch(mixer, (_Mixer,), state)
         if called is layer:
-            _switch(layer, (_Called, _Layer), state)
+            switch(layer, (_Called, _Layer), state)
         else:
-            _switch(called, (_Called,), state)
-            _switch(layer, (_Layer,), state)
-
-
-def remove_around(model: nn.Module) -> None:
-    """Give all modules their own class again."""
-    for module in model.modules():
-        if isinstance(module, _Switched):
-            module.__class__ = module.plain
-            del vars(module)[_STATE]
-            _renew_put_aside(module)
+            switch(called, (_Called,), state)
+            switch(layer, (_Layer,), state)
 
 
 def reason_against_layers(model: PreTrainedModel) -> str | None:
     """Why the layout "around" cannot be put into the layers of a model, as far as their classes say."""
-    layers = [_unwrapped(layer) for layer in _decoder_layers(model)]
-    mixers = [mixer for layer in layers for mixer in _mixers(layer)]
+    layers = [unwrapped(layer) for layer in decoder_layers(model)]
+    mixers = [mixer for layer in layers for mixer in mixers_of(layer)]
     if not mixers:
         return "its decoder layers have no token mixers as modules of their own"
     if not all(isinstance(layer, GradientCheckpointingLayer) for layer in layers):
@@ -256,58 +227,10 @@ def reason_against_layers(model: PreTrainedModel) -> str | None:
     return None
 
 
-def _switch(module: nn.Module, roles: tuple[type, ...], state: Any) -> None:
-    module.__class__ = _subclass(type(module), roles)
-    vars(module)[_STATE] = state
-    _renew_put_aside(module)
-
-
-@cache
-def _subclass(plain: type, roles: tuple[type, ...]) -> type:
-    named = {name: getattr(plain, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return type(plain.__name__, (*roles, plain), {**named, "plain": plain})
-
-
-def _renew_put_aside(module: nn.Module) -> None:
-    """accelerate's hooks, which bring weights to the device, call the forward that they have put aside."""
-    if "_old_forward" in vars(module):
-        vars(module)["_old_forward"] = MethodType(type(module).forward, module)
-
-
-def _decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The layers of the text model, as they are called; none where they are not found."""
-    count = model.config.get_text_config().num_hidden_layers
-    lists = (module for module in model.get_decoder().modules() if isinstance(module, nn.ModuleList))
-    found = next((each for each in lists if len(each) >= count and any(map(_mixers, map(_unwrapped, each)))), ())
-    return list(found)[:count]
-
-
-def _unwrapped(layer: nn.Module) -> nn.Module:
-    """A layer without PyTorch's wrapper for activation checkpointing."""
-    return getattr(layer, "_checkpoint_wrapped_module", layer)
-
-
-def _mixers(layer: nn.Module) -> list[nn.Module]:
-    return list(_outermost(layer, lambda module: not _OF_MIXERS.isdisjoint(_parameters(module))))
-
-
-def _outermost(module: nn.Module, is_it: Callable[[nn.Module], bool]) -> Iterator[nn.Module]:
-    """Of the modules inside a module those, and none inside them."""
-    for child in module.children():
-        if is_it(child):
-            yield child
-        else:
-            yield from _outermost(child, is_it)
-
-
 def _is_linear(module: nn.Module) -> bool:
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
     return isinstance(base, nn.Linear | Conv1D)
 
 
 def _first_parameter(layer: nn.Module) -> str:
-    return next(name for name in _parameters(layer) if name != "self")
-
-
-def _parameters(module: nn.Module) -> list[str]:
-    return list(inspect.signature(type(module).forward).parameters)
+    return next(name for name in parameters_of(layer) if name != "self")

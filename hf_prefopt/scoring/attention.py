@@ -38,6 +38,10 @@ class UnsupportedAttention(RuntimeError):
     """The model's attention asks for something that attention over segments does not have."""
 
 
+class LostSegments(UnsupportedAttention):
+    """The model's decoder layers do not hand keyword arguments on to their attention."""
+
+
 class SegmentAttention(str):
     """The name of attention over segments in front of an implementation; pickled, it is the implementation's own."""
 
@@ -83,6 +87,7 @@ def _registered(implementation: str) -> str:
             module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
         ):
             if kwargs.get("segment_queries") is None:
+                _refuse_lost_segments(attention_mask)
                 return _plain(implementation, module)(module, query, key, value, attention_mask, **kwargs)
             hidden = _hidden_by_mask(module, kwargs)
             return segment_attention(query, key, value, attention_mask=attention_mask, **hidden, **kwargs), None
@@ -91,6 +96,20 @@ def _registered(implementation: str) -> str:
         if implementation in ALL_MASK_ATTENTION_FUNCTIONS:
             AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[implementation])
     return name
+
+
+def no_mask(like: Tensor) -> Tensor:
+    """What is given as the mask where segments say what is hidden.
+
+    A mask of four dimensions is handed on as it is, so none is built.
+    """
+    return like.new_ones(1, 1, 1, 1, dtype=torch.int64)
+
+
+def _refuse_lost_segments(mask: Tensor | None) -> None:
+    """Raise `LostSegments` where a module was given `no_mask`, and no segments."""
+    if mask is not None and mask.shape == (1, 1, 1, 1) and mask.dtype == torch.int64:
+        raise LostSegments("its decoder layers do not hand keyword arguments on to their attention")
 
 
 def describe_attention(model: PreTrainedModel, device: str, dtype: torch.dtype) -> str:

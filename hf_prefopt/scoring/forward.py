@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from hf_prefopt.batch import PreferenceBatch, ResponseScores
 from hf_prefopt.scoring.around import AROUND_INPUTS
-from hf_prefopt.scoring.attention import SEGMENT_INPUTS
+from hf_prefopt.scoring.attention import SEGMENT_INPUTS, no_mask
 from hf_prefopt.scoring.head import (
     STATISTICS,
     LogitTransform,
@@ -129,8 +129,7 @@ def _scoring_forward(self: PreTrainedModel, *args: Any, scored_rows: Tensor | No
     kwargs |= {"use_cache": False, "return_dict": True} | ({"output_router_logits": True} if with_aux_loss else {})
     tokens = _tokens_of_sequences(kwargs) if with_aux_loss else None
     if kwargs.get("segment_queries") is not None:
-        # A mask of four dimensions is handed on as it is, so none is built; attention over segments ignores it.
-        kwargs["attention_mask"] = scored_rows.new_ones(1, 1, 1, 1)
+        kwargs["attention_mask"] = no_mask(scored_rows)
     elif self.ropes_by_length:
         kwargs["position_ids"] = own_positions(kwargs["attention_mask"])
     with own_lengths(self, self.ropes_by_length):

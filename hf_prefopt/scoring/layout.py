@@ -4,6 +4,7 @@ Static checks name what is known not to work. Everything else is decided by a pr
 layout gives no error, only other numbers.
 """
 
+import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,11 +18,13 @@ from torch import Tensor, nn
 from hf_prefopt.batch import PreferenceBatch
 from hf_prefopt.data.layouts import AroundCollator, PaddedCollator, SharedCollator
 from hf_prefopt.scoring.agreement import body_precision, device_of, made_up_tokens
-from hf_prefopt.scoring.around import install_around, reason_against_layers, remove_around
-from hf_prefopt.scoring.attention import install_segment_attention, remove_segment_attention
+from hf_prefopt.scoring.around import install_around, reason_against_layers
+from hf_prefopt.scoring.attention import LostSegments, install_segment_attention, remove_segment_attention
 from hf_prefopt.scoring.forward import base_causal_lm, score
+from hf_prefopt.scoring.handing import hand_segments_on
 from hf_prefopt.scoring.lengths import length_limit
 from hf_prefopt.scoring.modes import evaluation_mode
+from hf_prefopt.scoring.switched import restore
 from hf_prefopt.scoring.tail import body_of
 
 # What says nothing about a layout, although it is a RuntimeError: no memory, a broken device, a lost process.
@@ -150,6 +153,9 @@ def reason_against(name: str, model: nn.Module, compute_dtype: torch.dtype | Non
         return Reason(known)
     candidate.install(model)
     reason = _probe(candidate, model, compute_dtype)
+    if reason is not None and isinstance(reason.cause, LostSegments):
+        hand_segments_on(base_causal_lm(model))
+        reason = _probe(candidate, model, compute_dtype)
     if reason is not None:
         candidate.remove(model)
     return reason
@@ -199,20 +205,25 @@ def _known_against_around(model: nn.Module) -> str | None:
     return reason_against_layers(causal_lm)
 
 
+def _remove_shared(model: nn.Module) -> None:
+    remove_segment_attention(base_causal_lm(model))
+    restore(base_causal_lm(model))
+
+
 # In the order in which they are tried. The collators are looked up late, which lets tests break them.
 _CANDIDATES = {
     "shared": _Candidate(
         gain="each prompt is computed once, and no padding",
         known=_known_against_shared,
         install=lambda model: install_segment_attention(base_causal_lm(model)),
-        remove=lambda model: remove_segment_attention(base_causal_lm(model)),
+        remove=_remove_shared,
         collate=lambda rows: SharedCollator()(rows),
     ),
     "around": _Candidate(
         gain="each prompt is computed once, and no padding, but for the token mixers",
         known=_known_against_around,
         install=lambda model: install_around(causal_lm := base_causal_lm(model), body_of(causal_lm)),
-        remove=lambda model: remove_around(base_causal_lm(model)),
+        remove=lambda model: restore(base_causal_lm(model)),
         collate=lambda rows: AroundCollator(PaddedCollator(0))(rows),
     ),
 }
@@ -225,8 +236,10 @@ def _probe(candidate: _Candidate, model: nn.Module, compute_dtype: torch.dtype |
     other_chosen = [{**row, "response_ids": [row["response_ids"][0][::-1], row["response_ids"][1]]} for row in rows]
     try:
         with torch.no_grad(), evaluation_mode(model), _short_windows(model):
-            padded, padded_prompts = (_score(model, PaddedCollator(0)(variant)) for variant in (rows, other_prompts))
-            found, found_prompts, found_chosen = (
+            (padded, size), (padded_prompts, _) = (
+                _score(model, PaddedCollator(0)(variant)) for variant in (rows, other_prompts)
+            )
+            (found, _), (found_prompts, _), (found_chosen, _) = (
                 _score(model, candidate.collate(variant)) for variant in (rows, other_prompts, other_chosen)
             )
     except (TypeError, ValueError, RuntimeError, KeyError) as error:  # UnsupportedAttention is a RuntimeError
@@ -237,7 +250,7 @@ def _probe(candidate: _Candidate, model: nn.Module, compute_dtype: torch.dtype |
     rejected = torch.arange(len(found)) % 2 == 1  # the rows' pairs alternate chosen, rejected
     effect = (padded_prompts - padded).abs().mean()
     # What rounding may do to a sum of log-probs, and far less than what a wrongly seen or unseen token does.
-    noise = body_precision(model, compute_dtype) * padded.abs().mean() + 0.01 * effect
+    noise = body_precision(model, compute_dtype) * torch.minimum(padded.abs(), size).mean() + 0.01 * effect
     if (found_chosen - found)[rejected].abs().mean() > noise:
         return Reason("a response sees another response of its prompt")
     if (found - padded).abs().mean() > noise or (found_prompts - padded_prompts).abs().mean() > noise:
@@ -270,11 +283,19 @@ def _is_failure(error: Exception) -> bool:
     return isinstance(error, _FAILURES) or any(words in str(error) for words in _NO_MEMORY)
 
 
-def _score(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-    """`[R]`: the summed log-prob of each response, on the CPU."""
+def _score(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Of each response, on the CPU, the summed log-prob, and how far the model is from a uniform guess, each `[R]`.
+
+    The latter is the sum over its tokens of |log p + log V| + (log V − entropy), in nats. That is what there is to
+    round: a model that hardly prefers a token has log-probs of −log V, whatever it sees.
+    """
     device = device_of(model)
     moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
-    return score(model, moved).logps.float().cpu()
+    scores = score(model, moved, ("entropy",))
+    uniform = math.log(base_causal_lm(model).config.get_text_config().vocab_size)
+    from_uniform = (scores.token_logps + uniform).abs() + uniform - scores.token_stats["entropy"]
+    size = scores.sum_by_response(from_uniform).nan_to_num(nan=math.inf)
+    return scores.logps.float().cpu(), size.float().cpu()
 
 
 def _made_up_rows(config: Any) -> Sequence[dict[str, Any]]:

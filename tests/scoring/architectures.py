@@ -53,6 +53,8 @@ SHARING = {
     "jetmoe": {"num_local_experts": 4, "num_experts_per_tok": 2, "kv_channels": 8},
     "hyperclovax": {"logits_scaling": 0.25},
     "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
+    "stablelm": {},  # whose decoder layers do not hand keyword arguments on
+    "nemotron": {},
     "gpt_oss": _SINKS,
     "granite_swa": _WINDOW,
     "granitemoe_swa": _SINKS,
@@ -153,7 +155,6 @@ AROUND = {
     "gptj": ({"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4}, _INTERFACE),
     "falcon": ({"alibi": True}, "ALiBi"),
     "llama4_text with scaled queries": ({**_LLAMA4, "floor_scale": 4}, "scales queries by their place in the row"),
-    "stablelm": ({}, "its forward refuses it"),  # its layers do not hand keyword arguments on
     "doge": ({}, "a mask of the module's own making"),  # with learned weights in it
 }
 

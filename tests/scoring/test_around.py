@@ -11,14 +11,16 @@ import io
 
 import pytest
 import torch
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from hf_prefopt.data.layouts import AroundCollator, PaddedCollator
 from hf_prefopt.scoring import around
-from hf_prefopt.scoring.around import Rows, remove_around
+from hf_prefopt.scoring.around import Rows
 from hf_prefopt.scoring.forward import base_causal_lm, install_scoring, score
 from hf_prefopt.scoring.layout import reason_against, settled_layout
+from hf_prefopt.scoring.switched import STATE, restore
 from tests.scoring.architectures import AROUND, adapted, architecture
-from tests.scoring.plain import gradients
+from tests.scoring.plain import assert_same_gradients, gradients
 from tests.tiny_models import perturbed, random_rows
 
 LOGPS, GRADIENTS = 2e-5, 1e-5
@@ -106,6 +108,22 @@ def test_auto_takes_it_with_the_reason_against_shared(name):
     assert AROUND[name][1] in layout.why
 
 
+@pytest.mark.parametrize("name", ["lfm2", "llama"])
+def test_layers_that_pytorch_checkpoints(name):
+    """Wrapped one by one, as FSDP2's activation checkpointing does it."""
+    model, batch = in_float64(architecture(name)), COLLATE(rows_of_three_kinds())
+    install_scoring(model)
+    logps = score(model, PaddedCollator(0)(rows_of_three_kinds())).token_logps
+    expected = gradients(weighted(logps), model)
+    layers = model.get_decoder().layers
+    for place, layer in enumerate(layers):
+        layers[place] = checkpoint_wrapper(layer)
+    assert reason_against("around", model) is None
+    found = gradients(weighted(score(model, batch).token_logps), model)
+    found = {name.replace("_checkpoint_wrapped_module.", ""): gradient for name, gradient in found.items()}
+    assert_same_gradients(found, expected, GRADIENTS)
+
+
 def test_only_mixers_see_padding():
     """Norms and MLPs compute the row, projections too; the recurrence and the attention get whole sequences."""
     model = architecture("qwen3_5_text")
@@ -164,7 +182,7 @@ class TestTheModelItself:
         file.seek(0)
         for other in (copy.deepcopy(model), torch.load(file, weights_only=False)):
             assert {name: type(module) for name, module in other.named_modules()} == self.before
-            assert not any(around._STATE in vars(module) for module in other.modules())
+            assert not any(STATE in vars(module) for module in other.modules())
             assert torch.equal(other(torch.arange(5, 25)[None]).logits, self.logits)
         assert (
             type(model.get_decoder())
@@ -172,14 +190,14 @@ class TestTheModelItself:
         )
 
     def test_is_given_back(self, model):
-        remove_around(model)
+        restore(model)
         assert {name: type(module) for name, module in model.named_modules()} == self.before
-        assert not any(around._STATE in vars(module) for module in model.modules())
+        assert not any(STATE in vars(module) for module in model.modules())
 
     def test_generates_as_before(self, model):
         ids = torch.arange(5, 11)[None]
         found = model.generate(ids, max_new_tokens=5, do_sample=False)
-        remove_around(model)
+        restore(model)
         assert torch.equal(model.generate(ids, max_new_tokens=5, do_sample=False), found)
 
 
@@ -200,9 +218,9 @@ class TestTheProbe:
         """A convolution over the row as one sequence sees other responses."""
         model = architecture("lfm2")
         install_scoring(model)
-        mixers = around._mixers
+        mixers = around.mixers_of
         monkeypatch.setattr(
-            around, "_mixers", lambda layer: [m for m in mixers(layer) if m is not getattr(layer, "conv", 0)]
+            around, "mixers_of", lambda layer: [m for m in mixers(layer) if m is not getattr(layer, "conv", 0)]
         )
         assert "sees another response" in reason_against("around", model).words
 

@@ -185,3 +185,36 @@ def test_what_it_does_not_have_is_refused(asked):
     tensors = [torch.randn(1, 4, batch["input_ids"].shape[1], 8) for _ in range(3)]
     with pytest.raises(UnsupportedAttention, match=next(iter(asked))):
         segment_attention(*tensors, **segments, **asked)
+
+
+@pytest.mark.parametrize(("window", "chunk"), [(None, None), (3, None), (None, 4), (3, 4)])
+@pytest.mark.parametrize("has_sinks", [False, True])
+def test_sinks_and_chunks_are_the_mask_spelled_out(has_sinks, window, chunk):
+    """In float64, with the gradient to the sinks: out = attention · σ(lse − s), which is one more key of value 0."""
+    batch = SharedCollator()(random_rows(3))
+    segments = {name: value for name, value in batch.items() if name.startswith("segment_")}
+    generator = torch.Generator().manual_seed(0)
+    length = batch["input_ids"].shape[1]
+    query, key, value = (
+        torch.randn(1, heads, length, 8, dtype=torch.float64, generator=generator, requires_grad=True)
+        for heads in (4, 2, 2)
+    )
+    sinks = torch.randn(4, dtype=torch.float64, generator=generator, requires_grad=True) if has_sinks else None
+    position = batch["position_ids"][0]
+    allowed = torch.zeros(length, length, dtype=torch.bool)
+    keys = batch["segment_key_index"].split(batch["segment_keys"].diff().tolist())
+    for rows, visible in zip(torch.arange(length).split(batch["segment_queries"].diff().tolist()), keys, strict=True):
+        q, k = position[rows, None], position[visible]
+        sees = (q >= k) & (q - k < (window or length)) & (q // (chunk or length) == k // (chunk or length))
+        allowed[rows[:, None], visible] = sees
+    scores = query @ key.repeat_interleave(2, 1).transpose(2, 3) * 8**-0.5
+    scores = scores.masked_fill(~allowed, float("-inf"))
+    expected = scores.softmax(-1) @ value.repeat_interleave(2, 1)
+    if has_sinks:
+        expected = expected * (scores.logsumexp(-1) - sinks[:, None]).sigmoid()[..., None]
+    found = segment_attention(query, key, value, **segments, sliding_window=window, chunk=chunk, s_aux=sinks)
+    torch.testing.assert_close(found, expected.transpose(1, 2), rtol=1e-12, atol=1e-12)
+    weight = torch.randn(found.shape, dtype=torch.float64, generator=generator)
+    inputs = [query, key, value, sinks][: 4 if has_sinks else 3]
+    gradients = (torch.autograd.grad((out * weight).sum(), inputs) for out in (found, expected.transpose(1, 2)))
+    torch.testing.assert_close(*gradients, rtol=1e-11, atol=1e-12)

@@ -47,7 +47,7 @@ def scores_and_gradients(model, batch):
 
 def assert_layouts_equal(model, rows, logps_tolerance=LOGPS, gradient_tolerance=GRADIENTS):
     install_scoring(model)
-    install_segment_attention(base_causal_lm(model))
+    assert reason_against("shared", model) is None
     padded, padded_gradients = scores_and_gradients(model, PaddedCollator(0)(rows))
     shared, shared_gradients = scores_and_gradients(model, SharedCollator()(rows))
     assert (padded - shared).abs().max() < logps_tolerance
@@ -82,7 +82,7 @@ def test_equals_the_plain_logits_of_each_sequence_alone(name, lora):
         ]
         install_scoring(model)
         padded = score(model, PaddedCollator(0)(rows)).token_logps
-        install_segment_attention(base_causal_lm(model))
+        assert reason_against("shared", model) is None
         shared = score(model, SharedCollator()(rows)).token_logps
     for found in (padded, shared):
         torch.testing.assert_close(found, torch.cat(expected), rtol=0, atol=LOGPS)
@@ -128,11 +128,12 @@ def test_equals_padded_under_other_adapters(adapter):
 
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("lora", [True, False])
-def test_survives_activation_checkpointing(reentrant, lora):
+@pytest.mark.parametrize("name", ["llama", "nemotron", "gpt_oss"])
+def test_survives_activation_checkpointing(name, lora, reentrant):
     """A layer's forward runs again during the backward, with the same segments: gradients as without checkpointing."""
-    model = perturbed(with_lora(tiny_model())) if lora else tiny_model()
+    model = perturbed(adapted(name)) if lora else architecture(name)
     install_scoring(model)
-    install_segment_attention(base_causal_lm(model))
+    assert reason_against("shared", model) is None
     batch = SharedCollator()(mixed_rows())
     model.train()
     logps, expected = scores_and_gradients(model, batch)
@@ -240,7 +241,7 @@ class TestAttentionIsGivenBack:
         assert implementations(model) == before
 
     def test_of_the_policy_where_the_reference_falls_back(self):
-        models = [tiny_model(), architecture("stablelm")]
+        models = [tiny_model(), architecture("doge")]
         before = [implementations(model) for model in models]
         for model in models:
             install_scoring(model)
@@ -249,14 +250,14 @@ class TestAttentionIsGivenBack:
 
     @pytest.mark.parametrize("asked", ["shared", "padded"])
     def test_of_a_model_that_another_run_shared(self, asked):
-        models = [tiny_model(), architecture("stablelm")]
+        models = [tiny_model(), architecture("doge")]
         before = [implementations(model) for model in models]
         for model in models:
             install_scoring(model)
         assert layout.settled_layout("auto", models[:1]).name == "shared"
         assert implementations(models[0]) != before[0]
         if asked == "shared":
-            with pytest.raises(ValueError, match="its forward refuses it"):
+            with pytest.raises(ValueError, match="a mask of the module"):
                 layout.settled_layout(asked, models)
         else:
             assert layout.settled_layout(asked, models).name == "padded"
@@ -320,6 +321,16 @@ def raising(error):
     return lambda: collate
 
 
+def test_a_model_that_was_handed_segments_is_given_back():
+    model = architecture("nemotron")
+    install_scoring(model)
+    before = {name: type(module) for name, module in model.named_modules()}
+    assert layout.settled_layout("auto", [model]).name == "shared"
+    assert {name: type(module) for name, module in model.named_modules()} != before
+    assert layout.settled_layout("padded", [model]).name == "padded"
+    assert {name: type(module) for name, module in model.named_modules()} == before
+
+
 class TestTheProbe:
     """It must notice what is silently wrong: here attention is broken on purpose, in each way that is known."""
 
@@ -376,6 +387,52 @@ class TestTheProbe:
     def test_a_dropped_sliding_window(self, model, monkeypatch):
         self.break_attention(monkeypatch, lambda kwargs: {**kwargs, "sliding_window": None})
         assert "differ from those of padded" in reason_against("shared", model).words
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("window", [24, 512, 262144])
+    def test_a_long_window_that_is_dropped(self, window, dtype, monkeypatch):
+        """However long it is, with small initial weights, on sequences of a few tokens, and the model keeps its own."""
+        model = tiny_model(
+            "mistral", sliding_window=window, initializer_range=0.02, max_position_embeddings=window + 64
+        )
+        install_scoring(model.to(dtype))
+        longest = self.watch_lengths(monkeypatch)
+        assert reason_against("shared", model) is None
+        self.break_attention(monkeypatch, lambda kwargs: {**kwargs, "sliding_window": None})
+        assert "differ from those of padded" in reason_against("shared", model).words
+        assert max(longest) < 100 and model.config.sliding_window == window
+        assert {getattr(m, "sliding_window", window) for m in model.modules()} <= {window, None}
+
+    def watch_lengths(self, monkeypatch):
+        lengths, right = [], layout.score
+
+        def watched(model, batch, *others):
+            lengths.append(batch["input_ids"].shape[1])
+            return right(model, batch, *others)
+
+        monkeypatch.setattr(layout, "score", watched)
+        return lengths
+
+    @pytest.mark.parametrize("name", ["phimoe", "qwen2_moe"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_a_window_that_is_only_in_the_mask(self, name, dtype, monkeypatch):
+        """Where it is not taken from the config, log-probs differ."""
+        model = architecture(name).to(dtype)
+        install_scoring(model)
+        assert reason_against("shared", model) is None
+        monkeypatch.setattr(attention, "_hidden_by_mask", lambda module, kwargs: {})
+        assert "differ from those of padded" in reason_against("shared", model).words
+
+    def test_a_window_that_only_the_config_has_is_none(self):
+        """Llama has no window, whatever its config says."""
+        model = tiny_model(sliding_window=7)
+        assert_layouts_equal(model, mixed_rows())
+
+    def test_a_model_of_few_positions(self):
+        """Learned positions end where the longest sequence of the probe does."""
+        model = tiny_model("gpt2", n_embd=32, n_layer=2, n_head=4, n_positions=24)
+        install_scoring(model)
+        assert reason_against("shared", model) is None
 
     def test_positions_that_run_on(self, model, monkeypatch):
         """Position ids that count along the row instead of starting again behind the prompt."""
