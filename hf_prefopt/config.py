@@ -114,6 +114,14 @@ class PreferenceConfig(TrainingArguments):
         default=False, metadata=_help("Weight tokens by the columns chosen_token_weights and rejected_token_weights.")
     )
 
+    use_win_rates: bool = field(
+        default=False,
+        metadata=_help(
+            "Soft labels: a pair's loss is p·ℓ(z) + (1 − p)·ℓ(−z), p its column win_rate (from 0 to 1), as if "
+            "label_smoothing were 1 − p for each pair. For dpo, dpo_norm and wpo; sppo reads the column by itself."
+        ),
+    )
+
     reference: str = field(
         default="auto",
         metadata=_help(
@@ -321,6 +329,7 @@ class PreferenceConfig(TrainingArguments):
             kind=UNPAIRED if self.unpair else kind,
             modifiers=self._modifiers(),
             columns=columns,
+            use_win_rates=self.use_win_rates,
         )
 
     def losses(self) -> dict[str, Any]:

@@ -24,6 +24,7 @@ OFF = {
     "reference_free": False,
     "humanline": False,
     "use_token_weights": False,
+    "use_win_rates": False,
     "sync_ref_model": False,
     "precompute_ref_log_probs": False,
     "f_divergence_type": "reverse_kl",

@@ -290,3 +290,74 @@ def test_a_column_that_no_loss_asks_for_may_hold_anything(tmp_path):
         trainer.train()
         changes.append(weights(trainer.model))
     assert all(torch.equal(value, changes[1][name]) for name, value in changes[0].items())
+
+
+def soft_rows(count=4):
+    """Pairs whose chosen response is the better one with probability 3/8, 4/8, …, 7/8, 3/8, …"""
+    return with_column(pairs(count), "chosen_win_rates", lambda row: (3 + row % 5) / 8)
+
+
+@pytest.mark.parametrize("loss", ["dpo", "dpo_norm", "wpo"])
+def test_soft_labels_are_label_smoothing_by_pair(loss, tmp_path):
+    """The evaluation's loss is the mean of p·ℓ_i + (1 − p)·ℓ'_i: ℓ_i those of the rows alone, ℓ'_i with their responses
+    exchanged, which is label smoothing with ε = 1 − p, in fp32."""
+    rows = soft_rows()
+    model = {"model": perturbed(tiny_model(), scale=0.05), "ref_model": tiny_model(), "loss_type": loss}
+    soft = make_trainer(tmp_path, **model, train_dataset=rows, use_win_rates=True)
+    metrics = soft.evaluate(rows)
+    plain = make_trainer(tmp_path, **model, train_dataset=pairs(4))
+    expected = 0.0
+    for number, row in enumerate(pairs(4)):
+        losses = [
+            plain.evaluate(Dataset.from_list([{**row, "pairs": [pair]}]))["eval_loss"] for pair in ([0, 1], [1, 0])
+        ]
+        p = (3 + number % 5) / 8
+        expected += (p * losses[0] + (1 - p) * losses[1]) / 4
+    assert metrics["eval_loss"] == pytest.approx(expected, rel=1e-5)
+    assert metrics["eval_rewards/margins"] == plain.evaluate(pairs(4))["eval_rewards/margins"]
+
+
+def test_win_rates_are_used_only_where_they_are_asked_for(tmp_path, caplog):
+    """Without the setting the loss is that of hard labels and one line says so; with it, so does the start summary."""
+    given = {"model": perturbed(tiny_model(), scale=0.05), "ref_model": tiny_model(), "train_dataset": soft_rows()}
+    with caplog.at_level(logging.WARNING):
+        hard = make_trainer(tmp_path, **given)
+    assert "train: win_rate is not read: use_win_rates=True makes soft labels of it" in caplog.text
+    assert (
+        hard.evaluate(soft_rows())["eval_loss"]
+        == make_trainer(tmp_path, **{**given, "train_dataset": pairs(4)}).evaluate(pairs(4))["eval_loss"]
+    )
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        soft = make_trainer(tmp_path, **given, use_win_rates=True, max_steps=1)
+        soft.train()
+    assert "not read" not in caplog.text and "the losses read chosen_win_rate" in caplog.text
+    assert "1 × dpo, beta=0.1, label_smoothing=0.0, win_rate as soft labels" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("settings", "error"),
+    [
+        ({"label_smoothing": 0.1}, "label_smoothing=0.1 is for all pairs, and the column `win_rate` says it for each"),
+        ({"loss_type": "ipo"}, "use_win_rates=True makes soft labels, and ipo has none: .* dpo, dpo_norm, wpo"),
+        ({"loss_type": ["dpo", "bco_pair"]}, "bco_pair has none"),
+        ({"loss_type": "kto"}, "kto has none"),
+        ({"loss_type": "sft"}, "sft has none"),
+        ({"loss_type": "sppo"}, "sppo reads the column `win_rate` anyway"),
+    ],
+)
+def test_soft_labels_without_meaning_are_refused(settings, error, tmp_path):
+    with pytest.raises(ValueError, match=error):
+        make_config(tmp_path, use_win_rates=True, **settings)
+
+
+def test_win_rates_that_do_not_fit_are_refused_by_row(tmp_path):
+    soft = {"use_win_rates": True, "loss_type": ["dpo", "sft"]}
+    with pytest.raises(ValueError, match=r"dpo, sft: it needs .* `chosen_win_rate` \(or win_rate, p_chosen\).*missing"):
+        make_trainer(tmp_path, **soft, train_dataset=pairs(3))
+    for value, found in ((1.5, "is 1.5"), (-0.1, "is -0.1"), (float("nan"), "has no number")):
+        rows = with_column(pairs(3), "chosen_win_rates", lambda row, value=value: value if row == 2 else 0.5)
+        with pytest.raises(ValueError, match=f"row 2: `chosen_win_rate` {found}; give every row a number from 0 to 1"):
+            make_trainer(tmp_path, **soft, train_dataset=rows)
+    with pytest.raises(ValueError, match=r"`win_rate` and `margin` both say .*remove one of them"):
+        make_trainer(tmp_path, **soft, train_dataset=with_column(soft_rows(), "margins", lambda row: 1))

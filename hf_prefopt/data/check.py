@@ -73,6 +73,9 @@ def check_examples(dataset: Dataset | IterableDataset, objective: Objective, nam
     """
     kind = objective.kind
     optional = [column for column in objective.inputs if column in kind.optional_columns]
+    unread = {column for term in objective.terms for column in term.absent if column in (dataset.column_names or ())}
+    if "chosen_win_rates" in unread:
+        logger.warning("%s: win_rate is not read: use_win_rates=True makes soft labels of it", name)
     has_checks = bool(optional) or any(term.spec.check_data for term in objective.terms)
     if isinstance(dataset, IterableDataset):
         # If even a row without any columns would be accepted, every row will be.

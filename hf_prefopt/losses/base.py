@@ -271,8 +271,27 @@ def per_token(summed: Tensor, lengths: Tensor) -> Tensor:
     return summed / lengths.clamp(min=1)
 
 
-def logistic(margin: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """(1 − ε)·ℓ(z) + ε·ℓ(−z) with ℓ(z) = −log σ(z): the conservative logistic loss (cDPO); ε = 0 is ℓ(z)."""
+def check_one_confidence(win_rates: Tensor | None, label_smoothing: float, margins: Tensor | None = None) -> None:
+    """Raise `ValueError` if more than the win rates say how sure a label is, or by how much a response is better."""
+    if win_rates is not None and label_smoothing != 0.0:
+        raise ValueError(
+            f"label_smoothing={label_smoothing!r} is for all pairs, and the column `win_rate` says it for each pair: "
+            "leave label_smoothing out, or set use_win_rates=False"
+        )
+    if win_rates is not None and margins is not None:
+        raise ValueError(
+            "the columns `win_rate` and `margin` both say by how much a response is better: remove one of them "
+            "(remove_columns), or set use_win_rates=False"
+        )
+
+
+def logistic(margin: Tensor, label_smoothing: float = 0.0, win_rates: Tensor | None = None) -> Tensor:
+    """(1 − ε)·ℓ(z) + ε·ℓ(−z) with ℓ(z) = −log σ(z): the conservative logistic loss (cDPO); ε = 0 is ℓ(z).
+
+    With `win_rates` p, `[B]` in [0, 1], p·ℓ(z) + (1 − p)·ℓ(−z): the cross-entropy to soft labels.
+    """
+    if win_rates is not None:
+        return -win_rates * F.logsigmoid(margin) - (1 - win_rates) * F.logsigmoid(-margin)
     if label_smoothing == 0.0:
         return -F.logsigmoid(margin)
     return -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hf_prefopt.losses.base import (
     LossOutput,
+    check_one_confidence,
     check_range,
     check_same_shape,
     less_margins,
@@ -29,10 +30,12 @@ def dpo_loss(
     beta: float = 0.1,
     label_smoothing: float = 0.0,
     margins: Tensor | None = None,
+    chosen_win_rates: Tensor | None = None,
 ) -> Tensor:
     """(1−ε)ℓ(βh) + εℓ(−βh), h = r_w − r_l; ε > 0 is conservative DPO.
 
-    Direct Preference Optimization, eq. 7; ε is the probability that a label is flipped (cDPO note, eq. 3).
+    Direct Preference Optimization, eq. 7; ε is the probability that a label is flipped (cDPO note, eq. 3). With win
+    rates p (`use_win_rates=True`), ε is 1 − p for each pair: soft labels, as in MMPO (2410.03145).
 
     Use it first: it is the baseline that the others are measured by.
 
@@ -42,12 +45,16 @@ def dpo_loss(
         beta: strength of the pull to the reference, > 0.
         label_smoothing: ε in [0, 0.5).
         margins: `[B]`, m of each pair in reward units: βh − m stands for βh (as in ODPO, 2402.10571).
+        chosen_win_rates: `[B]`, the probability p in [0, 1] that the chosen response is the better one; without
+            margins and ε.
 
     Raises:
-        ValueError: shapes differ, one reference is missing, or a hyperparameter is out of range.
+        ValueError: shapes differ, one reference is missing, a hyperparameter is out of range, or there are win rates
+            beside ε or margins.
     """
     check_range("label_smoothing", label_smoothing, 0.0, 0.5)
-    return logistic(less_margins(beta * (chosen - rejected), margins), label_smoothing)
+    check_one_confidence(chosen_win_rates, label_smoothing, margins)
+    return logistic(less_margins(beta * (chosen - rejected), margins), label_smoothing, chosen_win_rates)
 
 
 def reference_free_dpo_loss(chosen_logps: Tensor, rejected_logps: Tensor, beta: float = 0.1) -> LossOutput:
@@ -75,6 +82,7 @@ def dpo_norm_loss(
     beta: float = 5.0,
     label_smoothing: float = 0.0,
     margins: Tensor | None = None,
+    chosen_win_rates: Tensor | None = None,
 ) -> LossOutput:
     """ℓ(β(r̄_w − r̄_l)): DPO on log-ratios per token.
 
@@ -86,9 +94,11 @@ def dpo_norm_loss(
         ValueError: as `dpo_loss`.
     """
     check_range("label_smoothing", label_smoothing, 0.0, 0.5)
+    check_one_confidence(chosen_win_rates, label_smoothing, margins)
     chosen, rejected = per_token(chosen, chosen_lengths), per_token(rejected, rejected_lengths)
     excess = less_margins(beta * (chosen - rejected), margins)
-    return LossOutput(logistic(excess, label_smoothing), pair_rewards(beta * chosen, beta * rejected))
+    losses = logistic(excess, label_smoothing, chosen_win_rates)
+    return LossOutput(losses, pair_rewards(beta * chosen, beta * rejected))
 
 
 @register_loss("ipo", paper="2310.12036", is_average_loss=True)
@@ -142,6 +152,7 @@ def wpo_loss(
     policy_rejected_alignment: Tensor,
     beta: float = 0.1,
     label_smoothing: float = 0.0,
+    chosen_win_rates: Tensor | None = None,
 ) -> Tensor:
     """sg[min(1, w_w·w_l)]·ℓ(βh): off-policy pairs weigh less; w = exp(mean_t(log π_t − log Σ_v π_v²)).
 
@@ -152,12 +163,14 @@ def wpo_loss(
 
     Args:
         policy_chosen_alignment, policy_rejected_alignment: `[B]`, log w of each response (nats per token).
+        label_smoothing, chosen_win_rates: as in `dpo_loss`.
 
     Raises:
         ValueError: as `dpo_loss`.
     """
     check_range("label_smoothing", label_smoothing, 0.0, 0.5)
-    losses = logistic(beta * (chosen - rejected), label_smoothing)
+    check_one_confidence(chosen_win_rates, label_smoothing)
+    losses = logistic(beta * (chosen - rejected), label_smoothing, chosen_win_rates)
     return losses * wpo_weights(policy_chosen_alignment, policy_rejected_alignment, losses)
 
 

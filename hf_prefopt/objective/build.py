@@ -22,6 +22,7 @@ def build_objective(
     kind: ExampleKind | None = None,
     modifiers: Sequence[Modifier] = (),
     columns: Collection[str] = (),
+    use_win_rates: bool = False,
 ) -> Objective:
     """The objective of a configuration.
 
@@ -38,6 +39,7 @@ def build_objective(
         modifiers: change what the losses that have rewards are given, in that order.
         columns: the optional columns of the data (`ExampleKind.optional_columns`): `weights` multiply the examples'
             losses, `margins` go to the losses that subtract one, the others to the losses that ask for them.
+        use_win_rates: makes soft labels of `chosen_win_rates`, which losses that can do without do not read otherwise.
 
     Raises:
         ValueError: an unknown name, a parameter that no loss takes (the valid ones are listed with their defaults), a
@@ -55,6 +57,9 @@ def build_objective(
     specs = _of_one_kind(specs, kind)
     _refuse_senseless(specs, use_weighting, reference_free)
     _refuse_senseless_columns(specs, use_weighting, columns)
+    if use_win_rates:
+        _refuse_hard_labels(specs)
+    given = {*columns} - {_WIN_RATES} | ({_WIN_RATES} if use_win_rates else set())
     params = _distribute(specs, loss_params or {}, shared_params or {})
     terms = [
         Term(
@@ -62,11 +67,25 @@ def build_objective(
             weight,
             params[spec.name],
             reference_free and spec.can_be_reference_free,
-            absent=tuple(name for name in spec.optional_inputs if name not in columns),
+            absent=tuple(name for name in spec.optional_inputs if name not in given),
         )
         for spec, weight in zip(specs, weights, strict=True)
     ]
     return Objective(_with_modifiers(terms, modifiers), use_weighting, use_weights="weights" in columns)
+
+
+_WIN_RATES = "chosen_win_rates"
+
+
+def _refuse_hard_labels(specs: list[LossSpec]) -> None:
+    """Raise `ValueError` if win rates would be no soft labels of a loss; losses without rewards have no labels."""
+    labeled = [spec for spec in specs if spec.computes_reward_metrics]
+    others = [spec.name for spec in labeled if _WIN_RATES not in spec.optional_inputs] or ([] if labeled else ["sft"])
+    if others:
+        takers = ", ".join(name for name in list_losses() if _WIN_RATES in get_loss(name).optional_inputs)
+        reads = [name for name in others if _WIN_RATES in get_loss(name).inputs]
+        why = f"{', '.join(reads)} reads the column `win_rate` anyway" if reads else f"{', '.join(others)} has none"
+        raise ValueError(f"use_win_rates=True makes soft labels, and {why}: leave it out, or choose of {takers}")
 
 
 def _with_modifiers(terms: list[Term], modifiers: Sequence[Modifier]) -> list[Term]:

@@ -70,6 +70,8 @@ def loss_texts(objective: Objective) -> list[str]:
     for term in objective.terms:
         settings = [f"{name}={value!r}" for name, value in term.hyperparameters.items()]
         settings += ["reference_free=True"] * term.reference_free
+        is_soft = "chosen_win_rates" in set(term.spec.optional_inputs).difference(term.absent)
+        settings += ["win_rate as soft labels"] * is_soft
         settings += [modifier.setting for modifier in term.modifiers]
         texts.append(", ".join([f"{term.weight:g} × {term.spec.name}", *settings]))
     return texts

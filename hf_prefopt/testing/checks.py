@@ -50,9 +50,10 @@ def _check(applies: Callable[[LossSpec], bool] = lambda spec: True) -> Callable[
 
 
 def call(name: str, inputs: Mapping[str, Tensor], **params: Any) -> LossOutput:
-    """The loss on those of the inputs that it takes."""
+    """The loss on those of the inputs that it takes; optional columns are given by keyword, as hyperparameters are."""
     spec = get_loss(name)
-    return spec(**{key: inputs[key] for key in spec.inputs if key in inputs}, **params)
+    needed = [key for key in spec.inputs if key not in spec.optional_inputs]
+    return spec(**{key: inputs[key] for key in needed if key in inputs}, **params)
 
 
 def gradients(name: str, inputs: Mapping[str, Tensor]) -> Tensor:

@@ -60,7 +60,8 @@ def config_of(spec: LossSpec) -> str:
     own = {name: value for name, value in spec.defaults.items() if value is not None}
     loss = {"loss_type": [spec.name], **{name: own.pop(name) for name in FIELDS if name in own}}
     loss |= {"loss_params": own} if own else {}
-    data = next((DATA_WITH[name] for name in spec.inputs if name in DATA_WITH), DATA[spec.kind])
+    needed = (name for name in spec.inputs if name in DATA_WITH and name not in spec.optional_inputs)
+    data = next((DATA_WITH[name] for name in needed), DATA[spec.kind])
     parts = [MODEL, data, loss, TRAINING, {"output_dir": f"runs/{spec.name}"}]
     command = f"accelerate launch recipes/dpo_lora.py --config recipes/configs/{spec.name}.yaml"
     source = [f"https://arxiv.org/abs/{spec.paper}"] if spec.paper else []

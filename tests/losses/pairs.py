@@ -2,7 +2,8 @@
 
 import torch
 
-from hf_prefopt.losses import LossOutput, get_loss
+from hf_prefopt.losses import LossOutput
+from hf_prefopt.testing import call
 
 
 def vector(*values):
@@ -24,8 +25,7 @@ def by_log_ratios(name: str, r_w, r_l, lengths=(1.0, 1.0), **params) -> LossOutp
     values |= {"chosen_scores": torch.ones_like(chosen), "rejected_scores": torch.zeros_like(chosen)}
     values |= {"chosen_win_rates": torch.ones_like(chosen)}
     values |= _as_lists(chosen, rejected)
-    spec = get_loss(name)
-    return spec(**{key: values[key] for key in spec.inputs if key in values}, **params)
+    return call(name, values, **params)
 
 
 def _as_lists(chosen: torch.Tensor, rejected: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -10,6 +10,7 @@ import torch
 from hf_prefopt.kinds.made_up import made_up_inputs
 from hf_prefopt.losses import alpha_dpo_loss, beta_dpo_loss, get_loss
 from hf_prefopt.objective.build import build_objective
+from hf_prefopt.testing import call
 from tests.losses import numpy_reference
 from tests.losses.pairs import vector
 from tests.tiny_models import perturbed, tiny_model
@@ -27,10 +28,6 @@ def pairs_of(margins, rows=None, lengths=1.0):
         "pair_in_row": torch.zeros(len(h), dtype=torch.int64),
         **dict.fromkeys(("chosen_lengths", "rejected_lengths"), torch.full_like(h, lengths)),
     }
-
-
-def call(name, inputs, **params):
-    return get_loss(name)(**{key: inputs[key] for key in get_loss(name).inputs if key in inputs}, **params)
 
 
 @pytest.mark.parametrize("name", ["beta_dpo", "alpha_dpo"])

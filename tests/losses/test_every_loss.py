@@ -89,7 +89,7 @@ def other_values(name):
 
 
 def expected(name, inputs, **params):
-    given = [key for key in get_loss(name).inputs if key in inputs]
+    given = [key for key in get_loss(name).inputs if key in inputs and key not in get_loss(name).optional_inputs]
     arguments = {numpy_reference.SHORT[key]: inputs[key].numpy() for key in given}
     return getattr(numpy_reference, name)(**arguments, **params)
 
@@ -111,18 +111,19 @@ def test_equals_the_paper_in_float64(name):
     ("name", "column"), [(name, column) for name in LOSSES for column in get_loss(name).optional_inputs]
 )
 def test_equals_the_paper_with_a_further_column(name, column):
-    """A column that a loss can do without, where the data have it, beside ε, too."""
-    inputs = made_up_inputs()
-    inputs[column] = torch.rand(5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    plain = call(name, made_up_inputs()).losses
-    for params in [{}, *([{"label_smoothing": 0.2}] if "label_smoothing" in get_loss(name).defaults else [])]:
-        output, (losses, rewards) = call(name, inputs, **params), expected(name, inputs, **params)
+    """A column that a loss can do without, where the data have it, beside ε, too, whose place win rates take."""
+    inputs, plain = made_up_inputs(), call(name, made_up_inputs()).losses
+    values = torch.rand(5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    has_smoothing = "label_smoothing" in get_loss(name).defaults and column != "chosen_win_rates"
+    for params in [{}, *([{"label_smoothing": 0.2}] if has_smoothing else [])]:
+        output = call(name, inputs, **params, **{column: values})
+        losses, rewards = expected(name, inputs, **params, **{numpy_reference.SHORT[column]: values.numpy()})
         np.testing.assert_allclose(output.losses.numpy(), losses, rtol=1e-12, atol=1e-12)
         np.testing.assert_allclose(output.rewards.numpy(), rewards, rtol=1e-12, atol=1e-12)
         assert (output.losses != plain).any()
-    for wrong in (inputs[column][:1], inputs[column][:, None]):
+    for wrong in (values[:1], values[:, None]):
         with pytest.raises(ValueError, match="vectors"):
-            call(name, {**inputs, column: wrong})
+            call(name, inputs, **{column: wrong})
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -178,7 +179,7 @@ def test_gradients_are_those_of_the_value_away_from_the_defaults(name):
 def test_refuses_shapes_that_do_not_fit(name):
     """One vector of another length, or a matrix, is an error and not a broadcast."""
     inputs = made_up_inputs()
-    for key in [key for key in get_loss(name).inputs if key in inputs]:
+    for key in [key for key in get_loss(name).inputs if key in inputs and key not in get_loss(name).optional_inputs]:
         for wrong in (inputs[key][:1], inputs[key][:, None]):
             if get_loss(name).kind is LISTS:
                 wrong = {1: inputs[key][:, :1], 2: inputs[key][:, 0]}[1 if wrong.dim() == 2 else 2]

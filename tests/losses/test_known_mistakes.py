@@ -6,14 +6,10 @@ import torch.nn.functional as F
 
 from hf_prefopt.kinds.made_up import made_up_inputs
 from hf_prefopt.losses import get_loss, list_losses
+from hf_prefopt.testing import call
 from tests.losses.pairs import by_log_ratios
 
 BATCHWISE = [name for name in list_losses() if get_loss(name).needs_global_batch]
-
-
-def call(name, inputs, **params):
-    spec = get_loss(name)
-    return spec(**{key: inputs[key] for key in spec.inputs if key in inputs}, **params)
 
 
 def test_r_dpo_trains_less_on_a_preference_for_length():

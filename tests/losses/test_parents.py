@@ -7,13 +7,13 @@ import torch
 
 from hf_prefopt.kinds.made_up import made_up_inputs
 from hf_prefopt.losses import get_loss
+from hf_prefopt.testing import call
 
 BETA = 0.3
 
 
 def losses(name, inputs, **params):
-    spec = get_loss(name)
-    return spec(**{key: inputs[key] for key in spec.inputs if key in inputs}, **params).losses
+    return call(name, inputs, **params).losses
 
 
 @pytest.mark.parametrize(

@@ -4,13 +4,12 @@ import pytest
 import torch
 
 from hf_prefopt.kinds.made_up import made_up_inputs
-from hf_prefopt.losses import get_loss
 from hf_prefopt.objective.build import build_objective
+from hf_prefopt.testing import call
 
 
 def losses(name, inputs, **params):
-    spec = get_loss(name)
-    return spec(**{key: inputs[key] for key in spec.inputs if key in inputs}, **params).losses
+    return call(name, inputs, **params).losses
 
 
 def test_weighted_sum_with_named_components():

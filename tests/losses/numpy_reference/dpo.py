@@ -5,13 +5,16 @@ import numpy as np
 from tests.losses.numpy_reference.basics import nll, sigmoid, two
 
 
-def dpo(w, l, rw, rl, beta=0.1, label_smoothing=0.0, D=0.0, **_):
+def dpo(w, l, rw, rl, beta=0.1, label_smoothing=0.0, D=0.0, Pw=None, **_):
+    """With a probability P of the label, that of its flip is 1 − P."""
     z = beta * ((w - rw) - (l - rl)) - D
+    label_smoothing = label_smoothing if Pw is None else 1 - Pw
     losses = (1 - label_smoothing) * nll(z) + label_smoothing * nll(-z)
     return losses, two(beta * (w - rw), beta * (l - rl))
 
 
-def dpo_norm(w, l, rw, rl, nw, nl, beta=5.0, label_smoothing=0.0, D=0.0, **_):
+def dpo_norm(w, l, rw, rl, nw, nl, beta=5.0, label_smoothing=0.0, D=0.0, Pw=None, **_):
+    label_smoothing = label_smoothing if Pw is None else 1 - Pw
     chosen, rejected = (w - rw) / nw, (l - rl) / nl
     z = beta * (chosen - rejected) - D
     return (1 - label_smoothing) * nll(z) + label_smoothing * nll(-z), two(beta * chosen, beta * rejected)
@@ -28,8 +31,8 @@ def hinge(w, l, rw, rl, beta=0.05, D=0.0, **_):
     return np.maximum(0.0, 1 + D - beta * ((w - rw) - (l - rl))), two(beta * (w - rw), beta * (l - rl))
 
 
-def wpo(w, l, rw, rl, aw, al, beta=0.1, label_smoothing=0.0, **_):
-    losses, rewards = dpo(w, l, rw, rl, beta, label_smoothing)
+def wpo(w, l, rw, rl, aw, al, beta=0.1, label_smoothing=0.0, Pw=None, **_):
+    losses, rewards = dpo(w, l, rw, rl, beta, label_smoothing, Pw=Pw)
     return np.minimum(1.0, np.exp(aw) * np.exp(al)) * losses, rewards
 
 
