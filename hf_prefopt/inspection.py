@@ -23,7 +23,7 @@ from hf_prefopt.data.tokenize import TokenKinds
 from hf_prefopt.reporting.inspected import Inspection
 from hf_prefopt.reporting.shown_rows import ShownRow, show_row
 from hf_prefopt.training.preference_data import PreferenceData, settings_of_rows
-from hf_prefopt.training.settings import OWN
+from hf_prefopt.training.settings import own_names
 
 # For these lengths, in tokens, it is said how many rows are within them.
 _LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
@@ -98,7 +98,7 @@ def inspect_dataset(
 def _settings(args: PreferenceConfig, given: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that were given, and those that cut rows."""
     named = {"max_length": args.max_length, "truncation_mode": args.truncation_mode, **given}
-    return {name: value for name, value in named.items() if name in OWN}
+    return {name: value for name, value in named.items() if name in own_names()}
 
 
 def _beginning(stream: IterableDataset, count: int) -> Dataset:
