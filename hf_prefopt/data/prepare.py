@@ -137,7 +137,7 @@ def prepare_dataset(
     if prepared is not None and set(prepared_features(prepared.columns)).issubset(columns):
         kind = prepared
         try:
-            check_settings(dataset, settings)
+            dataset = check_settings(dataset, settings, len(tokenizer))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
     else:
