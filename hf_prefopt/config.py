@@ -199,7 +199,7 @@ class PreferenceConfig(TrainingArguments):
         default="keep_start",
         metadata=_help(
             "What is cut from a row that is too long: keep_start cuts the end of responses (their EOS stays), keep_end "
-            "cuts the start of the prompt."
+            "cuts the start of the prompt after BOS and system prompt, by whole turns where there are several."
         ),
     )
     unpair: bool = field(

@@ -179,7 +179,7 @@ def prepare(
     if known is not None and set(prepared_features(known.columns)).issubset(columns):
         kind = known
         try:
-            check_settings(dataset, settings)
+            dataset = check_settings(dataset, settings, len(tokenizer))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
     else:

@@ -168,6 +168,9 @@ def test_labels_of_three_values_are_refused():
     rows = [{"prompt": "Why?", "completion": "So.", "label": label} for label in (-1, 0, 1)]
     with pytest.raises(ValueError, match="column `label` holds −1 and 0"):
         prepare(*rows)
+    stream = iter(prepare_dataset(Dataset.from_list([rows[2], *rows]).to_iterable_dataset(), TOKENIZER))
+    with pytest.raises(ValueError, match="column `label` holds −1 and 0"):
+        list(stream)
 
 
 def test_what_is_not_used_is_named(said):

@@ -194,7 +194,7 @@ class TestStreaming:
     ids=["length", "mode", "template"],
 )
 def test_a_set_prepared_with_other_settings_is_refused(options, message, tmp_path):
-    """Saved, loaded, and with some of its rows; a set without a note, such as one made by hand, is taken as it is."""
+    """Saved, loaded, and with some of its rows. A set made by hand has no note: only its rows can be looked at."""
     settings = {"tokenizer": tiny_tokenizer(), "max_length": None}
     prepared = prepare_dataset(Dataset.from_list([chat_pair(), chat_pair()]), **settings)
     prepared.select([1]).save_to_disk(tmp_path)
@@ -204,4 +204,25 @@ def test_a_set_prepared_with_other_settings_is_refused(options, message, tmp_pat
         with pytest.raises(ValueError, match=f"train: this data set was prepared with .*{message}"):
             prepare_dataset(given, **{**settings, **options})
     by_hand = Dataset.from_list(list(prepared), features=prepared.features)
-    assert prepare_dataset(by_hand, **{**settings, **options}) is by_hand
+    if "max_length" not in options:
+        assert prepare_dataset(by_hand, **{**settings, **options}) is by_hand
+
+
+TOKENIZER = tiny_tokenizer()
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["rows", "stream"])
+def test_prepared_rows_without_a_note_are_looked_at(streamed):
+    """As they come from a file or as a stream: too long for `max_length`, or ids that the tokenizer does not have."""
+    done = prepare_dataset(Dataset.from_list([text_pair(), text_pair(chosen=" Paris, of course.")]), TOKENIZER)
+    lengths = [len(row["prompt_ids"]) + max(map(len, row["response_ids"])) for row in done]
+    bare = Dataset.from_dict(done[:], features=done.features)
+    rows = bare.to_iterable_dataset() if streamed else bare
+    assert len(list(prepare_dataset(rows, TOKENIZER, max_length=max(lengths)))) == 2
+    longest = lengths.index(max(lengths))
+    with pytest.raises(ValueError, match=f"row {longest} of this prepared data set has {max(lengths)} tokens"):
+        list(prepare_dataset(rows, TOKENIZER, max_length=max(lengths) - 1))
+    beyond = done[0] | {"response_ids": [[len(TOKENIZER)], [3]], "scored_masks": [[1], [1]]}
+    wrong = Dataset.from_list([beyond], features=done.features)
+    with pytest.raises(ValueError, match=f"row 0 .* holds token {len(TOKENIZER)}, and the tokenizer has"):
+        list(prepare_dataset(wrong.to_iterable_dataset() if streamed else wrong, TOKENIZER))
