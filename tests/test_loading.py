@@ -123,7 +123,17 @@ def test_an_adapter_of_another_class_is_an_error(tmp_path):
     assert type(text_only).__name__ == "Qwen3_5ForCausalLM"
     by_last_name = LoraConfig(r=4, target_modules=["down_proj"], task_type="CAUSAL_LM")
     perturbed(with_adapter(text_only, by_last_name)).save_pretrained(tmp_path / "adapter")
-    with pytest.raises(ValueError, match=r"which Qwen3_5ForConditionalGeneration has no place for"):
+    with pytest.raises(ValueError, match=r"\(base_model.*, which are not loaded into Qwen3_5ForConditionalG"):
+        load_model(str(tmp_path / "adapter"), None)
+
+
+def test_an_adapter_that_peft_loses_is_an_error(tmp_path):
+    """PEFT 0.21 saves the adapters of Laguna's shared experts and does not load them: it is said, before they train."""
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(tiny_config("laguna")).save_pretrained(tmp_path / "base")
+    model = with_adapter(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), lora())
+    perturbed(model).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"tensors \(.*shared_expert.*, which are not loaded into LagunaForCausalLM"):
         load_model(str(tmp_path / "adapter"), None)
 
 
