@@ -203,13 +203,18 @@ def _make_room_for_tokens(base: PreTrainedModel, name: str, init_kwargs: dict[st
 
 
 def _check_tensors(model: PeftModel, name: str, init_kwargs: dict[str, Any] | None) -> None:
-    """Refuse an adapter of whose tensors some were not loaded, because the model has other names."""
+    """Refuse an adapter of whose tensors some were not loaded: the model has other names, or PEFT loses them."""
     saved = load_peft_weights(name, device="cpu", **_hub_arguments(init_kwargs))
-    lost = sorted(saved.keys() - get_peft_model_state_dict(model).keys())
+    loaded, prefix = get_peft_model_state_dict(model), model.base_model.prefix
+
+    def is_lost(key: str) -> bool:
+        return key not in loaded or not torch.equal(loaded[key].cpu(), saved[key].to(loaded[key].dtype))
+
+    lost = sorted(key for key in saved if prefix in key and is_lost(key))
     if lost:
         raise ValueError(
-            f"the adapter {name} has {_some(lost)}, which {type(model.get_base_model()).__name__} has no place for, so "
-            "they would have no effect: load it on a model of the class that it was trained on, and pass that "
+            f"the adapter {name} has {_some(lost)}, which are not loaded into {type(model.get_base_model()).__name__}, "
+            "so they would have no effect: load it on a model of the class that it was trained on, and pass that "
             "(PeftModel.from_pretrained(base_model, adapter, is_trainable=True))"
         )
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.adaption_prompt import AdaptionPromptModel
 from peft.tuners.tuners_utils import BaseTunerLayer, _check_lora_target_modules_mamba
@@ -61,8 +62,8 @@ def sample_of(model_init: Callable[..., PreTrainedModel]) -> PreTrainedModel:
 def left_out_of_all_linear(model: PreTrainedModel, peft_config: PeftConfig) -> dict[str, list[str]]:
     """The linear layers that "all-linear" leaves out, by the reason.
 
-    Those are towers for images and sound, which text never reaches; linear layers with a forward of their own, such as
-    routers that return several tensors, around which PEFT's adapters do not fit; and what PEFT refuses to adapt.
+    Those are towers for images and sound, which text never reaches; subclasses of linear layers with other outputs,
+    such as routers that return several tensors, around which PEFT's adapters do not fit; and what PEFT refuses.
     """
     text, reasons = _text_parts(model), {}
     for name, module in model.named_modules():
@@ -71,10 +72,8 @@ def left_out_of_all_linear(model: PreTrainedModel, peft_config: PeftConfig) -> d
         reason = None
         if text and not any(name == part or name.startswith(f"{part}.") for part in text):
             reason = "text does not reach them"
-        elif (
-            type(module).__module__.startswith("transformers.models.") and type(module).forward is not nn.Linear.forward
-        ):
-            reason = f"{type(module).__name__} has a forward of its own"
+        elif _has_other_output(module):
+            reason = f"{type(module).__name__} has outputs of its own"
         elif _is_refused(name, model, peft_config):
             reason = "Mamba's fused kernel passes them by"
         if reason is not None:
@@ -110,9 +109,18 @@ def _text_parts(model: PreTrainedModel) -> list[str]:
     return parts if decoder is not model else []
 
 
-def _has_own_forward(linear: nn.Module) -> bool:
-    """Whether a family's own subclass of a linear layer computes something else."""
-    return type(linear).__module__.startswith("transformers.models.") and type(linear).forward is not nn.Linear.forward
+def _has_other_output(linear: nn.Module) -> bool:
+    """Whether a family's own subclass of a linear layer gives something else than a row of outputs for each input."""
+    own = type(linear).__module__.startswith("transformers.models.") and type(linear).forward is not nn.Linear.forward
+    if not own:
+        return False
+    inputs = linear.weight.new_zeros(2, linear.in_features)
+    try:
+        with torch.no_grad():
+            outputs = linear(inputs)
+    except (RuntimeError, ValueError, TypeError, IndexError):
+        return True
+    return not isinstance(outputs, torch.Tensor) or outputs.shape != (2, linear.out_features)
 
 
 def _is_refused(name: str, model: PreTrainedModel, peft_config: PeftConfig) -> bool:

@@ -79,6 +79,12 @@ RULES: list[tuple[str, Any]] = [
 _COMPUTED = {"head_dim": 8, "num_key_value_heads": 2}
 _MEANING = r"(image|video|audio|vision|img|boi|eoi|boa|eoa|speech).*token_?(id|index)"
 
+
+def _sections(*sizes: int) -> dict[str, Any]:
+    """Rotary embeddings of three dimensions."""
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": list(sizes)}}
+
+
 # What no rule can know: by model type.
 EXCEPTIONS: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
@@ -98,6 +104,9 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "recurrent_gemma": {"num_hidden_layers": 3},
     "xmod": {"default_language": "en_XX", "is_decoder": True},
     "zamba2": {"num_hidden_layers": 3, "hybrid_layer_ids": [1], "layers_block_type": ["mamba", "hybrid", "mamba"]},
+    **{name: {"text_config": _sections(2, 1, 1)} for name in ("glm46v", "glm4v", "glm_ocr", "glmga")},
+    **{name: {"text_config": _sections(2, 1, 1)} for name in ("paddleocr_vl", "qwen2_vl", "qwen2_5_vl")},
+    "glm4v_moe": {"text_config": _sections(1, 1, 0)},
     "zaya": {"num_experts_per_tok": 1},
 }
 # Ids that stand for an image, a sound or one of their ends are the last ones of the vocabulary, one each.
@@ -112,7 +121,11 @@ def tiny_config(model_type: str, **changes: Any) -> PreTrainedConfig:
     """
     config_class = CONFIG_MAPPING[model_type]
     causal = {"is_decoder": True} if model_type in _BIDIRECTIONAL else {}
-    return config_class(**{**_shrunk(config_class()), **causal, **EXCEPTIONS.get(model_type, {}), **changes})
+    settings = _shrunk(config_class())
+    for name, value in {**causal, **EXCEPTIONS.get(model_type, {}), **changes}.items():
+        inside = settings.get(name) if isinstance(value, dict) else None
+        settings[name] = {**inside, **value} if isinstance(inside, dict) else value
+    return config_class(**settings)
 
 
 def _shrunk(config: PreTrainedConfig) -> dict[str, Any]:
@@ -127,6 +140,9 @@ def _shrunk(config: PreTrainedConfig) -> dict[str, Any]:
             settings[name] = {"model_type": value.model_type, **_shrunk(value)}
         elif name in lists:
             settings[name] = [_ruled(name, value[place]) for place in kept]
+        elif isinstance(value, dict) and "mrope_section" in value:
+            half = int(4 * value.get("partial_rotary_factor", 1.0))  # of heads of 8
+            settings[name] = {**value, "mrope_section": [half - 2 * (half // 3), half // 3, half // 3]}
         elif re.search(_MEANING, name) and isinstance(value, int):
             settings[name] = FIRST_SPECIAL + len(settings) % 20
         elif value is None and name in _COMPUTED:
