@@ -221,8 +221,10 @@ class PreferenceConfig(TrainingArguments):
     layout: str = field(
         default="auto",
         metadata=_help(
-            "shared computes each prompt once and no padding, padded is one padded sequence per response; auto is "
-            "shared where that is exact for the model, and says why where it is not."
+            "shared: each prompt is computed once, and no padding. around: the same, except that token mixers "
+            "(attention, state space layers, convolutions) compute padded sequences, for models whose mixers need "
+            "whole sequences. padded: one padded sequence per response. auto takes the first of these that is exact "
+            "for the model, and logs why it did not take those before it."
         ),
     )
     max_tokens_per_batch: int | None = field(
@@ -233,7 +235,7 @@ class PreferenceConfig(TrainingArguments):
         ),
     )
     pad_to_multiple_of: int | None = field(
-        default=None, metadata=_help("Round padded lengths up to a multiple of this (layout padded).")
+        default=None, metadata=_help("Round padded lengths up to a multiple of this (layouts padded and around).")
     )
 
     learning_rate: float = field(default=1e-6, metadata=_help("The initial learning rate; adapters need 1e-5 to 2e-4."))

@@ -24,7 +24,7 @@ READ_WITH: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "ref_model_mixup_alpha": ("sync_ref_model=True", lambda args: args.sync_ref_model),
     "ref_model_sync_steps": ("sync_ref_model=True", lambda args: args.sync_ref_model),
     "truncation_mode": ("a max_length", lambda args: args.max_length is not None),
-    "pad_to_multiple_of": ("layout='padded' (or 'auto')", lambda args: args.layout != "shared"),
+    "pad_to_multiple_of": ("layout='padded', 'around' or 'auto'", lambda args: args.layout != "shared"),
 }
 
 
