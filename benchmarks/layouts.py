@@ -5,7 +5,7 @@
 Models are tiny random ones in the shapes of Qwen3.5, Nemotron-H, LFM2 and GPT-OSS; the batches have the lengths of real
 chat pairs, a token for four bytes of text, cut to `--longest` tokens a text. Counted are the positions that norms and
 MLPs compute, and the FLOPs of matrix products, forward and backward (`torch.utils.flop_counter`, which does not see
-recurrences written in elementwise operations). "whole mixers" leaves the projections of a mixer to the padded sequences.
+recurrences written in elementwise operations). "whole mixers" leaves the projections of a mixer to padded sequences.
 """
 
 import argparse
