@@ -18,15 +18,18 @@ load_device()
 
 import argparse  # noqa: E402
 import json  # noqa: E402
+from dataclasses import replace  # noqa: E402
 from pathlib import Path  # noqa: E402
+from typing import Any  # noqa: E402
 
 from benchmarks.gpu_speed import LENGTHS, TINY_LENGTHS, chat_lengths  # noqa: E402
-from benchmarks.roofline.models import CONFIGS  # noqa: E402
+from benchmarks.roofline.models import CONFIGS, config_of  # noqa: E402
 from benchmarks.roofline.stepping import DTYPES, Case, counted_step  # noqa: E402
-from benchmarks.roofline.table import markdown, record, show  # noqa: E402
+from benchmarks.roofline.table import figures, markdown, names_of, show, show_sites, with_more_layers  # noqa: E402
 from benchmarks.work import Row, synthetic  # noqa: E402
 
 MODELS = [name for name in CONFIGS if name != "tiny"]
+SIDES = ("trl", "ours")
 CASES = [*LENGTHS, "chat"]
 
 
@@ -46,14 +49,35 @@ def main(arguments: list[str] | None = None) -> list[dict]:
         for lengths in options.case:
             rows = rows_of(lengths, options.pairs, options.tiny)
             case = Case(model, lengths, rows, options.mode, options.dtype, options.checkpointing)
-            trl, ours = (counted_step(side, case) for side in ("trl", "ours"))
-            show(case, trl, ours)
-            records.append(record(case, trl, ours))
+            records.append(_by_layer(case) if options.by_layer else _whole(case))
             if options.json:
                 options.json.write_text(json.dumps(records, indent=1))
     if options.markdown:
         options.markdown.write_text(markdown(records))
     return records
+
+
+def _whole(case: Case) -> dict[str, Any]:
+    """Both sides' figures, shown, as they are kept."""
+    found = {side: counted_step(side, case) for side in SIDES}
+    show(case, *map(figures, found.values()))
+    for side, counts in found.items():
+        show_sites(side, counts)
+    sites = {"waits": {s: c.waits for s, c in found.items()}, "kept": {s: c.kept for s, c in found.items()}}
+    return {"case": names_of(case), **{side: figures(counts) for side, counts in found.items()}, **sites}
+
+
+def _by_layer(case: Case) -> dict[str, Any]:
+    """The same from two and three layers."""
+    depth = config_of(case.model).num_hidden_layers
+
+    def found(side: str) -> dict[str, float]:
+        few = (replace(case, changes={"num_hidden_layers": layers}) for layers in (2, 3))
+        return with_more_layers(*(figures(counted_step(side, each)) for each in few), depth - 2)
+
+    both = {side: found(side) for side in SIDES}
+    show(case, *both.values())
+    return {"case": names_of(case), **both}
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
@@ -65,6 +89,8 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="bf16", choices=list(DTYPES), help="of the weights; both run under autocast")
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--tiny", action="store_true", help="a model of two layers and short rows")
+    by_layer = "count two and three layers, which are alike, and take the others from them: minutes become seconds"
+    parser.add_argument("--by-layer", action="store_true", help=by_layer)
     parser.add_argument("--json", type=Path, help="a file that the figures are added to")
     parser.add_argument("--markdown", type=Path, help="a file for the tables of all figures")
     return parser.parse_args(arguments)

@@ -33,6 +33,11 @@ def figures(counts: Counts) -> Figures:
     }
 
 
+def with_more_layers(few: Figures, one_more: Figures, more: int) -> Figures:
+    """The figures of a model of alike layers, from those of a few and of one more; `more` are beyond the few."""
+    return {name: few[name] + more * (one_more[name] - few[name]) for name in few}
+
+
 def measured(case: Case, path: Path = MEASURED) -> dict[str, str]:
     """The row of the first table of `GPU.md` that is of this case, by its columns; nothing if none is."""
     wanted = {
@@ -63,9 +68,9 @@ def _cells(line: str) -> list[str]:
     return [cell.strip() for cell in line.strip().strip("|").split("|")]
 
 
-def show(case: Case, trl: Counts, ours: Counts) -> None:
-    """Print the table of a case, and where the host waits."""
-    theirs, mine, real = figures(trl), figures(ours), measured(case)
+def show(case: Case, theirs: Figures, mine: Figures) -> None:
+    """Print the table of a case."""
+    real = measured(case)
     beside: dict[str, tuple[str, str]] = {}
     if real:
         beside["estimated ms"] = real["ms TRL"], real["ms ours"]
@@ -78,27 +83,27 @@ def show(case: Case, trl: Counts, ours: Counts) -> None:
     for name in theirs:
         ratio = f"{theirs[name] / mine[name]:.2f}" if mine[name] else "–"
         table.add_row(name, _number(theirs[name]), _number(mine[name]), ratio, *beside.get(name, ("", "")))
+    Console(width=110).print(table)
+
+
+def show_sites(side: str, counts: Counts) -> None:
+    """Print where the host waits, and which casts are kept."""
     console = Console(width=110)
-    console.print(table)
-    for side, counts in (("TRL", trl), ("ours", ours)):
-        for site, count in sorted(counts.waits.items(), key=lambda item: -item[1]):
-            console.print(f"{side} waits {count} times, {site}")
-        for site, size in counts.kept.items():
-            console.print(f"{side} keeps {size / GIB:.2f} GiB for the backward, {site}")
+    for site, count in sorted(counts.waits.items(), key=lambda item: -item[1]):
+        console.print(f"{side} waits {count} times, {site}")
+    for site, size in counts.kept.items():
+        console.print(f"{side} keeps {size / GIB:.2f} GiB for the backward, {site}")
 
 
 def _number(value: float) -> str:
     return f"{value:,.0f}" if float(value).is_integer() or value >= 1000 else f"{value:.1f}"
 
 
-def record(case: Case, trl: Counts, ours: Counts) -> dict[str, Any]:
-    """The case and its figures, for a JSON file."""
+def names_of(case: Case) -> dict[str, Any]:
+    """What identifies a case in tables."""
+    checkpointing = "yes" if case.checkpointing else "no"
     names = {"model": case.model, "lengths": case.lengths, "pairs": len(case.rows), "mode": case.mode}
-    names |= {"weights": case.dtype, "checkpointing": "yes" if case.checkpointing else "no"}
-    sides = {"trl": trl, "ours": ours}
-    found: dict[str, Any] = {name: figures(counts) for name, counts in sides.items()}
-    found |= {"waits": {name: counts.waits for name, counts in sides.items()}}
-    return {"case": names, **found, "kept": {name: counts.kept for name, counts in sides.items()}}
+    return names | {"weights": case.dtype, "checkpointing": checkpointing}
 
 
 def markdown(records: list[dict[str, Any]]) -> str:

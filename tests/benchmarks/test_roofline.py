@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.roofline.fake_device import compiler
 from benchmarks.roofline.stepping import Case
-from benchmarks.roofline.table import measured
+from benchmarks.roofline.table import measured, with_more_layers
 from benchmarks.work import ROOT, prepared
 
 pytestmark = pytest.mark.slow
@@ -127,6 +127,13 @@ def test_the_command_counts_both_sides(counts):
     assert 0 < found["ours"]["estimated ms"] < found["trl"]["estimated ms"]
     parts = sum(value for name, value in found["ours"].items() if name.startswith("  "))
     assert parts == pytest.approx(found["ours"]["estimated ms"])
+
+
+def test_layers_are_alike(counts):
+    """Three layers from one and two, as `--by-layer` goes on from two and three: products by closed form."""
+    one, two = ({"product flop": found["product flop"]} for found in counts["ours"]["bf16"])
+    expected = 2 * counts["ours"]["bf16"][0]["positions"] * (3 * 3 * LAYER - QKV)
+    assert with_more_layers(one, two, 2) == {"product flop": expected}
 
 
 def test_what_was_measured_stands_beside():
