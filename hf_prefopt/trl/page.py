@@ -128,7 +128,7 @@ def _metrics() -> str:
 def _differences() -> str:
     rows = [(f"{this.method}: {this.what}", _number(this.theirs), _number(this.ours)) for this in DIFFERENCES]
     return (
-        "## Other numbers\n\nThe losses that are others, all of them. The numbers are those of a tiny model, one batch, in "
+        "## Other numbers\n\nThe losses that are others, all of them: those of a tiny model on one batch, in "
         "`tests/parity/test_dropin_faults.py`. Everything else agrees to 1e-5, and gradients to 1e-4 of their largest "
         "entry (`tests/parity/test_dropin.py`).\n\n" + _table(("what", "TRL's loss", "here"), rows)
     )
