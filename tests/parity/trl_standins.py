@@ -42,7 +42,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
     ),
     "tiny-Qwen3MoeForCausalLM": ("qwen3_moe", {"num_experts": 4, "head_dim": 8, **_EXPERTS}),
-    "tiny-Glm4MoeForCausalLM": ("glm4_moe", {"n_routed_experts": 4, "head_dim": 4, "moe_intermediate_size": 32}),
+    "tiny-Glm4MoeForCausalLM": (
+        "glm4_moe",
+        {"n_routed_experts": 4, "num_experts_per_tok": 2, "head_dim": 4, "moe_intermediate_size": 32},
+    ),
     "tiny-GptOssForCausalLM": ("gpt_oss", {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}),
     "tiny-NemotronHForCausalLM-nano": (
         "nemotron_h",
