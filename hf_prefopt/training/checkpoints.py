@@ -17,12 +17,14 @@ from transformers import TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
 from hf_prefopt.objective.objective import Objective
+from hf_prefopt.reporting.start_summary import loss_texts
 
 logger = logging.getLogger(__name__)
 
-# The keys of what we keep next to the states of the callbacks: the state of the losses, what tells the reference from
-# another, and what the batch of a step is made of.
-LOSSES, REFERENCE, BATCH = "hf_prefopt_losses", "hf_prefopt_reference", "hf_prefopt_batch"
+# The keys of what we keep next to the states of the callbacks: which losses there are, their state, what tells the
+# reference from another, and what the batch of a step is made of.
+OBJECTIVE, LOSSES = "hf_prefopt_objective", "hf_prefopt_losses"
+REFERENCE, BATCH = "hf_prefopt_reference", "hf_prefopt_batch"
 # What each engine keeps of the optimizer, and what it is called in errors.
 _OPTIMIZERS = {
     DistributedType.DEEPSPEED: ("global_step*", "DeepSpeed"),
@@ -208,17 +210,29 @@ def begin_checkpoint(folder: Path) -> None:
 
 
 def keep_losses(state: TrainerState, objective: Objective) -> None:
-    """Put what the losses keep across batches into the state that the Trainer saves with a checkpoint."""
+    """Put the losses, and what they keep across batches, into the state that the Trainer saves with a checkpoint."""
+    state.stateful_callbacks[OBJECTIVE] = {"losses": loss_texts(objective)}
     if objective.state:
         state.stateful_callbacks[LOSSES] = objective.state_dict()
 
 
 def restore_losses(state: TrainerState, objective: Objective) -> None:
-    """Take it over from the state of a checkpoint; losses whose state is not there start afresh, with a warning."""
+    """Take it over from the state of a checkpoint; losses whose state is not there start afresh, with a warning.
+
+    Where the losses are others than those of the checkpoint's run, a warning names both.
+    """
     objective.reset_state()
     # The Trainer takes what is left for the states of callbacks.
     state.stateful_callbacks.pop(BATCH, None)
     saved = state.stateful_callbacks.pop(LOSSES, {})
+    before, now = state.stateful_callbacks.pop(OBJECTIVE, {}).get("losses"), loss_texts(objective)
+    if before not in (None, now):
+        logger.warning(
+            "the checkpoint's run had other losses, (%s), and its optimizer has their gradients: training goes on with "
+            "(%s); start a new run from its weights to begin with these",
+            "; ".join(before),
+            "; ".join(now),
+        )
     missing = objective.state.keys() - saved.keys()
     if missing:
         logger.warning("the checkpoint has no state of %s, which starts afresh", ", ".join(sorted(missing)))

@@ -41,13 +41,16 @@ def test_the_state_survives_a_file(tmp_path):
     assert LOSSES not in loaded.stateful_callbacks  # the Trainer would look for a callback of that name
 
 
-def test_losses_without_state_leave_no_trace(caplog):
+def test_losses_without_state_leave_their_names(caplog):
+    """And nothing for the Trainer, which takes what is left for the states of callbacks."""
     state = TrainerState()
     keep_losses(state, build_objective(["dpo"]))
-    assert not state.stateful_callbacks
+    assert state.stateful_callbacks == {
+        "hf_prefopt_objective": {"losses": ["1 × dpo, beta=0.1, label_smoothing=0.0"]},
+    }
     with caplog.at_level(logging.WARNING, logger="hf_prefopt"):
         restore_losses(state, build_objective(["dpo"]))
-    assert not caplog.text
+    assert not caplog.text and not state.stateful_callbacks
 
 
 def test_a_state_that_is_not_there_starts_afresh(caplog):
