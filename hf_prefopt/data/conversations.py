@@ -34,11 +34,21 @@ class Conversation:
     Attributes:
         prompt_is_read: whether the prompt column was used. If not, the responses have said it: who reads the row must
             make sure that they have.
+
+    Raises:
+        BadRow: the assistant begins some responses only. In these the header of its turn is part of the prompt.
     """
 
     prompt: list[Message]
     responses: dict[str, list[Message]]
     prompt_is_read: bool = True
+
+    def __post_init__(self):
+        roles = {column: messages[0]["role"] for column, messages in self.responses.items()}
+        others = [column for column, role in roles.items() if role != "assistant"]
+        if others and len(others) < len(roles):
+            problem = f"begins with {roles[others[0]]!r}, and another response with the assistant"
+            raise BadRow(others[0], problem, "begin all responses of a row with an assistant message, or none")
 
 
 def join_conversation(prompt: Content | None, responses: Mapping[str, Content], begins: bool = True) -> Conversation:

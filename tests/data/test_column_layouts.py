@@ -329,6 +329,18 @@ REFUSED = {
         {"prompt": WHAT, "chosen": [*reply("Hi"), *ask(WHAT), *reply(BLUE)], "rejected": reply(GREEN)},
         "`chosen` repeats the end of `prompt` after other messages",
     ),
+    "a speaker that nobody knows": (
+        {"chosen": [say("critic", WHAT), *reply(BLUE)], "rejected": [*ask(WHAT), *reply(GREEN)]},
+        "`chosen` begins with 'critic', and another response with the assistant",
+    ),
+    "one more question in a conversation": (
+        {"chosen": TALK["chosen"], "rejected": [*ask(WHAT), *ask("Really?"), *reply(GREEN)]},
+        "`rejected` begins with 'user', and another response with the assistant",
+    ),
+    "a tool's result in one reply": (
+        {**PAIR, "chosen": [say("tool", "42"), *reply(BLUE)]},
+        "`chosen` begins with 'tool', and another response with the assistant",
+    ),
     "a struct": ({**PAIR, "chosen": {"text": BLUE}}, "`chosen` is a struct of 'text' and no message"),
     "a comparison by an index": (
         {"info": {"post": WHAT}, "summaries": [{"text": BLUE}, {"text": GREEN}], "choice": 0},
