@@ -165,7 +165,11 @@ def _behavior() -> str:
         ("encoder-decoder models, images", "CPO and ORPO; DPO and KTO", "an error"),
         ("`compute_metrics`", "gets logits", "gets rewards, and 1 for preferred responses"),
         ("a stream for KTO's loss", "accepted", "an error: other prompts are not known"),
-        ("a mixture of experts' auxiliary loss", "added by default", "not computed, which is said"),
+        (
+            "a mixture of experts' auxiliary loss",
+            "added by default in DPO and KTO; in the others where the model's config has `output_router_logits=True`",
+            "added by default in all; `router_aux_loss_coef=0.0` leaves it out",
+        ),
         ("weights or a loss that are not finite", "training goes on", "an error that names the step and the row"),
         ("`tpo_alpha=0.0`", "leaves the gold responses out", "gold responses are computed, and weigh nothing"),
         ("telemetry", "sent, unless it is switched off", "none"),

@@ -1,7 +1,6 @@
 """TRL's trainers: `PreferenceTrainer` that takes TRL's configurations, and its arguments in TRL's order."""
 
 import inspect
-import logging
 import os
 from typing import Any, ClassVar
 
@@ -12,8 +11,6 @@ from hf_prefopt.reference.live import LiveReference
 from hf_prefopt.trainer import PreferenceTrainer
 from hf_prefopt.training.router import aux_loss_coef
 from hf_prefopt.trl.configs import CPOConfig, DPOConfig, KTOConfig, ORPOConfig, TPOConfig, TRLConfig
-
-logger = logging.getLogger(__name__)
 
 _DATA = ("data_collator", "train_dataset", "eval_dataset", "processing_class")
 _STABLE = ("model", "ref_model", "args", *_DATA, "compute_metrics", "callbacks", "optimizers", "quantization_config")
@@ -51,7 +48,6 @@ class TRLTrainer(PreferenceTrainer):
         set_seed(args.seed)  # before an adapter draws its weights
         super().__init__(**given)
         self.model.add_model_tags(["hf_prefopt", self.method.lower()])
-        self._say_that_experts_are_not_balanced()
 
     @classmethod
     def _checked(cls, args: Any, model: Any) -> TRLConfig:
@@ -65,17 +61,6 @@ class TRLTrainer(PreferenceTrainer):
                 f"{cls.config_class.__name__} of hf_prefopt.trl; change its import, too"
             )
         return args
-
-    def _say_that_experts_are_not_balanced(self) -> None:
-        # Until there is PreferenceConfig.router_aux_loss_coef.
-        config = self.model.config.get_text_config()
-        if hasattr(config, "output_router_logits") and getattr(config, "router_aux_loss_coef", 0.0):
-            logger.warning(
-                "%s is a mixture of experts, whose auxiliary loss (router_aux_loss_coef=%s) TRL adds and this trainer "
-                "does not: loss and gradient differ by it",
-                type(self.model).__name__,
-                config.router_aux_loss_coef,
-            )
 
     @property
     def ref_model(self) -> nn.Module | None:

@@ -95,7 +95,6 @@ def test_what_has_no_effect_is_said(method, name, value, tmp_path, caplog):
     ("method", "settings", "message"),
     [
         ("DPO", {"activation_offloading": True}, "activation_offloading=True"),
-        ("DPO", {"router_aux_loss_coef": 0.1}, "router_aux_loss_coef=0.1"),
         ("CPO", {"generate_during_eval": True}, "GenerationEvalCallback"),
         ("ORPO", {"is_encoder_decoder": True}, "encoder-decoder"),
         ("CPO", {"alpha": 0.5}, "loss_type=simpo or alphapo"),

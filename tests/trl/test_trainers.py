@@ -137,15 +137,15 @@ def test_code_of_a_model_is_only_run_where_it_is_asked_for(tmp_path):
     assert make("DPO", tmp_path, str(tmp_path / "tiny")).args.model_init_kwargs is None
 
 
-def test_an_auxiliary_loss_that_is_not_computed_is_said(tmp_path, caplog):
-    """TRL adds it by default, so that its loss is another."""
-    experts = tiny_model("qwen3_moe", vocab_size=600, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
-    with caplog.at_level(logging.WARNING, "hf_prefopt"):
-        trainer = make("DPO", tmp_path, experts)
-        make("DPO", tmp_path)
-    (said,) = [record.getMessage() for record in caplog.records if "auxiliary" in record.getMessage()]
-    assert "router_aux_loss_coef=0.001" in said
-    assert not trainer.aux_loss_enabled
+def test_the_auxiliary_loss_of_experts_is_added(tmp_path):
+    """By default, as TRL's DPOTrainer does; tests/training/test_router.py compares the numbers."""
+    settings = {"vocab_size": 600, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    for coefficient, is_added in ((None, True), (0.0, False)):
+        trainer = make("DPO", tmp_path, tiny_model("qwen3_moe", **settings), router_aux_loss_coef=coefficient)
+        trainer.train()
+        assert trainer.aux_loss_enabled == is_added
+        assert any("aux_loss" in logs for logs in trainer.state.log_history) == is_added
+    assert not make("DPO", tmp_path).aux_loss_enabled
 
 
 def test_a_setting_of_trls_that_is_changed_too_late(tmp_path):
