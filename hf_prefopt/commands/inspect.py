@@ -44,6 +44,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "column_mapping": {"type": _json, "metavar": "JSON"},
     "remove_columns": {"nargs": "+", "metavar": "COLUMN"},
     "text_as": {"metavar": "KIND"},
+    "chat_template_kwargs": {"type": _json, "metavar": "JSON"},
     "unpair": {"nargs": "?", "const": True, "type": string_to_bool, "metavar": "true"},
     "on_bad_rows": {"metavar": "WHAT"},
     "dataset_num_proc": {"type": int, "metavar": "N"},

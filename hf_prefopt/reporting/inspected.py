@@ -60,6 +60,8 @@ EVENTS: Mapping[str, str] = {
     "responses_cut": "responses cut to max_length",
     "prompt_cut": "prompts cut at the start to max_length",
     "repeated": "rows whose responses began with the prompt, which was taken off",
+    "echoed": "rows whose responses begin with a prompt that is too short to be taken off",
+    "change": "rows whose prompt differs from the one that the model is asked with",
     "identical": "pairs with chosen = rejected, from which nothing is learned",
     "against": "pairs whose chosen response has the lower score",
     "open": "rows with a response that ends in no scored end of turn: the model does not learn to stop",
