@@ -95,11 +95,11 @@ def ours(folder, train, evaluation, callbacks=(), **settings):
     return make_trainer(folder, **{**QUIET, **settings}, **data)
 
 
-def seen_by(make, rows, folder, asks=None, sets=False, **settings):
-    """What a callback sees of a run, of an evaluation and of a prediction after it."""
+def seen_by(make, rows, folder, asks=None, also=(), sets=False, **settings):
+    """What a callback sees of a run, of an evaluation and of a prediction after it, beside others that set flags."""
     evaluation = {"a": rows(3, seed=1), "b": rows(2, seed=2)} if sets else rows(3, seed=1)
     witness = Witness(asks)
-    trainer = make(folder, rows(7), evaluation, [witness], **settings)
+    trainer = make(folder, rows(7), evaluation, [witness, *map(Witness, also)], **settings)
     # The tokenizer is no part of a schedule.
     witness.trainer = trainer
     trainer.train()
@@ -175,6 +175,20 @@ REST = [pair for pair in itertools.product(EVENTS, FLAGS) if pair not in ODD]
 @pytest.mark.parametrize(("event", "flag"), [*ODD, *(pytest.param(*pair, marks=pytest.mark.nightly) for pair in REST)])
 def test_what_a_callback_asks_for_is_done_as_by_plain_trainer(event, flag, tmp_path):
     expected, found = both(tmp_path, asks=(event, flag), **ACCUMULATED, **{**STEPS, "logging_steps": 2})
+    assert found == expected
+
+
+# What two callbacks ask for.
+TWO = [
+    (("on_step_end", "should_save"), ("on_step_end", "should_training_stop")),
+    (("on_log", "should_evaluate"), ("on_evaluate", "should_save")),
+    (("on_step_begin", "should_epoch_stop"), ("on_save", "should_log")),
+]
+
+
+@pytest.mark.parametrize(("asks", "other"), TWO)
+def test_what_two_callbacks_ask_for_is_done_as_by_plain_trainer(asks, other, tmp_path):
+    expected, found = both(tmp_path, asks=asks, also=[other], **ACCUMULATED, **{**STEPS, "logging_steps": 2})
     assert found == expected
 
 

@@ -43,6 +43,7 @@ SEARCHES = {
     "humanline_log_eps_p": ([-0.01, -0.5], HUMANLINE),
     "humanline_log_eps_r": ([0.01, 0.5], HUMANLINE),
     "use_token_weights": ([False, True], {"loss_type": "dpo"}),
+    "use_win_rates": ([False, True, False], {"loss_type": "dpo"}),
     "reference": (["adapter_off", "copy"], {}),
     "disable_dropout": ([True, False, True], {}),
     "ref_model_mixup_alpha": ([0.1, 1.0], MOVING),
@@ -68,8 +69,8 @@ def model():
 
 
 def rows():
-    """Token weights in the columns, and every prompt twice."""
-    weighted = examples(make_config("unused", use_token_weights=True).build_objective(), count=3)
+    """Token weights and win rates in the columns, and every prompt twice."""
+    weighted = examples(make_config("unused", use_token_weights=True, use_win_rates=True).build_objective(), count=3)
     return [{**row, "row": number} for number, row in enumerate([*weighted, *weighted])]
 
 
