@@ -184,4 +184,4 @@ def _are_plain_text(sample: Mapping[str, Any], columns: Collection[str], tokeniz
 
 def _listed(value: Any) -> list[Any]:
     """The responses of a list, or the value alone; messages are a value."""
-    return value if isinstance(value, list) and not (value and isinstance(value[0], dict)) else [value]
+    return value if isinstance(value, list) and value and not isinstance(value[0], dict) else [value]

@@ -160,6 +160,8 @@ def check_faithful(found: Row, said: str, row: Row, mutant: Row, meaning: Meanin
         assert all(text in whole for whole in full) or any(text in other for other in unused), text
     sides = [_texts_of(response) for response in meaning.responses]
     if len(full) == len(sides) and all(is_kept(text) for side in sides for text in side):
+        # The blank that joins a text to its prompt is no part of a message.
+        sides = [[text.strip() for text in side] for side in sides]
         in_order = all(text in whole for whole, side in zip(full, sides, strict=True) for text in side)
         # Scores and verdicts that were changed may say otherwise.
         in_any_order = all(any(text in whole for whole in full) for side in sides for text in side)
