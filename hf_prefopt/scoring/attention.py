@@ -112,18 +112,30 @@ def _refuse_lost_segments(mask: Tensor | None) -> None:
         raise LostSegments("its decoder layers do not hand keyword arguments on to their attention")
 
 
-def describe_attention(model: PreTrainedModel, device: str, dtype: torch.dtype) -> str:
+def describe_attention(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> str:
     """Which attention a model's forward runs, as a phrase.
 
     Args:
-        device: its type, such as "cuda". dtype: what the model computes in.
+        dtype: what the model computes in.
     """
     implementations = sorted({implementation for _, implementation in _implementations(model)})
     named = " and ".join(implementation.removeprefix(_PREFIX) for implementation in implementations)
     if not any(implementation.startswith(_PREFIX) for implementation in implementations):
         return named
-    has_kernel = device == "cuda" and dtype in _VARLEN_DTYPES
-    return "variable-length kernel over all responses" if has_kernel else f"PyTorch's ({named}), a response at a time"
+    one_by_one = f"PyTorch's ({named}), a response at a time"
+    if not fits_varlen(dtype, (1, 1), capability_of(device)):
+        return one_by_one
+    config = model.config.get_text_config()
+    others = [name for name, known in _WITHOUT_KERNEL.items() if known(model, config)]
+    return f"{one_by_one}, because of its {' and '.join(others)}" if others else "variable-length kernel"
+
+
+# What the kernel does not have, and whether a model has it in any layer.
+_WITHOUT_KERNEL: dict[str, Callable[[PreTrainedModel, Any], bool]] = {
+    "sinks": lambda model, config: any(name.rsplit(".", 1)[-1] == "sinks" for name, _ in model.named_parameters()),
+    "soft-cap": lambda model, config: bool(getattr(config, "attn_logit_softcapping", None)),
+    "chunks": lambda model, config: "chunked_attention" in (getattr(config, "layer_types", None) or ()),
+}
 
 
 def _plain(implementation: str, module: nn.Module) -> Callable:
@@ -200,7 +212,7 @@ def segment_attention(
     key, value = key.index_select(2, segment_key_index), value.index_select(2, segment_key_index)
     window, chunk = (size if size and size < segment_longest[1] else None for size in (sliding_window, chunk))
     is_plain = softcap is None and s_aux is None and chunk is None and dropout == 0
-    if query.is_cuda and is_plain and _fits_varlen(query, value):
+    if is_plain and fits_varlen(query.dtype, (query.shape[-1], value.shape[-1]), capability_of(query.device)):
         return _varlen(query, key, value, segment_queries, segment_keys, segment_longest, scaling, window)
     keys = segment_lengths.keys
     pieces = [
@@ -223,10 +235,21 @@ def _in_one_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Te
     return query.to(dtype), key.to(dtype), value.to(dtype)
 
 
-def _fits_varlen(query: Tensor, value: Tensor) -> bool:
-    """The flash kernel takes half precision, heads of one width, up to 256."""
-    width = query.shape[-1]
-    return query.dtype in _VARLEN_DTYPES and value.shape[-1] == width and width <= 256
+def fits_varlen(dtype: torch.dtype, widths: tuple[int, int], capability: tuple[int, int] | None) -> bool:
+    """Whether the variable-length flash kernel takes attention without soft-cap, sinks, chunks, and dropout.
+
+    Args:
+        dtype: of queries, keys and values: bf16 or fp16.
+        widths: of a head's keys and values: the same, and at most 256.
+        capability: of the device, as `capability_of` returns it: 8.0 (Ampere) or newer.
+    """
+    fits_device = capability is not None and capability >= (8, 0)
+    return fits_device and dtype in _VARLEN_DTYPES and widths[0] == widths[1] <= 256
+
+
+def capability_of(device: torch.device) -> tuple[int, int] | None:
+    """The compute capability of a CUDA device; `None` for any other device."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
 def _varlen(query, key, value, query_bounds, key_bounds, longest, scaling, window) -> Tensor:

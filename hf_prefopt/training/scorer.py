@@ -213,7 +213,7 @@ class Scorer:
         dtype = self._autocast_dtype or causal_lm.dtype
         self._summary.say("model", model_text(self.model, self._args), *self._dropout, *self._notes)
         self._summary.say("reference", self.reference.description if self.reference else "none, the losses need none")
-        self._summary.say("attention", describe_attention(causal_lm, self.accelerator.device.type, dtype))
+        self._summary.say("attention", describe_attention(causal_lm, self.accelerator.device, dtype))
 
     def check_resumed(self) -> None:
         """Warn where a checkpoint's run had another reference."""

@@ -17,6 +17,7 @@ from hf_prefopt.data.layouts import SharedCollator
 from hf_prefopt.scoring import attention
 from hf_prefopt.scoring.attention import UnsupportedAttention, install_segment_attention, segment_attention
 from hf_prefopt.scoring.forward import install_scoring, score
+from tests.scoring.architectures import architecture
 from tests.tiny_models import random_rows, tiny_model
 
 # Heads, key heads and window; the rows are up to twelve tokens long.
@@ -123,6 +124,7 @@ def test_half_precision_reaches_the_kernel_on_cuda(monkeypatch, query, value, au
 
     monkeypatch.setattr(attention, "_varlen", kernel_call)
     monkeypatch.setattr(attention, "_one_segment", one_segment)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     batch = SharedCollator()(random_rows(3))
     with FakeTensorMode(), torch.no_grad(), cuda_autocast(autocast):
         segments = {
@@ -218,3 +220,41 @@ def test_sinks_and_chunks_are_the_mask_spelled_out(has_sinks, window, chunk):
     inputs = [query, key, value, sinks][: 4 if has_sinks else 3]
     gradients = (torch.autograd.grad((out * weight).sum(), inputs) for out in (found, expected.transpose(1, 2)))
     torch.testing.assert_close(*gradients, rtol=1e-11, atol=1e-12)
+
+
+V100, T4, A100, H100 = (7, 0), (7, 5), (8, 0), (9, 0)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "widths", "expected"),
+    [
+        (H100, BF16, (128, 128), True),
+        (A100, FP16, (256, 256), True),
+        (A100, BF16, (64, 64), True),
+        (H100, FP32, (64, 64), False),
+        (H100, BF16, (320, 320), False),
+        (H100, BF16, (192, 128), False),  # DeepSeek-V3
+        (T4, FP16, (64, 64), False),
+        (V100, BF16, (64, 64), False),
+        (None, BF16, (64, 64), False),
+    ],
+)
+def test_where_the_kernel_is_taken(capability, dtype, widths, expected):
+    assert attention.fits_varlen(dtype, widths, capability) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "dtype", "said"),
+    [
+        ("llama", H100, BF16, "variable-length kernel"),
+        ("llama", H100, FP32, "PyTorch's (sdpa), a response at a time"),
+        ("llama", T4, FP16, "PyTorch's (sdpa), a response at a time"),
+        ("gemma2", H100, BF16, "PyTorch's (eager), a response at a time, because of its soft-cap"),
+        ("gpt_oss", H100, BF16, "PyTorch's (eager), a response at a time, because of its sinks"),
+    ],
+)
+def test_the_summary_names_the_attention(name, capability, dtype, said, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    model = architecture(name)
+    attention.install_segment_attention(model)
+    assert attention.describe_attention(model, torch.device("cuda"), dtype) == said
