@@ -15,7 +15,7 @@ from typing import Any
 from hf_prefopt.data import converters as to
 from hf_prefopt.data import roles
 from hf_prefopt.data.formats import FORMATS, Reading, RowFormat
-from hf_prefopt.data.preferences import VERDICTS
+from hf_prefopt.data.preferences import VERDICTS, by_name
 from hf_prefopt.data.roles import Role, role
 from hf_prefopt.data.rows import BadRow, CanonicalRow
 from hf_prefopt.kinds import ExampleKind
@@ -142,6 +142,8 @@ def find_layout(
         raise ValueError(_describe_nearest(sample))
     layout, columns = next(((one, found) for one, found in fitting if FORMATS[one.format].kind is kind), fitting[0])
     verdicts = [name for name in VERDICTS if name in sample and "verdict" in columns and _VERDICT.accepts(sample[name])]
+    # A column that is mapped to `winner` is read by names.
+    verdicts.sort(key=lambda name: VERDICTS[name] is not by_name)
     if len(verdicts) > 1 and columns["verdict"] not in mapped:
         raise ValueError(
             f"columns {_quoted(verdicts)} may all say which response is better: name one, as in "
@@ -270,7 +272,9 @@ LAYOUTS: tuple[ColumnLayout, ...] = (
         for asked, what in _ASKED
     ),
     *(
-        ColumnLayout(f"two conversations and {by}", _WITH_PROMPT, (two, *more), (roles.MODELS,), convert)
+        ColumnLayout(
+            f"two conversations and {by}", _WITH_PROMPT, (two, *more), (roles.MODELS, roles.JUDGED_TURN), convert
+        )
         for by, two, more, convert in _TWO_AND
     ),
     # Single responses with a label.

@@ -92,6 +92,8 @@ _PLACES = (
     ("accepted", "rejected"),
     ("better", "worse"),
     ("winning", "losing"),
+    ("chosen", "reject"),
+    ("selected", "rejected"),
 )
 BY_PLACE = Role(("chosen", "rejected"), (*_spellings(_PLACES, _NOUNS), ("response_j", "response_k"), ("y_w", "y_l")))
 GOLD = role("reference", "reference")
@@ -160,6 +162,8 @@ MODELS = Role(
     tuple(tuple(f"model_{suffix}" for suffix in suffixes) for suffixes in _SUFFIXES),
     lambda value: isinstance(value, str),
 )
+# The number of the turn that was judged, the last one of a conversation.
+JUDGED_TURN = role("turn", "turn", accepts=lambda value: isinstance(value, int) and not isinstance(value, bool))
 # Conversations whose turns are lists of texts.
 TURNS = role("prompt", "prompt", "question", accepts=_is_turns)
 TURNS_OF_TWO = _two(_is_turns)
@@ -202,7 +206,7 @@ REJECTED = role("rejected", "rejected_response", "rejected_messages")
 
 _LISTED = ["responses", "generations", "completions", "answers", "candidates", "outputs"]
 ITEM_TEXTS = ("response", "answer", "completion", "text", "output", "generation", "content", "message", "messages")
-ITEM_SCORES = ("overall_score", "score", "rating", "reward", "rm_score")
+ITEM_SCORES = ("overall_score", "score", "rating", "reward", "rm_score", "pm_score")
 ITEM_RANKS = ("rank",)
 
 
