@@ -1,6 +1,6 @@
 """What the numbers of a column stand for, where one number alone does not tell: all rows are looked at."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from datasets import Dataset, IterableDataset
@@ -22,20 +22,19 @@ def check_codes(dataset: Dataset | IterableDataset, columns: Mapping[str, str]) 
 
     Raises:
         ValueError: labels of −1 and 0, in a stream when the second of them is reached; verdicts that count responses
-            from 0 while their columns count from 1; a scale without negative numbers where the sign decides. Verdicts
-            of a stream are not looked at.
+            from 0 while their columns count from 1; a scale without negative numbers where the sign decides. Of a
+            stream's verdicts only the scale is looked at, in its first rows.
     """
     if "label" in columns:
         dataset = _check_labels(dataset, columns["label"])
     verdict = columns.get("verdict", "")
-    if verdict in VERDICTS and isinstance(dataset, Dataset) and verdict not in class_names(dataset):
-        values = dataset.unique(verdict)
-        numbers = {value for value in values if isinstance(value, int | float) and not isinstance(value, bool)}
-        names = (columns["first"], columns["second"])
-        if VERDICTS[verdict] is by_name and SUFFIXES[names] == ("1", "2"):
-            _refuse_places(verdict, numbers, names)
-        if VERDICTS[verdict] is by_sign and (len(dataset) >= _MANY or max(numbers, default=0) > _LARGEST):
-            _refuse_scale(verdict, numbers, names)
+    if verdict not in VERDICTS or verdict in class_names(dataset):
+        return dataset
+    names = (columns["first"], columns["second"])
+    if VERDICTS[verdict] is by_sign:
+        return _check_scale(dataset, verdict, names)
+    if VERDICTS[verdict] is by_name and SUFFIXES[names] == ("1", "2") and isinstance(dataset, Dataset):
+        _refuse_places(verdict, _numbers(dataset.unique(verdict)), names)
     return dataset
 
 
@@ -49,6 +48,20 @@ def _refuse_places(column: str, numbers: Collection[float], names: tuple[str, st
         )
 
 
+def _numbers(values: Iterable[Any]) -> set[float]:
+    return {value for value in values if isinstance(value, int | float) and not isinstance(value, bool)}
+
+
+def _check_scale(dataset: Dataset | IterableDataset, column: str, names: tuple[str, str]) -> Dataset | IterableDataset:
+    """The data set, some of whose numbers are below zero, if it is not too small to tell."""
+    if isinstance(dataset, IterableDataset):
+        return dataset.filter(_Scale(column, names))
+    numbers = _numbers(dataset.unique(column))
+    if len(dataset) >= _MANY or max(numbers, default=0) > _LARGEST:
+        _refuse_scale(column, numbers, names)
+    return dataset
+
+
 def _refuse_scale(column: str, numbers: Collection[float], names: tuple[str, str]) -> None:
     """Raise `ValueError` if no number is below zero."""
     if numbers and min(numbers) >= 0 and len(numbers) > 1:
@@ -58,6 +71,20 @@ def _refuse_scale(column: str, numbers: Collection[float], names: tuple[str, str
             f"`{names[0]}` is better, above 0 that `{names[1]}` is. Subtract the middle of its scale, "
             f"dataset.map(lambda row: {{{column!r}: row[{column!r}] - {middle:g}}}), or leave the column out"
         )
+
+
+class _Scale:
+    """Keeps every row, and looks at the numbers of the first ones."""
+
+    def __init__(self, column: str, names: tuple[str, str]):
+        self.column, self.names, self.first = column, names, list[Any]()
+
+    def __call__(self, row: Mapping[str, Any]) -> bool:
+        if len(self.first) < _MANY:
+            self.first.append(row[self.column])
+            if len(self.first) == _MANY:
+                _refuse_scale(self.column, _numbers(self.first), self.names)
+        return True
 
 
 def _check_labels(dataset: Dataset | IterableDataset, column: str) -> Dataset | IterableDataset:

@@ -3,6 +3,7 @@
 Each is compared with the same row in the columns of its format: the tokens, masks and example columns are equal.
 """
 
+import ast
 import json
 from pathlib import Path
 
@@ -218,10 +219,26 @@ OTHERS = {
         {"prompt": ask(WHAT), "responses": [reply(GREEN), reply(BLUE)], "scores": [0, 3]},
     ),
     "a reject": ({"question": WHAT, "chosen": BLUE, "reject": GREEN}, PAIR),
+    "a question with an answer that is not to be trained on": (
+        {
+            "prompt": [*ask("Hi"), {"role": "assistant", "content": "Hello", "weight": 0}, *ask(WHAT)],
+            "chosen": [{"role": "assistant", "content": BLUE, "weight": 1}],
+            "rejected": GREEN,
+        },
+        {**PAIR, "prompt": [*ask("Hi"), *reply("Hello"), *ask(WHAT)]},
+    ),
     "structs of messages": ({side: {"messages": talk} for side, talk in TALK.items()}, PAIR),
     "the best of two by its column": (
         {"prompt": WHAT, "response_a": GREEN, "response_b": BLUE, "preferred": "response_b"},
         PAIR,
+    ),
+    "a flag for a label": (
+        {"question": WHAT, "response": BLUE, "label": False},
+        {"prompt": ask(WHAT), "completion": reply(BLUE), "label": False},
+    ),
+    "a solution that a test has judged": (
+        {"problem": WHAT, "answer": "blue", "generation": BLUE, "is_correct": True},
+        {"prompt": ask(WHAT), "completion": reply(BLUE), "label": True},
     ),
     "a row without a prompt": ({"prompt": None, **TALK}, PAIR),
     "one conversation and one answer": ({"prompt": WHAT, "chosen": TALK["chosen"], "rejected": GREEN}, PAIR),
@@ -368,8 +385,24 @@ REFUSED = {
     "a struct": ({**PAIR, "chosen": {"text": BLUE}}, "`chosen` is a struct of 'text' and no message"),
     "a comparison by an index": (
         {"info": {"post": WHAT}, "summaries": [{"text": BLUE}, {"text": GREEN}], "choice": 0},
-        "are missing .columns found: info, summaries, choice",
+        "columns `summaries`, `choice`: this may be the place of the better response in a list: make columns of both",
     ),
+    "an answer that is not to be trained on": (
+        {**PAIR, "chosen": [{"role": "assistant", "content": "Hm.", "weight": 0}, *ask("So?"), *reply(BLUE)]},
+        "`chosen` has an answer marked as not to be trained on .weight=0.*put it into the prompt",
+    ),
+    "an answer without a loss": (
+        {**PAIR, "rejected": [{"role": "assistant", "content": GREEN, "train": False}]},
+        "`rejected` has an answer marked as not to be trained on .train=False.",
+    ),
+    "a place in a list": (
+        {"prompt": WHAT, "candidates": [BLUE, GREEN], "best": 1},
+        r"columns `candidates`, `best`: .*row\['candidates'\]\[1 - row\['best'\]\]",
+    ),
+    "an export of Label Studio": ({"data": {"prompt": WHAT}, "annotations": [], "id": 1}, "tasks as Label Studio"),
+    "another separator": ({"prompt;chosen;rejected": "a;b;c"}, "the file seems to be separated by ';'"),
+    "a prompt in a list": ({"prompt": [WHAT], "chosen": BLUE, "rejected": GREEN}, "`prompt` is a list of texts"),
+    "a number for a flag": ({"question": WHAT, "response": BLUE, "is_correct": 3}, "column `desirable` is missing"),
     "letters for responses": (
         {**TWO, "chosen": "a", "rejected": "b"},
         "`chosen` is 'a', and `response_a` and `response_b` hold other texts; .*column_mapping={'winner': 'chosen'}",
@@ -408,6 +441,19 @@ def test_what_cannot_be_read_is_refused_with_the_fix(name):
         prepare(row)
 
 
+SPELLINGS = [("Prompt", "Chosen", "Rejected"), ("\ufeffprompt", "Chosen Response", "Rejected Response")]
+SPELLINGS += [("userPrompt", "chosenResponse", "rejectedResponse"), ("prompt ", "response-chosen", "response-rejected")]
+
+
+@pytest.mark.parametrize("names", SPELLINGS)
+def test_the_mapping_that_is_said_for_other_spellings_works(names):
+    row = dict(zip(names, (WHAT, BLUE, GREEN), strict=True))
+    with pytest.raises(ValueError, match="under other spellings: column_mapping=") as caught:
+        prepare(row)
+    mapping = ast.literal_eval(str(caught.value).split("column_mapping=")[1])
+    assert tokens(prepare(row, column_mapping=mapping, text_as="messages")) == tokens(prepare(PAIR))
+
+
 def test_what_fixes_letters_for_responses():
     row = {**TWO, "chosen": "b", "rejected": "a"}
     assert tokens(prepare(row, column_mapping={"winner": "chosen"})) == tokens(prepare(SWAPPED))
@@ -432,6 +478,16 @@ def test_numbers_that_mean_something_else_are_refused(name):
     rows = [{"prompt": WHAT, "response_1": BLUE, "response_2": GREEN, column: value} for value in values]
     with pytest.raises(ValueError, match=message.replace("[", r"\[")):
         prepare(*rows, on_bad_rows="drop")
+
+
+def test_a_scale_of_a_stream_is_refused_once_many_rows_are_read():
+    rows = [
+        {"prompt": WHAT, "response_1": BLUE, "response_2": GREEN, "overall_preference": 1 + at % 7} for at in range(16)
+    ]
+    with pytest.raises(ValueError, match="holds numbers from 1 to 7; below 0"):
+        list(prepare_dataset(Dataset.from_list(rows).to_iterable_dataset(), TOKENIZER))
+    rows[3]["overall_preference"] = -1
+    assert len(list(prepare_dataset(Dataset.from_list(rows).to_iterable_dataset(), TOKENIZER))) == 16
 
 
 def test_numbers_that_mean_what_they_say():
