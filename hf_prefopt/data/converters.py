@@ -55,7 +55,19 @@ def better_of_two(given: Given) -> Row:
     names = (columns["first"], columns["second"])
     models = (given.get("first_model"), given.get("second_model"))
     verdict = columns["verdict"]
-    return _ordered(given, VERDICTS[verdict](verdict, given["verdict"], names, SUFFIXES[names], models))
+    better = _place_of_text(given["verdict"], (given["first"], given["second"]))
+    if better is None:
+        better = VERDICTS[verdict](verdict, given["verdict"], names, SUFFIXES[names], models)
+    return _ordered(given, better)
+
+
+def _place_of_text(verdict: Any, responses: tuple[Any, Any]) -> int | None:
+    """The place of the response that a verdict repeats; None if it is one word, or is not one of two texts."""
+    if not isinstance(verdict, str) or not all(isinstance(response, str) for response in responses):
+        return None
+    texts = [response.strip() for response in responses]
+    is_told = len(verdict.split()) > 1 and texts[0] != texts[1] and verdict.strip() in texts
+    return texts.index(verdict.strip()) if is_told else None
 
 
 def flagged_first(given: Given) -> Row:

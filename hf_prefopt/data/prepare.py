@@ -175,7 +175,6 @@ def prepare(
     template_kwargs = dict(chat_template_kwargs or {})
     settings = settings_of(tokenizer, max_length, truncation_mode, template_kwargs)
     columns = column_names(dataset)
-    done = Prepared(dataset, dataset)
     known = kind_of_columns(columns)
     if known is not None and set(prepared_features(known.columns)).issubset(columns):
         kind = known
@@ -183,6 +182,7 @@ def prepare(
             dataset = check_settings(dataset, settings, len(tokenizer))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
+        done = Prepared(dataset, dataset)
     else:
         try:
             dataset = undecoded(choose_columns(dataset, column_mapping, remove_columns))

@@ -172,6 +172,7 @@ OTHERS = {
         PAIR,
     ),
     "the text of a winner": ({"prompt": WHAT, "answer1": BLUE, "answer2": GREEN, "winner": "answer1"}, PAIR),
+    "the better text": ({"prompt": WHAT, "response_a": GREEN, "response_b": BLUE, "better_response": f"{BLUE} "}, PAIR),
     "a winner by its letter": ({"prompt": WHAT, "answer_a": GREEN, "answer_b": BLUE, "winner": "B"}, PAIR),
     "a number that is a text": ({"prompt": WHAT, "response_1": GREEN, "response_2": BLUE, "preferred": "2"}, PAIR),
     "messages as a struct of lists": (
