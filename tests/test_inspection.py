@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
-from hf_prefopt import inspect_dataset
+from hf_prefopt import Mixture, Source, inspect_dataset
 from hf_prefopt.data.prepare import prepare_dataset
 from hf_prefopt.reporting.inspected import events, facts
 from tests.data.helpers import chat_pair, text_pair
@@ -32,6 +32,23 @@ def test_columns_used_not_used_and_about_the_row():
     assert (found.unused, found.about_the_row) == (("verdict_b",), ("source", "question_id"))
     assert found.summary.examples == 4 and found.errors == ()
     assert not any("columns not used" in remark for remark in found.remarks)
+
+
+def test_a_mixture_is_looked_at_source_by_source():
+    mixture = Mixture([Source(chats(), "a"), Source(chats(2), "b")])
+    with pytest.raises(ValueError, match=r"is a Mixture and no datasets\.Dataset: look at each of its `sources`"):
+        inspect_dataset(mixture, TOKENIZER)
+    assert [inspect_dataset(source.rows, TOKENIZER).summary.rows for source in mixture.sources] == [4, 2]
+
+
+def test_responses_with_a_quantile():
+    rows = [{"prompt": "The capital of France is", "completion": f" Paris, {n}.", "quantile": n / 4} for n in range(4)]
+    found = inspect_dataset(rows, TOKENIZER)
+    assert (found.layout, found.summary.examples, found.summary.comparisons) == (
+        "responses with a quantile, question",
+        4,
+        0,
+    )
 
 
 def test_mapped_columns_have_the_names_of_the_data_set():

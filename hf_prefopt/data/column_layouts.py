@@ -7,6 +7,7 @@ one that fits the columns is taken, preferably of the wanted kind of examples.
 To add one: an entry here, and a row of it with what it means in `tests/data/test_column_layouts.py`.
 """
 
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +16,7 @@ from typing import Any
 from hf_prefopt.data import converters as to
 from hf_prefopt.data import roles
 from hf_prefopt.data.formats import FORMATS, Reading, RowFormat
-from hf_prefopt.data.preferences import VERDICTS
+from hf_prefopt.data.preferences import VERDICTS, by_name
 from hf_prefopt.data.roles import Role, role
 from hf_prefopt.data.rows import BadRow, CanonicalRow
 from hf_prefopt.kinds import ExampleKind
@@ -142,12 +143,16 @@ def find_layout(
         raise ValueError(_describe_nearest(sample))
     layout, columns = next(((one, found) for one, found in fitting if FORMATS[one.format].kind is kind), fitting[0])
     verdicts = [name for name in VERDICTS if name in sample and "verdict" in columns and _VERDICT.accepts(sample[name])]
+    # A column that is mapped to `winner` is read by names.
+    verdicts.sort(key=lambda name: VERDICTS[name] is not by_name)
     if len(verdicts) > 1 and columns["verdict"] not in mapped:
         raise ValueError(
             f"columns {_quoted(verdicts)} may all say which response is better: name one, as in "
             f"column_mapping={{'winner': {verdicts[0]!r}}}, or leave the others out, remove_columns={verdicts[1:]}"
         )
     row_format = FORMATS[layout.format]
+    if "prompt" in sample and "prompt" not in columns.values() and roles.is_texts(sample["prompt"]):
+        raise ValueError("`prompt` is a list of texts; make it text or messages")
     weights = [name for name in FORMATS["tokenized pairs with weights"].columns[3:] if name in sample]
     if weights and not row_format.has_token_weights:
         raise ValueError(
@@ -162,18 +167,49 @@ def _describe_nearest(sample: Mapping[str, Any]) -> str:
     for columns, problem in UNREADABLE.items():
         if set(columns).issubset(sample):
             return f"columns {_quoted(columns)}: {problem}"
+    misspelled = _describe_spelling(sample) if sample else None
+    if misspelled is not None:
+        return misspelled
     layouts = [_Lack(layout, [needed for needed in layout.needs if needed.find(sample) is None]) for layout in LAYOUTS]
     # Of those that lack equally little, the first of the table.
-    nearest = min(layouts, key=lambda lack: (-lack.present(sample), len(lack.missing(sample)) > 2, lack.is_half))
+    nearest = min(layouts, key=lambda lack: lack.distance(sample))
     missing, found = nearest.missing(sample), ", ".join(sample) or "none"
     if not missing:
-        kinds = [f"`{column}` is of type {type(sample[column]).__name__}" for column in nearest.columns]
+        kinds = [f"`{column}` is {_kind_of(sample[column])}" for column in nearest.columns]
         return f"these are the columns of {nearest.layout.name}, but {', '.join(kinds)}; give text or messages"
     mapping = ", ".join(f"{column!r}: '…'" for column in missing)
     return (
         f"{_columns(missing)} missing (columns found: {found}). The nearest layout is {nearest.layout.name}. "
         f"Say which columns these are, column_mapping={{{mapping}}}, or make them: dataset.map(function)"
     )
+
+
+def _describe_spelling(sample: Mapping[str, Any]) -> str | None:
+    """How to map columns that only capitals, blanks or hyphens, or one separator for all, keep from being a layout."""
+    first, *others = sample
+    separator = next((mark for mark in ";\t|" if mark in first and not others), None)
+    if separator:
+        return (
+            f"there is one column, {first!r}: the file seems to be separated by {separator!r}. Read it so, "
+            f"load_dataset('csv', data_files=…, sep={separator!r})"
+        )
+    spelled = {_spelled(name): name for name in sample}
+    plain = {name: sample[column] for name, column in spelled.items()}
+    found = next((columns for layout in LAYOUTS if (columns := layout.find(plain)) is not None), None)
+    if found is None:
+        return None
+    mapping = {name: spelled[name] for name in found.values() if name != spelled[name]}
+    return f"columns {_quoted(list(mapping.values()))} are known under other spellings: column_mapping={mapping}"
+
+
+def _spelled(name: str) -> str:
+    """`Chosen Response` and `chosenResponse` as `chosen_response`."""
+    name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name.strip(" \ufeff"))
+    return re.sub(r"[\s-]+", "_", name).lower()
+
+
+def _kind_of(value: Any) -> str:
+    return "a list of texts" if roles.is_texts(value) else f"of type {type(value).__name__}"
 
 
 def _columns(names: list[str]) -> str:
@@ -195,6 +231,10 @@ class _Lack:
     def is_half(self) -> bool:
         """Whether only an input is missing beside an instruction, which may well do without."""
         return roles.ALPACA in self.roles
+
+    def distance(self, sample: Mapping[str, Any]) -> tuple[int, bool, bool, bool]:
+        """How far a data set is from this layout; of several, the smallest is the nearest."""
+        return (-self.present(sample), len(self.missing(sample)) > 2, self.is_half, self.layout.is_talk)
 
     def missing(self, sample: Mapping[str, Any]) -> list[str]:
         return [column for column in self.columns if column not in sample]
@@ -270,13 +310,16 @@ LAYOUTS: tuple[ColumnLayout, ...] = (
         for asked, what in _ASKED
     ),
     *(
-        ColumnLayout(f"two conversations and {by}", _WITH_PROMPT, (two, *more), (roles.MODELS,), convert)
+        ColumnLayout(
+            f"two conversations and {by}", _WITH_PROMPT, (two, *more), (roles.MODELS, roles.JUDGED_TURN), convert
+        )
         for by, two, more, convert in _TWO_AND
     ),
     # Single responses with a label.
     ColumnLayout("labeled responses", "labeled responses", (roles.QUESTION, roles.COMPLETION, roles.LABEL), _AROUND),
     *(
-        ColumnLayout(f"tagged responses, {asked}", "labeled responses", (what, roles.ANSWER, roles.TAG), _AROUND)
+        ColumnLayout(f"{by} responses, {asked}", "labeled responses", (what, roles.ANSWER, label), _AROUND)
+        for by, label in (("tagged", roles.TAG), ("flagged", roles.FLAG))
         for asked, what in _ASKED
     ),
     *(
@@ -287,7 +330,7 @@ LAYOUTS: tuple[ColumnLayout, ...] = (
             (roles.SYSTEM,),
             to.talks,
         )
-        for name, label in (("label", roles.LABEL), ("tag", roles.TAG))
+        for name, label in (("label", roles.LABEL), ("tag", roles.TAG), ("flag", roles.FLAG))
     ),
     # Single responses with a quantile.
     *(
@@ -316,7 +359,18 @@ _ALONE = (
     "these rows are single responses with a rating, and no preference: put those of a prompt together, into rows of "
     "`prompt`, `responses` and `scores`, or make a `label` or a `quantile` of the rating"
 )
+_PLACE = (
+    "this may be the place of the better response in a list: make columns of both, as in dataset.map(lambda row: "
+    "{{'chosen': row[{0!r}][row[{1!r}]], 'rejected': row[{0!r}][1 - row[{1!r}]]}}) if places count from 0"
+)
 UNREADABLE: dict[tuple[str, ...], str] = {
+    ("data", "annotations"): "these are tasks as Label Studio exports them: make rows of `prompt`, `chosen` and "
+    "`rejected` of what the annotations selected",
+    **{
+        (listed, place): _PLACE.format(listed, place)
+        for listed in (*roles.LISTED, "summaries")
+        for place in roles.PLACES_IN_LISTS
+    },
     ("message_id", "parent_id", "text", "role"): "these rows are the messages of trees, one a row: put the threads "
     "together first, into rows of `prompt` (messages), `responses` and `ranks`",
     **{

@@ -102,36 +102,6 @@ def class_names(dataset: Dataset | IterableDataset) -> dict[str, list[str]]:
     return {column: feature.names for column, feature in features.items() if isinstance(feature, ClassLabel)}
 
 
-def check_label_codes(dataset: Dataset | IterableDataset, column: str) -> Dataset | IterableDataset:
-    """The data set, whose labels are not −1, 0 and 1, of which nobody knows what 0 means.
-
-    Raises:
-        ValueError: there are −1 and 0; in a stream when the second of them is reached.
-    """
-    codes = _LabelCodes(column)
-    if isinstance(dataset, IterableDataset):
-        return dataset.filter(codes)
-    for value in dataset.unique(column):
-        codes({column: value})
-    return dataset
-
-
-class _LabelCodes:
-    """Keeps every row, and remembers the labels of those before it."""
-
-    def __init__(self, column: str):
-        self.column, self.seen = column, set[Any]()
-
-    def __call__(self, row: Mapping[str, Any]) -> bool:
-        value = row[self.column]
-        self.seen |= {value} & {-1, 0}
-        if len(self.seen) == 2:
-            raise ValueError(
-                f"column `{self.column}` holds −1 and 0: make it true (desirable) or false, and drop other rows"
-            )
-        return True
-
-
 def describe_columns(found: FoundLayout, sample: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The lines to say about a data set's columns: how they are read, which are not used, and that text stays text."""
     lines = []

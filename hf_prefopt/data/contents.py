@@ -64,6 +64,8 @@ def _read_struct(column: str, value: Mapping[str, Any]) -> Content:
         return [dict(zip(lists, items, strict=True)) for items in zip(*lists.values(), strict=True)]
     if is_message(value):
         return [dict(value)]
+    if [key for key, item in value.items() if item is not None] == ["messages"] and "messages" in lists:
+        return list(value["messages"])
     keys = ", ".join(map(repr, value))
     raise BadRow(column, f"is a struct of {keys} and no message", "make it text or a list of messages")
 

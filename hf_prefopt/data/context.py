@@ -36,6 +36,11 @@ _ANSWERS = _set(
     "label feedback critique rationale comment explanation justification reason reasoning thinking thought analysis "
     "judgement judgment verdict correction winner loser best worst better summary summaries translation"
 )
+# Parts of an answer, in a column whose name says of which one: `chosen_reasoning`, `rejected_tool_calls`.
+_PARTS = _set("reasoning thinking thought cot scratchpad trace call")
+_SIDES = _set(
+    "chosen rejected preferred dispreferred accepted selected better worse winning losing response completion"
+)
 # How the rows were made and judged; these words may be anywhere in the name.
 _MAKING = _set(
     "generation generated generator labelling labeling labeler labeller annotation annotator judge judging grader "
@@ -51,7 +56,9 @@ _LABELS = _set(
 # The number of words above which a text is context (its limit): in columns with labels, with names that do not tell,
 # and with names of context.
 _NEVER, _IN_LABELS, _IN_UNKNOWN, _ANY_TEXT = math.inf, 15, 4, 0
-# For two of these limits, shorter texts are context, too, if they are sentences of at least this many words.
+# Any text that is a part of an answer, which has to be in one response only.
+_OF_ANSWER = 0.5
+# For two of the limits above, shorter texts are context, too, if they are sentences of at least this many words.
 _SENTENCE: dict[float, float] = {_IN_UNKNOWN: 2, _IN_LABELS: 3}
 _SPEAKERS = frozenset(("role", "from", "type"))
 _ASSISTANTS = frozenset(("assistant", "gpt", "model", "bot", "chatgpt", "ai"))
@@ -92,6 +99,8 @@ def reject_unread_context(unused: Mapping[str, Any], read: CanonicalRow) -> None
             f"says {shown!r}, which is not in the prompt (nor in every response), so the model would not read it{also}"
         )
         cure = f"join it into `prompt` (or rename the column so); if it is not context: remove_columns={[*unread]}"
+        if _word_limit(first) == _OF_ANSWER:
+            cure = f"join it into the response; if it is not to be trained on: remove_columns={[*unread]}"
         raise BadRow(first, problem, cure)
 
 
@@ -173,6 +182,8 @@ def _word_limit(name: str) -> float:
     if any(stem & _MAKING for stem in stems):
         return _NEVER
     head = stems[-1] if stems else set()
+    if head & _PARTS and any(stem & _SIDES for stem in stems):
+        return _OF_ANSWER
     if head & _CONTEXT:
         return _ANY_TEXT
     if head & _LABELS:

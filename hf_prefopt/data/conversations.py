@@ -27,6 +27,14 @@ _ASKING = ("user", "system", "developer")
 _RENDERED = re.compile(r"\s*(<s>|<bos>|<\|[\w ]+\|>|\[INST\]|<start_of_turn>|<｜)")
 
 
+# How trainers mark answers that are not to be trained on, if the value is zero or false.
+_MARKS = ("weight", "train", "training", "loss")
+
+
+def _untrained(message: Message) -> list[str]:
+    return [f"{key}={message[key]!r}" for key in _MARKS if key in message and message[key] in (0, "0")]
+
+
 @dataclass(frozen=True)
 class Conversation:
     """Messages of a prompt and of responses by column.
@@ -36,7 +44,8 @@ class Conversation:
             make sure that they have.
 
     Raises:
-        BadRow: the assistant begins some responses only. In these the header of its turn is part of the prompt.
+        BadRow: the assistant begins some responses only. In these the header of its turn is part of the prompt. Or an
+            answer within a response is marked as not to be trained on, and all of a response is.
     """
 
     prompt: list[Message]
@@ -49,6 +58,11 @@ class Conversation:
         if others and len(others) < len(roles):
             problem = f"begins with {roles[others[0]]!r}, and another response with the assistant"
             raise BadRow(others[0], problem, "begin all responses of a row with an assistant message, or none")
+        for column, messages in self.responses.items():
+            marks = [key for message in messages if message["role"] == "assistant" for key in _untrained(message)]
+            if marks:
+                problem = f"has an answer marked as not to be trained on ({marks[0]}), and all answers in it are"
+                raise BadRow(column, problem, "put it into the prompt, or take the mark off")
 
 
 def join_conversation(prompt: Content | None, responses: Mapping[str, Content], begins: bool = True) -> Conversation:

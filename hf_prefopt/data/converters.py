@@ -4,7 +4,7 @@ Each takes the values of a row by role (`Given`) and gives the columns of a form
 canonical row. They move values to their places and never look into texts, except for the transcripts of a prompt.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from hf_prefopt.data.contents import read_content
@@ -55,7 +55,19 @@ def better_of_two(given: Given) -> Row:
     names = (columns["first"], columns["second"])
     models = (given.get("first_model"), given.get("second_model"))
     verdict = columns["verdict"]
-    return _ordered(given, VERDICTS[verdict](verdict, given["verdict"], names, SUFFIXES[names], models))
+    better = _place_of_text(given["verdict"], (given["first"], given["second"]))
+    if better is None:
+        better = VERDICTS[verdict](verdict, given["verdict"], names, SUFFIXES[names], models)
+    return _ordered(given, better)
+
+
+def _place_of_text(verdict: Any, responses: tuple[Any, Any]) -> int | None:
+    """The place of the response that a verdict repeats; None if it is one word, or is not one of two texts."""
+    if not isinstance(verdict, str) or not all(isinstance(response, str) for response in responses):
+        return None
+    texts = [response.strip() for response in responses]
+    is_told = len(verdict.split()) > 1 and texts[0] != texts[1] and verdict.strip() in texts
+    return texts.index(verdict.strip()) if is_told else None
 
 
 def flagged_first(given: Given) -> Row:
@@ -84,10 +96,30 @@ def items(given: Given) -> Row:
         raise BadRow("items", "is not a list of structs")
     keys = {"responses": ITEM_TEXTS, "scores": ITEM_SCORES, "ranks": ITEM_RANKS}
     found = {
-        part: next((key for key in names if any(item.get(key) is not None for item in structs)), None)
+        part: [key for key in names if any(item.get(key) is not None for item in structs)]
         for part, names in keys.items()
     }
-    return _prompt(given) | {part: [item.get(key) for item in structs] for part, key in found.items() if key}
+    for part, names in found.items():
+        if part != "ranks":
+            _reject_other_items(part, names, structs)
+    return _prompt(given) | {part: [item.get(names[0]) for item in structs] for part, names in found.items() if names}
+
+
+def _reject_other_items(part: str, keys: Sequence[str], structs: Sequence[Mapping[str, Any]]) -> None:
+    """Raise `BadRow` if several keys may hold the responses, or several scores order them differently."""
+    for key in keys[1:]:
+        first, other = ([item.get(name) for item in structs] for name in (keys[0], key))
+        is_same = first == other if part == "responses" else _order(first) == _order(other)
+        if not is_same and keys[0] != "overall_score":
+            problem = (
+                f"have {keys[0]!r} and {key!r}, and either may be {'the text' if part == 'responses' else 'the score'}"
+            )
+            raise BadRow("items", problem, "keep one of them: dataset.map")
+
+
+def _order(numbers: Sequence[Any]) -> list[list[bool]]:
+    """For each two numbers whether the first is larger; numbers that are missing are not."""
+    return [[None not in (left, right) and left > right for right in numbers] for left in numbers]
 
 
 def good_and_bad(given: Given) -> Row:
@@ -127,8 +159,22 @@ def _talks(given: Given) -> Given:
 
 
 def _ordered(given: Given, better: int) -> Row:
-    sides = (given["first"], given["second"])
+    sides = [_up_to(given.get("turn"), part, given[part]) for part in ("first", "second")]
     return {**_prompt(given), "chosen": sides[better], "rejected": sides[1 - better]}
+
+
+def _up_to(turn: int | None, part: str, value: Any) -> Any:
+    """A conversation up to the answer to the user's nth message, where that is what was judged."""
+    content = None if turn is None else read_content(part, value)
+    if turn is None or not isinstance(content, list):
+        return value
+    messages = check_messages(part, content)
+    asked = [at for at, message in enumerate(messages) if message["role"] == "user"]
+    if not 1 <= turn <= len(asked):
+        raise BadRow(
+            "turn", f"is {turn}, and the user speaks {len(asked)} times", "leave the column out: remove_columns"
+        )
+    return messages[: asked[turn]] if turn < len(asked) else messages
 
 
 # What a struct may call the text of a question.

@@ -9,9 +9,18 @@ from hf_prefopt.data.rows import BadRow, Tie
 
 _DESIRABLE = {
     **dict.fromkeys(("true", "1", "chosen", "good", "desirable", "desired", "positive", "accepted", "preferred"), True),
+    **dict.fromkeys(("correct", "thumbs_up", "thumbs up", "like"), True),
     **dict.fromkeys(("false", "0", "-1", "rejected", "bad", "undesirable", "undesired", "negative"), False),
+    **dict.fromkeys(("incorrect", "thumbs_down", "thumbs down", "dislike"), False),
 }
-_TIES = frozenset(("tie", "ties", "tied", "both", "neither", "same", "equal", "draw", "both_bad", "bothbad"))
+# Without blanks, underscores, points and hyphens.
+_TIES = {
+    *("tie", "ties", "tied", "both", "neither", "same", "aboutthesame", "equal", "draw", "nopreference", "a=b"),
+    *("bothbad", "bothgood", "botharebad", "botharegood", "tiebothbad", "tiebothgood", "equallybad", "equallygood"),
+}
+_JOINTS = re.compile(r"[\s_.\-]")
+# Verdicts of judges: `[[A]]`.
+_BRACKETS = re.compile(r"\[+(.*?)\]+", re.DOTALL)
 # What may stand before the letter or number of a response: `model_a`, `Response 1`.
 _BEFORE = "model|response|assistant|answer|output|completion|candidate|option|conversation|generation|summary|reply"
 _SIDE = re.compile(rf"(?:(?:{_BEFORE})[\s_-]*)?([ab012])", re.IGNORECASE)
@@ -58,9 +67,11 @@ def by_name(column: str, value: Any, names: tuple[str, str], suffixes: tuple[str
     if value is None or isinstance(value, bool):
         raise BadRow(column, "is missing" if value is None else f"is {value!r}, which names no response")
     text = f"{value:g}" if isinstance(value, int | float) else str(value).strip()
+    bracketed = _BRACKETS.fullmatch(text)
+    text = bracketed[1].strip() if bracketed else text
     if models[0] != models[1] and text in models:
         return models.index(text)
-    if text.lower().split("(")[0].strip() in _TIES:
+    if _JOINTS.sub("", text.lower().split("(")[0]) in _TIES:
         raise Tie(column, f"is {value!r}")
     if text in names:
         return names.index(text)

@@ -29,9 +29,9 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_prefopt.config_checks import BAD_ROWS, TEXT_AS, TRUNCATION_MODES, check_choice, check_template_kwargs
 from hf_prefopt.data.beginnings import find_beginning
+from hf_prefopt.data.codes import check_codes
 from hf_prefopt.data.column_layouts import FoundLayout, find_layout
 from hf_prefopt.data.columns import (
-    check_label_codes,
     choose_columns,
     class_names,
     column_names,
@@ -43,6 +43,7 @@ from hf_prefopt.data.columns import (
 )
 from hf_prefopt.data.context import reject_unread_context
 from hf_prefopt.data.formats import RowFormat, number_or_nan, optional_columns
+from hf_prefopt.data.named import reject_names_of_responses
 from hf_prefopt.data.notes import NOTES, keep_usable_rows, note_row
 from hf_prefopt.data.roles import AROUND
 from hf_prefopt.data.rows import BadRow, CanonicalRow, reject_texts_without_prompt
@@ -56,7 +57,7 @@ from hf_prefopt.kinds import PAIRS, UNPAIRED, ExampleKind, kind_of_columns
 logger = logging.getLogger(__name__)
 
 # Part of the cache's key, which sees this module's functions by name only: raise it when what they return changes.
-_CACHE_VERSION = 6
+_CACHE_VERSION = 7
 _EXAMPLE_FEATURES = {
     "pairs": List(List(Value("int32"))),
     "golds": List(Value("int32")),
@@ -174,7 +175,6 @@ def prepare(
     template_kwargs = dict(chat_template_kwargs or {})
     settings = settings_of(tokenizer, max_length, truncation_mode, template_kwargs)
     columns = column_names(dataset)
-    done = Prepared(dataset, dataset)
     known = kind_of_columns(columns)
     if known is not None and set(prepared_features(known.columns)).issubset(columns):
         kind = known
@@ -182,6 +182,7 @@ def prepare(
             dataset = check_settings(dataset, settings, len(tokenizer))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
+        done = Prepared(dataset, dataset)
     else:
         try:
             dataset = undecoded(choose_columns(dataset, column_mapping, remove_columns))
@@ -190,8 +191,7 @@ def prepare(
                 dataset, tokenizer, PAIRS if unpair else kind, tuple(column_mapping or ()), text_as
             )
             lines += describe_template(_first_read(dataset, layout), tokenizer, template_kwargs)
-            if "label" in layout.columns:
-                dataset = check_label_codes(dataset, layout.columns["label"])
+            dataset = check_codes(dataset, layout.columns)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
         if lines:
@@ -316,7 +316,9 @@ def _read(layout: FoundLayout, row: Mapping[str, Any], needs_prompt: bool = Fals
     """The canonical row, or the reason why the row cannot be used."""
     try:
         read = layout.read(row)
-        reject_unread_context(layout.unread(row, read), read)
+        unread = layout.unread(row, read)
+        reject_names_of_responses(unread, read, layout.columns)
+        reject_unread_context(unread, read)
         reject_texts_without_prompt(read, needs_prompt)
         return read
     except BadRow as error:

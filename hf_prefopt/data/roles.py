@@ -92,6 +92,8 @@ _PLACES = (
     ("accepted", "rejected"),
     ("better", "worse"),
     ("winning", "losing"),
+    ("chosen", "reject"),
+    ("selected", "rejected"),
 )
 BY_PLACE = Role(("chosen", "rejected"), (*_spellings(_PLACES, _NOUNS), ("response_j", "response_k"), ("y_w", "y_l")))
 GOLD = role("reference", "reference")
@@ -160,6 +162,8 @@ MODELS = Role(
     tuple(tuple(f"model_{suffix}" for suffix in suffixes) for suffixes in _SUFFIXES),
     lambda value: isinstance(value, str),
 )
+# The number of the turn that was judged, the last one of a conversation.
+JUDGED_TURN = role("turn", "turn", accepts=lambda value: isinstance(value, int) and not isinstance(value, bool))
 # Conversations whose turns are lists of texts.
 TURNS = role("prompt", "prompt", "question", accepts=_is_turns)
 TURNS_OF_TWO = _two(_is_turns)
@@ -191,18 +195,24 @@ PREFIX = role("prefix", "initial_reason_steps", accepts=lambda value: isinstance
 AROUND = tuple(name for names in (SYSTEM, HISTORY, PREFIX) for (name,) in names.names)
 
 COMPLETION = role("completion", "completion")
-ANSWER = role("completion", "completion", "response", "output", "answer", "reply")
+ANSWER = role("completion", *_words("completion response output generation solution answer reply"))
 LABEL = role("label", "label", accepts=_is_text_or_number)
-TAG = role("label", "kto_tag", "desirable", "is_desirable", accepts=_is_text_or_number)
+TAG = role("label", "desirable", "is_desirable", "kto_tag", accepts=_is_text_or_number)
+# Flags that mean "desirable" if they are true, and may mean anything if they are numbers or texts.
+FLAG = role(
+    "label", *_words("label is_correct correct passed thumbs_up"), accepts=lambda value: isinstance(value, bool)
+)
 QUANTILE = role("quantile", "quantile", "quantile_reward", accepts=lambda value: isinstance(value, int | float))
 CONVERSATION = role("completion", "messages", "conversations", "conversation", accepts=_is_list)
 # A conversation with the chosen answer at its end, and another answer or conversation.
 WHOLE = role("chosen", "messages", "conversations", accepts=_is_list)
 REJECTED = role("rejected", "rejected_response", "rejected_messages")
 
-_LISTED = ["responses", "generations", "completions", "answers", "candidates", "outputs"]
+LISTED = ["responses", "generations", "completions", "answers", "candidates", "outputs"]
+# What says which response of a list is the best one, by its place.
+PLACES_IN_LISTS = _words("chosen choice best preference chosen_index chosen_idx best_index best_idx")
 ITEM_TEXTS = ("response", "answer", "completion", "text", "output", "generation", "content", "message", "messages")
-ITEM_SCORES = ("overall_score", "score", "rating", "reward", "rm_score")
+ITEM_SCORES = ("overall_score", "score", "rating", "reward", "rm_score", "pm_score")
 ITEM_RANKS = ("rank",)
 
 
@@ -216,9 +226,9 @@ def _items_with(numbers: Names) -> Callable[[Any], bool]:
     return accepts
 
 
-RESPONSES = role("responses", *_LISTED, accepts=_is_list)
+RESPONSES = role("responses", *LISTED, accepts=_is_list)
 SCORES = role("scores", *["scores", "rm_scores", "rewards", "ratings", "rating", "score"], accepts=_is_list)
 RANKS = role("ranks", "ranks", "rank", accepts=_is_list)
-SCORED_ITEMS = role("items", *_LISTED, accepts=_items_with(ITEM_SCORES))
-RANKED_ITEMS = role("items", *_LISTED, accepts=_items_with(ITEM_RANKS))
+SCORED_ITEMS = role("items", *LISTED, accepts=_items_with(ITEM_SCORES))
+RANKED_ITEMS = role("items", *LISTED, accepts=_items_with(ITEM_RANKS))
 GOOD_AND_BAD = Role(("chosen", "rejected"), BY_PLACE.names, is_texts)

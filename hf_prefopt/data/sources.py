@@ -115,6 +115,7 @@ _SOURCES: Sequence[tuple[Any, Callable[[Any, str], Any]]] = (
     (torch.utils.data.IterableDataset, _refuse("make it one: IterableDataset.from_generator(lambda: iter(rows))")),
     (torch.utils.data.Dataset, _from_map_style),
     (Callable, _from_function),
+    ("Mixture", _refuse("look at each of its `sources` by itself, with the source's own settings")),
     (object, _refuse("make it a Dataset or an IterableDataset")),
 )
 

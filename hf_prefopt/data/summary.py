@@ -177,8 +177,20 @@ def _lists(rows: _Rows) -> _Compared:
     return _Compared(len(rows.counts), named, np.concatenate(better), np.concatenate(worse), keys=keys)
 
 
+def _quantiles(rows: _Rows) -> _Compared:
+    """Single responses with a number each, of which none is compared with another."""
+    none = np.zeros(0, dtype=np.int64)
+    named = {"responses": rows.responses.lengths}
+    return _Compared(len(rows.counts), named, none, none, keys=ragged(rows.table["quantiles"]))
+
+
 # By the first column of a kind of examples.
-_COMPARE: Mapping[str, Callable[[_Rows], _Compared]] = {"pairs": _pairs, "labels": _labels, "ranks": _lists}
+_COMPARE: Mapping[str, Callable[[_Rows], _Compared]] = {
+    "pairs": _pairs,
+    "labels": _labels,
+    "quantiles": _quantiles,
+    "ranks": _lists,
+}
 
 
 class _Total:

@@ -3,6 +3,7 @@
 Each is compared with the same row in the columns of its format: the tokens, masks and example columns are equal.
 """
 
+import ast
 import json
 from pathlib import Path
 
@@ -171,6 +172,7 @@ OTHERS = {
         PAIR,
     ),
     "the text of a winner": ({"prompt": WHAT, "answer1": BLUE, "answer2": GREEN, "winner": "answer1"}, PAIR),
+    "the better text": ({"prompt": WHAT, "response_a": GREEN, "response_b": BLUE, "better_response": f"{BLUE} "}, PAIR),
     "a winner by its letter": ({"prompt": WHAT, "answer_a": GREEN, "answer_b": BLUE, "winner": "B"}, PAIR),
     "a number that is a text": ({"prompt": WHAT, "response_1": GREEN, "response_2": BLUE, "preferred": "2"}, PAIR),
     "messages as a struct of lists": (
@@ -202,6 +204,43 @@ OTHERS = {
         {"question": WHAT, "chosen": f"{WHAT}\n{BLUE}", "rejected": f"{WHAT}\n{GREEN}"},
         PAIR,
     ),
+    "lmsys/mt_bench_human_judgments, the first turn": (
+        {
+            "model_a": "x",
+            "model_b": "y",
+            "winner": "model_b",
+            "conversation_a": [*ask(WHAT), *reply(GREEN), *ask("Why?"), *reply("Grass.")],
+            "conversation_b": [*ask(WHAT), *reply(BLUE), *ask("Why?"), *reply("Air.")],
+            "turn": 1,
+        },
+        PAIR,
+    ),
+    "HuggingFaceH4/stack-exchange-preferences": (
+        {"qid": 1, "question": WHAT, "answers": [{"pm_score": 0, "text": GREEN}, {"pm_score": 3, "text": BLUE}]},
+        {"prompt": ask(WHAT), "responses": [reply(GREEN), reply(BLUE)], "scores": [0, 3]},
+    ),
+    "a reject": ({"question": WHAT, "chosen": BLUE, "reject": GREEN}, PAIR),
+    "a question with an answer that is not to be trained on": (
+        {
+            "prompt": [*ask("Hi"), {"role": "assistant", "content": "Hello", "weight": 0}, *ask(WHAT)],
+            "chosen": [{"role": "assistant", "content": BLUE, "weight": 1}],
+            "rejected": GREEN,
+        },
+        {**PAIR, "prompt": [*ask("Hi"), *reply("Hello"), *ask(WHAT)]},
+    ),
+    "structs of messages": ({side: {"messages": talk} for side, talk in TALK.items()}, PAIR),
+    "the best of two by its column": (
+        {"prompt": WHAT, "response_a": GREEN, "response_b": BLUE, "preferred": "response_b"},
+        PAIR,
+    ),
+    "a flag for a label": (
+        {"question": WHAT, "response": BLUE, "label": False},
+        {"prompt": ask(WHAT), "completion": reply(BLUE), "label": False},
+    ),
+    "a solution that a test has judged": (
+        {"problem": WHAT, "answer": "blue", "generation": BLUE, "is_correct": True},
+        {"prompt": ask(WHAT), "completion": reply(BLUE), "label": True},
+    ),
     "a row without a prompt": ({"prompt": None, **TALK}, PAIR),
     "one conversation and one answer": ({"prompt": WHAT, "chosen": TALK["chosen"], "rejected": GREEN}, PAIR),
     "roles of other names": (
@@ -222,7 +261,10 @@ def test_other_layouts(name):
 
 
 VERDICTS = {
-    "winner": [("a", 0), ("model_b", 1), ("Response A", 0), ("tie", None), ("tie (bothbad)", None), ("neither", None)],
+    "winner": [
+        *(("a", 0), ("model_b", 1), ("Response A", 0), ("[[B]]", 1), ("tie", None), ("tie (bothbad)", None)),
+        *(("neither", None), ("both_good", None), ("No preference", None), ("Both are bad.", None)),
+    ],
     "overall_preference": [(-3, 0), (1, 1), (0, None)],
     "preference": [("response_a", 0), ("B", 1), ("first", 0)],
 }
@@ -344,7 +386,50 @@ REFUSED = {
     "a struct": ({**PAIR, "chosen": {"text": BLUE}}, "`chosen` is a struct of 'text' and no message"),
     "a comparison by an index": (
         {"info": {"post": WHAT}, "summaries": [{"text": BLUE}, {"text": GREEN}], "choice": 0},
-        "are missing .columns found: info, summaries, choice",
+        "columns `summaries`, `choice`: this may be the place of the better response in a list: make columns of both",
+    ),
+    "an answer that is not to be trained on": (
+        {**PAIR, "chosen": [{"role": "assistant", "content": "Hm.", "weight": 0}, *ask("So?"), *reply(BLUE)]},
+        "`chosen` has an answer marked as not to be trained on .weight=0.*put it into the prompt",
+    ),
+    "an answer without a loss": (
+        {**PAIR, "rejected": [{"role": "assistant", "content": GREEN, "train": False}]},
+        "`rejected` has an answer marked as not to be trained on .train=False.",
+    ),
+    "a place in a list": (
+        {"prompt": WHAT, "candidates": [BLUE, GREEN], "best": 1},
+        r"columns `candidates`, `best`: .*row\['candidates'\]\[1 - row\['best'\]\]",
+    ),
+    "an export of Label Studio": ({"data": {"prompt": WHAT}, "annotations": [], "id": 1}, "tasks as Label Studio"),
+    "another separator": ({"prompt;chosen;rejected": "a;b;c"}, "the file seems to be separated by ';'"),
+    "a prompt in a list": ({"prompt": [WHAT], "chosen": BLUE, "rejected": GREEN}, "`prompt` is a list of texts"),
+    "a number for a flag": ({"question": WHAT, "response": BLUE, "is_correct": 3}, "column `desirable` is missing"),
+    "letters for responses": (
+        {**TWO, "chosen": "a", "rejected": "b"},
+        "`chosen` is 'a', and `response_a` and `response_b` hold other texts; .*column_mapping={'winner': 'chosen'}",
+    ),
+    "columns for responses": (
+        {**TWO, "better": "response_b", "worse": "response_a"},
+        "`better` is 'response_b', .*column_mapping={'winner': 'better'}",
+    ),
+    "models for responses": (
+        {"prompt": WHAT, "chosen": "GPT 4", "rejected": "x-1", "chosen_response": BLUE, "rejected_response": GREEN},
+        r"`chosen` is 'GPT 4', .* hold other texts; .*remove_columns=\['chosen', 'rejected'\]",
+    ),
+    "a turn that was not": (
+        {"conversation_a": TALK["chosen"], "conversation_b": TALK["rejected"], "winner": "a", "turn": 2},
+        "`turn` is 2, and the user speaks 1 time",
+    ),
+    "two texts in a struct": (
+        {"prompt": WHAT, "completions": [{"answer": "blue", "text": BLUE, "score": 1}, {"answer": "no", "score": 0}]},
+        "`completions` have 'answer' and 'text', and either may be the text",
+    ),
+    "two scores in a struct": (
+        {
+            "prompt": WHAT,
+            "answers": [{"text": BLUE, "score": 1, "rating": 1}, {"text": GREEN, "score": 0, "rating": 5}],
+        },
+        "`answers` have 'score' and 'rating', and either may be the score",
     ),
     "an unknown rating": ({"prompt": WHAT, "response": BLUE, "score": 3}, "single responses with a rating"),
 }
@@ -355,6 +440,62 @@ def test_what_cannot_be_read_is_refused_with_the_fix(name):
     row, message = REFUSED[name]
     with pytest.raises(ValueError, match=message):
         prepare(row)
+
+
+SPELLINGS = [("Prompt", "Chosen", "Rejected"), ("\ufeffprompt", "Chosen Response", "Rejected Response")]
+SPELLINGS += [("userPrompt", "chosenResponse", "rejectedResponse"), ("prompt ", "response-chosen", "response-rejected")]
+
+
+@pytest.mark.parametrize("names", SPELLINGS)
+def test_the_mapping_that_is_said_for_other_spellings_works(names):
+    row = dict(zip(names, (WHAT, BLUE, GREEN), strict=True))
+    with pytest.raises(ValueError, match="under other spellings: column_mapping=") as caught:
+        prepare(row)
+    mapping = ast.literal_eval(str(caught.value).split("column_mapping=")[1])
+    assert tokens(prepare(row, column_mapping=mapping, text_as="messages")) == tokens(prepare(PAIR))
+
+
+def test_what_fixes_letters_for_responses():
+    row = {**TWO, "chosen": "b", "rejected": "a"}
+    assert tokens(prepare(row, column_mapping={"winner": "chosen"})) == tokens(prepare(SWAPPED))
+
+
+def test_short_answers_that_stand_in_other_columns_too():
+    row = {"prompt": WHAT, "response_1": "Blue", "response_2": "Green", "chosen": "Blue", "rejected": "Green"}
+    assert len(prepare(row)) == 1
+
+
+SCALES = {
+    "a scale without a sign": ("overall_preference", [1, 7], "from 1 to 7; below 0 .* row['overall_preference'] - 4"),
+    "a short scale without a sign": ("preference_strength", [1, 2, 3] * 6, "from 1 to 3; below 0"),
+    "places that count from 0": ("preference", [0, 1], "holds 0 and 1, and the responses are `response_1` and"),
+}
+
+
+@pytest.mark.parametrize("name", SCALES)
+def test_numbers_that_mean_something_else_are_refused(name):
+    """All rows together tell; 16 or more for a short scale, fewer may all prefer the second response by chance."""
+    column, values, message = SCALES[name]
+    rows = [{"prompt": WHAT, "response_1": BLUE, "response_2": GREEN, column: value} for value in values]
+    with pytest.raises(ValueError, match=message.replace("[", r"\[")):
+        prepare(*rows, on_bad_rows="drop")
+
+
+def test_a_scale_of_a_stream_is_refused_once_many_rows_are_read():
+    rows = [
+        {"prompt": WHAT, "response_1": BLUE, "response_2": GREEN, "overall_preference": 1 + at % 7} for at in range(16)
+    ]
+    with pytest.raises(ValueError, match="holds numbers from 1 to 7; below 0"):
+        list(prepare_dataset(Dataset.from_list(rows).to_iterable_dataset(), TOKENIZER))
+    rows[3]["overall_preference"] = -1
+    assert len(list(prepare_dataset(Dataset.from_list(rows).to_iterable_dataset(), TOKENIZER))) == 16
+
+
+def test_numbers_that_mean_what_they_say():
+    rows = [{"prompt": WHAT, "response_1": BLUE, "response_2": GREEN} for _ in range(16)]
+    signed = [{**row, "overall_preference": (3, -1)[at == 7]} for at, row in enumerate(rows)]
+    assert len(prepare(*signed)) == 16
+    assert len(prepare(*({**row, "preference": 1 + (at > 3)} for at, row in enumerate(rows)))) == 16
 
 
 def test_the_kind_that_is_wanted_decides_between_two_layouts():

@@ -239,6 +239,22 @@ def test_what_one_response_says_is_no_context_of_the_other():
         prepare({"prompt": "Say it.", "query": WHAT, "chosen": f"It is Paris. {WHAT}", "rejected": "It is Rome."})
 
 
+PARTS = {
+    "reasoning": "The question is about France.",
+    "thinking": "France.",
+    "tool_calls": '[{"name": "look_up"}]',
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_of_one_response_in_a_column_of_its_own_is_refused(part):
+    columns = {f"chosen_{part}": PARTS[part], f"rejected_{part}": ""}
+    with pytest.raises(ValueError, match=rf"`chosen_{part}` says .*join it into the response; .*remove_columns"):
+        prepare({**text_pair(), **columns})
+    assert len(prepare({**text_pair(chosen=f" {PARTS[part]} Paris."), **columns})) == 2
+    assert len(prepare({**text_pair(), f"judge_{part}": PARTS[part]})) == 2
+
+
 def test_an_earlier_answer_of_a_history_is_context():
     earlier = [*ask("Hello?"), *reply("Bonjour."), *ask()]
     with pytest.raises(ValueError, match=r"`dialog` says 'Hello\?'"):

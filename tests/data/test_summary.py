@@ -11,7 +11,7 @@ from hf_prefopt.data import summary as module
 from hf_prefopt.data.group import group_rows
 from hf_prefopt.data.prepare import prepared_features
 from hf_prefopt.data.summary import DataSummary, summarize
-from hf_prefopt.kinds import KINDS, LISTS, UNPAIRED
+from hf_prefopt.kinds import KINDS, LISTS, SCORED, UNPAIRED
 
 RANDOM = np.random.default_rng(7)
 
@@ -25,6 +25,7 @@ EXAMPLES = {
     "pairs": lambda: ({"pairs": [[0, 1]]}, 2),
     "triples": lambda: ({"pairs": [[0, 1]], "golds": [2]}, 3),
     "unpaired examples": lambda: ({"labels": [bool(RANDOM.integers(2))]}, 1),
+    "scored responses": lambda: ({"quantiles": [float(RANDOM.integers(3)) / 2]}, 1),
     "lists": lambda: (lambda count: ({"ranks": RANDOM.integers(1, 4, count).tolist(), "scores": []}, count))(
         int(RANDOM.integers(2, 5))
     ),
@@ -47,6 +48,8 @@ def compared(kind, rows) -> list[tuple[int, int]]:
     if kind is UNPAIRED:
         lengths = {label: [sum(r["scored_masks"][0]) for r in rows if r["labels"][0] == label] for label in (0, 1)}
         return list(product(lengths[1], lengths[0]))
+    if kind is SCORED:  # nothing is compared
+        return []
     found = []
     for row in rows:
         lengths = list(map(sum, row["scored_masks"]))
@@ -74,8 +77,11 @@ def test_counts_are_those_of_a_plain_count(kind, batch_rows, monkeypatch):
     assert found.scored_tokens == sum(sum(row["scored_masks"][k]) for row, k in responses)
     pairs = compared(kind, rows)
     assert found.comparisons == len(pairs)
-    assert found.longer == pytest.approx(np.mean([a > b for a, b in pairs]))
-    assert found.longer_accuracy == pytest.approx(np.mean([(a > b) + (a == b) / 2 for a, b in pairs]))
+    if not pairs:
+        assert math.isnan(found.longer)
+    else:
+        assert found.longer == pytest.approx(np.mean([a > b for a, b in pairs]))
+        assert found.longer_accuracy == pytest.approx(np.mean([(a > b) + (a == b) / 2 for a, b in pairs]))
     assert found.identical_pairs == sum(
         row["response_ids"][a] == row["response_ids"][b] for row in rows for a, b in row.get("pairs", ())
     )

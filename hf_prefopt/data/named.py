@@ -1,0 +1,74 @@
+"""Reject rows whose chosen and rejected responses are names of responses that stand in other columns.
+
+`chosen` may hold the better answer, its letter, its column or the model that wrote it. If other columns hold two texts,
+neither of which is in the responses of the row, and those are a few words, they are taken for names.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+from hf_prefopt.data.contents import read_content
+from hf_prefopt.data.messages import text_of
+from hf_prefopt.data.roles import BY_PLACE, TWO, Names
+from hf_prefopt.data.rows import BadRow, CanonicalRow
+
+# Names of models have a few words.
+_WORDS = 4
+
+
+def reject_names_of_responses(unused: Mapping[str, Any], read: CanonicalRow, columns: Mapping[str, str]) -> None:
+    """Raise `BadRow` if the responses of a pair are the names of texts in columns that are not used.
+
+    Args:
+        unused: the values of a raw row that it was not read from, by column.
+        read: the canonical row.
+        columns: the column of each role.
+    """
+    if read.content_type == "tokens" or "pairs" not in read.example_columns:
+        return
+    rivals = _rivals(tuple(unused))
+    if not rivals:
+        return
+    responses = [_text(response) for response in read.responses]
+    if any(len(response.split()) > _WORDS for response in responses):
+        return
+    for names in rivals:
+        texts = [_text(unused[name]) for name in names]
+        if all(texts) and not any(_have_in_common(text, response) for text in texts for response in responses):
+            problem = f"is {responses[0]!r}, and {' and '.join(f'`{name}`' for name in names)} hold other texts"
+            own = [columns.get(part, part) for part in read.columns]
+            raise BadRow(own[0], problem, _cure(names, own))
+
+
+def _cure(names: Names, own: Sequence[str]) -> str:
+    """What to do if other columns, of these names, may hold the responses that the row's own columns name."""
+    cure = f"if those are the responses, remove_columns={[*own]}"
+    if names in TWO.names:
+        cure = f"if it names one of them, column_mapping={{'winner': {own[0]!r}}}"
+    return f"{cure}; if not, remove_columns={[*names]}"
+
+
+def _have_in_common(left: str, right: str) -> bool:
+    """Whether one text is in the other, and more than a letter."""
+    shorter, longer = sorted((left, right), key=len)
+    return left == right or (len(shorter) > 1 and shorter in longer)
+
+
+@lru_cache(maxsize=256)
+def _rivals(columns: Names) -> tuple[Names, ...]:
+    """The pairs of columns among these that could hold two responses."""
+    return tuple(names for names in (*TWO.names, *BY_PLACE.names) if set(names).issubset(columns))
+
+
+def _text(value: Any) -> str:
+    """The text, or that of the last message; "" if it is neither."""
+    try:
+        content = read_content("text", value)
+    except BadRow:
+        return ""
+    if isinstance(content, str):
+        return content.strip()
+    last = content[-1] if content else None
+    text = (text_of(last) or last.get("value")) if isinstance(last, dict) else None
+    return text.strip() if isinstance(text, str) else ""
