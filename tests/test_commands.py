@@ -68,9 +68,9 @@ def test_a_problem_of_the_data_is_exit_code_1(data, model, tmp_path, capsys):
     [
         ({"data": "missing.jsonl"}, "error: missing.jsonl: there is no such file\n"),
         ({"data": "./missing"}, "error: ./missing: there is no such file or folder\n"),
-        ({"data": "missing/set"}, "error: missing/set: there is no such file or folder, nor is it on the Hub: "),
+        ({"data": "missing/set"}, "error: missing/set, which is no file or folder here: "),
         ({"model": "missing/model"}, "error: --model missing/model: no tokenizer in such a folder, nor on the Hub: "),
-        ({"--split": "test"}, "has no split 'test': name one of train by --split\n"),
+        ({"--split": "test"}, "no split 'test' to train on: there are train; name one: --split"),
         ({"--max_length": "1"}, "error: max_length=1 leaves no room"),
         ({"--loss_type": "dppo"}, "did you mean dpo"),
         ({"--remove_columns": "chosen"}, "column `chosen` is missing"),

@@ -147,9 +147,9 @@ def test_reference_and_collection_are_compiled_too(tmp_path, monkeypatch):
     """
     called: list[tuple[bool, bool]] = []
 
-    def watched(model, *args):
+    def watched(model, *args, **asked):
         called.append((is_compiled_module(model), torch.is_grad_enabled()))
-        return score(model, *args)
+        return score(model, *args, **asked)
 
     def losses(**settings):
         model = perturbed(with_lora(tiny_model(num_hidden_layers=1)), scale=0.1)

@@ -105,9 +105,9 @@ def test_a_token_budget_is_kept(tmp_path, monkeypatch):
 
     seen, score = [], module.score
 
-    def watched(model, batch, *others):
+    def watched(model, batch, *others, **asked):
         seen.append(batch["input_ids"].numel())
-        return score(model, batch, *others)
+        return score(model, batch, *others, **asked)
 
     monkeypatch.setattr(module, "score", watched)
     make_trainer(tmp_path, max_tokens_per_batch=120).train()

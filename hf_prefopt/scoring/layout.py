@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from hf_prefopt.batch import PreferenceBatch
 from hf_prefopt.data.layouts import AroundCollator, PaddedCollator, SharedCollator
@@ -231,7 +232,7 @@ _CANDIDATES = {
 
 def _probe(candidate: _Candidate, model: nn.Module, compute_dtype: torch.dtype | None) -> Reason | None:
     """Score a few made-up groups in the layout and padded, with other prompts, and with other first responses."""
-    rows = _made_up_rows(base_causal_lm(model).config)
+    rows = _made_up_rows(base_causal_lm(model))
     other_prompts = [{**row, "prompt_ids": row["prompt_ids"][::-1]} for row in rows]
     other_chosen = [{**row, "response_ids": [row["response_ids"][0][::-1], row["response_ids"][1]]} for row in rows]
     try:
@@ -298,10 +299,11 @@ def _score(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     return scores.logps.float().cpu(), size.float().cpu()
 
 
-def _made_up_rows(config: Any) -> Sequence[dict[str, Any]]:
+def _made_up_rows(causal_lm: PreTrainedModel) -> Sequence[dict[str, Any]]:
     """Three pairs of arbitrary tokens, the longest of them of more than two windows, if the model takes so many."""
-    longest_response = 11
-    most = getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 20
+    config, longest_response = causal_lm.config, 11
+    known = (getattr(config.get_text_config(), "max_position_embeddings", None), length_limit(causal_lm))
+    most = min((limit for limit in known if limit), default=1 << 20)
     long_prompt = max(1, min(2 * _SHORT + 6, most - longest_response))
     generator = random.Random(0)
 

@@ -22,8 +22,9 @@ def body_of(causal_lm: PreTrainedModel) -> nn.Module:
     """
     candidates = (causal_lm.base_model, causal_lm.get_decoder(), getattr(causal_lm, "model", None))
     body = next(module for module in candidates if module is not None and module is not causal_lm)
-    head = causal_lm.get_output_embeddings()
-    return body_of(body) if any(module is head for module in body.modules()) else body
+    # Called for every micro-batch, so no modules are walked.
+    has_head = getattr(body, "get_output_embeddings", lambda: None)() is causal_lm.get_output_embeddings()
+    return body_of(body) if has_head else body
 
 
 def own_logits(causal_lm: PreTrainedModel, outputs: Any, hidden: Tensor) -> Tensor:

@@ -82,7 +82,7 @@ def _fields() -> str:
 _TRLS = {
     *("dataset_num_proc", "f_alpha_divergence_coef", "f_divergence_type", "ld_alpha", "loss_weights", "max_length"),
     *("model_init_kwargs", "precompute_ref_log_probs", "ref_model_mixup_alpha", "ref_model_sync_steps"),
-    *("sync_ref_model", "truncation_mode", "use_weighting"),
+    *("router_aux_loss_coef", "sync_ref_model", "truncation_mode", "use_weighting"),
 }
 
 

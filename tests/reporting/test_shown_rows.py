@@ -4,6 +4,7 @@ from itertools import product
 
 import pytest
 
+from hf_prefopt.data.beginnings import Beginning
 from hf_prefopt.data.tokenize import TokenizedRow, TokenKinds
 from hf_prefopt.data.truncate import truncate_row
 from hf_prefopt.reporting.shown_rows import kept_places, show_row
@@ -24,7 +25,7 @@ def test_what_truncation_keeps_is_found_in_what_it_was_given(mode, max_length):
         responses = [[word] * length + end, [other, word] * 2 + end]
         prompt = [word, other, other, word, word]
         row = TokenizedRow(prompt, responses, [[1] * len(ids) for ids in responses], {})
-        kept, _ = truncate_row(row, max_length, mode, KINDS, lambda _: 2)
+        kept, _ = truncate_row(row, max_length, mode, KINDS, lambda: Beginning(2))
         if kept is None:
             continue
         for full, part in zip((prompt, *responses), (kept.prompt_ids, *kept.response_ids), strict=True):

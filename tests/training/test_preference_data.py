@@ -108,5 +108,5 @@ def test_a_token_without_embedding_is_named_with_its_row(tmp_path):
     ):
         fewer.prepare(rows, "train")
     prompt = rows.map(lambda row: {"prompt_ids": [5000]})
-    with pytest.raises(ValueError, match="eval: row 0 holds token 5,000"):
+    with pytest.raises(ValueError, match=r"eval: row 0 .*holds token 5,000"):
         exact.prepare(prompt, "eval")

@@ -51,6 +51,7 @@ SEARCHES = {
     "layout": (["padded", "shared"], {}),
     "group_by_prompt": ([False, True], {}),
     "max_tokens_per_batch": ([None, 20, None], {}),
+    "router_aux_loss_coef": ([0.0, 2.0], {"model_init": lambda: experts()}),
     "learning_rate": ([1e-3, 1e-2], {}),
 }
 
@@ -68,6 +69,12 @@ def model():
     return perturbed(with_lora(tiny_model(attention_dropout=0.2), lora_dropout=0.1), scale=0.05)
 
 
+def experts():
+    """A mixture of experts under a trained adapter."""
+    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    return perturbed(with_lora(tiny_model("qwen3_moe", **sizes), target_modules=["q_proj", "v_proj"]), scale=0.05)
+
+
 def rows():
     """Token weights and win rates in the columns, and every prompt twice."""
     weighted = examples(make_config("unused", use_token_weights=True, use_win_rates=True).build_objective(), count=3)
@@ -77,7 +84,7 @@ def rows():
 def trainer_for(folder, **settings):
     data = Dataset.from_list(rows())
     fixed = {"num_train_epochs": 1, "learning_rate": 5e-3, "train_dataset": data, "eval_dataset": data}
-    return make_trainer(folder, model_init=model, **{**fixed, **settings})
+    return make_trainer(folder, **{"model_init": model, **fixed, **settings})
 
 
 def figures(trainer):
