@@ -1,4 +1,4 @@
-"""Rows of one layout as rows of a format: the functions that `column_layouts.LAYOUTS` names.
+"""Rows of one layout as rows of a format: the functions that `layout_table.LAYOUTS` names.
 
 Each takes the values of a row by role (`Given`) and gives the columns of a format, of which formats.py makes the
 canonical row. They move values to their places and never look into texts, except for the transcripts of a prompt.

@@ -28,7 +28,7 @@ def split_by_prompt(
     Which prompts are evaluated depends on the prompt and the seed alone, and not on the order of the rows.
 
     Args:
-        dataset: raw rows in any of the layouts of `column_layouts.LAYOUTS`.
+        dataset: raw rows in any of the layouts of `layout_table.LAYOUTS`.
         test_size: the share of the rows to evaluate, above 0 and below 1. All rows of a prompt stay together, so that
             the part is as large or larger by less than the rows of one prompt.
         seed: another one draws other prompts.

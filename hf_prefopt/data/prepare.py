@@ -136,7 +136,7 @@ def prepare(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     needs_prompt: bool = False,
 ) -> Prepared:
-    """Tokenize preference data in any of the layouts of `column_layouts.LAYOUTS`.
+    """Tokenize preference data in any of the layouts of `layout_table.LAYOUTS`.
 
     A data set that was prepared with the same settings is returned unchanged. What no mapping of columns can say, a
     `Dataset.map` before can.

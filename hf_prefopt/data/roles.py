@@ -1,4 +1,4 @@
-"""The names by which columns are known, by what they hold: the words that `column_layouts.py` is written in.
+"""The names by which columns are known, by what they hold: the words that `layout_table.py` is written in.
 
 A role may be several columns together (a chosen and a rejected response), so each of its names is a tuple of columns,
 one for each of its parts. The first name whose columns are all there, with values that the role accepts, is taken.

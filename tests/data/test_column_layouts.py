@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
-from hf_prefopt.data.column_layouts import LAYOUTS, find_layout
+from hf_prefopt.data.column_layouts import find_layout
+from hf_prefopt.data.layout_table import LAYOUTS
 from hf_prefopt.data.prepare import prepare_dataset
 from hf_prefopt.kinds import LISTS, PAIRS, TRIPLES
 from tests.data.helpers import ask, reply, say

@@ -1,0 +1,164 @@
+"""The table of the column layouts of data sets: by which columns each is known, and what its rows become.
+
+A layout is an entry of `LAYOUTS`: the roles that it needs and the optional ones (`roles.py`), the format that its rows
+become (`formats.py`), and a function that puts the values in their places (`converters.py`). The first one that fits
+the columns is taken, preferably of the kind of examples asked for (`column_layouts.py`).
+
+To add one: an entry here, and rows of it with their meaning in `tests/data/test_column_layouts.py`.
+"""
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from hf_prefopt.data import converters as to
+from hf_prefopt.data import roles
+from hf_prefopt.data.formats import FORMATS
+from hf_prefopt.data.preferences import VERDICTS
+from hf_prefopt.data.roles import Role, role
+
+
+@dataclass(frozen=True)
+class ColumnLayout:
+    """A layout of columns.
+
+    Attributes:
+        name: what messages call it.
+        format: the name of the format that its rows become.
+        needs: the roles that a data set of this layout has.
+        may: roles that are read where they are there.
+        convert: makes a row of the format of the values of the roles.
+        is_talk: whether its texts are turns of a conversation even if its columns have the names of TRL's.
+    """
+
+    name: str
+    format: str
+    needs: tuple[Role, ...]
+    may: tuple[Role, ...] = ()
+    convert: Callable[[to.Given], dict[str, Any]] = to.plain
+    is_talk: bool = False
+
+    def find(self, sample: Mapping[str, Any], mapped: Collection[str] = ()) -> dict[str, str] | None:
+        """The column of each role, or None if this is not the layout of these columns.
+
+        Args:
+            sample: a value of every column.
+            mapped: the columns that users gave their names, which go before others.
+        """
+        columns: dict[str, str] = {}
+        for needed in self.needs:
+            found = needed.find(sample, mapped)
+            if found is None or set(found.values()).intersection(columns.values()):
+                return None
+            columns |= found
+        for extra in self.may:
+            found = extra.find(sample, mapped)
+            if found is not None and not set(found.values()).intersection(columns.values()):
+                columns |= found
+        return columns
+
+
+def _is_anything(_: Any) -> bool:
+    return True
+
+
+_TOKENS = tuple(role(name, name, accepts=_is_anything) for name in FORMATS["tokenized triples"].columns)
+_WEIGHTS = tuple(role(name, name, accepts=_is_anything) for name in FORMATS["tokenized pairs with weights"].columns[3:])
+VERDICT = role("verdict", *VERDICTS, accepts=lambda value: isinstance(value, str | int | float))
+_AROUND = (roles.SYSTEM, roles.HISTORY, roles.PREFIX)
+_WITH_PROMPT = "pairs that begin with their prompt"
+
+# What may say which of two responses is better, and how a pair is made of it.
+_TWO_AND = (
+    ("a verdict", roles.TWO, (VERDICT,), to.better_of_two),
+    ("flags", roles.FLAGGED, (), to.flagged_two),
+    ("the flag of the first", roles.FIRST_FLAGGED, (), to.flagged_first),
+    ("scores", roles.SCORED, (), to.scored_two),
+)
+# What responses are compared by in a list.
+_LISTS_OF = (
+    ("scored lists", (roles.RESPONSES, roles.SCORES), to.plain, "responses with scores", False),
+    ("ranked lists", (roles.RESPONSES, roles.RANKS), to.plain, "responses with ranks", False),
+    ("scored lists", (roles.SCORED_ITEMS,), to.items, "structs of a response and its score", True),
+    ("ranked lists", (roles.RANKED_ITEMS,), to.items, "structs of a response and its rank", True),
+    ("ranked lists", (roles.GOOD_AND_BAD,), to.good_and_bad, "lists of chosen and of rejected responses", True),
+)
+# What is asked: an instruction with an input (Alpaca's columns), or one column.
+_ASKED = (("instruction and input", roles.ALPACA), ("question", roles.QUESTION))
+
+LAYOUTS: tuple[ColumnLayout, ...] = (
+    ColumnLayout("tokenized pairs with weights", "tokenized pairs with weights", (*_TOKENS[:3], *_WEIGHTS)),
+    ColumnLayout("tokenized pairs", "tokenized pairs", _TOKENS[:3]),
+    # Pairs by place: a column for the better response, and one for the other.
+    *(ColumnLayout(f"pairs, {asked}", "pairs", (what, roles.BY_PLACE), _AROUND) for asked, what in _ASKED),
+    ColumnLayout(_WITH_PROMPT, _WITH_PROMPT, (roles.BY_PLACE,), (roles.SYSTEM,), to.talks),
+    ColumnLayout(
+        "a conversation and a rejected answer", _WITH_PROMPT, (roles.WHOLE, roles.REJECTED), (roles.SYSTEM,), to.talks
+    ),
+    ColumnLayout("tokenized triples", "tokenized triples", _TOKENS),
+    *(
+        ColumnLayout(f"triples, {asked}", "triples", (what, roles.BY_PLACE, roles.GOLD), _AROUND)
+        for asked, what in _ASKED
+    ),
+    ColumnLayout(
+        "triples that begin with their prompt", "triples that begin with their prompt", (roles.BY_PLACE, roles.GOLD)
+    ),
+    # Pairs by a verdict: two responses, and what says which is better.
+    ColumnLayout("turns and flags", _WITH_PROMPT, (roles.TURNS, roles.TURNS_FLAGGED), (), to.turns_flagged, True),
+    ColumnLayout(
+        "turns and a verdict",
+        _WITH_PROMPT,
+        (roles.TURNS, roles.TURNS_OF_TWO, VERDICT),
+        (roles.MODELS,),
+        to.turns,
+        True,
+    ),
+    *(
+        ColumnLayout(f"two responses and {by}, {asked}", "pairs", (two, *more, what), (*_AROUND, roles.MODELS), convert)
+        for by, two, more, convert in _TWO_AND
+        for asked, what in _ASKED
+    ),
+    *(
+        ColumnLayout(
+            f"two conversations and {by}", _WITH_PROMPT, (two, *more), (roles.MODELS, roles.JUDGED_TURN), convert
+        )
+        for by, two, more, convert in _TWO_AND
+    ),
+    # Single responses with a label.
+    ColumnLayout("labeled responses", "labeled responses", (roles.QUESTION, roles.COMPLETION, roles.LABEL), _AROUND),
+    *(
+        ColumnLayout(f"{by} responses, {asked}", "labeled responses", (what, roles.ANSWER, label), _AROUND)
+        for by, label in (("tagged", roles.TAG), ("flagged", roles.FLAG))
+        for asked, what in _ASKED
+    ),
+    *(
+        ColumnLayout(
+            f"conversations with a {name}",
+            "labeled conversations",
+            (roles.CONVERSATION, label),
+            (roles.SYSTEM,),
+            to.talks,
+        )
+        for name, label in (("label", roles.LABEL), ("tag", roles.TAG), ("flag", roles.FLAG))
+    ),
+    # Single responses with a quantile.
+    *(
+        ColumnLayout(
+            f"responses with a quantile, {asked}", "scored responses", (what, roles.ANSWER, roles.QUANTILE), _AROUND
+        )
+        for asked, what in _ASKED
+    ),
+    ColumnLayout(
+        "conversations with a quantile",
+        "scored conversations",
+        (roles.CONVERSATION, roles.QUANTILE),
+        (roles.SYSTEM,),
+        to.talks,
+    ),
+    # Lists.
+    *(
+        ColumnLayout(f"{name}, {asked}", row_format, (what, *needs), _AROUND, convert, is_talk)
+        for row_format, needs, convert, name, is_talk in _LISTS_OF
+        for asked, what in _ASKED
+    ),
+)

@@ -1,0 +1,124 @@
+"""What to say of columns that are of no known layout: the nearest one, and what would make it fit."""
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from hf_prefopt.data import roles
+from hf_prefopt.data.layout_table import LAYOUTS, ColumnLayout
+from hf_prefopt.data.roles import Role
+
+# Columns that are known, and cannot be read row by row: what to do instead.
+_ALONE = (
+    "these rows are single responses with a rating, and no preference: put those of a prompt together, into rows of "
+    "`prompt`, `responses` and `scores`, or make a `label` or a `quantile` of the rating"
+)
+_PLACE = (
+    "this may be the place of the better response in a list: make columns of both, as in dataset.map(lambda row: "
+    "{{'chosen': row[{0!r}][row[{1!r}]], 'rejected': row[{0!r}][1 - row[{1!r}]]}}) if places count from 0"
+)
+UNREADABLE: dict[tuple[str, ...], str] = {
+    ("data", "annotations"): "these are tasks as Label Studio exports them: make rows of `prompt`, `chosen` and "
+    "`rejected` of what the annotations selected",
+    **{
+        (listed, place): _PLACE.format(listed, place)
+        for listed in (*roles.LISTED, "summaries")
+        for place in roles.PLACES_IN_LISTS
+    },
+    ("message_id", "parent_id", "text", "role"): "these rows are the messages of trees, one a row: put the threads "
+    "together first, into rows of `prompt` (messages), `responses` and `ranks`",
+    **{
+        (answer, rating): _ALONE
+        for answer in ("response", "completion", "answer", "output")
+        for rating in ("helpfulness", "score", "rating", "reward")
+    },
+}
+
+
+def describe_nearest(sample: Mapping[str, Any]) -> str:
+    """What was found, the layout that lacks least, and what is missing from it."""
+    for columns, problem in UNREADABLE.items():
+        if set(columns).issubset(sample):
+            return f"columns {quoted(columns)}: {problem}"
+    misspelled = _describe_spelling(sample) if sample else None
+    if misspelled is not None:
+        return misspelled
+    layouts = [_Lack(layout, [needed for needed in layout.needs if needed.find(sample) is None]) for layout in LAYOUTS]
+    # Of those that lack equally little, the first of the table.
+    nearest = min(layouts, key=lambda lack: lack.distance(sample))
+    missing, found = nearest.missing(sample), ", ".join(sample) or "none"
+    if not missing:
+        kinds = [f"`{column}` is {_kind_of(sample[column])}" for column in nearest.columns]
+        return f"these are the columns of {nearest.layout.name}, but {', '.join(kinds)}; give text or messages"
+    mapping = ", ".join(f"{column!r}: '…'" for column in missing)
+    return (
+        f"{_columns(missing)} missing (columns found: {found}). The nearest layout is {nearest.layout.name}. "
+        f"Say which columns these are, column_mapping={{{mapping}}}, or make them: dataset.map(function)"
+    )
+
+
+def _describe_spelling(sample: Mapping[str, Any]) -> str | None:
+    """How to map columns that only capitals, blanks or hyphens, or one separator for all, keep from being a layout."""
+    first, *others = sample
+    separator = next((mark for mark in ";\t|" if mark in first and not others), None)
+    if separator:
+        return (
+            f"there is one column, {first!r}: the file seems to be separated by {separator!r}. Read it so, "
+            f"load_dataset('csv', data_files=…, sep={separator!r})"
+        )
+    spelled = {_spelled(name): name for name in sample}
+    plain = {name: sample[column] for name, column in spelled.items()}
+    found = next((columns for layout in LAYOUTS if (columns := layout.find(plain)) is not None), None)
+    if found is None:
+        return None
+    mapping = {name: spelled[name] for name in found.values() if name != spelled[name]}
+    return f"columns {quoted(list(mapping.values()))} are known under other spellings: column_mapping={mapping}"
+
+
+def _spelled(name: str) -> str:
+    """`Chosen Response` and `chosenResponse` as `chosen_response`."""
+    name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name.strip(" \ufeff"))
+    return re.sub(r"[\s-]+", "_", name).lower()
+
+
+def _kind_of(value: Any) -> str:
+    return "a list of texts" if roles.is_texts(value) else f"of type {type(value).__name__}"
+
+
+def _columns(names: list[str]) -> str:
+    return f"columns {quoted(names)} are" if len(names) > 1 else f"column {quoted(names)} is"
+
+
+@dataclass(frozen=True)
+class _Lack:
+    """A layout and the roles that a data set lacks."""
+
+    layout: ColumnLayout
+    roles: list[Role]
+
+    @property
+    def columns(self) -> list[str]:
+        return [column for needed in self.roles for column in needed.names[0]]
+
+    @property
+    def is_half(self) -> bool:
+        """Whether only an input is missing beside an instruction, which may well do without."""
+        return roles.ALPACA in self.roles
+
+    def distance(self, sample: Mapping[str, Any]) -> tuple[int, bool, bool, bool]:
+        """How far a data set is from this layout; of several, the smallest is the nearest."""
+        return (-self.present(sample), len(self.missing(sample)) > 2, self.is_half, self.layout.is_talk)
+
+    def missing(self, sample: Mapping[str, Any]) -> list[str]:
+        return [column for column in self.columns if column not in sample]
+
+    def present(self, sample: Mapping[str, Any]) -> int:
+        """The number of columns that it would use."""
+        found = sum(len(needed.parts) for needed in self.layout.needs if needed not in self.roles)
+        return found + len(self.columns) - len(self.missing(sample))
+
+
+def quoted(names: Collection[str]) -> str:
+    """The names in backquotes."""
+    return ", ".join(f"`{name}`" for name in names)
