@@ -243,7 +243,7 @@ def _probe(candidate: _Candidate, model: nn.Module, compute_dtype: torch.dtype |
             (found, _), (found_prompts, _), (found_chosen, _) = (
                 _score(model, candidate.collate(variant)) for variant in (rows, other_prompts, other_chosen)
             )
-    except (TypeError, ValueError, RuntimeError, KeyError) as error:  # UnsupportedAttention is a RuntimeError
+    except (TypeError, ValueError, RuntimeError, LookupError) as error:  # UnsupportedAttention is a RuntimeError
         if _is_failure(error):
             raise
         said = next(iter(str(error).splitlines()), "without a word")

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
@@ -65,6 +65,8 @@ class PreferenceData:
         self.args, self.tokenizer, self._embeddings, self._stops = args, tokenizer, embeddings, stops
         self.objective, self._is_settled = args.build_objective(), False
         self.counts: WeakKeyDictionary[Dataset, dict[str, int]] = WeakKeyDictionary()
+        # Prepared and checked for the objective: not again in each evaluation, with all there is to say.
+        self._fitting: WeakSet[Data] = WeakSet()
 
     def prepare(self, dataset: Any, name: str) -> DataOrSplits | None:
         """The data set tokenized, or each of several; it is a `Mixture`, or what `sources.as_dataset` takes.
@@ -77,6 +79,8 @@ class PreferenceData:
         if isinstance(dataset, Mixture):
             return self._joined(dataset, name)
         dataset = as_dataset(dataset, name)
+        if not isinstance(dataset, dict) and dataset in self._fitting:
+            return dataset
         if isinstance(dataset, dict):
             return {key: self.prepare(split, key) for key, split in dataset.items()}
         return self.checked(self.read(dataset, name).dataset, name)
@@ -121,6 +125,7 @@ class PreferenceData:
             ValueError: the losses cannot compare the examples.
         """
         self.objective, self._is_settled = self.args.build_objective(), False
+        self._fitting.clear()
         named = evaluation if isinstance(evaluation, dict) else {"eval": evaluation}
         for name, dataset in (("train", train), *named.items()):
             if dataset is not None:
@@ -143,7 +148,9 @@ class PreferenceData:
             reason = "it draws responses to other prompts from the whole data set, which a stream does not give"
         if reason is not None:
             raise ValueError(f"{name} does not fit {losses}: {reason}")
-        return check_examples(dataset, self.objective, name)
+        fitting = check_examples(dataset, self.objective, name)
+        self._fitting.add(fitting)
+        return fitting
 
     def sampler(self, dataset: Any) -> PromptSampler | None:
         """Draws prompts instead of rows, where `group_by_prompt` asks for it; `None`: the Trainer's sampler."""

@@ -1,5 +1,7 @@
 """`PreferenceData` by itself: settings and a tokenizer, no trainer."""
 
+import logging
+
 import pytest
 from datasets import Dataset, concatenate_datasets
 from torch.utils.data import IterableDataset
@@ -110,3 +112,17 @@ def test_a_token_without_embedding_is_named_with_its_row(tmp_path):
     prompt = rows.map(lambda row: {"prompt_ids": [5000]})
     with pytest.raises(ValueError, match=r"eval: row 0 .*holds token 5,000"):
         exact.prepare(prompt, "eval")
+
+
+def test_what_was_prepared_is_not_checked_again(tmp_path, caplog):
+    """An evaluation gives the data set that the trainer has prepared; other losses check it again."""
+    args = make_config(tmp_path)
+    data = PreferenceData(args, tiny_tokenizer())
+    rows = pairs(3).add_column("margins", [[0.5]] * 3)
+    with caplog.at_level(logging.WARNING, "hf_prefopt"):
+        prepared = data.prepare(rows, "eval")
+        said = len(caplog.records)
+        assert said and data.prepare(prepared, "eval") is prepared
+        assert len(caplog.records) == said
+        data.settle_again(None, prepared)
+    assert len(caplog.records) == 2 * said
