@@ -14,7 +14,7 @@ class Refusal:
     """A setting that would have no effect, or another one than it says.
 
     Attributes:
-        applies: whether a value is refused.
+        applies: whether a value raises an error.
         reason: follows `name=value` in the error, and says what to do.
     """
 

@@ -13,7 +13,7 @@ from datasets import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from tests.tiny_models import tiny_model
-from tests.trainers import make_trainer, pairs
+from tests.trainers import QUIET, make_trainer, pairs
 
 EVENTS = [name for name, _ in inspect.getmembers(TrainerCallback, inspect.isfunction) if name.startswith("on_")]
 FLAGS = ["should_training_stop", "should_epoch_stop", "should_save", "should_evaluate", "should_log"]
@@ -21,18 +21,7 @@ FLAGS = ["should_training_stop", "should_epoch_stop", "should_save", "should_eva
 OWNED = ("model", "optimizer", "lr_scheduler", "train_dataloader", "eval_dataloader", "processing_class")
 # Names of the Trainer's figures; those of the losses come in addition.
 TRAINERS = {"loss", "grad_norm", "learning_rate", "epoch", "train_loss", "total_flos", "step"}
-QUIET = {
-    "use_cpu": True,
-    "bf16": False,
-    "report_to": "none",
-    "disable_tqdm": True,
-    "save_strategy": "no",
-    "logging_steps": 1,
-    "per_device_train_batch_size": 2,
-    "per_device_eval_batch_size": 2,
-    "num_train_epochs": 2,
-    "learning_rate": 0.0,
-}
+SETTINGS = {**QUIET, "num_train_epochs": 2, "learning_rate": 0.0}
 
 
 class Witness(TrainerCallback):
@@ -86,13 +75,13 @@ def plain_rows(count, seed=0):
 
 def plain(folder, train, evaluation, callbacks=(), **settings):
     """transformers' own Trainer."""
-    args = TrainingArguments(str(folder), **{**QUIET, **settings})
+    args = TrainingArguments(str(folder), **{**SETTINGS, **settings})
     return Trainer(tiny_model(), args, train_dataset=train, eval_dataset=evaluation, callbacks=list(callbacks))
 
 
 def ours(folder, train, evaluation, callbacks=(), **settings):
     data = {"train_dataset": train, "eval_dataset": evaluation, "callbacks": list(callbacks)}
-    return make_trainer(folder, **{**QUIET, **settings}, **data)
+    return make_trainer(folder, **{**SETTINGS, **settings}, **data)
 
 
 def seen_by(make, rows, folder, asks=None, also=(), sets=False, **settings):

@@ -103,21 +103,24 @@ def triples(count: int = 8, seed: int = 0) -> Dataset:
 ROWS = {PAIRS: pairs, TRIPLES: triples, UNPAIRED: unpaired, SCORED: scored, LISTS: lists}
 
 
+# Every step logged, nothing saved, evaluated or reported.
+QUIET: dict[str, Any] = {
+    "use_cpu": True,
+    "bf16": False,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "save_strategy": "no",
+    "logging_steps": 1,
+    "per_device_train_batch_size": 2,
+    "per_device_eval_batch_size": 2,
+    "learning_rate": 1e-3,
+    "num_train_epochs": 1,
+}
+
+
 def make_config(folder: str | Path, **settings: Any) -> PreferenceConfig:
-    """Quiet settings: every step logged, nothing saved, evaluated or reported."""
-    quiet = {
-        "use_cpu": True,
-        "bf16": False,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "per_device_train_batch_size": 2,
-        "per_device_eval_batch_size": 2,
-        "learning_rate": 1e-3,
-        "num_train_epochs": 1,
-    }
-    return PreferenceConfig(output_dir=str(folder), **{**quiet, **settings})
+    """Quiet settings, and others in their place."""
+    return PreferenceConfig(output_dir=str(folder), **{**QUIET, **settings})
 
 
 def make_trainer(folder: str | Path, model: nn.Module | None = None, **settings: Any) -> PreferenceTrainer:

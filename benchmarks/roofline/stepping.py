@@ -24,7 +24,7 @@ DTYPES = {
     "fp32-autocast": (torch.float32, "bf16"),
     "fp16-autocast": (torch.float32, "fp16"),
 }
-# TRL's head makes the logits of so many tokens of the vocabulary at a time.
+# The size of the vocabulary chunks that TRL's head computes.
 TRL_TILE = 32_768
 
 

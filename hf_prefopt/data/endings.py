@@ -15,7 +15,7 @@ _ROWS = 1000
 
 
 def stop_tokens(model: Any) -> frozenset[int]:
-    """The ids at which a model stops by its generation config and its own; empty if there is no model yet."""
+    """The end-of-sequence ids of a model's config and generation config; empty without a model."""
     configs = [getattr(model, name, None) for name in ("generation_config", "config")]
     found: set[int] = set()
     for ids in (getattr(config, "eos_token_id", None) for config in configs):

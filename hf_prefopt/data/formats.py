@@ -230,7 +230,7 @@ def _text_row(
     for column, text in rest.items():
         if has_later_turn(text):
             cure = "read the transcripts as messages (text_as='messages'), drop the row or pass on_bad_rows='drop'"
-            raise BadRow(column, "goes on with words of the human after those of the assistant", cure)
+            raise BadRow(column, "has text of the human after that of the assistant", cure)
     return CanonicalRow("text", texts[names[0]][:end], [*rest.values()], names, example_columns)
 
 

@@ -19,7 +19,8 @@ Prepared rows have these columns:
 
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, cast
@@ -174,17 +175,12 @@ def prepare(
         raise ValueError(f"max_length={max_length!r}: give at least 2 tokens, or None to cut nothing")
     template_kwargs = dict(chat_template_kwargs or {})
     settings = settings_of(tokenizer, max_length, truncation_mode, template_kwargs)
-    columns = column_names(dataset)
-    known = kind_of_columns(columns)
-    if known is not None and set(prepared_features(known.columns)).issubset(columns):
-        kind = known
-        try:
+    if _is_prepared(column_names(dataset)):
+        with _naming(name):
             dataset = check_settings(dataset, settings, len(tokenizer))
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
         done = Prepared(dataset, dataset)
     else:
-        try:
+        with _naming(name):
             dataset = undecoded(choose_columns(dataset, column_mapping, remove_columns))
             dataset = without_empty(dataset, AROUND)
             layout, lines = _find_layout(
@@ -192,19 +188,33 @@ def prepare(
             )
             lines += describe_template(_first_read(dataset, layout), tokenizer, template_kwargs)
             dataset = check_codes(dataset, layout.columns)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
         if lines:
             logger.warning("%s: %s", name, "; ".join(lines))
-        kind = layout.format.kind
         options: dict[str, Any] = {"tokenizer": tokenizer, "template_kwargs": template_kwargs}
         options |= {"max_length": max_length, "truncation_mode": truncation_mode}
         noted = _map_rows(dataset, layout, {**options, "needs_prompt": needs_prompt or unpair}, num_proc, name)
         kept = keep_usable_rows(noted, name, max_length, on_bad_rows)
         write_settings(kept, settings)
         done = Prepared(kept, dataset, layout, noted if isinstance(noted, Dataset) else None, options=options)
-    if not unpair or kind is not PAIRS:
-        return done
+    return _unpaired(done) if unpair and kind_of_columns(column_names(done.dataset)) is PAIRS else done
+
+
+def _is_prepared(columns: Sequence[str]) -> bool:
+    kind = kind_of_columns(columns)
+    return kind is not None and set(prepared_features(kind.columns)).issubset(columns)
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Errors begin with the name of the data set."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def _unpaired(done: Prepared) -> Prepared:
+    """Two unpaired rows of each prepared pair."""
     present = [name for name in UNPAIRED.optional_columns if name in column_names(done.dataset)]
     unpaired = unpair_rows(done.dataset, prepared_features(UNPAIRED.columns, present))
     return replace(done, dataset=unpaired, is_unpaired=True)

@@ -14,7 +14,7 @@ _REWRITES = "it rewrites earlier turns, which hides where the assistant's begin:
 _EMPTY_THINKING = re.compile(
     rf"\s*(?:{THINKING_MARKER.pattern}\s*{THINKING_MARKER.pattern}|<\|channel>thought\s*<channel\|>)\s*", re.IGNORECASE
 )
-# An empty block begins at most so many characters before the words of the model, and is not longer.
+# The maximum length, in characters, of an empty thinking block and of its distance to the response.
 _NEAR = 64
 
 

@@ -24,7 +24,7 @@ class Inspection:
         settings: the settings that were given or that matter, such as {"max_length": 1024}.
         summary: the counts of the prepared rows.
         counts: what happened to the rows given, see `data.notes.count_notes`; empty for prepared rows.
-        within: the share of rows whose prompt and longest response have at most so many tokens, before any cut.
+        within: by number of tokens, the share of rows whose prompt and longest response fit, before truncation.
         remarks: what training would say about the data set in its log.
         errors: what would stop training.
         rows: the first rows that are kept, and one that is cut, if any is.

@@ -170,7 +170,7 @@ def _behavior() -> str:
             "added by default in DPO and KTO; in the others where the model's config has `output_router_logits=True`",
             "added by default in all; `router_aux_loss_coef=0.0` leaves it out",
         ),
-        ("weights or a loss that are not finite", "training goes on", "an error that names the step and the row"),
+        ("weights or a loss that are not finite", "training continues", "an error that names the step and the row"),
         ("`tpo_alpha=0.0`", "leaves the gold responses out", "gold responses are computed, and weigh nothing"),
         ("telemetry", "sent, unless it is switched off", "none"),
     ]
