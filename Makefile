@@ -49,9 +49,10 @@ lint: $(READY_TO_TEST)
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/mypy
 
-# What is generated: the pages of the losses, of the settings and on TRL, and a configuration for each loss.
+# Generated pages: losses, papers, settings and TRL; and a configuration for each loss.
 docs: $(READY_TO_TEST)
 	@$(VENV)/bin/python -m hf_prefopt.reporting.loss_page > docs/losses.md
+	@$(VENV)/bin/python -m hf_prefopt.reporting.papers_page > docs/papers.md
 	@$(VENV)/bin/python -c 'from hf_prefopt import config, config_docs; \
 		print(config_docs.settings_page(config.PreferenceConfig), end="")' > docs/settings.md
 	@$(VENV)/bin/python -m hf_prefopt.trl.page > docs/from_trl.md

@@ -1,8 +1,8 @@
-"""The records that travel from the collator to the losses: the batch, and the scores of its responses.
+"""The data passed from the collator to the losses: the batch, and the scores of its responses.
 
-A *group* is one prompt with its K ≥ 1 responses. A batch holds the responses of all its groups in one flat order
-(index R), the scored tokens of all responses in one flat order (index N), and its examples (index B): for pairs, which
-response is chosen and which is rejected (see `kinds`). Only the collator knows how the tokens are laid out.
+A *group* is one prompt with its K ≥ 1 responses. A batch holds the responses of all its groups in one flat order (index
+R), the scored tokens of all responses in one flat order (index N), and its examples (index B). For pairs, an example
+says which response is chosen and which is rejected (see `kinds`). Only the collator knows how the tokens are laid out.
 """
 
 from collections.abc import Sequence
@@ -15,40 +15,41 @@ from torch import Tensor
 
 
 class PreferenceBatch(TypedDict, total=False):
-    """A micro-batch, a plain dict of tensors (so that accelerate, the Trainer and worker processes can carry it).
+    """A micro-batch: a plain dict of tensors, which accelerate, the Trainer and worker processes can handle.
 
-    Model inputs, whose shape is the layout's affair:
+    Model inputs, whose shapes depend on the layout:
         input_ids, position_ids, attention_mask: as the model takes them.
-        segment_queries, segment_keys, segment_key_index, segment_longest, segment_lengths: what each response of a row
-            may look at, in the layout "shared" (see `scoring.attention`).
-        around_places: `[T]` int64, in the layout "around" (see `scoring.around`): for each token of a row that has
-            every prompt once, its place in the padded sequences `[R, L]`, flattened.
-        around_tokens: `[R, L]` int64, for each place of the padded sequences its token's position in that row.
+        segment_queries, segment_keys, segment_key_index, segment_longest, segment_lengths: the positions that each
+            response of a row attends to, in the layout "shared" (see `scoring.attention`).
+        around_places: `[T]` int64, in the layout "around" (see `scoring.around`): for each token of a row that contains
+            every prompt once, its index in the padded sequences `[R, L]`, flattened.
+        around_tokens: `[R, L]` int64, for each position of the padded sequences, the position of its token in that row.
 
     Scored tokens (N of them, in the order of the responses):
-        scored_rows: `[N]` int64, index into the hidden states flattened to `[rows, H]` of the position that predicts
-            the token.
+        scored_rows: `[N]` int64, the position that predicts the token, as an index into the hidden states flattened to
+            `[rows, H]`.
         targets: `[N]` int64, the token's id.
         response_index: `[N]` int64, the response that the token belongs to.
 
     Responses (R) and examples (B):
         response_lengths: `[R]` int64, the number of scored tokens, ≥ 1.
-        longest_response: the largest of them, a number: no device is waited for to know the width of `[R, T]`.
-        response_keys: R bytes, what each response's reference log-probs are cached under, where a cache is used.
-        chosen, rejected: `[B]` int64, each pair's responses, as indices into R. A response may serve several pairs.
-        prompts: `[B]` int64, each pair's prompt, where prompts are scored (see `data.prompts`).
+        longest_response: the largest of them, as a Python number, so that the width of `[R, T]` is known without
+            waiting for the device.
+        response_keys: R `bytes` objects, the cache keys of the responses' reference log-probs, if a cache is used.
+        chosen, rejected: `[B]` int64, each pair's responses, as indices into R. A response may belong to several pairs.
+        prompts: `[B]` int64, each pair's prompt, if prompts are scored (see `data.prompts`).
         gold: `[B]` int64, each triple's third response (see `kinds.triples`).
-        responses, mismatched: `[B]` int64, and labels: `[B]` bool, of unpaired examples (see `kinds.unpaired`).
-        quantiles: `[B]` float32, of scored responses (see `kinds.scored`).
-        list_responses, list_mask, list_ranks, list_scores: `[B, K]`, of lists (see `kinds.lists`).
-        chosen_token_weights, rejected_token_weights: `[B, T]` fp32, of pairs whose tokens have weights, 0 behind the
-            end of a response.
-        weights, margins, chosen_scores, ...: `[B]` float32, where rows have them (see `ExampleKind.optional_columns`).
-        rows, pair_in_row: `[B]` int64, the example's row in its data set, and its place among that row's pairs.
-        counted: `[B]` bool, where some examples repeat earlier ones and do not count (see `data.collator`).
+        responses, mismatched: `[B]` int64, and labels: `[B]` bool, for unpaired examples (see `kinds.unpaired`).
+        quantiles: `[B]` float32, for scored responses (see `kinds.scored`).
+        list_responses, list_mask, list_ranks, list_scores: `[B, K]`, for lists (see `kinds.lists`).
+        chosen_token_weights, rejected_token_weights: `[B, T]` fp32, for pairs with token weights, padded with 0.
+        weights, margins, chosen_scores, ...: `[B]` float32, if rows have them (see `ExampleKind.optional_columns`).
+        rows, pair_in_row: `[B]` int64, the example's row in its data set, and its index among that row's pairs.
+        counted: `[B]` bool, False for examples that repeat earlier ones and do not count (see `data.collator`); present
+            only if there are any.
 
     Set during a step that needs the global batch (see `training.global_batch`):
-        place_in_step: this piece's number among the pieces of the step.
+        place_in_step: the index of this piece among the pieces of the step.
         reference_scores: the reference's `ResponseScores`, once they are known.
     """
 
@@ -96,12 +97,12 @@ class PreferenceBatch(TypedDict, total=False):
 
 
 class LoaderBatch(TypedDict):
-    """What the data loader yields: the rows of one micro-batch, in pieces that are computed one after the other.
+    """The output of the data loader: the rows of one micro-batch, in pieces that are computed one after the other.
 
     There is one piece, unless `max_tokens_per_batch` cuts the rows into several. The Trainer reads the other entries.
 
     Attributes:
-        rows: `[B]` int64, for each example its row in the data set.
+        rows: `[B]` int64, each example's row in the data set.
         input_ids, attention_mask: `[1, T]`, all positions of all pieces, and which of them are not padding.
         pieces: the micro-batches.
     """
@@ -114,7 +115,7 @@ class LoaderBatch(TypedDict):
 
 @dataclass(frozen=True)
 class SegmentLengths:
-    """The lengths of the S segments of a row, which stay on the CPU; no tuple, which compiled graphs would look into.
+    """The lengths of the S segments of a row, on the CPU. This is a class because compiled graphs specialize on tuples.
 
     Attributes:
         queries, keys: S numbers each.
@@ -126,16 +127,16 @@ class SegmentLengths:
 
 @dataclass
 class ResponseScores:
-    """What one model says of the responses of a batch.
+    """The scores of the responses of a batch under one model.
 
     Attributes:
         token_logps: `[N]` fp32, log-prob (nats) of each scored token.
         response_index: `[N]`, the response of each token.
         lengths: `[R]`, scored tokens per response.
-        token_stats: further per-token statistics by name, each `[N]` fp32, present only when asked for; among them
-            `hidden`, `[N, H]`, what the head was given.
-        aux_loss: `[]`, the load-balancing loss of the routers of a mixture of experts over the sequences of the batch,
-            without its coefficient; where it was asked for.
+        token_stats: other requested per-token statistics, keyed by name, each `[N]` fp32; `hidden`, `[N, H]`, is the
+            input of the head.
+        aux_loss: `[]`, the load-balancing loss of a mixture of experts' routers over the sequences of the batch,
+            without its coefficient; `None` if it was not requested.
     """
 
     token_logps: Tensor
@@ -146,13 +147,13 @@ class ResponseScores:
 
     def sum_by_response(self, per_token: Tensor) -> Tensor:
         """`[R]`: the sum of a per-token quantity `[N]` over each response."""
-        # index_add adds one by one: in fp32, hundreds of tokens cost two digits of a log-ratio.
+        # index_add adds sequentially; in fp32, hundreds of tokens would cost two digits of a log-ratio.
         wide = per_token.dtype if per_token.device.type == "mps" else torch.float64
         sums = torch.zeros(self.lengths.shape[0], dtype=wide, device=per_token.device)
         return sums.index_add(0, self.response_index, per_token.to(wide)).to(per_token.dtype)
 
     def by_response(self, per_token: Tensor, width: int) -> Tensor:
-        """`[R, width]`: a per-token quantity `[N]` of each response in a row of its own, 0 behind its end."""
+        """`[R, width]`: a per-token quantity `[N]` with one row for each response, padded with 0."""
         starts = self.lengths.cumsum(0) - self.lengths
         places = torch.arange(len(per_token), device=per_token.device) - starts[self.response_index]
         rows = per_token.new_zeros(len(self.lengths), width)
@@ -179,7 +180,7 @@ class ResponseScores:
 
     @property
     def normalized_entropy(self) -> Tensor:
-        """`[R]`: the same as a share of log V, its largest value for a vocabulary of V tokens; in [0, 1]."""
+        """`[R]`: the entropy divided by log V, its maximum for a vocabulary of V tokens; in [0, 1]."""
         return self.mean_by_response(self.token_stats["normalized_entropy"])
 
     @property
@@ -189,7 +190,7 @@ class ResponseScores:
 
 
 def join_examples(parts: Sequence[Tensor], fill: float = 0.0) -> Tensor:
-    """Tensors `[B_i]`, or `[B_i, K_i]` of lists, one behind the other; shorter lists are filled up."""
+    """Concatenate tensors `[B_i]`, or `[B_i, K_i]` for lists; shorter lists are padded with `fill`."""
     if parts[0].dim() == 1:
         return torch.cat(list(parts))
     longest = max(part.shape[1] for part in parts)

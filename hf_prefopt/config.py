@@ -1,4 +1,4 @@
-"""`PreferenceConfig`: every setting of a run, checked when it is made."""
+"""`PreferenceConfig`: every setting of a run, checked at construction."""
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ from hf_prefopt.objective.objective import Objective
 from hf_prefopt.objective.term import Modifier
 from hf_prefopt.objective.token_sums import ColumnWeights, Humanline, LengthDesensitized, TokenStep, TokenSums
 
-# The headings of the settings, by the first one beneath each.
+# The headings of the groups of settings, keyed by the first setting of each group.
 GROUPS = {
     "loss_type": "Loss",
     "f_divergence_type": "Modifiers",
@@ -38,13 +38,13 @@ def _help(text: str) -> dict[str, str]:
 @documented(GROUPS)
 @dataclass
 class PreferenceConfig(TrainingArguments):
-    """Every setting of a run: those of `transformers.TrainingArguments`, and the following.
+    """Every setting of a run: the fields of `transformers.TrainingArguments`, and the following.
 
-    Fields that TRL's `DPOConfig` has, too, have the same name and meaning.
+    Fields that TRL's `DPOConfig` also has have the same name and meaning.
 
     Raises:
-        ValueError: at construction; names the field, its value and the valid values.
-        TypeError: no such field; for other libraries' names it says what to write.
+        ValueError: at construction; the message names the field, its value and the valid values.
+        TypeError: the field does not exist; for names from other libraries, the message says what to use instead.
     """
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [
@@ -58,36 +58,36 @@ class PreferenceConfig(TrainingArguments):
 
     loss_type: list[str] = field(
         default_factory=lambda: ["dpo"],
-        metadata=_help("One or more losses by name or alias; `list_losses()` names them all."),
+        metadata=_help("The names or aliases of one or more losses; `list_losses()` returns all names."),
     )
     loss_weights: list[float] | None = field(default=None, metadata=_help("One weight per loss; 1 each by default."))
     beta: float | None = field(
-        default=None, metadata=_help("β of every loss that has one; default: the loss's own published value.")
+        default=None, metadata=_help("β for all losses that have one; by default each loss's published value.")
     )
     label_smoothing: float | None = field(
-        default=None, metadata=_help("ε of every loss that has one; default: the loss's own.")
+        default=None, metadata=_help("ε for all losses that have one; by default each loss's own.")
     )
     loss_params: dict | str | None = field(
         default=None,
-        metadata=_help('Other hyperparameters, as a dict or JSON: flat for one loss, {"name": {...}} for several.'),
+        metadata=_help('Other hyperparameters, as a dict or JSON: flat for one loss, {"loss": {...}} for several.'),
     )
     sft_weight: float = field(
         default=0.0,
-        metadata=_help("Adds this times the chosen response's mean negative log-likelihood per token (RPO's α)."),
+        metadata=_help("Weight of the chosen response's NLL per token, which is added to the loss (RPO's α)."),
     )
-    use_weighting: bool = field(default=False, metadata=_help("Multiply each pair's loss by its WPO weight."))
+    use_weighting: bool = field(default=False, metadata=_help("Multiply the loss of each pair by its WPO weight."))
     reference_free: bool = field(
-        default=False, metadata=_help("Leave the reference out of losses that can do without it.")
+        default=False, metadata=_help("Compute losses without a reference, if they support this.")
     )
     temperature: float = field(
-        default=1.0, metadata=_help("Log-probs are those of logits / temperature, of policy and reference.")
+        default=1.0, metadata=_help("Divides the logits of policy and reference before log-probs are computed.")
     )
 
     f_divergence_type: str = field(
         default="reverse_kl",
         metadata=_help(
-            f"f-DPO: the reward f'(π/π_ref) in place of the log-ratio; one of {', '.join(DIVERGENCES)}. For losses of "
-            "differences of responses."
+            f"f-DPO: the reward is f'(π/π_ref) instead of the log-ratio; one of {', '.join(DIVERGENCES)}. Only for "
+            "losses that compare responses by differences."
         ),
     )
     f_alpha_divergence_coef: float = field(
@@ -97,14 +97,14 @@ class PreferenceConfig(TrainingArguments):
     ld_alpha: float | None = field(
         default=None,
         metadata=_help(
-            "LD-DPO: the weight, in [0, 1], of tokens beyond the length of the pair's shorter response; None or 1: off."
+            "LD-DPO: the weight in [0, 1] of tokens beyond the length of the pair's shorter response; None or 1: off."
         ),
     )
-    ld_policy_only: bool = field(default=False, metadata=_help("Apply ld_alpha to the policy's log-probs only."))
+    ld_policy_only: bool = field(default=False, metadata=_help("Apply ld_alpha only to the policy's log-probs."))
     humanline: bool = field(
         default=False,
         metadata=_help(
-            "Clamp each token's log-ratio to [humanline_log_eps_p, humanline_log_eps_r]. Its authors also copy the "
+            "Clamp each token's log-ratio to [humanline_log_eps_p, humanline_log_eps_r]. The authors also copy the "
             "policy into the reference every few steps: sync_ref_model=True, ref_model_mixup_alpha=1.0."
         ),
     )
@@ -117,16 +117,16 @@ class PreferenceConfig(TrainingArguments):
     use_win_rates: bool = field(
         default=False,
         metadata=_help(
-            "Soft labels: a pair's loss is p·ℓ(z) + (1 − p)·ℓ(−z), p its column win_rate (from 0 to 1), as if "
-            "label_smoothing were 1 − p for each pair. For dpo, dpo_norm and wpo; sppo reads the column by itself."
+            "Soft labels: the loss of a pair is p·ℓ(z) + (1 − p)·ℓ(−z), where p in [0, 1] is its column win_rate, as "
+            "if label_smoothing were 1 − p for this pair. For dpo, dpo_norm and wpo; sppo always reads the column."
         ),
     )
 
     reference: str = field(
         default="auto",
         metadata=_help(
-            f"Where the reference comes from: {', '.join(REFERENCES)}. auto: the ref_model if one is passed; the "
-            "adapter switched off if it is fresh; otherwise a frozen copy of what trains, as given. cache: auto with "
+            f"The reference: {', '.join(REFERENCES)}. auto: the ref_model if one is passed; otherwise the base model, "
+            "if a new adapter is trained; otherwise a frozen copy of the initial trainable weights. cache: auto with "
             "precompute_ref_log_probs."
         ),
     )
@@ -136,7 +136,7 @@ class PreferenceConfig(TrainingArguments):
     )
     reference_cache_dir: str | None = field(
         default=None,
-        metadata=_help("The folder of that cache, which runs share; default: a folder in Hugging Face's cache."),
+        metadata=_help("The folder of that cache, shared by all runs; by default a folder in Hugging Face's cache."),
     )
     sync_ref_model: bool = field(
         default=False, metadata=_help("TR-DPO: move the reference toward the policy every ref_model_sync_steps steps.")
@@ -145,7 +145,7 @@ class PreferenceConfig(TrainingArguments):
         default=0.6, metadata=_help("α of θ_ref ← α·θ + (1 − α)·θ_ref when the reference moves; 1 copies the policy.")
     )
     ref_model_sync_steps: int = field(
-        default=512, metadata=_help("Optimizer steps between two moves of the reference.")
+        default=512, metadata=_help("The number of optimizer steps between two moves of the reference.")
     )
 
     model_init_kwargs: dict | str | None = field(
@@ -155,83 +155,83 @@ class PreferenceConfig(TrainingArguments):
     disable_dropout: bool | None = field(
         default=None,
         metadata=_help(
-            "True: train without dropout; False: with the rates that the model and its adapters have; None: the "
-            "model's own dropout is off, an adapter's (lora_dropout) stays. The reference never has any."
+            "True: train without dropout. False: keep the dropout rates of the model and its adapters. None: disable "
+            "the model's dropout and keep the adapter's (lora_dropout). The reference never uses dropout."
         ),
     )
     router_aux_loss_coef: float | None = field(
         default=None,
         metadata=_help(
-            "Mixtures of experts: adds this times the load-balancing loss of the routers; 0: off; None: the model "
-            "config's own. It is that of each forward, weighted by the forward's examples."
+            "Mixtures of experts: coefficient of the routers' load-balancing loss; 0: off; None: the model config's "
+            "value. The loss is computed for each forward pass and weighted by its number of examples."
         ),
     )
 
     max_length: int | None = field(
-        default=1024, metadata=_help("The most tokens of prompt and response together; None: no limit.")
+        default=1024, metadata=_help("Maximum number of tokens of prompt and response together; None: no limit.")
     )
     column_mapping: dict | str | None = field(
         default=None,
         metadata=_help(
-            'What columns hold, as a dict or JSON: {"prompt": "question", "chosen": "answer_a", "rejected": '
-            '"answer_b"}. Many layouts are known without it; what it cannot say, Dataset.map can.'
+            'Maps column names, as a dict or JSON: {"prompt": "question", "chosen": "answer_a", "rejected": '
+            '"answer_b"}. Many layouts are recognized without it; for anything else, use Dataset.map.'
         ),
     )
     remove_columns: list[str] | None = field(
         default=None,
-        metadata=_help("Columns to leave out, such as a margin, or one that looks like context and is not."),
+        metadata=_help("Columns to ignore, such as a margin, or a column that only looks like context."),
     )
     text_as: str = field(
         default="text",
         metadata=_help(
-            "What text in the columns prompt, chosen, rejected, completion and responses becomes. text: it is trained "
-            "on as it is, without the chat template; messages: it becomes the turns of a conversation."
+            "How to treat plain text in the columns prompt, chosen, rejected, completion and responses. text: train on "
+            "it unchanged, without the chat template; messages: turn it into the messages of a conversation."
         ),
     )
     chat_template_kwargs: dict | str | None = field(
         default=None,
         metadata=_help(
-            'Arguments of the chat template, as a dict or JSON: {"enable_thinking": false}. Those of a row, in its '
-            "column chat_template_kwargs, come first."
+            'Arguments of the chat template, as a dict or JSON: {"enable_thinking": false}. Arguments in a row\'s '
+            "column chat_template_kwargs override them."
         ),
     )
     truncation_mode: str = field(
         default="keep_start",
         metadata=_help(
-            "What is cut from a row that is too long: keep_start cuts the end of responses (their EOS stays), keep_end "
-            "cuts the start of the prompt after BOS and system prompt, by whole turns where there are several."
+            "How to truncate rows that are too long. keep_start cuts the end of responses and keeps their EOS; "
+            "keep_end cuts the start of the prompt after BOS and system prompt, by whole turns if there are several."
         ),
     )
     unpair: bool = field(
         default=False,
-        metadata=_help("Make two examples of each pair, a desirable and an undesirable one, for losses like KTO's."),
+        metadata=_help("Split each pair into a desirable and an undesirable example, for losses such as KTO."),
     )
     on_bad_rows: str = field(
-        default="error", metadata=_help("What to do with unusable rows: error, or drop (both count them).")
+        default="error", metadata=_help("What to do with unusable rows: error or drop. Both report how many there are.")
     )
-    dataset_num_proc: int | None = field(default=None, metadata=_help("The number of processes that tokenize."))
+    dataset_num_proc: int | None = field(default=None, metadata=_help("The number of processes for tokenization."))
     group_by_prompt: bool = field(
         default=False,
         metadata=_help("Put all pairs of a prompt into the same batch, so that the prompt is computed once."),
     )
     show_first_batch: bool = field(
-        default=False, metadata=_help("Print the first training row: its tokens, and which of them are scored.")
+        default=False, metadata=_help("Print the first training row: its tokens and which of them are scored.")
     )
 
     layout: str = field(
         default="auto",
         metadata=_help(
-            "shared: each prompt is computed once, and no padding. around: the same, except that token mixers "
-            "(attention, state space layers, convolutions) compute padded sequences, for models whose mixers need "
-            "whole sequences. padded: one padded sequence per response. auto takes the first of these that is exact "
-            "for the model, and logs why it did not take those before it."
+            "shared: prefix sharing and packing; each prompt is computed once, without padding. around: the same, "
+            "except that token mixers (attention, state space layers, convolutions) compute padded sequences, for "
+            "models whose mixers need whole sequences. padded: one padded sequence per response. auto: the first of "
+            "these that is exact for the model; the log says why earlier ones are not."
         ),
     )
     max_tokens_per_batch: int | None = field(
         default=None,
         metadata=_help(
-            "The most token positions in a forward, and with them peak memory: batches are cut into pieces below "
-            "it, and the number of examples per step stays the same."
+            "Maximum number of token positions per forward pass, which bounds peak memory. Larger batches are "
+            "computed in several passes; the number of examples per step stays the same."
         ),
     )
     pad_to_multiple_of: int | None = field(
@@ -239,44 +239,44 @@ class PreferenceConfig(TrainingArguments):
     )
 
     learning_rate: float = field(default=1e-6, metadata=_help("The initial learning rate; adapters need 1e-5 to 2e-4."))
-    logging_steps: float = field(default=10, metadata=_help("Log every N steps (below 1: a share of all steps)."))
+    logging_steps: float = field(default=10, metadata=_help("Log every N steps; below 1: a fraction of all steps."))
     logging_nan_inf_filter: bool = field(
         default=False,
         metadata=_help(
-            "Log the mean of other steps in place of a NaN, for which the host waits for the device at every "
-            "micro-batch. A loss that is not finite stops the run either way."
+            "Log the mean of other steps instead of a NaN, for which the host waits for the device at every "
+            "micro-batch. A loss that is not finite stops the run in any case."
         ),
     )
     bf16: bool | None = field(
-        default=None, metadata=_help("bf16 autocast; default: where the hardware is fast in it, without fp16.")
+        default=None, metadata=_help("bf16 autocast; by default on if the hardware is fast in bf16 and fp16 is off.")
     )
 
     ddp_find_unused_parameters: bool | None = field(
         default=None,
         metadata=_help(
-            "Whether DDP looks for parameters without a gradient, a walk over the graph of every backward; default: "
-            "only where a forward of one token leaves some unused."
+            "Whether DDP searches the graph of every backward pass for parameters without a gradient; by default only "
+            "if a forward pass of one token leaves some unused."
         ),
     )
     ddp_broadcast_buffers: bool | None = field(
         default=False,
-        metadata=_help("Whether DDP sends the first rank's buffers to the others before every forward."),
+        metadata=_help("Whether DDP broadcasts the first rank's buffers before every forward pass."),
     )
     accelerator_config: dict | str | None = field(
         default=None,
         metadata=_help(
-            "Settings of accelerate, as a dict or a path. Unless it is a path or sets it, non_blocking=True where "
-            "dataloader_pin_memory lets a GPU copy batches without a wait."
+            "Settings of accelerate, as a dict or a path. If a dict does not set non_blocking, it is True when "
+            "dataloader_pin_memory lets the GPU copy batches asynchronously."
         ),
     )
 
     def __new__(cls, *args: Any, **settings: Any):
-        """Raise `TypeError` for a name that another library has for a setting, with what to write."""
+        """Raise `TypeError` for names of settings from other libraries; the message says what to use instead."""
         refuse_foreign_settings(settings, cls.__dataclass_fields__, cls.__name__)
         return super().__new__(cls)
 
     def __post_init__(self):
-        # TrainingArguments refuses bf16 on a CPU that it was not told of, even where there is nothing else.
+        # TrainingArguments rejects bf16 on a CPU unless use_cpu is set, even if there is no other device.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         if self.accelerator_config is None or isinstance(self.accelerator_config, dict):
             self.accelerator_config = {"non_blocking": _is_pinned(self), **(self.accelerator_config or {})}
@@ -289,7 +289,7 @@ class PreferenceConfig(TrainingArguments):
         self.check()
 
     def check(self) -> None:
-        """Refuse what has no meaning; whoever changes settings calls it again.
+        """Check all settings and their combination. Call it again after changing settings.
 
         Raises:
             ValueError: as at construction.
@@ -312,15 +312,15 @@ class PreferenceConfig(TrainingArguments):
             )
 
     def refuse_unread(self, text: str) -> None:
-        """Raise `ValueError`: a setting would have no effect, as the text says."""
+        """Raise `ValueError` with this text, because a setting would have no effect."""
         raise ValueError(text)
 
     def build_objective(self, kind: ExampleKind | None = None, columns: Collection[str] = ()) -> Objective:
-        """The objective that these settings describe.
+        """Build the objective that these settings describe.
 
         Args:
-            kind: the examples that there are, for losses that take several kinds (`sft`).
-            columns: what the data say of them besides, such as `weights`.
+            kind: the kind of examples in the data, for losses that take several kinds (`sft`).
+            columns: the optional columns of the data, such as `weights`.
 
         Raises:
             ValueError: see `objective.build.build_objective`.
@@ -335,7 +335,7 @@ class PreferenceConfig(TrainingArguments):
         )
 
     def losses(self) -> dict[str, Any]:
-        """The losses that these settings name, as the arguments of `objective.build.build_objective` that say so."""
+        """The losses of these settings, as arguments of `objective.build.build_objective`."""
         shared = {"beta": self.beta, "label_smoothing": self.label_smoothing}
         return {
             "loss_types": self.loss_type,
@@ -347,7 +347,7 @@ class PreferenceConfig(TrainingArguments):
         }
 
     def _modifiers(self) -> list[Modifier]:
-        """The modifiers that are asked for, in the order in which they are taken."""
+        """The modifiers that are switched on, in the order in which they are applied."""
         steps: list[TokenStep] = []
         if self.humanline:
             steps.append(Humanline(self.humanline_log_eps_p, self.humanline_log_eps_r))
@@ -357,7 +357,7 @@ class PreferenceConfig(TrainingArguments):
             steps.append(LengthDesensitized(self.ld_alpha, self.ld_policy_only))
         elif self.ld_policy_only and self.ld_alpha is None:
             raise ValueError(
-                "ld_policy_only=True says how ld_alpha weighs, and that is not set: give ld_alpha in [0, 1]"
+                "ld_policy_only=True only has an effect with ld_alpha, which is not set: set ld_alpha in [0, 1]"
             )
         modifiers: list[Modifier] = [TokenSums(steps)] if steps else []
         divergence = FDivergence(self.f_divergence_type, self.f_alpha_divergence_coef)
@@ -365,10 +365,10 @@ class PreferenceConfig(TrainingArguments):
 
 
 def _is_pinned(args: TrainingArguments) -> bool:
-    """Whether batches wait in pinned memory, from which a GPU copies them by itself."""
+    """Whether batches are in pinned memory, from which a GPU can copy asynchronously."""
     return args.dataloader_pin_memory and torch.cuda.is_available() and not args.use_cpu
 
 
 def _is_fast_in_bf16(use_cpu: bool) -> bool:
-    """Whether bf16 pays: on GPUs that have it, on CPUs with AMX; others emulate it, several times slower than fp32."""
+    """Whether bf16 is fast: on GPUs that support it and CPUs with AMX. Others emulate it, far slower than fp32."""
     return torch.cpu._is_amx_tile_supported() if use_cpu else is_torch_bf16_gpu_available()

@@ -1,4 +1,4 @@
-"""Checks of the settings, at construction and whenever they are changed: each error names the field and what to do."""
+"""Checks of the settings, at construction and after changes; each error names the field and says what to do."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -12,7 +12,7 @@ TRUNCATION_MODES = ("keep_start", "keep_end")
 BAD_ROWS = ("error", "drop")
 TEXT_AS = ("text", "messages")
 LAYOUTS = ("auto", "shared", "around", "padded")
-# Settings that are read where another one is on: what that is, and whether it is.
+# Settings that only have an effect with another one: a description of that setting, and whether it is on.
 READ_WITH: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "f_alpha_divergence_coef": (
         "f_divergence_type='alpha_divergence'",
@@ -29,7 +29,7 @@ READ_WITH: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
 
 
 def check_values(args: Any) -> None:
-    """Raise `ValueError` if the value of a setting of ours is not one that it may have.
+    """Raise `ValueError` if a setting of `PreferenceConfig` has an invalid value.
 
     Args:
         args: a `PreferenceConfig`.
@@ -43,7 +43,7 @@ def check_values(args: Any) -> None:
     _check_mapping(args.column_mapping)
     check_template_kwargs("chat_template_kwargs", args.chat_template_kwargs)
     if args.loss_params is not None and not isinstance(args.loss_params, dict):
-        raise ValueError(f"loss_params={args.loss_params!r} is not a mapping: pass a dict, or JSON on the command line")
+        raise ValueError(f"loss_params={args.loss_params!r} must be a dict, or JSON on the command line")
     if args.max_tokens_per_batch is not None and args.max_tokens_per_batch < 1:
         raise ValueError(f"max_tokens_per_batch={args.max_tokens_per_batch} must be at least 1, or None for no limit")
     if not 0 < args.temperature < float("inf"):
@@ -58,7 +58,7 @@ def check_values(args: Any) -> None:
 
 
 def unread_settings(args: Any) -> Iterator[str]:
-    """For each setting that is set and has no effect, because another one is off: what to do."""
+    """For each setting that is set but has no effect because another one is off, a message that says what to do."""
     for name, (feature, is_on) in READ_WITH.items():
         value, default = getattr(args, name), type(args).__dataclass_fields__[name].default
         if value != default and not is_on(args):
@@ -71,39 +71,39 @@ def _check_mapping(mapping: Any) -> None:
     is_mapping = isinstance(mapping, dict) and all(isinstance(name, str) for item in mapping.items() for name in item)
     if not is_mapping or len(set(mapping.values())) < len(mapping):
         raise ValueError(
-            f"column_mapping={mapping!r} does not map names to columns, each once: give a dict, or JSON on the command "
-            "line, as in {'prompt': 'question', 'chosen': 'answer_a', 'rejected': 'answer_b'}"
+            f"column_mapping={mapping!r} must map names to columns, each column once, as a dict or as JSON on the "
+            "command line: {'prompt': 'question', 'chosen': 'answer_a', 'rejected': 'answer_b'}"
         )
 
 
-# What the code that renders a conversation decides.
+# Arguments that the code that renders conversations sets itself.
 _RENDERING = ("messages", "conversation", "tools", "add_generation_prompt", "continue_final_message", "tokenize")
 _RENDERING += ("padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask")
 _RENDERING += ("tokenizer_kwargs",)
 
 
 def check_template_kwargs(name: str, kwargs: Any) -> None:
-    """Raise `ValueError` unless these are arguments that a chat template may be given."""
+    """Raise `ValueError` unless these are valid arguments for a chat template."""
     if kwargs is not None and not isinstance(kwargs, dict):
-        raise ValueError(f"{name}={kwargs!r} is not a mapping: give a dict, or JSON on the command line")
+        raise ValueError(f"{name}={kwargs!r} must be a dict, or JSON on the command line")
     taken = [key for key in kwargs or {} if key in _RENDERING]
     if taken:
-        raise ValueError(f"{name} sets {taken[0]!r}, which follows from the rows: leave it out")
+        raise ValueError(f"{name} sets {taken[0]!r}, which is determined by the rows: leave it out")
 
 
 def check_reference_settings(args: Any, objective: Objective) -> None:
-    """Raise `ValueError` if a reference is to move or to be cached that cannot, or that the losses do not need."""
+    """Raise `ValueError` if the reference cannot be moved or cached as requested, or if the losses do not need one."""
     losses = ", ".join(args.loss_type)
     if args.precompute_ref_log_probs and not objective.needs_reference_model:
         raise ValueError(f"precompute_ref_log_probs=True, but {losses} needs no reference: leave it out")
     if args.precompute_ref_log_probs and objective.reference_token_stats:
         raise ValueError(
-            f"precompute_ref_log_probs=True keeps log-probs, and {losses} also reads the reference's "
+            f"precompute_ref_log_probs=True caches log-probs, but {losses} also reads the reference's "
             f"{', '.join(objective.reference_token_stats)} at every token: set precompute_ref_log_probs=False"
         )
     if args.precompute_ref_log_probs and objective.needs_prompts:
         raise ValueError(
-            f"precompute_ref_log_probs=True keeps log-probs of responses, and {losses} also reads those of prompts: "
+            f"precompute_ref_log_probs=True caches log-probs of responses, but {losses} also reads those of prompts: "
             "set precompute_ref_log_probs=False"
         )
     if args.sync_ref_model:
@@ -119,13 +119,13 @@ def _check_moving(args: Any, objective: Objective, losses: str) -> None:
         raise ValueError(f"sync_ref_model=True, but {losses} needs no reference: leave it out")
     if args.precompute_ref_log_probs:
         raise ValueError(
-            "sync_ref_model=True moves the reference, and precompute_ref_log_probs=True (or reference='cache') keeps "
+            "sync_ref_model=True moves the reference, but precompute_ref_log_probs=True (or reference='cache') caches "
             "its scores: choose one of them"
         )
     if args.reference not in ("auto", "copy"):
         raise ValueError(
-            f"sync_ref_model=True moves a frozen copy of what trains, and reference={args.reference!r} is not one: "
-            "leave reference at 'auto'"
+            f"sync_ref_model=True moves a copy of the trainable weights, but reference={args.reference!r} does not "
+            "make one: leave reference at 'auto'"
         )
 
 

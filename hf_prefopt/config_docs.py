@@ -1,4 +1,4 @@
-"""The help of a setting is its only documentation: docstrings, `--help` and docs/settings.md are made from it."""
+"""Generate docstrings, `--help` and docs/settings.md from the help texts of the settings."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, fields
@@ -9,10 +9,10 @@ _WIDTH = 120
 
 
 def documented(groups: Mapping[str, str]) -> Callable[[type], type]:
-    """Lists the settings of a configuration in its docstring, before what it raises.
+    """A class decorator that inserts the list of settings into a configuration's docstring, before `Raises:`.
 
     Args:
-        groups: the heading that begins at a field, by the field's name.
+        groups: the headings of the groups, keyed by the first field of each group.
     """
 
     def decorate(config: type) -> type:
@@ -28,7 +28,7 @@ def documented(groups: Mapping[str, str]) -> Callable[[type], type]:
 
 
 def settings_by_group(config: type) -> dict[str, list[Field]]:
-    """The settings that a documented configuration defines, in their order; inherited ones are left out."""
+    """The settings that a documented configuration defines itself, in order, keyed by the heading of their group."""
     by_name, found = {field.name: field for field in fields(config)}, {}
     for name in filter(by_name.get, config.__annotations__):
         if name in config.GROUPS:
@@ -38,12 +38,12 @@ def settings_by_group(config: type) -> dict[str, list[Field]]:
 
 
 def default_of(setting: Field) -> Any:
-    """The value that a field has by default."""
+    """The default value of a field."""
     return setting.default if setting.default_factory is MISSING else setting.default_factory()
 
 
 def settings_page(config: type) -> str:
-    """The settings as a page in Markdown, a table for each group."""
+    """The settings as a Markdown page, with a table for each group."""
     sections = [f"# Settings\n\n`{config.__name__}` has every field of `transformers.TrainingArguments`, and these."]
     for group, found in settings_by_group(config).items():
         rows = [f"| `{s.name}` | `{default_of(s)!r}` | {s.metadata['help']} |" for s in found]

@@ -1,6 +1,6 @@
-"""Names that other libraries, TRL first, have or had for settings, and what to write.
+"""Names of settings from other libraries, mainly from current and older versions of TRL, and what to use instead.
 
-`hf_prefopt.trl` has TRL's present names as they are.
+`hf_prefopt.trl` accepts TRL's current names.
 """
 
 import re
@@ -8,8 +8,8 @@ from collections.abc import Collection, Iterable, Mapping
 
 _GAMMA = "loss_params={'gamma': ...}"
 _MAX_LENGTH = "max_length=..., which bounds prompt and response together"
-_NO_PADDING = "nothing: what padding holds is never read"
-_NO_LOGITS = "nothing: logits are computed for scored tokens alone"
+_NO_PADDING = "nothing: padding is never read"
+_NO_LOGITS = "nothing: logits are computed only for scored tokens"
 FOREIGN_SETTINGS: Mapping[str, str] = {
     "activation_offloading": "gradient_checkpointing=True, or max_tokens_per_batch=...",
     "alpha": "loss_params={'alpha': ...}",
@@ -23,21 +23,21 @@ FOREIGN_SETTINGS: Mapping[str, str] = {
     "gamma": _GAMMA,
     "gamma_beta_ratio": "loss_params={'gamma_beta_ratio': ...}",
     "generate_during_eval": "trainer.add_callback(hf_prefopt.callbacks.GenerationEvalCallback(trainer))",
-    "is_encoder_decoder": "nothing: only decoder models can be trained",
+    "is_encoder_decoder": "nothing: only decoder-only models are supported",
     "label_pad_token_id": _NO_PADDING,
     "max_completion_length": _MAX_LENGTH,
     "max_prompt_length": _MAX_LENGTH,
     "max_target_length": _MAX_LENGTH,
-    "model_adapter_name": "model.set_adapter(name) before the trainer is made",
+    "model_adapter_name": "model.set_adapter(name) before you create the trainer",
     "pad_token": _NO_PADDING,
     "padding_free": "nothing: layout='auto' computes no padding",
     "padding_value": _NO_PADDING,
-    "precompute_ref_batch_size": "max_tokens_per_batch=..., the positions of a batch of that pass, too",
+    "precompute_ref_batch_size": "max_tokens_per_batch=..., which also bounds the batches of that pass",
     "pref_beta": "beta=...",
     "pref_ftx": "sft_weight=...",
     "pref_loss": "loss_type=...",
     "ref_adapter_name": "reference='adapter:<name>'",
-    "ref_model_init_kwargs": "model_init_kwargs={...}, with which a ref_model given by name is loaded, too",
+    "ref_model_init_kwargs": "model_init_kwargs={...}, which also apply to a ref_model given by name",
     "rpo_alpha": "sft_weight=...",
     "simpo_gamma": _GAMMA,
     "tpo_alpha": "loss_params={'tpo_alpha': ...}",
@@ -47,7 +47,7 @@ FOREIGN_SETTINGS: Mapping[str, str] = {
     "use_logits_to_keep": _NO_LOGITS,
     "use_num_logits_to_keep": _NO_LOGITS,
 }
-# Arguments of trainers, not settings.
+# Arguments of trainers.
 FOREIGN_ARGUMENTS: Mapping[str, str] = {
     "tokenizer": "processing_class=tokenizer",
     "tools": "a column `tools` of the rows",
@@ -57,10 +57,10 @@ FOREIGN_ARGUMENTS: Mapping[str, str] = {
 
 
 def refuse_foreign_settings(given: Collection[str], known: Collection[str], config: str) -> None:
-    """Raise `TypeError` for names of other libraries, with what to write.
+    """Raise `TypeError` for names from other libraries; the message says what to use instead.
 
     Args:
-        given: names. known: the fields of the configuration, whose name is `config`.
+        given: the names. known: the fields of the configuration. config: the name of the configuration.
     """
     for name in given:
         if name not in known and name in FOREIGN_SETTINGS:
@@ -70,21 +70,21 @@ def refuse_foreign_settings(given: Collection[str], known: Collection[str], conf
 def refuse_foreign_arguments(
     given: Iterable[str], settings: Collection[str] = (), config: str = "PreferenceConfig"
 ) -> None:
-    """Raise `TypeError` for arguments that a trainer does not have: other libraries' names, and settings.
+    """Raise `TypeError` for names from other libraries and for settings that are passed to a trainer as arguments.
 
     Args:
-        settings: the fields of the configuration, whose name is `config`.
+        settings: the fields of the configuration. config: the name of the configuration.
     """
     for name in given:
         if name in FOREIGN_ARGUMENTS:
             raise TypeError(f"there is no argument {name}: write {FOREIGN_ARGUMENTS[name]}")
         if name in settings:
-            raise TypeError(f"{name} is a setting and no argument: write args={config}({name}=...)")
+            raise TypeError(f"{name} is a setting, not an argument: write args={config}({name}=...)")
         if name in FOREIGN_SETTINGS:
-            raise TypeError(f"there is no argument {name}, and no setting: write {FOREIGN_SETTINGS[name]}")
+            raise TypeError(f"there is no argument or setting {name}: write {FOREIGN_SETTINGS[name]}")
 
 
 def hints_in(text: str) -> str:
-    """What to write for other libraries' settings that a message names; empty where it names none."""
+    """What to use instead of the other libraries' settings that a message names; empty if it names none."""
     named = sorted(FOREIGN_SETTINGS.keys() & set(re.findall(r"\w+", text)))
     return "".join(f"; for {name} write {FOREIGN_SETTINGS[name]}" for name in named)

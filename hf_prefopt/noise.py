@@ -1,15 +1,15 @@
-"""Messages that libraries log whenever they are imported, and that say nothing about a run, left out."""
+"""Suppress messages that libraries log whenever they are imported and that do not concern the run."""
 
 import logging
 
-# Where each comes from, and how it begins.
+# Logger name: beginning of the message.
 MESSAGES = {
-    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",  # also where nothing is quantized
-    "DeepSpeed": "Setting accelerator to CPU",  # also where DeepSpeed is only imported, by a library
+    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",  # even if nothing is quantized
+    "DeepSpeed": "Setting accelerator to CPU",  # even if a library only imports DeepSpeed
 }
 
 
 def leave_out_noise() -> None:
-    """Drop these messages from the loggers of their libraries; all others stay."""
+    """Filter these messages, and only these, out of the loggers of their libraries."""
     for name, beginning in MESSAGES.items():
         logging.getLogger(name).addFilter(lambda record, noise=beginning: not str(record.msg).startswith(noise))

@@ -27,7 +27,7 @@ def config(**settings):
 REFUSALS = {
     "an unknown loss": ({"loss_type": "simp0"}, "did you mean simpo"),
     "no loss": ({"loss_type": []}, "name at least one"),
-    "a loss twice": ({"loss_type": ["dpo", "sigmoid"]}, "stands twice"),
+    "a loss twice": ({"loss_type": ["dpo", "sigmoid"]}, "is listed twice"),
     "weights that do not match": ({"loss_type": ["dpo", "sft"], "loss_weights": [1.0]}, "1 values for 2 losses"),
     "an unknown parameter": ({"loss_type": "dpo", "loss_params": {"gamma": 1.0}}, "dpo takes beta=0.1"),
     "a parameter out of range": ({"loss_type": "simpo", "loss_params": {"gamma": -1.0}}, "gamma=-1.0 is outside"),
@@ -35,13 +35,13 @@ REFUSALS = {
         {"loss_type": "simpo", "loss_params": {"gamma": 1.0, "gamma_beta_ratio": 0.5}},
         "both set the margin",
     ),
-    "parameters that are no mapping": ({"loss_params": [1]}, "is not a mapping"),
+    "parameters that are no mapping": ({"loss_params": [1]}, "must be a dict"),
     "beta at 0": ({"beta": 0.0}, "beta=0.0 is outside"),
     "beta that no loss takes": ({"loss_type": "sft", "beta": 0.1}, "sft takes no hyperparameters"),
-    "smoothing that no loss takes": ({"loss_type": "hinge", "label_smoothing": 0.1}, "used by no loss"),
+    "smoothing that no loss takes": ({"loss_type": "hinge", "label_smoothing": 0.1}, "not used by any loss"),
     "smoothing of one half": ({"label_smoothing": 0.5}, "label_smoothing=0.5 is outside"),
     "a negative sft_weight": ({"sft_weight": -1.0}, "sft_weight=-1.0"),
-    "weighting what has no pairs": ({"loss_type": "sft", "use_weighting": True}, "sft has none"),
+    "weighting what has no pairs": ({"loss_type": "sft", "use_weighting": True}, "sft does not compare pairs"),
     "no reference to leave out": ({"loss_type": "simpo", "reference_free": True}, "uses no reference"),
     "an unknown reference": ({"reference": "frozen"}, "reference='frozen' is not one of"),
     "an adapter without a name": ({"reference": "adapter:"}, "reference='adapter:'"),
@@ -55,7 +55,7 @@ REFUSALS = {
     "batches cut by accelerate": ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches=True"),
     "a width of nothing": ({"pad_to_multiple_of": 0}, "pad_to_multiple_of=0"),
     "objects to gather": ({"eval_use_gather_object": True}, "eval_use_gather_object=True has no effect"),
-    "inputs for metrics": ({"include_for_metrics": ["inputs"]}, "'inputs' are rows of the layout"),
+    "inputs for metrics": ({"include_for_metrics": ["inputs"]}, "'inputs' would be rows of the batch layout"),
 }
 
 

@@ -68,7 +68,7 @@ def test_what_a_loss_has_not_is_refused_by_name(name, parameter):
     if parameter in get_loss(name).defaults:
         PreferenceConfig("unused", loss_type=name, **{parameter: 0.1})
         return
-    message = rf"{parameter}=0\.1 is used by no loss: {name} takes .*; leave it out"
+    message = rf"{parameter}=0\.1 is not used by any loss: {name} takes .*; leave it out"
     with pytest.raises(ValueError, match=message):
         PreferenceConfig("unused", loss_type=name, **{parameter: 0.1})
     with pytest.raises(ValueError, match=message):
@@ -76,7 +76,7 @@ def test_what_a_loss_has_not_is_refused_by_name(name, parameter):
 
 
 def test_a_misspelt_off_value_is_no_off_value():
-    with pytest.raises(ValueError, match=r"label_smothing=0\.0 is used by no loss"):
+    with pytest.raises(ValueError, match=r"label_smothing=0\.0 is not used by any loss"):
         PreferenceConfig("unused", loss_type="hinge", loss_params={"label_smothing": 0.0})
 
 
@@ -199,10 +199,10 @@ def with_a_default(policy_chosen_logps, policy_rejected_logps, margins=0.0):
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (misspelt, "margin is no input, and its default makes it a hyperparameter: is margins meant"),
-        (one_letter_short, "policy_rejected_logp is no input.* is policy_rejected_logps meant"),
-        (of_the_run, "epochs is no input.* is epoch meant"),
-        (with_a_default, "margins=0.0 is an input.* make it None where the input may be absent"),
+        (misspelt, "margin is not an input, and its default makes it a hyperparameter: did you mean margins"),
+        (one_letter_short, "policy_rejected_logp is not an input.* did you mean policy_rejected_logps"),
+        (of_the_run, "epochs is not an input.* did you mean epoch"),
+        (with_a_default, "margins=0.0 is an input.* make it None if the input is optional"),
     ],
 )
 def test_a_misspelt_input_of_a_loss_is_no_hyperparameter(function, message):

@@ -133,8 +133,8 @@ def test_weights_are_said_once_for_each_data_set(loss, tmp_path, caplog):
 
 
 STREAMED = {
-    "token weights": ({"loss_type": "tis_dpo"}, "tis_dpo: it weighs tokens and these rows hold no weights: give"),
-    "weighed tokens": ({"use_token_weights": True}, "dpo: it weighs tokens and these rows hold no weights: give"),
+    "token weights": ({"loss_type": "tis_dpo"}, "tis_dpo: it weights tokens, but these rows have no weights: provide"),
+    "weighed tokens": ({"use_token_weights": True}, "dpo: it weights tokens, but these rows have no weights: provide"),
     "scores": ({"loss_type": "odpo"}, r"odpo: it needs a number for every row in a column `chosen_score` \(or"),
 }
 
@@ -149,7 +149,7 @@ def test_a_row_of_a_stream_without_scores_is_refused_when_it_comes(tmp_path):
     """A ranked list behind two scored ones, for a loss of scores."""
     rows = lists(3).map(lambda row: {"scores": [] if row["row"] == 2 else row["scores"]})
     trainer = make_trainer(tmp_path, loss_type="lipo", train_dataset=rows.to_iterable_dataset(), max_steps=2)
-    with pytest.raises(ValueError, match=r"train does not fit lipo: row 2: it compares scores .*: give `scores`"):
+    with pytest.raises(ValueError, match=r"train does not fit lipo: row 2: it compares scores, .*a column `scores`"):
         trainer.train()
 
 
@@ -204,15 +204,15 @@ def test_modifiers_compose():
         (
             ["dr_dpo"],
             {"use_weighting": True},
-            "use_weighting=True weighs .* and dr_dpo is one value",
+            "use_weighting=True weights .* but dr_dpo is one value",
         ),
-        (["dpo", "dr_dpo"], {"columns": ["weights"]}, "`weight` weighs .* dr_dpo is one value .*: remove the column"),
+        (["dpo", "dr_dpo"], {"columns": ["weights"]}, "`weight` weights .* dr_dpo is one value .*: remove the column"),
         (
             ["ipo"],
             {"columns": ["margins"]},
-            "`margin`, and ipo subtracts none: remove it, or choose one of dpo, ",
+            "`margin`, but ipo has no margin: remove the column, or choose one of dpo, ",
         ),
-        (["odpo"], {"columns": ["margins"]}, "odpo subtracts none"),
+        (["odpo"], {"columns": ["margins"]}, "odpo has no margin"),
     ],
 )
 def test_combinations_without_meaning_are_refused(losses, options, reason):
@@ -222,7 +222,7 @@ def test_combinations_without_meaning_are_refused(losses, options, reason):
 
 def test_they_are_refused_at_construction_with_the_data(tmp_path):
     rows = with_column(pairs(4), "margins", lambda row: 1)
-    with pytest.raises(ValueError, match="a column `margin`, and ipo subtracts none"):
+    with pytest.raises(ValueError, match="a column `margin`, but ipo has no margin"):
         make_trainer(tmp_path, loss_type="ipo", train_dataset=rows)
     make_trainer(tmp_path, loss_type="ipo", train_dataset=rows.remove_columns("margins"))
 
@@ -269,7 +269,7 @@ def test_numbers_that_do_not_fit_are_refused_by_row(loss, column, value, reason,
 def test_a_ratio_wants_positive_scores(tmp_path):
     rows = with_column(with_column(pairs(3), "chosen_scores", lambda row: 1), "rejected_scores", lambda row: row - 2)
     make_trainer(tmp_path, loss_type="odpo", train_dataset=rows)
-    with pytest.raises(ValueError, match=r"row 0 .*: its rejected_score -2 is not above 0, as margin='ratio' wants it"):
+    with pytest.raises(ValueError, match=r"row 0 .*: its rejected_score -2 is not above 0, which margin="):
         make_trainer(tmp_path, loss_type="odpo", loss_params={"margin": "ratio"}, train_dataset=rows)
     with pytest.raises(ValueError, match="margin='quotient' is not one of difference, ratio"):
         make_config(tmp_path, loss_type="odpo", loss_params={"margin": "quotient"})
@@ -338,12 +338,12 @@ def test_win_rates_are_used_only_where_they_are_asked_for(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("settings", "error"),
     [
-        ({"label_smoothing": 0.1}, "label_smoothing=0.1 is for all pairs, and the column `win_rate` says it for each"),
-        ({"loss_type": "ipo"}, "use_win_rates=True makes soft labels, and ipo has none: .* dpo, dpo_norm, wpo"),
-        ({"loss_type": ["dpo", "bco_pair"]}, "bco_pair has none"),
-        ({"loss_type": "kto"}, "kto has none"),
-        ({"loss_type": "sft"}, "sft has none"),
-        ({"loss_type": "sppo"}, "sppo reads the column `win_rate` anyway"),
+        ({"label_smoothing": 0.1}, "label_smoothing=0.1 applies to all pairs, but the column `win_rate` already"),
+        ({"loss_type": "ipo"}, "soft labels, but ipo has no soft labels: .* dpo, dpo_norm, wpo"),
+        ({"loss_type": ["dpo", "bco_pair"]}, "bco_pair has no soft labels"),
+        ({"loss_type": "kto"}, "kto has no soft labels"),
+        ({"loss_type": "sft"}, "sft has no soft labels"),
+        ({"loss_type": "sppo"}, "sppo already reads `win_rate`"),
     ],
 )
 def test_soft_labels_without_meaning_are_refused(settings, error, tmp_path):
@@ -359,5 +359,5 @@ def test_win_rates_that_do_not_fit_are_refused_by_row(tmp_path):
         rows = with_column(pairs(3), "chosen_win_rates", lambda row, value=value: value if row == 2 else 0.5)
         with pytest.raises(ValueError, match=f"row 2: `chosen_win_rate` {found}; give every row a number from 0 to 1"):
             make_trainer(tmp_path, **soft, train_dataset=rows)
-    with pytest.raises(ValueError, match=r"`win_rate` and `margin` both say .*remove one of them"):
+    with pytest.raises(ValueError, match=r"`win_rate` and `margin` both state .*remove one of them"):
         make_trainer(tmp_path, **soft, train_dataset=with_column(soft_rows(), "margins", lambda row: 1))

@@ -67,6 +67,6 @@ def test_sampo_draws_again_in_each_epoch_and_alike_in_every_split(layout, tmp_pa
 
 def test_other_losses_are_told_nothing(tmp_path):
     """`progress` is no hyperparameter, and no loss but those that name it is called with it."""
-    with pytest.raises(ValueError, match=r"progress=0.5 is used by no loss: dpo_shift takes beta"):
+    with pytest.raises(ValueError, match=r"progress=0.5 is not used by any loss: dpo_shift takes beta"):
         make_trainer(tmp_path, loss_type="dpo_shift", loss_params={"progress": 0.5})
     make_trainer(tmp_path, loss_type=["dpo_shift", "dpo"], max_steps=1).train()

@@ -322,8 +322,8 @@ REFUSED = {
     "batch_rebalance": ({"train_sampling_strategy": "batch_rebalance"}, "'batch_rebalance' reads the length of"),
     "length_column_name": ({"length_column_name": "size"}, "length_column_name='size' has no effect"),
     "two orders": ({"train_sampling_strategy": "sequential", "group_by_prompt": True}, "both choose the order"),
-    "losses for metrics": ({"include_for_metrics": ["loss"]}, "'loss' would be the mean of a batch.*eval_loss"),
-    "inputs for metrics": ({"include_for_metrics": ["inputs"]}, "'inputs' are rows of the layout"),
+    "losses for metrics": ({"include_for_metrics": ["loss"]}, "'loss' would repeat the mean of each batch.*eval_loss"),
+    "inputs for metrics": ({"include_for_metrics": ["inputs"]}, "'inputs' would be rows of the batch layout"),
     "fp16 on a CPU": ({"fp16": True}, "fp16=True .*has no effect on a CPU"),
     "lomo, cut": ({"optim": "lomo", "max_tokens_per_batch": 99}, "optim='lomo' .*and max_tokens_per_batch=99"),
     "galore, cut": (

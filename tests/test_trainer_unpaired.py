@@ -296,7 +296,7 @@ def test_data_of_another_kind_is_refused(tmp_path):
 
 def test_ranks_are_no_scores(tmp_path):
     ranked = list_rows(2).map(lambda row: {"scores": []})
-    with pytest.raises(ValueError, match="it compares scores and these rows hold `ranks`: give `scores`"):
+    with pytest.raises(ValueError, match="it compares scores, but these rows have only `ranks`"):
         make_trainer(tmp_path, loss_type="infonca", train_dataset=ranked)
     make_trainer(tmp_path, loss_type="plackett_luce", train_dataset=ranked)
 
@@ -316,10 +316,10 @@ def test_a_stream_has_no_other_prompts_to_draw_from(tmp_path):
         (
             [True] * 2 + [False] * 6,
             {},
-            "2 desirable and 6 undesirable examples weigh 0.333 to 1, .*desirable_weight=3 in",
+            "2 desirable and 6 undesirable examples have a weight ratio of 0.333; .*desirable_weight=3 in",
         ),
-        ([True] * 6 + [False] * 2, {}, "weigh 3 to 1, .*: set undesirable_weight=2.25 in loss_params"),
-        ([True, False] * 4, {"desirable_weight": 2.0}, "weigh 2 to 1, .*: leave both weights at 1"),
+        ([True] * 6 + [False] * 2, {}, "weight ratio of 3; .*: set undesirable_weight=2.25 in loss_params"),
+        ([True, False] * 4, {"desirable_weight": 2.0}, "weight ratio of 2; .*: leave both weights at 1"),
         ([True] * 2 + [False] * 6, {"desirable_weight": 3.5}, None),
         ([True] * 4 + [False] * 3, {}, None),
         ([True] * 8, {}, None),

@@ -12,8 +12,9 @@ from hf_prefopt.kinds.kind import WEIGHT, ExampleKind, Metric, row_numbers
 
 
 class Lists(ExampleKind):
-    """`[B, K]` each, K the longest list's: `list_responses` int64, `list_mask` bool (False for padding), `list_ranks`
-    (smaller is better) and `list_scores` (larger is better) float32."""
+    """Lists of responses. Batch entries, `[B, K]` with K the length of the longest list: `list_responses` int64,
+    `list_mask` bool (False for padding), `list_ranks` (smaller is better) and `list_scores` (larger is better) float32.
+    """
 
     name = "lists"
     wanted = "lists: rows with `responses` and `ranks` or `scores`"
@@ -26,7 +27,7 @@ class Lists(ExampleKind):
     has_token_inputs = False
 
     def index(self, rows: Sequence[Mapping[str, Any]], places: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
-        """Each row is one example. Padding points at response 0, with a mask that says so."""
+        """One example for each row. Padding points to response 0 and is marked in `list_mask`."""
         return {
             "list_responses": _padded(
                 [at[: len(row["ranks"])] for row, at in zip(rows, places, strict=True)], np.int64
@@ -36,15 +37,15 @@ class Lists(ExampleKind):
         }
 
     def count_examples(self, row: Mapping[str, Any]) -> int:
-        """One: the list."""
+        """Always 1, the list."""
         return 1
 
     def count_rewards(self, inputs: Mapping[str, Tensor]) -> int:
-        """K, with the padding."""
+        """K, including padding."""
         return next(tensor.shape[1] for tensor in inputs.values() if tensor.dim() == 2)
 
     def batch_inputs_of(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
-        """With `list_mask`, `list_ranks`, `list_scores` `[B, K]`; scores of 0 where there are ranks alone."""
+        """Adds `list_mask`, `list_ranks` and `list_scores`, `[B, K]`; rows with only ranks have scores of 0."""
         ranks = [row["ranks"] for row in rows]
         return {
             "list_mask": _padded([np.ones(len(given)) for given in ranks], bool),
@@ -54,8 +55,11 @@ class Lists(ExampleKind):
         }
 
     def metrics(self, rewards: Tensor | None, inputs: Mapping[str, Tensor]) -> dict[str, Metric]:
-        """The best by the data, or the mean of several equally good ones: the reward, how often it has the highest one
-        (a tie of n counts 1/n), by how much it is above the mean of the others, where there are any."""
+        """Metrics of the best response in the data, or means over several equally good ones.
+
+        They are its log-prob, its reward, how often its reward is the highest (a tie of n counts 1/n), and its margin
+        over the mean reward of the other responses, for lists that have any.
+        """
         mask = inputs["list_mask"]
         best = best_of(inputs["list_ranks"], mask)
         metrics = {"logps/best": Metric(mean_of(inputs["policy_list_logps"], best))}
@@ -71,25 +75,25 @@ class Lists(ExampleKind):
         return metrics
 
     def preferred(self, shown: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
-        """1 for the best of each list."""
+        """1 for the best responses of each list."""
         best = best_of(inputs["list_ranks"], inputs["list_mask"]).to(shown)
         return F.pad(best, (0, shown.shape[1] - best.shape[1]))
 
     def refusal(self, row: Mapping[str, Any], inputs: Sequence[str]) -> str | None:
-        """Scores cannot be made of ranks."""
+        """As the base class; also, losses that compare scores need the column `scores`."""
         if "list_scores" in inputs and not row.get("scores"):
-            return "it compares scores and these rows hold `ranks`: give `scores`"
+            return "it compares scores, but these rows have only `ranks`: add a column `scores`"
         return super().refusal(row, inputs)
 
 
 def best_of(ranks: Tensor, mask: Tensor) -> Tensor:
-    """`[B, K]` bool: the responses of the smallest rank, of which there may be several."""
+    """`[B, K]` bool: the response with the smallest rank, or all of them if there are several."""
     ranks = ranks.masked_fill(~mask, torch.inf)
     return (ranks == ranks.amin(dim=1, keepdim=True)) & mask
 
 
 def mean_of(values: Tensor, chosen: Tensor) -> Tensor:
-    """`[B]`: the mean over the chosen responses of each list, 0 where none is chosen."""
+    """`[B]`: the mean over the chosen responses of each list, 0 if none is chosen."""
     return torch.where(chosen, values, 0.0).sum(1) / chosen.sum(1).clamp(min=1)
 
 

@@ -11,10 +11,13 @@ from hf_prefopt.kinds.kind import WEIGHT, ExampleKind, Metric, OptionalColumn, r
 
 
 class Pairs(ExampleKind):
-    """`chosen`, `rejected`: `[B]` int64, responses. A response may serve several pairs, with other weights of its
-    tokens in each: `chosen_token_weights`, `rejected_token_weights`, `[B, T]` fp32. Float32 `[B]` where rows have
-    them: `weights`; `margins` in the unit of rewards; scores R of both responses; win rates against all samples of the
-    prompt."""
+    """Pairs of a chosen and a rejected response.
+
+    Batch entries: `chosen` and `rejected`, `[B]` int64, indices of responses; a response may belong to several pairs.
+        `chosen_token_weights` and `rejected_token_weights`, `[B, T]` fp32, may differ between the pairs of a response.
+        Optional, `[B]` float32: `weights`; `margins` in reward units; scores R of both responses; win rates against all
+        samples for the prompt.
+    """
 
     name = "pairs"
     wanted = "pairs: rows with `chosen` and `rejected`"
@@ -44,16 +47,16 @@ class Pairs(ExampleKind):
         return {**indices, **weights, **self.batch_inputs_of(rows), **row_numbers(rows, counts)}
 
     def refusal(self, row: Mapping[str, Any], inputs: Sequence[str]) -> str | None:
-        """Weights of tokens cannot be made up."""
+        """As the base class; also, losses that weight tokens need a weight for each token."""
         if "chosen_token_weights" in inputs and "token_weights" not in row:
             return (
-                "it weighs tokens and these rows hold no weights: give prompt_ids, chosen_ids and rejected_ids with "
-                "chosen_token_weights and rejected_token_weights, a number for each token"
+                "it weights tokens, but these rows have no weights: provide prompt_ids, chosen_ids and rejected_ids "
+                "with chosen_token_weights and rejected_token_weights, a number for each token"
             )
         return super().refusal(row, inputs)
 
     def metrics(self, rewards: Tensor | None, inputs: Mapping[str, Tensor]) -> dict[str, Metric]:
-        """Under TRL's names; a tie of rewards counts as half an accurate one."""
+        """Metrics with TRL's names; a tie of rewards counts as half an accurate pair."""
         metrics = {}
         if rewards is not None:
             chosen, rejected = rewards[:, 0], rewards[:, 1]

@@ -1,4 +1,4 @@
-"""Scored responses: one response, and which share of the reference's own responses it is at least as good as."""
+"""Scored responses: single responses with the quantile of their reward among the reference's own responses."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,11 +10,14 @@ from hf_prefopt.kinds.kind import WEIGHT, ExampleKind, Metric, row_numbers
 
 
 class Scored(ExampleKind):
-    """`responses`: `[B]` int64; `quantiles`: `[B]` float32 in [0, 1], the response's place in the distribution of the
-    rewards of the reference's responses to the prompt."""
+    """Single responses with quantiles.
+
+    Batch entries: `responses`, `[B]` int64; `quantiles`, `[B]` float32 in [0, 1], the quantile of the response's reward
+        among the rewards of the reference's responses to the prompt.
+    """
 
     name = "scored responses"
-    wanted = "rows with `quantile`, a number from 0 to 1 beside one response"
+    wanted = "rows with one response and its `quantile`, a number from 0 to 1"
     columns = ("quantiles",)
     responses = {"": "responses"}  # noqa: RUF012
     optional_columns = {"weights": WEIGHT}  # noqa: RUF012
@@ -28,7 +31,7 @@ class Scored(ExampleKind):
         return {"responses": np.concatenate(places), **self.batch_inputs_of(rows), **row_numbers(rows, counts)}
 
     def batch_inputs_of(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
-        """With `quantiles` `[B]` float32."""
+        """Adds `quantiles`, `[B]` float32."""
         quantiles = np.concatenate([np.array(row["quantiles"], dtype=np.float32) for row in rows])
         return {"quantiles": quantiles, **super().batch_inputs_of(rows)}
 

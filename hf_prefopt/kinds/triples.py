@@ -1,4 +1,4 @@
-"""Triples: a pair, and a third response to the same prompt, the gold one."""
+"""Triples: a pair and a third, gold response to the same prompt."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,8 +11,8 @@ from hf_prefopt.kinds.pairs import Pairs
 
 
 class Triples(Pairs):
-    """What pairs have, and `gold`: `[B]` int64, a response. Losses of pairs compare triples as the pairs that they
-    hold."""
+    """Pairs with a gold response: the batch entries of pairs, plus `gold`, `[B]` int64. Losses of pairs use only the
+    pair of each triple."""
 
     name = "triples"
     wanted = "triples: rows with `chosen`, `rejected` and a third, gold response in `reference`"
@@ -21,12 +21,12 @@ class Triples(Pairs):
     metric_inputs = (*Pairs.metric_inputs, "policy_gold_logps")
 
     def index(self, rows: Sequence[Mapping[str, Any]], places: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
-        """With `gold`, from the column `golds`: for each of the row's pairs an index into its responses."""
+        """Adds `gold`, from the column `golds`: for each pair of the row, an index into its responses."""
         golds = [at[np.array(row["golds"], dtype=np.int64)] for row, at in zip(rows, places, strict=True)]
         return {**super().index(rows, places), "gold": np.concatenate(golds)}
 
     def metrics(self, rewards: Tensor | None, inputs: Mapping[str, Tensor]) -> dict[str, Metric]:
-        """With the log-prob of the gold response."""
+        """Adds the log-prob of the gold response."""
         return {**super().metrics(rewards, inputs), "logps/gold": Metric(inputs["policy_gold_logps"])}
 
 

@@ -1,4 +1,4 @@
-"""Unpaired examples: one response, and whether it is desirable."""
+"""Unpaired examples: single responses with a label, desirable or undesirable."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,8 +10,11 @@ from hf_prefopt.kinds.kind import WEIGHT, ExampleKind, Metric, row_numbers
 
 
 class Unpaired(ExampleKind):
-    """`responses`: `[B]` int64; `labels`: `[B]` bool, True for desirable; `mismatched`: `[B]` int64, another prompt's
-    response behind this example's prompt, where a loss asks for it."""
+    """Single responses with labels.
+
+    Batch entries: `responses`, `[B]` int64; `labels`, `[B]` bool, True for desirable; and for losses that need it,
+        `mismatched`, `[B]` int64, another prompt's response after this example's prompt.
+    """
 
     name = "unpaired examples"
     wanted = "rows with `label`, or pairs with unpair=True"
@@ -23,7 +26,7 @@ class Unpaired(ExampleKind):
     metric_inputs = ("policy_logps", "labels")
 
     def index(self, rows: Sequence[Mapping[str, Any]], places: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
-        """Every response of a row is an example; its mismatched ones, where there are any, follow them."""
+        """Every response of a row is an example; mismatched responses, if there are any, follow them."""
         counts = [len(row["labels"]) for row in rows]
         entries = {
             "responses": np.concatenate([at[:count] for at, count in zip(places, counts, strict=True)]),
@@ -34,12 +37,12 @@ class Unpaired(ExampleKind):
         return {**entries, **row_numbers(rows, counts)}
 
     def batch_inputs_of(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
-        """With `labels` `[B]` bool."""
+        """Adds `labels`, `[B]` bool."""
         labels = np.concatenate([np.array(row["labels"], dtype=bool) for row in rows])
         return {"labels": labels, **super().batch_inputs_of(rows)}
 
     def metrics(self, rewards: Tensor | None, inputs: Mapping[str, Tensor]) -> dict[str, Metric]:
-        """Means over the desirable ("chosen") and over the undesirable ("rejected") examples that there are."""
+        """Means over the desirable ("chosen") and over the undesirable ("rejected") examples."""
         metrics = {}
         for side, counted in (("chosen", inputs["labels"]), ("rejected", ~inputs["labels"])):
             if rewards is not None:
@@ -48,7 +51,7 @@ class Unpaired(ExampleKind):
         return metrics
 
     def finish_metrics(self, means: dict[str, float]) -> dict[str, float]:
-        """With the margin, the difference of the two mean rewards, where there were examples of both labels."""
+        """Adds the margin, the difference of the two mean rewards, if there are examples with both labels."""
         if {"rewards/chosen", "rewards/rejected"} <= means.keys():
             means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
         return means

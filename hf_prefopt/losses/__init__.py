@@ -1,4 +1,4 @@
-"""The loss family: pure functions of tensors, found by name through the registry."""
+"""Preference losses: pure functions of tensors, looked up by name in the registry."""
 
 from hf_prefopt.losses.adaptive import alpha_dpo_loss, beta_dpo_loss
 from hf_prefopt.losses.anchored import apo_down_loss, apo_zero_loss, cal_dpo_loss, nca_pair_loss, sppo_hard_loss

@@ -1,8 +1,9 @@
-"""Losses that measure each pair's margin against the margins of the batches so far: β-DPO and α-DPO.
+"""Losses that compare each pair's margin with the margins of earlier batches: β-DPO and α-DPO.
 
-Both keep an exponential mean of the global batch's mean margin μ and of its standard deviation σ, as the authors' code
-does: momentum 0.9, both 0 before the first batch, which is taken in before its loss is computed; σ is that of a sample
-(divided by B − 1), 0 for a single pair. In evaluation they stand still.
+Both keep exponential moving averages of the mean μ and of the standard deviation σ of the margins in the global batch,
+as the authors' code does. The momentum is 0.9, and both start at 0. A training batch updates them before its loss is
+computed; evaluation does not change them. σ is the sample standard deviation (divided by B − 1), and 0 for a single
+pair.
 """
 
 import torch
@@ -23,18 +24,18 @@ from hf_prefopt.losses.simpo import target_margin
 
 State = dict[str, Tensor]
 MOMENTUM = 0.9
-# Below it, margins are all the same: at the reference there is nothing to tell pairs apart by.
+# A smaller σ means that all margins are equal, as before the first step, when the policy is the reference.
 SMALLEST_STD = 1e-8
 SMALLEST_BETA = 1e-3
 
 
 def _spread(margins: Tensor) -> Tensor:
-    """σ, the sample's standard deviation; 0 for a single one."""
+    """σ, the sample standard deviation; 0 for a single margin."""
     return (margins - margins.mean()).square().sum().div(max(1, len(margins) - 1)).sqrt()
 
 
 def _moved(state: State, margins: Tensor) -> State:
-    """μ and σ with a batch taken in, and how many batches there have been."""
+    """μ and σ updated with a batch, and the number of batches so far."""
     return {
         "mean": MOMENTUM * state["mean"] + (1 - MOMENTUM) * margins.mean(),
         "std": MOMENTUM * state["std"] + (1 - MOMENTUM) * _spread(margins),
@@ -43,7 +44,7 @@ def _moved(state: State, margins: Tensor) -> State:
 
 
 def _alone(margins: Tensor) -> State:
-    """μ and σ of one batch by itself."""
+    """μ and σ of a single batch."""
     return {"mean": margins.mean(), "std": _spread(margins), "batches": torch.zeros_like(margins[0])}
 
 
@@ -78,24 +79,25 @@ def beta_dpo_loss(
     state: State | None = None,
     training: bool = True,
 ) -> LossOutput:
-    """ℓ(β_b h) of the pairs kept, β_b = sg max(10⁻³, β(1 + a(mean of the kept h − μ))): β follows the batch.
+    """ℓ(β_b h) of the kept pairs, β_b = sg max(10⁻³, β(1 + a(mean of the kept h − μ))): β adapts to the batch.
 
-    β-DPO: where margins are large, the batch says little new and β grows; outliers are left out first. Of B pairs,
-    int(B(1 − ρ)), one at least, are kept, drawn without replacement with weights exp(−½((h − μ)/σ)²). μ and σ are the
-    running ones. A pair that is kept has B/kept times its ℓ and one left out has 0, so that the mean over the batch is
-    that over the kept; its implicit reward is βr either way. What is drawn is a function of the number of batches so
-    far and of the pairs' places in their data set, so it is the same on every rank, in every split, and on resuming.
-    In evaluation no pair is left out, so that the figures are of all rows: the mean of h in β_b is theirs, μ stands.
+    β-DPO increases β for batches with large margins, which are less informative, and leaves out outliers. Of B pairs it
+    keeps int(B(1 − ρ)), at least one, drawn without replacement with weights exp(−½((h − μ)/σ)²), where μ and σ are the
+    moving averages. A kept pair's loss is B/kept times its ℓ, and that of a pair left out is 0, so the mean over the
+    batch is the mean over the kept pairs. The implicit reward is βr for both. The draw depends only on the number of
+    batches so far and on the pairs' positions in their data set, so it is the same on every rank, for every batch
+    split, and after resuming. Evaluation keeps all pairs, so that metrics cover all rows; β_b then uses the mean h of
+    the evaluated batch, and μ from training.
 
-    Use it on data of mixed quality, with batches large enough for a mean and a spread: 32 pairs or more.
+    Use it on data of mixed quality, with batches of 32 pairs or more, so that mean and spread are meaningful.
 
     Args:
         policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps: `[B]`, summed, nats, of
             the global batch.
-        rows, pair_in_row: `[B]` int64, the pair's row in its data set and its place among that row's pairs.
-        beta: > 0. a: ≥ 0, per nat. rho: ρ in [0, 1), the share left out.
-        state: μ (`mean`), σ (`std`) and `batches`; `None` for those of this batch alone.
-        training: False to keep all pairs.
+        rows, pair_in_row: `[B]` int64, the pair's row in its data set and its index among that row's pairs.
+        beta: > 0. a: ≥ 0, per nat. rho: ρ in [0, 1), the fraction left out.
+        state: μ (`mean`), σ (`std`) and `batches`; `None` uses the statistics of this batch alone.
+        training: False keeps all pairs.
 
     Raises:
         ValueError: shapes differ or a hyperparameter is out of range.
@@ -117,9 +119,9 @@ def beta_dpo_loss(
 
 
 def _draw(log_weights: Tensor, count: int, keys: tuple[Tensor, ...]) -> Tensor:
-    """`[B]` bool: `count` of them, drawn one after the other without replacement, the weights as given.
+    """`[B]` bool: `count` examples, drawn one after the other without replacement, with the given weights.
 
-    Adding Gumbel noise to the log-weights and taking the largest is that draw (Efraimidis and Spirakis 2006).
+    Adding Gumbel noise to the log-weights and taking the largest gives this draw (Efraimidis and Spirakis 2006).
     """
     noise = -(-_uniform(keys).to(log_weights.dtype).log()).log()
     chosen = (log_weights + noise).topk(count).indices
@@ -127,10 +129,10 @@ def _draw(log_weights: Tensor, count: int, keys: tuple[Tensor, ...]) -> Tensor:
 
 
 def _uniform(keys: tuple[Tensor, ...]) -> Tensor:
-    """`[B]` fp32 in (0, 1), a function of whole numbers, by the mixing of SplitMix64 (Steele et al. 2014) over each.
+    """`[B]` fp32 in (0, 1): a hash of whole numbers, each mixed as in SplitMix64 (Steele et al. 2014).
 
-    On the device and without a generator's state, which would have to be kept alike on all ranks. Of the 64 bits, 23
-    are used: those and a half are exact in fp32, and never 1.
+    It runs on the device and needs no generator state, which would have to be synchronized across ranks. It uses 23 of
+    the 64 bits, because 23 bits plus one half are exact in fp32 and never reach 1.
     """
     mixed = torch.zeros_like(keys[-1])
     for key in keys:
@@ -142,7 +144,7 @@ def _uniform(keys: tuple[Tensor, ...]) -> Tensor:
 
 
 def _shifted(values: Tensor, places: int) -> Tensor:
-    """Shifted right as unsigned numbers are: zeros come in from the left."""
+    """Logical right shift: zeros enter from the left, as for unsigned numbers."""
     return (values >> places) & ((1 << (64 - places)) - 1)
 
 
@@ -180,20 +182,19 @@ def alpha_dpo_loss(
     alpha: float = 0.2,
     state: State | None = None,
 ) -> LossOutput:
-    """ℓ(β[s̄_w − s̄_l − sg(γ/β + αz)]), z = (r̄_w − r̄_l − μ)/σ: SimPO with a target margin of each pair's own.
+    """ℓ(β[s̄_w − s̄_l − sg(γ/β + αz)]), z = (r̄_w − r̄_l − μ)/σ: SimPO with a target margin for each pair.
 
-    α-DPO: a pair that the policy tells apart better than the reference does, compared with other pairs, is given a
-    larger target. μ and σ are running ones, of r̄_w − r̄_l. The margin is given once, as γ or as γ/β (by default 0.4);
-    α is 0.2, and 0.05 for Gemma-2 and Mistral in the paper. The implicit reward is β·s̄, and the component `target`
-    is γ/β + αz.
+    α-DPO gives a larger target to pairs whose margin over the reference is larger than that of other pairs. μ and σ are
+    moving averages over r̄_w − r̄_l. Set the margin once, as γ or as γ/β (default 0.4). The paper uses α = 0.05 for
+    Gemma-2 and Mistral; the default is 0.2. The implicit reward is β·s̄, and the component `target` is γ/β + αz.
 
-    Use it where SimPO works, with a reference at hand and pairs of very different difficulty.
+    Use it where SimPO works, a reference model is available, and the pairs differ widely in difficulty.
 
     Args:
         policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps: `[B]`, summed, nats, of
             the global batch; lengths: `[B]`, tokens.
         beta: > 0. gamma: ≥ 0, in reward units. gamma_beta_ratio: ≥ 0, nats per token. alpha: ≥ 0, nats per token.
-        state: μ (`mean`) and σ (`std`); `None` for those of this batch alone.
+        state: μ (`mean`) and σ (`std`); `None` uses the statistics of this batch alone.
 
     Raises:
         ValueError: both gamma and gamma_beta_ratio are given, shapes differ, or a value is out of range.

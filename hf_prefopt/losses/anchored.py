@@ -1,7 +1,7 @@
-"""Pair losses that anchor each response by itself: functions of r_w and of r_l, not of their difference alone.
+"""Pair losses that anchor each response separately: functions of r_w and r_l, not only of their difference.
 
-r = s − s_ref is the summed log-ratio (nats) of a response to the reference, which these losses cannot do without.
-Every implicit reward here is βr.
+r = s − s_ref is the summed log-ratio (nats) of a response to the reference, which all these losses need. Every implicit
+reward here is βr.
 """
 
 import torch
@@ -14,12 +14,12 @@ from hf_prefopt.losses.registry import register_loss
 @register_loss("nca_pair", paper="2402.05369")
 @of_log_ratios()
 def nca_pair_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.01) -> Tensor:
-    """ℓ(βr_w) + ½ℓ(−βr_w) + ½ℓ(−βr_l): the chosen response against noise, and both as noise.
+    """ℓ(βr_w) + ½ℓ(−βr_w) + ½ℓ(−βr_l): classifies the chosen response as data, and both responses as noise.
 
-    Noise contrastive alignment for two responses whose rewards are far apart. Past σ(βr_w) = 2/3 the loss grows
-    again with r_w, which keeps the chosen likelihood from running away.
+    Noise contrastive alignment for two responses whose rewards are far apart. Beyond σ(βr_w) = 2/3 the loss grows again
+    with r_w, which bounds the chosen likelihood.
 
-    Use it where the likelihood of chosen responses falls under DPO.
+    Use it if DPO lowers the likelihood of the chosen responses.
 
     Args:
         policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps: `[B]`, summed, nats.
@@ -35,10 +35,10 @@ def nca_pair_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.01) -> Tenso
 @register_loss("sppo_hard", paper="2405.00675")
 @of_log_ratios()
 def sppo_hard_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.001) -> Tensor:
-    """(r_w − 1/(2β))² + (r_l + 1/(2β))²: each log-ratio is led to its own target.
+    """(r_w − 1/(2β))² + (r_l + 1/(2β))²: moves each log-ratio toward its own target.
 
-    Self-play preference optimization, eq. 4.7 with win rates of 1 and 0, β being the paper's 1/η.
-    The targets are implicit rewards of ½ and −½; beyond them the loss grows again.
+    Self-play preference optimization, eq. 4.7 with win rates of 1 and 0; β is the paper's 1/η. The targets are implicit
+    rewards of ½ and −½; beyond them the loss grows again.
 
     Use it in rounds of self-play, on pairs of the model's own responses with clear winners.
 
@@ -57,12 +57,12 @@ def _distance_to_targets(chosen: Tensor, rejected: Tensor, beta: float) -> Tenso
 @register_loss("cal_dpo", aliases=("caldpo",), paper="2412.14516")
 @of_log_ratios()
 def cal_dpo_loss(chosen: Tensor, rejected: Tensor, beta: float = 1e-3, calibration_weight: float = 0.5) -> LossOutput:
-    """ℓ(h) + w[(r_w − 1/(2β))² + (r_l + 1/(2β))²], h = r_w − r_l: DPO whose rewards keep their absolute scale.
+    """ℓ(h) + w[(r_w − 1/(2β))² + (r_l + 1/(2β))²], h = r_w − r_l: DPO with rewards on an absolute scale.
 
-    Calibrated DPO. h is not scaled by β; β sets only the targets. w is ½ in the authors' code and 1 in the paper's
-    own listing; w = 0 is DPO at β = 1.
+    Calibrated DPO. h is not scaled by β; β only sets the targets. w is ½ in the authors' code and 1 in the paper's
+    listing; w = 0 gives DPO at β = 1.
 
-    Use it where the chosen likelihood falls under DPO and the rewards should mean something in absolute terms.
+    Use it if DPO lowers the chosen likelihood, and if the absolute values of the rewards matter.
 
     Args:
         calibration_weight: w ≥ 0.
@@ -82,11 +82,11 @@ def cal_dpo_loss(chosen: Tensor, rejected: Tensor, beta: float = 1e-3, calibrati
 @register_loss("apo_zero", paper="2408.06266")
 @of_log_ratios()
 def apo_zero_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.1) -> Tensor:
-    """1 − σ(βr_w) + σ(βr_l): chosen up and rejected down, each from the reference, for chosen better than the model.
+    """1 − σ(βr_w) + σ(βr_l): raises the chosen and lowers the rejected response, each relative to the reference.
 
     Anchored preference optimization, APO-zero, eq. 7.
 
-    Use it where the chosen responses are better than what the model writes now, and their likelihood must rise.
+    Use it if the chosen responses are better than what the model writes now, so that their likelihood should rise.
 
     Raises:
         ValueError: as `nca_pair_loss`.
@@ -98,12 +98,12 @@ def apo_zero_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.1) -> Tensor
 @register_loss("apo_down", paper="2408.06266")
 @of_log_ratios()
 def apo_down_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.1) -> Tensor:
-    """σ(βr_w) + 1 − σ(β(r_w − r_l)): both responses down, the rejected further, for chosen worse than the model.
+    """σ(βr_w) + 1 − σ(β(r_w − r_l)): lowers both responses, and the rejected one more.
 
-    Anchored preference optimization, APO-down, eq. 8. Wherever |r_w| < |r_w − r_l|, a likelier chosen response raises
-    the loss: that is its purpose.
+    Anchored preference optimization, APO-down, eq. 8. Where |r_w| < |r_w − r_l|, a more likely chosen response
+    increases the loss, as intended.
 
-    Use it where even the chosen responses are worse than what the model writes now.
+    Use it if even the chosen responses are worse than what the model writes now.
 
     Raises:
         ValueError: as `nca_pair_loss`.

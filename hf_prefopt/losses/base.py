@@ -1,6 +1,6 @@
-"""What every preference loss shares: its output record, its checks, and the numerically safe pieces of its formula.
+"""What preference losses share: the output record, checks of the inputs, and numerically stable building blocks.
 
-Shapes are written in the names where they matter: B examples (pairs, rows or lists), K responses of one example.
+In shapes, B is the number of examples (pairs, rows or lists) and K the number of responses of one example.
 Log-probabilities are natural logarithms (nats) over the scored response tokens.
 """
 
@@ -21,9 +21,9 @@ class LossOutput:
 
     Attributes:
         losses: `[B]`, the loss of each example, differentiable.
-        rewards: `[B, K]`, the loss's own implicit rewards, detached; for a pair the columns are (chosen, rejected),
-            for an unpaired example there is one, for lists there is padding.
-            `None` where the loss has no implicit reward (supervised fine-tuning).
+        rewards: `[B, K]`, the loss's own implicit rewards, detached. The columns are (chosen, rejected) for a pair, a
+            single one for an unpaired example, and padded for lists. `None` if the loss has no implicit reward, as in
+            supervised fine-tuning.
         components: named parts of `losses`, each `[B]`, detached, for logging.
     """
 
@@ -75,7 +75,7 @@ def pair_rewards(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Tensor:
 
 
 def check_same_shape(**tensors: Tensor | None) -> None:
-    """Every given tensor is a floating-point or integer vector `[B]` of one shared length.
+    """Check that all given tensors are vectors `[B]` of the same length.
 
     Raises:
         ValueError: names the tensors that disagree, with their shapes.
@@ -84,11 +84,11 @@ def check_same_shape(**tensors: Tensor | None) -> None:
     shapes = {name: tuple(tensor.shape) for name, tensor in given.items()}
     if len(set(shapes.values())) > 1 or any(len(shape) != 1 for shape in shapes.values()):
         listing = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
-        raise ValueError(f"a loss takes one number per example: expected vectors [B] of one length, got {listing}")
+        raise ValueError(f"a loss takes one number per example: expected vectors [B] of the same length, got {listing}")
 
 
 def check_lists(**tensors: Tensor | None) -> None:
-    """Every given tensor is a matrix `[B, K]` of one shared shape.
+    """Check that all given tensors are matrices `[B, K]` of the same shape.
 
     Raises:
         ValueError: names the tensors that disagree, with their shapes.
@@ -96,11 +96,11 @@ def check_lists(**tensors: Tensor | None) -> None:
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items() if tensor is not None}
     if len(set(shapes.values())) > 1 or any(len(shape) != 2 for shape in shapes.values()):
         listing = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
-        raise ValueError(f"a loss of lists takes matrices [B, K] of one shape and no vectors, got {listing}")
+        raise ValueError(f"a loss of lists takes matrices [B, K] of the same shape, got {listing}")
 
 
 def check_tokens(tokens: dict[str, Tensor], vectors: dict[str, Tensor]) -> None:
-    """Every tensor of `tokens` is a matrix `[B, T]` of one shape, and every one of `vectors` is `[B]`.
+    """Check that the tensors in `tokens` are matrices `[B, T]` of the same shape, and those in `vectors` are `[B]`.
 
     Raises:
         ValueError: names the tensors that disagree, with their shapes.
@@ -110,7 +110,7 @@ def check_tokens(tokens: dict[str, Tensor], vectors: dict[str, Tensor]) -> None:
     fitting = len(first) == 2 and all(tensor.shape == first for tensor in tokens.values())
     if not fitting or any(tensor.shape != first[:1] for tensor in vectors.values()):
         listing = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
-        raise ValueError(f"a loss of tokens takes matrices [B, T] of one shape beside vectors [B], got {listing}")
+        raise ValueError(f"a loss of tokens takes matrices [B, T] of the same shape, and vectors [B], got {listing}")
 
 
 def check_range(
@@ -122,7 +122,7 @@ def check_range(
     open_low: bool = False,
     closed_high: bool = False,
 ) -> None:
-    """`low <= value < high`, with `low < value` where `open_low` and `value <= high` where `closed_high`.
+    """Check that `low <= value < high`; `open_low` excludes `low`, and `closed_high` includes `high`.
 
     Raises:
         ValueError: names the parameter, its value and the range.
@@ -135,20 +135,20 @@ def check_range(
 
 
 def check_positive(**values: float) -> None:
-    """Every named value is finite and above zero.
+    """Check that every named value is finite and above zero.
 
     Raises:
-        ValueError: names the first that is not.
+        ValueError: names the first value that is not.
     """
     for name, value in values.items():
         check_range(name, value, 0.0, open_low=True)
 
 
 def check_both_or_neither(**tensors: Tensor | None) -> bool:
-    """Whether the reference log-probs are given: both of them or neither.
+    """Whether the reference log-probs are given.
 
     Raises:
-        ValueError: only one of them is given.
+        ValueError: only some of them are given.
     """
     given = [name for name, tensor in tensors.items() if tensor is not None]
     if given and len(given) < len(tensors):
@@ -164,10 +164,10 @@ def log_ratios(
     ref_rejected_logps: Tensor | None,
     **others: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """(r_w, r_l), r = s − s_ref in nats, each `[B]`; without a reference (s_w, s_l), as if it were uniform.
+    """(r_w, r_l) with r = s − s_ref in nats, each `[B]`. Without a reference, (s_w, s_l): a uniform reference.
 
     Raises:
-        ValueError: one reference is missing, or the shapes of these and of the `others` are not one `[B]`.
+        ValueError: one reference is missing, or the tensors and the `others` do not all have the same shape `[B]`.
     """
     references = {"ref_chosen_logps": ref_chosen_logps, "ref_rejected_logps": ref_rejected_logps}
     check_both_or_neither(**references)
@@ -183,18 +183,18 @@ _SUMS = ("policy_chosen_logps", "policy_rejected_logps", "ref_chosen_logps", "re
 
 
 def of_log_ratios(reference_free: bool = False) -> Callable[[Callable[..., Any]], Callable[..., LossOutput]]:
-    """Make the loss of a formula in the log-ratios r = s − s_ref (nats) of the chosen and the rejected response.
+    """Turn a formula in the log-ratios r = s − s_ref (nats) of the chosen and rejected responses into a loss.
 
-    The formula takes `chosen` and `rejected`, `[B]` each, and returns the losses `[B]`, whose implicit rewards are βr,
-    or a `LossOutput`. In their place the loss takes `policy_chosen_logps`, `policy_rejected_logps`, `ref_chosen_logps`
-    and `ref_rejected_logps`, summed log-probs (nats) `[B]`, before the formula's other parameters. It checks that all
-    tensors are `[B]` and that β > 0; the formula must have a parameter `beta`.
+    The formula takes `chosen` and `rejected`, `[B]` each. It returns a `LossOutput`, or the losses `[B]` if the
+    implicit rewards are βr. It must have a parameter `beta`. The decorated loss takes `policy_chosen_logps`,
+    `policy_rejected_logps`, `ref_chosen_logps` and `ref_rejected_logps` instead: summed log-probs (nats), `[B]`, before
+    the formula's other parameters. It checks that all tensors are `[B]` and that β > 0.
 
     Args:
-        reference_free: the reference may be left out; r is then s.
+        reference_free: allows calls without the reference; r is then s.
 
     Raises:
-        ValueError: (the loss) shapes differ, β is not above 0, or a reference is missing that the formula needs.
+        ValueError: (from the loss) shapes differ, β is not above 0, or the formula needs a reference and there is none.
     """
 
     def decorate(formula: Callable[..., Any]) -> Callable[..., LossOutput]:
@@ -221,7 +221,7 @@ def of_log_ratios(reference_free: bool = False) -> Callable[[Callable[..., Any]]
 
 
 def _arguments(name: str, signature: inspect.Signature, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call by name, defaults included; a `TypeError` names the function, as Python's own does."""
+    """The arguments of a call by name, including defaults; a `TypeError` names the function, as Python does."""
     try:
         given = signature.bind(*args, **kwargs)
     except TypeError as error:
@@ -231,8 +231,8 @@ def _arguments(name: str, signature: inspect.Signature, args: tuple, kwargs: dic
 
 
 def _with_sums(formula: Callable[..., Any], reference_free: bool) -> inspect.Signature:
-    """The signature of a formula with the four sums in place of the two log-ratios: what has a default comes last."""
-    # Which parameters are tensors is read off the annotations, which are strings in some modules.
+    """The signature of a formula with the four sums instead of the two log-ratios; defaults come last."""
+    # The annotations say which parameters are tensors; in some modules they are strings.
     _, _, *others = inspect.signature(formula, eval_str=True).parameters.values()
     of_reference = {"annotation": Tensor | None, "default": None} if reference_free else {"annotation": Tensor}
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
@@ -247,10 +247,10 @@ def _with_sums(formula: Callable[..., Any], reference_free: bool) -> inspect.Sig
 def mean_logps(
     policy_chosen_logps: Tensor, policy_rejected_logps: Tensor, chosen_lengths: Tensor, rejected_lengths: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """(s̄_w, s̄_l), the log-probs per scored token, each `[B]`.
+    """(s̄_w, s̄_l), the mean log-probs per scored token, each `[B]`.
 
     Raises:
-        ValueError: the shapes are not one `[B]`.
+        ValueError: the tensors do not all have the same shape `[B]`.
     """
     check_same_shape(
         policy_chosen_logps=policy_chosen_logps,
@@ -262,7 +262,7 @@ def mean_logps(
 
 
 def less_margins(rewards: Tensor, margins: Tensor | None) -> Tensor:
-    """A reward margin `[B]` less what each pair is to have at the least; itself without such margins."""
+    """The reward margin `[B]` minus each pair's target margin, if there are target margins."""
     return rewards if margins is None else rewards - margins
 
 
@@ -272,15 +272,15 @@ def per_token(summed: Tensor, lengths: Tensor) -> Tensor:
 
 
 def check_one_confidence(win_rates: Tensor | None, label_smoothing: float, margins: Tensor | None = None) -> None:
-    """Raise `ValueError` if more than the win rates say how sure a label is, or by how much a response is better."""
+    """Raise `ValueError` if win rates are combined with label smoothing or margins, which have the same purpose."""
     if win_rates is not None and label_smoothing != 0.0:
         raise ValueError(
-            f"label_smoothing={label_smoothing!r} is for all pairs, and the column `win_rate` says it for each pair: "
-            "leave label_smoothing out, or set use_win_rates=False"
+            f"label_smoothing={label_smoothing!r} applies to all pairs, but the column `win_rate` already gives a soft "
+            "label for each pair: remove label_smoothing, or set use_win_rates=False"
         )
     if win_rates is not None and margins is not None:
         raise ValueError(
-            "the columns `win_rate` and `margin` both say by how much a response is better: remove one of them "
+            "the columns `win_rate` and `margin` both state how much better a response is: remove one of them "
             "(remove_columns), or set use_win_rates=False"
         )
 
@@ -297,12 +297,12 @@ def logistic(margin: Tensor, label_smoothing: float = 0.0, win_rates: Tensor | N
     return -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
 
 
-# Past this exponent, eˣ goes on as its tangent: e²⁰ is 5e8, whose square still leaves fp32 room for a gradient norm.
+# Beyond this exponent, eˣ is replaced by its tangent: e²⁰ is 5e8, and its square still fits into fp32 gradient norms.
 MAX_EXPONENT = 20.0
 
 
 def exp_to_tangent(x: Tensor) -> Tensor:
-    """eˣ up to x = 20 and its tangent beyond: finite far out, with a gradient that neither explodes nor vanishes."""
+    """eˣ up to x = 20 and its tangent beyond: always finite, with a gradient that neither explodes nor vanishes."""
     capped = x.clamp(max=MAX_EXPONENT)
     return capped.exp() * (1 + x - capped)
 
@@ -316,11 +316,11 @@ def expm1_to_tangent(x: Tensor) -> Tensor:
 def log1mexp(x: Tensor) -> Tensor:
     """log(1 − eˣ) for x ≤ 0, accurate at both ends (Mächler 2012): expm1 near zero, log1p far from it.
 
-    x is kept one rounding step below zero, where the value is −inf and its gradient undefined.
+    x is clamped just below zero, because at zero the value is −inf and the gradient is undefined.
     """
     x = x.clamp(max=-torch.finfo(x.dtype).tiny)
     near_zero = x > -0.6931471805599453
-    # Each branch is fed values that are safe for it, so that no NaN enters the gradient through `where`.
+    # Each branch gets values that are safe for it; otherwise `where` would let NaN into the gradient.
     near = torch.log(-torch.expm1(torch.where(near_zero, x, -0.5)))
     far = torch.log1p(-torch.exp(torch.where(near_zero, -1.0, x)))
     return torch.where(near_zero, near, far)

@@ -1,7 +1,7 @@
-"""Pair losses that compare the pairs of the global batch with each other: AOT by sorting, Dr. DPO by a soft minimum.
+"""Pair losses that compare the pairs of the global batch: AOT sorts their margins, Dr. DPO takes a soft minimum.
 
-Each is given the whole global batch (`needs_global_batch`) and is exact for that batch: however it is split into
-micro-batches and ranks, the mean of the losses is the paper's value and their gradients add up to its gradient.
+Each gets the whole global batch (`needs_global_batch`) and is exact for it: for every split into micro-batches and
+ranks, the mean of the losses is the paper's value, and the gradients add up to its gradient.
 """
 
 import math
@@ -22,9 +22,9 @@ from hf_prefopt.losses.registry import register_loss
 
 
 def _at_rank_of(values: Tensor, others: Tensor) -> Tensor:
-    """`others` `[B]` in the order in which the smallest stands where the smallest of `values` does, and so on up.
+    """`others` `[B]`, reordered so that its k-th smallest entry is at the position of the k-th smallest of `values`.
 
-    Sorting both, as the papers write it, pairs the same numbers; this keeps each at the example that it came from.
+    Sorting both vectors, as the paper does, pairs the same numbers; this keeps each loss with its own example.
     """
     ranks = values.argsort(stable=True).argsort()
     return others.sort().values[ranks]
@@ -39,14 +39,13 @@ def aot_loss(
     beta: float = 0.01,
     label_smoothing: float = 0.0,
 ) -> LossOutput:
-    """ℓ(β·Δ), Δ = sort_B(s_w − s_l) − sort_B(ref_w − ref_l): the policy's margins dominate the reference's.
+    """ℓ(β·Δ), Δ = sort_B(s_w − s_l) − sort_B(ref_w − ref_l): makes the policy's margins dominate the reference's.
 
-    Alignment via optimal transport, paired: each quantile of the policy's margins over the batch against the same
-    quantile of the reference's. A pair's loss is that of its own margin's rank, and its implicit reward is βr.
-    Earlier versions of TRL call this one `aot_pair` and the unpaired form `aot`.
+    Alignment via optimal transport, paired: it compares each quantile of the policy's margins in the batch with the
+        same quantile of the reference's. Each pair gets the loss at the rank of its own margin, and its implicit reward
+        is βr. Earlier versions of TRL call this loss `aot_pair` and the unpaired form `aot`.
 
-    Use it on noisy pairs, in batches of at least some tens: it asks for better margins as a whole, not pair by
-    pair.
+    Use it on noisy pairs, in batches of several tens of pairs: it improves the distribution of margins, not each pair.
 
     Args:
         policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps: `[B]`, summed, nats, of
@@ -67,12 +66,13 @@ def aot_loss(
 @register_loss("aot_unpaired", paper="2406.05882", needs_global_batch=True)
 @of_log_ratios()
 def aot_unpaired_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.01, label_smoothing: float = 0.0) -> Tensor:
-    """ℓ(β·Δ), Δ = sort_B(r_w) − sort_B(r_l): the rewards of chosen responses dominate those of rejected ones.
+    """ℓ(β·Δ), Δ = sort_B(r_w) − sort_B(r_l): makes the rewards of chosen responses dominate those of rejected ones.
 
-    Alignment via optimal transport, unpaired: who was compared with whom plays no part. The loss of a pair is that of
-    its chosen response, against the rejected response of the same rank in the batch. Arguments as in `aot_loss`.
+    Alignment via optimal transport, unpaired: the pairing in the data does not matter. Each chosen response is compared
+        with the rejected response of the same rank in the batch, and its pair gets that loss. Arguments as in
+        `aot_loss`.
 
-    Use it where chosen and rejected responses were collected apart, in batches of at least some tens.
+    Use it if chosen and rejected responses were collected separately, in batches of several tens of pairs.
 
     Raises:
         ValueError: as `aot_loss`.
@@ -85,13 +85,13 @@ def aot_unpaired_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.01, labe
 @register_loss("dr_dpo", aliases=("drdpo",), paper="2407.07880", needs_global_batch=True, is_one_value=True)
 @of_log_ratios(reference_free=True)
 def dr_dpo_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.1, beta_prime: float = 1.0) -> LossOutput:
-    """−β′ log mean_B e^(−ℓ(βh)/β′): pairs with a large loss, perhaps labeled wrongly, count less.
+    """−β′ log mean_B e^(−ℓ(βh)/β′): pairs with a large loss, which may be mislabeled, count less.
 
-    Distributionally robustifying DPO (Dr. DPO). This is one value for the batch and no mean over its pairs, so every
-    pair carries that value: the mean is the value, and its gradient weighs pair i by softmax_B(−ℓ_i/β′) as it should.
-    The component `preference` is ℓ(βh) of each pair. β′ → ∞ is DPO.
+    Distributionally robustifying DPO (Dr. DPO). The loss is one value for the whole batch, not a mean over pairs. Each
+    pair gets this value, so that the mean is the value; its gradient weights pair i by softmax_B(−ℓ_i/β′). The
+    component `preference` is ℓ(βh) of each pair. β′ → ∞ gives DPO.
 
-    Use it where a good part of the pairs may be labeled the wrong way round.
+    Use it if a substantial share of the pairs may have chosen and rejected swapped.
 
     Args:
         policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps: `[B]`, summed, nats, of

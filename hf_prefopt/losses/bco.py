@@ -1,6 +1,6 @@
-"""Binary classifier optimization (BCO): rewards told apart by a running mean δ, which is kept across batches.
+"""Binary classifier optimization (BCO): compares rewards with their running mean δ, which is kept across batches.
 
-r is the log-ratio of a response's summed log-probs, policy to reference, in nats.
+r is the summed log-ratio (nats) of a response to the reference.
 """
 
 import torch
@@ -13,7 +13,7 @@ _START = {"delta": 0.0, "count": 0.0}
 
 
 def _mean_with(state: dict[str, Tensor], rewards: Tensor) -> dict[str, Tensor]:
-    """The mean of all rewards seen so far, these included."""
+    """The mean of all rewards so far, including these."""
     count = state["count"] + rewards.numel()
     return {"delta": state["delta"] + (rewards.mean() - state["delta"]) * rewards.numel() / count, "count": count}
 
@@ -42,17 +42,18 @@ def bco_loss(
     beta: float = 0.01,
     state: dict[str, Tensor] | None = None,
 ) -> LossOutput:
-    """ℓ(βr − δ) if desirable, ℓ(δ − βr) if not, δ the running mean of βr over all that training has seen.
+    """ℓ(βr − δ) if desirable, ℓ(δ − βr) if not; δ is the running mean of βr over all training examples so far.
 
-    Binary classifier optimization. δ takes in the global batch of a step before the loss is computed, and stands still
-    in evaluation. It is the plain mean of all rewards, as in TRL's last BCO trainer; an exponential one would forget.
-    The implicit reward is βr.
+    Binary classifier optimization. Each step updates δ with its global batch before the loss is computed; evaluation
+    does not change it. δ is the plain mean of all rewards, as in TRL's last BCO trainer, not an exponential moving
+    average. The implicit reward is βr.
 
-    Where undesirable examples have other prompts than desirable ones, the paper weights them by how similar their
-    prompts are to those of the desirable ones (underlying distribution matching). `distribution_matching_weights`, in
-    `data.bco_weights`, makes that column `weight` from embeddings of the prompts, before training.
+    If desirable and undesirable examples have different prompts, the paper weights the undesirable examples by the
+    similarity of their prompts to those of the desirable ones (underlying distribution matching).
+    `distribution_matching_weights` in `data.bco_weights` computes the column `weight` for this from prompt embeddings,
+    before training.
 
-    Use it on thumbs-up / thumbs-down data, as an alternative to KTO that needs no forward over mismatched pairs.
+    Use it on thumbs-up / thumbs-down data, as an alternative to KTO that needs no forward pass over mismatched pairs.
 
     Args:
         policy_logps, ref_logps: `[B]`, summed, nats. labels: `[B]` bool.
@@ -78,12 +79,12 @@ def bco_pair_loss(
     beta: float = 0.01,
     state: dict[str, Tensor] | None = None,
 ) -> LossOutput:
-    """ℓ(βr_w − δ) + ℓ(δ − βr_l), δ the running mean of both rewards over all that training has seen.
+    """ℓ(βr_w − δ) + ℓ(δ − βr_l); δ is the running mean of both rewards over all training pairs so far.
 
-    Binary classifier optimization on pairs; δ as in `bco_loss`, of both rewards of every pair. (TRL's `bco_pair` took
-    the mean over the means of batches, which is the same where batches are equally large.)
+    Binary classifier optimization on pairs. δ is as in `bco_loss`, over both rewards of every pair. (TRL's `bco_pair`
+    took the mean of the batch means, which is equal if all batches have the same size.)
 
-    Use it as the part of a mixture that judges each response by itself, as MPO does (.8 dpo + .2 bco_pair + 1 sft).
+    Use it in a mixture, to judge each response on its own, as MPO does (.8 dpo + .2 bco_pair + 1 sft).
 
     Args:
         policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps: `[B]`, summed, nats.

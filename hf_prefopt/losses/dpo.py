@@ -1,8 +1,8 @@
-"""DPO and its nearest kin: pairs, with a reference; the loss is a function of h = r_w − r_l or of both log-ratios.
+"""DPO and its closest variants, for pairs with a reference: functions of h = r_w − r_l, or of both log-ratios.
 
-r = s − s_ref is the summed log-ratio (nats) of a response to the reference, w the chosen and l the rejected one. A
-formula under `@of_log_ratios` is written in r_w and r_l; the loss is called with the four sums of log-probs, best by
-keyword, and returns a `LossOutput`.
+r = s − s_ref is the summed log-ratio (nats) of a response to the reference; w is the chosen response and l the rejected
+one. A formula under `@of_log_ratios` takes r_w and r_l. The resulting loss takes the four summed log-probs, preferably
+by keyword, and returns a `LossOutput`.
 """
 
 import torch
@@ -32,25 +32,26 @@ def dpo_loss(
     margins: Tensor | None = None,
     chosen_win_rates: Tensor | None = None,
 ) -> Tensor:
-    """(1−ε)ℓ(βh) + εℓ(−βh), h = r_w − r_l; ε > 0 is conservative DPO.
+    """(1−ε)ℓ(βh) + εℓ(−βh), h = r_w − r_l; ε > 0 gives conservative DPO.
 
     Direct Preference Optimization, eq. 7; ε is the probability that a label is flipped (cDPO note, eq. 3). With win
-    rates p (`use_win_rates=True`), ε is 1 − p for each pair: soft labels, as in MMPO (2410.03145).
+    rates p (`use_win_rates=True`), each pair has its own ε = 1 − p: soft labels, as in MMPO (2410.03145).
 
-    Use it first: it is the baseline that the others are measured by.
+    Use it first, as the baseline for all other losses.
 
     Args:
         policy_chosen_logps, policy_rejected_logps: `[B]`, summed log-probs (nats) of the policy.
-        ref_chosen_logps, ref_rejected_logps: `[B]`, the same of the reference; without them its log-ratio is 0.
-        beta: strength of the pull to the reference, > 0.
+        ref_chosen_logps, ref_rejected_logps: `[B]`, summed log-probs (nats) of the reference; if left out, s replaces
+            r.
+        beta: strength of the regularization toward the reference, > 0.
         label_smoothing: ε in [0, 0.5).
-        margins: `[B]`, m of each pair in reward units: βh − m stands for βh (as in ODPO, 2402.10571).
-        chosen_win_rates: `[B]`, the probability p in [0, 1] that the chosen response is the better one; without
-            margins and ε.
+        margins: `[B]`, the target margin m of each pair in reward units: βh − m replaces βh (as in ODPO, 2402.10571).
+        chosen_win_rates: `[B]`, the probability p in [0, 1] that the chosen response is the better one; cannot be
+            combined with margins or ε.
 
     Raises:
-        ValueError: shapes differ, one reference is missing, a hyperparameter is out of range, or there are win rates
-            beside ε or margins.
+        ValueError: shapes differ, one reference is missing, a hyperparameter is out of range, or win rates are combined
+            with ε or margins.
     """
     check_range("label_smoothing", label_smoothing, 0.0, 0.5)
     check_one_confidence(chosen_win_rates, label_smoothing, margins)
@@ -58,10 +59,10 @@ def dpo_loss(
 
 
 def reference_free_dpo_loss(chosen_logps: Tensor, rejected_logps: Tensor, beta: float = 0.1) -> LossOutput:
-    """ℓ(β(s_w − s_l)): DPO with a uniform reference, on sums `[B]` or on masked token log-probs `[B, T]`.
+    """ℓ(β(s_w − s_l)): DPO with a uniform reference, from sums `[B]` or masked token log-probs `[B, T]`.
 
     Raises:
-        ValueError: the shapes differ in B, there are more than two dimensions, or beta is not above 0.
+        ValueError: the batch sizes differ, there are more than two dimensions, or beta is not above 0.
     """
     if chosen_logps.dim() not in (1, 2) or rejected_logps.dim() not in (1, 2):
         raise ValueError(
@@ -86,9 +87,10 @@ def dpo_norm_loss(
 ) -> LossOutput:
     """ℓ(β(r̄_w − r̄_l)): DPO on log-ratios per token.
 
-    Length-normalized DPO, Tülu 3, eq. 6. Arguments as in `dpo_loss`, and the scored tokens of each response `[B]`.
+    Length-normalized DPO, Tülu 3, eq. 6. Arguments as in `dpo_loss`, plus the number of scored tokens of each response,
+    `[B]`.
 
-    Use it where DPO makes responses longer: a long pair no longer has a larger log-ratio by its length alone.
+    Use it if DPO makes responses longer: a long response no longer has a larger log-ratio only because of its length.
 
     Raises:
         ValueError: as `dpo_loss`.
@@ -111,13 +113,13 @@ def ipo_loss(
     beta: float = 0.1,
     length_normalize: bool = True,
 ) -> LossOutput:
-    """(r̄_w − r̄_l − 1/(2β))²: a finite target for the margin, so that a deterministic preference cannot overfit.
+    """(r̄_w − r̄_l − 1/(2β))²: a finite target margin, so that deterministic preferences are not overfitted.
 
-    Identity preference optimization, eq. 17, β being the paper's τ. The paper sums over tokens
-    (`length_normalize=False`); its authors' results average over them, as projects do by default.
-    The implicit reward is β·r̄ (or β·r): the loss is least at a reward margin of 1/2.
+    Identity preference optimization, eq. 17; β is the paper's τ. The paper sums over tokens (`length_normalize=False`);
+    the authors' experiments average over them, and so do most projects by default. The implicit reward is β·r̄ (or
+    β·r); the loss reaches its minimum at a reward margin of 1/2.
 
-    Use it where preferences are nearly deterministic and DPO runs off to ever larger margins.
+    Use it if preferences are nearly deterministic and DPO's margins grow without bound.
 
     Raises:
         ValueError: as `dpo_loss`.
@@ -130,12 +132,11 @@ def ipo_loss(
 @register_loss("hinge", paper="2309.06657")
 @of_log_ratios(reference_free=True)
 def hinge_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.05, margins: Tensor | None = None) -> Tensor:
-    """max(0, 1 − βh): a pair beyond its margin trains nothing.
+    """max(0, 1 − βh): a pair beyond the margin has no gradient.
 
-    Statistical rejection sampling optimization (RSO), hinge-norm, β being the paper's γ.
+    Statistical rejection sampling optimization (RSO), hinge-norm; β is the paper's γ. `margins` as in `dpo_loss`.
 
-    Use it where pairs that are clearly told apart should train no further.
-    `margins` as in `dpo_loss`.
+    Use it if clearly separated pairs should no longer be trained on.
 
     Raises:
         ValueError: as `dpo_loss`.
@@ -156,10 +157,10 @@ def wpo_loss(
 ) -> Tensor:
     """sg[min(1, w_w·w_l)]·ℓ(βh): off-policy pairs weigh less; w = exp(mean_t(log π_t − log Σ_v π_v²)).
 
-    Weighted preference optimization, eq. 2 with the sampled-alignment weights of section 3.2; the weight is no
-    function to differentiate, and at most 1.
+    Weighted preference optimization, eq. 2 with the sampled-alignment weights of section 3.2. The weight is not
+    differentiated and is at most 1.
 
-    Use it on pairs that other models wrote: those unlike what the policy writes count less.
+    Use it on pairs written by other models: pairs that are unlikely under the policy count less.
 
     Args:
         policy_chosen_alignment, policy_rejected_alignment: `[B]`, log w of each response (nats per token).
@@ -178,7 +179,7 @@ def wpo_weights(chosen_alignment: Tensor, rejected_alignment: Tensor, losses: Te
     """`[B]`: sg[min(1, w_w·w_l)], the WPO weight of each pair.
 
     Raises:
-        ValueError: the shapes differ from the losses'.
+        ValueError: the shapes differ.
     """
     check_same_shape(
         policy_chosen_alignment=chosen_alignment, policy_rejected_alignment=rejected_alignment, losses=losses

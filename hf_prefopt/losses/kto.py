@@ -1,4 +1,4 @@
-"""KTO's family: prospect-theoretic losses that compare each response with a baseline of the batch."""
+"""KTO and its paired form: prospect-theoretic losses that compare each response with a baseline from the batch."""
 
 import math
 
@@ -11,7 +11,7 @@ from hf_prefopt.losses.registry import register_loss
 
 
 def advise_on_balance(labels: Tensor, desirable_weight: float, undesirable_weight: float) -> str | None:
-    """Advice for data whose λ_D·n_D / λ_U·n_U is outside [1, 4/3], or nothing; data of one label need no balance."""
+    """Advice for data with λ_D·n_D / λ_U·n_U outside [1, 4/3]; `None` for balanced data and data with one label."""
     desirable, undesirable = int(labels.sum()), int((~labels).sum())
     if not min(desirable, undesirable, desirable_weight, undesirable_weight) > 0:
         return None
@@ -22,8 +22,8 @@ def advise_on_balance(labels: Tensor, desirable_weight: float, undesirable_weigh
     name, value = max(weights.items(), key=lambda item: item[1])
     cure = f"set {name}={math.ceil(value * 1000) / 1000:g} in loss_params" if value > 1 else "leave both weights at 1"
     return (
-        f"{desirable:,} desirable and {undesirable:,} undesirable examples weigh {ratio:.3g} to 1, and KTO's authors "
-        f"recommend 1 to 4/3 (desirable_weight·n_D / (undesirable_weight·n_U)): {cure}"
+        f"{desirable:,} desirable and {undesirable:,} undesirable examples have a weight ratio of {ratio:.3g}; KTO's "
+        f"authors recommend 1 to 4/3 for desirable_weight·n_D / (undesirable_weight·n_U): {cure}"
     )
 
 
@@ -41,17 +41,18 @@ def kto_loss(
 ) -> LossOutput:
     """λ_D(1−σ(β(r − z))) if desirable, λ_U(1−σ(β(z − r))) if not, z = sg max(0, mean_B r of mismatched pairs).
 
-    Kahneman–Tversky optimization. z estimates KL(π‖π_ref) from responses to other prompts, over the
-    global batch, whatever its labels. The component `kl` is z. See `kto_weights` for data with more of one label.
+    Kahneman–Tversky optimization. z estimates KL(π‖π_ref) from mismatched pairs (each prompt with the response to
+    another prompt) over the global batch, regardless of labels. The component `kl` is z. See `kto_weights` for
+    imbalanced labels.
 
-    Use it on thumbs-up / thumbs-down data, unpaired and unbalanced, or on pairs of doubtful quality by `unpair`.
+    Use it on thumbs-up / thumbs-down data, unpaired and imbalanced, or with `unpair=True` on pairs of doubtful quality.
 
     Args:
         policy_logps, ref_logps: `[B]`, summed, nats.
-        policy_mismatched_logps, ref_mismatched_logps: `[B]`, of another prompt's response behind each prompt.
+        policy_mismatched_logps, ref_mismatched_logps: `[B]`, log-probs of another prompt's response after each prompt.
         labels: `[B]` bool, True for desirable.
         beta: > 0. desirable_weight, undesirable_weight: λ_D, λ_U ≥ 0.
-        log_form: −log σ in place of 1 − σ, as some write-ups have it.
+        log_form: uses −log σ instead of 1 − σ, as some descriptions of KTO do.
 
     Raises:
         ValueError: shapes differ or a hyperparameter is out of range.
@@ -75,15 +76,17 @@ def kto_loss(
 
 
 def kto_weights(desirable: int, undesirable: int) -> tuple[float, float]:
-    """(λ_D, λ_U) for data with that many examples of each label: the smallest change of one weight from 1 that brings
-    λ_D·n_D / λ_U·n_U into [1, 4/3], the range that KTO's authors recommend (2402.01306).
+    """(λ_D, λ_U) that balance n_D desirable and n_U undesirable examples.
+
+    One weight changes from 1 by the smallest amount that brings λ_D·n_D / λ_U·n_U into [1, 4/3], the range that KTO's
+    authors recommend (2402.01306).
 
     Example:
         >>> kto_weights(100, 80), kto_weights(100, 200), kto_weights(300, 100)
         ((1.0, 1.0), (2.0, 1.0), (1.0, 2.25))
 
     Raises:
-        ValueError: there are no examples of a label, so that no weight balances them.
+        ValueError: one label has no examples, so no weights can balance the two.
     """
     if desirable < 1 or undesirable < 1:
         raise ValueError(f"{desirable} desirable and {undesirable} undesirable examples cannot be balanced by weights")
@@ -96,11 +99,11 @@ def kto_weights(desirable: int, undesirable: int) -> tuple[float, float]:
 def kto_pair_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.1) -> Tensor:
     """½[1−σ(β(r_w − z_l)) + 1−σ(β(z_w − r_l))], z_x = sg max(0, mean_B r_x): KTO on pairs.
 
-    Kahneman–Tversky optimization in the paired form of the authors' first code release: each side's baseline is the
-    mean log-ratio of the *other* side over the global batch, clamped at 0 and not differentiated. The loss of a pair is
-    the mean over its two responses.
+    Kahneman–Tversky optimization in the paired form of the authors' first code release. The baseline of each response
+    is the mean log-ratio of the *other* side over the global batch, clamped at 0 and not differentiated. The loss of a
+    pair is the mean over its two responses.
 
-    Use it on pairs where KTO's saturating value is wanted without its forward over mismatched pairs.
+    Use it on pairs, for KTO's saturating value function without its forward pass over mismatched pairs.
 
     Args:
         policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps: `[B]`, summed, nats.

@@ -1,7 +1,7 @@
-"""Pair losses that are another function of DPO's margin z = βh, h = r_w − r_l, than ℓ(z) = −log σ(z).
+"""Pair losses that replace DPO's ℓ(z) = −log σ(z) by another function of the margin z = βh, h = r_w − r_l.
 
-r = s − s_ref is the summed log-ratio (nats) of a response to the reference; without one, the sum s itself.
-Every implicit reward here is βr. `hinge` and `ipo` are of this kind too and stand in `losses.dpo`.
+r = s − s_ref is the summed log-ratio (nats) of a response to the reference; without a reference, r = s. Every implicit
+reward here is βr. `hinge` and `ipo` belong to this family too; they are in `losses.dpo`.
 """
 
 import math
@@ -18,15 +18,15 @@ from hf_prefopt.losses.registry import register_loss
 @register_loss("robust", aliases=("robust_dpo",), paper="2403.00409")
 @of_log_ratios(reference_free=True)
 def robust_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.1, label_smoothing: float = 0.1) -> Tensor:
-    """[(1−ε)ℓ(βh) − εℓ(−βh)]/(1−2ε): an unbiased DPO loss where labels are flipped with probability ε.
+    """[(1−ε)ℓ(βh) − εℓ(−βh)]/(1−2ε): an unbiased DPO loss for labels that are flipped with probability ε.
 
-    Provably robust DPO (rDPO), the loss whose expectation over the flips is DPO's on clean labels; ε = 0 is DPO.
+    Provably robust DPO (rDPO). Its expectation over the flips equals DPO's loss on clean labels; ε = 0 gives DPO.
 
-    Use it where the share of flipped labels is known, roughly.
+    Use it if you know roughly what share of the labels is flipped.
 
     Args:
         policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps: `[B]`, summed, nats.
-        beta: > 0. label_smoothing: ε in [0, 0.5); at 0.5 the labels say nothing and the loss is undefined.
+        beta: > 0. label_smoothing: ε in [0, 0.5); at 0.5 labels carry no information and the loss is undefined.
 
     Raises:
         ValueError: shapes differ, one reference is missing, or a hyperparameter is out of range.
@@ -42,10 +42,10 @@ def robust_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.1, label_smoot
 def exo_pair_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.1, label_smoothing: float = 1e-3) -> Tensor:
     """q_w log(q_w/(1−ε)) + q_l log(q_l/ε), q_w = σ(βh) = 1 − q_l: the reverse KL(q‖p) to soft labels p = (1−ε, ε).
 
-    Efficient exact optimization, EXO-pref, eq. 16 for two responses. The loss is 0 at βh = log((1−ε)/ε), and grows
-    again beyond.
+    Efficient exact optimization, EXO-pref, eq. 16 for two responses. The loss is 0 at βh = log((1−ε)/ε) and grows again
+    beyond it.
 
-    Use it instead of DPO to seek the mode of the preferred responses (reverse KL) and not to cover them all.
+    Use it instead of DPO for mode-seeking (reverse KL) rather than mode-covering behavior.
 
     Args:
         label_smoothing: ε in (0, 0.5); at 0 the reverse KL is infinite.
@@ -65,13 +65,14 @@ def exo_pair_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.1, label_smo
 def discopop_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.05, discopop_tau: float = 0.05) -> Tensor:
     """(1−m)ℓ(βh) + m·e^(−βh), m = σ(βh/τ): logistic for pairs ranked wrongly, exponential for those ranked right.
 
-    Discovered preference optimization (DiscoPOP), the log-ratio modulated loss, eq. 5. It is not monotone: with the
-    default τ it rises between h ≈ −2.37 and h ≈ 1.44. The product m·e^(−βh) is formed in logs, where τ ≤ 1 bounds it.
+    Discovered preference optimization (DiscoPOP), the log-ratio modulated loss, eq. 5. It is not monotonic: with the
+    default τ it increases from h ≈ −2.37 to h ≈ 1.44. The product m·e^(−βh) is computed in log space, where τ ≤ 1
+    bounds it.
 
-    Use it as an alternative to DPO that was found by search over losses; compare on your own data.
+    Use it as an alternative to DPO that was found by a search over losses; compare both on your own data.
 
     Args:
-        discopop_tau: τ in (0, 1]; beyond 1, m no longer outweighs e^(−βh) and the loss explodes on wrong pairs.
+        discopop_tau: τ in (0, 1]; above 1, e^(−βh) outgrows m, and the loss explodes on wrongly ranked pairs.
 
     Raises:
         ValueError: as `robust_loss`.
@@ -83,7 +84,7 @@ def discopop_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.05, discopop
     return torch.sigmoid(-modulation) * logistic(margin) + exponential
 
 
-# Table 1 of the GPO paper, each a function of z = βh; e^(−z) goes on as its tangent below z = −20.
+# Table 1 of the GPO paper, as functions of z = βh; below z = −20, e^(−z) is replaced by its tangent.
 GPO_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "logistic": logistic,
     "hinge": lambda z: torch.relu(1 - z),
@@ -99,17 +100,17 @@ GPO_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 def gpo_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.1, function: str = "logistic") -> Tensor:
     """f(βh): logistic, hinge (1−z)₊, square (z−1)², exponential e^−z, truncated_square (1−z)₊², savage 1/(1+e^z)².
 
-    Generalized preference optimization, table 1, read from the paper as no code is published: f is a convex (savage:
-    not convex) loss of binary classification. Logistic is `dpo`, hinge is `hinge`, and square is β² times the summed
-    `ipo` at β/2; those papers' defaults of β differ from this one.
+    Generalized preference optimization, table 1, implemented from the paper because no code is published. f is a binary
+    classification loss, convex except for savage. Logistic equals `dpo`, hinge equals `hinge`, and square is β² times
+    the summed `ipo` at β/2; those losses have other default values of β.
 
-    Use it to compare convex losses with all else equal, or for one that has no name of its own here.
+    Use it to compare convex losses under the same settings, or for functions that no other loss here covers.
 
     Args:
         function: a name in `GPO_FUNCTIONS`.
 
     Raises:
-        ValueError: as `robust_loss`, or no such function.
+        ValueError: as `robust_loss`, or the function is unknown.
     """
     if function not in GPO_FUNCTIONS:
         raise ValueError(f"function={function!r} is not one of {', '.join(GPO_FUNCTIONS)}")
@@ -119,12 +120,12 @@ def gpo_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.1, function: str 
 @register_loss("cauchy", paper="2405.14953")
 @of_log_ratios(reference_free=True)
 def cauchy_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.1) -> Tensor:
-    """−log(atan(βh)/π + ½): preferences follow a Cauchy distribution, whose heavy tails forgive wrong labels.
+    """−log(atan(βh)/π + ½): models preferences with a Cauchy distribution, whose heavy tails tolerate wrong labels.
 
-    From the code published with MallowsPO; the paper itself does not derive it. The probability is the angle
-    atan2(1, −βh)/π, the same number without the cancellation at βh → −∞.
+    From the code published with MallowsPO; the paper does not derive it. The probability is computed as atan2(1,
+    −βh)/π, which is equal and avoids cancellation at βh → −∞.
 
-    Use it where labels are noisy and a few badly ranked pairs should not dominate.
+    Use it if labels are noisy and a few badly ranked pairs should not dominate.
 
     Raises:
         ValueError: as `robust_loss`.
@@ -144,15 +145,15 @@ def focal_po_loss(
 ) -> Tensor:
     """−p^γ log p, p = σ(βh): pairs that the policy ranks wrongly weigh less.
 
-    FocalPO: the focal loss with its factor turned round, p^γ for (1−p)^γ; γ = 0 is DPO. Written from the paper's
-    description, its authors' code being unpublished: whether the factor is differentiated is the open choice. As
-    written it is, and the gradient −p^γ(1−p)(1 + γ log p)β changes sign below p = e^(−1/γ), 2e-9 at the default γ.
-    `detach_weight` holds the factor fixed, so that it only weighs DPO's gradient.
+    FocalPO: the focal loss with the inverse factor, p^γ instead of (1−p)^γ; γ = 0 gives DPO. Implemented from the
+        paper's description, because the authors' code is not published; the paper leaves open whether the factor is
+        differentiated. By default it is, and the gradient −p^γ(1−p)(1 + γ log p)β changes sign below p = e^(−1/γ),
+        which is 2e-9 at the default γ. With `detach_weight=True` the factor only scales DPO's gradient.
 
-    Use it where pairs that the model ranks wrongly are mostly noise, and those it ranks right should be sharpened.
+    Use it if pairs that the model ranks wrongly are mostly noise, and correctly ranked pairs should be sharpened.
 
     Args:
-        gamma: γ ≥ 0. detach_weight: keep p^γ out of the gradient.
+        gamma: γ ≥ 0. detach_weight: excludes p^γ from the gradient.
 
     Raises:
         ValueError: as `robust_loss`.

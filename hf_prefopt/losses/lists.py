@@ -1,8 +1,8 @@
-"""Losses of ranked lists: Plackett–Luce, softmax DPO, and RRHF, which need an order of the responses and no more.
+"""Losses of ranked lists: Plackett–Luce, softmax DPO, and RRHF, which need only the order of the responses.
 
-Tensors are `[B, K]`, padded where `list_mask` is False; what stands there is never looked at. r is a response's
-log-ratio of summed log-probs, policy to reference, in nats. Smaller ranks are better. Responses of equal rank are
-equally good: none is preferred to another, and the order in which they stand in a row does not count.
+Tensors are `[B, K]`; entries where `list_mask` is False are padding and are ignored. r is the summed log-ratio (nats)
+of a response to the reference. Smaller ranks are better. Responses with equal ranks are equally good: none is preferred
+to another, and their order in the row does not matter.
 """
 
 import torch
@@ -23,10 +23,10 @@ def list_rewards(policy_list_logps: Tensor, ref_list_logps: Tensor, list_mask: T
 def plackett_luce_loss(
     policy_list_logps: Tensor, ref_list_logps: Tensor, list_ranks: Tensor, list_mask: Tensor, beta: float = 0.1
 ) -> LossOutput:
-    """−Σ_k [βr_k − logsumexp(βr_k, {βr_j of a worse rank})]: the whole ranking under a Plackett–Luce model.
+    """−Σ_k [βr_k − logsumexp(βr_k, {βr_j of a worse rank})]: the likelihood of the ranking under a Plackett–Luce model.
 
-    DPO's general form, appendix A.3; lists of two are DPO. Each response is chosen from itself and all that are worse,
-    so responses of equal rank, which the paper does not have, are not compared.
+    DPO's general form, appendix A.3; for lists of two it is DPO. Each response is chosen among itself and all worse
+    ones, so responses with equal ranks, which the paper does not consider, are not compared.
 
     Use it on fully ranked lists of three or more responses.
 
@@ -42,8 +42,8 @@ def plackett_luce_loss(
         policy_list_logps=policy_list_logps, ref_list_logps=ref_list_logps, list_ranks=list_ranks, list_mask=list_mask
     )
     rewards = list_rewards(policy_list_logps, ref_list_logps, list_mask, beta)
-    # [b, k, j]: whether response j is there to choose from when k is chosen. Each is so beside itself, padding too: no
-    # row of the logsumexp is empty, whose gradient would be NaN.
+    # [b, k, j]: whether response j is a candidate when k is chosen. Every response, padding included, is its own
+    # candidate; the gradient of an empty logsumexp would be NaN.
     worse = (list_ranks[:, None, :] > list_ranks[:, :, None]) & list_mask[:, None, :]
     itself = torch.eye(list_mask.shape[1], dtype=torch.bool, device=list_mask.device)
     totals = torch.logsumexp(torch.where(worse | itself, rewards[:, None, :], -torch.inf), dim=-1)
@@ -54,12 +54,12 @@ def plackett_luce_loss(
 def s_dpo_loss(
     policy_list_logps: Tensor, ref_list_logps: Tensor, list_ranks: Tensor, list_mask: Tensor, beta: float = 1.0
 ) -> LossOutput:
-    """ℓ(−logsumexp_l β(r_l − r_w)): the best response against all others at once.
+    """ℓ(−logsumexp_l β(r_l − r_w)): compares the best response with all others at once.
 
-    Softmax-DPO: one chosen and any number of rejected responses, whose order among each other does not count. The mean
-    over w where several responses are equally good; those are not among the l.
+    Softmax-DPO: one chosen and any number of rejected responses, whose order does not matter. If several responses are
+    equally best, the loss is the mean over them as w, and none of them is an l.
 
-    Use it on one good response against several bad ones, as in recommendation.
+    Use it for one good response and several bad ones, as in recommendation.
 
     Args:
         policy_list_logps, ref_list_logps: `[B, K]`, summed, nats. list_ranks: `[B, K]`. list_mask: `[B, K]` bool.
@@ -82,9 +82,9 @@ def s_dpo_loss(
 def sft_lists_loss(
     policy_list_logps: Tensor, list_lengths: Tensor, list_ranks: Tensor, list_mask: Tensor
 ) -> LossOutput:
-    """NLL(best) = −s̄ of the response of the smallest rank, the mean over several of that rank: `sft` on lists.
+    """NLL(best) = −s̄ of the response with the smallest rank, averaged over ties: `sft` on lists.
 
-    Use it by its name `sft`, or by `sft_weight`, beside losses of lists.
+    Use it as `sft`, or through `sft_weight`, in combination with losses of lists.
 
     Raises:
         ValueError: shapes differ.
@@ -100,11 +100,12 @@ def sft_lists_loss(
 def rrhf_loss(
     policy_list_logps: Tensor, list_lengths: Tensor, list_ranks: Tensor, list_mask: Tensor, sft_coef: float = 1.0
 ) -> LossOutput:
-    """Σ_{i worse than j} max(0, s̄_i − s̄_j) + λ·NLL(best): log-probs per token in the order of the ranks.
+    """Σ_{i worse than j} max(0, s̄_i − s̄_j) + λ·NLL(best): orders the log-probs per token as the ranks.
 
-    RRHF, the NLL per token like every other here, and the mean over several best ones. The implicit reward is s̄.
+    RRHF. The NLL is per token, as for all losses here, and is averaged over several best responses. The implicit reward
+    is s̄.
 
-    Use it on ranked lists without a reference model, when ranking and imitation should go together.
+    Use it on ranked lists without a reference model, to combine ranking with imitation of the best response.
 
     Args:
         policy_list_logps: `[B, K]`, summed, nats. list_lengths, list_ranks: `[B, K]`. list_mask: `[B, K]` bool.

@@ -1,6 +1,7 @@
-"""Losses that need no reference, held to the chosen responses by their NLL: CPO, ORPO, SLiC-HF, and the NLL alone.
+"""Losses without a reference that add the NLL of the chosen responses: CPO, ORPO, SLiC-HF, and the NLL alone.
 
-s is a response's summed log-prob (nats), s̄ the same per scored token, NLL(y) = −s̄ but for SLiC-HF, whose own is −s.
+s is a response's summed log-prob (nats) and s̄ the same per scored token. NLL(y) = −s̄, except in SLiC-HF, where it is
+−s.
 """
 
 import torch
@@ -29,12 +30,12 @@ def cpo_loss(
     cpo_alpha: float = 1.0,
     label_smoothing: float = 0.0,
 ) -> LossOutput:
-    """ℓ(β(s_w − s_l)) + α·NLL(y_w): contrast without a reference, held to the chosen responses.
+    """ℓ(β(s_w − s_l)) + α·NLL(y_w): a contrastive loss without a reference, plus the NLL of the chosen response.
 
-    Contrastive preference optimization, eq. 5. Its hinge, IPO and SimPO forms are those losses with
-    `reference_free` where they have a reference, and `sft_weight` for α.
+    Contrastive preference optimization, eq. 5. For its hinge, IPO and SimPO forms, use those losses with
+    `reference_free=True` (SimPO has no reference) and `sft_weight` as α.
 
-    Use it where there is no room for a reference model and the chosen responses are good enough to imitate.
+    Use it if a reference model does not fit into memory, and the chosen responses are good enough to imitate.
 
     Raises:
         ValueError: shapes differ or a value is out of range.
@@ -66,12 +67,12 @@ def orpo_loss(
 ) -> LossOutput:
     """NLL(y_w) + β·ℓ(log-odds_w − log-odds_l), log-odds = s̄ − log(1 − e^s̄).
 
-    Odds-ratio preference optimization, eq. 6 and 7; β is the paper's λ. The odds are of the geometric mean
-    probability of a token; log(1 − e^s̄) is computed so that a likely response costs no precision. The NLL is of the
-    response, as in the paper; the authors' code and TRL's ORPOTrainer take it over prompt and response.
-    The implicit reward is β·s̄.
+    Odds-ratio preference optimization, eq. 6 and 7; β is the paper's λ. The odds are those of the geometric mean of the
+    token probabilities; log(1 − e^s̄) is computed without loss of precision for likely responses. The NLL covers the
+    response, as in the paper; the authors' code and TRL's ORPOTrainer compute it over prompt and response. The implicit
+    reward is β·s̄.
 
-    Use it to align a base model in one stage, without a fine-tuned one before and without a reference.
+    Use it to align a base model in one stage, without supervised fine-tuning first and without a reference.
 
     Raises:
         ValueError: shapes differ or beta is out of range.
@@ -97,12 +98,12 @@ def orpo_sequence_loss(
     prompt_lengths: Tensor,
     beta: float = 0.1,
 ) -> LossOutput:
-    """NLL(x, y_w) + β·ℓ(log-odds_w − log-odds_l): ORPO whose NLL is of the prompt, too.
+    """NLL(x, y_w) + β·ℓ(log-odds_w − log-odds_l): ORPO with an NLL that includes the prompt.
 
-    As the authors' code and TRL's ORPOTrainer compute it: −(s_x + s_w)/(n_x + n_w), where s_x is the log-prob of the
+    The NLL is −(s_x + s_w)/(n_x + n_w), as in the authors' code and TRL's ORPOTrainer, where s_x is the log-prob of the
     prompt from its second token on. Everything else is as in `orpo_loss`.
 
-    Use it to repeat runs of that code; it also trains the model to write prompts.
+    Use it to reproduce runs of that code; it also trains the model to write prompts.
 
     Args:
         policy_prompt_logps: `[B]`, summed, nats. prompt_lengths: `[B]`, scored tokens, which may be 0.
@@ -130,14 +131,14 @@ def slic_hf_loss(
     lambda_coef: float = 0.1,
     length_normalize: bool = False,
 ) -> LossOutput:
-    """max(0, δ − s_w + s_l) − λ·s_w: a margin of δ nats between the sums, held to the chosen responses.
+    """max(0, δ − s_w + s_l) − λ·s_w: a margin of δ nats between the sums, plus the NLL of the chosen response.
 
-    Sequence likelihood calibration with human feedback, its rank loss and its regularizer towards a target, here the
-    chosen response: λ times an NLL that is −s_w, of the whole response, as the paper writes it and HALOs computes it.
-    With `length_normalize` it is −s̄_w, the unit of the NLL of every other loss here, and λ is on another scale. The
-    implicit reward is s.
+    Sequence likelihood calibration with human feedback: its rank loss, and its regularizer toward a target, here the
+        chosen response. The regularizer is λ times the NLL of the whole response, −s_w, as in the paper and in HALOs.
+        With `length_normalize=True` the NLL is −s̄_w, as in all other losses here, and λ has another scale. The
+        implicit reward is s.
 
-    Use it where a fixed margin in log-probs is wanted and the chosen responses are good enough to imitate.
+    Use it for a fixed margin in log-probs, if the chosen responses are good enough to imitate.
 
     Args:
         delta: δ > 0, nats. lambda_coef: λ ≥ 0.
@@ -163,9 +164,9 @@ def slic_hf_loss(
 
 @register_loss("sft", is_average_loss=True, computes_reward_metrics=False)
 def sft_loss(policy_chosen_logps: Tensor, chosen_lengths: Tensor) -> LossOutput:
-    """NLL(y_w) = −s̄_w: supervised fine-tuning on the chosen responses, each by its own length.
+    """NLL(y_w) = −s̄_w: supervised fine-tuning on the chosen responses, each divided by its own length.
 
-    Use it as a part of a mixture (or by `sft_weight`), or alone for a baseline on the chosen responses.
+    Use it in a mixture (or through `sft_weight`), or alone as a baseline trained on the chosen responses.
 
     Raises:
         ValueError: shapes differ.

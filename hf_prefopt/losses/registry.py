@@ -1,29 +1,29 @@
-"""The registry: every loss by name, with what it needs read off its own signature.
+"""The registry of losses. The signature of a loss declares what it needs.
 
 A loss is a pure function of tensors. The names of its parameters say what it needs, so nothing is declared twice:
 
     policy_chosen_logps, ref_rejected_logps, ...   pairs: {policy | ref}_{chosen | rejected}_{statistic}, `[B]`; the
                                                    statistics are `kinds.STATISTICS`
     chosen_lengths, rejected_lengths               scored tokens per response: `[B]`
-    policy_chosen_token_logps, ...                 log-probs of the scored tokens: `[B, T]`, 0 behind a response's end
-    chosen_token_mask, rejected_token_mask         `[B, T]` bool, False behind it
-    chosen_token_weights, rejected_token_weights   of the data set's columns: `[B, T]`
-    rows, pair_in_row                              which pair of the data set it is: `[B]`
-    policy_gold_logps, gold_lengths, ...           triples: a third, gold response beside a pair: `[B]`
+    policy_chosen_token_logps, ...                 log-probs of the scored tokens: `[B, T]`, padded with 0
+    chosen_token_mask, rejected_token_mask         `[B, T]` bool, False for padding
+    chosen_token_weights, rejected_token_weights   token weights from the data set's columns: `[B, T]`
+    rows, pair_in_row                              the pair's row in the data set, and its index in that row: `[B]`
+    policy_gold_logps, gold_lengths, ...           triples: a pair and a third, gold response: `[B]`
     policy_logps, ref_logps, lengths, labels       single responses, desirable (True) or not: `[B]`
-    quantiles                                      the place of a scored response among the reference's: `[B]`
-    policy_token_logps, token_mask, ...            the same of their tokens: `[B, T]`
-    policy_mismatched_logps, ...                   another prompt's response behind the example's prompt: `[B]`
+    quantiles                                      the quantile of a response's reward among the reference's: `[B]`
+    policy_token_logps, token_mask, ...            the same for the tokens of single responses: `[B, T]`
+    policy_mismatched_logps, ...                   another prompt's response, scored after this prompt: `[B]`
     policy_list_logps, ref_list_logps, list_lengths, list_mask, list_ranks, list_scores     lists: `[B, K]`
-    chosen_scores, chosen_win_rates, margins, ...  what pairs may have in further columns: `[B]`; see `kinds.pairs`
+    chosen_scores, chosen_win_rates, margins, ...  optional columns of pairs: `[B]`; see `kinds.pairs`
     state                                          numbers kept across batches; see `RunningState`
-    progress                                       the part of a run's optimizer steps that is done, a number in [0, 1]
+    progress                                       the fraction of the run's optimizer steps that is done, in [0, 1]
     epoch                                          the number of the epoch, from 0; 0 in evaluations
-    training                                       False in evaluations, for what is done to training batches alone
+    training                                       False in evaluations
     everything else                                a hyperparameter, which must have a default
 
-A reference input with the default `None` may be left out, which makes the loss reference-free; a further column with
-the default `None` is given where the data have it.
+If a reference input has the default `None`, the loss also works without a reference. If an optional column has the
+default `None`, the loss gets it whenever the data have it.
 """
 
 import difflib
@@ -46,7 +46,7 @@ class RunningState:
     Attributes:
         initial: their values before the first batch.
         update: `(state, **the loss's inputs and hyperparameters) -> new state`, tensors `[]` without gradients. It is
-            called once per optimization step, on the global batch, before the loss is computed; in evaluation never.
+            called once per optimizer step, on the global batch, before the loss is computed, and never in evaluation.
     """
 
     initial: Mapping[str, float]
@@ -55,23 +55,23 @@ class RunningState:
 
 @dataclass(frozen=True)
 class LossSpec:
-    """A registered loss: the function, and what the trainer must know to feed it.
+    """A registered loss: the function, and what the trainer must know to call it.
 
     Attributes:
-        name: the loss's own name; `aliases` are accepted wherever it is.
+        name: the loss's main name; `aliases` are accepted wherever the name is.
         function: `(named tensors [B], **hyperparameters) -> LossOutput`, or a tensor `[B]` of losses.
-        paper: arXiv number of the source, empty where there is none.
+        paper: arXiv number of the source; empty if there is none.
         description: the first line of the function's docstring.
-        is_average_loss: the log-probs are averaged over tokens, so beta is on another scale than DPO's.
+        is_average_loss: the log-probs are averaged over tokens, so the scale of beta differs from DPO's.
         computes_reward_metrics: the loss has implicit rewards.
         needs_global_batch: the loss of an example depends on the other examples of the global batch.
-        has_own_divergence: it is made for a divergence from the reference, so no other one can take its place.
-        state: what the loss keeps across batches; it is given to it as `state`.
-        is_one_value: the loss is one value for the global batch, so no example has a loss of its own to be weighed.
-        check_data: looks at the examples of a whole data set before training. It is called with those hyperparameters
-            and inputs (`[N]`, `[N, K]`) that it has as parameters, returns advice for the user, or nothing, and
-            raises `UnsuitableExamples` for examples that the loss cannot compare.
-        form_of: the loss of which this is the form for examples of its kind.
+        has_own_divergence: the loss is built on its own divergence from the reference, which cannot be replaced.
+        state: what the loss keeps across batches; the loss gets it as the argument `state`.
+        is_one_value: the loss is one value for the global batch, so the losses of examples cannot be weighted.
+        check_data: checks the examples of a whole data set before training. It is called with the hyperparameters and
+            inputs (`[N]`, `[N, K]`) that it has as parameters. It returns advice for the user, or `None`, and raises
+            `UnsuitableExamples` for examples that the loss cannot compare.
+        form_of: the name of another loss; this loss is its form for another kind of examples.
         inputs: names of its tensor parameters. `defaults`: its hyperparameters.
     """
 
@@ -97,11 +97,11 @@ class LossSpec:
         return next((kind for kind in KINDS if self.fits(kind)), PAIRS)
 
     def fits(self, kind: ExampleKind) -> bool:
-        """Whether the loss compares examples of that kind; triples are pairs, too."""
+        """Whether the loss can compare examples of that kind; triples also count as pairs."""
         return all(map(kind.has_input, self.inputs))
 
     def for_kind(self, kind: ExampleKind) -> "LossSpec":
-        """The form of this loss for examples of that kind; itself where there is none."""
+        """The form of this loss for examples of that kind; the loss itself if there is none."""
         forms = (spec for spec in _LOSSES.values() if self.name in (spec.name, spec.form_of))
         return next((spec for spec in forms if spec.kind is kind), self)
 
@@ -112,7 +112,7 @@ class LossSpec:
 
     @property
     def optional_inputs(self) -> tuple[str, ...]:
-        """The inputs that are given where the data have them."""
+        """The inputs that the loss gets only if the data have them."""
         parameters = inspect.signature(self.function).parameters
         return tuple(
             name for name in self.inputs if name in self.kind.optional_columns and parameters[name].default is None
@@ -120,7 +120,7 @@ class LossSpec:
 
     @property
     def run_inputs(self) -> tuple[str, ...]:
-        """What the loss asks of the run: its state, how far it is, which epoch it is, whether it is training."""
+        """The facts about the run that the loss takes: its state, the progress, the epoch, whether it is training."""
         parameters = inspect.signature(self.function).parameters
         return tuple(name for name in _RUN_INPUTS if name in parameters and (name != "state" or self.state))
 
@@ -136,10 +136,10 @@ class LossSpec:
         return self.needs_reference_model and all(parameters[name].default is None for name in self.reference_inputs)
 
     def __call__(self, **arguments: Any) -> LossOutput:
-        """The loss on named inputs and hyperparameters; a bare tensor of losses gets log-ratio rewards.
+        """Compute the loss from named inputs and hyperparameters; a plain tensor of losses gets log-ratio rewards.
 
         Raises:
-            ValueError: it does not return one number per example; see `losses.returned`.
+            ValueError: the function does not return one number per example; see `losses.returned`.
         """
         output = self.function(**arguments)
         if not isinstance(output, LossOutput):
@@ -156,7 +156,7 @@ class LossSpec:
 
 
 def token_stats_of(inputs: Iterable[str], model: str) -> frozenset[str]:
-    """The per-token statistics, besides the log-prob, that inputs of these names take of the head of a model.
+    """The per-token statistics, in addition to log-probs, that inputs of these names require from a model's head.
 
     Args:
         model: "policy" or "ref".
@@ -176,7 +176,7 @@ _ALIASES: dict[str, str] = {}
 def register_loss(
     name: str, *, aliases: tuple[str, ...] = (), paper: str = "", **capabilities: Any
 ) -> Callable[[Callable], Callable]:
-    """Register a loss under a name: it then works by that name in YAML, on the command line and in `PreferenceConfig`.
+    """Register a loss, so that its name works in YAML, on the command line and in `PreferenceConfig`.
 
     Example:
         ```python
@@ -188,18 +188,18 @@ def register_loss(
 
     Args:
         name: the loss's name.
-        aliases: further names.
+        aliases: other accepted names.
         paper: arXiv number.
         **capabilities: `is_average_loss`, `computes_reward_metrics`, `needs_global_batch`, `has_own_divergence`,
-            `is_one_value`, `check_data`, `state`, `form_of` where they differ from `LossSpec`'s defaults.
+            `is_one_value`, `check_data`, `state`, `form_of`, if they differ from `LossSpec`'s defaults.
 
     Returns:
-        A decorator that returns the function unchanged. A function of the same module and qualified name takes the
-        place of the one that was registered before it, as when a notebook's cell is run again.
+        A decorator that returns the function unchanged. A function with the same module and qualified name replaces the
+        one that was registered before, so a notebook cell can be run again.
 
     Raises:
-        ValueError: the name or an alias is another loss's, a parameter is neither a known input nor has a default, or
-            the inputs are of several kinds of examples.
+        ValueError: the name or an alias belongs to another loss, a parameter is neither a known input nor has a
+            default, or the inputs belong to several kinds of examples.
     """
 
     def decorate(function: Callable) -> Callable:
@@ -207,7 +207,7 @@ def register_loss(
         owners = {n: _LOSSES[_ALIASES.get(n, n)] for n in (name, *aliases) if n in _LOSSES or n in _ALIASES}
         taken = [n for n, owner in owners.items() if owner.name != name or not _is_anew(function, owner.function)]
         if taken:
-            raise ValueError(f"loss name {', '.join(taken)} is registered already; choose another name")
+            raise ValueError(f"loss name {', '.join(taken)} is already registered; choose another name")
         description = (inspect.getdoc(function) or "").split("\n", 1)[0]
         spec = LossSpec(
             name, function, tuple(aliases), paper, description, inputs=inputs, defaults=defaults, **capabilities
@@ -222,13 +222,12 @@ def register_loss(
 
 
 def _is_anew(function: Callable, before: Callable) -> bool:
-    """Whether a function is the same definition as one before it, run again."""
+    """Whether a function comes from the same definition as an earlier one, executed again."""
     return _definition(function) is not None and _definition(function) == _definition(before)
 
 
 def _definition(function: Callable) -> tuple[str, str] | None:
-    """The module and qualified name of a function, or `None` where others have the same: lambdas, and what is made of
-    an object or by a function that makes several."""
+    """The module and qualified name of a function, or `None` if they are not unique: lambdas, closures and objects."""
     function = inspect.unwrap(function)
     name = getattr(function, "__qualname__", "<lambda>")
     is_one_of_several = name.endswith("<lambda>") or getattr(function, "__closure__", None) is not None
@@ -236,7 +235,7 @@ def _definition(function: Callable) -> tuple[str, str] | None:
 
 
 def _split_signature(name: str, function: Callable) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """The tensor inputs and the hyperparameters (with defaults) of a loss function, told apart by name."""
+    """The tensor inputs and the hyperparameters (with defaults) of a loss function, distinguished by name."""
     parameters = inspect.signature(function).parameters.values()
     inputs = tuple(p.name for p in parameters if any(kind.has_input(p.name) for kind in KINDS))
     if not any(all(map(kind.has_input, inputs)) for kind in KINDS):
@@ -246,15 +245,15 @@ def _split_signature(name: str, function: Callable) -> tuple[tuple[str, ...], di
     unknown = [parameter for parameter, default in defaults.items() if default is inspect.Parameter.empty]
     if unknown:
         raise ValueError(
-            f"loss {name!r}: parameter {', '.join(unknown)} is no known input and has no default; inputs are named "
-            "policy_chosen_logps, ref_rejected_logps, chosen_lengths, ...; hyperparameters need a default"
+            f"loss {name!r}: parameter {', '.join(unknown)} is not a known input and has no default; inputs have names "
+            "like policy_chosen_logps, ref_rejected_logps, chosen_lengths; hyperparameters need a default"
         )
     _refuse_misspelt(name, {p.name: p.default for p in parameters}, inputs)
     return inputs, defaults
 
 
 def _refuse_misspelt(loss: str, given: Mapping[str, Any], inputs: tuple[str, ...]) -> None:
-    """Refuse parameters that are meant as inputs and would silently be something else.
+    """Raise `ValueError` for parameters that look like inputs but would be hyperparameters.
 
     Args:
         given: all parameters of the function, with their defaults.
@@ -262,20 +261,20 @@ def _refuse_misspelt(loss: str, given: Mapping[str, Any], inputs: tuple[str, ...
     for name, default in given.items():
         if name in inputs and default not in (inspect.Parameter.empty, None):
             raise ValueError(
-                f"loss {loss!r}: {name}={default!r} is an input, which comes from the data or the models: leave the "
-                "default out, or make it None where the input may be absent"
+                f"loss {loss!r}: {name}={default!r} is an input, which comes from the data or the models: remove the "
+                "default, or make it None if the input is optional"
             )
         meant = None if name in inputs or name in _RUN_INPUTS else _input_near(name)
         # A short name with a number is a hyperparameter that happens to resemble an input: `weight=1.0`.
         if meant and (default is None or "_" in name):
             raise ValueError(
-                f"loss {loss!r}: {name} is no input, and its default makes it a hyperparameter: is {meant} meant? "
-                "Otherwise choose another name"
+                f"loss {loss!r}: {name} is not an input, and its default makes it a hyperparameter: did you mean "
+                f"{meant}? Otherwise choose another name"
             )
 
 
 def _input_near(name: str) -> str | None:
-    """An input that is one letter away: one more, one less, or another one."""
+    """An input whose name differs by one letter: one more, one less, or one replaced."""
     letters = "abcdefghijklmnopqrstuvwxyz_"
     cuts = [(name[:at], name[at:]) for at in range(len(name) + 1)]
     less = (head + tail[1:] for head, tail in cuts if tail)
@@ -286,10 +285,10 @@ def _input_near(name: str) -> str | None:
 
 
 def get_loss(name: str) -> LossSpec:
-    """The registered loss of that name or alias.
+    """The registered loss with that name or alias.
 
     Raises:
-        ValueError: there is none; the nearest names are offered.
+        ValueError: there is none; the message suggests similar names.
     """
     canonical = _ALIASES.get(name, name)
     if canonical not in _LOSSES:
@@ -301,5 +300,5 @@ def get_loss(name: str) -> LossSpec:
 
 
 def list_losses() -> list[str]:
-    """The names of all registered losses, sorted (aliases are left out)."""
+    """The names of all registered losses, sorted, without aliases."""
     return sorted(_LOSSES)

@@ -1,4 +1,4 @@
-"""DPO with a reshaped margin: ℓ of something more than βh, against one failure of DPO each.
+"""DPO with a modified margin inside ℓ; each loss addresses one failure of DPO.
 
 r = s − s_ref is the summed log-ratio (nats) of a response to the reference, h = r_w − r_l, ℓ(z) = −log σ(z).
 """
@@ -21,11 +21,11 @@ from hf_prefopt.losses.registry import register_loss
 @register_loss("dpop", aliases=("dpo_positive",), paper="2402.13228")
 @of_log_ratios()
 def dpop_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.3, lambda_coef: float = 50.0) -> LossOutput:
-    """ℓ(β(h − λ·max(0, −r_w))): a chosen response less likely than under the reference costs λ times its fall.
+    """ℓ(β(h − λ·max(0, −r_w))): penalizes chosen responses that become less likely than under the reference.
 
-    DPO-positive (Smaug), eq. 3; λ = 0 is DPO. The implicit reward stays βr, of which the penalty is no part.
+    DPO-positive (Smaug), eq. 3; λ = 0 gives DPO. The implicit reward is βr, without the penalty.
 
-    Use it where chosen and rejected differ in few tokens, so that DPO drags both likelihoods down.
+    Use it if chosen and rejected responses differ in few tokens, where DPO lowers both likelihoods.
 
     Args:
         policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps: `[B]`, summed, nats.
@@ -53,12 +53,12 @@ def r_dpo_loss(
     beta: float = 0.1,
     alpha: float = 0.05,
 ) -> LossOutput:
-    """ℓ(βh + α(|y_w| − |y_l|)): a preference that length explains trains less.
+    """ℓ(βh + α(|y_w| − |y_l|)): pairs whose preference agrees with the length difference have smaller gradients.
 
-    Length-regularized DPO (R-DPO). The reward is regularized to R − α|y|, and its optimal policy gives R = βr + α|y|
-    up to a constant of the prompt: hence the sign, and the implicit reward βr + α|y|. α = 0 is DPO.
+    Length-regularized DPO (R-DPO). The reward is regularized to R − α|y|. Its optimal policy gives R = βr + α|y| up to
+    a constant for each prompt, which explains the sign and the implicit reward βr + α|y|. α = 0 gives DPO.
 
-    Use it where chosen responses are longer than rejected ones and the model learns just that.
+    Use it if chosen responses are longer than rejected ones and the model mostly learns to write longer responses.
 
     Args:
         chosen_lengths, rejected_lengths: `[B]`, scored tokens. alpha: α ≥ 0, reward per token.
@@ -67,7 +67,7 @@ def r_dpo_loss(
         ValueError: as `dpop_loss`, or one reference is missing.
     """
     check_range("alpha", alpha, 0.0)
-    # Whole-number lengths times a Python float would be fp32, whatever the log-probs are.
+    # An int64 tensor times a Python float would give fp32, whatever the dtype of the log-probs.
     chosen = beta * chosen + alpha * chosen_lengths.to(chosen)
     rejected = beta * rejected + alpha * rejected_lengths.to(rejected)
     return LossOutput(logistic(chosen - rejected), pair_rewards(chosen, rejected))
@@ -85,15 +85,15 @@ def dpo_shift_loss(
 ) -> LossOutput:
     """ℓ(β(r_w − λr_l)): the rejected reward counts less, so that the chosen likelihood falls less.
 
-    DPO-Shift; λ = 1 is DPO. λ is constant, or goes linearly from `lambda_coef` at the first step to `lambda_end`, up or
-    down: with k of n optimizer steps taken it is λ_0 + (λ_end − λ_0)k/n, as in the authors' code (.5 and 1 there); an
-    evaluation after k steps has that λ, too. The implicit reward is βr: λ shifts the comparison, not the reward.
+    DPO-Shift; λ = 1 gives DPO. λ is constant, or changes linearly from `lambda_coef` at the first step to `lambda_end`:
+    after k of n optimizer steps it is λ_0 + (λ_end − λ_0)k/n, as in the authors' code (.5 and 1 there). An evaluation
+    after k steps uses the same λ. The implicit reward is βr: λ changes the comparison, not the reward.
 
-    Use it where the likelihood of chosen responses falls under DPO.
+    Use it if DPO lowers the likelihood of the chosen responses.
 
     Args:
-        lambda_coef: λ in [0, 1], or what it begins with. lambda_end: what it ends with, in [0, 1]; `None`: constant.
-        progress: k/n, in [0, 1]; that of a trainer's run, and without one its end.
+        lambda_coef: λ in [0, 1], or its initial value. lambda_end: its final value in [0, 1]; `None` for a constant λ.
+        progress: k/n, in [0, 1]. The trainer provides it; the default is the end of a run.
 
     Raises:
         ValueError: as `dpop_loss`.
@@ -112,18 +112,18 @@ def dpo_shift_loss(
 @register_loss("chi_po", aliases=("chipo",), paper="2407.13399", has_own_divergence=True)
 @of_log_ratios()
 def chi_po_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.1, reward_bound: float | None = None) -> LossOutput:
-    """ℓ(clip(β(φ(r_w) − φ(r_l)), ±2R)), φ(r) = r + e^r: DPO held to the reference by χ² beside the KL.
+    """ℓ(clip(β(φ(r_w) − φ(r_l)), ±2R)), φ(r) = r + e^r: DPO regularized by the χ² divergence in addition to the KL.
 
-    χ²-preference optimization, algorithm 1, its link φ(z) = z + log z taken at z = π/π_ref = e^r. φ is the derivative
-    of ½(z−1)² + z log z, so that E[R] − β(χ² + KL) has its optimum at R = βφ + a constant of the prompt: βφ(r) is the
-    implicit reward. The algorithm always clips, at the bound R of the true reward, which its theory knows and a data
-    set does not tell: without `reward_bound` nothing is clipped. No default of β is on record. Beyond r = 20, e^r goes
-    on as its tangent.
+    χ²-preference optimization, algorithm 1, with the link φ(z) = z + log z at z = π/π_ref = e^r. φ is the derivative of
+    ½(z−1)² + z log z, so E[R] − β(χ² + KL) has its optimum at R = βφ plus a constant for each prompt, and βφ(r) is the
+    implicit reward. The algorithm always clips at the bound R of the true reward, which theory knows and a data set
+    does not give; without `reward_bound` nothing is clipped. The paper gives no default for β. Beyond r = 20, e^r is
+    replaced by its tangent.
 
-    Use it where DPO overfits its pairs (overoptimization): the χ² term grows with distance from the reference.
+    Use it if DPO overfits the pairs (overoptimization): the χ² term grows with the distance from the reference.
 
     Args:
-        reward_bound: R > 0, in reward units; a pair past it trains nothing.
+        reward_bound: R > 0, in reward units; a pair beyond ±2R has no gradient.
 
     Raises:
         ValueError: as `dpop_loss`.

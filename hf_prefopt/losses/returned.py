@@ -1,4 +1,4 @@
-"""What a loss gives back is checked: one number per example, in the precision and at the place of what it was given."""
+"""Check the output of a loss: one number per example, with the dtype and device of the inputs."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -12,11 +12,11 @@ from hf_prefopt.losses.base import LossOutput
 
 
 class NamedLoss(Protocol):
-    """What an error says of a loss; `losses.registry.LossSpec` is one."""
+    """What an error message needs to know about a loss; `losses.registry.LossSpec` fits."""
 
     @property
     def name(self) -> str:
-        """As it is registered."""
+        """The registered name."""
 
     @property
     def function(self) -> Callable[..., Any]:
@@ -24,19 +24,19 @@ class NamedLoss(Protocol):
 
     @property
     def kind(self) -> ExampleKind:
-        """The examples that it compares."""
+        """The kind of examples that it compares."""
 
 
 def check_returned(spec: NamedLoss, output: LossOutput, given: Mapping[str, Tensor]) -> None:
-    """Refuse what would be averaged to another number than the loss of the examples.
+    """Raise an error for an output whose mean would not be the loss of the examples.
 
     Args:
         spec: the loss.
         given: its inputs; the first floating-point tensor is `[B]`, `[B, K]` or `[B, T]`.
 
     Raises:
-        ValueError: the losses are no floating-point tensor `[B]`, or are less precise than what the loss was given, or
-            have lost its gradient; rewards are not `[B, K]`, a component not `[B]`; something is on another device.
+        ValueError: the losses are not a floating-point tensor `[B]`, are less precise than the inputs, or have lost the
+            gradient; the rewards are not `[B, K]`; a component is not `[B]`; or a tensor is on another device.
     """
     like = next((tensor for tensor in given.values() if tensor.is_floating_point()), None)
     if like is None:
@@ -47,7 +47,7 @@ def check_returned(spec: NamedLoss, output: LossOutput, given: Mapping[str, Tens
         _refuse(spec, like, "losses", losses, (size,), "keep the dtype of the log-probs")
     asked = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given.values())
     if asked and not losses.requires_grad:
-        _refuse(spec, like, "losses without a gradient", losses, (size,), "leave out detach(), item() and no_grad()")
+        _refuse(spec, like, "losses without a gradient", losses, (size,), "remove detach(), item() and no_grad()")
     if output.rewards is not None:
         _check_tensor(spec, like, "rewards", output.rewards, (size, spec.kind.count_rewards(given)))
     for part, values in output.components.items():
@@ -59,19 +59,19 @@ def _check_tensor(spec: NamedLoss, like: Tensor, what: str, returned: Any, shape
         _refuse(spec, like, what, returned, shape, "return a tensor")
     if returned.shape != shape:
         cure = (
-            "leave out mean() or sum(): the trainer takes the mean over the examples of a step"
+            "remove mean() or sum(): the trainer takes the mean over the examples of a step"
             if returned.dim() == 0
-            else "look for an operand that broadcasts, such as x[:, None], and for a sum that is missing"
+            else "look for an operand that broadcasts, such as x[:, None], or for a missing sum"
         )
         _refuse(spec, like, what, returned, shape, cure)
     if returned.device != like.device:
-        _refuse(spec, like, what, returned, shape, "make new tensors with zeros_like() or new_tensor()")
+        _refuse(spec, like, what, returned, shape, "create tensors with zeros_like() or new_tensor()")
 
 
 def _refuse(spec: NamedLoss, like: Tensor, what: str, returned: Any, shape: tuple[int, ...], cure: str) -> NoReturn:
     raise ValueError(
         f"loss {spec.name!r} ({_place(spec.function)}) returned {what} {_description(returned)}. Given {len(like)} "
-        f"examples, it is to return shape {list(shape)}, in {like.dtype} on {like.device} as its inputs are: {cure}"
+        f"examples, it must return shape {list(shape)}, in {like.dtype} on {like.device} like its inputs: {cure}"
     )
 
 
@@ -82,6 +82,6 @@ def _description(returned: Any) -> str:
 
 
 def _place(function: Callable) -> str:
-    """The file and line of a function, or what kind of object it is."""
+    """The file and line of a function, or the type of a callable object."""
     code = getattr(inspect.unwrap(function), "__code__", None)
     return f"{code.co_filename}:{code.co_firstlineno}" if code else type(function).__name__

@@ -1,7 +1,7 @@
-"""Pair losses that know by how much the chosen response is better: ODPO, reward-aware RPO, and SPPO with win rates.
+"""Pair losses that use how much better the chosen response is: ODPO, reward-aware RPO, and SPPO with win rates.
 
-r is a response's log-ratio of summed log-probs, policy to reference, in nats, h = r_w − r_l; R is a response's score,
-larger for a better one, ΔR = R_w − R_l; every implicit reward here is βr.
+r is the summed log-ratio (nats) of a response to the reference, and h = r_w − r_l. R is a response's score, larger for
+better responses, and ΔR = R_w − R_l. Every implicit reward here is βr.
 """
 
 import torch
@@ -23,21 +23,21 @@ MARGINS = ("difference", "ratio")
 
 
 def _check_order(chosen_scores: Tensor, rejected_scores: Tensor, margin: str) -> None:
-    """The chosen response has the larger score; for a ratio both are above 0."""
+    """Check that the chosen response has the larger score, and that both are above 0 if the margin is their ratio."""
     wrong = ~(chosen_scores > rejected_scores)
     if wrong.any():
         at = int(wrong.nonzero()[0])
         raise UnsuitableExamples(
             wrong,
             f"its chosen_score {chosen_scores[at].item():g} is not above its rejected_score "
-            f"{rejected_scores[at].item():g}, and its margin would be no number: drop the row, or swap its responses",
+            f"{rejected_scores[at].item():g}, so its margin is undefined: drop the row, or swap its responses",
         )
     wrong = ~(rejected_scores > 0)
     if margin == "ratio" and wrong.any():
         raise UnsuitableExamples(
             wrong,
-            f"its rejected_score {rejected_scores[wrong][0].item():g} is not above 0, as margin='ratio' wants it: give "
-            "positive scores, or take margin='difference'",
+            f"its rejected_score {rejected_scores[wrong][0].item():g} is not above 0, which margin='ratio' requires: "
+            "use positive scores, or margin='difference'",
         )
 
 
@@ -52,15 +52,16 @@ def odpo_loss(
     alpha: float = 1.0,
     margin: str = "difference",
 ) -> LossOutput:
-    """ℓ(βh − α log ΔR): DPO whose margin is to be the larger, the more the chosen response is better.
+    """ℓ(βh − α log ΔR): DPO with a margin that grows with how much better the chosen response is.
 
-    DPO with an offset (ODPO). With `margin="ratio"` the offset is α log(R_w/R_l). α = 0 is DPO.
+    DPO with an offset (ODPO). With `margin="ratio"` the offset is α log(R_w/R_l). α = 0 gives DPO.
 
-    Use it on pairs with scores on one scale, of a reward model or of raters, where some differ much more than others.
+    Use it on pairs scored on one scale by a reward model or raters, if some score differences are much larger than
+    others.
 
     Args:
         policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps: `[B]`, summed, nats.
-        chosen_scores, rejected_scores: `[B]`, R_w > R_l (the loss is NaN otherwise; the trainer refuses such rows).
+        chosen_scores, rejected_scores: `[B]`, R_w > R_l. Otherwise the loss is NaN; the trainer rejects such rows.
         beta: > 0. alpha: ≥ 0, in reward units. margin: "difference" or "ratio".
 
     Raises:
@@ -76,7 +77,7 @@ def odpo_loss(
 
 
 def _bernoulli_kl(first: Tensor, second: Tensor) -> Tensor:
-    """KL(σ(a) ‖ σ(b)) of two logits, in nats, without a logarithm of a rounded probability."""
+    """KL(σ(a) ‖ σ(b)) of two logits, in nats, without taking the logarithm of a rounded probability."""
     yes = torch.sigmoid(first) * (F.logsigmoid(first) - F.logsigmoid(second))
     return yes + torch.sigmoid(-first) * (F.logsigmoid(-first) - F.logsigmoid(-second))
 
@@ -91,17 +92,17 @@ def rpo_bwd_loss(
     beta: float = 0.2,
     eta: float = 1.0,
 ) -> Tensor:
-    """KL(p* ‖ p), p* = σ(ηΔR), p = σ(βh): the margin is led to ηΔR, not to infinity.
+    """KL(p* ‖ p), p* = σ(ηΔR), p = σ(βh): the target of the margin is ηΔR, not infinity.
 
-    Reward-aware preference optimization (Nemotron-4 340B) with the "backward" KL of its source: that of the scores'
-    probability to the policy's. Scores may come in either order: a chosen response with the lower one is led below. The
-    loss is least, 0, at βh = ηΔR, and η → ∞ is DPO.
+    Reward-aware preference optimization (Nemotron-4 340B) with what its source calls the "backward" KL, from the
+    probability given by the scores to the policy's. The chosen response may have the lower score; the loss then pushes
+    it below the rejected one. The loss reaches its minimum, 0, at βh = ηΔR; η → ∞ gives DPO.
 
-    Use it on pairs with scores of a reward model, where DPO would drive pairs apart that hardly differ.
+    Use it on pairs with reward-model scores, if DPO would separate pairs that hardly differ.
 
     Args:
         policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps: `[B]`, summed, nats.
-        chosen_scores, rejected_scores: `[B]`. beta: > 0. eta: η > 0, reward units for one of the scores'.
+        chosen_scores, rejected_scores: `[B]`. beta: > 0. eta: η > 0, reward units per unit of score.
 
     Raises:
         ValueError: shapes differ or a hyperparameter is out of range.
@@ -120,12 +121,12 @@ def rpo_fwd_loss(
     beta: float = 0.2,
     eta: float = 1.0,
 ) -> Tensor:
-    """KL(p ‖ p*), p = σ(βh), p* = σ(ηΔR): `rpo_bwd` with the KL the other way round, as its source names them.
+    """KL(p ‖ p*), p = σ(βh), p* = σ(ηΔR): `rpo_bwd` with the arguments of the KL exchanged, its source's "forward" KL.
 
-    Pairs that the policy has far wrong train little: its gradient in βh is p(1 − p)(βh − ηΔR). Arguments as in
-    `rpo_bwd_loss`.
+    Pairs that the policy ranks very wrongly have small gradients: the derivative in βh is p(1 − p)(βh − ηΔR). Arguments
+        as in `rpo_bwd_loss`.
 
-    Use it where `rpo_bwd` is pulled about by a few pairs whose scores are wrong.
+    Use it if a few pairs with wrong scores dominate under `rpo_bwd`.
 
     Raises:
         ValueError: shapes differ or a hyperparameter is out of range.
@@ -144,11 +145,11 @@ def rpo_sq_loss(
     beta: float = 0.2,
     eta: float = 1.0,
 ) -> Tensor:
-    """(βh − ηΔR)²: the reward margin regressed on the scores'.
+    """(βh − ηΔR)²: regresses the reward margin on the difference of the scores.
 
     Reward-aware preference optimization with a squared distance. Arguments as in `rpo_bwd_loss`.
 
-    Use it where scores are calibrated and their differences, not only their order, are to come out in the policy.
+    Use it if scores are calibrated, so that the policy should reflect their differences and not only their order.
 
     Raises:
         ValueError: shapes differ or a hyperparameter is out of range.
@@ -166,13 +167,13 @@ def sppo_loss(
     rejected_win_rates: Tensor | None = None,
     beta: float = 0.001,
 ) -> Tensor:
-    """½[(r_w − (P_w − ½)/β)² + (r_l − (P_l − ½)/β)²]: each log-ratio is led to what its win rate says.
+    """½[(r_w − (P_w − ½)/β)² + (r_l − (P_l − ½)/β)²]: moves each log-ratio toward a target set by its win rate.
 
-    Self-play preference optimization with win rates P of each response against the samples of its prompt, β being the
-    paper's 1/η. Without `rejected_win_rates`, P_l = 1 − P_w, P_w being how often the chosen one beats the rejected one.
-    P = 1 and 0 is half of `sppo_hard`.
+    Self-play preference optimization. P is the win rate of a response against the samples for its prompt; β is the
+    paper's 1/η. Without `rejected_win_rates`, P_w is the probability that the chosen response beats the rejected one,
+    and P_l = 1 − P_w. Win rates of 1 and 0 give half of `sppo_hard`.
 
-    Use it on policy samples judged against each other, in rounds, each with the last round's policy as the reference.
+    Use it on policy samples judged against each other, in rounds; the reference is the policy after the previous round.
 
     Args:
         policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps: `[B]`, summed, nats.

@@ -1,7 +1,7 @@
 """Losses of lists whose responses have scores R: InfoNCA, NCA, EXO, and LiPO's lambda loss. Larger scores are better.
 
-Tensors are `[B, K]`, padded where `list_mask` is False; what stands there is never looked at. r is a response's
-log-ratio of summed log-probs, policy to reference, in nats; p = softmax(R / temperature) over a list.
+Tensors are `[B, K]`; entries where `list_mask` is False are padding and are ignored. r is the summed log-ratio (nats)
+of a response to the reference; p = softmax(R / temperature) over a list.
 """
 
 import torch
@@ -16,7 +16,7 @@ from hf_prefopt.losses.registry import register_loss
 def _checked_rewards(
     policy_list_logps: Tensor, ref_list_logps: Tensor, list_scores: Tensor, list_mask: Tensor, beta: float
 ) -> Tensor:
-    """βr `[B, K]`, 0 at padding. Raises `ValueError` where shapes differ."""
+    """βr `[B, K]`, 0 at padding. Raises `ValueError` if shapes differ."""
     check_lists(
         policy_list_logps=policy_list_logps, ref_list_logps=ref_list_logps, list_scores=list_scores, list_mask=list_mask
     )
@@ -42,11 +42,11 @@ def infonca_loss(
     beta: float = 0.01,
     alpha: float = 1e-4,
 ) -> LossOutput:
-    """−Σ p log softmax(βr), p = softmax(R/α): the policy's softmax meets that of the scores.
+    """−Σ p log softmax(βr), p = softmax(R/α): the cross-entropy from the softmax of the scores to the policy's.
 
-    InfoNCA. The default α is that of the authors' code, for which p is nearly all on the best response.
+    InfoNCA. The default α is from the authors' code and puts nearly all of p on the best response.
 
-    Use it on lists of scored responses to a prompt; two responses suffice.
+    Use it on lists of two or more scored responses to a prompt.
 
     Args:
         policy_list_logps, ref_list_logps, list_scores: `[B, K]`; sums in nats. list_mask: `[B, K]` bool.
@@ -70,11 +70,11 @@ def nca_loss(
     beta: float = 0.01,
     alpha: float = 1e-4,
 ) -> LossOutput:
-    """−Σ p log σ(βr) − (1/K)Σ log σ(−βr), p = softmax(R/α): like InfoNCA, held to the reference's likelihoods.
+    """−Σ p log σ(βr) − (1/K)Σ log σ(−βr), p = softmax(R/α): like InfoNCA, but anchored at the reference's likelihoods.
 
-    Noise contrastive alignment; arguments as in `infonca_loss`. K is each list's own length.
+    Noise contrastive alignment; arguments as in `infonca_loss`. K is the length of each list.
 
-    Use it on lists of scored responses where the likelihood of the best one must not fall.
+    Use it on lists of scored responses, if the likelihood of the best response must not fall.
 
     Raises:
         ValueError: shapes differ or a hyperparameter is out of range.
@@ -99,7 +99,7 @@ def exo_rw_loss(
 
     Efficient exact optimization with rewards.
 
-    Use it on lists with a reward model's scores, to seek their mode (reverse KL); `infonca` covers them.
+    Use it on lists with reward-model scores for mode-seeking behavior (reverse KL); `infonca` is mode-covering.
 
     Args:
         policy_list_logps, ref_list_logps, list_scores: `[B, K]`; sums in nats. list_mask: `[B, K]` bool.
@@ -115,12 +115,12 @@ def exo_rw_loss(
 
 
 def _check_gains(list_scores: Tensor, list_mask: Tensor, normalize_scores: bool) -> None:
-    """Scores are gains from 0 to 1, unless they are to be stretched."""
+    """Check that scores are gains in [0, 1], unless `normalize_scores` rescales them."""
     outside = ((list_scores < 0) | (list_scores > 1)) & list_mask
     if outside.any() and not normalize_scores:
         raise UnsuitableExamples(
             outside.any(dim=1),
-            f"its scores reach {list_scores[outside][0].item():g}, and 2^R wants gains from 0 to 1: rescale them, or "
+            f"its scores reach {list_scores[outside][0].item():g}, but 2^R requires gains in [0, 1]: rescale them, or "
             "pass normalize_scores=True in loss_params",
         )
 
@@ -136,16 +136,16 @@ def lipo_loss(
 ) -> LossOutput:
     """Σ_{R_i > R_j} Δ_ij ℓ(β(r_i − r_j)), Δ_ij = |2^R_i − 2^R_j|·|1/log(1+τ_i) − 1/log(1+τ_j)|, τ the rank by βr.
 
-    LiPO-λ, eq. 8: pairs whose exchange would change the DCG of the policy's own ranking most count most. Δ is not
-    differentiated. Where rewards are equal, as all are before the first step, it is the mean of Δ over the orders that
-    they may stand in. Scores are gains and meant to be in [0, 1]; the trainer refuses data with others.
+    LiPO-λ, eq. 8: a pair counts more if swapping it would change the DCG of the policy's ranking more. Δ is not
+    differentiated. For equal rewards, as all are before the first step, Δ is averaged over their possible orders.
+    Scores are gains in [0, 1]; the trainer rejects data with scores outside this range.
 
-    Use it on lists of four or more scored responses where the top of the ranking matters most.
+    Use it on lists of four or more scored responses, if the top of the ranking matters most.
 
     Args:
         policy_list_logps, ref_list_logps, list_scores: `[B, K]`; sums in nats. list_mask: `[B, K]` bool.
         beta: > 0.
-        normalize_scores: stretch each list's scores to [0, 1] first.
+        normalize_scores: rescales each list's scores to [0, 1] first.
 
     Raises:
         ValueError: shapes differ or beta is out of range.
@@ -161,30 +161,31 @@ def lipo_loss(
 
 
 def _discounts_apart(rewards: Tensor) -> Tensor:
-    """`[B, K, K]`: the mean of |1/log(1+τ_i) − 1/log(1+τ_j)| over all orders τ by these rewards, largest first.
+    """`[B, K, K]`: the mean of |1/log(1+τ_i) − 1/log(1+τ_j)| over all rankings τ by these rewards, largest first.
 
-    n equal rewards share n places. One of them is at each place equally often, and two of them at each pair of places.
+    n equal rewards share n ranks. Each of them has each of these ranks equally often, and each two of them each pair of
+    ranks.
     """
     place = torch.arange(1, rewards.shape[1] + 1, device=rewards.device, dtype=rewards.dtype)
     discounts = 1 / torch.log1p(place)
     equal = rewards[:, :, None] == rewards[:, None, :]
     ahead, count = (rewards[:, :, None] < rewards[:, None, :]).sum(2), equal.sum(2)
-    # [b, i, p]: the share of orders in which response i is at place p.
+    # [b, i, p]: the fraction of rankings in which response i has rank p.
     at_place = (place > ahead[..., None]) & (place <= (ahead + count)[..., None])
     shares = at_place.to(rewards.dtype) / count[..., None]
     means = shares @ discounts
     among_equal = torch.einsum("bip,bjq,pq->bij", shares, shares, (discounts[:, None] - discounts).abs())
-    among_equal = among_equal * count[..., None] / (count[..., None] - 1).clamp(min=1)  # two are never at one place
+    among_equal = among_equal * count[..., None] / (count[..., None] - 1).clamp(min=1)  # two never share a rank
     return torch.where(equal, among_equal, (means[:, :, None] - means[:, None, :]).abs())
 
 
 def _differences(values: Tensor) -> Tensor:
-    """`[B, K, K]`: value i less value j."""
+    """`[B, K, K]`: value i minus value j."""
     return values[:, :, None] - values[:, None, :]
 
 
 def _stretched(scores: Tensor, mask: Tensor) -> Tensor:
-    """Each list's scores moved and scaled to [0, 1]; equal ones become 0."""
+    """The scores of each list, shifted and scaled to [0, 1]; if all are equal, they become 0."""
     low = scores.masked_fill(~mask, torch.inf).amin(1, keepdim=True)
     high = scores.masked_fill(~mask, -torch.inf).amax(1, keepdim=True)
     return torch.where(mask, (scores - low) / torch.where(high > low, high - low, 1.0), 0.0)

@@ -1,6 +1,6 @@
-"""SimPO and its kin: functions of the mean log-prob of a response's tokens, without a reference.
+"""SimPO and its variants: functions of the mean log-prob of a response's tokens, without a reference.
 
-s̄ is a response's summed log-prob (nats) divided by its scored tokens; e^s̄ is its inverse perplexity.
+s̄ is a response's summed log-prob (nats) divided by its number of scored tokens; e^s̄ is its inverse perplexity.
 """
 
 import torch
@@ -32,16 +32,16 @@ def simpo_loss(
     label_smoothing: float = 0.0,
     margins: Tensor | None = None,
 ) -> LossOutput:
-    """ℓ(β(s̄_w − s̄_l) − γ): the mean log-prob of a response is its reward, γ the target margin.
+    """ℓ(β(s̄_w − s̄_l) − γ): the reward is β times the mean log-prob, and γ is the target margin.
 
-    Simple preference optimization, eq. 6. The margin is given once: as γ itself, or as γ/β (the default, 0.5).
+    Simple preference optimization, eq. 6. Set the margin once, as γ or as γ/β (default 0.5).
 
-    Use it where there is no room for a reference model and length must not pay; tune β and γ together.
+    Use it if a reference model does not fit into memory and length must not be rewarded; tune β and γ together.
 
     Args:
         policy_chosen_logps, policy_rejected_logps: `[B]`, summed, nats; lengths: `[B]`, tokens.
         beta: > 0. gamma: ≥ 0, in reward units. gamma_beta_ratio: ≥ 0, nats per token.
-        margins: `[B]`, of each pair in reward units, subtracted like γ.
+        margins: `[B]`, the target margin of each pair in reward units, subtracted in addition to γ.
 
     Raises:
         ValueError: both gamma and gamma_beta_ratio are given, shapes differ, or a value is out of range.
@@ -59,10 +59,10 @@ def simpo_loss(
 def target_margin(
     beta: float, gamma: float | None, gamma_beta_ratio: float | None, default_ratio: float = 0.5
 ) -> float:
-    """γ, from γ itself or from γ/β, whichever is given; neither means `default_ratio`·β.
+    """γ, given as γ or as γ/β; if neither is given, `default_ratio`·β.
 
     Raises:
-        ValueError: both are given, or the one given is negative.
+        ValueError: both are given, or the value is negative.
     """
     if gamma is not None and gamma_beta_ratio is not None:
         raise ValueError(f"gamma={gamma} and gamma_beta_ratio={gamma_beta_ratio} both set the margin: pass one of them")
@@ -86,13 +86,13 @@ def alphapo_loss(
     gamma_beta_ratio: float | None = None,
     label_smoothing: float = 0.0,
 ) -> LossOutput:
-    """ℓ(β(ρ_w − ρ_l) − γ), ρ = (1 − e^(−α s̄))/α: SimPO with a reward whose shape α bends.
+    """ℓ(β(ρ_w − ρ_l) − γ), ρ = (1 − e^(−α s̄))/α: SimPO with a reward whose shape depends on α.
 
-    AlphaPO; α → 0 is SimPO (ρ → s̄), and is taken as that limit. The margin is given once: as γ itself, or as γ/β (the
-    default, 0.04: γ = 0.1 at β = 2.5). The reward is formed from s̄ and never from a probability; where −α·s̄ passes 20
-    (no trained model does) e^x goes on as its tangent. The implicit reward is β·ρ.
+    AlphaPO. At α = 0 the loss uses the limit ρ → s̄, which is SimPO. Set the margin once, as γ or as γ/β (default 0.04:
+    γ = 0.1 at β = 2.5). The reward is computed from s̄, never from a probability; for exponents −α·s̄ above 20, which
+    no trained model reaches, e^x is replaced by its tangent. The implicit reward is β·ρ.
 
-    Use it where SimPO lets the likelihood of both responses fall too far, or too little: α is the dial.
+    Use it if SimPO lowers the likelihood of both responses too much or too little: α controls this.
 
     Args:
         alpha: any finite number. beta, gamma, gamma_beta_ratio, label_smoothing: as in `simpo_loss`.
@@ -117,11 +117,11 @@ def alphapo_loss(
 def simper_loss(
     policy_chosen_logps: Tensor, policy_rejected_logps: Tensor, chosen_lengths: Tensor, rejected_lengths: Tensor
 ) -> LossOutput:
-    """e^s̄_l − e^s̄_w: the inverse perplexities themselves, without any hyperparameter.
+    """e^s̄_l − e^s̄_w: the difference of the inverse perplexities, without hyperparameters.
 
     SimPER. The implicit reward is e^s̄, in (0, 1].
 
-    Use it where nothing should be tuned.
+    Use it if you do not want to tune any hyperparameter of the loss.
 
     Raises:
         ValueError: shapes differ.
@@ -138,11 +138,11 @@ def repo_loss(
     rejected_lengths: Tensor,
     gamma: float = 0.5,
 ) -> LossOutput:
-    """max(0, γ − (s̄_w − s̄_l)): SimPO's limit for a large β, a pair beyond its margin trains nothing.
+    """max(0, γ − (s̄_w − s̄_l)): SimPO's limit for large β; a pair beyond the margin has no gradient.
 
     ReLU-based preference optimization (RePO). The implicit reward is s̄.
 
-    Use it as SimPO with one hyperparameter fewer.
+    Use it like SimPO, with one hyperparameter less.
 
     Args:
         gamma: γ ≥ 0, nats per token.

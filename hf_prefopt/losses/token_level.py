@@ -1,7 +1,7 @@
-"""DPO on chosen tokens or weighted ones: SamPO, D²PO and TIS-DPO, each ℓ(β(Σ_t m_t ρ_t of y_w − the same of y_l)).
+"""DPO on sampled or weighted tokens: SamPO, D²PO and TIS-DPO, each ℓ(β(Σ_t m_t ρ_t of y_w − Σ_t m_t ρ_t of y_l)).
 
-ρ_t = log π(y_t) − log π_ref(y_t) (nats) is the log-ratio of a scored token, `[B, T]` and 0 behind a response's end.
-What the methods differ in is m_t; with m_t = 1 each is DPO. The implicit reward is the weighted sum, β Σ_t m_t ρ_t.
+ρ_t = log π(y_t) − log π_ref(y_t) (nats) is the log-ratio of a scored token, `[B, T]`, padded with 0. The methods differ
+in m_t; with m_t = 1 each is DPO. The implicit reward is the weighted sum, β Σ_t m_t ρ_t.
 """
 
 import math
@@ -27,20 +27,20 @@ def sampo_loss(
     seed: int = 0,
     epoch: int = 0,
 ) -> LossOutput:
-    """ℓ(βh) over a random subset of min(|y_w|, |y_l|) tokens of each side: no reward for length as such.
+    """ℓ(βh) over a random subset of min(|y_w|, |y_l|) tokens of each response: length alone is not rewarded.
 
-    SamPO: of the longer response as many tokens count as the shorter one has, each as likely as the next. The
-    subset is a function of the pair's place in its data set, of the epoch and of `seed`: the same on every rank, in
-    every cut into micro-batches and after a resume, and another one in each epoch, as in the authors' code, which draws
-    whenever it sees the pair. Evaluations all have the subsets of the first epoch.
+    SamPO uses as many tokens of the longer response as the shorter one has, drawn uniformly. The subset depends only on
+    the pair's position in its data set, the epoch and `seed`: it is the same on every rank, for every batch split and
+    after resuming, and differs between epochs. The authors' code draws a new subset whenever it sees the pair. All
+    evaluations use the subsets of the first epoch.
 
-    Use it where DPO makes responses longer, and `dpo_norm`'s mean would change the scale of the rewards.
+    Use it if DPO makes responses longer, and you want to keep the scale of the rewards, which `dpo_norm` changes.
 
     Args:
         policy_chosen_token_logps, policy_rejected_token_logps, ref_chosen_token_logps, ref_rejected_token_logps:
-            `[B, T]`, nats, 0 behind the end of a response.
-        chosen_lengths, rejected_lengths, rows, pair_in_row: `[B]`, whole numbers.
-        beta: > 0. seed: of the subsets, a whole number. epoch: the number of the epoch, from 0.
+            `[B, T]`, nats, padded with 0.
+        chosen_lengths, rejected_lengths, rows, pair_in_row: `[B]`, integers.
+        beta: > 0. seed: an integer, the seed of the subsets. epoch: the number of the epoch, from 0.
 
     Raises:
         ValueError: shapes differ or beta is out of range.
@@ -75,13 +75,13 @@ def d2po_loss(
 ) -> LossOutput:
     """ℓ(β Σ_t γ^t(ρ_w,t − ρ_l,t)), t from 1: earlier tokens count more.
 
-    D²PO, DPO with temporal decay; t counts the scored tokens, and begins at 1 as in the authors' code. γ = 1 is DPO.
+    D²PO, DPO with temporal decay. t counts the scored tokens from 1, as in the authors' code. γ = 1 gives DPO.
 
-    Use it where responses drift after a good or bad start, so that late tokens say little about the preference.
+    Use it if responses drift after a good or bad start, so that late tokens carry little information.
 
     Args:
         policy_chosen_token_logps, policy_rejected_token_logps, ref_chosen_token_logps, ref_rejected_token_logps:
-            `[B, T]`, nats, 0 behind the end of a response.
+            `[B, T]`, nats, padded with 0.
         beta: > 0. gamma: γ in (0, 1].
 
     Raises:
@@ -96,7 +96,7 @@ def d2po_loss(
 
 
 def _decay(ratio: Tensor, gamma: float) -> Tensor:
-    """γ, γ², … `[T]`, through the logarithm, which is rounded once and not with every power."""
+    """γ, γ², … `[T]`, computed as exp(t log γ), so that rounding errors do not accumulate."""
     places = torch.arange(1, ratio.shape[1] + 1, dtype=ratio.dtype, device=ratio.device)
     return torch.exp(math.log(gamma) * places)
 
@@ -113,15 +113,15 @@ def tis_dpo_loss(
 ) -> LossOutput:
     """ℓ(β(Σ_t w_t ρ_w,t − Σ_t w_t ρ_l,t)), w from the columns `chosen_token_weights` and `rejected_token_weights`.
 
-    Token-level importance sampling DPO, its weighted sequence log-ratios u; the weighted sequence KL η
-    that its derivation also takes off is left out. How the weights are estimated (from a contrastive pair of models in
-    the paper) is the data's affair; weights of 1 are DPO.
+    Token-level importance sampling DPO: the weighted sequence log-ratios u, without the weighted sequence KL η that the
+    paper's derivation also subtracts. The weights come from the data set; the paper estimates them with a contrastive
+    pair of models. Weights of 1 give DPO.
 
-    Use it where something says which tokens matter: contrastive models, span annotations, a verifier.
+    Use it if you know which tokens matter, for example from contrastive models, span annotations or a verifier.
 
     Args:
         policy_chosen_token_logps, policy_rejected_token_logps, ref_chosen_token_logps, ref_rejected_token_logps:
-            `[B, T]`, nats, 0 behind the end of a response.
+            `[B, T]`, nats, padded with 0.
         chosen_token_weights, rejected_token_weights: `[B, T]`, ≥ 0.
         beta: > 0.
 
@@ -140,20 +140,20 @@ def tis_dpo_loss(
 def _token_log_ratios(
     policy_chosen: Tensor, policy_rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, **vectors: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """(ρ_w, ρ_l), each `[B, T]`. Raises `ValueError` where shapes differ."""
+    """(ρ_w, ρ_l), each `[B, T]`. Raises `ValueError` if shapes differ."""
     check_tokens({"policy_chosen_token_logps": policy_chosen, "ref_chosen_token_logps": ref_chosen}, vectors)
     check_tokens({"policy_rejected_token_logps": policy_rejected, "ref_rejected_token_logps": ref_rejected}, vectors)
     return policy_chosen - ref_chosen, policy_rejected - ref_rejected
 
 
 def _dpo_of_tokens(chosen: Tensor, rejected: Tensor, beta: float) -> LossOutput:
-    """ℓ of the difference of the two sums over tokens, β times."""
+    """ℓ of β times the difference of the two sums over tokens."""
     chosen, rejected = beta * chosen.sum(-1), beta * rejected.sum(-1)
     return LossOutput(logistic(chosen - rejected), pair_rewards(chosen, rejected))
 
 
 def _subset(lengths: Tensor, count: Tensor, keys: Tensor, width: int) -> Tensor:
-    """`[B, width]` bool: `count` of each response's tokens, drawn without replacement by its key."""
+    """`[B, width]` bool: `count` tokens of each response, drawn without replacement; its key determines the draw."""
     places = torch.arange(width, device=lengths.device)
     draws = _mixed(keys[:, None] + places).masked_fill(places >= lengths[:, None], _WORD + 1)
     return draws.argsort(dim=1, stable=True).argsort(dim=1) < count[:, None]
@@ -163,9 +163,9 @@ _WORD = 0xFFFFFFFF
 
 
 def _mixed(numbers: Tensor) -> Tensor:
-    """A 32-bit hash of whole numbers (xor, shift and multiply, with the constants of "lowbias32"), in int64.
+    """A 32-bit hash of integers (xor, shift and multiply, with the constants of "lowbias32"), in int64.
 
-    No generator is used, because its draws would depend on how many were made before, and on the device.
+    A random generator's draws would depend on the device and on the number of earlier draws.
     """
     x = numbers.long() & _WORD
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):

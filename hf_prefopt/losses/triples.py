@@ -1,4 +1,4 @@
-"""Losses of triples: a pair to contrast, and a third, gold response to imitate, without a reference model.
+"""Losses of triples, without a reference model: a pair to contrast, and a third, gold response to imitate.
 
 s is a response's summed log-prob (nats), s̄ the same per scored token, NLL(y) = −s̄; g is the gold response.
 """
@@ -28,13 +28,14 @@ def tpo_loss(
     tpo_alpha: float = 1.0,
     label_smoothing: float = 0.0,
 ) -> LossOutput:
-    """ℓ(β(s_w − s_l)) + α·NLL(y_g): contrast without a reference, held to a third, gold response.
+    """ℓ(β(s_w − s_l)) + α·NLL(y_g): a contrastive loss without a reference, plus the NLL of a third, gold response.
 
-    Triple preference optimization: CPO whose NLL is of a response that is better than both of the pair. Each example's
-    NLL is by its own length, where TRL averages over the tokens of a micro-batch. The implicit reward is β·s.
+    Triple preference optimization: CPO with the NLL of a response that is better than both responses of the pair. The
+        NLL of each example is divided by its own length; TRL averages over the tokens of a micro-batch. The implicit
+        reward is β·s.
 
-    Use it where prompts have a response worth imitating beside two that are only compared: solutions by an expert, and
-    pairs of the model's own.
+    Use it if prompts have a response worth imitating and two others to compare, such as an expert's solution and a pair
+    of the model's own responses.
 
     Args:
         policy_chosen_logps, policy_rejected_logps, policy_gold_logps: `[B]`, summed, nats. gold_lengths: `[B]`, tokens.
@@ -68,10 +69,10 @@ def tpo_l_loss(
 ) -> LossOutput:
     """ℓ(β(s̄_w − s̄_l) − γ) + α·NLL(y_g): TPO on log-probs per token, with a target margin γ.
 
-    The length-controlled form of triple preference optimization: SimPO's contrast beside TPO's NLL. β and γ are those
-    that TRL has for it; γ counts in reward units, after β. The implicit reward is β·s̄.
+    The length-controlled form of triple preference optimization: SimPO's contrastive loss plus TPO's NLL. The defaults
+    of β and γ are TRL's; γ is in reward units, so it is not multiplied by β. The implicit reward is β·s̄.
 
-    Use it as TPO, where the responses grow longer under it.
+    Use it instead of TPO if TPO makes responses longer.
 
     Args:
         policy_chosen_logps, policy_rejected_logps, policy_gold_logps: `[B]`, summed, nats.
@@ -92,9 +93,9 @@ def tpo_l_loss(
 
 @register_loss("sft_gold", is_average_loss=True, computes_reward_metrics=False)
 def sft_gold_loss(policy_gold_logps: Tensor, gold_lengths: Tensor) -> LossOutput:
-    """NLL(y_g) = −s̄_g: supervised fine-tuning on the gold responses, each by its own length.
+    """NLL(y_g) = −s̄_g: supervised fine-tuning on the gold responses, each divided by its own length.
 
-    Use it as a part of a mixture, to hold any loss of pairs to a gold response as TPO does.
+    Use it in a mixture, to add the NLL of a gold response to any loss of pairs, as TPO does.
 
     Raises:
         ValueError: shapes differ.
@@ -112,7 +113,7 @@ def _held_to_gold(
     tpo_alpha: float,
     label_smoothing: float,
 ) -> LossOutput:
-    """ℓ of the margin of the rewards less γ, and α times the NLL of the gold response."""
+    """ℓ of the reward margin minus γ, plus α times the NLL of the gold response."""
     check_positive(beta=beta)
     check_range("tpo_alpha", tpo_alpha, 0.0)
     check_range("label_smoothing", label_smoothing, 0.0, 0.5)

@@ -1,6 +1,6 @@
-"""Losses of single responses: by their label APO-zero, NPO and the NLL of the desirable ones; by their quantile QRPO.
+"""Losses of single responses: APO-zero, NPO and the NLL for responses with labels, QRPO for responses with quantiles.
 
-r is the log-ratio of a response's summed log-probs, policy to reference, in nats; True labels are desirable.
+r is the summed log-ratio (nats) of a response to the reference. A label of True means desirable.
 """
 
 import torch
@@ -20,13 +20,12 @@ def apo_zero_unpaired_loss(
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
 ) -> LossOutput:
-    """λ_D(1 − σ(βr)) if desirable, λ_U·σ(βr) if not: raise the one, lower the other, from the reference on.
+    """λ_D(1 − σ(βr)) if desirable, λ_U·σ(βr) if not: raises or lowers the likelihood relative to the reference.
 
-    Anchored preference optimization, APO-zero (eq. 7) term by term: KTO with its baseline at 0. The implicit reward
+    The two terms of anchored preference optimization, APO-zero (eq. 7): KTO with its baseline at 0. The implicit reward
     is βr.
 
-    Use it on labeled responses that are better (desirable) or worse than the model's own; it needs no batch
-    statistics.
+    Use it on labeled responses that are better (desirable) or worse than the model's own. It needs no batch statistics.
 
     Args:
         policy_logps, ref_logps: `[B]`, summed, nats. labels: `[B]` bool.
@@ -46,12 +45,12 @@ def apo_zero_unpaired_loss(
 
 @register_loss("npo", paper="2404.05868")
 def npo_loss(policy_logps: Tensor, ref_logps: Tensor, labels: Tensor, beta: float = 0.1) -> LossOutput:
-    """(2/β)·softplus(βr) on what is to be forgotten (undesirable), 0 on what is to be kept.
+    """(2/β)·softplus(βr) on responses to forget (undesirable), 0 on responses to keep.
 
-    Negative preference optimization: half of DPO, and gradient ascent as β → 0. Examples to keep are its usual
-    companion, trained on by `sft_weight`. The implicit reward is βr.
+    Negative preference optimization: the rejected half of DPO, and gradient ascent as β → 0. It is usually combined
+        with responses to keep, which `sft_weight` trains on. The implicit reward is βr.
 
-    Use it to unlearn: a forget set labeled False, a retain set labeled True with `sft_weight`.
+    Use it for unlearning: label the forget set False and the retain set True, and set `sft_weight`.
 
     Args:
         policy_logps, ref_logps: `[B]`, summed, nats. labels: `[B]` bool, False for the forget set.
@@ -75,14 +74,14 @@ def qrpo_loss(
     beta: float = 0.003,
     length_normalize: bool = False,
 ) -> LossOutput:
-    """(Q − β log Z − βr)², Z = β(e^(1/β) − 1): each reward is led to its target, that of the optimal policy.
+    """(Q − β log Z − βr)², Z = β(e^(1/β) − 1): the target of each reward is its value under the optimal policy.
 
-    Quantile Reward Policy Optimization, Z by eq. 11. Q is the share of the reference's own responses to the prompt
-    whose reward is not above this response's. As Q is uniform under the reference, Z is known. The authors' code takes
-    βe^(1/β) for Z; here Z is exact, which moves the target by 1e-3 and more from β = 0.2 on. The implicit reward is βr.
-    `length_normalize=True` takes β/|y| for β, in Z too, as the authors did for Apertus with β from 1 to 10.
+    Quantile Reward Policy Optimization, with Z from eq. 11. Q is the share of the reference's own responses to the
+    prompt whose reward is not above this response's. Q is uniform under the reference, so Z is known. The authors' code
+    uses βe^(1/β) for Z. The exact Z used here moves the target by 1e-3 or more for β ≥ 0.2. The implicit reward is βr.
+    With `length_normalize=True`, β/|y| replaces β, also in Z, as the authors did for Apertus with β from 1 to 10.
 
-    Use it where responses have rewards, of a reward model or a verifier, rather than preferences.
+    Use it if responses have rewards, from a reward model or a verifier, rather than preferences.
 
     Args:
         policy_logps, ref_logps: `[B]`, summed, nats. lengths: `[B]`, scored tokens.
@@ -98,7 +97,7 @@ def qrpo_loss(
     betas = torch.full_like(ratios, beta)
     if length_normalize:
         betas = per_token(betas, lengths)
-    # β log Z, without e^(1/β), which overflows.
+    # β log Z, computed without e^(1/β), which would overflow.
     partition = betas * (betas.log() + log1mexp(-1 / betas)) + 1
     rewards = betas * ratios
     return LossOutput((quantiles - partition - rewards).square(), rewards.detach()[:, None])
@@ -106,9 +105,9 @@ def qrpo_loss(
 
 @register_loss("sft_unpaired", form_of="sft", is_average_loss=True, computes_reward_metrics=False)
 def sft_unpaired_loss(policy_logps: Tensor, lengths: Tensor, labels: Tensor) -> LossOutput:
-    """NLL(y) = −s̄ of a desirable response, 0 of an undesirable one: `sft` on unpaired examples.
+    """NLL(y) = −s̄ for a desirable response, 0 for an undesirable one: `sft` on unpaired examples.
 
-    Use it by the name `sft`: this form is taken where the data set has labels.
+    Use it as `sft`: the trainer selects this form if the data set has labels.
 
     Raises:
         ValueError: shapes differ.

@@ -1,4 +1,4 @@
-"""Pair losses that read whole predictions, not only the tokens' log-probs: TDPO their KL, MallowsPO their entropy.
+"""Pair losses that need the prediction over the whole vocabulary: TDPO for its KL, MallowsPO for its entropy.
 
 r = s − s_ref is the summed log-ratio (nats) of a response to the reference, h = r_w − r_l, ℓ(z) = −log σ(z).
 """
@@ -30,9 +30,9 @@ def tdpo1_loss(
 ) -> LossOutput:
     """ℓ(β(h − (D_l − D_w))), D = Σ_t KL(π_ref(·|y_<t) ‖ π(·|y_<t)) over the vocabulary, differentiated.
 
-    Token-level DPO, its first form. The implicit reward is β(r + D).
+    Token-level DPO, first form. The implicit reward is β(r + D).
 
-    Use it to hold the policy to the reference token by token; `tdpo2` is the form that its authors prefer.
+    Use it to keep the policy close to the reference at every token; the authors prefer `tdpo2`.
 
     Args:
         policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps: `[B]`, summed, nats.
@@ -55,12 +55,13 @@ def tdpo2_loss(
     beta: float = 0.1,
     alpha: float = 0.5,
 ) -> LossOutput:
-    """ℓ(β(h − α(D_l − sg D_w))): TDPO1 with the chosen response's KL held fixed, and both weighed by α.
+    """ℓ(β(h − α(D_l − sg D_w))): TDPO1 without the gradient of the chosen response's KL, and both KLs weighted by α.
 
-    Token-level DPO, its second form; D as in `tdpo1_loss`. Without a gradient the chosen KL is not raised, and the
-    rejected one is held to the reference. α = 0 is DPO. The implicit reward is β(r + αD).
+    Token-level DPO, second form; D as in `tdpo1_loss`. Because the chosen KL has no gradient, the loss does not
+    increase it; the rejected response is kept close to the reference. α = 0 gives DPO. The implicit reward is β(r +
+    αD).
 
-    Use it where DPO drifts too far from the reference, at the cost of the reference's logits in every chunk.
+    Use it if DPO drifts too far from the reference. The reference's logits are then computed in every chunk, too.
 
     Args:
         policy_chosen_kl, policy_rejected_kl: `[B]`, nats. alpha: α ≥ 0.
@@ -92,13 +93,13 @@ def mallows_dpo_loss(
     beta: float = 0.1,
     dispersion_scale: float = 1.0,
 ) -> LossOutput:
-    """ℓ(−c log(H)·βh): prompts on which the reference is sure of its tokens count more, H its entropy over log V.
+    """ℓ(−c log(H)·βh): pairs with a low-entropy reference count more; H is the reference's entropy divided by log V.
 
-    MallowsPO-θ with the paper's stand-in for the dispersion: −log of the reference's mean token entropy as a share of
-    log V, averaged over the two responses. The implicit reward is −c log(H)·βr. See `mallows_dpo_per_token` for
-    the form that the authors ran.
+    MallowsPO-θ with the paper's proxy for the dispersion: −log of the reference's mean token entropy divided by log V,
+    averaged over the two responses. The implicit reward is −c log(H)·βr. See `mallows_dpo_per_token` for the form that
+    the authors ran.
 
-    Use it on prompts of both kinds, with one right answer and with many: the first kind then trains more.
+    Use it if some prompts have one right answer and others have many: the former then count more.
 
     Args:
         policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps: `[B]`, summed, nats.
@@ -124,12 +125,12 @@ def mallows_dpo_per_token_loss(
     beta: float = 10.0,
     dispersion_scale: float = 0.29,
 ) -> LossOutput:
-    """ℓ(−c log(H)·β(s̄_w − s̄_l)): `mallows_dpo` on the log-probs per token, the reference giving H alone.
+    """ℓ(−c log(H)·β(s̄_w − s̄_l)): `mallows_dpo` on log-probs per token; the reference is only used for H.
 
-    MallowsPO as its authors' code sets it up. c = 0.29 there brings −log(H) near 1 on their data. The implicit reward
-    is −c log(H)·βs̄.
+    MallowsPO as configured in the authors' code. There, c = 0.29 brings −c log(H) close to 1 on their data. The
+    implicit reward is −c log(H)·βs̄.
 
-    Use it to repeat the results that the authors' code gave.
+    Use it to reproduce the results of the authors' code.
 
     Args:
         policy_chosen_logps, policy_rejected_logps: `[B]`, summed, nats; lengths: `[B]`, tokens.
@@ -150,7 +151,7 @@ def mallows_dpo_per_token_loss(
 
 
 def _dispersion(chosen_entropy: Tensor, rejected_entropy: Tensor, scale: float) -> Tensor:
-    """−c log H `[B]`, H the mean of the two; an entropy of 0 counts as the smallest number above it."""
+    """−c log H `[B]`, where H is the mean of the two; an entropy of 0 is replaced by the smallest positive number."""
     entropy = ((chosen_entropy + rejected_entropy) / 2).detach()
     return -scale * entropy.clamp(min=torch.finfo(entropy.dtype).tiny).log()
 

@@ -1,4 +1,4 @@
-"""The objective of a configuration: losses by name, their hyperparameters handed out, what has no meaning refused."""
+"""Build the objective of a configuration: look up losses, distribute hyperparameters, and check the combination."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
@@ -24,26 +24,27 @@ def build_objective(
     columns: Collection[str] = (),
     use_win_rates: bool = False,
 ) -> Objective:
-    """The objective of a configuration.
+    """Build the objective of a configuration.
 
     Args:
         loss_types: names or aliases.
-        loss_weights: one per loss; 1 each when left out.
-        loss_params: hyperparameters, flat for one loss (`{"gamma": 0.5}`), by name for several
-            (`{"simpo": {"gamma": 0.5}}`).
-        shared_params: hyperparameters that every loss takes that has them (`beta`, `label_smoothing`).
+        loss_weights: one weight per loss; 1 each if left out.
+        loss_params: hyperparameters, flat for one loss (`{"gamma": 0.5}`), keyed by loss for several (`{"simpo":
+            {"gamma": 0.5}}`).
+        shared_params: hyperparameters for all losses that have them (`beta`, `label_smoothing`).
         sft_weight: adds this times the NLL of the chosen response.
         use_weighting: multiplies pair losses by their WPO weight.
-        reference_free: leaves the reference out of the losses that can do without.
-        kind: the examples that there are, for losses that take several kinds; by default what the losses agree on.
-        modifiers: change what the losses that have rewards are given, in that order.
-        columns: the optional columns of the data (`ExampleKind.optional_columns`): `weights` multiply the examples'
-            losses, `margins` go to the losses that subtract one, the others to the losses that ask for them.
-        use_win_rates: makes soft labels of `chosen_win_rates`, which losses that can do without do not read otherwise.
+        reference_free: removes the reference from the losses that support this.
+        kind: the kind of examples in the data; by default the first kind that all losses can compare.
+        modifiers: change the inputs of the losses that have rewards, in this order.
+        columns: the optional columns of the data (`ExampleKind.optional_columns`). `weights` multiply the examples'
+            losses, `margins` go to the losses that subtract one, and the others to the losses that take them.
+        use_win_rates: turns `chosen_win_rates` into soft labels; otherwise losses read win rates only if they require
+            them.
 
     Raises:
-        ValueError: an unknown name, a parameter that no loss takes (the valid ones are listed with their defaults), a
-            combination without meaning, or a value out of range.
+        ValueError: a name is unknown, no loss takes a parameter (the message lists the valid ones with their defaults),
+            the combination makes no sense, or a value is out of range.
     """
     specs = [get_loss(name) for name in loss_types]
     weights = list(loss_weights) if loss_weights is not None else [1.0] * len(specs)
@@ -78,24 +79,24 @@ _WIN_RATES = "chosen_win_rates"
 
 
 def _refuse_hard_labels(specs: list[LossSpec]) -> None:
-    """Raise `ValueError` if win rates would be no soft labels of a loss; losses without rewards have no labels."""
+    """Raise `ValueError` if a loss with rewards cannot use win rates as soft labels."""
     labeled = [spec for spec in specs if spec.computes_reward_metrics]
     others = [spec.name for spec in labeled if _WIN_RATES not in spec.optional_inputs] or ([] if labeled else ["sft"])
     if others:
         takers = ", ".join(name for name in list_losses() if _WIN_RATES in get_loss(name).optional_inputs)
         reads = [name for name in others if _WIN_RATES in get_loss(name).inputs]
-        why = f"{', '.join(reads)} reads the column `win_rate` anyway" if reads else f"{', '.join(others)} has none"
-        raise ValueError(f"use_win_rates=True makes soft labels, and {why}: leave it out, or choose of {takers}")
+        why = f"{', '.join(reads)} already reads `win_rate`" if reads else f"{', '.join(others)} has no soft labels"
+        raise ValueError(f"use_win_rates=True makes soft labels, but {why}: remove it, or choose one of {takers}")
 
 
 def _with_modifiers(terms: list[Term], modifiers: Sequence[Modifier]) -> list[Term]:
-    """The terms, those that have rewards modified; what is not changed by a modifier is refused."""
+    """The terms, with modifiers added to those that have rewards. Raises `ValueError` if a modifier does not apply."""
     rewarded = [term for term in terms if term.spec.computes_reward_metrics]
     for modifier in modifiers:
         reasons = [(term.spec.name, modifier.refusal(term)) for term in rewarded] or [
             (terms[0].spec.name, "it has no rewards")
         ]
-        refused = [f"{name} cannot be modified so: {reason}" for name, reason in reasons if reason]
+        refused = [f"it cannot modify {name}: {reason}" for name, reason in reasons if reason]
         if refused:
             raise ValueError(f"{modifier.setting}, but {'; '.join(refused)}")
     return [replace(term, modifiers=tuple(modifiers)) if term in rewarded else term for term in terms]
@@ -107,22 +108,22 @@ def _of_one_kind(specs: list[LossSpec], kind: ExampleKind | None) -> list[LossSp
         forms = [spec.for_kind(tried) for spec in specs]
         if all(form.fits(tried) for form in forms):
             return forms
-    wants = "; ".join(f"{spec.name} wants {spec.kind.wanted}" for spec in specs)
-    raise ValueError(f"these losses compare different kinds of examples, which no data set holds at once: {wants}")
+    wants = "; ".join(f"{spec.name} needs {spec.kind.wanted}" for spec in specs)
+    raise ValueError(f"these losses compare different kinds of examples, and a data set has only one kind: {wants}")
 
 
 def _refuse_senseless(specs: list[LossSpec], use_weighting: bool, reference_free: bool) -> None:
     names = [spec.name for spec in specs]
     twice = {name for name in names if names.count(name) > 1}
     if twice:
-        raise ValueError(f"{', '.join(sorted(twice))} stands twice among the losses (sft_weight adds sft): keep one")
+        raise ValueError(f"{', '.join(sorted(twice))} is listed twice (sft_weight also adds sft): keep one")
     other = next((spec for spec in specs if spec.kind is not PAIRS), None)
     if use_weighting and other:
-        raise ValueError(f"use_weighting=True weighs preference pairs, and {other.name} compares {other.kind.name}")
+        raise ValueError(f"use_weighting=True weights preference pairs, but {other.name} compares {other.kind.name}")
     if use_weighting and "policy_chosen_alignment" in {name for spec in specs for name in spec.inputs}:
-        raise ValueError("use_weighting=True would apply the WPO weight twice: wpo has it already")
+        raise ValueError("use_weighting=True would apply the WPO weight twice, because wpo already applies it")
     if use_weighting and not any(spec.computes_reward_metrics for spec in specs):
-        raise ValueError(f"use_weighting=True weighs preference pairs, and {', '.join(names)} has none")
+        raise ValueError(f"use_weighting=True weights preference pairs, but {', '.join(names)} does not compare pairs")
     needing = [spec for spec in specs if spec.needs_reference_model]
     if reference_free and not needing:
         raise ValueError(f"reference_free=True changes nothing: {', '.join(names)} uses no reference")
@@ -136,26 +137,26 @@ def _refuse_senseless_columns(specs: list[LossSpec], use_weighting: bool, column
     if one_value and (use_weighting or "weights" in columns):
         which, cure = ("use_weighting=True", "leave it out") if use_weighting else ("`weight`", "remove the column")
         raise ValueError(
-            f"{which} weighs the losses of examples, and {', '.join(one_value)} is one value for a whole batch: {cure}"
+            f"{which} weights the losses of examples, but {', '.join(one_value)} is one value for the batch: {cure}"
         )
     if "margins" in columns and not any("margins" in spec.inputs for spec in specs):
         takers = [name for name in list_losses() if "margins" in get_loss(name).inputs]
         raise ValueError(
-            f"there is a column `margin`, and {', '.join(spec.name for spec in specs)} subtracts none: remove it, or "
-            f"choose one of {', '.join(takers)}"
+            f"the data have a column `margin`, but {', '.join(spec.name for spec in specs)} has no margin: remove the "
+            f"column, or choose one of {', '.join(takers)}"
         )
 
 
 def _distribute(specs: list[LossSpec], loss_params: dict, shared_params: dict) -> dict[str, dict[str, Any]]:
-    """The hyperparameters of each loss by its name; whatever no loss takes is refused with what they do take."""
+    """The hyperparameters of each loss, keyed by its name. Raises `ValueError` for parameters that no loss takes."""
     by_name = loss_params if len(specs) > 1 or specs[0].name in loss_params else {specs[0].name: loss_params}
     own = {}
     for name, values in by_name.items():
         if not isinstance(values, dict):
             taker = next((spec.name for spec in specs if name in spec.defaults), specs[0].name)
             raise ValueError(
-                f"loss_params[{name!r}]={values!r}: with several losses, give them by loss, "
-                f"as in {{{taker!r}: {{{name!r}: {values!r}}}}}"
+                f"loss_params[{name!r}]={values!r}: with several losses, group the hyperparameters by loss, as in "
+                f"{{{taker!r}: {{{name!r}: {values!r}}}}}"
             )
         own[get_loss(name).name] = values
     missing = [name for name in own if name not in {spec.name for spec in specs}]
@@ -171,7 +172,7 @@ def _distribute(specs: list[LossSpec], loss_params: dict, shared_params: dict) -
     }
 
 
-# Values at which a hyperparameter does nothing, so that a loss that has none is the same.
+# Values at which a hyperparameter has no effect; they are accepted for losses without that hyperparameter.
 _OFF = {
     "label_smoothing": 0.0,
     "gamma": 0.0,
@@ -191,4 +192,4 @@ def _refuse_unknown(params: dict[str, Any], specs: list[LossSpec]) -> None:
             for spec in specs
         )
         given = ", ".join(f"{name}={params[name]!r}" for name in unknown)
-        raise ValueError(f"{given} is used by no loss: {valid}; leave it out")
+        raise ValueError(f"{given} is not used by any loss: {valid}; leave it out")

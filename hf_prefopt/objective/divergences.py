@@ -1,7 +1,7 @@
-"""f-DPO: another divergence between policy and reference, and so another implicit reward for a loss to compare.
+"""f-DPO: replaces the reverse KL between policy and reference by another divergence, which changes the rewards.
 
 DPO's reward βr = β log π/π_ref comes from the reverse KL. With another f-divergence the reward is β f′(π/π_ref)
-(2309.16240, theorem 1): a modified loss gets f′ in place of r, and logs β f′ as its implicit reward.
+(2309.16240, theorem 1). A modified loss gets f′ instead of r, and logs β f′ as its implicit reward.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ ALIASES = {"js": "js_divergence", "alpha": "alpha_divergence"}
 
 
 def f_prime(ratio: Tensor, divergence: str = "reverse_kl", alpha: float = 0.5) -> Tensor:
-    """f′(π/π_ref) from r = log π/π_ref: it replaces r in a loss under an f-divergence.
+    """f′(π/π_ref), computed from r = log π/π_ref, which it replaces in a loss under an f-divergence.
 
     reverse_kl r; forward_kl 1 − e^{−r}; js_divergence log 2 + log σ(r); alpha_divergence (e^{(α−1)r} − 1)/(α − 1),
     which is forward_kl at α = 0 and reverse_kl at α = 1. Past an exponent of 20, exponentials continue as tangents.
@@ -57,12 +57,13 @@ def f_prime(ratio: Tensor, divergence: str = "reverse_kl", alpha: float = 0.5) -
 
 @dataclass(frozen=True)
 class FDivergence(Modifier):
-    """Replaces every log-ratio r of a loss by f′; the loss must depend on log-probs through log-ratios alone.
+    """Replaces every log-ratio r of a loss by f′; the loss must depend on log-probs only through log-ratios.
 
-    A trial on made-up numbers decides whether it does, so that users' losses need no declaration: the value must stay
-    when policy and reference move together. It must also stay when all responses to a prompt move alike, in sums or per
-    token: the reward is f′ up to the divergence's normalizer, a constant of the prompt, which cancels in differences of
-    responses alone. So losses that read responses one by one are refused, as in TRL.
+    A trial on synthetic numbers checks this, so that users' losses need no declaration: the loss must not change when
+    policy and reference log-probs are shifted together. It must also not change when the log-probs of all responses to
+    a prompt are shifted equally, in sums or per token. The reason is that the reward equals f′ up to the divergence's
+    normalizer, a constant for each prompt, which cancels only in differences between responses. Losses that judge each
+    response on its own are therefore rejected, as in TRL.
     """
 
     divergence: str
@@ -77,15 +78,15 @@ class FDivergence(Modifier):
 
     def refusal(self, term: Term) -> str | None:
         if any(name.endswith("token_logps") for name in term.names):
-            return "it compares log-ratios of tokens, and the divergence is defined for whole responses"
+            return "it compares log-ratios of tokens, but the divergence is defined for whole responses"
         if not policy_and_reference(term.names):
-            return "it compares no log-ratios to a reference"
+            return "it does not compare log-ratios to a reference"
         if term.spec.has_own_divergence:
             return "it has a divergence of its own"
         if not _is_of_log_ratios(term):
-            return "it also depends on log-probs other than through the log-ratios that the divergence replaces"
+            return "it also depends on log-probs outside the log-ratios that the divergence replaces"
         if not _is_of_differences(term):
-            return "it reads responses one by one, and the divergence's normalizer cancels in their differences alone"
+            return "it judges each response on its own, but the divergence's normalizer cancels only in differences"
         return None
 
     def reads(self, names: Names) -> Names:
@@ -100,7 +101,7 @@ class FDivergence(Modifier):
 
 
 def _is_of_log_ratios(term: Term) -> bool:
-    """Whether the losses of made-up examples stay the same when policy and reference log-probs move together."""
+    """Whether the losses of synthetic examples stay the same if policy and reference log-probs are shifted together."""
     inputs, noise = _varied_examples(term)
     moved = dict(inputs)
     for policy, reference in policy_and_reference(term.names):
@@ -128,7 +129,7 @@ def _lengths_of(policy: str) -> str:
 
 
 def _varied_examples(term: Term) -> tuple[Inputs, Callable[[torch.Size | tuple[int, ...]], Tensor]]:
-    """Made-up inputs whose sums differ, and random numbers from 0 to 3 of any shape, the same in each trial."""
+    """Synthetic inputs with distinct sums, and a function for random numbers in [0, 3), the same in each trial."""
     generator = torch.Generator().manual_seed(0)
 
     def noise(shape: torch.Size | tuple[int, ...]) -> Tensor:

@@ -1,4 +1,4 @@
-"""The objective: the weighted sum of losses that a configuration asks for, as one function of named inputs."""
+"""The objective: the weighted sum of the losses of a configuration, as one function of named inputs."""
 
 import functools
 from collections.abc import Callable, Iterable, Mapping
@@ -22,24 +22,24 @@ _WPO_INPUTS = ("policy_chosen_alignment", "policy_rejected_alignment")
 
 
 class Objective:
-    """Σ_k w_k · loss_k over one forward, every component logged by its own name.
+    """Σ_k w_k · loss_k from one forward pass; every component is logged under its own name.
 
-    The implicit rewards are those of the first loss that has any. With `use_weighting`, each loss that has rewards is
-    multiplied by the pair's WPO weight. With `use_weights`, an example's sum is multiplied by the example's own weight;
-    the loss of a step stays the mean over its examples, whatever their weights add up to. The auxiliary loss of a
-    mixture of experts is added with its own coefficient, whatever those weights are.
+    The implicit rewards are those of the first loss that has rewards. With `use_weighting`, each loss that has rewards
+    is multiplied by the pair's WPO weight. With `use_weights`, the total of an example is multiplied by the example's
+    weight; the loss of a step stays the mean over its examples and is not divided by the sum of the weights. The
+    auxiliary loss of a mixture of experts is added with its own coefficient, and these weights do not affect it.
 
     Attributes:
-        kind: the kind of examples that all its losses compare.
-        state: what losses keep across batches, by loss: numbers `[]`.
-        aux_loss_coef: what the auxiliary loss of a model's routers is multiplied by; who runs the objective says so.
-        progress, epoch: the part of a run's optimizer steps that is done, in [0, 1], and the number of the epoch, for
-            losses that change with them; who runs it says so.
-        as_logged: from the metrics of the examples and the inputs of the losses to the metrics that are logged; who
-            has other conventions for metrics sets it.
+        kind: the kind of examples that all losses compare.
+        state: what losses keep across batches, keyed by loss: scalar tensors.
+        aux_loss_coef: the coefficient of the routers' auxiliary loss; set by the trainer.
+        progress, epoch: the fraction of the run's optimizer steps that is done, in [0, 1], and the number of the epoch,
+            for losses that depend on them; set by the trainer.
+        as_logged: converts the metrics of the examples and the inputs of the losses into the logged metrics;
+            `hf_prefopt.trl` sets it to follow TRL's conventions.
 
     Raises:
-        ValueError: at construction, when a loss refuses its hyperparameters, on two examples of made-up numbers.
+        ValueError: at construction, if a loss rejects its hyperparameters in a trial on two synthetic examples.
     """
 
     def __init__(self, terms: list[Term], use_weighting: bool = False, use_weights: bool = False):
@@ -66,10 +66,10 @@ class Objective:
 
     @cached_property
     def ignores_shared_tokens(self) -> bool:
-        """Whether it does not matter where a pair's prompt ends, because all losses compare sums of log-probs alone.
+        """Whether the losses do not change if tokens that both responses start with count as part of the prompt.
 
-        Tokens that both responses begin with count for the prompt or for the responses: that moves both sums, of the
-        policy and of the reference, equally. A trial on made-up examples decides.
+        Counting these tokens as responses instead shifts the sums of both responses equally. A trial on synthetic
+        examples checks whether the losses depend on that.
         """
         if self.kind is not PAIRS or not all(map(_counts_tokens, self.inputs)):
             return False
@@ -94,27 +94,28 @@ class Objective:
 
     @property
     def token_stats(self) -> tuple[str, ...]:
-        """The per-token statistics, besides the log-prob, that the policy's head must compute."""
+        """The per-token statistics that the policy's head must compute in addition to log-probs."""
         return tuple(sorted(token_stats_of(self.inputs, "policy")))
 
     @property
     def reference_token_stats(self) -> tuple[str, ...]:
-        """The same for the reference's head."""
+        """The per-token statistics that the reference's head must compute in addition to log-probs."""
         return tuple(sorted(token_stats_of(self.inputs, "ref")))
 
     def read(
         self, batch: PreferenceBatch, policy: ResponseScores, reference: ResponseScores | None
     ) -> dict[str, Tensor]:
-        """The inputs of the losses and of the metrics, by name, for the examples of a batch."""
+        """The inputs of the losses and metrics for the examples of a batch, keyed by name."""
         names = dict.fromkeys((*self.inputs, *self.kind.metric_inputs))
         inputs = loss_inputs(names, batch, policy, reference)
         if policy.aux_loss is not None:
-            # Of a forward, so the same for each of its examples: their mean weighs forwards by their examples.
+            # All examples of a forward pass get its value, so the mean weights forward passes by their examples.
             inputs[AUX_LOSS] = policy.aux_loss.to(policy.token_logps.dtype).expand(len(batch["rows"]))
         return inputs
 
     def __call__(self, inputs: dict[str, Tensor], training: bool = True) -> LossOutput:
-        """The weighted sum on named inputs `[B]` or `[B, K]`; see `loss_inputs`. In evaluations not `training`."""
+        """The weighted sum for named inputs, `[B]` or `[B, K]`; see `loss_inputs`. In evaluation, `training` is
+        False."""
         outputs = {term.spec.name: self._weighted(term, inputs, training) for term in self.terms}
         parts = (term.weight * output.losses for term, output in zip(self.terms, outputs.values(), strict=True))
         total = functools.reduce(torch.add, parts)
@@ -131,37 +132,37 @@ class Objective:
         return LossOutput(total, rewards, components)
 
     def reset_state(self) -> None:
-        """Forget all batches."""
+        """Reset the state of all losses to its initial values."""
         initial = {term.spec.name: term.spec.state.initial for term in self.terms if term.spec.state is not None}
         self.state = {loss: {} for loss in initial}
         self.load_state_dict(initial)
 
     def update_state(self, inputs: dict[str, Tensor]) -> None:
-        """Take the global batch of a step into what losses keep: once, before they are computed on it."""
+        """Update the state of the losses with the global batch of a step, once, before the losses are computed."""
         for term in self.terms:
             if term.spec.name in self.state:
                 self.state[term.spec.name] = term.updated(self._state_beside(term, inputs), inputs)
 
     def state_dict(self) -> dict[str, dict[str, float]]:
-        """What losses keep, as numbers for a checkpoint."""
+        """The state of the losses, as numbers for a checkpoint."""
         return {loss: {name: value.item() for name, value in state.items()} for loss, state in self.state.items()}
 
     def load_state_dict(self, saved: Mapping[str, Mapping[str, float]]) -> None:
-        """Take over what `state_dict` gave; losses that it does not name start afresh."""
+        """Load the result of `state_dict`; losses that it does not contain keep their current state."""
         for loss in self.state.keys() & saved.keys():
             self.state[loss] = {name: torch.tensor(value, dtype=torch.float64) for name, value in saved[loss].items()}
 
     def _state_beside(self, term: Term, inputs: dict[str, Tensor]) -> State:
-        """The state of a loss, on the device and in the precision of its inputs."""
+        """The state of a loss, with the device and dtype of its inputs."""
         like = inputs[term.inputs[0]]
         return {name: value.to(like) for name, value in self.state.get(term.spec.name, {}).items()}
 
     def _weighted(self, term: Term, inputs: dict[str, Tensor], training: bool) -> LossOutput:
-        """The output of one loss, times the pair's WPO weight where that is asked for and the loss is of pairs."""
+        """The output of one loss, multiplied by the pair's WPO weight if `use_weighting` is on and it has rewards."""
         run_inputs = {
             "state": self._state_beside(term, inputs),
             "progress": self.progress,
-            # Evaluations of a data set are to be compared with each other.
+            # A fixed epoch keeps evaluations comparable with each other.
             "epoch": self.epoch if training else 0,
             "training": training,
         }
@@ -172,24 +173,25 @@ class Objective:
         return output
 
     def _check_on_made_up_numbers(self) -> None:
-        """Call every loss once, so that a bad hyperparameter is refused now and not at the first step."""
+        """Call every loss once, so that a bad hyperparameter raises an error now and not at the first step."""
         self(made_up_examples(self.inputs))
 
 
 def _counts_tokens(name: str) -> bool:
-    """Whether an input is a sum over tokens, their number, or nothing of tokens: all that a trial can move."""
+    """Whether an input is a sum over tokens, a number of tokens, or unrelated to tokens, so that a trial can shift
+    it."""
     of_tokens = ("token", "alignment", "entropy", "_kl", "gold", "mismatched", "prompt")
     return not any(part in name for part in of_tokens)
 
 
 class ResponseStatistics:
-    """What losses may ask of the responses of a batch under one model, each computed once and when it is asked for.
+    """Statistics of the responses of a batch under one model, each computed on first access and then kept.
 
     Attributes:
-        logps, alignment, entropy, normalized_entropy, kl, lengths: `[R]`, as `ResponseScores` has them.
-        token_logps: `[R, T]`, log-prob (nats) of each response's scored tokens in their order, 0 behind its end; T is
-            the longest response of the batch, the same for all its tensors.
-        token_mask: `[R, T]` bool, False behind the end.
+        logps, alignment, entropy, normalized_entropy, kl, lengths: `[R]`, as in `ResponseScores`.
+        token_logps: `[R, T]`, log-probs (nats) of each response's scored tokens, in order, padded with 0; T is the
+            length of the longest response of the batch.
+        token_mask: `[R, T]` bool, False for padding.
     """
 
     def __init__(self, scores: ResponseScores, longest: int):
@@ -213,10 +215,10 @@ class ResponseStatistics:
 def loss_inputs(
     names: Iterable[str], batch: PreferenceBatch, policy: ResponseScores, reference: ResponseScores | None
 ) -> dict[str, Tensor]:
-    """The inputs of the examples of a batch, by the names that losses use for them (see `losses.registry`).
+    """The inputs for the examples of a batch, keyed by the names that losses use (see `losses.registry`).
 
     Returns:
-        Tensors `[B]`, `[B, T]` of tokens or `[B, K]` of lists, by name; gradients flow to the policy's scores.
+        Tensors `[B]`, `[B, T]` for tokens or `[B, K]` for lists; gradients flow to the policy's scores.
     """
     given = {"policy": policy, "ref": reference}
     scores = {model: ResponseStatistics(scores, batch["longest_response"]) for model, scores in given.items() if scores}

@@ -1,9 +1,9 @@
-"""Modifiers of single tokens: a loss of sums gets Σ_t of changed token log-probs for the plain sums.
+"""Modifiers of token log-probs: a loss gets sums over modified token log-probs instead of the plain sums.
 
-The steps, in the order in which they are taken: humanline clamps, a data set's weights, LD-DPO's weight of the longer
-response's tail. Losses that divide by a length go on dividing by the number of scored tokens.
+The steps run in this order: humanline clamps, the data set's token weights, LD-DPO's weight for the tail of the longer
+response. Losses that divide by a length still divide by the number of scored tokens.
 
-Shapes: B examples, T tokens of the longest response; what stands behind the end of a response is 0 and stays 0.
+Shapes: B examples, T tokens of the longest response. Padding is 0 and stays 0.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from hf_prefopt.objective.term import Inputs, Modifier, Names, Term, is_sum, pol
 
 
 class TokenStep(ABC):
-    """What is done to the log-probs of tokens `[B, T]` before they are summed.
+    """A modification of token log-probs `[B, T]` before they are summed.
 
     Attributes:
-        clamps_ratios: whether the tokens' log-ratios to the reference are changed, and not the tokens weighed.
+        clamps_ratios: True if the step changes log-ratios to the reference, False if it weights tokens.
     """
 
     clamps_ratios: ClassVar[bool] = False
@@ -33,24 +33,24 @@ class TokenStep(ABC):
     @property
     @abstractmethod
     def setting(self) -> str:
-        """How a configuration asks for it, for error messages."""
+        """The setting that turns it on, for error messages."""
 
     def reads(self, model: str, response: str) -> Names:
-        """Further inputs that it takes for the tokens of a response ("chosen_", "" of single ones) under a model."""
+        """Inputs needed in addition to the token log-probs of a response ("chosen_", or "" for a single response)."""
         return ()
 
     @abstractmethod
     def __call__(self, tokens: Tensor, model: str, response: str, inputs: Inputs) -> Tensor:
-        """The tokens' log-probs, changed."""
+        """The modified token log-probs."""
 
 
 @dataclass(frozen=True)
 class Humanline(TokenStep):
-    """Each token's log-ratio clamped to [low, high]: log π := log π_ref + clamp(log π − log π_ref).
+    """Clamps each token's log-ratio to [low, high]: log π := log π_ref + clamp(log π − log π_ref).
 
-    From the code of HALOs, whose bounds are the logarithms −1 and 1.5. A clamped token has no gradient. That code also
-    copies the policy into the reference from one optimizer step to the next, which is a moving reference's affair:
-    `sync_ref_model` with `ref_model_sync_steps=1` and `ref_model_mixup_alpha=1.0` (see `reference.moving`).
+    From the code of HALOs, with bounds of −1 and 1.5 nats. A clamped token has no gradient. HALOs also copies the
+    policy into the reference at every optimizer step; for this, use `sync_ref_model` with `ref_model_sync_steps=1` and
+    `ref_model_mixup_alpha=1.0` (see `reference.moving`).
     """
 
     low: float = -1.0
@@ -77,7 +77,7 @@ class Humanline(TokenStep):
 
 @dataclass(frozen=True)
 class ColumnWeights(TokenStep):
-    """Each token times its weight from the columns `chosen_token_weights`, `rejected_token_weights`."""
+    """Multiplies each token by its weight from the columns `chosen_token_weights` and `rejected_token_weights`."""
 
     @property
     def setting(self) -> str:
@@ -92,14 +92,13 @@ class ColumnWeights(TokenStep):
 
 @dataclass(frozen=True)
 class LengthDesensitized(TokenStep):
-    """Tokens past the length of the pair's shorter response weigh α: α = 1 is no change, α = 0 cuts them off.
+    """Weights tokens beyond the length of the pair's shorter response by α; 1 changes nothing, 0 removes them.
 
-    LD-DPO, 2409.06411. The length is that of the pair, so a response that serves several pairs has other
-    weights in each.
+    LD-DPO, 2409.06411. The length depends on the pair, so the weights of a response may differ between its pairs.
 
     Attributes:
         alpha: α in [0, 1].
-        policy_only: leaves the reference's tokens as they are.
+        policy_only: leaves the reference's token log-probs unchanged.
     """
 
     alpha: float
@@ -125,7 +124,7 @@ class LengthDesensitized(TokenStep):
 
 @dataclass(frozen=True)
 class TokenSums(Modifier):
-    """Sums over the tokens that the steps have changed, in place of the plain sums."""
+    """Replaces the plain sums by sums over the token log-probs that the steps have modified."""
 
     steps: Sequence[TokenStep]
 
@@ -135,22 +134,22 @@ class TokenSums(Modifier):
 
     def refusal(self, term: Term) -> str | None:
         if any("token_" in name for name in term.names):
-            return "it weighs tokens itself"
+            return "it weights tokens itself"
         if any("prompt" in name for name in term.names):
-            return "it also reads log-probs of prompts, which would stay as they are"
+            return "it also reads log-probs of prompts, which would stay unchanged"
         if any(name.endswith("_kl") for name in term.names):
-            return "it also takes a KL of every token, which would stay as it is"
+            return "it also reads a KL for every token, which would stay unchanged"
         sums = [name for name in term.names if is_sum(name)]
         paired = {name for pair in policy_and_reference(term.names) for name in pair}
         if any(step.clamps_ratios for step in self.steps) and not paired.issuperset(sums):
-            return "it reads log-probs without those of a reference, and ratios to it are what is clamped"
+            return "it reads log-probs without a reference, but clamping needs log-ratios to a reference"
         return self._refusal_of(term.spec.kind)
 
     def _refusal_of(self, kind: ExampleKind) -> str | None:
         if not kind.has_token_inputs:
-            return f"it compares {kind.name}, whose tokens are not told apart"
+            return f"it compares {kind.name}, for which token log-probs are not available"
         if kind is not PAIRS and not all(step.clamps_ratios for step in self.steps):
-            return f"it compares {kind.name}, and these weights are of the tokens of a pair"
+            return f"it compares {kind.name}, but these weights apply to the tokens of pairs"
         return None
 
     def reads(self, names: Names) -> Names:
@@ -170,7 +169,7 @@ class TokenSums(Modifier):
         tokens = inputs[f"{model}_{response}token_logps"]
         for step in self.steps:
             tokens = step(tokens, model, response, inputs)
-        # As the plain sums are formed, whose difference is a small one of large numbers.
+        # float64, as for the plain sums, because log-ratios are small differences of large numbers.
         wide = tokens.dtype if tokens.device.type == "mps" else torch.float64
         return tokens.sum(-1, dtype=wide).to(tokens.dtype)
 

@@ -1,4 +1,4 @@
-"""The standard tests of a loss, for the losses here and for those that users register.
+"""Standard tests for losses: the built-in ones, and those that you register.
 
 import pytest
 from hf_prefopt.testing import loss_checks

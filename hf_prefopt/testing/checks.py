@@ -1,7 +1,7 @@
-"""What every loss must fulfil: checks that take the name of a registered loss, and hyperparameters if wanted.
+"""Checks that every loss must pass. Each takes the name of a registered loss, and optionally hyperparameters.
 
-Each calls the loss on made-up scores of the kind of examples that it compares, and raises `AssertionError` where a
-promise is broken. Which of them have a meaning for a loss is read off its signature (`loss_checks`).
+A check calls the loss on synthetic examples of the kind that it compares, and raises `AssertionError` if it fails.
+`loss_checks` selects the checks that apply to a loss from its signature.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,7 +20,7 @@ from hf_prefopt.losses.registry import LossSpec, get_loss
 from hf_prefopt.objective.build import build_objective
 
 Check = Callable[..., None]
-# For each kind of examples: the log-probs that losses of them may read, what is preferred first.
+# The policy log-probs that losses of each kind may read, those of preferred responses first.
 POLICY_LOGPS = {
     PAIRS: ("policy_chosen_logps", "policy_chosen_token_logps", "policy_rejected_logps", "policy_rejected_token_logps"),
     TRIPLES: ("policy_chosen_logps", "policy_gold_logps", "policy_rejected_logps"),
@@ -32,10 +32,10 @@ _CHECKS: list[tuple[Check, Callable[[LossSpec], bool]]] = []
 
 
 def loss_checks(name: str) -> list[Check]:
-    """The checks that have a meaning for a loss; call each with the name, and with hyperparameters if wanted.
+    """The checks that apply to a loss. Call each with the loss's name, and optionally with hyperparameters.
 
     Raises:
-        ValueError: no loss of that name is registered.
+        ValueError: no loss with that name is registered.
     """
     spec = get_loss(name)
     return [check for check, applies in _CHECKS if applies(spec)]
@@ -50,26 +50,26 @@ def _check(applies: Callable[[LossSpec], bool] = lambda spec: True) -> Callable[
 
 
 def call(name: str, inputs: Mapping[str, Tensor], **params: Any) -> LossOutput:
-    """The loss on those of the inputs that it takes; optional columns are given by keyword, as hyperparameters are."""
+    """Call a loss with the inputs that it takes; pass optional columns by keyword, like hyperparameters."""
     spec = get_loss(name)
     needed = [key for key in spec.inputs if key not in spec.optional_inputs]
     return spec(**{key: inputs[key] for key in needed if key in inputs}, **params)
 
 
 def gradients(name: str, inputs: Mapping[str, Tensor]) -> Tensor:
-    """The gradients in the policy's log-probs, end to end, 0 where a loss does not read them."""
+    """The gradients in the policy's log-probs, concatenated; 0 for those that the loss does not read."""
     read = [inputs[key] for key in POLICY_LOGPS[get_loss(name).kind]]
     return torch.cat([(torch.zeros_like(x) if x.grad is None else x.grad).flatten() for x in read])
 
 
 def with_gradients(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same inputs, the policy's log-probs as leaves that record gradients."""
+    """The inputs, with `requires_grad` set on the policy's log-probs."""
     return {key: value.requires_grad_("policy" in key and "logps" in key) for key, value in inputs.items()}
 
 
 @_check()
 def check_gradients(name: str, **params: Any) -> None:
-    """Float64 gradcheck in the policy's log-probs; what is detached is held at its value."""
+    """Gradients in the policy's log-probs pass gradcheck in float64, with detached values held constant."""
     inputs, held = made_up_inputs(), DetachedValues()
     policy = [key for key in get_loss(name).inputs if key.startswith("policy") and key.endswith("logps")]
 
@@ -81,14 +81,14 @@ def check_gradients(name: str, **params: Any) -> None:
 
 
 class DetachedValues:
-    """What `detach` returned, call by call, the first time: from then on it returns that again."""
+    """Records the results of `detach` in the first call and returns them again in later calls."""
 
     def __init__(self):
         self._values: list[Tensor] | None = None
 
     @contextmanager
     def replayed(self):
-        """In this context; not for several threads."""
+        """A context in which `detach` is recorded or replayed; not thread-safe."""
         values, detach, known = [], torch.Tensor.detach, self._values
 
         def replay(tensor: Tensor) -> Tensor:
@@ -104,9 +104,9 @@ class DetachedValues:
 
 @_check(lambda spec: spec.kind is not SCORED)
 def check_preferred_direction(name: str, **params: Any) -> None:
-    """dL/ds ≤ 0 of what is preferred and ≥ 0 of what is not, for every example; of lists, of the best and the worst.
+    """For every example, dL/ds ≤ 0 for preferred and ≥ 0 for other responses; for lists, for the best and the worst.
 
-    Losses with a target, squares among them, turn at it by construction: leave this one out for them.
+    Skip this check for losses with a finite target, such as squared losses: their gradient changes sign at the target.
     """
     inputs = with_gradients(made_up_inputs(pairs=50))
     call(name, inputs, **params).losses.sum().backward()
@@ -134,7 +134,7 @@ def check_order_of_examples(name: str, **params: Any) -> None:
 
 @_check(lambda spec: not spec.needs_global_batch)
 def check_examples_apart(name: str, **params: Any) -> None:
-    """The loss of an example computed alone equals its loss in a batch; otherwise the loss needs the global batch."""
+    """An example has the same loss alone and in a batch; if not, register the loss with `needs_global_batch=True`."""
     inputs = made_up_inputs()
     alone = [call(name, {k: v[i : i + 1] for k, v in inputs.items()}, **params).losses for i in range(5)]
     torch.testing.assert_close(torch.cat(alone), call(name, inputs, **params).losses, rtol=1e-14, atol=0)
@@ -142,7 +142,7 @@ def check_examples_apart(name: str, **params: Any) -> None:
 
 @_check()
 def check_far_out(name: str, **params: Any) -> None:
-    """Sums of −3,000 nats and ratios of ±1,000 give finite losses and gradients in fp32: no exp(log-prob) is formed."""
+    """Sums of −3,000 nats and log-ratios of ±1,000 nats give finite losses and gradients in fp32."""
     inputs = made_up_inputs(torch.float32)
     sign = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0])
     far = {key: value - 3000 if "ref" in key else value for key, value in inputs.items()}
@@ -164,7 +164,7 @@ def check_far_out(name: str, **params: Any) -> None:
 
 @_check()
 def check_fp32(name: str, **params: Any) -> None:
-    """2,000 tokens and −3,000 nats in fp32, where e^s underflows: losses within what rounding s to 1e-4 explains."""
+    """fp32 losses at 2,000 tokens and −3,000 nats, where e^s underflows, are within the error of rounding s to 1e-4."""
     inputs = made_up_inputs()
     for key in ("chosen_lengths", "rejected_lengths", "gold_lengths", "lengths", "list_lengths"):
         inputs[key] = inputs[key] + 2000
@@ -190,7 +190,7 @@ def check_empty_responses(name: str, **params: Any) -> None:
 
 @_check(lambda spec: spec.kind is LISTS)
 def check_list_padding(name: str, **params: Any) -> None:
-    """Whatever stands behind a list, one column more of it or none where no list needs it: same losses, no gradient."""
+    """Padding has no gradient, and neither its values nor its width change the losses."""
     inputs = with_gradients(made_up_inputs())
     losses = call(name, inputs, **params).losses
     losses.sum().backward()
@@ -208,9 +208,9 @@ def check_list_padding(name: str, **params: Any) -> None:
 
 @_check(lambda spec: spec.kind is LISTS)
 def check_list_order(name: str, **params: Any) -> None:
-    """Responses in another order, with their ranks and scores: the same losses, the rewards in that order.
+    """Permuting the responses of a list, with their ranks and scores, keeps the losses and permutes the rewards.
 
-    Also of responses that are equally good, and where policy and reference are still the same.
+    This includes equally good responses, and a policy that equals the reference.
     """
     inputs = {key: x for key, x in made_up_inputs().items() if "list" in key}
     order = torch.tensor([3, 1, 0, 2])
@@ -224,7 +224,7 @@ def check_list_order(name: str, **params: Any) -> None:
 
 @_check(lambda spec: spec.kind is LISTS and "list_ranks" in spec.inputs)
 def check_list_ties(name: str, **params: Any) -> None:
-    """Where all are equally good, no response is pushed down."""
+    """If all responses are equally good, no response's log-prob is decreased."""
     inputs = with_gradients({key: x for key, x in made_up_inputs().items() if "list" in key})
     call(name, {**inputs, "list_ranks": torch.ones_like(inputs["list_ranks"])}, **params).losses.sum().backward()
     found = inputs["policy_list_logps"].grad
@@ -233,8 +233,7 @@ def check_list_ties(name: str, **params: Any) -> None:
 
 @_check(lambda spec: any("token" in name for name in spec.inputs))
 def check_token_width(name: str, **params: Any) -> None:
-    """Columns of zeros behind the longest response, as a longer one elsewhere in the batch makes them, and none there:
-    the same losses, to the order in which zeros are added."""
+    """Padding to a longer response, or no padding, gives the same losses up to the order of summation."""
     inputs = made_up_inputs()
     longest = int(max(inputs[f"{side}_lengths"].max() for side in ("chosen", "rejected")))
     for width in (longest, 3 * longest):
@@ -245,7 +244,7 @@ def check_token_width(name: str, **params: Any) -> None:
 
 @_check()
 def check_objective(name: str, **params: Any) -> None:
-    """What a configuration of that one loss computes is the loss."""
+    """A configuration with only this loss computes the loss itself."""
     inputs = made_up_inputs()
     objective = build_objective([name], loss_params=params)
     objective.update_state(inputs)

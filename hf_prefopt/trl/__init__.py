@@ -1,9 +1,9 @@
-"""TRL's offline preference trainers under their names: change the import, and keep the script.
+"""TRL's offline preference trainers under TRL's names: change the import, and keep the script.
 
     from hf_prefopt.trl import DPOConfig, DPOTrainer
 
-Field names, defaults, the order of arguments and the names of metrics are those of TRL 1.16. What is computed is this
-package's: docs/from_trl.md lists each field and each metric, and where the numbers differ.
+Field names, defaults, the order of arguments and metric names are those of TRL 1.16; the computation is this package's.
+docs/from_trl.md lists every field and metric, and the cases in which the numbers differ.
 """
 
 from hf_prefopt.trl.configs import CPOConfig, DPOConfig, KTOConfig, ORPOConfig, TPOConfig

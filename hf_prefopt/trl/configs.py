@@ -1,6 +1,6 @@
-"""TRL's configurations: `PreferenceConfig` with the fields and the defaults that TRL 1.16 gives them.
+"""TRL's configurations: `PreferenceConfig` with the fields and defaults of TRL 1.16.
 
-What a field means here is in `trl.fields`, what a `loss_type` means in `trl.losses`.
+`trl.fields` defines what each field means here, and `trl.losses` what each `loss_type` means.
 """
 
 import logging
@@ -21,22 +21,22 @@ logger = logging.getLogger(__name__)
 
 _MULTIPLE = "Round padded lengths up to a multiple of this (layout padded); auto: no rounding."
 _BETA = "β of the losses."
-_SMOOTHING = "ε of the losses that have one; an error, unless it is 0.0, where none has."
+_SMOOTHING = "ε of the losses that have one; an error if it is not 0.0 and no loss has one."
 
 
 @dataclass
 class TRLConfig(PreferenceConfig):
-    """What TRL's configurations have in common: fields beside those of `PreferenceConfig`, and other defaults."""
+    """Base class of TRL's configurations: fields in addition to those of `PreferenceConfig`, and other defaults."""
 
-    # Hyperparameters of losses that are fields in TRL.
+    # The hyperparameters of losses that are fields in TRL.
     HYPERPARAMETERS: ClassVar[tuple[str, ...]] = ()
 
     beta: float = field(default=0.1, metadata=helped(_BETA))
     disable_dropout: bool = field(
-        default=True, metadata=helped("Whether to train without dropout, of the model and of its adapters.")
+        default=True, metadata=helped("Whether to disable dropout in the model and its adapters.")
     )
     gradient_checkpointing: bool = field(
-        default=True, metadata=helped("Whether to compute activations again in the backward.")
+        default=True, metadata=helped("Whether to recompute activations in the backward pass.")
     )
     trust_remote_code: bool = trl_field("trust_remote_code", False)
 
@@ -53,12 +53,12 @@ class TRLConfig(PreferenceConfig):
             logger.warning("%s=%r: %s", name, value, meaning.text)
 
     def check(self) -> None:
-        """As `PreferenceConfig.check`; a hyperparameter of another loss is said to have no effect."""
+        """As `PreferenceConfig.check`; hyperparameters of losses that are not used give a warning."""
         super().check()
         if self.loss_params is not None:
             raise ValueError(
-                f"loss_params={self.loss_params!r} is no field of TRL's {type(self).__name__}: set its fields "
-                f"({', '.join(self.HYPERPARAMETERS) or 'beta'}), or take PreferenceConfig"
+                f"loss_params={self.loss_params!r} is not a field of TRL's {type(self).__name__}: set its fields "
+                f"({', '.join(self.HYPERPARAMETERS) or 'beta'}), or use PreferenceConfig"
             )
         for name in set(self.HYPERPARAMETERS) - self.used_hyperparameters():
             value = getattr(self, name)
@@ -66,27 +66,27 @@ class TRLConfig(PreferenceConfig):
                 self.refuse_unread(f"{name}={value!r} is not used by loss_type={', '.join(self.loss_type)}")
 
     def used_hyperparameters(self) -> set[str]:
-        """The names among `HYPERPARAMETERS` that the losses read."""
+        """The names in `HYPERPARAMETERS` that the losses read."""
         raise NotImplementedError
 
     def refuse_unread(self, text: str) -> None:
-        """As TRL, which takes settings that have no effect; but it is said."""
+        """Log a warning; like TRL, accept settings that have no effect."""
         logger.warning("no effect: %s", text)
 
     def build_objective(self, kind: ExampleKind | None = None, columns: Collection[str] = ()) -> Objective:
-        """As `PreferenceConfig.build_objective`; its metrics have TRL's names."""
+        """As `PreferenceConfig.build_objective`, with TRL's names for the metrics."""
         objective = super().build_objective(kind, columns)
         objective.as_logged = self.as_logged(objective)
         return objective
 
     def as_logged(self, objective: Objective) -> AsLogged:
-        """TRL's conventions for the metrics of an objective."""
+        """The conversion of an objective's metrics to TRL's conventions."""
         return renamed
 
 
 @dataclass
 class OneLossConfig(TRLConfig):
-    """A configuration whose `loss_type` is one of a table."""
+    """A configuration whose `loss_type` is an entry of a table."""
 
     LOSSES: ClassVar[Mapping[str, Translation]]
 
@@ -101,7 +101,7 @@ class OneLossConfig(TRLConfig):
 
 
 class _PerToken:
-    """Log-probs of losses of averages are logged by token, as TRL's experimental trainers do."""
+    """Logs log-probs per token for losses that average over tokens, as TRL's experimental trainers do."""
 
     def as_logged(self, objective: Objective) -> AsLogged:
         """As `TRLConfig.as_logged`."""
@@ -111,17 +111,17 @@ class _PerToken:
 @documented({"loss_type": "TRL's fields"})
 @dataclass
 class DPOConfig(TRLConfig):
-    """TRL's `DPOConfig`: the fields of `PreferenceConfig`, with TRL's defaults, and the following.
+    """TRL's `DPOConfig`: the fields of `PreferenceConfig` with TRL's defaults, and the following.
 
     Raises:
-        ValueError: at construction; names the field, its value and what to do.
+        ValueError: at construction; the message names the field and its value, and says what to do.
     """
 
     HYPERPARAMETERS: ClassVar[tuple[str, ...]] = ("discopop_tau",)
 
     loss_type: list[str] = field(
         default_factory=lambda: ["sigmoid"],
-        metadata=helped("One or more losses; TRL's names are aliases of those here."),
+        metadata=helped("One or more losses; TRL's names are aliases of the names here."),
     )
     label_smoothing: float = field(default=0.0, metadata=helped(_SMOOTHING))
     discopop_tau: float = trl_field("discopop_tau", 0.05)
@@ -136,7 +136,7 @@ class DPOConfig(TRLConfig):
         super().__post_init__()
 
     def losses(self) -> dict[str, Any]:
-        """As `PreferenceConfig.losses`; a default β is not given to losses that have none."""
+        """As `PreferenceConfig.losses`, without the default β if no loss has one."""
         given, specs = super().losses(), [get_loss(name) for name in self.loss_type]
         if self.beta == DPOConfig.beta and not any("beta" in spec.defaults for spec in specs):
             given["shared_params"].pop("beta")
@@ -155,10 +155,10 @@ class DPOConfig(TRLConfig):
 @documented({"loss_type": "TRL's fields"})
 @dataclass
 class KTOConfig(OneLossConfig):
-    """TRL's `KTOConfig`: the fields of `PreferenceConfig`, with TRL's defaults, and the following.
+    """TRL's `KTOConfig`: the fields of `PreferenceConfig` with TRL's defaults, and the following.
 
     Raises:
-        ValueError: at construction; names the field, its value and what to do.
+        ValueError: at construction; the message names the field and its value, and says what to do.
     """
 
     LOSSES: ClassVar[Mapping[str, Translation]] = KTO
@@ -168,7 +168,7 @@ class KTOConfig(OneLossConfig):
     desirable_weight: float = trl_field("desirable_weight", 1.0)
     undesirable_weight: float = trl_field("undesirable_weight", 1.0)
     unpair: bool = field(
-        default=True, metadata=helped("Make a desirable and an undesirable example of each pair, as KTOTrainer does.")
+        default=True, metadata=helped("Split pairs into desirable and undesirable examples, as KTOTrainer does.")
     )
     pad_to_multiple_of: int | str | None = field(default="auto", metadata=helped(_MULTIPLE))
     precompute_ref_batch_size: int | None = trl_field("precompute_ref_batch_size", None)
@@ -182,11 +182,11 @@ class KTOConfig(OneLossConfig):
 @documented({"loss_type": "TRL's fields"})
 @dataclass
 class CPOConfig(_PerToken, OneLossConfig):
-    """TRL's `CPOConfig`, of CPO, SimPO and AlphaPO: the fields of `PreferenceConfig`, with TRL's defaults, and the
+    """TRL's `CPOConfig`, for CPO, SimPO and AlphaPO: the fields of `PreferenceConfig` with TRL's defaults, and the
     following.
 
     Raises:
-        ValueError: at construction; names the field, its value and what to do.
+        ValueError: at construction; the message names the field and its value, and says what to do.
     """
 
     LOSSES: ClassVar[Mapping[str, Translation]] = CPO
@@ -205,17 +205,17 @@ class CPOConfig(_PerToken, OneLossConfig):
 @documented({"loss_type": "TRL's fields"})
 @dataclass
 class ORPOConfig(_PerToken, OneLossConfig):
-    """TRL's `ORPOConfig`: the fields of `PreferenceConfig`, with TRL's defaults, and the following.
+    """TRL's `ORPOConfig`: the fields of `PreferenceConfig` with TRL's defaults, and the following.
 
     Raises:
-        ValueError: at construction; names the field, its value and what to do.
+        ValueError: at construction; the message names the field and its value, and says what to do.
     """
 
     LOSSES: ClassVar[Mapping[str, Translation]] = ORPO
 
     loss_type: list[str] = field(
         default_factory=lambda: ["orpo"],
-        metadata=helped("orpo, with an NLL of prompt and response (orpo_sequence here)."),
+        metadata=helped("orpo, with the NLL of prompt and response (orpo_sequence here)."),
     )
     max_completion_length: int | None = trl_field("max_completion_length", None)
     padding_value: int | None = trl_field("padding_value", None)
@@ -226,10 +226,10 @@ class ORPOConfig(_PerToken, OneLossConfig):
 @documented({"loss_type": "TRL's fields"})
 @dataclass
 class TPOConfig(_PerToken, OneLossConfig):
-    """TRL's `TPOConfig`: the fields of `PreferenceConfig`, with TRL's defaults, and the following.
+    """TRL's `TPOConfig`: the fields of `PreferenceConfig` with TRL's defaults, and the following.
 
     Raises:
-        ValueError: at construction; names the field, its value and what to do.
+        ValueError: at construction; the message names the field and its value, and says what to do.
     """
 
     LOSSES: ClassVar[Mapping[str, Translation]] = TPO
@@ -244,7 +244,7 @@ class TPOConfig(_PerToken, OneLossConfig):
 
 
 def _multiple(value: int | str | None) -> int | None:
-    """A multiple to pad to: "auto" and "none" are none, as on every device but AWS Trainium in TRL."""
+    """The multiple to pad to. "auto" and "none" mean no padding, as in TRL on all devices except AWS Trainium."""
     if not isinstance(value, str):
         return value
     return None if value.lower() in ("auto", "none", "null") else int(value)

@@ -1,7 +1,7 @@
-"""Where the numbers differ from TRL 1.16's with the same settings: a closed list, which docs/from_trl.md prints.
+"""All cases in which losses differ from TRL 1.16 with the same settings; docs/from_trl.md prints this list.
 
-The losses are those of a tiny model on made-up rows, policy and reference about a nat apart; tests/parity/
-test_dropin_faults.py computes both and compares them with this list. In everything else they agree to 1e-5.
+The losses are from a tiny model on synthetic rows, with policy and reference about one nat apart.
+`tests/parity/test_dropin_faults.py` computes both and compares them with this list. All other losses agree to 1e-5.
 """
 
 from dataclasses import dataclass, field
@@ -10,12 +10,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Difference:
-    """A loss that is another one here.
+    """A loss that differs from TRL's.
 
     Attributes:
-        what: what TRL does, and what is done here.
-        method: the trainer's name without "Trainer". settings: by TRL's names.
-        rows: which rows of the test.
+        what: what TRL does, and what this package does.
+        method: the trainer's name without "Trainer". settings: the settings, with TRL's names.
+        rows: the name of the test rows.
         theirs, ours: the loss of one batch, or the name of the error.
     """
 
@@ -27,28 +27,28 @@ class Difference:
     ours: float | str = "ValueError"
 
 
-# Fields with another default, by name: TRL's, ours, why. `loss_type` is a list here, where some of TRL's are a text.
+# Fields with a different default: TRL's, ours, and why. (`loss_type` is always a list here; in TRL, some are strings.)
 OTHER_DEFAULTS: dict[str, tuple[Any, Any, str]] = {
     "train_sampling_strategy": (
         "sequential",
         "random",
-        "TRL pairs each row of KTO with a neighbor in its batch, so it must not shuffle; here the pairs come from the "
-        "whole data set.",
+        "For KTO, TRL pairs each row with its neighbor in the batch, so it must not shuffle; here mismatched pairs "
+        "come from the whole data set.",
     ),
     "logging_nan_inf_filter": (True, False, "A loss that is not finite stops the run."),
-    "ddp_broadcast_buffers": (None, False, "There is nothing to send: buffers do not change in training."),
+    "ddp_broadcast_buffers": (None, False, "Buffers do not change in training, so they need no broadcast."),
 }
 
 DIFFERENCES = (
     Difference(
-        "`label_smoothing` is ignored by `sigmoid`; here it is conservative DPO's ε.",
+        "`sigmoid` ignores `label_smoothing`; here it is conservative DPO's ε.",
         "DPO",
         {"loss_type": "sigmoid", "label_smoothing": 0.3, "beta": 0.5},
         theirs=1.26500,
         ours=1.40046,
     ),
     Difference(
-        "`label_smoothing` is ignored by losses without one, such as `hinge`; here it is an error.",
+        "Losses without label smoothing, such as `hinge`, ignore `label_smoothing`; here it raises an error.",
         "DPO",
         {"loss_type": "hinge", "label_smoothing": 0.3},
         theirs=0.90969,
@@ -61,8 +61,8 @@ DIFFERENCES = (
         ours=1.79476,
     ),
     Difference(
-        "WPO's weights (`use_weighting`) grow beyond 1; here they are at most 1, as in the paper. Responses are the "
-        "policy's own greedy ones.",
+        "WPO's weights (`use_weighting`) can exceed 1; here they are at most 1, as in the paper. The responses are "
+        "the policy's own greedy responses.",
         "DPO",
         {"loss_type": "sigmoid", "use_weighting": True},
         rows="greedy",
@@ -70,7 +70,7 @@ DIFFERENCES = (
         ours=0.85903,
     ),
     Difference(
-        "`use_weighting` beside `sft` raises a RuntimeError; here it weighs the loss of pairs alone.",
+        "`use_weighting` together with `sft` raises a RuntimeError; here it only weights the pair loss.",
         "DPO",
         {"loss_type": ["sigmoid", "sft"], "use_weighting": True},
         rows="uneven",
@@ -78,17 +78,17 @@ DIFFERENCES = (
         ours=7.40663,
     ),
     Difference(
-        "The NLL of `sft` is a mean over the tokens of a micro-batch, so that accumulation changes it; here each "
-        "example counts by its own length. Chosen responses of 8 and 2 tokens.",
+        "The NLL of `sft` is the mean over the tokens of a micro-batch, so gradient accumulation changes it; here it "
+        "is the mean over examples of the NLL per token. The chosen responses have 8 and 2 tokens.",
         "DPO",
         {"loss_type": ["sigmoid", "sft"]},
         rows="uneven",
         theirs=8.38684,
         ours=8.09033,
     ),
-    Difference("The same of CPO's NLL.", "CPO", {}, rows="uneven", theirs=7.73878, ours=7.44227),
+    Difference("The same difference in CPO's NLL.", "CPO", {}, rows="uneven", theirs=7.73878, ours=7.44227),
     Difference(
-        "The same of ORPO's NLL, of prompt and response in both.",
+        "The same difference in ORPO's NLL, which covers prompt and response in both.",
         "ORPO",
         {},
         rows="uneven",
@@ -96,11 +96,16 @@ DIFFERENCES = (
         ours=7.99980,
     ),
     Difference(
-        "The same of TPO's NLL, of the gold response.", "TPO", {}, rows="uneven triples", theirs=7.76937, ours=6.90046
+        "The same difference in TPO's NLL of the gold response.",
+        "TPO",
+        {},
+        rows="uneven triples",
+        theirs=7.76937,
+        ours=6.90046,
     ),
     Difference(
-        "`alpha` beside `sigmoid`, `hinge`: e^(−α·s) of summed log-probs, not a number for responses of 60 tokens; "
-        "here an error.",
+        "`alpha` with `sigmoid` or `hinge` computes e^(−α·s) from summed log-probs, which is NaN for responses of 60 "
+        "tokens; here it raises an error.",
         "CPO",
         {"loss_type": "sigmoid", "alpha": 0.5},
         rows="long",

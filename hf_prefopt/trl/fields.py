@@ -1,6 +1,6 @@
-"""What becomes of each field that TRL's configurations have and `PreferenceConfig` does not: one table.
+"""The fields of TRL's configurations that `PreferenceConfig` does not have, and what they do here.
 
-A field is used, or it changes nothing and a warning says so, or it raises an error.
+A field is used, has no effect and logs a warning, or raises an error.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,11 +18,11 @@ def _is_set(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class Meaning:
-    """What a field of TRL's does here.
+    """What a field from TRL does here.
 
     Attributes:
-        text: for the help, the page docs/from_trl.md, warnings and errors.
-        is_idle: whether a value changes nothing.
+        text: the text for the help, docs/from_trl.md, warnings and errors.
+        is_idle: whether a value has no effect.
         is_refused: whether a value raises an error.
     """
 
@@ -33,58 +33,56 @@ class Meaning:
 
 TRL_FIELDS: Mapping[str, Meaning] = {
     "trust_remote_code": Meaning(
-        "Whether models and tokenizers that are loaded by name may bring code of their own: model_init_kwargs="
+        "Whether to run the code that comes with models and tokenizers loaded by name: model_init_kwargs="
         "{'trust_remote_code': True}."
     ),
     "padding_free": Meaning(
-        "No effect, as in TRL. layout='auto' computes no padding where that is exact for the model.", is_idle=bool
+        "No effect, as in TRL. layout='auto' avoids padding if that is exact for the model.", is_idle=bool
     ),
     "precompute_ref_batch_size": Meaning(
-        "No effect: that pass takes as many responses as fit into max_tokens_per_batch positions.",
+        "No effect: max_tokens_per_batch bounds the batches of that pass.",
         is_idle=_is_set,
     ),
     "activation_offloading": Meaning(
-        "Whether to keep activations in the CPU's memory until the backward. Not done here: "
-        "gradient_checkpointing=True keeps fewer of them, and max_tokens_per_batch bounds them.",
+        "Whether to keep activations in CPU memory until the backward pass. Not supported: use "
+        "gradient_checkpointing=True to keep fewer of them, or max_tokens_per_batch to bound them.",
         is_refused=bool,
     ),
-    "pad_token": Meaning("No effect: what padding holds is never read.", is_idle=_is_set),
-    "padding_value": Meaning("No effect: what padding holds is never read.", is_idle=_is_set),
+    "pad_token": Meaning("No effect: padding is never read.", is_idle=_is_set),
+    "padding_value": Meaning("No effect: padding is never read.", is_idle=_is_set),
     "max_completion_length": Meaning(
         "No effect, as in TRL without an encoder-decoder model. max_length bounds prompt and response together.",
         is_idle=_is_set,
     ),
     "generate_during_eval": Meaning(
-        "Whether an evaluation also generates. Not done here: add hf_prefopt.callbacks.GenerationEvalCallback.",
+        "Whether evaluations also generate. Not supported: add hf_prefopt.callbacks.GenerationEvalCallback.",
         is_refused=bool,
     ),
-    "is_encoder_decoder": Meaning(
-        "Whether the model is an encoder-decoder model, which cannot be trained here.", is_refused=bool
-    ),
+    "is_encoder_decoder": Meaning("Whether the model is an encoder-decoder model. Not supported.", is_refused=bool),
     "discopop_tau": Meaning("τ of the loss discopop: loss_params={'discopop_tau': ...}."),
     "desirable_weight": Meaning("λ_D, of desirable responses: loss_params={'desirable_weight': ...}."),
     "undesirable_weight": Meaning("λ_U, of undesirable responses: loss_params={'undesirable_weight': ...}."),
     "cpo_alpha": Meaning(
-        "Weight of the chosen responses' NLL: loss_params={'cpo_alpha': ...} of the loss cpo, sft_weight beside others."
+        "Weight of the chosen responses' NLL: loss_params={'cpo_alpha': ...} for the loss cpo, sft_weight for others."
     ),
     "simpo_gamma": Meaning("γ of simpo, the target margin: loss_params={'gamma': ...}."),
     "alpha": Meaning(
-        "α of AlphaPO, 0.0 for SimPO: loss_params={'alpha': ...} of the loss alphapo. Beside another loss an error: "
-        "TRL takes e^(−α·s) of summed log-probs s there, which is infinite for responses below −103 nats."
+        "α of AlphaPO, 0.0 for SimPO: loss_params={'alpha': ...} for the loss alphapo. An error with other losses, for "
+        "which TRL computes e^(−α·s) from summed log-probs s, which is infinite below −103 nats."
     ),
     "tpo_alpha": Meaning(
-        "Weight of the gold responses' NLL: loss_params={'tpo_alpha': ...} of the losses tpo and tpo_l, the weight of "
-        "sft_gold beside others."
+        "Weight of the gold responses' NLL: loss_params={'tpo_alpha': ...} for the losses tpo and tpo_l, the weight of "
+        "sft_gold for others."
     ),
     "tpo_l_gamma": Meaning("γ of tpo_l, the target margin: loss_params={'gamma': ...}."),
 }
 
 
 def trl_field(name: str, default: Any) -> Any:
-    """A dataclass field that only TRL has, with its help."""
+    """A dataclass field that only TRL has, with its help text."""
     return field(default=default, metadata={"help": TRL_FIELDS[name].text})
 
 
 def helped(text: str) -> dict[str, str]:
-    """The metadata of a dataclass field that `PreferenceConfig` has, too, with another default or another help."""
+    """The metadata of a field that overrides the default or help text of a field of `PreferenceConfig`."""
     return {"help": text}

@@ -1,6 +1,6 @@
-"""From the `loss_type` of TRL's CPO, ORPO, TPO and KTO configurations to the losses of this package.
+"""Translates the `loss_type` of TRL's CPO, ORPO, TPO and KTO configurations to the losses of this package.
 
-TRL's DPO losses have the same names here. Those of the other trainers stand for a loss and an NLL beside it.
+TRL's DPO losses have the same names here. The losses of the other trainers translate to a loss and an NLL term.
 """
 
 from collections.abc import Mapping
@@ -10,15 +10,15 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Translation:
-    """What one of TRL's losses is here.
+    """The translation of one of TRL's losses.
 
     Attributes:
         loss: the loss of pairs, triples or single responses.
-        params: from its hyperparameters to TRL's fields; `beta` and `label_smoothing` have the same name.
-        nll: the loss that holds it to a response, if another one does; its weight is TRL's field `nll_weight`.
-        nll_weight: that field; `None`: always 0.
-        reference_free: whether it is taken without a reference.
-        bent: the loss in its place where TRL's `alpha` is not 0; its hyperparameter `alpha` is that.
+        params: maps its hyperparameters to TRL's fields; `beta` and `label_smoothing` have the same names.
+        nll: the loss that adds the NLL of a response, if `loss` does not include it.
+        nll_weight: the name of TRL's field for the weight of `nll`; `None` means a weight of 0.
+        reference_free: whether the loss is used without a reference.
+        bent: the loss that replaces it if TRL's field `alpha` is not 0; it has a hyperparameter `alpha`.
     """
 
     loss: str
@@ -56,18 +56,18 @@ def translated(table: Mapping[str, Translation], args: Any) -> dict[str, Any]:
         args: the configuration, with a single `loss_type`.
 
     Raises:
-        ValueError: the loss is none of TRL's, or it takes no `alpha`.
+        ValueError: TRL does not have the loss, or the loss has no `alpha`.
     """
     (name,) = args.loss_type
     if name not in table:
         raise ValueError(
-            f"loss_type={name!r} is not one of {', '.join(table)}, which {type(args).__name__} has in TRL: choose one, "
-            "or PreferenceConfig, which has every loss"
+            f"loss_type={name!r} is not one of {', '.join(table)}, the losses of TRL's {type(args).__name__}: choose "
+            "one of them, or use PreferenceConfig, which has every loss"
         )
     this, alpha = table[name], getattr(args, "alpha", 0.0)
     if alpha and this.bent is None:
         takers = " or ".join(other for other in table if table[other].bent)
-        raise ValueError(f"alpha={alpha} is of loss_type={takers}, and beside {name} it would overflow: leave it out")
+        raise ValueError(f"alpha={alpha} is for loss_type={takers}; with {name} it would overflow: leave it out")
     loss = this.bent if alpha else this.loss
     params = {ours: getattr(args, theirs) for ours, theirs in this.params.items()} | ({"alpha": alpha} if alpha else {})
     weight = getattr(args, this.nll_weight) if this.nll_weight else 0.0

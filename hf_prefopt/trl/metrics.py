@@ -1,6 +1,6 @@
-"""Metrics by TRL's names and conventions, where those of this package are others.
+"""Metrics with TRL's names and conventions, where they differ from those of this package.
 
-A function of (metrics of the examples, inputs of the losses), as `Objective.as_logged` wants it.
+The conversions are functions of the metrics of the examples and the inputs of the losses, for `Objective.as_logged`.
 """
 
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from hf_prefopt.objective.objective import AsLogged
 Metrics = dict[str, Metric]
 Inputs = Mapping[str, Tensor]
 
-# TRL's name, and the sign, of what is a component of a loss here.
+# Maps the components of losses here to TRL's name and a sign.
 RENAMED: Mapping[str, tuple[str, float]] = {
     "loss/cpo_nll": ("nll_loss", 1.0),
     "loss/sft": ("nll_loss", 1.0),
@@ -26,17 +26,17 @@ RENAMED: Mapping[str, tuple[str, float]] = {
 }
 
 
-# For docs/from_trl.md: a metric, which trainers log it, and what it is under `PreferenceTrainer`.
+# For docs/from_trl.md: a metric, the trainers that log it, and its equivalent under `PreferenceTrainer`.
 LOGGED = (
     ("`loss`, `grad_norm`, `learning_rate`", "all", "the same"),
     (
         "`rewards/chosen`, `rewards/rejected`, `rewards/margins`",
         "DPO",
-        "the loss's own reward: β by token for `ipo`, …",
+        "the loss's own reward, which is per token for `ipo` and others",
     ),
     ("`rewards/chosen`, `rewards/rejected`, `rewards/margins`", "KTO, CPO, ORPO, TPO", "the same"),
     ("`rewards/accuracies`", "DPO, CPO, ORPO, TPO", "the same; a tie counts half"),
-    ("`logps/chosen`, `logps/rejected`", "all; by token for `ipo`, `simpo`, `alphapo`, `tpo-l`, ORPO", "summed"),
+    ("`logps/chosen`, `logps/rejected`", "all; per token for `ipo`, `simpo`, `alphapo`, `tpo-l`, ORPO", "summed"),
     *(
         (f"`{name}`", trainers, f"`{ours}`" if sign > 0 else f"minus `{ours}`")
         for name, trainers, ours, sign in (
@@ -49,7 +49,7 @@ LOGGED = (
     ),
 )
 LEFT_OUT = (
-    ("`entropy`, `mean_token_accuracy`", "they cost a pass over the vocabulary at every token"),
+    ("`entropy`, `mean_token_accuracy`", "they need a pass over the vocabulary for every token"),
     ("`logits/chosen`, `logits/rejected`", "logits are not kept"),
     ("`num_tokens`", "set `include_num_input_tokens_seen`, which logs `num_input_tokens_seen`"),
     ("`kl` of `apo_zero_unpaired`", "it is 0 by definition"),
@@ -57,20 +57,20 @@ LEFT_OUT = (
 
 
 def renamed(metrics: Metrics, inputs: Inputs) -> Metrics:
-    """Components of losses by the names that TRL has for them; the others keep theirs."""
+    """Renames the components of losses to TRL's names; all other metrics keep their names."""
     signs = {name: RENAMED.get(name, (name, 1.0)) for name in metrics}
     return {to: Metric(sign * metrics[name].values, metrics[name].counted) for name, (to, sign) in signs.items()}
 
 
 def renamed_per_token(metrics: Metrics, inputs: Inputs) -> Metrics:
-    """The same, and log-probs of the responses by token."""
+    """Like `renamed`, with the log-probs of the responses per token."""
     lengths = {f"logps/{side}": inputs[f"{side}_lengths"].clamp(min=1) for side in ("chosen", "rejected")}
     averaged = {name: Metric(metrics[name].values / length) for name, length in lengths.items()}
     return renamed(metrics | averaged, inputs)
 
 
 def rewards_of_sums(metrics: Metrics, inputs: Inputs, beta: float) -> Metrics:
-    """Rewards as DPOTrainer logs them: β(s − s_ref) of summed log-probs, whatever the loss compares."""
+    """Rewards as in DPOTrainer: β(s − s_ref) from summed log-probs, for every loss."""
     sides = [(f"policy_{side}_logps", f"ref_{side}_logps") for side in ("chosen", "rejected")]
     if not all(name in inputs for pair in sides for name in pair):
         return metrics
@@ -79,5 +79,5 @@ def rewards_of_sums(metrics: Metrics, inputs: Inputs, beta: float) -> Metrics:
 
 
 def of_dpo(beta: float) -> AsLogged:
-    """DPOTrainer's."""
+    """DPOTrainer's conventions."""
     return partial(rewards_of_sums, beta=beta)

@@ -1,4 +1,4 @@
-"""The page docs/from_trl.md, made from the tables of this package: `python -m hf_prefopt.trl.page`."""
+"""Generates docs/from_trl.md from the tables of this package: `python -m hf_prefopt.trl.page > docs/from_trl.md`."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
@@ -28,19 +28,19 @@ Change the import, and keep the script:
 
 `hf_prefopt.trl` has `DPOConfig`, `DPOTrainer`, `KTOConfig`, `KTOTrainer` (from `trl`), `CPOConfig`, `CPOTrainer`,
 `ORPOConfig`, `ORPOTrainer`, `TPOConfig` and `TPOTrainer` (from `trl.experimental`), with the field names, defaults,
-order of arguments and metric names of TRL 1.16. Loss and gradient equal those of TRL's trainers, except where TRL is at
-fault: see [Other numbers](#other-numbers). Every field of `PreferenceConfig` is there, too: `layout`,
-`max_tokens_per_batch`, `group_by_prompt` ([settings.md](settings.md)).
+order of arguments and metric names of TRL 1.16. Losses and gradients equal those of TRL's trainers, except where TRL
+has a bug: see [Different numbers](#different-numbers). All fields of `PreferenceConfig` also work, such as `layout`,
+`max_tokens_per_batch` and `group_by_prompt` ([settings.md](settings.md)).
 
-The configurations are `PreferenceConfig`s and the trainers `PreferenceTrainer`s. For new code use those two: they have
-every loss, each with its published defaults. A name of TRL's that they do not have raises an error that says what to
-write."""
+The configurations are subclasses of `PreferenceConfig`, and the trainers subclasses of `PreferenceTrainer`. Use these
+two classes in new code: they have every loss, with its published defaults. If you use one of TRL's names that they do
+not have, the error says what to write instead."""
 TESTS = """\
 ## TRL's own tests and scripts
 
-`python -m tests.parity.trl_suite --trl PATH`, with a checkout of huggingface/trl, runs TRL's tests of these five
-trainers on TRL and on `hf_prefopt.trl`; `tests/parity/trl_expected.py` lists the tests that do not pass here, each with
-its reason. TRL's scripts `dpo.py` and `kto.py` run with the import changed (`tests/trl/test_scripts.py`)."""
+With a checkout of huggingface/trl, `python -m tests.parity.trl_suite --trl PATH` runs TRL's tests of these five
+trainers on TRL and on `hf_prefopt.trl`. `tests/parity/trl_expected.py` lists the tests that do not pass here, and why.
+TRL's scripts `dpo.py` and `kto.py` run after changing the import (`tests/trl/test_scripts.py`)."""
 
 
 def page() -> str:
@@ -55,7 +55,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def _fields() -> str:
-    """Every field that TRL's configurations add to `TrainingArguments` or change in it."""
+    """The fields that TRL's configurations add to `TrainingArguments`, or whose defaults they change."""
     of_trainer, ours = ({f.name for f in fields(c)} for c in (TrainingArguments, PreferenceConfig))
     own = {name for config in (TRLConfig, *CONFIGS) for name in config.__annotations__} & ours - {"unpair"}
     rows = []
@@ -69,16 +69,16 @@ def _fields() -> str:
     return "\n\n".join(
         [
             "## Fields",
-            "Those of `transformers.TrainingArguments` are the same. The following are as in `PreferenceConfig`, "
-            f"with the same default: {', '.join(f'`{name}`' for name in same)}.",
+            "The fields of `transformers.TrainingArguments` are the same. The following fields have the same meaning "
+            f"and default as in `PreferenceConfig`: {', '.join(f'`{name}`' for name in same)}.",
             _table(("field", "default", "here"), rows),
-            "Other defaults than TRL's:",
+            "These defaults differ from TRL's:",
             _table(("field", "TRL", "here", "why"), other),
         ]
     )
 
 
-# Fields of TRL's that PreferenceConfig has by the same name and with the same default.
+# Fields that TRL and PreferenceConfig share, with the same default.
 _TRLS = {
     *("dataset_num_proc", "f_alpha_divergence_coef", "f_divergence_type", "ld_alpha", "loss_weights", "max_length"),
     *("model_init_kwargs", "precompute_ref_log_probs", "ref_model_mixup_alpha", "ref_model_sync_steps"),
@@ -87,7 +87,7 @@ _TRLS = {
 
 
 def _where(defaults: dict[str, Any]) -> str:
-    """The one default of all configurations, or that of each that has the field."""
+    """The default of a field, with the configurations that have it unless all agree."""
     if len(set(map(repr, defaults.values()))) == 1 and len(defaults) == len(CONFIGS):
         return f"`{next(iter(defaults.values()))!r}`"
     by_value: dict[str, list[str]] = {}
@@ -100,8 +100,8 @@ def _losses() -> str:
     tables = {"CPO": CPO, "ORPO": ORPO, "TPO": TPO, "KTO": KTO}
     rows = [(method, f"`{name}`", _meaning(this)) for method, table in tables.items() for name, this in table.items()]
     return (
-        "## Losses\n\nDPO's names are the same here ([losses.md](losses.md)), also for `PreferenceConfig`; their "
-        "β there is each paper's own. Those of the other trainers:\n\n"
+        "## Losses\n\nThe names of DPO's losses are the same here and in `PreferenceConfig` ([losses.md](losses.md)), "
+        "where each loss has the default β of its paper. The losses of the other trainers translate as follows:\n\n"
         + _table(("trainer", "`loss_type`", "here"), rows)
     )
 
@@ -110,16 +110,16 @@ def _meaning(this: Translation) -> str:
     params = ", ".join(f"{ours}={theirs}" for ours, theirs in this.params.items())
     text = f"`{this.loss}`" + (f", {params}" if params else "") + (", reference_free" if this.reference_free else "")
     text += f" + {this.nll_weight} × `{this.nll}`" if this.nll and this.nll_weight else ""
-    return text + (f"; `{this.bent}` where alpha is not 0" if this.bent else "")
+    return text + (f"; `{this.bent}` if alpha is not 0" if this.bent else "")
 
 
 def _metrics() -> str:
     return "\n\n".join(
         [
             "## Metrics",
-            "By TRL's names and conventions under `hf_prefopt.trl`; `eval_` before them in evaluations, as in TRL.",
+            "`hf_prefopt.trl` uses TRL's names and conventions, with the prefix `eval_` in evaluations.",
             _table(("metric", "trainers", "under `PreferenceTrainer`"), LOGGED),
-            "Left out:",
+            "These metrics are not logged:",
             _table(("metric", "why"), LEFT_OUT),
         ]
     )
@@ -128,9 +128,9 @@ def _metrics() -> str:
 def _differences() -> str:
     rows = [(f"{this.method}: {this.what}", _number(this.theirs), _number(this.ours)) for this in DIFFERENCES]
     return (
-        "## Other numbers\n\nAll losses with other numbers. The numbers are those of a tiny model, one batch, in "
-        "`tests/parity/test_dropin_faults.py`. Everything else agrees to 1e-5, and gradients to 1e-4 of their largest "
-        "entry (`tests/parity/test_dropin.py`).\n\n" + _table(("what", "TRL's loss", "here"), rows)
+        "## Different numbers\n\nThis table lists all losses that differ from TRL's. The numbers are for one batch and "
+        "a tiny model (`tests/parity/test_dropin_faults.py`). All other losses agree to 1e-5, and gradients to 1e-4 of "
+        "their largest entry (`tests/parity/test_dropin.py`).\n\n" + _table(("what", "TRL's loss", "here"), rows)
     )
 
 
@@ -143,47 +143,47 @@ def _behavior() -> str:
         (
             "full fine-tuning without `ref_model`",
             "loads the model again by its name",
-            "a frozen copy of what trains, as it was given",
+            "keeps a frozen copy of the initial trainable weights",
         ),
-        ("a PEFT model that is given", "adds an adapter `ref`, which is saved along", "nothing is added"),
-        ("KTO's mismatched responses", "of the neighbor in the batch", "of the whole data set, anew in every epoch"),
-        ("KTO's z, AOT's sort", "of a micro-batch", "of the global batch"),
+        ("a PEFT model is passed", "adds an adapter `ref`, which is saved with the model", "adds nothing"),
+        ("KTO's mismatched responses", "from the neighbor in the batch", "from the whole data set, new in every epoch"),
+        ("KTO's z, AOT's sort", "over a micro-batch", "over the global batch"),
         ("metrics of an evaluation", "means of batch means", "means over the rows"),
         ("a tie of rewards", "counts as an inaccurate pair", "counts half"),
         (
-            "log-probs cut by `max_length`",
-            "the end of the sequence, its EOS too",
-            "the end of the response; its EOS stays",
+            "truncation to `max_length`",
+            "cuts the end of the sequence, including its EOS",
+            "cuts the end of the response and keeps its EOS",
         ),
-        ("`max_length=None` in CPO and ORPO", "is 512", "is no limit"),
+        ("`max_length=None` in CPO and ORPO", "means 512", "means no limit"),
         (
             "texts without a column `prompt`",
-            "are split at the first character that differs",
-            "an error, where that matters",
+            "are split at the first different character",
+            "raise an error if the split matters",
         ),
         ("`train_dataset=None`", "an error", "evaluation only"),
-        ("encoder-decoder models, images", "CPO and ORPO; DPO and KTO", "an error"),
-        ("`compute_metrics`", "gets logits", "gets rewards, and 1 for preferred responses"),
-        ("a stream for KTO's loss", "accepted", "an error: other prompts are not known"),
+        ("encoder-decoder models, images", "supported in CPO and ORPO; in DPO and KTO", "an error"),
+        ("`compute_metrics`", "gets logits", "gets rewards, and labels of 1 for preferred responses"),
+        ("a streaming data set with KTO's loss", "accepted", "an error, because other prompts are not known"),
         (
             "a mixture of experts' auxiliary loss",
-            "added by default in DPO and KTO; in the others where the model's config has `output_router_logits=True`",
-            "added by default in all; `router_aux_loss_coef=0.0` leaves it out",
+            "added by default in DPO and KTO; in the others if the model's config has `output_router_logits=True`",
+            "added by default in all; `router_aux_loss_coef=0.0` turns it off",
         ),
         ("weights or a loss that are not finite", "training continues", "an error that names the step and the row"),
-        ("`tpo_alpha=0.0`", "leaves the gold responses out", "gold responses are computed, and weigh nothing"),
-        ("telemetry", "sent, unless it is switched off", "none"),
+        ("`tpo_alpha=0.0`", "does not compute the gold responses", "computes the gold responses, with weight 0"),
+        ("telemetry", "sent, unless disabled", "none"),
     ]
-    return "## Other behavior\n\n" + _table(("what", "TRL", "here"), rows)
+    return "## Different behavior\n\n" + _table(("what", "TRL", "here"), rows)
 
 
 def _names() -> str:
     settings = [(f"`{name}`", f"`PreferenceConfig`: {text}") for name, text in FOREIGN_SETTINGS.items()]
     arguments = [(f"`{name}`", f"`PreferenceTrainer`: {text}") for name, text in FOREIGN_ARGUMENTS.items()]
     return (
-        "## Under PreferenceConfig and PreferenceTrainer\n\nNames of TRL's, of its earlier versions and of other "
-        "libraries raise a `TypeError` that says what to write:\n\n"
-        + _table(("name", "write"), (*settings, *arguments))
+        "## Under PreferenceConfig and PreferenceTrainer\n\nNames from TRL, its earlier versions and other libraries "
+        "raise a `TypeError` that says what to write instead:\n\n"
+        + _table(("name", "write instead"), (*settings, *arguments))
     )
 
 

@@ -1,4 +1,4 @@
-"""TRL's trainers: `PreferenceTrainer` that takes TRL's configurations, and its arguments in TRL's order."""
+"""TRL's trainers: subclasses of `PreferenceTrainer` that take TRL's configurations, and arguments in TRL's order."""
 
 import inspect
 import os
@@ -18,12 +18,12 @@ _CONCATENATED = ("model", "args", *_DATA, "model_init", "callbacks", "optimizers
 
 
 class TRLTrainer(PreferenceTrainer):
-    """What TRL's trainers have in common, beside what is `PreferenceTrainer`'s.
+    """Base class of TRL's trainers.
 
     Attributes:
-        config_class: the configuration that it takes.
-        order: the names of its arguments, in their order.
-        ref_model: the reference's model, where it is another than the policy's; otherwise `None`.
+        config_class: the class of its configuration.
+        order: the names of its arguments, in order.
+        ref_model: the reference model, if it is separate from the policy; otherwise `None`.
         aux_loss_enabled: whether a mixture of experts' auxiliary loss is computed.
     """
 
@@ -40,31 +40,31 @@ class TRLTrainer(PreferenceTrainer):
             raise TypeError(f"{type(self).__name__} takes {len(self.order)} arguments: {', '.join(self.order)}")
         by_place = dict(zip(self.order, positional, strict=False))
         if twice := by_place.keys() & named.keys():
-            raise TypeError(f"{type(self).__name__}: {', '.join(twice)} is given twice, by its place and by its name")
+            raise TypeError(f"{type(self).__name__}: {', '.join(twice)} is given twice, by position and by keyword")
         given = {name: value for name, value in {**by_place, **named}.items() if value is not None}
         args = given["args"] = self._checked(given.pop("args", None), given.get("model"))
         if args.trust_remote_code and (isinstance(given.get("model"), str) or "processing_class" not in given):
             args.model_init_kwargs = {"trust_remote_code": True, **(args.model_init_kwargs or {})}
-        set_seed(args.seed)  # before an adapter draws its weights
+        set_seed(args.seed)  # before an adapter is initialized
         super().__init__(**given)
         self.model.add_model_tags(["hf_prefopt", self.method.lower()])
 
     @classmethod
     def _checked(cls, args: Any, model: Any) -> TRLConfig:
-        """The configuration, by default TRL's: its folder has the model's name."""
+        """The configuration; by default one whose output folder is named after the model, as in TRL."""
         if args is None:
             name = model if isinstance(model, str | os.PathLike) else getattr(model, "name_or_path", "")
             return cls.config_class(f"{os.path.basename(os.fspath(name))}-{cls.method}")
         if not isinstance(args, cls.config_class):
             raise ValueError(
-                f"args is a {type(args).__module__}.{type(args).__name__}: {cls.__name__} takes the "
-                f"{cls.config_class.__name__} of hf_prefopt.trl; change its import, too"
+                f"args is a {type(args).__module__}.{type(args).__name__}, but {cls.__name__} takes the "
+                f"{cls.config_class.__name__} of hf_prefopt.trl: change this import, too"
             )
         return args
 
     @property
     def ref_model(self) -> nn.Module | None:
-        """The reference's model, where it is another than the policy's."""
+        """The reference model, if it is separate from the policy."""
         reference = self.reference
         return reference.model if isinstance(reference, LiveReference) and reference.is_separate else None
 
@@ -72,7 +72,8 @@ class TRLTrainer(PreferenceTrainer):
     def aux_loss_enabled(self) -> bool:
         """Whether the auxiliary loss of a mixture of experts is part of the loss.
 
-        As in TRL's `DPOTrainer`; its others add it only where the model's config has `output_router_logits=True`.
+        This follows TRL's `DPOTrainer`; TRL's other trainers compute it only if the model's config has
+        `output_router_logits=True`.
         """
         return aux_loss_coef(self.model, self.args.router_aux_loss_coef) > 0
 
@@ -83,7 +84,7 @@ class TRLTrainer(PreferenceTrainer):
         tags: str | list[str] | None = None,
         **metadata: Any,
     ) -> None:
-        """As `PreferenceTrainer.create_model_card`, with TRL's names in TRL's order."""
+        """As `PreferenceTrainer.create_model_card`, with TRL's argument names and order."""
         super().create_model_card(model_name=model_name, dataset=dataset_name, tags=tags, **metadata)
 
 
@@ -100,7 +101,7 @@ class KTOTrainer(TRLTrainer):
 
 
 class CPOTrainer(TRLTrainer):
-    """TRL's `CPOTrainer`, of CPO, SimPO and AlphaPO. See `PreferenceTrainer` for the arguments."""
+    """TRL's `CPOTrainer`, for CPO, SimPO and AlphaPO. See `PreferenceTrainer` for the arguments."""
 
     config_class, method, order = CPOConfig, "CPO", (*_CONCATENATED, "peft_config", "compute_metrics")
 

@@ -136,11 +136,11 @@ def test_arguments_that_nobody_reads_are_refused_or_named(said):
     assert "the chat template does not read mood of chat_template_kwargs" in said()
     prepare_row(text_pair(), tiny_tokenizer(), chat_template_kwargs={"enable_thinking": True})
     assert "chat_template_kwargs are not used: no row holds messages" in said()
-    with pytest.raises(ValueError, match="chat_template_kwargs sets 'tools', which follows from the rows"):
+    with pytest.raises(ValueError, match="chat_template_kwargs sets 'tools', which is determined by the rows"):
         prepare_row(chat_pair(), tiny_tokenizer(), chat_template_kwargs={"tools": []})
     with pytest.raises(ValueError, match="row 0: `chat_template_kwargs` cannot be used: it sets 'tokenize'"):
         prepare_row({**chat_pair(), "chat_template_kwargs": '{"tokenize": true}'}, tiny_tokenizer())
-    with pytest.raises(ValueError, match="chat_template_kwargs='no' is not a mapping"):
+    with pytest.raises(ValueError, match="chat_template_kwargs='no' must be a dict"):
         prepare_row(chat_pair(), tiny_tokenizer(), chat_template_kwargs="no")
 
 

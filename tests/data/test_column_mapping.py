@@ -76,7 +76,7 @@ def test_settings_survive_yaml_and_the_command_line(tmp_path):
     again = PreferenceConfig(**{name: parsed.to_dict()[name] for name in ("output_dir", "column_mapping", "text_as")})
     assert again.column_mapping == MAPPING
     for wrong in ("prompt=ask", {"prompt": 3}, {"prompt": "a", "chosen": "a"}):
-        with pytest.raises(ValueError, match=r"column_mapping=.*does not map names to columns"):
+        with pytest.raises(ValueError, match=r"column_mapping=.*must map names to columns"):
             PreferenceConfig(str(tmp_path), column_mapping=wrong)
 
 

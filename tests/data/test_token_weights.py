@@ -70,7 +70,7 @@ def test_weights_of_texts_are_refused():
 
 def test_a_loss_of_weights_refuses_rows_without_them(tmp_path):
     plain = prepared({k: v for k, v in ROW.items() if "weights" not in k})
-    with pytest.raises(ValueError, match="does not fit tis_dpo: it weighs tokens and these rows hold no weights"):
+    with pytest.raises(ValueError, match="does not fit tis_dpo: it weights tokens, but these rows have no weights"):
         make_trainer(tmp_path, loss_type="tis_dpo", train_dataset=plain)
 
 

@@ -44,8 +44,8 @@ def component_of(values):
 
 
 REFUSED = {
-    "a mean": (torch.mean, "losses of shape [] in torch.float32", "leave out mean()"),
-    "a sum": (torch.sum, "losses of shape []", "leave out mean()"),
+    "a mean": (torch.mean, "losses of shape [] in torch.float32", "remove mean()"),
+    "a sum": (torch.sum, "losses of shape []", "remove mean()"),
     "a broadcast": (lambda losses: losses[:, None] + losses, "losses of shape [4, 4]", "x[:, None]"),
     "a column": (lambda losses: losses[:, None], "losses of shape [4, 1]", "x[:, None]"),
     "some": (lambda losses: losses[:2], "losses of shape [2]", "[4]"),
@@ -55,11 +55,11 @@ REFUSED = {
     "truths": (lambda losses: losses > 1, "in torch.bool", "keep the dtype"),
     "half precision": (lambda losses: losses.bfloat16(), "in torch.bfloat16", "keep the dtype"),
     "another device": (lambda losses: losses.to("meta"), "on meta", "zeros_like()"),
-    "detached": (lambda losses: losses.detach(), "losses without a gradient", "leave out detach()"),
+    "detached": (lambda losses: losses.detach(), "losses without a gradient", "remove detach()"),
     "rewards of one": (rewards_of((4,)), "rewards of shape [4]", "shape [4, 2]"),
     "rewards broadcast": (rewards_of((4, 4)), "rewards of shape [4, 4]", "shape [4, 2]"),
     "rewards transposed": (rewards_of((2, 4)), "rewards of shape [2, 4]", "shape [4, 2]"),
-    "a component's mean": (component_of(torch.mean), "component 'part' of shape []", "leave out mean()"),
+    "a component's mean": (component_of(torch.mean), "component 'part' of shape []", "remove mean()"),
     "a component's number": (component_of(lambda losses: 1.0), "component 'part' of type float", "return a tensor"),
 }
 
@@ -136,9 +136,9 @@ def test_a_name_that_is_taken_stays_an_error():
     run_cell(1.0, '"alias",')
     before = value()
     for name in ("of_a_cell", "alias", "dpo"):
-        with pytest.raises(ValueError, match=f"{name} is registered already"):
+        with pytest.raises(ValueError, match=f"{name} is already registered"):
             registered_as(name)
-    with pytest.raises(ValueError, match="of_a_cell is registered already"):
+    with pytest.raises(ValueError, match="of_a_cell is already registered"):
         run_cell(2.0, module="another_module")
     assert torch.equal(value(), before)
 
@@ -151,11 +151,11 @@ def registered_as(name):
 
 def test_losses_that_a_factory_makes_do_not_replace_each_other():
     registered(lambda losses: losses)
-    with pytest.raises(ValueError, match="changed is registered already"):
+    with pytest.raises(ValueError, match="changed is already registered"):
         registered(lambda losses: 2 * losses)
 
 
 def test_lambdas_do_not_replace_each_other():
     register_loss("small")(lambda policy_chosen_logps: -policy_chosen_logps)
-    with pytest.raises(ValueError, match="small is registered already"):
+    with pytest.raises(ValueError, match="small is already registered"):
         register_loss("small")(lambda policy_chosen_logps: -2 * policy_chosen_logps)

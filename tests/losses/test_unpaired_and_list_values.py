@@ -186,7 +186,7 @@ def test_kto_weights_bring_the_ratio_into_its_range(counts, weights):
 
 
 def test_kinds_that_no_data_set_holds_at_once_are_refused():
-    with pytest.raises(ValueError, match="kto wants rows with `label`, or pairs with unpair=True; dpo wants pairs"):
+    with pytest.raises(ValueError, match="kto needs rows with `label`, or pairs with unpair=True; dpo needs pairs"):
         build_objective(["kto", "dpo"])
     with pytest.raises(ValueError, match="plackett_luce compares lists"):
         build_objective(["plackett_luce"], use_weighting=True)
@@ -227,7 +227,7 @@ def test_losses_of_pairs_join_those_of_triples():
     assert objective.kind is TRIPLES and build_objective(["dpo"]).kind is PAIRS
     parts = {name: build_objective([name])(inputs).losses for name in ("dpo", "tpo", "sft")}
     torch.testing.assert_close(objective(inputs).losses, 2 * parts["dpo"] + 0.5 * parts["tpo"] + 0.3 * parts["sft"])
-    with pytest.raises(ValueError, match="weighs preference pairs, and tpo compares triples"):
+    with pytest.raises(ValueError, match="weights preference pairs, but tpo compares triples"):
         build_objective(["dpo", "tpo"], use_weighting=True)
 
 

@@ -182,7 +182,7 @@ def test_a_users_loss_gets_a_name_aliases_and_rewards():
         output = spec(**dict(zip(spec.inputs, PAIR, strict=True)))
         assert (output.losses.item(), output.rewards.tolist()) == (0.25, [[1.0, -0.5]])
         assert spec.needs_reference_model and spec.description == "The squared margin."
-        with pytest.raises(ValueError, match="registered already"):
+        with pytest.raises(ValueError, match="already registered"):
             register_loss("test_sq")(squared_loss)
     finally:
         from hf_prefopt.losses import registry
@@ -191,7 +191,7 @@ def test_a_users_loss_gets_a_name_aliases_and_rewards():
 
 
 def test_a_loss_with_an_unknown_input_is_refused():
-    with pytest.raises(ValueError, match="policy_chosen_logp is no known input"):
+    with pytest.raises(ValueError, match="policy_chosen_logp is not a known input"):
         register_loss("test_bad")(lambda policy_chosen_logp: policy_chosen_logp)
 
 

@@ -71,7 +71,7 @@ def modified(name, modifier, inputs, **params):
 
 
 def test_a_divergence_leaves_a_normalizer_in_losses_that_read_responses_one_by_one():
-    with pytest.raises(ValueError, match="apo_zero cannot be modified so: it reads responses one by one"):
+    with pytest.raises(ValueError, match="cannot modify apo_zero: it judges each response on its own"):
         build_objective(["apo_zero"], modifiers=[FDivergence("js")])
 
 
@@ -79,7 +79,7 @@ def test_a_divergence_leaves_a_normalizer_in_losses_that_read_responses_one_by_o
 def test_a_combination_is_taken_or_refused_with_its_reason(name, modifier):
     changing, _ = MODIFIERS[modifier]
     if name in REFUSED[modifier]:
-        with pytest.raises(ValueError, match=rf"{modifier.split('_p')[0]}.*, but {name} cannot be modified so: it "):
+        with pytest.raises(ValueError, match=rf"{modifier.split('_p')[0]}.*, but it cannot modify {name}: it "):
             build_objective([name], modifiers=[changing])
     else:
         build_objective([name], modifiers=[changing])
@@ -320,16 +320,16 @@ def test_a_response_of_several_pairs_has_the_tail_of_each(collate):
     [
         ({"f_divergence_type": "kl"}, "f_divergence_type='kl' must be one of reverse_kl, forward_kl"),
         ({"f_divergence_type": "alpha", "f_alpha_divergence_coef": math.inf}, "f_alpha_divergence_coef=inf is outside"),
-        ({"f_divergence_type": "js", "loss_type": "sft"}, "sft cannot be modified so: it has no rewards"),
-        ({"f_divergence_type": "js", "reference_free": True}, "it compares no log-ratios to a reference"),
+        ({"f_divergence_type": "js", "loss_type": "sft"}, "cannot modify sft: it has no rewards"),
+        ({"f_divergence_type": "js", "reference_free": True}, "it does not compare log-ratios to a reference"),
         ({"ld_alpha": 1.1}, r"ld_alpha=1.1 is outside \[0, 1\]"),
-        ({"ld_alpha": 0.5, "loss_type": "kto"}, "it compares unpaired examples, and these weights are of the tokens"),
-        ({"ld_policy_only": True}, "ld_policy_only=True says how ld_alpha weighs"),
+        ({"ld_alpha": 0.5, "loss_type": "kto"}, "it compares unpaired examples, but these weights apply"),
+        ({"ld_policy_only": True}, "ld_policy_only=True only has an effect with ld_alpha"),
         ({"humanline": True, "humanline_log_eps_p": 0.1}, "humanline_log_eps_p=0.1 is outside"),
         ({"humanline": True, "humanline_log_eps_r": -0.1}, "humanline_log_eps_r=-0.1 is outside"),
-        ({"humanline": True, "reference_free": True}, "it reads log-probs without those of a reference"),
-        ({"use_token_weights": True, "loss_type": "tis_dpo"}, "tis_dpo cannot be modified so: it weighs tokens itself"),
-        ({"ld_alpha": 0.5, "loss_type": ["dpo", "tdpo2"]}, "tdpo2 cannot be modified so: it also takes a KL"),
+        ({"humanline": True, "reference_free": True}, "it reads log-probs without a reference"),
+        ({"use_token_weights": True, "loss_type": "tis_dpo"}, "cannot modify tis_dpo: it weights tokens itself"),
+        ({"ld_alpha": 0.5, "loss_type": ["dpo", "tdpo2"]}, "cannot modify tdpo2: it also reads a KL"),
     ],
 )
 def test_a_configuration_without_meaning_is_refused(settings, message):

@@ -1,5 +1,7 @@
-"""The catalogue and the configurations of all losses are what the registry says now."""
+"""The loss catalog, the paper index and the configurations of all losses match the registry."""
 
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -7,18 +9,37 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hf_prefopt import PreferenceConfig, get_loss
+from hf_prefopt import PreferenceConfig, get_loss, list_losses
 from hf_prefopt.reporting.loss_page import loss_page
+from hf_prefopt.reporting.papers_page import papers_page
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "recipes" / "configs").glob("*.yaml"))
 
 
-def test_the_page_is_the_one_that_the_registry_makes():
-    """In a fresh interpreter, where no test has registered a loss of its own."""
-    command = [sys.executable, "-m", "hf_prefopt.reporting.loss_page"]
-    made = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
-    assert made == (ROOT / "docs" / "losses.md").read_text(), "run: make docs"
+def test_the_pages_are_current():
+    """They are generated in a new interpreter, in which no test has registered losses."""
+    program = (
+        "from hf_prefopt.reporting import loss_page, papers_page; import json; "
+        "print(json.dumps([loss_page.loss_page(), papers_page.papers_page()]))"
+    )
+    command = [sys.executable, "-c", program]
+    made = json.loads(subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout)
+    assert made == [(ROOT / "docs" / page).read_text() for page in ("losses.md", "papers.md")], "run: make docs"
+
+
+def test_every_loss_with_a_paper_is_in_the_index():
+    """In the row of its own paper, with a link to a section of losses.md that exists."""
+    rows = dict(re.findall(r"^\| \[([0-9.]+)\]\(https://arxiv.org/abs/\1\) \| (.*) \|$", papers_page(), re.MULTILINE))
+    catalog = loss_page()
+    for name in list_losses():
+        linked = {paper for paper, losses in rows.items() if f"[{name}](losses.md#{name})" in losses}
+        assert linked == {get_loss(name).paper} - {""} and f"\n### {name}\n" in catalog
+
+
+def test_the_pages_link_to_nothing_outside_docs():
+    pages = [loss_page(), papers_page(), *(path.read_text() for path in (ROOT / "docs").glob("*.md"))]
+    assert not [link for page in pages for link in re.findall(r"\]\((\.\./[^)]*)\)", page)]
 
 
 def test_every_loss_has_its_section_its_source_and_its_file():
