@@ -1,8 +1,8 @@
-"""A reference that is looked up: its token log-probs on disk, each computed once and then shared by runs.
+"""A cached reference: its token log-probs are on disk, computed once and shared by runs.
 
-Before training one pass computes what is missing (`cache_fill`); what a data stream brings is computed when it is first
-met. A batch's log-probs are found by the keys that its collator gave it. The files are `cache_store`'s, the keys
-`cache_key`'s.
+Before training, one pass computes missing log-probs (`cache_fill`); for streams, they are computed when a batch
+arrives. The collator gives each response of a batch the key of its log-probs. `cache_store` reads and writes the files,
+and `cache_key` computes the keys.
 """
 
 import os
@@ -20,26 +20,27 @@ from hf_prefopt.reference.cache_key import fingerprint
 from hf_prefopt.reference.cache_store import LogProbStore
 from hf_prefopt.reference.live import LiveReference
 
-# Beside the caches of models and data sets, so that runs with other output folders find it.
+# Next to the caches of models and data sets, so that runs with other output folders find it.
 DEFAULT_FOLDER = os.path.join(HF_HOME, "hf_prefopt", "reference_log_probs")
 
 
 class MissingLogProbs(LookupError):
-    """Log-probs that are not cached, and nothing is there to compute them."""
+    """Log-probs are not in the cache, and the reference that would compute them has been freed."""
 
 
 class CachedReference:
-    """A live reference behind its cache; scored like it.
+    """A live reference with a cache; it has the same methods for scoring.
 
     Args:
-        live: computes what is missing.
-        folder: of all caches; this reference's is the sub-folder named after its fingerprint.
-        temperature: the one that log-probs are taken at.
-        autocast_dtype: what autocast makes of the model, if anything.
+        live: the reference that computes missing log-probs.
+        folder: the folder of all caches; each reference has a sub-folder named after its fingerprint.
+        temperature: the temperature of the log-probs.
+        autocast_dtype: the dtype of autocast, if it is on.
 
     Attributes:
-        live: as given; `None` once it is released.
-        any_rank: from "something is missing here" to "… on any rank", where ranks must run the reference together.
+        live: the live reference; `None` once it is released.
+        any_rank: maps "something is missing on this rank" to "something is missing on any rank", for engines whose
+            ranks must run the reference together.
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class CachedReference:
 
     @property
     def model(self) -> nn.Module | None:
-        """The module that is called for what is missing; `None` once it is released."""
+        """The module that computes missing log-probs; `None` once it is released."""
         return self.live.model if self.live else None
 
     def place(self, accelerator: Accelerator) -> None:
@@ -95,10 +96,10 @@ class CachedReference:
         return ResponseScores(token_logps, batch["response_index"], batch["response_lengths"])
 
     def predictions(self, scores: ResponseScores) -> None:
-        """As the live reference's; there are none of whole vocabularies."""
+        """Always `None`: predictions over the vocabulary are not cached."""
 
     def compute(self, batch: PreferenceBatch) -> ResponseScores:
-        """Run the reference on a batch and keep what was not known.
+        """Run the reference on a batch and store the log-probs that were missing.
 
         Raises:
             MissingLogProbs: the reference has been released.
@@ -116,16 +117,16 @@ class CachedReference:
         return scores
 
     def release(self) -> None:
-        """Free a reference that has memory of its own: what is cached is then all there will be."""
+        """Free the live reference if it has its own memory; log-probs then come only from the cache."""
         if not self.store:
-            raise RuntimeError("the store is made before the weights are freed, because its name is their fingerprint")
+            raise RuntimeError("open the store before the weights are freed, because its name is their fingerprint")
         if self.live is not None and self.live.has_own_memory:
             self.live = None
 
     def missing_error(self, missing: int, responses: int, where: str) -> MissingLogProbs:
-        """What to say where log-probs cannot be had."""
+        """The error for log-probs that can no longer be computed."""
         return MissingLogProbs(
             f"{missing:,} of {responses:,} responses of {where} have no reference log-probs in {self.store.folder}, "
-            "and the reference model has been let go: give every data set to the trainer at construction "
+            "and the reference model has been freed: pass every data set to the trainer at construction "
             "(train_dataset, eval_dataset), or set precompute_ref_log_probs=False"
         )

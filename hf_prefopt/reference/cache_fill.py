@@ -1,7 +1,7 @@
-"""The pass that computes what the cache lacks of a data set: large batches, no gradients, every response once.
+"""The pass that computes the missing log-probs of a data set: large batches, no gradients, every response once.
 
-Every rank computes its share and writes it; then all read everything. A pass that was killed goes on where its last
-shard ended.
+Every rank computes and writes its share; then all ranks read everything. An interrupted pass resumes after its last
+shard.
 """
 
 from array import array
@@ -19,17 +19,17 @@ from hf_prefopt.reference.cache import CachedReference
 from hf_prefopt.reference.cache_key import response_keys
 from hf_prefopt.reference.engine import any_rank
 
-# Positions of a forward: without gradients nothing is kept, so this is far above what training can have.
+# Positions per forward pass; without gradients no activations are kept, so this can exceed training's limit by far.
 TOKENS = {"cpu": 4096, "cuda": 16384}
 _ROWS_AT_ONCE = 1000
 
 
 class Inventory(NamedTuple):
-    """The different responses of a data set, each where it is first met.
+    """The distinct responses of a data set, at their first occurrence.
 
     Attributes:
-        keys: their keys. rows, which: the row, and the response's number in it. prompts: a number for each prompt, by
-            its hash, so that two may share one; it is only used to bring responses together.
+        keys: their keys. rows, which: the row, and the response's index in it. prompts: a hash of each prompt, used
+            only to group responses, so collisions are harmless.
         lengths: tokens of prompt and response.
     """
 
@@ -84,7 +84,7 @@ def plan_batches(inventory: Inventory, missing: np.ndarray, tokens: int) -> list
 
 
 def single_responses(dataset: Any, inventory: Inventory, places: np.ndarray) -> list[dict[str, Any]]:
-    """Rows of these responses alone, whatever kind of examples the data set holds."""
+    """Rows with only these responses, for any kind of examples in the data set."""
     wanted: dict[int, list[int]] = {}
     for place in places:
         wanted.setdefault(int(inventory.rows[place]), []).append(int(inventory.which[place]))

@@ -1,11 +1,11 @@
-"""What cached log-probs are known by: the reference as it acts, and the tokens that it reads. Nothing else.
+"""The keys of cached log-probs, which depend only on the reference and on the tokens that it reads.
 
-A *fingerprint* stands for the reference: the bytes of every tensor that takes part, the model's configuration as far
-as it shapes the output, the temperature, the dtype of autocast and the precision of products of fp32 numbers (TF32
-keeps 10 of their 23 bits). A *key* stands for a response: its prompt's ids, its own ids, and which of them are
-scored. Losses, β, seeds, the adapter that trains, batches, layouts and folders are in neither.
+A *fingerprint* identifies the reference. It covers the bytes of every tensor that affects the output, the relevant part
+of the model's configuration, the temperature, the dtype of autocast, and the precision of fp32 products (TF32 keeps 10
+of their 23 bits). A *key* identifies a response by its prompt's ids, its own ids, and the mask of scored tokens.
+Losses, β, seeds, the adapter that is trained, batches, layouts and folders affect neither.
 
-Left out: what only moves the last bits of the dtype (the device, the attention's implementation, the layout).
+Settings that only change the last bits of a result (the device, the attention implementation, the layout) are left out.
 """
 
 import hashlib
@@ -29,15 +29,15 @@ from hf_prefopt.scoring.forward import base_causal_lm
 
 KEY_BYTES = 16
 
-# What PEFT, and an engine's checkpointing, put into the name of a tensor that they wrap.
+# The parts that PEFT, and an engine's checkpointing, insert into the names of the tensors that they wrap.
 _WRAPPERS = ("base_layer", "original_module", "token_adapter", "_checkpoint_wrapped_module")
-# Settings of a configuration that say where a model came from or how it is trained and used, not what it computes.
+# Settings of a configuration that describe where a model came from or how it is used, not what it computes.
 _BESIDE_THE_POINT = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache")
 _BESIDE_THE_POINT_OF_ADAPTERS = ("base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "task_type")
 
 
 def response_keys(prompt_ids: Sequence[int], responses: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[bytes]:
-    """The key of each response to a prompt, 16 bytes: BLAKE2b over the three lists, each behind its length.
+    """The key of each response to a prompt, 16 bytes: BLAKE2b over the three lists, each preceded by its length.
 
     Args:
         prompt_ids: token ids. responses: for each response its token ids and which of them are scored (0 or 1).
@@ -145,7 +145,7 @@ def _tensor_digests(model: nn.Module) -> Iterator[tuple[str, str]]:
             continue
         owner_name, _, own_name = name.rpartition(".")
         owner = model.get_submodule(owner_name)
-        # Inside, weights that wait elsewhere for their use are there.
+        # Offloaded weights are on their device inside this context.
         with align_module_device(owner):
             parameter = getattr(owner, own_name)
             with gathered(parameter) as tensor:
@@ -160,7 +160,8 @@ def _tensor_digests(model: nn.Module) -> Iterator[tuple[str, str]]:
 
 
 def _renaming(model: nn.Module) -> Any:
-    """A function from a tensor's name to its name beneath the adapters, or to `None` where it does not act."""
+    """A function that maps a tensor's name to its name without adapters, or to `None` if it does not affect the
+    output."""
     causal_lm = base_causal_lm(model)
     inside = next(name for name, module in model.named_modules() if module is causal_lm)
     hidden, places = [], {}
@@ -189,12 +190,12 @@ def _renaming(model: nn.Module) -> Any:
 
 
 def _quantization(parameter: nn.Parameter, owner: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """What bitsandbytes keeps beside a quantized weight."""
+    """The tensors that bitsandbytes stores in addition to a quantized weight."""
     state = getattr(parameter, "quant_state", None)
     if state is not None:
         tensors = state.as_dict(packed=True)
     else:
-        # The first forward takes the scales of 8 bits from the weight to the module's state.
+        # The first forward moves the scales of 8-bit weights from the weight to the module's state.
         places = (parameter, getattr(owner, "state", None))
         tensors = {"SCB": next((s for place in places if (s := getattr(place, "SCB", None)) is not None), None)}
     return ((name, tensor) for name, tensor in tensors.items() if tensor is not None)

@@ -1,14 +1,14 @@
-"""Token log-probs on disk, by key: shards that are written whole or not at all, and checked when they are read.
+"""Token log-probs on disk, in shards that are written atomically and checked when they are read.
 
-A folder belongs to one reference (its name is the fingerprint; `about.json` says in words what that stands for) and
-holds shards, safetensors files of three little-endian tensors each:
+A folder belongs to one reference: its name is the fingerprint, which `about.json` describes in words. It contains
+shards, safetensors files with three little-endian tensors each:
 
     keys      uint8 `[R, 16]`        the key of each response (see `cache_key`)
     offsets   int64 `[R + 1]`        where each response's scored tokens begin in `logps`, and where the last one ends
-    logps     float32 `[N]`          log-probs (nats) of the scored tokens; float64 where the reference computes in it
+    logps     float32 `[N]`          log-probs (nats) of the scored tokens; float64 if the reference computes in it
 
-A shard is named after the XXH3-128 of the bytes of the three, so a file whose content is not its name is damaged. Any
-number of processes and runs may write into a folder: shards never change, and what is in two of them is the same.
+The name of a shard is the XXH3-128 hash of the three tensors' bytes, so damaged files are detected. Any number of
+processes and runs may write into a folder, because shards never change, and entries that are in two shards are equal.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ from hf_prefopt.reference.cache_key import KEY_BYTES
 logger = logging.getLogger(__name__)
 
 FORMAT = "hf_prefopt reference log-probs 1"
-# What a kill may cost: a shard is written when so many tokens wait for it, or the first has waited so long.
+# Limits of what an interruption can lose: a shard is written after this many tokens, or after this time.
 SHARD_TOKENS = 1 << 20
 SHARD_SECONDS = 30.0
 # A temporary file older than this belongs to a process that was killed.
@@ -53,7 +53,7 @@ class Shard(NamedTuple):
 
 
 class DamagedShard(ValueError):
-    """A shard that is not what its name says."""
+    """A shard whose content does not match its name."""
 
 
 def write_shard(folder: Path, entries: Mapping[bytes, Tensor]) -> Path:
@@ -75,7 +75,7 @@ def read_shard(path: Path) -> Shard:
     """The content of a shard, checked.
 
     Raises:
-        DamagedShard: it cannot be read, its content is not what its name says, or it is of another format.
+        DamagedShard: it cannot be read, its content does not match its name, or its format is different.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -106,7 +106,7 @@ class LogProbStore:
 
     Args:
         folder: made if it is not there.
-        about: what the fingerprint stands for, for people.
+        about: a description of the fingerprint, for people.
     """
 
     def __init__(self, folder: Path, about: Mapping[str, Any] | None = None):

@@ -1,4 +1,4 @@
-"""Which reference a run has: what the configuration says, and what "auto" means for the model at hand."""
+"""Choose the reference of a run from the configuration; "auto" depends on the model."""
 
 import torch
 from peft import PeftModel, PeftType
@@ -20,12 +20,13 @@ from hf_prefopt.reference.shards import is_zero3_partitioned
 
 
 def choose_reference(setting: str, model: nn.Module, ref_model: nn.Module | None, needed: bool) -> LiveReference | None:
-    """The reference of a run, or `None` where the losses need none: then nothing is copied and nothing is run.
+    """The reference of a run, or `None` if the losses do not need one; then nothing is copied or computed.
 
     Args:
-        setting: `PreferenceConfig.reference`. "auto" is `ref_model` if one is given; under PEFT the adapter switched
-            off when it is fresh, a frozen copy of it when it arrives trained; without PEFT a frozen copy of the policy.
-        model: the policy as given, not yet wrapped by an engine.
+        setting: `PreferenceConfig.reference`. "auto" is `ref_model` if one is given; under PEFT, the model with its
+            adapter disabled if the adapter is new, or a frozen copy of an adapter that was trained before; without
+            PEFT, a frozen copy of the policy.
+        model: the policy, not yet wrapped by an engine.
         ref_model: the model that the user passed as reference.
         needed: whether the losses read the reference.
 
@@ -52,23 +53,24 @@ def _automatic(model: nn.Module, ref_model: nn.Module | None) -> str:
 
 
 def is_fresh_adapter(model: PeftModel) -> bool:
-    """Whether the active adapter leaves the model's output as it is, as a newly made LoRA adapter does, and is all that
-    trains, so that switching it off will always give the model as it is now.
+    """Whether disabling the active adapter always gives the model as it is now.
 
-    True for LoRA (DoRA and rsLoRA among it) whose B·A is zero, with any fully trained modules equal to the originals.
-    Anything that cannot be told so, such as PiSSA's weights, soft prompts or another method's, counts as trained: a
-    frozen copy is then the reference, which is right in either case.
+    This holds if the adapter does not change the output, like a new LoRA adapter, and only its parameters are trained.
+    True for LoRA (including DoRA and rsLoRA) with B·A = 0, if all fully trained modules equal the originals. Everything
+    else, such as PiSSA, soft prompts and other methods, counts as trained: the reference is then a frozen copy, which
+    is correct in any case.
     """
     if any(model.peft_config[name].peft_type != PeftType.LORA for name in model.active_adapters):
         return False
     if any(is_zero3_partitioned(parameter) for parameter in model.parameters() if parameter.requires_grad):
-        return False  # no rank sees enough of it to tell
+        return False  # no rank has enough of the weights to decide
     neutral = all(_is_neutral(module, model.active_adapters) for module in model.modules())
     return neutral and not trained_beneath(model)
 
 
 def trained_beneath(model: PeftModel) -> list[str]:
-    """The parameters that train and belong to no adapter, such as LoRA's `bias="lora_only"`: no switch undoes them."""
+    """The trained parameters outside all adapters, such as LoRA's `bias="lora_only"`; disabling an adapter keeps
+    them."""
     prefixes = (PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type) for config in model.peft_config.values())
     marks = [*filter(None, prefixes), "modules_to_save.", "trainable_tokens_", "prompt_encoder."]
     return [name for name, p in model.named_parameters() if p.requires_grad and not any(mark in name for mark in marks)]
@@ -87,13 +89,13 @@ def _is_neutral(module: nn.Module, adapters: list[str]) -> bool:
 
 
 def _start_at_zero(layer: LoraLayer, adapters: list[str]) -> list[Tensor]:
-    """What is zero in a new adapter: B of a linear layer, A of an embedding."""
+    """The factors that are zero in a new adapter: B of a linear layer, A of an embedding."""
     found = [w for name, w in (*layer.lora_B.items(), *layer.lora_embedding_A.items()) if name in adapters]
     return [t for weight in found for t in (weight.parameters() if isinstance(weight, nn.Module) else (weight,))]
 
 
 def _keeps_magnitudes(layer: LoraLayer, adapter: str) -> bool:
-    """Whether a variant of LoRA is DoRA whose magnitudes are the norms of the base's weights; others cannot be told."""
+    """Whether a variant of LoRA is DoRA with magnitudes equal to the norms of the base weights; False for others."""
     if adapter not in layer.lora_magnitude_vector:
         return False
     dora = layer.lora_magnitude_vector[adapter]
@@ -102,27 +104,27 @@ def _keeps_magnitudes(layer: LoraLayer, adapter: str) -> bool:
 
 
 def check_reference(setting: str, model: nn.Module, ref_model: nn.Module | None, needed: bool) -> None:
-    """Refuse a setting that contradicts the model, the `ref_model` or the losses; see `choose_reference`.
+    """Check that a setting fits the model, the `ref_model` and the losses; see `choose_reference`.
 
     Raises:
-        ValueError: it names the setting and what to do.
+        ValueError: the setting does not fit; the message names it and says what to do.
     """
     if not needed and (ref_model is not None or setting not in ("auto", "none")):
         given = "ref_model is given" if ref_model is not None else f"reference={setting!r}"
         raise ValueError(f"{given}, but the losses need no reference: leave it out")
     if needed and setting == "none":
-        raise ValueError("reference='none', but a loss needs one: choose another, or reference_free=True where it can")
+        raise ValueError("reference='none', but a loss needs one: choose another, or set reference_free=True if it can")
     if ref_model is not None and setting not in ("auto", "model"):
-        raise ValueError(f"ref_model is given and reference={setting!r}: drop one of them")
+        raise ValueError(f"ref_model is given, but reference={setting!r}: drop one of them")
     if setting == "model" and ref_model is None:
-        raise ValueError("reference='model' wants the model: pass ref_model to the trainer")
+        raise ValueError("reference='model' needs a model: pass ref_model to the trainer")
     if ref_model is not None and (shared := _trained_in_both(model, ref_model)):
         raise ValueError(
-            f"ref_model is the policy itself, or shares {len(shared)} parameters with it that train ({shared[0]}, …), "
-            "so it would train along: leave it out for a frozen copy"
+            f"ref_model is the policy itself, or shares {len(shared)} trainable parameters with it ({shared[0]}, …), "
+            "so it would be trained, too: leave it out for a frozen copy"
         )
     if setting.startswith("adapter") and not isinstance(model, PeftModel):
-        raise ValueError(f"reference={setting!r} wants a PEFT model, and the policy is {type(model).__name__}")
+        raise ValueError(f"reference={setting!r} needs a PEFT model, but the policy is {type(model).__name__}")
     if setting.startswith("adapter"):
         _refuse_what_trains_along(setting, model)
 
@@ -139,6 +141,6 @@ def _refuse_what_trains_along(setting: str, model: PeftModel) -> None:
         )
     if beneath := trained_beneath(model):
         raise ValueError(
-            f"reference={setting!r}, but {len(beneath)} parameters that belong to no adapter train too "
-            f"({beneath[0]}, …) and would change the reference: use reference='copy'"
+            f"reference={setting!r}, but {len(beneath)} parameters outside all adapters are trained, too "
+            f"({beneath[0]}, …), and would change the reference: use reference='copy'"
         )

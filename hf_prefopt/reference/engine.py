@@ -1,7 +1,7 @@
-"""A reference model of its own under an engine that shards: its weights are shared out as the policy's are.
+"""Shard a separate reference model across ranks, like the policy.
 
-Each rank keeps a part of every parameter, and a layer is whole while it runs. Nothing of it trains, so there is no
-optimizer, and no gradient is ever reduced.
+Each rank keeps a shard of every parameter, and gathers a layer while it runs. Nothing in the model is trained, so there
+is no optimizer and no reduction of gradients.
 """
 
 from typing import Any
@@ -17,8 +17,7 @@ def shard_like_the_policy(model: nn.Module, accelerator: Accelerator) -> Any:
     """Shard a frozen model in place, if the policy is sharded.
 
     Returns:
-        What must be kept for as long as the model is used; `None` where the policy is whole on every rank, and then
-        nothing was done.
+        An object that must be kept as long as the model is used; `None` if the policy is not sharded.
     """
     if accelerator.distributed_type == DistributedType.FSDP:
         return fsdp2_prepare_model(accelerator, model)
@@ -29,10 +28,10 @@ def shard_like_the_policy(model: nn.Module, accelerator: Accelerator) -> Any:
 
 
 def _under_zero3(model: nn.Module, settings: dict[str, Any], accelerator: Accelerator) -> Any:
-    """An engine of the model's own, with the policy's settings of where parameters are and when they are gathered."""
+    """A separate engine for the model, with the policy's settings for placing and gathering parameters."""
     import deepspeed
 
-    # What is still "auto" is DeepSpeed's default; what an optimizer would do is nobody's.
+    # "auto" means DeepSpeed's default here; settings of the optimizer do not apply.
     kept = {name: value for name, value in settings.items() if value != "auto" and name != "offload_optimizer"}
     config = {"zero_optimization": kept, "train_micro_batch_size_per_gpu": 1}
     if accelerator.mixed_precision in ("bf16", "fp16"):
@@ -42,7 +41,7 @@ def _under_zero3(model: nn.Module, settings: dict[str, Any], accelerator: Accele
 
 
 def any_rank(accelerator: Accelerator, here: bool) -> bool:
-    """Whether something holds here or, as ranks of a sharded model call its layers together, on any other rank."""
+    """Whether something holds on this rank or, if ranks must call a sharded model together, on any rank."""
     if accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         return here
     return bool(accelerator.gather(torch.tensor([here], device=accelerator.device)).any())

@@ -1,7 +1,7 @@
-"""Whether a resumed run has the reference that it began with: told by log-probs of made-up tokens.
+"""Check that a resumed run has the same reference as before, by comparing log-probs of synthetic tokens.
 
-The policy's weights come back from a checkpoint, the reference's do not: it is made of the model that is handed over.
-If that model was loaded from the checkpoint, the half-trained policy would be the reference for the rest of the run.
+A checkpoint restores the policy's weights but not the reference, which is made from the model that the trainer gets. If
+that model was loaded from the checkpoint, the half-trained policy would become the reference.
 """
 
 import logging
@@ -21,9 +21,9 @@ _TOKENS = 16
 
 
 def made_up_logps(reference: LiveReference) -> list[float]:
-    """The reference's log-probs of made-up tokens, in nats; the same tokens for models of one config.
+    """The reference's log-probs of synthetic tokens, in nats; models with the same config get the same tokens.
 
-    Engines that shard a model need it on every rank. Call it without autocast: fp32 weights tell more.
+    Call it on every rank of an engine that shards the model, and without autocast, because fp32 is more sensitive.
     """
     tokens = made_up_tokens(base_causal_lm(reference.model).config, _TOKENS, random.Random(0))
     ids = torch.tensor([tokens], device=device_of(reference.model))
@@ -31,10 +31,10 @@ def made_up_logps(reference: LiveReference) -> list[float]:
 
 
 def warn_of_another_reference(before: Sequence[float], now: Sequence[float], model: nn.Module) -> None:
-    """Warn where the log-probs kept in a checkpoint differ from the reference's by more than rounding.
+    """Warn if the log-probs saved in a checkpoint differ from the reference's by more than rounding.
 
     Args:
-        before, now: what `made_up_logps` gave.
+        before, now: results of `made_up_logps`.
         model: has the reference's dtypes.
     """
     if len(before) != len(now):
@@ -44,10 +44,10 @@ def warn_of_another_reference(before: Sequence[float], now: Sequence[float], mod
     rounding = relative_rounding(model) * float((old.abs() + old.abs().mean()).max())
     if apart > rounding:
         logger.warning(
-            "the checkpoint was written by a run with another reference: log-probs of made-up tokens differ by up to "
-            "%.2g nats, and rounding explains %.1g. Resume with the model that the run began with, not with the one in "
-            "the checkpoint, whose weights are loaded anyway; or train on without resume_from_checkpoint, from this "
-            "reference",
+            "the checkpoint was written by a run with another reference: log-probs of synthetic tokens differ by up to "
+            "%.2g nats, but rounding explains only %.1g. Resume with the model that the run started from, not with the "
+            "one in the checkpoint, whose weights are loaded in any case; or start a new run with this reference, "
+            "without resume_from_checkpoint",
             apart,
             rounding,
         )

@@ -1,7 +1,8 @@
-"""References that are computed beside the policy: the same forward, without gradients, dropout or checkpointing.
+"""References that are computed during training: the same forward, without gradients, dropout or checkpointing.
 
-Every one of them is a model and a context manager inside which that model *is* the reference: an adapter switched off,
-another adapter switched on, the trained tensors replaced by a frozen copy of what they were, or nothing to do.
+Each consists of a model and a context manager, inside which that model *is* the reference: an adapter is disabled,
+another adapter is enabled, the trained tensors are replaced by a frozen copy of their initial values, or nothing
+changes.
 """
 
 from collections.abc import Callable, Iterator
@@ -36,12 +37,12 @@ class LiveReference:
 
     Attributes:
         tree: the modules of the model that is called.
-        switch: makes the context in which it is the reference.
+        switch: returns the context in which the model is the reference.
         description: a phrase for logs and model cards.
-        copies: the frozen copies that it is made of, if it is.
-        is_separate: whether the module is another than the policy's.
-        engine: what keeps a separate module in shards, if anything does.
-        compiled: the same module compiled, which is called in its place.
+        copies: the frozen copies of trained tensors, if the reference uses them.
+        is_separate: whether the module is not the policy's.
+        engine: the object that keeps a separate module sharded, if it is.
+        compiled: the compiled module, which is called instead if it is set.
     """
 
     tree: ModuleTree
@@ -59,11 +60,11 @@ class LiveReference:
 
     @property
     def has_own_memory(self) -> bool:
-        """Whether letting it go gives memory back."""
+        """Whether freeing it saves memory."""
         return self.is_separate or self.copies is not None
 
     def place(self, accelerator: Accelerator) -> None:
-        """Bring a separate model to the device, in shards where the policy is, unless it was loaded to a place."""
+        """Move a separate model to the device, sharded like the policy, unless it was loaded with a device map."""
         if not self.is_separate or has_its_place(self.model):
             return
         self.engine = self.engine or shard_like_the_policy(self.model, accelerator)
@@ -72,7 +73,7 @@ class LiveReference:
 
     def score(self, batch: PreferenceBatch, token_stats: tuple[str, ...] = ()) -> ResponseScores:
         """The reference's scores of a batch: no gradients, evaluation mode, whatever state the policy is in."""
-        # A switch must find the same objects at both its ends, or what PEFT turns off for the reference stays off.
+        # Reshard first: PEFT must enable the same parameter objects again that it disabled.
         with self.tree.held():
             reshard(self.tree)
             with torch.no_grad(), evaluation_mode(self.tree), self.switch():
@@ -81,18 +82,18 @@ class LiveReference:
         return scores
 
     def predictions(self, scores: ResponseScores) -> Callable[[slice], Tensor]:
-        """From a slice of the scored tokens to the reference's log-probs of the whole vocabulary there, `[C, V]`.
+        """A function that maps a slice of the scored tokens to the reference's log-probs over the vocabulary, `[C, V]`.
 
-        They are made of the hidden states in `scores` whenever they are asked for, also in the backward of a
-        checkpointed policy: one chunk of them lives at a time. The head's weights are brought together here, because
-        ranks have different numbers of chunks.
+        It computes them from the hidden states in `scores` on every call, also in the backward pass of a checkpointed
+        policy, so only one chunk is in memory at a time. The head's weights are gathered here, because ranks have
+        different numbers of chunks.
         """
         head, hidden = base_causal_lm(self.model).get_output_embeddings(), scores.token_stats[HIDDEN]
         release_gathered(self.tree)
         with self.switch():
             in_hand = self.copies or any(map(is_sharded, head.parameters()))
             weights = _weights(head, hidden.dtype) if in_hand else {}
-        # A copy's weights are in hand; an adapter is switched for the time of a chunk.
+        # The weights of a copy are in `weights` already; an adapter is switched for each chunk.
         acting = nullcontext if self.copies else self.switch
 
         def predict(tokens: slice) -> Tensor:
@@ -103,7 +104,7 @@ class LiveReference:
 
 
 def _weights(module: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The whole parameters of a module by name; those that are sharded in the dtype that their engine computes in."""
+    """The full parameters of a module, keyed by name; sharded ones in the dtype in which their engine computes."""
     weights = {}
     for name, parameter in module.named_parameters():
         with gathered(parameter) as values:

@@ -21,7 +21,7 @@ FILE = "moving_reference.safetensors"
 
 @dataclass
 class MovingReference:
-    """Moves the frozen copies that a reference is made of, and carries them over checkpoints.
+    """Moves the frozen copies of a reference, and saves them in checkpoints.
 
     Every process moves its own copies toward its own parameters, whole or sharded.
 

@@ -1,4 +1,4 @@
-"""The reference's scores of evaluation rows, kept in memory: a frozen reference says the same at every evaluation."""
+"""The reference's scores of evaluation rows, kept in memory, because they are the same in every evaluation."""
 
 from collections.abc import Callable, Hashable
 
@@ -20,7 +20,7 @@ class RememberedScores:
         self._token_logps: dict[Hashable, Tensor] = {}
 
     def forget(self) -> None:
-        """Nothing is known any more."""
+        """Drop all scores."""
         self._token_logps.clear()
 
     def score(

@@ -1,4 +1,4 @@
-"""What a rank holds of a parameter: all of it, or its shard under ZeRO-3 and FSDP2; and how other values replace it.
+"""Access to the part of a parameter that a rank holds: all of it, or its shard under ZeRO-3 and FSDP2.
 
 Only `gathered` communicates. Elsewhere a rank replaces its shard of the parameter by its shard of other values, and the
 engine gathers those as it would have gathered the parameter's.
@@ -17,7 +17,7 @@ from hf_prefopt.scoring.modes import ModuleTree
 
 
 def local_shard(parameter: nn.Parameter) -> Tensor:
-    """The values that this rank holds of a parameter: `[shape]`, under ZeRO-3 `[shard]`, flat.
+    """The part of a parameter that this rank holds: `[shape]`, or `[shard]` (flat) under ZeRO-3.
 
     Raises:
         ValueError: ZeRO-3 keeps them on an NVMe disk.
@@ -36,14 +36,14 @@ def local_shard(parameter: nn.Parameter) -> Tensor:
 
 @contextmanager
 def gathered(parameter: nn.Parameter) -> Iterator[Tensor]:
-    """The whole parameter `[shape]`, inside the context only; enter it on every rank where the parameter is sharded."""
+    """A context that gives the full parameter `[shape]`; if the parameter is sharded, enter it on every rank."""
     if is_zero3_partitioned(parameter):
         import deepspeed
 
         with deepspeed.zero.GatheredParameters([parameter]):
             yield parameter.data
     elif isinstance(parameter, DTensor):
-        # Shards that wait in the CPU's memory are gathered by the device, as its process group does.
+        # Shards in CPU memory are gathered on the device, because the process group is the device's.
         yield parameter.detach().to(parameter.device_mesh.device_type).full_tensor()
     else:
         yield parameter.data
@@ -69,7 +69,7 @@ def swap_shard(parameter: nn.Parameter, values: Tensor) -> Tensor:
     current = local_shard(parameter)
     values = shard_of(parameter, values).to(device=current.device, dtype=current.dtype)
     if isinstance(parameter, DTensor):
-        # FSDP2 gathers from a buffer of its own, which the parameter is a view of.
+        # FSDP2 gathers from its own buffer; the parameter is a view of it.
         kept = current.clone()
         current.copy_(values)
         return kept
@@ -81,7 +81,7 @@ def swap_shard(parameter: nn.Parameter, values: Tensor) -> Tensor:
 
 
 def reshard(tree: ModuleTree) -> None:
-    """Put FSDP2's shards back in place of the gathered parameters, other objects, that it keeps after a forward."""
+    """Replace the gathered parameters, which are other objects and which FSDP2 keeps after a forward, by its shards."""
     if torch.distributed.is_initialized() and any(issubclass(kind, FSDPModule) for kind in set(map(type, tree))):
         for module in tree:
             if isinstance(module, FSDPModule):
@@ -89,7 +89,8 @@ def reshard(tree: ModuleTree) -> None:
 
 
 def release_gathered(tree: ModuleTree) -> None:
-    """Free gathered parameters that an engine keeps between two forwards, so that the next forward gathers anew."""
+    """Free gathered parameters that an engine keeps between two forwards, so that the next forward gathers them
+    again."""
     reshard(tree)
     for _, parameter in tree.named_parameters():
         if is_zero3_partitioned(parameter) and parameter.ds_status.name == "AVAILABLE":
@@ -102,5 +103,5 @@ def is_sharded(parameter: nn.Parameter) -> bool:
 
 
 def is_zero3_partitioned(parameter: nn.Parameter) -> bool:
-    """Whether ZeRO-3 shards a parameter, which then is empty between its uses."""
+    """Whether ZeRO-3 shards a parameter, which is then empty while it is not in use."""
     return hasattr(parameter, "ds_tensor")

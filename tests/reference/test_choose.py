@@ -86,11 +86,11 @@ def adapted_with_biases():
 @pytest.mark.parametrize(
     ("make", "setting", "settings", "message"),
     [
-        (plain, "adapter_off", {}, "wants a PEFT model"),
-        (plain, "adapter:ref", {}, "wants a PEFT model"),
+        (plain, "adapter_off", {}, "needs a PEFT model"),
+        (plain, "adapter:ref", {}, "needs a PEFT model"),
         (adapted, "adapter:ref", {}, "the model's adapters are default"),
         (adapted, "adapter:default", {}, "is the adapter that trains"),
-        (adapted_with_biases, "adapter_off", {}, "parameters that belong to no adapter train too"),
+        (adapted_with_biases, "adapter_off", {}, "parameters outside all adapters are trained"),
         (plain, "model", {}, "pass ref_model"),
         (plain, "none", {}, "but a loss needs one"),
         (plain, "copy", {"ref_model": plain}, "drop one of them"),
