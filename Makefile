@@ -55,6 +55,7 @@ docs: $(READY_TO_TEST)
 	@$(VENV)/bin/python -c 'from hf_prefopt import config, config_docs; \
 		print(config_docs.settings_page(config.PreferenceConfig), end="")' > docs/settings.md
 	@$(VENV)/bin/python -m hf_prefopt.trl.page > docs/from_trl.md
+	@$(VENV)/bin/python -m hf_prefopt.reporting.loss_atlas > docs/images/loss_atlas.svg
 	@$(VENV)/bin/python recipes/configs/write.py
 
 setup: $(READY_TO_TEST)
