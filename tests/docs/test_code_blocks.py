@@ -1,8 +1,9 @@
-"""The Python blocks of every page run, from the first to the last, as one program.
+"""The Python blocks of every page, and the cells of the notebook, run from the first to the last, as one program.
 
 Names of the Hub stand for a tiny random model and ten pairs, so that the blocks train for seconds and need no network.
 """
 
+import json
 from pathlib import Path
 
 import datasets
@@ -56,11 +57,27 @@ def ten_pairs(
     return datasets.DatasetDict(train=rows, test=rows) if split is None else rows
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_blocks_run(page, cache, tmp_path, monkeypatch):
+@pytest.fixture
+def stand_ins(cache, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
     monkeypatch.setattr(datasets, "load_dataset", ten_pairs)
+
+
+@pytest.mark.usefixtures("stand_ins")
+def test_the_cells_of_the_notebook_run():
+    cells = json.loads((ROOT / "docs" / "notebooks" / "dpo_on_a_t4.ipynb").read_text(encoding="utf-8"))["cells"]
+    sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    names = {}
+    for source in sources:
+        if not source.startswith("%"):  # a command of the notebook, not Python
+            exec(compile(source, "the notebook", "exec"), names)
+    assert names["trainer"].state.global_step > 0
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.usefixtures("stand_ins")
+def test_blocks_run(page):
     examples = list(Document.parse(str(page), PythonCodeBlockParser()))
     assert len(examples) == page.read_text(encoding="utf-8").count("```python")
     for example in examples:
