@@ -1,6 +1,7 @@
 # make demo   aligns a real model with real preferences, from nothing
 # make test   the whole CPU test suite
 # make test-oldest   the same with the oldest versions that pyproject.toml admits; its PyTorch may bring a CUDA build
+# make docs-test   builds the documentation in build/site, and runs the code blocks of its pages
 # make nightly   what takes too long for every run; prints its date and the table of habits and engines, and writes
 #                docs/models.md, the table of model families
 # Each sets up its environment by itself; PYTHON=python3.12 picks the interpreter it is made with.
@@ -24,7 +25,7 @@ DEMO_OPTIONS ?=
 WORKERS ?= logical --maxprocesses 4
 TEST_OPTIONS ?=
 
-.PHONY: demo test test-oldest nightly lint docs setup clean
+.PHONY: demo test test-oldest nightly lint docs docs-test setup clean
 .DELETE_ON_ERROR:
 
 demo: $(READY) $(MODEL)/config.json
@@ -56,7 +57,13 @@ docs: $(READY_TO_TEST)
 	@$(VENV)/bin/python -c 'from hf_prefopt import config, config_docs; \
 		print(config_docs.settings_page(config.PreferenceConfig), end="")' > docs/settings.md
 	@$(VENV)/bin/python -m hf_prefopt.trl.page > docs/from_trl.md
+	@$(VENV)/bin/python -m hf_prefopt.reporting.loss_atlas > docs/images/loss_atlas.svg
 	@$(VENV)/bin/python recipes/configs/write.py
+
+# The site in build/site, and every Python block of its pages.
+docs-test: $(READY_TO_TEST)
+	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs --quiet build --strict
+	@HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest tests/docs
 
 setup: $(READY_TO_TEST)
 
