@@ -78,6 +78,12 @@ class FoundLayout:
         return frozenset(self.columns.values())
 
 
+def fitting_kinds(sample: Mapping[str, Any], mapped: Collection[str] = ()) -> tuple[ExampleKind, ...]:
+    """The kinds of examples that columns can be read as, the first one without being asked for it."""
+    fitting = (layout for layout in LAYOUTS if layout.find(sample, mapped) is not None)
+    return tuple(dict.fromkeys(FORMATS[layout.format].kind for layout in fitting))
+
+
 def find_layout(
     sample: Mapping[str, Any], kind: ExampleKind | None = None, mapped: Collection[str] = (), text_as: str = "text"
 ) -> FoundLayout:
