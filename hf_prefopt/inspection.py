@@ -11,7 +11,15 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from hf_prefopt.config import PreferenceConfig
-from hf_prefopt.data.columns import column_names, undecoded, unused_columns
+from hf_prefopt.data.column_layouts import fitting_kinds
+from hf_prefopt.data.columns import (
+    choose_columns,
+    column_names,
+    first_rows,
+    sample_of,
+    undecoded,
+    unused_columns,
+)
 from hf_prefopt.data.context import is_about_the_row
 from hf_prefopt.data.formats import optional_columns
 from hf_prefopt.data.notes import count_notes, describe_bad_rows
@@ -20,6 +28,7 @@ from hf_prefopt.data.rows import BadRow
 from hf_prefopt.data.sources import as_dataset, check_rows
 from hf_prefopt.data.summary import summarize
 from hf_prefopt.data.tokenize import TokenKinds
+from hf_prefopt.kinds import TRIPLES, ExampleKind, kind_of_columns
 from hf_prefopt.reporting.inspected import Inspection
 from hf_prefopt.reporting.shown_rows import ShownRow, show_row
 from hf_prefopt.training.preference_data import PreferenceData, settings_of_rows
@@ -72,7 +81,11 @@ def inspect_dataset(
     check_rows(given, name)
     data, errors = PreferenceData(args, tokenizer), []
     with _said(name) as remarks:
-        made = data.read(given, name) if losses else prepare(given, tokenizer, **settings_of_rows(args), name=name)
+        settled = settings_of_rows(args)
+        kinds = () if losses else _kinds(given, settled)
+        # Triples are pairs, too, and are shown whole.
+        kind = TRIPLES if TRIPLES in kinds else None
+        made = data.read(given, name) if losses else prepare(given, tokenizer, **settled, kind=kind, name=name)
         if losses:
             try:
                 data.checked(made.dataset, name)
@@ -84,6 +97,7 @@ def inspect_dataset(
     return Inspection(
         name=name,
         **_columns(made, args.column_mapping or {}, column_names(given)),
+        kinds=tuple(kind.name for kind in kinds),
         is_beginning=is_stream,
         settings=_settings(args, {**losses, **settings}),
         summary=summarize(made.dataset),
@@ -93,6 +107,17 @@ def inspect_dataset(
         errors=tuple(error.removeprefix(f"{name}: ") for error in errors),
         rows=tuple(_shown_rows(made, rows, TokenKinds(tokenizer))),
     )
+
+
+def _kinds(given: Dataset, settings: Mapping[str, Any]) -> tuple[ExampleKind, ...]:
+    """The kinds of examples that the losses may compare in these rows; none of columns that cannot be read."""
+    try:
+        rows = undecoded(choose_columns(given, settings["column_mapping"], settings["remove_columns"]))
+    except ValueError:
+        return ()
+    prepared = kind_of_columns(column_names(rows))
+    sample = sample_of(first_rows(rows), column_names(rows))
+    return (prepared,) if prepared else fitting_kinds(sample, tuple(settings["column_mapping"] or ()))
 
 
 def _settings(args: PreferenceConfig, given: Mapping[str, Any]) -> dict[str, Any]:

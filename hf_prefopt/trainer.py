@@ -433,7 +433,8 @@ class PreferenceTrainer(Trainer):
         evaluated = {f"eval {n}": rows for n, rows in given.items()} if isinstance(given, dict) else {"eval": given}
         if self.is_world_process_zero():
             datasets = {"train": self.train_dataset, **evaluated}
-            self.summary.say("data", *data_texts(datasets, self.data.counts, self.args.group_by_prompt))
+            about = (self.data.counts, self.args.group_by_prompt, self.data.streams)
+            self.summary.say("data", *data_texts(datasets, *about))
         self._attempts, self._steps = 0, StepBatches(checkpoint)
         output = super().train(checkpoint, **options)
         self._steps.check_end(self.state, self.args)

@@ -10,7 +10,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from hf_prefopt import Mixture, Source, inspect_dataset
 from hf_prefopt.data.prepare import prepare_dataset
 from hf_prefopt.reporting.inspected import events, facts
-from tests.data.helpers import chat_pair, text_pair
+from tests.data.helpers import chat_pair, reply, text_pair
 from tests.tiny_models import tiny_model
 from tests.tokenizers import tiny_tokenizer
 from tests.trainers import make_trainer
@@ -116,6 +116,19 @@ def test_a_stream_is_looked_at_from_its_beginning():
     assert dict(facts(found))["Rows"].endswith("(the first 6 rows of a stream)")
     in_torch = inspect_dataset(rows.to_iterable_dataset().with_format("torch"), TOKENIZER, stream_rows=6)
     assert in_torch.summary == found.summary
+
+
+def test_it_says_which_losses_can_use_the_rows():
+    """Triples are pairs, too, and are shown with their third response."""
+    triples = [{**row, "reference": reply("In Paris.")} for row in chats()]
+    found = inspect_dataset(triples, TOKENIZER)
+    assert (found.layout, found.kinds, found.summary.kind) == ("triples, question", ("pairs", "triples"), "triples")
+    line = "pairs, triples (with unpair=True also of unpaired examples)"
+    assert dict(facts(found))["For losses of"] == line and len(found.rows[0].responses) == 3
+    lists = [{"prompt": "Q", "responses": [" a", " b"], "scores": [n, 1]} for n in range(3)]
+    assert inspect_dataset(lists, TOKENIZER).kinds == ("lists",)
+    assert inspect_dataset(prepare_dataset(Dataset.from_list(lists), TOKENIZER), TOKENIZER).kinds == ("lists",)
+    assert inspect_dataset(triples, TOKENIZER, loss_type="dpo").kinds == ()
 
 
 def test_of_several_splits_the_training_split_is_looked_at():

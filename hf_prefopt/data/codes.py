@@ -1,6 +1,7 @@
 """What the numbers of a column stand for, where one number alone does not tell: all rows are looked at."""
 
-from collections.abc import Collection, Iterable, Mapping
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from datasets import Dataset, IterableDataset
@@ -8,6 +9,7 @@ from datasets import Dataset, IterableDataset
 from hf_prefopt.data.columns import class_names
 from hf_prefopt.data.preferences import VERDICTS, by_name, by_sign
 from hf_prefopt.data.roles import SUFFIXES
+from hf_prefopt.data.rows import as_number
 
 # So many rows that all prefer the second response, by the sign of a number, are hardly chance: 2 ** -16. Scales with a
 # sign end at 3, so one larger number tells, too.
@@ -49,7 +51,25 @@ def _refuse_places(column: str, numbers: Collection[float], names: tuple[str, st
 
 
 def _numbers(values: Iterable[Any]) -> set[float]:
-    return {value for value in values if isinstance(value, int | float) and not isinstance(value, bool)}
+    return {number for number in map(as_number, values) if math.isfinite(number)}
+
+
+def describe_codes(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> list[str]:
+    """What to say of a verdict by its sign that prefers the second response in all of these rows.
+
+    Args:
+        rows: the first rows.
+        columns: the column of each role.
+    """
+    verdict = columns.get("verdict", "")
+    numbers = _numbers(row.get(verdict) for row in rows)
+    if VERDICTS.get(verdict) is not by_sign or not numbers or min(numbers) < 0:
+        return []
+    first, second = columns["first"], columns["second"]
+    return [
+        f"`{verdict}` is {', '.join(f'{number:g}' for number in sorted(numbers)[:5])} in the first {len(rows)} rows: "
+        f"above 0 it prefers `{second}`, and `{first}` only below 0"
+    ]
 
 
 def _check_scale(dataset: Dataset | IterableDataset, column: str, names: tuple[str, str]) -> Dataset | IterableDataset:

@@ -1,14 +1,14 @@
 """Which of the layouts of `layout_table.py` the columns of a data set have, and how its rows are read by it."""
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from hf_prefopt.data import converters as to
 from hf_prefopt.data import roles
 from hf_prefopt.data.formats import FORMATS, Reading, RowFormat
-from hf_prefopt.data.layout_table import LAYOUTS, VERDICT, ColumnLayout
+from hf_prefopt.data.layout_table import LABEL_OF_TWO, LAYOUTS, VERDICT, ColumnLayout
 from hf_prefopt.data.preferences import VERDICTS, by_name
 from hf_prefopt.data.rows import BadRow, CanonicalRow
 from hf_prefopt.data.unknown_columns import describe_nearest, quoted
@@ -46,7 +46,8 @@ class FoundLayout:
     @cached_property
     def is_own(self) -> bool:
         """Whether the columns are the format's, with nothing to convert."""
-        return self.columns == {column: column for column in self.format.columns}
+        has_its_columns = self.columns == {column: column for column in self.format.columns}
+        return has_its_columns and self.layout.convert in (to.plain, to.talks)
 
     @cached_property
     def how(self) -> Reading:
@@ -61,7 +62,9 @@ class FoundLayout:
             return self.format.read(row, self.how)
         try:
             beside = {column: row[column] for column in ("tools", "chat_template_kwargs") if column in row}
-            return self.format.read({**beside, **self.layout.convert(to.Given(row, self.columns))}, self.how)
+            converted = self.layout.convert(to.Given(row, self.columns))
+            against = converted.pop("against", False)
+            return replace(self.format.read({**beside, **converted}, self.how), against=against)
         except BadRow as error:
             raise error.renamed(self.columns) from None
 
@@ -73,6 +76,12 @@ class FoundLayout:
     @cached_property
     def _used(self) -> frozenset[str]:
         return frozenset(self.columns.values())
+
+
+def fitting_kinds(sample: Mapping[str, Any], mapped: Collection[str] = ()) -> tuple[ExampleKind, ...]:
+    """The kinds of examples that columns can be read as, the first one without being asked for it."""
+    fitting = (layout for layout in LAYOUTS if layout.find(sample, mapped) is not None)
+    return tuple(dict.fromkeys(FORMATS[layout.format].kind for layout in fitting))
 
 
 def find_layout(
@@ -95,8 +104,9 @@ def find_layout(
         raise ValueError(describe_nearest(sample))
     layout, columns = next(((one, found) for one, found in fitting if FORMATS[one.format].kind is kind), fitting[0])
     verdicts = [name for name in VERDICTS if name in sample and "verdict" in columns and VERDICT.accepts(sample[name])]
+    verdicts += ["label"] * (bool(verdicts) and LABEL_OF_TWO.accepts(sample.get("label")))
     # A column that is mapped to `winner` is read by names.
-    verdicts.sort(key=lambda name: VERDICTS[name] is not by_name)
+    verdicts.sort(key=lambda name: VERDICTS.get(name, by_name) is not by_name)
     if len(verdicts) > 1 and columns["verdict"] not in mapped:
         raise ValueError(
             f"columns {quoted(verdicts)} may all say which response is better: name one, as in "

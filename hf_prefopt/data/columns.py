@@ -106,8 +106,7 @@ def describe_columns(found: FoundLayout, sample: Mapping[str, Any], tokenizer: P
     """The lines to say about a data set's columns: how they are read, which are not used, and that text stays text."""
     lines = []
     if not found.is_own:
-        roles = ", ".join(column if part == column else f"{part} = {column}" for part, column in found.columns.items())
-        lines.append(f"read as {found.layout.name} ({roles})")
+        lines.append(f"read as {describe_layout(found)}")
     unused = [column for column in unused_columns(found, sample) if not is_about_the_row(column)]
     if unused:
         lines.append(f"columns not used: {', '.join(unused)}")
@@ -121,6 +120,12 @@ def describe_columns(found: FoundLayout, sample: Mapping[str, Any], tokenizer: P
             "text_as='messages' makes messages of it"
         )
     return lines
+
+
+def describe_layout(found: FoundLayout) -> str:
+    """A layout and its columns: `pairs, question (prompt = question, chosen, rejected)`."""
+    roles = ", ".join(column if part == column else f"{part} = {column}" for part, column in found.columns.items())
+    return f"{found.layout.name} ({roles})"
 
 
 def unused_columns(found: FoundLayout, columns: Collection[str]) -> list[str]:

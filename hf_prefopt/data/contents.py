@@ -2,7 +2,7 @@
 
 Messages are stored as a list, as one message, as a struct of lists (the `Sequence` feature of older versions of
 `datasets`), as JSON, or as a struct with a list of `messages`; a message has the keys `role`/`content`, `from`/`value`
-or others (`messages.py`).
+or others (`messages.py`). Text may stand alone in a struct, `{"text": ...}`.
 """
 
 import json
@@ -66,8 +66,15 @@ def _read_struct(column: str, value: Mapping[str, Any]) -> Content:
         return [dict(value)]
     if [key for key, item in value.items() if item is not None] == ["messages"] and "messages" in lists:
         return list(value["messages"])
-    keys = ", ".join(map(repr, value))
-    raise BadRow(column, f"is a struct of {keys} and no message", "make it text or a list of messages")
+    filled = {key: item for key, item in value.items() if item is not None}
+    texts = [key for key in CONTENT_KEYS if isinstance(filled.get(key), str)]
+    if len(filled) == 1 and texts:
+        return _read_text(filled[texts[0]])
+    keys, cure = ", ".join(map(repr, value)), "make it text or a list of messages"
+    if texts:
+        its_text = f"dataset.map(lambda row: {{{column!r}: row[{column!r}][{texts[0]!r}]}})"
+        cure = f"if the text in it is all that the model should read: {its_text}"
+    raise BadRow(column, f"is a struct of {keys} and no message", cure)
 
 
 def is_message(value: Any) -> bool:

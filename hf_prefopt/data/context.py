@@ -37,7 +37,7 @@ _ANSWERS = _set(
     "judgement judgment verdict correction winner loser best worst better summary summaries translation"
 )
 # Parts of an answer, in a column whose name says of which one: `chosen_reasoning`, `rejected_tool_calls`.
-_PARTS = _set("reasoning thinking thought cot scratchpad trace call")
+_PARTS = _set("reasoning thinking think thought cot scratchpad trace call")
 _SIDES = _set(
     "chosen rejected preferred dispreferred accepted selected better worse winning losing response completion"
 )
@@ -83,7 +83,7 @@ def reject_unread_context(unused: Mapping[str, Any], read: CanonicalRow) -> None
         raise BadRow(media, "holds something that is not text", MEDIA_CURE.format(f"it (remove_columns=[{media!r}])"))
     if read.content_type == "tokens":
         return
-    contexts = {column: _contexts(value, _word_limit(column)) for column, value in unused.items()}
+    contexts = {column: _contexts(value, _column_limit(column)) for column, value in unused.items()}
     sequences = _sequences(read) if any(contexts.values()) else []
     unread = {
         column: text
@@ -99,7 +99,7 @@ def reject_unread_context(unused: Mapping[str, Any], read: CanonicalRow) -> None
             f"says {shown!r}, which is not in the prompt (nor in every response), so the model would not read it{also}"
         )
         cure = f"join it into `prompt` (or rename the column so); if it is not context: remove_columns={[*unread]}"
-        if _word_limit(first) == _OF_ANSWER:
+        if _column_limit(first) == _OF_ANSWER:
             cure = f"join it into the response; if it is not to be trained on: remove_columns={[*unread]}"
         raise BadRow(first, problem, cure)
 
@@ -144,11 +144,17 @@ def _without_last_reply(value: Any) -> Any:
     return value
 
 
+def _speaks_as_assistant(value: Mapping[str, Any]) -> bool:
+    return any(value.get(key) in _ASSISTANTS for key in ("role", "from"))
+
+
 def _texts(value: Any, limit: float, limit_of: Callable[[str], float]) -> Iterator[tuple[str, float]]:
     """The texts in a value, at any depth, each with the limit of the key that holds it."""
     if isinstance(value, str):
         yield value, limit
     elif isinstance(value, dict):
+        # What an assistant said elsewhere may be one of the responses.
+        limit = _OF_ANSWER if limit == _ANY_TEXT and _speaks_as_assistant(value) else limit
         for key, item in value.items():
             of_key = limit_of(key)
             if key not in _SPEAKERS and of_key != _NEVER:
@@ -171,6 +177,13 @@ def is_about_the_row(name: str) -> bool:
     return bool({*last, last[0].removesuffix("s")} & (_LABELS | _MEASURES))
 
 
+def _column_limit(column: str) -> float:
+    """The same for a whole column: thinking beside one or two responses is a part of them, and not a judge's."""
+    words = [word.lower().removesuffix("s") for word in _WORD.findall(column)]
+    words = [word for word in words if word not in _CARRIERS]
+    return _OF_ANSWER if words and set(words) <= _PARTS | {"tool"} else _word_limit(column)
+
+
 @lru_cache(maxsize=1024)
 def _word_limit(name: str) -> float:
     """The most words that a text of a column, or of a key in it, may have without being context."""
@@ -182,7 +195,8 @@ def _word_limit(name: str) -> float:
     if any(stem & _MAKING for stem in stems):
         return _NEVER
     head = stems[-1] if stems else set()
-    if head & _PARTS and any(stem & _SIDES for stem in stems):
+    parts, sides = ([bool(stem & words) for stem in stems] for words in (_PARTS, _SIDES))
+    if any(parts) and any(sides) and (parts[-1] or sides[-1]):
         return _OF_ANSWER
     if head & _CONTEXT:
         return _ANY_TEXT

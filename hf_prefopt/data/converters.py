@@ -11,9 +11,9 @@ from hf_prefopt.data.contents import read_content
 from hf_prefopt.data.context import is_about_the_row
 from hf_prefopt.data.conversations import text_as_messages
 from hf_prefopt.data.messages import CONTENT_KEYS, ROLE_KEYS, check_messages
-from hf_prefopt.data.preferences import VERDICTS, by_flags, by_scores, first_if_true
+from hf_prefopt.data.preferences import VERDICTS, by_flags, by_name, by_scores, by_votes, first_if_true
 from hf_prefopt.data.roles import ITEM_RANKS, ITEM_SCORES, ITEM_TEXTS, SUFFIXES, read_texts
-from hf_prefopt.data.rows import BadRow
+from hf_prefopt.data.rows import BadRow, as_number, check_list
 from hf_prefopt.data.transcripts import is_transcript
 
 Row = dict[str, Any]
@@ -40,25 +40,45 @@ def plain(given: Given) -> Row:
 def talks(given: Given) -> Row:
     """Whole conversations, which begin with the system prompt if there is one beside them."""
     row = {part: value for part, value in given.items() if part != "system"}
-    for part in ("chosen", "rejected", "completion"):
-        if given.get("system") and part in row:
-            content = read_content(part, row[part])
-            # A text may be an answer alone; then another column says what it answers.
-            if not isinstance(content, str) or is_transcript(content):
-                row[part] = _surrounded(content, given["system"])
+    for part in ("chosen", "rejected", "reference", "completion"):
+        if part in row:
+            row[part] = _told(given, part, row[part])
     return row
+
+
+def _told(given: Given, part: str, value: Any) -> Any:
+    """A conversation that begins with the system prompt beside it, if there is one."""
+    if not given.get("system"):
+        return value
+    content = read_content(part, value)
+    # A text may be an answer alone; then another column says what it answers.
+    return value if isinstance(content, str) and not is_transcript(content) else _surrounded(content, given["system"])
 
 
 def better_of_two(given: Given) -> Row:
     """The pair of two responses and a verdict."""
-    columns = given.columns
-    names = (columns["first"], columns["second"])
-    models = (given.get("first_model"), given.get("second_model"))
-    verdict = columns["verdict"]
     better = _place_of_text(given["verdict"], (given["first"], given["second"]))
     if better is None:
-        better = VERDICTS[verdict](verdict, given["verdict"], names, SUFFIXES[names], models)
+        verdict = given.columns["verdict"]
+        better = VERDICTS.get(verdict, by_name)(verdict, given["verdict"], *_names(given))
     return _ordered(given, better)
+
+
+def _names(given: Given) -> tuple[tuple[str, str], tuple[str, str], tuple[Any, Any]]:
+    """What a verdict may call two responses: their columns, the ends of these, and the models that wrote them."""
+    names = (given.columns["first"], given.columns["second"])
+    first, second = SUFFIXES[names]
+    return names, (first, second), (given.get("first_model"), given.get("second_model"))
+
+
+def voted_two(given: Given) -> Row:
+    """The pair of two responses and what several people say; of Argilla's votes those that are submitted."""
+    column, votes = given.columns["votes"], read_texts(given["votes"])
+    statuses = given.get("statuses") or ["submitted"] * len(votes or ())
+    if votes is not None and len(votes) != len(statuses):
+        raise BadRow("votes", f"has {len(votes)} verdicts, and there are {len(statuses)} statuses")
+    cast = [vote for vote, status in zip(votes or (), statuses, strict=True) if status == "submitted"]
+    return _ordered(given, by_votes(column, cast, lambda vote: by_name(column, vote, *_names(given))))
 
 
 def _place_of_text(verdict: Any, responses: tuple[Any, Any]) -> int | None:
@@ -122,12 +142,30 @@ def _order(numbers: Sequence[Any]) -> list[list[bool]]:
     return [[None not in (left, right) and left > right for right in numbers] for left in numbers]
 
 
+def flagged_list(given: Given) -> Row:
+    """The list of responses of which those that are right have the score 1, and the others 0."""
+    flags = check_list("flags", given["flags"], "booleans")
+    if not all(isinstance(flag, bool) for flag in flags):
+        raise BadRow("flags", f"is {flags}", "make each true (right) or false")
+    return {**_prompt(given), "responses": given["responses"], "scores": [float(flag) for flag in flags]}
+
+
+def one_of_each(given: Given) -> Row:
+    """The pair of two lists, each of one response."""
+    for side in ("chosen", "rejected"):
+        count = len(check_list(side, given[side], "one response"))
+        if count != 1:
+            raise BadRow(side, f"holds {count} responses, and a loss of pairs compares two", "use a loss of lists")
+    return {**_prompt(given), "chosen": given["chosen"][0], "rejected": given["rejected"][0]}
+
+
 def good_and_bad(given: Given) -> Row:
-    """The list of several chosen responses, of rank 1, and several rejected ones, of rank 2."""
-    chosen, rejected = (list(given[side] or ()) for side in ("chosen", "rejected"))
+    """The list of one or several chosen responses, of rank 1, and of rejected ones, of rank 2."""
+    sides = (given[side] for side in ("chosen", "rejected"))
+    chosen, rejected = ([side] if isinstance(side, str) else list(side or ()) for side in sides)
     if not chosen or not rejected:
         raise BadRow("rejected" if chosen else "chosen", "is empty")
-    if given["prompt"] in chosen:
+    if given.get("prompt") in chosen:
         raise BadRow("chosen", "holds the prompt: these are turns, and no responses", "give messages")
     ranks = [1.0] * len(chosen) + [2.0] * len(rejected)
     return {**_prompt(given), "responses": [*chosen, *rejected], "ranks": ranks}
@@ -160,7 +198,16 @@ def _talks(given: Given) -> Given:
 
 def _ordered(given: Given, better: int) -> Row:
     sides = [_up_to(given.get("turn"), part, given[part]) for part in ("first", "second")]
-    return {**_prompt(given), "chosen": sides[better], "rejected": sides[1 - better]}
+    prompt = _prompt(given)
+    if prompt.get("prompt") is None:  # two conversations
+        sides = [_told(given, part, side) for part, side in zip(("first", "second"), sides, strict=True)]
+    scores = [as_number(given.get(part)) for part in ("first_score", "second_score")]
+    return {
+        **prompt,
+        "chosen": sides[better],
+        "rejected": sides[1 - better],
+        "against": scores[better] < scores[1 - better],
+    }
 
 
 def _up_to(turn: int | None, part: str, value: Any) -> Any:

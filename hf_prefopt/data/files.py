@@ -2,12 +2,15 @@
 
 from collections.abc import Callable, Sequence
 from glob import glob, has_magic
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from datasets import load_dataset
 
+from hf_prefopt.data.contents import is_message
 from hf_prefopt.data.file_faults import find_fault, kind_of
+from hf_prefopt.data.layout_table import LAYOUTS
 
 # The loader of each kind of file, and its options.
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -38,9 +41,36 @@ def load_splits(name: str, config: str | None = None, streaming: bool = False) -
     files = sorted(glob(str(Path(name).expanduser()), recursive=True))
     _check_files(name, files)
     loader, options = KINDS[kind_of(files[0])]
-    return _loaded(
-        name, files, lambda: load_dataset(loader, data_files={"train": files}, streaming=streaming, **options)
+
+    def load(**more: str) -> Any:
+        return load_dataset(loader, data_files={"train": files}, streaming=streaming, **options, **more)
+
+    splits = _loaded(name, files, load)
+    field = _field_of_rows(splits["train"], len(files)) if loader == "json" else None
+    return splits if field is None else _loaded(name, files, lambda: load(field=field))
+
+
+# What people call the list of rows in a JSON object.
+_LISTS_OF_ROWS = ("data", "rows", "examples", "instances", "items", "train")
+
+
+def _field_of_rows(rows: Any, files: int) -> str | None:
+    """The key of the list that holds the rows, where each file is one JSON object: `{"version": 1, "data": [...]}`."""
+    objects = list(islice(iter(rows), files + 1))
+    if len(objects) != files:
+        return None
+    keys = [key for key in _LISTS_OF_ROWS if all(_are_rows(one.get(key)) for one in objects)]
+    return keys[0] if len(keys) == 1 and not _has_layout(objects[0]) else None
+
+
+def _are_rows(value: Any) -> bool:
+    return (
+        isinstance(value, list) and bool(value) and all(isinstance(row, dict) and not is_message(row) for row in value)
     )
+
+
+def _has_layout(row: dict[str, Any]) -> bool:
+    return any(layout.find(row) is not None for layout in LAYOUTS)
 
 
 def _loaded(name: str, files: Sequence[str], load: Callable[[], Any]) -> Any:

@@ -21,7 +21,6 @@ Rows of messages may also have `tools` and `chat_template_kwargs`. Two groups of
     optional columns    a number for each example, such as `weights`; see `ExampleKind.optional_columns`
 """
 
-import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from itertools import combinations
@@ -94,12 +93,6 @@ def optional_columns(kind: ExampleKind, columns: Collection[str]) -> dict[str, s
     """The optional columns of raw rows with these columns: prepared column → raw column, the first of its names."""
     found = {name: [c for c in column.columns if c in columns] for name, column in kind.optional_columns.items()}
     return {name: present[0] for name, present in found.items() if present}
-
-
-def number_or_nan(value: Any) -> float:
-    """The value as a float; NaN if it is not a number, which is an error only if a loss uses the column."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if is_number else math.nan
 
 
 def _read_explicit(row: Mapping[str, Any], columns: tuple[str, ...], how: Reading) -> CanonicalRow:

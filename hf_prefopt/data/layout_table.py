@@ -14,7 +14,7 @@ from typing import Any
 from hf_prefopt.data import converters as to
 from hf_prefopt.data import roles
 from hf_prefopt.data.formats import FORMATS
-from hf_prefopt.data.preferences import VERDICTS
+from hf_prefopt.data.preferences import VERDICTS, names_a_side
 from hf_prefopt.data.roles import Role, role
 
 
@@ -65,13 +65,25 @@ def _is_anything(_: Any) -> bool:
 _TOKENS = tuple(role(name, name, accepts=_is_anything) for name in FORMATS["tokenized triples"].columns)
 _WEIGHTS = tuple(role(name, name, accepts=_is_anything) for name in FORMATS["tokenized pairs with weights"].columns[3:])
 VERDICT = role("verdict", *VERDICTS, accepts=lambda value: isinstance(value, str | int | float))
+# A label may mean anything, unless it names one of two responses.
+LABEL_OF_TWO = role(
+    "verdict",
+    "label",
+    accepts=names_a_side,
+    wanted="text such as 'A' or 'A>B'; if it names the better one otherwise, column_mapping={'winner': 'label'}",
+)
 _AROUND = (roles.SYSTEM, roles.HISTORY, roles.PREFIX)
 _WITH_PROMPT = "pairs that begin with their prompt"
 
 # What may say which of two responses is better, and how a pair is made of it.
 _TWO_AND = (
+    ("a verdict beside scores", roles.SCORED, (VERDICT,), to.better_of_two),
     ("a verdict", roles.TWO, (VERDICT,), to.better_of_two),
+    ("a label", roles.TWO, (LABEL_OF_TWO,), to.better_of_two),
+    ("submitted votes", roles.TWO, (roles.SUBMITTED_VOTES,), to.voted_two),
+    ("votes", roles.TWO, (roles.VOTES,), to.voted_two),
     ("flags", roles.FLAGGED, (), to.flagged_two),
+    ("the flag of the first beside scores", roles.FIRST_FLAGGED_SCORED, (), to.flagged_first),
     ("the flag of the first", roles.FIRST_FLAGGED, (), to.flagged_first),
     ("scores", roles.SCORED, (), to.scored_two),
 )
@@ -81,7 +93,10 @@ _LISTS_OF = (
     ("ranked lists", (roles.RESPONSES, roles.RANKS), to.plain, "responses with ranks", False),
     ("scored lists", (roles.SCORED_ITEMS,), to.items, "structs of a response and its score", True),
     ("ranked lists", (roles.RANKED_ITEMS,), to.items, "structs of a response and its rank", True),
+    ("scored lists", (roles.RESPONSES, roles.FLAGS_OF_LIST), to.flagged_list, "responses with flags", True),
     ("ranked lists", (roles.GOOD_AND_BAD,), to.good_and_bad, "lists of chosen and of rejected responses", True),
+    ("ranked lists", (roles.ONE_GOOD, roles.SEVERAL_BAD), to.good_and_bad, "one chosen and rejected responses", True),
+    ("ranked lists", (roles.SEVERAL_GOOD, roles.ONE_BAD), to.good_and_bad, "chosen and one rejected response", True),
 )
 # What is asked: an instruction with an input (Alpaca's columns), or one column.
 _ASKED = (("instruction and input", roles.ALPACA), ("question", roles.QUESTION))
@@ -101,15 +116,21 @@ LAYOUTS: tuple[ColumnLayout, ...] = (
         for asked, what in _ASKED
     ),
     ColumnLayout(
-        "triples that begin with their prompt", "triples that begin with their prompt", (roles.BY_PLACE, roles.GOLD)
+        "triples that begin with their prompt",
+        "triples that begin with their prompt",
+        (roles.BY_PLACE, roles.GOLD),
+        (roles.SYSTEM,),
+        to.talks,
     ),
     # Pairs by a verdict: two responses, and what says which is better.
-    ColumnLayout("turns and flags", _WITH_PROMPT, (roles.TURNS, roles.TURNS_FLAGGED), (), to.turns_flagged, True),
+    ColumnLayout(
+        "turns and flags", _WITH_PROMPT, (roles.TURNS, roles.TURNS_FLAGGED), (roles.SYSTEM,), to.turns_flagged, True
+    ),
     ColumnLayout(
         "turns and a verdict",
         _WITH_PROMPT,
         (roles.TURNS, roles.TURNS_OF_TWO, VERDICT),
-        (roles.MODELS,),
+        (roles.SYSTEM, roles.MODELS),
         to.turns,
         True,
     ),
@@ -120,7 +141,11 @@ LAYOUTS: tuple[ColumnLayout, ...] = (
     ),
     *(
         ColumnLayout(
-            f"two conversations and {by}", _WITH_PROMPT, (two, *more), (roles.MODELS, roles.JUDGED_TURN), convert
+            f"two conversations and {by}",
+            _WITH_PROMPT,
+            (two, *more),
+            (roles.SYSTEM, roles.MODELS, roles.JUDGED_TURN),
+            convert,
         )
         for by, two, more, convert in _TWO_AND
     ),
@@ -159,6 +184,11 @@ LAYOUTS: tuple[ColumnLayout, ...] = (
     *(
         ColumnLayout(f"{name}, {asked}", row_format, (what, *needs), _AROUND, convert, is_talk)
         for row_format, needs, convert, name, is_talk in _LISTS_OF
+        for asked, what in _ASKED
+    ),
+    # Lists of one chosen and one rejected response are pairs only for losses of pairs: other rows may have more.
+    *(
+        ColumnLayout(f"pairs in lists, {asked}", "pairs", (what, roles.ONE_OF_EACH), _AROUND, to.one_of_each, True)
         for asked, what in _ASKED
     ),
 )

@@ -5,13 +5,15 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from hf_prefopt.data.rows import BadRow, Tie
+from hf_prefopt.data.rows import BadRow, Tie, as_number
 
 _DESIRABLE = {
     **dict.fromkeys(("true", "1", "chosen", "good", "desirable", "desired", "positive", "accepted", "preferred"), True),
-    **dict.fromkeys(("correct", "thumbs_up", "thumbs up", "like"), True),
+    **dict.fromkeys(("correct", "passed", "pass", "yes", "up", "like", "liked", "upvote", "👍"), True),
+    **dict.fromkeys(("thumbs_up", "thumbs up", "thumb_up", "thumbsup"), True),
     **dict.fromkeys(("false", "0", "-1", "rejected", "bad", "undesirable", "undesired", "negative"), False),
-    **dict.fromkeys(("incorrect", "thumbs_down", "thumbs down", "dislike"), False),
+    **dict.fromkeys(("incorrect", "failed", "fail", "no", "down", "dislike", "disliked", "downvote", "👎"), False),
+    **dict.fromkeys(("thumbs_down", "thumbs down", "thumb_down", "thumbsdown"), False),
 }
 # Without blanks, underscores, points and hyphens.
 _TIES = {
@@ -23,8 +25,11 @@ _JOINTS = re.compile(r"[\s_.\-]")
 _BRACKETS = re.compile(r"\[+(.*?)\]+", re.DOTALL)
 # What may stand before the letter or number of a response: `model_a`, `Response 1`.
 _BEFORE = "model|response|assistant|answer|output|completion|candidate|option|conversation|generation|summary|reply"
-_SIDE = re.compile(rf"(?:(?:{_BEFORE})[\s_-]*)?([ab012])", re.IGNORECASE)
-_ORDINALS = {"first": 0, "second": 1}
+_SIDE = re.compile(rf"(?:(?:{_BEFORE})[\s_-]*)?([ab012]|left|right|first|second)", re.IGNORECASE)
+# `A>B`; `B<<A` says that it is much better.
+_COMPARED = re.compile(r"([^<>]+?)\s*(<+|>+)\s*([^<>]+)")
+# Words for the first and the second response, whatever the columns are called. A number may count from 0 or from 1.
+_ORDINALS = {"a": 0, "b": 1, "left": 0, "right": 1, "first": 0, "second": 1}
 
 
 def read_label(column: str, value: Any) -> bool:
@@ -52,8 +57,19 @@ def read_quantile(column: str, value: Any) -> float:
     return number
 
 
+def names_a_side(value: Any) -> bool:
+    """Whether a text says that one of two responses is better: `B`, `model_a`, `A>>B`, `[[left]]`."""
+    if not isinstance(value, str):
+        return False
+    text = _BRACKETS.sub(r"\1", value.strip())
+    sides = [text] if (compared := _COMPARED.fullmatch(text)) is None else [compared[1], compared[3]]
+    return all(found is not None and not found[1].isdecimal() for found in map(_SIDE.fullmatch, sides))
+
+
 def by_name(column: str, value: Any, names: tuple[str, str], suffixes: tuple[str, str], models: tuple[Any, Any]) -> int:
     """0 or 1, the place of the response that a value names, by its letter or number, its column, or its model.
+
+    A comparison (`A>B`) names the better one.
 
     Args:
         column: where the value stands, for errors.
@@ -64,8 +80,11 @@ def by_name(column: str, value: Any, names: tuple[str, str], suffixes: tuple[str
         Tie: the value says that neither is better.
         BadRow: it names no response.
     """
-    if value is None or isinstance(value, bool):
-        raise BadRow(column, "is missing" if value is None else f"is {value!r}, which names no response")
+    if value is None:
+        raise BadRow(column, "is missing")
+    cure = f"write {names[0]!r} or {names[1]!r} where that one is better, 'tie' where neither is"
+    if isinstance(value, bool):
+        raise BadRow(column, f"is {value!r}, which names no response", cure)
     text = f"{value:g}" if isinstance(value, int | float) else str(value).strip()
     bracketed = _BRACKETS.fullmatch(text)
     text = bracketed[1].strip() if bracketed else text
@@ -73,17 +92,48 @@ def by_name(column: str, value: Any, names: tuple[str, str], suffixes: tuple[str
         return models.index(text)
     if _JOINTS.sub("", text.lower().split("(")[0]) in _TIES:
         raise Tie(column, f"is {value!r}")
+    place = _place(text, names, suffixes)
+    compared = _COMPARED.fullmatch(text)
+    if place is None and compared is not None:
+        left, right = (_place(side, names, suffixes) for side in (compared[1], compared[3]))
+        place = None if left == right else left if compared[2][0] == ">" else right
+    if place is not None:
+        return place
+    raise BadRow(column, f"is {value!r}, which names neither {names[0]} nor {names[1]}", cure)
+
+
+def _place(text: str, names: tuple[str, str], suffixes: tuple[str, str]) -> int | None:
+    """0 or 1, the place of the response of this name; None if it is none."""
     if text in names:
         return names.index(text)
     found = _SIDE.fullmatch(text)
-    side = found[1].lower() if found else None
+    side = found[1].lower() if found else ""
     lower = tuple(suffix.lower() for suffix in suffixes)
-    if side in lower:
-        return lower.index(side)
-    if text.lower() in _ORDINALS:
-        return _ORDINALS[text.lower()]
-    cure = f"write {names[0]!r} or {names[1]!r} where that one is better, 'tie' where neither is"
-    raise BadRow(column, f"is {value!r}, which names neither {names[0]} nor {names[1]}", cure)
+    return lower.index(side) if side in lower else _ORDINALS.get(side)
+
+
+def by_votes(column: str, votes: Any, place_of: Callable[[Any], int]) -> int:
+    """The place of the response that most of a list of verdicts name; a vote for a tie counts for neither.
+
+    Args:
+        column: where the votes stand.
+        place_of: reads one of them.
+
+    Raises:
+        Tie: as many are for one as for the other.
+        BadRow: there is no list, or a verdict names no response.
+    """
+    if not isinstance(votes, Sequence) or isinstance(votes, str) or not votes:
+        raise BadRow(column, "is no list of verdicts")
+    counts = [0, 0]
+    for vote in votes:
+        try:
+            counts[place_of(vote)] += 1
+        except Tie:
+            continue
+    if counts[0] == counts[1]:
+        raise Tie(column, "has as many votes for one as for the other")
+    return int(counts[1] > counts[0])
 
 
 def by_sign(column: str, value: Any, *_: Any) -> int:
@@ -125,13 +175,13 @@ def by_flags(columns: Sequence[str], flags: Sequence[Any]) -> int:
 
 
 def _number(column: str, value: Any) -> float:
-    is_number = isinstance(value, int | float) and math.isfinite(value)
-    if not is_number:
-        raise BadRow(column, "is missing" if value is None else f"is {value!r} and no number")
-    return float(value)
+    number = float(value) if isinstance(value, bool) else as_number(value)
+    if not math.isfinite(number):
+        raise BadRow(column, "is missing" if value is None else f"is {value!r} and no number", "make it a number")
+    return number
 
 
-_NAMING = (
+NAMING = (
     *("better_response_id", "better_response", "better", "best_response", "best", "preferred_response", "preferred"),
     *("human_preference", "orig_preference", "preference", "choice", "chosen", "selected", "verdict"),
 )
@@ -141,5 +191,5 @@ VERDICTS: Mapping[str, Callable[..., int]] = {
     "winner": by_name,
     "overall_preference": by_sign,
     "preference_strength": by_sign,
-    **dict.fromkeys(_NAMING, by_name),
+    **dict.fromkeys(NAMING, by_name),
 }

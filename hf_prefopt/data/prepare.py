@@ -30,7 +30,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_prefopt.config_checks import BAD_ROWS, TEXT_AS, TRUNCATION_MODES, check_choice, check_template_kwargs
 from hf_prefopt.data.beginnings import find_beginning
-from hf_prefopt.data.codes import check_codes
+from hf_prefopt.data.codes import check_codes, describe_codes
 from hf_prefopt.data.column_layouts import FoundLayout, find_layout
 from hf_prefopt.data.columns import (
     choose_columns,
@@ -43,11 +43,11 @@ from hf_prefopt.data.columns import (
     without_empty,
 )
 from hf_prefopt.data.context import reject_unread_context
-from hf_prefopt.data.formats import RowFormat, number_or_nan, optional_columns
+from hf_prefopt.data.formats import RowFormat, optional_columns
 from hf_prefopt.data.named import reject_names_of_responses
 from hf_prefopt.data.notes import NOTES, keep_usable_rows, note_row
 from hf_prefopt.data.roles import AROUND
-from hf_prefopt.data.rows import BadRow, CanonicalRow, reject_texts_without_prompt
+from hf_prefopt.data.rows import BadRow, CanonicalRow, as_number, reject_texts_without_prompt
 from hf_prefopt.data.settings import check_settings, settings_of, write_settings
 from hf_prefopt.data.tokenize import TokenizedRow, TokenKinds, tokenize_rows
 from hf_prefopt.data.truncate import Cuts, truncate_row
@@ -58,7 +58,7 @@ from hf_prefopt.kinds import PAIRS, UNPAIRED, ExampleKind, kind_of_columns
 logger = logging.getLogger(__name__)
 
 # Part of the cache's key, which sees this module's functions by name only: raise it when what they return changes.
-_CACHE_VERSION = 7
+_CACHE_VERSION = 8
 _EXAMPLE_FEATURES = {
     "pairs": List(List(Value("int32"))),
     "golds": List(Value("int32")),
@@ -187,6 +187,7 @@ def prepare(
                 dataset, tokenizer, PAIRS if unpair else kind, tuple(column_mapping or ()), text_as
             )
             lines += describe_template(_first_read(dataset, layout), tokenizer, template_kwargs)
+            lines += describe_codes(first_rows(dataset), layout.columns)
             dataset = check_codes(dataset, layout.columns)
         if lines:
             logger.warning("%s: %s", name, "; ".join(lines))
@@ -289,9 +290,8 @@ def _prepare_batch(
     read = [row for row in rows if isinstance(row, CanonicalRow)]
     tokenized = iter(tokenize_rows(read, tokenizer, kinds, template_kwargs))
     optional = optional_columns(row_format.kind, columns)
-    out: dict[str, list[Any]] = {
-        name: [[number_or_nan(value)] for value in columns[raw]] for name, raw in optional.items()
-    }
+    # What is no number is NaN, which is an error only if a loss uses the column.
+    out: dict[str, list[Any]] = {name: [[as_number(value)] for value in columns[raw]] for name, raw in optional.items()}
     out |= {column: [] for column in (*prepared_features(row_format.example_columns), *NOTES)}
     out |= {"_against": _scores_against(out, rows)}
     for index, row in zip(indices, rows, strict=True):
@@ -314,7 +314,9 @@ def _scores_against(columns: Mapping[str, list[Any]], rows: Sequence[Any]) -> li
     unknown = [[math.nan]] * len(rows)
     scores = (columns.get(name, unknown) for name in ("chosen_scores", "rejected_scores"))
     is_read = (isinstance(row, CanonicalRow) for row in rows)
-    return [one[0] < other[0] and is_one for one, other, is_one in zip(*scores, is_read, strict=True)]
+    against = [isinstance(row, CanonicalRow) and row.against for row in rows]
+    compared = zip(*scores, is_read, against, strict=True)
+    return [is_told or (one[0] < other[0] and is_one) for one, other, is_one, is_told in compared]
 
 
 def _named(values: list[Any], names: list[str] | None) -> list[Any]:

@@ -4,13 +4,13 @@ A role may be several columns together (a chosen and a rejected response), so ea
 one for each of its parts. The first name whose columns are all there, with values that the role accepts, is taken.
 """
 
-import json
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import product
 from typing import Any
 
 from hf_prefopt.data.contents import is_message
+from hf_prefopt.data.preferences import NAMING
+from hf_prefopt.data.rows import as_list
 
 Names = tuple[str, ...]
 
@@ -26,7 +26,7 @@ def is_texts(value: Any) -> bool:
 
 
 def _is_list(value: Any) -> bool:
-    return isinstance(value, list | tuple)
+    return isinstance(as_list(value), list | tuple)
 
 
 def _is_text_or_number(value: Any) -> bool:
@@ -42,12 +42,14 @@ class Role:
         names: the columns by which it is known, best first; each as long as `parts`.
         accepts: whether a value of each column may be of this role.
         others: columns of each name beside which it is not known, such as a third response.
+        wanted: what its values are, for errors.
     """
 
     parts: Names
     names: tuple[Names, ...]
     accepts: Callable[[Any], bool] = is_content
     others: Mapping[Names, Collection[str]] = field(default_factory=dict)
+    wanted: str = "text or messages"
 
     def find(self, sample: Mapping[str, Any], mapped: Collection[str] = ()) -> dict[str, str] | None:
         """The column of each part, or None. `sample`: a value of every column; `mapped`: columns that users named."""
@@ -65,9 +67,9 @@ def _words(text: str) -> Names:
     return tuple(text.split())
 
 
-def role(part: str, *names: str, accepts: Callable[[Any], bool] = is_content) -> Role:
+def role(part: str, *names: str, accepts: Callable[[Any], bool] = is_content, wanted: str = "text or messages") -> Role:
     """A role of one column."""
-    return Role((part,), tuple((name,) for name in names), accepts)
+    return Role((part,), tuple((name,) for name in names), accepts, wanted=wanted)
 
 
 def _spellings(words: Iterable[Names], nouns: Sequence[str]) -> tuple[Names, ...]:
@@ -94,8 +96,17 @@ _PLACES = (
     ("winning", "losing"),
     ("chosen", "reject"),
     ("selected", "rejected"),
+    ("accept", "reject"),
+    ("preferred", "unpreferred"),
+    ("good", "bad"),
+    ("correct", "incorrect"),
+    ("win", "lose"),
 )
-BY_PLACE = Role(("chosen", "rejected"), (*_spellings(_PLACES, _NOUNS), ("response_j", "response_k"), ("y_w", "y_l")))
+_OTHER_PLACES = (("response_j", "response_k"), ("response_w", "response_l"), ("y_w", "y_l"))
+BY_PLACE = Role(
+    ("chosen", "rejected"),
+    (*_spellings(_PLACES, _NOUNS), *_OTHER_PLACES, ("winner_response", "loser_response")),
+)
 GOLD = role("reference", "reference")
 
 # Two responses of which another column names the better one, and the columns that would make them three.
@@ -103,16 +114,29 @@ _STEMS = (
     *_NOUNS,
     *_words("model_response assistant_response orig_response candidate human_ref model_output generated_text"),
 )
-_SUFFIXES: tuple[Names, ...] = (("0", "1"), ("1", "2"), ("a", "b"), ("A", "B"))
-_THIRD: dict[Names, str] = {("0", "1"): "2", ("1", "2"): "0 3", ("a", "b"): "c", ("A", "B"): "C"}
+# The letters or numbers of two responses, and those of a third one.
+_SUFFIXES: dict[Names, str] = {("0", "1"): "2", ("1", "2"): "0 3", ("a", "b"): "c", ("A", "B"): "C"}
+_WORDS: dict[Names, str] = {("left", "right"): "middle", ("first", "second"): "third"}
+_MARKED = {
+    "{stem}_{mark}": _SUFFIXES | _WORDS,
+    "{stem}{mark}": _SUFFIXES,
+    "{stem}-{mark}": _SUFFIXES,
+    "{mark}_{stem}": _WORDS,
+}
+_PATTERNS = [(pattern.replace("{stem}", stem), marks) for stem in _STEMS for pattern, marks in _MARKED.items()]
+_PATTERNS += [("{mark}", {("left", "right"): "middle"})]
 SUFFIXES: dict[Names, Names] = {
-    tuple(f"{stem}{joint}{suffix}" for suffix in suffixes): suffixes
-    for stem, joint, suffixes in product(_STEMS, ("_", "", "-"), _SUFFIXES)
+    tuple(pattern.format(mark=mark) for mark in suffixes): suffixes
+    for pattern, marks in _PATTERNS
+    for suffixes in marks
 }
-_THREE = {
-    names: [names[0].removesuffix(suffixes[0]) + third for third in _THIRD[suffixes].split()]
-    for names, suffixes in SUFFIXES.items()
+_THREE: dict[Names, list[str]] = {
+    tuple(pattern.format(mark=mark) for mark in suffixes): [pattern.format(mark=mark) for mark in thirds.split()]
+    for pattern, marks in _PATTERNS
+    for suffixes, thirds in marks.items()
 }
+# For two responses, the column of each third one.
+THIRD: dict[Names, str] = {two: third for two, thirds in _THREE.items() for third in thirds}
 
 
 def _two(accepts: Callable[[Any], bool] = is_content, parts: Names = (), beside: Sequence[Names] = ((),)) -> Role:
@@ -131,11 +155,7 @@ def _is_content_or_number(value: Any) -> bool:
 
 def read_texts(value: Any) -> list[str | None] | None:
     """A list of texts, which may be written as JSON; None for anything else."""
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError:
-            return None
+    value = as_list(value)
     is_list = isinstance(value, list | tuple) and len(value) > 0
     return list(value) if is_list and all(isinstance(item, str | None) for item in value) else None
 
@@ -149,17 +169,28 @@ TWO = _two()
 SCORED = _two(
     _is_content_or_number,
     ("first_score", "second_score"),
-    [(f"{noun}_{{0}}", f"{noun}_{{1}}") for noun in ("score", "rating", "reward", "rm_score")],
+    [(f"{noun}_{{0}}", f"{noun}_{{1}}") for noun in ("score", "rating", "reward", "rm_score", "votes", "num_votes")],
 )
 FLAGGED = Role(
     ("first", "second", "first_wins", "second_wins", "tie"),
     _two(parts=("first_wins", "second_wins", "tie"), beside=_WINS[:1]).names,
     _is_content_or_number,
 )
-FIRST_FLAGGED = Role(("first", "second", "verdict"), (("human_ref_A", "human_ref_B", "labels"),), _is_content_or_number)
+_SHP = ("human_ref_A", "human_ref_B", "labels")
+FIRST_FLAGGED = Role(("first", "second", "verdict"), (_SHP,), _is_content_or_number)
+FIRST_FLAGGED_SCORED = Role(
+    (*FIRST_FLAGGED.parts, "first_score", "second_score"), ((*_SHP, "score_A", "score_B"),), _is_content_or_number
+)
+# What several people say, and with Argilla whether each has submitted it.
+VOTES = role("votes", "votes", "preferences", *[f"{name}.responses" for name in NAMING], accepts=is_texts)
+SUBMITTED_VOTES = Role(
+    ("votes", "statuses"),
+    tuple((f"{name}.responses", f"{name}.responses.status") for name in NAMING),
+    is_texts,
+)
 MODELS = Role(
     ("first_model", "second_model"),
-    tuple(tuple(f"model_{suffix}" for suffix in suffixes) for suffixes in _SUFFIXES),
+    tuple(tuple(f"model_{suffix}" for suffix in suffixes) for suffixes in (*_SUFFIXES, *_WORDS)),
     lambda value: isinstance(value, str),
 )
 # The number of the turn that was judged, the last one of a conversation.
@@ -177,7 +208,7 @@ def _is_question(value: Any) -> bool:
 
 QUESTION = role(
     "prompt",
-    *_words("prompt question instruction orig_instruction query user_query user_prompt user problem input"),
+    *_words("prompt orig_instruction question instruction query user_query user_prompt user problem input"),
     *_words("messages context_messages prompt_messages conversations conversation dialogue trajectory contents"),
     *_words("history context"),
     accepts=_is_question,
@@ -186,7 +217,7 @@ ALPACA = Role(
     ("instruction", "input"),
     (("instruction", "input"),),
     lambda value: isinstance(value, str),
-    {("instruction", "input"): ["prompt"]},
+    {("instruction", "input"): ["prompt", "orig_instruction"]},
 )
 SYSTEM = role("system", "system", "system_prompt", "system_message", "sys_prompt", accepts=lambda v: isinstance(v, str))
 HISTORY = role("history", "history", accepts=_is_list)
@@ -196,13 +227,22 @@ AROUND = tuple(name for names in (SYSTEM, HISTORY, PREFIX) for (name,) in names.
 
 COMPLETION = role("completion", "completion")
 ANSWER = role("completion", *_words("completion response output generation solution answer reply"))
-LABEL = role("label", "label", accepts=_is_text_or_number)
-TAG = role("label", "desirable", "is_desirable", "kto_tag", accepts=_is_text_or_number)
+LABEL = role("label", "label", accepts=_is_text_or_number, wanted="true or false")
+TAG = role("label", "desirable", "is_desirable", "kto_tag", accepts=_is_text_or_number, wanted="true or false")
 # Flags that mean "desirable" if they are true, and may mean anything if they are numbers or texts.
 FLAG = role(
-    "label", *_words("label is_correct correct passed thumbs_up"), accepts=lambda value: isinstance(value, bool)
+    "label",
+    *_words("label is_correct correct passed thumbs_up thumbs liked is_liked is_good is_preferred is_chosen accepted"),
+    accepts=lambda value: isinstance(value, bool),
+    wanted="true or false; if 1 means that the response is desirable, column_mapping={'desirable': '…'}",
 )
-QUANTILE = role("quantile", "quantile", "quantile_reward", accepts=lambda value: isinstance(value, int | float))
+QUANTILE = role(
+    "quantile",
+    "quantile",
+    "quantile_reward",
+    accepts=lambda value: isinstance(value, int | float),
+    wanted="a number from 0 to 1",
+)
 CONVERSATION = role("completion", "messages", "conversations", "conversation", accepts=_is_list)
 # A conversation with the chosen answer at its end, and another answer or conversation.
 WHOLE = role("chosen", "messages", "conversations", accepts=_is_list)
@@ -226,9 +266,21 @@ def _items_with(numbers: Names) -> Callable[[Any], bool]:
     return accepts
 
 
-RESPONSES = role("responses", *LISTED, accepts=_is_list)
-SCORES = role("scores", *["scores", "rm_scores", "rewards", "ratings", "rating", "score"], accepts=_is_list)
-RANKS = role("ranks", "ranks", "rank", accepts=_is_list)
+RESPONSES = role("responses", *LISTED, accepts=_is_list, wanted="a list of responses")
+_SCORES = _words("scores rm_scores rewards ratings rating score")
+SCORES = role("scores", *_SCORES, accepts=_is_list, wanted="a list of numbers, one for each response")
+RANKS = role("ranks", "ranks", "rank", accepts=_is_list, wanted=SCORES.wanted)
 SCORED_ITEMS = role("items", *LISTED, accepts=_items_with(ITEM_SCORES))
 RANKED_ITEMS = role("items", *LISTED, accepts=_items_with(ITEM_RANKS))
 GOOD_AND_BAD = Role(("chosen", "rejected"), BY_PLACE.names, is_texts)
+ONE_OF_EACH = Role(("chosen", "rejected"), BY_PLACE.names, lambda value: is_texts(value) and len(value) == 1)
+# One response at the place of the better or the worse one, and several at the other.
+_GOOD, _BAD = ((side, *dict.fromkeys(names[at] for names in BY_PLACE.names)) for at, side in enumerate(BY_PLACE.parts))
+ONE_GOOD, ONE_BAD = (role(*names, accepts=lambda value: isinstance(value, str)) for names in (_GOOD, _BAD))
+SEVERAL_GOOD, SEVERAL_BAD = (role(*names, accepts=is_texts) for names in (_GOOD, _BAD))
+# Whether each response of a list is right.
+FLAGS_OF_LIST = role(
+    "flags",
+    *_words("correctness correctness_math_verify is_correct correct passed labels"),
+    accepts=lambda value: _is_list(value) and bool(value) and all(isinstance(item, bool) for item in value),
+)

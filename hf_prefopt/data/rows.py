@@ -50,6 +50,7 @@ class CanonicalRow:
         unread: what columns of the format say that were not used, by column, because the responses say it, too.
         repeated: whether the responses began with the prompt, which was taken off.
         echoed: whether they begin with a prompt that is too short to tell that from chance, and stays in them.
+        against: whether columns that were read say that the chosen response has the lower score.
     """
 
     content_type: ContentType
@@ -62,6 +63,7 @@ class CanonicalRow:
     unread: dict[str, Any] = field(default_factory=dict)
     repeated: bool = False
     echoed: bool = False
+    against: bool = False
 
 
 def read_json(row: Mapping[str, Any], column: str, expected: type) -> Any:
@@ -99,7 +101,8 @@ def drop_nones(value: Any) -> Any:
 
 
 def check_list(column: str, value: Any, items: str) -> list[Any]:
-    """A column's list. Raises `BadRow` for anything else; `items` says what the list should contain."""
+    """A column's list, or the one that it writes as JSON. Raises `BadRow` for anything else; `items` says of what."""
+    value = as_list(value)
     if value is None:
         raise BadRow(column, "is missing")
     if not isinstance(value, list | tuple):
@@ -122,16 +125,36 @@ def check_numbers(column: str, value: Any, count: int, per: str, low: float = -m
     Raises:
         BadRow: the value is not a list, its length differs, or one of its entries is not a valid number.
     """
-    numbers = check_list(column, value, "numbers")
-    if len(numbers) != count:
-        raise BadRow(column, f"holds {len(numbers):,} numbers for {count:,} {per}s", f"give one for each {per}")
+    given = check_list(column, value, "numbers")
+    if len(given) != count:
+        raise BadRow(column, f"holds {len(given):,} numbers for {count:,} {per}s", f"give one for each {per}")
+    numbers = [as_number(one) for one in given]
     for position, number in enumerate(numbers):
-        is_number = isinstance(number, int | float) and not isinstance(number, bool)
-        if not is_number or not math.isfinite(number) or number < low:
+        if not math.isfinite(number) or number < low:
             bound = "" if low == -math.inf else f", all ≥ {low:g}"
             cure = f"make it a list of finite numbers{bound}"
-            raise BadRow(column, f"holds {number!r} at position {position:,}", cure)
-    return [float(number) for number in numbers]
+            raise BadRow(column, f"holds {given[position]!r} at position {position:,}", cure)
+    return numbers
+
+
+_NUMERAL = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?\s*", re.IGNORECASE | re.ASCII)
+
+
+def as_number(value: Any) -> float:
+    """The value as a float, also if it is a number written as text; NaN for anything else, booleans included."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    is_numeral = isinstance(value, str) and _NUMERAL.fullmatch(value) is not None
+    return float(value) if is_number or is_numeral else math.nan
+
+
+def as_list(value: Any) -> Any:
+    """The list that a text writes down as JSON; any other value as it is."""
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError:
+        return value
 
 
 # Letters of scripts that put no blanks between words: two of them count as a word.
@@ -165,10 +188,22 @@ def check_text_response(column: str, text: str) -> str:
 
 
 def _check_text(column: str, text: str) -> str:
-    if _WRITTEN_MESSAGES.fullmatch(text.strip()) and _WRITTEN_CONTENT.search(text):
+    unquoted = _unquoted(text.strip())
+    if _WRITTEN_MESSAGES.fullmatch(unquoted) and _WRITTEN_CONTENT.search(unquoted):
         cure = "read them, as in rows.map(lambda row: {'X': json.loads(row['X'])})".replace("X", column)
         raise BadRow(column, "is text that writes down messages, which would be trained on as they are written", cure)
     return text
+
+
+def _unquoted(text: str) -> str:
+    """The text that another one writes down as JSON; any other text as it is."""
+    if not (text.startswith('"') and text.endswith('"')):
+        return text
+    try:
+        read = json.loads(text)
+    except json.JSONDecodeError:
+        return text
+    return read.strip() if isinstance(read, str) else text
 
 
 def take_off_prompt(prompt: str, responses: dict[str, str]) -> dict[str, str]:

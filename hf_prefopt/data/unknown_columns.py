@@ -41,6 +41,12 @@ def describe_nearest(sample: Mapping[str, Any]) -> str:
     for columns, problem in UNREADABLE.items():
         if set(columns).issubset(sample):
             return f"columns {quoted(columns)}: {problem}"
+    third = next((third for two, third in roles.THIRD.items() if {*two, third}.issubset(sample)), None)
+    if third is not None:
+        return (
+            f"there are three responses or more, one of them {quoted([third])}: make a list of them, rows of `prompt`, "
+            "`responses` and `scores` or `ranks`"
+        )
     misspelled = _describe_spelling(sample) if sample else None
     if misspelled is not None:
         return misspelled
@@ -49,8 +55,7 @@ def describe_nearest(sample: Mapping[str, Any]) -> str:
     nearest = min(layouts, key=lambda lack: lack.distance(sample))
     missing, found = nearest.missing(sample), ", ".join(sample) or "none"
     if not missing:
-        kinds = [f"`{column}` is {_kind_of(sample[column])}" for column in nearest.columns]
-        return f"these are the columns of {nearest.layout.name}, but {', '.join(kinds)}; give text or messages"
+        return f"these are the columns of {nearest.layout.name}, but {nearest.why(sample)}"
     mapping = ", ".join(f"{column!r}: '…'" for column in missing)
     return (
         f"{_columns(missing)} missing (columns found: {found}). The nearest layout is {nearest.layout.name}. "
@@ -112,6 +117,16 @@ class _Lack:
 
     def missing(self, sample: Mapping[str, Any]) -> list[str]:
         return [column for column in self.columns if column not in sample]
+
+    def why(self, sample: Mapping[str, Any]) -> str:
+        """Why columns that are all there are not of this layout."""
+        unfit = [(column, needed) for needed in self.roles for column in needed.names[0]]
+        kinds = [
+            f"`{column}` is {_kind_of(sample[column])} and should be {needed.wanted}"
+            for column, needed in unfit
+            if sample[column] is not None and not needed.accepts(sample[column])
+        ]
+        return ", ".join(kinds)
 
     def present(self, sample: Mapping[str, Any]) -> int:
         """The number of columns that it would use."""

@@ -11,7 +11,10 @@ from hf_prefopt.data.summary import DataSummary, summarize
 
 
 def data_texts(
-    datasets: Mapping[str, Any], counts: Mapping[Any, Mapping[str, int]] = MappingProxyType({}), by_prompt: bool = False
+    datasets: Mapping[str, Any],
+    counts: Mapping[Any, Mapping[str, int]] = MappingProxyType({}),
+    by_prompt: bool = False,
+    streams: Mapping[Any, str] = MappingProxyType({}),
 ) -> list[str]:
     """What the data sets hold, and of the first one what its tokens and the lengths of its responses say.
 
@@ -19,11 +22,14 @@ def data_texts(
         datasets: prepared data sets by what they are for, as in `{"train": dataset}`.
         counts: for each of them what happened to the rows that it was made of (`notes.count_notes`), where known.
         by_prompt: whether all rows of a prompt are computed together.
+        streams: for each stream, the layout of its rows or its sources, where known.
     """
     present = {name: rows for name, rows in datasets.items() if rows is not None}
     summaries = {name: summarize(rows) for name, rows in present.items() if isinstance(rows, Dataset)}
     sizes = [
-        f"{name} {size_text(summaries[name], counts.get(rows, {}))}" if name in summaries else f"{name} a stream"
+        f"{name} {size_text(summaries[name], counts.get(rows, {}))}"
+        if name in summaries
+        else f"{name} a stream" + (f" of {streams[rows]}" if rows in streams else "")
         for name, rows in present.items()
     ]
     first = next(iter(present), None)

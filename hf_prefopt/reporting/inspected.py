@@ -20,6 +20,7 @@ class Inspection:
         numbers: columns of numbers that losses may read: prepared name → column, such as {"margins": "margin"}.
         unused: columns that are not used.
         about_the_row: columns that are not used and known to be about the row: ids, sources, models.
+        kinds: the kinds of examples that losses can compare in it, where no loss was named: "pairs", "lists", …
         is_beginning: whether these are the first rows of a stream.
         settings: the settings that were given or that matter, such as {"max_length": 1024}.
         summary: the counts of the prepared rows.
@@ -45,6 +46,7 @@ class Inspection:
     remarks: tuple[str, ...] = ()
     errors: tuple[str, ...] = ()
     rows: tuple[ShownRow, ...] = ()
+    kinds: tuple[str, ...] = ()
 
     @property
     def rows_given(self) -> int:
@@ -86,6 +88,7 @@ def facts(inspection: Inspection) -> list[tuple[str, str]]:
     listed = {
         "Rows": size_text(summary, found.counts) + beginning,
         "Layout": f"{found.layout} ({_CONTENT[found.content]})",
+        "For losses of": _kinds(found.kinds),
         "Columns used": ", ".join(columns),
         "Numbers": ", ".join(found.numbers.values()) + " (read by losses that take them)" * bool(found.numbers),
         "Not used": ", ".join(found.unused),
@@ -98,6 +101,12 @@ def facts(inspection: Inspection) -> list[tuple[str, str]]:
         "Settings": ", ".join(f"{name}={_setting(value)}" for name, value in found.settings.items()),
     }
     return [(name, value) for name, value in listed.items() if value]
+
+
+def _kinds(kinds: tuple[str, ...]) -> str:
+    """The kinds of losses that can use a data set."""
+    unpaired = " (with unpair=True also of unpaired examples)" if "pairs" in kinds else ""
+    return ", ".join(kinds) + unpaired
 
 
 _CONTENT = {

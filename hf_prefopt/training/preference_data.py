@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from hf_prefopt.config import PreferenceConfig
 from hf_prefopt.data.check import check_embeddings, check_examples
 from hf_prefopt.data.collator import EvenStream
+from hf_prefopt.data.columns import describe_layout
 from hf_prefopt.data.endings import report_endings
 from hf_prefopt.data.group import PromptSampler, prompt_keys
 from hf_prefopt.data.mixtures import Mixture
@@ -40,6 +41,10 @@ def settings_of_rows(args: PreferenceConfig) -> dict[str, Any]:
     return {"num_proc": args.dataset_num_proc, **{name: getattr(args, name) for name in _OF_ROWS}}
 
 
+def _layout_of(made: Prepared) -> str:
+    return "prepared rows" if made.layout is None else describe_layout(made.layout)
+
+
 class PreferenceData:
     """Prepares data sets for the losses of a configuration, and draws their rows.
 
@@ -53,6 +58,7 @@ class PreferenceData:
         objective: the losses. The first data set settles it: the kind of examples, for losses that take several kinds,
             and the optional columns.
         counts: for each prepared data set, what happened to the rows given (`notes.count_notes`).
+        streams: for each stream, the layout of its rows, or its sources with theirs.
     """
 
     def __init__(
@@ -65,6 +71,7 @@ class PreferenceData:
         self.args, self.tokenizer, self._embeddings, self._stops = args, tokenizer, embeddings, stops
         self.objective, self._is_settled = args.build_objective(), False
         self.counts: WeakKeyDictionary[Dataset, dict[str, int]] = WeakKeyDictionary()
+        self.streams: WeakKeyDictionary[IterableDataset, str] = WeakKeyDictionary()
         # Prepared and checked for the objective: not again in each evaluation, with all there is to say.
         self._fitting: WeakSet[Data] = WeakSet()
 
@@ -83,17 +90,25 @@ class PreferenceData:
             return dataset
         if isinstance(dataset, dict):
             return {key: self.prepare(split, key) for key, split in dataset.items()}
-        return self.checked(self.read(dataset, name).dataset, name)
+        made = self.read(dataset, name)
+        checked = self.checked(made.dataset, name)
+        if isinstance(checked, IterableDataset):
+            self.streams[checked] = _layout_of(made)
+        return checked
 
     def _joined(self, mixture: Mixture, name: str) -> Data:
         """The rows of a mixture, each source prepared and checked by itself."""
-        parts = []
+        made = []
         for source in mixture.sources:
             own = {key: getattr(source, key) for key in ("column_mapping", "remove_columns", "text_as")}
             own = {key: value for key, value in own.items() if value is not None}
-            parts.append(self.read(source.rows, f"{name} ({source.name})", **own).dataset)
-        aligned = zip(mixture.sources, mixture.align(parts, name), strict=True)
-        return mixture.join([self.checked(rows, f"{name} ({source.name})") for source, rows in aligned], name)
+            made.append(self.read(source.rows, f"{name} ({source.name})", **own))
+        aligned = zip(mixture.sources, mixture.align([one.dataset for one in made], name), strict=True)
+        joined = mixture.join([self.checked(rows, f"{name} ({source.name})") for source, rows in aligned], name)
+        if isinstance(joined, IterableDataset):
+            described = zip(mixture.sources, map(_layout_of, made), strict=True)
+            self.streams[joined] = ", ".join(f"{source.name}: {layout}" for source, layout in described)
+        return joined
 
     def read(self, dataset: Data, name: str, **own: Any) -> Prepared:
         """The data set tokenized, and how it was made; it is not checked against the losses.

@@ -299,7 +299,7 @@ REFUSED = {
     "a model's name that ends like a letter": ({**TWO, "winner": "llama-a"}, "`winner` is 'llama-a'"),
     "no verdict": (TWO, r"column `winner` is missing .*column_mapping={'winner': '…'}"),
     "two verdicts": ({**TWO, "winner": "a", "preference": "b"}, r"may all say which response is better: name one"),
-    "three responses": ({**TWO, "response_c": GREEN, "winner": "a"}, "are missing"),
+    "three responses": ({**TWO, "response_c": GREEN, "winner": "a"}, "three responses or more, one of them"),
     "scores that are none": (
         {"prompt": WHAT, "answer_0": BLUE, "answer_1": GREEN, "score_0": 1.0, "score_1": float("nan")},
         "`score_1` is nan and no number",
@@ -334,7 +334,7 @@ REFUSED = {
     ),
     "a label for a winner": (
         {"prompt": WHAT, "response_0": BLUE, "response_1": GREEN, "label": 1},
-        "`winner` is missing",
+        "`label` is of type int and should be text such as 'A'",
     ),
     "ranks against scores": (
         {"prompt": WHAT, "responses": [BLUE, GREEN], "ranks": [1, 2], "scores": [0.0, 1.0]},
@@ -384,7 +384,7 @@ REFUSED = {
         {**PAIR, "chosen": [say("tool", "42"), *reply(BLUE)]},
         "`chosen` begins with 'tool', and another response with the assistant",
     ),
-    "a struct": ({**PAIR, "chosen": {"text": BLUE}}, "`chosen` is a struct of 'text' and no message"),
+    "a struct": ({**PAIR, "chosen": {"words": BLUE}}, "`chosen` is a struct of 'words' and no message"),
     "a comparison by an index": (
         {"info": {"post": WHAT}, "summaries": [{"text": BLUE}, {"text": GREEN}], "choice": 0},
         "columns `summaries`, `choice`: this may be the place of the better response in a list: make columns of both",

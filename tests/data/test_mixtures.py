@@ -34,6 +34,19 @@ def questions(count: int, letter: str = "b") -> Dataset:
 MAPPING = {"question": "asked", "chosen": "good", "rejected": "bad"}
 
 
+def test_what_a_stream_holds_is_known_for_the_start_summary(tmp_path):
+    data = PreferenceData(PreferenceConfig(str(tmp_path), report_to="none", use_cpu=True, bf16=False), TOKENIZER)
+    stream = data.prepare(chats(3).to_iterable_dataset(), "train")
+    assert data.streams[stream] == "pairs, question (prompt, chosen, rejected)"
+    sources = [Source(chats(3).to_iterable_dataset(), "a")]
+    sources.append(Source(questions(2).to_iterable_dataset(), "b", column_mapping=MAPPING))
+    mixed = data.prepare(Mixture(sources), "train")
+    assert data.streams[mixed] == (
+        "a: pairs, question (prompt, chosen, rejected), b: pairs, question (prompt = question, chosen, rejected)"
+    )
+    assert data.prepare(chats(3), "eval") not in data.streams
+
+
 def labeled(count: int) -> Dataset:
     rows = [{"prompt": ask(f"c {n}"), "completion": reply("Yes."), "label": n % 2 == 0} for n in range(count)]
     return Dataset.from_list(rows)

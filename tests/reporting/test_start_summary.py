@@ -148,7 +148,9 @@ def test_every_loss_has_one_line_with_all_its_hyperparameters(name, tmp_path):
 
 def test_facts_that_a_tiny_run_does_not_have(tmp_path):
     rows = pairs(2)
-    assert data_texts({"train": rows.to_iterable_dataset(), "eval": None}) == ["train a stream"]
+    stream = rows.to_iterable_dataset()
+    assert data_texts({"train": stream, "eval": None}) == ["train a stream"]
+    assert data_texts({"train": stream}, streams={stream: "pairs"}) == ["train a stream of pairs"]
     args = make_config(tmp_path, max_tokens_per_batch=4096)
     assert batch_text(args, TrainerState(max_steps=1000)) == (
         "2 rows a step (2 per device), pieces of at most 4,096 tokens, 1,000 steps"
