@@ -97,9 +97,10 @@ def _check_given(model: PeftModel) -> None:
     if unreached := unreached_adapters(model):
         logger.warning("%d layers with an adapter (%s) do not train: %s", len(unreached), _short(unreached), UNREACHED)
     if lost := _lost(model):
+        last_names = sorted({name.rpartition(".")[2] for name in lost})
         raise ValueError(
             f"PEFT saves the adapters of {len(lost)} layers ({_short(lost)}) and does not load them again, so what "
-            f"they learn would be lost: put them into exclude_modules={sorted({n.rpartition('.')[2] for n in lost})}, or "
+            f"they learn would be lost: put them into exclude_modules={last_names}, or "
             "pass the model without an adapter and a peft_config, which leaves them out"
         )
 
