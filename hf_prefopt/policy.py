@@ -6,30 +6,30 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, PeftType, get_layer_status, get_peft_model
 from peft.tuners.adaption_prompt import AdaptionPromptModel
-from peft.tuners.tuners_utils import BaseTunerLayer, _check_lora_target_modules_mamba
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 from transformers.trainer_utils import number_of_arguments
 
-logger = logging.getLogger(__name__)
+from hf_prefopt.adapted import LOST, UNREACHED, left_out, lost_adapters, unreached_adapters
 
-_ALL_LINEAR = "all-linear"
+logger = logging.getLogger(__name__)
 
 
 def with_adapter(model: PreTrainedModel, peft_config: PeftConfig | None) -> PreTrainedModel | PeftModel:
     """The model under a new adapter, or as it is where no adapter is asked for.
 
-    Of "all-linear" some layers are left out, see `left_out_of_all_linear`.
+    Some layers that the configuration chooses are left out, see `adapted.left_out` and `adapted.lost_adapters`.
 
     Raises:
-        ValueError: the model has an adapter already.
+        ValueError: the model has an adapter already; adapters would be saved and not loaded again.
     """
     if peft_config is None:
+        if isinstance(model, PeftModel):
+            _check_given(model)
         return _called_late(model)
     if isinstance(model, PeftModel) or any(map(_has_adapters, model.modules())):
         raise ValueError(
@@ -37,7 +37,7 @@ def with_adapter(model: PreTrainedModel, peft_config: PeftConfig | None) -> PreT
             "or merge it first (PeftModel.merge_and_unload(), also of an adapter folder: "
             "AutoPeftModelForCausalLM.from_pretrained(folder).merge_and_unload())"
         )
-    return _called_late(get_peft_model(model, _with_exclusions(model, peft_config)))
+    return _called_late(_adapted(model, peft_config))
 
 
 def under_adapter(
@@ -59,76 +59,63 @@ def sample_of(model_init: Callable[..., PreTrainedModel]) -> PreTrainedModel:
     return model_init(None) if number_of_arguments(model_init) else model_init()
 
 
-def left_out_of_all_linear(model: PreTrainedModel, peft_config: PeftConfig) -> dict[str, list[str]]:
-    """The linear layers that "all-linear" leaves out, by the reason.
-
-    Those are towers for images and sound, which text never reaches; subclasses of linear layers with other outputs,
-    such as routers that return several tensors, around which PEFT's adapters do not fit; and what PEFT refuses.
-    """
-    text, reasons = _text_parts(model), {}
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear | Conv1D) or module is model.get_output_embeddings():
-            continue
-        reason = None
-        if text and not any(name == part or name.startswith(f"{part}.") for part in text):
-            reason = "text does not reach them"
-        elif _has_other_output(module):
-            reason = f"{type(module).__name__} has outputs of its own"
-        elif _is_refused(name, model, peft_config):
-            reason = "Mamba's fused kernel passes them by"
-        if reason is not None:
-            reasons.setdefault(reason, []).append(name)
-    return reasons
-
-
-def _with_exclusions(model: PreTrainedModel, peft_config: PeftConfig) -> PeftConfig:
-    """The configuration with what is left out of "all-linear" added to its `exclude_modules`."""
-    target, excluded = (getattr(peft_config, name, None) for name in ("target_modules", "exclude_modules"))
-    if not (isinstance(target, str) and target.lower() == _ALL_LINEAR and isinstance(model, PreTrainedModel)):
-        return peft_config
-    reasons = left_out_of_all_linear(model, peft_config)
-    if not reasons:
-        return peft_config
+def _adapted(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
+    """The model under a new adapter, without the layers that it is left off."""
+    reasons = left_out(model, peft_config) if isinstance(model, PreTrainedModel) else {}
+    adapted = get_peft_model(model, _without(peft_config, reasons))
+    if lost := _lost(adapted):
+        if len(lost) == len(get_layer_status(adapted)):
+            raise ValueError(
+                f"PEFT saves adapters of {type(model).__name__} and loads none of them again, because transformers' "
+                "renaming of the checkpoint's tensors fits their names, too: train all weights (peft_config=None)"
+            )
+        adapted.unload()
+        reasons = {**reasons, LOST: lost}
+        adapted = get_peft_model(model, _without(peft_config, reasons))
     for reason, names in reasons.items():
-        logger.warning("target_modules='all-linear' leaves out %d layers (%s): %s", len(names), _short(names), reason)
+        said = "target_modules=%r leaves out %d layers (%s): %s"
+        logger.warning(said, peft_config.target_modules, len(names), _short(names), reason)
+    if still := _lost(adapted) if lost else []:
+        raise ValueError(
+            f"the adapters of {len(still)} modules ({_short(still)}) are saved by PEFT and not loaded again: leave "
+            "them out of target_parameters and modules_to_save"
+        )
+    return adapted
+
+
+def _lost(model: PeftModel) -> list[str]:
+    """See `lost_adapters`; PEFT renames only the tensors of LoRA."""
+    return lost_adapters(model) if model.active_peft_config.peft_type == PeftType.LORA else []
+
+
+def _check_given(model: PeftModel) -> None:
+    """Say which adapters of a given model have no effect.
+
+    Raises:
+        ValueError: PEFT would not load some of them again.
+    """
+    if unreached := unreached_adapters(model):
+        logger.warning("%d layers with an adapter (%s) do not train: %s", len(unreached), _short(unreached), UNREACHED)
+    if lost := _lost(model):
+        last_names = sorted({name.rpartition(".")[2] for name in lost})
+        raise ValueError(
+            f"PEFT saves the adapters of {len(lost)} layers ({_short(lost)}) and does not load them again, so what "
+            f"they learn would be lost: put them into exclude_modules={last_names}, or "
+            "pass the model without an adapter and a peft_config, which leaves them out"
+        )
+
+
+def _without(peft_config: PeftConfig, reasons: dict[str, list[str]]) -> PeftConfig:
+    """The configuration with what is left out added to its `exclude_modules`."""
     names = [name for part in reasons.values() for name in part]
-    changed = copy.deepcopy(peft_config)
+    if not names:
+        return peft_config
+    changed, excluded = copy.deepcopy(peft_config), peft_config.exclude_modules
     if isinstance(excluded, str):  # a pattern of whole names
         changed.exclude_modules = "|".join([f"(?:{excluded})", *map(re.escape, names)])
     else:
         changed.exclude_modules = {*(excluded or ()), *names}
     return changed
-
-
-def _text_parts(model: PreTrainedModel) -> list[str]:
-    """The names of the modules that text goes through in a model of several kinds of inputs; none for one of text."""
-    if model.config.get_text_config(decoder=True) is model.config:
-        return []
-    decoder = model.get_decoder()
-    parts = [name for name, module in model.named_modules() if module is decoder and name]
-    return parts if decoder is not model else []
-
-
-def _has_other_output(linear: nn.Module) -> bool:
-    """Whether a family's own subclass of a linear layer gives something else than a row of outputs for each input."""
-    own = type(linear).__module__.startswith("transformers.models.") and type(linear).forward is not nn.Linear.forward
-    if not own:
-        return False
-    inputs = linear.weight.new_zeros(2, linear.in_features)
-    try:
-        with torch.no_grad():
-            outputs = linear(inputs)
-    except (RuntimeError, ValueError, TypeError, IndexError):
-        return True
-    return not isinstance(outputs, torch.Tensor) or outputs.shape != (2, linear.out_features)
-
-
-def _is_refused(name: str, model: PreTrainedModel, peft_config: PeftConfig) -> bool:
-    try:
-        _check_lora_target_modules_mamba(peft_config, model, name.rpartition(".")[2])
-    except ValueError:
-        return True
-    return False
 
 
 def _short(names: list[str]) -> str:

@@ -36,6 +36,7 @@ from hf_prefopt.reporting.preview import print_preview
 from hf_prefopt.reporting.run_facts import card_facts
 from hf_prefopt.reporting.start_summary import StartSummary, loss_texts
 from hf_prefopt.scoring.modes import adapter_casts_off, body_parameters, light_train
+from hf_prefopt.scoring.positions import shortest_limit
 from hf_prefopt.training.arguments import (
     check_arguments,
     check_loading,
@@ -155,7 +156,7 @@ class PreferenceTrainer(Trainer):
             processing_class = load_processing_class(model or sample_of(model_init), args.model_init_kwargs, name)
         embeddings = getattr(model.get_input_embeddings(), "num_embeddings", None) if model is not None else None
         tokenizer = getattr(processing_class, "tokenizer", processing_class)
-        data = PreferenceData(args, tokenizer, embeddings, stop_tokens(model))
+        data = PreferenceData(args, tokenizer, embeddings, stop_tokens(model), shortest_limit(model, ref_model))
         collator = loader_collator(args, data.pad_token_id, data_collator)
         make_room(args.mixed_precision)
         super().__init__(

@@ -23,7 +23,7 @@ LAYERS = (
     ("reference",),
     ("evaluation",),
     ("reporting",),
-    ("loading", "policy", "training", "trainer"),
+    ("loading", "adapted", "policy", "training", "trainer"),
     ("inspection",),
     ("callbacks", "console"),
     ("commands", "__main__"),

@@ -8,11 +8,12 @@ import pytest
 import torch
 import transformers
 from datasets import Dataset
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from hf_prefopt import PreferenceTrainer
+from hf_prefopt.adapted import lost_adapters
 from hf_prefopt.loading import load_model, load_processing_class, model_class
 from hf_prefopt.policy import with_adapter
 from tests.scoring.tiny_configs import text_rows, tiny_config
@@ -30,8 +31,8 @@ OF_IMAGES = {
 TOWERS = re.compile(r"visual|vision|projector")
 
 
-def lora():
-    return LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+def lora(target_modules="all-linear", **settings):
+    return LoraConfig(r=4, target_modules=target_modules, task_type="CAUSAL_LM", **settings)
 
 
 def checkpoint(folder, model_type):
@@ -121,7 +122,7 @@ def test_an_adapter_of_another_class_is_an_error(tmp_path):
     base = checkpoint(tmp_path / "base", "qwen3_5")
     text_only = AutoModelForCausalLM.from_pretrained(base)
     assert type(text_only).__name__ == "Qwen3_5ForCausalLM"
-    by_last_name = LoraConfig(r=4, target_modules=["down_proj"], task_type="CAUSAL_LM")
+    by_last_name = lora(["down_proj"])
     perturbed(with_adapter(text_only, by_last_name)).save_pretrained(tmp_path / "adapter")
     with pytest.raises(ValueError, match=r"\(base_model.*, which are not loaded into Qwen3_5ForConditionalG"):
         load_model(str(tmp_path / "adapter"), None)
@@ -131,10 +132,43 @@ def test_an_adapter_that_peft_loses_is_an_error(tmp_path):
     """PEFT 0.21 saves the adapters of Laguna's shared experts and does not load them: it is said, before they train."""
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(tiny_config("laguna")).save_pretrained(tmp_path / "base")
-    model = with_adapter(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), lora())
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), lora())
     perturbed(model).save_pretrained(tmp_path / "adapter")
     with pytest.raises(ValueError, match=r"tensors \(.*shared_expert.*, which are not loaded into LagunaForCausalLM"):
         load_model(str(tmp_path / "adapter"), None)
+
+
+class TestLostAdapters:
+    """Adapters that PEFT saves and does not load again, here those of Laguna's shared experts."""
+
+    def model(self):
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(tiny_config("laguna"))
+
+    @pytest.mark.parametrize("target", ["all-linear", ["q_proj", "down_proj"], r".*\.(q_proj|down_proj)"])
+    def test_a_new_adapter_is_without_them(self, target, tmp_path, caplog):
+        model = with_adapter(self.model(), lora(target))
+        assert "shared_experts.down_proj" in caplog.text and "PEFT saves adapters there and does" in caplog.text
+        perturbed(model).save_pretrained(tmp_path)
+        again = PeftModel.from_pretrained(self.model(), tmp_path)
+        saved, loaded = get_peft_model_state_dict(model), get_peft_model_state_dict(again)
+        assert saved.keys() == loaded.keys() and len(saved) >= 6
+        assert all(torch.equal(saved[key], loaded[key]) for key in saved)
+
+    def test_one_that_is_there_is_an_error(self):
+        with pytest.raises(ValueError, match=r"layers \(.*shared_experts.*exclude_modules=\['down_proj', 'gate_proj'"):
+            with_adapter(get_peft_model(self.model(), lora()), None)
+
+    def test_where_peft_loads_none(self):
+        config = tiny_config("unlimited_ocr")
+        with pytest.raises(ValueError, match=r"PEFT saves adapters of UnlimitedOcrFor.* and loads none of them again"):
+            with_adapter(AutoModelForImageTextToText.from_config(config), lora())
+
+    def test_trying_leaves_an_adapter_as_it_is(self):
+        model = perturbed(get_peft_model(tiny_model(), lora()))
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        assert lost_adapters(model) == []
+        assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
 def no_processor(name, **_):
@@ -176,6 +210,36 @@ def test_a_processor_is_what_processes(tmp_path, monkeypatch):
     assert (tmp_path / "run" / "saved").exists()
 
 
+class TestTowers:
+    """Adapters on towers for images, which text never reaches."""
+
+    @pytest.mark.parametrize("model_type", ["gemma3", "mistral3", "qwen2_5_vl", "llava"])
+    @pytest.mark.parametrize("target", [["q_proj", "v_proj", "qkv", "lm_head"], r"(.*\.)?(q_proj|qkv|v_proj|lm_head)"])
+    def test_named_layers_of_a_tower_are_left_out(self, model_type, target, caplog):
+        """The head and the language model keep theirs, and each has a gradient."""
+        model = with_adapter(AutoModelForImageTextToText.from_config(tiny_config(model_type)), lora(target))
+        assert "(model.v" in caplog.text and "text does not reach them" in caplog.text
+        ids = torch.randint(3, 270, (1, 12))
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.sum().backward()
+        adapted = {name: p.grad for name, p in model.named_parameters() if "lora_B" in name}
+        assert len(adapted) == 2 * 2 + 1 and all(grad is not None for grad in adapted.values())
+
+    @pytest.mark.parametrize("model_type", ["gemma4", "llama4"])
+    def test_layers_that_peft_chooses_by_itself(self, model_type):
+        """For a family, where the configuration names none."""
+        model = with_adapter(AutoModelForImageTextToText.from_config(tiny_config(model_type)), lora(None))
+        adapted = {name for name, module in model.named_modules() if hasattr(module, "lora_A")}
+        assert adapted and all("language_model" in name for name in adapted)
+
+    def test_an_adapter_that_is_there(self, caplog):
+        """It stays, and it is said."""
+        config = tiny_config("gemma3")
+        model = get_peft_model(AutoModelForImageTextToText.from_config(config), lora(["q_proj", "lm_head"]))
+        assert with_adapter(model, None) is model
+        assert "2 layers with an adapter (model.vision_tower" in caplog.text and "do not train" in caplog.text
+        assert "lm_head" not in caplog.text
+
+
 class TestAllLinear:
     """What PEFT cannot adapt is left out, and the rest trains."""
 
@@ -188,6 +252,10 @@ class TestAllLinear:
             ("nemotron_h", "Mamba's fused kernel passes them by"),
             ("falcon_h1", "Mamba's fused kernel passes them by"),
             ("mamba2", "Mamba's fused kernel passes them by"),
+            ("granitemoehybrid", "GraniteMoeHybridMambaLayer computes with their weights past an adapter"),
+            ("bamba", "BambaMixer computes with their weights past an adapter"),
+            ("longcat_flash", "LongcatFlashTopkRouter computes with their weights past an adapter"),
+            ("gemma3n_text", "Gemma3nTextAltUp computes with their weights past an adapter"),
         ],
     )
     def test_it_runs(self, model_type, reason, caplog):
@@ -202,13 +270,13 @@ class TestAllLinear:
 
     @pytest.mark.parametrize("given", [["q_proj"], r"model\.layers\.0\..*"])
     def test_exclusions_of_ones_own_stay(self, given):
-        config = LoraConfig(r=4, target_modules="all-linear", exclude_modules=given, task_type="CAUSAL_LM")
+        config = lora(exclude_modules=given)
         model = with_adapter(AutoModelForCausalLM.from_config(tiny_config("phimoe")), config)
         adapted = {name for name, module in model.named_modules() if hasattr(module, "lora_A")}
         assert adapted and not any("router" in name for name in adapted)
         assert not any(("q_proj" in name) if isinstance(given, list) else ("layers.0." in name) for name in adapted)
 
-    @pytest.mark.parametrize(("model_type", "layers"), [("qwen3", 7), ("falcon", 4)])
+    @pytest.mark.parametrize(("model_type", "layers"), [("qwen3", 7), ("falcon", 4), ("bloom", 4)])
     def test_a_model_of_text_is_adapted_whole(self, model_type, layers, caplog):
         """Falcon's linear layers have a forward of their own, which gives what any other's gives."""
         model = with_adapter(AutoModelForCausalLM.from_config(tiny_config(model_type)), lora())

@@ -60,6 +60,40 @@ def _check_ids(columns: Mapping[str, list[Any]], embeddings: int, name: str) -> 
     return {}
 
 
+def check_lengths(dataset: Dataset | IterableDataset, positions: int, name: str) -> Dataset | IterableDataset:
+    """The data set, without a sequence that is longer than the model has positions, on which a step would fail.
+
+    Args:
+        positions: the most tokens of a prompt with a response.
+        name: what errors call the data set.
+
+    Raises:
+        ValueError: there is such a sequence; in a stream when its row is reached.
+    """
+    if isinstance(dataset, IterableDataset):
+        arguments = {"positions": positions, "name": name}
+        return dataset.map(_check_lengths, batched=True, features=dataset.features, fn_kwargs=arguments)
+    columns = dataset.select_columns(["prompt_ids", "response_ids", "row"]).with_format("arrow")
+    for batch in columns.iter(batch_size=10_000):
+        longest = pc.max(pc.list_value_length(pc.list_flatten(batch["response_ids"]))).as_py() or 0
+        longest += pc.max(pc.list_value_length(batch["prompt_ids"])).as_py() or 0
+        if longest > positions:  # of two rows, perhaps
+            _check_lengths(batch.to_pydict(), positions, name)
+    return dataset
+
+
+def _check_lengths(columns: Mapping[str, list[Any]], positions: int, name: str) -> dict[str, list[Any]]:
+    """Check a batch of rows, without changing it."""
+    for row in _as_rows({column: columns[column] for column in ("prompt_ids", "response_ids", "row")}):
+        prompt, response = len(row["prompt_ids"]), max(map(len, row["response_ids"]))
+        if prompt + response > positions:
+            raise ValueError(
+                f"{name}: row {row['row']:,} has {prompt:,} tokens of a prompt and {response:,} of a response, and the "
+                f"model has {positions:,} positions: set max_length={positions} (or less) to cut such rows"
+            )
+    return {}
+
+
 def check_examples(dataset: Dataset | IterableDataset, objective: Objective, name: str) -> Dataset | IterableDataset:
     """The data set, whose examples suit the losses; the rows of a stream are checked when they are reached.
 

@@ -8,7 +8,7 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from hf_prefopt.config import PreferenceConfig
-from hf_prefopt.data.check import check_embeddings, check_examples
+from hf_prefopt.data.check import check_embeddings, check_examples, check_lengths
 from hf_prefopt.data.collator import EvenStream
 from hf_prefopt.data.columns import describe_layout
 from hf_prefopt.data.endings import report_endings
@@ -52,6 +52,7 @@ class PreferenceData:
         args: the settings, read whenever they are needed.
         tokenizer: tokenizes raw rows.
         embeddings: how many token ids the model knows; None if that is not known yet.
+        positions: the most tokens of a sequence that the model can compute; `None` if there is no such number.
         stops: the ids at which the model stops to generate.
 
     Attributes:
@@ -67,8 +68,10 @@ class PreferenceData:
         tokenizer: PreTrainedTokenizerBase,
         embeddings: int | None = None,
         stops: frozenset[int] = frozenset(),
+        positions: int | None = None,
     ):
         self.args, self.tokenizer, self._embeddings, self._stops = args, tokenizer, embeddings, stops
+        self._positions = positions
         self.objective, self._is_settled = args.build_objective(), False
         self.counts: WeakKeyDictionary[Dataset, dict[str, int]] = WeakKeyDictionary()
         self.streams: WeakKeyDictionary[IterableDataset, str] = WeakKeyDictionary()
@@ -129,6 +132,8 @@ class PreferenceData:
         if self._embeddings is not None:
             made = replace(made, dataset=check_embeddings(made.dataset, self._embeddings, name))
             report_endings(made.dataset, self.tokenizer, self._stops, name)
+        if self._positions is not None:
+            made = replace(made, dataset=check_lengths(made.dataset, self._positions, name))
         if made.noted is not None:
             self.counts[made.dataset] = count_notes(made.noted)
         return made

@@ -1,0 +1,64 @@
+"""Models with a table of positions are known by it, and a row that is longer is refused before training."""
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import PromptTuningConfig, get_peft_model
+
+from hf_prefopt.data.check import check_lengths
+from hf_prefopt.scoring.positions import position_limit, shortest_limit
+from tests.scoring.families import build
+from tests.scoring.tiny_configs import text_rows
+from tests.tiny_models import tiny_model
+from tests.trainers import make_trainer
+
+# Learned, learned behind two unused ones, behind that of padding, sinusoids, a mask, of an image-text model.
+TABLES = {"gpt2": 256, "opt": 256, "biogpt": 256, "roberta": 255, "gptj": 256, "gpt_neo": 256, "bart": 256, "git": 256}
+
+
+@pytest.mark.parametrize("model_type", TABLES)
+def test_the_limit_is_the_longest_that_runs(model_type):
+    model, limit = build(model_type), TABLES[model_type]
+    assert position_limit(model) == limit
+    ids = torch.randint(3, 270, (1, limit + 1))
+    with torch.no_grad():
+        model(input_ids=ids[:, :-1], attention_mask=torch.ones(1, limit), use_cache=False)
+        with pytest.raises((IndexError, RuntimeError)):
+            model(input_ids=ids, attention_mask=torch.ones(1, limit + 1), use_cache=False)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "falcon", "bloom", "xglm", "qwen2_5_vl", "mamba", "gpt_neox"])
+def test_computed_positions_have_no_limit(model_type):
+    model = build(model_type)
+    assert position_limit(model) is None
+    ids = torch.randint(3, 270, (1, 300))
+    with torch.no_grad():
+        assert model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.isfinite().all()
+
+
+def test_virtual_tokens_take_positions():
+    model = get_peft_model(build("gpt2"), PromptTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM"))
+    assert position_limit(model) == 251
+    assert shortest_limit(model, tiny_model(), None) == 251
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["rows", "stream"])
+def test_the_first_row_that_is_too_long_is_named(streamed):
+    rows = [{**row, "prompt_ids": [7] * length} for row, length in zip(text_rows(3), (3, 9, 4), strict=True)]
+    rows = [{**row, "response_ids": [[5] * 6, [6] * 2]} for row in rows]
+    dataset = Dataset.from_list([{key: row[key] for key in ("prompt_ids", "response_ids", "row")} for row in rows])
+    dataset = dataset.to_iterable_dataset() if streamed else dataset
+    assert len(list(check_lengths(dataset, 15, "train"))) == 3
+    with pytest.raises(ValueError, match=r"row 1 has 9 tokens of a prompt and 6 .* 14 positions: set max_length=14"):
+        list(check_lengths(dataset, 14, "train"))
+
+
+@pytest.mark.parametrize("short", ["policy", "reference"])
+def test_a_trainer_says_so_before_training(short, tmp_path):
+    """Also where only the reference has the table; max_length, as it says, is the cure."""
+    row = {**text_rows(1)[0], "prompt_ids": [7] * 250}
+    rows = Dataset.from_list([row])
+    models = {"policy": tiny_model(), "reference": tiny_model(), short: build("gpt2")}
+    arguments = {"model": models["policy"], "ref_model": models["reference"]}
+    with pytest.raises(ValueError, match=r"train: row 0 has 250 tokens of a prompt .* set max_length=256"):
+        make_trainer(tmp_path, **arguments, train_dataset=rows, max_length=None)
