@@ -7,7 +7,7 @@ response is chosen and which is rejected (see `kinds`). Only the collator knows 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -136,6 +136,7 @@ class ResponseScores:
             `hidden`, `[N, H]`, what the head was given.
         aux_loss: `[]`, the load-balancing loss of the routers of a mixture of experts over the sequences of the batch,
             without its coefficient; where it was asked for.
+        lower_states: of a reference, what the layers that it shares with the policy gave; see `scoring.lower_states`.
     """
 
     token_logps: Tensor
@@ -143,6 +144,7 @@ class ResponseScores:
     lengths: Tensor
     token_stats: dict[str, Tensor] = field(default_factory=dict)
     aux_loss: Tensor | None = None
+    lower_states: Any = None
 
     def sum_by_response(self, per_token: Tensor) -> Tensor:
         """`[R]`: the sum of a per-token quantity `[N]` over each response."""
