@@ -7,7 +7,7 @@ says which response is chosen and which is rejected (see `kinds`). Only the coll
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -137,6 +137,7 @@ class ResponseScores:
             input of the head.
         aux_loss: `[]`, the load-balancing loss of a mixture of experts' routers over the sequences of the batch,
             without its coefficient; `None` if it was not requested.
+        lower_states: the reference's outputs of the layers that it shares with the policy; see `scoring.lower_states`.
     """
 
     token_logps: Tensor
@@ -144,6 +145,7 @@ class ResponseScores:
     lengths: Tensor
     token_stats: dict[str, Tensor] = field(default_factory=dict)
     aux_loss: Tensor | None = None
+    lower_states: Any = None
 
     def sum_by_response(self, per_token: Tensor) -> Tensor:
         """`[R]`: the sum of a per-token quantity `[N]` over each response."""

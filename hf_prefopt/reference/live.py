@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from hf_prefopt.batch import PreferenceBatch, ResponseScores
 from hf_prefopt.reference.engine import shard_like_the_policy
+from hf_prefopt.reference.lower_layers import LowerLayers, settle_lower_layers
 from hf_prefopt.reference.shards import (
     gathered,
     is_sharded,
@@ -28,6 +29,7 @@ from hf_prefopt.reference.shards import (
     swap_shard,
 )
 from hf_prefopt.scoring.forward import HIDDEN, base_causal_lm, head_predictions, score
+from hf_prefopt.scoring.lower_states import LowerStates
 from hf_prefopt.scoring.modes import ModuleTree, adapters_off, evaluation_mode
 
 
@@ -43,6 +45,7 @@ class LiveReference:
         is_separate: whether the module is not the policy's.
         engine: the object that keeps a separate module sharded, if it is.
         compiled: the compiled module, which is called instead if it is set.
+        lower: the layers that run once for reference and policy, if there are any.
     """
 
     tree: ModuleTree
@@ -52,6 +55,7 @@ class LiveReference:
     is_separate: bool = False
     engine: Any = None
     compiled: nn.Module | None = None
+    lower: LowerLayers | None = None
 
     @property
     def model(self) -> nn.Module:
@@ -73,13 +77,28 @@ class LiveReference:
 
     def score(self, batch: PreferenceBatch, token_stats: tuple[str, ...] = ()) -> ResponseScores:
         """The reference's scores of a batch: no gradients, evaluation mode, whatever state the policy is in."""
+        return self._scored(batch, token_stats, self.lower.states() if self.lower is not None else None)
+
+    def _scored(
+        self, batch: PreferenceBatch, token_stats: tuple[str, ...], states: LowerStates | None
+    ) -> ResponseScores:
         # Reshard first: PEFT must enable the same parameter objects again that it disabled.
         with self.tree.held():
             reshard(self.tree)
             with torch.no_grad(), evaluation_mode(self.tree), self.switch():
-                scores = score(self.compiled if self.compiled is not None else self.model, batch, token_stats)
+                called = self.compiled if self.compiled is not None else self.model
+                scores = score(called, batch, token_stats, lower_states=states)
                 reshard(self.tree)
         return scores
+
+    def share_lower_layers(self, policy: ModuleTree, batch: PreferenceBatch, known: str | None = None) -> str | None:
+        """Run layers that are the policy's once for both, see `settle_lower_layers`; what there is to say of it."""
+
+        def scored(batch: PreferenceBatch, states: LowerStates) -> ResponseScores:
+            return self._scored(batch, (), states)
+
+        self.lower, said = settle_lower_layers(policy, self.model, self.switch, scored, batch, known)
+        return said
 
     def predictions(self, scores: ResponseScores) -> Callable[[slice], Tensor]:
         """A function that maps a slice of the scored tokens to the reference's log-probs over the vocabulary, `[C, V]`.

@@ -25,9 +25,9 @@ from hf_prefopt.scoring.switched import (
     STATE,
     Switched,
     decoder_layers,
+    first_parameter,
     mixers_of,
     outermost,
-    parameters_of,
     switch,
     unwrapped,
 )
@@ -202,7 +202,7 @@ def install_around(model: PreTrainedModel, body: nn.Module) -> None:
     switch(body, (_Body,), shared)
     for called in layers:
         layer = unwrapped(called)
-        state = _OfLayer(shared, _first_parameter(layer), called is layers[-1])
+        state = _OfLayer(shared, first_parameter(layer), called is layers[-1])
         for mixer in mixers_of(layer):
             for projection in outermost(mixer, _is_linear):
                 switch(projection, (_Projection,), state)
@@ -230,7 +230,3 @@ def reason_against_layers(model: PreTrainedModel) -> str | None:
 def _is_linear(module: nn.Module) -> bool:
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
     return isinstance(base, nn.Linear | Conv1D)
-
-
-def _first_parameter(layer: nn.Module) -> str:
-    return next(name for name in parameters_of(layer) if name != "self")

@@ -30,6 +30,7 @@ from hf_prefopt.scoring.head import (
     predictions,
 )
 from hf_prefopt.scoring.lengths import own_lengths, own_positions, ropes_by_length
+from hf_prefopt.scoring.lower_states import LowerStates
 from hf_prefopt.scoring.tail import auxiliary_loss, body_of, own_logits
 
 # Rows of logits held at once: small chunks starve a GPU, large ones leave a CPU's cache.
@@ -248,6 +249,7 @@ def score(
     token_stats: tuple[str, ...] = (),
     reference_predictions: Callable[[slice], Tensor] | None = None,
     with_aux_loss: bool = False,
+    lower_states: LowerStates | None = None,
 ) -> ResponseScores:
     """The log-probs of a batch's scored tokens under a model that `install_scoring` has been called on.
 
@@ -257,6 +259,7 @@ def score(
             head is given, and "vocabulary_kl".
         reference_predictions: for the latter, the reference's log-probs `[C, V]` of a slice of the scored tokens.
         with_aux_loss: also the load-balancing loss of the routers of a mixture of experts.
+        lower_states: of the same batch: recorded if they are new, and else used in place of the lower layers.
 
     Returns:
         The scores; gradients flow as the grad mode says.
@@ -273,6 +276,8 @@ def score(
         "reference_predictions": reference_predictions,
         "with_aux_loss": with_aux_loss,
     }
+    if lower_states is not None:
+        asked["lower_states"] = lower_states
     try:
         outputs = model(**model_inputs, **asked)
     except TypeError as error:
@@ -284,7 +289,8 @@ def score(
     token_logps = outputs.pop("token_logps")
     token_logps = token_logps.to(full_precision(token_logps.dtype))
     aux_loss = outputs.pop(AUX_LOSS, None)
-    return ResponseScores(token_logps, batch["response_index"], batch["response_lengths"], outputs, aux_loss)
+    lengths = batch["response_lengths"]
+    return ResponseScores(token_logps, batch["response_index"], lengths, outputs, aux_loss, lower_states)
 
 
 def _replaced_forward(model: nn.Module) -> RuntimeError:

@@ -9,7 +9,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -244,7 +244,7 @@ def _probe(candidate: _Candidate, model: nn.Module, compute_dtype: torch.dtype |
                 _score(model, candidate.collate(variant)) for variant in (rows, other_prompts, other_chosen)
             )
     except (TypeError, ValueError, RuntimeError, LookupError) as error:  # UnsupportedAttention is a RuntimeError
-        if _is_failure(error):
+        if is_failure(error):
             raise
         said = next(iter(str(error).splitlines()), "without a word")
         return Reason(f"its forward refuses it ({type(error).__name__}: {said})", cause=error)
@@ -279,7 +279,7 @@ def _short_windows(model: nn.Module) -> Iterator[None]:
             holder[name] = size
 
 
-def _is_failure(error: Exception) -> bool:
+def is_failure(error: Exception) -> bool:
     """Whether an error would have come in any layout."""
     return isinstance(error, _FAILURES) or any(words in str(error) for words in _NO_MEMORY)
 
@@ -290,13 +290,23 @@ def _score(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     The latter is the sum over its tokens of |log p + log V| + (log V − entropy), in nats. That is what there is to
     round: a model that hardly prefers a token has log-probs of −log V, whatever it sees.
     """
-    device = device_of(model)
-    moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
-    scores = score(model, moved, ("entropy",))
+    scores = score(model, _on_device(batch, device_of(model)), ("entropy",))
     uniform = math.log(base_causal_lm(model).config.get_text_config().vocab_size)
     from_uniform = (scores.token_logps + uniform).abs() + uniform - scores.token_stats["entropy"]
     size = scores.sum_by_response(from_uniform).nan_to_num(nan=math.inf)
     return scores.logps.float().cpu(), size.float().cpu()
+
+
+def made_up_batch(layout: str, model: nn.Module) -> PreferenceBatch:
+    """A few made-up groups in a layout, on the model's device."""
+    rows = _made_up_rows(base_causal_lm(model))
+    batch = _CANDIDATES[layout].collate(rows) if layout in _CANDIDATES else PaddedCollator(0)(rows)
+    return _on_device(batch, device_of(model))
+
+
+def _on_device(batch: Mapping[str, Any], device: torch.device) -> PreferenceBatch:
+    moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+    return cast(PreferenceBatch, moved)
 
 
 def _made_up_rows(causal_lm: PreTrainedModel) -> Sequence[dict[str, Any]]:

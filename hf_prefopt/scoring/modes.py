@@ -182,6 +182,11 @@ def _switched_layers(modules: list[nn.Module]) -> list[Any] | None:
     return layers if is_plain else None
 
 
+def is_switched_by_layer(tree: ModuleTree) -> bool:
+    """Whether switching a `PeftModel`'s adapters off is switching some of its layers, and changes nothing else."""
+    return tree.derived(_switched_layers) is not None
+
+
 @contextmanager
 def adapter_casts_off(tree: ModuleTree, autocast: bool) -> Iterator[None]:
     """Adapters take their inputs as they come, where autocast will cast them anyway; the results are the same bits.

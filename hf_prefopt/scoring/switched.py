@@ -35,24 +35,37 @@ _OF_MIXERS = {
 
 
 class Switched:
-    """The first base class of a class that replaced another one; see `switch`."""
+    """The first base class of a class that replaced another one; see `switch`.
+
+    Attributes:
+        plain: the module's own class. before: the class that was replaced, which may be a switched one, too.
+    """
 
     plain: type
+    before: type
 
     def __reduce_ex__(self, protocol):
         state = super().__reduce_ex__(protocol)[2]
-        kept = {name: value for name, value in state.items() if name != STATE}
+        kept = {name: value for name, value in state.items() if not name.startswith(STATE)}
         return copyreg._reconstructor, (self.plain, object, None), kept  # type: ignore[attr-defined]
 
 
-def switch(module: nn.Module, roles: tuple[type, ...], state: Any) -> None:
-    """Put roles, which are subclasses of `Switched`, before a module's own class.
+def switch(module: nn.Module, roles: tuple[type, ...], state: Any, key: str = STATE) -> None:
+    """Put roles, which are subclasses of `Switched`, before a module's class.
 
     Args:
-        state: what the roles find as `vars(module)[STATE]`.
+        state: what the roles find as `vars(module)[key]`.
+        key: begins with `STATE`; roles that are put before others have one of their own.
     """
     module.__class__ = _subclass(type(module), roles)
-    vars(module)[STATE] = state
+    vars(module)[key] = state
+    _renew_put_aside(module)
+
+
+def unswitch(module: nn.Module, key: str) -> None:
+    """Take back the last `switch` of a module, which had this key."""
+    module.__class__ = type(module).before
+    del vars(module)[key]
     _renew_put_aside(module)
 
 
@@ -61,14 +74,15 @@ def restore(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Switched):
             module.__class__ = module.plain
-            del vars(module)[STATE]
+            for key in [key for key in vars(module) if key.startswith(STATE)]:
+                del vars(module)[key]
             _renew_put_aside(module)
 
 
 @cache
 def _subclass(plain: type, roles: tuple[type, ...]) -> type:
     named = {name: getattr(plain, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return type(plain.__name__, (*roles, plain), {**named, "plain": plain})
+    return type(plain.__name__, (*roles, plain), {**named, "plain": getattr(plain, "plain", plain), "before": plain})
 
 
 def _renew_put_aside(module: nn.Module) -> None:
@@ -107,3 +121,8 @@ def outermost(module: nn.Module, is_it: Callable[[nn.Module], bool]) -> Iterator
 def parameters_of(module: nn.Module) -> list[str]:
     """The names of what a module's forward takes."""
     return list(inspect.signature(type(module).forward).parameters)
+
+
+def first_parameter(layer: nn.Module) -> str:
+    """The name of the hidden states that a layer's forward takes."""
+    return next(name for name in parameters_of(layer) if name != "self")

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import send_to_device
+from accelerate.utils import DistributedType, send_to_device
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
@@ -32,7 +32,7 @@ from hf_prefopt.scoring.attention import describe_attention
 from hf_prefopt.scoring.dropout import switch_off_dropout
 from hf_prefopt.scoring.forward import VOCABULARY_KL, base_causal_lm, install_scoring, score
 from hf_prefopt.scoring.four_bits import keep_unpacked
-from hf_prefopt.scoring.layout import reason_of_length, settled_layout
+from hf_prefopt.scoring.layout import made_up_batch, reason_of_length, settled_layout
 from hf_prefopt.scoring.modes import ModuleTree, evaluation_mode
 from hf_prefopt.training.router import aux_loss_coef, settled_aux_loss
 from hf_prefopt.training.wrapping import compiled_for_scoring
@@ -102,6 +102,7 @@ class Scorer:
         self._notes: list[str] = []
         self.aux_loss_coef = 0.0
         self._compiled: nn.Module | None = None
+        self._lower: list[str] = []
         self.made_up_logps: list[float] | None = None
         self.resumed_logps: list[float] | None = None
 
@@ -175,6 +176,7 @@ class Scorer:
         self._compiled = compiled_for_scoring(self.accelerator, self.model)
         if isinstance(self.reference, LiveReference) and not self.reference.is_separate:
             self.reference.compiled = self._compiled
+        self._lower = self._share_lower_layers()
         self._say_how()
         if isinstance(self.reference, CachedReference):
             silent = args.disable_tqdm or not self.accelerator.is_main_process
@@ -199,6 +201,23 @@ class Scorer:
         self.aux_loss_coef = self.objective.aux_loss_coef = coefficient
         self._notes += notes
 
+    def _share_lower_layers(self) -> list[str]:
+        """Run the layers below all that trains once, if the reference runs on every batch; what there is to say."""
+        reference = self.reference
+        is_sharded = self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+        if not isinstance(reference, LiveReference) or (reference.is_separate and is_sharded):
+            return []
+        known = None
+        if self.aux_loss_coef:
+            known = "the routers' auxiliary loss reads all layers"
+        elif self._compiled is not None:
+            known = "the model is compiled as a whole"
+        with self.accelerator.autocast():
+            said = reference.share_lower_layers(self.tree, made_up_batch(str(self.layout), self.model), known)
+        if any_rank(self.accelerator, reference.lower is None):
+            reference.lower = None
+        return [said] if said else []
+
     def _say_noise(self) -> None:
         """Warn of a policy that differs from itself in training mode, where its dropout is off."""
         if self.reference is None or self._args.disable_dropout is False:
@@ -212,7 +231,8 @@ class Scorer:
         causal_lm = base_causal_lm(self.model)
         dtype = self._autocast_dtype or causal_lm.dtype
         self._summary.say("model", model_text(self.model, self._args), *self._dropout, *self._notes)
-        self._summary.say("reference", self.reference.description if self.reference else "none, the losses need none")
+        reference = self.reference.description if self.reference else "none, the losses need none"
+        self._summary.say("reference", reference, *self._lower)
         self._summary.say("attention", describe_attention(causal_lm, self.accelerator.device, dtype))
 
     def check_resumed(self) -> None:
@@ -230,9 +250,12 @@ class Scorer:
             model: the policy as the engine wraps it.
             reference: the reference's scores of the same batch.
         """
-        stats = self.objective.token_stats
+        stats, lower = self.objective.token_stats, None
+        if reference is not None:
+            # Scores that are kept keep no hidden states.
+            lower, reference.lower_states = reference.lower_states, None
         predictions = self.reference.predictions(reference) if VOCABULARY_KL in stats else None
-        return score(model, batch, stats, predictions, with_aux_loss=self.aux_loss_coef != 0)
+        return score(model, batch, stats, predictions, self.aux_loss_coef != 0, lower)
 
     def reference_scores(self, batch: PreferenceBatch, dataset: Any = None) -> ResponseScores | None:
         """The reference's scores of a batch; `None` where the losses need none.

@@ -1,0 +1,246 @@
+"""Which decoder layers run once for policy and reference, and whether that changes nothing.
+
+Where nothing trains below layer k (no parameter takes a gradient, and no adapter acts that does not act in the
+reference, too), layers 0 … k−1 give policy and reference the same hidden states. The reference's forward records them,
+and the policy's goes on from there (`scoring.lower_states`), bit for bit as if it had run them.
+
+k is read off the modules themselves. Whether the rest of the model allows it (layers that read other layers' outputs,
+dropout below, a router's jitter) is measured: made-up tokens must have equal log-probs, in every bit, both ways.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hf_prefopt.batch import PreferenceBatch, ResponseScores
+from hf_prefopt.scoring.forward import base_causal_lm, score
+from hf_prefopt.scoring.layout import is_failure
+from hf_prefopt.scoring.lower_states import LowerStates, install_lower_states, remove_lower_states
+from hf_prefopt.scoring.modes import ModuleTree, is_switched_by_layer, training_mode
+from hf_prefopt.scoring.switched import decoder_layers
+
+# What a config says of where a model is from, or of generation, and nothing about hidden states.
+_WITHOUT_EFFECT = ("_name_or_path", "architectures", "transformers_version", "use_cache")
+# What PEFT puts into the names of what it wraps.
+_WRAPPED = re.compile(r"\b(base_layer|original_module)\.")
+
+
+@dataclass(frozen=True)
+class LowerLayers:
+    """The first `count` decoder layers of a policy, which run once for it and its reference.
+
+    Attributes:
+        tree: the policy's modules.
+        later: ids of modules outside the decoder layers that train, and run after these layers.
+        acting: the adapters that act in these layers, as found.
+    """
+
+    tree: ModuleTree
+    count: int
+    later: frozenset[int]
+    acting: tuple[Any, ...]
+
+    def states(self) -> LowerStates | None:
+        """To be recorded for a batch; `None` if something below trains by now, or other adapters act there."""
+        below = list(_below(self.tree, self.count, self.later))
+        is_same = not any(map(_trains, below)) and _all_acting(below) == self.acting
+        return LowerStates(self.count) if is_same else None
+
+
+def settle_lower_layers(
+    tree: ModuleTree,
+    reference: nn.Module,
+    switch: Callable[[], AbstractContextManager],
+    score_reference: Callable[[PreferenceBatch, LowerStates], ResponseScores],
+    batch: PreferenceBatch,
+    known: str | None = None,
+) -> tuple[LowerLayers | None, str | None]:
+    """Find the layers that policy and reference share, make both models ready to share them, and try it.
+
+    Args:
+        tree: the policy's modules.
+        reference: the module that the reference calls, which may be the policy's.
+        switch: makes the context in which it is the reference.
+        score_reference: the reference's scores of a batch, which record the states.
+        batch: made-up rows, in the layout of the run, on the policy's device.
+        known: a reason against sharing that the models do not show.
+
+    Returns:
+        The layers, `None` where there are none, and what there is to say of it, if anything.
+    """
+    models = [base_causal_lm(model) for model in dict.fromkeys((tree.model, reference))]
+    for model in models:
+        remove_lower_states(model)
+    count, outside = _shared(tree, reference, switch)
+    if not count:
+        return None, None
+    names = f"layer 0 of {_depth(tree)}" if count == 1 else f"layers 0 to {count - 1} of {_depth(tree)}"
+    lower = LowerLayers(tree, count, frozenset(map(id, outside)), ())
+    lower = LowerLayers(tree, count, lower.later, _all_acting(_below(tree, count, lower.later)))
+    reason = known or _reason_against(lower, models, outside, score_reference, batch)
+    if reason is None:
+        return lower, f"{names} run once for policy and reference, without gradients"
+    for model in models:
+        remove_lower_states(model)
+    return None, f"{names} train nothing, but run twice, for policy and reference: {reason}"
+
+
+def _shared(
+    tree: ModuleTree, reference: nn.Module, switch: Callable[[], AbstractContextManager]
+) -> tuple[int, list[nn.Module]]:
+    """How many layers there are before one that changes, and the modules outside the layers that change."""
+    if isinstance(tree.model, PeftModel) and not is_switched_by_layer(tree):
+        return 0, []
+    is_separate = reference is not tree.model
+    acting = {id(module): _acting(module) for module in tree}
+    with switch():
+        in_reference = {id(module): (((), ()) if is_separate else _acting(module)) for module in tree}
+
+    def changes(module: nn.Module) -> bool:
+        mine, theirs = acting[id(module)], in_reference[id(module)]
+        # What is merged is taken out again where a layer is switched off.
+        return _trains(module) or (mine is not None and (mine != theirs or mine[1] != ()))
+
+    layers, outside = tree.derived(_places)
+    count = next((i for i, modules in enumerate(layers) if any(map(changes, modules))), len(layers))
+    if is_separate:
+        count = min(count, _equal_layers(base_causal_lm(tree.model), base_causal_lm(reference)))
+    return count, [module for module in outside if changes(module)]
+
+
+def _reason_against(
+    lower: LowerLayers,
+    models: list[PreTrainedModel],
+    outside: list[nn.Module],
+    score_reference: Callable[[PreferenceBatch, LowerStates], ResponseScores],
+    batch: PreferenceBatch,
+) -> str | None:
+    """Why these layers cannot run once, by scoring a batch both ways in training mode, with the same random numbers."""
+    for model in models:
+        install_lower_states(model, lower.count)
+    whole = LowerStates(lower.count)
+    try:
+        with torch.no_grad(), _first_calls(outside, whole) as first:
+            expected = _policy_logps(lower.tree, batch, whole)
+        before = [type(module).__name__ for module in outside if first.get(id(module), 0) < lower.count]
+        if before:
+            return f"a module that they may depend on trains ({before[0]})"
+        states = LowerStates(lower.count)
+        score_reference(batch, states)
+        with torch.no_grad():
+            found = _policy_logps(lower.tree, batch, states)
+    except (TypeError, ValueError, RuntimeError, LookupError, AttributeError) as error:
+        if is_failure(error):
+            raise
+        return next(iter(str(error).splitlines()), type(error).__name__)
+    same = "dropout or other noise below, or layers that depend on more than hidden states"
+    return None if torch.equal(found, expected) else f"the policy's log-probs would change ({same})"
+
+
+@contextmanager
+def _first_calls(modules: list[nn.Module], states: LowerStates) -> Iterator[dict[int, int]]:
+    """By the id of each module that is called: how many lower layers have been called before it."""
+    first: dict[int, int] = {}
+
+    def called(module: nn.Module, _: Any) -> None:
+        first.setdefault(id(module), states.calls)
+
+    with ExitStack() as hooks:
+        for module in modules:
+            hooks.callback(module.register_forward_pre_hook(called).remove)
+        yield first
+
+
+def _policy_logps(tree: ModuleTree, batch: PreferenceBatch, states: LowerStates) -> Tensor:
+    device = batch["input_ids"].device
+    with training_mode(tree), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        return score(tree.model, batch, lower_states=states).token_logps
+
+
+def _places(modules: list[nn.Module]) -> tuple[list[list[nn.Module]], list[nn.Module]]:
+    """The modules of each decoder layer of a model, and those outside, but for its head; none where layers repeat."""
+    causal_lm = base_causal_lm(modules[0])
+    layers = [list(layer.modules()) for layer in decoder_layers(causal_lm)]
+    if len({id(layer[0]) for layer in layers}) < len(layers):
+        return [], []
+    inside = {id(module) for layer in [*layers, list(causal_lm.get_output_embeddings().modules())] for module in layer}
+    return layers, [module for module in modules if id(module) not in inside]
+
+
+def _below(tree: ModuleTree, count: int, later: frozenset[int]) -> Iterator[nn.Module]:
+    """The modules that the output of the first `count` layers depends on."""
+    layers, outside = tree.derived(_places)
+    for layer in layers[:count]:
+        yield from layer
+    yield from (module for module in outside if id(module) not in later)
+
+
+def _depth(tree: ModuleTree) -> int:
+    return len(tree.derived(_places)[0])
+
+
+def _trains(module: nn.Module) -> bool:
+    return any(parameter is not None and parameter.requires_grad for parameter in module._parameters.values())
+
+
+def _acting(module: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
+    """The adapters that act in a module, and those merged into it; `None` where it can have none."""
+    if not isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+        return None
+    names = () if module.disable_adapters else tuple(module.active_adapters)
+    available = module._get_available_adapters()
+    return tuple(name for name in names if name in available), tuple(getattr(module, "merged_adapters", ()))
+
+
+def _all_acting(modules: Any) -> tuple[Any, ...]:
+    return tuple(found for found in map(_acting, modules) if found is not None)
+
+
+def _equal_layers(policy: PreTrainedModel, reference: PreTrainedModel) -> int:
+    """How many layers of another model are the policy's, if all that lies outside is, too, but for what trains there.
+
+    What trains outside the layers must run after them, which is tried. Adapters that do not act are passed over.
+    """
+    if type(policy) is not type(reference) or _settings(policy) != _settings(reference):
+        return 0
+    paths = {id(module): f"{path}." for path, module in reference.named_modules()}
+    mine = {_WRAPPED.sub("", name): tensor for name, tensor in _tensors(policy)}
+
+    def is_equal(name: str, theirs: Tensor) -> bool:
+        found = mine.get(name)
+        if found is None or theirs.is_meta or found.is_meta or not found.numel():  # ZeRO-3's are empty
+            return False
+        same = type(found) is type(theirs) and found.dtype == theirs.dtype and found.shape == theirs.shape
+        return same and torch.equal(found, theirs.to(found.device))
+
+    layers = [paths[id(layer)] for layer in decoder_layers(reference)]
+    head = paths[id(reference.get_output_embeddings())]
+    for name, tensor in _tensors(reference):
+        is_outside = not name.startswith((*layers, head))
+        if is_outside and not is_equal(name, tensor) and not (name in mine and mine[name].requires_grad):
+            return 0
+    differing = (
+        index
+        for index, path in enumerate(layers)
+        if not all(is_equal(name, tensor) for name, tensor in _tensors(reference) if name.startswith(path))
+    )
+    return next(differing, len(layers))
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def _settings(model: PreTrainedModel) -> tuple[dict[str, Any], str | None]:
+    settings = {name: value for name, value in model.config.to_dict().items() if name not in _WITHOUT_EFFECT}
+    return settings, getattr(model.config, "_attn_implementation", None)
