@@ -39,26 +39,26 @@ def loss_page() -> str:
 
 
 def _table(specs: list[LossSpec]) -> str:
-    rows = [f"| [{spec.name}](#{spec.name}) | {_cell(_formula(spec))} | {_reference(spec)} |" for spec in specs]
+    rows = [f"| [{spec.name}](#{spec.name}) | {_cell(formula_of(spec))} | {reference_of(spec)} |" for spec in specs]
     return "\n".join(["| loss | formula | reference |", "|---|---|---|", *rows])
 
 
 def _section(spec: LossSpec) -> str:
     """One loss: formula, what it is, when to use it, what it needs, its defaults, its source."""
-    _, *details = _prose(spec)
+    _, *details = prose_of(spec)
     facts = {
         "Aliases": ", ".join(f"`{alias}`" for alias in spec.aliases),
         "Hyperparameters": ", ".join(f"`{name}={value!r}`" for name, value in spec.defaults.items()),
         "Inputs": ", ".join(f"`{name}`" for name in spec.inputs),
-        "Needs": ", ".join(_needs(spec)),
+        "Needs": ", ".join(needs_of(spec)),
         "Paper": _link(spec.paper) if spec.paper else "",
-        "Run it": f"`accelerate launch recipes/dpo_lora.py --config {CONFIGS}/{spec.name}.yaml`",
+        "Run it": f"`hf_prefopt train --config {spec.name}`",
     }
     lines = "\n".join(f"- {name}: {value}" for name, value in facts.items() if value)
     return "\n\n".join([f"### {spec.name}", spec.description, *details, lines])
 
 
-def _needs(spec: LossSpec) -> list[str]:
+def needs_of(spec: LossSpec) -> list[str]:
     """What the loss asks of the trainer beyond summed log-probs of the policy, in words."""
     statistics = ", ".join(sorted(token_stats_of(spec.inputs, "policy") | token_stats_of(spec.inputs, "ref")))
     said = {
@@ -75,7 +75,7 @@ def _needs(spec: LossSpec) -> list[str]:
     return [words for words, holds in said.items() if holds]
 
 
-def _reference(spec: LossSpec) -> str:
+def reference_of(spec: LossSpec) -> str:
     if not spec.needs_reference_model:
         return "none"
     return "yes, or none by `reference_free`" if spec.can_be_reference_free else "yes"
@@ -95,14 +95,14 @@ def _papers(specs: list[LossSpec]) -> str:
     return "\n".join(["## Papers", "", "| arXiv | losses | run it |", "|---|---|---|", *rows])
 
 
-def _prose(spec: LossSpec) -> list[str]:
+def prose_of(spec: LossSpec) -> list[str]:
     """The paragraphs of the docstring before its sections."""
     paragraphs = re.split(r"\n\s*\n", inspect.getdoc(spec.function) or "")
     sections = (i for i, text in enumerate(paragraphs) if re.match(r"(Args|Returns|Raises|Example):", text))
     return paragraphs[: next(sections, len(paragraphs))]
 
 
-def _formula(spec: LossSpec) -> str:
+def formula_of(spec: LossSpec) -> str:
     """The first line up to what it says in words."""
     return spec.description.split(": ", 1)[0].rstrip(".")
 
