@@ -7,26 +7,25 @@ loss's file in `recipes/configs/`, so the sweep also shows that every one of tho
 """
 
 import argparse
-import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from unittest.mock import patch
 
 from datasets.utils.logging import disable_progress_bar
 from rich.console import Console
 from rich.table import Table
 from transformers import PrinterCallback
 from transformers.utils import logging as transformers_logging
-from trl import get_peft_config
 
 from benchmarks.report import machine
 from hf_prefopt import PreferenceTrainer, list_losses
+from hf_prefopt.commands import train
+from hf_prefopt.commands.parser import parser_of
+from hf_prefopt.recipe.adapters import lora_of
+from hf_prefopt.recipe.data import load_pairs
+from hf_prefopt.recipe.settings import read_recipe
 
-ROOT = Path(__file__).parents[1]
 COLUMNS = ("loss", "first loss", "last loss", "accuracy", "margin", "seconds a step")
 
 
@@ -47,17 +46,8 @@ class Run:
         return [self.loss, *("–" if figure is None else f"{figure:.4g}" for figure in figures)]
 
 
-@contextmanager
-def command_line(*arguments: str) -> Iterator[None]:
-    """`sys.argv` as if the recipe had been started with these."""
-    with patch.object(sys, "argv", ["dpo_lora.py", *arguments]):
-        yield
-
-
 def run(loss: str, layers: int, steps: int, pairs: int) -> Run:
     """A few steps of a loss by its own file."""
-    from common import load_pairs, parse_arguments
-
     with tempfile.TemporaryDirectory() as folder:
         small = {
             "output_dir": folder,
@@ -67,13 +57,15 @@ def run(loss: str, layers: int, steps: int, pairs: int) -> Run:
             "logging_steps": 1,
         }
         options = [part for name, value in small.items() for part in (f"--{name}", str(value))]
-        with command_line("--config", f"recipes/configs/{loss}.yaml", *options, "--eval_strategy", "no"):
-            script, training, model, recipe = parse_arguments(adapter=True)
+        typed = parser_of(train, "sweep").parse_args(["--config", loss, *options, "--eval_strategy", "no"])
+        typed.command_line = []
+        recipe = read_recipe(typed)
+        training = recipe.training
         training.eval_on_start, training.disable_tqdm = False, True
         training.model_init_kwargs = {**training.model_init_kwargs, "num_hidden_layers": layers}
-        rows, _ = load_pairs(script, recipe, training)
+        rows, _ = load_pairs(recipe.data, training)
         trainer = PreferenceTrainer(
-            model.model_name_or_path, args=training, train_dataset=rows, peft_config=get_peft_config(model)
+            recipe.model.model_name_or_path, args=training, train_dataset=rows, peft_config=lora_of(recipe.model)
         )
         trainer.remove_callback(PrinterCallback)
         start = time.perf_counter()
@@ -108,7 +100,6 @@ def main() -> None:
     parser.add_argument("--losses", nargs="*", default=list_losses())
     parser.add_argument("--write", type=Path, help="a Markdown file for the table")
     arguments = parser.parse_args()
-    sys.path.insert(0, str(ROOT / "recipes"))
     disable_progress_bar()
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()  # the layers left out are no news

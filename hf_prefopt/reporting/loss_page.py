@@ -10,7 +10,6 @@ from hf_prefopt.kinds import KINDS
 from hf_prefopt.losses.registry import LossSpec, get_loss, list_losses, token_stats_of
 from hf_prefopt.reporting.papers_page import paper_link
 
-CONFIGS = "recipes/configs"
 INTRODUCTION = """\
 # The losses
 
@@ -45,26 +44,26 @@ def loss_page() -> str:
 
 
 def _table(specs: list[LossSpec]) -> str:
-    rows = [f"| [{spec.name}](#{spec.name}) | {_cell(_formula(spec))} | {_reference(spec)} |" for spec in specs]
+    rows = [f"| [{spec.name}](#{spec.name}) | {_cell(formula_of(spec))} | {reference_of(spec)} |" for spec in specs]
     return "\n".join(["| loss | formula | reference |", "|---|---|---|", *rows])
 
 
 def _section(spec: LossSpec) -> str:
     """One loss: formula, description, when to use it, defaults, inputs, requirements, and source."""
-    _, *details = _prose(spec)
+    _, *details = prose_of(spec)
     facts = {
         "Aliases": ", ".join(f"`{alias}`" for alias in spec.aliases),
         "Hyperparameters": ", ".join(f"`{name}={value!r}`" for name, value in spec.defaults.items()),
         "Inputs": ", ".join(f"`{name}`" for name in spec.inputs),
-        "Needs": ", ".join(_needs(spec)),
+        "Needs": ", ".join(needs_of(spec)),
         "Paper": paper_link(spec.paper) if spec.paper else "",
-        "Run it": f"`accelerate launch recipes/dpo_lora.py --config {CONFIGS}/{spec.name}.yaml`",
+        "Run it": f"`hf_prefopt train --config {spec.name}`",
     }
     lines = "\n".join(f"- {name}: {value}" for name, value in facts.items() if value)
     return "\n\n".join([f"### {spec.name}", spec.description, *details, lines])
 
 
-def _needs(spec: LossSpec) -> list[str]:
+def needs_of(spec: LossSpec) -> list[str]:
     """What the loss needs from the trainer in addition to summed log-probs of the policy, in words."""
     statistics = ", ".join(sorted(token_stats_of(spec.inputs, "policy") | token_stats_of(spec.inputs, "ref")))
     said = {
@@ -81,20 +80,20 @@ def _needs(spec: LossSpec) -> list[str]:
     return [words for words, holds in said.items() if holds]
 
 
-def _reference(spec: LossSpec) -> str:
+def reference_of(spec: LossSpec) -> str:
     if not spec.needs_reference_model:
         return "none"
     return "optional (`reference_free`)" if spec.can_be_reference_free else "yes"
 
 
-def _prose(spec: LossSpec) -> list[str]:
+def prose_of(spec: LossSpec) -> list[str]:
     """The paragraphs of the docstring before its first section, such as `Args:`."""
     paragraphs = re.split(r"\n\s*\n", inspect.getdoc(spec.function) or "")
     sections = (i for i, text in enumerate(paragraphs) if re.match(r"(Args|Returns|Raises|Example):", text))
     return paragraphs[: next(sections, len(paragraphs))]
 
 
-def _formula(spec: LossSpec) -> str:
+def formula_of(spec: LossSpec) -> str:
     """The first line of the docstring, up to the colon that separates the formula from the description."""
     return spec.description.split(": ", 1)[0].rstrip(".")
 

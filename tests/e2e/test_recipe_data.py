@@ -6,32 +6,23 @@ from pathlib import Path
 
 import pytest
 
+from hf_prefopt import list_losses
 from hf_prefopt.data.held_out import prompt_keys_of
+from hf_prefopt.recipe.data import _without_evaluation, load_pairs
+from tests.e2e.typed import read
 from tests.trainers import make_config
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-OURS = ("common", "data_lines", "loss_lines", "mixture", "model_options", "short_help")
 
 
 @pytest.fixture
-def common(monkeypatch):
-    monkeypatch.syspath_prepend(str(RECIPES))
-    import common
-
-    yield common
-    for name in OURS:
-        sys.modules.pop(name, None)
-
-
-@pytest.fixture
-def load(common, monkeypatch, tmp_path):
-    """The rows that a command line asks for, with the parsed arguments."""
+def load(tmp_path):
+    """The rows that a command line asks for, with the parsed settings."""
 
     def loaded(*options: str):
-        fixed = ["--model_name_or_path", "m", "--output_dir", str(tmp_path / "out"), "--use_peft", "--use_cpu"]
-        monkeypatch.setattr(sys, "argv", ["recipe.py", *fixed, "--bf16", "false", *options])
-        script, training, _, recipe = common.parse_arguments(adapter=True)
-        return *common.load_pairs(script, recipe, training), script, training, recipe
+        fixed = ["--model_name_or_path", "m", "--output_dir", str(tmp_path / "out"), "--use_cpu", "--bf16", "false"]
+        recipe = read(*fixed, *options)
+        return *load_pairs(recipe.data, recipe.training), recipe
 
     return loaded
 
@@ -54,14 +45,14 @@ MAPPING = {"question": "asked", "chosen": "good", "rejected": "bad"}
 
 def test_a_mixture_on_the_command_line(load, files, capsys):
     entry = {"path": files["file"], "weight": 0.5, "column_mapping": MAPPING}
-    train, test, script, _, _ = load("--datasets", files["folder"], json.dumps(entry), "--seed", "7")
+    train, test, recipe = load("--datasets", files["folder"], json.dumps(entry), "--seed", "7")
     assert [(source.name, len(source.rows), source.weight) for source in train.sources] == [
         (files["folder"], 12, 1.0),
         (files["file"], 8, 0.5),
     ]
     assert train.seed == 7 and train.sources[1].column_mapping == MAPPING
     assert [(source.name, len(source.rows)) for source in test.sources] == [(files["folder"], 3)]
-    assert script.dataset_name == [files["folder"], files["file"]]
+    assert recipe.data_names == [files["folder"], files["file"]]
     assert f"Evaluated are splits of {files['folder']}." in capsys.readouterr().out
 
 
@@ -106,28 +97,28 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_loaded_ends_the_run_in_a_line(name, load):
+def test_what_cannot_be_loaded_is_an_error(name, load):
     options, message = REFUSED[name]
-    with pytest.raises(SystemExit, match=message):
+    with pytest.raises(ValueError, match=message):
         load(*options)
 
 
 @pytest.mark.parametrize("recipe", ["dpo_lora.yaml", "configs/simpo.yaml", "configs/kto.yaml"])
 def test_the_demos_limits_are_not_those_of_other_data(recipe, load, files, capsys):
-    train, _, _, training, arguments = load("--config", str(RECIPES / recipe), "--dataset_name", files["folder"])
-    assert arguments.train_rows is None and arguments.eval_rows is None and len(train) == 12
-    assert training.max_length == 1024
-    assert "all rows are taken, max_length is 1024" in capsys.readouterr().out
+    train, _, recipe = load("--config", str(RECIPES / recipe), "--dataset_name", files["folder"])
+    assert recipe.data.train_rows is None and recipe.data.eval_rows is None and len(train) == 12
+    assert recipe.training.max_length == 1024
+    assert f"of {files['folder']} all rows are taken" in capsys.readouterr().out
 
 
 def test_limits_of_the_command_line_and_of_a_users_own_file_stay(load, files, tmp_path, capsys):
     options = ["--dataset_name", files["folder"], "--train_rows", "5", "--max_length", "64"]
-    train, _, _, training, _ = load("--config", str(RECIPES / "dpo_lora.yaml"), *options)
-    assert len(train) == 5 and training.max_length == 64 and "max_length is 64" in capsys.readouterr().out
+    train, _, recipe = load("--config", str(RECIPES / "dpo_lora.yaml"), *options)
+    assert len(train) == 5 and recipe.training.max_length == 64
     own = tmp_path / "own.yaml"
     own.write_text("dataset_name: mine\ntrain_rows: 4\nmax_length: 77\n")
-    train, _, _, training, _ = load("--config", str(own), "--dataset_name", files["folder"])
-    assert len(train) == 4 and training.max_length == 77 and "not used" not in capsys.readouterr().out
+    train, _, recipe = load("--config", str(own), "--dataset_name", files["folder"])
+    assert len(train) == 4 and recipe.training.max_length == 77 and "not used" not in capsys.readouterr().out
 
 
 def test_a_mixture_replaces_the_demos_data(load, files):
@@ -145,16 +136,17 @@ def test_the_files_of_losses_are_written_and_others_stay(monkeypatch, tmp_path, 
     sys.modules.pop("write")
     assert (tmp_path / "mine.yaml").read_text() == "loss_type: [dpo]\n"
     assert "left as they are: mine.yaml" in capsys.readouterr().out
-    for file in (RECIPES / "configs").glob("*.yaml"):
+    for name in list_losses():
+        file = RECIPES / "configs" / f"{name}.yaml"
         assert (tmp_path / file.name).read_text() == file.read_text()
 
 
-def test_without_one_nothing_is_evaluated_and_one_line_says_so(common, tmp_path, capsys):
+def test_without_one_nothing_is_evaluated_and_one_line_says_so(tmp_path, capsys):
     training = make_config(tmp_path, eval_on_start=True, eval_strategy="epoch")
-    common._without_evaluation(training)
+    _without_evaluation(training)
     assert (training.eval_on_start, training.eval_strategy) == (False, "no")
     (line,) = capsys.readouterr().out.splitlines()
     assert "without evaluation" in line
     best = make_config(tmp_path, eval_strategy="epoch", load_best_model_at_end=True, save_strategy="epoch")
     with pytest.raises(ValueError, match="load_best_model_at_end=True"):
-        common._without_evaluation(best)
+        _without_evaluation(best)

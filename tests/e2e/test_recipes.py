@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from hf_prefopt import PreferenceConfig
 from tests.hub import REPOSITORY, hub
 from tests.tiny_models import QUANTIZABLE, tiny_model
 from tests.tokenizers import tiny_tokenizer
@@ -119,24 +118,11 @@ def test_a_data_set_of_one_file_is_trained_on_and_a_column_may_be_left_out(tmp_p
     assert (tmp_path / "out" / ADAPTER).stat().st_size > 0
 
 
-def test_help_is_short_and_shows_every_setting_of_ours(tmp_path):
-    run = in_a_process([sys.executable, str(RECIPES / "dpo_lora.py"), "--help"], cwd=tmp_path, cache=tmp_path)
-    assert run.returncode == 0 and run.stdout.count("\n") < 250
-    for said in (
-        "training a LoRA adapter",
-        "--config FILE.yaml",
-        "--train_rows",
-        "--lora_r",
-        "--help_all",
-        "Modifiers:",
-    ):
-        assert said in run.stdout
-    assert all(f"--{name} VALUE" in run.stdout for name in PreferenceConfig.__annotations__ if name[0] != "_")
-    full = in_a_process([sys.executable, str(RECIPES / "dpo_lora.py"), "--help_all"], cwd=tmp_path, cache=tmp_path)
-    assert full.returncode == 0 and "--adam_beta1" in full.stdout and "--adam_beta1" not in run.stdout
-
-
-def test_a_missing_model_is_named_before_anything_is_loaded(tmp_path):
-    run = in_a_process([sys.executable, str(RECIPES / "dpo_lora.py")], cwd=tmp_path, cache=tmp_path)
-    assert run.returncode == 2
-    assert "--dataset_name is missing" in run.stderr
+def test_a_script_ends_with_one_line_at_a_mistake(tmp_path):
+    """Exit code 1, and no traceback; `--traceback` shows where the error comes from."""
+    command = [sys.executable, str(RECIPES / "dpo_lora.py")]
+    run = in_a_process(command, cwd=tmp_path, cache=tmp_path)
+    assert run.returncode == 1 and run.stderr.splitlines()[-1].startswith("error: --dataset_name is missing")
+    assert "Traceback" not in run.stderr
+    shown = in_a_process([*command, "--traceback"], cwd=tmp_path, cache=tmp_path)
+    assert shown.returncode == 1 and "Traceback" in shown.stderr and "_refuse_missing" in shown.stderr

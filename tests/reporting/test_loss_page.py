@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hf_prefopt import PreferenceConfig, get_loss, list_losses
+from hf_prefopt import get_loss, list_losses
 from hf_prefopt.reporting.loss_page import loss_page
 from hf_prefopt.reporting.papers_page import papers_page
+from tests.e2e.typed import read
 
 ROOT = Path(__file__).parents[2]
-CONFIGS = sorted((ROOT / "recipes" / "configs").glob("*.yaml"))
+CONFIGS = sorted(path for path in (ROOT / "recipes" / "configs").glob("*.yaml") if path.stem != "base")
 
 
 def test_the_pages_are_current():
@@ -55,14 +56,14 @@ def test_every_loss_has_its_section_its_source_and_its_file():
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_a_config_builds_its_loss_with_its_published_defaults(path, tmp_path):
-    """What the file sets is the loss's default; and it is accepted as settings of a run."""
+def test_a_config_builds_its_loss_with_its_published_defaults(path):
+    """What the file sets is the loss's default; with the file that it begins with, it is a whole run."""
     entries = yaml.safe_load(path.read_text())
     spec = get_loss(path.stem)
     given = {name: entries[name] for name in ("beta", "label_smoothing") if name in entries}
     given |= entries.get("loss_params", {})
     assert given == {name: value for name, value in spec.defaults.items() if value is not None}
-    names = PreferenceConfig.__dataclass_fields__.keys() & entries.keys()
-    config = PreferenceConfig(**{name: entries[name] for name in names} | {"output_dir": str(tmp_path)})
-    assert [term.spec.name for term in config.build_objective().terms] == [spec.name]
-    assert (ROOT / entries["dataset_name"]).is_dir()
+    recipe = read("--config", str(path), "--use_cpu")
+    assert [term.spec.name for term in recipe.training.build_objective().terms] == [spec.name]
+    assert (ROOT / recipe.data.dataset_name).is_dir() and recipe.training.output_dir == f"runs/{spec.name}"
+    assert entries.keys() <= {"base", "loss_type", "beta", "label_smoothing", "loss_params", "dataset_name", "unpair"}

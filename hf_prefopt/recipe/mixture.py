@@ -18,8 +18,8 @@ from typing import Any
 
 from datasets import load_dataset
 
-from hf_prefopt import Mixture, Source
 from hf_prefopt.data.files import load_splits
+from hf_prefopt.data.mixtures import Mixture, Source
 from hf_prefopt.data.splits import evaluation_split, training_split
 
 

@@ -1,0 +1,70 @@
+"""Print what a bug report needs: versions, devices, and what is installed for the engines. No paths and no names.
+
+hf_prefopt env
+"""
+
+import os
+import platform
+from argparse import ArgumentParser, Namespace
+from importlib.metadata import PackageNotFoundError, requires, version
+
+import torch
+from packaging.requirements import Requirement
+
+from hf_prefopt import __version__
+
+# Variables that change a run, and whose values are switches.
+VARIABLES = (
+    "CUDA_VISIBLE_DEVICES",
+    "HF_HUB_OFFLINE",
+    "OMP_NUM_THREADS",
+    "ACCELERATE_MIXED_PRECISION",
+    "DS_ACCELERATOR",
+    "WORLD_SIZE",
+)
+
+
+def add_options(parser: ArgumentParser) -> None:
+    """There are none."""
+
+
+def run(options: Namespace) -> int:
+    """Print a line for each fact."""
+    facts = {"hf_prefopt": __version__, "Python": platform.python_version(), "system": _system(), **_devices()}
+    facts |= {name: _version(name) for name in _packages()}
+    facts |= {name: os.environ[name] for name in VARIABLES if name in os.environ}
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        print(f"{name:<{width}}  {value}")
+    return 0
+
+
+def _system() -> str:
+    return f"{platform.system()} {platform.release()}, {platform.machine()}, {os.cpu_count()} CPUs"
+
+
+def _devices() -> dict[str, str]:
+    """The accelerators, and the dtypes and backends that they have."""
+    if not torch.accelerator.is_available():
+        return {"device": "CPU alone"}
+    if not torch.cuda.is_available():
+        return {"device": str(torch.accelerator.current_accelerator())}
+    names = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
+    return {
+        "device": ", ".join(f"{found.name} ({found.total_memory / 2**30:.0f} GiB)" for found in names),
+        "CUDA": f"{torch.version.cuda or torch.version.hip}, bf16: {torch.cuda.is_bf16_supported()}",
+    }
+
+
+def _packages() -> list[str]:
+    """Everything that the package can use, as its metadata list it; without what only its development needs."""
+    found = [Requirement(line) for line in requires("hf_prefopt") or ()]
+    names = [one.name for one in found if one.name != "hf_prefopt" and "dev" not in str(one.marker)]
+    return list(dict.fromkeys([*names, "trl", "flash-attn", "liger-kernel", "wandb", "tensorboard"]))
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,108 @@
+"""The parser of a command: an error is one line, and names the option that was meant."""
+
+import argparse
+import re
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import Field, fields
+from difflib import get_close_matches
+from functools import wraps
+from types import ModuleType
+from typing import Any, NoReturn, get_args, get_type_hints
+
+from transformers import HfArgumentParser
+
+from hf_prefopt.config_docs import default_of
+from hf_prefopt.config_names import hints_in
+
+
+class CommandParser(HfArgumentParser):
+    """argparse with short errors, options for the fields of dataclasses, and a short help beside the full one."""
+
+    def __init__(self, prog: str, **settings: Any):
+        super().__init__(prog=prog, **{"formatter_class": _Help, "allow_abbrev": False, **settings})
+        self.short_help: str | None = None
+
+    def format_help(self) -> str:
+        """The short help where there is one; `--help-all` prints the full one."""
+        return self.short_help or super().format_help()
+
+    def parse_args(self, words: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """As argparse's; an unknown option is an error that offers the nearest one."""
+        options, unknown = self.parse_known_args(words, namespace)
+        if unknown:
+            self.error(self._unknown(unknown[0]))
+        return options
+
+    def error(self, message: str) -> NoReturn:
+        """End the process with one line and exit code 2, as argparse does after its usage."""
+        message = re.sub(r"^argument (-[\w-]+)(/--?[\w-]+)*:", r"argument \1:", message)
+        self.exit(2, f"error: {message}\n")
+
+    def _unknown(self, word: str) -> str:
+        option = word.split("=")[0]
+        known = {name.replace("-", "_"): name for name in reversed(self._option_string_actions)}
+        if not option.startswith("-"):
+            is_file = re.fullmatch(r".*\.ya?ml", option) and "--config" in known
+            return f"unexpected argument {option}" + (f": did you mean --config {option}?" if is_file else "")
+        plain = option.replace("-", "_")
+        hint = hints_in(plain) if "__loss_type" in known else ""
+        near = get_close_matches(plain, known, 1)
+        return f"unknown argument {option}" + (hint or (f": did you mean {known[near[0]]}?" if near else ""))
+
+    def add_full_help(self) -> None:
+        """The option `--help-all`."""
+        self.add_argument("--help-all", "--help_all", action=_FullHelp, nargs=0, help="show every option")
+
+    def add_settings(self, heading: str, dataclass: type, without: Collection[str] = ()) -> None:
+        """An option for each field. What is not given on the command line is not among the parsed options."""
+        group, hints = self.add_argument_group(heading), get_type_hints(dataclass)
+        for field in fields(dataclass):
+            if field.init and field.name not in without:
+                field.type = hints[field.name]
+                before = len(self._actions)
+                self._parse_dataclass_field(group, field)
+                for option in self._actions[before:]:
+                    self._finish(option, field, type(None) in get_args(hints[field.name]))
+
+    @staticmethod
+    def _finish(option: argparse.Action, field: Field, may_be_none: bool) -> None:
+        if may_be_none and option.type in (int, float):
+            option.type = _or_none(option.type)
+        option.metavar = option.metavar or ("VALUE" if option.nargs != 0 else None)
+        default = default_of(field)
+        option.help = (option.help or "") + ("" if default is None else f" (default: {default})".replace("%", "%%"))
+        option.default = argparse.SUPPRESS
+
+    def settings(self) -> dict[str, argparse.Action]:
+        """The option that reads each setting."""
+        return {option.dest: option for option in reversed(self._actions) if option.default == argparse.SUPPRESS}
+
+
+class _FullHelp(argparse.Action):
+    def __call__(self, parser: Any, *_: Any) -> None:
+        parser.short_help = None
+        parser.print_help()
+        parser.exit()
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=32, width=110)
+
+
+def parser_of(command: ModuleType, prog: str) -> CommandParser:
+    """The parser of a command, which is a module; see `hf_prefopt.commands`."""
+    parser = CommandParser(prog, description=command.__doc__)
+    command.add_options(parser)
+    parser.add_argument("--traceback", action="store_true", help="show where in the code an error comes from")
+    return parser
+
+
+def _or_none(read: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Reads also the word none."""
+
+    @wraps(read, updated=())
+    def reading(text: str) -> Any:
+        return None if text.lower() == "none" else read(text)
+
+    return reading

@@ -1,0 +1,92 @@
+"""From the options of a model to its LoRA, its quantization and the arguments of `from_pretrained`; checked first."""
+
+from dataclasses import fields
+from typing import Any
+
+from peft import LoraConfig
+from transformers import BitsAndBytesConfig
+
+from hf_prefopt.recipe.options import ModelOptions
+
+ADAPTER = (
+    "lora_r",
+    "lora_alpha",
+    "lora_dropout",
+    "lora_target_modules",
+    "lora_target_parameters",
+    "lora_modules_to_save",
+    "use_rslora",
+    "use_dora",
+)
+BITS = ("load_in_4bit", "load_in_8bit")
+FOUR_BITS = ("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage")
+# Arguments of `from_pretrained` that have options of their own.
+LOADING = {"revision": "model_revision", "dtype": "dtype", "attn_implementation": "attn_implementation"}
+
+
+def check_model_options(model: ModelOptions) -> None:
+    """Raise `ValueError` if an option would have no effect beside the others."""
+    if model.lora_task_type != "CAUSAL_LM":
+        raise ValueError(f"lora_task_type={model.lora_task_type}: a causal language model is trained; leave it out")
+    if model.load_in_8bit and model.load_in_4bit:
+        raise ValueError("load_in_8bit=True and load_in_4bit=True: choose one of them")
+    if not model.use_peft and (given := _changed(model, ADAPTER)):
+        raise ValueError(
+            f"{given}: only an adapter has this, and all weights train: set use_peft=true, or leave it out"
+        )
+    if not model.use_peft and (given := _changed(model, BITS)):
+        raise ValueError(f"{given}: weights in so few bits cannot train: set use_peft=true for an adapter on top")
+    if not model.load_in_4bit and (given := _changed(model, FOUR_BITS)):
+        raise ValueError(f"{given} is used with load_in_4bit=true alone: set that, or leave it out")
+
+
+def _changed(model: ModelOptions, names: tuple[str, ...]) -> str:
+    defaults = {field.name: field.default for field in fields(ModelOptions)}
+    return ", ".join(f"{name}={getattr(model, name)}" for name in names if getattr(model, name) != defaults[name])
+
+
+def lora_of(model: ModelOptions) -> LoraConfig | None:
+    """The adapter to put on the model, or `None` where all weights train."""
+    if not model.use_peft:
+        return None
+    modules = model.lora_target_modules
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=model.lora_r,
+        lora_alpha=model.lora_alpha,
+        lora_dropout=model.lora_dropout,
+        target_modules=modules[0] if modules and len(modules) == 1 else modules,  # a name alone may be a pattern
+        target_parameters=model.lora_target_parameters,
+        modules_to_save=model.lora_modules_to_save,
+        use_rslora=model.use_rslora,
+        use_dora=model.use_dora,
+    )
+
+
+def quantization_of(model: ModelOptions) -> BitsAndBytesConfig | None:
+    """How the model is quantized as it is loaded, or `None`; 4-bit layers compute in its `dtype`."""
+    if model.load_in_8bit:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    if not model.load_in_4bit:
+        return None
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_compute_dtype=model.dtype,
+        bnb_4bit_quant_type=model.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=model.use_bnb_nested_quant,
+        bnb_4bit_quant_storage=model.bnb_4bit_quant_storage,
+    )
+
+
+def loading_arguments(model: ModelOptions, others: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What `from_pretrained` is told: the options of the model, and `model_init_kwargs` with them.
+
+    Raises:
+        ValueError: the latter has what is an option of its own.
+    """
+    twice = [name for name in LOADING if name in (others or {})]
+    if twice:
+        options = ", ".join(f"--{LOADING[name]} {others[name]}" for name in twice)
+        raise ValueError(f"model_init_kwargs has {', '.join(twice)}: set it by its own option, {options}")
+    chosen = {name: getattr(model, option) for name, option in LOADING.items()}
+    return {**(others or {}), **{name: value for name, value in chosen.items() if value is not None}}

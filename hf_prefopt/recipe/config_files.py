@@ -1,0 +1,152 @@
+"""YAML files of settings: read with the line of each key, so that a mistake is named where it is."""
+
+from argparse import Action, ArgumentTypeError
+from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hf_prefopt.config_names import hints_in
+from hf_prefopt.recipe.shipped import find_config
+
+# Keys of a file that are no settings: the file to begin with, and TRL's environment variables.
+BASE, ENVIRONMENT = "base", "env"
+COMMAND_LINE = "the command line"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Settings of one origin. Attributes: where: what messages call it."""
+
+    where: str
+    settings: Mapping[str, Any]
+    environment: Mapping[str, str]
+
+
+def read_layers(given: list[str], options: Mapping[str, Action]) -> list[Layer]:
+    """The layers of the files that `--config` names, in their order.
+
+    The first file may name another, which is read before it, by its key `base`; in files after the first that key is
+    not used, because there is something to begin with.
+
+    Args:
+        options: the option of each setting, which says how a value is read.
+
+    Raises:
+        ValueError: a file is missing or no mapping, has an unknown key, a key twice, or a value of another type.
+    """
+    files = [find_config(name) for name in given]
+    while files and (base := _values(files[0]).get(BASE)):
+        files.insert(0, _base(files[0], base, files))
+    return [_layer(file, options) for file in files]
+
+
+def _base(file: Path, base: Any, above: list[Path]) -> Path:
+    path = file.parent / str(base)
+    if not path.is_file():
+        raise ValueError(f"{file}: base: {base}: there is no such file beside it")
+    if path.resolve() in [other.resolve() for other in above]:
+        raise ValueError(f"{file}: base: {base} leads back to {path}: leave one of these lines out")
+    return path
+
+
+def _layer(file: Path, options: Mapping[str, Action]) -> Layer:
+    values, lines = _values(file), _lines(file)
+    values.pop(BASE, None)
+    environment = values.pop(ENVIRONMENT, None) or {}
+    if not isinstance(environment, dict):
+        raise ValueError(f"{file}, line {lines[ENVIRONMENT]}: env must be a mapping of names to values")
+    settings = {}
+    for name, value in values.items():
+        where = f"{file}, line {lines[name]}"
+        if name not in options:
+            raise ValueError(f"{where}: {unknown_setting(str(name), options)}")
+        try:
+            settings[name] = _read(options[name], value)
+        except (ValueError, TypeError, ArgumentTypeError) as error:
+            raise ValueError(f"{where}: {name}: {value!r} {_wanted(options[name], value, error)}") from None
+    return Layer(str(file), settings, {name: str(value) for name, value in environment.items()})
+
+
+def unknown_setting(name: str, options: Mapping[str, Action]) -> str:
+    """What to say of a name that is no setting."""
+    plain = name.replace("-", "_")
+    near = [plain] if plain in options else get_close_matches(plain, options, 1)
+    hint = f"; did you mean {near[0]}?" if near else "; `hf_prefopt train --help-all` names all"
+    return f"there is no setting {name}{hints_in(name) or hint}"
+
+
+def _values(file: Path) -> dict[str, Any]:
+    try:
+        found = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ValueError(f"{file}{where}: this is not YAML: {error.problem or error.context}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file}: this is not YAML: {' '.join(str(error).split())}") from None
+    if found is None:
+        return {}
+    if not isinstance(found, dict):
+        raise ValueError(f"{file}: settings are lines `name: value`, and this is a {type(found).__name__}")
+    return found
+
+
+def _lines(file: Path) -> dict[str, int]:
+    """The line of each key. Raises `ValueError` for a key that is there twice, of which YAML takes the last."""
+    lines: dict[str, int] = {}
+    node = yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    for key, _ in node.value if node else ():
+        line = key.start_mark.line + 1
+        if key.value in lines:
+            raise ValueError(f"{file}, line {line}: {key.value} is in line {lines[key.value]} already: leave one out")
+        lines[key.value] = line
+    return lines
+
+
+def _read(option: Action, value: Any) -> Any:
+    """A value as the command line would read it."""
+    if value is None or isinstance(value, dict):
+        return _checked(option, value)
+    if isinstance(value, list):
+        if option.nargs != "+" and not isinstance(option.default, list) and option.dest not in _ALSO_LISTS:
+            raise TypeError
+        return [item if isinstance(item, dict) else _scalar(option, item) for item in value]
+    scalar = _scalar(option, value)
+    return [scalar] if option.nargs == "+" else scalar
+
+
+# Options of one text on the command line, of which a file may list several.
+_ALSO_LISTS = ("report_to", "debug", "fsdp")
+
+
+def _checked(option: Action, value: Any) -> Any:
+    if isinstance(value, dict) and option.type not in (str, None):
+        raise TypeError
+    return value
+
+
+def _scalar(option: Action, value: Any) -> Any:
+    if isinstance(value, bool) and option.type is str:
+        raise TypeError
+    read = option.type(str(value)) if option.type else value
+    if option.choices is not None and read not in option.choices:
+        raise ValueError
+    return read
+
+
+def _wanted(option: Action, value: Any, error: Exception) -> str:
+    if isinstance(value, bool) and option.type is str:
+        return f'is what YAML makes of no, off, yes and on: put quotes around the word, {option.dest}: "no"'
+    if option.choices is not None:
+        return f"is not one of {', '.join(map(str, option.choices))}"
+    if isinstance(error, TypeError):
+        return f"must be one value, and not a {type(value).__name__}"
+    kind = getattr(option.type, "__name__", "")
+    return f"must be {_KINDS.get(kind, 'another value: ' + str(error))}"
+
+
+_KINDS = {"int": "a whole number", "float": "a number", "string_to_bool": "true or false"}

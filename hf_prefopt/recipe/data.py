@@ -1,0 +1,111 @@
+"""The rows to train on and to evaluate, from `dataset_name` or from `datasets`."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+
+from hf_prefopt.config import PreferenceConfig
+from hf_prefopt.data.files import load_splits
+from hf_prefopt.data.held_out import split_by_prompt
+from hf_prefopt.data.mixtures import Mixture
+from hf_prefopt.data.splits import HELD_BACK, describe_splits, evaluation_split, training_split
+from hf_prefopt.recipe.draw import draw, draw_prompts, not_too_long
+from hf_prefopt.recipe.mixture import load_mixture
+from hf_prefopt.recipe.options import DataOptions
+from hf_prefopt.recipe.shipped import SHIPPED_DATA, shipped
+
+Rows = Dataset | IterableDataset | Mixture
+
+
+def check_data_options(data: DataOptions) -> None:
+    """Raise `ValueError` for options that would have no effect."""
+    if data.ignore_bias_buffers:
+        raise ValueError("ignore_bias_buffers=True has no effect: leave it out; --ddp_broadcast_buffers false is close")
+    if data.test_split_size is not None and data.dataset_test_split != "test":
+        raise ValueError(
+            f"test_split_size={data.test_split_size} holds rows out, and dataset_test_split="
+            f"{data.dataset_test_split} names a split to evaluate: give one of them"
+        )
+    if not data.datasets:
+        return
+    names = ("dataset_name", "dataset_config", "train_rows", "eval_rows")
+    unused = {name: value for name in names if (value := getattr(data, name)) is not None}
+    for name, default in (("dataset_train_split", "train"), ("dataset_test_split", "test")):
+        unused |= {name: value} if (value := getattr(data, name)) != default else {}
+    if unused:
+        given = ", ".join(f"{name}={value}" for name, value in unused.items())
+        raise ValueError(f"{given} beside datasets: give path, name, split and weight in the entries of datasets")
+
+
+def load_pairs(data: DataOptions, training: PreferenceConfig) -> tuple[Rows, Rows | None]:
+    """The training rows and, where there are any, the evaluation rows; without these, evaluation is turned off.
+
+    Raises:
+        ValueError: the data cannot be loaded, or have no such split.
+    """
+    train, test = _load_mixture(data, training) if data.datasets else _load(data, training)
+    if test is None:
+        _without_evaluation(training)
+    return train, test
+
+
+def _load(data: DataOptions, training: PreferenceConfig) -> tuple[Rows, Rows | None]:
+    """The rows of `dataset_name`: see `hf_prefopt.data.files` and `.splits`."""
+    splits = load_splits(_found(data.dataset_name), data.dataset_config, data.dataset_streaming)
+    trained = training_split(splits, data.dataset_train_split)
+    train, evaluated = not_too_long(splits[trained], data.longest_row), None
+    if data.test_split_size is None:
+        evaluated = evaluation_split(splits, data.dataset_test_split, trained)
+        test = not_too_long(splits[evaluated], data.longest_row) if evaluated else None
+    elif isinstance(train, IterableDataset):
+        raise ValueError("test_split_size: a stream has no length to hold a share out of: name a split to evaluate")
+    else:
+        train, test = split_by_prompt(train, data.test_split_size, training.seed, **_reading(training))
+        held_out = f"{len(test):,} rows are held out to evaluate, {len(train):,} are trained on"
+        _say(training, f"{held_out}; no prompt is in both.")
+    _say(training, describe_splits(splits, trained, evaluated))
+    how = draw_prompts if training.group_by_prompt else draw
+    train = how(train, data.train_rows, training.seed)
+    return train, how(test, data.eval_rows, training.seed) if test is not None else None
+
+
+def _found(name: str) -> str:
+    """The name; that of data which come with the package stands for their folder, wherever one is."""
+    is_shipped = name.startswith(SHIPPED_DATA) and not Path(name).exists()
+    return str(shipped(name)) if is_shipped and shipped(name).exists() else name
+
+
+def _load_mixture(data: DataOptions, training: PreferenceConfig) -> tuple[Mixture, Mixture | None]:
+    """The rows of `datasets`: see `mixture.py`."""
+    keep = partial(not_too_long, longest=data.longest_row)
+    train, test = load_mixture(data.datasets, data.dataset_streaming, training.seed, keep, _reading(training))
+    if data.test_split_size is not None:
+        train, test = train.hold_out(data.test_split_size)
+    if test is not None:
+        names = ", ".join(f"{source.name}" for source in test.sources)
+        _say(training, f"Evaluated are {'held-out rows' if data.test_split_size else 'splits'} of {names}.")
+    return train, test
+
+
+def _without_evaluation(training: PreferenceConfig) -> None:
+    """Turn evaluation off, and print a line about it."""
+    if training.load_best_model_at_end:
+        raise ValueError("load_best_model_at_end=True, but the data set has no split to evaluate: set it to false")
+    training.eval_on_start, training.eval_strategy = False, "no"
+    _say(
+        training,
+        f"No split to evaluate ({', '.join(HELD_BACK)}): training without evaluation; --test_split_size 0.05 holds "
+        "rows out.",
+    )
+
+
+def _reading(training: PreferenceConfig) -> dict[str, Any]:
+    """The settings that say how columns are read."""
+    return {name: getattr(training, name) for name in ("column_mapping", "remove_columns", "text_as")}
+
+
+def _say(training: PreferenceConfig, line: str | None) -> None:
+    if line and training.process_index == 0:
+        print(line, flush=True)

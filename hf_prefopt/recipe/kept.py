@@ -1,0 +1,104 @@
+"""What a run's folder keeps of how it was made, and what keeps another run from being overwritten by it."""
+
+import re
+import shlex
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hf_prefopt import __version__
+from hf_prefopt.recipe.settings import Recipe
+
+FILE = "train.yaml"
+# What the end of a run leaves behind.
+RESULTS = (
+    "README.md",
+    "adapter_model.safetensors",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "checkpoint-*",
+)
+# Settings that do not make it another run.
+NOT_OF_THE_RUN = ("overwrite_output_dir", "resume_from_checkpoint")
+_SECRET = re.compile(r"hf_\w{8,}")
+
+
+def refuse_other_run(recipe: Recipe) -> None:
+    """Raise `ValueError` if `output_dir` holds the results of a run with other settings, unless they may be replaced.
+
+    The same run again, or one that goes on from a checkpoint, is no other run.
+    """
+    folder = Path(recipe.training.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output_dir={folder} is a file: name a folder")
+    may = recipe.run.overwrite_output_dir or recipe.training.resume_from_checkpoint
+    if may or not any(found for name in RESULTS for found in folder.glob(name)):
+        return
+    before, now = _kept(folder), _plain(recipe.settings)
+    if before == now:
+        if recipe.training.process_index == 0:
+            print(f"{folder} holds this run already: its files are replaced", flush=True)
+        return
+    raise ValueError(
+        f"output_dir={folder} holds another run{_difference(before, now)}: name another folder, --output_dir "
+        f"{folder}-2, or replace that run, --overwrite_output_dir true"
+    )
+
+
+def keep_settings(recipe: Recipe) -> None:
+    """Write the settings into the run's folder, as a file for `--config`, with the command in a comment; no secrets."""
+    if recipe.training.process_index:
+        return
+    folder = Path(recipe.training.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft", "datasets"))
+    head = [
+        _SECRET.sub("hf_...", _command(recipe.command_line)),
+        f"hf_prefopt {__version__}, {versions}",
+        f"The same run again: hf_prefopt train --config {folder / FILE}",
+    ]
+    if recipe.environment:
+        head.append(f"Environment variables that were set, whose values are not kept: {', '.join(recipe.environment)}")
+    settings = yaml.safe_dump(_plain(recipe.settings), allow_unicode=True, sort_keys=False, width=120)
+    (folder / FILE).write_text("".join(f"# {line}\n" for line in head) + settings, encoding="utf-8")
+
+
+def _command(words: Any) -> str:
+    """The command line, without the values of options that name a token."""
+    shown, hide = [], False
+    for word in words:
+        name, is_pair, _ = word.partition("=")
+        is_secret = name.startswith("--") and _is_secret(name)
+        shown.append("..." if hide else f"{name}=..." if is_secret and is_pair else word)
+        hide = is_secret and not is_pair
+    return shlex.join(shown)
+
+
+def _plain(settings: Any) -> Any:
+    """Settings as they go through a YAML file: without secrets, and what is not of the run."""
+    if isinstance(settings, dict):
+        kept = {name: value for name, value in settings.items() if name not in NOT_OF_THE_RUN}
+        return {name: _plain(value) for name, value in kept.items() if not _is_secret(str(name))}
+    return [_plain(value) for value in settings] if isinstance(settings, list | tuple) else settings
+
+
+def _is_secret(name: str) -> bool:
+    return name.endswith(("token", "password", "api_key", "secret"))
+
+
+def _kept(folder: Path) -> dict[str, Any] | None:
+    """The settings of the run in a folder; `None` if it keeps none."""
+    try:
+        return yaml.safe_load((folder / FILE).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError):
+        return None
+
+
+def _difference(before: dict[str, Any] | None, now: dict[str, Any]) -> str:
+    if not before:
+        return ""
+    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    shown = [f"{name}: {before.get(name, 'default')} there, {now.get(name, 'default')} here" for name in names[:3]]
+    return f" ({'; '.join(shown)}{', ...' if len(names) > 3 else ''})"

@@ -1,0 +1,134 @@
+"""The options of `train` besides those of `PreferenceConfig`, with the names and defaults of TRL where it has them.
+
+`ModelOptions` and `DataOptions` have the fields of `trl.ModelConfig` and `trl.ScriptArguments`, so that a YAML file for
+TRL can be used; TRL itself is not needed.
+"""
+
+import runpy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hf_prefopt.recipe.mixture import read_entries
+
+
+def _help(text: str, **others: Any) -> dict[str, Any]:
+    return {"help": text, **others}
+
+
+@dataclass
+class DataOptions:
+    """What is trained on."""
+
+    dataset_name: str | None = field(
+        default=None, metadata=_help("A name on the Hub, a folder, a file, or a pattern of files.")
+    )
+    dataset_config: str | None = field(default=None, metadata=_help("The configuration of a data set of the Hub."))
+    dataset_train_split: str = field(default="train", metadata=_help("The split to train on."))
+    dataset_test_split: str = field(
+        default="test", metadata=_help("The split to evaluate; test stands for all usual names.")
+    )
+    dataset_streaming: bool = field(default=False, metadata=_help("Read the data set as a stream."))
+    datasets: list[str] | None = field(
+        default=None,
+        metadata=_help(
+            "A mixture instead of dataset_name: paths, or entries with path, weight and more; see docs/inspect.md."
+        ),
+    )
+    test_split_size: float | None = field(
+        default=None,
+        metadata=_help(
+            "Hold out this share of the rows to evaluate, above 0 and below 1, by whole prompts, in place of a split."
+        ),
+    )
+    train_rows: int | None = field(
+        default=None, metadata=_help("Train on N rows, drawn at random; all of them if there are fewer.")
+    )
+    eval_rows: int | None = field(default=None, metadata=_help("Evaluate on N rows, drawn at random."))
+    longest_row: int | None = field(
+        default=None, metadata=_help("Leave out rows with more than N characters, prompt and responses together.")
+    )
+    ignore_bias_buffers: bool = field(
+        default=False, metadata=_help("Not supported: ddp_broadcast_buffers=false is close.")
+    )
+
+    def __post_init__(self):
+        self.datasets = read_entries(self.datasets) if self.datasets else None
+        for name in ("train_rows", "eval_rows", "longest_row"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1: leave it out for all rows")
+        if self.test_split_size is not None and not 0 < self.test_split_size < 1:
+            raise ValueError(
+                f"test_split_size={self.test_split_size} must be a share above 0 and below 1, such as 0.05"
+            )
+
+
+@dataclass
+class ModelOptions:
+    """The model, and the adapter on it."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata=_help("A name on the Hub or a folder; also of an adapter, which trains on.")
+    )
+    model_revision: str = field(default="main", metadata=_help("The branch, tag or commit of the model."))
+    dtype: str | None = field(
+        default="float32",
+        metadata=_help(
+            "The type of the weights; bfloat16 halves the memory of a model under an adapter.",
+            choices=["auto", "bfloat16", "float16", "float32"],
+        ),
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata=_help("The attention, such as sdpa or flash_attention_2.")
+    )
+    use_peft: bool = field(default=False, metadata=_help("Train a LoRA adapter instead of all weights."))
+    lora_r: int = field(default=16, metadata=_help("The rank of the adapter."))
+    lora_alpha: int = field(default=32, metadata=_help("The scale of the adapter is lora_alpha / lora_r."))
+    lora_dropout: float = field(default=0.05, metadata=_help("Dropout before the adapter."))
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata=_help("The layers with an adapter, such as all-linear, or q_proj v_proj.")
+    )
+    lora_target_parameters: list[str] | None = field(
+        default=None, metadata=_help("Parameters with an adapter, for experts.")
+    )
+    lora_modules_to_save: list[str] | None = field(
+        default=None, metadata=_help("Layers that train as a whole and are saved with the adapter.")
+    )
+    lora_task_type: str = field(default="CAUSAL_LM", metadata=_help("CAUSAL_LM, the only one."))
+    use_rslora: bool = field(default=False, metadata=_help("Scale by lora_alpha / √lora_r."))
+    use_dora: bool = field(default=False, metadata=_help("Weight-decomposed LoRA."))
+    load_in_8bit: bool = field(
+        default=False, metadata=_help("Load the model beneath the adapter in 8 bits (needs bitsandbytes).")
+    )
+    load_in_4bit: bool = field(
+        default=False, metadata=_help("Load the model beneath the adapter in 4 bits (needs bitsandbytes).")
+    )
+    bnb_4bit_quant_type: str = field(default="nf4", metadata=_help("The type of the 4 bits.", choices=["fp4", "nf4"]))
+    use_bnb_nested_quant: bool = field(
+        default=False, metadata=_help("Quantize the constants of the quantization, too.")
+    )
+    bnb_4bit_quant_storage: str | None = field(
+        default=None, metadata=_help("The type that 4-bit weights are stored in.")
+    )
+
+
+@dataclass
+class RunOptions:
+    """What `train` itself does."""
+
+    gsm8k_problems: int = field(
+        default=0, metadata=_help("Solve N GSM8K problems (at most 200) at every evaluation; 0 for none.")
+    )
+    losses_from: str | None = field(
+        default=None, metadata=_help("A Python file that registers losses of your own; it is run first.")
+    )
+    overwrite_output_dir: bool = field(default=False, metadata=_help("Replace another run in output_dir."))
+
+    def __post_init__(self):
+        if self.losses_from and not Path(self.losses_from).is_file():
+            raise ValueError(f"losses_from={self.losses_from}: there is no such file")
+        if self.losses_from:
+            runpy.run_path(self.losses_from)
+        if not 0 <= self.gsm8k_problems <= 200:
+            raise ValueError(f"gsm8k_problems={self.gsm8k_problems} must be from 0 to 200")

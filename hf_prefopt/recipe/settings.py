@@ -1,0 +1,81 @@
+"""A run as its files and its command line describe it, checked before anything is loaded."""
+
+import os
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from hf_prefopt.config import PreferenceConfig
+from hf_prefopt.recipe.adapters import check_model_options, loading_arguments
+from hf_prefopt.recipe.config_files import COMMAND_LINE, Layer, read_layers
+from hf_prefopt.recipe.data import check_data_options
+from hf_prefopt.recipe.layers import merged
+from hf_prefopt.recipe.options import DataOptions, ModelOptions, RunOptions
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a run is made of.
+
+    Attributes:
+        settings: everything that was said, by name, as it goes into a YAML file.
+        environment: names of the variables that files set.
+        command_line: what was typed.
+    """
+
+    run: RunOptions
+    data: DataOptions
+    model: ModelOptions
+    training: PreferenceConfig
+    settings: dict[str, Any]
+    environment: tuple[str, ...]
+    command_line: Sequence[str]
+
+    @property
+    def data_names(self) -> str | list[str]:
+        """The data sets, for the model card."""
+        return [entry.path for entry in self.data.datasets] if self.data.datasets else self.data.dataset_name
+
+
+def read_recipe(options: Namespace) -> Recipe:
+    """The run that the options of `train` describe.
+
+    Raises:
+        ValueError: an unknown setting, a wrong value, a missing one, or one without an effect.
+    """
+    given = {name: getattr(options, name) for name in options.known if hasattr(options, name)}
+    files = read_layers(options.config, options.known)
+    script = Layer("the script", getattr(options, "script", {}), {})
+    settings = merged([script, *files, Layer(COMMAND_LINE, given, {})], _say)
+    environment = {name: value for file in files for name, value in file.environment.items()}
+    os.environ.update(environment)
+    _refuse_missing(settings)
+    # First, because `losses_from` registers losses that PreferenceConfig looks up.
+    run = RunOptions(**_of(RunOptions, settings))
+    settings.setdefault("output_dir", "runs/" + "+".join(settings.get("loss_type", ["dpo"])))
+    data, model = DataOptions(**_of(DataOptions, settings)), ModelOptions(**_of(ModelOptions, settings))
+    check_model_options(model)
+    check_data_options(data)
+    training = PreferenceConfig(**_of(PreferenceConfig, settings))
+    if training.do_predict:
+        raise ValueError("do_predict=True has no effect: `train` trains and evaluates; leave it out")
+    training.model_init_kwargs = loading_arguments(model, training.model_init_kwargs)
+    return Recipe(run, data, model, training, settings, tuple(environment), options.command_line)
+
+
+def _of(kind: type, settings: dict[str, Any]) -> dict[str, Any]:
+    return {field.name: settings[field.name] for field in fields(kind) if field.name in settings}
+
+
+def _refuse_missing(settings: dict[str, Any]) -> None:
+    if not settings.get("dataset_name") and not settings.get("datasets"):
+        raise ValueError("--dataset_name is missing: pass it, or a YAML file that has it, with --config")
+    if not settings.get("model_name_or_path"):
+        raise ValueError("--model_name_or_path is missing: pass it, or a YAML file that has it, with --config")
+
+
+def _say(line: str) -> None:
+    """Print a line, once for all ranks."""
+    if not int(os.environ.get("RANK", 0)):
+        print(line, flush=True)

@@ -1,0 +1,104 @@
+"""The recipes, YAML files of losses, data and engine configurations that come with the package.
+
+In a checkout they are the folders `recipes/` and `ds_configs/`; a wheel has them in `hf_prefopt/shipped/`.
+"""
+
+import shutil
+from difflib import get_close_matches
+from pathlib import Path
+
+import hf_prefopt
+
+SHIPPED_DATA = "recipes/data/"
+_PACKAGE = Path(hf_prefopt.__file__).parent
+
+
+def shipped(path: str) -> Path:
+    """Where a file or folder of the repository is, such as "recipes/dpo_lora.yaml"."""
+    installed = _PACKAGE / "shipped"
+    return (installed if installed.is_dir() else _PACKAGE.parent) / path
+
+
+def recipes() -> dict[str, Path]:
+    """The YAML files of `train --config`, by name: first the recipes, then a file for each loss."""
+    return _files("recipes") | _files("recipes/configs")
+
+
+def engines() -> dict[str, Path]:
+    """The YAML files of `accelerate launch --config_file`, by name."""
+    return _files("ds_configs")
+
+
+def _files(folder: str) -> dict[str, Path]:
+    return {file.stem: file for file in sorted(shipped(folder).glob("*.yaml"))}
+
+
+def purpose(file: Path) -> str:
+    """The first line of a file's comment."""
+    return file.read_text().splitlines()[0].lstrip("# ")
+
+
+def find_config(given: str) -> Path:
+    """The file that `--config` means: a path, or what comes with the package, by its name or path.
+
+    Raises:
+        ValueError: there is none; similar names are offered.
+    """
+    path = Path(given).expanduser()
+    if path.is_file():
+        return path
+    if path.is_dir():
+        raise ValueError(f"--config {given} is a folder: name a YAML file in it")
+    named = recipes().get(path.stem) if path.suffix in ("", ".yaml", ".yml") else None
+    if named and str(path.parent) in (".", "recipes", "recipes/configs"):
+        return named
+    near = get_close_matches(path.stem, recipes(), 3)
+    meant = f"did you mean {' or '.join(near)}? " if near else ""
+    raise ValueError(f"--config {given}: there is no such file or recipe; {meant}`hf_prefopt train --list` names them")
+
+
+def listing() -> str:
+    """The recipes, the files of the losses and the engine configurations, a line for each."""
+    parts = {
+        "Recipes: hf_prefopt train --config NAME": _files("recipes"),
+        "Losses: --config NAME, on base.yaml or after a file of your own": _files("recipes/configs"),
+        "Engines: accelerate launch --config_file FILE -m hf_prefopt train ...; --copy NAME writes the file": engines(),
+    }
+    lines = []
+    for heading, files in parts.items():
+        lines += ["", heading, *(f"  {name:<22} {purpose(file)}" for name, file in files.items())]
+    return "\n".join(lines[1:])
+
+
+def copy(name: str, folder: str = ".", *others: str) -> list[Path]:
+    """Copy what has that name, with the files that it names, and return the new paths.
+
+    Recipes go into the folder itself; engine configurations into `ds_configs/` in it, where they look for each other.
+
+    Raises:
+        ValueError: there is no such name, or a file is there already.
+    """
+    if others:
+        raise ValueError(f"--copy takes a name and a folder; what is {others[0]}?")
+    found = {**engines(), **recipes()}.get(name.removesuffix(".yaml"))
+    if found is None:
+        near = get_close_matches(name, [*recipes(), *engines()], 3)
+        meant = f"did you mean {' or '.join(near)}? " if near else ""
+        raise ValueError(f"--copy {name}: there is no such recipe; {meant}`hf_prefopt train --list` names them")
+    sources, to = [found], Path(folder)
+    while base := base_of(sources[-1]):
+        sources.append(base)
+    if found in engines().values():
+        sources, to = sorted(found.parent.glob(f"{found.stem}.*")), to / found.parent.name
+    there = [str(to / source.name) for source in sources if (to / source.name).exists()]
+    if there:
+        raise ValueError(f"--copy {name}: {', '.join(there)} exists already; name another folder: --copy {name} FOLDER")
+    to.mkdir(parents=True, exist_ok=True)
+    return [Path(shutil.copyfile(source, to / source.name)) for source in sources]
+
+
+def base_of(file: Path) -> Path | None:
+    """The file that a YAML file begins with, by its line `base:`."""
+    lines = (line.partition("#")[0].strip() for line in file.read_text().splitlines())
+    named = next((line.removeprefix("base:").strip() for line in lines if line.startswith("base:")), None)
+    return file.parent / named if named else None
