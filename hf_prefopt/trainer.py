@@ -30,11 +30,14 @@ from hf_prefopt.policy import sample_of, under_adapter, with_adapter
 from hf_prefopt.reference.choose import check_reference
 from hf_prefopt.reporting.card import model_card
 from hf_prefopt.reporting.data_texts import data_texts
+from hf_prefopt.reporting.evaluated import EvaluatedSets
 from hf_prefopt.reporting.finite import ruined_gradient, ruined_weights
 from hf_prefopt.reporting.metrics import Evaluation, TrainingRecord
+from hf_prefopt.reporting.observed import observe
 from hf_prefopt.reporting.preview import print_preview
 from hf_prefopt.reporting.run_facts import card_facts
 from hf_prefopt.reporting.start_summary import StartSummary, loss_texts
+from hf_prefopt.reporting.throughput import Throughput
 from hf_prefopt.scoring.modes import adapter_casts_off, body_parameters, light_train
 from hf_prefopt.training.arguments import (
     check_arguments,
@@ -110,6 +113,7 @@ class PreferenceTrainer(Trainer):
 
     Attributes:
         criterion: the objective. data, scorer, global_batch, evaluation: see above.
+        evaluated: the examples of the first and last evaluation. throughput: counts tokens between training logs.
 
     Raises:
         ValueError: the data, the model, the reference and the losses do not fit together.
@@ -170,11 +174,19 @@ class PreferenceTrainer(Trainer):
         )
         refuse_first_fsdp(self.accelerator)
         self.data, self.settings, self.summary = data, OwnSettings(args), StartSummary()
-        self._steps = StepBatches()
+        self._steps, self.evaluated = StepBatches(), EvaluatedSets()
         self.scorer = Scorer(args, collator, ref_model, self.summary)
+        self.throughput = Throughput(self.scorer.flops_per_position)
         self._attach_model()
         events = ScorerEvents(self.scorer, self._evaluated, keeps_reference=model_init is not None)
-        for callback in (EpochOfMismatches(), SettleScorer(self.scorer), self.summary, events, RanksAgree()):
+        for callback in (
+            EpochOfMismatches(),
+            SettleScorer(self.scorer),
+            self.summary,
+            events,
+            RanksAgree(),
+            self.throughput,
+        ):
             self.add_callback(callback)
         # compute_loss divides by the number of examples in the whole step.
         self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = True
@@ -191,6 +203,7 @@ class PreferenceTrainer(Trainer):
         check_quantized(self.accelerator, self.model, self.args.mixed_precision)
         forget_other_trainers(self.model)
         self.scorer.attach(self.model, self.criterion, self.accelerator)
+        self.evaluated.forget()
 
     def _use(self, objective: Objective) -> None:
         self.criterion = self.scorer.objective = objective
@@ -223,6 +236,7 @@ class PreferenceTrainer(Trainer):
         if self.record.is_full:
             self.record.check(self.accelerator)
         batches = self._steps.draw(epoch_iterator, num_batches, self.state)
+        self.throughput.drew(batches)
         if not batches:
             return [], None
         return batches, self.global_batch.begin_step(
@@ -266,6 +280,7 @@ class PreferenceTrainer(Trainer):
         reference = self.scorer.reference_scores(inputs, known_as)
         policy = self.scorer.policy_scores(model, inputs, reference)
         own = objective.read(inputs, policy, reference)
+        own |= observe(objective.kind, inputs, own, policy, reference)
         if is_training:
             output, loss = self.global_batch.loss(inputs, own, num_items_in_batch)
             self.record.add(state.global_step + 1, inputs["rows"], own, output)
@@ -290,7 +305,7 @@ class PreferenceTrainer(Trainer):
             # fp16's loss scaling skips steps whose gradients overflow.
             norm = None if self.accelerator.mixed_precision == "fp16" else logs.get("grad_norm")
             self.record.check(self.accelerator, ruined_gradient(norm))
-            logs.update(self.record.pop_means(self.accelerator))
+            logs.update(self.record.pop_means(self.accelerator) | self.throughput.pop(self.accelerator))
         super().log(logs, start_time)
 
     # -- evaluation -----------------------------------------------------------------------------------------------
@@ -314,6 +329,7 @@ class PreferenceTrainer(Trainer):
         self.gather_function = partial(gather_examples, self.accelerator)
         output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         metrics = self.evaluation.metrics(f"evaluation at step {self.state.global_step}")
+        metrics |= self.evaluated.keep(metric_key_prefix, self.state.global_step, self.evaluation.examples)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         self.evaluation = Evaluation(self.criterion)
         return output
