@@ -28,13 +28,14 @@ from hf_prefopt.loading import load_model, load_processing_class
 from hf_prefopt.objective.objective import Objective
 from hf_prefopt.policy import sample_of, under_adapter, with_adapter
 from hf_prefopt.reference.choose import check_reference
-from hf_prefopt.reporting.card import model_card
+from hf_prefopt.reporting.card import CardFacts, model_card
 from hf_prefopt.reporting.data_texts import data_texts
 from hf_prefopt.reporting.evaluated import EvaluatedSets
 from hf_prefopt.reporting.finite import ruined_gradient, ruined_weights
 from hf_prefopt.reporting.metrics import Evaluation, TrainingRecord
 from hf_prefopt.reporting.observed import observe
 from hf_prefopt.reporting.preview import print_preview
+from hf_prefopt.reporting.record import RunRecord
 from hf_prefopt.reporting.run_facts import card_facts
 from hf_prefopt.reporting.start_summary import StartSummary, loss_texts
 from hf_prefopt.reporting.throughput import Throughput
@@ -114,6 +115,7 @@ class PreferenceTrainer(Trainer):
     Attributes:
         criterion: the objective. data, scorer, global_batch, evaluation: see above.
         evaluated: the examples of the first and last evaluation. throughput: counts tokens between training logs.
+        run_record: what `console.finish_run` has recorded of the run; the model card shows it.
 
     Raises:
         ValueError: the data, the model, the reference and the losses do not fit together.
@@ -123,6 +125,7 @@ class PreferenceTrainer(Trainer):
     criterion: Objective
     global_batch: GlobalBatch
     evaluation: Evaluation
+    run_record: RunRecord | None = None
 
     def __init__(
         self,
@@ -585,9 +588,12 @@ class PreferenceTrainer(Trainer):
             TypeError: another library's name for an argument.
         """
         refuse_foreign_arguments(metadata)
-        if not self.is_world_process_zero():
-            return
-        facts = card_facts(
+        if self.is_world_process_zero():
+            model_card(self.card_facts(model_name, dataset), **metadata).save(f"{self.args.output_dir}/README.md")
+
+    def card_facts(self, model_name: str | None = None, dataset: str | list[str] | None = None) -> CardFacts:
+        """What the model card says; its arguments are those of `create_model_card`."""
+        return card_facts(
             self.args,
             self.accelerator.unwrap_model(self.model),
             self.criterion.terms,
@@ -597,5 +603,5 @@ class PreferenceTrainer(Trainer):
             model_name,
             [dataset] if isinstance(dataset, str) else dataset or [],
             self.summary.as_dict(),
+            self.run_record,
         )
-        model_card(facts, **metadata).save(f"{self.args.output_dir}/README.md")

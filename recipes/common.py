@@ -27,6 +27,7 @@ from hf_prefopt.config_names import hints_in
 from hf_prefopt.console import use_short_progress
 from hf_prefopt.data.files import load_splits
 from hf_prefopt.data.splits import HELD_BACK, describe_splits, evaluation_split, training_split
+from hf_prefopt.recording import BeforeAndAfter
 
 # What the report at the end suggests.
 NEXT_STEPS = {
@@ -256,7 +257,8 @@ def draw_prompts(rows: Dataset | IterableDataset, count: int | None, seed: int) 
 
 
 def watch(trainer: PreferenceTrainer, recipe: RecipeArguments) -> None:
-    """Short progress lines, and GSM8K at every evaluation where it is asked for."""
+    """Short progress lines, answers from before and after training, and GSM8K where it is asked for."""
     use_short_progress(trainer)
+    trainer.add_callback(BeforeAndAfter(trainer))
     if recipe.gsm8k_problems:
         trainer.add_callback(GenerationEvalCallback(trainer, limit=recipe.gsm8k_problems))

@@ -17,21 +17,34 @@ class Examples:
         rows: `[B]`, the number of each example's row in the data set as it was given.
         pair_in_row: `[B]`, its place among the examples of its row.
         responses: what was measured of its responses.
+        reward_margins: `[B]`, the difference of the loss's own rewards, chosen − rejected; NaN where an example does
+            not compare. `None` if the loss has no rewards.
     """
 
     rows: np.ndarray
     pair_in_row: np.ndarray
     responses: Responses
+    reward_margins: np.ndarray | None = None
 
     @classmethod
-    def of(cls, inputs: Mapping[str, Tensor]) -> "Examples | None":
-        """From the joined inputs of an evaluation; `None` if its responses were not observed."""
+    def of(cls, inputs: Mapping[str, Tensor], rewards: Tensor | None = None) -> "Examples | None":
+        """From the joined inputs of an evaluation and the rewards; `None` if its responses were not observed."""
         if Responses.of(inputs) is None:
             return None
         rows, places = (inputs[name].numpy() for name in ("rows", "pair_in_row"))
         order = np.lexsort((places, rows))
         responses = Responses.of({name: values[order] for name, values in inputs.items()})
-        return None if responses is None else cls(rows[order], places[order], responses)
+        if responses is None:
+            return None
+        margins = None
+        if rewards is not None:
+            margins = responses.difference(rewards[order].double().numpy()[:, : responses.lengths.shape[1]])
+        return cls(rows[order], places[order], responses, margins)
+
+    @property
+    def margins(self) -> np.ndarray | None:
+        """`[B]`: those of the loss's rewards or, if it has none, of log-ratios to the reference."""
+        return self.responses.margins if self.reward_margins is None else self.reward_margins
 
     def same_as(self, other: "Examples") -> bool:
         """Whether these are the same rows."""
@@ -40,19 +53,21 @@ class Examples:
 
 @dataclass
 class EvaluatedSets:
-    """The first and the last evaluation of each data set.
+    """The first and the last evaluation of each data set, and of all of them the margins.
 
     Attributes:
         first, last: the step and the examples, by the prefix of the data set's metrics, such as "eval".
+        margins: the margins of the examples by step: of the loss's rewards or, if it has none, of log-ratios.
     """
 
     first: dict[str, tuple[int, Examples]] = field(default_factory=dict)
     last: dict[str, tuple[int, Examples]] = field(default_factory=dict)
+    margins: dict[str, dict[int, np.ndarray]] = field(default_factory=dict)
 
     def forget(self) -> None:
         """Forget all evaluations: there is another model."""
-        self.first.clear()
-        self.last.clear()
+        for kept in (self.first, self.last, self.margins):
+            kept.clear()
 
     def keep(self, name: str, step: int, examples: Examples | None) -> dict[str, float]:
         """Keep an evaluation.
@@ -63,9 +78,11 @@ class EvaluatedSets:
         """
         if examples is None:
             return {}
-        if step == 0 or name not in self.first:
-            self.first[name] = step, examples
+        if step == 0 or name not in self.first or not examples.same_as(self.first[name][1]):
+            self.first[name], self.margins[name] = (step, examples), {}
         self.last[name] = step, examples
+        if (margins := examples.margins) is not None:
+            self.margins[name][step] = margins
         change = self.change(name)
         if examples.responses.log_ratios is not None or change is None:
             return {}

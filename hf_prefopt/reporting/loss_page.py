@@ -12,7 +12,11 @@ from hf_prefopt.kinds import KINDS
 from hf_prefopt.losses.registry import LossSpec, get_loss, list_losses, token_stats_of
 
 CONFIGS = "recipes/configs"
-INTRODUCTION = """\
+NOTATION = """\
+s, the sum of the policy's log-probs (nats) over a response's scored tokens; s̄, their mean; r, s less the
+reference's; r̄, that per token; w, l and g, the chosen, the rejected and the gold response; h = r_w − r_l;
+ℓ(z) = −log σ(z); σ, the logistic function; sg, no gradient; R, a score of the data set."""
+INTRODUCTION = f"""\
 # The losses
 
 Made from the registry by `python -m hf_prefopt.reporting.loss_page > docs/losses.md`; do not edit it by hand.
@@ -21,9 +25,7 @@ Any of these names, or an alias, goes into `loss_type`, in Python, in YAML or on
 `loss_weights` are summed over one forward. A loss's `beta` and `label_smoothing` are fields of `PreferenceConfig`; its
 other hyperparameters go into `loss_params`.
 
-Notation: s, the sum of the policy's log-probs (nats) over a response's scored tokens; s̄, their mean; r, s less the
-reference's; r̄, that per token; w, l and g, the chosen, the rejected and the gold response; h = r_w − r_l;
-ℓ(z) = −log σ(z); σ, the logistic function; sg, no gradient; R, a score of the data set.
+Notation: {NOTATION}
 """
 
 

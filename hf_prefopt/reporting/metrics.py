@@ -174,7 +174,7 @@ class Evaluation:
             raise FloatingPointError(f"{where}: {finding[1]}")
         found = {"loss": Metric(output.losses), **example_metrics(self._objective, output, inputs)}
         means = {name: (metric.total / metric.count).item() for name, metric in found.items() if metric.count}
-        self.examples = Examples.of(inputs)
+        self.examples = Examples.of(inputs, output.rewards)
         observed = self.examples.responses.metrics(self._objective.kind) if self.examples else {}
         return self._objective.kind.finish_metrics(means) | observed
 

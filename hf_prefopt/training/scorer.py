@@ -180,7 +180,7 @@ class Scorer:
         if isinstance(self.reference, CachedReference):
             silent = args.disable_tqdm or not self.accelerator.is_main_process
             self._filler = CacheFiller(
-                self.reference, self._collated, self.accelerator, args.max_tokens_per_batch, silent
+                self.reference, self.collated, self.accelerator, args.max_tokens_per_batch, silent
             )
         return True
 
@@ -316,7 +316,8 @@ class Scorer:
         """The policy and, where it is another model, the reference."""
         return list(dict.fromkeys((self.model, self.reference.model if self.reference else self.model)))
 
-    def _collated(self, rows: list[dict[str, Any]]) -> PreferenceBatch:
+    def collated(self, rows: list[dict[str, Any]]) -> PreferenceBatch:
+        """The batch of these prepared rows on the device, in the layout that is settled."""
         return send_to_device(self._collator.collators[self.layout](rows), self.accelerator.device)
 
 
