@@ -7,7 +7,7 @@ says which response is chosen and which is rejected (see `kinds`). Only the coll
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -105,12 +105,16 @@ class LoaderBatch(TypedDict):
         rows: `[B]` int64, each example's row in the data set.
         input_ids, attention_mask: `[1, T]`, all positions of all pieces, and which of them are not padding.
         pieces: the micro-batches.
+        sequence_tokens, padded_positions: the tokens of all sequences [prompt | response], and the positions of a
+            right-padded batch of them; absent where a user's collator has made the batch.
     """
 
     rows: Tensor
     input_ids: Tensor
     attention_mask: Tensor
     pieces: list[PreferenceBatch]
+    sequence_tokens: NotRequired[int]
+    padded_positions: NotRequired[int]
 
 
 @dataclass(frozen=True)
@@ -148,10 +152,10 @@ class ResponseScores:
     lower_states: Any = None
 
     def sum_by_response(self, per_token: Tensor) -> Tensor:
-        """`[R]`: the sum of a per-token quantity `[N]` over each response."""
+        """`[R]`, or `[R, Q]`: the sums of a per-token quantity `[N]`, or of several `[N, Q]`, over each response."""
         # index_add adds sequentially; in fp32, hundreds of tokens would cost two digits of a log-ratio.
         wide = per_token.dtype if per_token.device.type == "mps" else torch.float64
-        sums = torch.zeros(self.lengths.shape[0], dtype=wide, device=per_token.device)
+        sums = torch.zeros(self.lengths.shape[0], *per_token.shape[1:], dtype=wide, device=per_token.device)
         return sums.index_add(0, self.response_index, per_token.to(wide)).to(per_token.dtype)
 
     def by_response(self, per_token: Tensor, width: int) -> Tensor:

@@ -4,13 +4,15 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
-from datasets import Dataset
 from transformers import ProgressCallback
 
+from hf_prefopt.recording import record_run
 from hf_prefopt.reporting.closing import closing_report
 from hf_prefopt.reporting.plots import plot_training
 from hf_prefopt.reporting.progress import ShortProgressCallback
-from hf_prefopt.reporting.run_facts import first_evaluation, last_evaluation
+from hf_prefopt.reporting.record import write_record
+from hf_prefopt.reporting.report_page import write_report
+from hf_prefopt.reporting.results import evaluated_sets, results_of
 from hf_prefopt.trainer import PreferenceTrainer
 
 
@@ -25,9 +27,11 @@ def finish_run(
     dataset: str | list[str] | None = None,
     next_steps: Mapping[str, str] | None = None,
 ) -> None:
-    """Write the model card and the training curves into `output_dir`, push if `push_to_hub` is set, and print a report.
+    """Write what is known of a run into `output_dir`, push if `push_to_hub` is set, and print a summary.
 
-    The curves need matplotlib, and are left out without it.
+    Written are the record of the run, the report made of it (a page for the browser), the model card, and the training
+    curves, which need matplotlib and are left out without it. Add `recording.BeforeAndAfter(trainer)` to the trainer's
+    callbacks before training to have answers from before and after it in all of them.
 
     Call it on every rank, after `trainer.save_model()`.
 
@@ -43,21 +47,19 @@ def finish_run(
         dataset: the name or names of the data, for the card.
         next_steps: what the report suggests, a command by purpose, as in `{"another loss": "--loss_type simpo"}`.
     """
-    args, history = trainer.args, trainer.state.log_history
+    args = trainer.args
     folder, is_first = Path(args.output_dir), trainer.is_world_process_zero()
-    trainer.create_model_card(dataset=dataset)
+    record = record_run(trainer, trainer.card_facts(dataset=dataset))
+    trainer.run_record = record
     results = {"trained model": folder, "model card": folder / "README.md"}
-    if is_first and find_spec("matplotlib"):
-        title = f"{' + '.join(args.loss_type)} → {folder}"
-        results["training curves"] = plot_training(history, folder / "curves.png", title=title)
+    if is_first:
+        write_record(record, folder)
+        results["report"] = write_report(record, folder / "report.html")
+        if find_spec("matplotlib"):
+            results["training curves"] = plot_training(record, folder / "curves.png")
+    trainer.create_model_card(dataset=dataset)
     if args.push_to_hub:
         trainer.push_to_hub(dataset=dataset)
     if is_first:
-        evaluated = trainer.eval_dataset
-        closing_report(
-            before=first_evaluation(history),
-            after=last_evaluation(history) or None,
-            examples=len(evaluated) if isinstance(evaluated, Dataset) else None,
-            results=results,
-            next_steps=next_steps or {},
-        )
+        evaluated = results_of(record, evaluated_sets(record)[0])
+        closing_report(evaluated, results, next_steps or {}, answers=record.answers)

@@ -28,13 +28,17 @@ from hf_prefopt.loading import load_model, load_processing_class
 from hf_prefopt.objective.objective import Objective
 from hf_prefopt.policy import sample_of, under_adapter, with_adapter
 from hf_prefopt.reference.choose import check_reference
-from hf_prefopt.reporting.card import model_card
+from hf_prefopt.reporting.card import CardFacts, model_card
 from hf_prefopt.reporting.data_texts import data_texts
+from hf_prefopt.reporting.evaluated import EvaluatedSets
 from hf_prefopt.reporting.finite import ruined_gradient, ruined_weights
 from hf_prefopt.reporting.metrics import Evaluation, TrainingRecord
+from hf_prefopt.reporting.observed import observe
 from hf_prefopt.reporting.preview import print_preview
+from hf_prefopt.reporting.record import RunRecord
 from hf_prefopt.reporting.run_facts import card_facts
 from hf_prefopt.reporting.start_summary import StartSummary, loss_texts
+from hf_prefopt.reporting.throughput import Throughput
 from hf_prefopt.scoring.modes import adapter_casts_off, body_parameters, light_train
 from hf_prefopt.scoring.positions import shortest_limit
 from hf_prefopt.training.arguments import (
@@ -111,6 +115,8 @@ class PreferenceTrainer(Trainer):
 
     Attributes:
         criterion: the objective. data, scorer, global_batch, evaluation: see above.
+        evaluated: the examples of the first and last evaluation. throughput: counts tokens between training logs.
+        run_record: what `console.finish_run` has recorded of the run; the model card shows it.
 
     Raises:
         ValueError: the data, the model, the reference and the losses do not fit together.
@@ -120,6 +126,7 @@ class PreferenceTrainer(Trainer):
     criterion: Objective
     global_batch: GlobalBatch
     evaluation: Evaluation
+    run_record: RunRecord | None = None
 
     def __init__(
         self,
@@ -171,11 +178,19 @@ class PreferenceTrainer(Trainer):
         )
         refuse_first_fsdp(self.accelerator)
         self.data, self.settings, self.summary = data, OwnSettings(args), StartSummary()
-        self._steps = StepBatches()
+        self._steps, self.evaluated = StepBatches(), EvaluatedSets()
         self.scorer = Scorer(args, collator, ref_model, self.summary)
+        self.throughput = Throughput(self.scorer.flops_per_position)
         self._attach_model()
         events = ScorerEvents(self.scorer, self._evaluated, keeps_reference=model_init is not None)
-        for callback in (EpochOfMismatches(), SettleScorer(self.scorer), self.summary, events, RanksAgree()):
+        for callback in (
+            EpochOfMismatches(),
+            SettleScorer(self.scorer),
+            self.summary,
+            events,
+            RanksAgree(),
+            self.throughput,
+        ):
             self.add_callback(callback)
         # compute_loss divides by the number of examples in the whole step.
         self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = True
@@ -192,6 +207,7 @@ class PreferenceTrainer(Trainer):
         check_quantized(self.accelerator, self.model, self.args.mixed_precision)
         forget_other_trainers(self.model)
         self.scorer.attach(self.model, self.criterion, self.accelerator)
+        self.evaluated.forget()
 
     def _use(self, objective: Objective) -> None:
         self.criterion = self.scorer.objective = objective
@@ -224,6 +240,7 @@ class PreferenceTrainer(Trainer):
         if self.record.is_full:
             self.record.check(self.accelerator)
         batches = self._steps.draw(epoch_iterator, num_batches, self.state)
+        self.throughput.drew(batches)
         if not batches:
             return [], None
         return batches, self.global_batch.begin_step(
@@ -267,6 +284,7 @@ class PreferenceTrainer(Trainer):
         reference = self.scorer.reference_scores(inputs, known_as)
         policy = self.scorer.policy_scores(model, inputs, reference)
         own = objective.read(inputs, policy, reference)
+        own |= observe(objective.kind, inputs, own, policy, reference)
         if is_training:
             output, loss = self.global_batch.loss(inputs, own, num_items_in_batch)
             self.record.add(state.global_step + 1, inputs["rows"], own, output)
@@ -291,7 +309,7 @@ class PreferenceTrainer(Trainer):
             # fp16's loss scaling skips steps whose gradients overflow.
             norm = None if self.accelerator.mixed_precision == "fp16" else logs.get("grad_norm")
             self.record.check(self.accelerator, ruined_gradient(norm))
-            logs.update(self.record.pop_means(self.accelerator))
+            logs.update(self.record.pop_means(self.accelerator) | self.throughput.pop(self.accelerator))
         super().log(logs, start_time)
 
     # -- evaluation -----------------------------------------------------------------------------------------------
@@ -315,6 +333,7 @@ class PreferenceTrainer(Trainer):
         self.gather_function = partial(gather_examples, self.accelerator)
         output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         metrics = self.evaluation.metrics(f"evaluation at step {self.state.global_step}")
+        metrics |= self.evaluated.keep(metric_key_prefix, self.state.global_step, self.evaluation.examples)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         self.evaluation = Evaluation(self.criterion)
         return output
@@ -571,9 +590,12 @@ class PreferenceTrainer(Trainer):
             TypeError: another library's name for an argument.
         """
         refuse_foreign_arguments(metadata)
-        if not self.is_world_process_zero():
-            return
-        facts = card_facts(
+        if self.is_world_process_zero():
+            model_card(self.card_facts(model_name, dataset), **metadata).save(f"{self.args.output_dir}/README.md")
+
+    def card_facts(self, model_name: str | None = None, dataset: str | list[str] | None = None) -> CardFacts:
+        """What the model card says; its arguments are those of `create_model_card`."""
+        return card_facts(
             self.args,
             self.accelerator.unwrap_model(self.model),
             self.criterion.terms,
@@ -583,5 +605,5 @@ class PreferenceTrainer(Trainer):
             model_name,
             [dataset] if isinstance(dataset, str) else dataset or [],
             self.summary.as_dict(),
+            self.run_record,
         )
-        model_card(facts, **metadata).save(f"{self.args.output_dir}/README.md")

@@ -11,13 +11,15 @@ from difflib import get_close_matches
 from types import ModuleType
 
 from hf_prefopt import __version__
-from hf_prefopt.commands import env, inspect, losses, train
+from hf_prefopt.commands import compare, env, inspect, losses, report, train
 from hf_prefopt.commands.faults import reported
 from hf_prefopt.commands.parser import parser_of
 
 COMMANDS: dict[str, ModuleType] = {
     "train": train,
     "inspect": inspect,
+    "report": report,
+    "compare": compare,
     "losses": losses,
     "env": env,
 }

@@ -23,6 +23,7 @@ from hf_prefopt.recipe.kept import keep_settings, refuse_other_run
 from hf_prefopt.recipe.options import DataOptions, ModelOptions, RunOptions
 from hf_prefopt.recipe.settings import Recipe, read_recipe
 from hf_prefopt.recipe.shipped import copy, listing
+from hf_prefopt.recording import BeforeAndAfter
 from hf_prefopt.trainer import PreferenceTrainer
 
 # PEFT asks transformers for an attribute under its old name: one known line of noise, at every start, that is not ours.
@@ -91,6 +92,7 @@ def train(recipe: Recipe) -> None:
         quantization_config=quantization_of(model),
     )
     use_short_progress(trainer)
+    trainer.add_callback(BeforeAndAfter(trainer))
     if recipe.run.gsm8k_problems:
         trainer.add_callback(GenerationEvalCallback(trainer, limit=recipe.run.gsm8k_problems))
     keep_settings(recipe)

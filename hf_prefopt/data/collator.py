@@ -123,7 +123,7 @@ class LoaderCollator:
         if new < len(rows):
             for piece, counted in zip(pieces, examples_of_first_rows(pieces, new), strict=True):
                 piece["counted"] = counted
-        return loader_batch(pieces)
+        return cast(LoaderBatch, loader_batch(pieces) | sequence_sizes(rows))
 
     def _cut(self, rows: Rows, collate: Any) -> list[Rows]:
         """The rows in pieces, each as long as the budget allows and at least one row long."""
@@ -154,6 +154,19 @@ def check_loaded(batch: Any) -> LoaderBatch:
             "your collator to the trainer as data_collator"
         )
     return cast(LoaderBatch, batch)
+
+
+def sequence_sizes(rows: Rows) -> dict[str, int]:
+    """The tokens of the sequences [prompt | response] of some rows, and the positions of a padded batch of them.
+
+    Example:
+        >>> sequence_sizes([{"prompt_ids": [1, 2], "response_ids": [[3], [4, 5]]}])
+        {'sequence_tokens': 7, 'padded_positions': 8}
+    """
+    if not rows or not {"prompt_ids", "response_ids"} <= rows[0].keys():
+        return {}  # rows of a user's own collator
+    lengths = [len(row["prompt_ids"]) + len(ids) for row in rows for ids in row["response_ids"]]
+    return {"sequence_tokens": sum(lengths), "padded_positions": len(lengths) * max(lengths)}
 
 
 def loader_batch(pieces: list[PreferenceBatch]) -> LoaderBatch:

@@ -97,6 +97,7 @@ class ExampleKind(ABC):
         rewarded: the names of the responses with implicit rewards, in the order of the rewards' columns.
         metric_inputs: the inputs that the metrics read, for any loss.
         has_token_inputs: whether losses can take `..._token_logps` and `..._token_mask`.
+        has_preferences: whether the data say which responses are preferred, and which are not.
     """
 
     name: str
@@ -108,6 +109,7 @@ class ExampleKind(ABC):
     rewarded: tuple[str, ...]
     metric_inputs: tuple[str, ...]
     has_token_inputs: bool = True
+    has_preferences: bool = True
 
     @cached_property
     def _pattern(self) -> re.Pattern[str]:

@@ -24,6 +24,7 @@ class Scored(ExampleKind):
     batch_inputs = ("quantiles", *optional_columns)
     rewarded = ("",)
     metric_inputs = ("policy_logps", "quantiles")
+    has_preferences = False
 
     def index(self, rows: Sequence[Mapping[str, Any]], places: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
         """Every response of a row is an example."""

@@ -3,14 +3,20 @@
 It is made from plain facts, so that the trainer, a script or a test can write one. The caller saves or pushes it.
 """
 
+import html
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from hf_prefopt.reporting.notation import NOTATION
+from hf_prefopt.reporting.preview import visible
+from hf_prefopt.reporting.results import Results
+from hf_prefopt.reporting.table import plain_caption
 
 PACKAGES = ("hf_prefopt", "torch", "transformers", "peft", "accelerate", "datasets", "tokenizers")
 
@@ -43,6 +49,13 @@ class CardFacts:
         hyperparameters: values by name.
         metrics: the metrics of the last evaluation.
         versions: package versions; by default, those of this environment.
+        results: before and after training, with intervals and baselines, once the run has ended.
+        answers: `prompt`, and the answers `before` and `after` training.
+        hardware: what the run was computed on, and how long it took.
+        command: how it was started.
+        warnings: what the run warned of.
+        has_curves: whether `curves.png` is beside the card.
+        configuration: the settings that differ from their defaults, as YAML.
     """
 
     model_name: str
@@ -57,6 +70,13 @@ class CardFacts:
     hyperparameters: Mapping[str, object] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=lambda: package_versions())
+    results: Results = field(default_factory=Results)
+    answers: Sequence[Mapping[str, str]] = ()
+    hardware: str = ""
+    command: str = ""
+    warnings: tuple[str, ...] = ()
+    has_curves: bool = False
+    configuration: str = ""
 
 
 def model_card(facts: CardFacts, tags: str | list[str] | None = None, **metadata: Any) -> ModelCard:
@@ -69,24 +89,34 @@ def model_card(facts: CardFacts, tags: str | list[str] | None = None, **metadata
     """
     own_tags = ["hf_prefopt", "preference-optimization", *(loss.name for loss in facts.losses)]
     further_tags = [tags] if isinstance(tags, str) else tags or []
+    known = {"base_model": base_on_hub(facts.base_model), "license": license_of(facts.base_model)} | metadata
     data = ModelCardData(
-        base_model=facts.base_model if is_hub_name(facts.base_model) else None,
         library_name="peft" if facts.is_adapter else "transformers",
         pipeline_tag="text-generation",
         datasets=[name for name in facts.datasets if is_hub_name(name)] or None,
         tags=list(dict.fromkeys([*own_tags, *further_tags])),
-        **metadata,
+        model_name=facts.model_name,
+        eval_results=_eval_results(facts) or None,
+        **{name: value for name, value in known.items() if value is not None},
     )
+    losses = [_loss_line(loss, len(facts.losses)) for loss in facts.losses]
+    setup = facts.setup | ({"hardware": facts.hardware} if facts.hardware else {})
     sections = [
         f"# {facts.model_name}",
         _summary(facts),
-        _list_section("Loss", [_loss_line(loss, len(facts.losses)) for loss in facts.losses]),
+        _list_section("Warnings", list(map(_one_line, facts.warnings))),
+        _answers_section(facts.answers),
+        _results_section(facts),
+        "## Curves\n\n![Training curves](curves.png)" if facts.has_curves else "",
+        _list_section("Loss", losses) + (f"\n\nNotation: {'; '.join(NOTATION)}." if losses else ""),
         _table_section("Data", facts.data),
-        _table_section("Setup", facts.setup),
-        _table_section("Evaluation", _rounded(facts.metrics)),
-        f"## Use\n\n{usage_snippet(facts)}",
+        _table_section("Setup", setup),
+        f"## Use\n\n{usage_snippet(facts)}\n\n{serving_snippet(facts)}",
         _table_section("Hyperparameters", facts.hyperparameters),
+        _code_section("Configuration", "yaml", facts.configuration),
+        _code_section("Command", "bash", facts.command),
         _table_section("Versions", facts.versions),
+        _code_section("Citation", "bibtex", citations(facts)),
     ]
     body = "\n\n".join(section for section in sections if section)
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n", ignore_metadata_errors=False)
@@ -127,6 +157,117 @@ inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, ret
 output = model.generate(**inputs, max_new_tokens=128)
 print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
 ```"""
+
+
+def serving_snippet(facts: CardFacts) -> str:
+    """A shell block that serves the result with vLLM."""
+    if not facts.is_adapter:
+        return f"```bash\nvllm serve {facts.repository}\n```"
+    name = facts.model_name.replace(" ", "-")
+    return f"```bash\nvllm serve {facts.base_model} --enable-lora --lora-modules {name}={facts.repository}\n```"
+
+
+def base_on_hub(base_model: str) -> str | None:
+    """The name on the Hub of the model that was trained; of a local folder, the one that its own card names."""
+    if is_hub_name(base_model):
+        return base_model
+    named = _card_of(base_model).get("base_model")
+    return named if isinstance(named, str) else None
+
+
+def license_of(base_model: str) -> str | None:
+    """The license in the card of the model that was trained, if it is in a local folder."""
+    named = _card_of(base_model).get("license")
+    return named if isinstance(named, str) else None
+
+
+def _card_of(folder: str) -> dict[str, Any]:
+    """The metadata of the card in a folder; empty without one."""
+    path = Path(folder, "README.md")
+    if not path.is_file():
+        return {}
+    try:
+        return ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
+    except ValueError:
+        return {}  # it is someone else's file, and not a card
+
+
+def _eval_results(facts: CardFacts) -> list[EvalResult]:
+    """The accuracy for the Hub's `model-index`."""
+    accuracy = facts.results.accuracies.get("after")
+    if accuracy is None:
+        return []
+    data = facts.datasets[0] if facts.datasets else "held-out preferences"
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=data if is_hub_name(data) else "preferences",
+            dataset_name=Path(data).name,
+            metric_type="accuracy",
+            metric_name=f"preference accuracy (95% interval {accuracy.low:.3f} to {accuracy.high:.3f})",
+            metric_value=round(accuracy.value, 4),
+        )
+    ]
+
+
+def citations(facts: CardFacts) -> str:
+    """BibTeX of this package and of the papers of the losses."""
+    package = (
+        "@software{hf_prefopt,\n  title = {hf_prefopt: offline preference optimization for Hugging Face models},\n"
+        "  author = {{The hf_prefopt authors}},\n  year = {2026}\n}"
+    )
+    papers = {loss.paper: loss.name for loss in facts.losses if loss.paper}
+    return "\n\n".join(
+        [
+            package,
+            *(
+                f"@misc{{{name}_{paper.replace('.', '_')},\n  title = {{The paper of the loss {name}}},\n"
+                f"  eprint = {{{paper}}},\n  archivePrefix = {{arXiv}},\n  url = {{https://arxiv.org/abs/{paper}}}\n}}"
+                for paper, name in papers.items()
+            ),
+        ]
+    )
+
+
+def _results_section(facts: CardFacts) -> str:
+    """The table before → after or, while the run goes on, the metrics of the last evaluation."""
+    results = facts.results
+    if results.after is None:
+        return _table_section("Evaluation", _rounded(facts.metrics))
+    heads = [name for name, _ in results.columns]
+    lines = [f"| | {' | '.join(heads)} |", f"|---|{'---|' * len(heads)}"]
+    lines += [f"| {label.strip()} | {' | '.join(cells)} |" for label, cells in results.rows()]
+    return "## Evaluation\n\n" + "\n".join(lines) + f"\n\n{plain_caption(results)}. In nats where no share."
+
+
+def _answers_section(answers: Sequence[Mapping[str, str]]) -> str:
+    """Prompts with the answers before and after training, in a table whose cells are text and nothing else."""
+    if not answers:
+        return ""
+    rows = [f"| {' | '.join(_cell(answer[name]) for name in ('prompt', 'before', 'after'))} |" for answer in answers]
+    head = "## Answers before and after training\n\nGreedy, to held-out prompts.\n\n"
+    return head + "| prompt | before | after |\n|---|---|---|\n" + "\n".join(rows)
+
+
+_CELL = 600
+
+
+def _cell(text: str) -> str:
+    """A text from data or a model for a cell of a Markdown table: no HTML, no Markdown, no line breaks."""
+    text = text.strip()
+    text = text if len(text) <= _CELL else text[:_CELL] + " …"
+    escaped = re.sub(r"([\\`*_\[\]#~$!])", r"\\\1", html.escape(visible(text), quote=False))
+    return escaped.replace("|", "&#124;").replace("\n", "<br>")
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _code_section(title: str, language: str, code: str) -> str:
+    """A block of code, fenced by more backticks than it has in a row."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", code)), default=0))
+    return f"## {title}\n\n{fence}{language}\n{code.strip()}\n{fence}" if code else ""
 
 
 def _summary(facts: CardFacts) -> str:

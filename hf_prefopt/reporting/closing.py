@@ -1,39 +1,70 @@
 """The report at the end of a run: what training changed, where the results are, and what to do next."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
+from hf_prefopt.reporting.preview import visible
+from hf_prefopt.reporting.results import Results
 from hf_prefopt.reporting.table import evaluation_table
+
+# The most that is shown of a prompt or an answer in the terminal.
+_CHARACTERS = 360
 
 
 def closing_report(
-    before: Mapping[str, float] | None,
-    after: Mapping[str, float] | None,
-    examples: int | None,
+    evaluated: Results,
     results: Mapping[str, str | Path],
     next_steps: Mapping[str, str],
     console: Console | None = None,
+    answers: Sequence[Mapping[str, str]] = (),
 ) -> None:
-    """Print the table before → after, the paths of the results, and the commands of the next steps.
+    """Print the table before → after, the answers, the paths of the results, and the commands of the next steps.
 
     Args:
-        before, after: evaluations, as `trainer.evaluate()` returns them; without `after` there is no table.
-        examples: how many examples were evaluated; `None` if unknown.
+        evaluated: without an evaluation after training there is no table.
         results: path by name, such as `{"model card": "runs/dpo_lora/README.md"}`.
         next_steps: command by purpose, such as `{"another loss": "--loss_type simpo"}`.
         console: where to print; standard output by default.
+        answers: `prompt`, and the answers `before` and `after` training.
     """
     console = console or Console()
     console.print()
-    if after is not None:
-        console.print(evaluation_table(before, after, examples))
+    if answers:
+        console.print(answers_table(answers))
+        console.print()
+    if evaluated.after is not None:
+        console.print(evaluation_table(evaluated))
         console.print()
     _print_aligned(console, {name: str(path) for name, path in results.items()})
     if next_steps:
         console.print("\n[bold]Next steps[/bold]")
         _print_aligned(console, next_steps)
+
+
+def answers_table(answers: Sequence[Mapping[str, str]]) -> Table:
+    """The answers before and after training, side by side; what comes from data steers no terminal."""
+    table = Table(
+        title="Greedy answers to held-out prompts",
+        title_justify="left",
+        title_style="bold",
+        show_lines=True,
+        expand=True,
+    )
+    for heading in ("prompt", "before", "after"):
+        table.add_column(heading, ratio=1, overflow="fold")
+    for answer in answers:
+        texts = (answer["prompt"], answer["before"], answer["after"])
+        table.add_row(*(escape(shortened(visible(text.strip()))) for text in texts))
+    return table
+
+
+def shortened(text: str, most: int = _CHARACTERS) -> str:
+    """A long text without its middle."""
+    return text if len(text) <= most else f"{text[: most * 2 // 3]} … {text[-most // 3 :]}"
 
 
 def _print_aligned(console: Console, entries: Mapping[str, str]) -> None:

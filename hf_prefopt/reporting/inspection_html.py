@@ -6,24 +6,18 @@ struck through, and both have their HTML elements.
 
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from hf_prefopt.reporting.inspected import Inspection, events, facts
-from hf_prefopt.reporting.preview import visible
+from hf_prefopt.reporting.pages import render_page, write_page
 
 _PAGE = "inspection.html"
 
 
 def inspection_page(inspection: Inspection) -> str:
     """The page as HTML."""
-    loader = PackageLoader("hf_prefopt", "reporting")
-    environment = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["visible"] = visible
     summary = inspection.summary
     longest = max((lengths.longest for lengths in summary.lengths.values()), default=0)
-    return environment.get_template(_PAGE).render(
+    return render_page(
+        _PAGE,
         found=inspection,
         facts=facts(inspection),
         events=events(inspection),
@@ -34,8 +28,7 @@ def inspection_page(inspection: Inspection) -> str:
 
 def write_inspection(inspection: Inspection, path: Path) -> None:
     """Write the page to a file; its folder is made where there is none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(inspection_page(inspection), encoding="utf-8")
+    write_page(inspection_page(inspection), path)
 
 
 def _figures(inspection: Inspection) -> list[tuple[str, str]]:

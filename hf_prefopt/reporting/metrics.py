@@ -1,5 +1,7 @@
 """What is measured beside the loss: per example, then averaged exactly, in training and in evaluation."""
 
+import logging
+from collections import deque
 from typing import Any
 
 import torch
@@ -11,7 +13,15 @@ from hf_prefopt.batch import PreferenceBatch, join_examples
 from hf_prefopt.kinds import Metric
 from hf_prefopt.losses.base import LossOutput
 from hf_prefopt.objective.objective import AUX_LOSS, Objective
+from hf_prefopt.reporting.alarms import Alarms
+from hf_prefopt.reporting.evaluated import Examples
 from hf_prefopt.reporting.finite import FiniteRun, Seen
+from hf_prefopt.reporting.observed import Responses, join, observed_in
+
+logger = logging.getLogger(__name__)
+
+# Micro-batches since the last log whose responses are measured.
+_OBSERVED = 1000
 
 
 def example_metrics(objective: Objective, output: LossOutput, inputs: dict[str, Tensor]) -> dict[str, Metric]:
@@ -53,14 +63,20 @@ class RunningMeans:
 
 
 class TrainingRecord:
-    """What training has seen since its last log: running means of the metrics, and losses that are not finite.
+    """What training has seen since its last log: running means of the metrics, the responses of the last 1,000
+    micro-batches, and losses that are not finite.
 
     Args:
         objective: whose outputs are recorded.
+
+    Attributes:
+        alarms: what looks at the responses whenever they are logged.
     """
 
     def __init__(self, objective: Objective):
         self._objective, self._means, self._finite = objective, RunningMeans(), FiniteRun()
+        self._observed: deque[dict[str, Tensor]] = deque(maxlen=_OBSERVED)
+        self._step, self.alarms = 0, Alarms()
 
     @property
     def is_full(self) -> bool:
@@ -75,10 +91,27 @@ class TrainingRecord:
         """
         self._means.add(example_metrics(self._objective, output, inputs))
         self._finite.add(step, Seen.of(self._objective, rows, inputs, output))
+        self._step = step
+        if observed := observed_in(inputs):
+            self._observed.append(observed)
 
     def pop_means(self, accelerator: Accelerator) -> dict[str, float]:
-        """The metrics over the examples of all ranks since the last call."""
-        return self._objective.kind.finish_metrics(self._means.pop(accelerator))
+        """The metrics over the examples of all ranks since the last call; the alarms look at them."""
+        means = self._objective.kind.finish_metrics(self._means.pop(accelerator))
+        responses = self._pop_responses(accelerator)
+        if responses is None:
+            return means
+        for text in self.alarms.look(self._step, responses):
+            if accelerator.is_main_process:
+                logger.warning(text)
+        return means | responses.metrics(self._objective.kind)
+
+    def _pop_responses(self, accelerator: Accelerator) -> Responses | None:
+        """The responses of all ranks since the last call."""
+        own = {name: values.cpu() for name, values in join(self._observed).items()}
+        self._observed.clear()
+        ranks = [own] if accelerator.num_processes == 1 else gather_object([own])
+        return Responses.of(join(rank for rank in ranks if rank))
 
     def check(self, accelerator: Accelerator, *others: str | None) -> None:
         """Stop the run, on all ranks together, if anything was not finite; see `FiniteRun.check`."""
@@ -95,12 +128,16 @@ class Evaluation:
         objective: the losses.
         dataset: the data set that is evaluated.
         steps_on_device: batches after which what was kept moves to the CPU; `None`: all of it stays where it is.
+
+    Attributes:
+        examples: all examples of all ranks, after `metrics`; `None` if their responses were not observed.
     """
 
     def __init__(self, objective: Objective, dataset: Any = None, steps_on_device: int | None = None):
         self.dataset = dataset
         self._objective, self._steps_on_device = objective, steps_on_device
         self._inputs: list[dict[str, Tensor]] = []
+        self.examples: Examples | None = None
 
     def add(self, batch: PreferenceBatch, inputs: dict[str, Tensor]) -> LossOutput:
         """Keep the loss inputs of the examples of a batch that count.
@@ -137,7 +174,9 @@ class Evaluation:
             raise FloatingPointError(f"{where}: {finding[1]}")
         found = {"loss": Metric(output.losses), **example_metrics(self._objective, output, inputs)}
         means = {name: (metric.total / metric.count).item() for name, metric in found.items() if metric.count}
-        return self._objective.kind.finish_metrics(means)
+        self.examples = Examples.of(inputs, output.rewards)
+        observed = self.examples.responses.metrics(self._objective.kind) if self.examples else {}
+        return self._objective.kind.finish_metrics(means) | observed
 
 
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

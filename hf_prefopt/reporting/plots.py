@@ -1,97 +1,87 @@
-"""The training curves as a PNG: loss, reward accuracy, reward margin, chosen and rejected rewards.
+"""The training curves as a PNG; see `panels` for what they show."""
 
-Reads `trainer.state.log_history` alone, so a figure can be drawn again from a checkpoint's `trainer_state.json`.
-"""
-
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-TRAIN_COLOR = "#4c72b0"
-REJECTED_COLOR = "#c44e52"
-CHANCE_COLOR = "#999999"
+from hf_prefopt.reporting.panels import OKABE_ITO, Curve, Drawn, drawn_panels, three_digits
+from hf_prefopt.reporting.record import RunRecord
 
-
-@dataclass(frozen=True)
-class Panel:
-    """One panel of the figure: its curves (metric key → color, label) and the value without a preference."""
-
-    title: str
-    unit: str
-    curves: Mapping[str, tuple[str, str]]
-    no_preference: float | None = None
+_QUIET = "#777777"
+_MARKS = ("D", "s", "o", "^", "v", "P")
 
 
-PANELS = (
-    Panel("Loss", "nats", {"loss": (TRAIN_COLOR, "loss")}),
-    Panel("Reward accuracy", "share of pairs", {"rewards/accuracies": (TRAIN_COLOR, "accuracy")}, 0.5),
-    Panel("Reward margin", "nats", {"rewards/margins": (TRAIN_COLOR, "chosen − rejected")}, 0.0),
-    Panel(
-        "Rewards",
-        "nats",
-        {
-            "rewards/chosen": (TRAIN_COLOR, "chosen"),
-            "rewards/rejected": (REJECTED_COLOR, "rejected"),
-            "rewards/best": (TRAIN_COLOR, "best of the list"),
-        },
-        0.0,
-    ),
-)
+def plot_training(record: RunRecord, path: str | Path) -> Path:
+    """Draw the curves of a run, and return the path of the PNG.
 
-
-def plot_training(log_history: Iterable[Mapping[str, float]], path: str | Path, title: str = "Training") -> Path:
-    """Draw the curves of a run as a PNG, and return its path.
-
-    Lines are training batches; diamonds are evaluations. A policy without a preference is at the dotted line.
+    Faint lines are training batches, full ones their running mean; marks are evaluations, with the 95 % interval of an
+    accuracy. Dotted lines are what the curves are compared with.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    records = list(log_history)
+    panels = drawn_panels(record)
+    rows = max(1, -(-len(panels) // 2))
     # Not pyplot, which needs a window system and has global state.
-    figure = Figure(figsize=(10, 7), layout="constrained")
+    figure = Figure(figsize=(10, 0.9 + 2.9 * rows), layout="constrained", dpi=150)
     FigureCanvasAgg(figure)
-    for axes, panel in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
-        _draw_panel(axes, panel, records)
-    figure.suptitle(title, fontsize=13)
-    figure.supxlabel("lines: training batches   ◆ evaluation on held-out examples", fontsize=9, color="#555555")
+    places = figure.subplots(rows, 2, squeeze=False).flat
+    for axes, drawn in zip(places, panels, strict=False):
+        _draw(axes, drawn)
+    for axes in list(figure.axes)[len(panels) :]:
+        axes.remove()
+    losses = " + ".join(loss["name"] for loss in record.run.get("losses", []))
+    figure.suptitle(f"{record.name}: {losses}" if losses else record.name, fontsize=13)
+    text = "faint: training batches   line: their running mean   marks: held-out examples, with 95% interval"
+    figure.supxlabel(f"optimizer step\n{text}", fontsize=9, color="#555555")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path)
     return path
 
 
-def _draw_panel(axes, panel: Panel, records: list[Mapping[str, float]]) -> None:
-    """Draw every curve of the panel that the run has, with its evaluations."""
-    logged = set().union(*records)
-    curves = {key: look for key, look in panel.curves.items() if {key, f"eval_{key}"} & logged}
-    for key, (color, label) in curves.items():
-        axes.plot(*_series(records, key), color=color, linewidth=1.6, marker=".", markersize=4, label=label)
-        evaluations = _series(records, f"eval_{key}")
-        axes.plot(*evaluations, color=color, linestyle="none", marker="D", markersize=8, markeredgecolor="black")
-    _label_evaluations(axes, curves, records)
-    if panel.no_preference is not None:
-        axes.axhline(panel.no_preference, color=CHANCE_COLOR, linestyle=":", linewidth=1.2, zorder=0)
-    axes.set(title=panel.title, xlabel="optimizer step", ylabel=f"{panel.title.lower()} [{panel.unit}]")
-    axes.margins(x=0.08, y=0.2)
+def _draw(axes: Any, drawn: Drawn) -> None:
+    """Draw the curves of a panel, and what they are compared with."""
+    low, high = min(drawn.values), max(drawn.values)
+    room = 0.12 * (high - low) or abs(high) or 1.0
+    axes.set_ylim(low - room, high + 1.6 * room)
+    for value, label in drawn.lines:
+        axes.axhline(value, color=_QUIET, linestyle=":", linewidth=1.1, zorder=0)
+        if low - room <= value <= high + room:
+            place = {"xy": (1, value), "xycoords": ("axes fraction", "data"), "xytext": (-2, 2)}
+            axes.annotate(label, **place, textcoords="offset points", fontsize=7, color=_QUIET, ha="right")
+    for curve in drawn.curves:
+        _draw_curve(axes, curve)
+    axes.set_title(f"{drawn.panel.title} [{drawn.panel.unit}]", fontsize=10, loc="left")
+    axes.margins(x=0.04)
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.grid(alpha=0.25)
+    axes.grid(alpha=0.2)
     axes.spines[["top", "right"]].set_visible(False)
-    if len(curves) > 1:
-        axes.legend(frameon=False, loc="best")
+    if len(drawn.curves) > 1:
+        axes.legend(frameon=False, loc="best", fontsize=8)
 
 
-def _label_evaluations(axes, curves: Iterable[str], records: list[Mapping[str, float]]) -> None:
-    """Print the values of the first and last evaluations: above the higher curve, and below the lower one."""
-    series = [list(zip(*_series(records, f"eval_{key}"), strict=True)) for key in curves]
-    for ends in zip(*(dict.fromkeys(points[:1] + points[-1:]) for points in series), strict=False):
-        for rank, (step, value) in enumerate(sorted(ends, key=lambda point: -point[1])):
-            offset = (0, 9 if rank == 0 else -16)
-            text = f"{value + 0.0:.3f}"
-            axes.annotate(text, (step, value), offset, textcoords="offset points", fontsize=8, ha="center")
-
-
-def _series(records: list[Mapping[str, float]], key: str) -> tuple[list[float], list[float]]:
-    """The steps and the values of the records that have the metric."""
-    points = [(record["step"], record[key]) for record in records if key in record]
-    return [step for step, _ in points], [value for _, value in points]
+def _draw_curve(axes: Any, curve: Curve) -> None:
+    color, mark = OKABE_ITO[curve.color], _MARKS[curve.color]
+    style = "-" if curve.color == 0 else "--"
+    if curve.train:
+        faint = {"alpha": 0.3, "linewidth": 0.9} if curve.mean else {"linewidth": 1.4}
+        axes.plot(*zip(*curve.train, strict=True), color=color, marker=".", markersize=3, **faint)
+    if curve.mean:
+        axes.plot(*zip(*curve.mean, strict=True), color=color, linewidth=1.9, linestyle=style, label=curve.label)
+    for step, (low, high) in curve.intervals.items():
+        axes.plot([step, step], [low, high], color=color, linewidth=1.3, zorder=2)
+    if curve.evaluations:
+        looks = {"color": color, "marker": mark, "markersize": 6, "markeredgecolor": "white", "linestyle": "none"}
+        label = None if curve.mean else curve.label
+        axes.plot(*zip(*curve.evaluations, strict=True), **looks, zorder=3, label=label)
+    for step, value in {curve.evaluations[0], curve.evaluations[-1]} if curve.evaluations else ():
+        above = curve.color == 0
+        axes.annotate(
+            three_digits(value),
+            (step, value),
+            (0, 7 if above else -12),
+            textcoords="offset points",
+            fontsize=8,
+            ha="center",
+            color=color,
+        )

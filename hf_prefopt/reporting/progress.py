@@ -1,4 +1,4 @@
-"""Progress for eyes: the Trainer's bars as they are, and of each log record the five numbers people watch.
+"""Progress for eyes: the Trainer's bars as they are, and of each log record the few numbers people watch.
 
 The whole record still goes to `log_history` and to every `report_to` integration.
 """
@@ -11,8 +11,10 @@ SHOWN = {
     "loss": "loss {:.4f}",
     "rewards/accuracies": "accuracy {:.3f}",
     "rewards/margins": "margin {:+.4f}",
+    "log_ratios/chosen": "Δ log p {:+.3f}",
     "grad_norm": "grad norm {:.2f}",
     "learning_rate": "lr {:.1e}",
+    "tokens_per_second": "{:,.0f} tokens/s",
 }
 
 

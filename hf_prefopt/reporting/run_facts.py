@@ -1,16 +1,20 @@
 """The facts of a run, as the model card and the closing report take them."""
 
 from collections.abc import Iterable, Mapping, Sized
+from dataclasses import MISSING, fields
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import yaml
 from peft import PeftModel
 from transformers import PreTrainedModel, TrainerState
 
 from hf_prefopt.config import PreferenceConfig
 from hf_prefopt.objective.term import Term
 from hf_prefopt.reporting.card import CardFacts, LossFacts
+from hf_prefopt.reporting.record import RunRecord
+from hf_prefopt.reporting.results import evaluated_sets, last_evaluation, results_of
 
 _ARGUMENTS = (
     "learning_rate",
@@ -26,8 +30,6 @@ _ARGUMENTS = (
     "seed",
 )
 _SETUP = ("model", "layout", "attention", "batch")
-# What an evaluation says of itself and not of the model.
-_BOOKKEEPING = ("runtime", "per_second", "preparation_time", "epoch", "step")
 
 
 def card_facts(
@@ -40,6 +42,7 @@ def card_facts(
     model_name: str | None = None,
     datasets: Iterable[str] = (),
     setup: Mapping[str, str] = MappingProxyType({}),
+    record: RunRecord | None = None,
 ) -> CardFacts:
     """The facts of a run for its model card.
 
@@ -52,6 +55,7 @@ def card_facts(
         model_name: the card's title; by default the name of the repository or of the output folder.
         datasets: the names or folders of the data; the trainer, which was given rows, cannot know them.
         setup: the start summary, by topic; what the card says elsewhere is left out.
+        record: the record of the run, once it has ended.
     """
     repository = args.hub_model_id or str(args.output_dir)
     counts = {name: f"{len(dataset):,}" for name, dataset in rows.items() if isinstance(dataset, Sized)}
@@ -67,28 +71,47 @@ def card_facts(
         setup={topic: text for topic, text in setup.items() if topic in _SETUP},
         hyperparameters=_hyperparameters(args, model, state.global_step),
         metrics=last_evaluation(state.log_history),
+        configuration=configuration(args),
+        has_curves=record is not None and Path(args.output_dir, "curves.png").is_file(),
+        **(_of_record(record) if record is not None else {}),
     )
 
 
-def first_evaluation(log_history: Iterable[Mapping[str, float]]) -> dict[str, float] | None:
-    """The evaluation on start, callbacks' results included; `None` where the run did not evaluate before training."""
-    return _evaluation_at(0, log_history) or None
+def _of_record(record: RunRecord) -> dict[str, Any]:
+    """What the card takes from the record of the run."""
+    seconds = record.run.get("seconds")
+    time = f", {seconds / 60:.1f} minutes" if seconds else ""
+    return {
+        "results": results_of(record, evaluated_sets(record)[0]),
+        "answers": record.answers,
+        "hardware": f"{record.run.get('hardware', '')}{time}",
+        "command": str(record.run.get("command", "")),
+        "warnings": tuple(record.run.get("warnings", ())),
+    }
 
 
-def last_evaluation(log_history: Iterable[Mapping[str, float]]) -> dict[str, float]:
-    """The evaluation at the latest step that has one, callbacks' results included; empty where there is none."""
-    records = list(log_history)
-    steps = [record["step"] for record in records if any(key.startswith("eval_") for key in record)]
-    return _evaluation_at(max(steps), records) if steps else {}
+def configuration(args: PreferenceConfig) -> str:
+    """The settings that differ from their defaults, as YAML that a recipe or `PreferenceConfig` takes."""
+    chosen = {}
+    for setting in fields(args):
+        if setting.init and setting.name not in _NOT_SHARED:
+            default = setting.default if setting.default_factory is MISSING else setting.default_factory()
+            value = getattr(args, setting.name)
+            value = getattr(value, "value", value)
+            if value != getattr(default, "value", default) and _is_plain(value):
+                chosen[setting.name] = value
+    return yaml.safe_dump(chosen, sort_keys=True, allow_unicode=True) if chosen else ""
 
 
-def _evaluation_at(step: float, log_history: Iterable[Mapping[str, float]]) -> dict[str, float]:
-    """Everything that was evaluated at a step; a later record of the same step wins."""
-    found: dict[str, float] = {}
-    for record in log_history:
-        if record["step"] == step:
-            found |= {key: value for key, value in record.items() if key.startswith("eval_")}
-    return {key: value for key, value in found.items() if not key.endswith(_BOOKKEEPING)}
+# Secrets, and paths and settings of one machine.
+_NOT_SHARED = ("hub_token", "push_to_hub_token", "logging_dir", "local_rank", "deepspeed", "resume_from_checkpoint")
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether YAML can hold a value without naming a class."""
+    if isinstance(value, dict):
+        return all(map(_is_plain, (*value, *value.values())))
+    return all(map(_is_plain, value)) if isinstance(value, list) else isinstance(value, str | int | float | None)
 
 
 def _loss_facts(term: Any) -> LossFacts:

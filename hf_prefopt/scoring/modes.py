@@ -85,6 +85,11 @@ def body_parameters(modules: list[nn.Module]) -> int:
     return cast(PreTrainedModel, modules[0]).num_parameters(exclude_embeddings=True)
 
 
+def trained_parameters(modules: list[nn.Module]) -> int:
+    """The number of its parameters that train, without its embeddings."""
+    return cast(PreTrainedModel, modules[0]).num_parameters(only_trainable=True, exclude_embeddings=True)
+
+
 @contextmanager
 def evaluation_mode(model: nn.Module | ModuleTree) -> Iterator[None]:
     """What `model.eval()` means for a forward, for the time of the context; each module gets its own mode back."""

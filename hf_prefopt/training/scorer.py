@@ -27,13 +27,14 @@ from hf_prefopt.reference.live import LiveReference
 from hf_prefopt.reference.moving import MovingReference
 from hf_prefopt.reference.remembered import RememberedScores
 from hf_prefopt.reporting.start_summary import StartSummary, model_text
+from hf_prefopt.reporting.throughput import flops_per_position
 from hf_prefopt.scoring.agreement import settle_scores, training_noise
 from hf_prefopt.scoring.attention import describe_attention
 from hf_prefopt.scoring.dropout import switch_off_dropout
 from hf_prefopt.scoring.forward import VOCABULARY_KL, base_causal_lm, install_scoring, score
 from hf_prefopt.scoring.four_bits import keep_unpacked
 from hf_prefopt.scoring.layout import made_up_batch, reason_of_length, settled_layout
-from hf_prefopt.scoring.modes import ModuleTree, evaluation_mode
+from hf_prefopt.scoring.modes import ModuleTree, body_parameters, evaluation_mode, trained_parameters
 from hf_prefopt.training.router import aux_loss_coef, settled_aux_loss
 from hf_prefopt.training.wrapping import compiled_for_scoring
 
@@ -181,7 +182,7 @@ class Scorer:
         if isinstance(self.reference, CachedReference):
             silent = args.disable_tqdm or not self.accelerator.is_main_process
             self._filler = CacheFiller(
-                self.reference, self._collated, self.accelerator, args.max_tokens_per_batch, silent
+                self.reference, self.collated, self.accelerator, args.max_tokens_per_batch, silent
             )
         return True
 
@@ -281,10 +282,24 @@ class Scorer:
     def collect(self, batch: PreferenceBatch) -> dict[str, Tensor]:
         """The loss inputs of a batch, without gradients; the batch keeps the reference's scores."""
         on_device = send_to_device(batch, self.accelerator.device)
+        policy, reference = self.both_scores(on_device)
+        batch["reference_scores"] = reference
+        return self.objective.read(on_device, policy, reference)
+
+    def both_scores(self, batch: PreferenceBatch) -> tuple[ResponseScores, ResponseScores | None]:
+        """The scores of policy and reference of a batch on the device, without gradients and dropout."""
         with torch.no_grad(), evaluation_mode(self.tree):
-            reference = batch["reference_scores"] = self.reference_scores(on_device)
+            reference = self.reference_scores(batch)
             model = self.model if self._compiled is None else self._compiled
-            return self.objective.read(on_device, self.policy_scores(model, on_device, reference), reference)
+            return self.policy_scores(model, batch, reference), reference
+
+    def flops_per_position(self) -> float:
+        """The model FLOPs of a position of a training step; see `reporting.throughput`."""
+        is_live = isinstance(self.reference, LiveReference)
+        of_reference = self.reference.tree.derived(body_parameters) if is_live else 0
+        return flops_per_position(
+            self.tree.derived(body_parameters), self.tree.derived(trained_parameters), of_reference
+        )
 
     def fill_cache(self, dataset: Any, name: str) -> bool:
         """Cache what is missing of a data set's reference scores; whether all of them are cached now."""
@@ -324,7 +339,8 @@ class Scorer:
         """The policy and, where it is another model, the reference."""
         return list(dict.fromkeys((self.model, self.reference.model if self.reference else self.model)))
 
-    def _collated(self, rows: list[dict[str, Any]]) -> PreferenceBatch:
+    def collated(self, rows: list[dict[str, Any]]) -> PreferenceBatch:
+        """The batch of these prepared rows on the device, in the layout that is settled."""
         return send_to_device(self._collator.collators[self.layout](rows), self.accelerator.device)
 
 

@@ -1,0 +1,283 @@
+"""Makes the record of a run when it has ended: its facts, its evaluations, tokens of a few pairs, and answers."""
+
+import logging
+import platform
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from transformers import TrainerCallback
+
+from hf_prefopt.batch import PreferenceBatch, ResponseScores
+from hf_prefopt.data.group import prompt_keys
+from hf_prefopt.reference.choose import is_fresh_adapter
+from hf_prefopt.reference.live import LiveReference, adapter_off
+from hf_prefopt.reporting.answers import greedy_answers, token_texts
+from hf_prefopt.reporting.card import CardFacts
+from hf_prefopt.reporting.evaluated import Examples
+from hf_prefopt.reporting.inspected import EVENTS
+from hf_prefopt.reporting.intervals import accuracy_of
+from hf_prefopt.reporting.observed import Responses, correct
+from hf_prefopt.reporting.record import RunRecord
+from hf_prefopt.trainer import PreferenceTrainer
+
+logger = logging.getLogger(__name__)
+
+
+class BeforeAndAfter(TrainerCallback):
+    """Has the model answer a few prompts before training and again after it, greedily.
+
+    The prompts are the first different ones of the evaluation data or, without any, of the training data. A run that is
+    resumed has no answers from before, unless its reference is the adapter switched off.
+
+    Args:
+        trainer: the trainer that it is added to.
+        prompts: their number. max_new_tokens: of an answer. longest: tokens of a prompt, at most.
+
+    Attributes:
+        answers: `prompt`, `before` and `after`, once training has ended.
+    """
+
+    def __init__(self, trainer: PreferenceTrainer, prompts: int = 3, max_new_tokens: int = 64, longest: int = 256):
+        self._trainer, self._max_new_tokens = trainer, max_new_tokens
+        self._prompts = _first_prompts(trainer, prompts, longest)
+        self._before: list[str] = []
+        self.answers: list[dict[str, str]] = []
+        # An adapter that is fresh now can be switched off later, also where training resumes from a checkpoint.
+        model = trainer.model
+        self._base = adapter_off(model) if isinstance(model, PeftModel) and is_fresh_adapter(model) else None
+
+    def on_train_begin(self, args, state, control, **_):
+        """Before the first step, after a checkpoint has been loaded."""
+        self._before, self.answers = [], []
+        if _is_sharded(self._trainer):
+            logger.warning("answers before and after training are left out: the engine shards the model's parameters")
+        elif state.global_step == 0:
+            self._before = self._generate()
+        elif self._base is not None:
+            with self._base.switch():
+                self._before = self._generate()
+
+    def on_train_end(self, args, state, control, **_):
+        """After the last step; with `load_best_model_at_end`, by the best model."""
+        if self._before:
+            asked = _texts(self._trainer, self._prompts)
+            both = zip(asked, self._before, self._generate(), strict=True)
+            self.answers = [{"prompt": prompt, "before": b, "after": a} for prompt, b, a in both]
+
+    def _generate(self) -> list[str]:
+        trainer = self._trainer
+        if not self._prompts or not trainer.is_world_process_zero():
+            return []
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        autocast = trainer.accelerator.autocast()
+        return greedy_answers(model, trainer.data.tokenizer, self._prompts, self._max_new_tokens, autocast)
+
+
+def record_run(trainer: PreferenceTrainer, facts: CardFacts, shown_pairs: int = 4) -> RunRecord:
+    """The record of a run that has ended; call it on every rank.
+
+    Args:
+        facts: those of the model card.
+        shown_pairs: how many pairs are shown with their tokens, of those most right and of those most wrong.
+    """
+    record = RunRecord(_facts(trainer, facts), [dict(log) for log in trainer.state.log_history])
+    for name, dataset in _evaluation_sets(trainer).items():
+        if name not in trainer.evaluated.last:
+            continue
+        _, examples = trainer.evaluated.last[name]
+        prompts = _prompts(dataset, examples)
+        for step, margins in trainer.evaluated.margins[name].items():
+            if (accuracy := accuracy_of(correct(margins), prompts)) is not None:
+                record.accuracies.append({"set": name, "step": step, **accuracy.as_dict()})
+        record.examples += _example_lines(trainer, name, examples, prompts)
+        if not record.pairs:
+            record.pairs = _shown_pairs(trainer, dataset, examples, shown_pairs)
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, BeforeAndAfter):
+            record.answers = callback.answers
+    return record
+
+
+def _facts(trainer: PreferenceTrainer, facts: CardFacts) -> dict[str, Any]:
+    """The line "run" of the record."""
+    args, history = trainer.args, trainer.state.log_history
+    runtime = next((log["train_runtime"] for log in reversed(history) if "train_runtime" in log), None)
+    return {
+        "name": Path(args.output_dir).name,
+        "base_model": facts.base_model,
+        "losses": [
+            {
+                "name": loss.name,
+                "formula": loss.formula,
+                "paper": loss.paper,
+                "weight": loss.weight,
+                "hyperparameters": dict(loss.hyperparameters),
+            }
+            for loss in facts.losses
+        ],
+        "reference": facts.reference,
+        "summary": trainer.summary.as_dict(),
+        "data": dict(facts.data),
+        "events": _events(trainer),
+        "hyperparameters": dict(facts.hyperparameters),
+        "versions": dict(facts.versions),
+        "command": shlex.join(["python", *sys.argv]),
+        "hardware": hardware(trainer.args.device, args.world_size),
+        "seconds": runtime,
+        "steps": trainer.state.global_step,
+        "warnings": list(trainer.record.alarms.said),
+        "sets": list(trainer.evaluated.last),
+    }
+
+
+def hardware(device: torch.device, processes: int) -> str:
+    """What the run was computed on, in words."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{device.type.upper()} ({platform.machine()}, {torch.get_num_threads()} threads)"
+    return f"{processes} × {name}" if processes > 1 else name
+
+
+def _events(trainer: PreferenceTrainer) -> list[str]:
+    """What was cut or dropped, and how often, by data set."""
+    datasets = {"train": trainer.train_dataset, **_evaluation_sets(trainer)}
+    return [
+        f"{name}: {text}: {counts[event]:,}"
+        for name, dataset in datasets.items()
+        if isinstance(dataset, Dataset) and (counts := trainer.data.counts.get(dataset))
+        for event, text in EVENTS.items()
+        if counts.get(event)
+    ]
+
+
+def _evaluation_sets(trainer: PreferenceTrainer) -> dict[str, Any]:
+    """The evaluation data sets by the prefix of their metrics."""
+    given = trainer.eval_dataset
+    if isinstance(given, dict):
+        return {f"eval_{name}": dataset for name, dataset in given.items()}
+    return {} if given is None else {"eval": given}
+
+
+def _prompts(dataset: Any, examples: Examples) -> np.ndarray:
+    """`[B]`: a number for the prompt of each example; of a stream, which is not kept, that of its row."""
+    if not isinstance(dataset, Dataset):
+        return examples.rows
+    of_row = dict(zip(dataset["row"], prompt_keys(dataset).tolist(), strict=True))
+    return np.array([of_row.get(row, -1 - row) for row in examples.rows.tolist()])
+
+
+def _example_lines(
+    trainer: PreferenceTrainer, name: str, examples: Examples, prompts: np.ndarray
+) -> list[dict[str, Any]]:
+    """The lines "example" of an evaluation."""
+    change = trainer.evaluated.change(name) or examples.responses
+    first_step, first = trainer.evaluated.first[name]
+    nothing = np.full(len(examples.rows), np.nan)
+    before = first.margins if first_step == 0 and first is not examples else None
+
+    def sides(seen: Responses, values: np.ndarray | None) -> np.ndarray:
+        if values is None:
+            return np.stack([nothing, nothing], 1)
+        return np.stack([seen.side(values, seen.chosen), seen.side(values, seen.rejected)], 1)
+
+    columns: dict[str, np.ndarray] = {
+        "row": examples.rows,
+        "pair": examples.pair_in_row,
+        "prompt": prompts,
+        "margin": _or(examples.margins, nothing),
+        "margin_before": _or(before, nothing),
+        "reference_margin": _or(examples.responses.reference_margins, nothing),
+        "lengths": sides(change, change.lengths),
+        "log_ratios": sides(change, change.log_ratios),
+    }
+    lists = [column.tolist() for column in columns.values()]
+    return [{"set": name, **dict(zip(columns, values, strict=True))} for values in zip(*lists, strict=True)]
+
+
+def _or(values: np.ndarray | None, other: np.ndarray) -> np.ndarray:
+    return other if values is None else values
+
+
+def _shown_pairs(trainer: PreferenceTrainer, dataset: Any, examples: Examples, count: int) -> list[dict[str, Any]]:
+    """The pairs with the largest and with the smallest margins, with the log-ratio of each token."""
+    margins = examples.margins
+    if margins is None or not isinstance(dataset, Dataset) or not trainer.criterion.kind.has_preferences:
+        return []
+    order = [place for place in np.argsort(-margins, kind="stable").tolist() if not np.isnan(margins[place])]
+    wrong = [place for place in order[::-1][:count] if margins[place] < 0]
+    right = [place for place in order[:count] if margins[place] > 0]
+    place_of = {row: place for place, row in enumerate(dataset["row"])}
+    shown = []
+    for place in right + wrong:
+        row = dataset[place_of[examples.rows[place].item()]]
+        responses = _scored_tokens(trainer, row, int(examples.pair_in_row[place]))
+        if not responses:
+            return []
+        prompt = trainer.data.tokenizer.decode(row["prompt_ids"], skip_special_tokens=True)
+        shown.append(
+            {
+                "row": int(examples.rows[place]),
+                "margin": float(margins[place]),
+                "is_right": bool(margins[place] > 0),
+                "prompt": str(prompt),
+                "responses": responses,
+            }
+        )
+    return shown
+
+
+def _scored_tokens(trainer: PreferenceTrainer, row: dict[str, Any], example: int) -> list[dict[str, Any]]:
+    """The responses of an example of a row: name, and the tokens with their log-ratios; empty without a reference."""
+    batch = trainer.scorer.collated([row])
+    with trainer.accelerator.autocast():
+        policy, reference = trainer.scorer.both_scores(batch)
+        reference = reference or _scores_of_base(trainer, batch)
+    if reference is None:
+        return []
+    log_ratios = (policy.token_logps - reference.token_logps).double()
+    kind, responses = trainer.criterion.kind, []
+    for name in kind.rewarded:
+        for number in batch[kind.responses[name]][example].reshape(-1).tolist():  # type: ignore[literal-required]
+            mine = batch["response_index"] == number
+            tokens = token_texts(trainer.data.tokenizer, batch["targets"][mine].tolist(), log_ratios[mine].tolist())
+            responses.append({"name": name or "response", "tokens": tokens})
+    return responses
+
+
+def _scores_of_base(trainer: PreferenceTrainer, batch: PreferenceBatch) -> ResponseScores | None:
+    """Of the model beneath the adapter, for losses that need no reference; `None` if there is no such model."""
+    model = trainer.scorer.model
+    if not isinstance(model, PeftModel) or _is_sharded(trainer):
+        return None
+    base: LiveReference = adapter_off(model)
+    return base.score(batch)
+
+
+def _first_prompts(trainer: PreferenceTrainer, count: int, longest: int) -> list[list[int]]:
+    """The first different prompts that are not too long."""
+    datasets = [*_evaluation_sets(trainer).values(), trainer.train_dataset]
+    dataset = next((rows for rows in datasets if isinstance(rows, Dataset)), None)
+    found: dict[tuple[int, ...], None] = {}
+    for row in dataset.select_columns(["prompt_ids"]) if dataset is not None else ():
+        if 0 < len(row["prompt_ids"]) <= longest:
+            found[tuple(row["prompt_ids"])] = None
+        if len(found) >= count:
+            break
+    return [list(prompt) for prompt in found]
+
+
+def _texts(trainer: PreferenceTrainer, prompts: Sequence[Sequence[int]]) -> list[str]:
+    """Prompts as text, without control tokens."""
+    return [str(trainer.data.tokenizer.decode(list(ids), skip_special_tokens=True)) for ids in prompts]
+
+
+def _is_sharded(trainer: PreferenceTrainer) -> bool:
+    return bool(trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled)

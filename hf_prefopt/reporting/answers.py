@@ -1,0 +1,66 @@
+"""A model's greedy answers to a few prompts, all in one batch; and the text of single tokens."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+
+@torch.no_grad()
+def greedy_answers(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int = 64,
+    autocast: AbstractContextManager | None = None,
+) -> list[str]:
+    """Answers as text; the model's mode is left as it was.
+
+    Args:
+        prompts: token ids, ready for the answer.
+    """
+    width = max(map(len, prompts))
+    pad = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
+    ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    was_training = model.training
+    model.eval()
+    try:
+        with autocast or nullcontext():
+            output = model.generate(
+                input_ids=ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                use_cache=True,
+                pad_token_id=pad,
+            )
+    finally:
+        model.train(was_training)
+    return tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
+
+
+def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], values: Sequence[float]) -> list[list[Any]]:
+    """[text, value] of tokens one after the other; tokens that share a character are joined, their values added.
+
+    A token is decoded behind the four before it, because its white space may depend on them.
+    """
+    pieces: list[list[Any]] = []
+    begin = 0
+    for end in range(1, len(ids) + 1):
+        before = list(ids[max(0, begin - 4) : begin])
+        seen = _decode(tokenizer, before)
+        text = _decode(tokenizer, [*before, *ids[begin:end]])
+        # An unfinished character decodes to the replacement character.
+        if text.endswith("\ufffd") and end < len(ids) and end - begin < 4:
+            continue
+        own = text[len(seen) :] if text.startswith(seen) else _decode(tokenizer, ids[begin:end])
+        pieces.append([own, float(sum(values[begin:end]))])
+        begin = end
+    return pieces
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))

@@ -1,0 +1,28 @@
+"""Pages for the browser: they load nothing and run no script, and Jinja escapes everything that is put into them."""
+
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from hf_prefopt.reporting.preview import visible
+
+
+def render_page(template: str, **values: Any) -> str:
+    """A template of this package as HTML. The filter `visible` shows control characters as signs."""
+    environment = Environment(
+        loader=PackageLoader("hf_prefopt", "reporting"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["visible"] = lambda value: visible(str(value))
+    return environment.get_template(template).render(**values)
+
+
+def write_page(page: str, path: Path) -> Path:
+    """Write a page to a file, whose folder is made where there is none, and return its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page, encoding="utf-8")
+    return path
