@@ -114,4 +114,5 @@ def test_the_module_runs_and_lists_its_commands(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["hf_prefopt", "--help"])
     with pytest.raises(SystemExit) as ended:
         runpy.run_module("hf_prefopt", run_name="__main__")
-    assert not ended.value.code and all(name in capsys.readouterr().out for name in COMMANDS)
+    shown = capsys.readouterr().out
+    assert not ended.value.code and all(name in shown for name in COMMANDS)

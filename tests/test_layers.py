@@ -25,6 +25,7 @@ LAYERS = (
     ("reporting",),
     ("loading", "policy", "training", "trainer"),
     ("inspection",),
+    ("serving",),
     ("callbacks", "console"),
     ("commands", "__main__"),
     ("trl",),
