@@ -11,6 +11,7 @@ from hf_prefopt.reporting.closing import closing_report
 from hf_prefopt.reporting.plots import plot_training
 from hf_prefopt.reporting.progress import ShortProgressCallback
 from hf_prefopt.reporting.run_facts import first_evaluation, last_evaluation
+from hf_prefopt.serving.steps import keep_rows_of, serving_steps
 from hf_prefopt.trainer import PreferenceTrainer
 
 
@@ -41,8 +42,11 @@ def finish_run(
 
     Args:
         dataset: the name or names of the data, for the card.
-        next_steps: what the report suggests, a command by purpose, as in `{"another loss": "--loss_type simpo"}`.
+        next_steps: what the report suggests beside talking to the model and serving it, a command by purpose, as in
+            `{"another loss": "--loss_type simpo"}`.
     """
+    keep_rows_of(trainer)
+    next_steps = {**serving_steps(trainer), **(next_steps or {})}
     args, history = trainer.args, trainer.state.log_history
     folder, is_first = Path(args.output_dir), trainer.is_world_process_zero()
     trainer.create_model_card(dataset=dataset)
@@ -59,5 +63,5 @@ def finish_run(
             after=last_evaluation(history) or None,
             examples=len(evaluated) if isinstance(evaluated, Dataset) else None,
             results=results,
-            next_steps=next_steps or {},
+            next_steps=next_steps,
         )

@@ -35,6 +35,8 @@ class CardFacts:
         base_model: the model that was trained: a Hub name or a local folder.
         losses: the losses, in the order of the configuration.
         is_adapter: whether the result is a PEFT adapter; otherwise it is a whole model.
+        model_class: the class to load, where it is not the one that `AutoModelForCausalLM` gives.
+        serve: shell commands that serve the result.
         repository: what the usage snippet loads: `owner/name` on the Hub, or a local folder.
         reference: the reference, as a phrase.
         datasets: Hub names, which also go into the metadata, or folders.
@@ -51,6 +53,8 @@ class CardFacts:
     is_adapter: bool
     repository: str
     reference: str = "none"
+    model_class: str | None = None
+    serve: str = ""
     datasets: list[str] = field(default_factory=list)
     data: Mapping[str, object] = field(default_factory=dict)
     setup: Mapping[str, str] = field(default_factory=dict)
@@ -85,6 +89,7 @@ def model_card(facts: CardFacts, tags: str | list[str] | None = None, **metadata
         _table_section("Setup", facts.setup),
         _table_section("Evaluation", _rounded(facts.metrics)),
         f"## Use\n\n{usage_snippet(facts)}",
+        f"With vLLM:\n\n```bash\n{facts.serve}\n```" if facts.serve else "",
         _table_section("Hyperparameters", facts.hyperparameters),
         _table_section("Versions", facts.versions),
     ]
@@ -110,16 +115,21 @@ def is_hub_name(name: str) -> bool:
 
 def usage_snippet(facts: CardFacts) -> str:
     """A Python block that loads the result and answers a question."""
-    loader, imports = "AutoModelForCausalLM", "from transformers import AutoModelForCausalLM, AutoTokenizer"
-    if facts.is_adapter:
-        loader = "AutoPeftModelForCausalLM"
-        imports = f"from peft import {loader}\nfrom transformers import AutoTokenizer"
+    loader = facts.model_class or "AutoModelForCausalLM"
+    imports = f"from transformers import {loader}, AutoTokenizer"
+    load = f'{loader}.from_pretrained(name, dtype="auto")'
+    if facts.is_adapter and facts.model_class:
+        imports = f"from peft import PeftModel\n{imports}"
+        load = f'PeftModel.from_pretrained({loader}.from_pretrained("{facts.base_model}", dtype="auto"), name)'
+    elif facts.is_adapter:
+        imports = "from peft import AutoPeftModelForCausalLM\nfrom transformers import AutoTokenizer"
+        load = 'AutoPeftModelForCausalLM.from_pretrained(name, dtype="auto")'
     return f"""\
 ```python
 {imports}
 
 name = "{facts.repository}"
-model = {loader}.from_pretrained(name, dtype="auto")
+model = {load}
 tokenizer = AutoTokenizer.from_pretrained(name)
 
 messages = [{{"role": "user", "content": "What is 12 times 12?"}}]

@@ -3,7 +3,6 @@
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from hf_prefopt.serving.token_logps import TokenLogps
 
@@ -13,23 +12,25 @@ class Agreement(NamedTuple):
 
     Attributes:
         tokens: how many were compared.
-        difference: the root mean square of log p(merged) − log p(trained), in nats per token.
-        bound: what rounding may make of it.
-        effect: the same of log p(trained) − log p(base): what the adapter does.
+        difference: the median of |log p(merged) − log p(trained)|, in nats. largest: the largest one.
+        bound: what rounding may make of the median.
+        effect: the median of |log p(trained) − log p(base)|: what the adapter does.
         dtype: the merged model's.
     """
 
     tokens: int
     difference: float
+    largest: float
     bound: float
     effect: float
     dtype: torch.dtype
 
     def __str__(self) -> str:
         return (
-            f"log-probs of the merged and the trained model differ by {self.difference:.2g} nats per token; "
-            f"rounding to {str(self.dtype).removeprefix('torch.')} explains {self.bound:.2g}. The adapter changes them "
-            f"by {self.effect:.2g} ({self.tokens:,} tokens, root mean squares)."
+            f"log-probs of {self.tokens:,} tokens differ between the merged and the trained model by "
+            f"{self.difference:.2g} nats in the median, {self.largest:.2g} at most; rounding to "
+            f"{str(self.dtype).removeprefix('torch.')} explains a median of {self.bound:.2g}. The adapter "
+            f"changes them by {self.effect:.2g}."
         )
 
 
@@ -38,22 +39,21 @@ def compare(
 ) -> Agreement:
     """Compare the scored tokens of the same rows.
 
-    Bounded is the root mean square over tokens, by 4u · (|z| + E|z|), for logits z and unit roundoff u of the dtype:
+    Bounded is the median over tokens, by 4u · (|z| + E|z|), for logits z and unit roundoff u of the dtype:
     rounding the weights changes what a block adds to the residual stream by about u of its size; later blocks pass this
-    on, at most e times in all; the head adds u. e + 1 < 4.
+    on, at most e times in all; the head adds u. e + 1 < 4. The largest difference is not bounded: where a mixture
+    of experts has two that score nearly alike, rounding decides which one is taken.
 
     Args:
         rounding: 4u, or what sums in float32 in another order make of it, whichever is larger.
         dtype: the merged model's.
     """
+    off = (merged.logps - trained.logps).abs()
     return Agreement(
         tokens=len(trained.logps),
-        difference=_root_mean_square(merged.logps - trained.logps),
-        bound=rounding * _root_mean_square(trained.sizes),
-        effect=_root_mean_square(trained.logps - untrained.logps),
+        difference=float(off.median()),
+        largest=float(off.max()),
+        bound=rounding * float(trained.sizes.median()),
+        effect=float((trained.logps - untrained.logps).abs().median()),
         dtype=dtype,
     )
-
-
-def _root_mean_square(values: Tensor) -> float:
-    return float(values.double().square().mean().sqrt())

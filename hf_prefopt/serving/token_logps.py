@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from hf_prefopt.scoring.agreement import device_of
@@ -30,15 +31,25 @@ def token_logps(model: nn.Module, rows: Sequence[Mapping[str, Any]]) -> TokenLog
     Raises:
         ValueError: nothing is scored in the rows.
     """
-    parts = []
-    with evaluation_mode(model), products_in_float32(model):
-        for row in rows:
-            for ids, mask in zip(row["response_ids"], row["scored_masks"], strict=True):
-                parts.append(_of_response(model, [*row["prompt_ids"], *ids], mask))
+    with evaluation_mode(model):
+        try:
+            with products_in_float32(model):
+                parts = _of_rows(model, rows)
+        except RuntimeError:  # a module reads the weights of another one, as Mamba's kernels do
+            with weights_in_float32(model):
+                parts = _of_rows(model, rows)
     logps, sizes = (torch.cat(each) for each in zip(*parts, strict=True))
     if not len(logps):
         raise ValueError("no token of the rows is scored: there is nothing to compare")
     return TokenLogps(logps, sizes)
+
+
+def _of_rows(model: nn.Module, rows: Sequence[Mapping[str, Any]]) -> list[tuple[Tensor, Tensor]]:
+    return [
+        _of_response(model, [*row["prompt_ids"], *ids], mask)
+        for row in rows
+        for ids, mask in zip(row["response_ids"], row["scored_masks"], strict=True)
+    ]
 
 
 def _of_response(model: nn.Module, ids: list[int], mask: list[int]) -> tuple[Tensor, Tensor]:
@@ -60,7 +71,7 @@ def products_in_float32(model: nn.Module) -> Iterator[None]:
     """
     handles = []
     for module in model.modules():
-        if any(p.dtype in _HALF for p in module.parameters(recurse=False)):
+        if any(p.dtype in _HALF for p in _layer(module).parameters(recurse=False)):
             handles.append(module.register_forward_pre_hook(_widen, with_kwargs=True, prepend=True))
             handles.append(module.register_forward_hook(_narrow, always_call=True))
     try:
@@ -70,18 +81,35 @@ def products_in_float32(model: nn.Module) -> Iterator[None]:
             handle.remove()
 
 
+@contextmanager
+def weights_in_float32(model: nn.Module) -> Iterator[None]:
+    """All half-precision weights in float32 at once, which takes twice their memory more."""
+    narrow = {parameter: parameter.data for parameter in model.parameters() if parameter.dtype in _HALF}
+    for parameter in narrow:
+        parameter.data = parameter.data.float()
+    try:
+        yield
+    finally:
+        for parameter, data in narrow.items():
+            parameter.data = data
+
+
 def _widen(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    vars(module)["_narrow_data"] = {}
-    for name, parameter in module._parameters.items():
-        if parameter is not None and parameter.dtype in _HALF:
-            vars(module)["_narrow_data"][name] = parameter.data
-            parameter.data = parameter.data.float()
+    own = {name: p for name, p in _layer(module).named_parameters(recurse=False) if p.dtype in _HALF}
+    vars(module)["_narrow_data"] = {name: parameter.data for name, parameter in own.items()}
+    for parameter in own.values():
+        parameter.data = parameter.data.float()
     return tuple(map(_float32, args)), {name: _float32(value) for name, value in kwargs.items()}
 
 
 def _narrow(module: nn.Module, *_: Any) -> None:
     for name, data in vars(module).pop("_narrow_data").items():
-        module._parameters[name].data = data
+        _layer(module)._parameters[name].data = data
+
+
+def _layer(module: nn.Module) -> nn.Module:
+    """The module itself, or the layer beneath an adapter, whose weights PEFT looks at before that layer runs."""
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
 def _float32(value: Any) -> Any:

@@ -131,6 +131,17 @@ def test_the_log_probs_compared_are_those_of_each_sequence_alone(tmp_path):
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
+def test_a_model_whose_modules_read_each_others_weights(tmp_path):
+    """Mamba's mixer reads those of its convolution; its weights are bfloat16 again afterwards."""
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(tiny_config("falcon_mamba")).save_pretrained(tmp_path)
+    model, float32 = (AutoModelForCausalLM.from_pretrained(tmp_path, dtype=d) for d in ("bfloat16", "bfloat16"))
+    rows = random_rows(2)
+    found, expected = token_logps(model, rows), token_logps(float32.float(), rows)
+    torch.testing.assert_close(found.logps, expected.logps, rtol=0, atol=128 * 2.0**-24 * 20)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
 def test_experts_are_merged(tmp_path):
     torch.manual_seed(0)
     base = save_base(tmp_path / "base", AutoModelForCausalLM.from_config(tiny_config("qwen3_moe", vocab_size=600)))
