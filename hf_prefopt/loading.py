@@ -100,6 +100,14 @@ def is_adapter(name: str, init_kwargs: dict[str, Any] | None = None) -> bool:
     return find_adapter_config_file(name, **_hub_arguments(init_kwargs)) is not None
 
 
+def holds_adapter(run: str) -> bool:
+    """As `is_adapter`; False where there is no such folder, nor anything of that name on the Hub."""
+    try:
+        return is_adapter(run)
+    except OSError:
+        return False
+
+
 def load_processing_class(
     model: nn.Module, init_kwargs: dict[str, Any] | None, name: str | None = None
 ) -> PreTrainedTokenizerBase | ProcessorMixin:

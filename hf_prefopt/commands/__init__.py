@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from types import ModuleType
 
-from hf_prefopt.commands import inspect, merge
+from hf_prefopt.commands import chat, inspect, merge
 
-COMMANDS: dict[str, ModuleType] = {"inspect": inspect, "merge": merge}
+COMMANDS: dict[str, ModuleType] = {"inspect": inspect, "merge": merge, "chat": chat}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
-from hf_prefopt.loading import is_adapter, load_adapter, load_checkpoint, processing_class_of, read_tensors
+from hf_prefopt.loading import holds_adapter, load_adapter, load_checkpoint, processing_class_of, read_tensors
 from hf_prefopt.scoring.agreement import relative_rounding
 from hf_prefopt.scoring.modes import ModuleTree, adapters_off
 from hf_prefopt.serving.agreement import Agreement, compare
@@ -157,14 +157,6 @@ def _adapter_names(run: str, adapters: Sequence[str]) -> list[str]:
     if Path(run, CONFIG_NAME).is_file():
         raise ValueError(f"{run} is a whole model and no adapter: there is nothing to merge, serve it as it is")
     raise ValueError(f"{run} is no adapter: there is no adapter_config.json in such a folder, nor on the Hub")
-
-
-def holds_adapter(run: str) -> bool:
-    """As `is_adapter`; False where there is no such folder, nor anything of that name on the Hub."""
-    try:
-        return is_adapter(run)
-    except OSError:
-        return False
 
 
 def _adapters_in(run: str) -> list[str]:
