@@ -13,6 +13,7 @@ from hf_prefopt.reporting.progress import ShortProgressCallback
 from hf_prefopt.reporting.record import write_record
 from hf_prefopt.reporting.report_page import write_report
 from hf_prefopt.reporting.results import evaluated_sets, results_of
+from hf_prefopt.serving.steps import keep_rows_of, serving_steps
 from hf_prefopt.trainer import PreferenceTrainer
 
 
@@ -45,8 +46,10 @@ def finish_run(
 
     Args:
         dataset: the name or names of the data, for the card.
-        next_steps: what the report suggests, a command by purpose, as in `{"another loss": "--loss_type simpo"}`.
+        next_steps: what the report suggests beside talking to the model and serving it, a command by purpose, as in
+            `{"another loss": "--loss_type simpo"}`.
     """
+    keep_rows_of(trainer)
     args = trainer.args
     folder, is_first = Path(args.output_dir), trainer.is_world_process_zero()
     record = record_run(trainer, trainer.card_facts(dataset=dataset))
@@ -62,4 +65,5 @@ def finish_run(
         trainer.push_to_hub(dataset=dataset)
     if is_first:
         evaluated = results_of(record, evaluated_sets(record)[0])
-        closing_report(evaluated, results, next_steps or {}, answers=record.answers)
+        steps = {**serving_steps(trainer), **(next_steps or {})}
+        closing_report(evaluated, results, steps, answers=record.answers)

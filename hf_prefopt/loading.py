@@ -55,7 +55,7 @@ def load_model(
     if quantization_config is not None:
         kwargs["quantization_config"] = quantization_config
     if not is_adapter(name, init_kwargs):
-        return _load_checkpoint(name, kwargs)
+        return load_checkpoint(name, kwargs)[0]
     config = PeftConfig.from_pretrained(name, **_hub_arguments(init_kwargs))
     if not config.base_model_name_or_path:
         raise ValueError(
@@ -69,7 +69,16 @@ def load_model(
         )
     # A revision and a subfolder are the adapter's.
     of_base = {key: value for key, value in kwargs.items() if key not in ("revision", "subfolder")}
-    base = _load_checkpoint(config.base_model_name_or_path, of_base | {"revision": config.revision or "main"})
+    base, _ = load_checkpoint(config.base_model_name_or_path, of_base | {"revision": config.revision or "main"})
+    return load_adapter(base, name, init_kwargs)
+
+
+def load_adapter(base: PreTrainedModel, name: str, init_kwargs: dict[str, Any] | None = None) -> PeftModel:
+    """An adapter by name or path on a model that is loaded already, trainable.
+
+    Raises:
+        ValueError: its tensors are of another class of models.
+    """
     _make_room_for_tokens(base, name, init_kwargs)
     model = PeftModel.from_pretrained(base, name, is_trainable=True, **_hub_arguments(init_kwargs))
     _check_tensors(model, name, init_kwargs)
@@ -89,6 +98,14 @@ def model_class(config: PreTrainedConfig) -> Any:
 def is_adapter(name: str, init_kwargs: dict[str, Any] | None = None) -> bool:
     """Whether a folder or Hub repository holds an adapter and not a model."""
     return find_adapter_config_file(name, **_hub_arguments(init_kwargs)) is not None
+
+
+def holds_adapter(run: str) -> bool:
+    """As `is_adapter`; False where there is no such folder, nor anything of that name on the Hub."""
+    try:
+        return is_adapter(run)
+    except OSError:
+        return False
 
 
 def load_processing_class(
@@ -147,8 +164,12 @@ def _processing_class(
     return tokenizer
 
 
-def _load_checkpoint(name: str, kwargs: dict[str, Any]) -> PreTrainedModel:
-    """A model and not an adapter, of which nothing is random and what is left out is said."""
+def load_checkpoint(name: str, kwargs: dict[str, Any]) -> tuple[PreTrainedModel, list[str]]:
+    """A model and not an adapter, and the tensors of the checkpoint that its class leaves out, which are said.
+
+    Raises:
+        ValueError: weights would be random.
+    """
     config = kwargs.get("config")
     if not isinstance(config, PreTrainedConfig):
         read = {key: value for key, value in kwargs.items() if key in _OF_THE_CONFIG}
@@ -170,7 +191,7 @@ def _load_checkpoint(name: str, kwargs: dict[str, Any]) -> PreTrainedModel:
             _some(left_out),
             type(model).__name__,
         )
-    return model
+    return model, left_out
 
 
 def _left_out(name: str, model: PreTrainedModel, info: dict[str, Any], kwargs: dict[str, Any]) -> list[str]:
@@ -180,15 +201,25 @@ def _left_out(name: str, model: PreTrainedModel, info: dict[str, Any], kwargs: d
     return sorted(set(info["unexpected_keys"]) | silent)
 
 
-def _tensors_of(name: str, kwargs: dict[str, Any]) -> Iterable[str]:
-    """The names of the tensors of a checkpoint in safetensors; of another one, none."""
+def _tensors_of(name: str, kwargs: dict[str, Any]) -> dict[str, str]:
+    """The tensors of a checkpoint in safetensors, each with its file's name; of another checkpoint, none."""
     index, single = (_file(name, file, kwargs) for file in _WEIGHTS)
     if index is not None:
         return json.loads(Path(index).read_text())["weight_map"]
     if single is None:
-        return ()
+        return {}
     with safe_open(single, "pt") as tensors:
-        return tensors.keys()
+        return dict.fromkeys(tensors.keys(), _WEIGHTS[1])
+
+
+def read_tensors(name: str, tensors: Iterable[str], kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Some tensors of a checkpoint in safetensors as they are there, those of its files that its class leaves out."""
+    files, read = _tensors_of(name, kwargs), {}
+    for tensor in tensors:
+        path = _file(name, files[tensor], kwargs)
+        with safe_open(path, "pt") as content:
+            read[tensor] = content.get_tensor(tensor)
+    return read
 
 
 def _make_room_for_tokens(base: PreTrainedModel, name: str, init_kwargs: dict[str, Any] | None) -> None:

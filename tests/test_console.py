@@ -28,7 +28,7 @@ def test_a_run_without_evaluation_has_no_table(tmp_path, capsys):
     capsys.readouterr()
     finish_run(trainer)
     shown = capsys.readouterr().out
-    assert "curves.png" in shown and "Evaluation" not in shown and "Next steps" not in shown
+    assert "curves.png" in shown and "Evaluation" not in shown and f"vllm serve {tmp_path}" in shown
 
 
 def test_short_progress_replaces_the_trainers_bars_where_there_are_any(tmp_path):

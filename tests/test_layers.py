@@ -25,6 +25,7 @@ LAYERS = (
     ("reporting",),
     ("loading", "adapted", "policy", "training", "trainer"),
     ("inspection",),
+    ("serving",),
     ("callbacks", "recording", "console"),
     ("commands", "__main__"),
     ("trl",),

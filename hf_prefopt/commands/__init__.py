@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from types import ModuleType
 
 from hf_prefopt import __version__
-from hf_prefopt.commands import compare, env, inspect, losses, report, train
+from hf_prefopt.commands import chat, compare, env, inspect, losses, merge, report, train
 from hf_prefopt.commands.faults import reported
 from hf_prefopt.commands.parser import parser_of
 
@@ -20,6 +20,8 @@ COMMANDS: dict[str, ModuleType] = {
     "inspect": inspect,
     "report": report,
     "compare": compare,
+    "chat": chat,
+    "merge": merge,
     "losses": losses,
     "env": env,
 }

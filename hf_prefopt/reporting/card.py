@@ -41,6 +41,8 @@ class CardFacts:
         base_model: the model that was trained: a Hub name or a local folder.
         losses: the losses, in the order of the configuration.
         is_adapter: whether the result is a PEFT adapter; otherwise it is a whole model.
+        model_class: the class to load, where it is not the one that `AutoModelForCausalLM` gives.
+        serve: shell commands that serve the result.
         repository: what the usage snippet loads: `owner/name` on the Hub, or a local folder.
         reference: the reference, as a phrase.
         datasets: Hub names, which also go into the metadata, or folders.
@@ -64,6 +66,8 @@ class CardFacts:
     is_adapter: bool
     repository: str
     reference: str = "none"
+    model_class: str | None = None
+    serve: str = ""
     datasets: list[str] = field(default_factory=list)
     data: Mapping[str, object] = field(default_factory=dict)
     setup: Mapping[str, str] = field(default_factory=dict)
@@ -108,10 +112,11 @@ def model_card(facts: CardFacts, tags: str | list[str] | None = None, **metadata
         _answers_section(facts.answers),
         _results_section(facts),
         "## Curves\n\n![Training curves](curves.png)" if facts.has_curves else "",
-        _list_section("Loss", losses) + (f"\n\nNotation: {'; '.join(NOTATION)}." if losses else ""),
+        _list_section("Loss", losses) + (f"\n\nNotation: {NOTATION}" if losses else ""),
         _table_section("Data", facts.data),
         _table_section("Setup", setup),
-        f"## Use\n\n{usage_snippet(facts)}\n\n{serving_snippet(facts)}",
+        f"## Use\n\n{usage_snippet(facts)}",
+        f"With vLLM:\n\n```bash\n{facts.serve}\n```" if facts.serve else "",
         _table_section("Hyperparameters", facts.hyperparameters),
         _code_section("Configuration", "yaml", facts.configuration),
         _code_section("Command", "bash", facts.command),
@@ -140,16 +145,21 @@ def is_hub_name(name: str) -> bool:
 
 def usage_snippet(facts: CardFacts) -> str:
     """A Python block that loads the result and answers a question."""
-    loader, imports = "AutoModelForCausalLM", "from transformers import AutoModelForCausalLM, AutoTokenizer"
-    if facts.is_adapter:
-        loader = "AutoPeftModelForCausalLM"
-        imports = f"from peft import {loader}\nfrom transformers import AutoTokenizer"
+    loader = facts.model_class or "AutoModelForCausalLM"
+    imports = f"from transformers import {loader}, AutoTokenizer"
+    load = f'{loader}.from_pretrained(name, dtype="auto")'
+    if facts.is_adapter and facts.model_class:
+        imports = f"from peft import PeftModel\n{imports}"
+        load = f'PeftModel.from_pretrained({loader}.from_pretrained("{facts.base_model}", dtype="auto"), name)'
+    elif facts.is_adapter:
+        imports = "from peft import AutoPeftModelForCausalLM\nfrom transformers import AutoTokenizer"
+        load = 'AutoPeftModelForCausalLM.from_pretrained(name, dtype="auto")'
     return f"""\
 ```python
 {imports}
 
 name = "{facts.repository}"
-model = {loader}.from_pretrained(name, dtype="auto")
+model = {load}
 tokenizer = AutoTokenizer.from_pretrained(name)
 
 messages = [{{"role": "user", "content": "What is 12 times 12?"}}]
@@ -157,14 +167,6 @@ inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, ret
 output = model.generate(**inputs, max_new_tokens=128)
 print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
 ```"""
-
-
-def serving_snippet(facts: CardFacts) -> str:
-    """A shell block that serves the result with vLLM."""
-    if not facts.is_adapter:
-        return f"```bash\nvllm serve {facts.repository}\n```"
-    name = facts.model_name.replace(" ", "-")
-    return f"```bash\nvllm serve {facts.base_model} --enable-lora --lora-modules {name}={facts.repository}\n```"
 
 
 def base_on_hub(base_model: str) -> str | None:

@@ -6,15 +6,18 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import transformers
 import yaml
 from peft import PeftModel
-from transformers import PreTrainedModel, TrainerState
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel, TrainerState
 
 from hf_prefopt.config import PreferenceConfig
 from hf_prefopt.objective.term import Term
 from hf_prefopt.reporting.card import CardFacts, LossFacts
 from hf_prefopt.reporting.record import RunRecord
 from hf_prefopt.reporting.results import evaluated_sets, last_evaluation, results_of
+from hf_prefopt.reporting.serve_command import serve_command
+from hf_prefopt.scoring.forward import base_causal_lm
 
 _ARGUMENTS = (
     "learning_rate",
@@ -58,12 +61,16 @@ def card_facts(
         record: the record of the run, once it has ended.
     """
     repository = args.hub_model_id or str(args.output_dir)
+    adapter = model.active_peft_config if isinstance(model, PeftModel) else None
+    base_model = model.config._name_or_path or "a model made in memory"
     counts = {name: f"{len(dataset):,}" for name, dataset in rows.items() if isinstance(dataset, Sized)}
     return CardFacts(
         model_name=model_name or Path(repository).name,
-        base_model=model.config._name_or_path or "a model made in memory",
+        base_model=base_model,
         losses=[_loss_facts(term) for term in terms],
-        is_adapter=isinstance(model, PeftModel),
+        is_adapter=adapter is not None,
+        model_class=_own_class(base_causal_lm(model)),
+        serve=serve_command(repository, base_model, adapter),
         repository=repository,
         reference=reference or "none, the loss needs none",
         datasets=list(datasets),
@@ -88,6 +95,13 @@ def _of_record(record: RunRecord) -> dict[str, Any]:
         "command": str(record.run.get("command", "")),
         "warnings": tuple(record.run.get("warnings", ())),
     }
+
+
+def _own_class(model: PreTrainedModel) -> str | None:
+    """The name of a model's class where `AutoModelForCausalLM` would load another one."""
+    loaded = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), None)
+    is_public = hasattr(transformers, type(model).__name__)  # no class of a checkpoint's own code
+    return type(model).__name__ if is_public and loaded is not type(model) else None
 
 
 def configuration(args: PreferenceConfig) -> str:

@@ -1,0 +1,52 @@
+"""The commands that serve a trained model with vLLM: an adapter beside its base, or merged where vLLM cannot."""
+
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, PeftConfig
+
+# The ranks that vLLM makes room for (--max-lora-rank), of which 16 is its default.
+_RANKS = (16, 32, 64, 128, 256, 320, 512)
+# What a LoRA adapter may have beside low-rank matrices of linear layers; vLLM loads those alone.
+_MORE = (
+    "use_dora",
+    "modules_to_save",
+    "target_parameters",
+    "trainable_token_indices",
+    "lora_bias",
+    "layer_replication",
+)
+_NO_LINEAR_LAYERS = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out")
+
+
+def serve_command(repository: str, base_model: str, adapter: PeftConfig | None) -> str:
+    """One command, or two lines of which the first merges an adapter that vLLM does not load.
+
+    Args:
+        repository: a folder, or a name on the Hub. base_model: of an adapter.
+        adapter: the configuration of an adapter; `None` for a whole model.
+    """
+    if adapter is None:
+        return f"vllm serve {repository}"
+    name = Path(repository).name
+    if beside_its_base(adapter):
+        rank = largest_rank(adapter)
+        room = "" if rank <= _RANKS[0] else f" --max-lora-rank {next(size for size in _RANKS if size >= rank)}"
+        return f"vllm serve {base_model} --enable-lora --lora-modules {name}={repository}{room}"
+    return f"hf_prefopt merge {repository} --to {name}-merged\nvllm serve {name}-merged"
+
+
+def beside_its_base(adapter: PeftConfig) -> bool:
+    """Whether vLLM loads an adapter as it is."""
+    if not isinstance(adapter, LoraConfig) or adapter.bias != "none" or largest_rank(adapter) > _RANKS[-1]:
+        return False
+    targets: Any = adapter.target_modules or ()
+    named = (targets,) if isinstance(targets, str) else targets
+    if any(name.rpartition(".")[2] in _NO_LINEAR_LAYERS for name in named):
+        return False
+    return not any(getattr(adapter, setting, None) for setting in _MORE)
+
+
+def largest_rank(adapter: LoraConfig) -> int:
+    """The largest rank of a LoRA adapter's matrices."""
+    return max([adapter.r, *adapter.rank_pattern.values()])

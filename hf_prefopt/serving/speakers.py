@@ -1,0 +1,131 @@
+"""A trained model and its base as two partners of one conversation, each of which sees its own answers."""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import ModelCard
+from torch import nn
+from transformers import PreTrainedTokenizerBase, TextStreamer
+
+from hf_prefopt.loading import holds_adapter, load_adapter, load_checkpoint, load_model, processing_class_of
+from hf_prefopt.scoring.modes import ModuleTree, adapters_off
+
+Messages = list[dict[str, str]]
+
+
+@dataclass
+class Speaker:
+    """One of the models.
+
+    Attributes:
+        name: "base" or "trained". model: in evaluation mode.
+        acting: makes the context in which the model is this speaker.
+        messages: the conversation so far.
+    """
+
+    name: str
+    model: nn.Module
+    acting: Callable[[], AbstractContextManager] = nullcontext
+    messages: Messages = field(default_factory=list)
+
+
+class _Parts(TextStreamer):
+    """Hands over an answer in parts, as it is generated."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, show: Callable[[str], None]):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._show = show
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self._show(text)
+
+
+def load_speakers(
+    run: str, base: str | None = None, dtype: str = "auto", trust_remote_code: bool = False
+) -> tuple[list[Speaker], PreTrainedTokenizerBase]:
+    """The base model, where there is one, and the trained one; and the tokenizer.
+
+    An adapter's base is the model beneath it. That of a whole model is `base`, or the one that its card names.
+
+    Raises:
+        ValueError: there is no such model.
+    """
+    kwargs = {"dtype": dtype, **({"trust_remote_code": True} if trust_remote_code else {})}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        if holds_adapter(run):
+            policy = load_adapter(load_checkpoint(base, kwargs)[0], run) if base else load_model(run, kwargs)
+            tree = ModuleTree(policy.to(device).eval())
+            speakers = [Speaker("base", policy, partial(adapters_off, tree)), Speaker("trained", policy)]
+        else:
+            trained = load_checkpoint(run, kwargs)[0].to(device).eval()
+            base = base or _base_in_card(run)
+            untrained = [load_checkpoint(base, kwargs)[0].to(device).eval()] if base else []
+            speakers = [*(Speaker("base", model) for model in untrained), Speaker("trained", trained)]
+        loaded = processing_class_of(run, kwargs, base)
+    except OSError as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(f"{run} cannot be loaded: {reason}") from error
+    return speakers, getattr(loaded, "tokenizer", loaded)
+
+
+def _base_in_card(run: str) -> str | None:
+    card = Path(run, "README.md")
+    return ModelCard.load(card).data.base_model if card.is_file() else None
+
+
+def answer(
+    speaker: Speaker,
+    tokenizer: PreTrainedTokenizerBase,
+    sampling: Mapping[str, Any],
+    seed: int,
+    show: Callable[[str], None] = lambda part: None,
+    template: Mapping[str, Any] | None = None,
+) -> str:
+    """The speaker's answer to its conversation, which is added to it.
+
+    Args:
+        sampling: settings of `generate`. seed: the same for all speakers.
+        show: gets the parts of the answer.
+        template: further arguments of the chat template.
+    """
+    if tokenizer.chat_template is None:
+        inputs = tokenizer("\n".join(message["content"] for message in speaker.messages) + "\n", return_tensors="pt")
+    else:
+        inputs = tokenizer.apply_chat_template(
+            speaker.messages, add_generation_prompt=True, return_tensors="pt", return_dict=True, **(template or {})
+        )
+    device = next(speaker.model.parameters()).device
+    inputs = {name: inputs[name].to(device) for name in ("input_ids", "attention_mask")}
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    torch.manual_seed(seed)
+    with torch.no_grad(), speaker.acting():
+        output = speaker.model.generate(**inputs, **sampling, pad_token_id=pad, streamer=_Parts(tokenizer, show))
+    text = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    speaker.messages.append({"role": "assistant", "content": text})
+    return text
+
+
+def sampling_settings(temperature: float, top_p: float, top_k: int, max_new_tokens: int) -> dict[str, Any]:
+    """Settings of `generate`, in place of the checkpoint's own: greedy at a temperature of 0.
+
+    Raises:
+        ValueError: one of them is out of range.
+    """
+    for name, value, is_right in (
+        ("temperature", temperature, temperature >= 0),
+        ("top_p", top_p, 0 < top_p <= 1),
+        ("top_k", top_k, top_k >= 0),
+        ("max_new_tokens", max_new_tokens, max_new_tokens > 0),
+    ):
+        if not is_right:
+            raise ValueError(f"{name}={value} is out of range: temperature ≥ 0, 0 < top_p ≤ 1, top_k ≥ 0 (0 for all)")
+    common = {"max_new_tokens": max_new_tokens, "use_cache": True}
+    if temperature == 0:
+        return {**common, "do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    return {**common, "do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}

@@ -1,0 +1,116 @@
+"""Log-probs of the scored tokens of prepared rows by a model's plain forward, one sequence at a time, in float32.
+
+It shares nothing with the scoring that trained the model, so it can tell whether a saved model is the trained one.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from hf_prefopt.scoring.agreement import device_of
+from hf_prefopt.scoring.modes import evaluation_mode
+
+_HALF = (torch.bfloat16, torch.float16)
+
+
+class TokenLogps(NamedTuple):
+    """logps `[N]`: log-probs (nats) of all scored tokens. sizes `[N]`: |z_token| + Σ_v p_v |z_v| of the logits z."""
+
+    logps: Tensor
+    sizes: Tensor
+
+
+@torch.no_grad()
+def token_logps(model: nn.Module, rows: Sequence[Mapping[str, Any]]) -> TokenLogps:
+    """The scored tokens of every response of prepared rows, in order.
+
+    Raises:
+        ValueError: nothing is scored in the rows.
+    """
+    with evaluation_mode(model):
+        try:
+            with products_in_float32(model):
+                parts = _of_rows(model, rows)
+        except RuntimeError:  # a module reads the weights of another one, as Mamba's kernels do
+            with weights_in_float32(model):
+                parts = _of_rows(model, rows)
+    logps, sizes = (torch.cat(each) for each in zip(*parts, strict=True))
+    if not len(logps):
+        raise ValueError("no token of the rows is scored: there is nothing to compare")
+    return TokenLogps(logps, sizes)
+
+
+def _of_rows(model: nn.Module, rows: Sequence[Mapping[str, Any]]) -> list[tuple[Tensor, Tensor]]:
+    return [
+        _of_response(model, [*row["prompt_ids"], *ids], mask)
+        for row in rows
+        for ids, mask in zip(row["response_ids"], row["scored_masks"], strict=True)
+    ]
+
+
+def _of_response(model: nn.Module, ids: list[int], mask: list[int]) -> tuple[Tensor, Tensor]:
+    """Of one response, whose tokens are the last of a sequence."""
+    input_ids = torch.tensor([ids], device=device_of(model))
+    outputs = model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), use_cache=False, return_dict=True)
+    places = len(ids) - len(mask) + torch.tensor(mask).nonzero().squeeze(1)
+    logits = outputs.logits[0].float().cpu()[places - 1]  # the logits of a token stand before it
+    targets = torch.tensor(ids)[places, None]
+    sizes = logits.gather(1, targets).abs().squeeze(1) + (logits.softmax(-1) * logits.abs()).nansum(1)
+    return logits.log_softmax(-1).gather(1, targets).squeeze(1), sizes
+
+
+@contextmanager
+def products_in_float32(model: nn.Module) -> Iterator[None]:
+    """Modules with half-precision weights compute in float32: their weights are cast while they run, and no longer.
+
+    So a forward shows how the weights were rounded and nothing else, and takes the memory of one module more.
+    """
+    handles = []
+    for module in model.modules():
+        if any(p.dtype in _HALF for p in _layer(module).parameters(recurse=False)):
+            handles.append(module.register_forward_pre_hook(_widen, with_kwargs=True, prepend=True))
+            handles.append(module.register_forward_hook(_narrow, always_call=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def weights_in_float32(model: nn.Module) -> Iterator[None]:
+    """All half-precision weights in float32 at once, which takes twice their memory more."""
+    narrow = {parameter: parameter.data for parameter in model.parameters() if parameter.dtype in _HALF}
+    for parameter in narrow:
+        parameter.data = parameter.data.float()
+    try:
+        yield
+    finally:
+        for parameter, data in narrow.items():
+            parameter.data = data
+
+
+def _widen(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    own = {name: p for name, p in _layer(module).named_parameters(recurse=False) if p.dtype in _HALF}
+    vars(module)["_narrow_data"] = {name: parameter.data for name, parameter in own.items()}
+    for parameter in own.values():
+        parameter.data = parameter.data.float()
+    return tuple(map(_float32, args)), {name: _float32(value) for name, value in kwargs.items()}
+
+
+def _narrow(module: nn.Module, *_: Any) -> None:
+    for name, data in vars(module).pop("_narrow_data").items():
+        _layer(module)._parameters[name].data = data
+
+
+def _layer(module: nn.Module) -> nn.Module:
+    """The module itself, or the layer beneath an adapter, whose weights PEFT looks at before that layer runs."""
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def _float32(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.dtype in _HALF else value
