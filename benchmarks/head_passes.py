@@ -1,11 +1,11 @@
-"""How often the log-prob head passes over its logits on a GPU: ours, TRL's, and one with fewer passes.
+"""The number of passes of the log-prob head over its logits on a GPU: ours, TRL's, and one with fewer passes.
 
     python -m benchmarks.head_passes
 
-Counted on fake tensors, as `benchmarks.roofline` does. The head with fewer passes takes what CUDA fuses by itself: a
-product of half precision that is written in fp32, a log-softmax, and an exponential that reads fp32 and writes half
-precision. (PyTorch's log-softmax with dtype=torch.float32 is one kernel for fp16 alone; bf16 is copied to fp32 first.)
-It is a proposal, for heads whose weight is frozen, and the trainer does not use it.
+The passes are counted on fake tensors, as in `benchmarks.roofline`. The head with fewer passes uses kernels that CUDA
+fuses: a half-precision product with fp32 output, a log-softmax, and an exponential that reads fp32 and writes half
+precision. (PyTorch's log-softmax with dtype=torch.float32 is a single kernel only for fp16; bf16 is first copied to
+fp32.) It is a proposal for heads with frozen weights; the trainer does not use it.
 """
 
 from benchmarks.roofline.fake_device import fake_gpu, load_device
@@ -39,7 +39,7 @@ def rows_of(budget: int, vocabulary: int) -> int:
 
 
 class FewerPasses(torch.autograd.Function):
-    """Log-probs of targets under a frozen head, and unit gradients made in the forward where they are needed."""
+    """Log-probs of targets under a frozen head, and unit gradients from the forward pass if they are needed."""
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int) -> Tensor:

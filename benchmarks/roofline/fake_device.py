@@ -1,4 +1,4 @@
-"""A CUDA device without memory and without arithmetic, in a CPU build of PyTorch.
+"""A CUDA device without memory or arithmetic, for a CPU build of PyTorch.
 
 Tensors on it are fake: they have shapes, dtypes and `is_cuda`, so that code takes the path that it would take on a GPU.
 `load_device` comes before `import torch`; `fake_gpu` is a context in which `torch.cuda` says what a GPU would.
@@ -25,12 +25,12 @@ _LOADED: list[ctypes.CDLL] = []
 
 
 def compiler() -> str | None:
-    """The C++ compiler that the device is built with: $CXX, or one that is installed."""
+    """The C++ compiler for the device: $CXX, or an installed one."""
     return os.environ.get("CXX") or next(filter(None, map(shutil.which, COMPILERS)), None)
 
 
 def load_device() -> None:
-    """Build the device, once for a version of PyTorch, and load it.
+    """Build the device, once for each version of PyTorch, and load it.
 
     Raises:
         RuntimeError: torch was imported before, or there is no C++ compiler.
