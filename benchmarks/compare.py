@@ -2,10 +2,11 @@
 
     python -m benchmarks.compare --rounds 5 --memory --ablation --growth --write-results
 
-Each case first asserts that both trainers compute the same loss and gradients, then times alternating steps. The results
-are saved to a JSON file after every case, so that you can stop a run and continue it with `--cases`; other cases keep
-their earlier results. The text in `REMARKS.md` is appended to the results page. You need the model's folder, or
-`--model random:layers=2,vocab=1000` for a trial. A step of 8 pairs needs up to 16 GB in TRL.
+Each case first asserts that both trainers compute the same loss and gradients, then times alternating steps. The
+results are saved to a JSON file after every case, so that you can stop a run and continue it with `--cases`; other
+cases keep their earlier results. The text in `REMARKS.md` is appended to the results page. You need the model's folder,
+or
+`--model random:layers=2,vocab=1000 --cases equal-1:1` for a trial. A step of 8 pairs needs up to 16 GB in TRL.
 """
 
 import argparse
