@@ -174,7 +174,7 @@ def _default_configuration(model_type: str, device: str, dtype: torch.dtype, cha
         with torch.autocast(device, dtype=dtype), counted_varlen_calls() as calls:
             found = _logps_and_gradients(model, batch)
         figures[f"{layout} log-probs"], figures[f"{layout} gradients"] = map(_relative, found, expected)
-    layers, forwards = model.config.num_hidden_layers, 3  # the scores alone, the policy, the reference
+    layers, forwards = model.config.num_hidden_layers, 3  # scoring, the policy, the reference
     figures["varlen calls"] = f"{len(calls)} of {layers * forwards}"
     capped = getattr(model.config, "attn_logit_softcapping", None) is not None
     on_kernel = len(calls) == (0 if capped or device == "cpu" else layers * forwards)

@@ -104,7 +104,7 @@ class Case:
     pairs: int
 
     def rows(self, tiny: bool = False) -> Sequence[Row]:
-        """The rows of its step, random tokens."""
+        """The rows of a step, with random tokens."""
         vocabulary = SHAPES[self.shape].vocab
         if self.lengths == "chat":
             return chat_lengths(vocabulary, self.pairs)

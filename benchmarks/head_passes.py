@@ -26,9 +26,9 @@ from benchmarks.roofline.estimate import seconds
 from benchmarks.roofline.kernels import cuda_kernels
 from hf_prefopt.scoring.head import linear_head_logps
 
-# Qwen3-4B's head, and the scored tokens of 8 pairs of 256 tokens.
+# Qwen3-4B's head, and the scored tokens of 8 pairs with responses of 256 tokens.
 VOCABULARY, HIDDEN, TOKENS = 151_936, 2560, 4096
-# Of a chunk: logits and log-probs in fp32, the gradient in half precision.
+# Per logit of a chunk: logits and log-probs in fp32, and the gradient in half precision.
 BYTES_A_LOGIT = 10
 TRL_TILE = 32_768
 
@@ -79,7 +79,7 @@ def heads() -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
     fewer = rows_of(512 << 20, VOCABULARY)
-    statistics = ("entropy", "mean_logits", "is_top1")  # what TRL asks for in every step
+    statistics = ("entropy", "mean_logits", "is_top1")  # TRL computes these in every step
     return {
         "ours, 2048 rows": lambda h, w, t: linear_head_logps(h, w, None, t, chunk_rows=2048)[0],
         "ours, 512 rows": lambda h, w, t: linear_head_logps(h, w, None, t, chunk_rows=512)[0],
@@ -90,7 +90,7 @@ def heads() -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
 
 
 def counted(head: Callable[[Tensor, Tensor, Tensor], Tensor], with_gradient: bool) -> tuple[list[Work], int]:
-    """The work of a head's forward, and its backward where the hidden states need a gradient; its bytes in use."""
+    """The work of a head's forward pass, and of its backward pass if there is one; the bytes in use."""
     counting = Counting({VOCABULARY, VOCABULARY % TRL_TILE, TRL_TILE}, None)
     with fake_gpu(), cuda_kernels(counting), counting, torch.set_grad_enabled(with_gradient):
         device = {"device": "cuda", "dtype": torch.bfloat16}

@@ -167,7 +167,7 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def draw(results: Mapping[str, Any], path: str | Path) -> None:
-    """Ratio by case with its target, and beside it the peak memory of both sides."""
+    """Two panels: the ratio of each case with its target, and the peak memory of both sides."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -111,7 +111,7 @@ def main() -> None:
     sys.path.insert(0, str(ROOT / "recipes"))
     disable_progress_bar()
     transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()  # the layers left out are no news
+    transformers_logging.set_verbosity_error()  # do not warn about the missing layers
 
     runs = []
     console = Console()

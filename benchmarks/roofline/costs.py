@@ -29,7 +29,7 @@ FREE = {
     "_local_scalar_dense",
     "device",
 }
-# Kernels of PyTorch's CUDA implementations, where they are several.
+# The numbers of kernels for operators with several in PyTorch's CUDA implementation.
 LAUNCHES = {
     "_varlen_attn": 2,  # the state of the random generator is filled
     "_varlen_attn_backward": 3,  # sums of dO · O, the products, dQ to half precision
@@ -45,7 +45,7 @@ LAUNCHES = {
 }
 # Sorted by index first, so that equal indices add up in order.
 ACCUMULATED = 8
-# Tensors that one launch of a `foreach` kernel takes, by how many lists it is given, and elements of its blocks.
+# The tensors per launch of a `foreach` kernel, keyed by its number of lists, and the elements of its blocks.
 FOREACH_TENSORS = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}
 FOREACH_BLOCKS, FOREACH_CHUNK = 320, 65_536
 PICKS = {"embedding", "index_select", "gather", "index"}

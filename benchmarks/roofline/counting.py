@@ -54,14 +54,14 @@ class Counting(TorchDispatchMode):
     """Records the operators on the device.
 
     Args:
-        head: widths by which the head's tensors are known: the vocabulary's, and those of its pieces.
-        rank: of the adapter, by which its products are known.
+        head: the widths that identify the head's tensors: the vocabulary's, and those of its pieces.
+        rank: the rank of the adapter, which identifies its products.
 
     Attributes:
-        work: in the order in which it ran. waits: of the host for the device, by call site.
-        kept: bytes of casts that are kept for the backward and would not have to be, by what they are and call site:
-            fp32 copies of half-precision tensors, and copies in a dtype that the tensor had before.
-        peak: most bytes in use. phase: what new work is recorded under.
+        work: the recorded work, in order. waits: the host's waits for the device, keyed by call site.
+        kept: bytes of casts that are kept unnecessarily for the backward pass, keyed by type and call site: fp32 copies
+            of half-precision tensors, and copies in a dtype that the tensor had before.
+        peak: the most bytes in use. phase: the phase of new work.
     """
 
     def __init__(self, head: set[int], rank: int | None):

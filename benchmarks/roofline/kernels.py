@@ -97,7 +97,7 @@ def cuda_kernels(counting: Counting) -> Iterator[None]:
     patches: list[Any] = [
         patch.object(torch.nn.functional, "scaled_dot_product_attention", cuda_attention),
         patch.object(FakeTensor, "tolist", _made_up_list),
-        # Of fake tensors it says no, and each gradient would be clipped by launches of its own.
+        # It returns False for fake tensors, and each gradient would be clipped by separate launches.
         patch("torch.nn.utils.clip_grad._has_foreach_support", lambda *_: True),
         patch("transformers.masking_utils.is_tracing", lambda *_: False),
     ]

@@ -18,7 +18,7 @@ from benchmarks.roofline.models import build, config_of
 from benchmarks.sides import Side
 from benchmarks.work import Row, as_groups_of_pairs, as_pairs
 
-# The dtype of the weights, and the autocast that the trainers are told.
+# The dtype of the weights, and the trainers' autocast setting.
 DTYPES = {
     "bf16": (torch.bfloat16, "bf16"),
     "fp32-autocast": (torch.float32, "bf16"),
@@ -33,8 +33,8 @@ class Case:
     """The model and the data of a step.
 
     Attributes:
-        model: a name of `CONFIGS`. lengths: a name for tables. rows: of one micro-batch.
-        mode: "lora" or "full". dtype: a name of `DTYPES`.
+        model: a name in `CONFIGS`. lengths: a name for tables. rows: the rows of one micro-batch.
+        mode: "lora" or "full". dtype: a name in `DTYPES`.
         changes: fields of the model's config.
     """
 
@@ -52,8 +52,8 @@ class Counts:
     """The work of a step on the GPU.
 
     Attributes:
-        work, waits, kept, peak: as of `Counting`. waits_of_log: of a logging step, beside. positions: computed.
-        layout: ours.
+        work, waits, kept, peak: as in `Counting`. waits_of_log: additional waits of a logging step. positions: the
+            number of computed positions. layout: our layout.
     """
 
     work: list[Work]

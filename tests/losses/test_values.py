@@ -103,7 +103,7 @@ def test_kto_pair_by_hand():
 
 
 def test_kto_pair_keeps_its_baseline_out_of_the_gradient():
-    """With r_w = r_l = (1, 1), z = 1: dL/dr_w = −½ σ'(0) = −1/8 for each pair; a live z would change it."""
+    """With r_w = r_l = (1, 1), z = 1: dL/dr_w = −½ σ'(0) = −1/8 for each pair; differentiating z would change it."""
     policy = vector(1.0, 1.0).requires_grad_()
     zero = vector(0.0, 0.0)
     kto_pair_loss(policy, vector(1.0, 1.0), zero, zero, beta=1.0).losses.sum().backward()
