@@ -47,7 +47,7 @@ OTHER_VALUES = {
     "eta": 0.6,
     "margin": "ratio",
 }
-# For losses for which that value is out of range, or the default.
+# Values for losses for which that value is out of range, or the default.
 OTHER_VALUES_OF = {
     "r_dpo": {"alpha": 0.6},
     "slic_hf": {"length_normalize": True},
