@@ -1,1 +1,1 @@
-"""Speed and memory, measured in pairs: this trainer and TRL's, with the same weights, tokens and process."""
+"""Paired measurements of speed and memory: this trainer and TRL's, with the same weights, tokens and process."""

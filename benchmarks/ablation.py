@@ -1,6 +1,6 @@
-"""The ablation ladder: what each lever of the fast path is worth, by the step without it, in turns with the whole.
+"""The ablation ladder: times steps without one optimization ("lever"), alternating with complete steps.
 
-Levers are switched off from the outside; the library has no switches for what there is no reason to leave out.
+The levers are switched off by patches here, because users of the library have no reason to switch them off.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +21,7 @@ from hf_prefopt.scoring import forward
 
 @contextmanager
 def _padded(side: Side) -> Iterator[None]:
-    """The layout "padded": every prompt once a response, every sequence as long as the longest."""
+    """The layout "padded": each response has its own copy of the prompt, and all sequences have the longest length."""
     with (
         patch.object(side.trainer.data_collator, "layout", "padded"),
         patch.object(side.trainer.scorer, "layout", "padded"),
@@ -31,14 +31,14 @@ def _padded(side: Side) -> Iterator[None]:
 
 @contextmanager
 def _no_unit_gradient(_: Side) -> Iterator[None]:
-    """The frozen head by way of any other head: the backward makes each chunk's logits again, three products."""
+    """The frozen head computed like a trained one: the backward pass recomputes the logits of each chunk."""
     with patch.object(forward, "is_plain_linear", lambda head: False):
         yield
 
 
 @contextmanager
 def _every_position(side: Side) -> Iterator[None]:
-    """The head on every position, prompts and padding included, and not only where a response token is predicted."""
+    """The head on all positions, including prompts and padding, instead of only scored positions."""
     collate = side.trainer.data_collator
 
     def all_scored(rows: Sequence[Row]) -> LoaderBatch:
@@ -57,7 +57,7 @@ def _one_chunk(_: Side) -> Iterator[None]:
 
 @contextmanager
 def _apart(side: Side) -> Iterator[None]:
-    """Every pair a group of its own, though they have their prompt in common."""
+    """One group for each pair, even if pairs share their prompt."""
     collate = side.trainer.data_collator
     with patch.object(side.trainer, "data_collator", lambda rows: collate(as_groups_of_pairs(rows))):
         yield
@@ -65,7 +65,7 @@ def _apart(side: Side) -> Iterator[None]:
 
 @contextmanager
 def _entropy(side: Side) -> Iterator[None]:
-    """No lever, but what TRL's metrics cost: the entropy of every token, which TRL computes for its log."""
+    """Not a lever: adds the cost of TRL's entropy metric, the entropy of every token."""
     with patch.object(type(side.trainer.criterion), "token_stats", ("entropy",)):
         yield
 
@@ -83,7 +83,7 @@ ALL_OFF = ("layout: padded", "head: no unit gradient", "head: every position")
 
 @contextmanager
 def lever_off(side: Side, name: str) -> Iterator[None]:
-    """Switch a lever off for the time of the context; several by "a + b"."""
+    """Switch a lever off inside the context; "a + b" switches off several."""
     with ExitStack() as stack:
         for one in name.split(" + "):
             stack.enter_context(LEVERS[one](side))
@@ -114,7 +114,7 @@ def without(side: Side, lever: str) -> WithoutLever:
 
 
 def ladder(source: str, work: Work, rounds: int, levers: Sequence[str] | None = None) -> dict[str, Mapping[str, Any]]:
-    """For each lever the step without it against the whole: `ratio` is how many times as long it takes."""
+    """For each lever, `ratio` is the time of a step without it divided by the time of a complete step."""
     side = our_side(source)
     perturb_adapters(side)
     side.backward(work.batch(0))  # settles the layout
@@ -129,7 +129,7 @@ def ladder(source: str, work: Work, rounds: int, levers: Sequence[str] | None = 
 
 
 def _scoring_everything(batch: PreferenceBatch) -> PreferenceBatch:
-    """The batch with the positions that nobody asks for scored too, as those of one more response in no pair."""
+    """The batch with all other positions scored as well, as an additional response that belongs to no pair."""
     batch = {**batch}
     asked = torch.zeros(batch["input_ids"].numel(), dtype=torch.bool)
     asked[batch["scored_rows"]] = True

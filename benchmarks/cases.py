@@ -10,7 +10,7 @@ from benchmarks.sides import Side, vocabulary_of
 from benchmarks.work import Row, Work, merged, ranked_as_pairs, read_rows, shuffled_batches, synthetic
 from hf_prefopt.data.prepare import prepare_dataset
 
-# Prompt and response tokens and pairs a step, sized for a step of TRL below 40 s on one CPU thread.
+# Prompt tokens, response tokens and pairs per step, chosen so that a TRL step takes less than 40 s on one CPU thread.
 SHAPES = {"1:1": (128, 128, 2), "4:1": (512, 128, 1), "10:1": (1280, 128, 1)}
 SHAPE_SPEED = {"1:1": 1.6, "4:1": 2.2, "10:1": 2.4}
 SHAPE_MEMORY = {"1:1": 1.0, "4:1": 0.7, "10:1": 0.7}
@@ -19,14 +19,14 @@ PAIRS_A_STEP = 8
 
 
 def tokenized_alike(raw: Sequence[dict[str, Any]], peer: Side) -> list[Row]:
-    """Raw pairs as prepared rows, tokenized by TRL's trainer and by `hf_prefopt`.
+    """Convert raw pairs to prepared rows, tokenized by TRL's trainer and by `hf_prefopt`.
 
     Raises:
-        AssertionError: the two give other token ids.
-        ValueError: the model is a random one, whose tokenizer knows three words.
+        AssertionError: the two give different token ids.
+        ValueError: the model is random, so its tokenizer knows only three words.
     """
     if peer.trainer.processing_class.chat_template is None:
-        raise ValueError(f"real text wants a real model: a random one takes {', '.join(f'equal-{s}' for s in SHAPES)}")
+        raise ValueError(f"real text needs a real model; a random one takes {', '.join(f'equal-{s}' for s in SHAPES)}")
     rows = Dataset.from_list([{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in raw])
     tokenizer = peer.trainer.processing_class
     theirs = peer.trainer._prepare_dataset(rows, tokenizer, peer.trainer.args, "benchmark")
@@ -52,7 +52,7 @@ def equal_lengths(shape: str) -> Callable[[Side, str], Work]:
 
 
 def _one_text(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens of some solutions of GSM8K, end to end."""
+    """The tokens of some GSM8K solutions, concatenated."""
     rows = read_rows("recipes/data/gsm8k_pairs/test.jsonl.gz")
     return tokenizer("\n\n".join(row["chosen"][0]["content"] for row in rows))["input_ids"]
 
@@ -70,7 +70,7 @@ def chat(peer: Side, _: str) -> Work:
 
 
 def ranked(peer: Side, _: str) -> Work:
-    """One long prompt a step, its best answer against each of three others: one group here, three pairs in TRL."""
+    """One long prompt per step, its best answer against each of three others: one group here, three pairs in TRL."""
     lists = 24
     pairs = tokenized_alike(ranked_as_pairs(read_rows("benchmarks/data/ranked4.jsonl.gz")[:lists]), peer)
     groups = [merged(pairs[3 * number : 3 * number + 3]) for number in range(lists)]

@@ -2,11 +2,11 @@
 
     python -m benchmarks.compare --rounds 5 --memory --ablation --growth --write-results
 
-Each case first asserts that both trainers compute the same loss and gradients, then times their steps in turns.
-Results are kept in a JSON file after every case, so that a run can be stopped and gone on with (`--cases`, and what
-is left out keeps its earlier figures). What the figures alone do not say stands in `REMARKS.md` and is put behind them.
-Needs the model's folder, or `--model random:layers=2,vocab=1000 --cases equal-1:1` to try it out.
-A step of 8 pairs needs up to 16 GB in TRL.
+Each case first asserts that both trainers compute the same loss and gradients, then times alternating steps. The
+results are saved to a JSON file after every case, so that you can stop a run and continue it with `--cases`; other
+cases keep their earlier results. The text in `REMARKS.md` is appended to the results page. You need the model's folder,
+or
+`--model random:layers=2,vocab=1000 --cases equal-1:1` for a trial. A step of 8 pairs needs up to 16 GB in TRL.
 """
 
 import argparse
@@ -32,12 +32,12 @@ from benchmarks.work import ROOT, Work
 
 MODEL = "models/smollm2-135m-instruct"
 RESULTS, PLOT = ROOT / "benchmarks" / "RESULTS.md", ROOT / "benchmarks" / "results.png"
-# What follows the tables: the section of the last run on a GPU, and remarks.
+# Appended to the tables: the section on the last GPU run, and notes.
 SECTIONS = (ROOT / "benchmarks" / "GPU.md", ROOT / "benchmarks" / "REMARKS.md")
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    """Run what the command line asks for; the results, which are also printed and saved."""
+    """Run the cases given on the command line; print, save and return the results."""
     options = _options(arguments)
     torch.set_num_threads(options.threads)
     results = _earlier(options.json)
@@ -81,7 +81,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 
 
 def compared(peer: Side, ours: Side, work: Work, rounds: int) -> dict[str, Any]:
-    """A case: equality asserted, then the rounds, from the same adapter."""
+    """Run a case: assert equality, then time the rounds, starting from the same adapter."""
     copy_adapter(peer, ours)
     apart = agreement(peer, ours, work.batch(0))
     print(
@@ -109,14 +109,14 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=MODEL, help=f"a model's folder (default {MODEL}), or random:layers=2,…")
     parser.add_argument("--cases", nargs="*", default=list(CASES), choices=list(CASES), help="default: all")
-    parser.add_argument("--rounds", type=int, default=5, help="timed rounds of each case; 0 times nothing")
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds per case; 0 for none")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--memory", action="store_true", help="peak memory of each side, in processes of their own")
+    parser.add_argument("--memory", action="store_true", help="measure the peak memory of each side")
     parser.add_argument(
         "--ablation", type=int, nargs="?", const=2, default=0, help=f"rounds of the ladder: {', '.join(LEVERS)}"
     )
     parser.add_argument("--growth", nargs="*", default=[], choices=list(GROWTH), help="no names: all")
-    parser.add_argument("--json", type=Path, default=Path("benchmark-results.json"), help="results so far, and to come")
+    parser.add_argument("--json", type=Path, default=Path("benchmark-results.json"), help="JSON file with the results")
     parser.add_argument("--write-results", action="store_true", help="write benchmarks/RESULTS.md and the plot")
     options = parser.parse_args(arguments)
     given = sys.argv[1:] if arguments is None else arguments

@@ -1,10 +1,10 @@
-"""Time and memory of preparing chat pairs, beside TRL's `DPOTrainer._prepare_dataset` on the same rows.
+"""Time and memory of preparing chat pairs, compared with TRL's `DPOTrainer._prepare_dataset` on the same rows.
 
     python -m benchmarks.data_time --rows 100000
 
-The rows are made up, written to disk as JSON lines, and read, tokenized and checked in a process of their own, by each
-side. CPU seconds include all threads. Memory is the peak of anonymous pages above what the imports took, so that files
-that Arrow maps do not count; `--rows 100000 25000` shows whether it grows with the rows.
+The rows are synthetic and stored as JSON lines; each side reads, tokenizes and checks them in a separate process. CPU
+seconds include all threads. Memory is the peak of anonymous pages minus the memory after imports, so files that Arrow
+maps do not count. `--rows 100000 25000` shows whether memory grows with the number of rows.
 """
 
 import argparse
@@ -32,7 +32,7 @@ MAX_LENGTH = 1024
 
 
 def write_pairs(file: Path, rows: int) -> None:
-    """Conversations of one to three turns with two answers, in words of a small vocabulary."""
+    """Conversations of one to three turns with two answers, made of words from a small vocabulary."""
     draw = random.Random(0)
     letters = "etaoinshrdlucmfwypvbgkq"
     words = ["".join(draw.choices(letters, k=draw.randint(2, 9))) for _ in range(20_000)]
@@ -49,7 +49,7 @@ def write_pairs(file: Path, rows: int) -> None:
 
 
 class Clock:
-    """Wall and CPU seconds by step; a step within another one is not counted twice."""
+    """Wall and CPU seconds for each step; nested steps are not counted twice."""
 
     def __init__(self):
         self.wall: Counter[str] = Counter()
@@ -72,7 +72,7 @@ class Clock:
                 self._within[-1] = [before + now for before, now in zip(self._within[-1], taken, strict=True)]
 
     def around(self, owner: Any, name: str, step: str) -> None:
-        """Time a function where its module or class has it."""
+        """Time a function by patching it in its module or class."""
         function = getattr(owner, name)
 
         def timed(*arguments: Any, **options: Any) -> Any:
@@ -84,7 +84,7 @@ class Clock:
 
 @contextmanager
 def peak_memory(found: dict[str, float]) -> Iterator[None]:
-    """The peak of anonymous memory, MiB above the beginning, every 10 ms; on Linux."""
+    """The peak of anonymous memory above its initial value, in MiB, sampled every 10 ms; only on Linux."""
 
     def now() -> float:
         lines = Path("/proc/self/status").read_text().splitlines()
@@ -130,7 +130,7 @@ def ours(data: Dataset, tokenizer: PreTrainedTokenizerBase, clock: Clock) -> Dat
 
 
 def trl(data: Dataset, tokenizer: PreTrainedTokenizerBase, clock: Clock) -> Dataset:
-    """The rows as TRL's `DPOTrainer` prepares them; its collator cuts them later."""
+    """The rows as TRL's `DPOTrainer` prepares them; its collator truncates them later."""
     from trl import DPOConfig, DPOTrainer
 
     args = DPOConfig("unused", use_cpu=True, bf16=False, report_to="none", max_length=MAX_LENGTH)
@@ -146,7 +146,7 @@ def measure(side: str, file: str, model: str, folder: str) -> dict[str, Any]:
     clock, memory = Clock(), {}
     tokenizer = AutoTokenizer.from_pretrained(model)
     prepare, first = SIDES[side], {"rows": 2, "split": "train"}
-    with tempfile.TemporaryDirectory() as warm:  # what is imported and compiled at the first row does not count
+    with tempfile.TemporaryDirectory() as warm:  # exclude imports and compilation for the first row
         write_pairs(Path(warm) / "rows.jsonl", first["rows"])
         prepare(
             load_dataset("json", data_files=f"{warm}/rows.jsonl", cache_dir=warm, split="train"), tokenizer, Clock()
@@ -160,7 +160,7 @@ def measure(side: str, file: str, model: str, folder: str) -> dict[str, Any]:
 
 
 def in_a_process(side: str, file: Path, model: str) -> dict[str, Any]:
-    """What `measure` finds in a fresh process."""
+    """The result of `measure` in a new process."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "benchmarks.data_time", "--side", side, str(file), model, folder]
         run = subprocess.run(command, capture_output=True, text=True)

@@ -1,20 +1,20 @@
-"""One call of eight minutes on a CUDA machine: is the fast path right there, and how fast is it?
+"""Check the correctness and speed of the fast path on a CUDA machine, in eight minutes.
 
     python -m benchmarks.gpu_check --out DIR                      # correctness, speed, losses, a profile, in this order
     python -m benchmarks.gpu_check --device cpu --tiny            # the same code, small enough for any machine
 
-Correctness first: fp32 weights under autocast reach the variable-length kernel; the kernel against a mask written out
-(fewer queries than keys, grouped heads, sliding windows); both layouts in bf16 against fp32; what the probe decides.
-Then speed on random weights, LoRA, the cases in the order of what matters: `PreferenceTrainer` against TRL's
-`DPOTrainer`, or where `trl` cannot be imported "shared" against "padded" through the scoring functions. Timed by CUDA
-events after warming up, in turns; peak allocated and reserved memory; MFU on the fewest FLOP that the step needs. Then
-two steps with each loss that there is, on the CPU and on the device. Last a profile of one step of each trainer:
-launches, waits of the host by call site, the kernels that take longest.
+Correctness comes first: fp32 weights under autocast use the variable-length kernel; the kernel agrees with an explicit
+mask (fewer queries than keys, grouped heads, sliding windows); both layouts in bf16 agree with fp32; and the decisions
+of the probe. Then speed, on random weights with LoRA, most important cases first: `PreferenceTrainer` against TRL's
+`DPOTrainer`, or, if `trl` cannot be imported, "shared" against "padded" through the scoring functions. Steps alternate
+and are timed with CUDA events after warming up. The results include peak allocated and reserved memory, and MFU based
+on the minimal FLOP of a step. Then each loss takes two steps on the CPU and on the device. The last part profiles one
+step of each trainer: launches, waits of the host by call site, and the slowest kernels.
 
-Every part prints and writes its results before the next one starts; `--budget` seconds after the start no further case
-is begun. Needs torch, transformers, accelerate, peft. For TRL, carry the wheels trl, datasets, dill, multiprocess,
-pyarrow and what else is missing there, and install them into a folder called `site-packages` on PYTHONPATH: by that
-name dill knows what it must not pickle.
+Every part prints and writes its results before the next one starts; no case starts later than `--budget` seconds after
+the start. It needs torch, transformers, accelerate and peft. For TRL, copy the wheels of trl, datasets, dill,
+multiprocess, pyarrow and other missing packages to the machine, and install them into a folder named `site-packages` on
+PYTHONPATH; from this name dill recognizes modules that it must not pickle.
 """
 
 import argparse
@@ -36,7 +36,8 @@ import torch
 
 
 def stand_in_for_datasets() -> None:
-    """Names of `datasets` that `hf_prefopt` imports and this check never calls, where the package is absent."""
+    """Stand-ins for the names that `hf_prefopt` imports from `datasets`, if the package is absent; they are never
+    called."""
     if importlib.util.find_spec("datasets") is not None:
         return
     module = ModuleType("datasets", "stand-in of benchmarks.gpu_check")
@@ -57,7 +58,7 @@ from benchmarks.gpu_report import as_markdown, print_checks, print_speed  # noqa
 from benchmarks.gpu_speed import Case, layouts_in_turns, trainers_in_turns  # noqa: E402
 
 HALF, FULL = torch.bfloat16, torch.float32
-# In the order of what matters; pairs a step are what TRL's padded activations leave room for in 80 GB.
+# Most important first; the pairs per step are what fits into 80 GB with TRL's padded activations.
 CASES = [
     Case("0.5B", "4:1", FULL, 8),  # the default configuration: fp32 weights under bf16 autocast
     Case("8B", "4:1", HALF, 2),
@@ -129,7 +130,7 @@ def _speed(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     measure = partial(measure, adapt=put_liger_in) if options.liger else measure
     try:
         figures = measure(case, case.rows(options.tiny), options.rounds, options.device)
-    except Exception as error:  # one case's failure leaves the others their time
+    except Exception as error:  # if a case fails, the others still run
         figures = {"error": f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"}
         traceback.print_exc()
     gc.collect()
@@ -153,12 +154,12 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--parts", nargs="+", default=parts, choices=parts)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--tiny", action="store_true", help="short sequences and the shape 'tiny'")
-    parser.add_argument("--layouts-only", action="store_true", help="shared against padded even where trl is there")
-    parser.add_argument("--liger", action="store_true", help="Liger's kernels in both trainers' models")
+    parser.add_argument("--tiny", action="store_true", help="use short sequences and the shape 'tiny'")
+    parser.add_argument("--layouts-only", action="store_true", help="compare shared with padded, not with trl")
+    parser.add_argument("--liger", action="store_true", help="use Liger's kernels in the models of both trainers")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU")
-    parser.add_argument("--budget", type=float, default=360, help="seconds after which no further case is started")
-    parser.add_argument("--out", type=Path, help="a folder for the results and the profiles")
+    parser.add_argument("--budget", type=float, default=360, help="seconds after which no more cases start")
+    parser.add_argument("--out", type=Path, help="the folder for results and profiles")
     return parser.parse_args(arguments)
 
 

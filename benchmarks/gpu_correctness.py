@@ -1,6 +1,7 @@
-"""What must hold on a GPU before anything is timed: the kernel's mask, and both layouts against fp32.
+"""Correctness checks on a GPU, which run before timing: the kernel's mask, and both layouts against fp32.
 
-Every check returns figures and a verdict; none stops the others. On a CPU the same checks run on the paths that it has.
+Every check returns numbers and a verdict, and a failure does not stop the others. On a CPU, the same checks use the
+CPU's implementations.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +30,7 @@ def moved(batch: dict[str, Any], device: str) -> dict[str, Any]:
 
 
 def attention_by_mask(query: Tensor, key: Tensor, value: Tensor, batch: dict[str, Any], window: int | None) -> Tensor:
-    """Attention over segments written out in float64 with a mask that is spelled out key by key: `[1, T, heads, D]`."""
+    """Reference attention over segments in float64, with an explicit mask for each key: `[1, T, heads, D]`."""
     groups = query.shape[1] // key.shape[1]
     query, key, value = (
         query.double(),
@@ -51,7 +52,8 @@ def attention_by_mask(query: Tensor, key: Tensor, value: Tensor, batch: dict[str
 
 
 def kernel(device: str, dtype: torch.dtype) -> dict[str, Check]:
-    """Attention over segments against the mask: with fewer queries than keys, grouped heads, sliding windows."""
+    """Compare attention over segments with the explicit mask: fewer queries than keys, grouped heads, sliding
+    windows."""
     checks = {}
     rows = [row for batch in (synthetic(500, 2, 37, 19, 3)[0], synthetic(500, 1, 5, 40, 2)[0]) for row in batch]
     batch = moved(SharedCollator()(rows), device)
@@ -98,7 +100,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "qwen2": {},
     "qwen3": {},
     "mistral": {"sliding_window": 24},
-    # Older versions of transformers give it PyTorch's own attention, which leaves the soft-cap out.
+    # Older versions of transformers use PyTorch's own attention for it, which drops the soft-cap.
     "gemma2": {"sliding_window": 24, "attn_implementation": "eager"},
     "gemma3_text": {"sliding_window": 24},
     "phi3": {},
@@ -107,7 +109,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 
 
 def small_model(model_type: str, device: str, dtype: torch.dtype, **changes: Any) -> nn.Module:
-    """A random model of an architecture, with heads wide enough for every kernel and a LoRA adapter away from zero."""
+    """A random model of an architecture, with heads wide enough for every kernel and a nonzero LoRA adapter."""
     sizes = {
         "vocab_size": 500,
         "hidden_size": 256,
@@ -137,7 +139,7 @@ def small_model(model_type: str, device: str, dtype: torch.dtype, **changes: Any
 
 
 def dpo_step(model: nn.Module, batch: dict[str, Any], backward: bool = True) -> Tensor:
-    """The DPO loss of a batch with the adapter switched off as its reference, and its backward."""
+    """The DPO loss of a batch and its backward pass; the reference is the model with its adapter disabled."""
     policy = score(model, batch)
     with torch.no_grad(), model.disable_adapter():
         reference = score(model, batch)
@@ -150,10 +152,10 @@ def dpo_step(model: nn.Module, batch: dict[str, Any], backward: bool = True) -> 
 
 
 def default_configuration(device: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, Check]:
-    """fp32 weights under autocast, as the recipes run: the variable-length kernel serves every attention call.
+    """With fp32 weights under autocast, as in the recipes, every attention call uses the variable-length kernel.
 
-    The log-probs are compared with those of the padded layout in fp32, and may be as far from them as the padded
-    layout's own under autocast.
+    The log-probs are compared with the padded layout in fp32; the tolerance is the error of the padded layout itself
+    under autocast.
     """
     return {
         model_type: _attempt(lambda t=model_type, c=changes: _default_configuration(t, device, dtype, c))
@@ -172,7 +174,7 @@ def _default_configuration(model_type: str, device: str, dtype: torch.dtype, cha
         with torch.autocast(device, dtype=dtype), counted_varlen_calls() as calls:
             found = _logps_and_gradients(model, batch)
         figures[f"{layout} log-probs"], figures[f"{layout} gradients"] = map(_relative, found, expected)
-    layers, forwards = model.config.num_hidden_layers, 3  # the scores alone, the policy, the reference
+    layers, forwards = model.config.num_hidden_layers, 3  # scoring, the policy, the reference
     figures["varlen calls"] = f"{len(calls)} of {layers * forwards}"
     capped = getattr(model.config, "attn_logit_softcapping", None) is not None
     on_kernel = len(calls) == (0 if capped or device == "cpu" else layers * forwards)
@@ -184,7 +186,7 @@ def _default_configuration(model_type: str, device: str, dtype: torch.dtype, cha
 
 @contextmanager
 def counted_varlen_calls() -> Iterator[list[torch.dtype]]:
-    """The dtype of each call of the variable-length kernel made meanwhile."""
+    """The dtype of each call of the variable-length kernel inside the context."""
     kernel_call, calls = attention._varlen, []
 
     def counted(query: Tensor, *args: Any) -> Tensor:
@@ -225,7 +227,7 @@ def _logps_and_gradients(model: nn.Module, batch: dict[str, Any]) -> tuple[Tenso
 
 
 def probes(device: str, dtype: torch.dtype) -> dict[str, Check]:
-    """What the probe decides for each architecture."""
+    """The decision of the probe for each architecture."""
     decisions = {}
     for model_type, changes in ARCHITECTURES.items():
         decisions[model_type] = _attempt(
@@ -241,7 +243,7 @@ def _decision(reason: Reason | None) -> Check:
 def all_checks(
     device: str, dtypes: Sequence[torch.dtype], show: Callable[[dict[str, dict[str, Check]]], None]
 ) -> dict[str, dict[str, Check]]:
-    """Everything of this file, by group and name; `show` is given what there is after each part."""
+    """Run all checks, keyed by group and name; `show` gets the results so far after each part."""
     results = {"fp32 weights under bf16 autocast": default_configuration(device)}
     show(results)
     for dtype in dtypes:

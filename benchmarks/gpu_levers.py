@@ -1,10 +1,10 @@
-"""What fused kernels and compiled layers bring to a LoRA step of `PreferenceTrainer`, on a CUDA machine.
+"""The effect of fused kernels and compiled layers on a LoRA step of `PreferenceTrainer`, on a CUDA machine.
 
     python -m benchmarks.gpu_levers --out DIR          # liger-kernel must be importable for its rows
     python -m benchmarks.gpu_levers --device cpu --tiny
 
-Each variant gets a trainer of its own on the same random weights: as it comes, with the decoder layers compiled one by
-one (`layer.compile(dynamic=True)`), with Liger's norms, rotary embeddings and SwiGLU, and with both. Liger replaces
+Each variant has its own trainer on the same random weights: unchanged, with each decoder layer compiled
+(`layer.compile(dynamic=True)`), with Liger's norms, rotary embeddings and SwiGLU, and with both. Liger replaces
 functions for the whole process, so its variants come last.
 """
 
@@ -31,7 +31,7 @@ CASES = [
 
 
 def compile_layers(model: nn.Module) -> None:
-    """Compile each decoder layer in place: its name, hooks and parameters stay as they are."""
+    """Compile each decoder layer in place; its name, hooks and parameters do not change."""
     for module in model.modules():
         if type(module).__name__.endswith("DecoderLayer"):
             module.compile(dynamic=True)
@@ -45,7 +45,7 @@ def put_liger_in(model: nn.Module) -> None:
 
 
 def nothing(model: nn.Module) -> None:
-    """The model as it comes."""
+    """The unchanged model."""
 
 
 def both(model: nn.Module) -> None:
@@ -101,12 +101,12 @@ def measured(case: Case, variant: str, device: str, tiny: bool, rounds: int = 7)
 
 
 def main() -> None:
-    """Measure the variants case by case; print and write each result as it comes."""
+    """Measure the variants case by case; print and write each result immediately."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
-    parser.add_argument("--budget", type=float, default=150, help="seconds after which no further variant is begun")
+    parser.add_argument("--budget", type=float, default=150, help="seconds after which no more variants start")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""Every loss for two steps of the real trainer: on a device in fp32 as on the CPU, and with bf16 autocast finite."""
+"""Two steps of the real trainer with every loss: fp32 on a device must equal the CPU, and bf16 must be finite."""
 
 import math
 import tempfile
@@ -7,7 +7,7 @@ from contextlib import redirect_stdout
 from io import StringIO
 from typing import Any
 
-# What two steps of AdamW leave of rounding; where a gradient is nearly zero, AdamW passes its sign on.
+# The rounding error after two steps of AdamW, whose update keeps only the sign of a gradient that is nearly zero.
 TOLERANCE = 1e-3
 
 
@@ -34,7 +34,7 @@ def _check(name: str, device: str) -> dict[str, Any]:
 
 
 def _two_steps(name: str, **settings: Any) -> list[float]:
-    """The losses and norms of the gradient of two steps of a tiny Llama under a LoRA adapter."""
+    """The losses and gradient norms of two steps of a tiny Llama with a LoRA adapter."""
     from tests.tiny_models import tiny_model, with_lora
     from tests.trainers import logged, make_trainer
 

@@ -1,4 +1,4 @@
-"""One step of each trainer under PyTorch's profiler: kernel launches, waits of the host, and what takes longest."""
+"""One step of each trainer under PyTorch's profiler: kernel launches, waits of the host, and the slowest kernels."""
 
 import cProfile
 import pstats
@@ -38,7 +38,7 @@ def profiles(case: Case, rows: Sequence[Row], device: str, out: Path | None) -> 
 
 
 def _host_milliseconds(step: Callable[[], None], device: str) -> dict[str, float]:
-    """Until the step's Python has returned, and until the device has finished."""
+    """The time until the step's Python code returns, and the time until the device has finished."""
     start = time.perf_counter()
     step()
     returned = time.perf_counter()
@@ -48,7 +48,7 @@ def _host_milliseconds(step: Callable[[], None], device: str) -> dict[str, float
 
 
 def _python_profile(step: Callable[[], None]) -> str:
-    """Where Python's time goes in three steps, by function."""
+    """Python's time in three steps, by function."""
     profiler = cProfile.Profile()
     for _ in range(3):
         profiler.runcall(step)
@@ -84,6 +84,6 @@ def _counts(step: Callable[[], None], device: str, path: Path | None) -> dict[st
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(averages.table(sort_by=by, row_limit=60, max_name_column_width=90))
     launches = sum(event.count for event in averages if event.key in LAUNCHES)
-    # Of the device's own events: those of the host carry the same time again.
+    # Only the device's events, because the host's events repeat the same time.
     kernels = sum(e.self_device_time_total for e in averages if e.device_type == DeviceType.CUDA)
     return {"launches": launches, "kernel ms": kernels / 1000}

@@ -73,7 +73,7 @@ def _speed(case: Results) -> list[str]:
 
 
 def as_markdown(results: Results) -> str:
-    """Everything measured so far as one section of a page."""
+    """All results so far, as a section of a page."""
     about = results["about"]
     versions = ", ".join(f"{name} {number}" for name, number in about.items() if name not in ("device", "date"))
     lines = [

@@ -1,4 +1,4 @@
-"""Timed in turns on a device: both layouts through the scoring functions, or both trainers where TRL is there."""
+"""Alternating timings on a device: both trainers, or, without TRL, both layouts through the scoring functions."""
 
 import gc
 import random
@@ -21,7 +21,7 @@ from hf_prefopt.data.layouts import PaddedCollator, SharedCollator
 from hf_prefopt.scoring.attention import install_segment_attention
 from hf_prefopt.scoring.forward import base_causal_lm, install_scoring
 
-# bf16 products without sparsity, as large ones were measured to reach and not as data sheets have it.
+# Measured throughput of large bf16 products without sparsity, which is below the data sheets' values.
 REACHED_FLOP_PER_SECOND = {"H100": 790e12, "H200": 790e12, "A100": 270e12}
 WARM_UP = 2
 # Prompt and response tokens.
@@ -31,7 +31,7 @@ GIB = 1024**3
 
 
 def seconds_of(step: Callable[[], Any], device: str) -> float:
-    """The time of a step: by events on a GPU, the process's CPU time on a CPU."""
+    """The time of a step: CUDA events on a GPU, the process's CPU time on a CPU."""
     gc.collect()
     if device == "cpu":
         start = time.process_time()
@@ -47,7 +47,7 @@ def seconds_of(step: Callable[[], Any], device: str) -> float:
 
 
 def peak_of(step: Callable[[], Any], device: str) -> dict[str, float]:
-    """GiB allocated and reserved at most during a step, model included; nothing on a CPU."""
+    """The peak of allocated and of reserved memory during a step in GiB, including the model; empty on a CPU."""
     if device == "cpu":
         return {"allocated": 0.0, "reserved": 0.0}
     torch.cuda.empty_cache()
@@ -60,7 +60,7 @@ def peak_of(step: Callable[[], Any], device: str) -> dict[str, float]:
 
 
 def in_turns(peer: Callable[[], Any], ours: Callable[[], Any], rounds: int, device: str, flop: float) -> dict[str, Any]:
-    """Both steps measured in turns; `flop` are the fewest that a step needs."""
+    """Measure alternating steps of both sides; `flop` is the minimum for a step."""
     for _ in range(WARM_UP if device == "cuda" else 1):
         peer(), ours()
     figures: dict[str, Any] = {"peer": peak_of(peer, device), "ours": peak_of(ours, device)}
@@ -86,7 +86,7 @@ def _mfu(flop: float, seconds: float, device: str) -> float | None:
 
 
 def least_flop(shape: str, rows: Sequence[Row]) -> float:
-    """The fewest FLOP of a LoRA step on these rows with a live reference."""
+    """The minimal FLOP of a LoRA step on these rows with a live reference."""
     responses = [(len(row["prompt_ids"]), len(ids)) for row in rows for ids in row["response_ids"]]
     positions = shared_positions(rows)
     # A position of a sequence of n attends to n / 2 others on average.
@@ -96,7 +96,7 @@ def least_flop(shape: str, rows: Sequence[Row]) -> float:
 
 @dataclass(frozen=True)
 class Case:
-    """One comparison: a shape of `SHAPES`, the lengths of its rows, the dtype of its frozen weights, pairs a step."""
+    """One comparison: a shape from `SHAPES`, the lengths of rows, the dtype of frozen weights, and pairs per step."""
 
     shape: str
     lengths: str
@@ -104,14 +104,14 @@ class Case:
     pairs: int
 
     def rows(self, tiny: bool = False) -> Sequence[Row]:
-        """The rows of its step, random tokens."""
+        """The rows of a step, with random tokens."""
         vocabulary = SHAPES[self.shape].vocab
         if self.lengths == "chat":
             return chat_lengths(vocabulary, self.pairs)
         return synthetic(vocabulary, self.pairs, *(TINY_LENGTHS if tiny else LENGTHS)[self.lengths])[0]
 
     def names(self) -> dict[str, Any]:
-        """What identifies it in tables and files."""
+        """Its identification in tables and files."""
         return {
             "shape": self.shape,
             "lengths": self.lengths,
@@ -121,7 +121,7 @@ class Case:
 
 
 def chat_lengths(vocabulary: int, pairs: int) -> list[Row]:
-    """A random batch of the chat pairs: their lengths, in words and punctuation marks, with random tokens."""
+    """A random batch with the lengths of the chat pairs, in words and punctuation marks, and random tokens."""
     rng = random.Random(0)
     texts = rng.sample(read_rows("benchmarks/data/chat_pairs.jsonl.gz"), pairs)
 
@@ -163,10 +163,10 @@ def layouts_in_turns(case: Case, rows: Sequence[Row], rounds: int, device: str) 
 def trainers_in_turns(
     case: Case, rows: Sequence[Row], rounds: int, device: str, adapt: Callable[[nn.Module], Any] = lambda model: None
 ) -> dict[str, Any]:
-    """TRL's trainer against `PreferenceTrainer`, each at equal settings with a model of its own.
+    """TRL's trainer against `PreferenceTrainer`, with equal settings and separate models.
 
     Args:
-        adapt: what is done to either side's model before it is timed.
+        adapt: a function that modifies the model of each side before timing.
     """
     from benchmarks.paired import agreement
 
@@ -181,7 +181,7 @@ def trainers_in_turns(
 
 
 def both_trainers(case: Case, device: str) -> tuple[Any, Any]:
-    """TRL's trainer and ours on random weights of a shape, held once, with one adapter away from zero."""
+    """TRL's trainer and ours on random weights of a shape, which they share, with equal nonzero adapters."""
     from unittest.mock import patch
 
     from benchmarks import sides
@@ -196,7 +196,7 @@ def both_trainers(case: Case, device: str) -> tuple[Any, Any]:
 
 
 def _share_frozen(first: nn.Module, second: nn.Module) -> None:
-    """Let two models of equal frozen weights have them in memory once, so that a peak counts them once."""
+    """Make two models share their equal frozen weights, so that peak memory includes them once."""
     frozen = {name: p for name, p in first.named_parameters() if not p.requires_grad}
     for name, parameter in second.named_parameters():
         if name in frozen:

@@ -1,11 +1,11 @@
-"""How often the log-prob head passes over its logits on a GPU: ours, TRL's, and one with fewer passes.
+"""The number of passes of the log-prob head over its logits on a GPU: ours, TRL's, and one with fewer passes.
 
     python -m benchmarks.head_passes
 
-Counted on fake tensors, as `benchmarks.roofline` does. The head with fewer passes takes what CUDA fuses by itself: a
-product of half precision that is written in fp32, a log-softmax, and an exponential that reads fp32 and writes half
-precision. (PyTorch's log-softmax with dtype=torch.float32 is one kernel for fp16 alone; bf16 is copied to fp32 first.)
-It is a proposal, for heads whose weight is frozen, and the trainer does not use it.
+The passes are counted on fake tensors, as in `benchmarks.roofline`. The head with fewer passes uses kernels that CUDA
+fuses: a half-precision product with fp32 output, a log-softmax, and an exponential that reads fp32 and writes half
+precision. (PyTorch's log-softmax with dtype=torch.float32 is a single kernel only for fp16; bf16 is first copied to
+fp32.) It is a proposal for heads with frozen weights; the trainer does not use it.
 """
 
 from benchmarks.roofline.fake_device import fake_gpu, load_device
@@ -26,9 +26,9 @@ from benchmarks.roofline.estimate import seconds
 from benchmarks.roofline.kernels import cuda_kernels
 from hf_prefopt.scoring.head import linear_head_logps
 
-# Qwen3-4B's head, and the scored tokens of 8 pairs of 256 tokens.
+# Qwen3-4B's head, and the scored tokens of 8 pairs with responses of 256 tokens.
 VOCABULARY, HIDDEN, TOKENS = 151_936, 2560, 4096
-# Of a chunk: logits and log-probs in fp32, the gradient in half precision.
+# Per logit of a chunk: logits and log-probs in fp32, and the gradient in half precision.
 BYTES_A_LOGIT = 10
 TRL_TILE = 32_768
 
@@ -39,7 +39,7 @@ def rows_of(budget: int, vocabulary: int) -> int:
 
 
 class FewerPasses(torch.autograd.Function):
-    """Log-probs of targets under a frozen head, and unit gradients made in the forward where they are needed."""
+    """Log-probs of targets under a frozen head, and unit gradients from the forward pass if they are needed."""
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int) -> Tensor:
@@ -79,7 +79,7 @@ def heads() -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
     fewer = rows_of(512 << 20, VOCABULARY)
-    statistics = ("entropy", "mean_logits", "is_top1")  # what TRL asks for in every step
+    statistics = ("entropy", "mean_logits", "is_top1")  # TRL computes these in every step
     return {
         "ours, 2048 rows": lambda h, w, t: linear_head_logps(h, w, None, t, chunk_rows=2048)[0],
         "ours, 512 rows": lambda h, w, t: linear_head_logps(h, w, None, t, chunk_rows=512)[0],
@@ -90,7 +90,7 @@ def heads() -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
 
 
 def counted(head: Callable[[Tensor, Tensor, Tensor], Tensor], with_gradient: bool) -> tuple[list[Work], int]:
-    """The work of a head's forward, and its backward where the hidden states need a gradient; its bytes in use."""
+    """The work of a head's forward pass, and of its backward pass if there is one; the bytes in use."""
     counting = Counting({VOCABULARY, VOCABULARY % TRL_TILE, TRL_TILE}, None)
     with fake_gpu(), cuda_kernels(counting), counting, torch.set_grad_enabled(with_gradient):
         device = {"device": "cuda", "dtype": torch.bfloat16}

@@ -1,9 +1,9 @@
-"""Python's share of a micro-batch: everything but the model's own forward and backward, on a CPU.
+"""Python's time for a micro-batch on a CPU, without the model's own forward and backward passes.
 
     python -m benchmarks.host_time --profile
 
-The model has as many modules and parameters as one of 0.5B under LoRA on all linear layers, and tiny weights. What is
-timed runs before the GPU gets its next kernel, so it is lost wherever the GPU waits for Python.
+The model has tiny weights, but as many modules and parameters as a 0.5B model with LoRA on all linear layers. The
+measured code runs before the GPU gets its next kernel, so its time is lost whenever the GPU waits for Python.
 """
 
 import argparse
@@ -24,14 +24,14 @@ from benchmarks.sides import Side, our_side, perturb_adapters, trl_side
 from benchmarks.work import synthetic
 
 MODEL = "random:hidden=64,mlp=128,layers=24,heads=4,key_heads=2,vocab=512"
-# What the model does by itself, and what a step does once, however many micro-batches it has.
+# The model's own work, and work that a step does once for any number of micro-batches.
 MODEL_PARTS = ("policy forward", "reference forward", "backward")
 STEP_PARTS = ("collating, counting", "clipping", "optimizer", "zero_grad")
 HOST = "micro-batch: all else"
 
 
 class Clock:
-    """CPU seconds by part; a profiler, if there is one, runs outside the model's own parts only."""
+    """CPU seconds of each part; an optional profiler runs only outside the model's own parts."""
 
     def __init__(self, profiler: cProfile.Profile | None = None):
         self.seconds: Counter = Counter()
@@ -66,7 +66,7 @@ def _whose() -> str:
 
 
 def _freeing(backward: Callable) -> Callable:
-    """The backward, and then the graph is freed, which otherwise happens when the loss is forgotten."""
+    """The backward pass, including the time to free the graph."""
 
     def freeing(loss: torch.Tensor, **options: Any) -> None:
         backward(loss, **options)
@@ -96,7 +96,7 @@ def step(side: Side, rows: list, clock: Clock) -> None:
 
 
 def host_milliseconds(side: Side, rows: list, steps: int) -> dict[str, float]:
-    """The CPU milliseconds of each part, the least of some steps: other processes only add to it."""
+    """The minimal CPU milliseconds of each part over some steps, because other processes only add time."""
     found: dict[str, list[float]] = {part: [] for part in (*MODEL_PARTS, *STEP_PARTS, HOST)}
     for _ in range(steps):
         step(side, rows, clock := Clock())
@@ -106,7 +106,7 @@ def host_milliseconds(side: Side, rows: list, steps: int) -> dict[str, float]:
 
 
 def profile(side: Side, rows: list, steps: int) -> cProfile.Profile:
-    """Python's functions, without those of the model's own forward and backward."""
+    """The time of Python functions outside the model's own forward and backward passes."""
     profiler = cProfile.Profile()
     clock = Clock(profiler)
     for _ in range(steps):

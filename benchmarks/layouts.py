@@ -1,11 +1,12 @@
-"""What each layout computes, and how long a step takes, for models whose token mixers cannot share a prompt.
+"""The work and time of a step in each layout, for models whose token mixers cannot share a prompt.
 
     python -m benchmarks.layouts --pairs 8 --batches 3
 
-Models are tiny random ones in the shapes of Qwen3.5, Nemotron-H, LFM2 and GPT-OSS; the batches have the lengths of real
-chat pairs, a token for four bytes of text, cut to `--longest` tokens a text. Counted are the positions that norms and
-MLPs compute, and the FLOPs of matrix products, forward and backward (`torch.utils.flop_counter`, which does not see
-recurrences written in elementwise operations). "whole mixers" leaves the projections of a mixer to padded sequences.
+The models are tiny and random, with the architectures of Qwen3.5, Nemotron-H, LFM2 and GPT-OSS. The batches have the
+lengths of real chat pairs, with one token per four bytes of text, cut to `--longest` tokens per text. The script counts
+the positions that norms and MLPs compute, and the FLOPs of matrix products in the forward and backward passes
+(`torch.utils.flop_counter`, which does not see recurrences made of elementwise operations). In "whole mixers", the
+projections of a mixer also run on padded sequences.
 """
 
 import argparse
@@ -43,7 +44,7 @@ SIZES = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-# Three mixers with a state to one attention in Qwen3.5; in the others as published, in small.
+# Qwen3.5 has three mixers with a state for each attention layer; the others are small versions of the published models.
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "Qwen3.5": (
         "qwen3_5_text",
@@ -123,7 +124,7 @@ def step(model: PreTrainedModel, batch: Any) -> None:
 
 
 def measured(shape: str, name: str, batches: Sequence[Sequence[Row]]) -> tuple[int, int, float] | None:
-    """Positions and FLOPs of all batches, and the median time of a step; `None` where the layout is not exact."""
+    """Positions and FLOPs of all batches, and the median time of a step; `None` if the layout is not exact."""
     layout, collate, context = LAYOUTS[name]
     model = model_of(shape)
     with context():
@@ -148,11 +149,11 @@ def measured(shape: str, name: str, batches: Sequence[Sequence[Row]]) -> tuple[i
 
 
 def main() -> None:
-    """Prints the table."""
+    """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=8, help="pairs of a batch")
+    parser.add_argument("--pairs", type=int, default=8, help="pairs per batch")
     parser.add_argument("--batches", type=int, default=3)
-    parser.add_argument("--longest", type=int, default=256, help="tokens of a prompt or a response")
+    parser.add_argument("--longest", type=int, default=256, help="maximum tokens of a prompt or a response")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     args = parser.parse_args()
     batches = chat_batches(args.pairs, args.batches, args.longest)

@@ -1,7 +1,7 @@
-"""The peak memory of one side on one batch, measured in a process of its own.
+"""The peak memory of one side on one batch, measured in a separate process.
 
-The parent writes what is to be done as JSON to the child's standard input; the child loads one trainer, makes steps,
-and prints the peak of its resident memory: on Linux `VmHWM`, which starts anew in a child; elsewhere `ru_maxrss`.
+The parent writes the task as JSON to the child's standard input. The child loads one trainer, takes steps, and prints
+its peak resident memory: `VmHWM` on Linux, which starts at zero in a child process, and `ru_maxrss` elsewhere.
 """
 
 import json
@@ -27,18 +27,18 @@ def in_own_process(
     lever: str | None = None,
     steps: int = 1,
 ) -> dict[str, float]:
-    """A step or more of a side on these rows, in a process of its own.
+    """Take one or more steps of a side on these rows, in a separate process.
 
     Args:
         side: "trl" or "ours". source: see `benchmarks.sides.load_model`.
-        changes: settings of the trainer. lever: a name of `benchmarks.ablation.LEVERS`, to switch off.
+        changes: settings of the trainer. lever: a name in `benchmarks.ablation.LEVERS` to switch off.
 
     Returns:
-        `peak` and `before` (GiB resident: at most, and with the model loaded but no step made), `seconds` of CPU time
-        of the last step.
+        `peak` and `before` (resident GiB: the maximum, and the value before the first step), and `seconds`, the CPU
+        time of the last step.
 
     Raises:
-        RuntimeError: the process failed; its last lines are in the message.
+        RuntimeError: the process failed; the message includes its last lines.
     """
     job = {"side": side, "source": source, "rows": list(rows), "changes": dict(changes or {})}
     job |= {"lever": lever, "steps": steps}
@@ -51,7 +51,7 @@ def in_own_process(
 
 
 def peak_resident() -> float:
-    """GiB: the most this process has had resident."""
+    """The peak resident memory of this process in GiB."""
     status = Path("/proc/self/status")
     if status.exists():
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))

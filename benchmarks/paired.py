@@ -1,7 +1,7 @@
-"""The paired benchmark: first that both sides compute the same thing, then how long each takes, taken in turns.
+"""The paired benchmark: checks that both sides compute the same thing, then times alternating steps.
 
-The machine may be shared, so the time is the process's own CPU time on one thread, and what is reported is the ratio of
-neighboring measurements and not of two averages.
+The machine may be shared, so times are the process's own CPU time on one thread, and the reported ratios are those of
+consecutive measurements, not of two averages.
 """
 
 import gc
@@ -22,14 +22,14 @@ LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-4
 
 @dataclass
 class Agreement:
-    """How far two sides are apart, relative: the loss, all gradients as one vector, the worst parameter."""
+    """The relative differences of two sides: the loss, all gradients as one vector, and the worst parameter."""
 
     loss: float
     gradient: float
     worst_parameter: float
 
     def check(self) -> None:
-        """Raises `AssertionError` where the two sides do not compute the same thing."""
+        """Raise `AssertionError` if the two sides do not compute the same thing."""
         if self.loss > LOSS_TOLERANCE or self.gradient > GRADIENT_TOLERANCE:
             raise AssertionError(
                 f"the two sides do not compute the same: losses differ by {self.loss:.1e} (at most {LOSS_TOLERANCE}), "
@@ -39,14 +39,13 @@ class Agreement:
 
 @dataclass
 class Timing:
-    """Seconds a step of two sides, measured in turns.
+    """Seconds per step of two sides, from alternating measurements.
 
     Attributes:
         peer, ours: seconds of each round.
-        system: of these, the operating system's (it clears each page of memory that a process touches first), summed
-            over the rounds.
+        system: the operating system's part of them, summed over the rounds (it clears each page at its first access).
         pairs, tokens: pairs and real tokens (2p + c + r) of each round.
-        positions: what each side computed, summed over the rounds.
+        positions: the positions that each side computed, summed over the rounds.
     """
 
     peer: list[float] = field(default_factory=list)
@@ -58,11 +57,11 @@ class Timing:
 
     @property
     def ratios(self) -> list[float]:
-        """How many times as fast ours was, by round."""
+        """The peer's time divided by ours, for each round."""
         return [peer / ours for peer, ours in zip(self.peer, self.ours, strict=True)]
 
     def summary(self) -> dict[str, Any]:
-        """The figures that are reported."""
+        """The reported results."""
         peer, ours = sum(self.peer), sum(self.ours)
         return asdict(self) | {
             "ratios": self.ratios,
@@ -75,7 +74,7 @@ class Timing:
 
 
 def agreement(peer: Side, ours: Side, rows: Sequence[Row]) -> Agreement:
-    """Loss and gradients of both sides on the same rows."""
+    """Compare loss and gradients of both sides on the same rows."""
     losses, gradients = [], []
     for side in (peer, ours):
         side.model.zero_grad()
@@ -83,7 +82,7 @@ def agreement(peer: Side, ours: Side, rows: Sequence[Row]) -> Agreement:
         gradients.append(side.gradients())
         side.model.zero_grad()
     if gradients[0].keys() != gradients[1].keys():
-        raise AssertionError("the two sides have gradients for other parameters")
+        raise AssertionError("the two sides have gradients for different parameters")
     apart = {name: _norm(gradient - gradients[1][name]) for name, gradient in gradients[0].items()}
     size = {name: _norm(gradient) for name, gradient in gradients[0].items()}
     return Agreement(
@@ -98,7 +97,7 @@ def _norm(tensor: Tensor) -> float:
 
 
 def measure(peer: Side, ours: Side, work: Work, rounds: int) -> Timing:
-    """Step both sides in turns, peer first in one round and second in the next; a new batch each round."""
+    """Take alternating steps; the peer goes first in every other round, and each round has a new batch."""
     timing = Timing()
     for number in range(rounds):
         rows = work.batch(number)
@@ -115,7 +114,7 @@ def measure(peer: Side, ours: Side, work: Work, rounds: int) -> Timing:
 
 
 def cpu_seconds(side: Side, rows: Sequence[Row]) -> tuple[float, float]:
-    """The CPU time of one step, and how much of it the operating system took."""
+    """The CPU time of one step, and the operating system's part of it."""
     gc.collect()
     start, system = time.process_time(), os.times().system
     side.step(rows)

@@ -1,10 +1,10 @@
-"""Where the time of a step goes: policy, reference, their heads, the backward, and everything that is not model.
+"""The parts of a step's time: policy, reference, their heads, the backward pass, and everything outside the model.
 
     python -m benchmarks.profile_step --case gsm8k --operators
 
-The parts are timed by hooks on the model's body and head and by wrapping the backward; what is left of the step is the
-trainer's overhead (collating, objective, metrics, switching the adapter), the clipping and the optimizer apart. Beside
-the measured times stands the floor: the products that cannot be avoided at the speed of one large product.
+Hooks on the model's body and head, and a wrapper around the backward pass, time the parts. The rest of the step is the
+trainer's overhead (collating, objective, metrics, switching the adapter); clipping and optimizer are separate. For
+comparison, the table shows a lower bound: the necessary products at the speed of one large product.
 """
 
 import argparse
@@ -43,7 +43,7 @@ PARTS = (
 
 @contextmanager
 def timed_parts(side: Side, seconds: Counter) -> Iterator[None]:
-    """Add to `seconds` the CPU time of each part of the steps made inside the context."""
+    """Add the CPU time of each part of the steps inside the context to `seconds`."""
     causal_lm = base_causal_lm(side.model)
     head = causal_lm.get_output_embeddings()
     accelerator, trainer = side.trainer.accelerator, side.trainer
@@ -67,7 +67,7 @@ def _collate(trainer: Any) -> Callable:
 
 
 def _hooks(module: nn.Module, part: str, seconds: Counter) -> list[Any]:
-    """Forward hooks that count as the policy's with gradients and as the reference's without."""
+    """Forward hooks that assign calls with gradients to the policy and calls without to the reference."""
     started = []
 
     def before(*_: Any) -> None:
@@ -105,10 +105,10 @@ def profile(side: Side, batches: Sequence[Sequence[Row]]) -> dict[str, float]:
 
 
 def floor(side: Side, batches: Sequence[Sequence[Row]]) -> dict[str, float]:
-    """The FLOP of the products that the exact step needs, and the seconds they take at the speed of a large one.
+    """The FLOP of the products that an exact step needs, and their seconds at the speed of a large product.
 
     Body: forward, backward to the activations, reference forward. Head, at the scored positions: forward and unit
-    gradient, reference forward. Attention's own products and the adapter's are left out.
+        gradient, reference forward. The products of attention and of the adapter are not included.
     """
     causal_lm = base_causal_lm(side.model)
     weights = [m.base_layer.weight if hasattr(m, "base_layer") else m.weight for m in _linears(causal_lm.base_model)]
@@ -122,7 +122,7 @@ def floor(side: Side, batches: Sequence[Sequence[Row]]) -> dict[str, float]:
 
 
 def _linears(module: nn.Module) -> list[nn.Module]:
-    """The linear layers of the body, each once: a LoRA layer counts, what is inside it does not."""
+    """The linear layers of the body, each once; for a LoRA layer, not the layers inside it."""
     found = []
     for child in module.children():
         found += [child] if isinstance(child, nn.Linear) or hasattr(child, "base_layer") else _linears(child)
@@ -130,7 +130,7 @@ def _linears(module: nn.Module) -> list[nn.Module]:
 
 
 def matmul_speed(shape: Sequence[int], rows: int = 2048, repeats: int = 8) -> float:
-    """FLOP/s of `[rows, in] · [in, out]` in fp32 on the threads in use."""
+    """FLOP/s of `[rows, in] · [in, out]` in fp32 with the current number of threads."""
     a, b = torch.randn(rows, shape[1]), torch.randn(shape[0], shape[1])
     a @ b.T
     start = time.process_time()
@@ -140,22 +140,22 @@ def matmul_speed(shape: Sequence[int], rows: int = 2048, repeats: int = 8) -> fl
 
 
 def operators(side: Side, rows: Sequence[Row], limit: int = 20) -> str:
-    """The operators of a step by their own time, as torch's profiler sees them."""
+    """The operators of a step by self time, from torch's profiler."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         side.step(rows)
     return profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=limit, max_name_column_width=50)
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    """Profile steps of one case and print where the time went."""
+    """Profile steps of one case and print the time of each part."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=MODEL)
     parser.add_argument("--case", default="gsm8k", choices=list(CASES))
     parser.add_argument("--side", default="ours", choices=("ours", "trl"))
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--operators", action="store_true", help="the table of torch's profiler, too")
-    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--operators", action="store_true", help="also print the table of torch's profiler")
+    parser.add_argument("--json", type=Path, help="write the results to this file")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     peer = trl_side(options.model)

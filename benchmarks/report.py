@@ -1,4 +1,4 @@
-"""The results as tables on the terminal, as markdown, and as one plot. It reads the JSON of `benchmarks.compare`."""
+"""Shows the results in the JSON file of `benchmarks.compare` as terminal tables, as Markdown, and as a plot."""
 
 import platform
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +14,7 @@ Rows = list[list[str]]
 
 
 def machine() -> dict[str, str]:
-    """What the figures were measured on: processor, threads, versions."""
+    """The processor, the number of threads and the package versions."""
     import torch
 
     info = Path("/proc/cpuinfo")
@@ -30,11 +30,11 @@ def machine() -> dict[str, str]:
 
 
 def tables(results: Mapping[str, Any]) -> Iterator[tuple[str, Sequence[str], Rows]]:
-    """(title, columns, rows) of everything that has been measured so far."""
+    """(title, columns, rows) for all results so far."""
     cases = results.get("cases", {})
     if cases:
         yield "Speed against TRL: TRL's step time / ours", SPEED_COLUMNS, [_speed(case) for case in cases.values()]
-        yield "The same, and how much", RATE_COLUMNS, [_rates(case) for case in cases.values()]
+        yield "Rates and work", RATE_COLUMNS, [_rates(case) for case in cases.values()]
     with_memory = [case for case in cases.values() if "memory" in case]
     if with_memory:
         yield "Peak resident memory of the process (GiB)", MEMORY_COLUMNS, [_memory(case) for case in with_memory]
@@ -44,15 +44,15 @@ def tables(results: Mapping[str, Any]) -> Iterator[tuple[str, Sequence[str], Row
     growth = results.get("growth", {})
     if growth:
         rows = [_growth(what, point, figures) for what, points in growth.items() for point, figures in points.items()]
-        yield "Growth (ours)", ("with", "point", "positions", "CPU s a step", "peak GiB", "of which the step"), rows
+        yield "Growth (ours)", ("with", "point", "positions", "CPU s per step", "peak GiB", "of which the step"), rows
 
 
 SPEED_COLUMNS = ("case", "ratio", "range", "target", "met", "loss apart", "gradients apart", "rounds")
 RATE_COLUMNS = (
     "case",
-    "CPU s a step, TRL",
+    "CPU s per step, TRL",
     "ours",
-    "of it the system's, TRL",
+    "of it system time, TRL",
     "ours",
     "pairs/s, TRL",
     "ours",
@@ -125,7 +125,7 @@ def _span(values: Sequence[float]) -> str:
 
 
 def print_tables(results: Mapping[str, Any], console: Console | None = None) -> None:
-    """All tables to the terminal."""
+    """Print all tables."""
     console = console or Console(width=150)
     for title, columns, rows in tables(results):
         table = Table(title=title, title_justify="left")
@@ -137,7 +137,7 @@ def print_tables(results: Mapping[str, Any], console: Console | None = None) -> 
 
 
 def as_markdown(results: Mapping[str, Any], plot: str | None = None) -> str:
-    """All tables as one page."""
+    """All tables as a Markdown page."""
     about = results["about"]
     versions = ", ".join(f"{name} {about[name]}" for name in PACKAGES)
     commands = ", ".join(f"`{command}`" for command in dict.fromkeys(about["commands"]))
@@ -147,8 +147,8 @@ def as_markdown(results: Mapping[str, Any], plot: str | None = None) -> str:
         f"Printed by {commands} on {about['date']}: {about['cpu']}, {about['threads']} thread(s), "
         f"Python {about['python']}, {versions}. Model: {about['model']}; LoRA r = 16 on all linear layers, fp32, live "
         "reference, no checkpointing on either side, CPU time of the process. The two sides take turns on the same "
-        "batches; `ratio` is the median over the rounds. TRL is at its defaults, metrics included, which it cannot be "
-        "told to leave out.",
+        "batches; `ratio` is the median over the rounds. TRL uses its defaults, including metrics, which it cannot "
+        "turn off.",
     ]
     for title, columns, rows in tables(results):
         lines += ["", f"## {title}", "", *markdown_table(columns, rows)]
@@ -167,7 +167,7 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def draw(results: Mapping[str, Any], path: str | Path) -> None:
-    """Ratio by case with its target, and beside it the peak memory of both sides."""
+    """Two panels: the ratio of each case with its target, and the peak memory of both sides."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""Model shapes for the GPU benchmark, with random weights: what is measured does not depend on the weights' values."""
+"""Model shapes for the GPU benchmark, with random weights, because the results do not depend on the weights' values."""
 
 from dataclasses import dataclass
 
@@ -27,13 +27,13 @@ class Shape:
         return self.layers * (attention + 3 * self.hidden * self.mlp)
 
     def step_flop(self, positions: int, scored: int, context: int) -> float:
-        """FLOP of a LoRA step that computes these positions at least: policy, reference and activation gradients.
+        """Minimal FLOP of a LoRA step that computes these positions: policy, reference and activation gradients.
 
         Args:
             positions: computed positions. scored: positions that reach the head. context: mean keys of a query.
         """
         size = self.head_size or self.hidden // self.heads
-        # Scores and values forward (2 products), twice that backward; the reference forward alone.
+        # Scores and values: 2 products forward and 4 backward for the policy, 2 forward for the reference.
         attention = self.layers * self.heads * size * context * positions * 2 * 2 * (1 + 2 + 1)
         return 3 * 2 * (self.body * positions + self.hidden * self.vocab * scored) + attention
 
@@ -48,7 +48,7 @@ SHAPES = {
 
 
 def random_model(name: str, device: str, dtype: torch.dtype, attention: str = "sdpa") -> PreTrainedModel:
-    """A model of a shape, its weights drawn on the device."""
+    """A model of a shape, with weights initialized on the device."""
     shape = SHAPES[name]
     sizes = {
         "hidden_size": shape.hidden,

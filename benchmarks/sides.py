@@ -1,7 +1,7 @@
 """The two trainers under test, ready to step: TRL's `DPOTrainer` and this project's `PreferenceTrainer`.
 
-Both get the same weights, the same LoRA adapter and equal settings. A step is each trainer's own: its collator, its
-`get_batch_samples`, its `training_step`, clipping, the optimizer. Nothing is taken out of either.
+Both get the same weights, the same LoRA adapter and equal settings. A step uses each trainer's own collator,
+`get_batch_samples`, `training_step`, clipping and optimizer, without omissions.
 """
 
 import tempfile
@@ -24,18 +24,18 @@ from transformers import (
 
 from benchmarks.work import Row, as_groups_of_pairs, as_pairs, padded_positions, shared_positions
 
-# SmolLM2-135M's shape; "random:layers=4,vocab=1000" changes some of it.
+# SmolLM2-135M's shape; "random:layers=4,vocab=1000" overrides some values.
 _SHAPE = {"hidden": 576, "mlp": 1536, "layers": 30, "heads": 9, "key_heads": 3, "vocab": 49152}
 
 
 def load_model(source: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A model from a folder, or by "random:layers=4,vocab=1000" a random one of SmolLM2's shape so changed."""
+    """A model from a folder, or, with "random:layers=4,vocab=1000", a random model of SmolLM2's shape with changes."""
     if not source.startswith("random:"):
         return AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
     changes = dict(item.split("=") for item in source.removeprefix("random:").split(",") if item)
     shape = {name: int(changes.pop(name, size)) for name, size in _SHAPE.items()}
     if changes:
-        raise ValueError(f"{source!r}: {', '.join(changes)} is none of {', '.join(_SHAPE)}")
+        raise ValueError(f"{source!r}: {', '.join(changes)} is not one of {', '.join(_SHAPE)}")
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=shape["hidden"],
@@ -63,7 +63,7 @@ def vocabulary_of(source: str) -> int:
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
-    """The tokenizer beside the model, or for a random model one that knows three words."""
+    """The tokenizer in the model's folder; for a random model, a tokenizer that knows three words."""
     if not source.startswith("random:"):
         return PreTrainedTokenizerFast.from_pretrained(source)
     from tokenizers import Tokenizer, models
@@ -79,11 +79,11 @@ def lora() -> LoraConfig:
 
 @dataclass
 class Side:
-    """A trainer and what a step of it needs.
+    """A trainer, ready to step.
 
     Attributes:
         name: "trl" or "ours".
-        trainer: the trainer; `model` and `optimizer` as its accelerator prepared them.
+        trainer: the trainer, with `model` and `optimizer` prepared by its accelerator.
     """
 
     name: str
@@ -93,7 +93,7 @@ class Side:
 
     @classmethod
     def of(cls, name: str, trainer: Trainer) -> "Side":
-        """Ready the trainer as the start of `train()` would."""
+        """Prepare the trainer like the start of `train()`."""
         trainer.create_optimizer()
         model, optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
         trainer.model_wrapped, trainer.optimizer = model, optimizer
@@ -101,7 +101,8 @@ class Side:
         return cls(name, trainer, model, optimizer)
 
     def backward(self, rows: Sequence[Row]) -> Tensor:
-        """Collate the rows, and run the trainer's forward and backward; the loss, which nobody waits for."""
+        """Collate the rows, run the trainer's forward and backward passes, and return the loss without waiting for
+        it."""
         features = as_pairs(rows) if self.name == "trl" else list(rows)
         trainer = self.trainer
         device = trainer.accelerator.device
@@ -109,7 +110,7 @@ class Side:
         return trainer.training_step(self.model, batches[0], count)
 
     def step(self, rows: Sequence[Row]) -> Tensor:
-        """A whole optimization step; the loss before it."""
+        """Take a complete optimizer step and return the loss before it."""
         loss = self.backward(rows)
         self.trainer.accelerator.clip_grad_norm_(self.model.parameters(), self.trainer.args.max_grad_norm)
         self.optimizer.step()
@@ -117,7 +118,7 @@ class Side:
         return loss
 
     def gradients(self) -> dict[str, Tensor]:
-        """The gradients as they stand, by parameter."""
+        """The current gradients, keyed by parameter."""
         return {name: p.grad.detach().clone() for name, p in self.model.named_parameters() if p.grad is not None}
 
     def positions(self, rows: Sequence[Row]) -> int:
@@ -128,7 +129,7 @@ class Side:
 
 
 class _Collated:
-    """The one batch of a step, collated when it is asked for: after our trainer has settled its layout."""
+    """The single batch of a step, collated on demand, after our trainer has chosen its layout."""
 
     def __init__(self, trainer: Trainer, features: list[Row]):
         self.trainer, self.features = trainer, features
@@ -138,7 +139,7 @@ class _Collated:
 
 
 def settings(bf16: bool = False, on_gpu: bool = False) -> dict[str, Any]:
-    """The arguments that both trainers get: no checkpointing, nothing saved, nothing reported."""
+    """The arguments of both trainers: no checkpointing, no saving, no reporting."""
     return {
         "output_dir": tempfile.gettempdir(),
         "per_device_train_batch_size": 8,
@@ -156,11 +157,11 @@ def settings(bf16: bool = False, on_gpu: bool = False) -> dict[str, Any]:
 
 
 def trl_side(source: str, **changes: Any) -> Side:
-    """TRL's trainer, at its defaults but for `settings`."""
+    """TRL's trainer, with its defaults except for `settings`."""
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
-    # It will not start without a data set; its batches come from the benchmark.
+    # The trainer requires a data set, but its batches come from the benchmark.
     unused = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])
     arguments = DPOConfig(**(settings() | {"max_length": None} | changes))
     trainer = DPOTrainer(
@@ -174,7 +175,7 @@ def trl_side(source: str, **changes: Any) -> Side:
 
 
 def our_side(source: str, **changes: Any) -> Side:
-    """`PreferenceTrainer`, at its defaults but for `settings`."""
+    """`PreferenceTrainer`, with its defaults except for `settings`."""
     from hf_prefopt import PreferenceConfig, PreferenceTrainer
 
     arguments = PreferenceConfig(**(settings() | {"max_length": None} | changes))
@@ -188,7 +189,7 @@ SIDES = {"trl": trl_side, "ours": our_side}
 
 
 def perturb_adapters(first: Side, *others: Side, scale: float = 0.02) -> None:
-    """Give all sides the same adapter away from zero, so that policy and reference differ."""
+    """Give all sides the same nonzero adapter, so that policy and reference differ."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in _trained(first).values():
@@ -197,16 +198,16 @@ def perturb_adapters(first: Side, *others: Side, scale: float = 0.02) -> None:
 
 
 def copy_adapter(first: Side, *others: Side) -> None:
-    """Give the others the first side's adapter: after some steps theirs differ by more than rounding.
+    """Copy the first side's adapter to the others, because after some steps they differ by more than rounding.
 
     Raises:
-        ValueError: the sides train other parameters.
+        ValueError: the sides train different parameters.
     """
     source = {name: parameter.detach() for name, parameter in _trained(first).items()}
     for other in others:
         trained = _trained(other)
         if trained.keys() != source.keys():
-            raise ValueError(f"the sides train other parameters: {sorted(trained.keys() ^ source.keys())}")
+            raise ValueError(f"the sides train different parameters: {sorted(trained.keys() ^ source.keys())}")
         with torch.no_grad():
             for name, parameter in trained.items():
                 parameter.copy_(source[name])

@@ -1,7 +1,7 @@
 """Trains every registered loss for a few steps on real preferences and prints one table.
 
-The model is the first layers of the real one, with its whole vocabulary; data and hyperparameters are those of the
-loss's file in `recipes/configs/`, so the sweep also shows that every one of those runs.
+The model consists of the first layers of the real model, with its whole vocabulary. Data and hyperparameters come from
+the loss's file in `recipes/configs/`, so the sweep also checks that all these files run.
 
     python -m benchmarks.sweep --layers 3 --steps 6 --write benchmarks/SWEEP.md
 """
@@ -31,7 +31,7 @@ COLUMNS = ("loss", "first loss", "last loss", "accuracy", "margin", "seconds a s
 
 @dataclass
 class Run:
-    """A loss's few steps: the logged losses, the last reward accuracy and margin where it has them, seconds a step."""
+    """A few steps of a loss: the logged losses, the last reward accuracy and margin, and seconds per step."""
 
     loss: str
     first: float
@@ -47,7 +47,7 @@ class Run:
 
 
 def run(loss: str, layers: int, steps: int, pairs: int) -> Run:
-    """A few steps of a loss by its own file."""
+    """Train a few steps of a loss with its configuration file."""
     with tempfile.TemporaryDirectory() as folder:
         small = {
             "output_dir": folder,
@@ -79,7 +79,7 @@ def run(loss: str, layers: int, steps: int, pairs: int) -> Run:
 
 
 def as_markdown(runs: list[Run], arguments: argparse.Namespace) -> str:
-    """The table, with what it was made on."""
+    """The table, with a description of the machine."""
     where = ", ".join(f"{name} {value}" for name, value in machine().items())
     head = (
         "# Every loss, a few steps\n\n"
@@ -96,13 +96,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--pairs", type=int, default=4, help="examples a step")
+    parser.add_argument("--pairs", type=int, default=4, help="examples per step")
     parser.add_argument("--losses", nargs="*", default=list_losses())
-    parser.add_argument("--write", type=Path, help="a Markdown file for the table")
+    parser.add_argument("--write", type=Path, help="the Markdown file for the table")
     arguments = parser.parse_args()
     disable_progress_bar()
     transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()  # the layers left out are no news
+    transformers_logging.set_verbosity_error()  # do not warn about the missing layers
 
     runs = []
     console = Console()

@@ -1,7 +1,7 @@
-"""The work of the benchmark: which tokens are trained on, in one form for both trainers.
+"""The data of the benchmark, in one form for both trainers.
 
-A piece of work is prepared rows (prompt, responses, pairs), as `hf_prefopt` trains on. TRL trains on the same token
-ids, a row for each pair. Real rows are tokenized by TRL's trainer and by `hf_prefopt`, and the two must agree.
+`hf_prefopt` trains on prepared rows (prompt, responses, pairs). TRL trains on the same token ids, with one row for each
+pair. Real rows are tokenized by both, and the token ids must agree.
 """
 
 import gzip
@@ -14,7 +14,7 @@ from typing import Any
 
 Row = Mapping[str, Any]
 ROOT = Path(__file__).resolve().parent.parent
-# A random batch that TRL would pad to more positions than this is drawn again: it needs about 3 MB a position.
+# Random batches that TRL would pad beyond this are drawn again, because TRL needs about 3 MB per position.
 LARGEST_PADDED = 5500
 
 
@@ -23,9 +23,9 @@ class Work:
     """One line of the benchmark.
 
     Attributes:
-        name: what the tables call it.
-        batches: prepared rows of successive steps; a round takes the next one.
-        speed, memory: the targets, at least that many times as fast, at most that share of the peak memory.
+        name: the name in tables.
+        batches: prepared rows of successive steps; each round takes the next one.
+        speed, memory: the targets: the minimal speed-up, and the maximal ratio of peak memory.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Work:
 
 
 def prepared(prompt: Sequence[int], responses: Sequence[Sequence[int]], row: int = 0) -> Row:
-    """A prepared row: the first response is preferred to each of the others, every response token is scored."""
+    """A prepared row in which the first response is preferred to each other one, and all response tokens are scored."""
     return {
         "prompt_ids": list(prompt),
         "response_ids": [list(response) for response in responses],
@@ -50,7 +50,7 @@ def prepared(prompt: Sequence[int], responses: Sequence[Sequence[int]], row: int
 
 
 def as_pairs(rows: Sequence[Row]) -> list[dict[str, list[int]]]:
-    """The same work in TRL's columns: a row for each pair, its prompt repeated."""
+    """The same data in TRL's columns: a row for each pair, with its prompt."""
     return [
         {
             "prompt_ids": row["prompt_ids"],
@@ -63,7 +63,7 @@ def as_pairs(rows: Sequence[Row]) -> list[dict[str, list[int]]]:
 
 
 def as_groups_of_pairs(rows: Sequence[Row]) -> list[Row]:
-    """The same work with each pair in a group of its own: what sharing a prompt among pairs is compared with."""
+    """The same data with a separate group for each pair, for comparison with sharing a prompt among pairs."""
     return [
         prepared(pair["prompt_ids"], [pair["chosen_ids"], pair["rejected_ids"]], number)
         for number, pair in enumerate(as_pairs(rows))
@@ -76,19 +76,19 @@ def count_pairs(rows: Sequence[Row]) -> int:
 
 
 def real_tokens(rows: Sequence[Row]) -> int:
-    """2p + c + r, summed over the pairs: the tokens that a pair is made of, however they are computed."""
+    """2p + c + r, summed over the pairs: their real tokens, independent of how they are computed."""
     return sum(2 * len(p["prompt_ids"]) + len(p["chosen_ids"]) + len(p["rejected_ids"]) for p in as_pairs(rows))
 
 
 def shared_positions(rows: Sequence[Row]) -> int:
-    """Positions computed when every prompt is computed once and nothing is padded."""
+    """Positions with each prompt computed once and no padding."""
     return sum(len(row["prompt_ids"]) + sum(map(len, row["response_ids"])) for row in rows)
 
 
 def padded_positions(rows: Sequence[Row]) -> int:
-    """Positions computed when each response is a sequence of its own behind its prompt, all padded to the longest.
+    """Positions with one sequence (prompt and response) for each response, padded to the longest.
 
-    With rows of several pairs, a response counts once; see `as_groups_of_pairs` for what TRL computes.
+    In rows with several pairs, a response counts once; see `as_groups_of_pairs` for the sequences that TRL computes.
     """
     longest = max(len(row["prompt_ids"]) + max(map(len, row["response_ids"])) for row in rows)
     return sum(len(row["response_ids"]) for row in rows) * longest
@@ -103,10 +103,10 @@ def synthetic(
     steps: int = 4,
     text: Sequence[int] = (),
 ) -> list[list[Row]]:
-    """Batches of which all groups have the same lengths: nothing to pad.
+    """Batches whose groups all have the same lengths, so that no padding is needed.
 
-    The tokens are pieces of `text` where it is given. Otherwise they are random, which makes log-probs so far below
-    zero that their sums differ by rounding in the fourth digit of a log-ratio.
+    The tokens are pieces of `text` if it is given. Otherwise they are random; log-probs are then so negative that
+    rounding changes the fourth digit of a log-ratio.
     """
     rng = random.Random(0)
 
@@ -125,7 +125,7 @@ def synthetic(
 def shuffled_batches(
     rows: Sequence[Row], size: int, steps: int, seed: int = 0, largest: int = LARGEST_PADDED
 ) -> list[list[Row]]:
-    """Random batches, as a shuffled data set gives them; those that TRL would pad beyond `largest` are drawn again."""
+    """Random batches, as from a shuffled data set; batches that TRL would pad beyond `largest` are drawn again."""
 
     def draws() -> Iterator[list[Row]]:
         rng = random.Random(seed)
@@ -147,7 +147,7 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
 
 
 def ranked_as_pairs(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Of each list of responses, the best one against each of the others, as raw pairs, list by list."""
+    """For each list of responses, raw pairs of the best response and each of the others."""
     pairs = []
     for row in rows:
         best, *others = sorted(row["responses"], key=lambda response: -response["wins"])
@@ -158,14 +158,14 @@ def ranked_as_pairs(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def assistant(response: Mapping[str, Any]) -> dict[str, str]:
-    """A response as an assistant's message."""
+    """A response as an assistant message."""
     return {"role": "assistant", "content": response["content"]}
 
 
 def merged(pairs: Sequence[Row]) -> Row:
-    """One group out of prepared pairs that have the prompt and the chosen response in common."""
+    """Merge prepared pairs with the same prompt and the same chosen response into one group."""
     first = pairs[0]
     for pair in pairs:
         if pair["prompt_ids"] != first["prompt_ids"] or pair["response_ids"][0] != first["response_ids"][0]:
-            raise ValueError("the pairs of a list differ in their prompt or in their best response")
+            raise ValueError("the pairs of a list have different prompts or different best responses")
     return prepared(first["prompt_ids"], [first["response_ids"][0], *(pair["response_ids"][1] for pair in pairs)])

@@ -95,7 +95,7 @@ def test_ld_alpha_at_one_is_dpo(alpha, tmp_path):
 
 @pytest.mark.parametrize("value", [0.3, 1e-3])
 def test_the_trainers_own_smoothing_is_refused(value):
-    with pytest.raises(ValueError, match=f"label_smoothing_factor={value} is of the Trainer's .* set label_smoothing"):
+    with pytest.raises(ValueError, match=f"label_smoothing_factor={value} belongs to .* set label_smoothing"):
         PreferenceConfig("unused", label_smoothing_factor=value)
 
 

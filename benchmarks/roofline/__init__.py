@@ -1,1 +1,1 @@
-"""What a training step would ask of a GPU, counted on a CPU; `python -m benchmarks.roofline` says how."""
+"""The work of a training step on a GPU, counted on a CPU; see `python -m benchmarks.roofline`."""

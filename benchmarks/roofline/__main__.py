@@ -1,13 +1,13 @@
-"""Counts what a training step would ask of a GPU, ours beside TRL's, on a CPU and without weights.
+"""Counts the work of a training step on a GPU, for our trainer and TRL's, on a CPU and without weights.
 
     python -m benchmarks.roofline --model llama-8b --case 4:1
     python -m benchmarks.roofline --model qwen2.5-0.5b --case 4:1 --dtype fp32-autocast   # was measured, too
     python -m benchmarks.roofline --tiny
 
-Both trainers run their real `training_step`, clipping and optimizer at a real shape, on fake CUDA tensors. Counted are
-FLOP, bytes that operators read and write, kernel launches, waits of the host by call site, and the most memory in use.
-They are facts of the code; the milliseconds of an H100 are an estimate from them (`estimate.py`). Python's own time is
-not in it: `python -m benchmarks.host_time` measures that. Needs a C++ compiler, for a device that does nothing.
+Both trainers run their real `training_step`, clipping and optimizer at a real shape, on fake CUDA tensors. The script
+counts FLOP, bytes that operators read and write, kernel launches, waits of the host by call site, and peak memory.
+These counts are exact; the milliseconds on an H100 are estimated from them (`estimate.py`) and do not include Python's
+time, which `python -m benchmarks.host_time` measures. A C++ compiler is needed to build a device that does nothing.
 """
 
 import warnings
@@ -34,14 +34,14 @@ CASES = [*LENGTHS, "chat"]
 
 
 def rows_of(lengths: str, pairs: int, tiny: bool) -> list[Row]:
-    """The rows of a micro-batch. Their tokens tell nothing here: all are below any vocabulary's size."""
+    """The rows of a micro-batch. The values of tokens do not matter; they are below the size of any vocabulary."""
     if lengths == "chat":
         return chat_lengths(512, pairs)
     return synthetic(512, pairs, *(TINY_LENGTHS if tiny else LENGTHS)[lengths])[0]
 
 
 def main(arguments: list[str] | None = None) -> list[dict]:
-    """Count, print a table for each case, and write what was asked for."""
+    """Count, print a table for each case, and write the requested files."""
     options = _options(arguments)
     warnings.filterwarnings("ignore", category=FutureWarning)
     records = json.loads(options.json.read_text()) if options.json and options.json.exists() else []
@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> list[dict]:
 
 
 def _whole(case: Case) -> dict[str, Any]:
-    """Both sides' figures, shown, as they are kept."""
+    """Print and return the results of both sides."""
     found = {side: counted_step(side, case) for side in SIDES}
     show(case, *map(figures, found.values()))
     for side, counts in found.items():
@@ -68,7 +68,7 @@ def _whole(case: Case) -> dict[str, Any]:
 
 
 def _by_layer(case: Case) -> dict[str, Any]:
-    """The same from two and three layers."""
+    """The results of both sides, extrapolated from two and three layers."""
     depth = config_of(case.model).num_hidden_layers
 
     def found(side: str) -> dict[str, float]:

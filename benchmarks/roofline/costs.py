@@ -1,7 +1,7 @@
-"""What one operator costs on a GPU: kernel launches, FLOP, and bytes read and written.
+"""The cost of one operator on a GPU: kernel launches, FLOP, and bytes read and written.
 
-Bytes are those of the inputs and outputs, each moved once: what a kernel keeps in cache or moves twice is not seen. An
-operator is one launch unless it is a view or `LAUNCHES` says otherwise.
+Bytes are those of inputs and outputs, each moved once; caches and repeated reads are not modeled. An operator is one
+launch, unless it is a view or in `LAUNCHES`.
 """
 
 import math
@@ -29,7 +29,7 @@ FREE = {
     "_local_scalar_dense",
     "device",
 }
-# Kernels of PyTorch's CUDA implementations, where they are several.
+# The numbers of kernels for operators with several in PyTorch's CUDA implementation.
 LAUNCHES = {
     "_varlen_attn": 2,  # the state of the random generator is filled
     "_varlen_attn_backward": 3,  # sums of dO · O, the products, dQ to half precision
@@ -45,7 +45,7 @@ LAUNCHES = {
 }
 # Sorted by index first, so that equal indices add up in order.
 ACCUMULATED = 8
-# Tensors that one launch of a `foreach` kernel takes, by how many lists it is given, and elements of its blocks.
+# The tensors per launch of a `foreach` kernel, keyed by its number of lists, and the elements of its blocks.
 FOREACH_TENSORS = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}
 FOREACH_BLOCKS, FOREACH_CHUNK = 320, 65_536
 PICKS = {"embedding", "index_select", "gather", "index"}
@@ -61,7 +61,7 @@ def name_of(function: Any) -> str:
 
 
 def dense_bytes(tensor: Tensor) -> int:
-    """The bytes of a tensor's elements, each once where a stride of zero repeats it."""
+    """The bytes of a tensor's elements; elements repeated by a stride of zero count once."""
     count = math.prod(size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride)
     return count * tensor.element_size()
 
@@ -73,7 +73,7 @@ def tensors_in(*values: Any) -> list[Tensor]:
 
 @cache
 def is_view(function: Any) -> bool:
-    """Whether its results are its arguments' memory, and nothing is written."""
+    """Whether an operator only returns views of its arguments."""
     aliases = [r.alias_info for r in function._schema.returns]
     return bool(aliases) and all(alias is not None and not alias.is_write for alias in aliases)
 

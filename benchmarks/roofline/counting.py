@@ -24,7 +24,7 @@ BLOCK = 512
 
 
 class Work(NamedTuple):
-    """One operator, or one kernel that PyTorch knows nothing of."""
+    """One operator, or one kernel outside PyTorch."""
 
     operator: str
     phase: str
@@ -37,7 +37,7 @@ class Work(NamedTuple):
 
 @dataclass(frozen=True)
 class Batch:
-    """What a micro-batch's values would tell, which fake tensors do not have.
+    """Facts that depend on the values of a micro-batch, which fake tensors do not have.
 
     Attributes:
         attention_pairs: (query, key) pairs of all segments.
@@ -54,14 +54,14 @@ class Counting(TorchDispatchMode):
     """Records the operators on the device.
 
     Args:
-        head: widths by which the head's tensors are known: the vocabulary's, and those of its pieces.
-        rank: of the adapter, by which its products are known.
+        head: the widths that identify the head's tensors: the vocabulary's, and those of its pieces.
+        rank: the rank of the adapter, which identifies its products.
 
     Attributes:
-        work: in the order in which it ran. waits: of the host for the device, by call site.
-        kept: bytes of casts that are kept for the backward and would not have to be, by what they are and call site:
-            fp32 copies of half-precision tensors, and copies in a dtype that the tensor had before.
-        peak: most bytes in use. phase: what new work is recorded under.
+        work: the recorded work, in order. waits: the host's waits for the device, keyed by call site.
+        kept: bytes of casts that are kept unnecessarily for the backward pass, keyed by type and call site: fp32 copies
+            of half-precision tensors, and copies in a dtype that the tensor had before.
+        peak: the most bytes in use. phase: the phase of new work.
     """
 
     def __init__(self, head: set[int], rank: int | None):
@@ -77,13 +77,13 @@ class Counting(TorchDispatchMode):
         self.memory = self.peak = 0
 
     def begin(self, batch: Batch) -> None:
-        """Forget what was counted; memory stays in use."""
+        """Reset the counts; memory stays in use."""
         self.work, self.waits, self.kept, self.batch = [], Counter(), Counter(), batch
         self.peak = self.memory
 
     @contextmanager
     def during(self, phase: str) -> Iterator[None]:
-        """Work in this context is of that phase."""
+        """Assign the work inside the context to a phase."""
         outer, self.phase = self.phase, phase
         try:
             yield
@@ -91,7 +91,7 @@ class Counting(TorchDispatchMode):
             self.phase = outer
 
     def launch(self, name: str, part: str, bytes_moved: int, dtype: torch.dtype) -> None:
-        """Record a kernel that is no operator."""
+        """Record a kernel that is not an operator."""
         self.work.append(Work(name, self.phase, part, 1, 0, bytes_moved, dtype))
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -147,7 +147,7 @@ class Counting(TorchDispatchMode):
         self.waits[f"{kind}: {call_site()}"] += 1
 
     def _made_up(self, dtype: torch.dtype) -> bool | int | float:
-        """A number that a GPU would have been waited for."""
+        """A number for which the host would wait for the GPU."""
         if dtype == torch.bool:  # asked by what builds masks: does the mask leave nothing out?
             return not (self.batch.is_padded and "masking_utils" in call_site())
         return 1.0 if dtype.is_floating_point else 1
@@ -156,7 +156,7 @@ class Counting(TorchDispatchMode):
         return round(self.batch.scored * mask.numel())
 
     def _with_places(self, args: tuple) -> tuple:
-        """Boolean masks among the indices as the places that they select, for which the host waits."""
+        """Replace boolean masks in the indices by the positions that they select, for which the host waits."""
         places: list[Tensor | None] = []
         for index in args[1]:
             if index is None or index.dtype != torch.bool or not index.is_cuda:
@@ -221,7 +221,7 @@ class Counting(TorchDispatchMode):
 
 
 def call_site() -> str:
-    """File and function that called into torch; an autograd node of the backward has none but the engine's caller."""
+    """The file and function that called torch; for autograd nodes, the caller of the backward pass."""
     frame = sys._getframe(1)
     while frame and ("/torch/" in frame.f_code.co_filename or frame.f_code.co_filename.startswith(HERE)):
         frame = frame.f_back

@@ -1,4 +1,4 @@
-"""How long counted work would take on an H100: an estimate, whose parts are counts.
+"""Estimates the time of counted work on an H100.
 
 Each operator takes as long as its products or its bytes, whichever is slower, and a constant for each launch. Caches,
 small products and the order of kernels are left out.
@@ -26,7 +26,7 @@ def seconds(work: Work) -> float:
 
 
 def parts(work: Iterable[Work]) -> dict[str, float]:
-    """Estimated seconds by part; reference and optimizer are parts of their own, the others are the policy's."""
+    """Estimated seconds by part; except for reference and optimizer, the parts are the policy's."""
     found: Counter[str] = Counter()
     for each in work:
         found[each.phase if each.phase in ("reference", "optimizer") else each.part] += seconds(each)

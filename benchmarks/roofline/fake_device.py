@@ -1,7 +1,7 @@
-"""A CUDA device without memory and without arithmetic, in a CPU build of PyTorch.
+"""A CUDA device without memory or arithmetic, for a CPU build of PyTorch.
 
 Tensors on it are fake: they have shapes, dtypes and `is_cuda`, so that code takes the path that it would take on a GPU.
-`load_device` comes before `import torch`; `fake_gpu` is a context in which `torch.cuda` says what a GPU would.
+Call `load_device` before `import torch`; `fake_gpu` is a context in which `torch.cuda` reports a GPU.
 """
 
 import ctypes
@@ -25,12 +25,12 @@ _LOADED: list[ctypes.CDLL] = []
 
 
 def compiler() -> str | None:
-    """The C++ compiler that the device is built with: $CXX, or one that is installed."""
+    """The C++ compiler for the device: $CXX, or an installed one."""
     return os.environ.get("CXX") or next(filter(None, map(shutil.which, COMPILERS)), None)
 
 
 def load_device() -> None:
-    """Build the device, once for a version of PyTorch, and load it.
+    """Build the device, once for each version of PyTorch, and load it.
 
     Raises:
         RuntimeError: torch was imported before, or there is no C++ compiler.
@@ -60,9 +60,9 @@ def _build(library: Path, torch: Path) -> None:
 
 @contextmanager
 def fake_gpu(capability: tuple[int, int] = (9, 0)) -> Iterator[None]:
-    """Tensors are fake, and `torch.cuda` has one device of that capability.
+    """A context with fake tensors, in which `torch.cuda` has one device with this compute capability.
 
-    Autocast for "cuda" switches itself off where there is none, and accelerate would choose the CPU.
+    Without a device, autocast for "cuda" would turn itself off, and accelerate would choose the CPU.
     """
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode

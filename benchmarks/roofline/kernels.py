@@ -1,4 +1,4 @@
-"""Kernels that a GPU has and a CPU build of PyTorch lacks: the choice of attention, and TRL's in Triton.
+"""Kernels that a CPU build of PyTorch lacks: the choice of attention, and TRL's Triton kernels.
 
 Without them PyTorch's attention would be written out, scores and all, and TRL's head would take its slow way.
 """
@@ -30,7 +30,7 @@ def cuda_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """`F.scaled_dot_product_attention` as it is on an NVIDIA GPU: flash without a mask, memory-efficient with one.
+    """`F.scaled_dot_product_attention` as on an NVIDIA GPU: flash without a mask, memory-efficient with one.
 
     Raises:
         NotImplementedError: a GPU would take another kernel, which is not counted.
@@ -84,7 +84,7 @@ def _add_product(sums: Tensor, first: Tensor, second: Tensor) -> None:
 
 
 def _made_up_list(tensor: Tensor) -> Any:
-    """What `tolist` gives: the host waits once, and all numbers are the made-up one."""
+    """The result of `tolist`: the host waits once, and all numbers have a fixed value."""
     values: Any = tensor.flatten()[0].item()
     for size in reversed(tensor.shape):
         values = [values] * size
@@ -93,11 +93,11 @@ def _made_up_list(tensor: Tensor) -> Any:
 
 @contextmanager
 def cuda_kernels(counting: Counting) -> Iterator[None]:
-    """What PyTorch, transformers and TRL call is what they would call on a GPU."""
+    """A context in which PyTorch, transformers and TRL call the functions that they would call on a GPU."""
     patches: list[Any] = [
         patch.object(torch.nn.functional, "scaled_dot_product_attention", cuda_attention),
         patch.object(FakeTensor, "tolist", _made_up_list),
-        # Of fake tensors it says no, and each gradient would be clipped by launches of its own.
+        # It returns False for fake tensors, and each gradient would be clipped by separate launches.
         patch("torch.nn.utils.clip_grad._has_foreach_support", lambda *_: True),
         patch("transformers.masking_utils.is_tracing", lambda *_: False),
     ]

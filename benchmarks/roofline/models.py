@@ -1,4 +1,4 @@
-"""Models of real shapes, from numbers alone, on whatever device is current."""
+"""Models with real shapes, built from their sizes on the current device."""
 
 from typing import Any
 
@@ -50,11 +50,11 @@ CONFIGS: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
 
 
 def config_of(name: str, **changes: Any) -> PretrainedConfig:
-    """The config of a model, some of its fields changed."""
+    """The config of a model, with changes."""
     kind, sizes = CONFIGS[name]
     return kind(**sizes | changes)
 
 
 def build(name: str, dtype: torch.dtype, **changes: Any) -> PreTrainedModel:
-    """The model, its weights made on the current device; `changes` are fields of its config."""
+    """The model, with weights on the current device; `changes` are fields of its config."""
     return AutoModelForCausalLM.from_config(config_of(name, **changes), dtype=dtype)

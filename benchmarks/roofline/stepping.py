@@ -18,7 +18,7 @@ from benchmarks.roofline.models import build, config_of
 from benchmarks.sides import Side
 from benchmarks.work import Row, as_groups_of_pairs, as_pairs
 
-# The dtype of the weights, and the autocast that the trainers are told.
+# The dtype of the weights, and the trainers' autocast setting.
 DTYPES = {
     "bf16": (torch.bfloat16, "bf16"),
     "fp32-autocast": (torch.float32, "bf16"),
@@ -30,11 +30,11 @@ TRL_TILE = 32_768
 
 @dataclass(frozen=True)
 class Case:
-    """What is trained, and on what.
+    """The model and the data of a step.
 
     Attributes:
-        model: a name of `CONFIGS`. lengths: a name for tables. rows: of one micro-batch.
-        mode: "lora" or "full". dtype: a name of `DTYPES`.
+        model: a name in `CONFIGS`. lengths: a name for tables. rows: the rows of one micro-batch.
+        mode: "lora" or "full". dtype: a name in `DTYPES`.
         changes: fields of the model's config.
     """
 
@@ -49,11 +49,11 @@ class Case:
 
 @dataclass(frozen=True)
 class Counts:
-    """What a step asks of the GPU.
+    """The work of a step on the GPU.
 
     Attributes:
-        work, waits, kept, peak: as of `Counting`. waits_of_log: of a logging step, beside. positions: computed.
-        layout: ours.
+        work, waits, kept, peak: as in `Counting`. waits_of_log: additional waits of a logging step. positions: the
+            number of computed positions. layout: our layout.
     """
 
     work: list[Work]
@@ -117,7 +117,7 @@ def _side(name: str, case: Case, settings: dict[str, Any]) -> Side:
 
 
 def _settle(scorer: Any, collator: Any) -> None:
-    """What `Scorer.settle` does, without its checks on made-up sequences, which need numbers."""
+    """`Scorer.settle` without its checks on synthetic sequences, which need values."""
     from hf_prefopt.scoring.attention import install_segment_attention
     from hf_prefopt.scoring.forward import base_causal_lm
 
@@ -136,7 +136,7 @@ def _make_optimizer_state(side: Side) -> None:
 
 
 def _values(rows: Sequence[Row]) -> Batch:
-    """What the rows tell of attention and padding."""
+    """The facts about attention and padding that depend on the rows."""
     sequences = [(len(r["prompt_ids"]), len(ids)) for r in as_groups_of_pairs(rows) for ids in r["response_ids"]]
     longest = max(map(sum, sequences))
     scored = sum(response for _, response in sequences) / (len(sequences) * (longest - 1))
@@ -144,14 +144,14 @@ def _values(rows: Sequence[Row]) -> Batch:
 
 
 def _pairs_of(row: Row) -> int:
-    """(query, key) pairs: the prompt's and each response's own triangle, each response's rectangle over the prompt."""
+    """(query, key) pairs: a triangle for the prompt and each response, and a prompt × response rectangle for each."""
     prompt = len(row["prompt_ids"])
     responses = [len(ids) for ids in row["response_ids"]]
     return prompt * (prompt + 1) // 2 + sum(r * (r + 1) // 2 + r * prompt for r in responses)
 
 
 def _step(side: Side, rows: Sequence[Row], counting: Counting) -> None:
-    """A whole step, its work recorded by phase."""
+    """A complete step, with its work recorded by phase."""
     trainer, model = side.trainer, side.model
     forwards = [model] + ([trainer.ref_model] if getattr(trainer, "ref_model", None) is not None else [])
     with ExitStack() as stack:

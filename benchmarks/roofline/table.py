@@ -1,4 +1,4 @@
-"""What was counted, side by side, and what was measured of the same case."""
+"""Tables of the counts of both trainers, with measurements of the same case."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +19,7 @@ Figures = dict[str, float]
 
 
 def figures(counts: Counts) -> Figures:
-    """The totals of a step and the parts of its estimate, by the names of the table's rows."""
+    """The totals of a step and the parts of its estimate, keyed by the names of the table's rows."""
     estimated = parts(counts.work)
     return {
         "positions": counts.positions,
@@ -34,12 +34,13 @@ def figures(counts: Counts) -> Figures:
 
 
 def with_more_layers(few: Figures, one_more: Figures, more: int) -> Figures:
-    """The figures of a model of alike layers, from those of a few and of one more; `more` are beyond the few."""
+    """Extrapolate from a few layers and one more layer to a model of equal layers; `more` is the number beyond the
+    few."""
     return {name: few[name] + more * (one_more[name] - few[name]) for name in few}
 
 
 def measured(case: Case, path: Path = MEASURED) -> dict[str, str]:
-    """The row of the first table of `GPU.md` that is of this case, by its columns; nothing if none is."""
+    """The row for this case in the first table of `GPU.md`, keyed by column; empty if there is none."""
     wanted = {
         "shape": SHAPES.get(case.model),
         "frozen weights": WEIGHTS.get(case.dtype),
@@ -100,7 +101,7 @@ def _number(value: float) -> str:
 
 
 def names_of(case: Case) -> dict[str, Any]:
-    """What identifies a case in tables."""
+    """The identification of a case in tables."""
     checkpointing = "yes" if case.checkpointing else "no"
     names = {"model": case.model, "lengths": case.lengths, "pairs": len(case.rows), "mode": case.mode}
     return names | {"weights": case.dtype, "checkpointing": checkpointing}

@@ -1,1 +1,1 @@
-"""Evaluations beside the loss: answers to problems with known solutions."""
+"""Evaluations in addition to the loss: answers to problems with known solutions."""

@@ -58,7 +58,7 @@ def bco_loss(
     Args:
         policy_logps, ref_logps: `[B]`, summed, nats. labels: `[B]` bool.
         beta: > 0.
-        state: `delta`, a number; `None` for that of this batch alone.
+        state: `delta`, a number; `None` uses the mean of this batch alone.
 
     Raises:
         ValueError: shapes differ or beta is out of range.
@@ -89,7 +89,7 @@ def bco_pair_loss(
     Args:
         policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps: `[B]`, summed, nats.
         beta: > 0.
-        state: `delta`, a number; `None` for that of this batch alone.
+        state: `delta`, a number; `None` uses the mean of this batch alone.
 
     Raises:
         ValueError: shapes differ or beta is out of range.

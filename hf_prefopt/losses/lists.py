@@ -23,7 +23,7 @@ def list_rewards(policy_list_logps: Tensor, ref_list_logps: Tensor, list_mask: T
 def plackett_luce_loss(
     policy_list_logps: Tensor, ref_list_logps: Tensor, list_ranks: Tensor, list_mask: Tensor, beta: float = 0.1
 ) -> LossOutput:
-    """−Σ_k [βr_k − logsumexp(βr_k, {βr_j of a worse rank})]: the likelihood of the ranking under a Plackett–Luce model.
+    """−Σ_k [βr_k − logsumexp(βr_k, {βr_j of a worse rank})]: the NLL of the ranking under a Plackett–Luce model.
 
     DPO's general form, appendix A.3; for lists of two it is DPO. Each response is chosen among itself and all worse
     ones, so responses with equal ranks, which the paper does not consider, are not compared.

@@ -288,7 +288,7 @@ def get_loss(name: str) -> LossSpec:
     """The registered loss with that name or alias.
 
     Raises:
-        ValueError: there is none; the message suggests similar names.
+        ValueError: no loss has this name; the message suggests similar names.
     """
     canonical = _ALIASES.get(name, name)
     if canonical not in _LOSSES:

@@ -62,13 +62,13 @@ class CachedReference:
         return self.live.model if self.live else None
 
     def place(self, accelerator: Accelerator) -> None:
-        """As the live reference's."""
+        """Place the live reference; see `LiveReference.place`."""
         if self.live:
             self.live.place(accelerator)
 
     @cached_property
     def store(self) -> LogProbStore:
-        """Where the log-probs are. Made when it is first needed: the weights are hashed then, as they act by then."""
+        """The store of the log-probs, created on first use, because it hashes the weights in their final form."""
         assert self.live is not None
         with self.live.switch():
             name = fingerprint(self.live.model, self._temperature, self._autocast_dtype)
@@ -81,10 +81,10 @@ class CachedReference:
         return LogProbStore(self._folder / name, about)
 
     def score(self, batch: PreferenceBatch, token_stats: tuple[str, ...] = ()) -> ResponseScores:
-        """The reference's scores of a batch: looked up, or computed and kept.
+        """The reference's scores of a batch, from the cache, or computed and stored.
 
         Args:
-            token_stats: as the live reference's; none of them is cached, and the configuration refuses losses that ask.
+            token_stats: not used: token statistics are not cached, and the configuration rejects losses that need them.
 
         Raises:
             MissingLogProbs: some are not cached, and the reference has been released.

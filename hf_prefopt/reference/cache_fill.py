@@ -41,16 +41,16 @@ class Inventory(NamedTuple):
 
 
 def responses_of(row: Mapping[str, Any]) -> list[tuple[Sequence[int], Sequence[int]]]:
-    """The ids and the mask of each response of a row, mismatched ones included."""
+    """The ids and the mask of each response of a row, including mismatched ones."""
     ids = [*row["response_ids"], *row.get("mismatched_ids", ())]
     masks = [*row["scored_masks"], *row.get("mismatched_masks", ())]
     return list(zip(ids, masks, strict=True))
 
 
 def take_inventory(dataset: Any) -> Inventory:
-    """The different responses of a data set that has a length."""
+    """The distinct responses of a data set with a length."""
     seen: dict[bytes, None] = {}
-    columns = array("q")  # four numbers a response: a data set may have millions
+    columns = array("q")  # four numbers per response, because a data set may have millions
     for start in range(0, len(dataset), _ROWS_AT_ONCE):
         indices = range(start, min(start + _ROWS_AT_ONCE, len(dataset)))
         for index, row in zip(indices, dataset.__getitems__(list(indices)), strict=True):
@@ -65,9 +65,9 @@ def take_inventory(dataset: Any) -> Inventory:
 
 
 def plan_batches(inventory: Inventory, missing: np.ndarray, tokens: int) -> list[np.ndarray]:
-    """Places in the inventory, batch by batch: the longest first, the responses of a prompt next to each other.
+    """Indices into the inventory for each batch: the longest first, the responses of a prompt next to each other.
 
-    A batch has at most `tokens` positions if each of its responses were padded to the longest; at least one response.
+    With its responses padded to the longest, a batch has at most `tokens` positions; it has at least one response.
     """
     chosen = np.flatnonzero(missing)
     longest = np.zeros(inventory.prompts.max(initial=-1) + 1, dtype=np.int64)
@@ -113,7 +113,7 @@ def fill(
     name: str = "train",
     silent: bool = False,
 ) -> None:
-    """Compute and keep what the cache lacks of a data set; call it on every rank.
+    """Compute and store the missing log-probs of a data set; call it on every rank.
 
     Args:
         reference: the cache, with the live reference inside.
@@ -162,7 +162,7 @@ def fill(
 
 
 def _agreed(accelerator: Accelerator, missing: np.ndarray) -> np.ndarray:
-    """What the first rank misses: another run may be writing while the ranks look."""
+    """The first rank's missing entries; ranks could differ, because another run may be writing."""
     if accelerator.num_processes == 1:
         return missing
     (missing,) = broadcast_object_list([missing])
@@ -170,7 +170,7 @@ def _agreed(accelerator: Accelerator, missing: np.ndarray) -> np.ndarray:
 
 
 def _shares(batches: list[np.ndarray], accelerator: Accelerator) -> Iterator[tuple[int | None, np.ndarray]]:
-    """This rank's batches with their numbers; as many on every rank, the number `None` for one of another rank."""
+    """This rank's batches with their numbers. All ranks get equally many; a filler batch has the number `None`."""
     ranks, rank = accelerator.num_processes, accelerator.process_index
     for first in range(0, len(batches), ranks):
         number = first + rank
@@ -201,7 +201,8 @@ class CacheFiller:
         self._filled: set[str] = set()
 
     def fill(self, dataset: Any, name: str) -> bool:
-        """Compute what is missing of a data set; False for a stream, whose log-probs are computed when it is read."""
+        """Compute the missing log-probs of a data set; False for a stream, whose log-probs are computed when it is
+        read."""
         if not hasattr(dataset, "__getitems__"):
             self._reference.any_rank = partial(any_rank, self._accelerator)
             return False

@@ -63,7 +63,7 @@ class KeyedCollator:
     collator: Collator
 
     def count_tokens(self, rows: Sequence[Mapping[str, Any]]) -> int:
-        """As the collator's."""
+        """The collator's count."""
         return self.collator.count_tokens(rows)
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> PreferenceBatch:
@@ -77,10 +77,10 @@ class KeyedCollator:
 
 
 def fingerprint(model: nn.Module, temperature: float, autocast_dtype: torch.dtype | None) -> str:
-    """The fingerprint, 32 hexadecimal digits, of the model as it acts at this moment.
+    """The fingerprint of the model in its current state, 32 hexadecimal digits.
 
-    An adapter that is switched off leaves no trace; one that is on counts with its tensors and its configuration. So a
-    base model beneath any adapter, a copy of it and the same weights loaded again have one fingerprint.
+    It covers the tensors and the configuration of active adapters, and ignores disabled ones. A base model with any
+    disabled adapter, a copy of it, and the same weights loaded again therefore have the same fingerprint.
 
     Where an engine has sharded the parameters, they are gathered one by one: call it on every rank.
 
@@ -103,7 +103,7 @@ def fingerprint(model: nn.Module, temperature: float, autocast_dtype: torch.dtyp
 
 
 def fp32_products(model: nn.Module) -> str:
-    """How products of fp32 numbers are made on the model's device: "ieee" in full, "tf32" or "bf16"."""
+    """The precision of fp32 products on the model's device: "ieee" (full), "tf32" or "bf16"."""
     on_cpu = not torch.cuda.is_available() or all(parameter.device.type == "cpu" for parameter in model.parameters())
     backend = torch.backends.mkldnn if on_cpu else torch.backends.cuda
     precision = backend.matmul.fp32_precision
@@ -111,7 +111,7 @@ def fp32_products(model: nn.Module) -> str:
 
 
 def _acting_adapters(model: nn.Module) -> list[str]:
-    """The adapters that take part in the model's output."""
+    """The adapters that affect the model's output."""
     if not isinstance(model, PeftModel):
         return []
     layers = [module for module in model.modules() if hasattr(module, "adapter_layer_names")]
@@ -124,7 +124,7 @@ def _acting_in(layer: Any) -> list[str]:
 
 
 def _settings(config: Mapping[str, Any], left_out: tuple[str, ...]) -> dict[str, Any]:
-    """The settings that shape the output, in those of nested configurations too."""
+    """The settings that affect the output, including those of nested configurations."""
     return {
         name: _settings(value, left_out) if isinstance(value, Mapping) else value
         for name, value in ((str(name), value) for name, value in config.items())

@@ -57,7 +57,7 @@ class DamagedShard(ValueError):
 
 
 def write_shard(folder: Path, entries: Mapping[bytes, Tensor]) -> Path:
-    """Write log-probs by key; the file appears under its name when it is complete."""
+    """Write log-probs with their keys; the file gets its final name only when it is complete."""
     lengths = [0, *(len(logps) for logps in entries.values())]
     tensors = {
         "keys": torch.frombuffer(bytearray(b"".join(entries)), dtype=torch.uint8).view(-1, KEY_BYTES),
@@ -72,7 +72,7 @@ def write_shard(folder: Path, entries: Mapping[bytes, Tensor]) -> Path:
 
 
 def read_shard(path: Path) -> Shard:
-    """The content of a shard, checked.
+    """Read and check a shard.
 
     Raises:
         DamagedShard: it cannot be read, its content does not match its name, or its format is different.
@@ -102,10 +102,10 @@ def _digest(keys: Tensor, offsets: Tensor, logps: Tensor) -> str:
 
 
 class LogProbStore:
-    """The log-probs of one reference: those of all shards of its folder, and those that wait for the next one.
+    """The log-probs of one reference: those in the shards of its folder, and those not written yet.
 
     Args:
-        folder: made if it is not there.
+        folder: the folder, which is created if it does not exist.
         about: a description of the fingerprint, for people.
     """
 
@@ -126,7 +126,7 @@ class LogProbStore:
         self.reload()
 
     def reload(self) -> None:
-        """Take in the shards that others have written; a damaged one is put aside and said."""
+        """Load the shards that others have written; a damaged shard is renamed, with a warning."""
         new = []
         for path in sorted(self.folder.glob("*.safetensors")):
             if path.stem not in self._names:
@@ -134,26 +134,26 @@ class LogProbStore:
                     new.append(read_shard(path))
                     self._names.add(path.stem)
                 except DamagedShard as damage:
-                    # Another process may have been quicker to put it aside.
+                    # Another process may have renamed it already.
                     with contextlib.suppress(FileNotFoundError):
                         path.rename(path.with_suffix(".damaged"))
                         logger.warning("%s %s: its log-probs are computed again", path, damage)
         self._take_in(new)
 
     def missing(self, keys: Sequence[bytes]) -> np.ndarray:
-        """`[R]` bool: which of these responses are not known."""
+        """`[R]` bool: which of these responses are missing."""
         unknown = self._find(_as_array(keys)) < 0
         if self._waiting:
             unknown &= [key not in self._waiting for key in keys]
         return unknown
 
     def get(self, keys: Sequence[bytes]) -> list[Tensor]:
-        """The log-probs of these responses, each `[tokens]`. Raises `KeyError` for one that is not known."""
+        """The log-probs of these responses, each `[tokens]`. Raises `KeyError` for a missing one."""
         found = zip(keys, self._find(_as_array(keys)), strict=True)
         return [self._waiting[key] if at < 0 else self._read(*self._places[at]) for key, at in found]
 
     def put(self, key: bytes, logps: Tensor) -> None:
-        """Keep the log-probs `[tokens]` of a response."""
+        """Store the log-probs `[tokens]` of a response."""
         if not self._waiting:
             self._waiting_since = time.monotonic()
         self._waiting[key] = logps
@@ -162,7 +162,7 @@ class LogProbStore:
             self.flush()
 
     def flush(self) -> None:
-        """Write what waits."""
+        """Write the log-probs that are not written yet."""
         if self._waiting:
             path = write_shard(self.folder, self._waiting)
             self._waiting, self._waiting_tokens = {}, 0
@@ -171,7 +171,7 @@ class LogProbStore:
                 self._take_in([read_shard(path)])
 
     def _take_in(self, shards: list[Shard]) -> None:
-        """Sort what these shards hold in among what is known."""
+        """Merge the entries of these shards into the sorted index."""
         if not shards:
             return
         keys = np.concatenate([shard.keys for shard in shards])
@@ -185,7 +185,7 @@ class LogProbStore:
         self._places = np.insert(self._places, at, places[first][new], axis=0)
 
     def _find(self, keys: np.ndarray) -> np.ndarray:
-        """`[R]`: the place of each key among the sorted ones, −1 where it is not."""
+        """`[R]`: the index of each key among the sorted keys, −1 for missing ones."""
         if not len(self._keys):
             return np.full(len(keys), -1)
         at = np.searchsorted(self._keys, keys).clip(max=len(self._keys) - 1)

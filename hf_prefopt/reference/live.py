@@ -138,16 +138,16 @@ def has_its_place(model: nn.Module) -> bool:
 
 
 def adapter_off(model: PeftModel) -> LiveReference:
-    """The model beneath the adapter."""
+    """The model without its adapter."""
     tree = ModuleTree(model)
     return LiveReference(tree, partial(adapters_off, tree), "the base model, the adapter switched off")
 
 
 def named_adapter(model: PeftModel, name: str) -> LiveReference:
-    """The model under another of its adapters.
+    """The model with another of its adapters.
 
     Raises:
-        ValueError: the model has no adapter of that name.
+        ValueError: the model has no adapter with that name.
     """
     if name not in model.peft_config:
         raise ValueError(f"reference='adapter:{name}': the model's adapters are {', '.join(model.peft_config)}")
@@ -163,7 +163,7 @@ def named_adapter(model: PeftModel, name: str) -> LiveReference:
             model.set_adapter(policy)
             if len(all_active) > 1:
                 model.base_model.set_adapter(all_active)
-            # set_adapter makes the adapter it activates trainable, and the one it leaves not.
+            # set_adapter makes the adapter that it activates trainable, and the previous one not trainable.
             for parameter in model.parameters():
                 parameter.requires_grad_(False)
             for parameter in trained:
@@ -173,7 +173,7 @@ def named_adapter(model: PeftModel, name: str) -> LiveReference:
 
 
 def separate_model(model: nn.Module) -> LiveReference:
-    """Another model, frozen."""
+    """A separate model, frozen."""
     model.requires_grad_(False).eval()
     name = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
     return LiveReference(ModuleTree(model), nullcontext, f"another model ({name})", is_separate=True)
@@ -211,7 +211,7 @@ class FrozenTensors:
 
     @torch.no_grad()
     def move(self, share: float) -> None:
-        """copy ← share · parameter + (1 − share) · copy; a rank moves its shards, and nothing is gathered."""
+        """copy ← share · parameter + (1 − share) · copy; each rank updates its shards, without gathering."""
         parameters = _named(self.tree)
         for name, values in self.tensors.items():
             policy = local_shard(parameters[name])
@@ -219,7 +219,7 @@ class FrozenTensors:
             self.tensors[name] = mine.lerp_(policy.to(mine.dtype), share)
 
     def gathered(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, the whole copy) of one parameter after the other; where they are sharded, on every rank together."""
+        """Iterate over (name, full copy) of the parameters; if they are sharded, call it on every rank."""
         with self.swapped_in():
             for name, parameter in _named(self.tree).items():
                 if name in self.tensors:
@@ -227,14 +227,14 @@ class FrozenTensors:
                         yield name, tensor
 
     def replace(self, values: Callable[[str], Tensor]) -> None:
-        """Take others in the copies' place: from a name to the whole tensor, of which a rank keeps its part."""
+        """Replace the copies; the argument maps a name to the full tensor, of which each rank keeps its shard."""
         release_gathered(self.tree)
         parameters = _named(self.tree)
         for name, old in self.tensors.items():
             self.tensors[name] = shard_of(parameters[name], values(name)).to(old.device, old.dtype)
 
     def _exchange(self) -> None:
-        # Autocast keeps low-precision casts by parameter object: they would be those of the other tensors.
+        # Autocast caches low-precision casts per parameter object, so the cache would hold the other tensors' casts.
         torch.clear_autocast_cache()
         release_gathered(self.tree)
         parameters = _named(self.tree)
@@ -242,5 +242,5 @@ class FrozenTensors:
 
 
 def _named(tree: ModuleTree) -> dict[str, nn.Parameter]:
-    """The parameters by their names in the model as given, which an engine's checkpointing puts a word into."""
+    """The parameters, keyed by their original names; an engine's checkpointing inserts a part into the names."""
     return {name.replace("_checkpoint_wrapped_module.", ""): p for name, p in tree.named_parameters()}

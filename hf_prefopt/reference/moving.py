@@ -1,8 +1,8 @@
 """A reference that follows the policy (TR-DPO, arXiv 2404.09656): every τ optimizer steps, θ_ref ← α·θ + (1 − α)·θ_ref.
 
-α < 1 is the paper's soft update, α = 1 its hard update. The frozen copies of the trained tensors move, each in place:
-those of the model, or of the adapter alone. For an adapter these are the factors A and B, so a soft update mixes the
-factors and not their product; a hard update gives the policy in either case.
+α < 1 is the paper's soft update, and α = 1 its hard update. The frozen copies of the trained tensors (of the model, or
+only of the adapter) are updated in place. For an adapter these are the factors A and B, so a soft update mixes the
+factors and not their product; a hard update gives the policy in any case.
 """
 
 import logging
@@ -23,12 +23,12 @@ FILE = "moving_reference.safetensors"
 class MovingReference:
     """Moves the frozen copies of a reference, and saves them in checkpoints.
 
-    Every process moves its own copies toward its own parameters, whole or sharded.
+    Every process updates its own copies with its own parameters, sharded or not.
 
     Attributes:
-        copies: what moves.
-        share: α in (0, 1], the policy's share in an update.
-        every: τ, the optimizer steps between updates.
+        copies: the frozen copies.
+        share: α in (0, 1], the weight of the policy in an update.
+        every: τ, the number of optimizer steps between updates.
     """
 
     copies: FrozenTensors
@@ -44,16 +44,16 @@ class MovingReference:
         )
 
     def follow(self, step: int) -> bool:
-        """Update after the optimizer's step with this number, if it is due; whether it was."""
+        """Update after the optimizer step with this number if an update is due; return whether it was."""
         is_due = step % self.every == 0
         if is_due:
             self.copies.move(self.share)
         return is_due
 
     def save(self, checkpoint: Path, saves: bool) -> None:
-        """Write the reference into a checkpoint, whole, so that any number of ranks can resume with it.
+        """Write the full reference into a checkpoint, so that any number of ranks can resume with it.
 
-        Call it on every rank: sharded tensors are gathered one by one into the memory of the rank that `saves`.
+        Call it on every rank: sharded tensors are gathered one at a time into the memory of the rank that `saves`.
         """
         tensors = {}
         for name, tensor in self.copies.gathered():
@@ -64,10 +64,10 @@ class MovingReference:
             save_file(tensors, checkpoint / FILE)
 
     def load(self, checkpoint: Path) -> None:
-        """Take over the reference of a checkpoint; a rank of an engine that shards takes its part of every tensor.
+        """Load the reference of a checkpoint; under an engine that shards, each rank takes its shard of every tensor.
 
         Raises:
-            ValueError: it holds other tensors than those that train now.
+            ValueError: the saved tensors are not the ones that are trained now.
         """
         path = checkpoint / FILE
         if not path.is_file():

@@ -10,10 +10,10 @@ from hf_prefopt.batch import PreferenceBatch, ResponseScores
 
 
 class RememberedScores:
-    """Token log-probs of the batches of evaluation data sets, on the CPU: four bytes a scored token.
+    """Token log-probs of the batches of evaluation data sets, on the CPU: four bytes per scored token.
 
-    A batch is known again by its data set, its rows and its tokens: in data sets that were concatenated, several rows
-    have one number. Whoever changes the reference calls `forget`.
+    A batch is identified by its data set, its rows and its tokens, because in concatenated data sets several rows can
+    have the same number. Call `forget` after changing the reference.
     """
 
     def __init__(self):
@@ -30,13 +30,14 @@ class RememberedScores:
         score: Callable[[PreferenceBatch], ResponseScores],
         any_rank: Callable[[bool], bool] = bool,
     ) -> ResponseScores:
-        """The reference's scores of a batch: remembered, or made by `score` and remembered.
+        """The reference's scores of a batch, from memory, or computed by `score` and stored.
 
         Args:
-            dataset: tells data sets apart, such as a fingerprint; `None` is never remembered.
-            batch: a batch of that data set; one without examples only runs along with other ranks.
-            score: makes the scores of a batch that is new.
-            any_rank: from "it is new here" to "… on any rank", where ranks must run the reference together.
+            dataset: an identifier of the data set, such as a fingerprint; with `None`, nothing is stored.
+            batch: a batch of that data set; a batch without examples only keeps the rank in step with others.
+            score: computes the scores of a new batch.
+            any_rank: maps "new on this rank" to "new on any rank", for engines whose ranks must run the reference
+                together.
         """
         key = (dataset, *batch["rows"].tolist(), *batch["pair_in_row"].tolist(), _digest(batch))
         is_idle = not len(batch["rows"])
@@ -50,6 +51,6 @@ class RememberedScores:
 
 
 def _digest(batch: PreferenceBatch) -> int:
-    """A hash of what is scored after what."""
+    """A hash of the tokens and of which of them are scored."""
     parts = (batch[name].cpu().contiguous().numpy() for name in ("input_ids", "scored_rows", "targets"))
     return xxhash.xxh3_128_intdigest(b"".join(part.tobytes() for part in parts))

@@ -50,7 +50,8 @@ def gathered(parameter: nn.Parameter) -> Iterator[Tensor]:
 
 
 def shard_of(parameter: nn.Parameter, values: Tensor) -> Tensor:
-    """This rank's shard of whole values `[shape]` for a parameter; a shard is returned as it is."""
+    """This rank's shard of a parameter's full values `[shape]`; values that are a shard already are returned
+    unchanged."""
     if values.shape == local_shard(parameter).shape:
         return values
     if isinstance(parameter, DTensor):

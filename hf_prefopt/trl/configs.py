@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 _MULTIPLE = "Round padded lengths up to a multiple of this (layout padded); auto: no rounding."
 _BETA = "β of the losses."
-_SMOOTHING = "ε of the losses that have one; an error if it is not 0.0 and no loss has one."
+_SMOOTHING = "ε of the losses that support label smoothing; other values than 0.0 are an error if none does."
 
 
 @dataclass

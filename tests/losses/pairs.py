@@ -1,4 +1,4 @@
-"""Pairs written down by their log-ratios, for tests that derive a number by hand."""
+"""Pairs given by their log-ratios, for tests with numbers derived by hand."""
 
 import torch
 
@@ -13,8 +13,8 @@ def vector(*values):
 def by_log_ratios(name: str, r_w, r_l, lengths=(1.0, 1.0), **params) -> LossOutput:
     """The loss of pairs with log-ratios `r_w` and `r_l` (numbers, or vectors `[B]`) to a reference of zeros.
 
-    Scores are 1 and 0, and the chosen one always wins. A loss of lists gets each pair as a list of two, ranked 1 and 2,
-    with those scores.
+    Scores are 1 and 0, and the chosen response always wins. A loss of lists gets each pair as a list of two with ranks
+    1 and 2 and these scores.
     """
     chosen, rejected = (r if torch.is_tensor(r) else vector(r) for r in (r_w, r_l))
     values = {"policy_chosen_logps": chosen, "policy_rejected_logps": rejected}

@@ -1,4 +1,4 @@
-"""β-DPO and α-DPO: their running means, their draws, and the losses that they become."""
+"""β-DPO and α-DPO: their moving averages, their draws, and the losses that they reduce to."""
 
 import math
 from collections import Counter
@@ -18,7 +18,7 @@ from tests.trainers import make_trainer, pairs
 
 
 def pairs_of(margins, rows=None, lengths=1.0):
-    """Pairs with these h to a reference of zeros, by the names of the inputs."""
+    """Inputs for pairs with these h and a reference of zeros."""
     h = vector(*margins)
     zeros = torch.zeros_like(h)
     return {
@@ -33,7 +33,7 @@ def pairs_of(margins, rows=None, lengths=1.0):
 @pytest.mark.parametrize("name", ["beta_dpo", "alpha_dpo"])
 def test_the_running_mean_and_spread_by_hand(name):
     """Batches (1, 3), mean 2 and spread √2, and (5, 5, 8), mean 6 and spread √3: from 0 by 0.9, μ = 0.2 and then
-    0.18 + 0.6, σ = 0.1√2 and then 0.09√2 + 0.1√3. A single pair has no spread. Computing the loss moves nothing."""
+    0.18 + 0.6, σ = 0.1√2 and then 0.09√2 + 0.1√3. A single pair has no spread. Computing the loss changes no state."""
     objective = build_objective([name])
     expected = [(0.2, 0.1 * 2**0.5), (0.78, 0.09 * 2**0.5 + 0.1 * 3**0.5), (0.9 * 0.78 + 0.4, None)]
     for margins, (mean, std) in zip(((1, 3), (5, 5, 8), (4,)), expected, strict=True):
@@ -48,7 +48,7 @@ def test_the_running_mean_and_spread_by_hand(name):
 
 @pytest.mark.parametrize("name", ["beta_dpo", "alpha_dpo"])
 def test_beside_a_state_equals_numpy(name):
-    """The running values of earlier batches in place of the batch's own."""
+    """The moving averages of earlier batches replace the batch's own statistics."""
     inputs = made_up_inputs()
     state = {"mean": torch.tensor(0.7), "std": torch.tensor(1.9), "batches": torch.tensor(41.0)}
     arguments = {numpy_reference.SHORT[key]: inputs[key].numpy() for key in get_loss(name).inputs}
@@ -88,7 +88,7 @@ def test_beta_dpo_that_keeps_all_at_one_beta_is_dpo():
 
 @pytest.mark.parametrize(("count", "rho", "kept"), [(5, 0.2, 4), (10, 0.2, 8), (7, 0.5, 3), (1, 0.2, 1), (3, 0.9, 1)])
 def test_so_many_pairs_are_kept_and_the_mean_is_theirs(count, rho, kept):
-    """int(B(1 − ρ)), one at least; the mean of the losses is the mean of ℓ over the kept, rewards are of all."""
+    """int(B(1 − ρ)) pairs, at least one, are kept; the mean loss is the mean of ℓ over them; all have rewards."""
     inputs = made_up_inputs(pairs=count)
     output = call("beta_dpo", inputs, a=0.0, rho=rho)
     chosen = output.components["kept"].bool()
@@ -100,8 +100,8 @@ def test_so_many_pairs_are_kept_and_the_mean_is_theirs(count, rho, kept):
 
 
 def test_an_evaluation_keeps_all_pairs(tmp_path):
-    """After two steps, on seven rows of which training would leave out two: the mean of ℓ(β_b h) over all seven, in
-    NumPy, β_b = 0.1(1 + 0.6(mean h − μ)) with the μ that training left; whatever the batches, and μ stays."""
+    """After two steps, on seven rows of which training would leave out two: the mean of ℓ(β_b h) over all seven in
+    NumPy, with β_b = 0.1(1 + 0.6(mean h − μ)) and μ from training, for every batch size; μ does not change."""
     model = {"model": perturbed(tiny_model(), scale=0.05), "ref_model": tiny_model()}
     trainer = make_trainer(tmp_path, **model, loss_type="beta_dpo", loss_params={"rho": 0.4}, max_steps=2)
     trainer.train()
@@ -122,7 +122,7 @@ def test_an_evaluation_keeps_all_pairs(tmp_path):
 
 def test_pairs_are_drawn_by_their_weights():
     """Two of h = (0, 0, 2, 4) at μ = 0, σ = 2: weights 1, 1, e^−½, e^−2, drawn one after the other. Over 1,500 batches
-    how often each is drawn is within four standard deviations (½/√1500) of what all orders of two add up to."""
+    the frequency of each is within four standard deviations (½/√1500) of the sum over all orders of two."""
     weights = [1.0, 1.0, math.exp(-0.5), math.exp(-2.0)]
     total = sum(weights)
     expected = [
@@ -139,7 +139,7 @@ def test_pairs_are_drawn_by_their_weights():
 
 
 def test_a_draw_is_of_the_batch_and_of_the_pairs():
-    """The same pairs in another order: the same ones kept; after more batches, or as other rows, others."""
+    """A permutation keeps the same pairs; after more batches, or with other row numbers, the kept pairs differ."""
     inputs = pairs_of(range(12), rows=range(100, 112))
 
     def kept(batches=0.0, order=None, shift=0):
@@ -156,7 +156,7 @@ def test_a_draw_is_of_the_batch_and_of_the_pairs():
 
 @pytest.mark.parametrize("loss", [beta_dpo_loss, alpha_dpo_loss])
 def test_equal_margins_are_finite(loss):
-    """At the reference all margins are 0 and so is their spread: no division by it, and a gradient."""
+    """At the reference all margins and their spread are 0: the loss does not divide by 0, and has a gradient."""
     inputs = pairs_of([0.0] * 4)
     inputs["policy_chosen_logps"].requires_grad_()
     output = loss(**{key: inputs[key] for key in get_loss(loss.__name__[:-5]).inputs})

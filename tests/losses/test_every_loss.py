@@ -1,4 +1,4 @@
-"""What every registered loss must fulfil. The tests run over the registry, so a new loss cannot be left out."""
+"""Tests that every registered loss must pass. They run over the registry, so a new loss cannot be left out."""
 
 import inspect
 import itertools
@@ -15,7 +15,7 @@ from hf_prefopt.testing.checks import gradients, with_gradients
 from tests.losses import numpy_reference
 
 LOSSES = list_losses()
-# The hyperparameters tried besides the defaults: for each name, a value away from every loss's default.
+# Hyperparameters to test in addition to the defaults: for each name, a value that differs from every loss's default.
 OTHER_VALUES = {
     "beta": 0.37,
     "label_smoothing": 0.2,
@@ -47,7 +47,7 @@ OTHER_VALUES = {
     "eta": 0.6,
     "margin": "ratio",
 }
-# Where that value is out of a loss's range, or its default.
+# Values for losses for which that value is out of range, or the default.
 OTHER_VALUES_OF = {
     "r_dpo": {"alpha": 0.6},
     "slic_hf": {"length_normalize": True},
@@ -58,7 +58,7 @@ OTHER_VALUES_OF = {
     "odpo": {"alpha": 0.6},
     "qrpo": {"length_normalize": True},
 }
-# Losses whose gradient in s_w may be positive, each by its formula, its turning point tested in test_turning_points.py.
+# Losses whose gradient in s_w may be positive; test_turning_points.py derives and tests the turning points.
 RISING = {
     "ipo",  # a square: past its target
     "sppo_hard",  # squares: past their targets
@@ -75,7 +75,7 @@ RISING = {
     "rpo_sq",  # a square: past its target
     "sppo",  # squares: past their targets
 }
-# Losses defined as another where a hyperparameter is at its default: told apart at a value away from it.
+# Losses that equal another loss at their defaults: they are compared at a different value.
 TOLD_APART_BY = {
     "gpo": {"function": "exponential"},
     "infonca": {"alpha": 0.3},  # at α → 0 all is on the best response: softmax DPO
@@ -83,7 +83,7 @@ TOLD_APART_BY = {
 
 
 def other_values(name):
-    """For each hyperparameter of the loss: that one alone, away from its default."""
+    """For each hyperparameter of the loss, settings that change only this one from its default."""
     values = OTHER_VALUES | OTHER_VALUES_OF.get(name, {})
     return [{key: values[key]} for key in get_loss(name).defaults]
 
@@ -96,7 +96,7 @@ def expected(name, inputs, **params):
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_equals_the_paper_in_float64(name):
-    """Value and rewards equal the NumPy implementation to float64 rounding, at the defaults and away from each."""
+    """Losses and rewards equal the NumPy implementation to float64 rounding, at the defaults and at other values."""
     inputs = made_up_inputs()
     for params in [{}, *other_values(name)]:
         output, (losses, rewards) = call(name, inputs, **params), expected(name, inputs, **params)
@@ -111,7 +111,7 @@ def test_equals_the_paper_in_float64(name):
     ("name", "column"), [(name, column) for name in LOSSES for column in get_loss(name).optional_inputs]
 )
 def test_equals_the_paper_with_a_further_column(name, column):
-    """A column that a loss can do without, where the data have it, beside ε, too, whose place win rates take."""
+    """Optional columns, also in combination with ε; win rates replace ε."""
     inputs, plain = made_up_inputs(), call(name, made_up_inputs()).losses
     values = torch.rand(5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     has_smoothing = "label_smoothing" in get_loss(name).defaults and column != "chosen_win_rates"
@@ -128,7 +128,7 @@ def test_equals_the_paper_with_a_further_column(name, column):
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_every_hyperparameter_is_used(name):
-    """A hyperparameter that is given changes the loss or its gradient: none is accepted and ignored."""
+    """Every hyperparameter changes the loss or its gradient: none is accepted and ignored."""
 
     def loss_and_gradient(**params):
         inputs = with_gradients(made_up_inputs())
@@ -142,7 +142,7 @@ def test_every_hyperparameter_is_used(name):
 
 
 def test_no_two_losses_are_the_same():
-    """On one batch every registered loss gives its own number, at one shared beta: no name computes another's loss."""
+    """On one batch with one beta, all registered losses give different numbers: no name computes another loss."""
     inputs = made_up_inputs(pairs=9)
     values = {
         name: call(
@@ -165,7 +165,7 @@ def test_no_two_losses_are_the_same():
     ids=lambda value: getattr(value, "__name__", value),
 )
 def test_passes_the_standard_checks(name, check):
-    """Those of `hf_prefopt.testing` that have a meaning for the loss, each of which says what it is for."""
+    """The checks of `hf_prefopt.testing` that apply to the loss."""
     check(name)
 
 
@@ -177,7 +177,7 @@ def test_gradients_are_those_of_the_value_away_from_the_defaults(name):
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_refuses_shapes_that_do_not_fit(name):
-    """One vector of another length, or a matrix, is an error and not a broadcast."""
+    """A vector with a different length, or a matrix, raises an error and is not broadcast."""
     inputs = made_up_inputs()
     for key in [key for key in get_loss(name).inputs if key in inputs and key not in get_loss(name).optional_inputs]:
         for wrong in (inputs[key][:1], inputs[key][:, None]):
@@ -204,7 +204,7 @@ def test_an_unknown_hyperparameter_is_refused_with_the_name(name):
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_documents_itself(name):
-    """Formula first, the source, and what it raises."""
+    """The docstring starts with the formula, and has the source and a `Raises` section."""
     docstring = inspect.getdoc(get_loss(name).function)
     assert "Raises" in docstring
     assert get_loss(name).description

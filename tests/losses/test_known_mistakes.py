@@ -1,4 +1,4 @@
-"""Mistakes found in public implementations, each by name; those of every loss alike are in test_every_loss.py."""
+"""Mistakes of public implementations; test_every_loss.py covers those that any loss can have."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def test_r_dpo_trains_less_on_a_preference_for_length():
     ("name", "params"), [("r_dpo", {}), ("chi_po", {}), ("alphapo", {"gamma": 0.0}), ("simpo", {"gamma": 0.0})]
 )
 def test_logged_rewards_are_those_of_the_loss(name, params):
-    """Where the loss is ℓ of a reward margin, it is so of the very rewards that are logged, not of β·log-ratios."""
+    """If the loss is ℓ of a reward margin, the logged rewards have this margin; they are not β·log-ratios."""
     output = call(name, made_up_inputs(), **params)
     expected = -F.logsigmoid(output.chosen_rewards - output.rejected_rewards)
     torch.testing.assert_close(output.losses, expected, rtol=1e-12, atol=0)
@@ -44,8 +44,8 @@ def _gradient(tensor):
 @pytest.mark.parametrize("name", BATCHWISE)
 @pytest.mark.parametrize("sizes", [(2, 3), (1, 1, 3), (1, 1, 1, 1, 1)])
 def test_batchwise_losses_are_those_of_the_global_batch(name, sizes):
-    """However 5 pairs are split: with the other parts given but held fixed, as the trainer does, the parts' losses
-    are the batch's and their gradients add up to the batch's."""
+    """For every split of 5 pairs: if each part gets the other parts as constants, as in the trainer, the losses equal
+    the batch's, and the gradients add up to the batch's gradient."""
     inputs = made_up_inputs()
     keys = [key for key in get_loss(name).inputs if key.startswith("policy")]
 
@@ -67,7 +67,7 @@ def test_batchwise_losses_are_those_of_the_global_batch(name, sizes):
 
 @pytest.mark.parametrize("name", BATCHWISE)
 def test_batchwise_losses_of_a_micro_batch_are_another_number(name):
-    """What a loss computed on one rank's micro-batch would give: the reason why `needs_global_batch` is declared."""
+    """A loss computed on one rank's micro-batch would differ, so the losses declare `needs_global_batch`."""
     inputs = made_up_inputs()
     for side in ("chosen", "rejected"):  # Log-ratios above 0, where KTO's baseline is not clamped.
         inputs[f"policy_{side}_logps"] = inputs[f"policy_{side}_logps"] + 10
@@ -78,7 +78,7 @@ def test_batchwise_losses_of_a_micro_batch_are_another_number(name):
 
 @pytest.mark.parametrize("name", ["aot", "aot_unpaired"])
 def test_aot_is_the_mean_over_sorted_values(name):
-    """The losses stand at their pairs, and their mean is that of the sorted differences."""
+    """Each loss stays at its own pair, and the mean is that of the sorted differences."""
     inputs = made_up_inputs(pairs=9)
     w, l, rw, rl = (inputs[f"{m}_{s}_logps"] for m in ("policy", "ref") for s in ("chosen", "rejected"))
     first, second = (w - l, rw - rl) if name == "aot" else (w - rw, l - rl)
@@ -87,7 +87,7 @@ def test_aot_is_the_mean_over_sorted_values(name):
 
 
 def test_a_hopeless_pair_keeps_a_gradient_where_an_exponential_is_bounded():
-    """A clamped e^(−z) has no gradient far out, the very place where the loss is largest."""
+    """A clamped e^(−z) would have no gradient where the loss is largest."""
     chosen = torch.tensor([-1000.0], requires_grad=True)
     by_log_ratios("gpo", chosen, torch.zeros(1), beta=1.0, function="exponential").losses.sum().backward()
     assert chosen.grad.isfinite().all() and chosen.grad < 0

@@ -1,6 +1,6 @@
-"""Losses made of a formula in the two log-ratios: they are called, and refuse, as functions of the four sums."""
+"""Losses made from a formula in the two log-ratios take, and check, the four sums."""
 
-from __future__ import annotations  # annotations are strings here, as they may be beside any formula
+from __future__ import annotations  # turns annotations into strings, as any module may
 
 import inspect
 import re
@@ -60,6 +60,6 @@ def test_only_losses_that_can_be_reference_free_go_without_a_reference(name):
 
 
 def test_kto_pair_needs_a_reference():
-    """Without one its baselines, means of log-ratios, would be means of log-probs."""
+    """Without a reference, its baselines would be means of log-probs instead of log-ratios."""
     with pytest.raises(ValueError, match="kto_pair_loss needs a reference"):
         kto_pair_loss(torch.zeros(2), torch.zeros(2), None, None)

@@ -1,4 +1,4 @@
-"""The further pair losses on numbers small enough to work out by hand.
+"""The other pair losses, on numbers that can be computed by hand.
 
 ℓ(1) = log(1 + e⁻¹) = 0.3132617, ℓ(−z) = ℓ(z) + z, and σ(1) = 0.7310586 are used throughout.
 """
@@ -22,7 +22,8 @@ def value(*arguments, **params):
 
 
 def test_robust_by_hand():
-    """z = 1, ε = 0.2: ((1−ε)ℓ(1) − ε(ℓ(1) + 1))/(1 − 2ε) = ℓ(1) − 0.2/0.6: negative, which an unbiased loss may be."""
+    """z = 1, ε = 0.2: ((1−ε)ℓ(1) − ε(ℓ(1) + 1))/(1 − 2ε) = ℓ(1) − 0.2/0.6: it is negative, which is possible for an
+    unbiased loss."""
     assert value("robust", 2.0, -1.0, beta=1 / 3, label_smoothing=0.2) == pytest.approx(L1 - 1 / 3)
 
 
@@ -275,6 +276,6 @@ def test_other_projects_names(alias, name):
 
 
 def test_rdpo_is_refused_as_ambiguous():
-    """`rdpo` is written for robust DPO and for length-regularized DPO: neither is guessed, and r_dpo is offered."""
+    """`rdpo` may mean robust DPO or length-regularized DPO: it raises an error, which suggests r_dpo."""
     with pytest.raises(ValueError, match="did you mean r_dpo"):
         get_loss("rdpo")

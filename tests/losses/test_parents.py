@@ -1,4 +1,4 @@
-"""A loss at its neutral setting is the loss that it came from."""
+"""A loss with neutral settings equals the loss that it generalizes."""
 
 import math
 
@@ -43,7 +43,7 @@ def test_neutral_setting_equals_its_parent(name, neutral, parent, settings, fact
 
 @pytest.mark.parametrize("name", ["aot", "aot_unpaired", "dr_dpo"])
 def test_a_batch_of_one_pair_is_dpo(name):
-    """Nothing to sort and nothing to weigh."""
+    """A single pair has nothing to sort or to weight."""
     inputs = made_up_inputs(pairs=1)
     torch.testing.assert_close(losses(name, inputs, beta=BETA), losses("dpo", inputs, beta=BETA))
 
@@ -103,7 +103,7 @@ def test_apo_zero_is_twice_kto_pair_with_baselines_of_zero():
 
 @pytest.mark.parametrize("name", ["robust", "exo_pair", "discopop", "gpo", "cauchy", "focal_po", "r_dpo", "dr_dpo"])
 def test_functions_of_the_margin_can_do_without_a_reference(name):
-    """Without a reference the log-ratio is the log-prob, as with a reference of zeros."""
+    """Without a reference, the log-ratio is the log-prob, as for a reference of zeros."""
     inputs = made_up_inputs()
     no_reference = {key: value for key, value in inputs.items() if not key.startswith("ref")}
     zeros = {key: torch.zeros_like(value) if key.startswith("ref") else value for key, value in inputs.items()}

@@ -1,4 +1,4 @@
-"""A loss that does not return one number per example is refused when it is called, with its name and its file."""
+"""A loss that does not return one number per example raises an error with its name and its file."""
 
 import re
 
@@ -25,7 +25,7 @@ def pairs(count=4, dtype=torch.float32):
 
 
 def registered(change):
-    """A DPO-like loss of which `change` makes something else."""
+    """A DPO-like loss whose result is changed by `change`."""
 
     @register_loss("changed")
     def changed(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta=0.1):

@@ -1,4 +1,4 @@
-"""The checks that ship for users' losses notice what they are for."""
+"""The checks for users' losses detect the faults that they are made for."""
 
 import pytest
 import torch
@@ -17,13 +17,13 @@ from hf_prefopt.testing import (
 
 @pytest.fixture
 def register(monkeypatch):
-    """Registers a loss for the time of a test."""
+    """Registers a loss for the duration of a test."""
     monkeypatch.setattr(registry, "_LOSSES", dict(registry._LOSSES))
     return lambda function: register_loss("users_own")(function)
 
 
 def test_the_checks_see_ties_single_tokens_and_single_responses():
-    """The examples that its docstring promises; without them, no check would notice a loss that fails on them."""
+    """The examples from its docstring exist; without them, no check could detect a loss that fails on them."""
     inputs = made_up_inputs()
     assert inputs["chosen_lengths"][0] == 1
     assert inputs["policy_chosen_logps"][3] == inputs["policy_rejected_logps"][3]

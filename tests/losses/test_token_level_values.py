@@ -1,4 +1,4 @@
-"""The losses of tokens and of whole predictions: values by hand, their parents, and SamPO's subsets.
+"""Losses of tokens and of whole predictions: values by hand, special cases, and SamPO's subsets.
 
 ℓ(1) = log(1 + e⁻¹) = 0.3132617 is used throughout.
 """
@@ -25,7 +25,7 @@ def losses(name, inputs, **params):
 
 
 def of_tokens(name, chosen, rejected, weights=None, **params):
-    """The loss of one pair by the log-ratios of its tokens, lists; the rejected response's are padded with a 0."""
+    """The loss of one pair with these token log-ratios (lists); those of the rejected response are padded with a 0."""
     length = {"chosen": len(chosen), "rejected": len(rejected)}
     ratios = {"chosen": vector(*chosen)[None], "rejected": vector(*rejected, 0.0)[None]}
     inputs = {f"policy_{side}_token_logps": ratios[side] for side in ratios}
@@ -46,7 +46,7 @@ def test_d2po_by_hand():
 
 
 def test_tis_dpo_by_hand():
-    """Weights (1, ½) and 3: 1·1 + ½·2 = 2 and 3·(−⅓) = −1; what stands behind the end of a response counts nothing."""
+    """Weights (1, ½) and 3: 1·1 + ½·2 = 2 and 3·(−⅓) = −1; padding does not count."""
     weights = {"chosen": [1.0, 0.5], "rejected": [3.0, 7.0]}
     output = of_tokens("tis_dpo", [1.0, 2.0], [-1 / 3], weights, beta=1 / 3)
     assert output.losses.item() == pytest.approx(L1)
@@ -54,7 +54,7 @@ def test_tis_dpo_by_hand():
 
 
 def test_sampo_by_hand():
-    """Three equal tokens against one: one of the three counts, whichever it is: ρ = 2 against −1; β = 1/3: ℓ(1)."""
+    """Three equal tokens against one: any one of the three counts: ρ = 2 against −1; β = 1/3: ℓ(1)."""
     output = of_tokens("sampo", [2.0, 2.0, 2.0], [-1.0], beta=1 / 3)
     assert output.losses.item() == pytest.approx(L1)
     assert output.rewards[0].tolist() == pytest.approx([2 / 3, -1 / 3])
@@ -125,7 +125,7 @@ def test_tdpo2_at_alpha_one_is_tdpo1_in_value():
 
 
 def test_a_mallows_dispersion_scales_beta():
-    """Two pairs alike but for their H: the loss of each is DPO's at −log(H)·β."""
+    """Two pairs that differ only in H: the loss of each is DPO's at −log(H)·β."""
     inputs = made_up_inputs()
     entropy = (inputs["ref_chosen_normalized_entropy"] + inputs["ref_rejected_normalized_entropy"]) / 2
     for pair in range(5):
@@ -142,7 +142,7 @@ def test_a_subset_has_as_many_tokens_as_asked_and_none_behind_the_end():
 
 def test_every_token_is_as_likely_as_the_next():
     """Three of twelve over 20,000 keys: each token 5,000 times, with a standard deviation of √(20000·¼·¾) = 61; five
-    of those. Two tokens meet with probability (3·2)/(12·11): 909 times, standard deviation 29.
+    of those. Two tokens are drawn together with probability (3·2)/(12·11): 909 times, standard deviation 29.
     """
     keys = torch.arange(20_000) * 977
     subset = _subset(torch.full((20_000,), 12), torch.full((20_000,), 3), keys, width=12)
@@ -152,7 +152,7 @@ def test_every_token_is_as_likely_as_the_next():
 
 
 def test_sampos_subsets_of_an_epoch():
-    """Those of NumPy in epochs 0, 1 and 2, other ones in each, and not those of another seed."""
+    """The subsets equal NumPy's in epochs 0, 1 and 2, and differ between epochs and between seeds."""
     inputs = made_up_inputs()
     spec = get_loss("sampo")
     arguments = {numpy_reference.SHORT[key]: inputs[key].numpy() for key in spec.inputs}
@@ -165,7 +165,8 @@ def test_sampos_subsets_of_an_epoch():
 
 
 def test_sampos_subset_depends_on_the_pair_and_the_seed_alone():
-    """The company of a pair changes nothing; another row, another pair of the row or another seed do."""
+    """The subset does not depend on the other pairs of the batch; it depends on the row, the pair in it, and the
+    seed."""
     inputs = made_up_inputs()
     inputs["chosen_lengths"], inputs["rejected_lengths"] = torch.full((5,), 32), torch.full((5,), 4)
     inputs["policy_chosen_token_logps"] = torch.linspace(-3, 0, 160, dtype=torch.float64).view(5, 32)

@@ -1,4 +1,4 @@
-"""Where a likelier chosen response begins to raise a loss, or ceases to: each point is derived from the formula."""
+"""The points at which a more likely chosen response starts or stops increasing a loss, derived from the formulas."""
 
 import math
 
@@ -9,7 +9,7 @@ from tests.losses.pairs import by_log_ratios, vector
 from tests.losses.test_every_loss import RISING
 
 SUMMED = {"length_normalize": False}
-# name, hyperparameters, r_l, the r_w of the turn, and the sign of dL/dr_w on its two sides.
+# name, hyperparameters, r_l, r_w at the turning point, and the signs of dL/dr_w below and above it.
 TURNS = [
     ("ipo", {"beta": 0.5, **SUMMED}, 0.0, 1.0, (-1, 1)),  # h = 1/(2β)
     ("sppo_hard", {"beta": 0.5}, 0.0, 1.0, (-1, 1)),  # r_w = 1/(2β)

@@ -1,4 +1,4 @@
-"""Losses of single responses, of triples and of lists: values derived by hand, and the pair losses that they become."""
+"""Losses of single responses, triples and lists: values derived by hand, and the pair losses that they reduce to."""
 
 import math
 
@@ -27,7 +27,7 @@ def unpaired(name, ratios, labels, mismatched=None, **params):
 
 
 def listed(name, ratios, **params):
-    """The loss of one list with these log-ratios, best first, with scores falling evenly from 1 to 0."""
+    """The loss of one list with these log-ratios, best first, with scores decreasing linearly from 1 to 0."""
     k = len(ratios)
     values = {
         "policy_list_logps": vector(*ratios)[None],
@@ -72,14 +72,15 @@ def test_npo_forgets_and_leaves_the_rest_alone():
 
 @pytest.mark.parametrize(("pair", "single"), [("apo_zero", "apo_zero_unpaired"), ("bco_pair", "bco")])
 def test_a_pair_is_two_examples(pair, single):
-    """The pairs' losses are those of their responses added up; BCO's δ is the mean of all of them in both cases."""
+    """The loss of a pair is the sum of the losses of its responses; BCO's δ is the mean of all rewards in both
+    cases."""
     pairs = by_log_ratios(pair, vector(2.0, -0.5), vector(-1.0, 1.0), beta=0.7).losses.sum()
     singles = unpaired(single, (2, -0.5, -1, 1), (True, True, False, False), beta=0.7).losses.sum()
     torch.testing.assert_close(pairs, singles)
 
 
 def test_bcos_delta_is_the_mean_of_all_that_training_has_seen():
-    """β = 1: batches of rewards (1, 3) and (5, 5, 5) leave δ at 2 and then at 19/5; the loss itself moves nothing."""
+    """β = 1: batches of rewards (1, 3) and (5, 5, 5) give δ = 2 and then 19/5; computing the loss does not change δ."""
     objective = build_objective(["bco"], shared_params={"beta": 1.0})
 
     def batch(*rewards):
@@ -106,7 +107,7 @@ def test_lists_of_two_are_pairs(lists, pair):
 
 
 def ranked(name, log_ratios, ranks):
-    """The loss of one list by its ranks, every response of one token, with the hyperparameters of 1 that it takes."""
+    """The loss of one list with these ranks, one token per response, and its hyperparameters set to 1."""
     spec, values = get_loss(name), torch.tensor([log_ratios]).double()
     given = {
         "policy_list_logps": values,
@@ -170,7 +171,7 @@ def test_lipo_by_hand():
 
 
 def test_lipo_stretches_scores_on_request():
-    """Ten times the scores and 3 more are the same scores once each list's are stretched to [0, 1]."""
+    """Scores times ten plus 3 are the same scores after rescaling each list to [0, 1]."""
     inputs = made_up_inputs()
     spec = get_loss("lipo")
     given = {key: inputs[key] for key in spec.inputs}
@@ -200,8 +201,8 @@ def test_kinds_that_no_data_set_holds_at_once_are_refused():
     ],
 )
 def test_delta_over_unequal_batches_equals_numpy(name, policy, reference):
-    """After batches of 2, 7 and 4 examples δ is the mean of all rewards, of both responses of a pair, each as heavy as
-    the next: the batch at hand is among them, with its own loss that of this δ. An evaluation moves nothing."""
+    """After batches of 2, 7 and 4 examples, δ is the plain mean of all rewards, for pairs of both responses, including
+    the current batch, whose loss uses this δ. An evaluation does not change it."""
     objective, rewards = build_objective([name], shared_params={"beta": 0.3}), []
     for seed, count in enumerate((2, 7, 4)):
         inputs = made_up_inputs(pairs=count, seed=seed)
@@ -221,7 +222,7 @@ def test_delta_over_unequal_batches_equals_numpy(name, policy, reference):
 
 
 def test_losses_of_pairs_join_those_of_triples():
-    """Triples are pairs, too: 0.5 tpo + 2 dpo + 0.3 sft is that sum, and what weighs pairs is refused beside tpo."""
+    """Triples are pairs, too: 0.5 tpo + 2 dpo + 0.3 sft is that sum; weighting pairs raises an error with tpo."""
     inputs = made_up_inputs()
     objective = build_objective(["dpo", "tpo"], [2.0, 0.5], sft_weight=0.3)
     assert objective.kind is TRIPLES and build_objective(["dpo"]).kind is PAIRS
@@ -255,7 +256,7 @@ def test_tpo_with_the_chosen_response_for_gold_is_cpo():
 
 
 def test_sft_joins_either_kind():
-    """Beside a loss of single responses it is the NLL of the desirable ones."""
+    """With a loss of single responses, `sft` is the NLL of the desirable ones."""
     inputs = made_up_inputs()
     output = build_objective(["npo"], sft_weight=0.5)(inputs)
     nll = -inputs["policy_logps"] / inputs["lengths"] * inputs["labels"]

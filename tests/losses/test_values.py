@@ -1,4 +1,4 @@
-"""Losses on numbers small enough to work out by hand."""
+"""Losses on numbers that can be computed by hand."""
 
 import math
 
@@ -103,7 +103,7 @@ def test_kto_pair_by_hand():
 
 
 def test_kto_pair_keeps_its_baseline_out_of_the_gradient():
-    """With r_w = r_l = (1, 1), z = 1: dL/dr_w = −½ σ'(0) = −1/8 for each pair; a live z would change it."""
+    """With r_w = r_l = (1, 1), z = 1: dL/dr_w = −½ σ'(0) = −1/8 for each pair; differentiating z would change it."""
     policy = vector(1.0, 1.0).requires_grad_()
     zero = vector(0.0, 0.0)
     kto_pair_loss(policy, vector(1.0, 1.0), zero, zero, beta=1.0).losses.sum().backward()
@@ -160,7 +160,7 @@ def test_wpo_weight_is_clamped_and_detached():
 
 
 def test_sft_averages_each_example_by_its_own_length():
-    """−(−3)/2 = 1.5 and −(−8)/4 = 2: each response by its own length, so that splitting a batch changes nothing."""
+    """−(−3)/2 = 1.5 and −(−8)/4 = 2: each response is divided by its own length, so batch splits do not matter."""
     assert sft_loss(vector(-3.0, -8.0), vector(2.0, 4.0)).losses.tolist() == [1.5, 2.0]
 
 
@@ -170,7 +170,7 @@ def test_an_empty_response_divides_by_one():
 
 
 def test_a_users_loss_gets_a_name_aliases_and_rewards():
-    """A function that returns bare losses is registered in one line; its rewards are β·(s − s_ref)."""
+    """A function that returns only losses is registered in one line; its rewards are β·(s − s_ref)."""
 
     @register_loss("test_squared", aliases=("test_sq",))
     def squared_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta=0.5):
@@ -196,7 +196,7 @@ def test_a_loss_with_an_unknown_input_is_refused():
 
 
 def test_names_and_aliases():
-    """The names that people arrive with lead to the losses they mean."""
+    """Common names from other libraries are aliases of the right losses."""
     assert get_loss("sigmoid").name == "dpo" and get_loss("sigmoid_norm").name == "dpo_norm"
     assert "dpo" in list_losses() and "sigmoid" not in list_losses()
     with pytest.raises(ValueError, match="did you mean simpo"):

@@ -1,6 +1,6 @@
-"""Modifiers: which losses each of them takes, what it makes of them, and that its neutral setting is nothing.
+"""Modifiers: the losses that each supports, their results, and that neutral settings change nothing.
 
-The tests run over the registry, so a new loss is either modified rightly or refused with a reason.
+The tests run over the registry, so every new loss is either modified correctly or rejected with a reason.
 """
 
 import math
@@ -22,7 +22,7 @@ from tests.losses.pairs import vector
 from tests.tiny_models import tiny_model
 from tests.trainers import make_config
 
-# Each modifier at a setting that changes something, and at one that changes nothing.
+# Each modifier with a setting that changes something, and with one that changes nothing.
 MODIFIERS = {
     "f_divergence": (FDivergence("js"), FDivergence("alpha", 1.0)),
     "ld_alpha": (TokenSums([LengthDesensitized(0.3)]), TokenSums([LengthDesensitized(1.0)])),
@@ -56,7 +56,7 @@ TAKEN = [(name, modifier) for name, modifier in COMBINATIONS if name not in REFU
 
 
 def inputs_of_tokens():
-    """Made-up inputs in which the sums are those of the tokens, for single responses too."""
+    """Synthetic inputs whose sums equal those of the tokens, also for single responses."""
     inputs = made_up_inputs()
     for stem, like in (("", "chosen_"), ("mismatched_", "rejected_")):
         inputs[f"{stem}lengths"] = inputs[f"{like}lengths"]
@@ -87,7 +87,7 @@ def test_a_combination_is_taken_or_refused_with_its_reason(name, modifier):
 
 @pytest.mark.parametrize(("name", "modifier"), TAKEN)
 def test_a_neutral_modifier_changes_nothing(name, modifier):
-    """α = 1, bounds far out, weights of 1: the plain loss and rewards, to the rounding of tokens added up."""
+    """α = 1, wide bounds and weights of 1 give the plain loss and rewards, up to rounding of the sums over tokens."""
     inputs = inputs_of_tokens()
     output, plain = modified(name, MODIFIERS[modifier][1], inputs), build_objective([name])(inputs)
     torch.testing.assert_close(output.losses, plain.losses, rtol=1e-11, atol=1e-13)
@@ -96,7 +96,7 @@ def test_a_neutral_modifier_changes_nothing(name, modifier):
 
 @pytest.mark.parametrize(("name", "modifier"), TAKEN)
 def test_a_modifier_changes_what_the_loss_is_given_and_no_more(name, modifier):
-    """The loss is that of sums formed by hand, for policy and reference; another than without the modifier."""
+    """The loss equals that of sums computed by hand, for policy and reference, and differs from the unmodified loss."""
     inputs = inputs_of_tokens()
     output = modified(name, MODIFIERS[modifier][0], inputs)
     by_hand = {**inputs, **BY_HAND[modifier](inputs)}
@@ -112,7 +112,7 @@ RESPONSES = ("chosen_", "rejected_", "", "mismatched_", "list_")
 
 
 def _divergence_by_hand(inputs):
-    """js: log 2 + log σ(r) in the policy's place, 0 in the reference's."""
+    """js: log 2 + log σ(r) replaces the policy's sum, and 0 the reference's."""
     made = {}
     for response in RESPONSES:
         ratio = inputs[f"policy_{response}logps"] - inputs[f"ref_{response}logps"]
@@ -175,7 +175,7 @@ BY_HAND = {
     ids=repr,
 )
 def test_gradients_are_those_of_the_value(modifier):
-    """Float64 gradcheck of modified DPO in all that it is made of."""
+    """Float64 gradcheck of modified DPO in all its inputs."""
     inputs = inputs_of_tokens()
     objective = build_objective(["dpo"], modifiers=[modifier])
     policy = [name for name in objective.inputs if name.startswith("policy")]
@@ -261,7 +261,7 @@ def test_the_logged_reward_is_that_of_the_divergence():
 
 
 def test_an_nll_beside_a_modified_loss_stays_one():
-    """dpo + 0.5 sft under every modifier: only dpo is changed, and the NLL is that of the plain sums."""
+    """dpo + 0.5 sft with every modifier: only dpo changes, and the NLL uses the plain sums."""
     inputs = inputs_of_tokens()
     nll_of_chosen = -inputs["policy_chosen_logps"] / inputs["chosen_lengths"]
     for modifier, _ in MODIFIERS.values():
@@ -293,8 +293,8 @@ def test_modifiers_follow_each_other():
 
 @pytest.mark.parametrize("collate", [PaddedCollator(0), SharedCollator()])
 def test_a_response_of_several_pairs_has_the_tail_of_each(collate):
-    """One chosen response of four tokens, against one of a token and one of three, all of one prompt: it is computed
-    once, and at α = 0 one of its tokens counts in the first pair and three in the second."""
+    """A chosen response of four tokens, paired with rejected ones of one and three tokens: it is computed once, and at
+    α = 0 one of its tokens counts in the first pair and three in the second."""
     from hf_prefopt.scoring.attention import install_segment_attention
 
     chosen, short, long = [10, 11, 12, 2], [13], [14, 15, 2]

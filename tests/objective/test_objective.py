@@ -1,4 +1,4 @@
-"""Several losses as one objective: weights, shared and own hyperparameters, modifiers, and what is refused."""
+"""Several losses as one objective: weights, shared and separate hyperparameters, modifiers, and errors."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ def losses(name, inputs, **params):
 
 
 def test_weighted_sum_with_named_components():
-    """0.8 dpo + 1.0 sft, each component logged unweighted under its name; the rewards are dpo's."""
+    """0.8 dpo + 1.0 sft: each component is logged without its weight under its name; the rewards are dpo's."""
     inputs = made_up_inputs()
     output = build_objective(["dpo", "sft"], [0.8, 1.0])(inputs)
     dpo, sft = losses("dpo", inputs), losses("sft", inputs)
@@ -43,7 +43,7 @@ def test_use_weighting_weighs_pairs_and_leaves_sft_alone():
 
 
 def test_shared_parameters_reach_the_losses_that_take_them():
-    """beta goes to dpo and hinge; sft has none and is left alone; a loss's own parameter wins over the shared one."""
+    """dpo and hinge get beta, and sft does not have it; a loss's own parameter overrides the shared one."""
     inputs = made_up_inputs()
     objective = build_objective(
         ["dpo", "hinge", "sft"], loss_params={"hinge": {"beta": 0.9}}, shared_params={"beta": 0.2}
@@ -53,7 +53,7 @@ def test_shared_parameters_reach_the_losses_that_take_them():
 
 
 def test_reference_free_leaves_the_reference_out():
-    """Hinge on s instead of r, CPO's hinge form with sft_weight; and then no reference is needed."""
+    """Hinge on s instead of r is CPO's hinge form with sft_weight, and needs no reference."""
     inputs = made_up_inputs()
     objective = build_objective(["hinge"], reference_free=True, sft_weight=1.0, shared_params={"beta": 0.01})
     margin = inputs["policy_chosen_logps"] - inputs["policy_rejected_logps"]

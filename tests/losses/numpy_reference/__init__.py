@@ -1,7 +1,7 @@
-"""Every loss once more, in NumPy float64, written from the papers' equations and from nothing in the package.
+"""A second implementation of every loss, in NumPy float64, written from the papers' equations and not from the package.
 
 Arguments are arrays [B]: policy and reference log-probs of chosen (w) and rejected (l) responses, their lengths n and
-their log alignment weights a; those of other examples are named in unpaired.py and lists.py. Each function returns
+their log alignment weights a. unpaired.py and lists.py name the arguments for other examples. Each function returns
 (losses [B], rewards [B, 2], [B, 1] or [B, K], or None).
 """
 
@@ -79,7 +79,7 @@ from tests.losses.numpy_reference.unpaired import (  # noqa: F401
     sft_unpaired,
 )
 
-# The package's input names, in the short names used above.
+# Maps the package's input names to the short names used above.
 SHORT = {
     "policy_chosen_logps": "w",
     "policy_rejected_logps": "l",

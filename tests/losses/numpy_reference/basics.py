@@ -1,4 +1,4 @@
-"""What the equations share."""
+"""Functions that the equations share."""
 
 import numpy as np
 

@@ -50,7 +50,7 @@ def r_dpo(w, l, rw, rl, nw, nl, beta=0.1, alpha=0.05, **_):
 
 
 def dpo_shift(w, l, rw, rl, beta=0.1, lambda_coef=0.7, lambda_end=None, progress=1.0, **_):
-    """2502.07599: β log-ratio of the chosen less f(λ) = λ times that of the rejected, λ a line over the steps."""
+    """2502.07599: β log-ratio of the chosen minus f(λ) = λ times that of the rejected, with λ linear in the steps."""
     if lambda_end is not None:
         lambda_coef = (1 - progress) * lambda_coef + progress * lambda_end
     return nll(beta * (w - rw) - lambda_coef * beta * (l - rl)), two(beta * (w - rw), beta * (l - rl))

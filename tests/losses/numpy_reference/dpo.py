@@ -6,7 +6,7 @@ from tests.losses.numpy_reference.basics import nll, sigmoid, two
 
 
 def dpo(w, l, rw, rl, beta=0.1, label_smoothing=0.0, D=0.0, Pw=None, **_):
-    """With a probability P of the label, that of its flip is 1 − P."""
+    """If a label has probability P, its flip has probability 1 − P."""
     z = beta * ((w - rw) - (l - rl)) - D
     label_smoothing = label_smoothing if Pw is None else 1 - Pw
     losses = (1 - label_smoothing) * nll(z) + label_smoothing * nll(-z)

@@ -84,8 +84,8 @@ def exo_rw(S, RS, R, M, beta=1.0, tau=1.0):
 
 
 def lipo(S, RS, R, M, beta=0.05, normalize_scores=False):
-    """2402.01878 eq. 8 to 10: gains 2^ψ − 1, discounts log(1 + τ), τ the place by the policy's own score; where those
-    are equal, the mean over all orders that they allow."""
+    """2402.01878 eq. 8 to 10: gains 2^ψ − 1, discounts log(1 + τ), where τ is the rank by the policy's own score; for
+    equal scores, the mean over all possible orders."""
 
     def of(s, rs, scores):
         r = beta * (s - rs)
@@ -105,6 +105,6 @@ def lipo(S, RS, R, M, beta=0.05, normalize_scores=False):
 
 
 def sft_lists(S, N, K, M):
-    """The negative log-likelihood per token of the responses of the smallest rank."""
+    """The negative log-likelihood per token of the responses with the smallest rank."""
     losses, _ = _of_each_list(lambda s, n, ranks: (-(s / n)[ranks == ranks.min()].mean(), s), M, S, N, K)
     return losses, None

@@ -14,7 +14,7 @@ def kto_pair(w, l, rw, rl, beta=0.1, **_):
 
 
 def _sorted_against(own, other, beta, label_smoothing):
-    """The loss of each sorted difference, given back to the example whose `own` value stood there."""
+    """The loss of each sorted difference, assigned to the example with that `own` value."""
     order = np.argsort(own)
     z = beta * (np.sort(own) - np.sort(other))
     losses = np.empty_like(own)
@@ -44,7 +44,7 @@ def _spread(gap):
 
 
 def _splitmix(*keys):
-    """A number in (0, 1) from whole numbers: SplitMix64's step and mixing for each, in unsigned arithmetic."""
+    """A number in (0, 1) from integers: SplitMix64's step and mixing for each, in unsigned arithmetic."""
     mixed, mask = 0, (1 << 64) - 1
     for key in keys:
         mixed = (mixed + int(key) + 0x9E3779B97F4A7C15) & mask
@@ -55,11 +55,11 @@ def _splitmix(*keys):
 
 
 def beta_dpo(w, l, rw, rl, row, place, beta=0.1, a=0.6, rho=0.2, state=None):
-    """2407.08639, one batch alone or beside a state (mean, std, batches): eq. of the batch-level β, and the filter."""
+    """2407.08639, for one batch with or without a state (mean, std, batches): the batch-level β, and the filter."""
     gap = (w - rw) - (l - rl)
     mean, std, batches = (gap.mean(), _spread(gap), 0) if state is None else state
     weights = np.exp(-0.5 * ((gap - mean) / max(std, 1e-8)) ** 2)
-    # Drawn one after the other with those weights: the earliest of exponential arrivals at those rates.
+    # Successive draws with these weights are the earliest exponential arrivals with these rates.
     arrivals = [-np.log(_splitmix(batches, r, p)) / rate for r, p, rate in zip(row, place, weights, strict=True)]
     kept = np.argsort(arrivals)[: max(1, int(len(gap) * (1 - rho)))]
     used = max(1e-3, beta * (1 + a * (gap[kept].mean() - mean)))
@@ -69,7 +69,7 @@ def beta_dpo(w, l, rw, rl, row, place, beta=0.1, a=0.6, rho=0.2, state=None):
 
 
 def alpha_dpo(w, l, rw, rl, nw, nl, beta=10.0, gamma=None, gamma_beta_ratio=None, alpha=0.2, state=None):
-    """2410.10148, one batch alone or beside a state (mean, std): σ(u(x, y_w, y_l)) with the target γ + αM*."""
+    """2410.10148, for one batch with or without a state (mean, std): σ(u(x, y_w, y_l)) with the target γ + αM*."""
     ratio = gamma / beta if gamma is not None else (0.4 if gamma_beta_ratio is None else gamma_beta_ratio)
     gap = (w - rw) / nw - (l - rl) / nl
     mean, std = (gap.mean(), _spread(gap)) if state is None else state

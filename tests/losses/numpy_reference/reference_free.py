@@ -50,7 +50,7 @@ def alphapo(w, l, nw, nl, beta=2.5, alpha=0.25, gamma=None, gamma_beta_ratio=Non
 
 
 def simper(w, l, nw, nl, **_):
-    """2502.00883: 1/perplexity of the rejected less 1/perplexity of the chosen response."""
+    """2502.00883: 1/perplexity of the rejected minus 1/perplexity of the chosen response."""
     perplexity_w, perplexity_l = np.exp(-w / nw), np.exp(-l / nl)
     return 1 / perplexity_l - 1 / perplexity_w, two(1 / perplexity_w, 1 / perplexity_l)
 

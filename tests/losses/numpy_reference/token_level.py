@@ -24,14 +24,14 @@ def d2po(tw, tl, trw, trl, beta=0.1, gamma=0.98):
 
 
 def tis_dpo(tw, tl, trw, trl, ww, wl, beta=0.1):
-    """2410.04350: u = β Σ w_t log-ratio_t of the chosen, less the same of the rejected response."""
+    """2410.04350: u = β Σ w_t log-ratio_t of the chosen minus that of the rejected response."""
     return _sums_of_pairs(
         lambda b: [beta * np.dot(ww[b], tw[b] - trw[b]), beta * np.dot(wl[b], tl[b] - trl[b])], len(tw)
     )
 
 
 def _hash(number):
-    """The 32-bit hash "lowbias32" of whole numbers, on Python's."""
+    """The 32-bit hash "lowbias32", with Python's integers."""
     number &= 0xFFFFFFFF
     number = ((number ^ (number >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
     number = ((number ^ (number >> 15)) * 0x846CA68B) & 0xFFFFFFFF
@@ -39,7 +39,7 @@ def _hash(number):
 
 
 def sampo(tw, tl, trw, trl, nw, nl, row, place, beta=0.1, seed=0, epoch=0):
-    """2406.10957, the tokens being those of the smallest hashes of (seed, epoch, row, pair, side, position)."""
+    """2406.10957; the tokens are those with the smallest hashes of (seed, epoch, row, pair, side, position)."""
 
     def rewards(b):
         count = min(int(nw[b]), int(nl[b]))
@@ -73,6 +73,6 @@ def mallows_dpo(w, l, rw, rl, hw, hl, beta=0.1, dispersion_scale=1.0):
 
 
 def mallows_dpo_per_token(w, l, nw, nl, hw, hl, beta=10.0, dispersion_scale=0.29):
-    """Its code: the log-probs averaged over tokens, no reference in the margin."""
+    """As in the authors' code: log-probs averaged over tokens, and no reference in the margin."""
     weight = dispersion_scale * np.log(1 / ((hw + hl) / 2))
     return nll(weight * beta * (w / nw - l / nl)), two(weight * beta * w / nw, weight * beta * l / nl)
