@@ -4,13 +4,14 @@ A role may be several columns together (a chosen and a rejected response), so ea
 one for each of its parts. The first name whose columns are all there, with values that the role accepts, is taken.
 """
 
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from hf_prefopt.data.contents import is_message
 from hf_prefopt.data.preferences import NAMING
-from hf_prefopt.data.rows import as_list
+from hf_prefopt.data.rows import as_list, as_number
 
 Names = tuple[str, ...]
 
@@ -240,7 +241,7 @@ QUANTILE = role(
     "quantile",
     "quantile",
     "quantile_reward",
-    accepts=lambda value: isinstance(value, int | float),
+    accepts=lambda value: math.isfinite(as_number(value)),
     wanted="a number from 0 to 1",
 )
 CONVERSATION = role("completion", "messages", "conversations", "conversation", accepts=_is_list)
