@@ -282,6 +282,6 @@ SEVERAL_GOOD, SEVERAL_BAD = (role(*names, accepts=is_texts) for names in (_GOOD,
 # Whether each response of a list is right.
 FLAGS_OF_LIST = role(
     "flags",
-    *_words("correctness correctness_math_verify is_correct correct passed labels"),
+    *_words("correctness correctness_math_verify is_correct correct passed"),
     accepts=lambda value: _is_list(value) and bool(value) and all(isinstance(item, bool) for item in value),
 )
