@@ -33,6 +33,7 @@ NOTES = {
     "_against": Value("bool"),  # the chosen response has the lower score
     "_repeated": Value("bool"),  # its responses began with the prompt, which was taken off
     "_echoed": Value("bool"),  # its responses begin with the prompt, which is too short to be taken off
+    "_text": Value("bool"),  # it is text, which no chat template writes
     "_change": Value("string"),  # how the prompt differs from the one that the model is asked with, or ""
 }
 # In fewer rows than this, texts may share their first words, or not, by chance.
@@ -74,6 +75,7 @@ def note_row(
         "_open": is_open,
         "_repeated": read is not None and read.repeated,
         "_echoed": read is not None and read.echoed,
+        "_text": read is not None and read.content_type == "text",
         "_change": "" if change is None else "{!r} before it generates, {!r} in training".format(*change),
     }
 
@@ -192,6 +194,12 @@ def _summarize(name: str, notes: Mapping[str, np.ndarray], max_length: int | Non
         events.append(
             f"the responses of {plural(echoed, 'row')} begin with their short prompt, which stays in them: take it off "
             "if they repeat it"
+        )
+    texts = int(notes["_text"].sum())
+    if 0 < texts < len(notes["_text"]) - bad - ties:
+        events.append(
+            f"{plural(texts, 'row')} {'is' if texts == 1 else 'are'} text, trained on as it is, and the others "
+            "conversations (text_as='messages' makes conversations of all)"
         )
     changes = [change for change in notes["_change"] if change]
     if changes:

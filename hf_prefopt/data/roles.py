@@ -4,13 +4,14 @@ A role may be several columns together (a chosen and a rejected response), so ea
 one for each of its parts. The first name whose columns are all there, with values that the role accepts, is taken.
 """
 
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from hf_prefopt.data.contents import is_message
 from hf_prefopt.data.preferences import NAMING
-from hf_prefopt.data.rows import as_list
+from hf_prefopt.data.rows import as_list, as_number
 
 Names = tuple[str, ...]
 
@@ -240,7 +241,7 @@ QUANTILE = role(
     "quantile",
     "quantile",
     "quantile_reward",
-    accepts=lambda value: isinstance(value, int | float),
+    accepts=lambda value: math.isfinite(as_number(value)),
     wanted="a number from 0 to 1",
 )
 CONVERSATION = role("completion", "messages", "conversations", "conversation", accepts=_is_list)
@@ -281,6 +282,6 @@ SEVERAL_GOOD, SEVERAL_BAD = (role(*names, accepts=is_texts) for names in (_GOOD,
 # Whether each response of a list is right.
 FLAGS_OF_LIST = role(
     "flags",
-    *_words("correctness correctness_math_verify is_correct correct passed labels"),
+    *_words("correctness correctness_math_verify is_correct correct passed"),
     accepts=lambda value: _is_list(value) and bool(value) and all(isinstance(item, bool) for item in value),
 )

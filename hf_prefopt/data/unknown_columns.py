@@ -26,6 +26,11 @@ UNREADABLE: dict[tuple[str, ...], str] = {
         for listed in (*roles.LISTED, "summaries")
         for place in roles.PLACES_IN_LISTS
     },
+    (
+        "completions",
+        "labels",
+    ): "these seem to be the steps of one response, each right or wrong: make rows of "
+    "`prompt`, `completion` and `label`; whole responses are known as `responses`, and their labels as `correctness`",
     ("message_id", "parent_id", "text", "role"): "these rows are the messages of trees, one a row: put the threads "
     "together first, into rows of `prompt` (messages), `responses` and `ranks`",
     **{
@@ -111,9 +116,10 @@ class _Lack:
         """Whether only an input is missing beside an instruction, which may well do without."""
         return roles.ALPACA in self.roles
 
-    def distance(self, sample: Mapping[str, Any]) -> tuple[int, bool, bool, bool]:
+    def distance(self, sample: Mapping[str, Any]) -> tuple[int, bool, bool, bool, int]:
         """How far a data set is from this layout; of several, the smallest is the nearest."""
-        return (-self.present(sample), len(self.missing(sample)) > 2, self.is_half, self.layout.is_talk)
+        missing = len(self.missing(sample))
+        return (-self.present(sample), missing > 2, self.is_half, self.layout.is_talk, missing)
 
     def missing(self, sample: Mapping[str, Any]) -> list[str]:
         return [column for column in self.columns if column not in sample]

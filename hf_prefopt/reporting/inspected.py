@@ -68,7 +68,7 @@ EVENTS: Mapping[str, str] = {
     "against": "pairs whose chosen response has the lower score",
     "open": "rows with a response that ends in no scored end of turn: the model does not learn to stop",
 }
-_NO_EVENTS = ("rows", "responses", "longest", "lacks_prompt", "problem")
+_NO_EVENTS = ("rows", "responses", "longest", "lacks_prompt", "problem", "text")
 
 
 def events(inspection: Inspection) -> list[tuple[str, int]]:

@@ -42,6 +42,7 @@ ARENA = {
     side: [{"role": m["role"], "content": [{"type": "text", "text": m["content"]}]} for m in TALKS[side]]
     for side in TALKS
 }
+TWO_TEXTS = {"prompt": WHAT, "chosen": BLUE, "rejected": GREEN}
 READ = {
     "a chosen response and several rejected ones": (
         {"prompt": WHAT, "chosen": BLUE, "rejected": [GREEN, "Red."]},
@@ -198,6 +199,11 @@ REFUSED = {
         {**PAIR, "think_chosen": "It scatters.", "think_rejected": "Grass."},
         r"remove_columns=\['think_chosen', 'think_rejected'\]",
     ),
+    "steps of a response": (
+        {"prompt": WHAT, "completions": ["It is", "blue."], "labels": [True, False]},
+        "columns `completions`, `labels`: these seem to be the steps of one response",
+    ),
+    "a label of nothing": ({"question": WHAT, "label": "blue"}, "column `completion` is missing"),
     "a number for a flag": (
         {"prompt": WHAT, "response": BLUE, "label": 1},
         "`label` is of type int and should be true or false",
@@ -244,6 +250,15 @@ def test_lists_of_one_response_are_pairs_for_losses_of_pairs():
     assert prepare(row, kind=LISTS)["ranks"][:] == prepare(row)["ranks"][:] == [[1.0, 2.0]]
     with pytest.raises(ValueError, match="`rejected` holds 2 responses, and a loss of pairs compares two"):
         prepare(row, {**row, "rejected": [GREEN, "Red."]}, kind=PAIRS)
+
+
+def test_text_beside_conversations_is_counted(said):
+    """The template writes the messages of the first row, and not the text of the second."""
+    rows = [{**TWO_TEXTS, "prompt": json.dumps(ask(WHAT))}, TWO_TEXTS]
+    prepare(*rows)
+    assert "1 row is text, trained on as it is, and the others conversations" in said()[-1]
+    assert tokens(prepare(*rows, text_as="messages")) == tokens(prepare(PAIR, PAIR))
+    assert len(said()) == 1
 
 
 def test_numbers_as_text_are_numbers():
