@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
@@ -202,7 +203,9 @@ def _own_target_logps(
     """As `_target_logps`, of the model's own logits."""
     chunk_rows = CHUNK_ROWS.get(hidden.device.type, CHUNK_ROWS["cuda"])
     head = causal_lm.get_output_embeddings()
-    least = _chunks_of_all_ranks(head, hidden, chunk_rows)
+    # Each chunk calls the head, which FSDP2 counts.
+    is_sharded = isinstance(head, FSDPModule)
+    least = _most_chunks(None, hidden, chunk_rows) if is_sharded else _chunks_of_all_ranks(head, hidden, chunk_rows)
     tail = partial(own_logits, causal_lm, outputs)
     values = module_head_logps(tail, hidden, targets, transform_of(head), token_stats, chunk_rows, least_chunks=least)
     return dict(zip(("token_logps", *token_stats), values, strict=True))
@@ -211,10 +214,13 @@ def _own_target_logps(
 def _chunks_of_all_ranks(head: nn.Module, hidden: Tensor, chunk_rows: int) -> int:
     """The most chunks that any rank has, where each call of layers gathers their weights (ZeRO-3)."""
     groups = [p.ds_process_group for p in head.parameters() if hasattr(p, "ds_tensor")]
-    if not groups:
-        return 0
+    return _most_chunks(groups[0], hidden, chunk_rows) if groups else 0
+
+
+def _most_chunks(group: Any, hidden: Tensor, chunk_rows: int) -> int:
+    """The most chunks that any rank of a process group, `None` for all ranks, has."""
     most = torch.tensor(-(-len(hidden) // chunk_rows), device=hidden.device)
-    torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX, group=groups[0])
+    torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX, group=group)
     return int(most)
 
 

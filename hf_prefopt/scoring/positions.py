@@ -22,7 +22,7 @@ def position_limit(model: nn.Module) -> int | None:
     config = causal_lm.config.get_text_config()
     numbers = (getattr(config, name, None) for name in _NUMBERS)
     number = next((each for each in numbers if isinstance(each, int)), None)
-    if number is None:
+    if number is None or causal_lm.get_output_embeddings() is None:  # no language model, which is refused elsewhere
         return None
     body, tokens = body_of(causal_lm), causal_lm.get_input_embeddings()
     tables = [module for module in body.modules() if isinstance(module, nn.Embedding) and module is not tokens]

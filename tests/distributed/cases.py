@@ -41,6 +41,8 @@ class Case:
         ref_model: an explicit reference, "given" as a model or "by name".
         seed: of how far the policy is from its reference when training begins.
         resumes: whether the run is also continued from its second checkpoint, in a new trainer.
+        row_by_row: whether each forward has one row, on one rank or on several: an auxiliary loss is a mean over the
+            tokens of a forward.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Case:
     seed: int = 1
     streams: bool = False
     resumes: bool = False
+    row_by_row: bool = False
 
     def build_model(self) -> nn.Module:
         """The policy, the same on every rank; an adapter has moved away from zero, so that every loss has margins."""
@@ -77,6 +80,8 @@ class Case:
     def merged_settings(self, world_size: int) -> dict[str, Any]:
         """The settings of a rank."""
         merged = {**DESCENT, **self.settings}
+        if self.row_by_row:
+            merged["gradient_accumulation_steps"] = GLOBAL_BATCH // world_size
         share = GLOBAL_BATCH // (merged["gradient_accumulation_steps"] * world_size)
         return {**merged, "per_device_train_batch_size": share, "per_device_eval_batch_size": share}
 
@@ -84,7 +89,7 @@ class Case:
 def _case(loss: str, layout: str, lora: bool, name: str = "", **settings: Any) -> Case:
     own = {
         key: settings.pop(key)
-        for key in ("model", "adapter", "four_bits", "rows", "ref_model", "seed", "streams", "resumes")
+        for key in ("model", "adapter", "four_bits", "rows", "ref_model", "seed", "streams", "resumes", "row_by_row")
         if key in settings
     }
     has_own = loss == "simpo" or "ref_model" in own
@@ -107,6 +112,23 @@ BUDGET = {"max_tokens_per_batch": 45, "gradient_accumulation_steps": 1, "rows": 
 # With an epsilon as large as the gradients, Adam is as smooth as plain descent; and it has a state to resume.
 RESUMED = {"optim": "adamw_torch", "adam_epsilon": 0.01, "learning_rate": 0.01, "num_train_epochs": 2, "resumes": True}
 MOVING = {"sync_ref_model": True, "ref_model_mixup_alpha": 0.5, "ref_model_sync_steps": 2}
+# Models whose layers need whole sequences, and one with a load-balancing loss.
+HYBRIDS: dict[str, dict[str, Any]] = {
+    "qwen3_next": {
+        "layer_types": ["linear_attention", "full_attention"],
+        **{"mlp_only_layers": [0, 1], "num_experts": 4},
+        **{f"linear_num_{part}_heads": 2 for part in ("key", "value")},
+        **{f"linear_{part}_head_dim": 8 for part in ("key", "value")},
+    },
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "granitemoehybrid": {
+        "layer_types": ["mamba", "attention"],
+        **{"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1},
+        **{"num_local_experts": 0, "shared_intermediate_size": 64},
+    },
+}
+HYBRIDS = {name: {"model_type": name, **config} for name, config in HYBRIDS.items()}
+EXPERTS = {"model_type": "mixtral", "num_local_experts": 4}
 MORE = [
     _case("dpo", "shared", False, "tied head", model={"tie_word_embeddings": True}),
     _case("dpo", "shared", True, "copy of a trained adapter", reference="copy"),
@@ -123,6 +145,15 @@ MORE = [
     _case("dpo", "shared", False, "moving reference, resumed", **RESUMED, **MOVING),
     _case("dpo", "around", False, "checkpointed", **CHECKPOINTED),
     _case("kto", "around", True, seed=5),
+    _case("dpo", "around", False, "gated delta net", model=HYBRIDS["qwen3_next"]),
+    _case("dpo", "around", True, "gated delta net, checkpointed", model=HYBRIDS["qwen3_next"], **CHECKPOINTED),
+    _case("dpo", "around", False, "short convolution", model=HYBRIDS["lfm2"]),
+    _case("kto", "around", True, "short convolution", model=HYBRIDS["lfm2"], seed=5),
+    _case("dpo", "around", True, "Mamba-2", model=HYBRIDS["granitemoehybrid"]),
+    _case("dpo", "shared", False, "own logits", model={"model_type": "modernbert-decoder"}),
+    _case("dpo", "padded", True, "own logits", model={"model_type": "modernbert-decoder"}),
+    _case("dpo", "shared", False, "auxiliary loss", model=EXPERTS, row_by_row=True, router_aux_loss_coef=0.5),
+    _case("dpo", "around", True, "auxiliary loss", model=EXPERTS, row_by_row=True, router_aux_loss_coef=0.5),
     _case("tdpo2", "shared", False),
     _case("tdpo2", "padded", True),
     _case("tdpo2", "padded", False, "explicit reference", ref_model="given"),
@@ -172,13 +203,19 @@ SHARDED = [
     "tdpo2, padded, full, explicit reference",
     "dpo, padded, full, explicit reference by name",
 ]
+# Other models, in what is special about them: mixers that need whole sequences, the model's own logits, routers.
+MODELS = [
+    "dpo, around, full, short convolution",
+    "dpo, shared, full, own logits",
+    "dpo, shared, full, auxiliary loss",
+]
 FEW = ["dpo, padded, full", "dpo, shared, LoRA, copy of a trained adapter", "bco, shared, LoRA, resumed"]
 QLORA = "dpo, shared, LoRA, 4 bits, resumed"
 IN_SUITE = {
-    "ddp": list(CASES),
+    "ddp": [name for name, case in CASES.items() if "model_type" not in case.model or name in MODELS],
     "zero1": FEW,
     "zero2": [*SOME, QLORA],
     "zero3": [*SHARDED, QLORA],
     "zero3_offload": FEW,
-    "fsdp2": [*SHARDED, "dpo, shared, LoRA, 4 bits stored as fp32, resumed"],
+    "fsdp2": [*SHARDED, *MODELS, "dpo, shared, LoRA, 4 bits stored as fp32, resumed"],
 }

@@ -88,10 +88,8 @@ def _switch_fsdp_on(trainer: Trainer) -> None:
     trainer.is_fsdp_enabled = True
 
 
-FSDP2 = {
-    "fsdp": True,
-    "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]},
-}
+# What is wrapped are the layers that a model says must not be split.
+FSDP2 = {"fsdp": True, "fsdp_config": {"version": 2}}
 ENGINES = {
     "ddp": Engine(),
     "zero1": Engine({"deepspeed": zero(1)}),

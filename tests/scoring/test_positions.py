@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from datasets import Dataset
 from peft import PromptTuningConfig, get_peft_model
 
@@ -34,6 +35,13 @@ def test_computed_positions_have_no_limit(model_type):
     ids = torch.randint(3, 270, (1, 300))
     with torch.no_grad():
         assert model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["LlamaModel", "LlamaForSequenceClassification", "GPT2Model"])
+def test_what_has_no_head_is_refused(kind, tmp_path):
+    model = getattr(transformers, kind)(build("gpt2" if kind[0] == "G" else "llama").config)
+    with pytest.raises(ValueError, match=f"{kind} has no language-model head"):
+        make_trainer(tmp_path, model).train()
 
 
 def test_virtual_tokens_take_positions():

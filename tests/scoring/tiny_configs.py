@@ -85,11 +85,23 @@ def _sections(*sizes: int) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": list(sizes)}}
 
 
+# Of Mistral 4, beyond the positions that it was pretrained with.
+_SCALED_QUERIES: dict[str, Any] = {
+    **{"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+    **{"llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 8},
+}
+# Ids that stand for an image, a sound or one of their ends are the last ones of the vocabulary, one each.
+FIRST_SPECIAL = VOCABULARY - 20
 # What no rule can know: by model type.
 EXCEPTIONS: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "bailing_hybrid": {"num_expert_group": 1, "n_group": 1, "num_experts": 4, "num_experts_per_tok": 2},
-    "dots1": {"n_routed_experts": 4},
+    "chameleon": {"vocabulary_map": {"<image>": FIRST_SPECIAL}},
+    "dbrx": {"attn_config": {"clip_qkv": 8.0, "kv_n_heads": 2, "rope_theta": 1e4}},
+    "deepseek_v2": {"num_experts_per_tok": 2, "n_routed_experts": 4},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "emu3": {"vocabulary_map": {"<image>": FIRST_SPECIAL, "<|extra_200|>": FIRST_SPECIAL + 1}},
+    "glm5_next": {"text_config": {"index_kpool": 4}},
     "dots3_note_text": {"num_key_value_heads": 4},
     "doge": {"is_moe": False},
     "falcon": {"alibi": False},
@@ -97,9 +109,17 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "kimi_linear": {"num_local_experts": 4, "n_group": 1, "num_experts_per_tok": 2},
+    "hunyuan_vl": {"text_config": _sections(2, 1, 1)},
+    "inkling2": {"vision_config": {"text_hidden_size": 32}},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8},
+    "mistral4": {"rope_parameters": _SCALED_QUERIES},
+    "molmo2": {"adapter_config": {"vision_feature_layer": [1, 0]}},
+    "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
+    "qwen2_5_omni_thinker": {"vision_start_token_id": FIRST_SPECIAL, "text_config": _sections(2, 1, 1)},
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": FIRST_SPECIAL},
+    "step3p7": {"text_config": {"sliding_window": 8}},
     "reformer": {"is_decoder": True, "axial_pos_shape": (16, 16), "axial_pos_embds_dim": (16, 16)},
     "recurrent_gemma": {"num_hidden_layers": 3},
     "xmod": {"default_language": "en_XX", "is_decoder": True},
@@ -109,8 +129,6 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "glm4v_moe": {"text_config": _sections(1, 1, 0)},
     "zaya": {"num_experts_per_tok": 1},
 }
-# Ids that stand for an image, a sound or one of their ends are the last ones of the vocabulary, one each.
-FIRST_SPECIAL = VOCABULARY - 20
 
 
 def tiny_config(model_type: str, **changes: Any) -> PreTrainedConfig:
