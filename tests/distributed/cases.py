@@ -107,10 +107,15 @@ BUDGET = {"max_tokens_per_batch": 45, "gradient_accumulation_steps": 1, "rows": 
 # With an epsilon as large as the gradients, Adam is as smooth as plain descent; and it has a state to resume.
 RESUMED = {"optim": "adamw_torch", "adam_epsilon": 0.01, "learning_rate": 0.01, "num_train_epochs": 2, "resumes": True}
 MOVING = {"sync_ref_model": True, "ref_model_mixup_alpha": 0.5, "ref_model_sync_steps": 2}
+# Two of the layers train nothing, and run once for policy and reference.
+THREE_LAYERS = {"num_hidden_layers": 3}
+UPPER = {"target_modules": ["q_proj", "down_proj"], "layers_to_transform": [2]}
 MORE = [
     _case("dpo", "shared", False, "tied head", model={"tie_word_embeddings": True}),
     _case("dpo", "shared", True, "copy of a trained adapter", reference="copy"),
     _case("dpo", "shared", True, "adapted head", adapter={"target_modules": ["q_proj", "lm_head"]}),
+    _case("dpo", "shared", True, "upper layers", model=THREE_LAYERS, adapter=UPPER),
+    _case("dpo", "padded", True, "upper layers, checkpointed", model=THREE_LAYERS, adapter=UPPER, **CHECKPOINTED),
     _case("dpo", "shared", False, "checkpointed", **CHECKPOINTED),
     _case("kto_pair", "padded", True, "checkpointed", **CHECKPOINTED),
     _case("dpo", "shared", False, "token budget", **BUDGET),
@@ -167,6 +172,8 @@ SOME = [
 SHARDED = [
     *SOME,
     "dpo, shared, LoRA, adapted head",
+    "dpo, shared, LoRA, upper layers",
+    "dpo, padded, LoRA, upper layers, checkpointed",
     "tdpo2, shared, full",
     "tdpo2, padded, LoRA",
     "tdpo2, padded, full, explicit reference",

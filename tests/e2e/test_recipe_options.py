@@ -1,6 +1,7 @@
 """Every option that a recipe parses has an effect, or is refused with what to do; trl's new options show up here."""
 
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -10,7 +11,10 @@ from typing import Any
 import pytest
 import yaml
 from datasets import Dataset, DatasetDict
+from peft import get_peft_model
 from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
+
+from tests.tiny_models import tiny_model
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 OURS = ("common", "data_lines", "loss_lines", "mixture", "model_options", "short_help")
@@ -117,6 +121,14 @@ def test_an_option_without_effect_is_refused(recipe, typed, message, parse):
     """In one line and without a traceback."""
     with pytest.raises(SystemExit, match=message):
         parse(recipe, *typed)
+
+
+def test_the_adapter_on_the_upper_half_of_the_layers(parse):
+    """Seven linear modules in each of the layers 15 to 29 of a model as deep as SmolLM2-135M, and none elsewhere."""
+    lora = parse("dpo_lora", "--config", str(RECIPES / "dpo_lora_upper.yaml")).lora
+    model = get_peft_model(tiny_model(num_hidden_layers=30), lora)
+    adapted = [name.split(".layers.")[1] for name, _ in model.named_parameters() if "lora_A" in name]
+    assert Counter(int(name.split(".")[0]) for name in adapted) == dict.fromkeys(range(15, 30), 7)
 
 
 def test_further_arguments_of_loading_are_kept(parse):
