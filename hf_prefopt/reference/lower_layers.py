@@ -84,13 +84,15 @@ def settle_lower_layers(
     if not lower.count:
         return None, None
     depth = len(tree.derived(_places)[0])
-    names = f"layer 0 of {depth}" if lower.count == 1 else f"layers 0 to {lower.count - 1} of {depth}"
+    names, run = f"layers 0 to {lower.count - 1} of {depth}", "run"
+    if lower.count == 1:
+        names, run = f"layer 0 of {depth}", "runs"
     reason = known or _reason_against(lower, models, outside, score_reference, batch)
     if reason is None:
-        return lower, f"{names} run once for policy and reference, without gradients"
+        return lower, f"{names} {run} once for policy and reference, without gradients"
     for model in models:
         remove_lower_states(model)
-    return None, f"{names} train nothing, but run twice, for policy and reference: {reason}"
+    return None, f"{names} {run} twice, for policy and reference, although nothing trains there: {reason}"
 
 
 def find_lower_layers(
