@@ -72,9 +72,12 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<s>")
 
 
-def lora() -> LoraConfig:
-    """Rank 16 on all linear layers, no dropout."""
-    return LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+def lora(layers: Sequence[int] | None = None) -> LoraConfig:
+    """Rank 16 on all linear modules, or on those of some decoder layers; no dropout."""
+    target = "all-linear"
+    if layers is not None:
+        target = rf".*\.layers\.({'|'.join(map(str, layers))})\..*_proj"
+    return LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules=target, task_type="CAUSAL_LM")
 
 
 @dataclass

@@ -22,6 +22,8 @@ class Refusal:
     reason: str
 
 
+_BY_LENGTH = ("group_by_length", "batch_rebalance")
+_STRATEGIES = ("random", "sequential", *_BY_LENGTH)
 _FULL_EVAL = Refusal(
     bool,
     "would round the policy's weights in place, and training would continue with the rounded weights: leave it out; "
@@ -45,12 +47,7 @@ REFUSALS: Mapping[str, Refusal] = {
     "fp16_full_eval": _FULL_EVAL,
     "eval_use_gather_object": Refusal(bool, "has no effect: predictions are tensors; leave it out"),
     "train_sampling_strategy": Refusal(
-        lambda value: value not in ("random", "sequential"),
-        "reads the length of input_ids, which preference rows do not have: leave it out; layout='shared' needs no "
-        "padding, and max_tokens_per_batch bounds the positions of a batch",
-    ),
-    "length_column_name": Refusal(
-        lambda value: value != "length", "has no effect: no sampling strategy here uses lengths; leave it out"
+        lambda value: value not in _STRATEGIES, f"is unknown: set one of {', '.join(_STRATEGIES)}"
     ),
 }
 # Values of include_for_metrics that raise an error, and the reason.
@@ -77,6 +74,11 @@ def check_trainer_settings(args: Any) -> None:
         raise ValueError(
             f"train_sampling_strategy={args.train_sampling_strategy!r} and group_by_prompt=True both choose the order "
             "of the rows: leave one of them out"
+        )
+    if args.length_column_name != "length" and args.train_sampling_strategy not in _BY_LENGTH:
+        raise ValueError(
+            f"length_column_name={args.length_column_name!r} is only read with "
+            "train_sampling_strategy='group_by_length' or 'batch_rebalance': set one of them, or leave it out"
         )
     _refuse_splits_within_steps(args)
     _refuse_wrong_direction(args)

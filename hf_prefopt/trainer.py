@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
+from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HPSearchBackend
 
@@ -395,10 +396,14 @@ class PreferenceTrainer(Trainer):
         return {name or "eval": self.get_eval_dataloader(name).dataset for name in names}
 
     def _get_train_sampler(self, train_dataset: Any = None):
-        """As the Trainer's, or by prompt where `group_by_prompt` asks for it."""
+        """As the Trainer's, or by prompt or length where the settings ask for it."""
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        sampler = self.data.sampler(dataset)
+        sampler = self.data.sampler(dataset, lambda: self.layout, self._train_batch_size)
         return super()._get_train_sampler(train_dataset) if sampler is None else sampler
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> SequentialSampler:
+        """The rows in their order, whatever the order of the training rows: predictions come in it."""
+        return SequentialSampler(eval_dataset)
 
     def _get_dataloader(
         self, dataset: Data, description: str, batch_size: int, is_training: bool = False, **kwargs: Any

@@ -60,7 +60,7 @@ COVERED = {
     "seed": f"{HABITS}::test_a_resumed_run_is_the_uninterrupted_one",
     "data_seed": f"{HERE}::test_the_order_of_the_rows_is_the_data_seeds",
     "train_sampling_strategy": f"{HERE}::test_rows_are_drawn_in_their_order_where_that_is_asked_for",
-    "length_column_name": REFUSED,
+    "length_column_name": "data/test_by_length.py::test_a_column_of_lengths_is_used_or_missed",
     "label_names": REFUSED,
     "remove_unused_columns": ALIKE,
     "dataloader_drop_last": f"{HERE}::test_only_training_drops_a_last_batch_that_is_not_full",

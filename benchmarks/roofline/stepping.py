@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -36,6 +37,7 @@ class Case:
         model: a name in `CONFIGS`. lengths: a name for tables. rows: the rows of one micro-batch.
         mode: "lora" or "full". dtype: a name in `DTYPES`.
         changes: fields of the model's config.
+        adapted: for LoRA, the layers that have adapters; `None`: all. shares: whether the others run once.
     """
 
     model: str
@@ -45,6 +47,8 @@ class Case:
     dtype: str = "bf16"
     checkpointing: bool = False
     changes: dict[str, Any] = field(default_factory=dict)
+    adapted: tuple[int, ...] | None = None
+    shares: bool = True
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,7 @@ def counted_step(name: str, case: Case, **settings: Any) -> Counts:
         with torch.device("cuda"):
             side = _side(name, case, settings)
         if name == "ours":
-            _settle(side.trainer.scorer, side.trainer.data_collator)
+            _settle(side.trainer.scorer, side.trainer.data_collator, case.shares)
         _make_optimizer_state(side)
         counting.begin(_values(case.rows))
         _step(side, case.rows, counting)
@@ -107,6 +111,8 @@ def _side(name: str, case: Case, settings: dict[str, Any]) -> Side:
         options["router_aux_loss_coef"] = 0.0  # ours has no such term
     with ExitStack() as stack:
         stack.enter_context(patch.object(sides, "load_model", model))
+        if case.adapted is not None:
+            stack.enter_context(patch.object(sides, "lora", partial(sides.lora, case.adapted)))
         if case.mode == "full":
             stack.enter_context(patch.object(sides, "lora", lambda: None))
             stack.enter_context(patch("trl.trainer.dpo_trainer.create_model_from_path", model))
@@ -115,16 +121,20 @@ def _side(name: str, case: Case, settings: dict[str, Any]) -> Side:
         side.trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
     return side
 
-
-def _settle(scorer: Any, collator: Any) -> None:
     """`Scorer.settle` without its checks on synthetic sequences, which need values."""
+    from hf_prefopt.reference.lower_layers import find_lower_layers
     from hf_prefopt.scoring.attention import install_segment_attention
     from hf_prefopt.scoring.forward import base_causal_lm
+    from hf_prefopt.scoring.lower_states import install_lower_states
 
     if scorer.reference:
         scorer.reference.place(scorer.accelerator)
     install_segment_attention(base_causal_lm(scorer.model))
     scorer.layout = collator.layout = "shared"
+    lower, _ = find_lower_layers(scorer.tree, scorer.reference.model, scorer.reference.switch)
+    if lower.count and shares:
+        install_lower_states(base_causal_lm(scorer.model), lower.count)
+        scorer.reference.lower = lower
 
 
 def _make_optimizer_state(side: Side) -> None:

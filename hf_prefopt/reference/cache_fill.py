@@ -1,7 +1,7 @@
 """The pass that computes the missing log-probs of a data set: large batches, no gradients, every response once.
 
-Every rank computes and writes its share; then all ranks read everything. An interrupted pass resumes after its last
-shard.
+Every rank computes and writes its share; then all ranks read everything, even if each has its own folder (see
+`cache_exchange`). An interrupted pass resumes after its last shard.
 """
 
 from array import array
@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from hf_prefopt.batch import PreferenceBatch
 from hf_prefopt.reference.cache import CachedReference
+from hf_prefopt.reference.cache_exchange import exchange, say_whether_shared
 from hf_prefopt.reference.cache_key import response_keys
 from hf_prefopt.reference.engine import any_rank
 
@@ -123,13 +124,14 @@ def fill(
         name: what the progress bar calls the data set. silent: no bar.
 
     Raises:
-        MissingLogProbs: something is missing that the reference, which has been released, cannot compute; or still is
-            after the pass, because the ranks do not share a folder.
+        MissingLogProbs: something is missing that the reference, which has been released, cannot compute.
+        LookupError: something is missing after the pass, because a folder could not be written or read.
     """
     inventory = take_inventory(dataset)
-    missing = _agreed(accelerator, reference.store.missing(inventory.keys))
+    exchange(reference.store.folder, accelerator)
+    reference.store.reload()
+    missing = _missing_anywhere(accelerator, reference.store.missing(inventory.keys))
     if not missing.any():
-        reference.store.reload()
         return
     if reference.live is None:
         raise reference.missing_error(int(missing.sum()), len(missing), f"the data set {name!r}")
@@ -150,23 +152,20 @@ def fill(
                 of_round = batches[number : number + accelerator.num_processes]
                 progress.update(int(sum(inventory.lengths[part].sum() for part in of_round)))
     reference.store.flush()
-    accelerator.wait_for_everyone()
+    exchange(reference.store.folder, accelerator)
     reference.store.reload()
-    left = int(reference.store.missing(inventory.keys).sum())
+    left = _missing_anywhere(accelerator, reference.store.missing(inventory.keys)).sum()
     if left:
         raise LookupError(
             f"after the pass, {left:,} of {len(missing):,} responses of the data set {name!r} are not in "
-            f"{reference.store.folder}: reference_cache_dir must be a folder that all {accelerator.num_processes} "
-            "processes see"
+            f"{reference.store.folder} of every process: see the warnings on its files, or choose another "
+            "reference_cache_dir"
         )
 
-
-def _agreed(accelerator: Accelerator, missing: np.ndarray) -> np.ndarray:
-    """The first rank's missing entries; ranks could differ, because another run may be writing."""
+    """The entries that any rank misses; ranks could differ, because another run may be writing."""
     if accelerator.num_processes == 1:
         return missing
-    (missing,) = broadcast_object_list([missing])
-    return missing
+    return np.logical_or.reduce(gather_object([missing]))
 
 
 def _shares(batches: list[np.ndarray], accelerator: Accelerator) -> Iterator[tuple[int | None, np.ndarray]]:
@@ -206,6 +205,8 @@ class CacheFiller:
         if not hasattr(dataset, "__getitems__"):
             self._reference.any_rank = partial(any_rank, self._accelerator)
             return False
+        if not self._filled:
+            say_whether_shared(self._reference.store.folder, self._accelerator)
         fingerprint = getattr(dataset, "_fingerprint", None)
         if fingerprint is None or fingerprint not in self._filled:
             fill(self._reference, dataset, self._collate, self._accelerator, self._tokens, name, self._silent)

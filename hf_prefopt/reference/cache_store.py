@@ -71,17 +71,31 @@ def write_shard(folder: Path, entries: Mapping[bytes, Tensor]) -> Path:
     return path
 
 
+def shards_of(folder: Path) -> list[Path]:
+    """The shards in a folder, in the order of their names."""
+    return sorted(folder.glob("*.safetensors"))
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file that appears under its name when it is complete."""
+    temporary = path.with_name(f"{uuid.uuid4().hex}.tmp")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
+
+
 def read_shard(path: Path) -> Shard:
     """Read and check a shard.
 
     Raises:
-        DamagedShard: it cannot be read, its content does not match its name, or its format is different.
+        DamagedShard: it is not a shard, its content does not match its name, or its format is different.
+        OSError: the file cannot be read, which says nothing about its content.
     """
     try:
         with safe_open(path, "pt") as file:
             form = (file.metadata() or {}).get("format")
             keys, offsets, logps = (file.get_tensor(name) for name in ("keys", "offsets", "logps"))
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, ValueError) as error:
+        path.read_bytes()  # safetensors may call a fault of the disk an error of the content
         raise DamagedShard(f"cannot be read ({str(error).splitlines()[0]})") from None
     if form != FORMAT:
         raise DamagedShard(f"is of the format {form!r} and not {FORMAT!r}")
@@ -120,19 +134,22 @@ class LogProbStore:
         folder.mkdir(parents=True, exist_ok=True)
         self._remove_stale()
         if about is not None and not (folder / "about.json").exists():
-            temporary = folder / f"{uuid.uuid4().hex}.tmp"
-            temporary.write_text(json.dumps({"format": FORMAT, **about}, indent=2) + "\n")
-            os.replace(temporary, folder / "about.json")
+            write_file(folder / "about.json", (json.dumps({"format": FORMAT, **about}, indent=2) + "\n").encode())
         self.reload()
 
     def reload(self) -> None:
-        """Load the shards that others have written; a damaged shard is renamed, with a warning."""
+        """Load the shards that others have written.
+
+        A damaged shard is renamed, with a warning. A shard that cannot be read now stays where it is.
+        """
         new = []
-        for path in sorted(self.folder.glob("*.safetensors")):
+        for path in shards_of(self.folder):
             if path.stem not in self._names:
                 try:
                     new.append(read_shard(path))
                     self._names.add(path.stem)
+                except OSError as error:
+                    logger.warning("%s cannot be read now (%s): what is in it counts as missing", path, error)
                 except DamagedShard as damage:
                     # Another process may have renamed it already.
                     with contextlib.suppress(FileNotFoundError):

@@ -30,7 +30,7 @@ from hf_prefopt.reference.shards import (
 )
 from hf_prefopt.scoring.forward import HIDDEN, base_causal_lm, head_predictions, score
 from hf_prefopt.scoring.lower_states import LowerStates
-from hf_prefopt.scoring.modes import ModuleTree, adapters_off, evaluation_mode
+from hf_prefopt.scoring.modes import ModuleTree, adapter_on, adapters_off, evaluation_mode, is_set_by_layer
 
 
 @dataclass
@@ -152,6 +152,10 @@ def named_adapter(model: PeftModel, name: str) -> LiveReference:
     if name not in model.peft_config:
         raise ValueError(f"reference='adapter:{name}': the model's adapters are {', '.join(model.peft_config)}")
 
+    tree = ModuleTree(model)
+    if is_set_by_layer(tree):
+        return LiveReference(tree, partial(adapter_on, tree, name), f"the adapter {name!r}")
+
     @contextmanager
     def switch() -> Iterator[None]:
         policy, all_active = model.active_adapter, list(model.active_adapters)
@@ -169,7 +173,7 @@ def named_adapter(model: PeftModel, name: str) -> LiveReference:
             for parameter in trained:
                 parameter.requires_grad_(True)
 
-    return LiveReference(ModuleTree(model), switch, f"the adapter {name!r}")
+    return LiveReference(tree, switch, f"the adapter {name!r}")
 
 
 def separate_model(model: nn.Module) -> LiveReference:

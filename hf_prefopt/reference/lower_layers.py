@@ -80,26 +80,31 @@ def settle_lower_layers(
     models = [base_causal_lm(model) for model in dict.fromkeys((tree.model, reference))]
     for model in models:
         remove_lower_states(model)
-    count, outside = _shared(tree, reference, switch)
-    if not count:
+    lower, outside = find_lower_layers(tree, reference, switch)
+    if not lower.count:
         return None, None
-    names = f"layer 0 of {_depth(tree)}" if count == 1 else f"layers 0 to {count - 1} of {_depth(tree)}"
-    lower = LowerLayers(tree, count, frozenset(map(id, outside)), ())
-    lower = LowerLayers(tree, count, lower.later, _all_acting(_below(tree, count, lower.later)))
+    depth = len(tree.derived(_places)[0])
+    names, run = f"layers 0 to {lower.count - 1} of {depth}", "run"
+    if lower.count == 1:
+        names, run = f"layer 0 of {depth}", "runs"
     reason = known or _reason_against(lower, models, outside, score_reference, batch)
     if reason is None:
-        return lower, f"{names} run once for policy and reference, without gradients"
+        return lower, f"{names} {run} once for policy and reference, without gradients"
     for model in models:
         remove_lower_states(model)
-    return None, f"{names} train nothing, but run twice, for policy and reference: {reason}"
+    return None, f"{names} {run} twice, for policy and reference, although nothing trains there: {reason}"
 
 
-def _shared(
+def find_lower_layers(
     tree: ModuleTree, reference: nn.Module, switch: Callable[[], AbstractContextManager]
-) -> tuple[int, list[nn.Module]]:
-    """How many layers there are before one that changes, and the modules outside the layers that change."""
+) -> tuple[LowerLayers, list[nn.Module]]:
+    """The layers before the first one that differs or trains, not yet tried, and the modules outside that do.
+
+    Args:
+        tree, reference, switch: as for `settle_lower_layers`.
+    """
     if isinstance(tree.model, PeftModel) and not is_switched_by_layer(tree):
-        return 0, []
+        return LowerLayers(tree, 0, frozenset(), ()), []
     is_separate = reference is not tree.model
     acting = {id(module): _acting(module) for module in tree}
     with switch():
@@ -114,7 +119,9 @@ def _shared(
     count = next((i for i, modules in enumerate(layers) if any(map(changes, modules))), len(layers))
     if is_separate:
         count = min(count, _equal_layers(base_causal_lm(tree.model), base_causal_lm(reference)))
-    return count, [module for module in outside if changes(module)]
+    changing = [module for module in outside if changes(module)]
+    later = frozenset(map(id, changing))
+    return LowerLayers(tree, count, later, _all_acting(_below(tree, count, later))), changing
 
 
 def _reason_against(
@@ -182,10 +189,6 @@ def _below(tree: ModuleTree, count: int, later: frozenset[int]) -> Iterator[nn.M
     for layer in layers[:count]:
         yield from layer
     yield from (module for module in outside if id(module) not in later)
-
-
-def _depth(tree: ModuleTree) -> int:
-    return len(tree.derived(_places)[0])
 
 
 def _trains(module: nn.Module) -> bool:

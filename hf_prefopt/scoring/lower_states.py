@@ -41,8 +41,8 @@ class LowerStates:
     calls: int = 0
     autocast: torch.dtype | None = None
     _version: int = 0
-    # For each layer, what it returns beside hidden states, a `None` each; "no tuple" is `None`.
-    _others: list[tuple[None, ...] | None] = field(default_factory=list)
+    # For each layer, how many values it returns beside hidden states; `None` where it returns no tuple.
+    _others: list[int | None] = field(default_factory=list)
 
     def enter(self, index: int) -> None:
         """A layer is called; `UnsharedLayers` if it is not its turn."""
@@ -53,9 +53,9 @@ class LowerStates:
     def record(self, index: int, output: Any) -> None:
         """What a layer has returned, in the first forward."""
         hidden, *others = output if isinstance(output, tuple) else (output,)
-        if not isinstance(hidden, Tensor) or any(other is not None for other in others):
-            raise UnsharedLayers("a layer returns more than hidden states")
-        self._others.append(tuple(others) if isinstance(output, tuple) else None)
+        if not isinstance(hidden, Tensor):
+            raise UnsharedLayers("a layer returns no hidden states")
+        self._others.append(len(others) if isinstance(output, tuple) else None)
         if index == self.count - 1:
             self.hidden, self._version, self.autocast = hidden, hidden._version, _autocast(hidden)
 
@@ -65,7 +65,7 @@ class LowerStates:
         return self.hidden is None or self.autocast == _autocast(self.hidden)
 
     def given(self, index: int, hidden: Tensor) -> Any:
-        """What a layer returns in a later forward, in which it gets these hidden states.
+        """What a layer returns in a later forward, in which it gets these hidden states; all beside them is `None`.
 
         Reentrant checkpoints need inputs that require a gradient, so they do if the embeddings' output does.
         """
@@ -74,7 +74,7 @@ class LowerStates:
                 raise UnsharedLayers("a layer changes the hidden states that it gets")
             hidden = self.hidden.detach().requires_grad_() if hidden.requires_grad else self.hidden
         others = self._others[index]
-        return hidden if others is None else (hidden, *others)
+        return hidden if others is None else (hidden, *(None,) * others)
 
 
 def _autocast(hidden: Tensor) -> torch.dtype | None:

@@ -11,13 +11,18 @@ from typing import Any, TypeVar, cast
 
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from peft.utils import PeftType
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
 T = TypeVar("T")
 # What these do to a layer's forward is to set `_disable_adapters`; a layer with a switch of its own may do more.
 _SWITCHES = {cls.enable_adapters for cls in (BaseTunerLayer, AuxiliaryTrainingWrapper, ModulesToSaveWrapper)}
+# What these do to a layer's forward is to set `_active_adapter`; one of them also in the layer inside it, another one.
+_SETTERS = {
+    cls.set_adapter for cls in (BaseTunerLayer, AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper)
+}
 # Modules of exactly these types never look at their mode.
 _MODELESS = {nn.Linear, nn.Embedding, nn.Identity, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict}
 # What these do to a model whose modules are all in training mode is nothing.
@@ -185,6 +190,42 @@ def _switched_layers(modules: list[nn.Module]) -> list[Any] | None:
     layers = [module for module in modules if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]
     is_plain = _switched_by_layer(modules[0]) and all(type(layer).enable_adapters in _SWITCHES for layer in layers)
     return layers if is_plain else None
+
+
+@contextmanager
+def adapter_on(tree: ModuleTree, name: str) -> Iterator[None]:
+    """A `PeftModel` of LoRA adapters under one of them alone for the time of the context.
+
+    As `model.set_adapter(name)` and back, but `requires_grad` of the adapters' tensors stays as it is, so use it under
+    `torch.no_grad()`. Only where `is_set_by_layer`.
+    """
+    layers = tree.derived(_set_layers) or []
+    before = [(layer.__dict__, layer._active_adapter, layer._disable_adapters) for layer in layers]
+    for layer in layers:
+        # A wrapped module of which this adapter has no copy is the base model's.
+        is_off = isinstance(layer, AuxiliaryTrainingWrapper) and name not in layer._get_available_adapters()
+        layer.__dict__.update(_active_adapter=[name], _disable_adapters=is_off)
+    try:
+        yield
+    finally:
+        for state, active, disabled in before:
+            state.update(_active_adapter=active, _disable_adapters=disabled)
+
+
+def is_set_by_layer(tree: ModuleTree) -> bool:
+    """Whether choosing a `PeftModel`'s adapter is choosing it in some of its layers, and changes nothing else."""
+    configs = cast(PeftModel, tree.model).peft_config.values()
+    are_plain = all(
+        config.peft_type == PeftType.LORA and not getattr(config, "alora_invocation_tokens", None) for config in configs
+    )
+    return are_plain and tree.derived(_set_layers) is not None
+
+
+def _set_layers(modules: list[nn.Module]) -> list[Any] | None:
+    """The layers in which an adapter is chosen one by one; `None` if more has to be done, such as undoing a merge."""
+    layers = _switched_layers(modules) or []
+    is_plain = all(type(layer).set_adapter in _SETTERS and not getattr(layer, "merged", False) for layer in layers)
+    return layers if layers and is_plain else None
 
 
 def is_switched_by_layer(tree: ModuleTree) -> bool:

@@ -9,6 +9,7 @@ from transformers import TrainingArguments
 
 from hf_prefopt.config import PreferenceConfig
 from hf_prefopt.config_names import refuse_foreign_arguments
+from hf_prefopt.data.by_length import STRATEGIES
 from hf_prefopt.data.mixtures import Mixture
 
 
@@ -50,10 +51,15 @@ def check_loading(
 
 
 def check_order(args: PreferenceConfig, train_dataset: Any) -> None:
-    """Raise `ValueError` if the rows of a stream, which come as they come, are to be drawn by their prompts."""
+    """Raise `ValueError` if the rows of a stream, which come as they come, are to be drawn by prompt or length."""
     is_stream = (
         train_dataset.is_stream if isinstance(train_dataset, Mixture) else isinstance(train_dataset, IterableDataset)
     )
+    if is_stream and args.train_sampling_strategy in STRATEGIES:
+        raise ValueError(
+            f"train_sampling_strategy={args.train_sampling_strategy!r} draws rows by the lengths of the whole data "
+            "set, and a stream gives them in its own order: leave it out, or load the data set without streaming"
+        )
     if args.group_by_prompt and is_stream:
         raise ValueError(
             "group_by_prompt=True draws rows from the whole data set, and a stream gives them in its own order: set it "

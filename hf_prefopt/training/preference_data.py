@@ -1,13 +1,16 @@
 """The data of a trainer: prepared, checked against the losses, and drawn as the settings say."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 from datasets import Dataset, IterableDataset
+from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase
 
 from hf_prefopt.config import PreferenceConfig
+from hf_prefopt.data.by_length import STRATEGIES, LengthSampler, RowLengths
 from hf_prefopt.data.check import check_embeddings, check_examples, check_lengths
 from hf_prefopt.data.collator import EvenStream
 from hf_prefopt.data.columns import describe_layout
@@ -172,12 +175,34 @@ class PreferenceData:
         self._fitting.add(fitting)
         return fitting
 
-    def sampler(self, dataset: Any) -> PromptSampler | None:
-        """Draws prompts instead of rows, where `group_by_prompt` asks for it; `None`: the Trainer's sampler."""
+    def sampler(self, dataset: Any, layout: Callable[[], str | None], rows_at_once: int) -> Sampler[int] | None:
+        """Draws rows by prompt or by length, where the settings ask for it; `None`: the Trainer's sampler.
+
+        Args:
+            layout: gives the layout, once it is settled.
+            rows_at_once: the rows that a rank draws at a time.
+
+        Raises:
+            ValueError: `length_column_name` names a column that the rows do not have.
+        """
+        args = self.args
         rows = dataset.dataset if isinstance(dataset, MismatchedResponses) else dataset
-        if not self.args.group_by_prompt or not isinstance(rows, Dataset):
+        if not isinstance(rows, Dataset):
             return None
-        return PromptSampler(prompt_keys(rows), self._seed)
+        if args.group_by_prompt:
+            return PromptSampler(prompt_keys(rows), self._seed)
+        if args.train_sampling_strategy not in STRATEGIES:
+            return None
+        if args.length_column_name not in (*rows.column_names, "length"):
+            raise ValueError(
+                f"length_column_name={args.length_column_name!r}: the prepared rows have no such column. Tokens are "
+                "counted without one: leave it out, or add the column to rows that prepare_dataset has made"
+            )
+        micro_batches = args.gradient_accumulation_steps * args.world_size
+        lengths = RowLengths(rows, args.length_column_name)
+        return LengthSampler(
+            args.train_sampling_strategy, lengths, layout, rows_at_once, micro_batches, self._seed, len(rows)
+        )
 
     def to_read(self, dataset: Data, rows_at_once: int) -> Any:
         """The data set as a data loader reads it.
@@ -201,10 +226,11 @@ class PreferenceData:
 
     @property
     def columns(self) -> list[str]:
-        """Every column that the collators may read."""
+        """Every column that the collators or the samplers may read."""
         prepared = [prepared_features(kind.columns, kind.optional_columns) for kind in KINDS]
         columns = dict.fromkeys(column for features in prepared for column in features)
-        return [*columns, "token_weights", "mismatched_ids", "mismatched_masks", "repeated"]
+        others = ["token_weights", "mismatched_ids", "mismatched_masks", "repeated", self.args.length_column_name]
+        return [*columns, *others]
 
     @property
     def _seed(self) -> int:

@@ -129,10 +129,15 @@ HYBRIDS: dict[str, dict[str, Any]] = {
 }
 HYBRIDS = {name: {"model_type": name, **config} for name, config in HYBRIDS.items()}
 EXPERTS = {"model_type": "mixtral", "num_local_experts": 4}
+# Two of the layers train nothing, and run once for policy and reference.
+THREE_LAYERS = {"num_hidden_layers": 3}
+UPPER = {"target_modules": ["q_proj", "down_proj"], "layers_to_transform": [2]}
 MORE = [
     _case("dpo", "shared", False, "tied head", model={"tie_word_embeddings": True}),
     _case("dpo", "shared", True, "copy of a trained adapter", reference="copy"),
     _case("dpo", "shared", True, "adapted head", adapter={"target_modules": ["q_proj", "lm_head"]}),
+    _case("dpo", "shared", True, "upper layers", model=THREE_LAYERS, adapter=UPPER),
+    _case("dpo", "padded", True, "upper layers, checkpointed", model=THREE_LAYERS, adapter=UPPER, **CHECKPOINTED),
     _case("dpo", "shared", False, "checkpointed", **CHECKPOINTED),
     _case("kto_pair", "padded", True, "checkpointed", **CHECKPOINTED),
     _case("dpo", "shared", False, "token budget", **BUDGET),
@@ -198,6 +203,8 @@ SOME = [
 SHARDED = [
     *SOME,
     "dpo, shared, LoRA, adapted head",
+    "dpo, shared, LoRA, upper layers",
+    "dpo, padded, LoRA, upper layers, checkpointed",
     "tdpo2, shared, full",
     "tdpo2, padded, LoRA",
     "tdpo2, padded, full, explicit reference",

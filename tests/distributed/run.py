@@ -31,6 +31,7 @@ def run_case(case: Case, engine: Engine, folder: Path) -> dict[str, Any]:
         baselines: KTO's, of each step and of the evaluation. checkpoint: the last one, if the case has any.
         moved: where a reference that moves is after the last step.
         resumed: the weights of a new trainer that went on from the middle of the second epoch, if the case asks for it.
+        lower_layers: how many layers run once for policy and reference.
         head_is_whole: see `watch_head`. pieces: see `count_pieces`.
         whole_parameters: names of the parameters of policy and explicit reference of which this rank holds more than
             its part, after training.
@@ -43,6 +44,7 @@ def run_case(case: Case, engine: Engine, folder: Path) -> dict[str, Any]:
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
     trainer.train()
     outcome = {"losses": logged(trainer, "loss"), "head_is_whole": heads, "pieces": pieces}
+    outcome["lower_layers"] = getattr(getattr(trainer.reference, "lower", None), "count", 0)
     outcome["whole_parameters"] = _whole_parameters(trainer.model, engine)
     if case.ref_model:
         outcome["whole_parameters"] += _whole_parameters(trainer.reference.model, engine)

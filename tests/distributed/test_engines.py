@@ -58,6 +58,7 @@ def test_two_processes_do_what_one_does(outcomes_of, engine, case):
     for outcome in outcomes_of(engine)[case]:
         assert "error" not in outcome, outcome["error"]
         found = differences(outcome, expected)
+        assert outcome["lower_layers"] == expected["lower_layers"] == (2 if "upper layers" in case else 0)
         assert {name: value for name, value in found.items() if value > TOLERANCE[name]} == {}
         if CASES[case].resumes:
             assert largest_difference(outcome["resumed"], outcome["weights"]) <= 1e-6 * outcome["scale"]

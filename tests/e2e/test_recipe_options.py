@@ -1,5 +1,6 @@
 """Every option that a recipe parses has an effect, or is refused with what to do; trl's new options show up here."""
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 from datasets import Dataset, DatasetDict
+from peft import get_peft_model
 from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 
 from hf_prefopt import get_loss
@@ -16,6 +18,7 @@ from hf_prefopt.recipe.adapters import lora_of, quantization_of
 from hf_prefopt.recipe.data import load_pairs
 from hf_prefopt.recipe.options import DataOptions, ModelOptions
 from tests.e2e.typed import read
+from tests.tiny_models import tiny_model
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 ADAPTER, BITS = {"use_peft": True}, {"use_peft": True, "load_in_4bit": True}
@@ -121,6 +124,14 @@ def test_an_option_of_a_model_has_its_effect(option, parse):
 def test_an_option_without_effect_is_refused(recipe, typed, message, parse):
     with pytest.raises(ValueError, match=message):
         parse(recipe, *typed)
+
+
+def test_the_adapter_on_the_upper_half_of_the_layers(parse):
+    """Seven linear modules in each of the layers 15 to 29 of a model as deep as SmolLM2-135M, and none elsewhere."""
+    lora = parse(ADAPTER, "--config", str(RECIPES / "dpo_lora_upper.yaml")).lora
+    model = get_peft_model(tiny_model(num_hidden_layers=30), lora)
+    adapted = [name.split(".layers.")[1] for name, _ in model.named_parameters() if "lora_A" in name]
+    assert Counter(int(name.split(".")[0]) for name in adapted) == dict.fromkeys(range(15, 30), 7)
 
 
 def test_further_arguments_of_loading_are_kept(parse):

@@ -1,5 +1,6 @@
 """The files of the cache: readable by their description alone, and whole after a kill at any moment."""
 
+import errno
 import hashlib
 import json
 import os
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
 from hf_prefopt.data.layouts import PaddedCollator
@@ -227,3 +229,31 @@ def test_ranks_share_the_batches():
     assert [len(share) for share in shares] == [3, 3, 3]
     assert sorted(number for share in shares for number, _ in share if number is not None) == list(range(7))
     assert [number for number, _ in shares[2]] == [2, 5, None]
+
+
+@pytest.mark.parametrize("says", [OSError(errno.ESTALE, "Stale file handle"), SafetensorError("I/O error")], ids=type)
+def test_a_shard_that_cannot_be_read_now_stays(says, tmp_path, monkeypatch, caplog):
+    """A fault of the disk, also one that safetensors takes for one of the content: a warning, and its keys are missing;
+    read again, all of it is there.
+    """
+    key = b"k" * 16
+    first = LogProbStore(tmp_path)
+    first.put(key, torch.tensor([-1.0, -2.0]))
+    first.flush()
+    (shard,) = tmp_path.glob("*.safetensors")
+
+    def fails(*_):
+        raise says
+
+    with monkeypatch.context() as broken:
+        broken.setattr(cache_store, "safe_open", fails)
+        broken.setattr("pathlib.Path.read_bytes", lambda _: disk_fault())
+        store = LogProbStore(tmp_path)
+        assert store.missing([key]).all() and "cannot be read now" in caplog.text
+    assert shard.exists() and not list(tmp_path.glob("*.damaged"))
+    store.reload()
+    assert store.get([key])[0].tolist() == [-1.0, -2.0]
+
+
+def disk_fault():
+    raise OSError(errno.EIO, "Input/output error")

@@ -28,7 +28,7 @@ def ranks(tmp_path_factory):
 def test_both_ranks_train_as_with_a_live_reference(ranks):
     """The rows are split otherwise in the pass than in training, so the last bits differ (see test_cache)."""
     for seen in ranks[1]:
-        for name in ("cached", "again"):
+        for name in ("cached", "again", "apart", "one is new"):
             assert seen[name]["loss"] == pytest.approx(seen["live"]["loss"], rel=1e-5)
             assert seen[name]["eval_loss"] == pytest.approx(seen["live"]["eval_loss"], rel=1e-5)
 
@@ -39,6 +39,22 @@ def test_each_rank_computes_its_share_and_then_none(ranks):
     # A rank without a batch of its own in the last round of a pass runs one of the other's in vain.
     assert 20 <= one + other <= 20 + 2 * 4 and min(one, other) >= 4
     assert [seen["again"]["responses"] for seen in ranks[1]] == [0, 0]
+
+
+def stored(folder):
+    return {key.tobytes() for path in folder.rglob("*.safetensors") for key in read_shard(path).keys}
+
+
+def test_folders_of_their_own_are_filled_alike(ranks):
+    """Each of two folders gets the 20 responses, of which each rank computes some; in the next run rank 0 has its own
+    and rank 1 a new one, which gets all of them, and nothing is computed.
+    """
+    folder, seen = ranks
+    one, other = (rank["apart"]["responses"] for rank in seen)
+    assert 20 <= one + other <= 20 + 2 * 4 and min(one, other) >= 4
+    assert [rank["one is new"]["responses"] for rank in seen] == [0, 0]
+    assert len(stored(folder / "cache0")) == 20
+    assert stored(folder / "cache0") == stored(folder / "cache1") == stored(folder / "cache2")
 
 
 def test_nothing_is_stored_twice(ranks):

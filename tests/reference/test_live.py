@@ -2,11 +2,13 @@
 
 import math
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
+from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from hf_prefopt.scoring.forward import score
@@ -186,6 +188,31 @@ def test_a_named_adapter_leaves_the_model_as_it_was(tmp_path):
     assert {name for name, p in trainer.model.named_parameters() if p.requires_grad} == trains
     assert all(".default." in name for name in trains)
     assert trainer.model.active_adapter == "default"
+
+
+def with_other_modules() -> PeftModel:
+    """A trained adapter with a head of its own, and another of other modules, with none."""
+    model = trained_adapter(modules_to_save=["lm_head"], target_modules=["q_proj", "up_proj"])
+    torch.manual_seed(1)
+    config = LoraConfig(r=2, target_modules=["up_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    model.add_adapter("before", config)
+    return model
+
+
+@pytest.mark.parametrize("make", [with_frozen_twin, with_other_modules])
+def test_a_named_adapter_is_what_peft_makes_of_it(make, tmp_path):
+    """The scores under `model.set_adapter(name)`, bit for bit, and no tensor's `requires_grad` is written."""
+    model = make()
+    trainer = make_trainer(tmp_path, model, reference="adapter:before")
+    batch = first_batch(trainer)
+    with patch.object(nn.Parameter, "requires_grad_", side_effect=AssertionError), torch.no_grad():
+        policy = score(model, batch).token_logps
+        found = trainer.reference.score(batch).token_logps
+        again = score(model, batch).token_logps
+    model.set_adapter("before")
+    with torch.no_grad():
+        assert torch.equal(found, score(model.eval(), batch).token_logps)
+    assert torch.equal(policy, again) and torch.equal(policy, found) == (make is with_frozen_twin)
 
 
 def test_an_explicit_reference_is_that_one(tmp_path):

@@ -12,7 +12,7 @@ from hf_prefopt.reference.live import LiveReference
 from tests.tiny_models import perturbed, tiny_model, with_lora
 from tests.trainers import logged, make_trainer, pairs, unpaired
 
-folder = Path(sys.argv[1])
+folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
 responses: list[int] = []
 live_score = LiveReference.score
 
@@ -28,6 +28,8 @@ RUNS = {
     "live": {"precompute_ref_log_probs": False, "reference_cache_dir": None, "train_dataset": pairs(7)},
     "cached": {"train_dataset": pairs(7)},
     "again": {"train_dataset": pairs(7)},
+    "apart": {"train_dataset": pairs(7), "reference_cache_dir": str(folder / f"cache{rank}")},
+    "one is new": {"train_dataset": pairs(7), "reference_cache_dir": str(folder / f"cache{2 * rank}")},
     "kto": {"train_dataset": unpaired(8), "loss_type": "kto"},
     "stream": {"train_dataset": pairs(8, seed=4).to_iterable_dataset(), "max_steps": 2},
 }
@@ -42,4 +44,4 @@ for name, settings in RUNS.items():
     seen[name] = {"loss": logged(trainer, "loss"), "responses": sum(responses)}
     if name != "kto":
         seen[name]["eval_loss"] = trainer.evaluate()["eval_loss"]
-(folder / f"rank{os.environ['RANK']}.json").write_text(json.dumps(seen))
+(folder / f"rank{rank}.json").write_text(json.dumps(seen))
