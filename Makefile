@@ -29,7 +29,7 @@ TEST_OPTIONS ?=
 
 demo: $(READY) $(MODEL)/config.json
 	@echo "Training: recipes/dpo_lora.py --config recipes/dpo_lora.yaml $(DEMO_OPTIONS)"
-	@$(LAUNCH) recipes/dpo_lora.py --config recipes/dpo_lora.yaml $(DEMO_OPTIONS)
+	@$(LAUNCH) recipes/dpo_lora.py --config recipes/dpo_lora.yaml --overwrite_output_dir true $(DEMO_OPTIONS)
 
 test: $(READY_TO_TEST)
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses $(WORKERS) --dist loadscope $(TEST_OPTIONS)
@@ -49,7 +49,7 @@ lint: $(READY_TO_TEST)
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/mypy
 
-# What is generated: the pages of the losses, of the settings and on TRL, and a configuration for each loss.
+# What is generated: the pages of the losses, of the settings and on TRL, and the lines of each loss in recipes/configs.
 docs: $(READY_TO_TEST)
 	@$(VENV)/bin/python -m hf_prefopt.reporting.loss_page > docs/losses.md
 	@$(VENV)/bin/python -c 'from hf_prefopt import config, config_docs; \

@@ -107,7 +107,7 @@ def test_another_runs_folder_is_not_overwritten(desk, capsys):
     refuse_other_run(read("--config", "base.yaml", "--output_dir", "out", "--beta", "1"))  # nothing was trained yet
     (desk / "out" / "README.md").touch()
     refuse_other_run(read("--config", "base.yaml", "--output_dir", "out"))
-    assert "out holds this run already" in capsys.readouterr().out
+    assert "out holds this run: its files are replaced" in capsys.readouterr().out
     other = ["--config", "base.yaml", "--output_dir", "out", "--seed", "7"]
     with pytest.raises(ValueError, match=r"holds another run \(seed: default there, 7 here\).*--overwrite_output_dir"):
         refuse_other_run(read(*other))

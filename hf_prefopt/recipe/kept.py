@@ -36,13 +36,13 @@ def refuse_other_run(recipe: Recipe) -> None:
     folder = Path(recipe.training.output_dir)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output_dir={folder} is a file: name a folder")
-    may = recipe.run.overwrite_output_dir or recipe.training.resume_from_checkpoint
-    if may or not any(found for name in RESULTS for found in folder.glob(name)):
+    if recipe.training.resume_from_checkpoint or not any(found for name in RESULTS for found in folder.glob(name)):
         return
     before, now = _kept(folder), _plain(recipe.settings)
-    if before == now:
+    if before == now or recipe.run.overwrite_output_dir:
         if recipe.training.process_index == 0:
-            print(f"{folder} holds this run already: its files are replaced", flush=True)
+            held = "this run" if before == now else f"another run{_difference(before, now)}"
+            print(f"{folder} holds {held}: its files are replaced", flush=True)
         return
     raise ValueError(
         f"output_dir={folder} holds another run{_difference(before, now)}: name another folder, --output_dir "

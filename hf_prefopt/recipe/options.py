@@ -33,7 +33,7 @@ class DataOptions:
     datasets: list[str] | None = field(
         default=None,
         metadata=_help(
-            "A mixture instead of dataset_name: paths, or entries with path, weight and more; see docs/inspect.md."
+            "A mixture instead of dataset_name: paths, or entries with path, weight and more; see the README."
         ),
     )
     test_split_size: float | None = field(
