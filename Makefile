@@ -15,7 +15,7 @@ READY_TO_TEST := $(VENV)/.ready-to-test
 PIP := $(VENV)/bin/python -m pip install -qq --disable-pip-version-check -c $(CONSTRAINTS)
 MODEL := models/smollm2-135m-instruct
 # Named in full, for accelerate otherwise lists the defaults that it fell back on, one CPU thread among them.
-LAUNCH := $(VENV)/bin/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+LAUNCH := $(VENV)/bin/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
     --num_cpu_threads_per_process $(shell getconf _NPROCESSORS_ONLN)
 # Further options of the demo's recipe: make demo DEMO_OPTIONS="--loss_type simpo"
 DEMO_OPTIONS ?=

@@ -49,7 +49,7 @@ _OUT_OF_MEMORY = (
     "out of memory on the device: set --max_tokens_per_batch (it bounds the positions of a forward, and the step stays "
     "the same), --gradient_checkpointing true, or --use_peft true"
 )
-_SECONDS_BEHIND_THE_FIRST_RANK = 5.0
+_SECONDS_BEHIND_THE_FIRST_RANK = 15.0
 
 
 def reported(run: Callable[[], int], with_traceback: bool) -> int:
