@@ -16,7 +16,7 @@ READY_TO_TEST := $(VENV)/.ready-to-test
 PIP := $(VENV)/bin/python -m pip install -qq --disable-pip-version-check -c $(CONSTRAINTS)
 MODEL := models/smollm2-135m-instruct
 # Named in full, for accelerate otherwise lists the defaults that it fell back on, one CPU thread among them.
-LAUNCH := $(VENV)/bin/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+LAUNCH := $(VENV)/bin/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
     --num_cpu_threads_per_process $(shell getconf _NPROCESSORS_ONLN)
 # Further options of the demo's recipe: make demo DEMO_OPTIONS="--loss_type simpo"
 DEMO_OPTIONS ?=
@@ -30,7 +30,7 @@ TEST_OPTIONS ?=
 
 demo: $(READY) $(MODEL)/config.json
 	@echo "Training: recipes/dpo_lora.py --config recipes/dpo_lora.yaml $(DEMO_OPTIONS)"
-	@$(LAUNCH) recipes/dpo_lora.py --config recipes/dpo_lora.yaml $(DEMO_OPTIONS)
+	@$(LAUNCH) recipes/dpo_lora.py --config recipes/dpo_lora.yaml --overwrite_output_dir true $(DEMO_OPTIONS)
 
 test: $(READY_TO_TEST)
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses $(WORKERS) --dist loadscope $(TEST_OPTIONS)
@@ -50,7 +50,7 @@ lint: $(READY_TO_TEST)
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/mypy
 
-# Generated pages: losses, papers, settings and TRL; and a configuration for each loss.
+# Generated: the pages of losses, papers, settings and TRL, the loss atlas, and the lines of each loss in recipes/configs.
 docs: $(READY_TO_TEST)
 	@$(VENV)/bin/python -m hf_prefopt.reporting.loss_page > docs/losses.md
 	@$(VENV)/bin/python -m hf_prefopt.reporting.papers_page > docs/papers.md

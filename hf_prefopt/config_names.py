@@ -5,6 +5,7 @@
 
 import re
 from collections.abc import Collection, Iterable, Mapping
+from difflib import get_close_matches
 
 _GAMMA = "loss_params={'gamma': ...}"
 _MAX_LENGTH = "max_length=..., which bounds prompt and response together"
@@ -47,7 +48,33 @@ FOREIGN_SETTINGS: Mapping[str, str] = {
     "use_logits_to_keep": _NO_LOGITS,
     "use_num_logits_to_keep": _NO_LOGITS,
 }
-# Arguments of trainers.
+# Common short names of settings.
+USUAL_NAMES: Mapping[str, str] = {
+    "accumulation_steps": "gradient_accumulation_steps",
+    "batch_size": "per_device_train_batch_size",
+    "data": "dataset_name",
+    "dataset": "dataset_name",
+    "epochs": "num_train_epochs",
+    "eval_batch_size": "per_device_eval_batch_size",
+    "grad_accum": "gradient_accumulation_steps",
+    "load_4bit": "load_in_4bit",
+    "loss": "loss_type",
+    "lora": "use_peft",
+    "lora_rank": "lora_r",
+    "lr": "learning_rate",
+    "max_seq_length": "max_length",
+    "model": "model_name_or_path",
+    "model_name": "model_name_or_path",
+    "output": "output_dir",
+    "peft": "use_peft",
+    "resume": "resume_from_checkpoint",
+    "scheduler": "lr_scheduler_type",
+    "tokenizer": "model_name_or_path",
+    "train_batch_size": "per_device_train_batch_size",
+    "train_file": "dataset_name",
+    "warmup_ratio": "warmup_steps",
+}
+# Arguments of trainers, not settings.
 FOREIGN_ARGUMENTS: Mapping[str, str] = {
     "tokenizer": "processing_class=tokenizer",
     "tools": "a column `tools` of the rows",
@@ -82,6 +109,12 @@ def refuse_foreign_arguments(
             raise TypeError(f"{name} is a setting, not an argument: write args={config}({name}=...)")
         if name in FOREIGN_SETTINGS:
             raise TypeError(f"there is no argument or setting {name}: write {FOREIGN_SETTINGS[name]}")
+
+
+def nearest_setting(name: str, known: Collection[str]) -> str | None:
+    """The setting that a name probably means: what it is short for, or the one that is spelled most alike."""
+    usual = USUAL_NAMES.get(name)
+    return usual if usual in known else next(iter(get_close_matches(name, known, 1)), None)
 
 
 def hints_in(text: str) -> str:

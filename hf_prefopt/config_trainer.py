@@ -50,6 +50,20 @@ REFUSALS: Mapping[str, Refusal] = {
         lambda value: value not in _STRATEGIES, f"is unknown: set one of {', '.join(_STRATEGIES)}"
     ),
 }
+# The least values of numbers, which the libraries that read them do not check, or check late.
+LEAST: Mapping[str, float] = {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "dataset_num_proc": 1,
+    "max_tokens_per_batch": 1,
+    "learning_rate": 0,
+    "num_train_epochs": 0,
+    "max_grad_norm": 0,
+    "weight_decay": 0,
+    "logging_steps": 0,
+    "save_steps": 0,
+}
 # Values of include_for_metrics that raise an error, and the reason.
 METRIC_EXTRAS = {
     "inputs": "'inputs' would be rows of the batch layout, which do not match the predictions: leave it out; "
@@ -65,6 +79,10 @@ def check_trainer_settings(args: Any) -> None:
         value = getattr(args, name)
         if refusal.applies(value):
             raise ValueError(f"{name}={value!r} {refusal.reason}")
+    for name, least in LEAST.items():
+        value = getattr(args, name)
+        if value is not None and value < least and not (name == "num_train_epochs" and args.max_steps > 0):
+            raise ValueError(f"{name}={value} must be at least {least}")
     for asked in args.include_for_metrics:
         if asked in METRIC_EXTRAS:
             raise ValueError(f"include_for_metrics: {METRIC_EXTRAS[asked]}")

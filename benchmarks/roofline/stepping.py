@@ -121,6 +121,8 @@ def _side(name: str, case: Case, settings: dict[str, Any]) -> Side:
         side.trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
     return side
 
+
+def _settle(scorer: Any, collator: Any, shares: bool) -> None:
     """`Scorer.settle` without its checks on synthetic sequences, which need values."""
     from hf_prefopt.reference.lower_layers import find_lower_layers
     from hf_prefopt.scoring.attention import install_segment_attention

@@ -13,22 +13,43 @@ import torch
 _SPOKEN = (ValueError, OSError, ImportError, TypeError)
 # What other libraries say, and what to do about it.
 CURES: dict[str, str] = {
-    r"DeepSpeed is not installed|No module named 'deepspeed'": "DeepSpeed is not installed: pip install "
-    '--no-build-isolation "hf_prefopt[deepspeed]", after torch',
-    r"bitsandbytes": "bitsandbytes, which 4 and 8 bits need, is missing or too old: pip install "
-    '"hf_prefopt[quantization]"',
-    r"TensorBoardCallback requires": "report_to=tensorboard, which is not installed: pip install tensorboard, or "
-    "--report_to none",
-    r"(\w+)Callback requires (\S+) to be installed": r"report_to=\2, which is not installed: pip install \2, or "
-    "--report_to none",
-    r"flash_attn|FlashAttention2? .*not installed|flash-attn": "attn_implementation=flash_attention_2, and flash-attn "
-    "is not installed: leave it out for sdpa, or pip install flash-attn --no-build-isolation",
+    r"DeepSpeed is not installed|No module named 'deepspeed'": (
+        'DeepSpeed is not installed: pip install --no-build-isolation "hf_prefopt[deepspeed]", after torch'
+    ),
+    r"requires bitsandbytes|bitsandbytes.*install|install.*bitsandbytes": (
+        'bitsandbytes, which 4 and 8 bits need, is missing or too old: pip install "hf_prefopt[quantization]"'
+    ),
+    r"TensorBoardCallback requires": (
+        "report_to=tensorboard, which is not installed: pip install tensorboard, or --report_to none"
+    ),
+    r"(\w+)Callback requires (\S+) to be installed": (
+        r"report_to=\2, which is not installed: pip install \2, or --report_to none"
+    ),
+    r"package for (FlashAttention\d?) doesn't seem|flash.attn.*not installed": (
+        "attn_implementation asks for flash attention, which is not installed: leave it out for sdpa, or pip install "
+        "flash-attn --no-build-isolation"
+    ),
+    r"Target modules (.*) not found in the base model": (
+        r"lora_target_modules=\1: no layer of the model has such a name; all-linear fits every model"
+    ),
+    r"Expected a string path to an existing deepspeed config.*Received: (.*)": (
+        r"deepspeed=\1: there is no such file; hf_prefopt train --copy zero3 writes one"
+    ),
+    r"Cannot reach (\S+)/api/repos/create: offline mode": (
+        r"push_to_hub=True, and \1 is not in reach, because HF_HUB_OFFLINE is set: unset it, or leave push_to_hub out"
+    ),
+    r"metric_for_best_model` must be provided": (
+        "save_strategy=best: --metric_for_best_model is missing, such as eval_rewards/accuracies"
+    ),
+    r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'": (
+        r"\1 takes no argument '\2': check model_init_kwargs"
+    ),
 }
 _OUT_OF_MEMORY = (
     "out of memory on the device: set --max_tokens_per_batch (it bounds the positions of a forward, and the step stays "
     "the same), --gradient_checkpointing true, or --use_peft true"
 )
-_SECONDS_BEHIND_THE_FIRST_RANK = 5.0
+_SECONDS_BEHIND_THE_FIRST_RANK = 15.0
 
 
 def reported(run: Callable[[], int], with_traceback: bool) -> int:
@@ -61,10 +82,9 @@ def message_of(error: BaseException) -> str:
     text = str(error).strip() or type(error).__name__
     if isinstance(error, torch.OutOfMemoryError):
         return _OUT_OF_MEMORY
-    if isinstance(error, ImportError):
-        for pattern, cure in CURES.items():
-            if found := re.search(pattern, text):
-                return found.expand(cure)
+    for pattern, cure in CURES.items():
+        if found := re.search(pattern, text):
+            return found.expand(cure)
     if isinstance(error, KeyError):
         text = f"the key {text} is missing"
     if isinstance(error, _SPOKEN):

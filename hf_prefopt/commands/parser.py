@@ -1,18 +1,20 @@
 """The parser of a command: an error is one line, and names the option that was meant."""
 
 import argparse
+import json
 import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import Field, fields
 from difflib import get_close_matches
 from functools import wraps
+from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn, get_args, get_type_hints
 
 from transformers import HfArgumentParser
 
 from hf_prefopt.config_docs import default_of
-from hf_prefopt.config_names import hints_in
+from hf_prefopt.config_names import hints_in, nearest_setting
 
 
 class CommandParser(HfArgumentParser):
@@ -35,19 +37,20 @@ class CommandParser(HfArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """End the process with one line and exit code 2, as argparse does after its usage."""
-        message = re.sub(r"^argument (-[\w-]+)(/--?[\w-]+)*:", r"argument \1:", message)
-        self.exit(2, f"error: {message}\n")
+        self.exit(2, f"error: {_plain(message)}\n")
 
     def _unknown(self, word: str) -> str:
         option = word.split("=")[0]
-        known = {name.replace("-", "_"): name for name in reversed(self._option_string_actions)}
+        known = {name.lstrip("-").replace("-", "_"): name for name in reversed(self._option_string_actions)}
         if not option.startswith("-"):
-            is_file = re.fullmatch(r".*\.ya?ml", option) and "--config" in known
-            return f"unexpected argument {option}" + (f": did you mean --config {option}?" if is_file else "")
-        plain = option.replace("-", "_")
-        hint = hints_in(plain) if "__loss_type" in known else ""
-        near = get_close_matches(plain, known, 1)
-        return f"unknown argument {option}" + (hint or (f": did you mean {known[near[0]]}?" if near else ""))
+            meant = next(
+                (name for name, ending in _FILES.items() if name in known.values() and ending.search(word)), ""
+            )
+            return f"unexpected argument {word}" + (f": did you mean {meant} {word}?" if meant else "")
+        plain = option.lstrip("-").replace("-", "_")
+        hint = hints_in(plain) if "loss_type" in known else ""
+        near = nearest_setting(plain, known)
+        return f"unknown argument {option}" + (hint or (f": did you mean {known[near]}?" if near else ""))
 
     def add_full_help(self) -> None:
         """The option `--help-all`."""
@@ -62,16 +65,9 @@ class CommandParser(HfArgumentParser):
                 before = len(self._actions)
                 self._parse_dataclass_field(group, field)
                 for option in self._actions[before:]:
-                    self._finish(option, field, type(None) in get_args(hints[field.name]))
-
-    @staticmethod
-    def _finish(option: argparse.Action, field: Field, may_be_none: bool) -> None:
-        if may_be_none and option.type in (int, float):
-            option.type = _or_none(option.type)
-        option.metavar = option.metavar or ("VALUE" if option.nargs != 0 else None)
-        default = default_of(field)
-        option.help = (option.help or "") + ("" if default is None else f" (default: {default})".replace("%", "%%"))
-        option.default = argparse.SUPPRESS
+                    _finish(option, field, type(None) in get_args(hints[field.name]))
+                    if field.name in getattr(dataclass, "_VALID_DICT_FIELDS", ()):
+                        option.type = _mapping
 
     def settings(self) -> dict[str, argparse.Action]:
         """The option that reads each setting."""
@@ -96,6 +92,53 @@ def parser_of(command: ModuleType, prog: str) -> CommandParser:
     command.add_options(parser)
     parser.add_argument("--traceback", action="store_true", help="show where in the code an error comes from")
     return parser
+
+
+# What a word is that stands alone, by its ending.
+_FILES = {
+    "--config": re.compile(r"\.ya?ml$"),
+    "--dataset_name": re.compile(r"\.(jsonl?|csv|tsv|parquet|arrow)(\.\w+)?$"),
+    "--losses_from": re.compile(r"\.py$"),
+}
+
+
+def _plain(message: str) -> str:
+    """What argparse says of a wrong value, shorter; of many choices the nearest ones."""
+    message = re.sub(r"^argument (-[\w-]+)(/--?[\w-]+)*:", r"argument \1:", message)
+    message = re.sub(r"invalid int value: (.*)$", r"\1 is not a whole number", message)
+    message = re.sub(r"invalid float value: (.*)$", r"\1 is not a number", message)
+    if found := re.search(r"invalid choice: '?(.*?)'? \(choose from (.*)\)$", message):
+        given, choices = found[1], [choice.strip("'") for choice in found[2].split(", ")]
+        near = get_close_matches(given, choices, 3)
+        offered = f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(choices)}"
+        message = message[: found.start()] + f"{given} is not a choice; {offered}"
+    return message
+
+
+def _finish(option: argparse.Action, field: Field, may_be_none: bool) -> None:
+    """The help and the default of a setting's option; a number that may be left out can be `none`."""
+    if may_be_none and option.type in (int, float):
+        option.type = _or_none(option.type)
+    option.metavar = option.metavar or ("VALUE" if option.nargs != 0 else None)
+    default = default_of(field)
+    option.help = (option.help or "") + ("" if default is None else f" (default: {default})".replace("%", "%%"))
+    option.default = argparse.SUPPRESS
+
+
+def _mapping(text: str) -> Any:
+    """A setting that is a dict: JSON, or the path of a file with it."""
+    if Path(text).is_file():
+        return text
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        found, reason = None, f": {error}"
+    else:
+        reason = ""
+    if not isinstance(found, dict):
+        example = """'{"name": "value"}'"""
+        raise argparse.ArgumentTypeError(f"{text} is neither a file nor a JSON mapping such as {example}{reason}")
+    return found
 
 
 def _or_none(read: Callable[[str], Any]) -> Callable[[str], Any]:

@@ -16,7 +16,7 @@ from hf_prefopt.commands.faults import reported
 from hf_prefopt.commands.parser import CommandParser, parser_of
 from hf_prefopt.config import PreferenceConfig
 from hf_prefopt.console import finish_run, use_short_progress
-from hf_prefopt.recipe.adapters import lora_of, quantization_of
+from hf_prefopt.recipe.adapters import check_model_is_there, lora_of, quantization_of
 from hf_prefopt.recipe.data import load_pairs
 from hf_prefopt.recipe.help import HELP
 from hf_prefopt.recipe.kept import keep_settings, refuse_other_run
@@ -81,6 +81,7 @@ def train(recipe: Recipe) -> None:
     """The recipe, from the settings to the report."""
     training, data, model = recipe.training, recipe.data, recipe.model
     refuse_other_run(recipe)
+    check_model_is_there(model)
     set_seed(training.seed)  # before the adapter is drawn
     train_rows, test_rows = load_pairs(data, training)
     trainer = PreferenceTrainer(

@@ -211,7 +211,7 @@ def _summarize(name: str, notes: Mapping[str, np.ndarray], max_length: int | Non
         events.append(f"{plural(against, 'pair')} kept whose chosen response has the lower score")
     if not events:
         return ""
-    cures = ["raise max_length"] * bool(cut or prompts or no_room) + ["truncation_mode='keep_end'"] * bool(no_room)
+    cures = ["raise max_length"] * bool(cut or prompts or no_room) + ["set truncation_mode='keep_end'"] * bool(no_room)
     return f"{name}: " + "; ".join(filter(None, [", ".join(events), " or ".join(cures)]))
 
 

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
 from hf_prefopt.data import roles
@@ -61,11 +62,22 @@ def describe_nearest(sample: Mapping[str, Any]) -> str:
     missing, found = nearest.missing(sample), ", ".join(sample) or "none"
     if not missing:
         return f"these are the columns of {nearest.layout.name}, but {nearest.why(sample)}"
-    mapping = ", ".join(f"{column!r}: '…'" for column in missing)
+    mapping = ", ".join(f"{column!r}: {_meant(column, sample)!r}" for column in missing)
     return (
         f"{_columns(missing)} missing (columns found: {found}). The nearest layout is {nearest.layout.name}. "
         f"Say which columns these are, column_mapping={{{mapping}}}, or make them: dataset.map(function)"
     )
+
+
+# Beginnings of names that people give to columns, and that are no names of a layout.
+_MEANINGS = {"chosen": ("good", "better", "pos", "win"), "rejected": ("bad", "worse", "neg", "los")}
+
+
+def _meant(column: str, sample: Mapping[str, Any]) -> str:
+    """The column that is probably meant, by its spelling or its meaning; "…" where none resembles it."""
+    near = get_close_matches(column, sample, 1, cutoff=0.75)
+    alike = [name for name in sample if name.lower().startswith(_MEANINGS.get(column, ("\0",)))]
+    return near[0] if near else alike[0] if len(alike) == 1 else "…"
 
 
 def _describe_spelling(sample: Mapping[str, Any]) -> str | None:

@@ -1,10 +1,13 @@
 """From the options of a model to its LoRA, its quantization and the arguments of `from_pretrained`; checked first."""
 
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
+from huggingface_hub import is_offline_mode
 from peft import LoraConfig
 from transformers import BitsAndBytesConfig
+from transformers.utils import cached_file
 
 from hf_prefopt.recipe.options import ModelOptions
 
@@ -30,6 +33,10 @@ def check_model_options(model: ModelOptions) -> None:
         raise ValueError(f"lora_task_type={model.lora_task_type}: a causal language model is trained; leave it out")
     if model.load_in_8bit and model.load_in_4bit:
         raise ValueError("load_in_8bit=True and load_in_4bit=True: choose one of them")
+    if model.lora_r < 1:
+        raise ValueError(f"lora_r={model.lora_r} must be at least 1")
+    if not 0 <= model.lora_dropout < 1:
+        raise ValueError(f"lora_dropout={model.lora_dropout} must be at least 0 and below 1")
     if not model.use_peft and (given := _changed(model, ADAPTER)):
         raise ValueError(
             f"{given}: only an adapter has this, and all weights train: set use_peft=true, or leave it out"
@@ -38,6 +45,31 @@ def check_model_options(model: ModelOptions) -> None:
         raise ValueError(f"{given}: weights in so few bits cannot train: set use_peft=true for an adapter on top")
     if not model.load_in_4bit and (given := _changed(model, FOUR_BITS)):
         raise ValueError(f"{given} is used with load_in_4bit=true alone: set that, or leave it out")
+
+
+def check_model_is_there(model: ModelOptions) -> None:
+    """Raise `ValueError` if there is no such model, neither here nor on the Hub."""
+    name, folder = model.model_name_or_path, Path(model.model_name_or_path).expanduser()
+    if folder.is_dir():
+        if not any((folder / file).is_file() for file in ("config.json", "adapter_config.json")):
+            raise ValueError(f"model_name_or_path={name} is a folder without config.json, and so without a model")
+        return
+    if folder.is_file():
+        raise ValueError(f"model_name_or_path={name} is a file: name the folder of a model, or a model on the Hub")
+    is_path = name.startswith((".", "/", "~", "models/", "runs/")) or name.count("/") > 1
+    if is_path:
+        demo = "; make demo puts SmolLM2 there, HuggingFaceTB/SmolLM2-135M-Instruct is it on the Hub"
+        raise ValueError(f"model_name_or_path={name}: there is no such folder{demo if 'smollm2' in name else ''}")
+    reason = "the Hub has no such model"
+    try:
+        for file in ("config.json", "adapter_config.json"):
+            if cached_file(name, file, revision=model.model_revision, _raise_exceptions_for_missing_entries=False):
+                return
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+    if is_offline_mode():
+        reason = "it is not in the cache, and the Hub is not asked, because HF_HUB_OFFLINE is set"
+    raise ValueError(f"model_name_or_path={name} is not a folder here, and {reason}")
 
 
 def _changed(model: ModelOptions, names: tuple[str, ...]) -> str:

@@ -3,13 +3,12 @@
 from argparse import Action, ArgumentTypeError
 from collections.abc import Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from hf_prefopt.config_names import hints_in
+from hf_prefopt.config_names import hints_in, nearest_setting
 from hf_prefopt.recipe.shipped import find_config
 
 # Keys of a file that are no settings: the file to begin with, and TRL's environment variables.
@@ -63,7 +62,8 @@ def _layer(file: Path, options: Mapping[str, Action]) -> Layer:
     for name, value in values.items():
         where = f"{file}, line {lines[name]}"
         if name not in options:
-            raise ValueError(f"{where}: {unknown_setting(str(name), options)}")
+            nested = "; settings are not nested: write them at the left margin" if isinstance(value, dict) else ""
+            raise ValueError(f"{where}: {unknown_setting(str(name), options, nested)}")
         try:
             settings[name] = _read(options[name], value)
         except (ValueError, TypeError, ArgumentTypeError) as error:
@@ -71,12 +71,12 @@ def _layer(file: Path, options: Mapping[str, Action]) -> Layer:
     return Layer(str(file), settings, {name: str(value) for name, value in environment.items()})
 
 
-def unknown_setting(name: str, options: Mapping[str, Action]) -> str:
-    """What to say of a name that is no setting."""
+def unknown_setting(name: str, options: Mapping[str, Action], reason: str = "") -> str:
+    """What to say of a name that is no setting; with a reason, where there is one."""
     plain = name.replace("-", "_")
-    near = [plain] if plain in options else get_close_matches(plain, options, 1)
-    hint = f"; did you mean {near[0]}?" if near else "; `hf_prefopt train --help-all` names all"
-    return f"there is no setting {name}{hints_in(name) or hint}"
+    near = plain if plain in options else nearest_setting(plain, options)
+    hint = f"; did you mean {near}?" if near else "; `hf_prefopt train --help-all` names all"
+    return f"there is no setting {name}{hints_in(name) or reason or hint}"
 
 
 def _values(file: Path) -> dict[str, Any]:
@@ -124,13 +124,13 @@ _ALSO_LISTS = ("report_to", "debug", "fsdp")
 
 
 def _checked(option: Action, value: Any) -> Any:
-    if isinstance(value, dict) and option.type not in (str, None):
+    if isinstance(value, dict) and getattr(option.type, "__name__", "") not in ("str", "_mapping"):
         raise TypeError
     return value
 
 
 def _scalar(option: Action, value: Any) -> Any:
-    if isinstance(value, bool) and option.type is str:
+    if isinstance(value, bool) and not _is_switch(option):
         raise TypeError
     read = option.type(str(value)) if option.type else value
     if option.choices is not None and read not in option.choices:
@@ -138,8 +138,12 @@ def _scalar(option: Action, value: Any) -> Any:
     return read
 
 
+def _is_switch(option: Action) -> bool:
+    return getattr(option.type, "__name__", "") == "string_to_bool"
+
+
 def _wanted(option: Action, value: Any, error: Exception) -> str:
-    if isinstance(value, bool) and option.type is str:
+    if isinstance(value, bool) and not _is_switch(option):
         return f'is what YAML makes of no, off, yes and on: put quotes around the word, {option.dest}: "no"'
     if option.choices is not None:
         return f"is not one of {', '.join(map(str, option.choices))}"

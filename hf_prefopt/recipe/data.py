@@ -28,6 +28,11 @@ def check_data_options(data: DataOptions) -> None:
             f"test_split_size={data.test_split_size} holds rows out, and dataset_test_split="
             f"{data.dataset_test_split} names a split to evaluate: give one of them"
         )
+    if data.dataset_config and data.dataset_name and Path(data.dataset_name).exists():
+        raise ValueError(
+            f"dataset_config={data.dataset_config}: {data.dataset_name} is on this machine and has no configurations: "
+            "leave it out"
+        )
     if not data.datasets:
         return
     names = ("dataset_name", "dataset_config", "train_rows", "eval_rows")

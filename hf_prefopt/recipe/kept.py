@@ -22,7 +22,10 @@ RESULTS = (
 )
 # Settings that do not make it another run.
 NOT_OF_THE_RUN = ("overwrite_output_dir", "resume_from_checkpoint")
-_SECRET = re.compile(r"hf_\w{8,}")
+_SECRET_NAMES = ("token", "password", "api_key", "secret")
+# An access token of the Hub, and an entry of a JSON mapping with a secret.
+_TOKEN = re.compile(r"hf_\w{8,}")
+_ENTRY = re.compile(rf'("\w*(?:{"|".join(_SECRET_NAMES)})"\s*:\s*)"[^"]*"', re.IGNORECASE)
 
 
 def refuse_other_run(recipe: Recipe) -> None:
@@ -33,13 +36,13 @@ def refuse_other_run(recipe: Recipe) -> None:
     folder = Path(recipe.training.output_dir)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output_dir={folder} is a file: name a folder")
-    may = recipe.run.overwrite_output_dir or recipe.training.resume_from_checkpoint
-    if may or not any(found for name in RESULTS for found in folder.glob(name)):
+    if recipe.training.resume_from_checkpoint or not any(found for name in RESULTS for found in folder.glob(name)):
         return
     before, now = _kept(folder), _plain(recipe.settings)
-    if before == now:
+    if before == now or recipe.run.overwrite_output_dir:
         if recipe.training.process_index == 0:
-            print(f"{folder} holds this run already: its files are replaced", flush=True)
+            held = "this run" if before == now else f"another run{_difference(before, now)}"
+            print(f"{folder} holds {held}: its files are replaced", flush=True)
         return
     raise ValueError(
         f"output_dir={folder} holds another run{_difference(before, now)}: name another folder, --output_dir "
@@ -55,7 +58,7 @@ def keep_settings(recipe: Recipe) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft", "datasets"))
     head = [
-        _SECRET.sub("hf_...", _command(recipe.command_line)),
+        _command(recipe.command_line),
         f"hf_prefopt {__version__}, {versions}",
         f"The same run again: hf_prefopt train --config {folder / FILE}",
     ]
@@ -66,12 +69,13 @@ def keep_settings(recipe: Recipe) -> None:
 
 
 def _command(words: Any) -> str:
-    """The command line, without the values of options that name a token."""
+    """The command line, with dots in place of secrets."""
     shown, hide = [], False
     for word in words:
         name, is_pair, _ = word.partition("=")
         is_secret = name.startswith("--") and _is_secret(name)
-        shown.append("..." if hide else f"{name}=..." if is_secret and is_pair else word)
+        open_word = _ENTRY.sub(r'\1"..."', _TOKEN.sub("...", word))
+        shown.append("..." if hide else f"{name}=..." if is_secret and is_pair else open_word)
         hide = is_secret and not is_pair
     return shlex.join(shown)
 
@@ -85,7 +89,7 @@ def _plain(settings: Any) -> Any:
 
 
 def _is_secret(name: str) -> bool:
-    return name.endswith(("token", "password", "api_key", "secret"))
+    return name.lower().replace("-", "_").endswith(_SECRET_NAMES)
 
 
 def _kept(folder: Path) -> dict[str, Any] | None:

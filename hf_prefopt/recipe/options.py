@@ -5,6 +5,7 @@ TRL can be used; TRL itself is not needed.
 """
 
 import runpy
+import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ class DataOptions:
     datasets: list[str] | None = field(
         default=None,
         metadata=_help(
-            "A mixture instead of dataset_name: paths, or entries with path, weight and more; see docs/inspect.md."
+            "A mixture instead of dataset_name: paths, or entries with path, weight and more; see the README."
         ),
     )
     test_split_size: float | None = field(
@@ -126,9 +127,24 @@ class RunOptions:
     overwrite_output_dir: bool = field(default=False, metadata=_help("Replace another run in output_dir."))
 
     def __post_init__(self):
-        if self.losses_from and not Path(self.losses_from).is_file():
-            raise ValueError(f"losses_from={self.losses_from}: there is no such file")
+        if self.losses_from and not (self.losses_from.endswith(".py") and Path(self.losses_from).is_file()):
+            raise ValueError(f"losses_from={self.losses_from}: there is no such file of Python code")
         if self.losses_from:
-            runpy.run_path(self.losses_from)
+            _run_file(self.losses_from)
         if not 0 <= self.gsm8k_problems <= 200:
             raise ValueError(f"gsm8k_problems={self.gsm8k_problems} must be from 0 to 200")
+
+
+def _run_file(path: str) -> None:
+    """Run a user's file. Raises `ValueError` for any error in it, with the line."""
+    try:
+        runpy.run_path(path)
+    except SyntaxError as error:
+        raise ValueError(
+            f"losses_from={path}, line {error.lineno}: {error.msg}: {(error.text or '').strip()}"
+        ) from error
+    except Exception as error:  # a user's code raises errors of any type
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        where = f", line {lines[-1]}" if lines else ""
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise ValueError(f"losses_from={path}{where}: {kind}{error}") from error

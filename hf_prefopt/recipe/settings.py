@@ -51,6 +51,9 @@ def read_recipe(options: Namespace) -> Recipe:
     environment = {name: value for file in files for name, value in file.environment.items()}
     os.environ.update(environment)
     _refuse_missing(settings)
+    for loss in settings.get("loss_type", ()):
+        if "," in loss:
+            raise ValueError(f"loss_type={loss}: separate losses with blanks, --loss_type {loss.replace(',', ' ')}")
     # First, because `losses_from` registers losses that PreferenceConfig looks up.
     run = RunOptions(**_of(RunOptions, settings))
     settings.setdefault("output_dir", "runs/" + "+".join(settings.get("loss_type", ["dpo"])))

@@ -162,6 +162,8 @@ def fill(
             "reference_cache_dir"
         )
 
+
+def _missing_anywhere(accelerator: Accelerator, missing: np.ndarray) -> np.ndarray:
     """The entries that any rank misses; ranks could differ, because another run may be writing."""
     if accelerator.num_processes == 1:
         return missing

@@ -97,7 +97,10 @@ def checkpoint_to_resume(asked: str | bool | None, output_dir: str | Path) -> st
     if not is_complete(checkpoint):
         newest = last_complete_checkpoint(output_dir)
         cure = f"resume from {newest}" if newest else "start without resume_from_checkpoint"
-        raise ValueError(f"{checkpoint} is not a complete checkpoint, its writing was interrupted: {cure}")
+        fault = "is not a complete checkpoint, its writing was interrupted"
+        if not Path(checkpoint).is_dir():
+            fault = "is not a folder, and so not a checkpoint"
+        raise ValueError(f"{checkpoint} {fault}: {cure}")
     if Path(checkpoint, _OLD_STATE).is_file():
         raise ValueError(
             f"{checkpoint} is from an older version of hf_prefopt, which kept the state of the losses in {_OLD_STATE}, "

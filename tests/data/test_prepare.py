@@ -65,7 +65,7 @@ def test_one_line_counts_what_was_cut_and_dropped(said):
     prepared = prepare_dataset(rows, tiny_tokenizer(), max_length=8, name="eval")
     assert said() == [
         "eval: 3 of 6 responses cut to max_length=8 (longest 11 tokens), 1 row dropped whose prompt alone fills it; "
-        "raise max_length or truncation_mode='keep_end'"
+        "raise max_length or set truncation_mode='keep_end'"
     ]
     assert prepared["row"][:] == [0, 1, 2]
 

@@ -1,0 +1,304 @@
+"""The mistakes that people make, and the sentence that each is answered with: one line, no traceback, exit code 1.
+
+Exit code 2 is for a command line that cannot be read. Nothing here trains.
+"""
+
+import json
+import os
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import huggingface_hub
+import pytest
+from peft import LoraConfig, get_peft_model
+from transformers import TrainingArguments
+from transformers.utils import logging as transformers_logging
+
+from hf_prefopt import PreferenceConfig, PreferenceTrainer
+from hf_prefopt.commands import main
+from tests.tiny_models import tiny_model
+from tests.tokenizers import tiny_tokenizer
+from tests.trainers import make_config, make_trainer, pairs
+
+PAIRS = [{"prompt": f"Is {n} even? ", "chosen": "I can help you.", "rejected": "I'm sorry."} for n in range(6)]
+CHAT = [{name: [{"role": "user" if name == "prompt" else "assistant", "content": text}] for name, text in row.items()}
+        for row in PAIRS]  # fmt: skip
+DATA: dict[str, list[dict[str, Any]]] = {
+    "pairs": PAIRS,
+    "chat": CHAT,
+    "no_rejected": [{"prompt": row["prompt"], "chosen": row["chosen"]} for row in PAIRS],
+    "equal": [{**row, "rejected": row["chosen"]} for row in PAIRS],
+    "numbers": [{**row, "chosen": 3} for row in PAIRS],
+    "holes": [{**row, "rejected": None if n == 3 else row["rejected"]} for n, row in enumerate(PAIRS)],
+    "good_bad": [{"instruction": row["prompt"], "good": row["chosen"], "bad": row["rejected"]} for row in PAIRS],
+    "choosen": [{"prompt": r["prompt"], "choosen": r["chosen"], "rejected": r["rejected"]} for r in PAIRS],
+    "context": [{"theme": "Say whether it is even.", **row} for row in PAIRS],
+}
+FILES = {
+    "typo.yaml": "loss_type: [dpo]\nlerning_rate: 2e-4\n",
+    "syntax.yaml": "a: [1\nb: 2\n",
+    "tab.yaml": "beta:\t0.1\n",
+    "word.yaml": "learning_rate: high\n",
+    "half.yaml": "max_steps: 2.5\n",
+    "no.yaml": "eval_strategy: no\n",
+    "list.yaml": "- beta\n",
+    "twice.yaml": "beta: 1\nbeta: 2\n",
+    "hyphen.yaml": "learning-rate: 1e-4\n",
+    "trl.yaml": "rpo_alpha: 1.0\n",
+    "nested.yaml": "training:\n  beta: 0.1\n",
+    "circle.yaml": "base: circle.yaml\n",
+    "orphan.yaml": "base: nowhere.yaml\n",
+    "empty.jsonl": "",
+    "broken.jsonl": '{"prompt": "a", "chosen": "b"\n',
+    "mean.py": "from hf_prefopt import register_loss\n@register_loss('mean_loss')\n"
+    "def f(policy_chosen_logps, policy_rejected_logps, beta=0.1):\n"
+    "    return (policy_rejected_logps - policy_chosen_logps).mean()\n",
+    "names.py": "from hf_prefopt import register_loss\n@register_loss('l')\ndef f(chosen_logps, beta=0.1): ...\n",
+    "syntax.py": "def f(:\n",
+}
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory) -> Path:
+    """A folder with a model, one without a chat template, and the files."""
+    folder = tmp_path_factory.mktemp("desk")
+    tokenizer = tiny_tokenizer()
+    for name in ("model", "plain"):
+        tiny_model(vocab_size=len(tokenizer)).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+        tokenizer.chat_template = None
+    for name, rows in DATA.items():
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for name, text in FILES.items():
+        (folder / name).write_text(text)
+    (folder / "not_a_model").mkdir()
+    (folder / "done").mkdir()
+    (folder / "done" / "README.md").write_text("Another run.")
+    return folder
+
+
+@pytest.fixture
+def typed(desk, monkeypatch, tmp_path, capsys) -> Callable[[str], tuple[int, str]]:
+    """The exit code of a command line, and the line that begins with "error"."""
+    for settings in (huggingface_hub.constants, datasets.config):
+        monkeypatch.setattr(settings, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(desk)
+    transformers_logging.disable_progress_bar()
+    small = {
+        "model_name_or_path": "model",
+        "dataset_name": "pairs.jsonl",
+        "output_dir": str(tmp_path / "out"),
+        "max_steps": "1",
+    }
+
+    def run(line: str) -> tuple[int, str]:
+        words = shlex.split(line)
+        if words[:1] == ["train"] and "..." in words:
+            missing = [w for name, value in small.items() if f"--{name}" not in words for w in (f"--{name}", value)]
+            words = [word for word in words if word != "..."] + [*missing, "--use_cpu", "--disable_tqdm", "true"]
+        try:
+            code = main(words)
+        except SystemExit as ended:
+            code = int(ended.code)
+        printed = capsys.readouterr().err
+        assert "Traceback" not in printed and "usage:" not in printed
+        return code, printed[printed.find("error: ") :]
+
+    return run
+
+
+# What is typed ("...": a model, data and a folder), and what is said.
+READ: dict[str, str] = {
+    "trian": "there is no command trian: did you mean train?",
+    "train ... --lerning_rate 1e-4": "unknown argument --lerning_rate: did you mean --learning_rate?",
+    "train ... --learning-rat 1e-4": "unknown argument --learning-rat: did you mean --learning",
+    "train ... --lr 1e-4": "did you mean --learning_rate?",
+    "train ... --epochs 3": "did you mean --num_train_epochs?",
+    "train ... --batch_size 3": "did you mean --per_device_train_batch_size?",
+    "train --model m": "did you mean --model_name_or_path?",
+    "train --dataset d": "did you mean --dataset_name?",
+    "train ... --max_prompt_length 10": "for max_prompt_length write max_length=..., which bounds prompt and response",
+    "train ... --padding_free true": "write nothing: layout='auto' computes no padding",
+    "train ... --rpo_alpha 1": "for rpo_alpha write sft_weight=...",
+    "train ... --simpo_gamma 1": "for simpo_gamma write loss_params={'gamma': ...}",
+    "train ... --gamma 1": "write loss_params={'gamma': ...}",
+    "train ... --trust_remote_code true": "write model_init_kwargs={'trust_remote_code': ...}",
+    "train ... --beta high": "argument --beta: 'high' is not a number",
+    "train ... --max_steps 2.5": "argument --max_steps: '2.5' is not a whole number",
+    "train ... --bf16 maybe": "argument --bf16: Truthy value expected: got maybe but expected one of yes/no",
+    "train ... --eval_strategy epochs": "epochs is not a choice; did you mean epoch?",
+    "train ... --lr_scheduler_type cosin": "cosin is not a choice; did you mean cosine?",
+    "train ... --dtype fp16": "fp16 is not a choice; choose from auto, bfloat16, float16, float32",
+    "train ... --column_mapping prompt=asked": "prompt=asked is neither a file nor a JSON mapping such as '{\"name",
+    "train ... --loss_params {gamma": "{gamma is neither a file nor a JSON mapping",
+    "train ... --deepspeed nowhere.json": "nowhere.json is neither a file nor a JSON mapping",
+    "train pairs.jsonl": "unexpected argument pairs.jsonl: did you mean --dataset_name pairs.jsonl?",
+    "train mine.yaml": "unexpected argument mine.yaml: did you mean --config mine.yaml?",
+    "train ... --loss_type": "argument --loss_type: expected at least one argument",
+    "losses --kind pair": "pair is not a choice; did you mean pairs?",
+    "inspect pairs.jsonl": "the following arguments are required: --model",
+}
+SAID: dict[str, str] = {
+    "train": "--dataset_name is missing: pass it, or a YAML file that has it, with --config",
+    "train --dataset_name pairs.jsonl": "--model_name_or_path is missing: pass it, or a YAML file that has it",
+    # files of settings
+    "train ... --config typo.yaml": "typo.yaml, line 2: there is no setting lerning_rate; did you mean learning_rate?",
+    "train ... --config syntax.yaml": "syntax.yaml, line 2, column 2: this is not YAML: expected ',' or ']'",
+    "train ... --config tab.yaml": "tab.yaml, line 1, column 6: this is not YAML: found character '\\t'",
+    "train ... --config word.yaml": "word.yaml, line 1: learning_rate: 'high' must be a number",
+    "train ... --config half.yaml": "half.yaml, line 1: max_steps: 2.5 must be a whole number",
+    "train ... --config no.yaml": 'put quotes around the word, eval_strategy: "no"',
+    "train ... --config list.yaml": "list.yaml: settings are lines `name: value`, and this is a list",
+    "train ... --config twice.yaml": "twice.yaml, line 2: beta is in line 1 already: leave one out",
+    "train ... --config hyphen.yaml": "there is no setting learning-rate; did you mean learning_rate?",
+    "train ... --config trl.yaml": "trl.yaml, line 1: there is no setting rpo_alpha; for rpo_alpha write sft_weight",
+    "train ... --config nested.yaml": "settings are not nested: write them at the left margin",
+    "train ... --config circle.yaml": "circle.yaml: base: circle.yaml leads back to circle.yaml",
+    "train ... --config orphan.yaml": "orphan.yaml: base: nowhere.yaml: there is no such file beside it",
+    "train ... --config simppo": "--config simppo: there is no such file or recipe; did you mean simpo",
+    "train ... --config .": "--config . is a folder: name a YAML file in it",
+    "train --copy dpo_lra": "--copy dpo_lra: there is no such recipe; did you mean dpo_lora",
+    # losses
+    "train ... --loss_type simppo": "loss_type='simppo' is not registered; did you mean simpo or sppo or sampo?",
+    "losses simppo": "did you mean simpo or sppo or sampo?",
+    "train ... --loss_type dpo,sft": "loss_type=dpo,sft: separate losses with blanks, --loss_type dpo sft",
+    "train ... --beta -1": "beta=-1.0 is outside (0, inf)",
+    "train ... --beta 0": "beta=0.0 is outside (0, inf)",
+    """train ... --loss_type simpo --loss_params '{"gama": 1}'""": "gama=1 is used by no loss: simpo takes beta=2.0",
+    """train ... --loss_type dpo simpo --loss_params '{"gamma": 1}'""": "give them by loss, as in {'simpo': {'gamma'",
+    "train ... --loss_type dpo sft --loss_weights 1": "loss_weights has 1 values for 2 losses ['dpo', 'sft']",
+    "train ... --loss_type kto": "train holds pairs, but kto needs rows with `label`, or pairs with unpair=True",
+    "train ... --loss_type odpo": "it needs a number for every row in a column `chosen_score` (or score_chosen",
+    "train ... --losses_from mean.py --loss_type mean_loss": "leave out mean() or sum(): the trainer takes the mean",
+    "train ... --losses_from names.py": "parameter chosen_logps is no known input and has no default; inputs are named",
+    "train ... --losses_from syntax.py": "losses_from=syntax.py, line 1: invalid syntax",
+    "train ... --losses_from nowhere.py": "losses_from=nowhere.py: there is no such file of Python code",
+    # data
+    "train ... --dataset_name no_rejected.jsonl": "column `rejected` is missing (columns found: prompt, chosen)",
+    "train ... --dataset_name equal.jsonl": "chosen and rejected are the same tokens in all of 6 pairs",
+    "train ... --dataset_name numbers.jsonl": "`chosen` is of type int",
+    "train ... --dataset_name holes.jsonl": "row 3: `rejected` is missing; drop the row or pass on_bad_rows='drop'",
+    "train ... --dataset_name good_bad.jsonl": "column_mapping={'chosen': 'good', 'rejected': 'bad'}",
+    "train ... --dataset_name choosen.jsonl": "column_mapping={'chosen': 'choosen'}",
+    "train ... --dataset_name nowhere.jsonl": "nowhere.jsonl: there is no such file",
+    "train ... --dataset_name data/nowhere": "data/nowhere, which is no file or folder here: Couldn't reach",
+    "train ... --dataset_name ./nowhere": "./nowhere: there is no such file or folder",
+    "train ... --dataset_name empty.jsonl": "empty.jsonl is empty",
+    "train ... --dataset_name broken.jsonl": "broken.jsonl, line 1 is no JSON",
+    "train ... --dataset_name chat.jsonl --model_name_or_path plain": "has no chat template",
+    "train ... --dataset_test_split tests": "no split 'tests' to evaluate: there are train",
+    "train ... --dataset_config easy": "pairs.jsonl is on this machine and has no configurations: leave it out",
+    "train ... --test_split_size 5": "test_split_size=5.0 must be a share above 0 and below 1, such as 0.05",
+    "train ... --train_rows 0": "train_rows=0 must be at least 1",
+    "train ... --max_length 3": "none of the 6 rows can be used.*raise max_length or set truncation_mode='keep_end'",
+    "train ... --remove_columns nothing": "remove_columns=['nothing']: there is no 'nothing' among prompt, chosen",
+    "train ... --datasets pairs.jsonl": "dataset_name=pairs.jsonl beside datasets: give path",
+    # model and adapter
+    "train ... --model_name_or_path models/nowhere": "model_name_or_path=models/nowhere: there is no such folder",
+    "train ... --model_name_or_path no/where": "=no/where is not a folder here, and it is not in the cache",
+    "train ... --model_name_or_path not_a_model": "is a folder without config.json, and so without a model",
+    "train ... --model_name_or_path pairs.jsonl": "is a file: name the folder of a model",
+    "train ... --load_in_4bit true": "load_in_4bit=True: weights in so few bits cannot train: set use_peft=true",
+    "train ... --lora_r 8": "lora_r=8: only an adapter has this, and all weights train: set use_peft=true",
+    "train ... --use_peft true --lora_r 0": "lora_r=0 must be at least 1",
+    "train ... --use_peft true --lora_target_modules foo": "lora_target_modules=foo: no layer of the model has such a",
+    """train ... --model_init_kwargs '{"foo": 1}'""": "takes no argument 'foo': check model_init_kwargs",
+    # training
+    "train ... --fp16 true": "fp16=True (or ACCELERATE_MIXED_PRECISION=fp16) has no effect on a CPU: leave it out",
+    "train ... --layout shraed": "layout='shraed' is not one of auto, shared, around, padded",
+    "train ... --reference adapter_off": "reference='adapter_off' wants a PEFT model, and the policy is",
+    "train ... --resume_from_checkpoint true": "has no complete checkpoint to resume from",
+    "train ... --resume_from_checkpoint nowhere": "nowhere is not a folder, and so not a checkpoint",
+    "train ... --load_best_model_at_end true": "requires the save and eval strategy to match",
+    "train ... --save_strategy best": "save_strategy=best: --metric_for_best_model is missing",
+    "train ... --per_device_train_batch_size 0": "per_device_train_batch_size=0 must be at least 1",
+    "train ... --gradient_accumulation_steps 0": "gradient_accumulation_steps=0 must be at least 1",
+    "train ... --learning_rate -1": "learning_rate=-1.0 must be at least 0",
+    "train ... --output_dir pairs.jsonl": "output_dir=pairs.jsonl is a file: name a folder",
+    "train ... --output_dir done": "output_dir=done holds another run: name another folder, --output_dir done-2, or",
+    "train ... --push_to_hub": "is not in reach, because HF_HUB_OFFLINE is set: unset it, or leave push_to_hub out",
+}
+
+
+@pytest.mark.parametrize("line", READ)
+def test_a_command_line_that_cannot_be_read(line, typed):
+    code, said = typed(line)
+    assert code == 2 and READ[line] in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("line", SAID)
+def test_a_mistake_is_answered_with_its_sentence(line, typed):
+    code, said = typed(line)
+    parts = SAID[line].split(".*")
+    assert code == 1 and said.startswith("error: ") and all(part in said for part in parts), said
+
+
+LIBRARIES = {
+    "WandbCallback requires wandb to be installed. Run `pip install wandb`.": "report_to=wandb, which is not installed",
+    "TensorBoardCallback requires tensorboard to be installed. Either updat": "pip install tensorboard, or --report_to",
+    "DeepSpeed is not installed => run `pip3 install deepspeed` or build": 'pip install --no-build-isolation "hf_pre',
+    "Using `bitsandbytes` 4-bit quantization requires bitsandbytes: `pip ins": 'pip install "hf_prefopt[quantization]"',
+    "the package for FlashAttention2 doesn't seem to be installed.": "leave it out for sdpa, or pip install flash-attn",
+}
+
+
+@pytest.mark.parametrize("theirs", LIBRARIES)
+def test_a_missing_library_is_named_with_the_command_that_installs_it(theirs):
+    from hf_prefopt.commands.faults import message_of
+
+    assert LIBRARIES[theirs] in message_of(RuntimeError(theirs)) == message_of(ImportError(theirs))
+
+
+def test_other_errors_are_named_by_their_type_and_place(monkeypatch, capsys):
+    """A fault of the code is no `ValueError`: one line says where it is; ranks after the first wait and say which."""
+    from hf_prefopt.commands import faults
+
+    monkeypatch.setattr(faults, "_SECONDS_BEHIND_THE_FIRST_RANK", 0.0)
+    assert faults.reported(lambda: [].pop(), with_traceback=False) == 1
+    line = capsys.readouterr().err
+    assert line.startswith("error: IndexError: pop from empty list (test_mistakes.py, line ") and line.count("\n") == 1
+    monkeypatch.setenv("RANK", "3")
+    assert faults.reported(lambda: int("x"), with_traceback=False) == 1
+    assert capsys.readouterr().err.startswith("error on rank 3: invalid literal")
+    with pytest.raises(IndexError):
+        faults.reported(lambda: [].pop(), with_traceback=True)
+
+
+def _with_adapter() -> Any:
+    return get_peft_model(tiny_model(), LoraConfig(target_modules="all-linear"))
+
+
+# In Python: what is wrong, and what is raised.
+IN_PYTHON: dict[str, tuple[Callable[[str], Any], str]] = {
+    "another trainer's arguments": (
+        lambda folder: PreferenceTrainer(
+            tiny_model(), args=TrainingArguments(folder), processing_class=tiny_tokenizer()
+        ),
+        "PreferenceTrainer takes a PreferenceConfig",
+    ),
+    "tokenizer=": (
+        lambda folder: PreferenceTrainer(tiny_model(), args=make_config(folder), tokenizer=tiny_tokenizer()),
+        "processing_class=tokenizer",
+    ),
+    "a name of TRL's": (lambda folder: PreferenceConfig(folder, rpo_alpha=1.0), "write sft_weight"),
+    "two adapters": (
+        lambda folder: make_trainer(folder, _with_adapter(), peft_config=LoraConfig(target_modules="all-linear")),
+        "drop peft_config",
+    ),
+    "a reference for a loss without one": (
+        lambda folder: make_trainer(folder, ref_model=tiny_model(), loss_type="simpo"),
+        "leave it out",
+    ),
+    "no rows": (lambda folder: make_trainer(folder, train_dataset=pairs().select([])), "row"),
+    "no data to evaluate": (lambda folder: make_trainer(folder, eval_strategy="steps", eval_steps=1), "eval_dataset"),
+}
+
+
+@pytest.mark.parametrize("what", IN_PYTHON)
+def test_a_mistake_in_python(what, tmp_path):
+    attempt, message = IN_PYTHON[what]
+    with pytest.raises((ValueError, TypeError), match=message):
+        attempt(os.fspath(tmp_path))
