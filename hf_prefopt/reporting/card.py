@@ -52,7 +52,6 @@ class CardFacts:
         results: before and after training, with intervals and baselines, once the run has ended.
         answers: `prompt`, and the answers `before` and `after` training.
         hardware: what the run was computed on, and how long it took.
-        command: how it was started.
         warnings: what the run warned of.
         has_curves: whether `curves.png` is beside the card.
         configuration: the settings that differ from their defaults, as YAML.
@@ -73,7 +72,6 @@ class CardFacts:
     results: Results = field(default_factory=Results)
     answers: Sequence[Mapping[str, str]] = ()
     hardware: str = ""
-    command: str = ""
     warnings: tuple[str, ...] = ()
     has_curves: bool = False
     configuration: str = ""
@@ -111,10 +109,9 @@ def model_card(facts: CardFacts, tags: str | list[str] | None = None, **metadata
         _list_section("Loss", losses) + (f"\n\nNotation: {NOTATION}" if losses else ""),
         _table_section("Data", facts.data),
         _table_section("Setup", setup),
-        f"## Use\n\n{usage_snippet(facts)}\n\n{serving_snippet(facts)}",
+        f"## Use\n\n{usage_snippet(facts)}\n\n{serving_snippet(facts)}".rstrip(),
         _table_section("Hyperparameters", facts.hyperparameters),
         _code_section("Configuration", "yaml", facts.configuration),
-        _code_section("Command", "bash", facts.command),
         _table_section("Versions", facts.versions),
         _code_section("Citation", "bibtex", citations(facts)),
     ]
@@ -161,10 +158,13 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_to
 
 def serving_snippet(facts: CardFacts) -> str:
     """A shell block that serves the result with vLLM."""
+    if facts.is_adapter and base_on_hub(facts.base_model) is None and not Path(facts.base_model).is_dir():
+        return ""  # a model made in memory
     if not facts.is_adapter:
         return f"```bash\nvllm serve {facts.repository}\n```"
     name = facts.model_name.replace(" ", "-")
-    return f"```bash\nvllm serve {facts.base_model} --enable-lora --lora-modules {name}={facts.repository}\n```"
+    base = base_on_hub(facts.base_model) or facts.base_model
+    return f"```bash\nvllm serve {base} --enable-lora --lora-modules {name}={facts.repository}\n```"
 
 
 def base_on_hub(base_model: str) -> str | None:
@@ -217,16 +217,12 @@ def citations(facts: CardFacts) -> str:
         "  author = {{The hf_prefopt authors}},\n  year = {2026}\n}"
     )
     papers = {loss.paper: loss.name for loss in facts.losses if loss.paper}
-    return "\n\n".join(
-        [
-            package,
-            *(
-                f"@misc{{{name}_{paper.replace('.', '_')},\n  title = {{The paper of the loss {name}}},\n"
-                f"  eprint = {{{paper}}},\n  archivePrefix = {{arXiv}},\n  url = {{https://arxiv.org/abs/{paper}}}\n}}"
-                for paper, name in papers.items()
-            ),
-        ]
-    )
+    entries = [
+        f"@misc{{arxiv_{paper.replace('.', '_')},\n  note = {{The loss {name}}},\n  eprint = {{{paper}}},\n"
+        f"  archivePrefix = {{arXiv}},\n  url = {{https://arxiv.org/abs/{paper}}}\n}}"
+        for paper, name in papers.items()
+    ]
+    return "\n\n".join([package, *entries])
 
 
 def _results_section(facts: CardFacts) -> str:
