@@ -13,7 +13,7 @@ from hf_prefopt.trl.configs import CPOConfig, DPOConfig, KTOConfig, ORPOConfig, 
 from hf_prefopt.trl.differences import DIFFERENCES, OTHER_DEFAULTS
 from hf_prefopt.trl.fields import TRL_FIELDS
 from hf_prefopt.trl.losses import CPO, KTO, ORPO, TPO, Translation
-from hf_prefopt.trl.metrics import LEFT_OUT, LOGGED
+from hf_prefopt.trl.metrics import LEFT_OUT, LOGGED, OURS
 
 CONFIGS = (DPOConfig, KTOConfig, CPOConfig, ORPOConfig, TPOConfig)
 HEAD = """\
@@ -119,6 +119,7 @@ def _metrics() -> str:
             "## Metrics",
             "By TRL's names and conventions under `hf_prefopt.trl`; `eval_` before them in evaluations, as in TRL.",
             _table(("metric", "trainers", "under `PreferenceTrainer`"), LOGGED),
+            f"Logged here for every loss, and not by TRL: {OURS}",
             "Left out:",
             _table(("metric", "why"), LEFT_OUT),
         ]
