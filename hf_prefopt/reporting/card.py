@@ -54,7 +54,6 @@ class CardFacts:
         results: before and after training, with intervals and baselines, once the run has ended.
         answers: `prompt`, and the answers `before` and `after` training.
         hardware: what the run was computed on, and how long it took.
-        command: how it was started.
         warnings: what the run warned of.
         has_curves: whether `curves.png` is beside the card.
         configuration: the settings that differ from their defaults, as YAML.
@@ -77,7 +76,6 @@ class CardFacts:
     results: Results = field(default_factory=Results)
     answers: Sequence[Mapping[str, str]] = ()
     hardware: str = ""
-    command: str = ""
     warnings: tuple[str, ...] = ()
     has_curves: bool = False
     configuration: str = ""
@@ -119,7 +117,6 @@ def model_card(facts: CardFacts, tags: str | list[str] | None = None, **metadata
         f"With vLLM:\n\n```bash\n{facts.serve}\n```" if facts.serve else "",
         _table_section("Hyperparameters", facts.hyperparameters),
         _code_section("Configuration", "yaml", facts.configuration),
-        _code_section("Command", "bash", facts.command),
         _table_section("Versions", facts.versions),
         _code_section("Citation", "bibtex", citations(facts)),
     ]
@@ -219,16 +216,12 @@ def citations(facts: CardFacts) -> str:
         "  author = {{The hf_prefopt authors}},\n  year = {2026}\n}"
     )
     papers = {loss.paper: loss.name for loss in facts.losses if loss.paper}
-    return "\n\n".join(
-        [
-            package,
-            *(
-                f"@misc{{{name}_{paper.replace('.', '_')},\n  title = {{The paper of the loss {name}}},\n"
-                f"  eprint = {{{paper}}},\n  archivePrefix = {{arXiv}},\n  url = {{https://arxiv.org/abs/{paper}}}\n}}"
-                for paper, name in papers.items()
-            ),
-        ]
-    )
+    entries = [
+        f"@misc{{arxiv_{paper.replace('.', '_')},\n  note = {{The loss {name}}},\n  eprint = {{{paper}}},\n"
+        f"  archivePrefix = {{arXiv}},\n  url = {{https://arxiv.org/abs/{paper}}}\n}}"
+        for paper, name in papers.items()
+    ]
+    return "\n\n".join([package, *entries])
 
 
 def _results_section(facts: CardFacts) -> str:

@@ -8,7 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from hf_prefopt.reporting.pages import render_page, write_page
-from hf_prefopt.reporting.panels import PANELS, Points, running_mean, series
+from hf_prefopt.reporting.panels import PANELS, Points, median_of, running_mean, series
 from hf_prefopt.reporting.preview import visible
 from hf_prefopt.reporting.record import RunRecord
 from hf_prefopt.reporting.results import LONGER, SHOWN, evaluated_sets, results_of
@@ -36,7 +36,7 @@ def comparison_rows(records: Sequence[RunRecord]) -> list[tuple[str, list[str]]]
         ("tokens_per_second", "tokens per second", "{:,.0f}"),
         ("peak_memory_gib", "peak memory, GiB", "{:.2f}"),
     ):
-        rows.append((label, [_last(record, key, form) for record in records]))
+        rows.append((label, [_median(record, key, form) for record in records]))
     rows.append(("warnings", [str(len(record.run.get("warnings") or ())) for record in records]))
     return [(label, values) for label, values in rows if set(values) != {"–"}]
 
@@ -99,6 +99,6 @@ def _minutes(record: RunRecord) -> str:
     return f"{seconds / 60:.1f}" if seconds else "–"
 
 
-def _last(record: RunRecord, key: str, form: str) -> str:
-    values = [log[key] for log in record.logs if log.get(key) is not None]
-    return form.format(values[-1]) if values else "–"
+def _median(record: RunRecord, key: str, form: str) -> str:
+    value = median_of(record.logs, key)
+    return form.format(value) if value is not None else "–"

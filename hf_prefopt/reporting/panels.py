@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from hf_prefopt.reporting.record import RunRecord
 from hf_prefopt.reporting.results import LONGER, evaluated_sets, results_of
 
@@ -20,18 +22,18 @@ Points = list[tuple[float, float]]
 
 @dataclass(frozen=True)
 class Panel:
-    """A panel: its curves (metric → color number, label) and the value of a policy without a preference."""
+    """A panel: its curves (metric → color number, label), and (value, label) of what they are compared with."""
 
     title: str
     unit: str
     curves: Mapping[str, tuple[int, str]]
-    no_preference: float | None = None
+    compared_with: tuple[float, str] | None = None
 
 
 PANELS = (
     Panel("Loss", "nats", {"loss": (0, "loss")}),
-    Panel("Reward accuracy", "share of pairs", {"rewards/accuracies": (0, "accuracy")}, 0.5),
-    Panel("Reward margin", "nats", {"rewards/margins": (0, "chosen − rejected")}, 0.0),
+    Panel("Reward accuracy", "share of pairs", {"rewards/accuracies": (0, "accuracy")}, (0.5, "no preference")),
+    Panel("Reward margin", "nats", {"rewards/margins": (0, "chosen − rejected")}, (0.0, "no preference")),
     Panel(
         "Rewards",
         "nats",
@@ -43,14 +45,14 @@ PANELS = (
         },
     ),
     Panel(
-        "Δ log p since the reference",
+        "Δ log p",
         "nats per token",
         {
             "log_ratios/chosen": (0, "chosen"),
             "log_ratios/rejected": (1, "rejected"),
             "log_ratios/responses": (0, "responses"),
         },
-        0.0,
+        (0.0, "unchanged"),
     ),
     Panel("KL to the reference", "nats per token", {"ref_kl": (0, "estimate on the data")}),
 )
@@ -112,7 +114,7 @@ def drawn_panels(record: RunRecord) -> list[Drawn]:
             for key, (color, label) in panel.curves.items()
         ]
         curves = [curve for curve in curves if curve.train or curve.evaluations]
-        lines = [] if panel.no_preference is None else [(panel.no_preference, "no preference")]
+        lines = [panel.compared_with] if panel.compared_with is not None else []
         if longer is not None and "rewards/accuracies" in panel.curves:
             lines.append((longer.value, LONGER))
         if curves:
@@ -141,6 +143,12 @@ def running_mean(points: Points) -> Points:
     return [
         (step, sum(values[max(0, at + 1 - width) : at + 1]) / min(at + 1, width)) for at, (step, _) in enumerate(points)
     ]
+
+
+def median_of(logs: Sequence[Mapping[str, Any]], key: str) -> float | None:
+    """The median of a metric over the logs; `None` if none has it."""
+    values = [log[key] for log in logs if log.get(key) is not None]
+    return float(np.median(values)) if values else None
 
 
 def three_digits(value: float) -> str:

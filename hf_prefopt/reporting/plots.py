@@ -61,6 +61,8 @@ def _draw(axes: Any, drawn: Drawn) -> None:
 
 
 def _draw_curve(axes: Any, curve: Curve) -> None:
+    from matplotlib.patheffects import withStroke
+
     color, mark = OKABE_ITO[curve.color], _MARKS[curve.color]
     style = "-" if curve.color == 0 else "--"
     if curve.train:
@@ -84,4 +86,6 @@ def _draw_curve(axes: Any, curve: Curve) -> None:
             fontsize=8,
             ha="center",
             color=color,
+            path_effects=[withStroke(linewidth=2.5, foreground="white")],
+            zorder=4,
         )

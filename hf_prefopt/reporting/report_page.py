@@ -7,7 +7,7 @@ import numpy as np
 
 from hf_prefopt.reporting.notation import NOTATION
 from hf_prefopt.reporting.pages import render_page, write_page
-from hf_prefopt.reporting.panels import drawn_panels, three_digits
+from hf_prefopt.reporting.panels import drawn_panels, median_of, three_digits
 from hf_prefopt.reporting.record import RunRecord
 from hf_prefopt.reporting.results import LONGER, Results, evaluated_sets, results_of
 from hf_prefopt.reporting.svg import line_chart, scatter_chart
@@ -64,15 +64,14 @@ def _figures(record: RunRecord, results: Results) -> list[tuple[str, str]]:
         figures.append((f"{accuracy.low:.1%} – {accuracy.high:.1%}", "its 95% interval"))
     if longer := results.baselines.get(LONGER):
         figures.append((f"{longer.value:.1%}", f"accuracy of “{LONGER}”"))
-    last = {key: value for log in record.logs for key, value in log.items() if value is not None}
     for key, form, what in (
         ("positions_saved", "{:.0%}", "positions saved by the layout"),
         ("tokens_per_second", "{:,.0f}", "tokens per second"),
         ("peak_memory_gib", "{:.2f} GiB", "peak memory"),
         ("mfu", "{:.0%}", "of the GPU's peak"),
     ):
-        if key in last:
-            figures.append((form.format(last[key]), what))
+        if (value := median_of(record.logs, key)) is not None:
+            figures.append((form.format(value), what))
     if record.run.get("seconds"):
         figures.append((f"{record.run['seconds'] / 60:.1f} min", "training time"))
     return figures

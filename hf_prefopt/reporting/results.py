@@ -32,9 +32,12 @@ class Shown:
 
 SHOWN = (
     Shown("loss", "loss", "{:.4f}"),
-    Shown("rewards/accuracies", "reward accuracy", "{:.3f}", "examples"),
-    Shown("log_ratios/accuracies", "log-ratio accuracy", "{:.3f}", "examples"),
+    Shown("rewards/accuracies", "reward accuracy", "{:.3f}"),
+    Shown("log_ratios/accuracies", "log-ratio accuracy", "{:.3f}"),
     Shown("rewards/margins", "reward margin"),
+    Shown("rewards/chosen", "chosen reward"),
+    Shown("rewards/rejected", "rejected reward"),
+    Shown("rewards/best", "best reward"),
     Shown("log_ratios/chosen", "Δ log p of chosen, per token"),
     Shown("log_ratios/rejected", "Δ log p of rejected, per token"),
     Shown("log_ratios/responses", "Δ log p, per token"),
@@ -75,25 +78,31 @@ class Results:
             if shown.key not in self.after or self._says_the_same(shown):
                 continue
             found.append((shown.label, [self._cell(shown, name, metrics) for name, metrics in self.columns]))
-            if shown.share_of == "examples":
+            if shown.key == self._measured:
                 found += [
                     (f"  {name}", [""] * (len(self.columns) - 1) + [str(a)]) for name, a in self.baselines.items()
                 ]
         return found
 
+    @property
+    def _measured(self) -> str:
+        """The accuracy that `accuracies` has: of the loss's rewards or, if it has none, of log-ratios."""
+        names = ("rewards/accuracies", "log_ratios/accuracies")
+        return next((name for name in names if name in (self.after or {})), "")
+
     def _says_the_same(self, shown: Shown) -> bool:
         """The accuracy of log-ratios beside that of the rewards they are, as in DPO."""
         pair = ("log_ratios/accuracies", "rewards/accuracies")
         values = [[metrics.get(key) for _, metrics in self.columns] for key in pair]
-        return shown.key == pair[0] and (None not in values[1] or values[0] == values[1])
+        return shown.key == pair[0] and values[0] == values[1]
 
     def _cell(self, shown: Shown, column: str, metrics: Mapping[str, float]) -> str:
         if shown.key not in metrics:
             return "–"
         value = float(metrics[shown.key]) + 0.0  # a negative zero becomes a plain one
-        if shown.share_of == "examples" and column in self.accuracies:
+        if shown.key == self._measured and column in self.accuracies:
             return str(self.accuracies[column])
-        size = self.examples if shown.share_of == "examples" else metrics.get(shown.share_of or "")
+        size = metrics.get(shown.share_of or "")
         if shown.share_of is None or not size:
             return shown.form.format(value)
         low, high = wilson_interval(value, size)

@@ -92,7 +92,6 @@ def _of_record(record: RunRecord) -> dict[str, Any]:
         "results": results_of(record, evaluated_sets(record)[0]),
         "answers": record.answers,
         "hardware": f"{record.run.get('hardware', '')}{time}",
-        "command": str(record.run.get("command", "")),
         "warnings": tuple(record.run.get("warnings", ())),
     }
 
@@ -112,6 +111,8 @@ def configuration(args: PreferenceConfig) -> str:
             default = setting.default if setting.default_factory is MISSING else setting.default_factory()
             value = getattr(args, setting.name)
             value = getattr(value, "value", value)
+            if setting.name == "output_dir" and Path(value).is_absolute():
+                continue  # a place on one machine
             if value != getattr(default, "value", default) and _is_plain(value):
                 chosen[setting.name] = value
     return yaml.safe_dump(chosen, sort_keys=True, allow_unicode=True) if chosen else ""

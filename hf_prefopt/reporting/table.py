@@ -23,5 +23,6 @@ def evaluation_table(results: Results) -> Table:
 def plain_caption(results: Results) -> str:
     """What the brackets are."""
     accuracy = results.accuracies.get("after")
-    counted = f"; {accuracy.prompts:,} prompts count, not {accuracy.examples:,} examples" if accuracy else ""
+    several = accuracy is not None and accuracy.prompts < accuracy.examples
+    counted = f"; {accuracy.prompts:,} prompts count, not {accuracy.examples:,} examples" if several else ""
     return f"[ ]: 95% confidence interval; a tie counts half{counted}"

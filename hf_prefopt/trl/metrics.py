@@ -48,6 +48,12 @@ LOGGED = (
         )
     ),
 )
+# What this package logs for every loss, and TRL for none.
+OURS = (
+    "`log_ratios/…` (Δ log p per token, accuracy and margins of log-ratios), `ref_kl`, `logps_per_token/…`, "
+    "`lengths/…`, `tokens_per_second`, `positions_saved`, `peak_memory_gib`, `mfu`: see "
+    "[displacement.md](displacement.md)."
+)
 LEFT_OUT = (
     ("`entropy`, `mean_token_accuracy`", "they need a pass over the vocabulary for every token"),
     ("`logits/chosen`, `logits/rejected`", "logits are not kept"),

@@ -13,7 +13,7 @@ from hf_prefopt.trl.configs import CPOConfig, DPOConfig, KTOConfig, ORPOConfig, 
 from hf_prefopt.trl.differences import DIFFERENCES, OTHER_DEFAULTS
 from hf_prefopt.trl.fields import TRL_FIELDS
 from hf_prefopt.trl.losses import CPO, KTO, ORPO, TPO, Translation
-from hf_prefopt.trl.metrics import LEFT_OUT, LOGGED
+from hf_prefopt.trl.metrics import LEFT_OUT, LOGGED, OURS
 
 CONFIGS = (DPOConfig, KTOConfig, CPOConfig, ORPOConfig, TPOConfig)
 HEAD = """\
@@ -119,6 +119,7 @@ def _metrics() -> str:
             "## Metrics",
             "`hf_prefopt.trl` uses TRL's names and conventions, with the prefix `eval_` in evaluations.",
             _table(("metric", "trainers", "under `PreferenceTrainer`"), LOGGED),
+            f"Logged for every loss, and not by TRL: {OURS}",
             "These metrics are not logged:",
             _table(("metric", "why"), LEFT_OUT),
         ]

@@ -7,6 +7,8 @@ import pytest
 from huggingface_hub import ModelCard
 
 from hf_prefopt.reporting.card import CardFacts, LossFacts, is_hub_name, model_card, usage_snippet
+from hf_prefopt.reporting.results import results_of
+from tests.reporting.history import made_up_run
 
 DPO = LossFacts("dpo", "−log σ(βh)", "2305.18290", hyperparameters={"beta": 0.1})
 
@@ -60,12 +62,12 @@ def test_folders_of_this_machine_stay_out_of_the_metadata(tmp_path):
     assert card.data.base_model is None and card.data.datasets is None
 
 
-def test_the_setup_is_a_table_of_its_own_between_data_and_evaluation():
+def test_the_setup_is_a_table_of_its_own_after_the_data():
     """A bar in a text would end the cell."""
     text = model_card(facts(setup={"loss": "1 × dpo, beta=0.1", "data": "a|b"})).text
     table = text.split("## Setup\n")[1].split("\n## ")[0]
     assert "| loss | 1 × dpo, beta=0.1 |" in table and "| data | a&#124;b |" in table
-    assert text.index("## Data") < text.index("## Setup") < text.index("## Evaluation")
+    assert text.index("## Evaluation") < text.index("## Data") < text.index("## Setup")
     assert "## Setup" not in model_card(facts()).text
 
 
@@ -96,3 +98,32 @@ def test_reporting_does_not_import_matplotlib_or_trl():
     modules = "hf_prefopt.reporting.card, hf_prefopt.reporting.closing, hf_prefopt.reporting.plots"
     code = f"import sys, {modules}; sys.exit(bool({{'matplotlib', 'trl'}} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_finished_run_has_results_answers_curves_and_an_index_for_the_hub():
+    """Of the data and of the model's answers everything is text: no HTML, no Markdown, no broken table."""
+    run = made_up_run()
+    text = str(model_card(facts(results=results_of(run), answers=run.answers, has_curves=True, configuration="a: 1")))
+    assert "| reward accuracy | 0.500 [0.200, 0.800] | 0.833 [0.400, 0.970] |" in text
+    assert "| always the longer one |" in text and "3 prompts count, not 6 examples" in text
+    assert r"| What is &lt;b&gt;2&lt;/b&gt;? | &#124; 5 &lt;script&gt; | 4&lt;U+202E&gt; |" in text
+    assert "![Training curves](curves.png)" in text and "```yaml\na: 1\n```" in text and "vllm serve" in text
+    (entry,) = ModelCard(text).data.eval_results
+    assert entry.metric_value == 0.8333 and "0.400 to 0.970" in entry.metric_name
+
+
+def test_license_and_base_come_from_the_card_of_a_local_model(tmp_path):
+    (tmp_path / "README.md").write_text("---\nlicense: mit\nbase_model: someone/model\n---\n# A model\n")
+    data = model_card(facts(base_model=str(tmp_path))).data
+    assert (data.license, data.base_model) == ("mit", "someone/model")
+    assert model_card(facts(base_model=str(tmp_path)), license="apache-2.0").data.license == "apache-2.0"
+
+
+def test_a_fence_is_longer_than_any_in_what_it_holds():
+    text = model_card(facts(configuration="a: '````'")).text
+    assert "`````yaml\na: '````'\n`````" in text
+
+
+def test_the_citation_is_of_the_package_and_of_each_paper_once():
+    text = model_card(facts(losses=[DPO, LossFacts("robust", paper="2305.18290"), LossFacts("sft")])).text
+    assert text.count("@misc{arxiv_2305_18290,") == 1 and text.count("@software{hf_prefopt,") == 1

@@ -6,7 +6,8 @@ from rich.console import Console
 
 from hf_prefopt.reporting.closing import closing_report
 from hf_prefopt.reporting.progress import short_line
-from tests.reporting.history import evaluation
+from hf_prefopt.reporting.results import Results, results_of
+from tests.reporting.history import made_up_run
 
 
 def test_closing_report_keeps_paths_and_commands_whole():
@@ -14,15 +15,23 @@ def test_closing_report_keeps_paths_and_commands_whole():
     long_path = "runs/" + "a" * 120
     out = io.StringIO()
     results, next_steps = {"adapter": long_path}, {"a data set": "--dataset_name x"}
-    closing_report(evaluation(0), evaluation(1), 96, results, next_steps, Console(width=80, file=out))
+    closing_report(results_of(made_up_run()), results, next_steps, Console(width=80, file=out))
     text = out.getvalue()
     assert long_path in text and "--dataset_name x" in text and "Next steps" in text
     assert text.index("reward accuracy") < text.index(long_path)
 
 
+def test_answers_are_side_by_side_and_steer_no_terminal():
+    out = io.StringIO()
+    answers = [{"prompt": "[bold]What?", "before": "\x1b[31mred", "after": "long " * 200}]
+    closing_report(Results(), {}, {}, Console(width=80, file=out), answers)
+    text = out.getvalue()
+    assert "[bold]What?" in text and "␛[31mred" in text and "\x1b" not in text and " … " in text
+
+
 def test_closing_report_without_an_evaluation_has_no_table():
     out = io.StringIO()
-    closing_report(None, None, 0, {"model": "runs/x"}, {}, Console(file=out))
+    closing_report(Results(), {"model": "runs/x"}, {}, Console(file=out))
     assert "Evaluation" not in out.getvalue() and "runs/x" in out.getvalue()
     assert "Next steps" not in out.getvalue()
 
@@ -34,8 +43,13 @@ def test_short_line_of_a_training_record():
         "rewards/margins": 0.05,
         "learning_rate": 2e-4,
         "logps/chosen": -9,
+        "log_ratios/chosen": -0.0125,
+        "tokens_per_second": 1234.5,
     }
-    assert short_line(logs, 10, 40) == "step 10/40 · loss 0.6512 · accuracy 0.600 · margin +0.0500 · lr 2.0e-04"
+    expected = (
+        "step 10/40 · loss 0.6512 · accuracy 0.600 · margin +0.0500 · Δ log p -0.013 · lr 2.0e-04 · 1,234 tokens/s"
+    )
+    assert short_line(logs, 10, 40) == expected
 
 
 def test_short_line_of_an_evaluation_says_so():

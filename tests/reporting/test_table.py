@@ -1,58 +1,68 @@
-"""The table before → after and the interval on its shares."""
+"""The results before and after training, as a table in the terminal."""
 
 import io
 
 import pytest
 from rich.console import Console
 
-from hf_prefopt.reporting.table import evaluation_table, wilson_interval
+from hf_prefopt.reporting.intervals import Accuracy
+from hf_prefopt.reporting.record import RunRecord
+from hf_prefopt.reporting.results import LONGER, UNTRAINED, Results, baselines, evaluated_sets, results_of
+from hf_prefopt.reporting.table import evaluation_table
+from tests.reporting.history import made_up_run
 
 
-def render(table) -> str:
+def render(results: Results) -> str:
     out = io.StringIO()
-    Console(width=100, file=out).print(table)
+    Console(width=120, file=out).print(evaluation_table(results))
     return out.getvalue()
 
 
-def test_wilson_interval_equals_the_textbook_value():
-    """p = 1/2, n = 96, z² = 3.8415: the centre stays 1/2, the half-width is z/(2·√(n + z²)) = 1.95996/(2·9.99207)."""
-    assert wilson_interval(0.5, 96) == pytest.approx((0.5 - 0.098076, 0.5 + 0.098076), abs=1e-6)
+def test_both_evaluations_intervals_and_baselines_are_shown():
+    text = render(results_of(made_up_run()))
+    assert "0.6930" in text and "0.5930" in text and "Evaluation on 6 held-out examples" in text
+    assert "0.500 [0.200, 0.800]" in text and "0.833 [0.400, 0.970]" in text
+    assert LONGER in text and UNTRAINED in text and "3 prompts count, not 6 examples" in text
 
 
-def test_wilson_interval_is_symmetric_and_never_leaves_zero_and_one():
-    low, high = wilson_interval(0.0, 10)
-    assert low == 0.0 and 0.0 < high < 0.3
-    assert wilson_interval(1.0, 10) == pytest.approx((1 - high, 1.0))
+def test_baselines_are_counted_by_hand():
+    """Lengths 10 … 15 beside 12.5: right from row 3 on; the reference is right in even rows."""
+    found = baselines(made_up_run().examples)
+    assert (found[LONGER].value, found[UNTRAINED].value) == (0.5, 0.5)
+    assert (found[LONGER].examples, found[LONGER].prompts) == (6, 3)
 
 
-@pytest.mark.parametrize(("share", "n"), [(1.2, 10), (-0.1, 10), (0.5, 0)])
-def test_wilson_interval_refuses_what_is_no_share(share, n):
-    with pytest.raises(ValueError, match="share"):
-        wilson_interval(share, n)
-
-
-def test_table_shows_both_evaluations_and_the_interval():
-    before = {"eval_loss": 0.693147, "eval_rewards/accuracies": 0.5, "eval_rewards/margins": 0.0}
-    after = {"eval_loss": 0.61, "eval_rewards/accuracies": 0.69, "eval_rewards/margins": 0.412}
-    text = render(evaluation_table(before, after, examples=96))
-    assert "0.6931" in text and "0.6100" in text
-    assert "0.690 [0.592, 0.774]" in text
-    assert "+0.4120" in text
+def test_without_a_reference_there_is_no_baseline_of_it():
+    examples = [{**entry, "reference_margin": None} for entry in made_up_run().examples]
+    assert list(baselines(examples)) == [LONGER]
 
 
 def test_an_unknown_number_of_examples_leaves_the_interval_out():
-    after = {"eval_rewards/accuracies": 0.69, "eval_gsm8k/exact_match": 0.05, "eval_gsm8k/problems": 200}
-    text = render(evaluation_table(None, after, examples=None))
+    after = {"rewards/accuracies": 0.69, "gsm8k/exact_match": 0.05, "gsm8k/problems": 200}
+    text = render(Results(None, after))
     assert "Evaluation on held-out examples" in text and "0.690 " in text and "0.690 [" not in text
-    assert "0.050 [0.027, 0.090]" in text
-
-
-def test_table_without_an_evaluation_before_has_one_column_of_numbers():
-    text = render(evaluation_table(None, {"eval_loss": 0.61}, examples=96))
-    assert "before" not in text and "0.6100" in text
+    assert "0.050 [0.027, 0.090]" in text and "before" not in text
 
 
 def test_a_metric_that_only_the_later_evaluation_has_is_shown_with_its_own_sample_size():
-    after = {"eval_gsm8k/exact_match": 0.05, "eval_gsm8k/problems": 200}
-    text = render(evaluation_table({}, after, examples=96))
+    text = render(Results({}, {"gsm8k/exact_match": 0.05, "gsm8k/problems": 200}, examples=96))
     assert "–" in text and "0.050 [0.027, 0.090]" in text
+
+
+def test_the_log_ratio_accuracy_is_left_out_where_it_is_that_of_the_rewards():
+    both = {"rewards/accuracies": 0.6, "log_ratios/accuracies": 0.6}
+    assert [label for label, _ in Results(None, both).rows()] == ["reward accuracy"]
+    differs = Results(None, {**both, "log_ratios/accuracies": 0.7}, {"after": Accuracy(0.6, 0.5, 0.7, 9, 9)})
+    rows = dict(differs.rows())
+    assert rows["reward accuracy"] == ["0.600 [0.500, 0.700]"] and rows["log-ratio accuracy"] == ["0.700"]
+
+
+def test_several_evaluation_sets_have_their_own_results():
+    logs = [{"step": 3, "eval_a_loss": 0.5}, {"step": 3, "eval_b_loss": 0.25, "eval_b_runtime": 3.0}]
+    record = RunRecord({"sets": ["eval_a", "eval_b"]}, logs)
+    assert [results_of(record, name).after for name in evaluated_sets(record)] == [{"loss": 0.5}, {"loss": 0.25}]
+
+
+@pytest.mark.parametrize("value", [-0.0, 0.0])
+def test_a_zero_has_no_minus(value):
+    assert dict(Results(None, {"rewards/margins": value}).rows())["reward margin"] == ["+0.0000"]
