@@ -25,7 +25,7 @@ LAYERS = (
     ("reporting",),
     ("loading", "policy", "training", "trainer"),
     ("inspection",),
-    ("serving",),
+    ("generation", "serving"),
     ("callbacks", "console"),
     ("commands", "__main__"),
     ("trl",),
