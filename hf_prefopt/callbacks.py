@@ -5,19 +5,26 @@ problems under plain data parallelism. Left out on purpose: sampling (greedy ans
 generation from parameters that an engine has sharded, which is slower than evaluating the saved model afterwards.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 from hf_prefopt.evaluation.gsm8k import exact_match, load_gsm8k_problems
+from hf_prefopt.generation import PictureCallback, SampleGenerationsCallback, WinRateCallback
+from hf_prefopt.generation.answers import Problem, generate_answers, pad_left, prompt_ids
 
-Problem = Mapping[str, Any]
+__all__ = [
+    "GenerationEvalCallback",
+    "PictureCallback",
+    "SampleGenerationsCallback",
+    "WinRateCallback",
+    "pad_left",
+    "prompt_ids",
+]
 
 
 class GenerationEvalCallback(TrainerCallback):
@@ -90,46 +97,8 @@ class GenerationEvalCallback(TrainerCallback):
                 progress.update(len(batch))
         return scores
 
-    @torch.no_grad()
     def _generate(self, prompts: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-        """Greedy answers to a batch of prompts; the model's mode is left as it was found."""
+        """Greedy answers to a batch of prompts; the model is left as it was found."""
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
-        pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        input_ids, attention_mask = pad_left(prompts, pad_id)
-        was_training = model.training
-        model.eval()
-        try:
-            # Under PEFT, generate calls the inner model, which the engine's own autocast does not wrap.
-            with self.trainer.accelerator.autocast():
-                output = model.generate(
-                    input_ids=input_ids.to(model.device),
-                    attention_mask=attention_mask.to(model.device),
-                    max_new_tokens=self.max_new_tokens,
-                    do_sample=False,
-                    use_cache=True,
-                    pad_token_id=pad_id,
-                )
-        finally:
-            model.train(was_training)
-        return tokenizer.batch_decode(output[:, input_ids.shape[1] :], skip_special_tokens=True)
-
-
-def prompt_ids(problem: Problem, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """A problem's prompt as token ids, in the tokenizer's chat format where it has one, ready for the answer."""
-    prompt = problem["prompt"] if "prompt" in problem else problem["question"]
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    if tokenizer.chat_template is None:
-        return tokenizer("\n".join(message["content"] for message in messages) + "\n")["input_ids"]
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-def pad_left(sequences: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """`[B, T]` ids and mask, padded before the sequences, without touching the tokenizer's own padding side."""
-    width = max(len(ids) for ids in sequences)
-    input_ids = torch.full((len(sequences), width), pad_id, dtype=torch.int64)
-    attention_mask = torch.zeros_like(input_ids)
-    for row, ids in enumerate(sequences):
-        input_ids[row, width - len(ids) :] = torch.tensor(ids)
-        attention_mask[row, width - len(ids) :] = 1
-    return input_ids, attention_mask
+        settings = {"max_new_tokens": self.max_new_tokens, "do_sample": False}
+        return generate_answers(model, tokenizer, prompts, settings, self.trainer.accelerator.autocast())

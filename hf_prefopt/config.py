@@ -138,6 +138,13 @@ class PreferenceConfig(TrainingArguments):
         default=None,
         metadata=_help("The folder of that cache, shared by all runs; by default a folder in Hugging Face's cache."),
     )
+    hub_base_model: str | None = field(
+        default=None,
+        metadata=_help(
+            "The base model's name on the Hub, for adapter_config.json and the model card, where the model was loaded "
+            "from a folder."
+        ),
+    )
     sync_ref_model: bool = field(
         default=False, metadata=_help("TR-DPO: move the reference toward the policy every ref_model_sync_steps steps.")
     )

@@ -49,6 +49,7 @@ from hf_prefopt.training.arguments import (
     check_types,
     refuse_data_parallel,
 )
+from hf_prefopt.training.base_name import set_base_name
 from hf_prefopt.training.checkpoints import (
     BatchOfStep,
     begin_checkpoint,
@@ -207,6 +208,7 @@ class PreferenceTrainer(Trainer):
         self._use(self.data.objective)
         check_quantized(self.accelerator, self.model, self.args.mixed_precision)
         forget_other_trainers(self.model)
+        set_base_name(self.model, self.args.hub_base_model)
         self.scorer.attach(self.model, self.criterion, self.accelerator)
         self.evaluated.forget()
 

@@ -25,7 +25,7 @@ LAYERS = (
     ("reporting",),
     ("loading", "adapted", "policy", "training", "trainer"),
     ("inspection",),
-    ("serving",),
+    ("generation", "serving"),
     ("callbacks", "recording", "console"),
     ("commands", "__main__"),
     ("trl",),

@@ -62,7 +62,7 @@ def card_facts(
     """
     repository = args.hub_model_id or str(args.output_dir)
     adapter = model.active_peft_config if isinstance(model, PeftModel) else None
-    base_model = model.config._name_or_path or "a model made in memory"
+    base_model = args.hub_base_model or model.config._name_or_path or "a model made in memory"
     counts = {name: f"{len(dataset):,}" for name, dataset in rows.items() if isinstance(dataset, Sized)}
     return CardFacts(
         model_name=model_name or Path(repository).name,

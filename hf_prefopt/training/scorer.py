@@ -35,6 +35,7 @@ from hf_prefopt.scoring.forward import VOCABULARY_KL, base_causal_lm, install_sc
 from hf_prefopt.scoring.four_bits import keep_unpacked
 from hf_prefopt.scoring.layout import made_up_batch, reason_of_length, settled_layout
 from hf_prefopt.scoring.modes import ModuleTree, body_parameters, evaluation_mode, trained_parameters
+from hf_prefopt.training.base_name import base_name_notes
 from hf_prefopt.training.router import aux_loss_coef, settled_aux_loss
 from hf_prefopt.training.wrapping import compiled_for_scoring
 
@@ -231,7 +232,8 @@ class Scorer:
         """The summary's lines on the model, the reference and the attention."""
         causal_lm = base_causal_lm(self.model)
         dtype = self._autocast_dtype or causal_lm.dtype
-        self._summary.say("model", model_text(self.model, self._args), *self._dropout, *self._notes)
+        notes = [*self._dropout, *self._notes, *base_name_notes(self.model)]
+        self._summary.say("model", model_text(self.model, self._args), *notes)
         reference = self.reference.description if self.reference else "none, the losses need none"
         self._summary.say("reference", reference, *self._lower)
         self._summary.say("attention", describe_attention(causal_lm, self.accelerator.device, dtype))

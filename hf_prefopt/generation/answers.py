@@ -1,0 +1,96 @@
+"""Answers to a batch of prompts, which leave the model, the tokenizer and all random numbers as they were."""
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from hf_prefopt.scoring.agreement import device_of
+from hf_prefopt.scoring.modes import evaluation_mode
+
+Problem = Mapping[str, Any]
+
+
+def messages_of(problem: Problem | str) -> list[dict[str, Any]]:
+    """The messages of a text, or of a row with a `prompt` (text or messages) or a `question`."""
+    prompt = problem
+    if not isinstance(problem, str):
+        prompt = problem["prompt"] if "prompt" in problem else problem["question"]
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+
+
+def prompt_ids(problem: Problem | str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """A problem's prompt as token ids, in the tokenizer's chat format where it has one, ready for the answer."""
+    messages = messages_of(problem)
+    if tokenizer.chat_template is None:
+        return tokenizer("\n".join(message["content"] for message in messages) + "\n")["input_ids"]
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def pad_left(sequences: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """`[B, T]` ids and mask, padded before the sequences, without touching the tokenizer's own padding side."""
+    width = max(len(ids) for ids in sequences)
+    input_ids = torch.full((len(sequences), width), pad_id, dtype=torch.int64)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, ids in enumerate(sequences):
+        input_ids[row, width - len(ids) :] = torch.tensor(ids)
+        attention_mask[row, width - len(ids) :] = 1
+    return input_ids, attention_mask
+
+
+def generate_answers(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    settings: Mapping[str, Any],
+    autocast: AbstractContextManager | None = None,
+) -> list[str]:
+    """An answer to each prompt, generated in one batch, in evaluation mode.
+
+    Each module's mode, gradient checkpointing, the model's settings of its cache, and the states of Python's, NumPy's
+    and PyTorch's random numbers are afterwards what they were.
+
+    Args:
+        model: without an engine's wrapper.
+        settings: of `generate`, such as `max_new_tokens` and `do_sample`.
+        autocast: the context of the forward.
+    """
+    pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    input_ids, attention_mask = pad_left(list(prompts), pad_id)
+    device = device_of(model)
+    # Under PEFT, generate calls the inner model, which the engine's own autocast does not wrap.
+    with torch.no_grad(), evaluation_mode(model), random_states_kept(), autocast or nullcontext():
+        output = model.generate(
+            input_ids=input_ids.to(device),
+            attention_mask=attention_mask.to(device),
+            use_cache=True,
+            pad_token_id=pad_id,
+            **settings,
+        )
+    return tokenizer.batch_decode(output[:, input_ids.shape[1] :], skip_special_tokens=True)
+
+
+def generation_settings(max_new_tokens: int, temperature: float = 0.0) -> dict[str, Any]:
+    """Settings of `generate`: greedy at a temperature of 0, else samples of the whole distribution."""
+    if temperature < 0 or max_new_tokens < 1:
+        raise ValueError(f"temperature={temperature}, max_new_tokens={max_new_tokens}: at least 0, and at least 1")
+    sampled = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
+    return {"max_new_tokens": max_new_tokens, **(sampled if temperature else {"do_sample": False})}
+
+
+@contextmanager
+def random_states_kept() -> Iterator[None]:
+    """Python's, NumPy's and PyTorch's random numbers go on afterwards as if nothing had been drawn inside."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)

@@ -1,0 +1,75 @@
+"""The policy and the reference of any `transformers.Trainer`, as models that generate."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any, NamedTuple
+
+from accelerate.utils import DistributedType
+from peft import PeftModel
+from torch import nn
+from transformers import Trainer
+
+from hf_prefopt.generation.answers import Problem, generate_answers, prompt_ids
+from hf_prefopt.reference.cache import CachedReference
+from hf_prefopt.reference.shards import is_sharded
+from hf_prefopt.scoring.modes import ModuleTree, adapters_off
+
+
+class Partner(NamedTuple):
+    """A model, and what makes the context in which it is the one that is meant."""
+
+    model: nn.Module
+    acting: Callable[[], AbstractContextManager] = nullcontext
+
+
+def policy_of(trainer: Trainer) -> Partner:
+    """The model that trains, without an engine's wrapper."""
+    return Partner(trainer.accelerator.unwrap_model(trainer.model))
+
+
+def reference_of(trainer: Trainer, given: nn.Module | None = None) -> Partner:
+    """What the policy is compared with: the model that is given, a `PreferenceTrainer`'s reference, the adapter off.
+
+    Raises:
+        ValueError: there is none of these.
+    """
+    if given is not None:
+        return Partner(given.to(trainer.args.device))
+    own = getattr(trainer, "reference", None)
+    own = own.live if isinstance(own, CachedReference) else own
+    if own is not None:
+        return Partner(own.model, own.switch)
+    policy = policy_of(trainer)
+    if isinstance(policy.model, PeftModel):
+        return Partner(policy.model, partial(adapters_off, ModuleTree(policy.model)))
+    raise ValueError(
+        "there is no reference to generate with: the policy has no adapter to switch off, and the trainer keeps no "
+        "reference model; pass reference=model, such as the base model loaded once more"
+    )
+
+
+def refuse_sharded(trainer: Trainer) -> None:
+    """Raise `ValueError` under an engine that shards the model's parameters."""
+    kind = trainer.accelerator.distributed_type
+    if kind == DistributedType.FSDP or any(map(is_sharded, policy_of(trainer).model.parameters())):
+        raise ValueError(
+            f"{kind.value} shards the model's parameters, from which nothing is generated while it trains: leave this "
+            "callback out, and compare answers of the saved model (hf_prefopt chat)"
+        )
+
+
+def answers_of(
+    trainer: Trainer, partner: Partner, problems: Sequence[Problem | str], settings: dict[str, Any], batch_size: int
+) -> list[str]:
+    """The answers of one of the two, in order."""
+    processing_class: Any = trainer.processing_class
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    if tokenizer is None:
+        raise ValueError("the trainer has no tokenizer to generate with: pass processing_class=tokenizer to it")
+    prompts, texts = [prompt_ids(problem, tokenizer) for problem in problems], []
+    with partner.acting():
+        for start in range(0, len(prompts), batch_size):
+            batch = prompts[start : start + batch_size]
+            texts += generate_answers(partner.model, tokenizer, batch, settings, trainer.accelerator.autocast())
+    return texts
