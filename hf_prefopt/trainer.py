@@ -69,6 +69,7 @@ from hf_prefopt.training.engines import (
 from hf_prefopt.training.global_batch import GlobalBatch, gather_examples
 from hf_prefopt.training.preference_data import Data, DataOrSplits, PreferenceData
 from hf_prefopt.training.replicas import RanksAgree, refuse_drifted
+from hf_prefopt.training.saved_adapters import with_frozen_adapters
 from hf_prefopt.training.scorer import Scorer, ScorerEvents, SettleScorer, loader_collator
 from hf_prefopt.training.settings import OwnSettings, evaluation_loss
 from hf_prefopt.training.step_batches import StepBatches
@@ -530,6 +531,10 @@ class PreferenceTrainer(Trainer):
     def _batch_of_step(self) -> BatchOfStep:
         args = self.args
         return BatchOfStep(self._train_batch_size, args.gradient_accumulation_steps, args.world_size)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """As the Trainer's, with the adapters that do not train."""
+        super()._save(output_dir, with_frozen_adapters(self.model, state_dict))
 
     def _save_rng_state(self, output_dir: str) -> None:
         """As the Trainer's, the last that all ranks write; `trainer_state.json` follows when all of it is there."""

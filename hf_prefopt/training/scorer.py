@@ -34,6 +34,7 @@ from hf_prefopt.scoring.forward import VOCABULARY_KL, base_causal_lm, install_sc
 from hf_prefopt.scoring.four_bits import keep_unpacked
 from hf_prefopt.scoring.layout import reason_of_length, settled_layout
 from hf_prefopt.scoring.modes import ModuleTree, evaluation_mode
+from hf_prefopt.training.acting import acting_adapter
 from hf_prefopt.training.router import aux_loss_coef, settled_aux_loss
 from hf_prefopt.training.wrapping import compiled_for_scoring
 
@@ -156,7 +157,7 @@ class Scorer:
         if self.reference:
             self.reference.place(self.accelerator)
         models = self._models()
-        with self.accelerator.autocast():
+        with self.accelerator.autocast(), acting_adapter(self.tree):
             own = [type(base_causal_lm(m)).__name__ for m in models if settle_scores(m, self._autocast_dtype)]
             self._notes = [self._own_logits(own)] if own else []
             self._settle_aux_loss()
