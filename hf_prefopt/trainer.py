@@ -42,6 +42,7 @@ from hf_prefopt.training.arguments import (
     check_order,
     check_types,
     refuse_data_parallel,
+    refuse_empty_epoch,
 )
 from hf_prefopt.training.checkpoints import (
     BatchOfStep,
@@ -53,6 +54,7 @@ from hf_prefopt.training.checkpoints import (
     keep_reference,
     kept_reference,
     load_adapters,
+    refuse_adapter_alone,
     restore_losses,
 )
 from hf_prefopt.training.engines import (
@@ -73,7 +75,7 @@ from hf_prefopt.training.saved_adapters import with_frozen_adapters
 from hf_prefopt.training.scorer import Scorer, ScorerEvents, SettleScorer, loader_collator
 from hf_prefopt.training.settings import OwnSettings, evaluation_loss
 from hf_prefopt.training.step_batches import StepBatches
-from hf_prefopt.training.trainable import check_trainable, refuse_frozen
+from hf_prefopt.training.trainable import check_trainable, refuse_another_model, refuse_frozen
 from hf_prefopt.training.wrapping import settle_unused_parameters
 
 logger = logging.getLogger(__name__)
@@ -389,6 +391,8 @@ class PreferenceTrainer(Trainer):
         self.args.dataloader_drop_last = drops_last and is_training
         try:
             to_read = self.data.to_read(dataset, batch_size * self.accelerator.num_processes)
+            if is_training and drops_last:
+                refuse_empty_epoch(to_read, batch_size * self.accelerator.num_processes)
             return super()._get_dataloader(to_read, description, batch_size, is_training=is_training, **kwargs)
         finally:
             self.args.dataloader_drop_last = drops_last
@@ -421,6 +425,7 @@ class PreferenceTrainer(Trainer):
             FloatingPointError: a loss or, at a checkpoint and at the end, a weight is not finite.
         """
         if self.model_init is None:
+            refuse_another_model(self.model, self.scorer.model)
             self.settings.refuse_changes()
             check_trainable(self.model, self.optimizer)
             if take_over(self.accelerator, self.model, self.args.mixed_precision):
@@ -547,12 +552,25 @@ class PreferenceTrainer(Trainer):
         self.scorer.resumed_logps = kept_reference(self.state)
         super()._load_callback_state()
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """As the Trainer's, with every adapter, of which several may be active."""
+        if isinstance(self.model, PeftModel) and not self.is_fsdp_enabled:
+            load_adapters(self.model, resume_from_checkpoint)
+            return
+        if not isinstance(self.model, PeftModel):
+            refuse_adapter_alone(resume_from_checkpoint)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
     def _load_best_model(self) -> None:
-        """As the Trainer's, which only finds the adapter named "default": others are saved in folders of their own."""
+        """As the Trainer's, with the reference of that checkpoint, if it moves, and with every adapter.
+
+        The Trainer only finds the adapter named "default": others are saved in folders of their own.
+        """
         if self.is_deepspeed_enabled or self.is_fsdp_enabled or not isinstance(self.model, PeftModel):
             super()._load_best_model()
-            return
-        load_adapters(self.model, self.state.best_model_checkpoint)
+        else:
+            load_adapters(self.model, self.state.best_model_checkpoint)
+        self.scorer.load(Path(self.state.best_model_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """As the Trainer's, with a reference that moves."""

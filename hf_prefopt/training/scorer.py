@@ -1,6 +1,7 @@
 """Scores batches with the policy and with the reference, in the layout that is exact for both models."""
 
 import logging
+import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -45,6 +46,10 @@ NOISE = (
     "%s computes otherwise in training mode than in evaluation mode: without dropout, log-probs of made-up tokens "
     "differ by up to %.2g nats. The reference is scored in evaluation mode, so the policy differs from it before the "
     "first step. Look in the model's config for a router's jitter or noise"
+)
+INCOMPARABLE = (
+    "metric_for_best_model=%r is measured against the reference, which moves every %d steps, so checkpoints before and "
+    "after a move cannot be compared by it: choose a metric of the policy alone, such as 'logps/chosen'"
 )
 NEFTUNE = "NEFTune scales its noise by the length of a row, which would be that of several sequences"
 
@@ -130,6 +135,7 @@ class Scorer:
             copies, share, every = self.reference.copies, args.ref_model_mixup_alpha, args.ref_model_sync_steps
             self._moving = MovingReference(copies, share, every)
             self.reference.description = self._moving.description
+            self._warn_of_incomparable_metric()
         if args.precompute_ref_log_probs:
             self.reference = CachedReference(
                 self.reference, args.reference_cache_dir, args.temperature, self._autocast_dtype
@@ -200,9 +206,16 @@ class Scorer:
         self.aux_loss_coef = self.objective.aux_loss_coef = coefficient
         self._notes += notes
 
+    def _warn_of_incomparable_metric(self) -> None:
+        """Warn where the best checkpoint is told by a metric that has another yardstick after each move."""
+        metric = (self._args.metric_for_best_model or "").removeprefix("eval_")
+        if re.match(r"loss$|loss/|rewards/", metric) and self.accelerator.is_main_process:
+            logger.warning(INCOMPARABLE, metric, self._args.ref_model_sync_steps)
+
     def _say_noise(self) -> None:
         """Warn of a policy that differs from itself in training mode, where its dropout is off."""
-        if self.reference is None or self._args.disable_dropout is False:
+        args = self._args
+        if self.reference is None or args.disable_dropout is False or args.neftune_noise_alpha is not None:
             return
         noise = training_noise(self.model, self._autocast_dtype)
         if noise and self.accelerator.is_main_process:
