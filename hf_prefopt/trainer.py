@@ -71,6 +71,7 @@ from hf_prefopt.training.engines import (
 from hf_prefopt.training.global_batch import GlobalBatch, gather_examples
 from hf_prefopt.training.preference_data import Data, DataOrSplits, PreferenceData
 from hf_prefopt.training.replicas import RanksAgree, refuse_drifted
+from hf_prefopt.training.resumed_run import check_facts, facts_of, keep_facts
 from hf_prefopt.training.saved_adapters import with_frozen_adapters
 from hf_prefopt.training.scorer import Scorer, ScorerEvents, SettleScorer, loader_collator
 from hf_prefopt.training.settings import OwnSettings, evaluation_loss
@@ -434,6 +435,7 @@ class PreferenceTrainer(Trainer):
         checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
         if checkpoint is not None:
             check_resumable(checkpoint, self.accelerator, self._batch_of_step(), self.args)
+            check_facts(checkpoint, facts_of(self.args, self.train_dataset), not self.args.ignore_data_skip)
         keep_output_precision(self.accelerator)
         given = self.eval_dataset
         evaluated = {f"eval {n}": rows for n, rows in given.items()} if isinstance(given, dict) else {"eval": given}
@@ -531,6 +533,7 @@ class PreferenceTrainer(Trainer):
         keep_losses(self.state, self.criterion)
         keep_reference(self.state, self.scorer.made_up_logps)
         keep_batch(self.state, self._batch_of_step())
+        keep_facts(self.state, facts_of(self.args, self.train_dataset))
         super()._save_checkpoint(model, trial)
 
     def _batch_of_step(self) -> BatchOfStep:

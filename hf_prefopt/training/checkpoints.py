@@ -18,6 +18,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from hf_prefopt.objective.objective import Objective
 from hf_prefopt.reporting.start_summary import loss_texts
+from hf_prefopt.training.resumed_run import RUN
 
 logger = logging.getLogger(__name__)
 
@@ -224,6 +225,7 @@ def restore_losses(state: TrainerState, objective: Objective) -> None:
     objective.reset_state()
     # The Trainer takes what is left for the states of callbacks.
     state.stateful_callbacks.pop(BATCH, None)
+    state.stateful_callbacks.pop(RUN, None)
     saved = state.stateful_callbacks.pop(LOSSES, {})
     before, now = state.stateful_callbacks.pop(OBJECTIVE, {}).get("losses"), loss_texts(objective)
     if before not in (None, now):
