@@ -143,6 +143,7 @@ class PreferenceTrainer(Trainer):
         check_arguments(args, model or model_init, ref_model, data_collator, trainer_arguments)
         check_loading(args, (model, ref_model), quantization_config, processing_class)
         check_order(args, train_dataset)
+        refuse_data_parallel(args.n_gpu)
         name = os.fspath(model) if isinstance(model, str | os.PathLike) else None
         needs_reference = args.build_objective().needs_reference_model
         if isinstance(ref_model, str | os.PathLike) and needs_reference:
@@ -182,7 +183,6 @@ class PreferenceTrainer(Trainer):
             self.add_callback(callback)
         # compute_loss divides by the number of examples in the whole step.
         self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = True
-        refuse_data_parallel(args.n_gpu)
         if args.show_first_batch and train_dataset is not None and self.is_world_process_zero():
             print_preview([next(iter(self.train_dataset))], data.tokenizer)
 
