@@ -48,6 +48,7 @@ from hf_prefopt.training.arguments import (
     check_order,
     check_types,
     refuse_data_parallel,
+    refuse_empty_epoch,
 )
 from hf_prefopt.training.base_name import set_base_name
 from hf_prefopt.training.checkpoints import (
@@ -60,6 +61,7 @@ from hf_prefopt.training.checkpoints import (
     keep_reference,
     kept_reference,
     load_adapters,
+    refuse_adapter_alone,
     restore_losses,
 )
 from hf_prefopt.training.engines import (
@@ -76,10 +78,12 @@ from hf_prefopt.training.engines import (
 from hf_prefopt.training.global_batch import GlobalBatch, gather_examples
 from hf_prefopt.training.preference_data import Data, DataOrSplits, PreferenceData
 from hf_prefopt.training.replicas import RanksAgree, refuse_drifted
+from hf_prefopt.training.resumed_run import check_facts, facts_of, keep_facts
+from hf_prefopt.training.saved_adapters import with_frozen_adapters
 from hf_prefopt.training.scorer import Scorer, ScorerEvents, SettleScorer, loader_collator
 from hf_prefopt.training.settings import OwnSettings, evaluation_loss
 from hf_prefopt.training.step_batches import StepBatches
-from hf_prefopt.training.trainable import check_trainable, refuse_frozen
+from hf_prefopt.training.trainable import check_trainable, refuse_another_model, refuse_frozen
 from hf_prefopt.training.wrapping import settle_unused_parameters
 
 logger = logging.getLogger(__name__)
@@ -149,6 +153,7 @@ class PreferenceTrainer(Trainer):
         check_arguments(args, model or model_init, ref_model, data_collator, trainer_arguments)
         check_loading(args, (model, ref_model), quantization_config, processing_class)
         check_order(args, train_dataset)
+        refuse_data_parallel(args.n_gpu)
         name = os.fspath(model) if isinstance(model, str | os.PathLike) else None
         needs_reference = args.build_objective().needs_reference_model
         if isinstance(ref_model, str | os.PathLike) and needs_reference:
@@ -196,7 +201,6 @@ class PreferenceTrainer(Trainer):
             self.add_callback(callback)
         # compute_loss divides by the number of examples in the whole step.
         self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = True
-        refuse_data_parallel(args.n_gpu)
         if args.show_first_batch and train_dataset is not None and self.is_world_process_zero():
             print_preview([next(iter(self.train_dataset))], data.tokenizer)
 
@@ -415,6 +419,8 @@ class PreferenceTrainer(Trainer):
         self.args.dataloader_drop_last = drops_last and is_training
         try:
             to_read = self.data.to_read(dataset, batch_size * self.accelerator.num_processes)
+            if is_training and drops_last:
+                refuse_empty_epoch(to_read, batch_size * self.accelerator.num_processes)
             return super()._get_dataloader(to_read, description, batch_size, is_training=is_training, **kwargs)
         finally:
             self.args.dataloader_drop_last = drops_last
@@ -447,6 +453,7 @@ class PreferenceTrainer(Trainer):
             FloatingPointError: a loss or, at a checkpoint and at the end, a weight is not finite.
         """
         if self.model_init is None:
+            refuse_another_model(self.model, self.scorer.model)
             self.settings.refuse_changes()
             check_trainable(self.model, self.optimizer)
             if take_over(self.accelerator, self.model, self.args.mixed_precision):
@@ -455,6 +462,7 @@ class PreferenceTrainer(Trainer):
         checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
         if checkpoint is not None:
             check_resumable(checkpoint, self.accelerator, self._batch_of_step(), self.args)
+            check_facts(checkpoint, facts_of(self.args, self.train_dataset), not self.args.ignore_data_skip)
         keep_output_precision(self.accelerator)
         given = self.eval_dataset
         evaluated = {f"eval {n}": rows for n, rows in given.items()} if isinstance(given, dict) else {"eval": given}
@@ -553,11 +561,16 @@ class PreferenceTrainer(Trainer):
         keep_losses(self.state, self.criterion)
         keep_reference(self.state, self.scorer.made_up_logps)
         keep_batch(self.state, self._batch_of_step())
+        keep_facts(self.state, facts_of(self.args, self.train_dataset))
         super()._save_checkpoint(model, trial)
 
     def _batch_of_step(self) -> BatchOfStep:
         args = self.args
         return BatchOfStep(self._train_batch_size, args.gradient_accumulation_steps, args.world_size)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """As the Trainer's, with the adapters that do not train."""
+        super()._save(output_dir, with_frozen_adapters(self.model, state_dict))
 
     def _save_rng_state(self, output_dir: str) -> None:
         """As the Trainer's, the last that all ranks write; `trainer_state.json` follows when all of it is there."""
@@ -570,12 +583,25 @@ class PreferenceTrainer(Trainer):
         self.scorer.resumed_logps = kept_reference(self.state)
         super()._load_callback_state()
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """As the Trainer's, with every adapter, of which several may be active."""
+        if isinstance(self.model, PeftModel) and not self.is_fsdp_enabled:
+            load_adapters(self.model, resume_from_checkpoint)
+            return
+        if not isinstance(self.model, PeftModel):
+            refuse_adapter_alone(resume_from_checkpoint)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
     def _load_best_model(self) -> None:
-        """As the Trainer's, which only finds the adapter named "default": others are saved in folders of their own."""
+        """As the Trainer's, with the reference of that checkpoint, if it moves, and with every adapter.
+
+        The Trainer only finds the adapter named "default": others are saved in folders of their own.
+        """
         if self.is_deepspeed_enabled or self.is_fsdp_enabled or not isinstance(self.model, PeftModel):
             super()._load_best_model()
-            return
-        load_adapters(self.model, self.state.best_model_checkpoint)
+        else:
+            load_adapters(self.model, self.state.best_model_checkpoint)
+        self.scorer.load(Path(self.state.best_model_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """As the Trainer's, with a reference that moves."""

@@ -241,3 +241,10 @@ def test_a_batch_of_another_shape_is_an_error_that_says_what_to_do(tmp_path):
     ):
         with pytest.raises(ValueError, match=r"collate_fn=trainer\.data_collator"):
             call(batch["pieces"][0])
+
+
+def test_several_gpus_of_one_process_are_refused_before_anything_is_loaded(tmp_path):
+    args = make_config(tmp_path)
+    args._n_gpu = 2  # what transformers counts
+    with pytest.raises(ValueError, match="2 GPUs"):
+        PreferenceTrainer("no/such/model", args=args, train_dataset=pairs(2))

@@ -106,3 +106,10 @@ def test_both_layouts_and_a_reference_of_its_own(tmp_path):
     ]
     shared, padded = (trainer.evaluate()["eval_loss"] for trainer in found)
     assert shared == pytest.approx(padded, abs=1e-5)
+
+
+@pytest.mark.parametrize("value", [1.5, -0.1, float("nan")])
+def test_prepared_rows_with_a_quantile_out_of_range_are_refused(value, tmp_path):
+    rows = scored(8).remove_columns("quantiles").add_column("quantiles", [[0.5]] * 7 + [[value]])
+    with pytest.raises(ValueError, match=r"does not fit qrpo: row 7: its quantile is .* from 0 to 1"):
+        make_trainer(tmp_path, loss_type="qrpo", train_dataset=rows)

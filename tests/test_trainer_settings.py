@@ -255,6 +255,12 @@ def test_only_training_drops_a_last_batch_that_is_not_full(tmp_path):
     assert trainer.args.dataloader_drop_last
 
 
+def test_a_data_set_of_less_than_a_batch_that_is_dropped_is_refused(tmp_path):
+    settings = {"train_dataset": pairs(3), "per_device_train_batch_size": 4, "dataloader_drop_last": True}
+    with pytest.raises(ValueError, match=r"drops all 3 rows .* has 4: leave it out"):
+        make_trainer(tmp_path, **settings).train()
+
+
 def test_a_checkpoint_when_the_machine_is_taken_away_is_resumed(tmp_path):
     """Asked for after step 2 of 4; the run that goes on from it is the uninterrupted one, δ of the loss included."""
     handler = signal.getsignal(signal.SIGTERM)

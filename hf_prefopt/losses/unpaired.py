@@ -7,7 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_prefopt.losses.base import LossOutput, check_positive, check_range, check_same_shape, log1mexp, per_token
+from hf_prefopt.losses.base import (
+    LossOutput,
+    UnsuitableExamples,
+    check_positive,
+    check_range,
+    check_same_shape,
+    log1mexp,
+    per_token,
+)
 from hf_prefopt.losses.registry import register_loss
 
 
@@ -65,7 +73,16 @@ def npo_loss(policy_logps: Tensor, ref_logps: Tensor, labels: Tensor, beta: floa
     return LossOutput(2 / beta * F.softplus(rewards) * ~labels, rewards.detach()[:, None])
 
 
-@register_loss("qrpo", paper="2507.08068")
+def _check_quantiles(quantiles: Tensor) -> None:
+    """A share of responses is a number from 0 to 1."""
+    wrong = ~((quantiles >= 0) & (quantiles <= 1))
+    if wrong.any():
+        raise UnsuitableExamples(
+            wrong, f"its quantile is {quantiles[wrong][0].item():g}: give every row a number from 0 to 1"
+        )
+
+
+@register_loss("qrpo", paper="2507.08068", check_data=_check_quantiles)
 def qrpo_loss(
     policy_logps: Tensor,
     ref_logps: Tensor,

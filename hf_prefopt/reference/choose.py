@@ -1,7 +1,7 @@
 """Choose the reference of a run from the configuration; "auto" depends on the model."""
 
 import torch
-from peft import PeftModel, PeftType
+from peft import LoraModel, PeftModel
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -17,6 +17,10 @@ from hf_prefopt.reference.live import (
     separate_model,
 )
 from hf_prefopt.reference.shards import is_zero3_partitioned
+
+# The ways of PEFT to initialize a LoRA adapter that leave the base model's weights alone. PiSSA, OLoRA, CorDA, LoRA-GA
+# and LoftQ take the adapter's product off them, or round them.
+_KEEPS_BASE = {"gaussian", "eva", "orthogonal", "mica"}
 
 
 def choose_reference(setting: str, model: nn.Module, ref_model: nn.Module | None, needed: bool) -> LiveReference | None:
@@ -60,7 +64,7 @@ def is_fresh_adapter(model: PeftModel) -> bool:
     else, such as PiSSA, soft prompts and other methods, counts as trained: the reference is then a frozen copy, which
     is correct in any case.
     """
-    if any(model.peft_config[name].peft_type != PeftType.LORA for name in model.active_adapters):
+    if type(model.base_model) is not LoraModel:
         return False
     if any(is_zero3_partitioned(parameter) for parameter in model.parameters() if parameter.requires_grad):
         return False  # no rank has enough of the weights to decide
@@ -71,9 +75,15 @@ def is_fresh_adapter(model: PeftModel) -> bool:
 def trained_beneath(model: PeftModel) -> list[str]:
     """The trained parameters outside all adapters, such as LoRA's `bias="lora_only"`; disabling an adapter keeps
     them."""
+    of_adapters = adapter_parameters(model)
+    return [name for name, p in model.named_parameters() if p.requires_grad and name not in of_adapters]
+
+
+def adapter_parameters(model: PeftModel) -> dict[str, nn.Parameter]:
+    """The parameters of all adapters of a model, active or not, trained or not, by name."""
     prefixes = (PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type) for config in model.peft_config.values())
     marks = [*filter(None, prefixes), "modules_to_save.", "trainable_tokens_", "prompt_encoder."]
-    return [name for name, p in model.named_parameters() if p.requires_grad and not any(mark in name for mark in marks)]
+    return {name: p for name, p in model.named_parameters() if any(mark in name for mark in marks)}
 
 
 def _is_neutral(module: nn.Module, adapters: list[str]) -> bool:
@@ -126,12 +136,25 @@ def check_reference(setting: str, model: nn.Module, ref_model: nn.Module | None,
     if setting.startswith("adapter") and not isinstance(model, PeftModel):
         raise ValueError(f"reference={setting!r} needs a PEFT model, but the policy is {type(model).__name__}")
     if setting.startswith("adapter"):
+        _refuse_changed_base(setting, model)
         _refuse_what_trains_along(setting, model)
 
 
 def _trained_in_both(model: nn.Module, ref_model: nn.Module) -> list[str]:
     others = {id(parameter) for parameter in ref_model.parameters()}
     return [name for name, p in model.named_parameters() if p.requires_grad and id(p) in others]
+
+
+def _refuse_changed_base(setting: str, model: PeftModel) -> None:
+    """Refuse to switch adapters where making one of them has changed the weights beneath, as PiSSA's does."""
+    inits = {name: getattr(config, "init_lora_weights", None) for name, config in model.peft_config.items()}
+    for name, init in inits.items():
+        if isinstance(init, str) and init.lower() not in _KEEPS_BASE:
+            raise ValueError(
+                f"reference={setting!r}, but init_lora_weights={init!r} of the adapter {name!r} changes the weights of "
+                "the base model, so without this adapter the model is not the one that was pretrained: use "
+                "reference='copy', the policy as given"
+            )
 
 
 def _refuse_what_trains_along(setting: str, model: PeftModel) -> None:

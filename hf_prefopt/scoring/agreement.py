@@ -8,7 +8,8 @@ says whether the model is causal, without which a log-prob of a token has seen t
 """
 
 import random
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -48,11 +49,11 @@ def settle_scores(model: nn.Module, compute_dtype: torch.dtype | None = None) ->
         ValueError: a score is not the model's own, or a log-prob depends on tokens that come later.
     """
     causal_lm = base_causal_lm(model)
-    name, temperature = type(causal_lm).__name__, transform_of(causal_lm.get_output_embeddings()).temperature
+    name, temperature = _named(model), transform_of(causal_lm.get_output_embeddings()).temperature
     generator = random.Random(0)
     kept, following, others = (made_up_tokens(causal_lm.config, n, generator) for n in (_KEPT, _CHANGED, _CHANGED))
     ids, changed = torch.tensor([[*kept, *following], [*kept, *others]], device=device_of(model)).split(1)
-    with torch.no_grad(), evaluation_mode(model):
+    with torch.no_grad(), evaluation_mode(model), _says_which_adapter(model):
         logits, changed_logits = (_plain_logits(model, each) / temperature for each in (ids, changed))
     targets = torch.stack([logits.argmax(-1), logits.argmin(-1), ids[0].roll(-1).to(logits.device)], dim=1)
     plain, plain_changed = (each.log_softmax(-1).gather(1, targets) for each in (logits, changed_logits))
@@ -85,6 +86,28 @@ def settle_scores(model: nn.Module, compute_dtype: torch.dtype | None = None) ->
             "model, or set what makes this one causal in its config (is_decoder=True for models like BERT)"
         )
     return scores_by_own_logits(causal_lm)
+
+
+@contextmanager
+def _says_which_adapter(model: nn.Module) -> Iterator[None]:
+    """An adapter that asks for an argument of its own in the forward, such as the number of a task, is an error."""
+    try:
+        yield
+    except (TypeError, ValueError, KeyError) as error:
+        if not isinstance(model, PeftModel):
+            raise
+        raise ValueError(
+            f"{_named(model)} does not run on token ids alone ({type(error).__name__}: {error}): choose another "
+            "peft_config"
+        ) from error
+
+
+def _named(model: nn.Module) -> str:
+    """The model's class, and the methods of its adapters."""
+    name = type(base_causal_lm(model)).__name__
+    if not isinstance(model, PeftModel):
+        return name
+    return f"{name} under {', '.join(sorted({config.peft_type.value for config in model.peft_config.values()}))}"
 
 
 def _distance(model: nn.Module, ids: Tensor, targets: Tensor, plain: Tensor) -> Tensor:

@@ -176,8 +176,12 @@ def reason_of_length(models: Sequence[nn.Module], max_length: int | None) -> str
 
 
 def _known_against_both(model: nn.Module) -> str | None:
-    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+    if not isinstance(model, PeftModel):
+        return None
+    if model.active_peft_config.is_prompt_learning:
         return "prompt-learning adapters put virtual tokens before every sequence"
+    if any(getattr(config, "alora_invocation_tokens", None) for config in model.peft_config.values()):
+        return "aLoRA adapters act from the last invocation tokens of a row on"
     return None
 
 

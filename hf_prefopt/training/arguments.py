@@ -1,5 +1,6 @@
 """Checks of a trainer's arguments before anything is loaded: their types, the data, and what contradicts itself."""
 
+from collections.abc import Sized
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,19 @@ def check_order(args: PreferenceConfig, train_dataset: Any) -> None:
 
 def _type(value: Any) -> str:
     return value.__name__ if isinstance(value, type) else type(value).__name__
+
+
+def refuse_empty_epoch(dataset: Any, rows: int) -> None:
+    """Raise `ValueError` where `dataloader_drop_last` leaves no batch of a data set of known length.
+
+    Args:
+        rows: of a batch of all ranks.
+    """
+    if isinstance(dataset, Sized) and len(dataset) < rows:
+        raise ValueError(
+            f"dataloader_drop_last=True drops all {len(dataset)} rows of the training data, because a batch of all "
+            f"ranks has {rows}: leave it out, or make per_device_train_batch_size smaller"
+        )
 
 
 def refuse_data_parallel(gpus: int) -> None:

@@ -18,6 +18,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from hf_prefopt.objective.objective import Objective
 from hf_prefopt.reporting.start_summary import loss_texts
+from hf_prefopt.training.resumed_run import RUN
 
 logger = logging.getLogger(__name__)
 
@@ -227,6 +228,7 @@ def restore_losses(state: TrainerState, objective: Objective) -> None:
     objective.reset_state()
     # The Trainer takes what is left for the states of callbacks.
     state.stateful_callbacks.pop(BATCH, None)
+    state.stateful_callbacks.pop(RUN, None)
     saved = state.stateful_callbacks.pop(LOSSES, {})
     before, now = state.stateful_callbacks.pop(OBJECTIVE, {}).get("losses"), loss_texts(objective)
     if before not in (None, now):
@@ -254,12 +256,38 @@ def kept_reference(state: TrainerState) -> list[float] | None:
 
 
 def load_adapters(model: PeftModel, checkpoint: str | Path) -> None:
-    """Load every adapter of a checkpoint into the model.
+    """Load every adapter of a checkpoint into the model; which of them are active, and what trains, stays as it is.
 
-    PEFT saves the adapter named "default" in the folder itself, and others in a folder of their name, where the Trainer
-    does not look.
+    PEFT saves the adapter named "default" in the folder itself, and others in a folder of their name. The Trainer
+    activates one of them alone, and passes over those of other names.
+
+    Raises:
+        ValueError: the checkpoint and the model have adapters of other names.
     """
-    for name in model.peft_config:
-        folder = Path(checkpoint) if name == "default" else Path(checkpoint, name)
-        if (folder / "adapter_config.json").is_file():
-            model.load_adapter(str(folder), name)
+    folders = {name: Path(checkpoint) if name == "default" else Path(checkpoint, name) for name in model.peft_config}
+    saved = saved_adapters(checkpoint)
+    if saved != folders.keys():
+        raise ValueError(
+            f"{checkpoint} has the adapters {', '.join(sorted(saved)) or '(none)'}, and the model has "
+            f"{', '.join(sorted(folders))}: give the model the same adapters, under the same names"
+        )
+    trains = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    for name, folder in folders.items():
+        model.load_adapter(str(folder), name)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trains[name])
+
+
+def saved_adapters(checkpoint: str | Path) -> set[str]:
+    """The names of the adapters in a checkpoint."""
+    files = (*Path(checkpoint).glob("adapter_config.json"), *Path(checkpoint).glob("*/adapter_config.json"))
+    return {file.parent.name if file.parent != Path(checkpoint) else "default" for file in files}
+
+
+def refuse_adapter_alone(checkpoint: str | Path) -> None:
+    """Raise `ValueError` for a checkpoint of adapters, which a policy without one cannot resume from."""
+    if saved := saved_adapters(checkpoint):
+        raise ValueError(
+            f"{checkpoint} has the adapters {', '.join(sorted(saved))}, and the policy of this run has none: pass the "
+            "peft_config of the run that wrote it"
+        )

@@ -1,6 +1,7 @@
 """Scores batches with the policy and with the reference, in the layout that is exact for both models."""
 
 import logging
+import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -35,6 +36,7 @@ from hf_prefopt.scoring.forward import VOCABULARY_KL, base_causal_lm, install_sc
 from hf_prefopt.scoring.four_bits import keep_unpacked
 from hf_prefopt.scoring.layout import made_up_batch, reason_of_length, settled_layout
 from hf_prefopt.scoring.modes import ModuleTree, body_parameters, evaluation_mode, trained_parameters
+from hf_prefopt.training.acting import acting_adapter
 from hf_prefopt.training.base_name import base_name_notes
 from hf_prefopt.training.router import aux_loss_coef, settled_aux_loss
 from hf_prefopt.training.wrapping import compiled_for_scoring
@@ -46,6 +48,10 @@ NOISE = (
     "%s computes otherwise in training mode than in evaluation mode: without dropout, log-probs of made-up tokens "
     "differ by up to %.2g nats. The reference is scored in evaluation mode, so the policy differs from it before the "
     "first step. Look in the model's config for a router's jitter or noise"
+)
+INCOMPARABLE = (
+    "metric_for_best_model=%r is measured against the reference, which moves every %d steps, so checkpoints before and "
+    "after a move cannot be compared by it: choose a metric of the policy alone, such as 'logps/chosen'"
 )
 NEFTUNE = "NEFTune scales its noise by the length of a row, which would be that of several sequences"
 
@@ -132,6 +138,7 @@ class Scorer:
             copies, share, every = self.reference.copies, args.ref_model_mixup_alpha, args.ref_model_sync_steps
             self._moving = MovingReference(copies, share, every)
             self.reference.description = self._moving.description
+            self._warn_of_incomparable_metric()
         if args.precompute_ref_log_probs:
             self.reference = CachedReference(
                 self.reference, args.reference_cache_dir, args.temperature, self._autocast_dtype
@@ -159,7 +166,7 @@ class Scorer:
         if self.reference:
             self.reference.place(self.accelerator)
         models = self._models()
-        with self.accelerator.autocast():
+        with self.accelerator.autocast(), acting_adapter(self.tree):
             own = [type(base_causal_lm(m)).__name__ for m in models if settle_scores(m, self._autocast_dtype)]
             self._notes = [self._own_logits(own)] if own else []
             self._settle_aux_loss()
@@ -220,9 +227,16 @@ class Scorer:
             reference.lower = None
         return [said] if said else []
 
+    def _warn_of_incomparable_metric(self) -> None:
+        """Warn where the best checkpoint is told by a metric that has another yardstick after each move."""
+        metric = (self._args.metric_for_best_model or "").removeprefix("eval_")
+        if re.match(r"loss$|loss/|rewards/", metric) and self.accelerator.is_main_process:
+            logger.warning(INCOMPARABLE, metric, self._args.ref_model_sync_steps)
+
     def _say_noise(self) -> None:
         """Warn of a policy that differs from itself in training mode, where its dropout is off."""
-        if self.reference is None or self._args.disable_dropout is False:
+        args = self._args
+        if self.reference is None or args.disable_dropout is False or args.neftune_noise_alpha is not None:
             return
         noise = training_noise(self.model, self._autocast_dtype)
         if noise and self.accelerator.is_main_process:

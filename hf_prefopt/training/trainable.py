@@ -40,6 +40,16 @@ def check_trainable(model: nn.Module, optimizer: Optimizer | None, trains: bool 
         refuse_stale_optimizer(model, optimizer)
 
 
+def refuse_another_model(model: nn.Module, prepared: nn.Module) -> None:
+    """Raise `ValueError` if `trainer.model` was replaced: the model that was prepared would be scored, and not train.
+
+    Args:
+        prepared: what the trainer was made with.
+    """
+    if model is not prepared:
+        raise ValueError("trainer.model was replaced after the trainer was made: make a new trainer of the new model")
+
+
 def refuse_frozen(model: nn.Module) -> None:
     """Refuse to train a policy of which nothing trains, or whose weights let no gradient through.
 

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from datasets import IterableDataset
+from peft import LoraConfig, get_peft_model_state_dict
+from safetensors.torch import load_file
 from torch import nn
 from transformers import TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -60,6 +62,11 @@ class Place:
         """A model of weights that bf16 has; whole, whatever the trainer before was configured for."""
         unset_hf_deepspeed_config()
         return policy(seed, lora)
+
+    def wait(self) -> None:
+        """Until every rank is here."""
+        if dist.is_initialized():
+            dist.barrier()
 
     def outcome(self, *trainers: PreferenceTrainer, **more: Any) -> dict[str, Any]:
         """The losses, gradient norms and evaluations of trainers, and the weights of the last of them."""
@@ -261,6 +268,30 @@ def loads_the_best(place, lora=True):
 @habit
 def loads_the_best_of_all_weights(place):
     return loads_the_best(place, lora=False)
+
+
+@habit
+def keeps_a_reference_adapter(place):
+    """The reference is a frozen adapter with a head of its own; checkpoints and `save_model` have it whole."""
+    model = place.policy()
+    model.add_adapter("before", LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if ".before." in name:
+            parameter.data += torch.randn(parameter.shape, generator=generator).mul(0.1).to(torch.bfloat16).float()
+    given = {
+        name: values.cpu().clone() for name, values in get_peft_model_state_dict(model, adapter_name="before").items()
+    }
+    trainer = place.trainer(model, reference="adapter:before", save_strategy="steps", save_steps=1)
+    trainer.train()
+    trainer.evaluate()
+    trainer.save_model(str(place.folder / "final"))
+    place.wait()
+    for folder in (place.folder / "final", place.folder / "out" / "checkpoint-1"):
+        saved = load_file(folder / "before" / "adapter_model.safetensors")
+        assert saved.keys() == given.keys()
+        assert all(torch.equal(saved[name].float(), values) for name, values in given.items())
+    return place.outcome(trainer)
 
 
 @habit

@@ -66,6 +66,7 @@ IN_SUITE = [
     ("ddp", "fp32", "two_trainers"),
     ("ddp", "bf16", "runs_the_cell_again"),
     ("zero3", "fp32", "streams"),
+    ("zero3", "fp32", "keeps_a_reference_adapter"),
     ("zero2", "fp32", "resumes_weights_alone"),
 ]
 

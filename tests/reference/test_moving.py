@@ -189,3 +189,21 @@ def test_an_evaluation_before_resuming_is_forgotten(tmp_path):
     resumed.evaluate()
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     assert logged(resumed, "eval_rewards/margins")[-2:] == logged(whole, "eval_rewards/margins")[-2:]
+
+
+@pytest.mark.parametrize("make", [POLICIES["full"], POLICIES["trained adapter"]], ids=["full", "adapter"])
+def test_the_best_checkpoint_comes_back_with_its_reference(make, tmp_path):
+    """What is evaluated after training is what was measured at that checkpoint, bit for bit."""
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 5}
+    settings |= {"load_best_model_at_end": True, "eval_dataset": pairs(5, seed=3), "learning_rate": 0.3}
+    trainer = make_trainer(tmp_path, make(), **{**HARD, "ref_model_sync_steps": 3}, **settings)
+    trainer.train()
+    measured = logged(trainer, "eval_loss")
+    assert measured.index(min(measured)) < 4
+    assert trainer.evaluate()["eval_loss"] == trainer.state.best_metric == min(measured)
+
+
+@pytest.mark.parametrize(("metric", "warns"), [("loss", True), ("eval_rewards/margins", True), ("logps/chosen", False)])
+def test_a_best_checkpoint_by_what_the_reference_moves_is_warned_of(metric, warns, tmp_path, caplog):
+    make_trainer(tmp_path, tiny_model(), metric_for_best_model=metric, **HARD)
+    assert ("cannot be compared" in caplog.text) is warns

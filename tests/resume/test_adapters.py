@@ -1,0 +1,59 @@
+"""Adapters come back from a checkpoint under their names, however many are active, or the resume is refused."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from tests.tiny_models import perturbed, tiny_model, with_lora
+from tests.trainers import logged, make_trainer, pairs, weights
+
+SETTINGS = {"train_dataset": pairs(8), "save_strategy": "steps", "save_steps": 2, "learning_rate": 0.01}
+
+
+def named(*names):
+    """A model whose adapters have these names, and are all active."""
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    model = get_peft_model(tiny_model(), config, adapter_name=names[0])
+    for name in names[1:]:
+        model.add_adapter(name, LoraConfig(r=2, target_modules=["q_proj"]))
+    model.base_model.set_adapter(list(names))
+    return perturbed(model, 0.1)
+
+
+@pytest.mark.parametrize("names", [("default", "other"), ("one", "two"), ("dpo",)], ids="+".join)
+def test_a_resumed_run_with_these_adapters_is_the_uninterrupted_one(names, tmp_path):
+    """Bit for bit, and the same adapters are active."""
+    whole = make_trainer(tmp_path, named(*names), **SETTINGS)
+    whole.train()
+    resumed = make_trainer(tmp_path, named(*names), **SETTINGS)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert logged(resumed, "loss") == logged(whole, "loss")
+    found, expected = weights(resumed.model), weights(whole.model)
+    assert all(torch.equal(found[name], values) for name, values in expected.items())
+    assert resumed.model.active_adapters == list(names)
+
+
+@pytest.mark.parametrize(
+    ("written_by", "resumed_by", "message"),
+    [
+        (lambda: named("x"), lambda: named("y"), "has the adapters x, and the model has y"),
+        (lambda: named("x"), lambda: named("x", "y"), "has the adapters x, and the model has x, y"),
+        (tiny_model, lambda: with_lora(tiny_model()), r"has the adapters \(none\), and the model has default"),
+        (lambda: with_lora(tiny_model()), tiny_model, "has the adapters default, and the policy of this run has none"),
+    ],
+    ids=["another name", "one more", "none before", "none now"],
+)
+def test_other_adapters_than_the_checkpoint_has_are_refused(written_by, resumed_by, message, tmp_path):
+    """The Trainer goes on with an adapter as it was made, and the optimizer of another."""
+    make_trainer(tmp_path, written_by(), **SETTINGS).train()
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, resumed_by(), **SETTINGS).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_a_model_that_was_replaced_after_construction_is_refused(tmp_path):
+    """The Trainer's optimizer would have its parameters, and the losses those of the model before."""
+    trainer = make_trainer(tmp_path, **SETTINGS)
+    trainer.model = tiny_model(seed=3)
+    with pytest.raises(ValueError, match="was replaced after the trainer was made: make a new trainer"):
+        trainer.train()
