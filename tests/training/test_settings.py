@@ -175,7 +175,7 @@ def test_every_settled_setting_is_tried():
         ({"reference": "none"}, "a loss needs one"),
         ({"reference": "cache"}, "precompute_ref_log_probs=True comes too late"),
         ({"unpair": True}, "unpair=True makes unpaired examples"),
-        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 is of the Trainer's"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 belongs to the Trainer's"),
         ({"loss_params": {"gama": 1.0}}, "gama=1.0 is not used by any loss"),
     ],
 )
