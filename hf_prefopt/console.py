@@ -10,6 +10,7 @@ from hf_prefopt.recording import record_run
 from hf_prefopt.reporting.closing import closing_report
 from hf_prefopt.reporting.plots import plot_training
 from hf_prefopt.reporting.progress import ShortProgressCallback
+from hf_prefopt.reporting.record import FILE as RECORD
 from hf_prefopt.reporting.record import write_record
 from hf_prefopt.reporting.report_page import write_report
 from hf_prefopt.reporting.results import evaluated_sets, results_of
@@ -55,15 +56,19 @@ def finish_run(
     record = record_run(trainer, trainer.card_facts(dataset=dataset))
     trainer.run_record = record
     results = {"trained model": folder, "model card": folder / "README.md"}
+    page = folder / "report.html"
     if is_first:
-        write_record(record, folder)
-        results["report"] = write_report(record, folder / "report.html")
+        # Both have texts of the data, which are not pushed: those of an earlier run go, and new ones come afterwards.
+        for path in (page, folder / RECORD):
+            path.unlink(missing_ok=True)
         if find_spec("matplotlib"):
             results["training curves"] = plot_training(record, folder / "curves.png")
     trainer.create_model_card(dataset=dataset)
     if args.push_to_hub:
         trainer.push_to_hub(dataset=dataset)
     if is_first:
+        write_record(record, folder)
+        results["report"] = write_report(record, page)
         evaluated = results_of(record, evaluated_sets(record)[0])
         steps = {**serving_steps(trainer), **(next_steps or {})}
         closing_report(evaluated, results, steps, answers=record.answers)

@@ -127,6 +127,20 @@ def test_a_finished_run_leaves_a_record_from_which_its_report_is_made(tmp_path, 
     assert "model-index" in card and "<b>" not in card and "learning_rate: 0.001" in card
 
 
+def test_texts_of_the_data_are_not_pushed(tmp_path, monkeypatch):
+    """Neither this run's record and report nor those that an earlier one has left."""
+    trainer = make_trainer(tmp_path, train_dataset=pairs(4), max_steps=1, push_to_hub=False)
+    trainer.train()
+    for name in ("record.jsonl", "report.html"):
+        (tmp_path / name).write_text("of an earlier run")
+    pushed = []
+    monkeypatch.setattr(trainer, "push_to_hub", lambda **_: pushed.extend(path.name for path in tmp_path.iterdir()))
+    trainer.args.push_to_hub = True
+    finish_run(trainer)
+    assert "README.md" in pushed and "record.jsonl" not in pushed and "report.html" not in pushed
+    assert (tmp_path / "record.jsonl").exists() and "earlier" not in (tmp_path / "report.html").read_text()
+
+
 @pytest.mark.parametrize("loss", ["kto", "qrpo", "plackett_luce", "sft", "orpo"])
 def test_every_kind_of_examples_has_a_record_and_a_report(tmp_path, loss):
     trainer = make_trainer(tmp_path, with_lora(tiny_model()), loss_type=loss, max_steps=2)
