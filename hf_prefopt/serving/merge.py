@@ -90,7 +90,10 @@ def merge_adapter(
         reloaded, _ = load_checkpoint(str(partial), {**kwargs, "dtype": "auto"})
         agreement = compare(token_logps(reloaded, kept.rows), trained, untrained, rounding, reloaded.dtype)
         if not agreement.difference <= agreement.bound:
-            raise ValueError(f"the merged model is not the trained one, so it was not kept: {agreement}")
+            raise ValueError(
+                f"the merged model is not the trained one, so it was not kept: {agreement} Merge with --dtype float32 "
+                "(dtype=…), where rounding is no longer in question: what fails there is not merged right"
+            )
         partial.replace(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -58,6 +58,8 @@ def test_a_run_says_what_it_is(caplog, tmp_path):
         trainer.train()
     assert said(caplog) == [
         f"model: LlamaForCausalLM, {trained:,} of {total:,} parameters train (LORA r=4), float32",
+        "model: adapter_config.json names no base model: set hub_base_model (owner/name) for an adapter that others "
+        "load",
         "loss: 0.5 × simpo, beta=2.0, gamma=None, gamma_beta_ratio=None, label_smoothing=0.2",
         "loss: 1 × dpo, beta=0.3, label_smoothing=0.2",
         "loss: 0.1 × sft",
