@@ -1,5 +1,6 @@
 """A tokenizer's chat template: messages as text, and what it writes by itself."""
 
+import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -57,7 +58,9 @@ class ChatTemplate:
         self._writes: dict[tuple[str, bool], bool] = {}
 
     def _contents(self, messages: list[Message]) -> list[Message]:
-        """The messages with their content in the form that the template reads."""
+        """The messages with their content and the arguments of calls in the form that the template reads."""
+        if any(message.get("tool_calls") for message in messages) and _reads_arguments(self.source):
+            messages = [_with_arguments(message) for message in messages]
         if not self.reads_blocks:
             return messages
         return [{**message, "content": [{"type": "text", "text": text_of(message)}]} for message in messages]
@@ -111,6 +114,36 @@ class ChatTemplate:
     def reads(self, name: str) -> bool:
         """Whether it mentions a variable."""
         return re.search(rf"\b{re.escape(name)}\b", self.source) is not None
+
+
+def _with_arguments(message: Message) -> Message:
+    """The message with the arguments of its calls as dicts, which OpenAI's format writes as JSON."""
+    calls = message.get("tool_calls")
+    return {**message, "tool_calls": [_with_dict(call) for call in calls]} if isinstance(calls, list) else message
+
+
+def _with_dict(call: Any) -> Any:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        arguments = json.loads(function["arguments"])
+    except json.JSONDecodeError:
+        return call
+    return {**call, "function": {**function, "arguments": arguments}} if isinstance(arguments, dict) else call
+
+
+@lru_cache(maxsize=64)
+def _reads_arguments(template: str) -> bool:
+    """Whether a chat template writes the arguments of a call that are a dict; text it may quote once more."""
+    function = {"name": "f", "arguments": {"a": _PROBE}}
+    call = {"type": "function", "id": "abcdefghi", "function": function}
+    called = {"role": "assistant", "content": "", "tool_calls": [call]}
+    try:
+        rendered = render_jinja_template([[{"role": "user", "content": "a"}, called]], chat_template=template)[0]
+    except TEMPLATE_ERRORS:
+        return False
+    return _PROBE in rendered[0]
 
 
 @lru_cache(maxsize=64)

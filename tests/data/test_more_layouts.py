@@ -252,6 +252,20 @@ def test_lists_of_one_response_are_pairs_for_losses_of_pairs():
         prepare(row, {**row, "rejected": [GREEN, "Red."]}, kind=PAIRS)
 
 
+def test_arguments_in_json_are_written_once():
+    """OpenAI's format has the arguments of a call as JSON, which `tojson` would quote once more."""
+
+    def called(arguments):
+        function = {"name": "f", "arguments": arguments}
+        return {**PAIR, "chosen": [{"role": "assistant", "tool_calls": [{"type": "function", "function": function}]}]}
+
+    (row,) = prepare(called(json.dumps({"city": "Rome"})))
+    assert '"arguments": {"city": "Rome"}' in TOKENIZER.decode(row["response_ids"][0])
+    assert tokens([row]) == tokens(prepare(called({"city": "Rome"})))
+    (row,) = prepare(called("no JSON"))
+    assert '"arguments": "no JSON"' in TOKENIZER.decode(row["response_ids"][0])
+
+
 def test_text_beside_conversations_is_counted(said):
     """The template writes the messages of the first row, and not the text of the second."""
     rows = [{**TWO_TEXTS, "prompt": json.dumps(ask(WHAT))}, TWO_TEXTS]
