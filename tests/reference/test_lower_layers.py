@@ -420,9 +420,9 @@ def test_another_trainer_of_the_same_model_changes_nothing(other, tmp_path):
     trainer.scorer.settle()
     batch = first_batch(trainer)
     loss, gradients = step(trainer, batch)
-    frozen = [
-        p.requires_grad_(False) for name, p in model.named_parameters() if "lora" in name and ".layers.2." in name
-    ]
+    of_layer_2 = [p for name, p in model.named_parameters() if "lora" in name and ".layers.2." in name]
+    for parameter in of_layer_2:
+        parameter.requires_grad_(False)
     second = make_trainer(tmp_path / "second", model, **other)
     second.scorer.settle()
     assert other != {"reference": "copy"} or second.reference.lower.count == 3
