@@ -31,7 +31,7 @@ from hf_prefopt.scoring.head import (
     predictions,
 )
 from hf_prefopt.scoring.lengths import own_lengths, own_positions, ropes_by_length
-from hf_prefopt.scoring.lower_states import LowerStates
+from hf_prefopt.scoring.lower_states import LowerStates, takes_lower_states
 from hf_prefopt.scoring.tail import auxiliary_loss, body_of, own_logits
 
 # Rows of logits held at once: small chunks starve a GPU, large ones leave a CPU's cache.
@@ -134,8 +134,11 @@ def _scoring_forward(self: PreTrainedModel, *args: Any, scored_rows: Tensor | No
         kwargs["attention_mask"] = no_mask(scored_rows)
     elif self.ropes_by_length:
         kwargs["position_ids"] = own_positions(kwargs["attention_mask"])
+    body = body_of(self)
+    if not takes_lower_states(body):
+        kwargs.pop("lower_states", None)
     with own_lengths(self, self.ropes_by_length):
-        outputs = body_of(self)(*args, **kwargs)
+        outputs = body(*args, **kwargs)
     hidden = outputs.last_hidden_state
     aux = {AUX_LOSS: auxiliary_loss(self, outputs, tokens)} if tokens is not None else {}
     # Adapters that put virtual tokens before a sequence make it longer at its front.

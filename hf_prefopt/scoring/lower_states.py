@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_prefopt.scoring.switched import STATE, Switched, decoder_layers, first_parameter, switch, unswitch, unwrapped
@@ -84,8 +84,9 @@ def _autocast(hidden: Tensor) -> torch.dtype | None:
 
 @dataclass
 class _OfBody:
-    """What the body and its lower layers share: the states of the forward that runs, `None` outside one."""
+    """What the body and its lower layers share: the number of layers, the states of the forward that runs, if any."""
 
+    count: int
     states: LowerStates | None = None
 
 
@@ -102,9 +103,10 @@ class _Body(Switched):
     """The model beneath the head: takes the states, and checks that each lower layer was called once."""
 
     def __call__(self, *args, lower_states=None, **kwargs):
-        if lower_states is None or not lower_states.fits:
-            return super().__call__(*args, **kwargs)
         state: _OfBody = vars(self)[_KEY]
+        # Another trainer may have made the model ready for other layers.
+        if lower_states is None or not lower_states.fits or lower_states.count != state.count:
+            return super().__call__(*args, **kwargs)
         state.states, lower_states.calls = lower_states, 0
         try:
             outputs = super().__call__(*args, **kwargs)
@@ -133,10 +135,15 @@ class _Layer(Switched):
 
 def install_lower_states(model: PreTrainedModel, count: int) -> None:
     """Let a model's forward take `lower_states` of its first `count` layers; it must not be installed before."""
-    shared = _OfBody()
+    shared = _OfBody(count)
     switch(body_of(model), (_Body,), shared, _KEY)
     for index, layer in enumerate(decoder_layers(model)[:count]):
         switch(layer, (_Layer,), _OfLayer(shared, index, first_parameter(unwrapped(layer))), _KEY)
+
+
+def takes_lower_states(body: nn.Module) -> bool:
+    """Whether the forward of a model's body takes `lower_states`, which another trainer may have undone."""
+    return _KEY in vars(body)
 
 
 def remove_lower_states(model: PreTrainedModel) -> None:

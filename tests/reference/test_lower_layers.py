@@ -412,6 +412,26 @@ def test_the_model_is_its_own_again(tmp_path):
     assert_same_bits(second, count=3)
 
 
+@pytest.mark.parametrize("other", [{"loss_type": "simpo"}, {"reference": "copy"}], ids=["no reference", "other layers"])
+def test_another_trainer_of_the_same_model_changes_nothing(other, tmp_path):
+    """It makes the model ready for itself; the first one's steps then run all layers, or those that it shares."""
+    model = upper_lora(tiny_model(**DEPTH))
+    trainer = make_trainer(tmp_path / "first", model, reference="adapter_off")
+    trainer.scorer.settle()
+    batch = first_batch(trainer)
+    loss, gradients = step(trainer, batch)
+    of_layer_2 = [p for name, p in model.named_parameters() if "lora" in name and ".layers.2." in name]
+    for parameter in of_layer_2:
+        parameter.requires_grad_(False)
+    second = make_trainer(tmp_path / "second", model, **other)
+    second.scorer.settle()
+    assert other != {"reference": "copy"} or second.reference.lower.count == 3
+    for parameter in of_layer_2:
+        parameter.requires_grad_(True)
+    again, others = step(trainer, batch)
+    assert torch.equal(loss, again) and all(torch.equal(gradient, others[name]) for name, gradient in gradients.items())
+
+
 def test_reference_scores_that_are_kept_keep_no_hidden_states(tmp_path):
     """The scores of a step that its losses collect first, and those of evaluation rows."""
     trainer = make_trainer(tmp_path, upper_lora(tiny_model(**DEPTH)), reference="adapter_off", loss_type="kto")
