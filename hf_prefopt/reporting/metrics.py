@@ -1,5 +1,6 @@
 """What is measured beside the loss: per example, then averaged exactly, in training and in evaluation."""
 
+import logging
 from typing import Any
 
 import torch
@@ -12,6 +13,13 @@ from hf_prefopt.kinds import Metric
 from hf_prefopt.losses.base import LossOutput
 from hf_prefopt.objective.objective import AUX_LOSS, Objective
 from hf_prefopt.reporting.finite import FiniteRun, Seen
+
+logger = logging.getLogger(__name__)
+
+NO_GRADIENT = (
+    "the gradient of step %d is exactly 0, so nothing is learned from its rows (said once): all responses may tie, "
+    "weights may be 0, an adapter may not act on these rows, or a loss may have reached its margin"
+)
 
 
 def example_metrics(objective: Objective, output: LossOutput, inputs: dict[str, Tensor]) -> dict[str, Metric]:
@@ -61,6 +69,7 @@ class TrainingRecord:
 
     def __init__(self, objective: Objective):
         self._objective, self._means, self._finite = objective, RunningMeans(), FiniteRun()
+        self._has_warned = False
 
     @property
     def is_full(self) -> bool:
@@ -79,6 +88,12 @@ class TrainingRecord:
     def pop_means(self, accelerator: Accelerator) -> dict[str, float]:
         """The metrics over the examples of all ranks since the last call."""
         return self._objective.kind.finish_metrics(self._means.pop(accelerator))
+
+    def notice_gradient(self, norm: float | None, step: int) -> None:
+        """Warn, once in a run, of a step whose gradient is exactly 0."""
+        if norm is not None and float(norm) == 0 and not self._has_warned:
+            self._has_warned = True
+            logger.warning(NO_GRADIENT, step)
 
     def check(self, accelerator: Accelerator, *others: str | None) -> None:
         """Stop the run, on all ranks together, if anything was not finite; see `FiniteRun.check`."""
