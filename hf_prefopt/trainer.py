@@ -317,6 +317,8 @@ class PreferenceTrainer(Trainer):
             norm = None if self.accelerator.mixed_precision == "fp16" else logs.get("grad_norm")
             self.record.check(self.accelerator, ruined_gradient(norm))
             logs.update(self.record.pop_means(self.accelerator) | self.throughput.pop(self.accelerator))
+            if self.is_world_process_zero():
+                self.record.notice_gradient(norm, self.state.global_step)
         super().log(logs, start_time)
 
     # -- evaluation -----------------------------------------------------------------------------------------------

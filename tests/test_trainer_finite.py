@@ -170,3 +170,10 @@ def test_many_rows_are_counted():
     losses = torch.full((20,), torch.nan)
     _, text = Seen(torch.arange(20), {}, {"dpo": losses, "": losses}).finding()
     assert "rows 0, 1, 2, 3, 4, 5, 6, 7 and 12 more of" in text
+
+
+@pytest.mark.parametrize(("weight", "count"), [(0.0, 1), (1.0, 0)])
+def test_a_gradient_of_zero_is_warned_of_once(weight, count, tmp_path, caplog):
+    rows = with_column(pairs(8), "weights", lambda row: weight)
+    make_trainer(tmp_path, tiny_model(), train_dataset=rows).train()
+    assert caplog.text.count("is exactly 0, so nothing is learned") == count

@@ -23,6 +23,11 @@ logger = logging.getLogger(__name__)
 # Micro-batches since the last log whose responses are measured.
 _OBSERVED = 1000
 
+NO_GRADIENT = (
+    "the gradient of step %d is exactly 0, so nothing is learned from its rows (said once): all responses may tie, "
+    "weights may be 0, an adapter may not act on these rows, or a loss may have reached its margin"
+)
+
 
 def example_metrics(objective: Objective, output: LossOutput, inputs: dict[str, Tensor]) -> dict[str, Metric]:
     """The metrics of each example: the loss's components, and those of its kind, under TRL's names."""
@@ -76,7 +81,7 @@ class TrainingRecord:
     def __init__(self, objective: Objective):
         self._objective, self._means, self._finite = objective, RunningMeans(), FiniteRun()
         self._observed: deque[dict[str, Tensor]] = deque(maxlen=_OBSERVED)
-        self._step, self.alarms = 0, Alarms()
+        self._step, self.alarms, self._has_warned = 0, Alarms(), False
 
     @property
     def is_full(self) -> bool:
@@ -112,6 +117,12 @@ class TrainingRecord:
         self._observed.clear()
         ranks = [own] if accelerator.num_processes == 1 else gather_object([own])
         return Responses.of(join(rank for rank in ranks if rank))
+
+    def notice_gradient(self, norm: float | None, step: int) -> None:
+        """Warn, once in a run, of a step whose gradient is exactly 0."""
+        if norm is not None and float(norm) == 0 and not self._has_warned:
+            self._has_warned = True
+            logger.warning(NO_GRADIENT, step)
 
     def check(self, accelerator: Accelerator, *others: str | None) -> None:
         """Stop the run, on all ranks together, if anything was not finite; see `FiniteRun.check`."""
