@@ -10,6 +10,7 @@ from hf_prefopt.data.mixtures import Mixture, Source  # noqa: E402
 from hf_prefopt.inspection import inspect_dataset  # noqa: E402
 from hf_prefopt.losses import LossOutput, get_loss, list_losses, register_loss  # noqa: E402
 from hf_prefopt.trainer import PreferenceTrainer  # noqa: E402
+from hf_prefopt.version import __version__  # noqa: E402
 
 __all__ = [
     "LossOutput",
@@ -17,10 +18,10 @@ __all__ = [
     "PreferenceConfig",
     "PreferenceTrainer",
     "Source",
+    "__version__",
     "get_loss",
     "inspect_dataset",
     "list_losses",
     "register_loss",
     "split_by_prompt",
 ]
-__version__ = "0.1.0"

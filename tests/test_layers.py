@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "hf_prefopt"
 # In the order in which they may be imported; a name is a module or a package of hf_prefopt.
 LAYERS = (
-    ("noise", "kinds"),
+    ("version", "noise", "kinds"),
     ("batch",),
     ("losses",),
     ("objective",),
@@ -27,6 +27,7 @@ LAYERS = (
     ("inspection",),
     ("generation", "serving"),
     ("callbacks", "recording", "console"),
+    ("recipe",),
     ("commands", "__main__"),
     ("trl",),
 )

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from types import ModuleType
 
-from hf_prefopt import __version__
 from hf_prefopt.commands import chat, compare, env, inspect, losses, merge, report, train
 from hf_prefopt.commands.faults import reported
 from hf_prefopt.commands.parser import parser_of
+from hf_prefopt.version import __version__
 
 COMMANDS: dict[str, ModuleType] = {
     "train": train,

@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 import torch
 from packaging.requirements import Requirement
 
-from hf_prefopt import __version__
+from hf_prefopt.version import __version__
 
 # Variables that change a run, and whose values are switches.
 VARIABLES = (

@@ -11,7 +11,7 @@ from transformers import Trainer, TrainerCallback
 from hf_prefopt.generation.answers import Problem, generation_settings, messages_of
 from hf_prefopt.generation.partners import answers_of, policy_of, reference_of, refuse_sharded
 from hf_prefopt.generation.trackers import log_table
-from hf_prefopt.reporting.table import wilson_interval
+from hf_prefopt.reporting.intervals import wilson_interval
 
 Judge = Callable[[Any, str, str], float]
 

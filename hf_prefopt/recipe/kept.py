@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
-from hf_prefopt import __version__
 from hf_prefopt.recipe.settings import Recipe
+from hf_prefopt.version import __version__
 
 FILE = "train.yaml"
 # What the end of a run leaves behind.

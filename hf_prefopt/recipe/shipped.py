@@ -7,10 +7,8 @@ import shutil
 from difflib import get_close_matches
 from pathlib import Path
 
-import hf_prefopt
-
 SHIPPED_DATA = "recipes/data/"
-_PACKAGE = Path(hf_prefopt.__file__).parent
+_PACKAGE = Path(__file__).parents[1]
 
 
 def shipped(path: str) -> Path:

@@ -33,6 +33,7 @@ SETTLED = (
     "precompute_ref_log_probs",
     "reference_cache_dir",
     "sync_ref_model",
+    "hub_base_model",
 )
 
 

@@ -20,7 +20,7 @@ def public(module_name: str) -> list[str]:
     """The names in `__all__`, or, without it, what the module itself defines."""
     module = importlib.import_module(module_name)
     own = (name for name, value in vars(module).items() if getattr(value, "__module__", None) == module_name)
-    return getattr(module, "__all__", [name for name in own if not name.startswith("_")])
+    return [name for name in getattr(module, "__all__", own) if not name.startswith("_")]
 
 
 @pytest.mark.parametrize("module_name", MODULES)

@@ -103,7 +103,17 @@ def test_reporting_does_not_import_matplotlib_or_trl():
 def test_a_finished_run_has_results_answers_curves_and_an_index_for_the_hub():
     """Of the data and of the model's answers everything is text: no HTML, no Markdown, no broken table."""
     run = made_up_run()
-    text = str(model_card(facts(results=results_of(run), answers=run.answers, has_curves=True, configuration="a: 1")))
+    text = str(
+        model_card(
+            facts(
+                results=results_of(run),
+                answers=run.answers,
+                has_curves=True,
+                configuration="a: 1",
+                serve="vllm serve m",
+            )
+        )
+    )
     assert "| reward accuracy | 0.500 [0.200, 0.800] | 0.833 [0.400, 0.970] |" in text
     assert "| always the longer one |" in text and "3 prompts count, not 6 examples" in text
     assert r"| What is &lt;b&gt;2&lt;/b&gt;? | &#124; 5 &lt;script&gt; | 4&lt;U+202E&gt; |" in text

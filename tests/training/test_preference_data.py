@@ -72,10 +72,10 @@ def test_an_evaluation_set_named_train_does_not_hide_the_training_set(tmp_path):
 
 def test_prompts_are_drawn_only_where_they_are_asked_for(tmp_path):
     rows = pairs(6)
-    assert data(tmp_path).sampler(rows) is None
+    assert data(tmp_path).sampler(rows, lambda: "shared", 1) is None
     made = data(tmp_path, group_by_prompt=True)
-    assert sorted(made.sampler(rows)) == list(range(6))
-    assert made.sampler(rows.to_iterable_dataset()) is None
+    assert sorted(made.sampler(rows, lambda: "shared", 1)) == list(range(6))
+    assert made.sampler(rows.to_iterable_dataset(), lambda: "shared", 1) is None
 
 
 def test_rows_get_a_mismatched_response_where_a_loss_needs_one(tmp_path):

@@ -133,6 +133,7 @@ def test_every_setting_is_searched_or_settled():
 LATE = {
     "column_mapping": {"prompt": "question"},
     "remove_columns": ["margin"],
+    "hub_base_model": "someone/base",
     "text_as": "messages",
     "chat_template_kwargs": {"enable_thinking": False},
     "max_length": 64,
