@@ -89,16 +89,12 @@ def merge_adapter(
         del model  # one model at a time
         reloaded, _ = load_checkpoint(str(partial), {**kwargs, "dtype": "auto"})
         agreement = compare(token_logps(reloaded, kept.rows), trained, untrained, rounding, reloaded.dtype)
-        if not agreement.difference <= agreement.bound:
-            raise ValueError(
-                f"the merged model is not the trained one, so it was not kept: {agreement} Merge with --dtype float32 "
-                "(dtype=…), where rounding is no longer in question: what fails there is not merged right"
-            )
+        _check(agreement)
         partial.replace(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     say(f"check on {len(kept.rows)} {kept.name}: {agreement}")
-    notes = _notes(agreement, kept, base)
+    notes = _notes(kept, base)
     for note in notes:
         say(f"note: {note}")
     return MergedModel(folder, agreement, notes)
@@ -207,13 +203,22 @@ def _save(model: PreTrainedModel, folder: Path, left_out: dict[str, Tensor], max
     model.save_pretrained(folder, state_dict=state, max_shard_size=max_shard_size)
 
 
-def _notes(agreement: Agreement, kept: KeptRows, base: str) -> list[str]:
-    notes = []
-    if agreement.difference > agreement.effect / 2 and agreement.effect > 0:
-        notes.append(
-            f"rounding to {_short(agreement.dtype)} takes away much of what the adapter does: merge with "
-            "--dtype float32 (dtype=…), or serve the adapter beside its base"
+def _check(agreement: Agreement) -> None:
+    """Raise `ValueError` for a merged model that is not the trained one."""
+    if not agreement.difference <= agreement.bound:
+        raise ValueError(
+            f"the merged model is not the trained one, so it was not kept: {agreement} Merge with --dtype float32 "
+            "(dtype=…), which rounds far less: if that fails, too, the merge itself is wrong"
         )
+    if agreement.difference > agreement.effect / 2 and agreement.effect > 0:
+        raise ValueError(
+            f"the merged model has lost more than half of what the adapter does, so it was not kept: {agreement} Merge "
+            "with --dtype float32 (dtype=…), or serve the adapter with its base"
+        )
+
+
+def _notes(kept: KeptRows, base: str) -> list[str]:
+    notes = []
     if kept.quantized:
         notes.append(
             f"the adapter was trained on a base in {kept.quantized}, and is merged into {base} without quantization, "

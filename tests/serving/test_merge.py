@@ -209,14 +209,24 @@ def test_a_merge_that_goes_wrong_is_an_error_and_leaves_nothing(tmp_path, monkey
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "run"]
 
 
-def test_an_adapter_lost_in_rounding_is_said(tmp_path):
-    """Changes far below a step of bfloat16 disappear: the merged model is the base, and the note says so."""
+def test_an_adapter_lost_in_rounding_is_an_error(tmp_path):
+    """Changes far below a step of bfloat16 disappear: the merged model would be the base."""
     base = save_base(tmp_path / "base", tiny_model())
     adapter = save_adapter(base, tmp_path / "run", lora(init_lora_weights=True), scale=1e-3)
-    found = merge_adapter(adapter, tmp_path / "merged")
-    assert found.agreement.difference > found.agreement.effect / 2
-    assert any("float32" in note for note in found.notes)
-    assert not merge_adapter(adapter, tmp_path / "wide", dtype="float32").notes
+    with pytest.raises(ValueError, match=r"lost more than half of what the adapter does.*--dtype float32"):
+        merge_adapter(adapter, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+    wide = merge_adapter(adapter, tmp_path / "wide", dtype="float32").agreement
+    assert wide.difference < wide.effect / 2
+
+
+def test_an_adapter_that_is_not_merged_is_an_error_in_bfloat16(tmp_path, monkeypatch):
+    """Also where the bound on the rounding is wider than what the adapter does."""
+    base = save_base(tmp_path / "base", tiny_model())
+    adapter = save_adapter(base, tmp_path / "run", lora(init_lora_weights=True), scale=7e-3)
+    monkeypatch.setattr(Linear, "merge", lambda self, **_: None)
+    with pytest.raises(ValueError, match="lost more than half"):
+        merge_adapter(adapter, tmp_path / "merged")
 
 
 def test_several_adapters_are_added_up(tmp_path):
