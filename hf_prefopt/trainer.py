@@ -65,6 +65,7 @@ from hf_prefopt.training.checkpoints import (
     restore_losses,
 )
 from hf_prefopt.training.engines import (
+    check_adapter,
     check_quantized,
     forget_other_trainers,
     keep_output_precision,
@@ -211,6 +212,7 @@ class PreferenceTrainer(Trainer):
         self._eval_dataloaders = {}  # persistent workers collate in the layout of the model before
         self._use(self.data.objective)
         check_quantized(self.accelerator, self.model, self.args.mixed_precision)
+        check_adapter(self.accelerator, self.model)
         forget_other_trainers(self.model)
         set_base_name(self.model, self.args.hub_base_model)
         self.scorer.attach(self.model, self.criterion, self.accelerator)

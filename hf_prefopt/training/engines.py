@@ -7,6 +7,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
+from peft import PeftModel
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.nn.parallel import DistributedDataParallel
@@ -64,6 +65,14 @@ def check_quantized(accelerator: Accelerator, model: nn.Module, precision: str) 
             f"{engine} {problem} 4-bit weights with bnb_4bit_quant_storage={storage}: load the model with "
             f"BitsAndBytesConfig(..., bnb_4bit_quant_storage={computes_in or torch.float32})"
         )
+
+
+def check_adapter(accelerator: Accelerator, model: nn.Module) -> None:
+    """Raise `ValueError` for soft prompts under FSDP2: PEFT reads them on one rank, which waits for the others."""
+    configs = model.peft_config.values() if isinstance(model, PeftModel) else ()
+    soft = [config.peft_type.value for config in configs if config.is_prompt_learning]
+    if soft and _sharding_engine(accelerator) == "FSDP2":
+        raise ValueError(f"FSDP2 cannot save soft prompts ({', '.join(soft)}): use DDP, or LoRA")
 
 
 def make_room(precision: str) -> None:

@@ -1,13 +1,17 @@
 """Adapters that look at more than a token, ask for more than tokens, or change the model beneath: right or refused."""
 
+from types import SimpleNamespace
+
 import peft
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 
 from hf_prefopt.scoring.modes import ModuleTree
 from hf_prefopt.training.acting import acting_adapter
+from hf_prefopt.training.engines import check_adapter
 from tests.reference.test_adapters import mean_chosen_logp
 from tests.tiny_models import perturbed, random_rows, tiny_model, with_lora
 from tests.trainers import make_trainer, pairs
@@ -87,3 +91,13 @@ def test_a_base_that_stays_as_it_was_is_one(init, tmp_path):
     expected = 0.1 * (mean_chosen_logp(model, rows) - mean_chosen_logp(tiny_model(), rows))
     assert abs(expected) > 1e-3
     assert metrics["eval_rewards/chosen"] == pytest.approx(expected, abs=2e-5)
+
+
+@pytest.mark.parametrize("config", [peft.PromptTuningConfig, peft.PrefixTuningConfig])
+def test_soft_prompts_are_an_error_under_fsdp2(config):
+    model = get_peft_model(tiny_model(), config(num_virtual_tokens=4, task_type="CAUSAL_LM"))
+    fsdp, alone = (SimpleNamespace(distributed_type=kind) for kind in (DistributedType.FSDP, DistributedType.NO))
+    with pytest.raises(ValueError, match=r"FSDP2 cannot save soft prompts \(.*_TUNING\)"):
+        check_adapter(fsdp, model)
+    check_adapter(fsdp, with_lora(tiny_model()))
+    check_adapter(alone, model)
