@@ -112,7 +112,7 @@ def check_reference_settings(args: Any, objective: Objective) -> None:
 
 def _check_moving(args: Any, objective: Objective, losses: str) -> None:
     if not 0 < args.ref_model_mixup_alpha <= 1:
-        raise ValueError(f"ref_model_mixup_alpha={args.ref_model_mixup_alpha} is outside (0, 1]")
+        raise ValueError(f"ref_model_mixup_alpha={args.ref_model_mixup_alpha} must be above 0 and at most 1")
     if args.ref_model_sync_steps < 1:
         raise ValueError(f"ref_model_sync_steps={args.ref_model_sync_steps} must be at least 1")
     if not objective.needs_reference_model:

@@ -4,7 +4,7 @@
 """
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from difflib import get_close_matches
 
 _GAMMA = "loss_params={'gamma': ...}"
@@ -48,6 +48,8 @@ FOREIGN_SETTINGS: Mapping[str, str] = {
     "use_logits_to_keep": _NO_LOGITS,
     "use_num_logits_to_keep": _NO_LOGITS,
 }
+# A setting in one of these texts: its name and its value.
+_SETTING = re.compile(r"\b(\w+)=(\.\.\.|\{.*?\}|'[^']*'|\w+)")
 # Common short names of settings.
 USUAL_NAMES: Mapping[str, str] = {
     "accumulation_steps": "gradient_accumulation_steps",
@@ -117,7 +119,24 @@ def nearest_setting(name: str, known: Collection[str]) -> str | None:
     return usual if usual in known else next(iter(get_close_matches(name, known, 1)), None)
 
 
-def hints_in(text: str) -> str:
-    """What to use instead of the other libraries' settings that a message names; empty if it names none."""
+def hints_in(text: str, write: Callable[[str, str], str] = "{}={}".format) -> str:
+    """What to use instead of the other libraries' settings that a message names; empty if it names none.
+
+    Args:
+        write: how a setting is written, from its name and its value.
+    """
     named = sorted(FOREIGN_SETTINGS.keys() & set(re.findall(r"\w+", text)))
-    return "".join(f"; for {name} write {FOREIGN_SETTINGS[name]}" for name in named)
+    return "".join(
+        f"; use {_SETTING.sub(lambda found: write(*found.groups()), FOREIGN_SETTINGS[name])}" for name in named
+    )
+
+
+def as_option(name: str, value: str) -> str:
+    """A setting on the command line: `--loss_params '{"gamma": ...}'` for `loss_params={'gamma': ...}`."""
+    typed = value.strip("'") if value[0] == "'" else value.lower() if value in ("True", "False") else value
+    return f"--{name} '{typed.replace(chr(39), chr(34))}'" if typed[0] == "{" else f"--{name} {typed}"
+
+
+def as_yaml(name: str, value: str) -> str:
+    """A setting in a YAML file."""
+    return f"{name}: {value.strip(chr(39)) if value[0] == chr(39) else value}"

@@ -81,7 +81,7 @@ def test_a_foreign_argument_of_the_card(tmp_path):
 def test_hints_for_the_message_of_a_parser():
     """What the recipes add to "some keys are not used"."""
     hints = hints_in("Some specified arguments are not used by the HfArgumentParser: ['--rpo_alpha', '0.5']")
-    assert hints == "; for rpo_alpha write sft_weight=..."
+    assert hints == "; use sft_weight=..."
     assert hints_in("beta=-1 must be above 0") == ""
 
 

@@ -14,7 +14,7 @@ from typing import Any, NoReturn, get_args, get_type_hints
 from transformers import HfArgumentParser
 
 from hf_prefopt.config_docs import default_of
-from hf_prefopt.config_names import hints_in, nearest_setting
+from hf_prefopt.config_names import as_option, hints_in, nearest_setting
 
 
 class CommandParser(HfArgumentParser):
@@ -48,7 +48,7 @@ class CommandParser(HfArgumentParser):
             )
             return f"unexpected argument {word}" + (f": did you mean {meant} {word}?" if meant else "")
         plain = option.lstrip("-").replace("-", "_")
-        hint = hints_in(plain) if "loss_type" in known else ""
+        hint = hints_in(plain, as_option) if "loss_type" in known else ""
         near = nearest_setting(plain, known)
         return f"unknown argument {option}" + (hint or (f": did you mean {known[near]}?" if near else ""))
 

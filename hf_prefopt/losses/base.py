@@ -6,6 +6,7 @@ Log-probabilities are natural logarithms (nats) over the scored response tokens.
 
 import functools
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -130,8 +131,9 @@ def check_range(
     above = value > low if open_low else value >= low
     below = value <= high if closed_high else value < high
     if not (above and below):
-        opening, closing = "(" if open_low else "[", "]" if closed_high else ")"
-        raise ValueError(f"{name}={value!r} is outside {opening}{low:g}, {high:g}{closing}")
+        least = f"{'above' if open_low else 'at least'} {low:g}"
+        most = f"{'at most' if closed_high else 'below'} {high:g}" if math.isfinite(high) else "finite"
+        raise ValueError(f"{name}={value!r} must be {least}" + (f" and {most}" if math.isfinite(high) or above else ""))
 
 
 def check_positive(**values: float) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from hf_prefopt.config_names import hints_in, nearest_setting
+from hf_prefopt.config_names import as_yaml, hints_in, nearest_setting
 from hf_prefopt.recipe.shipped import find_config
 
 # Keys of a file that are no settings: the file to begin with, and TRL's environment variables.
@@ -76,7 +76,7 @@ def unknown_setting(name: str, options: Mapping[str, Action], reason: str = "") 
     plain = name.replace("-", "_")
     near = plain if plain in options else nearest_setting(plain, options)
     hint = f"; did you mean {near}?" if near else "; `hf_prefopt train --help-all` names all"
-    return f"there is no setting {name}{hints_in(name) or reason or hint}"
+    return f"there is no setting {name}{hints_in(name, as_yaml) or reason or hint}"
 
 
 def _values(file: Path) -> dict[str, Any]:

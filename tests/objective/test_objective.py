@@ -70,7 +70,7 @@ def test_reference_free_leaves_the_reference_out():
         ({"loss_types": ["dpo"], "loss_weights": [1.0, 2.0]}, "2 values for 1 losses"),
         ({"loss_types": ["dpo", "sigmoid"]}, "dpo is listed twice"),
         ({"loss_types": ["dpo", "sft"], "sft_weight": 1.0}, "sft is listed twice"),
-        ({"loss_types": ["dpo"], "sft_weight": -1.0}, "sft_weight=-1.0 is outside"),
+        ({"loss_types": ["dpo"], "sft_weight": -1.0}, "sft_weight=-1.0 must be"),
         ({"loss_types": ["wpo"], "use_weighting": True}, "wpo already applies it"),
         ({"loss_types": ["sft"], "use_weighting": True}, "sft does not compare"),
         ({"loss_types": ["simpo"], "reference_free": True}, "simpo uses no reference"),
@@ -79,7 +79,7 @@ def test_reference_free_leaves_the_reference_out():
         ({"loss_types": ["dpo", "sft"], "loss_params": {"beta": 1.0}}, "group the hyperparameters by loss"),
         ({"loss_types": ["dpo", "sft"], "loss_params": {"ipo": {"beta": 1.0}}}, "ipo, which is not among the losses"),
         ({"loss_types": ["sft"], "shared_params": {"beta": 0.1}}, "sft takes no hyperparameters"),
-        ({"loss_types": ["dpo"], "shared_params": {"label_smoothing": 0.5}}, "label_smoothing=0.5 is outside"),
+        ({"loss_types": ["dpo"], "shared_params": {"label_smoothing": 0.5}}, "label_smoothing=0.5 must be"),
     ],
 )
 def test_refuses_what_makes_no_sense(settings, message):

@@ -158,7 +158,7 @@ REFUSALS = {
     "a named adapter": ({**MOVE, "reference": "adapter:x"}, "reference='adapter:x' is not one"),
     "a cache": ({**MOVE, "precompute_ref_log_probs": True}, "caches its scores"),
     "a cache, said otherwise": ({**MOVE, "reference": "cache"}, "caches its scores"),
-    "α of 0": ({**MOVE, "ref_model_mixup_alpha": 0.0}, r"ref_model_mixup_alpha=0.0 is outside \(0, 1\]"),
+    "α of 0": ({**MOVE, "ref_model_mixup_alpha": 0.0}, r"ref_model_mixup_alpha=0.0 must be above 0 and at most 1"),
     "α above 1": ({**MOVE, "ref_model_mixup_alpha": 1.1}, "ref_model_mixup_alpha=1.1"),
     "never": ({**MOVE, "ref_model_sync_steps": 0}, "ref_model_sync_steps=0"),
     "α unused": ({"ref_model_mixup_alpha": 0.3}, "only used with sync_ref_model=True"),
