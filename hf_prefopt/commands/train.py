@@ -29,14 +29,6 @@ from hf_prefopt.trainer import PreferenceTrainer
 # PEFT asks transformers for an attribute under its old name: one known line of noise, at every start, that is not ours.
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
 
-# What the report at the end suggests.
-NEXT_STEPS = {
-    "another model": "--model_name_or_path HuggingFaceTB/SmolLM2-360M-Instruct",
-    "your preferences": "--dataset_name your-name/your-pairs   (columns: prompt, chosen, rejected)",
-    "another loss": "--loss_type simpo --output_dir runs/simpo",
-    "share the result": "--push_to_hub --hub_model_id your-name/your-model",
-}
-
 
 def add_options(parser: CommandParser) -> None:
     """The options of `train`: one for every setting, and those that do something else than train."""
@@ -102,4 +94,16 @@ def train(recipe: Recipe) -> None:
     if test_rows is not None:
         trainer.evaluate()
     trainer.save_model()
-    finish_run(trainer, recipe.data_names, NEXT_STEPS)
+    finish_run(trainer, recipe.data_names, next_steps(training))
+
+
+def next_steps(training: PreferenceConfig) -> dict[str, str]:
+    """What the summary at the end of a run suggests, keyed by purpose."""
+    loss = "simpo" if "simpo" not in training.loss_type else "dpo"
+    return {
+        "another model": "--model_name_or_path HuggingFaceTB/SmolLM2-360M-Instruct",
+        "your preferences": "--dataset_name your-name/your-pairs   (columns: prompt, chosen, rejected)",
+        "another loss": f"--loss_type {loss} --output_dir runs/{loss}",
+        "compare the two": f"hf_prefopt compare {training.output_dir} runs/{loss}",
+        "share the result": "--push_to_hub --hub_model_id your-name/your-model",
+    }
