@@ -79,7 +79,7 @@ def test_what_a_loss_asks_is_checked_where_one_is_named():
     (error,) = inspect_dataset(chats(), TOKENIZER, loss_type="odpo").errors
     assert "does not fit odpo: it needs a number for every row in a column `chosen_score`" in error
     (error,) = inspect_dataset([chat_pair("Paris.", "Paris.")] * 3, TOKENIZER, loss_type="dpo").errors
-    assert error.startswith("chosen and rejected are the same tokens in all of 3 pairs")
+    assert error.startswith("chosen and rejected have the same tokens in all of 3 pairs")
     labels = [{"prompt": "Q", "completion": " a", "label": n > 0} for n in range(4)]
     assert any(
         "KTO's authors recommend" in line for line in inspect_dataset(labels, TOKENIZER, loss_type="kto").remarks

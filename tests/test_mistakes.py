@@ -177,7 +177,7 @@ SAID: dict[str, str] = {
     "train ... --losses_from nowhere.py": "losses_from=nowhere.py: there is no such file of Python code",
     # data
     "train ... --dataset_name no_rejected.jsonl": "column `rejected` is missing (columns found: prompt, chosen)",
-    "train ... --dataset_name equal.jsonl": "chosen and rejected are the same tokens in all of 6 pairs",
+    "train ... --dataset_name equal.jsonl": "chosen and rejected have the same tokens in all of 6 pairs",
     "train ... --dataset_name numbers.jsonl": "`chosen` is of type int",
     "train ... --dataset_name holes.jsonl": "row 3: `rejected` is missing; drop the row or pass on_bad_rows='drop'",
     "train ... --dataset_name choosen.jsonl": "column_mapping={'chosen': 'choosen'}",

@@ -322,7 +322,7 @@ def test_win_rates_are_used_only_where_they_are_asked_for(tmp_path, caplog):
     given = {"model": perturbed(tiny_model(), scale=0.05), "ref_model": tiny_model(), "train_dataset": soft_rows()}
     with caplog.at_level(logging.WARNING):
         hard = make_trainer(tmp_path, **given)
-    assert "train: win_rate is not read: use_win_rates=True makes soft labels of it" in caplog.text
+    assert "train: win_rate is not read: use_win_rates=True converts it to soft labels" in caplog.text
     assert (
         hard.evaluate(soft_rows())["eval_loss"]
         == make_trainer(tmp_path, **{**given, "train_dataset": pairs(4)}).evaluate(pairs(4))["eval_loss"]

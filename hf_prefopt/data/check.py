@@ -1,7 +1,7 @@
-"""Check a data set's examples against the losses, before the first step.
+"""Check the examples of a data set against the losses, before the first step.
 
-An example that a loss cannot compare is an error that names its row. A loss's advice about its data is logged once,
-and so is which columns change the losses.
+An example that a loss cannot compare raises an error that names its row. The advice of a loss about its data, and the
+optional columns that the losses read, are logged once.
 """
 
 import inspect
@@ -27,14 +27,17 @@ logger = logging.getLogger(__name__)
 
 
 def check_embeddings(dataset: Dataset | IterableDataset, embeddings: int, name: str) -> Dataset | IterableDataset:
-    """The data set, without a token id that has no embedding, on which a step would fail.
+    """Check that the model has an embedding for every token id; the first step would fail otherwise.
 
     Args:
-        embeddings: how many the model has.
-        name: what errors call the data set.
+        embeddings: Number of embeddings of the model.
+        name: Name of the data set in errors.
+
+    Returns:
+        The data set. Rows of a stream are checked when they are read.
 
     Raises:
-        ValueError: there is such an id; in a stream when its row is reached.
+        ValueError: If a token id has no embedding; for a stream, when the row is read.
     """
     if isinstance(dataset, IterableDataset):
         arguments = {"embeddings": embeddings, "name": name}
@@ -49,26 +52,29 @@ def check_embeddings(dataset: Dataset | IterableDataset, embeddings: int, name: 
 
 
 def _check_ids(columns: Mapping[str, list[Any]], embeddings: int, name: str) -> dict[str, list[Any]]:
-    """Check a batch of rows, without changing it."""
+    """Check a batch of rows without changing it."""
     for row in _as_rows({column: columns[column] for column in ("prompt_ids", "response_ids", "row")}):
         found = max(token for ids in (row["prompt_ids"], *row["response_ids"]) for token in ids)
         if found >= embeddings:
             raise ValueError(
-                f"{name}: row {row['row']:,} holds token {found:,}, and the model has {embeddings:,} embeddings: "
+                f"{name}: row {row['row']:,} has token id {found:,}, but the model has {embeddings:,} embeddings: "
                 "use the model's tokenizer, or model.resize_token_embeddings(len(tokenizer)) for new tokens"
             )
     return {}
 
 
 def check_lengths(dataset: Dataset | IterableDataset, positions: int, name: str) -> Dataset | IterableDataset:
-    """The data set, without a sequence that is longer than the model has positions, on which a step would fail.
+    """Check that no sequence is longer than the model's maximum number of positions; the first step would fail otherwise.
 
     Args:
-        positions: the most tokens of a prompt with a response.
-        name: what errors call the data set.
+        positions: Maximum number of tokens of a prompt and a response.
+        name: Name of the data set in errors.
+
+    Returns:
+        The data set. Rows of a stream are checked when they are read.
 
     Raises:
-        ValueError: there is such a sequence; in a stream when its row is reached.
+        ValueError: If a sequence is too long; for a stream, when the row is read.
     """
     if isinstance(dataset, IterableDataset):
         arguments = {"positions": positions, "name": name}
@@ -77,42 +83,45 @@ def check_lengths(dataset: Dataset | IterableDataset, positions: int, name: str)
     for batch in columns.iter(batch_size=10_000):
         longest = pc.max(pc.list_value_length(pc.list_flatten(batch["response_ids"]))).as_py() or 0
         longest += pc.max(pc.list_value_length(batch["prompt_ids"])).as_py() or 0
-        if longest > positions:  # of two rows, perhaps
+        if longest > positions:  # the longest prompt and the longest response may be in different rows
             _check_lengths(batch.to_pydict(), positions, name)
     return dataset
 
 
 def _check_lengths(columns: Mapping[str, list[Any]], positions: int, name: str) -> dict[str, list[Any]]:
-    """Check a batch of rows, without changing it."""
+    """Check a batch of rows without changing it."""
     for row in _as_rows({column: columns[column] for column in ("prompt_ids", "response_ids", "row")}):
         prompt, response = len(row["prompt_ids"]), max(map(len, row["response_ids"]))
         if prompt + response > positions:
             raise ValueError(
-                f"{name}: row {row['row']:,} has {prompt:,} tokens of a prompt and {response:,} of a response, and the "
+                f"{name}: row {row['row']:,} has {prompt:,} prompt tokens and {response:,} response tokens, but the "
                 f"model has {positions:,} positions: set max_length={positions} (or less) to cut such rows"
             )
     return {}
 
 
 def check_examples(dataset: Dataset | IterableDataset, objective: Objective, name: str) -> Dataset | IterableDataset:
-    """The data set, whose examples suit the losses; the rows of a stream are checked when they are reached.
+    """Check that the losses can compare the examples.
 
     Args:
-        dataset: prepared rows of the kind that the objective compares.
-        name: what errors call the data set.
+        dataset: Prepared rows with the kind of examples that the objective compares.
+        name: Name of the data set in errors.
+
+    Returns:
+        The data set. Rows of a stream are checked when they are read.
 
     Raises:
-        ValueError: examples that a loss cannot compare, or a number that is missing or out of range, with its row; or
-            equal responses in every pair, where the losses learn only from their difference.
+        ValueError: If a loss cannot compare an example, or a number is missing or out of range; the error names the
+            row. Also if the two responses are equal in every pair and the losses depend only on their difference.
     """
     kind = objective.kind
     optional = [column for column in objective.inputs if column in kind.optional_columns]
     unread = {column for term in objective.terms for column in term.absent if column in (dataset.column_names or ())}
     if "chosen_win_rates" in unread:
-        logger.warning("%s: win_rate is not read: use_win_rates=True makes soft labels of it", name)
+        logger.warning("%s: win_rate is not read: use_win_rates=True converts it to soft labels", name)
     has_checks = bool(optional) or any(term.spec.check_data for term in objective.terms)
     if isinstance(dataset, IterableDataset):
-        # If even a row without any columns would be accepted, every row will be.
+        # If a row without any columns is accepted, every row is accepted.
         if not has_checks and kind.refusal({}, objective.inputs) is None:
             return dataset
         if objective.use_weights:
@@ -136,20 +145,20 @@ def check_examples(dataset: Dataset | IterableDataset, objective: Objective, nam
 
 
 def _refuse_identical_pairs(dataset: Dataset, objective: Objective, name: str) -> None:
-    """Raise `ValueError` if the responses of every pair are equal and so every gradient is zero."""
+    """Raise `ValueError` if the two responses are equal in every pair, because every gradient is then zero."""
     if not objective.ignores_shared_tokens:
         return
     for table in dataset.select_columns(["response_ids", "pairs"]).with_format("arrow").iter(batch_size=1000):
         if not ragged(table["response_ids"], 2).are_equal(*pair_places(table).T).all():
             return
     raise ValueError(
-        f"{name}: chosen and rejected are the same tokens in all of {plural(len(dataset), 'pair')}, so the gradient is "
+        f"{name}: chosen and rejected have the same tokens in all of {plural(len(dataset), 'pair')}, so the gradient is "
         "zero: check how the columns were made; if the texts differ only after max_length, raise it"
     )
 
 
 def _check_batch(columns: Mapping[str, list[Any]], objective: Objective, name: str) -> dict[str, list[Any]]:
-    """Check a batch of a stream, without changing it."""
+    """Check a batch of a stream without changing it."""
     rows = _as_rows(columns)
     for row in rows:
         reason = objective.kind.refusal(row, objective.inputs)
@@ -165,14 +174,14 @@ def _as_rows(columns: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
 
 
 def _examples(rows: Sequence[Mapping[str, Any]], kind: ExampleKind) -> dict[str, Tensor]:
-    """The values that losses may check, and the `row` of each example."""
+    """Return the values that losses may check, and the `row` of each example."""
     values = {column: torch.from_numpy(array) for column, array in kind.batch_inputs_of(rows).items()}
     counts = torch.tensor([kind.count_examples(row) for row in rows])
     return {**values, "row": torch.tensor([row["row"] for row in rows]).repeat_interleave(counts)}
 
 
 def _check(examples: Mapping[str, Tensor], objective: Objective, name: str) -> list[str]:
-    """The losses' advice on these examples. Raises `ValueError` for examples that do not suit."""
+    """Return the losses' advice on these examples. Raises `ValueError` for examples that a loss cannot compare."""
     for column in objective.inputs:
         if column in objective.kind.optional_columns and column in examples:
             _check_numbers(column, examples, objective.kind, name)
@@ -187,7 +196,7 @@ def _check(examples: Mapping[str, Tensor], objective: Objective, name: str) -> l
 
 
 def _run_check(term: Term, examples: Mapping[str, Tensor]) -> str | None:
-    """The advice of a loss's `check_data`, if it has any."""
+    """Return the advice of a loss's `check_data`, or None."""
     check = term.spec.check_data
     if check is None:
         return None
@@ -210,20 +219,20 @@ def _check_numbers(column: str, examples: Mapping[str, Tensor], kind: ExampleKin
 
 
 def _name_rows(which: Tensor, rows: Tensor) -> str:
-    """The first row that has one of these examples, and how many more there are. `which`: `[B]` bool; `rows`: `[B]`."""
+    """Describe the rows of the selected examples: the first one and a count. `which`: `[B]` bool; `rows`: `[B]`."""
     first, *others = dict.fromkeys(rows[which].tolist())
     return f"row {first:,}" + (f" (and {len(others):,} more rows)" if others else "")
 
 
 def _say_what_is_read(inputs: Sequence[str], columns: Collection[str], kind: ExampleKind, name: str) -> None:
-    """Log which columns of numbers, apart from weights, the losses read."""
+    """Log which columns of numbers, except weights, the losses read."""
     read = [kind.optional_columns[column].columns[0] for column in inputs if column in columns and column != "weights"]
     if read:
-        logger.warning("%s: the losses read %s; remove_columns leaves columns out", name, ", ".join(read))
+        logger.warning("%s: the losses read %s; use remove_columns to exclude columns", name, ", ".join(read))
 
 
 def _describe_weights(name: str, weights: np.ndarray | None = None) -> str:
-    """That weights multiply the losses. `weights`: one for each example; None for a stream."""
+    """Describe the effect of the column `weight`. `weights`: one for each example; None for a stream."""
     line = f"{name}: the column `weight` multiplies the losses of its examples"
     if weights is None or not len(weights):
         return line

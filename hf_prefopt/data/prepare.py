@@ -1,19 +1,20 @@
-"""Prepare a data set for training: read each row, tokenize it and cut it, in one batched map that `datasets` caches.
+"""Prepare a data set for training: read, tokenize and truncate each row in one batched map, which `datasets` caches.
 
-column_layouts.py finds out how the columns are to be read, formats.py reads rows, tokenize.py and truncate.py turn them
-into tokens, notes.py rejects or drops those that cannot be used.
+column_layouts.py finds the layout of the columns, formats.py reads rows, tokenize.py and truncate.py convert rows to
+tokens, and notes.py rejects or drops unusable rows.
 
 Prepared rows have these columns:
 
     prompt_ids        token ids of the prompt
-    response_ids      K lists of token ids: of a pair chosen, then rejected; a triple's gold response is the last
-    scored_masks      K lists of 0 / 1, one for each response token: 1 if its log-prob counts
-    row               the number of the row in the data set given
-    pairs             [[0, 1]], of pairs and triples; triples also have `golds`, [2]
-    labels            [whether the response is desirable], of unpaired rows
-    quantiles         [the response's quantile], of scored responses
-    ranks, scores     K numbers each, of lists; `scores` is empty if there were only ranks
-    token_weights     K lists of numbers, only of tokenized pairs with weights
+    response_ids      K lists of token ids: the chosen response of a pair, then the rejected one; the gold response of a
+                      triple is the last
+    scored_masks      K lists of 0 / 1, one entry for each response token: 1 if its log-prob counts
+    row               the index of the row in the given data set
+    pairs             [[0, 1]], for pairs and triples; triples also have `golds`, [2]
+    labels            [whether the response is desirable], for unpaired rows
+    quantiles         [the response's quantile], for scored responses
+    ranks, scores     K numbers each, for lists; `scores` is empty if the data set has only ranks
+    token_weights     K lists of numbers, only for tokenized pairs with weights
     weights, ...      the optional columns (`ExampleKind.optional_columns`), a number for each example
 """
 
@@ -57,7 +58,7 @@ from hf_prefopt.kinds import PAIRS, UNPAIRED, ExampleKind, kind_of_columns
 
 logger = logging.getLogger(__name__)
 
-# Part of the cache's key, which sees this module's functions by name only: raise it when what they return changes.
+# Part of the cache key, which contains this module's functions only by name: increase it when their results change.
 _CACHE_VERSION = 9
 _EXAMPLE_FEATURES = {
     "pairs": List(List(Value("int32"))),
@@ -71,7 +72,7 @@ _EXAMPLE_FEATURES = {
 
 
 def prepared_features(example_columns: Iterable[str], optional: Iterable[str] = ()) -> Features:
-    """The columns of prepared rows with these example columns and optional columns."""
+    """Return the features of prepared rows with these example columns and optional columns."""
     return Features(
         {
             "prompt_ids": List(Value("int32")),
@@ -86,15 +87,15 @@ def prepared_features(example_columns: Iterable[str], optional: Iterable[str] = 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A prepared data set, and how it was made of the rows given.
+    """A prepared data set, and how it was prepared from the given rows.
 
     Attributes:
-        dataset: the prepared rows.
-        raw: the rows given, under the names of columns that they were read by.
-        layout: how they were read; None for rows that were prepared before.
-        noted: every row given with what happened to it (`notes.NOTES`); None for a stream and for prepared rows.
-        is_unpaired: whether the pair of row n became the rows 2n and 2n + 1.
-        options: how the rows were tokenized and cut.
+        dataset: The prepared rows.
+        raw: The given rows, after columns were renamed and removed.
+        layout: The layout of the columns; None if the given rows were already prepared.
+        noted: Each given row with its notes (`notes.NOTES`); None for a stream and for rows already prepared.
+        is_unpaired: Whether the pair in row n became the rows 2n and 2n + 1.
+        options: The options for tokenizing and truncating the rows.
     """
 
     dataset: Dataset | IterableDataset
@@ -105,7 +106,7 @@ class Prepared:
     options: dict[str, Any] = field(default_factory=dict)
 
     def uncut(self, rows: Sequence[int]) -> list[dict[str, Any]]:
-        """These rows of the data set given, tokenized and not cut; only where there are notes."""
+        """Return these rows of the given data set, tokenized but not truncated. Requires `noted`."""
         assert self.layout is not None and isinstance(self.raw, Dataset)
         options = {**_read_as(self.layout, self.raw), **self.options, "max_length": None}
         batch = self.raw.select(rows)[:]
@@ -116,7 +117,7 @@ class Prepared:
 def prepare_dataset(
     dataset: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, **settings: Any
 ) -> Dataset | IterableDataset:
-    """The rows that `prepare` makes of a data set, with the same arguments."""
+    """Return the prepared rows of a data set; takes the arguments of `prepare`."""
     return prepare(dataset, tokenizer, **settings).dataset
 
 
@@ -139,40 +140,42 @@ def prepare(
 ) -> Prepared:
     """Tokenize preference data in any of the layouts of `layout_table.LAYOUTS`.
 
-    A data set that was prepared with the same settings is returned unchanged. What no mapping of columns can say, a
-    `Dataset.map` before can.
+    A data set that was prepared with the same settings is returned unchanged. If no column mapping can describe the
+    columns, convert the rows with `Dataset.map` first.
 
     Args:
-        dataset: the rows. A stream's rows are prepared when they are reached, and so errors and warnings come then.
-        tokenizer: the model's tokenizer, with its chat template if the rows hold messages.
-        max_length: the maximum number of tokens of prompt + response; None cuts nothing.
-        truncation_mode: "keep_start" cuts the end of a response that is too long, but keeps its EOS, and drops a row
-            whose prompt leaves no room for a response. "keep_end" cuts the start of the prompt, equally for all
-            responses of a row, and a response only if it is too long by itself. BOS and system prompt stay, whole
-            turns go before a part of the user's last message does, and a row of which that leaves nothing is dropped.
-        on_bad_rows: "error" raises an error that counts the unusable rows, "drop" drops them.
-        num_proc: processes of `Dataset.map`.
-        name: what messages call the data set.
-        unpair: make two unpaired rows of every pair.
-        kind: the kind of examples to prepare, if the columns match several layouts; None prepares the first match.
-        column_mapping, remove_columns, text_as, chat_template_kwargs: see `PreferenceConfig`.
-        needs_prompt: whether it matters to the losses where a prompt ends. Texts without a column for it, which may
-            begin with the same words by chance, are then errors, unless they are transcripts. `unpair` needs it, too.
+        dataset: The rows. Rows of a stream are prepared when they are read, so errors and warnings appear then.
+        tokenizer: The model's tokenizer, with its chat template if the rows contain messages.
+        max_length: Maximum number of tokens of prompt + response; None disables truncation.
+        truncation_mode: "keep_start" truncates the end of a response that is too long but keeps its EOS, and drops a
+            row whose prompt leaves no tokens for a response. "keep_end" truncates the start of the prompt, by the same
+            amount for all responses of a row, and truncates a response only if it is too long by itself. It keeps BOS
+            and system prompt, removes whole turns before it cuts within the last user message, and drops a row if no
+            user text would remain.
+        on_bad_rows: "error" raises an error that counts the unusable rows; "drop" drops them.
+        num_proc: Number of processes for `Dataset.map`.
+        name: Name of the data set in messages.
+        unpair: Whether to convert each pair to two unpaired rows.
+        kind: Kind of examples to prepare if the columns match several layouts; None prepares the first match.
+        column_mapping, remove_columns, text_as, chat_template_kwargs: See `PreferenceConfig`.
+        needs_prompt: Whether the losses depend on where a prompt ends. If True, texts without a prompt column raise an
+            error unless they are transcripts, because their common beginning may be longer than the prompt by chance.
+            `unpair` implies True.
 
     Returns:
-        The prepared rows, whose columns the module's docstring lists, and how they were made.
+        The prepared rows, with the columns listed in the docstring of this module, and how they were prepared.
 
     Raises:
-        ValueError: an invalid argument; columns of no known layout; messages without a chat template; texts most of
-            which seem to lack a prompt; a data set that was prepared with other settings; with on_bad_rows="error",
-            unusable rows, such as those with unread context.
+        ValueError: If an argument is invalid, the columns have no known layout, there are messages but no chat
+            template, most texts seem to lack a prompt, or the data set was prepared with other settings. With
+            on_bad_rows="error", also if a row is unusable, for example because it has unread context.
     """
     check_choice("truncation_mode", truncation_mode, TRUNCATION_MODES)
     check_choice("on_bad_rows", on_bad_rows, BAD_ROWS)
     check_choice("text_as", text_as, TEXT_AS)
     check_template_kwargs("chat_template_kwargs", chat_template_kwargs)
     if max_length is not None and (not isinstance(max_length, int) or max_length < 2):
-        raise ValueError(f"max_length={max_length!r}: give at least 2 tokens, or None to cut nothing")
+        raise ValueError(f"max_length={max_length!r} must be at least 2, or None to disable truncation")
     template_kwargs = dict(chat_template_kwargs or {})
     settings = settings_of(tokenizer, max_length, truncation_mode, template_kwargs)
     if _is_prepared(column_names(dataset)):
@@ -207,7 +210,7 @@ def _is_prepared(columns: Sequence[str]) -> bool:
 
 @contextmanager
 def _naming(name: str) -> Iterator[None]:
-    """Errors begin with the name of the data set."""
+    """Prefix the message of a `ValueError` with the name of the data set."""
     try:
         yield
     except ValueError as error:
@@ -215,7 +218,7 @@ def _naming(name: str) -> Iterator[None]:
 
 
 def _unpaired(done: Prepared) -> Prepared:
-    """Two unpaired rows of each prepared pair."""
+    """Convert each prepared pair to two unpaired rows."""
     present = [name for name in UNPAIRED.optional_columns if name in column_names(done.dataset)]
     unpaired = unpair_rows(done.dataset, prepared_features(UNPAIRED.columns, present))
     return replace(done, dataset=unpaired, is_unpaired=True)
@@ -228,14 +231,14 @@ def _find_layout(
     mapped: Sequence[str],
     text_as: str,
 ) -> tuple[FoundLayout, list[str]]:
-    """How the rows are to be read, and what to say where that is not plain."""
+    """Return the layout of the rows, and the lines to report about it."""
     sample = sample_of(first_rows(dataset), column_names(dataset))
     layout = find_layout(sample, kind, mapped, text_as)
     return layout, describe_columns(layout, sample, tokenizer)
 
 
 def _first_read(dataset: Dataset | IterableDataset, layout: FoundLayout) -> list[CanonicalRow]:
-    """The first rows that can be read."""
+    """Return those of the first rows that can be read."""
     read = [_read(layout, row) for row in first_rows(dataset)[:8]]
     return [row for row in read if isinstance(row, CanonicalRow)]
 
@@ -243,7 +246,7 @@ def _first_read(dataset: Dataset | IterableDataset, layout: FoundLayout) -> list
 def _map_rows(
     dataset: Dataset | IterableDataset, layout: FoundLayout, options: dict[str, Any], num_proc: int | None, name: str
 ) -> Dataset | IterableDataset:
-    """The rows prepared, with the notes of `notes.NOTES`."""
+    """Return the prepared rows with the notes of `notes.NOTES`."""
     columns = column_names(dataset)
     row_format = layout.format
     prepared = prepared_features(row_format.example_columns, optional_columns(row_format.kind, columns))
@@ -258,14 +261,14 @@ def _map_rows(
         "fn_kwargs": {**_read_as(layout, dataset), "cache_version": _CACHE_VERSION, **options},
     }
     if isinstance(dataset, IterableDataset):
-        # Small batches, so that the first rows need not wait for a thousand others.
+        # Small batches: the first rows are available without reading a thousand rows.
         return dataset.map(_prepare_batch, batch_size=64, **arguments)
-    # The tokenizer's encodings of a thousand conversations take 200 MiB more, and no less time.
+        # Batches of 1,000 conversations need 200 MiB more for the tokenizer's encodings and are no faster.
     return dataset.map(_prepare_batch, batch_size=128, num_proc=num_proc, desc=f"Tokenizing {name}", **arguments)
 
 
 def _read_as(layout: FoundLayout, dataset: Dataset | IterableDataset) -> dict[str, Any]:
-    """The arguments that tell `_prepare_batch` how to read rows, as `datasets` hashes them."""
+    """Return the arguments of `_prepare_batch` that describe how to read rows, in a form that `datasets` can hash."""
     return {"layout": (layout.name, layout.columns, layout.text_as), "class_names": class_names(dataset)}
 
 
@@ -281,7 +284,7 @@ def _prepare_batch(
     needs_prompt: bool,
     cache_version: int,
 ) -> dict[str, list[Any]]:
-    """The prepared columns and the notes of one batch of the map, with a row for each row given."""
+    """Return the prepared columns and the notes for one batch of the map, with one output row per input row."""
     found, kinds = FoundLayout(*layout), TokenKinds(tokenizer)
     row_format = found.format
     columns = {name: _named(values, class_names.get(name)) for name, values in columns.items()}
@@ -290,7 +293,7 @@ def _prepare_batch(
     read = [row for row in rows if isinstance(row, CanonicalRow)]
     tokenized = iter(tokenize_rows(read, tokenizer, kinds, template_kwargs))
     optional = optional_columns(row_format.kind, columns)
-    # What is no number is NaN, which is an error only if a loss uses the column.
+    # A value that is not a number becomes NaN, which is an error only if a loss uses the column.
     out: dict[str, list[Any]] = {name: [[as_number(value)] for value in columns[raw]] for name, raw in optional.items()}
     out |= {column: [] for column in (*prepared_features(row_format.example_columns), *NOTES)}
     out |= {"_against": _scores_against(out, rows)}
@@ -310,7 +313,7 @@ def _prepare_batch(
 
 
 def _scores_against(columns: Mapping[str, list[Any]], rows: Sequence[Any]) -> list[bool]:
-    """For each row that is read, whether its chosen response has the lower score. NaN is lower than nothing."""
+    """Return, for each row that was read, whether its chosen response has the lower score. NaN compares as False."""
     unknown = [[math.nan]] * len(rows)
     scores = (columns.get(name, unknown) for name in ("chosen_scores", "rejected_scores"))
     is_read = (isinstance(row, CanonicalRow) for row in rows)
@@ -320,12 +323,12 @@ def _scores_against(columns: Mapping[str, list[Any]], rows: Sequence[Any]) -> li
 
 
 def _named(values: list[Any], names: list[str] | None) -> list[Any]:
-    """The values, or the names of the classes whose numbers they are."""
+    """Return the values, with class indices replaced by the names of the classes."""
     return values if names is None else [None if value is None else names[value] for value in values]
 
 
 def _read(layout: FoundLayout, row: Mapping[str, Any], needs_prompt: bool = False) -> CanonicalRow | BadRow:
-    """The canonical row, or the reason why the row cannot be used."""
+    """Return the canonical row, or the reason why the row cannot be used."""
     try:
         read = layout.read(row)
         unread = layout.unread(row, read)
@@ -338,7 +341,7 @@ def _read(layout: FoundLayout, row: Mapping[str, Any], needs_prompt: bool = Fals
 
 
 def _prepared_columns(row: TokenizedRow | None, row_format: RowFormat) -> dict[str, Any]:
-    """The columns of a prepared row, empty for a row that will be dropped."""
+    """Return the columns of a prepared row; they are empty for a row that will be dropped."""
     row = row or TokenizedRow([], [], [], {})
     examples = {column: row.example_columns.get(column, []) for column in row_format.example_columns}
     tokens = {"prompt_ids": row.prompt_ids, "response_ids": row.response_ids, "scored_masks": row.scored_masks}

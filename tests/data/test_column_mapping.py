@@ -193,7 +193,7 @@ def test_scores_against_the_pair_are_counted(said):
 def test_columns_that_change_the_loss_are_said_once(said, tmp_path):
     rows = [{**chat_pair(), "margin": 1.0, "chosen_score": 2.0, "rejected_score": 1.0}] * 2
     PreferenceData(make_config(tmp_path), TOKENIZER).prepare(rows, "train")
-    assert said() == ["train: the losses read margin; remove_columns leaves columns out"]
+    assert said() == ["train: the losses read margin; use remove_columns to exclude columns"]
     made = PreferenceData(make_config(tmp_path, remove_columns=["margin"]), TOKENIZER)
     assert "margins" not in made.prepare(rows, "train").column_names and "margins" not in made.objective.inputs
     assert len(said()) == 1

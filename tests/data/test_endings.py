@@ -54,5 +54,5 @@ def test_ids_without_an_embedding_are_refused_by_the_row(streamed):
     highest = max(max(ids) for row in done for ids in (row["prompt_ids"], *row["response_ids"]))
     rows = done.to_iterable_dataset() if streamed else done
     assert [row["row"] for row in check_embeddings(rows, highest + 1, "train")] == [0, 1]
-    with pytest.raises(ValueError, match=f"train: row 0 holds token {highest}, and the model has {highest} embeddings"):
+    with pytest.raises(ValueError, match=f"train: row 0 has token id {highest}, but the model has {highest} embeddings"):
         list(check_embeddings(rows, highest, "train"))

@@ -138,7 +138,7 @@ def test_a_data_set_of_which_nothing_is_left_is_an_error():
             "truncation_mode='keep_middle' is not one of keep_start, keep_end",
         ),
         ({"on_bad_rows": "ignore"}, "on_bad_rows='ignore' is not one of error, drop"),
-        ({"max_length": 0}, "max_length=0: give at least 2 tokens, or None"),
+        ({"max_length": 0}, "max_length=0 must be at least 2, or None"),
     ],
 )
 def test_an_option_outside_its_values_names_the_valid_ones(option, message):

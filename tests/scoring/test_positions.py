@@ -57,7 +57,7 @@ def test_the_first_row_that_is_too_long_is_named(streamed):
     dataset = Dataset.from_list([{key: row[key] for key in ("prompt_ids", "response_ids", "row")} for row in rows])
     dataset = dataset.to_iterable_dataset() if streamed else dataset
     assert len(list(check_lengths(dataset, 15, "train"))) == 3
-    with pytest.raises(ValueError, match=r"row 1 has 9 tokens of a prompt and 6 .* 14 positions: set max_length=14"):
+    with pytest.raises(ValueError, match=r"row 1 has 9 prompt tokens and 6 .* 14 positions: set max_length=14"):
         list(check_lengths(dataset, 14, "train"))
 
 

@@ -45,7 +45,7 @@ def test_examples_that_the_losses_cannot_compare_are_named(tmp_path):
 def test_pairs_that_are_all_identical_are_an_error_where_only_differences_count(tmp_path):
     """Also of 1,001 rows the last one alone that differs makes the set usable; NLL learns from equal responses, too."""
     same = Dataset.from_list([text_pair(chosen=" Paris.", rejected=" Paris.")] * 1000)
-    with pytest.raises(ValueError, match="train: chosen and rejected are the same tokens in all of 1,000 pairs, so "):
+    with pytest.raises(ValueError, match="train: chosen and rejected have the same tokens in all of 1,000 pairs, so "):
         data(tmp_path).prepare(same, "train")
     assert len(data(tmp_path, sft_weight=0.1).prepare(same, "train")) == 1000
     assert len(data(tmp_path).prepare(concatenate_datasets([same, Dataset.from_list([text_pair()])]), "train")) == 1001
@@ -106,11 +106,11 @@ def test_a_token_without_embedding_is_named_with_its_row(tmp_path):
     assert len(exact.prepare(rows, "train")) == 3
     fewer = PreferenceData(make_config(tmp_path), tiny_tokenizer(), embeddings=highest)
     with pytest.raises(
-        ValueError, match=rf"train: row \d holds token {highest:,}, and the model has {highest:,} embedd"
+        ValueError, match=rf"train: row \d has token id {highest:,}, but the model has {highest:,} embedd"
     ):
         fewer.prepare(rows, "train")
     prompt = rows.map(lambda row: {"prompt_ids": [5000]})
-    with pytest.raises(ValueError, match=r"eval: row 0 .*holds token 5,000"):
+    with pytest.raises(ValueError, match=r"eval: row 0 .*has token id 5,000"):
         exact.prepare(prompt, "eval")
 
 
