@@ -1,1 +1,1 @@
-"""From a data set's rows to batches of prompt groups."""
+"""Convert the rows of a data set to batches of prompt groups."""

@@ -1,7 +1,7 @@
-"""Where a prompt that is too long may begin, so that what is left of it is still a prompt.
+"""Find the places where a prompt that is too long may be cut, so that the rest is still a valid prompt.
 
-BOS, the system prompt and the header of the first user's turn stay. Whole turns go first, up to a later user's turn, so
-that nobody's words stand under the header of another. Only the last message of a user is cut within.
+BOS, the system prompt and the header of the first user turn are kept. Whole turns are removed first, up to a later
+user turn, so that no text appears under the header of another speaker. Only the last user message is cut within.
 """
 
 from collections.abc import Mapping
@@ -17,12 +17,13 @@ from hf_prefopt.data.template import TEMPLATE_ERRORS
 
 @dataclass(frozen=True)
 class Beginning:
-    """Where the tokens of a prompt may be cut.
+    """The places where the tokens of a prompt may be cut.
 
     Attributes:
-        head: the number of tokens at the start that stay.
-        turns: the places, in order, from which the rest of the prompt may follow the head: whole turns.
-        splits: whether the rest may also begin after the last of them, within a message.
+        head: Number of tokens at the start that are always kept.
+        turns: Positions, in order, of later user turns. The rest of the prompt may start at any of them, directly after
+            the head.
+        splits: Whether the rest may also start after the last of these positions, within a message.
     """
 
     head: int = 0
@@ -33,7 +34,7 @@ class Beginning:
 def find_beginning(
     row: CanonicalRow, prompt_ids: list[int], tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any]
 ) -> Beginning:
-    """Where the prompt of a row may be cut. Text may be cut anywhere after the BOS."""
+    """Find where the prompt of a row may be cut. Text may be cut anywhere after the BOS."""
     if row.content_type != "messages":
         return Beginning(int(tokenizer.bos_token_id is not None and prompt_ids[:1] == [tokenizer.bos_token_id]))
     renderer = Renderer(tokenizer, template_kwargs)

@@ -1,8 +1,9 @@
-"""Orders of the training rows by their lengths: `train_sampling_strategy="group_by_length"` and `"batch_rebalance"`.
+"""Orders of the training rows by length: `train_sampling_strategy="group_by_length"` and `"batch_rebalance"`.
 
-The length of a row is that of its prompt and all its responses, or in the layout "padded", where each response stands
-behind a prompt of its own, that of its longest sequence. Both orders depend on (seed, epoch) and the lengths alone, so
-they are the same on every rank, and every micro-batch has as many rows as the settings say.
+The length of a row is the number of tokens in its prompt and all of its responses. In the layout "padded", where each
+response follows its own copy of the prompt, it is the length of the row's longest sequence. Both orders depend only on
+(seed, epoch) and the lengths, so they are the same on every rank, and every micro-batch has the configured number of
+rows.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,16 +14,16 @@ from datasets import Dataset
 from torch.utils.data import Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-# Which order of a step's rows belongs to a strategy; see `LengthSampler`.
+# The names of the two orders; see `LengthSampler`.
 STRATEGIES = ("group_by_length", "batch_rebalance")
 
 
 class RowLengths:
-    """The tokens of each row, in either way of laying them out; read once, when a layout is first asked for.
+    """The number of tokens in each row, for both ways to compute it; computed once, at the first use.
 
     Args:
-        rows: prepared rows.
-        column: a column of theirs that holds the lengths, if it is there; else tokens are counted.
+        rows: Prepared rows.
+        column: Column of `rows` with the lengths. If the column is missing, the tokens are counted.
     """
 
     def __init__(self, rows: Dataset, column: str = "length"):
@@ -30,7 +31,7 @@ class RowLengths:
         self._counted: tuple[np.ndarray, np.ndarray] | None = None
 
     def of_layout(self, layout: str | None) -> np.ndarray:
-        """`[rows]` int64."""
+        """Return the lengths of the rows in this layout, `[rows]` int64."""
         if self._counted is None:
             self._counted = self._count()
         return self._counted[layout == "padded"]
@@ -49,18 +50,21 @@ class RowLengths:
 
 
 class LengthSampler(Sampler[int]):
-    """Draws rows in an order by length.
+    """Sampler that orders rows by length.
 
-    "group_by_length" puts rows of about the same length into a step, as transformers does. "batch_rebalance" draws the
-    rows of a step at random and deals them out, so that the micro-batches of all ranks are equally long: by the sum of
-    their tokens where nothing is padded, or in the layout "padded" by sorting, so that a micro-batch pads little, and
-    the ranks' micro-batches that run at one time are alike.
+    "group_by_length" puts rows of similar length into the same step, like transformers. "batch_rebalance" draws the
+    rows of each step at random and distributes them so that the micro-batches of all ranks are equally long. Without
+    padding, it balances the total tokens per micro-batch. In the layout "padded", it sorts the rows by length, so that
+    micro-batches contain little padding and the micro-batches that run at the same time on all ranks are similar.
 
     Args:
-        strategy: one of `STRATEGIES`.
-        lengths: of the rows. layout: gives the layout, when an epoch begins.
-        rows_at_once: of a micro-batch on one rank. micro_batches: of a step, on all ranks together.
-        size: the number of rows.
+        strategy: One of `STRATEGIES`.
+        lengths: Lengths of the rows.
+        layout: Function that returns the layout; called at the start of each epoch.
+        rows_at_once: Number of rows per micro-batch on one rank.
+        micro_batches: Number of micro-batches per step, over all ranks.
+        seed: Seed of the order.
+        size: Number of rows.
     """
 
     def __init__(
@@ -79,7 +83,7 @@ class LengthSampler(Sampler[int]):
         self._epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Change the order for another epoch; the Trainer calls this."""
+        """Change the order for another epoch; the Trainer calls this method."""
         self._epoch = epoch
 
     def __len__(self) -> int:
@@ -99,7 +103,7 @@ class LengthSampler(Sampler[int]):
         per_step = self._rows_at_once * self._micro_batches
         for start in range(0, len(order), per_step):
             rows = order[start : start + per_step]
-            if len(rows) < per_step:  # the end of the epoch, whose last micro-batches are filled up or left out
+            if len(rows) < per_step:  # the last step of the epoch may be incomplete: keep its order
                 yield from rows.tolist()
                 continue
             longest_first = rows[np.argsort(-lengths[rows], kind="stable")]
@@ -113,13 +117,14 @@ class LengthSampler(Sampler[int]):
 
 
 def deal(lengths: np.ndarray, groups: int) -> list[list[int]]:
-    """Numbers in descending order in groups of equal size, so that the sums are about equal: each to the least so far.
+    """Distribute numbers over groups of equal size with similar sums: each number goes to the group with the least sum.
 
     Args:
-        lengths: `[groups · size]`.
+        lengths: `[groups · size]`, in descending order.
+        groups: Number of groups.
 
     Returns:
-        For each group the places of its numbers.
+        For each group, the indices of its numbers.
     """
     size = len(lengths) // groups
     dealt: list[list[int]] = [[] for _ in range(groups)]

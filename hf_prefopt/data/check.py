@@ -64,7 +64,7 @@ def _check_ids(columns: Mapping[str, list[Any]], embeddings: int, name: str) -> 
 
 
 def check_lengths(dataset: Dataset | IterableDataset, positions: int, name: str) -> Dataset | IterableDataset:
-    """Check that no sequence is longer than the model's maximum number of positions; the first step would fail otherwise.
+    """Check that no sequence is longer than the number of the model's positions; the first step would fail otherwise.
 
     Args:
         positions: Maximum number of tokens of a prompt and a response.
@@ -152,8 +152,8 @@ def _refuse_identical_pairs(dataset: Dataset, objective: Objective, name: str) -
         if not ragged(table["response_ids"], 2).are_equal(*pair_places(table).T).all():
             return
     raise ValueError(
-        f"{name}: chosen and rejected have the same tokens in all of {plural(len(dataset), 'pair')}, so the gradient is "
-        "zero: check how the columns were made; if the texts differ only after max_length, raise it"
+        f"{name}: chosen and rejected have the same tokens in all of {plural(len(dataset), 'pair')}, so the gradient "
+        "is zero: check how the columns were made; if the texts differ only after max_length, raise it"
     )
 
 

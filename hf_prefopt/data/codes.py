@@ -1,4 +1,4 @@
-"""What the numbers of a column stand for, where one number alone does not tell: all rows are looked at."""
+"""Check the meaning of the numbers in a column, when a single number is ambiguous and all rows are needed."""
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -11,21 +11,24 @@ from hf_prefopt.data.preferences import VERDICTS, by_name, by_sign
 from hf_prefopt.data.roles import SUFFIXES
 from hf_prefopt.data.rows import as_number
 
-# So many rows that all prefer the second response, by the sign of a number, are hardly chance: 2 ** -16. Scales with a
-# sign end at 3, so one larger number tells, too.
+# If a sign decides and 16 rows all prefer the second response, chance is unlikely: 2 ** -16. Signed scales end at 3, so
+# one number above 3 is also a sign of an unsigned scale.
 _MANY, _LARGEST = 16, 3
 
 
 def check_codes(dataset: Dataset | IterableDataset, columns: Mapping[str, str]) -> Dataset | IterableDataset:
-    """The data set, in which the numbers of labels and of verdicts are what they are read as.
+    """Check that the numbers of labels and verdicts have the meaning with which they are read.
 
     Args:
-        columns: the column of each role.
+        columns: The column of each role.
+
+    Returns:
+        The data set. Labels of a stream are checked when they are read. For verdicts of a stream, only the scale in the
+        first rows is checked.
 
     Raises:
-        ValueError: labels of −1 and 0, in a stream when the second of them is reached; verdicts that count responses
-            from 0 while their columns count from 1; a scale without negative numbers where the sign decides. Of a
-            stream's verdicts only the scale is looked at, in its first rows.
+        ValueError: If there are labels −1 and 0 (for a stream, when the second of them is read), if verdicts count
+            responses from 0 but the column names count from 1, or if the sign decides and no number is negative.
     """
     if "label" in columns:
         dataset = _check_labels(dataset, columns["label"])
@@ -41,11 +44,11 @@ def check_codes(dataset: Dataset | IterableDataset, columns: Mapping[str, str]) 
 
 
 def _refuse_places(column: str, numbers: Collection[float], names: tuple[str, str]) -> None:
-    """Raise `ValueError` for 0 and 1 without 2, of which 1 may well be the second response."""
+    """Raise `ValueError` if the verdicts contain 0 and 1 but not 2, because 1 may then be the second response."""
     if {0, 1}.issubset(numbers) and 2 not in numbers:
         raise ValueError(
-            f"column `{column}` holds 0 and 1, and the responses are `{names[0]}` and `{names[1]}`, so 1 may be "
-            f"either: write the name of the better column, dataset.map(lambda row: {{{column!r}: "
+            f"column `{column}` contains 0 and 1, and the responses are `{names[0]}` and `{names[1]}`, so 1 may mean "
+            f"either of them: write the name of the better column, dataset.map(lambda row: {{{column!r}: "
             f"({names[0]!r}, {names[1]!r})[row[{column!r}]]}}) if 0 is the first"
         )
 
@@ -55,11 +58,11 @@ def _numbers(values: Iterable[Any]) -> set[float]:
 
 
 def describe_codes(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> list[str]:
-    """What to say of a verdict by its sign that prefers the second response in all of these rows.
+    """Describe a verdict that is read by its sign if it prefers the second response in all of these rows.
 
     Args:
-        rows: the first rows.
-        columns: the column of each role.
+        rows: The first rows.
+        columns: The column of each role.
     """
     verdict = columns.get("verdict", "")
     numbers = _numbers(row.get(verdict) for row in rows)
@@ -73,7 +76,7 @@ def describe_codes(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]
 
 
 def _check_scale(dataset: Dataset | IterableDataset, column: str, names: tuple[str, str]) -> Dataset | IterableDataset:
-    """The data set, some of whose numbers are below zero, if it is not too small to tell."""
+    """Check that some numbers are below zero, unless there are too few rows to decide."""
     if isinstance(dataset, IterableDataset):
         return dataset.filter(_Scale(column, names))
     numbers = _numbers(dataset.unique(column))
@@ -87,14 +90,14 @@ def _refuse_scale(column: str, numbers: Collection[float], names: tuple[str, str
     if numbers and min(numbers) >= 0 and len(numbers) > 1:
         middle = (min(numbers) + max(numbers)) / 2
         raise ValueError(
-            f"column `{column}` holds numbers from {min(numbers):g} to {max(numbers):g}; below 0 means that "
-            f"`{names[0]}` is better, above 0 that `{names[1]}` is. Subtract the middle of its scale, "
-            f"dataset.map(lambda row: {{{column!r}: row[{column!r}] - {middle:g}}}), or leave the column out"
+            f"column `{column}` contains numbers from {min(numbers):g} to {max(numbers):g}, but it is read by sign: "
+            f"below 0, `{names[0]}` is better; above 0, `{names[1]}`. Subtract the middle of the scale, "
+            f"dataset.map(lambda row: {{{column!r}: row[{column!r}] - {middle:g}}}), or remove the column"
         )
 
 
 class _Scale:
-    """Keeps every row, and looks at the numbers of the first ones."""
+    """Filter that keeps every row and checks the numbers of the first rows."""
 
     def __init__(self, column: str, names: tuple[str, str]):
         self.column, self.names, self.first = column, names, list[Any]()
@@ -108,7 +111,7 @@ class _Scale:
 
 
 def _check_labels(dataset: Dataset | IterableDataset, column: str) -> Dataset | IterableDataset:
-    """The data set, whose labels are not −1, 0 and 1, of which nobody knows what 0 means."""
+    """Check that the labels do not contain both −1 and 0, because the meaning of 0 is then ambiguous."""
     codes = _LabelCodes(column)
     if isinstance(dataset, IterableDataset):
         return dataset.filter(codes)
@@ -118,7 +121,7 @@ def _check_labels(dataset: Dataset | IterableDataset, column: str) -> Dataset | 
 
 
 class _LabelCodes:
-    """Keeps every row, and remembers the labels of those before it."""
+    """Filter that keeps every row and remembers the labels of earlier rows."""
 
     def __init__(self, column: str):
         self.column, self.seen = column, set[Any]()
@@ -128,6 +131,6 @@ class _LabelCodes:
         self.seen |= {value} & {-1, 0}
         if len(self.seen) == 2:
             raise ValueError(
-                f"column `{self.column}` holds −1 and 0: make it true (desirable) or false, and drop other rows"
+                f"column `{self.column}` contains −1 and 0: make it true (desirable) or false, and drop other rows"
             )
         return True

@@ -1,11 +1,11 @@
-"""From the rows that the data loader draws to the batch that it yields, in the layout that has been settled.
+"""Collate the rows from the data loader into a batch, in the layout of the run.
 
-With a token budget, `per_device_train_batch_size` still says how many examples a rank takes at a time: the rows are
-cut, in order, into pieces of at most that many positions, and memory follows the budget.
+`per_device_train_batch_size` is the number of examples per rank, with or without a token budget. With a token budget,
+the rows are split, in order, into pieces of at most that many positions, so the budget bounds peak memory.
 
-When rows do not fill the last batch of every rank, accelerate repeats earlier rows, so that all ranks stay in step.
-They are computed, and their examples do not count. For a data set its length says which rows these are; a stream is
-filled up here, with rows that say so.
+If the rows do not fill the last batch of every rank, accelerate repeats earlier rows to keep all ranks in step. The
+repeated rows are computed, but their examples are excluded from the loss. For a data set, its length determines the
+repeated rows; a stream is padded here with rows that are marked as repeated.
 """
 
 from bisect import bisect_right
@@ -23,10 +23,11 @@ from hf_prefopt.kinds import EXAMPLE_ENTRIES
 
 
 def rows_that_count(rows: int, share: int, rank: int, world_size: int) -> int:
-    """How many rows of a rank's last batch are there for the first time.
+    """Return the number of rows in a rank's last batch that are not repeated.
 
     Args:
-        rows: of the data set. share: rows that a rank takes at a time.
+        rows: Number of rows in the data set.
+        share: Number of rows per batch on one rank.
 
     Example:
         >>> [rows_that_count(7, 2, rank, 2) for rank in (0, 1)]  # rows 4, 5 and rows 6, 0
@@ -37,18 +38,18 @@ def rows_that_count(rows: int, share: int, rank: int, world_size: int) -> int:
 
 
 def examples_of_first_rows(pieces: list[PreferenceBatch], count: int) -> list[Tensor]:
-    """For each piece of a batch, `[B]` bool: whether an example is of the batch's first `count` rows."""
-    # A row's first example has the number 0, so that rows are counted 1, 1, 2, … over their examples.
+    """Return, for each piece of a batch, `[B]` bool: whether an example belongs to the batch's first `count` rows."""
+    # The first example of each row has index 0, so the cumulative sum numbers the rows 1, 1, 2, … over their examples.
     lengths = [len(piece["rows"]) for piece in pieces]
     row = (torch.cat([piece["pair_in_row"] for piece in pieces]) == 0).cumsum(0)
     return list((row <= count).split(lengths))
 
 
 def keep_examples(batch: PreferenceBatch, kept: Tensor | slice) -> PreferenceBatch:
-    """The batch with some of its examples, `[B]` bool or a slice of them; it runs as long as before.
+    """Return the batch with a subset of its examples, `[B]` bool or a slice; the forward pass stays the same.
 
-    Without any it changes nothing: ranks of a sharded model call its layers together, so one that has nothing to do
-    runs such a batch.
+    A batch without examples has no effect on the gradients. The ranks of a sharded model must run its layers together,
+    so a rank without examples runs such a batch.
     """
     entries = cast(dict[str, Any], batch)
     names = [name for name in (*EXAMPLE_ENTRIES, "counted") if name in entries]
@@ -56,11 +57,11 @@ def keep_examples(batch: PreferenceBatch, kept: Tensor | slice) -> PreferenceBat
 
 
 class EvenStream(IterableDataset):
-    """A stream whose number of rows is a multiple of some number: its first rows come again, `repeated` in them.
+    """A stream padded to a multiple of a number of rows: its first rows are repeated at the end, marked `repeated`.
 
     Args:
-        stream: rows, which are mappings.
-        multiple: of what the number of rows is to be; the rows that all ranks take at a time.
+        stream: The rows, which are mappings.
+        multiple: The number of rows is padded to a multiple of this: the number of rows per batch over all ranks.
     """
 
     def __init__(self, stream: Iterable[Mapping[str, Any]], multiple: int):
@@ -78,7 +79,7 @@ class EvenStream(IterableDataset):
             yield {**first[number % len(first)], "repeated": True}
 
     def set_epoch(self, epoch: int) -> None:
-        """Hands the epoch on, for streams that shuffle."""
+        """Pass the epoch to the stream, which may shuffle by epoch."""
         if hasattr(self._stream, "set_epoch"):
             self._stream.set_epoch(epoch)
 
@@ -87,24 +88,25 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 class Collator(Protocol):
-    """The collator of a layout."""
+    """Interface of the collator of a layout."""
 
     def count_tokens(self, rows: Rows) -> int:
-        """The number of positions in the batch of these rows."""
+        """Return the number of positions in the batch of these rows."""
 
     def __call__(self, rows: Rows) -> PreferenceBatch:
-        """The batch of these rows."""
+        """Return the batch of these rows."""
 
 
 @dataclass
 class LoaderCollator:
-    """Collates with the collator that `layout` names, which may be decided after the data loaders are made.
+    """Collator that uses the collator of `layout`, which may be chosen after the data loaders are created.
 
     Attributes:
-        collators: the collator of each layout. Only those used with `max_tokens` must be able to count tokens.
-        layout: which of them to use.
-        max_tokens: the most positions in a piece. A single row with more is a piece of its own. `None`: one piece.
-        scores_prompts: whether prompts are scored beside the responses, for losses that ask for it.
+        collators: The collator of each layout. Collators that are used with `max_tokens` must be able to count tokens.
+        layout: Name of the layout in use.
+        max_tokens: Maximum number of positions in a piece; a single row with more becomes its own piece. None makes one
+            piece.
+        scores_prompts: Whether prompts are scored in addition to the responses, for losses that need prompt scores.
     """
 
     collators: Mapping[str, Collator | Callable[[Rows], PreferenceBatch]]
@@ -113,7 +115,7 @@ class LoaderCollator:
     scores_prompts: bool = False
 
     def __call__(self, rows: Rows) -> LoaderBatch:
-        """The batch of these rows; the examples of rows that are marked `repeated` do not count."""
+        """Return the batch of these rows; the examples of rows that are marked `repeated` do not count."""
         collate = self.collators[self.layout]
         parts = self._cut(rows, collate)
         pieces = [collate(part) for part in parts]
@@ -126,7 +128,7 @@ class LoaderCollator:
         return cast(LoaderBatch, loader_batch(pieces) | sequence_sizes(rows))
 
     def _cut(self, rows: Rows, collate: Any) -> list[Rows]:
-        """The rows in pieces, each as long as the budget allows and at least one row long."""
+        """Split the rows into pieces, each as long as the budget allows and at least one row long."""
         if self.max_tokens is None:
             return [rows]
         pieces: list[Rows] = []
@@ -143,21 +145,21 @@ def _longest_piece(rows: Rows, collate: Collator, max_tokens: int) -> Rows:
 
 
 def check_loaded(batch: Any) -> LoaderBatch:
-    """The batch, which a data loader with the trainer's collator has made.
+    """Return the batch, after checking that the trainer's collator made it.
 
     Raises:
-        ValueError: another collator has made it.
+        ValueError: If another collator made the batch.
     """
     if not isinstance(batch, Mapping) or "pieces" not in batch:
         raise ValueError(
-            "a data loader of your own gives batches without `pieces`: use collate_fn=trainer.data_collator, or pass "
-            "your collator to the trainer as data_collator"
+            "the data loader returned batches without `pieces`: create it with collate_fn=trainer.data_collator, or "
+            "pass your collator to the trainer as data_collator"
         )
     return cast(LoaderBatch, batch)
 
 
 def sequence_sizes(rows: Rows) -> dict[str, int]:
-    """The tokens of the sequences [prompt | response] of some rows, and the positions of a padded batch of them.
+    """Count the tokens of the sequences [prompt | response] of some rows, and the positions of their padded batch.
 
     Example:
         >>> sequence_sizes([{"prompt_ids": [1, 2], "response_ids": [[3], [4, 5]]}])
@@ -170,7 +172,7 @@ def sequence_sizes(rows: Rows) -> dict[str, int]:
 
 
 def loader_batch(pieces: list[PreferenceBatch]) -> LoaderBatch:
-    """The batch of these pieces."""
+    """Return the batch of these pieces."""
     masks = [piece.get("attention_mask", torch.ones_like(piece["input_ids"])) for piece in pieces]
     return {
         "rows": torch.cat([piece["rows"] for piece in pieces]),

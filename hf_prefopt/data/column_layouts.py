@@ -1,4 +1,4 @@
-"""Which of the layouts of `layout_table.py` the columns of a data set have, and how its rows are read by it."""
+"""Find the layout of `layout_table.py` that matches the columns of a data set, and read its rows in this layout."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
@@ -14,7 +14,7 @@ from hf_prefopt.data.rows import BadRow, CanonicalRow
 from hf_prefopt.data.unknown_columns import describe_nearest, quoted
 from hf_prefopt.kinds import ExampleKind
 
-# Text in these columns is trained on as it is, as in TRL; in every other layout it is a turn of a conversation.
+# Text in these columns is trained on unchanged, as in TRL; in every other layout it is a turn of a conversation.
 _TEXT_COLUMNS = {
     *("prompt", "chosen", "rejected", "reference", "completion", "label", "quantile", "responses", "scores", "ranks")
 }
@@ -22,12 +22,12 @@ _TEXT_COLUMNS = {
 
 @dataclass(frozen=True)
 class FoundLayout:
-    """A layout and the columns of a data set that have its roles.
+    """A layout, and the columns of a data set that have its roles.
 
     Attributes:
-        name: the layout's.
-        columns: the column of each role.
-        text_as: "messages" makes messages of all texts.
+        name: Name of the layout.
+        columns: The column of each role.
+        text_as: If "messages", all texts are converted to messages.
     """
 
     name: str
@@ -40,24 +40,24 @@ class FoundLayout:
 
     @cached_property
     def format(self) -> RowFormat:
-        """The format that its rows become."""
+        """The format to which the rows are converted."""
         return FORMATS[self.layout.format]
 
     @cached_property
     def is_own(self) -> bool:
-        """Whether the columns are the format's, with nothing to convert."""
+        """Whether the columns are the columns of the format, so that nothing needs to be converted."""
         has_its_columns = self.columns == {column: column for column in self.format.columns}
         return has_its_columns and self.layout.convert in (to.plain, to.talks)
 
     @cached_property
     def how(self) -> Reading:
-        """How its rows are read."""
+        """How to read the rows."""
         is_talk = self.layout.is_talk or not _TEXT_COLUMNS.issuperset(self.columns.values())
         begins = self.columns.get("prompt", "prompt") == "prompt" or "prefix" in self.columns
         return Reading(self.text_as == "messages" or is_talk, begins)
 
     def read(self, row: Mapping[str, Any]) -> CanonicalRow:
-        """The canonical row of a raw row. Raises `BadRow` for a row that cannot be used."""
+        """Return the canonical row of a raw row. Raises `BadRow` if the row cannot be used."""
         if self.is_own:
             return self.format.read(row, self.how)
         try:
@@ -69,7 +69,7 @@ class FoundLayout:
             raise error.renamed(self.columns) from None
 
     def unread(self, row: Mapping[str, Any], read: CanonicalRow) -> dict[str, Any]:
-        """The values of a row that were not used, by column."""
+        """Return the values of a row that were not used, by column."""
         unread = {column: value for column, value in row.items() if column not in self._used}
         return unread | {self.columns.get(part, part): value for part, value in read.unread.items()}
 
@@ -79,7 +79,7 @@ class FoundLayout:
 
 
 def fitting_kinds(sample: Mapping[str, Any], mapped: Collection[str] = ()) -> tuple[ExampleKind, ...]:
-    """The kinds of examples that columns can be read as, the first one without being asked for it."""
+    """Return the kinds of examples that the columns can be read as; the first one is the default."""
     fitting = (layout for layout in LAYOUTS if layout.find(sample, mapped) is not None)
     return tuple(dict.fromkeys(FORMATS[layout.format].kind for layout in fitting))
 
@@ -87,17 +87,17 @@ def fitting_kinds(sample: Mapping[str, Any], mapped: Collection[str] = ()) -> tu
 def find_layout(
     sample: Mapping[str, Any], kind: ExampleKind | None = None, mapped: Collection[str] = (), text_as: str = "text"
 ) -> FoundLayout:
-    """The first layout that fits, preferably one of this kind of examples.
+    """Find the first layout that fits, preferably one with this kind of examples.
 
     Args:
-        sample: a value of every column.
-        kind: the kind of examples that is wanted.
-        mapped: the columns that users gave their names.
-        text_as: "messages" makes messages of all texts.
+        sample: One example value per column.
+        kind: Requested kind of examples; None accepts any kind.
+        mapped: New names of columns in the user's column_mapping.
+        text_as: If "messages", all texts are converted to messages.
 
     Raises:
-        ValueError: no layout fits, several columns say which response is better, or there are weights of tokens
-            without tokens.
+        ValueError: If no layout fits, if several columns may name the better response, or if there are token weights
+            without token ids.
     """
     fitting = [(layout, found) for layout in LAYOUTS if (found := layout.find(sample, mapped)) is not None]
     if not fitting:
@@ -105,20 +105,20 @@ def find_layout(
     layout, columns = next(((one, found) for one, found in fitting if FORMATS[one.format].kind is kind), fitting[0])
     verdicts = [name for name in VERDICTS if name in sample and "verdict" in columns and VERDICT.accepts(sample[name])]
     verdicts += ["label"] * (bool(verdicts) and LABEL_OF_TWO.accepts(sample.get("label")))
-    # A column that is mapped to `winner` is read by names.
+    # A column that the user mapped to `winner` is read as a name.
     verdicts.sort(key=lambda name: VERDICTS.get(name, by_name) is not by_name)
     if len(verdicts) > 1 and columns["verdict"] not in mapped:
         raise ValueError(
-            f"columns {quoted(verdicts)} may all say which response is better: name one, as in "
-            f"column_mapping={{'winner': {verdicts[0]!r}}}, or leave the others out, remove_columns={verdicts[1:]}"
+            f"columns {quoted(verdicts)} may all name the better response: choose one, as in "
+            f"column_mapping={{'winner': {verdicts[0]!r}}}, or remove the others, remove_columns={verdicts[1:]}"
         )
     row_format = FORMATS[layout.format]
     if "prompt" in sample and "prompt" not in columns.values() and roles.is_texts(sample["prompt"]):
-        raise ValueError("`prompt` is a list of texts; make it text or messages")
+        raise ValueError("`prompt` is a list of texts; make it one text or a list of messages")
     weights = [name for name in FORMATS["tokenized pairs with weights"].columns[3:] if name in sample]
     if weights and not row_format.has_token_weights:
         raise ValueError(
-            f"column {', '.join(weights)} weighs tokens, but rows in this format ({row_format.name}) do not say which "
-            "tokens there are: give prompt_ids, chosen_ids, rejected_ids, chosen_token_weights, rejected_token_weights"
+            f"column {', '.join(weights)} weights tokens, but rows in this format ({row_format.name}) have no token "
+            "ids: add prompt_ids, chosen_ids, rejected_ids, chosen_token_weights, rejected_token_weights"
         )
     return FoundLayout(layout.name, columns, text_as)

@@ -1,4 +1,4 @@
-"""The columns of a data set before its rows are read: renamed, left out, looked at, and what is said about them."""
+"""Rename, remove, sample and describe the columns of a data set before its rows are read."""
 
 import logging
 from collections.abc import Collection, Mapping, Sequence
@@ -18,52 +18,52 @@ from hf_prefopt.data.rows import BadRow
 
 logger = logging.getLogger(__name__)
 
-# So many rows are looked at to find a value of each column.
+# Number of rows that are searched for an example value of each column.
 _SAMPLE = {Dataset: 64, IterableDataset: 8}
 
 
 def column_names(dataset: Dataset | IterableDataset) -> list[str]:
-    """The names of the columns; of a stream that does not know them those of its first row."""
+    """Return the column names; for a stream without known columns, the keys of its first row."""
     return dataset.column_names if dataset.column_names is not None else list(next(iter(dataset), {}))
 
 
 def choose_columns(
     dataset: Dataset | IterableDataset, mapping: Mapping[str, str] | None, removed: Sequence[str] | None
 ) -> Dataset | IterableDataset:
-    """The data set without some columns, and with others under new names.
+    """Return the data set without the removed columns and with the renamed ones.
 
     Args:
-        mapping: new name → column; see `PreferenceConfig.column_mapping`. A data set that has the new name and not the
-            column is left as it is.
-        removed: columns to leave out.
+        mapping: New name → column; see `PreferenceConfig.column_mapping`. If the data set has the new name but not the
+            column, this entry is ignored.
+        removed: Columns to remove.
 
     Raises:
-        ValueError: there is no such column, or the new name is taken.
+        ValueError: If there is no such column, or the new name is already a column.
     """
     columns = column_names(dataset)
     unknown = [column for column in removed or () if column not in columns]
     if unknown:
-        raise ValueError(f"remove_columns={list(removed or ())}: there is no {unknown[0]!r} among {', '.join(columns)}")
+        raise ValueError(f"remove_columns={list(removed or ())}: no column {unknown[0]!r}; found {', '.join(columns)}")
     if removed:
         dataset = dataset.remove_columns(list(removed))
         columns = [column for column in columns if column not in removed]
     renamed = {}
     for new, column in (mapping or {}).items():
         if column not in columns and new not in columns:
-            raise ValueError(f"column_mapping={dict(mapping or {})}: there is no {column!r} among {', '.join(columns)}")
+            raise ValueError(f"column_mapping={dict(mapping or {})}: no column {column!r}; found {', '.join(columns)}")
         if column in columns and column != new:
             renamed[column] = new
     taken = [new for new in renamed.values() if new in columns and new not in renamed]
     if taken:
         raise ValueError(
-            f"column_mapping={dict(mapping or {})}: there is a column {taken[0]!r} already; leave it out, "
+            f"column_mapping={dict(mapping or {})}: there is already a column {taken[0]!r}; remove it with "
             f"remove_columns={taken[:1]}"
         )
     return dataset.rename_columns(renamed) if renamed else dataset
 
 
 def undecoded(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
-    """The data set as plain Python values; images, video and audio as stored, which suffices to reject them."""
+    """Return the data set as plain Python values. Images, video and audio stay encoded, because they are rejected."""
     for column, feature in (dataset.features or {}).items():
         if getattr(feature, "decode", False):
             dataset = dataset.cast_column(column, replace(feature, decode=False))
@@ -71,24 +71,24 @@ def undecoded(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
 
 
 def without_empty(dataset: Dataset | IterableDataset, names: Collection[str]) -> Dataset | IterableDataset:
-    """The data set without those of these columns that hold nothing in any row, by their type in Arrow."""
+    """Return the data set without those of these columns that are empty in all rows, according to their Arrow type."""
     empty = [name for name, feature in (dataset.features or {}).items() if feature == Value("null") and name in names]
     return dataset.remove_columns(empty) if empty else dataset
 
 
 def first_rows(dataset: Dataset | IterableDataset) -> list[dict[str, Any]]:
-    """Some rows from the beginning."""
+    """Return some rows from the beginning."""
     return list(islice(iter(dataset), next(count for kind, count in _SAMPLE.items() if isinstance(dataset, kind))))
 
 
 def sample_of(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, Any]:
-    """A value of every column: the first that is neither missing nor empty among these rows, otherwise None."""
+    """Return an example value per column: the first that is neither missing nor empty in these rows, or else None."""
     columns = dict.fromkeys(names) | dict.fromkeys(column for row in rows for column in row)
     return {column: _first(row.get(column) for row in rows) for column in columns}
 
 
 def _first(values: Any) -> Any:
-    """The first value that is not empty, or the last one."""
+    """Return the first value that is not empty, or else the last one."""
     value = None
     for value in values:
         if value not in (None, "", [], {}):
@@ -97,13 +97,13 @@ def _first(values: Any) -> Any:
 
 
 def class_names(dataset: Dataset | IterableDataset) -> dict[str, list[str]]:
-    """The names of the classes of columns that hold their numbers."""
+    """Return the class names of the columns that contain class indices."""
     features = dataset.features or {}
     return {column: feature.names for column, feature in features.items() if isinstance(feature, ClassLabel)}
 
 
 def describe_columns(found: FoundLayout, sample: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The lines to say about a data set's columns: how they are read, which are not used, and that text stays text."""
+    """Describe the columns of a data set: their layout, the unused columns, and texts that are not made messages."""
     lines = []
     if not found.is_own:
         lines.append(f"read as {describe_layout(found)}")
@@ -116,26 +116,26 @@ def describe_columns(found: FoundLayout, sample: Mapping[str, Any], tokenizer: P
     texts = [column for part, column in found.columns.items() if part not in _NUMBERS]
     if tokenizer.chat_template and not found.how.as_messages and _are_plain_text(sample, texts, tokenizer):
         lines.append(
-            f"{', '.join(texts)} are text, which is trained on as it is, without the chat template; "
-            "text_as='messages' makes messages of it"
+            f"{', '.join(texts)} are text, which is trained on unchanged, without the chat template; "
+            "text_as='messages' converts it to messages"
         )
     return lines
 
 
 def describe_layout(found: FoundLayout) -> str:
-    """A layout and its columns: `pairs, question (prompt = question, chosen, rejected)`."""
+    """Describe a layout and its columns: `pairs, question (prompt = question, chosen, rejected)`."""
     roles = ", ".join(column if part == column else f"{part} = {column}" for part, column in found.columns.items())
     return f"{found.layout.name} ({roles})"
 
 
 def unused_columns(found: FoundLayout, columns: Collection[str]) -> list[str]:
-    """The columns that neither the layout nor any loss reads."""
+    """Return the columns that neither the layout nor any loss reads."""
     used = {*found.columns.values(), *optional_columns(found.format.kind, columns).values(), *_BESIDE}
     return [column for column in columns if column not in used]
 
 
 def _keys(structs: Any) -> list[str]:
-    """The keys of a list of structs, or of a struct of lists."""
+    """Return the keys of a list of structs, or of a struct of lists."""
     listed = structs if isinstance(structs, list) else [structs]
     return [*dict.fromkeys(key for item in listed if isinstance(item, Mapping) for key in item)]
 
@@ -146,7 +146,7 @@ _NUMBERS = ("label", "quantile", "scores", "ranks", "prompt_ids", "chosen_ids", 
 
 
 def _are_plain_text(sample: Mapping[str, Any], columns: Collection[str], tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether these columns hold text, and none that a chat template has written."""
+    """Return True if these columns contain text without any of the tokenizer's special tokens."""
     values = [value for column in columns for value in _listed(sample[column])]
     try:
         texts = [read_content("text", value) for value in values if value is not None]
@@ -158,5 +158,5 @@ def _are_plain_text(sample: Mapping[str, Any], columns: Collection[str], tokeniz
 
 
 def _listed(value: Any) -> list[Any]:
-    """The responses of a list, or the value alone; messages are a value."""
+    """Return the responses of a list, or the value as a list of one; a list of messages is one value."""
     return value if isinstance(value, list) and value and not isinstance(value[0], dict) else [value]

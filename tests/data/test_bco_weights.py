@@ -76,10 +76,10 @@ def test_so_many_prompts_of_a_class_are_enough():
     [
         (np.zeros(3), [True] * 3, {}, r"embeddings \(3,\) and labels \(3,\): give a matrix"),
         (np.zeros((3, 2)), [True] * 2, {}, "a label for each row"),
-        (np.array([[0.0], [np.nan]]), [True, False], {}, r"row 1 \(and 0 more\): its embedding is not finite"),
+        (np.array([[0.0], [np.nan]]), [True, False], {}, r"row 1 \(and 0 more\): the embedding is not finite"),
         (np.zeros((2, 1)), [True, True], {}, "all 2 examples are desirable"),
         (np.zeros((2, 1)), [False, False], {}, "all 2 examples are undesirable"),
-        (np.zeros((2, 1)), [4, 0], {}, "row 0: its label is "),
+        (np.zeros((2, 1)), [4, 0], {}, "row 0: the label is "),
         (np.zeros((2, 1)), [True, False], {"low": 2.0, "high": 1.0}, "low=2.0, high=1.0"),
         (np.zeros((2, 1)), [True, False], {"prompts_per_class": 0}, "prompts_per_class=0"),
     ],

@@ -298,7 +298,7 @@ REFUSED = {
     "no winner": ({**TWO, "winner": None, "id": 1}, "`winner` is missing"),
     "a model's name that ends like a letter": ({**TWO, "winner": "llama-a"}, "`winner` is 'llama-a'"),
     "no verdict": (TWO, r"column `winner` is missing .*column_mapping={'winner': '…'}"),
-    "two verdicts": ({**TWO, "winner": "a", "preference": "b"}, r"may all say which response is better: name one"),
+    "two verdicts": ({**TWO, "winner": "a", "preference": "b"}, r"may all name the better response: choose one"),
     "three responses": ({**TWO, "response_c": GREEN, "winner": "a"}, "three responses or more, one of them"),
     "scores that are none": (
         {"prompt": WHAT, "answer_0": BLUE, "answer_1": GREEN, "score_0": 1.0, "score_1": float("nan")},
@@ -469,7 +469,7 @@ def test_short_answers_that_stand_in_other_columns_too():
 SCALES = {
     "a scale without a sign": ("overall_preference", [1, 7], "from 1 to 7; below 0 .* row['overall_preference'] - 4"),
     "a short scale without a sign": ("preference_strength", [1, 2, 3] * 6, "from 1 to 3; below 0"),
-    "places that count from 0": ("preference", [0, 1], "holds 0 and 1, and the responses are `response_1` and"),
+    "places that count from 0": ("preference", [0, 1], "contains 0 and 1, and the responses are `response_1` and"),
 }
 
 
@@ -486,7 +486,7 @@ def test_a_scale_of_a_stream_is_refused_once_many_rows_are_read():
     rows = [
         {"prompt": WHAT, "response_1": BLUE, "response_2": GREEN, "overall_preference": 1 + at % 7} for at in range(16)
     ]
-    with pytest.raises(ValueError, match="holds numbers from 1 to 7; below 0"):
+    with pytest.raises(ValueError, match="contains numbers from 1 to 7, but it is read by sign: below 0"):
         list(prepare_dataset(Dataset.from_list(rows).to_iterable_dataset(), TOKENIZER))
     rows[3]["overall_preference"] = -1
     assert len(list(prepare_dataset(Dataset.from_list(rows).to_iterable_dataset(), TOKENIZER))) == 16

@@ -46,9 +46,9 @@ def test_a_mapping_may_swap_columns_and_says_which_verdict_counts():
 
 
 MISTAKES = [
-    ({"column_mapping": {"prompt": "aks"}}, r"train: column_mapping=.*there is no 'aks' among ask, yes, no"),
-    ({"column_mapping": {"no": "yes"}}, r"there is a column 'no' already; leave it out, remove_columns=\['no'\]"),
-    ({"remove_columns": ["maybe"]}, r"train: remove_columns=\['maybe'\]: there is no 'maybe' among ask, yes, no"),
+    ({"column_mapping": {"prompt": "aks"}}, r"train: column_mapping=.*no column 'aks'; found ask, yes, no"),
+    ({"column_mapping": {"no": "yes"}}, r"there is already a column 'no'; remove it with remove_columns=\['no'\]"),
+    ({"remove_columns": ["maybe"]}, r"train: remove_columns=\['maybe'\]: no column 'maybe'; found ask, yes, no"),
     ({"text_as": "chat"}, "text_as='chat' is not one of text, messages"),
 ]
 
@@ -90,8 +90,8 @@ def test_text_becomes_messages_where_it_is_asked_for(said):
     row = text_pair("What is the capital of France?", " Paris.", " Rome.")
     prepare(row)
     assert said() == [
-        "train: prompt, chosen, rejected are text, which is trained on as it is, without the chat template; "
-        "text_as='messages' makes messages of it"
+        "train: prompt, chosen, rejected are text, which is trained on unchanged, without the chat template; "
+        "text_as='messages' converts it to messages"
     ]
     assert prepare(row, text_as="messages")[:] == prepare(chat_pair())[:]
     assert len(said()) == 1
@@ -166,10 +166,10 @@ def test_classes_are_read_by_their_names():
 
 def test_labels_of_three_values_are_refused():
     rows = [{"prompt": "Why?", "completion": "So.", "label": label} for label in (-1, 0, 1)]
-    with pytest.raises(ValueError, match="column `label` holds −1 and 0"):
+    with pytest.raises(ValueError, match="column `label` contains −1 and 0"):
         prepare(*rows)
     stream = iter(prepare_dataset(Dataset.from_list([rows[2], *rows]).to_iterable_dataset(), TOKENIZER))
-    with pytest.raises(ValueError, match="column `label` holds −1 and 0"):
+    with pytest.raises(ValueError, match="column `label` contains −1 and 0"):
         list(stream)
 
 

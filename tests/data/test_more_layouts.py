@@ -167,7 +167,7 @@ REFUSED = {
     ),
     "a label beside a winner": (
         {**TWO, "winner": "a", "label": "B"},
-        "columns `winner`, `label` may all say which response is better",
+        "columns `winner`, `label` may all name the better response",
     ),
     "a number for a label": (
         {"input": WHAT, "output_1": BLUE, "output_2": GREEN, "label": 1},

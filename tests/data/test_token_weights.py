@@ -64,7 +64,7 @@ def test_weights_that_do_not_fit_are_refused(change, message):
 def test_weights_of_texts_are_refused():
     """Nothing says which tokens a text will have; the message says what to give instead."""
     row = {"prompt": "2+2?", "chosen": " 4", "rejected": " 5", "chosen_token_weights": [1.0]}
-    with pytest.raises(ValueError, match=r"do not say which tokens there are: give prompt_ids"):
+    with pytest.raises(ValueError, match=r"have no token ids: add prompt_ids"):
         prepared(row)
 
 
