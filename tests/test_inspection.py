@@ -60,7 +60,9 @@ def test_mapped_columns_have_the_names_of_the_data_set():
 
 def test_text_is_said_to_stay_text_and_becomes_messages_on_request():
     found = inspect_dataset([text_pair()] * 2, TOKENIZER)
-    assert found.content == "text" and any("text_as='messages' converts it to messages" in line for line in found.remarks)
+    assert found.content == "text" and any(
+        "text_as='messages' converts it to messages" in line for line in found.remarks
+    )
     assert inspect_dataset([text_pair()] * 2, TOKENIZER, text_as="messages").content == "messages"
 
 

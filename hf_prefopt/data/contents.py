@@ -1,8 +1,8 @@
-"""What a column of a prompt or a response holds: text, or messages in any of the forms in which they are stored.
+"""Read the value of a prompt or response column: text, or messages in any of the forms in which they are stored.
 
 Messages are stored as a list, as one message, as a struct of lists (the `Sequence` feature of older versions of
-`datasets`), as JSON, or as a struct with a list of `messages`; a message has the keys `role`/`content`, `from`/`value`
-or others (`messages.py`). Text may stand alone in a struct, `{"text": ...}`.
+`datasets`), as JSON, or as a struct with a list of `messages`. A message has the keys `role`/`content`, `from`/`value`
+or others (`messages.py`). A struct may also contain only a text, `{"text": ...}`.
 """
 
 import json
@@ -16,10 +16,10 @@ Content = str | list[Message]
 
 
 def read_content(column: str, value: Any) -> Content:
-    """The text, or the messages as a list of dicts, which are not checked yet.
+    """Return the text, or the messages as a list of dicts. The messages are not checked yet.
 
     Raises:
-        BadRow: the value is missing, or neither of them.
+        BadRow: If the value is missing, or is neither text nor messages.
     """
     if isinstance(value, str):
         return _read_text(value)
@@ -33,20 +33,21 @@ def read_content(column: str, value: Any) -> Content:
 
 
 def read_responses(values: Mapping[str, Any]) -> dict[str, Content]:
-    """The contents of responses, by column.
+    """Return the contents of the responses, by column.
 
     Raises:
-        BadRow: one is missing, or neither text nor messages, or writes messages down as text while another does not.
+        BadRow: If a response is missing or is neither text nor messages, or if one response contains messages as JSON
+            and another is plain text.
     """
     contents = {column: read_content(column, value) for column, value in values.items()}
     written = [column for column, value in values.items() if isinstance(value, str) and value is not contents[column]]
     if written and any(isinstance(content, str) for content in contents.values()):
-        raise BadRow(written[0], "is text that writes down messages, and another response is plain text", DROP_CURE)
+        raise BadRow(written[0], "contains messages written as text, but another response is plain text", DROP_CURE)
     return contents
 
 
 def _read_text(text: str) -> Content:
-    """The text, or the messages that it writes down as JSON."""
+    """Return the text, or the messages if the text is their JSON."""
     if text.lstrip()[:1] not in ("[", "{"):
         return text
     try:
@@ -73,12 +74,12 @@ def _read_struct(column: str, value: Mapping[str, Any]) -> Content:
     keys, cure = ", ".join(map(repr, value)), "make it text or a list of messages"
     if texts:
         its_text = f"dataset.map(lambda row: {{{column!r}: row[{column!r}][{texts[0]!r}]}})"
-        cure = f"if the text in it is all that the model should read: {its_text}"
-    raise BadRow(column, f"is a struct of {keys} and no message", cure)
+        cure = f"if the model should read only the text in it: {its_text}"
+    raise BadRow(column, f"is a struct of {keys} and not a message", cure)
 
 
 def is_message(value: Any) -> bool:
-    """Whether this has the keys of a message."""
+    """Return True if the value has the keys of a message."""
     return isinstance(value, Mapping) and any(key in value for key in ROLE_KEYS) and any(key in value for key in _KEYS)
 
 
@@ -86,5 +87,5 @@ _KEYS = (*CONTENT_KEYS, "tool_calls")
 
 
 def _is_spoken(value: Any) -> bool:
-    """Whether this is a message of a known speaker: a text may also write down structs of other things."""
+    """Return True if the value is a message of a known role. JSON in a text may also contain other structs."""
     return is_message(value) and any(is_role(value.get(key)) for key in ROLE_KEYS)

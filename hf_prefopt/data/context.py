@@ -1,9 +1,9 @@
-"""Reject rows with context that the model would never see: text in a column that is neither prompt nor response.
+"""Reject rows with unread context: text in a column that is neither prompt nor response, which the model never sees.
 
-Authors of data sets put context into columns of any name. A column that no format reads is harmless if it is empty, if
-the model reads the same text elsewhere, or if it is about the row (an id, a source, a model's name, a judge's words).
-Its name tells, by its last meaningful word: `question_id` is an id, `labelling_prompt` was for a judge. If the name
-does not tell, the length of the text does: labels are short, context is prose.
+Columns with context may have any name. An unread column is harmless if it is empty, if the model reads the same text
+elsewhere, or if it is about the row (an id, a source, a model's name, a judge's comment). The column's name decides
+first, by its last meaningful word: `question_id` is an id, `labelling_prompt` was a judge's prompt. If the name is
+unknown, the length of the text decides: labels are short, context is prose.
 """
 
 import math
@@ -22,26 +22,26 @@ def _set(words: str) -> frozenset[str]:
     return frozenset(words.split())
 
 
-# Words that do not tell what a column holds, like the letters and numbers of `response_a` or `turn_2`.
+# Words that do not describe what a column holds, like the letters and numbers in `response_a` or `turn_2`.
 _CARRIERS = _set("text content string str raw full value json list")
-# Any text in a column of these names was meant for the model.
+# Columns with these names contain context, however short the text.
 _CONTEXT = _set(
     "prompt preprompt prefix preamble system question instruction input query queries context ctx history histories "
     "problem message conversation dialogue dialog chat background passage article document premise persona scenario "
     "choices options tool function step shot demonstration table fact concept schema code hint src"
 )
-# Answers, and what somebody thought of them.
+# Answers, and comments on answers.
 _ANSWERS = _set(
     "chosen rejected response answer completion output reply replies solution ref reference gold golden target truth "
     "label feedback critique rationale comment explanation justification reason reasoning thinking thought analysis "
     "judgement judgment verdict correction winner loser best worst better summary summaries translation"
 )
-# Parts of an answer, in a column whose name says of which one: `chosen_reasoning`, `rejected_tool_calls`.
+# Parts of an answer, in a column whose name also contains the side: `chosen_reasoning`, `rejected_tool_calls`.
 _PARTS = _set("reasoning thinking think thought cot scratchpad trace call")
 _SIDES = _set(
     "chosen rejected preferred dispreferred accepted selected better worse winning losing response completion"
 )
-# How the rows were made and judged; these words may be anywhere in the name.
+# How the rows were generated and judged; these words count at any position in the name.
 _MAKING = _set(
     "generation generated generator labelling labeling labeler labeller annotation annotator judge judging grader "
     "grading rater rating reward rm verifier evaluation evaluator critic preference meta metadata distilabel license "
@@ -53,12 +53,12 @@ _LABELS = _set(
     "domain skill ability intent style tag attribute language lang locale country author agent worker url uri link "
     "path file version date time timestamp status difficulty level group key"
 )
-# The number of words above which a text is context (its limit): in columns with labels, with names that do not tell,
-# and with names of context.
+# Limits in words: a longer text is context. They apply to columns that are never context, columns with labels, columns
+# with unknown names, and columns with names of context.
 _NEVER, _IN_LABELS, _IN_UNKNOWN, _ANY_TEXT = math.inf, 15, 4, 0
-# Any text that is a part of an answer, which has to be in one response only.
+# The limit for parts of an answer: every text is unread unless some response contains it.
 _OF_ANSWER = 0.5
-# For two of the limits above, shorter texts are context, too, if they are sentences of at least this many words.
+# For two of the limits above, a shorter text is also context if it is a sentence of at least this many words.
 _SENTENCE: dict[float, float] = {_IN_UNKNOWN: 2, _IN_LABELS: 3}
 _SPEAKERS = frozenset(("role", "from", "type"))
 _ASSISTANTS = frozenset(("assistant", "gpt", "model", "bot", "chatgpt", "ai"))
@@ -70,17 +70,17 @@ _SENTENCE_ENDS = tuple(".?!…。？！।؟")
 
 
 def reject_unread_context(unused: Mapping[str, Any], read: CanonicalRow) -> None:
-    """Raise `BadRow` if a column that is not used holds context, or images, video or audio.
+    """Raise `BadRow` if an unused column contains context, or images, video or audio.
 
     Args:
-        unused: the values of a raw row that it was not read from, by column.
-        read: the canonical row. If it holds tokens, texts are not compared with it.
+        unused: The values of the raw row in columns that were not read, by column.
+        read: The canonical row. If it contains token ids, texts are not compared with it.
     """
     if read.content_type == "messages":
         unused = {column: value for column, value in unused.items() if column not in ("tools", "chat_template_kwargs")}
     media = find_media(unused)
     if media is not None:
-        raise BadRow(media, "holds something that is not text", MEDIA_CURE.format(f"it (remove_columns=[{media!r}])"))
+        raise BadRow(media, "contains data that is not text", MEDIA_CURE.format(f"it (remove_columns=[{media!r}])"))
     if read.content_type == "tokens":
         return
     contexts = {column: _contexts(value, _column_limit(column)) for column, value in unused.items()}
@@ -94,24 +94,24 @@ def reject_unread_context(unused: Mapping[str, Any], read: CanonicalRow) -> None
     if unread:
         first, *others = unread
         shown = unread[first] if len(unread[first]) <= 40 else unread[first][:40] + "…"
-        also = f" (nor what {', '.join(f'`{column}`' for column in others)} says)" if others else ""
+        also = f" (nor the text of {', '.join(f'`{column}`' for column in others)})" if others else ""
         problem = (
-            f"says {shown!r}, which is not in the prompt (nor in every response), so the model would not read it{also}"
+            f"contains {shown!r}, which is not in the prompt (nor in every response): the model would not read it{also}"
         )
         cure = f"join it into `prompt` (or rename the column so); if it is not context: remove_columns={[*unread]}"
         if _column_limit(first) == _OF_ANSWER:
-            cure = f"join it into the response; if it is not to be trained on: remove_columns={[*unread]}"
+            cure = f"join it into the response; if it should not be trained on: remove_columns={[*unread]}"
         raise BadRow(first, problem, cure)
 
 
 def _sequences(read: CanonicalRow) -> list[str]:
-    """What the model reads: for each response, the texts of the prompt and the response in one line."""
+    """Return, for each response, the texts of prompt and response that the model reads, in one line."""
     texts = [_texts((read.prompt, response), _ANY_TEXT, lambda _: _ANY_TEXT) for response in read.responses]
     return [_one_line(" ".join(text for text, _ in pair)) for pair in texts]
 
 
 def _is_read(text: str, limit: float, sequences: list[str]) -> bool:
-    """Whether the model reads a text: context with every response; text of another column may copy one response."""
+    """Return True if the model reads a text: context with every response, other text with at least one response."""
     return (all if limit == _ANY_TEXT else any)(_one_line(text) in sequence for sequence in sequences)
 
 
@@ -120,7 +120,7 @@ def _one_line(text: str) -> str:
 
 
 def _contexts(value: Any, limit: float) -> list[tuple[str, float]]:
-    """The texts in a column's value that are context, each with its limit (see `_word_limit`)."""
+    """Return the texts in a column's value that are context, each with its limit (see `_word_limit`)."""
     if limit == _NEVER:
         return []
     return [found for found in _texts(_without_last_reply(value), limit, _word_limit) if _is_context(*found)]
@@ -136,7 +136,7 @@ def _is_context(text: str, limit: float) -> bool:
 
 
 def _without_last_reply(value: Any) -> Any:
-    """A conversation without the answer that ends it, which may be neither the chosen nor the rejected one."""
+    """Return a conversation without its final answer, which may be neither the chosen nor the rejected one."""
     while isinstance(value, list | tuple) and value and isinstance(value[-1], dict):
         if (value[-1].get("role") or value[-1].get("from")) not in _ASSISTANTS:
             break
@@ -149,11 +149,11 @@ def _speaks_as_assistant(value: Mapping[str, Any]) -> bool:
 
 
 def _texts(value: Any, limit: float, limit_of: Callable[[str], float]) -> Iterator[tuple[str, float]]:
-    """The texts in a value, at any depth, each with the limit of the key that holds it."""
+    """Yield the texts in a value, at any depth, each with the limit of the key that holds it."""
     if isinstance(value, str):
         yield value, limit
     elif isinstance(value, dict):
-        # What an assistant said elsewhere may be one of the responses.
+        # An assistant message elsewhere may be one of the responses.
         limit = _OF_ANSWER if limit == _ANY_TEXT and _speaks_as_assistant(value) else limit
         for key, item in value.items():
             of_key = limit_of(key)
@@ -164,12 +164,12 @@ def _texts(value: Any, limit: float, limit_of: Callable[[str], float]) -> Iterat
             yield from _texts(item, limit, limit_of)
 
 
-# Numbers that judges and counters leave.
+# Numbers from judges and counters.
 _MEASURES = _set("score scores count length len tokens rank index idx row turn turns number logp logps logprob")
 
 
 def is_about_the_row(name: str) -> bool:
-    """Whether a column of this name is known to be about the row: an id, a source, a model's name, a judge's score."""
+    """Return True if a column with this name is about the row: an id, a source, a model's name, a judge's score."""
     words = [word.lower() for word in _WORD.findall(name)]
     if not words or words[0] in _FLAGS or set(words) & _MAKING or {word.removesuffix("s") for word in words} & _MAKING:
         return bool(words)
@@ -178,7 +178,7 @@ def is_about_the_row(name: str) -> bool:
 
 
 def _column_limit(column: str) -> float:
-    """The same for a whole column: thinking beside one or two responses is a part of them, and not a judge's."""
+    """Return `_word_limit` for a column. A column that is only named after thinking or tools is a part of an answer."""
     words = [word.lower().removesuffix("s") for word in _WORD.findall(column)]
     words = [word for word in words if word not in _CARRIERS]
     return _OF_ANSWER if words and set(words) <= _PARTS | {"tool"} else _word_limit(column)
@@ -186,7 +186,7 @@ def _column_limit(column: str) -> float:
 
 @lru_cache(maxsize=1024)
 def _word_limit(name: str) -> float:
-    """The most words that a text of a column, or of a key in it, may have without being context."""
+    """Return the largest number of words with which a text of this column or key is not context."""
     words = [word.lower() for word in _WORD.findall(name)]
     if words and words[0] in _FLAGS:
         return _NEVER

@@ -1,7 +1,7 @@
-"""A prompt and responses of any content, text or messages, as one conversation for each response.
+"""Convert a prompt and responses, each text or messages, to one conversation for each response.
 
-Text becomes a message of the obvious role: the user's in a prompt, the assistant's in a response. Responses are either
-replies, or whole conversations that begin with the prompt, which is taken off them.
+A text becomes a message: a user message in a prompt, an assistant message in a response. Responses are either replies,
+or whole conversations that begin with the prompt; the prompt is then removed from them.
 """
 
 import re
@@ -21,13 +21,13 @@ from hf_prefopt.data.messages import (
 from hf_prefopt.data.rows import BadRow, check_text_prompt, check_text_response, take_off_prompt
 from hf_prefopt.data.transcripts import is_transcript, read_transcript
 
-# Who begins a whole conversation.
+# Roles that begin a whole conversation.
 _ASKING = ("user", "system", "developer")
-# The beginning of a text that a chat template has written already.
+# The beginning of a text that a chat template has already rendered.
 _RENDERED = re.compile(r"\s*(<s>|<bos>|<\|[\w ]+\|>|\[INST\]|<start_of_turn>|<｜)")
 
 
-# How trainers mark answers that are not to be trained on, if the value is zero or false.
+# Keys with which trainers exclude an answer from training, if their value is zero or false.
 _MARKS = ("weight", "train", "training", "loss")
 
 
@@ -37,15 +37,16 @@ def _untrained(message: Message) -> list[str]:
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages of a prompt and of responses by column.
+    """The messages of a prompt, and the messages of the responses by column.
 
     Attributes:
-        prompt_is_read: whether the prompt column was used. If not, the responses have said it: who reads the row must
-            make sure that they have.
+        prompt_is_read: Whether the prompt column was used. If False, the prompt comes from the responses, and the
+            caller must check that they contain the text of the prompt column.
 
     Raises:
-        BadRow: the assistant begins some responses only. In these the header of its turn is part of the prompt. Or an
-            answer within a response is marked as not to be trained on, and all of a response is.
+        BadRow: If some responses begin with an assistant message and others do not, because the header of the
+            assistant's turn would then be part of only some prompts; or if an answer within a response is marked as
+            excluded from training, because all assistant messages of a response are trained on.
     """
 
     prompt: list[Message]
@@ -56,31 +57,31 @@ class Conversation:
         roles = {column: messages[0]["role"] for column, messages in self.responses.items()}
         others = [column for column, role in roles.items() if role != "assistant"]
         if others and len(others) < len(roles):
-            problem = f"begins with {roles[others[0]]!r}, and another response with the assistant"
+            problem = f"begins with role {roles[others[0]]!r}, but another response begins with the assistant"
             raise BadRow(others[0], problem, "begin all responses of a row with an assistant message, or none")
         for column, messages in self.responses.items():
             marks = [key for message in messages if message["role"] == "assistant" for key in _untrained(message)]
             if marks:
-                problem = f"has an answer marked as not to be trained on ({marks[0]}), and all answers in it are"
-                raise BadRow(column, problem, "put it into the prompt, or take the mark off")
+                problem = f"has an answer marked as not trained on ({marks[0]}), but all answers in it are trained on"
+                raise BadRow(column, problem, "move it to the prompt, or remove the mark")
 
 
 def join_conversation(prompt: Content | None, responses: Mapping[str, Content], begins: bool = True) -> Conversation:
-    """The messages of a prompt and its responses, checked.
+    """Return the checked messages of a prompt and its responses.
 
     Args:
-        prompt: None if the responses are whole conversations.
-        responses: by column.
-        begins: whether a prompt may end with the assistant's words, which the responses continue.
+        prompt: The prompt; None if the responses are whole conversations.
+        responses: The responses by column.
+        begins: Whether a prompt may end with an assistant message that the responses continue.
 
     Raises:
-        BadRow: messages that cannot be used, or of which it is not clear where the response begins.
+        BadRow: If messages are invalid, or the place where the response begins is ambiguous.
     """
     contents = dict(responses)
     if isinstance(prompt, str):
         texts = {column: content for column, content in responses.items() if isinstance(content, str)}
         alone = take_off_prompt(prompt, texts) if texts else texts
-        if alone is not texts:  # the white space between a prompt and its response is no part of a message
+        if alone is not texts:  # the white space between a prompt and its response is not part of a message
             contents |= {column: text.lstrip() for column, text in alone.items()}
     replies = {column: _reply(column, content) for column, content in contents.items()}
     written = [column for column, content in responses.items() if isinstance(content, str)]
@@ -104,7 +105,8 @@ def join_conversation(prompt: Content | None, responses: Mapping[str, Content], 
         asked = next(iter(whole.values()))[:-1]
         if any(messages[:-1] != asked or len(messages) < 2 for messages in whole.values()):
             column = next(iter(whole))
-            raise BadRow(column, "is a whole conversation, and another response is a reply alone", "give replies alone")
+            problem = "is a whole conversation, but another response is only a reply"
+            raise BadRow(column, problem, "give only replies")
         return Conversation(
             asked, {**replies, **{column: whole[column][-1:] for column in whole}}, prompt_is_read=False
         )
@@ -113,7 +115,10 @@ def join_conversation(prompt: Content | None, responses: Mapping[str, Content], 
 
 
 def _after(asked: list[Message], messages: list[Message]) -> list[Message]:
-    """What follows the prompt in a conversation that begins with it, perhaps without its system prompt; or nothing."""
+    """Return the messages after the prompt in a conversation that begins with it, with or without its system prompt.
+
+    Return an empty list if the conversation does not begin with the prompt.
+    """
     for begin in (asked, asked[1:]) if asked and asked[0]["role"] == "system" else (asked,):
         if begin and messages[: len(begin)] == begin:
             return messages[len(begin) :]
@@ -121,17 +126,17 @@ def _after(asked: list[Message], messages: list[Message]) -> list[Message]:
 
 
 def text_as_messages(text: str) -> list[Message]:
-    """A text as a prompt: the turns of a transcript, or the user's message."""
+    """Convert a prompt text to messages: the turns of a transcript, or one user message."""
     if _RENDERED.match(text):
-        cure = "give messages, or use the columns prompt, chosen and rejected for texts that are to stay as they are"
-        raise BadRow("prompt", f"is written by a chat template already ({text.strip()[:20]!r})", cure)
+        cure = "use messages, or use the columns prompt, chosen and rejected for texts that should stay unchanged"
+        raise BadRow("prompt", f"is already rendered by a chat template ({text.strip()[:20]!r})", cure)
     if not text.strip():
         raise BadRow("prompt", "is only whitespace" if text else "is empty")
     return read_transcript(text) if is_transcript(text) else [{"role": "user", "content": text}]
 
 
 def _reject_question_in_replies(asked: list[Message], replies: Mapping[str, list[Message]]) -> None:
-    """Raise `BadRow` if a response asks again what the prompt ends with: then it is a conversation, and not a reply."""
+    """Raise `BadRow` if a response repeats the last prompt message: it is then a conversation, not a reply."""
     if asked and asked[-1] in (message for messages in replies.values() for message in messages[1:]):
         column = next(column for column, messages in replies.items() if asked[-1] in messages)
         raise BadRow(column, "repeats the end of `prompt` after other messages", "remove the `prompt` column")
@@ -150,18 +155,18 @@ def _reply(column: str, content: Content) -> list[Message]:
 
 
 def _without_joint(reply: list[Message]) -> list[Message]:
-    """A reply made of a text without the blank that joined it to its prompt, which is no part of a message."""
+    """Remove the space that joined a text reply to its prompt, because it is not part of the message."""
     return [{**reply[0], "content": reply[0]["content"].removeprefix(" ")}]
 
 
 def _without_answer(prompt: list[Message], replies: Mapping[str, list[Message]], begins: bool) -> list[Message]:
-    """The prompt without an answer at its end that is also one of the responses."""
+    """Return the prompt without a final answer that is also one of the responses."""
     if not prompt or prompt[-1]["role"] != "assistant":
         return prompt
     last: Any = prompt[-1].get("content")
     if isinstance(last, str) and any(last.strip() == text_of(messages[0]).strip() for messages in replies.values()):
         return prompt[:-1]
     if not begins:
-        cure = "end it with the user's message, or name the column `prompt` if the responses continue these words"
+        cure = "end it with a user message, or name the column `prompt` if the responses continue this answer"
         raise BadRow("prompt", "ends with an answer that is none of the responses", cure)
     return prompt

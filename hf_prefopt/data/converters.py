@@ -1,7 +1,7 @@
-"""Rows of one layout as rows of a format: the functions that `layout_table.LAYOUTS` names.
+"""Convert the rows of a layout to rows of a format: the functions that `layout_table.LAYOUTS` refers to.
 
-Each takes the values of a row by role (`Given`) and gives the columns of a format, of which formats.py makes the
-canonical row. They move values to their places and never look into texts, except for the transcripts of a prompt.
+Each function converts the values of a row by role (`Given`) to the columns of a format; formats.py converts these to
+the canonical row. The functions move values without reading texts, except for transcripts in a prompt.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,10 +20,10 @@ Row = dict[str, Any]
 
 
 class Given(dict[str, Any]):
-    """The values of a row by role.
+    """The values of a row, by role.
 
     Attributes:
-        columns: the column of each role, for errors.
+        columns: The column of each role, for errors.
     """
 
     def __init__(self, row: Mapping[str, Any], columns: Mapping[str, str]):
@@ -32,13 +32,13 @@ class Given(dict[str, Any]):
 
 
 def plain(given: Given) -> Row:
-    """The roles as they are, with a prompt made of all that may belong to it."""
+    """Keep the roles unchanged, and build the prompt from all roles that belong to it."""
     around = ("system", "history", "instruction", "input", "prefix")
     return {part: value for part, value in given.items() if part not in around} | _prompt(given)
 
 
 def talks(given: Given) -> Row:
-    """Whole conversations, which begin with the system prompt if there is one beside them."""
+    """Return whole conversations, with the system prompt of its own column, if present, at their beginning."""
     row = {part: value for part, value in given.items() if part != "system"}
     for part in ("chosen", "rejected", "reference", "completion"):
         if part in row:
@@ -47,16 +47,16 @@ def talks(given: Given) -> Row:
 
 
 def _told(given: Given, part: str, value: Any) -> Any:
-    """A conversation that begins with the system prompt beside it, if there is one."""
+    """Return a conversation that begins with the system prompt from its own column, if there is one."""
     if not given.get("system"):
         return value
     content = read_content(part, value)
-    # A text may be an answer alone; then another column says what it answers.
+    # A text may be only an answer; another column then holds its question.
     return value if isinstance(content, str) and not is_transcript(content) else _surrounded(content, given["system"])
 
 
 def better_of_two(given: Given) -> Row:
-    """The pair of two responses and a verdict."""
+    """Return the pair for two responses and a verdict."""
     better = _place_of_text(given["verdict"], (given["first"], given["second"]))
     if better is None:
         verdict = given.columns["verdict"]
@@ -65,24 +65,24 @@ def better_of_two(given: Given) -> Row:
 
 
 def _names(given: Given) -> tuple[tuple[str, str], tuple[str, str], tuple[Any, Any]]:
-    """What a verdict may call two responses: their columns, the ends of these, and the models that wrote them."""
+    """Return the names that a verdict may use for two responses: their columns, the columns' suffixes, their models."""
     names = (given.columns["first"], given.columns["second"])
     first, second = SUFFIXES[names]
     return names, (first, second), (given.get("first_model"), given.get("second_model"))
 
 
 def voted_two(given: Given) -> Row:
-    """The pair of two responses and what several people say; of Argilla's votes those that are submitted."""
+    """Return the pair for two responses and a list of votes. Of Argilla's votes, only submitted ones count."""
     column, votes = given.columns["votes"], read_texts(given["votes"])
     statuses = given.get("statuses") or ["submitted"] * len(votes or ())
     if votes is not None and len(votes) != len(statuses):
-        raise BadRow("votes", f"has {len(votes)} verdicts, and there are {len(statuses)} statuses")
+        raise BadRow("votes", f"has {len(votes)} verdicts, but there are {len(statuses)} statuses")
     cast = [vote for vote, status in zip(votes or (), statuses, strict=True) if status == "submitted"]
     return _ordered(given, by_votes(column, cast, lambda vote: by_name(column, vote, *_names(given))))
 
 
 def _place_of_text(verdict: Any, responses: tuple[Any, Any]) -> int | None:
-    """The place of the response that a verdict repeats; None if it is one word, or is not one of two texts."""
+    """Return the index of the response that a verdict repeats; None for one word or if the verdict repeats neither."""
     if not isinstance(verdict, str) or not all(isinstance(response, str) for response in responses):
         return None
     texts = [response.strip() for response in responses]
@@ -91,24 +91,24 @@ def _place_of_text(verdict: Any, responses: tuple[Any, Any]) -> int | None:
 
 
 def flagged_first(given: Given) -> Row:
-    """The pair of two responses and a 1 if the first is better, a 0 if the second is."""
+    """Return the pair for two responses and a flag: 1 if the first is better, 0 if the second is better."""
     return _ordered(given, first_if_true(given.columns["verdict"], given["verdict"]))
 
 
 def scored_two(given: Given) -> Row:
-    """The pair of two responses with a score each; the higher one is better."""
+    """Return the pair for two responses with a score each; the response with the higher score is chosen."""
     parts = ("first_score", "second_score")
     return _ordered(given, by_scores([given.columns[part] for part in parts], [given[part] for part in parts]))
 
 
 def flagged_two(given: Given) -> Row:
-    """The pair of two responses with a flag each, and one for a tie."""
+    """Return the pair for two responses with a flag each, and an optional flag for a tie."""
     parts = [part for part in ("first_wins", "second_wins", "tie") if part in given]
     return _ordered(given, by_flags([given.columns[part] for part in parts], [given[part] for part in parts]))
 
 
 def items(given: Given) -> Row:
-    """The list of responses that are structs, each with its text and a score or a rank."""
+    """Return the list for responses stored as structs, each with its text and a score or a rank."""
     structs = given["items"]
     if isinstance(structs, Mapping):  # the struct of lists that a `Sequence` of structs becomes
         structs = [dict(zip(structs, values, strict=True)) for values in zip(*structs.values(), strict=True)]
@@ -138,12 +138,12 @@ def _reject_other_items(part: str, keys: Sequence[str], structs: Sequence[Mappin
 
 
 def _order(numbers: Sequence[Any]) -> list[list[bool]]:
-    """For each two numbers whether the first is larger; numbers that are missing are not."""
+    """Return for each two numbers whether the first is larger; False if one of them is missing."""
     return [[None not in (left, right) and left > right for right in numbers] for left in numbers]
 
 
 def flagged_list(given: Given) -> Row:
-    """The list of responses of which those that are right have the score 1, and the others 0."""
+    """Return the list for responses with flags: correct responses have the score 1, the others 0."""
     flags = check_list("flags", given["flags"], "booleans")
     if not all(isinstance(flag, bool) for flag in flags):
         raise BadRow("flags", f"is {flags}", "make each true (right) or false")
@@ -151,38 +151,38 @@ def flagged_list(given: Given) -> Row:
 
 
 def one_of_each(given: Given) -> Row:
-    """The pair of two lists, each of one response."""
+    """Return the pair for two lists of one response each."""
     for side in ("chosen", "rejected"):
         count = len(check_list(side, given[side], "one response"))
         if count != 1:
-            raise BadRow(side, f"holds {count} responses, and a loss of pairs compares two", "use a loss of lists")
+            raise BadRow(side, f"holds {count} responses, but a loss of pairs compares two", "use a loss of lists")
     return {**_prompt(given), "chosen": given["chosen"][0], "rejected": given["rejected"][0]}
 
 
 def good_and_bad(given: Given) -> Row:
-    """The list of one or several chosen responses, of rank 1, and of rejected ones, of rank 2."""
+    """Return the list for one or several chosen responses (rank 1) and rejected responses (rank 2)."""
     sides = (given[side] for side in ("chosen", "rejected"))
     chosen, rejected = ([side] if isinstance(side, str) else list(side or ()) for side in sides)
     if not chosen or not rejected:
         raise BadRow("rejected" if chosen else "chosen", "is empty")
     if given.get("prompt") in chosen:
-        raise BadRow("chosen", "holds the prompt: these are turns, and no responses", "give messages")
+        raise BadRow("chosen", "contains the prompt: these are turns, not responses", "use messages")
     ranks = [1.0] * len(chosen) + [2.0] * len(rejected)
     return {**_prompt(given), "responses": [*chosen, *rejected], "ranks": ranks}
 
 
 def turns(given: Given) -> Row:
-    """The pair of two conversations whose turns are lists of texts, and a verdict."""
+    """Return the pair for two conversations, whose turns are lists of texts, and a verdict."""
     return better_of_two(_talks(given))
 
 
 def turns_flagged(given: Given) -> Row:
-    """The pair of two conversations whose turns are lists of texts, and flags."""
+    """Return the pair for two conversations, whose turns are lists of texts, and flags."""
     return flagged_two(_talks(given))
 
 
 def _talks(given: Given) -> Given:
-    """The values with conversations in place of lists of turns, and no prompt, which they hold."""
+    """Replace the lists of turns by conversations, and remove the prompt, which the conversations contain."""
     lists = {part: read_texts(given[part]) for part in ("prompt", "first", "second")}
     for part, texts in lists.items():
         if texts is None or None in texts:
@@ -211,7 +211,7 @@ def _ordered(given: Given, better: int) -> Row:
 
 
 def _up_to(turn: int | None, part: str, value: Any) -> Any:
-    """A conversation up to the answer to the user's nth message, where that is what was judged."""
+    """Return a conversation up to the answer to the user's nth message, if the row has the number of a judged turn."""
     content = None if turn is None else read_content(part, value)
     if turn is None or not isinstance(content, list):
         return value
@@ -219,17 +219,19 @@ def _up_to(turn: int | None, part: str, value: Any) -> Any:
     asked = [at for at, message in enumerate(messages) if message["role"] == "user"]
     if not 1 <= turn <= len(asked):
         raise BadRow(
-            "turn", f"is {turn}, and the user speaks {len(asked)} times", "leave the column out: remove_columns"
+            "turn",
+            f"is {turn}, but the conversation has {len(asked)} user messages",
+            "remove the column: remove_columns",
         )
     return messages[: asked[turn]] if turn < len(asked) else messages
 
 
-# What a struct may call the text of a question.
+# Keys that may hold the text of a question in a struct.
 _QUESTION_KEYS = ("full_text", "text", "question", "prompt")
 
 
 def _prompt(given: Given) -> Row:
-    """The column `prompt` of what is asked and what stands around it: system prompt, earlier turns, a begun answer."""
+    """Return the column `prompt`: the question with system prompt, earlier turns and a started answer, if present."""
     if "instruction" in given:
         instruction, more = given["instruction"], given["input"]
         question = f"{instruction}\n{more}" if instruction and more and more.strip() else instruction or more
@@ -250,11 +252,11 @@ def _prompt(given: Given) -> Row:
 
 
 def _reject_other_keys(question: Mapping[str, Any]) -> None:
-    """Raise `BadRow` if a struct says more than its question, and that is not about the row."""
+    """Raise `BadRow` if a struct has content besides its question that is not about the row."""
     known = (*_QUESTION_KEYS, *ROLE_KEYS, *CONTENT_KEYS, "messages", "tools", "parallel_tool_calls")
     others = [key for key, value in question.items() if value and key not in known and not is_about_the_row(key)]
     if others:
-        raise BadRow("prompt", f"has {', '.join(map(repr, others))} beside its text", "make it messages: dataset.map")
+        raise BadRow("prompt", f"has {', '.join(map(repr, others))} besides its text", "make it messages: dataset.map")
 
 
 def _surrounded(question: Any, system: str = "", history: Any = (), prefix: str = "") -> list[dict[str, Any]]:
@@ -263,20 +265,20 @@ def _surrounded(question: Any, system: str = "", history: Any = (), prefix: str 
     messages = [*_earlier(history), *messages]
     if system.strip() and messages[:1] and messages[0]["role"] == "system":
         if messages[0].get("content", "").strip() != system.strip():
-            raise BadRow("system", "is another system prompt than the one in the messages", "leave one of them out")
+            raise BadRow("system", "differs from the system prompt in the messages", "remove one of them")
     elif system.strip():
         messages = [{"role": "system", "content": system}, *messages]
     return [*messages, {"role": "assistant", "content": prefix}] if prefix else messages
 
 
 def _earlier(history: Any) -> list[dict[str, Any]]:
-    """The messages of earlier turns: messages, or pairs of a question and its answer."""
+    """Return the messages of earlier turns, given as messages or as pairs of a question and its answer."""
     if all(isinstance(turn, list | tuple) and len(turn) == 2 for turn in history):
         return _in_turn(history)
     return check_messages("history", history)
 
 
 def _in_turn(exchanges: Iterable[Iterable[Any]]) -> list[dict[str, Any]]:
-    """The messages of pairs of a question and its answer."""
+    """Return the messages for pairs of a question and its answer."""
     speakers = ("user", "assistant")
     return [{"role": role, "content": text} for turn in exchanges for role, text in zip(speakers, turn, strict=True)]

@@ -1,4 +1,4 @@
-"""Whether responses end in a token at which the model stops to generate."""
+"""Check that responses end with a token at which the model stops generating."""
 
 import logging
 from collections import Counter
@@ -15,7 +15,7 @@ _ROWS = 1000
 
 
 def stop_tokens(model: Any) -> frozenset[int]:
-    """The end-of-sequence ids of a model's config and generation config; empty without a model."""
+    """Return the end-of-sequence ids in a model's config and generation config; empty without a model."""
     configs = [getattr(model, name, None) for name in ("generation_config", "config")]
     found: set[int] = set()
     for ids in (getattr(config, "eos_token_id", None) for config in configs):
@@ -26,12 +26,12 @@ def stop_tokens(model: Any) -> frozenset[int]:
 def report_endings(
     dataset: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, stops: frozenset[int], name: str
 ) -> None:
-    """Warn once if responses end in a control token at which the model does not stop.
+    """Warn once if responses end with a control token at which the model does not stop generating.
 
     Args:
-        dataset: prepared rows, of which the first 1,000 are looked at; none of a stream.
-        stops: see `stop_tokens`; the tokenizer's EOS is one of them.
-        name: what the warning calls the data set.
+        dataset: Prepared rows; only the first 1,000 are checked. A stream is not checked.
+        stops: The result of `stop_tokens`; the tokenizer's EOS is added.
+        name: Name of the data set in the warning.
     """
     stops = stops | {tokenizer.eos_token_id} - {None}
     if not isinstance(dataset, Dataset) or not stops:
@@ -44,7 +44,7 @@ def report_endings(
         (end, _), *_ = wrong.most_common(1)
         ending, *known = [repr(tokenizer.convert_ids_to_tokens(token)) for token in (end, *sorted(stops))]
         logger.warning(
-            f"{name}: {sum(wrong.values()):,} of {len(ends):,} responses end in {ending}, at which the model does not "
-            f"stop to generate, as it does at {', '.join(known)}: add it to "
-            "model.generation_config.eos_token_id, or use the chat template that the model was trained with"
+            f"{name}: {sum(wrong.values()):,} of {len(ends):,} responses end with {ending}, at which the model does "
+            f"not stop generating (it stops at {', '.join(known)}): add it to model.generation_config.eos_token_id, or "
+            "use the chat template that the model was trained with"
         )

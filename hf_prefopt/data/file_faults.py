@@ -1,6 +1,6 @@
-"""Which file of a data set cannot be read, at which line, and why: looked for after loading it has failed.
+"""Find the file of a data set that cannot be read, with the line and the reason, after loading has failed.
 
-Loaders of data sets say what was wrong with some bytes, often without the file. Here files are read once more.
+The loaders report the error but often not the file, so this module reads the files again.
 """
 
 import csv
@@ -18,10 +18,10 @@ Types = dict[str, str]
 
 
 def find_fault(files: Sequence[str]) -> str | None:
-    """What is wrong with the first file that cannot be read, or whose columns are not those of the first.
+    """Describe the problem of the first unreadable file, or of the first file whose columns differ from the first file.
 
     Args:
-        files: paths on this machine, of kinds that are told by their suffixes, also compressed.
+        files: Local paths. The suffix determines the kind of file; files may be compressed.
     """
     columns: dict[str, Types] = {}
     for file in files:
@@ -33,14 +33,14 @@ def find_fault(files: Sequence[str]) -> str | None:
 
 
 class _Fault(Exception):
-    """What is wrong with a file, to be read after its name."""
+    """A problem with a file. Its message follows the file name."""
 
 
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 
 
 def kind_of(file: str) -> str:
-    """The suffix of a file, without that of its compression."""
+    """Return the suffix of a file, without the suffix of its compression."""
     suffixes = [suffix for suffix in Path(file).suffixes if suffix.lower() not in COMPRESSED]
     return suffixes[-1].lower() if suffixes else ""
 
@@ -49,7 +49,7 @@ def _content(file: str) -> bytes:
     try:
         with fsspec.open(file, "rb", compression="infer") as opened:
             content = opened.read()
-    except Exception as error:  # each kind of compression has errors of its own
+    except Exception as error:  # each kind of compression raises its own errors
         raise _Fault(f" cannot be read, it is incomplete or no {Path(file).suffix} file: {error}") from error
     if not content.strip():
         raise _Fault(" is empty")
@@ -57,7 +57,7 @@ def _content(file: str) -> bytes:
 
 
 def _lines(content: bytes) -> Iterator[tuple[int, str]]:
-    """The lines that are not blank, with their numbers."""
+    """Yield the lines that are not blank, with their numbers."""
     for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
         try:
             text = line.decode()
@@ -68,7 +68,7 @@ def _lines(content: bytes) -> Iterator[tuple[int, str]]:
 
 
 def _read_json(content: bytes) -> Types:
-    """The types of the columns of a list of rows, or of a row in each line."""
+    """Return the types of the columns in a list of rows, or in a file with one row per line."""
     lines = list(_lines(content))
     if lines[0][1].lstrip().startswith("["):
         try:
@@ -88,7 +88,7 @@ def _read_json(content: bytes) -> Types:
 
 
 def _types(rows: Sequence[tuple[str, Any]]) -> Types:
-    """The type of each column, which is the same in all rows."""
+    """Return the type of each column, after checking that it is the same in all rows."""
     types: dict[str, tuple[str, str]] = {}
     for where, row in rows:
         if not isinstance(row, dict):
@@ -153,7 +153,7 @@ _READERS: dict[str, Callable[[bytes], Types]] = {
 
 
 def _differing(columns: dict[str, Types]) -> str | None:
-    """The first file with other columns, or another type of a column, than the first file."""
+    """Describe the first file with other columns, or with another type of a column, than the first file."""
     (first, expected), *others = columns.items()
     for file, types in others:
         if types.keys() != expected.keys():

@@ -1,4 +1,4 @@
-"""The splits of a data set by its name: of the Hub, of a folder, of a file, or of files by a pattern."""
+"""Load the splits of a data set from the Hub, a folder, a file, or files that match a pattern."""
 
 from collections.abc import Callable, Sequence
 from glob import glob, has_magic
@@ -12,7 +12,7 @@ from hf_prefopt.data.contents import is_message
 from hf_prefopt.data.file_faults import find_fault, kind_of
 from hf_prefopt.data.layout_table import LAYOUTS
 
-# The loader of each kind of file, and its options.
+# The loader for each kind of file, and its options.
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     ".json": ("json", {}),
     ".jsonl": ("json", {}),
@@ -24,13 +24,15 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def load_splits(name: str, config: str | None = None, streaming: bool = False) -> Any:
-    """The splits by name; of files there is one, "train".
+    """Load the splits, by name. Files make one split, "train".
 
     Args:
-        name: a Hub name, a folder, a file or a pattern such as "data/*.jsonl.gz". config: of a data set of the Hub.
+        name: A Hub name, a folder, a file or a pattern such as "data/*.jsonl.gz".
+        config: Name of the configuration of a Hub data set.
+        streaming: Whether to load streams.
 
     Raises:
-        ValueError: there is no such path, a file is empty or broken, or files are of different kinds.
+        ValueError: If the path does not exist, a file is empty or broken, or the files are of different kinds.
     """
     if not (has_magic(name) or kind_of(name) in KINDS or Path(name).expanduser().is_file()):
         if name.startswith((".", "/", "~")) and not Path(name).expanduser().exists():
@@ -50,12 +52,12 @@ def load_splits(name: str, config: str | None = None, streaming: bool = False) -
     return splits if field is None else _loaded(name, files, lambda: load(field=field))
 
 
-# What people call the list of rows in a JSON object.
+# Keys that may hold the list of rows in a JSON object.
 _LISTS_OF_ROWS = ("data", "rows", "examples", "instances", "items", "train")
 
 
 def _field_of_rows(rows: Any, files: int) -> str | None:
-    """The key of the list that holds the rows, where each file is one JSON object: `{"version": 1, "data": [...]}`."""
+    """Return the key of the list of rows if each file is one JSON object: `{"version": 1, "data": [...]}`."""
     objects = list(islice(iter(rows), files + 1))
     if len(objects) != files:
         return None
@@ -74,11 +76,11 @@ def _has_layout(row: dict[str, Any]) -> bool:
 
 
 def _loaded(name: str, files: Sequence[str], load: Callable[[], Any]) -> Any:
-    """The splits. Raises `ValueError` if they cannot be loaded, with the file, of those on this machine."""
+    """Return the loaded splits. Raises `ValueError` if loading fails, with the name of the local file, if any."""
     try:
         splits = load()
         for split in splits.values() if files else ():
-            next(iter(split))  # of streams nothing has been read yet
+            next(iter(split))  # a stream is read only when it is iterated
         return splits
     except Exception as error:  # loaders raise errors of any type
         here = "" if files or Path(name).is_dir() else ", which is no file or folder here"

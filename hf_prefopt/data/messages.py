@@ -59,7 +59,7 @@ def _check_message(column: str, position: int, message: Any) -> Message:
         raise BadRow(column, problem, "make it text or a list of content blocks")
     media = find_media(message)
     if media is not None:
-        raise BadRow(column, f"has something that is not text in `{media}` of {where}", MEDIA_CURE.format("it"))
+        raise BadRow(column, f"has data that is not text in `{media}` of {where}", MEDIA_CURE.format("it"))
     if isinstance(content, list):
         message["content"] = "".join(_block_text(column, block, where) for block in content)
     return message

@@ -176,7 +176,7 @@ _WRITTEN_LIST = re.compile(r"""\[\s*(["']).*\1\s*\]""", re.DOTALL)
 def check_text_prompt(column: str, text: str) -> str:
     """The text. Raises `BadRow` for messages or a list that were written as text."""
     if _WRITTEN_LIST.fullmatch(text.strip()):
-        raise BadRow(column, "is text that writes down a list", "read it, and make each row one prompt: json.loads")
+        raise BadRow(column, "contains a list written as text", "parse it (json.loads), and make each row one prompt")
     return _check_text(column, text)
 
 
@@ -191,7 +191,7 @@ def _check_text(column: str, text: str) -> str:
     unquoted = _unquoted(text.strip())
     if _WRITTEN_MESSAGES.fullmatch(unquoted) and _WRITTEN_CONTENT.search(unquoted):
         cure = "read them, as in rows.map(lambda row: {'X': json.loads(row['X'])})".replace("X", column)
-        raise BadRow(column, "is text that writes down messages, which would be trained on as they are written", cure)
+        raise BadRow(column, "contains messages written as text, which would be trained on as plain text", cure)
     return text
 
 

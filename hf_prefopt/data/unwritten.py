@@ -39,7 +39,7 @@ def check_response_written(
         if found >= 0:
             at = found + len(content)
         elif not _holds(text[at:], content):
-            raise BadRow(column, f"says {_shown(content)}, and the chat template does not write all of it", _CURE)
+            raise BadRow(column, f"contains {_shown(content)}, but the chat template does not write all of it", _CURE)
 
 
 def _check_others(column: str, messages: list[Message], places: range, template: ChatTemplate) -> None:
@@ -55,7 +55,7 @@ def _check_keys(column: str, messages: list[Message], place: int, text: str, tem
     for key in THINKING_KEYS:
         words = message.get(key)
         if isinstance(words, str) and not _holds(text, words):
-            raise BadRow(column, f"says {_shown(words)} in `{key}`, which the chat template does not write", _CURE)
+            raise BadRow(column, f"contains {_shown(words)} in `{key}`, which the chat template does not write", _CURE)
     if message.get("tool_calls"):
         silent = {key: value for key, value in message.items() if key != "tool_calls"}
         whole = template.render(messages)

@@ -77,10 +77,12 @@ def test_a_role_that_the_template_leaves_out_is_an_error():
 def test_words_that_the_template_cuts_are_an_error_in_every_turn():
     """DeepSeek's template drops thinking; the other side and an earlier turn are looked at, too."""
     tokenizer = tokenizer_of("deepseekv3")
-    with pytest.raises(ValueError, match=r"`rejected` says '<think>Muse\.</think>Rome\.', and the chat template does"):
+    with pytest.raises(
+        ValueError, match=r"`rejected` contains '<think>Muse\.</think>Rome\.', but the chat template does"
+    ):
         prepare_row(chat_pair(rejected="<think>Muse.</think>Rome."), tokenizer)
     turns = [*reply("<think>Muse.</think>Well."), *ask("And?"), *reply("Paris.")]
-    with pytest.raises(ValueError, match=r"`chosen` says '<think>Muse\.</think>Well\.'"):
+    with pytest.raises(ValueError, match=r"`chosen` contains '<think>Muse\.</think>Well\.'"):
         prepare_row({**chat_pair(), "chosen": turns}, tokenizer_of("qwen3"))
     assert (
         len(

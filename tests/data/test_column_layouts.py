@@ -306,11 +306,11 @@ REFUSED = {
     ),
     "another prompt than in the conversations": (
         {"prompt": "Why is it so blue?", **TALK},
-        "`prompt` says 'Why is it so blue.', which is not in the prompt",
+        "`prompt` contains 'Why is it so blue.', which is not in the prompt",
     ),
     "another question in one conversation": (
         {"prompt": ask(WHAT), "chosen": [*ask("Why?"), *reply(BLUE)], "rejected": reply(GREEN)},
-        "`prompt` says 'What color",
+        "`prompt` contains 'What color",
     ),
     "a conversation with another answer": (
         {"messages": [*ask(WHAT), *reply("Red.")], "chosen": BLUE, "rejected": GREEN},
@@ -318,11 +318,11 @@ REFUSED = {
     ),
     "a rendered prompt in a conversation": (
         {"question": "<|im_start|>user\nHi", "chosen": BLUE, "rejected": GREEN},
-        "`question` is written by a chat template already",
+        "`question` is already rendered by a chat template",
     ),
     "another system prompt": (
         {**PAIR, "prompt": [say("system", "Be kind."), *ask()], "system": "Be brief."},
-        "`system` is another system prompt",
+        "`system` differs from the system prompt",
     ),
     "a label of another kind": (
         {"prompt": WHAT, "completion": BLUE, "label": 2},
@@ -366,7 +366,7 @@ REFUSED = {
     "a struct that says more": (
         {"input": {"messages": ask(WHAT), "instructions": "Be brief."}, "preferred_output": reply(BLUE)}
         | {"non_preferred_output": reply(GREEN)},
-        "`input` has 'instructions' beside its text",
+        "`input` has 'instructions' besides its text",
     ),
     "a question within the replies": (
         {"prompt": WHAT, "chosen": [*reply("Hi"), *ask(WHAT), *reply(BLUE)], "rejected": reply(GREEN)},
@@ -374,28 +374,28 @@ REFUSED = {
     ),
     "a speaker that nobody knows": (
         {"chosen": [say("critic", WHAT), *reply(BLUE)], "rejected": [*ask(WHAT), *reply(GREEN)]},
-        "`chosen` begins with 'critic', and another response with the assistant",
+        "`chosen` begins with role 'critic', but another response begins with the assistant",
     ),
     "one more question in a conversation": (
         {"chosen": TALK["chosen"], "rejected": [*ask(WHAT), *ask("Really?"), *reply(GREEN)]},
-        "`rejected` begins with 'user', and another response with the assistant",
+        "`rejected` begins with role 'user', but another response begins with the assistant",
     ),
     "a tool's result in one reply": (
         {**PAIR, "chosen": [say("tool", "42"), *reply(BLUE)]},
-        "`chosen` begins with 'tool', and another response with the assistant",
+        "`chosen` begins with role 'tool', but another response begins with the assistant",
     ),
-    "a struct": ({**PAIR, "chosen": {"words": BLUE}}, "`chosen` is a struct of 'words' and no message"),
+    "a struct": ({**PAIR, "chosen": {"words": BLUE}}, "`chosen` is a struct of 'words' and not a message"),
     "a comparison by an index": (
         {"info": {"post": WHAT}, "summaries": [{"text": BLUE}, {"text": GREEN}], "choice": 0},
         "columns `summaries`, `choice`: this may be the place of the better response in a list: make columns of both",
     ),
     "an answer that is not to be trained on": (
         {**PAIR, "chosen": [{"role": "assistant", "content": "Hm.", "weight": 0}, *ask("So?"), *reply(BLUE)]},
-        "`chosen` has an answer marked as not to be trained on .weight=0.*put it into the prompt",
+        "`chosen` has an answer marked as not trained on .weight=0.*move it to the prompt",
     ),
     "an answer without a loss": (
         {**PAIR, "rejected": [{"role": "assistant", "content": GREEN, "train": False}]},
-        "`rejected` has an answer marked as not to be trained on .train=False.",
+        "`rejected` has an answer marked as not trained on .train=False.",
     ),
     "a place in a list": (
         {"prompt": WHAT, "candidates": [BLUE, GREEN], "best": 1},
@@ -419,7 +419,7 @@ REFUSED = {
     ),
     "a turn that was not": (
         {"conversation_a": TALK["chosen"], "conversation_b": TALK["rejected"], "winner": "a", "turn": 2},
-        "`turn` is 2, and the user speaks 1 time",
+        "`turn` is 2, but the conversation has 1 user messages",
     ),
     "two texts in a struct": (
         {"prompt": WHAT, "completions": [{"answer": "blue", "text": BLUE, "score": 1}, {"answer": "no", "score": 0}]},

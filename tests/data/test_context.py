@@ -217,7 +217,7 @@ def test_what_is_about_the_row_is_left_aside(column):
     ids=["unpaired", "scored", "ranked", "messages"],
 )
 def test_rows_of_every_kind_are_looked_at(row):
-    with pytest.raises(ValueError, match=r"row 1: `preprompt` says 'Be brief\.'"):
+    with pytest.raises(ValueError, match=r"row 1: `preprompt` contains 'Be brief\.'"):
         prepare_dataset(Dataset.from_list([{**row, "preprompt": None}, {**row, "preprompt": "Be brief."}]), TOKENIZER)
     assert len(prepare({**row, "preprompt": " \n"})) == 2
 
@@ -233,7 +233,7 @@ def test_what_the_row_says_already_may_be_said_twice():
 
 
 def test_what_one_response_says_is_no_context_of_the_other():
-    with pytest.raises(ValueError, match=r"`options` says 'Paris'"):
+    with pytest.raises(ValueError, match=r"`options` contains 'Paris'"):
         prepare({**text_pair(), "options": ["Paris", "Rome"]})
     with pytest.raises(ValueError, match="`query` says"):
         prepare({"prompt": "Say it.", "query": WHAT, "chosen": f"It is Paris. {WHAT}", "rejected": "It is Rome."})
@@ -257,9 +257,9 @@ def test_a_part_of_one_response_in_a_column_of_its_own_is_refused(part):
 
 def test_an_earlier_answer_of_a_history_is_context():
     earlier = [*ask("Hello?"), *reply("Bonjour."), *ask()]
-    with pytest.raises(ValueError, match=r"`dialog` says 'Hello\?'"):
+    with pytest.raises(ValueError, match=r"`dialog` contains 'Hello\?'"):
         prepare({**chat_pair(), "dialog": earlier})
-    with pytest.raises(ValueError, match=r"`dialog` says 'Bonjour\.'"):
+    with pytest.raises(ValueError, match=r"`dialog` contains 'Bonjour\.'"):
         prepare({**chat_pair(prompt=[*ask("Hello?"), *ask()]), "dialog": earlier})
 
 
@@ -275,7 +275,7 @@ def test_tokens_are_taken_as_they_are():
 
 def test_one_row_of_many_is_found_by_its_number():
     rows = Dataset.from_list([{**text_pair(), "preprompt": ""}] * 3000 + [{**text_pair(), "preprompt": "Be brief."}])
-    with pytest.raises(ValueError, match="1 of 3,001 rows cannot be used\n  row 3,000: `preprompt` says"):
+    with pytest.raises(ValueError, match="1 of 3,001 rows cannot be used\n  row 3,000: `preprompt` contains"):
         prepare_dataset(rows, TOKENIZER)
     assert len(prepare_dataset(rows, TOKENIZER, on_bad_rows="drop")) == 3000
     assert len(prepare_dataset(rows.remove_columns("preprompt"), TOKENIZER)) == 3001
@@ -285,12 +285,12 @@ def test_a_stream_is_refused_at_the_row():
     rows = Dataset.from_list([{**text_pair(), "preprompt": ""}] * 2 + [{**text_pair(), "preprompt": "Be brief."}])
     stream = iter(prepare_dataset(rows.to_iterable_dataset(), TOKENIZER))
     assert [next(stream)["row"], next(stream)["row"]] == [0, 1]
-    with pytest.raises(ValueError, match="train: row 2: `preprompt` says"):
+    with pytest.raises(ValueError, match="train: row 2: `preprompt` contains"):
         next(stream)
 
 
 def test_a_set_all_of_which_is_dropped_says_why():
-    with pytest.raises(ValueError, match=r"train: none of the 2 rows can be used(.|\n)*row 0: `preprompt` says"):
+    with pytest.raises(ValueError, match=r"train: none of the 2 rows can be used(.|\n)*row 0: `preprompt` contains"):
         prepare({**text_pair(), "preprompt": "Be brief."}, on_bad_rows="drop")
 
 

@@ -39,7 +39,7 @@ def test_an_end_of_turn_at_which_the_model_does_not_stop_is_said(rows, caplog):
     caplog.clear()
     report_endings(done, TOKENIZER, frozenset({TEXT}), "train")
     count = 2 * len(rows)
-    assert f"train: {count} of {count} responses end in '<|im_end|>', at which the model does not stop" in caplog.text
+    assert f"train: {count} of {count} responses end with '<|im_end|>', at which the model does not stop" in caplog.text
     assert "as it does at '<|endoftext|>': add it to model.generation_config.eos_token_id" in caplog.text
     caplog.clear()
     report_endings(done, TOKENIZER, frozenset({TURN}), "train")
@@ -54,5 +54,7 @@ def test_ids_without_an_embedding_are_refused_by_the_row(streamed):
     highest = max(max(ids) for row in done for ids in (row["prompt_ids"], *row["response_ids"]))
     rows = done.to_iterable_dataset() if streamed else done
     assert [row["row"] for row in check_embeddings(rows, highest + 1, "train")] == [0, 1]
-    with pytest.raises(ValueError, match=f"train: row 0 has token id {highest}, but the model has {highest} embeddings"):
+    with pytest.raises(
+        ValueError, match=f"train: row 0 has token id {highest}, but the model has {highest} embeddings"
+    ):
         list(check_embeddings(rows, highest, "train"))

@@ -117,7 +117,7 @@ BAD_ROWS = {
     "messages written as text beside plain text": (
         "pairs",
         {**text_pair(), "rejected": '[{"role": "assistant", "content": "Rome."}]'},
-        "`rejected` is text that writes down messages, and another response is plain text",
+        "`rejected` contains messages written as text, but another response is plain text",
     ),
     "an empty gold response": ("triples", {**text_pair(), "reference": ""}, "`reference` is empty"),
     "no gold ids": (

@@ -119,9 +119,7 @@ KINDS = {
 @pytest.mark.parametrize("column", FULL)
 @pytest.mark.parametrize("row", KINDS.values(), ids=KINDS)
 def test_a_column_of_media_is_refused(row, column):
-    with pytest.raises(
-        ValueError, match=rf"row 1: `{column}` holds something that is not text; images, video and audio"
-    ):
+    with pytest.raises(ValueError, match=rf"row 1: `{column}` contains data that is not text; images, video and audio"):
         prepare({**row, column: None}, {**row, column: FULL[column]})
 
 
@@ -138,7 +136,7 @@ def test_images_of_datasets_are_found_whatever_the_column_is_called(feature, str
     features = Features({**dict.fromkeys(text_pair(), Value("string")), "screen": feature})
     rows = Dataset.from_list([{**text_pair(), "screen": None}, {**text_pair(), "screen": shown}], features=features)
     rows = rows.to_iterable_dataset() if streamed else rows
-    with pytest.raises(ValueError, match="row 1: `screen` holds something that is not text"):
+    with pytest.raises(ValueError, match="row 1: `screen` contains data that is not text"):
         list(prepare_dataset(rows, tiny_tokenizer()))
 
 
@@ -152,6 +150,6 @@ def test_an_image_that_nobody_can_read_is_refused_and_not_opened():
 
 def test_an_image_in_a_message_is_refused():
     row = chat_pair(prompt=[{"role": "user", "content": "What is this?", "images": ["cat.png"]}])
-    with pytest.raises(ValueError, match=r"`prompt` has something that is not text in `images` of message 0 \(user\)"):
+    with pytest.raises(ValueError, match=r"`prompt` has data that is not text in `images` of message 0 \(user\)"):
         prepare(row)
     assert len(prepare(chat_pair(prompt=[{"role": "user", "content": "What is this?", "images": []}]))) == 1

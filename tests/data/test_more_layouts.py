@@ -145,7 +145,7 @@ def test_a_row_means_what_it_says(name):
 def test_the_judges_prompt_is_not_the_prompt():
     """`instruction` holds what a judge was asked in the sets of Prometheus, `orig_instruction` what the models were."""
     row = {"orig_instruction": WHAT, "orig_response_A": BLUE, "orig_response_B": GREEN, "orig_preference": "A"}
-    with pytest.raises(ValueError, match=r"`instruction` says 'Judge these.*remove_columns=\['instruction'\]"):
+    with pytest.raises(ValueError, match=r"`instruction` contains 'Judge these.*remove_columns=\['instruction'\]"):
         prepare({**row, "instruction": "Judge these answers.", "output": "A"})
     asked = {**row, "instruction": "Judge these answers.", "output": "A"}
     assert tokens(prepare(asked, remove_columns=["instruction"])) == tokens(prepare(PAIR))
@@ -159,7 +159,7 @@ REFUSED = {
     "a vote for nobody": ({**TWO, "votes": ["a", "c"]}, "`votes` is 'c', which names neither"),
     "votes and statuses of different length": (
         {**TWO, "preference.responses": ["a"], "preference.responses.status": ["submitted", "submitted"]},
-        "`preference.responses` has 1 verdicts, and there are 2 statuses",
+        "`preference.responses` has 1 verdicts, but there are 2 statuses",
     ),
     "no vote that is submitted": (
         {**TWO, "preference.responses": ["a"], "preference.responses.status": ["draft"]},
@@ -185,15 +185,15 @@ REFUSED = {
     ),
     "messages in JSON in JSON": (
         {"prompt": json.dumps(json.dumps(ask(WHAT))), "chosen": BLUE, "rejected": GREEN},
-        "`prompt` is text that writes down messages",
+        "`prompt` contains messages written as text",
     ),
     "thinking beside an answer": (
         {"prompt": WHAT, "completion": BLUE, "label": True, "reasoning_content": "It scatters."},
-        "`reasoning_content` says 'It scatters.*join it into the response",
+        "`reasoning_content` contains 'It scatters.*join it into the response",
     ),
     "reasoning beside a pair": (
         {**PAIR, "reasoning": "Light scatters in the air above us."},
-        "`reasoning` says .*join it into the response; if it is not to be trained on: remove_columns",
+        "`reasoning` contains .*join it into the response; if it should not be trained on: remove_columns",
     ),
     "thinking of each side": (
         {**PAIR, "think_chosen": "It scatters.", "think_rejected": "Grass."},
@@ -248,7 +248,7 @@ def test_lists_of_one_response_are_pairs_for_losses_of_pairs():
     row = {"prompt": WHAT, "chosen": [BLUE], "rejected": [GREEN]}
     assert tokens(prepare(row, kind=PAIRS)) == tokens(prepare(PAIR))
     assert prepare(row, kind=LISTS)["ranks"][:] == prepare(row)["ranks"][:] == [[1.0, 2.0]]
-    with pytest.raises(ValueError, match="`rejected` holds 2 responses, and a loss of pairs compares two"):
+    with pytest.raises(ValueError, match="`rejected` holds 2 responses, but a loss of pairs compares two"):
         prepare(row, {**row, "rejected": [GREEN, "Red."]}, kind=PAIRS)
 
 

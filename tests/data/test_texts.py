@@ -97,7 +97,7 @@ WRITTEN = {
 @pytest.mark.parametrize("text", WRITTEN.values(), ids=WRITTEN)
 @pytest.mark.parametrize("column", ["prompt", "chosen", "rejected"])
 def test_messages_as_python_writes_them_are_refused(column, text):
-    with pytest.raises(ValueError, match=rf"row 0: `{column}` is text that writes down messages.*json\.loads"):
+    with pytest.raises(ValueError, match=rf"row 0: `{column}` contains messages written as text.*json\.loads"):
         prepare({**text_pair(), column: text})
 
 
@@ -108,7 +108,7 @@ def test_messages_in_writing_are_refused_in_rows_of_every_kind():
         {"prompt": "Why?", "completion": text, "label": False},
         {"prompt": "Why?", "responses": ["Yes", text], "scores": [0, 1]},
     ):
-        with pytest.raises(ValueError, match="writes down messages"):
+        with pytest.raises(ValueError, match="contains messages written as text"):
             prepare(row)
     with pytest.raises(ValueError, match="`prompt` is text that writes down a list"):
         prepare({**text_pair(), "prompt": '["What is the capital of France?"]'})
@@ -133,7 +133,7 @@ def test_messages_in_json_are_messages(question, answer):
     (expected,) = prepare(chat_pair())
     rejected = json.dumps(reply("Rome."))
     assert prepare({"prompt": question, "chosen": answer, "rejected": rejected})[0] == expected
-    with pytest.raises(ValueError, match="`chosen` is text that writes down messages, and another response is plain"):
+    with pytest.raises(ValueError, match="`chosen` contains messages written as text, but another response is plain"):
         prepare({"prompt": question, "chosen": answer, "rejected": "Rome."})
 
 
