@@ -67,7 +67,7 @@ def test_what_holds_rows_is_a_data_set_to_train_on(name, tmp_path):
 
 def test_a_key_of_a_later_row_is_a_column(tmp_path):
     rows = [ROWS[0], {**ROWS[1], "persona": "You are a pirate."}]
-    with pytest.raises(ValueError, match="row 1: `persona` says"):
+    with pytest.raises(ValueError, match="row 1: `persona` contains"):
         make_trainer(tmp_path, model(), train_dataset=rows, processing_class=tiny_tokenizer())
 
 

@@ -75,7 +75,7 @@ def test_so_many_prompts_of_a_class_are_enough():
     ("embeddings", "labels", "options", "message"),
     [
         (np.zeros(3), [True] * 3, {}, r"embeddings \(3,\) and labels \(3,\): pass a matrix"),
-        (np.zeros((3, 2)), [True] * 2, {}, "a label for each row"),
+        (np.zeros((3, 2)), [True] * 2, {}, "one label per row"),
         (np.array([[0.0], [np.nan]]), [True, False], {}, r"row 1 \(and 0 more\): the embedding is not finite"),
         (np.zeros((2, 1)), [True, True], {}, "all 2 examples are desirable"),
         (np.zeros((2, 1)), [False, False], {}, "all 2 examples are undesirable"),

@@ -357,7 +357,7 @@ REFUSED = {
     ),
     "turns for responses": (
         {"prompt": WHAT, "chosen": [WHAT, BLUE], "rejected": [WHAT, GREEN]},
-        "`chosen` holds the prompt: these are turns",
+        "`chosen` contains the prompt: these are turns",
     ),
     "other names": (
         {"prompt": WHAT, "pos": BLUE, "neg": GREEN},
@@ -467,8 +467,16 @@ def test_short_answers_that_stand_in_other_columns_too():
 
 
 SCALES = {
-    "a scale without a sign": ("overall_preference", [1, 7], "from 1 to 7; below 0 .* row['overall_preference'] - 4"),
-    "a short scale without a sign": ("preference_strength", [1, 2, 3] * 6, "from 1 to 3; below 0"),
+    "a scale without a sign": (
+        "overall_preference",
+        [1, 7],
+        "from 1 to 7, but it is read by sign: below 0,.* row['overall_preference'] - 4",
+    ),
+    "a short scale without a sign": (
+        "preference_strength",
+        [1, 2, 3] * 6,
+        "from 1 to 3, but it is read by sign: below 0",
+    ),
     "places that count from 0": ("preference", [0, 1], "contains 0 and 1, and the responses are `response_1` and"),
 }
 

@@ -185,19 +185,19 @@ def test_well_known_sets(name):
     with pytest.raises(ValueError, match="train: 2 of 2 rows cannot be used") as caught:
         prepare(row)
     said = str(caught.value)
-    assert f"row 0: `{refused[0]}` says" in said and f"remove_columns={refused}" in said
+    assert f"row 0: `{refused[0]}` contains" in said and f"remove_columns={refused}" in said
 
 
 @pytest.mark.parametrize("column", CONTEXT)
 def test_context_that_nobody_reads_is_refused(column):
-    with pytest.raises(ValueError, match=rf"row 0: `{column}` says .*join it into `prompt`"):
+    with pytest.raises(ValueError, match=rf"row 0: `{column}` contains .*join it into `prompt`"):
         prepare({**text_pair(), column: CONTEXT[column]})
 
 
 @pytest.mark.parametrize("column", [name for name in CONTEXT if name not in ("question", "messages", "conversations")])
 def test_context_is_refused_without_a_prompt_too(column):
     """What the columns `question`, `messages` and `conversations` hold is the prompt then."""
-    with pytest.raises(ValueError, match=rf"row 0: `{column}` says .*join it into `prompt`"):
+    with pytest.raises(ValueError, match=rf"row 0: `{column}` contains .*join it into `prompt`"):
         prepare({**ANSWERS, column: CONTEXT[column]})
 
 
@@ -235,7 +235,7 @@ def test_what_the_row_says_already_may_be_said_twice():
 def test_what_one_response_says_is_no_context_of_the_other():
     with pytest.raises(ValueError, match=r"`options` contains 'Paris'"):
         prepare({**text_pair(), "options": ["Paris", "Rome"]})
-    with pytest.raises(ValueError, match="`query` says"):
+    with pytest.raises(ValueError, match="`query` contains"):
         prepare({"prompt": "Say it.", "query": WHAT, "chosen": f"It is Paris. {WHAT}", "rejected": "It is Rome."})
 
 
@@ -249,7 +249,7 @@ PARTS = {
 @pytest.mark.parametrize("part", PARTS)
 def test_a_part_of_one_response_in_a_column_of_its_own_is_refused(part):
     columns = {f"chosen_{part}": PARTS[part], f"rejected_{part}": ""}
-    with pytest.raises(ValueError, match=rf"`chosen_{part}` says .*join it into the response; .*remove_columns"):
+    with pytest.raises(ValueError, match=rf"`chosen_{part}` contains .*join it into the response; .*remove_columns"):
         prepare({**text_pair(), **columns})
     assert len(prepare({**text_pair(chosen=f" {PARTS[part]} Paris."), **columns})) == 2
     assert len(prepare({**text_pair(), f"judge_{part}": PARTS[part]})) == 2

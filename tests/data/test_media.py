@@ -144,7 +144,7 @@ def test_an_image_that_nobody_can_read_is_refused_and_not_opened():
     features = Features({**dict.fromkeys(text_pair(), Value("string")), "image": Image()})
     rows = Dataset.from_list([{**text_pair(), "image": {"bytes": b"no image", "path": None}}], features=features)
     for given in (rows, rows.to_iterable_dataset()):
-        with pytest.raises(ValueError, match="row 0: `image` holds something"):
+        with pytest.raises(ValueError, match="row 0: `image` contains data"):
             list(prepare_dataset(given, tiny_tokenizer()))
 
 

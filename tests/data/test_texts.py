@@ -110,7 +110,7 @@ def test_messages_in_writing_are_refused_in_rows_of_every_kind():
     ):
         with pytest.raises(ValueError, match="contains messages written as text"):
             prepare(row)
-    with pytest.raises(ValueError, match="`prompt` is text that writes down a list"):
+    with pytest.raises(ValueError, match="`prompt` contains a list written as text"):
         prepare({**text_pair(), "prompt": '["What is the capital of France?"]'})
 
 
