@@ -1,20 +1,20 @@
-"""The formats of rows: which columns each has, and how a row of it becomes a canonical row.
+"""The formats of rows: the columns of each format, and how to convert a row to a canonical row.
 
-Each format is an entry of `FORMATS`. Data sets with other columns are brought into one of them by `column_layouts.py`.
-Prompts and responses hold text or messages:
+Each format is an entry of `FORMATS`. `column_layouts.py` converts data sets with other columns to one of them. Prompts
+and responses are text or messages:
 
     prompt, chosen, rejected                   explicit prompt
-    chosen, rejected                           implicit prompt: both sides begin with it
-    prompt_ids, chosen_ids, rejected_ids       tokenized already; optionally with chosen_token_weights and
-                                               rejected_token_weights, a number for each token of the responses
+    chosen, rejected                           implicit prompt: both responses begin with it
+    prompt_ids, chosen_ids, rejected_ids       already tokenized; optionally with chosen_token_weights and
+                                               rejected_token_weights, a number for each response token
     … and reference, or reference_ids          triples: a pair and a third, gold response
-    prompt, completion, label                  a response that is desirable (true) or not
-    completion, label                          a conversation whose last answer is
-    … and quantile in place of label           a response and its place among the reference's, from 0 to 1
+    prompt, completion, label                  a response that is desirable (true) or undesirable (false)
+    completion, label                          a conversation whose last answer is desirable or undesirable
+    … and quantile instead of label            a response and its quantile among the reference's responses, from 0 to 1
     prompt, responses, ranks                   a list of responses; smaller ranks are better
     prompt, responses, scores                  a list of responses; larger scores are better
 
-Rows of messages may also have `tools` and `chat_template_kwargs`. Two groups of columns are prepared from a row:
+Rows of messages may also have `tools` and `chat_template_kwargs`. A prepared row gets two groups of columns:
 
     example columns     how its responses are compared: `pairs`, `golds`, `labels`, `quantiles`, `ranks`, `scores`,
                         `token_weights`
@@ -53,8 +53,8 @@ class Reading:
     """How to read rows.
 
     Attributes:
-        as_messages: whether text becomes messages, or stays what it is where all of a row is text.
-        continues: whether responses may continue an assistant's words that end the prompt.
+        as_messages: Whether text is converted to messages. If False, a row that contains only text stays text.
+        continues: Whether responses may continue an assistant message at the end of the prompt.
     """
 
     as_messages: bool = False
@@ -66,11 +66,11 @@ class RowFormat:
     """A format of rows.
 
     Attributes:
-        name: what error messages call it.
-        kind: the examples that its rows hold.
-        columns: the columns that a data set must have to be of this format.
-        reader: makes the canonical row of a raw row, given `columns`.
-        has_token_weights: whether its rows have weights of tokens.
+        name: Name of the format in error messages.
+        kind: Kind of examples in its rows.
+        columns: Columns that a data set of this format must have.
+        reader: Function that converts a raw row to the canonical row, given `columns`.
+        has_token_weights: Whether its rows have token weights.
     """
 
     name: str
@@ -85,33 +85,33 @@ class RowFormat:
         return (*self.kind.columns, *["token_weights"] * self.has_token_weights)
 
     def read(self, row: Mapping[str, Any], how: Reading = Reading()) -> CanonicalRow:
-        """The canonical row of a raw row. Raises `BadRow` for a row that cannot be used."""
+        """Return the canonical row of a raw row. Raises `BadRow` if the row cannot be used."""
         return self.reader(row, self.columns, how)
 
 
 def optional_columns(kind: ExampleKind, columns: Collection[str]) -> dict[str, str]:
-    """The optional columns of raw rows with these columns: prepared column → raw column, the first of its names."""
+    """Return the optional columns found in raw rows: prepared column → raw column, the first of its names."""
     found = {name: [c for c in column.columns if c in columns] for name, column in kind.optional_columns.items()}
     return {name: present[0] for name, present in found.items() if present}
 
 
 def _read_explicit(row: Mapping[str, Any], columns: tuple[str, ...], how: Reading) -> CanonicalRow:
-    """A prompt and responses, of text or messages."""
+    """Read a prompt and responses, given as text or messages."""
     responses = read_responses({column: row.get(column) for column in columns[1:]})
     is_talk = all(isinstance(response, list) for response in responses.values())
-    # Rows without a prompt stand beside others where whole conversations hold it.
+    # A data set may mix rows that have a prompt with rows whose whole conversations contain it.
     prompt = None if row.get(columns[0]) is None and is_talk else read_content(columns[0], row.get(columns[0]))
     return _canonical_row(prompt, responses, row, _pair(responses), how)
 
 
 def _read_implicit(row: Mapping[str, Any], columns: tuple[str, ...], how: Reading) -> CanonicalRow:
-    """Responses that begin with their prompt: messages and transcripts are split here, text once there are tokens."""
+    """Read responses that begin with their prompt. Messages and transcripts are split here, text after tokenization."""
     responses = read_responses({column: row.get(column) for column in columns})
     return _canonical_row(None, responses, row, _pair(responses), how)
 
 
 def _read_tokens(row: Mapping[str, Any], columns: tuple[str, ...], how: Reading) -> CanonicalRow:
-    """Lists of token ids, which are taken as they are."""
+    """Read lists of token ids, which are used unchanged."""
     prompt, *responses = [check_ids(column, row.get(column)) for column in columns]
     for column, ids in zip(columns[1:], responses, strict=True):
         if not ids:
@@ -120,7 +120,7 @@ def _read_tokens(row: Mapping[str, Any], columns: tuple[str, ...], how: Reading)
 
 
 def _read_weighted_tokens(row: Mapping[str, Any], columns: tuple[str, ...], how: Reading) -> CanonicalRow:
-    """Lists of token ids, and for each token of the responses a weight ≥ 0."""
+    """Read lists of token ids, and a weight ≥ 0 for each response token."""
     pair = _read_tokens(row, columns[:3], how)
     weights = [
         check_numbers(column, row.get(column), len(ids), "token", low=0)
@@ -131,12 +131,12 @@ def _read_weighted_tokens(row: Mapping[str, Any], columns: tuple[str, ...], how:
 
 
 def _read_labeled(row: Mapping[str, Any], columns: tuple[str, ...], how: Reading) -> CanonicalRow:
-    """A response, whether it is desirable, and the prompt, unless the response is a conversation that holds it."""
+    """Read a response, its label, and the prompt, unless the response is a whole conversation."""
     return _single_response(row, columns, {"labels": [read_label("label", row.get("label"))]}, how)
 
 
 def _read_scored(row: Mapping[str, Any], columns: tuple[str, ...], how: Reading) -> CanonicalRow:
-    """A response and its quantile; see `_read_labeled`."""
+    """Read a response and its quantile; see `_read_labeled`."""
     return _single_response(row, columns, {"quantiles": [read_quantile("quantile", row.get("quantile"))]}, how)
 
 
@@ -149,7 +149,7 @@ def _single_response(
 
 
 def _read_list(row: Mapping[str, Any], columns: tuple[str, ...], how: Reading) -> CanonicalRow:
-    """A prompt, a list of responses, and a rank or a score of each. Ranks are made from scores, with the same ties."""
+    """Read a prompt, a list of responses, and a rank or score for each. Ranks are computed from scores, with ties."""
     listed = check_list("responses", row.get("responses"), "two or more responses")
     if len(listed) < 2:
         raise BadRow("responses", f"holds {len(listed)} responses", "give every prompt at least two")
@@ -165,11 +165,11 @@ def _read_list(row: Mapping[str, Any], columns: tuple[str, ...], how: Reading) -
 
 
 def _check_same_order(ranks: list[float], given: list[float]) -> None:
-    """Raise `BadRow` if ranks that are given beside scores order the responses otherwise."""
+    """Raise `BadRow` if the given ranks order the responses differently than the scores."""
     for left, right in combinations(range(len(ranks)), 2):
         if (ranks[left] - ranks[right]) * (given[left] - given[right]) < 0:
-            cure = "leave one of the columns out: remove_columns=['ranks'] or remove_columns=['scores']"
-            raise BadRow("ranks", "order the responses otherwise than `scores`", cure)
+            cure = "remove one of the columns: remove_columns=['ranks'] or remove_columns=['scores']"
+            raise BadRow("ranks", "order the responses differently than `scores`", cure)
 
 
 def _canonical_row(
@@ -179,14 +179,14 @@ def _canonical_row(
     example_columns: dict[str, list],
     how: Reading,
 ) -> CanonicalRow:
-    """The row as text if all of it is text, as messages otherwise, or if that is how to read it."""
+    """Return a row of text if all contents are text and `how` allows it, or else a row of messages."""
     contents = responses.values() if prompt is None else (prompt, *responses.values())
     if not how.as_messages and all(isinstance(content, str) for content in contents):
         return _text_row(cast(str | None, prompt), cast(dict[str, str], responses), row, example_columns)
     if prompt is None:
         responses = {column: _whole_conversation(column, content, how) for column, content in responses.items()}
     talk = join_conversation(prompt, responses, how.continues)
-    # No tools rather than an empty list: some templates print a heading above an empty list.
+    # None instead of an empty list, because some templates write a heading for an empty list of tools.
     tools = read_json(row, "tools", list) or None
     template_kwargs = _read_template_kwargs(row)
     values, names = [*talk.responses.values()], tuple(talk.responses)
@@ -206,9 +206,9 @@ def _read_template_kwargs(row: Mapping[str, Any]) -> dict[str, Any]:
 def _text_row(
     prompt: str | None, responses: dict[str, str], row: Mapping[str, Any], example_columns: dict[str, list]
 ) -> CanonicalRow:
-    """A row of text; of transcripts the prompt is what they share up to the last marker of the assistant."""
+    """Return a row of text. The prompt of transcripts is their common beginning up to the last assistant marker."""
     if read_json(row, "tools", list):
-        raise BadRow("tools", "are given beside text, and only a chat template writes them", "give messages")
+        raise BadRow("tools", "require messages, because only a chat template can write them", "use messages")
     texts = {column: check_text_response(column, text) for column, text in responses.items()}
     names, repeated = tuple(texts), False
     if prompt is not None:
@@ -223,19 +223,19 @@ def _text_row(
     for column, text in rest.items():
         if has_later_turn(text):
             cure = "read the transcripts as messages (text_as='messages'), drop the row or pass on_bad_rows='drop'"
-            raise BadRow(column, "has text of the human after that of the assistant", cure)
+            raise BadRow(column, "has a user turn after the assistant's turn", cure)
     return CanonicalRow("text", texts[names[0]][:end], [*rest.values()], names, example_columns)
 
 
 def _whole_conversation(column: str, content: Content, how: Reading) -> Content:
-    """A conversation that holds its prompt; a text must be a transcript."""
+    """Return the messages of a transcript that contains its prompt; other content is returned unchanged."""
     if isinstance(content, str) and is_transcript(content):
         return read_transcript(content)
     return content
 
 
 def _pair(responses: Collection) -> dict[str, list]:
-    """The example columns of a pair, or of a triple if there are three responses."""
+    """Return the example columns of a pair, or of a triple if there are three responses."""
     return {"pairs": [[0, 1]]} if len(responses) == 2 else {"pairs": [[0, 1]], "golds": [2]}
 
 
@@ -243,7 +243,7 @@ _PAIR = ("chosen", "rejected")
 _TRIPLE = (*_PAIR, "reference")
 _TOKENS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
-# When a reader changes, raise `_CACHE_VERSION` in `prepare`.
+# When the result of a reader changes, increase `_CACHE_VERSION` in `prepare`.
 FORMATS: dict[str, RowFormat] = {
     row_format.name: row_format
     for row_format in (

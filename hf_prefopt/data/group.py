@@ -1,7 +1,7 @@
-"""Merge the rows of a prompt into one group: the prompt once, and each different response to it once.
+"""Merge rows with the same prompt into one group: the prompt once, and each distinct response once.
 
-Preference data often holds several pairs of a prompt, and the same response in several of these pairs. Rows of a
-prompt in the same micro-batch are computed together; `PromptSampler` puts them there.
+Preference data often has several pairs for the same prompt, and the same response in several of these pairs. Rows with
+the same prompt in one micro-batch are computed together; `PromptSampler` puts them into the same batch.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,18 +18,18 @@ from hf_prefopt.kinds import kind_of_columns
 
 @dataclass
 class Group:
-    """A prompt and its different responses, in the order of the rows.
+    """A prompt and its distinct responses, in the order of the rows.
 
     Attributes:
-        prompt_ids: token ids.
-        responses: (token ids, scored mask) → the response's number in this group.
+        prompt_ids: Token ids of the prompt.
+        responses: Map from (token ids, scored mask) to the index of the response in this group.
     """
 
     prompt_ids: Sequence[int]
     responses: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = field(default_factory=dict)
 
     def place(self, ids: Sequence[int], mask: Sequence[int]) -> int:
-        """The number of a response in this group; a new response is added."""
+        """Return the index of a response in this group, after adding the response if it is new."""
         return self.responses.setdefault((tuple(ids), tuple(mask)), len(self.responses))
 
     @property
@@ -43,9 +43,9 @@ class Grouped:
     """Rows merged by prompt.
 
     Attributes:
-        groups: in the order of their first rows.
-        places: for each row, the indices of its responses, and then of its mismatched responses, into the responses
-            of all groups in order.
+        groups: The groups, in the order of their first rows.
+        places: For each row, the indices of its responses, followed by its mismatched responses, in the concatenated
+            responses of all groups.
     """
 
     groups: list[Group]
@@ -53,7 +53,7 @@ class Grouped:
 
 
 def group_rows(rows: Sequence[Mapping[str, Any]]) -> Grouped:
-    """Merge rows with the same prompt, and equal responses to it."""
+    """Merge rows with the same prompt, and equal responses to this prompt."""
     groups: dict[tuple[int, ...], Group] = {}
     numbered = []
     for row in rows:
@@ -70,13 +70,14 @@ def group_rows(rows: Sequence[Mapping[str, Any]]) -> Grouped:
 
 
 def index_examples(rows: Sequence[Mapping[str, Any]], places: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
-    """The examples of all rows, in the order of the rows, as entries of the batch; see `ExampleKind.index`.
+    """Index the examples of all rows, in the order of the rows, as entries of the batch; see `ExampleKind.index`.
 
     Args:
-        places: see `Grouped`.
+        rows: Prepared rows.
+        places: See `Grouped`.
 
     Raises:
-        ValueError: the rows are not prepared.
+        ValueError: If the rows are not prepared.
     """
     kind = kind_of_columns(rows[0])
     if kind is None:
@@ -85,7 +86,7 @@ def index_examples(rows: Sequence[Mapping[str, Any]], places: Sequence[np.ndarra
 
 
 def prompt_keys(dataset: Dataset) -> np.ndarray:
-    """`[rows]` int64: a number for each row's prompt, equal for equal prompts."""
+    """Return `[rows]` int64: a number for each row's prompt, equal for equal prompts."""
     numbers: dict[tuple[int, ...], int] = {}
     prompts = dataset.select_columns(["prompt_ids"]).with_format(None).iter(batch_size=1000)
     keys = [numbers.setdefault(tuple(ids), len(numbers)) for batch in prompts for ids in batch["prompt_ids"]]
@@ -93,21 +94,21 @@ def prompt_keys(dataset: Dataset) -> np.ndarray:
 
 
 class PromptSampler(Sampler[int]):
-    """Draws prompts in random order, and all rows of a prompt one after the other.
+    """Sampler that draws prompts in random order, with all rows of a prompt next to each other.
 
-    Rows of a prompt are then mostly in the same batch, where the prompt is computed once. The order depends only on
-    (seed, epoch), so it is the same on every rank.
+    Rows with the same prompt are then usually in the same batch, where the prompt is computed once. The order depends
+    only on (seed, epoch), so it is the same on every rank.
     """
 
     def __init__(self, prompt_keys: np.ndarray, seed: int):
-        """`prompt_keys`: `[rows]`, equal for rows of one prompt."""
+        """`prompt_keys`: `[rows]`, equal for rows with the same prompt."""
         order = np.argsort(prompt_keys, kind="stable")
         boundaries = np.flatnonzero(np.diff(prompt_keys[order])) + 1
         self._rows_of_prompt = np.split(order, boundaries)
         self._length, self._seed, self._epoch = len(prompt_keys), seed, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Change the order for another epoch; the Trainer calls this."""
+        """Change the order for another epoch; the Trainer calls this method."""
         self._epoch = epoch
 
     def __len__(self) -> int:

@@ -1,4 +1,4 @@
-"""A share of a data set to evaluate, split by prompt: no prompt is in both parts."""
+"""Split off a share of a data set for evaluation, by prompt: no prompt is in both parts."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -23,19 +23,19 @@ def split_by_prompt(
     remove_columns: Sequence[str] | None = None,
     text_as: str = "text",
 ) -> tuple[Dataset, Dataset]:
-    """The rows to train on, and those to evaluate, raw as they are and in their order.
+    """Split a data set into rows for training and rows for evaluation. Both keep the raw rows and their order.
 
-    Which prompts are evaluated depends on the prompt and the seed alone, and not on the order of the rows.
+    Whether a prompt is used for evaluation depends only on the prompt and the seed, not on the order of the rows.
 
     Args:
-        dataset: raw rows in any of the layouts of `layout_table.LAYOUTS`.
-        test_size: the share of the rows to evaluate, above 0 and below 1. All rows of a prompt stay together, so that
-            the part is as large or larger by less than the rows of one prompt.
-        seed: another one draws other prompts.
-        column_mapping, remove_columns, text_as: see `PreferenceConfig`.
+        dataset: Raw rows in any of the layouts of `layout_table.LAYOUTS`.
+        test_size: Share of the rows for evaluation, between 0 and 1 (exclusive). Rows with the same prompt stay
+            together, so the part may be larger by less than the rows of one prompt.
+        seed: Seed for drawing the prompts.
+        column_mapping, remove_columns, text_as: See `PreferenceConfig`.
 
     Raises:
-        ValueError: another share, columns of no known layout, or rows that all have the same prompt.
+        ValueError: If the share is out of range, the columns have no known layout, or all rows have the same prompt.
     """
     keys = prompt_keys_of(dataset, column_mapping, remove_columns, text_as)
     is_held = held_out_rows(keys, test_size, seed)
@@ -43,16 +43,16 @@ def split_by_prompt(
 
 
 def held_out_rows(keys: np.ndarray, share: float, seed: int) -> np.ndarray:
-    """`[rows]` bool: whether a row is held out. `keys`: `[rows]` uint64, equal for rows of one prompt.
+    """Return `[rows]` bool: whether a row is held out. `keys`: `[rows]` uint64, equal for rows with the same prompt.
 
     Raises:
-        ValueError: a share that is not above 0 and below 1, or fewer than two prompts.
+        ValueError: If the share is not between 0 and 1 (exclusive), or there are fewer than two prompts.
     """
     if not 0 < share < 1:
-        raise ValueError(f"test size {share!r}: give the share of the rows to evaluate, above 0 and below 1")
+        raise ValueError(f"test size {share!r} must be a share of the rows, above 0 and below 1")
     prompts, counts = np.unique(keys, return_counts=True)
     if len(prompts) < 2:
-        raise ValueError(f"all {len(keys):,} rows have the same prompt: no share of prompts can be held out")
+        raise ValueError(f"all {len(keys):,} rows have the same prompt, so no prompts can be held out")
     drawn = np.array([xxhash.xxh3_64_intdigest(f"{seed} {key}".encode()) for key in prompts], dtype=np.uint64)
     order = np.argsort(drawn, kind="stable")
     enough = int(np.searchsorted(np.cumsum(counts[order]), max(1, round(share * len(keys))))) + 1
@@ -62,7 +62,7 @@ def held_out_rows(keys: np.ndarray, share: float, seed: int) -> np.ndarray:
 def prompt_keys_of(
     dataset: Dataset, mapping: Mapping[str, str] | None, removed: Sequence[str] | None, text_as: str
 ) -> np.ndarray:
-    """`[rows]` uint64: a key of each row's prompt. A row that cannot be read has a key of its own."""
+    """Return `[rows]` uint64: a key for each row's prompt. An unreadable row has a unique key."""
     rows = without_empty(undecoded(choose_columns(dataset, mapping, removed)), AROUND)
     layout = find_layout(sample_of(first_rows(rows), column_names(rows)), None, tuple(mapping or ()), text_as)
     keys: list[int] = []
@@ -77,9 +77,9 @@ def prompt_keys_of(
 
 
 def _prompt_of(row: CanonicalRow) -> str:
-    """The words of a prompt, the same for text and for messages."""
+    """Return the text of a prompt, the same for text and for messages."""
     if row.prompt is None:
-        # Answers may begin with the same words by chance: the prompt ends with a line or a question, if there is one.
+        # Answers may share a beginning by chance, so the prompt ends at a line break or a question mark, if any.
         shared = row.responses[0][: min(shared_length(row.responses[0], other) for other in row.responses[1:])]
         end = max(shared.rfind(sign) for sign in "\n?:？：")
         return (shared[: end + 1] or shared).strip()

@@ -1,10 +1,10 @@
-"""The table of the column layouts of data sets: by which columns each is known, and what its rows become.
+"""The table of column layouts: the columns that identify each layout, and the format to which its rows are converted.
 
-A layout is an entry of `LAYOUTS`: the roles that it needs and the optional ones (`roles.py`), the format that its rows
-become (`formats.py`), and a function that puts the values in their places (`converters.py`). The first one that fits
-the columns is taken, preferably of the kind of examples asked for (`column_layouts.py`).
+A layout is an entry of `LAYOUTS`: its required and optional roles (`roles.py`), the format of its rows (`formats.py`),
+and a function that moves the values to the columns of the format (`converters.py`). `column_layouts.py` selects the
+first layout that fits the columns, preferably one with the requested kind of examples.
 
-To add one: an entry here, and rows of it with their meaning in `tests/data/test_column_layouts.py`.
+To add a layout, add an entry here, and example rows with their meaning in `tests/data/test_column_layouts.py`.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -23,12 +23,12 @@ class ColumnLayout:
     """A layout of columns.
 
     Attributes:
-        name: what messages call it.
-        format: the name of the format that its rows become.
-        needs: the roles that a data set of this layout has.
-        may: roles that are read where they are there.
-        convert: makes a row of the format of the values of the roles.
-        is_talk: whether its texts are turns of a conversation even if its columns have the names of TRL's.
+        name: Name of the layout in messages.
+        format: Name of the format to which its rows are converted.
+        needs: Required roles.
+        may: Optional roles, which are read if their columns exist.
+        convert: Function that converts the values of the roles to a row of the format.
+        is_talk: Whether its texts are turns of a conversation even if its columns have the same names as TRL's columns.
     """
 
     name: str
@@ -39,11 +39,11 @@ class ColumnLayout:
     is_talk: bool = False
 
     def find(self, sample: Mapping[str, Any], mapped: Collection[str] = ()) -> dict[str, str] | None:
-        """The column of each role, or None if this is not the layout of these columns.
+        """Return the column of each role, or None if the columns do not have this layout.
 
         Args:
-            sample: a value of every column.
-            mapped: the columns that users gave their names, which go before others.
+            sample: One example value per column.
+            mapped: New names of columns in the user's column_mapping, which take precedence over other columns.
         """
         columns: dict[str, str] = {}
         for needed in self.needs:
@@ -65,17 +65,17 @@ def _is_anything(_: Any) -> bool:
 _TOKENS = tuple(role(name, name, accepts=_is_anything) for name in FORMATS["tokenized triples"].columns)
 _WEIGHTS = tuple(role(name, name, accepts=_is_anything) for name in FORMATS["tokenized pairs with weights"].columns[3:])
 VERDICT = role("verdict", *VERDICTS, accepts=lambda value: isinstance(value, str | int | float))
-# A label may mean anything, unless it names one of two responses.
+# A label may mean anything unless it names one of two responses.
 LABEL_OF_TWO = role(
     "verdict",
     "label",
     accepts=names_a_side,
-    wanted="text such as 'A' or 'A>B'; if it names the better one otherwise, column_mapping={'winner': 'label'}",
+    wanted="text such as 'A' or 'A>B'; if it names the better one in another way, column_mapping={'winner': 'label'}",
 )
 _AROUND = (roles.SYSTEM, roles.HISTORY, roles.PREFIX)
 _WITH_PROMPT = "pairs that begin with their prompt"
 
-# What may say which of two responses is better, and how a pair is made of it.
+# Columns that may identify the better of two responses, and how to build a pair from them.
 _TWO_AND = (
     ("a verdict beside scores", roles.SCORED, (VERDICT,), to.better_of_two),
     ("a verdict", roles.TWO, (VERDICT,), to.better_of_two),
@@ -87,7 +87,7 @@ _TWO_AND = (
     ("the flag of the first", roles.FIRST_FLAGGED, (), to.flagged_first),
     ("scores", roles.SCORED, (), to.scored_two),
 )
-# What responses are compared by in a list.
+# Columns by which the responses of a list are compared.
 _LISTS_OF = (
     ("scored lists", (roles.RESPONSES, roles.SCORES), to.plain, "responses with scores", False),
     ("ranked lists", (roles.RESPONSES, roles.RANKS), to.plain, "responses with ranks", False),
@@ -98,13 +98,13 @@ _LISTS_OF = (
     ("ranked lists", (roles.ONE_GOOD, roles.SEVERAL_BAD), to.good_and_bad, "one chosen and rejected responses", True),
     ("ranked lists", (roles.SEVERAL_GOOD, roles.ONE_BAD), to.good_and_bad, "chosen and one rejected response", True),
 )
-# What is asked: an instruction with an input (Alpaca's columns), or one column.
+# The question: an instruction with an input (Alpaca's columns), or one column.
 _ASKED = (("instruction and input", roles.ALPACA), ("question", roles.QUESTION))
 
 LAYOUTS: tuple[ColumnLayout, ...] = (
     ColumnLayout("tokenized pairs with weights", "tokenized pairs with weights", (*_TOKENS[:3], *_WEIGHTS)),
     ColumnLayout("tokenized pairs", "tokenized pairs", _TOKENS[:3]),
-    # Pairs by place: a column for the better response, and one for the other.
+    # Pairs by column name: one column for the better response, and one for the other.
     *(ColumnLayout(f"pairs, {asked}", "pairs", (what, roles.BY_PLACE), _AROUND) for asked, what in _ASKED),
     ColumnLayout(_WITH_PROMPT, _WITH_PROMPT, (roles.BY_PLACE,), (roles.SYSTEM,), to.talks),
     ColumnLayout(
@@ -122,7 +122,7 @@ LAYOUTS: tuple[ColumnLayout, ...] = (
         (roles.SYSTEM,),
         to.talks,
     ),
-    # Pairs by a verdict: two responses, and what says which is better.
+    # Pairs by verdict: two responses, and columns that identify the better one.
     ColumnLayout(
         "turns and flags", _WITH_PROMPT, (roles.TURNS, roles.TURNS_FLAGGED), (roles.SYSTEM,), to.turns_flagged, True
     ),
@@ -186,7 +186,7 @@ LAYOUTS: tuple[ColumnLayout, ...] = (
         for row_format, needs, convert, name, is_talk in _LISTS_OF
         for asked, what in _ASKED
     ),
-    # Lists of one chosen and one rejected response are pairs only for losses of pairs: other rows may have more.
+    # Lists with one chosen and one rejected response are read as pairs only for pair losses: other rows may have more.
     *(
         ColumnLayout(f"pairs in lists, {asked}", "pairs", (what, roles.ONE_OF_EACH), _AROUND, to.one_of_each, True)
         for asked, what in _ASKED

@@ -1,11 +1,11 @@
-"""From prepared rows to a batch, in each layout.
+"""Collate prepared rows to a batch, in each layout.
 
-"padded": one right-padded sequence [prompt | response] for each response. Every causal language model takes it.
-"around": the same, with indices between these sequences and a row of tokens in which each prompt is once (see
+"padded": one right-padded sequence [prompt | response] for each response. Every causal language model supports it.
+"around": the same sequences, with indices that map their tokens to a packed row that contains each prompt once (see
 `scoring.around`).
-"shared": one row of tokens without padding, each prompt in it once. For each group
-[prompt | response 1 | … | response K], each response's positions start again at the prompt's length, and segments say
-what it may look at (see `scoring.attention`).
+"shared": one packed row without padding that contains each prompt once. Each group is
+[prompt | response 1 | … | response K]. The position ids of each response start at the length of its prompt, and
+segments define which tokens a response attends to (see `scoring.attention`).
 
 Shapes: R responses of all rows, group by group; T tokens of the longest sequence (padded) or of the row (shared);
 S segments, one per response; Tk gathered keys; N scored tokens; B examples.
@@ -25,12 +25,12 @@ from hf_prefopt.data.group import Group, Grouped, group_rows, index_examples
 
 @dataclass
 class PaddedCollator:
-    """Collates prepared rows (see `prepare_dataset`) into a `PreferenceBatch`.
+    """Collate prepared rows (see `prepare_dataset`) into a `PreferenceBatch` of padded sequences.
 
     Attributes:
-        pad_token_id: fills `input_ids` after the end of a sequence. It may be the EOS, because masks are made from
+        pad_token_id: Fills `input_ids` after the end of a sequence. It may be the EOS, because masks are computed from
             lengths.
-        pad_to_multiple_of: T is rounded up to a multiple of this.
+        pad_to_multiple_of: T is rounded up to a multiple of this number.
 
     Example:
         >>> row = {"prompt_ids": [5, 6], "response_ids": [[7, 8], [9]], "scored_masks": [[1, 1], [1]],
@@ -46,17 +46,17 @@ class PaddedCollator:
     pad_to_multiple_of: int | None = None
 
     def count_tokens(self, rows: Sequence[Mapping[str, Any]]) -> int:
-        """The number of positions in the batch of these rows, padding included."""
+        """Return the number of positions in the batch of these rows, padding included."""
         groups = group_rows(rows).groups
         lengths = [len(group.prompt_ids) + len(ids) for group in groups for ids, _ in group.responses]
         return len(lengths) * self._width(max(lengths))
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> PreferenceBatch:
-        """The batch of these rows. Raises `ValueError` for a response without a scored token that can be predicted."""
+        """Return the batch of these rows. Raises `ValueError` if a response has no scored token with a predecessor."""
         return self.collate(rows, group_rows(rows))
 
     def collate(self, rows: Sequence[Mapping[str, Any]], grouped: Grouped) -> PreferenceBatch:
-        """The batch of these rows, which have been merged by prompt."""
+        """Return the batch of these rows, which are already merged by prompt."""
         tokens, scored, lengths = _concatenate(grouped.groups)
         width = self._width(int(lengths.max()))
         sequence = np.repeat(np.arange(len(lengths)), lengths)
@@ -67,12 +67,14 @@ class PaddedCollator:
         response_index = sequence[scored]
         response_lengths = np.bincount(response_index, minlength=len(lengths))
         if (position[scored] == 0).any() or (response_lengths == 0).any():
-            raise ValueError("a response scores no token, or the first of its sequence, which nothing predicts")
+            raise ValueError(
+                "a response has no scored token, or scores the first of its sequence, which nothing predicts"
+            )
 
         batch = {
             "input_ids": input_ids,
             "attention_mask": (np.arange(width) < lengths[:, None]).astype(np.int64),
-            # The hidden state one place before a token predicts it: for a response's first, the prompt's last.
+            # A token is predicted by the hidden state one position earlier: the prompt's last for a response's first.
             "scored_rows": response_index * width + position[scored] - 1,
             "targets": tokens[scored],
             "response_index": response_index,
@@ -88,7 +90,7 @@ class PaddedCollator:
 
 
 def _concatenate(groups: Sequence[Group]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """All sequences end to end: their tokens and whether each is scored, both `[sum of lengths]`; the lengths `[R]`."""
+    """Concatenate all sequences. Returns tokens and scored flags, both `[sum of lengths]`, and the lengths `[R]`."""
     tokens: list[Sequence[int]] = []
     scored: list[Sequence[int]] = []
     lengths: list[int] = []
@@ -106,10 +108,10 @@ def _concatenate(groups: Sequence[Group]) -> tuple[np.ndarray, np.ndarray, np.nd
 
 @dataclass
 class AroundCollator:
-    """The batch of a `PaddedCollator`, with the indices of its tokens in a row that has each prompt once.
+    """Collate rows like `PaddedCollator`, with indices into a packed row that contains each prompt once.
 
     Attributes:
-        padded: lays out the sequences.
+        padded: Collator that pads and arranges the sequences.
 
     Example:
         >>> row = {"prompt_ids": [5, 6], "response_ids": [[7, 8], [9]], "scored_masks": [[1, 1], [1]],
@@ -124,27 +126,27 @@ class AroundCollator:
     padded: PaddedCollator
 
     def count_tokens(self, rows: Sequence[Mapping[str, Any]]) -> int:
-        """The number of positions in the batch of these rows, padding included: token mixers compute all of them."""
+        """Return the number of positions in the batch, padding included, because token mixers compute all of them."""
         return self.padded.count_tokens(rows)
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> PreferenceBatch:
-        """The batch of these rows. Raises `ValueError` for a response without a scored token that can be predicted."""
+        """Return the batch of these rows. Raises `ValueError` if a response has no scored token with a predecessor."""
         grouped = group_rows(rows)
         batch = self.padded.collate(rows, grouped)
         count, width = batch["input_ids"].shape
         segments = _Segments.of(grouped.groups)
-        # Behind the end of a sequence stands its last token again, which nothing before it sees.
+        # A padded position repeats the last token of its sequence; earlier positions do not attend to it.
         place = np.minimum(np.arange(width), segments.keys[:, None] - 1)
         tokens = segments.key_index()[place + (np.cumsum(segments.keys) - segments.keys)[:, None]]
         places = np.empty(segments.queries.sum(), dtype=np.int64)
-        places[tokens.flatten()[::-1]] = np.arange(count * width)[::-1]  # of several places of a token the first
+        places[tokens.flatten()[::-1]] = np.arange(count * width)[::-1]  # a token's first place is written last
         batch["around_places"], batch["around_tokens"] = torch.from_numpy(places), torch.from_numpy(tokens)
         return batch
 
 
 @dataclass
 class SharedCollator:
-    """Collates prepared rows (see `prepare_dataset`) into a `PreferenceBatch` of one row.
+    """Collate prepared rows (see `prepare_dataset`) into a `PreferenceBatch` of one packed row.
 
     Example:
         >>> row = {"prompt_ids": [5, 6], "response_ids": [[7, 8], [9]], "scored_masks": [[1, 1], [1]],
@@ -157,11 +159,11 @@ class SharedCollator:
     """
 
     def count_tokens(self, rows: Sequence[Mapping[str, Any]]) -> int:
-        """The number of positions in the batch of these rows."""
+        """Return the number of positions in the batch of these rows."""
         return sum(group.tokens for group in group_rows(rows).groups)
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> PreferenceBatch:
-        """The batch of these rows. Raises `ValueError` for a response without a scored token that can be predicted."""
+        """Return the batch of these rows. Raises `ValueError` if a response has no scored token with a predecessor."""
         grouped = group_rows(rows)
         groups, segments = grouped.groups, _Segments.of(grouped.groups)
         prompts, lengths, response_starts = segments.prompts, segments.lengths, segments.response_starts
@@ -173,7 +175,9 @@ class SharedCollator:
         place = _count_up(lengths)[scored]
         response_lengths = np.bincount(response_index, minlength=len(lengths))
         if (place + prompts[response_index] == 0).any() or (response_lengths == 0).any():
-            raise ValueError("a response scores no token, or the first of its sequence, which nothing predicts")
+            raise ValueError(
+                "a response has no scored token, or scores the first of its sequence, which nothing predicts"
+            )
 
         position = place + response_starts[response_index]
         last_of_prompt = (segments.prompt_starts + prompts - 1)[response_index]
@@ -200,13 +204,13 @@ class SharedCollator:
 
 @dataclass(frozen=True)
 class _Segments:
-    """Where the responses of some groups are in a row that has each prompt once; each array is `[S]`, S = R.
+    """The places of the responses in a packed row that contains each prompt once; each array is `[S]`, S = R.
 
     Attributes:
-        prompts, lengths: the lengths of a response's prompt and of the response.
-        first: whether it is its group's first response, whose segment also has the prompt's queries.
-        queries, keys: the lengths of its segment.
-        prompt_starts, response_starts: positions in the row.
+        prompts, lengths: Lengths of a response's prompt and of the response.
+        first: Whether the response is the first of its group; its segment then also contains the prompt's queries.
+        queries, keys: Numbers of queries and keys of its segment.
+        prompt_starts, response_starts: Positions in the row.
     """
 
     prompts: np.ndarray
@@ -229,11 +233,11 @@ class _Segments:
         return cls(prompts, lengths, first, queries, prompts + lengths, prompt_starts, response_starts)
 
     def positions(self) -> np.ndarray:
-        """`[T]`: the position of each token of the row in its own sequence."""
+        """Return `[T]`: the position of each token of the row in its own sequence."""
         return _count_up(self.queries) + np.repeat(np.where(self.first, 0, self.prompts), self.queries)
 
     def key_index(self) -> np.ndarray:
-        """`[Tk]`: the positions in the row of each segment's keys, first its prompt's and then its own."""
+        """Return `[Tk]`: the positions in the row of each segment's keys, first its prompt's keys and then its own."""
         inside = _count_up(self.keys)
         of_prompt = inside < np.repeat(self.prompts, self.keys)
         starts = (self.prompt_starts, self.response_starts - self.prompts)
@@ -241,10 +245,10 @@ class _Segments:
 
 
 def _bounds(lengths: np.ndarray) -> np.ndarray:
-    """`[S + 1]` int32: the starts of segments of these lengths, placed end to end, and the end of the last one."""
+    """Return `[S + 1]` int32: the starts of consecutive segments of these lengths, and the end of the last one."""
     return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
 
 
 def _count_up(lengths: np.ndarray) -> np.ndarray:
-    """0, 1, …, n − 1 for each n in `lengths`, end to end."""
+    """Return 0, 1, …, n − 1 for each n in `lengths`, concatenated."""
     return np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)

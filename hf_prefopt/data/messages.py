@@ -1,6 +1,6 @@
-"""Lists of messages: what each message must be, the reply that a response needs, and the prompt that two share.
+"""Check lists of messages: the form of each message, the reply in a response, and the prompt that responses share.
 
-Messages contain text. Images, video and audio are found here, in messages and in other columns, and are errors.
+Messages contain text. Images, video and audio, in messages and in other columns, are found here and raise an error.
 """
 
 import re
@@ -14,7 +14,7 @@ from hf_prefopt.data.rows import BadRow, drop_nones
 Message = dict[str, Any]
 
 _TEXT_BLOCKS = ("text", "input_text", "output_text")
-# The keys of a message that say who speaks and what, in the forms that people store; the first ones are ours.
+# Keys of a message for its role and its content, as found in data sets; the first of each is the standard key.
 ROLE_KEYS = ("role", "from", "speaker")
 CONTENT_KEYS = ("content", "value", "text", "parts")
 _ROLES = {
@@ -26,15 +26,15 @@ _KNOWN_ROLES = ("user", "assistant", "system", "tool", "developer")
 
 
 def is_role(name: Any) -> bool:
-    """Whether this is the name of a speaker, ours or another that people have for one."""
+    """Return True if this is the name of a role, standard or an alternative."""
     return isinstance(name, str) and (name.lower() in _KNOWN_ROLES or name.lower() in _ROLES)
 
 
 def check_messages(column: str, messages: Any) -> list[Message]:
-    """The messages without their empty keys. Content given as blocks of text becomes one text.
+    """Return the messages without their empty keys. Content in blocks of text becomes one text.
 
     Raises:
-        BadRow: a message without a role, or without text or tool calls; content that is not text.
+        BadRow: If a message has no role, or neither text nor tool calls, or has content that is not text.
     """
     if not isinstance(messages, list | tuple):
         raise BadRow(column, f"is of type {type(messages).__name__}", "make it text or a list of messages")
@@ -43,10 +43,10 @@ def check_messages(column: str, messages: Any) -> list[Message]:
 
 def _check_message(column: str, position: int, message: Any) -> Message:
     if not isinstance(message, dict):
-        problem = f"holds a {type(message).__name__} where message {position} should be"
+        problem = f"contains a {type(message).__name__} where message {position} should be"
         raise BadRow(column, problem, "make each message a dict with `role` and `content`")
     if len(message) == 2 and message.get("role") in _KNOWN_ROLES and isinstance(message.get("content"), str):
-        return message  # as nearly all messages are
+        return message  # the usual case
     message = drop_nones(message)
     if message.get("role") not in _KNOWN_ROLES or "content" not in message:
         message = _with_our_names(column, position, message)
@@ -66,7 +66,7 @@ def _check_message(column: str, position: int, message: Any) -> Message:
 
 
 def _with_our_names(column: str, position: int, message: Message) -> Message:
-    """The message with `role` and `content`, and its role as templates know it; a role of other names is kept."""
+    """Return the message with `role` and `content` and the standard name of its role. An unknown role is kept."""
     keys = [next((key for key in names if message.get(key) is not None), None) for names in (ROLE_KEYS, CONTENT_KEYS)]
     named = {key: value for key, value in message.items() if key not in keys}
     role = message.get(keys[0]) if keys[0] else None
@@ -74,13 +74,13 @@ def _with_our_names(column: str, position: int, message: Message) -> Message:
         raise BadRow(column, f"has no `role` in message {position}", "name it: 'system', 'user', 'assistant' or 'tool'")
     if keys[0] != "role" and not is_role(role):
         cure = "write such turns as messages with `role`, `content` and `tool_calls`"
-        raise BadRow(column, f"has a speaker {role!r} in message {position}", cure)
+        raise BadRow(column, f"has an unknown speaker {role!r} in message {position}", cure)
     named = {"role": _ROLES.get(role.lower(), role.lower() if role.lower() in _KNOWN_ROLES else role), **named}
     return {**named, "content": message[keys[1]]} if keys[1] else named
 
 
 def _block_text(column: str, block: Any, where: str) -> str:
-    """The text of a content block. Raises `BadRow` for a block of anything else."""
+    """Return the text of a content block. Raises `BadRow` for any other block."""
     if isinstance(block, str):
         return block
     named = block if isinstance(block, dict) else {"type": type(block).__name__}
@@ -92,18 +92,18 @@ def _block_text(column: str, block: Any, where: str) -> str:
 
 
 def check_reply(column: str, messages: Any) -> list[Message]:
-    """The messages of a response, checked. Raises `BadRow` unless an assistant message has text or tool calls."""
+    """Return the checked messages of a response. Raises `BadRow` if no assistant message has text or tool calls."""
     return check_says_something(column, check_messages(column, messages))
 
 
 def check_says_something(column: str, checked: list[Message]) -> list[Message]:
-    """The checked messages of a response. Raises `BadRow` unless an assistant message has text or tool calls."""
+    """Return the checked messages. Raises `BadRow` if no assistant message has text or tool calls."""
     if not checked:
         raise BadRow(column, "is empty")
     replies = [message for message in checked if _is_reply(message)]
     if not replies:
         roles = ", ".join(sorted({message["role"] for message in checked}))
-        problem = f"has no assistant message, so no token to score (roles: {roles})"
+        problem = f"has no assistant message, so there is no token to score (roles: {roles})"
         raise BadRow(column, problem, "give the model's turns the role 'assistant'")
     if not any(message.get("tool_calls") or text_of(message).strip() for message in replies):
         raise BadRow(column, "is only whitespace" if any(map(text_of, replies)) else "is empty")
@@ -111,15 +111,14 @@ def check_says_something(column: str, checked: list[Message]) -> list[Message]:
 
 
 def split_conversations(checked: Mapping[str, list[Message]]) -> tuple[list[Message], dict[str, list[Message]]]:
-    """The messages that all conversations begin with, which are the prompt, and the rest of each, by column.
+    """Split conversations into the messages that all of them begin with, which are the prompt, and the rest by column.
 
-    The conversations are replies that `check_reply` has checked.
-
-    The last message of a conversation always belongs to its response. The prompt does not end between two assistant
-    messages, because the second would then be taken for the continuation of the first.
+    The conversations must have been checked by `check_reply`. The last message of a conversation always belongs to its
+    response. The prompt does not end between two assistant messages, because the second message would then be read as
+    the continuation of the first.
 
     Raises:
-        BadRow: a response that says nothing, or no prompt.
+        BadRow: If a response has no text and no tool calls, or there is no prompt.
     """
     sides = list(checked.values())
     longest = min(len(messages) for messages in sides) - 1
@@ -132,13 +131,13 @@ def split_conversations(checked: Mapping[str, list[Message]]) -> tuple[list[Mess
         first, second, *_ = checked
         begins_with_reply = all(_is_reply(messages[0]) for messages in sides)
         problem = "begin with the assistant" if begins_with_reply else "do not begin with the same message"
-        cure = "begin both with the same messages or add a `prompt` column, [] where the assistant speaks first"
+        cure = "begin both with the same messages or add a `prompt` column, [] if the assistant speaks first"
         raise BadRow(second, f"and `{first}` {problem}, so there is no prompt", cure)
     return sides[0][:shared], {column: check_says_something(column, side[shared:]) for column, side in checked.items()}
 
 
 def text_of(message: Message) -> str:
-    """The text of a checked message, or "" if it has none."""
+    """Return the text of a checked message, or "" if it has none."""
     return message.get("content") or ""
 
 
@@ -146,19 +145,19 @@ def _is_reply(message: Message) -> bool:
     return message["role"] == "assistant"
 
 
-MEDIA_CURE = "images, video and audio are not supported: drop the row, or leave {} out if the text will do alone"
+MEDIA_CURE = "images, video and audio are not supported: drop the row, or remove {} if the text alone is enough"
 _MEDIA = r"(image|img|picture|photo|screenshot|frame|video|audio|pixel_value)s?"
 _FORMS = r"(path|url|uri|file|byte|data|base64|list|\d+)s?"
 _MEDIA_NAME = re.compile(rf"(.*[_\-. ])?{_MEDIA}([_\-. ]?{_FORMS})*", re.IGNORECASE)
-# What Arrow gives for columns of text, numbers, flags and times.
+# Types of Arrow values for columns of text, numbers, flags and times.
 _PLAIN = (str, int, float, date, time, timedelta, Decimal, type(None))
 
 
 def find_media(values: Mapping[str, Any]) -> str | None:
-    """The first key of a row, a message or a block that holds an image, video or audio; None if no key does.
+    """Return the first key of a row, a message or a block that holds an image, video or audio; None if there is none.
 
-    A key is found by its name, unless its value is empty or a number, or by its value: bytes, a stored file, a decoded
-    object. A count (`num_images`) or an id (`image_id`) is no media.
+    A key matches by its name, unless its value is empty or a number, or by its value: bytes, a stored file, or a
+    decoded object. A count (`num_images`) or an id (`image_id`) does not match.
     """
     for key, value in values.items():
         if (_MEDIA_NAME.fullmatch(key) and _is_present(value)) or _is_binary(value):
@@ -167,7 +166,7 @@ def find_media(values: Mapping[str, Any]) -> str | None:
 
 
 def _is_present(value: Any) -> bool:
-    """Whether a value may be a file: a number is a count or a flag."""
+    """Return True if a value may be a file; a number is a count or a flag."""
     if isinstance(value, dict):
         return any(map(_is_present, value.values()))
     if isinstance(value, list | tuple):
@@ -176,7 +175,7 @@ def _is_present(value: Any) -> bool:
 
 
 def _is_binary(value: Any) -> bool:
-    """Whether a value, or anything in it, is bytes, a stored file or a decoded object."""
+    """Return True if a value, or anything in it, is bytes, a stored file or a decoded object."""
     if isinstance(value, dict):
         is_file = value.keys() == {"bytes", "path"} and any(item is not None for item in value.values())
         return is_file or any(map(_is_binary, value.values()))

@@ -338,7 +338,7 @@ REFUSED = {
     ),
     "ranks against scores": (
         {"prompt": WHAT, "responses": [BLUE, GREEN], "ranks": [1, 2], "scores": [0.0, 1.0]},
-        "`ranks` order the responses otherwise than `scores`",
+        "`ranks` order the responses differently than `scores`",
     ),
     "ranks against scores in structs": (
         {
@@ -349,11 +349,11 @@ REFUSED = {
     ),
     "tools beside text": (
         {"prompt": WHAT, "chosen": BLUE, "rejected": GREEN, "tools": [{"name": "f"}]},
-        "`tools` are given beside text",
+        "`tools` require messages",
     ),
     "a call of a function": (
         {"conversations": [*SHAREGPT, {"from": "function_call", "value": "{}"}], "chosen": BLUE, "rejected": GREEN},
-        "`conversations` has a speaker 'function_call' in message 1",
+        "`conversations` has an unknown speaker 'function_call' in message 1",
     ),
     "turns for responses": (
         {"prompt": WHAT, "chosen": [WHAT, BLUE], "rejected": [WHAT, GREEN]},

@@ -121,7 +121,7 @@ def test_a_transcript_is_split_at_the_assistants_marker(said):
 
 def test_words_of_the_human_are_not_trained_on():
     later = {**TRANSCRIPT, "rejected": TRANSCRIPT["rejected"] + "\n\nHuman: Why?\n\nAssistant: So."}
-    with pytest.raises(ValueError, match="`rejected` has text of the human"):
+    with pytest.raises(ValueError, match="`rejected` has a user turn after"):
         prepare(later)
     (row,) = prepare(later, text_as="messages")
     scored = [token for token, mask in zip(row["response_ids"][1], row["scored_masks"][1], strict=True) if mask]

@@ -128,7 +128,7 @@ BAD_ROWS = {
     "a number": ("pairs", {**text_pair(), "chosen": 4.5}, "`chosen` is of type float"),
     "no role": ("pairs", {**chat_pair(), "chosen": [{"content": "a"}]}, "no `role` in message 0"),
     "no content": ("pairs", {**chat_pair(), "chosen": [{"role": "assistant"}]}, "no `content` in message 0"),
-    "no dict": ("pairs", {**chat_pair(), "chosen": ["Paris."]}, "holds a str where message 0"),
+    "no dict": ("pairs", {**chat_pair(), "chosen": ["Paris."]}, "contains a str where message 0"),
     "no reply": ("pairs", {**chat_pair(), "chosen": ask()}, "`chosen` has no assistant message"),
     "tools": ("pairs", {**chat_pair(), "tools": "[{"}, "`tools` is text but not JSON"),
     "no prompt": (
