@@ -1,7 +1,7 @@
-"""Several data sets as one: a mixture, whose sources may have different columns.
+"""Mix several data sets, whose columns may differ, into one.
 
-Each source is prepared by itself, in its own column layout, and its prepared rows are then drawn and joined. Prepared
-rows are cached by source, so that another weight tokenizes nothing again.
+Each source is prepared separately, in its own column layout. Prepared rows are then drawn from the sources and
+concatenated. The prepared rows are cached by source, so a change of weights does not repeat the tokenization.
 """
 
 import logging
@@ -25,13 +25,14 @@ class Source:
     """One data set of a mixture.
 
     Attributes:
-        rows: whatever `train_dataset` may be.
-        name: what messages call it.
-        weight: how often each row is in the mixture: 2 takes every row twice, 0.5 half of the rows, drawn at random.
-            Of a stream, whose length is unknown, a whole number.
-        fraction: the share of the mixture that this source makes up, as TRL has it: shares are divided by their sum,
-            and the mixture is as large as it can be without repeating a row. Given for all sources or for none.
-        column_mapping, remove_columns, text_as: as in `PreferenceConfig`, for this source; None: as set there.
+        rows: Any data set that `train_dataset` accepts.
+        name: Name of the source in messages.
+        weight: How often each row is used: 2 uses every row twice; 0.5 uses half of the rows, drawn at random. For a
+            stream, whose length is unknown, a whole number.
+        fraction: Share of the mixture that comes from this source, as in TRL. Shares are divided by their sum, and the
+            mixture is as large as possible without repeating a row. Set it for all sources or for none.
+        column_mapping, remove_columns, text_as: As in `PreferenceConfig`, for this source; None uses the values of the
+            config.
     """
 
     rows: Any
@@ -44,7 +45,7 @@ class Source:
 
 
 class Mixture:
-    """Data sets to be trained on, or evaluated, as one: `PreferenceTrainer(train_dataset=Mixture([...]))`.
+    """Several data sets that are trained on, or evaluated, as one: `PreferenceTrainer(train_dataset=Mixture([...]))`.
 
     Example:
         ```python
@@ -58,12 +59,13 @@ class Mixture:
         ```
 
     Args:
-        sources: the data sets. All are streams, or none.
-        seed: which rows are drawn, and in which order streams take turns. The same seed gives the same rows.
+        sources: The data sets: all streams, or no streams.
+        seed: Seed for drawing rows, and for the order of streams with fractions.
 
     Raises:
-        ValueError: no sources, a weight that is not above 0, fractions for some sources only, weights beside fractions,
-            streams beside data sets, or a stream with a weight that is no whole number.
+        ValueError: If there are no sources, a weight is not above 0, only some sources have fractions, a source has
+            both a weight and a fraction, only some sources are streams, or the weight of a stream is not a whole
+            number.
     """
 
     def __init__(self, sources: Sequence[Source], seed: int = 42):
@@ -77,17 +79,19 @@ class Mixture:
         return isinstance(self.sources[0].rows, IterableDataset)
 
     def hold_out(self, share: float) -> tuple["Mixture", "Mixture"]:
-        """The mixture without a share of the rows, and these rows, each once. No prompt is in both.
+        """Split the mixture into a mixture for training and a mixture with the held-out rows, each used once.
+
+        No prompt is in both.
 
         Args:
-            share: above 0 and below 1, of all rows of the sources before weights.
+            share: Share of all rows of the sources, before weights; between 0 and 1 (exclusive).
 
         Raises:
-            ValueError: streams, another share, or rows that cannot be split by their prompts.
+            ValueError: If the sources are streams, the share is out of range, or the rows cannot be split by prompt.
         """
         if self.is_stream:
             raise ValueError(
-                "a stream has no length to hold a share out of: give its rows to evaluate, or load it whole"
+                "a stream has no known length to hold out a share of: pass separate evaluation rows, or do not stream"
             )
         keys = [
             prompt_keys_of(source.rows, source.column_mapping, source.remove_columns, source.text_as or "text")
@@ -105,42 +109,42 @@ class Mixture:
         return Mixture([source for source in sources if len(source.rows)], self.seed)
 
     def align(self, prepared: Sequence[Any], name: str) -> list[Any]:
-        """The prepared rows of each source, all with the same columns.
+        """Return the prepared rows of each source, all with the same columns.
 
-        An optional column that only some sources have gets its default in the others; without one it is left out.
+        If only some sources have an optional column, the others get its default; a column without a default is removed.
 
         Args:
-            prepared: the prepared rows of each source.
-            name: what messages call the data set.
+            prepared: The prepared rows of each source.
+            name: Name of the data set in messages.
 
         Raises:
-            ValueError: sources hold different kinds of examples, or only some have weights of tokens.
+            ValueError: If sources hold different kinds of examples, or only some have token weights.
         """
         names = [source.name for source in self.sources]
         kinds = [cast(ExampleKind, kind_of_columns(rows.column_names)) for rows in prepared]
         if len(set(kinds)) > 1:
             found = ", ".join(f"{source} holds {kind.name}" for source, kind in zip(names, kinds, strict=True))
             raise ValueError(
-                f"{name}: {found}, and a mixture has one kind of examples: leave out those of the other kind"
+                f"{name}: {found}, but a mixture has one kind of examples: remove the sources of the other kind"
             )
         return _with_the_same_columns(prepared, names, name)
 
     def join(self, aligned: Sequence[Any], name: str) -> Dataset | IterableDataset:
-        """The rows of all sources, in their order and numbered anew; a line says how many are of each.
+        """Concatenate the rows of all sources and number them again; log the number of rows per source.
 
         Args:
-            aligned: what `align` has returned.
-            name: what messages call the data set.
+            aligned: The result of `align`.
+            name: Name of the data set in messages.
 
         Raises:
-            ValueError: no rows of a source are drawn.
+            ValueError: If no rows of a source are drawn.
         """
         if self.is_stream:
             return self._in_turns(aligned)
         counts = self.counts([len(rows) for rows in aligned])
         empty = [source.name for source, count in zip(self.sources, counts, strict=True) if not count]
         if empty:
-            raise ValueError(f"{name}: no row of {empty[0]} is drawn: raise its weight, or leave it out")
+            raise ValueError(f"{name}: no row of {empty[0]} is drawn: raise its weight, or remove it")
         drawn = [rows.select(self._draw(at, len(rows), counts[at])) for at, rows in enumerate(aligned)]
         joined = concatenate_datasets(drawn).remove_columns("row")
         parts = [
@@ -151,7 +155,7 @@ class Mixture:
         return joined.add_column("row", list(range(len(joined))))
 
     def counts(self, sizes: Sequence[int]) -> list[int]:
-        """How many rows of each source are in the mixture. `sizes`: how many each source has."""
+        """Return the number of rows from each source in the mixture. `sizes`: the number of rows of each source."""
         if self.sources[0].fraction is None:
             return [round(source.weight * size) for source, size in zip(self.sources, sizes, strict=True)]
         shares = self._shares()
@@ -159,12 +163,12 @@ class Mixture:
         return [round(share * total) for share in shares]
 
     def _draw(self, at: int, size: int, count: int) -> np.ndarray:
-        """The rows of one source: all of them as often as they fit, and the rest at random, none twice."""
+        """Draw the rows of one source: whole copies of all rows, plus a random subset without repetition."""
         rest = np.random.default_rng([self.seed, at]).choice(size, count % size, replace=False)
         return np.concatenate([np.tile(np.arange(size), count // size), np.sort(rest)])
 
     def _in_turns(self, streams: Sequence[Any]) -> IterableDataset:
-        """By fractions drawn at random until one stream ends; otherwise in turns until all have ended."""
+        """Interleave streams: with fractions at random until one stream ends, otherwise in turns until all end."""
         repeated = [
             stream if source.weight == 1 else stream.repeat(int(source.weight))
             for source, stream in zip(self.sources, streams, strict=True)
@@ -188,21 +192,23 @@ class Mixture:
         streams = [source.name for source in self.sources if isinstance(source.rows, IterableDataset)]
         if streams and len(streams) < len(self.sources):
             raise ValueError(
-                f"{', '.join(streams)} of the mixture are streams and the others are not: stream all or none"
+                f"{', '.join(streams)} of the mixture are streams, but the others are not: stream all or none"
             )
         if any(source.fraction is not None for source in self.sources):
             self._check_fractions()
         for source in self.sources:
             if not 0 < source.weight < np.inf or (streams and source.weight != int(source.weight)):
-                wanted = "a whole number above 0, for a stream has no length" if streams else "above 0"
+                wanted = "a whole number above 0, because a stream has no known length" if streams else "above 0"
                 raise ValueError(f"{source.name}: weight={source.weight!r} must be {wanted}")
 
     def _check_fractions(self) -> None:
         for source in self.sources:
             if source.fraction is None or not 0 < source.fraction < np.inf:
-                raise ValueError(f"{source.name}: fraction={source.fraction!r}: give all sources one above 0, or none")
+                raise ValueError(
+                    f"{source.name}: fraction={source.fraction!r}: set it above 0 for all sources, or none"
+                )
             if source.weight != 1:
-                raise ValueError(f"{source.name}: weight={source.weight} beside fraction={source.fraction}: give one")
+                raise ValueError(f"{source.name}: weight={source.weight} and fraction={source.fraction}: set only one")
 
 
 def _numbered(columns: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
@@ -222,20 +228,20 @@ def _with_the_same_columns(prepared: Sequence[Any], names: Sequence[str], name: 
             source for source, rows in zip(names, prepared, strict=True) if any(rows is one for one in lacking)
         )
         if column not in kind.optional_columns:
-            raise ValueError(f"{name}: {without} has no `{column}`, and the other sources have")
+            raise ValueError(f"{name}: {without} has no column `{column}`, but the other sources have one")
         default = kind.optional_columns[column].default
         if default is None:
             out = [rows.remove_columns(column) if column in rows.column_names else rows for rows in out]
-            logger.warning("%s: `%s` are left out, because %s has none", name, column, without)
+            logger.warning("%s: the column `%s` is removed, because %s does not have it", name, column, without)
         else:
             out = [rows if column in rows.column_names else _filled(rows, column, default) for rows in out]
-            logger.warning("%s: `%s` of %s are %g, because it has none", name, column, without, default)
+            logger.warning("%s: `%s` is set to %g for %s, which does not have it", name, column, default, without)
     order = out[0].column_names
     return [rows.select_columns(order) for rows in out]
 
 
 def _filled(rows: Any, column: str, value: float) -> Any:
-    """The prepared rows, of one example each, with this value in a new column."""
+    """Return the prepared rows, each with one example, with this value in a new column."""
     features = Features({**rows.features, column: List(Value("float64"))})
     return rows.map(_fill, batched=True, features=features, fn_kwargs={"column": column, "value": value})
 

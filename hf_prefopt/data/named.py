@@ -1,7 +1,7 @@
-"""Reject rows whose chosen and rejected responses are names of responses that stand in other columns.
+"""Reject rows whose chosen and rejected responses are only the names of responses in other columns.
 
-`chosen` may hold the better answer, its letter, its column or the model that wrote it. If other columns hold two texts,
-neither of which is in the responses of the row, and those are a few words, they are taken for names.
+`chosen` may contain the better answer, its letter, its column, or the model that wrote it. The values count as names if
+they have at most a few words, and two other columns contain texts that have nothing in common with them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,9 +21,9 @@ def reject_names_of_responses(unused: Mapping[str, Any], read: CanonicalRow, col
     """Raise `BadRow` if the responses of a pair are the names of texts in columns that are not used.
 
     Args:
-        unused: the values of a raw row that it was not read from, by column.
-        read: the canonical row.
-        columns: the column of each role.
+        unused: The values of the raw row in columns that were not read, by column.
+        read: The canonical row.
+        columns: The column of each role.
     """
     if read.content_type == "tokens" or "pairs" not in read.example_columns:
         return
@@ -36,13 +36,13 @@ def reject_names_of_responses(unused: Mapping[str, Any], read: CanonicalRow, col
     for names in rivals:
         texts = [_text(unused[name]) for name in names]
         if all(texts) and not any(_have_in_common(text, response) for text in texts for response in responses):
-            problem = f"is {responses[0]!r}, and {' and '.join(f'`{name}`' for name in names)} hold other texts"
+            problem = f"is {responses[0]!r}, but {' and '.join(f'`{name}`' for name in names)} contain other texts"
             own = [columns.get(part, part) for part in read.columns]
             raise BadRow(own[0], problem, _cure(names, own))
 
 
 def _cure(names: Names, own: Sequence[str]) -> str:
-    """What to do if other columns, of these names, may hold the responses that the row's own columns name."""
+    """Return the fix for the case that the columns `names` hold the responses which the columns `own` only name."""
     cure = f"if those are the responses, remove_columns={[*own]}"
     if names in TWO.names:
         cure = f"if it names one of them, column_mapping={{'winner': {own[0]!r}}}"
@@ -50,19 +50,19 @@ def _cure(names: Names, own: Sequence[str]) -> str:
 
 
 def _have_in_common(left: str, right: str) -> bool:
-    """Whether one text is in the other, and more than a letter."""
+    """Return True if the texts are equal, or one of more than one letter is contained in the other."""
     shorter, longer = sorted((left, right), key=len)
     return left == right or (len(shorter) > 1 and shorter in longer)
 
 
 @lru_cache(maxsize=256)
 def _rivals(columns: Names) -> tuple[Names, ...]:
-    """The pairs of columns among these that could hold two responses."""
+    """Return the pairs of columns that could hold two responses."""
     return tuple(names for names in (*TWO.names, *BY_PLACE.names) if set(names).issubset(columns))
 
 
 def _text(value: Any) -> str:
-    """The text, or that of the last message; "" if it is neither."""
+    """Return the text, or the text of the last message; "" if the value is neither text nor messages."""
     try:
         content = read_content("text", value)
     except BadRow:

@@ -1,7 +1,7 @@
-"""Keep the rows that can be used: reject or drop the others, and say in one line what was cut and dropped.
+"""Keep the usable rows: reject or drop the others, and report in one line what was truncated and dropped.
 
-What happened to each row is noted in columns next to it (`NOTES`), so that the counts are also right when `datasets`
-loads prepared rows from its cache. The notes are removed once they are counted.
+What happened to each row is recorded in additional columns (`NOTES`), so that the counts are also correct when
+`datasets` loads prepared rows from its cache. These columns are removed after counting.
 """
 
 import logging
@@ -21,22 +21,22 @@ logger = logging.getLogger(__name__)
 NOTES = {
     "_problem": Value("string"),  # why the row cannot be used, or ""
     "_bad": Value("bool"),
-    "_no_room": Value("bool"),  # its prompt leaves no room for a response
+    "_no_room": Value("bool"),  # its prompt leaves no tokens for a response
     "_responses": Value("int32"),
     "_responses_cut": Value("int32"),
     "_prompt_cut": Value("bool"),
-    "_longest": Value("int32"),  # tokens of prompt + longest response, before any cut
+    "_longest": Value("int32"),  # tokens of prompt + longest response, before truncation
     "_identical": Value("bool"),  # chosen and rejected are the same tokens
-    "_lacks_prompt": Value("bool"),  # its texts have no prompt column and hardly begin with one
+    "_lacks_prompt": Value("bool"),  # it has no prompt column, and its texts share only a few words at the beginning
     "_tie": Value("bool"),  # neither response is the better one
-    "_open": Value("bool"),  # a response ends in no control token that is scored
+    "_open": Value("bool"),  # a response does not end with a scored control token
     "_against": Value("bool"),  # the chosen response has the lower score
-    "_repeated": Value("bool"),  # its responses began with the prompt, which was taken off
-    "_echoed": Value("bool"),  # its responses begin with the prompt, which is too short to be taken off
-    "_text": Value("bool"),  # it is text, which no chat template writes
-    "_change": Value("string"),  # how the prompt differs from the one that the model is asked with, or ""
+    "_repeated": Value("bool"),  # its responses began with the prompt, which was removed from them
+    "_echoed": Value("bool"),  # its responses begin with the prompt, which is too short to be removed
+    "_text": Value("bool"),  # it is text, without a chat template
+    "_change": Value("string"),  # how the prompt differs from the prompt for generation, or ""
 }
-# In fewer rows than this, texts may share their first words, or not, by chance.
+# In fewer rows than this, texts may share, or not share, their first words by chance.
 _ENOUGH_ROWS = 8
 
 
@@ -48,15 +48,15 @@ def note_row(
     is_open: bool = False,
     change: tuple[str, str] | None = None,
 ) -> dict[str, Any]:
-    """The notes on a row.
+    """Return the notes on a row.
 
     Args:
-        kept: the row after truncation, or None for one that is left out.
-        cuts: what truncation did.
-        problem: why it cannot be used.
-        read: the canonical row, if it could be read.
-        is_open: whether a response does not end, before truncation.
-        change: see `TokenizedRow`.
+        kept: The row after truncation, or None if it is dropped.
+        cuts: What truncation removed.
+        problem: The reason why the row cannot be used.
+        read: The canonical row, if the row could be read.
+        is_open: Whether a response has no scored end token, before truncation.
+        change: See `TokenizedRow`.
     """
     responses = kept.response_ids if kept else []
     pairs = kept.example_columns.get("pairs", []) if kept else []
@@ -76,24 +76,24 @@ def note_row(
         "_repeated": read is not None and read.repeated,
         "_echoed": read is not None and read.echoed,
         "_text": read is not None and read.content_type == "text",
-        "_change": "" if change is None else "{!r} before it generates, {!r} in training".format(*change),
+        "_change": "" if change is None else "{!r} in generation, {!r} in training".format(*change),
     }
 
 
 def keep_usable_rows(
     noted: Dataset | IterableDataset, name: str, max_length: int | None, on_bad_rows: str
 ) -> Dataset | IterableDataset:
-    """The rows that can be used, without their notes; a warning is logged about what was cut and dropped.
+    """Return the usable rows without their notes, and log a warning about truncated and dropped rows.
 
     Args:
-        noted: prepared rows with their notes.
-        name: what messages call the data set.
-        max_length: for messages.
+        noted: Prepared rows with their notes.
+        name: Name of the data set in messages.
+        max_length: Maximum number of tokens, for messages.
         on_bad_rows: "error" or "drop".
 
     Raises:
-        ValueError: on_bad_rows="error" and a row cannot be used; no row can be used; most rows seem to lack a prompt.
-            For a stream, each of these but the second when the row is reached.
+        ValueError: If on_bad_rows="error" and a row cannot be used, if no row can be used, or if most rows seem to lack
+            a prompt. For a stream, when the row is read; that no row can be used is not detected.
     """
     if isinstance(noted, IterableDataset):
         return noted.filter(_StreamFilter(name, max_length, on_bad_rows)).remove_columns(list(NOTES))
@@ -117,8 +117,9 @@ def keep_usable_rows(
 
 
 def count_notes(noted: Dataset) -> dict[str, int]:
-    """For each note, without its underscore, the sum over the rows; of `longest` the largest, of texts the number of
-    rows that have one. And the number of rows, as `rows`.
+    """Sum each note over the rows; the keys are the notes without underscore, and `rows`, the number of rows.
+
+    `longest` is the maximum instead of the sum. For notes that are text, the number of rows with a nonempty text.
     """
     counts = {"rows": len(noted)}
     for column, feature in NOTES.items():
@@ -131,7 +132,7 @@ def count_notes(noted: Dataset) -> dict[str, int]:
 
 
 class _StreamFilter:
-    """Whether to keep a row of a stream. What `keep_usable_rows` counts in advance is checked as rows arrive."""
+    """Filter for the rows of a stream, which checks each row when it is read."""
 
     def __init__(self, name: str, max_length: int | None, on_bad_rows: str):
         self.name, self.max_length, self.on_bad_rows = name, max_length, on_bad_rows
@@ -152,17 +153,17 @@ class _StreamFilter:
 
 
 def _reject_missing_prompts(name: str, lacking: int, rows: int) -> None:
-    """Raise if most of the rows are texts that should begin with their prompt and hardly share a beginning."""
+    """Raise `ValueError` if most rows are texts that should begin with their prompt but hardly share a beginning."""
     if rows >= _ENOUGH_ROWS and 2 * lacking > rows:
         raise ValueError(
             f"{name}: the texts of {lacking:,} of {plural(rows, 'row')} share fewer than {PROMPT_WORDS} words at their "
             "beginning. Without a column `prompt`, the texts of a row must begin with their prompt: add a column "
-            "`prompt` (with '' where there is none), or begin each text with it"
+            "`prompt` (with '' if there is none), or begin each text with it"
         )
 
 
 def _summarize(name: str, notes: Mapping[str, np.ndarray], max_length: int | None) -> str:
-    """One line on what was cut and dropped, or "" if nothing was. `notes`: a value for each row, by column."""
+    """Summarize what was truncated and dropped in one line, or "". `notes`: a value for each row, by column."""
     cut, no_room = int(notes["_responses_cut"].sum()), int(notes["_no_room"].sum())
     prompts, bad, identical = (int(notes[column].sum()) for column in ("_prompt_cut", "_bad", "_identical"))
     ties, repeated, against, unclosed = (
@@ -175,40 +176,40 @@ def _summarize(name: str, notes: Mapping[str, np.ndarray], max_length: int | Non
     if prompts:
         events.append(f"{plural(prompts, 'prompt')} cut at the start to {'fit' if cut else limit}")
     if no_room:
-        events.append(f"{plural(no_room, 'row')} dropped whose prompt alone fills {'it' if cut else limit}")
+        events.append(f"{plural(no_room, 'row')} dropped because the prompt alone fills {'it' if cut else limit}")
     if bad:
         events.append(f"{plural(bad, 'unusable row')} dropped")
     if ties:
-        events.append(f"{plural(ties, 'tie')} dropped, in which neither response is better")
+        events.append(f"{plural(ties, 'tie')} dropped, because neither response is better")
     if repeated:
-        events.append(f"the prompt taken off the responses of {plural(repeated, 'row')}, which began with it")
+        events.append(f"the prompt removed from the responses of {plural(repeated, 'row')}, which began with it")
     if identical:
         events.append(f"{plural(identical, 'pair')} with chosen = rejected kept (nothing to learn from)")
     if unclosed:
         events.append(
-            f"a response of {plural(unclosed, 'row')} ends in no scored end of turn, without which a model does not "
+            f"{plural(unclosed, 'row')} with a response that has no scored end-of-turn token, so the model does not "
             "learn to stop"
         )
     echoed = int(notes["_echoed"].sum())
     if echoed:
         events.append(
-            f"the responses of {plural(echoed, 'row')} begin with their short prompt, which stays in them: take it off "
-            "if they repeat it"
+            f"the responses of {plural(echoed, 'row')} begin with their prompt, which is too short to be removed "
+            "automatically: remove it if they repeat it"
         )
     texts = int(notes["_text"].sum())
     if 0 < texts < len(notes["_text"]) - bad - ties:
         events.append(
-            f"{plural(texts, 'row')} {'is' if texts == 1 else 'are'} text, trained on as it is, and the others "
-            "conversations (text_as='messages' makes conversations of all)"
+            f"{plural(texts, 'row')} {'is' if texts == 1 else 'are'} text, trained on unchanged, and the others are "
+            "conversations (text_as='messages' converts all to conversations)"
         )
     changes = [change for change in notes["_change"] if change]
     if changes:
         events.append(
-            f"the model responds to another prompt than it is trained on in {plural(len(changes), 'row')}, the first: "
+            f"in {plural(len(changes), 'row')}, the prompt in training differs from the prompt for generation, first: "
             f"{changes[0]}"
         )
     if against:
-        events.append(f"{plural(against, 'pair')} kept whose chosen response has the lower score")
+        events.append(f"{plural(against, 'pair')} kept although the chosen response has the lower score")
     if not events:
         return ""
     cures = ["raise max_length"] * bool(cut or prompts or no_room) + ["set truncation_mode='keep_end'"] * bool(no_room)
@@ -216,7 +217,7 @@ def _summarize(name: str, notes: Mapping[str, np.ndarray], max_length: int | Non
 
 
 def describe_bad_rows(name: str, problems: Sequence[str], shown: int = 3) -> str:
-    """How many rows cannot be used, and why the first ones cannot. `problems`: one for each row, or ""."""
+    """Describe how many rows are unusable, and the first reasons. `problems`: the reason for each row, or ""."""
     bad = [(index, problem) for index, problem in enumerate(problems) if problem]
     lines = [f"{name}: {len(bad):,} of {plural(len(problems), 'row')} cannot be used"]
     lines += [f"  row {index:,}: {problem}" for index, problem in bad[:shown]]
@@ -226,5 +227,5 @@ def describe_bad_rows(name: str, problems: Sequence[str], shown: int = 3) -> str
 
 
 def plural(count: int, noun: str) -> str:
-    """The count and its noun: 1 row, 2,000 rows."""
+    """Return the count and its noun: 1 row, 2,000 rows."""
     return f"{count:,} {noun}" + ("" if count == 1 else "s")

@@ -55,13 +55,13 @@ def test_another_prompt_than_the_one_to_generate_from_is_shown_once(said):
     rows = Dataset.from_list([chat_pair()] * 3)
     prepare_dataset(rows, tokenizer_of("nemotron_3_nano"))
     assert (
-        "the model responds to another prompt than it is trained on in 3 rows, the first: "
-        r"'ssistant\n<think>\n' before it generates, 'ssistant\n<think></think>Paris.<|i' in training" in said()
+        "in 3 rows, the prompt in training differs from the prompt for generation, first: "
+        r"'ssistant\n<think>\n' in generation, 'ssistant\n<think></think>Paris.<|i' in training" in said()
     )
     prepare_dataset(rows, tokenizer_of("qwen3"))
     assert "another prompt" not in said()
     prepare_row(text_pair("The capital of un", "believable", "der"), tiny_tokenizer())
-    assert "in 1 row, the first: ' un' before it generates, ' unbe' in training" in said()
+    assert "differs from the prompt for generation, first: ' un' in generation, ' unbe' in training" in said()
 
 
 def test_a_role_that_the_template_leaves_out_is_an_error():

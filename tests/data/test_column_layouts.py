@@ -286,7 +286,7 @@ def test_what_verdicts_say(column):
 def test_ties_are_counted(caplog):
     row = {"prompt": WHAT, "response_a": BLUE, "response_b": GREEN}
     prepare(*({**row, "winner": winner} for winner in ("tie", "a", "tie", "b")))
-    assert "train: 2 ties dropped, in which neither response is better" in caplog.text
+    assert "train: 2 ties dropped, because neither response is better" in caplog.text
     with pytest.raises(ValueError, match="none of the 1 rows can be used"):
         prepare({**row, "winner": "tie"})
 
@@ -407,7 +407,7 @@ REFUSED = {
     "a number for a flag": ({"question": WHAT, "response": BLUE, "is_correct": 3}, "column `desirable` is missing"),
     "letters for responses": (
         {**TWO, "chosen": "a", "rejected": "b"},
-        "`chosen` is 'a', and `response_a` and `response_b` hold other texts; .*column_mapping={'winner': 'chosen'}",
+        "`chosen` is 'a', but `response_a` and `response_b` contain other texts; .*column_mapping={'winner': 'chosen'}",
     ),
     "columns for responses": (
         {**TWO, "better": "response_b", "worse": "response_a"},
@@ -415,7 +415,7 @@ REFUSED = {
     ),
     "models for responses": (
         {"prompt": WHAT, "chosen": "GPT 4", "rejected": "x-1", "chosen_response": BLUE, "rejected_response": GREEN},
-        r"`chosen` is 'GPT 4', .* hold other texts; .*remove_columns=\['chosen', 'rejected'\]",
+        r"`chosen` is 'GPT 4', .* contain other texts; .*remove_columns=\['chosen', 'rejected'\]",
     ),
     "a turn that was not": (
         {"conversation_a": TALK["chosen"], "conversation_b": TALK["rejected"], "winner": "a", "turn": 2},

@@ -187,7 +187,7 @@ def test_how_columns_were_read_is_said(said):
 
 def test_scores_against_the_pair_are_counted(said):
     prepare(*({**chat_pair(), "chosen_score": score, "rejected_score": 3} for score in (1, 5, None, 2)))
-    assert said() == ["train: 2 pairs kept whose chosen response has the lower score"]
+    assert said() == ["train: 2 pairs kept although the chosen response has the lower score"]
 
 
 def test_columns_that_change_the_loss_are_said_once(said, tmp_path):

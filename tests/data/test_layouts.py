@@ -58,7 +58,7 @@ def test_the_width_is_rounded_up():
 
 
 def test_a_response_that_scores_nothing_is_refused():
-    with pytest.raises(ValueError, match="scores no token"):
+    with pytest.raises(ValueError, match="has no scored token"):
         PaddedCollator(PAD)([{**PAIR, "scored_masks": [[1, 1, 1], [0]]}])
 
 

@@ -127,9 +127,7 @@ def test_a_number_that_only_one_source_has(tmp_path, caplog):
     rows = prepare(Mixture([Source(scored, "one"), Source(chats(1, "b"), "two")]), tmp_path)
     assert rows["weights"][:] == [[3.0], [4.0], [1.0]]
     assert "chosen_scores" not in rows.column_names
-    assert (
-        "`weights` of two are 1" in caplog.text and "`chosen_scores` are left out, because two has none" in caplog.text
-    )
+    assert "`weights` is set to 1 for two" in caplog.text and "`chosen_scores` is removed, because two" in caplog.text
 
 
 WRONG = {
@@ -141,9 +139,9 @@ WRONG = {
     "no row drawn": (lambda: [Source(chats(2), "one", 0.1), Source(chats(2), "two")], "no row of one is drawn"),
     "fractions of some": (
         lambda: [Source(chats(2), "one", fraction=1), Source(chats(2), "two")],
-        "two: fraction=None: give all sources one",
+        "two: fraction=None: set it above 0 for all sources",
     ),
-    "both": (lambda: [Source(chats(2), "one", 2, fraction=1)], "one: weight=2 beside fraction=1"),
+    "both": (lambda: [Source(chats(2), "one", 2, fraction=1)], "one: weight=2 and fraction=1"),
     "a stream beside": (
         lambda: [Source(chats(2), "one"), Source(chats(2).to_iterable_dataset(), "two")],
         "two of the mixture are streams",

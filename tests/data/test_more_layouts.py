@@ -230,9 +230,9 @@ def test_a_judges_words_are_no_thinking_of_the_model():
 def test_scores_against_a_verdict_are_counted(said):
     scored = {**TWO, "score_a": 1, "score_b": 5}
     prepare({**scored, "winner": "a"}, {**scored, "winner": "b"}, {**scored, "winner": "a", "score_a": None})
-    assert said()[-1] == "train: 1 pair kept whose chosen response has the lower score"
+    assert said()[-1] == "train: 1 pair kept although the chosen response has the lower score"
     prepare({"history": WHAT, "human_ref_A": BLUE, "human_ref_B": GREEN, "labels": 1, "score_A": 2, "score_B": 9})
-    assert said()[-1] == "train: 1 pair kept whose chosen response has the lower score"
+    assert said()[-1] == "train: 1 pair kept although the chosen response has the lower score"
 
 
 def test_a_scale_that_is_never_below_zero_is_said(said):
@@ -270,7 +270,7 @@ def test_text_beside_conversations_is_counted(said):
     """The template writes the messages of the first row, and not the text of the second."""
     rows = [{**TWO_TEXTS, "prompt": json.dumps(ask(WHAT))}, TWO_TEXTS]
     prepare(*rows)
-    assert "1 row is text, trained on as it is, and the others conversations" in said()[-1]
+    assert "1 row is text, trained on unchanged, and the others are conversations" in said()[-1]
     assert tokens(prepare(*rows, text_as="messages")) == tokens(prepare(PAIR, PAIR))
     assert len(said()) == 1
 

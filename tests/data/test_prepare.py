@@ -64,7 +64,7 @@ def test_one_line_counts_what_was_cut_and_dropped(said):
     rows = Dataset.from_list([letters(2, 6, 3), letters(2, 9, 3), letters(2, 7, 8), letters(8, 2, 2)])
     prepared = prepare_dataset(rows, tiny_tokenizer(), max_length=8, name="eval")
     assert said() == [
-        "eval: 3 of 6 responses cut to max_length=8 (longest 11 tokens), 1 row dropped whose prompt alone fills it; "
+        "eval: 3 of 6 responses cut to max_length=8 (longest 11 tokens), 1 row dropped because the prompt alone fills it; "
         "raise max_length or set truncation_mode='keep_end'"
     ]
     assert prepared["row"][:] == [0, 1, 2]

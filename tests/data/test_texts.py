@@ -153,7 +153,7 @@ def test_a_prompt_that_all_responses_repeat_is_taken_off(end, caplog):
     whole = {"chosen": f"{prompt}{joint}Blue.", "rejected": f" {prompt}{joint}Green."}
     alone = {"chosen": f"{joint}Blue.", "rejected": f"{joint}Green."}
     assert prepare({"prompt": prompt, **whole})[:] == prepare({"prompt": prompt, **alone})[:]
-    assert "the prompt taken off the responses of 1 row, which began with it" in caplog.text
+    assert "the prompt removed from the responses of 1 row, which began with it" in caplog.text
     for label in (True, False):
         texts = [{"prompt": prompt, "completion": sides["chosen"], "label": label} for sides in (whole, alone)]
         assert prepare(texts[0])[:] == prepare(texts[1])[:]
@@ -178,4 +178,4 @@ def test_short_prompts_that_all_responses_begin_with_stay_and_are_counted(caplog
         {"prompt": "", "chosen": "Hello, you!", "rejected": "Hello."},
     ]
     assert len(prepare(*rows)) == 4
-    assert "the responses of 1 row begin with their short prompt, which stays in them: take it off" in caplog.text
+    assert "the responses of 1 row begin with their prompt, which is too short to be removed" in caplog.text

@@ -285,7 +285,7 @@ def test_responses_that_do_not_end_are_counted(caplog):
     for template in (endless, unscored):
         caplog.clear()
         prepare_row(chat_pair(), tiny_tokenizer(template))
-        assert "a response of 1 row ends in no scored end of turn" in caplog.text
+        assert "1 row with a response that has no scored end-of-turn token" in caplog.text
     caplog.clear()
     prepare_row(chat_pair(), tiny_tokenizer(CHATML_WITH_MARKERS))
     assert not caplog.text
