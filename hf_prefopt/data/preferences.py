@@ -1,4 +1,4 @@
-"""Which response is the better one, and which is desirable, in the words that data sets have for it."""
+"""Read which response is better, or whether a response is desirable, in the notations that data sets use."""
 
 import math
 import re
@@ -15,28 +15,28 @@ _DESIRABLE = {
     **dict.fromkeys(("incorrect", "failed", "fail", "no", "down", "dislike", "disliked", "downvote", "👎"), False),
     **dict.fromkeys(("thumbs_down", "thumbs down", "thumb_down", "thumbsdown"), False),
 }
-# Without blanks, underscores, points and hyphens.
+# Compared after spaces, underscores, points and hyphens are removed.
 _TIES = {
     *("tie", "ties", "tied", "both", "neither", "same", "aboutthesame", "equal", "draw", "nopreference", "a=b"),
     *("bothbad", "bothgood", "botharebad", "botharegood", "tiebothbad", "tiebothgood", "equallybad", "equallygood"),
 }
 _JOINTS = re.compile(r"[\s_.\-]")
-# Verdicts of judges: `[[A]]`.
+# Verdicts of LLM judges: `[[A]]`.
 _BRACKETS = re.compile(r"\[+(.*?)\]+", re.DOTALL)
-# What may stand before the letter or number of a response: `model_a`, `Response 1`.
+# Words before the letter or number of a response: `model_a`, `Response 1`.
 _BEFORE = "model|response|assistant|answer|output|completion|candidate|option|conversation|generation|summary|reply"
 _SIDE = re.compile(rf"(?:(?:{_BEFORE})[\s_-]*)?([ab012]|left|right|first|second)", re.IGNORECASE)
-# `A>B`; `B<<A` says that it is much better.
+# `A>B`; `B<<A` means that A is much better.
 _COMPARED = re.compile(r"([^<>]+?)\s*(<+|>+)\s*([^<>]+)")
-# Words for the first and the second response, whatever the columns are called. A number may count from 0 or from 1.
+# Words for the first and the second response, for any column names. Numbers are not listed: they may count from 0 or 1.
 _ORDINALS = {"a": 0, "b": 1, "left": 0, "right": 1, "first": 0, "second": 1}
 
 
 def read_label(column: str, value: Any) -> bool:
-    """Whether a response is desirable, of what people write for it: booleans, 0/1, −1/1, words.
+    """Return whether a response is desirable, from a boolean, 0/1, −1/1 or a word.
 
     Raises:
-        BadRow: the value is none of these.
+        BadRow: If the value is none of these.
     """
     if isinstance(value, bool):
         return value
@@ -49,16 +49,16 @@ def read_label(column: str, value: Any) -> bool:
 
 
 def read_quantile(column: str, value: Any) -> float:
-    """A number from 0 to 1. Raises `BadRow` for anything else."""
+    """Return a number from 0 to 1. Raises `BadRow` for any other value."""
     number = _number(column, value)
     if isinstance(value, bool) or not 0 <= number <= 1:
-        cure = "give the share of the reference's responses to the prompt that this one is at least as good as, 0 to 1"
+        cure = "set it to the share of the reference's responses that this response is at least as good as, 0 to 1"
         raise BadRow(column, f"is {value!r}", cure)
     return number
 
 
 def names_a_side(value: Any) -> bool:
-    """Whether a text says that one of two responses is better: `B`, `model_a`, `A>>B`, `[[left]]`."""
+    """Return True if a text names one of two responses as the better one: `B`, `model_a`, `A>>B`, `[[left]]`."""
     if not isinstance(value, str):
         return False
     text = _BRACKETS.sub(r"\1", value.strip())
@@ -67,22 +67,23 @@ def names_a_side(value: Any) -> bool:
 
 
 def by_name(column: str, value: Any, names: tuple[str, str], suffixes: tuple[str, str], models: tuple[Any, Any]) -> int:
-    """0 or 1, the place of the response that a value names, by its letter or number, its column, or its model.
+    """Return the index, 0 or 1, of the response that a value names by its letter, number, column or model.
 
-    A comparison (`A>B`) names the better one.
+    A comparison (`A>B`) names the better response.
 
     Args:
-        column: where the value stands, for errors.
-        names, suffixes: of the columns of both responses, as in `response_a`, `response_b` and `a`, `b`.
-        models: the names of the models that wrote them; None if they are not known.
+        column: Column of the value, for errors.
+        value: The value.
+        names, suffixes: Columns of the two responses, such as `response_a`, `response_b`, and their suffixes `a`, `b`.
+        models: Names of the models that wrote the responses; None if unknown.
 
     Raises:
-        Tie: the value says that neither is better.
-        BadRow: it names no response.
+        Tie: If the value means that neither is better.
+        BadRow: If the value names no response.
     """
     if value is None:
         raise BadRow(column, "is missing")
-    cure = f"write {names[0]!r} or {names[1]!r} where that one is better, 'tie' where neither is"
+    cure = f"write {names[0]!r} or {names[1]!r} for the better response, or 'tie' if neither is better"
     if isinstance(value, bool):
         raise BadRow(column, f"is {value!r}, which names no response", cure)
     text = f"{value:g}" if isinstance(value, int | float) else str(value).strip()
@@ -103,7 +104,7 @@ def by_name(column: str, value: Any, names: tuple[str, str], suffixes: tuple[str
 
 
 def _place(text: str, names: tuple[str, str], suffixes: tuple[str, str]) -> int | None:
-    """0 or 1, the place of the response of this name; None if it is none."""
+    """Return the index, 0 or 1, of the response with this name; None if it names neither."""
     if text in names:
         return names.index(text)
     found = _SIDE.fullmatch(text)
@@ -113,18 +114,19 @@ def _place(text: str, names: tuple[str, str], suffixes: tuple[str, str]) -> int 
 
 
 def by_votes(column: str, votes: Any, place_of: Callable[[Any], int]) -> int:
-    """The place of the response that most of a list of verdicts name; a vote for a tie counts for neither.
+    """Return the index of the response that most verdicts of a list name; a vote for a tie counts for neither.
 
     Args:
-        column: where the votes stand.
-        place_of: reads one of them.
+        column: Column of the votes, for errors.
+        votes: The list of verdicts.
+        place_of: Function that returns the index of the response that a verdict names.
 
     Raises:
-        Tie: as many are for one as for the other.
-        BadRow: there is no list, or a verdict names no response.
+        Tie: If both responses have the same number of votes.
+        BadRow: If the value is not a list, or a verdict names no response.
     """
     if not isinstance(votes, Sequence) or isinstance(votes, str) or not votes:
-        raise BadRow(column, "is no list of verdicts")
+        raise BadRow(column, "is not a list of verdicts")
     counts = [0, 0]
     for vote in votes:
         try:
@@ -132,12 +134,12 @@ def by_votes(column: str, votes: Any, place_of: Callable[[Any], int]) -> int:
         except Tie:
             continue
     if counts[0] == counts[1]:
-        raise Tie(column, "has as many votes for one as for the other")
+        raise Tie(column, "has equally many votes for both responses")
     return int(counts[1] > counts[0])
 
 
 def by_sign(column: str, value: Any, *_: Any) -> int:
-    """0 for a number below zero, which prefers the first response, 1 above. Raises `Tie` for zero."""
+    """Return 0 for a negative number, which prefers the first response, 1 for a positive one. Raises `Tie` for zero."""
     number = _number(column, value)
     if number == 0:
         raise Tie(column, "is 0")
@@ -145,14 +147,14 @@ def by_sign(column: str, value: Any, *_: Any) -> int:
 
 
 def first_if_true(column: str, value: Any, *_: Any) -> int:
-    """0 for a 1, which prefers the first response, 1 for a 0. Raises `BadRow` for anything else."""
+    """Return 0 for the value 1, which prefers the first response, and 1 for the value 0. Raises `BadRow` otherwise."""
     if value not in (0, 1):
-        raise BadRow(column, f"is {value!r}", "make it 1 where the first response is better, 0 where the second is")
+        raise BadRow(column, f"is {value!r}", "make it 1 if the first response is better, 0 if the second is better")
     return 0 if value else 1
 
 
 def by_scores(columns: Sequence[str], scores: Sequence[Any]) -> int:
-    """The place of the higher score. Raises `Tie` for equal ones, `BadRow` for anything but numbers."""
+    """Return the index of the higher score. Raises `Tie` for equal scores and `BadRow` if one is not a number."""
     first, second = (_number(column, score) for column, score in zip(columns, scores, strict=True))
     if first == second:
         raise Tie(columns[0], f"and `{columns[1]}` are equal")
@@ -160,15 +162,15 @@ def by_scores(columns: Sequence[str], scores: Sequence[Any]) -> int:
 
 
 def by_flags(columns: Sequence[str], flags: Sequence[Any]) -> int:
-    """The place of the flag that is set, of which there is one for each response and perhaps one for a tie.
+    """Return the index of the flag that is set. There is one flag per response, and an optional third one for a tie.
 
     Raises:
-        Tie: the third flag is set.
-        BadRow: not exactly one is set.
+        Tie: If the third flag is set.
+        BadRow: If not exactly one flag is set.
     """
     values = [_number(column, flag) for column, flag in zip(columns, flags, strict=True)]
     if sorted(values) != [0.0] * (len(values) - 1) + [1.0]:
-        raise BadRow(columns[0], f"and the flags beside it are {list(flags)}", "set exactly one of them")
+        raise BadRow(columns[0], f"and the other flags are {list(flags)}", "set exactly one of them")
     if values.index(1.0) == 2:
         raise Tie(columns[2], "is set")
     return values.index(1.0)
@@ -177,7 +179,7 @@ def by_flags(columns: Sequence[str], flags: Sequence[Any]) -> int:
 def _number(column: str, value: Any) -> float:
     number = float(value) if isinstance(value, bool) else as_number(value)
     if not math.isfinite(number):
-        raise BadRow(column, "is missing" if value is None else f"is {value!r} and no number", "make it a number")
+        raise BadRow(column, "is missing" if value is None else f"is {value!r}, not a number", "make it a number")
     return number
 
 
@@ -185,8 +187,8 @@ NAMING = (
     *("better_response_id", "better_response", "better", "best_response", "best", "preferred_response", "preferred"),
     *("human_preference", "orig_preference", "preference", "choice", "chosen", "selected", "verdict"),
 )
-# The columns that say which of two responses is better, and how to read each. Those that are read by the name of a
-# response say anything else in other data sets, too: what they say must name one of the two.
+# Columns that name the better of two responses, and the function that reads each. Columns read by name may have other
+# meanings in other data sets, so their values must name one of the two responses.
 VERDICTS: Mapping[str, Callable[..., int]] = {
     "winner": by_name,
     "overall_preference": by_sign,

@@ -1,7 +1,7 @@
-"""The prompts of a batch as something to score: their tokens follow those of the responses.
+"""Score the prompts of a batch in addition to the responses: the prompt tokens follow the tokens of the responses.
 
-No position is added, because every layout computes the prompts. A prompt is scored from its second token on; nothing
-predicts the first. Where a layout holds a prompt once for each response, its first copy is scored.
+No positions are added, because every layout already computes the prompts. The first token of a prompt is not scored,
+because nothing predicts it. If a layout contains a prompt once per response, its first copy is scored.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,10 +15,10 @@ from hf_prefopt.data.group import group_rows
 
 
 def with_scored_prompts(batch: PreferenceBatch, rows: Sequence[Mapping[str, Any]]) -> PreferenceBatch:
-    """The batch of these rows of pairs, with the G prompts of its groups behind its R responses.
+    """Add the G prompts of the groups to the R responses of a batch of pairs.
 
     Returns:
-        A batch of R + G scored sequences, with `prompts`, `[B]` int64: which of them is each pair's prompt.
+        A batch of R + G scored sequences, with `prompts`, `[B]` int64: the index of each pair's prompt among them.
     """
     groups = group_rows(rows).groups
     counts = np.array([len(group.responses) for group in groups])
@@ -44,7 +44,7 @@ def with_scored_prompts(batch: PreferenceBatch, rows: Sequence[Mapping[str, Any]
 
 
 def _starts(batch: PreferenceBatch, first_responses: np.ndarray) -> np.ndarray:
-    """Where each group's prompt begins, as an index into the flattened positions."""
+    """Return the start of each group's prompt, as an index into the flattened positions."""
     if "segment_queries" in batch:
         return batch["segment_queries"].numpy()[first_responses].astype(np.int64)
     return first_responses * batch["input_ids"].shape[1]

@@ -1,4 +1,4 @@
-"""Columns of prepared rows as NumPy arrays: all tokens of a batch of rows, and where each list of them begins."""
+"""Convert columns of prepared rows to NumPy arrays: the tokens of a batch of rows, and the length of each list."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ class Ragged:
     """Lists of different lengths.
 
     Attributes:
-        values: `[N]`, the entries of all lists, one list after the other.
+        values: `[N]`, the concatenated entries of all lists.
         lengths: `[L]`, the number of entries of each list.
     """
 
@@ -23,21 +23,21 @@ class Ragged:
 
     @cached_property
     def bounds(self) -> np.ndarray:
-        """`[L + 1]`: list i has the entries `bounds[i]` to `bounds[i + 1] - 1`."""
+        """`[L + 1]`: list i contains the entries `bounds[i]` to `bounds[i + 1] - 1`."""
         return np.concatenate([[0], np.cumsum(self.lengths)])
 
     def sums(self) -> np.ndarray:
-        """`[L]`, the sum of each list."""
+        """Return the sum of each list, `[L]`."""
         return np.diff(np.concatenate([[0], np.cumsum(self.values, dtype=np.int64)])[self.bounds])
 
     def as_bytes(self) -> Iterator[memoryview]:
-        """The bytes of each list."""
+        """Yield the bytes of each list."""
         view = np.ascontiguousarray(self.values).view(np.uint8).data
         bounds = (self.bounds * self.values.itemsize).tolist()
         return (view[bounds[at] : bounds[at + 1]] for at in range(len(self.lengths)))
 
     def are_equal(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
-        """`[P]` bool: whether the lists of each pair are the same. `left`, `right`: `[P]`, numbers of lists."""
+        """Return `[P]` bool: whether the two lists of each pair are equal. `left`, `right`: `[P]`, indices of lists."""
         equal = self.lengths[left] == self.lengths[right]
         for at in np.flatnonzero(equal):
             one, other = (slice(self.bounds[side[at]], self.bounds[side[at] + 1]) for side in (left, right))
@@ -46,7 +46,7 @@ class Ragged:
 
 
 def ragged(column: pa.ChunkedArray, depth: int = 1) -> Ragged:
-    """The innermost lists of a column of lists, or of lists of lists (`depth=2`)."""
+    """Return the innermost lists of a column of lists, or of lists of lists (`depth=2`)."""
     for _ in range(depth - 1):
         column = pc.list_flatten(column)
     values = pc.list_flatten(column)
@@ -54,7 +54,7 @@ def ragged(column: pa.ChunkedArray, depth: int = 1) -> Ragged:
 
 
 def pair_places(table: pa.Table) -> np.ndarray:
-    """`[N, 2]`: the numbers of the two responses of each pair, among all responses of these rows."""
+    """Return `[N, 2]`: the indices of the two responses of each pair, among all responses of these rows."""
     counts = ragged(table["response_ids"]).lengths
     first = np.repeat(np.cumsum(counts) - counts, ragged(table["pairs"]).lengths)
     return ragged(table["pairs"], 2).values.reshape(-1, 2) + first[:, None]

@@ -1,7 +1,7 @@
-"""A canonical row as text: its prompt, and prompt + response for each response, with the characters to score.
+"""Render a canonical row as text: its prompt, prompt + response for each response, and the character ranges to score.
 
-Conversations go through the tokenizer's chat template, texts get an EOS. tokenize.py passes the texts of many rows to
-the tokenizer in one call.
+The chat template renders conversations; text gets an EOS. tokenize.py passes the texts of many rows to the tokenizer in
+one call.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from hf_prefopt.data.template import TEMPLATE_ERRORS, THINKING_MARKER, ChatTempl
 from hf_prefopt.data.turns import scored_spans
 from hf_prefopt.data.unwritten import check_prompt_written, check_response_written
 
-# How many characters around a difference are shown.
+# Number of characters shown on each side of a difference.
 _SHOWN = 16
 
 
@@ -26,12 +26,12 @@ class RenderedRow:
     """The texts of one row.
 
     Attributes:
-        prompt: the prompt as text; None if it is whatever tokens all of `full` begin with.
+        prompt: The prompt as text; None if the prompt is the common beginning of the token ids of `full`.
         full: K texts, prompt + response.
-        spans: for each of `full` the character ranges `(start, end)` that the model should write; None for everything
-            after the prompt.
-        add_special_tokens: whether the tokenizer should add its BOS. A chat template writes its own.
-        change: how the prompt ends when the model generates, and what stands there before a response, if they differ.
+        spans: For each text in `full`, the character ranges `(start, end)` to score; None scores everything after the
+            prompt.
+        add_special_tokens: Whether the tokenizer should add its BOS. A chat template writes the BOS itself.
+        change: The end of the prompt in generation, and the text at the same place in training; None if they are equal.
     """
 
     prompt: str | None
@@ -42,10 +42,10 @@ class RenderedRow:
 
 
 class Renderer:
-    """Renders rows; what depends only on the tokenizer, or on tools and template arguments, is found once.
+    """Renderer for rows. It computes results that depend only on tokenizer, tools and template arguments once.
 
     Raises:
-        ValueError: rows hold messages, and the tokenizer has no chat template.
+        ValueError: If rows contain messages and the tokenizer has no chat template.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any] | None = None):
@@ -53,15 +53,15 @@ class Renderer:
         self._templates: dict[str, ChatTemplate] = {}
 
     def render(self, row: CanonicalRow) -> RenderedRow:
-        """The texts of a row of text or messages. Raises `BadRow` if the chat template rejects it."""
+        """Return the texts of a row of text or messages. Raises `BadRow` if the chat template rejects the row."""
         return self._render_text(row) if row.content_type == "text" else self._render_messages(row)
 
     def asked(self, row: CanonicalRow, prompt: list[Message]) -> str:
-        """Messages that a model is asked with, by the template and the arguments of a row."""
+        """Render prompt messages with the generation prompt, with the template arguments of the row."""
         return _render_prompt(prompt, _continues_last_message(row), [], self._template(row))
 
     def head(self, row: CanonicalRow) -> str:
-        """What the template writes before a user's words: its own beginning, the system prompt, the user's header."""
+        """Return the text before a user's content: the template's own beginning, system prompt and user header."""
         template = self._template(row)
         system = [message for message in row.prompt[:1] if message["role"] in ("system", "developer")]
         try:
@@ -78,7 +78,7 @@ class Renderer:
         return ids[:1] == [known[0]], ids[-1:] == [known[1]]
 
     def _render_text(self, row: CanonicalRow) -> RenderedRow:
-        """prompt + response with one BOS, if the tokenizer adds one, and one EOS at the end, whoever wrote them."""
+        """Render prompt + response with exactly one BOS, if the tokenizer adds one, and exactly one EOS."""
         bos, eos = self.tokenizer.bos_token or "", self.tokenizer.eos_token or ""
         adds_bos, adds_eos = self._added
         prompt, texts = row.prompt, [(row.prompt or "") + response for response in row.responses]
@@ -95,7 +95,7 @@ class Renderer:
         return self._templates[key]
 
     def _render_messages(self, row: CanonicalRow) -> RenderedRow:
-        """The conversation by the chat template."""
+        """Render the conversation with the chat template."""
         template = self._template(row)
         continues = _continues_last_message(row)
         shared, responses = row.prompt, row.responses
@@ -119,14 +119,14 @@ class Renderer:
 
 
 def _unscored_beginning(asked: str, full: list[str], spans: list[list[Span]]) -> str:
-    """What all texts begin with before anything is scored."""
+    """Return the common beginning of all texts before anything is scored."""
     starts = [span[0][0] if span else shared_length(asked, text) for span, text in zip(spans, full, strict=True)]
     beginning = full[0][: min(starts)]
     return beginning[: min(shared_length(beginning, text) for text in full)]
 
 
 def _change(asked: str, full: list[str]) -> tuple[str, str] | None:
-    """How the generation prompt ends, and what is in its place before a response; None if nothing else."""
+    """Return the end of the generation prompt, and the text at its place before a response; None if they are equal."""
     for text in full:
         shared = shared_length(asked, text)
         if shared < len(asked):
@@ -136,7 +136,7 @@ def _change(asked: str, full: list[str]) -> tuple[str, str] | None:
 
 
 def _without(bos: str, text: str) -> str:
-    """The text without the BOS that it begins with, however often."""
+    """Remove every BOS from the beginning of a text."""
     while text.startswith(bos):
         text = text.removeprefix(bos)
     return text
@@ -146,13 +146,13 @@ def _reject_later_bos(bos: str, prompt: str | None, row: CanonicalRow) -> None:
     """Raise `BadRow` if a response begins with the BOS although a prompt precedes it."""
     for column, response in zip(row.columns, row.responses, strict=True):
         if prompt and response.lstrip().startswith(bos):
-            cure = "remove it, or the `prompt` column if the responses hold the prompt"
-            raise BadRow(column, f"begins with {bos!r}, with which only a whole sequence begins", cure)
+            cure = "remove it, or the `prompt` column if the responses contain the prompt"
+            raise BadRow(column, f"begins with {bos!r}, which is only allowed at the beginning of a sequence", cure)
 
 
 def _ended(text: str, eos: str, adds_eos: bool) -> str:
-    """The text with one EOS, or without where the tokenizer adds it. White space after an EOS, which a chat template
-    has written, stays."""
+    """Return the text with one EOS, or without one if the tokenizer adds it. White space after an EOS, as written by
+    chat templates, is kept."""
     if not eos:
         return text
     if text.endswith(eos):
@@ -161,7 +161,7 @@ def _ended(text: str, eos: str, adds_eos: bool) -> str:
 
 
 def _continues_last_message(row: CanonicalRow) -> bool:
-    """Whether the responses continue the prompt's last, unfinished assistant message."""
+    """Return True if the responses continue the prompt's last, unfinished assistant message."""
     if not row.prompt or row.prompt[-1]["role"] != "assistant":
         return False
     begins = [response[0]["role"] == "assistant" for response in row.responses]
@@ -181,8 +181,8 @@ def _render_prompt(prompt: list[Message], continues: bool, full: list[str], temp
         return template.render(prompt, unfinished=True)
     if prompt:
         return template.render(prompt, generation_prompt=True)
-    # transformers rejects an empty conversation: the prompt is what the template writes before an assistant's words,
-    # perhaps without the thinking that it asks for.
+    # transformers rejects an empty conversation. The prompt is then the template's text before an assistant message,
+    # possibly without the thinking marker at its end.
     for header in (template.header, THINKING_MARKER.sub("", template.header).rstrip()):
         beginning = full[0][: full[0].find(header) + len(header)]
         if header and header in full[0] and all(text.startswith(beginning) for text in full):

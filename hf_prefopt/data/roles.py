@@ -1,7 +1,7 @@
-"""The names by which columns are known, by what they hold: the words that `layout_table.py` is written in.
+"""The roles of columns, and the column names by which each role is found; `layout_table.py` is built from these roles.
 
-A role may be several columns together (a chosen and a rejected response), so each of its names is a tuple of columns,
-one for each of its parts. The first name whose columns are all there, with values that the role accepts, is taken.
+A role may consist of several columns (a chosen and a rejected response), so each of its names is a tuple of columns,
+one for each of its parts. The first name is used whose columns all exist, with values that the role accepts.
 """
 
 import math
@@ -17,12 +17,12 @@ Names = tuple[str, ...]
 
 
 def is_content(value: Any) -> bool:
-    """Whether this may be a text, a message, or messages; lists of texts are not."""
+    """Return True if the value may be a text, a message or a list of messages; a list of texts is not."""
     return isinstance(value, str | dict) or (isinstance(value, list | tuple) and not is_texts(value))
 
 
 def is_texts(value: Any) -> bool:
-    """Whether this is a list of texts."""
+    """Return True if the value is a list of texts."""
     return isinstance(value, list | tuple) and bool(value) and all(isinstance(item, str) for item in value)
 
 
@@ -36,14 +36,14 @@ def _is_text_or_number(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class Role:
-    """What one or several columns hold.
+    """The meaning of one or several columns.
 
     Attributes:
-        parts: what converters call the columns.
-        names: the columns by which it is known, best first; each as long as `parts`.
-        accepts: whether a value of each column may be of this role.
-        others: columns of each name beside which it is not known, such as a third response.
-        wanted: what its values are, for errors.
+        parts: Names of the columns in converters.
+        names: Column names that identify the role, best first; each as long as `parts`.
+        accepts: Function that checks whether a value of each column may have this role.
+        others: For each name, columns that exclude it, such as the column of a third response.
+        wanted: Description of its values, for errors.
     """
 
     parts: Names
@@ -53,7 +53,12 @@ class Role:
     wanted: str = "text or messages"
 
     def find(self, sample: Mapping[str, Any], mapped: Collection[str] = ()) -> dict[str, str] | None:
-        """The column of each part, or None. `sample`: a value of every column; `mapped`: columns that users named."""
+        """Return the column of each part, or None.
+
+        Args:
+            sample: One example value per column.
+            mapped: New names of columns in the user's column_mapping.
+        """
         found = [names for names in self.names if self._fits(names, sample)]
         found.sort(key=lambda names: not set(names).intersection(mapped))
         return dict(zip(self.parts, found[0], strict=True)) if found else None
@@ -69,12 +74,12 @@ def _words(text: str) -> Names:
 
 
 def role(part: str, *names: str, accepts: Callable[[Any], bool] = is_content, wanted: str = "text or messages") -> Role:
-    """A role of one column."""
+    """Return a role of one column."""
     return Role((part,), tuple((name,) for name in names), accepts, wanted=wanted)
 
 
 def _spellings(words: Iterable[Names], nouns: Sequence[str]) -> tuple[Names, ...]:
-    """Every pair of words alone, before and after a noun: `chosen`, `chosen_response`, `response_chosen`."""
+    """Return every pair of words alone, before and after a noun: `chosen`, `chosen_response`, `response_chosen`."""
     joined = [
         [pair, *[tuple(f"{word}_{noun}" for word in pair) for noun in nouns]]
         + [tuple(f"{noun}_{word}" for word in pair) for noun in nouns]
@@ -110,12 +115,12 @@ BY_PLACE = Role(
 )
 GOLD = role("reference", "reference")
 
-# Two responses of which another column names the better one, and the columns that would make them three.
+# Two responses, the better of which is named in another column, and the columns of a third response.
 _STEMS = (
     *_NOUNS,
     *_words("model_response assistant_response orig_response candidate human_ref model_output generated_text"),
 )
-# The letters or numbers of two responses, and those of a third one.
+# The letters or numbers of two responses, and of a third one.
 _SUFFIXES: dict[Names, str] = {("0", "1"): "2", ("1", "2"): "0 3", ("a", "b"): "c", ("A", "B"): "C"}
 _WORDS: dict[Names, str] = {("left", "right"): "middle", ("first", "second"): "third"}
 _MARKED = {
@@ -136,12 +141,12 @@ _THREE: dict[Names, list[str]] = {
     for pattern, marks in _PATTERNS
     for suffixes, thirds in marks.items()
 }
-# For two responses, the column of each third one.
+# For each pair of responses, the column of a third one.
 THIRD: dict[Names, str] = {two: third for two, thirds in _THREE.items() for third in thirds}
 
 
 def _two(accepts: Callable[[Any], bool] = is_content, parts: Names = (), beside: Sequence[Names] = ((),)) -> Role:
-    """Two responses and columns beside them, which have the same letters or numbers: `beside` holds `score_{0}`, …"""
+    """Return a role of two responses and other columns with the same suffixes: `beside` contains `score_{0}`, …"""
     names = {
         (*two, *[column.format(*suffixes) for column in columns]): _THREE[two]
         for two, suffixes in SUFFIXES.items()
@@ -155,7 +160,7 @@ def _is_content_or_number(value: Any) -> bool:
 
 
 def read_texts(value: Any) -> list[str | None] | None:
-    """A list of texts, which may be written as JSON; None for anything else."""
+    """Return a list of texts, which may be stored as JSON; None for any other value."""
     value = as_list(value)
     is_list = isinstance(value, list | tuple) and len(value) > 0
     return list(value) if is_list and all(isinstance(item, str | None) for item in value) else None
@@ -182,7 +187,7 @@ FIRST_FLAGGED = Role(("first", "second", "verdict"), (_SHP,), _is_content_or_num
 FIRST_FLAGGED_SCORED = Role(
     (*FIRST_FLAGGED.parts, "first_score", "second_score"), ((*_SHP, "score_A", "score_B"),), _is_content_or_number
 )
-# What several people say, and with Argilla whether each has submitted it.
+# Votes of several people; in Argilla's format, with the status of each vote.
 VOTES = role("votes", "votes", "preferences", *[f"{name}.responses" for name in NAMING], accepts=is_texts)
 SUBMITTED_VOTES = Role(
     ("votes", "statuses"),
@@ -203,7 +208,7 @@ TURNS_FLAGGED = Role(FLAGGED.parts, FLAGGED.names, lambda value: _is_turns(value
 
 
 def _is_question(value: Any) -> bool:
-    """Whether this may be asked: text, a struct of it, or messages."""
+    """Return True if the value may be a question: text, a struct of text, or messages."""
     return isinstance(value, str | dict) or (_is_list(value) and all(map(is_message, value)))
 
 
@@ -223,14 +228,14 @@ ALPACA = Role(
 SYSTEM = role("system", "system", "system_prompt", "system_message", "sys_prompt", accepts=lambda v: isinstance(v, str))
 HISTORY = role("history", "history", accepts=_is_list)
 PREFIX = role("prefix", "initial_reason_steps", accepts=lambda value: isinstance(value, str))
-# The columns that may stand around a question. Beside one of them texts are turns, unless it is empty.
+# Columns that may accompany a question. If one of them is present and not empty, texts are turns of a conversation.
 AROUND = tuple(name for names in (SYSTEM, HISTORY, PREFIX) for (name,) in names.names)
 
 COMPLETION = role("completion", "completion")
 ANSWER = role("completion", *_words("completion response output generation solution answer reply"))
 LABEL = role("label", "label", accepts=_is_text_or_number, wanted="true or false")
 TAG = role("label", "desirable", "is_desirable", "kto_tag", accepts=_is_text_or_number, wanted="true or false")
-# Flags that mean "desirable" if they are true, and may mean anything if they are numbers or texts.
+# Flags: True means desirable. Numbers and texts in these columns may mean anything.
 FLAG = role(
     "label",
     *_words("label is_correct correct passed thumbs_up thumbs liked is_liked is_good is_preferred is_chosen accepted"),
@@ -245,12 +250,12 @@ QUANTILE = role(
     wanted="a number from 0 to 1",
 )
 CONVERSATION = role("completion", "messages", "conversations", "conversation", accepts=_is_list)
-# A conversation with the chosen answer at its end, and another answer or conversation.
+# A conversation that ends with the chosen answer; another column has the rejected answer or conversation.
 WHOLE = role("chosen", "messages", "conversations", accepts=_is_list)
 REJECTED = role("rejected", "rejected_response", "rejected_messages")
 
 LISTED = ["responses", "generations", "completions", "answers", "candidates", "outputs"]
-# What says which response of a list is the best one, by its place.
+# Columns that may contain the index of the best response of a list.
 PLACES_IN_LISTS = _words("chosen choice best preference chosen_index chosen_idx best_index best_idx")
 ITEM_TEXTS = ("response", "answer", "completion", "text", "output", "generation", "content", "message", "messages")
 ITEM_SCORES = ("overall_score", "score", "rating", "reward", "rm_score", "pm_score")
@@ -258,7 +263,7 @@ ITEM_RANKS = ("rank",)
 
 
 def _items_with(numbers: Names) -> Callable[[Any], bool]:
-    """Whether a value is a list of structs (or a struct of lists) that have a text and one of these numbers."""
+    """Return a check for lists of structs (or structs of lists) that have a text and one of these numbers."""
 
     def accepts(value: Any) -> bool:
         first = value if isinstance(value, dict) else value[0] if _is_list(value) and value else None
@@ -275,11 +280,11 @@ SCORED_ITEMS = role("items", *LISTED, accepts=_items_with(ITEM_SCORES))
 RANKED_ITEMS = role("items", *LISTED, accepts=_items_with(ITEM_RANKS))
 GOOD_AND_BAD = Role(("chosen", "rejected"), BY_PLACE.names, is_texts)
 ONE_OF_EACH = Role(("chosen", "rejected"), BY_PLACE.names, lambda value: is_texts(value) and len(value) == 1)
-# One response at the place of the better or the worse one, and several at the other.
+# One better and several worse responses, or several better and one worse.
 _GOOD, _BAD = ((side, *dict.fromkeys(names[at] for names in BY_PLACE.names)) for at, side in enumerate(BY_PLACE.parts))
 ONE_GOOD, ONE_BAD = (role(*names, accepts=lambda value: isinstance(value, str)) for names in (_GOOD, _BAD))
 SEVERAL_GOOD, SEVERAL_BAD = (role(*names, accepts=is_texts) for names in (_GOOD, _BAD))
-# Whether each response of a list is right.
+# Whether each response of a list is correct.
 FLAGS_OF_LIST = role(
     "flags",
     *_words("correctness correctness_math_verify is_correct correct passed"),

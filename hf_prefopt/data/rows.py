@@ -1,7 +1,7 @@
-"""One row in canonical form, the error for a row that cannot be used, and checks of text, numbers and token ids.
+"""The canonical row, the error for an unusable row, and checks of text, numbers and token ids.
 
 Texts without a prompt column must begin with their prompt, which is checked here. messages.py checks messages, and
-formats.py says which columns make a row.
+formats.py defines which columns make a row.
 """
 
 import json
@@ -24,33 +24,33 @@ class BadRow(ValueError):
         self.parts = (column, problem, cure)
 
     def renamed(self, names: Mapping[str, str]) -> "BadRow":
-        """The same with the names that columns have in the data set, by those that they have here."""
+        """Return the error with the column names of the data set. `names`: data set's column by name in this error."""
         column, problem, cure = self.parts
         problem = re.sub("`([^`]+)`", lambda found: f"`{names.get(found[1], found[1])}`", problem)
         return type(self)(names.get(column, column), problem, cure)
 
 
 class Tie(BadRow):
-    """Two responses of which neither is the better one: no pair, and no fault of the data."""
+    """Two responses, neither of which is better: the row is not a pair, and the data is not faulty."""
 
 
 @dataclass(frozen=True)
 class CanonicalRow:
-    """One prompt and its K responses, whatever the format they came in.
+    """One prompt and its K responses, independent of the format of the data set.
 
     Attributes:
-        content_type: whether prompt and responses are text, lists of messages, or lists of token ids.
-        prompt: the prompt. None for texts that begin with their prompt: tokenize.py finds where it ends.
-        responses: the K responses; of a pair the chosen, then the rejected one; a triple's gold response is the last.
-        columns: the column that each response came from, for error messages.
-        example_columns: how the responses are compared, by prepared column: `pairs`, `golds`, `labels`, `ranks`,
+        content_type: Whether prompt and responses are text, lists of messages, or lists of token ids.
+        prompt: The prompt. None for texts that begin with their prompt; tokenize.py finds where the prompt ends.
+        responses: The K responses: chosen, then rejected for a pair; the gold response of a triple is the last.
+        columns: The column of each response, for error messages.
+        example_columns: How the responses are compared, by prepared column: `pairs`, `golds`, `labels`, `ranks`,
             `scores` or `token_weights`.
-        tools: tool schemas for the chat template, or None.
-        chat_template_kwargs: other arguments of the chat template.
-        unread: what columns of the format say that were not used, by column, because the responses say it, too.
-        repeated: whether the responses began with the prompt, which was taken off.
-        echoed: whether they begin with a prompt that is too short to tell that from chance, and stays in them.
-        against: whether columns that were read say that the chosen response has the lower score.
+        tools: Tool schemas for the chat template, or None.
+        chat_template_kwargs: Other arguments of the chat template.
+        unread: Values of the format's columns that were not used because the responses contain them, by column.
+        repeated: Whether the responses began with the prompt, which was removed from them.
+        echoed: Whether the responses begin with a prompt that is too short to exclude chance, and was not removed.
+        against: Whether the columns that were read show that the chosen response has the lower score.
     """
 
     content_type: ContentType
@@ -67,12 +67,12 @@ class CanonicalRow:
 
 
 def read_json(row: Mapping[str, Any], column: str, expected: type) -> Any:
-    """A column's list or dict, which may be given as JSON; None where there is none.
+    """Return a column's list or dict, which may be stored as JSON; None if the value is missing.
 
-    Keys without a value are dropped from a list or dict, but a null in JSON is kept: somebody wrote it.
+    Keys without a value are dropped from a list or dict. In JSON, a null is kept, because it was written on purpose.
 
     Raises:
-        BadRow: invalid JSON, or a value of another type.
+        BadRow: If the JSON is invalid, or the value has another type.
     """
     value = row.get(column)
     if isinstance(value, str):
@@ -89,9 +89,9 @@ def read_json(row: Mapping[str, Any], column: str, expected: type) -> Any:
 
 
 def drop_nones(value: Any) -> Any:
-    """The value without keys that hold None, at any depth.
+    """Return the value without keys whose value is None, at any depth.
 
-    Arrow gives every struct of a column the same keys: a key of one row's tool call is None in all other rows.
+    Arrow stores the same keys for every struct of a column: a key in one row's tool call is None in all other rows.
     """
     if isinstance(value, dict):
         return {key: drop_nones(item) for key, item in value.items() if item is not None}
@@ -101,7 +101,7 @@ def drop_nones(value: Any) -> Any:
 
 
 def check_list(column: str, value: Any, items: str) -> list[Any]:
-    """A column's list, or the one that it writes as JSON. Raises `BadRow` for anything else; `items` says of what."""
+    """Return a column's list, which may be stored as JSON. Raises `BadRow` otherwise; `items` describes its entries."""
     value = as_list(value)
     if value is None:
         raise BadRow(column, "is missing")
@@ -111,29 +111,30 @@ def check_list(column: str, value: Any, items: str) -> list[Any]:
 
 
 def check_ids(column: str, value: Any) -> list[int]:
-    """A column's token ids. Raises `BadRow` for anything but a list of integers ≥ 0."""
+    """Return a column's token ids. Raises `BadRow` unless the value is a list of integers ≥ 0."""
     ids = check_list(column, value, "token ids")
     for position, token in enumerate(ids):
         if isinstance(token, bool) or not isinstance(token, int) or token < 0:
-            raise BadRow(column, f"holds {token!r} at position {position:,}", "make it a list of token ids, all ≥ 0")
+            problem = f"contains {token!r} at position {position:,}"
+            raise BadRow(column, problem, "make it a list of token ids, all ≥ 0")
     return ids
 
 
 def check_numbers(column: str, value: Any, count: int, per: str, low: float = -math.inf) -> list[float]:
-    """A column's finite numbers ≥ `low`, one for each of the row's `count` responses or tokens (`per`).
+    """Return a column's finite numbers ≥ `low`, one for each of the row's `count` responses or tokens (`per`).
 
     Raises:
-        BadRow: the value is not a list, its length differs, or one of its entries is not a valid number.
+        BadRow: If the value is not a list, its length differs from `count`, or an entry is not a valid number.
     """
     given = check_list(column, value, "numbers")
     if len(given) != count:
-        raise BadRow(column, f"holds {len(given):,} numbers for {count:,} {per}s", f"give one for each {per}")
+        raise BadRow(column, f"has {len(given):,} numbers for {count:,} {per}s", f"give one number per {per}")
     numbers = [as_number(one) for one in given]
     for position, number in enumerate(numbers):
         if not math.isfinite(number) or number < low:
             bound = "" if low == -math.inf else f", all ≥ {low:g}"
             cure = f"make it a list of finite numbers{bound}"
-            raise BadRow(column, f"holds {given[position]!r} at position {position:,}", cure)
+            raise BadRow(column, f"contains {given[position]!r} at position {position:,}", cure)
     return numbers
 
 
@@ -141,14 +142,14 @@ _NUMERAL = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?\s*", re.IGNORECASE
 
 
 def as_number(value: Any) -> float:
-    """The value as a float, also if it is a number written as text; NaN for anything else, booleans included."""
+    """Return the value as a float, also if it is a number stored as text; NaN otherwise, also for booleans."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     is_numeral = isinstance(value, str) and _NUMERAL.fullmatch(value) is not None
     return float(value) if is_number or is_numeral else math.nan
 
 
 def as_list(value: Any) -> Any:
-    """The list that a text writes down as JSON; any other value as it is."""
+    """Return the list that a text contains as JSON; any other value is returned unchanged."""
     if not isinstance(value, str) or not value.lstrip().startswith("["):
         return value
     try:
@@ -157,14 +158,14 @@ def as_list(value: Any) -> Any:
         return value
 
 
-# Letters of scripts that put no blanks between words: two of them count as a word.
+# Letters of scripts without spaces between words: two of them count as a word.
 UNSPACED = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
 _WORD = re.compile(rf"[{UNSPACED}]{{1,2}}|[^\W{UNSPACED}]+")
-# Two answers may begin with the same word or two by chance. They do not share this many words, the end of a line, a
-# question or a speaker's name by chance, so these are taken for a prompt.
+# Two answers may share their first words by chance. This many shared words, or a shared line end, question mark or
+# speaker's name, are unlikely by chance, so they count as a prompt.
 PROMPT_WORDS = 4
 _PROMPT_ENDS = re.compile(r"[\n?:？：]")
-# Messages as JSON, Python and NumPy print them.
+# Messages in the notation of JSON, Python or NumPy.
 _WRITTEN_MESSAGES = re.compile(
     r"""\[?\s*\{.*["'](role|from)["']\s*:\s*["'](system|developer|user|human|assistant|gpt|model|tool)["'].*\}\s*\]?""",
     re.DOTALL,
@@ -174,14 +175,14 @@ _WRITTEN_LIST = re.compile(r"""\[\s*(["']).*\1\s*\]""", re.DOTALL)
 
 
 def check_text_prompt(column: str, text: str) -> str:
-    """The text. Raises `BadRow` for messages or a list that were written as text."""
+    """Return the text. Raises `BadRow` if it is messages or a list written as text."""
     if _WRITTEN_LIST.fullmatch(text.strip()):
         raise BadRow(column, "contains a list written as text", "parse it (json.loads), and make each row one prompt")
     return _check_text(column, text)
 
 
 def check_text_response(column: str, text: str) -> str:
-    """The text. Raises `BadRow` for messages that were written as text, and for nothing but whitespace."""
+    """Return the text. Raises `BadRow` if it is messages written as text, or only whitespace."""
     if not text.strip():
         raise BadRow(column, "is only whitespace" if text else "is empty")
     return _check_text(column, text)
@@ -196,7 +197,7 @@ def _check_text(column: str, text: str) -> str:
 
 
 def _unquoted(text: str) -> str:
-    """The text that another one writes down as JSON; any other text as it is."""
+    """Return the text inside a JSON string; any other text is returned unchanged."""
     if not (text.startswith('"') and text.endswith('"')):
         return text
     try:
@@ -207,17 +208,17 @@ def _unquoted(text: str) -> str:
 
 
 def take_off_prompt(prompt: str, responses: dict[str, str]) -> dict[str, str]:
-    """The responses without the prompt, if all of them, by column, begin with it and go on.
+    """Remove the prompt from the responses, given by column, if all of them begin with it and continue.
 
-    A single response may echo its prompt, and a short greeting may be answered by the same greeting: of prompts of
-    fewer than `PROMPT_WORDS` words nothing is taken off.
+    A prompt with fewer than `PROMPT_WORDS` words is not removed: a response may begin with the same few words by
+    chance, such as a greeting that answers the same greeting.
     """
     begin = prompt.strip()
     if not all(text.lstrip().startswith(begin) for text in responses.values()):
         return responses
     if count_shared_words([begin]) < PROMPT_WORDS:
         return responses
-    # White space at the end of the prompt is not repeated either.
+    # If the prompt ends with white space, the white space after it in a response is removed, too.
     ends_blank = len(prompt) > len(prompt.rstrip())
     rest = {column: text.lstrip()[len(begin) :] for column, text in responses.items()}
     rest = {column: text.lstrip() if ends_blank else text for column, text in rest.items()}
@@ -225,7 +226,7 @@ def take_off_prompt(prompt: str, responses: dict[str, str]) -> dict[str, str]:
 
 
 def echoes_prompt(prompt: str, responses: Mapping[str, str]) -> bool:
-    """Whether all responses begin with the words of the prompt and go on after them."""
+    """Return True if all responses begin with the text of the prompt, followed by more text."""
     begin = prompt.strip()
     rest = [text.lstrip()[len(begin) :] for text in responses.values() if text.lstrip().startswith(begin)]
     return begin != "" and len(rest) == len(responses) and not any(text[:1].isalnum() for text in rest)
@@ -234,28 +235,28 @@ def echoes_prompt(prompt: str, responses: Mapping[str, str]) -> bool:
 def reject_texts_without_prompt(row: CanonicalRow, needs_prompt: bool = False) -> None:
     """Raise `BadRow` if texts that should begin with their prompt do not even begin with the same word.
 
-    With `needs_prompt`, raise for all texts of which it is not known where their prompt ends.
+    With `needs_prompt`, raise for every text whose prompt has an unknown end.
     """
     if row.content_type != "text" or row.prompt is not None:
         return
     if needs_prompt:
-        problem = "is text that begins with its prompt, and where that ends matters to these losses"
+        problem = "is text that begins with its prompt, but these losses need to know where the prompt ends"
         cure = "add a `prompt` column, or mark the turns as in '\\n\\nHuman: …\\n\\nAssistant: …'"
         raise BadRow(row.columns[0], problem, cure)
     (first, text), *others = zip(row.columns, row.responses, strict=True)
     for column, other in others:
         if not count_shared_words([text, other]):
             problem = f"and `{first}` do not begin with the same word, so there is no prompt in them"
-            raise BadRow(column, problem, "add a `prompt` column (with '' where there is none)")
+            raise BadRow(column, problem, "add a `prompt` column (with '' if there is none)")
 
 
 def probably_lacks_prompt(row: CanonicalRow) -> bool:
-    """Whether the texts of a row should begin with their prompt but share only a few words at their beginning."""
+    """Return True if the texts of a row should begin with their prompt but share only a few words at the beginning."""
     return row.content_type == "text" and row.prompt is None and count_shared_words(row.responses) < PROMPT_WORDS
 
 
 def count_shared_words(texts: Sequence[str]) -> float:
-    """The number of words that all texts begin with; infinite if these contain the end of a line or a question."""
+    """Count the words that all texts begin with; infinite if these contain a line end or a question mark."""
     first, *others = [text.lstrip()[:400] for text in texts]
     if _PROMPT_ENDS.search(first[: min((shared_length(first, other) for other in others), default=len(first))]):
         return math.inf
@@ -264,7 +265,7 @@ def count_shared_words(texts: Sequence[str]) -> float:
 
 
 def shared_length(left: Sequence, right: Sequence) -> int:
-    """The length of the longest common prefix of two texts or lists."""
+    """Return the length of the longest common prefix of two texts or lists."""
     shorter = min(len(left), len(right))
     if left[:shorter] == right[:shorter]:  # the usual case, at C speed
         return shorter

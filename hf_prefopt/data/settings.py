@@ -1,4 +1,4 @@
-"""What a prepared data set was made with, kept in its description, so that it is not used with anything else."""
+"""Store the settings of a prepared data set in its description, so that it is not used with other settings."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ def settings_of(
     truncation_mode: str,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The settings that shape tokens, as they are written down; of the tokenizer and its template a short key each."""
+    """Return the settings that affect the tokens; tokenizer and chat template are represented by short hashes."""
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
     return {
         "tokenizer": _key(vocabulary),
@@ -30,22 +30,27 @@ def settings_of(
 
 
 def write_settings(dataset: Dataset | IterableDataset, settings: dict[str, Any]) -> None:
-    """Note the settings in the data set's description, which `save_to_disk` keeps and streams do not."""
+    """Store the settings in the data set's description, which `save_to_disk` keeps and streams do not keep."""
     dataset.info.description = f"Prepared by hf_prefopt with {json.dumps(settings)}."
 
 
 def check_settings(
     dataset: Dataset | IterableDataset, settings: dict[str, Any], vocabulary: int
 ) -> Dataset | IterableDataset:
-    """The prepared data set, which was made with these settings.
+    """Check that a prepared data set was prepared with these settings.
 
-    Without a note of its settings, as streams are, its rows are looked at: their length and their ids.
+    If the data set has no stored settings, like a stream, the lengths and token ids of its rows are checked.
 
     Args:
-        vocabulary: the number of tokens that the tokenizer has.
+        dataset: The prepared data set.
+        settings: The current settings.
+        vocabulary: Number of tokens of the tokenizer.
+
+    Returns:
+        The data set. Rows of a stream are checked when they are read.
 
     Raises:
-        ValueError: it was prepared with other settings; in a stream when the row is reached.
+        ValueError: If the data set was prepared with other settings; for a stream, when the row is read.
     """
     notes = _NOTE.findall(dataset.info.description or "")
     if not notes:
@@ -59,16 +64,16 @@ def check_settings(
         others = {name: value for name, value in json.loads(found).items() if settings.get(name) != value}
         if others:
             differing = ", ".join(
-                f"{name} {value!r}, and here it is {settings.get(name)!r}" for name, value in others.items()
+                f"{name} {value!r}, but now it is {settings.get(name)!r}" for name, value in others.items()
             )
             raise ValueError(
-                f"this data set was prepared with {differing}: prepare the raw rows anew, or use the same settings"
+                f"this data set was prepared with {differing}: prepare the raw rows again, or use the same settings"
             )
     return dataset
 
 
 class _RowCheck:
-    """Keeps every prepared row. Raises `ValueError` for one that is too long or has ids of another tokenizer."""
+    """Filter that keeps every row. Raises `ValueError` if a row is too long or has ids of another tokenizer."""
 
     def __init__(self, max_length: int | None, vocabulary: int):
         self.max_length, self.vocabulary = max_length, vocabulary
@@ -78,11 +83,11 @@ class _RowCheck:
         highest = max(token for ids in (row["prompt_ids"], *row["response_ids"]) for token in ids)
         where = f"row {row['row']:,} of this prepared data set"
         if self.max_length is not None and length > self.max_length:
-            raise ValueError(f"{where} has {length:,} tokens, and max_length={self.max_length}: prepare it anew")
+            raise ValueError(f"{where} has {length:,} tokens, but max_length={self.max_length}: prepare it again")
         if highest >= self.vocabulary:
             raise ValueError(
-                f"{where} holds token {highest:,}, and the tokenizer has {self.vocabulary:,}: use the tokenizer that "
-                "it was prepared with"
+                f"{where} has token id {highest:,}, but the tokenizer has {self.vocabulary:,} tokens: use the "
+                "tokenizer that it was prepared with"
             )
         return True
 

@@ -59,7 +59,7 @@ def test_another_prompt_than_the_one_to_generate_from_is_shown_once(said):
         r"'ssistant\n<think>\n' in generation, 'ssistant\n<think></think>Paris.<|i' in training" in said()
     )
     prepare_dataset(rows, tokenizer_of("qwen3"))
-    assert "another prompt" not in said()
+    assert "differs from the prompt" not in said()
     prepare_row(text_pair("The capital of un", "believable", "der"), tiny_tokenizer())
     assert "differs from the prompt for generation, first: ' un' in generation, ' unbe' in training" in said()
 

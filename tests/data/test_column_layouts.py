@@ -302,7 +302,7 @@ REFUSED = {
     "three responses": ({**TWO, "response_c": GREEN, "winner": "a"}, "three responses or more, one of them"),
     "scores that are none": (
         {"prompt": WHAT, "answer_0": BLUE, "answer_1": GREEN, "score_0": 1.0, "score_1": float("nan")},
-        "`score_1` is nan and no number",
+        "`score_1` is nan, not a number",
     ),
     "another prompt than in the conversations": (
         {"prompt": "Why is it so blue?", **TALK},
@@ -330,7 +330,7 @@ REFUSED = {
     ),
     "a quantile above 1": (
         {"prompt": WHAT, "completion": BLUE, "quantile": 1.5},
-        "`quantile` is 1.5; give the share of the reference's responses",
+        "`quantile` is 1.5; set it to the share of the reference's responses",
     ),
     "a label for a winner": (
         {"prompt": WHAT, "response_0": BLUE, "response_1": GREEN, "label": 1},

@@ -140,13 +140,13 @@ def test_texts_without_a_marker_are_for_losses_that_compare_sums(loss, tmp_path)
     if loss in ("dpo", "hinge", "robust"):
         assert len(made.prepare([PLAIN], "train")) == 1
     else:
-        with pytest.raises(ValueError, match="where that ends matters to these losses; add a `prompt` column"):
+        with pytest.raises(ValueError, match="these losses need to know where the prompt ends; add a `prompt` column"):
             made.prepare([PLAIN], "train")
 
 
 def test_texts_without_a_marker_cannot_be_unpaired_nor_be_messages():
     for options in ({"unpair": True}, {"needs_prompt": True}):
-        with pytest.raises(ValueError, match="where that ends matters"):
+        with pytest.raises(ValueError, match="need to know where the prompt ends"):
             prepare(PLAIN, **options)
     with pytest.raises(ValueError, match="so there is no prompt"):
         prepare(PLAIN, text_as="messages")

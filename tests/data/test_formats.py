@@ -144,7 +144,7 @@ BAD_ROWS = {
     "negative ids": (
         "tokenized pairs",
         {"prompt_ids": [1], "chosen_ids": [2, -100], "rejected_ids": [2]},
-        "`chosen_ids` holds -100 at position 1",
+        "`chosen_ids` contains -100 at position 1",
     ),
 }
 

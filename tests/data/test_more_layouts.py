@@ -163,7 +163,7 @@ REFUSED = {
     ),
     "no vote that is submitted": (
         {**TWO, "preference.responses": ["a"], "preference.responses.status": ["draft"]},
-        "`preference.responses` is no list of verdicts",
+        "`preference.responses` is not a list of verdicts",
     ),
     "a label beside a winner": (
         {**TWO, "winner": "a", "label": "B"},

@@ -64,8 +64,8 @@ def test_one_line_counts_what_was_cut_and_dropped(said):
     rows = Dataset.from_list([letters(2, 6, 3), letters(2, 9, 3), letters(2, 7, 8), letters(8, 2, 2)])
     prepared = prepare_dataset(rows, tiny_tokenizer(), max_length=8, name="eval")
     assert said() == [
-        "eval: 3 of 6 responses cut to max_length=8 (longest 11 tokens), 1 row dropped because the prompt alone fills it; "
-        "raise max_length or set truncation_mode='keep_end'"
+        "eval: 3 of 6 responses cut to max_length=8 (longest 11 tokens), 1 row dropped because the prompt alone fills "
+        "it; raise max_length or set truncation_mode='keep_end'"
     ]
     assert prepared["row"][:] == [0, 1, 2]
 
@@ -187,8 +187,8 @@ class TestStreaming:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_length": 8}, "max_length None, and here it is 8"),
-        ({"truncation_mode": "keep_end"}, "truncation_mode 'keep_start', and here it is 'keep_end'"),
+        ({"max_length": 8}, "max_length None, but now it is 8"),
+        ({"truncation_mode": "keep_end"}, "truncation_mode 'keep_start', but now it is 'keep_end'"),
         ({"tokenizer": tiny_tokenizer(None)}, "chat template"),
     ],
     ids=["length", "mode", "template"],
@@ -224,5 +224,5 @@ def test_prepared_rows_without_a_note_are_looked_at(streamed):
         list(prepare_dataset(rows, TOKENIZER, max_length=max(lengths) - 1))
     beyond = done[0] | {"response_ids": [[len(TOKENIZER)], [3]], "scored_masks": [[1], [1]]}
     wrong = Dataset.from_list([beyond], features=done.features)
-    with pytest.raises(ValueError, match=f"row 0 .* holds token {len(TOKENIZER)}, and the tokenizer has"):
+    with pytest.raises(ValueError, match=f"row 0 .* has token id {len(TOKENIZER)}, but the tokenizer has"):
         list(prepare_dataset(wrong.to_iterable_dataset() if streamed else wrong, TOKENIZER))

@@ -49,11 +49,11 @@ def test_a_response_without_an_end_is_cut_at_its_end():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"chosen_token_weights": [1.0]}, r"`chosen_token_weights` holds 1 numbers for 4 tokens"),
+        ({"chosen_token_weights": [1.0]}, r"`chosen_token_weights` has 1 numbers for 4 tokens"),
         ({"chosen_token_weights": None}, "`chosen_token_weights` is missing"),
-        ({"rejected_token_weights": [1.0, -1.0]}, "holds -1.0 at position 1"),
-        ({"rejected_token_weights": [1.0, float("nan")]}, "holds nan at position 1"),
-        ({"rejected_token_weights": [1.0, float("inf")]}, "holds inf at position 1"),
+        ({"rejected_token_weights": [1.0, -1.0]}, "contains -1.0 at position 1"),
+        ({"rejected_token_weights": [1.0, float("nan")]}, "contains nan at position 1"),
+        ({"rejected_token_weights": [1.0, float("inf")]}, "contains inf at position 1"),
     ],
 )
 def test_weights_that_do_not_fit_are_refused(change, message):

@@ -77,14 +77,14 @@ BAD_ROWS = {
         listed("ranks", [1], [" Paris."]),
         "holds 1 responses; give every prompt",
     ),
-    "too few ranks": ("ranked lists", listed("ranks", [1, 2]), "`ranks` holds 2 numbers for 3 responses; give one"),
-    "a rank of words": ("ranked lists", listed("ranks", [1, 2, "last"]), "`ranks` holds 'last'"),
+    "too few ranks": ("ranked lists", listed("ranks", [1, 2]), "`ranks` has 2 numbers for 3 responses; give one"),
+    "a rank of words": ("ranked lists", listed("ranks", [1, 2, "last"]), "`ranks` contains 'last'"),
     "a score that is none": ("scored lists", listed("scores", [1, 2, None]), "`scores` holds None"),
     "a score of nan": ("scored lists", listed("scores", [1.0, 2.0, float("nan")]), "`scores` holds nan"),
     "a score of -inf": (
         "scored lists",
         listed("scores", [1.0, -float("inf"), 2.0]),
-        "`scores` holds -inf at",
+        "`scores` contains -inf at",
     ),
     "an empty response": ("scored lists", listed("scores", [1, 2], [" Paris.", ""]), r"`responses\[1\]` is empty"),
     "a response that is a number": (
