@@ -36,7 +36,7 @@ def test_columns_used_not_used_and_about_the_row():
 
 def test_a_mixture_is_looked_at_source_by_source():
     mixture = Mixture([Source(chats(), "a"), Source(chats(2), "b")])
-    with pytest.raises(ValueError, match=r"is a Mixture and no datasets\.Dataset: look at each of its `sources`"):
+    with pytest.raises(ValueError, match=r"is a Mixture, not a datasets\.Dataset: pass each of its `sources`"):
         inspect_dataset(mixture, TOKENIZER)
     assert [inspect_dataset(source.rows, TOKENIZER).summary.rows for source in mixture.sources] == [4, 2]
 

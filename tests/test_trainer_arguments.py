@@ -91,7 +91,7 @@ def test_a_generator_is_read_once_and_the_split_that_is_used_is_named(tmp_path, 
     given = {"processing_class": tiny_tokenizer()}
     assert len(make_trainer(tmp_path, model(), train_dataset=generate(), **given).train_dataset) == 2
     make_trainer(tmp_path, model(), train_dataset=SOURCES["splits"], **given)
-    assert "train: the split 'train' is used, and not 'test'" in caplog.text
+    assert "train: the split 'train' is used, but not 'test'" in caplog.text
 
 
 MISTAKES = {
@@ -100,7 +100,7 @@ MISTAKES = {
     "torch stream": (Stream(), r"is a Stream .* IterableDataset\.from_generator"),
     "name": ("trl-lib/ultrafeedback_binarized", r"is a str .* load_dataset\(name, split='train'\)"),
     "path": (Path("rows.jsonl"), r"is a PosixPath .* load_dataset\('json'"),
-    "number": (3, "is a int .* make it a Dataset or an IterableDataset"),
+    "number": (3, "is a int .* convert it to a Dataset or an IterableDataset"),
     "splits of other names": (
         splits(easy=ROWS, hard=ROWS),
         r"'train' is a DatasetDict of easy, hard: pass one of them, as in train_dataset=splits\['easy'\]",

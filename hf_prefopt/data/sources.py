@@ -1,4 +1,4 @@
-"""What people pass as a data set, as a `Dataset` or an `IterableDataset`: rows, frames, splits, generators."""
+"""Convert any supported source of rows to a `Dataset` or an `IterableDataset`: rows, frames, splits, generators."""
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -12,15 +12,15 @@ logger = logging.getLogger(__name__)
 
 
 def as_dataset(source: Any, name: str) -> Any:
-    """The source as a data set; for evaluation it may be several by name, which are returned as they are.
+    """Convert the source to a data set. For evaluation, a dict of several data sets is returned unchanged.
 
     Args:
-        source: a data set; a list of rows; a frame of pandas or polars; columns, a dict of lists; a generator or a
-            function that makes one; a torch data set with a length. Of splits, `train` is what is trained on.
-        name: what messages call it: "eval" for what is evaluated, where a dict means several data sets.
+        source: A data set; a list of rows; a pandas or polars frame; a dict of columns, each a list; a generator or a
+            function that returns one; a torch data set with a length; or a dict of splits, of which "train" is used.
+        name: Name of the data set in messages: "eval" for evaluation, where a dict contains several data sets.
 
     Raises:
-        ValueError: it is none of these, its rows are no dicts, or its columns mix types.
+        ValueError: If the source is none of these, its rows are not dicts, or a column mixes types.
     """
     if isinstance(source, Dataset | IterableDataset) or (isinstance(source, Mapping) and name == "eval"):
         return source
@@ -28,17 +28,17 @@ def as_dataset(source: Any, name: str) -> Any:
     try:
         return convert(source, name)
     except (TypeError, OverflowError) as error:  # Arrow's errors are ValueError and TypeError
-        raise ValueError(f"the data set {name!r} cannot be made of this {_type(source)}: {error}") from error
+        raise ValueError(f"the data set {name!r} cannot be built from this {_type(source)}: {error}") from error
 
 
 def check_rows(dataset: Dataset | IterableDataset, name: str) -> None:
-    """Raise `ValueError` if the data set has no rows. Whether a stream has rows shows when it is read."""
+    """Raise `ValueError` if the data set has no rows. An empty stream is detected only when it is read."""
     if isinstance(dataset, Dataset) and not len(dataset):
-        raise ValueError(f"the data set {name!r} has no rows: look at how it was loaded and filtered, or leave it out")
+        raise ValueError(f"the data set {name!r} has no rows: check how it was loaded and filtered")
 
 
 def _from_rows(rows: Iterable[Any], name: str) -> Dataset:
-    """All keys that any row has become columns."""
+    """Build a data set whose columns are all keys that occur in any row."""
     rows = list(rows)
     wrong = next((at for at, row in enumerate(rows) if not isinstance(row, Mapping)), None)
     if wrong is not None:
@@ -56,7 +56,7 @@ def _from_columns(columns: Mapping[str, list[Any]], name: str) -> Dataset:
             Dataset.from_dict({column: values})
         except (ValueError, TypeError, OverflowError) as error:
             raise ValueError(
-                f"the data set {name!r}: column {column!r} mixes types, which Arrow refuses: {error}"
+                f"the data set {name!r}: column {column!r} mixes types, which Arrow does not support: {error}"
             ) from error
     return Dataset.from_dict(dict(columns))
 
@@ -76,7 +76,7 @@ def _from_function(function: Callable[[], Iterable[Any]], name: str) -> Dataset:
 
 
 def _from_mapping(splits: Mapping[str, Any], name: str) -> Any:
-    """The split `train`, or columns."""
+    """Return the split `train`, or build a data set from columns."""
     if splits and all(isinstance(values, list) for values in splits.values()):
         return _from_columns(splits, name)
     names = ", ".join(map(str, splits)) or "nothing"
@@ -91,19 +91,19 @@ def _from_mapping(splits: Mapping[str, Any], name: str) -> Any:
         )
     others = ", ".join(repr(split) for split in splits if split != name)
     if others:
-        logger.warning("%s: the split %r is used, and not %s", name, name, others)
+        logger.warning("%s: the split %r is used, but not %s", name, name, others)
     return splits[name]
 
 
 def _refuse(cure: str) -> Callable[[Any, str], Any]:
     def refuse(source: Any, name: str) -> Any:
-        raise ValueError(f"the data set {name!r} is a {_type(source)} and no datasets.Dataset: {cure}")
+        raise ValueError(f"the data set {name!r} is a {_type(source)}, not a datasets.Dataset: {cure}")
 
     return refuse
 
 
-# The first entry whose types fit makes the data set; "DataFrame" stands for classes of that name in libraries that
-# need not be installed.
+# The first entry with matching types converts the source. "DataFrame" matches classes of this name, so that the
+# libraries need not be installed.
 _SOURCES: Sequence[tuple[Any, Callable[[Any, str], Any]]] = (
     (
         (str, Path),
@@ -112,11 +112,11 @@ _SOURCES: Sequence[tuple[Any, Callable[[Any, str], Any]]] = (
     ("DataFrame", _from_frame),
     (Mapping, _from_mapping),
     ((list, tuple, Iterator), _from_rows),
-    (torch.utils.data.IterableDataset, _refuse("make it one: IterableDataset.from_generator(lambda: iter(rows))")),
+    (torch.utils.data.IterableDataset, _refuse("convert it: IterableDataset.from_generator(lambda: iter(rows))")),
     (torch.utils.data.Dataset, _from_map_style),
     (Callable, _from_function),
-    ("Mixture", _refuse("look at each of its `sources` by itself, with the source's own settings")),
-    (object, _refuse("make it a Dataset or an IterableDataset")),
+    ("Mixture", _refuse("pass each of its `sources` separately, with the source's own settings")),
+    (object, _refuse("convert it to a Dataset or an IterableDataset")),
 )
 
 

@@ -1,4 +1,4 @@
-"""Which splits of a data set are used for training and evaluation."""
+"""Select the splits of a data set for training and evaluation."""
 
 from collections.abc import Collection
 
@@ -7,13 +7,18 @@ HELD_BACK = ("test", "validation", "valid", "val", "dev", "eval")
 
 
 def training_split(splits: Collection[str], name: str, option: str = "--dataset_train_split") -> str:
-    """The split of that name. In place of "train" the only split, the only one called train_…, or `train_prefs`.
+    """Return the split for training.
+
+    If there is no split `name` and `name` is "train", return the only split, the only split whose name starts with
+    "train", or `train_prefs`.
 
     Args:
-        option: the option that names it, for errors.
+        splits: Names of all splits.
+        name: Requested split.
+        option: The option that names the split, for errors.
 
     Raises:
-        ValueError: there is no such split, or several could be meant.
+        ValueError: If there is no such split, or several splits match.
     """
     if name in splits:
         return name
@@ -28,14 +33,17 @@ def training_split(splits: Collection[str], name: str, option: str = "--dataset_
 
 
 def evaluation_split(splits: Collection[str], name: str, trained: str) -> str | None:
-    """The split of that name, or one with a usual name; beside `train_prefs` preferably `test_prefs` and its like.
+    """Return the split for evaluation; None if there is none.
+
+    If there is no split `name`, return a split with a usual name; for `train_prefs` preferably `test_prefs` or similar.
 
     Args:
-        name: "test" stands for all usual names.
-        trained: the split that is trained on, which is never the one evaluated.
+        splits: Names of all splits.
+        name: Requested split; "test" accepts every usual name.
+        trained: The split for training, which is never returned.
 
     Raises:
-        ValueError: the name is not a usual one, so somebody chose it, and there is no such split.
+        ValueError: If the name is not a usual one, so that the user chose it, and there is no such split.
     """
     if name not in (*splits, *HELD_BACK):
         raise ValueError(
@@ -48,7 +56,7 @@ def evaluation_split(splits: Collection[str], name: str, trained: str) -> str | 
 
 
 def describe_splits(splits: Collection[str], trained: str, evaluated: str | None) -> str | None:
-    """A line that says which splits are used, or None where they are `train` and `test` and there are no others."""
+    """Describe which splits are used; None if they are `train` and `test` and there are no other splits."""
     others = [split for split in splits if split not in (trained, evaluated)]
     if trained == "train" and evaluated in (None, "test") and not others:
         return None

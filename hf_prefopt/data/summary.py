@@ -1,6 +1,6 @@
-"""A prepared data set in numbers: its examples, its tokens, and what the lengths of responses give away.
+"""Summarize a prepared data set in numbers: examples, tokens, and how response length relates to preference.
 
-It is read once, in batches, with Arrow and NumPy; of tokens Python sees only whole prompts and responses, as hashes.
+The data set is read once, in batches, with Arrow and NumPy. Python only handles hashes of whole prompts and responses.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,7 +20,7 @@ _BATCH_ROWS = 10_000
 
 @dataclass(frozen=True)
 class Lengths:
-    """The lengths of some texts in tokens: the median, the 95th percentile and the longest."""
+    """Lengths of a group of texts in tokens: the median, the 95th percentile and the maximum."""
 
     median: int = 0
     p95: int = 0
@@ -32,22 +32,22 @@ class DataSummary:
     """Counts of a prepared data set.
 
     Attributes:
-        kind: what its examples are called: pairs, triples, lists, unpaired examples.
-        rows, examples, responses: their numbers.
-        prompts: the number of different prompts.
-        repeated_rows: rows with the prompt, the responses and the labels of an earlier row.
-        identical_pairs: pairs whose responses are the same tokens.
-        tokens: of prompt + response, summed over the responses.
-        tokens_by_row: the same with the prompt of each row once.
-        tokens_by_prompt: the same with each different prompt, and each different response to it, once: what is computed
-            where all rows of a prompt are in one batch (`group_by_prompt`).
-        scored_tokens: tokens whose log-prob counts, summed over the responses.
-        lengths: of the prompts and, by their names, of the responses, in tokens.
-        comparisons: the number of times that a better response is compared with a worse one: once for each pair, for
-            each two responses of different rank in a list, for each desirable response with each undesirable one.
-        longer, as_long: the share of them in which the better response has more scored tokens, or equally many; NaN
+        kind: Kind of its examples: pairs, triples, lists, unpaired examples.
+        rows, examples, responses: Numbers of rows, examples and responses.
+        prompts: Number of distinct prompts.
+        repeated_rows: Number of rows with the same prompt, responses and labels as an earlier row.
+        identical_pairs: Number of pairs whose two responses have the same tokens.
+        tokens: Tokens of prompt + response, summed over the responses.
+        tokens_by_row: Tokens if the prompt of each row is counted once.
+        tokens_by_prompt: Tokens if each distinct prompt, and each distinct response to it, is counted once. This is the
+            number computed if all rows with the same prompt are in one batch (`group_by_prompt`).
+        scored_tokens: Tokens whose log-prob counts, summed over the responses.
+        lengths: Lengths in tokens of the prompts and of the responses, by name.
+        comparisons: Number of comparisons of a better response with a worse one: one for each pair, for each two
+            responses with different ranks in a list, and for each desirable response with each undesirable one.
+        longer, as_long: Share of comparisons in which the better response has more scored tokens, or equally many; NaN
             without comparisons.
-        desirable, undesirable: the numbers of labels.
+        desirable, undesirable: Numbers of responses with each label.
     """
 
     kind: str
@@ -70,31 +70,31 @@ class DataSummary:
 
     @property
     def longer_accuracy(self) -> float:
-        """How often "the longer response is the better one" is right; equal lengths count half."""
+        """Accuracy of the rule "the longer response is the better one"; equal lengths count half."""
         return self.longer + self.as_long / 2
 
     @property
     def saved_by_row(self) -> float:
-        """The share of tokens that is not computed where each row's prompt is computed once."""
+        """Share of tokens saved by computing each row's prompt once."""
         return 1 - self.tokens_by_row / self.tokens if self.tokens else 0.0
 
     @property
     def saved_by_prompt(self) -> float:
-        """The share of tokens that is not computed where all rows of a prompt are in one batch."""
+        """Share of tokens saved if all rows with the same prompt are in one batch."""
         return 1 - self.tokens_by_prompt / self.tokens if self.tokens else 0.0
 
     @property
     def kto_weights(self) -> tuple[float, float] | None:
-        """(`desirable_weight`, `undesirable_weight`) that KTO's authors recommend; None if one label is missing."""
+        """(`desirable_weight`, `undesirable_weight`) recommended by the authors of KTO; None if a label is missing."""
         has_both = self.desirable > 0 and self.undesirable > 0
         return kto_weights(self.desirable, self.undesirable) if has_both else None
 
 
 def summarize(dataset: Dataset) -> DataSummary:
-    """The counts of prepared rows.
+    """Count the examples and tokens of prepared rows.
 
     Raises:
-        ValueError: the rows are not prepared.
+        ValueError: If the rows are not prepared.
     """
     kind = kind_of_columns(dataset.column_names)
     if kind is None:
@@ -111,7 +111,7 @@ def summarize(dataset: Dataset) -> DataSummary:
 
 
 class _Rows:
-    """Some prepared rows as arrays: P rows with R responses."""
+    """A batch of prepared rows as arrays: P rows with R responses."""
 
     def __init__(self, table: pa.Table):
         self.table = table
@@ -123,14 +123,15 @@ class _Rows:
 
 @dataclass(frozen=True)
 class _Compared:
-    """What the examples of some rows compare.
+    """The comparisons in the examples of a batch of rows.
 
     Attributes:
-        examples: their number.
-        lengths: the lengths of the responses, in tokens, by name.
-        better, worse: `[C]`, the scored tokens of responses that are compared.
-        identical: pairs of equal responses.
-        labels: `[B]` bool, whether a response is desirable. keys: `[P]`, what tells rows of equal responses apart.
+        examples: Number of examples.
+        lengths: Lengths of the responses in tokens, by name.
+        better, worse: `[C]`, numbers of scored tokens of the compared responses.
+        identical: Number of pairs with equal responses.
+        labels: `[B]` bool, whether a response is desirable.
+        keys: `[P]`, values that distinguish rows with equal responses.
     """
 
     examples: int
@@ -143,7 +144,7 @@ class _Compared:
 
 
 def _pairs(rows: _Rows) -> _Compared:
-    """The chosen and the rejected response of each pair."""
+    """Compare the chosen and the rejected response of each pair."""
     chosen, rejected = pair_places(rows.table).T
     return _Compared(
         len(chosen),
@@ -155,7 +156,7 @@ def _pairs(rows: _Rows) -> _Compared:
 
 
 def _labels(rows: _Rows) -> _Compared:
-    """Single responses, which are compared once all of them are known."""
+    """Collect single responses with labels, which are compared after all batches are read."""
     keys = ragged(rows.table["labels"])
     labels, lengths = keys.values.astype(bool), rows.responses.lengths
     named = {"desirable": lengths[labels], "undesirable": lengths[~labels]}
@@ -163,7 +164,7 @@ def _labels(rows: _Rows) -> _Compared:
 
 
 def _lists(rows: _Rows) -> _Compared:
-    """Each two responses of a list that differ in rank, list by list of the same length."""
+    """Compare each two responses of a list that differ in rank; lists of equal length are processed together."""
     keys, first = ragged(rows.table["ranks"]), np.cumsum(rows.counts) - rows.counts
     better, worse = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.int64)]
     for size in np.unique(rows.counts):
@@ -178,7 +179,7 @@ def _lists(rows: _Rows) -> _Compared:
 
 
 def _quantiles(rows: _Rows) -> _Compared:
-    """Single responses with a number each, of which none is compared with another."""
+    """Collect single responses with quantiles, which are not compared."""
     none = np.zeros(0, dtype=np.int64)
     named = {"responses": rows.responses.lengths}
     return _Compared(len(rows.counts), named, none, none, keys=ragged(rows.table["quantiles"]))
@@ -194,7 +195,7 @@ _COMPARE: Mapping[str, Callable[[_Rows], _Compared]] = {
 
 
 class _Total:
-    """Counts over the batches of a data set."""
+    """Counts over all batches of a data set."""
 
     def __init__(self) -> None:
         self.parts: list[_Compared] = []
@@ -205,7 +206,7 @@ class _Total:
         self._seen: set[bytes] = set()
 
     def add(self, rows: _Rows, compared: _Compared) -> None:
-        """Count a batch of rows."""
+        """Add the counts of a batch of rows."""
         prompts, responses = int(rows.prompts.lengths.sum()), int(rows.responses.lengths.sum())
         self.rows += len(rows.counts)
         self.responses += len(rows.scored)
@@ -217,7 +218,7 @@ class _Total:
         self._count_different(rows, compared.keys)
 
     def _count_different(self, rows: _Rows, keys: Ragged | None) -> None:
-        """Count prompts, responses to them (as in `group.Group`) and rows that are not those of earlier rows."""
+        """Count distinct prompts, distinct responses to them (as in `group.Group`) and repeated rows."""
         responses = zip(rows.responses.as_bytes(), rows.masks.as_bytes(), rows.responses.lengths.tolist(), strict=True)
         others = keys.as_bytes() if keys is not None else iter([memoryview(b"")] * len(rows.counts))
         prompts = zip(rows.prompts.as_bytes(), rows.prompts.lengths.tolist(), rows.counts.tolist(), strict=True)
@@ -235,7 +236,7 @@ class _Total:
             self.repeated += not _first_time(of_row.digest(), self._seen)
 
     def summary(self, kind: str) -> DataSummary:
-        """All counts."""
+        """Return all counts."""
         labels, better, worse = (
             np.concatenate([getattr(part, name) for part in self.parts]) for name in ("labels", "better", "worse")
         )
@@ -264,7 +265,7 @@ class _Total:
 
 
 def _first_time(key: bytes, seen: set[bytes]) -> bool:
-    """Whether the key is new, after which it is not."""
+    """Return True if the key is new, and add it."""
     before = len(seen)
     seen.add(key)
     return len(seen) > before
@@ -274,20 +275,20 @@ def _lengths(parts: list[np.ndarray]) -> Lengths:
     lengths = np.concatenate(parts)
     if not len(lengths):
         return Lengths()
-    # Of an even number of lengths the lower one in the middle: a length that there is.
+    # For an even number of lengths, use the lower of the two middle ones, so that the median is an existing length.
     median, p95 = np.quantile(lengths, [0.5, 0.95], method="inverted_cdf")
     return Lengths(int(median), int(p95), int(lengths.max()))
 
 
 def _compare_each(better: np.ndarray, worse: np.ndarray) -> tuple[int, float, float]:
-    """How many there are, the share in which the better is longer, and that in which both are as long."""
+    """Return the number of comparisons, the share with a longer better response, and the share with equal lengths."""
     if not len(better):
         return 0, float("nan"), float("nan")
     return len(better), float((better > worse).mean()), float((better == worse).mean())
 
 
 def _compare_all(better: np.ndarray, worse: np.ndarray) -> tuple[int, float, float]:
-    """The same for every better response with every worse one."""
+    """Return the same as `_compare_each`, but compare every better response with every worse one."""
     count = len(better) * len(worse)
     if not count:
         return 0, float("nan"), float("nan")

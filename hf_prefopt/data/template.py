@@ -1,4 +1,4 @@
-"""A tokenizer's chat template: messages as text, and what it writes by itself."""
+"""Render messages with a tokenizer's chat template, and find out what the template reads and writes."""
 
 import json
 import re
@@ -17,9 +17,9 @@ from hf_prefopt.data.rows import BadRow, shared_length
 Span = tuple[int, int]
 
 _GENERATION_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
-# What a template raises for messages that it cannot write.
+# Errors that a template raises for messages that it does not support.
 TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, KeyError, ValueError)
-# Markers of thinking in any template's words: <think>, [/THINK], <|begin_of_thought|>, ...
+# Thinking markers of any template: <think>, [/THINK], <|begin_of_thought|>, ...
 THINKING_MARKER = re.compile(r"[<\[][^<>\[\]\s]*(?:think|thought|reason)[^<>\[\]\s]*[>\]]", re.IGNORECASE)
 _PROBE = "prefopt"
 _DATE = re.compile(r"strftime_now\([^()]*\)")
@@ -27,7 +27,7 @@ _DATE = re.compile(r"strftime_now\([^()]*\)")
 
 @contextmanager
 def blaming(column: str) -> Iterator[None]:
-    """Name this column in the error if the template cannot write it."""
+    """Convert an error of the template to a `BadRow` that names this column."""
     try:
         yield
     except BadRow:
@@ -37,17 +37,17 @@ def blaming(column: str) -> Iterator[None]:
 
 
 class ChatTemplate:
-    """A tokenizer's chat template with tools and further arguments.
+    """A tokenizer's chat template, with tools and other arguments.
 
     Raises:
-        ValueError: the tokenizer has no chat template.
+        ValueError: If the tokenizer has no chat template.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, tools: list | None, kwargs: dict[str, Any]):
         if not (tokenizer.chat_template or kwargs.get("chat_template")):
             raise ValueError(
-                "the data set holds messages but the tokenizer has no chat template; set tokenizer.chat_template, load "
-                "the tokenizer of the instruction-tuned model, or give prompt, chosen and rejected as text"
+                "the data set contains messages, but the tokenizer has no chat template; set tokenizer.chat_template, "
+                "load the tokenizer of the instruction-tuned model, or give prompt, chosen and rejected as text"
             )
         self.tokenizer = tokenizer
         self.arguments = {"tools": tools, **kwargs}
@@ -58,7 +58,7 @@ class ChatTemplate:
         self._writes: dict[tuple[str, bool], bool] = {}
 
     def _contents(self, messages: list[Message]) -> list[Message]:
-        """The messages with their content and the arguments of calls in the form that the template reads."""
+        """Return the messages with contents and tool-call arguments in the form that the template reads."""
         if any(message.get("tool_calls") for message in messages) and _reads_arguments(self.source):
             messages = [_with_arguments(message) for message in messages]
         if not self.reads_blocks:
@@ -66,18 +66,18 @@ class ChatTemplate:
         return [{**message, "content": [{"type": "text", "text": text_of(message)}]} for message in messages]
 
     def render(self, messages: list[Message], generation_prompt: bool = False, unfinished: bool = False) -> str:
-        """The messages as text, followed by the header of an assistant turn or with the last message left open."""
+        """Render the messages, followed by the header of an assistant turn or with the last message left open."""
         how = {"add_generation_prompt": generation_prompt, "continue_final_message": unfinished, "tokenize": False}
         contents = self._contents(messages)
         return cast(str, self.tokenizer.apply_chat_template(contents, **{**self.arguments, **how}))
 
     def generated_spans(self, messages: list[Message]) -> list[Span]:
-        """The character ranges between the template's `{% generation %}` markers."""
+        """Return the character ranges between the template's `{% generation %}` markers."""
         how = {"return_assistant_tokens_mask": True, "add_generation_prompt": False}
         return self._render_alone(messages, **how)[1]
 
     def _render_alone(self, messages: list[Message], **how: Any) -> tuple[str, list[Span]]:
-        """The text and the marked ranges of a conversation, with names that the template reads."""
+        """Render a conversation without the tokenizer; return the text and the marked ranges."""
         arguments = {**self.tokenizer.special_tokens_map, **self.arguments, "chat_template": self.source, **how}
         rendered = render_jinja_template([self._contents(messages)], **arguments)
         texts, spans = cast(tuple[list[str], list[list[Span]]], rendered)
@@ -85,7 +85,7 @@ class ChatTemplate:
 
     @cached_property
     def header(self) -> str:
-        """What it writes before an assistant's words: the generation prompt after a user's message."""
+        """The text before an assistant message: the generation prompt after a user message."""
         question = [{"role": "user", "content": "a"}]
         try:
             asked, alone = self.render(question, generation_prompt=True), self.render(question)
@@ -94,30 +94,30 @@ class ChatTemplate:
         return asked[shared_length(asked, alone) :]
 
     def writes(self, messages: list[Message], at: int) -> bool:
-        """Whether it writes the content of a message of this role here; found once for each role, first or later."""
+        """Return whether the template writes the content of this message; computed once per role, first or later."""
         key = (messages[at]["role"], at == 0)
         if key not in self._writes:
             other = [*messages[:at], {**messages[at], "content": _PROBE}, *messages[at + 1 :]]
             try:
                 self._writes[key] = self.render(other) != self.render(messages)
             except TEMPLATE_ERRORS:
-                return True  # the row says so itself
+                return True  # rendering this row raises the error
         return self._writes[key]
 
     def writes_date(self, messages: list[Message], **names: str) -> bool:
-        """Whether the text of these messages holds today's date, where the template reads these `names`."""
+        """Return whether the rendered messages contain today's date, if the template gets the arguments `names`."""
         if "strftime_now" not in self.source:
             return False
         dated = _DATE.sub(repr(_PROBE), self.source)
         return _PROBE in self._render_alone(messages, **{**names, "chat_template": dated})[0]
 
     def reads(self, name: str) -> bool:
-        """Whether it mentions a variable."""
+        """Return True if the template contains this variable."""
         return re.search(rf"\b{re.escape(name)}\b", self.source) is not None
 
 
 def _with_arguments(message: Message) -> Message:
-    """The message with the arguments of its calls as dicts, which OpenAI's format writes as JSON."""
+    """Convert the arguments of tool calls to dicts; OpenAI's format stores them as JSON."""
     calls = message.get("tool_calls")
     return {**message, "tool_calls": [_with_dict(call) for call in calls]} if isinstance(calls, list) else message
 
@@ -135,7 +135,7 @@ def _with_dict(call: Any) -> Any:
 
 @lru_cache(maxsize=64)
 def _reads_arguments(template: str) -> bool:
-    """Whether a chat template writes the arguments of a call that are a dict; text it may quote once more."""
+    """Return True if a chat template writes tool-call arguments given as a dict; as text, it may quote them again."""
     function = {"name": "f", "arguments": {"a": _PROBE}}
     call = {"type": "function", "id": "abcdefghi", "function": function}
     called = {"role": "assistant", "content": "", "tool_calls": [call]}
@@ -148,7 +148,7 @@ def _reads_arguments(template: str) -> bool:
 
 @lru_cache(maxsize=64)
 def _reads_blocks(template: str) -> bool:
-    """Whether a chat template reads only content blocks, and would write nothing for content given as text."""
+    """Return True if a chat template reads only content blocks, and writes nothing for content given as text."""
     shown = []
     for content in (_PROBE, [{"type": "text", "text": _PROBE}]):
         try:

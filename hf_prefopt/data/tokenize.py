@@ -1,7 +1,7 @@
-"""Canonical rows as token ids: the prompt that all responses of a row share, and which response tokens are scored.
+"""Convert canonical rows to token ids: the prompt that all responses share, and the scored tokens of each response.
 
-The texts of all rows go to the tokenizer in one call. Tokens may merge across the boundary of prompt and response, so
-the shared prompt ends at the first token where any prompt + response differs from the prompt alone.
+The texts of all rows are tokenized in one call. Tokens may merge across the boundary of prompt and response, so the
+shared prompt ends at the first token where any prompt + response differs from the prompt alone.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,11 +22,11 @@ class TokenizedRow:
     """One prompt group as tokens.
 
     Attributes:
-        prompt_ids: the prompt that all responses share.
+        prompt_ids: Token ids of the prompt that all responses share.
         response_ids: K lists of token ids.
-        scored_masks: K lists of 0 / 1, one per response token: 1 if its log-prob counts.
-        example_columns: see `CanonicalRow`.
-        change: how the prompt ends when the model generates, and what stands there in training, if they differ.
+        scored_masks: K lists of 0 / 1, one entry per response token: 1 if its log-prob counts.
+        example_columns: See `CanonicalRow`.
+        change: The end of the prompt in generation, and the text at the same place in training; None if they are equal.
     """
 
     prompt_ids: list[int]
@@ -37,7 +37,7 @@ class TokenizedRow:
 
 
 class TokenKinds:
-    """Which ids of a tokenizer are words, which are control tokens, and which are blank."""
+    """Classify the token ids of a tokenizer: control tokens, whitespace, and other tokens."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
@@ -50,13 +50,13 @@ class TokenKinds:
         return frozenset(chain(self.tokenizer.all_special_ids, added))
 
     def is_blank(self, token_id: int) -> bool:
-        """Whether the token is only whitespace."""
+        """Return True if the token is only whitespace."""
         if token_id not in self._blank:
             self._blank[token_id] = not cast(str, self.tokenizer.decode([token_id])).strip()
         return self._blank[token_id]
 
     def closing_token(self, ids: Sequence[int]) -> int | None:
-        """The control token (EOS, or the template's end of turn) that ends these ids, apart from blanks after it."""
+        """Return the control token (EOS, or the template's end of turn) that ends these ids, ignoring whitespace."""
         for token_id in reversed(ids):
             if token_id in self.special:
                 return token_id
@@ -65,12 +65,12 @@ class TokenKinds:
         return None
 
     def is_closed(self, ids: Sequence[int], scored: Sequence[int]) -> bool:
-        """Whether a control token ends these ids and is scored: otherwise a model is not trained to stop."""
+        """Return True if a scored control token ends these ids; otherwise the model does not learn to stop."""
         closing = self.closing_token(ids)
         return closing is not None and bool(scored[len(ids) - 1 - list(reversed(ids)).index(closing)])
 
     def has_words(self, ids: Sequence[int], scored: Sequence[int]) -> bool:
-        """Whether any scored token is neither a control token nor blank."""
+        """Return True if any scored token is neither a control token nor whitespace."""
         words = (i for i, is_scored in zip(ids, scored, strict=True) if is_scored and i not in self.special)
         return any(not self.is_blank(token_id) for token_id in words)
 
@@ -81,13 +81,16 @@ def tokenize_rows(
     kinds: TokenKinds,
     template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[TokenizedRow | BadRow]:
-    """The rows as tokens, or for a row that cannot be tokenized the `BadRow` that says why.
+    """Tokenize the rows. For a row that cannot be tokenized, return the `BadRow` with the reason.
 
     Args:
-        template_kwargs: arguments of the chat template, of which a row may have others.
+        rows: Canonical rows.
+        tokenizer: The tokenizer.
+        kinds: Classification of its token ids.
+        template_kwargs: Arguments of the chat template; the arguments of a row take precedence.
 
     Raises:
-        ValueError: the tokenizer has no chat template, or is a slow one where turns within a response are scored.
+        ValueError: If the tokenizer has no chat template, or is slow and turns within a response are scored.
     """
     renderer = Renderer(tokenizer, template_kwargs)
     rendered = [None if row.content_type == "tokens" else _try(renderer.render, row) for row in rows]
@@ -104,7 +107,7 @@ def tokenize_rows(
 
 
 def _try(step, *arguments):
-    """The result of a step, or the `BadRow` that it raised."""
+    """Return the result of a step, or the `BadRow` that it raised."""
     try:
         return step(*arguments)
     except BadRow as error:
@@ -113,7 +116,7 @@ def _try(step, *arguments):
 
 @dataclass(frozen=True)
 class _Encoding:
-    """The token ids of a row's texts; `offsets` are the character ranges of the tokens, None if no row has spans."""
+    """The token ids of a row's texts. `offsets`: character ranges of the tokens, None if no row has spans."""
 
     prompt: list[int] | None
     full: list[list[int]]
@@ -121,7 +124,7 @@ class _Encoding:
 
 
 def _encode_all(rows: list[RenderedRow], tokenizer: PreTrainedTokenizerBase) -> Iterator[_Encoding]:
-    """The encodings of the rows, in order: one call of the tokenizer with special tokens, and one without."""
+    """Encode the rows, in order, with one tokenizer call with special tokens and one without."""
     done: dict[int, _Encoding] = {}
     for add_special_tokens in (False, True):
         group = {at: row for at, row in enumerate(rows) if row.add_special_tokens == add_special_tokens}
@@ -141,7 +144,7 @@ def _encode(rows: list[RenderedRow], add_special_tokens: bool, tokenizer: PreTra
         return_attention_mask=False,
         return_token_type_ids=False,
         return_offsets_mapping=needs_offsets,
-        verbose=False,  # no warning about texts longer than the model takes: they are cut later
+        verbose=False,  # no warning about texts longer than the model's maximum: they are truncated later
     )
     ids, offsets = encoded["input_ids"], encoded.get("offset_mapping")
     done, at = [], 0
@@ -167,7 +170,7 @@ def _split_row(row: CanonicalRow, texts: RenderedRow, encoding: _Encoding, kinds
 
 
 def _token_change(texts: RenderedRow, encoding: _Encoding, boundary: int, kinds: TokenKinds) -> tuple[str, str] | None:
-    """The end of the prompt by itself and before a response, if the tokenizer merges them into other tokens."""
+    """Return the end of the prompt alone and before a response, if the tokenizer merges tokens at the boundary."""
     prompt = encoding.prompt or []
     first = next((k for k, ids in enumerate(encoding.full) if shared_length(prompt, ids) < len(prompt)), None)
     begins = [span is None or (span and span[0][0] == len(texts.prompt or "")) for span in texts.spans]
@@ -179,8 +182,8 @@ def _token_change(texts: RenderedRow, encoding: _Encoding, boundary: int, kinds:
 
 
 _MERGED = (
-    "and the prompt merge into one token, the first, which nothing predicts",
-    "put white space between them, or give the prompt another token before",
+    "and the prompt merge into one token, the first of the sequence, which nothing predicts",
+    "put white space between them, or add a token before the prompt",
 )
 _NO_WORDS = {
     "text": ("has nothing to score beyond special tokens",),
@@ -195,7 +198,7 @@ def _take_ids(row: CanonicalRow, vocabulary: int) -> TokenizedRow:
     for column, ids in zip(("prompt_ids", *row.columns), (row.prompt, *row.responses), strict=True):
         if ids and max(ids) >= vocabulary:
             cure = "use the tokenizer that made the ids"
-            raise BadRow(column, f"holds {max(ids)}, and the tokenizer has {vocabulary:,} tokens", cure)
+            raise BadRow(column, f"contains token id {max(ids)}, but the tokenizer has {vocabulary:,} tokens", cure)
     return _finish_row(row, row.prompt, row.responses, [[1] * len(ids) for ids in row.responses])
 
 
@@ -216,7 +219,7 @@ def _finish_row(
 
 
 def _boundary(encoding: _Encoding) -> int:
-    """The number of prompt tokens that all of a row's sequences share; each keeps at least one token after them."""
+    """Return the number of prompt tokens that all sequences of a row share; each keeps at least one response token."""
     if encoding.prompt is None:
         first, *others = encoding.full
         shared = min(shared_length(first, ids) for ids in others)
@@ -226,9 +229,9 @@ def _boundary(encoding: _Encoding) -> int:
 
 
 def _scored_mask(texts: RenderedRow, encoding: _Encoding, k: int) -> list[int]:
-    """0 / 1 for each token of prompt + response `k`: 1 if the token's last character is in a span."""
+    """Return 0 / 1 for each token of prompt + response `k`: 1 if the token's last character is in a span."""
     spans = texts.spans[k]
     if spans is None or encoding.offsets is None:
         return [1] * len(encoding.full[k])
-    # The end, not the start: a byte-level tokenizer moves a token's start past its leading blanks.
+    # Use the end, because a byte-level tokenizer moves the start of a token past its leading spaces.
     return [int(any(start < end <= stop for start, stop in spans)) for _, end in encoding.offsets[k]]

@@ -1,7 +1,7 @@
-"""Cut a row's prompt and responses to a maximum number of tokens.
+"""Truncate a row's prompt and responses to a maximum number of tokens.
 
-A response that is cut keeps the token that ends it (EOS, or the template's end of turn), and all responses of a row
-keep the same prompt.
+A truncated response keeps the token that ends it (EOS, or the template's end of turn), and all responses of a row keep
+the same prompt.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,8 +13,8 @@ from hf_prefopt.data.tokenize import TokenizedRow, TokenKinds
 
 @dataclass(frozen=True)
 class Cuts:
-    """What truncation did to one row: the number of responses cut, whether the prompt lost its start, and the number
-    of tokens of prompt + longest response before."""
+    """The effect of truncation on one row: the number of truncated responses, whether the prompt lost tokens at its
+    start, and the number of tokens of prompt + longest response before truncation."""
 
     responses: int = 0
     prompt: bool = False
@@ -28,15 +28,17 @@ def truncate_row(
     kinds: TokenKinds,
     begin: Callable[[], Beginning] = Beginning,
 ) -> tuple[TokenizedRow | None, Cuts]:
-    """Cut a row so that prompt + response has at most `max_length` tokens, for each response.
+    """Truncate a row so that prompt + response has at most `max_length` tokens, for each response.
 
     Args:
-        max_length: None cuts nothing.
-        mode: a key of `TRUNCATION_MODES`.
-        begin: finds where the prompt may be cut; called if it must be.
+        row: The tokenized row.
+        max_length: Maximum number of tokens; None disables truncation.
+        mode: A key of `TRUNCATION_MODES`.
+        kinds: Classification of the token ids.
+        begin: Function that finds where the prompt may be cut; called only if needed.
 
     Returns:
-        The row, or None if a response would keep no words; and what was cut.
+        The row, or None if a response would keep only control tokens and whitespace; and the effect of truncation.
     """
     longest = len(row.prompt_ids) + max(map(len, row.response_ids))
     if max_length is None or longest <= max_length:
@@ -73,9 +75,10 @@ def _whole_prompt(row: TokenizedRow, max_length: int, begin: Begin) -> list[int]
 
 
 def _end_of_prompt(row: TokenizedRow, max_length: int, begin: Begin) -> list[int] | None:
-    """The head and the tokens that fit before the longest response, at least one, which predicts its first token.
+    """Return the head of the prompt and the tokens that fit before the longest response.
 
-    None if they do not fit, or would begin within another turn than the user's last one.
+    At least one token is kept, because it predicts the first response token. Return None if the head does not fit, or
+    if the rest would start within a turn other than the last user turn.
     """
     room = max(1, max_length - max(map(len, row.response_ids)))
     prompt = row.prompt_ids
@@ -86,14 +89,14 @@ def _end_of_prompt(row: TokenizedRow, max_length: int, begin: Begin) -> list[int
     for place in beginning.turns:
         if kept + len(prompt) - place <= room:
             return [*prompt[:kept], *prompt[place:]]
-    # A response that is too long by itself is cut; the head is not.
+    # A response that is too long by itself is truncated; the head is not.
     end = max(1, room - kept)
     if not beginning.splits or kept + end > max_length - 1:
         return None
     return [*prompt[:kept], *prompt[-end:]]
 
 
-# Which tokens a prompt keeps if its row is too long; the responses get the rest of max_length.
+# The prompt tokens that are kept if a row is too long; the responses use the rest of max_length.
 TRUNCATION_MODES: dict[str, Callable[[TokenizedRow, int, Begin], list[int] | None]] = {
     "keep_start": _whole_prompt,
     "keep_end": _end_of_prompt,
@@ -103,10 +106,10 @@ TRUNCATION_MODES: dict[str, Callable[[TokenizedRow, int, Begin], list[int] | Non
 def _cut_response(
     ids: list[int], mask: list[int], room: int, kinds: TokenKinds
 ) -> tuple[list[int], list[int], Sequence[int]]:
-    """The response's first tokens and its closing token. A cut inside an unscored turn removes the whole turn.
+    """Return the response's first tokens and its closing token. A cut inside an unscored turn removes the whole turn.
 
     Returns:
-        The tokens, which of them are scored, and the position that each had.
+        The tokens, their scored mask, and their positions in the original response.
     """
     end = max(0, room)
     if end and not mask[end - 1]:

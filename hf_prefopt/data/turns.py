@@ -1,7 +1,7 @@
-"""Where in a rendered conversation the assistant speaks: the characters to score.
+"""Find the assistant's turns in a rendered conversation: the characters to score.
 
-An assistant's turn is its words, what marks its channel, and its end of turn. Its header is not, which is what the
-template's generation prompt ends with, and neither is an empty block of thinking that the template writes by itself.
+An assistant turn consists of its text, its channel markers and its end of turn. It excludes the header, with which the
+generation prompt ends, and an empty thinking block that the template adds.
 """
 
 import re
@@ -10,7 +10,9 @@ from hf_prefopt.data.messages import Message, text_of
 from hf_prefopt.data.rows import BadRow, shared_length
 from hf_prefopt.data.template import THINKING_MARKER, ChatTemplate, Span
 
-_REWRITES = "it rewrites earlier turns, which hides where the assistant's begin: give it {% generation %} markers"
+_REWRITES = (
+    "it rewrites earlier turns, so the start of the assistant's turns is unknown: add {% generation %} markers to it"
+)
 _EMPTY_THINKING = re.compile(
     rf"\s*(?:{THINKING_MARKER.pattern}\s*{THINKING_MARKER.pattern}|<\|channel>thought\s*<channel\|>)\s*", re.IGNORECASE
 )
@@ -21,21 +23,22 @@ _NEAR = 64
 def scored_spans(
     column: str, full: str, asked: str, shared: list[Message], response: list[Message], template: ChatTemplate
 ) -> list[Span]:
-    """The character ranges of `full` that the assistant writes.
+    """Return the character ranges of `full` that the assistant writes.
 
-    Without generation markers in the template, a turn is what rendering one more message adds after the generation
-    prompt.
+    If the template has no generation markers, a turn is the text that rendering one more message adds after the
+    generation prompt.
 
     Args:
-        column: of the response, for errors.
-        full: the conversation as text.
-        asked: the prompt as text, with the generation prompt.
-        shared: the messages of the prompt; without the last one if the response continues it.
-        response: the messages after them.
+        column: Column of the response, for errors.
+        full: The conversation as text.
+        asked: The prompt as text, with the generation prompt.
+        shared: The messages of the prompt, without the last one if the response continues it.
+        response: The messages after `shared`.
+        template: The chat template.
 
     Raises:
-        BadRow: thinking beside an empty block of it.
-        ValueError: it cannot be told where a turn begins or ends.
+        BadRow: If a message begins with thinking and the template also writes an empty thinking block before it.
+        ValueError: If the start or the end of a turn cannot be found.
     """
     messages = shared + response
     turns = [at for at in range(len(shared), len(messages)) if messages[at]["role"] == "assistant"]
@@ -59,7 +62,7 @@ def scored_spans(
 
 
 def _turn_start(full: str, asked: str, before: list[Message], template: ChatTemplate, is_first: bool) -> int:
-    """Where the words after the generation prompt begin, or part from it if the template then writes another one."""
+    """Return the start of the text after the generation prompt, or of the first difference from the prompt."""
     generation = asked if is_first else template.render(before, generation_prompt=True)
     start = shared_length(generation, full)
     if start < len(generation) and before and start < len(template.render(before)):
@@ -79,9 +82,9 @@ def _turn_end(full: str, start: int, messages: list[Message], at: int, template:
 
 
 def _first_word(column: str, full: str, start: int, message: Message, template: ChatTemplate) -> int:
-    """`start`, or the end of what no message says there.
+    """Return `start`, or the end of text there that belongs to no message.
 
-    That is a header which the generation prompt leaves out, as after a tool's result, and an empty block of thinking.
+    Such text is a header that the generation prompt lacks, as after a tool result, or an empty thinking block.
     """
     if template.header and full.startswith(template.header, start):
         start += len(template.header)
@@ -93,9 +96,9 @@ def _first_word(column: str, full: str, start: int, message: Message, template: 
         return start
     words = text_of(message).lstrip()
     if not THINKING_MARKER.match(words):
-        at = full.find(text_of(message), start) if words else -1  # blanks at its beginning are the message's own
+        at = full.find(text_of(message), start) if words else -1  # spaces at its beginning belong to the message
         return min(block.end(), at) if at >= 0 else block.end()
     if not _EMPTY_THINKING.match(words) or full.startswith(words[:_NEAR].rstrip(), block.end()):
-        problem = "begins with thinking, and the chat template writes an empty block of it before"
+        problem = "begins with thinking, but the chat template writes an empty thinking block before it"
         raise BadRow(column, problem, "give the thinking as `reasoning_content` of the message")
     return start

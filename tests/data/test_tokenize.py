@@ -294,5 +294,7 @@ def test_responses_that_do_not_end_are_counted(caplog):
 def test_ids_beyond_the_vocabulary_are_refused():
     tokenizer = tiny_tokenizer()
     row = {"prompt_ids": [7, 8], "chosen_ids": [9, len(tokenizer)], "rejected_ids": [11]}
-    with pytest.raises(ValueError, match=rf"row 0: `chosen_ids` holds {len(tokenizer)}, and the tokenizer has"):
+    with pytest.raises(
+        ValueError, match=rf"row 0: `chosen_ids` contains token id {len(tokenizer)}, but the tokenizer has"
+    ):
         prepare_row(row, tokenizer)
