@@ -1,4 +1,4 @@
-"""`inspect_dataset`: what a data set means to training, before a model is loaded."""
+"""`inspect_dataset`: show how training would read a data set, before a model is loaded."""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,7 +34,7 @@ from hf_prefopt.reporting.shown_rows import ShownRow, show_row
 from hf_prefopt.training.preference_data import PreferenceData, settings_of_rows
 from hf_prefopt.training.settings import own_names
 
-# For these lengths, in tokens, it is said how many rows are within them.
+# Lengths, in tokens, for which the share of rows within them is reported.
 _LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
 
 
@@ -48,9 +48,9 @@ def inspect_dataset(
     loss_type: str | list[str] | None = None,
     **settings: Any,
 ) -> Inspection:
-    """What training would make of a data set: the layout found, the columns used and not used, counts, and rows.
+    """Read a data set as training would: find its layout and columns, count its rows, and show some of them.
 
-    Rows that cannot be used do not stop it: they are counted, and what would stop training is in `errors`.
+    Unusable rows do not raise an error here: they are counted. Problems that would stop training are in `errors`.
 
     Example:
         ```python
@@ -59,23 +59,23 @@ def inspect_dataset(
         ```
 
     Args:
-        dataset: anything that `PreferenceTrainer` takes as `train_dataset`. All of it is tokenized, unless it is a
+        dataset: Any data set that `PreferenceTrainer` accepts as `train_dataset`. All rows are tokenized, except for a
             stream.
-        processing_class: the tokenizer.
-        rows: the number of rows to show.
-        stream_rows: the number of rows that are read of a stream.
-        name: what messages call the data set.
-        loss_type: losses that the rows must suit; by default any.
-        settings: other fields of `PreferenceConfig`, such as `max_length`, `column_mapping` or `text_as`.
+        processing_class: The tokenizer.
+        rows: Number of rows to show.
+        stream_rows: Number of rows to read from a stream.
+        name: Name of the data set in messages.
+        loss_type: Losses for which the rows are checked; None checks no loss.
+        settings: Other fields of `PreferenceConfig`, such as `max_length`, `column_mapping` or `text_as`.
 
     Raises:
-        ValueError: the columns cannot be read, no row can be used, or a setting is invalid.
+        ValueError: If the columns cannot be read, no row can be used, or a setting is invalid.
     """
     losses = {} if loss_type is None else {"loss_type": loss_type}
     args = PreferenceConfig("unused", report_to="none", **losses, **settings)
     on_bad_rows, args.on_bad_rows = args.on_bad_rows, "drop"
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
-    dataset = as_dataset(dataset, "train")  # of several splits the one that is trained on
+    dataset = as_dataset(dataset, "train")  # selects the training split of several splits
     is_stream = isinstance(dataset, IterableDataset)
     given = _beginning(dataset, stream_rows) if is_stream else dataset
     check_rows(given, name)
@@ -83,7 +83,7 @@ def inspect_dataset(
     with _said(name) as remarks:
         settled = settings_of_rows(args)
         kinds = () if losses else _kinds(given, settled)
-        # Triples are pairs, too, and are shown whole.
+        # Triples can also be read as pairs; prefer triples, so that all three responses are shown.
         kind = TRIPLES if TRIPLES in kinds else None
         made = data.read(given, name) if losses else prepare(given, tokenizer, **settled, kind=kind, name=name)
         if losses:
@@ -110,7 +110,7 @@ def inspect_dataset(
 
 
 def _kinds(given: Dataset, settings: Mapping[str, Any]) -> tuple[ExampleKind, ...]:
-    """The kinds of examples that the losses may compare in these rows; none of columns that cannot be read."""
+    """Return the kinds of examples that these rows can be read as; empty if the columns cannot be read."""
     try:
         rows = undecoded(choose_columns(given, settings["column_mapping"], settings["remove_columns"]))
     except ValueError:
@@ -121,13 +121,13 @@ def _kinds(given: Dataset, settings: Mapping[str, Any]) -> tuple[ExampleKind, ..
 
 
 def _settings(args: PreferenceConfig, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that were given, and those that cut rows."""
+    """Return the settings passed by the user, and the settings for truncation."""
     named = {"max_length": args.max_length, "truncation_mode": args.truncation_mode, **given}
     return {name: value for name, value in named.items() if name in own_names()}
 
 
 def _beginning(stream: IterableDataset, count: int) -> Dataset:
-    """The first rows of a stream."""
+    """Return the first rows of a stream."""
     stream = undecoded(stream)
     rows = list(islice(iter(stream), count))
     return Dataset.from_list(rows, features=stream.features)
@@ -135,7 +135,7 @@ def _beginning(stream: IterableDataset, count: int) -> Dataset:
 
 @contextmanager
 def _said(name: str) -> Iterator[list[str]]:
-    """What is logged about the data in the meantime, without counts and columns, which an `Inspection` has itself."""
+    """Collect log messages about the data, without counts and columns, which `Inspection` reports separately."""
     remarks: list[str] = []
     handler, logger = logging.Handler(), logging.getLogger("hf_prefopt.data")
     handler.emit = lambda record: remarks.extend(_remark(record, name))  # type: ignore[method-assign]
@@ -157,7 +157,7 @@ def _remark(record: logging.LogRecord, name: str) -> list[str]:
 
 
 def _columns(made: Prepared, mapping: Mapping[str, str], given: Sequence[str]) -> dict[str, Any]:
-    """How the columns are read, under the names that they have in the data set given."""
+    """Return how the columns are read, with their names in the given data set."""
     layout, columns = made.layout, column_names(made.raw)
     if layout is None:
         return {"layout": "prepared rows", "content": "tokens", "columns": {}, "numbers": {}} | _NOT_USED
@@ -178,7 +178,7 @@ _NOT_USED: Mapping[str, tuple[str, ...]] = {"unused": (), "about_the_row": ()}
 
 
 def _content(made: Prepared) -> str:
-    """What the first row that can be read holds: messages, text or tokens."""
+    """Return the content type of the first readable row: messages, text or tokens."""
     for row in islice(iter(made.raw), 100):
         try:
             return made.layout.read(row).content_type
@@ -188,7 +188,7 @@ def _content(made: Prepared) -> str:
 
 
 def _within(noted: Dataset | None) -> dict[int, float]:
-    """The share of rows within each of some lengths, up to the first within which all are."""
+    """Return the share of rows within each length, up to the first length that fits all rows."""
     if noted is None:
         return {}
     notes = noted.select_columns(["_longest", "_bad", "_tie"]).with_format("numpy")[:]
@@ -199,7 +199,7 @@ def _within(noted: Dataset | None) -> dict[int, float]:
 
 
 def _shown_rows(made: Prepared, count: int, kinds: TokenKinds) -> Iterator[ShownRow]:
-    """The first rows that are kept; the last of them is one that is cut, if any row is and none before is."""
+    """Yield the first rows that are kept. If none of them is truncated, the last one is replaced by a truncated row."""
     places = list(range(min(count, len(made.dataset))))
     cut = _first_cut(made)
     if places and cut is not None and cut > places[-1]:
@@ -214,7 +214,7 @@ def _shown_rows(made: Prepared, count: int, kinds: TokenKinds) -> Iterator[Shown
 
 
 def _first_cut(made: Prepared) -> int | None:
-    """The place, among the prepared rows, of the first one that is cut."""
+    """Return the index, among the prepared rows, of the first truncated row."""
     if made.noted is None:
         return None
     notes = made.noted.select_columns(["row", "_responses_cut", "_prompt_cut"]).with_format("numpy")[:]

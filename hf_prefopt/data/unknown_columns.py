@@ -1,4 +1,4 @@
-"""What to say of columns that are of no known layout: the nearest one, and what would make it fit."""
+"""Describe columns that match no known layout: the nearest layout, and how to make the columns fit."""
 
 import re
 from collections.abc import Collection, Mapping
@@ -10,7 +10,7 @@ from hf_prefopt.data import roles
 from hf_prefopt.data.layout_table import LAYOUTS, ColumnLayout
 from hf_prefopt.data.roles import Role
 
-# Columns that are known, and cannot be read row by row: what to do instead.
+# Columns that are known but cannot be read row by row, with a description of the fix.
 _ALONE = (
     "these rows are single responses with a rating, and no preference: put those of a prompt together, into rows of "
     "`prompt`, `responses` and `scores`, or make a `label` or a `quantile` of the rating"
@@ -43,7 +43,7 @@ UNREADABLE: dict[tuple[str, ...], str] = {
 
 
 def describe_nearest(sample: Mapping[str, Any]) -> str:
-    """What was found, the layout that lacks least, and what is missing from it."""
+    """Describe the columns found, the layout with the fewest missing columns, and the missing columns."""
     for columns, problem in UNREADABLE.items():
         if set(columns).issubset(sample):
             return f"columns {quoted(columns)}: {problem}"
@@ -57,7 +57,7 @@ def describe_nearest(sample: Mapping[str, Any]) -> str:
     if misspelled is not None:
         return misspelled
     layouts = [_Lack(layout, [needed for needed in layout.needs if needed.find(sample) is None]) for layout in LAYOUTS]
-    # Of those that lack equally little, the first of the table.
+    # If several layouts lack equally many columns, the first one in the table is used.
     nearest = min(layouts, key=lambda lack: lack.distance(sample))
     missing, found = nearest.missing(sample), ", ".join(sample) or "none"
     if not missing:
@@ -69,19 +69,19 @@ def describe_nearest(sample: Mapping[str, Any]) -> str:
     )
 
 
-# Beginnings of names that people give to columns, and that are no names of a layout.
+# Beginnings of column names that probably mean a known column but belong to no layout.
 _MEANINGS = {"chosen": ("good", "better", "pos", "win"), "rejected": ("bad", "worse", "neg", "los")}
 
 
 def _meant(column: str, sample: Mapping[str, Any]) -> str:
-    """The column that is probably meant, by its spelling or its meaning; "…" where none resembles it."""
+    """Return the column that is probably meant, by spelling or meaning; "…" if no column is similar."""
     near = get_close_matches(column, sample, 1, cutoff=0.75)
     alike = [name for name in sample if name.lower().startswith(_MEANINGS.get(column, ("\0",)))]
     return near[0] if near else alike[0] if len(alike) == 1 else "…"
 
 
 def _describe_spelling(sample: Mapping[str, Any]) -> str | None:
-    """How to map columns that only capitals, blanks or hyphens, or one separator for all, keep from being a layout."""
+    """Describe how to map columns that would match a layout if their spelling, or the file's separator, were fixed."""
     first, *others = sample
     separator = next((mark for mark in ";\t|" if mark in first and not others), None)
     if separator:
@@ -99,7 +99,7 @@ def _describe_spelling(sample: Mapping[str, Any]) -> str | None:
 
 
 def _spelled(name: str) -> str:
-    """`Chosen Response` and `chosenResponse` as `chosen_response`."""
+    """Return `Chosen Response` and `chosenResponse` as `chosen_response`."""
     name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name.strip(" \ufeff"))
     return re.sub(r"[\s-]+", "_", name).lower()
 
@@ -114,7 +114,7 @@ def _columns(names: list[str]) -> str:
 
 @dataclass(frozen=True)
 class _Lack:
-    """A layout and the roles that a data set lacks."""
+    """A layout, and its roles that a data set lacks."""
 
     layout: ColumnLayout
     roles: list[Role]
@@ -125,11 +125,11 @@ class _Lack:
 
     @property
     def is_half(self) -> bool:
-        """Whether only an input is missing beside an instruction, which may well do without."""
+        """Whether only the input is missing next to an instruction; the input may be optional."""
         return roles.ALPACA in self.roles
 
     def distance(self, sample: Mapping[str, Any]) -> tuple[int, bool, bool, bool, int]:
-        """How far a data set is from this layout; of several, the smallest is the nearest."""
+        """Return the distance of a data set from this layout; the smallest one identifies the nearest layout."""
         missing = len(self.missing(sample))
         return (-self.present(sample), missing > 2, self.is_half, self.layout.is_talk, missing)
 
@@ -137,7 +137,7 @@ class _Lack:
         return [column for column in self.columns if column not in sample]
 
     def why(self, sample: Mapping[str, Any]) -> str:
-        """Why columns that are all there are not of this layout."""
+        """Return the reason why columns do not have this layout although all of them exist."""
         unfit = [(column, needed) for needed in self.roles for column in needed.names[0]]
         kinds = [
             f"`{column}` is {_kind_of(sample[column])} and should be {needed.wanted}"
@@ -147,11 +147,11 @@ class _Lack:
         return ", ".join(kinds)
 
     def present(self, sample: Mapping[str, Any]) -> int:
-        """The number of columns that it would use."""
+        """Return the number of columns that this layout would use."""
         found = sum(len(needed.parts) for needed in self.layout.needs if needed not in self.roles)
         return found + len(self.columns) - len(self.missing(sample))
 
 
 def quoted(names: Collection[str]) -> str:
-    """The names in backquotes."""
+    """Return the names in backquotes."""
     return ", ".join(f"`{name}`" for name in names)

@@ -1,4 +1,4 @@
-"""Rows for losses of single responses: pairs that become two rows, and the mismatched responses of KTO's baseline."""
+"""Prepare rows for losses of single responses: split pairs into two rows, and draw KTO's mismatched responses."""
 
 import multiprocessing
 from collections.abc import Mapping, Sequence
@@ -11,21 +11,21 @@ from transformers import TrainerCallback
 
 from hf_prefopt.data.group import prompt_keys
 
-# A stream is shuffled here within this many rows, which separates the two rows of a pair.
+# Size of the buffer for shuffling a stream, which separates the two rows of a pair.
 STREAM_BUFFER = 1000
 
 
 def unpair(dataset: Dataset | IterableDataset, features: Features) -> Dataset | IterableDataset:
-    """Two unpaired rows, 2n and 2n + 1, for row n, which holds one pair: the chosen response is the desirable one.
+    """Convert each row n, which contains one pair, to the unpaired rows 2n (chosen, desirable) and 2n + 1 (rejected).
 
-    They are rows of their own, so that shuffling the rows separates them.
+    The two rows are separate rows of the data set, so shuffling separates them.
 
     Args:
-        dataset: prepared pairs.
-        features: the columns of the unpaired rows.
+        dataset: Prepared pairs.
+        features: Features of the unpaired rows.
 
     Raises:
-        ValueError: a row holds several pairs, whose responses would count more than once.
+        ValueError: If a row contains several pairs, because shared responses would count more than once.
     """
     arguments = {
         "batched": True,
@@ -42,7 +42,9 @@ def _unpair_batch(columns: Mapping[str, list[Any]], names: Sequence[str]) -> dic
     out: dict[str, list[Any]] = {name: [] for name in names}
     for at, row in enumerate(columns["row"]):
         if len(columns["pairs"][at]) != 1:
-            raise ValueError(f"row {row:,} holds {len(columns['pairs'][at])} pairs: unpair=True takes one pair a row")
+            raise ValueError(
+                f"row {row:,} has {len(columns['pairs'][at])} pairs, but unpair=True needs one pair per row"
+            )
         for side, response in enumerate(columns["pairs"][at][0]):
             unpaired = {name: columns[name][at] for name in names if name != "labels"} | {
                 "response_ids": [columns["response_ids"][at][response]],
@@ -56,15 +58,15 @@ def _unpair_batch(columns: Mapping[str, list[Any]], names: Sequence[str]) -> dic
 
 
 class MismatchedResponses(TorchDataset):
-    """A prepared data set whose rows also hold a mismatched response for each response: an answer to another prompt.
+    """A prepared data set that adds a mismatched response, an answer to another prompt, to each response.
 
     KTO's baseline is the policy's divergence from its reference on mismatched responses, `mismatched_ids` and
-    `mismatched_masks`. They are drawn from the whole data set, so a batch of one row has them too, uniformly over the
-    rows of other prompts, and cut to the room that `max_length` leaves. The draw depends only on (seed, epoch, index
-    of the row), so it is the same on every rank and for every batch size.
+    `mismatched_masks`. They are drawn uniformly from all rows with other prompts in the data set, so they also exist
+    for a batch of one row. They are cut to the length that `max_length` leaves after the prompt. The draw depends only
+    on (seed, epoch, index of the row), so it is the same on every rank and for every batch size.
 
     Raises:
-        ValueError: all rows have the same prompt.
+        ValueError: If all rows have the same prompt.
     """
 
     def __init__(self, dataset: Dataset, seed: int, max_length: int | None = None):
@@ -72,13 +74,13 @@ class MismatchedResponses(TorchDataset):
         keys = prompt_keys(dataset)
         if len(dataset) and int(keys.max()) == 0:
             raise ValueError(
-                f"all {len(dataset):,} rows have the same prompt, and KTO's baseline needs responses to other prompts: "
-                "give rows of at least two prompts"
+                f"all {len(dataset):,} rows have the same prompt, but KTO's baseline needs responses to other prompts: "
+                "pass rows with at least two prompts"
             )
-        # In this order the rows of a prompt are adjacent: those of row i are at places first[i] to end[i] - 1.
+        # This order groups the rows by prompt: the rows with the prompt of row i are at first[i] to end[i] - 1.
         self._order = np.argsort(keys, kind="stable")
         self._first, self._end = (np.searchsorted(keys[self._order], keys, side=side) for side in ("left", "right"))
-        # Shared memory: worker processes that outlive an epoch must see the next epoch's number.
+        # Shared memory: worker processes that outlive an epoch must see the next epoch number.
         self._epoch = multiprocessing.Value("q", 0)
 
     @property
@@ -87,7 +89,7 @@ class MismatchedResponses(TorchDataset):
         return self._epoch.value
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw other responses for another epoch."""
+        """Set the epoch; each epoch draws different responses."""
         self._epoch.value = epoch
 
     def __len__(self) -> int:
@@ -110,7 +112,7 @@ class MismatchedResponses(TorchDataset):
         return rows
 
     def _draw_row(self, index: int, generator: np.random.Generator) -> int:
-        """A row of another prompt than this row's."""
+        """Draw a row whose prompt differs from this row's prompt."""
         first, end = self._first[index], self._end[index]
         place = generator.integers(len(self) - (end - first))
         return int(self._order[place if place < first else place + end - first])
@@ -118,19 +120,19 @@ class MismatchedResponses(TorchDataset):
     def _draw_response(
         self, row: Mapping[str, Any], prompt_length: int, generator: np.random.Generator
     ) -> tuple[list[int], list[int]]:
-        """The token ids and scored mask of one of the row's responses, cut to fit after a prompt of that length."""
+        """Draw one of the row's responses; return its token ids and scored mask, cut to fit after the prompt."""
         which = int(generator.integers(len(row["response_ids"])))
         room = None if self._max_length is None else max(1, self._max_length - prompt_length)
         ids, mask = row["response_ids"][which][:room], row["scored_masks"][which][:room]
-        # If the cut leaves only turns that are not scored, score them all.
+        # If the cut leaves no scored tokens, score all of them.
         return ids, mask if any(mask) else [1] * len(ids)
 
 
 class EpochOfMismatches(TrainerCallback):
-    """Sets the epoch of `MismatchedResponses`: the Trainer sets it on the sampler or the data set, not on both."""
+    """Callback that sets the epoch of `MismatchedResponses`: the Trainer sets it on the sampler or the data set, not both."""
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **_):
-        """Before the epoch's first batch is read."""
+        """Set the epoch before its first batch is read."""
         dataset = getattr(train_dataloader, "dataset", None)
         if isinstance(dataset, MismatchedResponses):
             dataset.set_epoch(int(state.epoch or 0))

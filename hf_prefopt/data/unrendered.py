@@ -1,4 +1,4 @@
-"""What is said once of a chat template: the keys that it does not write, arguments that it does not read, the date."""
+"""Describe what a chat template does not write or read: message keys, arguments; and whether it writes the date."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -10,39 +10,41 @@ from hf_prefopt.data.rows import CanonicalRow
 from hf_prefopt.data.template import TEMPLATE_ERRORS, ChatTemplate
 
 _ALWAYS_READ = ("role", "content")
-# Names by which templates take a date instead of today's.
+# Argument names with which templates accept a date instead of today's date.
 _DATES = ("date_string", "current_date", "date")
 
 
 def describe_template(
     rows: Sequence[CanonicalRow], tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any]
 ) -> list[str]:
-    """Lines on what the chat template does with these rows.
+    """Return warnings about the chat template for these rows.
 
     Args:
-        kwargs: its arguments by the settings.
+        rows: Canonical rows.
+        tokenizer: The tokenizer.
+        kwargs: Arguments of the chat template from the settings.
 
     Raises:
-        ValueError: the template reads no such argument.
+        ValueError: If the template does not read one of the arguments.
     """
     talks = [row for row in rows if row.content_type == "messages"]
     if not talks:
-        unused = kwargs and "chat_template_kwargs are not used: no row holds messages"
+        unused = kwargs and "chat_template_kwargs are not used: no row contains messages"
         return [unused] if unused else []
     if not (tokenizer.chat_template or kwargs.get("chat_template")):
-        return []  # rendering says so
+        return []  # rendering raises the error
     lines = []
     unwritten = unrendered_keys(talks, tokenizer, kwargs)
     if unwritten:
         lines.append(
-            f"the chat template does not write {', '.join(unwritten)} of the messages: the model will not see it"
+            f"the chat template does not write {', '.join(unwritten)} of the messages: the model does not see it"
         )
     first = ChatTemplate(tokenizer, talks[0].tools, {**kwargs, **talks[0].chat_template_kwargs})
     unread = [name for name in first.arguments if name not in ("tools", "chat_template") and not first.reads(name)]
     for name in unread:
         if name in kwargs:
             raise ValueError(
-                f"chat_template_kwargs={dict(kwargs)!r}: the chat template reads no {name!r}; leave it out"
+                f"chat_template_kwargs={dict(kwargs)!r}: the chat template does not read {name!r}; remove it"
             )
     if unread:
         lines.append(f"the chat template does not read {', '.join(unread)} of chat_template_kwargs")
@@ -50,7 +52,7 @@ def describe_template(
 
 
 def _describe_date(row: CanonicalRow, template: ChatTemplate) -> list[str]:
-    """A line if the template writes today's date, and how to fix it."""
+    """Return a one-line warning, with a fix, if the chat template inserts today's date."""
     messages = [*row.prompt, *row.responses[0]]
     try:
         if not template.writes_date(messages):
@@ -59,15 +61,15 @@ def _describe_date(row: CanonicalRow, template: ChatTemplate) -> list[str]:
     except TEMPLATE_ERRORS:
         return []
     cure = f"chat_template_kwargs={{{names[0]!r}: '1 Jan 2025'}}" if names else "a chat template with a fixed date"
-    return [f"the chat template writes today's date, so that rows and caches change overnight; fix it: {cure}"]
+    return [f"the chat template writes today's date, so rows and caches change every day; fix the date with {cure}"]
 
 
 def unrendered_keys(
     rows: Iterable[CanonicalRow], tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any]
 ) -> list[str]:
-    """The keys in messages of these rows without which the template writes the same text, wherever they are.
+    """Return the message keys that do not affect the rendered text in any of these rows.
 
-    `tools` is among them if the template does not write the row's tool schemas.
+    The result includes `tools` if the template does not write the row's tool schemas.
     """
     written: dict[str, bool] = {}
     for row in rows:
@@ -80,7 +82,7 @@ def unrendered_keys(
 def _try_without(
     row: CanonicalRow, messages: list[Message], tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any]
 ) -> dict[str, bool]:
-    """For each key beyond role and content, and for tools, whether the text changes without it."""
+    """Return, for each key except role and content, and for tools, whether the text changes without it."""
     keys = dict.fromkeys(key for message in messages for key in message if key not in _ALWAYS_READ)
     if not keys and not row.tools:
         return {}
@@ -94,4 +96,4 @@ def _try_without(
         }
         return differs | ({"tools": bare.render(messages) != full} if row.tools else {})
     except TEMPLATE_ERRORS:
-        return {}  # rows that the template rejects say so themselves
+        return {}  # rendering such rows raises the error

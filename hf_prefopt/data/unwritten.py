@@ -1,31 +1,33 @@
-"""Errors for words of a row that a chat template leaves out: the model would be trained without them."""
+"""Raise errors for text of a row that the chat template does not write, because the model would train without it."""
 
 from hf_prefopt.data.messages import Message, text_of
 from hf_prefopt.data.rows import BadRow
 from hf_prefopt.data.template import TEMPLATE_ERRORS, THINKING_MARKER, ChatTemplate
 
-# Keys that hold what the assistant says beside its content.
+# Keys that hold the assistant's output in addition to its content.
 THINKING_KEYS = ("reasoning_content", "reasoning", "thinking")
 SPOKEN_KEYS = (*THINKING_KEYS, "tool_calls")
 _CURE = (
-    "use a chat template that writes it (tokenizer.chat_template), take it out of the rows, or pass on_bad_rows='drop'"
+    "use a chat template that writes it (tokenizer.chat_template), remove it from the rows, or pass on_bad_rows='drop'"
 )
 
 
 def check_prompt_written(prompt: list[Message], response: list[Message], template: ChatTemplate) -> None:
-    """Raise `BadRow` if the template leaves out a message of the prompt that is not the assistant's."""
+    """Raise `BadRow` if the template does not write a prompt message of a role other than assistant."""
     _check_others("prompt", [*prompt, *response], range(len(prompt)), template)
 
 
 def check_response_written(
     column: str, prompt: list[Message], response: list[Message], text: str, template: ChatTemplate
 ) -> None:
-    """Raise `BadRow` if the template leaves out words of a response.
+    """Raise `BadRow` if the template does not write all text of a response.
 
     Args:
-        prompt: the messages before.
-        response: its messages.
-        text: what is written of them.
+        column: Column of the response, for errors.
+        prompt: The messages before the response.
+        response: The messages of the response.
+        text: The rendered text of the response.
+        template: The chat template.
     """
     messages, at = [*prompt, *response], 0
     for place, message in enumerate(messages[len(prompt) :], len(prompt)):
@@ -50,7 +52,7 @@ def _check_others(column: str, messages: list[Message], places: range, template:
 
 
 def _check_keys(column: str, messages: list[Message], place: int, text: str, template: ChatTemplate) -> None:
-    """Raise `BadRow` if the template leaves out what the assistant says beside its content."""
+    """Raise `BadRow` if the template does not write the thinking or the tool calls of a message."""
     message = messages[place]
     for key in THINKING_KEYS:
         words = message.get(key)
@@ -62,13 +64,13 @@ def _check_keys(column: str, messages: list[Message], place: int, text: str, tem
         try:
             is_written = template.render([*messages[:place], silent, *messages[place + 1 :]]) != whole
         except TEMPLATE_ERRORS:
-            is_written = True  # it cannot do without them
+            is_written = True  # the template needs them
         if not is_written:
             raise BadRow(column, "has `tool_calls`, which the chat template does not write", _CURE)
 
 
 def _holds(text: str, words: str) -> bool:
-    """Whether a text holds these words in order, whatever the white space and the markers around thinking."""
+    """Return True if a text contains these words in order, ignoring white space and thinking markers."""
     joined, at = _squeezed(text), 0
     for part in map(_squeezed, THINKING_MARKER.split(words)):
         found = joined.find(part, at)

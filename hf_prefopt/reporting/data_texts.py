@@ -1,4 +1,4 @@
-"""Data sets in a line or two, for the start of a run."""
+"""Describe data sets in a line or two, for the start of a run."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -16,13 +16,13 @@ def data_texts(
     by_prompt: bool = False,
     streams: Mapping[Any, str] = MappingProxyType({}),
 ) -> list[str]:
-    """What the data sets hold, and of the first one what its tokens and the lengths of its responses say.
+    """Describe the sizes of the data sets, and the tokens and response lengths of the first one.
 
     Args:
-        datasets: prepared data sets by what they are for, as in `{"train": dataset}`.
-        counts: for each of them what happened to the rows that it was made of (`notes.count_notes`), where known.
-        by_prompt: whether all rows of a prompt are computed together.
-        streams: for each stream, the layout of its rows or its sources, where known.
+        datasets: Prepared data sets by purpose, such as `{"train": dataset}`.
+        counts: For each data set, the counts of what happened to its rows (`notes.count_notes`), if known.
+        by_prompt: Whether all rows with the same prompt are computed together.
+        streams: For each stream, the layout of its rows or its sources, if known.
     """
     present = {name: rows for name, rows in datasets.items() if rows is not None}
     summaries = {name: summarize(rows) for name, rows in present.items() if isinstance(rows, Dataset)}
@@ -37,7 +37,7 @@ def data_texts(
 
 
 def size_text(summary: DataSummary, counts: Mapping[str, int]) -> str:
-    """From how many rows to how many examples: `1,000 rows → 990 pairs of 640 prompts (10 rows dropped)`."""
+    """Describe the numbers of rows and examples: `1,000 rows → 990 pairs of 640 prompts (10 rows dropped)`."""
     given = counts.get("rows", summary.rows)
     dropped = sum(counts.get(reason, 0) for reason in ("bad", "no_room", "tie"))
     cut = counts.get("responses_cut", 0)
@@ -49,7 +49,7 @@ def size_text(summary: DataSummary, counts: Mapping[str, int]) -> str:
 
 
 def content_texts(summary: DataSummary, by_prompt: bool = False) -> list[str]:
-    """The tokens and what sharing prompts saves; whether better responses are longer, or how many labels there are."""
+    """Describe tokens, savings by prompt sharing, and whether better responses are longer, or the label counts."""
     row, prompt = f"{summary.saved_by_row:.0%}", f"{summary.saved_by_prompt:.0%}"
     saved = prompt if by_prompt else row + f" ({prompt} with group_by_prompt)" * (row != prompt)
     texts = [f"{summary.tokens:,} tokens, {summary.scored_tokens:,} of them scored; sharing prompts saves {saved}"]

@@ -1,4 +1,4 @@
-"""What `inspect_dataset` finds, as plain data: the terminal and the page show the same."""
+"""The results of `inspect_dataset` as plain data, which the terminal and the HTML page show."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,22 +13,22 @@ class Inspection:
     """A data set as training would read it.
 
     Attributes:
-        name: what the data set is called.
-        layout: the layout of columns found, or "prepared rows".
-        content: whether the rows are "messages", "text" or "tokens".
-        columns: what each column is read as: part → column, such as {"prompt": "question"}.
-        numbers: columns of numbers that losses may read: prepared name → column, such as {"margins": "margin"}.
-        unused: columns that are not used.
-        about_the_row: columns that are not used and known to be about the row: ids, sources, models.
-        kinds: the kinds of examples that losses can compare in it, where no loss was named: "pairs", "lists", …
-        is_beginning: whether these are the first rows of a stream.
-        settings: the settings that were given or that matter, such as {"max_length": 1024}.
-        summary: the counts of the prepared rows.
-        counts: what happened to the rows given, see `data.notes.count_notes`; empty for prepared rows.
-        within: by number of tokens, the share of rows whose prompt and longest response fit, before truncation.
-        remarks: what training would say about the data set in its log.
-        errors: what would stop training.
-        rows: the first rows that are kept, and one that is cut, if any is.
+        name: Name of the data set.
+        layout: Layout of the columns, or "prepared rows".
+        content: Content type of the rows: "messages", "text" or "tokens".
+        columns: Role → column, such as {"prompt": "question"}.
+        numbers: Columns of numbers that losses may read: prepared name → column, such as {"margins": "margin"}.
+        unused: Columns that are not used.
+        about_the_row: Unused columns that are known to be about the row: ids, sources, models.
+        kinds: If no loss was named, the kinds of examples that losses can compare in this data set: "pairs", "lists", …
+        is_beginning: Whether only the first rows of a stream were read.
+        settings: Settings passed by the user, and settings for truncation, such as {"max_length": 1024}.
+        summary: Counts of the prepared rows.
+        counts: Counts of what happened to the given rows, see `data.notes.count_notes`; empty for prepared rows.
+        within: Number of tokens → share of rows whose prompt and longest response fit, before truncation.
+        remarks: Messages that training would log about the data set.
+        errors: Errors that would stop training.
+        rows: The first rows that are kept, including a truncated one if there is any.
     """
 
     name: str
@@ -50,47 +50,47 @@ class Inspection:
 
     @property
     def rows_given(self) -> int:
-        """The number of rows that were read."""
+        """Number of rows that were read."""
         return self.counts.get("rows", self.summary.rows)
 
 
-# What happens to rows, by the name of its count (`data.notes.NOTES`): dropped rows first.
+# Descriptions of what happens to rows, by the name of the count (`data.notes.NOTES`): dropped rows first.
 EVENTS: Mapping[str, str] = {
     "bad": "rows that cannot be used",
     "no_room": "rows dropped because the prompt alone fills max_length",
     "tie": "rows dropped because neither response is better",
     "responses_cut": "responses cut to max_length",
     "prompt_cut": "prompts cut at the start to max_length",
-    "repeated": "rows whose responses began with the prompt, which was taken off",
-    "echoed": "rows whose responses begin with a prompt that is too short to be taken off",
-    "change": "rows whose prompt differs from the one that the model is asked with",
+    "repeated": "rows whose responses began with the prompt, which was removed from them",
+    "echoed": "rows whose responses begin with a prompt that is too short to be removed",
+    "change": "rows whose prompt in training differs from the prompt for generation",
     "identical": "pairs with chosen = rejected, from which nothing is learned",
     "against": "pairs whose chosen response has the lower score",
-    "open": "rows with a response that ends in no scored end of turn: the model does not learn to stop",
+    "open": "rows with a response that has no scored end-of-turn token: the model does not learn to stop",
 }
 _NO_EVENTS = ("rows", "responses", "longest", "lacks_prompt", "problem", "text")
 
 
 def events(inspection: Inspection) -> list[tuple[str, int]]:
-    """What happened to rows, and how often, in the order of `EVENTS`."""
+    """Return what happened to rows, and how often, in the order of `EVENTS`."""
     names = dict.fromkeys([*EVENTS, *inspection.counts])
     counted = [(EVENTS.get(name, name), inspection.counts.get(name, 0)) for name in names if name not in _NO_EVENTS]
     return [event for event in counted if event[1]]
 
 
 def facts(inspection: Inspection) -> list[tuple[str, str]]:
-    """What is known about a data set, each with its name."""
+    """Return the facts about a data set, as pairs of name and value."""
     found, summary = inspection, inspection.summary
     beginning = f" (the first {found.rows_given:,} rows of a stream)" if found.is_beginning else ""
     columns = [f"{part} = {column}" if part != column else part for part, column in found.columns.items()]
-    # Rounded down: not all rows fit unless it says 100.
+    # Rounded down, so that 100% means that all rows fit.
     within = [f"{int(1000 * share) / 10:g}% ≤ {length:,}" for length, share in found.within.items()]
     listed = {
         "Rows": size_text(summary, found.counts) + beginning,
         "Layout": f"{found.layout} ({_CONTENT[found.content]})",
         "For losses of": _kinds(found.kinds),
         "Columns used": ", ".join(columns),
-        "Numbers": ", ".join(found.numbers.values()) + " (read by losses that take them)" * bool(found.numbers),
+        "Numbers": ", ".join(found.numbers.values()) + " (read by losses that use them)" * bool(found.numbers),
         "Not used": ", ".join(found.unused),
         "About the row": ", ".join(found.about_the_row) + " (not used)" * bool(found.about_the_row),
         "Tokens": content_texts(summary)[0],
@@ -104,25 +104,25 @@ def facts(inspection: Inspection) -> list[tuple[str, str]]:
 
 
 def _kinds(kinds: tuple[str, ...]) -> str:
-    """The kinds of losses that can use a data set."""
+    """Describe the kinds of losses that can use a data set."""
     unpaired = " (with unpair=True also of unpaired examples)" if "pairs" in kinds else ""
     return ", ".join(kinds) + unpaired
 
 
 _CONTENT = {
     "messages": "conversations, written with the chat template",
-    "text": "text, trained on as it is, without the chat template",
+    "text": "text, trained on unchanged, without the chat template",
     "tokens": "token ids",
 }
 
 
 def _setting(value: object) -> str:
-    """A setting as one writes it on the command line."""
+    """Format a setting as on the command line."""
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _labels(summary: DataSummary, advises: bool) -> str:
-    """How many labels of each kind there are. A loss that is named gives its own advice."""
+    """Describe the label counts, with KTO's recommended weights unless a named loss gives its own advice."""
     if not summary.desirable and not summary.undesirable:
         return ""
     counts = f"{summary.desirable:,} desirable, {summary.undesirable:,} undesirable"

@@ -1,7 +1,7 @@
-"""An inspection as one page for the browser, which loads nothing and runs no script.
+"""Render an inspection as one HTML page, which loads no resources and runs no scripts.
 
-Jinja escapes everything that comes from the data. Colors are not the only sign: scored tokens are underlined, cut ones
-struck through, and both have their HTML elements.
+Jinja escapes all text from the data. The page does not rely on colors alone: scored tokens are underlined, truncated
+tokens are struck through, and both have their own HTML elements.
 """
 
 from pathlib import Path
@@ -13,7 +13,7 @@ _PAGE = "inspection.html"
 
 
 def inspection_page(inspection: Inspection) -> str:
-    """The page as HTML."""
+    """Return the page as HTML."""
     summary = inspection.summary
     longest = max((lengths.longest for lengths in summary.lengths.values()), default=0)
     return render_page(
@@ -27,12 +27,12 @@ def inspection_page(inspection: Inspection) -> str:
 
 
 def write_inspection(inspection: Inspection, path: Path) -> None:
-    """Write the page to a file; its folder is made where there is none."""
+    """Write the page to a file, and create its folder if necessary."""
     write_page(inspection_page(inspection), path)
 
 
 def _figures(inspection: Inspection) -> list[tuple[str, str]]:
-    """The numbers at the top of the page, each with what it counts."""
+    """Return the numbers at the top of the page, each with its label."""
     summary = inspection.summary
     figures = [
         (f"{inspection.rows_given:,}", "rows"),

@@ -1,4 +1,4 @@
-"""An inspection in the terminal: how the data set is read, its counts, and some of its rows."""
+"""Show an inspection in the terminal: how the data set is read, its counts, and some of its rows."""
 
 from collections.abc import Iterable
 
@@ -9,24 +9,26 @@ from rich.text import Text
 from hf_prefopt.reporting.inspected import Inspection, events, facts
 from hf_prefopt.reporting.preview import legend, render_row, visible
 
-# The most characters that are shown of a prompt or of a response.
+# Maximum number of characters shown of a prompt or of a response.
 CHARACTERS = 1500
 
 
 def print_inspection(
     inspection: Inspection, console: Console | None = None, characters: int | None = CHARACTERS
 ) -> None:
-    """Print an inspection to the console given, or to standard output.
+    """Print an inspection to the given console, or to standard output.
 
     Args:
-        characters: the most that are shown of a prompt or of a response; None shows all.
+        inspection: The inspection.
+        console: The console; None uses standard output.
+        characters: Maximum number of characters shown of a prompt or of a response; None shows all.
     """
     console = console or Console()
     console.print(render_inspection(inspection, characters))
 
 
 def render_inspection(inspection: Inspection, characters: int | None = CHARACTERS) -> RenderableType:
-    """An inspection as something that rich prints."""
+    """Render an inspection for rich."""
     parts: list[RenderableType] = [
         Text(visible(inspection.name), style="bold"),
         _facts(inspection),
@@ -59,7 +61,7 @@ def _lengths(inspection: Inspection) -> Table:
 
 
 def _bullets(heading: str, lines: Iterable[str], style: str) -> list[RenderableType]:
-    """A heading and a line for each of these, or nothing."""
+    """Return a heading and one line per entry; empty if there are no lines."""
     bullets = Table.grid(padding=(0, 1))
     for line in lines:
         bullets.add_row("·", Text(visible(line)))

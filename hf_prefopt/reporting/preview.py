@@ -1,6 +1,6 @@
-"""Rows in the terminal: what the model sees, and which tokens count.
+"""Show rows in the terminal: the text that the model sees, and the scored tokens.
 
-Scored tokens are between ⟦ ⟧ and cut ones between ⟪ ⟫, so that they can be told apart without colors.
+Scored tokens are between ⟦ ⟧ and truncated tokens between ⟪ ⟫, so that they are visible without colors.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,12 +25,12 @@ BRACKETS: dict[State, tuple[str, str]] = {"scored": ("⟦", "⟧"), "cut": ("⟪
 def preview_rows(
     rows: Iterable[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, limit: int = 1
 ) -> RenderableType:
-    """The first `limit` groups of a prepared data set as something that rich prints.
+    """Render the first `limit` rows of a prepared data set for rich.
 
     Args:
-        rows: prepared rows (`prepare_dataset`).
-        tokenizer: the one that they were prepared with.
-        limit: the number of groups shown.
+        rows: Prepared rows (`prepare_dataset`).
+        tokenizer: The tokenizer with which the rows were prepared.
+        limit: Number of rows to show.
     """
     kinds = TokenKinds(tokenizer)
     return Group(*(render_row(show_row(row, kinds)) for row in islice(rows, limit)))
@@ -42,22 +42,23 @@ def print_preview(
     limit: int = 1,
     console: Console | None = None,
 ) -> None:
-    """Print `preview_rows` to the console given, or to standard output."""
+    """Print `preview_rows` to the given console, or to standard output."""
     (console or Console()).print(preview_rows(rows, tokenizer, limit))
 
 
 def render_row(row: ShownRow, characters: int | None = None) -> RenderableType:
-    """A row as something that rich prints: a panel for the prompt and one for each response.
+    """Render a row for rich: a panel for the prompt and one for each response.
 
     Args:
-        characters: the most that are shown of a text, without its middle if it has more; None shows all.
+        row: The row.
+        characters: Maximum number of characters shown of a text, without the middle of a longer text; None shows all.
     """
     panels = [_panel(text, characters) for text in (row.prompt, *row.responses)]
     return Group(Text(f"row {row.number:,}", style="bold"), *panels)
 
 
 def legend() -> Text:
-    """What the brackets and colors mean."""
+    """Return the legend of the brackets and colors."""
     names = {"prompt": "prompt", "scored": "scored", "masked": "response, not scored", "cut": "cut by max_length"}
     shown = Text()
     for state, name in names.items():
@@ -73,7 +74,7 @@ def _panel(text: ShownText, characters: int | None) -> Panel:
 
 
 def _render(pieces: Iterable[Piece]) -> Text:
-    """The text, with special tokens in italics and brackets around what is scored and cut."""
+    """Render the text, with special tokens in italics and brackets around scored and truncated tokens."""
     shown = Text()
     for state, run in groupby(pieces, key=lambda piece: piece.state):
         begin, end = BRACKETS.get(state, ("", ""))
@@ -85,7 +86,7 @@ def _render(pieces: Iterable[Piece]) -> Text:
 
 
 def visible(text: str) -> str:
-    """The text with signs for control characters, which would steer the terminal or reverse what is around them."""
+    """Replace control characters, which could control the terminal or reverse the text, by visible symbols."""
     return text.translate(_SIGNS)
 
 
@@ -94,7 +95,7 @@ _SIGNS |= {code: f"<U+{code:04X}>" for code in (*range(0x7F, 0xA0), *range(0x202
 
 
 def _shortened(pieces: Sequence[Piece], characters: int | None) -> list[Piece]:
-    """The pieces of a text; of a long one its first two thirds of so many characters and its last third."""
+    """Return the pieces. For a text longer than `characters`, keep two thirds of them at the start, one third at the end."""
     total = sum(len(piece.text) for piece in pieces)
     if characters is None or total <= characters:
         return list(pieces)
@@ -105,7 +106,7 @@ def _shortened(pieces: Sequence[Piece], characters: int | None) -> list[Piece]:
 
 
 def _first(pieces: Iterable[Piece], room: int, cut: Callable[[str, int], str]) -> Iterator[Piece]:
-    """The first pieces, of the last one as much as there is room for."""
+    """Yield the first pieces, up to `room` characters; the last piece may be shortened."""
     for piece in pieces:
         if room > 0:
             yield replace(piece, text=cut(piece.text, room))

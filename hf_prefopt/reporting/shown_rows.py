@@ -1,6 +1,6 @@
-"""Prepared rows as text for a person: what the model sees, which tokens count, and which were cut.
+"""Convert prepared rows to text for display: the text that the model sees, its scored tokens and its truncated tokens.
 
-Tokens are decoded run by run, since one character may be several tokens.
+Consecutive tokens are decoded together, because one character may consist of several tokens.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,14 +17,14 @@ State = Literal["prompt", "scored", "masked", "cut"]
 
 @dataclass(frozen=True)
 class Piece:
-    """Neighboring tokens of one state.
+    """Consecutive tokens with the same state.
 
     Attributes:
-        text: the tokens decoded.
-        state: "prompt"; "scored", whose log-probs count; "masked", response tokens that are not scored; or "cut", which
-            `max_length` removed.
-        is_special: whether they are control tokens.
-        tokens: their number.
+        text: The decoded tokens.
+        state: "prompt"; "scored" for tokens whose log-prob counts; "masked" for response tokens that are not scored; or
+            "cut" for tokens that `max_length` removed.
+        is_special: Whether they are control tokens.
+        tokens: Number of tokens.
     """
 
     text: str
@@ -39,8 +39,8 @@ class ShownText:
 
     Attributes:
         name: prompt, chosen, rejected, desirable, response 0, ….
-        about: what a list says of the response: its rank, its score.
-        pieces: the text, cut tokens included.
+        about: Rank, score or quantile of a response, as text.
+        pieces: The text, including truncated tokens.
     """
 
     name: str
@@ -49,29 +49,29 @@ class ShownText:
 
     @property
     def tokens(self) -> int:
-        """The number of tokens, without those cut."""
+        """Number of tokens, without truncated ones."""
         return sum(piece.tokens for piece in self.pieces if piece.state != "cut")
 
     @property
     def scored(self) -> int:
-        """The number of scored tokens."""
+        """Number of scored tokens."""
         return sum(piece.tokens for piece in self.pieces if piece.state == "scored")
 
     @property
     def cut(self) -> int:
-        """The number of tokens cut."""
+        """Number of truncated tokens."""
         return sum(piece.tokens for piece in self.pieces if piece.state == "cut")
 
     @property
     def counts(self) -> list[str]:
-        """Its tokens in words: how many, how many of them scored and cut, and what is said about it."""
+        """Descriptions of the token counts (all, scored, cut), and `about`."""
         counts = [plural(self.tokens, "token")] + [f"{self.scored:,} scored"] * (self.name != "prompt")
         return counts + [f"{self.cut:,} cut"] * bool(self.cut) + [self.about] * bool(self.about)
 
 
 @dataclass(frozen=True)
 class ShownRow:
-    """A row: its number in the data set, its prompt and its responses."""
+    """A row: its index in the data set, its prompt and its responses."""
 
     number: int
     prompt: ShownText
@@ -79,11 +79,12 @@ class ShownRow:
 
 
 def show_row(row: Mapping[str, Any], kinds: TokenKinds, uncut: Mapping[str, Any] | None = None) -> ShownRow:
-    """A prepared row as text.
+    """Convert a prepared row to text.
 
     Args:
-        kinds: of the tokenizer that the row was prepared with.
-        uncut: the same row before truncation; by default nothing was cut.
+        row: The prepared row.
+        kinds: Token kinds of the tokenizer with which the row was prepared.
+        uncut: The same row before truncation; None if it was not truncated.
     """
     uncut = uncut or row
     prompt = _pieces(uncut["prompt_ids"], row["prompt_ids"], ["prompt"] * len(row["prompt_ids"]), kinds)
@@ -101,7 +102,7 @@ def show_row(row: Mapping[str, Any], kinds: TokenKinds, uncut: Mapping[str, Any]
 
 
 def _pieces(full: Sequence[int], kept: Sequence[int], states: Sequence[State], kinds: TokenKinds) -> tuple[Piece, ...]:
-    """The tokens of a text, `full`, of which truncation has kept some. `states`: one for each that it kept."""
+    """Return the pieces of the text `full`. `kept`: the tokens left by truncation; `states`: one for each of them."""
     places = kept_places(full, kept)
     marked = [(token, "cut" if at is None else states[at]) for token, at in zip(full, places, strict=True)]
     runs = groupby(marked, key=lambda token: (token[1], token[0] in kinds.special))
@@ -114,12 +115,12 @@ def _piece(ids: list[int], state: State, is_special: bool, kinds: TokenKinds) ->
 
 
 def kept_places(full: Sequence[int], kept: Sequence[int]) -> list[int | None]:
-    """For each token its place among those that truncation has kept, or None if it was cut.
+    """Return, for each token, its index among the tokens that truncation kept, or None if it was removed.
 
-    What is kept is a beginning, and either the end (of a prompt) or one closing token (of a response).
+    Truncation keeps the first tokens, and either the last tokens (of a prompt) or one closing token (of a response).
 
     Raises:
-        ValueError: `kept` was not cut from `full`.
+        ValueError: If `kept` is not a truncation of `full`.
     """
     full, kept = list(full), list(kept)
     begin = shared_length(full, kept)
@@ -129,13 +130,13 @@ def kept_places(full: Sequence[int], kept: Sequence[int]) -> list[int | None]:
         last = (at for at in range(len(full) - len(rest), begin - 1, -1) if full[at : at + len(rest)] == rest)
         at = next(last, None)
         if at is None:
-            raise ValueError("these tokens were not cut from those: prepare both with the same tokenizer")
+            raise ValueError("`kept` is not a truncation of `full`: prepare both with the same tokenizer")
         places[at : at + len(rest)] = range(begin, len(kept))
     return places
 
 
 def _names(row: Mapping[str, Any]) -> list[str]:
-    """The names of a pair's responses, and of a triple's third; by label for unpaired ones, numbers for a list's."""
+    """Return names for the responses: by role for a pair or triple, by label if unpaired, by index for a list."""
     if [list(pair) for pair in row.get("pairs", ())] == [[0, 1]]:
         return ["chosen", "rejected", *("gold" for _ in row.get("golds", ()))]
     if "labels" in row:
@@ -144,7 +145,7 @@ def _names(row: Mapping[str, Any]) -> list[str]:
 
 
 def _abouts(row: Mapping[str, Any]) -> list[str]:
-    """What a row says of each response: its rank, its score, its quantile, as far as there are any."""
+    """Describe the rank, score and quantile of each response, if the row has them."""
     said: list[list[str]] = [[] for _ in row["response_ids"]]
     for column, name in (("ranks", "rank"), ("scores", "score"), ("quantiles", "quantile")):
         for texts, value in zip(said, row.get(column, ()), strict=False):

@@ -106,7 +106,10 @@ def test_words_that_the_template_cuts_are_an_error_in_every_turn():
 )
 def test_todays_date_is_said_with_its_cure(name, cure, said):
     prepare_row(chat_pair(), tokenizer_of(name))
-    assert f"the chat template writes today's date, so that rows and caches change overnight; fix it: {cure}" in said()
+    assert (
+        f"the chat template writes today's date, so rows and caches change every day; fix the date with {cure}"
+        in said()
+    )
     if "=" in cure:
         kwargs = json.loads(cure.split("=")[1].replace("'", '"'))
         row = prepare_row(chat_pair(), tokenizer_of(name), chat_template_kwargs=kwargs)
@@ -132,12 +135,12 @@ def test_arguments_of_the_template_are_those_of_the_row_then_those_of_the_settin
 
 
 def test_arguments_that_nobody_reads_are_refused_or_named(said):
-    with pytest.raises(ValueError, match=r"train: chat_template_kwargs=.*: .* reads no 'enable_thinkin'"):
+    with pytest.raises(ValueError, match=r"train: chat_template_kwargs=.*: .* does not read 'enable_thinkin'"):
         prepare_row(chat_pair(), tiny_tokenizer(SWITCHED), chat_template_kwargs={"enable_thinkin": True})
     prepare_row({**chat_pair(), "chat_template_kwargs": '{"mood": 1}'}, tiny_tokenizer())
     assert "the chat template does not read mood of chat_template_kwargs" in said()
     prepare_row(text_pair(), tiny_tokenizer(), chat_template_kwargs={"enable_thinking": True})
-    assert "chat_template_kwargs are not used: no row holds messages" in said()
+    assert "chat_template_kwargs are not used: no row contains messages" in said()
     with pytest.raises(ValueError, match="chat_template_kwargs sets 'tools', which is determined by the rows"):
         prepare_row(chat_pair(), tiny_tokenizer(), chat_template_kwargs={"tools": []})
     with pytest.raises(ValueError, match="row 0: `chat_template_kwargs` cannot be used: it sets 'tokenize'"):

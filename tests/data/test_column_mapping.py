@@ -206,7 +206,7 @@ def test_what_the_template_does_not_write_is_named(said):
     called = {"role": "assistant", "content": "Paris.", "tool_calls": call}
     prepare(chat_pair(), {**chat_pair(prompt=[*ask("Hi"), thought, *ask()]), "chosen": [called]})
     assert said() == [
-        "train: the chat template does not write reasoning_content, name of the messages: the model will not see it"
+        "train: the chat template does not write reasoning_content, name of the messages: the model does not see it"
     ]
 
 

@@ -172,7 +172,7 @@ def test_unpairing_leaves_labeled_rows_alone_and_refuses_rows_of_several_pairs()
     rows = prepare_dataset(Dataset.from_list([labeled()]), TOKENIZER)
     assert prepare_dataset(rows, TOKENIZER, unpair=True) is rows
     several = Dataset.from_list([{**random_rows(1)[0], "pairs": [[0, 1], [1, 0]]}])
-    with pytest.raises(ValueError, match="row 0 holds 2 pairs: unpair=True takes one pair a row"):
+    with pytest.raises(ValueError, match="row 0 has 2 pairs, but unpair=True needs one pair per row"):
         prepare_dataset(several, TOKENIZER, unpair=True)
 
 
@@ -249,5 +249,5 @@ def test_a_mismatched_response_is_cut_to_the_room_behind_the_prompt():
 
 
 def test_rows_of_one_prompt_have_no_mismatch():
-    with pytest.raises(ValueError, match=r"all 3 rows have the same prompt, .*give rows of at least two prompts"):
+    with pytest.raises(ValueError, match=r"all 3 rows have the same prompt, .*pass rows with at least two prompts"):
         MismatchedResponses(same_prompts([3]), seed=0)
