@@ -129,7 +129,10 @@ class MismatchedResponses(TorchDataset):
 
 
 class EpochOfMismatches(TrainerCallback):
-    """Callback that sets the epoch of `MismatchedResponses`: the Trainer sets it on the sampler or the data set, not both."""
+    """Callback that sets the epoch of `MismatchedResponses`.
+
+    The Trainer sets the epoch of either the sampler or the data set, but not of both.
+    """
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **_):
         """Set the epoch before its first batch is read."""

@@ -95,7 +95,7 @@ _SIGNS |= {code: f"<U+{code:04X}>" for code in (*range(0x7F, 0xA0), *range(0x202
 
 
 def _shortened(pieces: Sequence[Piece], characters: int | None) -> list[Piece]:
-    """Return the pieces. For a text longer than `characters`, keep two thirds of them at the start, one third at the end."""
+    """Return the pieces; a text longer than `characters` keeps 2/3 of them at its start and 1/3 at its end."""
     total = sum(len(piece.text) for piece in pieces)
     if characters is None or total <= characters:
         return list(pieces)
