@@ -40,7 +40,7 @@ def test_an_end_of_turn_at_which_the_model_does_not_stop_is_said(rows, caplog):
     report_endings(done, TOKENIZER, frozenset({TEXT}), "train")
     count = 2 * len(rows)
     assert f"train: {count} of {count} responses end with '<|im_end|>', at which the model does not stop" in caplog.text
-    assert "as it does at '<|endoftext|>': add it to model.generation_config.eos_token_id" in caplog.text
+    assert "it stops at '<|endoftext|>'): add it to model.generation_config.eos_token_id" in caplog.text
     caplog.clear()
     report_endings(done, TOKENIZER, frozenset({TURN}), "train")
     report_endings(prepare_dataset(Dataset.from_list([text_pair()]), TOKENIZER), TOKENIZER, frozenset(), "train")

@@ -208,5 +208,5 @@ def test_what_cannot_be_split_is_named():
     for share in (0, 1, 5):
         with pytest.raises(ValueError, match=r"above 0 and below 1"):
             split_by_prompt(chats(3), share)
-    with pytest.raises(ValueError, match="a stream has no length"):
+    with pytest.raises(ValueError, match="a stream has no known length"):
         Mixture([Source(chats(3).to_iterable_dataset(), "one")]).hold_out(0.5)

@@ -79,8 +79,8 @@ BAD_ROWS = {
     ),
     "too few ranks": ("ranked lists", listed("ranks", [1, 2]), "`ranks` has 2 numbers for 3 responses; give one"),
     "a rank of words": ("ranked lists", listed("ranks", [1, 2, "last"]), "`ranks` contains 'last'"),
-    "a score that is none": ("scored lists", listed("scores", [1, 2, None]), "`scores` holds None"),
-    "a score of nan": ("scored lists", listed("scores", [1.0, 2.0, float("nan")]), "`scores` holds nan"),
+    "a score that is none": ("scored lists", listed("scores", [1, 2, None]), "`scores` contains None"),
+    "a score of nan": ("scored lists", listed("scores", [1.0, 2.0, float("nan")]), "`scores` contains nan"),
     "a score of -inf": (
         "scored lists",
         listed("scores", [1.0, -float("inf"), 2.0]),
