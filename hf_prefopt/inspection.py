@@ -59,8 +59,8 @@ def inspect_dataset(
         ```
 
     Args:
-        dataset: Any data set that `PreferenceTrainer` accepts as `train_dataset`. All rows are tokenized, except for a
-            stream.
+        dataset: Any data set that `PreferenceTrainer` accepts as `train_dataset`. All rows are tokenized; of a
+            stream, only the first `stream_rows`.
         processing_class: The tokenizer.
         rows: Number of rows to show.
         stream_rows: Number of rows to read from a stream.

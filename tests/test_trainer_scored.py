@@ -62,7 +62,7 @@ def test_raw_rows_become_their_loss(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "error"),
     [
-        ([{**ROW, "quantile": 0.5}, {**ROW, "quantile": 1.2}], "row 1: `quantile` is 1.2; give the share"),
+        ([{**ROW, "quantile": 0.5}, {**ROW, "quantile": 1.2}], "row 1: `quantile` is 1.2; set it to the share"),
         ([{**ROW, "quantile": 0.5}, {**ROW, "quantile": None}], "row 1: `quantile` is missing"),
         ([{**ROW, "quantile": 0.5}, {**ROW, "quantile": math.nan}], "row 1: `quantile` is nan"),
         ([{**ROW, "label": True}], "holds unpaired examples, but qrpo needs rows with `quantile`"),

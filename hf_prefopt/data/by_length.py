@@ -19,7 +19,7 @@ STRATEGIES = ("group_by_length", "batch_rebalance")
 
 
 class RowLengths:
-    """The number of tokens in each row, for both ways to compute it; computed once, at the first use.
+    """The number of tokens in each row, for "padded" and for all other layouts; computed once, at the first use.
 
     Args:
         rows: Prepared rows.

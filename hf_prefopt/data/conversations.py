@@ -44,9 +44,9 @@ class Conversation:
             caller must check that they contain the text of the prompt column.
 
     Raises:
-        BadRow: If some responses begin with an assistant message and others do not, because the header of the
-            assistant's turn would then be part of only some prompts; or if an answer within a response is marked as
-            excluded from training, because all assistant messages of a response are trained on.
+        BadRow: If only some responses begin with an assistant message: the header of the assistant's turn would then be
+            part of only some prompts. Also if an answer within a response is marked as excluded from training: all
+            assistant messages of a response are trained on.
     """
 
     prompt: list[Message]

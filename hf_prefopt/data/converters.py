@@ -252,11 +252,13 @@ def _prompt(given: Given) -> Row:
 
 
 def _reject_other_keys(question: Mapping[str, Any]) -> None:
-    """Raise `BadRow` if a struct has content besides its question that is not about the row."""
+    """Raise `BadRow` if a struct has content in addition to its question that is not about the row."""
     known = (*_QUESTION_KEYS, *ROLE_KEYS, *CONTENT_KEYS, "messages", "tools", "parallel_tool_calls")
     others = [key for key, value in question.items() if value and key not in known and not is_about_the_row(key)]
     if others:
-        raise BadRow("prompt", f"has {', '.join(map(repr, others))} besides its text", "make it messages: dataset.map")
+        raise BadRow(
+            "prompt", f"has {', '.join(map(repr, others))} in addition to its text", "make it messages: dataset.map"
+        )
 
 
 def _surrounded(question: Any, system: str = "", history: Any = (), prefix: str = "") -> list[dict[str, Any]]:

@@ -77,13 +77,13 @@ _WITH_PROMPT = "pairs that begin with their prompt"
 
 # Columns that may identify the better of two responses, and how to build a pair from them.
 _TWO_AND = (
-    ("a verdict beside scores", roles.SCORED, (VERDICT,), to.better_of_two),
+    ("a verdict and scores", roles.SCORED, (VERDICT,), to.better_of_two),
     ("a verdict", roles.TWO, (VERDICT,), to.better_of_two),
     ("a label", roles.TWO, (LABEL_OF_TWO,), to.better_of_two),
     ("submitted votes", roles.TWO, (roles.SUBMITTED_VOTES,), to.voted_two),
     ("votes", roles.TWO, (roles.VOTES,), to.voted_two),
     ("flags", roles.FLAGGED, (), to.flagged_two),
-    ("the flag of the first beside scores", roles.FIRST_FLAGGED_SCORED, (), to.flagged_first),
+    ("the flag of the first and scores", roles.FIRST_FLAGGED_SCORED, (), to.flagged_first),
     ("the flag of the first", roles.FIRST_FLAGGED, (), to.flagged_first),
     ("scores", roles.SCORED, (), to.scored_two),
 )

@@ -26,7 +26,7 @@ _KNOWN_ROLES = ("user", "assistant", "system", "tool", "developer")
 
 
 def is_role(name: Any) -> bool:
-    """Return True if this is the name of a role, standard or an alternative."""
+    """Return True if this is a standard role name or a known alternative."""
     return isinstance(name, str) and (name.lower() in _KNOWN_ROLES or name.lower() in _ROLES)
 
 

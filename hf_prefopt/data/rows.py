@@ -235,7 +235,7 @@ def echoes_prompt(prompt: str, responses: Mapping[str, str]) -> bool:
 def reject_texts_without_prompt(row: CanonicalRow, needs_prompt: bool = False) -> None:
     """Raise `BadRow` if texts that should begin with their prompt do not even begin with the same word.
 
-    With `needs_prompt`, raise for every text whose prompt has an unknown end.
+    With `needs_prompt`, raise for every text whose prompt length is unknown.
     """
     if row.content_type != "text" or row.prompt is not None:
         return

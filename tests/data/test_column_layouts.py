@@ -345,7 +345,7 @@ REFUSED = {
             "prompt": WHAT,
             "answers": [{"text": BLUE, "rank": 1, "score": 0.0}, {"text": GREEN, "rank": 2, "score": 1.0}],
         },
-        "order the responses otherwise",
+        "order the responses differently",
     ),
     "tools beside text": (
         {"prompt": WHAT, "chosen": BLUE, "rejected": GREEN, "tools": [{"name": "f"}]},
@@ -366,7 +366,7 @@ REFUSED = {
     "a struct that says more": (
         {"input": {"messages": ask(WHAT), "instructions": "Be brief."}, "preferred_output": reply(BLUE)}
         | {"non_preferred_output": reply(GREEN)},
-        "`input` has 'instructions' besides its text",
+        "`input` has 'instructions' in addition to its text",
     ),
     "a question within the replies": (
         {"prompt": WHAT, "chosen": [*reply("Hi"), *ask(WHAT), *reply(BLUE)], "rejected": reply(GREEN)},

@@ -68,5 +68,5 @@ def test_a_trainer_says_so_before_training(short, tmp_path):
     rows = Dataset.from_list([row])
     models = {"policy": tiny_model(), "reference": tiny_model(), short: build("gpt2")}
     arguments = {"model": models["policy"], "ref_model": models["reference"]}
-    with pytest.raises(ValueError, match=r"train: row 0 has 250 tokens of a prompt .* set max_length=256"):
+    with pytest.raises(ValueError, match=r"train: row 0 has 250 prompt tokens .* set max_length=256"):
         make_trainer(tmp_path, **arguments, train_dataset=rows, max_length=None)
