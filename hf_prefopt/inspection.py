@@ -199,7 +199,7 @@ def _within(noted: Dataset | None) -> dict[int, float]:
 
 
 def _shown_rows(made: Prepared, count: int, kinds: TokenKinds) -> Iterator[ShownRow]:
-    """Yield the first rows that are kept. If none of them is truncated, the last one is replaced by a truncated row."""
+    """Yield the first rows that are kept. If none is truncated, the first truncated row replaces the last one."""
     places = list(range(min(count, len(made.dataset))))
     cut = _first_cut(made)
     if places and cut is not None and cut > places[-1]:

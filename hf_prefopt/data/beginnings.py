@@ -21,8 +21,8 @@ class Beginning:
 
     Attributes:
         head: Number of tokens at the start that are always kept.
-        turns: Positions, in order, of later user turns. The rest of the prompt may start at any of them, directly after
-            the head.
+        turns: Positions, in order, directly after the headers of later user turns. The rest of the prompt may start at
+            any of them, directly after the head.
         splits: Whether the rest may also start after the last of these positions, within a message.
     """
 

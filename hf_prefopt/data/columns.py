@@ -103,7 +103,7 @@ def class_names(dataset: Dataset | IterableDataset) -> dict[str, list[str]]:
 
 
 def describe_columns(found: FoundLayout, sample: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Describe the columns of a data set: their layout, the unused columns, and texts that are not made messages."""
+    """Describe the columns of a data set: their layout, the unused columns, and texts that stay plain text."""
     lines = []
     if not found.is_own:
         lines.append(f"read as {describe_layout(found)}")

@@ -56,7 +56,7 @@ _LABELS = _set(
 # Limits in words: a longer text is context. They apply to columns that are never context, columns with labels, columns
 # with unknown names, and columns with names of context.
 _NEVER, _IN_LABELS, _IN_UNKNOWN, _ANY_TEXT = math.inf, 15, 4, 0
-# The limit for parts of an answer: every text is unread unless some response contains it.
+# Limit for parts of an answer: a text of any length must be contained in at least one response.
 _OF_ANSWER = 0.5
 # For two of the limits above, a shorter text is also context if it is a sentence of at least this many words.
 _SENTENCE: dict[float, float] = {_IN_UNKNOWN: 2, _IN_LABELS: 3}

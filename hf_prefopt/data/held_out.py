@@ -79,7 +79,7 @@ def prompt_keys_of(
 def _prompt_of(row: CanonicalRow) -> str:
     """Return the text of a prompt, the same for text and for messages."""
     if row.prompt is None:
-        # Answers may share a beginning by chance, so the prompt ends at a line break or a question mark, if any.
+        # Answers may share words by chance: the prompt ends at the last line break, question mark or colon, if any.
         shared = row.responses[0][: min(shared_length(row.responses[0], other) for other in row.responses[1:])]
         end = max(shared.rfind(sign) for sign in "\n?:？：")
         return (shared[: end + 1] or shared).strip()

@@ -52,7 +52,7 @@ class PaddedCollator:
         return len(lengths) * self._width(max(lengths))
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> PreferenceBatch:
-        """Return the batch of these rows. Raises `ValueError` if a response has no scored token with a predecessor."""
+        """Return the batch. Raises `ValueError` if a response scores no token, or the first token of its sequence."""
         return self.collate(rows, group_rows(rows))
 
     def collate(self, rows: Sequence[Mapping[str, Any]], grouped: Grouped) -> PreferenceBatch:
@@ -130,7 +130,7 @@ class AroundCollator:
         return self.padded.count_tokens(rows)
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> PreferenceBatch:
-        """Return the batch of these rows. Raises `ValueError` if a response has no scored token with a predecessor."""
+        """Return the batch. Raises `ValueError` if a response scores no token, or the first token of its sequence."""
         grouped = group_rows(rows)
         batch = self.padded.collate(rows, grouped)
         count, width = batch["input_ids"].shape
@@ -163,7 +163,7 @@ class SharedCollator:
         return sum(group.tokens for group in group_rows(rows).groups)
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> PreferenceBatch:
-        """Return the batch of these rows. Raises `ValueError` if a response has no scored token with a predecessor."""
+        """Return the batch. Raises `ValueError` if a response scores no token, or the first token of its sequence."""
         grouped = group_rows(rows)
         groups, segments = grouped.groups, _Segments.of(grouped.groups)
         prompts, lengths, response_starts = segments.prompts, segments.lengths, segments.response_starts

@@ -256,7 +256,7 @@ def probably_lacks_prompt(row: CanonicalRow) -> bool:
 
 
 def count_shared_words(texts: Sequence[str]) -> float:
-    """Count the words that all texts begin with; infinite if these contain a line end or a question mark."""
+    """Count the words that all texts begin with; infinite if these contain a line end, `?` or `:`."""
     first, *others = [text.lstrip()[:400] for text in texts]
     if _PROMPT_ENDS.search(first[: min((shared_length(first, other) for other in others), default=len(first))]):
         return math.inf

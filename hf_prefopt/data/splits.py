@@ -33,13 +33,13 @@ def training_split(splits: Collection[str], name: str, option: str = "--dataset_
 
 
 def evaluation_split(splits: Collection[str], name: str, trained: str) -> str | None:
-    """Return the split for evaluation; None if there is none.
+    """Return the split `name`, or else a split with a usual name; None if there is none.
 
-    If there is no split `name`, return a split with a usual name; for `train_prefs` preferably `test_prefs` or similar.
+    "test" accepts every usual name. For `train_prefs`, names such as `test_prefs` take precedence.
 
     Args:
         splits: Names of all splits.
-        name: Requested split; "test" accepts every usual name.
+        name: Requested split.
         trained: The split for training, which is never returned.
 
     Raises:
