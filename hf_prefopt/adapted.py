@@ -18,6 +18,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from hf_prefopt.reference.choose import adapter_parameters
+
 ALL_LINEAR = "all-linear"
 UNREACHED = "text does not reach them"
 LOST = "PEFT saves adapters there and does not load them"
@@ -73,13 +75,13 @@ def lost_adapters(model: PeftModel) -> list[str]:
     PEFT gives tensors the names that they have after transformers' conversion of checkpoints. A renaming that also
     fits a name that needs none sends a tensor nowhere.
     """
-    lost = []
+    lost, own = [], adapter_parameters(model)
     for name in model.active_adapters:
-        saved = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+        saved = get_peft_model_state_dict(model, own, name, save_embedding_layers=False)
         before = {key: tensor.detach().clone() for key, tensor in saved.items()}
         changed = {key: tensor + 1 for key, tensor in before.items()}
         set_peft_model_state_dict(model, dict(changed), adapter_name=name)
-        found = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+        found = get_peft_model_state_dict(model, own, name, save_embedding_layers=False)
         lost += [key for key, tensor in changed.items() if not torch.equal(found[key].detach(), tensor)]
         set_peft_model_state_dict(model, before, adapter_name=name)
     return list(dict.fromkeys(key.removeprefix("base_model.model.").rpartition(".lora_")[0] for key in lost))

@@ -49,7 +49,11 @@ class Witness(TrainerCallback):
                 [flag for flag in FLAGS if getattr(control, flag)],
                 sorted(given),
                 owned,
-                [name for name in figures if name in TRAINERS or name.endswith(("_loss", "runtime", "per_second"))],
+                [
+                    name
+                    for name in figures
+                    if name in TRAINERS or name.endswith(("_loss", "runtime", "samples_per_second", "steps_per_second"))
+                ],
             )
         )
         if self.asks and event == self.asks[0] and next(self.times) % 2 == 1:

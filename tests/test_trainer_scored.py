@@ -65,7 +65,7 @@ def test_raw_rows_become_their_loss(tmp_path):
         ([{**ROW, "quantile": 0.5}, {**ROW, "quantile": 1.2}], "row 1: `quantile` is 1.2; set it to the share"),
         ([{**ROW, "quantile": 0.5}, {**ROW, "quantile": None}], "row 1: `quantile` is missing"),
         ([{**ROW, "quantile": 0.5}, {**ROW, "quantile": math.nan}], "row 1: `quantile` is nan"),
-        ([{**ROW, "label": True}], "holds unpaired examples, but qrpo needs rows with `quantile`"),
+        ([{**ROW, "label": True}], "holds unpaired examples, but qrpo needs rows with one response and its `quantile`"),
     ],
 )
 def test_rows_without_a_quantile_are_named(rows, error, tmp_path):
@@ -80,7 +80,10 @@ def test_a_label_beside_it_is_for_the_losses_of_labels(tmp_path):
     assert "labels" in trainer_of(tmp_path, both, loss_type="apo_zero_unpaired").train_dataset.column_names
     with pytest.raises(ValueError, match="train holds scored responses, but apo_zero_unpaired needs rows with `label`"):
         trainer_of(tmp_path, [{**ROW, "quantile": 0.1}], loss_type="apo_zero_unpaired")
-    with pytest.raises(ValueError, match=r"unpair=True makes unpaired examples, but qrpo needs rows with `quantile`"):
+    with pytest.raises(
+        ValueError,
+        match=r"unpair=True makes unpaired examples, but qrpo needs rows with one response and its `quantile`",
+    ):
         trainer_of(tmp_path, both, unpair=True)
 
 

@@ -59,11 +59,12 @@ def differences(actual: dict[str, Any], expected: dict[str, Any]) -> dict[str, f
     """The largest difference of the losses, of the weights (as a share of their largest change) and of the metrics."""
     if len(actual["losses"]) != len(expected["losses"]) or actual["metrics"].keys() != expected["metrics"].keys():
         return dict.fromkeys(("losses", "weights", "metrics"), float("inf"))
-    metrics = ((actual["metrics"][name], value) for name, value in expected["metrics"].items())
+    metrics = ((actual["metrics"][name], value, name) for name, value in expected["metrics"].items())
     return {
         "losses": max(abs(a - b) for a, b in zip(actual["losses"], expected["losses"], strict=True)),
         "weights": largest_difference(actual["weights"], expected["weights"]) / expected["scale"],
-        "metrics": max(abs(a - b) / max(1.0, abs(b)) for a, b in metrics),
+        # In the unit of a loss and of rewards: β times log-ratios in nats, β = 0.1.
+        "metrics": max(abs(a - b) / max(10.0 if "log_ratios/" in name else 1.0, abs(b)) for a, b, name in metrics),
     }
 
 

@@ -191,8 +191,9 @@ def of_evaluations(found, expected, before, exact, nats, gradient):
                 continue
             path[name] = path.get(name, 0.0) + abs(value - last.get(name, value))
             last[name] = value
-            # A figure in nats, or β times one.
-            bound = (nats if "logps/" in name else BETA * nats) + gradient * path[name]
+            # β times a figure in nats, or a figure in nats (for a sum, or for a token, which is less).
+            in_rewards = "rewards/" in name or "loss" in name
+            bound = (BETA * nats if in_rewards else nats) + gradient * path[name]
             largest = max(largest, abs(mine[name] - value) / (bound + (1e-5 * abs(value) if exact else 0.0)))
     return largest
 
