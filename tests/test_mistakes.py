@@ -275,7 +275,7 @@ IN_PYTHON: dict[str, tuple[Callable[[str], Any], str]] = {
         lambda folder: PreferenceTrainer(
             tiny_model(), args=TrainingArguments(folder), processing_class=tiny_tokenizer()
         ),
-        "PreferenceTrainer takes a PreferenceConfig",
+        "args must be a PreferenceConfig",
     ),
     "tokenizer=": (
         lambda folder: PreferenceTrainer(tiny_model(), args=make_config(folder), tokenizer=tiny_tokenizer()),
@@ -284,11 +284,11 @@ IN_PYTHON: dict[str, tuple[Callable[[str], Any], str]] = {
     "a name of TRL's": (lambda folder: PreferenceConfig(folder, rpo_alpha=1.0), "write sft_weight"),
     "two adapters": (
         lambda folder: make_trainer(folder, _with_adapter(), peft_config=LoraConfig(target_modules="all-linear")),
-        "drop peft_config",
+        "remove peft_config",
     ),
     "a reference for a loss without one": (
         lambda folder: make_trainer(folder, ref_model=tiny_model(), loss_type="simpo"),
-        "leave it out",
+        "remove it",
     ),
     "no rows": (lambda folder: make_trainer(folder, train_dataset=pairs().select([])), "row"),
     "no data to evaluate": (lambda folder: make_trainer(folder, eval_strategy="steps", eval_steps=1), "eval_dataset"),

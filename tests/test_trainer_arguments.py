@@ -144,11 +144,11 @@ def test_several_sets_are_evaluated(tmp_path):
 @pytest.mark.parametrize("kind", [DPOConfig, TrainingArguments])
 def test_another_librarys_arguments(kind, tmp_path):
     args = kind(output_dir=str(tmp_path), use_cpu=True, bf16=False)
-    with pytest.raises(ValueError, match=f"args is a {kind.__name__}: PreferenceTrainer takes a PreferenceConfig"):
+    with pytest.raises(ValueError, match=f"args must be a PreferenceConfig, got {kind.__name__}"):
         PreferenceTrainer(tiny_model(), args=args, train_dataset=pairs(2), processing_class=tiny_tokenizer())
-    with pytest.raises(ValueError, match=f"ref_model is a {kind.__name__}.*args="):
+    with pytest.raises(ValueError, match=f"ref_model must be a model, got {kind.__name__}.*args="):
         PreferenceTrainer(tiny_model(), args, train_dataset=pairs(2))
-    with pytest.raises(ValueError, match="ref_model is a PreferenceConfig"):
+    with pytest.raises(ValueError, match="ref_model must be a model, got PreferenceConfig"):
         PreferenceTrainer(tiny_model(), make_config(tmp_path), train_dataset=pairs(2))
     with pytest.raises(ValueError, match="args is a dict"):
         PreferenceTrainer(tiny_model(), args={"output_dir": "x"}, train_dataset=pairs(2))
@@ -198,7 +198,7 @@ def test_a_stream_without_rows_is_refused_when_it_is_read(tmp_path):
 @pytest.mark.parametrize(
     ("given", "cure"),
     [
-        ({"peft_config": {"r": 4}}, r"peft_config is a dict: pass one PEFT configuration"),
+        ({"peft_config": {"r": 4}}, r"peft_config is a dict: pass a PEFT configuration"),
         ({"peft_config": [LoraConfig()]}, r"peft_config is a list"),
         ({"processing_class": "a folder"}, r"AutoTokenizer\.from_pretrained"),
     ],

@@ -364,7 +364,7 @@ def test_tensor_parallelism_is_refused():
 
 def test_rows_of_a_stream_are_not_drawn_by_prompt(tmp_path):
     stream = pairs(4).to_iterable_dataset()
-    with pytest.raises(ValueError, match=r"group_by_prompt=True draws rows from the whole data set.*without streaming"):
+    with pytest.raises(ValueError, match=r"group_by_prompt=True needs the prompts of all rows.*without streaming"):
         make_trainer(tmp_path, train_dataset=stream, group_by_prompt=True, max_steps=1)
 
 
