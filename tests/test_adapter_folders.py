@@ -275,7 +275,7 @@ def merged_and_not_unloaded(base, sft):
 )
 @pytest.mark.parametrize("settings", [{}, {"gradient_checkpointing": True}, {"loss_type": "simpo"}])
 def test_a_policy_of_which_nothing_trains_is_refused(make, cure, settings, base, sft, tmp_path):
-    with pytest.raises(ValueError, match=f"no parameter of the policy .* trains: .*{cure}"):
+    with pytest.raises(ValueError, match=f"no parameter of the policy .* is trained: .*{cure}"):
         make_trainer(tmp_path / "run", make(base, sft), **settings)
     with pytest.raises(ValueError, match="no parameter of the policy"):
         make_trainer(tmp_path / "run", model_init=lambda: make(base, sft), **settings)
@@ -299,7 +299,7 @@ def test_a_reference_that_shares_what_trains_is_refused(make, tmp_path):
 def test_the_base_beside_peft_config_is_no_reference(tmp_path):
     """The same object, which gets the adapter's layers."""
     base = tiny_model()
-    with pytest.raises(ValueError, match=r"shares .* that train"):
+    with pytest.raises(ValueError, match=r"shares .* trainable parameters"):
         make_trainer(tmp_path, base, ref_model=base, peft_config=lora())
 
 
@@ -345,7 +345,7 @@ def over_all_but_one_that_was_replaced(model):
     ],
 )
 def test_an_optimizer_of_other_parameters_is_refused(optimizer_of, model, settings, tmp_path):
-    with pytest.raises(ValueError, match=r"optimizers: the AdamW misses .* of the .* parameters that train"):
+    with pytest.raises(ValueError, match=r"optimizers: the AdamW lacks .* of the .* trained parameters"):
         trainer_with(optimizer_of, tmp_path, model(), **settings)
 
 

@@ -150,7 +150,7 @@ def test_another_librarys_arguments(kind, tmp_path):
         PreferenceTrainer(tiny_model(), args, train_dataset=pairs(2))
     with pytest.raises(ValueError, match="ref_model must be a model, got PreferenceConfig"):
         PreferenceTrainer(tiny_model(), make_config(tmp_path), train_dataset=pairs(2))
-    with pytest.raises(ValueError, match="args is a dict"):
+    with pytest.raises(ValueError, match="args must be a PreferenceConfig, got dict"):
         PreferenceTrainer(tiny_model(), args={"output_dir": "x"}, train_dataset=pairs(2))
 
 
@@ -219,7 +219,7 @@ def test_models_are_named_by_paths_too(tmp_path):
 def test_an_optimizer_set_by_hand_holds_what_trains(tmp_path):
     trainer = make_trainer(tmp_path, max_steps=1)
     trainer.optimizer = torch.optim.SGD(tiny_model().parameters(), 1.0)
-    with pytest.raises(ValueError, match="misses 21 of the 21 parameters"):
+    with pytest.raises(ValueError, match="lacks 21 of the 21 trained parameters"):
         trainer.train()
 
 
@@ -233,7 +233,7 @@ def test_a_policy_frozen_by_hand_is_refused(tmp_path):
 def test_a_batch_of_another_shape_is_an_error_that_says_what_to_do(tmp_path):
     trainer = make_trainer(tmp_path)
     batch = next(iter(trainer.get_train_dataloader()))
-    with pytest.raises(ValueError, match=r"takes one piece of a batch: for piece in batch\['pieces'\]"):
+    with pytest.raises(ValueError, match=r"expects one piece of a batch: call it for each piece in batch\['pieces'\]"):
         trainer.compute_loss(trainer.model, batch)
     for call in (
         lambda flat: trainer.get_batch_samples(iter([flat]), 1, "cpu"),

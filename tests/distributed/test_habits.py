@@ -37,9 +37,9 @@ PRECISIONS = ("fp32", "bf16")
 # With a state of Adam's.
 ADAPTIVE = ("resumes", "resumes_weights_alone", "resumes_all_weights_alone", "resumes_with_fewer")
 FEWER = "resumes_with_fewer"
-ONCE = "under DeepSpeed a trainer trains once.* set eval_on_start=True"
-NOT_BEFORE = "does not evaluate or predict before it has trained: set eval_on_start=True"
-ANEW = "another trainer has used this model.* load the model anew"
+ONCE = "under DeepSpeed, a trainer can train only once.* set eval_on_start=True"
+NOT_BEFORE = "cannot evaluate or predict before training: set eval_on_start=True"
+ANEW = "another trainer has sharded this model.* load the model again"
 WEIGHTS = "weights alone.* start a new run from its weights"
 # What is refused, and what the error says to do.
 REFUSED = {

@@ -55,5 +55,5 @@ def test_a_model_that_was_replaced_after_construction_is_refused(tmp_path):
     """The Trainer's optimizer would have its parameters, and the losses those of the model before."""
     trainer = make_trainer(tmp_path, **SETTINGS)
     trainer.model = tiny_model(seed=3)
-    with pytest.raises(ValueError, match="was replaced after the trainer was made: make a new trainer"):
+    with pytest.raises(ValueError, match="was replaced after construction: create a new trainer"):
         trainer.train()

@@ -153,7 +153,7 @@ LATE = {
 def test_a_setting_that_comes_too_late_is_refused(name, tmp_path):
     cached = {"precompute_ref_log_probs": True, "reference_cache_dir": str(tmp_path / "cache")}
     trainer = trainer_for(tmp_path / "run", **(cached if name == "reference_cache_dir" else {}))
-    with pytest.raises(ValueError, match=f"{name}=.* comes too late: .* make a trainer for each value"):
+    with pytest.raises(ValueError, match=f"{name}=.* comes too late: .* create a trainer for each value"):
         search(trainer, [{name: LATE[name]}])
     assert getattr(trainer.args, name) != LATE[name]
     # As it is, it may stand in a space.
@@ -314,7 +314,7 @@ def test_what_would_not_act_is_refused_in_the_first_trial(space, refusal, tmp_pa
 def test_a_setting_changed_by_hand_is_refused(name, value, tmp_path):
     trainer = make_trainer(tmp_path, max_steps=1)
     setattr(trainer.args, name, value)
-    with pytest.raises(ValueError, match=f"{name}=.* was set after the trainer was made"):
+    with pytest.raises(ValueError, match=f"{name}=.* was set after the trainer was created"):
         trainer.train()
 
 
