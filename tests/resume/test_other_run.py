@@ -29,7 +29,7 @@ def checkpoint(tmp_path_factory):
 )
 def test_other_rows_are_warned_of(checkpoint, settings, warning, tmp_path, caplog):
     make_trainer(tmp_path, **{**SETTINGS, **settings}).train(resume_from_checkpoint=checkpoint)
-    assert ("was written by a run with another" in caplog.text) is (warning is not None)
+    assert ("was written by a run with a different" in caplog.text) is (warning is not None)
     assert (warning or "") in caplog.text
 
 
