@@ -189,7 +189,7 @@ def test_a_stream_without_rows_is_refused_when_it_is_read(tmp_path):
     bad = Dataset.from_list([text_pair(chosen="")] * 3).to_iterable_dataset()
     for data in (empty, bad):
         given = {"processing_class": tiny_tokenizer(), "on_bad_rows": "drop", "max_steps": 1}
-        with pytest.raises(ValueError, match="nothing was trained: the stream"):
+        with pytest.raises(ValueError, match="nothing was trained: the training stream"):
             make_trainer(tmp_path, train_dataset=data, **given).train()
         with pytest.raises(ValueError, match="gave no rows"):
             make_trainer(tmp_path, eval_dataset=data, **given).evaluate()

@@ -70,7 +70,7 @@ def check_facts(checkpoint: str, facts: RunFacts, skips_rows: bool) -> None:
             f"{checkpoint} has the state of optim={before.optim!r}, but this run has optim={facts.optim!r}: set "
             f"optim={before.optim!r}, or start a new run with the checkpoint folder as model"
         )
-    for what, old, new in (("data", before.rows, facts.rows), ("seed", before.seed, facts.seed)):
+    for what, old, new in (("dataset", before.rows, facts.rows), ("seed", before.seed, facts.seed)):
         if skips_rows and old != new:
             logger.warning(
                 "%s was written by a run with a different %s (%s, now %s): the skipped rows are not the rows that run "

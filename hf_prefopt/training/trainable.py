@@ -61,7 +61,8 @@ def refuse_frozen(model: nn.Module) -> None:
         return
     cure = (
         "load the adapter with PeftModel.from_pretrained(base, folder, is_trainable=True), or pass its folder as "
-        "model; activate an inactive adapter with model.set_adapter(name), unmerge a merged one with model.unmerge_adapter()"
+        "model; activate an inactive adapter with model.set_adapter(name), and unmerge a merged adapter with "
+        "model.unmerge_adapter()"
         if isinstance(model, PeftModel) or getattr(model, "_hf_peft_config_loaded", False)
         else "pass a peft_config, or make parameters trainable: model.requires_grad_(True)"
     )

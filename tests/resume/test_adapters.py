@@ -37,10 +37,14 @@ def test_a_resumed_run_with_these_adapters_is_the_uninterrupted_one(names, tmp_p
 @pytest.mark.parametrize(
     ("written_by", "resumed_by", "message"),
     [
-        (lambda: named("x"), lambda: named("y"), "has the adapters x, and the model has y"),
-        (lambda: named("x"), lambda: named("x", "y"), "has the adapters x, and the model has x, y"),
-        (tiny_model, lambda: with_lora(tiny_model()), r"has the adapters \(none\), and the model has default"),
-        (lambda: with_lora(tiny_model()), tiny_model, "has the adapters default, and the policy of this run has none"),
+        (lambda: named("x"), lambda: named("y"), "has the adapters x, but the model has y"),
+        (lambda: named("x"), lambda: named("x", "y"), "has the adapters x, but the model has x, y"),
+        (tiny_model, lambda: with_lora(tiny_model()), r"has the adapters \(none\), but the model has default"),
+        (
+            lambda: with_lora(tiny_model()),
+            tiny_model,
+            "has the adapters default, but the policy of this run has no adapter",
+        ),
     ],
     ids=["another name", "one more", "none before", "none now"],
 )

@@ -170,7 +170,7 @@ class TestFaults:
         trainer = make_trainer(tmp_path, odd_llama("capped"), layout=layout, max_steps=1)
         trainer.train()
         assert logged(trainer, "loss")[0] == pytest.approx(math.log(2), abs=1e-6)
-        assert "scored by the logits of OddLlama's own forward, which is slower" in trainer.summary.as_dict()["model"]
+        assert "scored with the logits of OddLlama's own forward, which is slower" in trainer.summary.as_dict()["model"]
 
     def test_losses_of_whole_predictions_are_refused(self, tmp_path):
         trainer = make_trainer(tmp_path, odd_llama("capped"), loss_type="tdpo1")
