@@ -114,7 +114,7 @@ def test_packed_weights_are_refused(tmp_path):
     """No gradient passes through them any more. Whether a forward packs them depends on the CPU, so they are marked."""
     model = in_bits(tmp_path / "base")
     model.model.layers[1].mlp.up_proj.weight.quant_state.packing_format_for_cpu = True
-    with pytest.raises(ValueError, match=r"packed the 4-bit weights of .*layers.1.mlp.up_proj.* load the model anew"):
+    with pytest.raises(ValueError, match=r"packed the 4-bit weights of .*layers.1.mlp.up_proj.* load the model again"):
         make_trainer(tmp_path, model, peft_config=LoraConfig(r=4, target_modules="all-linear"))
 
 

@@ -307,7 +307,7 @@ def test_ranks_are_no_scores(tmp_path):
 
 def test_a_stream_has_no_other_prompts_to_draw_from(tmp_path):
     stream = unpaired(4).to_iterable_dataset()
-    with pytest.raises(ValueError, match="draws responses to other prompts from the whole data set"):
+    with pytest.raises(ValueError, match="draws responses to other prompts from the whole dataset"):
         make_trainer(tmp_path, loss_type="kto", train_dataset=stream, max_steps=1)
     trainer = make_trainer(tmp_path, loss_type="bco", train_dataset=stream, max_steps=1)
     trainer.train()

@@ -98,7 +98,7 @@ def test_an_evaluation_alone_says_its_layout_once(caplog, tmp_path):
     with caplog.at_level(logging.WARNING):
         trainer.evaluate()
         trainer.evaluate()
-    assert said(caplog) == ["layout: padded, as layout='padded' asks"]
+    assert said(caplog) == ["layout: padded, requested by layout='padded'"]
 
 
 def test_many_losses_are_folded():

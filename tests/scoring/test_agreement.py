@@ -174,7 +174,10 @@ class TestFaults:
 
     def test_losses_of_whole_predictions_are_refused(self, tmp_path):
         trainer = make_trainer(tmp_path, odd_llama("capped"), loss_type="tdpo1")
-        with pytest.raises(ValueError, match="tdpo1 compares whole predictions, and OddLlama"):
+        with pytest.raises(
+            ValueError,
+            match="tdpo1 needs the distribution over the whole vocabulary, which is not supported for OddLlama",
+        ):
             trainer.train()
 
 

@@ -187,7 +187,9 @@ def test_what_a_configuration_refuses_a_trial_refuses(space, message, tmp_path):
 
 def test_a_bare_hyperparameter_is_refused(tmp_path):
     """The Trainer would only warn that it is no setting, and run equal trials."""
-    with pytest.raises(ValueError, match=r"gamma=0.5, a hyperparameter of simpo .* search loss_params=\{'gamma'"):
+    with pytest.raises(
+        ValueError, match=r"gamma=0.5, which is a hyperparameter of simpo.* search over loss_params=\{'gamma'"
+    ):
         search(trainer_for(tmp_path, loss_type="simpo"), [{"gamma": 0.5}])
 
 
@@ -301,8 +303,8 @@ def test_the_loss_is_not_maximized(tmp_path):
 @pytest.mark.parametrize(
     ("space", "refusal"),
     [
-        ({"loss_type": ["simpo"], "gamma": 0.3}, "gamma=0.3, a hyperparameter of simpo"),
-        ({"betaa": 0.3}, "betaa=0.3, and PreferenceConfig has no such field"),
+        ({"loss_type": ["simpo"], "gamma": 0.3}, "gamma=0.3, which is a hyperparameter of simpo"),
+        ({"betaa": 0.3}, "betaa=0.3, but PreferenceConfig has no such field"),
     ],
 )
 def test_what_would_not_act_is_refused_in_the_first_trial(space, refusal, tmp_path):
