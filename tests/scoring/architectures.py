@@ -155,7 +155,7 @@ AROUND = {
     "gptj": ({"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4}, _INTERFACE),
     "falcon": ({"alibi": True}, "ALiBi"),
     "llama4_text with scaled queries": ({**_LLAMA4, "floor_scale": 4}, "scales queries by their position in the row"),
-    "doge": ({}, "a mask of the module's own making"),  # with learned weights in it
+    "doge": ({}, "a mask that the module builds itself"),  # with learned weights in it
 }
 
 _WITHOUT_HEAD_DIM = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -257,7 +257,7 @@ class TestAttentionIsGivenBack:
         assert layout.settled_layout("auto", models[:1]).name == "shared"
         assert implementations(models[0]) != before[0]
         if asked == "shared":
-            with pytest.raises(ValueError, match="a mask of the module"):
+            with pytest.raises(ValueError, match="a mask that the module builds"):
                 layout.settled_layout(asked, models)
         else:
             assert layout.settled_layout(asked, models).name == "padded"
