@@ -73,7 +73,7 @@ def _adapted(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
         reasons = {**reasons, LOST: lost}
         adapted = get_peft_model(model, _without(peft_config, reasons))
     for reason, names in reasons.items():
-        said = "target_modules=%r leaves out %d layers (%s): %s"
+        said = "target_modules=%r: %d layers get no adapter (%s): %s"
         logger.warning(said, peft_config.target_modules, len(names), _short(names), reason)
     if still := _lost(adapted) if lost else []:
         raise ValueError(

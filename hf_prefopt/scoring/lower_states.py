@@ -73,7 +73,7 @@ class LowerStates:
         """
         if index == self.count - 1:
             if self.hidden is None or self.hidden._version != self._version:
-                raise UnsharedLayers("a layer changes the hidden states that it gets")
+                raise UnsharedLayers("a layer changes its input in place")
             hidden = self.hidden.detach().requires_grad_() if hidden.requires_grad else self.hidden
         others = self._others[index]
         return hidden if others is None else (hidden, *(None,) * others)

@@ -102,7 +102,7 @@ def checkpoint_to_resume(asked: str | bool | None, output_dir: str | Path) -> st
         cure = f"resume from {newest}" if newest else "remove resume_from_checkpoint to start from the beginning"
         fault = "is not a complete checkpoint (writing it was interrupted)"
         if not Path(checkpoint).is_dir():
-            fault = "is not a checkpoint folder, because there is no such folder"
+            fault = "is not a checkpoint folder: there is no such folder"
         raise ValueError(f"{checkpoint} {fault}: {cure}")
     if Path(checkpoint, _OLD_STATE).is_file():
         raise ValueError(
