@@ -123,7 +123,7 @@ def test_a_checkpoint_of_another_engine_is_an_error(name, engine, tmp_path):
     checkpoint = tmp_path / "checkpoint-1"
     (checkpoint / "optimizer.pt").unlink()
     (checkpoint / name).mkdir()
-    with pytest.raises(ValueError, match=f"was written under {engine}, and this run is under one process or DDP"):
+    with pytest.raises(ValueError, match=f"was written under {engine}, but this run is under one process or DDP"):
         make_trainer(tmp_path, **PAIRS).train(resume_from_checkpoint=str(checkpoint))
 
 
