@@ -142,7 +142,7 @@ def test_under_fsdp2_trainers_have_one_precision():
     """It is in accelerate's plugin, of which a process has one."""
     state = SimpleNamespace(mixed_precision="bf16")
     accelerator = SimpleNamespace(distributed_type=DistributedType.FSDP, state=state)
-    with pytest.raises(ValueError, match="mixed_precision='no' and one that was made after it has 'bf16'"):
+    with pytest.raises(ValueError, match="mixed_precision='no', but a trainer created later has 'bf16'"):
         compute_in("no", accelerator, tiny_model())
 
 
