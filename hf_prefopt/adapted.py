@@ -1,7 +1,8 @@
-"""Layers that an adapter cannot go on, or would have no effect on, and why.
+"""Find layers on which an adapter would not work, and the reason.
 
-PEFT puts adapters on layers by their names. Some of the layers are never reached, some are read in another way than by
-a call, and the adapters of some are lost when they are loaded again. None of this is an error anywhere.
+PEFT selects layers by name. For some layers the adapter has no effect: text never passes through the layer, or the
+model reads the layer's weight without calling the layer. For other layers PEFT does not load the saved adapter again.
+PEFT raises no error in any of these cases.
 """
 
 import ast
@@ -22,17 +23,20 @@ from hf_prefopt.reference.choose import adapter_parameters
 
 ALL_LINEAR = "all-linear"
 UNREACHED = "text does not reach them"
-LOST = "PEFT saves adapters there and does not load them"
-# What is read of a weight that is not computed with.
+LOST = "PEFT saves adapters there but does not load them again"
+# Attributes of a weight that do not use its values.
 _ABOUT_WEIGHTS = {"data", "device", "dtype", "ndim", "requires_grad", "shape"}
 
 
 def left_out(model: PreTrainedModel, peft_config: PeftConfig) -> dict[str, list[str]]:
-    """The layers that an adapter is left off, of those that its `target_modules` choose, by the reason.
+    """Return the layers that `target_modules` selects but that get no adapter: lists of names, keyed by the reason.
 
-    Those are towers for images and sound, which text never reaches; subclasses of linear layers with other outputs,
-    such as routers that return several tensors, around which PEFT's adapters do not fit; those whose weights the model
-    reads past an adapter, at least in training or in a kernel; and what PEFT refuses of "all-linear".
+    A layer gets no adapter if
+
+    - it belongs to an image or audio tower, which text never passes through;
+    - it is a subclass of `nn.Linear` with a different output, such as a router that returns several tensors;
+    - the model reads its weight directly, bypassing the adapter (in training or in a kernel, for example);
+    - PEFT does not support it under "all-linear".
     """
     text, head, everywhere = text_parts(model), model.get_output_embeddings(), is_all_linear(peft_config)
     named, reasons = dict(model.named_modules()), {}
@@ -44,24 +48,24 @@ def left_out(model: PreTrainedModel, peft_config: PeftConfig) -> dict[str, list[
         elif text and not _is_in(name, text):
             reason = UNREACHED
         elif isinstance(module, nn.Linear) and _has_other_output(module):
-            reason = f"{type(module).__name__} has outputs of its own"
+            reason = f"{type(module).__name__} has a different output than a linear layer"
         elif everywhere and _is_refused(child, model, peft_config):
-            reason = "Mamba's fused kernel passes them by"
+            reason = "Mamba's fused kernel bypasses adapters"
         elif child in weights_read_past(type(named[parent])):
-            reason = f"{type(named[parent]).__name__} computes with their weights past an adapter"
+            reason = f"{type(named[parent]).__name__} reads their weights directly, bypassing an adapter"
         if reason is not None:
             reasons.setdefault(reason, []).append(name)
     return reasons
 
 
 def is_all_linear(peft_config: PeftConfig) -> bool:
-    """Whether an adapter goes on every linear layer."""
+    """Return True if the configuration targets every linear layer."""
     target = getattr(peft_config, "target_modules", None)
     return isinstance(target, str) and target.lower() == ALL_LINEAR
 
 
 def unreached_adapters(model: PeftModel) -> list[str]:
-    """The names of the layers with an adapter that text never reaches."""
+    """Return the names of layers that have an adapter but that text never passes through."""
     base = model.get_base_model()
     text = text_parts(base) if isinstance(base, PreTrainedModel) else []
     adapted = (name for name, module in base.named_modules() if isinstance(module, BaseTunerLayer))
@@ -70,10 +74,11 @@ def unreached_adapters(model: PeftModel) -> list[str]:
 
 
 def lost_adapters(model: PeftModel) -> list[str]:
-    """The names of the layers whose adapters PEFT would not load again; tried on the model itself.
+    """Return the names of layers whose adapters PEFT would not load again.
 
-    PEFT gives tensors the names that they have after transformers' conversion of checkpoints. A renaming that also
-    fits a name that needs none sends a tensor nowhere.
+    The function tests this on the model itself: it changes each tensor, loads the changed values, compares, and
+    restores the tensor. Cause: when loading, PEFT applies transformers' renaming rules for checkpoint tensors. If a
+    rule also matches a name that must stay unchanged, the tensor is loaded under a name that does not exist.
     """
     lost, own = [], adapter_parameters(model)
     for name in model.active_adapters:
@@ -88,7 +93,7 @@ def lost_adapters(model: PeftModel) -> list[str]:
 
 
 def text_parts(model: PreTrainedModel) -> list[str]:
-    """The names of the modules that text goes through in a model of several kinds of inputs; none for one of text."""
+    """Return the names of the modules that text passes through in a multimodal model; [] for a text-only model."""
     if model.config.get_text_config(decoder=True) is model.config:
         return []
     decoder = model.get_decoder()
@@ -98,10 +103,10 @@ def text_parts(model: PreTrainedModel) -> list[str]:
 
 @cache
 def weights_read_past(module_type: type) -> frozenset[str]:
-    """The children of a module whose weights its methods compute with, as in `F.linear(x, self.child.weight)`.
+    """Return the children whose weights the module's methods read directly, as in `F.linear(x, self.child.weight)`.
 
-    Reading a property of a weight, or a slice of it (the imitation of tensor parallelism in old models, which is off by
-    default), does not count.
+    Reading a property of a weight does not count, and neither does reading a slice (old models simulate tensor
+    parallelism this way, which is off by default).
     """
     if module_type.__module__.partition(".")[0] in ("builtins", "torch"):
         return frozenset()
@@ -131,7 +136,7 @@ def _is_about_weights(parent: ast.AST) -> bool:
 
 
 def _chosen(model: PreTrainedModel, peft_config: PeftConfig) -> Iterator[str]:
-    """The names of the modules that `target_modules` choose."""
+    """Yield the names of the modules that `target_modules` selects."""
     resolved = _with_defaults(model, peft_config)
     if not getattr(resolved, "target_modules", None) or not hasattr(resolved, "exclude_modules"):
         return
@@ -142,7 +147,7 @@ def _chosen(model: PreTrainedModel, peft_config: PeftConfig) -> Iterator[str]:
 
 
 def _with_defaults(model: PreTrainedModel, peft_config: PeftConfig) -> PeftConfig:
-    """The configuration with the modules that PEFT chooses for a family where it names none."""
+    """Return the configuration; if it has no target modules, with PEFT's default target modules for the model type."""
     if getattr(peft_config, "target_modules", None) or getattr(peft_config, "target_parameters", None):
         return peft_config
     tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(peft_config.peft_type)
@@ -157,7 +162,7 @@ def _is_in(name: str, parts: list[str]) -> bool:
 
 
 def _has_other_output(linear: nn.Linear) -> bool:
-    """Whether a family's own subclass of a linear layer gives something else than a row of outputs for each input."""
+    """Return True for a transformers subclass of `nn.Linear` whose output for `[2, in]` is not a `[2, out]` tensor."""
     own = type(linear).__module__.startswith("transformers.models.") and type(linear).forward is not nn.Linear.forward
     if not own:
         return False

@@ -1,7 +1,7 @@
-"""Loading by name: the class that a checkpoint names, its tokenizer or processor, and adapters with their base model.
+"""Load models, adapters, tokenizers and processors by name or path.
 
-People serve a checkpoint with the class that its config names, and the tensors of an adapter are found there by their
-names. A class of the same weights with other names would give an adapter that loads without an effect.
+A model is loaded with the class that its config names, because a checkpoint is usually served with this class. An
+adapter's tensors are matched by name, so an adapter trained on another class may load without having any effect.
 """
 
 import json
@@ -41,15 +41,16 @@ _WEIGHTS = ("model.safetensors.index.json", "model.safetensors")
 def load_model(
     name: str, init_kwargs: dict[str, Any] | None, quantization_config: Any = None
 ) -> PreTrainedModel | PeftModel:
-    """A language model by name or path, in fp32 unless `init_kwargs` has a `dtype` (bf16 comes by autocast).
+    """Load a language model or an adapter by name or path.
 
-    Its class is the one that its config names (`architectures`), or else the first of `AutoModelForCausalLM` and
-    `AutoModelForImageTextToText` that knows the config. An adapter is loaded on the base model that its configuration
-    names, and is trainable.
+    The weights are loaded in fp32 unless `init_kwargs` has a `dtype`; bf16 training uses autocast. The model class is
+    the one that the config names (`architectures`), or else the first of `AutoModelForCausalLM` and
+    `AutoModelForImageTextToText` that supports the config. An adapter is loaded, trainable, on the base model that the
+    adapter's configuration names.
 
     Raises:
-        ValueError: an adapter's configuration names no base model, it is a soft prompt, or its tensors are of another
-            class of models; a checkpoint lacks weights of its class.
+        ValueError: the adapter's configuration names no base model; the adapter is a soft prompt; the adapter's tensors
+            belong to another model class; or the checkpoint lacks weights of the model class.
     """
     kwargs = {"dtype": torch.float32, **(init_kwargs or {})}
     if quantization_config is not None:
@@ -59,7 +60,7 @@ def load_model(
     config = PeftConfig.from_pretrained(name, **_hub_arguments(init_kwargs))
     if not config.base_model_name_or_path:
         raise ValueError(
-            f"the adapter {name} does not say which model it belongs to (base_model_name_or_path in adapter_config.json"
+            f"the adapter {name} does not name its base model (base_model_name_or_path in adapter_config.json"
             " is empty): pass PeftModel.from_pretrained(base_model, adapter, is_trainable=True) as the model"
         )
     if config.is_prompt_learning:
@@ -67,17 +68,17 @@ def load_model(
             f"the adapter {name} is a soft prompt ({config.peft_type.value}), which PEFT loads frozen: pass "
             "PeftModel.from_pretrained(base_model, adapter) as the model, after model.prompt_encoder.requires_grad_()"
         )
-    # A revision and a subfolder are the adapter's.
+    # revision and subfolder apply to the adapter, not to its base model.
     of_base = {key: value for key, value in kwargs.items() if key not in ("revision", "subfolder")}
     base, _ = load_checkpoint(config.base_model_name_or_path, of_base | {"revision": config.revision or "main"})
     return load_adapter(base, name, init_kwargs)
 
 
 def load_adapter(base: PreTrainedModel, name: str, init_kwargs: dict[str, Any] | None = None) -> PeftModel:
-    """An adapter by name or path on a model that is loaded already, trainable.
+    """Load an adapter by name or path onto a loaded model, as trainable.
 
     Raises:
-        ValueError: its tensors are of another class of models.
+        ValueError: some of the adapter's tensors do not fit the model's class.
     """
     _make_room_for_tokens(base, name, init_kwargs)
     model = PeftModel.from_pretrained(base, name, is_trainable=True, **_hub_arguments(init_kwargs))
@@ -86,9 +87,9 @@ def load_adapter(base: PreTrainedModel, name: str, init_kwargs: dict[str, Any] |
 
 
 def model_class(config: PreTrainedConfig) -> Any:
-    """The class that loads a checkpoint with this config; see `load_model`."""
+    """Return the class that loads a checkpoint with this config; see `load_model`."""
     named = getattr(transformers, (config.architectures or [""])[0], None)
-    # A class without a head over the vocabulary, such as one that classifies, says only what the checkpoint was before.
+    # A class without a language-model head, such as a classifier, is not the class to train.
     if isinstance(named, type) and issubclass(named, GenerationMixin):
         return named
     auto = (AutoModelForCausalLM, AutoModelForImageTextToText)
@@ -96,12 +97,12 @@ def model_class(config: PreTrainedConfig) -> Any:
 
 
 def is_adapter(name: str, init_kwargs: dict[str, Any] | None = None) -> bool:
-    """Whether a folder or Hub repository holds an adapter and not a model."""
+    """Return True if a folder or Hub repository contains an adapter, not a full model."""
     return find_adapter_config_file(name, **_hub_arguments(init_kwargs)) is not None
 
 
 def holds_adapter(run: str) -> bool:
-    """As `is_adapter`; False where there is no such folder, nor anything of that name on the Hub."""
+    """Return `is_adapter(run)`, or False if neither a folder nor a Hub repository has this name."""
     try:
         return is_adapter(run)
     except OSError:
@@ -111,15 +112,16 @@ def holds_adapter(run: str) -> bool:
 def load_processing_class(
     model: nn.Module, init_kwargs: dict[str, Any] | None, name: str | None = None
 ) -> PreTrainedTokenizerBase | ProcessorMixin:
-    """The processor saved with a model, whose tokenizer has its chat template, or the tokenizer where there is none.
+    """Load the processor saved with a model, or the tokenizer if no processor was saved.
 
-    For an adapter, its own tokenizer if it has one, else the base model's.
+    A processor's chat template is copied to its tokenizer. For an adapter, load the adapter's own tokenizer if one was
+    saved, otherwise the base model's.
 
     Args:
-        name: what the model was loaded by.
+        name: Name or path from which the model was loaded.
 
     Raises:
-        ValueError: the model came from no folder or Hub name.
+        ValueError: the model was not loaded from a folder or the Hub.
     """
     base = getattr(model.config, "_name_or_path", "")
     if name and is_adapter(name, init_kwargs):
@@ -132,14 +134,16 @@ def load_processing_class(
 def processing_class_of(
     name: str, init_kwargs: dict[str, Any] | None = None, base: str | None = None
 ) -> PreTrainedTokenizerBase | ProcessorMixin:
-    """The same by the name or path of a model or an adapter, which need not be loaded.
+    """Load the processor or tokenizer of a model or adapter by name or path; the model need not be loaded.
 
     Args:
-        base: the base model of an adapter without a tokenizer; by default the one that its configuration names.
+        base: Base model whose tokenizer is used if `name` is an adapter without a tokenizer. Default: the base model
+            that the adapter's configuration names.
     """
     if is_adapter(name, init_kwargs) and not _has_file(name, "tokenizer_config.json", init_kwargs):
         config = PeftConfig.from_pretrained(name, **_hub_arguments(init_kwargs))
-        return _processing_class(base or config.base_model_name_or_path, {}, None)  # a revision is the adapter's
+        # The revision in init_kwargs applies to the adapter, not to its base model.
+        return _processing_class(base or config.base_model_name_or_path, {}, None)
     kwargs = {key: value for key, value in (init_kwargs or {}).items() if key in ("revision", "trust_remote_code")}
     return _processing_class(name, kwargs, init_kwargs)
 
@@ -152,7 +156,7 @@ def _processing_class(
             processor = AutoProcessor.from_pretrained(name, **kwargs)
         except (ImportError, OSError, ValueError) as error:
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            logger.warning("the processor of %s cannot be loaded, so its tokenizer is: %s", name, reason)
+            logger.warning("cannot load the processor of %s, loading only its tokenizer: %s", name, reason)
         else:
             tokenizer = getattr(processor, "tokenizer", None)
             if tokenizer is not None:
@@ -165,10 +169,13 @@ def _processing_class(
 
 
 def load_checkpoint(name: str, kwargs: dict[str, Any]) -> tuple[PreTrainedModel, list[str]]:
-    """A model and not an adapter, and the tensors of the checkpoint that its class leaves out, which are said.
+    """Load a full model (not an adapter) and warn about the checkpoint tensors that the model class does not use.
+
+    Returns:
+        The model, and the names of the unused tensors.
 
     Raises:
-        ValueError: weights would be random.
+        ValueError: the checkpoint lacks weights, which would be initialized at random.
     """
     config = kwargs.get("config")
     if not isinstance(config, PreTrainedConfig):
@@ -179,13 +186,13 @@ def load_checkpoint(name: str, kwargs: dict[str, Any]) -> tuple[PreTrainedModel,
     model, info = loader.from_pretrained(name, output_loading_info=True, **kwargs)
     if missing := sorted(info["missing_keys"]):
         raise ValueError(
-            f"{name} has no weights for {_some(missing)} of {type(model).__name__}, which would be random: it is no "
-            "checkpoint of a language model, or of another class than its config says "
+            f"{name} has no weights for {_some(missing)} of {type(model).__name__}, which would be random: the "
+            "checkpoint is not a language model, or its config names the wrong class "
             f"(architectures={config.architectures})"
         )
     if left_out := _left_out(name, model, info, kwargs):
         logger.warning(
-            "%s: %s of the checkpoint are not in %s: they do not train, and a model that is saved in full is without "
+            "%s: %s of the checkpoint are not in %s: they are not trained, and a fully saved model does not contain "
             "them",
             name,
             _some(left_out),
@@ -195,14 +202,15 @@ def load_checkpoint(name: str, kwargs: dict[str, Any]) -> tuple[PreTrainedModel,
 
 
 def _left_out(name: str, model: PreTrainedModel, info: dict[str, Any], kwargs: dict[str, Any]) -> list[str]:
-    """The tensors of a checkpoint that its class does not load, also those of which transformers says nothing."""
+    """Return the checkpoint tensors that the model class does not load, including those that transformers ignores
+    silently."""
     patterns = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
     silent = {key for key in _tensors_of(name, kwargs) if any(pattern.search(key) for pattern in patterns)}
     return sorted(set(info["unexpected_keys"]) | silent)
 
 
 def _tensors_of(name: str, kwargs: dict[str, Any]) -> dict[str, str]:
-    """The tensors of a checkpoint in safetensors, each with its file's name; of another checkpoint, none."""
+    """Return the tensor names of a safetensors checkpoint with the name of each tensor's file; {} for other formats."""
     index, single = (_file(name, file, kwargs) for file in _WEIGHTS)
     if index is not None:
         return json.loads(Path(index).read_text())["weight_map"]
@@ -213,7 +221,7 @@ def _tensors_of(name: str, kwargs: dict[str, Any]) -> dict[str, str]:
 
 
 def read_tensors(name: str, tensors: Iterable[str], kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Some tensors of a checkpoint in safetensors as they are there, those of its files that its class leaves out."""
+    """Read tensors of a safetensors checkpoint by name, unchanged, including tensors that the model class ignores."""
     files, read = _tensors_of(name, kwargs), {}
     for tensor in tensors:
         path = _file(name, files[tensor], kwargs)
@@ -223,18 +231,18 @@ def read_tensors(name: str, tensors: Iterable[str], kwargs: dict[str, Any]) -> d
 
 
 def _make_room_for_tokens(base: PreTrainedModel, name: str, init_kwargs: dict[str, Any] | None) -> None:
-    """Widen the embeddings where an adapter's tokenizer has more tokens, as PEFT does."""
+    """Resize the embeddings if the adapter's tokenizer has more tokens, as PEFT does."""
     if _has_file(name, "tokenizer_config.json", init_kwargs):
         tokens = len(AutoTokenizer.from_pretrained(name, **_hub_arguments(init_kwargs)))
         embeddings = base.get_input_embeddings().weight.shape[0]
         if tokens > embeddings:
-            said = "the tokenizer of %s has %d tokens, and the model beneath %d embeddings: the others are made anew"
+            said = "the tokenizer of %s has %d tokens, but the base model has %d embeddings: adding new embeddings"
             logger.warning(said, name, tokens, embeddings)
             base.resize_token_embeddings(tokens)
 
 
 def _check_tensors(model: PeftModel, name: str, init_kwargs: dict[str, Any] | None) -> None:
-    """Refuse an adapter of whose tensors some were not loaded: the model has other names, or PEFT loses them."""
+    """Raise `ValueError` if some tensors of the adapter were not loaded into the model."""
     saved = load_peft_weights(name, device="cpu", **_hub_arguments(init_kwargs))
     loaded, prefix = get_peft_model_state_dict(model), model.base_model.prefix
 
@@ -244,9 +252,9 @@ def _check_tensors(model: PeftModel, name: str, init_kwargs: dict[str, Any] | No
     lost = sorted(key for key in saved if prefix in key and is_lost(key))
     if lost:
         raise ValueError(
-            f"the adapter {name} has {_some(lost)}, which are not loaded into {type(model.get_base_model()).__name__}, "
-            "so they would have no effect: load it on a model of the class that it was trained on, and pass that "
-            "(PeftModel.from_pretrained(base_model, adapter, is_trainable=True))"
+            f"{_some(lost)} of the adapter {name} are not loaded into {type(model.get_base_model()).__name__} and "
+            "would have no effect: load the adapter on a model of the class that it was trained on, and pass the "
+            "result (PeftModel.from_pretrained(base_model, adapter, is_trainable=True))"
         )
 
 

@@ -1,4 +1,4 @@
-"""From a loaded model to the policy: a new adapter on it, on the layers that text reaches and that PEFT can adapt."""
+"""Build the policy: add a new adapter to a loaded model, on the layers that text reaches and that PEFT can adapt."""
 
 import copy
 import logging
@@ -20,12 +20,12 @@ logger = logging.getLogger(__name__)
 
 
 def with_adapter(model: PreTrainedModel, peft_config: PeftConfig | None) -> PreTrainedModel | PeftModel:
-    """The model under a new adapter, or as it is where no adapter is asked for.
+    """Add a new adapter to the model; without `peft_config`, return the model unchanged.
 
-    Some layers that the configuration chooses are left out, see `adapted.left_out` and `adapted.lost_adapters`.
+    Some layers that the configuration selects get no adapter; see `adapted.left_out` and `adapted.lost_adapters`.
 
     Raises:
-        ValueError: the model has an adapter already; adapters would be saved and not loaded again.
+        ValueError: the model already has an adapter, or PEFT would not load some saved adapters again.
     """
     if peft_config is None:
         if isinstance(model, PeftModel):
@@ -33,8 +33,8 @@ def with_adapter(model: PreTrainedModel, peft_config: PeftConfig | None) -> PreT
         return _called_late(model)
     if isinstance(model, PeftModel) or any(map(_has_adapters, model.modules())):
         raise ValueError(
-            "the model has an adapter and peft_config asks for another: drop peft_config to go on with the one it has, "
-            "or merge it first (PeftModel.merge_and_unload(), also of an adapter folder: "
+            "the model already has an adapter, so peft_config cannot be applied: remove peft_config to continue "
+            "training that adapter, or merge it first (PeftModel.merge_and_unload(); for an adapter folder: "
             "AutoPeftModelForCausalLM.from_pretrained(folder).merge_and_unload())"
         )
     return _called_late(_adapted(model, peft_config))
@@ -43,7 +43,7 @@ def with_adapter(model: PreTrainedModel, peft_config: PeftConfig | None) -> PreT
 def under_adapter(
     model_init: Callable[..., PreTrainedModel], peft_config: PeftConfig | None
 ) -> Callable[..., PreTrainedModel | PeftModel]:
-    """A `model_init`, of a trial or of nothing, whose models get a new adapter; see `with_adapter`."""
+    """Return a `model_init` that adds a new adapter to each model; it takes the same argument (a trial, or none)."""
 
     def fresh_policy() -> PreTrainedModel | PeftModel:
         return with_adapter(model_init(), peft_config)
@@ -55,58 +55,60 @@ def under_adapter(
 
 
 def sample_of(model_init: Callable[..., PreTrainedModel]) -> PreTrainedModel:
-    """A model from a `model_init`, as the Trainer makes one outside a search."""
+    """Call a `model_init` as the Trainer does outside a hyperparameter search."""
     return model_init(None) if number_of_arguments(model_init) else model_init()
 
 
 def _adapted(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
-    """The model under a new adapter, without the layers that it is left off."""
+    """Add a new adapter to the model, except on the layers that must be left out."""
     reasons = left_out(model, peft_config) if isinstance(model, PreTrainedModel) else {}
     adapted = get_peft_model(model, _without(peft_config, reasons))
     if lost := _lost(adapted):
         if len(lost) == len(get_layer_status(adapted)):
             raise ValueError(
-                f"PEFT saves adapters of {type(model).__name__} and loads none of them again, because transformers' "
-                "renaming of the checkpoint's tensors fits their names, too: train all weights (peft_config=None)"
+                f"PEFT saves adapters of {type(model).__name__} but loads none of them again, because transformers' "
+                "renaming rules for checkpoint tensors also match adapter tensors: train all weights (peft_config=None)"
             )
         adapted.unload()
         reasons = {**reasons, LOST: lost}
         adapted = get_peft_model(model, _without(peft_config, reasons))
     for reason, names in reasons.items():
-        said = "target_modules=%r leaves out %d layers (%s): %s"
+        said = "target_modules=%r: %d layers get no adapter (%s): %s"
         logger.warning(said, peft_config.target_modules, len(names), _short(names), reason)
     if still := _lost(adapted) if lost else []:
         raise ValueError(
-            f"the adapters of {len(still)} modules ({_short(still)}) are saved by PEFT and not loaded again: leave "
-            "them out of target_parameters and modules_to_save"
+            f"PEFT saves the adapters of {len(still)} modules ({_short(still)}) but does not load them again: remove "
+            "these modules from target_parameters and modules_to_save"
         )
     return adapted
 
 
 def _lost(model: PeftModel) -> list[str]:
-    """See `lost_adapters`; PEFT renames only the tensors of LoRA."""
+    """Return `lost_adapters(model)` for LoRA, [] for other methods: PEFT renames only LoRA's tensors."""
     return lost_adapters(model) if model.active_peft_config.peft_type == PeftType.LORA else []
 
 
 def _check_given(model: PeftModel) -> None:
-    """Say which adapters of a given model have no effect.
+    """Warn about adapters of the user's model that have no effect.
 
     Raises:
-        ValueError: PEFT would not load some of them again.
+        ValueError: PEFT would not load some of the adapters again.
     """
     if unreached := unreached_adapters(model):
-        logger.warning("%d layers with an adapter (%s) do not train: %s", len(unreached), _short(unreached), UNREACHED)
+        logger.warning(
+            "%d layers with an adapter (%s) are not trained: %s", len(unreached), _short(unreached), UNREACHED
+        )
     if lost := _lost(model):
         last_names = sorted({name.rpartition(".")[2] for name in lost})
         raise ValueError(
-            f"PEFT saves the adapters of {len(lost)} layers ({_short(lost)}) and does not load them again, so what "
-            f"they learn would be lost: put them into exclude_modules={last_names}, or "
-            "pass the model without an adapter and a peft_config, which leaves them out"
+            f"PEFT saves the adapters of {len(lost)} layers ({_short(lost)}) but does not load them again, so their "
+            f"training would be lost: set exclude_modules={last_names} in the adapter's configuration, or pass the "
+            "base model and a peft_config; the trainer then excludes these layers"
         )
 
 
 def _without(peft_config: PeftConfig, reasons: dict[str, list[str]]) -> PeftConfig:
-    """The configuration with what is left out added to its `exclude_modules`."""
+    """Return the configuration with these layers added to `exclude_modules`."""
     names = [name for part in reasons.values() for name in part]
     if not names:
         return peft_config
@@ -119,21 +121,21 @@ def _without(peft_config: PeftConfig, reasons: dict[str, list[str]]) -> PeftConf
 
 
 def _short(names: list[str]) -> str:
-    """Names with their numbers left out, each once, at most three."""
+    """Return at most three distinct names, with layer indices replaced by `*`."""
     shapes: Iterator[str] = iter(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names))
     first = [shape for shape, _ in zip(shapes, range(4), strict=False)]
     return ", ".join([*first[:3], *["…"] * (len(first) > 3)])
 
 
 def _has_adapters(module: nn.Module) -> bool:
-    """Whether an adapter has been put on a module, by PEFT or by transformers (`load_adapter`, `add_adapter`)."""
+    """Return True if PEFT or transformers (`load_adapter`, `add_adapter`) has added an adapter to the module."""
     if isinstance(module, ModulesToSaveWrapper):
         return bool(module.modules_to_save)
     return isinstance(module, BaseTunerLayer) and bool(module._get_available_adapters())
 
 
 def _called_late(model: nn.Module) -> nn.Module:
-    """The model, called through whatever forward it has at that time: adaption prompts keep the one they found."""
+    """Make PEFT's adaption-prompt wrapper call the model's current forward instead of the forward it stored."""
     tuner = getattr(model, "base_model", None)
     if isinstance(tuner, AdaptionPromptModel):
         tuner.forward = tuner.model.__call__

@@ -1,8 +1,8 @@
-"""`PreferenceTrainer`: transformers' Trainer with a preference objective in place of its loss.
+"""`PreferenceTrainer`: transformers' Trainer with a preference objective as its loss.
 
-A batch passes through `get_batch_samples`, `training_step` and `compute_loss`, which leave the work to four objects:
-`PreferenceData` prepares and draws the rows, `Scorer` scores policy and reference, `GlobalBatch` makes each step the
-exact mean over its examples, `Evaluation` collects what an evaluation reports.
+A batch passes through `get_batch_samples`, `training_step` and `compute_loss`. These methods use four objects:
+`PreferenceData` prepares and draws rows, `Scorer` scores policy and reference, `GlobalBatch` makes the loss of each
+step the exact mean over its examples, and `Evaluation` collects the results of an evaluation.
 """
 
 import logging
@@ -91,7 +91,7 @@ logger = logging.getLogger(__name__)
 
 
 class PreferenceTrainer(Trainer):
-    """Aligns a causal language model with preference data, offline.
+    """Trainer for offline preference optimization of causal language models.
 
     Example:
         ```python
@@ -105,31 +105,31 @@ class PreferenceTrainer(Trainer):
         ```
 
     Args:
-        model: a name or path (also of an adapter, which continues to train), a transformers model or a PEFT model. Not
-            with `model_init`.
-        ref_model: an explicit reference: a model of any dtype, or a name or path, which is loaded as the policy is. By
-            default, see `PreferenceConfig.reference`.
-        args: the configuration.
-        data_collator: from prepared rows to a `PreferenceBatch`.
-        train_dataset, eval_dataset: preference data, raw or prepared; `eval_dataset` may be a dict of several.
-        processing_class: the tokenizer; by default the one saved with the model.
-        peft_config: puts a new adapter on a model that has none.
-        quantization_config: used when the model is loaded by name.
-        Everything else is `Trainer`'s: `model_init`, `compute_metrics`, `callbacks`, `optimizers`, ….
-            `compute_metrics` gets the implicit rewards `[rows, 2]` as predictions and (1, 0) per row as labels; a loss
-            without rewards gives the log-probs instead. Unpaired examples have one column and their label, lists one
-            for each response and 1 for the best.
+        model: A transformers model, a PEFT model, or the name or path of a model or adapter (training continues with
+            this adapter). Cannot be combined with `model_init`.
+        ref_model: An explicit reference: a model of any dtype, or a name or path, which is loaded with the same options
+            as the policy. Default: see `PreferenceConfig.reference`.
+        args: The configuration.
+        data_collator: Function that collates prepared rows into a `PreferenceBatch`.
+        train_dataset, eval_dataset: Preference data, raw or prepared; `eval_dataset` may be a dict of datasets.
+        processing_class: The tokenizer. Default: the tokenizer saved with the model.
+        peft_config: Configuration of a new adapter, for a model without an adapter.
+        quantization_config: Quantization options, used if the model is loaded by name.
+        All other arguments are those of `Trainer`: `model_init`, `compute_metrics`, `callbacks`, `optimizers`, ….
+            `compute_metrics` receives the implicit rewards `[rows, 2]` as predictions and (1, 0) per row as labels; for
+            a loss without rewards, the predictions are log-probs. Unpaired examples have one column and their label;
+            lists have one column per response, and the label of the best response is 1.
 
     Attributes:
-        criterion: the objective. data, scorer, global_batch, evaluation: see above.
-        evaluated: the examples of the first and last evaluation. throughput: counts tokens between training logs.
-        run_record: what `console.finish_run` has recorded of the run; the model card shows it.
+        criterion: The objective. data, scorer, global_batch, evaluation: The four objects described above.
+        evaluated: The examples of the first and last evaluation. throughput: Counter of the tokens between two logs.
+        run_record: Record of the run, written by `console.finish_run` and shown in the model card.
 
     Raises:
-        ValueError: the data, the model, the reference and the losses do not fit together.
+        ValueError: the data, the model, the reference and the losses are incompatible.
     """
 
-    # The Trainer keeps the metric of a trial in `objective`.
+    # `Trainer.objective` is the metric of a hyperparameter search, so the objective has another name.
     criterion: Objective
     global_batch: GlobalBatch
     evaluation: Evaluation
@@ -206,10 +206,10 @@ class PreferenceTrainer(Trainer):
             print_preview([next(iter(self.train_dataset))], data.tokenizer)
 
     def _attach_model(self) -> None:
-        """Prepare the model for the objective: when the trainer is made, and for every model of a `model_init`."""
+        """Prepare a model for the objective: called at construction and for each model from `model_init`."""
         if self.train_dataset is not None:
             refuse_frozen(self.model)
-        self._eval_dataloaders = {}  # persistent workers collate in the layout of the model before
+        self._eval_dataloaders = {}  # persistent workers would use the previous model's layout
         self._use(self.data.objective)
         check_quantized(self.accelerator, self.model, self.args.mixed_precision)
         check_adapter(self.accelerator, self.model)
@@ -227,22 +227,22 @@ class PreferenceTrainer(Trainer):
 
     @property
     def reference(self):
-        """The reference; `None` where the losses need none."""
+        """The reference, or `None` if the losses need no reference."""
         return self.scorer.reference
 
     @property
     def layout(self) -> str | None:
-        """How batches are laid out; `None` until training or evaluation begins."""
+        """The batch layout: "shared", "around" or "padded"; `None` until training or evaluation begins."""
         return self.scorer.layout
 
     # -- a step ---------------------------------------------------------------------------------------------------
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """The batches of a step and the number of its examples; see `StepBatches` and `GlobalBatch.begin_step`.
+        """Return the batches of a step and its number of examples; see `StepBatches` and `GlobalBatch.begin_step`.
 
         Raises:
-            RuntimeError: another trainer has used the model in another precision since training began.
-            ValueError: a stream has ended before the place at which training resumes.
+            RuntimeError: another trainer has used the model in a different precision since training began.
+            ValueError: a stream ended before the row at which training resumes.
         """
         refuse_other_precision(self.accelerator, self.model, self.args.mixed_precision)
         self.scorer.settle()
@@ -259,11 +259,11 @@ class PreferenceTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: LoaderBatch, num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Forward and backward, piece by piece; gradients are synchronized with the last piece."""
+        """Run forward and backward pass for each piece; gradients are synchronized with the last piece."""
         state, *pieces = self.accelerator.gradient_state, *inputs["pieces"]
         loss, synchronizes = torch.zeros((), device=self.args.device), self.accelerator.sync_gradients
         tree = self.scorer.tree
-        # Under DeepSpeed there is bf16 without autocast.
+        # DeepSpeed computes in bf16 without autocast.
         with tree.held(), light_train(tree), adapter_casts_off(tree, self.accelerator.native_amp):
             for piece in pieces[:-1]:
                 state._set_sync_gradients(False)
@@ -279,12 +279,12 @@ class PreferenceTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        """A piece's share of the step's loss; with `return_outputs` also rewards and labels, `[B, 2]` each.
+        """Compute a piece's share of the step's loss; in evaluation, the mean loss over the examples of the piece.
 
-        In evaluation, the mean over the examples of the piece.
+        With `return_outputs`, also return the rewards and the labels, `[B, 2]` each.
         """
         if "pieces" in inputs:
-            raise ValueError("compute_loss takes one piece of a batch: for piece in batch['pieces']")
+            raise ValueError("compute_loss expects one piece of a batch: call it for each piece in batch['pieces']")
         objective, state = self.criterion, self.state
         objective.progress = min(1.0, state.global_step / max(1, state.max_steps))
         objective.epoch = int(state.epoch or 0)
@@ -303,14 +303,14 @@ class PreferenceTrainer(Trainer):
         return (loss, objective.kind.predictions(output.rewards, own)) if return_outputs else loss
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """As the Trainer's, which would count the parameters for every batch."""
+        """Count FLOPs as the Trainer does, but without counting the model's parameters for every batch."""
         return 6 * inputs["input_ids"].numel() * self.scorer.tree.derived(body_parameters)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As the Trainer's; a training log also has the means of the metrics since the last one.
+        """Log; add to a training log the mean of each metric since the previous training log.
 
         Raises:
-            FloatingPointError: a loss since then, the gradient or, in a run's last log, a weight is not finite.
+            FloatingPointError: a loss since the previous log, the gradient or (in the last log) a weight is not finite.
         """
         if "train_loss" in logs:  # the last log of a run
             self.record.check(self.accelerator, ruined_weights(self.model))
@@ -326,11 +326,11 @@ class PreferenceTrainer(Trainer):
     # -- evaluation -----------------------------------------------------------------------------------------------
 
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix: str = "eval", **kwargs):
-        """As the Trainer's, with the loss and every metric taken over the rows and not over the batches.
+        """Evaluate as the Trainer does, but compute the loss and every metric over rows instead of over batches.
 
         Raises:
-            FloatingPointError: the loss of a row is not finite, or that of a training step before was not.
-            ValueError: the engine cannot evaluate before it has trained.
+            FloatingPointError: the loss of a row, or of an earlier training step, is not finite.
+            ValueError: the engine cannot evaluate before training.
         """
         self.record.check(self.accelerator)
         refuse_early_evaluation(self.accelerator)
@@ -340,7 +340,7 @@ class PreferenceTrainer(Trainer):
             self.summary.show("layout")
         self.scorer.fill_cache(dataloader.dataset, description.lower())
         self.evaluation = Evaluation(self.criterion, dataloader.dataset, self.args.eval_accumulation_steps)
-        # The Trainer's own cuts the last batch to its rows, which may have several examples each.
+        # The Trainer's own function cuts the last batch to its number of rows, but a row may have several examples.
         self.gather_function = partial(gather_examples, self.accelerator)
         output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         metrics = self.evaluation.metrics(f"evaluation at step {self.state.global_step}")
@@ -350,7 +350,7 @@ class PreferenceTrainer(Trainer):
         return output
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """(mean loss of the batch, rewards `[B, 2]`, labels `[B, 2]`)."""
+        """Return (mean loss of the batch, rewards `[B, 2]`, labels `[B, 2]`)."""
         with torch.no_grad(), self.compute_loss_context_manager():
             batch = self._prepare_inputs(check_loaded(inputs))
             pieces = batch["pieces"]
@@ -359,7 +359,7 @@ class PreferenceTrainer(Trainer):
             ):
                 if counted is not None:
                     piece["counted"] = counted
-            # Ranks of a sharded model run its layers together, so they run as many pieces.
+            # The ranks of a sharded model run its layers together, so each rank must run the same number of pieces.
             for piece in self.global_batch.idle([batch])[0] if self.args.max_tokens_per_batch is not None else ():
                 self.scorer.policy_scores(model, piece, self.scorer.reference_scores(piece, self.evaluation.dataset))
             outputs = [self.compute_loss(model, piece, return_outputs=True) for piece in pieces]
@@ -371,16 +371,16 @@ class PreferenceTrainer(Trainer):
             {name: values[piece.get("counted", everything)] for name, values in output.items()}
             for piece, (_, output) in zip(pieces, outputs, strict=True)
         ]
-        # The Trainer fills up what is shorter with −100, too.
+        # The Trainer also pads with −100.
         return loss, *(join_examples([part[name] for part in kept], fill=-100.0) for name in ("predictions", "labels"))
 
     # -- data -----------------------------------------------------------------------------------------------------
 
     def get_eval_dataloader(self, eval_dataset: str | Data | None = None):
-        """As the Trainer's; a raw data set is prepared first."""
+        """Return the Trainer's data loader; a raw dataset is prepared first."""
         if eval_dataset is None or isinstance(eval_dataset, str):
             return super().get_eval_dataloader(eval_dataset)
-        # With persistent workers the Trainer keeps a loader, and would take it for any data set that is given.
+        # With persistent workers the Trainer caches a loader, which it would then return for any dataset.
         kept = self._eval_dataloaders.pop("eval", None)
         loader = super().get_eval_dataloader(self._prepared(eval_dataset, "eval"))
         self._eval_dataloaders.pop("eval", None)
@@ -389,7 +389,7 @@ class PreferenceTrainer(Trainer):
         return loader
 
     def get_test_dataloader(self, test_dataset: Data):
-        """As the Trainer's; a raw data set is prepared first."""
+        """Return the Trainer's data loader; a raw dataset is prepared first."""
         return super().get_test_dataloader(self._prepared(test_dataset, "test"))
 
     def _prepared(self, dataset: Data, name: str) -> Data:
@@ -399,26 +399,27 @@ class PreferenceTrainer(Trainer):
         return prepared
 
     def _evaluated(self) -> dict[str, Any]:
-        """The evaluation data sets as their data loaders read them, by name."""
+        """Return the evaluation datasets as their data loaders read them, by name."""
         if self.eval_dataset is None:
             return {}
         names = list(self.eval_dataset) if isinstance(self.eval_dataset, dict) else [None]
         return {name or "eval": self.get_eval_dataloader(name).dataset for name in names}
 
     def _get_train_sampler(self, train_dataset: Any = None):
-        """As the Trainer's, or by prompt or length where the settings ask for it."""
+        """Return a sampler that groups rows by prompt or length if the settings say so, otherwise the Trainer's."""
         dataset = self.train_dataset if train_dataset is None else train_dataset
         sampler = self.data.sampler(dataset, lambda: self.layout, self._train_batch_size)
         return super()._get_train_sampler(train_dataset) if sampler is None else sampler
 
     def _get_eval_sampler(self, eval_dataset: Any) -> SequentialSampler:
-        """The rows in their order, whatever the order of the training rows: predictions come in it."""
+        """Return a sampler that keeps the row order, so that predictions are in the order of the rows."""
         return SequentialSampler(eval_dataset)
 
     def _get_dataloader(
         self, dataset: Data, description: str, batch_size: int, is_training: bool = False, **kwargs: Any
     ):
-        """As the Trainer's, over the data set as the losses need it; an evaluation drops no row."""
+        """Build the Trainer's data loader over the dataset in the form that the losses need; keep all rows in
+        evaluation."""
         drops_last = self.args.dataloader_drop_last
         self.args.dataloader_drop_last = drops_last and is_training
         try:
@@ -430,10 +431,10 @@ class PreferenceTrainer(Trainer):
             self.args.dataloader_drop_last = drops_last
 
     def _prepare_input(self, data: Any) -> Any:
-        """As the Trainer's, but tensors are moved and never cast.
+        """Move tensors to the device without casting them.
 
-        Under DeepSpeed the Trainer casts floats to the model's dtype. The floats of a batch are scores, margins and
-        weights, which the losses read and no model does.
+        Under DeepSpeed the Trainer would cast floats to the model's dtype. The floats of a batch are scores, margins
+        and weights, which only the losses use.
         """
         if not isinstance(data, Tensor):
             return super()._prepare_input(data)
@@ -445,16 +446,16 @@ class PreferenceTrainer(Trainer):
     # -- training, searching, resuming ----------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any):
-        """As the Trainer's; with `resume_from_checkpoint=True` from the newest complete checkpoint.
+        """Train as the Trainer does; `resume_from_checkpoint=True` resumes from the newest complete checkpoint.
 
-        With a `model_init`, our settings are taken over as they are in `args` when training begins.
+        With `model_init`, training uses the current values of our settings in `args`.
 
         Raises:
-            ValueError: our settings have changed without a `model_init`; nothing trains, or the optimizer holds other
-                parameters; the checkpoint is incomplete, there is none, or this run cannot go on with it; a stream
-                gave no step's rows.
-            RuntimeError: the ranks hold different weights.
-            FloatingPointError: a loss or, at a checkpoint and at the end, a weight is not finite.
+            ValueError: our settings have changed and there is no `model_init`; no parameter is trained; the optimizer
+                has other parameters than the model; the checkpoint is missing, incomplete or incompatible with this
+                run; or a stream has too few rows for one step.
+            RuntimeError: the ranks have different weights.
+            FloatingPointError: a loss is not finite, or a weight is not finite at a checkpoint or at the end.
         """
         if self.model_init is None:
             refuse_another_model(self.model, self.scorer.model)
@@ -480,14 +481,14 @@ class PreferenceTrainer(Trainer):
         return output
 
     def _inner_training_loop(self, *args: Any, **options: Any):
-        """As the Trainer's, which begins again with smaller batches where memory ran out (`auto_find_batch_size`).
+        """Run the training loop; reset losses and metrics first.
 
-        Nothing that the losses and metrics have kept of the attempt before is counted.
+        With `auto_find_batch_size`, the Trainer calls this method again with a smaller batch size when memory runs out.
         """
         if self._attempts and self.state.global_step:
             logger.warning(
-                "auto_find_batch_size: training begins again from the weights of step %d, for the Trainer does not "
-                "take back the steps before memory ran out",
+                "auto_find_batch_size: training restarts from the weights of step %d, because the Trainer does not "
+                "undo the steps before memory ran out",
                 self.state.global_step,
             )
         self._attempts += 1
@@ -496,7 +497,7 @@ class PreferenceTrainer(Trainer):
         return super()._inner_training_loop(*args, **options)
 
     def _wrap_model(self, model: nn.Module, training: bool = True, *others: Any) -> nn.Module:
-        """As the Trainer's, after which accelerate wraps the model in DDP."""
+        """Wrap the model as the Trainer does, after setting DDP's `find_unused_parameters`."""
         if training:
             settle_unused_parameters(self.accelerator, self.args.ddp_find_unused_parameters, self.scorer.model)
         return super()._wrap_model(model, training, *others)
@@ -509,17 +510,17 @@ class PreferenceTrainer(Trainer):
         direction: str | list[str] = "minimize",
         **search: Any,
     ):
-        """As the Trainer's; it may also search our own settings: β, the loss, the reference, ….
+        """Search hyperparameters as the Trainer does, including our own settings: β, the loss, the reference, ….
 
-        Each trial starts from the settings before the search, which are restored after it.
+        Each trial starts from the settings before the search. The search restores these settings when it ends.
 
         Args:
-            compute_objective: from the metrics of an evaluation to what is searched for; by default the loss, or the
-                mean of the losses of several evaluation sets.
+            compute_objective: Function that maps evaluation metrics to the value to optimize. Default: the loss, or
+                the mean of the losses of several evaluation sets.
 
         Raises:
-            ValueError: a trial's settings are invalid, do not suit the data, or change what has shaped the prepared
-                data; or the loss would be maximized.
+            ValueError: a trial's settings are invalid, are incompatible with the data, or would change the prepared
+                data; or `direction` would maximize the loss.
         """
         if compute_objective is None and direction != "minimize":
             raise ValueError(f"direction={direction!r} needs compute_objective: by default the loss is minimized")
@@ -529,12 +530,12 @@ class PreferenceTrainer(Trainer):
             )
 
     def _hp_search_setup(self, trial: Any) -> None:
-        """As the Trainer's, which would convert our settings to the type of the value before."""
+        """Set the values of a trial; our settings are set without the Trainer's conversion to the old value's type."""
         if trial is None or self.hp_search_backend is None:
             super()._hp_search_setup(trial)
         else:
             is_space = self.hp_search_backend == HPSearchBackend.OPTUNA
-            # A space is asked once: it may draw at random.
+            # Call hp_space only once per trial: it may draw random values.
             space, values = self.hp_space, self.hp_space(trial) if is_space else trial
             others = {name: value for name, value in values.items() if name not in self.settings.names}
             self.hp_space = lambda _: others
@@ -548,13 +549,13 @@ class PreferenceTrainer(Trainer):
             self._attach_model()
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """As the Trainer's, with what the losses keep and a reference that moves.
+        """Save a checkpoint, including the state of the losses and a moving reference.
 
-        A checkpoint that is overwritten stops being complete first.
+        A checkpoint that will be overwritten is first marked as incomplete.
 
         Raises:
-            FloatingPointError: a loss or the weights are not finite: there is nothing worth saving.
-            RuntimeError: the ranks hold different weights.
+            FloatingPointError: a loss or a weight is not finite.
+            RuntimeError: the ranks have different weights.
         """
         self.record.check(self.accelerator, ruined_weights(self.model))
         refuse_drifted(self.model, self.args.device, f"at the checkpoint of step {self.state.global_step}")
@@ -573,22 +574,22 @@ class PreferenceTrainer(Trainer):
         return BatchOfStep(self._train_batch_size, args.gradient_accumulation_steps, args.world_size)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """As the Trainer's, with the adapters that do not train."""
+        """Save the model, including adapters that are not trained."""
         super()._save(output_dir, with_frozen_adapters(self.model, state_dict))
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """As the Trainer's, the last that all ranks write; `trainer_state.json` follows when all of it is there."""
+        """Save the random state and wait for all ranks, so that `trainer_state.json` is written last."""
         super()._save_rng_state(output_dir)
         self.accelerator.wait_for_everyone()
 
     def _load_callback_state(self) -> None:
-        """As the Trainer's, with what the losses keep."""
+        """Restore the callbacks' state and the losses' state."""
         restore_losses(self.state, self.criterion)
         self.scorer.resumed_logps = kept_reference(self.state)
         super()._load_callback_state()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """As the Trainer's, with every adapter, of which several may be active."""
+        """Load a checkpoint, including all adapters (several may be active)."""
         if isinstance(self.model, PeftModel) and not self.is_fsdp_enabled:
             load_adapters(self.model, resume_from_checkpoint)
             return
@@ -597,9 +598,9 @@ class PreferenceTrainer(Trainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        """As the Trainer's, with the reference of that checkpoint, if it moves, and with every adapter.
+        """Load the best checkpoint, including all adapters and a moving reference.
 
-        The Trainer only finds the adapter named "default": others are saved in folders of their own.
+        The Trainer would load only the adapter named "default"; PEFT saves each other adapter in a separate folder.
         """
         if self.is_deepspeed_enabled or self.is_fsdp_enabled or not isinstance(self.model, PeftModel):
             super()._load_best_model()
@@ -608,7 +609,7 @@ class PreferenceTrainer(Trainer):
         self.scorer.load(Path(self.state.best_model_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """As the Trainer's, with a reference that moves."""
+        """Load the states of optimizer and scheduler, and a moving reference."""
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             self.scorer.load(Path(checkpoint))
@@ -616,22 +617,22 @@ class PreferenceTrainer(Trainer):
     def create_model_card(
         self, *, model_name: str | None = None, dataset: str | list[str] | None = None, **metadata: Any
     ) -> None:
-        """Writes the run's model card, `README.md`, into `output_dir`; `push_to_hub` passes its arguments on to here.
+        """Write the model card of the run, `README.md`, to `output_dir`; `push_to_hub` forwards its arguments here.
 
         Args:
-            model_name: the card's title; by default the name of the repository or of the output folder.
-            dataset: the name or names of the data, on the Hub or local.
-            metadata: further metadata of the Hub, such as `license="apache-2.0"` or `language="en"`.
+            model_name: Title of the card. Default: the name of the repository or of the output folder.
+            dataset: One or more names of the datasets, on the Hub or local.
+            metadata: Additional Hub metadata, such as `license="apache-2.0"` or `language="en"`.
 
         Raises:
-            TypeError: another library's name for an argument.
+            TypeError: an argument has the name that another library uses.
         """
         refuse_foreign_arguments(metadata)
         if self.is_world_process_zero():
             model_card(self.card_facts(model_name, dataset), **metadata).save(f"{self.args.output_dir}/README.md")
 
     def card_facts(self, model_name: str | None = None, dataset: str | list[str] | None = None) -> CardFacts:
-        """What the model card says; its arguments are those of `create_model_card`."""
+        """Return the contents of the model card; the arguments are those of `create_model_card`."""
         return card_facts(
             self.args,
             self.accelerator.unwrap_model(self.model),

@@ -114,7 +114,7 @@ def test_packed_weights_are_refused(tmp_path):
     """No gradient passes through them any more. Whether a forward packs them depends on the CPU, so they are marked."""
     model = in_bits(tmp_path / "base")
     model.model.layers[1].mlp.up_proj.weight.quant_state.packing_format_for_cpu = True
-    with pytest.raises(ValueError, match=r"packed the 4-bit weights of .*layers.1.mlp.up_proj.* load the model anew"):
+    with pytest.raises(ValueError, match=r"packed the 4-bit weights of .*layers.1.mlp.up_proj.* load the model again"):
         make_trainer(tmp_path, model, peft_config=LoraConfig(r=4, target_modules="all-linear"))
 
 
@@ -137,17 +137,17 @@ STORED = {dtype: {**FOUR, "bnb_4bit_quant_storage": dtype} for dtype in (torch.f
         ("ZeRO-3", "bf16", {"load_in_8bit": True}, None),
         ("FSDP2", "no", STORED[torch.bfloat16], None),
         ("FSDP2", "bf16", STORED[torch.bfloat16], None),
-        ("ZeRO-2", "bf16", STORED[torch.float32], r"would round .*float32: .*quant_storage=torch.bfloat16\)"),
+        ("ZeRO-2", "bf16", STORED[torch.float32], r"would corrupt .*float32: .*quant_storage=torch.bfloat16\)"),
         (
             "ZeRO-3",
             "fp16",
             STORED[torch.bfloat16],
-            r"would round .*bfloat16: .*quant_storage=torch.float16\)",
+            r"would corrupt .*bfloat16: .*quant_storage=torch.float16\)",
         ),
-        ("FSDP2", "bf16", STORED[torch.float32], r"would round .*float32: .*quant_storage=torch.bfloat16\)"),
-        ("FSDP2", "no", FOUR, r"does not share out .*uint8: .*quant_storage=torch.float32\)"),
-        ("FSDP2", "bf16", FOUR, r"does not share out .*uint8: .*quant_storage=torch.bfloat16\)"),
-        ("FSDP2", "bf16", {"load_in_8bit": True}, r"8 bits: load the model in 4 bits .*DDP or DeepSpeed"),
+        ("FSDP2", "bf16", STORED[torch.float32], r"would corrupt .*float32: .*quant_storage=torch.bfloat16\)"),
+        ("FSDP2", "no", FOUR, r"cannot shard or resume .*uint8: .*quant_storage=torch.float32\)"),
+        ("FSDP2", "bf16", FOUR, r"cannot shard or resume .*uint8: .*quant_storage=torch.bfloat16\)"),
+        ("FSDP2", "bf16", {"load_in_8bit": True}, r"8-bit weights: load the model in 4 bits .*DDP or DeepSpeed"),
     ],
 )
 def test_engines_refuse_storage_that_they_would_cast(name, precision, config, error, tmp_path):

@@ -148,7 +148,7 @@ class TestLostAdapters:
     @pytest.mark.parametrize("target", ["all-linear", ["q_proj", "down_proj"], r".*\.(q_proj|down_proj)"])
     def test_a_new_adapter_is_without_them(self, target, tmp_path, caplog):
         model = with_adapter(self.model(), lora(target))
-        assert "shared_experts.down_proj" in caplog.text and "PEFT saves adapters there and does" in caplog.text
+        assert "shared_experts.down_proj" in caplog.text and "PEFT saves adapters there but does" in caplog.text
         perturbed(model).save_pretrained(tmp_path)
         again = PeftModel.from_pretrained(self.model(), tmp_path)
         saved, loaded = get_peft_model_state_dict(model), get_peft_model_state_dict(again)
@@ -161,7 +161,7 @@ class TestLostAdapters:
 
     def test_where_peft_loads_none(self):
         config = tiny_config("unlimited_ocr")
-        with pytest.raises(ValueError, match=r"PEFT saves adapters of UnlimitedOcrFor.* and loads none of them again"):
+        with pytest.raises(ValueError, match=r"PEFT saves adapters of UnlimitedOcrFor.* but loads none of them again"):
             with_adapter(AutoModelForImageTextToText.from_config(config), lora())
 
     def test_trying_leaves_an_adapter_as_it_is(self):
@@ -187,7 +187,7 @@ def test_the_processors_template(tmp_path, monkeypatch, caplog):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"processor_class": "NoSuchProcessor"}))
     loaded = load_processing_class(load_model(str(model), None), None)
     assert loaded.chat_template == CHATML
-    assert "cannot be loaded, so its tokenizer is: it needs torchvision" in caplog.text
+    assert "loading only its tokenizer: it needs torchvision" in caplog.text
 
 
 def test_a_processor_is_what_processes(tmp_path, monkeypatch):
@@ -236,7 +236,7 @@ class TestTowers:
         config = tiny_config("gemma3")
         model = get_peft_model(AutoModelForImageTextToText.from_config(config), lora(["q_proj", "lm_head"]))
         assert with_adapter(model, None) is model
-        assert "2 layers with an adapter (model.vision_tower" in caplog.text and "do not train" in caplog.text
+        assert "2 layers with an adapter (model.vision_tower" in caplog.text and "are not trained" in caplog.text
         assert "lm_head" not in caplog.text
 
 
@@ -246,16 +246,16 @@ class TestAllLinear:
     @pytest.mark.parametrize(
         ("model_type", "reason"),
         [
-            ("llama4_text", "Llama4Router has outputs of its own"),
-            ("phimoe", "PhimoeTopKRouter has outputs of its own"),
-            ("deepseek_v4", "has outputs of its own"),
-            ("nemotron_h", "Mamba's fused kernel passes them by"),
-            ("falcon_h1", "Mamba's fused kernel passes them by"),
-            ("mamba2", "Mamba's fused kernel passes them by"),
-            ("granitemoehybrid", "GraniteMoeHybridMambaLayer computes with their weights past an adapter"),
-            ("bamba", "BambaMixer computes with their weights past an adapter"),
-            ("longcat_flash", "LongcatFlashTopkRouter computes with their weights past an adapter"),
-            ("gemma3n_text", "Gemma3nTextAltUp computes with their weights past an adapter"),
+            ("llama4_text", "Llama4Router has a different output than a linear layer"),
+            ("phimoe", "PhimoeTopKRouter has a different output than a linear layer"),
+            ("deepseek_v4", "has a different output than a linear layer"),
+            ("nemotron_h", "Mamba's fused kernel bypasses adapters"),
+            ("falcon_h1", "Mamba's fused kernel bypasses adapters"),
+            ("mamba2", "Mamba's fused kernel bypasses adapters"),
+            ("granitemoehybrid", "GraniteMoeHybridMambaLayer reads their weights directly, bypassing an adapter"),
+            ("bamba", "BambaMixer reads their weights directly, bypassing an adapter"),
+            ("longcat_flash", "LongcatFlashTopkRouter reads their weights directly, bypassing an adapter"),
+            ("gemma3n_text", "Gemma3nTextAltUp reads their weights directly, bypassing an adapter"),
         ],
     )
     def test_it_runs(self, model_type, reason, caplog):
@@ -281,4 +281,4 @@ class TestAllLinear:
         """Falcon's linear layers have a forward of their own, which gives what any other's gives."""
         model = with_adapter(AutoModelForCausalLM.from_config(tiny_config(model_type)), lora())
         assert sum(hasattr(module, "lora_A") for module in model.modules()) == 2 * layers
-        assert "leaves out" not in caplog.text
+        assert "get no adapter" not in caplog.text

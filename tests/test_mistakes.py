@@ -208,8 +208,8 @@ SAID: dict[str, str] = {
     "train ... --fp16 true": "fp16=True (or ACCELERATE_MIXED_PRECISION=fp16) has no effect on a CPU: leave it out",
     "train ... --layout shraed": "layout='shraed' is not one of auto, shared, around, padded",
     "train ... --reference adapter_off": "reference='adapter_off' needs a PEFT model, but the policy is",
-    "train ... --resume_from_checkpoint true": "has no complete checkpoint to resume from",
-    "train ... --resume_from_checkpoint nowhere": "nowhere is not a folder, and so not a checkpoint",
+    "train ... --resume_from_checkpoint true": "has no complete checkpoint: remove resume_from_checkpoint",
+    "train ... --resume_from_checkpoint nowhere": "nowhere is not a checkpoint folder",
     "train ... --load_best_model_at_end true": "requires the save and eval strategy to match",
     "train ... --save_strategy best": "save_strategy=best: --metric_for_best_model is missing",
     "train ... --per_device_train_batch_size 0": "per_device_train_batch_size=0 must be at least 1",
@@ -275,7 +275,7 @@ IN_PYTHON: dict[str, tuple[Callable[[str], Any], str]] = {
         lambda folder: PreferenceTrainer(
             tiny_model(), args=TrainingArguments(folder), processing_class=tiny_tokenizer()
         ),
-        "PreferenceTrainer takes a PreferenceConfig",
+        "args must be a PreferenceConfig",
     ),
     "tokenizer=": (
         lambda folder: PreferenceTrainer(tiny_model(), args=make_config(folder), tokenizer=tiny_tokenizer()),
@@ -284,11 +284,11 @@ IN_PYTHON: dict[str, tuple[Callable[[str], Any], str]] = {
     "a name of TRL's": (lambda folder: PreferenceConfig(folder, rpo_alpha=1.0), "write sft_weight"),
     "two adapters": (
         lambda folder: make_trainer(folder, _with_adapter(), peft_config=LoraConfig(target_modules="all-linear")),
-        "drop peft_config",
+        "remove peft_config",
     ),
     "a reference for a loss without one": (
         lambda folder: make_trainer(folder, ref_model=tiny_model(), loss_type="simpo"),
-        "leave it out",
+        "remove it",
     ),
     "no rows": (lambda folder: make_trainer(folder, train_dataset=pairs().select([])), "row"),
     "no data to evaluate": (lambda folder: make_trainer(folder, eval_strategy="steps", eval_steps=1), "eval_dataset"),

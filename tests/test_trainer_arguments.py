@@ -144,13 +144,13 @@ def test_several_sets_are_evaluated(tmp_path):
 @pytest.mark.parametrize("kind", [DPOConfig, TrainingArguments])
 def test_another_librarys_arguments(kind, tmp_path):
     args = kind(output_dir=str(tmp_path), use_cpu=True, bf16=False)
-    with pytest.raises(ValueError, match=f"args is a {kind.__name__}: PreferenceTrainer takes a PreferenceConfig"):
+    with pytest.raises(ValueError, match=f"args must be a PreferenceConfig, got {kind.__name__}"):
         PreferenceTrainer(tiny_model(), args=args, train_dataset=pairs(2), processing_class=tiny_tokenizer())
-    with pytest.raises(ValueError, match=f"ref_model is a {kind.__name__}.*args="):
+    with pytest.raises(ValueError, match=f"ref_model must be a model, got {kind.__name__}.*args="):
         PreferenceTrainer(tiny_model(), args, train_dataset=pairs(2))
-    with pytest.raises(ValueError, match="ref_model is a PreferenceConfig"):
+    with pytest.raises(ValueError, match="ref_model must be a model, got PreferenceConfig"):
         PreferenceTrainer(tiny_model(), make_config(tmp_path), train_dataset=pairs(2))
-    with pytest.raises(ValueError, match="args is a dict"):
+    with pytest.raises(ValueError, match="args must be a PreferenceConfig, got dict"):
         PreferenceTrainer(tiny_model(), args={"output_dir": "x"}, train_dataset=pairs(2))
 
 
@@ -189,7 +189,7 @@ def test_a_stream_without_rows_is_refused_when_it_is_read(tmp_path):
     bad = Dataset.from_list([text_pair(chosen="")] * 3).to_iterable_dataset()
     for data in (empty, bad):
         given = {"processing_class": tiny_tokenizer(), "on_bad_rows": "drop", "max_steps": 1}
-        with pytest.raises(ValueError, match="nothing was trained: the stream"):
+        with pytest.raises(ValueError, match="nothing was trained: the training stream"):
             make_trainer(tmp_path, train_dataset=data, **given).train()
         with pytest.raises(ValueError, match="gave no rows"):
             make_trainer(tmp_path, eval_dataset=data, **given).evaluate()
@@ -198,7 +198,7 @@ def test_a_stream_without_rows_is_refused_when_it_is_read(tmp_path):
 @pytest.mark.parametrize(
     ("given", "cure"),
     [
-        ({"peft_config": {"r": 4}}, r"peft_config is a dict: pass one PEFT configuration"),
+        ({"peft_config": {"r": 4}}, r"peft_config is a dict: pass a PEFT configuration"),
         ({"peft_config": [LoraConfig()]}, r"peft_config is a list"),
         ({"processing_class": "a folder"}, r"AutoTokenizer\.from_pretrained"),
     ],
@@ -219,7 +219,7 @@ def test_models_are_named_by_paths_too(tmp_path):
 def test_an_optimizer_set_by_hand_holds_what_trains(tmp_path):
     trainer = make_trainer(tmp_path, max_steps=1)
     trainer.optimizer = torch.optim.SGD(tiny_model().parameters(), 1.0)
-    with pytest.raises(ValueError, match="misses 21 of the 21 parameters"):
+    with pytest.raises(ValueError, match="lacks 21 of the 21 trained parameters"):
         trainer.train()
 
 
@@ -233,7 +233,7 @@ def test_a_policy_frozen_by_hand_is_refused(tmp_path):
 def test_a_batch_of_another_shape_is_an_error_that_says_what_to_do(tmp_path):
     trainer = make_trainer(tmp_path)
     batch = next(iter(trainer.get_train_dataloader()))
-    with pytest.raises(ValueError, match=r"takes one piece of a batch: for piece in batch\['pieces'\]"):
+    with pytest.raises(ValueError, match=r"expects one piece of a batch: call it for each piece in batch\['pieces'\]"):
         trainer.compute_loss(trainer.model, batch)
     for call in (
         lambda flat: trainer.get_batch_samples(iter([flat]), 1, "cpu"),

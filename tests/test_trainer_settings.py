@@ -207,9 +207,9 @@ def test_steps_before_memory_ran_out_are_told(tmp_path, caplog):
     """The Trainer does not take them back."""
     with caplog.at_level(logging.WARNING, logger="hf_prefopt"):
         run_out(tmp_path / "first", auto_find_batch_size=True, per_device_train_batch_size=4)
-        assert "begins again" not in caplog.text
+        assert "training restarts" not in caplog.text
         run_out(tmp_path / "second", 1, auto_find_batch_size=True, per_device_train_batch_size=4)
-    assert "begins again from the weights of step 1" in caplog.text
+    assert "restarts from the weights of step 1" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -257,7 +257,7 @@ def test_only_training_drops_a_last_batch_that_is_not_full(tmp_path):
 
 def test_a_data_set_of_less_than_a_batch_that_is_dropped_is_refused(tmp_path):
     settings = {"train_dataset": pairs(3), "per_device_train_batch_size": 4, "dataloader_drop_last": True}
-    with pytest.raises(ValueError, match=r"drops all 3 rows .* has 4: leave it out"):
+    with pytest.raises(ValueError, match=r"drops all 3 rows .* has 4 rows: set dataloader_drop_last=False"):
         make_trainer(tmp_path, **settings).train()
 
 
@@ -364,7 +364,7 @@ def test_tensor_parallelism_is_refused():
 
 def test_rows_of_a_stream_are_not_drawn_by_prompt(tmp_path):
     stream = pairs(4).to_iterable_dataset()
-    with pytest.raises(ValueError, match=r"group_by_prompt=True draws rows from the whole data set.*without streaming"):
+    with pytest.raises(ValueError, match=r"group_by_prompt=True needs the prompts of all rows.*without streaming"):
         make_trainer(tmp_path, train_dataset=stream, group_by_prompt=True, max_steps=1)
 
 

@@ -1,7 +1,7 @@
-"""Cache folders that the processes of a run do not share, such as those of nodes without a common disk.
+"""Exchange cache shards between processes that do not share a folder, such as nodes without a common disk.
 
-A shard's name is the hash of its content, so the folders are compared by the names in them, and a shard that some
-process does not see is sent to it and written there. Where all see one folder, nothing is sent.
+The name of a shard is the hash of its content, so comparing file names is enough. A shard that a process does not see
+is sent to this process, which writes it to its own folder. If all processes see the same folder, nothing is sent.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 def say_whether_shared(folder: Path, accelerator: Accelerator) -> None:
-    """Say so if not all processes see the first one's folder; call it on every rank."""
+    """Log a warning if some processes do not see the main process's folder; call it on every rank."""
     if accelerator.num_processes == 1:
         return
     (name,) = broadcast_object_list([f"{uuid.uuid4().hex}.tmp"])
@@ -30,8 +30,8 @@ def say_whether_shared(folder: Path, accelerator: Accelerator) -> None:
         (folder / name).unlink(missing_ok=True)
         if not all(sees):
             logger.warning(
-                "%d of %d processes do not see the first one's %s: each folder gets all log-probs, sent by the process "
-                "that has them",
+                "%d of %d processes do not see the main process's folder %s: missing log-probs will be sent between "
+                "processes, so that each folder has all of them",
                 sees.count(False),
                 len(sees),
                 folder,
@@ -39,9 +39,9 @@ def say_whether_shared(folder: Path, accelerator: Accelerator) -> None:
 
 
 def exchange(folder: Path, accelerator: Accelerator) -> None:
-    """Write the shards that other processes have into this one's folder; call it on every rank.
+    """Write shards that only other processes have to this process's folder; call it on every rank.
 
-    A shard that its process cannot read is not sent.
+    A shard that cannot be read is skipped.
     """
     if accelerator.num_processes == 1:
         return

@@ -1,7 +1,7 @@
-"""The pass that computes the missing log-probs of a data set: large batches, no gradients, every response once.
+"""Compute the reference log-probs of a dataset that are not cached yet: in large batches, each response once.
 
-Every rank computes and writes its share; then all ranks read everything, even if each has its own folder (see
-`cache_exchange`). An interrupted pass resumes after its last shard.
+Each rank computes and writes its share. Then all ranks read all shards, even if each rank has its own folder (see
+`cache_exchange`). An interrupted pass resumes after the last shard that was written.
 """
 
 from array import array
@@ -20,18 +20,19 @@ from hf_prefopt.reference.cache_exchange import exchange, say_whether_shared
 from hf_prefopt.reference.cache_key import response_keys
 from hf_prefopt.reference.engine import any_rank
 
-# Positions per forward pass; without gradients no activations are kept, so this can exceed training's limit by far.
+# Tokens per forward pass. Without gradients no activations are kept, so this can be far above the limit in training.
 TOKENS = {"cpu": 4096, "cuda": 16384}
 _ROWS_AT_ONCE = 1000
 
 
 class Inventory(NamedTuple):
-    """The distinct responses of a data set, at their first occurrence.
+    """The distinct responses of a dataset, each at its first occurrence.
 
     Attributes:
-        keys: their keys. rows, which: the row, and the response's index in it. prompts: a hash of each prompt, used
-            only to group responses, so collisions are harmless.
-        lengths: tokens of prompt and response.
+        keys: Cache key of each response.
+        rows, which: Index of the row, and index of the response in the row.
+        prompts: Index of the prompt's hash, used only to group responses, so collisions are harmless.
+        lengths: Number of tokens of prompt and response.
     """
 
     keys: list[bytes]
@@ -42,16 +43,16 @@ class Inventory(NamedTuple):
 
 
 def responses_of(row: Mapping[str, Any]) -> list[tuple[Sequence[int], Sequence[int]]]:
-    """The ids and the mask of each response of a row, including mismatched ones."""
+    """Return the token ids and the mask of each response of a row, including mismatched responses."""
     ids = [*row["response_ids"], *row.get("mismatched_ids", ())]
     masks = [*row["scored_masks"], *row.get("mismatched_masks", ())]
     return list(zip(ids, masks, strict=True))
 
 
 def take_inventory(dataset: Any) -> Inventory:
-    """The distinct responses of a data set with a length."""
+    """Return the distinct responses of a dataset of known length."""
     seen: dict[bytes, None] = {}
-    columns = array("q")  # four numbers per response, because a data set may have millions
+    columns = array("q")  # only four integers per response, because a dataset may have millions of responses
     for start in range(0, len(dataset), _ROWS_AT_ONCE):
         indices = range(start, min(start + _ROWS_AT_ONCE, len(dataset)))
         for index, row in zip(indices, dataset.__getitems__(list(indices)), strict=True):
@@ -66,9 +67,9 @@ def take_inventory(dataset: Any) -> Inventory:
 
 
 def plan_batches(inventory: Inventory, missing: np.ndarray, tokens: int) -> list[np.ndarray]:
-    """Indices into the inventory for each batch: the longest first, the responses of a prompt next to each other.
+    """Return indices into the inventory for each batch, longest responses first, grouped by prompt.
 
-    With its responses padded to the longest, a batch has at most `tokens` positions; it has at least one response.
+    A batch, padded to its longest response, has at most `tokens` tokens, unless it consists of a single response.
     """
     chosen = np.flatnonzero(missing)
     longest = np.zeros(inventory.prompts.max(initial=-1) + 1, dtype=np.int64)
@@ -85,7 +86,7 @@ def plan_batches(inventory: Inventory, missing: np.ndarray, tokens: int) -> list
 
 
 def single_responses(dataset: Any, inventory: Inventory, places: np.ndarray) -> list[dict[str, Any]]:
-    """Rows with only these responses, for any kind of examples in the data set."""
+    """Return rows that contain only the given responses, whatever the dataset's kind of examples."""
     wanted: dict[int, list[int]] = {}
     for place in places:
         wanted.setdefault(int(inventory.rows[place]), []).append(int(inventory.which[place]))
@@ -114,18 +115,19 @@ def fill(
     name: str = "train",
     silent: bool = False,
 ) -> None:
-    """Compute and store the missing log-probs of a data set; call it on every rank.
+    """Compute and store the missing log-probs of a dataset; call it on every rank.
 
     Args:
-        reference: the cache, with the live reference inside.
-        dataset: prepared rows, with a length.
-        collate: from rows to a batch with keys, on the device.
-        tokens: positions of a forward at most; by default what suits the device.
-        name: what the progress bar calls the data set. silent: no bar.
+        reference: Cache that wraps the live reference model.
+        dataset: Prepared rows, of known length.
+        collate: Function that collates rows into a batch with cache keys, on the device.
+        accelerator: Accelerator used for communication between ranks.
+        tokens: Maximum number of tokens per forward pass. Default: chosen for the device.
+        name: Name of the dataset in the progress bar. silent: If True, show no progress bar.
 
     Raises:
-        MissingLogProbs: something is missing that the reference, which has been released, cannot compute.
-        LookupError: something is missing after the pass, because a folder could not be written or read.
+        MissingLogProbs: log-probs are missing and the reference model was already released.
+        LookupError: log-probs are missing after the pass, because a folder could not be written or read.
     """
     inventory = take_inventory(dataset)
     exchange(reference.store.folder, accelerator)
@@ -134,7 +136,7 @@ def fill(
     if not missing.any():
         return
     if reference.live is None:
-        raise reference.missing_error(int(missing.sum()), len(missing), f"the data set {name!r}")
+        raise reference.missing_error(int(missing.sum()), len(missing), f"the dataset {name!r}")
     batches = plan_batches(inventory, missing, tokens or TOKENS.get(accelerator.device.type, TOKENS["cuda"]))
     total = int(inventory.lengths[missing].sum())
     with (
@@ -157,21 +159,24 @@ def fill(
     left = _missing_anywhere(accelerator, reference.store.missing(inventory.keys)).sum()
     if left:
         raise LookupError(
-            f"after the pass, {left:,} of {len(missing):,} responses of the data set {name!r} are not in "
-            f"{reference.store.folder} of every process: see the warnings on its files, or choose another "
-            "reference_cache_dir"
+            f"after computing reference log-probs, {left:,} of {len(missing):,} responses of the dataset {name!r} are "
+            f"still missing from {reference.store.folder} on some process: see the warnings about its files, or set "
+            "another reference_cache_dir"
         )
 
 
 def _missing_anywhere(accelerator: Accelerator, missing: np.ndarray) -> np.ndarray:
-    """The entries that any rank misses; ranks could differ, because another run may be writing."""
+    """Mark the entries that are missing on any rank; ranks may differ if another run writes to the folder."""
     if accelerator.num_processes == 1:
         return missing
     return np.logical_or.reduce(gather_object([missing]))
 
 
 def _shares(batches: list[np.ndarray], accelerator: Accelerator) -> Iterator[tuple[int | None, np.ndarray]]:
-    """This rank's batches with their numbers. All ranks get equally many; a filler batch has the number `None`."""
+    """Yield (index, batch) for each batch of this rank.
+
+    All ranks yield the same number of batches; the index of a filler batch is `None`.
+    """
     ranks, rank = accelerator.num_processes, accelerator.process_index
     for first in range(0, len(batches), ranks):
         number = first + rank
@@ -179,14 +184,14 @@ def _shares(batches: list[np.ndarray], accelerator: Accelerator) -> Iterator[tup
 
 
 class CacheFiller:
-    """Fills a reference's cache, each data set once.
+    """Compute the missing log-probs of datasets, each dataset once.
 
     Args:
-        reference: the cache, with the live reference inside.
-        collate: from rows to a batch with keys, on the device.
-        accelerator: connects the ranks.
-        tokens: positions of a forward at most; by default what suits the device.
-        silent: no progress bars.
+        reference: Cache that wraps the live reference model.
+        collate: Function that collates rows into a batch with cache keys, on the device.
+        accelerator: Accelerator used for communication between ranks.
+        tokens: Maximum number of tokens per forward pass. Default: chosen for the device.
+        silent: If True, show no progress bars.
     """
 
     def __init__(
@@ -202,8 +207,10 @@ class CacheFiller:
         self._filled: set[str] = set()
 
     def fill(self, dataset: Any, name: str) -> bool:
-        """Compute the missing log-probs of a data set; False for a stream, whose log-probs are computed when it is
-        read."""
+        """Compute the missing log-probs of a dataset.
+
+        Return False for a stream: its log-probs are computed when it is read.
+        """
         if not hasattr(dataset, "__getitems__"):
             self._reference.any_rank = partial(any_rank, self._accelerator)
             return False

@@ -18,21 +18,21 @@ from hf_prefopt.reference.live import (
 )
 from hf_prefopt.reference.shards import is_zero3_partitioned
 
-# The ways of PEFT to initialize a LoRA adapter that leave the base model's weights alone. PiSSA, OLoRA, CorDA, LoRA-GA
-# and LoftQ take the adapter's product off them, or round them.
+# LoRA initializations that leave the base model's weights unchanged. PiSSA, OLoRA, CorDA and LoRA-GA subtract the
+# adapter's product from the weights; LoftQ rounds the weights.
 _KEEPS_BASE = {"gaussian", "eva", "orthogonal", "mica"}
 
 
 def choose_reference(setting: str, model: nn.Module, ref_model: nn.Module | None, needed: bool) -> LiveReference | None:
-    """The reference of a run, or `None` if the losses do not need one; then nothing is copied or computed.
+    """Build the reference of a run; `None` if the losses need no reference (then nothing is copied or computed).
 
     Args:
-        setting: `PreferenceConfig.reference`. "auto" is `ref_model` if one is given; under PEFT, the model with its
-            adapter disabled if the adapter is new, or a frozen copy of an adapter that was trained before; without
-            PEFT, a frozen copy of the policy.
-        model: the policy, not yet wrapped by an engine.
-        ref_model: the model that the user passed as reference.
-        needed: whether the losses read the reference.
+        setting: Value of `PreferenceConfig.reference`. "auto" uses `ref_model` if one is passed; under PEFT, the model
+            with its adapter disabled if the adapter is new, or a frozen copy if the adapter was trained before;
+            without PEFT, a frozen copy of the policy.
+        model: The policy, before an engine wraps it.
+        ref_model: The model that the user passed as reference.
+        needed: True if a loss uses the reference.
 
     Raises:
         ValueError: the setting contradicts the model, the `ref_model` or the losses.
@@ -57,30 +57,32 @@ def _automatic(model: nn.Module, ref_model: nn.Module | None) -> str:
 
 
 def is_fresh_adapter(model: PeftModel) -> bool:
-    """Whether disabling the active adapter always gives the model as it is now.
+    """Return True if the model with its adapter disabled equals the initial policy, also after training.
 
-    This holds if the adapter does not change the output, like a new LoRA adapter, and only its parameters are trained.
-    True for LoRA (including DoRA and rsLoRA) with B·A = 0, if all fully trained modules equal the originals. Everything
-    else, such as PiSSA, soft prompts and other methods, counts as trained: the reference is then a frozen copy, which
-    is correct in any case.
+    This holds if the adapter does not change the output yet, like a new LoRA adapter, and if training changes only the
+    adapter's parameters. The function returns True for LoRA (including DoRA and rsLoRA) with B·A = 0, if all fully
+    trained modules (`modules_to_save`) equal the originals. Everything else, such as PiSSA, soft prompts and other
+    methods, counts as trained: the reference is then a frozen copy, which is always correct.
     """
     if type(model.base_model) is not LoraModel:
         return False
     if any(is_zero3_partitioned(parameter) for parameter in model.parameters() if parameter.requires_grad):
-        return False  # no rank has enough of the weights to decide
+        return False  # each rank has only a part of the weights, which is not enough to decide
     neutral = all(_is_neutral(module, model.active_adapters) for module in model.modules())
     return neutral and not trained_beneath(model)
 
 
 def trained_beneath(model: PeftModel) -> list[str]:
-    """The trained parameters outside all adapters, such as LoRA's `bias="lora_only"`; disabling an adapter keeps
-    them."""
+    """Return the names of trained parameters outside all adapters, for example with LoRA's `bias="lora_only"`.
+
+    Disabling the adapter does not undo changes of these parameters.
+    """
     of_adapters = adapter_parameters(model)
     return [name for name, p in model.named_parameters() if p.requires_grad and name not in of_adapters]
 
 
 def adapter_parameters(model: PeftModel) -> dict[str, nn.Parameter]:
-    """The parameters of all adapters of a model, active or not, trained or not, by name."""
+    """Return the parameters of all adapters by name, including inactive and frozen adapters."""
     prefixes = (PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type) for config in model.peft_config.values())
     marks = [*filter(None, prefixes), "modules_to_save.", "trainable_tokens_", "prompt_encoder."]
     return {name: p for name, p in model.named_parameters() if any(mark in name for mark in marks)}
@@ -99,13 +101,13 @@ def _is_neutral(module: nn.Module, adapters: list[str]) -> bool:
 
 
 def _start_at_zero(layer: LoraLayer, adapters: list[str]) -> list[Tensor]:
-    """The factors that are zero in a new adapter: B of a linear layer, A of an embedding."""
+    """Return the factors that are zero in a new adapter: B for a linear layer, A for an embedding."""
     found = [w for name, w in (*layer.lora_B.items(), *layer.lora_embedding_A.items()) if name in adapters]
     return [t for weight in found for t in (weight.parameters() if isinstance(weight, nn.Module) else (weight,))]
 
 
 def _keeps_magnitudes(layer: LoraLayer, adapter: str) -> bool:
-    """Whether a variant of LoRA is DoRA with magnitudes equal to the norms of the base weights; False for others."""
+    """Return True for DoRA whose magnitudes equal the norms of the base weights; False for other LoRA variants."""
     if adapter not in layer.lora_magnitude_vector:
         return False
     dora = layer.lora_magnitude_vector[adapter]
@@ -114,24 +116,27 @@ def _keeps_magnitudes(layer: LoraLayer, adapter: str) -> bool:
 
 
 def check_reference(setting: str, model: nn.Module, ref_model: nn.Module | None, needed: bool) -> None:
-    """Check that a setting fits the model, the `ref_model` and the losses; see `choose_reference`.
+    """Check that the setting is compatible with the model, `ref_model` and the losses; see `choose_reference`.
 
     Raises:
-        ValueError: the setting does not fit; the message names it and says what to do.
+        ValueError: the setting is incompatible; the message names the setting and a fix.
     """
     if not needed and (ref_model is not None or setting not in ("auto", "none")):
         given = "ref_model is given" if ref_model is not None else f"reference={setting!r}"
-        raise ValueError(f"{given}, but the losses need no reference: leave it out")
+        raise ValueError(f"{given}, but the losses need no reference: remove it")
     if needed and setting == "none":
-        raise ValueError("reference='none', but a loss needs one: choose another, or set reference_free=True if it can")
+        raise ValueError(
+            "reference='none', but a loss needs a reference: choose another value, or set reference_free=True if the "
+            "loss supports it"
+        )
     if ref_model is not None and setting not in ("auto", "model"):
         raise ValueError(f"ref_model is given, but reference={setting!r}: drop one of them")
     if setting == "model" and ref_model is None:
         raise ValueError("reference='model' needs a model: pass ref_model to the trainer")
     if ref_model is not None and (shared := _trained_in_both(model, ref_model)):
         raise ValueError(
-            f"ref_model is the policy itself, or shares {len(shared)} trainable parameters with it ({shared[0]}, …), "
-            "so it would be trained, too: leave it out for a frozen copy"
+            f"ref_model is the policy itself or shares {len(shared)} trainable parameters with the policy "
+            f"({shared[0]}, …), so training would change the reference: remove ref_model to use a frozen copy"
         )
     if setting.startswith("adapter") and not isinstance(model, PeftModel):
         raise ValueError(f"reference={setting!r} needs a PEFT model, but the policy is {type(model).__name__}")
@@ -146,24 +151,24 @@ def _trained_in_both(model: nn.Module, ref_model: nn.Module) -> list[str]:
 
 
 def _refuse_changed_base(setting: str, model: PeftModel) -> None:
-    """Refuse to switch adapters where making one of them has changed the weights beneath, as PiSSA's does."""
+    """Raise `ValueError` if initializing an adapter has changed the base model's weights, as PiSSA does."""
     inits = {name: getattr(config, "init_lora_weights", None) for name, config in model.peft_config.items()}
     for name, init in inits.items():
         if isinstance(init, str) and init.lower() not in _KEEPS_BASE:
             raise ValueError(
                 f"reference={setting!r}, but init_lora_weights={init!r} of the adapter {name!r} changes the weights of "
-                "the base model, so without this adapter the model is not the one that was pretrained: use "
-                "reference='copy', the policy as given"
+                "the base model, so the model without this adapter is not the pretrained model: use "
+                "reference='copy', a frozen copy of the policy"
             )
 
 
 def _refuse_what_trains_along(setting: str, model: PeftModel) -> None:
     if setting.removeprefix("adapter:") in model.active_adapters:
         raise ValueError(
-            f"{setting.removeprefix('adapter:')!r} is the adapter that trains: reference='copy' freezes it"
+            f"{setting.removeprefix('adapter:')!r} is the adapter being trained: use reference='copy', a frozen copy"
         )
     if beneath := trained_beneath(model):
         raise ValueError(
-            f"reference={setting!r}, but {len(beneath)} parameters outside all adapters are trained, too "
-            f"({beneath[0]}, …), and would change the reference: use reference='copy'"
+            f"reference={setting!r}, but {len(beneath)} parameters outside all adapters are also trained "
+            f"({beneath[0]}, …), which would change the reference: use reference='copy'"
         )

@@ -1,11 +1,13 @@
-"""Which decoder layers run once for policy and reference, and whether that changes nothing.
+"""Find the lower decoder layers that policy and reference can share, and check that sharing is exact.
 
-Where nothing trains below layer k (no parameter takes a gradient, and no adapter acts that does not act in the
-reference, too), layers 0 … k−1 give policy and reference the same hidden states. The reference's forward records them,
-and the policy's goes on from there (`scoring.lower_states`), bit for bit as if it had run them.
+Suppose that layers 0 … k−1 have no trained parameter and no active adapter, except adapters that are also active in the
+reference. Then these layers compute the same hidden states for policy and reference. The reference's forward pass
+records them, and the policy's forward pass continues from them (`scoring.lower_states`). The results are bitwise equal
+to those of two complete forward passes.
 
-k is read off the modules themselves. Whether the rest of the model allows it (layers that read other layers' outputs,
-dropout below, a router's jitter) is measured: made-up tokens must have equal log-probs, in every bit, both ways.
+k is determined from the modules. A trial on synthetic tokens checks that the rest of the model allows sharing: the
+log-probs with and without sharing must be bitwise equal. They differ, for example, if layers use other layers' outputs,
+or with dropout or router jitter in the lower layers.
 """
 
 import re
@@ -28,20 +30,21 @@ from hf_prefopt.scoring.lower_states import LowerStates, install_lower_states, r
 from hf_prefopt.scoring.modes import ModuleTree, is_switched_by_layer, training_mode
 from hf_prefopt.scoring.switched import decoder_layers
 
-# What a config says of where a model is from, or of generation, and nothing about hidden states.
+# Config entries that do not affect hidden states: the model's origin, and generation.
 _WITHOUT_EFFECT = ("_name_or_path", "architectures", "transformers_version", "use_cache")
-# What PEFT puts into the names of what it wraps.
+# Names that PEFT inserts into the paths of wrapped modules.
 _WRAPPED = re.compile(r"\b(base_layer|original_module)\.")
 
 
 @dataclass(frozen=True)
 class LowerLayers:
-    """The first `count` decoder layers of a policy, which run once for it and its reference.
+    """The first `count` decoder layers of a policy, which run once for policy and reference.
 
     Attributes:
-        tree: the policy's modules.
-        later: ids of modules outside the decoder layers that train, and run after these layers.
-        acting: the adapters that act in these layers, as found.
+        tree: Modules of the policy.
+        count: Number of shared layers.
+        later: Ids of trained modules outside the decoder layers, which run after the shared layers.
+        acting: Adapters that were active in the shared layers when the layers were chosen.
     """
 
     tree: ModuleTree
@@ -50,7 +53,10 @@ class LowerLayers:
     acting: tuple[Any, ...]
 
     def states(self) -> LowerStates | None:
-        """To be recorded for a batch; `None` if something below trains by now, or other adapters act there."""
+        """Return an empty `LowerStates` to record hidden states of a batch.
+
+        Return `None` if a shared layer has become trainable or its active adapters have changed.
+        """
         below = list(_below(self.tree, self.count, self.later))
         is_same = not any(map(_trains, below)) and _all_acting(below) == self.acting
         return LowerStates(self.count) if is_same else None
@@ -64,18 +70,18 @@ def settle_lower_layers(
     batch: PreferenceBatch,
     known: str | None = None,
 ) -> tuple[LowerLayers | None, str | None]:
-    """Find the layers that policy and reference share, make both models ready to share them, and try it.
+    """Find the layers that policy and reference can share, prepare both models, and test that sharing is exact.
 
     Args:
-        tree: the policy's modules.
-        reference: the module that the reference calls, which may be the policy's.
-        switch: makes the context in which it is the reference.
-        score_reference: the reference's scores of a batch, which record the states.
-        batch: made-up rows, in the layout of the run, on the policy's device.
-        known: a reason against sharing that the models do not show.
+        tree: Modules of the policy.
+        reference: Module that the reference calls; it may be the policy's module.
+        switch: Function that returns a context in which `reference` computes the reference.
+        score_reference: Function that scores a batch with the reference and records the hidden states.
+        batch: Synthetic rows in the layout of the run, on the policy's device.
+        known: A reason against sharing that cannot be seen from the models.
 
     Returns:
-        The layers, `None` where there are none, and what there is to say of it, if anything.
+        The shared layers (`None` if there are none), and a line for the start summary (`None` if no layer qualifies).
     """
     models = [base_causal_lm(model) for model in dict.fromkeys((tree.model, reference))]
     for model in models:
@@ -92,16 +98,19 @@ def settle_lower_layers(
         return lower, f"{names} {run} once for policy and reference, without gradients"
     for model in models:
         remove_lower_states(model)
-    return None, f"{names} {run} twice, for policy and reference, although nothing trains there: {reason}"
+    return None, f"{names} {run} twice, for policy and reference, although they are not trained: {reason}"
 
 
 def find_lower_layers(
     tree: ModuleTree, reference: nn.Module, switch: Callable[[], AbstractContextManager]
 ) -> tuple[LowerLayers, list[nn.Module]]:
-    """The layers before the first one that differs or trains, not yet tried, and the modules outside that do.
+    """Return the layers before the first layer that is trained or differs from the reference's; they are not tested.
 
     Args:
-        tree, reference, switch: as for `settle_lower_layers`.
+        tree, reference, switch: As for `settle_lower_layers`.
+
+    Returns:
+        The layers, and the modules outside the decoder layers that are trained or differ from the reference's.
     """
     if isinstance(tree.model, PeftModel) and not is_switched_by_layer(tree):
         return LowerLayers(tree, 0, frozenset(), ()), []
@@ -112,7 +121,7 @@ def find_lower_layers(
 
     def changes(module: nn.Module) -> bool:
         mine, theirs = acting[id(module)], in_reference[id(module)]
-        # What is merged is taken out again where a layer is switched off.
+        # Disabling an adapter layer unmerges its merged adapters.
         return _trains(module) or (mine is not None and (mine != theirs or mine[1] != ()))
 
     layers, outside = tree.derived(_places)
@@ -131,7 +140,10 @@ def _reason_against(
     score_reference: Callable[[PreferenceBatch, LowerStates], ResponseScores],
     batch: PreferenceBatch,
 ) -> str | None:
-    """Why these layers cannot run once, by scoring a batch both ways in training mode, with the same random numbers."""
+    """Return the reason why these layers cannot be shared, or `None` if they can.
+
+    The batch is scored with and without sharing, in training mode and with the same random numbers.
+    """
     for model in models:
         install_lower_states(model, lower.count)
     whole = LowerStates(lower.count)
@@ -140,7 +152,7 @@ def _reason_against(
             expected = _policy_logps(lower.tree, batch, whole)
         before = [type(module).__name__ for module in outside if first.get(id(module), 0) < lower.count]
         if before:
-            return f"a module that they may depend on trains ({before[0]})"
+            return f"a module that they may depend on is trained ({before[0]})"
         states = LowerStates(lower.count)
         score_reference(batch, states)
         with torch.no_grad():
@@ -149,13 +161,13 @@ def _reason_against(
         if is_failure(error):
             raise
         return next(iter(str(error).splitlines()), type(error).__name__)
-    same = "dropout or other noise below, or layers that depend on more than hidden states"
+    same = "dropout or other noise in these layers, or later layers that use more than hidden states"
     return None if torch.equal(found, expected) else f"the policy's log-probs would change ({same})"
 
 
 @contextmanager
 def _first_calls(modules: list[nn.Module], states: LowerStates) -> Iterator[dict[int, int]]:
-    """By the id of each module that is called: how many lower layers have been called before it."""
+    """Yield a dict that maps the id of each called module to the number of lower layers called before it."""
     first: dict[int, int] = {}
 
     def called(module: nn.Module, _: Any) -> None:
@@ -174,7 +186,10 @@ def _policy_logps(tree: ModuleTree, batch: PreferenceBatch, states: LowerStates)
 
 
 def _places(modules: list[nn.Module]) -> tuple[list[list[nn.Module]], list[nn.Module]]:
-    """The modules of each decoder layer of a model, and those outside, but for its head; none where layers repeat."""
+    """Return the modules of each decoder layer, and the modules outside the layers and the head.
+
+    Return two empty lists if a layer occurs more than once.
+    """
     causal_lm = base_causal_lm(modules[0])
     layers = [list(layer.modules()) for layer in decoder_layers(causal_lm)]
     if len({id(layer[0]) for layer in layers}) < len(layers):
@@ -184,7 +199,7 @@ def _places(modules: list[nn.Module]) -> tuple[list[list[nn.Module]], list[nn.Mo
 
 
 def _below(tree: ModuleTree, count: int, later: frozenset[int]) -> Iterator[nn.Module]:
-    """The modules that the output of the first `count` layers depends on."""
+    """Yield the modules on which the output of the first `count` layers depends."""
     layers, outside = tree.derived(_places)
     for layer in layers[:count]:
         yield from layer
@@ -196,7 +211,7 @@ def _trains(module: nn.Module) -> bool:
 
 
 def _acting(module: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
-    """The adapters that act in a module, and those merged into it; `None` where it can have none."""
+    """Return the names of a module's active adapters and of its merged adapters; `None` if it is not a PEFT layer."""
     if not isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
         return None
     names = () if module.disable_adapters else tuple(module.active_adapters)
@@ -209,9 +224,10 @@ def _all_acting(modules: Any) -> tuple[Any, ...]:
 
 
 def _equal_layers(policy: PreTrainedModel, reference: PreTrainedModel) -> int:
-    """How many layers of another model are the policy's, if all that lies outside is, too, but for what trains there.
+    """Return the number of lower layers with equal weights in policy and reference.
 
-    What trains outside the layers must run after them, which is tried. Adapters that do not act are passed over.
+    The number is 0 if tensors outside the layers and the head differ, unless they are trained. Trained modules outside
+    the layers must run after the shared layers; `_reason_against` tests this. Adapters are not compared.
     """
     if type(policy) is not type(reference) or _settings(policy) != _settings(reference):
         return 0
@@ -220,7 +236,7 @@ def _equal_layers(policy: PreTrainedModel, reference: PreTrainedModel) -> int:
 
     def is_equal(name: str, theirs: Tensor) -> bool:
         found = mine.get(name)
-        if found is None or theirs.is_meta or found.is_meta or not found.numel():  # ZeRO-3's are empty
+        if found is None or theirs.is_meta or found.is_meta or not found.numel():  # tensors are empty under ZeRO-3
             return False
         same = type(found) is type(theirs) and found.dtype == theirs.dtype and found.shape == theirs.shape
         return same and torch.equal(found, theirs.to(found.device))

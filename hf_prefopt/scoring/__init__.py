@@ -1,1 +1,1 @@
-"""From a model and a batch to the log-probs of the scored tokens."""
+"""Compute the log-probs of scored tokens from a model and a batch."""

@@ -1,14 +1,14 @@
-"""Sharing around the token mixers: the layout of models whose layers need whole sequences.
+"""Layout "around": prefix sharing for models whose token mixers need whole sequences.
 
-Everything else in a layer (norms, MLPs, experts) computes each token by itself, and so do the projections inside a
-mixer. In this layout the model is called with ordinary right-padded sequences `[R, L]`, so
-that rotary embeddings, masks and position biases are those of padded sequences. The first decoder layer picks a row
-`[1, T]` out of them, in which each prompt is once and nothing is padding, and the last layer puts the sequences back.
-In between, a mixer gets the padded sequences, its linear projections compute the row, and of its output the row is
-taken. A token at the end of a sequence is seen by none before it, so what stands in the padding does not matter.
+All other parts of a layer (norms, MLPs, experts) and the projections inside a mixer compute each token independently.
+In this layout, the model is called with ordinary right-padded sequences `[R, L]`, so rotary embeddings, masks and
+position biases are those of padded sequences. The first decoder layer packs the sequences into a row `[1, T]` without
+padding, in which each prompt occurs once, and the last layer unpacks the row into padded sequences. In between, each
+token mixer gets the padded sequences, but its linear projections compute the packed row, and its output is packed.
+Padding is on the right and models are causal, so values in the padding have no effect.
 
-The modules that pick and spread tokens are switched (see `scoring.switched`). The indices reach a layer as a keyword
-argument of its call, so a checkpoint that runs its forward again during the backward has them, too.
+The modules that pack and unpack are switched (see `scoring.switched`). The indices are passed to a layer as a keyword
+argument of its call, so they are also available when an activation checkpoint runs the layer again.
 """
 
 from collections.abc import Callable
@@ -36,55 +36,57 @@ AROUND_INPUTS = ("around_places", "around_tokens")
 
 
 class UnsupportedLayer(RuntimeError):
-    """A layer computes in another way than the layout "around" can be put into."""
+    """Raised if a layer's structure does not support the layout "around"."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The indices of a batch.
+    """Indices that convert between the padded sequences and the packed row of a batch.
 
     Attributes:
-        places: `[T]` int64, the place of each token of the row in the padded sequences, flattened.
-        tokens: `[R, L]` int64, the position in the row of the token at each place of the padded sequences.
+        places: `[T]` int64, index of each token of the packed row in the flattened padded sequences.
+        tokens: `[R, L]` int64, index in the packed row of the token at each position of the padded sequences.
     """
 
     places: Tensor
     tokens: Tensor
 
     def collapsed(self, padded: Tensor) -> Tensor:
-        """`[1, T, ...]` out of `[R, L, ...]`: of a prompt's copies the first."""
+        """Pack `[R, L, ...]` into `[1, T, ...]`; of the copies of a prompt, the first is used."""
         return padded.flatten(0, 1).index_select(0, self.places.to(padded.device))[None]
 
     def padded(self, row: Tensor) -> Tensor:
-        """`[R, L, ...]` out of `[1, T, ...]`."""
+        """Unpack `[1, T, ...]` into `[R, L, ...]`."""
         tokens = self.tokens.to(row.device)
         return row[0].index_select(0, tokens.flatten()).unflatten(0, tokens.shape)
 
     def is_row(self, value: Any) -> bool:
-        """Whether a value is a tensor `[1, T, H]`. T is above L, because the other sequences have tokens, too."""
+        """Return True for a tensor `[1, T, H]`; T > L, because the row contains tokens of several sequences."""
         return isinstance(value, Tensor) and value.dim() == 3 and value.shape[:2] == (1, len(self.places))
 
     def is_padded(self, value: Any) -> bool:
-        """Whether a value is a tensor `[R, L, H]`."""
+        """Return True for a tensor `[R, L, H]`."""
         return isinstance(value, Tensor) and value.dim() == 3 and value.shape[:2] == self.tokens.shape
 
 
 @dataclass
 class _OfBody:
-    """What a model's layers share: the batch that its forward is computing, `None` outside one."""
+    """State shared by all layers of a model: the indices of the current batch; `None` outside a forward pass."""
 
     rows: Rows | None = None
 
 
 @dataclass
 class _OfLayer:
-    """What the modules of a layer share while its forward runs.
+    """State shared by the modules of a layer during its forward pass.
 
     Attributes:
-        body: see `_OfBody`. hidden: the name of the layer's first parameter. is_last: whether no layer follows.
-        rows: what this run of the forward computes.
-        pairs: padded sequences with the row that they were made of, which need not be picked out of them again: those
-            that a mixer got, and those that a projection gave last.
+        body: State of the model; see `_OfBody`.
+        hidden: Name of the first parameter of the layer's forward.
+        is_last: True for the last layer.
+        rows: Indices of the current batch.
+        pairs: Padded sequences, each with the packed row from which they were unpacked, so that they need not be packed
+            again: the inputs of the mixer, and the last output of a projection.
     """
 
     body: _OfBody
@@ -103,7 +105,7 @@ class _OfLayer:
 
 
 class _Body(Switched):
-    """The model beneath the head: takes the indices of a batch; right-padded sequences need no mask."""
+    """Base model: accepts the indices of a batch, and runs without a mask because padding is on the right."""
 
     def __call__(self, *args, around_places=None, around_tokens=None, **kwargs):
         if around_places is None:
@@ -118,7 +120,7 @@ class _Body(Switched):
 
 
 class _Called(Switched):
-    """A decoder layer as it is called, outside its checkpoint: hands the indices on."""
+    """Decoder layer, outside its activation checkpoint: packs its input and passes the indices on."""
 
     def __call__(self, *args, **kwargs):
         state: _OfLayer = vars(self)[STATE]
@@ -134,7 +136,7 @@ class _Called(Switched):
 
 
 class _Layer(Switched):
-    """A decoder layer as it runs, inside its checkpoint: takes the indices for its mixers."""
+    """Decoder layer, inside its activation checkpoint: stores the indices for its token mixers."""
 
     def forward(self, *args, around_rows=None, **kwargs):
         state: _OfLayer = vars(self)[STATE]
@@ -146,7 +148,7 @@ class _Layer(Switched):
 
 
 class _Mixer(Switched):
-    """A token mixer: gets the padded sequences, and gives the row."""
+    """Token mixer: unpacks its input into padded sequences, and packs its output into a row."""
 
     def __call__(self, *args, **kwargs):
         state: _OfLayer = vars(self)[STATE]
@@ -165,7 +167,7 @@ class _Mixer(Switched):
 
 
 class _Projection(Switched):
-    """A linear layer inside a mixer: computes the row."""
+    """Linear layer inside a token mixer: packs its input, computes the row, and unpacks its output."""
 
     def __call__(self, hidden, *args, **kwargs):
         state: _OfLayer = vars(self)[STATE]
@@ -176,20 +178,24 @@ class _Projection(Switched):
 
 
 def _row(rows: Rows, hidden: Tensor) -> Tensor:
-    """What a layer gets, as the row."""
+    """Return the input of a layer as a packed row."""
     return rows.collapsed(hidden) if rows.is_padded(hidden) else hidden
 
 
 def _first(output: Any, is_it: Callable[[Any], bool], change: Callable[[Tensor], Tensor]) -> Any:
-    """A module's output with its hidden states, the first or only part, changed."""
+    """Apply `change` to the hidden states of a module's output: the first element of a tuple, or the output itself.
+
+    Raises:
+        UnsupportedLayer: `is_it` is False for the hidden states.
+    """
     hidden = output[0] if isinstance(output, tuple) else output
     if not is_it(hidden):
-        raise UnsupportedLayer(f"a layer gives hidden states of the shape {tuple(getattr(hidden, 'shape', ()))}")
+        raise UnsupportedLayer(f"a layer returns hidden states of shape {tuple(getattr(hidden, 'shape', ()))}")
     return (change(hidden), *output[1:]) if isinstance(output, tuple) else change(hidden)
 
 
 def install_around(model: PreTrainedModel, body: nn.Module) -> None:
-    """Switch the classes of a model's body, layers, mixers and projections; doing it again changes nothing.
+    """Switch the classes of base model, layers, mixers and projections; a second call has no effect.
 
     Raises:
         UnsupportedLayer: see `reason_against_layers`.
@@ -215,15 +221,15 @@ def install_around(model: PreTrainedModel, body: nn.Module) -> None:
 
 
 def reason_against_layers(model: PreTrainedModel) -> str | None:
-    """Why the layout "around" cannot be put into the layers of a model, as far as their classes say."""
+    """Return the reason, from the layers' classes, why a model does not support the layout "around", or `None`."""
     layers = [unwrapped(layer) for layer in decoder_layers(model)]
     mixers = [mixer for layer in layers for mixer in mixers_of(layer)]
     if not mixers:
-        return "its decoder layers have no token mixers as modules of their own"
+        return "its decoder layers have no token mixers that are separate modules"
     if not all(isinstance(layer, GradientCheckpointingLayer) for layer in layers):
-        return "its decoder layers are not those of transformers, which know activation checkpointing"
+        return "its decoder layers are not transformers' GradientCheckpointingLayer"
     if any(isinstance(part, GradientCheckpointingLayer) for mixer in mixers for part in mixer.modules()):
-        return "its decoder layers have layers with activation checkpointing in them"
+        return "its decoder layers contain layers with activation checkpointing"
     return None
 
 

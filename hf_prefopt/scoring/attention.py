@@ -1,12 +1,13 @@
-"""Attention over segments: how several responses share the tokens of their prompt in one row without padding.
+"""Attention over segments: several responses share the tokens of their prompt in one packed row.
 
-A row holds groups `[prompt | response 1 | … | response K]`. Its queries fall into contiguous segments: prompt and
-first response, and each further response. The keys of a segment are its prompt and itself, gathered by index, causal
-with the last query on the last key. The bounds travel through the model's forward as keyword arguments, never in a
-global, because activation checkpointing runs a layer's forward again during the backward.
+A row contains groups `[prompt | response 1 | … | response K]`. Its queries are divided into contiguous segments: the
+prompt with the first response, and each other response. The keys of a segment are the keys of its prompt and its own
+keys, gathered by index. The causal mask is aligned so that the last query sees the last key. The segment bounds are
+keyword arguments of the model's forward, never globals, because activation checkpointing runs a layer's forward again
+in the backward pass.
 
-The function is registered with transformers' `AttentionInterface` in front of the implementation that a model has: a
-call without segments is that implementation's own.
+The function is registered with transformers' `AttentionInterface` in front of the model's own implementation, which
+handles all calls without segments.
 """
 
 import inspect
@@ -26,24 +27,24 @@ from hf_prefopt.batch import SegmentLengths
 
 SEGMENT_INPUTS = ("segment_queries", "segment_keys", "segment_key_index", "segment_longest", "segment_lengths")
 _PREFIX = "hf_prefopt|"
-# What attention modules pass along that has no bearing on the result, or is handled here.
+# Keyword arguments of attention modules that do not affect the result, or are handled here.
 _HARMLESS = {"position_ids", "use_cache", "output_attentions", "output_hidden_states", "return_dict", "cache_position"}
 _HARMLESS |= {"output_router_logits"}
 _VARLEN_DTYPES = (torch.bfloat16, torch.float16)
-# PyTorch 2.11's wants as many key heads as there are query heads.
+# The kernel of PyTorch 2.11 needs as many key heads as query heads.
 _VARLEN_HAS_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 class UnsupportedAttention(RuntimeError):
-    """The model's attention asks for something that attention over segments does not have."""
+    """Raised if the model's attention needs a feature that attention over segments does not support."""
 
 
 class LostSegments(UnsupportedAttention):
-    """The model's decoder layers do not hand keyword arguments on to their attention."""
+    """Raised if the model's decoder layers do not pass keyword arguments on to their attention."""
 
 
 class SegmentAttention(str):
-    """The name of attention over segments in front of an implementation; pickled, it is the implementation's own."""
+    """Registered name of segment attention for an implementation; it is pickled as the implementation's own name."""
 
     def __reduce__(self):
         return str, (self.removeprefix(_PREFIX),)
@@ -56,22 +57,22 @@ class SegmentAttention(str):
 
 
 def install_segment_attention(model: PreTrainedModel) -> None:
-    """Put attention over segments in front of the implementation the model has; doing it again changes nothing."""
+    """Install attention over segments in front of the model's implementation; a second call has no effect."""
     for config, implementation in _implementations(model):
         if not implementation.startswith(_PREFIX):
             config._attn_implementation_internal = _registered(implementation)
 
 
 def remove_segment_attention(model: PreTrainedModel) -> None:
-    """Give a model back the implementations it had before `install_segment_attention`."""
+    """Undo `install_segment_attention`."""
     for config, implementation in _implementations(model):
         config._attn_implementation_internal = implementation.removeprefix(_PREFIX)
 
 
 def _implementations(model: PreTrainedModel) -> list[tuple[Any, str]]:
-    """The config of each module that has one, with the attention it names.
+    """Return each config of the model's modules with the name of its attention implementation.
 
-    Written to as `_attn_implementation`, a config would make all configs inside it name the same one.
+    Callers set `_attn_implementation_internal`, because setting `_attn_implementation` also changes nested configs.
     """
     configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
     named = [(config, getattr(config, "_attn_implementation", None)) for config in configs.values()]
@@ -79,10 +80,10 @@ def _implementations(model: PreTrainedModel) -> list[tuple[Any, str]]:
 
 
 def _registered(implementation: str) -> str:
-    """The name of attention over segments in front of an implementation, registered if it is new."""
+    """Return the name of attention over segments for an implementation; register it at the first call."""
     name = SegmentAttention(_PREFIX + implementation)
     if name not in ALL_ATTENTION_FUNCTIONS:
-        # The parameters have the names of transformers' own functions, for some models pass the mask by name.
+        # The parameters have the same names as in transformers' own functions: some models pass the mask by name.
         def attention(
             module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
         ):
@@ -99,30 +100,30 @@ def _registered(implementation: str) -> str:
 
 
 def no_mask(like: Tensor) -> Tensor:
-    """What is given as the mask where segments say what is hidden.
+    """Return a placeholder for the attention mask, for calls with segments.
 
-    A mask of four dimensions is handed on as it is, so none is built.
+    transformers passes a four-dimensional mask on unchanged, so it builds no mask.
     """
     return like.new_ones(1, 1, 1, 1, dtype=torch.int64)
 
 
 def _refuse_lost_segments(mask: Tensor | None) -> None:
-    """Raise `LostSegments` where a module was given `no_mask`, and no segments."""
+    """Raise `LostSegments` if a module received the mask from `no_mask` but no segments."""
     if mask is not None and mask.shape == (1, 1, 1, 1) and mask.dtype == torch.int64:
-        raise LostSegments("its decoder layers do not hand keyword arguments on to their attention")
+        raise LostSegments("its decoder layers do not pass keyword arguments on to their attention")
 
 
 def describe_attention(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> str:
-    """Which attention a model's forward runs, as a phrase.
+    """Return a phrase that describes the attention of a model's forward pass.
 
     Args:
-        dtype: what the model computes in.
+        dtype: Dtype in which the model computes.
     """
     implementations = sorted({implementation for _, implementation in _implementations(model)})
     named = " and ".join(implementation.removeprefix(_PREFIX) for implementation in implementations)
     if not any(implementation.startswith(_PREFIX) for implementation in implementations):
         return named
-    one_by_one = f"PyTorch's ({named}), a response at a time"
+    one_by_one = f"PyTorch's ({named}), one response at a time"
     if not fits_varlen(dtype, (1, 1), capability_of(device)):
         return one_by_one
     config = model.config.get_text_config()
@@ -130,7 +131,7 @@ def describe_attention(model: PreTrainedModel, device: torch.device, dtype: torc
     return f"{one_by_one}, because of its {' and '.join(others)}" if others else "variable-length kernel"
 
 
-# What the kernel does not have, and whether a model has it in any layer.
+# Features that the kernel does not support, each with a function that returns True if a model has the feature.
 _WITHOUT_KERNEL: dict[str, Callable[[PreTrainedModel, Any], bool]] = {
     "sinks": lambda model, config: any(name.rsplit(".", 1)[-1] == "sinks" for name, _ in model.named_parameters()),
     "soft-cap": lambda model, config: bool(getattr(config, "attn_logit_softcapping", None)),
@@ -139,16 +140,16 @@ _WITHOUT_KERNEL: dict[str, Callable[[PreTrainedModel, Any], bool]] = {
 
 
 def _plain(implementation: str, module: nn.Module) -> Callable:
-    """The attention function that the model would use by itself; "eager" is each model file's own."""
+    """Return the attention function of the model's own implementation; each model file defines its own "eager"."""
     own_eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     return ALL_ATTENTION_FUNCTIONS.get_interface(implementation, own_eager)
 
 
 def _hidden_by_mask(module: nn.Module, kwargs: Mapping[str, Any]) -> dict[str, int]:
-    """What a module's mask would hide, beside later tokens, where the module does not pass it along as a number.
+    """Return window and chunk size that a module implements only in its mask, not as an argument of its attention.
 
-    Llama 4 has its chunks only in the mask, PhiMoE and Qwen2-MoE their windows. What a config has is of no effect in
-    models that build no such mask.
+    Llama 4 implements its chunks only in the mask, and PhiMoE and Qwen2-MoE their windows. A size in the config has no
+    effect if the model's file builds no such mask.
     """
     config, file = getattr(module, "config", None), sys.modules[type(module).__module__]
     types = getattr(config, "layer_types", None)
@@ -162,7 +163,7 @@ def _hidden_by_mask(module: nn.Module, kwargs: Mapping[str, Any]) -> dict[str, i
     return {name: size for name, size in hidden.items() if size}
 
 
-@torch.compiler.disable  # the segments of each batch would be compiled anew
+@torch.compiler.disable  # each batch has different segments and would be recompiled
 def segment_attention(
     query: Tensor,
     key: Tensor,
@@ -183,28 +184,32 @@ def segment_attention(
     is_causal: bool | None = None,
     **others: Any,
 ) -> Tensor:
-    """Causal attention of each segment's queries on its own keys.
+    """Compute causal attention from the queries of each segment to the keys of the segment.
 
     Args:
-        query: `[1, heads, T, D]`. key, value: `[1, key heads, T, D]`, the latter's D may differ.
-        segment_queries, segment_keys: `[S + 1]` int32, where each of the S segments begins among the queries and among
-            the gathered keys, and where the last one ends.
-        segment_key_index: `[Tk]` int64, the row's position of each gathered key.
-        segment_longest: the most queries and the most keys of a segment.
-        segment_lengths: all of them, so that no device is waited for where segments are computed one by one.
-        attention_mask: of one element, which stands for none; a larger one is of the module's own making.
-        sliding_window: a query sees that many keys, itself included. softcap: scores are cap · tanh(score / cap).
-        s_aux: `[heads]`, sinks: the logit of one more key, whose value is zero, for each query of a head.
-        chunk: a query at position i sees keys at positions j with i // chunk = j // chunk.
+        query: `[1, heads, T, D]`.
+        key, value: `[1, key heads, T, D]`; the D of `value` may differ.
+        segment_queries, segment_keys: `[S + 1]` int32, the start of each of the S segments among the queries and among
+            the gathered keys, and the end of the last segment.
+        segment_key_index: `[Tk]` int64, position in the row of each gathered key.
+        segment_longest: Maximum numbers of queries and of keys of a segment.
+        segment_lengths: Lengths of all segments, on the CPU, so that computing segments one by one needs no device
+            synchronization.
+        attention_mask: Placeholder of one element (see `no_mask`) or `None`; a larger mask raises an error.
+        scaling: Factor of the scores. Default: 1 / sqrt(D). dropout: Dropout rate of the attention weights.
+        sliding_window: Number of keys that a query sees, including its own position.
+        softcap: Cap of the scores: cap · tanh(score / cap).
+        s_aux: `[heads]`, sinks: for each head, the logit of an additional key whose value is zero.
+        chunk: Chunk size: a query at position i sees a key at position j only if i // chunk = j // chunk.
 
     Returns:
         `[1, T, heads, D]`.
 
     Raises:
-        UnsupportedAttention: the module asks for something else, such as a position bias, or no causality.
+        UnsupportedAttention: the module needs another feature, such as a position bias or non-causal attention.
     """
     if attention_mask is not None and attention_mask.numel() > 1:
-        raise UnsupportedAttention("attention with a mask of the module's own making")
+        raise UnsupportedAttention("attention with a mask that the module builds itself")
     unknown = [name for name, given in others.items() if given is not None and name not in _HARMLESS]
     if unknown or is_causal is False:
         raise UnsupportedAttention(f"attention with {', '.join(unknown) or 'is_causal=False'}")
@@ -221,13 +226,14 @@ def segment_attention(
             query.split(segment_lengths.queries, 2), key.split(keys, 2), value.split(keys, 2), strict=True
         )
     ]
-    return torch.cat(pieces, dim=2).transpose(1, 2).contiguous()  # as transformers' own functions: some models view it
+    # Contiguous like the output of transformers' own functions, because some models call view() on it.
+    return torch.cat(pieces, dim=2).transpose(1, 2).contiguous()
 
 
 def _in_one_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The three in autocast's dtype, as PyTorch's attention casts them, or without autocast in the value's.
+    """Cast query, key and value to autocast's dtype, as PyTorch's attention does, or without autocast to value's dtype.
 
-    Rotary embeddings and norms in fp32 leave queries and keys in fp32 beside values in half precision.
+    Rotary embeddings and norms in fp32 can leave queries and keys in fp32 while values are in half precision.
     """
     device = query.device.type
     autocast = torch.is_autocast_enabled(device) and value.dtype != torch.float64
@@ -236,24 +242,27 @@ def _in_one_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Te
 
 
 def fits_varlen(dtype: torch.dtype, widths: tuple[int, int], capability: tuple[int, int] | None) -> bool:
-    """Whether the variable-length flash kernel takes attention without soft-cap, sinks, chunks, and dropout.
+    """Return True if the variable-length flash kernel supports attention without soft-cap, sinks, chunks and dropout.
 
     Args:
-        dtype: of queries, keys and values: bf16 or fp16.
-        widths: of a head's keys and values: the same, and at most 256.
-        capability: of the device, as `capability_of` returns it: 8.0 (Ampere) or newer.
+        dtype: Dtype of queries, keys and values; must be bf16 or fp16.
+        widths: Head dimensions of keys and values; must be equal and at most 256.
+        capability: Result of `capability_of`; must be 8.0 (Ampere) or newer.
     """
     fits_device = capability is not None and capability >= (8, 0)
     return fits_device and dtype in _VARLEN_DTYPES and widths[0] == widths[1] <= 256
 
 
 def capability_of(device: torch.device) -> tuple[int, int] | None:
-    """The compute capability of a CUDA device; `None` for any other device."""
+    """Return the compute capability of a CUDA device; `None` for any other device."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
 def _varlen(query, key, value, query_bounds, key_bounds, longest, scaling, window) -> Tensor:
-    """All segments in one call of the variable-length flash kernel, whose causal mask is aligned at the last key."""
+    """Compute all segments with one call of the variable-length flash kernel.
+
+    The kernel's causal mask is aligned at the last key.
+    """
     options: dict[str, Any] = {"window_size": (window - 1 if window else -1, 0)}
     groups = query.shape[1] // key.shape[1]
     if _VARLEN_HAS_GQA:
@@ -265,7 +274,7 @@ def _varlen(query, key, value, query_bounds, key_bounds, longest, scaling, windo
 
 
 def _one_segment(query, key, value, scaling, dropout, hidden, softcap, sinks) -> Tensor:
-    """One segment `[1, heads, n, D]` by PyTorch's attention, or written out where it has a soft-cap or sinks."""
+    """Compute one segment `[1, heads, n, D]` with PyTorch's attention; explicit formulas for soft-cap and sinks."""
     queries, keys, groups = query.shape[2], key.shape[2], query.shape[1] // key.shape[1]
     mask = None
     if queries != keys or any(hidden):
@@ -283,7 +292,7 @@ def _one_segment(query, key, value, scaling, dropout, hidden, softcap, sinks) ->
 
 
 def _softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
-    """`[1, heads, n, k]`: softmax over k keys, or over these and the sink of each head, in fp32 (float64 stays)."""
+    """Compute the softmax `[1, heads, n, k]` over k keys, and the head's sink if there is one, in fp32 or float64."""
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if sinks is None:
         return scores.softmax(-1)
@@ -292,10 +301,10 @@ def _softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
 
 
 def _causal_mask(queries: int, keys: int, window: int | None, chunk: int | None, device: torch.device) -> Tensor:
-    """`[queries, keys]`, true where a query sees a key: the last query on the last key, and no later one.
+    """Return a `[queries, keys]` bool mask, True where a query sees a key; the last query is aligned with the last key.
 
     Args:
-        window, chunk: as for `segment_attention`; a segment's keys begin at position 0.
+        window, chunk: As for `segment_attention`; the keys of a segment begin at position 0.
     """
     positions = torch.arange(keys, device=device)
     of_query = positions[keys - queries :, None]

@@ -1,7 +1,8 @@
-"""Dropout of a policy: what is switched off, and what is said about it.
+"""Disable the policy's dropout, and report the rates.
 
-A reference is scored without dropout. A policy with dropout differs from it before the first step, so a model's own
-dropout, which pretraining left in its config, is off by default; the dropout that somebody chose for an adapter stays.
+The reference is scored without dropout, so a policy with dropout differs from the reference before the first step.
+Therefore the model's own dropout, which its config keeps from pretraining, is disabled by default. The dropout of an
+adapter stays on, because the user has chosen it.
 """
 
 import copy
@@ -19,16 +20,16 @@ from hf_prefopt.scoring.forward import base_causal_lm
 
 
 def switch_off_dropout(model: nn.Module, setting: bool | None) -> list[str]:
-    """Switch dropout off in place: `nn.Dropout`, the rates of functional dropout, and those read from the config.
+    """Disable dropout in place: `nn.Dropout` modules, rates of functional dropout, and rates read from the config.
 
-    The config itself keeps its rates, so a saved model has them.
+    The config itself is unchanged, so a saved model keeps its rates.
 
     Args:
-        setting: `None` switches off the model's own dropout and leaves that of adapters, `True` switches off both,
-            `False` neither.
+        setting: `None` disables the model's own dropout but not the dropout of adapters; `True` disables both; `False`
+            disables neither.
 
     Returns:
-        What was switched off and what stays, a phrase each; nothing for a model without dropout.
+        One phrase for the disabled rates and one for the remaining rates; [] for a model without dropout.
     """
     off, on = {}, {}
     for place in _places(model):
@@ -43,7 +44,7 @@ def switch_off_dropout(model: nn.Module, setting: bool | None) -> list[str]:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where dropout rates are held: `holder[key]`, to be replaced by `without`."""
+    """Location of dropout rates: `holder[key]`, which is replaced by `without` to disable dropout."""
 
     holder: dict[str, Any]
     key: str
@@ -66,13 +67,13 @@ def _places(model: nn.Module) -> Iterator[_Place]:
         if is_read and (rates := _floats_about_dropout(config)):
             yield _Place(vars(module), "config", ConfigWithoutDropout(config), rates, in_adapter)
         for child_name, child in module.named_children():
-            # A child of a dictionary of modules has the name of an adapter.
+            # A child of a ModuleDict is named after an adapter, so the parent's name is reported.
             known_as = name if isinstance(module, nn.ModuleDict) else child_name
             waiting.append((known_as, child, _is_adapters(module, child_name, in_adapter)))
 
 
 def _own_places(name: str, module: nn.Module, in_adapter: bool) -> Iterator[_Place]:
-    """The rates that a module holds itself."""
+    """Yield the rates stored in a module itself."""
     state = vars(module)
     if "Dropout" in type(module).__name__ and isinstance(state.get("p"), float) and state["p"]:
         yield _Place(state, "p", 0.0, {name: state["p"]}, in_adapter)
@@ -90,7 +91,7 @@ def _floats_about_dropout(owner: Any) -> dict[str, float]:
 
 
 def _is_adapters(parent: nn.Module, child: str, in_adapter: bool) -> bool:
-    """Whether a child belongs to an adapter and not to the model beneath it."""
+    """Return True if a child belongs to an adapter, not to the base model."""
     if isinstance(parent, PeftModel):
         return child != "base_model"
     return child != "base_layer" if isinstance(parent, BaseTunerLayer) else in_adapter
@@ -101,9 +102,10 @@ def _listed(rates: dict[str, float]) -> str:
 
 
 class ConfigWithoutDropout:
-    """A model's config for one of its modules, with dropout rates of zero; all else is read from and set on the config.
+    """Proxy of a model's config, for one module, with dropout rates of zero.
 
-    Some modules read their rates from the config in each forward. Pickled, it is the config.
+    All other attributes are read from and written to the config. Some modules read their rates from the config in each
+    forward pass, so they get this proxy. Pickling the proxy pickles the config.
     """
 
     def __init__(self, config: PreTrainedConfig):
@@ -111,7 +113,7 @@ class ConfigWithoutDropout:
 
     @property
     def __class__(self):
-        """The config's, so that `isinstance` says what it says of the config."""
+        """The class of the config, so that `isinstance` gives the same result as for the config."""
         return type(self._config)
 
     def __getattr__(self, name: str) -> Any:

@@ -1,8 +1,8 @@
-"""The scoring forward: a causal language model's own forward, taught to return log-probs of chosen tokens.
+"""The scoring forward pass: a causal language model's forward that can return log-probs of given tokens.
 
-The model's and its head's forward are replaced on the instance, beneath PEFT and beneath any engine's wrapper, so that
-their hooks (gathering, unsharding, casting, bookkeeping) see an ordinary call. Called without `scored_rows` the model
-behaves as before, so generation and other evaluation go on working.
+`install_scoring` replaces the forward of the model and of its head on the instances, inside PEFT's and the engine's
+wrappers. Their hooks (gathering, unsharding, casting, bookkeeping) therefore see ordinary calls. Without the argument
+`scored_rows`, the model behaves as before, so generation and other evaluations still work.
 """
 
 import inspect
@@ -34,24 +34,25 @@ from hf_prefopt.scoring.lengths import own_lengths, own_positions, ropes_by_leng
 from hf_prefopt.scoring.lower_states import LowerStates, takes_lower_states
 from hf_prefopt.scoring.tail import auxiliary_loss, body_of, own_logits
 
-# Rows of logits held at once: small chunks starve a GPU, large ones leave a CPU's cache.
+# Rows of logits per chunk: small chunks underuse a GPU, large chunks do not fit a CPU's cache.
 CHUNK_ROWS = {"cpu": 512, "cuda": 2048}
-# Statistics per token that are none of one prediction alone: what the head is given, and the KL from the reference.
+# Per-token statistics that cannot be computed from one log-prob distribution: the head's input, and the KL to the
+# reference.
 HIDDEN, VOCABULARY_KL = "hidden", "vocabulary_kl"
-# What a router's auxiliary loss is called: of a whole forward, and no statistic of the head.
+# Key of the routers' auxiliary loss, which belongs to the whole forward pass and not to a token.
 AUX_LOSS = "aux_loss"
 _MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", *SEGMENT_INPUTS, *AROUND_INPUTS)
 _FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
 _DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
 _CAPS = ("final_logit_softcapping", "output_logit_soft_cap", "logits_soft_cap")
-# Model types that multiply by what the others divide by.
+# Model types that multiply by the divisor instead of dividing.
 _INVERTED = ("hyperclovax",)
 
 
 def logit_transform(config: Any, temperature: float = 1.0) -> LogitTransform:
-    """What the model of that config does to its logits, read off the names that configs use for it.
+    """Return the transformation that a model applies to its logits, from known names in its config.
 
-    A name can be missing here, or mean something else in a model: `scoring.agreement` measures whether this is right.
+    A model may use an unknown name, or a known name with another meaning, so `scoring.agreement` tests the result.
     """
     text_config = config.get_text_config()
 
@@ -64,30 +65,30 @@ def logit_transform(config: Any, temperature: float = 1.0) -> LogitTransform:
 
 
 def base_causal_lm(model: nn.Module) -> PreTrainedModel:
-    """The transformers causal language model inside PEFT's wrapper, or the model itself."""
+    """Return the transformers causal language model inside PEFT's wrapper, or the model itself if it is not wrapped."""
     return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
 
 
 def install_scoring(model: nn.Module, temperature: float = 1.0) -> None:
-    """Teach a model (PEFT-wrapped or not) the scoring forward; doing it again changes the temperature.
+    """Install the scoring forward pass on a model (with or without PEFT); a second call changes the temperature.
 
     Raises:
-        ValueError: the model is an encoder-decoder, or has no output embeddings, so it is no causal language model.
+        ValueError: the model is not a causal language model: it is an encoder-decoder, or has no output embeddings.
     """
     causal_lm = base_causal_lm(model)
     if causal_lm.config.is_encoder_decoder or causal_lm.config.get_text_config().is_encoder_decoder:
         raise ValueError(
-            f"{type(causal_lm).__name__} is an encoder-decoder model (config.is_encoder_decoder=True), which reads the "
-            "prompt and the response apart: choose a decoder-only model, such as AutoModelForCausalLM loads"
+            f"{type(causal_lm).__name__} is an encoder-decoder model (config.is_encoder_decoder=True), which is not "
+            "supported: choose a decoder-only model, such as AutoModelForCausalLM loads"
         )
     head = causal_lm.get_output_embeddings()
     if head is None:
         raise ValueError(f"{type(causal_lm).__name__} has no language-model head (get_output_embeddings() is None)")
     causal_lm.ropes_by_length = ropes_by_length(causal_lm)
-    # Plain numbers: a model that is pickled must load where this package is not installed.
+    # Stored as plain numbers, so that a pickled model can be loaded where this package is not installed.
     head.logit_transform = astuple(logit_transform(causal_lm.config, temperature))
     for module, with_scoring in ((causal_lm, _scoring_forward), (head, _head_forward)):
-        # accelerate's hooks, which bring weights to the device, call what they have put aside.
+        # accelerate's hooks, which move weights to the device, call the forward stored as `_old_forward`.
         place = "_old_forward" if hasattr(module, "_hf_hook") else "forward"
         if not _is_scoring(getattr(module, place)):
             module.plain_forward = getattr(module, place)
@@ -95,21 +96,21 @@ def install_scoring(model: nn.Module, temperature: float = 1.0) -> None:
 
 
 def _is_scoring(forward: Callable) -> bool:
-    """Whether a forward is one of ours, perhaps inside what accelerate has wrapped it in."""
+    """Return True if a forward, after removing accelerate's wrappers, is a scoring forward."""
     inner = inspect.unwrap(forward, stop=lambda function: hasattr(function, "in_place_of"))
     return hasattr(inner, "in_place_of")
 
 
 def transform_of(head: nn.Module) -> LogitTransform:
-    """What is done to the logits of a head that `install_scoring` has been called on."""
+    """Return the logit transformation that `install_scoring` stored on a head."""
     return LogitTransform(*head.logit_transform)
 
 
 def _in_place_of(method: Callable, function: Callable) -> Callable:
-    """`function(self, ...)` with the signature of a bound method, which `generate` and PEFT look at.
+    """Return `function(self, ...)` with the signature of a bound method; `generate` and PEFT inspect this signature.
 
-    Its name is `forward`, by which pickle finds the class's own again: a model that `torch.save` has written is the
-    plain one.
+    The function is named `forward`, so that pickle resolves it to the class's own forward: a model saved by
+    `torch.save` is loaded as the plain model.
     """
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -123,7 +124,7 @@ def _in_place_of(method: Callable, function: Callable) -> Callable:
 
 
 def _scoring_forward(self: PreTrainedModel, *args: Any, scored_rows: Tensor | None = None, **kwargs: Any) -> Any:
-    """The model's forward; with `scored_rows`, log-probs (and statistics) of the targets instead of logits."""
+    """Run the model's forward; with `scored_rows`, return log-probs and statistics of the targets instead of logits."""
     if scored_rows is None:
         return self.plain_forward(*args, **kwargs)
     names = ("targets", "token_stats", "width", "reference_predictions", "with_aux_loss")
@@ -141,17 +142,17 @@ def _scoring_forward(self: PreTrainedModel, *args: Any, scored_rows: Tensor | No
         outputs = body(*args, **kwargs)
     hidden = outputs.last_hidden_state
     aux = {AUX_LOSS: auxiliary_loss(self, outputs, tokens)} if tokens is not None else {}
-    # Adapters that put virtual tokens before a sequence make it longer at its front.
+    # Adapters may put virtual tokens before a sequence, so the last `width` positions are taken.
     hidden = hidden[:, -width:].reshape(-1, hidden.shape[-1]).index_select(0, scored_rows)
     if scores_by_own_logits(self):
-        outputs["last_hidden_state"] = hidden[:0]  # only what stands beside it is read
+        outputs["last_hidden_state"] = hidden[:0]  # only the other outputs are used
         return aux | _own_target_logps(self, outputs, hidden, targets, token_stats)
     head = self.get_output_embeddings()
     return aux | head(hidden, targets=targets, token_stats=token_stats, reference_predictions=reference)
 
 
 def _tokens_of_sequences(inputs: dict[str, Any]) -> Tensor:
-    """The positions that a layer computes, without padding, those of a shared prompt once for each response."""
+    """Return the flat positions of all tokens without padding; those of a shared prompt occur once per response."""
     shared, around = inputs.get("segment_key_index"), inputs.get("around_tokens")
     if shared is not None:
         return shared
@@ -160,23 +161,23 @@ def _tokens_of_sequences(inputs: dict[str, Any]) -> Tensor:
 
 
 def score_by_own_logits(causal_lm: PreTrainedModel) -> None:
-    """Take the logits from the model's own forward and not from its head alone, which is slower."""
+    """Make the model compute logits with its own forward instead of its head alone, which is slower."""
     head = causal_lm.get_output_embeddings()
     head.logit_transform = astuple(LogitTransform(temperature=transform_of(head).temperature))
     causal_lm.has_own_tail = True
 
 
 def scores_by_own_logits(causal_lm: PreTrainedModel) -> bool:
-    """Whether `score_by_own_logits` was called."""
+    """Return True if `score_by_own_logits` was called on the model."""
     return getattr(causal_lm, "has_own_tail", False)
 
 
 def _head_forward(self: nn.Module, hidden: Tensor, *args: Any, targets: Tensor | None = None, **asked: Any) -> Any:
-    """The head's forward; with `targets`, what `_target_logps` gives."""
+    """Run the head's forward; with `targets`, return the result of `_target_logps`."""
     return self.plain_forward(hidden, *args) if targets is None else _target_logps(self, hidden, targets, **asked)
 
 
-@torch.compiler.disable  # what a chunk takes is written by hand, and the number of chunks changes with the batch
+@torch.compiler.disable  # the chunked computation is already optimized, and the number of chunks depends on the batch
 def _target_logps(
     head: nn.Module,
     hidden: Tensor,
@@ -184,7 +185,7 @@ def _target_logps(
     token_stats: tuple[str, ...] = (),
     reference_predictions: Callable[[slice], Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """The log-probs of the targets by chunk, and the statistics that are asked for, each `[N]` by its name."""
+    """Compute the log-probs of the targets in chunks, and the requested statistics, as `[N]` tensors by name."""
     chunk_rows = CHUNK_ROWS.get(hidden.device.type, CHUNK_ROWS["cuda"])
     statistics = tuple(name for name in token_stats if name in STATISTICS)
     settings = (targets, transform_of(head), statistics, chunk_rows)
@@ -203,10 +204,10 @@ def _target_logps(
 def _own_target_logps(
     causal_lm: PreTrainedModel, outputs: Any, hidden: Tensor, targets: Tensor, token_stats: tuple[str, ...]
 ) -> dict[str, Tensor]:
-    """As `_target_logps`, of the model's own logits."""
+    """Compute the same as `_target_logps`, from the logits of the model's own forward."""
     chunk_rows = CHUNK_ROWS.get(hidden.device.type, CHUNK_ROWS["cuda"])
     head = causal_lm.get_output_embeddings()
-    # Each chunk calls the head, which FSDP2 counts.
+    # Each chunk calls the head, and under FSDP2 all ranks must call it equally often.
     is_sharded = isinstance(head, FSDPModule)
     least = _most_chunks(None, hidden, chunk_rows) if is_sharded else _chunks_of_all_ranks(head, hidden, chunk_rows)
     tail = partial(own_logits, causal_lm, outputs)
@@ -215,20 +216,20 @@ def _own_target_logps(
 
 
 def _chunks_of_all_ranks(head: nn.Module, hidden: Tensor, chunk_rows: int) -> int:
-    """The most chunks that any rank has, where each call of layers gathers their weights (ZeRO-3)."""
+    """Return the maximum number of chunks over ranks if each call gathers weights (ZeRO-3), otherwise 0."""
     groups = [p.ds_process_group for p in head.parameters() if hasattr(p, "ds_tensor")]
     return _most_chunks(groups[0], hidden, chunk_rows) if groups else 0
 
 
 def _most_chunks(group: Any, hidden: Tensor, chunk_rows: int) -> int:
-    """The most chunks that any rank of a process group, `None` for all ranks, has."""
+    """Return the maximum number of chunks over the ranks of a process group (`None`: all ranks)."""
     most = torch.tensor(-(-len(hidden) // chunk_rows), device=hidden.device)
     torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX, group=group)
     return int(most)
 
 
 class _PlainForward(nn.Module):
-    """A head's own forward, by which an engine's hooks on the head are passed over."""
+    """Module that calls a head's own forward and bypasses the engine's hooks on the head."""
 
     def __init__(self, head: nn.Module):
         super().__init__()
@@ -239,11 +240,12 @@ class _PlainForward(nn.Module):
 
 
 def head_predictions(head: nn.Module, hidden: Tensor, weights: dict[str, Tensor] | None = None) -> Tensor:
-    """`[C, V]`: log-probs of every token (nats) from hidden states `[C, H]` of a model's scored positions.
+    """Compute the log-probs `[C, V]` (nats) of every token from hidden states `[C, H]`.
 
     Args:
-        head: of a model that `install_scoring` has been called on.
-        weights: whole tensors in place of the head's own, by name.
+        head: Head of a model prepared by `install_scoring`.
+        hidden: Input of the head at the scored positions.
+        weights: Unsharded tensors, by name, to use instead of the head's own tensors.
     """
     if not weights:
         return predictions(head, hidden, transform_of(head))
@@ -260,21 +262,24 @@ def score(
     with_aux_loss: bool = False,
     lower_states: LowerStates | None = None,
 ) -> ResponseScores:
-    """The log-probs of a batch's scored tokens under a model that `install_scoring` has been called on.
+    """Compute the log-probs of a batch's scored tokens with a model prepared by `install_scoring`.
 
     Args:
-        model: the model or an engine's wrapper of it.
-        token_stats: names of further statistics per token: those of `scoring.head.STATISTICS`, "hidden" for what the
-            head is given, and "vocabulary_kl".
-        reference_predictions: for the latter, the reference's log-probs `[C, V]` of a slice of the scored tokens.
-        with_aux_loss: also the load-balancing loss of the routers of a mixture of experts.
-        lower_states: of the same batch: recorded if they are new, and else used in place of the lower layers.
+        model: The model, or an engine's wrapper around it.
+        batch: The batch, on the model's device.
+        token_stats: Names of additional per-token statistics: names in `scoring.head.STATISTICS`, "hidden" for the
+            head's input, and "vocabulary_kl".
+        reference_predictions: Function that maps a slice of the scored tokens to the reference's log-probs `[C, V]`;
+            required for "vocabulary_kl".
+        with_aux_loss: If True, also compute the load-balancing loss of a mixture of experts' routers.
+        lower_states: Output of the lower layers for this batch: recorded if it is empty, otherwise used instead of
+            running these layers.
 
     Returns:
-        The scores; gradients flow as the grad mode says.
+        The scores, with gradients if gradients are enabled.
 
     Raises:
-        RuntimeError: the model's forward is no longer the one that `install_scoring` made.
+        RuntimeError: the scoring forward pass is not installed, or something has replaced it.
     """
     model_inputs = {name: batch[name] for name in _MODEL_INPUTS if name in batch}
     asked = {
@@ -305,6 +310,6 @@ def score(
 def _replaced_forward(model: nn.Module) -> RuntimeError:
     name = type(base_causal_lm(getattr(model, "module", model))).__name__
     return RuntimeError(
-        f"the forward of {name} did not take scored_rows: install_scoring was not called on it, or something (a kernel "
-        "library, say) replaced the forward afterwards. Replace it before the model is given to the trainer"
+        f"the forward of {name} does not accept scored_rows: install_scoring was not called on the model, or something "
+        "(such as a kernel library) replaced the forward later. Replace it before you pass the model to the trainer"
     )

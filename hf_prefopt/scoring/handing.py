@@ -1,4 +1,4 @@
-"""Hands the bounds of segments to attention modules, in models whose decoder layers drop keyword arguments."""
+"""Pass the segment bounds to attention modules in models whose decoder layers drop keyword arguments."""
 
 from transformers import PreTrainedModel
 
@@ -7,7 +7,7 @@ from hf_prefopt.scoring.switched import STATE, Switched, decoder_layers, mixers_
 
 
 class _Layer(Switched):
-    """A decoder layer as it runs, inside its checkpoint: keeps the bounds for its mixers."""
+    """Decoder layer, inside its activation checkpoint: stores the segment bounds for its token mixers."""
 
     def forward(self, *args, **kwargs):
         segments = vars(self)[STATE]
@@ -19,14 +19,14 @@ class _Layer(Switched):
 
 
 class _Mixer(Switched):
-    """A token mixer: gets the bounds as keyword arguments."""
+    """Token mixer: receives the stored segment bounds as keyword arguments."""
 
     def __call__(self, *args, **kwargs):
         return super().__call__(*args, **{**kwargs, **vars(self)[STATE]})
 
 
 def hand_segments_on(model: PreTrainedModel) -> None:
-    """Make each decoder layer of a model hand the bounds of segments that it gets to its token mixers."""
+    """Make each decoder layer pass the segment bounds on to its token mixers."""
     for layer in map(unwrapped, decoder_layers(model)):
         segments: dict = {}
         for mixer in mixers_of(layer):

@@ -1,15 +1,16 @@
-"""The log-prob head: from hidden states of scored positions to the log-probs of their tokens, in chunks of rows.
+"""Compute log-probs of tokens from hidden states of scored positions, in chunks of rows.
 
-The full logits of a batch are never held, only those of one chunk, and their statistics are fp32. Shapes: N scored
-tokens, C rows of a chunk, H hidden size, V vocabulary. Three ways of one function, by what must be differentiated:
+Only the logits of one chunk are in memory at a time, never those of a whole batch. Statistics are in fp32. Shapes:
+N scored tokens, C rows per chunk, H hidden size, V vocabulary size. There are three implementations:
 
-    frozen weight     the gradient d logp / d hidden is made in the forward, where the probabilities are at hand, kept
-                      as `[N, H]` and scaled by the incoming gradient: two products over the vocabulary in all.
-    trained weight    the backward makes the logits again, chunk by chunk, and sums the weight's gradient in fp32.
-    any other module  (an adapter on the head) is called by chunk under activation checkpointing.
+    frozen weight     The forward pass also computes the gradient d logp / d hidden, `[N, H]`, while the probabilities
+                      are in memory. The backward pass only scales this gradient. In total, two matrix products over
+                      the vocabulary.
+    trained weight    The backward pass recomputes the logits of each chunk, and sums the weight's gradient in fp32.
+    any other module  (such as a head with an adapter) is called per chunk under activation checkpointing.
 
-So is any head where the KL to the reference's predictions is asked for: both models' logits of a chunk are then held at
-once, and made again in the backward.
+If the KL to the reference is needed, every head uses the third implementation. Policy logits and reference logits of a
+chunk are then in memory together, and are recomputed in the backward pass.
 """
 
 import math
@@ -24,12 +25,12 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass(frozen=True)
 class LogitTransform:
-    """What a model does to z = W·h before its softmax: cap · tanh(scale · z / cap) / temperature.
+    """Transformation of z = W·h before the softmax: cap · tanh(scale · z / cap) / temperature.
 
     Attributes:
-        scale: a factor (Cohere's `logit_scale`, the inverse of Granite's `logits_scaling`).
-        softcap: a cap (Gemma-2's `final_logit_softcapping`), or `None` for none.
-        temperature: divides the result.
+        scale: Factor (Cohere's `logit_scale`, or the inverse of Granite's `logits_scaling`).
+        softcap: Cap (Gemma-2's `final_logit_softcapping`); `None` for no cap.
+        temperature: Divisor of the result.
     """
 
     scale: float = 1.0
@@ -37,49 +38,50 @@ class LogitTransform:
     temperature: float = 1.0
 
     def __call__(self, logits: Tensor) -> Tensor:
-        """The transformed logits, differentiable; untouched where there is nothing to do, for each pass costs."""
+        """Return the transformed logits (differentiable), or the same tensor if the transformation is the identity."""
         if self.softcap is not None:
             return torch.tanh(logits * (self.scale / self.softcap)) * (self.softcap / self.temperature)
         return logits if self.factor == 1.0 else logits * self.factor
 
     @property
     def factor(self) -> float:
-        """d transformed / d z at z = 0, and everywhere where there is no cap."""
+        """The derivative d transformed / d z at z = 0; without a cap, the derivative everywhere."""
         return self.scale / self.temperature
 
     def relative_slope(self, transformed: Tensor) -> Tensor | None:
-        """d transformed / d z divided by `factor`, from the transformed logits; `None` where it is 1 everywhere."""
+        """Return d transformed / d z divided by `factor`, from the transformed logits; `None` if it is always 1."""
         if self.softcap is None:
             return None
         return 1 - (transformed * (self.temperature / self.softcap)).square()
 
 
 def full_precision(dtype: torch.dtype) -> torch.dtype:
-    """fp32, or float64 where the tensor is that already."""
+    """Return float64 for float64, otherwise float32."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def entropy(logps: Tensor) -> Tensor:
-    """`[...]`: the entropy (nats) of distributions given by their log-probs `[..., V]`."""
+    """Compute the entropy `[...]` (nats) of distributions given by log-probs `[..., V]`."""
     return -(logps.exp() * logps).sum(-1)
 
 
 def vocabulary_kl(logps: Tensor, reference_logps: Tensor) -> Tensor:
-    """`[...]`: KL(π_ref ‖ π) = Σ_v π_ref (log π_ref − log π) (nats) of log-probs `[..., V]`.
+    """Compute KL(π_ref ‖ π) = Σ_v π_ref (log π_ref − log π), `[...]` in nats, from log-probs `[..., V]`.
 
     Raises:
-        ValueError: the two have different vocabularies.
+        ValueError: the vocabulary sizes of policy and reference differ.
     """
     if logps.shape != reference_logps.shape:
         raise ValueError(
-            f"the KL of policy and reference is over one vocabulary, and theirs have {logps.shape[-1]:,} and "
-            f"{reference_logps.shape[-1]:,} tokens: choose a reference whose head is as wide as the policy's"
+            "the KL of policy and reference needs one vocabulary, but theirs have "
+            f"{logps.shape[-1]:,} and {reference_logps.shape[-1]:,} tokens: choose a reference whose head has the same "
+            "vocabulary size as the policy's"
         )
     return (reference_logps.exp() * (reference_logps - logps)).sum(-1)
 
 
 STATISTICS: dict[str, Callable[[Tensor], Tensor]] = {
-    # All take log-probs [C, V] in full precision and give [C].
+    # Each function maps log-probs [C, V] in full precision to [C].
     "entropy": entropy,
     "normalized_entropy": lambda logps: entropy(logps) / math.log(logps.shape[-1]),
     "log_sum_sq_probs": lambda logps: (2 * logps).logsumexp(-1),
@@ -87,16 +89,20 @@ STATISTICS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform, out: Tensor) -> Tensor:
-    """Transformed logits `[C, V]` in full precision; the product runs in the inputs' dtype, and is written to `out`."""
+    """Compute transformed logits `[C, V]` in full precision.
+
+    The matrix product is computed in the dtype of the inputs and written to `out`.
+    """
     out = out[: len(hidden)]
     logits = torch.mm(hidden, weight.T, out=out) if bias is None else torch.addmm(bias, hidden, weight.T, out=out)
     return transform(logits.to(full_precision(logits.dtype)))
 
 
 def _softmax_at(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probs `[C]` of the targets, and the softmax as e^(z − max z) `[C, V]` over its sums `[C, 1]`.
+    """Return log-probs `[C]` of the targets, and the softmax as numerators e^(z − max z) `[C, V]` and sums `[C, 1]`.
 
-    Overwrites the logits, and leaves the division to where the vocabulary is summed over: each pass over it costs.
+    Overwrites the logits. The division by the sums is left to later steps that work on smaller tensors, which saves a
+    pass over the vocabulary.
     """
     at_targets = logits.gather(1, targets.unsqueeze(1))
     largest = logits.amax(-1, keepdim=True)
@@ -106,21 +112,22 @@ def _softmax_at(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 
 def _minus_target(exponentials: Tensor, sums: Tensor, targets: Tensor, slope: Tensor | None) -> Tensor:
-    """−d logp_target / d z `[C, V]`, but for `transform.factor` and times `sums`; overwrites the exponentials."""
+    """Return −(d logp_target / d z) · sums / transform.factor, `[C, V]`; overwrites the exponentials."""
     gradient = exponentials.scatter_add_(1, targets.unsqueeze(1), -sums)
     return gradient if slope is None else gradient.mul_(slope)
 
 
 def _in_range(gradient: Tensor, sums: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A gradient that can be cast to the products' dtype, and what it must still be divided by, `[C, 1]`.
+    """Return a gradient that can be cast to `dtype`, and the divisors `[C, 1]` that must still be applied.
 
-    The sums of a flat softmax over a large vocabulary pass 65,504, where fp16 ends: there it is divided at once.
+    With fp16 the gradient is divided by the sums first, because the sums of a flat softmax over a large vocabulary can
+    exceed 65,504, the maximum of fp16.
     """
     return (gradient.div_(sums), torch.ones_like(sums)) if dtype == torch.float16 else (gradient, sums)
 
 
 class FrozenHeadLogps(torch.autograd.Function):
-    """Log-probs of targets under a head whose weight takes no gradient: unit gradients made in the forward."""
+    """Log-probs of targets for a head with a frozen weight; the forward pass computes the gradients for unit inputs."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, transform, statistics, chunk_rows):
@@ -141,17 +148,17 @@ class FrozenHeadLogps(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_logps, *_):
-        """d logps / d hidden, scaled by the incoming gradient `[N]`."""
+        """Scale d logps / d hidden by the incoming gradient `[N]`."""
         (unit_gradient,) = ctx.saved_tensors
         return unit_gradient * grad_logps.unsqueeze(1).to(unit_gradient.dtype), *(None,) * 6
 
 
 class TrainedHeadLogps(torch.autograd.Function):
-    """Log-probs of targets under a head that trains: the backward makes each chunk's logits again."""
+    """Log-probs of targets for a head with a trained weight; the backward pass recomputes the logits of each chunk."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, transform, statistics, chunk_rows):
-        """As `FrozenHeadLogps.forward`."""
+        """Compute the same outputs as `FrozenHeadLogps.forward`."""
         outputs, buffer = _outputs(hidden, statistics), _buffer(hidden, weight, chunk_rows)
         for rows in _chunks(len(targets), chunk_rows):
             logits = _logits(hidden[rows], weight, bias, transform, buffer)
@@ -163,7 +170,7 @@ class TrainedHeadLogps(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_logps, *_):
-        """Gradients of hidden, weight and bias; the latter two summed in full precision over the chunks."""
+        """Compute the gradients of hidden, weight and bias; weight and bias are summed in full precision."""
         hidden, weight, bias, targets = ctx.saved_tensors
         exact = full_precision(weight.dtype)
         buffer = _buffer(hidden, weight, ctx.chunk_rows)
@@ -176,7 +183,7 @@ class TrainedHeadLogps(torch.autograd.Function):
             _, exponentials, sums = _softmax_at(logits, targets[rows])
             gradient = _minus_target(exponentials, sums, targets[rows], slope)
             gradient, divisors = _in_range(gradient, sums, weight.dtype)
-            # The factors of a row go to the narrow side of each product.
+            # Multiply the narrow tensors by the factors of each row, not the tensors of width V.
             factors = grad_logps[rows].unsqueeze(1) * (-ctx.transform.factor / divisors)
             if grad_bias is not None:
                 grad_bias += gradient.T.mv(factors.squeeze(1))
@@ -192,19 +199,19 @@ def _chunks(length: int, size: int) -> list[slice]:
 
 
 def _outputs(hidden: Tensor, statistics: tuple[str, ...]) -> list[Tensor]:
-    """Room for the log-probs and each statistic, `[N]` in full precision."""
+    """Allocate buffers of shape `[N]`, in full precision, for the log-probs and for each statistic."""
     return [hidden.new_empty(len(hidden), dtype=full_precision(hidden.dtype)) for _ in (0, *statistics)]
 
 
 def _buffer(hidden: Tensor, weight: Tensor, chunk_rows: int) -> Tensor:
-    """Room for one chunk's logits, which all chunks use: on the CPU fresh memory costs a fault for each page."""
+    """Allocate one buffer for the logits of all chunks; on a CPU, new memory would cause a page fault per page."""
     return hidden.new_empty(min(chunk_rows, len(hidden)), len(weight))
 
 
 def _record(
     outputs: list[Tensor], rows: slice, logits: Tensor, targets: Tensor, statistics: tuple[str, ...]
 ) -> tuple[Tensor, Tensor]:
-    """Write a chunk's log-probs and statistics into the rows of the outputs; the softmax, see `_softmax_at`."""
+    """Write a chunk's log-probs and statistics to the outputs; return numerators and sums as `_softmax_at` does."""
     if statistics:
         logps = logits.log_softmax(-1)
         for output, name in zip(outputs[1:], statistics, strict=True):
@@ -223,12 +230,13 @@ def linear_head_logps(
     statistics: tuple[str, ...] = (),
     chunk_rows: int = 512,
 ) -> tuple[Tensor, ...]:
-    """Log-probs of `targets` under softmax(transform(hidden · weightᵀ + bias)), and statistics of that distribution.
+    """Compute log-probs of `targets` under softmax(transform(hidden · weightᵀ + bias)), and statistics.
 
     Args:
-        hidden: `[N, H]`. weight: `[V, H]`. bias: `[V]` or `None`. targets: `[N]`.
-        statistics: names of `STATISTICS`, not differentiated.
-        chunk_rows: rows whose logits are held at once.
+        hidden: `[N, H]`. weight: `[V, H]`. bias: `[V]` or `None`. targets: `[N]` int64.
+        transform: Transformation of the logits.
+        statistics: Names in `STATISTICS`; the statistics have no gradient.
+        chunk_rows: Number of rows per chunk.
 
     Returns:
         (`[N]` log-probs in nats, then `[N]` for each statistic), in fp32 or float64.
@@ -237,7 +245,7 @@ def linear_head_logps(
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight, bias = (t if t is None else t.to(dtype) for t in (hidden, weight, bias))
     trained = torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad))
-    # Without gradients the trained way is the plain forward.
+    # Without gradients, TrainedHeadLogps only runs the plain forward pass.
     way = FrozenHeadLogps if hidden.requires_grad and torch.is_grad_enabled() and not trained else TrainedHeadLogps
     with torch.autocast(hidden.device.type, enabled=False):
         return way.apply(hidden, weight, bias, targets, transform, statistics, chunk_rows)
@@ -253,12 +261,15 @@ def module_head_logps(
     reference: Callable[[slice], Tensor] | None = None,
     least_chunks: int = 0,
 ) -> tuple[Tensor, ...]:
-    """`linear_head_logps` for any callable head (an adapter on it, a quantized one), checkpointed by chunk.
+    """Compute the results of `linear_head_logps` for any callable head, such as a quantized head.
+
+    Each chunk runs under activation checkpointing.
 
     Args:
-        reference: the reference's log-probs `[C, V]` of some of the rows, without gradient; the KL to them, which is
-            differentiated, `[N]`, then stands behind the statistics.
-        least_chunks: empty chunks follow until there are as many.
+        head: Function that maps hidden states `[C, H]` to logits `[C, V]`.
+        reference: Function that returns the reference's log-probs `[C, V]` of a slice of rows, without gradient. The KL
+            to the reference, `[N]` with gradient, is then returned after the statistics.
+        least_chunks: Minimum number of chunks; empty chunks are added.
     """
 
     def chunk(hidden_rows: Tensor, target_rows: Tensor, rows: slice) -> tuple[Tensor, ...]:
@@ -275,11 +286,11 @@ def module_head_logps(
 
 
 def predictions(head: Callable[[Tensor], Tensor], hidden: Tensor, transform: LogitTransform) -> Tensor:
-    """`[C, V]`: the log-probs of every token, in full precision."""
+    """Compute the log-probs `[C, V]` of every token, in full precision."""
     logits = head(hidden)
     return transform(logits.to(full_precision(logits.dtype))).log_softmax(-1)
 
 
 def is_plain_linear(head: nn.Module) -> bool:
-    """Whether a head is nothing but its weight and bias, so that the product may be written out."""
+    """Return True if a head is exactly `nn.Linear`, so that it can be computed from its weight and bias."""
     return type(head) is nn.Linear

@@ -1,7 +1,7 @@
-"""Which layout a model is scored in: the first of "shared", "around" and "padded" that is exact for it, and why.
+"""Choose the layout for a model: the first of "shared", "around" and "padded" that is exact for the model.
 
-Static checks name what is known not to work. Everything else is decided by a probe on the model itself, because a wrong
-layout gives no error, only other numbers.
+Static checks exclude known incompatibilities. A probe on the model itself decides all other cases, because a wrong
+layout raises no error and only gives wrong numbers.
 """
 
 import math
@@ -28,7 +28,7 @@ from hf_prefopt.scoring.modes import evaluation_mode
 from hf_prefopt.scoring.switched import restore
 from hf_prefopt.scoring.tail import body_of
 
-# What says nothing about a layout, although it is a RuntimeError: no memory, a broken device, a lost process.
+# RuntimeErrors that are unrelated to the layout: out of memory, a broken device, a lost process.
 _FAILURES = (torch.OutOfMemoryError, torch.AcceleratorError, torch.distributed.DistError)
 _NO_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
 _STATELESS_LAYERS = {
@@ -40,7 +40,7 @@ _STATELESS_LAYERS = {
     "sparse",
     "moe",
 }
-# Names of what limits how far back attention sees, and how far it sees in the probe.
+# Names of window and chunk sizes in configs and modules; in the probe they are set to _SHORT tokens.
 _WINDOWS = {
     "attention_chunk_size",
     "attention_window_size",
@@ -56,8 +56,8 @@ class Reason:
     """Why a layout is not exact for a model.
 
     Attributes:
-        words: for people.
-        cause: the error that the model's forward raised, if that is the reason.
+        words: The reason as text.
+        cause: Exception that the model's forward raised, if any.
     """
 
     words: str
@@ -66,7 +66,7 @@ class Reason:
 
 @dataclass(frozen=True)
 class Layout:
-    """How batches are laid out, "shared", "around" or "padded", and why, as a phrase."""
+    """Name of a layout ("shared", "around" or "padded"), and the reason for choosing it, as a phrase."""
 
     name: str
     why: str
@@ -74,13 +74,13 @@ class Layout:
 
 @dataclass(frozen=True)
 class _Candidate:
-    """A layout that is taken where it is exact.
+    """A layout to try.
 
     Attributes:
-        gain: what it saves, as a phrase.
-        known: from a model to what is known to be wrong with it there, without running it.
-        install, remove: make a model ready for it, and give the model back as it was.
-        collate: made-up rows in this layout.
+        gain: Savings of the layout, as a phrase.
+        known: Function that returns a known incompatibility of a model without running it, or `None`.
+        install, remove: Functions that prepare a model for the layout, and undo the preparation.
+        collate: Function that collates rows in this layout.
     """
 
     gain: str
@@ -96,15 +96,15 @@ def settled_layout(
     compute_dtype: torch.dtype | None = None,
     known: str | None = None,
 ) -> Layout:
-    """The layout that all of these models are scored in; they are made ready for it, and only for it.
+    """Choose one layout for all models, and prepare the models for it.
 
     Args:
-        asked: the name of a layout, or "auto": the first one that is exact.
-        models, compute_dtype: as for `reason_against`.
-        known: a reason for "padded" that the models do not show.
+        asked: Name of a layout, or "auto" for the first layout that is exact.
+        models, compute_dtype: As for `reason_against`.
+        known: A reason for "padded" that cannot be seen from the models.
 
     Raises:
-        ValueError: the layout asked for is not exact for one of the models.
+        ValueError: the requested layout is not exact for one of the models.
     """
     for model in models:
         for candidate in _CANDIDATES.values():
@@ -124,12 +124,12 @@ def settled_layout(
             ) from reason.cause
         against.append(f"not {name} because {reason.words}")
     if asked == "padded":
-        return Layout("padded", "as layout='padded' asks")
+        return Layout("padded", "requested by layout='padded'")
     return Layout("padded", f"because {known}" if known else "; ".join(against))
 
 
 def _first_reason(name: str, models: Sequence[nn.Module], compute_dtype: torch.dtype | None) -> Reason | None:
-    """Why one of the models cannot be scored in a layout, and which."""
+    """Return the first reason why a model cannot be scored in a layout, with the model's class; `None` if all can."""
     for model in models:
         reason = reason_against(name, model, compute_dtype)
         if reason is not None:
@@ -138,15 +138,15 @@ def _first_reason(name: str, models: Sequence[nn.Module], compute_dtype: torch.d
 
 
 def reason_against(name: str, model: nn.Module, compute_dtype: torch.dtype | None = None) -> Reason | None:
-    """Why a layout is not exact for this model, or `None` where it is; only then the model is ready for it.
+    """Return the reason why a layout is not exact for a model; if it is exact, prepare the model and return `None`.
 
     Args:
         name: "shared" or "around".
-        model: a model that `scoring.forward.install_scoring` has been called on, on its device.
-        compute_dtype: the dtype the model computes in, where autocast makes it another than its weights'.
+        model: A model prepared by `scoring.forward.install_scoring`, on its device.
+        compute_dtype: Autocast's dtype, if the model computes in another dtype than its weights.
 
     Raises:
-        RuntimeError: the model cannot be run at all: there is no memory for it, or its device or a process is lost.
+        RuntimeError: the model cannot run in any layout: out of memory, or a device or process was lost.
     """
     candidate = _CANDIDATES[name]
     known = _known_against_both(model) or candidate.known(model)
@@ -163,16 +163,16 @@ def reason_against(name: str, model: nn.Module, compute_dtype: torch.dtype | Non
 
 
 def reason_of_length(models: Sequence[nn.Module], max_length: int | None) -> str | None:
-    """Why a prompt's computation depends on its responses' lengths in one of these models, where it does.
+    """Return the reason why a prompt's hidden states depend on the response's length in one of the models, or `None`.
 
     Args:
-        max_length: the most tokens of a sequence; `None`: any number.
+        max_length: Maximum sequence length in tokens; `None` for no maximum.
     """
     limits = [limit for model in models if (limit := length_limit(model)) is not None]
     if not limits or (max_length is not None and max_length <= min(limits)):
         return None
     limit = min(limits)
-    return f"rotary embeddings depend on a sequence's length beyond {limit} tokens (max_length={limit} would do)"
+    return f"rotary embeddings depend on the length of sequences over {limit} tokens (max_length={limit} avoids it)"
 
 
 def _known_against_both(model: nn.Module) -> str | None:
@@ -181,7 +181,7 @@ def _known_against_both(model: nn.Module) -> str | None:
     if model.active_peft_config.is_prompt_learning:
         return "prompt-learning adapters put virtual tokens before every sequence"
     if any(getattr(config, "alora_invocation_tokens", None) for config in model.peft_config.values()):
-        return "aLoRA adapters act from the last invocation tokens of a row on"
+        return "aLoRA adapters are active only after the last invocation tokens of a row"
     return None
 
 
@@ -190,16 +190,16 @@ def _known_against_shared(model: nn.Module) -> str | None:
     config = causal_lm.config.get_text_config()
     types = set(getattr(config, "layer_types", None) or ())
     if selecting := sorted(kind for kind in types if "indexed" in kind):
-        return f"its layers ({', '.join(selecting)}) choose which tokens of the row to look at"
+        return f"its layers ({', '.join(selecting)}) select tokens from the whole row"
     stateful = types - _STATELESS_LAYERS
     if stateful or getattr(causal_lm, "_is_stateful", False):
         return f"its layers ({', '.join(sorted(stateful)) or 'stateful'}) carry a state along the row"
     if getattr(config, "alibi", False):
-        return "ALiBi counts distances along the row"
+        return "ALiBi measures distances along the row"
     if getattr(config, "attn_temperature_tuning", False):
-        return "its attention scales queries by their place in the row (attn_temperature_tuning)"
+        return "its attention scales queries by their position in the row (attn_temperature_tuning)"
     if not causal_lm._can_set_attn_implementation():
-        return "its attention does not go through transformers' attention interface"
+        return "its attention does not use transformers' attention interface"
     return None
 
 
@@ -215,7 +215,7 @@ def _remove_shared(model: nn.Module) -> None:
     restore(base_causal_lm(model))
 
 
-# In the order in which they are tried. The collators are looked up late, which lets tests break them.
+# Layouts in the order in which they are tried. Collators are looked up at each call, so that tests can replace them.
 _CANDIDATES = {
     "shared": _Candidate(
         gain="each prompt is computed once, and no padding",
@@ -235,7 +235,13 @@ _CANDIDATES = {
 
 
 def _probe(candidate: _Candidate, model: nn.Module, compute_dtype: torch.dtype | None) -> Reason | None:
-    """Score a few made-up groups in the layout and padded, with other prompts, and with other first responses."""
+    """Compare the scores of synthetic groups in the layout with those of padded sequences.
+
+    The comparison is repeated with changed prompts. Changed first responses must not affect the other responses.
+
+    Returns:
+        The reason against the layout, or `None`.
+    """
     rows = _made_up_rows(base_causal_lm(model))
     other_prompts = [{**row, "prompt_ids": row["prompt_ids"][::-1]} for row in rows]
     other_chosen = [{**row, "response_ids": [row["response_ids"][0][::-1], row["response_ids"][1]]} for row in rows]
@@ -250,14 +256,14 @@ def _probe(candidate: _Candidate, model: nn.Module, compute_dtype: torch.dtype |
     except (TypeError, ValueError, RuntimeError, LookupError) as error:  # UnsupportedAttention is a RuntimeError
         if is_failure(error):
             raise
-        said = next(iter(str(error).splitlines()), "without a word")
-        return Reason(f"its forward refuses it ({type(error).__name__}: {said})", cause=error)
+        said = next(iter(str(error).splitlines()), "no message")
+        return Reason(f"its forward raises an error ({type(error).__name__}: {said})", cause=error)
     rejected = torch.arange(len(found)) % 2 == 1  # the rows' pairs alternate chosen, rejected
     effect = (padded_prompts - padded).abs().mean()
-    # What rounding may do to a sum of log-probs, and far less than what a wrongly seen or unseen token does.
+    # Allows for rounding in a sum of log-probs; far below the effect of a token that is wrongly visible or hidden.
     noise = body_precision(model, compute_dtype) * torch.minimum(padded.abs(), size).mean() + 0.01 * effect
     if (found_chosen - found)[rejected].abs().mean() > noise:
-        return Reason("a response sees another response of its prompt")
+        return Reason("a response depends on another response to the same prompt")
     if (found - padded).abs().mean() > noise or (found_prompts - padded_prompts).abs().mean() > noise:
         return Reason("its log-probs differ from those of padded sequences")
     return None
@@ -265,9 +271,10 @@ def _probe(candidate: _Candidate, model: nn.Module, compute_dtype: torch.dtype |
 
 @contextmanager
 def _short_windows(model: nn.Module) -> Iterator[None]:
-    """Windows and chunks of attention, in configs and modules, as short as the probe's sequences need them.
+    """Context in which attention windows and chunks, in configs and modules, have at most `_SHORT` tokens.
 
-    The probe's time does not grow with them then, and a window that a layout loses hides most tokens.
+    The probe's sequences can then be short and still be longer than two windows. A layout that ignores a window makes
+    most tokens wrongly visible, so the probe detects it.
     """
     configs = [config for module in model.modules() if (config := vars(module).get("config")) is not None]
     configs += [config.get_text_config() for config in configs if hasattr(config, "get_text_config")]
@@ -284,15 +291,15 @@ def _short_windows(model: nn.Module) -> Iterator[None]:
 
 
 def is_failure(error: Exception) -> bool:
-    """Whether an error would have come in any layout."""
+    """Return True if an error is unrelated to the layout, such as out of memory."""
     return isinstance(error, _FAILURES) or any(words in str(error) for words in _NO_MEMORY)
 
 
 def _score(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """Of each response, on the CPU, the summed log-prob, and how far the model is from a uniform guess, each `[R]`.
+    """Return each response's summed log-prob and distance from a uniform distribution, each `[R]` on the CPU.
 
-    The latter is the sum over its tokens of |log p + log V| + (log V − entropy), in nats. That is what there is to
-    round: a model that hardly prefers a token has log-probs of −log V, whatever it sees.
+    The distance is the sum over the tokens of |log p + log V| + (log V − entropy), in nats. It bounds the size of
+    rounding errors: a model with an almost uniform distribution has log-probs close to −log V for any input.
     """
     scores = score(model, _on_device(batch, device_of(model)), ("entropy",))
     uniform = math.log(base_causal_lm(model).config.get_text_config().vocab_size)
@@ -302,7 +309,7 @@ def _score(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
 
 
 def made_up_batch(layout: str, model: nn.Module) -> PreferenceBatch:
-    """A few made-up groups in a layout, on the model's device."""
+    """Return a few synthetic groups in a layout, on the model's device."""
     rows = _made_up_rows(base_causal_lm(model))
     batch = _CANDIDATES[layout].collate(rows) if layout in _CANDIDATES else PaddedCollator(0)(rows)
     return _on_device(batch, device_of(model))
@@ -314,7 +321,7 @@ def _on_device(batch: Mapping[str, Any], device: torch.device) -> PreferenceBatc
 
 
 def _made_up_rows(causal_lm: PreTrainedModel) -> Sequence[dict[str, Any]]:
-    """Three pairs of arbitrary tokens, the longest of them of more than two windows, if the model takes so many."""
+    """Return three pairs of arbitrary tokens; the longest spans more than two windows if the model's limit allows."""
     config, longest_response = causal_lm.config, 11
     known = (getattr(config.get_text_config(), "max_position_embeddings", None), length_limit(causal_lm))
     most = min((limit for limit in known if limit), default=1 << 20)

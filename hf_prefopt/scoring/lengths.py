@@ -1,8 +1,8 @@
-"""Rotary embeddings whose frequencies depend on the length of a sequence: "dynamic" and "longrope".
+"""Handle rotary embeddings whose frequencies depend on the sequence length: "dynamic" and "longrope".
 
-transformers takes the longest sequence of a batch for all of them, and "dynamic" remembers the longest one it has seen.
-While a batch is scored, each sequence has the frequencies that it would have alone, in a model that has seen no other.
-A prompt that responses of several lengths share would need several, so such a model shares none of that length.
+transformers uses the longest sequence of a batch for all sequences, and "dynamic" keeps the longest length seen so far.
+During scoring, each sequence gets the frequencies for its own length, as if it were the first sequence the model sees.
+A prompt shared by responses of several lengths would need several sets of frequencies, so such prompts are not shared.
 """
 
 from collections.abc import Iterator
@@ -14,24 +14,24 @@ from torch import Tensor, nn
 
 
 def ropes_by_length(model: nn.Module) -> list[str]:
-    """The names of the modules in a model whose frequencies depend on the length."""
+    """Return the names of modules whose frequencies depend on the sequence length."""
     return [name for name, module in model.named_modules() if _kinds(module)]
 
 
 def length_limit(model: nn.Module) -> int | None:
-    """The longest sequence for which the length does not matter; `None` where it never does."""
+    """Return the length up to which frequencies do not depend on the length; `None` if they never depend on it."""
     ropes = [module for module in model.modules() if _kinds(module)]
     return min((_limit(module) for module in ropes), default=None)
 
 
 def own_positions(attention_mask: Tensor) -> Tensor:
-    """`[B, T]`: 0, 1, … for the tokens of each sequence; padding behind it has the position of its last token."""
+    """Return positions `[B, T]`: 0, 1, … for the tokens of a sequence; right padding repeats the last position."""
     return (attention_mask.cumsum(-1) - 1).clamp(min=0)
 
 
 @contextmanager
 def own_lengths(model: nn.Module, ropes: list[str]) -> Iterator[None]:
-    """The modules of these names give each row of `position_ids` `[B, T]` the frequencies of its own length."""
+    """Context in which the named modules compute frequencies for each row of `position_ids` `[B, T]` separately."""
     with ExitStack() as stack:
         for name in ropes:
             stack.enter_context(_row_by_row(model.get_submodule(name)))
@@ -62,7 +62,7 @@ def _row_by_row(rope: nn.Module) -> Iterator[None]:
 
 
 def _forget(rope: nn.Module) -> None:
-    """Take back what longer sequences have left behind."""
+    """Reset frequencies and the cached maximum length that longer sequences have changed."""
     for name, original in list(rope.named_buffers(recurse=False)):
         if name.endswith("original_inv_freq"):
             rope.register_buffer(name.replace("original_", ""), original.clone(), persistent=False)
@@ -71,7 +71,7 @@ def _forget(rope: nn.Module) -> None:
 
 
 def _kinds(module: nn.Module) -> list[str]:
-    """The kinds of frequencies of a module, by layer type where there are several, that depend on the length."""
+    """Return the rope types of a module that depend on the length (a module may have one type per layer type)."""
     kind = getattr(module, "rope_type", None)
     kinds = kind.values() if isinstance(kind, dict) else [kind]
     return [kind for kind in kinds if isinstance(kind, str) and ("dynamic" in kind or kind == "longrope")]

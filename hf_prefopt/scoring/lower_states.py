@@ -1,11 +1,12 @@
-"""What a model's lower decoder layers give for a batch: computed by one forward, and used by the next on that batch.
+"""Record the output of a model's lower decoder layers in one forward pass, and reuse it in the next one.
 
-Where policy and reference have the same lower layers, those run once: the reference's forward records the output of the
-last of them, and in the policy's forward the lower layers return what they get, but the last one, which returns the
-recorded output. Everything around them (embeddings, masks, positions, the layers above) is computed by each forward.
+If policy and reference have the same lower layers, these layers run once per batch. The reference's forward pass
+records the output of the last lower layer. In the policy's forward pass, the lower layers return their inputs
+unchanged, except the last one, which returns the recorded output. Everything else (embeddings, masks, positions, upper
+layers) runs in both forward passes.
 
-A layer is switched (see `scoring.switched`) where it is called, outside its activation checkpoint and its engine's
-hooks, so that a layer that does not run is not gathered, and none runs again during the backward.
+The classes of the lower layers are replaced (see `scoring.switched`) outside activation checkpoints and engine hooks.
+Therefore the weights of a skipped layer are not gathered, and the layer does not run again in the backward pass.
 """
 
 from dataclasses import dataclass, field
@@ -22,18 +23,18 @@ _KEY = f"{STATE}_lower"
 
 
 class UnsharedLayers(RuntimeError):
-    """The lower layers of a model do more than hand one tensor of hidden states to the next layer."""
+    """Raised if lower layers do more than pass one tensor of hidden states to the next layer."""
 
 
 @dataclass
 class LowerStates:
-    """The output of the last of the lower layers: recorded in the first forward that gets this, used in later ones.
+    """Output of the last lower layer: recorded in the first forward pass that uses this object, reused in later ones.
 
     Attributes:
-        count: the number of lower layers.
-        hidden: the recorded output; `None` before.
-        calls: how many lower layers the forward has passed.
-        autocast: the dtype of the autocast that they were recorded under, if any.
+        count: Number of lower layers.
+        hidden: The recorded output; `None` before it is recorded.
+        calls: Number of lower layers called so far in the current forward pass.
+        autocast: Dtype of autocast during the recording; `None` without autocast.
     """
 
     count: int
@@ -41,17 +42,17 @@ class LowerStates:
     calls: int = 0
     autocast: torch.dtype | None = None
     _version: int = 0
-    # For each layer, how many values it returns beside hidden states; `None` where it returns no tuple.
+    # For each layer, the number of values that it returns in addition to hidden states; `None` if it returns no tuple.
     _others: list[int | None] = field(default_factory=list)
 
     def enter(self, index: int) -> None:
-        """A layer is called; `UnsharedLayers` if it is not its turn."""
+        """Count a call of a layer; raise `UnsharedLayers` if the layers are not called in order."""
         if index != self.calls:
             raise UnsharedLayers(f"layer {index} is called after {self.calls} layers")
         self.calls += 1
 
     def record(self, index: int, output: Any) -> None:
-        """What a layer has returned, in the first forward."""
+        """Record the output of a layer in the first forward pass; raise `UnsharedLayers` if it has no hidden states."""
         hidden, *others = output if isinstance(output, tuple) else (output,)
         if not isinstance(hidden, Tensor):
             raise UnsharedLayers("a layer returns no hidden states")
@@ -61,17 +62,18 @@ class LowerStates:
 
     @property
     def fits(self) -> bool:
-        """Whether a forward that begins now would give the same: it runs in the precision of the first."""
+        """True if nothing is recorded yet, or the current autocast dtype is the dtype of the recording."""
         return self.hidden is None or self.autocast == _autocast(self.hidden)
 
     def given(self, index: int, hidden: Tensor) -> Any:
-        """What a layer returns in a later forward, in which it gets these hidden states; all beside them is `None`.
+        """Return the output of a lower layer in a later forward pass; values other than hidden states are `None`.
 
-        Reentrant checkpoints need inputs that require a gradient, so they do if the embeddings' output does.
+        The returned hidden states require a gradient if the layer's input does, because reentrant checkpoints need
+        inputs that require a gradient.
         """
         if index == self.count - 1:
             if self.hidden is None or self.hidden._version != self._version:
-                raise UnsharedLayers("a layer changes the hidden states that it gets")
+                raise UnsharedLayers("a layer changes its input in place")
             hidden = self.hidden.detach().requires_grad_() if hidden.requires_grad else self.hidden
         others = self._others[index]
         return hidden if others is None else (hidden, *(None,) * others)
@@ -84,7 +86,7 @@ def _autocast(hidden: Tensor) -> torch.dtype | None:
 
 @dataclass
 class _OfBody:
-    """What the body and its lower layers share: the number of layers, the states of the forward that runs, if any."""
+    """State shared by the base model and its lower layers: the number of layers, and the states in use (or `None`)."""
 
     count: int
     states: LowerStates | None = None
@@ -92,7 +94,7 @@ class _OfBody:
 
 @dataclass(frozen=True)
 class _OfLayer:
-    """What a lower layer knows: its place, and the name of the hidden states that it takes."""
+    """State of a lower layer: its index, and the name of its hidden-states parameter."""
 
     body: _OfBody
     index: int
@@ -100,11 +102,11 @@ class _OfLayer:
 
 
 class _Body(Switched):
-    """The model beneath the head: takes the states, and checks that each lower layer was called once."""
+    """Base model: accepts `lower_states`, and checks that each lower layer is called once."""
 
     def __call__(self, *args, lower_states=None, **kwargs):
         state: _OfBody = vars(self)[_KEY]
-        # Another trainer may have made the model ready for other layers.
+        # Another trainer may have prepared the model for a different number of layers.
         if lower_states is None or not lower_states.fits or lower_states.count != state.count:
             return super().__call__(*args, **kwargs)
         state.states, lower_states.calls = lower_states, 0
@@ -118,7 +120,7 @@ class _Body(Switched):
 
 
 class _Layer(Switched):
-    """A lower layer as it is called."""
+    """Lower layer: records its output, or returns the recorded output without running."""
 
     def __call__(self, *args, **kwargs):
         state: _OfLayer = vars(self)[_KEY]
@@ -134,7 +136,7 @@ class _Layer(Switched):
 
 
 def install_lower_states(model: PreTrainedModel, count: int) -> None:
-    """Let a model's forward take `lower_states` of its first `count` layers; it must not be installed before."""
+    """Make the base model accept `lower_states` of its first `count` layers; it must not be installed already."""
     shared = _OfBody(count)
     switch(body_of(model), (_Body,), shared, _KEY)
     for index, layer in enumerate(decoder_layers(model)[:count]):
@@ -142,7 +144,7 @@ def install_lower_states(model: PreTrainedModel, count: int) -> None:
 
 
 def takes_lower_states(body: nn.Module) -> bool:
-    """Whether the forward of a model's body takes `lower_states`, which another trainer may have undone."""
+    """Return True if the base model accepts `lower_states` (another trainer may have removed this)."""
     return _KEY in vars(body)
 
 

@@ -1,8 +1,8 @@
-"""The modules of a model, listed once, and contexts for a forward: evaluation mode, adapters off, no adapter casts.
+"""A cached list of a model's modules, and contexts for a forward pass: evaluation mode, adapters off, no adapter casts.
 
-They are used in every step, and a walk through a model of 24 layers (2,000 modules under LoRA) takes longer than
-launching the kernels of several layers. So a `ModuleTree` keeps the list, and compares it with the model before each
-use, which takes a fifth of a walk.
+The contexts are used in every step. Iterating over the modules of a model with 24 layers (2,000 modules under LoRA)
+takes longer than launching the kernels of several layers. Therefore a `ModuleTree` caches the list and compares it with
+the model before each use, which takes a fifth of the time.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,23 +17,24 @@ from torch import nn
 from transformers import PreTrainedModel
 
 T = TypeVar("T")
-# What these do to a layer's forward is to set `_disable_adapters`; a layer with a switch of its own may do more.
+# These methods affect the forward only by setting `_disable_adapters`; other `enable_adapters` methods may do more.
 _SWITCHES = {cls.enable_adapters for cls in (BaseTunerLayer, AuxiliaryTrainingWrapper, ModulesToSaveWrapper)}
-# What these do to a layer's forward is to set `_active_adapter`; one of them also in the layer inside it, another one.
+# These methods affect the forward only by setting `_active_adapter`; that of `TrainableTokensWrapper` also sets it in
+# the wrapped layer.
 _SETTERS = {
     cls.set_adapter for cls in (BaseTunerLayer, AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper)
 }
-# Modules of exactly these types never look at their mode.
+# The forward of exactly these types never depends on the training mode.
 _MODELESS = {nn.Linear, nn.Embedding, nn.Identity, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict}
-# What these do to a model whose modules are all in training mode is nothing.
+# These methods have no effect if all modules are already in training mode.
 _PLAIN_TRAIN = {nn.Module.train, PreTrainedModel.train}
 
 
 class ModuleTree:
-    """A model's modules, and what is derived from them, listed again when a module was added, removed or replaced.
+    """A model's modules and values derived from them; recomputed if a module was added, removed or replaced.
 
     Attributes:
-        model: the root.
+        model: The root module.
     """
 
     def __init__(self, model: nn.Module):
@@ -45,8 +46,8 @@ class ModuleTree:
         self._held = False
 
     def modules(self) -> list[nn.Module]:
-        """As `list(model.modules())`."""
-        # Dicts are equal if they have the same names, and under each the same module.
+        """Return `list(model.modules())`."""
+        # Two dicts of modules are equal if they have the same names with the same modules.
         if not self._held and (not self._modules or [m._modules for m in self._modules] != self._children):
             self._named = list(self.model.named_modules())
             self._modules = [module for _, module in self._named]
@@ -58,7 +59,7 @@ class ModuleTree:
         return iter(self.modules())
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """As the model's: under its first name, each parameter that a module holds now."""
+        """Yield the model's current named parameters; a shared parameter has its first name."""
         self.modules()
         seen: set[int] = set()
         for path, module in self._named:
@@ -68,7 +69,7 @@ class ModuleTree:
                     yield f"{path}.{name}" if path else name, parameter
 
     def derived(self, make: Callable[[list[nn.Module]], T]) -> T:
-        """`make` of the modules, made once for as long as they are the same; `make` is a function of a module."""
+        """Return `make(modules)`, cached until the modules change; `make` must be a module-level function."""
         modules = self.modules()
         if make not in self._derived:
             self._derived[make] = make(modules)
@@ -76,7 +77,7 @@ class ModuleTree:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """The modules are compared with the model now, and not in this context, in which they stay the same."""
+        """Context in which the modules must not change; the list is compared with the model only at its start."""
         self.modules()
         outer, self._held = self._held, True
         try:
@@ -86,20 +87,20 @@ class ModuleTree:
 
 
 def body_parameters(modules: list[nn.Module]) -> int:
-    """The number of parameters of a transformers or PEFT model, given its modules, without its embeddings."""
+    """Return the number of parameters, without embeddings, of a transformers or PEFT model given its modules."""
     return cast(PreTrainedModel, modules[0]).num_parameters(exclude_embeddings=True)
 
 
 def trained_parameters(modules: list[nn.Module]) -> int:
-    """The number of its parameters that train, without its embeddings."""
+    """Return the number of trained parameters, without embeddings, of a model given its modules."""
     return cast(PreTrainedModel, modules[0]).num_parameters(only_trainable=True, exclude_embeddings=True)
 
 
 @contextmanager
 def evaluation_mode(model: nn.Module | ModuleTree) -> Iterator[None]:
-    """What `model.eval()` means for a forward, for the time of the context; each module gets its own mode back."""
+    """Context with the effect of `model.eval()` on a forward pass; the mode of each module is restored afterwards."""
     modules = (model if isinstance(model, ModuleTree) else ModuleTree(model)).derived(_with_modes)
-    # A plain attribute, set past nn.Module.__setattr__, which looks for parameters and modules.
+    # Set in __dict__ because nn.Module.__setattr__ is slow: it checks for parameters and modules.
     states = [module.__dict__ for module in modules if module.training]
     for state in states:
         state["training"] = False
@@ -111,10 +112,10 @@ def evaluation_mode(model: nn.Module | ModuleTree) -> Iterator[None]:
 
 
 def _with_modes(modules: list[nn.Module]) -> list[nn.Module]:
-    """The modules whose forward may depend on their mode, but those whose product does.
+    """Return the modules whose forward may depend on the training mode, except bitsandbytes' 8-bit layers.
 
-    bitsandbytes multiplies 8-bit weights by another kernel in evaluation mode, where the device has two. A reference
-    is computed by the policy's.
+    In evaluation mode, bitsandbytes may use another kernel for 8-bit weights. The reference must use the same kernel as
+    the policy, so these layers stay in their mode.
     """
     depends = [module for module in modules if type(module) not in _MODELESS or "forward" in vars(module)]
     return [module for module in depends if not any(cls.__name__ == "Linear8bitLt" for cls in _of_bitsandbytes(module))]
@@ -126,7 +127,7 @@ def _of_bitsandbytes(module: nn.Module) -> list[type]:
 
 @contextmanager
 def training_mode(tree: ModuleTree) -> Iterator[None]:
-    """`model.train()` for the time of the context; each module gets its own mode back."""
+    """Context in which the model is in training mode; the mode of each module is restored afterwards."""
     states = [module.__dict__ for module in tree if not module.training]
     tree.model.train()
     try:
@@ -138,9 +139,9 @@ def training_mode(tree: ModuleTree) -> Iterator[None]:
 
 @contextmanager
 def light_train(tree: ModuleTree) -> Iterator[None]:
-    """Inside the context `model.train()` looks at every module's mode, and runs only if it changes something.
+    """Context in which `model.train()` returns at once if every module is already in training mode.
 
-    Models with a `train` of their own, anywhere in them, go on running it.
+    If any module overrides `train`, `model.train()` always runs.
     """
     model = tree.model
 
@@ -165,9 +166,9 @@ def _has_plain_train(modules: list[nn.Module]) -> bool:
 
 @contextmanager
 def adapters_off(tree: ModuleTree) -> Iterator[None]:
-    """A `PeftModel` without its adapters for the time of the context.
+    """Context in which the adapters of a `PeftModel` are disabled.
 
-    As `model.disable_adapter()`, but `requires_grad` of the adapters' tensors stays as it is, so use it under
+    Unlike `model.disable_adapter()`, it does not change `requires_grad` of the adapters' tensors, so use it under
     `torch.no_grad()`.
     """
     layers = tree.derived(_switched_layers)
@@ -186,7 +187,7 @@ def adapters_off(tree: ModuleTree) -> Iterator[None]:
 
 
 def _switched_layers(modules: list[nn.Module]) -> list[Any] | None:
-    """The layers of a `PeftModel` that are switched off one by one; `None` if more has to be done."""
+    """Return the adapter layers of a `PeftModel`; `None` if disabling adapters needs more than a flag in each layer."""
     layers = [module for module in modules if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]
     is_plain = _switched_by_layer(modules[0]) and all(type(layer).enable_adapters in _SWITCHES for layer in layers)
     return layers if is_plain else None
@@ -194,15 +195,15 @@ def _switched_layers(modules: list[nn.Module]) -> list[Any] | None:
 
 @contextmanager
 def adapter_on(tree: ModuleTree, name: str) -> Iterator[None]:
-    """A `PeftModel` of LoRA adapters under one of them alone for the time of the context.
+    """Context in which only the named adapter of a `PeftModel` with LoRA adapters is active.
 
-    As `model.set_adapter(name)` and back, but `requires_grad` of the adapters' tensors stays as it is, so use it under
-    `torch.no_grad()`. Only where `is_set_by_layer`.
+    Unlike `model.set_adapter(name)`, it does not change `requires_grad` of the adapters' tensors, so use it under
+    `torch.no_grad()`. It requires that `is_set_by_layer(tree)` is True.
     """
     layers = tree.derived(_set_layers) or []
     before = [(layer.__dict__, layer._active_adapter, layer._disable_adapters) for layer in layers]
     for layer in layers:
-        # A wrapped module of which this adapter has no copy is the base model's.
+        # If this adapter has no copy of a wrapped module, the base model's module is used.
         is_off = isinstance(layer, AuxiliaryTrainingWrapper) and name not in layer._get_available_adapters()
         layer.__dict__.update(_active_adapter=[name], _disable_adapters=is_off)
     try:
@@ -213,7 +214,7 @@ def adapter_on(tree: ModuleTree, name: str) -> Iterator[None]:
 
 
 def is_set_by_layer(tree: ModuleTree) -> bool:
-    """Whether choosing a `PeftModel`'s adapter is choosing it in some of its layers, and changes nothing else."""
+    """Return True if activating an adapter of a `PeftModel` only changes flags in its adapter layers."""
     configs = cast(PeftModel, tree.model).peft_config.values()
     are_plain = all(
         config.peft_type == PeftType.LORA and not getattr(config, "alora_invocation_tokens", None) for config in configs
@@ -222,23 +223,24 @@ def is_set_by_layer(tree: ModuleTree) -> bool:
 
 
 def _set_layers(modules: list[nn.Module]) -> list[Any] | None:
-    """The layers in which an adapter is chosen one by one; `None` if more has to be done, such as undoing a merge."""
+    """Return the adapter layers; `None` if activating an adapter needs more than flags, such as undoing a merge."""
     layers = _switched_layers(modules) or []
     is_plain = all(type(layer).set_adapter in _SETTERS and not getattr(layer, "merged", False) for layer in layers)
     return layers if layers and is_plain else None
 
 
 def is_switched_by_layer(tree: ModuleTree) -> bool:
-    """Whether switching a `PeftModel`'s adapters off is switching some of its layers, and changes nothing else."""
+    """Return True if disabling the adapters of a `PeftModel` only changes flags in its adapter layers."""
     return tree.derived(_switched_layers) is not None
 
 
 @contextmanager
 def adapter_casts_off(tree: ModuleTree, autocast: bool) -> Iterator[None]:
-    """Adapters take their inputs as they come, where autocast will cast them anyway; the results are the same bits.
+    """Context in which adapters do not cast their inputs if autocast casts them anyway; results are bitwise equal.
 
-    PEFT casts the input of each adapter to the adapter's dtype, fp32, and keeps the cast for the backward; autocast
-    then casts it back. The context belongs around forward and backward, since checkpointing runs a forward in there.
+    PEFT casts the input of each adapter to the adapter's dtype, fp32, and keeps the result for the backward pass;
+    autocast then casts it back. Use the context around forward and backward pass, because checkpointing runs parts of
+    the forward pass in the backward pass.
     """
     layers = tree.derived(_adapter_layers) if autocast else []
     states = [layer.__dict__ for layer in layers if getattr(layer, "cast_input_dtype_enabled", False)]
@@ -256,6 +258,6 @@ def _adapter_layers(modules: list[nn.Module]) -> list[BaseTunerLayer]:
 
 
 def _switched_by_layer(model: nn.Module) -> bool:
-    """Whether PEFT switches this method's adapters off layer by layer, and not by replacing forwards or modules."""
+    """Return True if PEFT disables this method's adapters per layer, without replacing forwards or modules."""
     tuner = type(model.base_model)
     return issubclass(tuner, BaseTuner) and tuner.disable_adapter_layers is BaseTuner.disable_adapter_layers

@@ -1,4 +1,4 @@
-"""The longest sequence that a model can compute: one with learned or tabulated positions has no more of them."""
+"""Find the maximum sequence length of a model with learned or tabulated positions."""
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -6,23 +6,24 @@ from transformers import PreTrainedModel
 from hf_prefopt.scoring.forward import base_causal_lm
 from hf_prefopt.scoring.tail import body_of
 
-# Names that configs use for the number of positions, and by how many an embedding may have more, which are not used.
+# Config names of the number of positions, and the maximum number of additional, unused rows of a position embedding.
 _NUMBERS = ("max_position_embeddings", "n_positions", "n_ctx", "max_target_positions", "max_seq_len")
 _UNUSED = 8
 
 
 def position_limit(model: nn.Module) -> int | None:
-    """The most tokens of a sequence, prompt and response together; `None` where positions are computed, as rotary ones.
+    """Return the maximum length of prompt and response together, in tokens.
 
-    Beyond it a model's forward fails, on a GPU without a word about the cause. The tables are known by their size: an
-    embedding, beside that of the tokens, of as many rows as the config has positions, or a buffer (a mask, sinusoids)
-    with a side of that length.
+    Return `None` if positions are computed instead of stored, as in rotary embeddings. A longer sequence makes the
+    forward pass fail, on a GPU without a clear error. Position tables are recognized by their size: an embedding other
+    than the token embedding with as many rows as the config has positions, or a buffer (a mask, sinusoids) with a
+    dimension of this size.
     """
     causal_lm = base_causal_lm(model)
     config = causal_lm.config.get_text_config()
     numbers = (getattr(config, name, None) for name in _NUMBERS)
     number = next((each for each in numbers if isinstance(each, int)), None)
-    if number is None or causal_lm.get_output_embeddings() is None:  # no language model, which is refused elsewhere
+    if number is None or causal_lm.get_output_embeddings() is None:  # not a language model: another check raises
         return None
     body, tokens = body_of(causal_lm), causal_lm.get_input_embeddings()
     tables = [module for module in body.modules() if isinstance(module, nn.Embedding) and module is not tokens]
@@ -32,17 +33,17 @@ def position_limit(model: nn.Module) -> int | None:
 
 
 def shortest_limit(*models: nn.Module | None) -> int | None:
-    """The shortest of several models' `position_limit`."""
+    """Return the smallest `position_limit` of several models, or `None` if no model has a limit."""
     limits = [position_limit(model) for model in models if model is not None]
     return min((limit for limit in limits if limit is not None), default=None)
 
 
 def _room(table: nn.Embedding, number: int) -> int:
-    """The positions of a table; where it has one for padding, those after that one."""
+    """Return the number of usable positions of a table: all, or the positions after the padding index."""
     return min(number, table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1))
 
 
 def _virtual_tokens(model: nn.Module) -> int:
-    """The positions that an adapter takes before each sequence."""
+    """Return the number of virtual tokens that an adapter puts before each sequence."""
     config = getattr(model, "active_peft_config", None)
     return (getattr(config, "num_virtual_tokens", None) or 0) if not isinstance(model, PreTrainedModel) else 0

@@ -1,10 +1,10 @@
-"""Decoder layers and token mixers of a model, and modules that do more when they are called.
+"""Find decoder layers and token mixers of a model, and switch modules to classes that extend their forward.
 
-A token mixer is the module of a decoder layer that looks at other tokens: attention of any kind, a state space model, a
-linear attention, a convolution. It is known by the names of what its forward takes.
+A token mixer is the module of a decoder layer that uses other tokens: any kind of attention, a state space model, a
+linear attention, a convolution. It is recognized by the parameter names of its forward.
 
-A module is switched by replacing its class by a subclass of the same name. It keeps its place, its tensors, its hooks
-and the engines' own, and pickled or copied it is of its own class again.
+A module is switched by replacing its class with a subclass of the same name. The module keeps its position in the
+model, its tensors and its hooks, including the engine's hooks. A pickled or copied module has its original class.
 """
 
 import copyreg
@@ -17,9 +17,9 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-# What a switched module keeps its state under.
+# Attribute name (or prefix) under which a switched module stores its state.
 STATE = "_hf_prefopt_switched"
-# A module that takes one of these looks at other tokens.
+# A module whose forward has one of these parameters uses other tokens.
 _OF_MIXERS = {
     "alibi",
     "attention_mask",
@@ -35,10 +35,11 @@ _OF_MIXERS = {
 
 
 class Switched:
-    """The first base class of a class that replaced another one; see `switch`.
+    """Base class of all classes that replace a module's class; see `switch`.
 
     Attributes:
-        plain: the module's own class. before: the class that was replaced, which may be a switched one, too.
+        plain: The module's original class.
+        before: The class that was replaced; it may itself be a `Switched` class.
     """
 
     plain: type
@@ -51,11 +52,12 @@ class Switched:
 
 
 def switch(module: nn.Module, roles: tuple[type, ...], state: Any, key: str = STATE) -> None:
-    """Put roles, which are subclasses of `Switched`, before a module's class.
+    """Replace a module's class with a subclass that has the roles as additional base classes.
 
     Args:
-        state: what the roles find as `vars(module)[key]`.
-        key: begins with `STATE`; roles that are put before others have one of their own.
+        roles: Subclasses of `Switched`.
+        state: Object that the roles read from `vars(module)[key]`.
+        key: Attribute name that begins with `STATE`; use a different key for each `switch` of the same module.
     """
     module.__class__ = _subclass(type(module), roles)
     vars(module)[key] = state
@@ -63,14 +65,14 @@ def switch(module: nn.Module, roles: tuple[type, ...], state: Any, key: str = ST
 
 
 def unswitch(module: nn.Module, key: str) -> None:
-    """Take back the last `switch` of a module, which had this key."""
+    """Undo the last `switch` of a module; `key` must be the key of that call."""
     module.__class__ = type(module).before
     del vars(module)[key]
     _renew_put_aside(module)
 
 
 def restore(model: nn.Module) -> None:
-    """Give all modules their own class again."""
+    """Restore the original class of all modules."""
     for module in model.modules():
         if isinstance(module, Switched):
             module.__class__ = module.plain
@@ -86,13 +88,13 @@ def _subclass(plain: type, roles: tuple[type, ...]) -> type:
 
 
 def _renew_put_aside(module: nn.Module) -> None:
-    """accelerate's hooks, which bring weights to the device, call the forward that they have put aside."""
+    """Update `_old_forward`, the forward that accelerate's hooks call after moving weights to the device."""
     if "_old_forward" in vars(module):
         vars(module)["_old_forward"] = MethodType(type(module).forward, module)
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The layers of the text model, as they are called; none where they are not found."""
+    """Return the decoder layers of the text model, including wrappers; [] if they are not found."""
     count = model.config.get_text_config().num_hidden_layers
     lists = (module for module in model.get_decoder().modules() if isinstance(module, nn.ModuleList))
     found = next((each for each in lists if len(each) >= count and any(map(mixers_of, map(unwrapped, each)))), ())
@@ -100,17 +102,17 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def unwrapped(layer: nn.Module) -> nn.Module:
-    """A layer without PyTorch's wrapper for activation checkpointing."""
+    """Return a layer without PyTorch's wrapper for activation checkpointing."""
     return getattr(layer, "_checkpoint_wrapped_module", layer)
 
 
 def mixers_of(layer: nn.Module) -> list[nn.Module]:
-    """The token mixers of a decoder layer, as far as they are modules of their own."""
+    """Return the token mixers of a decoder layer that are separate modules."""
     return list(outermost(layer, lambda module: not _OF_MIXERS.isdisjoint(parameters_of(module))))
 
 
 def outermost(module: nn.Module, is_it: Callable[[nn.Module], bool]) -> Iterator[nn.Module]:
-    """Of the modules inside a module those, and none inside them."""
+    """Yield the outermost submodules for which `is_it` is True; do not search inside these submodules."""
     for child in module.children():
         if is_it(child):
             yield child
@@ -119,10 +121,10 @@ def outermost(module: nn.Module, is_it: Callable[[nn.Module], bool]) -> Iterator
 
 
 def parameters_of(module: nn.Module) -> list[str]:
-    """The names of what a module's forward takes."""
+    """Return the parameter names of a module's forward."""
     return list(inspect.signature(type(module).forward).parameters)
 
 
 def first_parameter(layer: nn.Module) -> str:
-    """The name of the hidden states that a layer's forward takes."""
+    """Return the name of the first parameter of a layer's forward, the hidden states."""
     return next(name for name in parameters_of(layer) if name != "self")

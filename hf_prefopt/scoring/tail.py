@@ -1,8 +1,8 @@
-"""A model's own way from the hidden states of its body to its outputs, on states that are given to it.
+"""Compute logits and the auxiliary loss with the model's own code, from given hidden states of the base model.
 
-The model's forward is called with its body's forward replaced for that time by one that returns given states. So a
-scale, a cap or a layer before the output embeddings is the model's own, whatever it is, and so is a router's auxiliary
-loss. The body, which costs the most, is not run again.
+The model's forward is called while the base model's forward is replaced by a function that returns given hidden states.
+Any scale, cap or layer between base model and logits is then applied by the model's own code, which also computes the
+auxiliary loss of routers. The base model, which is the most expensive part, is not run again.
 """
 
 import copy
@@ -16,37 +16,42 @@ from transformers import PreTrainedModel
 
 
 def body_of(causal_lm: PreTrainedModel) -> nn.Module:
-    """The model beneath the head; some architectures name it otherwise than their own `base_model` says.
+    """Return the base model (the model without its head).
 
-    Where what lies beneath has the head in it, as the language model of a multimodal one may, it is that one's body.
+    In some architectures, `base_model` is not the correct module. If the base model itself contains the head, as in
+    some multimodal models, return the base model of that inner model.
     """
     candidates = (causal_lm.base_model, causal_lm.get_decoder(), getattr(causal_lm, "model", None))
     body = next(module for module in candidates if module is not None and module is not causal_lm)
-    # Called for every micro-batch, so no modules are walked.
+    # This function runs for every micro-batch, so it does not iterate over all modules.
     has_head = getattr(body, "get_output_embeddings", lambda: None)() is causal_lm.get_output_embeddings()
     return body_of(body) if has_head else body
 
 
 def own_logits(causal_lm: PreTrainedModel, outputs: Any, hidden: Tensor) -> Tensor:
-    """`[C, V]`: the logits that the model's forward makes of hidden states `[C, H]` of its body.
+    """Compute logits `[C, V]` from the base model's hidden states `[C, H]`, with the model's own forward.
 
     Args:
-        causal_lm: a model that `scoring.forward.install_scoring` has been called on.
-        outputs: what its body returned.
+        causal_lm: A model prepared by `scoring.forward.install_scoring`.
+        outputs: Outputs of the base model.
+        hidden: Hidden states of the base model at C positions.
     """
     with _body_returning(causal_lm, outputs, hidden):
         return causal_lm.plain_forward(**_stand_in(hidden)).logits[0]
 
 
 def auxiliary_loss(causal_lm: PreTrainedModel, outputs: Any, tokens: Tensor) -> Tensor | None:
-    """`[]`: the load-balancing loss that the model's forward makes of its routers' logits; `None` where it makes none.
+    """Compute the load-balancing loss (a scalar tensor) from router logits with the model's own forward.
+
+    Return `None` if the model computes no such loss.
 
     Args:
-        outputs: what its body returned, with `router_logits`: for each layer, a row for each position.
-        tokens: `[N]`, the positions that count, as often as they count.
+        causal_lm: A model prepared by `scoring.forward.install_scoring`.
+        outputs: Outputs of the base model, with `router_logits`: one tensor per layer, with one row per position.
+        tokens: `[N]` int64, the positions that count; a position that counts several times is repeated.
 
     Raises:
-        RuntimeError: checkpointing has taken the gradient away.
+        RuntimeError: the loss has no gradient because of reentrant activation checkpointing.
     """
     if not getattr(outputs, "router_logits", None):
         return None
@@ -61,7 +66,7 @@ def auxiliary_loss(causal_lm: PreTrainedModel, outputs: Any, tokens: Tensor) -> 
     needs_gradient = torch.is_grad_enabled() and outputs.last_hidden_state.requires_grad
     if loss is not None and needs_gradient and not loss.requires_grad and _is_checkpointed(causal_lm):
         raise RuntimeError(
-            "checkpointing with use_reentrant=True leaves the routers' auxiliary loss without a gradient: set "
+            "the auxiliary router loss has no gradient under checkpointing with use_reentrant=True: set "
             "gradient_checkpointing_kwargs={'use_reentrant': False}, or router_aux_loss_coef=0"
         )
     return loss
@@ -72,16 +77,16 @@ def _is_checkpointed(model: nn.Module) -> bool:
 
 
 def _stand_in(hidden: Tensor) -> dict[str, Any]:
-    """Arguments of a forward whose body does not read them."""
+    """Return placeholder arguments for a forward whose base model ignores its arguments."""
     ids = hidden.new_zeros(1, len(hidden), dtype=int)
     return {"input_ids": ids, "use_cache": False, "return_dict": True}
 
 
 @contextmanager
 def _body_returning(causal_lm: PreTrainedModel, outputs: Any, hidden: Tensor) -> Iterator[None]:
-    """The body's forward returns these outputs, with hidden states `[1, C, H]`, for the time of the context."""
+    """Context in which the base model's forward returns the given outputs, with hidden states `[1, C, H]`."""
     body = body_of(causal_lm)
-    # accelerate's hooks call what they have put aside.
+    # accelerate's hooks call the forward stored as `_old_forward`.
     place = "_old_forward" if hasattr(body, "_hf_hook") else "forward"
     given = copy.copy(outputs)
     given["last_hidden_state"] = hidden[None]

@@ -1,1 +1,1 @@
-"""The layers of `PreferenceTrainer` beneath its loss: checkpoints, data, evaluation, steps."""
+"""The parts of `PreferenceTrainer`: data, scoring, steps, checkpoints, and checks."""

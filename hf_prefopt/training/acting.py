@@ -1,7 +1,8 @@
-"""Adapters that act while a model is tried out: a new one leaves the model as it is, whatever it will do once trained.
+"""Add noise to new adapters during trial forward passes, so that the trials test the adapters too.
 
-LoRA acts on each token alone, and needs no trial. Other methods may look at the whole row, for which a layout or a
-sequence that comes later makes a difference.
+A new adapter does not change the model's output, so a trial without noise would not show problems of the adapter.
+LoRA computes each token independently and needs no trial. Other methods may use the whole row, so their output may
+depend on the layout or on later tokens.
 """
 
 from collections.abc import Iterator
@@ -15,15 +16,15 @@ from torch import nn
 from hf_prefopt.reference.live import FrozenTensors
 from hf_prefopt.scoring.modes import ModuleTree
 
-# Of LoRA on weights of a usual size, B that large changes a layer's output by a tenth to a half.
+# With LoRA on weights of typical size, a B of this size changes a layer's output by 10 to 50 %.
 _NOISE = 0.1
 
 
 @contextmanager
 def acting_adapter(tree: ModuleTree) -> Iterator[None]:
-    """Noise is added to what trains of an adapter that is not plain LoRA, for the time of the context.
+    """Context in which noise is added to the trained tensors of an adapter, unless the adapter is plain LoRA.
 
-    The noise is the same on every rank that holds the same tensors.
+    Ranks with the same tensors add the same noise.
     """
     if not isinstance(tree.model, PeftModel) or _acts_on_tokens_alone(tree.model):
         yield
@@ -37,6 +38,6 @@ def acting_adapter(tree: ModuleTree) -> Iterator[None]:
 
 
 def _acts_on_tokens_alone(model: nn.Module) -> bool:
-    """Whether every adapted layer is LoRA as it was published, without a variant."""
+    """Return True if every adapted layer is plain LoRA, without a variant such as DoRA."""
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     return type(model.base_model) is LoraModel and not any(layer.lora_variant for layer in layers)

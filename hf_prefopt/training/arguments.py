@@ -1,4 +1,4 @@
-"""Checks of a trainer's arguments before anything is loaded: their types, the data, and what contradicts itself."""
+"""Check the trainer's arguments before anything is loaded: types, data order, and contradictions."""
 
 from collections.abc import Sized
 from pathlib import Path
@@ -15,56 +15,58 @@ from hf_prefopt.data.mixtures import Mixture
 
 
 def check_types(args: Any, ref_model: Any, peft_config: Any = None, processing_class: Any = None) -> None:
-    """Raise `ValueError` where an argument is of another type than the trainer takes, such as another configuration."""
+    """Raise `ValueError` if an argument has the wrong type, such as `TrainingArguments` for `args`."""
     if isinstance(ref_model, TrainingArguments):
-        raise ValueError(f"ref_model is a {type(ref_model).__name__}, by its place: pass it by name, args=...")
+        raise ValueError(
+            f"ref_model must be a model, got {type(ref_model).__name__}: pass the configuration as args=..."
+        )
     if not isinstance(args, PreferenceConfig | None):
         raise ValueError(
-            f"args is a {_type(args)}: PreferenceTrainer takes a PreferenceConfig, which has the fields of "
-            "TrainingArguments, and TRL's names for most of a DPOConfig's: PreferenceConfig(output_dir=..., ...)"
+            f"args must be a PreferenceConfig, got {_type(args)}: use PreferenceConfig(output_dir=..., ...), which "
+            "accepts all fields of TrainingArguments and most fields of DPOConfig"
         )
     if not isinstance(peft_config, PeftConfig | None):
-        raise ValueError(f"peft_config is a {_type(peft_config)}: pass one PEFT configuration, as in LoraConfig(...)")
+        raise ValueError(f"peft_config is a {_type(peft_config)}: pass a PEFT configuration such as LoraConfig(...)")
     if isinstance(processing_class, str | Path):
         raise ValueError(
-            f"processing_class is a {_type(processing_class)}: load it, AutoTokenizer.from_pretrained(...)"
+            f"processing_class is a {_type(processing_class)}: load it with AutoTokenizer.from_pretrained(...)"
         )
 
 
 def check_loading(
     args: PreferenceConfig, names: tuple[Any, ...], quantization_config: Any, processing_class: Any
 ) -> None:
-    """Raise `ValueError` if nothing is loaded with what says how to load a model.
+    """Raise `ValueError` if loading options are set but no model is loaded by name.
 
     Args:
-        names: the policy and the reference as they were passed.
+        names: The `model` and `ref_model` arguments.
     """
     if any(isinstance(name, str | Path) for name in names):
         return
-    cure = "pass the model by its name, or load it so and leave this out"
+    cure = "pass the model by name, or use this option when you load the model and remove it here"
     if quantization_config is not None:
-        raise ValueError(f"quantization_config is only used when the model is given by name: {cure}")
-    # The tokenizer of a model is looked for where the model came from.
+        raise ValueError(f"quantization_config is only used when the model is passed by name: {cure}")
+    # The tokenizer is loaded from where the model came from, with these options.
     read = () if processing_class is not None else ("revision", "trust_remote_code")
     unread = {key: value for key, value in (args.model_init_kwargs or {}).items() if key not in read}
     if unread:
-        raise ValueError(f"model_init_kwargs={unread} is only used when the model is given by name: {cure}")
+        raise ValueError(f"model_init_kwargs={unread} is only used when the model is passed by name: {cure}")
 
 
 def check_order(args: PreferenceConfig, train_dataset: Any) -> None:
-    """Raise `ValueError` if the rows of a stream, which come as they come, are to be drawn by prompt or length."""
+    """Raise `ValueError` if the settings sort rows by prompt or length but the dataset is a stream."""
     is_stream = (
         train_dataset.is_stream if isinstance(train_dataset, Mixture) else isinstance(train_dataset, IterableDataset)
     )
     if is_stream and args.train_sampling_strategy in STRATEGIES:
         raise ValueError(
-            f"train_sampling_strategy={args.train_sampling_strategy!r} draws rows by the lengths of the whole data "
-            "set, and a stream gives them in its own order: leave it out, or load the data set without streaming"
+            f"train_sampling_strategy={args.train_sampling_strategy!r} needs the lengths of all rows, but a stream is "
+            "read in its own order: remove the setting, or load the dataset without streaming"
         )
     if args.group_by_prompt and is_stream:
         raise ValueError(
-            "group_by_prompt=True draws rows from the whole data set, and a stream gives them in its own order: set it "
-            "to False, or load the data set without streaming"
+            "group_by_prompt=True needs the prompts of all rows, but a stream is read in its own order: set "
+            "group_by_prompt=False, or load the dataset without streaming"
         )
 
 
@@ -73,55 +75,65 @@ def _type(value: Any) -> str:
 
 
 def refuse_empty_epoch(dataset: Any, rows: int) -> None:
-    """Raise `ValueError` where `dataloader_drop_last` leaves no batch of a data set of known length.
+    """Raise `ValueError` if `dataloader_drop_last` drops all rows of a dataset of known length.
 
     Args:
-        rows: of a batch of all ranks.
+        rows: Number of rows in a batch, over all ranks.
     """
     if isinstance(dataset, Sized) and len(dataset) < rows:
         raise ValueError(
-            f"dataloader_drop_last=True drops all {len(dataset)} rows of the training data, because a batch of all "
-            f"ranks has {rows}: leave it out, or make per_device_train_batch_size smaller"
+            f"dataloader_drop_last=True drops all {len(dataset)} rows of the training data, because a batch over all "
+            f"ranks has {rows} rows: set dataloader_drop_last=False, or lower per_device_train_batch_size"
         )
 
 
 def refuse_data_parallel(gpus: int) -> None:
-    """Raise `ValueError` if one process would share batches among several GPUs."""
+    """Raise `ValueError` if one process would split batches over several GPUs (DataParallel)."""
     if gpus > 1:
         raise ValueError(
-            f"{gpus} GPUs in one process (DataParallel) are not supported: start with `accelerate launch`, or show "
-            "this process one GPU (CUDA_VISIBLE_DEVICES=0)"
+            f"{gpus} GPUs in one process (DataParallel) are not supported: start with `accelerate launch`, or make "
+            "only one GPU visible (CUDA_VISIBLE_DEVICES=0)"
         )
 
 
 def check_arguments(
     args: PreferenceConfig, model: Any, ref_model: Any, data_collator: Any, trainer_arguments: dict[str, Any]
 ) -> None:
-    """Refuse arguments of `PreferenceTrainer` that have no meaning together.
+    """Check that the arguments of `PreferenceTrainer` do not contradict each other.
 
     Args:
-        model: the model or a `model_init`.
-        trainer_arguments: those that are `transformers.Trainer`'s.
+        model: The model, or a `model_init` function.
+        trainer_arguments: Keyword arguments for `transformers.Trainer`.
 
     Raises:
-        ValueError: it names the argument and what to do.
-        TypeError: the same, of an argument that there is not.
+        ValueError: an argument is missing or contradicts another one.
+        TypeError: an argument does not exist.
     """
     refuse_foreign_arguments(trainer_arguments, type(args).__dataclass_fields__, type(args).__name__)
     if model is None:
-        raise ValueError("no model: pass model, or model_init, a function that makes one")
+        raise ValueError("no model: pass model, or model_init, a function that returns a model")
     if args.sync_ref_model and ref_model is not None:
-        raise ValueError("sync_ref_model=True moves a frozen copy of what trains, not a ref_model: leave it out")
+        raise ValueError(
+            "sync_ref_model=True updates a frozen copy of the trained weights, not a ref_model: remove ref_model"
+        )
     if args.precompute_ref_log_probs and data_collator is not None:
-        raise ValueError("precompute_ref_log_probs=True finds responses by keys that a data_collator does not give")
+        raise ValueError(
+            "precompute_ref_log_probs=True needs cache keys, which a custom data_collator does not compute: remove one "
+            "of the two"
+        )
     if args.layout != "auto" and data_collator is not None:
-        raise ValueError(f"layout={args.layout!r} is not used: the data_collator lays out its batches; leave it out")
+        raise ValueError(
+            f"layout={args.layout!r} has no effect, because the data_collator chooses its own layout: remove one of "
+            "the two"
+        )
     if args.pad_to_multiple_of is not None and data_collator is not None:
-        raise ValueError("pad_to_multiple_of is not used: the data_collator lays out its batches; leave it out")
+        raise ValueError(
+            "pad_to_multiple_of has no effect, because the data_collator does its own padding: remove one of the two"
+        )
     if args.max_tokens_per_batch is not None and data_collator is not None:
         raise ValueError(
-            "max_tokens_per_batch cuts batches between rows, which a data_collator of your own does not allow: leave "
-            "one of them out"
+            "max_tokens_per_batch splits batches between rows, which a custom data_collator does not support: remove "
+            "one of the two"
         )
     if trainer_arguments.get("compute_loss_func") is not None:
         raise ValueError(

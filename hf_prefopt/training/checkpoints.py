@@ -1,7 +1,7 @@
-"""Which checkpoints can be resumed, and what ours contain in addition to the Trainer's.
+"""Check whether a checkpoint can be resumed, and store our own state in checkpoints.
 
-A process may be killed while it writes a checkpoint. The Trainer writes `trainer_state.json` last, when everything
-else of all ranks is there (the trainer sees to that), so this file decides. What the losses keep is in it.
+A process may be killed while it writes a checkpoint. `trainer_state.json` is written last, after all ranks have written
+their files, so a checkpoint is complete if this file is valid. The file also contains the state of the losses.
 """
 
 import json
@@ -22,24 +22,24 @@ from hf_prefopt.training.resumed_run import RUN
 
 logger = logging.getLogger(__name__)
 
-# The keys of what we keep next to the states of the callbacks: which losses there are, their state, what tells the
-# reference from another, and what the batch of a step is made of.
+# Keys of our entries in `TrainerState.stateful_callbacks`: the names of the losses, their state, log-probs that
+# identify the reference, and the composition of a step's batch.
 OBJECTIVE, LOSSES = "hf_prefopt_objective", "hf_prefopt_losses"
 REFERENCE, BATCH = "hf_prefopt_reference", "hf_prefopt_batch"
-# What each engine keeps of the optimizer, and what it is called in errors.
+# For each engine, a pattern for the files of the optimizer's state, and the engine's name in error messages.
 _OPTIMIZERS = {
     DistributedType.DEEPSPEED: ("global_step*", "DeepSpeed"),
     DistributedType.FSDP: ("optimizer*[0n]", "FSDP"),  # optimizer_0, a folder, or optimizer.bin
     None: ("optimizer.pt", "one process or DDP"),
 }
-# Where earlier versions kept it.
+# File in which earlier versions stored the state of the losses.
 _OLD_STATE = "objective_state.json"
-# What resume_from_checkpoint may be on a command line, where everything is text.
+# Values of resume_from_checkpoint on a command line, where every value is text.
 _WORDS = {"true": True, "last": True, "auto": True, "false": None, "none": None}
 
 
 def is_complete(checkpoint: str | Path) -> bool:
-    """Whether a checkpoint was written to its end."""
+    """Return True if the checkpoint is complete, not interrupted while it was written."""
     try:
         json.loads(Path(checkpoint, TRAINER_STATE_NAME).read_text())
     except (OSError, ValueError):
@@ -48,7 +48,7 @@ def is_complete(checkpoint: str | Path) -> bool:
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> str | None:
-    """The checkpoint of most steps that was written to its end, or `None`: what to resume from after a crash.
+    """Return the complete checkpoint with the most steps, or `None`. Use it to resume after a crash.
 
     Example:
         ```python
@@ -56,7 +56,7 @@ def last_complete_checkpoint(output_dir: str | Path) -> str | None:
         ```
 
     Raises:
-        ValueError: one of fewer steps was written after it, so they are of several runs.
+        ValueError: a checkpoint with fewer steps was written later, so the checkpoints are from several runs.
     """
     steps = {folder: re.fullmatch(r"checkpoint-(\d+)", folder.name) for folder in Path(output_dir).glob("checkpoint-*")}
     complete = {int(found[1]): folder for folder, found in steps.items() if found and is_complete(folder)}
@@ -66,8 +66,8 @@ def last_complete_checkpoint(output_dir: str | Path) -> str | None:
     latest = max(complete.values(), key=_written)
     if _written(latest) > _written(furthest):
         raise ValueError(
-            f"{output_dir} has checkpoints of several runs: {latest.name} was written after {furthest.name}. Name the "
-            "one to resume from, resume_from_checkpoint=folder, and give each run an output_dir of its own"
+            f"{output_dir} has checkpoints of several runs: {latest.name} was written after {furthest.name}. Pass the "
+            "checkpoint folder, resume_from_checkpoint=folder, and use a separate output_dir for each run"
         )
     return str(furthest)
 
@@ -77,42 +77,44 @@ def _written(checkpoint: Path) -> int:
 
 
 def checkpoint_to_resume(asked: str | bool | None, output_dir: str | Path) -> str | None:
-    """The folder that `resume_from_checkpoint` asks for; `None`: start without.
+    """Return the checkpoint folder that `resume_from_checkpoint` selects, or `None` to start from the beginning.
 
     Args:
-        asked: a folder; `True` ("true", "last" or "auto" on a command line) for the last complete checkpoint;
-            `None` or `False` ("none", "false") for none.
+        asked: A folder; `True` ("true", "last" or "auto" on a command line) for the last complete checkpoint;
+            `None` or `False` ("none", "false") for no checkpoint.
 
     Raises:
-        ValueError: there is no complete checkpoint, the one asked for is incomplete, or an older version wrote it.
+        ValueError: there is no complete checkpoint; the given checkpoint is incomplete, or an older version wrote it.
     """
     checkpoint = _WORDS.get(str(asked).lower(), asked)
     if checkpoint is True:
         newest = last_complete_checkpoint(output_dir)
         if newest is None:
-            raise ValueError(f"{output_dir} has no complete checkpoint to resume from: start without")
+            raise ValueError(
+                f"{output_dir} has no complete checkpoint: remove resume_from_checkpoint to start from the beginning"
+            )
         checkpoint = newest
         logger.warning("resuming from %s", checkpoint)
     if not checkpoint:
         return None
     if not is_complete(checkpoint):
         newest = last_complete_checkpoint(output_dir)
-        cure = f"resume from {newest}" if newest else "start without resume_from_checkpoint"
-        fault = "is not a complete checkpoint, its writing was interrupted"
+        cure = f"resume from {newest}" if newest else "remove resume_from_checkpoint to start from the beginning"
+        fault = "is not a complete checkpoint (writing it was interrupted)"
         if not Path(checkpoint).is_dir():
-            fault = "is not a folder, and so not a checkpoint"
+            fault = "is not a checkpoint folder: there is no such folder"
         raise ValueError(f"{checkpoint} {fault}: {cure}")
     if Path(checkpoint, _OLD_STATE).is_file():
         raise ValueError(
-            f"{checkpoint} is from an older version of hf_prefopt, which kept the state of the losses in {_OLD_STATE}, "
-            "and cannot be resumed: resume with the older version, or start without resume_from_checkpoint"
+            f"{checkpoint} cannot be resumed: an older version of hf_prefopt wrote it (with {_OLD_STATE}). Resume with "
+            "the older version, or remove resume_from_checkpoint to start from the beginning"
         )
     return str(checkpoint)
 
 
 @dataclass(frozen=True)
 class BatchOfStep:
-    """What makes up the rows of an optimizer step: rows a rank takes at a time, how often, and the number of ranks."""
+    """Composition of an optimizer step's batch: rows per rank and micro-batch, accumulation steps, and ranks."""
 
     rows: int
     accumulation: int
@@ -121,28 +123,28 @@ class BatchOfStep:
     def __str__(self) -> str:
         rows, accumulation, ranks = self.rows, self.accumulation, self.ranks
         return (
-            f"{rows * accumulation * ranks} rows a step (per_device_train_batch_size={rows} × "
+            f"{rows * accumulation * ranks} rows per step (per_device_train_batch_size={rows} × "
             f"gradient_accumulation_steps={accumulation} × {ranks} {'rank' if ranks == 1 else 'ranks'})"
         )
 
 
 def keep_batch(state: TrainerState, batch: BatchOfStep) -> None:
-    """Put it into the state that the Trainer saves with a checkpoint."""
+    """Store the batch's composition in the state that the Trainer saves in a checkpoint."""
     state.stateful_callbacks[BATCH] = asdict(batch)
 
 
 def begun_at(checkpoint: str | None) -> int:
-    """The step of a checkpoint; 0 for none."""
+    """Return the step of a checkpoint; 0 for `None`."""
     return 0 if checkpoint is None else _read_state(checkpoint)["global_step"]
 
 
 def check_resumable(checkpoint: str, accelerator: Accelerator, batch: BatchOfStep, args: TrainingArguments) -> None:
-    """Raise `ValueError` if a run resumed from this checkpoint would not go on where it ended.
+    """Raise `ValueError` if a run cannot continue exactly from this checkpoint.
 
-    Without the optimizer's state (`save_only_model`) the optimizer and the learning rate start afresh, with a warning.
+    If the checkpoint has no optimizer state (`save_only_model`), log a warning: optimizer and learning rate restart.
 
     Args:
-        batch: of the run that is to resume.
+        batch: Composition of a step's batch in the run that resumes.
     """
     _check_optimizer(Path(checkpoint), accelerator)
     saved = _read_state(checkpoint).get("stateful_callbacks", {}).get(BATCH)
@@ -151,14 +153,14 @@ def check_resumable(checkpoint: str, accelerator: Accelerator, batch: BatchOfSte
     before = BatchOfStep(**saved)
     if before.rows * before.accumulation * before.ranks != batch.rows * batch.accumulation * batch.ranks:
         raise ValueError(
-            f"{checkpoint} is of a run with {before}, and this run has {batch}, so its steps would be other rows and "
-            "others' learning rates: make the rows a step the same, or set ignore_data_skip=True to go on with the "
-            "beginning of an epoch"
+            f"{checkpoint} is from a run with {before}, but this run has {batch}, so rows and learning rates of the "
+            "steps would not match: use the same number of rows per step, or set ignore_data_skip=True to continue at "
+            "the beginning of an epoch"
         )
     if before.ranks != batch.ranks:
         logger.warning(
-            "%s was written by %d ranks, and %d resume: the rows of each step stay the same, and where there is "
-            "dropout, it is drawn anew",
+            "%s was written by %d ranks, and %d ranks resume: the rows of each step stay the same, but dropout uses "
+            "different random numbers",
             checkpoint,
             before.ranks,
             batch.ranks,
@@ -170,22 +172,22 @@ def _check_optimizer(checkpoint: Path, accelerator: Accelerator) -> None:
     engine = engine if engine in _OPTIMIZERS else None
     there = {key: sorted(checkpoint.glob(pattern)) for key, (pattern, _) in _OPTIMIZERS.items()}
     written_by = next((key for key in _OPTIMIZERS if there[key]), engine)
-    weights = "start a new run from its weights, with the folder as model"
+    weights = "start a new run from its weights (pass the folder as model)"
     if written_by != engine:
         raise ValueError(
-            f"{checkpoint} was written under {_OPTIMIZERS[written_by][1]}, and this run is under "
-            f"{_OPTIMIZERS[engine][1]}, which cannot read its optimizer: resume under the same, or {weights}"
+            f"{checkpoint} was written under {_OPTIMIZERS[written_by][1]}, but this run is under "
+            f"{_OPTIMIZERS[engine][1]}, which cannot read its optimizer state: resume under the same engine, or "
+            f"{weights}"
         )
     is_adapter = any(checkpoint.rglob("adapter_config.json"))
     if not there[engine] and engine is not None and not (is_adapter and engine == DistributedType.FSDP):
         raise ValueError(
-            f"{checkpoint} has weights alone (save_only_model=True), which {_OPTIMIZERS[engine][1]} cannot resume "
-            f"from: {weights}"
+            f"{checkpoint} has only weights (save_only_model=True), from which {_OPTIMIZERS[engine][1]} cannot resume: "
+            f"{weights}"
         )
     if not there[engine]:
         logger.warning(
-            "%s has weights alone (save_only_model=True): the optimizer and the schedule of the learning rate start "
-            "afresh",
+            "%s has only weights (save_only_model=True): the optimizer and the learning-rate schedule restart",
             checkpoint,
         )
     if engine == DistributedType.DEEPSPEED:
@@ -197,9 +199,9 @@ def _check_ranks_of_zero(checkpoint: Path, accelerator: Accelerator, weights: st
     loads_universal = accelerator.state.deepspeed_plugin.deepspeed_config.get("checkpoint", {}).get("load_universal")
     if files and len(files) != accelerator.num_processes and not loads_universal:
         raise ValueError(
-            f"{checkpoint} was written by {len(files)} ranks under DeepSpeed, which resumes with as many, and here are "
-            f"{accelerator.num_processes}: start as many, convert the checkpoint (deepspeed.checkpoint.ds_to_universal)"
-            f", or {weights}"
+            f"{checkpoint} was written by {len(files)} ranks, but this run has {accelerator.num_processes}, and "
+            "DeepSpeed needs the same number to resume: start the same number of ranks, convert the checkpoint "
+            f"(deepspeed.checkpoint.ds_to_universal), or {weights}"
         )
 
 
@@ -208,68 +210,69 @@ def _read_state(checkpoint: str | Path) -> dict:
 
 
 def begin_checkpoint(folder: Path) -> None:
-    """Make a checkpoint that will be overwritten incomplete, and remove what an older version kept in it."""
+    """Mark a checkpoint that will be overwritten as incomplete, and remove the state file of older versions."""
     for name in (TRAINER_STATE_NAME, _OLD_STATE):
         (folder / name).unlink(missing_ok=True)
 
 
 def keep_losses(state: TrainerState, objective: Objective) -> None:
-    """Put the losses, and what they keep across batches, into the state that the Trainer saves with a checkpoint."""
+    """Store the losses' names and state in the state that the Trainer saves in a checkpoint."""
     state.stateful_callbacks[OBJECTIVE] = {"losses": loss_texts(objective)}
     if objective.state:
         state.stateful_callbacks[LOSSES] = objective.state_dict()
 
 
 def restore_losses(state: TrainerState, objective: Objective) -> None:
-    """Take it over from the state of a checkpoint; losses whose state is not there start afresh, with a warning.
+    """Restore the losses' state from a checkpoint.
 
-    Where the losses are others than those of the checkpoint's run, a warning names both.
+    Log a warning if the checkpoint's run had different losses, or has no state for a loss (the loss then starts with
+    its initial state).
     """
     objective.reset_state()
-    # The Trainer takes what is left for the states of callbacks.
+    # The Trainer treats all remaining entries as states of callbacks.
     state.stateful_callbacks.pop(BATCH, None)
     state.stateful_callbacks.pop(RUN, None)
     saved = state.stateful_callbacks.pop(LOSSES, {})
     before, now = state.stateful_callbacks.pop(OBJECTIVE, {}).get("losses"), loss_texts(objective)
     if before not in (None, now):
         logger.warning(
-            "the checkpoint's run had other losses, (%s), and its optimizer has their gradients: training goes on with "
-            "(%s); start a new run from its weights to begin with these",
+            "the checkpoint's run had other losses (%s), and the optimizer state is from these losses; training "
+            "continues with (%s). To start with a new optimizer, start a new run from the checkpoint's weights",
             "; ".join(before),
             "; ".join(now),
         )
     missing = objective.state.keys() - saved.keys()
     if missing:
-        logger.warning("the checkpoint has no state of %s, which starts afresh", ", ".join(sorted(missing)))
+        logger.warning("the checkpoint has no state for %s: using the initial state", ", ".join(sorted(missing)))
     objective.load_state_dict(saved)
 
 
 def keep_reference(state: TrainerState, made_up_logps: list[float] | None) -> None:
-    """Put what tells a reference from another into the state that the Trainer saves with a checkpoint."""
+    """Store log-probs that identify the reference in the state that the Trainer saves in a checkpoint."""
     if made_up_logps is not None:
         state.stateful_callbacks[REFERENCE] = {"made_up_logps": made_up_logps}
 
 
 def kept_reference(state: TrainerState) -> list[float] | None:
-    """Take it out of the state of a checkpoint; `None` where there is nothing."""
+    """Remove the reference's log-probs from a checkpoint's state and return them; `None` if there are none."""
     return state.stateful_callbacks.pop(REFERENCE, {}).get("made_up_logps")
 
 
 def load_adapters(model: PeftModel, checkpoint: str | Path) -> None:
-    """Load every adapter of a checkpoint into the model; which of them are active, and what trains, stays as it is.
+    """Load all adapters of a checkpoint without changing which adapters are active and which parameters are trained.
 
-    PEFT saves the adapter named "default" in the folder itself, and others in a folder of their name. The Trainer
-    activates one of them alone, and passes over those of other names.
+    PEFT saves the adapter named "default" in the checkpoint folder, and each other adapter in a subfolder with its
+    name. The Trainer itself would load only one adapter and activate it.
 
     Raises:
-        ValueError: the checkpoint and the model have adapters of other names.
+        ValueError: the adapter names of the checkpoint and the model differ.
     """
     folders = {name: Path(checkpoint) if name == "default" else Path(checkpoint, name) for name in model.peft_config}
     saved = saved_adapters(checkpoint)
     if saved != folders.keys():
         raise ValueError(
-            f"{checkpoint} has the adapters {', '.join(sorted(saved)) or '(none)'}, and the model has "
-            f"{', '.join(sorted(folders))}: give the model the same adapters, under the same names"
+            f"{checkpoint} has the adapters {', '.join(sorted(saved)) or '(none)'}, but the model has "
+            f"{', '.join(sorted(folders))}: add adapters with the same names to the model"
         )
     trains = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     for name, folder in folders.items():
@@ -279,15 +282,15 @@ def load_adapters(model: PeftModel, checkpoint: str | Path) -> None:
 
 
 def saved_adapters(checkpoint: str | Path) -> set[str]:
-    """The names of the adapters in a checkpoint."""
+    """Return the names of the adapters in a checkpoint."""
     files = (*Path(checkpoint).glob("adapter_config.json"), *Path(checkpoint).glob("*/adapter_config.json"))
     return {file.parent.name if file.parent != Path(checkpoint) else "default" for file in files}
 
 
 def refuse_adapter_alone(checkpoint: str | Path) -> None:
-    """Raise `ValueError` for a checkpoint of adapters, which a policy without one cannot resume from."""
+    """Raise `ValueError` if the checkpoint contains adapters, because the policy has none."""
     if saved := saved_adapters(checkpoint):
         raise ValueError(
-            f"{checkpoint} has the adapters {', '.join(sorted(saved))}, and the policy of this run has none: pass the "
-            "peft_config of the run that wrote it"
+            f"{checkpoint} has the adapters {', '.join(sorted(saved))}, but the policy of this run has no adapter: "
+            "pass the peft_config of the run that wrote the checkpoint"
         )

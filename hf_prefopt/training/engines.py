@@ -1,4 +1,4 @@
-"""What accelerate would get wrong for a preference step: corrected before it prepares the model, or an error."""
+"""Correct settings of accelerate that would make a preference step wrong, or raise an error."""
 
 import weakref
 from dataclasses import replace
@@ -12,15 +12,15 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.nn.parallel import DistributedDataParallel
 
-# The mixed precision in which a trainer of ours has prepared or used a model last. It keeps no model alive.
+# For each model, the mixed precision in which one of our trainers last prepared or used it (weak references).
 _PRECISION: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 
 
 def keep_output_precision(accelerator: Accelerator) -> None:
-    """Make FSDP2 return what a model returns.
+    """Stop FSDP2 from casting the model's outputs.
 
-    The output of a scoring forward is log-probs in fp32. accelerate's policy for mixed precision casts outputs to bf16,
-    which rounds a log-prob of 5 nats to steps of 1/32.
+    The scoring forward pass returns log-probs in fp32. accelerate's mixed-precision policy would cast them to bf16,
+    which rounds a log-prob of 5 nats to multiples of 1/32.
     """
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     policy = getattr(plugin, "mixed_precision_policy", None)
@@ -29,38 +29,38 @@ def keep_output_precision(accelerator: Accelerator) -> None:
 
 
 def refuse_first_fsdp(accelerator: Accelerator) -> None:
-    """Raise `ValueError` under FSDP of the first version, accelerate's default, whose shards are flat parameters."""
+    """Raise `ValueError` under FSDP version 1, accelerate's default, which flattens a layer's parameters into one."""
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is not None and plugin.fsdp_version == 1:
         raise ValueError(
-            "FSDP of version 1 joins the parameters of a layer into one, and a frozen copy of what trains, or a model "
-            "of its own as reference, needs them apart: set fsdp_version: 2 in accelerate's YAML file, or "
-            "fsdp_config={'version': 2}"
+            "FSDP version 1 is not supported: it flattens the parameters of a layer into one, but the reference needs "
+            "separate parameters. Set fsdp_version: 2 in accelerate's YAML file, or fsdp_config={'version': 2}"
         )
 
 
 def check_quantized(accelerator: Accelerator, model: nn.Module, precision: str) -> None:
-    """Raise `ValueError` for bitsandbytes' weights that an engine cannot share out, or would round as numbers.
+    """Raise `ValueError` for bitsandbytes weights that the engine cannot shard, or would corrupt by casting.
 
-    4-bit weights are bytes that `bnb_4bit_quant_storage` shows as elements of a dtype. FSDP2 shards and saves them only
-    as floats. What casts floats to the dtype that it computes in, as DeepSpeed and FSDP2 do, destroys them in another.
+    4-bit weights are packed bytes, stored as elements of the dtype `bnb_4bit_quant_storage`. FSDP2 shards and saves
+    them only if this dtype is a float. DeepSpeed and FSDP2 cast float parameters to the dtype in which they compute;
+    the cast corrupts packed weights that are stored in a different float dtype.
 
     Args:
-        precision: the trainer's, "no", "bf16" or "fp16".
+        precision: Mixed precision of the trainer: "no", "bf16" or "fp16".
     """
     engine = _sharding_engine(accelerator)
     kinds = {type(parameter).__name__: parameter.dtype for parameter in model.parameters()} if engine else {}
     computes_in = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     if engine == "FSDP2" and "Int8Params" in kinds:
         raise ValueError(
-            "FSDP2 cannot share out weights in 8 bits: load the model in 4 bits with bnb_4bit_quant_storage="
-            f"{computes_in or torch.float32}, or take DDP or DeepSpeed"
+            "FSDP2 cannot shard 8-bit weights: load the model in 4 bits with bnb_4bit_quant_storage="
+            f"{computes_in or torch.float32}, or use DDP or DeepSpeed"
         )
     storage = kinds.get("Params4bit")
     if storage is None or storage == computes_in or (storage.is_floating_point and computes_in is None):
         return
     if storage.is_floating_point or engine == "FSDP2":
-        problem = "would round the bytes of" if storage.is_floating_point else "does not share out or resume"
+        problem = "would corrupt (by casting)" if storage.is_floating_point else "cannot shard or resume"
         raise ValueError(
             f"{engine} {problem} 4-bit weights with bnb_4bit_quant_storage={storage}: load the model with "
             f"BitsAndBytesConfig(..., bnb_4bit_quant_storage={computes_in or torch.float32})"
@@ -68,7 +68,7 @@ def check_quantized(accelerator: Accelerator, model: nn.Module, precision: str) 
 
 
 def check_adapter(accelerator: Accelerator, model: nn.Module) -> None:
-    """Raise `ValueError` for soft prompts under FSDP2: PEFT reads them on one rank, which waits for the others."""
+    """Raise `ValueError` for soft prompts under FSDP2: PEFT saves them on one rank, which would wait forever."""
     configs = model.peft_config.values() if isinstance(model, PeftModel) else ()
     soft = [config.peft_type.value for config in configs if config.is_prompt_learning]
     if soft and _sharding_engine(accelerator) == "FSDP2":
@@ -76,9 +76,9 @@ def check_adapter(accelerator: Accelerator, model: nn.Module) -> None:
 
 
 def make_room(precision: str) -> None:
-    """Let the next accelerator have this precision; call it before the accelerator is made.
+    """Reset accelerate's shared state if it has a different precision; call it before creating an accelerator.
 
-    accelerate keeps one for all accelerators of a process, and takes it over from the configuration that was made last.
+    accelerate keeps one precision for all accelerators of a process.
     """
     state = AcceleratorState._shared_state
     if state and state["distributed_type"] != DistributedType.DEEPSPEED and state["_mixed_precision"] != precision:
@@ -86,52 +86,53 @@ def make_room(precision: str) -> None:
 
 
 def forget_other_trainers(model: nn.Module) -> None:
-    """Undo what the accelerator of a trainer that is none of ours has done to a model, before its forward is replaced.
+    """Undo the preparation of a model by a trainer of another class; call it before replacing the model's forward.
 
-    accelerate marks a model that it has prepared and does not prepare it again: it would run without autocast.
+    accelerate marks each model that it has prepared and does not prepare the model again. The model would then run
+    without autocast.
     """
     if model not in _PRECISION:
         _forget_preparation(model)
 
 
 def take_over(accelerator: Accelerator, model: nn.Module, precision: str) -> bool:
-    """Have a model, which another trainer may have used, ready to be prepared for this one.
+    """Make a model that another trainer may have used ready to be prepared for this trainer.
 
     Args:
-        precision: the trainer's, "no", "bf16" or "fp16".
+        precision: Mixed precision of this trainer: "no", "bf16" or "fp16".
 
     Returns:
-        Whether the model was prepared in another precision, and has to be prepared again.
+        True if the model was prepared in a different precision and must be prepared again.
 
     Raises:
-        ValueError: the model is in the shards of another trainer, or FSDP2 has another trainer's precision.
+        ValueError: another trainer has sharded the model, or FSDP2 uses another trainer's precision.
     """
     engine = _sharding_engine(accelerator)
     is_new = model not in _PRECISION or model in map(accelerator.unwrap_model, accelerator._models)
     if engine in ("FSDP2", "ZeRO-3") and not is_new:
         raise ValueError(
-            f"another trainer has used this model under {engine}, and it is in that trainer's shards: load the model "
-            "anew for each trainer, from_pretrained(folder) after first_trainer.save_model(folder) to go on with it"
+            f"another trainer has sharded this model under {engine}: load the model again for each trainer; to "
+            "continue training, call first_trainer.save_model(folder) and then from_pretrained(folder)"
         )
     return compute_in(precision, accelerator, model)
 
 
 def compute_in(precision: str, accelerator: Accelerator, model: nn.Module) -> bool:
-    """Have accelerate compute in a precision, and the model, which otherwise keeps the autocast of another trainer.
+    """Set the precision of accelerate and of the model, which could otherwise be those of another trainer.
 
-    accelerate's state, which all accelerators of a process share, has the precision of the trainer that was made last.
+    All accelerators of a process share one state. Its precision is that of the trainer created last.
 
     Returns:
-        Whether the model was prepared in another precision, and has to be prepared again.
+        True if the model was prepared in a different precision and must be prepared again.
 
     Raises:
-        ValueError: FSDP2 has another trainer's precision.
+        ValueError: FSDP2 uses another trainer's precision.
     """
     if accelerator.distributed_type == DistributedType.FSDP and accelerator.state.mixed_precision != precision:
         raise ValueError(
-            f"this trainer has mixed_precision={precision!r} and one that was made after it has "
-            f"{accelerator.state.mixed_precision!r}, and FSDP2 has one precision for all trainers of a process: make "
-            "this trainer after the other has done its work, or give both the same"
+            f"this trainer has mixed_precision={precision!r}, but a trainer created later has "
+            f"{accelerator.state.mixed_precision!r}, and FSDP2 has one precision for all trainers of a process: create "
+            "this trainer after the other one has finished, or use the same precision for both"
         )
     if accelerator.distributed_type != DistributedType.DEEPSPEED:
         accelerator.state._mixed_precision = precision
@@ -145,51 +146,53 @@ def compute_in(precision: str, accelerator: Accelerator, model: nn.Module) -> bo
 
 
 def refuse_other_precision(accelerator: Accelerator, model: nn.Module, precision: str) -> None:
-    """Raise `RuntimeError` if another trainer has used the model in another precision since training began."""
+    """Raise `RuntimeError` if another trainer has used the model in a different precision since training began."""
     if compute_in(precision, accelerator, model):
         raise RuntimeError(
-            f"another trainer has used this model in another precision than mixed_precision={precision!r} since "
-            "training began: give both trainers the same bf16 and fp16, or the other one a copy of the model"
+            "since training began, another trainer has used this model in a precision other than "
+            f"mixed_precision={precision!r}: set the same bf16 and fp16 in both trainers, or pass the other trainer a "
+            "copy of the model"
         )
 
 
 def refuse_early_evaluation(accelerator: Accelerator) -> None:
-    """Raise `ValueError` if an evaluation would come before training under an engine that cannot evaluate then."""
+    """Raise `ValueError` for an evaluation before training under an engine that does not support it."""
     if accelerator._models:
         return
     engine = _sharding_engine(accelerator)
     if engine not in ("", "ZeRO-3"):
         raise ValueError(
-            f"{engine} does not evaluate or predict before it has trained: set eval_on_start=True to evaluate first, "
-            "or evaluate without it, in one process or under DDP"
+            f"{engine} cannot evaluate or predict before training: set eval_on_start=True to evaluate first, "
+            "or evaluate in one process or under DDP"
         )
 
 
 def _sharding_engine(accelerator: Accelerator) -> str:
-    """The name of an engine that shares anything out; "" for one process and DDP."""
+    """Return the name of a sharding engine; "" for one process and DDP."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return f"ZeRO-{accelerator.state.deepspeed_plugin.zero_stage}"
     return "FSDP2" if accelerator.distributed_type == DistributedType.FSDP else ""
 
 
 def unwrapped_after_evaluation(accelerator: Accelerator, model: nn.Module, wrapped: nn.Module) -> nn.Module:
-    """The module that training should wrap: the model itself, where an evaluation under DDP has prepared it.
+    """Return the module that training should wrap: the plain model if an evaluation under DDP has prepared it.
 
-    accelerate prepares a model for evaluation without the wrapper that averages gradients, and does not prepare a model
-    twice. Training would then run without the wrapper, and each rank would train a model of its own.
+    accelerate prepares a model for evaluation without DDP's wrapper, which averages gradients, and does not prepare a
+    model twice. Without this function, training would run without the wrapper, and each rank would train a different
+    model.
 
     Args:
-        wrapped: the model as it was prepared last.
+        wrapped: The model as accelerate prepared it last.
 
     Raises:
-        ValueError: under DeepSpeed, where a model stays in the engine of its first training or evaluation, which the
-            Trainer closes.
+        ValueError: the engine is DeepSpeed and the model was already used. The model stays in the engine of its first
+            training or evaluation, and the Trainer closes this engine.
     """
     engine = accelerator.distributed_type
     if engine == DistributedType.DEEPSPEED and wrapped is not model:
         raise ValueError(
-            "under DeepSpeed a trainer trains once, and evaluates or predicts only after that: set eval_on_start=True "
-            "to evaluate first, or make a new model and trainer for another train()"
+            "under DeepSpeed, a trainer can train only once, and can evaluate or predict only after training: set "
+            "eval_on_start=True to evaluate first, or create a new model and trainer for another train()"
         )
     is_wrapped = any(isinstance(module, DistributedDataParallel) for module in wrapped.modules())
     if is_wrapped or engine in (DistributedType.NO, DistributedType.FSDP, DistributedType.DEEPSPEED):

@@ -1,8 +1,8 @@
-"""One optimizer step as the exact mean over the examples of its global batch: all micro-batches, on all ranks.
+"""Compute the loss of an optimizer step as the exact mean over the global batch: all micro-batches on all ranks.
 
-Losses that compare examples with each other need the inputs of the whole step. When the first piece asks for them, they
-are computed for all pieces, without gradients. Each piece then computes the loss of the global batch, in which only the
-piece's own inputs have gradients. The sum of these gradients is the gradient of the global batch's loss.
+Losses that compare examples with each other need the inputs of the whole step. When the first piece needs these inputs,
+they are computed for all pieces, without gradients. Each piece then evaluates the loss of the global batch, in which
+only the piece's own inputs have gradients. The gradients of all pieces add up to the gradient of the global loss.
 """
 
 from collections.abc import Callable
@@ -21,12 +21,12 @@ Inputs = dict[str, Tensor]
 
 
 class GlobalBatch:
-    """Counts a step's examples, gives every rank as many pieces, and evaluates the objective on all of them.
+    """Counts the examples of a step, equalizes the number of pieces across ranks, and evaluates the objective.
 
     Args:
-        accelerator: connects the ranks.
-        objective: the losses.
-        drops_last: whether training leaves out a last batch that is not full, so that no row is repeated.
+        accelerator: Accelerator used for communication between ranks.
+        objective: The losses.
+        drops_last: True if training drops an incomplete last batch, so that no row is repeated.
     """
 
     def __init__(self, accelerator: Accelerator, objective: Objective, drops_last: bool = False):
@@ -34,10 +34,12 @@ class GlobalBatch:
         self._step: StepInputs | None = None
 
     def counted(self, pieces: list[PreferenceBatch], rows_per_rank: int) -> list[Tensor | None]:
-        """For each piece of the batch that was drawn last, which examples count, `[B]` bool; `None` if all do.
+        """Return, for each piece of the last drawn batch, a `[B]` bool mask of the examples that count.
+
+        Repeated rows do not count. The mask is `None` if all examples of the piece count.
 
         Args:
-            rows_per_rank: the rows that a rank draws at a time.
+            rows_per_rank: Number of rows that each rank draws at a time.
         """
         state, world_size = self.accelerator.gradient_state, self.accelerator.num_processes
         known = [piece.get("counted") for piece in pieces]
@@ -50,9 +52,10 @@ class GlobalBatch:
         return list(examples_of_first_rows(pieces, count))
 
     def without_repeats(self, batches: list[LoaderBatch], rows_per_rank: int) -> None:
-        """Leave the examples that do not count out of the batches that were drawn, in their order, for a step.
+        """Remove the examples that do not count from the batches of a step.
 
-        Batches say so themselves, wherever they come in a step; the loader's length tells only of the last one.
+        A batch of a stream has a mask. For other datasets, only the last batch of the data loader has repeated rows;
+        they are found from the length of the dataset.
         """
         for batch in batches:
             pieces = batch["pieces"]
@@ -64,10 +67,10 @@ class GlobalBatch:
             ]
 
     def idle(self, batches: list[LoaderBatch]) -> list[list[PreferenceBatch]]:
-        """For each batch, pieces without examples, as many as this rank has fewer than the rank that has most.
+        """Return empty pieces for each batch, so that every rank has as many pieces as the rank with the most.
 
         Args:
-            batches: equally many on all ranks.
+            batches: Batches of this rank; all ranks have the same number of batches.
         """
         if self.accelerator.num_processes == 1:
             return [[] for _ in batches]
@@ -85,16 +88,16 @@ class GlobalBatch:
         collect: Callable[[PreferenceBatch], Inputs],
         pieces_differ: bool = False,
     ) -> Tensor | int:
-        """Begin a step: repeated examples are left out, and every rank gets equally many pieces.
+        """Begin a step: remove repeated examples and give every rank the same number of pieces.
 
         Args:
-            batches: as they were drawn; changed in place.
-            rows_per_rank: the rows that a rank draws at a time.
-            collect: computes the loss inputs of a piece without gradients.
-            pieces_differ: whether batches are cut into pieces, whose number may differ between ranks.
+            batches: Batches of the step in the order in which they were drawn; changed in place.
+            rows_per_rank: Number of rows that each rank draws at a time.
+            collect: Function that computes the loss inputs of a piece without gradients.
+            pieces_differ: True if batches are split into pieces, whose number may differ between ranks.
 
         Returns:
-            The number of examples in the step, on all ranks.
+            The number of examples in the step, summed over ranks.
         """
         self.without_repeats(batches, rows_per_rank)
         if pieces_differ:
@@ -105,7 +108,7 @@ class GlobalBatch:
         return self.count(pieces)
 
     def count(self, pieces: list[PreferenceBatch]) -> Tensor | int:
-        """The number of examples in these pieces, on all ranks."""
+        """Return the number of examples in these pieces, summed over ranks."""
         count = sum(len(piece["rows"]) for piece in pieces)
         if self.accelerator.num_processes == 1:
             return count
@@ -115,7 +118,7 @@ class GlobalBatch:
         """Begin a step that consists of these pieces on this rank.
 
         Args:
-            collect: computes the loss inputs of a piece without gradients.
+            collect: Function that computes the loss inputs of a piece without gradients.
         """
         self._step = None
         if self.objective.needs_global_batch and len(pieces) > 1:
@@ -124,11 +127,11 @@ class GlobalBatch:
                 piece["place_in_step"] = number
 
     def loss(self, piece: PreferenceBatch, own: Inputs, num_examples: Tensor | int | None) -> tuple[LossOutput, Tensor]:
-        """The output for the examples of a piece, and its share of the step's loss.
+        """Return the loss output for the examples of a piece, and the piece's share of the step's loss.
 
         Args:
-            own: the loss inputs of the piece.
-            num_examples: in the whole step; `None`: the piece is the step.
+            own: Loss inputs of the piece.
+            num_examples: Number of examples in the whole step; `None` if the piece is the whole step.
         """
         everything, place = self._inputs(piece, own)
         output = self.objective(everything)
@@ -136,11 +139,11 @@ class GlobalBatch:
         examples = len(piece["rows"]) if num_examples is None else num_examples
         scale = self.accelerator.num_processes / examples
         total, share = output.losses.sum() * scale, own_output.losses.detach().sum() * scale
-        # The gradient is that of the whole batch's loss; the value is this piece's part of it.
+        # The value is the piece's share; the gradient is the gradient of the whole batch's loss.
         return own_output, total + (share - total.detach())
 
     def _inputs(self, piece: PreferenceBatch, own: Inputs) -> tuple[Inputs, slice]:
-        """The inputs that the objective is evaluated on, and the place of this piece's examples among them."""
+        """Return the inputs for the objective, and the slice of this piece's examples in them."""
         if not self.objective.needs_global_batch:
             return own, slice(None)
         number = piece.get("place_in_step", 0)
@@ -151,10 +154,11 @@ class GlobalBatch:
 
 
 class StepInputs:
-    """The loss inputs of one optimizer step, gathered when they are first needed.
+    """The loss inputs of one optimizer step, computed and gathered at first use.
 
     Args:
-        collect: computes the inputs of this rank's pieces, without gradients.
+        accelerator: Accelerator used for communication between ranks.
+        collect: Function that computes the inputs of this rank's pieces, without gradients.
     """
 
     def __init__(self, accelerator: Accelerator, collect: Callable[[], list[Inputs]]):
@@ -175,7 +179,11 @@ class StepInputs:
         return self._everything
 
     def splice(self, number: int, own: Inputs) -> tuple[Inputs, slice]:
-        """The global inputs with the entries of piece `number` replaced by its live ones, and their place."""
+        """Replace the entries of piece `number` in the global inputs with `own`, which has gradients.
+
+        Returns:
+            The inputs, and the slice of the piece in them.
+        """
         everything = self.everything
         start = self._starts[number]
         place = slice(start, start + len(next(iter(own.values()))))
@@ -187,12 +195,16 @@ class StepInputs:
 
 
 def gather_examples(accelerator: Accelerator, values: Tensor) -> Tensor:
-    """Numbers `[B_r]` or `[B_r, K]` of the examples of all ranks, which may have different numbers of them."""
+    """Gather tensors `[B_r]` or `[B_r, K]` from all ranks; B_r may differ between ranks."""
     return gather_inputs(accelerator, {"": values})[0][""]
 
 
 def gather_inputs(accelerator: Accelerator, inputs: Inputs) -> tuple[Inputs, int]:
-    """The inputs `[B_r]`, `[B_r, K_r]` or `[B_r, T_r]` of all ranks, detached, and where this rank's begin."""
+    """Gather inputs `[B_r]`, `[B_r, K_r]` or `[B_r, T_r]` from all ranks, without gradients.
+
+    Returns:
+        The inputs of all ranks, and the index of this rank's first example in them.
+    """
     detached = {name: tensor.detach() for name, tensor in inputs.items()}
     if accelerator.num_processes == 1:
         return detached, 0

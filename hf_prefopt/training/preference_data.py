@@ -1,4 +1,4 @@
-"""The data of a trainer: prepared, checked against the losses, and drawn as the settings say."""
+"""Prepare a trainer's datasets, check them against the losses, and build samplers."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -40,7 +40,7 @@ _OF_ROWS = (
 
 
 def settings_of_rows(args: PreferenceConfig) -> dict[str, Any]:
-    """The settings that say how rows are read and cut, as arguments of `prepare`."""
+    """Return the settings for reading and truncating rows, as arguments of `prepare`."""
     return {"num_proc": args.dataset_num_proc, **{name: getattr(args, name) for name in _OF_ROWS}}
 
 
@@ -49,20 +49,20 @@ def _layout_of(made: Prepared) -> str:
 
 
 class PreferenceData:
-    """Prepares data sets for the losses of a configuration, and draws their rows.
+    """Prepares datasets for the losses of a configuration, and builds samplers for them.
 
     Args:
-        args: the settings, read whenever they are needed.
-        tokenizer: tokenizes raw rows.
-        embeddings: how many token ids the model knows; None if that is not known yet.
-        positions: the most tokens of a sequence that the model can compute; `None` if there is no such number.
-        stops: the ids at which the model stops to generate.
+        args: Settings; they are read at each use, so later changes take effect.
+        tokenizer: Tokenizer for raw rows.
+        embeddings: Number of token ids in the model's embedding; `None` if it is not known yet.
+        positions: Maximum sequence length of the model in tokens; `None` if there is no maximum.
+        stops: Token ids at which the model stops generating.
 
     Attributes:
-        objective: the losses. The first data set settles it: the kind of examples, for losses that take several kinds,
+        objective: The losses. The first dataset determines the kind of examples, for losses that support several kinds,
             and the optional columns.
-        counts: for each prepared data set, what happened to the rows given (`notes.count_notes`).
-        streams: for each stream, the layout of its rows, or its sources with theirs.
+        counts: For each prepared dataset, counts of what happened to the raw rows (`notes.count_notes`).
+        streams: For each stream, the column layout of its rows; for a mixture, the layout of each source.
     """
 
     def __init__(
@@ -78,14 +78,18 @@ class PreferenceData:
         self.objective, self._is_settled = args.build_objective(), False
         self.counts: WeakKeyDictionary[Dataset, dict[str, int]] = WeakKeyDictionary()
         self.streams: WeakKeyDictionary[IterableDataset, str] = WeakKeyDictionary()
-        # Prepared and checked for the objective: not again in each evaluation, with all there is to say.
+        # Datasets that were prepared and checked for the current objective, so later evaluations skip both.
         self._fitting: WeakSet[Data] = WeakSet()
 
     def prepare(self, dataset: Any, name: str) -> DataOrSplits | None:
-        """The data set tokenized, or each of several; it is a `Mixture`, or what `sources.as_dataset` takes.
+        """Tokenize and check a dataset, or each dataset of a dict.
+
+        Args:
+            dataset: A `Mixture`, or an argument of `sources.as_dataset`.
+            name: Name of the dataset in messages.
 
         Raises:
-            ValueError: it is no data set, its rows cannot be read, or the losses cannot compare its examples.
+            ValueError: `dataset` is not a dataset, its rows cannot be read, or the losses cannot compare its examples.
         """
         if dataset is None:
             return None
@@ -103,7 +107,7 @@ class PreferenceData:
         return checked
 
     def _joined(self, mixture: Mixture, name: str) -> Data:
-        """The rows of a mixture, each source prepared and checked by itself."""
+        """Prepare and check each source of a mixture separately, and join the prepared rows."""
         made = []
         for source in mixture.sources:
             own = {key: getattr(source, key) for key in ("column_mapping", "remove_columns", "text_as")}
@@ -117,10 +121,13 @@ class PreferenceData:
         return joined
 
     def read(self, dataset: Data, name: str, **own: Any) -> Prepared:
-        """The data set tokenized, and how it was made; it is not checked against the losses.
+        """Tokenize a dataset without checking it against the losses.
 
         Args:
-            own: settings of this data set that differ from those of the configuration.
+            own: Settings that override the configuration for this dataset.
+
+        Returns:
+            The prepared dataset, with its layout and notes.
         """
         check_rows(dataset, name)
         with self.args.main_process_first(desc=f"tokenizing {name}"):
@@ -142,7 +149,7 @@ class PreferenceData:
         return made
 
     def settle_again(self, train: Data | None, evaluation: DataOrSplits | None) -> None:
-        """Build the objective from the settings as they are now, and check the prepared data against it.
+        """Rebuild the objective from the current settings, and check the prepared data against it.
 
         Raises:
             ValueError: the losses cannot compare the examples.
@@ -155,7 +162,7 @@ class PreferenceData:
                 self.checked(dataset, name)
 
     def checked(self, dataset: Data, name: str) -> Data:
-        """The data set, whose examples the losses can compare; the first one settles the objective."""
+        """Check that the losses can compare the dataset's examples; the first dataset determines the objective."""
         kind = kind_of_columns(dataset.column_names)
         if not self._is_settled:
             columns = [name for name in kind.optional_columns if name in dataset.column_names]
@@ -164,11 +171,11 @@ class PreferenceData:
         if not all(map(kind.has_input, wanted)):
             raise ValueError(f"{name} holds {kind.name}, but {losses} needs {self.objective.kind.wanted}")
         is_stream = not isinstance(dataset, Dataset)
-        # The columns of a stream are known, its rows are checked when they are read.
+        # Only the columns of a stream can be checked here; its rows are checked when they are read.
         first = dict.fromkeys(dataset.column_names, True) if is_stream or not len(dataset) else dataset[0]
         reason = kind.refusal(first, wanted)
         if reason is None and self.objective.needs_mismatched and is_stream:
-            reason = "it draws responses to other prompts from the whole data set, which a stream does not give"
+            reason = "it draws responses to other prompts from the whole dataset, which a stream does not support"
         if reason is not None:
             raise ValueError(f"{name} does not fit {losses}: {reason}")
         fitting = check_examples(dataset, self.objective, name)
@@ -176,14 +183,14 @@ class PreferenceData:
         return fitting
 
     def sampler(self, dataset: Any, layout: Callable[[], str | None], rows_at_once: int) -> Sampler[int] | None:
-        """Draws rows by prompt or by length, where the settings ask for it; `None`: the Trainer's sampler.
+        """Build the sampler that groups rows by prompt or by length; return `None` to use the Trainer's sampler.
 
         Args:
-            layout: gives the layout, once it is settled.
-            rows_at_once: the rows that a rank draws at a time.
+            layout: Function that returns the layout, called after the layout is chosen.
+            rows_at_once: Number of rows that each rank draws at a time.
 
         Raises:
-            ValueError: `length_column_name` names a column that the rows do not have.
+            ValueError: the rows have no column `length_column_name`.
         """
         args = self.args
         rows = dataset.dataset if isinstance(dataset, MismatchedResponses) else dataset
@@ -195,8 +202,8 @@ class PreferenceData:
             return None
         if args.length_column_name not in (*rows.column_names, "length"):
             raise ValueError(
-                f"length_column_name={args.length_column_name!r}: the prepared rows have no such column. Tokens are "
-                "counted without one: leave it out, or add the column to rows that prepare_dataset has made"
+                f"length_column_name={args.length_column_name!r}: the prepared rows have no such column. Remove the "
+                "setting (tokens are then counted), or add the column to rows from prepare_dataset"
             )
         micro_batches = args.gradient_accumulation_steps * args.world_size
         lengths = RowLengths(rows, args.length_column_name)
@@ -205,12 +212,13 @@ class PreferenceData:
         )
 
     def to_read(self, dataset: Data, rows_at_once: int) -> Any:
-        """The data set as a data loader reads it.
+        """Return the dataset in the form that a data loader reads.
 
-        Rows get a mismatched response where a loss needs one. A stream's last rows are filled up.
+        If a loss needs mismatched responses, they are added to the rows. A stream is extended at its end so that all
+        ranks get the same number of rows.
 
         Args:
-            rows_at_once: the rows that all ranks together draw at a time.
+            rows_at_once: Number of rows that all ranks together draw at a time.
         """
         if self.objective.needs_mismatched:
             dataset = MismatchedResponses(dataset, self._seed, self.args.max_length)
@@ -221,12 +229,12 @@ class PreferenceData:
 
     @property
     def pad_token_id(self) -> int:
-        """An id to fill padded rows with; masks are made from lengths, so it may be the EOS."""
+        """The token id used for padding; it may be the EOS, because masks are computed from lengths."""
         return next((i for i in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id) if i is not None), 0)
 
     @property
     def columns(self) -> list[str]:
-        """Every column that the collators or the samplers may read."""
+        """All columns that a collator or a sampler may read."""
         prepared = [prepared_features(kind.columns, kind.optional_columns) for kind in KINDS]
         columns = dict.fromkeys(column for features in prepared for column in features)
         others = ["token_weights", "mismatched_ids", "mismatched_masks", "repeated", self.args.length_column_name]

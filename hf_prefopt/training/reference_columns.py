@@ -1,13 +1,14 @@
-"""Cached reference log-probs as columns of a data set, to share, to look at, and to train from without the reference.
+"""Export cached reference log-probs as dataset columns, and import them to train without the reference model.
 
-    ref_chosen_logps, ref_rejected_logps   of pairs: sums over the scored tokens, nats; TRL's names
-    ref_logps                              of single responses: the same
-    ref_token_logps, ref_response_keys     of every response: its tokens' log-probs, and what it is known by
-    ref_model                              the fingerprint of the reference
+    ref_chosen_logps, ref_rejected_logps   for pairs: sums over the scored tokens, in nats (TRL's column names)
+    ref_logps                              for single responses: the sum over the scored tokens, in nats
+    ref_token_logps, ref_response_keys     for each response: log-probs of its tokens, and its cache key
+    ref_model                              fingerprint of the reference
 
-Imported are the tokens' log-probs, and only those of the same reference: its fingerprint is made of its weights, its
-configuration, the temperature and the dtype that it computes in (`hf_prefopt.reference.cache_key`). A response is found
-by its tokens, so other tokens never get its log-probs: they are computed as if nothing had been imported.
+The import uses only `ref_token_logps`, and raises an error if the fingerprint differs from the fingerprint of the
+current reference. The fingerprint depends on the weights, the configuration, the temperature and the compute dtype
+(`hf_prefopt.reference.cache_key`). A cache key is computed from the tokens of a response, so a response with different
+tokens never uses imported log-probs; its log-probs are computed as usual.
 """
 
 from collections.abc import Mapping
@@ -23,28 +24,29 @@ from hf_prefopt.reference.cache_key import response_keys
 
 MODEL, TOKENS, KEYS = "ref_model", "ref_token_logps", "ref_response_keys"
 CHOSEN, REJECTED, SINGLE = "ref_chosen_logps", "ref_rejected_logps", "ref_logps"
-# Sums of float32 numbers that went through a file as text or as float32.
+# Relative rounding error of sums of float32 numbers that were stored as text or as float32.
 _ROUNDING = 1e-5
 
 
 def export_reference(trainer: Any, dataset: Dataset, prepared: Dataset | None = None) -> Dataset:
-    """The rows of a data set with the reference's log-probs beside them; what is not cached yet is computed.
+    """Add the reference's log-probs to the rows of a dataset as columns; compute log-probs that are not cached yet.
 
     Args:
-        trainer: a `PreferenceTrainer` with `precompute_ref_log_probs`.
-        dataset: the raw rows that the trainer was given.
-        prepared: the same as the trainer prepared them; by default `trainer.train_dataset`. Rows that it dropped are
-            left out.
+        trainer: A `PreferenceTrainer` with `precompute_ref_log_probs`.
+        dataset: The raw dataset that was passed to the trainer.
+        prepared: The dataset after the trainer's preprocessing. Default: `trainer.train_dataset`. Rows that were
+            dropped in preprocessing are not exported.
 
     Raises:
-        ValueError: the trainer has no cached reference, or the two data sets do not belong together.
+        ValueError: the trainer has no cached reference, or `dataset` and `prepared` do not match.
     """
     reference = _cached(trainer)
     prepared = trainer.train_dataset if prepared is None else prepared
     numbers = prepared["row"]
     if len(numbers) and max(numbers) >= len(dataset):
         raise ValueError(
-            f"the trainer prepared row {max(numbers)}, and the data set has {len(dataset)} rows: pass its own"
+            f"the prepared rows include row {max(numbers)}, but the dataset has only {len(dataset)} rows: pass the raw "
+            "dataset that was passed to the trainer"
         )
     trainer.scorer.settle()
     trainer.scorer.fill_cache(prepared, "export")
@@ -71,40 +73,40 @@ def _columns_of(reference: CachedReference, row: Mapping[str, Any]) -> dict[str,
 
 
 def _places(row: Mapping[str, Any]) -> dict[str, int]:
-    """The response that each of TRL's columns is about: of the first pair, or of a single response."""
+    """Return the index of the response for each of TRL's columns: the first pair, or a single response."""
     if row.get("pairs"):
         return dict(zip((CHOSEN, REJECTED), row["pairs"][0], strict=True))
     return {SINGLE: 0} if len(row["response_ids"]) == 1 else {}
 
 
 def import_reference(trainer: Any, dataset: Dataset) -> int:
-    """Take over log-probs that `export_reference` has written; call it before training.
+    """Import log-probs that `export_reference` has written into the cache; call it before training.
 
     Args:
-        trainer: a `PreferenceTrainer` with `precompute_ref_log_probs`.
-        dataset: rows with the columns above.
+        trainer: A `PreferenceTrainer` with `precompute_ref_log_probs`.
+        dataset: Rows with the columns listed above.
 
     Returns:
-        How many responses were not known before.
+        The number of responses that were not cached before.
 
     Raises:
-        ValueError: the trainer has no cached reference; columns are missing; they are of another reference, or were
-            changed. Then nothing is imported.
+        ValueError: the trainer has no cached reference; columns are missing; the log-probs are from another reference;
+            or the columns were changed. In all of these cases nothing is imported.
     """
     reference = _cached(trainer)
     store, dtype = reference.store, _precision(reference)
     if missing := [name for name in (MODEL, TOKENS, KEYS) if name not in dataset.column_names]:
         raise ValueError(
-            f"the data set has no column {', '.join(missing)}, without which nobody can tell which model its log-probs "
-            "are of: import what export_reference has written, or leave the columns out and let them be computed"
+            f"the dataset has no column {', '.join(missing)}, so its log-probs cannot be verified: import a dataset "
+            "that export_reference has written, or train without importing (the log-probs are then computed)"
         )
     found: dict[bytes, Tensor] = {}
     for number, row in enumerate(dataset.select_columns([n for n in dataset.column_names if n.startswith("ref_")])):
         if row[MODEL] != store.folder.name:
             raise ValueError(
-                f"row {number}: its reference log-probs are of another model (fingerprint {row[MODEL]}) than the "
-                f"reference of this run ({store.folder.name}), or were computed at another temperature or precision: "
-                "leave the columns out and let them be computed"
+                f"row {number}: the reference log-probs are from another model, temperature or precision (fingerprint "
+                f"{row[MODEL]}; this run: {store.folder.name}): train without importing them (the log-probs are then "
+                "computed)"
             )
         _check_sums(number, row)
         keys = map(bytes.fromhex, row[KEYS])
@@ -118,20 +120,23 @@ def import_reference(trainer: Any, dataset: Dataset) -> int:
 
 def _cached(trainer: Any) -> CachedReference:
     if not isinstance(trainer.reference, CachedReference):
-        raise ValueError("the trainer keeps no reference log-probs: set precompute_ref_log_probs=True")
+        raise ValueError("the trainer has no cached reference log-probs: set precompute_ref_log_probs=True")
     return trainer.reference
 
 
 def _check_sums(number: int, row: Mapping[str, Any]) -> None:
-    """Refuse a row whose sum is of no response in it: one of the two was changed."""
+    """Raise `ValueError` if a sum in the row does not match any response's log-probs, so a column was changed."""
     sums = [sum(logps) for logps in row[TOKENS]]
     for name in (CHOSEN, REJECTED, SINGLE):
         value = row.get(name)
         if value is not None and not any(abs(value - total) <= _ROUNDING * (1 + abs(total)) for total in sums):
-            raise ValueError(f"row {number}: {name} is {value}, and the sums of {TOKENS} are {sums}: one was changed")
+            raise ValueError(
+                f"row {number}: {name} is {value}, but the sums of {TOKENS} are {sums}: one of the columns was changed "
+                "after the export; export the log-probs again"
+            )
 
 
 def _precision(reference: CachedReference) -> torch.dtype:
-    """What log-probs are kept in: float32, or float64 where the reference computes in it."""
+    """Return the dtype of cached log-probs: float64 if the reference has float64 weights, otherwise float32."""
     parameters = reference.model.parameters() if reference.model is not None else ()
     return torch.float64 if any(p.dtype == torch.float64 for p in parameters) else torch.float32

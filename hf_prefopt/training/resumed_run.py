@@ -1,4 +1,4 @@
-"""What a resumed run has to share with the run that wrote its checkpoint: the optimizer, the rows and their order."""
+"""Check that a resumed run has the same optimizer, rows and row order as the run that wrote its checkpoint."""
 
 import json
 import logging
@@ -13,18 +13,18 @@ from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
 
 logger = logging.getLogger(__name__)
 
-# The key next to the states of the callbacks.
+# Key of the facts in `TrainerState.stateful_callbacks`.
 RUN = "hf_prefopt_run"
 
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What decides which rows a step has, and what its optimizer keeps.
+    """The settings that determine the rows of each step and the optimizer's state.
 
     Attributes:
-        optim: the setting, without a suffix for another implementation of the same.
-        seed: of the order of the rows.
-        rows: their number and a checksum of three of them; `None` for a stream.
+        optim: The setting `optim` without the suffix "_fused", which only selects an implementation.
+        seed: Seed of the row order.
+        rows: Number of rows and a checksum of three rows; `None` for a stream.
     """
 
     optim: str
@@ -33,7 +33,7 @@ class RunFacts:
 
 
 def facts_of(args: TrainingArguments, dataset: Any) -> RunFacts:
-    """The facts of a run over a prepared data set."""
+    """Return the facts of a run over a prepared dataset."""
     optim = str(getattr(args.optim, "value", args.optim)).removesuffix("_fused")
     seed = args.seed if args.data_seed is None else args.data_seed
     return RunFacts(optim, seed, _mark(dataset))
@@ -48,18 +48,18 @@ def _mark(dataset: Any) -> str | None:
 
 
 def keep_facts(state: TrainerState, facts: RunFacts) -> None:
-    """Put them into the state that the Trainer saves with a checkpoint."""
+    """Store the facts in the state that the Trainer saves in a checkpoint."""
     state.stateful_callbacks[RUN] = asdict(facts)
 
 
 def check_facts(checkpoint: str, facts: RunFacts, skips_rows: bool) -> None:
-    """Compare a run with that of the checkpoint; other rows or another order are warned of.
+    """Compare this run with the run that wrote the checkpoint; warn if the rows or their order differ.
 
     Args:
-        skips_rows: whether the rows before the checkpoint are passed over (not with `ignore_data_skip`).
+        skips_rows: True if the rows before the checkpoint are skipped (False with `ignore_data_skip`).
 
     Raises:
-        ValueError: the checkpoint has the state of another kind of optimizer.
+        ValueError: the checkpoint has the state of a different optimizer.
     """
     saved = json.loads(Path(checkpoint, TRAINER_STATE_NAME).read_text()).get("stateful_callbacks", {}).get(RUN)
     if saved is None:
@@ -67,14 +67,14 @@ def check_facts(checkpoint: str, facts: RunFacts, skips_rows: bool) -> None:
     before = RunFacts(**saved)
     if before.optim != facts.optim and Path(checkpoint, OPTIMIZER_NAME).is_file():
         raise ValueError(
-            f"{checkpoint} has the state of optim={before.optim!r}, and this run has optim={facts.optim!r}: set the "
-            "same, or start a new run from its weights, with the folder as model"
+            f"{checkpoint} has the state of optim={before.optim!r}, but this run has optim={facts.optim!r}: set "
+            f"optim={before.optim!r}, or start a new run with the checkpoint folder as model"
         )
-    for what, old, new in (("data", before.rows, facts.rows), ("seed", before.seed, facts.seed)):
+    for what, old, new in (("dataset", before.rows, facts.rows), ("seed", before.seed, facts.seed)):
         if skips_rows and old != new:
             logger.warning(
-                "%s was written by a run with another %s (%s, now %s): the rows that are passed over are not those it "
-                "trained on, so some rows are trained on twice and others are left out of this epoch",
+                "%s was written by a run with a different %s (%s, now %s): the skipped rows are not the rows that run "
+                "trained on, so this epoch uses some rows twice and omits others",
                 checkpoint,
                 what,
                 old,

@@ -1,7 +1,7 @@
-"""What of its adapters a PEFT model saves: all of them, whole, under every engine.
+"""Save all adapters of a PEFT model completely, under every engine.
 
-Under ZeRO-3 the Trainer gathers only what trains. An adapter that is the reference, or is stacked beneath the one that
-trains, would then be saved without its tensors, and one with `modules_to_save` would not be saved at all.
+Under ZeRO-3, the Trainer gathers only trained parameters. A frozen adapter (the reference, or an adapter combined with
+the trained one) would then be saved without its tensors, and a frozen adapter with `modules_to_save` not at all.
 """
 
 from typing import Any
@@ -14,10 +14,10 @@ from hf_prefopt.reference.shards import gathered, is_zero3_partitioned
 
 
 def with_frozen_adapters(model: nn.Module, state_dict: dict[str, Any] | None) -> dict[str, Any] | None:
-    """A state dict of what trains, and in it the tensors of adapters that do not; call it on every rank.
+    """Add the tensors of frozen adapters to a state dict of the trained parameters; call it on every rank.
 
     Args:
-        state_dict: `None` on ranks that do not write.
+        state_dict: The state dict, or `None` on ranks that do not write.
     """
     if not isinstance(model, PeftModel):
         return state_dict

@@ -1,4 +1,4 @@
-"""Scores batches with the policy and with the reference, in the layout that is exact for both models."""
+"""Score batches with policy and reference, in a layout that is exact for both models."""
 
 import logging
 import re
@@ -45,21 +45,21 @@ logger = logging.getLogger(__name__)
 
 CUSTOM = "the data_collator's"
 NOISE = (
-    "%s computes otherwise in training mode than in evaluation mode: without dropout, log-probs of made-up tokens "
-    "differ by up to %.2g nats. The reference is scored in evaluation mode, so the policy differs from it before the "
-    "first step. Look in the model's config for a router's jitter or noise"
+    "%s gives different results in training mode and in evaluation mode, even without dropout: log-probs of synthetic "
+    "tokens differ by up to %.2g nats. The reference is scored in evaluation mode, so the policy differs from the "
+    "reference before the first step. Check the model's config for router jitter or noise"
 )
 INCOMPARABLE = (
-    "metric_for_best_model=%r is measured against the reference, which moves every %d steps, so checkpoints before and "
-    "after a move cannot be compared by it: choose a metric of the policy alone, such as 'logps/chosen'"
+    "metric_for_best_model=%r depends on the reference, which is updated every %d steps, so its values before and "
+    "after an update are not comparable: choose a metric of the policy alone, such as 'logps/chosen'"
 )
-NEFTUNE = "NEFTune scales its noise by the length of a row, which would be that of several sequences"
+NEFTUNE = "NEFTune scales its noise by the row length, but a row would contain several sequences"
 
 
 def loader_collator(
     args: PreferenceConfig, pad_token_id: int, custom: Callable[[list[dict]], PreferenceBatch] | None
 ) -> LoaderCollator:
-    """The trainer's collator, whose layout the scorer settles; a user's own collator is the only layout there is."""
+    """Build the trainer's collator, whose layout the scorer chooses; a custom collator is used as the only layout."""
     if custom is not None:
         return LoaderCollator({CUSTOM: custom}, CUSTOM)
     padded = PaddedCollator(pad_token_id, args.pad_to_multiple_of)
@@ -70,22 +70,22 @@ def loader_collator(
 
 
 class Scorer:
-    """The policy and its reference, ready to score.
+    """Scores batches with the policy and its reference.
 
     Args:
-        args: the settings, read when a model is attached.
-        collator: its layout is settled here.
-        ref_model: an explicit reference.
-        summary: gets the lines on the reference, the layout and the attention.
+        args: Settings, read when a model is attached.
+        collator: Collator whose layout the scorer chooses.
+        ref_model: An explicit reference.
+        summary: Start summary, to which lines about model, reference, layout and attention are added.
 
     Attributes:
-        objective: the losses, which say what must be scored.
-        reference: `None` where the losses need none.
-        layout: how batches are laid out; `None` until it is settled.
-        tree: the policy's modules.
-        aux_loss_coef: what the auxiliary loss of the policy's routers is multiplied by; 0 where it is left out.
-        made_up_logps: what tells the reference from another, where it stays the same; see `reference.identity`.
-        resumed_logps: the same, of the run that a checkpoint is from.
+        objective: The losses; they determine which statistics are computed.
+        reference: The reference, or `None` if the losses need no reference.
+        layout: Name of the batch layout; `None` until the layout is chosen.
+        tree: Modules of the policy.
+        aux_loss_coef: Coefficient of the auxiliary router loss; 0 if it is not added.
+        made_up_logps: Log-probs that identify a fixed reference; see `reference.identity`.
+        resumed_logps: The same log-probs from the checkpoint's run.
     """
 
     tree: ModuleTree
@@ -115,16 +115,19 @@ class Scorer:
         self.resumed_logps: list[float] | None = None
 
     def attach(self, model: nn.Module, objective: Objective, accelerator: Accelerator) -> None:
-        """Make a model the policy: its dropout, its reference, its scoring forward.
+        """Make a model the policy: set its dropout, choose its reference, install the scoring forward pass.
 
         Raises:
-            ValueError: the reference that the settings ask for contradicts the model or the losses.
+            ValueError: the `reference` setting is incompatible with the model or the losses, or a custom data_collator
+                with a loss that needs log-probs of prompts.
         """
         args = self._args
         self.objective, self.accelerator = objective, accelerator
         self.layout, self._filler, self._moving, self._remembered = None, None, None, RememberedScores()
         if objective.needs_prompts and CUSTOM in self._collator.collators:
-            raise ValueError("a loss reads log-probs of prompts, which a data_collator does not give: leave it out")
+            raise ValueError(
+                "a loss needs log-probs of prompts, which a custom data_collator does not support: remove data_collator"
+            )
         self._collator.scores_prompts = objective.needs_prompts
         self._dropout = switch_off_dropout(model, args.disable_dropout)
         self.aux_loss_coef = objective.aux_loss_coef = aux_loss_coef(model, args.router_aux_loss_coef)
@@ -150,15 +153,15 @@ class Scorer:
         return self.tree.model
 
     def settle(self) -> bool:
-        """Place the reference, check that the models' scores are their own, and choose the layout; once for a model.
+        """Place the reference on its device, check the models' scores, and choose the layout; once per model.
 
-        Call it when the model is on its device, before the first batch is collated.
+        Call this method when the model is on its device, before the first batch is collated.
 
         Returns:
-            Whether there was anything to do.
+            True at the first call for a model, False at later calls.
 
         Raises:
-            ValueError: the scores are not those of the model's own logits, or the layout asked for is not exact.
+            ValueError: the scores differ from those of the model's own logits, or the requested layout is not exact.
         """
         if self.layout is not None:
             return False
@@ -195,23 +198,28 @@ class Scorer:
         return True
 
     def _own_logits(self, names: list[str]) -> str:
-        """What is said of models that are scored by their own logits; `ValueError` if losses compare predictions."""
+        """Return a note about models that must be scored with the logits of their own forward pass.
+
+        Raises:
+            ValueError: a loss needs the distributions over the whole vocabulary, which such models do not support.
+        """
         name = names[0]
         if VOCABULARY_KL in self.objective.token_stats:
             raise ValueError(
-                f"{', '.join(self._args.loss_type)} compares whole predictions, and {name} does something between its "
-                "hidden states and its logits that its config does not say in a known way: choose another loss"
+                f"{', '.join(self._args.loss_type)} needs the distribution over the whole vocabulary, which is not "
+                f"supported for {name}: its forward changes the logits in a way that its config does not describe; "
+                "choose another loss"
             )
-        return f"scored by the logits of {name}'s own forward, which is slower than by its output embeddings"
+        return f"scored with the logits of {name}'s own forward, which is slower than its output embeddings alone"
 
     def _settle_aux_loss(self) -> None:
-        """Find out whether the policy's routers have an auxiliary loss, where its config asks for it."""
+        """Check whether the policy computes an auxiliary router loss, and set its coefficient."""
         coefficient, notes = settled_aux_loss(self.model, self.aux_loss_coef, self._args.router_aux_loss_coef)
         self.aux_loss_coef = self.objective.aux_loss_coef = coefficient
         self._notes += notes
 
     def _share_lower_layers(self) -> list[str]:
-        """Run the layers below all that trains once, if the reference runs on every batch; what there is to say."""
+        """Share the layers below the first trained layer, if the reference runs on every batch; return notes."""
         reference = self.reference
         is_sharded = self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
         if not isinstance(reference, LiveReference) or (reference.is_separate and is_sharded):
@@ -228,13 +236,13 @@ class Scorer:
         return [said] if said else []
 
     def _warn_of_incomparable_metric(self) -> None:
-        """Warn where the best checkpoint is told by a metric that has another yardstick after each move."""
+        """Warn if `metric_for_best_model` is relative to a reference that changes during training."""
         metric = (self._args.metric_for_best_model or "").removeprefix("eval_")
         if re.match(r"loss$|loss/|rewards/", metric) and self.accelerator.is_main_process:
             logger.warning(INCOMPARABLE, metric, self._args.ref_model_sync_steps)
 
     def _say_noise(self) -> None:
-        """Warn of a policy that differs from itself in training mode, where its dropout is off."""
+        """Warn if the policy gives different results in training and evaluation mode although its dropout is off."""
         args = self._args
         if self.reference is None or args.disable_dropout is False or args.neftune_noise_alpha is not None:
             return
@@ -243,7 +251,7 @@ class Scorer:
             logger.warning(NOISE, type(base_causal_lm(self.model)).__name__, noise)
 
     def _say_how(self) -> None:
-        """The summary's lines on the model, the reference and the attention."""
+        """Add lines about the model, the reference and the attention to the start summary."""
         causal_lm = base_causal_lm(self.model)
         dtype = self._autocast_dtype or causal_lm.dtype
         notes = [*self._dropout, *self._notes, *base_name_notes(self.model)]
@@ -253,7 +261,7 @@ class Scorer:
         self._summary.say("attention", describe_attention(causal_lm, self.accelerator.device, dtype))
 
     def check_resumed(self) -> None:
-        """Warn where a checkpoint's run had another reference."""
+        """Warn if the checkpoint's run had another reference."""
         if self.resumed_logps and self.made_up_logps and self.accelerator.is_main_process:
             warn_of_another_reference(self.resumed_logps, self.made_up_logps, self.model)
         self.resumed_logps = None
@@ -261,24 +269,24 @@ class Scorer:
     def policy_scores(
         self, model: nn.Module, batch: PreferenceBatch, reference: ResponseScores | None
     ) -> ResponseScores:
-        """The policy's scores; losses that compare whole predictions also get the reference's.
+        """Compute the policy's scores, including the KL from the reference if a loss needs it.
 
         Args:
-            model: the policy as the engine wraps it.
-            reference: the reference's scores of the same batch.
+            model: The policy, as wrapped by the engine.
+            reference: Scores of the reference for the same batch.
         """
         stats, lower = self.objective.token_stats, None
         if reference is not None:
-            # Scores that are kept keep no hidden states.
+            # The reference's scores may be kept longer, so the hidden states are removed from them.
             lower, reference.lower_states = reference.lower_states, None
         predictions = self.reference.predictions(reference) if VOCABULARY_KL in stats else None
         return score(model, batch, stats, predictions, self.aux_loss_coef != 0, lower)
 
     def reference_scores(self, batch: PreferenceBatch, dataset: Any = None) -> ResponseScores | None:
-        """The reference's scores of a batch; `None` where the losses need none.
+        """Compute the reference's scores of a batch; return `None` if the losses need no reference.
 
         Args:
-            dataset: what is evaluated, whose scores are computed once for all evaluations; `None` in training.
+            dataset: The evaluation dataset, whose scores are computed once for all evaluations; `None` in training.
         """
         if self.reference is None:
             return None
@@ -291,26 +299,26 @@ class Scorer:
     def _run_reference(self, batch: PreferenceBatch) -> ResponseScores:
         if "reference_scores" in batch:
             return batch["reference_scores"]
-        # An engine's autocast is in the policy's forward, which a separate reference model does not have.
+        # Engines apply autocast in the policy's forward; a separate reference model needs it here.
         with self.accelerator.autocast():
             return self.reference.score(batch, self.objective.reference_token_stats)
 
     def collect(self, batch: PreferenceBatch) -> dict[str, Tensor]:
-        """The loss inputs of a batch, without gradients; the batch keeps the reference's scores."""
+        """Compute the loss inputs of a batch without gradients; store the reference's scores in the batch."""
         on_device = send_to_device(batch, self.accelerator.device)
         policy, reference = self.both_scores(on_device)
         batch["reference_scores"] = reference
         return self.objective.read(on_device, policy, reference)
 
     def both_scores(self, batch: PreferenceBatch) -> tuple[ResponseScores, ResponseScores | None]:
-        """The scores of policy and reference of a batch on the device, without gradients and dropout."""
+        """Compute the scores of policy and reference for a batch on the device, without gradients and dropout."""
         with torch.no_grad(), evaluation_mode(self.tree):
             reference = self.reference_scores(batch)
             model = self.model if self._compiled is None else self._compiled
             return self.policy_scores(model, batch, reference), reference
 
     def flops_per_position(self) -> float:
-        """The model FLOPs of a position of a training step; see `reporting.throughput`."""
+        """Return the model FLOPs per token of a training step; see `reporting.throughput`."""
         is_live = isinstance(self.reference, LiveReference)
         of_reference = self.reference.tree.derived(body_parameters) if is_live else 0
         return flops_per_position(
@@ -318,11 +326,11 @@ class Scorer:
         )
 
     def fill_cache(self, dataset: Any, name: str) -> bool:
-        """Cache what is missing of a data set's reference scores; whether all of them are cached now."""
+        """Compute and cache the missing reference scores of a dataset; return True if all scores are now cached."""
         return self._filler is not None and self._filler.fill(dataset, name)
 
     def flush_cache(self) -> None:
-        """Write the reference scores that a stream has brought so far."""
+        """Write new reference scores to the cache folder; a stream adds scores while it is read."""
         if self._filler is not None:
             self.reference.store.flush()
 
@@ -332,17 +340,17 @@ class Scorer:
         self._ref_model = None
 
     def move_reference(self, step: int) -> None:
-        """After an optimizer step: let the reference follow the policy, where it does and an update is due."""
+        """Update a moving reference after an optimizer step, if an update is due."""
         if self._moving and self._moving.follow(step):
             self._remembered.forget()
 
     def save(self, checkpoint: Path, saves: bool) -> None:
-        """Write a reference that moves into a checkpoint; call it on every rank, of which one `saves`."""
+        """Save a moving reference in a checkpoint; call it on every rank, with `saves=True` on one rank."""
         if self._moving:
             self._moving.save(checkpoint, saves)
 
     def load(self, checkpoint: Path) -> None:
-        """Take over a reference that moves from a checkpoint."""
+        """Load a moving reference from a checkpoint."""
         if self._moving:
             self._moving.load(checkpoint)
             self._remembered.forget()
@@ -352,42 +360,44 @@ class Scorer:
         return torch.bfloat16 if self._args.bf16 else torch.float16 if self._args.fp16 else None
 
     def _models(self) -> list[nn.Module]:
-        """The policy and, where it is another model, the reference."""
+        """Return the policy and, if it is a separate model, the reference."""
         return list(dict.fromkeys((self.model, self.reference.model if self.reference else self.model)))
 
     def collated(self, rows: list[dict[str, Any]]) -> PreferenceBatch:
-        """The batch of these prepared rows on the device, in the layout that is settled."""
+        """Collate prepared rows in the chosen layout and move the batch to the device."""
         return send_to_device(self._collator.collators[self.layout](rows), self.accelerator.device)
 
 
 class SettleScorer(TrainerCallback):
-    """Settles the layout when training begins: the engine has wrapped the model, and a checkpoint has been loaded."""
+    """Callback that chooses the layout when training begins, after model wrapping and checkpoint loading."""
 
     def __init__(self, scorer: Scorer):
         self._scorer = scorer
 
     def on_train_begin(self, args, state, control, **_):
-        """Before the start summary is shown, and before a cache is filled."""
+        """Choose the layout before the start summary is shown and before a cache is filled."""
         self._scorer.settle()
         self._scorer.check_resumed()
 
 
 class ScorerEvents(TrainerCallback):
-    """What the scorer does at the events of a training run.
+    """Callback that fills the cache of reference scores and updates a moving reference.
 
-    With a cache, every data set is filled before its first batch is read; then the reference's memory may be freed.
-    Mismatched responses are drawn anew in every epoch, so they are filled at its beginning.
+    With a cache, the reference scores of each dataset are computed before its first batch is read; then the reference
+    model may be freed. Mismatched responses change in every epoch, so their scores are computed at the beginning of
+    each epoch.
 
     Args:
-        evaluated: gives the evaluation data sets as their data loaders read them, by name.
-        keeps_reference: whether another run of the same trainer may need it.
+        scorer: The scorer.
+        evaluated: Function that returns the evaluation datasets as their data loaders read them, by name.
+        keeps_reference: True if a later run of the same trainer may need the reference model.
     """
 
     def __init__(self, scorer: Scorer, evaluated: Callable[[], Mapping[str, Any]], keeps_reference: bool):
         self._scorer, self._evaluated, self._keeps_reference = scorer, evaluated, keeps_reference
 
     def on_train_begin(self, args, state, control, train_dataloader=None, **_):
-        """The layout is settled."""
+        """Fill the cache; the layout has been chosen."""
         if not args.precompute_ref_log_probs:
             return
         for name, dataset in self._evaluated().items():
@@ -398,22 +408,22 @@ class ScorerEvents(TrainerCallback):
             self._scorer.release_reference()
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **_):
-        """The mismatched responses of the epoch have been drawn."""
+        """Fill the cache for the mismatched responses of this epoch."""
         if self._scorer.objective.needs_mismatched:
             self._scorer.fill_cache(train_dataloader.dataset, "train")
 
     def on_step_end(self, args, state, control, **_):
-        """The optimizer has made its step; nothing has been evaluated or saved yet."""
+        """Update a moving reference, before any evaluation or checkpoint of this step."""
         self._scorer.move_reference(state.global_step)
 
     def on_save(self, args, state, control, **_):
-        """A checkpoint has been written."""
+        """Write new reference scores to the cache after each checkpoint."""
         self._scorer.flush_cache()
 
     def on_evaluate(self, args, state, control, **_):
-        """An evaluation has ended."""
+        """Write new reference scores to the cache after each evaluation."""
         self._scorer.flush_cache()
 
     def on_train_end(self, args, state, control, **_):
-        """Training has ended."""
+        """Write new reference scores to the cache at the end of training."""
         self._scorer.flush_cache()

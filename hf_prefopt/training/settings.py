@@ -1,4 +1,4 @@
-"""Settings that change after the trainer is made, by a hyperparameter search or by hand: they take effect, or raise."""
+"""Handle settings that change after construction (by a hyperparameter search or by hand): apply them or raise."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,11 +12,11 @@ from hf_prefopt.objective.objective import Objective
 
 
 def own_names(config: type[PreferenceConfig] = PreferenceConfig) -> frozenset[str]:
-    """The settings that a configuration adds to the Trainer's."""
+    """Return the names of the settings that a configuration class adds to `TrainingArguments`."""
     return frozenset({field.name for field in fields(config)} - {field.name for field in fields(TrainingArguments)})
 
 
-# What has shaped the prepared data or the trainer before any trial begins.
+# Settings used before the first trial: they affect the prepared data or the construction of the trainer.
 SETTLED = (
     "column_mapping",
     "remove_columns",
@@ -38,13 +38,13 @@ SETTLED = (
 
 
 class OwnSettings:
-    """The settings that `PreferenceConfig` adds to the Trainer's, as they were when the trainer was made.
+    """Values at construction of the settings that `PreferenceConfig` adds to `TrainingArguments`.
 
     Args:
-        args: the configuration, which others change.
+        args: The configuration; it may change later.
 
     Attributes:
-        names: of the settings.
+        names: Names of the settings.
     """
 
     def __init__(self, args: PreferenceConfig):
@@ -55,27 +55,27 @@ class OwnSettings:
         return {name: getattr(self._args, name) for name in self.names}
 
     def refuse_changes(self) -> None:
-        """Raise `ValueError` if any has changed since: without a `model_init` the change would have no effect."""
+        """Raise `ValueError` if a setting has changed: without `model_init`, the change would have no effect."""
         changed = [f"{name}={value!r}" for name, value in self._now().items() if value != self._at_start[name]]
         if changed:
             raise ValueError(
-                f"{', '.join(changed)} was set after the trainer was made, which is too late: make a new trainer, "
-                "or pass model_init in place of model"
+                f"{', '.join(changed)} was set after the trainer was created, which is too late: create a new trainer, "
+                "or pass model_init instead of model"
             )
 
     def refuse_late_changes(self) -> None:
-        """Raise `ValueError` if a setting has changed that shaped the trainer or its prepared data."""
+        """Raise `ValueError` if a setting that affects the trainer's construction or prepared data has changed."""
         for name in SETTLED:
             value, before = getattr(self._args, name), self._at_start[name]
             if value != before:
                 raise ValueError(
-                    f"{name}={value!r} comes too late: the trainer and its data were made with {name}={before!r}; make "
-                    "a trainer for each value"
+                    f"{name}={value!r} comes too late: the trainer and its data were created with {name}={before!r}; "
+                    "create a trainer for each value"
                 )
 
     @contextmanager
     def restored(self) -> Iterator[None]:
-        """Inside, trials change the settings; afterwards they are as before."""
+        """Context in which trials may change the settings; the settings are restored at its end."""
         self._before_search = self._now()
         try:
             yield
@@ -83,11 +83,11 @@ class OwnSettings:
             self._set(self._before_search)
 
     def take(self, values: Mapping[str, Any], is_space: bool) -> None:
-        """Set a trial's values as they are, without conversion; the others are those from before the search.
+        """Set the values of a trial without conversion; reset all other settings to their values before the search.
 
         Args:
-            values: of our settings and of the Trainer's.
-            is_space: whether a search space gave them, so that all names are the user's.
+            values: Values of our settings and of the Trainer's, by name.
+            is_space: True if the values come from a search space, so that all names are chosen by the user.
 
         Raises:
             ValueError: a value is invalid, or a name is not a setting.
@@ -102,19 +102,19 @@ class OwnSettings:
 
 
 def evaluation_loss(metrics: Mapping[str, float]) -> float:
-    """The loss of an evaluation, the mean of those of several evaluation sets."""
+    """Return the evaluation loss, or the mean loss over several evaluation sets."""
     losses = [value for name, value in metrics.items() if name.startswith("eval_") and name.endswith("_loss")]
     return sum(losses) / len(losses)
 
 
 def _refuse_unknown(values: Mapping[str, Any], objective: Objective, args: PreferenceConfig | None) -> None:
-    """The Trainer would only warn of a name that is not a setting."""
+    """Raise `ValueError` for a name that is not a setting; the Trainer would only log a warning."""
     for term in objective.terms:
         for name in (values.keys() & term.spec.defaults.keys()) - own_names():
             raise ValueError(
-                f"the search sets {name}={values[name]!r}, a hyperparameter of {term.spec.name} and no setting: search "
-                f"loss_params={{{name!r}: …}}"
+                f"the search sets {name}={values[name]!r}, which is a hyperparameter of {term.spec.name}, not a "
+                f"setting: search over loss_params={{{name!r}: …}}"
             )
     for name in values if args is not None else ():
         if not hasattr(args, name):
-            raise ValueError(f"the search sets {name}={values[name]!r}, and PreferenceConfig has no such field")
+            raise ValueError(f"the search sets {name}={values[name]!r}, but PreferenceConfig has no such field")

@@ -1,4 +1,4 @@
-"""The batches of each optimizer step of a run, as they come from the data loader."""
+"""Draw the batches of each optimizer step from the data loader."""
 
 import logging
 from collections.abc import Iterator
@@ -14,10 +14,10 @@ logger = logging.getLogger(__name__)
 
 
 class StepBatches:
-    """Draws whole steps: the last batches of a stream that do not fill one begin the next epoch's first step.
+    """Draws the batches of complete steps; batches left over at the end of an epoch go into the next epoch.
 
     Args:
-        checkpoint: the one that the run resumes from; `None` if it starts from the beginning.
+        checkpoint: Checkpoint from which the run resumes; `None` if the run starts from the beginning.
     """
 
     def __init__(self, checkpoint: str | None = None):
@@ -26,18 +26,18 @@ class StepBatches:
         self._ended_short = False
 
     def draw(self, loaded: Iterator[LoaderBatch], count: int, state: TrainerState) -> list[LoaderBatch]:
-        """The `count` batches of the next step, or none if the epoch has too few left or the run has ended.
+        """Return the `count` batches of the next step; [] if the epoch has too few batches left or the run has ended.
 
         Raises:
-            ValueError: a stream has ended before the place at which training resumes.
+            ValueError: a stream ended before the row at which training resumes.
         """
         if 0 < state.max_steps <= state.global_step:
-            return []  # resumed from its end, where the Trainer would make one more step
+            return []  # resumed at the last step, where the Trainer would run one more step
         batches = [*self._left_over, *map(check_loaded, islice(loaded, count - len(self._left_over)))]
         if not batches and 0 < self._begun_at == state.global_step:
             raise ValueError(
-                f"the stream of the training data ended before step {self._begun_at}, where training resumes; it is "
-                "read once from its beginning: set ignore_data_skip=True to continue with its first rows"
+                f"the training stream ended before step {self._begun_at}, where training resumes: set "
+                "ignore_data_skip=True to continue with the first rows of the stream"
             )
         self._ended_short = len(batches) < count
         self._left_over = batches if self._ended_short else []
@@ -47,13 +47,13 @@ class StepBatches:
         """Warn if a resumed run has made no step.
 
         Raises:
-            ValueError: a run from the beginning has made none, because its stream has too few rows.
+            ValueError: a new run has made no step, because its stream has too few rows.
         """
         if state.global_step == 0 and self._ended_short:
             raise ValueError(f"nothing was trained: {self._reason(args)}")
         if self._checkpoint is not None and state.global_step == self._begun_at:
             logger.warning(
-                "nothing was trained: %s is of step %d, and the run ends at step %d",
+                "nothing was trained: %s is at step %d, and the run ends at step %d",
                 self._checkpoint,
                 self._begun_at,
                 state.max_steps,
@@ -61,8 +61,8 @@ class StepBatches:
 
     def _reason(self, args: TrainingArguments) -> str:
         if not self._left_over:
-            return "the stream of the training data gave no row that can be used"
+            return "the training stream has no usable row"
         return (
-            f"the stream of the training data gave {len(self._left_over)} batches, and a step takes "
-            f"gradient_accumulation_steps={args.gradient_accumulation_steps} of them: lower it"
+            f"the training stream has only {len(self._left_over)} batches, but a step needs "
+            f"gradient_accumulation_steps={args.gradient_accumulation_steps} batches: lower it"
         )

@@ -1,4 +1,4 @@
-"""Which parameters of the policy train: a run in which none would, or an optimizer that holds others, is refused."""
+"""Find the policy's trained parameters; raise an error if there are none or the optimizer has different ones."""
 
 import logging
 
@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that train and act, by name: those of an adapter that is switched off or merged do not act."""
+    """Return the trained parameters by name, without those of disabled, inactive or merged adapters."""
     idle = set(model.peft_config) - set(model.active_adapters) if isinstance(model, PeftModel) else set()
     merged = tuple(
         f"{name}."
@@ -29,50 +29,51 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def check_trainable(model: nn.Module, optimizer: Optimizer | None, trains: bool = True) -> None:
-    """Refuse a policy of which nothing trains, if it is to train, and an optimizer of other parameters.
+    """Check that the policy has trained parameters (if `trains`) and that the optimizer has these parameters.
 
     Raises:
         ValueError: see `refuse_frozen` and `refuse_stale_optimizer`.
     """
     if trains:
         refuse_frozen(model)
-    if not isinstance(optimizer, AcceleratedOptimizer):  # that of an earlier train()
+    if not isinstance(optimizer, AcceleratedOptimizer):  # an accelerated optimizer is from an earlier train()
         refuse_stale_optimizer(model, optimizer)
 
 
 def refuse_another_model(model: nn.Module, prepared: nn.Module) -> None:
-    """Raise `ValueError` if `trainer.model` was replaced: the model that was prepared would be scored, and not train.
+    """Raise `ValueError` if `trainer.model` was replaced: the old model would be scored, the new one trained.
 
     Args:
-        prepared: what the trainer was made with.
+        prepared: The model with which the trainer was created.
     """
     if model is not prepared:
-        raise ValueError("trainer.model was replaced after the trainer was made: make a new trainer of the new model")
+        raise ValueError("trainer.model was replaced after construction: create a new trainer with the new model")
 
 
 def refuse_frozen(model: nn.Module) -> None:
-    """Refuse to train a policy of which nothing trains, or whose weights let no gradient through.
+    """Check that the policy can be trained.
 
     Raises:
-        ValueError: no parameter that acts requires a gradient, or 4-bit weights are packed for inference.
+        ValueError: no active parameter requires a gradient, or 4-bit weights are packed for inference.
     """
     if trained_parameters(model):
         refuse_packed(model)
         return
     cure = (
-        "an adapter is loaded to be trained by PeftModel.from_pretrained(base, folder, is_trainable=True), or by its "
-        "folder's name as model; one that is not active or merged by model.set_adapter(name), model.unmerge_adapter()"
+        "load the adapter with PeftModel.from_pretrained(base, folder, is_trainable=True), or pass its folder as "
+        "model; activate an inactive adapter with model.set_adapter(name), and unmerge a merged adapter with "
+        "model.unmerge_adapter()"
         if isinstance(model, PeftModel) or getattr(model, "_hf_peft_config_loaded", False)
-        else "pass a peft_config, or let parameters train: model.requires_grad_(True)"
+        else "pass a peft_config, or make parameters trainable: model.requires_grad_(True)"
     )
-    raise ValueError(f"no parameter of the policy ({type(model).__name__}) trains: {cure}")
+    raise ValueError(f"no parameter of the policy ({type(model).__name__}) is trained: {cure}")
 
 
 def refuse_stale_optimizer(model: nn.Module, optimizer: Optimizer | None) -> None:
-    """Refuse an optimizer that was made for other parameters than those that train; one over a part of them is fine.
+    """Check that the optimizer was created for the trained parameters; a subset of these parameters is allowed.
 
     Raises:
-        ValueError: it holds none of them, or misses some and holds parameters that do not train or are not the model's.
+        ValueError: the optimizer has no trained parameter; or it lacks some and has other parameters instead.
     """
     if optimizer is None:
         return
@@ -82,11 +83,10 @@ def refuse_stale_optimizer(model: nn.Module, optimizer: Optimizer | None) -> Non
     missing = [name for name, parameter in trained.items() if id(parameter) not in held]
     if len(missing) == len(trained) or (missing and held - ids):
         raise ValueError(
-            f"optimizers: the {type(optimizer).__name__} misses {len(missing)} of the {len(trained)} parameters that "
-            f"train ({missing[0]}, …) and holds {len(held - ids)} that do not train: make it of the policy as it is "
-            "trained, get_peft_model(model, peft_config) in place of peft_config, or leave it out"
+            f"optimizers: the {type(optimizer).__name__} lacks {len(missing)} of the {len(trained)} trained parameters "
+            f"({missing[0]}, …) and has {len(held - ids)} parameters that are not trained: remove the optimizer, or "
+            "create it after the adapter (call get_peft_model(model, peft_config) yourself instead of passing "
+            "peft_config)"
         )
     if missing:
-        logger.warning(
-            "optimizers: %d of %d parameters that train are not in the optimizer", len(missing), len(trained)
-        )
+        logger.warning("optimizers: %d of %d trained parameters are not in the optimizer", len(missing), len(trained))

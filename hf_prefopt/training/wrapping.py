@@ -1,4 +1,4 @@
-"""How DDP and `torch.compile` wrap a policy: what they need to know of its forward."""
+"""Settings of DDP and `torch.compile` that depend on the policy's forward pass."""
 
 import random
 from typing import cast
@@ -13,10 +13,10 @@ from hf_prefopt.scoring.forward import base_causal_lm
 
 
 def compiled_for_scoring(accelerator: Accelerator, model: nn.Module) -> nn.Module | None:
-    """A model compiled as accelerate compiles the policy, but without DDP around it; `None` where it is not compiled.
+    """Compile the model with accelerate's options, but without DDP; return `None` if the policy is not compiled.
 
-    The policy's graphs serve both. Models that an engine shards, and regions that are compiled by themselves, stay as
-    they are.
+    The compiled graphs of the policy are reused. The function also returns `None` for sharded models and for regional
+    compilation.
     """
     plugin = accelerator.state.dynamo_plugin
     is_sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
@@ -26,11 +26,11 @@ def compiled_for_scoring(accelerator: Accelerator, model: nn.Module) -> nn.Modul
 
 
 def settle_unused_parameters(accelerator: Accelerator, setting: bool | None, model: nn.Module) -> None:
-    """Let DDP look for unused parameters in every backward only if the model may have some.
+    """Set DDP's `find_unused_parameters` to True only if the model may have unused parameters.
 
     Args:
-        setting: `ddp_find_unused_parameters`; `None` leaves it to the model.
-        model: the model that DDP will wrap, on its device.
+        setting: Value of `ddp_find_unused_parameters`; unless it is `None`, nothing is changed.
+        model: The model that DDP will wrap, on its device.
     """
     without_ddp = (DistributedType.NO, DistributedType.FSDP, DistributedType.DEEPSPEED)
     if setting is None and accelerator.distributed_type not in without_ddp:
@@ -39,10 +39,10 @@ def settle_unused_parameters(accelerator: Accelerator, setting: bool | None, mod
 
 
 def uses_every_parameter(model: nn.Module) -> bool:
-    """Whether every trained parameter gets a gradient, if only of zeros, whatever the tokens.
+    """Return True if every trained parameter gets a gradient (possibly zero) for any input.
 
-    It is tried on one token, which reaches few of the experts that a router chooses among. They count as unused unless
-    their weights are one parameter, as in transformers' own models.
+    The test runs one token, which a router sends to only a few experts. The other experts count as unused, unless all
+    experts share one parameter tensor, as in transformers' own models.
     """
     config = base_causal_lm(model).config
     if getattr(config, "layerdrop", 0):

@@ -37,10 +37,10 @@ PRECISIONS = ("fp32", "bf16")
 # With a state of Adam's.
 ADAPTIVE = ("resumes", "resumes_weights_alone", "resumes_all_weights_alone", "resumes_with_fewer")
 FEWER = "resumes_with_fewer"
-ONCE = "under DeepSpeed a trainer trains once.* set eval_on_start=True"
-NOT_BEFORE = "does not evaluate or predict before it has trained: set eval_on_start=True"
-ANEW = "another trainer has used this model.* load the model anew"
-WEIGHTS = "weights alone.* start a new run from its weights"
+ONCE = "under DeepSpeed, a trainer can train only once.* set eval_on_start=True"
+NOT_BEFORE = "cannot evaluate or predict before training: set eval_on_start=True"
+ANEW = "another trainer has sharded this model.* load the model again"
+WEIGHTS = "only weights.* start a new run from its weights"
 # What is refused, and what the error says to do.
 REFUSED = {
     **{(engine, "splits_batches"): "divide per_device_train_batch_size .* by the 2 ranks" for engine in ENGINES},
@@ -53,7 +53,7 @@ REFUSED = {
     ("fsdp2", "runs_the_cell_again"): ANEW,
     **{(f"zero{n}", "resumes_weights_alone"): WEIGHTS for n in (2, 3)},
     **{(engine, "resumes_all_weights_alone"): WEIGHTS for engine in ("zero2", "zero3", "fsdp2")},
-    **{(f"zero{n}", FEWER): "written by 2 ranks under DeepSpeed.* here are 1: start as many" for n in (2, 3)},
+    **{(f"zero{n}", FEWER): "written by 2 ranks, but this run has 1.* start the same number of ranks" for n in (2, 3)},
 }
 # What no other test of two processes has; the rest is for make nightly.
 IN_SUITE = [

@@ -347,7 +347,7 @@ def test_what_a_cache_cannot_serve_is_refused(settings, message, with_reference_
 
 
 def test_batches_without_keys_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="keys that a data_collator does not give"):
+    with pytest.raises(ValueError, match="cache keys, which a custom data_collator does not compute"):
         cached(tmp_path, data_collator=lambda rows: rows)
 
 

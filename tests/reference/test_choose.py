@@ -89,10 +89,10 @@ def adapted_with_biases():
         (plain, "adapter_off", {}, "needs a PEFT model"),
         (plain, "adapter:ref", {}, "needs a PEFT model"),
         (adapted, "adapter:ref", {}, "the model's adapters are default"),
-        (adapted, "adapter:default", {}, "is the adapter that trains"),
-        (adapted_with_biases, "adapter_off", {}, "parameters outside all adapters are trained"),
+        (adapted, "adapter:default", {}, "is the adapter being trained"),
+        (adapted_with_biases, "adapter_off", {}, "parameters outside all adapters are also trained"),
         (plain, "model", {}, "pass ref_model"),
-        (plain, "none", {}, "but a loss needs one"),
+        (plain, "none", {}, "but a loss needs a reference"),
         (plain, "copy", {"ref_model": plain}, "drop one of them"),
         (adapted, "adapter_off", {"ref_model": plain}, "drop one of them"),
         (plain, "copy", {"loss_type": "simpo"}, "need no reference"),
@@ -114,5 +114,5 @@ def test_the_policy_is_no_reference_of_itself(tmp_path):
 
 
 def test_a_second_adapter_on_an_adapter_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="the model has an adapter"):
+    with pytest.raises(ValueError, match="the model already has an adapter"):
         make_trainer(tmp_path, adapted(), peft_config=adapted().peft_config["default"])

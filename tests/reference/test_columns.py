@@ -85,7 +85,7 @@ def test_columns_without_a_fingerprint_or_changed_ones_are_refused(tmp_path):
     with pytest.raises(ValueError, match="no column ref_model"):
         import_reference(other, exported.remove_columns("ref_model"))
     changed = Dataset.from_list([{**row, "ref_chosen_logps": row["ref_chosen_logps"] - 0.1} for row in exported])
-    with pytest.raises(ValueError, match=r"row 0: ref_chosen_logps is .* one was changed"):
+    with pytest.raises(ValueError, match=r"row 0: ref_chosen_logps is .* one of the columns was changed"):
         import_reference(other, changed)
 
 

@@ -283,7 +283,7 @@ UNSHARED = {
     "a layer that changes what it gets": (
         lambda: upper_lora(odd_llama(layer=InPlaceLayer), layers=(2,)),
         {"reference": "adapter_off", "layout": "padded"},
-        "changes the hidden states",
+        "changes its input in place",
     ),
     "adapters on the embeddings": (
         lambda: with_lora(tiny_model(num_hidden_layers=4), target_modules=["embed_tokens", "lm_head"]),

@@ -58,14 +58,14 @@ def test_a_run_says_what_it_is(caplog, tmp_path):
         trainer.train()
     assert said(caplog) == [
         f"model: LlamaForCausalLM, {trained:,} of {total:,} parameters train (LORA r=4), float32",
-        "model: adapter_config.json names no base model: set hub_base_model (owner/name) for an adapter that others "
-        "load",
+        "model: adapter_config.json names no base model: set hub_base_model (owner/name) so that others can "
+        "load the adapter",
         "loss: 0.5 × simpo, beta=2.0, gamma=None, gamma_beta_ratio=None, label_smoothing=0.2",
         "loss: 1 × dpo, beta=0.3, label_smoothing=0.2",
         "loss: 0.1 × sft",
         "reference: the base model, the adapter switched off",
         "layout: shared, each prompt is computed once, and no padding",
-        "attention: PyTorch's (sdpa), a response at a time",
+        "attention: PyTorch's (sdpa), one response at a time",
         "data: train 8 rows → 8 pairs of 8 prompts, eval 3 rows → 3 pairs of 3 prompts",
         *data,
         "batch: 4 rows a step (2 per device × 2 accumulated), 1 steps",
@@ -98,7 +98,7 @@ def test_an_evaluation_alone_says_its_layout_once(caplog, tmp_path):
     with caplog.at_level(logging.WARNING):
         trainer.evaluate()
         trainer.evaluate()
-    assert said(caplog) == ["layout: padded, as layout='padded' asks"]
+    assert said(caplog) == ["layout: padded, requested by layout='padded'"]
 
 
 def test_many_losses_are_folded():

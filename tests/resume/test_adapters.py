@@ -37,10 +37,14 @@ def test_a_resumed_run_with_these_adapters_is_the_uninterrupted_one(names, tmp_p
 @pytest.mark.parametrize(
     ("written_by", "resumed_by", "message"),
     [
-        (lambda: named("x"), lambda: named("y"), "has the adapters x, and the model has y"),
-        (lambda: named("x"), lambda: named("x", "y"), "has the adapters x, and the model has x, y"),
-        (tiny_model, lambda: with_lora(tiny_model()), r"has the adapters \(none\), and the model has default"),
-        (lambda: with_lora(tiny_model()), tiny_model, "has the adapters default, and the policy of this run has none"),
+        (lambda: named("x"), lambda: named("y"), "has the adapters x, but the model has y"),
+        (lambda: named("x"), lambda: named("x", "y"), "has the adapters x, but the model has x, y"),
+        (tiny_model, lambda: with_lora(tiny_model()), r"has the adapters \(none\), but the model has default"),
+        (
+            lambda: with_lora(tiny_model()),
+            tiny_model,
+            "has the adapters default, but the policy of this run has no adapter",
+        ),
     ],
     ids=["another name", "one more", "none before", "none now"],
 )
@@ -55,5 +59,5 @@ def test_a_model_that_was_replaced_after_construction_is_refused(tmp_path):
     """The Trainer's optimizer would have its parameters, and the losses those of the model before."""
     trainer = make_trainer(tmp_path, **SETTINGS)
     trainer.model = tiny_model(seed=3)
-    with pytest.raises(ValueError, match="was replaced after the trainer was made: make a new trainer"):
+    with pytest.raises(ValueError, match="was replaced after construction: create a new trainer"):
         trainer.train()

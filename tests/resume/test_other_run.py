@@ -19,17 +19,17 @@ def checkpoint(tmp_path_factory):
     [
         ({}, None),
         ({"optim": "adamw_torch"}, None),
-        ({"train_dataset": pairs(8, seed=7)}, "another data (8 rows"),
+        ({"train_dataset": pairs(8, seed=7)}, "a different dataset (8 rows"),
         ({"train_dataset": pairs(9)}, "now 9 rows"),
-        ({"seed": 7}, "another seed (42, now 7)"),
-        ({"data_seed": 7}, "another seed (42, now 7)"),
+        ({"seed": 7}, "a different seed (42, now 7)"),
+        ({"data_seed": 7}, "a different seed (42, now 7)"),
         ({"seed": 7, "ignore_data_skip": True}, None),
     ],
     ids=["the same", "the same optimizer by another kernel", "data", "one row more", "seed", "data_seed", "no skip"],
 )
 def test_other_rows_are_warned_of(checkpoint, settings, warning, tmp_path, caplog):
     make_trainer(tmp_path, **{**SETTINGS, **settings}).train(resume_from_checkpoint=checkpoint)
-    assert ("was written by a run with another" in caplog.text) is (warning is not None)
+    assert ("was written by a run with a different" in caplog.text) is (warning is not None)
     assert (warning or "") in caplog.text
 
 

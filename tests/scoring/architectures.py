@@ -80,7 +80,7 @@ _DELTA_NET = {
     "linear_value_head_dim": 8,
     "num_hidden_layers": 4,
 }
-_STATE, _INTERFACE = "carry a state along the row", "does not go through transformers' attention interface"
+_STATE, _INTERFACE = "carry a state along the row", "does not use transformers' attention interface"
 
 # Exact in the layout "around", but not in "shared", for the reason that a part of which is given.
 AROUND = {
@@ -145,7 +145,7 @@ AROUND = {
     "minimax": ({"num_local_experts": 4, "block_size": 8}, _STATE),
     "recurrent_gemma": ({"num_hidden_layers": 3, "attention_window_size": 7, "lru_width": 32}, _STATE),
     # With 16 heads of the index, hardly any two tokens tie at a score of 0, between which the top k choose at will.
-    "deepseek_v32": ({**_LATENT, "index_topk": 4, "index_head_dim": 8, "index_n_heads": 16}, "choose which tokens"),
+    "deepseek_v32": ({**_LATENT, "index_topk": 4, "index_head_dim": 8, "index_n_heads": 16}, "select tokens"),
     "bloom": ({"n_layer": 2, "n_head": 4}, _INTERFACE),
     "mpt": ({"d_model": 32, "n_layers": 2, "n_heads": 4}, _INTERFACE),
     "gpt_neo": (
@@ -154,8 +154,8 @@ AROUND = {
     ),
     "gptj": ({"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4}, _INTERFACE),
     "falcon": ({"alibi": True}, "ALiBi"),
-    "llama4_text with scaled queries": ({**_LLAMA4, "floor_scale": 4}, "scales queries by their place in the row"),
-    "doge": ({}, "a mask of the module's own making"),  # with learned weights in it
+    "llama4_text with scaled queries": ({**_LLAMA4, "floor_scale": 4}, "scales queries by their position in the row"),
+    "doge": ({}, "a mask that the module builds itself"),  # with learned weights in it
 }
 
 _WITHOUT_HEAD_DIM = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}

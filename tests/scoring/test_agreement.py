@@ -24,7 +24,7 @@ from tests.scoring.plain import assert_same_gradients, gradients, padded_batch, 
 from tests.tiny_models import _SIZES, QUANTIZABLE, perturbed, random_rows, tiny_model, with_lora
 from tests.trainers import logged, make_trainer, weights
 
-NOT_ITS_OWN = "not those of its own logits"
+NOT_ITS_OWN = "differ from those of its own logits"
 
 
 class OddLlama(LlamaForCausalLM):
@@ -160,7 +160,7 @@ class TestFaults:
         models = {"model": odd} if role == "policy" else {"model": tiny_model(), "ref_model": odd}
         trainer = make_trainer(tmp_path, eval_dataset=None, **models, **settings)
         before = weights(trainer.model)
-        with pytest.raises(ValueError, match=rf"OddLlama would train on are {NOT_ITS_OWN}.*off by ([\d.e+]+|inf) nats"):
+        with pytest.raises(ValueError, match=rf"OddLlama used in training {NOT_ITS_OWN}.* is ([\d.e+]+|inf) nats"):
             trainer.train()
         assert trainer.state.global_step == 0
         assert all(torch.equal(values, before[name]) for name, values in weights(trainer.model).items())
@@ -170,11 +170,14 @@ class TestFaults:
         trainer = make_trainer(tmp_path, odd_llama("capped"), layout=layout, max_steps=1)
         trainer.train()
         assert logged(trainer, "loss")[0] == pytest.approx(math.log(2), abs=1e-6)
-        assert "scored by the logits of OddLlama's own forward, which is slower" in trainer.summary.as_dict()["model"]
+        assert "scored with the logits of OddLlama's own forward, which is slower" in trainer.summary.as_dict()["model"]
 
     def test_losses_of_whole_predictions_are_refused(self, tmp_path):
         trainer = make_trainer(tmp_path, odd_llama("capped"), loss_type="tdpo1")
-        with pytest.raises(ValueError, match="tdpo1 compares whole predictions, and OddLlama"):
+        with pytest.raises(
+            ValueError,
+            match="tdpo1 needs the distribution over the whole vocabulary, which is not supported for OddLlama",
+        ):
             trainer.train()
 
 

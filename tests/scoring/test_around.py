@@ -222,7 +222,7 @@ class TestTheProbe:
         monkeypatch.setattr(
             around, "mixers_of", lambda layer: [m for m in mixers(layer) if m is not getattr(layer, "conv", 0)]
         )
-        assert "sees another response" in reason_against("around", model).words
+        assert "depends on another response" in reason_against("around", model).words
 
     def test_layers_skipped_at_random(self):
         model = architecture("opt")

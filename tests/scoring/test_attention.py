@@ -247,10 +247,10 @@ def test_where_the_kernel_is_taken(capability, dtype, widths, expected):
     ("name", "capability", "dtype", "said"),
     [
         ("llama", H100, BF16, "variable-length kernel"),
-        ("llama", H100, FP32, "PyTorch's (sdpa), a response at a time"),
-        ("llama", T4, FP16, "PyTorch's (sdpa), a response at a time"),
-        ("gemma2", H100, BF16, "PyTorch's (eager), a response at a time, because of its soft-cap"),
-        ("gpt_oss", H100, BF16, "PyTorch's (eager), a response at a time, because of its sinks"),
+        ("llama", H100, FP32, "PyTorch's (sdpa), one response at a time"),
+        ("llama", T4, FP16, "PyTorch's (sdpa), one response at a time"),
+        ("gemma2", H100, BF16, "PyTorch's (eager), one response at a time, because of its soft-cap"),
+        ("gpt_oss", H100, BF16, "PyTorch's (eager), one response at a time, because of its sinks"),
     ],
 )
 def test_the_summary_names_the_attention(name, capability, dtype, said, monkeypatch):

@@ -257,7 +257,7 @@ class TestAttentionIsGivenBack:
         assert layout.settled_layout("auto", models[:1]).name == "shared"
         assert implementations(models[0]) != before[0]
         if asked == "shared":
-            with pytest.raises(ValueError, match="a mask of the module"):
+            with pytest.raises(ValueError, match="a mask that the module builds"):
                 layout.settled_layout(asked, models)
         else:
             assert layout.settled_layout(asked, models).name == "padded"
@@ -382,7 +382,7 @@ class TestTheProbe:
             }
 
         self.break_attention(monkeypatch, run_together)
-        assert "sees another response" in reason_against("shared", model).words
+        assert "depends on another response" in reason_against("shared", model).words
 
     def test_a_dropped_sliding_window(self, model, monkeypatch):
         self.break_attention(monkeypatch, lambda kwargs: {**kwargs, "sliding_window": None})
@@ -450,7 +450,7 @@ class TestTheProbe:
         error = RuntimeError("no such kernel\nand a page of a trace")
         monkeypatch.setattr(layout, "SharedCollator", raising(error))
         reason = reason_against("shared", model)
-        assert reason.words == "its forward refuses it (RuntimeError: no such kernel)" and reason.cause is error
+        assert reason.words == "its forward raises an error (RuntimeError: no such kernel)" and reason.cause is error
 
     @pytest.mark.parametrize("error", NO_REFUSALS, ids=lambda error: type(error).__name__)
     def test_what_is_no_refusal_is_raised(self, error, model, monkeypatch):

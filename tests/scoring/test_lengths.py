@@ -97,7 +97,7 @@ def test_prompts_are_shared_where_no_sequence_is_longer(kind):
     assert length_limit(model) == ORIGINAL
     assert reason_of_length([model], ORIGINAL) is None and reason_against("shared", model) is None
     for longer in (ORIGINAL + 1, None):
-        assert f"(max_length={ORIGINAL} would do)" in reason_of_length([tiny_model(), model], longer)
+        assert f"(max_length={ORIGINAL} avoids it)" in reason_of_length([tiny_model(), model], longer)
     assert length_limit(tiny_model()) is None
 
 

@@ -59,7 +59,7 @@ def test_a_state_that_is_not_there_starts_afresh(caplog):
     with caplog.at_level(logging.WARNING, logger="hf_prefopt"):
         restore_losses(TrainerState(), objective)
     assert objective.state_dict() == build_objective(["bco_pair"]).state_dict()
-    assert "no state of bco_pair, which starts afresh" in caplog.text
+    assert "no state for bco_pair: using the initial state" in caplog.text
 
 
 @pytest.mark.parametrize("settings", [{}, {"save_only_model": True}, {"restore_callback_states_from_checkpoint": True}])
@@ -99,7 +99,7 @@ def test_another_number_of_rows_a_step_is_an_error(tmp_path):
     """Half the rows would make it another place in the data, and other learning rates."""
     make_trainer(tmp_path, **PAIRS, gradient_accumulation_steps=2).train()
     checkpoint = str(tmp_path / "checkpoint-1")
-    with pytest.raises(ValueError, match=r"4 rows a step .*=2 × .*=2 × 1 rank\), and this run has 2 rows a step"):
+    with pytest.raises(ValueError, match=r"4 rows per step .*=2 × .*=2 × 1 rank\), but this run has 2 rows per step"):
         make_trainer(tmp_path, **PAIRS).train(resume_from_checkpoint=checkpoint)
     same = make_trainer(tmp_path, **PAIRS, per_device_train_batch_size=1, gradient_accumulation_steps=4)
     same.train(resume_from_checkpoint=checkpoint)
@@ -113,7 +113,7 @@ def test_weights_alone_resume_with_a_warning(tmp_path, caplog):
     make_trainer(tmp_path, **PAIRS, save_only_model=True).train()
     with caplog.at_level(logging.WARNING, logger="hf_prefopt"):
         make_trainer(tmp_path, **PAIRS).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
-    assert "has weights alone (save_only_model=True): the optimizer and the schedule" in caplog.text
+    assert "has only weights (save_only_model=True): the optimizer and the learning-rate schedule" in caplog.text
 
 
 @pytest.mark.parametrize(("name", "engine"), [("global_step1", "DeepSpeed"), ("optimizer_0", "FSDP")])
@@ -123,7 +123,7 @@ def test_a_checkpoint_of_another_engine_is_an_error(name, engine, tmp_path):
     checkpoint = tmp_path / "checkpoint-1"
     (checkpoint / "optimizer.pt").unlink()
     (checkpoint / name).mkdir()
-    with pytest.raises(ValueError, match=f"was written under {engine}, and this run is under one process or DDP"):
+    with pytest.raises(ValueError, match=f"was written under {engine}, but this run is under one process or DDP"):
         make_trainer(tmp_path, **PAIRS).train(resume_from_checkpoint=str(checkpoint))
 
 

@@ -169,19 +169,19 @@ class TestWhatIsSaid:
         return trainer.summary.as_dict()["model"]
 
     def test_the_coefficient(self, tmp_path):
-        assert "plus 0.001 × its routers' auxiliary loss (aux_loss)" in self.said(tmp_path, moe())
+        assert "plus 0.001 × the auxiliary router loss (aux_loss)" in self.said(tmp_path, moe())
 
     def test_a_constant(self, tmp_path):
         """The last layer's experts alone train: no router comes behind them."""
         model = moe().requires_grad_(False)
         model.model.layers[1].mlp.experts.requires_grad_(True)
-        assert "a constant, since nothing that trains comes before a router" in self.said(tmp_path, model)
+        assert "a constant, because no trained parameter comes before a router" in self.said(tmp_path, model)
 
     def test_adapters_before_frozen_routers_are_moved(self, tmp_path):
         """The routers' logits are of hidden states that adapters change, although the routers are frozen."""
         adapter = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
         model = with_lora(moe(), target_modules=["q_proj", "v_proj"])
-        assert "whose gradient reaches adapters" in self.said(tmp_path, model)
+        assert "whose gradient reaches the adapters" in self.said(tmp_path, model)
         trainer = make_trainer(tmp_path, moe(), peft_config=adapter)
         trainer.scorer.settle()
         (batch,) = trainer.data_collator(random_rows(3))["pieces"]
@@ -190,10 +190,10 @@ class TestWhatIsSaid:
 
     def test_what_has_none(self, tmp_path):
         assert "auxiliary" not in self.said(tmp_path, tiny_model())
-        assert "no auxiliary loss of its routers: router_aux_loss_coef is 0" in self.said(
+        assert "no auxiliary router loss: router_aux_loss_coef is 0" in self.said(
             tmp_path, moe(router_aux_loss_coef=0.0)
         )
-        with pytest.raises(ValueError, match=r"router_aux_loss_coef=0\.5: LlamaForCausalLM is no mixture of experts"):
+        with pytest.raises(ValueError, match=r"router_aux_loss_coef=0\.5: LlamaForCausalLM has no auxiliary loss"):
             make_trainer(tmp_path, tiny_model(), router_aux_loss_coef=0.5)
         with pytest.raises(ValueError, match=r"router_aux_loss_coef=-1\.0"):
             make_trainer(tmp_path, moe(), router_aux_loss_coef=-1.0)

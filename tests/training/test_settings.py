@@ -153,7 +153,7 @@ LATE = {
 def test_a_setting_that_comes_too_late_is_refused(name, tmp_path):
     cached = {"precompute_ref_log_probs": True, "reference_cache_dir": str(tmp_path / "cache")}
     trainer = trainer_for(tmp_path / "run", **(cached if name == "reference_cache_dir" else {}))
-    with pytest.raises(ValueError, match=f"{name}=.* comes too late: .* make a trainer for each value"):
+    with pytest.raises(ValueError, match=f"{name}=.* comes too late: .* create a trainer for each value"):
         search(trainer, [{name: LATE[name]}])
     assert getattr(trainer.args, name) != LATE[name]
     # As it is, it may stand in a space.
@@ -173,7 +173,7 @@ def test_every_settled_setting_is_tried():
         ({"loss_type": "dop"}, "loss_type='dop' is not registered; did you mean dpo"),
         ({"loss_type": "sft", "beta": 0.5}, "beta=0.5 is not used by any loss"),
         ({"loss_type": "kto"}, "train holds pairs, but kto needs"),
-        ({"reference": "none"}, "a loss needs one"),
+        ({"reference": "none"}, "a loss needs a reference"),
         ({"reference": "cache"}, "precompute_ref_log_probs=True comes too late"),
         ({"unpair": True}, "unpair=True makes unpaired examples"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 belongs to the Trainer's"),
@@ -187,7 +187,9 @@ def test_what_a_configuration_refuses_a_trial_refuses(space, message, tmp_path):
 
 def test_a_bare_hyperparameter_is_refused(tmp_path):
     """The Trainer would only warn that it is no setting, and run equal trials."""
-    with pytest.raises(ValueError, match=r"gamma=0.5, a hyperparameter of simpo .* search loss_params=\{'gamma'"):
+    with pytest.raises(
+        ValueError, match=r"gamma=0.5, which is a hyperparameter of simpo.* search over loss_params=\{'gamma'"
+    ):
         search(trainer_for(tmp_path, loss_type="simpo"), [{"gamma": 0.5}])
 
 
@@ -301,8 +303,8 @@ def test_the_loss_is_not_maximized(tmp_path):
 @pytest.mark.parametrize(
     ("space", "refusal"),
     [
-        ({"loss_type": ["simpo"], "gamma": 0.3}, "gamma=0.3, a hyperparameter of simpo"),
-        ({"betaa": 0.3}, "betaa=0.3, and PreferenceConfig has no such field"),
+        ({"loss_type": ["simpo"], "gamma": 0.3}, "gamma=0.3, which is a hyperparameter of simpo"),
+        ({"betaa": 0.3}, "betaa=0.3, but PreferenceConfig has no such field"),
     ],
 )
 def test_what_would_not_act_is_refused_in_the_first_trial(space, refusal, tmp_path):
@@ -314,7 +316,7 @@ def test_what_would_not_act_is_refused_in_the_first_trial(space, refusal, tmp_pa
 def test_a_setting_changed_by_hand_is_refused(name, value, tmp_path):
     trainer = make_trainer(tmp_path, max_steps=1)
     setattr(trainer.args, name, value)
-    with pytest.raises(ValueError, match=f"{name}=.* was set after the trainer was made"):
+    with pytest.raises(ValueError, match=f"{name}=.* was set after the trainer was created"):
         trainer.train()
 
 

@@ -66,7 +66,7 @@ def test_a_second_run_begins_with_the_first_row(tmp_path):
 def test_a_stream_of_less_than_a_step_is_an_error(tmp_path):
     """It would be read again and again, and no step made."""
     trainer = stream_trainer(tmp_path, rows=1, max_steps=2)
-    with pytest.raises(ValueError, match="gave 1 batches, and a step takes gradient_accumulation_steps=2"):
+    with pytest.raises(ValueError, match="has only 1 batches, but a step needs gradient_accumulation_steps=2"):
         trainer.train()
 
 

@@ -151,7 +151,7 @@ def test_the_auxiliary_loss_of_experts_is_added(tmp_path):
 def test_a_setting_of_trls_that_is_changed_too_late(tmp_path):
     trainer = make("CPO", tmp_path)
     trainer.args.cpo_alpha = 0.1
-    with pytest.raises(ValueError, match=r"cpo_alpha=0\.1 was set after the trainer was made"):
+    with pytest.raises(ValueError, match=r"cpo_alpha=0\.1 was set after the trainer was created"):
         trainer.train()
 
 
