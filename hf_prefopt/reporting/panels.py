@@ -139,7 +139,7 @@ def series(logs: Sequence[Mapping[str, Any]], key: str) -> Points:
 
 
 def running_mean(points: Points) -> Points:
-    """Compute the mean over the latest tenth of all logs (at least five) at each log. Empty for fewer than five logs."""
+    """Compute a running mean over a tenth of the logs, but at least five. Empty for fewer than five logs."""
     if len(points) < _FEWEST:
         return []
     width = max(_FEWEST, round(_SHARE * len(points)))
