@@ -116,7 +116,7 @@ def _plain(message: str) -> str:
 
 
 def _finish(option: argparse.Action, field: Field, may_be_none: bool) -> None:
-    """Set the help text of a setting's option and remove its default. Optional numbers also accept `none`."""
+    """Add the default to the help text of an option, and let optional numbers accept `none`."""
     if may_be_none and option.type in (int, float):
         option.type = _or_none(option.type)
     option.metavar = option.metavar or ("VALUE" if option.nargs != 0 else None)

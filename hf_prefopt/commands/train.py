@@ -60,7 +60,7 @@ def run(options: Namespace) -> int:
 
 
 def recipe(**defaults: Any) -> NoReturn:
-    """Run `train` with the command line of the process, and exit. For scripts.
+    """Run `train` from a script with the command line of the process, and exit.
 
     Args:
         defaults: Settings of the script. YAML files and the command line override them.

@@ -22,15 +22,15 @@ EXPLAINED = 0.5
 
 FELL = (
     "step {step}: chosen responses have become less likely: their log-probs are {fall:.3f} nats per token below "
-    "{start} (standard error {error:.3f}; {examples} examples), so their perplexity is {share:.0%} higher. The loss "
-    "is reduced by lowering the rejected ones further. Try sft_weight=1.0 with this loss, loss_type=dpop, cal_dpo or "
-    "nca_pair, a lower learning_rate, or a higher beta; see docs/displacement.md"
+    "{start} (standard error {error:.3f}; {examples} examples), so their perplexity is {share:.0%} higher. Possible "
+    "remedies: sft_weight=1.0 with this loss, loss_type=dpop, cal_dpo or nca_pair, a lower learning_rate, or a higher "
+    "beta; see docs/displacement.md"
 )
 LENGTH = (
     "step {step}: margins grow by length alone: the difference in length explains {explained:.0%} of the margins' "
-    "variance ({examples} examples), and pairs of equal length have a margin of {intercept:+.3f} ± {error:.3f} nats, "
-    "of a mean of {mean:+.3f}. Try a loss that compares log-probs per token (loss_type=simpo, dpo_norm or sampo), "
-    "r_dpo, or ld_alpha below 1, or data whose chosen responses are not longer; see docs/displacement.md"
+    "variance ({examples} examples). At equal length, the margin is {intercept:+.3f} ± {error:.3f} nats; the mean "
+    "margin is {mean:+.3f} nats. Possible remedies: a loss that compares log-probs per token (loss_type=simpo, dpo_norm or "
+    "sampo), r_dpo, ld_alpha below 1, or data whose chosen responses are not longer; see docs/displacement.md"
 )
 
 

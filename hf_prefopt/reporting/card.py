@@ -1,4 +1,4 @@
-"""The model card: what was trained, on which data, with which loss and reference, and the results.
+"""The model card, which describes the model, the data, the loss, the reference, and the results.
 
 The card is built from plain values, so the trainer, a script or a test can create one. The caller saves or pushes it.
 """
@@ -240,7 +240,7 @@ def _answers_section(answers: Sequence[Mapping[str, str]]) -> str:
     if not answers:
         return ""
     rows = [f"| {' | '.join(_cell(answer[name]) for name in ('prompt', 'before', 'after'))} |" for answer in answers]
-    head = "## Answers before and after training\n\nGreedy, to held-out prompts.\n\n"
+    head = "## Answers before and after training\n\nGreedy answers to held-out prompts.\n\n"
     return head + "| prompt | before | after |\n|---|---|---|\n" + "\n".join(rows)
 
 
