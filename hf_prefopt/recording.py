@@ -34,8 +34,8 @@ class BeforeAndAfter(TrainerCallback):
     """Generates greedy answers to a few prompts before and after training.
 
     The prompts are the first different prompts of the evaluation data or, without evaluation data, of the training
-    data. A resumed run has no answers from before training, unless it trains an adapter that was untrained when the
-    callback was created: the model with this adapter disabled then generates them.
+    data. A resumed run has no answers from before training, unless its adapter was untrained when the callback was
+    created. In this case, the model with the adapter disabled generates these answers.
 
     Args:
         trainer: Trainer that the callback is added to.

@@ -28,9 +28,10 @@ FELL = (
 )
 LENGTH = (
     "step {step}: margins grow by length alone: the difference in length explains {explained:.0%} of the margins' "
-    "variance ({examples} examples). At equal length, the margin is {intercept:+.3f} ± {error:.3f} nats; the mean "
-    "margin is {mean:+.3f} nats. Possible remedies: a loss that compares log-probs per token (loss_type=simpo, dpo_norm or "
-    "sampo), r_dpo, ld_alpha below 1, or data whose chosen responses are not longer; see docs/displacement.md"
+    "variance ({examples} examples). At equal length, the margin is {intercept:+.3f} ± {error:.3f} nats, and the mean "
+    "margin is {mean:+.3f} nats. Possible remedies: a loss that compares log-probs per token (loss_type=simpo, "
+    "dpo_norm or sampo), r_dpo, ld_alpha below 1, or data whose chosen responses are not longer; see "
+    "docs/displacement.md"
 )
 
 
