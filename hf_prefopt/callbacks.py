@@ -1,8 +1,8 @@
-"""A downstream check beside the loss: generate answers at every evaluation and score them.
+"""A callback for downstream evaluation: generate answers at every evaluation and score them.
 
-Without further arguments it is GSM8K exact match; any problems and any scoring function may stand in. Ranks share the
-problems under plain data parallelism. Left out on purpose: sampling (greedy answers need no repetition to compare), and
-generation from parameters that an engine has sharded, which is slower than evaluating the saved model afterwards.
+The default is GSM8K exact match; users can pass other problems and another scoring function. Under plain data
+parallelism, the problems are divided among the ranks. Sampling is not supported, because greedy answers are
+reproducible. Sharded parameters are not supported, because evaluating the saved model afterwards is faster.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,7 +28,7 @@ __all__ = [
 
 
 class GenerationEvalCallback(TrainerCallback):
-    """Logs the mean score of greedily generated answers as `eval_<name>`, beside their count, at every evaluation.
+    """Logs the mean score of greedy answers as `eval_<name>`, and the number of problems, at every evaluation.
 
     Example:
         ```python
@@ -36,13 +36,13 @@ class GenerationEvalCallback(TrainerCallback):
         ```
 
     Args:
-        trainer: the trainer that the callback is added to; its model generates, its `log` takes the result.
-        problems: rows with a `prompt` (text or messages) or a `question`; GSM8K's by default.
-        score: `(problem, generated text) -> number`; GSM8K exact match by default.
-        name: the metric's name; the count goes by the part before its slash: `eval_gsm8k/problems`.
-        limit: use only the first so many problems.
-        max_new_tokens: tokens at most per answer.
-        batch_size: answers generated at once, on each rank.
+        trainer: Trainer that the callback is added to. Its model generates the answers.
+        problems: Rows with a column `prompt` (text or messages) or `question`. Default: GSM8K.
+        score: Function `(problem, generated text) -> number`. Default: GSM8K exact match.
+        name: Name of the metric. The part before the slash names the number of problems: `eval_gsm8k/problems`.
+        limit: Number of problems to use, from the first. Default: all.
+        max_new_tokens: Maximum number of tokens per answer.
+        batch_size: Number of answers per batch on each rank.
     """
 
     def __init__(
@@ -58,12 +58,12 @@ class GenerationEvalCallback(TrainerCallback):
         self.trainer = trainer
         self.problems = list(load_gsm8k_problems() if problems is None else problems)[:limit]
         if not self.problems:
-            raise ValueError("there is no problem to generate for: pass at least one, and a limit of at least 1")
+            raise ValueError("there is no problem to answer: pass at least one problem, and a limit of at least 1")
         self.score, self.name = score, name
         self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-        """Measures, logs, and adds the result to what `trainer.evaluate()` returns."""
+        """Generate and score the answers, log the result, and add it to the metrics of `trainer.evaluate()`."""
         scores = self._score_all()
         mean = sum(scores.values()) / len(scores)
         count_name = f"eval_{self.name.split('/')[0]}/problems"
@@ -73,15 +73,15 @@ class GenerationEvalCallback(TrainerCallback):
         self.trainer.log(result)
 
     def _score_all(self) -> dict[int, float]:
-        """The score of every problem by its index, on every rank."""
+        """Return the score of every problem, keyed by its index, on every rank."""
         state = PartialState()
-        # Padded, so that every rank generates as many batches as the others; an index that comes twice counts once.
+        # Padding gives every rank the same number of batches; the dict removes repeated indices.
         with state.split_between_processes(list(range(len(self.problems))), apply_padding=True) as own:
             scores = self._score_own(list(own))
         return dict(gather_object(list(scores.items()))) if state.num_processes > 1 else scores
 
     def _score_own(self, indices: list[int]) -> dict[int, float]:
-        """The scores of this rank's problems; longest prompts first, so that a batch's prompts are of like length."""
+        """Return the scores of this rank's problems. Prompts are sorted by length, which reduces padding."""
         processing_class: Any = self.trainer.processing_class
         tokenizer = getattr(processing_class, "tokenizer", processing_class)
         prompts = {index: prompt_ids(self.problems[index], tokenizer) for index in indices}
@@ -98,7 +98,7 @@ class GenerationEvalCallback(TrainerCallback):
         return scores
 
     def _generate(self, prompts: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-        """Greedy answers to a batch of prompts; the model is left as it was found."""
+        """Generate greedy answers to a batch of prompts, without changing the model."""
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
         settings = {"max_new_tokens": self.max_new_tokens, "do_sample": False}
         return generate_answers(model, tokenizer, prompts, settings, self.trainer.accelerator.autocast())

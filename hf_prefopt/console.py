@@ -1,4 +1,4 @@
-"""What a run shows in the terminal and leaves beside the model: short progress lines, and a report at its end."""
+"""Terminal output and files of a run: short progress lines, and a report at the end."""
 
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -19,7 +19,7 @@ from hf_prefopt.trainer import PreferenceTrainer
 
 
 def use_short_progress(trainer: PreferenceTrainer) -> None:
-    """Show five numbers a line in place of whole log records; nothing changes where progress bars are switched off."""
+    """Show short progress lines instead of complete log records. Without progress bars, the output does not change."""
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(ShortProgressCallback)
 
@@ -29,13 +29,13 @@ def finish_run(
     dataset: str | list[str] | None = None,
     next_steps: Mapping[str, str] | None = None,
 ) -> None:
-    """Write what is known of a run into `output_dir`, push if `push_to_hub` is set, and print a summary.
+    """Write the results of a run to `output_dir`, push them if `push_to_hub` is set, and print a summary.
 
-    Written are the record of the run, the report made of it (a page for the browser), the model card, and the training
-    curves, which need matplotlib and are left out without it. Add `recording.BeforeAndAfter(trainer)` to the trainer's
-    callbacks before training to have answers from before and after it in all of them.
+    The files are the record of the run, the report (an HTML page), the model card and, if matplotlib is installed, the
+    training curves. To include answers from before and after training, add `recording.BeforeAndAfter(trainer)` to the
+    trainer's callbacks before training.
 
-    Call it on every rank, after `trainer.save_model()`.
+    Call `finish_run` on every rank, after `trainer.save_model()`.
 
     Example:
         ```python
@@ -46,8 +46,8 @@ def finish_run(
         ```
 
     Args:
-        dataset: the name or names of the data, for the card.
-        next_steps: what the report suggests beside talking to the model and serving it, a command by purpose, as in
+        dataset: Names of the data sets, for the model card.
+        next_steps: Further commands that the summary suggests, keyed by purpose, such as
             `{"another loss": "--loss_type simpo"}`.
     """
     keep_rows_of(trainer)
@@ -58,7 +58,7 @@ def finish_run(
     results = {"trained model": folder, "model card": folder / "README.md"}
     page = folder / "report.html"
     if is_first:
-        # Both have texts of the data, which are not pushed: those of an earlier run go, and new ones come afterwards.
+        # Report and record contain texts from the data, so they must not exist while the folder is pushed.
         for path in (page, folder / RECORD):
             path.unlink(missing_ok=True)
         if find_spec("matplotlib"):

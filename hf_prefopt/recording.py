@@ -1,4 +1,4 @@
-"""Makes the record of a run when it has ended: its facts, its evaluations, tokens of a few pairs, and answers."""
+"""The record of a finished run: facts, evaluations, the tokens of a few pairs, and answers."""
 
 import logging
 import platform
@@ -31,17 +31,19 @@ logger = logging.getLogger(__name__)
 
 
 class BeforeAndAfter(TrainerCallback):
-    """Has the model answer a few prompts before training and again after it, greedily.
+    """Generates greedy answers to a few prompts before and after training.
 
-    The prompts are the first different ones of the evaluation data or, without any, of the training data. A run that is
-    resumed has no answers from before, unless its reference is the adapter switched off.
+    The prompts are the first different prompts of the evaluation data or, without evaluation data, of the training
+    data. A resumed run has no answers from before training, unless its adapter was untrained when the callback was
+    created. In this case, the model with the adapter disabled generates these answers.
 
     Args:
-        trainer: the trainer that it is added to.
-        prompts: their number. max_new_tokens: of an answer. longest: tokens of a prompt, at most.
+        trainer: Trainer that the callback is added to.
+        prompts: Number of prompts. max_new_tokens: Maximum number of tokens per answer.
+        longest: Maximum number of tokens per prompt; longer prompts are skipped.
 
     Attributes:
-        answers: `prompt`, `before` and `after`, once training has ended.
+        answers: Dicts with `prompt`, `before` and `after`; empty until training has ended.
     """
 
     def __init__(self, trainer: PreferenceTrainer, prompts: int = 3, max_new_tokens: int = 64, longest: int = 256):
@@ -49,15 +51,15 @@ class BeforeAndAfter(TrainerCallback):
         self._prompts = _first_prompts(trainer, prompts, longest)
         self._before: list[str] = []
         self.answers: list[dict[str, str]] = []
-        # An adapter that is fresh now can be switched off later, also where training resumes from a checkpoint.
+        # If the adapter is untrained now, disabling it later restores the initial model, even after resuming.
         model = trainer.model
         self._base = adapter_off(model) if isinstance(model, PeftModel) and is_fresh_adapter(model) else None
 
     def on_train_begin(self, args, state, control, **_):
-        """Before the first step, after a checkpoint has been loaded."""
+        """Generate the answers before the first step, after a checkpoint was loaded."""
         self._before, self.answers = [], []
         if _is_sharded(self._trainer):
-            logger.warning("answers before and after training are left out: the engine shards the model's parameters")
+            logger.warning("no answers before and after training are generated: the engine shards the parameters")
         elif state.global_step == 0:
             self._before = self._generate()
         elif self._base is not None:
@@ -65,7 +67,7 @@ class BeforeAndAfter(TrainerCallback):
                 self._before = self._generate()
 
     def on_train_end(self, args, state, control, **_):
-        """After the last step; with `load_best_model_at_end`, by the best model."""
+        """Generate the answers after the last step; with `load_best_model_at_end`, the best model generates them."""
         if self._before:
             asked = _texts(self._trainer, self._prompts)
             both = zip(asked, self._before, self._generate(), strict=True)
@@ -81,11 +83,12 @@ class BeforeAndAfter(TrainerCallback):
 
 
 def record_run(trainer: PreferenceTrainer, facts: CardFacts, shown_pairs: int = 4) -> RunRecord:
-    """The record of a run that has ended; call it on every rank.
+    """Build the record of a finished run. Call it on every rank.
 
     Args:
-        facts: those of the model card.
-        shown_pairs: how many pairs are shown with their tokens, of those most right and of those most wrong.
+        facts: Facts of the model card.
+        shown_pairs: Maximum number of pairs with tokens: as many with the largest positive margins, and as many with
+            the most negative margins.
     """
     record = RunRecord(_facts(trainer, facts), [dict(log) for log in trainer.state.log_history])
     for name, dataset in _evaluation_sets(trainer).items():
@@ -106,7 +109,7 @@ def record_run(trainer: PreferenceTrainer, facts: CardFacts, shown_pairs: int = 
 
 
 def _facts(trainer: PreferenceTrainer, facts: CardFacts) -> dict[str, Any]:
-    """The line "run" of the record."""
+    """Return the content of the line "run" of the record."""
     args, history = trainer.args, trainer.state.log_history
     runtime = next((log["train_runtime"] for log in reversed(history) if "train_runtime" in log), None)
     return {
@@ -138,7 +141,7 @@ def _facts(trainer: PreferenceTrainer, facts: CardFacts) -> dict[str, Any]:
 
 
 def hardware(device: torch.device, processes: int) -> str:
-    """What the run was computed on, in words."""
+    """Describe the hardware of the run."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
@@ -147,7 +150,7 @@ def hardware(device: torch.device, processes: int) -> str:
 
 
 def _events(trainer: PreferenceTrainer) -> list[str]:
-    """What was cut or dropped, and how often, by data set."""
+    """Describe how many rows of each data set were cut or dropped, and why."""
     datasets = {"train": trainer.train_dataset, **_evaluation_sets(trainer)}
     return [
         f"{name}: {text}: {counts[event]:,}"
@@ -159,7 +162,7 @@ def _events(trainer: PreferenceTrainer) -> list[str]:
 
 
 def _evaluation_sets(trainer: PreferenceTrainer) -> dict[str, Any]:
-    """The evaluation data sets by the prefix of their metrics."""
+    """Return the evaluation data sets, keyed by the prefix of their metrics."""
     given = trainer.eval_dataset
     if isinstance(given, dict):
         return {f"eval_{name}": dataset for name, dataset in given.items()}
@@ -167,7 +170,7 @@ def _evaluation_sets(trainer: PreferenceTrainer) -> dict[str, Any]:
 
 
 def _prompts(dataset: Any, examples: Examples) -> np.ndarray:
-    """`[B]`: a number for the prompt of each example; of a stream, which is not kept, that of its row."""
+    """Return `[B]`, a prompt id for each example. Streams are not stored, so the row index replaces the prompt id."""
     if not isinstance(dataset, Dataset):
         return examples.rows
     of_row = dict(zip(dataset["row"], prompt_keys(dataset).tolist(), strict=True))
@@ -177,7 +180,7 @@ def _prompts(dataset: Any, examples: Examples) -> np.ndarray:
 def _example_lines(
     trainer: PreferenceTrainer, name: str, examples: Examples, prompts: np.ndarray
 ) -> list[dict[str, Any]]:
-    """The lines "example" of an evaluation."""
+    """Return the content of the lines "example" of an evaluation."""
     change = trainer.evaluated.change(name) or examples.responses
     first_step, first = trainer.evaluated.first[name]
     nothing = np.full(len(examples.rows), np.nan)
@@ -207,7 +210,7 @@ def _or(values: np.ndarray | None, other: np.ndarray) -> np.ndarray:
 
 
 def _shown_pairs(trainer: PreferenceTrainer, dataset: Any, examples: Examples, count: int) -> list[dict[str, Any]]:
-    """The pairs with the largest and with the smallest margins, with the log-ratio of each token."""
+    """Return the pairs with the largest positive and the most negative margins, with the log-ratio of each token."""
     margins = examples.margins
     if margins is None or not isinstance(dataset, Dataset) or not trainer.criterion.kind.has_preferences:
         return []
@@ -235,7 +238,7 @@ def _shown_pairs(trainer: PreferenceTrainer, dataset: Any, examples: Examples, c
 
 
 def _scored_tokens(trainer: PreferenceTrainer, row: dict[str, Any], example: int) -> list[dict[str, Any]]:
-    """The responses of an example of a row: name, and the tokens with their log-ratios; empty without a reference."""
+    """Return name and tokens, with log-ratios, of the responses of an example of a row; empty without a reference."""
     batch = trainer.scorer.collated([row])
     with trainer.accelerator.autocast():
         policy, reference = trainer.scorer.both_scores(batch)
@@ -253,7 +256,7 @@ def _scored_tokens(trainer: PreferenceTrainer, row: dict[str, Any], example: int
 
 
 def _scores_of_base(trainer: PreferenceTrainer, batch: PreferenceBatch) -> ResponseScores | None:
-    """Of the model beneath the adapter, for losses that need no reference; `None` if there is no such model."""
+    """Compute the scores of the base model, for losses without a reference; `None` if the policy has no adapter."""
     model = trainer.scorer.model
     if not isinstance(model, PeftModel) or _is_sharded(trainer):
         return None
@@ -262,7 +265,7 @@ def _scores_of_base(trainer: PreferenceTrainer, batch: PreferenceBatch) -> Respo
 
 
 def _first_prompts(trainer: PreferenceTrainer, count: int, longest: int) -> list[list[int]]:
-    """The first different prompts that are not too long."""
+    """Return the first `count` different prompts with at most `longest` tokens."""
     datasets = [*_evaluation_sets(trainer).values(), trainer.train_dataset]
     dataset = next((rows for rows in datasets if isinstance(rows, Dataset)), None)
     found: dict[tuple[int, ...], None] = {}
@@ -275,7 +278,7 @@ def _first_prompts(trainer: PreferenceTrainer, count: int, longest: int) -> list
 
 
 def _texts(trainer: PreferenceTrainer, prompts: Sequence[Sequence[int]]) -> list[str]:
-    """Prompts as text, without control tokens."""
+    """Decode prompts to text, without special tokens."""
     return [str(trainer.data.tokenizer.decode(list(ids), skip_special_tokens=True)) for ids in prompts]
 
 

@@ -1,4 +1,4 @@
-"""`hf_prefopt train` as a script that trains all weights; the reference is a frozen copy, in memory alone.
+"""A script that runs `hf_prefopt train` on all weights. The reference is a frozen copy of the weights in memory.
 
 accelerate launch recipes/dpo_full.py --config recipes/dpo_full.yaml
 """

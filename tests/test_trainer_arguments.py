@@ -191,7 +191,7 @@ def test_a_stream_without_rows_is_refused_when_it_is_read(tmp_path):
         given = {"processing_class": tiny_tokenizer(), "on_bad_rows": "drop", "max_steps": 1}
         with pytest.raises(ValueError, match="nothing was trained: the training stream"):
             make_trainer(tmp_path, train_dataset=data, **given).train()
-        with pytest.raises(ValueError, match="gave no rows"):
+        with pytest.raises(ValueError, match="evaluation data set is empty"):
             make_trainer(tmp_path, eval_dataset=data, **given).evaluate()
 
 

@@ -1,7 +1,8 @@
 """The command line: `hf_prefopt COMMAND …`, or `python -m hf_prefopt COMMAND …`.
 
-A command is a module of this package with an entry in `COMMANDS`: its docstring is its help, `add_options(parser)` adds
-its options, `run(options)` does the work and returns the exit code. An error becomes one line, and exit code 1.
+A command is a module of this package with an entry in `COMMANDS`. The module's docstring is the help text,
+`add_options(parser)` adds the options, and `run(options)` runs the command and returns the exit code. An error is
+printed as one line, and the exit code is 1.
 """
 
 import io
@@ -28,10 +29,10 @@ COMMANDS: dict[str, ModuleType] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command that the arguments name, by default those of the process. Returns the exit code."""
+    """Run the command given by `arguments` (default: the arguments of the process), and return the exit code."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows "?" for what it lacks
+            stream.reconfigure(errors="replace")  # print "?" for characters that the terminal cannot encode
     name, *words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if name in ("-h", "--help", "help"):
         print(overview())
@@ -50,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def overview() -> str:
-    """The help of the command line: a line for each command."""
+    """Return the help of the command line, with one line per command."""
     lines = [f"  {name:<10} {(command.__doc__ or '').partition(chr(10))[0]}" for name, command in COMMANDS.items()]
     return "\n".join(
         [

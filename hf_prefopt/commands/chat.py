@@ -1,11 +1,11 @@
-"""Talk to a trained model and its base at once: each prompt is answered by both, side by side.
+"""Chat with a trained model and its base model: both answer each prompt, side by side.
 
     hf_prefopt chat runs/dpo_lora
     hf_prefopt chat runs/dpo_lora --prompt "What is 12 times 12?" --temperature 0.7
     hf_prefopt chat runs/dpo_full --base HuggingFaceTB/SmolLM2-135M-Instruct
 
-An adapter's base is the model beneath it, the adapter switched off. Each model sees its own earlier answers. /new
-begins again, Ctrl-C stops an answer, Ctrl-D ends.
+The base of an adapter is the model with its adapter disabled. Each model sees its own earlier answers. /new starts a
+new conversation, Ctrl-C stops an answer, and Ctrl-D ends the chat.
 """
 
 import json
@@ -20,11 +20,11 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_prefopt.serving.speakers import Speaker, answer, load_speakers, sampling_settings
 
-_NARROW = 80  # columns of a terminal, below which answers stand one below the other
+_NARROW = 80  # in narrower terminals (columns), answers are printed one below the other
 
 
 def add_options(parser: ArgumentParser) -> None:
-    """The options of `chat`."""
+    """Add the options of `chat`."""
     parser.usage = "%(prog)s RUN [options]"
     parser.add_argument("run", metavar="RUN", help="the folder of a run or checkpoint, or a name on the Hub")
     parser.add_argument("--base", metavar="MODEL", help="the base model, if not the one that the run names")
@@ -47,7 +47,7 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def run(options: Namespace) -> int:
-    """Answer prompts until the input ends. Raises `ValueError` for a run that is none."""
+    """Answer prompts until the input ends. Raises `ValueError` if the model cannot be loaded."""
     console = Console(highlight=False)
     sampling = sampling_settings(options.temperature, options.top_p, options.top_k, options.max_new_tokens)
     speakers, tokenizer = load_speakers(options.run, options.base, options.dtype, options.trust_remote_code)
@@ -73,7 +73,7 @@ def _begin(speakers: list[Speaker], system: str | None) -> None:
 
 
 def _read(console: Console) -> str | None:
-    """The next prompt; `None` at the end of the input."""
+    """Read the next prompt; return `None` at the end of the input."""
     try:
         return console.input("[bold]> [/bold]").strip()
     except (EOFError, KeyboardInterrupt):
@@ -89,7 +89,7 @@ def _reply(
     sampling: dict,
     options: Namespace,
 ) -> None:
-    """Show the answers as they are generated, in a terminal; elsewhere each of them when it is complete."""
+    """Stream the answers in a terminal. Without a terminal, print each answer when it is complete."""
     texts = {speaker.name: "" for speaker in speakers}
     with Live(console=console, auto_refresh=False, transient=False) if console.is_terminal else _Silent() as live:
         for speaker in speakers:
@@ -110,7 +110,7 @@ def _reply(
 
 
 def side_by_side(texts: dict[str, str], width: int) -> Columns | Group:
-    """The answers by name, in columns where the terminal is wide enough."""
+    """Arrange the answers in columns, or one below the other if the terminal is narrow."""
     panels = [Panel(Text(text.strip()), title=name, title_align="left") for name, text in texts.items()]
     if width < _NARROW:
         return Group(*panels)
@@ -120,7 +120,7 @@ def side_by_side(texts: dict[str, str], width: int) -> Columns | Group:
 
 
 class _Silent:
-    """Stands in for a live display where there is no terminal."""
+    """Replaces the live display if there is no terminal."""
 
     def __enter__(self) -> "_Silent":
         return self
@@ -129,4 +129,4 @@ class _Silent:
         return None
 
     def update(self, *_: object, **__: object) -> None:
-        """Nothing is shown before it is complete."""
+        """Do nothing: incomplete answers are not shown."""

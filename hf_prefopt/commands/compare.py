@@ -1,4 +1,4 @@
-"""Compare runs: one table in the terminal, and one page with their curves over each other.
+"""Compare runs: print a table, and write a page with the curves of all runs.
 
 hf_prefopt compare runs/dpo runs/simpo runs/orpo --html comparison.html
 """
@@ -14,7 +14,7 @@ from hf_prefopt.reporting.record import read_record
 
 
 def add_options(parser: ArgumentParser) -> None:
-    """The options of `compare`."""
+    """Add the options of `compare`."""
     parser.add_argument("runs", metavar="RUN", nargs="+", help="the folder of a run, or its record.jsonl; two or more")
     parser.add_argument(
         "--html", metavar="FILE", type=Path, default=Path("comparison.html"), help="the page (comparison.html)"
@@ -22,7 +22,7 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def run(options: Namespace) -> int:
-    """Print the table and write the page. Raises `ValueError` for fewer than two runs, or one without a record."""
+    """Print the table and write the page. Raises `ValueError` for fewer than two runs or a run without a record."""
     if len(options.runs) < 2:
         raise ValueError(f"compare needs two runs or more, got {options.runs[0]}: name another folder")
     records = [read_record(folder) for folder in options.runs]

@@ -1,4 +1,4 @@
-"""Print what a bug report needs: versions, devices, and what is installed for the engines. No paths and no names.
+"""Print the environment for a bug report: versions, devices and installed packages, without paths or names.
 
 hf_prefopt env
 """
@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 
 from hf_prefopt.version import __version__
 
-# Variables that change a run, and whose values are switches.
+# Environment variables that affect a run. Their values contain no paths, names or secrets.
 VARIABLES = (
     "CUDA_VISIBLE_DEVICES",
     "HF_HUB_OFFLINE",
@@ -25,11 +25,11 @@ VARIABLES = (
 
 
 def add_options(parser: ArgumentParser) -> None:
-    """There are none."""
+    """Add no options."""
 
 
 def run(options: Namespace) -> int:
-    """Print a line for each fact."""
+    """Print one line per fact."""
     facts = {"hf_prefopt": __version__, "Python": platform.python_version(), "system": _system(), **_devices()}
     facts |= {name: _version(name) for name in _packages()}
     facts |= {name: os.environ[name] for name in VARIABLES if name in os.environ}
@@ -44,7 +44,7 @@ def _system() -> str:
 
 
 def _devices() -> dict[str, str]:
-    """The accelerators, and the dtypes and backends that they have."""
+    """Return the accelerators, the CUDA version and the bf16 support."""
     if not torch.accelerator.is_available():
         return {"device": "CPU alone"}
     if not torch.cuda.is_available():
@@ -57,7 +57,7 @@ def _devices() -> dict[str, str]:
 
 
 def _packages() -> list[str]:
-    """Everything that the package can use, as its metadata list it; without what only its development needs."""
+    """Return the required and optional packages from the package's metadata, without development dependencies."""
     found = [Requirement(line) for line in requires("hf_prefopt") or ()]
     names = [one.name for one in found if one.name != "hf_prefopt" and "dev" not in str(one.marker)]
     return list(dict.fromkeys([*names, "trl", "flash-attn", "liger-kernel", "wandb", "tensorboard"]))

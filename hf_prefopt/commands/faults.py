@@ -1,4 +1,4 @@
-"""An error of a command as one readable message, on the first rank, with what to do about it where that is known."""
+"""Errors of a command, printed by the first rank as one readable message, with a known fix if there is one."""
 
 import os
 import re
@@ -9,9 +9,9 @@ from collections.abc import Callable
 
 import torch
 
-# Errors that say what is wrong in their own words; of others the type is printed, too.
+# Error types whose message is sufficient. For other errors, the type is printed as well.
 _SPOKEN = (ValueError, OSError, ImportError, TypeError)
-# What other libraries say, and what to do about it.
+# Patterns of messages from other libraries, and the message with the fix that is printed instead.
 CURES: dict[str, str] = {
     r"DeepSpeed is not installed|No module named 'deepspeed'": (
         'DeepSpeed is not installed: pip install --no-build-isolation "hf_prefopt[deepspeed]", after torch'
@@ -53,13 +53,13 @@ _SECONDS_BEHIND_THE_FIRST_RANK = 15.0
 
 
 def reported(run: Callable[[], int], with_traceback: bool) -> int:
-    """The exit code of `run()`; an error is printed, and is 1.
+    """Run a command and return its exit code. If it fails, print the error and return 1.
 
-    Of several ranks the first one speaks. The others wait: the launcher ends them if the first one fails, too, and if
-    it does not, the error is theirs alone.
+    With several ranks, the first rank prints immediately. Other ranks wait before they print: if the first rank also
+    failed, the launcher ends them in the meantime. Otherwise the error occurred only on these ranks, and they print it.
 
     Args:
-        with_traceback: whether to raise the error as it is.
+        with_traceback: If True, raise the error instead of printing it.
     """
     try:
         return run()
@@ -78,7 +78,7 @@ def reported(run: Callable[[], int], with_traceback: bool) -> int:
 
 
 def message_of(error: BaseException) -> str:
-    """What to print of an error."""
+    """Return the message to print for an error."""
     text = str(error).strip() or type(error).__name__
     if isinstance(error, torch.OutOfMemoryError):
         return _OUT_OF_MEMORY

@@ -1,8 +1,8 @@
-"""Show how a data set would be read, its counts, and some of its rows as a model sees them; no model is loaded.
+"""Show how a data set is read, its statistics, and some rows as the model gets them, without loading a model.
 
     hf_prefopt inspect pairs.jsonl --model Qwen/Qwen3-0.6B --loss_type dpo --html pairs.html
 
-The exit code is 1 if training would stop at this data set.
+The exit code is 1 if training on this data set would raise an error.
 """
 
 import json
@@ -36,7 +36,7 @@ def _json(text: str) -> Any:
         raise ArgumentTypeError(f"{text} is not JSON: {error}") from None
 
 
-# Settings of `PreferenceConfig` that this command takes, and how each is read.
+# Settings of `PreferenceConfig` that this command accepts, with their argparse arguments.
 SETTINGS: dict[str, dict[str, Any]] = {
     "loss_type": {"nargs": "+", "metavar": "LOSS"},
     "max_length": {"type": _length, "metavar": "TOKENS"},
@@ -52,7 +52,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def add_options(parser: ArgumentParser) -> None:
-    """The options of `inspect`; the settings of training have the names and the help that they have there."""
+    """Add the options of `inspect`. Training settings have the same names and help texts as in `train`."""
     parser.usage = "%(prog)s DATA --model MODEL [options]"
     parser.add_argument("data", metavar="DATA", help="a file, a pattern, a folder, or a name on the Hub")
     parser.add_argument(
@@ -80,7 +80,7 @@ def _add_settings(group: _ArgumentGroup) -> None:
 
 
 def run(options: Namespace) -> int:
-    """Print the inspection, and write the page if one is asked for. Raises `ValueError` if the data cannot be read."""
+    """Print the inspection, and write the page if `--html` is given. Raises `ValueError` if the data cannot be read."""
     dataset = _split(options)
     tokenizer = _tokenizer(options)
     settings = {name: getattr(options, name) for name in SETTINGS if hasattr(options, name)}
@@ -98,7 +98,7 @@ def run(options: Namespace) -> int:
 
 
 def _split(options: Namespace) -> Any:
-    """The split to look at: the one named, or the one that would be trained on."""
+    """Load the split given by `--split`, or the split that training would use."""
     try:
         splits = load_splits(options.data, options.dataset_config, options.dataset_streaming)
     except OSError as error:
@@ -119,5 +119,5 @@ def _tokenizer(options: Namespace) -> PreTrainedTokenizerBase:
 
 
 def _line(error: Exception) -> str:
-    """The first line of a message."""
+    """Return the first line of an error message."""
     return next(iter(str(error).splitlines()), type(error).__name__)

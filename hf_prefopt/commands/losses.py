@@ -1,4 +1,4 @@
-"""List the losses, or show the formula, the hyperparameters and the source of one.
+"""List the losses, or show the formula, the hyperparameters and the source of a loss.
 
 hf_prefopt losses
 hf_prefopt losses simpo
@@ -17,7 +17,7 @@ from hf_prefopt.reporting.loss_page import formula_of, needs_of, prose_of, refer
 
 
 def add_options(parser: ArgumentParser) -> None:
-    """The name of a loss, or the kind of examples."""
+    """Add the options of `losses`."""
     parser.add_argument(
         "name", nargs="*", metavar="NAME", help="one or more losses, by name or alias; default: a table"
     )
@@ -25,7 +25,7 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def run(options: Namespace) -> int:
-    """Print the table, or what there is to say of the losses that are named."""
+    """Print the table of losses, or the descriptions of the named losses."""
     console = Console(highlight=False)
     if not options.name:
         console.print(_table([get_loss(name) for name in list_losses()], options.kind))
@@ -36,7 +36,7 @@ def run(options: Namespace) -> int:
 
 
 def _table(specs: list[LossSpec], kind: str | None) -> Table:
-    """A line for each loss, by the kind of its examples."""
+    """Build a table with one row per loss, grouped by the kind of examples."""
     table = Table("loss", "data", "reference", "formula", "defaults", box=None, pad_edge=False)
     for of_kind in KINDS:
         for spec in specs:
@@ -51,7 +51,7 @@ def _defaults(spec: LossSpec) -> str:
 
 
 def _described(spec: LossSpec) -> str:
-    """Formula, explanation, needs, defaults and source of a loss."""
+    """Return the description of a loss: formula, explanation, requirements, defaults and source."""
     facts = {
         "aliases": ", ".join(spec.aliases),
         "data": spec.kind.wanted,

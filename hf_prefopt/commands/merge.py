@@ -1,11 +1,11 @@
-"""Merge a trained adapter into its base model, and check that the result is the model that was trained.
+"""Merge a trained adapter into its base model, and check that the merged model equals the trained model.
 
     hf_prefopt merge runs/dpo_lora --to runs/dpo_lora-merged
     vllm serve runs/dpo_lora-merged
 
-In float32 each changed weight becomes W + ΔW, which is rounded once to the base's dtype. Then the merged folder is
-loaded, and its log-probs of eight held-back rows are compared with those of the adapter on its base. If they differ by
-more than rounding explains, the exit code is 1 and nothing is kept.
+Each changed weight becomes W + ΔW in float32 and is rounded once to the dtype of the base model. The merged model is
+then loaded from its folder, and its log-probs for eight evaluation rows are compared with the log-probs of the base
+model with its adapter. If they differ by more than rounding explains, the exit code is 1 and no model is saved.
 """
 
 from argparse import ArgumentParser, Namespace
@@ -16,7 +16,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def add_options(parser: ArgumentParser) -> None:
-    """The options of `merge`."""
+    """Add the options of `merge`."""
     parser.usage = "%(prog)s RUN --to FOLDER [options]"
     parser.add_argument("run", metavar="RUN", help="the folder of a run or checkpoint, or an adapter on the Hub")
     parser.add_argument("--to", required=True, metavar="FOLDER", help="where the model is written: a new folder")
@@ -36,7 +36,7 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def run(options: Namespace) -> int:
-    """Merge, check, and print a line for each step. Raises `ValueError` if it cannot be done or the check fails."""
+    """Merge the adapter, and print a line for each step. Raises `ValueError` if the merge or its check fails."""
     merged = merge_adapter(
         options.run,
         options.to,

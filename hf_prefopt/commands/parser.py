@@ -1,4 +1,4 @@
-"""The parser of a command: an error is one line, and names the option that was meant."""
+"""The argument parser of a command. Errors are one line and suggest the option that the user probably meant."""
 
 import argparse
 import json
@@ -18,25 +18,25 @@ from hf_prefopt.config_names import as_option, hints_in, nearest_setting
 
 
 class CommandParser(HfArgumentParser):
-    """argparse with short errors, options for the fields of dataclasses, and a short help beside the full one."""
+    """An argparse parser with one-line errors, options for dataclass fields, and a short and a full help."""
 
     def __init__(self, prog: str, **settings: Any):
         super().__init__(prog=prog, **{"formatter_class": _Help, "allow_abbrev": False, **settings})
         self.short_help: str | None = None
 
     def format_help(self) -> str:
-        """The short help where there is one; `--help-all` prints the full one."""
+        """Return the short help if there is one. `--help-all` prints the full help."""
         return self.short_help or super().format_help()
 
     def parse_args(self, words: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        """As argparse's; an unknown option is an error that offers the nearest one."""
+        """Parse arguments like argparse. The error for an unknown option suggests the most similar option."""
         options, unknown = self.parse_known_args(words, namespace)
         if unknown:
             self.error(self._unknown(unknown[0]))
         return options
 
     def error(self, message: str) -> NoReturn:
-        """End the process with one line and exit code 2, as argparse does after its usage."""
+        """Print the error as one line, without the usage, and exit with code 2."""
         self.exit(2, f"error: {_plain(message)}\n")
 
     def _unknown(self, word: str) -> str:
@@ -53,11 +53,11 @@ class CommandParser(HfArgumentParser):
         return f"unknown argument {option}" + (hint or (f": did you mean {known[near]}?" if near else ""))
 
     def add_full_help(self) -> None:
-        """The option `--help-all`."""
+        """Add the option `--help-all`."""
         self.add_argument("--help-all", "--help_all", action=_FullHelp, nargs=0, help="show every option")
 
     def add_settings(self, heading: str, dataclass: type, without: Collection[str] = ()) -> None:
-        """An option for each field. What is not given on the command line is not among the parsed options."""
+        """Add an option for each field. The parsed options contain only values from the command line, no defaults."""
         group, hints = self.add_argument_group(heading), get_type_hints(dataclass)
         for field in fields(dataclass):
             if field.init and field.name not in without:
@@ -70,7 +70,7 @@ class CommandParser(HfArgumentParser):
                         option.type = _mapping
 
     def settings(self) -> dict[str, argparse.Action]:
-        """The option that reads each setting."""
+        """Return the option of each setting, keyed by its name."""
         return {option.dest: option for option in reversed(self._actions) if option.default == argparse.SUPPRESS}
 
 
@@ -87,14 +87,14 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 
 
 def parser_of(command: ModuleType, prog: str) -> CommandParser:
-    """The parser of a command, which is a module; see `hf_prefopt.commands`."""
+    """Build the parser of a command module; see `hf_prefopt.commands`."""
     parser = CommandParser(prog, description=command.__doc__)
     command.add_options(parser)
     parser.add_argument("--traceback", action="store_true", help="show where in the code an error comes from")
     return parser
 
 
-# What a word is that stands alone, by its ending.
+# Options to suggest for a positional argument, by its file ending.
 _FILES = {
     "--config": re.compile(r"\.ya?ml$"),
     "--dataset_name": re.compile(r"\.(jsonl?|csv|tsv|parquet|arrow)(\.\w+)?$"),
@@ -103,7 +103,7 @@ _FILES = {
 
 
 def _plain(message: str) -> str:
-    """What argparse says of a wrong value, shorter; of many choices the nearest ones."""
+    """Shorten an error message of argparse. For an invalid choice, suggest similar choices."""
     message = re.sub(r"^argument (-[\w-]+)(/--?[\w-]+)*:", r"argument \1:", message)
     message = re.sub(r"invalid int value: (.*)$", r"\1 is not a whole number", message)
     message = re.sub(r"invalid float value: (.*)$", r"\1 is not a number", message)
@@ -116,7 +116,7 @@ def _plain(message: str) -> str:
 
 
 def _finish(option: argparse.Action, field: Field, may_be_none: bool) -> None:
-    """The help and the default of a setting's option; a number that may be left out can be `none`."""
+    """Add the default to the help text of an option, and let optional numbers accept `none`."""
     if may_be_none and option.type in (int, float):
         option.type = _or_none(option.type)
     option.metavar = option.metavar or ("VALUE" if option.nargs != 0 else None)
@@ -126,7 +126,7 @@ def _finish(option: argparse.Action, field: Field, may_be_none: bool) -> None:
 
 
 def _mapping(text: str) -> Any:
-    """A setting that is a dict: JSON, or the path of a file with it."""
+    """Parse a dict setting from JSON; the path of a JSON file is returned unchanged."""
     if Path(text).is_file():
         return text
     try:
@@ -142,7 +142,7 @@ def _mapping(text: str) -> Any:
 
 
 def _or_none(read: Callable[[str], Any]) -> Callable[[str], Any]:
-    """Reads also the word none."""
+    """Return a function that also accepts the word `none`."""
 
     @wraps(read, updated=())
     def reading(text: str) -> Any:

@@ -1,4 +1,4 @@
-"""Make the report of a run again, from the record in its folder: a page for the browser, and the training curves.
+"""Rebuild the report of a run from the record in its folder: an HTML page and the training curves.
 
 hf_prefopt report runs/dpo_lora
 """
@@ -15,13 +15,13 @@ from hf_prefopt.reporting.results import evaluated_sets, results_of
 
 
 def add_options(parser: ArgumentParser) -> None:
-    """The options of `report`."""
+    """Add the options of `report`."""
     parser.add_argument("run", metavar="RUN", type=Path, help="the folder of the run, or its record.jsonl")
     parser.add_argument("--html", metavar="FILE", type=Path, help="where to write the page (default: RUN/report.html)")
 
 
 def run(options: Namespace) -> int:
-    """Write the page and the curves, and print the results. Raises `ValueError` where there is no record."""
+    """Write the page and the curves, and print the results. Raises `ValueError` if the run has no record."""
     record = read_record(options.run)
     folder = options.run if options.run.is_dir() else options.run.parent
     page = options.html or folder / "report.html"

@@ -1,7 +1,8 @@
-"""Train a model on preference data: a LoRA adapter, one on 4 bits, or all weights.
+"""Train a model on preference data: a LoRA adapter, a LoRA adapter on a 4-bit model, or all weights.
 
-The policy is evaluated before and after where the YAML file says `eval_on_start`; what is saved is the adapter or the
-model, with its model card, its training curves, the settings (train.yaml) and the command that made it.
+With evaluation data, the policy is evaluated after training, and also before training if `eval_on_start` is set. The
+output folder contains the adapter or the model, its model card, the training curves, and the settings with the command
+(train.yaml).
 """
 
 import sys
@@ -26,12 +27,12 @@ from hf_prefopt.recipe.shipped import copy, listing
 from hf_prefopt.recording import BeforeAndAfter
 from hf_prefopt.trainer import PreferenceTrainer
 
-# PEFT asks transformers for an attribute under its old name: one known line of noise, at every start, that is not ours.
+# PEFT reads an attribute that transformers has deprecated, which would print this warning in every run.
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
 
 
 def add_options(parser: CommandParser) -> None:
-    """The options of `train`: one for every setting, and those that do something else than train."""
+    """Add the options of `train`: one per setting, and `--list`, `--copy` and `--config`."""
     parser.usage, parser.short_help = "%(prog)s [--config FILE ...] [--setting value ...]", HELP
     parser.add_full_help()
     parser.add_argument("--list", action="store_true", help="list the recipes and the engine configurations")
@@ -47,7 +48,7 @@ def add_options(parser: CommandParser) -> None:
 
 
 def run(options: Namespace) -> int:
-    """Train, or list or copy what comes with the package."""
+    """Train, or list or copy the files shipped with the package."""
     if options.list:
         print(listing())
     elif options.copy:
@@ -59,10 +60,10 @@ def run(options: Namespace) -> int:
 
 
 def recipe(**defaults: Any) -> NoReturn:
-    """Run `train` as a script with the command line of the process, and end it.
+    """Run `train` from a script with the command line of the process, and exit.
 
     Args:
-        defaults: settings of the script, which YAML files and the command line override.
+        defaults: Settings of the script. YAML files and the command line override them.
     """
     options = parser_of(sys.modules[__name__], sys.argv[0]).parse_args()
     options.command_line, options.script = ["python", *sys.argv], defaults
@@ -70,11 +71,11 @@ def recipe(**defaults: Any) -> NoReturn:
 
 
 def train(recipe: Recipe) -> None:
-    """The recipe, from the settings to the report."""
+    """Run a recipe: load the data and the model, train, evaluate, save, and write the report."""
     training, data, model = recipe.training, recipe.data, recipe.model
     refuse_other_run(recipe)
     check_model_is_there(model)
-    set_seed(training.seed)  # before the adapter is drawn
+    set_seed(training.seed)  # before the adapter is initialized
     train_rows, test_rows = load_pairs(data, training)
     trainer = PreferenceTrainer(
         model.model_name_or_path,
@@ -89,7 +90,7 @@ def train(recipe: Recipe) -> None:
     if recipe.run.gsm8k_problems:
         trainer.add_callback(GenerationEvalCallback(trainer, limit=recipe.run.gsm8k_problems))
     keep_settings(recipe)
-    # `eval_on_start` makes the evaluation before: inside train(), where every engine is set up.
+    # The evaluation before training runs inside train() (`eval_on_start`), after the engine is set up.
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     if test_rows is not None:
         trainer.evaluate()
@@ -98,7 +99,7 @@ def train(recipe: Recipe) -> None:
 
 
 def next_steps(training: PreferenceConfig) -> dict[str, str]:
-    """What the summary at the end of a run suggests, keyed by purpose."""
+    """Return the commands that the final summary suggests, keyed by purpose."""
     loss = "simpo" if "simpo" not in training.loss_type else "dpo"
     return {
         "another model": "--model_name_or_path HuggingFaceTB/SmolLM2-360M-Instruct",

@@ -1,4 +1,4 @@
-"""Answers of the policy and of the reference while a model trains, for any `transformers.Trainer`."""
+"""Callbacks for any `transformers.Trainer` that generate answers of the policy and the reference during training."""
 
 from hf_prefopt.generation.pictures import PictureCallback
 from hf_prefopt.generation.samples import SampleGenerationsCallback

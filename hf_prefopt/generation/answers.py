@@ -1,4 +1,4 @@
-"""Answers to a batch of prompts, which leave the model, the tokenizer and all random numbers as they were."""
+"""Answers to a batch of prompts. Generation does not change the model, the tokenizer or any random state."""
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +17,7 @@ Problem = Mapping[str, Any]
 
 
 def messages_of(problem: Problem | str) -> list[dict[str, Any]]:
-    """The messages of a text, or of a row with a `prompt` (text or messages) or a `question`."""
+    """Convert a text, or a row with a column `prompt` (text or messages) or `question`, to messages."""
     prompt = problem
     if not isinstance(problem, str):
         prompt = problem["prompt"] if "prompt" in problem else problem["question"]
@@ -25,7 +25,7 @@ def messages_of(problem: Problem | str) -> list[dict[str, Any]]:
 
 
 def prompt_ids(problem: Problem | str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """A problem's prompt as token ids, in the tokenizer's chat format where it has one, ready for the answer."""
+    """Return the prompt as token ids, with the generation prompt of the chat template if the tokenizer has one."""
     messages = messages_of(problem)
     if tokenizer.chat_template is None:
         return tokenizer("\n".join(message["content"] for message in messages) + "\n")["input_ids"]
@@ -34,7 +34,7 @@ def prompt_ids(problem: Problem | str, tokenizer: PreTrainedTokenizerBase) -> li
 
 
 def pad_left(sequences: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """`[B, T]` ids and mask, padded before the sequences, without touching the tokenizer's own padding side."""
+    """Pad sequences on the left, independently of the tokenizer's padding side. Returns ids and mask, `[B, T]` each."""
     width = max(len(ids) for ids in sequences)
     input_ids = torch.full((len(sequences), width), pad_id, dtype=torch.int64)
     attention_mask = torch.zeros_like(input_ids)
@@ -51,15 +51,15 @@ def generate_answers(
     settings: Mapping[str, Any],
     autocast: AbstractContextManager | None = None,
 ) -> list[str]:
-    """An answer to each prompt, generated in one batch, in evaluation mode.
+    """Generate an answer to each prompt, in one batch and in evaluation mode.
 
-    Each module's mode, gradient checkpointing, the model's settings of its cache, and the states of Python's, NumPy's
-    and PyTorch's random numbers are afterwards what they were.
+    The mode of each module, gradient checkpointing, the model's cache settings, and the random states of Python, NumPy
+    and PyTorch are restored afterwards.
 
     Args:
-        model: without an engine's wrapper.
-        settings: of `generate`, such as `max_new_tokens` and `do_sample`.
-        autocast: the context of the forward.
+        model: Model without an engine's wrapper.
+        settings: Arguments of `generate`, such as `max_new_tokens` and `do_sample`.
+        autocast: Context for the forward passes.
     """
     pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     input_ids, attention_mask = pad_left(list(prompts), pad_id)
@@ -77,16 +77,19 @@ def generate_answers(
 
 
 def generation_settings(max_new_tokens: int, temperature: float = 0.0) -> dict[str, Any]:
-    """Settings of `generate`: greedy at a temperature of 0, else samples of the whole distribution."""
+    """Return arguments of `generate`: greedy for a temperature of 0, otherwise sampling without top-k and top-p."""
     if temperature < 0 or max_new_tokens < 1:
-        raise ValueError(f"temperature={temperature}, max_new_tokens={max_new_tokens}: at least 0, and at least 1")
+        raise ValueError(
+            f"temperature must be at least 0 and max_new_tokens at least 1, got temperature={temperature}, "
+            f"max_new_tokens={max_new_tokens}"
+        )
     sampled = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
     return {"max_new_tokens": max_new_tokens, **(sampled if temperature else {"do_sample": False})}
 
 
 @contextmanager
 def random_states_kept() -> Iterator[None]:
-    """Python's, NumPy's and PyTorch's random numbers go on afterwards as if nothing had been drawn inside."""
+    """Restore the random states of Python, NumPy and PyTorch on exit."""
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng():
         try:

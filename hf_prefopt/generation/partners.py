@@ -1,4 +1,4 @@
-"""The policy and the reference of any `transformers.Trainer`, as models that generate."""
+"""The policy and the reference of any `transformers.Trainer`, for generation."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -17,22 +17,22 @@ from hf_prefopt.scoring.modes import ModuleTree, adapters_off
 
 
 class Partner(NamedTuple):
-    """A model, and what makes the context in which it is the one that is meant."""
+    """A model, and a function that returns the context in which the model acts as policy or as reference."""
 
     model: nn.Module
     acting: Callable[[], AbstractContextManager] = nullcontext
 
 
 def policy_of(trainer: Trainer) -> Partner:
-    """The model that trains, without an engine's wrapper."""
+    """Return the policy, without an engine's wrapper."""
     return Partner(trainer.accelerator.unwrap_model(trainer.model))
 
 
 def reference_of(trainer: Trainer, given: nn.Module | None = None) -> Partner:
-    """What the policy is compared with: the model that is given, a `PreferenceTrainer`'s reference, the adapter off.
+    """Return the first available reference: `given`, the reference of a `PreferenceTrainer`, or the disabled adapter.
 
     Raises:
-        ValueError: there is none of these.
+        ValueError: If none is available.
     """
     if given is not None:
         return Partner(given.to(trainer.args.device))
@@ -44,25 +44,25 @@ def reference_of(trainer: Trainer, given: nn.Module | None = None) -> Partner:
     if isinstance(policy.model, PeftModel):
         return Partner(policy.model, partial(adapters_off, ModuleTree(policy.model)))
     raise ValueError(
-        "there is no reference to generate with: the policy has no adapter to switch off, and the trainer keeps no "
-        "reference model; pass reference=model, such as the base model loaded once more"
+        "there is no reference to generate with: the policy has no adapter to disable, and the trainer keeps no "
+        "reference model; pass reference=model, for example a second copy of the base model"
     )
 
 
 def refuse_sharded(trainer: Trainer) -> None:
-    """Raise `ValueError` under an engine that shards the model's parameters."""
+    """Raise `ValueError` if the engine shards the model's parameters."""
     kind = trainer.accelerator.distributed_type
     if kind == DistributedType.FSDP or any(map(is_sharded, policy_of(trainer).model.parameters())):
         raise ValueError(
-            f"{kind.value} shards the model's parameters, from which nothing is generated while it trains: leave this "
-            "callback out, and compare answers of the saved model (hf_prefopt chat)"
+            f"{kind.value} shards the model's parameters, so this callback cannot generate during training: remove the "
+            "callback, and compare answers of the saved model (hf_prefopt chat)"
         )
 
 
 def answers_of(
     trainer: Trainer, partner: Partner, problems: Sequence[Problem | str], settings: dict[str, Any], batch_size: int
 ) -> list[str]:
-    """The answers of one of the two, in order."""
+    """Generate the answers of the policy or the reference to all problems, in order."""
     processing_class: Any = trainer.processing_class
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     if tokenizer is None:

@@ -1,4 +1,4 @@
-"""A picture for the trackers at every evaluation, drawn by any function."""
+"""A callback that sends a picture to the trackers at every evaluation."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +11,7 @@ from hf_prefopt.generation.trackers import log_picture
 
 
 class PictureCallback(TrainerCallback):
-    """Draws a picture at every evaluation and gives it to TensorBoard, trackio or Weights & Biases.
+    """Draws a picture at every evaluation and logs it to TensorBoard, trackio or Weights & Biases.
 
     Example:
         ```python
@@ -19,21 +19,21 @@ class PictureCallback(TrainerCallback):
         ```
 
     Args:
-        trainer: the trainer that the callback is added to.
-        draw: writes a PNG file to the path that it is given.
-        name: of the picture in the trackers.
+        trainer: Trainer that the callback is added to.
+        draw: Function that writes a PNG file to a given path.
+        name: Name of the picture in the trackers.
     """
 
     def __init__(self, trainer: Trainer, draw: Callable[[Path], Any], name: str = "curves"):
         self._trainer, self._draw, self._name = trainer, draw, name
 
     def on_evaluate(self, args, state, control, **_):
-        """Draws on the first rank."""
+        """Draw and log the picture on the first rank."""
         if not self._trainer.is_world_process_zero():
             return
         with TemporaryDirectory() as folder:
             path = Path(folder, "picture.png")
             self._draw(path)
             if not path.is_file():
-                raise ValueError(f"draw wrote no file to {path}: it is given a path, and writes a PNG file there")
+                raise ValueError(f"draw wrote no file to {path}: it must write a PNG file to the path that it gets")
             log_picture(self._trainer, self._name, path)

@@ -1,4 +1,4 @@
-"""Answers of the policy beside the reference's at every evaluation, in the terminal and in the trackers."""
+"""A callback that shows answers of the policy and the reference at every evaluation."""
 
 from collections.abc import Sequence
 
@@ -14,10 +14,10 @@ from hf_prefopt.generation.trackers import log_table
 
 
 class SampleGenerationsCallback(TrainerCallback):
-    """Shows what policy and reference answer to a few prompts, at every evaluation.
+    """Shows the answers of policy and reference to a few prompts at every evaluation, in the terminal and the trackers.
 
-    It works in any `transformers.Trainer` of a causal language model. Under an adapter, the reference is the adapter
-    switched off. The first rank generates. Training goes on as if nothing had been generated.
+    The callback works in any `transformers.Trainer` of a causal language model. If the policy has an adapter, the
+    reference is the model with its adapter disabled. The first rank generates. Generation does not change training.
 
     Example:
         ```python
@@ -25,20 +25,20 @@ class SampleGenerationsCallback(TrainerCallback):
         ```
 
     Args:
-        trainer: the trainer that the callback is added to.
-        prompts: texts, or rows with a `prompt` (text or messages).
-        reference: another model to compare with; needed where the policy has no adapter, and the trainer no reference.
-        max_new_tokens: tokens at most per answer.
-        temperature: 0 takes the likeliest token.
-        batch_size: answers generated at once.
-        name: of the table in the trackers.
-        console: where the table is printed; by default on standard output, and nowhere with `disable_tqdm`.
+        trainer: Trainer that the callback is added to.
+        prompts: Texts, or rows with a column `prompt` (text or messages).
+        reference: Reference model. Required if the policy has no adapter and the trainer has no reference.
+        max_new_tokens: Maximum number of tokens per answer.
+        temperature: Sampling temperature; 0 selects the most likely token.
+        batch_size: Number of answers per batch.
+        name: Name of the table in the trackers.
+        console: Console that prints the table. Default: standard output, or no output with `disable_tqdm`.
 
     Attributes:
-        rows: the last answers: `prompt`, `reference`, `policy`.
+        rows: Latest answers, as dicts with `prompt`, `reference` and `policy`.
 
     Raises:
-        ValueError: there is no reference; when training begins: the engine shards the parameters.
+        ValueError: If there is no reference or no prompt or, when training begins, if the engine shards the parameters.
     """
 
     def __init__(
@@ -62,11 +62,11 @@ class SampleGenerationsCallback(TrainerCallback):
         self.rows: list[dict[str, str]] = []
 
     def on_train_begin(self, args, state, control, **_):
-        """Before the first step."""
+        """Raise an error if the engine shards the parameters."""
         refuse_sharded(self._trainer)
 
     def on_evaluate(self, args, state, control, **_):
-        """Generates, prints, and writes to the trackers."""
+        """Generate the answers, print them, and log them to the trackers."""
         refuse_sharded(self._trainer)
         trainer = self._trainer
         if not trainer.is_world_process_zero():
@@ -82,7 +82,7 @@ class SampleGenerationsCallback(TrainerCallback):
 
 
 def samples_table(rows: list[dict[str, str]], step: int) -> Table:
-    """The answers for a terminal, a row for each prompt."""
+    """Build the table of answers for the terminal, with a row for each prompt."""
     table = Table(title=f"Answers at step {step}", title_justify="left", show_lines=True)
     for column in rows[0]:
         table.add_column(column, ratio=1, overflow="fold")

@@ -1,6 +1,6 @@
 """Tables and pictures for the experiment trackers of a Trainer: TensorBoard, trackio and Weights & Biases.
 
-A tracker is written to through the Trainer's own callback, so what it gets is in the run that has the metrics.
+The functions write through the Trainer's own callbacks, so tables and pictures are in the same run as the metrics.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,25 +14,25 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 def log_table(trainer: Trainer, name: str, rows: Rows) -> list[str]:
-    """Give a table to each tracker that is open; its rows are dicts with the same keys.
+    """Log a table to each active tracker; its rows are dicts with the same keys.
 
     Returns:
-        The names of the trackers that have it.
+        The names of the trackers that logged the table.
     """
     return _to_each(trainer, TABLES, name, rows) if rows else []
 
 
 def log_picture(trainer: Trainer, name: str, path: str | Path) -> list[str]:
-    """Give a PNG file to each tracker that is open.
+    """Log a PNG file to each active tracker.
 
     Returns:
-        The names of the trackers that have it.
+        The names of the trackers that logged the file.
     """
     return _to_each(trainer, PICTURES, name, Path(path))
 
 
 def _to_each(trainer: Trainer, writers: Mapping[type, Any], name: str, content: Any) -> list[str]:
-    """Called on every rank; the first one writes."""
+    """Log the content on the first rank; other ranks return an empty list."""
     told: list[str] = []
     if not trainer.is_world_process_zero():
         return told
@@ -44,7 +44,7 @@ def _to_each(trainer: Trainer, writers: Mapping[type, Any], name: str, content: 
 
 
 def markdown_table(rows: Rows) -> str:
-    """A table in Markdown, the texts in it kept on one line each."""
+    """Return a Markdown table. Line breaks in cells become `<br>`."""
     columns = list(rows[0])
     cells = [[_cell(row[column]) for column in columns] for row in rows]
     lines = [columns, ["---"] * len(columns), *cells]

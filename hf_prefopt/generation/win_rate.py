@@ -1,4 +1,4 @@
-"""How often a judge prefers the policy's answers to the reference's, at every evaluation."""
+"""A callback that logs the win rate of the policy against the reference at every evaluation."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,39 +17,40 @@ Judge = Callable[[Any, str, str], float]
 
 
 class WinRateCallback(TrainerCallback):
-    """Logs the win rate against the reference at every evaluation: `eval_win_rate`, with a 95 % interval.
+    """Logs the win rate of the policy against the reference at every evaluation, with a 95 % interval.
 
-    Each pair of answers is judged in both orders, so a judge that prefers a place gives a tie:
-    w = (judge(x, policy, reference) + 1 − judge(x, reference, policy)) / 2. The rate is the mean of w over prompts; of
-    a prompt that comes several times, the mean counts once, because its answers are not independent. The interval is
-    Wilson's with n = the number of different prompts, which is cautious where there are ties: they vary less.
+    The judge compares each pair of answers in both orders, so position bias results in a tie:
+    w = (judge(x, policy, reference) + 1 − judge(x, reference, policy)) / 2. The win rate is the mean of w over
+    different prompts. Repeated prompts are averaged first, because their answers are not independent. The interval is
+    the Wilson interval for n = the number of different prompts; it is wider than necessary if there are ties.
 
-    It works in any `transformers.Trainer` of a causal language model. Ranks share the prompts under plain data
-    parallelism. Under an adapter, the reference is the adapter switched off.
+    The callback works in any `transformers.Trainer` of a causal language model. Under plain data parallelism, the
+    prompts are divided among the ranks. If the policy has an adapter, the reference is the model with its adapter
+    disabled.
 
-    Logged: `eval_win_rate`, `eval_win_rate/low`, `eval_win_rate/high`, `eval_win_rate/prompts`, and
-    `eval_win_rate/consistent`, the share of prompts whose verdict is the same in both orders.
+    Logged metrics: `eval_win_rate`, `eval_win_rate/low`, `eval_win_rate/high`, `eval_win_rate/prompts`, and
+    `eval_win_rate/consistent`, the share of prompts with the same verdict in both orders.
 
     Example:
         ```python
-        def shorter(prompt, first, second):  # any Python function; a language model, too
+        def shorter(prompt, first, second):  # any Python function, for example a call of a language model
             return 0.5 if len(first) == len(second) else float(len(first) < len(second))
 
         trainer.add_callback(WinRateCallback(trainer, prompts, shorter))
         ```
 
     Args:
-        trainer: the trainer that the callback is added to.
-        prompts: texts, or rows with a `prompt` (text or messages).
-        judge: `(prompt, first answer, second answer)` to 1 if the first is better, 0 if the second is, 0.5 for a tie,
-            or a number between; the prompt is passed as it was given.
-        reference: another model to compare with; needed where the policy has no adapter, and the trainer no reference.
-        max_new_tokens, temperature, batch_size: as in `SampleGenerationsCallback`.
-        name: of the metric.
+        trainer: Trainer that the callback is added to.
+        prompts: Texts, or rows with a column `prompt` (text or messages).
+        judge: Function of `(prompt, first answer, second answer)` that returns a number from 0 to 1: 1 if the first
+            answer is better, 0 if the second answer is better, 0.5 for a tie. `prompt` is an element of `prompts`.
+        reference: Reference model. Required if the policy has no adapter and the trainer has no reference.
+        max_new_tokens, temperature, batch_size: See `SampleGenerationsCallback`.
+        name: Name of the metric.
 
     Raises:
-        ValueError: there is no reference; when training begins: the engine shards the parameters; at an evaluation: a
-            verdict is no number from 0 to 1.
+        ValueError: If there is no reference or no prompt; when training begins, if the engine shards the parameters;
+            at an evaluation, if a verdict is not a number from 0 to 1.
     """
 
     def __init__(
@@ -71,11 +72,11 @@ class WinRateCallback(TrainerCallback):
         self._name = name
 
     def on_train_begin(self, args, state, control, **_):
-        """Before the first step."""
+        """Raise an error if the engine shards the parameters."""
         refuse_sharded(self._trainer)
 
     def on_evaluate(self, args, state, control, metrics=None, **_):
-        """Generates, judges, logs, and adds the result to what `trainer.evaluate()` returns."""
+        """Generate and judge the answers, log the result, and add it to the metrics of `trainer.evaluate()`."""
         refuse_sharded(self._trainer)
         judged = self._judge_all()
         result = self._metrics(judged)
@@ -96,9 +97,9 @@ class WinRateCallback(TrainerCallback):
         return {f"eval_{self._name}{suffix}": value for suffix, value in found.items()}
 
     def _judge_all(self) -> dict[int, dict[str, Any]]:
-        """Answers and verdict of every prompt by its index, on every rank."""
+        """Return the answers and the verdict of every prompt, keyed by its index, on every rank."""
         state = PartialState()
-        # Padded, so that every rank generates as many batches as the others; an index that comes twice counts once.
+        # Padding gives every rank the same number of batches; the dict removes repeated indices.
         with state.split_between_processes(list(range(len(self._prompts))), apply_padding=True) as own:
             judged = self._judge_own(list(own))
         return dict(gather_object(list(judged.items()))) if state.num_processes > 1 else judged
@@ -120,7 +121,7 @@ class WinRateCallback(TrainerCallback):
         }
 
     def _win(self, prompt: Problem | str, policy: str, reference: str) -> dict[str, Any]:
-        """The policy's share of a prompt, and whether both orders say the same; equal answers are not judged."""
+        """Return the policy's score w, and whether both orders agree. Equal answers are a tie and are not judged."""
         if policy == reference:
             return {"win": 0.5, "consistent": True}
         before, after = self._verdict(prompt, policy, reference), 1 - self._verdict(prompt, reference, policy)
@@ -130,6 +131,7 @@ class WinRateCallback(TrainerCallback):
         verdict = self._judge(prompt, first, second)
         if not isinstance(verdict, bool | int | float) or not 0 <= verdict <= 1:
             raise ValueError(
-                f"the judge said {verdict!r}: 1 if the first answer is better, 0 if the second is, 0.5 for a tie"
+                f"the judge returned {verdict!r}, but must return a number from 0 to 1: 1 if the first answer is "
+                "better, 0 if the second answer is better, 0.5 for a tie"
             )
         return float(verdict)

@@ -1,1 +1,1 @@
-"""What `hf_prefopt train` is made of: its options, its YAML files, its data, and what it keeps of a run."""
+"""The parts of `hf_prefopt train`: options, YAML files, data, and the files that a run saves."""

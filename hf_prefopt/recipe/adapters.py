@@ -1,4 +1,4 @@
-"""From the options of a model to its LoRA, its quantization and the arguments of `from_pretrained`; checked first."""
+"""Checks of the model options, and their conversion to a LoRA config, a quantization config and loading arguments."""
 
 from dataclasses import fields
 from pathlib import Path
@@ -23,12 +23,12 @@ ADAPTER = (
 )
 BITS = ("load_in_4bit", "load_in_8bit")
 FOUR_BITS = ("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage")
-# Arguments of `from_pretrained` that have options of their own.
+# Arguments of `from_pretrained` that have a separate option.
 LOADING = {"revision": "model_revision", "dtype": "dtype", "attn_implementation": "attn_implementation"}
 
 
 def check_model_options(model: ModelOptions) -> None:
-    """Raise `ValueError` if an option would have no effect beside the others."""
+    """Raise `ValueError` for an invalid option, or an option that has no effect in combination with the others."""
     if model.lora_task_type != "CAUSAL_LM":
         raise ValueError(f"lora_task_type={model.lora_task_type}: a causal language model is trained; leave it out")
     if model.load_in_8bit and model.load_in_4bit:
@@ -48,7 +48,7 @@ def check_model_options(model: ModelOptions) -> None:
 
 
 def check_model_is_there(model: ModelOptions) -> None:
-    """Raise `ValueError` if there is no such model, neither here nor on the Hub."""
+    """Raise `ValueError` if the model exists neither as a local folder nor on the Hub."""
     name, folder = model.model_name_or_path, Path(model.model_name_or_path).expanduser()
     if folder.is_dir():
         if not any((folder / file).is_file() for file in ("config.json", "adapter_config.json")):
@@ -78,7 +78,7 @@ def _changed(model: ModelOptions, names: tuple[str, ...]) -> str:
 
 
 def lora_of(model: ModelOptions) -> LoraConfig | None:
-    """The adapter to put on the model, or `None` where all weights train."""
+    """Return the config of the LoRA adapter, or `None` if all weights train."""
     if not model.use_peft:
         return None
     modules = model.lora_target_modules
@@ -87,7 +87,7 @@ def lora_of(model: ModelOptions) -> LoraConfig | None:
         r=model.lora_r,
         lora_alpha=model.lora_alpha,
         lora_dropout=model.lora_dropout,
-        target_modules=modules[0] if modules and len(modules) == 1 else modules,  # a name alone may be a pattern
+        target_modules=modules[0] if modules and len(modules) == 1 else modules,  # PEFT reads a string as a pattern
         target_parameters=model.lora_target_parameters,
         modules_to_save=model.lora_modules_to_save,
         use_rslora=model.use_rslora,
@@ -96,7 +96,7 @@ def lora_of(model: ModelOptions) -> LoraConfig | None:
 
 
 def quantization_of(model: ModelOptions) -> BitsAndBytesConfig | None:
-    """How the model is quantized as it is loaded, or `None`; 4-bit layers compute in its `dtype`."""
+    """Return the quantization config, or `None`. 4-bit layers compute in `dtype`."""
     if model.load_in_8bit:
         return BitsAndBytesConfig(load_in_8bit=True)
     if not model.load_in_4bit:
@@ -111,10 +111,10 @@ def quantization_of(model: ModelOptions) -> BitsAndBytesConfig | None:
 
 
 def loading_arguments(model: ModelOptions, others: dict[str, Any] | None = None) -> dict[str, Any]:
-    """What `from_pretrained` is told: the options of the model, and `model_init_kwargs` with them.
+    """Return the arguments of `from_pretrained`: the model options, merged with `model_init_kwargs` (`others`).
 
     Raises:
-        ValueError: the latter has what is an option of its own.
+        ValueError: If `model_init_kwargs` contains an argument that has a separate option.
     """
     twice = [name for name in LOADING if name in (others or {})]
     if twice:

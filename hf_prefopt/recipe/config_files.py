@@ -1,4 +1,4 @@
-"""YAML files of settings: read with the line of each key, so that a mistake is named where it is."""
+"""YAML files of settings. The line of each key is recorded, so errors name the file and the line."""
 
 from argparse import Action, ArgumentTypeError
 from collections.abc import Mapping
@@ -11,14 +11,18 @@ import yaml
 from hf_prefopt.config_names import as_yaml, hints_in, nearest_setting
 from hf_prefopt.recipe.shipped import find_config
 
-# Keys of a file that are no settings: the file to begin with, and TRL's environment variables.
+# Keys that are not settings: the base file, and environment variables (as in TRL).
 BASE, ENVIRONMENT = "base", "env"
 COMMAND_LINE = "the command line"
 
 
 @dataclass(frozen=True)
 class Layer:
-    """Settings of one origin. Attributes: where: what messages call it."""
+    """Settings from one origin: a file, a script or the command line.
+
+    Attributes:
+        where: Name of the origin in messages. environment: Environment variables that a file sets.
+    """
 
     where: str
     settings: Mapping[str, Any]
@@ -26,16 +30,17 @@ class Layer:
 
 
 def read_layers(given: list[str], options: Mapping[str, Action]) -> list[Layer]:
-    """The layers of the files that `--config` names, in their order.
+    """Read the files given by `--config`, in their order, as one layer per file.
 
-    The first file may name another, which is read before it, by its key `base`; in files after the first that key is
-    not used, because there is something to begin with.
+    The key `base` of the first file names a file that is read before it. The key `base` of later files is ignored,
+    because the files before them take its place.
 
     Args:
-        options: the option of each setting, which says how a value is read.
+        options: Option of each setting, which defines how a value is parsed.
 
     Raises:
-        ValueError: a file is missing or no mapping, has an unknown key, a key twice, or a value of another type.
+        ValueError: If a file is missing or is not a mapping, or has an unknown key, a duplicate key or a value of the
+            wrong type.
     """
     files = [find_config(name) for name in given]
     while files and (base := _values(files[0]).get(BASE)):
@@ -72,7 +77,7 @@ def _layer(file: Path, options: Mapping[str, Action]) -> Layer:
 
 
 def unknown_setting(name: str, options: Mapping[str, Action], reason: str = "") -> str:
-    """What to say of a name that is no setting; with a reason, where there is one."""
+    """Return the error message for an unknown setting; `reason` is used if there is no known hint for the name."""
     plain = name.replace("-", "_")
     near = plain if plain in options else nearest_setting(plain, options)
     hint = f"; did you mean {near}?" if near else "; `hf_prefopt train --help-all` names all"
@@ -96,7 +101,7 @@ def _values(file: Path) -> dict[str, Any]:
 
 
 def _lines(file: Path) -> dict[str, int]:
-    """The line of each key. Raises `ValueError` for a key that is there twice, of which YAML takes the last."""
+    """Return the line of each key. Raises `ValueError` for a duplicate key, because YAML would use the last one."""
     lines: dict[str, int] = {}
     node = yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     for key, _ in node.value if node else ():
@@ -108,7 +113,7 @@ def _lines(file: Path) -> dict[str, int]:
 
 
 def _read(option: Action, value: Any) -> Any:
-    """A value as the command line would read it."""
+    """Parse a value in the same way as the command line."""
     if value is None or isinstance(value, dict):
         return _checked(option, value)
     if isinstance(value, list):
@@ -119,7 +124,7 @@ def _read(option: Action, value: Any) -> Any:
     return [scalar] if option.nargs == "+" else scalar
 
 
-# Options of one text on the command line, of which a file may list several.
+# Options that take one text on the command line, but may be lists in a file.
 _ALSO_LISTS = ("report_to", "debug", "fsdp")
 
 

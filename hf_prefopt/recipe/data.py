@@ -1,4 +1,4 @@
-"""The rows to train on and to evaluate, from `dataset_name` or from `datasets`."""
+"""Loading of the training and evaluation rows, from `dataset_name` or from `datasets`."""
 
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ Rows = Dataset | IterableDataset | Mixture
 
 
 def check_data_options(data: DataOptions) -> None:
-    """Raise `ValueError` for options that would have no effect."""
+    """Raise `ValueError` for options that have no effect or contradict each other."""
     if data.ignore_bias_buffers:
         raise ValueError("ignore_bias_buffers=True has no effect: leave it out; --ddp_broadcast_buffers false is close")
     if data.test_split_size is not None and data.dataset_test_split != "test":
@@ -45,10 +45,10 @@ def check_data_options(data: DataOptions) -> None:
 
 
 def load_pairs(data: DataOptions, training: PreferenceConfig) -> tuple[Rows, Rows | None]:
-    """The training rows and, where there are any, the evaluation rows; without these, evaluation is turned off.
+    """Load the training rows and the evaluation rows. Without evaluation rows, evaluation is turned off.
 
     Raises:
-        ValueError: the data cannot be loaded, or have no such split.
+        ValueError: If the data cannot be loaded or a split does not exist.
     """
     train, test = _load_mixture(data, training) if data.datasets else _load(data, training)
     if test is None:
@@ -57,7 +57,7 @@ def load_pairs(data: DataOptions, training: PreferenceConfig) -> tuple[Rows, Row
 
 
 def _load(data: DataOptions, training: PreferenceConfig) -> tuple[Rows, Rows | None]:
-    """The rows of `dataset_name`: see `hf_prefopt.data.files` and `.splits`."""
+    """Load the rows of `dataset_name`; see `hf_prefopt.data.files` and `hf_prefopt.data.splits`."""
     splits = load_splits(_found(data.dataset_name), data.dataset_config, data.dataset_streaming)
     trained = training_split(splits, data.dataset_train_split)
     train, evaluated = not_too_long(splits[trained], data.longest_row), None
@@ -77,13 +77,13 @@ def _load(data: DataOptions, training: PreferenceConfig) -> tuple[Rows, Rows | N
 
 
 def _found(name: str) -> str:
-    """The name; that of data which come with the package stands for their folder, wherever one is."""
+    """Return the name or, for data shipped with the package, the path of their folder."""
     is_shipped = name.startswith(SHIPPED_DATA) and not Path(name).exists()
     return str(shipped(name)) if is_shipped and shipped(name).exists() else name
 
 
 def _load_mixture(data: DataOptions, training: PreferenceConfig) -> tuple[Mixture, Mixture | None]:
-    """The rows of `datasets`: see `mixture.py`."""
+    """Load the rows of `datasets`; see `mixture.py`."""
     keep = partial(not_too_long, longest=data.longest_row)
     train, test = load_mixture(data.datasets, data.dataset_streaming, training.seed, keep, _reading(training))
     if data.test_split_size is not None:
@@ -95,7 +95,7 @@ def _load_mixture(data: DataOptions, training: PreferenceConfig) -> tuple[Mixtur
 
 
 def _without_evaluation(training: PreferenceConfig) -> None:
-    """Turn evaluation off, and print a line about it."""
+    """Turn evaluation off, and print a message."""
     if training.load_best_model_at_end:
         raise ValueError("load_best_model_at_end=True, but the data set has no split to evaluate: set it to false")
     training.eval_on_start, training.eval_strategy = False, "no"
@@ -107,7 +107,7 @@ def _without_evaluation(training: PreferenceConfig) -> None:
 
 
 def _reading(training: PreferenceConfig) -> dict[str, Any]:
-    """The settings that say how columns are read."""
+    """Return the settings that define how columns are read."""
     return {name: getattr(training, name) for name in ("column_mapping", "remove_columns", "text_as")}
 
 

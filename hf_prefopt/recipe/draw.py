@@ -1,4 +1,4 @@
-"""Fewer rows than a data set has: drawn at random, by whole prompts, or those that are not too long."""
+"""Selection of rows: a random sample of rows or of prompts, and rows below a maximum length."""
 
 import json
 import random
@@ -10,7 +10,7 @@ Rows = Dataset | IterableDataset
 
 
 def not_too_long(rows: Any, longest: int | None) -> Any:
-    """The rows with at most `longest` characters; all of them if it is `None`. Raises `ValueError` if none is left."""
+    """Keep rows with at most `longest` characters (`None`: all rows). Raises `ValueError` if no row remains."""
     if longest is None:
         return rows
     kept = rows.filter(lambda row: characters(row) <= longest)
@@ -20,7 +20,7 @@ def not_too_long(rows: Any, longest: int | None) -> Any:
 
 
 def characters(value: Any) -> int:
-    """The length of all texts in a row, or in whatever it is made of; names of roles count too."""
+    """Count the characters of all texts in a row, including nested texts and role names."""
     if isinstance(value, str):
         return len(value)
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
@@ -28,9 +28,9 @@ def characters(value: Any) -> int:
 
 
 def draw(rows: Rows, count: int | None, seed: int) -> Rows:
-    """`count` rows at random, the same ones for the same seed, in their order; all of them without a count.
+    """Sample `count` rows, reproducibly for a seed, and keep their order. `None` keeps all rows.
 
-    Of a stream, its first ones.
+    For a stream, the first `count` rows are used instead of a sample.
     """
     if count is None:
         return rows
@@ -40,9 +40,9 @@ def draw(rows: Rows, count: int | None, seed: int) -> Rows:
 
 
 def draw_prompts(rows: Rows, count: int | None, seed: int) -> Rows:
-    """As `draw`, but prompts at random with all their rows; of the last one as many as are left to take.
+    """Sample prompts, and use all rows of each prompt until `count` rows are selected. See `draw`.
 
-    Rows without a column `prompt`, whose responses begin with it, are drawn one by one.
+    The last prompt may be incomplete. Without a column `prompt`, single rows are sampled.
     """
     if count is None or isinstance(rows, IterableDataset) or "prompt" not in rows.column_names:
         return draw(rows, count, seed)

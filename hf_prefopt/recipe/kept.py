@@ -1,4 +1,4 @@
-"""What a run's folder keeps of how it was made, and what keeps another run from being overwritten by it."""
+"""The settings file in a run's folder, and the check that a run does not overwrite another run."""
 
 import re
 import shlex
@@ -12,7 +12,7 @@ from hf_prefopt.recipe.settings import Recipe
 from hf_prefopt.version import __version__
 
 FILE = "train.yaml"
-# What the end of a run leaves behind.
+# Files that show that a folder contains the results of a run.
 RESULTS = (
     "README.md",
     "adapter_model.safetensors",
@@ -20,18 +20,18 @@ RESULTS = (
     "model.safetensors.index.json",
     "checkpoint-*",
 )
-# Settings that do not make it another run.
+# Settings that are ignored when two runs are compared.
 NOT_OF_THE_RUN = ("overwrite_output_dir", "resume_from_checkpoint")
 _SECRET_NAMES = ("token", "password", "api_key", "secret")
-# An access token of the Hub, and an entry of a JSON mapping with a secret.
+# An access token of the Hub, and a JSON entry whose key names a secret.
 _TOKEN = re.compile(r"hf_\w{8,}")
 _ENTRY = re.compile(rf'("\w*(?:{"|".join(_SECRET_NAMES)})"\s*:\s*)"[^"]*"', re.IGNORECASE)
 
 
 def refuse_other_run(recipe: Recipe) -> None:
-    """Raise `ValueError` if `output_dir` holds the results of a run with other settings, unless they may be replaced.
+    """Raise `ValueError` if `output_dir` contains the results of a run with different settings.
 
-    The same run again, or one that goes on from a checkpoint, is no other run.
+    The error is not raised if the run resumes from a checkpoint or `overwrite_output_dir` is set.
     """
     folder = Path(recipe.training.output_dir)
     if folder.exists() and not folder.is_dir():
@@ -51,7 +51,7 @@ def refuse_other_run(recipe: Recipe) -> None:
 
 
 def keep_settings(recipe: Recipe) -> None:
-    """Write the settings into the run's folder, as a file for `--config`, with the command in a comment; no secrets."""
+    """Write the settings, without secrets, to a file for `--config` in the run's folder. A comment has the command."""
     if recipe.training.process_index:
         return
     folder = Path(recipe.training.output_dir)
@@ -69,7 +69,7 @@ def keep_settings(recipe: Recipe) -> None:
 
 
 def _command(words: Any) -> str:
-    """The command line, with dots in place of secrets."""
+    """Return the command line; dots replace secrets."""
     shown, hide = [], False
     for word in words:
         name, is_pair, _ = word.partition("=")
@@ -81,7 +81,7 @@ def _command(words: Any) -> str:
 
 
 def _plain(settings: Any) -> Any:
-    """Settings as they go through a YAML file: without secrets, and what is not of the run."""
+    """Return the settings to save: without secrets and without the settings in `NOT_OF_THE_RUN`."""
     if isinstance(settings, dict):
         kept = {name: value for name, value in settings.items() if name not in NOT_OF_THE_RUN}
         return {name: _plain(value) for name, value in kept.items() if not _is_secret(str(name))}
@@ -93,7 +93,7 @@ def _is_secret(name: str) -> bool:
 
 
 def _kept(folder: Path) -> dict[str, Any] | None:
-    """The settings of the run in a folder; `None` if it keeps none."""
+    """Return the settings of the run in a folder; `None` if the folder has no readable settings."""
     try:
         return yaml.safe_load((folder / FILE).read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError):

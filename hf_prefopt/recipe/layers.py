@@ -1,10 +1,10 @@
-"""Settings of several files and of the command line, put together: the last one wins.
+"""Merging of the settings from several files and the command line. Later layers override earlier layers.
 
-Some lines belong to another one, and go with it:
+Some settings depend on another setting and are dropped together with it:
 
-- hyperparameters to their loss: a later layer that names another loss does not take them over;
-- limits, such as `train_rows`, to the data that come with the package: a later layer with other data does not take
-  them over, and a later file with such data does not replace data of the user's own.
+- Hyperparameters belong to their loss. If a later layer selects another loss, they are dropped.
+- Limits such as `train_rows` belong to the data shipped with the package. If a later layer selects other data, they are
+  dropped. A later file with shipped data does not replace the user's own data.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -20,10 +20,10 @@ Settings = Mapping[str, Any]
 
 
 def merged(layers: Iterable[Layer], say: Callable[[str], None] = print) -> dict[str, Any]:
-    """The settings of all layers, later ones over earlier ones.
+    """Merge the settings of all layers; later layers override earlier layers.
 
     Args:
-        say: is told which lines are not used.
+        say: Function that receives a message for settings that are not used.
     """
     settings: dict[str, Any] = {}
     for layer in layers:
@@ -35,7 +35,7 @@ def merged(layers: Iterable[Layer], say: Callable[[str], None] = print) -> dict[
             if not_used:
                 lines = ", ".join(f"{name}={value}" for name, value in not_used.items())
                 say(f"{lines} not used: {reason}")
-        if _data_of(given):  # one way to name data replaces the other
+        if _data_of(given):  # `dataset_name` and `datasets` replace each other
             settings = {name: value for name, value in settings.items() if name not in ("dataset_name", "datasets")}
         settings |= given
     return settings
@@ -50,7 +50,7 @@ def _is_demo(settings: Settings) -> bool:
 
 
 def _of_another_loss(before: Settings, given: Settings) -> tuple[tuple[str, ...], str]:
-    """The settings that do not go with the loss that is given, and why."""
+    """Return the settings that do not apply to the new loss, and the reason."""
     old, new = before.get("loss_type"), given.get("loss_type")
     if not old or not new or list(map(_own_name, old)) == list(map(_own_name, new)):
         return (), ""
@@ -65,7 +65,7 @@ def _of_other_data(before: Settings, given: Settings) -> tuple[tuple[str, ...], 
 
 
 def _own_name(loss: str) -> str:
-    """The name that an alias stands for; losses of a user's own are registered later."""
+    """Return the canonical name of a loss. A user's own losses are not registered yet, so their names are unchanged."""
     try:
         return get_loss(loss).name
     except ValueError:

@@ -1,4 +1,4 @@
-"""A mixture of data sets, as the setting `datasets` lists them: TRL's entries, and some keys more.
+"""Mixtures of data sets, from the setting `datasets`. Entries have TRL's keys and a few additional keys.
 
     datasets:
       - path: trl-lib/ultrafeedback_binarized
@@ -28,7 +28,7 @@ class Entry:
     """One data set of a mixture.
 
     Attributes:
-        path, name, data_dir, data_files, split, columns: what is loaded, as in TRL's `DatasetConfig`.
+        path, name, data_dir, data_files, split, columns: Data to load, as in TRL's `DatasetConfig`.
         weight, fraction, column_mapping, remove_columns, text_as: see `hf_prefopt.Source`.
     """
 
@@ -46,12 +46,12 @@ class Entry:
 
     @property
     def label(self) -> str:
-        """What messages call it."""
+        """Name of the data set in messages."""
         return self.path + "".join(f" {part}" for part in (self.name, self.split) if part not in (None, "train"))
 
 
 def read_entries(given: list[Any]) -> list[Entry]:
-    """The entries of `datasets`. Raises `ValueError` for an entry that cannot be read, or with an unknown key."""
+    """Parse the entries of `datasets`. Raises `ValueError` for an invalid entry or an unknown key."""
     entries = []
     for entry in given:
         if isinstance(entry, str):
@@ -76,14 +76,16 @@ def _from_text(text: str) -> dict[str, Any]:
 def load_mixture(
     entries: list[Entry], streaming: bool, seed: int, keep: Callable[[Any], Any], reading: Mapping[str, Any]
 ) -> tuple[Mixture, Mixture | None]:
-    """The mixture to train on, and what its data sets have to evaluate, each row once; None if none has any.
+    """Load the training mixture and the evaluation mixture.
+
+    The evaluation mixture contains each row of the evaluation splits once; it is None if no data set has such a split.
 
     Args:
-        keep: takes the rows of a source and returns those that are not too long.
-        reading: `column_mapping`, `remove_columns` and `text_as` of entries that have none of their own.
+        keep: Function that removes the rows that are too long from the rows of a data set.
+        reading: Default values of `column_mapping`, `remove_columns` and `text_as` for all entries.
 
     Raises:
-        ValueError: a data set that cannot be loaded, or a mixture that cannot be made.
+        ValueError: If a data set cannot be loaded or the mixture is invalid.
     """
     train, test = [], []
     for entry in entries:

@@ -1,7 +1,7 @@
-"""The options of `train` besides those of `PreferenceConfig`, with the names and defaults of TRL where it has them.
+"""The options of `train` that are not in `PreferenceConfig`. Names and defaults follow TRL.
 
-`ModelOptions` and `DataOptions` have the fields of `trl.ModelConfig` and `trl.ScriptArguments`, so that a YAML file for
-TRL can be used; TRL itself is not needed.
+`ModelOptions` and `DataOptions` have the fields of `trl.ModelConfig` and `trl.ScriptArguments`, so YAML files for TRL
+work. TRL itself is not required.
 """
 
 import runpy
@@ -19,7 +19,7 @@ def _help(text: str, **others: Any) -> dict[str, Any]:
 
 @dataclass
 class DataOptions:
-    """What is trained on."""
+    """The training and evaluation data."""
 
     dataset_name: str | None = field(
         default=None, metadata=_help("A name on the Hub, a folder, a file, or a pattern of files.")
@@ -67,7 +67,7 @@ class DataOptions:
 
 @dataclass
 class ModelOptions:
-    """The model, and the adapter on it."""
+    """The model and its adapter."""
 
     model_name_or_path: str | None = field(
         default=None, metadata=_help("A name on the Hub or a folder; also of an adapter, which trains on.")
@@ -116,7 +116,7 @@ class ModelOptions:
 
 @dataclass
 class RunOptions:
-    """What `train` itself does."""
+    """Options of the command `train` itself."""
 
     gsm8k_problems: int = field(
         default=0, metadata=_help("Solve N GSM8K problems (at most 200) at every evaluation; 0 for none.")
@@ -136,7 +136,7 @@ class RunOptions:
 
 
 def _run_file(path: str) -> None:
-    """Run a user's file. Raises `ValueError` for any error in it, with the line."""
+    """Run a user's file. Raises `ValueError` with the line number for any error in the file."""
     try:
         runpy.run_path(path)
     except SyntaxError as error:

@@ -1,4 +1,4 @@
-"""A run as its files and its command line describe it, checked before anything is loaded."""
+"""The settings of a run from YAML files and the command line, checked before data or models are loaded."""
 
 import os
 from argparse import Namespace
@@ -16,12 +16,12 @@ from hf_prefopt.recipe.options import DataOptions, ModelOptions, RunOptions
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a run is made of.
+    """The complete settings of a run.
 
     Attributes:
-        settings: everything that was said, by name, as it goes into a YAML file.
-        environment: names of the variables that files set.
-        command_line: what was typed.
+        settings: All given settings, keyed by name, as they are saved in a YAML file.
+        environment: Names of the environment variables that files set.
+        command_line: Words of the command line.
     """
 
     run: RunOptions
@@ -34,15 +34,15 @@ class Recipe:
 
     @property
     def data_names(self) -> str | list[str]:
-        """The data sets, for the model card."""
+        """Names of the data sets, for the model card."""
         return [entry.path for entry in self.data.datasets] if self.data.datasets else self.data.dataset_name
 
 
 def read_recipe(options: Namespace) -> Recipe:
-    """The run that the options of `train` describe.
+    """Build the recipe from the options of `train`.
 
     Raises:
-        ValueError: an unknown setting, a wrong value, a missing one, or one without an effect.
+        ValueError: If a setting is unknown, missing or without effect, or has an invalid value.
     """
     given = {name: getattr(options, name) for name in options.known if hasattr(options, name)}
     files = read_layers(options.config, options.known)
@@ -79,6 +79,6 @@ def _refuse_missing(settings: dict[str, Any]) -> None:
 
 
 def _say(line: str) -> None:
-    """Print a line, once for all ranks."""
+    """Print a line on the first rank."""
     if not int(os.environ.get("RANK", 0)):
         print(line, flush=True)

@@ -1,6 +1,7 @@
-"""The recipes, YAML files of losses, data and engine configurations that come with the package.
+"""Files shipped with the package: recipes, YAML files of losses, data, and engine configurations.
 
-In a checkout they are the folders `recipes/` and `ds_configs/`; a wheel has them in `hf_prefopt/shipped/`.
+In a checkout of the repository, the files are in `recipes/` and `ds_configs/`. In a wheel, they are in
+`hf_prefopt/shipped/`.
 """
 
 import shutil
@@ -12,18 +13,18 @@ _PACKAGE = Path(__file__).parents[1]
 
 
 def shipped(path: str) -> Path:
-    """Where a file or folder of the repository is, such as "recipes/dpo_lora.yaml"."""
+    """Return the location of a file or folder of the repository, such as "recipes/dpo_lora.yaml"."""
     installed = _PACKAGE / "shipped"
     return (installed if installed.is_dir() else _PACKAGE.parent) / path
 
 
 def recipes() -> dict[str, Path]:
-    """The YAML files of `train --config`, by name: first the recipes, then a file for each loss."""
+    """Return the YAML files for `train --config`, keyed by name: the recipes, then one file per loss."""
     return _files("recipes") | _files("recipes/configs")
 
 
 def engines() -> dict[str, Path]:
-    """The YAML files of `accelerate launch --config_file`, by name."""
+    """Return the YAML files for `accelerate launch --config_file`, keyed by name."""
     return _files("ds_configs")
 
 
@@ -32,15 +33,15 @@ def _files(folder: str) -> dict[str, Path]:
 
 
 def purpose(file: Path) -> str:
-    """The first line of a file's comment."""
+    """Return the first comment line of a file."""
     return file.read_text().splitlines()[0].lstrip("# ")
 
 
 def find_config(given: str) -> Path:
-    """The file that `--config` means: a path, or what comes with the package, by its name or path.
+    """Find the file for a value of `--config`: a path, or the name or path of a file shipped with the package.
 
     Raises:
-        ValueError: there is none; similar names are offered.
+        ValueError: If there is no such file. The message suggests similar names.
     """
     path = Path(given).expanduser()
     if path.is_file():
@@ -56,7 +57,7 @@ def find_config(given: str) -> Path:
 
 
 def listing() -> str:
-    """The recipes, the files of the losses and the engine configurations, a line for each."""
+    """List the recipes, the files of the losses and the engine configurations, one per line."""
     parts = {
         "Recipes: hf_prefopt train --config NAME": _files("recipes"),
         "Losses: --config NAME, on base.yaml or after a file of your own": _files("recipes/configs"),
@@ -69,12 +70,13 @@ def listing() -> str:
 
 
 def copy(name: str, folder: str = ".", *others: str) -> list[Path]:
-    """Copy what has that name, with the files that it names, and return the new paths.
+    """Copy a recipe or an engine configuration, together with the files that it refers to, and return the new paths.
 
-    Recipes go into the folder itself; engine configurations into `ds_configs/` in it, where they look for each other.
+    Recipes are copied into the folder. Engine configurations are copied into its subfolder `ds_configs/`, because they
+    refer to each other by this path.
 
     Raises:
-        ValueError: there is no such name, or a file is there already.
+        ValueError: If there is no such name, or a file already exists.
     """
     if others:
         raise ValueError(f"--copy takes a name and a folder; what is {others[0]}?")
@@ -96,7 +98,7 @@ def copy(name: str, folder: str = ".", *others: str) -> list[Path]:
 
 
 def base_of(file: Path) -> Path | None:
-    """The file that a YAML file begins with, by its line `base:`."""
+    """Return the base file of a YAML file, from its line `base:`, or None."""
     lines = (line.partition("#")[0].strip() for line in file.read_text().splitlines())
     named = next((line.removeprefix("base:").strip() for line in lines if line.startswith("base:")), None)
     return file.parent / named if named else None

@@ -1,1 +1,1 @@
-"""What people see of a run: metrics, tables, plots, the model card."""
+"""The output of a run: metrics, tables, plots, the model card and the report."""

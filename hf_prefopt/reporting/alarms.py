@@ -1,7 +1,7 @@
-"""Two warnings on what a preference loss may do unnoticed: chosen responses become unlikely, or only length is learned.
+"""Two warnings during training: chosen responses become less likely, or the model learns only the response length.
 
-Both look at the examples of training, in windows one after the other, and warn once, when two windows in a row say the
-same. docs/displacement.md explains them.
+Both alarms monitor the training examples in consecutive windows. Each alarm warns once, when two consecutive windows
+break its rule. See docs/displacement.md.
 """
 
 from dataclasses import dataclass, field
@@ -10,37 +10,42 @@ import numpy as np
 
 from hf_prefopt.reporting.observed import Responses
 
-# Examples in a window: a standard error of at most a tenth of what single examples differ by (1/√100).
+# Minimum number of examples per window: the standard error of a mean is a tenth of the standard deviation (1/√100).
 WINDOW = 100
-# A fall that counts: the perplexity of chosen responses is 10 % above that of the start. In nats per token.
+# Smallest decrease that counts, in nats per token: the perplexity of chosen responses is 10 % higher than at the start.
 FALL = float(np.log(1.1))
-# Standard errors that a mean must be away: by chance once in 740 windows on one side, so about once in 550,000 twice.
+# Required distance of a mean in standard errors. By chance, one window in 740 is that far on one side, and two
+# consecutive windows about once in 550,000.
 ERRORS = 3.0
-# The share of the variance of margins that length must explain.
+# Minimum share of the variance of margins that length explains.
 EXPLAINED = 0.5
 
 FELL = (
     "step {step}: chosen responses have become less likely: their log-probs are {fall:.3f} nats per token below "
-    "{start} (standard error {error:.3f}; {examples} examples), so their perplexity is {share:.0%} higher. The loss "
-    "is reduced by lowering the rejected ones further. Try sft_weight=1.0 with this loss, loss_type=dpop, cal_dpo or "
-    "nca_pair, a lower learning_rate, or a higher beta; see docs/displacement.md"
+    "{start} (standard error {error:.3f}; {examples} examples), so their perplexity is {share:.0%} higher. Possible "
+    "remedies: sft_weight=1.0 with this loss, loss_type=dpop, cal_dpo or nca_pair, a lower learning_rate, or a higher "
+    "beta; see docs/displacement.md"
 )
 LENGTH = (
     "step {step}: margins grow by length alone: the difference in length explains {explained:.0%} of the margins' "
-    "variance ({examples} examples), and pairs of equal length have a margin of {intercept:+.3f} ± {error:.3f} nats, "
-    "of a mean of {mean:+.3f}. Try a loss that compares log-probs per token (loss_type=simpo, dpo_norm or sampo), "
-    "r_dpo, or ld_alpha below 1, or data whose chosen responses are not longer; see docs/displacement.md"
+    "variance ({examples} examples). At equal length, the margin is {intercept:+.3f} ± {error:.3f} nats, and the mean "
+    "margin is {mean:+.3f} nats. Possible remedies: a loss that compares log-probs per token (loss_type=simpo, "
+    "dpo_norm or sampo), r_dpo, ld_alpha below 1, or data whose chosen responses are not longer; see "
+    "docs/displacement.md"
 )
 
 
 @dataclass
 class Window:
-    """Collects numbers of examples, a row each, and hands out `WINDOW` or more of them at a time."""
+    """Collects one row of values per example and returns the rows in groups of at least `WINDOW`."""
 
     rows: list[np.ndarray] = field(default_factory=list)
 
     def full(self, values: np.ndarray) -> np.ndarray | None:
-        """All rows `[n, Q]` since the last full window once there are enough of them; rows with NaN do not count."""
+        """Add rows, and return all rows `[n, Q]` since the last full window, or None if they are fewer than `WINDOW`.
+
+        Rows with NaN are ignored.
+        """
         self.rows.append(values[~np.isnan(values).any(1)])
         if sum(map(len, self.rows)) < WINDOW:
             return None
@@ -49,17 +54,22 @@ class Window:
 
 
 class Displacement:
-    """Chosen log-probs have fallen: mean + 3 standard errors < −log 1.1 nats per token, in two windows in a row.
+    """Rule for decreased chosen log-probs: mean + 3 standard errors < −log 1.1 nats per token.
 
-    The mean is of log-ratios to the reference; without one, of log-probs, from which that of the first window is
-    taken, whose variance counts too.
+    The mean is taken over the log-ratios of chosen responses to the reference. Without a reference, it is the mean
+    log-prob minus the mean log-prob of the first window, and the variances of both windows are added.
     """
 
     def __init__(self):
         self._window, self._start = Window(), None
 
     def finding(self, responses: Responses) -> dict[str, object] | None:
-        """What is to be said of a window that is full now; `{}` if it is as it should be, `None` if none is full."""
+        """Add responses, and check the window if it is full.
+
+        Returns:
+            The values for the warning text if the window breaks the rule, `{}` if it does not, and `None` if the
+            window is not full yet.
+        """
         has_reference = responses.log_ratios is not None
         measured = responses.logps if responses.log_ratios is None else responses.log_ratios
         values = self._window.full(responses.side(measured, responses.chosen)[:, None])
@@ -79,15 +89,17 @@ class Displacement:
 
 
 class LengthAlone:
-    """Margins are explained by length: of the line margin = a + b · (difference in length), b explains half of the
-    variance, the mean margin is 3 standard errors above 0, and a, the margin at equal length, is not, in two windows in
-    a row."""
+    """Rule for margins that grow by length alone, from the regression margin = a + b · (difference in length).
+
+    A window breaks the rule if length explains at least half of the variance, the mean margin is more than 3 standard
+    errors above 0, and a, the margin at equal length, is at most 3 standard errors above 0.
+    """
 
     def __init__(self):
         self._window = Window()
 
     def finding(self, responses: Responses) -> dict[str, object] | None:
-        """As that of `Displacement`."""
+        """Add responses, and check the window if it is full; see `Displacement.finding` for the return values."""
         if responses.margins is None:
             return None
         values = self._window.full(np.stack([responses.margins, responses.length_differences], 1))
@@ -113,7 +125,11 @@ class LengthAlone:
 
 @dataclass
 class _Alarm:
-    """A rule and its text; it was `raised` if the last full window broke the rule, and is `done` once it has spoken."""
+    """A rule and its warning text.
+
+    Attributes:
+        raised: True if the last full window broke the rule. done: True once the warning was issued.
+    """
 
     rule: Displacement | LengthAlone
     text: str
@@ -121,7 +137,7 @@ class _Alarm:
     done: bool = False
 
     def look(self, step: int, responses: Responses) -> str | None:
-        """The warning, if the rule was broken in two windows in a row."""
+        """Add responses, and return the warning if two consecutive windows broke the rule."""
         found = None if self.done else self.rule.finding(responses)
         if found is None:
             return None
@@ -130,10 +146,10 @@ class _Alarm:
 
 
 class Alarms:
-    """Both warnings.
+    """The two alarms of a run.
 
     Attributes:
-        said: the warnings so far.
+        said: Warnings issued so far.
     """
 
     def __init__(self):
@@ -141,7 +157,7 @@ class Alarms:
         self._alarms = [_Alarm(Displacement(), FELL), _Alarm(LengthAlone(), LENGTH)]
 
     def look(self, step: int, responses: Responses) -> list[str]:
-        """The warnings that the examples since the last training log give rise to."""
+        """Check the examples since the last training log, and return the new warnings."""
         texts = [text for alarm in self._alarms if (text := alarm.look(step, responses))]
         self.said += texts
         return texts

@@ -1,4 +1,4 @@
-"""A model's greedy answers to a few prompts, all in one batch; and the text of single tokens."""
+"""Greedy answers of a model to a few prompts in one batch, and the text of single tokens."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -16,10 +16,10 @@ def greedy_answers(
     max_new_tokens: int = 64,
     autocast: AbstractContextManager | None = None,
 ) -> list[str]:
-    """Answers as text; the model's mode is left as it was.
+    """Generate greedy answers, and restore the model's mode (training or evaluation) afterwards.
 
     Args:
-        prompts: token ids, ready for the answer.
+        prompts: Token ids, including the generation prompt.
     """
     width = max(map(len, prompts))
     pad = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
@@ -43,9 +43,10 @@ def greedy_answers(
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], values: Sequence[float]) -> list[list[Any]]:
-    """[text, value] of tokens one after the other; tokens that share a character are joined, their values added.
+    """Return `[text, value]` for each token, in order.
 
-    A token is decoded behind the four before it, because its white space may depend on them.
+    Tokens that share a character are joined, and their values are added. Each token is decoded together with the four
+    preceding tokens, because its white space may depend on them.
     """
     pieces: list[list[Any]] = []
     begin = 0

@@ -1,6 +1,6 @@
-"""The model card: what was trained, on which data, with which loss and reference, and the results.
+"""The model card, which describes the model, the data, the loss, the reference, and the results.
 
-It is made from plain facts, so that the trainer, a script or a test can write one. The caller saves or pushes it.
+The card is built from plain values, so the trainer, a script or a test can create one. The caller saves or pushes it.
 """
 
 import html
@@ -23,7 +23,7 @@ PACKAGES = ("hf_prefopt", "torch", "transformers", "peft", "accelerate", "datase
 
 @dataclass(frozen=True)
 class LossFacts:
-    """A loss in the card: its name, its formula per example, arXiv number, weight and hyperparameters."""
+    """A loss in the card: name, formula per example, arXiv number, weight and hyperparameters."""
 
     name: str
     formula: str = ""
@@ -34,29 +34,29 @@ class LossFacts:
 
 @dataclass(frozen=True)
 class CardFacts:
-    """Everything that the card says.
+    """The content of the card.
 
     Attributes:
-        model_name: the title of the card.
-        base_model: the model that was trained: a Hub name or a local folder.
-        losses: the losses, in the order of the configuration.
-        is_adapter: whether the result is a PEFT adapter; otherwise it is a whole model.
-        model_class: the class to load, where it is not the one that `AutoModelForCausalLM` gives.
-        serve: shell commands that serve the result.
-        repository: what the usage snippet loads: `owner/name` on the Hub, or a local folder.
-        reference: the reference, as a phrase.
-        datasets: Hub names, which also go into the metadata, or folders.
-        data: facts about the data, such as `{"training pairs": 1878}`.
-        setup: how it was trained, as `StartSummary.as_dict` has it: a text by topic.
-        hyperparameters: values by name.
-        metrics: the metrics of the last evaluation.
-        versions: package versions; by default, those of this environment.
-        results: before and after training, with intervals and baselines, once the run has ended.
-        answers: `prompt`, and the answers `before` and `after` training.
-        hardware: what the run was computed on, and how long it took.
-        warnings: what the run warned of.
-        has_curves: whether `curves.png` is beside the card.
-        configuration: the settings that differ from their defaults, as YAML.
+        model_name: Title of the card.
+        base_model: Model that was trained: a Hub name or a local folder.
+        losses: Losses, in the order of the configuration.
+        is_adapter: True if the result is a PEFT adapter, False if it is a full model.
+        model_class: Class that loads the model, if `AutoModelForCausalLM` would load another class.
+        serve: Shell commands that serve the result.
+        repository: Name that the usage snippet loads: `owner/name` on the Hub, or a local folder.
+        reference: Description of the reference, as a phrase.
+        datasets: Hub names or folders of the data sets. Hub names are also written to the metadata.
+        data: Facts about the data, such as `{"training pairs": 1878}`.
+        setup: Description of the training setup, keyed by topic, from `StartSummary.as_dict`.
+        hyperparameters: Values, keyed by name.
+        metrics: Metrics of the last evaluation.
+        versions: Package versions. Default: the versions installed in this environment.
+        results: Results before and after training, with intervals and baselines; empty until the run has ended.
+        answers: Dicts with a `prompt` and the answers `before` and `after` training.
+        hardware: Hardware of the run, and its duration.
+        warnings: Warnings of the run.
+        has_curves: True if the card's folder contains `curves.png`.
+        configuration: Settings that differ from their defaults, as YAML.
     """
 
     model_name: str
@@ -82,12 +82,12 @@ class CardFacts:
 
 
 def model_card(facts: CardFacts, tags: str | list[str] | None = None, **metadata: Any) -> ModelCard:
-    """A card of `huggingface_hub`: `.save(path)`, `.push_to_hub(name)`, `.data` for the metadata.
+    """Build the model card, as a `huggingface_hub.ModelCard`: use `.save(path)`, `.push_to_hub(name)` and `.data`.
 
     Args:
-        facts: the content.
-        tags: additional tags.
-        metadata: additional metadata, such as `license` or `language`.
+        facts: Content of the card.
+        tags: Additional tags.
+        metadata: Additional metadata, such as `license` or `language`.
     """
     own_tags = ["hf_prefopt", "preference-optimization", *(loss.name for loss in facts.losses)]
     further_tags = [tags] if isinstance(tags, str) else tags or []
@@ -125,7 +125,7 @@ def model_card(facts: CardFacts, tags: str | list[str] | None = None, **metadata
 
 
 def package_versions() -> dict[str, str]:
-    """The versions of the installed packages that a result depends on."""
+    """Return the versions of the installed packages that affect the result."""
     versions = {}
     for package in PACKAGES:
         try:
@@ -136,12 +136,12 @@ def package_versions() -> dict[str, str]:
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether a name is valid in a card's metadata: `owner/name` or `name`, and not a local folder."""
+    """Return True if a name is valid in a card's metadata: `owner/name` or `name`, and not a local path."""
     return re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name) is not None and not Path(name).exists()
 
 
 def usage_snippet(facts: CardFacts) -> str:
-    """A Python block that loads the result and answers a question."""
+    """Return a Markdown block of Python code that loads the model and answers a question."""
     loader = facts.model_class or "AutoModelForCausalLM"
     imports = f"from transformers import {loader}, AutoTokenizer"
     load = f'{loader}.from_pretrained(name, dtype="auto")'
@@ -167,7 +167,7 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_to
 
 
 def base_on_hub(base_model: str) -> str | None:
-    """The name on the Hub of the model that was trained; of a local folder, the one that its own card names."""
+    """Return the Hub name of the base model; for a local folder, the name in the folder's own model card, or None."""
     if is_hub_name(base_model):
         return base_model
     named = _card_of(base_model).get("base_model")
@@ -175,24 +175,24 @@ def base_on_hub(base_model: str) -> str | None:
 
 
 def license_of(base_model: str) -> str | None:
-    """The license in the card of the model that was trained, if it is in a local folder."""
+    """Return the license from the base model's card if the base model is a local folder, or None."""
     named = _card_of(base_model).get("license")
     return named if isinstance(named, str) else None
 
 
 def _card_of(folder: str) -> dict[str, Any]:
-    """The metadata of the card in a folder; empty without one."""
+    """Return the metadata of the card in a folder, or an empty dict if the folder has no valid card."""
     path = Path(folder, "README.md")
     if not path.is_file():
         return {}
     try:
         return ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
     except ValueError:
-        return {}  # it is someone else's file, and not a card
+        return {}  # README.md is not a model card
 
 
 def _eval_results(facts: CardFacts) -> list[EvalResult]:
-    """The accuracy for the Hub's `model-index`."""
+    """Return the accuracy as an entry of the Hub's `model-index`, or an empty list."""
     accuracy = facts.results.accuracies.get("after")
     if accuracy is None:
         return []
@@ -210,7 +210,7 @@ def _eval_results(facts: CardFacts) -> list[EvalResult]:
 
 
 def citations(facts: CardFacts) -> str:
-    """BibTeX of this package and of the papers of the losses."""
+    """Return BibTeX entries for this package and for the papers of the losses."""
     package = (
         "@software{hf_prefopt,\n  title = {hf_prefopt: offline preference optimization for Hugging Face models},\n"
         "  author = {{The hf_prefopt authors}},\n  year = {2026}\n}"
@@ -225,22 +225,22 @@ def citations(facts: CardFacts) -> str:
 
 
 def _results_section(facts: CardFacts) -> str:
-    """The table before → after or, while the run goes on, the metrics of the last evaluation."""
+    """Return the table before → after or, before the run has ended, the metrics of the last evaluation."""
     results = facts.results
     if results.after is None:
         return _table_section("Evaluation", _rounded(facts.metrics))
     heads = [name for name, _ in results.columns]
     lines = [f"| | {' | '.join(heads)} |", f"|---|{'---|' * len(heads)}"]
     lines += [f"| {label.strip()} | {' | '.join(cells)} |" for label, cells in results.rows()]
-    return "## Evaluation\n\n" + "\n".join(lines) + f"\n\n{plain_caption(results)}. In nats where no share."
+    return "## Evaluation\n\n" + "\n".join(lines) + f"\n\n{plain_caption(results)}. All other values are in nats."
 
 
 def _answers_section(answers: Sequence[Mapping[str, str]]) -> str:
-    """Prompts with the answers before and after training, in a table whose cells are text and nothing else."""
+    """Return a table of prompts with the answers before and after training. Cells contain escaped text only."""
     if not answers:
         return ""
     rows = [f"| {' | '.join(_cell(answer[name]) for name in ('prompt', 'before', 'after'))} |" for answer in answers]
-    head = "## Answers before and after training\n\nGreedy, to held-out prompts.\n\n"
+    head = "## Answers before and after training\n\nGreedy answers to held-out prompts.\n\n"
     return head + "| prompt | before | after |\n|---|---|---|\n" + "\n".join(rows)
 
 
@@ -248,7 +248,7 @@ _CELL = 600
 
 
 def _cell(text: str) -> str:
-    """A text from data or a model for a cell of a Markdown table: no HTML, no Markdown, no line breaks."""
+    """Escape a text from data or a model for a Markdown table cell: HTML, Markdown and line breaks have no effect."""
     text = text.strip()
     text = text if len(text) <= _CELL else text[:_CELL] + " …"
     escaped = re.sub(r"([\\`*_\[\]#~$!])", r"\\\1", html.escape(visible(text), quote=False))
@@ -260,13 +260,13 @@ def _one_line(text: str) -> str:
 
 
 def _code_section(title: str, language: str, code: str) -> str:
-    """A block of code, fenced by more backticks than it has in a row."""
+    """Return a code block whose fence is longer than any run of backticks in the code."""
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", code)), default=0))
     return f"## {title}\n\n{fence}{language}\n{code.strip()}\n{fence}" if code else ""
 
 
 def _summary(facts: CardFacts) -> str:
-    """One paragraph: what this is, its base model, losses and reference."""
+    """Return one paragraph: the type of the model, its base model, losses and reference."""
     kind = "A PEFT adapter for" if facts.is_adapter else "A fine-tuned version of"
     base = f"[{facts.base_model}](https://huggingface.co/{facts.base_model})"
     names = " + ".join(loss.name for loss in facts.losses)
@@ -277,7 +277,7 @@ def _summary(facts: CardFacts) -> str:
 
 
 def _loss_line(loss: LossFacts, losses: int) -> str:
-    """A loss in one line; its weight only if there are several."""
+    """Return a loss as one line; the weight is included only if there are several losses."""
     weight = f"{loss.weight:g} × " if losses > 1 else ""
     formula = f": `{loss.formula}`" if loss.formula else ""
     settings = ", ".join(f"{name} = {value}" for name, value in loss.hyperparameters.items())
@@ -286,7 +286,7 @@ def _loss_line(loss: LossFacts, losses: int) -> str:
 
 
 def _rounded(metrics: Mapping[str, float]) -> dict[str, object]:
-    """Floats with four digits; sixteen would claim more than was measured."""
+    """Format floats with four decimal places, because more digits would suggest a higher precision than measured."""
     return {name: f"{value:.4f}" if isinstance(value, float) else value for name, value in metrics.items()}
 
 

@@ -1,4 +1,4 @@
-"""The report at the end of a run: what training changed, where the results are, and what to do next."""
+"""The terminal report at the end of a run: results before and after training, output paths, and next steps."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +11,7 @@ from hf_prefopt.reporting.preview import visible
 from hf_prefopt.reporting.results import Results
 from hf_prefopt.reporting.table import evaluation_table
 
-# The most that is shown of a prompt or an answer in the terminal.
+# Maximum number of characters of a prompt or an answer in the terminal.
 _CHARACTERS = 360
 
 
@@ -25,11 +25,11 @@ def closing_report(
     """Print the table before → after, the answers, the paths of the results, and the commands of the next steps.
 
     Args:
-        evaluated: without an evaluation after training there is no table.
-        results: path by name, such as `{"model card": "runs/dpo_lora/README.md"}`.
-        next_steps: command by purpose, such as `{"another loss": "--loss_type simpo"}`.
-        console: where to print; standard output by default.
-        answers: `prompt`, and the answers `before` and `after` training.
+        evaluated: Results of the evaluations. The table is omitted if there is no evaluation after training.
+        results: Paths, keyed by name, such as `{"model card": "runs/dpo_lora/README.md"}`.
+        next_steps: Commands, keyed by purpose, such as `{"another loss": "--loss_type simpo"}`.
+        console: Console that prints the report. Default: standard output.
+        answers: Dicts with a `prompt` and the answers `before` and `after` training.
     """
     console = console or Console()
     console.print()
@@ -46,7 +46,7 @@ def closing_report(
 
 
 def answers_table(answers: Sequence[Mapping[str, str]]) -> Table:
-    """The answers before and after training, side by side; what comes from data steers no terminal."""
+    """Build a table of the answers before and after training. Terminal control characters are made visible."""
     table = Table(
         title="Greedy answers to held-out prompts",
         title_justify="left",
@@ -63,12 +63,12 @@ def answers_table(answers: Sequence[Mapping[str, str]]) -> Table:
 
 
 def shortened(text: str, most: int = _CHARACTERS) -> str:
-    """A long text without its middle."""
+    """Replace the middle of a long text with an ellipsis."""
     return text if len(text) <= most else f"{text[: most * 2 // 3]} … {text[-most // 3 :]}"
 
 
 def _print_aligned(console: Console, entries: Mapping[str, str]) -> None:
-    """Print two columns; paths and commands stay on one line, so that they can be copied."""
+    """Print two columns, and keep each path and command on one line, so that users can copy it."""
     width = max((len(name) for name in entries), default=0)
     for name, text in entries.items():
         console.print(f"  {name:<{width}}  {text}", soft_wrap=True, markup=False, highlight=False)

@@ -1,4 +1,4 @@
-"""Several runs side by side: a table, and one picture for each curve with all runs in it."""
+"""Comparison of several runs: a table, and one chart per metric with the curves of all runs."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,13 +16,13 @@ from hf_prefopt.reporting.svg import overlay_chart
 
 
 def run_names(records: Sequence[RunRecord], folders: Sequence[str]) -> list[str]:
-    """What to call the runs: their names or, where two are the same, their folders."""
+    """Return the names of the runs or, if two names are equal, their folders."""
     names = [record.name for record in records]
     return names if len(set(names)) == len(names) else list(map(str, folders))
 
 
 def comparison_rows(records: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
-    """Labels, and a cell for each run; rows that no run has are left out."""
+    """Return the rows of the table: a label and one cell per run. Rows that are empty for all runs are omitted."""
     results = [results_of(record, evaluated_sets(record)[0]) for record in records]
     cells = [{label: values[-1] for label, values in found.rows()} for found in results]
     labels = [shown.label for shown in SHOWN]
@@ -42,7 +42,7 @@ def comparison_rows(records: Sequence[RunRecord]) -> list[tuple[str, list[str]]]
 
 
 def comparison_notes(records: Sequence[RunRecord]) -> list[str]:
-    """What makes a comparison unfair: other held-out examples, or another base model."""
+    """Return notes on differences that make a comparison unfair: the held-out examples or the base model."""
     notes = []
     rows = {tuple((entry["row"], entry["pair"]) for entry in record.examples) for record in records}
     lengths = {tuple(tuple(entry["lengths"]) for entry in record.examples) for record in records}
@@ -50,12 +50,12 @@ def comparison_notes(records: Sequence[RunRecord]) -> list[str]:
         notes.append("The runs were evaluated on different examples: their accuracies are not comparable.")
     models = sorted({str(record.run.get("base_model")) for record in records})
     if len(models) > 1:
-        notes.append(f"The runs began from different models: {', '.join(models)}.")
+        notes.append(f"The runs started from different models: {', '.join(models)}.")
     return notes
 
 
 def comparison_table(records: Sequence[RunRecord], names: Sequence[str]) -> Table:
-    """The table for the terminal."""
+    """Build the table for the terminal."""
     table = Table("", *(escape(visible(name)) for name in names), title="After training", title_justify="left")
     for label, cells in comparison_rows(records):
         table.add_row(label, *(escape(visible(cell)) for cell in cells))
@@ -63,7 +63,7 @@ def comparison_table(records: Sequence[RunRecord], names: Sequence[str]) -> Tabl
 
 
 def comparison_page(records: Sequence[RunRecord], names: Sequence[str]) -> str:
-    """The page as HTML."""
+    """Return the page as HTML."""
     charts: list[tuple[Any, str, Any]] = []
     for panel in PANELS:
         several = len({label for _, label in panel.curves.values()}) > 1
@@ -81,7 +81,7 @@ def comparison_page(records: Sequence[RunRecord], names: Sequence[str]) -> str:
 
 
 def write_comparison(records: Sequence[RunRecord], names: Sequence[str], path: Path) -> Path:
-    """Write the page to a file, and return its path."""
+    """Write the page to a file, and return the path."""
     return write_page(comparison_page(records, names), path)
 
 

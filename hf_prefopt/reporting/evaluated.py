@@ -1,4 +1,4 @@
-"""The examples of evaluations, of which the first and the last of each data set are kept for reports."""
+"""The examples of evaluations. The first and the last evaluation of each data set are kept for reports."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,14 +11,14 @@ from hf_prefopt.reporting.observed import Responses
 
 @dataclass(frozen=True)
 class Examples:
-    """The examples of a data set, in its order.
+    """The examples of a data set, in the order of its rows.
 
     Attributes:
-        rows: `[B]`, the number of each example's row in the data set as it was given.
-        pair_in_row: `[B]`, its place among the examples of its row.
-        responses: what was measured of its responses.
-        reward_margins: `[B]`, the difference of the loss's own rewards, chosen − rejected; NaN where an example does
-            not compare. `None` if the loss has no rewards.
+        rows: `[B]`, row index of each example in the data set that the user passed.
+        pair_in_row: `[B]`, index of each example among the examples of its row.
+        responses: Measurements of the responses.
+        reward_margins: `[B]`, difference of the loss's own rewards, chosen − rejected; NaN if an example has no chosen
+            or no rejected response. `None` if the loss has no rewards.
     """
 
     rows: np.ndarray
@@ -28,7 +28,10 @@ class Examples:
 
     @classmethod
     def of(cls, inputs: Mapping[str, Tensor], rewards: Tensor | None = None) -> "Examples | None":
-        """From the joined inputs of an evaluation and the rewards; `None` if its responses were not observed."""
+        """Build the examples from the joined inputs and the rewards of an evaluation.
+
+        Returns `None` if the inputs have no entries of `observe`.
+        """
         if Responses.of(inputs) is None:
             return None
         rows, places = (inputs[name].numpy() for name in ("rows", "pair_in_row"))
@@ -43,21 +46,21 @@ class Examples:
 
     @property
     def margins(self) -> np.ndarray | None:
-        """`[B]`: those of the loss's rewards or, if it has none, of log-ratios to the reference."""
+        """`[B]`: margins of the loss's rewards or, if the loss has no rewards, of log-ratios to the reference."""
         return self.responses.margins if self.reward_margins is None else self.reward_margins
 
     def same_as(self, other: "Examples") -> bool:
-        """Whether these are the same rows."""
+        """Return True if both objects hold the same examples of the same rows."""
         return np.array_equal(self.rows, other.rows) and np.array_equal(self.pair_in_row, other.pair_in_row)
 
 
 @dataclass
 class EvaluatedSets:
-    """The first and the last evaluation of each data set, and of all of them the margins.
+    """The first and the last evaluation of each data set, and the margins of all evaluations.
 
     Attributes:
-        first, last: the step and the examples, by the prefix of the data set's metrics, such as "eval".
-        margins: the margins of the examples by step: of the loss's rewards or, if it has none, of log-ratios.
+        first, last: Step and examples, keyed by the metric prefix of the data set, such as "eval".
+        margins: Margins of the examples (see `Examples.margins`), keyed by metric prefix and step.
     """
 
     first: dict[str, tuple[int, Examples]] = field(default_factory=dict)
@@ -65,16 +68,16 @@ class EvaluatedSets:
     margins: dict[str, dict[int, np.ndarray]] = field(default_factory=dict)
 
     def forget(self) -> None:
-        """Forget all evaluations: there is another model."""
+        """Remove all evaluations, because the model was replaced."""
         for kept in (self.first, self.last, self.margins):
             kept.clear()
 
     def keep(self, name: str, step: int, examples: Examples | None) -> dict[str, float]:
-        """Keep an evaluation.
+        """Store an evaluation.
 
         Returns:
-            Without a reference, `log_ratios/chosen` and `log_ratios/rejected` since the evaluation at step 0, where
-            there was one of the same rows: mean change of log π in nats per token.
+            Without a reference, and if the same rows were evaluated at step 0: `log_ratios/chosen` and
+            `log_ratios/rejected`, the mean change of log π since step 0 in nats per token. Otherwise an empty dict.
         """
         if examples is None:
             return {}
@@ -94,7 +97,10 @@ class EvaluatedSets:
         }
 
     def change(self, name: str) -> Responses | None:
-        """The last evaluation with log-ratios to the reference or, without one, to step 0; `None` without either."""
+        """Return the last evaluation, with log-ratios to the reference or, without a reference, to step 0.
+
+        Returns `None` if there is neither a reference nor an evaluation of the same rows at step 0.
+        """
         (_, last), (start, first) = self.last[name], self.first[name]
         if last.responses.log_ratios is not None:
             return last.responses

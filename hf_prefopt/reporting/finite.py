@@ -1,7 +1,7 @@
-"""A run whose loss or weights are no longer finite numbers stops, on every rank, and says where that began.
+"""Checks that stop a run on every rank if a loss or a weight is not finite. The error names the first affected step.
 
-To read a number is to wait for the device. So what training sees stays there, and is read where the trainer waits
-anyway: before a training log, an evaluation and a checkpoint.
+Reading a value from the device blocks the host. Losses and inputs therefore stay on the device and are read only when
+the trainer waits for the device anyway: before a training log, an evaluation and a checkpoint.
 """
 
 import math
@@ -17,18 +17,18 @@ from hf_prefopt.losses.base import LossOutput
 from hf_prefopt.objective.objective import Objective
 from hf_prefopt.reference.shards import is_zero3_partitioned, local_shard
 
-# Micro-batches that are kept before they are looked at, and rows that an error names.
+# Maximum number of micro-batches kept between two checks, and of rows named in an error.
 _KEPT, _NAMED = 1000, 8
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What an objective was given and gave back for some examples.
+    """Inputs and losses of some examples.
 
     Attributes:
-        rows: `[B]`, the examples' rows in their data set.
-        inputs: what the losses were given, `[B]` or `[B, K]`; what they were given of tokens is left out.
-        losses: `[B]` by the name of the loss, and under "" what the step takes the mean of.
+        rows: `[B]`, row indices of the examples in their data set.
+        inputs: Inputs of the losses, `[B]` or `[B, K]`, without inputs per token.
+        losses: `[B]`, keyed by the name of the loss. The key "" holds the weighted sum of the losses.
     """
 
     rows: Tensor
@@ -37,14 +37,19 @@ class Seen:
 
     @classmethod
     def of(cls, objective: Objective, rows: Tensor, inputs: Mapping[str, Tensor], output: LossOutput) -> "Seen":
-        """Without gradients, and without looking at the numbers."""
+        """Keep detached inputs and losses, without reading any value from the device."""
         kept = {n: t.detach() for n, t in inputs.items() if t.is_floating_point() and "token" not in n}
         names = [term.spec.name for term in objective.terms]
         losses = {name: output.components.get(name, output.losses).detach() for name in names}
         return cls(rows, kept, losses | {"": output.losses.detach()})
 
     def finding(self) -> tuple[bool, str] | None:
-        """Whether the losses alone are to blame, and what is to be said; `None` where their sum is finite."""
+        """Describe losses that are not finite.
+
+        Returns:
+            A pair: True if all inputs of the affected examples are finite, and the text of the error. `None` if the
+            weighted sum of the losses is finite.
+        """
         ruined = _not_finite(self.losses[""])
         if not ruined.any():
             return None
@@ -59,7 +64,7 @@ class Seen:
 
 
 def _not_finite(values: Tensor) -> Tensor:
-    """`[B]` bool."""
+    """Return `[B]` bool: True if any value of an example is not finite."""
     return ~values.isfinite().reshape(len(values), math.prod(values.shape[1:])).all(1)
 
 
@@ -75,19 +80,19 @@ def _listed(rows: Tensor) -> str:
 
 def _cause(inputs: list[str]) -> str:
     if not inputs:
-        return "what it was given there is finite, so its formula overflows, divides by 0 or takes the log of 0"
+        return "all inputs of the loss are finite there, so its formula overflows, divides by 0 or takes the log of 0"
     of_models = [name for name in inputs if name.startswith(("policy_", "ref_"))]
     if not of_models:
-        return f"it was given {', '.join(inputs)} there, which the data have wrong: correct these rows"
+        return f"the data have values that are not finite ({', '.join(inputs)}): correct these rows"
     return (
-        f"it was given {', '.join(of_models)} there that are not finite, so the model's weights are ruined "
-        "(by a high learning_rate, or by a gradient that was not finite: logging_steps=1 names its step) or its "
-        "activations overflow (take bf16 in place of fp16): start from an earlier checkpoint"
+        f"the inputs {', '.join(of_models)} are not finite there. Either the model's weights are not finite "
+        "(because of a high learning_rate or a gradient that was not finite: logging_steps=1 names its step), or its "
+        "activations overflow (use bf16 instead of fp16). Start from an earlier checkpoint"
     )
 
 
 class FiniteRun:
-    """What training has seen since it was last looked at."""
+    """The micro-batches of training since the last check."""
 
     def __init__(self):
         self._forget()
@@ -98,23 +103,23 @@ class FiniteRun:
 
     @property
     def is_full(self) -> bool:
-        """Whether it is time to look, even if nothing is logged."""
+        """True if a check is due even if nothing is logged."""
         return len(self._seen) >= _KEPT
 
     def add(self, step: int, seen: Seen) -> None:
-        """Keep a micro-batch; nothing waits for the device."""
+        """Store a micro-batch, without waiting for the device."""
         self._seen.append((step, seen))
         is_finite = seen.losses[""].isfinite().all()
         self._is_finite = is_finite if self._is_finite is None else self._is_finite & is_finite
 
     def check(self, accelerator: Accelerator, *others: str | None) -> None:
-        """Look at what was kept, on all ranks together, and forget it.
+        """Check the stored micro-batches on all ranks together, and remove them.
 
         Args:
-            others: what else this rank has found; `None` for nothing.
+            others: Further problems found on this rank, or `None`.
 
         Raises:
-            FloatingPointError: on every rank, where any of them has found something; it tells of the earliest.
+            FloatingPointError: On every rank, if any rank found a problem. The text describes the earliest problem.
         """
         own = [] if self._is_finite is None or self._is_finite else self._findings()
         own += [(float("inf"), True, text) for text in others if text]
@@ -130,24 +135,25 @@ class FiniteRun:
 
 
 def ruined_weights(model: nn.Module) -> str | None:
-    """What is to be said of trained weights that are not finite, of those that this rank holds."""
+    """Return an error text if a trainable weight held by this rank is not finite, or None."""
     extremes = {name: torch.stack(torch.aminmax(values)) for name, values in _held_weights(model)}
     if not extremes or torch.stack([pair.float().isfinite().all() for pair in extremes.values()]).all():
         return None
     name = next(name for name, pair in extremes.items() if not pair.float().isfinite().all())
     return (
-        f"the weights of {name} are not finite, though the losses are: a gradient was not, as where a square root or a "
-        "norm of 0 is differentiated. Nothing is saved: correct the loss's formula, start from an earlier checkpoint"
+        f"the weights of {name} are not finite, but all losses are finite: a gradient was not finite, for example the "
+        "derivative of a square root or a norm at 0. Nothing is saved: correct the loss's formula, and start from an "
+        "earlier checkpoint"
     )
 
 
 def ruined_gradient(norm: float | None) -> str | None:
-    """What is to be said of the norm of a gradient that is not finite."""
+    """Return an error text if the norm of the gradient is not finite, or None."""
     if norm is None or math.isfinite(norm):
         return None
     return (
-        f"the gradient's norm is {norm}, though the losses are finite, as where a square root or a norm of 0 is "
-        "differentiated: correct the loss's formula"
+        f"the gradient's norm is {norm}, but all losses are finite: the loss may contain the derivative of a square "
+        "root or a norm at 0. Correct the loss's formula"
     )
 
 

@@ -1,4 +1,4 @@
-"""How sure an accuracy is, where several examples share a prompt and so are not independent of each other."""
+"""Confidence intervals of accuracies. Examples that share a prompt are not treated as independent."""
 
 from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass
@@ -13,12 +13,12 @@ Z_95 = 1.959964
 
 @dataclass(frozen=True)
 class Accuracy:
-    """A share of examples with its 95 % interval.
+    """The share of correct examples, with a 95 % confidence interval.
 
     Attributes:
-        value: the share; a tie counts half.
-        low, high: the interval, in which prompts count as independent, and not examples.
-        examples, prompts: their numbers.
+        value: Share of correct examples; a tie counts half.
+        low, high: Bounds of the interval. Prompts are treated as independent; examples of one prompt are not.
+        examples, prompts: Number of examples and of different prompts.
     """
 
     value: float
@@ -28,7 +28,7 @@ class Accuracy:
     prompts: int
 
     def as_dict(self) -> dict[str, Any]:
-        """For a record of the run."""
+        """Return the attributes as a dict, for the record of the run."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -36,11 +36,11 @@ class Accuracy:
 
 
 def accuracy_of(correct: np.ndarray, prompts: Sequence[Hashable] | np.ndarray) -> Accuracy | None:
-    """The accuracy of examples, `[B]` each; `None` if there are none.
+    """Compute the accuracy of `B` examples; `None` if no example counts.
 
     Args:
-        correct: 1, ½ or 0 for each example; NaN for one that does not count.
-        prompts: what tells the example's prompt from others.
+        correct: `[B]`, 1, ½ or 0 for each example; NaN for an example that does not count.
+        prompts: `[B]`, an identifier of each example's prompt.
     """
     counted = ~np.isnan(correct)
     if not counted.any():
@@ -51,14 +51,15 @@ def accuracy_of(correct: np.ndarray, prompts: Sequence[Hashable] | np.ndarray) -
 
 
 def effective_size(values: np.ndarray, clusters: np.ndarray) -> float:
-    """How many independent examples would give a mean of the same variance (Kish's effective sample size).
+    """Compute Kish's effective sample size: the number of independent examples whose mean has the same variance.
 
-    n divided by the design effect: the cluster-robust variance of the mean, G/(G−1) Σ_g (Σ_{i∈g} (x_i − x̄))² / n²,
-    over that of n independent examples, n/(n−1) Σ_i (x_i − x̄)² / n². It is at most n, and at least 1; the number of
-    clusters where all values are equal, which tell nothing of their dependence.
+    The result is n divided by the design effect. The design effect is the ratio of two variances of the mean: the
+    cluster-robust variance, G/(G−1) Σ_g (Σ_{i∈g} (x_i − x̄))² / n², and the variance of n independent examples,
+    n/(n−1) Σ_i (x_i − x̄)² / n². The result is clipped to [1, n]. If all values are equal, their dependence cannot be
+    estimated, and the result is the number of clusters G.
 
     Args:
-        values: `[n]`. clusters: `[n]` int, the cluster of each, numbered from 0.
+        values: `[n]`. clusters: `[n]` int, cluster index of each value, from 0.
     """
     n, groups = len(values), int(clusters.max()) + 1
     residuals = values - values.mean()
@@ -71,13 +72,13 @@ def effective_size(values: np.ndarray, clusters: np.ndarray) -> float:
 
 
 def wilson_interval(share: float, n: float, z: float = Z_95) -> tuple[float, float]:
-    """The Wilson score interval of a share of n independent trials (E. B. Wilson 1927), 95 % by default.
+    """Compute the Wilson score interval for a share p of n independent trials (E. B. Wilson 1927), 95 % by default.
 
-    (p + z²/2n ± z·√(p(1−p)/n + z²/4n²)) / (1 + z²/n). A share in which ties count half may be given: its variance is
-    below p(1−p)/n, so the interval errs on the wide side.
+    (p + z²/2n ± z·√(p(1−p)/n + z²/4n²)) / (1 + z²/n). Ties may count half in p: the variance of p is then below
+    p(1−p)/n, so the interval is too wide rather than too narrow.
 
     Raises:
-        ValueError: the share is outside [0, 1] or n is below 1.
+        ValueError: If the share is outside [0, 1] or n is below 1.
     """
     if not 0.0 <= share <= 1.0 or n < 1:
         raise ValueError(f"a share of n trials needs 0 <= share <= 1 and n >= 1, got share={share!r}, n={n!r}")

@@ -1,10 +1,10 @@
-"""The loss atlas: each loss of pairs and its gradient over h, as small multiples, drawn from the registry.
+"""The loss atlas: one small plot per registered pair loss, with the loss and its gradient as functions of h.
 
     python -m hf_prefopt.reporting.loss_atlas > docs/images/loss_atlas.svg
 
-h = r_w − r_l is the log-ratio of the chosen response minus that of the rejected one, in nats. One pair is evaluated
-at a time: the chosen log-ratio is h/2, the rejected one −h/2, each response has 20 tokens, the reference's log-prob
-of each is −30 nats, and hyperparameters have their defaults.
+h = r_w − r_l is the chosen log-ratio minus the rejected log-ratio, in nats. One pair is evaluated at a time: the chosen
+log-ratio is h/2, the rejected log-ratio is −h/2, each response has 20 tokens, the reference log-prob of each response
+is −30 nats, and hyperparameters have their defaults.
 """
 
 import io
@@ -23,19 +23,20 @@ POINTS = 81
 TOKENS = 20
 REFERENCE = -30.0  # nats
 COLUMNS = 6
-STEPS = 100  # after which running means are near their limits
+STEPS = 100  # enough for running means to be close to their limits
 LOSS_COLOR, GRADIENT_COLOR, TEXT_COLOR = "#0072b2", "#d55e00", "#808080"  # Okabe and Ito's blue and vermilion
 RUN = {"progress": 0.5, "epoch": 0, "training": False}
-# The data say without doubt that the chosen response is better.
+# Scores and win rates for which the chosen response is better with certainty.
 COLUMNS_OF_DATA = {"chosen_scores": 1.0, "rejected_scores": 0.0, "chosen_win_rates": 1.0, "rejected_win_rates": 0.0}
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A loss over h.
+    """A loss as a function of h.
 
     Attributes:
-        h: `[N]`, nats. losses: `[N]`. gradients: `[N]`, dℓ/dh as it is trained, so without what the loss detaches.
+        h: `[N]`, nats. losses: `[N]`.
+        gradients: `[N]`, dℓ/dh from autograd; values that the loss detaches are constants.
     """
 
     h: Tensor
@@ -44,7 +45,7 @@ class Curve:
 
 
 def curve_of(spec: LossSpec, points: int = POINTS) -> Curve:
-    """The loss of one pair at each h, in float64."""
+    """Compute the loss of one pair at each h, in float64."""
     h = torch.linspace(-WIDEST, WIDEST, points, dtype=torch.float64, requires_grad=True)
     run = {name: value for name, value in RUN.items() if name in spec.run_inputs}
     if spec.state is not None:
@@ -55,7 +56,7 @@ def curve_of(spec: LossSpec, points: int = POINTS) -> Curve:
 
 
 def _state_after(spec: LossSpec, h: Tensor, steps: int) -> dict[str, Tensor]:
-    """What the loss keeps across batches after steps on a batch of all the pairs."""
+    """Return the state of the loss after `steps` updates, each with the batch of all pairs."""
     state = {name: h.new_tensor(value) for name, value in spec.state.initial.items()}
     for _ in range(steps):
         state = spec.state.update(state, **_inputs(spec, h), **spec.defaults)
@@ -63,7 +64,7 @@ def _state_after(spec: LossSpec, h: Tensor, steps: int) -> dict[str, Tensor]:
 
 
 def _inputs(spec: LossSpec, h: Tensor) -> dict[str, Tensor]:
-    """The loss's inputs for pairs at h, `[N]`: `[N]`, or `[N, TOKENS]` where they are per token."""
+    """Return the inputs of the loss for pairs at h `[N]`: `[N]`, or `[N, TOKENS]` for inputs per token."""
     needed = [name for name in spec.inputs if name not in spec.optional_inputs or name in spec.reference_inputs]
     return {name: _input(name, h) for name in needed}
 
@@ -83,7 +84,7 @@ def _input(name: str, h: Tensor) -> Tensor:
 
 
 def draw_atlas() -> str:
-    """The atlas as an SVG, readable on light and on dark pages."""
+    """Return the atlas as an SVG that is readable on light and dark pages."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -95,7 +96,7 @@ def draw_atlas() -> str:
     canvas, places = FigureCanvasSVG(figure), figure.subplots(rows, COLUMNS).flat
     for axes, spec in zip(places, specs, strict=False):
         _draw(axes, spec.name, curve_of(spec))
-    for axes in places:  # those that are left
+    for axes in places:  # unused axes
         axes.set_axis_off()
     figure.supxlabel("h, nats: from −20 to 20", fontsize=9, color=TEXT_COLOR)
     drawn = io.StringIO()
@@ -105,7 +106,7 @@ def draw_atlas() -> str:
 
 
 def _draw(axes, name: str, curve: Curve) -> None:
-    """One panel: the loss in nats on the left, and the gradient relative to its largest value, dashed."""
+    """Draw a panel: the loss in nats (left axis), and the gradient relative to its largest absolute value (dashed)."""
     axes.plot(curve.h, curve.losses, color=LOSS_COLOR, linewidth=1.5)
     axes.set_title(name, fontsize=9, color=TEXT_COLOR)
     axes.set_xticks([0], [])

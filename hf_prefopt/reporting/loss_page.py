@@ -28,7 +28,7 @@ Notation:
 
 
 def loss_page() -> str:
-    """The page: the notation, then for each kind of examples a table of its losses and a section for each loss."""
+    """Return the page: the notation, then for each kind of examples a table of losses and a section for each loss."""
     specs = [get_loss(name) for name in list_losses()]
     parts = [INTRODUCTION]
     for kind in KINDS:
@@ -44,7 +44,7 @@ def _table(specs: list[LossSpec]) -> str:
 
 
 def _section(spec: LossSpec) -> str:
-    """One loss: formula, description, when to use it, defaults, inputs, requirements, and source."""
+    """Return the section of a loss: formula, description, defaults, inputs, requirements, and source."""
     _, *details = prose_of(spec)
     facts = {
         "Aliases": ", ".join(f"`{alias}`" for alias in spec.aliases),
@@ -59,7 +59,7 @@ def _section(spec: LossSpec) -> str:
 
 
 def needs_of(spec: LossSpec) -> list[str]:
-    """What the loss needs from the trainer in addition to summed log-probs of the policy, in words."""
+    """Describe the requirements of a loss in addition to the policy's summed log-probs."""
     statistics = ", ".join(sorted(token_stats_of(spec.inputs, "policy") | token_stats_of(spec.inputs, "ref")))
     said = {
         "a reference model": spec.needs_reference_model and not spec.can_be_reference_free,
@@ -82,14 +82,14 @@ def reference_of(spec: LossSpec) -> str:
 
 
 def prose_of(spec: LossSpec) -> list[str]:
-    """The paragraphs of the docstring before its first section, such as `Args:`."""
+    """Return the paragraphs of the docstring before its first section, such as `Args:`."""
     paragraphs = re.split(r"\n\s*\n", inspect.getdoc(spec.function) or "")
     sections = (i for i, text in enumerate(paragraphs) if re.match(r"(Args|Returns|Raises|Example):", text))
     return paragraphs[: next(sections, len(paragraphs))]
 
 
 def formula_of(spec: LossSpec) -> str:
-    """The first line of the docstring, up to the colon that separates the formula from the description."""
+    """Return the formula: the first line of the docstring up to the colon before the description."""
     return spec.description.split(": ", 1)[0].rstrip(".")
 
 

@@ -1,4 +1,4 @@
-"""What is measured beside the loss: per example, then averaged exactly, in training and in evaluation."""
+"""Metrics in training and evaluation, measured per example and averaged exactly over examples."""
 
 import logging
 from collections import deque
@@ -20,17 +20,18 @@ from hf_prefopt.reporting.observed import Responses, join, observed_in
 
 logger = logging.getLogger(__name__)
 
-# Micro-batches since the last log whose responses are measured.
+# Maximum number of micro-batches since the last log whose responses are measured.
 _OBSERVED = 1000
 
 NO_GRADIENT = (
-    "the gradient of step %d is exactly 0, so nothing is learned from its rows (said once): all responses may tie, "
-    "weights may be 0, an adapter may not act on these rows, or a loss may have reached its margin"
+    "the gradient of step %d is exactly 0, so the step does not change the model (this warning appears once). Possible "
+    "causes: all responses tie, all weights are 0, the adapter is not active for these rows, or the loss has reached "
+    "its margin"
 )
 
 
 def example_metrics(objective: Objective, output: LossOutput, inputs: dict[str, Tensor]) -> dict[str, Metric]:
-    """The metrics of each example: the loss's components, and those of its kind, under TRL's names."""
+    """Compute the metrics of each example: the components of the loss and the metrics of the kind, with TRL's names."""
     components = {f"loss/{name}": Metric(values) for name, values in output.components.items()}
     aux_loss = {AUX_LOSS: Metric(inputs[AUX_LOSS].detach())} if AUX_LOSS in inputs else {}
     metrics = components | aux_loss | objective.kind.metrics(output.rewards, inputs)
@@ -38,9 +39,9 @@ def example_metrics(objective: Objective, output: LossOutput, inputs: dict[str, 
 
 
 class RunningMeans:
-    """Means over the examples seen since the last time they were asked for, summed where the tensors are.
+    """Means over all examples since the last call of `pop`, accumulated on the device of the tensors.
 
-    Adding never waits for the device; asking gathers once over all ranks.
+    `add` never waits for the device. `pop` gathers once over all ranks.
     """
 
     def __init__(self):
@@ -48,17 +49,17 @@ class RunningMeans:
         self._counts: dict[str, Tensor | int] = {}
 
     def add(self, metrics: dict[str, Metric]) -> None:
-        """Count the examples of a batch."""
+        """Add the metrics of a batch."""
         for name, metric in metrics.items():
             self._sums[name] = self._sums[name] + metric.total if name in self._sums else metric.total
             self._counts[name] = self._counts.get(name, 0) + metric.count
 
     def pop(self, accelerator: Accelerator) -> dict[str, float]:
-        """The means over the examples of all ranks; counting starts again. What no example has is left out."""
+        """Return the means over the examples of all ranks, and reset. Metrics without examples are omitted."""
         if not self._sums:
             return {}
         sums = torch.stack(list(self._sums.values()))
-        # A number that is filled in on the device is not copied there, for which the host would wait.
+        # torch.full creates the value on the device; copying a host value would block the host.
         numbers = [torch.full((), n, device=sums.device) if isinstance(n, int) else n for n in self._counts.values()]
         counts = torch.stack(numbers)
         totals = accelerator.reduce(torch.stack([sums, counts.to(sums.dtype)]), reduction="sum").T.tolist()
@@ -68,14 +69,14 @@ class RunningMeans:
 
 
 class TrainingRecord:
-    """What training has seen since its last log: running means of the metrics, the responses of the last 1,000
-    micro-batches, and losses that are not finite.
+    """Training results since the last log: running means of the metrics, the responses of the last 1,000 micro-batches,
+    and the losses that are checked for finite values.
 
     Args:
-        objective: whose outputs are recorded.
+        objective: Objective whose outputs are recorded.
 
     Attributes:
-        alarms: what looks at the responses whenever they are logged.
+        alarms: Alarms that check the responses at every log.
     """
 
     def __init__(self, objective: Objective):
@@ -85,14 +86,14 @@ class TrainingRecord:
 
     @property
     def is_full(self) -> bool:
-        """Whether it is time to `check`, even if nothing is logged."""
+        """True if a call of `check` is due even if nothing is logged."""
         return self._finite.is_full
 
     def add(self, step: int, rows: Tensor, inputs: dict[str, Tensor], output: LossOutput) -> None:
-        """Record some examples of a step; nothing waits for the device.
+        """Record examples of a step, without waiting for the device.
 
         Args:
-            rows: `[B]`, the examples' rows in their data set. inputs: what the losses were given, by name.
+            rows: `[B]`, row indices of the examples in their data set. inputs: Inputs of the losses, keyed by name.
         """
         self._means.add(example_metrics(self._objective, output, inputs))
         self._finite.add(step, Seen.of(self._objective, rows, inputs, output))
@@ -101,7 +102,7 @@ class TrainingRecord:
             self._observed.append(observed)
 
     def pop_means(self, accelerator: Accelerator) -> dict[str, float]:
-        """The metrics over the examples of all ranks since the last call; the alarms look at them."""
+        """Return the metrics over the examples of all ranks since the last call, and check the alarms."""
         means = self._objective.kind.finish_metrics(self._means.pop(accelerator))
         responses = self._pop_responses(accelerator)
         if responses is None:
@@ -112,36 +113,41 @@ class TrainingRecord:
         return means | responses.metrics(self._objective.kind)
 
     def _pop_responses(self, accelerator: Accelerator) -> Responses | None:
-        """The responses of all ranks since the last call."""
-        own = {name: values.cpu() for name, values in join(self._observed).items()}
+        """Return the responses of all ranks since the last call."""
+        joined = join(self._observed)
         self._observed.clear()
+        own: dict[str, Tensor] = {}
+        if joined:  # one copy from the device for all of them
+            wide = torch.float32 if joined[next(iter(joined))].device.type == "mps" else torch.float64
+            packed = torch.stack([values.to(wide) for values in joined.values()]).cpu()
+            own = dict(zip(joined, packed, strict=True))
         ranks = [own] if accelerator.num_processes == 1 else gather_object([own])
         return Responses.of(join(rank for rank in ranks if rank))
 
     def notice_gradient(self, norm: float | None, step: int) -> None:
-        """Warn, once in a run, of a step whose gradient is exactly 0."""
+        """Warn once per run if the gradient of a step is exactly 0."""
         if norm is not None and float(norm) == 0 and not self._has_warned:
             self._has_warned = True
             logger.warning(NO_GRADIENT, step)
 
     def check(self, accelerator: Accelerator, *others: str | None) -> None:
-        """Stop the run, on all ranks together, if anything was not finite; see `FiniteRun.check`."""
+        """Stop the run on all ranks if a value is not finite; see `FiniteRun.check`."""
         self._finite.check(accelerator, *others)
 
 
 class Evaluation:
-    """The loss inputs of every example of an evaluation, so that its metrics are of the rows and not of the batches.
+    """The loss inputs of all examples of an evaluation. The metrics computed from them do not depend on the batches.
 
-    Examples that repeat earlier ones, to even out the ranks, are left out. A loss that compares examples compares all
-    that are kept.
+    Rows that the data loader repeats, to give all ranks the same number of batches, are ignored. A loss that compares
+    examples with each other compares all examples of the evaluation.
 
     Args:
-        objective: the losses.
-        dataset: the data set that is evaluated.
-        steps_on_device: batches after which what was kept moves to the CPU; `None`: all of it stays where it is.
+        objective: Objective of the evaluation.
+        dataset: Evaluated data set.
+        steps_on_device: Number of batches after which stored inputs move to the CPU. `None`: they stay on the device.
 
     Attributes:
-        examples: all examples of all ranks, after `metrics`; `None` if their responses were not observed.
+        examples: All examples of all ranks, set by `metrics`. `None` if the inputs have no entries of `observe`.
     """
 
     def __init__(self, objective: Objective, dataset: Any = None, steps_on_device: int | None = None):
@@ -151,10 +157,10 @@ class Evaluation:
         self.examples: Examples | None = None
 
     def add(self, batch: PreferenceBatch, inputs: dict[str, Tensor]) -> LossOutput:
-        """Keep the loss inputs of the examples of a batch that count.
+        """Store the loss inputs of a batch, without repeated rows.
 
         Returns:
-            The objective's output on the batch by itself, for all of its examples.
+            The objective's output for all examples of this batch.
         """
         kept = {name: tensor.detach() for name, tensor in {**inputs, "rows": batch["rows"]}.items()}
         if "counted" in batch:
@@ -165,17 +171,17 @@ class Evaluation:
         return self._objective(inputs, training=False)
 
     def metrics(self, where: str = "evaluation") -> dict[str, float]:
-        """The loss and the metrics over all examples of all ranks, by name.
+        """Compute the loss and the metrics over all examples of all ranks, keyed by name.
 
         Args:
-            where: which evaluation it is, for errors.
+            where: Name of the evaluation in error messages.
 
         Raises:
-            ValueError: there is no example.
-            FloatingPointError: the loss of an example is not finite; names its row.
+            ValueError: If there is no example.
+            FloatingPointError: If the loss of an example is not finite. The message names the row.
         """
         if not self._inputs:
-            raise ValueError("the data set that was to be evaluated gave no rows: nothing to take a mean of")
+            raise ValueError("the evaluation data set is empty: pass a data set with at least one row")
         parts = [_on_cpu(part) for part in self._inputs] if self._steps_on_device else self._inputs
         own = {name: join_examples([part[name] for part in parts]).cpu() for name in parts[0]}
         ranks = gather_object([own])

@@ -1,7 +1,7 @@
-"""What is measured for every loss alike: lengths, log-probs and log-ratios to the reference, of every response.
+"""Measurements of every response, independent of the loss: length, log-prob and log-ratio to the reference.
 
-During a step only a few small tensors are kept, and nothing waits for the device; `Responses` computes the metrics from
-them when they are logged. Log-probs and log-ratios are in nats per scored token; margins are sums, in nats.
+Each step keeps only a few small tensors and does not wait for the device. `Responses` computes the metrics from these
+tensors at every log. Log-probs and log-ratios are in nats per scored token; margins are differences of sums, in nats.
 """
 
 from collections.abc import Iterable, Mapping
@@ -15,7 +15,7 @@ from torch import Tensor
 from hf_prefopt.batch import PreferenceBatch, ResponseScores, join_examples
 from hf_prefopt.kinds import ExampleKind
 
-# Names of what `observe` returns. With "token" in them: they are no inputs of losses, see `finite.Seen.of`.
+# Prefix of the names that `observe` returns. The word "token" excludes them from the checks of `finite.Seen.of`.
 _PREFIX = "token_observed_"
 _QUANTILES = {"p10": 0.1, "p50": 0.5, "p90": 0.9}
 
@@ -27,10 +27,10 @@ def observe(
     policy: ResponseScores,
     reference: ResponseScores | None,
 ) -> dict[str, Tensor]:
-    """What `Responses` needs of the examples of a batch, `[B, K]` each, without gradients.
+    """Compute the tensors `[B, K]` that `Responses` needs for the examples of a batch, without gradients.
 
     Args:
-        inputs: what the losses were given, by name; it says which responses are preferred.
+        inputs: Inputs of the losses, keyed by name. They determine which responses are preferred.
     """
     wide = torch.float32 if policy.token_logps.device.type == "mps" else torch.float64
     logps = policy.token_logps.detach().to(wide)
@@ -52,15 +52,15 @@ def observe(
 
 @dataclass(frozen=True)
 class Responses:
-    """The responses of some examples; float64 arrays `[B, K]`, K = 2 for pairs (chosen, rejected).
+    """Measurements of the responses of B examples, as float64 arrays `[B, K]`; K = 2 for pairs (chosen, rejected).
 
     Attributes:
-        lengths: the number of scored tokens; 0 for the padding of lists.
-        logps: mean over the tokens of log π, in nats per token.
-        preferred: 1 for responses that the data prefer, 0 for the others (and for padding).
-        log_ratios: mean over the tokens of d = log π − log π_ref, in nats per token; `None` without a reference.
-        kls: mean over the tokens of e^d − 1 − d ≥ 0, whose expectation is KL(π_ref‖π) per token where the responses
-            are samples of the reference (J. Schulman, "Approximating KL divergence", the estimator k3).
+        lengths: Number of scored tokens; 0 for padding in lists.
+        logps: Mean of log π over the tokens, in nats per token.
+        preferred: 1 for responses that the data prefer, 0 for other responses and padding.
+        log_ratios: Mean of d = log π − log π_ref over the tokens, in nats per token; `None` without a reference.
+        kls: Mean of e^d − 1 − d ≥ 0 over the tokens. If the responses are samples of the reference, its expectation is
+            KL(π_ref‖π) per token (J. Schulman, "Approximating KL divergence", estimator k3).
     """
 
     lengths: np.ndarray
@@ -71,65 +71,65 @@ class Responses:
 
     @classmethod
     def of(cls, inputs: Mapping[str, Tensor]) -> "Responses | None":
-        """From what `observe` has returned, or has been joined to; `None` if nothing was observed."""
+        """Build from the output of `observe` or `join`; `None` if `inputs` has no such entries."""
         present = {field.name: inputs.get(_PREFIX + field.name) for field in fields(cls)}
         if present["lengths"] is None:
             return None
         return cls(**{name: v.double().cpu().numpy() for name, v in present.items() if v is not None})
 
     def since(self, start: "Responses") -> "Responses":
-        """The same with log-ratios to the log-probs of an earlier state of the model, of the same responses."""
+        """Return the responses with log-ratios to an earlier state of the model; `start` has the same responses."""
         return Responses(self.lengths, self.logps, self.preferred, self.logps - start.logps)
 
     @cached_property
     def present(self) -> np.ndarray:
-        """`[B, K]` bool: all but padding."""
+        """`[B, K]` bool: True except for padding."""
         return self.lengths > 0
 
     @cached_property
     def chosen(self) -> np.ndarray:
-        """`[B, K]` bool: the preferred responses."""
+        """`[B, K]` bool: True for preferred responses."""
         return (self.preferred == 1) & self.present
 
     @cached_property
     def rejected(self) -> np.ndarray:
-        """`[B, K]` bool: the other ones."""
+        """`[B, K]` bool: True for responses that are neither preferred nor padding."""
         return (self.preferred == 0) & self.present
 
     @cached_property
     def compares(self) -> np.ndarray:
-        """`[B]` bool: whether an example has responses of both sides."""
+        """`[B]` bool: True if an example has both chosen and rejected responses."""
         return self.chosen.any(1) & self.rejected.any(1)
 
     def side(self, values: np.ndarray, which: np.ndarray) -> np.ndarray:
-        """`[B]`: the mean of `[B, K]` over these responses of each example, NaN where there are none."""
+        """Compute `[B]`, the mean of `values` over the responses in the mask `which`, both `[B, K]`; NaN if none is."""
         number = which.sum(1)
         sums = np.where(which, values, 0.0).sum(1)
         return np.divide(sums, number, out=np.full(len(sums), np.nan), where=number > 0)
 
     def difference(self, values: np.ndarray) -> np.ndarray:
-        """`[B]`: chosen − rejected, NaN where an example does not compare."""
+        """Compute `[B]`, mean of chosen − mean of rejected responses; NaN if an example lacks either."""
         return self.side(values, self.chosen) - self.side(values, self.rejected)
 
     @cached_property
     def margins(self) -> np.ndarray | None:
-        """`[B]`: the difference of the summed log-ratios, in nats: chosen − rejected; NaN where nothing is compared."""
+        """`[B]`: difference of the summed log-ratios in nats, chosen − rejected; NaN if an example lacks either."""
         return None if self.log_ratios is None else self.difference(self.log_ratios * self.lengths)
 
     @cached_property
     def reference_margins(self) -> np.ndarray | None:
-        """`[B]`: the difference of the reference's own summed log-probs, in nats."""
+        """`[B]`: difference of the reference's summed log-probs in nats, chosen − rejected; NaN as in `margins`."""
         if self.log_ratios is None:
             return None
         return self.difference((self.logps - self.log_ratios) * self.lengths)
 
     @cached_property
     def length_differences(self) -> np.ndarray:
-        """`[B]`: by how many scored tokens chosen responses are longer than rejected ones."""
+        """`[B]`: length difference in scored tokens, chosen − rejected; NaN as in `margins`."""
         return self.difference(self.lengths)
 
     def metrics(self, kind: ExampleKind) -> dict[str, float]:
-        """The metrics, by the names that they are logged under; what no example has is left out."""
+        """Compute the metrics, keyed by their names in the logs. Metrics without examples are omitted."""
         sides = {"chosen": self.chosen, "rejected": self.rejected}
         if not kind.has_preferences:
             sides = {"responses": self.present}
@@ -150,7 +150,7 @@ class Responses:
 
 
 def correct(margins: np.ndarray) -> np.ndarray:
-    """1 for a margin above 0, ½ for a tie, else 0."""
+    """Return 1 for a margin above 0, ½ for a margin of 0 (a tie), and 0 for a margin below 0."""
     return (np.sign(margins) + 1) / 2
 
 
@@ -160,11 +160,11 @@ def _mean(values: np.ndarray) -> float:
 
 
 def join(observed: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """What was observed in several batches, as of one; shorter lists are padded with 0."""
+    """Concatenate the outputs of `observe` for several batches; shorter lists are padded with 0."""
     parts = list(observed)
     return {name: join_examples([part[name] for part in parts]) for name in (parts[0] if parts else ())}
 
 
 def observed_in(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The entries that `observe` has made, of each response."""
+    """Return the entries of `inputs` that come from `observe`."""
     return {name: values for name, values in inputs.items() if name.startswith(_PREFIX)}

@@ -1,4 +1,4 @@
-"""Pages for the browser: they load nothing and run no script, and Jinja escapes everything that is put into them."""
+"""HTML pages without scripts and external resources. Jinja escapes all inserted values."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from hf_prefopt.reporting.preview import visible
 
 
 def render_page(template: str, **values: Any) -> str:
-    """A template of this package as HTML. The filter `visible` shows control characters as signs."""
+    """Render a template of this package as HTML. The filter `visible` makes control characters visible."""
     environment = Environment(
         loader=PackageLoader("hf_prefopt", "reporting"),
         autoescape=True,
@@ -22,7 +22,7 @@ def render_page(template: str, **values: Any) -> str:
 
 
 def write_page(page: str, path: Path) -> Path:
-    """Write a page to a file, whose folder is made where there is none, and return its path."""
+    """Write a page to a file, create its folder if needed, and return the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
     return path

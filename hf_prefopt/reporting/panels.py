@@ -1,6 +1,6 @@
-"""The curves of a run, panel by panel, as numbers: the PNG and the page draw the same. A panel without curves is none.
+"""The curves of a run, grouped into panels. The PNG and the HTML page draw the same panels, without empty ones.
 
-Colors are those of M. Okabe and K. Ito, which people with any color vision can tell apart.
+The colors are from the palette of M. Okabe and K. Ito, which also works with color vision deficiency.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from hf_prefopt.reporting.results import LONGER, evaluated_sets, results_of
 
 # Blue, vermilion, bluish green, orange, reddish purple, sky blue.
 OKABE_ITO = ("#0072b2", "#d55e00", "#009e73", "#e69f00", "#cc79a7", "#56b4e9")
-# Logs that a running mean takes, at least, and as a share of all.
+# Window of the running mean: minimum number of logs, and share of all logs.
 _FEWEST, _SHARE = 5, 0.1
 
 Points = list[tuple[float, float]]
@@ -22,7 +22,11 @@ Points = list[tuple[float, float]]
 
 @dataclass(frozen=True)
 class Panel:
-    """A panel: its curves (metric → color number, label), and (value, label) of what they are compared with."""
+    """A panel of metrics.
+
+    Attributes:
+        curves: Color index and label of each curve, keyed by metric. compared_with: Value and label of a baseline.
+    """
 
     title: str
     unit: str
@@ -60,12 +64,12 @@ PANELS = (
 
 @dataclass(frozen=True)
 class Curve:
-    """A metric of a run.
+    """The curve of a metric.
 
     Attributes:
-        label, color: what it is called, and the number of its color.
-        train, mean: the training logs, and their running mean; (step, value).
-        evaluations: (step, value). intervals: (low, high) by step, where it is known.
+        label, color: Label, and index of the color.
+        train, mean: Training logs and their running mean, as (step, value).
+        evaluations: Evaluations, as (step, value). intervals: Known confidence intervals (low, high), keyed by step.
     """
 
     label: str
@@ -78,10 +82,10 @@ class Curve:
 
 @dataclass(frozen=True)
 class Drawn:
-    """A panel that has curves.
+    """A panel with its curves.
 
     Attributes:
-        lines: (value, label) of what the curves are compared with.
+        lines: Baselines of the curves, as (value, label).
     """
 
     panel: Panel
@@ -90,19 +94,19 @@ class Drawn:
 
     @property
     def values(self) -> list[float]:
-        """All values that must be visible."""
+        """All values inside the visible range: curves, intervals, and baselines close to the curves."""
         points = [y for c in self.curves for _, y in (*c.train, *c.evaluations)]
         ends = [y for c in self.curves for interval in c.intervals.values() for y in interval]
         return points + ends + [value for value, _ in self.lines if self._is_near(value, points)]
 
     def _is_near(self, value: float, points: list[float]) -> bool:
-        """Whether a line can be shown without making the curves one mark: within twice their range."""
+        """Return True if a baseline is at most twice the range of the curves away; others would flatten the curves."""
         low, high = min(points), max(points)
         return low - 2 * (high - low) <= value <= high + 2 * (high - low)
 
 
 def drawn_panels(record: RunRecord) -> list[Drawn]:
-    """The panels of a run that have curves, of its first evaluation set."""
+    """Return the nonempty panels of a run, with the evaluations of its first evaluation set."""
     name = evaluated_sets(record)[0]
     known = [entry for entry in record.accuracies if entry["set"] == name]
     intervals = {entry["step"]: (entry["low"], entry["high"]) for entry in known}
@@ -130,12 +134,12 @@ def _curve(
 
 
 def series(logs: Sequence[Mapping[str, Any]], key: str) -> Points:
-    """(step, value) of the logs that have the metric; of several at one step the last."""
+    """Return (step, value) for each log with the metric. If a step has several such logs, the last one is used."""
     return list({log["step"]: log[key] for log in logs if log.get(key) is not None}.items())
 
 
 def running_mean(points: Points) -> Points:
-    """At each log the mean of the last few: a tenth of all, at least five; nothing for fewer than that."""
+    """Compute a running mean over a tenth of the logs, but at least five. Empty for fewer than five logs."""
     if len(points) < _FEWEST:
         return []
     width = max(_FEWEST, round(_SHARE * len(points)))
@@ -146,12 +150,12 @@ def running_mean(points: Points) -> Points:
 
 
 def median_of(logs: Sequence[Mapping[str, Any]], key: str) -> float | None:
-    """The median of a metric over the logs; `None` if none has it."""
+    """Compute the median of a metric over the logs; `None` if no log has the metric."""
     values = [log[key] for log in logs if log.get(key) is not None]
     return float(np.median(values)) if values else None
 
 
 def three_digits(value: float) -> str:
-    """A number with three significant digits: 0.693, −30.6, 0.00012."""
+    """Format a number with three significant digits: 0.693, −30.6, 0.00012."""
     text = f"{value + 0.0:.3g}"
     return text.replace("-", "−")

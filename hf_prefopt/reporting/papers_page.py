@@ -15,7 +15,7 @@ inputs, its default hyperparameters, and any difference from the paper or the au
 
 
 def papers_page() -> str:
-    """The page: a table of papers, sorted by arXiv number, with the losses from each."""
+    """Return the page: a table of papers, sorted by arXiv number, with the losses of each paper."""
     by_paper: dict[str, list[str]] = defaultdict(list)
     for name in list_losses():
         if paper := get_loss(name).paper:
@@ -28,7 +28,7 @@ def papers_page() -> str:
 
 
 def paper_link(paper: str) -> str:
-    """A Markdown link to a paper, from its arXiv number."""
+    """Return a Markdown link for an arXiv number."""
     return f"[{paper}](https://arxiv.org/abs/{paper})"
 
 

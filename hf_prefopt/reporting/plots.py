@@ -1,4 +1,4 @@
-"""The training curves as a PNG; see `panels` for what they show."""
+"""The training curves as a PNG; see `panels` for the metrics."""
 
 from pathlib import Path
 from typing import Any
@@ -11,17 +11,17 @@ _MARKS = ("D", "s", "o", "^", "v", "P")
 
 
 def plot_training(record: RunRecord, path: str | Path) -> Path:
-    """Draw the curves of a run, and return the path of the PNG.
+    """Plot the curves of a run, and return the path of the PNG.
 
-    Faint lines are training batches, full ones their running mean; marks are evaluations, with the 95 % interval of an
-    accuracy. Dotted lines are what the curves are compared with.
+    Faint lines show training logs, and solid or dashed lines show their running mean. Markers show evaluations, with
+    the 95 % interval for accuracies. Dotted lines show baselines.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     panels = drawn_panels(record)
     rows = max(1, -(-len(panels) // 2))
-    # Not pyplot, which needs a window system and has global state.
+    # Without pyplot, which has global state and may select a GUI backend.
     figure = Figure(figsize=(10, 0.9 + 2.9 * rows), layout="constrained", dpi=150)
     FigureCanvasAgg(figure)
     places = figure.subplots(rows, 2, squeeze=False).flat
@@ -40,7 +40,7 @@ def plot_training(record: RunRecord, path: str | Path) -> Path:
 
 
 def _draw(axes: Any, drawn: Drawn) -> None:
-    """Draw the curves of a panel, and what they are compared with."""
+    """Plot the curves of a panel together with their baselines."""
     low, high = min(drawn.values), max(drawn.values)
     room = 0.12 * (high - low) or abs(high) or 1.0
     axes.set_ylim(low - room, high + 1.6 * room)

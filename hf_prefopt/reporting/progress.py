@@ -1,6 +1,6 @@
-"""Progress for eyes: the Trainer's bars as they are, and of each log record the few numbers people watch.
+"""Progress output in the terminal: the Trainer's progress bars, and one short line per log record.
 
-The whole record still goes to `log_history` and to every `report_to` integration.
+The complete record is still written to `log_history` and to every `report_to` integration.
 """
 
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ SHOWN = {
 
 
 class ShortProgressCallback(ProgressCallback):
-    """Writes one short line per log record above the progress bar, in place of the whole record as a dict."""
+    """Writes one short line per log record above the progress bar, instead of the complete record as a dict."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and self.training_bar is not None:
@@ -29,7 +29,7 @@ class ShortProgressCallback(ProgressCallback):
 
 
 def short_line(logs: Mapping[str, float], step: int, max_steps: int) -> str:
-    """`step 10/40 · loss 0.6512 · accuracy 0.600 · …`; empty for a record with none of the numbers."""
+    """Format a record as `step 10/40 · loss 0.6512 · accuracy 0.600 · …`; empty without any metric of `SHOWN`."""
     prefix = "eval_" if "eval_loss" in logs else ""
     numbers = [text.format(float(logs[prefix + key])) for key, text in SHOWN.items() if prefix + key in logs]
     where = f"{'evaluation at ' if prefix else ''}step {step}/{max_steps}"

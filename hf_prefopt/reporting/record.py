@@ -1,7 +1,8 @@
-"""The record of a run: one file of JSON lines in its folder, from which its report can be made at any time.
+"""The record of a run: a JSON Lines file in the run's folder, from which the report can be built at any time.
 
-Each line has a `kind`: "run" (facts), "log" (an entry of the Trainer's log history), "accuracy" (of an evaluation, with
-its interval), "example" (of the last evaluation), "pair" (tokens with their log-ratios) or "answer".
+Each line has a `kind`: "run" (facts), "log" (an entry of the Trainer's log history), "accuracy" (accuracy of an
+evaluation, with its interval), "example" (an example of the last evaluation), "pair" (a pair with the log-ratio of each
+token) or "answer".
 """
 
 import json
@@ -17,18 +18,19 @@ _LISTS = {"log": "logs", "accuracy": "accuracies", "example": "examples", "pair"
 
 @dataclass
 class RunRecord:
-    """What is known about a run.
+    """The record of a run.
 
     Attributes:
-        run: facts: name, base_model, losses, reference, summary, data, hyperparameters, versions, command, ….
-        logs: the Trainer's log history.
-        accuracies: `set`, `step`, and an `Accuracy`, for each evaluation.
-        examples: of the last evaluation: `set`, `row`, `pair`, `prompt` (a number), `margin`, `margin_before`,
-            `reference_margin` (nats, chosen − rejected), `lengths` and `log_ratios` (chosen, rejected); null if
-            unknown.
-        pairs: of the examples most right and most wrong: `row`, `margin`, `is_right`, `prompt` and for each response
-            its `name` and `tokens`, a list of [text, log-ratio in nats].
-        answers: `prompt`, `before`, `after`.
+        run: Facts about the run, such as name, base_model, losses, reference, summary, data, hyperparameters, versions
+            and command.
+        logs: Log history of the Trainer.
+        accuracies: One entry per evaluation: `set`, `step`, and the attributes of `Accuracy`.
+        examples: One entry per example of the last evaluation: `set`, `row`, `pair`, `prompt` (an integer), `margin`,
+            `margin_before`, `reference_margin` (nats, chosen − rejected), `lengths` and `log_ratios` (chosen,
+            rejected). Unknown values are null.
+        pairs: The pairs with the largest and the smallest margins: `row`, `margin`, `is_right`, `prompt`, and
+            `responses`, each with a `name` and `tokens`, a list of [text, log-ratio in nats].
+        answers: Dicts with `prompt`, and the answers `before` and `after` training.
     """
 
     run: dict[str, Any] = field(default_factory=dict)
@@ -40,18 +42,18 @@ class RunRecord:
 
     @property
     def name(self) -> str:
-        """What the run is called."""
+        """Name of the run."""
         return str(self.run.get("name", "run"))
 
     def lines(self) -> Iterable[dict[str, Any]]:
-        """All lines of the file."""
+        """Yield all lines of the file as dicts."""
         yield {"kind": "run", **self.run}
         for kind, name in _LISTS.items():
             yield from ({"kind": kind, **entry} for entry in getattr(self, name))
 
 
 def write_record(record: RunRecord, folder: str | Path) -> Path:
-    """Write the record into the folder of its run, and return its path."""
+    """Write the record to the folder of the run, and return the path of the file."""
     path = Path(folder) / FILE
     path.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(_finite(line), ensure_ascii=False, default=str) + "\n" for line in record.lines())
@@ -63,10 +65,10 @@ def read_record(folder: str | Path) -> RunRecord:
     """Read the record of a run.
 
     Args:
-        folder: the run's folder, or the file itself.
+        folder: Folder of the run, or path of the file.
 
     Raises:
-        ValueError: there is no such file, or a line of it is broken.
+        ValueError: If the file does not exist or has an invalid line.
     """
     path = Path(folder)
     path = path / FILE if path.is_dir() else path
@@ -93,7 +95,7 @@ def read_record(folder: str | Path) -> RunRecord:
 
 
 def _finite(value: Any) -> Any:
-    """The same with `None` for NaN and infinity, which JSON does not have; floats with six significant digits."""
+    """Replace NaN and infinity with `None`, because JSON lacks them, and round floats to six significant digits."""
     if isinstance(value, float):
         return float(f"{value:.6g}") if math.isfinite(value) else None
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""The report of a run as one page for the browser, made from its record alone; it loads nothing and runs no script."""
+"""The report of a run as one HTML page, built from the record, without scripts and external resources."""
 
 from pathlib import Path
 from typing import Any
@@ -13,18 +13,18 @@ from hf_prefopt.reporting.results import LONGER, Results, evaluated_sets, result
 from hf_prefopt.reporting.svg import line_chart, scatter_chart
 from hf_prefopt.reporting.table import plain_caption
 
-# Levels of a token's color; below the first there is none.
+# Number of color levels of a token; level 0 has no color.
 _LEVELS = 10
-# The most dots of a scatter.
+# Maximum number of points in a scatter chart.
 _DOTS = 2000
 
 
 def report_page(record: RunRecord) -> str:
-    """The page as HTML."""
+    """Return the page as HTML."""
     scale = color_scale(record)
 
     def shade(value: float) -> int:
-        """The level of a token's color, from 0 to 10."""
+        """Return the color level of a token, from 0 to 10."""
         return min(_LEVELS, round(_LEVELS * abs(value) / scale))
 
     tables = [(name, results_of(record, name)) for name in evaluated_sets(record)]
@@ -46,18 +46,18 @@ def report_page(record: RunRecord) -> str:
 
 
 def write_report(record: RunRecord, path: str | Path) -> Path:
-    """Write the page to a file, and return its path."""
+    """Write the page to a file, and return the path."""
     return write_page(report_page(record), Path(path))
 
 
 def color_scale(record: RunRecord) -> float:
-    """The log-ratio with full color, in nats: that which 5 % of the tokens shown exceed."""
+    """Return the absolute log-ratio with full color, in nats: the 95th percentile of the tokens shown."""
     values = [abs(token[1]) for pair in record.pairs for response in pair["responses"] for token in response["tokens"]]
     return max(float(np.quantile(values, 0.95)), 1e-6) if values else 1.0
 
 
 def _figures(record: RunRecord, results: Results) -> list[tuple[str, str]]:
-    """The numbers at the top, each with what it counts."""
+    """Return the figures at the top of the page, as (value, label)."""
     figures = []
     if accuracy := results.accuracies.get("after"):
         figures.append((f"{accuracy.value:.1%}", "held-out accuracy"))
@@ -78,7 +78,7 @@ def _figures(record: RunRecord, results: Results) -> list[tuple[str, str]]:
 
 
 def _facts(record: RunRecord) -> list[tuple[str, str]]:
-    """What was trained, on what, and how."""
+    """Return the facts about the model, the data and the training setup, as (name, text)."""
     run, summary = record.run, record.run.get("summary", {})
     losses = run.get("losses", [])
     found = {
@@ -100,7 +100,7 @@ def _facts(record: RunRecord) -> list[tuple[str, str]]:
 
 
 def _loss(loss: dict[str, Any], losses: int) -> str:
-    """A loss in a line."""
+    """Format a loss as one line."""
     weight = f"{loss['weight']:g} × " if losses > 1 else ""
     settings = ", ".join(f"{name} = {value}" for name, value in loss["hyperparameters"].items())
     paper = f"arXiv:{loss['paper']}" if loss["paper"] else ""
@@ -113,7 +113,7 @@ def _details(record: RunRecord) -> list[tuple[str, Any]]:
 
 
 def _by_length(record: RunRecord) -> Any:
-    """Margins over differences in length; `None` where nothing is compared."""
+    """Build a scatter chart of margins over length differences; `None` if no example compares responses."""
     name = evaluated_sets(record)[0]
     points = []
     for entry in record.examples:

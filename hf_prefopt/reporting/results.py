@@ -1,6 +1,6 @@
-"""The results of a run as a table: before and after training, with intervals, beside what needs no training.
+"""The results of a run as a table: before and after training, with intervals, and baselines that need no training.
 
-From the record of the run, so that terminal, model card, report and comparison show the same.
+The table is built from the record of the run, so the terminal, the model card, the report and comparisons agree.
 """
 
 from collections.abc import Iterable, Mapping
@@ -15,14 +15,18 @@ from hf_prefopt.reporting.record import RunRecord
 
 LONGER, UNTRAINED = "always the longer one", "the untrained model's log-probs"
 
-# What an evaluation says of itself and not of the model.
+# Endings of metrics that describe the evaluation, not the model.
 _BOOKKEEPING = ("runtime", "per_second", "preparation_time", "epoch", "step")
 
 
 @dataclass(frozen=True)
 class Shown:
-    """A row of the table: the metric's name after the prefix of its data set, its label, how it is written, and for a
-    share the name of its sample size."""
+    """A row of the table.
+
+    Attributes:
+        key: Name of the metric, without the prefix of the data set. label: Label in the table.
+        form: Format of the value. share_of: For a share, the metric that holds its sample size.
+    """
 
     key: str
     label: str
@@ -48,13 +52,13 @@ SHOWN = (
 
 @dataclass(frozen=True)
 class Results:
-    """What an evaluation says before and after training.
+    """Evaluation results before and after training.
 
     Attributes:
-        before, after: metrics without their prefix; `None` where there was no such evaluation.
-        accuracies: "before" and "after", with intervals that count prompts as independent.
-        baselines: accuracies of rules that need no training, by name.
-        examples: how many examples were evaluated; `None` if unknown.
+        before, after: Metrics without their prefix; `None` without such an evaluation.
+        accuracies: Accuracies "before" and "after" training, with intervals that treat prompts as independent.
+        baselines: Accuracies of rules that need no training, keyed by name.
+        examples: Number of evaluated examples; `None` if unknown.
     """
 
     before: Mapping[str, float] | None = None
@@ -65,12 +69,12 @@ class Results:
 
     @property
     def columns(self) -> list[tuple[str, Mapping[str, float]]]:
-        """The evaluations that there are."""
+        """Name and metrics of each available evaluation."""
         both = (("before", self.before), ("after", self.after))
         return [(name, metrics) for name, metrics in both if metrics is not None]
 
     def rows(self) -> list[tuple[str, list[str]]]:
-        """Labels, and a cell for each of `columns`."""
+        """Return the rows of the table: a label, and one cell for each of `columns`."""
         found: list[tuple[str, list[str]]] = []
         if self.after is None:
             return found
@@ -86,12 +90,12 @@ class Results:
 
     @property
     def _measured(self) -> str:
-        """The accuracy that `accuracies` has: of the loss's rewards or, if it has none, of log-ratios."""
+        """Metric in `accuracies`: the accuracy of the loss's rewards or, if the loss has no rewards, of log-ratios."""
         names = ("rewards/accuracies", "log_ratios/accuracies")
         return next((name for name in names if name in (self.after or {})), "")
 
     def _says_the_same(self, shown: Shown) -> bool:
-        """The accuracy of log-ratios beside that of the rewards they are, as in DPO."""
+        """Return True for a log-ratio accuracy that equals the reward accuracy, as in DPO."""
         pair = ("log_ratios/accuracies", "rewards/accuracies")
         values = [[metrics.get(key) for _, metrics in self.columns] for key in pair]
         return shown.key == pair[0] and values[0] == values[1]
@@ -99,7 +103,7 @@ class Results:
     def _cell(self, shown: Shown, column: str, metrics: Mapping[str, float]) -> str:
         if shown.key not in metrics:
             return "–"
-        value = float(metrics[shown.key]) + 0.0  # a negative zero becomes a plain one
+        value = float(metrics[shown.key]) + 0.0  # converts −0.0 to 0.0
         if shown.key == self._measured and column in self.accuracies:
             return str(self.accuracies[column])
         size = metrics.get(shown.share_of or "")
@@ -110,10 +114,10 @@ class Results:
 
 
 def results_of(record: RunRecord, name: str = "eval") -> Results:
-    """The results of one data set.
+    """Return the results for one data set.
 
     Args:
-        name: the prefix of its metrics.
+        name: Prefix of the data set's metrics.
     """
     before, after = first_evaluation(record.logs, name), last_evaluation(record.logs, name)
     known = [entry for entry in record.accuracies if entry["set"] == name]
@@ -133,12 +137,12 @@ def results_of(record: RunRecord, name: str = "eval") -> Results:
 
 
 def evaluated_sets(record: RunRecord) -> list[str]:
-    """The prefixes of the data sets that were evaluated."""
+    """Return the metric prefixes of the evaluated data sets."""
     return list(record.run.get("sets") or ["eval"])
 
 
 def baselines(examples: list[dict[str, Any]]) -> dict[str, Accuracy]:
-    """The accuracy of "the longer response is the better one", and of the reference's own log-probs."""
+    """Compute the accuracies of "the longer response is better" and of the reference's log-probs."""
     if not examples:
         return {}
     prompts = [entry["prompt"] for entry in examples]
@@ -156,23 +160,23 @@ def _accuracy(entry: dict[str, Any]) -> Accuracy:
 
 
 def first_evaluation(log_history: Iterable[Mapping[str, float]], name: str = "eval") -> dict[str, float] | None:
-    """The evaluation on start, callbacks' results included; `None` where the run did not evaluate before training.
+    """Return the evaluation at step 0, including results of callbacks, or `None` if the run has no such evaluation.
 
     Args:
-        name: the prefix of the metrics, which several evaluation sets have of their own.
+        name: Prefix of the metrics. Each of several evaluation sets has its own prefix.
     """
     return _evaluation_at(0, log_history, name) or None
 
 
 def last_evaluation(log_history: Iterable[Mapping[str, float]], name: str = "eval") -> dict[str, float]:
-    """The evaluation at the latest step that has one, callbacks' results included; empty where there is none."""
+    """Return the last evaluation, including results of callbacks; empty if the run has no evaluation."""
     records = list(log_history)
     steps = [record["step"] for record in records if any(key.startswith(f"{name}_") for key in record)]
     return _evaluation_at(max(steps), records, name) if steps else {}
 
 
 def _evaluation_at(step: float, log_history: Iterable[Mapping[str, float]], name: str) -> dict[str, float]:
-    """Everything that was evaluated at a step; a later record of the same step wins."""
+    """Return all evaluation metrics of a step. Later records of the step override earlier records."""
     found: dict[str, float] = {}
     for record in log_history:
         if record["step"] == step:

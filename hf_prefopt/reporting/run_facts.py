@@ -1,4 +1,4 @@
-"""The facts of a run, as the model card and the closing report take them."""
+"""The facts of a run for the model card and the closing report."""
 
 from collections.abc import Iterable, Mapping, Sized
 from dataclasses import MISSING, fields
@@ -47,18 +47,18 @@ def card_facts(
     setup: Mapping[str, str] = MappingProxyType({}),
     record: RunRecord | None = None,
 ) -> CardFacts:
-    """The facts of a run for its model card.
+    """Collect the facts of a run for the model card.
 
     Args:
-        model: the policy, without an engine's wrapper.
-        terms: the losses of the objective.
-        reference: what the reference is, as a phrase; `None` where the losses need none.
-        state: the Trainer's, after training (or before: then there is no evaluation to report).
-        rows: data sets by what their rows are for, as in `{"training rows": dataset}`.
-        model_name: the card's title; by default the name of the repository or of the output folder.
-        datasets: the names or folders of the data; the trainer, which was given rows, cannot know them.
-        setup: the start summary, by topic; what the card says elsewhere is left out.
-        record: the record of the run, once it has ended.
+        model: Policy, without an engine's wrapper.
+        terms: Losses of the objective.
+        reference: Description of the reference, as a phrase; `None` if the losses need no reference.
+        state: State of the Trainer. Before training, it has no evaluation to report.
+        rows: Data sets, keyed by purpose, such as `{"training rows": dataset}`.
+        model_name: Title of the card. Default: the name of the repository or of the output folder.
+        datasets: Names or folders of the data. The trainer only knows the rows, so the caller passes the names.
+        setup: Start summary, keyed by topic. Topics that other sections of the card cover are ignored.
+        record: Record of the run, after the run has ended.
     """
     repository = args.hub_model_id or str(args.output_dir)
     adapter = model.active_peft_config if isinstance(model, PeftModel) else None
@@ -85,7 +85,7 @@ def card_facts(
 
 
 def _of_record(record: RunRecord) -> dict[str, Any]:
-    """What the card takes from the record of the run."""
+    """Return the fields of the card that come from the record of the run."""
     seconds = record.run.get("seconds")
     time = f", {seconds / 60:.1f} minutes" if seconds else ""
     return {
@@ -97,14 +97,14 @@ def _of_record(record: RunRecord) -> dict[str, Any]:
 
 
 def _own_class(model: PreTrainedModel) -> str | None:
-    """The name of a model's class where `AutoModelForCausalLM` would load another one."""
+    """Return the class name of a model if `AutoModelForCausalLM` would load another class, or None."""
     loaded = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), None)
-    is_public = hasattr(transformers, type(model).__name__)  # no class of a checkpoint's own code
+    is_public = hasattr(transformers, type(model).__name__)  # False for classes from a checkpoint's own code
     return type(model).__name__ if is_public and loaded is not type(model) else None
 
 
 def configuration(args: PreferenceConfig) -> str:
-    """The settings that differ from their defaults, as YAML that a recipe or `PreferenceConfig` takes."""
+    """Return the settings that differ from their defaults, as YAML for a recipe or `PreferenceConfig`."""
     chosen = {}
     for setting in fields(args):
         if setting.init and setting.name not in _NOT_SHARED:
@@ -112,18 +112,18 @@ def configuration(args: PreferenceConfig) -> str:
             value = getattr(args, setting.name)
             value = getattr(value, "value", value)
             if setting.name == "output_dir" and Path(value).is_absolute():
-                continue  # a place on one machine
+                continue  # valid on one machine only
             if value != getattr(default, "value", default) and _is_plain(value):
                 chosen[setting.name] = value
     return yaml.safe_dump(chosen, sort_keys=True, allow_unicode=True) if chosen else ""
 
 
-# Secrets, and paths and settings of one machine.
+# Secrets, and settings that are specific to one machine.
 _NOT_SHARED = ("hub_token", "push_to_hub_token", "logging_dir", "local_rank", "deepspeed", "resume_from_checkpoint")
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether YAML can hold a value without naming a class."""
+    """Return True if plain YAML can represent a value, without Python type tags."""
     if isinstance(value, dict):
         return all(map(_is_plain, (*value, *value.values())))
     return all(map(_is_plain, value)) if isinstance(value, list) else isinstance(value, str | int | float | None)
@@ -135,7 +135,7 @@ def _loss_facts(term: Any) -> LossFacts:
 
 
 def _hyperparameters(args: PreferenceConfig, model: Any, steps: int) -> dict[str, Any]:
-    """The settings that shape the result, the optimizer steps taken, and those of an adapter."""
+    """Return the settings that affect the result, the number of optimizer steps, and the settings of an adapter."""
     settings = {name: getattr(args, name) for name in _ARGUMENTS}
     settings = {name: getattr(value, "value", value) for name, value in settings.items()}
     settings["processes"] = args.world_size

@@ -1,13 +1,13 @@
-"""The commands that serve a trained model with vLLM: an adapter beside its base, or merged where vLLM cannot."""
+"""The commands that serve a trained model with vLLM. Adapters that vLLM cannot load are merged first."""
 
 from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftConfig
 
-# The ranks that vLLM makes room for (--max-lora-rank), of which 16 is its default.
+# Values that vLLM accepts for --max-lora-rank (default: 16).
 _RANKS = (16, 32, 64, 128, 256, 320, 512)
-# What a LoRA adapter may have beside low-rank matrices of linear layers; vLLM loads those alone.
+# Settings of LoRA adapters that vLLM does not load: it loads only low-rank matrices of linear layers.
 _MORE = (
     "use_dora",
     "modules_to_save",
@@ -20,11 +20,11 @@ _NO_LINEAR_LAYERS = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out")
 
 
 def serve_command(repository: str, base_model: str, adapter: PeftConfig | None) -> str:
-    """One command, or two lines of which the first merges an adapter that vLLM does not load.
+    """Return the command that serves a model. For an adapter that vLLM cannot load, a first line merges the adapter.
 
     Args:
-        repository: a folder, or a name on the Hub. base_model: of an adapter.
-        adapter: the configuration of an adapter; `None` for a whole model.
+        repository: Folder, or name on the Hub. base_model: Base model of the adapter.
+        adapter: Configuration of the adapter; `None` for a full model.
     """
     if adapter is None:
         return f"vllm serve {repository}"
@@ -37,7 +37,7 @@ def serve_command(repository: str, base_model: str, adapter: PeftConfig | None) 
 
 
 def beside_its_base(adapter: PeftConfig) -> bool:
-    """Whether vLLM loads an adapter as it is."""
+    """Return True if vLLM can load the adapter without merging it."""
     if not isinstance(adapter, LoraConfig) or adapter.bias != "none" or largest_rank(adapter) > _RANKS[-1]:
         return False
     targets: Any = adapter.target_modules or ()
@@ -48,5 +48,5 @@ def beside_its_base(adapter: PeftConfig) -> bool:
 
 
 def largest_rank(adapter: LoraConfig) -> int:
-    """The largest rank of a LoRA adapter's matrices."""
+    """Return the largest rank of a LoRA adapter."""
     return max([adapter.r, *adapter.rank_pattern.values()])

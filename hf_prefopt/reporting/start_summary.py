@@ -1,6 +1,6 @@
-"""What a run is, in at most fourteen lines when it begins, where a wrong setting is still cheap.
+"""The start summary: at most fourteen lines that describe a run before its first step, so that users spot mistakes.
 
-Every part of the trainer says its line: which losses with which hyperparameters, which reference, which layout and why.
+Each part of the trainer adds its lines, such as the losses with their hyperparameters, the reference and the layout.
 """
 
 import logging
@@ -19,23 +19,23 @@ MOST_LINES = 14
 
 
 class StartSummary(TrainerCallback):
-    """Logs its lines whenever training begins, on the first rank; the model card has them, too."""
+    """Logs the start summary on the first rank when training begins. The model card contains the same facts."""
 
     def __init__(self):
         self._texts: dict[str, tuple[str, ...]] = {}
 
     def say(self, topic: str, *texts: str) -> None:
-        """Set what there is to say on a topic, in a line for each text.
+        """Set the texts of a topic, one line per text.
 
         Raises:
-            KeyError: the topic is not one of `TOPICS`.
+            KeyError: If the topic is not one of `TOPICS`.
         """
         if topic not in TOPICS:
             raise KeyError(f"{topic!r} is not one of {', '.join(TOPICS)}")
         self._texts[topic] = texts
 
     def lines(self) -> list[str]:
-        """All lines, in the order of the topics; of too many on one topic the first ones and the number of the rest."""
+        """Return all lines, in the order of the topics. A topic with too many lines ends with "and N more"."""
         found, total = [], sum(map(len, self._texts.values()))
         for topic in TOPICS:
             texts = self._texts.get(topic, ())
@@ -47,7 +47,7 @@ class StartSummary(TrainerCallback):
         return found
 
     def as_dict(self) -> dict[str, str]:
-        """The same by topic, as the model card takes it."""
+        """Return the texts keyed by topic, for the model card."""
         return {topic: "; ".join(self._texts[topic]) for topic in TOPICS if topic in self._texts}
 
     def show(self, *topics: str) -> None:
@@ -57,7 +57,7 @@ class StartSummary(TrainerCallback):
                 logger.warning(line)
 
     def on_train_begin(self, args, state, control, model=None, **_):
-        """With the settings of this run, or of this trial of a search."""
+        """Add the settings of this run (or of this trial of a hyperparameter search), and log all lines."""
         self.say("batch", batch_text(args, state))
         self.say("optimizer", optimizer_text(args))
         if state.is_world_process_zero:
@@ -65,7 +65,7 @@ class StartSummary(TrainerCallback):
 
 
 def loss_texts(objective: Objective) -> list[str]:
-    """For each loss its weight, its name, every hyperparameter and modifier: `0.5 × simpo, beta=2.0, gamma=None`."""
+    """Describe each loss by weight, name, hyperparameters and modifiers, as in `0.5 × simpo, beta=2.0, gamma=None`."""
     texts = []
     for term in objective.terms:
         settings = [f"{name}={value!r}" for name, value in term.hyperparameters.items()]
@@ -78,7 +78,7 @@ def loss_texts(objective: Objective) -> list[str]:
 
 
 def model_text(model: nn.Module, args: PreferenceConfig) -> str:
-    """The model's class, what of it trains, and in which precision."""
+    """Describe the model: class, number of trainable parameters, adapter, and precision."""
     is_adapter = isinstance(model, PeftModel)
     name = type(model.get_base_model() if is_adapter else model).__name__
     sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
@@ -97,7 +97,7 @@ def _adapter(model: nn.Module) -> str:
 
 
 def batch_text(args: PreferenceConfig, state: TrainerState) -> str:
-    """How many rows a step has, and how many steps there are."""
+    """Describe the number of rows per step and the number of steps."""
     per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     factors = f"{args.train_batch_size} per device"
     if args.gradient_accumulation_steps > 1:
@@ -109,7 +109,7 @@ def batch_text(args: PreferenceConfig, state: TrainerState) -> str:
 
 
 def optimizer_text(args: PreferenceConfig) -> str:
-    """The optimizer, its learning rate and schedule."""
+    """Describe the optimizer, its learning rate and its schedule."""
     name, schedule = (getattr(value, "value", value) for value in (args.optim, args.lr_scheduler_type))
     warmup = f", warm-up {args.warmup_steps:g}" if args.warmup_steps else ""
     return (

@@ -1,6 +1,6 @@
-"""Charts as inline SVG, without a script: a mark tells its numbers in a `title`, which browsers show on hover.
+"""Charts as inline SVG without scripts. The `title` of a mark contains its values, which browsers show on hover.
 
-Colors are CSS classes (`c0`, `c1`, …), so that a page chooses them for light and dark.
+Colors are CSS classes (`c0`, `c1`, …), so a page can define them for light and dark mode.
 """
 
 import math
@@ -16,7 +16,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 14, 30
 
 
 class Axes:
-    """From values to places in the picture."""
+    """Maps values to positions in the chart, in SVG units."""
 
     def __init__(self, xs: Iterable[float], ys: Iterable[float]):
         self.x_low, self.x_high = _bounds(xs)
@@ -25,17 +25,17 @@ class Axes:
         self.y_low, self.y_high = low - room, high + room
 
     def x(self, value: float) -> float:
-        """The place from the left."""
+        """Return the distance from the left edge."""
         share = (value - self.x_low) / (self.x_high - self.x_low)
         return round(_LEFT + share * (_WIDTH - _LEFT - _RIGHT), 1)
 
     def y(self, value: float) -> float:
-        """The place from the top."""
+        """Return the distance from the top edge."""
         share = (value - self.y_low) / (self.y_high - self.y_low)
         return round(_HEIGHT - _BOTTOM - share * (_HEIGHT - _TOP - _BOTTOM), 1)
 
     def path(self, points: Points) -> str:
-        """A line through points."""
+        """Return the SVG path through the points."""
         return "M" + "L".join(f"{self.x(x)},{self.y(y)}" for x, y in points)
 
 
@@ -46,7 +46,7 @@ def _bounds(values: Iterable[float]) -> tuple[float, float]:
 
 
 def line_chart(drawn: Drawn) -> Markup:
-    """A panel of curves over optimizer steps."""
+    """Draw a panel of curves over optimizer steps."""
     steps = [x for curve in drawn.curves for x, _ in (*curve.train, *curve.evaluations)]
     axes = Axes(steps, drawn.values)
     parts = [_frame(axes, "optimizer step", whole=True)]
@@ -60,7 +60,7 @@ def line_chart(drawn: Drawn) -> Markup:
 
 
 def overlay_chart(title: str, named: Sequence[tuple[str, Points]]) -> Markup:
-    """One metric of several runs, each a line."""
+    """Draw one metric of several runs, with a line per run."""
     axes = Axes([x for _, points in named for x, _ in points], [y for _, points in named for _, y in points])
     parts = [_frame(axes, "optimizer step", whole=True)]
     for number, (name, points) in enumerate(named):
@@ -73,7 +73,7 @@ def overlay_chart(title: str, named: Sequence[tuple[str, Points]]) -> Markup:
 
 
 def scatter_chart(title: str, x_label: str, points: Sequence[tuple[float, float, str]]) -> Markup:
-    """Dots with what each of them says; those above 0 and those below differ in color and shape."""
+    """Draw points (x, y, hover text). Points with y < 0 have another color and shape than points with y ≥ 0."""
     axes = Axes([0.0, *(x for x, _, _ in points)], [0.0, *(y for _, y, _ in points)])
     parts = [_frame(axes, x_label), _horizontal(axes, 0.0, "")]
     parts.append(
@@ -97,7 +97,7 @@ def _svg(title: str, parts: Iterable[Markup]) -> Markup:
 
 
 def _frame(axes: Axes, x_label: str, whole: bool = False) -> Markup:
-    """Grid lines with their values."""
+    """Draw the grid lines with their values and the label of the x axis; `whole` omits fractional values of x."""
     parts = []
     for value in _ticks(axes.y_low, axes.y_high, 4):
         y = axes.y(value)
@@ -117,7 +117,7 @@ def _frame(axes: Axes, x_label: str, whole: bool = False) -> Markup:
 
 
 def _ticks(low: float, high: float, count: int) -> list[float]:
-    """Round values between two numbers, about so many."""
+    """Return at most about `count` round values between `low` and `high`."""
     step = 10 ** math.floor(math.log10((high - low) / count))
     step *= next(factor for factor in (1, 2, 5, 10) if (high - low) / (step * factor) <= count)
     return [round(step * n, 12) for n in range(math.ceil(low / step), math.floor(high / step) + 1)]
@@ -154,7 +154,7 @@ def _dot(axes: Axes, x: float, y: float, classes: str, tip: str, radius: float) 
 
 
 def _bands(axes: Axes, curves: Sequence[Curve]) -> list[Markup]:
-    """For each step an invisible band that tells all values there."""
+    """Draw an invisible band per step whose hover text lists all values of the step."""
     told: dict[float, list[str]] = {}
     for curve in curves:
         for what, points in (("", curve.train), (" (held-out)", curve.evaluations)):

@@ -7,7 +7,7 @@ from hf_prefopt.reporting.results import Results
 
 
 def evaluation_table(results: Results) -> Table:
-    """The table before → after, with a row for each metric of the evaluation; rewards and loss in nats."""
+    """Build the table before → after, with a row for each metric of the evaluation; rewards and loss are in nats."""
     number = "" if results.examples is None else f"{results.examples:,} "
     table = Table(title=f"Evaluation on {number}held-out examples", title_justify="left", title_style="bold")
     table.add_column("")
@@ -21,7 +21,7 @@ def evaluation_table(results: Results) -> Table:
 
 
 def plain_caption(results: Results) -> str:
-    """What the brackets are."""
+    """Return the caption, which explains the intervals in brackets."""
     accuracy = results.accuracies.get("after")
     several = accuracy is not None and accuracy.prompts < accuracy.examples
     counted = f"; {accuracy.prompts:,} prompts count, not {accuracy.examples:,} examples" if several else ""

@@ -1,7 +1,7 @@
-"""How fast a run is, how many positions its layout saves, how much memory it takes, and its share of the GPU's peak.
+"""Throughput metrics: tokens per second, positions saved by the layout, peak memory, and share of the GPU's peak FLOPs.
 
-Counted on the host as batches are drawn; the device is not waited for. The clock runs from one training log to the
-next, without evaluations and checkpoints.
+Tokens and positions are counted on the host when batches are drawn, without waiting for the device. The time between
+two training logs is measured; evaluations and checkpoints are excluded.
 """
 
 import resource
@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 
 from hf_prefopt.batch import LoaderBatch
 
-# Dense bf16 peak, in 10¹² FLOPs per second, by a part of the device's name; the first that fits. Source: data sheets.
+# Dense bf16 peak in 10¹² FLOPs per second, keyed by part of the device name; the first match counts. From data sheets.
 PEAK_TERAFLOPS = {
     "H100 NVL": 835,
     "H100 PCIe": 756,
@@ -35,7 +35,8 @@ class Throughput(TrainerCallback):
     """Counts tokens and positions between two training logs.
 
     Args:
-        flops_per_position: gives the model FLOPs of a position, see `flops_per_position`; asked on a GPU.
+        flops_per_position: Function that returns the model FLOPs per position (see `flops_per_position`). It is called
+            only on a GPU with a known peak.
     """
 
     def __init__(self, flops_per_position: Callable[[], float] = lambda: 0.0):
@@ -54,26 +55,27 @@ class Throughput(TrainerCallback):
             self._padded += batch.get("padded_positions", 0)
 
     def on_train_begin(self, args, state, control, **_):
-        """The clock starts."""
+        """Start the clock."""
         self._start_again()
 
     def on_step_end(self, args, state, control, **_):
-        """What follows until the next step may be an evaluation or a checkpoint."""
+        """Pause the clock, because an evaluation or a checkpoint may follow."""
         self._paused_at = perf_counter()
 
     def on_step_begin(self, args, state, control, **_):
-        """The time since the last step ended is left out."""
+        """Resume the clock."""
         if self._paused_at is not None:
             self._since += perf_counter() - self._paused_at
             self._paused_at = None
 
     def pop(self, accelerator: Accelerator) -> dict[str, float]:
-        """The metrics since the last call, over all ranks; call it on each of them, when training logs.
+        """Return the metrics since the last call, over all ranks. Call it on every rank, at every training log.
 
-        `tokens_per_second`: of the sequences [prompt | response], padding left out. `positions_saved`: the share of
-        the positions of right-padded batches that was not computed. `peak_memory_gib`: of the rank that takes most;
-        on a GPU what PyTorch has allocated, otherwise what the process has. `mfu`: model FLOPs per second as a share
-        of the GPU's peak, where this is known and the run computes in 16 bits.
+        - `tokens_per_second`: Tokens of the sequences [prompt | response] per second, without padding.
+        - `positions_saved`: Share of the positions of right-padded batches that was not computed.
+        - `peak_memory_gib`: Largest peak memory of a rank: memory allocated by PyTorch on a GPU, resident memory of
+          the process otherwise.
+        - `mfu`: Model FLOPs per second as a share of the GPU's peak, if the peak is known and the run uses 16 bits.
         """
         seconds = perf_counter() - self._since
         own = [(self._tokens, self._computed, self._padded, peak_memory(accelerator.device))]
@@ -90,18 +92,20 @@ class Throughput(TrainerCallback):
 
 
 def flops_per_position(parameters: int, trained: int, reference_parameters: int) -> float:
-    """Model FLOPs of a position: 2 per parameter in the forward, 2 for gradients of activations, 2 for those of
-    trained weights, and 2 per parameter of a reference that is run; attention is left out, and so is recomputation.
+    """Compute the model FLOPs per position, without attention scores and recomputation.
+
+    Each parameter takes 2 FLOPs in the forward pass and 2 for the gradients of activations. Each trained parameter
+    takes 2 more for its gradient, and each parameter of the reference takes 2 for the reference's forward pass.
 
     Args:
-        parameters: of the body, without embeddings. trained: those of them that train.
-        reference_parameters: of the reference's body; 0 where it is not run.
+        parameters: Number of parameters, without embeddings. trained: Number of these that train.
+        reference_parameters: Number of parameters of the reference, without embeddings; 0 if it is not run.
     """
     return 4.0 * parameters + 2.0 * trained + 2.0 * reference_parameters
 
 
 def peak_flops(accelerator: Accelerator) -> float:
-    """The dense 16-bit peak of this device, FLOPs per second; 0 where it is unknown or the run computes in fp32."""
+    """Return the dense 16-bit peak of the GPU in FLOPs per second; 0 if it is unknown or the run uses fp32."""
     if accelerator.device.type != "cuda" or accelerator.mixed_precision not in ("bf16", "fp16"):
         return 0.0
     name = torch.cuda.get_device_name(accelerator.device)
@@ -109,7 +113,7 @@ def peak_flops(accelerator: Accelerator) -> float:
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes so far: allocated on this GPU by PyTorch, or resident of this process."""
+    """Return the peak memory in bytes: allocated by PyTorch on this GPU, or resident memory of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024

@@ -1,4 +1,4 @@
-"""From a trained run to a model that is served: adapters merged into their base, and answers beside the base's."""
+"""Use of trained models: merging adapters into their base model, and comparing answers with the base model."""
 
 from hf_prefopt.serving.merge import merge_adapter
 

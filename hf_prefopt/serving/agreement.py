@@ -1,4 +1,4 @@
-"""How the log-probs of a merged and reloaded model compare with those of the adapter on its base."""
+"""Comparison of log-probs: the merged and reloaded model against the base model with its adapter."""
 
 from typing import NamedTuple
 
@@ -8,14 +8,14 @@ from hf_prefopt.serving.token_logps import TokenLogps
 
 
 class Agreement(NamedTuple):
-    """How a merged and reloaded model compares with the trained one, over the scored tokens of some rows.
+    """Differences between the merged model and the trained model (base with adapter) over the scored tokens of rows.
 
     Attributes:
-        tokens: how many were compared.
-        difference: the median of |log p(merged) − log p(trained)|, in nats. largest: the largest one.
-        bound: what rounding may make of the median.
-        effect: the median of |log p(trained) − log p(base)|: what the adapter does.
-        dtype: the merged model's.
+        tokens: Number of compared tokens.
+        difference: Median of |log p(merged) − log p(trained)|, in nats. largest: Maximum, in nats.
+        bound: Largest median that rounding explains, in nats.
+        effect: Median of |log p(trained) − log p(base)|, the effect of the adapter, in nats.
+        dtype: Dtype of the merged model.
     """
 
     tokens: int
@@ -29,8 +29,8 @@ class Agreement(NamedTuple):
         return (
             f"log-probs of {self.tokens:,} tokens differ between the merged and the trained model by "
             f"{self.difference:.2g} nats in the median, {self.largest:.2g} at most; rounding to "
-            f"{str(self.dtype).removeprefix('torch.')} explains a median of {self.bound:.2g}. The adapter "
-            f"changes them by {self.effect:.2g}."
+            f"{str(self.dtype).removeprefix('torch.')} explains a median of {self.bound:.2g}. The adapter changes "
+            f"the log-probs by {self.effect:.2g} in the median."
         )
 
 
@@ -39,14 +39,14 @@ def compare(
 ) -> Agreement:
     """Compare the scored tokens of the same rows.
 
-    Bounded is the median over tokens, by 4u · (|z| + E|z|), for logits z and unit roundoff u of the dtype:
-    rounding the weights changes what a block adds to the residual stream by about u of its size; later blocks pass this
-    on, at most e times in all; the head adds u. e + 1 < 4. The largest difference is not bounded: where a mixture
-    of experts has two that score nearly alike, rounding decides which one is taken.
+    The median over tokens is bounded by 4u · (|z| + E|z|), for logits z and the unit roundoff u of the dtype. Rounding
+    the weights changes the output of each block by a relative error of about u. Later blocks amplify this error by at
+    most e in total, and the head adds an error of u; e + 1 < 4. The largest difference is not bounded, because rounding
+    can change the selected expert in a mixture of experts if two experts have almost equal scores.
 
     Args:
-        rounding: 4u, or what sums in float32 in another order make of it, whichever is larger.
-        dtype: the merged model's.
+        rounding: 4u, or the relative error of float32 sums in a different order if that is larger.
+        dtype: Dtype of the merged model.
     """
     off = (merged.logps - trained.logps).abs()
     return Agreement(

@@ -1,6 +1,7 @@
-"""Rows that a run keeps beside its model, by which a merged model is compared with the trained one.
+"""Rows that a run saves in its folder, for the comparison of a merged model with the trained model.
 
-They are tokens of evaluation rows, in a file whose name begins with "_": the Trainer pushes no such file to the Hub.
+The rows are tokens of evaluation rows. The file name begins with "_", because the Trainer does not push such files to
+the Hub.
 """
 
 import json
@@ -16,11 +17,15 @@ from hf_prefopt.scoring.agreement import made_up_tokens
 FILE = "_kept_rows.json"
 ROWS = 8
 _COLUMNS = ("prompt_ids", "response_ids", "scored_masks")
-_PROMPT, _RESPONSE = 8, 8  # tokens of made-up rows
+_PROMPT, _RESPONSE = 8, 8  # number of tokens in synthetic rows
 
 
 class KeptRows(NamedTuple):
-    """Prepared rows (`prompt_ids`, `response_ids`, `scored_masks`), what they are, and how the base was quantized."""
+    """Prepared rows (`prompt_ids`, `response_ids`, `scored_masks`).
+
+    Attributes:
+        name: Description of the rows in messages. quantized: Quantization of the base model, or None.
+    """
 
     rows: list[dict[str, Any]]
     name: str
@@ -28,11 +33,11 @@ class KeptRows(NamedTuple):
 
 
 def keep_rows(folder: Path, evaluated: Any, trained: Any, quantized: str | None) -> None:
-    """Write the first rows of the evaluation data, or of the training data where nothing is evaluated.
+    """Save the first rows of the evaluation data or, without evaluation data, of the training data.
 
     Args:
-        evaluated: a prepared data set, a dict of several, or None. trained: a prepared data set, or None.
-        quantized: how the base model was quantized while it trained, if it was.
+        evaluated: Prepared data set, dict of prepared data sets, or None. trained: Prepared data set, or None.
+        quantized: Quantization of the base model during training, or None.
     """
     dataset = next(iter(evaluated.values()), None) if isinstance(evaluated, dict) else evaluated
     name = "held-back rows" if dataset is not None else "training rows"
@@ -45,7 +50,10 @@ def keep_rows(folder: Path, evaluated: Any, trained: Any, quantized: str | None)
 
 
 def read_rows(folder: Path, config: PreTrainedConfig) -> KeptRows:
-    """The rows that a run kept in its folder, or above it for a checkpoint; without any, rows of made-up tokens."""
+    """Load the saved rows from a run's folder or, for a checkpoint, from its parent folder.
+
+    Without saved rows, return rows of synthetic tokens.
+    """
     for path in (folder / FILE, folder.parent / FILE):
         if path.is_file():
             kept = json.loads(path.read_text())
@@ -55,4 +63,4 @@ def read_rows(folder: Path, config: PreTrainedConfig) -> KeptRows:
     for _ in range(ROWS):
         ids = made_up_tokens(config, _PROMPT + _RESPONSE, generator)
         rows.append({"prompt_ids": ids[:_PROMPT], "response_ids": [ids[_PROMPT:]], "scored_masks": [[1] * _RESPONSE]})
-    return KeptRows(rows, "rows of made-up tokens")
+    return KeptRows(rows, "rows of synthetic tokens")

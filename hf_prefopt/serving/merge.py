@@ -1,9 +1,9 @@
-"""An adapter merged into its base model: a folder that is served like any other model, and a check that it is the same.
+"""Merging an adapter into its base model, and checking that the merged model equals the trained model.
 
-Weights are merged in place, one tensor after the other, so a merge takes the memory of the base, the adapter, and one
-tensor in float32. In float32 each changed weight becomes W + ΔW, which is then rounded once to the base's dtype.
+Weights are merged in place, one layer at a time, so a merge needs memory for the base model, the adapter, and one layer
+in float32. Each changed weight becomes W + ΔW in float32 and is rounded once to the dtype of the base model.
 
-Left out on purpose: merging into quantized weights, which would round most of an adapter away.
+Merging into quantized weights is not supported, because rounding would remove most of the adapter's effect.
 """
 
 import shutil
@@ -30,7 +30,11 @@ from hf_prefopt.serving.tying import cut_tie, settle_tie
 
 
 class MergedModel(NamedTuple):
-    """A merged model. folder: where it is. agreement: how the check came out. notes: what its user should know."""
+    """A merged model.
+
+    Attributes:
+        folder: Folder of the model. agreement: Result of the check. notes: Notes for users of the model.
+    """
 
     folder: Path
     agreement: Agreement
@@ -49,24 +53,26 @@ def merge_adapter(
 ) -> MergedModel:
     """Merge an adapter into its base model, save the result, reload it and compare its log-probs.
 
-    The model is of the class that the base's checkpoint names, with all of its tensors, also those that the class does
-    not load. Tokenizer or processor, chat template and generation config are saved along. Embeddings that share their
-    weights with the head keep doing so only if the merged ones are equal. What the comparison tolerates is in
-    `hf_prefopt.serving.agreement`.
+    The saved model has the class that the base checkpoint names and all tensors of the checkpoint, including tensors
+    that the class does not load. The tokenizer or processor, the chat template and the generation config are saved as
+    well. Embeddings and head stay tied only if their merged weights are equal. `hf_prefopt.serving.agreement` defines
+    the tolerance of the comparison.
 
     Args:
-        run: the folder or Hub name of an adapter.
-        folder: where the model is written; a new or empty folder.
-        base: the base model, in place of the one that the adapter's configuration names.
-        adapters: folders inside `run` of the adapters to merge, all of them added up; by default the one in `run`.
-        dtype: of the merged model; by default the base checkpoint's.
-        max_shard_size: of the safetensors files.
-        trust_remote_code: run code that comes with the base model.
-        say: gets a line for each step.
+        run: Folder or Hub name of an adapter.
+        folder: New or empty folder for the merged model.
+        base: Base model. Default: the base model in the adapter's configuration.
+        adapters: Subfolders of `run` with the adapters to merge; their weight changes are added. Default: the adapter
+            in `run`.
+        dtype: Dtype of the merged model. Default: the dtype of the base checkpoint.
+        max_shard_size: Maximum size of a safetensors file.
+        trust_remote_code: Run code from the base model's repository.
+        say: Function that receives a line of text for each step.
 
     Raises:
-        ValueError: there is no adapter, or several to choose from; the base is quantized; the adapter cannot be merged;
-            `folder` is not empty; or the merged model is not the trained one, and then nothing is left in `folder`.
+        ValueError: If there is no adapter, or several and none is selected; if the base model is quantized; if the
+            adapter cannot be merged; if `folder` is not empty; or if the merged model differs from the trained model.
+            In the last case, `folder` is not created.
     """
     folder = Path(folder)
     names = _adapter_names(str(run), adapters)
@@ -101,14 +107,18 @@ def merge_adapter(
 
 
 def merged(policy: PeftModel) -> PreTrainedModel:
-    """The model beneath, its active adapters added to its weights in place: in float32, then rounded to their dtype.
+    """Merge the active adapters into the base model in place, and return the base model.
+
+    The sums are computed in float32 and rounded to the dtype of the weights.
 
     Raises:
-        ValueError: the kind of adapter cannot be merged, or it gives weights that are not finite.
+        ValueError: If adapters of this type cannot be merged, or if merged weights are not finite.
     """
     name = policy.active_peft_config.peft_type.value
     if policy.active_peft_config.is_prompt_learning or not isinstance(policy.base_model, BaseTuner):
-        raise ValueError(f"an adapter of type {name} is no change of weights and cannot be merged: serve it as it is")
+        raise ValueError(
+            f"an adapter of type {name} does not change weights, so it cannot be merged: serve it with its base model"
+        )
     was_tied = cut_tie(policy)
     try:
         policy.base_model._check_merge_allowed()
@@ -129,7 +139,7 @@ def merged(policy: PeftModel) -> PreTrainedModel:
 
 @contextmanager
 def _in_float32(layer: nn.Module, only: str | None = None) -> Iterator[None]:
-    """A layer's own weights in float32, or only one of them, rounded to their dtype at the end."""
+    """Convert a layer's own weights (or only one of them) to float32, and round them back to their dtype on exit."""
     own = {name: p for name, p in layer.named_parameters(recurse=False) if only in (None, name)}
     dtypes = {name: p.dtype for name, p in own.items() if p.dtype in (torch.bfloat16, torch.float16)}
     for name in dtypes:
@@ -142,20 +152,20 @@ def _in_float32(layer: nn.Module, only: str | None = None) -> Iterator[None]:
 
 
 def _adapter_names(run: str, adapters: Sequence[str]) -> list[str]:
-    """The folders or names of the adapters to merge."""
+    """Return the folders or Hub names of the adapters to merge."""
     inside = _adapters_in(run)
     if unknown := [name for name in adapters if name not in inside]:
-        raise ValueError(f"{unknown[0]} is no adapter in {run}, which holds {', '.join(inside) or 'none'}")
+        raise ValueError(f"{run} has no adapter {unknown[0]}; its adapters are: {', '.join(inside) or 'none'}")
     if adapters:
         return [str(Path(run) / name) for name in adapters]
     if holds_adapter(run):
         return [run]
     if inside:
         found = ", ".join(inside)
-        raise ValueError(f"{run} holds several adapters or checkpoints ({found}): name one, {run}/{inside[-1]}")
+        raise ValueError(f"{run} has several adapters or checkpoints ({found}): select one, such as {run}/{inside[-1]}")
     if Path(run, CONFIG_NAME).is_file():
-        raise ValueError(f"{run} is a whole model and no adapter: there is nothing to merge, serve it as it is")
-    raise ValueError(f"{run} is no adapter: there is no adapter_config.json in such a folder, nor on the Hub")
+        raise ValueError(f"{run} is a full model, not an adapter: there is nothing to merge; serve {run} directly")
+    raise ValueError(f"{run} is not an adapter: there is no adapter_config.json in a folder or Hub repository {run}")
 
 
 def _adapters_in(run: str) -> list[str]:
@@ -163,27 +173,27 @@ def _adapters_in(run: str) -> list[str]:
 
 
 def _unquantized(base: str | None, adapter: str, kwargs: dict[str, Any]) -> tuple[PreTrainedModel, list[str]]:
-    """The base model in full precision, and the tensors that its class leaves out."""
+    """Load the unquantized base model; also return the names of checkpoint tensors that its class does not load."""
     if not base:
-        raise ValueError(f"{adapter}/adapter_config.json names no base model: pass it by --base (base=…)")
+        raise ValueError(f"{adapter}/adapter_config.json names no base model: pass it with --base (base=…)")
     try:
         config = AutoConfig.from_pretrained(base, trust_remote_code=kwargs.get("trust_remote_code", False))
     except OSError as error:
         reason = next(iter(str(error).splitlines()), "")
-        raise ValueError(f"the base model {base} is not found: pass it by --base (base=…). {reason}") from error
+        raise ValueError(f"the base model {base} was not found: pass it with --base (base=…). {reason}") from error
     if quantization := getattr(config, "quantization_config", None):
         method = quantization["quant_method"] if isinstance(quantization, dict) else quantization.quant_method
         raise ValueError(
-            f"the base model {base} is quantized ({getattr(method, 'value', method)}): an adapter is merged into the "
-            "unquantized model, so pass its name by --base (base=…)"
+            f"the base model {base} is quantized ({getattr(method, 'value', method)}), but an adapter can only be "
+            "merged into the unquantized model: pass the unquantized model with --base (base=…)"
         )
     return load_checkpoint(base, kwargs)
 
 
 def _with_adapters(model: PreTrainedModel, names: list[str]) -> PeftModel:
-    """The model under all of these adapters, each active."""
+    """Load all adapters onto the model, and activate them."""
     if PeftConfig.from_pretrained(names[0]).is_prompt_learning:
-        raise ValueError(f"{names[0]} is a soft prompt and no change of weights, so it cannot be merged")
+        raise ValueError(f"{names[0]} is a soft prompt, which does not change weights, so it cannot be merged")
     policy = load_adapter(model, names[0])
     for name in names[1:]:
         policy.load_adapter(name, adapter_name=Path(name).name)
@@ -198,21 +208,21 @@ def _without_adapter(policy: PeftModel, kept: KeptRows) -> TokenLogps:
 
 
 def _save(model: PreTrainedModel, folder: Path, left_out: dict[str, Tensor], max_shard_size: str) -> None:
-    """The model with the tensors of the checkpoint that its class does not load."""
+    """Save the model together with the checkpoint tensors that its class does not load."""
     state = {**model.state_dict(), **left_out} if left_out else None
     model.save_pretrained(folder, state_dict=state, max_shard_size=max_shard_size)
 
 
 def _check(agreement: Agreement) -> None:
-    """Raise `ValueError` for a merged model that is not the trained one."""
+    """Raise `ValueError` if the merged model differs from the trained model by more than rounding."""
     if not agreement.difference <= agreement.bound:
         raise ValueError(
-            f"the merged model is not the trained one, so it was not kept: {agreement} Merge with --dtype float32 "
-            "(dtype=…), which rounds far less: if that fails, too, the merge itself is wrong"
+            f"the merged model differs from the trained model, so it was not saved: {agreement} Merge with --dtype "
+            "float32 (dtype=…), which reduces rounding. If that also fails, the merge itself is wrong"
         )
     if agreement.difference > agreement.effect / 2 and agreement.effect > 0:
         raise ValueError(
-            f"the merged model has lost more than half of what the adapter does, so it was not kept: {agreement} Merge "
+            f"the merged model has lost more than half of the adapter's effect, so it was not saved: {agreement} Merge "
             "with --dtype float32 (dtype=…), or serve the adapter with its base"
         )
 
@@ -221,8 +231,8 @@ def _notes(kept: KeptRows, base: str) -> list[str]:
     notes = []
     if kept.quantized:
         notes.append(
-            f"the adapter was trained on a base in {kept.quantized}, and is merged into {base} without quantization, "
-            "which gives other log-probs than the base that it was trained on"
+            f"the adapter was trained on a base model quantized to {kept.quantized}, and was merged into {base} "
+            "without quantization, so the log-probs differ from training by the quantization error"
         )
     return notes
 

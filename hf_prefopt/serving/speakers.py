@@ -1,4 +1,4 @@
-"""A trained model and its base as two partners of one conversation, each of which sees its own answers."""
+"""Conversations with a trained model and its base model. Each model sees its own earlier answers."""
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -20,12 +20,12 @@ Messages = list[dict[str, str]]
 
 @dataclass
 class Speaker:
-    """One of the models.
+    """The base model or the trained model, with its conversation.
 
     Attributes:
-        name: "base" or "trained". model: in evaluation mode.
-        acting: makes the context in which the model is this speaker.
-        messages: the conversation so far.
+        name: "base" or "trained". model: Model in evaluation mode.
+        acting: Function that returns the context for generation; for the base of an adapter, it disables the adapter.
+        messages: Messages of the conversation so far.
     """
 
     name: str
@@ -35,7 +35,7 @@ class Speaker:
 
 
 class _Parts(TextStreamer):
-    """Hands over an answer in parts, as it is generated."""
+    """Streams an answer in parts during generation."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, show: Callable[[str], None]):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -48,12 +48,13 @@ class _Parts(TextStreamer):
 def load_speakers(
     run: str, base: str | None = None, dtype: str = "auto", trust_remote_code: bool = False
 ) -> tuple[list[Speaker], PreTrainedTokenizerBase]:
-    """The base model, where there is one, and the trained one; and the tokenizer.
+    """Load the base model (if it is known), the trained model, and the tokenizer.
 
-    An adapter's base is the model beneath it. That of a whole model is `base`, or the one that its card names.
+    The base of an adapter is the model with its adapter disabled. The base of a full model is `base`, or the base
+    model in its model card.
 
     Raises:
-        ValueError: there is no such model.
+        ValueError: If a model cannot be loaded.
     """
     kwargs = {"dtype": dtype, **({"trust_remote_code": True} if trust_remote_code else {})}
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -87,12 +88,12 @@ def answer(
     show: Callable[[str], None] = lambda part: None,
     template: Mapping[str, Any] | None = None,
 ) -> str:
-    """The speaker's answer to its conversation, which is added to it.
+    """Generate the speaker's next answer, and add it to the conversation.
 
     Args:
-        sampling: settings of `generate`. seed: the same for all speakers.
-        show: gets the parts of the answer.
-        template: further arguments of the chat template.
+        sampling: Arguments of `generate`. seed: Random seed; pass the same seed for all speakers.
+        show: Function that receives the parts of the answer during generation.
+        template: Further arguments of the chat template.
     """
     if tokenizer.chat_template is None:
         inputs = tokenizer("\n".join(message["content"] for message in speaker.messages) + "\n", return_tensors="pt")
@@ -112,10 +113,10 @@ def answer(
 
 
 def sampling_settings(temperature: float, top_p: float, top_k: int, max_new_tokens: int) -> dict[str, Any]:
-    """Settings of `generate`, in place of the checkpoint's own: greedy at a temperature of 0.
+    """Return arguments of `generate` that override the checkpoint's: greedy for a temperature of 0.
 
     Raises:
-        ValueError: one of them is out of range.
+        ValueError: If a value is out of range.
     """
     for name, value, is_right in (
         ("temperature", temperature, temperature >= 0),
@@ -124,7 +125,10 @@ def sampling_settings(temperature: float, top_p: float, top_k: int, max_new_toke
         ("max_new_tokens", max_new_tokens, max_new_tokens > 0),
     ):
         if not is_right:
-            raise ValueError(f"{name}={value} is out of range: temperature ≥ 0, 0 < top_p ≤ 1, top_k ≥ 0 (0 for all)")
+            raise ValueError(
+                f"{name}={value} is out of range: temperature ≥ 0, 0 < top_p ≤ 1, top_k ≥ 0 (0: all tokens), "
+                "max_new_tokens ≥ 1"
+            )
     common = {"max_new_tokens": max_new_tokens, "use_cache": True}
     if temperature == 0:
         return {**common, "do_sample": False, "temperature": None, "top_p": None, "top_k": None}

@@ -1,4 +1,4 @@
-"""What a finished run leaves and says for those who use its model: rows to check a merge with, and commands."""
+"""Output of a finished run for users of its model: saved rows that check a merge, and commands."""
 
 from pathlib import Path
 
@@ -12,9 +12,9 @@ from hf_prefopt.trainer import PreferenceTrainer
 
 
 def keep_rows_of(trainer: PreferenceTrainer) -> None:
-    """Keep eight rows in the run's folder, by which `hf_prefopt merge` tells whether a merged model is the trained one.
+    """Save eight rows in the run's folder, which `hf_prefopt merge` uses to compare the merged with the trained model.
 
-    They are not pushed to the Hub.
+    The rows are not pushed to the Hub.
     """
     if trainer.is_world_process_zero():
         model = trainer.accelerator.unwrap_model(trainer.model)
@@ -23,7 +23,7 @@ def keep_rows_of(trainer: PreferenceTrainer) -> None:
 
 
 def serving_steps(trainer: PreferenceTrainer) -> dict[str, str]:
-    """The commands that use a run's model, by purpose; where it is pushed, they name it on the Hub."""
+    """Return the commands that use a run's model, keyed by purpose. A pushed model is served from the Hub."""
     args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
     folder = str(args.output_dir)
     repository = args.hub_model_id if args.push_to_hub and args.hub_model_id else folder
@@ -38,7 +38,7 @@ def serving_steps(trainer: PreferenceTrainer) -> dict[str, str]:
 
 
 def quantization_text(model: PreTrainedModel) -> str | None:
-    """How a model is quantized, such as "4 bits (nf4)"; `None` if it is not."""
+    """Describe the quantization of a model, such as "4 bits (nf4)"; `None` if the model is not quantized."""
     config = getattr(model.config, "quantization_config", None)
     if config is None:
         return None

@@ -1,6 +1,7 @@
-"""Log-probs of the scored tokens of prepared rows by a model's plain forward, one sequence at a time, in float32.
+"""Log-probs of scored tokens from plain forward passes, one sequence at a time, in float32.
 
-It shares nothing with the scoring that trained the model, so it can tell whether a saved model is the trained one.
+This code is independent of the scoring code used in training, so it can verify that a saved model equals the trained
+model.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +19,11 @@ _HALF = (torch.bfloat16, torch.float16)
 
 
 class TokenLogps(NamedTuple):
-    """logps `[N]`: log-probs (nats) of all scored tokens. sizes `[N]`: |z_token| + Σ_v p_v |z_v| of the logits z."""
+    """Log-probs of N scored tokens.
+
+    Attributes:
+        logps: `[N]`, log-probs in nats. sizes: `[N]`, |z_token| + Σ_v p_v |z_v| for the logits z.
+    """
 
     logps: Tensor
     sizes: Tensor
@@ -26,21 +31,21 @@ class TokenLogps(NamedTuple):
 
 @torch.no_grad()
 def token_logps(model: nn.Module, rows: Sequence[Mapping[str, Any]]) -> TokenLogps:
-    """The scored tokens of every response of prepared rows, in order.
+    """Compute the log-probs of the scored tokens of all responses in prepared rows, in order.
 
     Raises:
-        ValueError: nothing is scored in the rows.
+        ValueError: If the rows have no scored token.
     """
     with evaluation_mode(model):
         try:
             with products_in_float32(model):
                 parts = _of_rows(model, rows)
-        except RuntimeError:  # a module reads the weights of another one, as Mamba's kernels do
+        except RuntimeError:  # a module that reads another module's weights, such as Mamba's kernels
             with weights_in_float32(model):
                 parts = _of_rows(model, rows)
     logps, sizes = (torch.cat(each) for each in zip(*parts, strict=True))
     if not len(logps):
-        raise ValueError("no token of the rows is scored: there is nothing to compare")
+        raise ValueError("the rows have no scored token, so there is nothing to compare")
     return TokenLogps(logps, sizes)
 
 
@@ -53,11 +58,11 @@ def _of_rows(model: nn.Module, rows: Sequence[Mapping[str, Any]]) -> list[tuple[
 
 
 def _of_response(model: nn.Module, ids: list[int], mask: list[int]) -> tuple[Tensor, Tensor]:
-    """Of one response, whose tokens are the last of a sequence."""
+    """Compute log-probs and sizes for one response, whose tokens are at the end of the sequence."""
     input_ids = torch.tensor([ids], device=device_of(model))
     outputs = model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), use_cache=False, return_dict=True)
     places = len(ids) - len(mask) + torch.tensor(mask).nonzero().squeeze(1)
-    logits = outputs.logits[0].float().cpu()[places - 1]  # the logits of a token stand before it
+    logits = outputs.logits[0].float().cpu()[places - 1]  # position t − 1 predicts token t
     targets = torch.tensor(ids)[places, None]
     sizes = logits.gather(1, targets).abs().squeeze(1) + (logits.softmax(-1) * logits.abs()).nansum(1)
     return logits.log_softmax(-1).gather(1, targets).squeeze(1), sizes
@@ -65,9 +70,10 @@ def _of_response(model: nn.Module, ids: list[int], mask: list[int]) -> tuple[Ten
 
 @contextmanager
 def products_in_float32(model: nn.Module) -> Iterator[None]:
-    """Modules with half-precision weights compute in float32: their weights are cast while they run, and no longer.
+    """Run modules with half-precision weights in float32. Weights are cast only while their module runs.
 
-    So a forward shows how the weights were rounded and nothing else, and takes the memory of one module more.
+    The forward pass then has no rounding error except the rounding of the weights. It needs additional memory for one
+    module in float32.
     """
     handles = []
     for module in model.modules():
@@ -83,7 +89,7 @@ def products_in_float32(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def weights_in_float32(model: nn.Module) -> Iterator[None]:
-    """All half-precision weights in float32 at once, which takes twice their memory more."""
+    """Cast all half-precision weights to float32, which needs additional memory of twice their size."""
     narrow = {parameter: parameter.data for parameter in model.parameters() if parameter.dtype in _HALF}
     for parameter in narrow:
         parameter.data = parameter.data.float()
@@ -108,7 +114,7 @@ def _narrow(module: nn.Module, *_: Any) -> None:
 
 
 def _layer(module: nn.Module) -> nn.Module:
-    """The module itself, or the layer beneath an adapter, whose weights PEFT looks at before that layer runs."""
+    """Return the base layer of an adapter layer (PEFT reads its dtype before it runs), or the module itself."""
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 

@@ -1,4 +1,4 @@
-"""Embeddings and a head that share their weights, where an adapter changes one of the two."""
+"""Tied embeddings and heads if an adapter changes only one of them."""
 
 import torch
 from peft import PeftModel
@@ -7,9 +7,9 @@ from transformers import PreTrainedModel
 
 
 def cut_tie(policy: PeftModel) -> bool:
-    """Give the head weights of its own, equal to the embeddings', if it shares theirs; whether it did.
+    """Copy the head's weight if the head is tied to the embeddings, and return True if it was tied.
 
-    An adapter on the embeddings alone leaves the head as it was, and merging it in place would not.
+    An adapter on the embeddings does not affect the head, but merging it in place into a shared weight would.
     """
     embeddings, head = _weighted(policy.get_input_embeddings()), _weighted(policy.get_output_embeddings())
     if embeddings is None or head is None or embeddings.weight is not head.weight:
@@ -19,8 +19,7 @@ def cut_tie(policy: PeftModel) -> bool:
 
 
 def settle_tie(model: PreTrainedModel) -> None:
-    """Tie embeddings and head again if they are equal, up to the last digit; or else say in the config that they are
-    not."""
+    """Tie embeddings and head again if they are equal up to rounding; otherwise set `tie_word_embeddings=False`."""
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     rounding = torch.finfo(head.weight.dtype).eps
     same = embeddings.weight.shape == head.weight.shape
@@ -33,7 +32,7 @@ def settle_tie(model: PreTrainedModel) -> None:
 
 
 def _weighted(module: nn.Module | None) -> nn.Module | None:
-    """The module that holds the base's weight, beneath an adapter."""
+    """Return the module that holds the base model's weight, without the wrappers of an adapter, or None."""
     while module is not None and "weight" not in module._parameters:
         inner = getattr(module, "base_layer", None)
         module = inner if inner is not None else getattr(module, "original_module", None)

@@ -154,7 +154,7 @@ class TestWinRate:
 
     @pytest.mark.parametrize("verdict", [2, -1, None, "first"])
     def test_a_verdict_that_is_none(self, tmp_path, verdict):
-        with pytest.raises(ValueError, match="the judge said"):
+        with pytest.raises(ValueError, match="the judge returned"):
             self.run(tmp_path, lambda *_: verdict)
 
 

@@ -53,7 +53,7 @@ def test_examples_that_do_not_count_are_left_out():
 
 
 def test_an_evaluation_of_nothing_is_an_error():
-    with pytest.raises(ValueError, match="gave no rows"):
+    with pytest.raises(ValueError, match="evaluation data set is empty"):
         Evaluation(build_objective(["dpo"])).metrics()
 
 
