@@ -141,7 +141,7 @@ STREAMED = {
 
 @pytest.mark.parametrize(("settings", "reason"), STREAMED.values(), ids=STREAMED)
 def test_a_stream_without_a_column_is_refused_at_construction(settings, reason, tmp_path):
-    with pytest.raises(ValueError, match=f"train does not fit {reason}"):
+    with pytest.raises(ValueError, match=f"the train data set does not fit {reason}"):
         make_trainer(tmp_path, **settings, train_dataset=pairs(3).to_iterable_dataset(), max_steps=1)
 
 
@@ -149,7 +149,9 @@ def test_a_row_of_a_stream_without_scores_is_refused_when_it_comes(tmp_path):
     """A ranked list behind two scored ones, for a loss of scores."""
     rows = lists(3).map(lambda row: {"scores": [] if row["row"] == 2 else row["scores"]})
     trainer = make_trainer(tmp_path, loss_type="lipo", train_dataset=rows.to_iterable_dataset(), max_steps=2)
-    with pytest.raises(ValueError, match=r"train does not fit lipo: row 2: it compares scores, .*a column `scores`"):
+    with pytest.raises(
+        ValueError, match=r"the train data set does not fit lipo: row 2: it compares scores, .*a column `scores`"
+    ):
         trainer.train()
 
 

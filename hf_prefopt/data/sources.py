@@ -34,7 +34,7 @@ def as_dataset(source: Any, name: str) -> Any:
 def check_rows(dataset: Dataset | IterableDataset, name: str) -> None:
     """Raise `ValueError` if the data set has no rows. Whether a stream has rows shows when it is read."""
     if isinstance(dataset, Dataset) and not len(dataset):
-        raise ValueError(f"the data set {name!r} has no rows: look at how it was loaded and filtered, or leave it out")
+        raise ValueError(f"the data set {name!r} has no rows: check how it was loaded and filtered")
 
 
 def _from_rows(rows: Iterable[Any], name: str) -> Dataset:

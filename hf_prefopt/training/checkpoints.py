@@ -90,22 +90,25 @@ def checkpoint_to_resume(asked: str | bool | None, output_dir: str | Path) -> st
     if checkpoint is True:
         newest = last_complete_checkpoint(output_dir)
         if newest is None:
-            raise ValueError(f"{output_dir} has no complete checkpoint to resume from: start without")
+            raise ValueError(
+                f"resume_from_checkpoint={asked}: {output_dir} has no complete checkpoint to resume from: correct the "
+                "folder, or, for a first run, leave it out"
+            )
         checkpoint = newest
         logger.warning("resuming from %s", checkpoint)
     if not checkpoint:
         return None
     if not is_complete(checkpoint):
         newest = last_complete_checkpoint(output_dir)
-        cure = f"resume from {newest}" if newest else "start without resume_from_checkpoint"
-        fault = "is not a complete checkpoint, its writing was interrupted"
+        cure = f"pass resume_from_checkpoint={newest}" if newest else "pass the folder of a complete checkpoint"
+        fault = "not a complete checkpoint, its writing was interrupted"
         if not Path(checkpoint).is_dir():
-            fault = "is not a folder, and so not a checkpoint"
-        raise ValueError(f"{checkpoint} {fault}: {cure}")
+            fault = "there is no such folder"
+        raise ValueError(f"resume_from_checkpoint={checkpoint}: {fault}: {cure}")
     if Path(checkpoint, _OLD_STATE).is_file():
         raise ValueError(
             f"{checkpoint} is from an older version of hf_prefopt, which kept the state of the losses in {_OLD_STATE}, "
-            "and cannot be resumed: resume with the older version, or start without resume_from_checkpoint"
+            "and cannot be resumed by this one: resume with the older version"
         )
     return str(checkpoint)
 

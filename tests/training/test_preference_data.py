@@ -58,7 +58,7 @@ def test_changed_settings_are_checked_against_the_data(tmp_path):
     made.settle_again(train, {"a": train})
     assert [term.spec.name for term in made.objective.terms] == ["ipo"]
     made.args.loss_type = ["kto"]
-    with pytest.raises(ValueError, match="train holds pairs, but kto needs"):
+    with pytest.raises(ValueError, match="the train data set holds pairs, but kto needs"):
         made.settle_again(train, None)
 
 
