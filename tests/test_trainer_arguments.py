@@ -204,7 +204,7 @@ def test_a_stream_without_rows_is_refused_when_it_is_read(tmp_path):
     ],
 )
 def test_arguments_of_another_type(given, cure, tmp_path):
-    with pytest.raises(ValueError, match=cure):
+    with pytest.raises(TypeError, match=cure):
         make_trainer(tmp_path, **given)
 
 

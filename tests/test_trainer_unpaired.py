@@ -294,7 +294,7 @@ def test_data_of_another_kind_is_refused(tmp_path):
         ValueError, match="the train data set holds pairs, but kto needs rows with `label`, or pairs with unpair"
     ):
         make_trainer(tmp_path, loss_type="kto", train_dataset=pairs(2))
-    with pytest.raises(ValueError, match="eval holds lists, but dpo needs pairs"):
+    with pytest.raises(ValueError, match="the eval data set holds lists, but dpo needs pairs"):
         make_trainer(tmp_path, train_dataset=pairs(2), eval_dataset=list_rows(2))
     with pytest.raises(ValueError, match="unpair=True makes unpaired examples, but dpo needs pairs"):
         make_trainer(tmp_path, unpair=True)

@@ -177,11 +177,9 @@ def _describe_no_rows(name: str, notes: Mapping[str, np.ndarray], max_length: in
 def _summarize(name: str, notes: Mapping[str, np.ndarray], max_length: int | None) -> str:
     """One line on what was cut and dropped, or "" if nothing was. `notes`: a value for each row, by column."""
     events = _events(notes, max_length)
-    is_cut, no_room = (
-        any(notes[c].any() for c in ("_responses_cut", "_prompt_cut", "_no_room")),
-        notes["_no_room"].any(),
-    )
-    cures = ["raise max_length"] * bool(is_cut) + ["set truncation_mode='keep_end'"] * bool(no_room)
+    no_room = bool(notes["_no_room"].any())
+    too_long = no_room or any(notes[column].any() for column in ("_responses_cut", "_prompt_cut"))
+    cures = ["raise max_length"] * too_long + ["set truncation_mode='keep_end'"] * no_room
     return f"{name}: " + "; ".join(filter(None, [", ".join(events), " or ".join(cures)])) if events else ""
 
 

@@ -108,11 +108,12 @@ def _fault(error: yaml.MarkedYAMLError) -> str:
     mark, start = error.problem_mark or error.context_mark, error.context_mark
     where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
     problem = error.problem or error.context or "unknown fault"
+    problem = problem.replace("that cannot start any token", "where a value begins: put the value in quotes")
     if "'\\t'" in problem:
         return f"{where}: YAML does not allow a tab here: use spaces"
-    opened = f"; the part that begins in line {start.line + 1}, column {start.column + 1} may not be closed"
-    is_open = start and error.context and error.context.startswith("while parsing a flow")
-    return f"{where}: invalid YAML: {problem}{opened if is_open else ''}"
+    if start and (error.context or "").startswith(("while parsing a flow", "while scanning a quoted")):
+        problem += f"; the part that begins in line {start.line + 1}, column {start.column + 1} may not be closed"
+    return f"{where}: invalid YAML: {problem}"
 
 
 def _lines(file: Path) -> dict[str, int]:

@@ -114,5 +114,5 @@ def test_the_policy_is_no_reference_of_itself(tmp_path):
 
 
 def test_a_second_adapter_on_an_adapter_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="the model has an adapter"):
+    with pytest.raises(ValueError, match="the model already has an adapter"):
         make_trainer(tmp_path, adapted(), peft_config=adapted().peft_config["default"])
