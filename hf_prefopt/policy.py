@@ -25,8 +25,8 @@ def with_adapter(model: PreTrainedModel, peft_config: PeftConfig | None) -> PreT
     Some layers that the configuration chooses are left out, see `adapted.left_out` and `adapted.lost_adapters`.
 
     Raises:
-        ValueError: the model has an adapter already; no module is named as in `target_modules`; adapters would be saved and not
-            loaded again.
+        ValueError: the model has an adapter already; no module is among `target_modules`; adapters would be
+            saved and not loaded again.
     """
     if peft_config is None:
         if isinstance(model, PeftModel):

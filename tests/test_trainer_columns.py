@@ -135,7 +135,7 @@ def test_weights_are_said_once_for_each_data_set(loss, tmp_path, caplog):
 STREAMED = {
     "token weights": ({"loss_type": "tis_dpo"}, "tis_dpo: it weights tokens, but these rows have no weights: provide"),
     "weighed tokens": ({"use_token_weights": True}, "dpo: it weights tokens, but these rows have no weights: provide"),
-    "scores": ({"loss_type": "odpo"}, r"odpo: it needs a number for every row in a column `chosen_score` \(or"),
+    "scores": ({"loss_type": "odpo"}, r"odpo: column `chosen_score` is missing: add it, with a number in"),
 }
 
 

@@ -38,7 +38,7 @@ def test_raw_rows_are_tokenized_and_prepared_ones_stay(tmp_path):
 def test_examples_that_the_losses_cannot_compare_are_named(tmp_path):
     with pytest.raises(ValueError, match="the train data set holds unpaired examples, but dpo needs pairs"):
         data(tmp_path).prepare(unpaired(3), "train")
-    with pytest.raises(ValueError, match="b holds lists, but dpo needs pairs"):
+    with pytest.raises(ValueError, match="the b data set holds lists, but dpo needs pairs"):
         data(tmp_path).prepare({"a": pairs(2), "b": lists(2)}, "eval")
 
 
