@@ -4,52 +4,56 @@
 """
 
 import re
+import shlex
 from collections.abc import Callable, Collection, Iterable, Mapping
 from difflib import get_close_matches
 
-_GAMMA = "loss_params={'gamma': ...}"
-_MAX_LENGTH = "max_length=..., which bounds prompt and response together"
-_NO_PADDING = "nothing: padding is never read"
-_NO_LOGITS = "nothing: logits are computed only for scored tokens"
+_GAMMA = "use loss_params={'gamma': ...}"
+_MAX_LENGTH = "use max_length=N, which limits prompt and response together"
+_NO_PADDING = "remove it: padding is never read"
+_NO_LOGITS = "remove it: logits are computed only for scored tokens"
+# In these texts `...` is the value that was given.
 FOREIGN_SETTINGS: Mapping[str, str] = {
-    "activation_offloading": "gradient_checkpointing=True, or max_tokens_per_batch=...",
-    "alpha": "loss_params={'alpha': ...}",
-    "cpo_alpha": "loss_params={'cpo_alpha': ...} with loss_type='cpo', sft_weight=... with another loss",
-    "desirable_weight": "loss_params={'desirable_weight': ...}",
-    "discopop_tau": "loss_params={'discopop_tau': ...}",
-    "dpo_alpha": "sft_weight=...",
-    "dpo_beta": "beta=...",
-    "dpo_label_smoothing": "label_smoothing=...",
-    "force_use_ref_model": "nothing: a ref_model that is passed is the reference",
+    "activation_offloading": "use gradient_checkpointing=True, or max_tokens_per_batch=N",
+    "alpha": "use loss_params={'alpha': ...}",
+    "cpo_alpha": "use loss_params={'cpo_alpha': ...} with loss_type='cpo', sft_weight=... with another loss",
+    "desirable_weight": "use loss_params={'desirable_weight': ...}",
+    "discopop_tau": "use loss_params={'discopop_tau': ...}",
+    "dpo_alpha": "use sft_weight=...",
+    "dpo_beta": "use beta=...",
+    "dpo_label_smoothing": "use label_smoothing=...",
+    "force_use_ref_model": "remove it: a ref_model that is passed is the reference",
     "gamma": _GAMMA,
-    "gamma_beta_ratio": "loss_params={'gamma_beta_ratio': ...}",
-    "generate_during_eval": "trainer.add_callback(hf_prefopt.callbacks.GenerationEvalCallback(trainer))",
-    "is_encoder_decoder": "nothing: only decoder-only models are supported",
+    "gamma_beta_ratio": "use loss_params={'gamma_beta_ratio': ...}",
+    "generate_during_eval": "call trainer.add_callback(hf_prefopt.callbacks.GenerationEvalCallback(trainer))",
+    "is_encoder_decoder": "remove it: only decoder-only models are supported",
     "label_pad_token_id": _NO_PADDING,
     "max_completion_length": _MAX_LENGTH,
     "max_prompt_length": _MAX_LENGTH,
     "max_target_length": _MAX_LENGTH,
-    "model_adapter_name": "model.set_adapter(name) before you create the trainer",
+    "model_adapter_name": "call model.set_adapter(name) before you create the trainer",
     "pad_token": _NO_PADDING,
-    "padding_free": "nothing: layout='auto' computes no padding",
+    "padding_free": "remove it: layout='auto' computes no padding",
     "padding_value": _NO_PADDING,
-    "precompute_ref_batch_size": "max_tokens_per_batch=..., which also bounds the batches of that pass",
-    "pref_beta": "beta=...",
-    "pref_ftx": "sft_weight=...",
-    "pref_loss": "loss_type=...",
-    "ref_adapter_name": "reference='adapter:<name>'",
-    "ref_model_init_kwargs": "model_init_kwargs={...}, which also apply to a ref_model given by name",
-    "rpo_alpha": "sft_weight=...",
+    "precompute_ref_batch_size": "use max_tokens_per_batch=N, which also bounds the batches of that pass",
+    "pref_beta": "use beta=...",
+    "pref_ftx": "use sft_weight=...",
+    "pref_loss": "use loss_type=...",
+    "ref_adapter_name": "use reference='adapter:...'",
+    "ref_model_init_kwargs": "use model_init_kwargs=..., which also apply to a ref_model given by name",
+    "rpo_alpha": "use sft_weight=...",
     "simpo_gamma": _GAMMA,
-    "tpo_alpha": "loss_params={'tpo_alpha': ...}",
+    "tpo_alpha": "use loss_params={'tpo_alpha': ...}",
     "tpo_l_gamma": _GAMMA,
-    "trust_remote_code": "model_init_kwargs={'trust_remote_code': ...}",
-    "undesirable_weight": "loss_params={'undesirable_weight': ...}",
+    "trust_remote_code": "use model_init_kwargs={'trust_remote_code': ...}",
+    "undesirable_weight": "use loss_params={'undesirable_weight': ...}",
     "use_logits_to_keep": _NO_LOGITS,
     "use_num_logits_to_keep": _NO_LOGITS,
 }
-# A setting in one of these texts: its name and its value.
-_SETTING = re.compile(r"\b(\w+)=(\.\.\.|\{.*?\}|'[^']*'|\w+)")
+# A setting in a message, as in Python: its name and its value.
+_SETTING = re.compile(
+    r"(?<![\w.\-])(\w+)=(\.\.\.|\{(?:[^{}]|\{[^{}]*\})*\}|\[[^\]]*\]|'[^']*'|\"[^\"]*\"|[^\s,;:()'\"]*[^\s,;:()'\".])"
+)
 # Common short names of settings.
 USUAL_NAMES: Mapping[str, str] = {
     "accumulation_steps": "gradient_accumulation_steps",
@@ -78,10 +82,10 @@ USUAL_NAMES: Mapping[str, str] = {
 }
 # Arguments of trainers, not settings.
 FOREIGN_ARGUMENTS: Mapping[str, str] = {
-    "tokenizer": "processing_class=tokenizer",
-    "tools": "a column `tools` of the rows",
-    "reference_model": "ref_model=...",
-    "dataset_name": "dataset=...",
+    "tokenizer": "use processing_class=tokenizer",
+    "tools": "use a column `tools` of the rows",
+    "reference_model": "use ref_model=...",
+    "dataset_name": "use dataset=...",
 }
 
 
@@ -93,7 +97,7 @@ def refuse_foreign_settings(given: Collection[str], known: Collection[str], conf
     """
     for name in given:
         if name not in known and name in FOREIGN_SETTINGS:
-            raise TypeError(f"{config} has no field {name}: write {FOREIGN_SETTINGS[name]}")
+            raise TypeError(f"{config} has no field {name}: {FOREIGN_SETTINGS[name]}")
 
 
 def refuse_foreign_arguments(
@@ -106,11 +110,11 @@ def refuse_foreign_arguments(
     """
     for name in given:
         if name in FOREIGN_ARGUMENTS:
-            raise TypeError(f"there is no argument {name}: write {FOREIGN_ARGUMENTS[name]}")
+            raise TypeError(f"there is no argument {name}: {FOREIGN_ARGUMENTS[name]}")
         if name in settings:
-            raise TypeError(f"{name} is a setting, not an argument: write args={config}({name}=...)")
+            raise TypeError(f"{name} is a setting, not an argument: use args={config}({name}=...)")
         if name in FOREIGN_SETTINGS:
-            raise TypeError(f"there is no argument or setting {name}: write {FOREIGN_SETTINGS[name]}")
+            raise TypeError(f"there is no argument or setting {name}: {FOREIGN_SETTINGS[name]}")
 
 
 def nearest_setting(name: str, known: Collection[str]) -> str | None:
@@ -119,24 +123,39 @@ def nearest_setting(name: str, known: Collection[str]) -> str | None:
     return usual if usual in known else next(iter(get_close_matches(name, known, 1)), None)
 
 
-def hints_in(text: str, write: Callable[[str, str], str] = "{}={}".format) -> str:
-    """What to use instead of the other libraries' settings that a message names; empty if it names none.
+def hint_for(name: str, write: Callable[[str, str], str], value: str = "...") -> str:
+    """What to do instead of setting another library's name; empty if the name is none of these.
 
     Args:
-        write: how a setting is written, from its name and its value.
+        write: how a setting is written, from its name and its value in Python.
+        value: what was given.
     """
-    named = sorted(FOREIGN_SETTINGS.keys() & set(re.findall(r"\w+", text)))
-    return "".join(
-        f"; use {_SETTING.sub(lambda found: write(*found.groups()), FOREIGN_SETTINGS[name])}" for name in named
-    )
+    text = rewritten(FOREIGN_SETTINGS.get(name, ""), write)
+    return f": {text.replace('...', value)}" if text else ""
+
+
+def rewritten(text: str, write: Callable[[str, str], str], names: Collection[str] | None = None) -> str:
+    """A message whose settings, which are written as in Python, are written in another way.
+
+    Args:
+        write: how a setting is written, from its name and its value in Python.
+        names: the settings to rewrite. Default: all that look like one.
+    """
+    return _SETTING.sub(lambda found: write(*found.groups()) if names is None or found[1] in names else found[0], text)
 
 
 def as_option(name: str, value: str) -> str:
-    """A setting on the command line: `--loss_params '{"gamma": ...}'` for `loss_params={'gamma': ...}`."""
-    typed = value.strip("'") if value[0] == "'" else value.lower() if value in ("True", "False") else value
-    return f"--{name} '{typed.replace(chr(39), chr(34))}'" if typed[0] == "{" else f"--{name} {typed}"
+    """A setting on the command line: `--loss_params '{"gamma": 1}'` for `loss_params={'gamma': 1}`."""
+    words = re.findall(r"[^\s,'\"]+", value.strip("[]")) if value[0] == "[" else [value.strip("'\"")]
+    if value[0] == "{":
+        words = [re.sub(r"\b(True|False|None)\b", lambda found: _JSON[found[0]], value.replace("'", '"'))]
+    return " ".join([f"--{name}", *(shlex.quote(_WORDS.get(word, word)) for word in words)])
+
+
+_JSON = {"True": "true", "False": "false", "None": "null"}
+_WORDS = {"True": "true", "False": "false", "None": "none"}
 
 
 def as_yaml(name: str, value: str) -> str:
     """A setting in a YAML file."""
-    return f"{name}: {value.strip(chr(39)) if value[0] == chr(39) else value}"
+    return f"{name}: {_WORDS.get(value, value)}"

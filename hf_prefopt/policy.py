@@ -25,7 +25,8 @@ def with_adapter(model: PreTrainedModel, peft_config: PeftConfig | None) -> PreT
     Some layers that the configuration selects get no adapter; see `adapted.left_out` and `adapted.lost_adapters`.
 
     Raises:
-        ValueError: the model already has an adapter, or PEFT would not load some saved adapters again.
+        ValueError: the model has an adapter already; no module is among `target_modules`; adapters would be
+            saved and not loaded again.
     """
     if peft_config is None:
         if isinstance(model, PeftModel):
@@ -33,9 +34,8 @@ def with_adapter(model: PreTrainedModel, peft_config: PeftConfig | None) -> PreT
         return _called_late(model)
     if isinstance(model, PeftModel) or any(map(_has_adapters, model.modules())):
         raise ValueError(
-            "the model already has an adapter, so peft_config cannot be applied: remove peft_config to continue "
-            "training that adapter, or merge it first (PeftModel.merge_and_unload(); for an adapter folder: "
-            "AutoPeftModelForCausalLM.from_pretrained(folder).merge_and_unload())"
+            "the model already has an adapter, so peft_config cannot be applied: remove peft_config to train the "
+            "adapter further, or merge it first with model = model.merge_and_unload()"
         )
     return _called_late(_adapted(model, peft_config))
 
@@ -62,7 +62,7 @@ def sample_of(model_init: Callable[..., PreTrainedModel]) -> PreTrainedModel:
 def _adapted(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
     """Add a new adapter to the model, except on the layers that must be left out."""
     reasons = left_out(model, peft_config) if isinstance(model, PreTrainedModel) else {}
-    adapted = get_peft_model(model, _without(peft_config, reasons))
+    adapted = _applied(model, _without(peft_config, reasons))
     if lost := _lost(adapted):
         if len(lost) == len(get_layer_status(adapted)):
             raise ValueError(
@@ -81,6 +81,24 @@ def _adapted(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
             "these modules from target_parameters and modules_to_save"
         )
     return adapted
+
+
+def _applied(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
+    """As `get_peft_model`; an error about unknown `target_modules` names those that there are."""
+    try:
+        return get_peft_model(model, peft_config)
+    except ValueError as error:
+        if not re.match("Target modules .* not found in the base model", str(error)):
+            raise
+        wanted = peft_config.target_modules
+        there = dict.fromkeys(
+            name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)
+        )
+        asked = wanted if isinstance(wanted, str) else ", ".join(sorted(wanted))
+        raise ValueError(
+            f"target_modules: the model has no module {asked}; its linear layers are {', '.join(there)}, and "
+            "target_modules='all-linear' selects all but the last"
+        ) from error
 
 
 def _lost(model: PeftModel) -> list[str]:

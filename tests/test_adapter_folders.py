@@ -191,7 +191,7 @@ def with_a_module_to_save(base, sft):
 def test_a_second_adapter_beside_the_first_is_refused(make, base, sft, tmp_path):
     """`get_peft_model` would throw the first away, or leave it frozen in the base."""
     args, data = make_config(tmp_path / "run"), {"train_dataset": pairs(4), "processing_class": tiny_tokenizer()}
-    with pytest.raises(ValueError, match=r"the model already has an adapter.*: remove peft_config .*merge_and_unload"):
+    with pytest.raises(ValueError, match=r"so peft_config cannot be applied: remove peft_config .*merge_and_unload"):
         PreferenceTrainer(make(base, sft), args=args, peft_config=lora(), **data)
 
 

@@ -68,10 +68,13 @@ def test_a_problem_of_the_data_is_exit_code_1(data, model, tmp_path, capsys):
     [
         ({"data": "missing.jsonl"}, "error: missing.jsonl: there is no such file\n"),
         ({"data": "./missing"}, "error: ./missing: there is no such file or folder\n"),
-        ({"data": "missing/set"}, "error: missing/set, which is no file or folder here: "),
+        ({"data": "missing/set"}, "error: missing/set: no such file or folder, and not "),
         ({"model": "missing/model"}, "error: --model missing/model: no tokenizer in such a folder, nor on the Hub: "),
-        ({"--split": "test"}, "no split 'test' to train on: there are train; name one: --split"),
-        ({"--max_length": "1"}, "error: max_length=1 leaves no room"),
+        (
+            {"--split": "test"},
+            "no split 'test' to train on: the data set has only the split train: name one with --split",
+        ),
+        ({"--max_length": "1"}, "error: --max_length 1 leaves no room"),
         ({"--loss_type": "dppo"}, "did you mean dpo"),
         ({"--remove_columns": "chosen"}, "column `chosen` is missing"),
         ({"--html": "/dev/null/page.html"}, "error: --html /dev/null/page.html cannot be written: "),
@@ -99,8 +102,8 @@ def test_a_traceback_is_shown_on_request(data, model):
         (["--max_lenght", "8"], "unknown argument --max_lenght: did you mean --max_length?"),
         (["--max-length=8"], "unknown argument --max-length: did you mean --max_length?"),
         (["--zzz"], "unknown argument --zzz\n"),
-        (["--max_length", "many"], "argument --max_length: invalid"),
-        (["--column_mapping", "{a"], "argument --column_mapping: {a is not JSON"),
+        (["--max_length", "many"], "argument --max_length: 'many' is not a valid value"),
+        (["--column_mapping", "{a"], "argument --column_mapping: {a is not a JSON object"),
     ],
 )
 def test_options_that_cannot_be_read(arguments, message, data, model, capsys):

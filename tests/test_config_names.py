@@ -7,13 +7,13 @@ import pytest
 import transformers
 
 from hf_prefopt import PreferenceConfig
-from hf_prefopt.config_names import FOREIGN_ARGUMENTS, FOREIGN_SETTINGS, hints_in
+from hf_prefopt.config_names import FOREIGN_ARGUMENTS, FOREIGN_SETTINGS, as_option, as_yaml, hint_for, rewritten
 from tests.trainers import make_config, make_trainer
 
 
 @pytest.mark.parametrize("name", FOREIGN_SETTINGS)
 def test_a_foreign_setting(name, tmp_path):
-    with pytest.raises(TypeError, match=f"PreferenceConfig has no field {name}: write ") as raised:
+    with pytest.raises(TypeError, match=f"PreferenceConfig has no field {name}: ") as raised:
         PreferenceConfig(output_dir=str(tmp_path), **{name: 1.0})
     assert FOREIGN_SETTINGS[name] in str(raised.value)
 
@@ -56,7 +56,7 @@ def test_what_is_to_be_written_is_accepted(written, settings, tmp_path):
 
 @pytest.mark.parametrize("name", FOREIGN_ARGUMENTS)
 def test_a_foreign_argument_of_the_trainer(name, tmp_path):
-    with pytest.raises(TypeError, match=f"no argument {name}: write "):
+    with pytest.raises(TypeError, match=f"no argument {name}: use "):
         _trainer(tmp_path, **{name: "something"})
 
 
@@ -72,17 +72,36 @@ def test_a_setting_as_an_argument_of_the_trainer(name, hint, tmp_path):
 
 def test_a_foreign_argument_of_the_card(tmp_path):
     """TRL's scripts call push_to_hub(dataset_name=...), which hands its arguments on."""
-    with pytest.raises(TypeError, match="write dataset="):
+    with pytest.raises(TypeError, match="use dataset="):
         make_trainer(tmp_path).create_model_card(dataset_name="trl-lib/ultrafeedback_binarized")
     with pytest.raises(TypeError):
         make_trainer(tmp_path).create_model_card("a name")
 
 
-def test_hints_for_the_message_of_a_parser():
-    """What the recipes add to "some keys are not used"."""
-    hints = hints_in("Some specified arguments are not used by the HfArgumentParser: ['--rpo_alpha', '0.5']")
-    assert hints == "; use sft_weight=..."
-    assert hints_in("beta=-1 must be above 0") == ""
+def test_a_hint_is_written_where_it_is_read():
+    """In Python, on the command line and in YAML, with the value that was given."""
+    assert hint_for("rpo_alpha", "{}={}".format) == ": use sft_weight=..."
+    assert hint_for("gamma", as_option, "0.5") == """: use --loss_params '{"gamma": 0.5}'"""
+    assert hint_for("rpo_alpha", as_yaml, "1.0") == ": use sft_weight: 1.0"
+    assert hint_for("beta", as_option) == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "typed"),
+    [
+        ("beta=-1.0 must be above 0", "--beta -1.0 must be above 0"),
+        ("pass on_bad_rows='drop'.", "pass --on_bad_rows drop."),
+        ("loss_type=['dpo', 'sft']: two", "--loss_type dpo sft: two"),
+        ("unpair=True, or unpair=False", "--unpair true, or --unpair false"),
+        ("loss_params={'simpo': {'gamma': None}}", """--loss_params '{"simpo": {"gamma": null}}'"""),
+        ("output_dir='my runs' is a file", "--output_dir 'my runs' is a file"),
+        ("dataset_name=a/b.jsonl: gone", "--dataset_name a/b.jsonl: gone"),
+        ("other=1, args.beta=2, --beta=3", "other=1, args.beta=2, --beta=3"),
+    ],
+)
+def test_a_setting_in_a_message_as_it_is_typed(text, typed):
+    names = ("beta", "on_bad_rows", "loss_type", "unpair", "loss_params", "output_dir", "dataset_name")
+    assert rewritten(text, as_option, names) == typed
 
 
 def _trainer(folder, **arguments):

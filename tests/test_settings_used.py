@@ -108,7 +108,7 @@ def test_a_loss_function_is_refused_with_the_way_to_give_one(tmp_path):
 
 
 def test_arguments_of_another_trainer_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="args is a TrainingArguments: PreferenceTrainer takes a PreferenceConfig"):
+    with pytest.raises(TypeError, match="args is a TrainingArguments: PreferenceTrainer takes a PreferenceConfig"):
         PreferenceTrainer(tiny_model(), args=TrainingArguments(str(tmp_path)), processing_class=tiny_tokenizer())
 
 
@@ -175,7 +175,7 @@ def test_how_batches_are_laid_out_is_a_collators_own_affair(setting, value, tmp_
 
 def test_a_hyperparameter_of_one_of_several_losses_is_given_to_it():
     """The example in the error is one that works."""
-    with pytest.raises(ValueError, match=r"as in \{'simpo': \{'gamma': 1\.0\}\}"):
+    with pytest.raises(ValueError, match=r"by loss: loss_params=\{'simpo': \{'gamma': 1\.0\}\}"):
         PreferenceConfig("unused", loss_type=["dpo", "simpo"], loss_params={"gamma": 1.0})
     PreferenceConfig("unused", loss_type=["dpo", "simpo"], loss_params={"simpo": {"gamma": 1.0}})
 

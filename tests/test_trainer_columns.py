@@ -135,13 +135,13 @@ def test_weights_are_said_once_for_each_data_set(loss, tmp_path, caplog):
 STREAMED = {
     "token weights": ({"loss_type": "tis_dpo"}, "tis_dpo: it weights tokens, but these rows have no weights: provide"),
     "weighed tokens": ({"use_token_weights": True}, "dpo: it weights tokens, but these rows have no weights: provide"),
-    "scores": ({"loss_type": "odpo"}, r"odpo: it needs a number for every row in a column `chosen_score` \(or"),
+    "scores": ({"loss_type": "odpo"}, r"odpo: column `chosen_score` is missing: add it, with a number in"),
 }
 
 
 @pytest.mark.parametrize(("settings", "reason"), STREAMED.values(), ids=STREAMED)
 def test_a_stream_without_a_column_is_refused_at_construction(settings, reason, tmp_path):
-    with pytest.raises(ValueError, match=f"train does not fit {reason}"):
+    with pytest.raises(ValueError, match=f"the train data set does not fit {reason}"):
         make_trainer(tmp_path, **settings, train_dataset=pairs(3).to_iterable_dataset(), max_steps=1)
 
 
@@ -149,7 +149,9 @@ def test_a_row_of_a_stream_without_scores_is_refused_when_it_comes(tmp_path):
     """A ranked list behind two scored ones, for a loss of scores."""
     rows = lists(3).map(lambda row: {"scores": [] if row["row"] == 2 else row["scores"]})
     trainer = make_trainer(tmp_path, loss_type="lipo", train_dataset=rows.to_iterable_dataset(), max_steps=2)
-    with pytest.raises(ValueError, match=r"train does not fit lipo: row 2: it compares scores, .*a column `scores`"):
+    with pytest.raises(
+        ValueError, match=r"the train data set does not fit lipo: row 2: it compares scores, .*a column `scores`"
+    ):
         trainer.train()
 
 

@@ -45,9 +45,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
         print(f"error: there is no command {name}: {hint}", file=sys.stderr)
         return 2
-    options = parser_of(COMMANDS[name], f"hf_prefopt {name}").parse_args(words)
+    parser = parser_of(COMMANDS[name], f"hf_prefopt {name}")
+    options = parser.parse_args(words)
     options.command_line = ["hf_prefopt", name, *words]
-    return reported(lambda: COMMANDS[name].run(options), options.traceback)
+    return reported(lambda: COMMANDS[name].run(options), options.traceback, parser.option_names())
 
 
 def overview() -> str:

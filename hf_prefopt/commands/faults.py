@@ -5,11 +5,13 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 
-# Error types whose message is sufficient. For other errors, the type is printed as well.
+from hf_prefopt.config_names import as_option, rewritten
+
+# Errors that say what is wrong in their own words; of others the type is printed, too.
 _SPOKEN = (ValueError, OSError, ImportError, TypeError)
 # Patterns of messages from other libraries, and the message with the fix that is printed instead.
 CURES: dict[str, str] = {
@@ -29,20 +31,27 @@ CURES: dict[str, str] = {
         "attn_implementation asks for flash attention, which is not installed: leave it out for sdpa, or pip install "
         "flash-attn --no-build-isolation"
     ),
-    r"Target modules (.*) not found in the base model": (
-        r"lora_target_modules=\1: no layer of the model has such a name; all-linear fits every model"
+    r"(?s)^target_modules: (.*)target_modules=('all-linear'.*)": r"--lora_target_modules: \1lora_target_modules=\2",
+    r"(reference='adapter.*') needs a PEFT model": r"\1 needs an adapter: pass use_peft=True, or remove --reference",
+    r"the model already has an adapter, so peft_config": (
+        "the model already has an adapter, so use_peft=True cannot put another on it: remove --use_peft to train that "
+        "adapter further, or merge it first: `hf_prefopt merge`"
     ),
     r"Expected a string path to an existing deepspeed config.*Received: (.*)": (
-        r"deepspeed=\1: there is no such file; hf_prefopt train --copy zero3 writes one"
+        r"deepspeed=\1: there is no such file; `hf_prefopt train --copy zero3` writes one"
     ),
     r"Cannot reach (\S+)/api/repos/create: offline mode": (
-        r"push_to_hub=True, and \1 is not in reach, because HF_HUB_OFFLINE is set: unset it, or leave push_to_hub out"
+        r"push_to_hub=True needs \1, but HF_HUB_OFFLINE is set: unset HF_HUB_OFFLINE, or pass push_to_hub=False"
     ),
     r"metric_for_best_model` must be provided": (
-        "save_strategy=best: --metric_for_best_model is missing, such as eval_rewards/accuracies"
+        "save_strategy=best needs a metric: pass metric_for_best_model=eval_rewards/accuracies, or another metric"
+    ),
+    r"requires the save and eval strategy to match": (
+        "load_best_model_at_end=True needs an evaluation at every save: pass the same strategy for both, such as "
+        "eval_strategy=steps save_strategy=steps"
     ),
     r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'": (
-        r"\1 takes no argument '\2': check model_init_kwargs"
+        r"\1 takes no argument '\2': check --model_init_kwargs"
     ),
 }
 _OUT_OF_MEMORY = (
@@ -52,14 +61,15 @@ _OUT_OF_MEMORY = (
 _SECONDS_BEHIND_THE_FIRST_RANK = 15.0
 
 
-def reported(run: Callable[[], int], with_traceback: bool) -> int:
-    """Run a command and return its exit code. If it fails, print the error and return 1.
+def reported(run: Callable[[], int], with_traceback: bool, options: Collection[str] = ()) -> int:
+    """The exit code of `run()`; an error is printed, and is 1.
 
     With several ranks, the first rank prints immediately. Other ranks wait before they print: if the first rank also
     failed, the launcher ends them in the meantime. Otherwise the error occurred only on these ranks, and they print it.
 
     Args:
-        with_traceback: If True, raise the error instead of printing it.
+        with_traceback: whether to raise the error as it is.
+        options: the settings that the command takes; messages write them as options.
     """
     try:
         return run()
@@ -73,7 +83,7 @@ def reported(run: Callable[[], int], with_traceback: bool) -> int:
         if rank:
             time.sleep(_SECONDS_BEHIND_THE_FIRST_RANK)
         where = f" on rank {rank}" if rank else ""
-        print(f"error{where}: {message_of(error)}", file=sys.stderr, flush=True)
+        print(f"error{where}: {rewritten(message_of(error), as_option, options)}", file=sys.stderr, flush=True)
         return 1
 
 

@@ -5,9 +5,9 @@
 The exit code is 1 if training on this data set would raise an error.
 """
 
-import json
-from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, Namespace, _ArgumentGroup
+from argparse import SUPPRESS, ArgumentParser, Namespace, _ArgumentGroup
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 from transformers.hf_argparser import string_to_bool
 
+from hf_prefopt.commands.parser import json_object
 from hf_prefopt.config import PreferenceConfig
 from hf_prefopt.data.files import load_splits
 from hf_prefopt.data.splits import training_split
@@ -29,22 +30,15 @@ def _length(text: str) -> int | None:
     return None if text.lower() == "none" else int(text)
 
 
-def _json(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise ArgumentTypeError(f"{text} is not JSON: {error}") from None
-
-
-# Settings of `PreferenceConfig` that this command accepts, with their argparse arguments.
+# Settings of `PreferenceConfig` that this command takes, and how each is read.
 SETTINGS: dict[str, dict[str, Any]] = {
     "loss_type": {"nargs": "+", "metavar": "LOSS"},
     "max_length": {"type": _length, "metavar": "TOKENS"},
     "truncation_mode": {"metavar": "MODE"},
-    "column_mapping": {"type": _json, "metavar": "JSON"},
+    "column_mapping": {"type": partial(json_object, setting="column_mapping"), "metavar": "JSON"},
     "remove_columns": {"nargs": "+", "metavar": "COLUMN"},
     "text_as": {"metavar": "KIND"},
-    "chat_template_kwargs": {"type": _json, "metavar": "JSON"},
+    "chat_template_kwargs": {"type": partial(json_object, setting="chat_template_kwargs"), "metavar": "JSON"},
     "unpair": {"nargs": "?", "const": True, "type": string_to_bool, "metavar": "true"},
     "on_bad_rows": {"metavar": "WHAT"},
     "dataset_num_proc": {"type": int, "metavar": "N"},

@@ -14,7 +14,7 @@ from typing import Any, NoReturn, get_args, get_type_hints
 from transformers import HfArgumentParser
 
 from hf_prefopt.config_docs import default_of
-from hf_prefopt.config_names import as_option, hints_in, nearest_setting
+from hf_prefopt.config_names import as_option, hint_for, nearest_setting
 
 
 class CommandParser(HfArgumentParser):
@@ -32,15 +32,16 @@ class CommandParser(HfArgumentParser):
         """Parse arguments like argparse. The error for an unknown option suggests the most similar option."""
         options, unknown = self.parse_known_args(words, namespace)
         if unknown:
-            self.error(self._unknown(unknown[0]))
+            self.error(self._unknown(*unknown[:2]))
         return options
 
     def error(self, message: str) -> NoReturn:
         """Print the error as one line, without the usage, and exit with code 2."""
         self.exit(2, f"error: {_plain(message)}\n")
 
-    def _unknown(self, word: str) -> str:
-        option = word.split("=")[0]
+    def _unknown(self, word: str, following: str = "-") -> str:
+        option, _, value = word.partition("=")
+        value = value or ("..." if following.startswith("--") or following == "-" else following)
         known = {name.lstrip("-").replace("-", "_"): name for name in reversed(self._option_string_actions)}
         if not option.startswith("-"):
             meant = next(
@@ -48,7 +49,7 @@ class CommandParser(HfArgumentParser):
             )
             return f"unexpected argument {word}" + (f": did you mean {meant} {word}?" if meant else "")
         plain = option.lstrip("-").replace("-", "_")
-        hint = hints_in(plain, as_option) if "loss_type" in known else ""
+        hint = hint_for(plain, as_option, value) if "loss_type" in known else ""
         near = nearest_setting(plain, known)
         return f"unknown argument {option}" + (hint or (f": did you mean {known[near]}?" if near else ""))
 
@@ -67,7 +68,11 @@ class CommandParser(HfArgumentParser):
                 for option in self._actions[before:]:
                     _finish(option, field, type(None) in get_args(hints[field.name]))
                     if field.name in getattr(dataclass, "_VALID_DICT_FIELDS", ()):
-                        option.type = _mapping
+                        option.type = _mapping_for(field.name)
+
+    def option_names(self) -> set[str]:
+        """The names of all options, without their hyphens."""
+        return {option.dest for option in self._actions if option.option_strings}
 
     def settings(self) -> dict[str, argparse.Action]:
         """Return the option of each setting, keyed by its name."""
@@ -102,11 +107,18 @@ _FILES = {
 }
 
 
+_NO_LOSS = "name at least one loss, such as --loss_type dpo; `hf_prefopt losses` lists them"
+
+
 def _plain(message: str) -> str:
     """Shorten an error message of argparse. For an invalid choice, suggest similar choices."""
     message = re.sub(r"^argument (-[\w-]+)(/--?[\w-]+)*:", r"argument \1:", message)
+    message = re.sub(r"Truthy value expected: got (.*) but expected one of .*", r"'\1' is not true or false", message)
+    message = re.sub(r"(argument --loss_type: )expected at least one argument", rf"\1{_NO_LOSS}", message)
+    message = re.sub(r"expected (one|at least one) argument$", "the value is missing", message)
     message = re.sub(r"invalid int value: (.*)$", r"\1 is not a whole number", message)
     message = re.sub(r"invalid float value: (.*)$", r"\1 is not a number", message)
+    message = re.sub(r"invalid \w+ value: (.*)$", r"\1 is not a valid value", message)
     if found := re.search(r"invalid choice: '?(.*?)'? \(choose from (.*)\)$", message):
         given, choices = found[1], [choice.strip("'") for choice in found[2].split(", ")]
         near = get_close_matches(given, choices, 3)
@@ -125,20 +137,37 @@ def _finish(option: argparse.Action, field: Field, may_be_none: bool) -> None:
     option.default = argparse.SUPPRESS
 
 
-def _mapping(text: str) -> Any:
-    """Parse a dict setting from JSON; the path of a JSON file is returned unchanged."""
-    if Path(text).is_file():
-        return text
+# What to type for a setting that is a dict.
+_EXAMPLES = {
+    "column_mapping": """'{"prompt": "asked"}' (standard name: your column)""",
+    "loss_params": """'{"gamma": 1.0}'""",
+    "model_init_kwargs": """'{"trust_remote_code": true}'""",
+}
+
+
+def json_object(text: str, setting: str) -> dict[str, Any]:
+    """The JSON object that was typed for a setting. Raises `ArgumentTypeError` if it is none."""
     try:
         found = json.loads(text)
-    except ValueError as error:
-        found, reason = None, f": {error}"
-    else:
-        reason = ""
+    except ValueError:
+        found = None
     if not isinstance(found, dict):
-        example = """'{"name": "value"}'"""
-        raise argparse.ArgumentTypeError(f"{text} is neither a file nor a JSON mapping such as {example}{reason}")
+        example = _EXAMPLES.get(setting, """'{"name": "value"}'""")
+        raise argparse.ArgumentTypeError(f"{text} is not a JSON object: write one in single quotes, such as {example}")
     return found
+
+
+def _mapping_for(setting: str) -> Callable[[str], Any]:
+    """Reads a setting that is a dict: JSON, or the path of a file with it."""
+
+    def _mapping(text: str) -> Any:
+        if Path(text).is_file():
+            return text
+        if text.endswith((".json", ".yaml", ".yml")):
+            raise argparse.ArgumentTypeError(f"there is no file {text}")
+        return json_object(text, setting)
+
+    return _mapping
 
 
 def _or_none(read: Callable[[str], Any]) -> Callable[[str], Any]:

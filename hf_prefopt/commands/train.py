@@ -65,9 +65,10 @@ def recipe(**defaults: Any) -> NoReturn:
     Args:
         defaults: Settings of the script. YAML files and the command line override them.
     """
-    options = parser_of(sys.modules[__name__], sys.argv[0]).parse_args()
+    parser = parser_of(sys.modules[__name__], sys.argv[0])
+    options = parser.parse_args()
     options.command_line, options.script = ["python", *sys.argv], defaults
-    sys.exit(reported(lambda: run(options), options.traceback))
+    sys.exit(reported(lambda: run(options), options.traceback, parser.option_names()))
 
 
 def train(recipe: Recipe) -> None:

@@ -164,7 +164,7 @@ def _check_batch(columns: Mapping[str, list[Any]], objective: Objective, name: s
         reason = objective.kind.refusal(row, objective.inputs)
         if reason is not None:
             losses = ", ".join(term.spec.name for term in objective.terms)
-            raise ValueError(f"{name} does not fit {losses}: row {row['row']:,}: {reason}")
+            raise ValueError(f"the {name} data set does not fit {losses}: row {row['row']:,}: {reason}")
     _check(_examples(rows, objective.kind), objective, name)
     return {}
 
@@ -191,7 +191,7 @@ def _check(examples: Mapping[str, Tensor], objective: Objective, name: str) -> l
             advice.append(_run_check(term, examples))
         except UnsuitableExamples as error:
             where = _name_rows(error.which, examples["row"])
-            raise ValueError(f"{name} does not fit {term.spec.name}: {where}: {error}") from None
+            raise ValueError(f"the {name} data set does not fit {term.spec.name}: {where}: {error}") from None
     return [line for line in advice if line]
 
 
@@ -213,8 +213,8 @@ def _check_numbers(column: str, examples: Mapping[str, Tensor], kind: ExampleKin
         first = values[wrong][0]
         found = "has no number" if first.isnan() else f"is {first.item():g}"
         raise ValueError(
-            f"{name} does not fit: {_name_rows(wrong, examples['row'])}: `{allowed.columns[0]}` {found}; give every "
-            f"row a number {bounds}or remove the column"
+            f"the {name} data set does not fit: {_name_rows(wrong, examples['row'])}: `{allowed.columns[0]}` {found}; "
+            f"give every row a number {bounds}or remove the column"
         )
 
 

@@ -74,7 +74,7 @@ def _read_json(content: bytes) -> Types:
         try:
             rows = json.loads(content.decode("utf-8-sig"))
         except json.JSONDecodeError as error:
-            raise _Fault(f", line {error.lineno:,} is no JSON: {error}") from error
+            raise _no_json(error, error.lineno) from error
         if not rows:
             raise _Fault(" has no rows")
         return _types([(f"row {number:,}", row) for number, row in enumerate(rows)])
@@ -83,8 +83,13 @@ def _read_json(content: bytes) -> Types:
         try:
             found.append((f"line {number:,}", json.loads(line)))
         except json.JSONDecodeError as error:
-            raise _Fault(f", line {number:,} is no JSON: {error}") from error
+            raise _no_json(error, number) from error
     return _types(found)
+
+
+def _no_json(error: json.JSONDecodeError, line: int) -> _Fault:
+    reason = error.msg.replace("Expecting", "expected").replace("delimiter", "here")
+    return _Fault(f", line {line:,}, column {error.colno:,}: invalid JSON: {reason[0].lower()}{reason[1:]}")
 
 
 def _types(rows: Sequence[tuple[str, Any]]) -> Types:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import load_dataset
+from huggingface_hub import is_offline_mode
 
 from hf_prefopt.data.contents import is_message
 from hf_prefopt.data.file_faults import find_fault, kind_of
@@ -83,9 +84,19 @@ def _loaded(name: str, files: Sequence[str], load: Callable[[], Any]) -> Any:
             next(iter(split))  # a stream is read only when it is iterated
         return splits
     except Exception as error:  # loaders raise errors of any type
-        here = "" if files or Path(name).is_dir() else ", which is no file or folder here"
         reason = find_fault(files) if files else None
-        raise ValueError(reason or f"{name}{here}: {error.__cause__ or error}") from error
+        raise ValueError(reason or f"{name}: {_why_not_loaded(name, files, error)}") from error
+
+
+def _why_not_loaded(name: str, files: Sequence[str], error: Exception) -> str:
+    if files or Path(name).is_dir():
+        return str(error.__cause__ or error)
+    if is_offline_mode():
+        return (
+            "no such file or folder, and not in the Hub cache, and HF_HUB_OFFLINE is set: correct the path, or unset "
+            "HF_HUB_OFFLINE"
+        )
+    return f"no such file or folder, and not loaded from the Hub: {error.__cause__ or error}"
 
 
 def _check_files(name: str, files: list[str]) -> None:

@@ -105,13 +105,11 @@ def keep_usable_rows(
         raise ValueError(describe_bad_rows(name, problems))
     counts = {column: notes[column].to_numpy() for column in NOTES if column != "_problem"}
     _reject_missing_prompts(name, int(counts["_lacks_prompt"].sum()), int((~counts["_bad"]).sum()))
-    summary = _summarize(name, counts, max_length)
-    if summary:
-        logger.warning(summary)
     dropped = counts["_bad"] | counts["_no_room"] | counts["_tie"]
     if dropped.all():
-        reasons = f"\n{describe_bad_rows(name, problems)}" if any(problems) else ""
-        raise ValueError(f"{name}: none of the {len(noted):,} rows can be used. {summary}{reasons}")
+        raise ValueError("\n".join([_describe_no_rows(name, counts, max_length), *_bad_rows(problems)]))
+    if summary := _summarize(name, counts, max_length):
+        logger.warning(summary)
     kept = noted.select(np.flatnonzero(~dropped)) if dropped.any() else noted
     return kept.remove_columns(list(NOTES))
 
@@ -162,8 +160,32 @@ def _reject_missing_prompts(name: str, lacking: int, rows: int) -> None:
         )
 
 
+def _describe_no_rows(name: str, notes: Mapping[str, np.ndarray], max_length: int | None) -> str:
+    """Why no row is left: one sentence with what to do, and a line for each other event."""
+    count, others = len(notes["_bad"]), {**notes, "_no_room": np.zeros(1, bool)}
+    if not notes["_no_room"].any():
+        return "\n  ".join([f"{name}: none of {plural(count, 'row')} is left", *_events(others, max_length)])
+    longest = notes["_longest"].max()
+    reason = f"the prompts of {plural(int(notes['_no_room'].sum()), 'row')} alone fill max_length={max_length}"
+    if notes["_no_room"].all():
+        reason = f"their prompts alone fill max_length={max_length}"
+    cure = f"pass max_length={longest}, which all rows fit, or truncation_mode='keep_end'"
+    return "\n  ".join(
+        [f"{name}: none of {plural(count, 'row')} is left, because {reason}: {cure}", *_events(others, max_length)]
+    )
+
+
 def _summarize(name: str, notes: Mapping[str, np.ndarray], max_length: int | None) -> str:
-    """Summarize what was truncated and dropped in one line, or "". `notes`: a value for each row, by column."""
+    """One line on what was cut and dropped, or "" if nothing was. `notes`: a value for each row, by column."""
+    events = _events(notes, max_length)
+    no_room = bool(notes["_no_room"].any())
+    too_long = no_room or any(notes[column].any() for column in ("_responses_cut", "_prompt_cut"))
+    cures = ["raise max_length"] * too_long + ["set truncation_mode='keep_end'"] * no_room
+    return f"{name}: " + "; ".join(filter(None, [", ".join(events), " or ".join(cures)])) if events else ""
+
+
+def _events(notes: Mapping[str, np.ndarray], max_length: int | None) -> list[str]:
+    """What was cut, dropped, changed and kept. `notes`: a value for each row, by column."""
     cut, no_room = int(notes["_responses_cut"].sum()), int(notes["_no_room"].sum())
     prompts, bad, identical = (int(notes[column].sum()) for column in ("_prompt_cut", "_bad", "_identical"))
     ties, repeated, against, unclosed = (
@@ -209,21 +231,22 @@ def _summarize(name: str, notes: Mapping[str, np.ndarray], max_length: int | Non
             f"{changes[0]}"
         )
     if against:
-        events.append(f"{plural(against, 'pair')} kept although the chosen response has the lower score")
-    if not events:
-        return ""
-    cures = ["raise max_length"] * bool(cut or prompts or no_room) + ["set truncation_mode='keep_end'"] * bool(no_room)
-    return f"{name}: " + "; ".join(filter(None, [", ".join(events), " or ".join(cures)]))
+        events.append(f"{plural(against, 'pair')} kept whose chosen response has the lower score")
+    return events
 
 
 def describe_bad_rows(name: str, problems: Sequence[str], shown: int = 3) -> str:
-    """Describe how many rows are unusable, and the first reasons. `problems`: the reason for each row, or ""."""
+    """How many rows cannot be used, and why the first ones cannot. `problems`: one for each row, or ""."""
+    bad = sum(map(bool, problems))
+    return "\n".join([f"{name}: {bad:,} of {plural(len(problems), 'row')} cannot be used", *_bad_rows(problems, shown)])
+
+
+def _bad_rows(problems: Sequence[str], shown: int = 3) -> list[str]:
+    """A line for each of the first rows that cannot be used; of the last one, how rows are counted."""
     bad = [(index, problem) for index, problem in enumerate(problems) if problem]
-    lines = [f"{name}: {len(bad):,} of {plural(len(problems), 'row')} cannot be used"]
-    lines += [f"  row {index:,}: {problem}" for index, problem in bad[:shown]]
-    if len(bad) > shown:
-        lines.append(f"  … and {plural(len(bad) - shown, 'more row')}")
-    return "\n".join(lines)
+    lines = [f"  row {index:,}: {problem}" for index, problem in bad[:shown]]
+    more = [f"  … and {plural(len(bad) - shown, 'more row')}"] * (len(bad) > shown)
+    return [*lines, *more, *["  (rows are counted from 0)"] * bool(bad)]
 
 
 def plural(count: int, noun: str) -> str:

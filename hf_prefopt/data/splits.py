@@ -28,7 +28,7 @@ def training_split(splits: Collection[str], name: str, option: str = "--dataset_
     if "train_prefs" in alike:
         return "train_prefs"
     if len(alike) != 1:
-        raise ValueError(f"no split {name!r} to train on: there are {', '.join(splits)}; name one: {option}")
+        raise ValueError(f"no split {name!r} to train on: {_what_there_is(splits)}: name one with {option}")
     return alike[0]
 
 
@@ -47,12 +47,18 @@ def evaluation_split(splits: Collection[str], name: str, trained: str) -> str | 
     """
     if name not in (*splits, *HELD_BACK):
         raise ValueError(
-            f"no split {name!r} to evaluate: there are {', '.join(splits)}; name one: --dataset_test_split"
+            f"dataset_test_split={name}: {_what_there_is(splits)}: "
+            + ("name another one" if len(splits) > 1 else "to hold out part of it, pass test_split_size=0.05 instead")
         )
     ending = trained.removeprefix("train") if trained.startswith("train") else ""
     usual = (*[f"{held}{ending}" for held in HELD_BACK], *HELD_BACK)
     names = (*usual, name) if name == "test" else (name, *usual)
     return next((known for known in names if known in splits and known != trained), None)
+
+
+def _what_there_is(splits: Collection[str]) -> str:
+    kinds = ("no splits", "only the split ", "the splits ")
+    return f"the data set has {kinds[min(len(splits), 2)]}{', '.join(splits)}"
 
 
 def describe_splits(splits: Collection[str], trained: str, evaluated: str | None) -> str | None:

@@ -46,8 +46,8 @@ class ChatTemplate:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, tools: list | None, kwargs: dict[str, Any]):
         if not (tokenizer.chat_template or kwargs.get("chat_template")):
             raise ValueError(
-                "the data set contains messages, but the tokenizer has no chat template; set tokenizer.chat_template, "
-                "load the tokenizer of the instruction-tuned model, or give prompt, chosen and rejected as text"
+                "the data set holds messages, but the tokenizer has no chat template: use an instruction-tuned model "
+                "or its tokenizer, or give prompt, chosen and rejected as plain text"
             )
         self.tokenizer = tokenizer
         self.arguments = {"tools": tools, **kwargs}

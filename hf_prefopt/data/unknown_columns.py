@@ -61,11 +61,13 @@ def describe_nearest(sample: Mapping[str, Any]) -> str:
     nearest = min(layouts, key=lambda lack: lack.distance(sample))
     missing, found = nearest.missing(sample), ", ".join(sample) or "none"
     if not missing:
-        return f"these are the columns of {nearest.layout.name}, but {nearest.why(sample)}"
-    mapping = ", ".join(f"{column!r}: {_meant(column, sample)!r}" for column in missing)
+        return nearest.why(sample) or "the names of the columns are known, but the first rows have no values in them"
+    mapping = {column: _meant(column, sample) for column in missing}
+    guessed = ", ".join(name for name in mapping.values() if name != _UNKNOWN)
+    offer = f"Did you mean {guessed}? Then" if guessed else "If the data have this under another name,"
     return (
-        f"{_columns(missing)} missing (columns found: {found}). The nearest layout is {nearest.layout.name}. "
-        f"Say which columns these are, column_mapping={{{mapping}}}, or make them: dataset.map(function)"
+        f"{_columns(missing)} missing (columns found: {found}). {offer} pass column_mapping={mapping}; otherwise add "
+        "what is missing to the data"
     )
 
 
@@ -73,11 +75,14 @@ def describe_nearest(sample: Mapping[str, Any]) -> str:
 _MEANINGS = {"chosen": ("good", "better", "pos", "win"), "rejected": ("bad", "worse", "neg", "los")}
 
 
+_UNKNOWN = "<your column>"
+
+
 def _meant(column: str, sample: Mapping[str, Any]) -> str:
-    """Return the column that is probably meant, by spelling or meaning; "…" if no column is similar."""
+    """The column that is probably meant, by its spelling or its meaning; a placeholder where none resembles it."""
     near = get_close_matches(column, sample, 1, cutoff=0.75)
     alike = [name for name in sample if name.lower().startswith(_MEANINGS.get(column, ("\0",)))]
-    return near[0] if near else alike[0] if len(alike) == 1 else "…"
+    return near[0] if near else alike[0] if len(alike) == 1 else _UNKNOWN
 
 
 def _describe_spelling(sample: Mapping[str, Any]) -> str | None:
@@ -140,7 +145,7 @@ class _Lack:
         """Return the reason why columns do not have this layout although all of them exist."""
         unfit = [(column, needed) for needed in self.roles for column in needed.names[0]]
         kinds = [
-            f"`{column}` is {_kind_of(sample[column])} and should be {needed.wanted}"
+            f"column `{column}` is {_kind_of(sample[column])} and should be {needed.wanted}"
             for column, needed in unfit
             if sample[column] is not None and not needed.accepts(sample[column])
         ]

@@ -210,8 +210,8 @@ class ExampleKind(ABC):
         for name in inputs:
             if name in self.optional_columns and self.optional_columns[name].default is None and name not in row:
                 column, *others = self.optional_columns[name].columns
-                known = f" (or {', '.join(others)})" if others else ""
-                return f"it needs a number for every row in a column `{column}`{known}, which is missing: add it"
+                known = f" (also accepted: {', '.join(others)})" if others else ""
+                return f"column `{column}` is missing: add it, with a number in every row{known}"
         return None
 
 

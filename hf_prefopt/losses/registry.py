@@ -245,8 +245,8 @@ def _split_signature(name: str, function: Callable) -> tuple[tuple[str, ...], di
     unknown = [parameter for parameter, default in defaults.items() if default is inspect.Parameter.empty]
     if unknown:
         raise ValueError(
-            f"loss {name!r}: parameter {', '.join(unknown)} is not a known input and has no default; inputs have names "
-            "like policy_chosen_logps, ref_rejected_logps, chosen_lengths; hyperparameters need a default"
+            f"loss {name!r}: parameter {', '.join(unknown)} is not a known input, and hyperparameters need a default "
+            f"value; {_offered(unknown[0])}"
         )
     _refuse_misspelt(name, {p.name: p.default for p in parameters}, inputs)
     return inputs, defaults
@@ -273,6 +273,14 @@ def _refuse_misspelt(loss: str, given: Mapping[str, Any], inputs: tuple[str, ...
             )
 
 
+def _offered(name: str) -> str:
+    """What to say of a parameter that is no input: the inputs that were probably meant, or examples."""
+    prefixed = [f"{model}_{name}" for model in ("policy", "ref")]
+    known = [near for near in prefixed if any(kind.has_input(near) for kind in KINDS)]
+    meant = " or ".join(known) or _input_near(name)
+    return f"did you mean {meant}?" if meant else "inputs have names such as policy_chosen_logps and chosen_lengths"
+
+
 def _input_near(name: str) -> str | None:
     """An input whose name differs by one letter: one more, one less, or one replaced."""
     letters = "abcdefghijklmnopqrstuvwxyz_"
@@ -295,7 +303,7 @@ def get_loss(name: str) -> LossSpec:
         known = [*_LOSSES, *_ALIASES]
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(sorted(_LOSSES))}"
-        raise ValueError(f"loss_type={name!r} is not registered; {hint}")
+        raise ValueError(f"loss_type={name!r}: there is no such loss; {hint}")
     return _LOSSES[canonical]
 
 

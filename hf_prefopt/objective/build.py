@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
+from difflib import get_close_matches
 from typing import Any
 
 from hf_prefopt.kinds import PAIRS, ExampleKind
@@ -43,7 +44,7 @@ def build_objective(
             them.
 
     Raises:
-        ValueError: a name is unknown, no loss takes a parameter (the message lists the valid ones with their defaults),
+        ValueError: a name is unknown, no loss takes a parameter (the message lists the valid ones),
             the combination makes no sense, or a value is out of range.
     """
     specs = [get_loss(name) for name in loss_types]
@@ -154,9 +155,10 @@ def _distribute(specs: list[LossSpec], loss_params: dict, shared_params: dict) -
     for name, values in by_name.items():
         if not isinstance(values, dict):
             taker = next((spec.name for spec in specs if name in spec.defaults), specs[0].name)
+            grouped = {taker: {name: values}}
             raise ValueError(
-                f"loss_params[{name!r}]={values!r}: with several losses, group the hyperparameters by loss, as in "
-                f"{{{taker!r}: {{{name!r}: {values!r}}}}}"
+                f"loss_params={loss_params}: with several losses, group the hyperparameters by loss: "
+                f"loss_params={grouped}"
             )
         own[get_loss(name).name] = values
     missing = [name for name in own if name not in {spec.name for spec in specs}]
@@ -187,9 +189,15 @@ def _refuse_unknown(params: dict[str, Any], specs: list[LossSpec]) -> None:
     asked = [name for name, value in params.items() if name not in _OFF or value != _OFF[name]]
     unknown = [name for name in asked if not any(name in spec.defaults for spec in specs)]
     if unknown:
-        valid = "; ".join(
-            f"{spec.name} takes " + (", ".join(f"{k}={v!r}" for k, v in spec.defaults.items()) or "no hyperparameters")
-            for spec in specs
-        )
+        valid = "; ".join(f"{spec.name} takes " + (", ".join(spec.defaults) or "no hyperparameters") for spec in specs)
         given = ", ".join(f"{name}={params[name]!r}" for name in unknown)
-        raise ValueError(f"{given} is not used by any loss: {valid}; leave it out")
+        raise ValueError(f"{given} is not used by any loss: {valid}; {_meant(unknown, params, specs)}")
+
+
+def _meant(unknown: list[str], params: dict[str, Any], specs: list[LossSpec]) -> str:
+    """What to do about hyperparameters that no loss takes: names that no other loss has, either, are misspelled."""
+    known = {name for loss in list_losses() for name in get_loss(loss).defaults}
+    taken = [name for spec in specs for name in spec.defaults]
+    near = {name: get_close_matches(name, taken, 1) for name in unknown if name not in known}
+    meant = {found[0]: params[name] for name, found in near.items() if found}
+    return f"did you mean loss_params={meant}?" if len(meant) == len(unknown) else "leave it out"

@@ -38,13 +38,11 @@ def check_model_options(model: ModelOptions) -> None:
     if not 0 <= model.lora_dropout < 1:
         raise ValueError(f"lora_dropout={model.lora_dropout} must be at least 0 and below 1")
     if not model.use_peft and (given := _changed(model, ADAPTER)):
-        raise ValueError(
-            f"{given}: only an adapter has this, and all weights train: set use_peft=true, or leave it out"
-        )
+        raise ValueError(f"{given} has no effect without an adapter: add use_peft=true, or remove {given}")
     if not model.use_peft and (given := _changed(model, BITS)):
-        raise ValueError(f"{given}: weights in so few bits cannot train: set use_peft=true for an adapter on top")
+        raise ValueError(f"{given}: quantized weights cannot be trained: add use_peft=true to train an adapter")
     if not model.load_in_4bit and (given := _changed(model, FOUR_BITS)):
-        raise ValueError(f"{given} is used with load_in_4bit=true alone: set that, or leave it out")
+        raise ValueError(f"{given} has no effect without load_in_4bit=true: add it, or remove {given}")
 
 
 def check_model_is_there(model: ModelOptions) -> None:
@@ -52,10 +50,12 @@ def check_model_is_there(model: ModelOptions) -> None:
     name, folder = model.model_name_or_path, Path(model.model_name_or_path).expanduser()
     if folder.is_dir():
         if not any((folder / file).is_file() for file in ("config.json", "adapter_config.json")):
-            raise ValueError(f"model_name_or_path={name} is a folder without config.json, and so without a model")
+            raise ValueError(
+                f"model_name_or_path={name}: no config.json in this folder: pass the folder of a saved model or adapter"
+            )
         return
     if folder.is_file():
-        raise ValueError(f"model_name_or_path={name} is a file: name the folder of a model, or a model on the Hub")
+        raise ValueError(f"model_name_or_path={name} is a file: pass the folder of a model, or a model on the Hub")
     is_path = name.startswith((".", "/", "~", "models/", "runs/")) or name.count("/") > 1
     if is_path:
         demo = "; make demo puts SmolLM2 there, HuggingFaceTB/SmolLM2-135M-Instruct is it on the Hub"
@@ -68,8 +68,8 @@ def check_model_is_there(model: ModelOptions) -> None:
     except OSError as error:
         reason = str(error).splitlines()[0]
     if is_offline_mode():
-        reason = "it is not in the cache, and the Hub is not asked, because HF_HUB_OFFLINE is set"
-    raise ValueError(f"model_name_or_path={name} is not a folder here, and {reason}")
+        reason = "not in the Hub cache, and HF_HUB_OFFLINE is set: correct the name, or unset HF_HUB_OFFLINE"
+    raise ValueError(f"model_name_or_path={name}: no such folder, and {reason}")
 
 
 def _changed(model: ModelOptions, names: tuple[str, ...]) -> str:

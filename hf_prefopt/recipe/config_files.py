@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from hf_prefopt.config_names import as_yaml, hints_in, nearest_setting
+from hf_prefopt.config_names import as_yaml, hint_for, nearest_setting
 from hf_prefopt.recipe.shipped import find_config
 
 # Keys that are not settings: the base file, and environment variables (as in TRL).
@@ -51,9 +51,15 @@ def read_layers(given: list[str], options: Mapping[str, Action]) -> list[Layer]:
 def _base(file: Path, base: Any, above: list[Path]) -> Path:
     path = file.parent / str(base)
     if not path.is_file():
-        raise ValueError(f"{file}: base: {base}: there is no such file beside it")
-    if path.resolve() in [other.resolve() for other in above]:
-        raise ValueError(f"{file}: base: {base} leads back to {path}: leave one of these lines out")
+        where = f"{file}, line {_lines(file)[BASE]}"
+        raise ValueError(f"{where}: base: there is no file {base} in {file.parent.resolve()}: correct the path")
+    resolved = [other.resolve() for other in above]
+    if path.resolve() in resolved:
+        chain = [*reversed(above[: resolved.index(path.resolve()) + 1]), path]
+        raise ValueError(
+            f"{file}, line {_lines(file)[BASE]}: base: {base} includes {'itself' if len(chain) == 2 else 'this file'} "
+            f"({' -> '.join(map(str, chain))}): remove this line"
+        )
     return path
 
 
@@ -68,7 +74,7 @@ def _layer(file: Path, options: Mapping[str, Action]) -> Layer:
         where = f"{file}, line {lines[name]}"
         if name not in options:
             nested = "; settings are not nested: write them at the left margin" if isinstance(value, dict) else ""
-            raise ValueError(f"{where}: {unknown_setting(str(name), options, nested)}")
+            raise ValueError(f"{where}: {unknown_setting(str(name), options, nested, str(value))}")
         try:
             settings[name] = _read(options[name], value)
         except (ValueError, TypeError, ArgumentTypeError) as error:
@@ -76,28 +82,43 @@ def _layer(file: Path, options: Mapping[str, Action]) -> Layer:
     return Layer(str(file), settings, {name: str(value) for name, value in environment.items()})
 
 
-def unknown_setting(name: str, options: Mapping[str, Action], reason: str = "") -> str:
-    """Return the error message for an unknown setting; `reason` is used if there is no known hint for the name."""
+def unknown_setting(name: str, options: Mapping[str, Action], reason: str = "", value: str = "...") -> str:
+    """What to say of a name that is no setting; with a reason, where there is one. `value`: what was given."""
     plain = name.replace("-", "_")
     near = plain if plain in options else nearest_setting(plain, options)
     hint = f"; did you mean {near}?" if near else "; `hf_prefopt train --help-all` names all"
-    return f"there is no setting {name}{hints_in(name, as_yaml) or reason or hint}"
+    return f"there is no setting {name}{hint_for(name, as_yaml, value) or reason or hint}"
 
 
 def _values(file: Path) -> dict[str, Any]:
     try:
         found = yaml.safe_load(file.read_text(encoding="utf-8"))
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise ValueError(f"{file}{where}: this is not YAML: {error.problem or error.context}") from None
+        raise ValueError(f"{file}{_fault(error)}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file}: this is not YAML: {' '.join(str(error).split())}") from None
+        raise ValueError(f"{file}: invalid YAML: {' '.join(str(error).split())}") from None
     if found is None:
         return {}
     if not isinstance(found, dict):
-        raise ValueError(f"{file}: settings are lines `name: value`, and this is a {type(found).__name__}")
+        kind = _TYPES.get(type(found), "single value")
+        raise ValueError(f"{file}: expected lines such as learning_rate: 1e-4, but the file is a {kind}")
     return found
+
+
+_TYPES = {list: "list", str: "text"}
+
+
+def _fault(error: yaml.MarkedYAMLError) -> str:
+    """Where a file is no YAML, and why. `context_mark` is the beginning of the list or mapping that is not closed."""
+    mark, start = error.problem_mark or error.context_mark, error.context_mark
+    where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+    problem = error.problem or error.context or "unknown fault"
+    problem = problem.replace("that cannot start any token", "where a value begins: put the value in quotes")
+    if "'\\t'" in problem:
+        return f"{where}: YAML does not allow a tab here: use spaces"
+    if start and (error.context or "").startswith(("while parsing a flow", "while scanning a quoted")):
+        problem += f"; the part that begins in line {start.line + 1}, column {start.column + 1} may not be closed"
+    return f"{where}: invalid YAML: {problem}"
 
 
 def _lines(file: Path) -> dict[str, int]:
@@ -149,7 +170,7 @@ def _is_switch(option: Action) -> bool:
 
 def _wanted(option: Action, value: Any, error: Exception) -> str:
     if isinstance(value, bool) and not _is_switch(option):
-        return f'is what YAML makes of no, off, yes and on: put quotes around the word, {option.dest}: "no"'
+        return f'{_BOOLEANS[value]}: write {option.dest}: "{"yes" if value else "no"}" in quotes, or another value'
     if option.choices is not None:
         return f"is not one of {', '.join(map(str, option.choices))}"
     if isinstance(error, TypeError):
@@ -158,4 +179,8 @@ def _wanted(option: Action, value: Any, error: Exception) -> str:
     return f"must be {_KINDS.get(kind, 'another value: ' + str(error))}"
 
 
+_BOOLEANS = {
+    True: "is what YAML reads for an unquoted yes, on or true",
+    False: "is what YAML reads for an unquoted no, off or false",
+}
 _KINDS = {"int": "a whole number", "float": "a number", "string_to_bool": "true or false"}

@@ -40,8 +40,21 @@ def check_data_options(data: DataOptions) -> None:
     for name, default in (("dataset_train_split", "train"), ("dataset_test_split", "test")):
         unused |= {name: value} if (value := getattr(data, name)) != default else {}
     if unused:
-        given = ", ".join(f"{name}={value}" for name, value in unused.items())
-        raise ValueError(f"{given} beside datasets: give path, name, split and weight in the entries of datasets")
+        raise ValueError(_no_mixture(unused))
+
+
+_OF_ENTRIES = {"dataset_name": "path", "dataset_config": "name", "dataset_train_split": "split"}
+
+
+def _no_mixture(unused: dict[str, Any]) -> str:
+    """What to say of settings that are given beside `datasets`, in whose entries they belong."""
+    given = " and ".join(f"{name}={value}" for name, value in unused.items())
+    entry = {_OF_ENTRIES[name]: value for name, value in unused.items() if name in _OF_ENTRIES}
+    example = {"path": "pairs.jsonl", "split": "train", **entry, "weight": 1.0}
+    return (
+        f"{given} cannot be combined with --datasets: for one data set remove --datasets; for several put all of them "
+        f"into datasets={example}, an entry for each"
+    )
 
 
 def load_pairs(data: DataOptions, training: PreferenceConfig) -> tuple[Rows, Rows | None]:
@@ -97,7 +110,10 @@ def _load_mixture(data: DataOptions, training: PreferenceConfig) -> tuple[Mixtur
 def _without_evaluation(training: PreferenceConfig) -> None:
     """Turn evaluation off, and print a message."""
     if training.load_best_model_at_end:
-        raise ValueError("load_best_model_at_end=True, but the data set has no split to evaluate: set it to false")
+        raise ValueError(
+            "load_best_model_at_end=True needs rows to evaluate, and the data set has no split for that: pass "
+            "test_split_size=0.05 to hold some out, or load_best_model_at_end=False"
+        )
     training.eval_on_start, training.eval_strategy = False, "no"
     _say(
         training,

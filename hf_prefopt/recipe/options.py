@@ -58,7 +58,7 @@ class DataOptions:
         for name in ("train_rows", "eval_rows", "longest_row"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1: leave it out for all rows")
+                raise ValueError(f"{name}={value} must be at least 1; without --{name} all rows are used")
         if self.test_split_size is not None and not 0 < self.test_split_size < 1:
             raise ValueError(
                 f"test_split_size={self.test_split_size} must be a share above 0 and below 1, such as 0.05"
@@ -128,7 +128,7 @@ class RunOptions:
 
     def __post_init__(self):
         if self.losses_from and not (self.losses_from.endswith(".py") and Path(self.losses_from).is_file()):
-            raise ValueError(f"losses_from={self.losses_from}: there is no such file of Python code")
+            raise ValueError(f"losses_from={self.losses_from}: there is no such Python file")
         if self.losses_from:
             _run_file(self.losses_from)
         if not 0 <= self.gsm8k_problems <= 200:

@@ -53,7 +53,7 @@ def read_recipe(options: Namespace) -> Recipe:
     _refuse_missing(settings)
     for loss in settings.get("loss_type", ()):
         if "," in loss:
-            raise ValueError(f"loss_type={loss}: separate losses with blanks, --loss_type {loss.replace(',', ' ')}")
+            raise ValueError(f"loss_type='{loss}': separate losses with spaces, --loss_type {loss.replace(',', ' ')}")
     # First, because `losses_from` registers losses that PreferenceConfig looks up.
     run = RunOptions(**_of(RunOptions, settings))
     settings.setdefault("output_dir", "runs/" + "+".join(settings.get("loss_type", ["dpo"])))
@@ -73,9 +73,11 @@ def _of(kind: type, settings: dict[str, Any]) -> dict[str, Any]:
 
 def _refuse_missing(settings: dict[str, Any]) -> None:
     if not settings.get("dataset_name") and not settings.get("datasets"):
-        raise ValueError("--dataset_name is missing: pass it, or a YAML file that has it, with --config")
+        raise ValueError("the data set is missing: pass --dataset_name, or set it in a YAML file passed with --config")
     if not settings.get("model_name_or_path"):
-        raise ValueError("--model_name_or_path is missing: pass it, or a YAML file that has it, with --config")
+        raise ValueError(
+            "the model is missing: pass --model_name_or_path, or set it in a YAML file passed with --config"
+        )
 
 
 def _say(line: str) -> None:

@@ -139,7 +139,10 @@ def check_reference(setting: str, model: nn.Module, ref_model: nn.Module | None,
             f"({shared[0]}, …), so training would change the reference: remove ref_model to use a frozen copy"
         )
     if setting.startswith("adapter") and not isinstance(model, PeftModel):
-        raise ValueError(f"reference={setting!r} needs a PEFT model, but the policy is {type(model).__name__}")
+        raise ValueError(
+            f"reference={setting!r} needs a PEFT model, but the policy is {type(model).__name__}: pass "
+            "peft_config, or leave reference out"
+        )
     if setting.startswith("adapter"):
         _refuse_changed_base(setting, model)
         _refuse_what_trains_along(setting, model)

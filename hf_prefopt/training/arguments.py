@@ -15,22 +15,18 @@ from hf_prefopt.data.mixtures import Mixture
 
 
 def check_types(args: Any, ref_model: Any, peft_config: Any = None, processing_class: Any = None) -> None:
-    """Raise `ValueError` if an argument has the wrong type, such as `TrainingArguments` for `args`."""
+    """Raise `TypeError` where an argument is of another type than the trainer takes, such as another configuration."""
     if isinstance(ref_model, TrainingArguments):
-        raise ValueError(
-            f"ref_model must be a model, got {type(ref_model).__name__}: pass the configuration as args=..."
-        )
+        raise TypeError(f"ref_model is a {type(ref_model).__name__}, by its place: pass it by name, args=...")
     if not isinstance(args, PreferenceConfig | None):
-        raise ValueError(
-            f"args must be a PreferenceConfig, got {_type(args)}: use PreferenceConfig(output_dir=..., ...), which "
-            "accepts all fields of TrainingArguments and most fields of DPOConfig"
+        raise TypeError(
+            f"args is a {_type(args)}: PreferenceTrainer takes a PreferenceConfig, which has all fields of "
+            "TrainingArguments and most fields of TRL's DPOConfig"
         )
     if not isinstance(peft_config, PeftConfig | None):
-        raise ValueError(f"peft_config is a {_type(peft_config)}: pass a PEFT configuration such as LoraConfig(...)")
+        raise TypeError(f"peft_config is a {_type(peft_config)}: pass one PEFT configuration, as in LoraConfig(...)")
     if isinstance(processing_class, str | Path):
-        raise ValueError(
-            f"processing_class is a {_type(processing_class)}: load it with AutoTokenizer.from_pretrained(...)"
-        )
+        raise TypeError(f"processing_class is a {_type(processing_class)}: load it, AutoTokenizer.from_pretrained(...)")
 
 
 def check_loading(

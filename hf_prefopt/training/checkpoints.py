@@ -91,7 +91,8 @@ def checkpoint_to_resume(asked: str | bool | None, output_dir: str | Path) -> st
         newest = last_complete_checkpoint(output_dir)
         if newest is None:
             raise ValueError(
-                f"{output_dir} has no complete checkpoint: remove resume_from_checkpoint to start from the beginning"
+                f"resume_from_checkpoint={asked}: {output_dir} has no complete checkpoint to resume from: correct the "
+                "folder, or, for a first run, leave it out"
             )
         checkpoint = newest
         logger.warning("resuming from %s", checkpoint)
@@ -99,15 +100,15 @@ def checkpoint_to_resume(asked: str | bool | None, output_dir: str | Path) -> st
         return None
     if not is_complete(checkpoint):
         newest = last_complete_checkpoint(output_dir)
-        cure = f"resume from {newest}" if newest else "remove resume_from_checkpoint to start from the beginning"
-        fault = "is not a complete checkpoint (writing it was interrupted)"
+        cure = f"pass resume_from_checkpoint={newest}" if newest else "pass the folder of a complete checkpoint"
+        fault = "not a complete checkpoint, its writing was interrupted"
         if not Path(checkpoint).is_dir():
-            fault = "is not a checkpoint folder: there is no such folder"
-        raise ValueError(f"{checkpoint} {fault}: {cure}")
+            fault = "there is no such folder"
+        raise ValueError(f"resume_from_checkpoint={checkpoint}: {fault}: {cure}")
     if Path(checkpoint, _OLD_STATE).is_file():
         raise ValueError(
-            f"{checkpoint} cannot be resumed: an older version of hf_prefopt wrote it (with {_OLD_STATE}). Resume with "
-            "the older version, or remove resume_from_checkpoint to start from the beginning"
+            f"{checkpoint} is from an older version of hf_prefopt, which kept the state of the losses in {_OLD_STATE}, "
+            "and cannot be resumed by this one: resume with the older version"
         )
     return str(checkpoint)
 

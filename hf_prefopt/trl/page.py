@@ -183,8 +183,8 @@ def _names() -> str:
     arguments = [(f"`{name}`", f"`PreferenceTrainer`: {text}") for name, text in FOREIGN_ARGUMENTS.items()]
     return (
         "## Under PreferenceConfig and PreferenceTrainer\n\nNames from TRL, its earlier versions and other libraries "
-        "raise a `TypeError` that says what to write instead:\n\n"
-        + _table(("name", "write instead"), (*settings, *arguments))
+        "raise a `TypeError` that says what to do instead:\n\n"
+        + _table(("name", "what to do instead"), (*settings, *arguments))
     )
 
 

@@ -56,7 +56,7 @@ class TRLTrainer(PreferenceTrainer):
             name = model if isinstance(model, str | os.PathLike) else getattr(model, "name_or_path", "")
             return cls.config_class(f"{os.path.basename(os.fspath(name))}-{cls.method}")
         if not isinstance(args, cls.config_class):
-            raise ValueError(
+            raise TypeError(
                 f"args is a {type(args).__module__}.{type(args).__name__}, but {cls.__name__} takes the "
                 f"{cls.config_class.__name__} of hf_prefopt.trl: change this import, too"
             )

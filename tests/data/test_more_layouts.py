@@ -154,7 +154,7 @@ def test_the_judges_prompt_is_not_the_prompt():
 REFUSED = {
     "as many votes for one as for the other": (
         {**TWO, "votes": ["a", "b"]},
-        "none of the 1 rows can be used. train: 1 tie dropped",
+        "none of 1 row is left\n  1 tie dropped",
     ),
     "a vote for nobody": ({**TWO, "votes": ["a", "c"]}, "`votes` is 'c', which names neither"),
     "votes and statuses of different length": (

@@ -114,6 +114,7 @@ def test_bad_rows_are_counted_and_the_first_three_shown():
         f"  row 2: `rejected` is empty; {cure}",
         f"  row 3: `prompt` is missing; {cure}",
         "  … and 1 more row",
+        "  (rows are counted from 0)",
     ]
 
 
@@ -126,7 +127,7 @@ def test_bad_rows_can_be_dropped_and_the_others_keep_their_numbers(said):
 
 
 def test_a_data_set_of_which_nothing_is_left_is_an_error():
-    with pytest.raises(ValueError, match="none of the 2 rows can be used"):
+    with pytest.raises(ValueError, match="none of 2 rows is left"):
         prepare_dataset(Dataset.from_list([BAD, BAD]), tiny_tokenizer(), on_bad_rows="drop")
 
 

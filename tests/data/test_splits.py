@@ -44,15 +44,17 @@ def test_the_usual_names_are_found(names, asked, taken):
 
 @pytest.mark.parametrize("names", [("train_a", "train_b"), ("easy", "hard"), ("test",), ()])
 def test_where_several_may_be_meant_they_are_listed(names):
-    with pytest.raises(ValueError, match=f"there are {', '.join(names)}; name one: --dataset_train_split"):
+    with pytest.raises(ValueError, match=f"has .*{', '.join(names)}: name one with --dataset_train_split"):
         splits.training_split(names, "train")
 
 
 def test_a_split_that_somebody_asked_for_and_is_not_there_is_an_error():
     names = ("train_prefs", "test_prefs")
-    with pytest.raises(ValueError, match=r"no split 'other' to train on: .* train_prefs, test_prefs; .*train_split"):
+    with pytest.raises(ValueError, match=r"no split 'other' to train on: .* train_prefs, test_prefs: .*train_split"):
         splits.training_split(names, "other")
-    with pytest.raises(ValueError, match="no split 'held_out' to evaluate: there are train_prefs, test_prefs"):
+    with pytest.raises(
+        ValueError, match="dataset_test_split=held_out: the data set has the splits train_prefs, test_prefs"
+    ):
         splits.evaluation_split(names, "held_out", "train_prefs")
 
 

@@ -108,7 +108,7 @@ def test_keep_end_keeps_the_system_prompt_and_the_users_header():
     assert text.startswith(head) and text.endswith("<|im_end|>\n<|im_start|>assistant\n")
     assert TOKENIZER.decode(whole["prompt_ids"]).endswith(text.removeprefix(head))
     assert len(row["prompt_ids"]) + max(map(len, row["response_ids"])) == 48
-    with pytest.raises(ValueError, match="none of the 1 rows can be used"):
+    with pytest.raises(ValueError, match="none of 1 row is left"):
         prepare_dataset(rows, TOKENIZER, max_length=8, truncation_mode="keep_end")
 
 

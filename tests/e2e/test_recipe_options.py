@@ -67,13 +67,21 @@ USED: dict[str, tuple[dict[str, Any], list[str], str, Any]] = {
 }
 # What is typed, and what is said.
 REFUSED: list[tuple[dict[str, Any], list[str], str]] = [
-    ({}, ["--lora_r", "8", "--use_dora"], "lora_r=8, use_dora=True: only an adapter has this.*set use_peft=true"),
-    ({}, ["--load_in_4bit", "true"], "load_in_4bit=True: weights in so few bits cannot train: set use_peft=true"),
-    ({}, ["--load_in_8bit", "true"], "load_in_8bit=True: weights in so few bits cannot train"),
-    (ADAPTER, ["--use_peft", "false", "--lora_r", "8"], "lora_r=8: only an adapter has this"),
-    (ADAPTER, ["--bnb_4bit_quant_type", "fp4"], "bnb_4bit_quant_type=fp4 is used with load_in_4bit=true alone"),
+    (
+        {},
+        ["--lora_r", "8", "--use_dora"],
+        "lora_r=8, use_dora=True has no effect without an adapter: add use_peft=true",
+    ),
+    ({}, ["--load_in_4bit", "true"], "load_in_4bit=True: quantized weights cannot be trained: add use_peft=true"),
+    ({}, ["--load_in_8bit", "true"], "load_in_8bit=True: quantized weights cannot be trained"),
+    (ADAPTER, ["--use_peft", "false", "--lora_r", "8"], "lora_r=8 has no effect without an adapter"),
+    (ADAPTER, ["--bnb_4bit_quant_type", "fp4"], "bnb_4bit_quant_type=fp4 has no effect without load_in_4bit=true"),
     (ADAPTER, ["--lora_task_type", "SEQ_CLS"], "lora_task_type=SEQ_CLS: a causal language model is trained"),
-    (BITS, ["--load_in_8bit", "--load_in_4bit=0", "--bnb_4bit_quant_type=fp4"], "quant_type=fp4 is used with load_in"),
+    (
+        BITS,
+        ["--load_in_8bit", "--load_in_4bit=0", "--bnb_4bit_quant_type=fp4"],
+        "quant_type=fp4 has no effect without load_in",
+    ),
     (BITS, ["--load_in_8bit", "true"], "load_in_8bit=True and load_in_4bit=True: choose one"),
     (ADAPTER, ["--ignore_bias_buffers", "true"], "ignore_bias_buffers=True has no effect: leave it out"),
     (ADAPTER, ["--do_predict", "true"], "do_predict=True has no effect"),

@@ -128,7 +128,7 @@ def test_a_cell_that_is_run_again_takes_the_place_of_what_it_had_registered():
     run_cell(2.0, '"kept", "new"')
     assert torch.equal(value(), 2 * before)
     assert get_loss("kept") is get_loss("new") is get_loss("of_a_cell")
-    with pytest.raises(ValueError, match="'old' is not registered"):
+    with pytest.raises(ValueError, match="'old': there is no such loss"):
         get_loss("old")
 
 

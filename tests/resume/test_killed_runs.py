@@ -54,5 +54,7 @@ def test_half_a_checkpoint_is_refused_with_the_whole_one_named(tmp_path):
     for step, state in ((3, "{}"), (4, "{")):
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
-    with pytest.raises(ValueError, match=r"checkpoint-4 is not a complete checkpoint.*resume from .*checkpoint-3"):
+    with pytest.raises(
+        ValueError, match=r"checkpoint-4: not a complete checkpoint.*resume_from_checkpoint=.*checkpoint-3"
+    ):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))

@@ -44,5 +44,7 @@ def test_half_a_checkpoint_stays_an_error(tmp_path):
     steps(tmp_path, None)
     half = tmp_path / "checkpoint-6"
     (half / "trainer_state.json").write_text("{")
-    with pytest.raises(ValueError, match=r"checkpoint-6 is not a complete checkpoint.* resume from .*checkpoint-4"):
+    with pytest.raises(
+        ValueError, match=r"checkpoint-6: not a complete checkpoint.*resume_from_checkpoint=.*checkpoint-4"
+    ):
         steps(tmp_path, str(half))

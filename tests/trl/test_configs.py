@@ -115,7 +115,7 @@ def test_what_cannot_be_done_is_refused(method, settings, message, tmp_path):
 
 
 def test_a_field_of_an_earlier_trl(tmp_path):
-    with pytest.raises(TypeError, match="DPOConfig has no field rpo_alpha: write sft_weight"):
+    with pytest.raises(TypeError, match="DPOConfig has no field rpo_alpha: use sft_weight"):
         config("DPO", tmp_path, rpo_alpha=1.0)
 
 
