@@ -177,7 +177,7 @@ SAID: dict[str, str] = {
     "train ... --losses_from nowhere.py": "--losses_from nowhere.py: there is no such Python file",
     # data
     "train ... --dataset_name no_rejected.jsonl": """found: prompt, chosen).*'{"rejected": "<your column>"}'""",
-    "train ... --dataset_name equal.jsonl": "chosen and rejected are the same tokens in all of 6 pairs",
+    "train ... --dataset_name equal.jsonl": "chosen and rejected have the same tokens in all of 6 pairs",
     "train ... --dataset_name numbers.jsonl": "train: column `chosen` is of type int and should be text or messages",
     "train ... --dataset_name holes.jsonl": "drop the row or pass --on_bad_rows drop\n  (rows are counted from 0)",
     "train ... --dataset_name choosen.jsonl": """mean choosen? Then pass --column_mapping '{"chosen": "choosen"}'""",

@@ -198,7 +198,7 @@ def test_a_stream_without_rows_is_refused_when_it_is_read(tmp_path):
 @pytest.mark.parametrize(
     ("given", "cure"),
     [
-        ({"peft_config": {"r": 4}}, r"peft_config is a dict: pass a PEFT configuration"),
+        ({"peft_config": {"r": 4}}, r"peft_config is a dict: pass one PEFT configuration"),
         ({"peft_config": [LoraConfig()]}, r"peft_config is a list"),
         ({"processing_class": "a folder"}, r"AutoTokenizer\.from_pretrained"),
     ],

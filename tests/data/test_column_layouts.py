@@ -286,7 +286,7 @@ def test_what_verdicts_say(column):
 def test_ties_are_counted(caplog):
     row = {"prompt": WHAT, "response_a": BLUE, "response_b": GREEN}
     prepare(*({**row, "winner": winner} for winner in ("tie", "a", "tie", "b")))
-    assert "train: 2 ties dropped, in which neither response is better" in caplog.text
+    assert "train: 2 ties dropped, because neither response is better" in caplog.text
     with pytest.raises(ValueError, match="none of 1 row is left"):
         prepare({**row, "winner": "tie"})
 
@@ -298,7 +298,7 @@ REFUSED = {
     "no winner": ({**TWO, "winner": None, "id": 1}, "`winner` is missing"),
     "a model's name that ends like a letter": ({**TWO, "winner": "llama-a"}, "`winner` is 'llama-a'"),
     "no verdict": (TWO, r"column `winner` is missing .*column_mapping={'winner': '<your column>'}"),
-    "two verdicts": ({**TWO, "winner": "a", "preference": "b"}, r"may all say which response is better: name one"),
+    "two verdicts": ({**TWO, "winner": "a", "preference": "b"}, r"may all name the better response: choose one"),
     "three responses": ({**TWO, "response_c": GREEN, "winner": "a"}, "three responses or more, one of them"),
     "scores that are none": (
         {"prompt": WHAT, "answer_0": BLUE, "answer_1": GREEN, "score_0": 1.0, "score_1": float("nan")},

@@ -290,7 +290,7 @@ def test_a_stream_is_refused_at_the_row():
 
 
 def test_a_set_all_of_which_is_dropped_says_why():
-    with pytest.raises(ValueError, match=r"train: none of 2 rows is left(.|\n)*row 0: `preprompt` says"):
+    with pytest.raises(ValueError, match=r"train: none of 2 rows is left(.|\n)*row 0: `preprompt` contains"):
         prepare({**text_pair(), "preprompt": "Be brief."}, on_bad_rows="drop")
 
 

@@ -173,7 +173,7 @@ def test_every_settled_setting_is_tried():
         ({"loss_type": "dop"}, "loss_type='dop': there is no such loss; did you mean dpo"),
         ({"loss_type": "sft", "beta": 0.5}, "beta=0.5 is not used by any loss"),
         ({"loss_type": "kto"}, "the train data set holds pairs, but kto needs"),
-        ({"reference": "none"}, "a loss needs one"),
+        ({"reference": "none"}, "a loss needs a reference"),
         ({"reference": "cache"}, "precompute_ref_log_probs=True comes too late"),
         ({"unpair": True}, "unpair=True makes unpaired examples"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 belongs to the Trainer's"),
