@@ -192,7 +192,7 @@ SAID: dict[str, str] = {
     "train ... --test_split_size 5": "--test_split_size 5.0 must be a share above 0 and below 1, such as 0.05",
     "train ... --train_rows 0": "--train_rows 0 must be at least 1",
     "train ... --max_length 3": "3: pass --max_length 16, which all rows fit, or --truncation_mode keep_end\n",
-    "train ... --remove_columns nothing": "train: --remove_columns nothing: there is no 'nothing' among prompt, chosen",
+    "train ... --remove_columns nothing": "train: --remove_columns nothing: no column 'nothing'; found prompt, chosen",
     "train ... --datasets pairs.jsonl": """--datasets '{"path": "pairs.jsonl", "split": "train", "weight": 1.0}'""",
     # model and adapter
     "train ... --model_name_or_path models/nowhere": "--model_name_or_path models/nowhere: there is no such folder",

@@ -28,7 +28,10 @@ with torch.no_grad():
 """
 
 
-@pytest.mark.parametrize("name", MODELS)
+IN_SUITE = ("rates in the config",)
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in IN_SUITE else pytest.mark.nightly) for n in MODELS])
 def test_a_saved_model_loads_without_us(name, tmp_path):
     trainer = make_trainer(tmp_path, MODELS[name](), max_steps=1, train_dataset=pairs(4))
     trainer.train()

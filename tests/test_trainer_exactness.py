@@ -101,7 +101,10 @@ def test_a_step_is_the_gradient_of_the_mean_over_its_examples(objective, layout,
     assert logged(trainer, "loss") == pytest.approx([loss.item()], rel=1e-6)
 
 
-@each_objective
+@pytest.mark.parametrize(
+    "objective",
+    [pytest.param(o, marks=() if n in KINDS else pytest.mark.nightly, id=n) for n, o in OBJECTIVES.items()],
+)
 def test_accumulation_changes_nothing(objective, tmp_path):
     """1×8 = 8×1 over 12 pairs, of which the last step has only four: weights, losses and metrics of both steps.
 

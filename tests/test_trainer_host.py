@@ -140,6 +140,7 @@ def test_a_batch_is_moved_as_accelerate_is_told(tmp_path, non_blocking):
     to.assert_called_once_with(trainer.accelerator.device, non_blocking=non_blocking)
 
 
+@pytest.mark.nightly
 def test_reference_and_collection_are_compiled_too(tmp_path, monkeypatch):
     """The module that is called is a compiled one; the losses are those of a model that is not compiled.
 

@@ -218,11 +218,20 @@ MODELS = [
 ]
 FEW = ["dpo, padded, full", "dpo, shared, LoRA, copy of a trained adapter", "bco, shared, LoRA, resumed"]
 QLORA = "dpo, shared, LoRA, 4 bits, resumed"
-IN_SUITE = {
+# What an engine is to compute, and, of that, what is tried in every run of the suite; the rest is nightly.
+ALL_OF = {
     "ddp": [name for name, case in CASES.items() if "model_type" not in case.model or name in MODELS],
     "zero1": FEW,
     "zero2": [*SOME, QLORA],
     "zero3": [*SHARDED, QLORA],
     "zero3_offload": FEW,
     "fsdp2": [*SHARDED, *MODELS, "dpo, shared, LoRA, 4 bits stored as fp32, resumed"],
+}
+# Every second of the cases that engines share, DDP's and ZeRO-2's from the other end.
+IN_SUITE = {
+    **ALL_OF,
+    "ddp": [name for name in SOME[::-2] if name in ALL_OF["ddp"]] + MODELS,
+    "zero2": [*SOME[1::2], QLORA],
+    "zero3": [*SHARDED[::2], QLORA],
+    "fsdp2": [*SHARDED[::2], *MODELS[:2], "dpo, shared, LoRA, 4 bits stored as fp32, resumed"],
 }

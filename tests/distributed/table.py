@@ -9,7 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.distributed.cases import CASES, IN_SUITE
+from tests.distributed.cases import ALL_OF, CASES
 from tests.distributed.engines import ENGINES
 from tests.distributed.launch import differences, launch, one_process
 
@@ -21,7 +21,7 @@ def main() -> None:
     arguments = options.parse_args()
     print("| engine | loss, layout, what trains | losses | weights | metrics |\n|---|---|---|---|---|")
     for engine in arguments.engines or ENGINES:
-        cases = list(CASES) if arguments.all_cases else IN_SUITE[engine]
+        cases = list(CASES) if arguments.all_cases else ALL_OF[engine]
         with tempfile.TemporaryDirectory() as folder:
             outcomes = launch(engine, cases, Path(folder))
         for case, ranks in outcomes.items():

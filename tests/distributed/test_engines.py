@@ -18,7 +18,7 @@ from packaging.version import Version
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from tests.distributed.cases import CASES, IN_SUITE
+from tests.distributed.cases import ALL_OF, CASES, IN_SUITE
 from tests.distributed.engines import ENGINES
 from tests.distributed.launch import differences, largest_difference, launch, one_process
 from tests.tiny_models import tiny_model
@@ -33,8 +33,14 @@ CAN_RESUME_DDP = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def outcomes_of(tmp_path_factory):
-    """What came out of an engine's cases: it is started once for all of them."""
-    return functools.cache(lambda engine: launch(engine, IN_SUITE[engine], tmp_path_factory.mktemp(engine)))
+    """What came out of a case: an engine is started once for all cases of the suite, and once for the nightly ones."""
+
+    @functools.cache
+    def launched(engine, in_suite):
+        cases = [case for case in ALL_OF[engine] if (case in IN_SUITE[engine]) is in_suite]
+        return launch(engine, cases, tmp_path_factory.mktemp(engine))
+
+    return lambda engine, case: launched(engine, case in IN_SUITE[engine])[case]
 
 
 def each(engines):
@@ -43,10 +49,13 @@ def each(engines):
             engine,
             case,
             id=f"{engine}: {case}",
-            marks=CAN_RESUME_DDP if engine == "ddp" and CASES[case].resumes else (),
+            marks=[
+                *[CAN_RESUME_DDP] * (engine == "ddp" and CASES[case].resumes),
+                *[pytest.mark.nightly] * (case not in IN_SUITE[engine]),
+            ],
         )
         for engine in engines
-        for case in IN_SUITE[engine]
+        for case in ALL_OF[engine]
     ]
     return pytest.mark.parametrize(("engine", "case"), pairs)
 
@@ -55,7 +64,7 @@ def each(engines):
 def test_two_processes_do_what_one_does(outcomes_of, engine, case):
     """On every rank; and a run that is resumed in the middle of its second epoch ends where the whole one does."""
     expected = one_process(case)
-    for outcome in outcomes_of(engine)[case]:
+    for outcome in outcomes_of(engine, case):
         assert "error" not in outcome, outcome["error"]
         found = differences(outcome, expected)
         assert outcome["lower_layers"] == expected["lower_layers"] == (2 if "upper layers" in case else 0)
@@ -68,7 +77,7 @@ def test_two_processes_do_what_one_does(outcomes_of, engine, case):
 @each(ENGINES)
 def test_what_was_saved_loads_without_the_engine(outcomes_of, engine, case):
     """By transformers and PEFT alone, every weight bit for bit what was trained."""
-    outcome = outcomes_of(engine)[case][0]
+    outcome = outcomes_of(engine, case)[0]
     if CASES[case].lora:
         base = tiny_model(**CASES[case].model)
         loaded = PeftModel.from_pretrained(base, outcome["saved"], is_trainable=True)
@@ -81,7 +90,7 @@ def test_what_was_saved_loads_without_the_engine(outcomes_of, engine, case):
 @each(["zero3", "fsdp2"])
 def test_every_parameter_is_sharded(outcomes_of, engine, case):
     """After a step a rank holds no parameter whole: what was to be sharded is."""
-    assert [outcome["whole_parameters"] for outcome in outcomes_of(engine)[case]] == [[], []]
+    assert [outcome["whole_parameters"] for outcome in outcomes_of(engine, case)] == [[], []]
 
 
 @each(["zero3"])
@@ -90,14 +99,14 @@ def test_the_heads_weight_is_whole_only_inside_the_head(outcomes_of, engine, cas
     an adapter the head is called once more in the backward, after which it stays whole for its own gradient."""
     after = {False, True} if "adapted head" in case else {False}
     expected = {"before": {False}, "inside": {True}, "after": after}
-    assert [outcome["head_is_whole"] for outcome in outcomes_of(engine)[case]] == [expected, expected]
+    assert [outcome["head_is_whole"] for outcome in outcomes_of(engine, case)] == [expected, expected]
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_ktos_baseline_is_above_zero(outcomes_of, engine):
     """In every step and in the evaluation of every case, so that the comparison is one of baselines too: the case would
     pass without them if z = max(0, mean) were 0."""
-    baselines = {case: outcomes_of(engine)[case][0]["baselines"] for case in IN_SUITE[engine] if case[:4] == "kto,"}
+    baselines = {case: outcomes_of(engine, case)[0]["baselines"] for case in IN_SUITE[engine] if case[:4] == "kto,"}
     assert all(len(found) >= 3 and min(found) > 0 for found in baselines.values()), baselines
 
 
@@ -109,7 +118,7 @@ def test_a_moved_reference_goes_on_with_another_number_of_ranks(outcomes_of, eng
     trainer = make_trainer(tmp_path, CASES[case].build_model(), train_dataset=None, **CASES[case].merged_settings(1))
     tolerance = TOLERANCE["weights"] * expected["scale"]
     assert largest_difference(trainer.reference.copies.tensors, expected["moved"]) > 1000 * tolerance
-    trainer.scorer.load(Path(outcomes_of(engine)[case][0]["checkpoint"]))
+    trainer.scorer.load(Path(outcomes_of(engine, case)[0]["checkpoint"]))
     assert largest_difference(trainer.reference.copies.tensors, expected["moved"]) <= tolerance
 
 

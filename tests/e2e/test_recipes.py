@@ -60,7 +60,14 @@ def in_a_process(command: list[str], cwd: Path, cache: Path, **environment: str)
     return subprocess.run(command, capture_output=True, text=True, env=settings, cwd=cwd)
 
 
-@pytest.mark.parametrize(("recipe", "weights"), [("dpo_lora", ADAPTER), ("dpo_full", WHOLE_MODEL), ("qlora", ADAPTER)])
+@pytest.mark.parametrize(
+    ("recipe", "weights"),
+    [
+        ("dpo_lora", ADAPTER),
+        pytest.param("dpo_full", WHOLE_MODEL, marks=pytest.mark.nightly),
+        pytest.param("qlora", ADAPTER, marks=pytest.mark.nightly),
+    ],
+)
 def test_recipe_leaves_weights_card_and_curves(recipe, weights, tmp_path, model_folder, data_folder):
     printed = run_recipe(recipe, tmp_path, model_folder, data_folder)
     assert (tmp_path / weights).stat().st_size > 0

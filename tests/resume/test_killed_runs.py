@@ -23,7 +23,11 @@ def whole(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "moment",
-    ["between the micro-batches of step 5", "writing trainer_state.json", "writing optimizer.pt"],
+    [
+        "between the micro-batches of step 5",
+        pytest.param("writing trainer_state.json", marks=pytest.mark.nightly),
+        pytest.param("writing optimizer.pt", marks=pytest.mark.nightly),
+    ],
 )
 def test_a_killed_run_ends_as_the_whole_one(moment, whole, tmp_path):
     """Killed at its last such moment, and again in the resumed run: the weights and the loss's running mean."""
