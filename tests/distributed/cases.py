@@ -227,11 +227,13 @@ ALL_OF = {
     "zero3_offload": FEW,
     "fsdp2": [*SHARDED, *MODELS, "dpo, shared, LoRA, 4 bits stored as fp32, resumed"],
 }
-# Every second of the cases that engines share, DDP's and ZeRO-2's from the other end.
+# Every second case, and the moving reference, which the tests of resuming read.
+_MOVING = "dpo, shared, full, moving reference, resumed"
 IN_SUITE = {
     **ALL_OF,
-    "ddp": [name for name in SOME[::-2] if name in ALL_OF["ddp"]] + MODELS,
-    "zero2": [*SOME[1::2], QLORA],
+    "ddp": [*SOME[::2], *MODELS],
+    "zero2": [*SOME[1::2], _MOVING, QLORA],
     "zero3": [*SHARDED[::2], QLORA],
     "fsdp2": [*SHARDED[::2], *MODELS[:2], "dpo, shared, LoRA, 4 bits stored as fp32, resumed"],
 }
+assert all(_MOVING in IN_SUITE[engine] for engine in ("ddp", "zero2", "zero3", "fsdp2"))
