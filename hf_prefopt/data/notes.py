@@ -231,7 +231,7 @@ def _events(notes: Mapping[str, np.ndarray], max_length: int | None) -> list[str
             f"{changes[0]}"
         )
     if against:
-        events.append(f"{plural(against, 'pair')} kept whose chosen response has the lower score")
+        events.append(f"{plural(against, 'pair')} kept although the chosen response has the lower score")
     return events
 
 

@@ -117,7 +117,7 @@ def test_a_column_of_lengths_is_used_or_missed(tmp_path):
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_stream_is_refused(strategy, tmp_path):
-    with pytest.raises(ValueError, match=f"'{strategy}' draws rows by the lengths .*without streaming"):
+    with pytest.raises(ValueError, match=f"'{strategy}' needs the lengths of all rows.*without streaming"):
         make_trainer(
             tmp_path, train_dataset=pairs(8).to_iterable_dataset(), max_steps=2, train_sampling_strategy=strategy
         )

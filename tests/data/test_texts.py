@@ -83,7 +83,7 @@ def test_answers_that_begin_with_nothing_in_common_are_refused_by_the_row():
 
 def test_messages_that_begin_with_the_answer_have_no_prompt():
     pair = {"chosen": reply("Paris."), "rejected": reply("Rome.")}
-    with pytest.raises(ValueError, match=r"begin with the assistant, so there is no prompt; .*\[\] where"):
+    with pytest.raises(ValueError, match=r"begin with the assistant, so there is no prompt; .*\[\] if"):
         prepare(pair)
     assert len(prepare({"prompt": [], **pair})) == 1
 

@@ -193,7 +193,7 @@ def test_control_tokens_in_a_users_words_do_not_move_the_boundary():
 
 
 def test_messages_without_a_chat_template_are_refused_with_the_cure():
-    with pytest.raises(ValueError, match=r"no chat template; set tokenizer\.chat_template"):
+    with pytest.raises(ValueError, match=r"no chat template: use an instruction-tuned model"):
         prepare_row(chat_pair(), tiny_tokenizer(None))
 
 

@@ -124,5 +124,5 @@ def test_a_moved_reference_goes_on_with_another_number_of_ranks(outcomes_of, eng
 
 def test_a_token_budget_cuts_ranks_batches_unequally(outcomes_of):
     """So the comparison above is of ranks that fill up with pieces without examples."""
-    first, second = (outcome["pieces"] for outcome in outcomes_of("ddp")["dpo, shared, full, token budget"])
+    first, second = (outcome["pieces"] for outcome in outcomes_of("ddp", "dpo, shared, full, token budget"))
     assert len(first) == len(second) and first != second

@@ -73,7 +73,7 @@ def test_recipe_leaves_weights_card_and_curves(recipe, weights, tmp_path, model_
     assert (tmp_path / weights).stat().st_size > 0
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     card = ModelCard.load(tmp_path / "README.md")
-    assert "dpo" in card.data.tags and "arXiv:2305.18290" in card.text and "eval_rewards/accuracies" in card.text
+    assert "dpo" in card.data.tags and "arXiv:2305.18290" in card.text and "reward accuracy" in card.text
     for said in ("before", "after", "0.6931", "reward accuracy", "Next steps", str(tmp_path / "curves.png")):
         assert said in printed
 
@@ -129,7 +129,7 @@ def test_a_script_ends_with_one_line_at_a_mistake(tmp_path):
     """Exit code 1, and no traceback; `--traceback` shows where the error comes from."""
     command = [sys.executable, str(RECIPES / "dpo_lora.py")]
     run = in_a_process(command, cwd=tmp_path, cache=tmp_path)
-    assert run.returncode == 1 and run.stderr.splitlines()[-1].startswith("error: --dataset_name is missing")
+    assert run.returncode == 1 and run.stderr.splitlines()[-1].startswith("error: the data set is missing")
     assert "Traceback" not in run.stderr
     shown = in_a_process([*command, "--traceback"], cwd=tmp_path, cache=tmp_path)
     assert shown.returncode == 1 and "Traceback" in shown.stderr and "_refuse_missing" in shown.stderr
