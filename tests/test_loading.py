@@ -124,7 +124,7 @@ def test_an_adapter_of_another_class_is_an_error(tmp_path):
     assert type(text_only).__name__ == "Qwen3_5ForCausalLM"
     by_last_name = lora(["down_proj"])
     perturbed(with_adapter(text_only, by_last_name)).save_pretrained(tmp_path / "adapter")
-    with pytest.raises(ValueError, match=r"\(base_model.*, which are not loaded into Qwen3_5ForConditionalG"):
+    with pytest.raises(ValueError, match=r"\(base_model.* are not loaded into Qwen3_5ForConditionalG"):
         load_model(str(tmp_path / "adapter"), None)
 
 
@@ -134,7 +134,7 @@ def test_an_adapter_that_peft_loses_is_an_error(tmp_path):
     AutoModelForCausalLM.from_config(tiny_config("laguna")).save_pretrained(tmp_path / "base")
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), lora())
     perturbed(model).save_pretrained(tmp_path / "adapter")
-    with pytest.raises(ValueError, match=r"tensors \(.*shared_expert.*, which are not loaded into LagunaForCausalLM"):
+    with pytest.raises(ValueError, match=r"tensors \(.*shared_expert.* are not loaded into LagunaForCausalLM"):
         load_model(str(tmp_path / "adapter"), None)
 
 

@@ -278,7 +278,7 @@ def test_a_ratio_wants_positive_scores(tmp_path):
 
 
 def test_a_missing_column_is_named_with_its_other_names(tmp_path):
-    with pytest.raises(ValueError, match=r"rpo_sq: it needs .* `chosen_score` \(or score_chosen, .*missing: add it"):
+    with pytest.raises(ValueError, match=r"rpo_sq: column `chosen_score` is missing: .*\(also accepted: score_cho"):
         make_trainer(tmp_path, loss_type="rpo_sq", train_dataset=pairs(2))
 
 
@@ -355,7 +355,7 @@ def test_soft_labels_without_meaning_are_refused(settings, error, tmp_path):
 
 def test_win_rates_that_do_not_fit_are_refused_by_row(tmp_path):
     soft = {"use_win_rates": True, "loss_type": ["dpo", "sft"]}
-    with pytest.raises(ValueError, match=r"dpo, sft: it needs .* `chosen_win_rate` \(or win_rate, p_chosen\).*missing"):
+    with pytest.raises(ValueError, match=r"sft: column `chosen_win_rate` is missing.*accepted: win_rate, p_chosen\)"):
         make_trainer(tmp_path, **soft, train_dataset=pairs(3))
     for value, found in ((1.5, "is 1.5"), (-0.1, "is -0.1"), (float("nan"), "has no number")):
         rows = with_column(pairs(3), "chosen_win_rates", lambda row, value=value: value if row == 2 else 0.5)

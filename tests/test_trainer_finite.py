@@ -161,7 +161,7 @@ def test_of_a_loss_over_the_batch_the_example_with_the_bad_input_is_named():
     losses = torch.tensor([torch.nan] * 3)
     inputs = {"policy_logps": torch.tensor([-1.0, torch.nan, -2.0]), "ref_logps": torch.tensor([-1.0, -2.0, -1.0])}
     alone, text = Seen(torch.tensor([7, 8, 9]), inputs, {"kto": losses, "": losses}).finding()
-    assert not alone and "row 8 of" in text and "policy_logps there" in text
+    assert not alone and "row 8 of" in text and "policy_logps are not finite there" in text
     finding = Seen(torch.tensor([7]), {"margins": torch.tensor([torch.inf])}, {"": torch.zeros(1)}).finding()
     assert finding is None
 
@@ -176,4 +176,4 @@ def test_many_rows_are_counted():
 def test_a_gradient_of_zero_is_warned_of_once(weight, count, tmp_path, caplog):
     rows = with_column(pairs(8), "weights", lambda row: weight)
     make_trainer(tmp_path, tiny_model(), train_dataset=rows).train()
-    assert caplog.text.count("is exactly 0, so nothing is learned") == count
+    assert caplog.text.count("is exactly 0, so the step does not change the model") == count

@@ -269,7 +269,7 @@ def test_liger_kernels_leave_the_losses_as_they_are(adapt, layout, tmp_path, mon
 def test_a_forward_replaced_in_train_is_an_error_before_the_first_step(tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.trainer.apply_liger_kernel", lambda model, _: stand_in_for_liger(model, None))
     trainer = make_trainer(tmp_path, use_liger_kernel=True)
-    with pytest.raises(RuntimeError, match="LlamaForCausalLM did not take scored_rows"):
+    with pytest.raises(RuntimeError, match="LlamaForCausalLM does not accept scored_rows"):
         trainer.train()
     assert trainer.state.global_step == 0
 

@@ -144,7 +144,7 @@ def test_the_layout_falls_back_with_a_reason_or_refuses(tmp_path, caplog):
         trainer.evaluate()
     said = [record.message for record in caplog.records if record.message.startswith("layout: ")]
     assert len(said) == 1 and said[0].startswith("layout: around, each prompt is computed once")
-    assert "not shared because its attention does not go through" in said[0] and "(BloomForCausalLM)" in said[0]
+    assert "not shared because its attention does not use" in said[0] and "(BloomForCausalLM)" in said[0]
     with pytest.raises(ValueError, match="layout='shared' is not exact for this model"):
         make_trainer(tmp_path, model=architecture("bloom"), layout="shared").train()
 

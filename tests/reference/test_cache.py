@@ -243,7 +243,7 @@ def test_a_reference_with_memory_of_its_own_is_let_go(make, settings, tmp_path):
         {**row, "response_ids": [row["response_ids"][0], [5, 2]], "scored_masks": [row["scored_masks"][0], [1, 1]]}
         for row in random_rows(3, seed=3, longest=10)
     ]
-    with pytest.raises(MissingLogProbs, match=r"3 of 6 responses of the data set 'evaluation' .* precompute"):
+    with pytest.raises(MissingLogProbs, match=r"3 of 6 responses of the dataset 'evaluation' .* precompute"):
         trainer.evaluate(Dataset.from_list(rows))
     (batch,) = trainer._prepare_inputs(trainer.data_collator(rows))["pieces"]
     with pytest.raises(MissingLogProbs, match=r"3 of 6 responses of the batch of rows \[0, 1, 2\]"):

@@ -36,7 +36,7 @@ def test_a_run_may_start_without(said, tmp_path):
 
 
 def test_where_there_is_none_that_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match=f"{tmp_path} has no complete checkpoint: remove resume_from_checkpoint"):
+    with pytest.raises(ValueError, match=f"{tmp_path} has no complete checkpoint to resume from"):
         steps(tmp_path, "true")
 
 

@@ -178,7 +178,7 @@ def test_a_forward_that_was_replaced_is_named(takes_anything, lora):
 
     causal_lm = base_causal_lm(model)
     causal_lm.forward = (lambda **_: output) if takes_anything else forward
-    with pytest.raises(RuntimeError, match=r"LlamaForCausalLM did not take scored_rows.*replaced the forward"):
+    with pytest.raises(RuntimeError, match=r"LlamaForCausalLM does not accept scored_rows.*replaced the forward"):
         score(model, padded_batch())
 
 

@@ -108,7 +108,7 @@ def test_the_base_that_the_card_names(folders, capsys, tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "said"),
-    [(["--temperature", "-1"], "temperature=-1.0"), (["--top_p", "0"], "top_p=0.0"), ([], "cannot be loaded")],
+    [(["--temperature", "-1"], "--temperature -1.0"), (["--top_p", "0"], "--top_p 0.0"), ([], "cannot be loaded")],
 )
 def test_mistakes_are_one_line(folders, capsys, options, said):
     run = str(folders / "adapter") if options else str(folders / "nowhere")

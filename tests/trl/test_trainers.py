@@ -92,7 +92,7 @@ def test_a_configuration_of_another_kind(tmp_path):
     """TRL's own, whose import was not changed, and another method's."""
     other = pytest.importorskip("trl").DPOConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none")
     for args in (other, ours.KTOConfig(str(tmp_path), use_cpu=True, report_to="none")):
-        with pytest.raises(ValueError, match="DPOTrainer takes the DPOConfig of hf_prefopt"):
+        with pytest.raises(TypeError, match="DPOTrainer takes the DPOConfig of hf_prefopt"):
             ours.DPOTrainer(model(), args=args)
 
 
