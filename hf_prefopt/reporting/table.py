@@ -24,5 +24,6 @@ def plain_caption(results: Results) -> str:
     """Return the caption, which explains the intervals in brackets."""
     accuracy = results.accuracies.get("after")
     several = accuracy is not None and accuracy.prompts < accuracy.examples
-    counted = f"; {accuracy.prompts:,} prompts count, not {accuracy.examples:,} examples" if several else ""
+    prompts = "1 prompt counts" if accuracy.prompts == 1 else f"{accuracy.prompts:,} prompts count"
+    counted = f"; {prompts}, not {accuracy.examples:,} examples" if several else ""
     return f"[ ]: 95% confidence interval; a tie counts half{counted}"
