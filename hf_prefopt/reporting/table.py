@@ -23,7 +23,8 @@ def evaluation_table(results: Results) -> Table:
 def plain_caption(results: Results) -> str:
     """Return the caption, which explains the intervals in brackets."""
     accuracy = results.accuracies.get("after")
-    several = accuracy is not None and accuracy.prompts < accuracy.examples
-    prompts = "1 prompt counts" if accuracy.prompts == 1 else f"{accuracy.prompts:,} prompts count"
-    counted = f"; {prompts}, not {accuracy.examples:,} examples" if several else ""
+    counted = ""
+    if accuracy is not None and accuracy.prompts < accuracy.examples:
+        prompts = "1 prompt counts" if accuracy.prompts == 1 else f"{accuracy.prompts:,} prompts count"
+        counted = f"; {prompts}, not {accuracy.examples:,} examples"
     return f"[ ]: 95% confidence interval; a tie counts half{counted}"
