@@ -100,7 +100,7 @@ def test_what_is_kept_is_the_same_run_and_has_no_secrets(desk):
 
 
 def test_another_runs_folder_is_not_overwritten(desk, capsys):
-    """The same run may write again, and so may one that is told to, or that goes on from a checkpoint."""
+    """The same run may write again, and so may a run with `--overwrite_output_dir` or one that resumes."""
     first = read("--config", "base.yaml", "--output_dir", "out")
     refuse_other_run(first)
     keep_settings(first)

@@ -240,7 +240,7 @@ def _answers_section(answers: Sequence[Mapping[str, str]]) -> str:
     if not answers:
         return ""
     rows = [f"| {' | '.join(_cell(answer[name]) for name in ('prompt', 'before', 'after'))} |" for answer in answers]
-    head = "## Answers before and after training\n\nGreedy answers to held-out prompts.\n\n"
+    head = "## Answers before and after training\n\nGreedy answers to prompts of the data.\n\n"
     return head + "| prompt | before | after |\n|---|---|---|\n" + "\n".join(rows)
 
 

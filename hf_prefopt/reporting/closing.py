@@ -48,7 +48,7 @@ def closing_report(
 def answers_table(answers: Sequence[Mapping[str, str]]) -> Table:
     """Build a table of the answers before and after training. Terminal control characters are made visible."""
     table = Table(
-        title="Greedy answers to held-out prompts",
+        title="Greedy answers to prompts of the data",
         title_justify="left",
         title_style="bold",
         show_lines=True,

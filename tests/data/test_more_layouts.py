@@ -1,4 +1,4 @@
-"""Further layouts of public sets and of annotation tools: what they become, and what is refused with which fix."""
+"""Layouts of public data sets and annotation tools: the rows that they become, or the error with its fix."""
 
 import json
 import logging

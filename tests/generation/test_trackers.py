@@ -47,7 +47,7 @@ def test_tensorboard(make, tmp_path, monkeypatch):
 
 
 def test_trackio(tmp_path):
-    """Its data base has the table's rows and the picture's file; in a process of its own, for it keeps threads."""
+    """The database has the rows and the picture. trackio keeps threads, so it runs in a new process."""
     pytest.importorskip("trackio", reason="trackio is not installed")
     environment = {**os.environ, "TRACKIO_DIR": str(tmp_path / "trackio"), "HF_HOME": str(tmp_path / "home")}
     code = (

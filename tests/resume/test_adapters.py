@@ -1,4 +1,4 @@
-"""Adapters come back from a checkpoint under their names, however many are active, or the resume is refused."""
+"""Resuming restores each adapter under its name, for any number of active adapters, or raises an error."""
 
 import pytest
 import torch
@@ -49,7 +49,7 @@ def test_a_resumed_run_with_these_adapters_is_the_uninterrupted_one(names, tmp_p
     ids=["another name", "one more", "none before", "none now"],
 )
 def test_other_adapters_than_the_checkpoint_has_are_refused(written_by, resumed_by, message, tmp_path):
-    """The Trainer goes on with an adapter as it was made, and the optimizer of another."""
+    """The Trainer would continue with an untrained adapter and the optimizer state of another one."""
     make_trainer(tmp_path, written_by(), **SETTINGS).train()
     with pytest.raises(ValueError, match=message):
         make_trainer(tmp_path, resumed_by(), **SETTINGS).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))

@@ -1,4 +1,4 @@
-"""Models with a table of positions are known by it, and a row that is longer is refused before training."""
+"""A row that is longer than the model's table of positions raises an error before training."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Run by test_pushed.py with a stand-in for the Hub: runs that push while they train, and one that goes on from there.
+"""Runs that push to a stand-in for the Hub while they train, and a run that resumes from there, for test_pushed.py.
 
 Prints whether the run that was downloaded and resumed has, bit for bit, the weights of one without an interruption.
 """

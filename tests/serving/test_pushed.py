@@ -1,4 +1,4 @@
-"""What is pushed while a run trains, to a stand-in for the Hub: it loads elsewhere, and training goes on from it."""
+"""Checkpoints pushed to a stand-in for the Hub load elsewhere, and training resumes from them."""
 
 import json
 import logging
