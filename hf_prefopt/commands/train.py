@@ -97,6 +97,7 @@ def train(recipe: Recipe) -> None:
         trainer.evaluate()
     trainer.save_model()
     finish_run(trainer, recipe.data_names, next_steps(training))
+    trainer.accelerator.end_training()  # a process that exits inside a process group may crash
 
 
 def next_steps(training: PreferenceConfig) -> dict[str, str]:

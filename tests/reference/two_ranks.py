@@ -45,3 +45,4 @@ for name, settings in RUNS.items():
     if name != "kto":
         seen[name]["eval_loss"] = trainer.evaluate()["eval_loss"]
 (folder / f"rank{rank}.json").write_text(json.dumps(seen))
+trainer.accelerator.end_training()
