@@ -174,7 +174,7 @@ def _refuse_uneven_batches(settings: Any, world_size: int) -> None:
 
 
 def without_fused_head(liger_kernel_config: dict[str, bool]) -> dict[str, bool]:
-    """Liger's configuration without the kernel that replaces the model's forward, which the trainer needs.
+    """Liger's configuration with the kernel switched off that would replace the model's forward.
 
     Raises:
         ValueError: the configuration requests that kernel.

@@ -28,7 +28,7 @@ REFUSALS = {
     "an unknown loss": ({"loss_type": "simp0"}, "did you mean simpo"),
     "no loss": ({"loss_type": []}, "name at least one"),
     "a loss twice": ({"loss_type": ["dpo", "sigmoid"]}, "is listed twice"),
-    "weights that do not match": ({"loss_type": ["dpo", "sft"], "loss_weights": [1.0]}, "1 values for 2 losses"),
+    "weights that do not match": ({"loss_type": ["dpo", "sft"], "loss_weights": [1.0]}, "one weight for each of dpo"),
     "an unknown parameter": ({"loss_type": "dpo", "loss_params": {"gamma": 1.0}}, "dpo takes beta, "),
     "a parameter out of range": ({"loss_type": "simpo", "loss_params": {"gamma": -1.0}}, "gamma=-1.0 must be"),
     "two margins": (

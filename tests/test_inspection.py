@@ -79,7 +79,7 @@ def test_rows_that_cannot_be_used_are_counted_and_stop_training_alone():
 def test_what_a_loss_asks_is_checked_where_one_is_named():
     assert inspect_dataset(chats(), TOKENIZER, loss_type="dpo").errors == ()
     (error,) = inspect_dataset(chats(), TOKENIZER, loss_type="odpo").errors
-    assert "does not fit odpo: column `chosen_score` is missing: add it, with a number in every row" in error
+    assert "does not fit odpo: columns of numbers are missing, `chosen_score`, `rejected_score`: add" in error
     (error,) = inspect_dataset([chat_pair("Paris.", "Paris.")] * 3, TOKENIZER, loss_type="dpo").errors
     assert error.startswith("chosen and rejected have the same tokens in all of 3 pairs")
     labels = [{"prompt": "Q", "completion": " a", "label": n > 0} for n in range(4)]

@@ -51,7 +51,7 @@ CURES: dict[str, str] = {
         "eval_strategy=steps save_strategy=steps"
     ),
     r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'": (
-        r"\1 takes no argument '\2': check --model_init_kwargs"
+        r"\1 takes no argument '\2': remove it from --model_init_kwargs"
     ),
 }
 _OUT_OF_MEMORY = (

@@ -61,7 +61,7 @@ class EvenStream(IterableDataset):
 
     Args:
         stream: The rows, which are mappings.
-        multiple: The number of rows is padded to a multiple of this: the number of rows per batch over all ranks.
+        multiple: The rows of a batch of all ranks together. The stream is filled up to a multiple of it.
     """
 
     def __init__(self, stream: Iterable[Mapping[str, Any]], multiple: int):

@@ -118,7 +118,7 @@ def by_votes(column: str, votes: Any, place_of: Callable[[Any], int]) -> int:
 
     Args:
         column: Column of the votes, for errors.
-        votes: The list of verdicts.
+        votes: A list with the verdict of each rater: the name of a response, or a tie.
         place_of: Function that returns the index of the response that a verdict names.
 
     Raises:

@@ -92,7 +92,7 @@ class Prepared:
     Attributes:
         dataset: The prepared rows.
         raw: The given rows, after columns were renamed and removed.
-        layout: The layout of the columns; None if the given rows were already prepared.
+        layout: How the columns of the raw rows are read; None if the given rows were already prepared.
         noted: Each given row with its notes (`notes.NOTES`); None for a stream and for rows already prepared.
         is_unpaired: Whether the pair in row n became the rows 2n and 2n + 1.
         options: The options for tokenizing and truncating the rows.

@@ -207,12 +207,14 @@ class ExampleKind(ABC):
 
     def refusal(self, row: Mapping[str, Any], inputs: Sequence[str]) -> str | None:
         """Why a data set with this row cannot provide these inputs, or `None` if it can."""
-        for name in inputs:
-            if name in self.optional_columns and self.optional_columns[name].default is None and name not in row:
-                column, *others = self.optional_columns[name].columns
-                known = f" (also accepted: {', '.join(others)})" if others else ""
-                return f"column `{column}` is missing: add it, with a number in every row{known}"
-        return None
+        optional = [self.optional_columns[name] for name in inputs if name in self.optional_columns and name not in row]
+        missing = [column.columns[0] for column in optional if column.default is None]
+        if not missing:
+            return None
+        return (
+            f"columns of numbers are missing, {', '.join(map('`{}`'.format, missing))}: add them, or name yours, "
+            f"column_mapping={dict.fromkeys(missing, '<your column>')}"
+        )
 
 
 def _columns(tensors: list[Tensor]) -> Tensor:

@@ -302,7 +302,7 @@ def get_loss(name: str) -> LossSpec:
     if canonical not in _LOSSES:
         known = [*_LOSSES, *_ALIASES]
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(sorted(_LOSSES))}"
+        hint = f"did you mean {' or '.join(near)}?" if near else "`hf_prefopt losses` lists them"
         raise ValueError(f"loss_type={name!r}: there is no such loss; {hint}")
     return _LOSSES[canonical]
 

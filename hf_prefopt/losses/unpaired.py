@@ -55,8 +55,8 @@ def apo_zero_unpaired_loss(
 def npo_loss(policy_logps: Tensor, ref_logps: Tensor, labels: Tensor, beta: float = 0.1) -> LossOutput:
     """(2/β)·softplus(βr) on responses to forget (undesirable), 0 on responses to keep.
 
-    Negative preference optimization: the rejected half of DPO, and gradient ascent as β → 0. It is usually combined
-        with responses to keep, which `sft_weight` trains on. The implicit reward is βr.
+    Negative preference optimization: the rejected half of DPO, and gradient ascent as β → 0. Combine it
+        with a retain set of responses to keep: `sft_weight` adds their SFT loss. The implicit reward is βr.
 
     Use it for unlearning: label the forget set False and the retain set True, and set `sft_weight`.
 

@@ -52,7 +52,10 @@ def build_objective(
     if not specs:
         raise ValueError("loss_type is empty: name at least one loss")
     if len(weights) != len(specs):
-        raise ValueError(f"loss_weights has {len(weights)} values for {len(specs)} losses {loss_types}")
+        raise ValueError(
+            f"loss_weights={weights}: give one weight for each of {', '.join(loss_types)}, such as "
+            f"loss_weights={[1.0] * len(specs)}"
+        )
     check_range("sft_weight", sft_weight, 0.0)
     if sft_weight > 0:
         specs, weights = [*specs, get_loss("sft")], [*weights, sft_weight]

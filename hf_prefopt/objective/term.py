@@ -38,7 +38,7 @@ class Modifier(ABC):
 
     @abstractmethod
     def reads(self, names: Names) -> Names:
-        """The inputs that it needs to compute the inputs of these names."""
+        """The names of the inputs that are read to compute the inputs of these names."""
 
     @abstractmethod
     def __call__(self, inputs: Inputs, names: Names) -> Inputs:

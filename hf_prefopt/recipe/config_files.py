@@ -78,7 +78,7 @@ def _layer(file: Path, options: Mapping[str, Action]) -> Layer:
         try:
             settings[name] = _read(options[name], value)
         except (ValueError, TypeError, ArgumentTypeError) as error:
-            raise ValueError(f"{where}: {name}: {value!r} {_wanted(options[name], value, error)}") from None
+            raise ValueError(f"{where}: {_wanted(options[name], value, error)}") from None
     return Layer(str(file), settings, {name: str(value) for name, value in environment.items()})
 
 
@@ -117,7 +117,7 @@ def _fault(error: yaml.MarkedYAMLError) -> str:
     if "'\\t'" in problem:
         return f"{where}: YAML does not allow a tab here: use spaces"
     if start and (error.context or "").startswith(("while parsing a flow", "while scanning a quoted")):
-        problem += f"; the part that begins in line {start.line + 1}, column {start.column + 1} may not be closed"
+        problem += f"; the part that begins in line {start.line + 1}, column {start.column + 1} is not closed"
     return f"{where}: invalid YAML: {problem}"
 
 
@@ -170,17 +170,15 @@ def _is_switch(option: Action) -> bool:
 
 def _wanted(option: Action, value: Any, error: Exception) -> str:
     if isinstance(value, bool) and not _is_switch(option):
-        return f'{_BOOLEANS[value]}: write {option.dest}: "{"yes" if value else "no"}" in quotes, or another value'
+        words, quoted = ("yes, on or true", "yes") if value else ("no, off or false", "no")
+        return f'YAML reads an unquoted {words} as {value}: write {option.dest}: "{quoted}" in quotes, or another value'
+    given = f"{option.dest}: {value!r}"
     if option.choices is not None:
-        return f"is not one of {', '.join(map(str, option.choices))}"
+        return f"{given} is not one of {', '.join(map(str, option.choices))}"
     if isinstance(error, TypeError):
-        return f"must be one value, and not a {type(value).__name__}"
-    kind = getattr(option.type, "__name__", "")
-    return f"must be {_KINDS.get(kind, 'another value: ' + str(error))}"
+        return f"{given} must be one value, and not a {type(value).__name__}"
+    kind = _KINDS.get(getattr(option.type, "__name__", ""))
+    return f"{given} is not {kind}" if kind else f"{given}: {error}"
 
 
-_BOOLEANS = {
-    True: "is what YAML reads for an unquoted yes, on or true",
-    False: "is what YAML reads for an unquoted no, off or false",
-}
 _KINDS = {"int": "a whole number", "float": "a number", "string_to_bool": "true or false"}

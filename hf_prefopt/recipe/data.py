@@ -1,5 +1,6 @@
 """Loading of the training and evaluation rows, from `dataset_name` or from `datasets`."""
 
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,10 +51,10 @@ def _no_mixture(unused: dict[str, Any]) -> str:
     """What to say of settings that are given beside `datasets`, in whose entries they belong."""
     given = " and ".join(f"{name}={value}" for name, value in unused.items())
     entry = {_OF_ENTRIES[name]: value for name, value in unused.items() if name in _OF_ENTRIES}
-    example = {"path": "pairs.jsonl", "split": "train", **entry, "weight": 1.0}
+    one, other = ("'" + json.dumps(example) + "'" for example in ({"path": "a.jsonl"} | entry, {"path": "b.jsonl"}))
     return (
-        f"{given} cannot be combined with --datasets: for one data set remove --datasets; for several put all of them "
-        f"into datasets={example}, an entry for each"
+        f"{given} cannot be combined with --datasets: for one data set remove --datasets; for several write each as an "
+        f"entry, such as --datasets {one} {other}"
     )
 
 

@@ -68,7 +68,7 @@ class CachedReference:
 
     @cached_property
     def store(self) -> LogProbStore:
-        """The store of the log-probs, created on first use, because it hashes the weights in their final form."""
+        """The store of the log-probs, created on first use: it is named by a hash of the weights."""
         assert self.live is not None
         with self.live.switch():
             name = fingerprint(self.live.model, self._temperature, self._autocast_dtype)

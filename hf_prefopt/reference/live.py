@@ -132,7 +132,7 @@ def _weights(module: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def has_its_place(model: nn.Module) -> bool:
-    """Whether a model was loaded in 4 or 8 bits, or over devices, or its weights come from elsewhere for each use."""
+    """Whether a model must not be moved: it is quantized, spread over devices by a device map, or offloaded."""
     placed = hasattr(model, "hf_device_map") or getattr(model, "quantization_method", None) is not None
     return placed or any(hasattr(module, "_hf_hook") for module in model.modules())
 

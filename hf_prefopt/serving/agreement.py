@@ -39,10 +39,11 @@ def compare(
 ) -> Agreement:
     """Compare the scored tokens of the same rows.
 
-    The median over tokens is bounded by 4u · (|z| + E|z|), for logits z and the unit roundoff u of the dtype. Rounding
-    the weights changes the output of each block by a relative error of about u. Later blocks amplify this error by at
-    most e in total, and the head adds an error of u; e + 1 < 4. The largest difference is not bounded, because rounding
-    can change the selected expert in a mixture of experts if two experts have almost equal scores.
+    The median difference of a token is bounded by 4u · (|z| + E|z|), where z is its logit, E|z| the mean over the
+    vocabulary, and u the unit roundoff of the dtype. Rounding the weights changes the output of each block by a
+    relative error of about u. Later blocks amplify this error by at most e in total, and the head adds an error of u;
+    e + 1 < 4. The largest difference is not bounded, because rounding can change the selected expert in a mixture of
+    experts if two experts have almost equal scores.
 
     Args:
         rounding: 4u, or the relative error of float32 sums in a different order if that is larger.

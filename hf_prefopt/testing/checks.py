@@ -104,7 +104,7 @@ class DetachedValues:
 
 @_check(lambda spec: spec.kind is not SCORED)
 def check_preferred_direction(name: str, **params: Any) -> None:
-    """For every example, dL/ds ≤ 0 for preferred and ≥ 0 for other responses; for lists, for the best and the worst.
+    """dL/ds ≤ 0 for preferred and ≥ 0 for other responses; in a list, only the best and the worst are checked.
 
     Skip this check for losses with a finite target, such as squared losses: their gradient changes sign at the target.
     """

@@ -67,7 +67,7 @@ def test_reference_free_leaves_the_reference_out():
     ("settings", "message"),
     [
         ({"loss_types": []}, "name at least one"),
-        ({"loss_types": ["dpo"], "loss_weights": [1.0, 2.0]}, "2 values for 1 losses"),
+        ({"loss_types": ["dpo"], "loss_weights": [1.0, 2.0]}, "give one weight for each of dpo"),
         ({"loss_types": ["dpo", "sigmoid"]}, "dpo is listed twice"),
         ({"loss_types": ["dpo", "sft"], "sft_weight": 1.0}, "sft is listed twice"),
         ({"loss_types": ["dpo"], "sft_weight": -1.0}, "sft_weight=-1.0 must be"),
