@@ -15,7 +15,7 @@ from hf_prefopt.losses import registry
 from hf_prefopt.reference.cache import MissingLogProbs
 from hf_prefopt.reference.cache_store import read_shard
 from hf_prefopt.reference.live import LiveReference
-from hf_prefopt.training.scorer import ScorerEvents
+from hf_prefopt.training.scorer_events import ScorerEvents
 from tests.data.helpers import text_pair
 from tests.test_trainer_exactness import SYNCHRONIZING
 from tests.tiny_models import perturbed, random_rows, tiny_model, with_lora

@@ -7,7 +7,8 @@ import pytest
 from transformers import TrainerCallback, TrainerState
 
 from hf_prefopt.objective.build import build_objective
-from hf_prefopt.training.checkpoints import LOSSES, checkpoint_to_resume, keep_losses, restore_losses
+from hf_prefopt.training.checkpoints import checkpoint_to_resume
+from hf_prefopt.training.saved_run import LOSSES, keep_losses, restore_losses
 from tests.trainers import make_trainer, pairs
 
 BCO = {"loss_type": "bco_pair", "train_dataset": pairs(8), "save_strategy": "steps", "save_steps": 2}
