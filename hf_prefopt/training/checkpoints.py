@@ -25,8 +25,6 @@ _OPTIMIZERS = {
     DistributedType.FSDP: ("optimizer*[0n]", "FSDP"),  # optimizer_0, a folder, or optimizer.bin
     None: ("optimizer.pt", "one process or DDP"),
 }
-# File in which earlier versions stored the state of the losses.
-_OLD_STATE = "objective_state.json"
 # Values of resume_from_checkpoint on a command line, where every value is text.
 _WORDS = {"true": True, "last": True, "auto": True, "false": None, "none": None}
 
@@ -77,7 +75,7 @@ def checkpoint_to_resume(asked: str | bool | None, output_dir: str | Path) -> st
             `None` or `False` ("none", "false") for no checkpoint.
 
     Raises:
-        ValueError: there is no complete checkpoint; the given checkpoint is incomplete, or an older version wrote it.
+        ValueError: there is no complete checkpoint, or the given checkpoint is incomplete.
     """
     checkpoint = _WORDS.get(str(asked).lower(), asked)
     if checkpoint is True:
@@ -98,11 +96,6 @@ def checkpoint_to_resume(asked: str | bool | None, output_dir: str | Path) -> st
         if not Path(checkpoint).is_dir():
             fault = "there is no such folder"
         raise ValueError(f"resume_from_checkpoint={checkpoint}: {fault}: {cure}")
-    if Path(checkpoint, _OLD_STATE).is_file():
-        raise ValueError(
-            f"{checkpoint} is from an older version of hf_prefopt, which kept the state of the losses in {_OLD_STATE}, "
-            "and cannot be resumed by this one: resume with the older version"
-        )
     return str(checkpoint)
 
 
@@ -199,6 +192,5 @@ def _read_state(checkpoint: str | Path) -> dict:
 
 
 def begin_checkpoint(folder: Path) -> None:
-    """Mark a checkpoint that will be overwritten as incomplete, and remove the state file of older versions."""
-    for name in (TRAINER_STATE_NAME, _OLD_STATE):
-        (folder / name).unlink(missing_ok=True)
+    """Mark a checkpoint that will be overwritten as incomplete."""
+    (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
