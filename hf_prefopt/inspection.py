@@ -79,18 +79,14 @@ def inspect_dataset(
     is_stream = isinstance(dataset, IterableDataset)
     given = _beginning(dataset, stream_rows) if is_stream else dataset
     check_rows(given, name)
-    data, errors = PreferenceData(args, tokenizer), []
+    settled, kinds, errors = settings_of_rows(args), (), []
     with _said(name) as remarks:
-        settled = settings_of_rows(args)
-        kinds = () if losses else _kinds(given, settled)
-        # Triples can also be read as pairs; prefer triples, so that all three responses are shown.
-        kind = TRIPLES if TRIPLES in kinds else None
-        made = data.read(given, name) if losses else prepare(given, tokenizer, **settled, kind=kind, name=name)
         if losses:
-            try:
-                data.checked(made.dataset, name)
-            except ValueError as error:
-                errors.append(str(error))
+            made, errors = _checked(PreferenceData(args, tokenizer), given, name)
+        else:
+            kinds = _kinds(given, settled)
+            # Triples can also be read as pairs; prefer triples, so that all three responses are shown.
+            made = prepare(given, tokenizer, **settled, kind=TRIPLES if TRIPLES in kinds else None, name=name)
     problems = made.noted["_problem"][:] if made.noted is not None else []
     if on_bad_rows == "error" and any(problems):
         errors.insert(0, describe_bad_rows(name, problems))
@@ -107,6 +103,16 @@ def inspect_dataset(
         errors=tuple(error.removeprefix(f"{name}: ") for error in errors),
         rows=tuple(_shown_rows(made, rows, TokenKinds(tokenizer))),
     )
+
+
+def _checked(data: PreferenceData, given: Dataset, name: str) -> tuple[Prepared, list[str]]:
+    """Return the prepared rows, and the error that the losses would raise for them."""
+    made = data.read(given, name)
+    try:
+        data.checked(made.dataset, name)
+    except ValueError as error:
+        return made, [str(error)]
+    return made, []
 
 
 def _kinds(given: Dataset, settings: Mapping[str, Any]) -> tuple[ExampleKind, ...]:

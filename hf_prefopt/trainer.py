@@ -19,20 +19,15 @@ from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HPSearchBackend
 
-from hf_prefopt.batch import LoaderBatch, PreferenceBatch, join_examples
+from hf_prefopt.batch import LoaderBatch, PreferenceBatch
 from hf_prefopt.config import PreferenceConfig
 from hf_prefopt.config_names import refuse_foreign_arguments
 from hf_prefopt.data.collator import check_loaded
-from hf_prefopt.data.endings import stop_tokens
 from hf_prefopt.data.unpaired import EpochOfMismatches
-from hf_prefopt.loading import load_model, load_processing_class
 from hf_prefopt.objective.objective import Objective
-from hf_prefopt.policy import sample_of, under_adapter, with_adapter
-from hf_prefopt.reference.choose import check_reference
 from hf_prefopt.reporting.card import CardFacts, model_card
-from hf_prefopt.reporting.data_texts import data_texts
 from hf_prefopt.reporting.evaluated import EvaluatedSets
-from hf_prefopt.reporting.finite import ruined_gradient, ruined_weights
+from hf_prefopt.reporting.finite import ruined_weights
 from hf_prefopt.reporting.metrics import Evaluation, TrainingRecord
 from hf_prefopt.reporting.observed import observe
 from hf_prefopt.reporting.preview import print_preview
@@ -41,47 +36,24 @@ from hf_prefopt.reporting.run_facts import card_facts
 from hf_prefopt.reporting.start_summary import StartSummary, loss_texts
 from hf_prefopt.reporting.throughput import Throughput
 from hf_prefopt.scoring.modes import adapter_casts_off, body_parameters, light_train
-from hf_prefopt.scoring.positions import shortest_limit
-from hf_prefopt.training.arguments import (
-    check_arguments,
-    check_loading,
-    check_order,
-    check_types,
-    refuse_data_parallel,
-    refuse_empty_epoch,
-)
-from hf_prefopt.training.base_name import set_base_name
-from hf_prefopt.training.checkpoints import (
-    BatchOfStep,
-    begin_checkpoint,
-    check_resumable,
-    checkpoint_to_resume,
-    keep_batch,
-    keep_losses,
-    keep_reference,
-    kept_reference,
-    load_adapters,
-    refuse_adapter_alone,
-    restore_losses,
-)
+from hf_prefopt.training.arguments import check_arguments, check_types, refuse_empty_epoch
 from hf_prefopt.training.engines import (
-    check_adapter,
-    check_quantized,
-    forget_other_trainers,
+    accept_model,
+    begin_evaluation,
+    begin_training,
     keep_output_precision,
     make_room,
-    refuse_early_evaluation,
     refuse_first_fsdp,
     refuse_other_precision,
-    take_over,
-    unwrapped_after_evaluation,
 )
-from hf_prefopt.training.global_batch import GlobalBatch, gather_examples
-from hf_prefopt.training.preference_data import Data, DataOrSplits, PreferenceData
+from hf_prefopt.training.global_batch import GlobalBatch, gather_examples, join_outputs
+from hf_prefopt.training.models import load_models
+from hf_prefopt.training.preference_data import Data, DataOrSplits
 from hf_prefopt.training.replicas import RanksAgree, refuse_drifted
-from hf_prefopt.training.resumed_run import check_facts, facts_of, keep_facts
-from hf_prefopt.training.saved_adapters import with_frozen_adapters
-from hf_prefopt.training.scorer import Scorer, ScorerEvents, SettleScorer, loader_collator
+from hf_prefopt.training.saved_adapters import load_adapters, refuse_adapter_alone, set_base_name, with_frozen_adapters
+from hf_prefopt.training.saved_run import SavedRun
+from hf_prefopt.training.scorer import Scorer, loader_collator
+from hf_prefopt.training.scorer_events import ScorerEvents, SettleScorer
 from hf_prefopt.training.settings import OwnSettings, evaluation_loss
 from hf_prefopt.training.step_batches import StepBatches
 from hf_prefopt.training.trainable import check_trainable, refuse_another_model, refuse_frozen
@@ -151,59 +123,41 @@ class PreferenceTrainer(Trainer):
     ):
         check_types(args, ref_model, peft_config, processing_class)
         args = args or PreferenceConfig(output_dir="trainer_output")
-        check_arguments(args, model or model_init, ref_model, data_collator, trainer_arguments)
-        check_loading(args, (model, ref_model), quantization_config, processing_class)
-        check_order(args, train_dataset)
-        refuse_data_parallel(args.n_gpu)
-        name = os.fspath(model) if isinstance(model, str | os.PathLike) else None
-        needs_reference = args.build_objective().needs_reference_model
-        if isinstance(ref_model, str | os.PathLike) and needs_reference:
-            ref_model = load_model(os.fspath(ref_model), args.model_init_kwargs, quantization_config)
-        if name is not None:
-            model = load_model(name, args.model_init_kwargs, quantization_config)
-        if model is None:
-            model_init = under_adapter(model_init, peft_config)
-        else:
-            model = with_adapter(model, peft_config)
-            check_trainable(model, trainer_arguments.get("optimizers", (None,))[0], trains=train_dataset is not None)
-            check_reference(args.reference, model, ref_model, needs_reference)
+        check_arguments(args, model or model_init, ref_model, data_collator, train_dataset, trainer_arguments)
+        models = load_models(args, model, ref_model, model_init, peft_config, quantization_config, processing_class)
+        models.check(trainer_arguments.get("optimizers", (None,))[0], trains=train_dataset is not None)
         if processing_class is None:
-            processing_class = load_processing_class(model or sample_of(model_init), args.model_init_kwargs, name)
-        embeddings = getattr(model.get_input_embeddings(), "num_embeddings", None) if model is not None else None
-        tokenizer = getattr(processing_class, "tokenizer", processing_class)
-        data = PreferenceData(args, tokenizer, embeddings, stop_tokens(model), shortest_limit(model, ref_model))
-        collator = loader_collator(args, data.pad_token_id, data_collator)
+            processing_class = models.processing_class()
+        self.data = models.data(processing_class)
+        collator = loader_collator(args, self.data.pad_token_id, data_collator)
         make_room(args.mixed_precision)
         super().__init__(
-            model=model,
+            model=models.policy,
             args=args,
             data_collator=collator,
-            train_dataset=data.prepare(train_dataset, "train"),
-            eval_dataset=data.prepare(eval_dataset, "eval"),
+            train_dataset=self.data.prepare(train_dataset, "train"),
+            eval_dataset=self.data.prepare(eval_dataset, "eval"),
             processing_class=processing_class,
-            model_init=model_init,
+            model_init=models.model_init,
             **trainer_arguments,
         )
         refuse_first_fsdp(self.accelerator)
-        self.data, self.settings, self.summary = data, OwnSettings(args), StartSummary()
-        self._steps, self.evaluated = StepBatches(), EvaluatedSets()
-        self.scorer = Scorer(args, collator, ref_model, self.summary)
+        self.settings, self.summary, self.evaluated = OwnSettings(args), StartSummary(), EvaluatedSets()
+        self.scorer = Scorer(args, collator, models.reference, self.summary)
         self.throughput = Throughput(self.scorer.flops_per_position)
+        self._saved, self._steps = SavedRun(args, self.scorer), StepBatches()
         self._attach_model()
-        events = ScorerEvents(self.scorer, self._evaluated, keeps_reference=model_init is not None)
-        for callback in (
-            EpochOfMismatches(),
-            SettleScorer(self.scorer),
-            self.summary,
-            events,
-            RanksAgree(),
-            self.throughput,
-        ):
-            self.add_callback(callback)
+        self._add_callbacks()
         # compute_loss divides by the number of examples in the whole step.
         self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = True
         if args.show_first_batch and train_dataset is not None and self.is_world_process_zero():
-            print_preview([next(iter(self.train_dataset))], data.tokenizer)
+            print_preview([next(iter(self.train_dataset))], self.data.tokenizer)
+
+    def _add_callbacks(self) -> None:
+        events = ScorerEvents(self.scorer, self._evaluated, keeps_reference=self.model_init is not None)
+        settle = SettleScorer(self.scorer)
+        for callback in (EpochOfMismatches(), settle, self.summary, events, RanksAgree(), self.throughput):
+            self.add_callback(callback)
 
     def _attach_model(self) -> None:
         """Prepare a model for the objective: called at construction and for each model from `model_init`."""
@@ -211,9 +165,7 @@ class PreferenceTrainer(Trainer):
             refuse_frozen(self.model)
         self._eval_dataloaders = {}  # persistent workers would use the previous model's layout
         self._use(self.data.objective)
-        check_quantized(self.accelerator, self.model, self.args.mixed_precision)
-        check_adapter(self.accelerator, self.model)
-        forget_other_trainers(self.model)
+        accept_model(self.accelerator, self.model, self.args.mixed_precision)
         set_base_name(self.model, self.args.hub_base_model)
         self.scorer.attach(self.model, self.criterion, self.accelerator)
         self.evaluated.forget()
@@ -315,12 +267,8 @@ class PreferenceTrainer(Trainer):
         if "train_loss" in logs:  # the last log of a run
             self.record.check(self.accelerator, ruined_weights(self.model))
         if "loss" in logs:
-            # fp16's loss scaling skips steps whose gradients overflow.
-            norm = None if self.accelerator.mixed_precision == "fp16" else logs.get("grad_norm")
-            self.record.check(self.accelerator, ruined_gradient(norm))
+            self.record.check_gradient(self.accelerator, logs.get("grad_norm"), self.state.global_step)
             logs.update(self.record.pop_means(self.accelerator) | self.throughput.pop(self.accelerator))
-            if self.is_world_process_zero():
-                self.record.notice_gradient(norm, self.state.global_step)
         super().log(logs, start_time)
 
     # -- evaluation -----------------------------------------------------------------------------------------------
@@ -333,9 +281,7 @@ class PreferenceTrainer(Trainer):
             ValueError: the engine cannot evaluate before training.
         """
         self.record.check(self.accelerator)
-        refuse_early_evaluation(self.accelerator)
-        take_over(self.accelerator, self.model, self.args.mixed_precision)
-        keep_output_precision(self.accelerator)
+        begin_evaluation(self.accelerator, self.model, self.args.mixed_precision)
         if self.scorer.settle() and not self.is_in_train and self.is_world_process_zero():
             self.summary.show("layout")
         self.scorer.fill_cache(dataloader.dataset, description.lower())
@@ -353,26 +299,14 @@ class PreferenceTrainer(Trainer):
         """Return (mean loss of the batch, rewards `[B, 2]`, labels `[B, 2]`)."""
         with torch.no_grad(), self.compute_loss_context_manager():
             batch = self._prepare_inputs(check_loaded(inputs))
-            pieces = batch["pieces"]
-            for piece, counted in zip(
-                pieces, self.global_batch.counted(pieces, self.args.eval_batch_size), strict=True
-            ):
-                if counted is not None:
-                    piece["counted"] = counted
+            pieces, splits = batch["pieces"], self.args.max_tokens_per_batch is not None
             # The ranks of a sharded model run its layers together, so each rank must run the same number of pieces.
-            for piece in self.global_batch.idle([batch])[0] if self.args.max_tokens_per_batch is not None else ():
+            for piece in self.global_batch.begin_evaluation(batch, self.args.eval_batch_size, splits):
                 self.scorer.policy_scores(model, piece, self.scorer.reference_scores(piece, self.evaluation.dataset))
-            outputs = [self.compute_loss(model, piece, return_outputs=True) for piece in pieces]
-        loss = torch.stack([loss for loss, _ in outputs]).mean()
-        if prediction_loss_only:
-            return loss, None, None
-        everything = slice(None)
-        kept = [
-            {name: values[piece.get("counted", everything)] for name, values in output.items()}
-            for piece, (_, output) in zip(pieces, outputs, strict=True)
-        ]
-        # The Trainer also pads with −100.
-        return loss, *(join_examples([part[name] for part in kept], fill=-100.0) for name in ("predictions", "labels"))
+            results = [self.compute_loss(model, piece, return_outputs=True) for piece in pieces]
+        losses, outputs = zip(*results, strict=True)
+        loss = torch.stack(losses).mean()
+        return (loss, None, None) if prediction_loss_only else (loss, *join_outputs(pieces, outputs))
 
     # -- data -----------------------------------------------------------------------------------------------------
 
@@ -380,13 +314,8 @@ class PreferenceTrainer(Trainer):
         """Return the Trainer's data loader; a raw dataset is prepared first."""
         if eval_dataset is None or isinstance(eval_dataset, str):
             return super().get_eval_dataloader(eval_dataset)
-        # With persistent workers the Trainer caches a loader, which it would then return for any dataset.
-        kept = self._eval_dataloaders.pop("eval", None)
-        loader = super().get_eval_dataloader(self._prepared(eval_dataset, "eval"))
-        self._eval_dataloaders.pop("eval", None)
-        if kept is not None:
-            self._eval_dataloaders["eval"] = kept
-        return loader
+        # Not the Trainer's own method: with persistent workers it keeps the loader and returns it for any dataset.
+        return super().get_test_dataloader(self._prepared(eval_dataset, "eval"))
 
     def get_test_dataloader(self, test_dataset: Data):
         """Return the Trainer's data loader; a raw dataset is prepared first."""
@@ -461,20 +390,15 @@ class PreferenceTrainer(Trainer):
             refuse_another_model(self.model, self.scorer.model)
             self.settings.refuse_changes()
             check_trainable(self.model, self.optimizer)
-            if take_over(self.accelerator, self.model, self.args.mixed_precision):
-                self.model_wrapped = self.model
-            self.model_wrapped = unwrapped_after_evaluation(self.accelerator, self.model, self.model_wrapped)
-        checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
-        if checkpoint is not None:
-            check_resumable(checkpoint, self.accelerator, self._batch_of_step(), self.args)
-            check_facts(checkpoint, facts_of(self.args, self.train_dataset), not self.args.ignore_data_skip)
+            self.model_wrapped = begin_training(
+                self.accelerator, self.model, self.model_wrapped, self.args.mixed_precision
+            )
+        checkpoint = self._saved.to_resume(
+            resume_from_checkpoint, self.accelerator, self.train_dataset, self._train_batch_size
+        )
         keep_output_precision(self.accelerator)
-        given = self.eval_dataset
-        evaluated = {f"eval {n}": rows for n, rows in given.items()} if isinstance(given, dict) else {"eval": given}
         if self.is_world_process_zero():
-            datasets = {"train": self.train_dataset, **evaluated}
-            about = (self.data.counts, self.args.group_by_prompt, self.data.streams)
-            self.summary.say("data", *data_texts(datasets, *about))
+            self.summary.say("data", *self.data.texts(self.train_dataset, self.eval_dataset))
         self._attempts, self._steps = 0, StepBatches(checkpoint)
         output = super().train(checkpoint, **options)
         self._steps.check_end(self.state, self.args)
@@ -503,12 +427,7 @@ class PreferenceTrainer(Trainer):
         return super()._wrap_model(model, training, *others)
 
     def hyperparameter_search(
-        self,
-        hp_space: Callable[[Any], dict[str, Any]] | None = None,
-        compute_objective: Callable[[dict[str, float]], float] | None = None,
-        n_trials: int = 20,
-        direction: str | list[str] = "minimize",
-        **search: Any,
+        self, hp_space=None, compute_objective=None, n_trials: int = 20, direction="minimize", **search: Any
     ):
         """Search hyperparameters as the Trainer does, including our own settings: β, the loss, the reference, ….
 
@@ -560,18 +479,8 @@ class PreferenceTrainer(Trainer):
         self.record.check(self.accelerator, ruined_weights(self.model))
         refuse_drifted(self.model, self.args.device, f"at the checkpoint of step {self.state.global_step}")
         folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-        if self.args.should_save:
-            begin_checkpoint(folder)
-        self.scorer.save(folder, self.args.should_save)
-        keep_losses(self.state, self.criterion)
-        keep_reference(self.state, self.scorer.made_up_logps)
-        keep_batch(self.state, self._batch_of_step())
-        keep_facts(self.state, facts_of(self.args, self.train_dataset))
+        self._saved.save(folder, self.state, self.train_dataset, self._train_batch_size)
         super()._save_checkpoint(model, trial)
-
-    def _batch_of_step(self) -> BatchOfStep:
-        args = self.args
-        return BatchOfStep(self._train_batch_size, args.gradient_accumulation_steps, args.world_size)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Save the model, including adapters that are not trained."""
@@ -584,8 +493,7 @@ class PreferenceTrainer(Trainer):
 
     def _load_callback_state(self) -> None:
         """Restore the callbacks' state and the losses' state."""
-        restore_losses(self.state, self.criterion)
-        self.scorer.resumed_logps = kept_reference(self.state)
+        self._saved.restore(self.state)
         super()._load_callback_state()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

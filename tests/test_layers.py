@@ -4,6 +4,7 @@ The same table is the map in docs/design.md.
 """
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -81,3 +82,14 @@ def test_the_map_in_the_design_is_this_table():
     lines = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
     named = tuple(tuple(name.strip(" `/") for name in line.split(",")) for line in lines)
     assert named == LAYERS
+
+
+@pytest.mark.parametrize("package", sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py")))
+def test_the_design_names_every_file_of_a_package(package):
+    """In the list of its files or in the table of a row's path; and the list names no file that does not exist."""
+    page = (ROOT / "docs" / "design.md").read_text()
+    (listed,) = re.findall(rf"^- `{package}/`: (.*?)(?=^- |^\n)", page, re.MULTILINE | re.DOTALL)
+    named = set(re.findall(r"`(\w+)`", listed))
+    files = {path.stem for path in (PACKAGE / package).glob("*.py")} - {"__init__"}
+    assert named <= files
+    assert files - named <= set(re.findall(rf"`{package}/(\w+)\.py`", page))

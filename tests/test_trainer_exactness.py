@@ -5,8 +5,6 @@ The runs are in float64 with plain gradient descent, whose steps are linear in t
 of a rounding error into a full step. Norms inside the models are computed in fp32 by transformers, row by row.
 """
 
-import sys
-
 import pytest
 import torch
 from datasets import Dataset
@@ -15,7 +13,7 @@ from hf_prefopt.losses import list_losses
 from hf_prefopt.objective.objective import loss_inputs
 from hf_prefopt.scoring.forward import VOCABULARY_KL, score
 from tests.tiny_models import perturbed, random_rows, tiny_model
-from tests.trainers import examples, first_batch, logged, make_config, make_trainer, pairs, weights
+from tests.trainers import examples, first_batch, logged, make_config, make_trainer, pairs, values_read, weights
 
 # Every loss, and what is built on several of them.
 OBJECTIVES = {
@@ -211,33 +209,18 @@ def test_logged_metrics_are_means_over_the_examples_since_the_last_log(tmp_path)
     assert len(set(logged(runs[1], "logps/chosen"))) == 3
 
 
-SYNCHRONIZING = ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__float__", "__int__")
-
-
 @each_kind
 def test_no_step_waits_for_the_device(objective, tmp_path, monkeypatch):
     """Between logs the package's own code reads no value off a tensor, which on a GPU would wait for it.
 
     In layout "padded": the other one's attention goes by segment on the CPU, and by one kernel on a GPU.
     """
-    seen = []
-
-    def watched(name, method):
-        def call(tensor, *args, **kwargs):
-            caller = sys._getframe(1).f_globals["__name__"]
-            if caller.startswith("hf_prefopt"):
-                seen.append((name, caller))
-            return method(tensor, *args, **kwargs)
-
-        return call
-
     model, reference = off_reference(objective)
     settings = {"logging_steps": 100, "max_steps": 2, "gradient_accumulation_steps": 2, "layout": "padded"}
     trainer = make_trainer(tmp_path, model, **settings, **reference, **objective)
     monkeypatch.setattr(trainer, "log", lambda *_, **__: None)
     trainer.scorer.settle()  # once, before the first step, the model is tried out
-    for name in SYNCHRONIZING:
-        monkeypatch.setattr(torch.Tensor, name, watched(name, getattr(torch.Tensor, name)))
+    seen = values_read(monkeypatch)
     trainer.train()
     assert seen == []
 

@@ -1,9 +1,11 @@
 """A small trainer for tests: prepared random pairs, a tiny model, quiet settings on the CPU in fp32."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from datasets import Dataset
 from torch import nn
@@ -162,3 +164,25 @@ def first_batch(trainer: PreferenceTrainer) -> dict[str, torch.Tensor]:
 def weights(model: nn.Module) -> dict[str, torch.Tensor]:
     """A copy of every parameter by name."""
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+# Methods that on a GPU wait for the device.
+SYNCHRONIZING = ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__float__", "__int__")
+
+
+def values_read(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """From now on, the calls by which the package's own code reads values off a tensor: the method and the module."""
+    seen = []
+
+    def watched(name, method):
+        def call(tensor, *args, **kwargs):
+            caller = sys._getframe(1).f_globals["__name__"]
+            if caller.startswith("hf_prefopt"):
+                seen.append((name, caller))
+            return method(tensor, *args, **kwargs)
+
+        return call
+
+    for name in SYNCHRONIZING:
+        monkeypatch.setattr(torch.Tensor, name, watched(name, getattr(torch.Tensor, name)))
+    return seen

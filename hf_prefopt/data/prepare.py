@@ -170,12 +170,7 @@ def prepare(
             template, most texts seem to lack a prompt, or the data set was prepared with other settings. With
             on_bad_rows="error", also if a row is unusable, for example because it has unread context.
     """
-    check_choice("truncation_mode", truncation_mode, TRUNCATION_MODES)
-    check_choice("on_bad_rows", on_bad_rows, BAD_ROWS)
-    check_choice("text_as", text_as, TEXT_AS)
-    check_template_kwargs("chat_template_kwargs", chat_template_kwargs)
-    if max_length is not None and (not isinstance(max_length, int) or max_length < 2):
-        raise ValueError(f"max_length={max_length!r} must be at least 2, or None to disable truncation")
+    _check_arguments(max_length, truncation_mode, on_bad_rows, text_as, chat_template_kwargs)
     template_kwargs = dict(chat_template_kwargs or {})
     settings = settings_of(tokenizer, max_length, truncation_mode, template_kwargs)
     if _is_prepared(column_names(dataset)):
@@ -186,9 +181,8 @@ def prepare(
         with _naming(name):
             dataset = undecoded(choose_columns(dataset, column_mapping, remove_columns))
             dataset = without_empty(dataset, AROUND)
-            layout, lines = _find_layout(
-                dataset, tokenizer, PAIRS if unpair else kind, tuple(column_mapping or ()), text_as
-            )
+            asked = PAIRS if unpair else kind
+            layout, lines = _find_layout(dataset, tokenizer, asked, tuple(column_mapping or ()), text_as)
             lines += describe_template(_first_read(dataset, layout), tokenizer, template_kwargs)
             lines += describe_codes(first_rows(dataset), layout.columns)
             dataset = check_codes(dataset, layout.columns)
@@ -201,6 +195,21 @@ def prepare(
         write_settings(kept, settings)
         done = Prepared(kept, dataset, layout, noted if isinstance(noted, Dataset) else None, options=options)
     return _unpaired(done) if unpair and kind_of_columns(column_names(done.dataset)) is PAIRS else done
+
+
+def _check_arguments(
+    max_length: int | None,
+    truncation_mode: str,
+    on_bad_rows: str,
+    text_as: str,
+    chat_template_kwargs: Mapping[str, Any] | None,
+) -> None:
+    check_choice("truncation_mode", truncation_mode, TRUNCATION_MODES)
+    check_choice("on_bad_rows", on_bad_rows, BAD_ROWS)
+    check_choice("text_as", text_as, TEXT_AS)
+    check_template_kwargs("chat_template_kwargs", chat_template_kwargs)
+    if max_length is not None and (not isinstance(max_length, int) or max_length < 2):
+        raise ValueError(f"max_length={max_length!r} must be at least 2, or None to disable truncation")
 
 
 def _is_prepared(columns: Sequence[str]) -> bool:

@@ -6,7 +6,6 @@ from hf_prefopt.data.template import TEMPLATE_ERRORS, THINKING_MARKER, ChatTempl
 
 # Keys that hold the assistant's output in addition to its content.
 THINKING_KEYS = ("reasoning_content", "reasoning", "thinking")
-SPOKEN_KEYS = (*THINKING_KEYS, "tool_calls")
 _CURE = (
     "use a chat template that writes it (tokenizer.chat_template), remove it from the rows, or pass on_bad_rows='drop'"
 )

@@ -47,18 +47,7 @@ def build_objective(
         ValueError: a name is unknown, no loss takes a parameter (the message lists the valid ones),
             the combination makes no sense, or a value is out of range.
     """
-    specs = [get_loss(name) for name in loss_types]
-    weights = list(loss_weights) if loss_weights is not None else [1.0] * len(specs)
-    if not specs:
-        raise ValueError("loss_type is empty: name at least one loss")
-    if len(weights) != len(specs):
-        raise ValueError(
-            f"loss_weights={weights}: give one weight for each of {', '.join(loss_types)}, such as "
-            f"loss_weights={[1.0] * len(specs)}"
-        )
-    check_range("sft_weight", sft_weight, 0.0)
-    if sft_weight > 0:
-        specs, weights = [*specs, get_loss("sft")], [*weights, sft_weight]
+    specs, weights = _weighted(loss_types, loss_weights, sft_weight)
     specs = _of_one_kind(specs, kind)
     _refuse_senseless(specs, use_weighting, reference_free)
     _refuse_senseless_columns(specs, use_weighting, columns)
@@ -80,6 +69,23 @@ def build_objective(
 
 
 _WIN_RATES = "chosen_win_rates"
+
+
+def _weighted(
+    loss_types: list[str], loss_weights: list[float] | None, sft_weight: float
+) -> tuple[list[LossSpec], list[float]]:
+    """Return the losses and their weights, including the additional NLL of the chosen response."""
+    specs = [get_loss(name) for name in loss_types]
+    weights = list(loss_weights) if loss_weights is not None else [1.0] * len(specs)
+    if not specs:
+        raise ValueError("loss_type is empty: name at least one loss")
+    if len(weights) != len(specs):
+        raise ValueError(
+            f"loss_weights={weights}: give one weight for each of {', '.join(loss_types)}, such as "
+            f"loss_weights={[1.0] * len(specs)}"
+        )
+    check_range("sft_weight", sft_weight, 0.0)
+    return ([*specs, get_loss("sft")], [*weights, sft_weight]) if sft_weight > 0 else (specs, weights)
 
 
 def _refuse_hard_labels(specs: list[LossSpec]) -> None:

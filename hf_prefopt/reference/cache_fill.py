@@ -138,13 +138,9 @@ def fill(
     if reference.live is None:
         raise reference.missing_error(int(missing.sum()), len(missing), f"the dataset {name!r}")
     batches = plan_batches(inventory, missing, tokens or TOKENS.get(accelerator.device.type, TOKENS["cuda"]))
-    total = int(inventory.lengths[missing].sum())
-    with (
-        tqdm(
-            total=total, desc=f"Reference log-probs of {name}", unit="tok", unit_scale=True, disable=silent
-        ) as progress,
-        accelerator.autocast(),
-    ):
+    total, title = int(inventory.lengths[missing].sum()), f"Reference log-probs of {name}"
+    bar = tqdm(total=total, desc=title, unit="tok", unit_scale=True, disable=silent)
+    with bar as progress, accelerator.autocast():
         for number, places in _shares(batches, accelerator):
             batch = collate(single_responses(dataset, inventory, places))
             if number is None:

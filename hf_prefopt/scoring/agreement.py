@@ -78,16 +78,25 @@ def settle_scores(model: nn.Module, compute_dtype: torch.dtype | None = None) ->
             "The computation from hidden states to logits depends on other positions, or bypasses the model's forward, "
             "which is not supported: choose a model of another class"
         )
-    effect = _difference(plain_changed, plain).amax(1)
+    _refuse_leak(name, _difference(plain_changed, plain).amax(1), rounding.amax(1), body_unit)
+    return scores_by_own_logits(causal_lm)
+
+
+def _refuse_leak(name: str, effect: Tensor, rounding: Tensor, body_unit: float) -> None:
+    """Raise `ValueError` if changing the last tokens changes earlier log-probs.
+
+    Args:
+        effect: `[T]`, largest change of a log-prob at each position. rounding: `[T]`, change that rounding explains.
+        body_unit: Unit roundoff of the layers.
+    """
     # Rounding errors grow inside the model; an effect is counted as a leak only if it exceeds half of the digits.
-    leak, noise = effect[:_KEPT], rounding.amax(1)[:_KEPT] + body_unit**0.5 * effect[_KEPT:].mean()
+    leak, noise = effect[:_KEPT], rounding[:_KEPT] + body_unit**0.5 * effect[_KEPT:].mean()
     if not (leak <= noise).all():
         raise ValueError(
             f"{name} is not causal: changing the last tokens of a sequence changes earlier log-probs by up to "
             f"{leak.max():.3g} nats, so the score of a token could depend on the token itself. Choose a causal "
             "language model, or make this model causal in its config (is_decoder=True for models like BERT)"
         )
-    return scores_by_own_logits(causal_lm)
 
 
 @contextmanager

@@ -208,11 +208,7 @@ def segment_attention(
     Raises:
         UnsupportedAttention: the module needs another feature, such as a position bias or non-causal attention.
     """
-    if attention_mask is not None and attention_mask.numel() > 1:
-        raise UnsupportedAttention("attention with a mask that the module builds itself")
-    unknown = [name for name, given in others.items() if given is not None and name not in _HARMLESS]
-    if unknown or is_causal is False:
-        raise UnsupportedAttention(f"attention with {', '.join(unknown) or 'is_causal=False'}")
+    _check_supported(attention_mask, is_causal, others)
     query, key, value = _in_one_dtype(query, key, value)
     key, value = key.index_select(2, segment_key_index), value.index_select(2, segment_key_index)
     window, chunk = (size if size and size < segment_longest[1] else None for size in (sliding_window, chunk))
@@ -228,6 +224,15 @@ def segment_attention(
     ]
     # Contiguous like the output of transformers' own functions, because some models call view() on it.
     return torch.cat(pieces, dim=2).transpose(1, 2).contiguous()
+
+
+def _check_supported(attention_mask: Tensor | None, is_causal: bool | None, others: dict[str, Any]) -> None:
+    """Raise `UnsupportedAttention` for a mask, for non-causal attention, and for unknown arguments."""
+    if attention_mask is not None and attention_mask.numel() > 1:
+        raise UnsupportedAttention("attention with a mask that the module builds itself")
+    unknown = [name for name, given in others.items() if given is not None and name not in _HARMLESS]
+    if unknown or is_causal is False:
+        raise UnsupportedAttention(f"attention with {', '.join(unknown) or 'is_causal=False'}")
 
 
 def _in_one_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -87,8 +87,7 @@ def merge_adapter(
     trained, untrained = token_logps(policy, kept.rows), _without_adapter(policy, kept)
     model = merged(policy)
     del policy
-    partial = folder.with_name(f"{folder.name}.partial")
-    try:
+    with _replacing(folder) as partial:
         _save(model, partial, read_tensors(base, left_out, kwargs), max_shard_size)
         processing_class_of(names[0], kwargs, base).save_pretrained(partial)
         rounding = relative_rounding(model)
@@ -96,14 +95,22 @@ def merge_adapter(
         reloaded, _ = load_checkpoint(str(partial), {**kwargs, "dtype": "auto"})
         agreement = compare(token_logps(reloaded, kept.rows), trained, untrained, rounding, reloaded.dtype)
         _check(agreement)
-        partial.replace(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     say(f"check on {len(kept.rows)} {kept.name}: {agreement}")
     notes = _notes(kept, base)
     for note in notes:
         say(f"note: {note}")
     return MergedModel(folder, agreement, notes)
+
+
+@contextmanager
+def _replacing(folder: Path) -> Iterator[Path]:
+    """Context with a temporary folder, which becomes `folder` at the end; it is removed if an error is raised."""
+    partial = folder.with_name(f"{folder.name}.partial")
+    try:
+        yield partial
+        partial.replace(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def merged(policy: PeftModel) -> PreTrainedModel:

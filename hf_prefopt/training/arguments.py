@@ -49,7 +49,7 @@ def check_loading(
         raise ValueError(f"model_init_kwargs={unread} is only used when the model is passed by name: {cure}")
 
 
-def check_order(args: PreferenceConfig, train_dataset: Any) -> None:
+def _check_order(args: PreferenceConfig, train_dataset: Any) -> None:
     """Raise `ValueError` if the settings sort rows by prompt or length but the dataset is a stream."""
     is_stream = (
         train_dataset.is_stream if isinstance(train_dataset, Mixture) else isinstance(train_dataset, IterableDataset)
@@ -83,7 +83,7 @@ def refuse_empty_epoch(dataset: Any, rows: int) -> None:
         )
 
 
-def refuse_data_parallel(gpus: int) -> None:
+def _refuse_data_parallel(gpus: int) -> None:
     """Raise `ValueError` if one process would split batches over several GPUs (DataParallel)."""
     if gpus > 1:
         raise ValueError(
@@ -93,7 +93,12 @@ def refuse_data_parallel(gpus: int) -> None:
 
 
 def check_arguments(
-    args: PreferenceConfig, model: Any, ref_model: Any, data_collator: Any, trainer_arguments: dict[str, Any]
+    args: PreferenceConfig,
+    model: Any,
+    ref_model: Any,
+    data_collator: Any,
+    train_dataset: Any,
+    trainer_arguments: dict[str, Any],
 ) -> None:
     """Check that the arguments of `PreferenceTrainer` do not contradict each other.
 
@@ -102,7 +107,7 @@ def check_arguments(
         trainer_arguments: Keyword arguments for `transformers.Trainer`.
 
     Raises:
-        ValueError: an argument is missing or contradicts another one.
+        ValueError: an argument is missing or contradicts another one, or there are several GPUs in one process.
         TypeError: an argument does not exist.
     """
     refuse_foreign_arguments(trainer_arguments, type(args).__dataclass_fields__, type(args).__name__)
@@ -112,26 +117,36 @@ def check_arguments(
         raise ValueError(
             "sync_ref_model=True updates a frozen copy of the trained weights, not a ref_model: remove ref_model"
         )
-    if args.precompute_ref_log_probs and data_collator is not None:
-        raise ValueError(
-            "precompute_ref_log_probs=True needs cache keys, which a custom data_collator does not compute: remove one "
-            "of the two"
-        )
-    if args.layout != "auto" and data_collator is not None:
-        raise ValueError(
-            f"layout={args.layout!r} has no effect, because the data_collator chooses its own layout: remove one of "
-            "the two"
-        )
-    if args.pad_to_multiple_of is not None and data_collator is not None:
-        raise ValueError(
-            "pad_to_multiple_of has no effect, because the data_collator does its own padding: remove one of the two"
-        )
-    if args.max_tokens_per_batch is not None and data_collator is not None:
-        raise ValueError(
-            "max_tokens_per_batch splits batches between rows, which a custom data_collator does not support: remove "
-            "one of the two"
-        )
+    if data_collator is not None:
+        _check_custom_collator(args)
     if trainer_arguments.get("compute_loss_func") is not None:
         raise ValueError(
             "compute_loss_func is never called: decorate the loss with @register_loss and name it in loss_type"
         )
+    _check_order(args, train_dataset)
+    _refuse_data_parallel(args.n_gpu)
+
+
+def _check_custom_collator(args: PreferenceConfig) -> None:
+    """Raise `ValueError` for a setting that only our own collators use."""
+    conflicts = (
+        (
+            args.precompute_ref_log_probs,
+            "precompute_ref_log_probs=True needs cache keys, which a custom data_collator does not compute",
+        ),
+        (
+            args.layout != "auto",
+            f"layout={args.layout!r} has no effect, because the data_collator chooses its own layout",
+        ),
+        (
+            args.pad_to_multiple_of is not None,
+            "pad_to_multiple_of has no effect, because the data_collator does its own padding",
+        ),
+        (
+            args.max_tokens_per_batch is not None,
+            "max_tokens_per_batch splits batches between rows, which a custom data_collator does not support",
+        ),
+    )
+    for is_set, problem in conflicts:
+        if is_set:
+            raise ValueError(f"{problem}: remove one of the two")

@@ -1,39 +1,30 @@
-"""Check whether a checkpoint can be resumed, and store our own state in checkpoints.
+"""Find the checkpoint from which a run resumes, and check that the run can continue exactly.
 
 A process may be killed while it writes a checkpoint. `trainer_state.json` is written last, after all ranks have written
-their files, so a checkpoint is complete if this file is valid. The file also contains the state of the losses.
+their files, so a checkpoint is complete if this file is valid.
 """
 
 import json
 import logging
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from peft import PeftModel
-from transformers import TrainerState, TrainingArguments
+from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-
-from hf_prefopt.objective.objective import Objective
-from hf_prefopt.reporting.start_summary import loss_texts
-from hf_prefopt.training.resumed_run import RUN
 
 logger = logging.getLogger(__name__)
 
-# Keys of our entries in `TrainerState.stateful_callbacks`: the names of the losses, their state, log-probs that
-# identify the reference, and the composition of a step's batch.
-OBJECTIVE, LOSSES = "hf_prefopt_objective", "hf_prefopt_losses"
-REFERENCE, BATCH = "hf_prefopt_reference", "hf_prefopt_batch"
+# Key of a `BatchOfStep` in `TrainerState.stateful_callbacks`.
+BATCH = "hf_prefopt_batch"
 # For each engine, a pattern for the files of the optimizer's state, and the engine's name in error messages.
 _OPTIMIZERS = {
     DistributedType.DEEPSPEED: ("global_step*", "DeepSpeed"),
     DistributedType.FSDP: ("optimizer*[0n]", "FSDP"),  # optimizer_0, a folder, or optimizer.bin
     None: ("optimizer.pt", "one process or DDP"),
 }
-# File in which earlier versions stored the state of the losses.
-_OLD_STATE = "objective_state.json"
 # Values of resume_from_checkpoint on a command line, where every value is text.
 _WORDS = {"true": True, "last": True, "auto": True, "false": None, "none": None}
 
@@ -84,7 +75,7 @@ def checkpoint_to_resume(asked: str | bool | None, output_dir: str | Path) -> st
             `None` or `False` ("none", "false") for no checkpoint.
 
     Raises:
-        ValueError: there is no complete checkpoint; the given checkpoint is incomplete, or an older version wrote it.
+        ValueError: there is no complete checkpoint, or the given checkpoint is incomplete.
     """
     checkpoint = _WORDS.get(str(asked).lower(), asked)
     if checkpoint is True:
@@ -105,11 +96,6 @@ def checkpoint_to_resume(asked: str | bool | None, output_dir: str | Path) -> st
         if not Path(checkpoint).is_dir():
             fault = "there is no such folder"
         raise ValueError(f"resume_from_checkpoint={checkpoint}: {fault}: {cure}")
-    if Path(checkpoint, _OLD_STATE).is_file():
-        raise ValueError(
-            f"{checkpoint} is from an older version of hf_prefopt, which kept the state of the losses in {_OLD_STATE}, "
-            "and cannot be resumed by this one: resume with the older version"
-        )
     return str(checkpoint)
 
 
@@ -127,11 +113,6 @@ class BatchOfStep:
             f"{rows * accumulation * ranks} rows per step (per_device_train_batch_size={rows} × "
             f"gradient_accumulation_steps={accumulation} × {ranks} {'rank' if ranks == 1 else 'ranks'})"
         )
-
-
-def keep_batch(state: TrainerState, batch: BatchOfStep) -> None:
-    """Store the batch's composition in the state that the Trainer saves in a checkpoint."""
-    state.stateful_callbacks[BATCH] = asdict(batch)
 
 
 def begun_at(checkpoint: str | None) -> int:
@@ -211,87 +192,5 @@ def _read_state(checkpoint: str | Path) -> dict:
 
 
 def begin_checkpoint(folder: Path) -> None:
-    """Mark a checkpoint that will be overwritten as incomplete, and remove the state file of older versions."""
-    for name in (TRAINER_STATE_NAME, _OLD_STATE):
-        (folder / name).unlink(missing_ok=True)
-
-
-def keep_losses(state: TrainerState, objective: Objective) -> None:
-    """Store the losses' names and state in the state that the Trainer saves in a checkpoint."""
-    state.stateful_callbacks[OBJECTIVE] = {"losses": loss_texts(objective)}
-    if objective.state:
-        state.stateful_callbacks[LOSSES] = objective.state_dict()
-
-
-def restore_losses(state: TrainerState, objective: Objective) -> None:
-    """Restore the losses' state from a checkpoint.
-
-    Log a warning if the checkpoint's run had different losses, or has no state for a loss (the loss then starts with
-    its initial state).
-    """
-    objective.reset_state()
-    # The Trainer treats all remaining entries as states of callbacks.
-    state.stateful_callbacks.pop(BATCH, None)
-    state.stateful_callbacks.pop(RUN, None)
-    saved = state.stateful_callbacks.pop(LOSSES, {})
-    before, now = state.stateful_callbacks.pop(OBJECTIVE, {}).get("losses"), loss_texts(objective)
-    if before not in (None, now):
-        logger.warning(
-            "the checkpoint's run had other losses (%s), and the optimizer state is from these losses; training "
-            "continues with (%s). To start with a new optimizer, start a new run from the checkpoint's weights",
-            "; ".join(before),
-            "; ".join(now),
-        )
-    missing = objective.state.keys() - saved.keys()
-    if missing:
-        logger.warning("the checkpoint has no state for %s: using the initial state", ", ".join(sorted(missing)))
-    objective.load_state_dict(saved)
-
-
-def keep_reference(state: TrainerState, made_up_logps: list[float] | None) -> None:
-    """Store log-probs that identify the reference in the state that the Trainer saves in a checkpoint."""
-    if made_up_logps is not None:
-        state.stateful_callbacks[REFERENCE] = {"made_up_logps": made_up_logps}
-
-
-def kept_reference(state: TrainerState) -> list[float] | None:
-    """Remove the reference's log-probs from a checkpoint's state and return them; `None` if there are none."""
-    return state.stateful_callbacks.pop(REFERENCE, {}).get("made_up_logps")
-
-
-def load_adapters(model: PeftModel, checkpoint: str | Path) -> None:
-    """Load all adapters of a checkpoint without changing which adapters are active and which parameters are trained.
-
-    PEFT saves the adapter named "default" in the checkpoint folder, and each other adapter in a subfolder with its
-    name. The Trainer itself would load only one adapter and activate it.
-
-    Raises:
-        ValueError: the adapter names of the checkpoint and the model differ.
-    """
-    folders = {name: Path(checkpoint) if name == "default" else Path(checkpoint, name) for name in model.peft_config}
-    saved = saved_adapters(checkpoint)
-    if saved != folders.keys():
-        raise ValueError(
-            f"{checkpoint} has the adapters {', '.join(sorted(saved)) or '(none)'}, but the model has "
-            f"{', '.join(sorted(folders))}: add adapters with the same names to the model"
-        )
-    trains = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    for name, folder in folders.items():
-        model.load_adapter(str(folder), name)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(trains[name])
-
-
-def saved_adapters(checkpoint: str | Path) -> set[str]:
-    """Return the names of the adapters in a checkpoint."""
-    files = (*Path(checkpoint).glob("adapter_config.json"), *Path(checkpoint).glob("*/adapter_config.json"))
-    return {file.parent.name if file.parent != Path(checkpoint) else "default" for file in files}
-
-
-def refuse_adapter_alone(checkpoint: str | Path) -> None:
-    """Raise `ValueError` if the checkpoint contains adapters, because the policy has none."""
-    if saved := saved_adapters(checkpoint):
-        raise ValueError(
-            f"{checkpoint} has the adapters {', '.join(sorted(saved))}, but the policy of this run has no adapter: "
-            "pass the peft_config of the run that wrote the checkpoint"
-        )
+    """Mark a checkpoint that will be overwritten as incomplete."""
+    (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)

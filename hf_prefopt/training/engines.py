@@ -205,3 +205,39 @@ def _forget_preparation(model: nn.Module) -> None:
     vars(model).pop("_is_accelerate_prepared", None)
     if "_original_forward" in vars(model):
         model.forward = vars(model).pop("_original_forward")
+
+
+def accept_model(accelerator: Accelerator, model: nn.Module, precision: str) -> None:
+    """Check that the engine supports the model, and undo its preparation by a trainer of another class.
+
+    Raises:
+        ValueError: see `check_quantized` and `check_adapter`.
+    """
+    check_quantized(accelerator, model, precision)
+    check_adapter(accelerator, model)
+    forget_other_trainers(model)
+
+
+def begin_training(accelerator: Accelerator, model: nn.Module, wrapped: nn.Module, precision: str) -> nn.Module:
+    """Return the module that training should wrap, after another trainer or an evaluation may have used the model.
+
+    Args:
+        wrapped: The model as accelerate prepared it last.
+
+    Raises:
+        ValueError: see `take_over` and `unwrapped_after_evaluation`.
+    """
+    if take_over(accelerator, model, precision):
+        wrapped = model
+    return unwrapped_after_evaluation(accelerator, model, wrapped)
+
+
+def begin_evaluation(accelerator: Accelerator, model: nn.Module, precision: str) -> None:
+    """Make a model ready for an evaluation, which may be before training or after another trainer has used the model.
+
+    Raises:
+        ValueError: the engine cannot evaluate before training, or see `take_over`.
+    """
+    refuse_early_evaluation(accelerator)
+    take_over(accelerator, model, precision)
+    keep_output_precision(accelerator)

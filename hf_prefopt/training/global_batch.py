@@ -5,7 +5,7 @@ they are computed for all pieces, without gradients. Each piece then evaluates t
 only the piece's own inputs have gradients. The gradients of all pieces add up to the gradient of the global loss.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from accelerate import Accelerator
@@ -107,6 +107,22 @@ class GlobalBatch:
         self.begin(pieces, collect)
         return self.count(pieces)
 
+    def begin_evaluation(
+        self, batch: LoaderBatch, rows_per_rank: int, pieces_differ: bool = False
+    ) -> list[PreferenceBatch]:
+        """Mark the examples of an evaluation batch that count, in the entry `counted` of its pieces.
+
+        The arguments are those of `begin_step`.
+
+        Returns:
+            Empty pieces, which give this rank as many pieces as the rank with the most; see `idle`.
+        """
+        pieces = batch["pieces"]
+        for piece, counted in zip(pieces, self.counted(pieces, rows_per_rank), strict=True):
+            if counted is not None:
+                piece["counted"] = counted
+        return self.idle([batch])[0] if pieces_differ else []
+
     def count(self, pieces: list[PreferenceBatch]) -> Tensor | int:
         """Return the number of examples in these pieces, summed over ranks."""
         count = sum(len(piece["rows"]) for piece in pieces)
@@ -197,6 +213,23 @@ class StepInputs:
 def gather_examples(accelerator: Accelerator, values: Tensor) -> Tensor:
     """Gather tensors `[B_r]` or `[B_r, K]` from all ranks; B_r may differ between ranks."""
     return gather_inputs(accelerator, {"": values})[0][""]
+
+
+def join_outputs(pieces: list[PreferenceBatch], outputs: Sequence[dict[str, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Join predictions and labels of a batch's pieces, `[B, K]` each, without the examples that do not count.
+
+    Args:
+        outputs: For each piece, its "predictions" and "labels".
+    """
+    kept = [
+        {name: values[piece.get("counted", slice(None))] for name, values in output.items()}
+        for piece, output in zip(pieces, outputs, strict=True)
+    ]
+    # The Trainer also pads with −100.
+    predictions, labels = (
+        join_examples([part[name] for part in kept], fill=-100.0) for name in ("predictions", "labels")
+    )
+    return predictions, labels
 
 
 def gather_inputs(accelerator: Accelerator, inputs: Inputs) -> tuple[Inputs, int]:

@@ -22,6 +22,7 @@ from hf_prefopt.data.prepare import Prepared, prepare, prepared_features
 from hf_prefopt.data.sources import as_dataset, check_rows
 from hf_prefopt.data.unpaired import MismatchedResponses
 from hf_prefopt.kinds import KINDS, kind_of_columns
+from hf_prefopt.reporting.data_texts import data_texts
 
 Data = Dataset | IterableDataset
 DataOrSplits = Data | dict[str, Data]
@@ -226,6 +227,12 @@ class PreferenceData:
         return (
             EvenStream(dataset, rows_at_once) if isinstance(dataset, IterableDataset) and may_repeat_rows else dataset
         )
+
+    def texts(self, train: Data | None, evaluation: DataOrSplits | None) -> list[str]:
+        """Describe the prepared data in a line or two; see `reporting.data_texts`."""
+        is_dict = isinstance(evaluation, dict)
+        named = {f"eval {name}": rows for name, rows in evaluation.items()} if is_dict else {"eval": evaluation}
+        return data_texts({"train": train, **named}, self.counts, self.args.group_by_prompt, self.streams)
 
     @property
     def pad_token_id(self) -> int:

@@ -1,9 +1,10 @@
-"""Save all adapters of a PEFT model completely, under every engine.
+"""Save and load all adapters of a PEFT model completely, under every engine, with the name of their base model.
 
 Under ZeRO-3, the Trainer gathers only trained parameters. A frozen adapter (the reference, or an adapter combined with
 the trained one) would then be saved without its tensors, and a frozen adapter with `modules_to_save` not at all.
 """
 
+from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
@@ -28,3 +29,59 @@ def with_frozen_adapters(model: nn.Module, state_dict: dict[str, Any] | None) ->
                 if state_dict is not None and name not in state_dict:
                     frozen[name] = values.to("cpu", copy=True)
     return state_dict if state_dict is None else {**state_dict, **frozen}
+
+
+def load_adapters(model: PeftModel, checkpoint: str | Path) -> None:
+    """Load all adapters of a checkpoint without changing which adapters are active and which parameters are trained.
+
+    PEFT saves the adapter named "default" in the checkpoint folder, and each other adapter in a subfolder with its
+    name. The Trainer itself would load only one adapter and activate it.
+
+    Raises:
+        ValueError: the adapter names of the checkpoint and the model differ.
+    """
+    folders = {name: Path(checkpoint) if name == "default" else Path(checkpoint, name) for name in model.peft_config}
+    saved = saved_adapters(checkpoint)
+    if saved != folders.keys():
+        raise ValueError(
+            f"{checkpoint} has the adapters {', '.join(sorted(saved)) or '(none)'}, but the model has "
+            f"{', '.join(sorted(folders))}: add adapters with the same names to the model"
+        )
+    trains = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    for name, folder in folders.items():
+        model.load_adapter(str(folder), name)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trains[name])
+
+
+def saved_adapters(checkpoint: str | Path) -> set[str]:
+    """Return the names of the adapters in a checkpoint."""
+    files = (*Path(checkpoint).glob("adapter_config.json"), *Path(checkpoint).glob("*/adapter_config.json"))
+    return {file.parent.name if file.parent != Path(checkpoint) else "default" for file in files}
+
+
+def refuse_adapter_alone(checkpoint: str | Path) -> None:
+    """Raise `ValueError` if the checkpoint contains adapters, because the policy has none."""
+    if saved := saved_adapters(checkpoint):
+        raise ValueError(
+            f"{checkpoint} has the adapters {', '.join(sorted(saved))}, but the policy of this run has no adapter: "
+            "pass the peft_config of the run that wrote the checkpoint"
+        )
+
+
+def set_base_name(model: nn.Module, name: str | None) -> None:
+    """Set the base model's name in the configuration of each adapter, for all later saves and pushes."""
+    if name and isinstance(model, PeftModel):
+        for config in model.peft_config.values():
+            config.base_model_name_or_path = name
+
+
+def base_name_notes(model: nn.Module) -> list[str]:
+    """Return a note if the saved adapter could not find its base model on another machine; [] otherwise."""
+    if not isinstance(model, PeftModel):
+        return []
+    name = model.active_peft_config.base_model_name_or_path
+    if name and not Path(name).exists():
+        return []
+    called = f"names a local folder as the base model, {name}" if name else "names no base model"
+    return [f"adapter_config.json {called}: set hub_base_model (owner/name) so that others can load the adapter"]

@@ -1,8 +1,6 @@
 """Score batches with policy and reference, in a layout that is exact for both models."""
 
-import logging
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, send_to_device
 from torch import Tensor, nn
-from transformers import TrainerCallback
 
 from hf_prefopt.batch import PreferenceBatch, ResponseScores
 from hf_prefopt.config import PreferenceConfig
@@ -29,7 +26,7 @@ from hf_prefopt.reference.moving import MovingReference
 from hf_prefopt.reference.remembered import RememberedScores
 from hf_prefopt.reporting.start_summary import StartSummary, model_text
 from hf_prefopt.reporting.throughput import flops_per_position
-from hf_prefopt.scoring.agreement import settle_scores, training_noise
+from hf_prefopt.scoring.agreement import settle_scores
 from hf_prefopt.scoring.attention import describe_attention
 from hf_prefopt.scoring.dropout import switch_off_dropout
 from hf_prefopt.scoring.forward import VOCABULARY_KL, base_causal_lm, install_scoring, score
@@ -37,22 +34,12 @@ from hf_prefopt.scoring.four_bits import keep_unpacked
 from hf_prefopt.scoring.layout import made_up_batch, reason_of_length, settled_layout
 from hf_prefopt.scoring.modes import ModuleTree, body_parameters, evaluation_mode, trained_parameters
 from hf_prefopt.training.acting import acting_adapter
-from hf_prefopt.training.base_name import base_name_notes
+from hf_prefopt.training.policy_checks import own_logits_note, warn_of_incomparable_metric, warn_of_noise
 from hf_prefopt.training.router import aux_loss_coef, settled_aux_loss
+from hf_prefopt.training.saved_adapters import base_name_notes
 from hf_prefopt.training.wrapping import compiled_for_scoring
 
-logger = logging.getLogger(__name__)
-
 CUSTOM = "the data_collator's"
-NOISE = (
-    "%s gives different results in training mode and in evaluation mode, even without dropout: log-probs of synthetic "
-    "tokens differ by up to %.2g nats. The reference is scored in evaluation mode, so the policy differs from the "
-    "reference before the first step. Check the model's config for router jitter or noise"
-)
-INCOMPARABLE = (
-    "metric_for_best_model=%r depends on the reference, which is updated every %d steps, so its values before and "
-    "after an update are not comparable: choose a metric of the policy alone, such as 'logps/chosen'"
-)
 NEFTUNE = "NEFTune scales its noise by the row length, but a row would contain several sequences"
 
 
@@ -141,7 +128,8 @@ class Scorer:
             copies, share, every = self.reference.copies, args.ref_model_mixup_alpha, args.ref_model_sync_steps
             self._moving = MovingReference(copies, share, every)
             self.reference.description = self._moving.description
-            self._warn_of_incomparable_metric()
+            if self.accelerator.is_main_process:
+                warn_of_incomparable_metric(args)
         if args.precompute_ref_log_probs:
             self.reference = CachedReference(
                 self.reference, args.reference_cache_dir, args.temperature, self._autocast_dtype
@@ -165,52 +153,51 @@ class Scorer:
         """
         if self.layout is not None:
             return False
-        args, collator = self._args, self._collator
         if self.reference:
             self.reference.place(self.accelerator)
-        models = self._models()
         with self.accelerator.autocast(), acting_adapter(self.tree):
-            own = [type(base_causal_lm(m)).__name__ for m in models if settle_scores(m, self._autocast_dtype)]
-            self._notes = [self._own_logits(own)] if own else []
-            self._settle_aux_loss()
-            self._say_noise()
-            if collator.layout != CUSTOM:
-                collator.max_tokens = args.max_tokens_per_batch
-                known = NEFTUNE if args.neftune_noise_alpha is not None else reason_of_length(models, args.max_length)
-                layout = settled_layout(args.layout, models, self._autocast_dtype, known)
-                collator.layout = layout.name
-                self._summary.say("layout", f"{layout.name}, {layout.why}")
-            else:
-                self._summary.say("layout", CUSTOM)
-        self.layout = collator.layout
-        live = self.reference.live if isinstance(self.reference, CachedReference) else self.reference
+            self._settle_scores()
+            self._settle_layout()
+        self.layout = self._collator.layout
+        self._settle_reference()
+        self._say_how()
+        return True
+
+    def _settle_scores(self) -> None:
+        """Compare the scores with the models' own logits; warn if training mode adds noise."""
+        own = [base_causal_lm(model) for model in self._models() if settle_scores(model, self._autocast_dtype)]
+        self._notes = [own_logits_note(own[0], self.objective, self._args.loss_type)] if own else []
+        self._settle_aux_loss()
+        if self.reference is not None:
+            warn_of_noise(self.model, self._args, self._autocast_dtype, self.accelerator.is_main_process)
+
+    def _settle_layout(self) -> None:
+        """Choose the layout of the batches, unless a custom collator determines it."""
+        args, collator = self._args, self._collator
+        if collator.layout == CUSTOM:
+            self._summary.say("layout", CUSTOM)
+            return
+        collator.max_tokens = args.max_tokens_per_batch
+        models = self._models()
+        known = NEFTUNE if args.neftune_noise_alpha is not None else reason_of_length(models, args.max_length)
+        layout = settled_layout(args.layout, models, self._autocast_dtype, known)
+        collator.layout = layout.name
+        self._summary.say("layout", f"{layout.name}, {layout.why}")
+
+    def _settle_reference(self) -> None:
+        """Identify the reference, compile the model for scoring, share lower layers, and open the cache."""
+        args, cached = self._args, isinstance(self.reference, CachedReference)
+        live = self.reference.live if cached else self.reference
         self.made_up_logps = made_up_logps(live) if live is not None and self._moving is None else None
         self._compiled = compiled_for_scoring(self.accelerator, self.model)
         if isinstance(self.reference, LiveReference) and not self.reference.is_separate:
             self.reference.compiled = self._compiled
         self._lower = self._share_lower_layers()
-        self._say_how()
-        if isinstance(self.reference, CachedReference):
+        if cached:
             silent = args.disable_tqdm or not self.accelerator.is_main_process
             self._filler = CacheFiller(
                 self.reference, self.collated, self.accelerator, args.max_tokens_per_batch, silent
             )
-        return True
-
-    def _own_logits(self, names: list[str]) -> str:
-        """Return a note about models that must be scored with the logits of their own forward pass.
-
-        Raises:
-            ValueError: a loss needs the distributions over the whole vocabulary, which such models do not support.
-        """
-        name = names[0]
-        if VOCABULARY_KL in self.objective.token_stats:
-            raise ValueError(
-                f"{', '.join(self._args.loss_type)} needs the distribution over the whole vocabulary, which is not "
-                f"supported for {name}: its forward changes the logits in a way that its config does not describe; "
-                "choose another loss"
-            )
-        return f"scored with the logits of {name}'s own forward, which is slower than its output embeddings alone"
 
     def _settle_aux_loss(self) -> None:
         """Check whether the policy computes an auxiliary router loss, and set its coefficient."""
@@ -234,21 +221,6 @@ class Scorer:
         if any_rank(self.accelerator, reference.lower is None):
             reference.lower = None
         return [said] if said else []
-
-    def _warn_of_incomparable_metric(self) -> None:
-        """Warn if `metric_for_best_model` is relative to a reference that changes during training."""
-        metric = (self._args.metric_for_best_model or "").removeprefix("eval_")
-        if re.match(r"loss$|loss/|rewards/", metric) and self.accelerator.is_main_process:
-            logger.warning(INCOMPARABLE, metric, self._args.ref_model_sync_steps)
-
-    def _say_noise(self) -> None:
-        """Warn if the policy gives different results in training and evaluation mode although its dropout is off."""
-        args = self._args
-        if self.reference is None or args.disable_dropout is False or args.neftune_noise_alpha is not None:
-            return
-        noise = training_noise(self.model, self._autocast_dtype)
-        if noise and self.accelerator.is_main_process:
-            logger.warning(NOISE, type(base_causal_lm(self.model)).__name__, noise)
 
     def _say_how(self) -> None:
         """Add lines about the model, the reference and the attention to the start summary."""
@@ -366,64 +338,3 @@ class Scorer:
     def collated(self, rows: list[dict[str, Any]]) -> PreferenceBatch:
         """Collate prepared rows in the chosen layout and move the batch to the device."""
         return send_to_device(self._collator.collators[self.layout](rows), self.accelerator.device)
-
-
-class SettleScorer(TrainerCallback):
-    """Callback that chooses the layout when training begins, after model wrapping and checkpoint loading."""
-
-    def __init__(self, scorer: Scorer):
-        self._scorer = scorer
-
-    def on_train_begin(self, args, state, control, **_):
-        """Choose the layout before the start summary is shown and before a cache is filled."""
-        self._scorer.settle()
-        self._scorer.check_resumed()
-
-
-class ScorerEvents(TrainerCallback):
-    """Callback that fills the cache of reference scores and updates a moving reference.
-
-    With a cache, the reference scores of each dataset are computed before its first batch is read; then the reference
-    model may be freed. Mismatched responses change in every epoch, so their scores are computed at the beginning of
-    each epoch.
-
-    Args:
-        scorer: The scorer.
-        evaluated: Function that returns the evaluation datasets as their data loaders read them, by name.
-        keeps_reference: True if a later run of the same trainer may need the reference model.
-    """
-
-    def __init__(self, scorer: Scorer, evaluated: Callable[[], Mapping[str, Any]], keeps_reference: bool):
-        self._scorer, self._evaluated, self._keeps_reference = scorer, evaluated, keeps_reference
-
-    def on_train_begin(self, args, state, control, train_dataloader=None, **_):
-        """Fill the cache; the layout has been chosen."""
-        if not args.precompute_ref_log_probs:
-            return
-        for name, dataset in self._evaluated().items():
-            self._scorer.fill_cache(dataset, name)
-        if self._scorer.objective.needs_mismatched:
-            return
-        if self._scorer.fill_cache(train_dataloader.dataset, "train") and not self._keeps_reference:
-            self._scorer.release_reference()
-
-    def on_epoch_begin(self, args, state, control, train_dataloader=None, **_):
-        """Fill the cache for the mismatched responses of this epoch."""
-        if self._scorer.objective.needs_mismatched:
-            self._scorer.fill_cache(train_dataloader.dataset, "train")
-
-    def on_step_end(self, args, state, control, **_):
-        """Update a moving reference, before any evaluation or checkpoint of this step."""
-        self._scorer.move_reference(state.global_step)
-
-    def on_save(self, args, state, control, **_):
-        """Write new reference scores to the cache after each checkpoint."""
-        self._scorer.flush_cache()
-
-    def on_evaluate(self, args, state, control, **_):
-        """Write new reference scores to the cache after each evaluation."""
-        self._scorer.flush_cache()
-
-    def on_train_end(self, args, state, control, **_):
-        """Write new reference scores to the cache at the end of training."""
-        self._scorer.flush_cache()

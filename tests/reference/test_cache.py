@@ -3,7 +3,6 @@
 import gc
 import logging
 import shutil
-import sys
 import weakref
 
 import pytest
@@ -15,12 +14,11 @@ from hf_prefopt.losses import registry
 from hf_prefopt.reference.cache import MissingLogProbs
 from hf_prefopt.reference.cache_store import read_shard
 from hf_prefopt.reference.live import LiveReference
-from hf_prefopt.training.scorer import ScorerEvents
+from hf_prefopt.training.scorer_events import ScorerEvents
 from tests.data.helpers import text_pair
-from tests.test_trainer_exactness import SYNCHRONIZING
 from tests.tiny_models import perturbed, random_rows, tiny_model, with_lora
 from tests.tokenizers import tiny_tokenizer
-from tests.trainers import first_batch, lists, logged, make_config, make_trainer, pairs, unpaired
+from tests.trainers import first_batch, lists, logged, make_config, make_trainer, pairs, unpaired, values_read
 
 DESCENT = {"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant"}
 
@@ -374,20 +372,8 @@ def test_a_cached_step_waits_for_no_device(tmp_path, monkeypatch):
     """As `test_no_step_waits_for_the_device`, with every log-prob looked up: no value is read off a tensor."""
     trainer = cached(tmp_path, max_steps=2, logging_steps=100, layout="padded")
     before_training(trainer)
-    seen = []
-
-    def watched(name, method):
-        def call(tensor, *args, **kwargs):
-            caller = sys._getframe(1).f_globals["__name__"]
-            if caller.startswith("hf_prefopt"):
-                seen.append((name, caller))
-            return method(tensor, *args, **kwargs)
-
-        return call
-
     monkeypatch.setattr(trainer, "log", lambda *_, **__: None)
-    for name in SYNCHRONIZING:
-        monkeypatch.setattr(torch.Tensor, name, watched(name, getattr(torch.Tensor, name)))
+    seen = values_read(monkeypatch)
     trainer.train()
     assert trainer.state.global_step == 2 and seen == []
 

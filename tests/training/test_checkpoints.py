@@ -1,4 +1,4 @@
-"""What the losses keep is in `trainer_state.json`: any resume has it, and older checkpoints raise an error."""
+"""What the losses keep is in `trainer_state.json`: any resume has it."""
 
 import json
 import logging
@@ -7,7 +7,7 @@ import pytest
 from transformers import TrainerCallback, TrainerState
 
 from hf_prefopt.objective.build import build_objective
-from hf_prefopt.training.checkpoints import LOSSES, checkpoint_to_resume, keep_losses, restore_losses
+from hf_prefopt.training.saved_run import LOSSES, keep_losses, restore_losses
 from tests.trainers import make_trainer, pairs
 
 BCO = {"loss_type": "bco_pair", "train_dataset": pairs(8), "save_strategy": "steps", "save_steps": 2}
@@ -73,23 +73,6 @@ def test_a_resumed_bco_keeps_its_delta(settings, tmp_path):
     resumed.add_callback(AtBegin(lambda: seen.append(resumed.criterion.state_dict())))
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert seen == [whole.criterion.state_dict()] != [resumed.criterion.state_dict()]
-
-
-def test_a_checkpoint_of_an_older_version_is_an_error_that_says_so(tmp_path):
-    checkpoint = tmp_path / "checkpoint-2"
-    checkpoint.mkdir()
-    (checkpoint / "trainer_state.json").write_text("{}")
-    assert checkpoint_to_resume(True, tmp_path) == str(checkpoint)
-    (checkpoint / "objective_state.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"older version of hf_prefopt.*objective_state.json"):
-        checkpoint_to_resume(str(checkpoint), tmp_path)
-
-
-def test_a_checkpoint_that_is_written_over_an_older_versions_can_be_resumed(tmp_path):
-    (tmp_path / "checkpoint-2").mkdir()
-    (tmp_path / "checkpoint-2" / "objective_state.json").write_text("{}")
-    make_trainer(tmp_path, **BCO, max_steps=2).train()
-    make_trainer(tmp_path, **BCO, max_steps=3).train(resume_from_checkpoint=True)
 
 
 PAIRS = {"train_dataset": pairs(8), "save_strategy": "steps", "save_steps": 1}

@@ -1,0 +1,103 @@
+"""Load what a trainer is built from: the policy, an explicit reference, and the tokenizer."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from peft import PeftConfig, PeftModel
+from torch import nn
+from torch.optim import Optimizer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_prefopt.config import PreferenceConfig
+from hf_prefopt.data.endings import stop_tokens
+from hf_prefopt.loading import load_model, load_processing_class
+from hf_prefopt.policy import sample_of, under_adapter, with_adapter
+from hf_prefopt.reference.choose import check_reference
+from hf_prefopt.scoring.positions import shortest_limit
+from hf_prefopt.training.arguments import check_loading
+from hf_prefopt.training.preference_data import PreferenceData
+from hf_prefopt.training.trainable import check_trainable
+
+
+@dataclass(frozen=True)
+class Models:
+    """The models of a trainer; load them with `load_models`.
+
+    Attributes:
+        args: Settings of the trainer.
+        policy: The policy; `None` if `model_init` creates it.
+        model_init: Function that creates the policy; `None` if there is a policy.
+        reference: An explicit reference; a name if the losses need no reference.
+        name: Name or path from which the policy was loaded.
+    """
+
+    args: PreferenceConfig
+    policy: PreTrainedModel | PeftModel | None
+    model_init: Callable[..., PreTrainedModel | PeftModel] | None
+    reference: nn.Module | str | os.PathLike | None
+    name: str | None
+
+    def check(self, optimizer: Optimizer | None, trains: bool) -> None:
+        """Check the policy; models from `model_init` are checked when they are created.
+
+        Args:
+            optimizer: The user's optimizer.
+            trains: True if there is training data.
+
+        Raises:
+            ValueError: no parameter of the policy is trained, the optimizer has other parameters, or the `reference`
+                setting is incompatible with the models.
+        """
+        if self.policy is not None:
+            check_trainable(self.policy, optimizer, trains)
+            needs_reference = self.args.build_objective().needs_reference_model
+            check_reference(self.args.reference, self.policy, self.reference, needs_reference)
+
+    def processing_class(self) -> PreTrainedTokenizerBase:
+        """Load the tokenizer that was saved with the policy."""
+        model = self.policy or sample_of(self.model_init)
+        return load_processing_class(model, self.args.model_init_kwargs, self.name)
+
+    def data(self, processing_class: Any) -> PreferenceData:
+        """Return the object that prepares datasets for these models.
+
+        Args:
+            processing_class: A tokenizer, or a processor that has one.
+        """
+        policy = self.policy
+        embeddings = getattr(policy.get_input_embeddings(), "num_embeddings", None) if policy is not None else None
+        tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        limit = shortest_limit(policy, self.reference)
+        return PreferenceData(self.args, tokenizer, embeddings, stop_tokens(policy), limit)
+
+
+def load_models(
+    args: PreferenceConfig,
+    model: str | os.PathLike | PreTrainedModel | PeftModel | None,
+    ref_model: nn.Module | str | os.PathLike | None,
+    model_init: Callable[..., PreTrainedModel] | None,
+    peft_config: PeftConfig | None,
+    quantization_config: Any,
+    processing_class: Any,
+) -> Models:
+    """Load the models that were passed by name, and add a new adapter to the policy if there is a `peft_config`.
+
+    The arguments are those of `PreferenceTrainer`. A reference that the losses do not need is not loaded.
+
+    Raises:
+        ValueError: there are options for loading, but no model was passed by name.
+    """
+    check_loading(args, (model, ref_model), quantization_config, processing_class)
+    name = os.fspath(model) if isinstance(model, str | os.PathLike) else None
+    needs_reference = args.build_objective().needs_reference_model
+    if isinstance(ref_model, str | os.PathLike) and needs_reference:
+        ref_model = load_model(os.fspath(ref_model), args.model_init_kwargs, quantization_config)
+    if name is not None:
+        model = load_model(name, args.model_init_kwargs, quantization_config)
+    if model is None:
+        model_init = under_adapter(model_init, peft_config)
+    else:
+        model = with_adapter(model, peft_config)
+    return Models(args, model, model_init, ref_model, name)

@@ -1,0 +1,69 @@
+"""Callbacks that run the scorer's work at the Trainer's events: settling, filling the cache, moving the reference."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from transformers import TrainerCallback
+
+from hf_prefopt.training.scorer import Scorer
+
+
+class SettleScorer(TrainerCallback):
+    """Callback that chooses the layout when training begins, after model wrapping and checkpoint loading."""
+
+    def __init__(self, scorer: Scorer):
+        self._scorer = scorer
+
+    def on_train_begin(self, args, state, control, **_):
+        """Choose the layout before the start summary is shown and before a cache is filled."""
+        self._scorer.settle()
+        self._scorer.check_resumed()
+
+
+class ScorerEvents(TrainerCallback):
+    """Callback that fills the cache of reference scores and updates a moving reference.
+
+    With a cache, the reference scores of each dataset are computed before its first batch is read; then the reference
+    model may be freed. Mismatched responses change in every epoch, so their scores are computed at the beginning of
+    each epoch.
+
+    Args:
+        scorer: The scorer.
+        evaluated: Function that returns the evaluation datasets as their data loaders read them, by name.
+        keeps_reference: True if a later run of the same trainer may need the reference model.
+    """
+
+    def __init__(self, scorer: Scorer, evaluated: Callable[[], Mapping[str, Any]], keeps_reference: bool):
+        self._scorer, self._evaluated, self._keeps_reference = scorer, evaluated, keeps_reference
+
+    def on_train_begin(self, args, state, control, train_dataloader=None, **_):
+        """Fill the cache; the layout has been chosen."""
+        if not args.precompute_ref_log_probs:
+            return
+        for name, dataset in self._evaluated().items():
+            self._scorer.fill_cache(dataset, name)
+        if self._scorer.objective.needs_mismatched:
+            return
+        if self._scorer.fill_cache(train_dataloader.dataset, "train") and not self._keeps_reference:
+            self._scorer.release_reference()
+
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **_):
+        """Fill the cache for the mismatched responses of this epoch."""
+        if self._scorer.objective.needs_mismatched:
+            self._scorer.fill_cache(train_dataloader.dataset, "train")
+
+    def on_step_end(self, args, state, control, **_):
+        """Update a moving reference, before any evaluation or checkpoint of this step."""
+        self._scorer.move_reference(state.global_step)
+
+    def on_save(self, args, state, control, **_):
+        """Write new reference scores to the cache after each checkpoint."""
+        self._scorer.flush_cache()
+
+    def on_evaluate(self, args, state, control, **_):
+        """Write new reference scores to the cache after each evaluation."""
+        self._scorer.flush_cache()
+
+    def on_train_end(self, args, state, control, **_):
+        """Write new reference scores to the cache at the end of training."""
+        self._scorer.flush_cache()
