@@ -245,7 +245,12 @@ class PreferenceConfig(TrainingArguments):
         default=None, metadata=_help("Round padded lengths up to a multiple of this (layouts padded and around).")
     )
 
-    learning_rate: float = field(default=1e-6, metadata=_help("The initial learning rate; adapters need 1e-5 to 2e-4."))
+    learning_rate: float = field(
+        default=1e-6,
+        metadata=_help(
+            "The initial learning rate; adapters need 1e-5 to 2e-4 (`hf_prefopt train` takes 1e-4 for them)."
+        ),
+    )
     logging_steps: float = field(default=10, metadata=_help("Log every N steps; below 1: a fraction of all steps."))
     logging_nan_inf_filter: bool = field(
         default=False,

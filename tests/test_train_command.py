@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hf_prefopt import get_loss, list_losses
+from hf_prefopt import PreferenceConfig, get_loss, list_losses
 from hf_prefopt.commands import main, train
 from hf_prefopt.commands.parser import parser_of
 from hf_prefopt.recipe.kept import FILE, keep_settings, refuse_other_run
@@ -73,6 +73,22 @@ def test_values_of_files_are_read_as_on_the_command_line(desk):
     assert read("--config", "base.yaml", "--max_length", "none", "--beta", "none").training.beta is None
 
 
+def test_an_adapter_trains_at_its_own_default_rate(desk, capsys):
+    """It is the rate of base.yaml; a new adapter, a saved one, and a script's have it. A given rate is kept."""
+    typed = ("--model_name_or_path", "m", "--dataset_name", "mine", "--use_cpu")
+    base = yaml.safe_load((ROOT / "recipes/configs/base.yaml").read_text())
+    (desk / "saved").mkdir()
+    (desk / "saved" / "adapter_config.json").write_text("{}")
+    new, script = read(*typed, "--use_peft", "true"), read(*typed, script={"use_peft": True})
+    saved = read(*typed, "--model_name_or_path", "saved")
+    for recipe in (new, script, saved):
+        assert recipe.training.learning_rate == recipe.settings["learning_rate"] == base["learning_rate"] == 1e-4
+    assert capsys.readouterr().out.count("learning_rate=0.0001: the default for an adapter") == 3
+    assert read(*typed, "--use_peft", "true", "--learning_rate", "1e-6").training.learning_rate == 1e-6
+    assert read(*typed).training.learning_rate == PreferenceConfig("x").learning_rate == 1e-6
+    assert not capsys.readouterr().out
+
+
 def test_trls_keys_are_read(desk):
     keys = {"dataset_name": "d", "dataset_train_split": "train", "model_name_or_path": "m", "dtype": "bfloat16"}
     keys |= {"use_peft": True, "lora_r": 8, "learning_rate": "5.0e-6", "loss_type": "sigmoid", "max_length": 512}
@@ -130,8 +146,7 @@ def test_a_run_from_its_own_file_is_the_same_run(desk, capsys):
 
 
 def test_the_help_is_short_and_its_commands_are_read(desk, capsys):
-    with pytest.raises(SystemExit):
-        main(["train", "--help"])
+    assert main(["train", "--help"]) == 0
     text = capsys.readouterr().out
     assert text.count("\n") <= 50 and max(map(len, text.splitlines())) <= 120
     commands = [line.split()[2:] for line in text.splitlines() if line.startswith("  hf_prefopt train")]

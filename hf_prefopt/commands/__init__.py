@@ -1,30 +1,29 @@
 """The command line: `hf_prefopt COMMAND …`, or `python -m hf_prefopt COMMAND …`.
 
-A command is a module of this package with an entry in `COMMANDS`. The module's docstring is the help text,
+A command is a module of this package that `COMMANDS` names. The module's docstring is the help text,
 `add_options(parser)` adds the options, and `run(options)` runs the command and returns the exit code. An error is
-printed as one line, and the exit code is 1.
+printed as one line, and the exit code is 1. Only the module of the chosen command is imported, because the libraries
+that most of them need take seconds to import.
 """
 
+import ast
 import io
+import pkgutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
-from types import ModuleType
+from importlib import import_module
 
-from hf_prefopt.commands import chat, compare, env, inspect, losses, merge, report, train
-from hf_prefopt.commands.faults import reported
-from hf_prefopt.commands.parser import parser_of
+from hf_prefopt.recipe.help import HELP
+from hf_prefopt.recipe.shipped import listing
 from hf_prefopt.version import __version__
 
-COMMANDS: dict[str, ModuleType] = {
-    "train": train,
-    "inspect": inspect,
-    "report": report,
-    "compare": compare,
-    "chat": chat,
-    "merge": merge,
-    "losses": losses,
-    "env": env,
+COMMANDS = ("train", "inspect", "report", "compare", "chat", "merge", "losses", "env")
+# Command lines that are answered without importing the command.
+ANSWERS: Mapping[tuple[str, ...], Callable[[], str]] = {
+    ("train", "--help"): HELP.rstrip,
+    ("train", "-h"): HELP.rstrip,
+    ("train", "--list"): listing,
 }
 
 
@@ -45,15 +44,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
         print(f"error: there is no command {name}: {hint}", file=sys.stderr)
         return 2
-    parser = parser_of(COMMANDS[name], f"hf_prefopt {name}")
+    if answer := ANSWERS.get((name, *words)):
+        print(answer())
+        return 0
+    return _run(name, words)
+
+
+def _run(name: str, words: list[str]) -> int:
+    """Import a command, parse its arguments and run it."""
+    from hf_prefopt.commands.faults import reported
+    from hf_prefopt.commands.parser import parser_of
+
+    command = import_module(f"{__name__}.{name}")
+    parser = parser_of(command, f"hf_prefopt {name}")
     options = parser.parse_args(words)
     options.command_line = ["hf_prefopt", name, *words]
-    return reported(lambda: COMMANDS[name].run(options), options.traceback, parser.option_names())
+    return reported(lambda: command.run(options), options.traceback, parser.option_names())
 
 
 def overview() -> str:
     """Return the help of the command line, with one line per command."""
-    lines = [f"  {name:<10} {(command.__doc__ or '').partition(chr(10))[0]}" for name, command in COMMANDS.items()]
+    lines = [f"  {name:<10} {summary(name)}" for name in COMMANDS]
     return "\n".join(
         [
             "usage: hf_prefopt COMMAND ...\n",
@@ -62,3 +73,9 @@ def overview() -> str:
             "\nhf_prefopt COMMAND --help says more; --version prints the version.",
         ]
     )
+
+
+def summary(name: str) -> str:
+    """Return the first line of a command's docstring, read from its source without importing it."""
+    source = pkgutil.get_data(__name__, f"{name}.py") or b""
+    return (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0]

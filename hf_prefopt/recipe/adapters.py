@@ -9,8 +9,11 @@ from peft import LoraConfig
 from transformers import BitsAndBytesConfig
 from transformers.utils import cached_file
 
+from hf_prefopt.loading import holds_adapter
 from hf_prefopt.recipe.options import ModelOptions
 
+# Of an adapter; that of recipes/configs/base.yaml, where all losses train with it.
+ADAPTER_LEARNING_RATE = 1e-4
 ADAPTER = (
     "lora_r",
     "lora_alpha",
@@ -75,6 +78,11 @@ def check_model_is_there(model: ModelOptions) -> None:
 def _changed(model: ModelOptions, names: tuple[str, ...]) -> str:
     defaults = {field.name: field.default for field in fields(ModelOptions)}
     return ", ".join(f"{name}={getattr(model, name)}" for name in names if getattr(model, name) != defaults[name])
+
+
+def trains_adapter(model: ModelOptions) -> bool:
+    """Whether an adapter trains: a new one, or the one that `model_name_or_path` names."""
+    return model.use_peft or bool(model.model_name_or_path and holds_adapter(model.model_name_or_path))
 
 
 def lora_of(model: ModelOptions) -> LoraConfig | None:

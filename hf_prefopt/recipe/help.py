@@ -6,7 +6,7 @@ usage: hf_prefopt train [--config FILE ...] [--setting value ...]
 Train a model on preference data: a LoRA adapter (--use_peft true), one on 4 bits, or all weights.
 
   hf_prefopt train --config dpo_lora --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct
-  hf_prefopt train --model_name_or_path Qwen/Qwen3-0.6B --dataset_name pairs.jsonl --use_peft true --learning_rate 1e-4
+  hf_prefopt train --model_name_or_path Qwen/Qwen3-0.6B --dataset_name pairs.jsonl --use_peft true
   hf_prefopt train --config mine.yaml --config simpo --max_steps 100
 
 On several GPUs: accelerate launch -m hf_prefopt train ...
@@ -31,7 +31,7 @@ Loss
   --beta, --loss_params     hyperparameters; each loss has its published defaults
   --precompute_ref_log_probs true   compute the reference once, and cache its log-probs
 Training
-  --learning_rate 1e-6      adapters need 1e-5 to 2e-4
+  --learning_rate LR        1e-4 for an adapter, 1e-6 for all weights
   --num_train_epochs, --max_steps, --per_device_train_batch_size, --gradient_accumulation_steps
   --max_tokens_per_batch N  bound the positions of a forward, and with them the memory
   --eval_on_start true, --eval_strategy, --save_strategy, --resume_from_checkpoint true

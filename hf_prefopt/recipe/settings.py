@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from hf_prefopt.config import PreferenceConfig
-from hf_prefopt.recipe.adapters import check_model_options, loading_arguments
+from hf_prefopt.recipe.adapters import ADAPTER_LEARNING_RATE, check_model_options, loading_arguments, trains_adapter
 from hf_prefopt.recipe.config_files import COMMAND_LINE, Layer, read_layers
 from hf_prefopt.recipe.data import check_data_options
 from hf_prefopt.recipe.layers import merged
@@ -60,6 +60,9 @@ def read_recipe(options: Namespace) -> Recipe:
     data, model = DataOptions(**_of(DataOptions, settings)), ModelOptions(**_of(ModelOptions, settings))
     check_model_options(model)
     check_data_options(data)
+    if "learning_rate" not in settings and trains_adapter(model):
+        settings["learning_rate"] = ADAPTER_LEARNING_RATE
+        _say(f"learning_rate={ADAPTER_LEARNING_RATE:g}: the default for an adapter; --learning_rate sets another")
     training = PreferenceConfig(**_of(PreferenceConfig, settings))
     if training.do_predict:
         raise ValueError("do_predict=True has no effect: `train` trains and evaluates; leave it out")
