@@ -4,7 +4,6 @@ import logging
 import platform
 import shlex
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from transformers import TrainerCallback
 
 from hf_prefopt.batch import PreferenceBatch, ResponseScores
 from hf_prefopt.data.group import prompt_keys
+from hf_prefopt.data.prompt_text import PromptText
 from hf_prefopt.reference.choose import is_fresh_adapter
 from hf_prefopt.reference.live import LiveReference, adapter_off
 from hf_prefopt.reporting.answers import greedy_answers, token_texts
@@ -69,7 +69,7 @@ class BeforeAndAfter(TrainerCallback):
     def on_train_end(self, args, state, control, **_):
         """Generate the answers after the last step; with `load_best_model_at_end`, the best model generates them."""
         if self._before:
-            asked = _texts(self._trainer, self._prompts)
+            asked = map(_prompt_text(self._trainer), self._prompts)
             both = zip(asked, self._before, self._generate(), strict=True)
             self.answers = [{"prompt": prompt, "before": b, "after": a} for prompt, b, a in both]
 
@@ -218,19 +218,18 @@ def _shown_pairs(trainer: PreferenceTrainer, dataset: Any, examples: Examples, c
     wrong = [place for place in order[::-1][:count] if margins[place] < 0]
     right = [place for place in order[:count] if margins[place] > 0]
     place_of = {row: place for place, row in enumerate(dataset["row"])}
-    shown = []
+    shown, prompt_text = [], _prompt_text(trainer)
     for place in right + wrong:
         row = dataset[place_of[examples.rows[place].item()]]
         responses = _scored_tokens(trainer, row, int(examples.pair_in_row[place]))
         if not responses:
             return []
-        prompt = trainer.data.tokenizer.decode(row["prompt_ids"], skip_special_tokens=True)
         shown.append(
             {
                 "row": int(examples.rows[place]),
                 "margin": float(margins[place]),
                 "is_right": bool(margins[place] > 0),
-                "prompt": str(prompt),
+                "prompt": prompt_text(row["prompt_ids"]),
                 "responses": responses,
             }
         )
@@ -277,9 +276,8 @@ def _first_prompts(trainer: PreferenceTrainer, count: int, longest: int) -> list
     return [list(prompt) for prompt in found]
 
 
-def _texts(trainer: PreferenceTrainer, prompts: Sequence[Sequence[int]]) -> list[str]:
-    """Decode prompts to text, without special tokens."""
-    return [str(trainer.data.tokenizer.decode(list(ids), skip_special_tokens=True)) for ids in prompts]
+def _prompt_text(trainer: PreferenceTrainer) -> PromptText:
+    return PromptText(trainer.data.tokenizer, trainer.args.chat_template_kwargs)
 
 
 def _is_sharded(trainer: PreferenceTrainer) -> bool:
