@@ -88,7 +88,7 @@ def record_run(trainer: PreferenceTrainer, facts: CardFacts, shown_pairs: int = 
     Args:
         facts: Facts of the model card.
         shown_pairs: Maximum number of pairs with tokens: as many with the largest positive margins, and as many with
-            the most negative margins.
+            the most negative margins. Pairs of different prompts come first.
     """
     record = RunRecord(_facts(trainer, facts), [dict(log) for log in trainer.state.log_history])
     for name, dataset in _evaluation_sets(trainer).items():
@@ -101,7 +101,7 @@ def record_run(trainer: PreferenceTrainer, facts: CardFacts, shown_pairs: int = 
                 record.accuracies.append({"set": name, "step": step, **accuracy.as_dict()})
         record.examples += _example_lines(trainer, name, examples, prompts)
         if not record.pairs:
-            record.pairs = _shown_pairs(trainer, dataset, examples, shown_pairs)
+            record.pairs = _shown_pairs(trainer, dataset, examples, prompts, shown_pairs)
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, BeforeAndAfter):
             record.answers = callback.answers
@@ -209,14 +209,16 @@ def _or(values: np.ndarray | None, other: np.ndarray) -> np.ndarray:
     return other if values is None else values
 
 
-def _shown_pairs(trainer: PreferenceTrainer, dataset: Any, examples: Examples, count: int) -> list[dict[str, Any]]:
+def _shown_pairs(
+    trainer: PreferenceTrainer, dataset: Any, examples: Examples, prompts: np.ndarray, count: int
+) -> list[dict[str, Any]]:
     """Return the pairs with the largest positive and the most negative margins, with the log-ratio of each token."""
     margins = examples.margins
     if margins is None or not isinstance(dataset, Dataset) or not trainer.criterion.kind.has_preferences:
         return []
     order = [place for place in np.argsort(-margins, kind="stable").tolist() if not np.isnan(margins[place])]
-    wrong = [place for place in order[::-1][:count] if margins[place] < 0]
-    right = [place for place in order[:count] if margins[place] > 0]
+    right = _different([place for place in order if margins[place] > 0], prompts)[:count]
+    wrong = _different([place for place in order[::-1] if margins[place] < 0], prompts)[:count]
     place_of = {row: place for place, row in enumerate(dataset["row"])}
     shown, prompt_text = [], _prompt_text(trainer)
     for place in right + wrong:
@@ -234,6 +236,12 @@ def _shown_pairs(trainer: PreferenceTrainer, dataset: Any, examples: Examples, c
             }
         )
     return shown
+
+
+def _different(places: list[int], prompts: np.ndarray) -> list[int]:
+    """Return the places with the first one of each prompt before all others, otherwise in the same order."""
+    firsts = set({prompts[place].item(): place for place in reversed(places)}.values())
+    return sorted(places, key=lambda place: place not in firsts)
 
 
 def _scored_tokens(trainer: PreferenceTrainer, row: dict[str, Any], example: int) -> list[dict[str, Any]]:
