@@ -4,7 +4,6 @@ import logging
 import platform
 import shlex
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from transformers import TrainerCallback
 
 from hf_prefopt.batch import PreferenceBatch, ResponseScores
 from hf_prefopt.data.group import prompt_keys
+from hf_prefopt.data.prompt_text import PromptText
 from hf_prefopt.reference.choose import is_fresh_adapter
 from hf_prefopt.reference.live import LiveReference, adapter_off
 from hf_prefopt.reporting.answers import greedy_answers, token_texts
@@ -69,7 +69,7 @@ class BeforeAndAfter(TrainerCallback):
     def on_train_end(self, args, state, control, **_):
         """Generate the answers after the last step; with `load_best_model_at_end`, the best model generates them."""
         if self._before:
-            asked = _texts(self._trainer, self._prompts)
+            asked = map(_prompt_text(self._trainer), self._prompts)
             both = zip(asked, self._before, self._generate(), strict=True)
             self.answers = [{"prompt": prompt, "before": b, "after": a} for prompt, b, a in both]
 
@@ -88,7 +88,7 @@ def record_run(trainer: PreferenceTrainer, facts: CardFacts, shown_pairs: int = 
     Args:
         facts: Facts of the model card.
         shown_pairs: Maximum number of pairs with tokens: as many with the largest positive margins, and as many with
-            the most negative margins.
+            the most negative margins. Pairs of different prompts come first.
     """
     record = RunRecord(_facts(trainer, facts), [dict(log) for log in trainer.state.log_history])
     for name, dataset in _evaluation_sets(trainer).items():
@@ -101,7 +101,7 @@ def record_run(trainer: PreferenceTrainer, facts: CardFacts, shown_pairs: int = 
                 record.accuracies.append({"set": name, "step": step, **accuracy.as_dict()})
         record.examples += _example_lines(trainer, name, examples, prompts)
         if not record.pairs:
-            record.pairs = _shown_pairs(trainer, dataset, examples, shown_pairs)
+            record.pairs = _shown_pairs(trainer, dataset, examples, prompts, shown_pairs)
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, BeforeAndAfter):
             record.answers = callback.answers
@@ -209,32 +209,39 @@ def _or(values: np.ndarray | None, other: np.ndarray) -> np.ndarray:
     return other if values is None else values
 
 
-def _shown_pairs(trainer: PreferenceTrainer, dataset: Any, examples: Examples, count: int) -> list[dict[str, Any]]:
+def _shown_pairs(
+    trainer: PreferenceTrainer, dataset: Any, examples: Examples, prompts: np.ndarray, count: int
+) -> list[dict[str, Any]]:
     """Return the pairs with the largest positive and the most negative margins, with the log-ratio of each token."""
     margins = examples.margins
     if margins is None or not isinstance(dataset, Dataset) or not trainer.criterion.kind.has_preferences:
         return []
     order = [place for place in np.argsort(-margins, kind="stable").tolist() if not np.isnan(margins[place])]
-    wrong = [place for place in order[::-1][:count] if margins[place] < 0]
-    right = [place for place in order[:count] if margins[place] > 0]
+    right = _different([place for place in order if margins[place] > 0], prompts)[:count]
+    wrong = _different([place for place in order[::-1] if margins[place] < 0], prompts)[:count]
     place_of = {row: place for place, row in enumerate(dataset["row"])}
-    shown = []
+    shown, prompt_text = [], _prompt_text(trainer)
     for place in right + wrong:
         row = dataset[place_of[examples.rows[place].item()]]
         responses = _scored_tokens(trainer, row, int(examples.pair_in_row[place]))
         if not responses:
             return []
-        prompt = trainer.data.tokenizer.decode(row["prompt_ids"], skip_special_tokens=True)
         shown.append(
             {
                 "row": int(examples.rows[place]),
                 "margin": float(margins[place]),
                 "is_right": bool(margins[place] > 0),
-                "prompt": str(prompt),
+                "prompt": prompt_text(row["prompt_ids"]),
                 "responses": responses,
             }
         )
     return shown
+
+
+def _different(places: list[int], prompts: np.ndarray) -> list[int]:
+    """Return the places with the first one of each prompt before all others, otherwise in the same order."""
+    firsts = set({prompts[place].item(): place for place in reversed(places)}.values())
+    return sorted(places, key=lambda place: place not in firsts)
 
 
 def _scored_tokens(trainer: PreferenceTrainer, row: dict[str, Any], example: int) -> list[dict[str, Any]]:
@@ -277,9 +284,8 @@ def _first_prompts(trainer: PreferenceTrainer, count: int, longest: int) -> list
     return [list(prompt) for prompt in found]
 
 
-def _texts(trainer: PreferenceTrainer, prompts: Sequence[Sequence[int]]) -> list[str]:
-    """Decode prompts to text, without special tokens."""
-    return [str(trainer.data.tokenizer.decode(list(ids), skip_special_tokens=True)) for ids in prompts]
+def _prompt_text(trainer: PreferenceTrainer) -> PromptText:
+    return PromptText(trainer.data.tokenizer, trainer.args.chat_template_kwargs)
 
 
 def _is_sharded(trainer: PreferenceTrainer) -> bool:

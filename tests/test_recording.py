@@ -69,6 +69,33 @@ def test_tokens_and_margins_are_those_of_single_sequences(tmp_path, loss):
     assert len(record.pairs) >= 4 and {pair["prompt"] for pair in record.pairs} <= set(text_pairs()["prompt"])
 
 
+def test_shown_pairs_are_of_different_prompts_first(tmp_path):
+    """Three prompts with two pairs each: three pairs of three prompts, then a second one of the best prompt."""
+    trainer = trained(tmp_path, learning_rate=3e-2)
+    record = record_run(trainer, trainer.card_facts())
+    for is_right in (True, False):
+        side = [pair for pair in record.pairs if pair["is_right"] == is_right]
+        prompts = [pair["prompt"] for pair in side]
+        different = len(set(prompts))
+        assert len(set(prompts[:different])) == different
+        ranks = [abs(pair["margin"]) for pair in side]
+        assert ranks[:different] == sorted(ranks[:different], reverse=True)
+    assert len(record.pairs) >= 4
+
+
+def test_an_answer_that_has_not_ended_says_so():
+    """Greedy answers are the same whatever their token limit; the token that ends one is made its EOS."""
+    model = tiny_model(vocab_size=512)
+    prompt = TOKENIZER("What is")["input_ids"]
+    (whole,) = greedy_answers(model, TOKENIZER, [prompt], 6)
+    assert whole.endswith(" …")
+    with torch.no_grad():
+        ids = model.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False)[0, len(prompt) :]
+    model.generation_config.eos_token_id = [511, ids[-1].item()]
+    (ended,) = greedy_answers(model, TOKENIZER, [prompt], 6)
+    assert not ended.endswith("…") and whole.startswith(ended[:1])
+
+
 def test_prompts_are_counted_and_every_example_is_there(tmp_path):
     trainer = trained(tmp_path)
     record = record_run(trainer, trainer.card_facts())

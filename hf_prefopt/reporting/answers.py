@@ -18,6 +18,8 @@ def greedy_answers(
 ) -> list[str]:
     """Generate greedy answers, and restore the model's mode (training or evaluation) afterwards.
 
+    An answer that has not ended after `max_new_tokens` ends with an ellipsis.
+
     Args:
         prompts: Token ids, including the generation prompt.
     """
@@ -39,7 +41,11 @@ def greedy_answers(
             )
     finally:
         model.train(was_training)
-    return tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
+    stops = model.generation_config.eos_token_id
+    stops = torch.tensor([] if stops is None else stops, device=output.device).reshape(-1)
+    ended = torch.isin(output[:, width:], stops).any(1).tolist()
+    texts = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
+    return [text if has_ended else f"{text} …" for text, has_ended in zip(texts, ended, strict=True)]
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], values: Sequence[float]) -> list[list[Any]]:

@@ -232,7 +232,8 @@ def _results_section(facts: CardFacts) -> str:
     heads = [name for name, _ in results.columns]
     lines = [f"| | {' | '.join(heads)} |", f"|---|{'---|' * len(heads)}"]
     lines += [f"| {label.strip()} | {' | '.join(cells)} |" for label, cells in results.rows()]
-    return "## Evaluation\n\n" + "\n".join(lines) + f"\n\n{plain_caption(results)}. All other values are in nats."
+    notes = [f"{plain_caption(results)}. All other values are in nats.", *results.verdicts()]
+    return "\n\n".join(["## Evaluation", "\n".join(lines), *notes])
 
 
 def _answers_section(answers: Sequence[Mapping[str, str]]) -> str:

@@ -11,6 +11,7 @@ from hf_prefopt.reporting.preview import visible
 from hf_prefopt.reporting.results import Results
 from hf_prefopt.reporting.table import evaluation_table
 
+NOT_EVALUATED = "The model was not evaluated after training: call trainer.evaluate() before finish_run(trainer)."
 # Maximum number of characters of a prompt or an answer in the terminal.
 _CHARACTERS = 360
 
@@ -38,6 +39,9 @@ def closing_report(
         console.print()
     if evaluated.after is not None:
         console.print(evaluation_table(evaluated))
+        console.print()
+    elif evaluated.before is not None:
+        console.print(NOT_EVALUATED)
         console.print()
     _print_aligned(console, {name: str(path) for name, path in results.items()})
     if next_steps:

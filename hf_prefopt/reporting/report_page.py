@@ -60,7 +60,8 @@ def _figures(record: RunRecord, results: Results) -> list[tuple[str, str]]:
     """Return the figures at the top of the page, as (value, label)."""
     figures = []
     if accuracy := results.accuracies.get("after"):
-        figures.append((f"{accuracy.value:.1%}", "held-out accuracy"))
+        when = "" if results.last == "after" else f" at {results.last}"
+        figures.append((f"{accuracy.value:.1%}", f"held-out accuracy{when}"))
         figures.append((f"{accuracy.low:.1%} – {accuracy.high:.1%}", "its 95% interval"))
     if longer := results.baselines.get(LONGER):
         figures.append((f"{longer.value:.1%}", f"accuracy of “{LONGER}”"))

@@ -58,19 +58,32 @@ class Results:
         before, after: Metrics without their prefix; `None` without such an evaluation.
         accuracies: Accuracies "before" and "after" training, with intervals that treat prompts as independent.
         baselines: Accuracies of rules that need no training, keyed by name.
+        disagreements: For each rule, the trained model's accuracy on the examples where it disagrees with the rule;
+            `None` if they never disagree.
         examples: Number of evaluated examples; `None` if unknown.
+        last: Name of the last evaluation: "after", or its step if training went on after it.
     """
 
     before: Mapping[str, float] | None = None
     after: Mapping[str, float] | None = None
     accuracies: Mapping[str, Accuracy] = field(default_factory=dict)
     baselines: Mapping[str, Accuracy] = field(default_factory=dict)
+    disagreements: Mapping[str, Accuracy | None] = field(default_factory=dict)
     examples: int | None = None
+    last: str = "after"
+
+    def verdicts(self) -> list[str]:
+        """Compare the trained model with each rule, in one sentence per rule.
+
+        Two accuracies of the same examples are not independent, so the sentence counts only the examples where the
+        model and the rule disagree. The model is better if it is right in more than half of them, beyond the interval.
+        """
+        return [_verdict(rule, accuracy) for rule, accuracy in self.disagreements.items()]
 
     @property
     def columns(self) -> list[tuple[str, Mapping[str, float]]]:
         """Name and metrics of each available evaluation."""
-        both = (("before", self.before), ("after", self.after))
+        both = (("before", self.before), (self.last, self.after))
         return [(name, metrics) for name, metrics in both if metrics is not None]
 
     def rows(self) -> list[tuple[str, list[str]]]:
@@ -104,8 +117,9 @@ class Results:
         if shown.key not in metrics:
             return "–"
         value = float(metrics[shown.key]) + 0.0  # converts −0.0 to 0.0
-        if shown.key == self._measured and column in self.accuracies:
-            return str(self.accuracies[column])
+        known = "before" if column == "before" else "after"
+        if shown.key == self._measured and known in self.accuracies:
+            return str(self.accuracies[known])
         size = metrics.get(shown.share_of or "")
         if shown.share_of is None or not size:
             return shown.form.format(value)
@@ -122,18 +136,26 @@ def results_of(record: RunRecord, name: str = "eval") -> Results:
     before, after = first_evaluation(record.logs, name), last_evaluation(record.logs, name)
     known = [entry for entry in record.accuracies if entry["set"] == name]
     examples = [entry for entry in record.examples if entry["set"] == name]
+    step, steps = _last_step(record.logs, name), record.run.get("steps")
+    if step == 0 and steps:  # the model was not evaluated after it was trained
+        return Results(before=_unprefixed(before, name), examples=len(examples) or None)
     accuracies = {}
     if known:
         first, last = known[0], known[-1]
         accuracies = {"after": _accuracy(last)} | ({"before": _accuracy(first)} if first["step"] == 0 else {})
-    prefix = f"{name}_"
     return Results(
-        {key.removeprefix(prefix): value for key, value in before.items()} if before else None,
-        {key.removeprefix(prefix): value for key, value in after.items()} if after else None,
+        _unprefixed(before, name),
+        _unprefixed(after, name),
         accuracies,
         baselines(examples),
+        disagreements(examples),
         len(examples) or None,
+        "after" if steps is None or step is None or step >= steps else f"step {step:g}",
     )
+
+
+def _unprefixed(metrics: Mapping[str, float] | None, name: str) -> dict[str, float] | None:
+    return {key.removeprefix(f"{name}_"): value for key, value in metrics.items()} if metrics else None
 
 
 def evaluated_sets(record: RunRecord) -> list[str]:
@@ -143,16 +165,41 @@ def evaluated_sets(record: RunRecord) -> list[str]:
 
 def baselines(examples: list[dict[str, Any]]) -> dict[str, Accuracy]:
     """Compute the accuracies of "the longer response is better" and of the reference's log-probs."""
+    prompts = [entry["prompt"] for entry in examples]
+    found = {rule: accuracy_of(values, prompts) for rule, values in _rules(examples).items()}
+    return {rule: accuracy for rule, accuracy in found.items() if accuracy is not None}
+
+
+def disagreements(examples: list[dict[str, Any]]) -> dict[str, Accuracy | None]:
+    """Compute the model's accuracy on the examples where it disagrees with a rule, for each rule.
+
+    If only one of the two ties, the other one counts as right or wrong.
+    """
+    prompts = [entry["prompt"] for entry in examples]
+    model = correct(np.array([entry["margin"] for entry in examples], dtype=float))
+    found = {}
+    for rule, values in _rules(examples).items():
+        difference = model - values
+        if not np.isnan(difference).all():
+            found[rule] = accuracy_of(np.where(difference == 0, np.nan, correct(difference)), prompts)
+    return found
+
+
+def _rules(examples: list[dict[str, Any]]) -> dict[str, np.ndarray]:
+    """Return 1, ½ or 0 for each example, as `correct` does, for each rule that needs no training."""
     if not examples:
         return {}
-    prompts = [entry["prompt"] for entry in examples]
     lengths = np.array([entry["lengths"] for entry in examples], dtype=float)
     reference = np.array([entry["reference_margin"] for entry in examples], dtype=float)
-    found = {
-        LONGER: accuracy_of(correct(lengths[:, 0] - lengths[:, 1]), prompts),
-        UNTRAINED: accuracy_of(correct(reference), prompts),
-    }
-    return {name: accuracy for name, accuracy in found.items() if accuracy is not None}
+    return {LONGER: correct(lengths[:, 0] - lengths[:, 1]), UNTRAINED: correct(reference)}
+
+
+def _verdict(rule: str, accuracy: Accuracy | None) -> str:
+    if accuracy is None:
+        return f"Not better than “{rule}”: they agree on every example."
+    found = "Better" if accuracy.low > 0.5 else "Worse" if accuracy.high < 0.5 else "Not clearly better"
+    examples = "1 example" if accuracy.examples == 1 else f"{accuracy.examples:,} examples"
+    return f"{found} than “{rule}”: the model is right in {accuracy} of the {examples} where they disagree."
 
 
 def _accuracy(entry: dict[str, Any]) -> Accuracy:
@@ -171,8 +218,13 @@ def first_evaluation(log_history: Iterable[Mapping[str, float]], name: str = "ev
 def last_evaluation(log_history: Iterable[Mapping[str, float]], name: str = "eval") -> dict[str, float]:
     """Return the last evaluation, including results of callbacks; empty if the run has no evaluation."""
     records = list(log_history)
-    steps = [record["step"] for record in records if any(key.startswith(f"{name}_") for key in record)]
-    return _evaluation_at(max(steps), records, name) if steps else {}
+    step = _last_step(records, name)
+    return {} if step is None else _evaluation_at(step, records, name)
+
+
+def _last_step(logs: Iterable[Mapping[str, float]], name: str) -> float | None:
+    """Return the step of the last evaluation; `None` if there is none."""
+    return max((log["step"] for log in logs if any(key.startswith(f"{name}_") for key in log)), default=None)
 
 
 def _evaluation_at(step: float, log_history: Iterable[Mapping[str, float]], name: str) -> dict[str, float]:

@@ -50,11 +50,10 @@ def line_chart(drawn: Drawn) -> Markup:
     steps = [x for curve in drawn.curves for x, _ in (*curve.train, *curve.evaluations)]
     axes = Axes(steps, drawn.values)
     parts = [_frame(axes, "optimizer step", whole=True)]
-    for value, label in drawn.lines:
-        if axes.y_low <= value <= axes.y_high:
-            parts.append(_horizontal(axes, value, label))
-    for curve in drawn.curves:
-        parts.append(_curve(axes, curve))
+    compared = [(value, label) for value, label in drawn.lines if axes.y_low <= value <= axes.y_high]
+    parts += [_horizontal(axes, value) for value, _ in compared]
+    parts += [_curve(axes, curve) for curve in drawn.curves]
+    parts += [_label(axes, value, label) for value, label in compared]
     parts += _bands(axes, drawn.curves)
     return _svg(f"{drawn.panel.title}, {drawn.panel.unit}", parts)
 
@@ -75,7 +74,7 @@ def overlay_chart(title: str, named: Sequence[tuple[str, Points]]) -> Markup:
 def scatter_chart(title: str, x_label: str, points: Sequence[tuple[float, float, str]]) -> Markup:
     """Draw points (x, y, hover text). Points with y < 0 have another color and shape than points with y ≥ 0."""
     axes = Axes([0.0, *(x for x, _, _ in points)], [0.0, *(y for _, y, _ in points)])
-    parts = [_frame(axes, x_label), _horizontal(axes, 0.0, "")]
+    parts = [_frame(axes, x_label), _horizontal(axes, 0.0)]
     parts.append(
         Markup('<line class="compare" x1="{0}" x2="{0}" y1="{1}" y2="{2}"/>').format(
             axes.x(0.0), _TOP, _HEIGHT - _BOTTOM
@@ -123,11 +122,14 @@ def _ticks(low: float, high: float, count: int) -> list[float]:
     return [round(step * n, 12) for n in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
-def _horizontal(axes: Axes, value: float, label: str) -> Markup:
+def _horizontal(axes: Axes, value: float) -> Markup:
     line = Markup('<line class="compare" x1="{}" x2="{}" y1="{}" y2="{}"/>')
-    text = Markup('<text class="tick end" x="{}" y="{}">{}</text>')
-    y, right = axes.y(value), _WIDTH - _RIGHT
-    return line.format(_LEFT, right, y, y) + text.format(right, y - 3, label)
+    return line.format(_LEFT, _WIDTH - _RIGHT, axes.y(value), axes.y(value))
+
+
+def _label(axes: Axes, value: float, label: str) -> Markup:
+    """Write the name of a horizontal line above it."""
+    return Markup('<text class="tick end" x="{}" y="{}">{}</text>').format(_WIDTH - _RIGHT, axes.y(value) - 3, label)
 
 
 def _curve(axes: Axes, curve: Curve) -> Markup:

@@ -15,7 +15,7 @@ def evaluation_table(results: Results) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     for label, cells in results.rows():
         table.add_row(label, *map(escape, cells))
-    table.caption = escape(plain_caption(results))
+    table.caption = escape("\n".join([plain_caption(results), *results.verdicts()]))
     table.caption_justify = "left"
     return table
 

@@ -67,6 +67,17 @@ def test_the_report_shows_what_the_record_has():
         assert said in text
 
 
+def test_the_report_says_whether_the_model_is_better_than_length():
+    assert "Not clearly better than “always the longer one”" in "".join(Page(report_page(made_up_run())).texts)
+
+
+def test_without_an_evaluation_after_training_the_report_says_so():
+    record = made_up_run()
+    record.logs = [log for log in record.logs if "eval_loss" not in log or log["step"] == 0]
+    page = report_page(record)
+    assert "No evaluation after training" in page and "held-out accuracy" not in page and "<h2>Results" not in page
+
+
 def test_a_tokens_color_is_its_log_ratio():
     """Full color at the 95 % quantile of |log-ratio|: of 0.01, 0.01, 1.5, 1.5, 2, 2 that is 2; 1.5 is level 8 of 10."""
     record = made_up_run()

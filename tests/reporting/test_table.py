@@ -32,6 +32,47 @@ def test_baselines_are_counted_by_hand():
     assert (found[LONGER].examples, found[LONGER].prompts) == (6, 3)
 
 
+def test_the_model_is_compared_with_a_rule_where_they_disagree():
+    """Length is right in rows 3, 4, 5 and the model in all but row 5, so it is right in 3 of 4 disagreements: rows 0,
+    1, 2 and 5, of three prompts. The reference is right in the even rows, so they disagree in rows 1 and 3."""
+    results = results_of(made_up_run())
+    found = results.disagreements
+    assert (found[LONGER].value, found[LONGER].examples, found[LONGER].prompts) == (0.75, 4, 3)
+    assert (found[UNTRAINED].value, found[UNTRAINED].examples) == (1.0, 2)
+    for verdict in results.verdicts():
+        assert verdict.startswith("Not clearly better than") and verdict in " ".join(render(results).split())
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "said"),
+    [(40, 10, "Better than"), (10, 40, "Worse than"), (25, 25, "Not clearly better than"), (0, 0, "they agree on")],
+)
+def test_a_verdict_needs_an_interval_on_one_side_of_one_half(right, wrong, said):
+    """Wilson's interval of 40 in 50 is [0.67, 0.89]. In ten more examples both are right."""
+    margins = [1.0] * right + [-1.0] * wrong + [1.0] * 10
+    longer = [-1.0] * right + [1.0] * wrong + [1.0] * 10
+    base = {"set": "eval", "reference_margin": None}
+    examples = [
+        {**base, "prompt": at, "margin": margin, "lengths": [10.0 + by, 10.0]}
+        for at, (margin, by) in enumerate(zip(margins, longer, strict=True))
+    ]
+    (verdict,) = results_of(RunRecord(examples=examples)).verdicts()
+    assert said in verdict and (right == 0 or f"the {right + wrong} examples" in verdict)
+
+
+def test_an_evaluation_before_training_is_not_one_of_the_trained_model():
+    record = made_up_run()
+    record.logs = [log for log in record.logs if "eval_loss" not in log or log["step"] == 0]
+    results = results_of(record)
+    assert results.after is None and results.before is not None and not results.accuracies
+
+
+def test_an_evaluation_before_the_last_step_is_named_by_its_step():
+    results = results_of(made_up_run(steps=30))
+    assert [name for name, _ in results.columns] == ["before", "step 20"]
+    assert dict(results.rows())["reward accuracy"][-1] == "0.833 [0.400, 0.970]"
+
+
 def test_without_a_reference_there_is_no_baseline_of_it():
     examples = [{**entry, "reference_margin": None} for entry in made_up_run().examples]
     assert list(baselines(examples)) == [LONGER]
