@@ -84,6 +84,7 @@ from hf_prefopt.training.saved_adapters import with_frozen_adapters
 from hf_prefopt.training.scorer import Scorer, ScorerEvents, SettleScorer, loader_collator
 from hf_prefopt.training.settings import OwnSettings, evaluation_loss
 from hf_prefopt.training.step_batches import StepBatches
+from hf_prefopt.training.stream_shards import ShardedRanks, is_split_by_shards
 from hf_prefopt.training.trainable import check_trainable, refuse_another_model, refuse_frozen
 from hf_prefopt.training.wrapping import settle_unused_parameters
 
@@ -317,8 +318,8 @@ class PreferenceTrainer(Trainer):
         if "loss" in logs:
             # fp16's loss scaling skips steps whose gradients overflow.
             norm = None if self.accelerator.mixed_precision == "fp16" else logs.get("grad_norm")
-            self.record.check(self.accelerator, ruined_gradient(norm))
-            logs.update(self.record.pop_means(self.accelerator) | self.throughput.pop(self.accelerator))
+            means = self.record.pop_means(self.accelerator, ruined_gradient(norm))
+            logs.update(means | self.throughput.pop(self.accelerator))
             if self.is_world_process_zero():
                 self.record.notice_gradient(norm, self.state.global_step)
         super().log(logs, start_time)
@@ -423,7 +424,7 @@ class PreferenceTrainer(Trainer):
         drops_last = self.args.dataloader_drop_last
         self.args.dataloader_drop_last = drops_last and is_training
         try:
-            to_read = self.data.to_read(dataset, batch_size * self.accelerator.num_processes)
+            to_read = self.data.to_read(dataset, batch_size * self.accelerator.num_processes, is_training)
             if is_training and drops_last:
                 refuse_empty_epoch(to_read, batch_size * self.accelerator.num_processes)
             return super()._get_dataloader(to_read, description, batch_size, is_training=is_training, **kwargs)
@@ -466,7 +467,7 @@ class PreferenceTrainer(Trainer):
             self.model_wrapped = unwrapped_after_evaluation(self.accelerator, self.model, self.model_wrapped)
         checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
         if checkpoint is not None:
-            check_resumable(checkpoint, self.accelerator, self._batch_of_step(), self.args)
+            check_resumable(checkpoint, self.accelerator, self._batch_of_step(), self.args, self.train_dataset)
             check_facts(checkpoint, facts_of(self.args, self.train_dataset), not self.args.ignore_data_skip)
         keep_output_precision(self.accelerator)
         given = self.eval_dataset
@@ -475,7 +476,8 @@ class PreferenceTrainer(Trainer):
             datasets = {"train": self.train_dataset, **evaluated}
             about = (self.data.counts, self.args.group_by_prompt, self.data.streams)
             self.summary.say("data", *data_texts(datasets, *about))
-        self._attempts, self._steps = 0, StepBatches(checkpoint)
+        ranks = ShardedRanks(self.accelerator) if is_split_by_shards(self.train_dataset, self.args) else None
+        self._attempts, self._steps = 0, StepBatches(checkpoint, ranks)
         output = super().train(checkpoint, **options)
         self._steps.check_end(self.state, self.args)
         return output
