@@ -42,6 +42,7 @@ from hf_prefopt.reporting.start_summary import StartSummary, loss_texts
 from hf_prefopt.reporting.throughput import Throughput
 from hf_prefopt.scoring.modes import adapter_casts_off, body_parameters, light_train
 from hf_prefopt.scoring.positions import shortest_limit
+from hf_prefopt.training.activations import check_activations, keep_attention, offloaded
 from hf_prefopt.training.arguments import (
     check_arguments,
     check_loading,
@@ -214,6 +215,7 @@ class PreferenceTrainer(Trainer):
         self._use(self.data.objective)
         check_quantized(self.accelerator, self.model, self.args.mixed_precision)
         check_adapter(self.accelerator, self.model)
+        check_activations(self.args, self.model, self.accelerator)
         forget_other_trainers(self.model)
         set_base_name(self.model, self.args.hub_base_model)
         self.scorer.attach(self.model, self.criterion, self.accelerator)
@@ -265,7 +267,8 @@ class PreferenceTrainer(Trainer):
         loss, synchronizes = torch.zeros((), device=self.args.device), self.accelerator.sync_gradients
         tree = self.scorer.tree
         # DeepSpeed computes in bf16 without autocast.
-        with tree.held(), light_train(tree), adapter_casts_off(tree, self.accelerator.native_amp):
+        offload = offloaded(self.args.activation_offloading, self.model, self.args.device)
+        with tree.held(), light_train(tree), adapter_casts_off(tree, self.accelerator.native_amp), offload:
             for piece in pieces[:-1]:
                 state._set_sync_gradients(False)
                 with self.accelerator.no_sync(model):
@@ -496,6 +499,8 @@ class PreferenceTrainer(Trainer):
         self._attempts += 1
         self.record = TrainingRecord(self.criterion)
         self.criterion.reset_state()
+        if self.args.checkpointing_keeps == "attention":
+            keep_attention(self.model)
         return super()._inner_training_loop(*args, **options)
 
     def _wrap_model(self, model: nn.Module, training: bool = True, *others: Any) -> nn.Module:
