@@ -1,6 +1,7 @@
 """Speed and memory against TRL's `DPOTrainer`, in one command.
 
     python -m benchmarks.compare --rounds 5 --memory --ablation --growth --write-results
+    python -m benchmarks.compare --quick
 
 Each case first asserts that both trainers compute the same loss and gradients, then times alternating steps. The
 results are saved to a JSON file after every case, so that you can stop a run and continue it with `--cases`; other
@@ -32,6 +33,8 @@ from benchmarks.work import ROOT, Work
 
 MODEL = "models/smollm2-135m-instruct"
 RESULTS, PLOT = ROOT / "benchmarks" / "RESULTS.md", ROOT / "benchmarks" / "results.png"
+# At 35 and 105 s a round (RESULTS.md), and another round for the comparison of losses and gradients.
+QUICK = ("equal-4:1", "chat")
 # Appended to the tables: the section on the last GPU run, and notes.
 SECTIONS = (ROOT / "benchmarks" / "GPU.md", ROOT / "benchmarks" / "REMARKS.md")
 
@@ -110,6 +113,9 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", default=MODEL, help=f"a model's folder (default {MODEL}), or random:layers=2,…")
     parser.add_argument("--cases", nargs="*", default=list(CASES), choices=list(CASES), help="default: all")
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds per case; 0 for none")
+    parser.add_argument(
+        "--quick", action="store_true", help=f"two rounds of {' and '.join(QUICK)}: some 7 minutes on one CPU thread"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--memory", action="store_true", help="measure the peak memory of each side")
     parser.add_argument(
@@ -120,6 +126,8 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--write-results", action="store_true", help="write benchmarks/RESULTS.md and the plot")
     options = parser.parse_args(arguments)
     given = sys.argv[1:] if arguments is None else arguments
+    if options.quick:
+        options.cases, options.rounds = list(QUICK), 2
     if "--growth" in given and not options.growth:
         options.growth = list(GROWTH)
     return options

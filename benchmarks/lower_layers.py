@@ -2,21 +2,27 @@
 
 Three steps of ours on the same rows: adapters on all layers; on the upper half, where all layers run twice, for policy
 and reference; on the upper half, where the lower half runs once for both. For a GPU they are counted as
-`benchmarks.roofline` counts, from two and four layers. On the CPU, the last two must have equal losses and gradients,
-bit for bit, and the three are timed in turns, by the CPU time of one thread.
+`benchmarks.roofline` counts, from two and four layers. On the CPU, TRL's trainer with adapters on all layers is the
+fourth. There the last two must have equal losses and gradients, bit for bit, the first one TRL's, and the four are
+timed in turns, by the CPU time of one thread. The default model and rows of `--measure` take some two minutes.
 
     python -m benchmarks.lower_layers --model llama-8b --case 4:1
-    python -m benchmarks.lower_layers --measure random: --rounds 5
+    python -m benchmarks.lower_layers --measure
 """
 
 import argparse
 import statistics
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 from unittest.mock import patch
 
 COLUMNS = ("TFLOP", "GB moved", "launches", "peak GiB", "estimated ms")
+TRL = "TRL, all layers"
+# Prompt and response tokens, and the model, of `--measure`: SmolLM2-135M's width, and fewer layers and tokens.
+LENGTHS, SMALL = (256, 64), "random:layers=12,vocab=8192"
 ALL, TWICE, ONCE = "all layers", "upper half, all layers run twice", "upper half, the lower half runs once"
 
 
@@ -46,42 +52,57 @@ def count(models: list[str], cases: list[str], pairs: int) -> None:
 
 
 def measure(source: str, pairs: int, rounds: int) -> None:
-    """Print the ratios of the times of a step, round by round and their medians."""
+    """Print the ratios of the times of a step, round by round, and their medians."""
     import torch
 
     from benchmarks import sides
-    from benchmarks.gpu_speed import chat_lengths
-    from benchmarks.paired import cpu_seconds
+    from benchmarks.paired import agreement, cpu_seconds
+    from benchmarks.work import synthetic
 
     torch.set_num_threads(1)
-
-    def side(upper: bool, shares: bool) -> sides.Side:
-        depth = sides.load_model(source).config.num_hidden_layers
-        layers = range(depth // 2, depth) if upper else None
-        with patch.object(sides, "lora", partial(sides.lora, layers)):
-            made = sides.our_side(source, reference="adapter_off")
-        made.trainer.scorer.settle()
-        if not shares:
-            made.trainer.reference.lower = None
-        return made
-
-    made = {ALL: side(False, True), TWICE: side(True, False), ONCE: side(True, True)}
-    rows = chat_lengths(sides.vocabulary_of(source), pairs)
-    found = []
-    for name in (TWICE, ONCE):
-        made[name].model.zero_grad()
-        found.append((made[name].backward(rows), made[name].gradients()))
-    (loss, gradients), (other_loss, others) = found
-    assert torch.equal(loss, other_loss) and all(torch.equal(gradients[name], others[name]) for name in others)
+    made = {TRL: sides.trl_side(source)} | {name: _our_side(source, name) for name in (ALL, TWICE, ONCE)}
+    sides.perturb_adapters(made[TRL], made[ALL])
+    sides.perturb_adapters(made[TWICE], made[ONCE])
+    batches = synthetic(sides.vocabulary_of(source), pairs, *LENGTHS, steps=rounds + 1)
+    agreement(made[TRL], made[ALL], batches[0]).check()
+    _assert_same_bits(made[TWICE], made[ONCE], batches[0])
+    print("losses and gradients: as TRL's for all layers, and equal bit for bit for the upper half", flush=True)
     seconds: dict[str, list[float]] = {name: [] for name in made}
-    for number in range(rounds):
-        names = list(made)[:: -1 if number % 2 else 1]
-        for name in names:
+    for number, rows in enumerate(batches[1:]):
+        for name in list(made)[:: -1 if number % 2 else 1]:
             seconds[name].append(cpu_seconds(made[name], rows)[0])
-    for name in (ALL, TWICE):
+            print(f"round {number + 1} of {rounds}: {seconds[name][-1]:6.2f} s, {name}", flush=True)
+    for name in (TRL, ALL, TWICE):
         ratios = [slow / fast for slow, fast in zip(seconds[name], seconds[ONCE], strict=True)]
         listed = ", ".join(f"{ratio:.2f}" for ratio in ratios)
-        print(f"{ONCE} against {name}: {statistics.median(ratios):.2f} ({listed})", flush=True)
+        print(f"{name} / {ONCE}: {statistics.median(ratios):.2f} ({listed})", flush=True)
+
+
+def _our_side(source: str, name: str) -> Any:
+    """Our trainer with the adapters of a row of the table, its layout and lower layers settled."""
+    from benchmarks import sides
+
+    depth = sides.load_model(source).config.num_hidden_layers
+    layers = None if name == ALL else range(depth // 2, depth)
+    with patch.object(sides, "lora", partial(sides.lora, layers)):
+        side = sides.our_side(source, reference="adapter_off")
+    side.trainer.scorer.settle()
+    if name == TWICE:
+        side.trainer.reference.lower = None
+    return side
+
+
+def _assert_same_bits(one: Any, other: Any, rows: Sequence[Any]) -> None:
+    """Raise `AssertionError` unless two sides have equal losses and gradients, bit for bit."""
+    import torch
+
+    found = []
+    for side in (one, other):
+        side.model.zero_grad()
+        found.append((side.backward(rows), side.gradients()))
+        side.model.zero_grad()
+    (loss, gradients), (other_loss, others) = found
+    assert torch.equal(loss, other_loss) and all(torch.equal(gradients[name], others[name]) for name in others)
 
 
 def main() -> None:
@@ -89,15 +110,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", default=["llama-8b"], help="shapes of benchmarks.roofline")
     parser.add_argument("--case", nargs="+", default=["4:1"], help="lengths of benchmarks.roofline")
-    parser.add_argument("--pairs", type=int, default=8)
-    parser.add_argument("--measure", help="a folder with a model, or `random:` for one of SmolLM2-135M's shape")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--pairs", type=int, help="of a step (default 8, with --measure 2)")
+    parser.add_argument("--measure", nargs="?", const=SMALL, help=f"a model's folder, or random:… (default {SMALL})")
+    parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     warnings.filterwarnings("ignore", category=FutureWarning)
     if options.measure is not None:
-        measure(options.measure, options.pairs, options.rounds)
+        measure(options.measure, options.pairs or 2, options.rounds)
     else:
-        count(options.model, options.case, options.pairs)
+        count(options.model, options.case, options.pairs or 8)
 
 
 if __name__ == "__main__":

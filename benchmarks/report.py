@@ -167,7 +167,7 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def draw(results: Mapping[str, Any], path: str | Path) -> None:
-    """Two panels: the ratio of each case with its target, and the peak memory of both sides."""
+    """Two panels: the ratio of each case, and the peak memory of both sides."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -184,8 +184,6 @@ def draw(results: Mapping[str, Any], path: str | Path) -> None:
         [max(c["ratios"]) - r for r, c in zip(ratios, cases, strict=True)],
     ]
     speed.barh(places, ratios, height=0.6, color="#2a6f97", xerr=spread, error_kw={"ecolor": "#12263a", "capsize": 3})
-    targets = [case["target_speed"] for case in cases]
-    speed.scatter(targets, places, marker="|", s=420, linewidths=2.5, color="#d1495b", zorder=3, label="target")
     speed.axvline(1, color="#888888", linewidth=1)
     for place, case in enumerate(cases):
         label = f"{case['ratio']:.2f}×"
@@ -193,7 +191,6 @@ def draw(results: Mapping[str, Any], path: str | Path) -> None:
     speed.set_yticks(places, [case["name"] for case in cases])
     speed.invert_yaxis()
     speed.set_xlabel("times as fast as TRL (median and range)")
-    speed.legend(loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False, markerscale=0.6)
 
     measured = [(place, case["memory"]) for place, case in enumerate(cases) if "memory" in case]
     for offset, (name, label, color) in zip(

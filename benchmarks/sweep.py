@@ -26,24 +26,20 @@ from hf_prefopt.recipe.adapters import lora_of
 from hf_prefopt.recipe.data import load_pairs
 from hf_prefopt.recipe.settings import read_recipe
 
-COLUMNS = ("loss", "first loss", "last loss", "accuracy", "margin", "seconds a step")
+COLUMNS = ("loss", "first loss", "seconds a step")
 
 
 @dataclass
 class Run:
-    """A few steps of a loss: the logged losses, the last reward accuracy and margin, and seconds per step."""
+    """A few steps of a loss: the first logged loss, and seconds per step."""
 
     loss: str
     first: float
-    last: float
-    accuracy: float | None
-    margin: float | None
     seconds: float
 
     def cells(self) -> list[str]:
         """The row of the table."""
-        figures = (self.first, self.last, self.accuracy, self.margin, self.seconds)
-        return [self.loss, *("–" if figure is None else f"{figure:.4g}" for figure in figures)]
+        return [self.loss, *(f"{figure:.4g}" for figure in (self.first, self.seconds))]
 
 
 def run(loss: str, layers: int, steps: int, pairs: int) -> Run:
@@ -72,10 +68,7 @@ def run(loss: str, layers: int, steps: int, pairs: int) -> Run:
         trainer.train()
         seconds = (time.perf_counter() - start) / trainer.state.global_step
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    last = logs[-1]
-    return Run(
-        loss, logs[0]["loss"], last["loss"], last.get("rewards/accuracies"), last.get("rewards/margins"), seconds
-    )
+    return Run(loss, logs[0]["loss"], seconds)
 
 
 def as_markdown(runs: list[Run], arguments: argparse.Namespace) -> str:
@@ -86,7 +79,10 @@ def as_markdown(runs: list[Run], arguments: argparse.Namespace) -> str:
         f"`python -m benchmarks.sweep --layers {arguments.layers} --steps {arguments.steps} "
         f"--pairs {arguments.pairs}`: "
         f"the first {arguments.layers} layers of SmolLM2-135M-Instruct with their whole vocabulary, "
-        f"{arguments.pairs} examples a step, the loss and the rewards as logged in training.\n\n{where}\n"
+        f"{arguments.pairs} examples a step. The table shows that each loss trains with its file in "
+        "`recipes/configs/`, without a value that is not finite, and what a step costs. A few steps of a few examples "
+        "say nothing about what a model learns.\n\n"
+        f"{where}\n"
     )
     rows = ["| " + " | ".join(cells) + " |" for cells in (COLUMNS, ["---"] * len(COLUMNS), *(r.cells() for r in runs))]
     return head + "\n" + "\n".join(rows) + "\n"

@@ -245,6 +245,20 @@ class PreferenceConfig(TrainingArguments):
         default=None, metadata=_help("Round padded lengths up to a multiple of this (layouts padded and around).")
     )
 
+    checkpointing_keeps: str = field(
+        default="nothing",
+        metadata=_help(
+            "With gradient_checkpointing, what a layer keeps in addition to its input. attention: the outputs of "
+            "attention, so that attention is not computed again; it pays for long sequences."
+        ),
+    )
+    activation_offloading: bool = field(
+        default=False,
+        metadata=_help(
+            "Keep activations in CPU memory between forward and backward pass. It needs a GPU, and copies cost time."
+        ),
+    )
+
     learning_rate: float = field(
         default=1e-6,
         metadata=_help(

@@ -12,6 +12,7 @@ TRUNCATION_MODES = ("keep_start", "keep_end")
 BAD_ROWS = ("error", "drop")
 TEXT_AS = ("text", "messages")
 LAYOUTS = ("auto", "shared", "around", "padded")
+KEPT = ("nothing", "attention")
 # Settings that only have an effect with another one: a description of that setting, and whether it is on.
 READ_WITH: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "f_alpha_divergence_coef": (
@@ -24,6 +25,7 @@ READ_WITH: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "ref_model_mixup_alpha": ("sync_ref_model=True", lambda args: args.sync_ref_model),
     "ref_model_sync_steps": ("sync_ref_model=True", lambda args: args.sync_ref_model),
     "truncation_mode": ("a max_length", lambda args: args.max_length is not None),
+    "checkpointing_keeps": ("gradient_checkpointing=True", lambda args: checkpointing(args)[0]),
     "pad_to_multiple_of": ("layout='padded', 'around' or 'auto'", lambda args: args.layout != "shared"),
 }
 
@@ -40,6 +42,9 @@ def check_values(args: Any) -> None:
     if not re.fullmatch("adapter:.+", args.reference):
         check_choice("reference", args.reference, REFERENCES)
     check_choice("text_as", args.text_as, TEXT_AS)
+    check_choice("checkpointing_keeps", args.checkpointing_keeps, KEPT)
+    if args.checkpointing_keeps != "nothing":
+        _check_selective(args)
     _check_mapping(args.column_mapping)
     check_template_kwargs("chat_template_kwargs", args.chat_template_kwargs)
     if args.loss_params is not None and not isinstance(args.loss_params, dict):
@@ -55,6 +60,27 @@ def check_values(args: Any) -> None:
     multiple = args.pad_to_multiple_of
     if multiple is not None and (not isinstance(multiple, int) or multiple < 1):
         raise ValueError(f"pad_to_multiple_of={multiple!r} must be at least 1, or None for no rounding")
+
+
+def checkpointing(args: Any) -> tuple[bool, dict[str, Any]]:
+    """Return whether activation checkpointing is on, and its arguments, by their current or former names."""
+    names = ("activation_checkpointing", "gradient_checkpointing")
+    is_on = any(getattr(args, name, None) for name in names)
+    given = (getattr(args, f"{name}_kwargs", None) for name in names)
+    return is_on, next((kwargs for kwargs in given if kwargs), {})
+
+
+def _check_selective(args: Any) -> None:
+    if checkpointing(args)[1].get("use_reentrant"):
+        raise ValueError(
+            f"checkpointing_keeps={args.checkpointing_keeps!r} needs checkpointing with use_reentrant=False: leave "
+            "use_reentrant out"
+        )
+    if args.torch_compile:
+        raise ValueError(
+            f"checkpointing_keeps={args.checkpointing_keeps!r} chooses among operators, which torch_compile=True "
+            "fuses: leave one of them out"
+        )
 
 
 def unread_settings(args: Any) -> Iterator[str]:

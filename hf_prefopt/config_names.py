@@ -14,7 +14,6 @@ _NO_PADDING = "remove it: padding is never read"
 _NO_LOGITS = "remove it: logits are computed only for scored tokens"
 # In these texts `...` is the value that was given.
 FOREIGN_SETTINGS: Mapping[str, str] = {
-    "activation_offloading": "use gradient_checkpointing=True, or max_tokens_per_batch=N",
     "alpha": "use loss_params={'alpha': ...}",
     "cpo_alpha": "use loss_params={'cpo_alpha': ...} with loss_type='cpo', sft_weight=... with another loss",
     "desirable_weight": "use loss_params={'desirable_weight': ...}",

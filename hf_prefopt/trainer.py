@@ -36,6 +36,7 @@ from hf_prefopt.reporting.run_facts import card_facts
 from hf_prefopt.reporting.start_summary import StartSummary, loss_texts
 from hf_prefopt.reporting.throughput import Throughput
 from hf_prefopt.scoring.modes import adapter_casts_off, body_parameters, light_train
+from hf_prefopt.training.activations import check_activations, keep_attention, offloaded
 from hf_prefopt.training.arguments import check_arguments, check_types, refuse_empty_epoch
 from hf_prefopt.training.engines import (
     accept_model,
@@ -56,6 +57,7 @@ from hf_prefopt.training.scorer import Scorer, loader_collator
 from hf_prefopt.training.scorer_events import ScorerEvents, SettleScorer
 from hf_prefopt.training.settings import OwnSettings, evaluation_loss
 from hf_prefopt.training.step_batches import StepBatches
+from hf_prefopt.training.stream_shards import ShardedRanks, is_split_by_shards
 from hf_prefopt.training.trainable import check_trainable, refuse_another_model, refuse_frozen
 from hf_prefopt.training.wrapping import settle_unused_parameters
 
@@ -166,6 +168,7 @@ class PreferenceTrainer(Trainer):
         self._eval_dataloaders = {}  # persistent workers would use the previous model's layout
         self._use(self.data.objective)
         accept_model(self.accelerator, self.model, self.args.mixed_precision)
+        check_activations(self.args, self.model, self.accelerator)
         set_base_name(self.model, self.args.hub_base_model)
         self.scorer.attach(self.model, self.criterion, self.accelerator)
         self.evaluated.forget()
@@ -216,7 +219,8 @@ class PreferenceTrainer(Trainer):
         loss, synchronizes = torch.zeros((), device=self.args.device), self.accelerator.sync_gradients
         tree = self.scorer.tree
         # DeepSpeed computes in bf16 without autocast.
-        with tree.held(), light_train(tree), adapter_casts_off(tree, self.accelerator.native_amp):
+        offload = offloaded(self.args.activation_offloading, self.model, self.args.device)
+        with tree.held(), light_train(tree), adapter_casts_off(tree, self.accelerator.native_amp), offload:
             for piece in pieces[:-1]:
                 state._set_sync_gradients(False)
                 with self.accelerator.no_sync(model):
@@ -267,8 +271,8 @@ class PreferenceTrainer(Trainer):
         if "train_loss" in logs:  # the last log of a run
             self.record.check(self.accelerator, ruined_weights(self.model))
         if "loss" in logs:
-            self.record.check_gradient(self.accelerator, logs.get("grad_norm"), self.state.global_step)
-            logs.update(self.record.pop_means(self.accelerator) | self.throughput.pop(self.accelerator))
+            logs.update(self.record.pop_means(self.accelerator, logs.get("grad_norm")))
+            logs.update(self.throughput.pop(self.accelerator))
         super().log(logs, start_time)
 
     # -- evaluation -----------------------------------------------------------------------------------------------
@@ -352,7 +356,7 @@ class PreferenceTrainer(Trainer):
         drops_last = self.args.dataloader_drop_last
         self.args.dataloader_drop_last = drops_last and is_training
         try:
-            to_read = self.data.to_read(dataset, batch_size * self.accelerator.num_processes)
+            to_read = self.data.to_read(dataset, batch_size * self.accelerator.num_processes, is_training)
             if is_training and drops_last:
                 refuse_empty_epoch(to_read, batch_size * self.accelerator.num_processes)
             return super()._get_dataloader(to_read, description, batch_size, is_training=is_training, **kwargs)
@@ -399,7 +403,8 @@ class PreferenceTrainer(Trainer):
         keep_output_precision(self.accelerator)
         if self.is_world_process_zero():
             self.summary.say("data", *self.data.texts(self.train_dataset, self.eval_dataset))
-        self._attempts, self._steps = 0, StepBatches(checkpoint)
+        ranks = ShardedRanks(self.accelerator) if is_split_by_shards(self.train_dataset, self.args) else None
+        self._attempts, self._steps = 0, StepBatches(checkpoint, ranks)
         output = super().train(checkpoint, **options)
         self._steps.check_end(self.state, self.args)
         return output
@@ -418,6 +423,8 @@ class PreferenceTrainer(Trainer):
         self._attempts += 1
         self.record = TrainingRecord(self.criterion)
         self.criterion.reset_state()
+        if self.args.checkpointing_keeps == "attention":
+            keep_attention(self.model)
         return super()._inner_training_loop(*args, **options)
 
     def _wrap_model(self, model: nn.Module, training: bool = True, *others: Any) -> nn.Module:

@@ -42,7 +42,6 @@ def test_no_foreign_name_is_a_setting_or_an_argument():
         ("trust_remote_code", {"model_init_kwargs": {"trust_remote_code": True}}),
         ("ref_adapter_name", {"reference": "adapter:first"}),
         ("max_prompt_length", {"max_length": 64}),
-        ("activation_offloading", {"max_tokens_per_batch": 64}),
         ("pref_loss", {"loss_type": "simpo"}),
         ("dpo_label_smoothing", {"label_smoothing": 0.1}),
     ],

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -48,6 +49,11 @@ class Batch:
     attention_pairs: int = 0
     scored: float = 1.0
     is_padded: bool = False
+
+
+def is_copy(tensor: Tensor) -> bool:
+    """Whether a tensor has no value, such as a copy of a fake tensor on the CPU, for which the host has waited."""
+    return isinstance(tensor, FakeTensor) and tensor.constant is None
 
 
 class Counting(TorchDispatchMode):
@@ -97,8 +103,9 @@ class Counting(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = costs.name_of(function)
-        if name == "_local_scalar_dense" and args[0].is_cuda:
-            self._wait("read")
+        if name == "_local_scalar_dense" and (args[0].is_cuda or is_copy(args[0])):
+            if args[0].is_cuda:
+                self._wait("read")
             return self._made_up(args[0].dtype)
         if name == "nonzero" and args[0].is_cuda:
             self._wait("nonzero")

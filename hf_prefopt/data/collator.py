@@ -62,12 +62,24 @@ class EvenStream(IterableDataset):
     Args:
         stream: The rows, which are mappings.
         multiple: The rows of a batch of all ranks together. The stream is filled up to a multiple of it.
+        drops_last: Drop the last rows that do not fill such a batch, instead of repeating rows.
     """
 
-    def __init__(self, stream: Iterable[Mapping[str, Any]], multiple: int):
-        self._stream, self._multiple = stream, multiple
+    def __init__(self, stream: Iterable[Mapping[str, Any]], multiple: int, drops_last: bool = False):
+        self._stream, self._multiple, self._drops_last = stream, multiple, drops_last
 
     def __iter__(self) -> Iterator[Mapping[str, Any]]:
+        return self._full_batches() if self._drops_last else self._padded()
+
+    def _full_batches(self) -> Iterator[Mapping[str, Any]]:
+        rows: list[Mapping[str, Any]] = []
+        for row in self._stream:
+            rows.append(row)
+            if len(rows) == self._multiple:
+                yield from rows
+                rows = []
+
+    def _padded(self) -> Iterator[Mapping[str, Any]]:
         first: list[Mapping[str, Any]] = []
         count = 0
         for row in self._stream:

@@ -106,6 +106,11 @@ class FiniteRun:
         """True if a check is due even if nothing is logged."""
         return len(self._seen) >= _KEPT
 
+    @property
+    def is_finite(self) -> Tensor | None:
+        """Whether all stored losses are finite, `[]` bool on their device; `None` if there are none."""
+        return self._is_finite
+
     def add(self, step: int, seen: Seen) -> None:
         """Store a micro-batch, without waiting for the device."""
         self._seen.append((step, seen))
@@ -121,11 +126,27 @@ class FiniteRun:
         Raises:
             FloatingPointError: On every rank, if any rank found a problem. The text describes the earliest problem.
         """
-        own = [] if self._is_finite is None or self._is_finite else self._findings()
+        is_finite = self._is_finite is None or bool(self._is_finite)
+        is_ruined = not is_finite or any(others)
+        if accelerator.num_processes > 1:
+            is_ruined = bool(accelerator.gather(torch.full((1,), is_ruined, device=accelerator.device)).any())
+        self.settle(is_finite, is_ruined, *others)
+
+    def settle(self, is_finite: bool, any_is_ruined: bool, *others: str | None) -> None:
+        """Remove the stored micro-batches after all ranks have exchanged whether they found a problem.
+
+        Args:
+            is_finite: Value of `is_finite` on this rank.
+            any_is_ruined: Whether any rank found a problem.
+            others: Further problems found on this rank, or `None`.
+
+        Raises:
+            FloatingPointError: As `check` does.
+        """
+        own = [] if is_finite else self._findings()
         own += [(float("inf"), True, text) for text in others if text]
         self._forget()
-        alone = accelerator.num_processes == 1
-        if own if alone else accelerator.gather(torch.full((1,), bool(own), device=accelerator.device)).any():
+        if any_is_ruined:
             *_, text = min(gather_object(own))
             raise FloatingPointError(text)
 

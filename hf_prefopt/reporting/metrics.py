@@ -2,6 +2,8 @@
 
 import logging
 from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -39,9 +41,9 @@ def example_metrics(objective: Objective, output: LossOutput, inputs: dict[str, 
 
 
 class RunningMeans:
-    """Means over all examples since the last call of `pop`, accumulated on the device of the tensors.
+    """Sums and counts over all examples since the last call of `pop`, accumulated on the device of the tensors.
 
-    `add` never waits for the device. `pop` gathers once over all ranks.
+    No method waits for the device.
     """
 
     def __init__(self):
@@ -54,18 +56,57 @@ class RunningMeans:
             self._sums[name] = self._sums[name] + metric.total if name in self._sums else metric.total
             self._counts[name] = self._counts.get(name, 0) + metric.count
 
-    def pop(self, accelerator: Accelerator) -> dict[str, float]:
-        """Return the means over the examples of all ranks, and reset. Metrics without examples are omitted."""
-        if not self._sums:
-            return {}
-        sums = torch.stack(list(self._sums.values()))
-        # torch.full creates the value on the device; copying a host value would block the host.
-        numbers = [torch.full((), n, device=sums.device) if isinstance(n, int) else n for n in self._counts.values()]
-        counts = torch.stack(numbers)
-        totals = accelerator.reduce(torch.stack([sums, counts.to(sums.dtype)]), reduction="sum").T.tolist()
-        names = list(self._sums)
+    def pop(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return the sum and the number of values of each metric on this rank, and reset."""
+        sums, counts = self._sums, self._counts
         self._sums, self._counts = {}, {}
-        return {name: total / count for name, (total, count) in zip(names, totals, strict=True) if count}
+        # torch.full creates the value on the device; copying a host value would block the host.
+        numbers = {
+            name: torch.full((), count, device=sums[name].device) if isinstance(count, int) else count
+            for name, count in counts.items()
+        }
+        return sums, numbers
+
+
+@dataclass(frozen=True)
+class OfRank:
+    """What one rank has recorded since the last log, on the CPU.
+
+    Attributes:
+        sums, counts: Sum and number of the values of each metric.
+        observed: Entries of `observe`.
+        is_finite: Whether all losses are finite.
+        is_ruined: Whether the rank found a loss, a gradient or a weight that is not finite.
+    """
+
+    sums: dict[str, Tensor]
+    counts: dict[str, Tensor]
+    observed: dict[str, Tensor]
+    is_finite: bool
+    is_ruined: bool
+
+
+def copied(*groups: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """Copy all tensors to the CPU, as float64, with a single copy: each copy makes the host wait for the device."""
+    tensors = [tensor for group in groups for tensor in group.values()]
+    if not tensors:
+        return [{} for _ in groups]
+    wide = torch.float32 if tensors[0].device.type == "mps" else torch.float64
+    values = iter(
+        torch.cat([tensor.to(wide).flatten() for tensor in tensors]).cpu().split([t.numel() for t in tensors])
+    )
+    return [{name: next(values).view(tensor.shape) for name, tensor in group.items()} for group in groups]
+
+
+def means(ranks: Sequence[OfRank]) -> dict[str, float]:
+    """Return the means over the examples of all ranks. Metrics without examples are omitted."""
+    totals = {
+        name: [
+            sum(float(getattr(rank, part)[name]) for rank in ranks if name in rank.sums) for part in ("sums", "counts")
+        ]
+        for name in dict.fromkeys(name for rank in ranks for name in rank.sums)
+    }
+    return {name: total / count for name, (total, count) in totals.items() if count}
 
 
 class TrainingRecord:
@@ -101,41 +142,43 @@ class TrainingRecord:
         if observed := observed_in(inputs):
             self._observed.append(observed)
 
-    def pop_means(self, accelerator: Accelerator) -> dict[str, float]:
-        """Return the metrics over the examples of all ranks since the last call, and check the alarms."""
-        means = self._objective.kind.finish_metrics(self._means.pop(accelerator))
-        responses = self._pop_responses(accelerator)
-        if responses is None:
-            return means
-        for text in self.alarms.look(self._step, responses):
-            if accelerator.is_main_process:
-                logger.warning(text)
-        return means | responses.metrics(self._objective.kind)
+    def pop_means(self, accelerator: Accelerator, norm: float | None = None) -> dict[str, float]:
+        """Return the metrics over the examples of all ranks since the last call, and check losses, gradient and alarms.
 
-    def _pop_responses(self, accelerator: Accelerator) -> Responses | None:
-        """Return the responses of all ranks since the last call."""
-        joined = join(self._observed)
-        self._observed.clear()
-        own: dict[str, Tensor] = {}
-        if joined:  # one copy from the device for all of them
-            wide = torch.float32 if joined[next(iter(joined))].device.type == "mps" else torch.float64
-            packed = torch.stack([values.to(wide) for values in joined.values()]).cpu()
-            own = dict(zip(joined, packed, strict=True))
-        ranks = [own] if accelerator.num_processes == 1 else gather_object([own])
-        return Responses.of(join(rank for rank in ranks if rank))
-
-    def check_gradient(self, accelerator: Accelerator, norm: float | None, step: int) -> None:
-        """Stop the run if a loss or the gradient of a step is not finite; warn once per run if the gradient is 0.
+        The host waits for the device once, and the ranks exchange values once. If the gradient is 0, a warning is
+        logged once per run.
 
         Args:
             norm: Norm of the gradient; `None` if it was not computed.
+
+        Raises:
+            FloatingPointError: On every rank, if a loss or the gradient is not finite.
         """
         if accelerator.mixed_precision == "fp16":
             norm = None  # loss scaling skips steps whose gradients overflow
-        self.check(accelerator, ruined_gradient(norm))
+        ruined = ruined_gradient(norm)
+        own = self._pop_own(bool(ruined))
+        ranks = [own] if accelerator.num_processes == 1 else gather_object([own])
+        self._finite.settle(own.is_finite, any(rank.is_ruined for rank in ranks), ruined)
         if norm is not None and float(norm) == 0 and accelerator.is_main_process and not self._has_warned:
             self._has_warned = True
-            logger.warning(NO_GRADIENT, step)
+            logger.warning(NO_GRADIENT, self._step)
+        found = self._objective.kind.finish_metrics(means(ranks))
+        responses = Responses.of(join(rank.observed for rank in ranks if rank.observed))
+        if responses is None:
+            return found
+        for text in self.alarms.look(self._step, responses):
+            if accelerator.is_main_process:
+                logger.warning(text)
+        return found | responses.metrics(self._objective.kind)
+
+    def _pop_own(self, has_other_problems: bool) -> OfRank:
+        """Return what this rank has recorded since the last call."""
+        is_finite = {} if self._finite.is_finite is None else {"": self._finite.is_finite}
+        flag, sums, counts, observed = copied(is_finite, *self._means.pop(), join(self._observed))
+        self._observed.clear()
+        finite = bool(flag.get("", True))
+        return OfRank(sums, counts, observed, finite, not finite or has_other_problems)
 
     def check(self, accelerator: Accelerator, *others: str | None) -> None:
         """Stop the run on all ranks if a value is not finite; see `FiniteRun.check`."""

@@ -69,7 +69,7 @@ def remove_segment_attention(model: PreTrainedModel) -> None:
         config._attn_implementation_internal = implementation.removeprefix(_PREFIX)
 
 
-def _implementations(model: PreTrainedModel) -> list[tuple[Any, str]]:
+def _implementations(model: nn.Module) -> list[tuple[Any, str]]:
     """Return each config of the model's modules with the name of its attention implementation.
 
     Callers set `_attn_implementation_internal`, because setting `_attn_implementation` also changes nested configs.
@@ -77,6 +77,11 @@ def _implementations(model: PreTrainedModel) -> list[tuple[Any, str]]:
     configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
     named = [(config, getattr(config, "_attn_implementation", None)) for config in configs.values()]
     return [(config, implementation) for config, implementation in named if implementation is not None]
+
+
+def attention_implementations(model: nn.Module) -> set[str]:
+    """Return the names of the model's own attention implementations, such as "sdpa"."""
+    return {implementation.removeprefix(_PREFIX) for _, implementation in _implementations(model)}
 
 
 def _registered(implementation: str) -> str:

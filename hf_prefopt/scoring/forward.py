@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from hf_prefopt.batch import PreferenceBatch, ResponseScores
 from hf_prefopt.scoring.around import AROUND_INPUTS
 from hf_prefopt.scoring.attention import SEGMENT_INPUTS, no_mask
+from hf_prefopt.scoring.fused_head import chunk_rows as chunk_rows_of
 from hf_prefopt.scoring.head import (
     STATISTICS,
     LogitTransform,
@@ -34,8 +35,10 @@ from hf_prefopt.scoring.lengths import own_lengths, own_positions, ropes_by_leng
 from hf_prefopt.scoring.lower_states import LowerStates, takes_lower_states
 from hf_prefopt.scoring.tail import auxiliary_loss, body_of, own_logits
 
-# Rows of logits per chunk: small chunks underuse a GPU, large chunks do not fit a CPU's cache.
-CHUNK_ROWS = {"cpu": 512, "cuda": 2048}
+# Rows of logits per chunk. On a GPU a budget of bytes limits them (`fused_head`); more do not fit a CPU's cache.
+CHUNK_ROWS = {"cpu": 512}
+# Of a head that does not say how many logits it has.
+_LARGE_VOCABULARY = 262_144
 # Per-token statistics that cannot be computed from one log-prob distribution: the head's input, and the KL to the
 # reference.
 HIDDEN, VOCABULARY_KL = "hidden", "vocabulary_kl"
@@ -172,6 +175,11 @@ def scores_by_own_logits(causal_lm: PreTrainedModel) -> bool:
     return getattr(causal_lm, "has_own_tail", False)
 
 
+def _chunk_rows(head: nn.Module, device: torch.device) -> int:
+    """Return the number of rows of logits that are computed at once."""
+    return CHUNK_ROWS.get(device.type) or chunk_rows_of(getattr(head, "out_features", _LARGE_VOCABULARY))
+
+
 def _head_forward(self: nn.Module, hidden: Tensor, *args: Any, targets: Tensor | None = None, **asked: Any) -> Any:
     """Run the head's forward; with `targets`, return the result of `_target_logps`."""
     return self.plain_forward(hidden, *args) if targets is None else _target_logps(self, hidden, targets, **asked)
@@ -186,7 +194,7 @@ def _target_logps(
     reference_predictions: Callable[[slice], Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Compute the log-probs of the targets in chunks, and the requested statistics, as `[N]` tensors by name."""
-    chunk_rows = CHUNK_ROWS.get(hidden.device.type, CHUNK_ROWS["cuda"])
+    chunk_rows = _chunk_rows(head, hidden.device)
     statistics = tuple(name for name in token_stats if name in STATISTICS)
     settings = (targets, transform_of(head), statistics, chunk_rows)
     names = ("token_logps", *statistics)
@@ -205,8 +213,8 @@ def _own_target_logps(
     causal_lm: PreTrainedModel, outputs: Any, hidden: Tensor, targets: Tensor, token_stats: tuple[str, ...]
 ) -> dict[str, Tensor]:
     """Compute the same as `_target_logps`, from the logits of the model's own forward."""
-    chunk_rows = CHUNK_ROWS.get(hidden.device.type, CHUNK_ROWS["cuda"])
     head = causal_lm.get_output_embeddings()
+    chunk_rows = _chunk_rows(head, hidden.device)
     # Each chunk calls the head, and under FSDP2 all ranks must call it equally often.
     is_sharded = isinstance(head, FSDPModule)
     least = _most_chunks(None, hidden, chunk_rows) if is_sharded else _chunks_of_all_ranks(head, hidden, chunk_rows)

@@ -5,7 +5,7 @@ N scored tokens, C rows per chunk, H hidden size, V vocabulary size. There are t
 
     frozen weight     The forward pass also computes the gradient d logp / d hidden, `[N, H]`, while the probabilities
                       are in memory. The backward pass only scales this gradient. In total, two matrix products over
-                      the vocabulary.
+                      the vocabulary. On a GPU, `FusedHeadLogps` does this with fewer passes.
     trained weight    The backward pass recomputes the logits of each chunk, and sums the weight's gradient in fp32.
     any other module  (such as a head with an adapter) is called per chunk under activation checkpointing.
 
@@ -21,6 +21,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from hf_prefopt.scoring.fused_head import unit_gradient
 
 
 @dataclass(frozen=True)
@@ -153,6 +155,28 @@ class FrozenHeadLogps(torch.autograd.Function):
         return unit_gradient * grad_logps.unsqueeze(1).to(unit_gradient.dtype), *(None,) * 6
 
 
+class FusedHeadLogps(FrozenHeadLogps):
+    """The same with fewer passes over the logits, and without unit gradients if they are not needed; see `fused_head`.
+
+    The transform must not have a soft-cap.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, transform, statistics, chunk_rows):
+        """Compute the same outputs as `FrozenHeadLogps.forward`."""
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        outputs, buffer = _outputs(hidden, statistics), _buffer(hidden, weight, chunk_rows)
+        for rows in _chunks(len(targets), chunk_rows):
+            logits = _logits(hidden[rows], weight, bias, transform, buffer)
+            logps = _record_fused(outputs, rows, logits, targets[rows], statistics)
+            if gradient is not None:
+                gradient[rows] = unit_gradient(logps, outputs[0][rows], targets[rows], weight) * transform.factor
+        if gradient is not None:
+            ctx.save_for_backward(gradient)
+        ctx.mark_non_differentiable(*outputs[1:])
+        return tuple(outputs)
+
+
 class TrainedHeadLogps(torch.autograd.Function):
     """Log-probs of targets for a head with a trained weight; the backward pass recomputes the logits of each chunk."""
 
@@ -162,7 +186,8 @@ class TrainedHeadLogps(torch.autograd.Function):
         outputs, buffer = _outputs(hidden, statistics), _buffer(hidden, weight, chunk_rows)
         for rows in _chunks(len(targets), chunk_rows):
             logits = _logits(hidden[rows], weight, bias, transform, buffer)
-            _record(outputs, rows, logits, targets[rows], statistics)
+            record = _record_fused if _fuses(hidden, transform) else _record
+            record(outputs, rows, logits, targets[rows], statistics)
         ctx.save_for_backward(hidden, weight, bias, targets)
         ctx.transform, ctx.chunk_rows = transform, chunk_rows
         ctx.mark_non_differentiable(*outputs[1:])
@@ -221,6 +246,22 @@ def _record(
     return exponentials, sums
 
 
+def _record_fused(
+    outputs: list[Tensor], rows: slice, logits: Tensor, targets: Tensor, statistics: tuple[str, ...]
+) -> Tensor:
+    """Write a chunk's log-probs and statistics to the outputs; return all log-probs `[C, V]`."""
+    logps = logits.log_softmax(-1)
+    outputs[0][rows] = logps.gather(1, targets.unsqueeze(1)).squeeze(1)
+    for output, name in zip(outputs[1:], statistics, strict=True):
+        output[rows] = STATISTICS[name](logps)
+    return logps
+
+
+def _fuses(hidden: Tensor, transform: LogitTransform) -> bool:
+    """Return True on a CUDA GPU, unless a soft-cap's slope is another factor of each logit's gradient."""
+    return hidden.is_cuda and transform.softcap is None
+
+
 def linear_head_logps(
     hidden: Tensor,
     weight: Tensor,
@@ -247,6 +288,7 @@ def linear_head_logps(
     trained = torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad))
     # Without gradients, TrainedHeadLogps only runs the plain forward pass.
     way = FrozenHeadLogps if hidden.requires_grad and torch.is_grad_enabled() and not trained else TrainedHeadLogps
+    way = FusedHeadLogps if _fuses(hidden, transform) and not trained else way
     with torch.autocast(hidden.device.type, enabled=False):
         return way.apply(hidden, weight, bias, targets, transform, statistics, chunk_rows)
 

@@ -9,11 +9,14 @@ import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
+
+from hf_prefopt.training.stream_shards import is_split_by_shards
 
 logger = logging.getLogger(__name__)
 
@@ -120,13 +123,16 @@ def begun_at(checkpoint: str | None) -> int:
     return 0 if checkpoint is None else _read_state(checkpoint)["global_step"]
 
 
-def check_resumable(checkpoint: str, accelerator: Accelerator, batch: BatchOfStep, args: TrainingArguments) -> None:
+def check_resumable(
+    checkpoint: str, accelerator: Accelerator, batch: BatchOfStep, args: TrainingArguments, rows: Any = None
+) -> None:
     """Raise `ValueError` if a run cannot continue exactly from this checkpoint.
 
     If the checkpoint has no optimizer state (`save_only_model`), log a warning: optimizer and learning rate restart.
 
     Args:
         batch: Composition of a step's batch in the run that resumes.
+        rows: The training data.
     """
     _check_optimizer(Path(checkpoint), accelerator)
     saved = _read_state(checkpoint).get("stateful_callbacks", {}).get(BATCH)
@@ -138,6 +144,12 @@ def check_resumable(checkpoint: str, accelerator: Accelerator, batch: BatchOfSte
             f"{checkpoint} is from a run with {before}, but this run has {batch}, so rows and learning rates of the "
             "steps would not match: use the same number of rows per step, or set ignore_data_skip=True to continue at "
             "the beginning of an epoch"
+        )
+    if before.ranks != batch.ranks and any(is_split_by_shards(rows, args, one.ranks) for one in (before, batch)):
+        raise ValueError(
+            f"{checkpoint} was written by {before.ranks} ranks, and {batch.ranks} ranks resume: each rank reads its "
+            "own shards of the stream, so rows would be repeated and left out. Use the same number of ranks, or set "
+            "ignore_data_skip=True to continue at the beginning of an epoch"
         )
     if before.ranks != batch.ranks:
         logger.warning(

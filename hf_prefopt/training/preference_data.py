@@ -1,5 +1,6 @@
 """Prepare a trainer's datasets, check them against the losses, and build samplers."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -23,6 +24,9 @@ from hf_prefopt.data.sources import as_dataset, check_rows
 from hf_prefopt.data.unpaired import MismatchedResponses
 from hf_prefopt.kinds import KINDS, kind_of_columns
 from hf_prefopt.reporting.data_texts import data_texts
+from hf_prefopt.training.stream_shards import is_split_by_shards, refuse_split_stream, too_few_shards
+
+logger = logging.getLogger(__name__)
 
 Data = Dataset | IterableDataset
 DataOrSplits = Data | dict[str, Data]
@@ -76,7 +80,7 @@ class PreferenceData:
     ):
         self.args, self.tokenizer, self._embeddings, self._stops = args, tokenizer, embeddings, stops
         self._positions = positions
-        self.objective, self._is_settled = args.build_objective(), False
+        self.objective, self._is_settled, self._has_warned = args.build_objective(), False, False
         self.counts: WeakKeyDictionary[Dataset, dict[str, int]] = WeakKeyDictionary()
         self.streams: WeakKeyDictionary[IterableDataset, str] = WeakKeyDictionary()
         # Datasets that were prepared and checked for the current objective, so later evaluations skip both.
@@ -212,21 +216,31 @@ class PreferenceData:
             args.train_sampling_strategy, lengths, layout, rows_at_once, micro_batches, self._seed, len(rows)
         )
 
-    def to_read(self, dataset: Data, rows_at_once: int) -> Any:
+    def to_read(self, dataset: Data, rows_at_once: int, is_training: bool = False) -> Any:
         """Return the dataset in the form that a data loader reads.
 
-        If a loss needs mismatched responses, they are added to the rows. A stream is extended at its end so that all
-        ranks get the same number of rows.
+        If a loss needs mismatched responses, they are added to the rows. In training, accelerate splits a stream with
+        enough shards across the ranks. Otherwise each rank reads the whole stream and keeps its part, in the order of
+        the rows; the stream is extended, or with `dataloader_drop_last` cut, so that all ranks get the same number of
+        rows.
 
         Args:
             rows_at_once: Number of rows that all ranks together draw at a time.
+
+        Raises:
+            ValueError: the user has split the stream across ranks.
         """
         if self.objective.needs_mismatched:
             dataset = MismatchedResponses(dataset, self._seed, self.args.max_length)
-        may_repeat_rows = self.args.world_size > 1 and not self.args.dataloader_drop_last
-        return (
-            EvenStream(dataset, rows_at_once) if isinstance(dataset, IterableDataset) and may_repeat_rows else dataset
-        )
+        refuse_split_stream(dataset, self.args.world_size)
+        is_whole = not is_training or not is_split_by_shards(dataset, self.args)
+        if not isinstance(dataset, IterableDataset) or self.args.world_size == 1 or not is_whole:
+            return dataset
+        if is_training and dataset.num_shards < self.args.world_size and not self._has_warned:
+            self._has_warned = True
+            if self.args.process_index == 0:
+                logger.warning(too_few_shards(dataset.num_shards, self.args.world_size))
+        return EvenStream(dataset, rows_at_once, self.args.dataloader_drop_last)
 
     def texts(self, train: Data | None, evaluation: DataOrSplits | None) -> list[str]:
         """Describe the prepared data in a line or two; see `reporting.data_texts`."""

@@ -56,7 +56,7 @@ class SavedRun:
         args = self._args
         checkpoint = checkpoint_to_resume(asked, args.output_dir)
         if checkpoint is not None:
-            check_resumable(checkpoint, accelerator, self._batch_of_step(rows), args)
+            check_resumable(checkpoint, accelerator, self._batch_of_step(rows), args, dataset)
             check_facts(checkpoint, facts_of(args, dataset), not args.ignore_data_skip)
         return checkpoint
 

@@ -9,6 +9,7 @@ from transformers import TrainerState, TrainingArguments
 from hf_prefopt.batch import LoaderBatch
 from hf_prefopt.data.collator import check_loaded
 from hf_prefopt.training.checkpoints import begun_at
+from hf_prefopt.training.stream_shards import ShardedRanks
 
 logger = logging.getLogger(__name__)
 
@@ -18,11 +19,13 @@ class StepBatches:
 
     Args:
         checkpoint: Checkpoint from which the run resumes; `None` if the run starts from the beginning.
+        ranks: The ranks, if they read different shards of a stream and may have different numbers of batches.
     """
 
-    def __init__(self, checkpoint: str | None = None):
-        self._checkpoint, self._begun_at = checkpoint, begun_at(checkpoint)
+    def __init__(self, checkpoint: str | None = None, ranks: ShardedRanks | None = None):
+        self._checkpoint, self._begun_at, self._ranks = checkpoint, begun_at(checkpoint), ranks
         self._left_over: list[LoaderBatch] = []
+        self._ended: Iterator[LoaderBatch] | None = None
         self._ended_short = False
 
     def draw(self, loaded: Iterator[LoaderBatch], count: int, state: TrainerState) -> list[LoaderBatch]:
@@ -33,14 +36,20 @@ class StepBatches:
         """
         if 0 < state.max_steps <= state.global_step:
             return []  # resumed at the last step, where the Trainer would run one more step
+        if loaded is self._ended:
+            return []  # the Trainer continues to ask until max_steps
         batches = [*self._left_over, *map(check_loaded, islice(loaded, count - len(self._left_over)))]
-        if not batches and 0 < self._begun_at == state.global_step:
+        most = len(batches)
+        if self._ranks is not None:
+            batches, most = self._ranks.even(batches, count)
+        if not most and 0 < self._begun_at == state.global_step:
             raise ValueError(
                 f"the training stream ended before step {self._begun_at}, where training resumes: set "
                 "ignore_data_skip=True to continue with the first rows of the stream"
             )
         self._ended_short = len(batches) < count
         self._left_over = batches if self._ended_short else []
+        self._ended = loaded if self._ended_short else None
         return [] if self._ended_short else batches
 
     def check_end(self, state: TrainerState, args: TrainingArguments) -> None:

@@ -82,9 +82,9 @@ def test_no_wait_from_forward_to_record(counts):
     assert theirs["read: dpo_trainer.py:_compute_loss"] == 15  # the counter sees them
 
 
-def test_a_log_waits_for_what_it_checks_and_for_its_means(counts):
+def test_a_log_waits_once(counts):
     for found in all_of_ours(counts):
-        reads = {"read: finite.py:check": 1, "read: metrics.py:pop": 1, "copy: metrics.py:_pop_responses": 1}
+        reads = {"copy: metrics.py:copied": 1}
         assert found["waits of a log"] == reads
 
 

@@ -12,8 +12,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_prefopt.scoring import forward
+from hf_prefopt.scoring import head as head_module
 from hf_prefopt.scoring.forward import install_scoring, score
-from hf_prefopt.scoring.head import LogitTransform, linear_head_logps, module_head_logps
+from hf_prefopt.scoring.fused_head import chunk_rows as rows_of_budget
+from hf_prefopt.scoring.head import FusedHeadLogps, LogitTransform, linear_head_logps, module_head_logps
 from tests.scoring.logps import token_logps
 from tests.scoring.plain import assert_same_gradients, gradients, padded_batch, plain_response_logps
 from tests.tiny_models import perturbed, tiny_model, with_lora
@@ -284,3 +286,58 @@ def test_every_kind_of_head_has_the_gradients_of_plain_logits(model_type, own, c
     torch.testing.assert_close(logps, plain, rtol=1e-13, atol=0)
     assert len(expected) >= 2
     assert_same_gradients(gradients((logps * weights).sum(), model), expected, rtol=1e-12)
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(head_module, "_fuses", lambda hidden, transform: transform.softcap is None)
+
+
+@each_chunk
+@pytest.mark.parametrize("transform", ["plain", "scale", "temperature"])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_the_gpus_way_has_the_same_log_probs_and_gradients(transform, chunk_rows, with_bias, as_on_a_gpu, monkeypatch):
+    """Gradcheck in float64, frozen; and the very way that is taken, with statistics and without a gradient."""
+    transform = TRANSFORMS[transform]
+    hidden, weight, bias, targets = head_inputs()
+    bias = bias if with_bias else None
+    settings = (transform, ("entropy",), chunk_rows)
+
+    def found(hidden):
+        return linear_head_logps(hidden, weight, bias, targets, *settings)
+
+    assert torch.autograd.gradcheck(lambda h: found(h)[0], hidden.clone().requires_grad_())
+    logps, all_logps = direct_logps(hidden, weight, bias, targets, transform)
+    entropy = -(all_logps.exp() * all_logps).sum(-1)
+    for given in (hidden, hidden.clone().requires_grad_()):
+        for one, other in zip(found(given), (logps, entropy), strict=True):
+            torch.testing.assert_close(one.detach(), other, rtol=1e-13, atol=1e-13)
+    with monkeypatch.context() as patched:
+        patched.setattr(FusedHeadLogps, "forward", None)
+        with pytest.raises(TypeError):
+            found(hidden)
+
+
+def test_the_gpus_way_in_bf16(as_on_a_gpu):
+    """Against float64, of a token that is nearly certain, too: 1 − p is not rounded to 0.
+
+    Each of 50 probabilities and the product are rounded to 8 bits; so are logits, which move p by their error.
+    log p is in fp32.
+    """
+    hidden, weight, _, targets = head_inputs(11, 16, 50, torch.bfloat16)
+    hidden[0] = weight[targets[0]]
+    given = hidden.clone().requires_grad_()
+    linear_head_logps(given, weight, None, targets, chunk_rows=4)[0].sum().backward()
+    exact = hidden.double().requires_grad_()
+    logps = direct_logps(exact, weight.double(), None, targets, TRANSFORMS["plain"])[0]
+    logps.sum().backward()
+    eps, largest = torch.finfo(torch.bfloat16).eps, float((exact @ weight.double().T).detach().abs().max())
+    spread = (1 - logps.detach().exp()).unsqueeze(1)  # the probability that is not the target's
+    allowed = (eps * (2 * largest + 4) * spread + torch.finfo().eps * largest) * weight.abs().max().double()
+    assert ((given.grad.double() - exact.grad).abs() <= allowed + eps * exact.grad.abs()).all()
+
+
+def test_rows_of_a_budget():
+    """12 bytes a logit: 512 MiB are 294 rows of Qwen3's vocabulary, and 170 of Gemma's; never none."""
+    assert (rows_of_budget(151_936), rows_of_budget(262_144)) == (294, 170)
+    assert rows_of_budget(151_936, budget=1) == 1

@@ -94,7 +94,6 @@ def test_what_has_no_effect_is_said(method, name, value, tmp_path, caplog):
 @pytest.mark.parametrize(
     ("method", "settings", "message"),
     [
-        ("DPO", {"activation_offloading": True}, "activation_offloading=True"),
         ("CPO", {"generate_during_eval": True}, "GenerationEvalCallback"),
         ("ORPO", {"is_encoder_decoder": True}, "encoder-decoder"),
         ("CPO", {"alpha": 0.5}, "loss_type=simpo or alphapo"),

@@ -1,0 +1,121 @@
+"""What the forward pass keeps for the backward pass: attention's outputs under checkpointing, and where it is kept.
+
+With activation checkpointing, a layer keeps its input and computes the rest again. `keep_attention` makes it keep the
+outputs of attention, too: per token as much memory as the layer's input, and attention, whose work grows with the
+square of the length, runs once. `OffloadedActivations` keeps saved tensors in CPU memory.
+"""
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+from hf_prefopt.config import PreferenceConfig
+from hf_prefopt.scoring.attention import attention_implementations
+
+# Operators that compute attention, by the names under which PyTorch and flash-attn register them.
+ATTENTION = {
+    "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "aten::_scaled_dot_product_efficient_attention",
+    "aten::_scaled_dot_product_cudnn_attention",
+    "aten::_scaled_dot_product_fused_attention_overrideable",
+    "torch_attn::_varlen_attn",
+    "flash_attn::_flash_attn_forward",
+    "flash_attn::_flash_attn_varlen_forward",
+}
+# Implementations of transformers that call one of these operators.
+_KEPT = ("sdpa", "flash_attention_2")
+
+
+def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    is_kept = operator._schema.name in ATTENTION and not _drops(operator, args, kwargs)
+    return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _drops(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether attention draws random numbers: without its second run, later dropout would draw others."""
+    given = dict(zip([argument.name for argument in operator._schema.arguments], args, strict=False)) | kwargs
+    return given.get("dropout_p", 0.0) > 0
+
+
+def _check_kept_attention(model: nn.Module) -> None:
+    others = sorted(set(attention_implementations(model)) - set(_KEPT))
+    if others:
+        raise ValueError(
+            f"checkpointing_keeps='attention' needs attn_implementation={' or '.join(map(repr, _KEPT))}, but the model "
+            f"has {', '.join(map(repr, others))}: load it with another one, or leave checkpointing_keeps out"
+        )
+
+
+def keep_attention(model: nn.Module) -> int:
+    """Make checkpointed layers keep the outputs of attention; call it after checkpointing was enabled.
+
+    Returns:
+        The number of layers that are checkpointed.
+    """
+    contexts = partial(create_selective_checkpoint_contexts, _policy)
+    modules = [module for module in model.modules() if "_gradient_checkpointing_func" in vars(module)]
+    for module in modules:
+        function = vars(module)["_gradient_checkpointing_func"]
+        module._gradient_checkpointing_func = partial(function, context_fn=contexts)  # type: ignore[assignment]
+    return sum(bool(getattr(module, "gradient_checkpointing", False)) for module in modules)
+
+
+class OffloadedActivations(save_on_cpu):
+    """Context for a forward and backward pass that keeps saved tensors in pinned CPU memory.
+
+    Parameters, their views, and tensors of fewer than `least_bytes` stay where they are.
+
+    Args:
+        parameters: Parameters of the model.
+        device: Device of the model.
+        least_bytes: Size from which a tensor is moved.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor], device: torch.device, least_bytes: int = 2**20):
+        super().__init__(pin_memory=device.type != "cpu", device_type=device.type)
+        to_cpu, back = self.pack_hook, self.unpack_hook
+        storages = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+
+        def stays(tensor: Tensor) -> bool:
+            is_small = tensor.numel() * tensor.element_size() < least_bytes
+            return is_small or tensor.device != device or tensor.untyped_storage().data_ptr() in storages
+
+        self.pack_hook = lambda tensor: tensor if stays(tensor) else to_cpu(tensor)
+        self.unpack_hook = lambda packed: packed if isinstance(packed, Tensor) else back(packed)
+
+
+def check_activations(args: PreferenceConfig, model: nn.Module, accelerator: Accelerator) -> None:
+    """Raise `ValueError` if the settings for activations do not fit the model, the device or the engine."""
+    if args.checkpointing_keeps == "attention":
+        _check_kept_attention(model)
+    if args.activation_offloading:
+        _check_offloading(accelerator)
+
+
+def _check_offloading(accelerator: Accelerator) -> None:
+    if accelerator.device.type == "cpu":
+        raise ValueError(
+            "activation_offloading=True has no effect on a CPU, where activations already are: leave it out"
+        )
+    engine = accelerator.distributed_type
+    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    if engine == DistributedType.FSDP or (plugin is not None and plugin.zero_stage == 3):
+        raise ValueError(
+            "activation_offloading=True would also offload the weights that FSDP2 and ZeRO-3 gather for each layer: "
+            "use gradient_checkpointing=True, with gradient_checkpointing_kwargs={'offload': True} to keep the inputs "
+            "of layers in CPU memory"
+        )
+
+
+def offloaded(is_on: bool, model: nn.Module, device: torch.device) -> AbstractContextManager:
+    """Return the context of a micro-batch."""
+    return OffloadedActivations(model.parameters(), device) if is_on else nullcontext()

@@ -1,0 +1,154 @@
+"""What is kept for the backward pass changes no bit of a gradient, in any layout; counts show what it saves."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from hf_prefopt.training.activations import ATTENTION, OffloadedActivations, keep_attention
+from tests.tiny_models import perturbed, tiny_model, with_lora
+from tests.trainers import logged, make_config, make_trainer, pairs, weights
+
+LAYERS = 3
+LAYOUTS = ("shared", "around", "padded")
+CHECKPOINTED = {"gradient_checkpointing": True}
+
+
+def trainer_of(folder, model=None, **settings):
+    model = perturbed(with_lora(tiny_model(num_hidden_layers=LAYERS)), 0.1) if model is None else model
+    data = {"train_dataset": pairs(4), "reference": "adapter_off", "max_steps": 1, "learning_rate": 1e-2}
+    return make_trainer(folder, model, **{**data, **settings})
+
+
+class Attention(TorchDispatchMode):
+    """Counts attention's forward operators."""
+
+    def __init__(self):
+        super().__init__()
+        self.runs = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.runs += function._schema.name in ATTENTION
+        return function(*args, **(kwargs or {}))
+
+
+def outcome(trainer):
+    """Losses, gradient norms, weights; runs of attention, and FLOPs."""
+    with FlopCounterMode(display=False) as flops, Attention() as attention:
+        trainer.train()
+    figures = [logged(trainer, name) for name in ("loss", "grad_norm")]
+    return figures, weights(trainer.model), attention.runs, flops
+
+
+def same_bits(one, other):
+    return one[0] == other[0] and all(torch.equal(values, other[1][name]) for name, values in one[1].items())
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """Outcomes without checkpointing, by layout."""
+    folder = tmp_path_factory.mktemp("plain")
+    return {layout: outcome(trainer_of(folder, layout=layout)) for layout in LAYOUTS}
+
+
+def recomputed(layout):
+    """Runs of attention that full checkpointing adds: by sequence for a segment, at once for a padded batch."""
+    return LAYERS * (4 if layout == "shared" else 1)
+
+
+def products(one):
+    return {str(name): count for name, count in one[3].get_flop_counts()["Global"].items()}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_attention_that_is_kept_is_not_computed_again(layout, plain, tmp_path):
+    """Matrix products are computed again as with full checkpointing. (PyTorch counts no FLOPs of a CPU's attention.)"""
+    full = outcome(trainer_of(tmp_path, layout=layout, **CHECKPOINTED))
+    kept = outcome(trainer_of(tmp_path, layout=layout, checkpointing_keeps="attention", **CHECKPOINTED))
+    assert same_bits(full, plain[layout]) and same_bits(kept, plain[layout])
+    assert full[2] == plain[layout][2] + recomputed(layout)
+    assert kept[2] == plain[layout][2]
+    assert products(kept) == products(full) != products(plain[layout])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("keeps", ["nothing", "attention"])
+def test_every_other_layer(keeps, layout, plain, tmp_path):
+    """transformers' `every_n_layers`: of three layers, the first and third are computed again."""
+    chosen = {"gradient_checkpointing_kwargs": {"every_n_layers": 2}, "checkpointing_keeps": keeps, **CHECKPOINTED}
+    found = outcome(trainer_of(tmp_path, layout=layout, **chosen))
+    assert same_bits(found, plain[layout])
+    assert found[2] == plain[layout][2] + (0 if keeps == "attention" else recomputed(layout) * 2 // LAYERS)
+
+
+def test_attention_with_dropout_is_computed_again(tmp_path):
+    """Its random numbers come first: without them, the adapter's dropout after it would draw others."""
+
+    def model():
+        return perturbed(with_lora(tiny_model(attention_dropout=0.5), lora_dropout=0.5), 0.1)
+
+    settings = {"disable_dropout": False, **CHECKPOINTED}
+    full = outcome(trainer_of(tmp_path, model(), **settings))
+    kept = outcome(trainer_of(tmp_path, model(), checkpointing_keeps="attention", **settings))
+    assert same_bits(full, kept)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "checkpointing_keeps='attention' is only used with gradient_checkpointing=True"),
+        ({"gradient_checkpointing_kwargs": {"use_reentrant": True}, **CHECKPOINTED}, "use_reentrant=False"),
+        ({"torch_compile": True, **CHECKPOINTED}, "which torch_compile=True fuses"),
+    ],
+)
+def test_what_it_cannot_go_with_is_an_error(settings, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        make_config(tmp_path, checkpointing_keeps="attention", **settings)
+
+
+def test_other_attention_is_an_error(tmp_path):
+    model = tiny_model(attn_implementation="eager")
+    with pytest.raises(ValueError, match=r"needs attn_implementation='sdpa' or 'flash_attention_2', .* has 'eager'"):
+        trainer_of(tmp_path, model, reference="auto", checkpointing_keeps="attention", **CHECKPOINTED)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("checkpointing", [{}, CHECKPOINTED], ids=["plain", "checkpointed"])
+def test_offloaded_activations_give_the_same_gradients(checkpointing, layout, plain, tmp_path, monkeypatch):
+    """Everything that is saved is moved, but for parameters and their views, which are saved, too."""
+    moved, stayed = [], []
+
+    def watched(is_on, model, device):
+        context = OffloadedActivations(model.parameters(), device, least_bytes=0)
+        storages = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        pack = context.pack_hook
+
+        def watch(tensor):
+            packed = pack(tensor)
+            (moved if isinstance(packed, tuple) else stayed).append(tensor.untyped_storage().data_ptr() in storages)
+            return (packed[0], packed[1].clone()) if isinstance(packed, tuple) else packed
+
+        context.pack_hook = watch
+        return context
+
+    monkeypatch.setattr("hf_prefopt.trainer.offloaded", watched)
+    found = outcome(trainer_of(tmp_path, layout=layout, **checkpointing))
+    assert same_bits(found, plain[layout])
+    assert moved and not any(moved)
+    assert stayed and all(stayed)
+
+
+def test_small_tensors_stay():
+    context = OffloadedActivations([], torch.device("cpu"), least_bytes=1024)
+    assert isinstance(context.pack_hook(torch.ones(255)), torch.Tensor)
+    assert isinstance(context.pack_hook(torch.ones(256)), tuple)
+
+
+def test_offloading_on_a_cpu_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="activation_offloading=True has no effect on a CPU"):
+        trainer_of(tmp_path, activation_offloading=True)
+
+
+def test_checkpointed_layers_are_found(tmp_path):
+    model = tiny_model(num_hidden_layers=LAYERS)
+    assert keep_attention(model) == 0
