@@ -278,7 +278,8 @@ def keeps_a_reference_adapter(place):
     generator = torch.Generator().manual_seed(3)
     for name, parameter in model.named_parameters():
         if ".before." in name:
-            parameter.data += torch.randn(parameter.shape, generator=generator).mul(0.1).to(torch.bfloat16).float()
+            moved = parameter.data + torch.randn(parameter.shape, generator=generator).mul(0.1)
+            parameter.data = moved.to(torch.bfloat16).float()
     given = {
         name: values.cpu().clone() for name, values in get_peft_model_state_dict(model, adapter_name="before").items()
     }

@@ -1,0 +1,115 @@
+"""PEFT methods other than LoRA under each engine: the numbers of one process, or an error that says what to do.
+
+Tolerances are those of `test_habits` in fp32: a loss is off by 1e-5 at most, a weight by 1e-4 of the largest change of
+one. A log-prob of a response is a sum of ten terms of 8 nats: 1e-4 is twenty roundings of it.
+"""
+
+import functools
+import re
+
+import pytest
+import torch
+from peft import PeftModel
+
+from tests.distributed import adapters
+from tests.distributed.adapters import ALL_BIASES, ROWS, scene, scene_name
+from tests.distributed.engines import Engine
+from tests.distributed.habits import Place
+from tests.distributed.scenes import play
+from tests.distributed.test_habits import apart
+
+ENGINES = ("fsdp2", "ddp", "zero2", "zero3")  # DeepSpeed leaves settings behind that exclude FSDP, so it comes last
+KINDS = [
+    *(
+        (kind, "auto")
+        for kind in (
+            "DoRA",
+            "IA3",
+            "VeRA",
+            "trained tokens",
+            "LoRA with trained tokens",
+            "LoRA with modules_to_save",
+            ALL_BIASES,
+            "prompt tuning",
+            "prefix tuning",
+        )
+    ),
+    *((kind, "adapter_off") for kind in ("DoRA", "IA3", "VeRA", "trained tokens", "LoRA with modules_to_save")),
+]
+SOFT = "FSDP2 cannot save soft prompts .*: use DDP, or LoRA"
+REFUSED = {("fsdp2", kind): SOFT for kind in ("prompt tuning", "prefix tuning")}
+
+pytestmark = pytest.mark.nightly
+
+
+@pytest.fixture(scope="module")
+def outcomes(request, tmp_path_factory):
+    """What came out of the runs that are to be compared; two processes are started once for all of them."""
+    params = [item.callspec.params for item in request.session.items if item.module is request.module]
+    scenes = [scene(p["engine"], p["kind"], p["reference"]) for p in params]
+    return play(scenes, tmp_path_factory.mktemp("adapters"), timeout=3600)
+
+
+@functools.cache
+def one_process(kind, reference, folder):
+    """What comes out of a run in this process."""
+    return adapters.run(Place(Engine(), False, folder / kind / reference), kind, reference)
+
+
+@functools.cache
+def start(kind):
+    """The trained weights as given."""
+    return {name: p.detach().clone() for name, p in adapters.adapted(kind).named_parameters() if p.requires_grad}
+
+
+@functools.cache
+def plain_logps(kind, reference):
+    """The log-probs of `ROWS` under the untouched reference, one sequence at a time."""
+    model = (adapters.base(kind) if reference == "adapter_off" else adapters.adapted(kind)).eval()
+    found = []
+    for row in ROWS:
+        for response in row["response_ids"]:
+            ids = torch.tensor([[*row["prompt_ids"], *response]])
+            with torch.no_grad():
+                logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -len(response) - 1 : -1]
+            found.append(logits.log_softmax(-1).gather(1, ids[0, -len(response) :, None]).sum())
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize(("kind", "reference"), KINDS)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_adapter_trains_is_saved_and_is_resumed_as_in_one_process(
+    outcomes, tmp_path_factory, engine, kind, reference
+):
+    ranks = outcomes[scene_name(engine, kind, reference)]
+    if (engine, kind) in REFUSED:
+        for error in ranks:
+            assert isinstance(error, str)
+            assert re.match(f"ValueError: {REFUSED[engine, kind]}", error.strip().splitlines()[-1])
+        return
+    expected = one_process(kind, reference, tmp_path_factory.getbasetemp())
+    scale = apart_weights(expected["weights"], start(kind))
+    assert scale > 1e-3
+    for outcome in ranks:
+        assert isinstance(outcome, dict), outcome
+        found = {
+            "losses": (apart(outcome["losses"], expected["losses"]), 1e-5),
+            "evaluation": (abs(outcome["metrics"][-1]["eval_loss"] - expected["metrics"][-1]["eval_loss"]), 1e-5),
+            "weights": (apart_weights(outcome["weights"], expected["weights"]) / scale, 1e-4),
+            "resumed": (apart_weights(outcome["resumed"], outcome["weights"]) / scale, 1e-6),
+            "reference": ((outcome["reference"] - plain_logps(kind, reference)).abs().max().item(), 1e-4),
+            "saved": (apart_weights(loaded(kind, outcome["saved"]), outcome["weights"]), 0.0),
+        }
+        print(engine, kind, reference, {name: f"{value:.0e}" for name, (value, _) in found.items()})
+        assert {name: value for name, (value, bound) in found.items() if not value <= bound} == {}
+
+
+def loaded(kind, folder):
+    """The weights that PEFT loads on the base."""
+    model = PeftModel.from_pretrained(adapters.base(kind), folder)
+    return dict(model.named_parameters())
+
+
+def apart_weights(found, expected):
+    """The largest difference of any of the expected weights."""
+    return max((found[name] - values).abs().max().item() for name, values in expected.items())
