@@ -128,6 +128,44 @@ class MismatchedResponses(TorchDataset):
         return ids, mask if any(mask) else [1] * len(ids)
 
 
+def check_mismatched_lengths(dataset: Dataset, max_length: int | None, positions: int, name: str) -> None:
+    """Check that no prompt with a mismatched response is longer than the number of the model's positions.
+
+    Any response to another prompt may be drawn (see `MismatchedResponses`), so a row and the response that it gets may
+    be too long together although each fits with its own partner.
+
+    Args:
+        max_length: Length to which mismatched responses are cut; `None` for no cut.
+        positions: Maximum number of tokens of a prompt and a response.
+        name: Name of the data set in errors.
+
+    Raises:
+        ValueError: If some prompt and some response to another prompt are too long together.
+    """
+    if not len(dataset) or (max_length is not None and max_length <= positions):
+        return
+    batches = dataset.select_columns(["prompt_ids", "response_ids"]).with_format(None).iter(batch_size=1000)
+    lengths = [
+        (len(prompt), max(map(len, responses)))
+        for batch in batches
+        for prompt, responses in zip(batch["prompt_ids"], batch["response_ids"], strict=True)
+    ]
+    prompts, responses = np.array(lengths).T
+    keys, longest = prompt_keys(dataset), int(responses.argmax())
+    others = np.where(keys == keys[longest], 0, responses)  # of prompts other than that of the longest response
+    partners = np.where(keys == keys[longest], others.argmax(), longest)
+    drawn = np.where(keys == keys[longest], others.max(), responses[longest])
+    totals = prompts + (drawn if max_length is None else np.minimum(drawn, np.maximum(1, max_length - prompts)))
+    worst = int(totals.argmax())
+    if totals[worst] > positions:
+        row, other = (dataset[int(place)]["row"] for place in (worst, partners[worst]))
+        raise ValueError(
+            f"{name}: KTO's baseline may draw a response of row {other:,} ({drawn[worst]:,} tokens) for the prompt of "
+            f"row {row:,} ({prompts[worst]:,} tokens), but the model has {positions:,} positions: set "
+            f"max_length={positions} (or less), which cuts such responses"
+        )
+
+
 class EpochOfMismatches(TrainerCallback):
     """Callback that sets the epoch of `MismatchedResponses`.
 

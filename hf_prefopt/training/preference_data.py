@@ -21,7 +21,7 @@ from hf_prefopt.data.mixtures import Mixture
 from hf_prefopt.data.notes import count_notes
 from hf_prefopt.data.prepare import Prepared, prepare, prepared_features
 from hf_prefopt.data.sources import as_dataset, check_rows
-from hf_prefopt.data.unpaired import MismatchedResponses
+from hf_prefopt.data.unpaired import MismatchedResponses, check_mismatched_lengths
 from hf_prefopt.kinds import KINDS, kind_of_columns
 from hf_prefopt.reporting.data_texts import data_texts
 from hf_prefopt.training.stream_shards import is_split_by_shards, refuse_split_stream, too_few_shards
@@ -123,6 +123,7 @@ class PreferenceData:
         if isinstance(joined, IterableDataset):
             described = zip(mixture.sources, map(_layout_of, made), strict=True)
             self.streams[joined] = ", ".join(f"{source.name}: {layout}" for source, layout in described)
+        self._check_mismatched(joined, name)
         return joined
 
     def read(self, dataset: Data, name: str, **own: Any) -> Prepared:
@@ -184,8 +185,13 @@ class PreferenceData:
         if reason is not None:
             raise ValueError(f"the {name} data set does not fit {losses}: {reason}")
         fitting = check_examples(dataset, self.objective, name)
+        self._check_mismatched(fitting, name)
         self._fitting.add(fitting)
         return fitting
+
+    def _check_mismatched(self, dataset: Data, name: str) -> None:
+        if self.objective.needs_mismatched and self._positions is not None and isinstance(dataset, Dataset):
+            check_mismatched_lengths(dataset, self.args.max_length, self._positions, name)
 
     def sampler(self, dataset: Any, layout: Callable[[], str | None], rows_at_once: int) -> Sampler[int] | None:
         """Build the sampler that groups rows by prompt or by length; return `None` to use the Trainer's sampler.

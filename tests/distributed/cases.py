@@ -128,6 +128,7 @@ HYBRIDS: dict[str, dict[str, Any]] = {
     },
 }
 HYBRIDS = {name: {"model_type": name, **config} for name, config in HYBRIDS.items()}
+MAMBA_EXPERTS = {**HYBRIDS["granitemoehybrid"], "num_local_experts": 4, "num_experts_per_tok": 2}
 EXPERTS = {"model_type": "mixtral", "num_local_experts": 4}
 # Two of the layers train nothing, and run once for policy and reference.
 THREE_LAYERS = {"num_hidden_layers": 3}
@@ -155,6 +156,9 @@ MORE = [
     _case("dpo", "around", False, "short convolution", model=HYBRIDS["lfm2"]),
     _case("kto", "around", True, "short convolution", model=HYBRIDS["lfm2"], seed=5),
     _case("dpo", "around", True, "Mamba-2", model=HYBRIDS["granitemoehybrid"]),
+    # Its config adds the auxiliary loss with a coefficient of 0.001.
+    _case("dpo", "around", True, "Mamba-2 and experts", model=MAMBA_EXPERTS, row_by_row=True),
+    _case("dpo", "around", False, "Mamba-2 and experts", model=MAMBA_EXPERTS, router_aux_loss_coef=0.0),
     _case("dpo", "shared", False, "own logits", model={"model_type": "modernbert-decoder"}),
     _case("dpo", "padded", True, "own logits", model={"model_type": "modernbert-decoder"}),
     _case("dpo", "shared", False, "auxiliary loss", model=EXPERTS, row_by_row=True, router_aux_loss_coef=0.5),
@@ -216,16 +220,18 @@ MODELS = [
     "dpo, shared, full, own logits",
     "dpo, shared, full, auxiliary loss",
 ]
+# All of them, nightly.
+EVERY_MODEL = [name for name, case in CASES.items() if "model_type" in case.model]
 FEW = ["dpo, padded, full", "dpo, shared, LoRA, copy of a trained adapter", "bco, shared, LoRA, resumed"]
 QLORA = "dpo, shared, LoRA, 4 bits, resumed"
 # What an engine is to compute, and, of that, what is tried in every run of the suite; the rest is nightly.
 ALL_OF = {
-    "ddp": [name for name, case in CASES.items() if "model_type" not in case.model or name in MODELS],
+    "ddp": list(CASES),
     "zero1": FEW,
-    "zero2": [*SOME, QLORA],
-    "zero3": [*SHARDED, QLORA],
+    "zero2": [*SOME, *EVERY_MODEL, QLORA],
+    "zero3": [*SHARDED, *EVERY_MODEL, QLORA],
     "zero3_offload": FEW,
-    "fsdp2": [*SHARDED, *MODELS, "dpo, shared, LoRA, 4 bits stored as fp32, resumed"],
+    "fsdp2": [*SHARDED, *EVERY_MODEL, "dpo, shared, LoRA, 4 bits stored as fp32, resumed"],
 }
 # Every second case, and the moving reference, which the tests of resuming read.
 _MOVING = "dpo, shared, full, moving reference, resumed"

@@ -96,8 +96,9 @@ def test_every_parameter_is_sharded(outcomes_of, engine, case):
 @each(["zero3"])
 def test_the_heads_weight_is_whole_only_inside_the_head(outcomes_of, engine, case):
     """Policy and reference, with and without gradients: not while the last layer runs, and not after the head. Beneath
-    an adapter the head is called once more in the backward, after which it stays whole for its own gradient."""
-    after = {False, True} if "adapted head" in case else {False}
+    an adapter, or in a head of several layers, it is called once more in the backward, after which it stays whole for
+    its own gradient."""
+    after = {False, True} if "adapted head" in case or "LoRA, own logits" in case else {False}
     expected = {"before": {False}, "inside": {True}, "after": after}
     assert [outcome["head_is_whole"] for outcome in outcomes_of(engine, case)] == [expected, expected]
 

@@ -5,8 +5,9 @@ A checkpoint of each family is saved, loaded by name and trained, in full and un
 evaluation and training mode, every gradient (with checkpointing, too), the losses of two steps of SGD, and the model
 that was saved. Each family runs in a process of its own, bounded in time and memory.
 
-    python -m tests.scoring.families llama qwen3_next          # some families, in words
-    python -m tests.scoring.families --write docs/models.md    # all of them, as a page; takes an hour on one core
+    python -m tests.scoring.families llama qwen3_next                  # some families, in words
+    python -m tests.scoring.families --write docs/models.md            # all of them, as a page; an hour on one core
+    python -m tests.scoring.families --write docs/models.md youtu      # their rows of the page, which must exist
 """
 
 import argparse
@@ -114,7 +115,9 @@ def build(model_type: str) -> PreTrainedModel:
     config = tiny_config(model_type)
     both = (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING)
     known = both if config.get_text_config(decoder=True) is not config else both[::-1]
-    cls = next(mapping[type(config)] for mapping in known if type(config) in mapping)
+    cls = next((mapping[type(config)] for mapping in known if type(config) in mapping), None)
+    if cls is None:
+        raise ValueError(f"transformers has no class of language models for {type(config).__name__}")
     torch.manual_seed(0)
     # With noise, so that nothing is 0 or 1, such as biases and the scales of norms.
     return perturbed(cls._from_config(config), scale=0.05).eval()
@@ -128,7 +131,8 @@ def examine(model_type: str, adapters: Iterable[str] = ADAPTERS, layouts: Iterab
         try:
             model = build(model_type)
             ids = torch.tensor([[5, 6, 7, 8, 9]])
-            model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+            if not model.config.is_encoder_decoder:  # those are refused
+                model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
             model.save_pretrained(base)
             tokenizer = tiny_tokenizer()
             tokenizer.pad_token = "<|endoftext|>"  # of id 0, as in the config, for the Trainer writes it there
@@ -200,7 +204,10 @@ def _compare(case: Case, base: Path, output: Path, dtype: torch.dtype) -> None:
         case.off["log-probs after two steps"] = _off(score(trainer.model.eval(), batch).logps, stepped)
         trainer.save_model()
         again = _untouched(output if case.adapter == "full" else base, dtype)
-        again = again if case.adapter == "full" else PeftModel.from_pretrained(again, output).eval()
+        if case.adapter == "LoRA":
+            again = PeftModel.from_pretrained(again, output).eval()
+        elif _restore_padding(again, trainer.model):
+            case.why += "; transformers zeroes the padding token's embedding when it loads a checkpoint"
         trained = score(trainer.model.eval(), batch).logps
         case.off["log-probs of the saved model"] = _off(trained, _plain_logps(again, rows))
 
@@ -229,6 +236,18 @@ def _trainer(case: Case, base: Path, output: Path, rows: list[dict[str, Any]], d
 def _untouched(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     config = transformers.AutoConfig.from_pretrained(folder)
     return model_class(config).from_pretrained(folder, dtype=dtype).eval()
+
+
+def _restore_padding(loaded: PreTrainedModel, saved: PreTrainedModel) -> bool:
+    """Give a padding token's embedding its saved value where transformers has zeroed it; whether it has.
+
+    Some classes (Youtu) zero that row after loading. If the head is tied to the embedding, it is one of the logits.
+    """
+    table, row = loaded.get_input_embeddings(), getattr(loaded.get_input_embeddings(), "padding_idx", None)
+    if row is None or table.weight[row].any() or not saved.get_input_embeddings().weight[row].any():
+        return False
+    table.weight[row] = saved.get_input_embeddings().weight[row]
+    return True
 
 
 def _plain_logps(model: nn.Module, rows: list[dict[str, Any]]) -> Tensor:
@@ -329,21 +348,21 @@ def _child(pipe: Any, model_type: str, adapters: tuple[str, ...], layouts: tuple
     pipe.send(examine(model_type, adapters, layouts))
 
 
-def page(families: list[Family]) -> str:
-    """The table of docs/models.md."""
-    counts = {verdict: sum(family.verdict == verdict for family in families) for verdict in VERDICTS}
-    asked = " and ".join(dict.fromkeys(case.asked for family in families for case in family.cases))
+def page(rows: Iterable[str], layouts: Iterable[str] = LAYOUTS) -> str:
+    """docs/models.md, from the rows of its table."""
+    rows, options = list(rows), "" if tuple(layouts) == LAYOUTS else f" --layouts {' '.join(layouts)}"
+    verdicts = [row.split(" | ")[2] for row in rows]
     lines = [
         "# Model families",
         "",
-        f"Tiny random models of {len(families)} types that transformers {transformers.__version__} knows, each trained "
-        f"in full and under LoRA (`all-linear`), with layout={asked}, and "
+        f"Tiny random models of {len(rows)} types that transformers {transformers.__version__} knows, each trained "
+        f"in full and under LoRA (`all-linear`), with layout={' and '.join(layouts)}, and "
         "compared with transformers' own forward of each sequence alone: "
         "log-probs, gradients (with checkpointing, too), two steps, the saved model. On one CPU core, in float64, or "
         "in fp32 where a model cannot compute in float64. This page is written by "
-        "`python -m tests.scoring.families --write docs/models.md`.",
+        f"`python -m tests.scoring.families --write docs/models.md{options}`.",
         "",
-        ", ".join(f"{count} {verdict}" for verdict, count in counts.items()) + ".",
+        ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in VERDICTS) + ".",
         "",
         "*exact*: within some hundred roundings, which is said as the largest relative difference of log-probs and of "
         "gradients. *wrong*: something is off by more. *refused*: an error is raised before the first step. *not "
@@ -352,10 +371,28 @@ def page(families: list[Family]) -> str:
         "| type | class | result | layout | precision | log-probs, gradients | why |",
         "|---|---|---|---|---|---|---|",
     ]
-    return "\n".join([*lines, *map(_row, families)]) + "\n"
+    return "\n".join([*lines, *rows]) + "\n"
+
+
+def rows_of(text: str, layouts: Iterable[str]) -> dict[str, str]:
+    """The rows of a page by model type.
+
+    Raises:
+        ValueError: the page is of other layouts.
+    """
+    if f"with layout={' and '.join(layouts)}, and" not in text:
+        raise ValueError("the page was written with other --layouts: write all of it, or name the same layouts")
+    rows = [line for line in text.splitlines() if line.startswith("| ")][1:]  # without the header
+    return {row.split(" | ")[0].removeprefix("| "): row for row in rows}
 
 
 VERDICTS = ("exact", "wrong", "refused", "not tried")
+# What a user of a family should know.
+REMARKS = {
+    "doge": "beyond keep_window_size tokens, each query keeps only the keys with the best scores, which is not "
+    "continuous: of keys with equal scores (equal tokens, in the first layer) the kernel chooses, and may choose "
+    "differently in another batch; the sequences here have no token twice",
+}
 
 
 def _row(family: Family) -> str:
@@ -368,6 +405,7 @@ def _row(family: Family) -> str:
     )
     off = "" if logps is None or gradients is None else f"{logps:.0e}, {gradients:.0e}"
     why = family.not_built or (worst.refused or worst.why or auto[0].why if worst and auto else "")
+    why = "; ".join(filter(None, (why, REMARKS.get(family.model_type))))
     dtypes = " and ".join(sorted({case.dtype for case in compared}))
     layouts = " and ".join(sorted({case.layout for case in auto if case.layout}))
     cells = (family.model_type, family.kind, family.verdict, layouts, dtypes, off, why.replace("|", "/"))
@@ -388,15 +426,16 @@ def _said(family: Family) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model_types", nargs="*", help="by default all of them")
-    parser.add_argument("--write", type=Path, help="the page to write")
+    parser.add_argument("--write", type=Path, help="the page to write; with model types, only their rows change")
     parser.add_argument("--layouts", nargs="+", default=LAYOUTS, choices=LAYOUTS)
     arguments = parser.parse_args()
-    families = []
+    is_part = arguments.write and arguments.model_types
+    rows = rows_of(arguments.write.read_text(), arguments.layouts) if is_part else {}
     for family in examined(arguments.model_types or all_families(), layouts=arguments.layouts):
         print(_said(family), flush=True)
-        families.append(family)
+        rows[family.model_type] = _row(family)
         if arguments.write:
-            arguments.write.write_text(page(families))
+            arguments.write.write_text(page(rows.values(), arguments.layouts))
 
 
 if __name__ == "__main__":

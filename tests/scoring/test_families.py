@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.scoring.families import USED, Case, Family, _gradients_off, _off, _said, examine, page
+from tests.scoring.families import USED, Case, Family, _gradients_off, _off, _row, _said, examine, page, rows_of
 
 
 @pytest.mark.parametrize("model_type", USED)
@@ -38,7 +38,22 @@ def test_the_page():
         Family("none", not_built="ImportError: no timm"),
     ]
     assert [family.verdict for family in families] == ["exact", "wrong", "refused", "not tried"]
-    lines = page(families).splitlines()
+    lines = page(map(_row, families)).splitlines()
     assert "1 exact, 1 wrong, 1 refused, 1 not tried." in lines
     assert "| good | GoodForCausalLM | exact | shared | float64 | 1e-15, 1e-07 |  |" in lines
     assert "| never | NeverForCausalLM | refused |  |  |  | ValueError: it is not causal |" in lines
+
+
+def test_a_part_of_the_page_is_written_anew():
+    """Rows keep their places, the counts are those of all rows, and a page of other layouts is refused."""
+    right = Case("full", "auto", "shared", "", "float64", {"log-probs": 1e-15, "gradients": 1e-7})
+    wrong = Case("full", "auto", "shared", "", "float64", {"log-probs": 1e-3, "gradients": 1e-7})
+    rows = [_row(Family(name, "ForCausalLM", [case])) for name, case in (("a", wrong), ("b", right), ("a-b", right))]
+    found = rows_of(page(rows, ["auto"]), ["auto"])
+    assert list(found) == ["a", "b", "a-b"] and list(found.values()) == rows
+    found["a"] = _row(Family("a", "ForCausalLM", [right]))
+    again = page(found.values(), ["auto"])
+    assert "3 exact, 0 wrong, 0 refused, 0 not tried." in again and list(rows_of(again, ["auto"])) == ["a", "b", "a-b"]
+    assert again.count("--layouts auto") == 1 and "--layouts" not in page(rows)
+    with pytest.raises(ValueError, match="other --layouts"):
+        rows_of(again, ["auto", "padded"])

@@ -11,7 +11,7 @@ from hf_prefopt.scoring.positions import position_limit, shortest_limit
 from tests.scoring.families import build
 from tests.scoring.tiny_configs import text_rows
 from tests.tiny_models import tiny_model
-from tests.trainers import make_trainer
+from tests.trainers import logged, make_trainer
 
 # Learned, learned behind two unused ones, behind that of padding, sinusoids, a mask, of an image-text model.
 TABLES = {"gpt2": 256, "opt": 256, "biogpt": 256, "roberta": 255, "gptj": 256, "gpt_neo": 256, "bart": 256, "git": 256}
@@ -70,3 +70,48 @@ def test_a_trainer_says_so_before_training(short, tmp_path):
     arguments = {"model": models["policy"], "ref_model": models["reference"]}
     with pytest.raises(ValueError, match=r"train: row 0 has 250 prompt tokens .* set max_length=256"):
         make_trainer(tmp_path, **arguments, train_dataset=rows, max_length=None)
+
+
+def kto_rows(*lengths):
+    """Rows with a prompt and a response of these lengths; each pair of lengths has a prompt of its own."""
+    return Dataset.from_list(
+        [
+            {
+                "prompt_ids": [7 + row] * prompt,
+                "response_ids": [[5] * response],
+                "scored_masks": [[1] * response],
+                "labels": [row % 2 == 0],
+                "row": row,
+            }
+            for row, (prompt, response) in enumerate(lengths)
+        ]
+    )
+
+
+@pytest.mark.parametrize("lengths", [[(200, 9), (5, 60), (4, 8)], [(200, 50), (197, 8), (4, 58)], [(9, 240), (17, 3)]])
+def test_a_response_to_another_prompt_counts(lengths, tmp_path):
+    """Each row fits into 256 positions, but not the prompt of one row with a response of another one. With max_length,
+    as the error says, such responses are cut, and training runs."""
+    rows = kto_rows(*lengths)
+    (prompt, response), *_ = sorted(
+        ((p, r) for p, _ in lengths for _, r in lengths if (p, r) not in lengths), key=sum, reverse=True
+    )
+    assert prompt + response > 256 >= max(map(sum, lengths))
+    said = rf".* row \d \({response} tokens\) .* row \d \({prompt} tokens\), .* 256 positions: set max_length=256"
+    settings = {"model": build("gpt2"), "train_dataset": rows, "loss_type": "kto", "max_steps": 1}
+    for longer in (None, 300):
+        with pytest.raises(ValueError, match=said):
+            make_trainer(tmp_path, **settings, max_length=longer)
+    trainer = make_trainer(tmp_path, **settings, max_length=256, per_device_train_batch_size=len(lengths))
+    trainer.train()
+    assert len(logged(trainer, "loss")) == 1
+
+
+def test_responses_to_other_prompts_that_fit_are_accepted(tmp_path):
+    """The longest prompt and the longest response are of one row, and of one prompt: they are never drawn together."""
+    make_trainer(tmp_path, build("gpt2"), train_dataset=kto_rows((200, 56), (9, 50)), loss_type="kto", max_length=None)
+    long, other, short = kto_rows((200, 9), (5, 3), (4, 8)).to_list()
+    other["prompt_ids"] = long["prompt_ids"]
+    other["response_ids"], other["scored_masks"] = [[5] * 56], [[1] * 56]
+    rows = Dataset.from_list([long, other, short])
+    make_trainer(tmp_path, build("gpt2"), train_dataset=rows, loss_type="kto", max_length=None)

@@ -52,7 +52,10 @@ RULES: list[tuple[str, Any]] = [
         64,
     ),
     (r"feed_forward_size|block_multiple_of", 32),
-    (r"hidden_size|d_model|n_embd|emb_dim|embedding_dim|dim|embed_dim|hidden_dim|projection_dim|out_hidden_size", 32),
+    (
+        r"hidden_size(_global)?|d_model|n_embd|emb_dim|embedding_dim|dim|embed_dim|hidden_dim|projection_dim|out_hidden_size",
+        32,
+    ),
     (r"(num|n_routed|num_local|moe_num)_experts", 4),
     (r"zero_expert_num", 2),
     (r"num_experts_per_tok|moe_topk|moe_k|top_k_experts", 2),
@@ -90,6 +93,30 @@ _SCALED_QUERIES: dict[str, Any] = {
     **{"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
     **{"llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 8},
 }
+# Layers of two kinds, each with rotary embeddings of its own.
+_COMPASS: dict[str, Any] = {
+    "layer_types": ["sliding_attention", "full_attention"],
+    "rope_parameters": {
+        kind: _sections(2, 1, 1)["rope_parameters"] for kind in ("sliding_attention", "full_attention")
+    },
+}
+_DOTS: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "head_dim": 16,
+    **{"swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_q_lora_rank": 8, "swa_kv_lora_rank": 8},
+    **{"swa_head_dim": 16, "swa_qk_nope_head_dim": 8, "swa_qk_rope_head_dim": 8, "swa_v_head_dim": 8},
+}
+# 32 heads, as index_n_heads above.
+_INDEXER: dict[str, Any] = {
+    **{"indexer_n_heads": 32, "indexer_kv_heads": 1, "indexer_head_dim": 8},
+    **{"indexer_budget": 8, "indexer_compress_ratio": 2},
+}
+_VQ: dict[str, Any] = {"base_channels": 32, "codebook_size": 64, "channel_multiplier": [1, 1]}
+# Attention twice as wide as the model, shared by two of its layers.
+_ZAMBA: dict[str, Any] = {
+    **{"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"]},
+    **{"attention_hidden_size": 64, "attention_head_dim": 16, "num_key_value_heads": 4},
+}
 # Ids that stand for an image, a sound or one of their ends are the last ones of the vocabulary, one each.
 FIRST_SPECIAL = VOCABULARY - 20
 # What no rule can know: by model type.
@@ -100,9 +127,28 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "dbrx": {"attn_config": {"clip_qkv": 8.0, "kv_n_heads": 2, "rope_theta": 1e4}},
     "deepseek_v2": {"num_experts_per_tok": 2, "n_routed_experts": 4},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
-    "emu3": {"vocabulary_map": {"<image>": FIRST_SPECIAL, "<|extra_200|>": FIRST_SPECIAL + 1}},
+    "emu3": {"vocabulary_map": {"<image>": FIRST_SPECIAL, "<|extra_200|>": FIRST_SPECIAL + 1}, "vq_config": _VQ},
     "glm5_next": {"text_config": {"index_kpool": 4}},
-    "dots3_note_text": {"num_key_value_heads": 4},
+    "cohere_compass_text": _COMPASS,
+    "cohere_compass": {"text_config": _COMPASS},
+    "deepseek_ocr2": {
+        "text_config": {"mlp_layer_types": ["dense", "sparse"], "n_routed_experts": 4, "num_experts_per_tok": 2}
+    },
+    "diffusion_gemma": {"text_config": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16}},
+    "dots3_note": {
+        "text_config": _DOTS,
+        "vision_config": {"adapter_in_dim": 32, "adapter_out_dim": 32},
+        "audio_config": {"adapter_input_size": 32, "adapter_out_dim": 32},
+    },
+    "dots3_note_text": _DOTS,
+    "ernie4_5_vl_moe": {"text_config": _sections(1, 1, 2)},
+    "granite4_vision": {
+        **{"deepstack_layer_map": [[1, 0]], "spatial_target_layers": [1], "downsample_rate": "1/2"},
+        "vision_config": {"hidden_size": 64},
+    },
+    "mistral_large4": {"text_config": {"kv_source_layers": None}},
+    "qwen4_exp": {"text_config": _INDEXER},
+    "qwen4_exp_text": _INDEXER,
     "doge": {"is_moe": False},
     "falcon": {"alibi": False},
     "gemma4_text": {"vocab_size_per_layer_input": VOCABULARY},
@@ -123,7 +169,8 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "reformer": {"is_decoder": True, "axial_pos_shape": (16, 16), "axial_pos_embds_dim": (16, 16)},
     "recurrent_gemma": {"num_hidden_layers": 3},
     "xmod": {"default_language": "en_XX", "is_decoder": True},
-    "zamba2": {"num_hidden_layers": 3, "hybrid_layer_ids": [1], "layers_block_type": ["mamba", "hybrid", "mamba"]},
+    "zamba": _ZAMBA,
+    "zamba2": {**_ZAMBA, "hybrid_layer_ids": [1, 3]},
     **{name: {"text_config": _sections(2, 1, 1)} for name in ("glm46v", "glm4v", "glm_ocr", "glmga")},
     **{name: {"text_config": _sections(2, 1, 1)} for name in ("paddleocr_vl", "qwen2_vl", "qwen2_5_vl")},
     "glm4v_moe": {"text_config": _sections(1, 1, 0)},
