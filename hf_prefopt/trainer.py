@@ -27,7 +27,7 @@ from hf_prefopt.data.unpaired import EpochOfMismatches
 from hf_prefopt.objective.objective import Objective
 from hf_prefopt.reporting.card import CardFacts, model_card
 from hf_prefopt.reporting.evaluated import EvaluatedSets
-from hf_prefopt.reporting.finite import ruined_gradient, ruined_weights
+from hf_prefopt.reporting.finite import ruined_weights
 from hf_prefopt.reporting.metrics import Evaluation, TrainingRecord
 from hf_prefopt.reporting.observed import observe
 from hf_prefopt.reporting.preview import print_preview
@@ -267,12 +267,8 @@ class PreferenceTrainer(Trainer):
         if "train_loss" in logs:  # the last log of a run
             self.record.check(self.accelerator, ruined_weights(self.model))
         if "loss" in logs:
-            # fp16's loss scaling skips steps whose gradients overflow.
-            norm = None if self.accelerator.mixed_precision == "fp16" else logs.get("grad_norm")
-            self.record.check(self.accelerator, ruined_gradient(norm))
+            self.record.check_gradient(self.accelerator, logs.get("grad_norm"), self.state.global_step)
             logs.update(self.record.pop_means(self.accelerator) | self.throughput.pop(self.accelerator))
-            if self.is_world_process_zero():
-                self.record.notice_gradient(norm, self.state.global_step)
         super().log(logs, start_time)
 
     # -- evaluation -----------------------------------------------------------------------------------------------

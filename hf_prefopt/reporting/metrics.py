@@ -15,7 +15,7 @@ from hf_prefopt.losses.base import LossOutput
 from hf_prefopt.objective.objective import AUX_LOSS, Objective
 from hf_prefopt.reporting.alarms import Alarms
 from hf_prefopt.reporting.evaluated import Examples
-from hf_prefopt.reporting.finite import FiniteRun, Seen
+from hf_prefopt.reporting.finite import FiniteRun, Seen, ruined_gradient
 from hf_prefopt.reporting.observed import Responses, join, observed_in
 
 logger = logging.getLogger(__name__)
@@ -124,9 +124,16 @@ class TrainingRecord:
         ranks = [own] if accelerator.num_processes == 1 else gather_object([own])
         return Responses.of(join(rank for rank in ranks if rank))
 
-    def notice_gradient(self, norm: float | None, step: int) -> None:
-        """Warn once per run if the gradient of a step is exactly 0."""
-        if norm is not None and float(norm) == 0 and not self._has_warned:
+    def check_gradient(self, accelerator: Accelerator, norm: float | None, step: int) -> None:
+        """Stop the run if a loss or the gradient of a step is not finite; warn once per run if the gradient is 0.
+
+        Args:
+            norm: Norm of the gradient; `None` if it was not computed.
+        """
+        if accelerator.mixed_precision == "fp16":
+            norm = None  # loss scaling skips steps whose gradients overflow
+        self.check(accelerator, ruined_gradient(norm))
+        if norm is not None and float(norm) == 0 and accelerator.is_main_process and not self._has_warned:
             self._has_warned = True
             logger.warning(NO_GRADIENT, step)
 
