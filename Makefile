@@ -25,7 +25,7 @@ DEMO_OPTIONS ?=
 WORKERS ?= logical --maxprocesses 4
 TEST_OPTIONS ?=
 
-.PHONY: demo test test-oldest nightly lint docs docs-test setup clean
+.PHONY: demo test test-oldest nightly lint docs docs-test clean
 .DELETE_ON_ERROR:
 
 demo: $(READY) $(MODEL)/config.json
@@ -64,8 +64,6 @@ docs: $(READY_TO_TEST)
 docs-test: $(READY_TO_TEST)
 	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs --quiet build --strict
 	@HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest tests/docs
-
-setup: $(READY_TO_TEST)
 
 clean:
 	rm -rf $(VENV) .venv-oldest models runs build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -14,8 +14,11 @@ from hf_prefopt.losses.base import LossOutput, check_lists, check_positive, chec
 from hf_prefopt.losses.registry import register_loss
 
 
-def list_rewards(policy_list_logps: Tensor, ref_list_logps: Tensor, list_mask: Tensor, beta: float) -> Tensor:
-    """βr `[B, K]`, 0 at padding."""
+def list_rewards(
+    policy_list_logps: Tensor, ref_list_logps: Tensor, list_mask: Tensor, beta: float, **compared: Tensor
+) -> Tensor:
+    """βr `[B, K]`, 0 at padding. `compared`: the ranks or the scores. Raises `ValueError` if shapes differ."""
+    check_lists(policy_list_logps=policy_list_logps, ref_list_logps=ref_list_logps, **compared, list_mask=list_mask)
     return beta * torch.where(list_mask, policy_list_logps - ref_list_logps, 0.0)
 
 
@@ -38,10 +41,7 @@ def plackett_luce_loss(
         ValueError: shapes differ or beta is out of range.
     """
     check_positive(beta=beta)
-    check_lists(
-        policy_list_logps=policy_list_logps, ref_list_logps=ref_list_logps, list_ranks=list_ranks, list_mask=list_mask
-    )
-    rewards = list_rewards(policy_list_logps, ref_list_logps, list_mask, beta)
+    rewards = list_rewards(policy_list_logps, ref_list_logps, list_mask, beta, list_ranks=list_ranks)
     # [b, k, j]: whether response j is a candidate when k is chosen. Every response, padding included, is its own
     # candidate; the gradient of an empty logsumexp would be NaN.
     worse = (list_ranks[:, None, :] > list_ranks[:, :, None]) & list_mask[:, None, :]
@@ -69,10 +69,7 @@ def s_dpo_loss(
         ValueError: shapes differ or beta is out of range.
     """
     check_positive(beta=beta)
-    check_lists(
-        policy_list_logps=policy_list_logps, ref_list_logps=ref_list_logps, list_ranks=list_ranks, list_mask=list_mask
-    )
-    rewards = list_rewards(policy_list_logps, ref_list_logps, list_mask, beta)
+    rewards = list_rewards(policy_list_logps, ref_list_logps, list_mask, beta, list_ranks=list_ranks)
     best = best_of(list_ranks, list_mask)
     others = torch.where(list_mask & ~best, rewards, -torch.inf).logsumexp(1, keepdim=True)
     return LossOutput(mean_of(F.softplus(others - rewards), best), rewards.detach())

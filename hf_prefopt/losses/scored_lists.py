@@ -8,19 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_prefopt.losses.base import LossOutput, UnsuitableExamples, check_lists, check_positive
+from hf_prefopt.losses.base import LossOutput, UnsuitableExamples, check_positive
 from hf_prefopt.losses.lists import list_rewards
 from hf_prefopt.losses.registry import register_loss
-
-
-def _checked_rewards(
-    policy_list_logps: Tensor, ref_list_logps: Tensor, list_scores: Tensor, list_mask: Tensor, beta: float
-) -> Tensor:
-    """βr `[B, K]`, 0 at padding. Raises `ValueError` if shapes differ."""
-    check_lists(
-        policy_list_logps=policy_list_logps, ref_list_logps=ref_list_logps, list_scores=list_scores, list_mask=list_mask
-    )
-    return list_rewards(policy_list_logps, ref_list_logps, list_mask, beta)
 
 
 def _targets(scores: Tensor, mask: Tensor) -> Tensor:
@@ -56,7 +46,7 @@ def infonca_loss(
         ValueError: shapes differ or a hyperparameter is out of range.
     """
     check_positive(beta=beta, alpha=alpha)
-    rewards = _checked_rewards(policy_list_logps, ref_list_logps, list_scores, list_mask, beta)
+    rewards = list_rewards(policy_list_logps, ref_list_logps, list_mask, beta, list_scores=list_scores)
     targets = _targets(list_scores / alpha, list_mask)
     return LossOutput(-(targets * _log_softmax(rewards, list_mask)).sum(1), rewards.detach())
 
@@ -80,7 +70,7 @@ def nca_loss(
         ValueError: shapes differ or a hyperparameter is out of range.
     """
     check_positive(beta=beta, alpha=alpha)
-    rewards = _checked_rewards(policy_list_logps, ref_list_logps, list_scores, list_mask, beta)
+    rewards = list_rewards(policy_list_logps, ref_list_logps, list_mask, beta, list_scores=list_scores)
     targets = _targets(list_scores / alpha, list_mask)
     noise = (F.logsigmoid(-rewards) * list_mask).sum(1) / list_mask.sum(1)
     return LossOutput(-(targets * F.logsigmoid(rewards)).sum(1) - noise, rewards.detach())
@@ -109,7 +99,7 @@ def exo_rw_loss(
         ValueError: shapes differ or a hyperparameter is out of range.
     """
     check_positive(beta=beta, tau=tau)
-    rewards = _checked_rewards(policy_list_logps, ref_list_logps, list_scores, list_mask, beta)
+    rewards = list_rewards(policy_list_logps, ref_list_logps, list_mask, beta, list_scores=list_scores)
     policy, data = (_log_softmax(values, list_mask) for values in (rewards, list_scores / tau))
     return LossOutput((policy.exp() * (policy - data) * list_mask).sum(1), rewards.detach())
 
@@ -151,7 +141,7 @@ def lipo_loss(
         ValueError: shapes differ or beta is out of range.
     """
     check_positive(beta=beta)
-    rewards = _checked_rewards(policy_list_logps, ref_list_logps, list_scores, list_mask, beta)
+    rewards = list_rewards(policy_list_logps, ref_list_logps, list_mask, beta, list_scores=list_scores)
     scores = _stretched(list_scores, list_mask) if normalize_scores else list_scores
     better = (scores[:, :, None] > scores[:, None, :]) & list_mask[:, :, None] & list_mask[:, None, :]
     discounts_apart = _discounts_apart(rewards.detach().masked_fill(~list_mask, -torch.inf))

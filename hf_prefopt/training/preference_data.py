@@ -167,6 +167,12 @@ class PreferenceData:
             if dataset is not None:
                 self.checked(dataset, name)
 
+    def texts(self, train: Data | None, evaluation: DataOrSplits | None) -> list[str]:
+        """Describe the prepared data in a line or two; see `reporting.data_texts`."""
+        is_dict = isinstance(evaluation, dict)
+        named = {f"eval {name}": rows for name, rows in evaluation.items()} if is_dict else {"eval": evaluation}
+        return data_texts({"train": train, **named}, self.counts, self.args.group_by_prompt, self.streams)
+
     def checked(self, dataset: Data, name: str) -> Data:
         """Check that the losses can compare the dataset's examples; the first dataset determines the objective."""
         kind = kind_of_columns(dataset.column_names)
@@ -247,12 +253,6 @@ class PreferenceData:
             if self.args.process_index == 0:
                 logger.warning(too_few_shards(dataset.num_shards, self.args.world_size))
         return EvenStream(dataset, rows_at_once, self.args.dataloader_drop_last)
-
-    def texts(self, train: Data | None, evaluation: DataOrSplits | None) -> list[str]:
-        """Describe the prepared data in a line or two; see `reporting.data_texts`."""
-        is_dict = isinstance(evaluation, dict)
-        named = {f"eval {name}": rows for name, rows in evaluation.items()} if is_dict else {"eval": evaluation}
-        return data_texts({"train": train, **named}, self.counts, self.args.group_by_prompt, self.streams)
 
     @property
     def pad_token_id(self) -> int:

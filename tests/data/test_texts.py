@@ -31,7 +31,6 @@ ANSWERS = [
 CONTINUED = [sides(f"The capital of country {n} is Paris.", f"The capital of country {n} is Rome.") for n in range(12)]
 TRANSCRIPTS = [sides(f"\n\nHuman: {n}?\n\nAssistant: Yes.", f"\n\nHuman: {n}?\n\nAssistant: No.") for n in range(12)]
 ASKED = [sides("Why? Because.", "Why? Therefore.")] * 12
-CHINESE = [sides("法国的首都是巴黎", "法国的首都是罗马")] * 12
 
 
 @pytest.mark.parametrize(
