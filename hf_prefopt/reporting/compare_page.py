@@ -50,7 +50,7 @@ def comparison_notes(records: Sequence[RunRecord], names: Sequence[str]) -> list
         groups.setdefault(known, []).append(name)
     if len(groups) > 1:
         listed = "; ".join(", ".join(group) for group in groups.values())
-        notes.append(f"The runs were evaluated on different examples, so their accuracies are not comparable: {listed}.")
+        notes.append(f"The runs were evaluated on different examples; their accuracies are not comparable: {listed}.")
     models = sorted({str(record.run.get("base_model")) for record in records})
     if len(models) > 1:
         notes.append(f"The runs started from different models: {', '.join(models)}.")
