@@ -33,8 +33,8 @@ _ENTRY = re.compile(rf'("\w*(?:{"|".join(_SECRET_NAMES)})"\s*:\s*)"[^"]*"', re.I
 def refuse_other_run(recipe: Recipe) -> None:
     """Raise `ValueError` if `output_dir` contains the results of a run with different settings.
 
-    The error is not raised if the run resumes from a checkpoint or `overwrite_output_dir` is set. A run that is replaced
-    loses its report at once.
+    The error is not raised if the run resumes from a checkpoint or `overwrite_output_dir` is set. The
+    report of a run that is replaced is removed at once.
     """
     folder = Path(recipe.training.output_dir)
     if folder.exists() and not folder.is_dir():
