@@ -116,7 +116,8 @@ def test_what_is_kept_is_the_same_run_and_has_no_secrets(desk):
 
 
 def test_another_runs_folder_is_not_overwritten(desk, capsys):
-    """The same run may write again, and so may a run with `--overwrite_output_dir` or one that resumes."""
+    """The same run may write again, and so may a run with `--overwrite_output_dir` or one that resumes. What was
+    recorded of a run that is replaced would otherwise pass for the new run's if that is interrupted."""
     first = read("--config", "base.yaml", "--output_dir", "out")
     refuse_other_run(first)
     keep_settings(first)
@@ -127,8 +128,11 @@ def test_another_runs_folder_is_not_overwritten(desk, capsys):
     other = ["--config", "base.yaml", "--output_dir", "out", "--seed", "7"]
     with pytest.raises(ValueError, match=r"holds another run \(seed: default there, 7 here\).*--overwrite_output_dir"):
         refuse_other_run(read(*other))
-    refuse_other_run(read(*other, "--overwrite_output_dir", "true"))
+    (desk / "out" / "record.jsonl").write_text("of the first run")
     refuse_other_run(read(*other, "--resume_from_checkpoint", "true"))
+    assert (desk / "out" / "record.jsonl").exists()
+    refuse_other_run(read(*other, "--overwrite_output_dir", "true"))
+    assert not (desk / "out" / "record.jsonl").exists()
 
 
 def test_a_run_from_its_own_file_is_the_same_run(desk, capsys):

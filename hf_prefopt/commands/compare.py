@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from hf_prefopt.reporting.compare_page import comparison_notes, comparison_table, run_names, write_comparison
+from hf_prefopt.reporting.preview import visible
 from hf_prefopt.reporting.record import read_record
 
 
@@ -29,8 +30,8 @@ def run(options: Namespace) -> int:
     names = run_names(records, options.runs)
     console = Console()
     console.print(comparison_table(records, names))
-    for note in comparison_notes(records):
-        console.print(Text(note))
+    for note in comparison_notes(records, names):
+        console.print(Text(visible(note)))
     try:
         console.print(Text(f"Page: {write_comparison(records, names, options.html)}"))
     except OSError as error:

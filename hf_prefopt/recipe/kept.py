@@ -20,6 +20,8 @@ RESULTS = (
     "model.safetensors.index.json",
     "checkpoint-*",
 )
+# Files that a run writes at its end; until then, those of an earlier run would pass for its results.
+OF_THE_END = ("record.jsonl", "report.html", "curves.png")
 # Settings that are ignored when two runs are compared.
 NOT_OF_THE_RUN = ("overwrite_output_dir", "resume_from_checkpoint")
 _SECRET_NAMES = ("token", "password", "api_key", "secret")
@@ -31,7 +33,8 @@ _ENTRY = re.compile(rf'("\w*(?:{"|".join(_SECRET_NAMES)})"\s*:\s*)"[^"]*"', re.I
 def refuse_other_run(recipe: Recipe) -> None:
     """Raise `ValueError` if `output_dir` contains the results of a run with different settings.
 
-    The error is not raised if the run resumes from a checkpoint or `overwrite_output_dir` is set.
+    The error is not raised if the run resumes from a checkpoint or `overwrite_output_dir` is set. The
+    report of a run that is replaced is removed at once.
     """
     folder = Path(recipe.training.output_dir)
     if folder.exists() and not folder.is_dir():
@@ -43,6 +46,8 @@ def refuse_other_run(recipe: Recipe) -> None:
         if recipe.training.process_index == 0:
             held = "this run" if before == now else f"another run{_difference(before, now)}"
             print(f"{folder} holds {held}: its files are replaced", flush=True)
+            for name in OF_THE_END:
+                (folder / name).unlink(missing_ok=True)
         return
     raise ValueError(
         f"output_dir={folder} holds another run{_difference(before, now)}: name another folder, --output_dir "

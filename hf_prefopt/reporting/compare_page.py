@@ -41,13 +41,16 @@ def comparison_rows(records: Sequence[RunRecord]) -> list[tuple[str, list[str]]]
     return [(label, values) for label, values in rows if set(values) != {"–"}]
 
 
-def comparison_notes(records: Sequence[RunRecord]) -> list[str]:
+def comparison_notes(records: Sequence[RunRecord], names: Sequence[str]) -> list[str]:
     """Return notes on differences that make a comparison unfair: the held-out examples or the base model."""
     notes = []
-    rows = {tuple((entry["row"], entry["pair"]) for entry in record.examples) for record in records}
-    lengths = {tuple(tuple(entry["lengths"]) for entry in record.examples) for record in records}
-    if len(rows) > 1 or len(lengths) > 1:
-        notes.append("The runs were evaluated on different examples: their accuracies are not comparable.")
+    groups: dict[Any, list[str]] = {}
+    for record, name in zip(records, names, strict=True):
+        known = tuple((entry["row"], entry["pair"], tuple(entry["lengths"])) for entry in record.examples)
+        groups.setdefault(known, []).append(name)
+    if len(groups) > 1:
+        listed = "; ".join(", ".join(group) for group in groups.values())
+        notes.append(f"The runs were evaluated on different examples; their accuracies are not comparable: {listed}.")
     models = sorted({str(record.run.get("base_model")) for record in records})
     if len(models) > 1:
         notes.append(f"The runs started from different models: {', '.join(models)}.")
@@ -75,7 +78,7 @@ def comparison_page(records: Sequence[RunRecord], names: Sequence[str]) -> str:
         "compare.html",
         names=names,
         rows=comparison_rows(records),
-        notes=comparison_notes(records),
+        notes=comparison_notes(records, names),
         charts=charts,
     )
 

@@ -91,7 +91,7 @@ def _facts(record: RunRecord) -> list[tuple[str, str]]:
         "Layout": summary.get("layout"),
         "Attention": summary.get("attention"),
         "Data": summary.get("data"),
-        "Data sets": run.get("data", {}).get("data sets"),
+        "Data sets": str(run.get("data", {}).get("data sets") or "").replace("`", ""),  # Markdown, for the card
         "Batch": summary.get("batch"),
         "Optimizer": summary.get("optimizer"),
         "Hardware": run.get("hardware"),

@@ -128,14 +128,15 @@ def test_the_comparison_has_a_column_for_each_run():
     rows = dict(comparison_rows(runs))
     assert rows["reward accuracy"] == ["0.833 [0.400, 0.970]"] * 2 and rows["optimizer steps"] == ["20", "30"]
     assert rows["loss"] == ["0.5930"] * 2 and "KL to the reference, per token" not in rows
-    assert comparison_notes(runs) == []
+    assert comparison_notes(runs, ["a", "b"]) == []
 
 
 def test_runs_that_cannot_be_compared_say_so():
     other = made_up_run("b", base_model="another")
     other.examples = other.examples[:3]
-    notes = comparison_notes([made_up_run("a"), other])
-    assert "different examples" in notes[0] and "different models: another, someone/<i>model</i>" in notes[1]
+    notes = comparison_notes([made_up_run("a"), other], ["a", "<b>"])
+    assert "different examples" in notes[0] and notes[0].endswith(": a; <b>.")
+    assert "different models: another, someone/<i>model</i>" in notes[1]
 
 
 def test_runs_of_one_name_go_by_their_folders():
