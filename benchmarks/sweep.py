@@ -79,9 +79,9 @@ def as_markdown(runs: list[Run], arguments: argparse.Namespace) -> str:
         f"`python -m benchmarks.sweep --layers {arguments.layers} --steps {arguments.steps} "
         f"--pairs {arguments.pairs}`: "
         f"the first {arguments.layers} layers of SmolLM2-135M-Instruct with their whole vocabulary, "
-        f"{arguments.pairs} examples a step. The table shows that each loss trains with its file in `recipes/configs/`, "
-        "without a value that is not finite, and what a step costs. A few steps of a few examples say nothing about what "
-        "a model learns.\n\n"
+        f"{arguments.pairs} examples a step. The table shows that each loss trains with its file in "
+        "`recipes/configs/`, without a value that is not finite, and what a step costs. A few steps of a few examples "
+        "say nothing about what a model learns.\n\n"
         f"{where}\n"
     )
     rows = ["| " + " | ".join(cells) + " |" for cells in (COLUMNS, ["---"] * len(COLUMNS), *(r.cells() for r in runs))]
