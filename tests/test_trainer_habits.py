@@ -295,7 +295,8 @@ def test_liger_kernels_leave_the_losses_as_they_are(adapt, layout, tmp_path, mon
         torch.manual_seed(0)
         model = tiny_model(num_hidden_layers=2)
         if adapt != "full":
-            model = with_lora(model, **({"layers_to_transform": [1], "target_modules": ["q_proj", "down_proj"]} if adapt == "upper layers" else {}))
+            upper = {"layers_to_transform": [1], "target_modules": ["q_proj", "down_proj"]}
+            model = with_lora(model, **(upper if adapt == "upper layers" else {}))
         settings = {"use_liger_kernel": use_liger_kernel, "layout": layout, "gradient_checkpointing": adapt == "full"}
         trainer = make_trainer(tmp_path, model, max_steps=2, **settings)
         trainer.train()
