@@ -1,6 +1,7 @@
 """What people do with a `Trainer` works as it does with theirs: resuming, callbacks, logging, evaluating, saving."""
 
 import math
+from types import MethodType
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, EarlyStoppingCallback, TrainerCallback
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.llama import modeling_llama
 
 from tests.data.helpers import chat_pair, text_pair
 from tests.tiny_models import perturbed, tiny_model, with_lora
@@ -251,19 +253,57 @@ def stand_in_for_liger(model, kernel_config):
         causal_lm.forward = forward
 
 
-@pytest.mark.parametrize("layout", ["auto", "padded"])
-@pytest.mark.parametrize("adapt", [lambda model: model, with_lora], ids=["full", "lora"])
+def normed(self, hidden):
+    """The norm as Liger binds it to each instance: the same formula."""
+    wide = hidden.float()
+    scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+    return self.weight * (wide * scale).to(hidden.dtype)
+
+
+def gated(self, hidden):
+    """The gated unit, likewise."""
+    return self.down_proj(torch.nn.functional.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
+
+
+def rotated(query, key, cos, sin, unsqueeze_dim=1):
+    """The rotation of queries and keys, which Liger replaces in the model's file."""
+    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+    turn = modeling_llama.rotate_half
+    return query * cos + turn(query) * sin, key * cos + turn(key) * sin
+
+
+@pytest.mark.parametrize("layout", ["shared", "around", "padded"])
+@pytest.mark.parametrize("adapt", ["full", "all layers", "upper layers"])
 def test_liger_kernels_leave_the_losses_as_they_are(adapt, layout, tmp_path, monkeypatch):
-    """transformers puts them in when training begins; without its fused head the run is the one without liger."""
-    monkeypatch.setattr("transformers.trainer.apply_liger_kernel", stand_in_for_liger)
+    """transformers puts them in when training begins, into norms, gated units and the rotation; with checkpointing, and
+    with lower layers that run once. Without the fused head the run is the one without liger."""
+    called = []
+
+    def liger(model, kernel_config):
+        stand_in_for_liger(model, kernel_config)
+        monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", rotated)
+        for module in model.modules():
+            for part, forward in ((modeling_llama.LlamaRMSNorm, normed), (modeling_llama.LlamaMLP, gated)):
+                if isinstance(module, part):
+                    module.forward = MethodType(
+                        lambda self, x, forward=forward: called.append(1) or forward(self, x), module
+                    )
+
+    monkeypatch.setattr("transformers.trainer.apply_liger_kernel", liger)
     losses = []
     for use_liger_kernel in (False, True):
         torch.manual_seed(0)
-        settings = {"use_liger_kernel": use_liger_kernel, "layout": layout, "max_steps": 3}
-        trainer = make_trainer(tmp_path, adapt(tiny_model()), **settings)
+        model = tiny_model(num_hidden_layers=2)
+        if adapt != "full":
+            upper = {"layers_to_transform": [1], "target_modules": ["q_proj", "down_proj"]}
+            model = with_lora(model, **(upper if adapt == "upper layers" else {}))
+        settings = {"use_liger_kernel": use_liger_kernel, "layout": layout, "gradient_checkpointing": adapt == "full"}
+        trainer = make_trainer(tmp_path, model, max_steps=2, **settings)
         trainer.train()
         losses.append(logged(trainer, "loss"))
-    assert losses[0] == losses[1] and losses[0][0] == pytest.approx(math.log(2), abs=1e-5)
+        assert bool(called) == use_liger_kernel
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    assert losses[0][0] == pytest.approx(math.log(2), abs=1e-5)
 
 
 def test_a_forward_replaced_in_train_is_an_error_before_the_first_step(tmp_path, monkeypatch):

@@ -48,7 +48,9 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     for model in ["tiny"] if options.tiny else options.model:
         for lengths in options.case:
             rows = rows_of(lengths, options.pairs, options.tiny)
-            case = Case(model, lengths, rows, options.mode, options.dtype, options.checkpointing)
+            case = Case(
+                model, lengths, rows, options.mode, options.dtype, options.checkpointing, options.keep_attention
+            )
             records.append(_by_layer(case) if options.by_layer else _whole(case))
             if options.json:
                 options.json.write_text(json.dumps(records, indent=1))
@@ -88,6 +90,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--mode", default="lora", choices=("lora", "full"))
     parser.add_argument("--dtype", default="bf16", choices=list(DTYPES), help="of the weights; both run under autocast")
     parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--keep-attention", action="store_true", help="ours: checkpointing_keeps='attention'")
     parser.add_argument("--tiny", action="store_true", help="a model of two layers and short rows")
     by_layer = "count two and three layers, which are alike, and take the others from them: minutes become seconds"
     parser.add_argument("--by-layer", action="store_true", help=by_layer)

@@ -20,6 +20,7 @@ from benchmarks.sides import Side
 from benchmarks.work import Row, as_groups_of_pairs, as_pairs
 from hf_prefopt import policy
 from hf_prefopt.reporting.observed import Responses
+from hf_prefopt.training.activations import keep_attention
 
 # The dtype of the weights, and the trainers' autocast setting.
 DTYPES = {
@@ -38,6 +39,7 @@ class Case:
     Attributes:
         model: a name in `CONFIGS`. lengths: a name for tables. rows: the rows of one micro-batch.
         mode: "lora" or "full". dtype: a name in `DTYPES`.
+        keeps_attention: whether our checkpointed layers keep attention's outputs.
         changes: fields of the model's config.
         adapted: for LoRA, the layers that have adapters; `None`: all. shares: whether the others run once.
     """
@@ -48,6 +50,7 @@ class Case:
     mode: str = "lora"
     dtype: str = "bf16"
     checkpointing: bool = False
+    keeps_attention: bool = False
     changes: dict[str, Any] = field(default_factory=dict)
     adapted: tuple[int, ...] | None = None
     shares: bool = True
@@ -123,6 +126,8 @@ def _side(name: str, case: Case, settings: dict[str, Any]) -> Side:
         side = sides.SIDES[name]("random:", **options)
     if case.checkpointing:
         side.trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
+    if case.keeps_attention and name == "ours":
+        keep_attention(side.trainer.model)
     return side
 
 

@@ -103,6 +103,7 @@ def _number(value: float) -> str:
 def names_of(case: Case) -> dict[str, Any]:
     """The identification of a case in tables."""
     checkpointing = "yes" if case.checkpointing else "no"
+    checkpointing = "keeps attention" if case.keeps_attention else checkpointing
     names = {"model": case.model, "lengths": case.lengths, "pairs": len(case.rows), "mode": case.mode}
     return names | {"weights": case.dtype, "checkpointing": checkpointing}
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
 
 from hf_prefopt.training.activations import ATTENTION, OffloadedActivations, keep_attention
 from tests.tiny_models import perturbed, tiny_model, with_lora
@@ -71,6 +72,9 @@ def test_attention_that_is_kept_is_not_computed_again(layout, plain, tmp_path):
     assert products(kept) == products(full) != products(plain[layout])
 
 
+@pytest.mark.skipif(
+    not hasattr(PreTrainedModel, "activation_checkpointing_enable"), reason="needs transformers with every_n_layers"
+)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("keeps", ["nothing", "attention"])
 def test_every_other_layer(keeps, layout, plain, tmp_path):
