@@ -51,6 +51,7 @@ from hf_prefopt.training.arguments import (
     refuse_empty_epoch,
 )
 from hf_prefopt.training.base_name import set_base_name
+from hf_prefopt.training.best_metric import check_best_metric
 from hf_prefopt.training.checkpoints import (
     BatchOfStep,
     begin_checkpoint,
@@ -470,6 +471,9 @@ class PreferenceTrainer(Trainer):
             check_facts(checkpoint, facts_of(self.args, self.train_dataset), not self.args.ignore_data_skip)
         keep_output_precision(self.accelerator)
         given = self.eval_dataset
+        evaluating = [type(self).evaluate, type(self).evaluation_loop]
+        evaluating += [callback.on_evaluate for callback in self.callback_handler.callbacks]
+        check_best_metric(self.args, self.criterion, given, self.compute_metrics is not None, evaluating)
         evaluated = {f"eval {n}": rows for n, rows in given.items()} if isinstance(given, dict) else {"eval": given}
         if self.is_world_process_zero():
             datasets = {"train": self.train_dataset, **evaluated}
