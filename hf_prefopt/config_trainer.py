@@ -138,9 +138,18 @@ def greater_is_better(metric: str | None, given: bool | None) -> bool | None:
     Args:
         metric: `metric_for_best_model`; the losses of an objective are `loss/<name>`.
         given: the user's setting.
+
+    Raises:
+        ValueError: the setting is `None`, and neither large nor small values of the metric are better in general.
     """
-    is_a_loss = metric is not None and re.search(r"(^|_)loss/", metric)
-    return False if given is None and is_a_loss else given
+    if metric is None or given is not None:
+        return given
+    if re.search(r"(^|_)(ref_kl|lengths/[a-z]+)$", metric):
+        raise ValueError(
+            f"metric_for_best_model={metric!r}: set greater_is_better, because neither large nor small values of this "
+            "metric are better in general"
+        )
+    return False if re.search(r"(^|_)loss/|(^|_)[a-z_]+/rejected$", metric) else None
 
 
 def _refuse_cut_rows(settings: Any) -> None:

@@ -38,6 +38,7 @@ from hf_prefopt.reporting.throughput import Throughput
 from hf_prefopt.scoring.modes import adapter_casts_off, body_parameters, light_train
 from hf_prefopt.training.activations import check_activations, keep_attention, offloaded
 from hf_prefopt.training.arguments import check_arguments, check_types, refuse_empty_epoch
+from hf_prefopt.training.best_metric import check_best_metric
 from hf_prefopt.training.engines import (
     accept_model,
     begin_evaluation,
@@ -401,6 +402,10 @@ class PreferenceTrainer(Trainer):
             resume_from_checkpoint, self.accelerator, self.train_dataset, self._train_batch_size
         )
         keep_output_precision(self.accelerator)
+        evaluating = [type(self).evaluate, type(self).evaluation_loop]
+        evaluating += [callback.on_evaluate for callback in self.callback_handler.callbacks]
+        has_own = self.compute_metrics is not None
+        check_best_metric(self.args, self.criterion, self.eval_dataset, has_own, evaluating)
         if self.is_world_process_zero():
             self.summary.say("data", *self.data.texts(self.train_dataset, self.eval_dataset))
         ranks = ShardedRanks(self.accelerator) if is_split_by_shards(self.train_dataset, self.args) else None

@@ -222,11 +222,21 @@ def test_steps_before_memory_ran_out_are_told(tmp_path, caplog):
         ("loss/dpo", True, True),
         ("rewards/margins", None, True),
         ("eval_easy_loss", None, False),
+        ("rewards/rejected", None, False),
+        ("eval_easy_logps/rejected", None, False),
+        ("logps_per_token/rejected", True, True),
+        ("ref_kl", False, False),
     ],
 )
 def test_less_of_a_loss_is_better(metric, given, expected):
-    """Also of one among several, whose name does not end in "loss"."""
+    """Also of one among several, whose name does not end in "loss", and of scores of rejected responses."""
     assert config(metric_for_best_model=metric, greater_is_better=given).greater_is_better is expected
+
+
+@pytest.mark.parametrize("metric", ["ref_kl", "eval_lengths/chosen", "easy_lengths/rejected"])
+def test_a_metric_without_a_direction_needs_one(metric):
+    with pytest.raises(ValueError, match=f"metric_for_best_model='{metric}': set greater_is_better"):
+        config(metric_for_best_model=metric)
 
 
 def test_the_best_model_by_one_of_several_losses(tmp_path):

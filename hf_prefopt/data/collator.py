@@ -156,6 +156,44 @@ def _longest_piece(rows: Rows, collate: Collator, max_tokens: int) -> Rows:
     return rows[: max(1, fitting)]
 
 
+@dataclass
+class CustomCollator:
+    """A user's collator; an error in it says what it got and what it must return.
+
+    Raises:
+        ValueError: The collator fails, or returns something else than a `PreferenceBatch`.
+    """
+
+    collate: Callable[[Rows], PreferenceBatch]
+
+    def __call__(self, rows: Rows) -> PreferenceBatch:
+        """Return the batch of these rows."""
+        cure = (
+            "remove it, because the trainer has its own collators, or pass a function that converts these rows to a "
+            "hf_prefopt.batch.PreferenceBatch"
+        )
+        columns = ", ".join(rows[0])
+        try:
+            batch = self.collate(rows)
+        except Exception as error:
+            raise ValueError(
+                f"data_collator={self._name} failed on prepared rows with the columns {columns} "
+                f"({type(error).__name__}: {error}): {cure}"
+            ) from error
+        needed = ("input_ids", "scored_rows", "targets", "response_index", "response_lengths", "rows")
+        missing = [name for name in needed if not isinstance(batch, Mapping) or name not in batch]
+        if missing:
+            raise ValueError(
+                f"data_collator={self._name} returned a batch without {', '.join(missing)} for prepared rows with the "
+                f"columns {columns}: {cure}"
+            )
+        return batch
+
+    @property
+    def _name(self) -> str:
+        return getattr(self.collate, "__name__", type(self.collate).__name__)
+
+
 def check_loaded(batch: Any) -> LoaderBatch:
     """Return the batch, after checking that the trainer's collator made it.
 

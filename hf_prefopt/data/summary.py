@@ -98,7 +98,10 @@ def summarize(dataset: Dataset) -> DataSummary:
     """
     kind = kind_of_columns(dataset.column_names)
     if kind is None:
-        raise ValueError(f"columns {', '.join(dataset.column_names)} are not those of prepared rows")
+        raise ValueError(
+            f"columns {', '.join(dataset.column_names)} are not those of prepared rows: pass the dataset when you "
+            "create the trainer, which prepares the rows"
+        )
     if not len(dataset):
         return DataSummary(kind.name)
     needed = ["prompt_ids", "response_ids", "scored_masks", *kind.columns]

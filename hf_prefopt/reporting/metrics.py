@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from hf_prefopt.batch import PreferenceBatch, join_examples
 from hf_prefopt.kinds import Metric
+from hf_prefopt.kinds.made_up import made_up_examples
 from hf_prefopt.losses.base import LossOutput
 from hf_prefopt.objective.objective import AUX_LOSS, Objective
 from hf_prefopt.reporting.alarms import Alarms
@@ -38,6 +40,22 @@ def example_metrics(objective: Objective, output: LossOutput, inputs: dict[str, 
     aux_loss = {AUX_LOSS: Metric(inputs[AUX_LOSS].detach())} if AUX_LOSS in inputs else {}
     metrics = components | aux_loss | objective.kind.metrics(output.rewards, inputs)
     return objective.as_logged(metrics, inputs)
+
+
+def metric_names(objective: Objective) -> list[str]:
+    """Return the names of the metrics of an evaluation, without the prefix `eval_`, from made-up examples.
+
+    Without a reference, `log_ratios/chosen` and `log_ratios/rejected` need an evaluation at step 0.
+    """
+    inputs = made_up_examples(dict.fromkeys((*objective.inputs, *objective.kind.metric_inputs)))
+    output = objective(inputs, training=False)
+    means = dict.fromkeys(example_metrics(objective, output, inputs), 0.0)
+    preferred = objective.kind.predictions(output.rewards, inputs)["labels"].numpy()
+    ones = np.ones(preferred.shape)
+    observed = Responses(ones, ones, preferred, *([ones, ones] if objective.needs_reference_model else []))
+    own = {**objective.kind.finish_metrics(means), **observed.metrics(objective.kind)}
+    since_start = () if objective.needs_reference_model else ("log_ratios/chosen", "log_ratios/rejected")
+    return ["loss", *own, *since_start, *([AUX_LOSS] if objective.aux_loss_coef else [])]
 
 
 class RunningMeans:

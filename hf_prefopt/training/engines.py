@@ -68,11 +68,25 @@ def check_quantized(accelerator: Accelerator, model: nn.Module, precision: str) 
 
 
 def check_adapter(accelerator: Accelerator, model: nn.Module) -> None:
-    """Raise `ValueError` for soft prompts under FSDP2: PEFT saves them on one rank, which would wait forever."""
-    configs = model.peft_config.values() if isinstance(model, PeftModel) else ()
-    soft = [config.peft_type.value for config in configs if config.is_prompt_learning]
-    if soft and _sharding_engine(accelerator) == "FSDP2":
+    """Check that FSDP2 can save and load the adapters.
+
+    Raises:
+        ValueError: PEFT saves a soft prompt on one rank, which would wait forever; or several layers share a buffer, as
+            in VeRA and RandLoRA, which PyTorch saves but does not load (resuming, or the best checkpoint).
+    """
+    if not isinstance(model, PeftModel) or _sharding_engine(accelerator) != "FSDP2":
+        return
+    kinds = [config.peft_type.value for config in model.peft_config.values()]
+    soft = [config.peft_type.value for config in model.peft_config.values() if config.is_prompt_learning]
+    if soft:
         raise ValueError(f"FSDP2 cannot save soft prompts ({', '.join(soft)}): use DDP, or LoRA")
+    once = dict(model.named_buffers())
+    saved = dict(model.named_buffers(remove_duplicate=False)).keys() & model.state_dict().keys()
+    if shared := sorted(saved - once.keys()):
+        raise ValueError(
+            f"FSDP2 cannot load checkpoints of this adapter ({', '.join(kinds)}), because its layers share buffers "
+            f"({shared[0]}, …): use DDP or DeepSpeed, or LoRA"
+        )
 
 
 def make_room(precision: str) -> None:

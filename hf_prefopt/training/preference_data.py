@@ -103,6 +103,8 @@ class PreferenceData:
         dataset = as_dataset(dataset, name)
         if not isinstance(dataset, dict) and dataset in self._fitting:
             return dataset
+        if isinstance(dataset, dict) and not dataset:
+            raise ValueError(f"{name}_dataset is an empty dict, so nothing would be evaluated: leave it out")
         if isinstance(dataset, dict):
             return {key: self.prepare(split, key) for key, split in dataset.items()}
         made = self.read(dataset, name)

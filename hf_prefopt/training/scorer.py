@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hf_prefopt.batch import PreferenceBatch, ResponseScores
 from hf_prefopt.config import PreferenceConfig
-from hf_prefopt.data.collator import Collator, LoaderCollator
+from hf_prefopt.data.collator import Collator, CustomCollator, LoaderCollator
 from hf_prefopt.data.layouts import AroundCollator, PaddedCollator, SharedCollator
 from hf_prefopt.objective.objective import Objective
 from hf_prefopt.reference.cache import CachedReference
@@ -48,7 +48,7 @@ def loader_collator(
 ) -> LoaderCollator:
     """Build the trainer's collator, whose layout the scorer chooses; a custom collator is used as the only layout."""
     if custom is not None:
-        return LoaderCollator({CUSTOM: custom}, CUSTOM)
+        return LoaderCollator({CUSTOM: CustomCollator(custom)}, CUSTOM)
     padded = PaddedCollator(pad_token_id, args.pad_to_multiple_of)
     layouts: dict[str, Collator] = {"shared": SharedCollator(), "around": AroundCollator(padded), "padded": padded}
     if args.precompute_ref_log_probs:

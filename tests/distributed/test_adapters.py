@@ -5,7 +5,6 @@ one. A log-prob of a response is a sum of ten terms of 8 nats: 1e-4 is twenty ro
 """
 
 import functools
-import re
 
 import pytest
 import torch
@@ -36,8 +35,9 @@ KINDS = [
     ),
     *((kind, "adapter_off") for kind in ("DoRA", "IA3", "VeRA", "trained tokens", "LoRA with modules_to_save")),
 ]
-SOFT = "FSDP2 cannot save soft prompts .*: use DDP, or LoRA"
-REFUSED = {("fsdp2", kind): SOFT for kind in ("prompt tuning", "prefix tuning")}
+# Refused at construction, when these tests have not switched FSDP2 on yet; test_unusual_adapters.py has the error.
+REFUSED = [("fsdp2", "prompt tuning"), ("fsdp2", "prefix tuning")]
+CELLS = [(engine, *run) for engine in ENGINES for run in KINDS if (engine, run[0]) not in REFUSED]
 
 pytestmark = pytest.mark.nightly
 
@@ -76,17 +76,11 @@ def plain_logps(kind, reference):
     return torch.stack(found)
 
 
-@pytest.mark.parametrize(("kind", "reference"), KINDS)
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(("engine", "kind", "reference"), CELLS)
 def test_an_adapter_trains_is_saved_and_is_resumed_as_in_one_process(
     outcomes, tmp_path_factory, engine, kind, reference
 ):
     ranks = outcomes[scene_name(engine, kind, reference)]
-    if (engine, kind) in REFUSED:
-        for error in ranks:
-            assert isinstance(error, str)
-            assert re.match(f"ValueError: {REFUSED[engine, kind]}", error.strip().splitlines()[-1])
-        return
     expected = one_process(kind, reference, tmp_path_factory.getbasetemp())
     scale = apart_weights(expected["weights"], start(kind))
     assert scale > 1e-3

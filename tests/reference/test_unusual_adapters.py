@@ -18,6 +18,7 @@ from tests.trainers import make_trainer, pairs
 
 ATTENTION = {"target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
 INVOCATION = [5, 6]
+FSDP, ALONE = (SimpleNamespace(distributed_type=kind) for kind in (DistributedType.FSDP, DistributedType.NO))
 
 
 def test_an_adapter_that_begins_at_invocation_tokens_is_scored_as_the_plain_model_scores_it(tmp_path):
@@ -98,8 +99,20 @@ def test_a_base_that_stays_as_it_was_is_one(init, tmp_path):
 @pytest.mark.parametrize("config", [peft.PromptTuningConfig, peft.PrefixTuningConfig])
 def test_soft_prompts_are_an_error_under_fsdp2(config):
     model = get_peft_model(tiny_model(), config(num_virtual_tokens=4, task_type="CAUSAL_LM"))
-    fsdp, alone = (SimpleNamespace(distributed_type=kind) for kind in (DistributedType.FSDP, DistributedType.NO))
     with pytest.raises(ValueError, match=r"FSDP2 cannot save soft prompts \(.*_TUNING\)"):
-        check_adapter(fsdp, model)
-    check_adapter(fsdp, with_lora(tiny_model()))
-    check_adapter(alone, model)
+        check_adapter(FSDP, model)
+    check_adapter(FSDP, with_lora(tiny_model()))
+    check_adapter(ALONE, model)
+
+
+@pytest.mark.parametrize(
+    ("config", "settings"),
+    [(peft.VeraConfig, {"r": 4}), (peft.RandLoraConfig, {"r": 4})],
+    ids=["VeRA", "RandLoRA"],
+)
+def test_buffers_that_layers_share_are_an_error_under_fsdp2(config, settings):
+    """PyTorch's set_model_state_dict would end in a KeyError when the run is resumed."""
+    model = get_peft_model(tiny_model(), config(target_modules=["q_proj"], task_type="CAUSAL_LM", **settings))
+    with pytest.raises(ValueError, match=r"FSDP2 cannot load checkpoints of this adapter \((VERA|RANDLORA)\)"):
+        check_adapter(FSDP, model)
+    check_adapter(ALONE, model)

@@ -9,7 +9,7 @@ from torch.utils.data import IterableDataset
 from hf_prefopt.training.preference_data import PreferenceData
 from tests.data.helpers import text_pair
 from tests.tokenizers import tiny_tokenizer
-from tests.trainers import lists, make_config, pairs, unpaired
+from tests.trainers import lists, make_config, make_trainer, pairs, unpaired
 
 
 def data(folder, **settings):
@@ -126,3 +126,15 @@ def test_what_was_prepared_is_not_checked_again(tmp_path, caplog):
         assert len(caplog.records) == said
         data.settle_again(None, prepared)
     assert len(caplog.records) == 2 * said
+
+
+def test_an_empty_dict_of_evaluation_sets_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match=r"eval_dataset is an empty dict.*leave it out"):
+        make_trainer(tmp_path, eval_dataset={}, eval_strategy="epoch")
+
+
+def test_raw_rows_given_after_construction_are_an_error_that_says_where_to_give_them(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.train_dataset = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])
+    with pytest.raises(ValueError, match="prompt, chosen, rejected are not those of prepared rows: pass the dataset"):
+        trainer.train()

@@ -3,11 +3,13 @@
 import pytest
 import torch
 from accelerate import Accelerator
+from transformers import DataCollatorWithPadding, default_data_collator
 
 from hf_prefopt.batch import PreferenceBatch
 from hf_prefopt.data.layouts import PaddedCollator
 from hf_prefopt.training.scorer import Scorer, loader_collator
 from tests.tiny_models import perturbed, random_rows, tiny_model, with_lora
+from tests.tokenizers import tiny_tokenizer
 from tests.trainers import make_config
 
 
@@ -94,6 +96,24 @@ def test_a_users_own_collator_is_the_layout(tmp_path):
     made.settle()
     assert made.layout == "the data_collator's"
     assert collator(rows)["pieces"][0]["input_ids"].shape[0] == 4
+
+
+@pytest.mark.parametrize(
+    ("custom", "message"),
+    [
+        (
+            DataCollatorWithPadding(tiny_tokenizer()),
+            "=DataCollatorWithPadding failed on .* prompt_ids, .*",
+        ),
+        (default_data_collator, "=default_data_collator .*"),
+        (list, "=list returned a batch without input_ids, scored_rows, .*"),
+    ],
+    ids=["of tokens", "of tensors", "of rows"],
+)
+def test_a_collator_of_other_rows_is_an_error_that_says_what_to_do(custom, message, tmp_path):
+    _, collator = scorer(tmp_path, tiny_model(), custom=custom)
+    with pytest.raises(ValueError, match=f"data_collator{message}: remove it"):
+        collator(random_rows(2))
 
 
 def test_a_reference_that_follows_is_moved_when_it_is_due(tmp_path):

@@ -1,0 +1,47 @@
+"""Check `metric_for_best_model` before training: the Trainer looks for it only after the first evaluation."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from hf_prefopt.config import PreferenceConfig
+from hf_prefopt.objective.objective import Objective
+from hf_prefopt.reporting.metrics import metric_names
+
+_OF_THE_TRAINER = ("runtime", "samples_per_second", "steps_per_second")
+# Callbacks of ours that add metrics.
+_ADDING = ("hf_prefopt.callbacks", "hf_prefopt.generation.win_rate")
+
+
+def check_best_metric(
+    args: PreferenceConfig,
+    objective: Objective,
+    evaluated: Any,
+    has_own_metrics: bool,
+    evaluating: Iterable[Callable[..., Any]],
+) -> None:
+    """Raise `ValueError` if no evaluation can have the metric `metric_for_best_model`.
+
+    Args:
+        evaluated: The evaluation dataset, or a dict of datasets, whose names are part of the names of their metrics.
+        has_own_metrics: Whether `compute_metrics` adds metrics, whose names are unknown.
+        evaluating: The methods that evaluate and the callbacks' `on_evaluate`; those of users may add metrics, too.
+    """
+    metric = args.metric_for_best_model
+    if metric is None or args.eval_strategy == "no" or any(map(_may_add_metrics, evaluating)):
+        return
+    name = metric.removeprefix("eval_")
+    sets = [f"{key}_" for key in evaluated] if isinstance(evaluated, dict) else [""]
+    if has_own_metrics and name.startswith(tuple(sets)):
+        return
+    known = metric_names(objective)
+    if name not in [of_set + each for of_set in sets for each in (*known, *_OF_THE_TRAINER)]:
+        own = ["a name from compute_metrics"] if has_own_metrics else []
+        raise ValueError(
+            f"metric_for_best_model={metric!r} is not a metric of the evaluation: choose one of "
+            f"{', '.join([*own, *(of_set + each for of_set in sets for each in known)])}"
+        )
+
+
+def _may_add_metrics(function: Callable[..., Any]) -> bool:
+    module = getattr(function, "__module__", "")
+    return module.partition(".")[0] not in ("transformers", "hf_prefopt") or module in _ADDING
