@@ -3,8 +3,9 @@
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from itertools import islice
-from typing import Any
+from difflib import get_close_matches
+from itertools import chain, islice
+from typing import Any, cast
 
 from datasets import ClassLabel, Dataset, IterableDataset, Value
 from transformers import PreTrainedTokenizerBase
@@ -13,8 +14,11 @@ from hf_prefopt.data.column_layouts import FoundLayout
 from hf_prefopt.data.contents import read_content
 from hf_prefopt.data.context import is_about_the_row
 from hf_prefopt.data.formats import optional_columns
+from hf_prefopt.data.layout_table import LAYOUTS
 from hf_prefopt.data.roles import ITEM_RANKS, ITEM_SCORES, ITEM_TEXTS
 from hf_prefopt.data.rows import BadRow
+from hf_prefopt.data.transcripts import split_transcripts
+from hf_prefopt.kinds import KINDS
 
 logger = logging.getLogger(__name__)
 
@@ -47,10 +51,14 @@ def choose_columns(
     if removed:
         dataset = dataset.remove_columns(list(removed))
         columns = [column for column in columns if column not in removed]
-    renamed = {}
+    renamed: dict[str, str] = {}
     for new, column in (mapping or {}).items():
         if column not in columns and new not in columns:
-            raise ValueError(f"column_mapping={dict(mapping or {})}: no column {column!r}; found {', '.join(columns)}")
+            raise ValueError(f"column_mapping={dict(mapping or {})}: {_not_found(dataset, column, columns)}")
+        if column in renamed:
+            raise ValueError(
+                f"column_mapping={dict(mapping or {})}: {renamed[column]!r} and {new!r} are the same column {column!r}"
+            )
         if column in columns and column != new:
             renamed[column] = new
     taken = [new for new in renamed.values() if new in columns and new not in renamed]
@@ -62,10 +70,19 @@ def choose_columns(
     return dataset.rename_columns(renamed) if renamed else dataset
 
 
+def _not_found(dataset: Dataset | IterableDataset, column: str, columns: Sequence[str]) -> str:
+    """Describe a column that does not exist, or that is a key of a struct."""
+    outer, _, key = column.partition(".")
+    if key and isinstance((dataset.features or {}).get(outer), Mapping):
+        return f"{column!r} is a key in the structs of column {outer!r}: make columns of them first, dataset.flatten()"
+    return f"no column {column!r}; found {', '.join(columns)}"
+
+
 def undecoded(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
     """Return the data set as plain Python values. Images, video and audio stay encoded, because they are rejected."""
     for column, feature in (dataset.features or {}).items():
-        if getattr(feature, "decode", False):
+        # `Json`, the type of columns that mix types, holds Python values, and encodes text with its quotes.
+        if getattr(feature, "decode", False) and type(feature).__name__ != "Json":
             dataset = dataset.cast_column(column, replace(feature, decode=False))
     return dataset.with_format(None)
 
@@ -114,12 +131,30 @@ def describe_columns(found: FoundLayout, sample: Mapping[str, Any], tokenizer: P
         keys = [key for key in _keys(sample[found.columns["items"]]) if key not in _ITEM and not is_about_the_row(key)]
         lines += [f"keys of {found.columns['items']} not used: {', '.join(keys)}"] * bool(keys)
     texts = [column for part, column in found.columns.items() if part not in _NUMBERS]
+    if not found.how.as_messages and _begin_with_prompt(found, sample):
+        lines.append(
+            f"{' and '.join(texts)} are read as text that begins with the prompt: what they share at the beginning is "
+            "not scored; a column `prompt` says where the prompt ends"
+        )
     if tokenizer.chat_template and not found.how.as_messages and _are_plain_text(sample, texts, tokenizer):
         lines.append(
             f"{', '.join(texts)} are text, which is trained on unchanged, without the chat template; "
             "text_as='messages' converts it to messages"
         )
     return lines
+
+
+def check_mapped(found: FoundLayout, mapped: Collection[str], sample: Mapping[str, Any]) -> None:
+    """Raise `ValueError` if a new name of the column mapping is neither a column of the layout nor read by a loss."""
+    unused = [name for name in mapped if name in unused_columns(found, sample)]
+    if unused:
+        known = {name for layout in LAYOUTS for one in (*layout.needs, *layout.may) for name in chain(*one.names)}
+        known |= {name for kind in KINDS for column in kind.optional_columns.values() for name in column.columns}
+        near = get_close_matches(unused[0], known, 1)
+        hint = f"did you mean {near[0]!r}?" if near else "the names that are read are listed in docs/data.md"
+        raise ValueError(
+            f"column_mapping: nothing reads a column {unused[0]!r} beside {describe_layout(found)}; {hint}"
+        )
 
 
 def describe_layout(found: FoundLayout) -> str:
@@ -155,6 +190,16 @@ def _are_plain_text(sample: Mapping[str, Any], columns: Collection[str], tokeniz
     special = [token for token in tokenizer.all_special_tokens if token]
     is_text = bool(texts) and all(isinstance(text, str) for text in texts)
     return is_text and not any(token in text for text in texts for token in special)
+
+
+def _begin_with_prompt(found: FoundLayout, sample: Mapping[str, Any]) -> bool:
+    """Return True if the responses are texts whose prompt is the beginning that they share, and no transcripts."""
+    values = [sample[column] for part, column in found.columns.items() if part in ("chosen", "rejected")]
+    has_no_prompt = "prompt" not in found.format.columns and len(values) == 2
+    if not has_no_prompt or not all(isinstance(value, str) for value in values):
+        return False
+    texts = [read_content("text", value) for value in values]
+    return all(isinstance(text, str) for text in texts) and split_transcripts(cast(list[str], texts)) is None
 
 
 def _listed(value: Any) -> list[Any]:

@@ -1,12 +1,12 @@
 """Load the splits of a data set from the Hub, a folder, a file, or files that match a pattern."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from glob import glob, has_magic
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from datasets import load_dataset
+from datasets import load_dataset, load_from_disk
 from huggingface_hub import is_offline_mode
 
 from hf_prefopt.data.contents import is_message
@@ -22,6 +22,8 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     ".parquet": ("parquet", {}),
     ".arrow": ("arrow", {}),
 }
+
+_LOADER = {kind: loader for kind, (loader, _) in KINDS.items()}
 
 
 def load_splits(name: str, config: str | None = None, streaming: bool = False) -> Any:
@@ -39,7 +41,10 @@ def load_splits(name: str, config: str | None = None, streaming: bool = False) -
         if name.startswith((".", "/", "~")) and not Path(name).expanduser().exists():
             raise ValueError(f"{name}: there is no such file or folder")
         path = str(Path(name).expanduser()) if name.startswith("~") else name
+        if any((Path(path) / mark).is_file() for mark in _SAVED):
+            return _saved(name, path, streaming)
         files = [str(file) for file in sorted(Path(path).rglob("*")) if kind_of(file.name) in KINDS]
+        _check_one_kind(name, path, files)
         return _loaded(name, files, lambda: load_dataset(path, name=config, streaming=streaming))
     files = sorted(glob(str(Path(name).expanduser()), recursive=True))
     _check_files(name, files)
@@ -51,6 +56,33 @@ def load_splits(name: str, config: str | None = None, streaming: bool = False) -
     splits = _loaded(name, files, load)
     field = _field_of_rows(splits["train"], len(files)) if loader == "json" else None
     return splits if field is None else _loaded(name, files, lambda: load(field=field))
+
+
+# Files that `save_to_disk` writes for a data set, and for a dict of splits.
+_SAVED = ("state.json", "dataset_dict.json")
+
+
+def _saved(name: str, path: str, streaming: bool) -> Any:
+    """Return the splits of a folder that `save_to_disk` wrote; a single data set is the split "train"."""
+    try:
+        saved = load_from_disk(path)
+    except Exception as error:  # loaders raise errors of any type
+        raise ValueError(f"{name}: the folder that save_to_disk wrote is incomplete: {error}") from error
+    splits = dict(saved) if isinstance(saved, Mapping) else {"train": saved}
+    return {split: rows.to_iterable_dataset() if streaming else rows for split, rows in splits.items()}
+
+
+def _check_one_kind(name: str, path: str, files: Sequence[str]) -> None:
+    """Raise `ValueError` if a folder has files of several kinds, of which the loader would read only one.
+
+    A README, which may name the files of a data set, or a file about the data set allows them.
+    """
+    files = [file for file in files if Path(file).name not in ("dataset_info.json", "dataset_infos.json")]
+    kinds = {_LOADER[kind_of(file)]: file for file in files}
+    if len(kinds) > 1 and not (Path(path) / "README.md").is_file():
+        one, other = (Path(file).name for file in [*kinds.values()][:2])
+        pattern = f"{name.rstrip('/')}/*{kind_of(one)}"
+        raise ValueError(f"{name} has files of several kinds, such as {one} and {other}: name one kind, {pattern!r}")
 
 
 # Keys that may hold the list of rows in a JSON object.
@@ -104,7 +136,8 @@ def _check_files(name: str, files: list[str]) -> None:
         raise ValueError(f"{name}: there is no such file")
     kinds = {kind_of(file) for file in files}
     if len(kinds) > 1 or not kinds.issubset(KINDS):
-        raise ValueError(f"{name} is of {', '.join(sorted(kinds))}: give one of {', '.join(KINDS)}")
+        given = ", ".join(sorted(kinds - {""})) or Path(files[0]).suffix or "no known kind"
+        raise ValueError(f"{name} is of {given}: give one of {', '.join(KINDS)}")
     empty = next((file for file in files if not Path(file).stat().st_size), None)
     if empty:
         raise ValueError(f"{empty} is empty")

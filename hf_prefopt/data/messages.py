@@ -9,7 +9,7 @@ from datetime import date, time, timedelta
 from decimal import Decimal
 from typing import Any
 
-from hf_prefopt.data.rows import BadRow, drop_nones
+from hf_prefopt.data.rows import DROP_CURE, BadRow, drop_nones
 
 Message = dict[str, Any]
 
@@ -53,7 +53,9 @@ def _check_message(column: str, position: int, message: Any) -> Message:
     role, content = message["role"], message.get("content")
     where = f"message {position} ({role})"
     if content is None and not message.get("tool_calls"):
-        raise BadRow(column, f"has no `content` in {where}")
+        others = ", ".join(repr(key) for key in message if key != "role")
+        problem = f"has no `content` in {where}" + (f", but {others}" if others else "")
+        raise BadRow(column, problem, "name its text `content`, " + DROP_CURE if others else DROP_CURE)
     if content is not None and not isinstance(content, str | list):
         problem = f"has `content` of type {type(content).__name__} in {where}"
         raise BadRow(column, problem, "make it text or a list of content blocks")
@@ -71,7 +73,8 @@ def _with_our_names(column: str, position: int, message: Message) -> Message:
     named = {key: value for key, value in message.items() if key not in keys}
     role = message.get(keys[0]) if keys[0] else None
     if not isinstance(role, str) or not role:
-        raise BadRow(column, f"has no `role` in message {position}", "name it: 'system', 'user', 'assistant' or 'tool'")
+        problem = f"has no `role` in message {position} (keys: {', '.join(map(repr, message))})"
+        raise BadRow(column, problem, "name it: 'system', 'user', 'assistant' or 'tool'")
     if keys[0] != "role" and not is_role(role):
         cure = "write such turns as messages with `role`, `content` and `tool_calls`"
         raise BadRow(column, f"has an unknown speaker {role!r} in message {position}", cure)

@@ -34,6 +34,7 @@ from hf_prefopt.data.beginnings import find_beginning
 from hf_prefopt.data.codes import check_codes, describe_codes
 from hf_prefopt.data.column_layouts import FoundLayout, find_layout
 from hf_prefopt.data.columns import (
+    check_mapped,
     choose_columns,
     class_names,
     column_names,
@@ -52,6 +53,7 @@ from hf_prefopt.data.rows import BadRow, CanonicalRow, as_number, reject_texts_w
 from hf_prefopt.data.settings import check_settings, settings_of, write_settings
 from hf_prefopt.data.tokenize import TokenizedRow, TokenKinds, tokenize_rows
 from hf_prefopt.data.truncate import Cuts, truncate_row
+from hf_prefopt.data.turn_tokens import TurnTokens
 from hf_prefopt.data.unpaired import unpair as unpair_rows
 from hf_prefopt.data.unrendered import describe_template
 from hf_prefopt.kinds import PAIRS, UNPAIRED, ExampleKind, kind_of_columns
@@ -59,7 +61,7 @@ from hf_prefopt.kinds import PAIRS, UNPAIRED, ExampleKind, kind_of_columns
 logger = logging.getLogger(__name__)
 
 # Part of the cache key, which contains this module's functions only by name: increase it when their results change.
-_CACHE_VERSION = 9
+_CACHE_VERSION = 10
 _EXAMPLE_FEATURES = {
     "pairs": List(List(Value("int32"))),
     "golds": List(Value("int32")),
@@ -243,6 +245,7 @@ def _find_layout(
     """Return the layout of the rows, and the lines to report about it."""
     sample = sample_of(first_rows(dataset), column_names(dataset))
     layout = find_layout(sample, kind, mapped, text_as)
+    check_mapped(layout, mapped, sample)
     return layout, describe_columns(layout, sample, tokenizer)
 
 
@@ -298,7 +301,8 @@ def _prepare_batch(
     row_format = found.format
     columns = {name: _named(values, class_names.get(name)) for name, values in columns.items()}
     given = [{name: values[at] for name, values in columns.items()} for at in range(len(indices))]
-    rows = [_read(found, row, needs_prompt) for row in given]
+    turns = TurnTokens(tokenizer, template_kwargs)
+    rows = [turns.checked(_read(found, row, needs_prompt)) for row in given]
     read = [row for row in rows if isinstance(row, CanonicalRow)]
     tokenized = iter(tokenize_rows(read, tokenizer, kinds, template_kwargs))
     optional = optional_columns(row_format.kind, columns)

@@ -4,10 +4,11 @@ Texts without a prompt column must begin with their prompt, which is checked her
 formats.py defines which columns make a row.
 """
 
+import ast
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -170,6 +171,7 @@ _WRITTEN_MESSAGES = re.compile(
     r"""\[?\s*\{.*["'](role|from)["']\s*:\s*["'](system|developer|user|human|assistant|gpt|model|tool)["'].*\}\s*\]?""",
     re.DOTALL,
 )
+_BEGUN_MESSAGES = re.compile(r"""\[?\s*\{\s*"(role|from|content|value)"\s*:""")
 _WRITTEN_CONTENT = re.compile(r"""["'](content|value)["']\s*:""")
 _WRITTEN_LIST = re.compile(r"""\[\s*(["']).*\1\s*\]""", re.DOTALL)
 
@@ -190,10 +192,37 @@ def check_text_response(column: str, text: str) -> str:
 
 def _check_text(column: str, text: str) -> str:
     unquoted = _unquoted(text.strip())
-    if _WRITTEN_MESSAGES.fullmatch(unquoted) and _WRITTEN_CONTENT.search(unquoted):
-        cure = "read them, as in rows.map(lambda row: {'X': json.loads(row['X'])})".replace("X", column)
-        raise BadRow(column, "contains messages written as text, which would be trained on as plain text", cure)
+    if _WRITTEN_CONTENT.search(unquoted) is None:
+        return text
+    if _WRITTEN_MESSAGES.fullmatch(unquoted):
+        reader = next((name for name, read in _READERS.items() if _is_readable(text, read)), None)
+        cure = f"read them, as in rows.map(lambda row: {{{column!r}: {reader}(row[{column!r}])}})"
+        problem = "contains messages written as text, which would be trained on as plain text"
+        raise BadRow(column, problem, cure if reader else "save the rows as JSON Lines or Parquet, which keep lists")
+    if _BEGUN_MESSAGES.match(unquoted) and _is_cut_off(unquoted):
+        raise BadRow(column, "contains messages as JSON that is cut off at its end", DROP_CURE)
     return text
+
+
+# Functions that read what is written in a text, by the name under which a user calls them.
+_READERS: dict[str, Callable[[str], Any]] = {"json.loads": json.loads, "ast.literal_eval": ast.literal_eval}
+
+
+def _is_readable(text: str, read: Callable[[str], Any]) -> bool:
+    try:
+        read(text.strip())
+    except (ValueError, SyntaxError):
+        return False
+    return True
+
+
+def _is_cut_off(text: str) -> bool:
+    """Return True if a text is the beginning of JSON and ends within it."""
+    try:
+        json.JSONDecoder().raw_decode(text)
+    except json.JSONDecodeError as error:
+        return error.pos >= len(text) or error.msg.startswith("Unterminated string")
+    return False
 
 
 def _unquoted(text: str) -> str:

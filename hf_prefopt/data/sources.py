@@ -55,16 +55,35 @@ def _from_columns(columns: Mapping[str, list[Any]], name: str) -> Dataset:
         try:
             Dataset.from_dict({column: values})
         except (ValueError, TypeError, OverflowError) as error:
-            raise ValueError(
-                f"the data set {name!r}: column {column!r} mixes types, which Arrow does not support: {error}"
-            ) from error
+            raise ValueError(f"the data set {name!r}: {_fault(column, values)}: {error}") from error
     return Dataset.from_dict(dict(columns))
+
+
+def _fault(column: str, values: Sequence[Any]) -> str:
+    """Describe the first value of a column that cannot be stored, alone or with the values before it."""
+    for at, value in enumerate(values):
+        if not _is_storable(column, [value]):
+            return f"row {at:,}: `{column}` is a value that Arrow cannot store; correct it or drop the row"
+    end = next(end for end in range(1, len(values) + 1) if not _is_storable(column, values[:end]))
+    types = list(dict.fromkeys(_type(value) for value in values[:end] if value is not None))
+    told = f"a {types[-1]}, and a {types[0]} in the rows before it" if len(types) > 1 else "of another form"
+    return f"row {end - 1:,}: `{column}` is {told}; give all rows the same form"
+
+
+def _is_storable(column: str, values: Sequence[Any]) -> bool:
+    try:
+        Dataset.from_dict({column: list(values)})
+    except (ValueError, TypeError, OverflowError):
+        return False
+    return True
 
 
 def _from_frame(frame: Any, name: str) -> Dataset:
     if type(frame).__module__.startswith("polars"):
         return Dataset.from_polars(frame)
-    return Dataset.from_pandas(frame, preserve_index=False)
+    # An index with names, or of anything but numbers, is a column like the others.
+    is_column = any(level is not None for level in frame.index.names) or frame.index.dtype.kind not in "iu"
+    return Dataset.from_pandas(frame, preserve_index=is_column)
 
 
 def _from_map_style(rows: Any, name: str) -> Dataset:

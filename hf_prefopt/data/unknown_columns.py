@@ -60,6 +60,10 @@ def describe_nearest(sample: Mapping[str, Any]) -> str:
     # If several layouts lack equally many columns, the first one in the table is used.
     nearest = min(layouts, key=lambda lack: lack.distance(sample))
     missing, found = nearest.missing(sample), ", ".join(sample) or "none"
+    structs = [name for name, value in sample.items() if isinstance(value, Mapping)]
+    flattened = _flattened(sample) if missing and structs else None
+    if flattened:
+        return f"the columns are in the structs {quoted(structs)}: make columns of them first, {flattened}"
     if not missing:
         return nearest.why(sample) or "the names of the columns are known, but the first rows have no values in them"
     mapping = {column: _meant(column, sample) for column in missing}
@@ -71,6 +75,17 @@ def describe_nearest(sample: Mapping[str, Any]) -> str:
     )
 
 
+def _flattened(sample: Mapping[str, Any]) -> str | None:
+    """Return the calls that make known columns of the keys of structs; None if these are not known either."""
+    keys = {f"{name}.{key}": key for name, value in sample.items() if isinstance(value, Mapping) for key in value}
+    flat = {key: sample[name.split(".")[0]][key] for name, key in keys.items()}
+    found = next((columns for layout in LAYOUTS if (columns := layout.find({**sample, **flat})) is not None), None)
+    if found is None:
+        return None
+    named = {name: key for name, key in keys.items() if key in found.values()}
+    return f"dataset.flatten().rename_columns({named})"
+
+
 # Beginnings of column names that probably mean a known column but belong to no layout.
 _MEANINGS = {"chosen": ("good", "better", "pos", "win"), "rejected": ("bad", "worse", "neg", "los")}
 
@@ -80,18 +95,21 @@ _UNKNOWN = "<your column>"
 
 def _meant(column: str, sample: Mapping[str, Any]) -> str:
     """The column that is probably meant, by its spelling or its meaning; a placeholder where none resembles it."""
-    near = get_close_matches(column, sample, 1, cutoff=0.75)
-    alike = [name for name in sample if name.lower().startswith(_MEANINGS.get(column, ("\0",)))]
+    named = [name for name, value in sample.items() if not isinstance(value, bool)]
+    near = get_close_matches(column, named, 1, cutoff=0.75)
+    alike = [name for name in named if name.lower().startswith(_MEANINGS.get(column, ("\0",)))]
     return near[0] if near else alike[0] if len(alike) == 1 else _UNKNOWN
 
 
 def _describe_spelling(sample: Mapping[str, Any]) -> str | None:
     """Describe how to map columns that would match a layout if their spelling, or the file's separator, were fixed."""
     first, *others = sample
-    separator = next((mark for mark in ";\t|" if mark in first and not others), None)
+    # Commas in a row of such a file make columns without a name.
+    is_alone = all(name.startswith(("Unnamed: ", "__index_level_")) for name in others)
+    separator = next((mark for mark in ";\t|" if mark in first and is_alone), None)
     if separator:
         return (
-            f"there is one column, {first!r}: the file seems to be separated by {separator!r}. Read it so, "
+            f"the first column is {first!r}: the file seems to be separated by {separator!r}. Read it so, "
             f"load_dataset('csv', data_files=…, sep={separator!r})"
         )
     spelled = {_spelled(name): name for name in sample}
@@ -111,6 +129,12 @@ def _spelled(name: str) -> str:
 
 def _kind_of(value: Any) -> str:
     return "a list of texts" if roles.is_texts(value) else f"of type {type(value).__name__}"
+
+
+def _cast(column: str, value: Any, needed: Role) -> str:
+    """Describe how to convert a number, as which a CSV file's "4" is read, to the text that a role needs."""
+    is_number_for_text = isinstance(value, int | float) and needed.accepts(str(value))
+    return f": dataset.cast_column({column!r}, Value('string'))" if is_number_for_text else ""
 
 
 def _columns(names: list[str]) -> str:
@@ -146,6 +170,7 @@ class _Lack:
         unfit = [(column, needed) for needed in self.roles for column in needed.names[0]]
         kinds = [
             f"column `{column}` is {_kind_of(sample[column])} and should be {needed.wanted}"
+            + _cast(column, sample[column], needed)
             for column, needed in unfit
             if sample[column] is not None and not needed.accepts(sample[column])
         ]

@@ -51,6 +51,8 @@ def _rendered(data: dict, side: str, tokenizer) -> str:
     if isinstance(data[side], str):
         return (tokenizer.bos_token or "") + data.get("prompt", "") + data[side] + tokenizer.eos_token
     prompt, response = data.get("prompt", []), data[side]
+    # The end of a turn in a response is not written twice.
+    response = [{**message, "content": (message["content"] or "").removesuffix("<|im_end|>")} for message in response]
     if prompt and prompt[-1]["role"] == "assistant":
         prompt, response = prompt[:-1], reply(prompt[-1]["content"] + response[0]["content"])
     return tokenizer.apply_chat_template(prompt + response, tools=data.get("tools"), tokenize=False)
@@ -189,7 +191,7 @@ def test_control_tokens_in_a_users_words_do_not_move_the_boundary():
     """The prompt fakes an assistant header; the response still begins after the real one."""
     tokenizer = tiny_tokenizer()
     row = prepare_row(ODD_CASES["special_tokens_in_content"]["data"], tokenizer)
-    assert tokenizer.decode(row["response_ids"][0]) == "No.<|im_end|><|im_end|>\n"
+    assert tokenizer.decode(row["response_ids"][0]) == "No.<|im_end|>\n"
 
 
 def test_messages_without_a_chat_template_are_refused_with_the_cure():
