@@ -16,9 +16,9 @@ def documented(groups: Mapping[str, str]) -> Callable[[type], type]:
     """
 
     def decorate(config: type) -> type:
-        config.GROUPS = groups
-        summary, _, raises = config.__doc__.partition("    Raises:")
-        lines = []
+        config.GROUPS = groups  # type: ignore[attr-defined]
+        summary, _, raises = (config.__doc__ or "").partition("    Raises:")
+        lines: list[str] = []
         for group, found in settings_by_group(config).items():
             lines += [f"    {group}:", *map(_entry, found), ""]
         config.__doc__ = summary + "\n".join(lines) + "\n    Raises:" + raises
@@ -29,10 +29,11 @@ def documented(groups: Mapping[str, str]) -> Callable[[type], type]:
 
 def settings_by_group(config: type) -> dict[str, list[Field]]:
     """The settings that a documented configuration defines itself, in order, keyed by the heading of their group."""
-    by_name, found = {field.name: field for field in fields(config)}, {}
+    by_name, groups = {field.name: field for field in fields(config)}, config.GROUPS  # type: ignore[attr-defined]
+    found: dict[str, list[Field]] = {}
     for name in filter(by_name.get, config.__annotations__):
-        if name in config.GROUPS:
-            group = found[config.GROUPS[name]] = []
+        if name in groups:
+            group = found[groups[name]] = []
         group.append(by_name[name])
     return found
 

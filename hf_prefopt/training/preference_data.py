@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary, WeakSet
 
 from datasets import Dataset, IterableDataset
@@ -28,8 +28,8 @@ from hf_prefopt.training.stream_shards import is_split_by_shards, refuse_split_s
 
 logger = logging.getLogger(__name__)
 
-Data = Dataset | IterableDataset
-DataOrSplits = Data | dict[str, Data]
+Data: TypeAlias = Dataset | IterableDataset
+DataOrSplits: TypeAlias = Data | dict[str, Data]
 
 
 _OF_ROWS = (
@@ -178,6 +178,7 @@ class PreferenceData:
     def checked(self, dataset: Data, name: str) -> Data:
         """Check that the losses can compare the dataset's examples; the first dataset determines the objective."""
         kind = kind_of_columns(dataset.column_names)
+        assert kind is not None, "prepared rows are of a kind"
         if not self._is_settled:
             columns = [name for name in kind.optional_columns if name in dataset.column_names]
             self.objective, self._is_settled = self.args.build_objective(kind, columns), True
