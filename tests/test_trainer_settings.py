@@ -98,6 +98,22 @@ def test_a_compiled_model_trains_alike(tmp_path):
         assert one == pytest.approx(other, rel=1e-5)
 
 
+@pytest.mark.nightly
+@pytest.mark.parametrize("layout", ["shared", "padded"])
+def test_compiled_layers_train_alike(layout, tmp_path, monkeypatch):
+    """accelerate's regional compilation, which replaces the layers by compiled ones: a step and its gradient."""
+    from torch._dynamo.utils import counters
+
+    settings = {"max_steps": 1, "gradient_accumulation_steps": 1, "eval_strategy": "no", "layout": layout}
+    expected = figures(run(tmp_path, **settings))
+    monkeypatch.setenv("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", "true")
+    counters.clear()
+    found = figures(run(tmp_path, **settings, torch_compile=True, torch_compile_backend="eager"))
+    assert counters["stats"]["unique_graphs"] > 0
+    for one, other in zip(found, expected, strict=True):
+        assert one == pytest.approx(other, rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("layout", "counted"), [("shared", "all"), ("padded", "all"), ("padded", "non_padding"), ("shared", "non_padding")]
 )

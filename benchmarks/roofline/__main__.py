@@ -30,14 +30,15 @@ from benchmarks.work import Row, synthetic  # noqa: E402
 
 MODELS = [name for name in CONFIGS if name != "tiny"]
 SIDES = ("trl", "ours")
-CASES = [*LENGTHS, "chat"]
+LONG = {"8k": (6554, 1638)}
+CASES = [*LENGTHS, *LONG, "chat"]
 
 
 def rows_of(lengths: str, pairs: int, tiny: bool) -> list[Row]:
     """The rows of a micro-batch. The values of tokens do not matter; they are below the size of any vocabulary."""
     if lengths == "chat":
         return chat_lengths(512, pairs)
-    return synthetic(512, pairs, *(TINY_LENGTHS if tiny else LENGTHS)[lengths])[0]
+    return synthetic(512, pairs, *(TINY_LENGTHS | LONG if tiny else LENGTHS | LONG)[lengths])[0]
 
 
 def main(arguments: list[str] | None = None) -> list[dict]:

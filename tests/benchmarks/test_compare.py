@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import compare, gpu_check, profile_step
+from benchmarks import compare, gpu_check, lower_layers, profile_step
 from benchmarks.ablation import ALL_OFF, LEVERS, without
 from benchmarks.paired import Agreement, agreement
 from benchmarks.sides import our_side, perturb_adapters, trl_side
@@ -107,3 +107,17 @@ def test_gpu_check_runs_its_code_on_a_cpu(tmp_path):
     checks += results["losses"].values()
     assert checks and all(check["ok"] for check in checks)
     assert all(case["loss_apart"] < 1e-4 for case in results["speed"])
+
+
+def test_upper_layers_are_measured_against_all_layers_and_trl(capsys):
+    """Losses and gradients are compared first; then a line for each step, and a ratio for each of the other three."""
+    lower_layers.measure(TINY, pairs=1, rounds=1)
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("round 1 of 1:") for line in lines) == 4
+    ratios = [line for line in lines if f"/ {lower_layers.ONCE}:" in line]
+    assert [line.split(" / ")[0] for line in ratios] == [lower_layers.TRL, lower_layers.ALL, lower_layers.TWICE]
+
+
+def test_the_quick_comparison_is_of_two_cases():
+    options = compare._options(["--quick"])
+    assert (options.cases, options.rounds) == (["equal-4:1", "chat"], 2)
