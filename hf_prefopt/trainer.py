@@ -49,6 +49,7 @@ from hf_prefopt.training.arguments import (
     check_types,
     refuse_data_parallel,
     refuse_empty_epoch,
+    refuse_missing,
 )
 from hf_prefopt.training.base_name import set_base_name
 from hf_prefopt.training.best_metric import check_best_metric
@@ -192,14 +193,8 @@ class PreferenceTrainer(Trainer):
         self.throughput = Throughput(self.scorer.flops_per_position)
         self._attach_model()
         events = ScorerEvents(self.scorer, self._evaluated, keeps_reference=model_init is not None)
-        for callback in (
-            EpochOfMismatches(),
-            SettleScorer(self.scorer),
-            self.summary,
-            events,
-            RanksAgree(),
-            self.throughput,
-        ):
+        self._needed = (EpochOfMismatches(), SettleScorer(self.scorer), events, RanksAgree())
+        for callback in (*self._needed[:2], self.summary, *self._needed[2:], self.throughput):
             self.add_callback(callback)
         # compute_loss divides by the number of examples in the whole step.
         self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = True
@@ -452,12 +447,14 @@ class PreferenceTrainer(Trainer):
         With `model_init`, training uses the current values of our settings in `args`.
 
         Raises:
-            ValueError: our settings have changed and there is no `model_init`; no parameter is trained; the optimizer
-                has other parameters than the model; the checkpoint is missing, incomplete or incompatible with this
-                run; or a stream has too few rows for one step.
+            ValueError: our settings have changed and there is no `model_init`; no parameter is trained; a callback that
+                training needs was removed; `metric_for_best_model` is unknown; the optimizer has other parameters than
+                the model; the checkpoint is missing, incomplete or incompatible with this run; or a stream has too few
+                rows for one step.
             RuntimeError: the ranks have different weights.
             FloatingPointError: a loss is not finite, or a weight is not finite at a checkpoint or at the end.
         """
+        refuse_missing(self._needed, self.callback_handler.callbacks)
         if self.model_init is None:
             refuse_another_model(self.model, self.scorer.model)
             self.settings.refuse_changes()
