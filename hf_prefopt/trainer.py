@@ -37,7 +37,7 @@ from hf_prefopt.reporting.start_summary import StartSummary, loss_texts
 from hf_prefopt.reporting.throughput import Throughput
 from hf_prefopt.scoring.modes import adapter_casts_off, body_parameters, light_train
 from hf_prefopt.training.activations import check_activations, keep_attention, offloaded
-from hf_prefopt.training.arguments import check_arguments, check_types, refuse_empty_epoch
+from hf_prefopt.training.arguments import check_arguments, check_types, refuse_empty_epoch, refuse_missing
 from hf_prefopt.training.best_metric import check_best_metric
 from hf_prefopt.training.engines import (
     accept_model,
@@ -158,8 +158,8 @@ class PreferenceTrainer(Trainer):
 
     def _add_callbacks(self) -> None:
         events = ScorerEvents(self.scorer, self._evaluated, keeps_reference=self.model_init is not None)
-        settle = SettleScorer(self.scorer)
-        for callback in (EpochOfMismatches(), settle, self.summary, events, RanksAgree(), self.throughput):
+        self._needed = (EpochOfMismatches(), SettleScorer(self.scorer), events, RanksAgree())
+        for callback in (*self._needed[:2], self.summary, *self._needed[2:], self.throughput):
             self.add_callback(callback)
 
     def _attach_model(self) -> None:
@@ -385,12 +385,14 @@ class PreferenceTrainer(Trainer):
         With `model_init`, training uses the current values of our settings in `args`.
 
         Raises:
-            ValueError: our settings have changed and there is no `model_init`; no parameter is trained; the optimizer
-                has other parameters than the model; the checkpoint is missing, incomplete or incompatible with this
-                run; or a stream has too few rows for one step.
+            ValueError: our settings have changed and there is no `model_init`; no parameter is trained; a callback that
+                training needs was removed; `metric_for_best_model` is unknown; the optimizer has other parameters than
+                the model; the checkpoint is missing, incomplete or incompatible with this run; or a stream has too few
+                rows for one step.
             RuntimeError: the ranks have different weights.
             FloatingPointError: a loss is not finite, or a weight is not finite at a checkpoint or at the end.
         """
+        refuse_missing(self._needed, self.callback_handler.callbacks)
         if self.model_init is None:
             refuse_another_model(self.model, self.scorer.model)
             self.settings.refuse_changes()

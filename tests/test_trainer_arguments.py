@@ -248,3 +248,11 @@ def test_several_gpus_of_one_process_are_refused_before_anything_is_loaded(tmp_p
     args._n_gpu = 2  # what transformers counts
     with pytest.raises(ValueError, match="2 GPUs"):
         PreferenceTrainer("no/such/model", args=args, train_dataset=pairs(2))
+
+
+def test_a_removed_callback_that_training_needs_is_an_error(tmp_path):
+    """Without it a moving reference would stay where it is."""
+    trainer = make_trainer(tmp_path, sync_ref_model=True, max_steps=1)
+    trainer.callback_handler.callbacks = []
+    with pytest.raises(ValueError, match=r"ScorerEvents, RanksAgree were removed.*trainer\.remove_callback"):
+        trainer.train()

@@ -1,6 +1,6 @@
 """Check the trainer's arguments before anything is loaded: types, data order, and contradictions."""
 
-from collections.abc import Sized
+from collections.abc import Iterable, Sized
 from pathlib import Path
 from typing import Any, cast
 
@@ -80,6 +80,17 @@ def refuse_empty_epoch(dataset: Any, rows: int) -> None:
         raise ValueError(
             f"dataloader_drop_last=True drops all {len(dataset)} rows of the training data, because a batch over all "
             f"ranks has {rows} rows: set dataloader_drop_last=False, or lower per_device_train_batch_size"
+        )
+
+
+def refuse_missing(needed: Iterable[Any], callbacks: Iterable[Any]) -> None:
+    """Raise `ValueError` if a callback was removed that training needs, for a moving reference, for example."""
+    present = set(map(id, callbacks))
+    missing = [type(callback).__name__ for callback in needed if id(callback) not in present]
+    if missing:
+        raise ValueError(
+            f"the trainer's callbacks {', '.join(missing)} were removed, but training needs them: remove callbacks one "
+            "by one with trainer.remove_callback(...)"
         )
 
 

@@ -69,24 +69,26 @@ def check_quantized(accelerator: Accelerator, model: nn.Module, precision: str) 
 
 
 def check_adapter(accelerator: Accelerator, model: nn.Module) -> None:
-    """Check that FSDP2 can save and load the adapters.
+    """Check that an engine that shards weights can save and load the adapters.
 
     Raises:
-        ValueError: PEFT saves a soft prompt on one rank, which would wait forever; or several layers share a buffer, as
-            in VeRA and RandLoRA, which PyTorch saves but does not load (resuming, or the best checkpoint).
+        ValueError: PEFT computes the soft prompts that it saves on one rank, which would wait forever for the others;
+            or, under FSDP2, layers share a buffer, as in VeRA and RandLoRA, which PyTorch saves but does not load
+            (when a run is resumed, or the best checkpoint loaded).
     """
-    if not isinstance(model, PeftModel) or _sharding_engine(accelerator) != "FSDP2":
+    engine = _sharding_engine(accelerator)
+    if not isinstance(model, PeftModel) or engine not in ("FSDP2", "ZeRO-3"):
         return
-    configs = model.peft_config.values()
-    kinds = [cast(PeftType, config.peft_type).value for config in configs]
+    configs = list(model.peft_config.values())
     soft = [cast(PeftType, config.peft_type).value for config in configs if config.is_prompt_learning]
     if soft:
-        raise ValueError(f"FSDP2 cannot save soft prompts ({', '.join(soft)}): use DDP, or LoRA")
+        raise ValueError(f"{engine} cannot save soft prompts ({', '.join(soft)}): use DDP or ZeRO-2, or LoRA")
     once = dict(model.named_buffers())
     saved = dict(model.named_buffers(remove_duplicate=False)).keys() & model.state_dict().keys()
-    if shared := sorted(saved - once.keys()):
+    if engine == "FSDP2" and (shared := sorted(saved - once.keys())):
+        kinds = ", ".join(cast(PeftType, config.peft_type).value for config in configs)
         raise ValueError(
-            f"FSDP2 cannot load checkpoints of this adapter ({', '.join(kinds)}), because its layers share buffers "
+            f"FSDP2 cannot load checkpoints of this adapter ({kinds}), because its layers share buffers "
             f"({shared[0]}, …): use DDP or DeepSpeed, or LoRA"
         )
 

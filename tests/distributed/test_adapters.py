@@ -35,9 +35,10 @@ KINDS = [
     ),
     *((kind, "adapter_off") for kind in ("DoRA", "IA3", "VeRA", "trained tokens", "LoRA with modules_to_save")),
 ]
-# Refused at construction, when these tests have not switched FSDP2 on yet; test_unusual_adapters.py has the error.
-REFUSED = [("fsdp2", "prompt tuning"), ("fsdp2", "prefix tuning")]
-CELLS = [(engine, *run) for engine in ENGINES for run in KINDS if (engine, run[0]) not in REFUSED]
+REFUSED = {("zero3", kind): "ZeRO-3 cannot save soft prompts" for kind in ("prompt tuning", "prefix tuning")}
+# The tests switch FSDP2 on after construction, so they do not get its errors: see reference/test_unusual_adapters.py.
+NOT_UNDER_FSDP2 = ("VeRA", "prompt tuning", "prefix tuning")
+CELLS = [(engine, *run) for engine in ENGINES for run in KINDS if engine != "fsdp2" or run[0] not in NOT_UNDER_FSDP2]
 
 pytestmark = pytest.mark.nightly
 
@@ -81,6 +82,9 @@ def test_an_adapter_trains_is_saved_and_is_resumed_as_in_one_process(
     outcomes, tmp_path_factory, engine, kind, reference
 ):
     ranks = outcomes[scene_name(engine, kind, reference)]
+    if (engine, kind) in REFUSED:
+        assert all(f"ValueError: {REFUSED[engine, kind]}" in error for error in ranks)
+        return
     expected = one_process(kind, reference, tmp_path_factory.getbasetemp())
     scale = apart_weights(expected["weights"], start(kind))
     assert scale > 1e-3

@@ -19,6 +19,13 @@ from tests.trainers import make_trainer, pairs
 ATTENTION = {"target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
 INVOCATION = [5, 6]
 FSDP, ALONE = (SimpleNamespace(distributed_type=kind) for kind in (DistributedType.FSDP, DistributedType.NO))
+ZERO2, ZERO3 = (
+    SimpleNamespace(
+        distributed_type=DistributedType.DEEPSPEED,
+        state=SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=stage)),
+    )
+    for stage in (2, 3)
+)
 
 
 def test_an_adapter_that_begins_at_invocation_tokens_is_scored_as_the_plain_model_scores_it(tmp_path):
@@ -97,12 +104,14 @@ def test_a_base_that_stays_as_it_was_is_one(init, tmp_path):
 
 
 @pytest.mark.parametrize("config", [peft.PromptTuningConfig, peft.PrefixTuningConfig])
-def test_soft_prompts_are_an_error_under_fsdp2(config):
+def test_soft_prompts_are_an_error_where_weights_are_sharded(config):
     model = get_peft_model(tiny_model(), config(num_virtual_tokens=4, task_type="CAUSAL_LM"))
-    with pytest.raises(ValueError, match=r"FSDP2 cannot save soft prompts \(.*_TUNING\)"):
-        check_adapter(FSDP, model)
-    check_adapter(FSDP, with_lora(tiny_model()))
-    check_adapter(ALONE, model)
+    for accelerator, name in ((FSDP, "FSDP2"), (ZERO3, "ZeRO-3")):
+        with pytest.raises(ValueError, match=rf"{name} cannot save soft prompts \(.*_TUNING\): use DDP or ZeRO-2"):
+            check_adapter(accelerator, model)
+        check_adapter(accelerator, with_lora(tiny_model()))
+    for accelerator in (ALONE, ZERO2):
+        check_adapter(accelerator, model)
 
 
 @pytest.mark.parametrize(
@@ -115,4 +124,5 @@ def test_buffers_that_layers_share_are_an_error_under_fsdp2(config, settings):
     model = get_peft_model(tiny_model(), config(target_modules=["q_proj"], task_type="CAUSAL_LM", **settings))
     with pytest.raises(ValueError, match=r"FSDP2 cannot load checkpoints of this adapter \((VERA|RANDLORA)\)"):
         check_adapter(FSDP, model)
-    check_adapter(ALONE, model)
+    for accelerator in (ALONE, ZERO3):
+        check_adapter(accelerator, model)
