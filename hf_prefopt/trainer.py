@@ -151,7 +151,7 @@ class PreferenceTrainer(Trainer):
     ):
         check_types(args, ref_model, peft_config, processing_class)
         args = args or PreferenceConfig(output_dir="trainer_output")
-        check_arguments(args, model or model_init, ref_model, data_collator, trainer_arguments)
+        check_arguments(args, model_init if model is None else model, ref_model, data_collator, trainer_arguments)
         check_loading(args, (model, ref_model), quantization_config, processing_class)
         check_order(args, train_dataset)
         refuse_data_parallel(args.n_gpu)
