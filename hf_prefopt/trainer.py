@@ -126,7 +126,9 @@ class PreferenceTrainer(Trainer):
     ):
         check_types(args, ref_model, peft_config, processing_class)
         args = args or PreferenceConfig(output_dir="trainer_output")
-        check_arguments(args, model or model_init, ref_model, data_collator, train_dataset, trainer_arguments)
+        check_arguments(
+            args, model_init if model is None else model, ref_model, data_collator, train_dataset, trainer_arguments
+        )
         models = load_models(args, model, ref_model, model_init, peft_config, quantization_config, processing_class)
         models.check(trainer_arguments.get("optimizers", (None,))[0], trains=train_dataset is not None)
         if processing_class is None:

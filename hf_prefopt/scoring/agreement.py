@@ -8,6 +8,7 @@ sequence checks that the model is causal; otherwise the log-prob of a token coul
 """
 
 import random
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, cast
@@ -47,13 +48,14 @@ def settle_scores(model: nn.Module, compute_dtype: torch.dtype | None = None) ->
 
     Raises:
         ValueError: the scores still differ from the model's own logits, or a log-prob depends on later tokens.
+        TypeError: the model's class does not follow transformers' conventions; see `_says_what_is_missing`.
     """
     causal_lm = base_causal_lm(model)
     name, temperature = _named(model), transform_of(causal_lm.get_output_embeddings()).temperature
     generator = random.Random(0)
     kept, following, others = (made_up_tokens(causal_lm.config, n, generator) for n in (_KEPT, _CHANGED, _CHANGED))
     ids, changed = torch.tensor([[*kept, *following], [*kept, *others]], device=device_of(model)).split(1)
-    with torch.no_grad(), evaluation_mode(model), _says_which_adapter(model):
+    with torch.no_grad(), evaluation_mode(model), _says_which_adapter(model), _says_what_is_missing(model):
         logits, changed_logits = (_plain_logits(model, each) / temperature for each in (ids, changed))
     targets = torch.stack([logits.argmax(-1), logits.argmin(-1), ids[0].roll(-1).to(logits.device)], dim=1)
     plain, plain_changed = (each.log_softmax(-1).gather(1, targets) for each in (logits, changed_logits))
@@ -113,6 +115,21 @@ def _says_which_adapter(model: nn.Module) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def _says_what_is_missing(model: nn.Module) -> Iterator[None]:
+    """Raise `TypeError` if a custom class lacks an argument or an output that all models of transformers have."""
+    try:
+        yield
+    except (TypeError, AttributeError) as error:
+        if not re.search("unexpected keyword argument|has no attribute '(logits|last_hidden_state)'", str(error)):
+            raise
+        raise TypeError(
+            f"{_named(model)} does not follow the conventions of transformers' models ({error}): its forward and its "
+            "base model's forward must accept use_cache and return_dict (**kwargs is enough) and return a ModelOutput, "
+            "with logits and last_hidden_state, respectively"
+        ) from error
+
+
 def _named(model: nn.Module) -> str:
     """Return the name of the model's class and of its PEFT methods."""
     name = type(base_causal_lm(model)).__name__
@@ -124,7 +141,7 @@ def _named(model: nn.Module) -> str:
 
 def _distance(model: nn.Module, ids: Tensor, targets: Tensor, plain: Tensor) -> Tensor:
     """Return the absolute differences `[T, K]` between a sequence's scores and its plain log-probs, in nats."""
-    with torch.no_grad(), evaluation_mode(model):
+    with torch.no_grad(), evaluation_mode(model), _says_what_is_missing(model):
         scores = _scores(model, ids, targets.to(ids.device)).to(plain.device)
     return _difference(scores, plain)
 

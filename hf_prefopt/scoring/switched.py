@@ -96,7 +96,7 @@ def _renew_put_aside(module: nn.Module) -> None:
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     """Return the decoder layers of the text model, including wrappers; [] if they are not found."""
-    count = model.config.get_text_config().num_hidden_layers
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", 0)
     lists = (module for module in model.get_decoder().modules() if isinstance(module, nn.ModuleList))
     found = next((each for each in lists if len(each) >= count and any(map(mixers_of, map(unwrapped, each)))), ())
     return list(found)[:count]

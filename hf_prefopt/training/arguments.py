@@ -6,6 +6,8 @@ from typing import Any, cast
 
 from datasets import IterableDataset
 from peft import PeftConfig
+from torch import nn
+from torch._dynamo import OptimizedModule
 from transformers import TrainingArguments
 
 from hf_prefopt.config import PreferenceConfig
@@ -118,12 +120,15 @@ def check_arguments(
         trainer_arguments: Keyword arguments for `transformers.Trainer`.
 
     Raises:
-        ValueError: an argument is missing or contradicts another one, or there are several GPUs in one process.
+        ValueError: an argument is missing or contradicts another one, there are several GPUs in one process, or a model is
+            wrapped by an engine.
         TypeError: an argument does not exist.
     """
     refuse_foreign_arguments(trainer_arguments, type(args).__dataclass_fields__, type(args).__name__)
     if model is None:
         raise ValueError("no model: pass model, or model_init, a function that returns a model")
+    for name, given in (("model", model), ("ref_model", ref_model)):
+        _refuse_wrapped(name, given)
     if args.sync_ref_model and ref_model is not None:
         raise ValueError(
             "sync_ref_model=True updates a frozen copy of the trained weights, not a ref_model: remove ref_model"
@@ -161,3 +166,17 @@ def _check_custom_collator(args: PreferenceConfig) -> None:
     for is_set, problem in conflicts:
         if is_set:
             raise ValueError(f"{problem}: remove one of the two")
+
+
+def _refuse_wrapped(name: str, model: Any) -> None:
+    """Raise `ValueError` if a model is inside `torch.compile`'s wrapper or one of data parallelism."""
+    if isinstance(model, OptimizedModule):
+        raise ValueError(
+            f"{name} is wrapped by torch.compile: pass the model itself ({name}._orig_mod), and set torch_compile=True "
+            "to compile it"
+        )
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        raise ValueError(
+            f"{name} is wrapped by {type(model).__name__}: pass the model itself ({name}.module); `accelerate launch` "
+            "trains it in several processes"
+        )

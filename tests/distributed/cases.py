@@ -222,6 +222,9 @@ MODELS = [
 ]
 # All of them, nightly.
 EVERY_MODEL = [name for name, case in CASES.items() if "model_type" in case.model]
+# DeepSpeed's ZeRO-3 raises a "tracing error" for this model's Mamba-2 layers: in training mode they read the weights of
+# layers that they call as modules in evaluation mode.
+UNDER_ZERO3 = [name for name in EVERY_MODEL if "Mamba-2 and experts" not in name]
 FEW = ["dpo, padded, full", "dpo, shared, LoRA, copy of a trained adapter", "bco, shared, LoRA, resumed"]
 QLORA = "dpo, shared, LoRA, 4 bits, resumed"
 # What an engine is to compute, and, of that, what is tried in every run of the suite; the rest is nightly.
@@ -229,7 +232,7 @@ ALL_OF = {
     "ddp": list(CASES),
     "zero1": FEW,
     "zero2": [*SOME, *EVERY_MODEL, QLORA],
-    "zero3": [*SHARDED, *EVERY_MODEL, QLORA],
+    "zero3": [*SHARDED, *UNDER_ZERO3, QLORA],
     "zero3_offload": FEW,
     "fsdp2": [*SHARDED, *EVERY_MODEL, "dpo, shared, LoRA, 4 bits stored as fp32, resumed"],
 }

@@ -23,7 +23,7 @@ def scored_mask(batch: PreferenceBatch) -> Tensor:
 
 def plain_response_logps(model: nn.Module, batch: PreferenceBatch, temperature: float = 1.0) -> Tensor:
     """`[R]`: the summed log-prob of each response, from `model(...).logits`."""
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
     return sequence_logps(logits, batch["input_ids"], scored_mask(batch), temperature=temperature)
 
 
