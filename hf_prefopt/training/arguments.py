@@ -120,8 +120,8 @@ def check_arguments(
         trainer_arguments: Keyword arguments for `transformers.Trainer`.
 
     Raises:
-        ValueError: an argument is missing or contradicts another one, there are several GPUs in one process, or a model is
-            wrapped by an engine.
+        ValueError: an argument is missing or contradicts another one, there are several GPUs in one process, or a model
+            is wrapped by an engine.
         TypeError: an argument does not exist.
     """
     refuse_foreign_arguments(trainer_arguments, type(args).__dataclass_fields__, type(args).__name__)
