@@ -227,6 +227,11 @@ def _check(agreement: Agreement) -> None:
             f"the merged model differs from the trained model, so it was not saved: {agreement} Merge with --dtype "
             "float32 (dtype=…), which reduces rounding. If that also fails, the merge itself is wrong"
         )
+    # In float32, the weights keep the adapter's changes, so only sums in another order may differ. The bound on them is
+    # wide: above 4u for u = 2⁻²⁴ (a 32nd of it) and above a 20th of the effect, a layer lacks its change.
+    allowed = max(agreement.effect / 20, agreement.bound / 32)
+    if agreement.dtype == torch.float32 and allowed < agreement.difference <= agreement.effect / 2:
+        raise ValueError(f"the merged model lacks a part of the adapter, so it was not saved: {agreement}")
     if agreement.difference > agreement.effect / 2 and agreement.effect > 0:
         raise ValueError(
             f"the merged model has lost more than half of the adapter's effect, so it was not saved: {agreement} Merge "
