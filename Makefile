@@ -1,4 +1,4 @@
-# make demo   aligns a real model with real preferences, from nothing
+# make demo   aligns a real model on a CPU, from nothing
 # make test   the whole CPU test suite
 # make test-oldest   the same with the oldest versions that pyproject.toml admits; its PyTorch may bring a CUDA build
 # make docs-test   builds the documentation in build/site, and runs the code blocks of its pages
@@ -29,8 +29,8 @@ TEST_OPTIONS ?=
 .DELETE_ON_ERROR:
 
 demo: $(READY) $(MODEL)/config.json
-	@echo "Training: recipes/dpo_lora.py --config recipes/dpo_lora.yaml $(DEMO_OPTIONS)"
-	@$(LAUNCH) recipes/dpo_lora.py --config recipes/dpo_lora.yaml --overwrite_output_dir true $(DEMO_OPTIONS)
+	@echo "Training: recipes/dpo_lora.py --config recipes/dpo_lora.yaml recipes/demo.yaml $(DEMO_OPTIONS)"
+	@$(LAUNCH) recipes/dpo_lora.py --config recipes/dpo_lora.yaml recipes/demo.yaml --overwrite_output_dir true $(DEMO_OPTIONS)
 
 test: $(READY_TO_TEST)
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses $(WORKERS) --dist loadscope $(TEST_OPTIONS)

@@ -53,7 +53,9 @@ def line_chart(drawn: Drawn) -> Markup:
     compared = [(value, label) for value, label in drawn.lines if axes.y_low <= value <= axes.y_high]
     parts += [_horizontal(axes, value) for value, _ in compared]
     parts += [_curve(axes, curve) for curve in drawn.curves]
-    parts += [_label(axes, value, label) for value, label in compared]
+    # The name of the lowest of several lines is below it, because lines may be close together.
+    lowest = min((value for value, _ in compared), default=0.0) if len(compared) > 1 else None
+    parts += [_label(axes, value, label, below=value == lowest) for value, label in compared]
     parts += _bands(axes, drawn.curves)
     return _svg(f"{drawn.panel.title}, {drawn.panel.unit}", parts)
 
@@ -127,9 +129,10 @@ def _horizontal(axes: Axes, value: float) -> Markup:
     return line.format(_LEFT, _WIDTH - _RIGHT, axes.y(value), axes.y(value))
 
 
-def _label(axes: Axes, value: float, label: str) -> Markup:
-    """Write the name of a horizontal line above it."""
-    return Markup('<text class="tick end" x="{}" y="{}">{}</text>').format(_WIDTH - _RIGHT, axes.y(value) - 3, label)
+def _label(axes: Axes, value: float, label: str, below: bool) -> Markup:
+    """Write the name of a horizontal line above or below it."""
+    y = axes.y(value) + (12 if below else -3)
+    return Markup('<text class="tick end" x="{}" y="{}">{}</text>').format(_WIDTH - _RIGHT, y, label)
 
 
 def _curve(axes: Axes, curve: Curve) -> Markup:
