@@ -128,6 +128,7 @@ class DPOConfig(TRLConfig):
     pad_to_multiple_of: int | str | None = field(default="auto", metadata=helped(_MULTIPLE))
     padding_free: bool = trl_field("padding_free", False)
     precompute_ref_batch_size: int | None = trl_field("precompute_ref_batch_size", None)
+    activation_offloading: bool = trl_field("activation_offloading", False)
     pad_token: str | None = trl_field("pad_token", None)
 
     def __post_init__(self):
@@ -171,6 +172,7 @@ class KTOConfig(OneLossConfig):
     )
     pad_to_multiple_of: int | str | None = field(default="auto", metadata=helped(_MULTIPLE))
     precompute_ref_batch_size: int | None = trl_field("precompute_ref_batch_size", None)
+    activation_offloading: bool = trl_field("activation_offloading", False)
 
     def __post_init__(self):
         self.pad_to_multiple_of = _multiple(self.pad_to_multiple_of)
