@@ -130,6 +130,7 @@ class DPOConfig(TRLConfig):
     )
     padding_free: bool = trl_field("padding_free", False)
     precompute_ref_batch_size: int | None = trl_field("precompute_ref_batch_size", None)
+    activation_offloading: bool = trl_field("activation_offloading", False)
     pad_token: str | None = trl_field("pad_token", None)
 
     def __post_init__(self):
@@ -175,6 +176,7 @@ class KTOConfig(OneLossConfig):
         default="auto", metadata=helped(_MULTIPLE)
     )
     precompute_ref_batch_size: int | None = trl_field("precompute_ref_batch_size", None)
+    activation_offloading: bool = trl_field("activation_offloading", False)
 
     def __post_init__(self):
         self.pad_to_multiple_of = _multiple(self.pad_to_multiple_of)
