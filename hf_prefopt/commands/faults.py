@@ -18,6 +18,14 @@ CURES: dict[str, str] = {
     r"DeepSpeed is not installed|No module named 'deepspeed'": (
         'DeepSpeed is not installed: pip install --no-build-isolation "hf_prefopt[deepspeed]", after torch'
     ),
+    r"No module named 'mpi4py'": (
+        "deepspeed needs a launcher: type accelerate launch -m hf_prefopt train ..., also for one device; without "
+        "DeepSpeed, leave out --deepspeed"
+    ),
+    r"Couldn't instantiate the backend tokenizer": (
+        "there is no tokenizer beside the model: copy its tokenizer.json and tokenizer_config.json into the model's "
+        "folder, or save the base model's tokenizer there (tokenizer.save_pretrained)"
+    ),
     r"requires bitsandbytes|bitsandbytes.*install|install.*bitsandbytes": (
         'bitsandbytes, which 4 and 8 bits need, is missing or too old: pip install "hf_prefopt[quantization]"'
     ),

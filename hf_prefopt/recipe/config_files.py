@@ -150,7 +150,8 @@ _ALSO_LISTS = ("report_to", "debug", "fsdp")
 
 
 def _checked(option: Action, value: Any) -> Any:
-    if isinstance(value, dict) and getattr(option.type, "__name__", "") not in ("str", "_mapping"):
+    kind = getattr(option.type, "__name__", "")
+    if isinstance(value, dict) and (kind not in ("str", "_mapping") or (kind == "str" and option.nargs == "+")):
         raise TypeError
     return value
 
@@ -176,6 +177,8 @@ def _wanted(option: Action, value: Any, error: Exception) -> str:
     if isinstance(error, TypeError):
         return f"must be one value, and not a {type(value).__name__}"
     kind = getattr(option.type, "__name__", "")
+    if isinstance(error, ArgumentTypeError):
+        return f"cannot be used: {error}"
     return f"must be {_KINDS.get(kind, 'another value: ' + str(error))}"
 
 
