@@ -16,6 +16,14 @@ CURES: dict[str, str] = {
     r"DeepSpeed is not installed|No module named 'deepspeed'": (
         'DeepSpeed is not installed: pip install --no-build-isolation "hf_prefopt[deepspeed]", after torch'
     ),
+    r"No module named 'mpi4py'": (
+        "deepspeed needs a launcher: type accelerate launch -m hf_prefopt train ..., also for one device; without "
+        "DeepSpeed, leave out --deepspeed"
+    ),
+    r"Couldn't instantiate the backend tokenizer": (
+        "there is no tokenizer beside the model: copy its tokenizer.json and tokenizer_config.json into the model's "
+        "folder, or save the base model's tokenizer there (tokenizer.save_pretrained)"
+    ),
     r"requires bitsandbytes|bitsandbytes.*install|install.*bitsandbytes": (
         'bitsandbytes, which 4 and 8 bits need, is missing or too old: pip install "hf_prefopt[quantization]"'
     ),
@@ -41,6 +49,12 @@ CURES: dict[str, str] = {
     r"Cannot reach (\S+)/api/repos/create: offline mode": (
         r"push_to_hub=True needs \1, but HF_HUB_OFFLINE is set: unset HF_HUB_OFFLINE, or pass push_to_hub=False"
     ),
+    r"^(\w+) is not supported, only (.*) are supported": (
+        r"report_to=\1: there is no such tracker; choose from \2, or none"
+    ),
+    r"logging strategy .* requires non-zero": "logging_steps=0 must be at least 1; to log nothing: logging_strategy=no",
+    r"At most one of fp16 and bf16": "fp16=True and bf16=True: choose one of them",
+    r"Got warmup_steps = (\S+), Expected": r"warmup_steps=\1 must be at least 0 steps, or a share of all steps below 1",
     r"metric_for_best_model` must be provided": (
         "save_strategy=best needs a metric: pass metric_for_best_model=eval_rewards/accuracies, or another metric"
     ),

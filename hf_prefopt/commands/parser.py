@@ -162,12 +162,23 @@ def _mapping_for(setting: str) -> Callable[[str], Any]:
 
     def _mapping(text: str) -> Any:
         if Path(text).is_file():
-            return text
+            return _checked_json(text)
         if text.endswith((".json", ".yaml", ".yml")):
             raise argparse.ArgumentTypeError(f"there is no file {text}")
         return json_object(text, setting)
 
     return _mapping
+
+
+def _checked_json(file: str) -> str:
+    """Return the path. Raises `ArgumentTypeError` if it is a .json file without JSON, with the place."""
+    try:
+        if file.endswith(".json"):
+            json.loads(Path(file).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        where = f"{file}, line {error.lineno}, column {error.colno}"
+        raise argparse.ArgumentTypeError(f"{where}: invalid JSON: {error.msg[0].lower()}{error.msg[1:]}") from None
+    return file
 
 
 def _or_none(read: Callable[[str], Any]) -> Callable[[str], Any]:

@@ -150,7 +150,8 @@ _ALSO_LISTS = ("report_to", "debug", "fsdp")
 
 
 def _checked(option: Action, value: Any) -> Any:
-    if isinstance(value, dict) and getattr(option.type, "__name__", "") not in ("str", "_mapping"):
+    kind = getattr(option.type, "__name__", "")
+    if isinstance(value, dict) and (kind not in ("str", "_mapping") or (kind == "str" and option.nargs == "+")):
         raise TypeError
     return value
 
@@ -177,6 +178,8 @@ def _wanted(option: Action, value: Any, error: Exception) -> str:
         return f"{given} is not one of {', '.join(map(str, option.choices))}"
     if isinstance(error, TypeError):
         return f"{given} must be one value, and not a {type(value).__name__}"
+    if isinstance(error, ArgumentTypeError):
+        return f"{given} cannot be used: {error}"
     kind = _KINDS.get(getattr(option.type, "__name__", ""))
     return f"{given} is not {kind}" if kind else f"{given}: {error}"
 

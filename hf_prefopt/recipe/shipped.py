@@ -44,6 +44,8 @@ def find_config(given: str) -> Path:
         ValueError: If there is no such file. The message suggests similar names.
     """
     path = Path(given).expanduser()
+    if path.is_file() and path.suffix in (".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".gz"):
+        raise ValueError(f"--config {given} is a file of data, not of settings: did you mean --dataset_name {given}?")
     if path.is_file():
         return path
     if path.is_dir():

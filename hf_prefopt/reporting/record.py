@@ -74,8 +74,10 @@ def read_record(folder: str | Path) -> RunRecord:
     path = path / FILE if path.is_dir() else path
     if not path.is_file():
         raise ValueError(
-            f"{folder} has no {FILE}: the recipes and `hf_prefopt.console.finish_run` write it when a run ends; resume "
-            "an interrupted run with --resume_from_checkpoint true"
+            f"{folder}: there is no such folder: name the output_dir of a run"
+            if not Path(folder).exists()
+            else f"{folder} has no {FILE}: name the output_dir of a run that has ended (the recipes and "
+            "`hf_prefopt.console.finish_run` write it), or resume an interrupted run with --resume_from_checkpoint true"
         )
     record = RunRecord()
     for number, text in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):

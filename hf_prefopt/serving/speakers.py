@@ -52,6 +52,14 @@ class _Parts(TextStreamer):
         self._show(text)
 
 
+def _missing(folder: Path) -> str:
+    """Say why a folder holds no model; "" if it holds one."""
+    if not folder.exists():
+        return "there is no such folder, and it is not on the Hub or the Hub cannot be reached"
+    has_model = any((folder / file).is_file() for file in ("config.json", "adapter_config.json"))
+    return "" if has_model else "no config.json in it: name the output_dir of a run, or the folder of a model"
+
+
 def load_speakers(
     run: str, base: str | None = None, dtype: str = "auto", trust_remote_code: bool = False
 ) -> tuple[list[Speaker], PreTrainedTokenizerBase]:
@@ -75,9 +83,11 @@ def load_speakers(
             untrained = [_on_device(load_checkpoint(base, kwargs)[0])] if base else []
             speakers = [*(Speaker("base", model) for model in untrained), Speaker("trained", trained)]
         loaded = processing_class_of(run, kwargs, base)
-    except OSError as error:
+    except (OSError, ValueError) as error:
+        if isinstance(error, ValueError) and not _missing(Path(run)):
+            raise
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ValueError(f"{run} cannot be loaded: {reason}") from error
+        raise ValueError(f"{run} cannot be loaded: {_missing(Path(run)) or reason}") from error
     return speakers, tokenizer_of(loaded)
 
 

@@ -152,6 +152,11 @@ def _behavior() -> str:
         ("metrics of an evaluation", "means of batch means", "means over the rows"),
         ("a tie of rewards", "counts as an inaccurate pair", "counts half"),
         (
+            "end of a conversation in CPO and ORPO",
+            "adds an EOS after a template that ends with a line break, as ChatML's does: two ends of turn are scored",
+            "scores what the template writes",
+        ),
+        (
             "truncation to `max_length`",
             "cuts the end of the sequence, including its EOS",
             "cuts the end of the response and keeps its EOS",

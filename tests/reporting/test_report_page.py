@@ -158,9 +158,9 @@ def test_the_commands_write_the_pages(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["report", "{folder}/none"], "has no record.jsonl"),
+        (["report", "{folder}/none"], "none: there is no such folder"),
         (["compare", "{folder}/a"], "two runs or more"),
-        (["compare", "{folder}/a", "{folder}/none"], "has no record.jsonl"),
+        (["compare", "{folder}/a", "{folder}/none"], "none: there is no such folder"),
         (["report", "{folder}/a", "--html", "/proc/none/x.html"], "cannot be written"),
     ],
 )
