@@ -19,6 +19,7 @@ from hf_prefopt.trl.metrics import of_dpo, renamed, renamed_per_token
 
 logger = logging.getLogger(__name__)
 
+_OFFLOADING = "Whether to keep activations in CPU memory between forward and backward pass. It needs a GPU."
 _MULTIPLE = "Round padded lengths up to a multiple of this (layout padded); auto: no rounding."
 _BETA = "β of the losses."
 _SMOOTHING = "ε of the losses that support label smoothing; other values than 0.0 are an error if none does."
@@ -130,7 +131,7 @@ class DPOConfig(TRLConfig):
     )
     padding_free: bool = trl_field("padding_free", False)
     precompute_ref_batch_size: int | None = trl_field("precompute_ref_batch_size", None)
-    activation_offloading: bool = trl_field("activation_offloading", False)
+    activation_offloading: bool = field(default=False, metadata=helped(_OFFLOADING))
     pad_token: str | None = trl_field("pad_token", None)
 
     def __post_init__(self):
@@ -176,7 +177,7 @@ class KTOConfig(OneLossConfig):
         default="auto", metadata=helped(_MULTIPLE)
     )
     precompute_ref_batch_size: int | None = trl_field("precompute_ref_batch_size", None)
-    activation_offloading: bool = trl_field("activation_offloading", False)
+    activation_offloading: bool = field(default=False, metadata=helped(_OFFLOADING))
 
     def __post_init__(self):
         self.pad_to_multiple_of = _multiple(self.pad_to_multiple_of)

@@ -43,9 +43,6 @@ TRL_FIELDS: Mapping[str, Meaning] = {
         "No effect: max_tokens_per_batch bounds the batches of that pass.",
         is_idle=_is_set,
     ),
-    "activation_offloading": Meaning(
-        "Whether to keep activations in CPU memory between forward and backward pass. It needs a GPU."
-    ),
     "pad_token": Meaning("No effect: padding is never read.", is_idle=_is_set),
     "padding_value": Meaning("No effect: padding is never read.", is_idle=_is_set),
     "max_completion_length": Meaning(
