@@ -10,9 +10,10 @@ import inspect
 import textwrap
 from collections.abc import Iterator
 from functools import cache
+from typing import Any, cast
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel, PeftType, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer, _check_lora_target_modules_mamba, check_target_module_exists
 from torch import nn
@@ -39,7 +40,8 @@ def left_out(model: PreTrainedModel, peft_config: PeftConfig) -> dict[str, list[
     - PEFT does not support it under "all-linear".
     """
     text, head, everywhere = text_parts(model), model.get_output_embeddings(), is_all_linear(peft_config)
-    named, reasons = dict(model.named_modules()), {}
+    named: dict[str, Any] = dict(model.named_modules())
+    reasons: dict[str, list[str]] = {}
     for name in _chosen(model, peft_config):
         module, (parent, _, child) = named[name], name.rpartition(".")
         reason = None
@@ -51,7 +53,7 @@ def left_out(model: PreTrainedModel, peft_config: PeftConfig) -> dict[str, list[
             reason = f"{type(module).__name__} has a different output than a linear layer"
         elif everywhere and _is_refused(child, model, peft_config):
             reason = "Mamba's fused kernel bypasses adapters"
-        elif child in weights_read_past(type(named[parent])):
+        elif child in weights_read_past(type(named[parent])):  # type: ignore[arg-type]  # classes are hashable
             reason = f"{type(named[parent]).__name__} reads their weights directly, bypassing an adapter"
         if reason is not None:
             reasons.setdefault(reason, []).append(name)
@@ -69,7 +71,8 @@ def unreached_adapters(model: PeftModel) -> list[str]:
     base = model.get_base_model()
     text = text_parts(base) if isinstance(base, PreTrainedModel) else []
     adapted = (name for name, module in base.named_modules() if isinstance(module, BaseTunerLayer))
-    head = next((name for name, module in base.named_modules() if module is base.get_output_embeddings()), "")
+    output = cast(PreTrainedModel, base).get_output_embeddings()
+    head = next((name for name, module in base.named_modules() if module is output), "")
     return [name for name in adapted if text and not _is_in(name, [*text, head])]
 
 
@@ -150,7 +153,7 @@ def _with_defaults(model: PreTrainedModel, peft_config: PeftConfig) -> PeftConfi
     """Return the configuration; if it has no target modules, with PEFT's default target modules for the model type."""
     if getattr(peft_config, "target_modules", None) or getattr(peft_config, "target_parameters", None):
         return peft_config
-    tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(peft_config.peft_type)
+    tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(cast(PeftType, peft_config.peft_type))
     known = getattr(tuner, "target_module_mapping", {}).get(model.config.model_type)
     if known is None or not hasattr(peft_config, "target_modules"):
         return peft_config

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from transformers import TrainingArguments
@@ -47,7 +47,10 @@ class PreferenceConfig(TrainingArguments):
         TypeError: the field does not exist; for names from other libraries, the message says what to use instead.
     """
 
-    _VALID_DICT_FIELDS: ClassVar[list[str]] = [
+    if TYPE_CHECKING:
+        output_dir: str  # TrainingArguments replaces None with a name
+
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [  # type: ignore[misc]  # there, it is annotated as an attribute
         *TrainingArguments._VALID_DICT_FIELDS,
         "chat_template_kwargs",
         "column_mapping",
@@ -273,7 +276,7 @@ class PreferenceConfig(TrainingArguments):
             "micro-batch. A loss that is not finite stops the run in any case."
         ),
     )
-    bf16: bool | None = field(
+    bf16: bool | None = field(  # type: ignore[assignment]  # None until __post_init__
         default=None, metadata=_help("bf16 autocast; by default on if the hardware is fast in bf16 and fp16 is off.")
     )
 

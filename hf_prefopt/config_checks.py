@@ -103,9 +103,11 @@ def _check_mapping(mapping: Any) -> None:
 
 
 # Arguments that the code that renders conversations sets itself.
-_RENDERING = ("messages", "conversation", "tools", "add_generation_prompt", "continue_final_message", "tokenize")
-_RENDERING += ("padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask")
-_RENDERING += ("tokenizer_kwargs",)
+_RENDERING = (
+    *("messages", "conversation", "tools", "add_generation_prompt", "continue_final_message", "tokenize"),
+    *("padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask"),
+    "tokenizer_kwargs",
+)
 
 
 def check_template_kwargs(name: str, kwargs: Any) -> None:

@@ -4,14 +4,14 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from hf_prefopt.config import PreferenceConfig
-from hf_prefopt.data.column_layouts import fitting_kinds
+from hf_prefopt.data.column_layouts import FoundLayout, fitting_kinds
 from hf_prefopt.data.columns import (
     choose_columns,
     column_names,
@@ -71,7 +71,7 @@ def inspect_dataset(
     Raises:
         ValueError: If the columns cannot be read, no row can be used, or a setting is invalid.
     """
-    losses = {} if loss_type is None else {"loss_type": loss_type}
+    losses: dict[str, Any] = {} if loss_type is None else {"loss_type": loss_type}
     args = PreferenceConfig("unused", report_to="none", **losses, **settings)
     on_bad_rows, args.on_bad_rows = args.on_bad_rows, "drop"
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
@@ -79,7 +79,9 @@ def inspect_dataset(
     is_stream = isinstance(dataset, IterableDataset)
     given = _beginning(dataset, stream_rows) if is_stream else dataset
     check_rows(given, name)
-    settled, kinds, errors = settings_of_rows(args), (), []
+    settled = settings_of_rows(args)
+    kinds: tuple[ExampleKind, ...] = ()
+    errors: list[str] = []
     with _said(name) as remarks:
         if losses:
             made, errors = _checked(PreferenceData(args, tokenizer), given, name)
@@ -92,7 +94,7 @@ def inspect_dataset(
         errors.insert(0, describe_bad_rows(name, problems))
     return Inspection(
         name=name,
-        **_columns(made, args.column_mapping or {}, column_names(given)),
+        **_columns(made, cast("Mapping[str, str]", args.column_mapping or {}), column_names(given)),
         kinds=tuple(kind.name for kind in kinds),
         is_beginning=is_stream,
         settings=_settings(args, {**losses, **settings}),
@@ -166,13 +168,13 @@ def _columns(made: Prepared, mapping: Mapping[str, str], given: Sequence[str]) -
     """Return how the columns are read, with their names in the given data set."""
     layout, columns = made.layout, column_names(made.raw)
     if layout is None:
-        return {"layout": "prepared rows", "content": "tokens", "columns": {}, "numbers": {}} | _NOT_USED
+        return {"layout": "prepared rows", "content": "tokens", "columns": {}, "numbers": {}, **_NOT_USED}
     unused = unused_columns(layout, columns)
     before = {new: column for new, column in mapping.items() if column in given}
     numbers = optional_columns(layout.format.kind, columns)
     return {
         "layout": layout.name,
-        "content": _content(made),
+        "content": _content(layout, made.raw),
         "columns": {part: before.get(column, column) for part, column in layout.columns.items()},
         "numbers": {name: before.get(column, column) for name, column in numbers.items()},
         "unused": tuple(column for column in unused if not is_about_the_row(column)),
@@ -183,11 +185,11 @@ def _columns(made: Prepared, mapping: Mapping[str, str], given: Sequence[str]) -
 _NOT_USED: Mapping[str, tuple[str, ...]] = {"unused": (), "about_the_row": ()}
 
 
-def _content(made: Prepared) -> str:
+def _content(layout: FoundLayout, rows: Any) -> str:
     """Return the content type of the first readable row: messages, text or tokens."""
-    for row in islice(iter(made.raw), 100):
+    for row in islice(iter(rows), 100):
         try:
-            return made.layout.read(row).content_type
+            return layout.read(row).content_type
         except BadRow:
             continue
     return "text"

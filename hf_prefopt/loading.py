@@ -9,7 +9,7 @@ import logging
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -109,6 +109,11 @@ def holds_adapter(run: str) -> bool:
         return False
 
 
+def tokenizer_of(processing_class: PreTrainedTokenizerBase | ProcessorMixin) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a processor; a tokenizer is returned as it is."""
+    return cast(PreTrainedTokenizerBase, getattr(processing_class, "tokenizer", processing_class))
+
+
 def load_processing_class(
     model: nn.Module, init_kwargs: dict[str, Any] | None, name: str | None = None
 ) -> PreTrainedTokenizerBase | ProcessorMixin:
@@ -183,7 +188,8 @@ def load_checkpoint(name: str, kwargs: dict[str, Any]) -> tuple[PreTrainedModel,
         config = AutoConfig.from_pretrained(config or name, **read)
     is_remote = kwargs.get("trust_remote_code") and hasattr(config, "auto_map")
     loader = AutoModelForCausalLM if is_remote else model_class(config)
-    model, info = loader.from_pretrained(name, output_loading_info=True, **kwargs)
+    # With `output_loading_info`, `from_pretrained` returns a pair, which its annotation omits.
+    model, info = cast("tuple[PreTrainedModel, dict]", loader.from_pretrained(name, output_loading_info=True, **kwargs))
     if missing := sorted(info["missing_keys"]):
         raise ValueError(
             f"{name} has no weights for {_some(missing)} of {type(model).__name__}, which would be random: the "
@@ -234,7 +240,7 @@ def _make_room_for_tokens(base: PreTrainedModel, name: str, init_kwargs: dict[st
     """Resize the embeddings if the adapter's tokenizer has more tokens, as PEFT does."""
     if _has_file(name, "tokenizer_config.json", init_kwargs):
         tokens = len(AutoTokenizer.from_pretrained(name, **_hub_arguments(init_kwargs)))
-        embeddings = base.get_input_embeddings().weight.shape[0]
+        embeddings = len(base.get_input_embeddings().get_parameter("weight"))
         if tokens > embeddings:
             said = "the tokenizer of %s has %d tokens, but the base model has %d embeddings: adding new embeddings"
             logger.warning(said, name, tokens, embeddings)

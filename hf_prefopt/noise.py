@@ -1,6 +1,7 @@
 """Suppress messages that libraries log whenever they are imported and that do not concern the run."""
 
 import logging
+from functools import partial
 
 # Logger name: beginning of the message.
 MESSAGES = {
@@ -12,4 +13,8 @@ MESSAGES = {
 def leave_out_noise() -> None:
     """Filter these messages, and only these, out of the loggers of their libraries."""
     for name, beginning in MESSAGES.items():
-        logging.getLogger(name).addFilter(lambda record, noise=beginning: not str(record.msg).startswith(noise))
+        logging.getLogger(name).addFilter(partial(_is_other, beginning))
+
+
+def _is_other(beginning: str, record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith(beginning)

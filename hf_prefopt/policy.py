@@ -4,7 +4,7 @@ import copy
 import logging
 import re
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 from peft import PeftConfig, PeftModel, PeftType, get_layer_status, get_peft_model
 from peft.tuners.adaption_prompt import AdaptionPromptModel
@@ -17,6 +17,7 @@ from transformers.trainer_utils import number_of_arguments
 from hf_prefopt.adapted import LOST, UNREACHED, left_out, lost_adapters, unreached_adapters
 
 logger = logging.getLogger(__name__)
+_Model = TypeVar("_Model", bound=nn.Module)
 
 
 def with_adapter(model: PreTrainedModel, peft_config: PeftConfig | None) -> PreTrainedModel | PeftModel:
@@ -54,7 +55,7 @@ def under_adapter(
     return policy_of_trial if number_of_arguments(model_init) else fresh_policy
 
 
-def sample_of(model_init: Callable[..., PreTrainedModel]) -> PreTrainedModel:
+def sample_of(model_init: Callable[..., PreTrainedModel | PeftModel]) -> PreTrainedModel | PeftModel:
     """Call a `model_init` as the Trainer does outside a hyperparameter search."""
     return model_init(None) if number_of_arguments(model_init) else model_init()
 
@@ -74,7 +75,7 @@ def _adapted(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
         adapted = get_peft_model(model, _without(peft_config, reasons))
     for reason, names in reasons.items():
         said = "target_modules=%r: %d layers get no adapter (%s): %s"
-        logger.warning(said, peft_config.target_modules, len(names), _short(names), reason)
+        logger.warning(said, getattr(peft_config, "target_modules", None), len(names), _short(names), reason)
     if still := _lost(adapted) if lost else []:
         raise ValueError(
             f"PEFT saves the adapters of {len(still)} modules ({_short(still)}) but does not load them again: remove "
@@ -90,7 +91,7 @@ def _applied(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
     except ValueError as error:
         if not re.match("Target modules .* not found in the base model", str(error)):
             raise
-        wanted = peft_config.target_modules
+        wanted: Any = getattr(peft_config, "target_modules", None)
         there = dict.fromkeys(
             name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)
         )
@@ -130,7 +131,8 @@ def _without(peft_config: PeftConfig, reasons: dict[str, list[str]]) -> PeftConf
     names = [name for part in reasons.values() for name in part]
     if not names:
         return peft_config
-    changed, excluded = copy.deepcopy(peft_config), peft_config.exclude_modules
+    changed: Any = copy.deepcopy(peft_config)  # of a method that has target modules
+    excluded = changed.exclude_modules
     if isinstance(excluded, str):  # a pattern of whole names
         changed.exclude_modules = "|".join([f"(?:{excluded})", *map(re.escape, names)])
     else:
@@ -152,7 +154,7 @@ def _has_adapters(module: nn.Module) -> bool:
     return isinstance(module, BaseTunerLayer) and bool(module._get_available_adapters())
 
 
-def _called_late(model: nn.Module) -> nn.Module:
+def _called_late(model: _Model) -> _Model:
     """Make PEFT's adaption-prompt wrapper call the model's current forward instead of the forward it stored."""
     tuner = getattr(model, "base_model", None)
     if isinstance(tuner, AdaptionPromptModel):

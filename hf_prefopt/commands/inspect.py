@@ -21,7 +21,7 @@ from hf_prefopt.config import PreferenceConfig
 from hf_prefopt.data.files import load_splits
 from hf_prefopt.data.splits import training_split
 from hf_prefopt.inspection import inspect_dataset
-from hf_prefopt.loading import processing_class_of
+from hf_prefopt.loading import processing_class_of, tokenizer_of
 from hf_prefopt.reporting.inspection_html import write_inspection
 from hf_prefopt.reporting.inspection_text import CHARACTERS, print_inspection
 
@@ -109,7 +109,7 @@ def _tokenizer(options: Namespace) -> PreTrainedTokenizerBase:
         raise ValueError(
             f"--model {options.model}: no tokenizer in such a folder, nor on the Hub: {_line(error)}"
         ) from error
-    return getattr(loaded, "tokenizer", loaded)
+    return tokenizer_of(loaded)
 
 
 def _line(error: Exception) -> str:

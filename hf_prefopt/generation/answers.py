@@ -3,7 +3,7 @@
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,8 +18,9 @@ Problem = Mapping[str, Any]
 
 def messages_of(problem: Problem | str) -> list[dict[str, Any]]:
     """Convert a text, or a row with a column `prompt` (text or messages) or `question`, to messages."""
-    prompt = problem
-    if not isinstance(problem, str):
+    if isinstance(problem, str):
+        prompt: Any = problem
+    else:
         prompt = problem["prompt"] if "prompt" in problem else problem["question"]
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
 
@@ -66,7 +67,7 @@ def generate_answers(
     device = device_of(model)
     # Under PEFT, generate calls the inner model, which the engine's own autocast does not wrap.
     with torch.no_grad(), evaluation_mode(model), random_states_kept(), autocast or nullcontext():
-        output = model.generate(
+        output = cast(Any, model).generate(
             input_ids=input_ids.to(device),
             attention_mask=attention_mask.to(device),
             use_cache=True,

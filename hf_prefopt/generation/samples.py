@@ -58,7 +58,7 @@ class SampleGenerationsCallback(TrainerCallback):
         self._trainer, self._prompts, self._given = trainer, list(prompts), reference
         self._settings, self._batch_size = generation_settings(max_new_tokens, temperature), batch_size
         self._name = name
-        self._console = console or Console(quiet=trainer.args.disable_tqdm)
+        self._console = console or Console(quiet=bool(trainer.args.disable_tqdm))
         self.rows: list[dict[str, str]] = []
 
     def on_train_begin(self, args, state, control, **_):

@@ -141,6 +141,7 @@ class ExampleKind(ABC):
         if name in self.batch_inputs:
             return batch[name] if name in batch else self._left_out(name, batch)
         match = self._pattern.fullmatch(name)
+        assert match is not None, f"{name} is not an input of {self.name}"
         which = match["which"] if match["model"] else match["of"]
         places = batch[self.responses[which.removesuffix("_")]]
         return getattr(scores[match["model"] or "policy"], match["statistic"] or match["length"])[places]

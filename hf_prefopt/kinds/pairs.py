@@ -21,7 +21,7 @@ class Pairs(ExampleKind):
 
     name = "pairs"
     wanted = "pairs: rows with `chosen` and `rejected`"
-    columns = ("pairs",)
+    columns: tuple[str, ...] = ("pairs",)
     responses = {"chosen": "chosen", "rejected": "rejected", "prompt": "prompts"}  # noqa: RUF012
     optional_columns = {  # noqa: RUF012
         "weights": WEIGHT,
@@ -33,7 +33,7 @@ class Pairs(ExampleKind):
     }
     batch_inputs = ("rows", "pair_in_row", "chosen_token_weights", "rejected_token_weights", *optional_columns)
     rewarded = ("chosen", "rejected")
-    metric_inputs = ("policy_chosen_logps", "policy_rejected_logps")
+    metric_inputs: tuple[str, ...] = ("policy_chosen_logps", "policy_rejected_logps")
 
     def index(self, rows: Sequence[Mapping[str, Any]], places: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
         """`chosen`, `rejected`, from the column `pairs`: (chosen, rejected) indices into the row's responses."""

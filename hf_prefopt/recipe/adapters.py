@@ -50,7 +50,8 @@ def check_model_options(model: ModelOptions) -> None:
 
 def check_model_is_there(model: ModelOptions) -> None:
     """Raise `ValueError` if the model exists neither as a local folder nor on the Hub."""
-    name, folder = model.model_name_or_path, Path(model.model_name_or_path).expanduser()
+    name = model.model_name_or_path or ""
+    folder = Path(name).expanduser()
     if folder.is_dir():
         if not any((folder / file).is_file() for file in ("config.json", "adapter_config.json")):
             raise ValueError(
@@ -124,9 +125,10 @@ def loading_arguments(model: ModelOptions, others: dict[str, Any] | None = None)
     Raises:
         ValueError: If `model_init_kwargs` contains an argument that has a separate option.
     """
-    twice = [name for name in LOADING if name in (others or {})]
+    others = others or {}
+    twice = [name for name in LOADING if name in others]
     if twice:
         options = ", ".join(f"--{LOADING[name]} {others[name]}" for name in twice)
         raise ValueError(f"model_init_kwargs has {', '.join(twice)}: set it by its own option, {options}")
     chosen = {name: getattr(model, option) for name, option in LOADING.items()}
-    return {**(others or {}), **{name: value for name, value in chosen.items() if value is not None}}
+    return {**others, **{name: value for name, value in chosen.items() if value is not None}}

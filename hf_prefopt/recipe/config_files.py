@@ -105,7 +105,7 @@ def _values(file: Path) -> dict[str, Any]:
     return found
 
 
-_TYPES = {list: "list", str: "text"}
+_TYPES: dict[type, str] = {list: "list", str: "text"}
 
 
 def _fault(error: yaml.MarkedYAMLError) -> str:
@@ -158,7 +158,7 @@ def _checked(option: Action, value: Any) -> Any:
 def _scalar(option: Action, value: Any) -> Any:
     if isinstance(value, bool) and not _is_switch(option):
         raise TypeError
-    read = option.type(str(value)) if option.type else value
+    read = option.type(str(value)) if callable(option.type) else value
     if option.choices is not None and read not in option.choices:
         raise ValueError
     return read

@@ -3,7 +3,7 @@
 import json
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from datasets import Dataset, IterableDataset
 
@@ -17,7 +17,7 @@ from hf_prefopt.recipe.mixture import load_mixture
 from hf_prefopt.recipe.options import DataOptions
 from hf_prefopt.recipe.shipped import SHIPPED_DATA, shipped
 
-Rows = Dataset | IterableDataset | Mixture
+Rows: TypeAlias = Dataset | IterableDataset | Mixture
 
 
 def check_data_options(data: DataOptions) -> None:
@@ -72,7 +72,7 @@ def load_pairs(data: DataOptions, training: PreferenceConfig) -> tuple[Rows, Row
 
 def _load(data: DataOptions, training: PreferenceConfig) -> tuple[Rows, Rows | None]:
     """Load the rows of `dataset_name`; see `hf_prefopt.data.files` and `hf_prefopt.data.splits`."""
-    splits = load_splits(_found(data.dataset_name), data.dataset_config, data.dataset_streaming)
+    splits = load_splits(_found(str(data.dataset_name)), data.dataset_config, data.dataset_streaming)
     trained = training_split(splits, data.dataset_train_split)
     train, evaluated = not_too_long(splits[trained], data.longest_row), None
     if data.test_split_size is None:
@@ -99,7 +99,7 @@ def _found(name: str) -> str:
 def _load_mixture(data: DataOptions, training: PreferenceConfig) -> tuple[Mixture, Mixture | None]:
     """Load the rows of `datasets`; see `mixture.py`."""
     keep = partial(not_too_long, longest=data.longest_row)
-    train, test = load_mixture(data.datasets, data.dataset_streaming, training.seed, keep, _reading(training))
+    train, test = load_mixture(data.entries, data.dataset_streaming, training.seed, keep, _reading(training))
     if data.test_split_size is not None:
         train, test = train.hold_out(data.test_split_size)
     if test is not None:

@@ -2,11 +2,11 @@
 
 import json
 import random
-from typing import Any
+from typing import Any, TypeAlias
 
 from datasets import Dataset, IterableDataset
 
-Rows = Dataset | IterableDataset
+Rows: TypeAlias = Dataset | IterableDataset
 
 
 def not_too_long(rows: Any, longest: int | None) -> Any:

@@ -8,9 +8,9 @@ import runpy
 import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from hf_prefopt.recipe.mixture import read_entries
+from hf_prefopt.recipe.mixture import Entry, read_entries
 
 
 def _help(text: str, **others: Any) -> dict[str, Any]:
@@ -63,6 +63,11 @@ class DataOptions:
             raise ValueError(
                 f"test_split_size={self.test_split_size} must be a share above 0 and below 1, such as 0.05"
             )
+
+    @property
+    def entries(self) -> list[Entry]:
+        """The entries of `datasets`, which `__post_init__` has read."""
+        return cast("list[Entry]", self.datasets or [])
 
 
 @dataclass

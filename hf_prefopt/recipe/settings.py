@@ -4,7 +4,7 @@ import os
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, cast
 
 from hf_prefopt.config import PreferenceConfig
 from hf_prefopt.recipe.adapters import ADAPTER_LEARNING_RATE, check_model_options, loading_arguments, trains_adapter
@@ -35,7 +35,7 @@ class Recipe:
     @property
     def data_names(self) -> str | list[str]:
         """Names of the data sets, for the model card."""
-        return [entry.path for entry in self.data.datasets] if self.data.datasets else self.data.dataset_name
+        return [entry.path for entry in self.data.entries] if self.data.datasets else str(self.data.dataset_name)
 
 
 def read_recipe(options: Namespace) -> Recipe:
@@ -66,7 +66,8 @@ def read_recipe(options: Namespace) -> Recipe:
     training = PreferenceConfig(**_of(PreferenceConfig, settings))
     if training.do_predict:
         raise ValueError("do_predict=True has no effect: `train` trains and evaluates; leave it out")
-    training.model_init_kwargs = loading_arguments(model, training.model_init_kwargs)
+    others = cast("dict[str, Any] | None", training.model_init_kwargs)  # JSON is read by now
+    training.model_init_kwargs = loading_arguments(model, others)
     return Recipe(run, data, model, training, settings, tuple(environment), options.command_line)
 
 

@@ -90,7 +90,7 @@ class CachedReference:
             MissingLogProbs: some are not cached, and the reference has been released.
         """
         keys = batch["response_keys"]
-        if self.any_rank(self.store.missing(keys).any()):
+        if self.any_rank(bool(self.store.missing(keys).any())):
             return self.compute(batch)
         token_logps = torch.cat(self.store.get(keys)).to(batch["targets"].device, non_blocking=True)
         return ResponseScores(token_logps, batch["response_index"], batch["response_lengths"])

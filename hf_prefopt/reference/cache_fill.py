@@ -62,8 +62,9 @@ def take_inventory(dataset: Any) -> Inventory:
                 if key not in seen:
                     seen[key] = None
                     columns.extend((index, which, prompt, len(prompt_ids) + len(responses[which][0])))
-    rows, which, prompts, lengths = np.frombuffer(columns, dtype=np.int64).reshape(-1, 4).T
-    return Inventory(list(seen), rows, which, np.unique(prompts, return_inverse=True)[1], lengths)
+    table = np.frombuffer(columns, dtype=np.int64).reshape(-1, 4)
+    prompts = np.unique(table[:, 2], return_inverse=True)[1]
+    return Inventory(list(seen), table[:, 0], table[:, 1], prompts, table[:, 3])
 
 
 def plan_batches(inventory: Inventory, missing: np.ndarray, tokens: int) -> list[np.ndarray]:
@@ -200,7 +201,7 @@ class CacheFiller:
     ):
         self._reference, self._collate, self._accelerator = reference, collate, accelerator
         self._tokens, self._silent = tokens, silent
-        self._filled: set[str] = set()
+        self._filled: set[str | None] = set()
 
     def fill(self, dataset: Any, name: str) -> bool:
         """Compute the missing log-probs of a dataset.

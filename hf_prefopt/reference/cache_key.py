@@ -12,13 +12,13 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 import xxhash
 from accelerate.utils import align_module_device
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 
 from hf_prefopt.batch import PreferenceBatch
@@ -90,7 +90,8 @@ def fingerprint(model: nn.Module, temperature: float, autocast_dtype: torch.dtyp
         autocast_dtype: what matrix products run in, where autocast makes it another dtype than the weights'.
     """
     acting = _acting_adapters(model)
-    adapters = [_settings(model.peft_config[name].to_dict(), _BESIDE_THE_POINT_OF_ADAPTERS) for name in acting]
+    configs = cast("Mapping[str, PeftConfig]", getattr(model, "peft_config", {}))
+    adapters = [_settings(configs[name].to_dict(), _BESIDE_THE_POINT_OF_ADAPTERS) for name in acting]
     facts = {
         "model": _settings(base_causal_lm(model).config.to_dict(), _BESIDE_THE_POINT),
         "adapters": adapters,
@@ -164,7 +165,8 @@ def _renaming(model: nn.Module) -> Any:
     output."""
     causal_lm = base_causal_lm(model)
     inside = next(name for name, module in model.named_modules() if module is causal_lm)
-    hidden, places = [], {}
+    hidden: list[str] = []
+    places: dict[str, str] = {}
     for path, layer in model.named_modules():
         if not hasattr(layer, "adapter_layer_names"):
             continue
@@ -204,4 +206,4 @@ def _quantization(parameter: nn.Parameter, owner: nn.Module) -> Iterator[tuple[s
 def _digest(tensor: Tensor) -> str:
     """dtype, shape and bytes."""
     data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return f"{tensor.dtype} {tuple(tensor.shape)} {xxhash.xxh3_128_hexdigest(data)}"
+    return f"{tensor.dtype} {tuple(tensor.shape)} {xxhash.xxh3_128_hexdigest(data.data)}"

@@ -111,7 +111,7 @@ def _as_array(keys: Sequence[bytes]) -> np.ndarray:
 def _digest(keys: Tensor, offsets: Tensor, logps: Tensor) -> str:
     digest = xxhash.xxh3_128()
     for tensor in (keys, offsets, logps):
-        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

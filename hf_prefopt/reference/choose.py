@@ -1,9 +1,12 @@
 """Choose the reference of a run from the configuration; "auto" depends on the model."""
 
+from typing import cast
+
 import torch
-from peft import LoraModel, PeftModel
+from peft import LoraModel, PeftModel, PeftType
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.integrations import dequantize_module_weight
@@ -40,14 +43,14 @@ def choose_reference(setting: str, model: nn.Module, ref_model: nn.Module | None
     check_reference(setting, model, ref_model, needed)
     if not needed:
         return None
-    if setting.startswith("adapter:"):
+    if isinstance(model, PeftModel) and setting.startswith("adapter:"):
         return named_adapter(model, setting.removeprefix("adapter:"))
     if setting == "auto":
         setting = _automatic(model, ref_model)
     # The configuration has turned "cache" into "auto", and sync_ref_model=True into "copy".
-    if setting == "model":
+    if setting == "model" and ref_model is not None:
         return separate_model(ref_model)
-    return adapter_off(model) if setting == "adapter_off" else frozen_copy(model)
+    return adapter_off(model) if isinstance(model, PeftModel) and setting == "adapter_off" else frozen_copy(model)
 
 
 def _automatic(model: nn.Module, ref_model: nn.Module | None) -> str:
@@ -83,7 +86,9 @@ def trained_beneath(model: PeftModel) -> list[str]:
 
 def adapter_parameters(model: PeftModel) -> dict[str, nn.Parameter]:
     """Return the parameters of all adapters by name, including inactive and frozen adapters."""
-    prefixes = (PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type) for config in model.peft_config.values())
+    prefixes = (
+        PEFT_TYPE_TO_PREFIX_MAPPING.get(cast(PeftType, config.peft_type)) for config in model.peft_config.values()
+    )
     marks = [*filter(None, prefixes), "modules_to_save.", "trainable_tokens_", "prompt_encoder."]
     return {name: p for name, p in model.named_parameters() if any(mark in name for mark in marks)}
 
@@ -110,7 +115,7 @@ def _keeps_magnitudes(layer: LoraLayer, adapter: str) -> bool:
     """Return True for DoRA whose magnitudes equal the norms of the base weights; False for other LoRA variants."""
     if adapter not in layer.lora_magnitude_vector:
         return False
-    dora = layer.lora_magnitude_vector[adapter]
+    dora = cast(DoraLinearLayer, layer.lora_magnitude_vector[adapter])
     norms = dora.get_weight_norm(dequantize_module_weight(layer.get_base_layer()), 0.0, 0.0)
     return torch.equal(norms.to(dora.weight), dora.weight)
 
@@ -138,12 +143,12 @@ def check_reference(setting: str, model: nn.Module, ref_model: nn.Module | None,
             f"ref_model is the policy itself or shares {len(shared)} trainable parameters with the policy "
             f"({shared[0]}, …), so training would change the reference: remove ref_model to use a frozen copy"
         )
-    if setting.startswith("adapter") and not isinstance(model, PeftModel):
-        raise ValueError(
-            f"reference={setting!r} needs a PEFT model, but the policy is {type(model).__name__}: pass "
-            "peft_config, or leave reference out"
-        )
     if setting.startswith("adapter"):
+        if not isinstance(model, PeftModel):
+            raise ValueError(
+                f"reference={setting!r} needs a PEFT model, but the policy is {type(model).__name__}: pass "
+                "peft_config, or leave reference out"
+            )
         _refuse_changed_base(setting, model)
         _refuse_what_trains_along(setting, model)
 

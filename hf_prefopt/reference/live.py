@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from hf_prefopt.batch import PreferenceBatch, ResponseScores
@@ -166,7 +167,7 @@ def named_adapter(model: PeftModel, name: str) -> LiveReference:
         finally:
             model.set_adapter(policy)
             if len(all_active) > 1:
-                model.base_model.set_adapter(all_active)
+                cast(BaseTuner, model.base_model).set_adapter(all_active)
             # set_adapter makes the adapter that it activates trainable, and the previous one not trainable.
             for parameter in model.parameters():
                 parameter.requires_grad_(False)

@@ -4,8 +4,9 @@ Only `gathered` communicates. Elsewhere a rank replaces its shard of the paramet
 engine gathers those as it would have gathered the parameter's.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +45,7 @@ def gathered(parameter: nn.Parameter) -> Iterator[Tensor]:
             yield parameter.data
     elif isinstance(parameter, DTensor):
         # Shards in CPU memory are gathered on the device, because the process group is the device's.
-        yield parameter.detach().to(parameter.device_mesh.device_type).full_tensor()
+        yield cast(DTensor, parameter.detach().to(parameter.device_mesh.device_type)).full_tensor()
     else:
         yield parameter.data
 
@@ -60,7 +61,7 @@ def shard_of(parameter: nn.Parameter, values: Tensor) -> Tensor:
         )
         return values[tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))].clone()
     size = local_shard(parameter).numel()
-    start = torch.distributed.get_rank(parameter.ds_process_group) * size
+    start = torch.distributed.get_rank(cast(Zero3Parameter, parameter).ds_process_group) * size
     part = values.flatten()[start : start + size]
     return torch.cat([part, part.new_zeros(size - len(part))])
 
@@ -103,6 +104,15 @@ def is_sharded(parameter: nn.Parameter) -> bool:
     return isinstance(parameter, DTensor) or is_zero3_partitioned(parameter)
 
 
-def is_zero3_partitioned(parameter: nn.Parameter) -> bool:
+class Zero3Parameter(nn.Parameter):
+    """What ZeRO-3 adds to a parameter, for type checkers."""
+
+    ds_tensor: Any
+    ds_status: Any
+    ds_process_group: Any
+    partition: Callable[[], None]
+
+
+def is_zero3_partitioned(parameter: nn.Parameter) -> TypeGuard[Zero3Parameter]:
     """Whether ZeRO-3 shards a parameter, which is then empty while it is not in use."""
     return hasattr(parameter, "ds_tensor")

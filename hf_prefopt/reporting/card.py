@@ -102,7 +102,7 @@ def model_card(facts: CardFacts, tags: str | list[str] | None = None, **metadata
         **{name: value for name, value in known.items() if value is not None},
     )
     losses = [_loss_line(loss, len(facts.losses)) for loss in facts.losses]
-    setup = facts.setup | ({"hardware": facts.hardware} if facts.hardware else {})
+    setup = {**facts.setup, **({"hardware": facts.hardware} if facts.hardware else {})}
     sections = [
         f"# {facts.model_name}",
         _summary(facts),

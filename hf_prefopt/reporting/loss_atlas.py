@@ -10,13 +10,14 @@ is −30 nats, and hyperparameters have their defaults.
 import io
 import sys
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_prefopt.kinds import PAIRS
 from hf_prefopt.kinds.made_up import made_up_examples
-from hf_prefopt.losses.registry import LossSpec, get_loss, list_losses
+from hf_prefopt.losses.registry import LossSpec, RunningState, get_loss, list_losses
 
 WIDEST = 20.0  # nats
 POINTS = 81
@@ -47,19 +48,19 @@ class Curve:
 def curve_of(spec: LossSpec, points: int = POINTS) -> Curve:
     """Compute the loss of one pair at each h, in float64."""
     h = torch.linspace(-WIDEST, WIDEST, points, dtype=torch.float64, requires_grad=True)
-    run = {name: value for name, value in RUN.items() if name in spec.run_inputs}
+    run: dict[str, Any] = {name: value for name, value in RUN.items() if name in spec.run_inputs}
     if spec.state is not None:
-        run["state"] = _state_after(spec, h.detach(), STEPS)
+        run["state"] = _state_after(spec, spec.state, h.detach(), STEPS)
     losses = torch.stack([spec(**_inputs(spec, value[None]), **run).loss for value in h])
     (gradients,) = torch.autograd.grad(losses.sum(), h)
     return Curve(h.detach(), losses.detach(), gradients)
 
 
-def _state_after(spec: LossSpec, h: Tensor, steps: int) -> dict[str, Tensor]:
+def _state_after(spec: LossSpec, running: RunningState, h: Tensor, steps: int) -> dict[str, Tensor]:
     """Return the state of the loss after `steps` updates, each with the batch of all pairs."""
-    state = {name: h.new_tensor(value) for name, value in spec.state.initial.items()}
+    state = {name: h.new_tensor(value) for name, value in running.initial.items()}
     for _ in range(steps):
-        state = spec.state.update(state, **_inputs(spec, h), **spec.defaults)
+        state = running.update(state, **_inputs(spec, h), **spec.defaults)
     return state
 
 

@@ -99,7 +99,7 @@ class Responses:
     @cached_property
     def compares(self) -> np.ndarray:
         """`[B]` bool: True if an example has both chosen and rejected responses."""
-        return self.chosen.any(1) & self.rejected.any(1)
+        return np.logical_and(self.chosen.any(1), self.rejected.any(1))
 
     def side(self, values: np.ndarray, which: np.ndarray) -> np.ndarray:
         """Compute `[B]`, the mean of `values` over the responses in the mask `which`, both `[B, K]`; NaN if none is."""
@@ -133,7 +133,7 @@ class Responses:
         sides = {"chosen": self.chosen, "rejected": self.rejected}
         if not kind.has_preferences:
             sides = {"responses": self.present}
-        found = {}
+        found: dict[str, float] = {}
         measures = {"lengths": self.lengths, "logps_per_token": self.logps, "log_ratios": self.log_ratios}
         for name, values in measures.items():
             if values is not None:

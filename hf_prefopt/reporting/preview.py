@@ -59,7 +59,8 @@ def render_row(row: ShownRow, characters: int | None = None) -> RenderableType:
 
 def legend() -> Text:
     """Return the legend of the brackets and colors."""
-    names = {"prompt": "prompt", "scored": "scored", "masked": "response, not scored", "cut": "cut by max_length"}
+    names: dict[State, str] = {"prompt": "prompt", "scored": "scored", "masked": "response, not scored"}
+    names["cut"] = "cut by max_length"
     shown = Text()
     for state, name in names.items():
         begin, end = BRACKETS.get(state, ("", ""))

@@ -29,7 +29,7 @@ def serve_command(repository: str, base_model: str, adapter: PeftConfig | None) 
     if adapter is None:
         return f"vllm serve {repository}"
     name = Path(repository).name
-    if beside_its_base(adapter):
+    if isinstance(adapter, LoraConfig) and beside_its_base(adapter):
         rank = largest_rank(adapter)
         room = "" if rank <= _RANKS[0] else f" --max-lora-rank {next(size for size in _RANKS if size >= rank)}"
         return f"vllm serve {base_model} --enable-lora --lora-modules {name}={repository}{room}"
@@ -49,4 +49,4 @@ def beside_its_base(adapter: PeftConfig) -> bool:
 
 def largest_rank(adapter: LoraConfig) -> int:
     """Return the largest rank of a LoRA adapter."""
-    return max([adapter.r, *adapter.rank_pattern.values()])
+    return max([adapter.r, *(adapter.rank_pattern or {}).values()])

@@ -79,8 +79,7 @@ def loss_texts(objective: Objective) -> list[str]:
 
 def model_text(model: nn.Module, args: PreferenceConfig) -> str:
     """Describe the model: class, number of trainable parameters, adapter, and precision."""
-    is_adapter = isinstance(model, PeftModel)
-    name = type(model.get_base_model() if is_adapter else model).__name__
+    name = type(model.get_base_model() if isinstance(model, PeftModel) else model).__name__
     sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
     trained, total = sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
     dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()})

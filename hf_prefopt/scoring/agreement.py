@@ -10,10 +10,10 @@ sequence checks that the model is causal; otherwise the log-prob of a token coul
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, PeftType
 from torch import Tensor, nn
 
 from hf_prefopt.batch import PreferenceBatch
@@ -118,7 +118,8 @@ def _named(model: nn.Module) -> str:
     name = type(base_causal_lm(model)).__name__
     if not isinstance(model, PeftModel):
         return name
-    return f"{name} under {', '.join(sorted({config.peft_type.value for config in model.peft_config.values()}))}"
+    methods = {cast(PeftType, config.peft_type).value for config in model.peft_config.values()}
+    return f"{name} under {', '.join(sorted(methods))}"
 
 
 def _distance(model: nn.Module, ids: Tensor, targets: Tensor, plain: Tensor) -> Tensor:
@@ -225,7 +226,8 @@ def _units(model: nn.Module, compute_dtype: torch.dtype | None) -> tuple[float, 
     as two per byte, are multiplied in bf16 on a CPU, which also has 8 bits.
     """
     held = {p.dtype for p in model.parameters()}
-    floats = {dtype for dtype in held if dtype.is_floating_point and dtype.itemsize > 1} | ({compute_dtype} - {None})
+    floats = {dtype for dtype in held if dtype.is_floating_point and dtype.itemsize > 1}
+    floats |= set() if compute_dtype is None else {compute_dtype}
     head = max(torch.finfo(dtype).eps / 2 for dtype in floats)
     head = head if device_of(model).type == "cpu" else max(head, 2.0**-11)
     eight_bits = [torch.finfo(d).eps / 2 if d.is_floating_point else 2.0**-8 for d in held if d.itemsize == 1]

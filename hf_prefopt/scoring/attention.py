@@ -13,7 +13,7 @@ handles all calls without segments.
 import inspect
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -146,7 +146,7 @@ _WITHOUT_KERNEL: dict[str, Callable[[PreTrainedModel, Any], bool]] = {
 
 def _plain(implementation: str, module: nn.Module) -> Callable:
     """Return the attention function of the model's own implementation; each model file defines its own "eager"."""
-    own_eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    own_eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     return ALL_ATTENTION_FUNCTIONS.get_interface(implementation, own_eager)
 
 
@@ -156,7 +156,7 @@ def _hidden_by_mask(module: nn.Module, kwargs: Mapping[str, Any]) -> dict[str, i
     Llama 4 implements its chunks only in the mask, and PhiMoE and Qwen2-MoE their windows. A size in the config has no
     effect if the model's file builds no such mask.
     """
-    config, file = getattr(module, "config", None), sys.modules[type(module).__module__]
+    config, file = cast(Any, getattr(module, "config", None)), sys.modules[type(module).__module__]
     types = getattr(config, "layer_types", None)
     own_type = types[module.layer_idx] if types and hasattr(module, "layer_idx") else None
     hidden: dict[str, int | None] = {}
@@ -268,7 +268,7 @@ def capability_of(device: torch.device) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
-def _varlen(query, key, value, query_bounds, key_bounds, longest, scaling, window) -> Tensor:
+def _varlen(query, key, value, query_bounds, key_bounds, longest: tuple[int, int], scaling, window) -> Tensor:
     """Compute all segments with one call of the variable-length flash kernel.
 
     The kernel's causal mask is aligned at the last key.
@@ -279,11 +279,12 @@ def _varlen(query, key, value, query_bounds, key_bounds, longest, scaling, windo
         options["enable_gqa"] = groups > 1
     elif groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    rows = (tensor.squeeze(0).transpose(0, 1).contiguous() for tensor in (query, key, value))
-    return varlen_attn(*rows, query_bounds, key_bounds, *longest, scale=scaling, **options).unsqueeze(0)
+    query, key, value = (tensor.squeeze(0).transpose(0, 1).contiguous() for tensor in (query, key, value))
+    found = varlen_attn(query, key, value, query_bounds, key_bounds, *longest, scale=scaling, **options)
+    return cast(Tensor, found).unsqueeze(0)
 
 
-def _one_segment(query, key, value, scaling, dropout, hidden, softcap, sinks) -> Tensor:
+def _one_segment(query, key, value, scaling, dropout, hidden: tuple[int | None, int | None], softcap, sinks) -> Tensor:
     """Compute one segment `[1, heads, n, D]` with PyTorch's attention; explicit formulas for soft-cap and sinks."""
     queries, keys, groups = query.shape[2], key.shape[2], query.shape[1] // key.shape[1]
     mask = None

@@ -31,7 +31,8 @@ def switch_off_dropout(model: nn.Module, setting: bool | None) -> list[str]:
     Returns:
         One phrase for the disabled rates and one for the remaining rates; [] for a model without dropout.
     """
-    off, on = {}, {}
+    off: dict[str, float] = {}
+    on: dict[str, float] = {}
     for place in _places(model):
         is_off = not place.in_adapter if setting is None else setting
         if is_off:
@@ -62,9 +63,12 @@ def _places(model: nn.Module) -> Iterator[_Place]:
             continue
         seen.add(module)
         yield from _own_places(name, module, in_adapter or isinstance(module, BaseTunerLayer))
-        config = vars(module).get("config")
-        is_read = module is not causal_lm and isinstance(config, PreTrainedConfig)
-        if is_read and (rates := _floats_about_dropout(config)):
+        config: Any = vars(module).get("config")
+        if (
+            module is not causal_lm
+            and isinstance(config, PreTrainedConfig)
+            and (rates := _floats_about_dropout(config))
+        ):
             yield _Place(vars(module), "config", ConfigWithoutDropout(config), rates, in_adapter)
         for child_name, child in module.named_children():
             # A child of a ModuleDict is named after an adapter, so the parent's name is reported.
@@ -111,7 +115,7 @@ class ConfigWithoutDropout:
     def __init__(self, config: PreTrainedConfig):
         object.__setattr__(self, "_config", config)
 
-    @property
+    @property  # type: ignore[misc]
     def __class__(self):
         """The class of the config, so that `isinstance` gives the same result as for the config."""
         return type(self._config)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import astuple
 from functools import partial
 from types import MethodType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +69,34 @@ def logit_transform(config: Any, temperature: float = 1.0) -> LogitTransform:
 
 def base_causal_lm(model: nn.Module) -> PreTrainedModel:
     """Return the transformers causal language model inside PEFT's wrapper, or the model itself if it is not wrapped."""
-    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+    inside = getattr(model, "get_base_model", None) if hasattr(model, "peft_config") else None
+    return cast(PreTrainedModel, model if inside is None else inside())
+
+
+class ScoringModel(PreTrainedModel):
+    """A model as `install_scoring` leaves it, for type checkers.
+
+    Attributes:
+        plain_forward: The model's own forward.
+        ropes_by_length: See `own_lengths`.
+        has_own_tail: See `score_by_own_logits`.
+    """
+
+    plain_forward: Callable[..., Any]
+    ropes_by_length: list[str]
+    has_own_tail: bool
+
+
+class ScoringHead(nn.Module):
+    """A head as `install_scoring` leaves it, for type checkers.
+
+    Attributes:
+        plain_forward: The head's own forward.
+        logit_transform: The fields of a `LogitTransform`.
+    """
+
+    plain_forward: Callable[..., Any]
+    logit_transform: tuple[Any, ...]
 
 
 def install_scoring(model: nn.Module, temperature: float = 1.0) -> None:
@@ -87,7 +114,7 @@ def install_scoring(model: nn.Module, temperature: float = 1.0) -> None:
     head = causal_lm.get_output_embeddings()
     if head is None:
         raise ValueError(f"{type(causal_lm).__name__} has no language-model head (get_output_embeddings() is None)")
-    causal_lm.ropes_by_length = ropes_by_length(causal_lm)
+    cast(ScoringModel, causal_lm).ropes_by_length = ropes_by_length(causal_lm)
     # Stored as plain numbers, so that a pickled model can be loaded where this package is not installed.
     head.logit_transform = astuple(logit_transform(causal_lm.config, temperature))
     for module, with_scoring in ((causal_lm, _scoring_forward), (head, _head_forward)):
@@ -106,7 +133,7 @@ def _is_scoring(forward: Callable) -> bool:
 
 def transform_of(head: nn.Module) -> LogitTransform:
     """Return the logit transformation that `install_scoring` stored on a head."""
-    return LogitTransform(*head.logit_transform)
+    return LogitTransform(*cast(ScoringHead, head).logit_transform)
 
 
 def _in_place_of(method: Callable, function: Callable) -> Callable:
@@ -119,14 +146,15 @@ def _in_place_of(method: Callable, function: Callable) -> Callable:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return function(self, *args, **kwargs)
 
-    forward.in_place_of = method  # type: ignore[attr-defined]
     shown = inspect.signature(method)
     self_parameter = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
-    forward.__signature__ = shown.replace(parameters=[self_parameter, *shown.parameters.values()])
+    attributes = vars(forward)
+    attributes["in_place_of"] = method
+    attributes["__signature__"] = shown.replace(parameters=[self_parameter, *shown.parameters.values()])
     return forward
 
 
-def _scoring_forward(self: PreTrainedModel, *args: Any, scored_rows: Tensor | None = None, **kwargs: Any) -> Any:
+def _scoring_forward(self: ScoringModel, *args: Any, scored_rows: Tensor | None = None, **kwargs: Any) -> Any:
     """Run the model's forward; with `scored_rows`, return log-probs and statistics of the targets instead of logits."""
     if scored_rows is None:
         return self.plain_forward(*args, **kwargs)
@@ -167,7 +195,7 @@ def score_by_own_logits(causal_lm: PreTrainedModel) -> None:
     """Make the model compute logits with its own forward instead of its head alone, which is slower."""
     head = causal_lm.get_output_embeddings()
     head.logit_transform = astuple(LogitTransform(temperature=transform_of(head).temperature))
-    causal_lm.has_own_tail = True
+    cast(ScoringModel, causal_lm).has_own_tail = True
 
 
 def scores_by_own_logits(causal_lm: PreTrainedModel) -> bool:
@@ -180,14 +208,14 @@ def _chunk_rows(head: nn.Module, device: torch.device) -> int:
     return CHUNK_ROWS.get(device.type) or chunk_rows_of(getattr(head, "out_features", _LARGE_VOCABULARY))
 
 
-def _head_forward(self: nn.Module, hidden: Tensor, *args: Any, targets: Tensor | None = None, **asked: Any) -> Any:
+def _head_forward(self: ScoringHead, hidden: Tensor, *args: Any, targets: Tensor | None = None, **asked: Any) -> Any:
     """Run the head's forward; with `targets`, return the result of `_target_logps`."""
     return self.plain_forward(hidden, *args) if targets is None else _target_logps(self, hidden, targets, **asked)
 
 
 @torch.compiler.disable  # the chunked computation is already optimized, and the number of chunks depends on the batch
 def _target_logps(
-    head: nn.Module,
+    head: ScoringHead,
     hidden: Tensor,
     targets: Tensor,
     token_stats: tuple[str, ...] = (),
@@ -198,12 +226,13 @@ def _target_logps(
     statistics = tuple(name for name in token_stats if name in STATISTICS)
     settings = (targets, transform_of(head), statistics, chunk_rows)
     names = ("token_logps", *statistics)
+    plain_forward = head.plain_forward
     if VOCABULARY_KL not in token_stats and is_plain_linear(head):
         outputs = linear_head_logps(hidden, head.weight, head.bias, *settings)
     else:
         names = (*names, VOCABULARY_KL) if VOCABULARY_KL in token_stats else names
         least = 0 if is_plain_linear(head) else _chunks_of_all_ranks(head, hidden, chunk_rows)
-        outputs = module_head_logps(head.plain_forward, hidden, *settings, reference_predictions, least)
+        outputs = module_head_logps(plain_forward, hidden, *settings, reference_predictions, least)
     given = {HIDDEN: hidden} if HIDDEN in token_stats else {}
     return dict(zip(names, outputs, strict=True)) | given
 
@@ -225,7 +254,7 @@ def _own_target_logps(
 
 def _chunks_of_all_ranks(head: nn.Module, hidden: Tensor, chunk_rows: int) -> int:
     """Return the maximum number of chunks over ranks if each call gathers weights (ZeRO-3), otherwise 0."""
-    groups = [p.ds_process_group for p in head.parameters() if hasattr(p, "ds_tensor")]
+    groups = [cast(Any, p).ds_process_group for p in head.parameters() if hasattr(p, "ds_tensor")]
     return _most_chunks(groups[0], hidden, chunk_rows) if groups else 0
 
 
@@ -239,9 +268,11 @@ def _most_chunks(group: Any, hidden: Tensor, chunk_rows: int) -> int:
 class _PlainForward(nn.Module):
     """Module that calls a head's own forward and bypasses the engine's hooks on the head."""
 
+    head: ScoringHead
+
     def __init__(self, head: nn.Module):
         super().__init__()
-        self.head = head
+        self.head = cast(ScoringHead, head)
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.head.plain_forward(hidden)
@@ -289,7 +320,7 @@ def score(
     Raises:
         RuntimeError: the scoring forward pass is not installed, or something has replaced it.
     """
-    model_inputs = {name: batch[name] for name in _MODEL_INPUTS if name in batch}
+    model_inputs = {name: value for name, value in batch.items() if name in _MODEL_INPUTS}
     asked = {
         "scored_rows": batch["scored_rows"],
         "targets": batch["targets"],

@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -284,7 +285,7 @@ def linear_head_logps(
     """
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, weight, bias = (t if t is None else t.to(dtype) for t in (hidden, weight, bias))
+        hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     trained = torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad))
     # Without gradients, TrainedHeadLogps only runs the plain forward pass.
     way = FrozenHeadLogps if hidden.requires_grad and torch.is_grad_enabled() and not trained else TrainedHeadLogps
@@ -333,6 +334,6 @@ def predictions(head: Callable[[Tensor], Tensor], hidden: Tensor, transform: Log
     return transform(logits.to(full_precision(logits.dtype))).log_softmax(-1)
 
 
-def is_plain_linear(head: nn.Module) -> bool:
+def is_plain_linear(head: nn.Module) -> TypeGuard[nn.Linear]:
     """Return True if a head is exactly `nn.Linear`, so that it can be computed from its weight and bias."""
     return type(head) is nn.Linear

@@ -59,14 +59,15 @@ def switch(module: nn.Module, roles: tuple[type, ...], state: Any, key: str = ST
         state: Object that the roles read from `vars(module)[key]`.
         key: Attribute name that begins with `STATE`; use a different key for each `switch` of the same module.
     """
-    module.__class__ = _subclass(type(module), roles)
+    module.__class__ = _subclass(type(module), roles)  # type: ignore[arg-type]  # classes are hashable
     vars(module)[key] = state
     _renew_put_aside(module)
 
 
 def unswitch(module: nn.Module, key: str) -> None:
     """Undo the last `switch` of a module; `key` must be the key of that call."""
-    module.__class__ = type(module).before
+    assert isinstance(module, Switched)
+    module.__class__ = module.before
     del vars(module)[key]
     _renew_put_aside(module)
 

@@ -6,9 +6,9 @@ auxiliary loss of routers. The base model, which is the most expensive part, is 
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ def body_of(causal_lm: PreTrainedModel) -> nn.Module:
     body = next(module for module in candidates if module is not None and module is not causal_lm)
     # This function runs for every micro-batch, so it does not iterate over all modules.
     has_head = getattr(body, "get_output_embeddings", lambda: None)() is causal_lm.get_output_embeddings()
-    return body_of(body) if has_head else body
+    return body_of(cast(PreTrainedModel, body)) if has_head else body
 
 
 def own_logits(causal_lm: PreTrainedModel, outputs: Any, hidden: Tensor) -> Tensor:
@@ -37,7 +37,7 @@ def own_logits(causal_lm: PreTrainedModel, outputs: Any, hidden: Tensor) -> Tens
         hidden: Hidden states of the base model at C positions.
     """
     with _body_returning(causal_lm, outputs, hidden):
-        return causal_lm.plain_forward(**_stand_in(hidden)).logits[0]
+        return _plain_forward(causal_lm)(**_stand_in(hidden)).logits[0]
 
 
 def auxiliary_loss(causal_lm: PreTrainedModel, outputs: Any, tokens: Tensor) -> Tensor | None:
@@ -62,7 +62,7 @@ def auxiliary_loss(causal_lm: PreTrainedModel, outputs: Any, tokens: Tensor) -> 
     )
     hidden = outputs.last_hidden_state[0, :1].detach()
     with _body_returning(causal_lm, counted, hidden):
-        loss = getattr(causal_lm.plain_forward(**_stand_in(hidden), output_router_logits=True), "aux_loss", None)
+        loss = getattr(_plain_forward(causal_lm)(**_stand_in(hidden), output_router_logits=True), "aux_loss", None)
     needs_gradient = torch.is_grad_enabled() and outputs.last_hidden_state.requires_grad
     if loss is not None and needs_gradient and not loss.requires_grad and _is_checkpointed(causal_lm):
         raise RuntimeError(
@@ -72,13 +72,17 @@ def auxiliary_loss(causal_lm: PreTrainedModel, outputs: Any, tokens: Tensor) -> 
     return loss
 
 
+def _plain_forward(causal_lm: PreTrainedModel) -> Callable[..., Any]:
+    return cast("Callable[..., Any]", causal_lm.plain_forward)
+
+
 def _is_checkpointed(model: nn.Module) -> bool:
     return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
 def _stand_in(hidden: Tensor) -> dict[str, Any]:
     """Return placeholder arguments for a forward whose base model ignores its arguments."""
-    ids = hidden.new_zeros(1, len(hidden), dtype=int)
+    ids = hidden.new_zeros(1, len(hidden), dtype=torch.long)
     return {"input_ids": ids, "use_cache": False, "return_dict": True}
 
 

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -136,7 +136,7 @@ def merged(policy: PeftModel) -> PreTrainedModel:
                 elif isinstance(module, BaseTunerLayer):
                     with _in_float32(module.get_base_layer(), getattr(module, "parameter_name", None)):
                         module.merge(safe_merge=True)
-            model = policy.base_model.unload()
+            model = cast(PreTrainedModel, policy.base_model.unload())
     except (NotImplementedError, AttributeError, RuntimeError) as error:
         raise ValueError(f"PEFT cannot merge this {name} adapter: {error}") from error
     if was_tied:
@@ -150,12 +150,12 @@ def _in_float32(layer: nn.Module, only: str | None = None) -> Iterator[None]:
     own = {name: p for name, p in layer.named_parameters(recurse=False) if only in (None, name)}
     dtypes = {name: p.dtype for name, p in own.items() if p.dtype in (torch.bfloat16, torch.float16)}
     for name in dtypes:
-        layer._parameters[name].data = layer._parameters[name].data.float()
+        layer.get_parameter(name).data = layer.get_parameter(name).data.float()
     try:
         yield
     finally:
         for name, dtype in dtypes.items():
-            layer._parameters[name].data = layer._parameters[name].data.to(dtype)
+            layer.get_parameter(name).data = layer.get_parameter(name).data.to(dtype)
 
 
 def _adapter_names(run: str, adapters: Sequence[str]) -> list[str]:
@@ -205,7 +205,7 @@ def _with_adapters(model: PreTrainedModel, names: list[str]) -> PeftModel:
     for name in names[1:]:
         policy.load_adapter(name, adapter_name=Path(name).name)
     if len(names) > 1:
-        policy.base_model.set_adapter([*policy.peft_config])
+        cast(BaseTuner, policy.base_model).set_adapter([*policy.peft_config])
     return policy.eval()
 
 

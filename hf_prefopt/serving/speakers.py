@@ -5,14 +5,21 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub import ModelCard
 from torch import nn
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
-from hf_prefopt.loading import holds_adapter, load_adapter, load_checkpoint, load_model, processing_class_of
+from hf_prefopt.loading import (
+    holds_adapter,
+    load_adapter,
+    load_checkpoint,
+    load_model,
+    processing_class_of,
+    tokenizer_of,
+)
 from hf_prefopt.scoring.modes import ModuleTree, adapters_off
 
 Messages = list[dict[str, str]]
@@ -57,22 +64,25 @@ def load_speakers(
         ValueError: If a model cannot be loaded.
     """
     kwargs = {"dtype": dtype, **({"trust_remote_code": True} if trust_remote_code else {})}
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         if holds_adapter(run):
             policy = load_adapter(load_checkpoint(base, kwargs)[0], run) if base else load_model(run, kwargs)
-            tree = ModuleTree(policy.to(device).eval())
+            tree = ModuleTree(_on_device(policy))
             speakers = [Speaker("base", policy, partial(adapters_off, tree)), Speaker("trained", policy)]
         else:
-            trained = load_checkpoint(run, kwargs)[0].to(device).eval()
+            trained = _on_device(load_checkpoint(run, kwargs)[0])
             base = base or _base_in_card(run)
-            untrained = [load_checkpoint(base, kwargs)[0].to(device).eval()] if base else []
+            untrained = [_on_device(load_checkpoint(base, kwargs)[0])] if base else []
             speakers = [*(Speaker("base", model) for model in untrained), Speaker("trained", trained)]
         loaded = processing_class_of(run, kwargs, base)
     except OSError as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(f"{run} cannot be loaded: {reason}") from error
-    return speakers, getattr(loaded, "tokenizer", loaded)
+    return speakers, tokenizer_of(loaded)
+
+
+def _on_device(model: nn.Module) -> nn.Module:
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
 def _base_in_card(run: str) -> str | None:
@@ -106,8 +116,10 @@ def answer(
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     torch.manual_seed(seed)
     with torch.no_grad(), speaker.acting():
-        output = speaker.model.generate(**inputs, **sampling, pad_token_id=pad, streamer=_Parts(tokenizer, show))
-    text = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        output = cast(Any, speaker.model).generate(
+            **inputs, **sampling, pad_token_id=pad, streamer=_Parts(tokenizer, show)
+        )
+    text = str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
     speaker.messages.append({"role": "assistant", "content": text})
     return text
 

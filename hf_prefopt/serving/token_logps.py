@@ -110,7 +110,7 @@ def _widen(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tupl
 
 def _narrow(module: nn.Module, *_: Any) -> None:
     for name, data in vars(module).pop("_narrow_data").items():
-        _layer(module)._parameters[name].data = data
+        _layer(module).get_parameter(name).data = data
 
 
 def _layer(module: nn.Module) -> nn.Module:

@@ -14,16 +14,15 @@ def cut_tie(policy: PeftModel) -> bool:
     embeddings, head = _weighted(policy.get_input_embeddings()), _weighted(policy.get_output_embeddings())
     if embeddings is None or head is None or embeddings.weight is not head.weight:
         return False
-    head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+    head.weight = nn.Parameter(head.get_parameter("weight").detach().clone(), requires_grad=False)
     return True
 
 
 def settle_tie(model: PreTrainedModel) -> None:
     """Tie embeddings and head again if they are equal up to rounding; otherwise set `tie_word_embeddings=False`."""
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
-    rounding = torch.finfo(head.weight.dtype).eps
-    same = embeddings.weight.shape == head.weight.shape
-    if same and torch.allclose(embeddings.weight, head.weight, rtol=rounding, atol=0.0):
+    one, other = embeddings.get_parameter("weight"), head.get_parameter("weight")
+    if one.shape == other.shape and torch.allclose(one, other, rtol=torch.finfo(other.dtype).eps, atol=0.0):
         head.weight = embeddings.weight
         return
     for config in (model.config, model.config.get_text_config()):

@@ -248,7 +248,7 @@ def check_objective(name: str, **params: Any) -> None:
     inputs = made_up_inputs()
     objective = build_objective([name], loss_params=params)
     objective.update_state(inputs)
-    known = {"progress": objective.progress, "epoch": objective.epoch, "training": True}
+    known: dict[str, Any] = {"progress": objective.progress, "epoch": objective.epoch, "training": True}
     known["state"] = objective.state.get(name)
     run_inputs = {asked: known[asked] for asked in get_loss(name).run_inputs}
     expected = call(name, inputs, **params, **run_inputs).losses

@@ -2,7 +2,7 @@
 
 from collections.abc import Sized
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from datasets import IterableDataset
 from peft import PeftConfig
@@ -44,7 +44,7 @@ def check_loading(
         raise ValueError(f"quantization_config is only used when the model is passed by name: {cure}")
     # The tokenizer is loaded from where the model came from, with these options.
     read = () if processing_class is not None else ("revision", "trust_remote_code")
-    unread = {key: value for key, value in (args.model_init_kwargs or {}).items() if key not in read}
+    unread = {key: value for key, value in cast(dict, args.model_init_kwargs or {}).items() if key not in read}
     if unread:
         raise ValueError(f"model_init_kwargs={unread} is only used when the model is passed by name: {cure}")
 

@@ -2,12 +2,13 @@
 
 import weakref
 from dataclasses import replace
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
-from peft import PeftModel
+from peft import PeftModel, PeftType
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.nn.parallel import DistributedDataParallel
@@ -22,7 +23,7 @@ def keep_output_precision(accelerator: Accelerator) -> None:
     The scoring forward pass returns log-probs in fp32. accelerate's mixed-precision policy would cast them to bf16,
     which rounds a log-prob of 5 nats to multiples of 1/32.
     """
-    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    plugin: Any = getattr(accelerator.state, "fsdp_plugin", None)
     policy = getattr(plugin, "mixed_precision_policy", None)
     if isinstance(policy, MixedPrecisionPolicy):
         plugin.mixed_precision_policy = replace(policy, output_dtype=None)
@@ -30,7 +31,7 @@ def keep_output_precision(accelerator: Accelerator) -> None:
 
 def refuse_first_fsdp(accelerator: Accelerator) -> None:
     """Raise `ValueError` under FSDP version 1, accelerate's default, which flattens a layer's parameters into one."""
-    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    plugin: Any = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is not None and plugin.fsdp_version == 1:
         raise ValueError(
             "FSDP version 1 is not supported: it flattens the parameters of a layer into one, but the reference needs "
@@ -76,8 +77,9 @@ def check_adapter(accelerator: Accelerator, model: nn.Module) -> None:
     """
     if not isinstance(model, PeftModel) or _sharding_engine(accelerator) != "FSDP2":
         return
-    kinds = [config.peft_type.value for config in model.peft_config.values()]
-    soft = [config.peft_type.value for config in model.peft_config.values() if config.is_prompt_learning]
+    configs = model.peft_config.values()
+    kinds = [cast(PeftType, config.peft_type).value for config in configs]
+    soft = [cast(PeftType, config.peft_type).value for config in configs if config.is_prompt_learning]
     if soft:
         raise ValueError(f"FSDP2 cannot save soft prompts ({', '.join(soft)}): use DDP, or LoRA")
     once = dict(model.named_buffers())

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary, WeakSet
 
 from datasets import Dataset, IterableDataset
@@ -28,8 +28,8 @@ from hf_prefopt.training.stream_shards import is_split_by_shards, refuse_split_s
 
 logger = logging.getLogger(__name__)
 
-Data = Dataset | IterableDataset
-DataOrSplits = Data | dict[str, Data]
+Data: TypeAlias = Dataset | IterableDataset
+DataOrSplits: TypeAlias = Data | dict[str, Data]
 
 
 _OF_ROWS = (
@@ -171,13 +171,14 @@ class PreferenceData:
 
     def texts(self, train: Data | None, evaluation: DataOrSplits | None) -> list[str]:
         """Describe the prepared data in a line or two; see `reporting.data_texts`."""
-        is_dict = isinstance(evaluation, dict)
-        named = {f"eval {name}": rows for name, rows in evaluation.items()} if is_dict else {"eval": evaluation}
+        several = evaluation if isinstance(evaluation, dict) else None
+        named = {"eval": evaluation} if several is None else {f"eval {name}": rows for name, rows in several.items()}
         return data_texts({"train": train, **named}, self.counts, self.args.group_by_prompt, self.streams)
 
     def checked(self, dataset: Data, name: str) -> Data:
         """Check that the losses can compare the dataset's examples; the first dataset determines the objective."""
         kind = kind_of_columns(dataset.column_names)
+        assert kind is not None, "prepared rows are of a kind"
         if not self._is_settled:
             columns = [name for name in kind.optional_columns if name in dataset.column_names]
             self.objective, self._is_settled = self.args.build_objective(kind, columns), True

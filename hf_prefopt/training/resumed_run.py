@@ -3,10 +3,9 @@
 import json
 import logging
 import zlib
-from collections.abc import Sized
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
@@ -40,16 +39,21 @@ def facts_of(args: TrainingArguments, dataset: Any) -> RunFacts:
 
 
 def _mark(dataset: Any) -> str | None:
-    if not isinstance(dataset, Sized) or not len(dataset):
+    if not hasattr(dataset, "__len__") or not len(dataset):
         return None
     chosen = [dataset[place] for place in sorted({0, len(dataset) // 2, len(dataset) - 1})]
     tokens = json.dumps([[list(row["prompt_ids"]), [list(ids) for ids in row["response_ids"]]] for row in chosen])
     return f"{len(dataset)} rows ({zlib.crc32(tokens.encode()):08x})"
 
 
+def entries_of(state: TrainerState) -> dict[str, Any]:
+    """Return `state.stateful_callbacks`, which is a dict when training runs; transformers annotates it as a list."""
+    return cast("dict[str, Any]", state.stateful_callbacks)
+
+
 def keep_facts(state: TrainerState, facts: RunFacts) -> None:
     """Store the facts in the state that the Trainer saves in a checkpoint."""
-    state.stateful_callbacks[RUN] = asdict(facts)
+    entries_of(state)[RUN] = asdict(facts)
 
 
 def check_facts(checkpoint: str, facts: RunFacts, skips_rows: bool) -> None:

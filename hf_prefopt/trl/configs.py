@@ -125,7 +125,9 @@ class DPOConfig(TRLConfig):
     )
     label_smoothing: float = field(default=0.0, metadata=helped(_SMOOTHING))
     discopop_tau: float = trl_field("discopop_tau", 0.05)
-    pad_to_multiple_of: int | str | None = field(default="auto", metadata=helped(_MULTIPLE))
+    pad_to_multiple_of: int | str | None = field(  # type: ignore[assignment]  # "auto" becomes None
+        default="auto", metadata=helped(_MULTIPLE)
+    )
     padding_free: bool = trl_field("padding_free", False)
     precompute_ref_batch_size: int | None = trl_field("precompute_ref_batch_size", None)
     pad_token: str | None = trl_field("pad_token", None)
@@ -169,7 +171,9 @@ class KTOConfig(OneLossConfig):
     unpair: bool = field(
         default=True, metadata=helped("Split pairs into desirable and undesirable examples, as KTOTrainer does.")
     )
-    pad_to_multiple_of: int | str | None = field(default="auto", metadata=helped(_MULTIPLE))
+    pad_to_multiple_of: int | str | None = field(  # type: ignore[assignment]  # "auto" becomes None
+        default="auto", metadata=helped(_MULTIPLE)
+    )
     precompute_ref_batch_size: int | None = trl_field("precompute_ref_batch_size", None)
 
     def __post_init__(self):

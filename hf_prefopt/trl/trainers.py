@@ -2,10 +2,10 @@
 
 import inspect
 import os
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from torch import nn
-from transformers import set_seed
+from transformers import PreTrainedModel, set_seed
 
 from hf_prefopt.reference.live import LiveReference
 from hf_prefopt.trainer import PreferenceTrainer
@@ -22,12 +22,16 @@ class TRLTrainer(PreferenceTrainer):
 
     Attributes:
         config_class: the class of its configuration.
+        method: the name of the method, for tags and folders.
         order: the names of its arguments, in order.
         ref_model: the reference model, if it is separate from the policy; otherwise `None`.
         aux_loss_enabled: whether a mixture of experts' auxiliary loss is computed.
     """
 
+    args: TRLConfig
     config_class: ClassVar[type[TRLConfig]]
+    method: ClassVar[str]
+    __signature__: ClassVar[inspect.Signature]
     order: ClassVar[tuple[str, ...]]
 
     def __init_subclass__(cls, **arguments: Any):
@@ -44,10 +48,10 @@ class TRLTrainer(PreferenceTrainer):
         given = {name: value for name, value in {**by_place, **named}.items() if value is not None}
         args = given["args"] = self._checked(given.pop("args", None), given.get("model"))
         if args.trust_remote_code and (isinstance(given.get("model"), str) or "processing_class" not in given):
-            args.model_init_kwargs = {"trust_remote_code": True, **(args.model_init_kwargs or {})}
+            args.model_init_kwargs = {"trust_remote_code": True, **cast(dict, args.model_init_kwargs or {})}
         set_seed(args.seed)  # before an adapter is initialized
         super().__init__(**given)
-        self.model.add_model_tags(["hf_prefopt", self.method.lower()])
+        cast(PreTrainedModel, self.model).add_model_tags(["hf_prefopt", self.method.lower()])
 
     @classmethod
     def _checked(cls, args: Any, model: Any) -> TRLConfig:
@@ -77,7 +81,7 @@ class TRLTrainer(PreferenceTrainer):
         """
         return aux_loss_coef(self.model, self.args.router_aux_loss_coef) > 0
 
-    def create_model_card(
+    def create_model_card(  # type: ignore[override]  # TRL's signature
         self,
         model_name: str | None = None,
         dataset_name: str | list[str] | None = None,
