@@ -6,6 +6,8 @@ from textwrap import fill
 from typing import Any
 
 _WIDTH = 120
+# Of each documented configuration: the headings of its groups, keyed by the first field of each group.
+_GROUPS: dict[type, Mapping[str, str]] = {}
 
 
 def documented(groups: Mapping[str, str]) -> Callable[[type], type]:
@@ -16,7 +18,7 @@ def documented(groups: Mapping[str, str]) -> Callable[[type], type]:
     """
 
     def decorate(config: type) -> type:
-        config.GROUPS = groups  # type: ignore[attr-defined]
+        _GROUPS[config] = groups
         summary, _, raises = (config.__doc__ or "").partition("    Raises:")
         lines: list[str] = []
         for group, found in settings_by_group(config).items():
@@ -29,7 +31,7 @@ def documented(groups: Mapping[str, str]) -> Callable[[type], type]:
 
 def settings_by_group(config: type) -> dict[str, list[Field]]:
     """The settings that a documented configuration defines itself, in order, keyed by the heading of their group."""
-    by_name, groups = {field.name: field for field in fields(config)}, config.GROUPS  # type: ignore[attr-defined]
+    by_name, groups = {field.name: field for field in fields(config)}, _GROUPS[config]
     found: dict[str, list[Field]] = {}
     for name in filter(by_name.get, config.__annotations__):
         if name in groups:

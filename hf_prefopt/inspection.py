@@ -79,7 +79,9 @@ def inspect_dataset(
     is_stream = isinstance(dataset, IterableDataset)
     given = _beginning(dataset, stream_rows) if is_stream else dataset
     check_rows(given, name)
-    settled, kinds, errors = settings_of_rows(args), (), []
+    settled = settings_of_rows(args)
+    kinds: tuple[ExampleKind, ...] = ()
+    errors: list[str] = []
     with _said(name) as remarks:
         if losses:
             made, errors = _checked(PreferenceData(args, tokenizer), given, name)

@@ -55,7 +55,7 @@ def under_adapter(
     return policy_of_trial if number_of_arguments(model_init) else fresh_policy
 
 
-def sample_of(model_init: Callable[..., PreTrainedModel]) -> PreTrainedModel:
+def sample_of(model_init: Callable[..., PreTrainedModel | PeftModel]) -> PreTrainedModel | PeftModel:
     """Call a `model_init` as the Trainer does outside a hyperparameter search."""
     return model_init(None) if number_of_arguments(model_init) else model_init()
 

@@ -4,8 +4,9 @@ import logging
 import platform
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -285,7 +286,8 @@ def _first_prompts(trainer: PreferenceTrainer, count: int, longest: int) -> list
 
 
 def _prompt_text(trainer: PreferenceTrainer) -> PromptText:
-    return PromptText(trainer.data.tokenizer, trainer.args.chat_template_kwargs)
+    kwargs = cast("Mapping[str, Any] | None", trainer.args.chat_template_kwargs)  # JSON is read by now
+    return PromptText(trainer.data.tokenizer, kwargs)
 
 
 def _is_sharded(trainer: PreferenceTrainer) -> bool:

@@ -10,13 +10,13 @@ import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HPSearchBackend
 
 from hf_prefopt.batch import LoaderBatch, PreferenceBatch
@@ -104,6 +104,8 @@ class PreferenceTrainer(Trainer):
         ValueError: the data, the model, the reference and the losses are incompatible.
     """
 
+    args: PreferenceConfig
+    model: nn.Module
     # `Trainer.objective` is the metric of a hyperparameter search, so the objective has another name.
     criterion: Objective
     global_batch: GlobalBatch
@@ -118,7 +120,7 @@ class PreferenceTrainer(Trainer):
         data_collator: Callable[[list[dict]], PreferenceBatch] | None = None,
         train_dataset: Data | None = None,
         eval_dataset: DataOrSplits | None = None,
-        processing_class: PreTrainedTokenizerBase | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
         peft_config: PeftConfig | None = None,
         quantization_config: Any = None,
         model_init: Callable[..., PreTrainedModel] | None = None,
@@ -139,11 +141,11 @@ class PreferenceTrainer(Trainer):
         super().__init__(
             model=models.policy,
             args=args,
-            data_collator=collator,
+            data_collator=cast("Callable[[list[Any]], dict[str, Any]]", collator),
             train_dataset=self.data.prepare(train_dataset, "train"),
             eval_dataset=self.data.prepare(eval_dataset, "eval"),
             processing_class=processing_class,
-            model_init=models.model_init,
+            model_init=cast("Callable[..., PreTrainedModel] | None", models.model_init),
             **trainer_arguments,
         )
         refuse_first_fsdp(self.accelerator)
@@ -156,7 +158,7 @@ class PreferenceTrainer(Trainer):
         # compute_loss divides by the number of examples in the whole step.
         self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = True
         if args.show_first_batch and train_dataset is not None and self.is_world_process_zero():
-            print_preview([next(iter(self.train_dataset))], self.data.tokenizer)
+            print_preview([next(iter(cast(Data, self.train_dataset)))], self.data.tokenizer)
 
     def _add_callbacks(self) -> None:
         events = ScorerEvents(self.scorer, self._evaluated, keeps_reference=self.model_init is not None)
@@ -214,7 +216,7 @@ class PreferenceTrainer(Trainer):
             batches, self._train_batch_size, self.scorer.collect, self.args.max_tokens_per_batch is not None
         )
 
-    def training_step(
+    def training_step(  # type: ignore[override]  # our batches
         self, model: nn.Module, inputs: LoaderBatch, num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """Run forward and backward pass for each piece; gradients are synchronized with the last piece."""
@@ -227,11 +229,11 @@ class PreferenceTrainer(Trainer):
             for piece in pieces[:-1]:
                 state._set_sync_gradients(False)
                 with self.accelerator.no_sync(model):
-                    loss += super().training_step(model, piece, num_items_in_batch)
+                    loss += super().training_step(model, cast(dict, piece), num_items_in_batch)
             state._set_sync_gradients(synchronizes)
-            return loss + super().training_step(model, pieces[-1], num_items_in_batch)
+            return loss + super().training_step(model, cast(dict, pieces[-1]), num_items_in_batch)
 
-    def compute_loss(
+    def compute_loss(  # type: ignore[override]  # our batches
         self,
         model: nn.Module,
         inputs: PreferenceBatch,
@@ -280,7 +282,9 @@ class PreferenceTrainer(Trainer):
 
     # -- evaluation -----------------------------------------------------------------------------------------------
 
-    def evaluation_loop(self, dataloader, description, *args, metric_key_prefix: str = "eval", **kwargs):
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix: str = "eval"
+    ):
         """Evaluate as the Trainer does, but compute the loss and every metric over rows instead of over batches.
 
         Raises:
@@ -295,9 +299,12 @@ class PreferenceTrainer(Trainer):
         self.evaluation = Evaluation(self.criterion, dataloader.dataset, self.args.eval_accumulation_steps)
         # The Trainer's own function cuts the last batch to its number of rows, but a row may have several examples.
         self.gather_function = partial(gather_examples, self.accelerator)
-        output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        output = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
+        )
         metrics = self.evaluation.metrics(f"evaluation at step {self.state.global_step}")
         metrics |= self.evaluated.keep(metric_key_prefix, self.state.global_step, self.evaluation.examples)
+        assert output.metrics is not None, "the Trainer returns its own metrics"
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         self.evaluation = Evaluation(self.criterion)
         return output
@@ -351,7 +358,7 @@ class PreferenceTrainer(Trainer):
         """Return a sampler that keeps the row order, so that predictions are in the order of the rows."""
         return SequentialSampler(eval_dataset)
 
-    def _get_dataloader(
+    def _get_dataloader(  # type: ignore[override]  # the other arguments are passed on
         self, dataset: Data, description: str, batch_size: int, is_training: bool = False, **kwargs: Any
     ):
         """Build the Trainer's data loader over the dataset in the form that the losses need; keep all rows in
@@ -377,11 +384,11 @@ class PreferenceTrainer(Trainer):
         return data.to(self.accelerator.device, non_blocking=self.accelerator.non_blocking)
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = self.data.columns
+        self._signature_columns = self.data.columns  # type: ignore[assignment]  # annotated as None
 
     # -- training, searching, resuming ----------------------------------------------------------------------------
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any):
+    def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any):  # type: ignore[override]
         """Train as the Trainer does; `resume_from_checkpoint=True` resumes from the newest complete checkpoint.
 
         With `model_init`, training uses the current values of our settings in `args`.
@@ -406,7 +413,7 @@ class PreferenceTrainer(Trainer):
             resume_from_checkpoint, self.accelerator, self.train_dataset, self._train_batch_size
         )
         keep_output_precision(self.accelerator)
-        evaluating = [type(self).evaluate, type(self).evaluation_loop]
+        evaluating: list[Callable[..., Any]] = [type(self).evaluate, type(self).evaluation_loop]
         evaluating += [callback.on_evaluate for callback in self.callback_handler.callbacks]
         has_own = self.compute_metrics is not None
         check_best_metric(self.args, self.criterion, self.eval_dataset, has_own, evaluating)
@@ -442,7 +449,7 @@ class PreferenceTrainer(Trainer):
             settle_unused_parameters(self.accelerator, self.args.ddp_find_unused_parameters, self.scorer.model)
         return super()._wrap_model(model, training, *others)
 
-    def hyperparameter_search(
+    def hyperparameter_search(  # type: ignore[override]  # the other arguments are passed on
         self, hp_space=None, compute_objective=None, n_trials: int = 20, direction="minimize", **search: Any
     ):
         """Search hyperparameters as the Trainer does, including our own settings: β, the loss, the reference, ….
@@ -526,11 +533,13 @@ class PreferenceTrainer(Trainer):
 
         The Trainer would load only the adapter named "default"; PEFT saves each other adapter in a separate folder.
         """
+        best = self.state.best_model_checkpoint
+        assert best is not None, "the Trainer calls this method if there is a best checkpoint"
         if self.is_deepspeed_enabled or self.is_fsdp_enabled or not isinstance(self.model, PeftModel):
             super()._load_best_model()
         else:
-            load_adapters(self.model, self.state.best_model_checkpoint)
-        self.scorer.load(Path(self.state.best_model_checkpoint))
+            load_adapters(self.model, best)
+        self.scorer.load(Path(best))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Load the states of optimizer and scheduler, and a moving reference."""
@@ -538,7 +547,7 @@ class PreferenceTrainer(Trainer):
         if checkpoint is not None:
             self.scorer.load(Path(checkpoint))
 
-    def create_model_card(
+    def create_model_card(  # type: ignore[override]  # metadata by name
         self, *, model_name: str | None = None, dataset: str | list[str] | None = None, **metadata: Any
     ) -> None:
         """Write the model card of the run, `README.md`, to `output_dir`; `push_to_hub` forwards its arguments here.

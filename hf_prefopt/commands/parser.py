@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from functools import wraps
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NoReturn, get_args, get_type_hints
+from typing import Any, NoReturn, cast, get_args, get_type_hints
 
 from transformers import HfArgumentParser
 
@@ -64,7 +64,7 @@ class CommandParser(HfArgumentParser):
             if field.init and field.name not in without:
                 field.type = hints[field.name]
                 before = len(self._actions)
-                self._parse_dataclass_field(group, field)  # type: ignore[arg-type]  # it only adds arguments
+                self._parse_dataclass_field(cast(argparse.ArgumentParser, group), field)  # it only adds arguments
                 for option in self._actions[before:]:
                     _finish(option, field, type(None) in get_args(hints[field.name]))
                     if field.name in getattr(dataclass, "_VALID_DICT_FIELDS", ()):

@@ -146,11 +146,11 @@ def _in_place_of(method: Callable, function: Callable) -> Callable:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return function(self, *args, **kwargs)
 
-    forward.in_place_of = method  # type: ignore[attr-defined]
     shown = inspect.signature(method)
     self_parameter = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
-    parameters = [self_parameter, *shown.parameters.values()]
-    forward.__signature__ = shown.replace(parameters=parameters)  # type: ignore[attr-defined]
+    attributes = vars(forward)
+    attributes["in_place_of"] = method
+    attributes["__signature__"] = shown.replace(parameters=[self_parameter, *shown.parameters.values()])
     return forward
 
 

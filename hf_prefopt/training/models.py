@@ -3,12 +3,12 @@
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from peft import PeftConfig, PeftModel
 from torch import nn
 from torch.optim import Optimizer
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from hf_prefopt.config import PreferenceConfig
 from hf_prefopt.data.endings import stop_tokens
@@ -29,14 +29,14 @@ class Models:
         args: Settings of the trainer.
         policy: The policy; `None` if `model_init` creates it.
         model_init: Function that creates the policy; `None` if there is a policy.
-        reference: An explicit reference; a name if the losses need no reference.
+        reference: An explicit reference; still a name if the losses need no reference, which `check` refuses.
         name: Name or path from which the policy was loaded.
     """
 
     args: PreferenceConfig
     policy: PreTrainedModel | PeftModel | None
     model_init: Callable[..., PreTrainedModel | PeftModel] | None
-    reference: nn.Module | str | os.PathLike | None
+    reference: nn.Module | None
     name: str | None
 
     def check(self, optimizer: Optimizer | None, trains: bool) -> None:
@@ -55,10 +55,13 @@ class Models:
             needs_reference = self.args.build_objective().needs_reference_model
             check_reference(self.args.reference, self.policy, self.reference, needs_reference)
 
-    def processing_class(self) -> PreTrainedTokenizerBase:
-        """Load the tokenizer that was saved with the policy."""
-        model = self.policy or sample_of(self.model_init)
-        return load_processing_class(model, self.args.model_init_kwargs, self.name)
+    def processing_class(self) -> PreTrainedTokenizerBase | ProcessorMixin:
+        """Load the tokenizer or the processor that was saved with the policy."""
+        model = self.policy
+        if model is None:
+            assert self.model_init is not None, "there is a model or a model_init"
+            model = sample_of(self.model_init)
+        return load_processing_class(model, _init_kwargs(self.args), self.name)
 
     def data(self, processing_class: Any) -> PreferenceData:
         """Return the object that prepares datasets for these models.
@@ -91,13 +94,19 @@ def load_models(
     """
     check_loading(args, (model, ref_model), quantization_config, processing_class)
     name = os.fspath(model) if isinstance(model, str | os.PathLike) else None
-    needs_reference = args.build_objective().needs_reference_model
+    needs_reference, kwargs = args.build_objective().needs_reference_model, _init_kwargs(args)
     if isinstance(ref_model, str | os.PathLike) and needs_reference:
-        ref_model = load_model(os.fspath(ref_model), args.model_init_kwargs, quantization_config)
+        ref_model = load_model(os.fspath(ref_model), kwargs, quantization_config)
+    reference = cast("nn.Module | None", ref_model)
     if name is not None:
-        model = load_model(name, args.model_init_kwargs, quantization_config)
-    if model is None:
-        model_init = under_adapter(model_init, peft_config)
-    else:
-        model = with_adapter(model, peft_config)
-    return Models(args, model, model_init, ref_model, name)
+        model = load_model(name, kwargs, quantization_config)
+    if model is not None:
+        policy = with_adapter(cast(PreTrainedModel, model), peft_config)
+        return Models(args, policy, model_init, reference, name)
+    assert model_init is not None, "there is a model or a model_init"
+    return Models(args, None, under_adapter(model_init, peft_config), reference, name)
+
+
+def _init_kwargs(args: PreferenceConfig) -> dict[str, Any] | None:
+    """Return `model_init_kwargs`, of which `PreferenceConfig` has read JSON."""
+    return cast("dict[str, Any] | None", args.model_init_kwargs)

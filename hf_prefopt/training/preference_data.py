@@ -171,8 +171,8 @@ class PreferenceData:
 
     def texts(self, train: Data | None, evaluation: DataOrSplits | None) -> list[str]:
         """Describe the prepared data in a line or two; see `reporting.data_texts`."""
-        is_dict = isinstance(evaluation, dict)
-        named = {f"eval {name}": rows for name, rows in evaluation.items()} if is_dict else {"eval": evaluation}
+        several = evaluation if isinstance(evaluation, dict) else None
+        named = {"eval": evaluation} if several is None else {f"eval {name}": rows for name, rows in several.items()}
         return data_texts({"train": train, **named}, self.counts, self.args.group_by_prompt, self.streams)
 
     def checked(self, dataset: Data, name: str) -> Data:

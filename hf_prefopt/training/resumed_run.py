@@ -46,9 +46,14 @@ def _mark(dataset: Any) -> str | None:
     return f"{len(dataset)} rows ({zlib.crc32(tokens.encode()):08x})"
 
 
+def entries_of(state: TrainerState) -> dict[str, Any]:
+    """Return `state.stateful_callbacks`, which is a dict when training runs; transformers annotates it as a list."""
+    return cast("dict[str, Any]", state.stateful_callbacks)
+
+
 def keep_facts(state: TrainerState, facts: RunFacts) -> None:
     """Store the facts in the state that the Trainer saves in a checkpoint."""
-    cast("dict[str, Any]", state.stateful_callbacks)[RUN] = asdict(facts)  # annotated as a list, which it is not
+    entries_of(state)[RUN] = asdict(facts)
 
 
 def check_facts(checkpoint: str, facts: RunFacts, skips_rows: bool) -> None:

@@ -23,7 +23,7 @@ from hf_prefopt.training.checkpoints import (
     check_resumable,
     checkpoint_to_resume,
 )
-from hf_prefopt.training.resumed_run import RUN, check_facts, facts_of, keep_facts
+from hf_prefopt.training.resumed_run import RUN, check_facts, entries_of, facts_of, keep_facts
 from hf_prefopt.training.scorer import Scorer
 
 logger = logging.getLogger(__name__)
@@ -71,14 +71,14 @@ class SavedRun:
         self._scorer.save(checkpoint, saves)
         keep_losses(state, self._scorer.objective)
         if self._scorer.made_up_logps is not None:
-            state.stateful_callbacks[REFERENCE] = {"made_up_logps": self._scorer.made_up_logps}
-        state.stateful_callbacks[BATCH] = asdict(self._batch_of_step(rows))
+            entries_of(state)[REFERENCE] = {"made_up_logps": self._scorer.made_up_logps}
+        entries_of(state)[BATCH] = asdict(self._batch_of_step(rows))
         keep_facts(state, facts_of(self._args, dataset))
 
     def restore(self, state: TrainerState) -> None:
         """Remove our entries from a checkpoint's state, and restore the losses; see `restore_losses`."""
         restore_losses(state, self._scorer.objective)
-        self._scorer.resumed_logps = state.stateful_callbacks.pop(REFERENCE, {}).get("made_up_logps")
+        self._scorer.resumed_logps = entries_of(state).pop(REFERENCE, {}).get("made_up_logps")
 
     def _batch_of_step(self, rows: int) -> BatchOfStep:
         return BatchOfStep(rows, self._args.gradient_accumulation_steps, self._args.world_size)
@@ -86,9 +86,9 @@ class SavedRun:
 
 def keep_losses(state: TrainerState, objective: Objective) -> None:
     """Store the losses' names and state in the state that the Trainer saves in a checkpoint."""
-    state.stateful_callbacks[OBJECTIVE] = {"losses": loss_texts(objective)}
+    entries_of(state)[OBJECTIVE] = {"losses": loss_texts(objective)}
     if objective.state:
-        state.stateful_callbacks[LOSSES] = objective.state_dict()
+        entries_of(state)[LOSSES] = objective.state_dict()
 
 
 def restore_losses(state: TrainerState, objective: Objective) -> None:
@@ -99,10 +99,11 @@ def restore_losses(state: TrainerState, objective: Objective) -> None:
     """
     objective.reset_state()
     # The Trainer treats all remaining entries as states of callbacks.
-    state.stateful_callbacks.pop(BATCH, None)
-    state.stateful_callbacks.pop(RUN, None)
-    saved = state.stateful_callbacks.pop(LOSSES, {})
-    before, now = state.stateful_callbacks.pop(OBJECTIVE, {}).get("losses"), loss_texts(objective)
+    entries = entries_of(state)
+    entries.pop(BATCH, None)
+    entries.pop(RUN, None)
+    saved = entries.pop(LOSSES, {})
+    before, now = entries.pop(OBJECTIVE, {}).get("losses"), loss_texts(objective)
     if before not in (None, now):
         logger.warning(
             "the checkpoint's run had other losses (%s), and the optimizer state is from these losses; training "

@@ -44,7 +44,7 @@ NEFTUNE = "NEFTune scales its noise by the row length, but a row would contain s
 
 
 def loader_collator(
-    args: PreferenceConfig, pad_token_id: int, custom: Callable[[list[dict]], PreferenceBatch] | None
+    args: PreferenceConfig, pad_token_id: int, custom: Callable[[Any], PreferenceBatch] | None
 ) -> LoaderCollator:
     """Build the trainer's collator, whose layout the scorer chooses; a custom collator is used as the only layout."""
     if custom is not None:
@@ -125,14 +125,16 @@ class Scorer:
             keep_unpacked(module)
             install_scoring(module, args.temperature)
         if args.sync_ref_model:
-            copies, share, every = self.reference.copies, args.ref_model_mixup_alpha, args.ref_model_sync_steps
-            self._moving = MovingReference(copies, share, every)
-            self.reference.description = self._moving.description
+            assert reference is not None and reference.copies is not None, "a moving reference is a copy"
+            share, every = args.ref_model_mixup_alpha, args.ref_model_sync_steps
+            self._moving = MovingReference(reference.copies, share, every)
+            reference.description = self._moving.description
             if self.accelerator.is_main_process:
                 warn_of_incomparable_metric(args)
         if args.precompute_ref_log_probs:
+            assert reference is not None, "the configuration checks that the losses need one"
             self.reference = CachedReference(
-                self.reference, args.reference_cache_dir, args.temperature, self._autocast_dtype
+                reference, args.reference_cache_dir, args.temperature, self._autocast_dtype
             )
 
     @property
@@ -186,15 +188,15 @@ class Scorer:
 
     def _settle_reference(self) -> None:
         """Identify the reference, compile the model for scoring, share lower layers, and open the cache."""
-        args, cached = self._args, isinstance(self.reference, CachedReference)
-        live = self.reference.live if cached else self.reference
+        args = self._args
+        live = self.reference.live if isinstance(self.reference, CachedReference) else self.reference
         self.made_up_logps = made_up_logps(live) if live is not None and self._moving is None else None
         self._compiled = compiled_for_scoring(self.accelerator, self.model)
         if isinstance(self.reference, LiveReference) and not self.reference.is_separate:
             self.reference.compiled = self._compiled
         self._lower = self._share_lower_layers()
-        if cached:
-            silent = args.disable_tqdm or not self.accelerator.is_main_process
+        if isinstance(self.reference, CachedReference):
+            silent = bool(args.disable_tqdm) or not self.accelerator.is_main_process
             self._filler = CacheFiller(
                 self.reference, self.collated, self.accelerator, args.max_tokens_per_batch, silent
             )
@@ -251,7 +253,10 @@ class Scorer:
         if reference is not None:
             # The reference's scores may be kept longer, so the hidden states are removed from them.
             lower, reference.lower_states = reference.lower_states, None
-        predictions = self.reference.predictions(reference) if VOCABULARY_KL in stats else None
+        predictions = None
+        if VOCABULARY_KL in stats:
+            assert self.reference is not None and reference is not None, "the KL needs a reference"
+            predictions = self.reference.predictions(reference)
         return score(model, batch, stats, predictions, self.aux_loss_coef != 0, lower)
 
     def reference_scores(self, batch: PreferenceBatch, dataset: Any = None) -> ResponseScores | None:
@@ -271,6 +276,7 @@ class Scorer:
     def _run_reference(self, batch: PreferenceBatch) -> ResponseScores:
         if "reference_scores" in batch:
             return batch["reference_scores"]
+        assert self.reference is not None
         # Engines apply autocast in the policy's forward; a separate reference model needs it here.
         with self.accelerator.autocast():
             return self.reference.score(batch, self.objective.reference_token_stats)
@@ -279,7 +285,8 @@ class Scorer:
         """Compute the loss inputs of a batch without gradients; store the reference's scores in the batch."""
         on_device = send_to_device(batch, self.accelerator.device)
         policy, reference = self.both_scores(on_device)
-        batch["reference_scores"] = reference
+        if reference is not None:
+            batch["reference_scores"] = reference
         return self.objective.read(on_device, policy, reference)
 
     def both_scores(self, batch: PreferenceBatch) -> tuple[ResponseScores, ResponseScores | None]:
@@ -291,8 +298,8 @@ class Scorer:
 
     def flops_per_position(self) -> float:
         """Return the model FLOPs per token of a training step; see `reporting.throughput`."""
-        is_live = isinstance(self.reference, LiveReference)
-        of_reference = self.reference.tree.derived(body_parameters) if is_live else 0
+        live = self.reference
+        of_reference = live.tree.derived(body_parameters) if isinstance(live, LiveReference) else 0
         return flops_per_position(
             self.tree.derived(body_parameters), self.tree.derived(trained_parameters), of_reference
         )
@@ -303,11 +310,12 @@ class Scorer:
 
     def flush_cache(self) -> None:
         """Write new reference scores to the cache folder; a stream adds scores while it is read."""
-        if self._filler is not None:
+        if self._filler is not None and isinstance(self.reference, CachedReference):
             self.reference.store.flush()
 
     def release_reference(self) -> None:
         """Free the memory of a reference whose scores are all cached."""
+        assert isinstance(self.reference, CachedReference)
         self.reference.release()
         self._ref_model = None
 
@@ -333,8 +341,10 @@ class Scorer:
 
     def _models(self) -> list[nn.Module]:
         """Return the policy and, if it is a separate model, the reference."""
-        return list(dict.fromkeys((self.model, self.reference.model if self.reference else self.model)))
+        reference = self.reference.model if self.reference else None
+        return list(dict.fromkeys((self.model, self.model if reference is None else reference)))
 
     def collated(self, rows: list[dict[str, Any]]) -> PreferenceBatch:
         """Collate prepared rows in the chosen layout and move the batch to the device."""
+        assert self.layout is not None, "settle() has chosen the layout"
         return send_to_device(self._collator.collators[self.layout](rows), self.accelerator.device)

@@ -31,13 +31,13 @@ class TRLTrainer(PreferenceTrainer):
     args: TRLConfig
     config_class: ClassVar[type[TRLConfig]]
     method: ClassVar[str]
+    __signature__: ClassVar[inspect.Signature]
     order: ClassVar[tuple[str, ...]]
 
     def __init_subclass__(cls, **arguments: Any):
         super().__init_subclass__(**arguments)
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-        parameters = [inspect.Parameter(name, kind, default=None) for name in cls.order]
-        cls.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        cls.__signature__ = inspect.Signature([inspect.Parameter(name, kind, default=None) for name in cls.order])
 
     def __init__(self, *positional: Any, **named: Any):
         if len(positional) > len(self.order):
