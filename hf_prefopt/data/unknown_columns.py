@@ -77,8 +77,9 @@ def describe_nearest(sample: Mapping[str, Any]) -> str:
 
 def _flattened(sample: Mapping[str, Any]) -> str | None:
     """Return the calls that make known columns of the keys of structs; None if these are not known either."""
-    keys = {f"{name}.{key}": key for name, value in sample.items() if isinstance(value, Mapping) for key in value}
-    flat = {key: sample[name.split(".")[0]][key] for name, key in keys.items()}
+    structs = {name: value for name, value in sample.items() if isinstance(value, Mapping)}
+    keys = {f"{name}.{key}": key for name, value in structs.items() for key in value}
+    flat = {key: item for value in structs.values() for key, item in value.items()}
     found = next((columns for layout in LAYOUTS if (columns := layout.find({**sample, **flat})) is not None), None)
     if found is None:
         return None

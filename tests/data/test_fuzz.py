@@ -157,7 +157,7 @@ def check_faithful(found: Row, said: str, row: Row, mutant: Row, meaning: Meanin
         return _count(text, row) <= _count(text, mutant)
 
     for text in filter(is_kept, _texts_of(meaning.prompt)):
-        assert all(text in whole for whole in full) or any(text in other for other in unused), text
+        assert all(_is_shown(text, whole) for whole in full) or any(text in other for other in unused), text
     sides = [_texts_of(response) for response in meaning.responses]
     if len(full) == len(sides) and all(is_kept(text) for side in sides for text in side):
         # The blank that joins a text to its prompt is no part of a message.
@@ -167,6 +167,12 @@ def check_faithful(found: Row, said: str, row: Row, mutant: Row, meaning: Meanin
         in_any_order = all(any(text in whole for whole in full) for side in sides for text in side)
         assert in_order or (in_any_order and _verdict_changed(row, mutant, meaning))
     check_scored(found, mutant)
+
+
+def _is_shown(text: str, whole: str) -> bool:
+    """Whether a text is shown as it is, or the turns of a transcript as messages."""
+    turns = re.split("\n\n(?:Human|Assistant):", text)
+    return text in whole or (len(turns) > 1 and all(turn.strip() in whole for turn in turns))
 
 
 def check_scored(found: Row, row: Row) -> None:

@@ -125,6 +125,7 @@ UNKNOWN = {
         {"inputs": {"question": "Sky?"}, "outputs": {"chosen": "Blue.", "rejected": "Green."}},
         r"dataset.flatten\(\).rename_columns\({'inputs.question': 'question', 'outputs.chosen': 'chosen'",
     ),
+    "a struct whose name has a point": ({"a.b": {"answers": None}, **dict.fromkeys(".")}, "missing"),
     "numbers": ({**QUESTION, "chosen": 4, "rejected": 5}, r"dataset.cast_column\('chosen', Value\('string'\)\)"),
     "a flag": ({"question": "Sky?", "answer": "Blue.", "if_chosen": True}, "'desirable': '<your column>'"),
 }
