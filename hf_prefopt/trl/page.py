@@ -150,6 +150,12 @@ def _behavior() -> str:
         ("KTO's mismatched responses", "from the neighbor in the batch", "from the whole data set, new in every epoch"),
         ("KTO's z, AOT's sort", "over a micro-batch", "over the global batch"),
         ("metrics of an evaluation", "means of batch means", "means over the rows"),
+        (
+            "metrics of several evaluation sets",
+            "the loss has the set's name, `eval_NAME_loss`, and the others do not, `eval_rewards/chosen`",
+            "all have it, `eval_NAME_rewards/chosen`",
+        ),
+        ("`logps/*` with `ld_alpha`", "weighted as the loss weights them", "the log-probs of the whole responses"),
         ("a tie of rewards", "counts as an inaccurate pair", "counts half"),
         (
             "end of a conversation in CPO and ORPO",
