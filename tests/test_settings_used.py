@@ -140,6 +140,7 @@ UNREAD = {
     "ref_model_mixup_alpha": ({}, 0.5, {"sync_ref_model": True}),
     "ref_model_sync_steps": ({}, 7, {"sync_ref_model": True}),
     "truncation_mode": ({"max_length": None}, "keep_end", {"max_length": 64}),
+    "checkpointing_keeps": ({}, "attention", {"gradient_checkpointing": True}),
     "pad_to_multiple_of": ({"layout": "shared"}, 8, {"layout": "padded"}),
 }
 

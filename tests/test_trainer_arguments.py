@@ -96,7 +96,7 @@ def test_a_generator_is_read_once_and_the_split_that_is_used_is_named(tmp_path, 
 
 MISTAKES = {
     "texts": (["a", "b"], "row 0 is a str: make each row a dict"),
-    "mixed": ([ROWS[0], {**ROWS[1], "chosen": 4}], "'chosen' mixes types"),
+    "mixed": ([ROWS[0], {**ROWS[1], "chosen": 4}], "row 1: `chosen` is of type int, and of type str in the rows"),
     "torch stream": (Stream(), r"is a Stream, .* IterableDataset\.from_generator"),
     "name": ("trl-lib/ultrafeedback_binarized", r"is a str, .* load_dataset\(name, split='train'\)"),
     "path": (Path("rows.jsonl"), r"is a PosixPath, .* load_dataset\('json'"),

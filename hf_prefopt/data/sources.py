@@ -66,7 +66,7 @@ def _fault(column: str, values: Sequence[Any]) -> str:
             return f"row {at:,}: `{column}` is a value that Arrow cannot store; correct it or drop the row"
     end = next(end for end in range(1, len(values) + 1) if not _is_storable(column, values[:end]))
     types = list(dict.fromkeys(_type(value) for value in values[:end] if value is not None))
-    told = f"a {types[-1]}, and a {types[0]} in the rows before it" if len(types) > 1 else "of another form"
+    told = f"of type {types[-1]}, and of type {types[0]} in the rows before it" if len(types) > 1 else "of another form"
     return f"row {end - 1:,}: `{column}` is {told}; give all rows the same form"
 
 

@@ -34,6 +34,8 @@ SETTLED = (
     "reference_cache_dir",
     "sync_ref_model",
     "hub_base_model",
+    "checkpointing_keeps",
+    "activation_offloading",
 )
 
 

@@ -47,7 +47,7 @@ def summary(counts: Counts) -> dict[str, Any]:
 def step(side: str, layers: int, dtype: str = "bf16", checkpointing: bool = False) -> dict[str, Any]:
     """A counted step."""
     changes = {"num_hidden_layers": layers}
-    return summary(counted_step(side, Case("tiny", "unequal", ROWS, "lora", dtype, checkpointing, changes)))
+    return summary(counted_step(side, Case("tiny", "unequal", ROWS, "lora", dtype, checkpointing, changes=changes)))
 
 
 def plain(layers: int, dtype: str) -> dict[str, int]:

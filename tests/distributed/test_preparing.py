@@ -13,9 +13,8 @@ import torch.distributed as dist
 from torch import nn
 from transformers import TrainerCallback
 
-from hf_prefopt import trainer as trainer_module
 from hf_prefopt.losses import register_loss, registry
-from hf_prefopt.training import replicas
+from hf_prefopt.training import engines, replicas
 from hf_prefopt.training.replicas import checksum
 from tests.distributed.cases import DESCENT, GLOBAL_BATCH
 from tests.distributed.launch import largest_difference
@@ -91,7 +90,7 @@ def broken(folder):
     """What upstream does with evaluate() before train(), here without the cure."""
     trainer = make(folder)
     trainer.evaluate()
-    with mock.patch.object(trainer_module, "unwrapped_after_evaluation", lambda accelerator, model, wrapped: wrapped):
+    with mock.patch.object(engines, "unwrapped_after_evaluation", lambda accelerator, model, wrapped: wrapped):
         trainer.train()
 
 
@@ -99,7 +98,7 @@ def broken_behind_a_warm_up(folder):
     """The first step is at learning rate 0, and moves nothing on either rank."""
     trainer = make(folder, lr_scheduler_type="linear", warmup_steps=1)
     trainer.evaluate()
-    with mock.patch.object(trainer_module, "unwrapped_after_evaluation", lambda accelerator, model, wrapped: wrapped):
+    with mock.patch.object(engines, "unwrapped_after_evaluation", lambda accelerator, model, wrapped: wrapped):
         trainer.train()
 
 

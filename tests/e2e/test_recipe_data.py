@@ -81,12 +81,12 @@ def test_a_share_is_held_out_in_place_of_a_split(load, files, capsys):
 REFUSED = {
     "beside a name": (
         ["--dataset_name", "x", "--datasets", "y"],
-        "dataset_name=x cannot be combined with --datasets.*'path': 'x'",
+        'dataset_name=x cannot be combined with --datasets.*"path": "x"',
     ),
     "rows of a mixture": (["--datasets", "y", "--train_rows", "3"], "train_rows=3 cannot be combined with --datasets"),
     "a split of a mixture": (
         ["--datasets", "y", "--dataset_train_split", "a"],
-        "dataset_train_split=a cannot be combined with --datasets.*'split': 'a'",
+        'dataset_train_split=a cannot be combined with --datasets.*"split": "a"',
     ),
     "an unknown key": (["--datasets", '{"path": "y", "ratio": 2}'], "has no use for 'ratio': path, name, .*weight"),
     "no path": (["--datasets", '{"weight": 2}'], "has no path"),

@@ -48,7 +48,7 @@ def run_recipe(name: str, output: Path, model: Path, data: Path, *options: str, 
     command = [sys.executable, str(RECIPES / f"{name}.py"), "--config", str(RECIPES / f"{name}.yaml")]
     shared = ["--model_name_or_path", str(model), "--dataset_name", str(data), "--output_dir", str(output)]
     small = ["--max_steps=2", "--logging_steps=1", "--train_rows=16", "--eval_rows=4", "--max_length=128"]
-    run = in_a_process([*command, *shared, *small, *options], RECIPES.parent, data / "cache", **environment)
+    run = in_a_process([*command, *shared, *small, *options], RECIPES.parent, data.parent / "cache", **environment)
     assert run.returncode == 0, run.stderr[-3000:]
     return run.stdout + run.stderr
 

@@ -146,6 +146,8 @@ LATE = {
     "precompute_ref_log_probs": True,
     "reference_cache_dir": "elsewhere",
     "sync_ref_model": True,
+    "checkpointing_keeps": "attention",
+    "activation_offloading": True,
 }
 
 

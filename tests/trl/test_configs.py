@@ -104,7 +104,7 @@ def test_what_has_no_effect_is_said(method, name, value, tmp_path, caplog):
         ("DPO", {"loss_type": "sft", "beta": 0.2}, "beta=0.2 is not used by any loss"),
         ("DPO", {"loss_type": "exo_pair"}, "label_smoothing"),
         ("CPO", {"loss_params": {"gamma": 1.0}}, "not a field of TRL's CPOConfig"),
-        ("DPO", {"loss_weights": [1.0, 2.0]}, "loss_weights has 2 values"),
+        ("DPO", {"loss_weights": [1.0, 2.0]}, "give one weight for each of sigmoid"),
         ("DPO", {"f_divergence_type": "js_divergence", "loss_type": "nca_pair"}, "nca_pair"),
     ],
 )
