@@ -8,6 +8,7 @@ from hf_prefopt.losses import get_loss, list_losses
 from hf_prefopt.reference.choose import choose_reference, is_fresh_adapter
 from hf_prefopt.reference.live import FrozenTensors
 from hf_prefopt.scoring.modes import ModuleTree
+from tests.quick import at_least
 from tests.tiny_models import perturbed, tiny_model, with_lora
 from tests.trainers import first_batch, make_trainer
 
@@ -45,7 +46,11 @@ def test_biases_that_train_do_not_move_the_reference(setting, tmp_path):
     assert torch.equal(trainer.reference.score(batch).token_logps, before)
 
 
-@pytest.mark.parametrize("name", list_losses())
+# All losses without a reference, and some of each kind of examples with one.
+_OFTEN = [*(name for name in list_losses() if not get_loss(name).needs_reference_model), "dpo", "kto", "tdpo2", "lipo"]
+
+
+@pytest.mark.parametrize("name", at_least(_OFTEN, list_losses()))
 def test_a_loss_without_a_reference_runs_and_copies_none(name, tmp_path):
     """One micro-batch runs the model once where no reference is needed, and then none exists; otherwise twice."""
     trainer = make_trainer(tmp_path, loss_type=name, max_steps=1, layout="padded")

@@ -9,6 +9,7 @@ from transformers import TrainerCallback
 from hf_prefopt import PreferenceTrainer
 from hf_prefopt.loading import load_model
 from hf_prefopt.training.settings import SETTLED, own_names
+from tests.quick import at_least
 from tests.tiny_models import perturbed, tiny_model, with_lora
 from tests.tokenizers import tiny_tokenizer
 from tests.trainers import examples, logged, make_config, make_trainer, pairs
@@ -112,7 +113,21 @@ def search(trainer, spaces):
     return found
 
 
-@pytest.mark.parametrize("what", SEARCHES)
+OFTEN = (
+    "beta, back to the loss's own",
+    "loss_type, without and with a reference",
+    "loss_type, with what it keeps",
+    "loss_params",
+    "use_weighting",
+    "reference",
+    "disable_dropout",
+    "ref_model_sync_steps",
+    "layout",
+    "max_tokens_per_batch",
+)
+
+
+@pytest.mark.parametrize("what", at_least(OFTEN, SEARCHES))
 def test_each_trial_is_the_direct_run_with_its_value(what, tmp_path):
     """Bit for bit: the same model, data and seeds, and every setting as it is in a configuration of its own."""
     name = what.split(",")[0]
