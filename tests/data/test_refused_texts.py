@@ -77,7 +77,9 @@ def test_an_index_with_a_name_is_a_column():
     assert as_dataset(pd.DataFrame([QUESTION], index=[7]), "train").column_names == [*QUESTION]
 
 
-@pytest.mark.parametrize("value, message", [("\ud800", "row 1: `x` is a value"), (["a"], "row 1: `x` is a list, and")])
+@pytest.mark.parametrize(
+    "value, message", [("\ud800", "row 1: `x` is a value"), (["a"], "row 1: `x` is of type list, and")]
+)
 def test_a_value_that_cannot_be_stored_is_named_with_its_row(value, message):
     with pytest.raises(ValueError, match=message):
         as_dataset([{"x": "a"}, {"x": value}], "train")

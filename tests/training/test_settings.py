@@ -168,8 +168,11 @@ LATE = {
 
 @pytest.mark.parametrize("name", LATE)
 def test_a_setting_that_comes_too_late_is_refused(name, tmp_path):
-    cached = {"precompute_ref_log_probs": True, "reference_cache_dir": str(tmp_path / "cache")}
-    trainer = trainer_for(tmp_path / "run", **(cached if name == "reference_cache_dir" else {}))
+    beside = {
+        "reference_cache_dir": {"precompute_ref_log_probs": True, "reference_cache_dir": str(tmp_path / "cache")},
+        "checkpointing_keeps": {"gradient_checkpointing": True},
+    }
+    trainer = trainer_for(tmp_path / "run", **beside.get(name, {}))
     with pytest.raises(ValueError, match=f"{name}=.* comes too late: .* create a trainer for each value"):
         search(trainer, [{name: LATE[name]}])
     assert getattr(trainer.args, name) != LATE[name]
