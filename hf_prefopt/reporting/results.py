@@ -45,7 +45,7 @@ SHOWN = (
     Shown("log_ratios/chosen", "Δ log p of chosen, per token"),
     Shown("log_ratios/rejected", "Δ log p of rejected, per token"),
     Shown("log_ratios/responses", "Δ log p, per token"),
-    Shown("ref_kl", "KL to the reference, per token", "{:.4f}"),
+    Shown("ref_kl", "KL estimate on the data, per token", "{:.4f}"),
     Shown("gsm8k/exact_match", "GSM8K exact match", "{:.3f}", "gsm8k/problems"),
 )
 

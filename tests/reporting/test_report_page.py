@@ -127,7 +127,7 @@ def test_the_comparison_has_a_column_for_each_run():
     runs = [made_up_run("a"), made_up_run("b", steps=30)]
     rows = dict(comparison_rows(runs))
     assert rows["reward accuracy"] == ["0.833 [0.400, 0.970]"] * 2 and rows["optimizer steps"] == ["20", "30"]
-    assert rows["loss"] == ["0.5930"] * 2 and "KL to the reference, per token" not in rows
+    assert rows["loss"] == ["0.5930"] * 2 and "KL estimate on the data, per token" not in rows
     assert comparison_notes(runs, ["a", "b"]) == []
 
 
