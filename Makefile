@@ -29,8 +29,8 @@ TEST_OPTIONS ?=
 .DELETE_ON_ERROR:
 
 demo: $(READY) $(MODEL)/config.json
-	@echo "Training: recipes/dpo_lora.py --config recipes/dpo_lora.yaml recipes/demo.yaml $(DEMO_OPTIONS)"
-	@$(LAUNCH) recipes/dpo_lora.py --config recipes/dpo_lora.yaml recipes/demo.yaml --overwrite_output_dir true $(DEMO_OPTIONS)
+	@echo "Training: recipes/dpo_lora.py --config recipes/demo.yaml $(DEMO_OPTIONS)"
+	@$(LAUNCH) recipes/dpo_lora.py --config recipes/demo.yaml --overwrite_output_dir true $(DEMO_OPTIONS)
 
 test: $(READY_TO_TEST)
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses $(WORKERS) --dist loadscope $(TEST_OPTIONS)

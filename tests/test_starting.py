@@ -18,6 +18,14 @@ sys.exit(code)
 """
 
 
+def test_a_reader_that_has_read_enough_ends_the_command_without_a_traceback():
+    """As `| head` does; here the pipe is closed before the command writes."""
+    command = [sys.executable, "-m", "hf_prefopt", "train", "--list"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait() == 1
+
+
 def imported(*arguments: str) -> set[str]:
     """Run a command in a fresh process, and return which of the heavy libraries it imported."""
     code = _RUN.format(heavy=_HEAVY)

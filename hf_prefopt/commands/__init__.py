@@ -8,6 +8,7 @@ that most of them need take seconds to import.
 
 import ast
 import io
+import os
 import pkgutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +30,16 @@ ANSWERS: Mapping[tuple[str, ...], Callable[[], str]] = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command given by `arguments` (default: the arguments of the process), and return the exit code."""
+    try:
+        code = _answered(arguments)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # the reader, such as `head`, has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _answered(arguments: Sequence[str] | None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # print "?" for characters that the terminal cannot encode

@@ -88,6 +88,8 @@ def reported(run: Callable[[], int], with_traceback: bool, options: Collection[s
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # `main` handles it
+        raise
     except Exception as error:  # libraries raise errors of any type
         if with_traceback:
             raise
