@@ -1,4 +1,4 @@
-"""Check `metric_for_best_model` before training: the Trainer looks for it only after the first evaluation."""
+"""Check `metric_for_best_model` before training starts. The Trainer only looks it up after the first evaluation."""
 
 from collections.abc import Callable, Iterable
 from typing import Any

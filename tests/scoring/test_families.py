@@ -45,7 +45,7 @@ def test_the_page():
 
 
 def test_a_part_of_the_page_is_written_anew():
-    """Rows keep their places, the counts are those of all rows, and a page of other layouts is refused."""
+    """The order of the rows stays, the counts include every row, and a page written with other layouts is an error."""
     right = Case("full", "auto", "shared", "", "float64", {"log-probs": 1e-15, "gradients": 1e-7})
     wrong = Case("full", "auto", "shared", "", "float64", {"log-probs": 1e-3, "gradients": 1e-7})
     rows = [_row(Family(name, "ForCausalLM", [case])) for name, case in (("a", wrong), ("b", right), ("a-b", right))]
