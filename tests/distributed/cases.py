@@ -222,8 +222,8 @@ MODELS = [
 ]
 # All of them, nightly.
 EVERY_MODEL = [name for name, case in CASES.items() if "model_type" in case.model]
-# DeepSpeed's ZeRO-3 raises a "tracing error" for this model. The cause may be that its Mamba-2 layers read the weights of
-# submodules in training mode and call the submodules in evaluation mode; this was not confirmed.
+# DeepSpeed's ZeRO-3 raises a "tracing error" for this model. The cause may be that its Mamba-2 layers read weights of
+# submodules in training mode and call the submodules in evaluation mode; this is not confirmed.
 UNDER_ZERO3 = [name for name in EVERY_MODEL if "Mamba-2 and experts" not in name]
 FEW = ["dpo, padded, full", "dpo, shared, LoRA, copy of a trained adapter", "bco, shared, LoRA, resumed"]
 QLORA = "dpo, shared, LoRA, 4 bits, resumed"
