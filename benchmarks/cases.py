@@ -1,4 +1,4 @@
-"""The cases of the comparison, with their targets: three synthetic shapes, real pairs, chat pairs and ranked lists."""
+"""The cases of the comparison: three synthetic shapes, real pairs, chat pairs and ranked lists."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,8 +12,6 @@ from hf_prefopt.data.prepare import prepare_dataset
 
 # Prompt tokens, response tokens and pairs per step, chosen so that a TRL step takes less than 40 s on one CPU thread.
 SHAPES = {"1:1": (128, 128, 2), "4:1": (512, 128, 1), "10:1": (1280, 128, 1)}
-SHAPE_SPEED = {"1:1": 1.6, "4:1": 2.2, "10:1": 2.4}
-SHAPE_MEMORY = {"1:1": 1.0, "4:1": 0.7, "10:1": 0.7}
 STEPS = 7
 PAIRS_A_STEP = 8
 
@@ -46,7 +44,7 @@ def equal_lengths(shape: str) -> Callable[[Side, str], Work]:
     def build(peer: Side, source: str) -> Work:
         text = [] if source.startswith("random:") else _one_text(peer.trainer.processing_class)
         batches = synthetic(vocabulary_of(source), pairs, prompt, response, steps=STEPS, text=text)
-        return Work(f"equal lengths {shape}", batches, SHAPE_SPEED[shape], SHAPE_MEMORY[shape])
+        return Work(f"equal lengths {shape}", batches)
 
     return build
 
@@ -60,13 +58,13 @@ def _one_text(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def gsm8k(peer: Side, _: str) -> Work:
     """Pairs of solutions, shuffled."""
     rows = tokenized_alike(read_rows("recipes/data/gsm8k_pairs/train.jsonl.gz")[:800], peer)
-    return Work("GSM8K pairs", shuffled_batches(rows, PAIRS_A_STEP, STEPS), 3.6, 0.55)
+    return Work("GSM8K pairs", shuffled_batches(rows, PAIRS_A_STEP, STEPS))
 
 
 def chat(peer: Side, _: str) -> Work:
     """Instructions of very unequal lengths, shuffled."""
     rows = tokenized_alike(read_rows("benchmarks/data/chat_pairs.jsonl.gz"), peer)
-    return Work("chat pairs", shuffled_batches(rows, PAIRS_A_STEP, STEPS), 5.0, 0.3)
+    return Work("chat pairs", shuffled_batches(rows, PAIRS_A_STEP, STEPS))
 
 
 def ranked(peer: Side, _: str) -> Work:
@@ -74,7 +72,7 @@ def ranked(peer: Side, _: str) -> Work:
     lists = 24
     pairs = tokenized_alike(ranked_as_pairs(read_rows("benchmarks/data/ranked4.jsonl.gz")[:lists]), peer)
     groups = [merged(pairs[3 * number : 3 * number + 3]) for number in range(lists)]
-    return Work("ranked lists, K = 4", shuffled_batches(groups, 1, STEPS), 3.0, 0.7)
+    return Work("ranked lists, K = 4", shuffled_batches(groups, 1, STEPS))
 
 
 CASES: dict[str, Callable[[Side, str], Work]] = {

@@ -28,6 +28,7 @@ from benchmarks.cases import CASES
 from benchmarks.growth import GROWTH
 from benchmarks.memory import in_own_process
 from benchmarks.paired import agreement, measure
+from benchmarks.products import product_speed
 from benchmarks.sides import Side, copy_adapter, our_side, perturb_adapters, trl_side
 from benchmarks.work import ROOT, Work
 
@@ -95,13 +96,13 @@ def compared(peer: Side, ours: Side, work: Work, rounds: int) -> dict[str, Any]:
     apart.check()
     figures = {
         "name": work.name,
-        "target_speed": work.speed,
-        "target_memory": work.memory,
         "loss_apart": apart.loss,
         "gradients_apart": apart.gradient,
         "worst_parameter_apart": apart.worst_parameter,
     }
-    return figures | measure(peer, ours, work, rounds).summary()
+    # The FLOP of the first round's batch; the speed of a product beside the steps, as the machine may be shared.
+    timed = measure(peer, ours, work, rounds).summary()
+    return figures | timed | {"flop": apart.flop, "product_speed": product_speed(ours.model)}
 
 
 def _earlier(path: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from benchmarks.products import flop_counter
 from benchmarks.sides import Side
 from benchmarks.work import Row, Work, count_pairs, real_tokens
 
@@ -22,11 +23,18 @@ LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-4
 
 @dataclass
 class Agreement:
-    """The relative differences of two sides: the loss, all gradients as one vector, and the worst parameter."""
+    """The relative differences of two sides, and the FLOP of their products.
+
+    Attributes:
+        loss, gradient, worst_parameter: the differences of the losses, of all gradients as one vector, and of the
+            gradient of the parameter with the largest difference.
+        flop: the FLOP of "peer" and "ours" in a forward and a backward pass.
+    """
 
     loss: float
     gradient: float
     worst_parameter: float
+    flop: dict[str, int] = field(default_factory=dict)
 
     def check(self) -> None:
         """Raise `AssertionError` if the two sides do not compute the same thing."""
@@ -74,11 +82,13 @@ class Timing:
 
 
 def agreement(peer: Side, ours: Side, rows: Sequence[Row]) -> Agreement:
-    """Compare loss and gradients of both sides on the same rows."""
-    losses, gradients = [], []
-    for side in (peer, ours):
+    """Compare loss and gradients of both sides on the same rows, and count their FLOP."""
+    losses, gradients, flop = [], [], {}
+    for role, side in (("peer", peer), ("ours", ours)):
         side.model.zero_grad()
-        losses.append(float(side.backward(rows)))
+        with flop_counter() as counter:
+            losses.append(float(side.backward(rows)))
+        flop[role] = counter.get_total_flops()
         gradients.append(side.gradients())
         side.model.zero_grad()
     if gradients[0].keys() != gradients[1].keys():
@@ -89,6 +99,7 @@ def agreement(peer: Side, ours: Side, rows: Sequence[Row]) -> Agreement:
         loss=abs(losses[0] - losses[1]) / abs(losses[0]),
         gradient=sum(x**2 for x in apart.values()) ** 0.5 / sum(x**2 for x in size.values()) ** 0.5,
         worst_parameter=max(apart[name] / size[name] for name in apart if size[name] > 0),
+        flop=flop,
     )
 
 

@@ -24,6 +24,7 @@ from torch import nn
 
 from benchmarks.cases import CASES
 from benchmarks.compare import MODEL
+from benchmarks.products import product_speed
 from benchmarks.sides import Side, our_side, perturb_adapters, trl_side
 from benchmarks.work import Row, shared_positions
 from hf_prefopt.scoring.forward import base_causal_lm
@@ -117,7 +118,7 @@ def floor(side: Side, batches: Sequence[Sequence[Row]]) -> dict[str, float]:
     positions = sum(shared_positions(rows) for rows in batches)
     scored = sum(len(response) for rows in batches for row in rows for response in row["response_ids"])
     flop = 3 * 2 * (body * positions + head * scored)
-    speed = matmul_speed(weights[-1].shape)
+    speed = product_speed(causal_lm)
     return {"flop": flop, "flop_per_second": speed, "seconds": flop / speed}
 
 
@@ -127,16 +128,6 @@ def _linears(module: nn.Module) -> list[nn.Module]:
     for child in module.children():
         found += [child] if isinstance(child, nn.Linear) or hasattr(child, "base_layer") else _linears(child)
     return found
-
-
-def matmul_speed(shape: Sequence[int], rows: int = 2048, repeats: int = 8) -> float:
-    """FLOP/s of `[rows, in] · [in, out]` in fp32 with the current number of threads."""
-    a, b = torch.randn(rows, shape[1]), torch.randn(shape[0], shape[1])
-    a @ b.T
-    start = time.process_time()
-    for _ in range(repeats):
-        a @ b.T
-    return repeats * 2 * rows * shape[0] * shape[1] / (time.process_time() - start)
 
 
 def operators(side: Side, rows: Sequence[Row], limit: int = 20) -> str:

@@ -25,13 +25,10 @@ class Work:
     Attributes:
         name: the name in tables.
         batches: prepared rows of successive steps; each round takes the next one.
-        speed, memory: the targets: the minimal speed-up, and the maximal ratio of peak memory.
     """
 
     name: str
     batches: Sequence[Sequence[Row]]
-    speed: float | None = None
-    memory: float | None = None
 
     def batch(self, step: int) -> Sequence[Row]:
         """The rows of a step."""

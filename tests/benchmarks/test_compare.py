@@ -5,9 +5,10 @@ import json
 import pytest
 import torch
 
-from benchmarks import compare, gpu_check, lower_layers, profile_step
+from benchmarks import compare, gpu_check, lower_layers, profile_step, report
 from benchmarks.ablation import ALL_OFF, LEVERS, without
 from benchmarks.paired import Agreement, agreement
+from benchmarks.products import flop_counter
 from benchmarks.sides import our_side, perturb_adapters, trl_side
 from benchmarks.work import (
     as_groups_of_pairs,
@@ -76,6 +77,27 @@ def test_a_lever_off_changes_the_time_and_nothing_else(sides, lever):
     assert ours.positions(rows) == 2 * 60
 
 
+def test_flop_by_hand():
+    """A product is 2·rows·in·out, twice that in its backward pass; attention 4·pairs·width, 10 in its backward pass."""
+    rows, heads, queries, width = 6, 2, 8, 4
+    linear = torch.nn.Linear(3, 5, bias=False)
+    q, k, v = (torch.randn(1, heads, queries, width, requires_grad=True) for _ in range(3))
+    attend = torch.nn.functional.scaled_dot_product_attention
+    with flop_counter() as counter:
+        linear(torch.randn(rows, 3, requires_grad=True)).sum().backward()
+        attend(q, k, v, is_causal=True).sum().backward()
+        attend(q, k, v, attn_mask=torch.ones(queries, queries, dtype=torch.bool))
+    pairs = queries * (queries + 1) // 2
+    masked = 4 * heads * queries**2 * width
+    assert counter.get_total_flops() == 3 * 2 * rows * 3 * 5 + 14 * heads * pairs * width + masked
+
+
+def test_the_share_of_a_step_at_the_speed_of_a_product():
+    """Products of 3 and 2 TFLOP in 4 and 5 seconds, where a product alone reaches 1 TFLOP/s."""
+    case = {"name": "a case", "flop": {"peer": 3e12, "ours": 2e12}, "peer": [4.0], "ours": [5.0], "product_speed": 1e12}
+    assert report._products(case) == ["a case", "3.00", "2.00", "1.50×", "75%", "40%", "1000"]
+
+
 @pytest.mark.slow
 def test_compare_in_one_command(tmp_path):
     path = tmp_path / "results.json"
@@ -87,6 +109,7 @@ def test_compare_in_one_command(tmp_path):
     assert case["positions"] == {"peer": 2 * 2 * 256, "ours": 2 * 384}
     assert all(0 <= case["system"][role] <= sum(case[role]) + 0.1 for role in ("peer", "ours"))  # in ticks of 10 ms
     assert all(case["memory"][side]["peak"] > case["memory"][side]["before"] for side in ("trl", "ours"))
+    assert case["flop"]["peer"] > case["flop"]["ours"] > 0 and case["product_speed"] > 0
     assert "| equal lengths 1:1 |" in compare.report.as_markdown(results)
     compare.report.draw(results, tmp_path / "plot.png")
 
