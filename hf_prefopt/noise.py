@@ -11,7 +11,7 @@ MESSAGES = {
 
 
 def leave_out_noise() -> None:
-    """Filter these messages, and only these, out of the loggers of their libraries."""
+    """Filter the messages in `MESSAGES`, and no others, out of the loggers of their libraries."""
     for name, beginning in MESSAGES.items():
         logging.getLogger(name).addFilter(partial(_is_other, beginning))
 
