@@ -55,7 +55,7 @@ class LengthSampler(Sampler[int]):
     "group_by_length" puts rows of similar length into the same step, like transformers. "batch_rebalance" draws the
     rows of each step at random and distributes them so that the micro-batches of all ranks are equally long. Without
     padding, it balances the total tokens per micro-batch. In the layout "padded", it sorts the rows by length, so that
-    micro-batches contain little padding and the micro-batches that run at the same time on all ranks are similar.
+    micro-batches contain little padding and micro-batches that run at the same time have similar lengths.
 
     Args:
         strategy: One of `STRATEGIES`.
@@ -117,7 +117,9 @@ class LengthSampler(Sampler[int]):
 
 
 def deal(lengths: np.ndarray, groups: int) -> list[list[int]]:
-    """Distribute numbers over groups of equal size with similar sums: each number goes to the group with the least sum.
+    """Distribute numbers over groups of equal size with similar sums.
+
+    Each number goes to the group with the smallest sum among the groups that are not full.
 
     Args:
         lengths: `[groups · size]`, in descending order.

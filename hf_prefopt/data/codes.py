@@ -11,8 +11,8 @@ from hf_prefopt.data.preferences import VERDICTS, by_name, by_sign
 from hf_prefopt.data.roles import SUFFIXES
 from hf_prefopt.data.rows import as_number
 
-# If a sign decides and 16 rows all prefer the second response, chance is unlikely: 2 ** -16. Signed scales end at 3, so
-# one number above 3 is also a sign of an unsigned scale.
+# A verdict that is read by its sign is suspicious if 16 rows all prefer the second response: the probability of this by
+# chance is 2 ** -16. Signed scales end at 3, so a single number above 3 is suspicious, too.
 _MANY, _LARGEST = 16, 3
 
 
@@ -28,7 +28,8 @@ def check_codes(dataset: Dataset | IterableDataset, columns: Mapping[str, str]) 
 
     Raises:
         ValueError: If there are labels −1 and 0 (for a stream, when the second of them is read), if verdicts count
-            responses from 0 but the column names count from 1, or if the sign decides and no number is negative.
+            responses from 0 but the column names count from 1, or if a verdict is read by its sign and no number is
+            negative.
     """
     if "label" in columns:
         dataset = _check_labels(dataset, columns["label"])

@@ -87,7 +87,7 @@ def fitting_kinds(sample: Mapping[str, Any], mapped: Collection[str] = ()) -> tu
 def find_layout(
     sample: Mapping[str, Any], kind: ExampleKind | None = None, mapped: Collection[str] = (), text_as: str = "text"
 ) -> FoundLayout:
-    """Find the first layout that fits, preferably one with this kind of examples.
+    """Return the first layout that matches the columns, preferably one with this kind of examples.
 
     Args:
         sample: One example value per column.
@@ -96,7 +96,7 @@ def find_layout(
         text_as: If "messages", all texts are converted to messages.
 
     Raises:
-        ValueError: If no layout fits, if several columns may name the better response, or if there are token weights
+        ValueError: If no layout matches, if several columns may name the better response, or if there are token weights
             without token ids.
     """
     fitting = [(layout, found) for layout in LAYOUTS if (found := layout.find(sample, mapped)) is not None]

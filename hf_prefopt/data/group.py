@@ -44,7 +44,7 @@ class Grouped:
 
     Attributes:
         groups: The groups, in the order of their first rows.
-        places: For each row, the indices of its responses, followed by its mismatched responses, in the concatenated
+        places: For each row, the indices of its responses and then of its mismatched responses, in the concatenated
             responses of all groups.
     """
 

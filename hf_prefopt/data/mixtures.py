@@ -27,8 +27,8 @@ class Source:
     Attributes:
         rows: Any data set that `train_dataset` accepts.
         name: Name of the source in messages.
-        weight: How often each row is used: 2 uses every row twice; 0.5 uses half of the rows, drawn at random. For a
-            stream, whose length is unknown, a whole number.
+        weight: How often each row is used: 2 uses every row twice; 0.5 uses half of the rows, drawn at random. The
+            weight of a stream must be a whole number, because the length of a stream is unknown.
         fraction: Share of the mixture that comes from this source, as in TRL. Shares are divided by their sum, and the
             mixture is as large as possible without repeating a row. Set it for all sources or for none.
         column_mapping, remove_columns, text_as: As in `PreferenceConfig`, for this source; None uses the values of the
@@ -59,7 +59,7 @@ class Mixture:
         ```
 
     Args:
-        sources: The data sets: all streams, or no streams.
+        sources: The data sets. Either all or none are streams.
         seed: Seed for drawing rows, and for the order of streams with fractions.
 
     Raises:
@@ -81,7 +81,7 @@ class Mixture:
     def hold_out(self, share: float) -> tuple["Mixture", "Mixture"]:
         """Split the mixture into a mixture for training and a mixture with the held-out rows, each used once.
 
-        No prompt is in both.
+        No prompt is in both mixtures.
 
         Args:
             share: Share of all rows of the sources, before weights; between 0 and 1 (exclusive).
@@ -241,7 +241,7 @@ def _with_the_same_columns(prepared: Sequence[Any], names: Sequence[str], name: 
 
 
 def _filled(rows: Any, column: str, value: float) -> Any:
-    """Return the prepared rows, each with one example, with this value in a new column."""
+    """Return the prepared rows, which have one example each, with a new column that holds this value."""
     features = Features({**rows.features, column: List(Value("float64"))})
     return rows.map(_fill, batched=True, features=features, fn_kwargs={"column": column, "value": value})
 

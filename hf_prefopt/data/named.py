@@ -50,7 +50,7 @@ def _cure(names: Names, own: Sequence[str]) -> str:
 
 
 def _have_in_common(left: str, right: str) -> bool:
-    """Return True if the texts are equal, or one of more than one letter is contained in the other."""
+    """Return True if the texts are equal, or if one contains the other and the shorter one has at least two letters."""
     shorter, longer = sorted((left, right), key=len)
     return left == right or (len(shorter) > 1 and shorter in longer)
 
