@@ -104,7 +104,7 @@ def by_name(column: str, value: Any, names: tuple[str, str], suffixes: tuple[str
 
 
 def _place(text: str, names: tuple[str, str], suffixes: tuple[str, str]) -> int | None:
-    """Return the index, 0 or 1, of the response with this name; None if it names neither."""
+    """Return the index, 0 or 1, of the response that a text names; None if it names neither response."""
     if text in names:
         return names.index(text)
     found = _SIDE.fullmatch(text)
@@ -154,7 +154,7 @@ def first_if_true(column: str, value: Any, *_: Any) -> int:
 
 
 def by_scores(columns: Sequence[str], scores: Sequence[Any]) -> int:
-    """Return the index of the higher score. Raises `Tie` for equal scores and `BadRow` if one is not a number."""
+    """Return the index of the higher score. Raises `Tie` for equal scores and `BadRow` if a score is not a number."""
     first, second = (_number(column, score) for column, score in zip(columns, scores, strict=True))
     if first == second:
         raise Tie(columns[0], f"and `{columns[1]}` are equal")

@@ -18,7 +18,8 @@ def with_scored_prompts(batch: PreferenceBatch, rows: Sequence[Mapping[str, Any]
     """Add the G prompts of the groups to the R responses of a batch of pairs.
 
     Returns:
-        A batch of R + G scored sequences, with `prompts`, `[B]` int64: the index of each pair's prompt among them.
+        A batch of R + G scored sequences. Its entry `prompts`, `[B]` int64, is the index of each pair's prompt among
+            these sequences.
     """
     groups = group_rows(rows).groups
     counts = np.array([len(group.responses) for group in groups])

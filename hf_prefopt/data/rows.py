@@ -18,21 +18,21 @@ DROP_CURE = "drop the row or pass on_bad_rows='drop'"
 
 
 class BadRow(ValueError):
-    """A row that cannot be trained on: the column, the problem and the fix."""
+    """An error for a row that cannot be trained on. It names the column, the problem and the fix."""
 
     def __init__(self, column: str, problem: str, cure: str = DROP_CURE):
         super().__init__(f"`{column}` {problem}; {cure}")
         self.parts = (column, problem, cure)
 
     def renamed(self, names: Mapping[str, str]) -> "BadRow":
-        """Return the error with the column names of the data set. `names`: data set's column by name in this error."""
+        """Return the error with the column names of the data set. `names` maps the names in this error to them."""
         column, problem, cure = self.parts
         problem = re.sub("`([^`]+)`", lambda found: f"`{names.get(found[1], found[1])}`", problem)
         return type(self)(names.get(column, column), problem, cure)
 
 
 class Tie(BadRow):
-    """Two responses, neither of which is better: the row is not a pair, and the data is not faulty."""
+    """An error for two responses of which neither is better. The row is not a pair, but its data is valid."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,8 @@ class CanonicalRow:
         chat_template_kwargs: Other arguments of the chat template.
         unread: Values of the format's columns that were not used because the responses contain them, by column.
         repeated: Whether the responses began with the prompt, which was removed from them.
-        echoed: Whether the responses begin with a prompt that is too short to exclude chance, and was not removed.
+        echoed: Whether the responses begin with the prompt, but the prompt was not removed from them, because it is so
+            short that they may begin with the same words by chance.
         against: Whether the columns that were read show that the chosen response has the lower score.
     """
 
@@ -204,7 +205,7 @@ def _check_text(column: str, text: str) -> str:
     return text
 
 
-# Functions that read what is written in a text, by the name under which a user calls them.
+# Functions that parse a text, keyed by the name under which a user calls them.
 _READERS: dict[str, Callable[[str], Any]] = {"json.loads": json.loads, "ast.literal_eval": ast.literal_eval}
 
 
@@ -285,7 +286,7 @@ def probably_lacks_prompt(row: CanonicalRow) -> bool:
 
 
 def count_shared_words(texts: Sequence[str]) -> float:
-    """Count the words that all texts begin with; infinite if these contain a line end, `?` or `:`."""
+    """Count the words that all texts begin with; infinite if the shared beginning contains a line end, `?` or `:`."""
     first, *others = [text.lstrip()[:400] for text in texts]
     if _PROMPT_ENDS.search(first[: min((shared_length(first, other) for other in others), default=len(first))]):
         return math.inf

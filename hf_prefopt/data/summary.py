@@ -43,10 +43,10 @@ class DataSummary:
             number computed if all rows with the same prompt are in one batch (`group_by_prompt`).
         scored_tokens: Tokens whose log-prob counts, summed over the responses.
         lengths: Lengths in tokens of the prompts and of the responses, by name.
-        comparisons: Number of comparisons of a better response with a worse one: one for each pair, for each two
-            responses with different ranks in a list, and for each desirable response with each undesirable one.
-        longer, as_long: Share of comparisons in which the better response has more scored tokens, or equally many; NaN
-            without comparisons.
+        comparisons: Number of comparisons of a better response with a worse one: one for each pair, for each pair
+            of responses with different ranks in a list, and for each desirable response with each undesirable one.
+        longer, as_long: Shares of comparisons in which the better response has more scored tokens than the worse one
+            (`longer`), or equally many (`as_long`); NaN without comparisons.
         desirable, undesirable: Numbers of responses with each label.
     """
 
@@ -167,7 +167,7 @@ def _labels(rows: _Rows) -> _Compared:
 
 
 def _lists(rows: _Rows) -> _Compared:
-    """Compare each two responses of a list that differ in rank; lists of equal length are processed together."""
+    """Compare all pairs of responses in a list that differ in rank; lists of equal length are processed together."""
     keys, first = ragged(rows.table["ranks"]), np.cumsum(rows.counts) - rows.counts
     better, worse = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.int64)]
     for size in np.unique(rows.counts):
@@ -188,7 +188,7 @@ def _quantiles(rows: _Rows) -> _Compared:
     return _Compared(len(rows.counts), named, none, none, keys=ragged(rows.table["quantiles"]))
 
 
-# By the first column of a kind of examples.
+# How to compare the examples of a kind, keyed by the first column of the kind.
 _COMPARE: Mapping[str, Callable[[_Rows], _Compared]] = {
     "pairs": _pairs,
     "labels": _labels,

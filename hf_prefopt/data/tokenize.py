@@ -37,7 +37,7 @@ class TokenizedRow:
 
 
 class TokenKinds:
-    """Classify the token ids of a tokenizer: control tokens, whitespace, and other tokens."""
+    """A classification of the token ids of a tokenizer: control tokens, whitespace, and other tokens."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
@@ -90,7 +90,8 @@ def tokenize_rows(
         template_kwargs: Arguments of the chat template; the arguments of a row take precedence.
 
     Raises:
-        ValueError: If the tokenizer has no chat template, or is slow and turns within a response are scored.
+        ValueError: If the tokenizer has no chat template, or if only parts of a response are scored and the tokenizer
+            is not a fast tokenizer.
     """
     renderer = Renderer(tokenizer, template_kwargs)
     rendered = [None if row.content_type == "tokens" else _try(renderer.render, row) for row in rows]
@@ -116,7 +117,7 @@ def _try(step, *arguments):
 
 @dataclass(frozen=True)
 class _Encoding:
-    """The token ids of a row's texts. `offsets`: character ranges of the tokens, None if no row has spans."""
+    """The token ids of a row's texts. `offsets`: the character range of each token; None if no row needs them."""
 
     prompt: list[int] | None
     full: list[list[int]]
@@ -182,7 +183,7 @@ def _token_change(texts: RenderedRow, encoding: _Encoding, boundary: int, kinds:
 
 
 _MERGED = (
-    "and the prompt merge into one token, the first of the sequence, which nothing predicts",
+    "and the prompt merge into one token, the first of the sequence, which no position predicts",
     "put white space between them, or add a token before the prompt",
 )
 _NO_WORDS = {
@@ -219,7 +220,7 @@ def _finish_row(
 
 
 def _boundary(encoding: _Encoding) -> int:
-    """Return the number of prompt tokens that all sequences of a row share; each keeps at least one response token."""
+    """Return the number of prompt tokens that all sequences share; each sequence has at least one token after them."""
     if encoding.prompt is None:
         first, *others = encoding.full
         shared = min(shared_length(first, ids) for ids in others)

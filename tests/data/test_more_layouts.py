@@ -177,7 +177,7 @@ REFUSED = {
     "a comparison of one with itself": ({**TWO, "winner": "A>A"}, "`winner` is 'A>A', which names neither"),
     "three responses with scores": (
         {"prompt": WHAT, "response_0": BLUE, "response_1": GREEN, "response_2": "Red.", "score_0": 3},
-        "three responses or more, one of them `response_2`: make a list of them",
+        "three or more responses, one of them `response_2`: convert the rows to lists",
     ),
     "a struct of text and more": (
         {**PAIR, "chosen": {"text": BLUE, "style": "brief"}},
