@@ -387,7 +387,7 @@ REFUSED = {
     "a struct": ({**PAIR, "chosen": {"words": BLUE}}, "`chosen` is a struct of 'words' and not a message"),
     "a comparison by an index": (
         {"info": {"post": WHAT}, "summaries": [{"text": BLUE}, {"text": GREEN}], "choice": 0},
-        "columns `summaries`, `choice`: `choice` may be the index of the better response in `summaries`: make two columns",
+        "columns `summaries`, `choice`: `choice` may be the index of the better response in `summaries`: make",
     ),
     "an answer that is not to be trained on": (
         {**PAIR, "chosen": [{"role": "assistant", "content": "Hm.", "weight": 0}, *ask("So?"), *reply(BLUE)]},
