@@ -54,10 +54,10 @@ def _layout_of(made: Prepared) -> str:
 
 
 class PreferenceData:
-    """Prepares datasets for the losses of a configuration, and builds samplers for them.
+    """An object that prepares datasets for the losses of a configuration, and builds samplers for them.
 
     Args:
-        args: Settings; they are read at each use, so later changes take effect.
+        args: Settings, which are read at each use, so later changes take effect.
         tokenizer: Tokenizer for raw rows.
         embeddings: Number of token ids in the model's embedding; `None` if it is not known yet.
         positions: Maximum sequence length of the model in tokens; `None` if there is no maximum.
@@ -83,7 +83,7 @@ class PreferenceData:
         self.objective, self._is_settled, self._has_warned = args.build_objective(), False, False
         self.counts: WeakKeyDictionary[Dataset, dict[str, int]] = WeakKeyDictionary()
         self.streams: WeakKeyDictionary[IterableDataset, str] = WeakKeyDictionary()
-        # Datasets that were prepared and checked for the current objective, so later evaluations skip both.
+        # Datasets that are prepared and checked for the current objective, so later evaluations skip these steps.
         self._fitting: WeakSet[Data] = WeakSet()
 
     def prepare(self, dataset: Any, name: str) -> DataOrSplits | None:

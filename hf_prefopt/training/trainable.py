@@ -1,4 +1,4 @@
-"""Find the policy's trained parameters; raise an error if there are none or the optimizer has different ones."""
+"""Find the policy's trained parameters; raise an error if there are none, or if the optimizer has others."""
 
 import logging
 
@@ -73,7 +73,7 @@ def refuse_stale_optimizer(model: nn.Module, optimizer: Optimizer | None) -> Non
     """Check that the optimizer was created for the trained parameters; a subset of these parameters is allowed.
 
     Raises:
-        ValueError: the optimizer has no trained parameter; or it lacks some and has other parameters instead.
+        ValueError: the optimizer has no trained parameter; or it lacks some of them and has other parameters.
     """
     if optimizer is None:
         return
