@@ -123,7 +123,7 @@ class LoaderBatch(TypedDict):
 
 @dataclass(frozen=True)
 class SegmentLengths:
-    """The lengths of the S segments of a row, on the CPU. This is a class because compiled graphs specialize on tuples.
+    """The lengths of the S segments of a row, on the CPU; a class, because compiled graphs would specialize on tuples.
 
     Attributes:
         queries, keys: S numbers each.
@@ -143,9 +143,9 @@ class ResponseScores:
         lengths: `[R]`, scored tokens per response.
         token_stats: other requested per-token statistics, keyed by name, each `[N]` fp32; `hidden`, `[N, H]`, is the
             input of the head.
-        aux_loss: `[]`, the load-balancing loss of a mixture of experts' routers over the sequences of the batch,
-            without its coefficient; `None` if it was not requested.
-        lower_states: the reference's outputs of the layers that it shares with the policy; see `scoring.lower_states`.
+        aux_loss: `[]`, the load-balancing loss of the routers of a mixture of experts, over the sequences of the batch
+            and without its coefficient; `None` if the loss was not requested.
+        lower_states: the recorded output of the layers that reference and policy share; see `scoring.lower_states`.
     """
 
     token_logps: Tensor

@@ -1,4 +1,4 @@
-"""Suppress messages that libraries log whenever they are imported and that do not concern the run."""
+"""Suppress messages that libraries log at every import, although the messages do not concern the run."""
 
 import logging
 from functools import partial

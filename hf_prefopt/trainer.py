@@ -328,7 +328,7 @@ class PreferenceTrainer(Trainer):
         """Return the Trainer's data loader; a raw dataset is prepared first."""
         if eval_dataset is None or isinstance(eval_dataset, str):
             return super().get_eval_dataloader(eval_dataset)
-        # Not the Trainer's own method: with persistent workers it keeps the loader and returns it for any dataset.
+        # Not the Trainer's own method: with persistent workers, that method returns one loader for all datasets.
         return super().get_test_dataloader(self._prepared(eval_dataset, "eval"))
 
     def get_test_dataloader(self, test_dataset: Data):

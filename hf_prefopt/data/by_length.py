@@ -1,9 +1,8 @@
 """Orders of the training rows by length: `train_sampling_strategy="group_by_length"` and `"batch_rebalance"`.
 
 The length of a row is the number of tokens in its prompt and all of its responses. In the layout "padded", where each
-response follows its own copy of the prompt, it is the length of the row's longest sequence. Both orders depend only on
-(seed, epoch) and the lengths, so they are the same on every rank, and every micro-batch has the configured number of
-rows.
+response follows its own copy of the prompt, only the row's longest sequence counts. Both orders depend only on (seed,
+epoch) and the lengths, so they are the same on every rank. Every micro-batch has the configured number of rows.
 """
 
 from collections.abc import Callable, Iterator

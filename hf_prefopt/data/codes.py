@@ -17,7 +17,7 @@ _MANY, _LARGEST = 16, 3
 
 
 def check_codes(dataset: Dataset | IterableDataset, columns: Mapping[str, str]) -> Dataset | IterableDataset:
-    """Check that the numbers of labels and verdicts have the meaning with which they are read.
+    """Check that the numbers in columns of labels and verdicts are read with the right meaning.
 
     Args:
         columns: The column of each role.
@@ -27,9 +27,8 @@ def check_codes(dataset: Dataset | IterableDataset, columns: Mapping[str, str]) 
         first rows is checked.
 
     Raises:
-        ValueError: If there are labels −1 and 0 (for a stream, when the second of them is read), if verdicts count
-            responses from 0 but the column names count from 1, or if a verdict is read by its sign and no number is
-            negative.
+        ValueError: If there are labels −1 and 0 (for a stream, when the second of them is read). If verdicts count
+            responses from 0 but the column names count from 1. If verdicts are read by their sign and none is negative.
     """
     if "label" in columns:
         dataset = _check_labels(dataset, columns["label"])
@@ -59,7 +58,7 @@ def _numbers(values: Iterable[Any]) -> set[float]:
 
 
 def describe_codes(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> list[str]:
-    """Describe a verdict that is read by its sign if it prefers the second response in all of these rows.
+    """Describe verdicts that are read by their sign, if they prefer the second response in all of these rows.
 
     Args:
         rows: The first rows.

@@ -81,7 +81,7 @@ def _not_found(dataset: Dataset | IterableDataset, column: str, columns: Sequenc
 def undecoded(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
     """Return the data set as plain Python values. Images, video and audio stay encoded, because they are rejected."""
     for column, feature in (dataset.features or {}).items():
-        # Columns of mixed types (`Json`) stay decoded: their values are plain Python, and an encoded text has quotes.
+        # Columns of mixed types (`Json`) stay decoded, because an encoded text is a JSON string with quotes.
         if getattr(feature, "decode", False) and type(feature).__name__ != "Json":
             dataset = dataset.cast_column(column, replace(feature, decode=False))
     return dataset.with_format(None)
@@ -120,7 +120,7 @@ def class_names(dataset: Dataset | IterableDataset) -> dict[str, list[str]]:
 
 
 def describe_columns(found: FoundLayout, sample: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Describe the columns of a data set: their layout, the unused columns, and texts that stay plain text."""
+    """Describe the columns of a data set: their layout, unused columns, and texts that do not become messages."""
     lines = []
     if not found.is_own:
         lines.append(f"read as {describe_layout(found)}")

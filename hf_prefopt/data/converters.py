@@ -1,7 +1,7 @@
 """Convert the rows of a layout to rows of a format: the functions that `layout_table.LAYOUTS` refers to.
 
-Each function converts the values of a row by role (`Given`) to the columns of a format; formats.py converts these to
-the canonical row. The functions move values without reading texts, except for transcripts in a prompt.
+Each function converts the values of a row by role (`Given`) to the columns of a format. formats.py then converts these
+columns to the canonical row. The functions move values without reading texts, except for transcripts in a prompt.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -172,12 +172,12 @@ def good_and_bad(given: Given) -> Row:
 
 
 def turns(given: Given) -> Row:
-    """Return the pair for two conversations, whose turns are lists of texts, and a verdict."""
+    """Return the pair for two conversations, each stored as lists of turns, and a verdict."""
     return better_of_two(_talks(given))
 
 
 def turns_flagged(given: Given) -> Row:
-    """Return the pair for two conversations, whose turns are lists of texts, and flags."""
+    """Return the pair for two conversations, each stored as lists of turns, and flags."""
     return flagged_two(_talks(given))
 
 

@@ -23,14 +23,14 @@ def split_by_prompt(
     remove_columns: Sequence[str] | None = None,
     text_as: str = "text",
 ) -> tuple[Dataset, Dataset]:
-    """Split a data set into rows for training and rows for evaluation. Both keep the raw rows and their order.
+    """Split a data set into rows for training and rows for evaluation. Both parts keep the raw rows and their order.
 
     Whether a prompt is used for evaluation depends only on the prompt and the seed, not on the order of the rows.
 
     Args:
         dataset: Raw rows in any of the layouts of `layout_table.LAYOUTS`.
         test_size: Share of the rows for evaluation, between 0 and 1 (exclusive). Rows with the same prompt stay
-            together, so there may be more rows, but fewer than the rows of one prompt more.
+            together, so the evaluation rows may exceed this share, by less than the rows of one prompt.
         seed: Seed for drawing the prompts.
         column_mapping, remove_columns, text_as: See `PreferenceConfig`.
 

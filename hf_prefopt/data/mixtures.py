@@ -63,9 +63,8 @@ class Mixture:
         seed: Seed for drawing rows, and for the order of streams with fractions.
 
     Raises:
-        ValueError: If there are no sources, a weight is not above 0, only some sources have fractions, a source has
-            both a weight and a fraction, only some sources are streams, or the weight of a stream is not a whole
-            number.
+        ValueError: If there are no sources, or only some are streams. If a weight is not above 0, or the weight of a
+            stream is not a whole number. If only some sources have fractions, or a source has a fraction and a weight.
     """
 
     def __init__(self, sources: Sequence[Source], seed: int = 42):
@@ -216,7 +215,7 @@ def _numbered(columns: dict[str, list[Any]], indices: list[int]) -> dict[str, li
 
 
 def _with_the_same_columns(prepared: Sequence[Any], names: Sequence[str], name: str) -> list[Any]:
-    """See `Mixture.align`."""
+    """Return the prepared rows of each source with the same columns; see `Mixture.align`."""
     kind = cast(ExampleKind, kind_of_columns(prepared[0].column_names))
     every = dict.fromkeys(column for rows in prepared for column in rows.column_names)
     partial = {column: [rows for rows in prepared if column not in rows.column_names] for column in every}

@@ -1,4 +1,4 @@
-"""Keep the usable rows: reject or drop the others, and report in one line what was truncated and dropped.
+"""Keep the usable rows: raise an error for other rows or drop them, and report in one line what was changed.
 
 What happened to each row is recorded in additional columns (`NOTES`), so that the counts are also correct when
 `datasets` loads prepared rows from its cache. These columns are removed after counting.

@@ -251,7 +251,7 @@ def _find_layout(
 
 
 def _first_read(dataset: Dataset | IterableDataset, layout: FoundLayout) -> list[CanonicalRow]:
-    """Return those of the first rows that can be read."""
+    """Return the first rows as canonical rows, without the rows that cannot be read."""
     read = [_read(layout, row) for row in first_rows(dataset)[:8]]
     return [row for row in read if isinstance(row, CanonicalRow)]
 

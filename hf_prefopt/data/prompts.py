@@ -1,7 +1,7 @@
 """Score the prompts of a batch in addition to the responses: the prompt tokens follow the tokens of the responses.
 
 No positions are added, because every layout already computes the prompts. The first token of a prompt is not scored,
-because nothing predicts it. If a layout contains a prompt once per response, its first copy is scored.
+because no position predicts it. If a layout contains a prompt once per response, its first copy is scored.
 """
 
 from collections.abc import Mapping, Sequence

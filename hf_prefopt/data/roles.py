@@ -202,7 +202,7 @@ MODELS = Role(
 )
 # The number of the turn that was judged; later turns are removed from the conversation.
 JUDGED_TURN = role("turn", "turn", accepts=lambda value: isinstance(value, int) and not isinstance(value, bool))
-# Conversations whose turns are lists of texts.
+# Conversations stored as lists of texts: the user's turns, and the assistant's turns.
 TURNS = role("prompt", "prompt", "question", accepts=_is_turns)
 TURNS_OF_TWO = _two(_is_turns)
 TURNS_FLAGGED = Role(FLAGGED.parts, FLAGGED.names, lambda value: _is_turns(value) or isinstance(value, int))

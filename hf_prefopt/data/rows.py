@@ -178,7 +178,7 @@ _WRITTEN_LIST = re.compile(r"""\[\s*(["']).*\1\s*\]""", re.DOTALL)
 
 
 def check_text_prompt(column: str, text: str) -> str:
-    """Return the text. Raises `BadRow` if it is messages or a list written as text."""
+    """Return the text. Raises `BadRow` if the text contains a list or messages in the notation of a language."""
     if _WRITTEN_LIST.fullmatch(text.strip()):
         raise BadRow(column, "contains a list written as text", "parse it (json.loads), and make each row one prompt")
     return _check_text(column, text)

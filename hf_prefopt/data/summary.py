@@ -43,8 +43,8 @@ class DataSummary:
             number computed if all rows with the same prompt are in one batch (`group_by_prompt`).
         scored_tokens: Tokens whose log-prob counts, summed over the responses.
         lengths: Lengths in tokens of the prompts and of the responses, by name.
-        comparisons: Number of comparisons of a better response with a worse one: one for each pair, for each pair
-            of responses with different ranks in a list, and for each desirable response with each undesirable one.
+        comparisons: Number of comparisons of a better response with a worse one. These are all pairs, all pairs of
+            responses with different ranks in a list, or all pairs of a desirable and an undesirable response.
         longer, as_long: Shares of comparisons in which the better response has more scored tokens than the worse one
             (`longer`), or equally many (`as_long`); NaN without comparisons.
         desirable, undesirable: Numbers of responses with each label.

@@ -211,7 +211,7 @@ def _finish_row(
     change: tuple[str, str] | None = None,
 ) -> TokenizedRow:
     if not prompt:
-        # Nothing precedes the first token, so nothing predicts it.
+        # No position predicts the first token of a sequence.
         masks = [[0, *mask[1:]] for mask in masks]
     for column, mask in zip(row.columns, masks, strict=True):
         if not any(mask):

@@ -46,7 +46,7 @@ class OptionalColumn:
 
     Attributes:
         columns: the column's accepted names in raw rows; error messages suggest the first.
-        default: the value for examples without the column; `None` if a loss that uses it requires it.
+        default: the value for rows without the column; `None` if losses that use the column require it.
         low, high: the allowed range, both ends included.
     """
 
@@ -65,7 +65,7 @@ class Metric:
 
     Attributes:
         values: `[B]`.
-        counted: `[B]` bool, the examples that the metric is defined for; `None` for all of them.
+        counted: `[B]` bool, the examples for which the metric is defined; `None` if it is defined for all.
     """
 
     values: Tensor

@@ -57,8 +57,9 @@ class Lists(ExampleKind):
     def metrics(self, rewards: Tensor | None, inputs: Mapping[str, Tensor]) -> dict[str, Metric]:
         """Return metrics of the best response in the data, or their means if several responses are equally good.
 
-        The metrics are the log-prob, the reward, the share of lists in which this reward is the highest (a tie of n
-        responses counts 1/n), and the margin over the mean reward of the other responses, for lists that have others.
+        The metrics are the log-prob, the reward, the accuracy and the margin. A list is accurate if this reward is the
+        highest; a tie of n responses counts 1/n. The margin is the difference from the mean reward of the other
+        responses, for lists that have other responses.
         """
         mask = inputs["list_mask"]
         best = best_of(inputs["list_ranks"], mask)

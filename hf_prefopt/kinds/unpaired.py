@@ -12,7 +12,7 @@ from hf_prefopt.kinds.kind import WEIGHT, ExampleKind, Metric, row_numbers
 class Unpaired(ExampleKind):
     """Single responses with labels.
 
-    Batch entries: `responses`, `[B]` int64; `labels`, `[B]` bool, True for desirable; and for losses that need it,
+    Batch entries: `responses`, `[B]` int64; `labels`, `[B]` bool, True for desirable; and for losses that need them,
         `mismatched`, `[B]` int64, the index of a response to another prompt, scored after this example's prompt.
     """
 

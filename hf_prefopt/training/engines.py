@@ -200,7 +200,7 @@ def unwrapped_after_evaluation(accelerator: Accelerator, model: nn.Module, wrapp
     model.
 
     Args:
-        wrapped: The model as accelerate prepared it last.
+        wrapped: The module that accelerate returned when it last prepared the model.
 
     Raises:
         ValueError: the engine is DeepSpeed and the model was already used. The model stays in the engine of its first
@@ -240,7 +240,7 @@ def begin_training(accelerator: Accelerator, model: nn.Module, wrapped: nn.Modul
     """Return the module that training should wrap, after another trainer or an evaluation may have used the model.
 
     Args:
-        wrapped: The model as accelerate prepared it last.
+        wrapped: The module that accelerate returned when it last prepared the model.
 
     Raises:
         ValueError: see `take_over` and `unwrapped_after_evaluation`.

@@ -59,7 +59,7 @@ class PreferenceData:
     Args:
         args: Settings, which are read at each use, so later changes take effect.
         tokenizer: Tokenizer for raw rows.
-        embeddings: Number of token ids in the model's embedding; `None` if it is not known yet.
+        embeddings: Number of token embeddings of the model; `None` if the number is not known yet.
         positions: Maximum sequence length of the model in tokens; `None` if there is no maximum.
         stops: Token ids at which the model stops generating.
 
@@ -235,9 +235,8 @@ class PreferenceData:
         """Return the dataset in the form that a data loader reads.
 
         If a loss needs mismatched responses, they are added to the rows. In training, accelerate splits a stream with
-        enough shards across the ranks. Otherwise each rank reads the whole stream and keeps its part, in the order of
-        the rows; the stream is extended, or with `dataloader_drop_last` cut, so that all ranks get the same number of
-        rows.
+        enough shards across the ranks. Otherwise each rank reads the whole stream and uses its part, in the order of
+        the rows. The stream is extended (with `dataloader_drop_last`, cut), so that all ranks get equally many rows.
 
         Args:
             rows_at_once: Number of rows that all ranks together draw at a time.

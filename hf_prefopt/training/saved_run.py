@@ -1,6 +1,6 @@
 """Save in each checkpoint what a run needs to continue exactly, and restore it.
 
-Our entries are in `TrainerState.stateful_callbacks`, so they are part of `trainer_state.json`: the names and the state
+Our entries in `TrainerState.stateful_callbacks` become part of `trainer_state.json`. They are the names and the state
 of the losses, log-probs that identify the reference, the composition of a step's batch, and the facts of the run. A
 moving reference has its own file in the checkpoint.
 """

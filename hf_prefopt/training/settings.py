@@ -1,4 +1,4 @@
-"""Handle settings that change after construction (by a hyperparameter search or by hand): apply them or raise."""
+"""Apply settings that change after construction, in a hyperparameter search or by hand, or raise an error."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -77,7 +77,7 @@ class OwnSettings:
 
     @contextmanager
     def restored(self) -> Iterator[None]:
-        """Context in which trials may change the settings; the settings are restored at its end."""
+        """Return a context in which trials may change the settings, which are restored when the context ends."""
         self._before_search = self._now()
         try:
             yield

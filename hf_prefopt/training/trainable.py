@@ -1,4 +1,4 @@
-"""Find the policy's trained parameters; raise an error if there are none, or if the optimizer has others."""
+"""Find the policy's trained parameters; raise an error if none exist or the optimizer has different ones."""
 
 import logging
 
@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the trained parameters by name, without those of disabled, inactive or merged adapters."""
+    """Return the trained parameters by name, without parameters of disabled, inactive or merged adapters."""
     idle = set(model.peft_config) - set(model.active_adapters) if isinstance(model, PeftModel) else set()
     merged = tuple(
         f"{name}."
