@@ -156,8 +156,8 @@ def _check_moving(args: Any, objective: Objective, losses: str) -> None:
         )
     if args.reference not in ("auto", "copy"):
         raise ValueError(
-            f"sync_ref_model=True moves a copy of the trainable weights, and reference={args.reference!r} is not one: "
-            "leave reference at 'auto'"
+            f"sync_ref_model=True moves a copy of the trainable weights, but reference={args.reference!r} is no such "
+            "copy: leave reference at 'auto'"
         )
 
 

@@ -156,7 +156,7 @@ def _refuse_cut_rows(settings: Any) -> None:
     if settings and (settings.sp_enabled or settings.cp_enabled):
         raise ValueError(
             "parallelism_config splits sequences (sp_size or cp_size above 1), but scored tokens are located by their "
-            "position in the whole row: leave it at 1; gradient checkpointing and max_tokens_per_batch save memory"
+            "position in the whole row: leave both at 1; gradient checkpointing and max_tokens_per_batch save memory"
         )
     if settings and settings.tp_enabled:
         raise ValueError(
@@ -191,6 +191,6 @@ def without_fused_head(liger_kernel_config: dict[str, bool]) -> dict[str, bool]:
     if liger_kernel_config.get("fused_linear_cross_entropy"):
         raise ValueError(
             "liger_kernel_config={'fused_linear_cross_entropy': True} replaces the model's forward, but the trainer "
-            "needs its own, which also never holds all logits: leave it out"
+            "needs the original forward: leave it out (the trainer never stores all logits, either)"
         )
     return {**liger_kernel_config, "fused_linear_cross_entropy": False}

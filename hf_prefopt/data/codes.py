@@ -71,7 +71,7 @@ def describe_codes(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]
     first, second = columns["first"], columns["second"]
     return [
         f"`{verdict}` is {', '.join(f'{number:g}' for number in sorted(numbers)[:5])} in the first {len(rows)} rows: "
-        f"above 0 it prefers `{second}`, and `{first}` only below 0"
+        f"positive numbers prefer `{second}`, and only negative numbers prefer `{first}`"
     ]
 
 

@@ -107,7 +107,7 @@ def check_activations(args: PreferenceConfig, model: nn.Module, accelerator: Acc
 def _check_offloading(accelerator: Accelerator) -> None:
     if accelerator.device.type == "cpu":
         raise ValueError(
-            "activation_offloading=True has no effect on a CPU, where activations already are: leave it out"
+            "activation_offloading=True has no effect on a CPU, because the activations are in CPU memory: leave it out"
         )
     engine = accelerator.distributed_type
     plugin = getattr(accelerator.state, "deepspeed_plugin", None)

@@ -238,7 +238,7 @@ def test_scores_against_a_verdict_are_counted(said):
 def test_a_scale_that_is_never_below_zero_is_said(said):
     rows = [{"prompt": WHAT, "response_1": BLUE, "response_2": GREEN, "overall_preference": n} for n in (1, 3)]
     prepare(*rows)
-    line = "is 1, 3 in the first 2 rows: above 0 it prefers `response_2`, and `response_1` only below 0"
+    line = "is 1, 3 in the first 2 rows: positive numbers prefer `response_2`, and only negative"
     assert line in said()[-1]
     prepare(*rows, {**rows[0], "overall_preference": -1})
     assert "in the first" not in said()[-1]
