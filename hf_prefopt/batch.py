@@ -2,7 +2,8 @@
 
 A *group* is one prompt with its K ≥ 1 responses. A batch holds the responses of all its groups in one flat order (index
 R), the scored tokens of all responses in one flat order (index N), and its examples (index B). For pairs, an example
-says which response is chosen and which is rejected (see `kinds`). Only the collator knows how the tokens are laid out.
+defines which response is chosen and which is rejected (see `kinds`). Only the collator knows how the tokens are laid
+out.
 """
 
 from collections.abc import Sequence

@@ -123,7 +123,7 @@ def nearest_setting(name: str, known: Collection[str]) -> str | None:
 
 
 def hint_for(name: str, write: Callable[[str, str], str], value: str = "...") -> str:
-    """Return what to use instead of another library's setting, to end a message; "" for any other name.
+    """Return the end of a message: what to use instead of another library's setting. Return "" for any other name.
 
     Args:
         write: function that formats a setting, given its name and its value in Python.

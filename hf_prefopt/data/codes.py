@@ -27,8 +27,8 @@ def check_codes(dataset: Dataset | IterableDataset, columns: Mapping[str, str]) 
         first rows is checked.
 
     Raises:
-        ValueError: If there are labels −1 and 0 (for a stream, when the second of them is read). If verdicts count
-            responses from 0 but the column names count from 1. If verdicts are read by their sign and none is negative.
+        ValueError: If there are labels −1 and 0 (for a stream, when the second of them is read). Also if verdicts count
+            responses from 0 but column names count from 1, or if verdicts are read by their sign and none is negative.
     """
     if "label" in columns:
         dataset = _check_labels(dataset, columns["label"])

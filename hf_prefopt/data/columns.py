@@ -37,8 +37,8 @@ def choose_columns(
     """Return the data set without the removed columns and with the renamed ones.
 
     Args:
-        mapping: New name → column; see `PreferenceConfig.column_mapping`. If the data set has the new name but not the
-            column, this entry is ignored.
+        mapping: The column for each new name; see `PreferenceConfig.column_mapping`. If the data set has the new name
+            but not the column, the entry is ignored.
         removed: Columns to remove.
 
     Raises:

@@ -74,7 +74,7 @@ def reject_unread_context(unused: Mapping[str, Any], read: CanonicalRow) -> None
     """Raise `BadRow` if an unused column contains context, or images, video or audio.
 
     Args:
-        unused: The values of the raw row in columns that were not read, by column.
+        unused: The values of the raw row in columns that were not read, keyed by column.
         read: The canonical row. If it contains token ids, texts are not compared with it.
     """
     if read.content_type == "messages":

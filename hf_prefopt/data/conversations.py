@@ -37,7 +37,7 @@ def _untrained(message: Message) -> list[str]:
 
 @dataclass(frozen=True)
 class Conversation:
-    """The messages of a prompt, and the messages of the responses by column.
+    """The messages of a prompt, and the messages of each response, keyed by column.
 
     Attributes:
         prompt_is_read: Whether the prompt column was used. If False, the prompt comes from the responses, and the
@@ -71,7 +71,7 @@ def join_conversation(prompt: Content | None, responses: Mapping[str, Content], 
 
     Args:
         prompt: The prompt; None if the responses are whole conversations.
-        responses: The responses by column.
+        responses: The responses, keyed by column.
         begins: Whether a prompt may end with an assistant message that the responses continue.
 
     Raises:

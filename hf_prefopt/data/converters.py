@@ -20,7 +20,7 @@ Row = dict[str, Any]
 
 
 class Given(dict[str, Any]):
-    """The values of a row, by role.
+    """The values of a row, keyed by role.
 
     Attributes:
         columns: The column of each role, for errors.

@@ -114,7 +114,7 @@ def check_says_something(column: str, checked: list[Message]) -> list[Message]:
 
 
 def split_conversations(checked: Mapping[str, list[Message]]) -> tuple[list[Message], dict[str, list[Message]]]:
-    """Split conversations into the messages that all of them begin with, which are the prompt, and the rest by column.
+    """Split conversations into the prompt, which is their common beginning, and the rest of each, keyed by column.
 
     The conversations must have been checked by `check_reply`. The last message of a conversation always belongs to its
     response. The prompt does not end between two assistant messages, because the second message would then be read as
@@ -169,7 +169,7 @@ def find_media(values: Mapping[str, Any]) -> str | None:
 
 
 def _is_present(value: Any) -> bool:
-    """Return True if a value may be a file; a number is a count or a flag."""
+    """Return True if a value may be a file. A number may not, because it is a count or a flag."""
     if isinstance(value, dict):
         return any(map(_is_present, value.values()))
     if isinstance(value, list | tuple):

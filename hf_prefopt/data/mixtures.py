@@ -63,8 +63,8 @@ class Mixture:
         seed: Seed for drawing rows, and for the order of streams with fractions.
 
     Raises:
-        ValueError: If there are no sources, or only some are streams. If a weight is not above 0, or the weight of a
-            stream is not a whole number. If only some sources have fractions, or a source has a fraction and a weight.
+        ValueError: If there are no sources, or only some are streams. Also if a weight is not above 0 (for a stream,
+            not a whole number), only some sources have fractions, or a source has both a fraction and a weight.
     """
 
     def __init__(self, sources: Sequence[Source], seed: int = 42):

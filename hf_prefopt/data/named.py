@@ -21,7 +21,7 @@ def reject_names_of_responses(unused: Mapping[str, Any], read: CanonicalRow, col
     """Raise `BadRow` if the responses of a pair are the names of texts in columns that are not used.
 
     Args:
-        unused: The values of the raw row in columns that were not read, by column.
+        unused: The values of the raw row in columns that were not read, keyed by column.
         read: The canonical row.
         columns: The column of each role.
     """

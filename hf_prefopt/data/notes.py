@@ -176,7 +176,7 @@ def _describe_no_rows(name: str, notes: Mapping[str, np.ndarray], max_length: in
 
 
 def _summarize(name: str, notes: Mapping[str, np.ndarray], max_length: int | None) -> str:
-    """Return one line on what was cut and dropped, or "" for nothing. `notes`: a value for each row, by column."""
+    """Return one line on what was cut and dropped, or "" if nothing was. `notes` maps columns to a value per row."""
     events = _events(notes, max_length)
     no_room = bool(notes["_no_room"].any())
     too_long = no_room or any(notes[column].any() for column in ("_responses_cut", "_prompt_cut"))
@@ -185,7 +185,7 @@ def _summarize(name: str, notes: Mapping[str, np.ndarray], max_length: int | Non
 
 
 def _events(notes: Mapping[str, np.ndarray], max_length: int | None) -> list[str]:
-    """Return what was cut, dropped, changed and kept. `notes`: a value for each row, by column."""
+    """Return texts on what was cut, dropped, changed and kept. `notes` maps columns to a value per row."""
     cut, no_room = int(notes["_responses_cut"].sum()), int(notes["_no_room"].sum())
     prompts, bad, identical = (int(notes[column].sum()) for column in ("_prompt_cut", "_bad", "_identical"))
     ties, repeated, against, unclosed = (
@@ -236,7 +236,7 @@ def _events(notes: Mapping[str, np.ndarray], max_length: int | None) -> list[str
 
 
 def describe_bad_rows(name: str, problems: Sequence[str], shown: int = 3) -> str:
-    """Return how many rows cannot be used, and why the first ones cannot. `problems`: one for each row, or ""."""
+    """Return how many rows are unusable, and why the first ones are. `problems`: for each row, the problem or ""."""
     bad = sum(map(bool, problems))
     return "\n".join([f"{name}: {bad:,} of {plural(len(problems), 'row')} cannot be used", *_bad_rows(problems, shown)])
 

@@ -63,7 +63,10 @@ class PromptText:
         return None
 
     def _rendered_frame(self, roles: tuple[str, ...]) -> list[str] | None:
-        """Return the texts that the template writes around messages with these roles; `None` if they cannot be used."""
+        """Return the texts that the template writes around messages with these roles.
+
+        Return `None` if these texts do not separate the messages.
+        """
         assert self._template is not None
         messages: list[Message] = [{"role": role, "content": _MARK.format(at)} for at, role in enumerate(roles)]
         try:

@@ -44,11 +44,11 @@ class CanonicalRow:
         prompt: The prompt. None for texts that begin with their prompt; tokenize.py finds where the prompt ends.
         responses: The K responses: chosen, then rejected for a pair; the gold response of a triple is the last.
         columns: The column of each response, for error messages.
-        example_columns: How the responses are compared, by prepared column: `pairs`, `golds`, `labels`, `ranks`,
-            `scores` or `token_weights`.
+        example_columns: How the responses are compared, keyed by prepared column (`pairs`, `golds`, `labels`, `ranks`,
+            `scores` or `token_weights`).
         tools: Tool schemas for the chat template, or None.
         chat_template_kwargs: Other arguments of the chat template.
-        unread: Values of the format's columns that were not used because the responses contain them, by column.
+        unread: Values that were not used because the responses contain them, keyed by the format's columns.
         repeated: Whether the responses began with the prompt, which was removed from them.
         echoed: Whether the responses begin with the prompt, but the prompt was not removed from them, because it is so
             short that they may begin with the same words by chance.
@@ -238,7 +238,7 @@ def _unquoted(text: str) -> str:
 
 
 def take_off_prompt(prompt: str, responses: dict[str, str]) -> dict[str, str]:
-    """Remove the prompt from the responses, given by column, if all of them begin with it and continue.
+    """Remove the prompt from the responses (keyed by column), if all responses begin with the prompt and continue.
 
     A prompt with fewer than `PROMPT_WORDS` words is not removed: a response may begin with the same few words by
     chance, such as a greeting that answers the same greeting.
@@ -265,7 +265,7 @@ def echoes_prompt(prompt: str, responses: Mapping[str, str]) -> bool:
 def reject_texts_without_prompt(row: CanonicalRow, needs_prompt: bool = False) -> None:
     """Raise `BadRow` if texts that should begin with their prompt do not even begin with the same word.
 
-    With `needs_prompt`, raise for every text whose prompt length is unknown.
+    With `needs_prompt`, raise it for every text with an unknown prompt length.
     """
     if row.content_type != "text" or row.prompt is not None:
         return

@@ -42,7 +42,7 @@ class DataSummary:
         tokens_by_prompt: Tokens if each distinct prompt, and each distinct response to it, is counted once. This is the
             number computed if all rows with the same prompt are in one batch (`group_by_prompt`).
         scored_tokens: Tokens whose log-prob counts, summed over the responses.
-        lengths: Lengths in tokens of the prompts and of the responses, by name.
+        lengths: Lengths of prompts and responses in tokens, keyed by a name such as "prompt" or "chosen".
         comparisons: Number of comparisons of a better response with a worse one. These are all pairs, all pairs of
             responses with different ranks in a list, or all pairs of a desirable and an undesirable response.
         longer, as_long: Shares of comparisons in which the better response has more scored tokens than the worse one
@@ -130,7 +130,7 @@ class _Compared:
 
     Attributes:
         examples: Number of examples.
-        lengths: Lengths of the responses in tokens, by name.
+        lengths: Lengths of the responses in tokens, keyed by a name such as "chosen".
         better, worse: `[C]`, numbers of scored tokens of the compared responses.
         identical: Number of pairs with equal responses.
         labels: `[B]` bool, whether a response is desirable.

@@ -95,7 +95,7 @@ class ExampleKind(ABC):
         batch_inputs: entries of the batch that losses take unchanged, including the optional columns.
         optional_columns: the optional numbers of an example, keyed by the name of the prepared column and input.
         rewarded: the names of the responses with implicit rewards, in the order of the rewards' columns.
-        metric_inputs: the inputs that the metrics read, for any loss.
+        metric_inputs: the inputs that the metrics read; they are provided for every loss.
         has_token_inputs: whether losses can take `..._token_logps` and `..._token_mask`.
         has_preferences: whether the data define which responses are preferred.
     """

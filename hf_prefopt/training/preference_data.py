@@ -66,7 +66,7 @@ class PreferenceData:
     Attributes:
         objective: The losses. The first dataset determines the kind of examples, for losses that support several kinds,
             and the optional columns.
-        counts: For each prepared dataset, counts of what happened to the raw rows (`notes.count_notes`).
+        counts: For each prepared dataset, how many raw rows were cut, dropped or changed (`notes.count_notes`).
         streams: For each stream, the column layout of its rows; for a mixture, the layout of each source.
     """
 

@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the trained parameters by name, without parameters of disabled, inactive or merged adapters."""
+    """Return the trained parameters, keyed by name, without those of disabled, inactive or merged adapters."""
     idle = set(model.peft_config) - set(model.active_adapters) if isinstance(model, PeftModel) else set()
     merged = tuple(
         f"{name}."
