@@ -86,7 +86,7 @@ def _check_scale(dataset: Dataset | IterableDataset, column: str, names: tuple[s
 
 
 def _refuse_scale(column: str, numbers: Collection[float], names: tuple[str, str]) -> None:
-    """Raise `ValueError` if no number is below zero."""
+    """Raise `ValueError` if there are several different numbers and none is below zero."""
     if numbers and min(numbers) >= 0 and len(numbers) > 1:
         middle = (min(numbers) + max(numbers)) / 2
         raise ValueError(

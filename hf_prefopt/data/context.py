@@ -187,7 +187,7 @@ def _column_limit(column: str) -> float:
 
 @lru_cache(maxsize=1024)
 def _word_limit(name: str) -> float:
-    """Return the largest number of words with which a text of this column or key is not context."""
+    """Return the word limit for texts of this column or key; a longer text is context."""
     words = [word.lower() for word in _WORD.findall(name)]
     if words and words[0] in _FLAGS:
         return _NEVER

@@ -115,9 +115,9 @@ def join_conversation(prompt: Content | None, responses: Mapping[str, Content], 
 
 
 def _after(asked: list[Message], messages: list[Message]) -> list[Message]:
-    """Return the messages after the prompt in a conversation that begins with it, with or without its system prompt.
+    """Return the messages after the prompt in a conversation that begins with the prompt.
 
-    Return an empty list if the conversation does not begin with the prompt.
+    The conversation may lack the prompt's system message. Return an empty list if it does not begin with the prompt.
     """
     for begin in (asked, asked[1:]) if asked and asked[0]["role"] == "system" else (asked,):
         if begin and messages[: len(begin)] == begin:

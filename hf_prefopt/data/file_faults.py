@@ -158,7 +158,7 @@ _READERS: dict[str, Callable[[bytes], Types]] = {
 
 
 def _differing(columns: dict[str, Types]) -> str | None:
-    """Describe the first file that differs from the first one in its columns or in the type of a column."""
+    """Describe the first difference of a file from the first file, in its columns or in the type of a column."""
     (first, expected), *others = columns.items()
     for file, types in others:
         if types.keys() != expected.keys():

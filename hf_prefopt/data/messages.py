@@ -159,8 +159,8 @@ _PLAIN = (str, int, float, date, time, timedelta, Decimal, type(None))
 def find_media(values: Mapping[str, Any]) -> str | None:
     """Return the first key of a row, a message or a block that holds an image, video or audio; None if there is none.
 
-    A key matches by its name, unless its value is empty or a number, or by its value: bytes, a stored file, or a
-    decoded object. A count (`num_images`) or an id (`image_id`) does not match.
+    A key matches if its value is bytes, a stored file or a decoded object. A key also matches by its name, unless the
+    value is empty or a number. A count (`num_images`) or an id (`image_id`) does not match.
     """
     for key, value in values.items():
         if (_MEDIA_NAME.fullmatch(key) and _is_present(value)) or _is_binary(value):

@@ -42,7 +42,7 @@ def reject_names_of_responses(unused: Mapping[str, Any], read: CanonicalRow, col
 
 
 def _cure(names: Names, own: Sequence[str]) -> str:
-    """Return the fix for the case that the columns `names` hold the responses which the columns `own` only name."""
+    """Return the fix. The columns `names` seem to hold the responses; the columns `own` only name these responses."""
     cure = f"if those are the responses, remove_columns={[*own]}"
     if names in TWO.names:
         cure = f"if it names one of them, column_mapping={{'winner': {own[0]!r}}}"

@@ -130,7 +130,7 @@ def count_notes(noted: Dataset) -> dict[str, int]:
 
 
 class _StreamFilter:
-    """Filter for the rows of a stream, which checks each row when it is read."""
+    """A filter that keeps the usable rows of a stream; each row is checked when it is read."""
 
     def __init__(self, name: str, max_length: int | None, on_bad_rows: str):
         self.name, self.max_length, self.on_bad_rows = name, max_length, on_bad_rows

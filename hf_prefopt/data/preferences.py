@@ -139,7 +139,7 @@ def by_votes(column: str, votes: Any, place_of: Callable[[Any], int]) -> int:
 
 
 def by_sign(column: str, value: Any, *_: Any) -> int:
-    """Return 0 for a negative number, which prefers the first response, 1 for a positive one. Raises `Tie` for zero."""
+    """Return 0 (the first response) for a negative number and 1 for a positive number. Raises `Tie` for zero."""
     number = _number(column, value)
     if number == 0:
         raise Tie(column, "is 0")
@@ -147,7 +147,7 @@ def by_sign(column: str, value: Any, *_: Any) -> int:
 
 
 def first_if_true(column: str, value: Any, *_: Any) -> int:
-    """Return 0 for the value 1, which prefers the first response, and 1 for the value 0. Raises `BadRow` otherwise."""
+    """Return 0 (the first response) for the value 1, and 1 for the value 0. Raises `BadRow` for other values."""
     if value not in (0, 1):
         raise BadRow(column, f"is {value!r}", "make it 1 if the first response is better, 0 if the second is better")
     return 0 if value else 1

@@ -126,7 +126,7 @@ def _unscored_beginning(asked: str, full: list[str], spans: list[list[Span]]) ->
 
 
 def _change(asked: str, full: list[str]) -> tuple[str, str] | None:
-    """Return the end of the generation prompt, and the text at its place before a response; None if they are equal."""
+    """Return the end of the generation prompt, and the text in its place in `full`; None if they are equal."""
     for text in full:
         shared = shared_length(asked, text)
         if shared < len(asked):

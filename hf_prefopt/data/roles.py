@@ -43,7 +43,7 @@ class Role:
         parts: Names of the parts; converters get the values under these names.
         names: Column names that identify the role, preferred names first. Each entry has one column for each part.
         accepts: Function that checks whether a value of each column may have this role.
-        others: For each name, columns that exclude it, such as the column of a third response.
+        others: Columns that must not exist, such as the column of a third response, keyed by an entry of `names`.
         wanted: Description of its values, for errors.
     """
 

@@ -178,14 +178,14 @@ _WRITTEN_LIST = re.compile(r"""\[\s*(["']).*\1\s*\]""", re.DOTALL)
 
 
 def check_text_prompt(column: str, text: str) -> str:
-    """Return the text. Raises `BadRow` if the text contains a list or messages in the notation of a language."""
+    """Return the text. Raises `BadRow` if the text contains messages or a list written as text."""
     if _WRITTEN_LIST.fullmatch(text.strip()):
         raise BadRow(column, "contains a list written as text", "parse it (json.loads), and make each row one prompt")
     return _check_text(column, text)
 
 
 def check_text_response(column: str, text: str) -> str:
-    """Return the text. Raises `BadRow` if it is messages written as text, or only whitespace."""
+    """Return the text. Raises `BadRow` if the text is only whitespace, or contains messages written as text."""
     if not text.strip():
         raise BadRow(column, "is only whitespace" if text else "is empty")
     return _check_text(column, text)

@@ -77,7 +77,7 @@ class ChatTemplate:
         return self._render_alone(messages, **how)[1]
 
     def _render_alone(self, messages: list[Message], **how: Any) -> tuple[str, list[Span]]:
-        """Render a conversation without the tokenizer; return the text and the marked ranges."""
+        """Return a conversation as text, rendered without the tokenizer, and the ranges between generation markers."""
         arguments = {**self.tokenizer.special_tokens_map, **self.arguments, "chat_template": self.source, **how}
         rendered = render_jinja_template([self._contents(messages)], **arguments)
         texts, spans = cast(tuple[list[str], list[list[Span]]], rendered)

@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 from hf_prefopt.data.group import prompt_keys
 
-# Size of the buffer for shuffling a stream, which separates the two rows of a pair.
+# Size of the buffer for shuffling a stream. Shuffling separates the two rows of a pair.
 STREAM_BUFFER = 1000
 
 

@@ -29,7 +29,7 @@ class Statistic:
     of_reference: tuple[str, ...] = ()
 
 
-# The statistics of a response under a model that can be inputs of losses; see `objective.objective`.
+# Statistics of a response under a model, which can be inputs of losses; see `objective.objective`.
 STATISTICS: dict[str, Statistic] = {
     "logps": Statistic(),
     "token_logps": Statistic(),

@@ -27,7 +27,7 @@ class Lists(ExampleKind):
     has_token_inputs = False
 
     def index(self, rows: Sequence[Mapping[str, Any]], places: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
-        """Return the entries, with one example for each row. Padding is the index 0, and False in `list_mask`."""
+        """Return the entries, one example for each row. Padding is 0 in `list_responses` and False in `list_mask`."""
         return {
             "list_responses": _padded(
                 [at[: len(row["ranks"])] for row, at in zip(rows, places, strict=True)], np.int64

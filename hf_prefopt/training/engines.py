@@ -254,7 +254,7 @@ def begin_evaluation(accelerator: Accelerator, model: nn.Module, precision: str)
     """Make a model ready for an evaluation, even before training or after another trainer has used the model.
 
     Raises:
-        ValueError: the engine cannot evaluate before training, or see `take_over`.
+        ValueError: the engine cannot evaluate before training; see also `take_over`.
     """
     refuse_early_evaluation(accelerator)
     take_over(accelerator, model, precision)

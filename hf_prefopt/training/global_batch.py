@@ -54,8 +54,8 @@ class GlobalBatch:
     def without_repeats(self, batches: list[LoaderBatch], rows_per_rank: int) -> None:
         """Remove the examples that do not count from the batches of a step.
 
-        A batch of a stream has a mask. For other datasets, only the last batch of the data loader has repeated rows;
-        they are found from the length of the dataset.
+        A batch of a stream already has a mask (`counted`). For other datasets, only the last batch of the data loader
+        has repeated rows, which are found from the length of the dataset.
         """
         for batch in batches:
             pieces = batch["pieces"]
