@@ -106,7 +106,7 @@ def _check_mapping(mapping: Any) -> None:
         )
 
 
-# Arguments of the chat template that `data.render` sets itself.
+# Arguments of the chat template that `data.template` sets itself.
 _RENDERING = (
     *("messages", "conversation", "tools", "add_generation_prompt", "continue_final_message", "tokenize"),
     *("padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask"),

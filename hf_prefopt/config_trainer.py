@@ -191,6 +191,6 @@ def without_fused_head(liger_kernel_config: dict[str, bool]) -> dict[str, bool]:
     if liger_kernel_config.get("fused_linear_cross_entropy"):
         raise ValueError(
             "liger_kernel_config={'fused_linear_cross_entropy': True} replaces the model's forward, but the trainer "
-            "needs the original forward: leave it out (the trainer never stores all logits, either)"
+            "installs its own forward, which also never stores all logits: leave it out"
         )
     return {**liger_kernel_config, "fused_linear_cross_entropy": False}

@@ -171,7 +171,10 @@ def _split_row(row: CanonicalRow, texts: RenderedRow, encoding: _Encoding, kinds
 
 
 def _token_change(texts: RenderedRow, encoding: _Encoding, boundary: int, kinds: TokenKinds) -> tuple[str, str] | None:
-    """Return the end of the prompt alone and before a response, if the tokenizer merges tokens at the boundary."""
+    """Return the end of the prompt alone, and the text in its place before a response.
+
+    Return None if the tokenizer merges no tokens at the boundary.
+    """
     prompt = encoding.prompt or []
     first = next((k for k, ids in enumerate(encoding.full) if shared_length(prompt, ids) < len(prompt)), None)
     begins = [span is None or (span and span[0][0] == len(texts.prompt or "")) for span in texts.spans]
