@@ -48,7 +48,7 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name from its module, or a module of the package."""
+    """Return a public name, imported from its module, or a module of the package."""
     if name in _MODULES:
         globals()[name] = value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
         return value

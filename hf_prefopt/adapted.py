@@ -108,8 +108,8 @@ def text_parts(model: PreTrainedModel) -> list[str]:
 def weights_read_past(module_type: type) -> frozenset[str]:
     """Return the children whose weights the module's methods read directly, as in `F.linear(x, self.child.weight)`.
 
-    Reading a property of a weight does not count, and neither does reading a slice (old models simulate tensor
-    parallelism this way, which is off by default).
+    Reading an attribute of a weight, such as its dtype, does not count. Reading a slice does not count either: old
+    models use slices only to simulate tensor parallelism, which is off by default.
     """
     if module_type.__module__.partition(".")[0] in ("builtins", "torch"):
         return frozenset()
@@ -150,7 +150,7 @@ def _chosen(model: PreTrainedModel, peft_config: PeftConfig) -> Iterator[str]:
 
 
 def _with_defaults(model: PreTrainedModel, peft_config: PeftConfig) -> PeftConfig:
-    """Return the configuration; if it has no target modules, with PEFT's default target modules for the model type."""
+    """Return the configuration. If it has no target modules, add PEFT's default target modules for the model type."""
     if getattr(peft_config, "target_modules", None) or getattr(peft_config, "target_parameters", None):
         return peft_config
     tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(cast(PeftType, peft_config.peft_type))

@@ -2,7 +2,8 @@
 
 A *group* is one prompt with its K ≥ 1 responses. A batch holds the responses of all its groups in one flat order (index
 R), the scored tokens of all responses in one flat order (index N), and its examples (index B). For pairs, an example
-says which response is chosen and which is rejected (see `kinds`). Only the collator knows how the tokens are laid out.
+defines which response is chosen and which is rejected (see `kinds`). Only the collator knows how the tokens are laid
+out.
 """
 
 from collections.abc import Sequence
@@ -21,9 +22,11 @@ class PreferenceBatch(TypedDict, total=False):
         input_ids, position_ids, attention_mask: as the model takes them.
         segment_queries, segment_keys, segment_key_index, segment_longest, segment_lengths: the positions that each
             response of a row attends to, in the layout "shared" (see `scoring.attention`).
-        around_places: `[T]` int64, in the layout "around" (see `scoring.around`): for each token of a row that contains
-            every prompt once, its index in the padded sequences `[R, L]`, flattened.
-        around_tokens: `[R, L]` int64, for each position of the padded sequences, the position of its token in that row.
+        around_places: `[T]` int64, in the layout "around" (see `scoring.around`). This layout has a packed row of T
+            tokens, which contains every prompt once, and padded sequences `[R, L]`. Entry t is the index of token t in
+            the flattened padded sequences.
+        around_tokens: `[R, L]` int64, for each position of the padded sequences, the index of its token in the packed
+            row.
 
     Scored tokens (N of them, in the order of the responses):
         scored_rows: `[N]` int64, the position that predicts the token, as an index into the hidden states flattened to
@@ -33,8 +36,8 @@ class PreferenceBatch(TypedDict, total=False):
 
     Responses (R) and examples (B):
         response_lengths: `[R]` int64, the number of scored tokens, ≥ 1.
-        longest_response: the largest of them, as a Python number, so that the width of `[R, T]` is known without
-            waiting for the device.
+        longest_response: the largest response length, as a Python number, so that the width of tensors `[R, T]` is
+            known without waiting for the device.
         response_keys: R `bytes` objects, the cache keys of the responses' reference log-probs, if a cache is used.
         chosen, rejected: `[B]` int64, each pair's responses, as indices into R. A response may belong to several pairs.
         prompts: `[B]` int64, each pair's prompt, if prompts are scored (see `data.prompts`).
@@ -45,8 +48,8 @@ class PreferenceBatch(TypedDict, total=False):
         chosen_token_weights, rejected_token_weights: `[B, T]` fp32, for pairs with token weights, padded with 0.
         weights, margins, chosen_scores, ...: `[B]` float32, if rows have them (see `ExampleKind.optional_columns`).
         rows, pair_in_row: `[B]` int64, the example's row in its data set, and its index among that row's pairs.
-        counted: `[B]` bool, False for examples that repeat earlier ones and do not count (see `data.collator`); present
-            only if there are any.
+        counted: `[B]` bool, False for examples that repeat earlier examples and are excluded from the loss (see
+            `data.collator`). The entry exists only if there are such examples.
 
     Set during a step that needs the global batch (see `training.global_batch`):
         place_in_step: the index of this piece among the pieces of the step.
@@ -99,14 +102,16 @@ class PreferenceBatch(TypedDict, total=False):
 class LoaderBatch(TypedDict):
     """The output of the data loader: the rows of one micro-batch, in pieces that are computed one after the other.
 
-    There is one piece, unless `max_tokens_per_batch` cuts the rows into several. The Trainer reads the other entries.
+    There is one piece, unless `max_tokens_per_batch` cuts the rows into several. transformers' Trainer reads only
+    `rows`, `input_ids` and `attention_mask`.
 
     Attributes:
         rows: `[B]` int64, each example's row in the data set.
         input_ids, attention_mask: `[1, T]`, all positions of all pieces, and which of them are not padding.
         pieces: the micro-batches.
-        sequence_tokens, padded_positions: the tokens of all sequences [prompt | response], and the positions of a
-            right-padded batch of them; absent where a user's collator has made the batch.
+        sequence_tokens, padded_positions: the number of tokens in all sequences [prompt | response], and the number of
+            positions in a right-padded batch of these sequences. Absent if the rows have no token ids, which only a
+            user's collator allows.
     """
 
     rows: Tensor
@@ -119,7 +124,7 @@ class LoaderBatch(TypedDict):
 
 @dataclass(frozen=True)
 class SegmentLengths:
-    """The lengths of the S segments of a row, on the CPU. This is a class because compiled graphs specialize on tuples.
+    """The lengths of the S segments of a row, on the CPU; a class, because compiled graphs would specialize on tuples.
 
     Attributes:
         queries, keys: S numbers each.
@@ -139,9 +144,9 @@ class ResponseScores:
         lengths: `[R]`, scored tokens per response.
         token_stats: other requested per-token statistics, keyed by name, each `[N]` fp32; `hidden`, `[N, H]`, is the
             input of the head.
-        aux_loss: `[]`, the load-balancing loss of a mixture of experts' routers over the sequences of the batch,
-            without its coefficient; `None` if it was not requested.
-        lower_states: the reference's outputs of the layers that it shares with the policy; see `scoring.lower_states`.
+        aux_loss: `[]`, the load-balancing loss of the routers of a mixture of experts, over the sequences of the batch
+            and without its coefficient; `None` if the loss was not requested.
+        lower_states: the recorded output of the layers that reference and policy share; see `scoring.lower_states`.
     """
 
     token_logps: Tensor
@@ -152,21 +157,21 @@ class ResponseScores:
     lower_states: Any = None
 
     def sum_by_response(self, per_token: Tensor) -> Tensor:
-        """`[R]`, or `[R, Q]`: the sums of a per-token quantity `[N]`, or of several `[N, Q]`, over each response."""
-        # index_add adds sequentially; in fp32, hundreds of tokens would cost two digits of a log-ratio.
+        """Return `[R]` or `[R, Q]`: each response's sum of a per-token quantity `[N]`, or of several `[N, Q]`."""
+        # index_add adds sequentially; in fp32, a log-ratio would lose two digits over hundreds of tokens.
         wide = per_token.dtype if per_token.device.type == "mps" else torch.float64
         sums = torch.zeros(self.lengths.shape[0], *per_token.shape[1:], dtype=wide, device=per_token.device)
         return sums.index_add(0, self.response_index, per_token.to(wide)).to(per_token.dtype)
 
     def by_response(self, per_token: Tensor, width: int) -> Tensor:
-        """`[R, width]`: a per-token quantity `[N]` with one row for each response, padded with 0."""
+        """Return `[R, width]`: a per-token quantity `[N]` with one row for each response, padded with 0."""
         starts = self.lengths.cumsum(0) - self.lengths
         places = torch.arange(len(per_token), device=per_token.device) - starts[self.response_index]
         rows = per_token.new_zeros(len(self.lengths), width)
         return rows.index_put((self.response_index, places), per_token)
 
     def mean_by_response(self, per_token: Tensor) -> Tensor:
-        """`[R]`: the mean of a per-token quantity `[N]` over each response."""
+        """Return `[R]`: the mean of a per-token quantity `[N]` over each response."""
         return self.sum_by_response(per_token) / self.lengths.clamp(min=1)
 
     @property

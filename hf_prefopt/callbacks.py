@@ -28,7 +28,7 @@ __all__ = [
 
 
 class GenerationEvalCallback(TrainerCallback):
-    """Logs the mean score of greedy answers as `eval_<name>`, and the number of problems, at every evaluation.
+    """A callback that logs the mean score of greedy answers, and the number of problems, at every evaluation.
 
     Example:
         ```python
@@ -39,8 +39,9 @@ class GenerationEvalCallback(TrainerCallback):
         trainer: Trainer that the callback is added to. Its model generates the answers.
         problems: Rows with a column `prompt` (text or messages) or `question`. Default: GSM8K.
         score: Function `(problem, generated text) -> number`. Default: GSM8K exact match.
-        name: Name of the metric. The part before the slash names the number of problems: `eval_gsm8k/problems`.
-        limit: Number of problems to use, from the first. Default: all.
+        name: Name of the metric, which is logged as `eval_<name>`. The part before the slash also names the metric that
+            counts the problems, `eval_gsm8k/problems`.
+        limit: Number of problems to use, starting with the first. Default: all.
         max_new_tokens: Maximum number of tokens per answer.
         batch_size: Number of answers per batch on each rank.
     """

@@ -68,7 +68,7 @@ class PreferenceConfig(TrainingArguments):
         default=None, metadata=_help("β for all losses that have one; by default each loss's published value.")
     )
     label_smoothing: float | None = field(
-        default=None, metadata=_help("ε for all losses that have one; by default each loss's own.")
+        default=None, metadata=_help("Label smoothing ε for all losses that have it; by default each loss's own value.")
     )
     loss_params: dict | str | None = field(
         default=None,
@@ -76,7 +76,7 @@ class PreferenceConfig(TrainingArguments):
     )
     sft_weight: float = field(
         default=0.0,
-        metadata=_help("Weight of the chosen response's NLL per token, which is added to the loss (RPO's α)."),
+        metadata=_help("Add the chosen response's NLL per token, times this weight, to the loss (RPO's α)."),
     )
     use_weighting: bool = field(default=False, metadata=_help("Multiply the loss of each pair by its WPO weight."))
     reference_free: bool = field(
@@ -89,13 +89,15 @@ class PreferenceConfig(TrainingArguments):
     f_divergence_type: str = field(
         default="reverse_kl",
         metadata=_help(
-            f"f-DPO: the reward is f'(π/π_ref) instead of the log-ratio; one of {', '.join(DIVERGENCES)}. Only for "
-            "losses that compare responses by differences."
+            f"f-DPO: the divergence, one of {', '.join(DIVERGENCES)}. The reward is f'(π/π_ref) instead of the "
+            "log-ratio. Only for losses that depend on differences of rewards."
         ),
     )
     f_alpha_divergence_coef: float = field(
         default=0.5,
-        metadata=_help("α of alpha_divergence, as in TRL: f'(u) = (u^(α−1) − 1)/(α − 1). The paper's α is 1 − this."),
+        metadata=_help(
+            "α of alpha_divergence, as in TRL: f'(u) = (u^(α−1) − 1)/(α − 1). The paper's α is 1 minus this value."
+        ),
     )
     ld_alpha: float | None = field(
         default=None,
@@ -120,8 +122,9 @@ class PreferenceConfig(TrainingArguments):
     use_win_rates: bool = field(
         default=False,
         metadata=_help(
-            "Soft labels: the loss of a pair is p·ℓ(z) + (1 − p)·ℓ(−z), where p in [0, 1] is its column win_rate, as "
-            "if label_smoothing were 1 − p for this pair. For dpo, dpo_norm and wpo; sppo always reads the column."
+            "Soft labels: the loss of a pair is p·ℓ(z) + (1 − p)·ℓ(−z), where p in [0, 1] is the pair's win_rate (a "
+            "column). This equals label_smoothing = 1 − p for the pair. Only for dpo, dpo_norm and wpo; sppo always "
+            "reads the column."
         ),
     )
 
@@ -129,8 +132,8 @@ class PreferenceConfig(TrainingArguments):
         default="auto",
         metadata=_help(
             f"The reference: {', '.join(REFERENCES)}. auto: the ref_model if one is passed; otherwise the base model, "
-            "if a new adapter is trained; otherwise a frozen copy of the initial trainable weights. cache: auto with "
-            "precompute_ref_log_probs."
+            "if a new adapter is trained; otherwise a frozen copy of the initial trainable weights. cache: like auto, "
+            "with precompute_ref_log_probs=True."
         ),
     )
     precompute_ref_log_probs: bool = field(
@@ -139,13 +142,13 @@ class PreferenceConfig(TrainingArguments):
     )
     reference_cache_dir: str | None = field(
         default=None,
-        metadata=_help("The folder of that cache, shared by all runs; by default a folder in Hugging Face's cache."),
+        metadata=_help("The folder of the log-prob cache, shared by all runs; by default inside Hugging Face's cache."),
     )
     hub_base_model: str | None = field(
         default=None,
         metadata=_help(
-            "The base model's name on the Hub, for adapter_config.json and the model card, where the model was loaded "
-            "from a folder."
+            "The base model's name on the Hub, for adapter_config.json and the model card. Set it if the model was "
+            "loaded from a folder."
         ),
     )
     sync_ref_model: bool = field(
@@ -172,8 +175,9 @@ class PreferenceConfig(TrainingArguments):
     router_aux_loss_coef: float | None = field(
         default=None,
         metadata=_help(
-            "Mixtures of experts: coefficient of the routers' load-balancing loss; 0: off; None: the model config's "
-            "value. The loss is computed for each forward pass and weighted by its number of examples."
+            "Mixtures of experts: coefficient of the routers' load-balancing loss. 0 turns the loss off; None uses the "
+            "model config's value. The loss is computed for each forward pass and weighted by the number of examples "
+            "in the pass."
         ),
     )
 
@@ -183,8 +187,8 @@ class PreferenceConfig(TrainingArguments):
     column_mapping: dict | str | None = field(
         default=None,
         metadata=_help(
-            'Maps column names, as a dict or JSON: {"prompt": "question", "chosen": "answer_a", "rejected": '
-            '"answer_b"}. Many layouts are recognized without it; for anything else, use Dataset.map.'
+            'The column to read for each name, as a dict or JSON: {"prompt": "question", "chosen": "answer_a", '
+            '"rejected": "answer_b"}. Many column layouts need no mapping. For other changes, use Dataset.map.'
         ),
     )
     remove_columns: list[str] | None = field(
@@ -209,7 +213,7 @@ class PreferenceConfig(TrainingArguments):
         default="keep_start",
         metadata=_help(
             "How to truncate rows that are too long. keep_start cuts the end of responses and keeps their EOS; "
-            "keep_end cuts the start of the prompt after BOS and system prompt, by whole turns if there are several."
+            "keep_end cuts the start of the prompt, except BOS and system prompt, and removes whole turns first."
         ),
     )
     unpair: bool = field(
@@ -245,14 +249,14 @@ class PreferenceConfig(TrainingArguments):
         ),
     )
     pad_to_multiple_of: int | None = field(
-        default=None, metadata=_help("Round padded lengths up to a multiple of this (layouts padded and around).")
+        default=None, metadata=_help("Round padded lengths up to a multiple of this number (layouts padded, around).")
     )
 
     checkpointing_keeps: str = field(
         default="nothing",
         metadata=_help(
-            "With gradient_checkpointing, what a layer keeps in addition to its input. attention: the outputs of "
-            "attention, so that attention is not computed again; it pays for long sequences."
+            "With gradient_checkpointing, what each layer stores in addition to its input. attention: the outputs of "
+            "attention, so that attention is not recomputed. This is faster for long sequences."
         ),
     )
     activation_offloading: bool = field(
@@ -265,15 +269,15 @@ class PreferenceConfig(TrainingArguments):
     learning_rate: float = field(
         default=1e-6,
         metadata=_help(
-            "The initial learning rate; adapters need 1e-5 to 2e-4 (`hf_prefopt train` takes 1e-4 for them)."
+            "The initial learning rate; adapters need 1e-5 to 2e-4 (`hf_prefopt train` uses 1e-4 for them)."
         ),
     )
     logging_steps: float = field(default=10, metadata=_help("Log every N steps; below 1: a fraction of all steps."))
     logging_nan_inf_filter: bool = field(
         default=False,
         metadata=_help(
-            "Log the mean of other steps instead of a NaN, for which the host waits for the device at every "
-            "micro-batch. A loss that is not finite stops the run in any case."
+            "Replace NaN and infinite losses in the log by the mean of the other steps. The check makes the host wait "
+            "for the device at every micro-batch. A loss that is not finite stops the run in any case."
         ),
     )
     bf16: bool | None = field(  # type: ignore[assignment]  # None until __post_init__
@@ -284,7 +288,7 @@ class PreferenceConfig(TrainingArguments):
         default=None,
         metadata=_help(
             "Whether DDP searches the graph of every backward pass for parameters without a gradient; by default only "
-            "if a forward pass of one token leaves some unused."
+            "if a forward pass of one token leaves some parameters unused."
         ),
     )
     ddp_broadcast_buffers: bool | None = field(
@@ -294,8 +298,8 @@ class PreferenceConfig(TrainingArguments):
     accelerator_config: dict | str | None = field(
         default=None,
         metadata=_help(
-            "Settings of accelerate, as a dict or a path. If a dict does not set non_blocking, it is True when "
-            "dataloader_pin_memory lets the GPU copy batches asynchronously."
+            "Settings of accelerate, as a dict or a path. If a dict does not set non_blocking, non_blocking is True "
+            "when batches are in pinned memory (dataloader_pin_memory), so that the GPU copies them asynchronously."
         ),
     )
 
@@ -345,7 +349,7 @@ class PreferenceConfig(TrainingArguments):
         raise ValueError(text)
 
     def build_objective(self, kind: ExampleKind | None = None, columns: Collection[str] = ()) -> Objective:
-        """Build the objective that these settings describe.
+        """Return the objective that these settings describe.
 
         Args:
             kind: the kind of examples in the data, for losses that take several kinds (`sft`).
@@ -364,7 +368,7 @@ class PreferenceConfig(TrainingArguments):
         )
 
     def losses(self) -> dict[str, Any]:
-        """The losses of these settings, as arguments of `objective.build.build_objective`."""
+        """Return the losses of these settings, as arguments of `objective.build.build_objective`."""
         shared = {"beta": self.beta, "label_smoothing": self.label_smoothing}
         return {
             "loss_types": self.loss_type,
@@ -376,7 +380,7 @@ class PreferenceConfig(TrainingArguments):
         }
 
     def _modifiers(self) -> list[Modifier]:
-        """The modifiers that are switched on, in the order in which they are applied."""
+        """Return the modifiers that are switched on, in the order in which they are applied."""
         steps: list[TokenStep] = []
         if self.humanline:
             steps.append(Humanline(self.humanline_log_eps_p, self.humanline_log_eps_r))
@@ -394,10 +398,10 @@ class PreferenceConfig(TrainingArguments):
 
 
 def _is_pinned(args: TrainingArguments) -> bool:
-    """Whether batches are in pinned memory, from which a GPU can copy asynchronously."""
+    """Return True if batches are in pinned memory, from which a GPU can copy asynchronously."""
     return args.dataloader_pin_memory and torch.cuda.is_available() and not args.use_cpu
 
 
 def _is_fast_in_bf16(use_cpu: bool) -> bool:
-    """Whether bf16 is fast: on GPUs that support it and CPUs with AMX. Others emulate it, far slower than fp32."""
+    """Return True on GPUs that support bf16 and CPUs with AMX. Other devices emulate bf16, far slower than fp32."""
     return torch.cpu._is_amx_tile_supported() if use_cpu else is_torch_bf16_gpu_available()

@@ -13,7 +13,8 @@ BAD_ROWS = ("error", "drop")
 TEXT_AS = ("text", "messages")
 LAYOUTS = ("auto", "shared", "around", "padded")
 KEPT = ("nothing", "attention")
-# Settings that only have an effect with another one: a description of that setting, and whether it is on.
+# Settings that only have an effect with another setting, with a description of that setting and a test of whether it
+# is on.
 READ_WITH: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "f_alpha_divergence_coef": (
         "f_divergence_type='alpha_divergence'",
@@ -63,7 +64,7 @@ def check_values(args: Any) -> None:
 
 
 def checkpointing(args: Any) -> tuple[bool, dict[str, Any]]:
-    """Return whether activation checkpointing is on, and its arguments, by their current or former names."""
+    """Return whether activation checkpointing is on, and its arguments, from the current or the former settings."""
     names = ("activation_checkpointing", "gradient_checkpointing")
     is_on = any(getattr(args, name, None) for name in names)
     given = (getattr(args, f"{name}_kwargs", None) for name in names)
@@ -78,13 +79,16 @@ def _check_selective(args: Any) -> None:
         )
     if args.torch_compile:
         raise ValueError(
-            f"checkpointing_keeps={args.checkpointing_keeps!r} chooses among operators, which torch_compile=True "
-            "fuses: leave one of them out"
+            f"checkpointing_keeps={args.checkpointing_keeps!r} saves the outputs of single operators, but "
+            "torch_compile=True fuses operators: leave one of the two settings out"
         )
 
 
 def unread_settings(args: Any) -> Iterator[str]:
-    """For each setting that is set but has no effect because another one is off, a message that says what to do."""
+    """Yield a message for each setting that has no effect because another setting is off.
+
+    The message says what to do.
+    """
     for name, (feature, is_on) in READ_WITH.items():
         value, default = getattr(args, name), type(args).__dataclass_fields__[name].default
         if value != default and not is_on(args):
@@ -102,7 +106,7 @@ def _check_mapping(mapping: Any) -> None:
         )
 
 
-# Arguments that the code that renders conversations sets itself.
+# Arguments of the chat template that `data.template` sets itself.
 _RENDERING = (
     *("messages", "conversation", "tools", "add_generation_prompt", "continue_final_message", "tokenize"),
     *("padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask"),
@@ -120,7 +124,7 @@ def check_template_kwargs(name: str, kwargs: Any) -> None:
 
 
 def check_reference_settings(args: Any, objective: Objective) -> None:
-    """Raise `ValueError` if the reference cannot be moved or cached as requested, or if the losses do not need one."""
+    """Raise `ValueError` if the reference cannot be moved or cached as requested, or if no loss needs one."""
     losses = ", ".join(args.loss_type)
     if args.precompute_ref_log_probs and not objective.needs_reference_model:
         raise ValueError(f"precompute_ref_log_probs=True, but {losses} needs no reference: leave it out")
@@ -152,8 +156,8 @@ def _check_moving(args: Any, objective: Objective, losses: str) -> None:
         )
     if args.reference not in ("auto", "copy"):
         raise ValueError(
-            f"sync_ref_model=True moves a copy of the trainable weights, and reference={args.reference!r} is not one: "
-            "leave reference at 'auto'"
+            f"sync_ref_model=True moves a copy of the trainable weights, but reference={args.reference!r} is no such "
+            "copy: leave reference at 'auto'"
         )
 
 

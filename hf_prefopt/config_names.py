@@ -117,34 +117,34 @@ def refuse_foreign_arguments(
 
 
 def nearest_setting(name: str, known: Collection[str]) -> str | None:
-    """The setting that a name probably means: what it is short for, or the one that is spelled most alike."""
+    """Return the setting that a name abbreviates, or else the setting with the most similar spelling, if any."""
     usual = USUAL_NAMES.get(name)
     return usual if usual in known else next(iter(get_close_matches(name, known, 1)), None)
 
 
 def hint_for(name: str, write: Callable[[str, str], str], value: str = "...") -> str:
-    """What to do instead of setting another library's name; empty if the name is none of these.
+    """Return the end of a message: what to use instead of another library's setting. Return "" for any other name.
 
     Args:
-        write: how a setting is written, from its name and its value in Python.
-        value: what was given.
+        write: function that formats a setting, given its name and its value in Python.
+        value: the value that was given.
     """
     text = rewritten(FOREIGN_SETTINGS.get(name, ""), write)
     return f": {text.replace('...', value)}" if text else ""
 
 
 def rewritten(text: str, write: Callable[[str, str], str], names: Collection[str] | None = None) -> str:
-    """A message whose settings, which are written as in Python, are written in another way.
+    """Return a message with its settings, which are written as in Python (`name=value`), in another notation.
 
     Args:
-        write: how a setting is written, from its name and its value in Python.
-        names: the settings to rewrite. Default: all that look like one.
+        write: function that formats a setting, given its name and its value in Python.
+        names: the settings to rewrite. Default: everything that looks like a setting.
     """
     return _SETTING.sub(lambda found: write(*found.groups()) if names is None or found[1] in names else found[0], text)
 
 
 def as_option(name: str, value: str) -> str:
-    """A setting on the command line: `--loss_params '{"gamma": 1}'` for `loss_params={'gamma': 1}`."""
+    """Return a setting as a command-line option: `--loss_params '{"gamma": 1}'` for `loss_params={'gamma': 1}`."""
     words = re.findall(r"[^\s,'\"]+", value.strip("[]")) if value[0] == "[" else [value.strip("'\"")]
     if value[0] == "{":
         words = [re.sub(r"\b(True|False|None)\b", lambda found: _JSON[found[0]], value.replace("'", '"'))]
@@ -156,5 +156,5 @@ _WORDS = {"True": "true", "False": "false", "None": "none"}
 
 
 def as_yaml(name: str, value: str) -> str:
-    """A setting in a YAML file."""
+    """Return a setting as written in a YAML file."""
     return f"{name}: {_WORDS.get(value, value)}"

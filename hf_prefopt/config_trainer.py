@@ -11,11 +11,11 @@ _IN_BACKWARD = re.compile(r"(ada)?lomo|.*_layerwise")
 
 @dataclass(frozen=True)
 class Refusal:
-    """A setting that would have no effect, or a different one than documented.
+    """A setting that would have no effect, or a different effect than documented.
 
     Attributes:
-        applies: whether a value raises an error.
-        reason: follows `name=value` in the error message and says what to do.
+        applies: function that returns whether a value raises an error.
+        reason: the text after `name=value` in the error message, which says what to do.
     """
 
     applies: Callable[[Any], bool]
@@ -50,7 +50,7 @@ REFUSALS: Mapping[str, Refusal] = {
         lambda value: value not in _STRATEGIES, f"is unknown: set one of {', '.join(_STRATEGIES)}"
     ),
 }
-# The least values of numbers, which the libraries that read them do not check, or check late.
+# The smallest valid values of numeric settings. The libraries that read these settings check them late or not at all.
 LEAST: Mapping[str, float] = {
     "per_device_train_batch_size": 1,
     "per_device_eval_batch_size": 1,
@@ -102,12 +102,12 @@ def check_trainer_settings(args: Any) -> None:
     _refuse_wrong_direction(args)
     _refuse_cut_rows(args.parallelism_config)
     _refuse_uneven_batches(args.accelerator_config, args.world_size)
-    # By default, accelerate dispatches the batches of streams, and cuts them.
+    # By default, accelerate reads a stream on the first rank and splits each of its batches across the ranks.
     args.accelerator_config.dispatch_batches = False
 
 
 def _refuse_splits_within_steps(args: Any) -> None:
-    """Raise `ValueError` if an optimizer changes weights in the backward pass and a step has several of them."""
+    """Raise `ValueError` if the optimizer changes weights in backward passes and a step has several backward passes."""
     name = str(getattr(args.optim, "value", args.optim))
     if not _IN_BACKWARD.fullmatch(name):
         return
@@ -133,11 +133,11 @@ def _refuse_wrong_direction(args: Any) -> None:
 
 
 def greater_is_better(metric: str | None, given: bool | None) -> bool | None:
-    """Whether larger values of a metric are better; `None` lets the Trainer decide by whether its name ends in "loss".
+    """Return whether larger values of a metric are better; with `None`, the Trainer decides from the metric's name.
 
     Args:
         metric: `metric_for_best_model`; the losses of an objective are `loss/<name>`.
-        given: the user's setting.
+        given: the user's setting; `None` if it is not set. For the Trainer, smaller is better if a name ends in "loss".
 
     Raises:
         ValueError: the setting is `None`, and neither large nor small values of the metric are better in general.
@@ -156,7 +156,7 @@ def _refuse_cut_rows(settings: Any) -> None:
     if settings and (settings.sp_enabled or settings.cp_enabled):
         raise ValueError(
             "parallelism_config splits sequences (sp_size or cp_size above 1), but scored tokens are located by their "
-            "position in the whole row: leave it at 1; gradient checkpointing and max_tokens_per_batch save memory"
+            "position in the whole row: leave both at 1; gradient checkpointing and max_tokens_per_batch save memory"
         )
     if settings and settings.tp_enabled:
         raise ValueError(
@@ -183,7 +183,7 @@ def _refuse_uneven_batches(settings: Any, world_size: int) -> None:
 
 
 def without_fused_head(liger_kernel_config: dict[str, bool]) -> dict[str, bool]:
-    """Liger's configuration with the kernel switched off that would replace the model's forward.
+    """Return Liger's configuration with the kernel switched off that would replace the model's forward.
 
     Raises:
         ValueError: the configuration requests that kernel.
@@ -191,6 +191,6 @@ def without_fused_head(liger_kernel_config: dict[str, bool]) -> dict[str, bool]:
     if liger_kernel_config.get("fused_linear_cross_entropy"):
         raise ValueError(
             "liger_kernel_config={'fused_linear_cross_entropy': True} replaces the model's forward, but the trainer "
-            "needs its own, which also never holds all logits: leave it out"
+            "installs its own forward, which also never stores all logits: leave it out"
         )
     return {**liger_kernel_config, "fused_linear_cross_entropy": False}

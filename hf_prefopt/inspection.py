@@ -34,7 +34,7 @@ from hf_prefopt.reporting.shown_rows import ShownRow, show_row
 from hf_prefopt.training.preference_data import PreferenceData, settings_of_rows
 from hf_prefopt.training.settings import own_names
 
-# Lengths, in tokens, for which the share of rows within them is reported.
+# Lengths in tokens. For each length, the share of rows that are not longer is reported.
 _LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
 
 
@@ -50,7 +50,7 @@ def inspect_dataset(
 ) -> Inspection:
     """Read a data set as training would: find its layout and columns, count its rows, and show some of them.
 
-    Unusable rows do not raise an error here: they are counted. Problems that would stop training are in `errors`.
+    Unusable rows are counted and do not raise an error. Problems that would stop training are in `errors`.
 
     Example:
         ```python
@@ -59,8 +59,8 @@ def inspect_dataset(
         ```
 
     Args:
-        dataset: Any data set that `PreferenceTrainer` accepts as `train_dataset`. All rows are tokenized; of a
-            stream, only the first `stream_rows`.
+        dataset: Any data set that `PreferenceTrainer` accepts as `train_dataset`. All rows are tokenized, but of a
+            stream only the first `stream_rows` rows.
         processing_class: The tokenizer.
         rows: Number of rows to show.
         stream_rows: Number of rows to read from a stream.
@@ -87,7 +87,7 @@ def inspect_dataset(
             made, errors = _checked(PreferenceData(args, tokenizer), given, name)
         else:
             kinds = _kinds(given, settled)
-            # Triples can also be read as pairs; prefer triples, so that all three responses are shown.
+            # Triples can also be read as pairs. Triples are preferred, so that all three responses are shown.
             made = prepare(given, tokenizer, **settled, kind=TRIPLES if TRIPLES in kinds else None, name=name)
     problems = made.noted["_problem"][:] if made.noted is not None else []
     if on_bad_rows == "error" and any(problems):
@@ -196,7 +196,7 @@ def _content(layout: FoundLayout, rows: Any) -> str:
 
 
 def _within(noted: Dataset | None) -> dict[int, float]:
-    """Return the share of rows within each length, up to the first length that fits all rows."""
+    """Return, for each length, the share of rows that are not longer, up to the first length with a share of 1."""
     if noted is None:
         return {}
     notes = noted.select_columns(["_longest", "_bad", "_tie"]).with_format("numpy")[:]

@@ -78,7 +78,7 @@ def load_adapter(base: PreTrainedModel, name: str, init_kwargs: dict[str, Any] |
     """Load an adapter by name or path onto a loaded model, as trainable.
 
     Raises:
-        ValueError: some of the adapter's tensors do not fit the model's class.
+        ValueError: some of the adapter's tensors do not match the model's class.
     """
     _make_room_for_tokens(base, name, init_kwargs)
     model = PeftModel.from_pretrained(base, name, is_trainable=True, **_hub_arguments(init_kwargs))
@@ -110,7 +110,7 @@ def holds_adapter(run: str) -> bool:
 
 
 def tokenizer_of(processing_class: PreTrainedTokenizerBase | ProcessorMixin) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a processor; a tokenizer is returned as it is."""
+    """Return the tokenizer of a processor; a tokenizer is returned unchanged."""
     return cast(PreTrainedTokenizerBase, getattr(processing_class, "tokenizer", processing_class))
 
 

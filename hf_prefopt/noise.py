@@ -1,4 +1,4 @@
-"""Suppress messages that libraries log whenever they are imported and that do not concern the run."""
+"""Suppress messages that libraries log at every import, although the messages do not concern the run."""
 
 import logging
 from functools import partial
@@ -11,7 +11,7 @@ MESSAGES = {
 
 
 def leave_out_noise() -> None:
-    """Filter these messages, and only these, out of the loggers of their libraries."""
+    """Filter the messages in `MESSAGES`, and no others, out of the loggers of their libraries."""
     for name, beginning in MESSAGES.items():
         logging.getLogger(name).addFilter(partial(_is_other, beginning))
 

@@ -26,8 +26,8 @@ def with_adapter(model: PreTrainedModel, peft_config: PeftConfig | None) -> PreT
     Some layers that the configuration selects get no adapter; see `adapted.left_out` and `adapted.lost_adapters`.
 
     Raises:
-        ValueError: the model has an adapter already; no module is among `target_modules`; adapters would be
-            saved and not loaded again.
+        ValueError: the model has an adapter already; `target_modules` selects no module; or PEFT would save adapters
+            that it cannot load again.
     """
     if peft_config is None:
         if isinstance(model, PeftModel):
@@ -44,7 +44,7 @@ def with_adapter(model: PreTrainedModel, peft_config: PeftConfig | None) -> PreT
 def under_adapter(
     model_init: Callable[..., PreTrainedModel], peft_config: PeftConfig | None
 ) -> Callable[..., PreTrainedModel | PeftModel]:
-    """Return a `model_init` that adds a new adapter to each model; it takes the same argument (a trial, or none)."""
+    """Return a `model_init` that adds a new adapter to each model, with the same argument: a trial, or none."""
 
     def fresh_policy() -> PreTrainedModel | PeftModel:
         return with_adapter(model_init(), peft_config)
@@ -85,7 +85,7 @@ def _adapted(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
 
 
 def _applied(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
-    """As `get_peft_model`; an error about unknown `target_modules` names those that there are."""
+    """Call `get_peft_model`; an error about unknown `target_modules` lists the model's linear layers."""
     try:
         return get_peft_model(model, peft_config)
     except ValueError as error:
@@ -98,7 +98,7 @@ def _applied(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
         asked = wanted if isinstance(wanted, str) else ", ".join(sorted(wanted))
         raise ValueError(
             f"target_modules: the model has no module {asked}; its linear layers are {', '.join(there)}, and "
-            "target_modules='all-linear' selects all but the last"
+            "target_modules='all-linear' selects all except the output layer"
         ) from error
 
 
@@ -131,7 +131,7 @@ def _without(peft_config: PeftConfig, reasons: dict[str, list[str]]) -> PeftConf
     names = [name for part in reasons.values() for name in part]
     if not names:
         return peft_config
-    changed: Any = copy.deepcopy(peft_config)  # of a method that has target modules
+    changed: Any = copy.deepcopy(peft_config)  # a PEFT method with target modules
     excluded = changed.exclude_modules
     if isinstance(excluded, str):  # a pattern of whole names
         changed.exclude_modules = "|".join([f"(?:{excluded})", *map(re.escape, names)])

@@ -32,9 +32,9 @@ logger = logging.getLogger(__name__)
 
 
 class BeforeAndAfter(TrainerCallback):
-    """Generates greedy answers to a few prompts before and after training.
+    """A callback that generates greedy answers to a few prompts before and after training.
 
-    The prompts are the first different prompts of the evaluation data or, without evaluation data, of the training
+    The prompts are the first distinct prompts of the evaluation data or, without evaluation data, of the training
     data. A resumed run has no answers from before training, unless its adapter was untrained when the callback was
     created. In this case, the model with the adapter disabled generates these answers.
 
@@ -88,8 +88,8 @@ def record_run(trainer: PreferenceTrainer, facts: CardFacts, shown_pairs: int = 
 
     Args:
         facts: Facts of the model card.
-        shown_pairs: Maximum number of pairs with tokens: as many with the largest positive margins, and as many with
-            the most negative margins. Pairs of different prompts come first.
+        shown_pairs: Number of pairs that are recorded with their tokens: at most this many with the largest positive
+            margins, and at most this many with the most negative margins. Pairs with different prompts come first.
     """
     record = RunRecord(_facts(trainer, facts), [dict(log) for log in trainer.state.log_history])
     for name, dataset in _evaluation_sets(trainer).items():
@@ -240,13 +240,16 @@ def _shown_pairs(
 
 
 def _different(places: list[int], prompts: np.ndarray) -> list[int]:
-    """Return the places with the first one of each prompt before all others, otherwise in the same order."""
+    """Return the indices, with the first index of each prompt before all others and otherwise in the same order."""
     firsts = set({prompts[place].item(): place for place in reversed(places)}.values())
     return sorted(places, key=lambda place: place not in firsts)
 
 
 def _scored_tokens(trainer: PreferenceTrainer, row: dict[str, Any], example: int) -> list[dict[str, Any]]:
-    """Return name and tokens, with log-ratios, of the responses of an example of a row; empty without a reference."""
+    """Return the responses of one example of a row, each with a name and its tokens' log-ratios.
+
+    Return [] if there is no reference.
+    """
     batch = trainer.scorer.collated([row])
     with trainer.accelerator.autocast():
         policy, reference = trainer.scorer.both_scores(batch)
@@ -273,7 +276,7 @@ def _scores_of_base(trainer: PreferenceTrainer, batch: PreferenceBatch) -> Respo
 
 
 def _first_prompts(trainer: PreferenceTrainer, count: int, longest: int) -> list[list[int]]:
-    """Return the first `count` different prompts with at most `longest` tokens."""
+    """Return the first `count` distinct prompts with at most `longest` tokens."""
     datasets = [*_evaluation_sets(trainer).values(), trainer.train_dataset]
     dataset = next((rows for rows in datasets if isinstance(rows, Dataset)), None)
     found: dict[tuple[int, ...], None] = {}
@@ -286,7 +289,7 @@ def _first_prompts(trainer: PreferenceTrainer, count: int, longest: int) -> list
 
 
 def _prompt_text(trainer: PreferenceTrainer) -> PromptText:
-    kwargs = cast("Mapping[str, Any] | None", trainer.args.chat_template_kwargs)  # JSON is read by now
+    kwargs = cast("Mapping[str, Any] | None", trainer.args.chat_template_kwargs)  # JSON was parsed at construction
     return PromptText(trainer.data.tokenizer, kwargs)
 
 

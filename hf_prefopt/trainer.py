@@ -82,8 +82,8 @@ class PreferenceTrainer(Trainer):
     Args:
         model: A transformers model, a PEFT model, or the name or path of a model or adapter (training continues with
             this adapter). Cannot be combined with `model_init`.
-        ref_model: An explicit reference: a model of any dtype, or a name or path, which is loaded with the same options
-            as the policy. Default: see `PreferenceConfig.reference`.
+        ref_model: The reference: a model of any dtype, or a name or path. A model given by name is loaded with the same
+            options as the policy. Default: see `PreferenceConfig.reference`.
         args: The configuration.
         data_collator: Function that collates prepared rows into a `PreferenceBatch`.
         train_dataset, eval_dataset: Preference data, raw or prepared; `eval_dataset` may be a dict of datasets.
@@ -155,7 +155,7 @@ class PreferenceTrainer(Trainer):
         self._saved, self._steps = SavedRun(args, self.scorer), StepBatches()
         self._attach_model()
         self._add_callbacks()
-        # compute_loss divides by the number of examples in the whole step.
+        # compute_loss divides by the number of examples in the whole step, so the Trainer must not divide again.
         self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = True
         if args.show_first_batch and train_dataset is not None and self.is_world_process_zero():
             print_preview([next(iter(cast(Data, self.train_dataset)))], self.data.tokenizer)
@@ -268,7 +268,7 @@ class PreferenceTrainer(Trainer):
         return 6 * inputs["input_ids"].numel() * self.scorer.tree.derived(body_parameters)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log; add to a training log the mean of each metric since the previous training log.
+        """Log as the Trainer does; a training log also has the mean of each metric since the previous training log.
 
         Raises:
             FloatingPointError: a loss since the previous log, the gradient or (in the last log) a weight is not finite.
@@ -328,7 +328,7 @@ class PreferenceTrainer(Trainer):
         """Return the Trainer's data loader; a raw dataset is prepared first."""
         if eval_dataset is None or isinstance(eval_dataset, str):
             return super().get_eval_dataloader(eval_dataset)
-        # Not the Trainer's own method: with persistent workers it keeps the loader and returns it for any dataset.
+        # Not the Trainer's own method: with persistent workers, that method returns one loader for all datasets.
         return super().get_test_dataloader(self._prepared(eval_dataset, "eval"))
 
     def get_test_dataloader(self, test_dataset: Data):
@@ -342,7 +342,7 @@ class PreferenceTrainer(Trainer):
         return prepared
 
     def _evaluated(self) -> dict[str, Any]:
-        """Return the evaluation datasets as their data loaders read them, by name."""
+        """Return the evaluation datasets as their data loaders read them, keyed by name."""
         if self.eval_dataset is None:
             return {}
         names = list(self.eval_dataset) if isinstance(self.eval_dataset, dict) else [None]
@@ -361,8 +361,8 @@ class PreferenceTrainer(Trainer):
     def _get_dataloader(  # type: ignore[override]  # the other arguments are passed on
         self, dataset: Data, description: str, batch_size: int, is_training: bool = False, **kwargs: Any
     ):
-        """Build the Trainer's data loader over the dataset in the form that the losses need; keep all rows in
-        evaluation."""
+        """Return the Trainer's data loader over the dataset in the form that the losses need. In evaluation, no row is
+        dropped."""
         drops_last = self.args.dataloader_drop_last
         self.args.dataloader_drop_last = drops_last and is_training
         try:

@@ -1,8 +1,8 @@
 """Underlying distribution matching for BCO: weights for the undesirable rows, computed once before training.
 
-If thumbs-down examples come from other prompts than thumbs-up examples, a classifier can separate them by the prompt
-alone. The weight p/(1 − p) of an undesirable example corrects this shift; p is the probability that the example is
-desirable, given its prompt.
+If thumbs-down examples have different prompts than thumbs-up examples, a classifier can separate the two classes by the
+prompt alone. The weight p/(1 − p) of an undesirable example corrects this shift, where p is the probability that the
+example is desirable, given its prompt.
 
     rows = rows.add_column("weight", distribution_matching_weights(embed(rows["prompt"]), rows["label"]))
 

@@ -1,7 +1,8 @@
 """Find the places where a prompt that is too long may be cut, so that the rest is still a valid prompt.
 
 BOS, the system prompt and the header of the first user turn are kept. Whole turns are removed first, up to a later
-user turn, so that no text appears under the header of another speaker. Only the last user message is cut within.
+user turn, so that no text appears under the header of another speaker. Only the last user message may lose a part of
+its text.
 """
 
 from collections.abc import Mapping
@@ -21,9 +22,9 @@ class Beginning:
 
     Attributes:
         head: Number of tokens at the start that are always kept.
-        turns: Positions, in order, directly after the headers of later user turns. The rest of the prompt may start at
-            any of them, directly after the head.
-        splits: Whether the rest may also start after the last of these positions, within a message.
+        turns: Positions directly after the headers of later user turns, in ascending order. A cut prompt consists of
+            the head and the tokens from one of these positions on.
+        splits: Whether the kept tokens may also start after the last of these positions, within a message.
     """
 
     head: int = 0

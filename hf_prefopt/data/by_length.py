@@ -1,9 +1,8 @@
 """Orders of the training rows by length: `train_sampling_strategy="group_by_length"` and `"batch_rebalance"`.
 
 The length of a row is the number of tokens in its prompt and all of its responses. In the layout "padded", where each
-response follows its own copy of the prompt, it is the length of the row's longest sequence. Both orders depend only on
-(seed, epoch) and the lengths, so they are the same on every rank, and every micro-batch has the configured number of
-rows.
+response follows its own copy of the prompt, only the row's longest sequence counts. Both orders depend only on (seed,
+epoch) and the lengths, so they are the same on every rank. Every micro-batch has the configured number of rows.
 """
 
 from collections.abc import Callable, Iterator
@@ -55,7 +54,7 @@ class LengthSampler(Sampler[int]):
     "group_by_length" puts rows of similar length into the same step, like transformers. "batch_rebalance" draws the
     rows of each step at random and distributes them so that the micro-batches of all ranks are equally long. Without
     padding, it balances the total tokens per micro-batch. In the layout "padded", it sorts the rows by length, so that
-    micro-batches contain little padding and the micro-batches that run at the same time on all ranks are similar.
+    micro-batches contain little padding and micro-batches that run at the same time have similar lengths.
 
     Args:
         strategy: One of `STRATEGIES`.
@@ -117,7 +116,9 @@ class LengthSampler(Sampler[int]):
 
 
 def deal(lengths: np.ndarray, groups: int) -> list[list[int]]:
-    """Distribute numbers over groups of equal size with similar sums: each number goes to the group with the least sum.
+    """Distribute numbers over groups of equal size with similar sums.
+
+    Each number goes to the group with the smallest sum among the groups that are not full.
 
     Args:
         lengths: `[groups · size]`, in descending order.

@@ -11,13 +11,13 @@ from hf_prefopt.data.preferences import VERDICTS, by_name, by_sign
 from hf_prefopt.data.roles import SUFFIXES
 from hf_prefopt.data.rows import as_number
 
-# If a sign decides and 16 rows all prefer the second response, chance is unlikely: 2 ** -16. Signed scales end at 3, so
-# one number above 3 is also a sign of an unsigned scale.
+# A verdict that is read by its sign is suspicious if 16 rows all prefer the second response: the probability of this by
+# chance is 2 ** -16. Signed scales end at 3, so a single number above 3 is suspicious, too.
 _MANY, _LARGEST = 16, 3
 
 
 def check_codes(dataset: Dataset | IterableDataset, columns: Mapping[str, str]) -> Dataset | IterableDataset:
-    """Check that the numbers of labels and verdicts have the meaning with which they are read.
+    """Check that the numbers in columns of labels and verdicts are read with the right meaning.
 
     Args:
         columns: The column of each role.
@@ -27,8 +27,8 @@ def check_codes(dataset: Dataset | IterableDataset, columns: Mapping[str, str]) 
         first rows is checked.
 
     Raises:
-        ValueError: If there are labels −1 and 0 (for a stream, when the second of them is read), if verdicts count
-            responses from 0 but the column names count from 1, or if the sign decides and no number is negative.
+        ValueError: If there are labels −1 and 0 (for a stream, when the second of them is read). Also if verdicts count
+            responses from 0 but column names count from 1, or if verdicts are read by their sign and none is negative.
     """
     if "label" in columns:
         dataset = _check_labels(dataset, columns["label"])
@@ -58,7 +58,7 @@ def _numbers(values: Iterable[Any]) -> set[float]:
 
 
 def describe_codes(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> list[str]:
-    """Describe a verdict that is read by its sign if it prefers the second response in all of these rows.
+    """Describe verdicts that are read by their sign, if they prefer the second response in all of these rows.
 
     Args:
         rows: The first rows.
@@ -71,7 +71,7 @@ def describe_codes(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]
     first, second = columns["first"], columns["second"]
     return [
         f"`{verdict}` is {', '.join(f'{number:g}' for number in sorted(numbers)[:5])} in the first {len(rows)} rows: "
-        f"above 0 it prefers `{second}`, and `{first}` only below 0"
+        f"positive numbers prefer `{second}`, and only negative numbers prefer `{first}`"
     ]
 
 
@@ -86,7 +86,7 @@ def _check_scale(dataset: Dataset | IterableDataset, column: str, names: tuple[s
 
 
 def _refuse_scale(column: str, numbers: Collection[float], names: tuple[str, str]) -> None:
-    """Raise `ValueError` if no number is below zero."""
+    """Raise `ValueError` if there are several different numbers and none is below zero."""
     if numbers and min(numbers) >= 0 and len(numbers) > 1:
         middle = (min(numbers) + max(numbers)) / 2
         raise ValueError(

@@ -1,7 +1,8 @@
 """Collate the rows from the data loader into a batch, in the layout of the run.
 
-`per_device_train_batch_size` is the number of examples per rank, with or without a token budget. With a token budget,
-the rows are split, in order, into pieces of at most that many positions, so the budget bounds peak memory.
+`per_device_train_batch_size` is the number of examples per rank, with or without a token budget. With a token budget
+(`max_tokens_per_batch`), the rows are split, in order, into pieces of at most that many positions, so the budget bounds
+peak memory.
 
 If the rows do not fill the last batch of every rank, accelerate repeats earlier rows to keep all ranks in step. The
 repeated rows are computed, but their examples are excluded from the loss. For a data set, its length determines the
@@ -46,7 +47,7 @@ def examples_of_first_rows(pieces: list[PreferenceBatch], count: int) -> list[Te
 
 
 def keep_examples(batch: PreferenceBatch, kept: Tensor | slice) -> PreferenceBatch:
-    """Return the batch with a subset of its examples, `[B]` bool or a slice; the forward pass stays the same.
+    """Return the batch with the examples that `kept` selects, `[B]` bool or a slice; the forward pass does not change.
 
     A batch without examples has no effect on the gradients. The ranks of a sharded model must run its layers together,
     so a rank without examples runs such a batch.
@@ -57,11 +58,11 @@ def keep_examples(batch: PreferenceBatch, kept: Tensor | slice) -> PreferenceBat
 
 
 class EvenStream(IterableDataset):
-    """A stream padded to a multiple of a number of rows: its first rows are repeated at the end, marked `repeated`.
+    """A stream padded to full batches: its first rows are repeated at the end and marked `repeated`.
 
     Args:
         stream: The rows, which are mappings.
-        multiple: The rows of a batch of all ranks together. The stream is filled up to a multiple of it.
+        multiple: Number of rows per batch, over all ranks. The stream is padded to a multiple of this number.
         drops_last: Drop the last rows that do not fill such a batch, instead of repeating rows.
     """
 
@@ -111,13 +112,13 @@ class Collator(Protocol):
 
 @dataclass
 class LoaderCollator:
-    """Collator that uses the collator of `layout`, which may be chosen after the data loaders are created.
+    """Collator that calls the collator of the current layout. `layout` may be set after the data loaders are created.
 
     Attributes:
         collators: The collator of each layout. Collators that are used with `max_tokens` must be able to count tokens.
         layout: Name of the layout in use.
-        max_tokens: Maximum number of positions in a piece; a single row with more becomes its own piece. None makes one
-            piece.
+        max_tokens: Maximum number of positions in a piece; a row with more positions is a piece by itself. None makes
+            one piece.
         scores_prompts: Whether prompts are scored in addition to the responses, for losses that need prompt scores.
     """
 
@@ -158,10 +159,10 @@ def _longest_piece(rows: Rows, collate: Collator, max_tokens: int) -> Rows:
 
 @dataclass
 class CustomCollator:
-    """A user's collator; an error in it says what it got and what it must return.
+    """A user's collator. If it fails, the error names the columns that it got and the type that it must return.
 
     Raises:
-        ValueError: The collator fails, or returns something else than a `PreferenceBatch`.
+        ValueError: The collator fails, or returns something other than a `PreferenceBatch`.
     """
 
     collate: Callable[[Rows], PreferenceBatch]
@@ -216,7 +217,7 @@ def sequence_sizes(rows: Rows) -> dict[str, int]:
         {'sequence_tokens': 7, 'padded_positions': 8}
     """
     if not rows or not {"prompt_ids", "response_ids"} <= rows[0].keys():
-        return {}  # rows of a user's own collator
+        return {}  # only a user's collator accepts such rows
     lengths = [len(row["prompt_ids"]) + len(ids) for row in rows for ids in row["response_ids"]]
     return {"sequence_tokens": sum(lengths), "padded_positions": len(lengths) * max(lengths)}
 

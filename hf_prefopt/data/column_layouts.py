@@ -22,7 +22,7 @@ _TEXT_COLUMNS = {
 
 @dataclass(frozen=True)
 class FoundLayout:
-    """A layout, and the columns of a data set that have its roles.
+    """The layout of a data set, with the column for each role of the layout.
 
     Attributes:
         name: Name of the layout.
@@ -45,7 +45,7 @@ class FoundLayout:
 
     @cached_property
     def is_own(self) -> bool:
-        """Whether the columns are the columns of the format, so that nothing needs to be converted."""
+        """Whether the columns are already those of the format, so that no conversion is needed."""
         has_its_columns = self.columns == {column: column for column in self.format.columns}
         return has_its_columns and self.layout.convert in (to.plain, to.talks)
 
@@ -69,7 +69,7 @@ class FoundLayout:
             raise error.renamed(self.columns) from None
 
     def unread(self, row: Mapping[str, Any], read: CanonicalRow) -> dict[str, Any]:
-        """Return the values of a row that were not used, by column."""
+        """Return the values of a row that were not used, keyed by column."""
         unread = {column: value for column, value in row.items() if column not in self._used}
         return unread | {self.columns.get(part, part): value for part, value in read.unread.items()}
 
@@ -87,7 +87,7 @@ def fitting_kinds(sample: Mapping[str, Any], mapped: Collection[str] = ()) -> tu
 def find_layout(
     sample: Mapping[str, Any], kind: ExampleKind | None = None, mapped: Collection[str] = (), text_as: str = "text"
 ) -> FoundLayout:
-    """Find the first layout that fits, preferably one with this kind of examples.
+    """Return the first layout that matches the columns, preferably one with this kind of examples.
 
     Args:
         sample: One example value per column.
@@ -96,7 +96,7 @@ def find_layout(
         text_as: If "messages", all texts are converted to messages.
 
     Raises:
-        ValueError: If no layout fits, if several columns may name the better response, or if there are token weights
+        ValueError: If no layout matches, if several columns may name the better response, or if there are token weights
             without token ids.
     """
     fitting = [(layout, found) for layout in LAYOUTS if (found := layout.find(sample, mapped)) is not None]

@@ -37,8 +37,8 @@ def choose_columns(
     """Return the data set without the removed columns and with the renamed ones.
 
     Args:
-        mapping: New name → column; see `PreferenceConfig.column_mapping`. If the data set has the new name but not the
-            column, this entry is ignored.
+        mapping: The column for each new name; see `PreferenceConfig.column_mapping`. If the data set has the new name
+            but not the column, the entry is ignored.
         removed: Columns to remove.
 
     Raises:
@@ -81,20 +81,20 @@ def _not_found(dataset: Dataset | IterableDataset, column: str, columns: Sequenc
 def undecoded(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
     """Return the data set as plain Python values. Images, video and audio stay encoded, because they are rejected."""
     for column, feature in (dataset.features or {}).items():
-        # `Json`, the type of columns that mix types, holds Python values, and encodes text with its quotes.
+        # Columns of mixed types (`Json`) stay decoded, because an encoded text is a JSON string with quotes.
         if getattr(feature, "decode", False) and type(feature).__name__ != "Json":
             dataset = dataset.cast_column(column, replace(feature, decode=False))
     return dataset.with_format(None)
 
 
 def without_empty(dataset: Dataset | IterableDataset, names: Collection[str]) -> Dataset | IterableDataset:
-    """Return the data set without those of these columns that are empty in all rows, according to their Arrow type."""
+    """Return the data set without the columns in `names` that are empty in all rows (their Arrow type is null)."""
     empty = [name for name, feature in (dataset.features or {}).items() if feature == Value("null") and name in names]
     return dataset.remove_columns(empty) if empty else dataset
 
 
 def first_rows(dataset: Dataset | IterableDataset) -> list[dict[str, Any]]:
-    """Return some rows from the beginning."""
+    """Return the first rows; see `_SAMPLE`."""
     return list(islice(iter(dataset), next(count for kind, count in _SAMPLE.items() if isinstance(dataset, kind))))
 
 
@@ -120,7 +120,7 @@ def class_names(dataset: Dataset | IterableDataset) -> dict[str, list[str]]:
 
 
 def describe_columns(found: FoundLayout, sample: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Describe the columns of a data set: their layout, the unused columns, and texts that stay plain text."""
+    """Describe the columns of a data set: their layout, unused columns, and texts that do not become messages."""
     lines = []
     if not found.is_own:
         lines.append(f"read as {describe_layout(found)}")
@@ -134,7 +134,7 @@ def describe_columns(found: FoundLayout, sample: Mapping[str, Any], tokenizer: P
     if not found.how.as_messages and _begin_with_prompt(found, sample):
         lines.append(
             f"{' and '.join(texts)} are read as text that begins with the prompt: what they share at the beginning is "
-            "not scored; a column `prompt` says where the prompt ends"
+            "not scored; to mark where the prompt ends, add a column `prompt`"
         )
     if tokenizer.chat_template and not found.how.as_messages and _are_plain_text(sample, texts, tokenizer):
         lines.append(
@@ -153,7 +153,7 @@ def check_mapped(found: FoundLayout, mapped: Collection[str], sample: Mapping[st
         near = get_close_matches(unused[0], known, 1)
         hint = f"did you mean {near[0]!r}?" if near else "the names that are read are listed in docs/data.md"
         raise ValueError(
-            f"column_mapping: nothing reads a column {unused[0]!r} beside {describe_layout(found)}; {hint}"
+            f"column_mapping: nothing reads a column {unused[0]!r} in addition to {describe_layout(found)}; {hint}"
         )
 
 
@@ -193,7 +193,7 @@ def _are_plain_text(sample: Mapping[str, Any], columns: Collection[str], tokeniz
 
 
 def _begin_with_prompt(found: FoundLayout, sample: Mapping[str, Any]) -> bool:
-    """Return True if the responses are texts whose prompt is the beginning that they share, and no transcripts."""
+    """Return True if the responses are texts, not transcripts, and the beginning that they share is the prompt."""
     values = [sample[column] for part, column in found.columns.items() if part in ("chosen", "rejected")]
     has_no_prompt = "prompt" not in found.format.columns and len(values) == 2
     if not has_no_prompt or not all(isinstance(value, str) for value in values):

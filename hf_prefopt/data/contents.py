@@ -33,7 +33,7 @@ def read_content(column: str, value: Any) -> Content:
 
 
 def read_responses(values: Mapping[str, Any]) -> dict[str, Content]:
-    """Return the contents of the responses, by column.
+    """Return the contents of the responses, keyed by column.
 
     Raises:
         BadRow: If a response is missing or is neither text nor messages, or if one response contains messages as JSON

@@ -1,9 +1,10 @@
-"""Reject rows with unread context: text in a column that is neither prompt nor response, which the model never sees.
+"""Reject rows with unread context: text that the model never sees, in a column that is neither prompt nor response.
 
 Columns with context may have any name. An unread column is harmless if it is empty, if the model reads the same text
 elsewhere, or if it is about the row (an id, a source, a model's name, a judge's comment). The column's name decides
-first, by its last meaningful word: `question_id` is an id, `labelling_prompt` was a judge's prompt. If the name is
-unknown, the length of the text decides: labels are short, context is prose.
+first. Usually its last meaningful word counts: `question_id` is an id. Words about generating and judging count at any
+position: `labelling_prompt` is a judge's prompt. If the name is unknown, the length of the text decides: labels are
+short, context is prose.
 """
 
 import math
@@ -24,7 +25,7 @@ def _set(words: str) -> frozenset[str]:
 
 # Words that do not describe what a column holds, like the letters and numbers in `response_a` or `turn_2`.
 _CARRIERS = _set("text content string str raw full value json list")
-# Columns with these names contain context, however short the text.
+# Columns with these names contain context, even if the text is short.
 _CONTEXT = _set(
     "prompt preprompt prefix preamble system question instruction input query queries context ctx history histories "
     "problem message conversation dialogue dialog chat background passage article document premise persona scenario "
@@ -53,8 +54,8 @@ _LABELS = _set(
     "domain skill ability intent style tag attribute language lang locale country author agent worker url uri link "
     "path file version date time timestamp status difficulty level group key"
 )
-# Limits in words: a longer text is context. They apply to columns that are never context, columns with labels, columns
-# with unknown names, and columns with names of context.
+# Limits in words: a longer text is context. In this order, they apply to columns that are never context, columns with
+# labels, columns with unknown names, and columns with names of context.
 _NEVER, _IN_LABELS, _IN_UNKNOWN, _ANY_TEXT = math.inf, 15, 4, 0
 # Limit for parts of an answer: a text of any length must be contained in at least one response.
 _OF_ANSWER = 0.5
@@ -73,7 +74,7 @@ def reject_unread_context(unused: Mapping[str, Any], read: CanonicalRow) -> None
     """Raise `BadRow` if an unused column contains context, or images, video or audio.
 
     Args:
-        unused: The values of the raw row in columns that were not read, by column.
+        unused: The values of the raw row in columns that were not read, keyed by column.
         read: The canonical row. If it contains token ids, texts are not compared with it.
     """
     if read.content_type == "messages":
@@ -98,7 +99,7 @@ def reject_unread_context(unused: Mapping[str, Any], read: CanonicalRow) -> None
         problem = (
             f"contains {shown!r}, which is not in the prompt (nor in every response): the model would not read it{also}"
         )
-        cure = f"join it into `prompt` (or rename the column so); if it is not context: remove_columns={[*unread]}"
+        cure = f"join it into `prompt`, or name the column `prompt`; if it is not context: remove_columns={[*unread]}"
         if _column_limit(first) == _OF_ANSWER:
             cure = f"join it into the response; if it should not be trained on: remove_columns={[*unread]}"
         raise BadRow(first, problem, cure)
@@ -186,7 +187,7 @@ def _column_limit(column: str) -> float:
 
 @lru_cache(maxsize=1024)
 def _word_limit(name: str) -> float:
-    """Return the largest number of words with which a text of this column or key is not context."""
+    """Return the word limit for texts of this column or key; a longer text is context."""
     words = [word.lower() for word in _WORD.findall(name)]
     if words and words[0] in _FLAGS:
         return _NEVER

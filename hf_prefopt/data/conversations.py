@@ -37,7 +37,7 @@ def _untrained(message: Message) -> list[str]:
 
 @dataclass(frozen=True)
 class Conversation:
-    """The messages of a prompt, and the messages of the responses by column.
+    """The messages of a prompt, and the messages of each response, keyed by column.
 
     Attributes:
         prompt_is_read: Whether the prompt column was used. If False, the prompt comes from the responses, and the
@@ -71,7 +71,7 @@ def join_conversation(prompt: Content | None, responses: Mapping[str, Content], 
 
     Args:
         prompt: The prompt; None if the responses are whole conversations.
-        responses: The responses by column.
+        responses: The responses, keyed by column.
         begins: Whether a prompt may end with an assistant message that the responses continue.
 
     Raises:
@@ -115,9 +115,9 @@ def join_conversation(prompt: Content | None, responses: Mapping[str, Content], 
 
 
 def _after(asked: list[Message], messages: list[Message]) -> list[Message]:
-    """Return the messages after the prompt in a conversation that begins with it, with or without its system prompt.
+    """Return the messages after the prompt in a conversation that begins with the prompt.
 
-    Return an empty list if the conversation does not begin with the prompt.
+    The conversation may lack the prompt's system message. Return an empty list if it does not begin with the prompt.
     """
     for begin in (asked, asked[1:]) if asked and asked[0]["role"] == "system" else (asked,):
         if begin and messages[: len(begin)] == begin:

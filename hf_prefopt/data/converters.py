@@ -1,7 +1,7 @@
 """Convert the rows of a layout to rows of a format: the functions that `layout_table.LAYOUTS` refers to.
 
-Each function converts the values of a row by role (`Given`) to the columns of a format; formats.py converts these to
-the canonical row. The functions move values without reading texts, except for transcripts in a prompt.
+Each function converts the values of a row by role (`Given`) to the columns of a format. formats.py then converts these
+columns to the canonical row. The functions move values without reading texts, except for transcripts in a prompt.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,7 +20,7 @@ Row = dict[str, Any]
 
 
 class Given(dict[str, Any]):
-    """The values of a row, by role.
+    """The values of a row, keyed by role.
 
     Attributes:
         columns: The column of each role, for errors.
@@ -38,7 +38,7 @@ def plain(given: Given) -> Row:
 
 
 def talks(given: Given) -> Row:
-    """Return whole conversations, with the system prompt of its own column, if present, at their beginning."""
+    """Return whole conversations. They begin with the system prompt from its own column, if there is one."""
     row = {part: value for part, value in given.items() if part != "system"}
     for part in ("chosen", "rejected", "reference", "completion"):
         if part in row:
@@ -72,7 +72,7 @@ def _names(given: Given) -> tuple[tuple[str, str], tuple[str, str], tuple[Any, A
 
 
 def voted_two(given: Given) -> Row:
-    """Return the pair for two responses and a list of votes. Of Argilla's votes, only submitted ones count."""
+    """Return the pair for two responses and a list of votes. Argilla's votes count only if they are submitted."""
     column, votes = given.columns["votes"], read_texts(given["votes"])
     statuses = given.get("statuses") or ["submitted"] * len(votes or ())
     if votes is not None and len(votes) != len(statuses):
@@ -82,7 +82,7 @@ def voted_two(given: Given) -> Row:
 
 
 def _place_of_text(verdict: Any, responses: tuple[Any, Any]) -> int | None:
-    """Return the index of the response that a verdict repeats; None for one word or if the verdict repeats neither."""
+    """Return the index of the response that a verdict repeats; None if it repeats neither, or is a single word."""
     if not isinstance(verdict, str) or not all(isinstance(response, str) for response in responses):
         return None
     texts = [response.strip() for response in responses]
@@ -138,7 +138,7 @@ def _reject_other_items(part: str, keys: Sequence[str], structs: Sequence[Mappin
 
 
 def _order(numbers: Sequence[Any]) -> list[list[bool]]:
-    """Return for each two numbers whether the first is larger; False if one of them is missing."""
+    """Return, for each pair of numbers, whether the first is larger; False if one of them is missing."""
     return [[None not in (left, right) and left > right for right in numbers] for left in numbers]
 
 
@@ -172,12 +172,12 @@ def good_and_bad(given: Given) -> Row:
 
 
 def turns(given: Given) -> Row:
-    """Return the pair for two conversations, whose turns are lists of texts, and a verdict."""
+    """Return the pair for two conversations, each stored as lists of turns, and a verdict."""
     return better_of_two(_talks(given))
 
 
 def turns_flagged(given: Given) -> Row:
-    """Return the pair for two conversations, whose turns are lists of texts, and flags."""
+    """Return the pair for two conversations, each stored as lists of turns, and flags."""
     return flagged_two(_talks(given))
 
 
@@ -231,7 +231,7 @@ _QUESTION_KEYS = ("full_text", "text", "question", "prompt")
 
 
 def _prompt(given: Given) -> Row:
-    """Return the column `prompt`: the question with system prompt, earlier turns and a started answer, if present."""
+    """Return the column `prompt`: the question, and a system prompt, earlier turns and an answer's start if present."""
     if "instruction" in given:
         instruction, more = given["instruction"], given["input"]
         question = f"{instruction}\n{more}" if instruction and more and more.strip() else instruction or more

@@ -1,4 +1,4 @@
-"""Find the file of a data set that cannot be read, with the line and the reason, after loading has failed.
+"""After loading has failed, find the unreadable file of a data set, with the line and the reason.
 
 The loaders report the error but often not the file, so this module reads the files again.
 """
@@ -18,7 +18,7 @@ Types = dict[str, str]
 
 
 def find_fault(files: Sequence[str]) -> str | None:
-    """Describe the problem of the first unreadable file, or of the first file whose columns differ from the first file.
+    """Describe the problem of the first unreadable file, or of the first file with different columns.
 
     Args:
         files: Local paths. The suffix determines the kind of file; files may be compressed.
@@ -50,7 +50,7 @@ def _content(file: str) -> bytes:
         with fsspec.open(file, "rb", compression="infer") as opened:
             content = opened.read()
     except Exception as error:  # each kind of compression raises its own errors
-        raise _Fault(f" cannot be read, it is incomplete or no {Path(file).suffix} file: {error}") from error
+        raise _Fault(f" cannot be read: it is incomplete, or not a {Path(file).suffix} file: {error}") from error
     if not content.strip():
         raise _Fault(" is empty")
     return content
@@ -97,7 +97,7 @@ def _types(rows: Sequence[tuple[str, Any]]) -> Types:
     types: dict[str, tuple[str, str]] = {}
     for where, row in rows:
         if not isinstance(row, dict):
-            raise _Fault(f", {where} is a {type(row).__name__} and no row: make each a dict")
+            raise _Fault(f", {where} is of type {type(row).__name__}, not a row: make each row a dict")
         for column, value in row.items():
             kind = _NUMBERS.get(type(value), type(value))
             before, there = types.setdefault(column, (kind.__name__, where))
@@ -121,7 +121,7 @@ def _read_table(separator: str) -> Callable[[bytes], Types]:
             if len(row) > len(header):
                 raise _Fault(f", line {rows.line_num:,} has {len(row)} fields, and the header has {len(header)}")
         if not has_rows:
-            raise _Fault(" has a header and no rows")
+            raise _Fault(" has a header but no rows")
         return dict.fromkeys(header, "")
 
     return read
@@ -131,7 +131,7 @@ def _read_parquet(content: bytes) -> Types:
     try:
         return _of_schema(pq.read_schema(io.BytesIO(content)))
     except (pa.ArrowInvalid, OSError) as error:
-        raise _Fault(f" is no Parquet file, or incomplete: {error}") from error
+        raise _Fault(f" is not a Parquet file, or is incomplete: {error}") from error
 
 
 def _read_arrow(content: bytes) -> Types:
@@ -140,7 +140,7 @@ def _read_arrow(content: bytes) -> Types:
             return _of_schema(opened(content).schema)
         except (pa.ArrowInvalid, OSError):
             continue
-    raise _Fault(" is no Arrow file, or incomplete")
+    raise _Fault(" is not an Arrow file, or is incomplete")
 
 
 def _of_schema(schema: pa.Schema) -> Types:
@@ -158,11 +158,12 @@ _READERS: dict[str, Callable[[bytes], Types]] = {
 
 
 def _differing(columns: dict[str, Types]) -> str | None:
-    """Describe the first file with other columns, or with another type of a column, than the first file."""
+    """Describe the first difference of a file from the first file, in its columns or in the type of a column."""
     (first, expected), *others = columns.items()
     for file, types in others:
         if types.keys() != expected.keys():
-            return f"{file} has the columns {', '.join(types)}, and {first} has {', '.join(expected)}: load them apart"
+            there = f"{file} has the columns {', '.join(types)}, and {first} has {', '.join(expected)}"
+            return f"{there}: load them separately"
         for column, kind in types.items():
             if kind != expected[column] and "NoneType" not in (kind, expected[column]):
                 return f"{file}: `{column}` is of type {kind}, and of type {expected[column]} in {first}"

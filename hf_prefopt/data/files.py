@@ -27,7 +27,7 @@ _LOADER = {kind: loader for kind, (loader, _) in KINDS.items()}
 
 
 def load_splits(name: str, config: str | None = None, streaming: bool = False) -> Any:
-    """Load the splits, by name. Files make one split, "train".
+    """Return the splits of a data set, keyed by name. Files form one split, "train".
 
     Args:
         name: A Hub name, a folder, a file or a pattern such as "data/*.jsonl.gz".
@@ -75,7 +75,8 @@ def _saved(name: str, path: str, streaming: bool) -> Any:
 def _check_one_kind(name: str, path: str, files: Sequence[str]) -> None:
     """Raise `ValueError` if a folder has files of several kinds, of which the loader would read only one.
 
-    A README, which may name the files of a data set, or a file about the data set allows them.
+    No error is raised if there is a README, which may list the files to read. Files about the data set
+    (`dataset_info.json`) are ignored.
     """
     files = [file for file in files if Path(file).name not in ("dataset_info.json", "dataset_infos.json")]
     kinds = {_LOADER[kind_of(file)]: file for file in files}
@@ -109,7 +110,7 @@ def _has_layout(row: dict[str, Any]) -> bool:
 
 
 def _loaded(name: str, files: Sequence[str], load: Callable[[], Any]) -> Any:
-    """Return the loaded splits. Raises `ValueError` if loading fails, with the name of the local file, if any."""
+    """Return the loaded splits. Raises `ValueError` if loading fails; the error names the file if it is local."""
     try:
         splits = load()
         for split in splits.values() if files else ():
@@ -137,7 +138,7 @@ def _check_files(name: str, files: list[str]) -> None:
     kinds = {kind_of(file) for file in files}
     if len(kinds) > 1 or not kinds.issubset(KINDS):
         given = ", ".join(sorted(kinds - {""})) or Path(files[0]).suffix or "no known kind"
-        raise ValueError(f"{name} is of {given}: give one of {', '.join(KINDS)}")
+        raise ValueError(f"{name} has the file type {given}: use one of {', '.join(KINDS)}")
     empty = next((file for file in files if not Path(file).stat().st_size), None)
     if empty:
         raise ValueError(f"{empty} is empty")

@@ -90,7 +90,7 @@ class RowFormat:
 
 
 def optional_columns(kind: ExampleKind, columns: Collection[str]) -> dict[str, str]:
-    """Return the optional columns found in raw rows: prepared column → raw column, the first of its names."""
+    """Return the raw column for each optional prepared column: the first of its names that the raw rows have."""
     found = {name: [c for c in column.columns if c in columns] for name, column in kind.optional_columns.items()}
     return {name: present[0] for name, present in found.items() if present}
 

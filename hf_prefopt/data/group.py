@@ -44,7 +44,7 @@ class Grouped:
 
     Attributes:
         groups: The groups, in the order of their first rows.
-        places: For each row, the indices of its responses, followed by its mismatched responses, in the concatenated
+        places: For each row, the indices of its responses and then of its mismatched responses, in the concatenated
             responses of all groups.
     """
 
@@ -101,7 +101,7 @@ class PromptSampler(Sampler[int]):
     """
 
     def __init__(self, prompt_keys: np.ndarray, seed: int):
-        """`prompt_keys`: `[rows]`, equal for rows with the same prompt."""
+        """Group the rows by `prompt_keys`, `[rows]`, which are equal for rows with the same prompt."""
         order = np.argsort(prompt_keys, kind="stable")
         boundaries = np.flatnonzero(np.diff(prompt_keys[order])) + 1
         self._rows_of_prompt = np.split(order, boundaries)

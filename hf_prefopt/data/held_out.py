@@ -23,14 +23,14 @@ def split_by_prompt(
     remove_columns: Sequence[str] | None = None,
     text_as: str = "text",
 ) -> tuple[Dataset, Dataset]:
-    """Split a data set into rows for training and rows for evaluation. Both keep the raw rows and their order.
+    """Split a data set into rows for training and rows for evaluation. Both parts keep the raw rows and their order.
 
     Whether a prompt is used for evaluation depends only on the prompt and the seed, not on the order of the rows.
 
     Args:
         dataset: Raw rows in any of the layouts of `layout_table.LAYOUTS`.
         test_size: Share of the rows for evaluation, between 0 and 1 (exclusive). Rows with the same prompt stay
-            together, so the part may be larger by less than the rows of one prompt.
+            together, so the evaluation rows may exceed this share, by less than the rows of one prompt.
         seed: Seed for drawing the prompts.
         column_mapping, remove_columns, text_as: See `PreferenceConfig`.
 
@@ -77,7 +77,7 @@ def prompt_keys_of(
 
 
 def _prompt_of(row: CanonicalRow) -> str:
-    """Return the text of a prompt, the same for text and for messages."""
+    """Return the text of a prompt; a text and a single message with this text give the same result."""
     if row.prompt is None:
         # Answers may share words by chance: the prompt ends at the last line break, question mark or colon, if any.
         shared = row.responses[0][: min(shared_length(row.responses[0], other) for other in row.responses[1:])]

@@ -28,7 +28,8 @@ class ColumnLayout:
         needs: Required roles.
         may: Optional roles, which are read if their columns exist.
         convert: Function that converts the values of the roles to a row of the format.
-        is_talk: Whether its texts are turns of a conversation even if its columns have the same names as TRL's columns.
+        is_talk: Whether texts are always turns of a conversation. If False, texts in columns with TRL's names are plain
+            text.
     """
 
     name: str

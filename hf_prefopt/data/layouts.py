@@ -68,13 +68,13 @@ class PaddedCollator:
         response_lengths = np.bincount(response_index, minlength=len(lengths))
         if (position[scored] == 0).any() or (response_lengths == 0).any():
             raise ValueError(
-                "a response has no scored token, or scores the first of its sequence, which nothing predicts"
+                "a response has no scored token, or scores the first token of its sequence, which no position predicts"
             )
 
         batch = {
             "input_ids": input_ids,
             "attention_mask": (np.arange(width) < lengths[:, None]).astype(np.int64),
-            # A token is predicted by the hidden state one position earlier: the prompt's last for a response's first.
+            # Position t - 1 predicts token t. The prompt's last position predicts the first token of a response.
             "scored_rows": response_index * width + position[scored] - 1,
             "targets": tokens[scored],
             "response_index": response_index,
@@ -176,7 +176,7 @@ class SharedCollator:
         response_lengths = np.bincount(response_index, minlength=len(lengths))
         if (place + prompts[response_index] == 0).any() or (response_lengths == 0).any():
             raise ValueError(
-                "a response has no scored token, or scores the first of its sequence, which nothing predicts"
+                "a response has no scored token, or scores the first token of its sequence, which no position predicts"
             )
 
         position = place + response_starts[response_index]

@@ -114,7 +114,7 @@ def check_says_something(column: str, checked: list[Message]) -> list[Message]:
 
 
 def split_conversations(checked: Mapping[str, list[Message]]) -> tuple[list[Message], dict[str, list[Message]]]:
-    """Split conversations into the messages that all of them begin with, which are the prompt, and the rest by column.
+    """Split conversations into the prompt, which is their common beginning, and the rest of each, keyed by column.
 
     The conversations must have been checked by `check_reply`. The last message of a conversation always belongs to its
     response. The prompt does not end between two assistant messages, because the second message would then be read as
@@ -159,8 +159,8 @@ _PLAIN = (str, int, float, date, time, timedelta, Decimal, type(None))
 def find_media(values: Mapping[str, Any]) -> str | None:
     """Return the first key of a row, a message or a block that holds an image, video or audio; None if there is none.
 
-    A key matches by its name, unless its value is empty or a number, or by its value: bytes, a stored file, or a
-    decoded object. A count (`num_images`) or an id (`image_id`) does not match.
+    A key matches if its value is bytes, a stored file or a decoded object. A key also matches by its name, unless the
+    value is empty or a number. A count (`num_images`) or an id (`image_id`) does not match.
     """
     for key, value in values.items():
         if (_MEDIA_NAME.fullmatch(key) and _is_present(value)) or _is_binary(value):
@@ -169,7 +169,7 @@ def find_media(values: Mapping[str, Any]) -> str | None:
 
 
 def _is_present(value: Any) -> bool:
-    """Return True if a value may be a file; a number is a count or a flag."""
+    """Return True if a value may be a file. A number may not, because it is a count or a flag."""
     if isinstance(value, dict):
         return any(map(_is_present, value.values()))
     if isinstance(value, list | tuple):

@@ -27,8 +27,8 @@ class Source:
     Attributes:
         rows: Any data set that `train_dataset` accepts.
         name: Name of the source in messages.
-        weight: How often each row is used: 2 uses every row twice; 0.5 uses half of the rows, drawn at random. For a
-            stream, whose length is unknown, a whole number.
+        weight: How often each row is used: 2 uses every row twice; 0.5 uses half of the rows, drawn at random. The
+            weight of a stream must be a whole number, because the length of a stream is unknown.
         fraction: Share of the mixture that comes from this source, as in TRL. Shares are divided by their sum, and the
             mixture is as large as possible without repeating a row. Set it for all sources or for none.
         column_mapping, remove_columns, text_as: As in `PreferenceConfig`, for this source; None uses the values of the
@@ -59,13 +59,12 @@ class Mixture:
         ```
 
     Args:
-        sources: The data sets: all streams, or no streams.
+        sources: The data sets. Either all or none are streams.
         seed: Seed for drawing rows, and for the order of streams with fractions.
 
     Raises:
-        ValueError: If there are no sources, a weight is not above 0, only some sources have fractions, a source has
-            both a weight and a fraction, only some sources are streams, or the weight of a stream is not a whole
-            number.
+        ValueError: If there are no sources, or only some are streams. Also if a weight is not above 0 (for a stream,
+            not a whole number), only some sources have fractions, or a source has both a fraction and a weight.
     """
 
     def __init__(self, sources: Sequence[Source], seed: int = 42):
@@ -81,7 +80,7 @@ class Mixture:
     def hold_out(self, share: float) -> tuple["Mixture", "Mixture"]:
         """Split the mixture into a mixture for training and a mixture with the held-out rows, each used once.
 
-        No prompt is in both.
+        No prompt is in both mixtures.
 
         Args:
             share: Share of all rows of the sources, before weights; between 0 and 1 (exclusive).
@@ -216,7 +215,7 @@ def _numbered(columns: dict[str, list[Any]], indices: list[int]) -> dict[str, li
 
 
 def _with_the_same_columns(prepared: Sequence[Any], names: Sequence[str], name: str) -> list[Any]:
-    """See `Mixture.align`."""
+    """Return the prepared rows of each source with the same columns; see `Mixture.align`."""
     kind = cast(ExampleKind, kind_of_columns(prepared[0].column_names))
     every = dict.fromkeys(column for rows in prepared for column in rows.column_names)
     partial = {column: [rows for rows in prepared if column not in rows.column_names] for column in every}
@@ -241,7 +240,7 @@ def _with_the_same_columns(prepared: Sequence[Any], names: Sequence[str], name: 
 
 
 def _filled(rows: Any, column: str, value: float) -> Any:
-    """Return the prepared rows, each with one example, with this value in a new column."""
+    """Return the prepared rows, which have one example each, with a new column that holds this value."""
     features = Features({**rows.features, column: List(Value("float64"))})
     return rows.map(_fill, batched=True, features=features, fn_kwargs={"column": column, "value": value})
 

@@ -21,7 +21,7 @@ def reject_names_of_responses(unused: Mapping[str, Any], read: CanonicalRow, col
     """Raise `BadRow` if the responses of a pair are the names of texts in columns that are not used.
 
     Args:
-        unused: The values of the raw row in columns that were not read, by column.
+        unused: The values of the raw row in columns that were not read, keyed by column.
         read: The canonical row.
         columns: The column of each role.
     """
@@ -42,7 +42,7 @@ def reject_names_of_responses(unused: Mapping[str, Any], read: CanonicalRow, col
 
 
 def _cure(names: Names, own: Sequence[str]) -> str:
-    """Return the fix for the case that the columns `names` hold the responses which the columns `own` only name."""
+    """Return the fix. The columns `names` seem to hold the responses; the columns `own` only name these responses."""
     cure = f"if those are the responses, remove_columns={[*own]}"
     if names in TWO.names:
         cure = f"if it names one of them, column_mapping={{'winner': {own[0]!r}}}"
@@ -50,7 +50,7 @@ def _cure(names: Names, own: Sequence[str]) -> str:
 
 
 def _have_in_common(left: str, right: str) -> bool:
-    """Return True if the texts are equal, or one of more than one letter is contained in the other."""
+    """Return True if the texts are equal, or if one contains the other and the shorter one has at least two letters."""
     shorter, longer = sorted((left, right), key=len)
     return left == right or (len(shorter) > 1 and shorter in longer)
 

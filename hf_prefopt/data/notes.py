@@ -1,4 +1,4 @@
-"""Keep the usable rows: reject or drop the others, and report in one line what was truncated and dropped.
+"""Keep the usable rows: raise an error for other rows or drop them, and report in one line what was changed.
 
 What happened to each row is recorded in additional columns (`NOTES`), so that the counts are also correct when
 `datasets` loads prepared rows from its cache. These columns are removed after counting.
@@ -93,7 +93,7 @@ def keep_usable_rows(
 
     Raises:
         ValueError: If on_bad_rows="error" and a row cannot be used, if no row can be used, or if most rows seem to lack
-            a prompt. For a stream, when the row is read; that no row can be used is not detected.
+            a prompt. For a stream, errors are raised when a row is read, and it is not detected if no row can be used.
     """
     if isinstance(noted, IterableDataset):
         return noted.filter(_StreamFilter(name, max_length, on_bad_rows)).remove_columns(list(NOTES))
@@ -117,7 +117,7 @@ def keep_usable_rows(
 def count_notes(noted: Dataset) -> dict[str, int]:
     """Sum each note over the rows; the keys are the notes without underscore, and `rows`, the number of rows.
 
-    `longest` is the maximum instead of the sum. For notes that are text, the number of rows with a nonempty text.
+    `longest` is the maximum instead of the sum. A note that is text counts the rows in which it is not empty.
     """
     counts = {"rows": len(noted)}
     for column, feature in NOTES.items():
@@ -130,7 +130,7 @@ def count_notes(noted: Dataset) -> dict[str, int]:
 
 
 class _StreamFilter:
-    """Filter for the rows of a stream, which checks each row when it is read."""
+    """A filter that keeps the usable rows of a stream; each row is checked when it is read."""
 
     def __init__(self, name: str, max_length: int | None, on_bad_rows: str):
         self.name, self.max_length, self.on_bad_rows = name, max_length, on_bad_rows
@@ -161,7 +161,7 @@ def _reject_missing_prompts(name: str, lacking: int, rows: int) -> None:
 
 
 def _describe_no_rows(name: str, notes: Mapping[str, np.ndarray], max_length: int | None) -> str:
-    """Why no row is left: one sentence with what to do, and a line for each other event."""
+    """Return why no row is left: one sentence with what to do, and a line for each other event."""
     count, others = len(notes["_bad"]), {**notes, "_no_room": np.zeros(1, bool)}
     if not notes["_no_room"].any():
         return "\n  ".join([f"{name}: none of {plural(count, 'row')} is left", *_events(others, max_length)])
@@ -176,7 +176,7 @@ def _describe_no_rows(name: str, notes: Mapping[str, np.ndarray], max_length: in
 
 
 def _summarize(name: str, notes: Mapping[str, np.ndarray], max_length: int | None) -> str:
-    """One line on what was cut and dropped, or "" if nothing was. `notes`: a value for each row, by column."""
+    """Return one line on what was cut and dropped, or "" if nothing was. `notes` maps columns to a value per row."""
     events = _events(notes, max_length)
     no_room = bool(notes["_no_room"].any())
     too_long = no_room or any(notes[column].any() for column in ("_responses_cut", "_prompt_cut"))
@@ -185,7 +185,7 @@ def _summarize(name: str, notes: Mapping[str, np.ndarray], max_length: int | Non
 
 
 def _events(notes: Mapping[str, np.ndarray], max_length: int | None) -> list[str]:
-    """What was cut, dropped, changed and kept. `notes`: a value for each row, by column."""
+    """Return texts on what was cut, dropped, changed and kept. `notes` maps columns to a value per row."""
     cut, no_room = int(notes["_responses_cut"].sum()), int(notes["_no_room"].sum())
     prompts, bad, identical = (int(notes[column].sum()) for column in ("_prompt_cut", "_bad", "_identical"))
     ties, repeated, against, unclosed = (
@@ -236,13 +236,13 @@ def _events(notes: Mapping[str, np.ndarray], max_length: int | None) -> list[str
 
 
 def describe_bad_rows(name: str, problems: Sequence[str], shown: int = 3) -> str:
-    """How many rows cannot be used, and why the first ones cannot. `problems`: one for each row, or ""."""
+    """Return how many rows are unusable, and why the first ones are. `problems`: for each row, the problem or ""."""
     bad = sum(map(bool, problems))
     return "\n".join([f"{name}: {bad:,} of {plural(len(problems), 'row')} cannot be used", *_bad_rows(problems, shown)])
 
 
 def _bad_rows(problems: Sequence[str], shown: int = 3) -> list[str]:
-    """A line for each of the first rows that cannot be used; of the last one, how rows are counted."""
+    """Return a line for each of the first unusable rows, and a last line that says how rows are counted."""
     bad = [(index, problem) for index, problem in enumerate(problems) if problem]
     lines = [f"  row {index:,}: {problem}" for index, problem in bad[:shown]]
     more = [f"  … and {plural(len(bad) - shown, 'more row')}"] * (len(bad) > shown)

@@ -104,7 +104,7 @@ def by_name(column: str, value: Any, names: tuple[str, str], suffixes: tuple[str
 
 
 def _place(text: str, names: tuple[str, str], suffixes: tuple[str, str]) -> int | None:
-    """Return the index, 0 or 1, of the response with this name; None if it names neither."""
+    """Return the index, 0 or 1, of the response that a text names; None if it names neither response."""
     if text in names:
         return names.index(text)
     found = _SIDE.fullmatch(text)
@@ -139,7 +139,7 @@ def by_votes(column: str, votes: Any, place_of: Callable[[Any], int]) -> int:
 
 
 def by_sign(column: str, value: Any, *_: Any) -> int:
-    """Return 0 for a negative number, which prefers the first response, 1 for a positive one. Raises `Tie` for zero."""
+    """Return 0 (the first response) for a negative number and 1 for a positive number. Raises `Tie` for zero."""
     number = _number(column, value)
     if number == 0:
         raise Tie(column, "is 0")
@@ -147,14 +147,14 @@ def by_sign(column: str, value: Any, *_: Any) -> int:
 
 
 def first_if_true(column: str, value: Any, *_: Any) -> int:
-    """Return 0 for the value 1, which prefers the first response, and 1 for the value 0. Raises `BadRow` otherwise."""
+    """Return 0 (the first response) for the value 1, and 1 for the value 0. Raises `BadRow` for other values."""
     if value not in (0, 1):
         raise BadRow(column, f"is {value!r}", "make it 1 if the first response is better, 0 if the second is better")
     return 0 if value else 1
 
 
 def by_scores(columns: Sequence[str], scores: Sequence[Any]) -> int:
-    """Return the index of the higher score. Raises `Tie` for equal scores and `BadRow` if one is not a number."""
+    """Return the index of the higher score. Raises `Tie` for equal scores and `BadRow` if a score is not a number."""
     first, second = (_number(column, score) for column, score in zip(columns, scores, strict=True))
     if first == second:
         raise Tie(columns[0], f"and `{columns[1]}` are equal")

@@ -60,7 +60,8 @@ from hf_prefopt.kinds import PAIRS, UNPAIRED, ExampleKind, kind_of_columns
 
 logger = logging.getLogger(__name__)
 
-# Part of the cache key, which contains this module's functions only by name: increase it when their results change.
+# Part of the cache key. The key contains the functions of this module only by name, so increase this number when their
+# results change.
 _CACHE_VERSION = 10
 _EXAMPLE_FEATURES = {
     "pairs": List(List(Value("int32"))),
@@ -250,7 +251,7 @@ def _find_layout(
 
 
 def _first_read(dataset: Dataset | IterableDataset, layout: FoundLayout) -> list[CanonicalRow]:
-    """Return those of the first rows that can be read."""
+    """Return the first rows as canonical rows, without the rows that cannot be read."""
     read = [_read(layout, row) for row in first_rows(dataset)[:8]]
     return [row for row in read if isinstance(row, CanonicalRow)]
 
@@ -273,9 +274,9 @@ def _map_rows(
         "fn_kwargs": {**_read_as(layout, dataset), "cache_version": _CACHE_VERSION, **options},
     }
     if isinstance(dataset, IterableDataset):
-        # Small batches: the first rows are available without reading a thousand rows.
+        # With small batches, the first rows are available before a thousand rows are read.
         return dataset.map(_prepare_batch, batch_size=64, **arguments)
-        # Batches of 1,000 conversations need 200 MiB more for the tokenizer's encodings and are no faster.
+    # Batches of 1,000 conversations need 200 MiB more for the tokenizer's encodings and are no faster.
     return dataset.map(_prepare_batch, batch_size=128, num_proc=num_proc, desc=f"Tokenizing {name}", **arguments)
 
 
@@ -326,7 +327,7 @@ def _prepare_batch(
 
 
 def _scores_against(columns: Mapping[str, list[Any]], rows: Sequence[Any]) -> list[bool]:
-    """Return, for each row that was read, whether its chosen response has the lower score. NaN compares as False."""
+    """Return, for each row, whether its chosen response has the lower score; False for unreadable rows and NaN."""
     unknown = [[math.nan]] * len(rows)
     scores = (columns.get(name, unknown) for name in ("chosen_scores", "rejected_scores"))
     is_read = (isinstance(row, CanonicalRow) for row in rows)

@@ -10,17 +10,17 @@ from transformers import PreTrainedTokenizerBase
 from hf_prefopt.data.messages import Message
 from hf_prefopt.data.template import TEMPLATE_ERRORS, THINKING_MARKER, ChatTemplate
 
-# Maximum number of user turns that are separated.
+# Maximum number of user turns into which a prompt is split.
 _TURNS = 12
 _MARK = "prefopt{}mark"
 _ANY_MARK = re.compile(r"prefopt\d+mark")
 
 
 class PromptText:
-    """The text of prompts whose tokens a tokenizer made.
+    """A converter from the token ids of prompts to their text.
 
     Args:
-        tokenizer: Tokenizer of the prompts. Without a chat template, prompts are only decoded.
+        tokenizer: Tokenizer that produced the token ids. Without a chat template, prompts are only decoded.
         template_kwargs: Arguments of the chat template.
     """
 
@@ -32,7 +32,7 @@ class PromptText:
         self._frame = lru_cache(maxsize=None)(self._rendered_frame)
 
     def __call__(self, ids: Sequence[int]) -> str:
-        """Return the text: of one message, its content; of several, each with its role.
+        """Return the text of a prompt: the content of a single message, or several messages, each with its role.
 
         If the ids are not a conversation in the form that the template writes, such as plain text, they are decoded
         without special tokens. A system prompt that the template adds by itself is left out.
@@ -49,7 +49,7 @@ class PromptText:
         if self._template is None:
             return None
         text = str(self._tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
-        for turns in range(_TURNS, 0, -1):  # most turns first: fewer turns would match as one long message
+        for turns in range(_TURNS, 0, -1):  # most turns first; with fewer turns, several messages would match as one
             for has_system in (False, True):
                 roles = (*["system"] * has_system, *["user", "assistant"] * (turns - 1), "user")
                 frame = self._frame(roles)
@@ -63,7 +63,10 @@ class PromptText:
         return None
 
     def _rendered_frame(self, roles: tuple[str, ...]) -> list[str] | None:
-        """Return the texts that the template writes around the contents; `None` if they cannot be used."""
+        """Return the texts that the template writes around messages with these roles.
+
+        Return `None` if these texts do not separate the messages.
+        """
         assert self._template is not None
         messages: list[Message] = [{"role": role, "content": _MARK.format(at)} for at, role in enumerate(roles)]
         try:
@@ -77,7 +80,7 @@ class PromptText:
 
 
 def _contents(text: str, frame: Sequence[str]) -> list[str] | None:
-    """Return the contents between the parts of a frame, and the text after the last part; `None` if it does not fit."""
+    """Return the contents between the parts of a frame, and the text after the last part; `None` without a match."""
     first, *others = map(_pattern, frame)
     begin = first.match(text)
     if begin is None:

@@ -1,7 +1,7 @@
 """Score the prompts of a batch in addition to the responses: the prompt tokens follow the tokens of the responses.
 
 No positions are added, because every layout already computes the prompts. The first token of a prompt is not scored,
-because nothing predicts it. If a layout contains a prompt once per response, its first copy is scored.
+because no position predicts it. If a layout contains a prompt once per response, its first copy is scored.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,8 @@ def with_scored_prompts(batch: PreferenceBatch, rows: Sequence[Mapping[str, Any]
     """Add the G prompts of the groups to the R responses of a batch of pairs.
 
     Returns:
-        A batch of R + G scored sequences, with `prompts`, `[B]` int64: the index of each pair's prompt among them.
+        A batch of R + G scored sequences. Its entry `prompts`, `[B]` int64, is the index of each pair's prompt among
+            these sequences.
     """
     groups = group_rows(rows).groups
     counts = np.array([len(group.responses) for group in groups])

@@ -42,7 +42,7 @@ class RenderedRow:
 
 
 class Renderer:
-    """Renderer for rows. It computes results that depend only on tokenizer, tools and template arguments once.
+    """A renderer of rows. Results that depend only on tokenizer, tools and template arguments are computed once.
 
     Raises:
         ValueError: If rows contain messages and the tokenizer has no chat template.
@@ -57,7 +57,7 @@ class Renderer:
         return self._render_text(row) if row.content_type == "text" else self._render_messages(row)
 
     def asked(self, row: CanonicalRow, prompt: list[Message]) -> str:
-        """Render prompt messages with the generation prompt, with the template arguments of the row."""
+        """Return prompt messages as text, rendered in the same way as the prompt of the row."""
         return _render_prompt(prompt, _continues_last_message(row), [], self._template(row))
 
     def head(self, row: CanonicalRow) -> str:
@@ -72,7 +72,7 @@ class Renderer:
 
     @cached_property
     def _added(self) -> tuple[bool, bool]:
-        """Whether the tokenizer adds a BOS and an EOS by itself."""
+        """Two flags: whether the tokenizer adds a BOS, and whether it adds an EOS."""
         ids = self.tokenizer("a")["input_ids"]
         known = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
         return ids[:1] == [known[0]], ids[-1:] == [known[1]]
@@ -119,14 +119,14 @@ class Renderer:
 
 
 def _unscored_beginning(asked: str, full: list[str], spans: list[list[Span]]) -> str:
-    """Return the common beginning of all texts before anything is scored."""
+    """Return the common beginning of all texts, up to the first scored character in any text."""
     starts = [span[0][0] if span else shared_length(asked, text) for span, text in zip(spans, full, strict=True)]
     beginning = full[0][: min(starts)]
     return beginning[: min(shared_length(beginning, text) for text in full)]
 
 
 def _change(asked: str, full: list[str]) -> tuple[str, str] | None:
-    """Return the end of the generation prompt, and the text at its place before a response; None if they are equal."""
+    """Return the end of the generation prompt, and the text in its place in `full`; None if they are equal."""
     for text in full:
         shared = shared_length(asked, text)
         if shared < len(asked):

@@ -1,7 +1,8 @@
 """The roles of columns, and the column names by which each role is found; `layout_table.py` is built from these roles.
 
-A role may consist of several columns (a chosen and a rejected response), so each of its names is a tuple of columns,
-one for each of its parts. The first name is used whose columns all exist, with values that the role accepts.
+A role may consist of several parts (a chosen and a rejected response). Each name of the role is therefore a tuple of
+columns, one for each part. A role is found by its first name for which all columns exist and hold values that the role
+accepts.
 """
 
 import math
@@ -39,10 +40,10 @@ class Role:
     """The meaning of one or several columns.
 
     Attributes:
-        parts: Names of the columns in converters.
-        names: Column names that identify the role, best first; each as long as `parts`.
+        parts: Names of the parts; converters get the values under these names.
+        names: Column names that identify the role, preferred names first. Each entry has one column for each part.
         accepts: Function that checks whether a value of each column may have this role.
-        others: For each name, columns that exclude it, such as the column of a third response.
+        others: Columns that must not exist, such as the column of a third response, keyed by an entry of `names`.
         wanted: Description of its values, for errors.
     """
 
@@ -115,7 +116,7 @@ BY_PLACE = Role(
 )
 GOLD = role("reference", "reference")
 
-# Two responses, the better of which is named in another column, and the columns of a third response.
+# Two responses with a verdict in another column, and the column of a third response.
 _STEMS = (
     *_NOUNS,
     *_words("model_response assistant_response orig_response candidate human_ref model_output generated_text"),
@@ -146,7 +147,7 @@ THIRD: dict[Names, str] = {two: third for two, thirds in _THREE.items() for thir
 
 
 def _two(accepts: Callable[[Any], bool] = is_content, parts: Names = (), beside: Sequence[Names] = ((),)) -> Role:
-    """Return a role of two responses and other columns with the same suffixes: `beside` contains `score_{0}`, …"""
+    """Return a role of two responses, with further columns of the same suffixes (`beside`, such as `score_{0}`)."""
     names = {
         (*two, *[column.format(*suffixes) for column in columns]): _THREE[two]
         for two, suffixes in SUFFIXES.items()
@@ -199,9 +200,9 @@ MODELS = Role(
     tuple(tuple(f"model_{suffix}" for suffix in suffixes) for suffixes in (*_SUFFIXES, *_WORDS)),
     lambda value: isinstance(value, str),
 )
-# The number of the turn that was judged, the last one of a conversation.
+# The number of the turn that was judged; later turns are removed from the conversation.
 JUDGED_TURN = role("turn", "turn", accepts=lambda value: isinstance(value, int) and not isinstance(value, bool))
-# Conversations whose turns are lists of texts.
+# Conversations stored as lists of texts: the user's turns, and the assistant's turns.
 TURNS = role("prompt", "prompt", "question", accepts=_is_turns)
 TURNS_OF_TWO = _two(_is_turns)
 TURNS_FLAGGED = Role(FLAGGED.parts, FLAGGED.names, lambda value: _is_turns(value) or isinstance(value, int))

@@ -18,21 +18,21 @@ DROP_CURE = "drop the row or pass on_bad_rows='drop'"
 
 
 class BadRow(ValueError):
-    """A row that cannot be trained on: the column, the problem and the fix."""
+    """An error for a row that cannot be trained on. It names the column, the problem and the fix."""
 
     def __init__(self, column: str, problem: str, cure: str = DROP_CURE):
         super().__init__(f"`{column}` {problem}; {cure}")
         self.parts = (column, problem, cure)
 
     def renamed(self, names: Mapping[str, str]) -> "BadRow":
-        """Return the error with the column names of the data set. `names`: data set's column by name in this error."""
+        """Return the error with the column names of the data set. `names` maps the names in this error to them."""
         column, problem, cure = self.parts
         problem = re.sub("`([^`]+)`", lambda found: f"`{names.get(found[1], found[1])}`", problem)
         return type(self)(names.get(column, column), problem, cure)
 
 
 class Tie(BadRow):
-    """Two responses, neither of which is better: the row is not a pair, and the data is not faulty."""
+    """An error for two responses of which neither is better. The row is not a pair, but its data is valid."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,14 @@ class CanonicalRow:
         prompt: The prompt. None for texts that begin with their prompt; tokenize.py finds where the prompt ends.
         responses: The K responses: chosen, then rejected for a pair; the gold response of a triple is the last.
         columns: The column of each response, for error messages.
-        example_columns: How the responses are compared, by prepared column: `pairs`, `golds`, `labels`, `ranks`,
-            `scores` or `token_weights`.
+        example_columns: How the responses are compared, keyed by prepared column (`pairs`, `golds`, `labels`, `ranks`,
+            `scores` or `token_weights`).
         tools: Tool schemas for the chat template, or None.
         chat_template_kwargs: Other arguments of the chat template.
-        unread: Values of the format's columns that were not used because the responses contain them, by column.
+        unread: Values that were not used because the responses contain them, keyed by the format's columns.
         repeated: Whether the responses began with the prompt, which was removed from them.
-        echoed: Whether the responses begin with a prompt that is too short to exclude chance, and was not removed.
+        echoed: Whether the responses begin with the prompt, but the prompt was not removed from them, because it is so
+            short that they may begin with the same words by chance.
         against: Whether the columns that were read show that the chosen response has the lower score.
     """
 
@@ -177,14 +178,14 @@ _WRITTEN_LIST = re.compile(r"""\[\s*(["']).*\1\s*\]""", re.DOTALL)
 
 
 def check_text_prompt(column: str, text: str) -> str:
-    """Return the text. Raises `BadRow` if it is messages or a list written as text."""
+    """Return the text. Raises `BadRow` if the text contains messages or a list written as text."""
     if _WRITTEN_LIST.fullmatch(text.strip()):
         raise BadRow(column, "contains a list written as text", "parse it (json.loads), and make each row one prompt")
     return _check_text(column, text)
 
 
 def check_text_response(column: str, text: str) -> str:
-    """Return the text. Raises `BadRow` if it is messages written as text, or only whitespace."""
+    """Return the text. Raises `BadRow` if the text is only whitespace, or contains messages written as text."""
     if not text.strip():
         raise BadRow(column, "is only whitespace" if text else "is empty")
     return _check_text(column, text)
@@ -204,7 +205,7 @@ def _check_text(column: str, text: str) -> str:
     return text
 
 
-# Functions that read what is written in a text, by the name under which a user calls them.
+# Functions that parse a text, keyed by the name under which a user calls them.
 _READERS: dict[str, Callable[[str], Any]] = {"json.loads": json.loads, "ast.literal_eval": ast.literal_eval}
 
 
@@ -237,7 +238,7 @@ def _unquoted(text: str) -> str:
 
 
 def take_off_prompt(prompt: str, responses: dict[str, str]) -> dict[str, str]:
-    """Remove the prompt from the responses, given by column, if all of them begin with it and continue.
+    """Remove the prompt from the responses (keyed by column), if all responses begin with the prompt and continue.
 
     A prompt with fewer than `PROMPT_WORDS` words is not removed: a response may begin with the same few words by
     chance, such as a greeting that answers the same greeting.
@@ -264,7 +265,7 @@ def echoes_prompt(prompt: str, responses: Mapping[str, str]) -> bool:
 def reject_texts_without_prompt(row: CanonicalRow, needs_prompt: bool = False) -> None:
     """Raise `BadRow` if texts that should begin with their prompt do not even begin with the same word.
 
-    With `needs_prompt`, raise for every text whose prompt length is unknown.
+    With `needs_prompt`, raise it for every text with an unknown prompt length.
     """
     if row.content_type != "text" or row.prompt is not None:
         return
@@ -285,7 +286,7 @@ def probably_lacks_prompt(row: CanonicalRow) -> bool:
 
 
 def count_shared_words(texts: Sequence[str]) -> float:
-    """Count the words that all texts begin with; infinite if these contain a line end, `?` or `:`."""
+    """Count the words that all texts begin with; infinite if the shared beginning contains a line end, `?` or `:`."""
     first, *others = [text.lstrip()[:400] for text in texts]
     if _PROMPT_ENDS.search(first[: min((shared_length(first, other) for other in others), default=len(first))]):
         return math.inf

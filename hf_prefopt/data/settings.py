@@ -30,7 +30,7 @@ def settings_of(
 
 
 def write_settings(dataset: Dataset | IterableDataset, settings: dict[str, Any]) -> None:
-    """Store the settings in the data set's description, which `save_to_disk` keeps and streams do not keep."""
+    """Store the settings in the data set's description. `save_to_disk` saves the description; streams lose it."""
     dataset.info.description = f"Prepared by hf_prefopt with {json.dumps(settings)}."
 
 

@@ -16,7 +16,8 @@ def as_dataset(source: Any, name: str) -> Any:
 
     Args:
         source: A data set; a list of rows; a pandas or polars frame; a dict of columns, each a list; a generator or a
-            function that returns one; a torch data set with a length; or a dict of splits, of which "train" is used.
+            function that returns a generator; a torch data set with a length; or a dict of splits, from which the
+            split "train" is used.
         name: Name of the data set in messages: "eval" for evaluation, where a dict contains several data sets.
 
     Raises:
@@ -81,7 +82,7 @@ def _is_storable(column: str, values: Sequence[Any]) -> bool:
 def _from_frame(frame: Any, name: str) -> Dataset:
     if type(frame).__module__.startswith("polars"):
         return Dataset.from_polars(frame)
-    # An index with names, or of anything but numbers, is a column like the others.
+    # An index that has a name, or that does not hold integers, becomes a column.
     is_column = any(level is not None for level in frame.index.names) or frame.index.dtype.kind not in "iu"
     return Dataset.from_pandas(frame, preserve_index=is_column)
 

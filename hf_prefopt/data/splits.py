@@ -43,7 +43,7 @@ def evaluation_split(splits: Collection[str], name: str, trained: str) -> str | 
         trained: The split for training, which is never returned.
 
     Raises:
-        ValueError: If the name is not a usual one, so that the user chose it, and there is no such split.
+        ValueError: If there is no split `name`, and the user chose this name (it is not a usual name).
     """
     if name not in (*splits, *HELD_BACK):
         raise ValueError(

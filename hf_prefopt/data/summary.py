@@ -42,11 +42,11 @@ class DataSummary:
         tokens_by_prompt: Tokens if each distinct prompt, and each distinct response to it, is counted once. This is the
             number computed if all rows with the same prompt are in one batch (`group_by_prompt`).
         scored_tokens: Tokens whose log-prob counts, summed over the responses.
-        lengths: Lengths in tokens of the prompts and of the responses, by name.
-        comparisons: Number of comparisons of a better response with a worse one: one for each pair, for each two
-            responses with different ranks in a list, and for each desirable response with each undesirable one.
-        longer, as_long: Share of comparisons in which the better response has more scored tokens, or equally many; NaN
-            without comparisons.
+        lengths: Lengths of prompts and responses in tokens, keyed by a name such as "prompt" or "chosen".
+        comparisons: Number of comparisons of a better response with a worse one. These are all pairs, all pairs of
+            responses with different ranks in a list, or all pairs of a desirable and an undesirable response.
+        longer, as_long: Shares of comparisons in which the better response has more scored tokens than the worse one
+            (`longer`), or equally many (`as_long`); NaN without comparisons.
         desirable, undesirable: Numbers of responses with each label.
     """
 
@@ -130,7 +130,7 @@ class _Compared:
 
     Attributes:
         examples: Number of examples.
-        lengths: Lengths of the responses in tokens, by name.
+        lengths: Lengths of the responses in tokens, keyed by a name such as "chosen".
         better, worse: `[C]`, numbers of scored tokens of the compared responses.
         identical: Number of pairs with equal responses.
         labels: `[B]` bool, whether a response is desirable.
@@ -167,7 +167,7 @@ def _labels(rows: _Rows) -> _Compared:
 
 
 def _lists(rows: _Rows) -> _Compared:
-    """Compare each two responses of a list that differ in rank; lists of equal length are processed together."""
+    """Compare all pairs of responses in a list that differ in rank; lists of equal length are processed together."""
     keys, first = ragged(rows.table["ranks"]), np.cumsum(rows.counts) - rows.counts
     better, worse = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.int64)]
     for size in np.unique(rows.counts):
@@ -188,7 +188,7 @@ def _quantiles(rows: _Rows) -> _Compared:
     return _Compared(len(rows.counts), named, none, none, keys=ragged(rows.table["quantiles"]))
 
 
-# By the first column of a kind of examples.
+# How to compare the examples of a kind, keyed by the first column of the kind.
 _COMPARE: Mapping[str, Callable[[_Rows], _Compared]] = {
     "pairs": _pairs,
     "labels": _labels,

@@ -77,7 +77,7 @@ class ChatTemplate:
         return self._render_alone(messages, **how)[1]
 
     def _render_alone(self, messages: list[Message], **how: Any) -> tuple[str, list[Span]]:
-        """Render a conversation without the tokenizer; return the text and the marked ranges."""
+        """Return a conversation as text, rendered without the tokenizer, and the ranges between generation markers."""
         arguments = {**self.tokenizer.special_tokens_map, **self.arguments, "chat_template": self.source, **how}
         rendered = render_jinja_template([self._contents(messages)], **arguments)
         texts, spans = cast(tuple[list[str], list[list[Span]]], rendered)
@@ -94,7 +94,10 @@ class ChatTemplate:
         return asked[shared_length(asked, alone) :]
 
     def writes(self, messages: list[Message], at: int) -> bool:
-        """Return whether the template writes the content of this message; computed once per role, first or later."""
+        """Return whether the template writes the content of this message.
+
+        The result is stored for each role, separately for the first message and for later ones.
+        """
         key = (messages[at]["role"], at == 0)
         if key not in self._writes:
             other = [*messages[:at], {**messages[at], "content": _PROBE}, *messages[at + 1 :]]
@@ -135,7 +138,7 @@ def _with_dict(call: Any) -> Any:
 
 @lru_cache(maxsize=64)
 def _reads_arguments(template: str) -> bool:
-    """Return True if a chat template writes tool-call arguments given as a dict; as text, it may quote them again."""
+    """Return True if a chat template accepts tool-call arguments as a dict. It may quote arguments given as text."""
     function = {"name": "f", "arguments": {"a": _PROBE}}
     call = {"type": "function", "id": "abcdefghi", "function": function}
     called = {"role": "assistant", "content": "", "tool_calls": [call]}

@@ -37,7 +37,7 @@ class TokenizedRow:
 
 
 class TokenKinds:
-    """Classify the token ids of a tokenizer: control tokens, whitespace, and other tokens."""
+    """A classification of the token ids of a tokenizer: control tokens, whitespace, and other tokens."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
@@ -90,7 +90,8 @@ def tokenize_rows(
         template_kwargs: Arguments of the chat template; the arguments of a row take precedence.
 
     Raises:
-        ValueError: If the tokenizer has no chat template, or is slow and turns within a response are scored.
+        ValueError: If the tokenizer has no chat template, or if only parts of a response are scored and the tokenizer
+            is not a fast tokenizer.
     """
     renderer = Renderer(tokenizer, template_kwargs)
     rendered = [None if row.content_type == "tokens" else _try(renderer.render, row) for row in rows]
@@ -116,7 +117,7 @@ def _try(step, *arguments):
 
 @dataclass(frozen=True)
 class _Encoding:
-    """The token ids of a row's texts. `offsets`: character ranges of the tokens, None if no row has spans."""
+    """The token ids of a row's texts. `offsets`: the character range of each token; None if no row needs them."""
 
     prompt: list[int] | None
     full: list[list[int]]
@@ -170,7 +171,10 @@ def _split_row(row: CanonicalRow, texts: RenderedRow, encoding: _Encoding, kinds
 
 
 def _token_change(texts: RenderedRow, encoding: _Encoding, boundary: int, kinds: TokenKinds) -> tuple[str, str] | None:
-    """Return the end of the prompt alone and before a response, if the tokenizer merges tokens at the boundary."""
+    """Return the end of the prompt alone, and the text in its place before a response.
+
+    Return None if the tokenizer merges no tokens at the boundary.
+    """
     prompt = encoding.prompt or []
     first = next((k for k, ids in enumerate(encoding.full) if shared_length(prompt, ids) < len(prompt)), None)
     begins = [span is None or (span and span[0][0] == len(texts.prompt or "")) for span in texts.spans]
@@ -182,7 +186,7 @@ def _token_change(texts: RenderedRow, encoding: _Encoding, boundary: int, kinds:
 
 
 _MERGED = (
-    "and the prompt merge into one token, the first of the sequence, which nothing predicts",
+    "and the prompt merge into one token, the first of the sequence, which no position predicts",
     "put white space between them, or add a token before the prompt",
 )
 _NO_WORDS = {
@@ -210,7 +214,7 @@ def _finish_row(
     change: tuple[str, str] | None = None,
 ) -> TokenizedRow:
     if not prompt:
-        # Nothing precedes the first token, so nothing predicts it.
+        # No position predicts the first token of a sequence.
         masks = [[0, *mask[1:]] for mask in masks]
     for column, mask in zip(row.columns, masks, strict=True):
         if not any(mask):
@@ -219,7 +223,7 @@ def _finish_row(
 
 
 def _boundary(encoding: _Encoding) -> int:
-    """Return the number of prompt tokens that all sequences of a row share; each keeps at least one response token."""
+    """Return the number of prompt tokens that all sequences share; each sequence has at least one token after them."""
     if encoding.prompt is None:
         first, *others = encoding.full
         shared = min(shared_length(first, ids) for ids in others)

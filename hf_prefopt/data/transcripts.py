@@ -35,8 +35,10 @@ def read_transcript(text: str) -> list[Message]:
 
 
 def split_transcripts(texts: Sequence[str]) -> int | None:
-    """Return the number of characters of the prompt with which all transcripts begin: up to the last assistant marker
-    that all of them share. Return None if they share none."""
+    """Return the length, in characters, of the prompt that all transcripts share; None if they share no prompt.
+
+    The prompt ends with the last assistant marker of the shared beginning.
+    """
     first, *others = texts
     shared = min((shared_length(first, other) for other in others), default=len(first))
     pattern = _EXTRA if "<extra_id_1>" in first else _MARKED

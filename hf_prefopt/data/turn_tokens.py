@@ -1,8 +1,8 @@
-"""Find the tokens of a chat template in the text of responses, where the model would learn to write them.
+"""Find the special tokens of a chat template in the text of responses; the model would learn to write them.
 
-The token that ends a turn is often left at the end of a text that was generated or rendered before: it is removed,
-because the template writes it. At any other place such a token is an error. Prompts are not changed: in them, the
-tokens are what the model reads in use, too.
+A text that was generated or rendered earlier often ends with the end-of-turn token. There the token is removed, because
+the template writes it. At any other place, a special token raises an error. Prompts are not changed, because the
+prompts that the model gets in use may contain such tokens, too.
 """
 
 import re

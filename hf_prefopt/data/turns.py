@@ -1,7 +1,7 @@
 """Find the assistant's turns in a rendered conversation: the characters to score.
 
-An assistant turn consists of its text, its channel markers and its end of turn. It excludes the header, with which the
-generation prompt ends, and an empty thinking block that the template adds.
+An assistant turn consists of its text, its channel markers and its end of turn. The header at the end of the generation
+prompt does not belong to the turn, and neither does an empty thinking block that the template adds.
 """
 
 import re
@@ -62,7 +62,7 @@ def scored_spans(
 
 
 def _turn_start(full: str, asked: str, before: list[Message], template: ChatTemplate, is_first: bool) -> int:
-    """Return the start of the text after the generation prompt, or of the first difference from the prompt."""
+    """Return where the text after the generation prompt starts, or where it first differs from the prompt."""
     generation = asked if is_first else template.render(before, generation_prompt=True)
     start = shared_length(generation, full)
     if start < len(generation) and before and start < len(template.render(before)):
@@ -74,7 +74,7 @@ def _turn_end(full: str, start: int, messages: list[Message], at: int, template:
     if at == len(messages) - 1:
         return len(full)
     turn = template.render(messages[: at + 1])[start:]
-    # A template may write more in the last turn than in an earlier one (Qwen3: its thinking), with the same end.
+    # A template may write more in the last turn than in earlier turns (Qwen3: thinking), but the turns end alike.
     for skipped in range(len(turn.rstrip())):
         if full.startswith(turn[skipped:], start):
             return start + len(turn) - skipped
@@ -82,7 +82,7 @@ def _turn_end(full: str, start: int, messages: list[Message], at: int, template:
 
 
 def _first_word(column: str, full: str, start: int, message: Message, template: ChatTemplate) -> int:
-    """Return `start`, or the end of text there that belongs to no message.
+    """Return `start`, moved past text that belongs to no message.
 
     Such text is a header that the generation prompt lacks, as after a tool result, or an empty thinking block.
     """

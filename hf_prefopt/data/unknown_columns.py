@@ -1,4 +1,4 @@
-"""Describe columns that match no known layout: the nearest layout, and how to make the columns fit."""
+"""Describe columns that match no known layout: the nearest layout, and how to change the columns."""
 
 import re
 from collections.abc import Collection, Mapping
@@ -12,16 +12,16 @@ from hf_prefopt.data.roles import Role
 
 # Columns that are known but cannot be read row by row, with a description of the fix.
 _ALONE = (
-    "these rows are single responses with a rating, and no preference: put those of a prompt together, into rows of "
-    "`prompt`, `responses` and `scores`, or make a `label` or a `quantile` of the rating"
+    "these rows are single responses with a rating, not preferences: merge the rows of each prompt into one row with "
+    "`prompt`, `responses` and `scores`, or convert the rating to a `label` or a `quantile`"
 )
 _PLACE = (
-    "this may be the place of the better response in a list: make columns of both, as in dataset.map(lambda row: "
-    "{{'chosen': row[{0!r}][row[{1!r}]], 'rejected': row[{0!r}][1 - row[{1!r}]]}}) if places count from 0"
+    "`{1}` may be the index of the better response in `{0}`: make two columns, as in dataset.map(lambda row: "
+    "{{'chosen': row[{0!r}][row[{1!r}]], 'rejected': row[{0!r}][1 - row[{1!r}]]}}) if the index counts from 0"
 )
 UNREADABLE: dict[tuple[str, ...], str] = {
-    ("data", "annotations"): "these are tasks as Label Studio exports them: make rows of `prompt`, `chosen` and "
-    "`rejected` of what the annotations selected",
+    ("data", "annotations"): "these are tasks exported by Label Studio: convert each task to a row with `prompt`, "
+    "`chosen` and `rejected`, according to its annotations",
     **{
         (listed, place): _PLACE.format(listed, place)
         for listed in (*roles.LISTED, "summaries")
@@ -30,10 +30,10 @@ UNREADABLE: dict[tuple[str, ...], str] = {
     (
         "completions",
         "labels",
-    ): "these seem to be the steps of one response, each right or wrong: make rows of "
-    "`prompt`, `completion` and `label`; whole responses are known as `responses`, and their labels as `correctness`",
-    ("message_id", "parent_id", "text", "role"): "these rows are the messages of trees, one a row: put the threads "
-    "together first, into rows of `prompt` (messages), `responses` and `ranks`",
+    ): "these seem to be the steps of one response, each right or wrong: make rows with `prompt`, `completion` and "
+    "`label`. If they are whole responses, rename the columns to `responses` and `correctness`",
+    ("message_id", "parent_id", "text", "role"): "each row is one message of a conversation tree: convert the trees to "
+    "rows with `prompt` (messages), `responses` and `ranks` first",
     **{
         (answer, rating): _ALONE
         for answer in ("response", "completion", "answer", "output")
@@ -50,8 +50,8 @@ def describe_nearest(sample: Mapping[str, Any]) -> str:
     third = next((third for two, third in roles.THIRD.items() if {*two, third}.issubset(sample)), None)
     if third is not None:
         return (
-            f"there are three responses or more, one of them {quoted([third])}: make a list of them, rows of `prompt`, "
-            "`responses` and `scores` or `ranks`"
+            f"there are three or more responses, one of them {quoted([third])}: convert the rows to lists, with "
+            "`prompt`, `responses`, and `scores` or `ranks`"
         )
     misspelled = _describe_spelling(sample) if sample else None
     if misspelled is not None:
@@ -76,7 +76,7 @@ def describe_nearest(sample: Mapping[str, Any]) -> str:
 
 
 def _flattened(sample: Mapping[str, Any]) -> str | None:
-    """Return the calls that make known columns of the keys of structs; None if these are not known either."""
+    """Return the calls that make columns of the keys of structs; None if these are not known columns either."""
     structs = {name: value for name, value in sample.items() if isinstance(value, Mapping)}
     keys = {f"{name}.{key}": key for name, value in structs.items() for key in value}
     flat = {key: item for value in structs.values() for key, item in value.items()}
@@ -95,7 +95,7 @@ _UNKNOWN = "<your column>"
 
 
 def _meant(column: str, sample: Mapping[str, Any]) -> str:
-    """The column that is probably meant, by its spelling or its meaning; a placeholder where none resembles it."""
+    """Return the column that is probably meant, by spelling or meaning; a placeholder if no column is similar."""
     named = [name for name, value in sample.items() if not isinstance(value, bool)]
     near = get_close_matches(column, named, 1, cutoff=0.75)
     alike = [name for name in named if name.lower().startswith(_MEANINGS.get(column, ("\0",)))]
@@ -105,12 +105,12 @@ def _meant(column: str, sample: Mapping[str, Any]) -> str:
 def _describe_spelling(sample: Mapping[str, Any]) -> str | None:
     """Describe how to map columns that would match a layout if their spelling, or the file's separator, were fixed."""
     first, *others = sample
-    # Commas in a row of such a file make columns without a name.
+    # If such a file is read with commas as separators, commas in a row make columns without a name.
     is_alone = all(name.startswith(("Unnamed: ", "__index_level_")) for name in others)
     separator = next((mark for mark in ";\t|" if mark in first and is_alone), None)
     if separator:
         return (
-            f"the first column is {first!r}: the file seems to be separated by {separator!r}. Read it so, "
+            f"the first column is {first!r}: the file seems to be separated by {separator!r}. Read it with "
             f"load_dataset('csv', data_files=…, sep={separator!r})"
         )
     spelled = {_spelled(name): name for name in sample}
@@ -133,7 +133,7 @@ def _kind_of(value: Any) -> str:
 
 
 def _cast(column: str, value: Any, needed: Role) -> str:
-    """Describe how to convert a number, as which a CSV file's "4" is read, to the text that a role needs."""
+    """Describe how to convert numbers to the text that a role needs; a "4" in a CSV file is read as a number."""
     is_number_for_text = isinstance(value, int | float) and needed.accepts(str(value))
     return f": dataset.cast_column({column!r}, Value('string'))" if is_number_for_text else ""
 
@@ -144,7 +144,7 @@ def _columns(names: list[str]) -> str:
 
 @dataclass(frozen=True)
 class _Lack:
-    """A layout, and its roles that a data set lacks."""
+    """A layout, and those of its roles that a data set lacks."""
 
     layout: ColumnLayout
     roles: list[Role]
@@ -155,7 +155,7 @@ class _Lack:
 
     @property
     def is_half(self) -> bool:
-        """Whether only the input is missing next to an instruction; the input may be optional."""
+        """Whether a column of the role "instruction and input" is missing; the input may be optional."""
         return roles.ALPACA in self.roles
 
     def distance(self, sample: Mapping[str, Any]) -> tuple[int, bool, bool, bool, int]:

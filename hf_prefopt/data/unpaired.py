@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 from hf_prefopt.data.group import prompt_keys
 
-# Size of the buffer for shuffling a stream, which separates the two rows of a pair.
+# Size of the buffer for shuffling a stream. Shuffling separates the two rows of a pair.
 STREAM_BUFFER = 1000
 
 
@@ -131,8 +131,8 @@ class MismatchedResponses(TorchDataset):
 def check_mismatched_lengths(dataset: Dataset, max_length: int | None, positions: int, name: str) -> None:
     """Check that no prompt with a mismatched response is longer than the number of the model's positions.
 
-    Any response to another prompt may be drawn (see `MismatchedResponses`), so a row and the response that it gets may
-    be too long together although each fits with its own partner.
+    Any response to another prompt may be drawn (see `MismatchedResponses`), so a prompt and the response drawn for it
+    may be too long together, even if no row is too long.
 
     Args:
         max_length: Length to which mismatched responses are cut; `None` for no cut.
@@ -152,7 +152,7 @@ def check_mismatched_lengths(dataset: Dataset, max_length: int | None, positions
     ]
     prompts, responses = np.array(lengths).T
     keys, longest = prompt_keys(dataset), int(responses.argmax())
-    others = np.where(keys == keys[longest], 0, responses)  # of prompts other than that of the longest response
+    others = np.where(keys == keys[longest], 0, responses)  # 0 for responses to the same prompt as the longest one
     partners = np.where(keys == keys[longest], others.argmax(), longest)
     drawn = np.where(keys == keys[longest], others.max(), responses[longest])
     totals = prompts + (drawn if max_length is None else np.minimum(drawn, np.maximum(1, max_length - prompts)))

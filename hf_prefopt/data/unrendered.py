@@ -1,4 +1,4 @@
-"""Describe what a chat template does not write or read: message keys, arguments; and whether it writes the date."""
+"""Warn about message keys that a chat template ignores, arguments that it ignores, and a date that it writes."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any

@@ -17,17 +17,17 @@ _ANY = re.compile(_NUMBER)
 
 
 def load_gsm8k_problems(limit: int | None = None) -> list[dict[str, str]]:
-    """The problems, each with `question` and `answer` (a worked solution that ends with `#### number`)."""
+    """Return the problems, each with `question` and `answer` (a worked solution that ends with `#### number`)."""
     packed = files("hf_prefopt") / "evaluation" / "samples" / "gsm8k_problems.jsonl.gz"
     lines = gzip.decompress(packed.read_bytes()).decode("utf-8").splitlines()
     return [json.loads(line) for line in lines[:limit]]
 
 
 def final_answer(text: str) -> str | None:
-    """The final number of a solution in normalized form: `$1,234.00`, `1234` and `1,234.0` all give `"1234"`.
+    """Return the final number of a solution in normalized form: `$1,234.00`, `1234` and `1,234.0` all give `"1234"`.
 
-    This is the number after the last `####` or `A:`, or the last number of the text if there is none; `None` if the
-    text has no number.
+    This is the number after the last marker `####` or `A:`. Without a marker, it is the last number in the text; `None`
+    if the text has no number.
     """
     found = _MARKED.findall(text) or _ANY.findall(text)
     if not found:
@@ -37,5 +37,5 @@ def final_answer(text: str) -> str | None:
 
 
 def exact_match(problem: Mapping[str, str], generated: str) -> float:
-    """1.0 if the generated text has the same final answer as the problem's `answer`, else 0.0."""
+    """Return 1.0 if the generated text has the same final answer as the problem's `answer`, else 0.0."""
     return float(final_answer(generated) == final_answer(problem["answer"]))

@@ -1,4 +1,4 @@
-"""Answers to a batch of prompts. Generation does not change the model, the tokenizer or any random state."""
+"""Generate answers to a batch of prompts, without changing the model, the tokenizer or any random state."""
 
 import random
 from collections.abc import Iterator, Mapping, Sequence

@@ -44,7 +44,7 @@ def reference_of(trainer: Trainer, given: nn.Module | None = None) -> Partner:
     if isinstance(policy.model, PeftModel):
         return Partner(policy.model, partial(adapters_off, ModuleTree(policy.model)))
     raise ValueError(
-        "there is no reference to generate with: the policy has no adapter to disable, and the trainer keeps no "
+        "there is no reference to generate with: the policy has no adapter to disable, and the trainer has no "
         "reference model; pass reference=model, for example a second copy of the base model"
     )
 

@@ -11,7 +11,7 @@ from hf_prefopt.generation.trackers import log_picture
 
 
 class PictureCallback(TrainerCallback):
-    """Draws a picture at every evaluation and logs it to TensorBoard, trackio or Weights & Biases.
+    """A callback that draws a picture at every evaluation and logs it to TensorBoard, trackio or Weights & Biases.
 
     Example:
         ```python

@@ -14,7 +14,7 @@ from hf_prefopt.generation.trackers import log_table
 
 
 class SampleGenerationsCallback(TrainerCallback):
-    """Shows the answers of policy and reference to a few prompts at every evaluation, in the terminal and the trackers.
+    """A callback that shows answers of policy and reference at every evaluation, in the terminal and in trackers.
 
     The callback works in any `transformers.Trainer` of a causal language model. If the policy has an adapter, the
     reference is the model with its adapter disabled. The first rank generates. Generation does not change training.

@@ -17,9 +17,9 @@ Judge = Callable[[Any, str, str], float]
 
 
 class WinRateCallback(TrainerCallback):
-    """Logs the win rate of the policy against the reference at every evaluation, with a 95 % interval.
+    """A callback that logs the win rate of the policy against the reference, with a 95 % interval, at every evaluation.
 
-    The judge compares each pair of answers in both orders, so position bias results in a tie:
+    The judge compares each pair of answers in both orders, so that position bias leads to a tie:
     w = (judge(x, policy, reference) + 1 − judge(x, reference, policy)) / 2. The win rate is the mean of w over
     different prompts. Repeated prompts are averaged first, because their answers are not independent. The interval is
     the Wilson interval for n = the number of different prompts; it is wider than necessary if there are ties.

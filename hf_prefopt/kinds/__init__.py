@@ -9,8 +9,8 @@ from hf_prefopt.kinds.scored import SCORED
 from hf_prefopt.kinds.triples import TRIPLES
 from hf_prefopt.kinds.unpaired import UNPAIRED
 
-# A loss is of the first kind that has all of its inputs, so a kind whose inputs include those of another comes after
-# it: triples after pairs. docs/design.md lists what else a new kind needs.
+# The kind of a loss is the first entry that has all inputs of the loss. A kind that has all inputs of another kind must
+# come after it, as triples after pairs. docs/design.md lists what else a new kind needs.
 KINDS: tuple[ExampleKind, ...] = (PAIRS, TRIPLES, UNPAIRED, SCORED, LISTS)
 
 # The entries of a batch with one element for each example.
@@ -36,7 +36,7 @@ __all__ = [
 
 
 def kind_of_columns(columns: Iterable[str]) -> ExampleKind | None:
-    """The kind of the examples in prepared rows with these columns, or `None` if they fit no kind."""
+    """Return the kind of the examples in prepared rows with these columns, or `None` if no kind has these columns."""
     present = set(columns)
     fitting = [kind for kind in KINDS if present.issuperset(kind.columns)]
     return max(fitting, key=lambda kind: len(kind.columns), default=None)

@@ -1,7 +1,7 @@
-"""What a kind of examples is: how losses name its tensors, where the collator finds them, and what is measured.
+"""The interface of a kind of examples: the names of its loss inputs, its entries in a batch, and its metrics.
 
 A loss gives one number for each example: a pair of responses, one labeled response, or a list of responses. A batch
-holds its R responses in one flat order; the kind says which of them each of the B examples compares.
+holds its R responses in one flat order; the kind defines which responses each of the B examples compares.
 """
 
 import re
@@ -29,7 +29,7 @@ class Statistic:
     of_reference: tuple[str, ...] = ()
 
 
-# The statistics of a response under a model that can be inputs of losses; see `objective.objective`.
+# Statistics of a response under a model, which can be inputs of losses; see `objective.objective`.
 STATISTICS: dict[str, Statistic] = {
     "logps": Statistic(),
     "token_logps": Statistic(),
@@ -46,7 +46,7 @@ class OptionalColumn:
 
     Attributes:
         columns: the column's accepted names in raw rows; error messages suggest the first.
-        default: the value for examples without the column; `None` if a loss that uses it requires it.
+        default: the value for rows without the column; `None` if losses that use the column require it.
         low, high: the allowed range, both ends included.
     """
 
@@ -65,7 +65,7 @@ class Metric:
 
     Attributes:
         values: `[B]`.
-        counted: `[B]` bool, the examples that the metric is defined for; `None` for all of them.
+        counted: `[B]` bool, the examples for which the metric is defined; `None` if it is defined for all.
     """
 
     values: Tensor
@@ -79,15 +79,15 @@ class Metric:
 
     @property
     def count(self) -> Tensor | int:
-        """How many examples count."""
+        """The number of examples that count."""
         return len(self.values) if self.counted is None else self.counted.sum()
 
 
 class ExampleKind(ABC):
-    """A kind of examples. The names of a loss's parameters say which kind it compares.
+    """A kind of examples. The parameter names of a loss determine which kind the loss compares.
 
     Attributes:
-        name: what the examples are called.
+        name: the name of the kind, such as "pairs".
         wanted: a description of the rows that such a data set needs, for error messages.
         columns: the prepared columns that identify this kind; the first has an entry for each example.
         responses: maps the name of a response in a loss's parameters, `{policy | ref}_{name}_{statistic}`, to the
@@ -95,9 +95,9 @@ class ExampleKind(ABC):
         batch_inputs: entries of the batch that losses take unchanged, including the optional columns.
         optional_columns: the optional numbers of an example, keyed by the name of the prepared column and input.
         rewarded: the names of the responses with implicit rewards, in the order of the rewards' columns.
-        metric_inputs: the inputs that the metrics read, for any loss.
+        metric_inputs: the inputs that the metrics read; they are provided for every loss.
         has_token_inputs: whether losses can take `..._token_logps` and `..._token_mask`.
-        has_preferences: whether the data say which responses are preferred, and which are not.
+        has_preferences: whether the data define which responses are preferred.
     """
 
     name: str
@@ -121,16 +121,16 @@ class ExampleKind(ABC):
         )
 
     def has_input(self, name: str) -> bool:
-        """Whether a parameter of that name is an input of examples of this kind."""
+        """Return True if a loss parameter of this name is an input of this kind."""
         return name in self.batch_inputs or self._pattern.fullmatch(name) is not None
 
     def statistic(self, name: str) -> str | None:
-        """The statistic of a response that an input holds; `None` for lengths and entries of the batch."""
+        """Return the statistic of a response that an input holds; `None` for lengths and entries of the batch."""
         match = self._pattern.fullmatch(name)
         return match["statistic"] if match else None
 
     def input_of(self, name: str, batch: Mapping[str, Any], scores: Mapping[str, Any]) -> Tensor:
-        """The input of that name for the examples of a batch; gradients flow to the policy's scores.
+        """Return the input of this name for the examples of a batch; gradients flow to the policy's scores.
 
         Args:
             scores: the `ResponseStatistics` of "policy" and "ref".
@@ -147,7 +147,7 @@ class ExampleKind(ABC):
         return getattr(scores[match["model"] or "policy"], match["statistic"] or match["length"])[places]
 
     def _left_out(self, name: str, batch: Mapping[str, Any]) -> Tensor:
-        """The default of an optional column that the rows lack."""
+        """Return the default of an optional column that the rows lack."""
         default = self.optional_columns[name].default if name in self.optional_columns else None
         if default is None:
             raise ValueError(
@@ -156,58 +156,64 @@ class ExampleKind(ABC):
         return torch.full(batch["rows"].shape, default, device=batch["rows"].device)
 
     def default_rewards(self, arguments: Mapping[str, Any], beta: float) -> Tensor | None:
-        """β·(s − s_ref) `[B, K]`: implicit rewards for a loss that returns none; `None` without log-probs."""
+        """Return the implicit rewards β·(s − s_ref), `[B, K]`, for a loss that returns no rewards.
+
+        s and s_ref are the log-probs of policy and reference. Without log-probs of the policy, return `None`.
+        """
         stems = [f"{name}_logps" if name else "logps" for name in self.rewarded]
         if any(f"policy_{stem}" not in arguments for stem in stems):
             return None
         return beta * _columns([arguments[f"policy_{s}"] - arguments.get(f"ref_{s}", 0.0) for s in stems]).detach()
 
     def count_rewards(self, inputs: Mapping[str, Tensor]) -> int:
-        """K, the number of columns of the rewards `[B, K]` for these inputs."""
+        """Return K, the number of columns of the rewards `[B, K]` for these inputs."""
         return len(self.rewarded)
 
     def predictions(self, rewards: Tensor | None, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The arguments of `compute_metrics`, `[B, K]` each: rewards (or log-probs), and 1 for preferred responses."""
+        """Return the arguments of `compute_metrics`, `[B, K]` each.
+
+        The predictions are the rewards, or else the log-probs; the labels are 1 for preferred responses.
+        """
         stems = [f"{name}_logps" if name else "logps" for name in self.rewarded]
         shown = _columns([inputs[f"policy_{stem}"] for stem in stems]).detach() if rewards is None else rewards
         return {"predictions": shown, "labels": self.preferred(shown, inputs)}
 
     def count_examples(self, row: Mapping[str, Any]) -> int:
-        """The number of examples in a prepared row."""
+        """Return the number of examples in a prepared row."""
         return len(row[self.columns[0]])
 
     def batch_inputs_of(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
-        """The `batch_inputs` that prepared rows hold, one value for each example, in the order of the rows."""
+        """Return the `batch_inputs` that prepared rows hold, one value for each example, in the order of the rows."""
         present = [name for name in self.optional_columns if name in rows[0]]
         return {name: np.concatenate([np.array(row[name], dtype=np.float32) for row in rows]) for name in present}
 
     @abstractmethod
     def index(self, rows: Sequence[Mapping[str, Any]], places: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
-        """The entries of the batch that describe the examples of prepared rows, in the order of the rows.
+        """Return the entries of the batch that describe the examples of prepared rows, in the order of the rows.
 
         Args:
             rows: prepared rows.
             places: for each row, the positions of its responses in the batch's flat order.
 
         Returns:
-            This kind's entries, and `rows` and `pair_in_row`, `[B]` int64: the number of each example's row in its
-            data set, and the example's position among those of its row.
+            This kind's entries, and `rows` and `pair_in_row`, `[B]` int64: the index of each example's row in its data
+            set, and the index of the example among the examples of its row.
         """
 
     @abstractmethod
     def metrics(self, rewards: Tensor | None, inputs: Mapping[str, Tensor]) -> dict[str, Metric]:
-        """The metrics of the examples, keyed by the names that they are logged under."""
+        """Return the metrics of the examples, keyed by the names under which they are logged."""
 
     def finish_metrics(self, means: dict[str, float]) -> dict[str, float]:
-        """The metrics to log, computed from the means over all examples."""
+        """Return the metrics to log, computed from the means over all examples."""
         return means
 
     @abstractmethod
     def preferred(self, shown: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
-        """`[B, K]`, like `shown`: 1 for the responses that the data prefer, 0 for the others."""
+        """Return `[B, K]`, like `shown`: 1 for the responses that the data prefer, 0 for the others."""
 
     def refusal(self, row: Mapping[str, Any], inputs: Sequence[str]) -> str | None:
-        """Why a data set with this row cannot provide these inputs, or `None` if it can."""
+        """Return why a data set with this row cannot provide these inputs; `None` if it can."""
         optional = [self.optional_columns[name] for name in inputs if name in self.optional_columns and name not in row]
         missing = [column.columns[0] for column in optional if column.default is None]
         if not missing:
@@ -219,12 +225,12 @@ class ExampleKind(ABC):
 
 
 def _columns(tensors: list[Tensor]) -> Tensor:
-    """Vectors `[B]` as the columns of a matrix `[B, K]`; a single matrix stays as it is."""
+    """Return vectors `[B]` as the columns of a matrix `[B, K]`; a single matrix is returned unchanged."""
     return torch.stack(tensors, dim=-1) if tensors[0].dim() == 1 else tensors[0]
 
 
 def row_numbers(rows: Sequence[Mapping[str, Any]], counts: Sequence[int]) -> dict[str, np.ndarray]:
-    """`rows` and `pair_in_row` of the examples; `counts` is the number of examples in each row."""
+    """Return `rows` and `pair_in_row` of the examples; `counts` is the number of examples in each row."""
     return {
         "rows": np.repeat(np.array([row["row"] for row in rows], dtype=np.int64), counts),
         "pair_in_row": np.concatenate([np.arange(count) for count in counts]),

@@ -12,7 +12,7 @@ from hf_prefopt.kinds.kind import WEIGHT, ExampleKind, Metric, row_numbers
 
 
 class Lists(ExampleKind):
-    """Lists of responses. Batch entries, `[B, K]` with K the length of the longest list: `list_responses` int64,
+    """Lists of responses. Batch entries, `[B, K]`, where K is the length of the longest list: `list_responses` int64,
     `list_mask` bool (False for padding), `list_ranks` (smaller is better) and `list_scores` (larger is better) float32.
     """
 
@@ -27,7 +27,7 @@ class Lists(ExampleKind):
     has_token_inputs = False
 
     def index(self, rows: Sequence[Mapping[str, Any]], places: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
-        """One example for each row. Padding points to response 0 and is marked in `list_mask`."""
+        """Return the entries, one example for each row. Padding is 0 in `list_responses` and False in `list_mask`."""
         return {
             "list_responses": _padded(
                 [at[: len(row["ranks"])] for row, at in zip(rows, places, strict=True)], np.int64
@@ -37,15 +37,15 @@ class Lists(ExampleKind):
         }
 
     def count_examples(self, row: Mapping[str, Any]) -> int:
-        """Always 1, the list."""
+        """Return 1, because the list is one example."""
         return 1
 
     def count_rewards(self, inputs: Mapping[str, Tensor]) -> int:
-        """K, including padding."""
+        """Return K, including padding."""
         return next(tensor.shape[1] for tensor in inputs.values() if tensor.dim() == 2)
 
     def batch_inputs_of(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
-        """Adds `list_mask`, `list_ranks` and `list_scores`, `[B, K]`; rows with only ranks have scores of 0."""
+        """Also return `list_mask`, `list_ranks` and `list_scores`, `[B, K]`; rows with only ranks have scores of 0."""
         ranks = [row["ranks"] for row in rows]
         return {
             "list_mask": _padded([np.ones(len(given)) for given in ranks], bool),
@@ -55,10 +55,11 @@ class Lists(ExampleKind):
         }
 
     def metrics(self, rewards: Tensor | None, inputs: Mapping[str, Tensor]) -> dict[str, Metric]:
-        """Metrics of the best response in the data, or means over several equally good ones.
+        """Return metrics of the best response in the data, or their means if several responses are equally good.
 
-        They are its log-prob, its reward, how often its reward is the highest (a tie of n counts 1/n), and its margin
-        over the mean reward of the other responses, for lists that have any.
+        The metrics are the log-prob, the reward, the accuracy and the margin. A list is accurate if this reward is the
+        highest; a tie of n responses counts 1/n. The margin is the difference from the mean reward of the other
+        responses, for lists that have other responses.
         """
         mask = inputs["list_mask"]
         best = best_of(inputs["list_ranks"], mask)
@@ -75,25 +76,25 @@ class Lists(ExampleKind):
         return metrics
 
     def preferred(self, shown: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
-        """1 for the best responses of each list."""
+        """Return 1 for the best responses of each list, 0 for the others."""
         best = best_of(inputs["list_ranks"], inputs["list_mask"]).to(shown)
         return F.pad(best, (0, shown.shape[1] - best.shape[1]))
 
     def refusal(self, row: Mapping[str, Any], inputs: Sequence[str]) -> str | None:
-        """As the base class; also, losses that compare scores need the column `scores`."""
+        """Return the base class's reason. Losses that compare scores also need the column `scores`."""
         if "list_scores" in inputs and not row.get("scores"):
             return "it compares scores, but these rows have only `ranks`: add a column `scores`"
         return super().refusal(row, inputs)
 
 
 def best_of(ranks: Tensor, mask: Tensor) -> Tensor:
-    """`[B, K]` bool: the response with the smallest rank, or all of them if there are several."""
+    """Return `[B, K]` bool: True for the response with the smallest rank, or for all responses that have it."""
     ranks = ranks.masked_fill(~mask, torch.inf)
     return (ranks == ranks.amin(dim=1, keepdim=True)) & mask
 
 
 def mean_of(values: Tensor, chosen: Tensor) -> Tensor:
-    """`[B]`: the mean over the chosen responses of each list, 0 if none is chosen."""
+    """Return `[B]`: the mean over the chosen responses of each list, 0 if none is chosen."""
     return torch.where(chosen, values, 0.0).sum(1) / chosen.sum(1).clamp(min=1)
 
 

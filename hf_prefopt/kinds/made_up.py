@@ -16,7 +16,7 @@ LONGEST_RESPONSE = 32
 
 
 def made_up_inputs(dtype=torch.float64, pairs: int = EXAMPLES, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Inputs for all kinds, keyed by name, with about −1.5 nats per token and log-ratios of a few nats."""
+    """Return inputs for all kinds, keyed by name, with about −1.5 nats per token and log-ratios of a few nats."""
     rng = np.random.default_rng(seed)
     lengths = {side: rng.integers(3, 30, pairs) for side in ("chosen", "rejected")}
     lengths["chosen"][0] = 1
@@ -41,13 +41,13 @@ def made_up_inputs(dtype=torch.float64, pairs: int = EXAMPLES, seed: int = 0) ->
 
 
 def made_up_examples(names: Iterable[str], count: int = 2, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """The inputs with these names, which may be any inputs of any kind, for `count` examples."""
+    """Return the inputs with these names for `count` examples; all inputs of all kinds are supported."""
     known = made_up_inputs(dtype, count)
     return {name: known[name] if name in known else _any_input(name, count, dtype) for name in names}
 
 
 def _any_input(name: str, count: int, dtype: torch.dtype) -> Tensor:
-    """A constant: sums of −4 nats over 8 tokens, −½ nats for a token, weights of 1, and ½ for everything else."""
+    """Return a constant: −4 nats for sums over 8 tokens, −½ nats for a token, 1 for weights, ½ for all others."""
     shape = (count, LONGEST_RESPONSE) if "token" in name else (count, LONGEST_LIST) if "list" in name else (count,)
     if name.endswith("mask"):
         return torch.ones(shape, dtype=torch.bool)
@@ -58,7 +58,7 @@ def _any_input(name: str, count: int, dtype: torch.dtype) -> Tensor:
 
 
 def _tokens(rng, inputs) -> dict[str, torch.Tensor]:
-    """Token log-probs that add up to the pairs' sums, token weights near 1, and row numbers."""
+    """Return token log-probs that add up to the pairs' sums, token weights near 1, and row numbers."""
     tokens = {"rows": torch.tensor(rng.permutation(100)[: len(inputs["chosen_lengths"])])}
     for side in ("chosen", "rejected"):
         mask = torch.arange(LONGEST_RESPONSE) < inputs[f"{side}_lengths"][:, None]
@@ -73,14 +73,14 @@ def _tokens(rng, inputs) -> dict[str, torch.Tensor]:
 
 
 def _whole_predictions(rng, pairs, dtype) -> dict[str, torch.Tensor]:
-    """KLs of a few nats per response, and normalized entropies between 0.1 and 0.5."""
+    """Return KLs of a few nats per response, and normalized entropies between 0.1 and 0.5."""
     kl = {f"policy_{side}_kl": rng.uniform(0.5, 8, pairs) for side in ("chosen", "rejected")}
     entropies = {f"ref_{side}_normalized_entropy": rng.uniform(0.1, 0.5, pairs) for side in ("chosen", "rejected")}
     return {name: torch.tensor(values, dtype=dtype) for name, values in {**kl, **entropies}.items()}
 
 
 def _logps(rng, shape, dtype) -> dict[str, torch.Tensor]:
-    """Lengths, policy log-probs and reference log-probs of responses, in the given shape."""
+    """Return lengths, policy log-probs and reference log-probs of responses, in the given shape."""
     n = rng.integers(3, 30, shape)
     reference = -n * rng.uniform(0.5, 2.5, shape)
     policy = np.minimum(reference + rng.normal(0, 3, shape), -0.05 * n)
@@ -92,7 +92,7 @@ def _logps(rng, shape, dtype) -> dict[str, torch.Tensor]:
 
 
 def _unpaired(rng, count, dtype) -> dict[str, torch.Tensor]:
-    """Single responses; every second one is desirable. Quantiles go from 0 to 1; mismatched log-ratios are positive."""
+    """Return single responses; every second one is desirable. Quantiles are 0 to 1, mismatched log-ratios positive."""
     own, other = _logps(rng, count, dtype), _logps(rng, count, dtype)
     return {
         "policy_logps": own["policy"],
@@ -106,7 +106,7 @@ def _unpaired(rng, count, dtype) -> dict[str, torch.Tensor]:
 
 
 def _lists(rng, count, dtype) -> dict[str, torch.Tensor]:
-    """Lists of 2, 3, 4, 2, 1, 4, … responses with scores in [0, 1] in random order, their ranks, and arbitrary
+    """Return lists of 2, 3, 4, 2, 1, 4, … responses with scores in [0, 1] in random order, their ranks, and arbitrary
     padding."""
     shape = (count, LONGEST_LIST)
     own = _logps(rng, shape, dtype)

@@ -14,9 +14,9 @@ class Pairs(ExampleKind):
     """Pairs of a chosen and a rejected response.
 
     Batch entries: `chosen` and `rejected`, `[B]` int64, indices of responses; a response may belong to several pairs.
-        `chosen_token_weights` and `rejected_token_weights`, `[B, T]` fp32, may differ between the pairs of a response.
-        Optional, `[B]` float32: `weights`; `margins` in reward units; scores R of both responses; win rates against all
-        samples for the prompt.
+        `chosen_token_weights` and `rejected_token_weights`, `[B, T]` fp32, may differ between pairs with the same
+        response. Optional, `[B]` float32: `weights`; `margins` in reward units; scores of both responses; win rates
+        of both responses against all samples for the prompt.
     """
 
     name = "pairs"
@@ -36,7 +36,7 @@ class Pairs(ExampleKind):
     metric_inputs: tuple[str, ...] = ("policy_chosen_logps", "policy_rejected_logps")
 
     def index(self, rows: Sequence[Mapping[str, Any]], places: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
-        """`chosen`, `rejected`, from the column `pairs`: (chosen, rejected) indices into the row's responses."""
+        """Return the entries. The column `pairs` holds (chosen, rejected): indices into the row's responses."""
         pairs = [
             at[np.array(row["pairs"], dtype=np.int64).reshape(-1, 2)] for row, at in zip(rows, places, strict=True)
         ]
@@ -47,7 +47,7 @@ class Pairs(ExampleKind):
         return {**indices, **weights, **self.batch_inputs_of(rows), **row_numbers(rows, counts)}
 
     def refusal(self, row: Mapping[str, Any], inputs: Sequence[str]) -> str | None:
-        """As the base class; also, losses that weight tokens need a weight for each token."""
+        """Return the base class's reason. Losses that weight tokens also need a weight for each token."""
         if "chosen_token_weights" in inputs and "token_weights" not in row:
             return (
                 "it weights tokens, but these rows have no weights: provide prompt_ids, chosen_ids and rejected_ids "
@@ -56,7 +56,7 @@ class Pairs(ExampleKind):
         return super().refusal(row, inputs)
 
     def metrics(self, rewards: Tensor | None, inputs: Mapping[str, Tensor]) -> dict[str, Metric]:
-        """Metrics with TRL's names; a tie of rewards counts as half an accurate pair."""
+        """Return metrics with TRL's names; a tie of rewards counts as half an accurate pair."""
         metrics = {}
         if rewards is not None:
             chosen, rejected = rewards[:, 0], rewards[:, 1]
@@ -70,14 +70,14 @@ class Pairs(ExampleKind):
         return {name: Metric(values) for name, values in metrics.items()}
 
     def preferred(self, shown: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
-        """(1, 0) for every pair."""
+        """Return (1, 0) for every pair."""
         labels = torch.zeros_like(shown)
         labels[:, 0] = 1
         return labels
 
 
 def _token_weights(rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
-    """The weights of the scored tokens of each pair's responses, padded with 0 to the longest response."""
+    """Return the weights of the scored tokens of each pair's responses, padded with 0 to the longest response."""
     scored = [
         [
             np.asarray(weights, dtype=np.float32)[np.asarray(mask, dtype=bool)]

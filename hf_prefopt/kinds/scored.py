@@ -27,22 +27,22 @@ class Scored(ExampleKind):
     has_preferences = False
 
     def index(self, rows: Sequence[Mapping[str, Any]], places: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
-        """Every response of a row is an example."""
+        """Return the entries; every response of a row is an example."""
         counts = [len(row["quantiles"]) for row in rows]
         return {"responses": np.concatenate(places), **self.batch_inputs_of(rows), **row_numbers(rows, counts)}
 
     def batch_inputs_of(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
-        """Adds `quantiles`, `[B]` float32."""
+        """Also return `quantiles`, `[B]` float32."""
         quantiles = np.concatenate([np.array(row["quantiles"], dtype=np.float32) for row in rows])
         return {"quantiles": quantiles, **super().batch_inputs_of(rows)}
 
     def metrics(self, rewards: Tensor | None, inputs: Mapping[str, Tensor]) -> dict[str, Metric]:
-        """Means over all responses."""
+        """Return metrics that are means over all responses."""
         metrics = {"quantiles": Metric(inputs["quantiles"]), "logps/responses": Metric(inputs["policy_logps"])}
         return metrics if rewards is None else {"rewards/responses": Metric(rewards[:, 0]), **metrics}
 
     def preferred(self, shown: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
-        """The quantile of each response."""
+        """Return the quantile of each response."""
         return inputs["quantiles"].to(shown.dtype)[:, None]
 
 

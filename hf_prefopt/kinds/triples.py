@@ -21,12 +21,12 @@ class Triples(Pairs):
     metric_inputs = (*Pairs.metric_inputs, "policy_gold_logps")
 
     def index(self, rows: Sequence[Mapping[str, Any]], places: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
-        """Adds `gold`, from the column `golds`: for each pair of the row, an index into its responses."""
+        """Also return `gold`. The column `golds` holds, for each pair of a row, an index into the row's responses."""
         golds = [at[np.array(row["golds"], dtype=np.int64)] for row, at in zip(rows, places, strict=True)]
         return {**super().index(rows, places), "gold": np.concatenate(golds)}
 
     def metrics(self, rewards: Tensor | None, inputs: Mapping[str, Tensor]) -> dict[str, Metric]:
-        """Adds the log-prob of the gold response."""
+        """Also return the log-prob of the gold response."""
         return {**super().metrics(rewards, inputs), "logps/gold": Metric(inputs["policy_gold_logps"])}
 
 

@@ -12,12 +12,12 @@ from hf_prefopt.kinds.kind import WEIGHT, ExampleKind, Metric, row_numbers
 class Unpaired(ExampleKind):
     """Single responses with labels.
 
-    Batch entries: `responses`, `[B]` int64; `labels`, `[B]` bool, True for desirable; and for losses that need it,
-        `mismatched`, `[B]` int64, another prompt's response after this example's prompt.
+    Batch entries: `responses`, `[B]` int64; `labels`, `[B]` bool, True for desirable; and for losses that need them,
+        `mismatched`, `[B]` int64, the index of a response to another prompt, scored after this example's prompt.
     """
 
     name = "unpaired examples"
-    wanted = "rows with `label`, or pairs with unpair=True, which makes two labeled rows of each"
+    wanted = "rows with `label`, or pairs with unpair=True, which splits each pair into two labeled rows"
     columns = ("labels",)
     responses = {"": "responses", "mismatched": "mismatched"}  # noqa: RUF012
     optional_columns = {"weights": WEIGHT}  # noqa: RUF012
@@ -26,7 +26,7 @@ class Unpaired(ExampleKind):
     metric_inputs = ("policy_logps", "labels")
 
     def index(self, rows: Sequence[Mapping[str, Any]], places: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
-        """Every response of a row is an example; mismatched responses, if there are any, follow them."""
+        """Return the entries; every response of a row is an example, and mismatched responses follow if present."""
         counts = [len(row["labels"]) for row in rows]
         entries = {
             "responses": np.concatenate([at[:count] for at, count in zip(places, counts, strict=True)]),
@@ -37,12 +37,12 @@ class Unpaired(ExampleKind):
         return {**entries, **row_numbers(rows, counts)}
 
     def batch_inputs_of(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
-        """Adds `labels`, `[B]` bool."""
+        """Also return `labels`, `[B]` bool."""
         labels = np.concatenate([np.array(row["labels"], dtype=bool) for row in rows])
         return {"labels": labels, **super().batch_inputs_of(rows)}
 
     def metrics(self, rewards: Tensor | None, inputs: Mapping[str, Tensor]) -> dict[str, Metric]:
-        """Means over the desirable ("chosen") and over the undesirable ("rejected") examples."""
+        """Return means over the desirable ("chosen") and over the undesirable ("rejected") examples."""
         metrics = {}
         for side, counted in (("chosen", inputs["labels"]), ("rejected", ~inputs["labels"])):
             if rewards is not None:
@@ -51,13 +51,13 @@ class Unpaired(ExampleKind):
         return metrics
 
     def finish_metrics(self, means: dict[str, float]) -> dict[str, float]:
-        """Adds the margin, the difference of the two mean rewards, if there are examples with both labels."""
+        """Add the margin, the difference of the two mean rewards, if there are examples with both labels."""
         if {"rewards/chosen", "rewards/rejected"} <= means.keys():
             means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
         return means
 
     def preferred(self, shown: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
-        """The label of each example."""
+        """Return the label of each example."""
         return inputs["labels"].to(shown.dtype)[:, None]
 
 

@@ -22,7 +22,7 @@ _NOISE = 0.1
 
 @contextmanager
 def acting_adapter(tree: ModuleTree) -> Iterator[None]:
-    """Context in which noise is added to the trained tensors of an adapter, unless the adapter is plain LoRA.
+    """Return a context in which the trained tensors of an adapter have noise, unless the adapter is plain LoRA.
 
     Ranks with the same tensors add the same noise.
     """

@@ -1,8 +1,8 @@
-"""What the forward pass keeps for the backward pass: attention's outputs under checkpointing, and where it is kept.
+"""Choose which activations the forward pass stores for the backward pass, and where it stores them.
 
-With activation checkpointing, a layer keeps its input and computes the rest again. `keep_attention` makes it keep the
-outputs of attention, too: per token as much memory as the layer's input, and attention, whose work grows with the
-square of the length, runs once. `OffloadedActivations` keeps saved tensors in CPU memory.
+With activation checkpointing, a layer stores its input and recomputes the rest. With `keep_attention`, it also stores
+the outputs of attention, which take as much memory per token as the input. Attention, whose cost grows with the square
+of the sequence length, then runs only once. `OffloadedActivations` stores saved tensors in CPU memory.
 """
 
 from collections.abc import Iterable
@@ -41,7 +41,10 @@ def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> Checkpoin
 
 
 def _drops(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether attention draws random numbers: without its second run, later dropout would draw others."""
+    """Return True if attention applies dropout, and therefore must be recomputed.
+
+    Otherwise, the recomputed dropout after it would draw different random numbers.
+    """
     given = dict(zip([argument.name for argument in operator._schema.arguments], args, strict=False)) | kwargs
     return given.get("dropout_p", 0.0) > 0
 
@@ -51,7 +54,7 @@ def _check_kept_attention(model: nn.Module) -> None:
     if others:
         raise ValueError(
             f"checkpointing_keeps='attention' needs attn_implementation={' or '.join(map(repr, _KEPT))}, but the model "
-            f"has {', '.join(map(repr, others))}: load it with another one, or leave checkpointing_keeps out"
+            f"has {', '.join(map(repr, others))}: load it with one of these, or leave checkpointing_keeps out"
         )
 
 
@@ -72,12 +75,12 @@ def keep_attention(model: nn.Module) -> int:
 class OffloadedActivations(save_on_cpu):
     """Context for a forward and backward pass that keeps saved tensors in pinned CPU memory.
 
-    Parameters, their views, and tensors of fewer than `least_bytes` stay where they are.
+    Parameters, their views, and tensors of fewer than `least_bytes` bytes are not moved.
 
     Args:
         parameters: Parameters of the model.
         device: Device of the model.
-        least_bytes: Size from which a tensor is moved.
+        least_bytes: Size in bytes from which a tensor is moved to the CPU.
     """
 
     def __init__(self, parameters: Iterable[Tensor], device: torch.device, least_bytes: int = 2**20):
@@ -94,7 +97,7 @@ class OffloadedActivations(save_on_cpu):
 
 
 def check_activations(args: PreferenceConfig, model: nn.Module, accelerator: Accelerator) -> None:
-    """Raise `ValueError` if the settings for activations do not fit the model, the device or the engine."""
+    """Raise `ValueError` if the settings for activations are incompatible with the model, the device or the engine."""
     if args.checkpointing_keeps == "attention":
         _check_kept_attention(model)
     if args.activation_offloading:
@@ -104,7 +107,7 @@ def check_activations(args: PreferenceConfig, model: nn.Module, accelerator: Acc
 def _check_offloading(accelerator: Accelerator) -> None:
     if accelerator.device.type == "cpu":
         raise ValueError(
-            "activation_offloading=True has no effect on a CPU, where activations already are: leave it out"
+            "activation_offloading=True has no effect on a CPU, because the activations are in CPU memory: leave it out"
         )
     engine = accelerator.distributed_type
     plugin = getattr(accelerator.state, "deepspeed_plugin", None)
@@ -117,5 +120,5 @@ def _check_offloading(accelerator: Accelerator) -> None:
 
 
 def offloaded(is_on: bool, model: nn.Module, device: torch.device) -> AbstractContextManager:
-    """Return the context of a micro-batch."""
+    """Return the context for a micro-batch: `OffloadedActivations` if `is_on`, otherwise a null context."""
     return OffloadedActivations(model.parameters(), device) if is_on else nullcontext()

@@ -17,9 +17,9 @@ from hf_prefopt.data.mixtures import Mixture
 
 
 def check_types(args: Any, ref_model: Any, peft_config: Any = None, processing_class: Any = None) -> None:
-    """Raise `TypeError` where an argument is of another type than the trainer takes, such as another configuration."""
+    """Raise `TypeError` if an argument has a type that the trainer does not accept, such as another configuration."""
     if isinstance(ref_model, TrainingArguments):
-        raise TypeError(f"ref_model is a {type(ref_model).__name__}, by its place: pass it by name, args=...")
+        raise TypeError(f"ref_model is a {type(ref_model).__name__}: pass the configuration by name, args=...")
     if not isinstance(args, PreferenceConfig | None):
         raise TypeError(
             f"args is a {_type(args)}: PreferenceTrainer takes a PreferenceConfig, which has all fields of "
@@ -44,7 +44,7 @@ def check_loading(
     cure = "pass the model by name, or use this option when you load the model and remove it here"
     if quantization_config is not None:
         raise ValueError(f"quantization_config is only used when the model is passed by name: {cure}")
-    # The tokenizer is loaded from where the model came from, with these options.
+    # The tokenizer is loaded from the folder or repository of the model, with these options.
     read = () if processing_class is not None else ("revision", "trust_remote_code")
     unread = {key: value for key, value in cast(dict, args.model_init_kwargs or {}).items() if key not in read}
     if unread:
@@ -86,7 +86,7 @@ def refuse_empty_epoch(dataset: Any, rows: int) -> None:
 
 
 def refuse_missing(needed: Iterable[Any], callbacks: Iterable[Any]) -> None:
-    """Raise `ValueError` if a callback was removed that training needs, for a moving reference, for example."""
+    """Raise `ValueError` if the user removed a callback that training needs, for example for a moving reference."""
     present = set(map(id, callbacks))
     missing = [type(callback).__name__ for callback in needed if id(callback) not in present]
     if missing:
@@ -169,7 +169,7 @@ def _check_custom_collator(args: PreferenceConfig) -> None:
 
 
 def _refuse_wrapped(name: str, model: Any) -> None:
-    """Raise `ValueError` if a model is inside `torch.compile`'s wrapper or one of data parallelism."""
+    """Raise `ValueError` if a model is already wrapped by `torch.compile` or for data parallelism."""
     if isinstance(model, OptimizedModule):
         raise ValueError(
             f"{name} is wrapped by torch.compile: pass the model itself ({name}._orig_mod), and set torch_compile=True "

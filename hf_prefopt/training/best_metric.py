@@ -8,7 +8,7 @@ from hf_prefopt.objective.objective import Objective
 from hf_prefopt.reporting.metrics import metric_names
 
 _OF_THE_TRAINER = ("runtime", "samples_per_second", "steps_per_second")
-# Callbacks of ours that add metrics.
+# Modules with callbacks of this package that add metrics.
 _ADDING = ("hf_prefopt.callbacks", "hf_prefopt.generation.win_rate")
 
 
@@ -19,12 +19,12 @@ def check_best_metric(
     has_own_metrics: bool,
     evaluating: Iterable[Callable[..., Any]],
 ) -> None:
-    """Raise `ValueError` if no evaluation can have the metric `metric_for_best_model`.
+    """Raise `ValueError` if no evaluation can produce the metric `metric_for_best_model`.
 
     Args:
-        evaluated: The evaluation dataset, or a dict of datasets, whose names are part of the names of their metrics.
+        evaluated: The evaluation dataset, or a dict of datasets. The keys of the dict are part of the metrics' names.
         has_own_metrics: Whether `compute_metrics` adds metrics, whose names are unknown.
-        evaluating: The methods that evaluate and the callbacks' `on_evaluate`; those of users may add metrics, too.
+        evaluating: The methods that evaluate and the callbacks' `on_evaluate`. Functions of users may add metrics.
     """
     metric = args.metric_for_best_model
     if metric is None or args.eval_strategy == "no" or any(map(_may_add_metrics, evaluating)):

@@ -95,7 +95,7 @@ def checkpoint_to_resume(asked: str | bool | None, output_dir: str | Path) -> st
     if not is_complete(checkpoint):
         newest = last_complete_checkpoint(output_dir)
         cure = f"pass resume_from_checkpoint={newest}" if newest else "pass the folder of a complete checkpoint"
-        fault = "not a complete checkpoint, its writing was interrupted"
+        fault = "not a complete checkpoint, because it was interrupted while it was written"
         if not Path(checkpoint).is_dir():
             fault = "there is no such folder"
         raise ValueError(f"resume_from_checkpoint={checkpoint}: {fault}: {cure}")
@@ -104,7 +104,7 @@ def checkpoint_to_resume(asked: str | bool | None, output_dir: str | Path) -> st
 
 @dataclass(frozen=True)
 class BatchOfStep:
-    """Composition of an optimizer step's batch: rows per rank and micro-batch, accumulation steps, and ranks."""
+    """The composition of an optimizer step's batch: rows per rank and micro-batch, accumulation steps, and ranks."""
 
     rows: int
     accumulation: int

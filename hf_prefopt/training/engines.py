@@ -72,9 +72,9 @@ def check_adapter(accelerator: Accelerator, model: nn.Module) -> None:
     """Check that an engine that shards weights can save and load the adapters.
 
     Raises:
-        ValueError: PEFT computes the soft prompts that it saves on one rank, which would wait forever for the others;
-            or, under FSDP2, layers share a buffer, as in VeRA and RandLoRA, which PyTorch saves but does not load
-            (when a run is resumed, or the best checkpoint loaded).
+        ValueError: the adapter is a soft prompt, which PEFT computes on one rank when it saves; this rank would wait
+            forever for the others. Or, under FSDP2, layers share a buffer, as in VeRA and RandLoRA. PyTorch saves such
+            buffers, but cannot load them when a run resumes or the best checkpoint is loaded.
     """
     engine = _sharding_engine(accelerator)
     if not isinstance(model, PeftModel) or engine not in ("FSDP2", "ZeRO-3"):
@@ -136,7 +136,7 @@ def take_over(accelerator: Accelerator, model: nn.Module, precision: str) -> boo
 
 
 def compute_in(precision: str, accelerator: Accelerator, model: nn.Module) -> bool:
-    """Set the precision of accelerate and of the model, which could otherwise be those of another trainer.
+    """Set the precision of accelerate and of the model, which another trainer may have changed.
 
     All accelerators of a process share one state. Its precision is that of the trainer created last.
 
@@ -158,7 +158,7 @@ def compute_in(precision: str, accelerator: Accelerator, model: nn.Module) -> bo
     _PRECISION[model] = precision
     if differs:
         _forget_preparation(model)
-        # An evaluation prepares the model only if the accelerator has none.
+        # An evaluation prepares the model only if the accelerator has no prepared model.
         accelerator._models = [known for known in accelerator._models if known is not model]
     return differs
 
@@ -200,7 +200,7 @@ def unwrapped_after_evaluation(accelerator: Accelerator, model: nn.Module, wrapp
     model.
 
     Args:
-        wrapped: The model as accelerate prepared it last.
+        wrapped: The module that accelerate returned when it last prepared the model.
 
     Raises:
         ValueError: the engine is DeepSpeed and the model was already used. The model stays in the engine of its first
@@ -240,7 +240,7 @@ def begin_training(accelerator: Accelerator, model: nn.Module, wrapped: nn.Modul
     """Return the module that training should wrap, after another trainer or an evaluation may have used the model.
 
     Args:
-        wrapped: The model as accelerate prepared it last.
+        wrapped: The module that accelerate returned when it last prepared the model.
 
     Raises:
         ValueError: see `take_over` and `unwrapped_after_evaluation`.
@@ -251,10 +251,10 @@ def begin_training(accelerator: Accelerator, model: nn.Module, wrapped: nn.Modul
 
 
 def begin_evaluation(accelerator: Accelerator, model: nn.Module, precision: str) -> None:
-    """Make a model ready for an evaluation, which may be before training or after another trainer has used the model.
+    """Make a model ready for an evaluation, even before training or after another trainer has used the model.
 
     Raises:
-        ValueError: the engine cannot evaluate before training, or see `take_over`.
+        ValueError: the engine cannot evaluate before training; see also `take_over`.
     """
     refuse_early_evaluation(accelerator)
     take_over(accelerator, model, precision)

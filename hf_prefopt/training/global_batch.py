@@ -21,7 +21,7 @@ Inputs = dict[str, Tensor]
 
 
 class GlobalBatch:
-    """Counts the examples of a step, equalizes the number of pieces across ranks, and evaluates the objective.
+    """An object that counts the examples of a step, equalizes pieces across ranks, and evaluates the objective.
 
     Args:
         accelerator: Accelerator used for communication between ranks.
@@ -54,8 +54,8 @@ class GlobalBatch:
     def without_repeats(self, batches: list[LoaderBatch], rows_per_rank: int) -> None:
         """Remove the examples that do not count from the batches of a step.
 
-        A batch of a stream has a mask. For other datasets, only the last batch of the data loader has repeated rows;
-        they are found from the length of the dataset.
+        A batch of a stream already has a mask (`counted`). For other datasets, only the last batch of the data loader
+        has repeated rows, which are found from the length of the dataset.
         """
         for batch in batches:
             pieces = batch["pieces"]
@@ -67,7 +67,7 @@ class GlobalBatch:
             ]
 
     def idle(self, batches: list[LoaderBatch]) -> list[list[PreferenceBatch]]:
-        """Return empty pieces for each batch, so that every rank has as many pieces as the rank with the most.
+        """Return empty pieces for each batch, so that every rank has the same number of pieces.
 
         Args:
             batches: Batches of this rank; all ranks have the same number of batches.
@@ -94,7 +94,7 @@ class GlobalBatch:
             batches: Batches of the step in the order in which they were drawn; changed in place.
             rows_per_rank: Number of rows that each rank draws at a time.
             collect: Function that computes the loss inputs of a piece without gradients.
-            pieces_differ: True if batches are split into pieces, whose number may differ between ranks.
+            pieces_differ: True if batches are split into pieces, so that ranks may have different numbers of pieces.
 
         Returns:
             The number of examples in the step, summed over ranks.
@@ -115,7 +115,7 @@ class GlobalBatch:
         The arguments are those of `begin_step`.
 
         Returns:
-            Empty pieces, which give this rank as many pieces as the rank with the most; see `idle`.
+            Empty pieces, with which this rank has as many pieces as all other ranks; see `idle`.
         """
         pieces = batch["pieces"]
         for piece, counted in zip(pieces, self.counted(pieces, rows_per_rank), strict=True):

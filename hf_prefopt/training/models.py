@@ -29,7 +29,8 @@ class Models:
         args: Settings of the trainer.
         policy: The policy; `None` if `model_init` creates it.
         model_init: Function that creates the policy; `None` if there is a policy.
-        reference: An explicit reference; still a name if the losses need no reference, which `check` refuses.
+        reference: The reference that the user passed. If the losses need no reference, it may still be a name; `check`
+            then raises an error.
         name: Name or path from which the policy was loaded.
     """
 
@@ -90,7 +91,7 @@ def load_models(
     The arguments are those of `PreferenceTrainer`. A reference that the losses do not need is not loaded.
 
     Raises:
-        ValueError: there are options for loading, but no model was passed by name.
+        ValueError: there are loading options, but no model was passed by name.
     """
     check_loading(args, (model, ref_model), quantization_config, processing_class)
     name = os.fspath(model) if isinstance(model, str | os.PathLike) else None
@@ -108,5 +109,5 @@ def load_models(
 
 
 def _init_kwargs(args: PreferenceConfig) -> dict[str, Any] | None:
-    """Return `model_init_kwargs`, of which `PreferenceConfig` has read JSON."""
+    """Return `model_init_kwargs` as a dict; `PreferenceConfig` has parsed JSON."""
     return cast("dict[str, Any] | None", args.model_init_kwargs)

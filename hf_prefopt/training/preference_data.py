@@ -54,19 +54,19 @@ def _layout_of(made: Prepared) -> str:
 
 
 class PreferenceData:
-    """Prepares datasets for the losses of a configuration, and builds samplers for them.
+    """An object that prepares datasets for the losses of a configuration, and builds samplers for them.
 
     Args:
-        args: Settings; they are read at each use, so later changes take effect.
+        args: Settings, which are read at each use, so later changes take effect.
         tokenizer: Tokenizer for raw rows.
-        embeddings: Number of token ids in the model's embedding; `None` if it is not known yet.
+        embeddings: Number of token embeddings of the model; `None` if the number is not known yet.
         positions: Maximum sequence length of the model in tokens; `None` if there is no maximum.
         stops: Token ids at which the model stops generating.
 
     Attributes:
         objective: The losses. The first dataset determines the kind of examples, for losses that support several kinds,
             and the optional columns.
-        counts: For each prepared dataset, counts of what happened to the raw rows (`notes.count_notes`).
+        counts: For each prepared dataset, how many raw rows were cut, dropped or changed (`notes.count_notes`).
         streams: For each stream, the column layout of its rows; for a mixture, the layout of each source.
     """
 
@@ -83,7 +83,7 @@ class PreferenceData:
         self.objective, self._is_settled, self._has_warned = args.build_objective(), False, False
         self.counts: WeakKeyDictionary[Dataset, dict[str, int]] = WeakKeyDictionary()
         self.streams: WeakKeyDictionary[IterableDataset, str] = WeakKeyDictionary()
-        # Datasets that were prepared and checked for the current objective, so later evaluations skip both.
+        # Datasets that are prepared and checked for the current objective, so later evaluations skip these steps.
         self._fitting: WeakSet[Data] = WeakSet()
 
     def prepare(self, dataset: Any, name: str) -> DataOrSplits | None:
@@ -235,9 +235,8 @@ class PreferenceData:
         """Return the dataset in the form that a data loader reads.
 
         If a loss needs mismatched responses, they are added to the rows. In training, accelerate splits a stream with
-        enough shards across the ranks. Otherwise each rank reads the whole stream and keeps its part, in the order of
-        the rows; the stream is extended, or with `dataloader_drop_last` cut, so that all ranks get the same number of
-        rows.
+        enough shards across the ranks. Otherwise each rank reads the whole stream and uses its part, in the order of
+        the rows. The stream is extended (with `dataloader_drop_last`, cut), so that all ranks get equally many rows.
 
         Args:
             rows_at_once: Number of rows that all ranks together draw at a time.

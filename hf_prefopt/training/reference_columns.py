@@ -73,7 +73,7 @@ def _columns_of(reference: CachedReference, row: Mapping[str, Any]) -> dict[str,
 
 
 def _places(row: Mapping[str, Any]) -> dict[str, int]:
-    """Return the index of the response for each of TRL's columns: the first pair, or a single response."""
+    """Return the index of the response for each of TRL's columns, from the row's first pair or single response."""
     if row.get("pairs"):
         return dict(zip((CHOSEN, REJECTED), row["pairs"][0], strict=True))
     return {SINGLE: 0} if len(row["response_ids"]) == 1 else {}

@@ -77,8 +77,8 @@ def check_facts(checkpoint: str, facts: RunFacts, skips_rows: bool) -> None:
     for what, old, new in (("dataset", before.rows, facts.rows), ("seed", before.seed, facts.seed)):
         if skips_rows and old != new:
             logger.warning(
-                "%s was written by a run with a different %s (%s, now %s): the skipped rows are not the rows that run "
-                "trained on, so this epoch uses some rows twice and omits others",
+                "%s was written by a run with a different %s (%s, now %s): that run did not train on the rows that are "
+                "skipped now, so this epoch uses some rows twice and omits others",
                 checkpoint,
                 what,
                 old,

@@ -1,6 +1,6 @@
 """Save in each checkpoint what a run needs to continue exactly, and restore it.
 
-Our entries are in `TrainerState.stateful_callbacks`, so they are part of `trainer_state.json`: the names and the state
+Our entries in `TrainerState.stateful_callbacks` become part of `trainer_state.json`. They are the names and the state
 of the losses, log-probs that identify the reference, the composition of a step's batch, and the facts of the run. A
 moving reference has its own file in the checkpoint.
 """
@@ -33,7 +33,7 @@ OBJECTIVE, LOSSES, REFERENCE = "hf_prefopt_objective", "hf_prefopt_losses", "hf_
 
 
 class SavedRun:
-    """Saves a run's own state in its checkpoints and continues runs from checkpoints.
+    """An object that saves the state that the Trainer itself does not save, and resumes runs from checkpoints.
 
     Args:
         args: Settings of the run.
@@ -94,8 +94,8 @@ def keep_losses(state: TrainerState, objective: Objective) -> None:
 def restore_losses(state: TrainerState, objective: Objective) -> None:
     """Restore the losses' state from a checkpoint.
 
-    Log a warning if the checkpoint's run had different losses, or has no state for a loss (the loss then starts with
-    its initial state).
+    Log a warning if the checkpoint's run had different losses, or if the checkpoint has no state for a loss, which then
+    starts with its initial state.
     """
     objective.reset_state()
     # The Trainer treats all remaining entries as states of callbacks.

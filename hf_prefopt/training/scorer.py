@@ -46,7 +46,7 @@ NEFTUNE = "NEFTune scales its noise by the row length, but a row would contain s
 def loader_collator(
     args: PreferenceConfig, pad_token_id: int, custom: Callable[[Any], PreferenceBatch] | None
 ) -> LoaderCollator:
-    """Build the trainer's collator, whose layout the scorer chooses; a custom collator is used as the only layout."""
+    """Return the trainer's collator. The scorer chooses its layout; a custom collator is the only layout."""
     if custom is not None:
         return LoaderCollator({CUSTOM: CustomCollator(custom)}, CUSTOM)
     padded = PaddedCollator(pad_token_id, args.pad_to_multiple_of)
@@ -57,7 +57,7 @@ def loader_collator(
 
 
 class Scorer:
-    """Scores batches with the policy and its reference.
+    """An object that computes the scores of batches under the policy and its reference.
 
     Args:
         args: Settings, read when a model is attached.
@@ -70,7 +70,7 @@ class Scorer:
         reference: The reference, or `None` if the losses need no reference.
         layout: Name of the batch layout; `None` until the layout is chosen.
         tree: Modules of the policy.
-        aux_loss_coef: Coefficient of the auxiliary router loss; 0 if it is not added.
+        aux_loss_coef: Coefficient of the auxiliary router loss; 0 if this loss is not added.
         made_up_logps: Log-probs that identify a fixed reference; see `reference.identity`.
         resumed_logps: The same log-probs from the checkpoint's run.
     """
@@ -106,7 +106,7 @@ class Scorer:
 
         Raises:
             ValueError: the `reference` setting is incompatible with the model or the losses, or a custom data_collator
-                with a loss that needs log-probs of prompts.
+                is combined with a loss that needs log-probs of prompts.
         """
         args = self._args
         self.objective, self.accelerator = objective, accelerator
@@ -143,7 +143,7 @@ class Scorer:
         return self.tree.model
 
     def settle(self) -> bool:
-        """Place the reference on its device, check the models' scores, and choose the layout; once per model.
+        """Move the reference to its device, check the scores of both models, and choose the layout, once per model.
 
         Call this method when the model is on its device, before the first batch is collated.
 
@@ -340,7 +340,7 @@ class Scorer:
         return torch.bfloat16 if self._args.bf16 else torch.float16 if self._args.fp16 else None
 
     def _models(self) -> list[nn.Module]:
-        """Return the policy and, if it is a separate model, the reference."""
+        """Return the policy and, if the reference is a separate model, the reference."""
         reference = self.reference.model if self.reference else None
         return list(dict.fromkeys((self.model, self.model if reference is None else reference)))
 

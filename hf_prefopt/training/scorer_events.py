@@ -29,7 +29,7 @@ class ScorerEvents(TrainerCallback):
 
     Args:
         scorer: The scorer.
-        evaluated: Function that returns the evaluation datasets as their data loaders read them, by name.
+        evaluated: Function that returns the evaluation datasets as their data loaders read them, keyed by name.
         keeps_reference: True if a later run of the same trainer may need the reference model.
     """
 
@@ -37,7 +37,7 @@ class ScorerEvents(TrainerCallback):
         self._scorer, self._evaluated, self._keeps_reference = scorer, evaluated, keeps_reference
 
     def on_train_begin(self, args, state, control, train_dataloader=None, **_):
-        """Fill the cache; the layout has been chosen."""
+        """Fill the cache. `SettleScorer` has already chosen the layout."""
         if not args.precompute_ref_log_probs:
             return
         for name, dataset in self._evaluated().items():

@@ -1,4 +1,4 @@
-"""Handle settings that change after construction (by a hyperparameter search or by hand): apply them or raise."""
+"""Apply settings that change after construction, in a hyperparameter search or by hand, or raise an error."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -40,7 +40,7 @@ SETTLED = (
 
 
 class OwnSettings:
-    """Values at construction of the settings that `PreferenceConfig` adds to `TrainingArguments`.
+    """The values, at construction, of the settings that `PreferenceConfig` adds to `TrainingArguments`.
 
     Args:
         args: The configuration; it may change later.
@@ -77,7 +77,7 @@ class OwnSettings:
 
     @contextmanager
     def restored(self) -> Iterator[None]:
-        """Context in which trials may change the settings; the settings are restored at its end."""
+        """Return a context in which trials may change the settings, which are restored when the context ends."""
         self._before_search = self._now()
         try:
             yield
@@ -88,8 +88,8 @@ class OwnSettings:
         """Set the values of a trial without conversion; reset all other settings to their values before the search.
 
         Args:
-            values: Values of our settings and of the Trainer's, by name.
-            is_space: True if the values come from a search space, so that all names are chosen by the user.
+            values: Values of our settings and of the Trainer's settings, keyed by name.
+            is_space: True if the values come from a search space, so that the user has chosen all names.
 
         Raises:
             ValueError: a value is invalid, or a name is not a setting.

@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 class StepBatches:
-    """Draws the batches of complete steps; batches left over at the end of an epoch go into the next epoch.
+    """An object that draws the batches of complete steps. Batches left over in one epoch go into the next epoch.
 
     Args:
         checkpoint: Checkpoint from which the run resumes; `None` if the run starts from the beginning.
@@ -37,7 +37,7 @@ class StepBatches:
         if 0 < state.max_steps <= state.global_step:
             return []  # resumed at the last step, where the Trainer would run one more step
         if loaded is self._ended:
-            return []  # the Trainer continues to ask until max_steps
+            return []  # the Trainer asks for batches until max_steps
         batches = [*self._left_over, *map(check_loaded, islice(loaded, count - len(self._left_over)))]
         most = len(batches)
         if self._ranks is not None:
@@ -73,5 +73,5 @@ class StepBatches:
             return "the training stream has no usable row"
         return (
             f"the training stream has only {len(self._left_over)} batches, but a step needs "
-            f"gradient_accumulation_steps={args.gradient_accumulation_steps} batches: lower it"
+            f"gradient_accumulation_steps={args.gradient_accumulation_steps} batches: lower this setting"
         )

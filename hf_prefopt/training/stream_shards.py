@@ -57,7 +57,7 @@ class ShardedRanks:
         self._known: LoaderBatch | None = None  # the batch of this rank from which idle batches are made
 
     def even(self, batches: list[LoaderBatch], count: int) -> tuple[list[LoaderBatch], int]:
-        """Add idle batches up to `count`, if any rank has `count` batches.
+        """Add batches without examples (idle batches) up to `count`, if any rank has `count` batches.
 
         The ranks communicate through the CPU, so the host does not wait for the device.
 

@@ -1,4 +1,4 @@
-"""Find the policy's trained parameters; raise an error if there are none or the optimizer has different ones."""
+"""Find the policy's trained parameters; raise an error if none exist or the optimizer has different ones."""
 
 import logging
 
@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the trained parameters by name, without those of disabled, inactive or merged adapters."""
+    """Return the trained parameters, keyed by name, without those of disabled, inactive or merged adapters."""
     idle = set(model.peft_config) - set(model.active_adapters) if isinstance(model, PeftModel) else set()
     merged = tuple(
         f"{name}."
@@ -73,7 +73,7 @@ def refuse_stale_optimizer(model: nn.Module, optimizer: Optimizer | None) -> Non
     """Check that the optimizer was created for the trained parameters; a subset of these parameters is allowed.
 
     Raises:
-        ValueError: the optimizer has no trained parameter; or it lacks some and has other parameters instead.
+        ValueError: the optimizer has no trained parameter; or it lacks some of them and has other parameters.
     """
     if optimizer is None:
         return

@@ -13,10 +13,10 @@ from hf_prefopt.scoring.forward import base_causal_lm
 
 
 def compiled_for_scoring(accelerator: Accelerator, model: nn.Module) -> nn.Module | None:
-    """Compile the model with accelerate's options, but without DDP; return `None` if the policy is not compiled.
+    """Return the model compiled with accelerate's options, without DDP; `None` if the policy is not compiled.
 
-    The compiled graphs of the policy are reused. The function also returns `None` for sharded models and for regional
-    compilation.
+    The compiled graphs of the policy are reused. For sharded models and for regional compilation, the result is also
+    `None`.
     """
     plugin = accelerator.state.dynamo_plugin
     is_sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)

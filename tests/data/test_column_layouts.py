@@ -299,7 +299,7 @@ REFUSED = {
     "a model's name that ends like a letter": ({**TWO, "winner": "llama-a"}, "`winner` is 'llama-a'"),
     "no verdict": (TWO, r"column `winner` is missing .*column_mapping={'winner': '<your column>'}"),
     "two verdicts": ({**TWO, "winner": "a", "preference": "b"}, r"may all name the better response: choose one"),
-    "three responses": ({**TWO, "response_c": GREEN, "winner": "a"}, "three responses or more, one of them"),
+    "three responses": ({**TWO, "response_c": GREEN, "winner": "a"}, "three or more responses, one of them"),
     "scores that are none": (
         {"prompt": WHAT, "answer_0": BLUE, "answer_1": GREEN, "score_0": 1.0, "score_1": float("nan")},
         "`score_1` is nan, not a number",
@@ -387,7 +387,7 @@ REFUSED = {
     "a struct": ({**PAIR, "chosen": {"words": BLUE}}, "`chosen` is a struct of 'words' and not a message"),
     "a comparison by an index": (
         {"info": {"post": WHAT}, "summaries": [{"text": BLUE}, {"text": GREEN}], "choice": 0},
-        "columns `summaries`, `choice`: this may be the place of the better response in a list: make columns of both",
+        "columns `summaries`, `choice`: `choice` may be the index of the better response in `summaries`: make",
     ),
     "an answer that is not to be trained on": (
         {**PAIR, "chosen": [{"role": "assistant", "content": "Hm.", "weight": 0}, *ask("So?"), *reply(BLUE)]},
@@ -401,7 +401,7 @@ REFUSED = {
         {"prompt": WHAT, "candidates": [BLUE, GREEN], "best": 1},
         r"columns `candidates`, `best`: .*row\['candidates'\]\[1 - row\['best'\]\]",
     ),
-    "an export of Label Studio": ({"data": {"prompt": WHAT}, "annotations": [], "id": 1}, "tasks as Label Studio"),
+    "an export of Label Studio": ({"data": {"prompt": WHAT}, "annotations": [], "id": 1}, "exported by Label Studio"),
     "another separator": ({"prompt;chosen;rejected": "a;b;c"}, "the file seems to be separated by ';'"),
     "a prompt in a list": ({"prompt": [WHAT], "chosen": BLUE, "rejected": GREEN}, "`prompt` is a list of texts"),
     "a number for a flag": ({"question": WHAT, "response": BLUE, "is_correct": 3}, "column `desirable` is missing"),

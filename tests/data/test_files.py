@@ -52,8 +52,8 @@ def test_a_folder_has_its_splits(tmp_path):
         ("*.parquet", "parquet: there is no such file$"),
         ("empty.jsonl", "empty.jsonl is empty$"),
         ("broken.jsonl", "broken.jsonl, line 3, column "),
-        ("*.*", "is of .csv, .jsonl: give one of .json, "),
-        ("notes.txt", "is of .txt: give one of .json, "),
+        ("*.*", "has the file type .csv, .jsonl: use one of .json, "),
+        ("notes.txt", "has the file type .txt: use one of .json, "),
     ],
 )
 def test_what_cannot_be_read_is_named(name, message, tmp_path):
@@ -69,7 +69,7 @@ def test_what_cannot_be_read_is_named(name, message, tmp_path):
 PARQUET = b"PAR1 and then nothing of the kind"
 OTHER = json.dumps({"question": "a", "chosen": "b", "rejected": "c"})
 FAULTS = {
-    "half a file": ({"a.jsonl.gz": gzip.compress(LINES.encode())[:-9]}, "a.jsonl.gz cannot be read, it is incomplete"),
+    "half a file": ({"a.jsonl.gz": gzip.compress(LINES.encode())[:-9]}, "a.jsonl.gz cannot be read: it is incomplete"),
     "no gzip file": ({"a.jsonl.gz": LINES.encode()}, "a.jsonl.gz cannot be read"),
     "an empty gzip file": ({"a.jsonl.gz": gzip.compress(b"")}, "a.jsonl.gz is empty"),
     "a line of a gzip file": (
@@ -79,12 +79,12 @@ FAULTS = {
     "half a list": ({"a.json": json.dumps(ROWS, indent=1)[:-9].encode()}, "a.json, line 20, column "),
     "an empty list": ({"a.json": b"[]"}, "a.json has no rows"),
     "blank lines": ({"a.jsonl": b"\n \n"}, "a.jsonl is empty"),
-    "numbers": ({"a.jsonl": b"1\n2"}, "a.jsonl, line 1 is a int and no row"),
+    "numbers": ({"a.jsonl": b"1\n2"}, "a.jsonl, line 1 is of type int, not a row"),
     "another encoding": ({"a.jsonl": LINES.replace("yes", "oui, cé").encode("latin-1")}, "line 1 is not UTF-8"),
     "too many fields": ({"a.csv": b"prompt,chosen\n1,2\n1,2,3"}, "a.csv, line 3 has 3 fields, and the header has 2"),
-    "a header alone": ({"a.csv": b"prompt,chosen\n"}, "a.csv has a header and no rows"),
-    "no Parquet": ({"a.parquet": PARQUET}, "a.parquet is no Parquet file"),
-    "no Arrow": ({"a.arrow": PARQUET}, "a.arrow is no Arrow file"),
+    "a header alone": ({"a.csv": b"prompt,chosen\n"}, "a.csv has a header but no rows"),
+    "no Parquet": ({"a.parquet": PARQUET}, "a.parquet is not a Parquet file"),
+    "no Arrow": ({"a.arrow": PARQUET}, "a.arrow is not an Arrow file"),
 }
 # Of a stream these show once it is read.
 FAULTS_OF_SEVERAL = {

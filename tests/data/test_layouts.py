@@ -63,7 +63,7 @@ def test_a_response_that_scores_nothing_is_refused():
 
 
 def test_scoring_the_first_token_of_a_sequence_is_refused():
-    with pytest.raises(ValueError, match="which nothing predicts"):
+    with pytest.raises(ValueError, match="which no position predicts"):
         PaddedCollator(PAD)([{**PAIR, "prompt_ids": []}])
 
 

@@ -177,7 +177,7 @@ REFUSED = {
     "a comparison of one with itself": ({**TWO, "winner": "A>A"}, "`winner` is 'A>A', which names neither"),
     "three responses with scores": (
         {"prompt": WHAT, "response_0": BLUE, "response_1": GREEN, "response_2": "Red.", "score_0": 3},
-        "three responses or more, one of them `response_2`: make a list of them",
+        "three or more responses, one of them `response_2`: convert the rows to lists",
     ),
     "a struct of text and more": (
         {**PAIR, "chosen": {"text": BLUE, "style": "brief"}},
@@ -238,7 +238,7 @@ def test_scores_against_a_verdict_are_counted(said):
 def test_a_scale_that_is_never_below_zero_is_said(said):
     rows = [{"prompt": WHAT, "response_1": BLUE, "response_2": GREEN, "overall_preference": n} for n in (1, 3)]
     prepare(*rows)
-    line = "is 1, 3 in the first 2 rows: above 0 it prefers `response_2`, and `response_1` only below 0"
+    line = "is 1, 3 in the first 2 rows: positive numbers prefer `response_2`, and only negative"
     assert line in said()[-1]
     prepare(*rows, {**rows[0], "overall_preference": -1})
     assert "in the first" not in said()[-1]
