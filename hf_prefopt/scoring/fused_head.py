@@ -1,15 +1,15 @@
 """The log-prob head on a GPU, for heads without gradients of their weight and without a soft-cap.
 
-On a GPU, a pass over the logits costs more than memory for their log-probs. Here each chunk makes 24 bytes of passes
-per logit with a gradient, and 16 without (`head.FrozenHeadLogps`: 40 and 32): the product in half precision, its copy
-in fp32, one kernel for the log-softmax, and one that reads log-probs and writes probabilities in half precision.
-`benchmarks/head_passes.py` counts them. Shapes: as in `head`.
+On a GPU, another pass over the logits costs more than the memory for their log-probs. Here the kernels of a chunk read
+and write 24 bytes per logit with a gradient, and 16 without; those of `head.FrozenHeadLogps` take 40 and 32. They are
+the matrix product in half precision, its copy in fp32, the log-softmax, and a kernel that reads log-probs and writes
+probabilities in half precision. `benchmarks/head_passes.py` counts these bytes. Shapes: as in `head`.
 """
 
 import torch
 from torch import Tensor
 
-# Of a chunk, per logit: the product and the probabilities in half precision, logits and log-probs in fp32.
+# Memory of a chunk per logit: the product and the probabilities in half precision, logits and log-probs in fp32.
 BYTES_PER_LOGIT = 12
 BUDGET = 512 * 2**20
 

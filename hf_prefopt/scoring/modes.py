@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 T = TypeVar("T")
 # These methods affect the forward only by setting `_disable_adapters`; other `enable_adapters` methods may do more.
 _SWITCHES = {cls.enable_adapters for cls in (BaseTunerLayer, AuxiliaryTrainingWrapper, ModulesToSaveWrapper)}
-# These methods affect the forward only by setting `_active_adapter`; that of `TrainableTokensWrapper` also sets it in
-# the wrapped layer.
+# These methods affect the forward only by setting `_active_adapter`; the method of `TrainableTokensWrapper` also sets
+# the attribute of the wrapped layer.
 _SETTERS = {
     cls.set_adapter for cls in (BaseTunerLayer, AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper)
 }
