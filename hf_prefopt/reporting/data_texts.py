@@ -66,6 +66,6 @@ def content_texts(summary: DataSummary, by_prompt: bool = False) -> list[str]:
 _LONGER = {
     "pairs": "the chosen response is longer in {} of pairs",
     "triples": "the chosen response is longer in {} of pairs",
-    "lists": "of two responses of a list the better one is longer in {} of cases",
+    "lists": "the better of two responses of a list is longer in {} of cases",
     "unpaired examples": "a desirable response is longer than an undesirable one in {} of cases",
 }

@@ -88,7 +88,7 @@ class RunningMeans:
 
 @dataclass(frozen=True)
 class OfRank:
-    """What one rank has recorded since the last log, on the CPU.
+    """The values that one rank has recorded since the last log, on the CPU.
 
     Attributes:
         sums, counts: Sum and number of the values of each metric.
@@ -191,7 +191,7 @@ class TrainingRecord:
         return found | responses.metrics(self._objective.kind)
 
     def _pop_own(self, has_other_problems: bool) -> OfRank:
-        """Return what this rank has recorded since the last call."""
+        """Return the values that this rank has recorded since the last call."""
         is_finite = {} if self._finite.is_finite is None else {"": self._finite.is_finite}
         flag, sums, counts, observed = copied(is_finite, *self._means.pop(), join(self._observed))
         self._observed.clear()

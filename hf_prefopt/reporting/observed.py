@@ -102,7 +102,7 @@ class Responses:
         return np.logical_and(self.chosen.any(1), self.rejected.any(1))
 
     def side(self, values: np.ndarray, which: np.ndarray) -> np.ndarray:
-        """Compute `[B]`, the mean of `values` over the responses in the mask `which`, both `[B, K]`; NaN if none is."""
+        """Compute `[B]`, the mean of `values` over the responses in the mask `which`; NaN if no response is in it."""
         number = which.sum(1)
         sums = np.where(which, values, 0.0).sum(1)
         return np.divide(sums, number, out=np.full(len(sums), np.nan), where=number > 0)

@@ -76,7 +76,8 @@ class Results:
         """Compare the trained model with each rule, in one sentence per rule.
 
         Two accuracies of the same examples are not independent, so the sentence counts only the examples where the
-        model and the rule disagree. The model is better if it is right in more than half of them, beyond the interval.
+        model and the rule disagree. The model is better if the interval of its accuracy on these examples is above one
+        half.
         """
         return [_verdict(rule, accuracy) for rule, accuracy in self.disagreements.items()]
 
@@ -173,7 +174,8 @@ def baselines(examples: list[dict[str, Any]]) -> dict[str, Accuracy]:
 def disagreements(examples: list[dict[str, Any]]) -> dict[str, Accuracy | None]:
     """Compute the model's accuracy on the examples where it disagrees with a rule, for each rule.
 
-    If only one of the two ties, the other one counts as right or wrong.
+    A tie is better than a wrong prediction and worse than a right one. The model counts as right on an example if its
+    prediction is better than the rule's.
     """
     prompts = [entry["prompt"] for entry in examples]
     model = correct(np.array([entry["margin"] for entry in examples], dtype=float))

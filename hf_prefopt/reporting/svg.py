@@ -53,7 +53,7 @@ def line_chart(drawn: Drawn) -> Markup:
     compared = [(value, label) for value, label in drawn.lines if axes.y_low <= value <= axes.y_high]
     parts += [_horizontal(axes, value) for value, _ in compared]
     parts += [_curve(axes, curve) for curve in drawn.curves]
-    # The name of the lowest of several lines is below it, because lines may be close together.
+    # If there are several lines, the lowest one has its name below it, because lines may be close together.
     lowest = min((value for value, _ in compared), default=0.0) if len(compared) > 1 else None
     parts += [_label(axes, value, label, below=value == lowest) for value, label in compared]
     parts += _bands(axes, drawn.curves)

@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 
 from hf_prefopt.batch import LoaderBatch
 
-# Dense bf16 peak in 10¹² FLOPs per second, keyed by part of the device name; the first match counts. From data sheets.
+# Dense bf16 peak in 10¹² FLOPs per second from data sheets, keyed by part of the device name; the first match counts.
 PEAK_TERAFLOPS = {
     "H100 NVL": 835,
     "H100 PCIe": 756,
