@@ -49,7 +49,7 @@ def sppo_hard_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.001) -> Ten
 
 
 def _distance_to_targets(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
-    """(r_w − 1/(2β))² + (r_l + 1/(2β))²."""
+    """Return (r_w − 1/(2β))² + (r_l + 1/(2β))²."""
     target = 1 / (2 * beta)
     return (chosen - target).square() + (rejected + target).square()
 

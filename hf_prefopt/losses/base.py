@@ -18,7 +18,7 @@ from torch import Tensor
 
 @dataclass
 class LossOutput:
-    """What a preference loss returns.
+    """The output of a preference loss.
 
     Attributes:
         losses: `[B]`, the loss of each example, differentiable.
@@ -39,12 +39,12 @@ class LossOutput:
 
     @property
     def chosen_rewards(self) -> Tensor:
-        """`[B]`, the implicit rewards of the chosen responses of pairs."""
+        """The implicit rewards of the chosen responses of pairs, `[B]`."""
         return self._reward_column(0)
 
     @property
     def rejected_rewards(self) -> Tensor:
-        """`[B]`, the implicit rewards of the rejected responses of pairs."""
+        """The implicit rewards of the rejected responses of pairs, `[B]`."""
         return self._reward_column(1)
 
     def rows(self, place: slice) -> "LossOutput":
@@ -59,7 +59,7 @@ class LossOutput:
 
 
 class UnsuitableExamples(ValueError):
-    """Examples of a data set that a loss cannot compare.
+    """Raised if a loss cannot compare some examples of a data set.
 
     Attributes:
         which: `[N]` bool, True for the examples that the loss cannot compare.

@@ -59,7 +59,7 @@ def dpo_loss(
 
 
 def reference_free_dpo_loss(chosen_logps: Tensor, rejected_logps: Tensor, beta: float = 0.1) -> LossOutput:
-    """ℓ(β(s_w − s_l)): DPO with a uniform reference, from sums `[B]` or masked token log-probs `[B, T]`.
+    """Compute ℓ(β(s_w − s_l)), DPO with a uniform reference, from sums `[B]` or masked token log-probs `[B, T]`.
 
     Raises:
         ValueError: the batch sizes differ, there are more than two dimensions, or beta is not above 0.

@@ -41,7 +41,7 @@ from hf_prefopt.losses.returned import check_returned
 
 @dataclass(frozen=True)
 class RunningState:
-    """Numbers that a loss keeps across the batches of a training run.
+    """The numbers that a loss keeps across the batches of a training run.
 
     Attributes:
         initial: the values before the first batch.

@@ -58,7 +58,7 @@ def f_prime(ratio: Tensor, divergence: str = "reverse_kl", alpha: float = 0.5) -
 
 @dataclass(frozen=True)
 class FDivergence(Modifier):
-    """Replaces every log-ratio r of a loss by f′; the loss must depend on log-probs only through log-ratios.
+    """A modifier that replaces each log-ratio r by f′; the loss must depend on log-probs only through log-ratios.
 
     A trial on synthetic numbers checks this, so that users' losses need no declaration: the loss must not change when
     policy and reference log-probs are shifted together. It must also not change when the log-probs of all responses to

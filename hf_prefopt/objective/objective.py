@@ -22,7 +22,7 @@ _WPO_INPUTS = ("policy_chosen_alignment", "policy_rejected_alignment")
 
 
 class Objective:
-    """Σ_k w_k · loss_k from one forward pass; every component is logged under its own name.
+    """The weighted sum Σ_k w_k · loss_k, from one forward pass; every component is logged under its own name.
 
     The implicit rewards are those of the first loss that has rewards. With `use_weighting`, each loss that has rewards
     is multiplied by the pair's WPO weight. With `use_weights`, the total of an example is multiplied by the example's
@@ -184,7 +184,7 @@ def _counts_tokens(name: str) -> bool:
 
 
 class ResponseStatistics:
-    """Statistics of the responses of a batch under one model. Each is computed on first access and then cached.
+    """The statistics of a batch's responses under one model, each computed on first access and then cached.
 
     Attributes:
         logps, alignment, entropy, normalized_entropy, kl, lengths: `[R]`, as in `ResponseScores`.

@@ -51,7 +51,7 @@ class TokenStep(ABC):
 
 @dataclass(frozen=True)
 class Humanline(TokenStep):
-    """Clamps each token's log-ratio to [low, high]: log π := log π_ref + clamp(log π − log π_ref).
+    """A step that clamps each token's log-ratio to [low, high]: log π := log π_ref + clamp(log π − log π_ref).
 
     The step follows the code of HALOs; the default bounds are −1 and 1.5 nats. A clamped token has no gradient. HALOs
     also copies the policy into the reference at every optimizer step; for this, use `sync_ref_model` with
@@ -82,7 +82,7 @@ class Humanline(TokenStep):
 
 @dataclass(frozen=True)
 class ColumnWeights(TokenStep):
-    """Multiplies each token by its weight from the columns `chosen_token_weights` and `rejected_token_weights`."""
+    """A step that weights each token by the columns `chosen_token_weights` and `rejected_token_weights`."""
 
     @property
     def setting(self) -> str:
@@ -97,9 +97,10 @@ class ColumnWeights(TokenStep):
 
 @dataclass(frozen=True)
 class LengthDesensitized(TokenStep):
-    """Weights tokens beyond the length of the pair's shorter response by α: 1 changes nothing, 0 removes these tokens.
+    """A step that weights tokens beyond the length of the pair's shorter response by α.
 
-    LD-DPO, 2409.06411. The length depends on the pair, so the weights of a response may differ between its pairs.
+    LD-DPO, 2409.06411. α = 1 changes nothing, and α = 0 removes these tokens. The length depends on the pair, so the
+    weights of a response may differ between its pairs.
 
     Attributes:
         alpha: α in [0, 1].
@@ -129,7 +130,7 @@ class LengthDesensitized(TokenStep):
 
 @dataclass(frozen=True)
 class TokenSums(Modifier):
-    """Replaces the plain sums by sums over the token log-probs that the steps have modified."""
+    """A modifier that replaces the plain sums by sums over the token log-probs that the steps have modified."""
 
     steps: Sequence[TokenStep]
 

@@ -18,7 +18,7 @@ COMMAND_LINE = "the command line"
 
 @dataclass(frozen=True)
 class Layer:
-    """Settings from one origin: a file, a script or the command line.
+    """The settings from one origin: a file, a script or the command line.
 
     Attributes:
         where: Name of the origin in messages. environment: Environment variables that a file sets.

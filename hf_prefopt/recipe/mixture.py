@@ -46,7 +46,7 @@ class Entry:
 
     @property
     def label(self) -> str:
-        """Name of the data set in messages."""
+        """The name of the data set in messages."""
         return self.path + "".join(f" {part}" for part in (self.name, self.split) if part not in (None, "train"))
 
 

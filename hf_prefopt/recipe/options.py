@@ -120,7 +120,7 @@ class ModelOptions:
 
 @dataclass
 class RunOptions:
-    """Options of the command `train` itself."""
+    """The options of the command `train` itself."""
 
     gsm8k_problems: int = field(
         default=0, metadata=_help("Solve N GSM8K problems (at most 200) at every evaluation; 0 for none.")

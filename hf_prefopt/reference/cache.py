@@ -25,7 +25,7 @@ DEFAULT_FOLDER = os.path.join(HF_HOME, "hf_prefopt", "reference_log_probs")
 
 
 class MissingLogProbs(LookupError):
-    """Log-probs are not in the cache, and the reference that would compute them has been freed."""
+    """Raised if log-probs are not in the cache, and the reference that would compute them has been freed."""
 
 
 class CachedReference:

@@ -181,7 +181,7 @@ def _shares(batches: list[np.ndarray], accelerator: Accelerator) -> Iterator[tup
 
 
 class CacheFiller:
-    """Compute the missing log-probs of datasets, each dataset once.
+    """An object that computes the missing log-probs of datasets, each dataset once.
 
     Args:
         reference: Cache that wraps the live reference model.

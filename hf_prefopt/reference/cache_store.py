@@ -53,7 +53,7 @@ class Shard(NamedTuple):
 
 
 class DamagedShard(ValueError):
-    """A shard whose content does not match its name."""
+    """Raised for a shard that cannot be used, for example because its content does not match its name."""
 
 
 def write_shard(folder: Path, entries: Mapping[bytes, Tensor]) -> Path:

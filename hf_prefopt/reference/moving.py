@@ -21,7 +21,7 @@ FILE = "moving_reference.safetensors"
 
 @dataclass
 class MovingReference:
-    """Moves the frozen copies of a reference, and saves them in checkpoints.
+    """A reference whose frozen copies move toward the policy, and are saved in checkpoints.
 
     Every process updates its own copies with its own parameters, sharded or not.
 

@@ -10,7 +10,7 @@ from hf_prefopt.batch import PreferenceBatch, ResponseScores
 
 
 class RememberedScores:
-    """Token log-probs of the batches of evaluation data sets, on the CPU: four bytes per scored token.
+    """The reference's token log-probs for the batches of evaluation data sets, on the CPU: four bytes per scored token.
 
     A batch is identified by its data set, its rows and its tokens, because in concatenated data sets several rows can
     have the same number. Call `forget` after changing the reference.

@@ -50,7 +50,7 @@ class Inspection:
 
     @property
     def rows_given(self) -> int:
-        """Number of rows that were read."""
+        """The number of rows that were read."""
         return self.counts.get("rows", self.summary.rows)
 
 

@@ -59,7 +59,7 @@ def metric_names(objective: Objective) -> list[str]:
 
 
 class RunningMeans:
-    """Sums and counts over all examples since the last call of `pop`, accumulated on the device of the tensors.
+    """The sums and counts over all examples since the last call of `pop`, accumulated on the device of the tensors.
 
     No method waits for the device.
     """
@@ -145,7 +145,7 @@ class TrainingRecord:
 
     @property
     def is_full(self) -> bool:
-        """True if a call of `check` is due even if nothing is logged."""
+        """Whether a call of `check` is due even if nothing is logged."""
         return self._finite.is_full
 
     def add(self, step: int, rows: Tensor, inputs: dict[str, Tensor], output: LossOutput) -> None:

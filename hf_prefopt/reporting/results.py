@@ -52,7 +52,7 @@ SHOWN = (
 
 @dataclass(frozen=True)
 class Results:
-    """Evaluation results before and after training.
+    """The evaluation results before and after training.
 
     Attributes:
         before, after: Metrics without their prefix; `None` without such an evaluation.
@@ -83,7 +83,7 @@ class Results:
 
     @property
     def columns(self) -> list[tuple[str, Mapping[str, float]]]:
-        """Name and metrics of each available evaluation."""
+        """The name and the metrics of each available evaluation."""
         both = (("before", self.before), (self.last, self.after))
         return [(name, metrics) for name, metrics in both if metrics is not None]
 
@@ -104,7 +104,7 @@ class Results:
 
     @property
     def _measured(self) -> str:
-        """Metric in `accuracies`: the accuracy of the loss's rewards or, if the loss has no rewards, of log-ratios."""
+        """The metric in `accuracies`: the accuracy of the loss's rewards or, without rewards, of log-ratios."""
         names = ("rewards/accuracies", "log_ratios/accuracies")
         return next((name for name in names if name in (self.after or {})), "")
 

@@ -49,22 +49,22 @@ class ShownText:
 
     @property
     def tokens(self) -> int:
-        """Number of tokens, without truncated ones."""
+        """The number of tokens, without truncated tokens."""
         return sum(piece.tokens for piece in self.pieces if piece.state != "cut")
 
     @property
     def scored(self) -> int:
-        """Number of scored tokens."""
+        """The number of scored tokens."""
         return sum(piece.tokens for piece in self.pieces if piece.state == "scored")
 
     @property
     def cut(self) -> int:
-        """Number of truncated tokens."""
+        """The number of truncated tokens."""
         return sum(piece.tokens for piece in self.pieces if piece.state == "cut")
 
     @property
     def counts(self) -> list[str]:
-        """Descriptions of the token counts (all, scored, cut), and `about`."""
+        """The descriptions of the token counts (all, scored, cut), and `about`."""
         counts = [plural(self.tokens, "token")] + [f"{self.scored:,} scored"] * (self.name != "prompt")
         return counts + [f"{self.cut:,} cut"] * bool(self.cut) + [self.about] * bool(self.about)
 

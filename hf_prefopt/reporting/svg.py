@@ -16,7 +16,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 14, 30
 
 
 class Axes:
-    """Maps values to positions in the chart, in SVG units."""
+    """The axes of a chart, which map values to positions in SVG units."""
 
     def __init__(self, xs: Iterable[float], ys: Iterable[float]):
         self.x_low, self.x_high = _bounds(xs)

@@ -32,7 +32,7 @@ PEAK_TERAFLOPS = {
 
 
 class Throughput(TrainerCallback):
-    """Counts tokens and positions between two training logs.
+    """A callback that counts tokens and positions between two training logs.
 
     Args:
         flops_per_position: Function that returns the model FLOPs per position (see `flops_per_position`). It is called

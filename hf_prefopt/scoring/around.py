@@ -42,7 +42,7 @@ class UnsupportedLayer(RuntimeError):
 
 @dataclass(frozen=True)
 class Rows:
-    """Indices that convert between the padded sequences and the packed row of a batch.
+    """The indices that convert between the padded sequences and the packed row of a batch.
 
     Attributes:
         places: `[T]` int64, index of each token of the packed row in the flattened padded sequences.

@@ -53,7 +53,7 @@ _SHORT = 8
 
 @dataclass(frozen=True)
 class Reason:
-    """Why a layout is not exact for a model.
+    """The reason why a layout is not exact for a model.
 
     Attributes:
         words: The reason as text.
@@ -272,7 +272,7 @@ def _probe(candidate: _Candidate, model: nn.Module, compute_dtype: torch.dtype |
 
 @contextmanager
 def _short_windows(model: nn.Module) -> Iterator[None]:
-    """Context in which attention windows and chunks, in configs and modules, have at most `_SHORT` tokens.
+    """Limit attention windows and chunks, in configs and modules, to `_SHORT` tokens within this context.
 
     The probe's sequences can then be short and still be longer than two windows. A layout that ignores a window makes
     most tokens wrongly visible, so the probe detects it.

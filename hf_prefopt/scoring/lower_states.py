@@ -62,7 +62,7 @@ class LowerStates:
 
     @property
     def fits(self) -> bool:
-        """True if nothing is recorded yet, or the current autocast dtype is the dtype of the recording."""
+        """Whether nothing is recorded yet, or the current autocast dtype is the dtype of the recording."""
         return self.hidden is None or self.autocast == _autocast(self.hidden)
 
     def given(self, index: int, hidden: Tensor) -> Any:

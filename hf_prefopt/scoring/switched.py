@@ -35,7 +35,7 @@ _OF_MIXERS = {
 
 
 class Switched:
-    """Base class of all classes that replace a module's class; see `switch`.
+    """The base class of all classes that replace a module's class; see `switch`.
 
     Attributes:
         plain: The module's original class.

@@ -8,7 +8,7 @@ from hf_prefopt.serving.token_logps import TokenLogps
 
 
 class Agreement(NamedTuple):
-    """Differences between the merged model and the trained model (base with adapter) over the scored tokens of rows.
+    """The differences between the merged and the trained model (base with adapter) over the scored tokens of rows.
 
     Attributes:
         tokens: Number of compared tokens.

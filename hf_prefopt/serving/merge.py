@@ -104,7 +104,7 @@ def merge_adapter(
 
 @contextmanager
 def _replacing(folder: Path) -> Iterator[Path]:
-    """Context with a temporary folder, which becomes `folder` at the end; it is removed if an error is raised."""
+    """Yield a temporary folder, which is renamed to `folder` on exit, or removed if an error is raised."""
     partial = folder.with_name(f"{folder.name}.partial")
     try:
         yield partial

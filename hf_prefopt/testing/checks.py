@@ -81,7 +81,7 @@ def check_gradients(name: str, **params: Any) -> None:
 
 
 class DetachedValues:
-    """Records the results of `detach` in the first call and returns them again in later calls."""
+    """A record of the results of `detach` in a first call, which later calls get again."""
 
     def __init__(self):
         self._values: list[Tensor] | None = None

@@ -27,7 +27,7 @@ _SMOOTHING = "ε of the losses that support label smoothing. Values other than 0
 
 @dataclass
 class TRLConfig(PreferenceConfig):
-    """Base class of TRL's configurations: fields in addition to those of `PreferenceConfig`, and other defaults."""
+    """The base class of TRL's configurations: `PreferenceConfig` with additional fields and other defaults."""
 
     # The hyperparameters of losses that are fields in TRL.
     HYPERPARAMETERS: ClassVar[tuple[str, ...]] = ()
@@ -102,7 +102,7 @@ class OneLossConfig(TRLConfig):
 
 
 class _PerToken:
-    """Logs log-probs per token for losses that average over tokens, as TRL's experimental trainers do."""
+    """A mixin that logs log-probs per token for losses that average over tokens, as TRL's experimental trainers do."""
 
     def as_logged(self, objective: Objective) -> AsLogged:
         """See `TRLConfig.as_logged`."""
@@ -112,7 +112,7 @@ class _PerToken:
 @documented({"loss_type": "TRL's fields"})
 @dataclass
 class DPOConfig(TRLConfig):
-    """TRL's `DPOConfig`: the fields of `PreferenceConfig` with TRL's defaults, and the following.
+    """TRL's `DPOConfig`: the fields of `PreferenceConfig` with TRL's defaults, and the following fields.
 
     Raises:
         ValueError: at construction; the message names the field and its value, and says what to do.
@@ -158,7 +158,7 @@ class DPOConfig(TRLConfig):
 @documented({"loss_type": "TRL's fields"})
 @dataclass
 class KTOConfig(OneLossConfig):
-    """TRL's `KTOConfig`: the fields of `PreferenceConfig` with TRL's defaults, and the following.
+    """TRL's `KTOConfig`: the fields of `PreferenceConfig` with TRL's defaults, and the following fields.
 
     Raises:
         ValueError: at construction; the message names the field and its value, and says what to do.
@@ -187,8 +187,9 @@ class KTOConfig(OneLossConfig):
 @documented({"loss_type": "TRL's fields"})
 @dataclass
 class CPOConfig(_PerToken, OneLossConfig):
-    """TRL's `CPOConfig`, for CPO, SimPO and AlphaPO: the fields of `PreferenceConfig` with TRL's defaults, and the
-    following.
+    """TRL's `CPOConfig`, for CPO, SimPO and AlphaPO.
+
+    It has the fields of `PreferenceConfig` with TRL's defaults, and the following fields.
 
     Raises:
         ValueError: at construction; the message names the field and its value, and says what to do.
@@ -210,7 +211,7 @@ class CPOConfig(_PerToken, OneLossConfig):
 @documented({"loss_type": "TRL's fields"})
 @dataclass
 class ORPOConfig(_PerToken, OneLossConfig):
-    """TRL's `ORPOConfig`: the fields of `PreferenceConfig` with TRL's defaults, and the following.
+    """TRL's `ORPOConfig`: the fields of `PreferenceConfig` with TRL's defaults, and the following fields.
 
     Raises:
         ValueError: at construction; the message names the field and its value, and says what to do.
@@ -231,7 +232,7 @@ class ORPOConfig(_PerToken, OneLossConfig):
 @documented({"loss_type": "TRL's fields"})
 @dataclass
 class TPOConfig(_PerToken, OneLossConfig):
-    """TRL's `TPOConfig`: the fields of `PreferenceConfig` with TRL's defaults, and the following.
+    """TRL's `TPOConfig`: the fields of `PreferenceConfig` with TRL's defaults, and the following fields.
 
     Raises:
         ValueError: at construction; the message names the field and its value, and says what to do.

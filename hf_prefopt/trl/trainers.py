@@ -18,7 +18,7 @@ _CONCATENATED = ("model", "args", *_DATA, "model_init", "callbacks", "optimizers
 
 
 class TRLTrainer(PreferenceTrainer):
-    """Base class of TRL's trainers.
+    """The base class of TRL's trainers.
 
     Attributes:
         config_class: the class of the trainer's configuration.
