@@ -79,7 +79,7 @@ def beta_dpo_loss(
     state: State | None = None,
     training: bool = True,
 ) -> LossOutput:
-    """ℓ(β_b h) of the kept pairs, β_b = sg max(10⁻³, β(1 + a(mean_kept h − μ))): β adapts to the batch.
+    """ℓ(β_b h) of the kept pairs, β_b = sg max(10⁻³, β(1 + a(h̄_kept − μ))): β adapts to the batch.
 
     β-DPO increases β for batches with large margins, because such pairs are less informative, and leaves out outliers.
     Of B pairs, β-DPO keeps int(B(1 − ρ)), and at least one. The kept pairs are drawn without replacement, with weights

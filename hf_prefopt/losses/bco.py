@@ -49,7 +49,7 @@ def bco_loss(
     average. The implicit reward is βr.
 
     If desirable and undesirable examples have different prompts, the paper weights the undesirable examples by the
-    similarity of their prompts to those of the desirable ones (underlying distribution matching).
+    similarity of their prompts to the prompts of the desirable examples (underlying distribution matching).
     `distribution_matching_weights` in `data.bco_weights` computes the column `weight` for this from prompt embeddings,
     before training.
 

@@ -28,8 +28,8 @@ def plackett_luce_loss(
 ) -> LossOutput:
     """−Σ_k [βr_k − logsumexp(βr_k, {βr_j of a worse rank})]: the NLL of the ranking under a Plackett–Luce model.
 
-    DPO's general form, appendix A.3; for lists of two it is DPO. Each response is chosen among itself and all worse
-    ones, so responses with equal ranks, which the paper does not consider, are not compared.
+    DPO's general form, appendix A.3; for lists of two it is DPO. The model chooses each response among itself and all
+    worse responses. Responses with equal ranks, which the paper does not consider, are therefore not compared.
 
     Use it on fully ranked lists of three or more responses.
 

@@ -32,8 +32,8 @@ def cpo_loss(
 ) -> LossOutput:
     """ℓ(β(s_w − s_l)) + α·NLL(y_w): a contrastive loss without a reference, plus the NLL of the chosen response.
 
-    Contrastive preference optimization, eq. 5. For its hinge, IPO and SimPO forms, use those losses with
-    `reference_free=True` (SimPO has no reference) and `sft_weight` as α.
+    Contrastive preference optimization, eq. 5. For CPO with another preference loss, use `hinge` or `ipo` with
+    `reference_free=True`, or `simpo`, and set `sft_weight` to α.
 
     Use it if a reference model does not fit into memory, and the chosen responses are good enough to imitate.
 

@@ -45,9 +45,8 @@ class RunningState:
 
     Attributes:
         initial: the values before the first batch.
-        update: `(state, **the loss's inputs and hyperparameters) -> new state`, tensors `[]` without gradients.
-            `update` is called once per optimizer step, on the global batch, before the loss is computed, and never in
-            evaluation.
+        update: `(state, **inputs, **hyperparameters) -> new state`, with scalar tensors without gradients. `update` is
+            called once per optimizer step, on the global batch, before the loss is computed, and never in evaluation.
     """
 
     initial: Mapping[str, float]

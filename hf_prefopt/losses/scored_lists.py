@@ -85,7 +85,7 @@ def exo_rw_loss(
     beta: float = 1.0,
     tau: float = 1.0,
 ) -> LossOutput:
-    """KL(softmax(βr) ‖ softmax(R/τ)): the reverse KL of the policy's softmax to that of the scores.
+    """KL(softmax(βr) ‖ softmax(R/τ)): the reverse KL from the policy's softmax to the softmax of the scores.
 
     Efficient exact optimization with rewards.
 
@@ -154,7 +154,7 @@ def _discounts_apart(rewards: Tensor) -> Tensor:
     """Return `[B, K, K]`: the mean of |1/log(1+τ_i) − 1/log(1+τ_j)| over all rankings τ by reward, largest first.
 
     n equal rewards share n ranks. Over all rankings, each of these rewards has each of the n ranks equally often, and
-    each two of them have each pair of ranks equally often.
+    each two rewards have each pair of ranks equally often.
     """
     place = torch.arange(1, rewards.shape[1] + 1, device=rewards.device, dtype=rewards.dtype)
     discounts = 1 / torch.log1p(place)

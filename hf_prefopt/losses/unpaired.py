@@ -33,7 +33,8 @@ def apo_zero_unpaired_loss(
     The two terms of anchored preference optimization, APO-zero (eq. 7): KTO with its baseline at 0. The implicit reward
     is βr.
 
-    Use it on labeled responses that are better (desirable) or worse than the model's own. It needs no batch statistics.
+    Use it on labeled responses that are better (desirable) or worse than the model's own. The loss needs no batch
+    statistics.
 
     Args:
         policy_logps, ref_logps: `[B]`, summed, nats. labels: `[B]` bool.
@@ -94,7 +95,7 @@ def qrpo_loss(
     """(Q − β log Z − βr)², Z = β(e^(1/β) − 1): the target of each reward is its value under the optimal policy.
 
     Quantile Reward Policy Optimization, with Z from eq. 11. Q is the share of the reference's own responses to the
-    prompt whose reward is not above this response's. Q is uniform under the reference, so Z is known. The authors' code
+    prompt that have at most this response's reward. Q is uniform under the reference, so Z is known. The authors' code
     uses βe^(1/β) for Z. The exact Z used here changes the target by at least 1e-3 if β ≥ 0.2. The implicit reward is
     βr. With `length_normalize=True`, β/|y| replaces β, also in Z, as the authors did for Apertus with β from 1 to 10.
 

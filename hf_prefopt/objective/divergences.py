@@ -61,10 +61,10 @@ class FDivergence(Modifier):
     """A modifier that replaces each log-ratio r by f′; the loss must depend on log-probs only through log-ratios.
 
     A trial on synthetic numbers checks this, so that users' losses need no declaration: the loss must not change when
-    policy and reference log-probs are shifted together. It must also not change when the log-probs of all responses to
-    a prompt are shifted equally, in sums or per token. The reason is that the reward equals f′ up to the divergence's
-    normalizer, a constant for each prompt, which cancels only in differences between responses. Losses that judge each
-    response on its own are therefore rejected, as in TRL.
+    policy and reference log-probs are shifted together. The loss must also not change when the log-probs of all
+    responses to a prompt are shifted equally, in sums or per token. The reason is that the reward equals f′ up to the
+    divergence's normalizer, a constant for each prompt, which cancels only in differences between responses. Losses
+    that judge each response on its own are therefore rejected, as in TRL.
     """
 
     divergence: str

@@ -88,7 +88,7 @@ def read_shard(path: Path) -> Shard:
 
     Raises:
         DamagedShard: the file is not a shard, its content does not match its name, or its format is different.
-        OSError: the file cannot be read, which says nothing about its content.
+        OSError: the file cannot be read; its content may still be valid.
     """
     try:
         with safe_open(path, "pt") as file:

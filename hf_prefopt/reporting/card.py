@@ -1,6 +1,7 @@
 """The model card, which describes the model, the data, the loss, the reference, and the results.
 
-The card is built from plain values, so the trainer, a script or a test can create one. The caller saves or pushes it.
+The card is built from plain values, so the trainer, a script or a test can create one. The caller saves or pushes the
+card.
 """
 
 import html

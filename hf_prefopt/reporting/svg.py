@@ -1,4 +1,4 @@
-"""Charts as inline SVG without scripts. The `title` of a mark contains its values, which browsers show on hover.
+"""Charts as inline SVG without scripts. The `title` of a mark contains its values. Browsers show the title on hover.
 
 Colors are CSS classes (`c0`, `c1`, …), so a page can define them for light and dark mode.
 """

@@ -34,7 +34,7 @@ class LogitTransform:
     Attributes:
         scale: Factor (Cohere's `logit_scale`, or the inverse of Granite's `logits_scaling`).
         softcap: Cap (Gemma-2's `final_logit_softcapping`); `None` for no cap.
-        temperature: Divisor of the result.
+        temperature: Divisor of the scaled and capped logits.
     """
 
     scale: float = 1.0

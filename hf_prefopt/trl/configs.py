@@ -250,7 +250,7 @@ class TPOConfig(_PerToken, OneLossConfig):
 
 
 def _multiple(value: int | str | None) -> int | None:
-    """Return the multiple for padded lengths. "auto" and "none" mean none, as in TRL except on AWS Trainium."""
+    """Parse `pad_to_multiple_of`. "auto" and "none" mean no padding, as in TRL except on AWS Trainium."""
     if not isinstance(value, str):
         return value
     return None if value.lower() in ("auto", "none", "null") else int(value)

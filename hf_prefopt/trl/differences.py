@@ -14,7 +14,7 @@ class Difference:
     """A loss that differs from TRL's.
 
     Attributes:
-        what: what TRL does, and what this package does.
+        what: a description of TRL's behavior and of this package's behavior.
         method: the trainer's name without "Trainer". settings: the settings, with TRL's names.
         rows: the name of the test rows.
         theirs, ours: the loss of one batch, or the name of the error.
