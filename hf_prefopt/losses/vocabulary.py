@@ -100,7 +100,7 @@ def mallows_dpo_loss(
     log V, averaged over the two responses. The implicit reward is −c log(H)·βr. See `mallows_dpo_per_token` for the
     form that the authors ran.
 
-    Use it if some prompts have one right answer and others have many: the former then count more.
+    Use it if some prompts have one right answer and others have many: prompts with one right answer then count more.
 
     Args:
         policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps: `[B]`, summed, nats.

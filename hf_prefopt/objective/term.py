@@ -38,7 +38,7 @@ class Modifier(ABC):
 
     @abstractmethod
     def reads(self, names: Names) -> Names:
-        """Return the names of the inputs that a batch must provide so that the modifier can compute the inputs `names`."""
+        """Return the names of the inputs that a batch must provide for the modified inputs `names`."""
 
     @abstractmethod
     def __call__(self, inputs: Inputs, names: Names) -> Inputs:

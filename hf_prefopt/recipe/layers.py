@@ -1,6 +1,6 @@
 """Merging of the settings from several files and the command line. Later layers override earlier layers.
 
-Some settings depend on another setting and are dropped together with it:
+Some settings depend on another setting and are dropped when that setting changes:
 
 - Hyperparameters belong to their loss. If a later layer selects another loss, they are dropped.
 - Limits such as `train_rows` belong to the data shipped with the package. If a later layer selects other data, they are
