@@ -103,7 +103,7 @@ def reported(run: Callable[[], int], with_traceback: bool, options: Collection[s
 
 def message_of(error: BaseException) -> str:
     """Return the message to print for an error."""
-    import torch  # here, because commands that do not need it start in a tenth of the time without it
+    import torch  # not at the top, because commands start ten times faster without PyTorch
 
     text = str(error).strip() or type(error).__name__
     if isinstance(error, torch.OutOfMemoryError):

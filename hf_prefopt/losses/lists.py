@@ -1,4 +1,4 @@
-"""Losses of ranked lists: Plackett–Luce, softmax DPO, and RRHF, which need only the order of the responses.
+"""Losses that need only the order of a list's responses: Plackett–Luce, softmax DPO, and RRHF.
 
 Tensors are `[B, K]`; entries where `list_mask` is False are padding and are ignored. r is the log-ratio of policy to
 reference, summed over a response (nats). Smaller ranks are better. Responses with equal ranks are equally good: none is
@@ -28,8 +28,9 @@ def plackett_luce_loss(
 ) -> LossOutput:
     """−Σ_k [βr_k − logsumexp(βr_k, {βr_j of a worse rank})]: the NLL of the ranking under a Plackett–Luce model.
 
-    DPO's general form, appendix A.3; for lists of two it is DPO. The model chooses each response among itself and all
-    worse responses. Responses with equal ranks, which the paper does not consider, are therefore not compared.
+    DPO's general form, appendix A.3; for lists of two it is DPO. In this model, each response is chosen from the set of
+    itself and all worse responses. Responses with equal ranks, which the paper does not consider, are therefore not
+    compared.
 
     Use it on fully ranked lists of three or more responses.
 

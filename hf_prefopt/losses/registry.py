@@ -65,7 +65,7 @@ class LossSpec:
         is_average_loss: the log-probs are averaged over tokens, so the scale of beta differs from DPO's.
         computes_reward_metrics: the loss has implicit rewards.
         needs_global_batch: the loss of an example depends on the other examples of the global batch.
-        has_own_divergence: the loss is built on its own divergence from the reference, which cannot be replaced.
+        has_own_divergence: the loss contains its own divergence from the reference, so no other divergence can be used.
         state: the numbers that the loss keeps across batches; the loss gets them as the argument `state`.
         is_one_value: the loss is one value for the global batch, so the losses of examples cannot be weighted.
         check_data: checks the examples of a whole data set before training. Its parameters are hyperparameters and

@@ -28,7 +28,7 @@ class NamedLoss(Protocol):
 
 
 def check_returned(spec: NamedLoss, output: LossOutput, given: Mapping[str, Tensor]) -> None:
-    """Raise an error for an output whose mean would not be the loss of the examples.
+    """Check that a loss has returned one number per example, so that the mean is the loss of the examples.
 
     Args:
         spec: the loss.

@@ -34,7 +34,7 @@ def sampo_loss(
     after resuming, and differs between epochs. The authors' code draws a new subset whenever it sees the pair. All
     evaluations use the subsets of the first epoch.
 
-    Use it if DPO makes responses longer, and you want to keep the scale of the rewards, which `dpo_norm` changes.
+    Use it if DPO makes responses longer, and the scale of the rewards must not change (as it does with `dpo_norm`).
 
     Args:
         policy_chosen_token_logps, policy_rejected_token_logps, ref_chosen_token_logps, ref_rejected_token_logps:

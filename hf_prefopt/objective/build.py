@@ -33,7 +33,7 @@ def build_objective(
         loss_params: hyperparameters, flat for one loss (`{"gamma": 0.5}`), keyed by loss for several (`{"simpo":
             {"gamma": 0.5}}`).
         shared_params: hyperparameters for all losses that have them (`beta`, `label_smoothing`).
-        sft_weight: the weight of the NLL of the chosen response, which is added to the losses; 0 adds nothing.
+        sft_weight: the weight of an additional loss, the NLL of the chosen response; 0 adds nothing.
         use_weighting: multiplies the losses of each pair by the pair's WPO weight.
         reference_free: removes the reference from the losses that support this.
         kind: the kind of examples in the data; by default the first kind that all losses can compare.

@@ -37,9 +37,9 @@ ALIASES = {"js": "js_divergence", "alpha": "alpha_divergence"}
 def f_prime(ratio: Tensor, divergence: str = "reverse_kl", alpha: float = 0.5) -> Tensor:
     """Return f′(π/π_ref), computed from r = log(π/π_ref). With an f-divergence, a loss gets f′ instead of r.
 
-    reverse_kl r; forward_kl 1 − e^{−r}; js_divergence log 2 + log σ(r); alpha_divergence (e^{(α−1)r} − 1)/(α − 1),
-    which is forward_kl at α = 0 and reverse_kl at α = 1. Above an exponent of 20, exponentials are replaced by their
-    tangents.
+    f′ is r for reverse_kl, 1 − e^{−r} for forward_kl, log 2 + log σ(r) for js_divergence, and (e^{(α−1)r} − 1)/(α − 1)
+    for alpha_divergence. The last is forward_kl at α = 0 and reverse_kl at α = 1. Above an exponent of 20, exponentials
+    are replaced by their tangents.
 
     Args:
         ratio: r, any shape, nats.

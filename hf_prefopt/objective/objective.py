@@ -115,7 +115,7 @@ class Objective:
         return inputs
 
     def __call__(self, inputs: dict[str, Tensor], training: bool = True) -> LossOutput:
-        """Return the weighted sum of the losses. `inputs`: the result of `read`. `training`: False in evaluation."""
+        """Return the weighted sum of the losses. `inputs`: see `loss_inputs`. `training`: False in evaluation."""
         outputs = {term.spec.name: self._weighted(term, inputs, training) for term in self.terms}
         parts = (term.weight * output.losses for term, output in zip(self.terms, outputs.values(), strict=True))
         total = functools.reduce(torch.add, parts)

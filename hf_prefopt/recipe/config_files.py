@@ -36,7 +36,7 @@ def read_layers(given: list[str], options: Mapping[str, Action]) -> list[Layer]:
     because the files before them replace the base.
 
     Args:
-        options: Option of each setting, which defines how a value is parsed.
+        options: Options, keyed by setting; an option defines how a value is parsed.
 
     Raises:
         ValueError: If a file is missing or is not a mapping, or has an unknown key, a duplicate key or a value of the

@@ -39,7 +39,7 @@ def warn_of_another_reference(before: Sequence[float], now: Sequence[float], mod
         model: a model with the reference's dtypes.
     """
     if len(before) != len(now):
-        return  # the checkpoint is of another model, so loading it fails
+        return  # the checkpoint belongs to another model
     old, new = torch.tensor(before), torch.tensor(now)
     apart = float((old - new).abs().max())
     rounding = relative_rounding(model) * float((old.abs() + old.abs().mean()).max())

@@ -86,8 +86,8 @@ class _OfLayer:
         hidden: Name of the first parameter of the layer's forward.
         is_last: True for the last layer.
         rows: Indices of the current batch.
-        pairs: Padded sequences, each with the packed row from which they were unpacked, so that they need not be packed
-            again: the inputs of the mixer, and the last output of a projection.
+        pairs: Padded tensors, each with the packed row from which it was unpacked, so that it need not be packed again.
+            They are the inputs of the mixer and the last output of a projection.
     """
 
     body: _OfBody

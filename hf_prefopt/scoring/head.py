@@ -231,7 +231,7 @@ def _outputs(hidden: Tensor, statistics: tuple[str, ...]) -> list[Tensor]:
 
 
 def _buffer(hidden: Tensor, weight: Tensor, chunk_rows: int) -> Tensor:
-    """Allocate one buffer for the logits of all chunks; on a CPU, new memory would cause a page fault per page."""
+    """Allocate one buffer for the logits of all chunks, because new memory for each chunk would be slow on a CPU."""
     return hidden.new_empty(min(chunk_rows, len(hidden)), len(weight))
 
 

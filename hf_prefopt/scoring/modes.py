@@ -1,8 +1,8 @@
 """A cached list of a model's modules, and contexts for a forward pass: evaluation mode, adapters off, no adapter casts.
 
 The contexts are used in every step. Iterating over the modules of a model with 24 layers (2,000 modules under LoRA)
-takes longer than launching the kernels of several layers. Therefore a `ModuleTree` caches the list and compares it with
-the model before each use, which takes a fifth of the time.
+takes longer than launching the kernels of several layers. Therefore a `ModuleTree` caches the list, and compares the
+list with the model before each use. The comparison takes a fifth of the time.
 """
 
 from collections.abc import Callable, Iterator
@@ -239,8 +239,8 @@ def adapter_casts_off(tree: ModuleTree, autocast: bool) -> Iterator[None]:
     """Within this context, adapters do not cast their inputs if autocast casts them anyway; results do not change.
 
     PEFT casts the input of each adapter to the adapter's dtype, fp32, and keeps the result for the backward pass;
-    autocast then casts it back. Use the context around forward and backward pass, because checkpointing runs parts of
-    the forward pass in the backward pass.
+    autocast then casts the input back. Use the context around forward and backward pass, because checkpointing runs
+    parts of the forward pass in the backward pass.
     """
     layers = tree.derived(_adapter_layers) if autocast else []
     states = [layer.__dict__ for layer in layers if getattr(layer, "cast_input_dtype_enabled", False)]

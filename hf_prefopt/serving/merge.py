@@ -53,10 +53,10 @@ def merge_adapter(
 ) -> MergedModel:
     """Merge an adapter into its base model, save the result, reload it and compare its log-probs.
 
-    The saved model has the class that the base checkpoint names and all tensors of the checkpoint, including tensors
-    that the class does not load. The tokenizer or processor, the chat template and the generation config are saved as
-    well. Embeddings and head stay tied only if their merged weights are equal. `hf_prefopt.serving.agreement` defines
-    the tolerance of the comparison.
+    The saved model has the class that the base checkpoint names. It has all tensors of the checkpoint, including
+    tensors that the class does not load. The tokenizer or processor, the chat template and the generation config are
+    saved as well. Embeddings and head stay tied only if their merged weights are equal. `hf_prefopt.serving.agreement`
+    defines the tolerance of the comparison.
 
     Args:
         run: Folder or Hub name of an adapter.

@@ -14,7 +14,7 @@ from hf_prefopt.trainer import PreferenceTrainer
 def keep_rows_of(trainer: PreferenceTrainer) -> None:
     """Save eight rows in the run's folder, for the check of `hf_prefopt merge`.
 
-    The check compares the merged model with the trained model on these rows. They are not pushed to the Hub.
+    The check compares the merged model with the trained model on these rows. The rows are not pushed to the Hub.
     """
     if trainer.is_world_process_zero():
         model = trainer.accelerator.unwrap_model(trainer.model)
