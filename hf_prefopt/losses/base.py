@@ -79,7 +79,7 @@ def check_same_shape(**tensors: Tensor | None) -> None:
     """Check that all given tensors are vectors `[B]` of the same length.
 
     Raises:
-        ValueError: names the tensors that disagree, with their shapes.
+        ValueError: the shapes are wrong; the message names the tensors and their shapes.
     """
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     shapes = {name: tuple(tensor.shape) for name, tensor in given.items()}
@@ -92,7 +92,7 @@ def check_lists(**tensors: Tensor | None) -> None:
     """Check that all given tensors are matrices `[B, K]` of the same shape.
 
     Raises:
-        ValueError: names the tensors that disagree, with their shapes.
+        ValueError: the shapes are wrong; the message names the tensors and their shapes.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items() if tensor is not None}
     if len(set(shapes.values())) > 1 or any(len(shape) != 2 for shape in shapes.values()):
@@ -104,7 +104,7 @@ def check_tokens(tokens: dict[str, Tensor], vectors: dict[str, Tensor]) -> None:
     """Check that the tensors in `tokens` are matrices `[B, T]` of the same shape, and those in `vectors` are `[B]`.
 
     Raises:
-        ValueError: names the tensors that disagree, with their shapes.
+        ValueError: the shapes are wrong; the message names the tensors and their shapes.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in (tokens | vectors).items()}
     first = next(iter(tokens.values())).shape
@@ -126,7 +126,7 @@ def check_range(
     """Check that `low <= value < high`; `open_low` excludes `low`, and `closed_high` includes `high`.
 
     Raises:
-        ValueError: names the parameter, its value and the range.
+        ValueError: the value is outside; the message names the parameter, the value and the range.
     """
     above = value > low if open_low else value >= low
     below = value <= high if closed_high else value < high
@@ -140,7 +140,7 @@ def check_positive(**values: float) -> None:
     """Check that every named value is finite and above zero.
 
     Raises:
-        ValueError: names the first value that is not.
+        ValueError: a value is not; the message names the first such value.
     """
     for name, value in values.items():
         check_range(name, value, 0.0, open_low=True)

@@ -238,7 +238,7 @@ def _definition(function: Callable) -> tuple[str, str] | None:
 
 
 def _split_signature(name: str, function: Callable) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """Return the tensor inputs of a loss function and its hyperparameters with defaults; names tell them apart."""
+    """Return the inputs of a loss function, which are recognized by name, and its hyperparameters with defaults."""
     parameters = inspect.signature(function).parameters.values()
     inputs = tuple(p.name for p in parameters if any(kind.has_input(p.name) for kind in KINDS))
     if not any(all(map(kind.has_input, inputs)) for kind in KINDS):

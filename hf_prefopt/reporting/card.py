@@ -226,7 +226,7 @@ def citations(facts: CardFacts) -> str:
 
 
 def _results_section(facts: CardFacts) -> str:
-    """Return the table before → after or, before the run has ended, the metrics of the last evaluation."""
+    """Return the results before and after training or, during the run, the metrics of the last evaluation."""
     results = facts.results
     if results.after is None:
         return _table_section("Evaluation", _rounded(facts.metrics))

@@ -260,7 +260,7 @@ def _probe(candidate: _Candidate, model: nn.Module, compute_dtype: torch.dtype |
         return Reason(f"its forward raises an error ({type(error).__name__}: {said})", cause=error)
     rejected = torch.arange(len(found)) % 2 == 1  # the rows' pairs alternate chosen, rejected
     effect = (padded_prompts - padded).abs().mean()
-    # This allows for rounding in a sum of log-probs. It is far below the effect of a token that is wrongly visible or
+    # The noise covers rounding in a sum of log-probs. It is far below the effect of a token that is wrongly visible or
     # hidden.
     noise = body_precision(model, compute_dtype) * torch.minimum(padded.abs(), size).mean() + 0.01 * effect
     if (found_chosen - found)[rejected].abs().mean() > noise:

@@ -77,7 +77,7 @@ class ModuleTree:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Compare the list with the model only at the start of this context, within which modules must not change."""
+        """Compare the list with the model only once, on entry; the modules must not change within this context."""
         self.modules()
         outer, self._held = self._held, True
         try:
@@ -236,11 +236,11 @@ def is_switched_by_layer(tree: ModuleTree) -> bool:
 
 @contextmanager
 def adapter_casts_off(tree: ModuleTree, autocast: bool) -> Iterator[None]:
-    """Within this context, adapters do not cast their inputs if autocast casts them anyway; results do not change.
+    """Stop adapters from casting their inputs within this context if autocast casts the inputs anyway.
 
-    PEFT casts the input of each adapter to the adapter's dtype, fp32, and keeps the result for the backward pass;
-    autocast then casts the input back. Use the context around forward and backward pass, because checkpointing runs
-    parts of the forward pass in the backward pass.
+    The results are bitwise equal. PEFT casts the input of each adapter to the adapter's dtype, fp32, and keeps the
+    result for the backward pass; autocast then casts the input back. Use the context around forward and backward pass,
+    because checkpointing runs parts of the forward pass in the backward pass.
     """
     layers = tree.derived(_adapter_layers) if autocast else []
     states = [layer.__dict__ for layer in layers if getattr(layer, "cast_input_dtype_enabled", False)]

@@ -76,7 +76,7 @@ class TRLTrainer(PreferenceTrainer):
     def aux_loss_enabled(self) -> bool:
         """Whether the auxiliary loss of a mixture of experts is part of the loss.
 
-        This follows TRL's `DPOTrainer`; TRL's other trainers compute it only if the model's config has
+        This follows TRL's `DPOTrainer`; TRL's other trainers compute the auxiliary loss only if the model's config has
         `output_router_logits=True`.
         """
         return aux_loss_coef(self.model, self.args.router_aux_loss_coef) > 0
