@@ -155,7 +155,7 @@ def check_both_or_neither(**tensors: Tensor | None) -> bool:
     given = [name for name, tensor in tensors.items() if tensor is not None]
     if given and len(given) < len(tensors):
         missing = ", ".join(name for name in tensors if name not in given)
-        raise ValueError(f"{', '.join(given)} given without {missing}: pass all of them, or none for no reference")
+        raise ValueError(f"{', '.join(given)} given without {missing}: pass all of them, or none of them")
     return bool(given)
 
 

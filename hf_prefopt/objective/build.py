@@ -130,17 +130,19 @@ def _refuse_senseless(specs: list[LossSpec], use_weighting: bool, reference_free
         raise ValueError(f"{', '.join(sorted(twice))} is listed twice (sft_weight also adds sft): keep one")
     other = next((spec for spec in specs if spec.kind is not PAIRS), None)
     if use_weighting and other:
-        raise ValueError(f"use_weighting=True weights preference pairs, but {other.name} compares {other.kind.name}")
+        raise ValueError(f"use_weighting=True weights pairs, but {other.name} compares {other.kind.name}: leave it out")
     if use_weighting and "policy_chosen_alignment" in {name for spec in specs for name in spec.inputs}:
-        raise ValueError("use_weighting=True would apply the WPO weight twice, because wpo already applies it")
+        raise ValueError("use_weighting=True would apply the WPO weight twice, as wpo already applies it: leave it out")
     if use_weighting and not any(spec.computes_reward_metrics for spec in specs):
-        raise ValueError(f"use_weighting=True weights preference pairs, but {', '.join(names)} does not compare pairs")
+        raise ValueError(
+            f"use_weighting=True weights pairs, but {', '.join(names)} does not compare pairs: leave it out"
+        )
     needing = [spec for spec in specs if spec.needs_reference_model]
     if reference_free and not needing:
-        raise ValueError(f"reference_free=True changes nothing: {', '.join(names)} uses no reference")
+        raise ValueError(f"reference_free=True has no effect, as {', '.join(names)} uses no reference: leave it out")
     bound = [spec.name for spec in needing if reference_free and not spec.can_be_reference_free]
     if bound:
-        raise ValueError(f"reference_free=True, but {', '.join(bound)} is undefined without a reference")
+        raise ValueError(f"reference_free=True, but {', '.join(bound)} is undefined without a reference: leave it out")
 
 
 def _refuse_senseless_columns(specs: list[LossSpec], use_weighting: bool, columns: Collection[str]) -> None:
@@ -173,7 +175,7 @@ def _distribute(specs: list[LossSpec], loss_params: dict, shared_params: dict) -
         own[get_loss(name).name] = values
     missing = [name for name in own if name not in {spec.name for spec in specs}]
     if missing:
-        raise ValueError(f"loss_params names {', '.join(missing)}, which is not among the losses")
+        raise ValueError(f"loss_params has {', '.join(missing)}, which is not among the losses: remove it")
     for spec in specs:
         _refuse_unknown(own.get(spec.name, {}), [spec])
     _refuse_unknown(shared_params, specs)

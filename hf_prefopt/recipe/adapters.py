@@ -33,7 +33,7 @@ LOADING = {"revision": "model_revision", "dtype": "dtype", "attn_implementation"
 def check_model_options(model: ModelOptions) -> None:
     """Raise `ValueError` for an invalid option, or an option that has no effect in combination with the others."""
     if model.lora_task_type != "CAUSAL_LM":
-        raise ValueError(f"lora_task_type={model.lora_task_type}: a causal language model is trained; leave it out")
+        raise ValueError(f"lora_task_type={model.lora_task_type} is not supported, only CAUSAL_LM: leave it out")
     if model.load_in_8bit and model.load_in_4bit:
         raise ValueError("load_in_8bit=True and load_in_4bit=True: choose one of them")
     if model.lora_r < 1:

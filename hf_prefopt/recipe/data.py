@@ -29,7 +29,7 @@ def check_data_options(data: DataOptions) -> None:
     if data.test_split_size is not None and data.dataset_test_split != "test":
         raise ValueError(
             f"test_split_size={data.test_split_size} holds rows out, and dataset_test_split="
-            f"{data.dataset_test_split} names a split to evaluate: give one of them"
+            f"{data.dataset_test_split} names a split to evaluate: pass only one of them"
         )
     if data.dataset_config and data.dataset_name and Path(data.dataset_name).exists():
         raise ValueError(

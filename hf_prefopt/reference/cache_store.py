@@ -100,7 +100,7 @@ def read_shard(path: Path) -> Shard:
     if form != FORMAT:
         raise DamagedShard(f"is of the format {form!r} and not {FORMAT!r}")
     if _digest(keys, offsets, logps) != path.stem:
-        raise DamagedShard("has another checksum than its name")
+        raise DamagedShard("has a checksum that differs from its name")
     return Shard(keys.numpy().reshape(-1).view(KEY), offsets.numpy(), logps)
 
 

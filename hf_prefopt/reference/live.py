@@ -154,7 +154,9 @@ def named_adapter(model: PeftModel, name: str) -> LiveReference:
         ValueError: the model has no adapter with that name.
     """
     if name not in model.peft_config:
-        raise ValueError(f"reference='adapter:{name}': the model's adapters are {', '.join(model.peft_config)}")
+        raise ValueError(
+            f"reference='adapter:{name}': no such adapter; the model's adapters are {', '.join(model.peft_config)}"
+        )
 
     tree = ModuleTree(model)
     if is_set_by_layer(tree):

@@ -29,8 +29,8 @@ def local_shard(parameter: nn.Parameter) -> Tensor:
         return parameter.data
     if parameter.ds_tensor.status.name != "AVAILABLE":
         raise ValueError(
-            "a frozen copy of parameters that ZeRO-3 keeps on NVMe cannot be swapped in: offload_param to the CPU, or "
-            "train an adapter with reference='adapter_off'"
+            "a frozen copy of parameters that ZeRO-3 keeps on NVMe cannot be swapped in: set offload_param to the CPU, "
+            "or train an adapter with reference='adapter_off'"
         )
     return parameter.ds_tensor.data
 

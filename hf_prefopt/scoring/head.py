@@ -77,8 +77,8 @@ def vocabulary_kl(logps: Tensor, reference_logps: Tensor) -> Tensor:
     """
     if logps.shape != reference_logps.shape:
         raise ValueError(
-            "the KL of policy and reference needs one vocabulary, but theirs have "
-            f"{logps.shape[-1]:,} and {reference_logps.shape[-1]:,} tokens: choose a reference whose head has the same "
+            "the KL between policy and reference needs the same vocabulary size, but the sizes are "
+            f"{logps.shape[-1]:,} and {reference_logps.shape[-1]:,}: choose a reference whose head has the same "
             "vocabulary size as the policy's"
         )
     return (reference_logps.exp() * (reference_logps - logps)).sum(-1)

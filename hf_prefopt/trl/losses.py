@@ -67,7 +67,7 @@ def translated(table: Mapping[str, Translation], args: Any) -> dict[str, Any]:
     this, alpha = table[name], getattr(args, "alpha", 0.0)
     if alpha and this.bent is None:
         takers = " or ".join(other for other in table if table[other].bent)
-        raise ValueError(f"alpha={alpha} is for loss_type={takers}; with {name} it would overflow: leave it out")
+        raise ValueError(f"alpha={alpha} is for loss_type={takers}; with {name}, it would overflow: leave it out")
     loss = this.bent if alpha else this.loss
     params = {ours: getattr(args, theirs) for ours, theirs in this.params.items()} | ({"alpha": alpha} if alpha else {})
     weight = getattr(args, this.nll_weight) if this.nll_weight else 0.0
