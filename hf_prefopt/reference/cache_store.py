@@ -33,7 +33,7 @@ from hf_prefopt.reference.cache_key import KEY_BYTES
 logger = logging.getLogger(__name__)
 
 FORMAT = "hf_prefopt reference log-probs 1"
-# These limit the loss if a run is interrupted: a shard is written after this many tokens, or after this time.
+# An interrupted run recomputes at most this much: a shard is written after this many tokens, or after this time.
 SHARD_TOKENS = 1 << 20
 SHARD_SECONDS = 30.0
 # A temporary file older than this belongs to a process that was killed.

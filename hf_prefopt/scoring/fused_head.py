@@ -33,7 +33,7 @@ def unit_gradient(logps: Tensor, at_targets: Tensor, targets: Tensor, weight: Te
     """Compute d logp_target / d hidden for transform.factor = 1: (1 − p_t) w_t − Σ_{v ≠ t} p_v w_v, `[C, H]`.
 
     Args:
-        logps: `[C, V]`, log-probs in full precision. at_targets: `[C]`, those of the targets.
+        logps: `[C, V]`, log-probs in full precision. at_targets: `[C]`, the log-probs of the targets.
     """
     others = probabilities_without_target(logps, targets, weight.dtype) @ weight
     return weight[targets] * -torch.expm1(at_targets).unsqueeze(1) - others
