@@ -83,12 +83,12 @@ def beta_dpo_loss(
 
     β-DPO increases β for batches with large margins, because such pairs are less informative, and leaves out outliers.
     Of B pairs, β-DPO keeps int(B(1 − ρ)), and at least one. The kept pairs are drawn without replacement, with weights
-    exp(−½((h − μ)/σ)²), where μ and σ are the moving averages. The loss of a kept pair is its ℓ times B divided by the
-    number of kept pairs; the loss of every other pair is 0. The mean over the batch is therefore the mean over the kept
-    pairs. The implicit reward of every pair is βr. The draw depends only on the number of batches so far and on the
-    pairs' positions in their data set, so it is the same on every rank, for every batch split, and after resuming.
-    Evaluation keeps all pairs, so that metrics cover all rows; β_b then uses the mean h of the evaluated batch, and μ
-    from training.
+    exp(−½((h − μ)/σ)²), where μ and σ are the moving averages. h̄_kept is the mean h of the kept pairs. The loss of a
+    kept pair is its ℓ times B divided by the number of kept pairs; the loss of every other pair is 0. The mean over the
+    batch is therefore the mean over the kept pairs. The implicit reward of every pair is βr. The draw depends only on
+    the number of batches so far and on the pairs' positions in their data set, so it is the same on every rank, for
+    every batch split, and after resuming. Evaluation keeps all pairs, so that metrics cover all rows; β_b then uses the
+    mean h of the evaluated batch, and μ from training.
 
     Use it on data of mixed quality, with batches of 32 pairs or more, so that the mean and the standard deviation are
     meaningful.

@@ -126,7 +126,7 @@ def check_range(
     """Check that `low <= value < high`; `open_low` excludes `low`, and `closed_high` includes `high`.
 
     Raises:
-        ValueError: the value is outside; the message names the parameter, the value and the range.
+        ValueError: the value is out of range; the message names the parameter, the value and the range.
     """
     above = value > low if open_low else value >= low
     below = value <= high if closed_high else value < high
@@ -140,7 +140,7 @@ def check_positive(**values: float) -> None:
     """Check that every named value is finite and above zero.
 
     Raises:
-        ValueError: a value is not; the message names the first such value.
+        ValueError: a value is not finite or not above zero; the message names the first such value.
     """
     for name, value in values.items():
         check_range(name, value, 0.0, open_low=True)
