@@ -69,7 +69,7 @@ def test_a_problem_of_the_data_is_exit_code_1(data, model, tmp_path, capsys):
         ({"data": "missing.jsonl"}, "error: missing.jsonl: there is no such file\n"),
         ({"data": "./missing"}, "error: ./missing: there is no such file or folder\n"),
         ({"data": "missing/set"}, "error: missing/set: no such file or folder, and not "),
-        ({"model": "missing/model"}, "error: --model missing/model: no tokenizer in such a folder, nor on the Hub: "),
+        ({"model": "missing/model"}, "error: --model missing/model: no folder with a tokenizer, and no "),
         (
             {"--split": "test"},
             "no split 'test' to train on: the data set has only the split train: name one with --split",

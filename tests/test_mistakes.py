@@ -143,7 +143,7 @@ READ: dict[str, str] = {
     "train mine.yaml": "unexpected argument mine.yaml: did you mean --config mine.yaml?",
     "train ... --loss_type": "--loss_type: name at least one loss, such as --loss_type dpo; `hf_prefopt losses` lists",
     "losses --kind pair": "pair is not a choice; did you mean pairs?",
-    "inspect pairs.jsonl": "the following arguments are required: --model",
+    "inspect pairs.jsonl": "--model is missing: see --help",
 }
 SAID: dict[str, str] = {
     "train": "the data set is missing: pass --dataset_name, or set it in a YAML file",
@@ -257,10 +257,10 @@ LIBRARIES = {
     "WandbCallback requires wandb to be installed. Run `pip install wandb`.": "report_to=wandb, which is not installed",
     "TensorBoardCallback requires tensorboard to be installed. Either updat": "pip install tensorboard, or --report_to",
     "DeepSpeed is not installed => run `pip3 install deepspeed` or build": 'pip install --no-build-isolation "hf_pre',
-    "Couldn't instantiate the backend tokenizer from one of: \n(1) a": "there is no tokenizer beside the model: copy",
+    "Couldn't instantiate the backend tokenizer from one of: \n(1) a": "the model has no tokenizer: copy its",
     "No module named 'mpi4py'": "deepspeed needs a launcher: type accelerate launch -m hf_prefopt train",
     "Using `bitsandbytes` 4-bit quantization requires bitsandbytes: `pip ins": 'pip install "hf_prefopt[quantization]"',
-    "the package for FlashAttention2 doesn't seem to be installed.": "leave it out for sdpa, or pip install flash-attn",
+    "the package for FlashAttention2 doesn't seem to be installed.": "remove the setting to use sdpa, or pip install",
 }
 
 

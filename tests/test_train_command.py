@@ -43,7 +43,7 @@ def test_a_losss_file_goes_on_any_base_with_its_own_hyperparameters(desk, capsys
     recipe = read("--config", "base.yaml", "--config", "lipo")
     assert recipe.data.dataset_name == "mine" and "gsm8k_lists in" in capsys.readouterr().out
     assert read("--config", "base.yaml", "--config", "repo").training.beta is None
-    assert "beta=0.3 not used: of the loss dpo; repo has its own" in capsys.readouterr().out
+    assert "beta=0.3 not used: set for the loss dpo; repo has its own" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("given", ["simpo", "recipes/configs/simpo.yaml", str(ROOT / "recipes/configs/simpo.yaml")])

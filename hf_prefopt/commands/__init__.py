@@ -3,7 +3,7 @@
 A command is a module of this package that `COMMANDS` names. The module's docstring is the help text,
 `add_options(parser)` adds the options, and `run(options)` runs the command and returns the exit code. An error is
 printed as one line, and the exit code is 1. Only the module of the chosen command is imported, because the libraries
-that most of them need take seconds to import.
+that most commands need take seconds to import.
 """
 
 import ast
@@ -81,7 +81,7 @@ def overview() -> str:
             "usage: hf_prefopt COMMAND ...\n",
             "Preference optimization of Hugging Face models.\n",
             *lines,
-            "\nhf_prefopt COMMAND --help says more; --version prints the version.",
+            "\nhf_prefopt COMMAND --help prints the options of a command; --version prints the version.",
         ]
     )
 

@@ -27,15 +27,31 @@ def add_options(parser: ArgumentParser) -> None:
     """Add the options of `chat`."""
     parser.usage = "%(prog)s RUN [options]"
     parser.add_argument("run", metavar="RUN", help="the folder of a run or checkpoint, or a name on the Hub")
-    parser.add_argument("--base", metavar="MODEL", help="the base model, if not the one that the run names")
-    parser.add_argument("--prompt", metavar="TEXT", help="answer this and end")
+    parser.add_argument("--base", metavar="MODEL", help="the base model (default: the one that the run names)")
+    parser.add_argument("--prompt", metavar="TEXT", help="answer this prompt, and exit")
     parser.add_argument("--system", metavar="TEXT", help="a system prompt")
-    parser.add_argument("--max_new_tokens", type=int, default=256, metavar="N", help="tokens at most per answer (256)")
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token (0)")
-    parser.add_argument("--top_p", type=float, default=1.0, metavar="P", help="sample from this share (1)")
-    parser.add_argument("--top_k", type=int, default=0, metavar="K", help="sample from the K likeliest tokens (all)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling, the same for both models (0)")
-    parser.add_argument("--dtype", default="auto", metavar="DTYPE", help="of the models (the checkpoint's)")
+    parser.add_argument(
+        "--max_new_tokens", type=int, default=256, metavar="N", help="the maximum length of an answer (default: 256)"
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0 takes the most likely token (default: 0)"
+    )
+    parser.add_argument(
+        "--top_p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="sample from the most likely tokens with a total probability of P (default: 1)",
+    )
+    parser.add_argument(
+        "--top_k", type=int, default=0, metavar="K", help="sample from the K most likely tokens (default: all)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="the random seed, the same for both models (default: 0)"
+    )
+    parser.add_argument(
+        "--dtype", default="auto", metavar="DTYPE", help="the dtype of the models (default: the checkpoint's)"
+    )
     parser.add_argument(
         "--chat_template_kwargs",
         type=json.loads,
@@ -58,7 +74,7 @@ def run(options: Namespace) -> int:
         _reply(console, speakers, tokenizer, options.prompt, sampling, options)
         return 0
     if console.is_terminal:
-        console.print("/new begins again, Ctrl-C stops an answer, Ctrl-D ends.", style="dim")
+        console.print("/new starts a new conversation, Ctrl-C stops an answer, Ctrl-D ends the chat.", style="dim")
     while (prompt := _read(console)) is not None:
         if prompt == "/new":
             _begin(speakers, options.system)
@@ -120,7 +136,7 @@ def side_by_side(texts: dict[str, str], width: int) -> Columns | Group:
 
 
 class _Silent:
-    """Replaces the live display if there is no terminal."""
+    """A replacement for the live display if there is no terminal."""
 
     def __enter__(self) -> "_Silent":
         return self

@@ -18,7 +18,11 @@ def add_options(parser: ArgumentParser) -> None:
     """Add the options of `compare`."""
     parser.add_argument("runs", metavar="RUN", nargs="+", help="the folder of a run, or its record.jsonl; two or more")
     parser.add_argument(
-        "--html", metavar="FILE", type=Path, default=Path("comparison.html"), help="the page (comparison.html)"
+        "--html",
+        metavar="FILE",
+        type=Path,
+        default=Path("comparison.html"),
+        help="where to write the page (default: comparison.html)",
     )
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection
 
 from hf_prefopt.config_names import as_option, rewritten
 
-# Errors that say what is wrong in their own words; of others the type is printed, too.
+# Errors whose message is printed without their type.
 _SPOKEN = (ValueError, OSError, ImportError, TypeError)
 # Patterns of messages from other libraries, and the message with the fix that is printed instead.
 CURES: dict[str, str] = {
@@ -21,7 +21,7 @@ CURES: dict[str, str] = {
         "DeepSpeed, leave out --deepspeed"
     ),
     r"Couldn't instantiate the backend tokenizer": (
-        "there is no tokenizer beside the model: copy its tokenizer.json and tokenizer_config.json into the model's "
+        "the model has no tokenizer: copy its tokenizer.json and tokenizer_config.json into the model's "
         "folder, or save the base model's tokenizer there (tokenizer.save_pretrained)"
     ),
     r"requires bitsandbytes|bitsandbytes.*install|install.*bitsandbytes": (
@@ -34,8 +34,8 @@ CURES: dict[str, str] = {
         r"report_to=\2, which is not installed: pip install \2, or --report_to none"
     ),
     r"package for (FlashAttention\d?) doesn't seem|flash.attn.*not installed": (
-        "attn_implementation asks for flash attention, which is not installed: leave it out for sdpa, or pip install "
-        "flash-attn --no-build-isolation"
+        "attn_implementation needs flash attention, which is not installed: remove the setting to use sdpa, or pip "
+        "install flash-attn --no-build-isolation"
     ),
     r"(?s)^target_modules: (.*)target_modules=('all-linear'.*)": r"--lora_target_modules: \1lora_target_modules=\2",
     r"(reference='adapter.*') needs a PEFT model": r"\1 needs an adapter: pass use_peft=True, or remove --reference",
@@ -74,14 +74,14 @@ _SECONDS_BEHIND_THE_FIRST_RANK = 15.0
 
 
 def reported(run: Callable[[], int], with_traceback: bool, options: Collection[str] = ()) -> int:
-    """The exit code of `run()`; an error is printed, and is 1.
+    """Call `run` and return its exit code. An error is printed, and the exit code is 1.
 
     With several ranks, the first rank prints immediately. Other ranks wait before they print: if the first rank also
     failed, the launcher ends them in the meantime. Otherwise the error occurred only on these ranks, and they print it.
 
     Args:
-        with_traceback: whether to raise the error as it is.
-        options: the settings that the command takes; messages write them as options.
+        with_traceback: whether to raise the error instead of printing it.
+        options: the settings that the command takes. Messages show them as options, such as --max_length.
     """
     try:
         return run()
@@ -103,7 +103,7 @@ def reported(run: Callable[[], int], with_traceback: bool, options: Collection[s
 
 def message_of(error: BaseException) -> str:
     """Return the message to print for an error."""
-    import torch  # here, because commands that do not need it start in a tenth of the time without it
+    import torch  # not at the top, because commands start ten times faster without PyTorch
 
     text = str(error).strip() or type(error).__name__
     if isinstance(error, torch.OutOfMemoryError):
@@ -116,6 +116,5 @@ def message_of(error: BaseException) -> str:
     if isinstance(error, _SPOKEN):
         return text
     last = traceback.extract_tb(error.__traceback__)[-1]
-    return (
-        f"{type(error).__name__}: {text} ({os.path.basename(last.filename)}, line {last.lineno}; --traceback has all)"
-    )
+    place = f"{os.path.basename(last.filename)}, line {last.lineno}"
+    return f"{type(error).__name__}: {text} ({place}; --traceback shows the rest)"

@@ -30,7 +30,7 @@ def _length(text: str) -> int | None:
     return None if text.lower() == "none" else int(text)
 
 
-# Settings of `PreferenceConfig` that this command takes, and how each is read.
+# Settings of `PreferenceConfig` that this command takes, with the arguments of `add_argument`.
 SETTINGS: dict[str, dict[str, Any]] = {
     "loss_type": {"nargs": "+", "metavar": "LOSS"},
     "max_length": {"type": _length, "metavar": "TOKENS"},
@@ -52,17 +52,17 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--model", required=True, help="the model whose tokenizer is used: a folder or a name on the Hub"
     )
-    parser.add_argument("--split", help="the split to look at (default: train)")
+    parser.add_argument("--split", help="the split to inspect (default: train)")
     parser.add_argument("--dataset_config", metavar="NAME", help="the configuration of a data set of the Hub")
     parser.add_argument("--dataset_streaming", action="store_true", help="read only the first --stream_rows rows")
-    parser.add_argument("--stream_rows", type=int, default=1000, metavar="N", help="rows to read of a stream (1000)")
+    parser.add_argument("--stream_rows", type=int, default=1000, metavar="N", help="rows to read from a stream (1000)")
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the tokenizer")
     _add_settings(parser.add_argument_group("settings of training"))
     shown = parser.add_argument_group("what is shown")
-    shown.add_argument("--rows", type=int, default=3, metavar="N", help="the number of rows (3)")
-    shown.add_argument("--full", action="store_true", help="long texts whole, and not without their middle")
-    shown.add_argument("--html", type=Path, metavar="FILE", help="also write a page for the browser")
-    shown.add_argument("--no-color", "--no_color", action="store_true", help="no colors; nor where NO_COLOR is set")
+    shown.add_argument("--rows", type=int, default=3, metavar="N", help="the number of rows to show (default: 3)")
+    shown.add_argument("--full", action="store_true", help="do not shorten long texts")
+    shown.add_argument("--html", type=Path, metavar="FILE", help="also write an HTML page")
+    shown.add_argument("--no-color", "--no_color", action="store_true", help="print no colors, as if NO_COLOR were set")
 
 
 def _add_settings(group: _ArgumentGroup) -> None:
@@ -97,7 +97,7 @@ def _split(options: Namespace) -> Any:
         splits = load_splits(options.data, options.dataset_config, options.dataset_streaming)
     except OSError as error:
         raise ValueError(
-            f"{options.data}: there is no such file or folder, nor is it on the Hub: {_line(error)}"
+            f"{options.data}: there is no such file or folder, and no such data set on the Hub: {_line(error)}"
         ) from error
     return splits[training_split(splits, options.split or "train", "--split")]
 
@@ -107,7 +107,7 @@ def _tokenizer(options: Namespace) -> PreTrainedTokenizerBase:
         loaded = processing_class_of(options.model, {"trust_remote_code": True} if options.trust_remote_code else None)
     except OSError as error:
         raise ValueError(
-            f"--model {options.model}: no tokenizer in such a folder, nor on the Hub: {_line(error)}"
+            f"--model {options.model}: no folder with a tokenizer, and no tokenizer on the Hub: {_line(error)}"
         ) from error
     return tokenizer_of(loaded)
 

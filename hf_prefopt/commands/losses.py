@@ -21,7 +21,9 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument(
         "name", nargs="*", metavar="NAME", help="one or more losses, by name or alias; default: a table"
     )
-    parser.add_argument("--kind", choices=[kind.name for kind in KINDS], help="list the losses of such examples only")
+    parser.add_argument(
+        "--kind", choices=[kind.name for kind in KINDS], help="list only losses for this kind of examples"
+    )
 
 
 def run(options: Namespace) -> int:
@@ -29,7 +31,7 @@ def run(options: Namespace) -> int:
     console = Console(highlight=False)
     if not options.name:
         console.print(_table([get_loss(name) for name in list_losses()], options.kind))
-        console.print("hf_prefopt losses NAME says more. NAME is a value of --loss_type.")
+        console.print("hf_prefopt losses NAME describes a loss. NAME is a value of --loss_type.")
     for name in options.name:
         console.print(Text(_described(get_loss(name))), soft_wrap=True)
     return 0

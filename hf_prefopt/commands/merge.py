@@ -19,18 +19,27 @@ def add_options(parser: ArgumentParser) -> None:
     """Add the options of `merge`."""
     parser.usage = "%(prog)s RUN --to FOLDER [options]"
     parser.add_argument("run", metavar="RUN", help="the folder of a run or checkpoint, or an adapter on the Hub")
-    parser.add_argument("--to", required=True, metavar="FOLDER", help="where the model is written: a new folder")
-    parser.add_argument("--base", metavar="MODEL", help="the base model, if not the one that the adapter names")
+    parser.add_argument("--to", required=True, metavar="FOLDER", help="the new folder for the merged model")
+    parser.add_argument("--base", metavar="MODEL", help="the base model (default: the one that the adapter names)")
     parser.add_argument(
         "--adapter",
         nargs="+",
         default=[],
         metavar="NAME",
-        help="the adapters to merge, all of them added up: names of folders in RUN (default: the adapter in RUN)",
+        help="subfolders of RUN with the adapters to merge; their changes are added (default: the adapter in RUN)",
     )
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the merged model (the base checkpoint's)")
     parser.add_argument(
-        "--max-shard-size", "--max_shard_size", default="5GB", metavar="SIZE", help="of the safetensors files (5GB)"
+        "--dtype",
+        choices=DTYPES,
+        default="auto",
+        help="the dtype of the merged model (default: the base checkpoint's)",
+    )
+    parser.add_argument(
+        "--max-shard-size",
+        "--max_shard_size",
+        default="5GB",
+        metavar="SIZE",
+        help="the maximum size of a safetensors file (default: 5GB)",
     )
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the base model")
 

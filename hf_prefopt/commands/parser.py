@@ -71,7 +71,7 @@ class CommandParser(HfArgumentParser):
                         option.type = _mapping_for(field.name)
 
     def option_names(self) -> set[str]:
-        """The names of all options, without their hyphens."""
+        """Return the names of all options, without their hyphens."""
         return {option.dest for option in self._actions if option.option_strings}
 
     def settings(self) -> dict[str, argparse.Action]:
@@ -95,7 +95,7 @@ def parser_of(command: ModuleType, prog: str) -> CommandParser:
     """Build the parser of a command module; see `hf_prefopt.commands`."""
     parser = CommandParser(prog, description=command.__doc__)
     command.add_options(parser)
-    parser.add_argument("--traceback", action="store_true", help="show where in the code an error comes from")
+    parser.add_argument("--traceback", action="store_true", help="print the Python traceback of an error")
     return parser
 
 
@@ -116,6 +116,7 @@ def _plain(message: str) -> str:
     message = re.sub(r"Truthy value expected: got (.*) but expected one of .*", r"'\1' is not true or false", message)
     message = re.sub(r"(argument --loss_type: )expected at least one argument", rf"\1{_NO_LOSS}", message)
     message = re.sub(r"expected (one|at least one) argument$", "the value is missing", message)
+    message = re.sub(r"^the following arguments are required: (.*)$", r"\1 is missing: see --help", message)
     message = re.sub(r"invalid int value: (.*)$", r"\1 is not a whole number", message)
     message = re.sub(r"invalid float value: (.*)$", r"\1 is not a number", message)
     message = re.sub(r"invalid \w+ value: (.*)$", r"\1 is not a valid value", message)
@@ -146,7 +147,7 @@ _EXAMPLES = {
 
 
 def json_object(text: str, setting: str) -> dict[str, Any]:
-    """The JSON object that was typed for a setting. Raises `ArgumentTypeError` if it is none."""
+    """Parse the value of a setting. Raises `ArgumentTypeError` if it is not a JSON object."""
     try:
         found = json.loads(text)
     except ValueError:
@@ -158,7 +159,7 @@ def json_object(text: str, setting: str) -> dict[str, Any]:
 
 
 def _mapping_for(setting: str) -> Callable[[str], Any]:
-    """Reads a setting that is a dict: JSON, or the path of a file with it."""
+    """Return a function that parses a setting that is a dict: a JSON object, or the path of a JSON or YAML file."""
 
     def _mapping(text: str) -> Any:
         if Path(text).is_file():
@@ -171,7 +172,7 @@ def _mapping_for(setting: str) -> Callable[[str], Any]:
 
 
 def _checked_json(file: str) -> str:
-    """Return the path. Raises `ArgumentTypeError` if it is a .json file without JSON, with the place."""
+    """Return the path. Raises `ArgumentTypeError`, with line and column, if a .json file holds invalid JSON."""
     try:
         if file.endswith(".json"):
             json.loads(Path(file).read_text(encoding="utf-8"))

@@ -36,9 +36,16 @@ def add_options(parser: CommandParser) -> None:
     parser.usage, parser.short_help = "%(prog)s [--config FILE ...] [--setting value ...]", HELP
     parser.add_full_help()
     parser.add_argument("--list", action="store_true", help="list the recipes and the engine configurations")
-    parser.add_argument("--copy", nargs="+", metavar=("NAME", "FOLDER"), help="copy one of them into a folder")
     parser.add_argument(
-        "--config", action="extend", nargs="+", default=[], metavar="FILE", help="YAML files; last wins"
+        "--copy", nargs="+", metavar=("NAME", "FOLDER"), help="copy a recipe or engine configuration into a folder"
+    )
+    parser.add_argument(
+        "--config",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="YAML files; later ones override earlier ones",
     )
     parser.add_settings("Run", RunOptions)
     parser.add_settings("Data", DataOptions)

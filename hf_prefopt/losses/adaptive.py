@@ -1,9 +1,9 @@
 """Losses that compare each pair's margin with the margins of earlier batches: β-DPO and α-DPO.
 
-Both keep exponential moving averages of the mean μ and of the standard deviation σ of the margins in the global batch,
-as the authors' code does. The momentum is 0.9, and both start at 0. A training batch updates them before its loss is
-computed; evaluation does not change them. σ is the sample standard deviation (divided by B − 1), and 0 for a single
-pair.
+Both losses keep exponential moving averages of the mean μ and the standard deviation σ of the margins in the global
+batch, as the authors' code does. The momentum is 0.9, and both averages start at 0. Each training batch updates the
+averages before its loss is computed; evaluation does not change them. σ is the sample standard deviation (with the
+divisor B − 1), and 0 for a single pair.
 """
 
 import torch
@@ -30,12 +30,12 @@ SMALLEST_BETA = 1e-3
 
 
 def _spread(margins: Tensor) -> Tensor:
-    """σ, the sample standard deviation; 0 for a single margin."""
+    """Return σ, the sample standard deviation of the margins; 0 for a single margin."""
     return (margins - margins.mean()).square().sum().div(max(1, len(margins) - 1)).sqrt()
 
 
 def _moved(state: State, margins: Tensor) -> State:
-    """μ and σ updated with a batch, and the number of batches so far."""
+    """Return μ and σ, updated with the margins of a batch, and the number of batches so far."""
     return {
         "mean": MOMENTUM * state["mean"] + (1 - MOMENTUM) * margins.mean(),
         "std": MOMENTUM * state["std"] + (1 - MOMENTUM) * _spread(margins),
@@ -44,7 +44,7 @@ def _moved(state: State, margins: Tensor) -> State:
 
 
 def _alone(margins: Tensor) -> State:
-    """μ and σ of a single batch."""
+    """Return μ and σ of a single batch."""
     return {"mean": margins.mean(), "std": _spread(margins), "batches": torch.zeros_like(margins[0])}
 
 
@@ -79,23 +79,25 @@ def beta_dpo_loss(
     state: State | None = None,
     training: bool = True,
 ) -> LossOutput:
-    """ℓ(β_b h) of the kept pairs, β_b = sg max(10⁻³, β(1 + a(mean of the kept h − μ))): β adapts to the batch.
+    """ℓ(β_b h) of the kept pairs, β_b = sg max(10⁻³, β(1 + a(h̄_kept − μ))): β adapts to the batch.
 
-    β-DPO increases β for batches with large margins, which are less informative, and leaves out outliers. Of B pairs it
-    keeps int(B(1 − ρ)), at least one, drawn without replacement with weights exp(−½((h − μ)/σ)²), where μ and σ are the
-    moving averages. A kept pair's loss is B/kept times its ℓ, and that of a pair left out is 0, so the mean over the
-    batch is the mean over the kept pairs. The implicit reward is βr for both. The draw depends only on the number of
-    batches so far and on the pairs' positions in their data set, so it is the same on every rank, for every batch
-    split, and after resuming. Evaluation keeps all pairs, so that metrics cover all rows; β_b then uses the mean h of
-    the evaluated batch, and μ from training.
+    β-DPO increases β for batches with large margins, because such pairs are less informative, and leaves out outliers.
+    Of B pairs, β-DPO keeps int(B(1 − ρ)), and at least one. The kept pairs are drawn without replacement, with weights
+    exp(−½((h − μ)/σ)²), where μ and σ are the moving averages. h̄_kept is the mean h of the kept pairs. The loss of a
+    kept pair is its ℓ times B divided by the number of kept pairs; the loss of every other pair is 0. The mean over the
+    batch is therefore the mean over the kept pairs. The implicit reward of every pair is βr. The draw depends only on
+    the number of batches so far and on the pairs' positions in their data set, so it is the same on every rank, for
+    every batch split, and after resuming. Evaluation keeps all pairs, so that metrics cover all rows; β_b then uses the
+    mean h of the evaluated batch, and μ from training.
 
-    Use it on data of mixed quality, with batches of 32 pairs or more, so that mean and spread are meaningful.
+    Use it on data of mixed quality, with batches of 32 pairs or more, so that the mean and the standard deviation are
+    meaningful.
 
     Args:
         policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps: `[B]`, summed, nats, of
             the global batch.
         rows, pair_in_row: `[B]` int64, the pair's row in its data set and its index among that row's pairs.
-        beta: > 0. a: ≥ 0, per nat. rho: ρ in [0, 1), the fraction left out.
+        beta: > 0. a: ≥ 0, per nat. rho: ρ in [0, 1), the fraction of pairs left out.
         state: μ (`mean`), σ (`std`) and `batches`; `None` uses the statistics of this batch alone.
         training: False keeps all pairs.
 
@@ -119,9 +121,10 @@ def beta_dpo_loss(
 
 
 def _draw(log_weights: Tensor, count: int, keys: tuple[Tensor, ...]) -> Tensor:
-    """`[B]` bool: `count` examples, drawn one after the other without replacement, with the given weights.
+    """Return `[B]` bool, True for `count` examples, drawn one after the other without replacement.
 
-    Adding Gumbel noise to the log-weights and taking the largest gives this draw (Efraimidis and Spirakis 2006).
+    The draw uses the given weights: it adds Gumbel noise to the log-weights and takes the largest sums (Efraimidis and
+    Spirakis 2006).
     """
     noise = -(-_uniform(keys).to(log_weights.dtype).log()).log()
     chosen = (log_weights + noise).topk(count).indices
@@ -129,10 +132,10 @@ def _draw(log_weights: Tensor, count: int, keys: tuple[Tensor, ...]) -> Tensor:
 
 
 def _uniform(keys: tuple[Tensor, ...]) -> Tensor:
-    """`[B]` fp32 in (0, 1): a hash of whole numbers, each mixed as in SplitMix64 (Steele et al. 2014).
+    """Return `[B]` fp32 in (0, 1): a hash of the integer keys, mixed as in SplitMix64 (Steele et al. 2014).
 
-    It runs on the device and needs no generator state, which would have to be synchronized across ranks. It uses 23 of
-    the 64 bits, because 23 bits plus one half are exact in fp32 and never reach 1.
+    The hash runs on the device and needs no generator state, which would have to be synchronized across ranks. The
+    result uses 23 of the 64 bits, because 23 bits plus one half are exact in fp32 and never reach 1.
     """
     mixed = torch.zeros_like(keys[-1])
     for key in keys:
@@ -144,7 +147,7 @@ def _uniform(keys: tuple[Tensor, ...]) -> Tensor:
 
 
 def _shifted(values: Tensor, places: int) -> Tensor:
-    """Logical right shift: zeros enter from the left, as for unsigned numbers."""
+    """Return the logical right shift: zeros enter from the left, as for unsigned numbers."""
     return (values >> places) & ((1 << (64 - places)) - 1)
 
 
@@ -185,7 +188,7 @@ def alpha_dpo_loss(
     """ℓ(β[s̄_w − s̄_l − sg(γ/β + αz)]), z = (r̄_w − r̄_l − μ)/σ: SimPO with a target margin for each pair.
 
     α-DPO gives a larger target to pairs whose margin over the reference is larger than that of other pairs. μ and σ are
-    moving averages over r̄_w − r̄_l. Set the margin once, as γ or as γ/β (default 0.4). The paper uses α = 0.05 for
+    moving averages over r̄_w − r̄_l. Set the margin either as γ or as γ/β (default 0.4). The paper uses α = 0.05 for
     Gemma-2 and Mistral; the default is 0.2. The implicit reward is β·s̄, and the component `target` is γ/β + αz.
 
     Use it where SimPO works, a reference model is available, and the pairs differ widely in difficulty.

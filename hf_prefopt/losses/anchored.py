@@ -1,7 +1,7 @@
 """Pair losses that anchor each response separately: functions of r_w and r_l, not only of their difference.
 
-r = s − s_ref is the summed log-ratio (nats) of a response to the reference, which all these losses need. Every implicit
-reward here is βr.
+r = s − s_ref is the log-ratio of policy to reference, summed over a response (nats). All these losses need a reference.
+Every implicit reward here is βr.
 """
 
 import torch
@@ -17,7 +17,7 @@ def nca_pair_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.01) -> Tenso
     """ℓ(βr_w) + ½ℓ(−βr_w) + ½ℓ(−βr_l): classifies the chosen response as data, and both responses as noise.
 
     Noise contrastive alignment for two responses whose rewards are far apart. Beyond σ(βr_w) = 2/3 the loss grows again
-    with r_w, which bounds the chosen likelihood.
+    with r_w, so the likelihood of the chosen response stays bounded.
 
     Use it if DPO lowers the likelihood of the chosen responses.
 
@@ -43,13 +43,13 @@ def sppo_hard_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.001) -> Ten
     Use it in rounds of self-play, on pairs of the model's own responses with clear winners.
 
     Raises:
-        ValueError: as `nca_pair_loss`.
+        ValueError: as in `nca_pair_loss`.
     """
     return _distance_to_targets(chosen, rejected, beta)
 
 
 def _distance_to_targets(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
-    """(r_w − 1/(2β))² + (r_l + 1/(2β))²."""
+    """Return (r_w − 1/(2β))² + (r_l + 1/(2β))²."""
     target = 1 / (2 * beta)
     return (chosen - target).square() + (rejected + target).square()
 
@@ -68,7 +68,7 @@ def cal_dpo_loss(chosen: Tensor, rejected: Tensor, beta: float = 1e-3, calibrati
         calibration_weight: w ≥ 0.
 
     Raises:
-        ValueError: as `nca_pair_loss`.
+        ValueError: as in `nca_pair_loss`.
     """
     check_range("calibration_weight", calibration_weight, 0.0)
     preference, calibration = logistic(chosen - rejected), _distance_to_targets(chosen, rejected, beta)
@@ -89,7 +89,7 @@ def apo_zero_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.1) -> Tensor
     Use it if the chosen responses are better than what the model writes now, so that their likelihood should rise.
 
     Raises:
-        ValueError: as `nca_pair_loss`.
+        ValueError: as in `nca_pair_loss`.
     """
     chosen, rejected = beta * chosen, beta * rejected
     return torch.sigmoid(-chosen) + torch.sigmoid(rejected)
@@ -106,7 +106,7 @@ def apo_down_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.1) -> Tensor
     Use it if even the chosen responses are worse than what the model writes now.
 
     Raises:
-        ValueError: as `nca_pair_loss`.
+        ValueError: as in `nca_pair_loss`.
     """
     chosen, rejected = beta * chosen, beta * rejected
     return torch.sigmoid(chosen) + torch.sigmoid(rejected - chosen)

@@ -18,12 +18,12 @@ from torch import Tensor
 
 @dataclass
 class LossOutput:
-    """What a preference loss returns.
+    """The output of a preference loss.
 
     Attributes:
         losses: `[B]`, the loss of each example, differentiable.
-        rewards: `[B, K]`, the loss's own implicit rewards, detached. The columns are (chosen, rejected) for a pair, a
-            single one for an unpaired example, and padded for lists. `None` if the loss has no implicit reward, as in
+        rewards: `[B, K]`, the loss's own implicit rewards, detached. A pair has the columns (chosen, rejected), an
+            unpaired example has one column, and lists are padded. `None` if the loss has no implicit reward, as in
             supervised fine-tuning.
         components: named parts of `losses`, each `[B]`, detached, for logging.
     """
@@ -39,16 +39,16 @@ class LossOutput:
 
     @property
     def chosen_rewards(self) -> Tensor:
-        """`[B]`, the implicit rewards of the chosen responses of pairs."""
+        """The implicit rewards of the chosen responses of pairs, `[B]`."""
         return self._reward_column(0)
 
     @property
     def rejected_rewards(self) -> Tensor:
-        """`[B]`, the implicit rewards of the rejected responses of pairs."""
+        """The implicit rewards of the rejected responses of pairs, `[B]`."""
         return self._reward_column(1)
 
     def rows(self, place: slice) -> "LossOutput":
-        """The output for some of the examples."""
+        """Return the output for the examples in the slice `place`."""
         rewards = None if self.rewards is None else self.rewards[place]
         return LossOutput(self.losses[place], rewards, {name: part[place] for name, part in self.components.items()})
 
@@ -59,10 +59,10 @@ class LossOutput:
 
 
 class UnsuitableExamples(ValueError):
-    """Examples of a data set that a loss cannot compare.
+    """Raised if a loss cannot compare some examples of a data set.
 
     Attributes:
-        which: `[N]` bool.
+        which: `[N]` bool, True for the examples that the loss cannot compare.
     """
 
     def __init__(self, which: Tensor, reason: str):
@@ -71,7 +71,7 @@ class UnsuitableExamples(ValueError):
 
 
 def pair_rewards(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Tensor:
-    """`[B, 2]`: the two `[B]` reward vectors of pairs side by side, detached."""
+    """Return `[B, 2]`: the two `[B]` reward vectors of pairs as columns, detached."""
     return torch.stack([chosen_rewards, rejected_rewards], dim=-1).detach()
 
 
@@ -79,7 +79,7 @@ def check_same_shape(**tensors: Tensor | None) -> None:
     """Check that all given tensors are vectors `[B]` of the same length.
 
     Raises:
-        ValueError: names the tensors that disagree, with their shapes.
+        ValueError: the shapes are wrong; the message names the tensors and their shapes.
     """
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     shapes = {name: tuple(tensor.shape) for name, tensor in given.items()}
@@ -92,7 +92,7 @@ def check_lists(**tensors: Tensor | None) -> None:
     """Check that all given tensors are matrices `[B, K]` of the same shape.
 
     Raises:
-        ValueError: names the tensors that disagree, with their shapes.
+        ValueError: the shapes are wrong; the message names the tensors and their shapes.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items() if tensor is not None}
     if len(set(shapes.values())) > 1 or any(len(shape) != 2 for shape in shapes.values()):
@@ -104,7 +104,7 @@ def check_tokens(tokens: dict[str, Tensor], vectors: dict[str, Tensor]) -> None:
     """Check that the tensors in `tokens` are matrices `[B, T]` of the same shape, and those in `vectors` are `[B]`.
 
     Raises:
-        ValueError: names the tensors that disagree, with their shapes.
+        ValueError: the shapes are wrong; the message names the tensors and their shapes.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in (tokens | vectors).items()}
     first = next(iter(tokens.values())).shape
@@ -126,7 +126,7 @@ def check_range(
     """Check that `low <= value < high`; `open_low` excludes `low`, and `closed_high` includes `high`.
 
     Raises:
-        ValueError: names the parameter, its value and the range.
+        ValueError: the value is out of range; the message names the parameter, the value and the range.
     """
     above = value > low if open_low else value >= low
     below = value <= high if closed_high else value < high
@@ -140,22 +140,22 @@ def check_positive(**values: float) -> None:
     """Check that every named value is finite and above zero.
 
     Raises:
-        ValueError: names the first value that is not.
+        ValueError: a value is not finite or not above zero; the message names the first such value.
     """
     for name, value in values.items():
         check_range(name, value, 0.0, open_low=True)
 
 
 def check_both_or_neither(**tensors: Tensor | None) -> bool:
-    """Whether the reference log-probs are given.
+    """Return whether the reference log-probs are given.
 
     Raises:
-        ValueError: only some of them are given.
+        ValueError: only some of the reference log-probs are given.
     """
     given = [name for name, tensor in tensors.items() if tensor is not None]
     if given and len(given) < len(tensors):
         missing = ", ".join(name for name in tensors if name not in given)
-        raise ValueError(f"{', '.join(given)} given without {missing}: pass all of them, or none for no reference")
+        raise ValueError(f"{', '.join(given)} given without {missing}: pass all of them, or none of them")
     return bool(given)
 
 
@@ -166,7 +166,7 @@ def log_ratios(
     ref_rejected_logps: Tensor | None,
     **others: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """(r_w, r_l) with r = s − s_ref in nats, each `[B]`. Without a reference, (s_w, s_l): a uniform reference.
+    """Return (r_w, r_l), r = s − s_ref in nats, each `[B]`; without a reference, (s_w, s_l), as if it were uniform.
 
     Raises:
         ValueError: one reference is missing, or the tensors and the `others` do not all have the same shape `[B]`.
@@ -188,15 +188,16 @@ def of_log_ratios(reference_free: bool = False) -> Callable[[Callable[..., Any]]
     """Turn a formula in the log-ratios r = s − s_ref (nats) of the chosen and rejected responses into a loss.
 
     The formula takes `chosen` and `rejected`, `[B]` each. It returns a `LossOutput`, or the losses `[B]` if the
-    implicit rewards are βr. It must have a parameter `beta`. The decorated loss takes `policy_chosen_logps`,
-    `policy_rejected_logps`, `ref_chosen_logps` and `ref_rejected_logps` instead: summed log-probs (nats), `[B]`, before
-    the formula's other parameters. It checks that all tensors are `[B]` and that β > 0.
+    implicit rewards are βr. It must have a parameter `beta`. Instead of `chosen` and `rejected`, the decorated loss
+    takes four summed log-probs (nats, `[B]`): `policy_chosen_logps`, `policy_rejected_logps`, `ref_chosen_logps` and
+    `ref_rejected_logps`. The formula's other parameters follow. The decorated loss checks that all tensors are `[B]`
+    and that β > 0.
 
     Args:
         reference_free: allows calls without the reference; r is then s.
 
     Raises:
-        ValueError: (from the loss) shapes differ, β is not above 0, or the formula needs a reference and there is none.
+        ValueError: raised by the decorated loss if shapes differ, β is not above 0, or a required reference is missing.
     """
 
     def decorate(formula: Callable[..., Any]) -> Callable[..., LossOutput]:
@@ -223,7 +224,7 @@ def of_log_ratios(reference_free: bool = False) -> Callable[[Callable[..., Any]]
 
 
 def _arguments(name: str, signature: inspect.Signature, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call by name, including defaults; a `TypeError` names the function, as Python does."""
+    """Return the arguments of a call, keyed by name, with defaults. A `TypeError` names the function, as in Python."""
     try:
         given = signature.bind(*args, **kwargs)
     except TypeError as error:
@@ -233,7 +234,7 @@ def _arguments(name: str, signature: inspect.Signature, args: tuple, kwargs: dic
 
 
 def _with_sums(formula: Callable[..., Any], reference_free: bool) -> inspect.Signature:
-    """The signature of a formula with the four sums instead of the two log-ratios; defaults come last."""
+    """Return the formula's signature with four sums instead of two log-ratios; parameters with defaults come last."""
     # The annotations say which parameters are tensors; in some modules they are strings.
     _, _, *others = inspect.signature(formula, eval_str=True).parameters.values()
     of_reference = {"annotation": Tensor | None, "default": None} if reference_free else {"annotation": Tensor}
@@ -249,7 +250,7 @@ def _with_sums(formula: Callable[..., Any], reference_free: bool) -> inspect.Sig
 def mean_logps(
     policy_chosen_logps: Tensor, policy_rejected_logps: Tensor, chosen_lengths: Tensor, rejected_lengths: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """(s̄_w, s̄_l), the mean log-probs per scored token, each `[B]`.
+    """Return (s̄_w, s̄_l), the mean log-probs per scored token, each `[B]`.
 
     Raises:
         ValueError: the tensors do not all have the same shape `[B]`.
@@ -264,12 +265,12 @@ def mean_logps(
 
 
 def less_margins(rewards: Tensor, margins: Tensor | None) -> Tensor:
-    """The reward margin `[B]` minus each pair's target margin, if there are target margins."""
+    """Return the reward margin `[B]`, minus each pair's target margin if target margins are given."""
     return rewards if margins is None else rewards - margins
 
 
 def per_token(summed: Tensor, lengths: Tensor) -> Tensor:
-    """A summed quantity divided by the number of scored tokens; a length of 0 counts as 1."""
+    """Return a summed quantity divided by the number of scored tokens; a length of 0 counts as 1."""
     return summed / lengths.clamp(min=1)
 
 
@@ -288,9 +289,9 @@ def check_one_confidence(win_rates: Tensor | None, label_smoothing: float, margi
 
 
 def logistic(margin: Tensor, label_smoothing: float = 0.0, win_rates: Tensor | None = None) -> Tensor:
-    """(1 − ε)·ℓ(z) + ε·ℓ(−z) with ℓ(z) = −log σ(z): the conservative logistic loss (cDPO); ε = 0 is ℓ(z).
+    """Return (1 − ε)·ℓ(z) + ε·ℓ(−z), ℓ(z) = −log σ(z): the conservative logistic loss (cDPO), or ℓ(z) if ε = 0.
 
-    With `win_rates` p, `[B]` in [0, 1], p·ℓ(z) + (1 − p)·ℓ(−z): the cross-entropy to soft labels.
+    With `win_rates` p (`[B]`, in [0, 1]), return p·ℓ(z) + (1 − p)·ℓ(−z), the cross-entropy to soft labels.
     """
     if win_rates is not None:
         return -win_rates * F.logsigmoid(margin) - (1 - win_rates) * F.logsigmoid(-margin)
@@ -304,19 +305,19 @@ MAX_EXPONENT = 20.0
 
 
 def exp_to_tangent(x: Tensor) -> Tensor:
-    """eˣ up to x = 20 and its tangent beyond: always finite, with a gradient that neither explodes nor vanishes."""
+    """Return eˣ up to x = 20 and its tangent beyond: finite, with a gradient that neither explodes nor vanishes."""
     capped = x.clamp(max=MAX_EXPONENT)
     return capped.exp() * (1 + x - capped)
 
 
 def expm1_to_tangent(x: Tensor) -> Tensor:
-    """eˣ − 1, accurate near 0, up to x = 20 and its tangent beyond; see `exp_to_tangent`."""
+    """Return eˣ − 1 up to x = 20 and its tangent beyond, accurate near 0; see `exp_to_tangent`."""
     capped = x.clamp(max=MAX_EXPONENT)
     return torch.expm1(capped) + capped.exp() * (x - capped)
 
 
 def log1mexp(x: Tensor) -> Tensor:
-    """log(1 − eˣ) for x ≤ 0, accurate at both ends (Mächler 2012): expm1 near zero, log1p far from it.
+    """Return log(1 − eˣ) for x ≤ 0, accurate at both ends (Mächler 2012): expm1 near zero, log1p far from zero.
 
     x is clamped just below zero, because at zero the value is −inf and the gradient is undefined.
     """

@@ -1,7 +1,7 @@
 """Pair losses that compare the pairs of the global batch: AOT sorts their margins, Dr. DPO takes a soft minimum.
 
-Each gets the whole global batch (`needs_global_batch`) and is exact for it: for every split into micro-batches and
-ranks, the mean of the losses is the paper's value, and the gradients add up to its gradient.
+Each loss gets the whole global batch (`needs_global_batch`), so the split into micro-batches and ranks does not matter.
+The mean of the losses is the paper's value, and the gradients add up to the gradient of that value.
 """
 
 import math
@@ -22,9 +22,10 @@ from hf_prefopt.losses.registry import register_loss
 
 
 def _at_rank_of(values: Tensor, others: Tensor) -> Tensor:
-    """`others` `[B]`, reordered so that its k-th smallest entry is at the position of the k-th smallest of `values`.
+    """Return `others` `[B]`, reordered so that its k-th smallest entry is where `values` has its k-th smallest.
 
-    Sorting both vectors, as the paper does, pairs the same numbers; this keeps each loss with its own example.
+    The paper sorts both vectors, which pairs the same numbers. Reordering only `others` assigns each loss to its own
+    example.
     """
     ranks = values.argsort(stable=True).argsort()
     return others.sort().values[ranks]
@@ -41,9 +42,9 @@ def aot_loss(
 ) -> LossOutput:
     """ℓ(β·Δ), Δ = sort_B(s_w − s_l) − sort_B(ref_w − ref_l): makes the policy's margins dominate the reference's.
 
-    Alignment via optimal transport, paired: it compares each quantile of the policy's margins in the batch with the
-        same quantile of the reference's. Each pair gets the loss at the rank of its own margin, and its implicit reward
-        is βr. Earlier versions of TRL call this loss `aot_pair` and the unpaired form `aot`.
+    Alignment via optimal transport, paired. The loss compares each quantile of the policy's margins in the batch with
+    the same quantile of the reference's margins. Each pair gets the loss at the rank of its own margin. The implicit
+    reward is βr. Earlier versions of TRL call this loss `aot_pair` and the unpaired form `aot`.
 
     Use it on noisy pairs, in batches of several tens of pairs: it improves the distribution of margins, not each pair.
 
@@ -68,14 +69,13 @@ def aot_loss(
 def aot_unpaired_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.01, label_smoothing: float = 0.0) -> Tensor:
     """ℓ(β·Δ), Δ = sort_B(r_w) − sort_B(r_l): makes the rewards of chosen responses dominate those of rejected ones.
 
-    Alignment via optimal transport, unpaired: the pairing in the data does not matter. Each chosen response is compared
-        with the rejected response of the same rank in the batch, and its pair gets that loss. Arguments as in
-        `aot_loss`.
+    Alignment via optimal transport, unpaired: the pairing in the data does not matter. The loss of a pair compares its
+    chosen response with the rejected response that has the same rank in the batch. Arguments as in `aot_loss`.
 
     Use it if chosen and rejected responses were collected separately, in batches of several tens of pairs.
 
     Raises:
-        ValueError: as `aot_loss`.
+        ValueError: as in `aot_loss`.
     """
     check_range("label_smoothing", label_smoothing, 0.0, 0.5)
     excess = chosen - _at_rank_of(chosen, rejected)
@@ -87,8 +87,8 @@ def aot_unpaired_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.01, labe
 def dr_dpo_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.1, beta_prime: float = 1.0) -> LossOutput:
     """−β′ log mean_B e^(−ℓ(βh)/β′): pairs with a large loss, which may be mislabeled, count less.
 
-    Distributionally robustifying DPO (Dr. DPO). The loss is one value for the whole batch, not a mean over pairs. Each
-    pair gets this value, so that the mean is the value; its gradient weights pair i by softmax_B(−ℓ_i/β′). The
+    Distributionally robustifying DPO (Dr. DPO). The loss is one value for the whole batch, not a mean over pairs. Every
+    pair gets this value, so the mean over pairs equals it. The gradient weights pair i by softmax_B(−ℓ_i/β′). The
     component `preference` is ℓ(βh) of each pair. β′ → ∞ gives DPO.
 
     Use it if a substantial share of the pairs may have chosen and rejected swapped.

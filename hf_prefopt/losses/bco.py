@@ -1,6 +1,6 @@
 """Binary classifier optimization (BCO): compares rewards with their running mean δ, which is kept across batches.
 
-r is the summed log-ratio (nats) of a response to the reference.
+r is the log-ratio of policy to reference, summed over a response (nats).
 """
 
 import torch
@@ -13,7 +13,7 @@ _START = {"delta": 0.0, "count": 0.0}
 
 
 def _mean_with(state: dict[str, Tensor], rewards: Tensor) -> dict[str, Tensor]:
-    """The mean of all rewards so far, including these."""
+    """Return the mean and the number of all rewards so far, including `rewards`."""
     count = state["count"] + rewards.numel()
     return {"delta": state["delta"] + (rewards.mean() - state["delta"]) * rewards.numel() / count, "count": count}
 
@@ -49,7 +49,7 @@ def bco_loss(
     average. The implicit reward is βr.
 
     If desirable and undesirable examples have different prompts, the paper weights the undesirable examples by the
-    similarity of their prompts to those of the desirable ones (underlying distribution matching).
+    similarity of their prompts to the prompts of the desirable examples (underlying distribution matching).
     `distribution_matching_weights` in `data.bco_weights` computes the column `weight` for this from prompt embeddings,
     before training.
 
@@ -81,8 +81,8 @@ def bco_pair_loss(
 ) -> LossOutput:
     """ℓ(βr_w − δ) + ℓ(δ − βr_l); δ is the running mean of both rewards over all training pairs so far.
 
-    Binary classifier optimization on pairs. δ is as in `bco_loss`, over both rewards of every pair. (TRL's `bco_pair`
-    took the mean of the batch means, which is equal if all batches have the same size.)
+    Binary classifier optimization on pairs. δ is computed as in `bco_loss`, from both rewards of every pair. TRL's
+    `bco_pair` took the mean of the batch means, which is the same if all batches have the same size.
 
     Use it in a mixture, to judge each response on its own, as MPO does (.8 dpo + .2 bco_pair + 1 sft).
 

@@ -1,8 +1,8 @@
 """DPO and its closest variants, for pairs with a reference: functions of h = r_w − r_l, or of both log-ratios.
 
-r = s − s_ref is the summed log-ratio (nats) of a response to the reference; w is the chosen response and l the rejected
-one. A formula under `@of_log_ratios` takes r_w and r_l. The resulting loss takes the four summed log-probs, preferably
-by keyword, and returns a `LossOutput`.
+r = s − s_ref is the log-ratio of policy to reference, summed over a response (nats). w is the chosen response and l the
+rejected one. A formula under `@of_log_ratios` takes r_w and r_l. The resulting loss takes the four summed log-probs,
+preferably by keyword, and returns a `LossOutput`.
 """
 
 import torch
@@ -45,7 +45,7 @@ def dpo_loss(
             r.
         beta: strength of the regularization toward the reference, > 0.
         label_smoothing: ε in [0, 0.5).
-        margins: `[B]`, the target margin m of each pair in reward units: βh − m replaces βh (as in ODPO, 2402.10571).
+        margins: `[B]`, the target margin m of each pair in reward units; βh − m replaces βh, as in ODPO (2402.10571).
         chosen_win_rates: `[B]`, the probability p in [0, 1] that the chosen response is the better one; cannot be
             combined with margins or ε.
 
@@ -59,7 +59,7 @@ def dpo_loss(
 
 
 def reference_free_dpo_loss(chosen_logps: Tensor, rejected_logps: Tensor, beta: float = 0.1) -> LossOutput:
-    """ℓ(β(s_w − s_l)): DPO with a uniform reference, from sums `[B]` or masked token log-probs `[B, T]`.
+    """Compute ℓ(β(s_w − s_l)), DPO with a uniform reference, from sums `[B]` or masked token log-probs `[B, T]`.
 
     Raises:
         ValueError: the batch sizes differ, there are more than two dimensions, or beta is not above 0.
@@ -93,7 +93,7 @@ def dpo_norm_loss(
     Use it if DPO makes responses longer: a long response no longer has a larger log-ratio only because of its length.
 
     Raises:
-        ValueError: as `dpo_loss`.
+        ValueError: as in `dpo_loss`.
     """
     check_range("label_smoothing", label_smoothing, 0.0, 0.5)
     check_one_confidence(chosen_win_rates, label_smoothing, margins)
@@ -122,7 +122,7 @@ def ipo_loss(
     Use it if preferences are nearly deterministic and DPO's margins grow without bound.
 
     Raises:
-        ValueError: as `dpo_loss`.
+        ValueError: as in `dpo_loss`.
     """
     if length_normalize:
         chosen, rejected = per_token(chosen, chosen_lengths), per_token(rejected, rejected_lengths)
@@ -139,7 +139,7 @@ def hinge_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.05, margins: Te
     Use it if clearly separated pairs should no longer be trained on.
 
     Raises:
-        ValueError: as `dpo_loss`.
+        ValueError: as in `dpo_loss`.
     """
     return torch.relu(1 - less_margins(beta * (chosen - rejected), margins))
 
@@ -167,7 +167,7 @@ def wpo_loss(
         label_smoothing, chosen_win_rates: as in `dpo_loss`.
 
     Raises:
-        ValueError: as `dpo_loss`.
+        ValueError: as in `dpo_loss`.
     """
     check_range("label_smoothing", label_smoothing, 0.0, 0.5)
     check_one_confidence(chosen_win_rates, label_smoothing)
@@ -176,7 +176,7 @@ def wpo_loss(
 
 
 def wpo_weights(chosen_alignment: Tensor, rejected_alignment: Tensor, losses: Tensor) -> Tensor:
-    """`[B]`: sg[min(1, w_w·w_l)], the WPO weight of each pair.
+    """Return `[B]`: sg[min(1, w_w·w_l)], the WPO weight of each pair.
 
     Raises:
         ValueError: the shapes differ.

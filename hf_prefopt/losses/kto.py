@@ -11,7 +11,7 @@ from hf_prefopt.losses.registry import register_loss
 
 
 def advise_on_balance(labels: Tensor, desirable_weight: float, undesirable_weight: float) -> str | None:
-    """Advice for data with λ_D·n_D / λ_U·n_U outside [1, 4/3]; `None` for balanced data and data with one label."""
+    """Return advice for data with λ_D·n_D / λ_U·n_U outside [1, 4/3]; `None` for balanced or one-label data."""
     desirable, undesirable = int(labels.sum()), int((~labels).sum())
     if not min(desirable, undesirable, desirable_weight, undesirable_weight) > 0:
         return None
@@ -76,7 +76,7 @@ def kto_loss(
 
 
 def kto_weights(desirable: int, undesirable: int) -> tuple[float, float]:
-    """(λ_D, λ_U) that balance n_D desirable and n_U undesirable examples.
+    """Return (λ_D, λ_U) that balance n_D desirable and n_U undesirable examples.
 
     One weight changes from 1 by the smallest amount that brings λ_D·n_D / λ_U·n_U into [1, 4/3], the range that KTO's
     authors recommend (2402.01306).
@@ -86,7 +86,7 @@ def kto_weights(desirable: int, undesirable: int) -> tuple[float, float]:
         ((1.0, 1.0), (2.0, 1.0), (1.0, 2.25))
 
     Raises:
-        ValueError: one label has no examples, so no weights can balance the two.
+        ValueError: one label has no examples, so no weights can balance the labels.
     """
     if desirable < 1 or undesirable < 1:
         raise ValueError(f"{desirable} desirable and {undesirable} undesirable examples cannot be balanced by weights")

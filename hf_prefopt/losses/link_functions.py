@@ -1,7 +1,7 @@
 """Pair losses that replace DPO's ℓ(z) = −log σ(z) by another function of the margin z = βh, h = r_w − r_l.
 
-r = s − s_ref is the summed log-ratio (nats) of a response to the reference; without a reference, r = s. Every implicit
-reward here is βr. `hinge` and `ipo` belong to this family too; they are in `losses.dpo`.
+r = s − s_ref is the log-ratio of policy to reference, summed over a response (nats); without a reference, r = s. Every
+implicit reward here is βr. `hinge` and `ipo` belong to this family too; they are in `losses.dpo`.
 """
 
 import math
@@ -51,7 +51,7 @@ def exo_pair_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.1, label_smo
         label_smoothing: ε in (0, 0.5); at 0 the reverse KL is infinite.
 
     Raises:
-        ValueError: as `robust_loss`.
+        ValueError: as in `robust_loss`.
     """
     check_range("label_smoothing", label_smoothing, 0.0, 0.5, open_low=True)
     margin = beta * (chosen - rejected)
@@ -65,9 +65,9 @@ def exo_pair_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.1, label_smo
 def discopop_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.05, discopop_tau: float = 0.05) -> Tensor:
     """(1−m)ℓ(βh) + m·e^(−βh), m = σ(βh/τ): logistic for pairs ranked wrongly, exponential for those ranked right.
 
-    Discovered preference optimization (DiscoPOP), the log-ratio modulated loss, eq. 5. It is not monotonic: with the
-    default τ it increases from h ≈ −2.37 to h ≈ 1.44. The product m·e^(−βh) is computed in log space, where τ ≤ 1
-    bounds it.
+    Discovered preference optimization (DiscoPOP), the log-ratio modulated loss, eq. 5. The loss is not monotonic: with
+    the default τ it increases from h ≈ −2.37 to h ≈ 1.44. τ ≤ 1 bounds the product m·e^(−βh), which is computed in log
+    space.
 
     Use it as an alternative to DPO that was found by a search over losses; compare both on your own data.
 
@@ -75,7 +75,7 @@ def discopop_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.05, discopop
         discopop_tau: τ in (0, 1]; above 1, e^(−βh) outgrows m, and the loss explodes on wrongly ranked pairs.
 
     Raises:
-        ValueError: as `robust_loss`.
+        ValueError: as in `robust_loss`.
     """
     check_range("discopop_tau", discopop_tau, 0.0, 1.0, open_low=True, closed_high=True)
     margin = beta * (chosen - rejected)
@@ -110,7 +110,7 @@ def gpo_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.1, function: str 
         function: a name in `GPO_FUNCTIONS`.
 
     Raises:
-        ValueError: as `robust_loss`, or the function is unknown.
+        ValueError: as in `robust_loss`, or the function is unknown.
     """
     if function not in GPO_FUNCTIONS:
         raise ValueError(f"function={function!r} is not one of {', '.join(GPO_FUNCTIONS)}")
@@ -120,15 +120,15 @@ def gpo_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.1, function: str 
 @register_loss("cauchy", paper="2405.14953")
 @of_log_ratios(reference_free=True)
 def cauchy_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.1) -> Tensor:
-    """−log(atan(βh)/π + ½): models preferences with a Cauchy distribution, whose heavy tails tolerate wrong labels.
+    """−log(atan(βh)/π + ½): models preferences with a Cauchy distribution; its heavy tails tolerate wrong labels.
 
-    From the code published with MallowsPO; the paper does not derive it. The probability is computed as atan2(1,
-    −βh)/π, which is equal and avoids cancellation at βh → −∞.
+    The formula is from the code published with MallowsPO; the paper does not derive it. The probability is computed as
+    atan2(1, −βh)/π, which is equal and avoids cancellation at βh → −∞.
 
     Use it if labels are noisy and a few badly ranked pairs should not dominate.
 
     Raises:
-        ValueError: as `robust_loss`.
+        ValueError: as in `robust_loss`.
     """
     margin = beta * (chosen - rejected)
     return -torch.log(torch.atan2(torch.ones_like(margin), -margin) / math.pi)
@@ -145,18 +145,19 @@ def focal_po_loss(
 ) -> Tensor:
     """−p^γ log p, p = σ(βh): pairs that the policy ranks wrongly weigh less.
 
-    FocalPO: the focal loss with the inverse factor, p^γ instead of (1−p)^γ; γ = 0 gives DPO. Implemented from the
-        paper's description, because the authors' code is not published; the paper leaves open whether the factor is
-        differentiated. By default it is, and the gradient −p^γ(1−p)(1 + γ log p)β changes sign below p = e^(−1/γ),
-        which is 2e-9 at the default γ. With `detach_weight=True` the factor only scales DPO's gradient.
+    FocalPO: the focal loss with the inverse factor, p^γ instead of (1−p)^γ; γ = 0 gives DPO. The authors' code is not
+    published, so this follows the paper's description, which leaves open whether the factor is differentiated. By
+    default it is, and the gradient −p^γ(1−p)(1 + γ log p)β changes sign below p = e^(−1/γ), which is 2e-9 at the
+    default γ. With `detach_weight=True` the factor only scales DPO's gradient.
 
-    Use it if pairs that the model ranks wrongly are mostly noise, and correctly ranked pairs should be sharpened.
+    Use it if pairs that the model ranks wrongly are mostly noise, and correctly ranked pairs should be separated
+    further.
 
     Args:
         gamma: γ ≥ 0. detach_weight: excludes p^γ from the gradient.
 
     Raises:
-        ValueError: as `robust_loss`.
+        ValueError: as in `robust_loss`.
     """
     check_range("gamma", gamma, 0.0)
     losses = logistic(beta * (chosen - rejected))

@@ -1,8 +1,8 @@
-"""Losses of ranked lists: Plackett–Luce, softmax DPO, and RRHF, which need only the order of the responses.
+"""Losses that need only the order of a list's responses: Plackett–Luce, softmax DPO, and RRHF.
 
-Tensors are `[B, K]`; entries where `list_mask` is False are padding and are ignored. r is the summed log-ratio (nats)
-of a response to the reference. Smaller ranks are better. Responses with equal ranks are equally good: none is preferred
-to another, and their order in the row does not matter.
+Tensors are `[B, K]`; entries where `list_mask` is False are padding and are ignored. r is the log-ratio of policy to
+reference, summed over a response (nats). Smaller ranks are better. Responses with equal ranks are equally good: none is
+preferred to another, and their order in the row does not matter.
 """
 
 import torch
@@ -17,7 +17,7 @@ from hf_prefopt.losses.registry import register_loss
 def list_rewards(
     policy_list_logps: Tensor, ref_list_logps: Tensor, list_mask: Tensor, beta: float, **compared: Tensor
 ) -> Tensor:
-    """βr `[B, K]`, 0 at padding. `compared`: the ranks or the scores. Raises `ValueError` if shapes differ."""
+    """Return βr, `[B, K]`, 0 at padding. `compared`: the ranks or the scores. Raises `ValueError` if shapes differ."""
     check_lists(policy_list_logps=policy_list_logps, ref_list_logps=ref_list_logps, **compared, list_mask=list_mask)
     return beta * torch.where(list_mask, policy_list_logps - ref_list_logps, 0.0)
 
@@ -28,8 +28,9 @@ def plackett_luce_loss(
 ) -> LossOutput:
     """−Σ_k [βr_k − logsumexp(βr_k, {βr_j of a worse rank})]: the NLL of the ranking under a Plackett–Luce model.
 
-    DPO's general form, appendix A.3; for lists of two it is DPO. Each response is chosen among itself and all worse
-    ones, so responses with equal ranks, which the paper does not consider, are not compared.
+    DPO's general form, appendix A.3; for lists of two it is DPO. In this model, each response is chosen from the set of
+    itself and all worse responses. Responses with equal ranks, which the paper does not consider, are therefore not
+    compared.
 
     Use it on fully ranked lists of three or more responses.
 
@@ -56,8 +57,9 @@ def s_dpo_loss(
 ) -> LossOutput:
     """ℓ(−logsumexp_l β(r_l − r_w)): compares the best response with all others at once.
 
-    Softmax-DPO: one chosen and any number of rejected responses, whose order does not matter. If several responses are
-    equally best, the loss is the mean over them as w, and none of them is an l.
+    Softmax-DPO compares one chosen response with any number of rejected responses; the order of the rejected ones does
+    not matter. If several responses are equally best, each of them in turn is w, none of them is an l, and the loss is
+    the mean.
 
     Use it for one good response and several bad ones, as in recommendation.
 
@@ -97,10 +99,10 @@ def sft_lists_loss(
 def rrhf_loss(
     policy_list_logps: Tensor, list_lengths: Tensor, list_ranks: Tensor, list_mask: Tensor, sft_coef: float = 1.0
 ) -> LossOutput:
-    """Σ_{i worse than j} max(0, s̄_i − s̄_j) + λ·NLL(best): orders the log-probs per token as the ranks.
+    """Σ_{i worse than j} max(0, s̄_i − s̄_j) + λ·NLL(best): puts the log-probs per token in the order of the ranks.
 
-    RRHF. The NLL is per token, as for all losses here, and is averaged over several best responses. The implicit reward
-    is s̄.
+    RRHF. The NLL is per token, as for all losses here. If several responses are best, the NLL is averaged over them.
+    The implicit reward is s̄.
 
     Use it on ranked lists without a reference model, to combine ranking with imitation of the best response.
 

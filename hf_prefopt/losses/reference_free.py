@@ -1,7 +1,7 @@
 """Losses without a reference that add the NLL of the chosen responses: CPO, ORPO, SLiC-HF, and the NLL alone.
 
-s is a response's summed log-prob (nats) and s̄ the same per scored token. NLL(y) = −s̄, except in SLiC-HF, where it is
-−s.
+s is a response's summed log-prob (nats), and s̄ is s divided by the number of scored tokens. NLL(y) = −s̄, except in
+SLiC-HF, where it is −s.
 """
 
 import torch
@@ -32,8 +32,8 @@ def cpo_loss(
 ) -> LossOutput:
     """ℓ(β(s_w − s_l)) + α·NLL(y_w): a contrastive loss without a reference, plus the NLL of the chosen response.
 
-    Contrastive preference optimization, eq. 5. For its hinge, IPO and SimPO forms, use those losses with
-    `reference_free=True` (SimPO has no reference) and `sft_weight` as α.
+    Contrastive preference optimization, eq. 5. For CPO with another preference loss, use `hinge` or `ipo` with
+    `reference_free=True`, or `simpo`, and set `sft_weight` to α.
 
     Use it if a reference model does not fit into memory, and the chosen responses are good enough to imitate.
 
@@ -133,10 +133,10 @@ def slic_hf_loss(
 ) -> LossOutput:
     """max(0, δ − s_w + s_l) − λ·s_w: a margin of δ nats between the sums, plus the NLL of the chosen response.
 
-    Sequence likelihood calibration with human feedback: its rank loss, and its regularizer toward a target, here the
-        chosen response. The regularizer is λ times the NLL of the whole response, −s_w, as in the paper and in HALOs.
-        With `length_normalize=True` the NLL is −s̄_w, as in all other losses here, and λ has another scale. The
-        implicit reward is s.
+    Sequence likelihood calibration with human feedback: a rank loss plus a regularizer toward a target, here the chosen
+    response. The regularizer is λ times the NLL of the whole response, −s_w, as in the paper and in HALOs. With
+    `length_normalize=True` the NLL is −s̄_w, as in all other losses here, and λ has another scale. The implicit reward
+    is s.
 
     Use it for a fixed margin in log-probs, if the chosen responses are good enough to imitate.
 
@@ -164,7 +164,7 @@ def slic_hf_loss(
 
 @register_loss("sft", is_average_loss=True, computes_reward_metrics=False)
 def sft_loss(policy_chosen_logps: Tensor, chosen_lengths: Tensor) -> LossOutput:
-    """NLL(y_w) = −s̄_w: supervised fine-tuning on the chosen responses, each divided by its own length.
+    """NLL(y_w) = −s̄_w: supervised fine-tuning on the chosen responses; each NLL is divided by the response's length.
 
     Use it in a mixture (or through `sft_weight`), or alone as a baseline trained on the chosen responses.
 

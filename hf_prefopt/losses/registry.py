@@ -41,11 +41,11 @@ from hf_prefopt.losses.returned import check_returned
 
 @dataclass(frozen=True)
 class RunningState:
-    """Numbers that a loss keeps across the batches of a training run.
+    """The numbers that a loss keeps across the batches of a training run.
 
     Attributes:
-        initial: their values before the first batch.
-        update: `(state, **the loss's inputs and hyperparameters) -> new state`, tensors `[]` without gradients. It is
+        initial: the values before the first batch.
+        update: `(state, **inputs, **hyperparameters) -> new state`, with scalar tensors without gradients. `update` is
             called once per optimizer step, on the global batch, before the loss is computed, and never in evaluation.
     """
 
@@ -65,14 +65,14 @@ class LossSpec:
         is_average_loss: the log-probs are averaged over tokens, so the scale of beta differs from DPO's.
         computes_reward_metrics: the loss has implicit rewards.
         needs_global_batch: the loss of an example depends on the other examples of the global batch.
-        has_own_divergence: the loss is built on its own divergence from the reference, which cannot be replaced.
-        state: what the loss keeps across batches; the loss gets it as the argument `state`.
+        has_own_divergence: the loss contains its own divergence from the reference, so no other divergence can be used.
+        state: the numbers that the loss keeps across batches; the loss gets them as the argument `state`.
         is_one_value: the loss is one value for the global batch, so the losses of examples cannot be weighted.
-        check_data: checks the examples of a whole data set before training. It is called with the hyperparameters and
-            inputs (`[N]`, `[N, K]`) that it has as parameters. It returns advice for the user, or `None`, and raises
+        check_data: checks the examples of a whole data set before training. Its parameters are hyperparameters and
+            inputs of the loss (`[N]`, `[N, K]`). It returns advice for the user, or `None`, and raises
             `UnsuitableExamples` for examples that the loss cannot compare.
-        form_of: the name of another loss; this loss is its form for another kind of examples.
-        inputs: names of its tensor parameters. `defaults`: its hyperparameters.
+        form_of: the name of the loss that this loss adapts to another kind of examples.
+        inputs: the names of the loss's tensor parameters. `defaults`: its hyperparameters and their default values.
     """
 
     name: str
@@ -97,11 +97,11 @@ class LossSpec:
         return next((kind for kind in KINDS if self.fits(kind)), PAIRS)
 
     def fits(self, kind: ExampleKind) -> bool:
-        """Whether the loss can compare examples of that kind; triples also count as pairs."""
+        """Return whether the loss can compare examples of that kind; triples also count as pairs."""
         return all(map(kind.has_input, self.inputs))
 
     def for_kind(self, kind: ExampleKind) -> "LossSpec":
-        """The form of this loss for examples of that kind; the loss itself if there is none."""
+        """Return the form of this loss for examples of that kind, or the loss itself if there is no such form."""
         forms = (spec for spec in _LOSSES.values() if self.name in (spec.name, spec.form_of))
         return next((spec for spec in forms if spec.kind is kind), self)
 
@@ -120,7 +120,7 @@ class LossSpec:
 
     @property
     def run_inputs(self) -> tuple[str, ...]:
-        """The facts about the run that the loss takes: its state, the progress, the epoch, whether it is training."""
+        """The loss's parameters that describe the run, among `state`, `progress`, `epoch` and `training`."""
         parameters = inspect.signature(self.function).parameters
         return tuple(name for name in _RUN_INPUTS if name in parameters and (name != "state" or self.state))
 
@@ -136,7 +136,9 @@ class LossSpec:
         return self.needs_reference_model and all(parameters[name].default is None for name in self.reference_inputs)
 
     def __call__(self, **arguments: Any) -> LossOutput:
-        """Compute the loss from named inputs and hyperparameters; a plain tensor of losses gets log-ratio rewards.
+        """Compute the loss from named inputs and hyperparameters.
+
+        If the function returns only losses, the implicit rewards are β·(s − s_ref).
 
         Raises:
             ValueError: the function does not return one number per example; see `losses.returned`.
@@ -149,16 +151,17 @@ class LossSpec:
         return output
 
     def _default_rewards(self, arguments: dict[str, Any]) -> Tensor | None:
-        """β·(s − s_ref), the implicit reward of a loss that returns only its losses."""
+        """Return β·(s − s_ref), the implicit reward of a loss function that returns only the losses."""
         if not self.computes_reward_metrics:
             return None
         return self.kind.default_rewards(arguments, arguments.get("beta", self.defaults.get("beta", 1.0)))
 
 
 def token_stats_of(inputs: Iterable[str], model: str) -> frozenset[str]:
-    """The per-token statistics, in addition to log-probs, that inputs of these names require from a model's head.
+    """Return the per-token statistics that a model's head must compute for these inputs, in addition to log-probs.
 
     Args:
+        inputs: the names of the losses' inputs.
         model: "policy" or "ref".
     """
     found = [(name, kind.statistic(name)) for name in inputs for kind in KINDS if kind.has_input(name)]
@@ -222,12 +225,12 @@ def register_loss(
 
 
 def _is_anew(function: Callable, before: Callable) -> bool:
-    """Whether a function comes from the same definition as an earlier one, executed again."""
+    """Return whether a function comes from the same definition as an earlier one, executed again."""
     return _definition(function) is not None and _definition(function) == _definition(before)
 
 
 def _definition(function: Callable) -> tuple[str, str] | None:
-    """The module and qualified name of a function, or `None` if they are not unique: lambdas, closures and objects."""
+    """Return the module and qualified name of a function, or `None` for lambdas, closures and callable objects."""
     function = inspect.unwrap(function)
     name = getattr(function, "__qualname__", "<lambda>")
     is_one_of_several = name.endswith("<lambda>") or getattr(function, "__closure__", None) is not None
@@ -235,7 +238,7 @@ def _definition(function: Callable) -> tuple[str, str] | None:
 
 
 def _split_signature(name: str, function: Callable) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """The tensor inputs and the hyperparameters (with defaults) of a loss function, distinguished by name."""
+    """Return the inputs of a loss function, which are recognized by name, and its hyperparameters with defaults."""
     parameters = inspect.signature(function).parameters.values()
     inputs = tuple(p.name for p in parameters if any(kind.has_input(p.name) for kind in KINDS))
     if not any(all(map(kind.has_input, inputs)) for kind in KINDS):
@@ -265,7 +268,7 @@ def _refuse_misspelt(loss: str, given: Mapping[str, Any], inputs: tuple[str, ...
                 "default, or make it None if the input is optional"
             )
         meant = None if name in inputs or name in _RUN_INPUTS else _input_near(name)
-        # A short name with a number is a hyperparameter that happens to resemble an input: `weight=1.0`.
+        # A name without an underscore and with a default is a hyperparameter that resembles an input: `weight=1.0`.
         if meant and (default is None or "_" in name):
             raise ValueError(
                 f"loss {loss!r}: {name} is not an input, and its default makes it a hyperparameter: did you mean "
@@ -274,7 +277,7 @@ def _refuse_misspelt(loss: str, given: Mapping[str, Any], inputs: tuple[str, ...
 
 
 def _offered(name: str) -> str:
-    """What to say of a parameter that is no input: the inputs that were probably meant, or examples."""
+    """Return a hint for a parameter that is not an input: the input that was probably meant, or examples."""
     prefixed = [f"{model}_{name}" for model in ("policy", "ref")]
     known = [near for near in prefixed if any(kind.has_input(near) for kind in KINDS)]
     meant = " or ".join(known) or _input_near(name)
@@ -282,7 +285,7 @@ def _offered(name: str) -> str:
 
 
 def _input_near(name: str) -> str | None:
-    """An input whose name differs by one letter: one more, one less, or one replaced."""
+    """Return an input whose name differs from `name` by one letter that is added, removed or replaced, or `None`."""
     letters = "abcdefghijklmnopqrstuvwxyz_"
     cuts = [(name[:at], name[at:]) for at in range(len(name) + 1)]
     less = (head + tail[1:] for head, tail in cuts if tail)
@@ -293,7 +296,7 @@ def _input_near(name: str) -> str | None:
 
 
 def get_loss(name: str) -> LossSpec:
-    """The registered loss with that name or alias.
+    """Return the registered loss with that name or alias.
 
     Raises:
         ValueError: no loss has this name; the message suggests similar names.
@@ -308,5 +311,5 @@ def get_loss(name: str) -> LossSpec:
 
 
 def list_losses() -> list[str]:
-    """The names of all registered losses, sorted, without aliases."""
+    """Return the names of all registered losses, sorted, without aliases."""
     return sorted(_LOSSES)

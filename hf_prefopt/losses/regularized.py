@@ -1,6 +1,6 @@
 """DPO with a modified margin inside ℓ; each loss addresses one failure of DPO.
 
-r = s − s_ref is the summed log-ratio (nats) of a response to the reference, h = r_w − r_l, ℓ(z) = −log σ(z).
+r = s − s_ref is the log-ratio of policy to reference, summed over a response (nats); h = r_w − r_l; ℓ(z) = −log σ(z).
 """
 
 import torch
@@ -55,8 +55,8 @@ def r_dpo_loss(
 ) -> LossOutput:
     """ℓ(βh + α(|y_w| − |y_l|)): pairs whose preference agrees with the length difference have smaller gradients.
 
-    Length-regularized DPO (R-DPO). The reward is regularized to R − α|y|. Its optimal policy gives R = βr + α|y| up to
-    a constant for each prompt, which explains the sign and the implicit reward βr + α|y|. α = 0 gives DPO.
+    Length-regularized DPO (R-DPO). The reward is regularized to R − α|y|. For the optimal policy, R = βr + α|y| up to a
+    constant for each prompt. This explains the sign of α, and why the implicit reward is βr + α|y|. α = 0 gives DPO.
 
     Use it if chosen responses are longer than rejected ones and the model mostly learns to write longer responses.
 
@@ -64,7 +64,7 @@ def r_dpo_loss(
         chosen_lengths, rejected_lengths: `[B]`, scored tokens. alpha: α ≥ 0, reward per token.
 
     Raises:
-        ValueError: as `dpop_loss`, or one reference is missing.
+        ValueError: as in `dpop_loss`, or one reference is missing.
     """
     check_range("alpha", alpha, 0.0)
     # An int64 tensor times a Python float would give fp32, whatever the dtype of the log-probs.
@@ -93,10 +93,10 @@ def dpo_shift_loss(
 
     Args:
         lambda_coef: λ in [0, 1], or its initial value. lambda_end: its final value in [0, 1]; `None` for a constant λ.
-        progress: k/n, in [0, 1]. The trainer provides it; the default is the end of a run.
+        progress: k/n, in [0, 1]. The trainer provides it; the default 1 is the end of a run.
 
     Raises:
-        ValueError: as `dpop_loss`.
+        ValueError: as in `dpop_loss`.
     """
     check_range("lambda_coef", lambda_coef, 0.0, 1.0, closed_high=True)
     check_range("progress", progress, 0.0, 1.0, closed_high=True)
@@ -116,9 +116,8 @@ def chi_po_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.1, reward_boun
 
     χ²-preference optimization, algorithm 1, with the link φ(z) = z + log z at z = π/π_ref = e^r. φ is the derivative of
     ½(z−1)² + z log z, so E[R] − β(χ² + KL) has its optimum at R = βφ plus a constant for each prompt, and βφ(r) is the
-    implicit reward. The algorithm always clips at the bound R of the true reward, which theory knows and a data set
-    does not give; without `reward_bound` nothing is clipped. The paper gives no default for β. Beyond r = 20, e^r is
-    replaced by its tangent.
+    implicit reward. The algorithm clips at the bound R of the true reward, which a data set does not provide. Without
+    `reward_bound`, nothing is clipped. The paper gives no default for β. Beyond r = 20, e^r is replaced by its tangent.
 
     Use it if DPO overfits the pairs (overoptimization): the χ² term grows with the distance from the reference.
 
@@ -126,7 +125,7 @@ def chi_po_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.1, reward_boun
         reward_bound: R > 0, in reward units; a pair beyond ±2R has no gradient.
 
     Raises:
-        ValueError: as `dpop_loss`.
+        ValueError: as in `dpop_loss`.
     """
     chosen, rejected = (beta * (ratio + exp_to_tangent(ratio)) for ratio in (chosen, rejected))
     margin = chosen - rejected

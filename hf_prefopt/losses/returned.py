@@ -12,7 +12,7 @@ from hf_prefopt.losses.base import LossOutput
 
 
 class NamedLoss(Protocol):
-    """What an error message needs to know about a loss; `losses.registry.LossSpec` fits."""
+    """The properties of a loss that error messages use; `losses.registry.LossSpec` has them."""
 
     @property
     def name(self) -> str:
@@ -24,15 +24,15 @@ class NamedLoss(Protocol):
 
     @property
     def kind(self) -> ExampleKind:
-        """The kind of examples that it compares."""
+        """The kind of examples that the loss compares."""
 
 
 def check_returned(spec: NamedLoss, output: LossOutput, given: Mapping[str, Tensor]) -> None:
-    """Raise an error for an output whose mean would not be the loss of the examples.
+    """Check that a loss has returned one number per example, so that the mean is the loss of the examples.
 
     Args:
         spec: the loss.
-        given: its inputs; the first floating-point tensor is `[B]`, `[B, K]` or `[B, T]`.
+        given: the inputs of the loss; the first floating-point tensor is `[B]`, `[B, K]` or `[B, T]`.
 
     Raises:
         ValueError: the losses are not a floating-point tensor `[B]`, are less precise than the inputs, or have lost the
@@ -82,6 +82,6 @@ def _description(returned: Any) -> str:
 
 
 def _place(function: Callable) -> str:
-    """The file and line of a function, or the type of a callable object."""
+    """Return the file and line of a function, or the type of a callable object."""
     code = getattr(inspect.unwrap(function), "__code__", None)
     return f"{code.co_filename}:{code.co_firstlineno}" if code else type(function).__name__

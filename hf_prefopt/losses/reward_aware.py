@@ -1,7 +1,7 @@
 """Pair losses that use how much better the chosen response is: ODPO, reward-aware RPO, and SPPO with win rates.
 
-r is the summed log-ratio (nats) of a response to the reference, and h = r_w − r_l. R is a response's score, larger for
-better responses, and ΔR = R_w − R_l. Every implicit reward here is βr.
+r is the log-ratio of policy to reference, summed over a response (nats), and h = r_w − r_l. R is a response's score,
+larger for better responses, and ΔR = R_w − R_l. Every implicit reward here is βr.
 """
 
 import torch
@@ -77,7 +77,7 @@ def odpo_loss(
 
 
 def _bernoulli_kl(first: Tensor, second: Tensor) -> Tensor:
-    """KL(σ(a) ‖ σ(b)) of two logits, in nats, without taking the logarithm of a rounded probability."""
+    """Return KL(σ(a) ‖ σ(b)) of two logits, in nats, without taking the logarithm of a rounded probability."""
     yes = torch.sigmoid(first) * (F.logsigmoid(first) - F.logsigmoid(second))
     return yes + torch.sigmoid(-first) * (F.logsigmoid(-first) - F.logsigmoid(-second))
 
@@ -94,9 +94,9 @@ def rpo_bwd_loss(
 ) -> Tensor:
     """KL(p* ‖ p), p* = σ(ηΔR), p = σ(βh): the target of the margin is ηΔR, not infinity.
 
-    Reward-aware preference optimization (Nemotron-4 340B) with what its source calls the "backward" KL, from the
-    probability given by the scores to the policy's. The chosen response may have the lower score; the loss then pushes
-    it below the rejected one. The loss reaches its minimum, 0, at βh = ηΔR; η → ∞ gives DPO.
+    Reward-aware preference optimization (Nemotron-4 340B) with the KL that the paper calls "backward": from the
+    probability p* that the scores imply to the policy's p. The chosen response may have the lower score; the loss then
+    pushes it below the rejected one. The loss reaches its minimum, 0, at βh = ηΔR; η → ∞ gives DPO.
 
     Use it on pairs with reward-model scores, if DPO would separate pairs that hardly differ.
 
@@ -121,10 +121,10 @@ def rpo_fwd_loss(
     beta: float = 0.2,
     eta: float = 1.0,
 ) -> Tensor:
-    """KL(p ‖ p*), p = σ(βh), p* = σ(ηΔR): `rpo_bwd` with the arguments of the KL exchanged, its source's "forward" KL.
+    """KL(p ‖ p*), p = σ(βh), p* = σ(ηΔR): `rpo_bwd` with the arguments of the KL exchanged (the paper's "forward" KL).
 
     Pairs that the policy ranks very wrongly have small gradients: the derivative in βh is p(1 − p)(βh − ηΔR). Arguments
-        as in `rpo_bwd_loss`.
+    as in `rpo_bwd_loss`.
 
     Use it if a few pairs with wrong scores dominate under `rpo_bwd`.
 

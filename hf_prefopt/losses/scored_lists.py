@@ -1,7 +1,7 @@
 """Losses of lists whose responses have scores R: InfoNCA, NCA, EXO, and LiPO's lambda loss. Larger scores are better.
 
-Tensors are `[B, K]`; entries where `list_mask` is False are padding and are ignored. r is the summed log-ratio (nats)
-of a response to the reference; p = softmax(R / temperature) over a list.
+Tensors are `[B, K]`; entries where `list_mask` is False are padding and are ignored. r is the log-ratio of policy to
+reference, summed over a response (nats); p = softmax(R / temperature) over a list.
 """
 
 import torch
@@ -14,12 +14,12 @@ from hf_prefopt.losses.registry import register_loss
 
 
 def _targets(scores: Tensor, mask: Tensor) -> Tensor:
-    """softmax over the responses of each list, 0 at padding."""
+    """Return the softmax over the responses of each list, 0 at padding."""
     return torch.softmax(scores.masked_fill(~mask, -torch.inf), dim=1)
 
 
 def _log_softmax(rewards: Tensor, mask: Tensor) -> Tensor:
-    """log softmax over the responses of each list, 0 at padding."""
+    """Return the log softmax over the responses of each list, 0 at padding."""
     return torch.where(mask, torch.log_softmax(rewards.masked_fill(~mask, -torch.inf), dim=1), 0.0)
 
 
@@ -85,7 +85,7 @@ def exo_rw_loss(
     beta: float = 1.0,
     tau: float = 1.0,
 ) -> LossOutput:
-    """KL(softmax(βr) ‖ softmax(R/τ)): the reverse KL of the policy's softmax to that of the scores.
+    """KL(softmax(βr) ‖ softmax(R/τ)): the reverse KL from the policy's softmax to the softmax of the scores.
 
     Efficient exact optimization with rewards.
 
@@ -151,10 +151,10 @@ def lipo_loss(
 
 
 def _discounts_apart(rewards: Tensor) -> Tensor:
-    """`[B, K, K]`: the mean of |1/log(1+τ_i) − 1/log(1+τ_j)| over all rankings τ by these rewards, largest first.
+    """Return `[B, K, K]`: the mean of |1/log(1+τ_i) − 1/log(1+τ_j)| over all rankings τ by reward, largest first.
 
-    n equal rewards share n ranks. Each of them has each of these ranks equally often, and each two of them each pair of
-    ranks.
+    n equal rewards share n ranks. Over all rankings, each of these rewards has each of the n ranks equally often, and
+    each two rewards have each pair of ranks equally often.
     """
     place = torch.arange(1, rewards.shape[1] + 1, device=rewards.device, dtype=rewards.dtype)
     discounts = 1 / torch.log1p(place)
@@ -165,17 +165,18 @@ def _discounts_apart(rewards: Tensor) -> Tensor:
     shares = at_place.to(rewards.dtype) / count[..., None]
     means = shares @ discounts
     among_equal = torch.einsum("bip,bjq,pq->bij", shares, shares, (discounts[:, None] - discounts).abs())
-    among_equal = among_equal * count[..., None] / (count[..., None] - 1).clamp(min=1)  # two never share a rank
+    # Two responses never share a rank.
+    among_equal = among_equal * count[..., None] / (count[..., None] - 1).clamp(min=1)
     return torch.where(equal, among_equal, (means[:, :, None] - means[:, None, :]).abs())
 
 
 def _differences(values: Tensor) -> Tensor:
-    """`[B, K, K]`: value i minus value j."""
+    """Return `[B, K, K]`: value i minus value j."""
     return values[:, :, None] - values[:, None, :]
 
 
 def _stretched(scores: Tensor, mask: Tensor) -> Tensor:
-    """The scores of each list, shifted and scaled to [0, 1]; if all are equal, they become 0."""
+    """Return the scores of each list, shifted and scaled to [0, 1]; if all are equal, they become 0."""
     low = scores.masked_fill(~mask, torch.inf).amin(1, keepdim=True)
     high = scores.masked_fill(~mask, -torch.inf).amax(1, keepdim=True)
     return torch.where(mask, (scores - low) / torch.where(high > low, high - low, 1.0), 0.0)

@@ -34,7 +34,7 @@ def simpo_loss(
 ) -> LossOutput:
     """ℓ(β(s̄_w − s̄_l) − γ): the reward is β times the mean log-prob, and γ is the target margin.
 
-    Simple preference optimization, eq. 6. Set the margin once, as γ or as γ/β (default 0.5).
+    Simple preference optimization, eq. 6. Set the margin either as γ or as γ/β (default 0.5).
 
     Use it if a reference model does not fit into memory and length must not be rewarded; tune β and γ together.
 
@@ -59,7 +59,7 @@ def simpo_loss(
 def target_margin(
     beta: float, gamma: float | None, gamma_beta_ratio: float | None, default_ratio: float = 0.5
 ) -> float:
-    """γ, given as γ or as γ/β; if neither is given, `default_ratio`·β.
+    """Return γ, given as γ or as γ/β; if neither is given, `default_ratio`·β.
 
     Raises:
         ValueError: both are given, or the value is negative.
@@ -88,9 +88,9 @@ def alphapo_loss(
 ) -> LossOutput:
     """ℓ(β(ρ_w − ρ_l) − γ), ρ = (1 − e^(−α s̄))/α: SimPO with a reward whose shape depends on α.
 
-    AlphaPO. At α = 0 the loss uses the limit ρ → s̄, which is SimPO. Set the margin once, as γ or as γ/β (default 0.04:
-    γ = 0.1 at β = 2.5). The reward is computed from s̄, never from a probability; for exponents −α·s̄ above 20, which
-    no trained model reaches, e^x is replaced by its tangent. The implicit reward is β·ρ.
+    AlphaPO. At α = 0 the loss uses the limit ρ → s̄, which is SimPO. Set the margin either as γ or as γ/β (default
+    0.04, so γ = 0.1 at β = 2.5). The reward is computed from s̄, never from a probability; for exponents −α·s̄ above
+    20, which no trained model reaches, e^x is replaced by its tangent. The implicit reward is β·ρ.
 
     Use it if SimPO lowers the likelihood of both responses too much or too little: α controls this.
 
@@ -98,7 +98,7 @@ def alphapo_loss(
         alpha: any finite number. beta, gamma, gamma_beta_ratio, label_smoothing: as in `simpo_loss`.
 
     Raises:
-        ValueError: as `simpo_loss`, or alpha is not finite.
+        ValueError: as in `simpo_loss`, or alpha is not finite.
     """
     check_positive(beta=beta)
     check_range("alpha", alpha, float("-inf"), open_low=True)

@@ -34,7 +34,7 @@ def sampo_loss(
     after resuming, and differs between epochs. The authors' code draws a new subset whenever it sees the pair. All
     evaluations use the subsets of the first epoch.
 
-    Use it if DPO makes responses longer, and you want to keep the scale of the rewards, which `dpo_norm` changes.
+    Use it if DPO makes responses longer, and the scale of the rewards must not change (as it does with `dpo_norm`).
 
     Args:
         policy_chosen_token_logps, policy_rejected_token_logps, ref_chosen_token_logps, ref_rejected_token_logps:
@@ -96,7 +96,7 @@ def d2po_loss(
 
 
 def _decay(ratio: Tensor, gamma: float) -> Tensor:
-    """γ, γ², … `[T]`, computed as exp(t log γ), so that rounding errors do not accumulate."""
+    """Return γ, γ², … `[T]`, computed as exp(t log γ), so that rounding errors do not accumulate."""
     places = torch.arange(1, ratio.shape[1] + 1, dtype=ratio.dtype, device=ratio.device)
     return torch.exp(math.log(gamma) * places)
 
@@ -113,9 +113,9 @@ def tis_dpo_loss(
 ) -> LossOutput:
     """ℓ(β(Σ_t w_t ρ_w,t − Σ_t w_t ρ_l,t)), w from the columns `chosen_token_weights` and `rejected_token_weights`.
 
-    Token-level importance sampling DPO: the weighted sequence log-ratios u, without the weighted sequence KL η that the
-    paper's derivation also subtracts. The weights come from the data set; the paper estimates them with a contrastive
-    pair of models. Weights of 1 give DPO.
+    Token-level importance sampling DPO uses the weighted sequence log-ratios u. It omits the weighted sequence KL η,
+    which the paper's derivation also subtracts. The weights come from the data set; the paper estimates them with a
+    contrastive pair of models. Weights of 1 give DPO.
 
     Use it if you know which tokens matter, for example from contrastive models, span annotations or a verifier.
 
@@ -140,20 +140,20 @@ def tis_dpo_loss(
 def _token_log_ratios(
     policy_chosen: Tensor, policy_rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, **vectors: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """(ρ_w, ρ_l), each `[B, T]`. Raises `ValueError` if shapes differ."""
+    """Return (ρ_w, ρ_l), each `[B, T]`. Raises `ValueError` if shapes differ."""
     check_tokens({"policy_chosen_token_logps": policy_chosen, "ref_chosen_token_logps": ref_chosen}, vectors)
     check_tokens({"policy_rejected_token_logps": policy_rejected, "ref_rejected_token_logps": ref_rejected}, vectors)
     return policy_chosen - ref_chosen, policy_rejected - ref_rejected
 
 
 def _dpo_of_tokens(chosen: Tensor, rejected: Tensor, beta: float) -> LossOutput:
-    """ℓ of β times the difference of the two sums over tokens."""
+    """Return ℓ(β(Σ_t ρ_w,t − Σ_t ρ_l,t)) and the rewards βΣ_t ρ_t, for log-ratios ρ that are already weighted."""
     chosen, rejected = beta * chosen.sum(-1), beta * rejected.sum(-1)
     return LossOutput(logistic(chosen - rejected), pair_rewards(chosen, rejected))
 
 
 def _subset(lengths: Tensor, count: Tensor, keys: Tensor, width: int) -> Tensor:
-    """`[B, width]` bool: `count` tokens of each response, drawn without replacement; its key determines the draw."""
+    """Return `[B, width]` bool: `count` tokens of each response, drawn without replacement by a hash of its key."""
     places = torch.arange(width, device=lengths.device)
     draws = _mixed(keys[:, None] + places).masked_fill(places >= lengths[:, None], _WORD + 1)
     return draws.argsort(dim=1, stable=True).argsort(dim=1) < count[:, None]
@@ -163,9 +163,9 @@ _WORD = 0xFFFFFFFF
 
 
 def _mixed(numbers: Tensor) -> Tensor:
-    """A 32-bit hash of integers (xor, shift and multiply, with the constants of "lowbias32"), in int64.
+    """Return a 32-bit hash of integers (xor, shift and multiply, with the constants of "lowbias32"), in int64.
 
-    A random generator's draws would depend on the device and on the number of earlier draws.
+    The draws of a random generator would depend on the device and on the number of earlier draws.
     """
     x = numbers.long() & _WORD
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):

@@ -1,6 +1,7 @@
 """Losses of triples, without a reference model: a pair to contrast, and a third, gold response to imitate.
 
-s is a response's summed log-prob (nats), s̄ the same per scored token, NLL(y) = −s̄; g is the gold response.
+s is a response's summed log-prob (nats), s̄ is s divided by the number of scored tokens, and NLL(y) = −s̄. g is the
+gold response.
 """
 
 from torch import Tensor
@@ -31,8 +32,8 @@ def tpo_loss(
     """ℓ(β(s_w − s_l)) + α·NLL(y_g): a contrastive loss without a reference, plus the NLL of a third, gold response.
 
     Triple preference optimization: CPO with the NLL of a response that is better than both responses of the pair. The
-        NLL of each example is divided by its own length; TRL averages over the tokens of a micro-batch. The implicit
-        reward is β·s.
+    NLL of each gold response is divided by its own length; TRL averages over the tokens of a micro-batch. The implicit
+    reward is β·s.
 
     Use it if prompts have a response worth imitating and two others to compare, such as an expert's solution and a pair
     of the model's own responses.
@@ -93,7 +94,7 @@ def tpo_l_loss(
 
 @register_loss("sft_gold", is_average_loss=True, computes_reward_metrics=False)
 def sft_gold_loss(policy_gold_logps: Tensor, gold_lengths: Tensor) -> LossOutput:
-    """NLL(y_g) = −s̄_g: supervised fine-tuning on the gold responses, each divided by its own length.
+    """NLL(y_g) = −s̄_g: supervised fine-tuning on the gold responses; each NLL is divided by the response's length.
 
     Use it in a mixture, to add the NLL of a gold response to any loss of pairs, as TPO does.
 
@@ -113,7 +114,7 @@ def _held_to_gold(
     tpo_alpha: float,
     label_smoothing: float,
 ) -> LossOutput:
-    """ℓ of the reward margin minus γ, plus α times the NLL of the gold response."""
+    """Return ℓ of the reward margin minus γ, plus α times the NLL of the gold response."""
     check_positive(beta=beta)
     check_range("tpo_alpha", tpo_alpha, 0.0)
     check_range("label_smoothing", label_smoothing, 0.0, 0.5)

@@ -1,6 +1,6 @@
 """Losses of single responses: APO-zero, NPO and the NLL for responses with labels, QRPO for responses with quantiles.
 
-r is the summed log-ratio (nats) of a response to the reference. A label of True means desirable.
+r is the log-ratio of policy to reference, summed over a response (nats). A label of True means desirable.
 """
 
 import torch
@@ -33,7 +33,8 @@ def apo_zero_unpaired_loss(
     The two terms of anchored preference optimization, APO-zero (eq. 7): KTO with its baseline at 0. The implicit reward
     is βr.
 
-    Use it on labeled responses that are better (desirable) or worse than the model's own. It needs no batch statistics.
+    Use it on labeled responses that are better (desirable) or worse than the model's own. The loss needs no batch
+    statistics.
 
     Args:
         policy_logps, ref_logps: `[B]`, summed, nats. labels: `[B]` bool.
@@ -53,10 +54,10 @@ def apo_zero_unpaired_loss(
 
 @register_loss("npo", paper="2404.05868")
 def npo_loss(policy_logps: Tensor, ref_logps: Tensor, labels: Tensor, beta: float = 0.1) -> LossOutput:
-    """(2/β)·softplus(βr) on responses to forget (undesirable), 0 on responses to keep.
+    """(2/β)·softplus(βr) on the forget set (undesirable responses), 0 on the retain set (desirable responses).
 
-    Negative preference optimization: the rejected half of DPO, and gradient ascent as β → 0. Combine it
-        with a retain set of responses to keep: `sft_weight` adds their SFT loss. The implicit reward is βr.
+    Negative preference optimization: the rejected half of DPO, and gradient ascent as β → 0. `sft_weight` adds the SFT
+    loss of the retain set, the responses that the model must keep. The implicit reward is βr.
 
     Use it for unlearning: label the forget set False and the retain set True, and set `sft_weight`.
 
@@ -74,7 +75,7 @@ def npo_loss(policy_logps: Tensor, ref_logps: Tensor, labels: Tensor, beta: floa
 
 
 def _check_quantiles(quantiles: Tensor) -> None:
-    """A share of responses is a number from 0 to 1."""
+    """Check that all quantiles are in [0, 1]."""
     wrong = ~((quantiles >= 0) & (quantiles <= 1))
     if wrong.any():
         raise UnsuitableExamples(
@@ -94,9 +95,9 @@ def qrpo_loss(
     """(Q − β log Z − βr)², Z = β(e^(1/β) − 1): the target of each reward is its value under the optimal policy.
 
     Quantile Reward Policy Optimization, with Z from eq. 11. Q is the share of the reference's own responses to the
-    prompt whose reward is not above this response's. Q is uniform under the reference, so Z is known. The authors' code
-    uses βe^(1/β) for Z. The exact Z used here moves the target by 1e-3 or more for β ≥ 0.2. The implicit reward is βr.
-    With `length_normalize=True`, β/|y| replaces β, also in Z, as the authors did for Apertus with β from 1 to 10.
+    prompt that have at most this response's reward. Q is uniform under the reference, so Z is known. The authors' code
+    uses βe^(1/β) for Z. The exact Z used here changes the target by at least 1e-3 if β ≥ 0.2. The implicit reward is
+    βr. With `length_normalize=True`, β/|y| replaces β, also in Z, as the authors did for Apertus with β from 1 to 10.
 
     Use it if responses have rewards, from a reward model or a verifier, rather than preferences.
 

@@ -1,6 +1,6 @@
 """Pair losses that need the prediction over the whole vocabulary: TDPO for its KL, MallowsPO for its entropy.
 
-r = s − s_ref is the summed log-ratio (nats) of a response to the reference, h = r_w − r_l, ℓ(z) = −log σ(z).
+r = s − s_ref is the log-ratio of policy to reference, summed over a response (nats); h = r_w − r_l; ℓ(z) = −log σ(z).
 """
 
 import torch
@@ -61,13 +61,14 @@ def tdpo2_loss(
     increase it; the rejected response is kept close to the reference. α = 0 gives DPO. The implicit reward is β(r +
     αD).
 
-    Use it if DPO drifts too far from the reference. The reference's logits are then computed in every chunk, too.
+    Use it if DPO drifts too far from the reference. For the KL, the reference's logits are computed in every chunk,
+    too.
 
     Args:
         policy_chosen_kl, policy_rejected_kl: `[B]`, nats. alpha: α ≥ 0.
 
     Raises:
-        ValueError: as `tdpo1_loss`.
+        ValueError: as in `tdpo1_loss`.
     """
     check_range("alpha", alpha, 0.0)
     return _with_divergence(chosen, rejected, alpha * policy_chosen_kl.detach(), alpha * policy_rejected_kl, beta)
@@ -95,11 +96,11 @@ def mallows_dpo_loss(
 ) -> LossOutput:
     """ℓ(−c log(H)·βh): pairs with a low-entropy reference count more; H is the reference's entropy divided by log V.
 
-    MallowsPO-θ with the paper's proxy for the dispersion: −log of the reference's mean token entropy divided by log V,
-    averaged over the two responses. The implicit reward is −c log(H)·βr. See `mallows_dpo_per_token` for the form that
-    the authors ran.
+    MallowsPO-θ with the paper's proxy for the dispersion, −log H. H is the reference's mean token entropy divided by
+    log V, averaged over the two responses. The implicit reward is −c log(H)·βr. See `mallows_dpo_per_token` for the
+    form that the authors ran.
 
-    Use it if some prompts have one right answer and others have many: the former then count more.
+    Use it if some prompts have one right answer and others have many: prompts with one right answer then count more.
 
     Args:
         policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps: `[B]`, summed, nats.
@@ -137,7 +138,7 @@ def mallows_dpo_per_token_loss(
         ref_chosen_normalized_entropy, ref_rejected_normalized_entropy, beta, dispersion_scale: as `mallows_dpo_loss`.
 
     Raises:
-        ValueError: as `mallows_dpo_loss`.
+        ValueError: as in `mallows_dpo_loss`.
     """
     check_positive(beta=beta, dispersion_scale=dispersion_scale)
     chosen, rejected = mean_logps(policy_chosen_logps, policy_rejected_logps, chosen_lengths, rejected_lengths)
@@ -151,7 +152,7 @@ def mallows_dpo_per_token_loss(
 
 
 def _dispersion(chosen_entropy: Tensor, rejected_entropy: Tensor, scale: float) -> Tensor:
-    """−c log H `[B]`, where H is the mean of the two; an entropy of 0 is replaced by the smallest positive number."""
+    """Return −c log H, `[B]`; H is the mean of the two entropies, at least the smallest normal number of its dtype."""
     entropy = ((chosen_entropy + rejected_entropy) / 2).detach()
     return -scale * entropy.clamp(min=torch.finfo(entropy.dtype).tiny).log()
 

@@ -1,1 +1,1 @@
-"""From a configuration to the objective: losses with their hyperparameters, modifiers and inputs."""
+"""The objective of a configuration: its losses with their hyperparameters, modifiers and inputs."""

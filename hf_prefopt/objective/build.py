@@ -28,24 +28,25 @@ def build_objective(
     """Build the objective of a configuration.
 
     Args:
-        loss_types: names or aliases.
-        loss_weights: one weight per loss; 1 each if left out.
+        loss_types: names or aliases of losses.
+        loss_weights: one weight per loss; all are 1 by default.
         loss_params: hyperparameters, flat for one loss (`{"gamma": 0.5}`), keyed by loss for several (`{"simpo":
             {"gamma": 0.5}}`).
         shared_params: hyperparameters for all losses that have them (`beta`, `label_smoothing`).
-        sft_weight: adds this times the NLL of the chosen response.
-        use_weighting: multiplies pair losses by their WPO weight.
+        sft_weight: the weight of an additional loss, the NLL of the chosen response; 0 adds nothing.
+        use_weighting: multiplies the losses of each pair by the pair's WPO weight.
         reference_free: removes the reference from the losses that support this.
         kind: the kind of examples in the data; by default the first kind that all losses can compare.
-        modifiers: change the inputs of the losses that have rewards, in this order.
+        modifiers: applied, in this order, to the inputs of the losses that have rewards.
         columns: the optional columns of the data (`ExampleKind.optional_columns`). `weights` multiply the examples'
-            losses, `margins` go to the losses that subtract one, and the others to the losses that take them.
+            losses, `margins` go to the losses that subtract a margin, and every other column to the losses that take
+            it.
         use_win_rates: turns `chosen_win_rates` into soft labels; otherwise losses read win rates only if they require
             them.
 
     Raises:
         ValueError: a name is unknown, no loss takes a parameter (the message lists the valid ones),
-            the combination makes no sense, or a value is out of range.
+            the settings cannot be combined, or a value is out of range.
     """
     specs, weights = _weighted(loss_types, loss_weights, sft_weight)
     specs = _of_one_kind(specs, kind)
@@ -100,7 +101,7 @@ def _refuse_hard_labels(specs: list[LossSpec]) -> None:
 
 
 def _with_modifiers(terms: list[Term], modifiers: Sequence[Modifier]) -> list[Term]:
-    """The terms, with modifiers added to those that have rewards. Raises `ValueError` if a modifier does not apply."""
+    """Add the modifiers to the terms that have rewards. Raises `ValueError` if a modifier does not apply."""
     rewarded = [term for term in terms if term.spec.computes_reward_metrics]
     for modifier in modifiers:
         reasons = [(term.spec.name, modifier.refusal(term)) for term in rewarded] or [
@@ -113,7 +114,7 @@ def _with_modifiers(terms: list[Term], modifiers: Sequence[Modifier]) -> list[Te
 
 
 def _of_one_kind(specs: list[LossSpec], kind: ExampleKind | None) -> list[LossSpec]:
-    """The losses in their forms for the given kind of examples, or for the first kind that all of them take."""
+    """Return the losses' forms for the given kind of examples, or else for the first kind that all losses take."""
     for tried in ([kind] if kind else []) + [spec.kind for spec in specs]:
         forms = [spec.for_kind(tried) for spec in specs]
         if all(form.fits(tried) for form in forms):
@@ -129,17 +130,19 @@ def _refuse_senseless(specs: list[LossSpec], use_weighting: bool, reference_free
         raise ValueError(f"{', '.join(sorted(twice))} is listed twice (sft_weight also adds sft): keep one")
     other = next((spec for spec in specs if spec.kind is not PAIRS), None)
     if use_weighting and other:
-        raise ValueError(f"use_weighting=True weights preference pairs, but {other.name} compares {other.kind.name}")
+        raise ValueError(f"use_weighting=True weights pairs, but {other.name} compares {other.kind.name}: leave it out")
     if use_weighting and "policy_chosen_alignment" in {name for spec in specs for name in spec.inputs}:
-        raise ValueError("use_weighting=True would apply the WPO weight twice, because wpo already applies it")
+        raise ValueError("use_weighting=True would apply the WPO weight twice, as wpo already applies it: leave it out")
     if use_weighting and not any(spec.computes_reward_metrics for spec in specs):
-        raise ValueError(f"use_weighting=True weights preference pairs, but {', '.join(names)} does not compare pairs")
+        raise ValueError(
+            f"use_weighting=True weights pairs, but {', '.join(names)} does not compare pairs: leave it out"
+        )
     needing = [spec for spec in specs if spec.needs_reference_model]
     if reference_free and not needing:
-        raise ValueError(f"reference_free=True changes nothing: {', '.join(names)} uses no reference")
+        raise ValueError(f"reference_free=True has no effect, as {', '.join(names)} uses no reference: leave it out")
     bound = [spec.name for spec in needing if reference_free and not spec.can_be_reference_free]
     if bound:
-        raise ValueError(f"reference_free=True, but {', '.join(bound)} is undefined without a reference")
+        raise ValueError(f"reference_free=True, but {', '.join(bound)} is undefined without a reference: leave it out")
 
 
 def _refuse_senseless_columns(specs: list[LossSpec], use_weighting: bool, columns: Collection[str]) -> None:
@@ -158,7 +161,7 @@ def _refuse_senseless_columns(specs: list[LossSpec], use_weighting: bool, column
 
 
 def _distribute(specs: list[LossSpec], loss_params: dict, shared_params: dict) -> dict[str, dict[str, Any]]:
-    """The hyperparameters of each loss, keyed by its name. Raises `ValueError` for parameters that no loss takes."""
+    """Return each loss's hyperparameters, keyed by loss. Raises `ValueError` for parameters that no loss takes."""
     by_name = loss_params if len(specs) > 1 or specs[0].name in loss_params else {specs[0].name: loss_params}
     own = {}
     for name, values in by_name.items():
@@ -172,7 +175,7 @@ def _distribute(specs: list[LossSpec], loss_params: dict, shared_params: dict) -
         own[get_loss(name).name] = values
     missing = [name for name in own if name not in {spec.name for spec in specs}]
     if missing:
-        raise ValueError(f"loss_params names {', '.join(missing)}, which is not among the losses")
+        raise ValueError(f"loss_params has {', '.join(missing)}, which is not among the losses: remove it")
     for spec in specs:
         _refuse_unknown(own.get(spec.name, {}), [spec])
     _refuse_unknown(shared_params, specs)
@@ -204,7 +207,7 @@ def _refuse_unknown(params: dict[str, Any], specs: list[LossSpec]) -> None:
 
 
 def _meant(unknown: list[str], params: dict[str, Any], specs: list[LossSpec]) -> str:
-    """What to do about hyperparameters that no loss takes: names that no other loss has, either, are misspelled."""
+    """Return the fix for hyperparameters that the losses do not take. A name that no loss has is a misspelling."""
     known = {name for loss in list_losses() for name in get_loss(loss).defaults}
     taken = [name for spec in specs for name in spec.defaults]
     near = {name: get_close_matches(name, taken, 1) for name in unknown if name not in known}

@@ -20,11 +20,11 @@ from hf_prefopt.objective.term import Inputs, Modifier, Names, Term, is_sum, pol
 
 
 def _alpha(ratio: Tensor, alpha: float) -> Tensor:
-    """(e^{(α−1)r} − 1)/(α − 1), and its limit r at α = 1."""
+    """Return (e^{(α−1)r} − 1)/(α − 1), or its limit r at α = 1."""
     return ratio if alpha == 1 else expm1_to_tangent((alpha - 1) * ratio) / (alpha - 1)
 
 
-# f′(e^r) of each divergence, shifted to be 0 at r = 0; past x = 20, e^x continues as its tangent.
+# f′(e^r) of each divergence, shifted to be 0 at r = 0; above x = 20, e^x is replaced by its tangent.
 DIVERGENCES: dict[str, Callable[[Tensor, float], Tensor]] = {
     "reverse_kl": lambda ratio, _: ratio,
     "forward_kl": lambda ratio, _: -expm1_to_tangent(-ratio),
@@ -35,14 +35,15 @@ ALIASES = {"js": "js_divergence", "alpha": "alpha_divergence"}
 
 
 def f_prime(ratio: Tensor, divergence: str = "reverse_kl", alpha: float = 0.5) -> Tensor:
-    """f′(π/π_ref), computed from r = log π/π_ref, which it replaces in a loss under an f-divergence.
+    """Return f′(π/π_ref), computed from r = log(π/π_ref). With an f-divergence, a loss gets f′ instead of r.
 
-    reverse_kl r; forward_kl 1 − e^{−r}; js_divergence log 2 + log σ(r); alpha_divergence (e^{(α−1)r} − 1)/(α − 1),
-    which is forward_kl at α = 0 and reverse_kl at α = 1. Past an exponent of 20, exponentials continue as tangents.
+    f′ is r for reverse_kl, 1 − e^{−r} for forward_kl, log 2 + log σ(r) for js_divergence, and (e^{(α−1)r} − 1)/(α − 1)
+    for alpha_divergence. The last is forward_kl at α = 0 and reverse_kl at α = 1. Above an exponent of 20, exponentials
+    are replaced by their tangents.
 
     Args:
         ratio: r, any shape, nats.
-        divergence: one of these names, or "js" or "alpha".
+        divergence: one of the four names above, or "js" or "alpha".
 
     Raises:
         ValueError: the divergence is unknown, or α is not finite.
@@ -57,13 +58,13 @@ def f_prime(ratio: Tensor, divergence: str = "reverse_kl", alpha: float = 0.5) -
 
 @dataclass(frozen=True)
 class FDivergence(Modifier):
-    """Replaces every log-ratio r of a loss by f′; the loss must depend on log-probs only through log-ratios.
+    """A modifier that replaces each log-ratio r by f′; the loss must depend on log-probs only through log-ratios.
 
     A trial on synthetic numbers checks this, so that users' losses need no declaration: the loss must not change when
-    policy and reference log-probs are shifted together. It must also not change when the log-probs of all responses to
-    a prompt are shifted equally, in sums or per token. The reason is that the reward equals f′ up to the divergence's
-    normalizer, a constant for each prompt, which cancels only in differences between responses. Losses that judge each
-    response on its own are therefore rejected, as in TRL.
+    policy and reference log-probs are shifted together. The loss must also not change when the log-probs of all
+    responses to a prompt are shifted equally, in sums or per token. The reason is that the reward equals f′ up to the
+    divergence's normalizer, a constant for each prompt, which cancels only in differences between responses. Losses
+    that judge each response on its own are therefore rejected, as in TRL.
     """
 
     divergence: str
@@ -101,7 +102,7 @@ class FDivergence(Modifier):
 
 
 def _is_of_log_ratios(term: Term) -> bool:
-    """Whether the losses of synthetic examples stay the same if policy and reference log-probs are shifted together."""
+    """Return whether losses of synthetic examples stay the same if policy and reference log-probs shift together."""
     inputs, noise = _varied_examples(term)
     moved = dict(inputs)
     for policy, reference in policy_and_reference(term.names):
@@ -111,7 +112,7 @@ def _is_of_log_ratios(term: Term) -> bool:
 
 
 def _is_of_differences(term: Term) -> bool:
-    """Whether they stay the same when the log-ratios of an example's responses move alike, as sums or per token."""
+    """Return whether the losses stay the same if an example's log-ratios all shift equally, in sum or per token."""
     inputs, noise = _varied_examples(term)
     of_example = noise((len(next(iter(inputs.values()))),))
     policies = [policy for policy, _ in policy_and_reference(term.names)]
@@ -129,7 +130,7 @@ def _lengths_of(policy: str) -> str:
 
 
 def _varied_examples(term: Term) -> tuple[Inputs, Callable[[torch.Size | tuple[int, ...]], Tensor]]:
-    """Synthetic inputs with distinct sums, and a function for random numbers in [0, 3), the same in each trial."""
+    """Return synthetic inputs with distinct sums, and a function for random numbers in [0, 3); reproducible."""
     generator = torch.Generator().manual_seed(0)
 
     def noise(shape: torch.Size | tuple[int, ...]) -> Tensor:

@@ -22,7 +22,7 @@ _WPO_INPUTS = ("policy_chosen_alignment", "policy_rejected_alignment")
 
 
 class Objective:
-    """Σ_k w_k · loss_k from one forward pass; every component is logged under its own name.
+    """The weighted sum Σ_k w_k · loss_k, from one forward pass; every component is logged under its own name.
 
     The implicit rewards are those of the first loss that has rewards. With `use_weighting`, each loss that has rewards
     is multiplied by the pair's WPO weight. With `use_weights`, the total of an example is multiplied by the example's
@@ -31,7 +31,7 @@ class Objective:
 
     Attributes:
         kind: the kind of examples that all losses compare.
-        state: what losses keep across batches, keyed by loss: scalar tensors.
+        state: the numbers that losses keep across batches, as scalar tensors, keyed by loss and name.
         aux_loss_coef: the coefficient of the routers' auxiliary loss; set by the trainer.
         progress, epoch: the fraction of the run's optimizer steps that is done, in [0, 1], and the number of the epoch,
             for losses that depend on them; set by the trainer.
@@ -105,17 +105,17 @@ class Objective:
     def read(
         self, batch: PreferenceBatch, policy: ResponseScores, reference: ResponseScores | None
     ) -> dict[str, Tensor]:
-        """The inputs of the losses and metrics for the examples of a batch, keyed by name."""
+        """Return the inputs that the losses and metrics need for the examples of a batch, keyed by name."""
         names = dict.fromkeys((*self.inputs, *self.kind.metric_inputs))
         inputs = loss_inputs(names, batch, policy, reference)
         if policy.aux_loss is not None:
-            # All examples of a forward pass get its value, so the mean weights forward passes by their examples.
+            # Every example gets the value of its forward pass, so the mean over examples weights each pass by its
+            # examples.
             inputs[AUX_LOSS] = policy.aux_loss.to(policy.token_logps.dtype).expand(len(batch["rows"]))
         return inputs
 
     def __call__(self, inputs: dict[str, Tensor], training: bool = True) -> LossOutput:
-        """The weighted sum for named inputs, `[B]` or `[B, K]`; see `loss_inputs`. In evaluation, `training` is
-        False."""
+        """Return the weighted sum of the losses. `inputs`: see `loss_inputs`. `training`: False in evaluation."""
         outputs = {term.spec.name: self._weighted(term, inputs, training) for term in self.terms}
         parts = (term.weight * output.losses for term, output in zip(self.terms, outputs.values(), strict=True))
         total = functools.reduce(torch.add, parts)
@@ -144,7 +144,7 @@ class Objective:
                 self.state[term.spec.name] = term.updated(self._state_beside(term, inputs), inputs)
 
     def state_dict(self) -> dict[str, dict[str, float]]:
-        """The state of the losses, as numbers for a checkpoint."""
+        """Return the state of the losses, as numbers for a checkpoint."""
         return {loss: {name: value.item() for name, value in state.items()} for loss, state in self.state.items()}
 
     def load_state_dict(self, saved: Mapping[str, Mapping[str, float]]) -> None:
@@ -153,12 +153,12 @@ class Objective:
             self.state[loss] = {name: torch.tensor(value, dtype=torch.float64) for name, value in saved[loss].items()}
 
     def _state_beside(self, term: Term, inputs: dict[str, Tensor]) -> State:
-        """The state of a loss, with the device and dtype of its inputs."""
+        """Return the state of a loss, moved to the device and dtype of the loss's inputs."""
         like = inputs[term.inputs[0]]
         return {name: value.to(like) for name, value in self.state.get(term.spec.name, {}).items()}
 
     def _weighted(self, term: Term, inputs: dict[str, Tensor], training: bool) -> LossOutput:
-        """The output of one loss, multiplied by the pair's WPO weight if `use_weighting` is on and it has rewards."""
+        """Return the output of one loss; with `use_weighting`, losses that have rewards get the pair's WPO weight."""
         run_inputs = {
             "state": self._state_beside(term, inputs),
             "progress": self.progress,
@@ -178,14 +178,13 @@ class Objective:
 
 
 def _counts_tokens(name: str) -> bool:
-    """Whether an input is a sum over tokens, a number of tokens, or unrelated to tokens, so that a trial can shift
-    it."""
+    """Return whether a trial can shift an input: a sum over tokens, a length, or an input unrelated to tokens."""
     of_tokens = ("token", "alignment", "entropy", "_kl", "gold", "mismatched", "prompt")
     return not any(part in name for part in of_tokens)
 
 
 class ResponseStatistics:
-    """Statistics of the responses of a batch under one model, each computed on first access and then kept.
+    """The statistics of a batch's responses under one model, each computed on first access and then cached.
 
     Attributes:
         logps, alignment, entropy, normalized_entropy, kl, lengths: `[R]`, as in `ResponseScores`.
@@ -215,7 +214,7 @@ class ResponseStatistics:
 def loss_inputs(
     names: Iterable[str], batch: PreferenceBatch, policy: ResponseScores, reference: ResponseScores | None
 ) -> dict[str, Tensor]:
-    """The inputs for the examples of a batch, keyed by the names that losses use (see `losses.registry`).
+    """Return the inputs for the examples of a batch, keyed by the names that losses use (see `losses.registry`).
 
     Returns:
         Tensors `[B]`, `[B, T]` for tokens or `[B, K]` for lists; gradients flow to the policy's scores.

@@ -1,7 +1,7 @@
 """One loss of the objective, with its weight and hyperparameters, and the modifiers of its inputs.
 
-A modifier names the inputs that it reads and gives a reason to refuse each loss that it cannot modify, so it works for
-many losses. `objective.token_sums` changes the sums over tokens, `objective.divergences` the reward's divergence. The
+A modifier works for many losses: it names the inputs that it reads, and gives the reason if it cannot modify a loss.
+`objective.token_sums` changes the sums over tokens, and `objective.divergences` the divergence behind the reward. The
 objective does not modify losses without rewards, such as the NLL that `sft_weight` adds.
 """
 
@@ -30,19 +30,19 @@ class Modifier(ABC):
     @property
     @abstractmethod
     def setting(self) -> str:
-        """The setting that turns it on, for error messages."""
+        """The setting that enables the modifier, as error messages show it."""
 
     @abstractmethod
     def refusal(self, term: Term) -> str | None:
-        """Why it cannot modify a loss, or `None` if it can."""
+        """Return the reason why the modifier cannot be applied to a loss, or `None` if it can."""
 
     @abstractmethod
     def reads(self, names: Names) -> Names:
-        """The names of the inputs that are read to compute the inputs of these names."""
+        """Return the names of the inputs that a batch must provide for the modified inputs `names`."""
 
     @abstractmethod
     def __call__(self, inputs: Inputs, names: Names) -> Inputs:
-        """The given inputs, with those of these names modified."""
+        """Return the inputs, with the log-probs among `names` modified."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Term:
 
     Attributes:
         reference_free: whether the loss is called without its reference inputs.
-        absent: optional inputs that the data lack; the loss is called without them.
+        absent: optional inputs that the data do not have; the loss is called without them.
         modifiers: applied to the inputs in this order.
     """
 
@@ -70,7 +70,7 @@ class Term:
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """The names of the tensors that a batch must provide: `names`, or what the modifiers compute them from."""
+        """The names of the tensors that a batch must provide: `names`, or what modifiers compute these tensors from."""
         return functools.reduce(lambda names, modifier: modifier.reads(names), reversed(self.modifiers), self.names)
 
     @property
@@ -84,31 +84,31 @@ class Term:
         return {} if self.spec.state is None else self.spec.state.initial
 
     def __call__(self, inputs: dict[str, Tensor], run_inputs: Mapping[str, Any]) -> LossOutput:
-        """The unweighted loss; it gets those of the run inputs that it has parameters for."""
+        """Return the unweighted loss. Of `run_inputs`, the loss gets those for which it has a parameter."""
         asked = {name: run_inputs[name] for name in self.spec.run_inputs if name in run_inputs}
         return self.spec(**self._modified(inputs), **self.params, **asked)
 
     def updated(self, state: State, inputs: dict[str, Tensor]) -> State:
-        """The state after a global batch with these inputs; unchanged for a loss without state."""
+        """Return the loss's state after a global batch with these inputs; `state` itself for a loss without state."""
         if self.spec.state is None:
             return state
         with torch.no_grad():
             return self.spec.state.update(state, **self._modified(inputs), **self.params)
 
     def _modified(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors that are passed to the loss."""
+        """Return the tensors that are passed to the loss."""
         for modifier in self.modifiers:
             inputs = modifier(inputs, self.names)
         return {name: inputs[name] for name in self.names}
 
 
 def policy_and_reference(names: Names) -> list[tuple[str, str]]:
-    """The (policy, reference) pairs of summed log-probs of the same response among the names."""
+    """Return the pairs (policy, reference) among `names` that hold summed log-probs of the same response."""
     sums = [name for name in names if is_sum(name) and name.startswith("policy_")]
     pairs = [(name, "ref_" + name.removeprefix("policy_")) for name in sums]
     return [(policy, reference) for policy, reference in pairs if reference in names]
 
 
 def is_sum(name: str) -> bool:
-    """Whether an input holds summed log-probs of responses."""
+    """Return whether an input holds summed log-probs of responses."""
     return name.endswith("logps") and not name.endswith("token_logps")

@@ -1,7 +1,7 @@
 """Modifiers of token log-probs: a loss gets sums over modified token log-probs instead of the plain sums.
 
-The steps run in this order: humanline clamps, the data set's token weights, LD-DPO's weight for the tail of the longer
-response. Losses that divide by a length still divide by the number of scored tokens.
+The steps run in this order: humanline clamps each log-ratio, the data set's token weights are applied, and LD-DPO
+weights the tail of the longer response. Losses that divide by a length still divide by the number of scored tokens.
 
 Shapes: B examples, T tokens of the longest response. Padding is 0 and stays 0.
 """
@@ -25,7 +25,7 @@ class TokenStep(ABC):
     """A modification of token log-probs `[B, T]` before they are summed.
 
     Attributes:
-        clamps_ratios: True if the step changes log-ratios to the reference, False if it weights tokens.
+        clamps_ratios: True if the step clamps log-ratios to the reference, False if it weights tokens.
     """
 
     clamps_ratios: ClassVar[bool] = False
@@ -33,24 +33,29 @@ class TokenStep(ABC):
     @property
     @abstractmethod
     def setting(self) -> str:
-        """The setting that turns it on, for error messages."""
+        """The setting that enables the step, as error messages show it."""
 
     def reads(self, model: str, response: str) -> Names:
-        """Inputs needed in addition to the token log-probs of a response ("chosen_", or "" for a single response)."""
+        """Return the inputs that the step needs in addition to the token log-probs of a response.
+
+        Args:
+            model: "policy" or "ref".
+            response: "chosen_", "rejected_", or "" for a single response.
+        """
         return ()
 
     @abstractmethod
     def __call__(self, tokens: Tensor, model: str, response: str, inputs: Inputs) -> Tensor:
-        """The modified token log-probs."""
+        """Return the modified token log-probs."""
 
 
 @dataclass(frozen=True)
 class Humanline(TokenStep):
-    """Clamps each token's log-ratio to [low, high]: log π := log π_ref + clamp(log π − log π_ref).
+    """A step that clamps each token's log-ratio to [low, high]: log π := log π_ref + clamp(log π − log π_ref).
 
-    From the code of HALOs, with bounds of −1 and 1.5 nats. A clamped token has no gradient. HALOs also copies the
-    policy into the reference at every optimizer step; for this, use `sync_ref_model` with `ref_model_sync_steps=1` and
-    `ref_model_mixup_alpha=1.0` (see `reference.moving`).
+    The step follows the code of HALOs; the default bounds are −1 and 1.5 nats. A clamped token has no gradient. HALOs
+    also copies the policy into the reference at every optimizer step; for this, use `sync_ref_model` with
+    `ref_model_sync_steps=1` and `ref_model_mixup_alpha=1.0` (see `reference.moving`).
     """
 
     low: float = -1.0
@@ -77,7 +82,7 @@ class Humanline(TokenStep):
 
 @dataclass(frozen=True)
 class ColumnWeights(TokenStep):
-    """Multiplies each token by its weight from the columns `chosen_token_weights` and `rejected_token_weights`."""
+    """A step that weights each token by the columns `chosen_token_weights` and `rejected_token_weights`."""
 
     @property
     def setting(self) -> str:
@@ -92,9 +97,10 @@ class ColumnWeights(TokenStep):
 
 @dataclass(frozen=True)
 class LengthDesensitized(TokenStep):
-    """Weights tokens beyond the length of the pair's shorter response by α; 1 changes nothing, 0 removes them.
+    """A step that weights tokens beyond the length of the pair's shorter response by α.
 
-    LD-DPO, 2409.06411. The length depends on the pair, so the weights of a response may differ between its pairs.
+    LD-DPO, 2409.06411. α = 1 changes nothing, and α = 0 removes these tokens. The length depends on the pair, so the
+    weights of a response may differ between its pairs.
 
     Attributes:
         alpha: α in [0, 1].
@@ -124,7 +130,7 @@ class LengthDesensitized(TokenStep):
 
 @dataclass(frozen=True)
 class TokenSums(Modifier):
-    """Replaces the plain sums by sums over the token log-probs that the steps have modified."""
+    """A modifier that replaces the plain sums by sums over the token log-probs that the steps have modified."""
 
     steps: Sequence[TokenStep]
 
@@ -169,12 +175,12 @@ class TokenSums(Modifier):
         tokens = inputs[f"{model}_{response}token_logps"]
         for step in self.steps:
             tokens = step(tokens, model, response, inputs)
-        # float64, as for the plain sums, because log-ratios are small differences of large numbers.
+        # Sum in float64, as for the plain sums, because log-ratios are small differences of large numbers.
         wide = tokens.dtype if tokens.device.type == "mps" else torch.float64
         return tokens.sum(-1, dtype=wide).to(tokens.dtype)
 
 
 def _model_and_response(name: str) -> tuple[str, str]:
-    """("policy", "chosen_") of "policy_chosen_logps", ("ref", "") of "ref_logps"."""
+    """Return ("policy", "chosen_") for "policy_chosen_logps", and ("ref", "") for "ref_logps"."""
     model, response = name.removesuffix("logps").split("_", 1)
     return model, response

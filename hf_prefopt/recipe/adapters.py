@@ -12,7 +12,7 @@ from transformers.utils import cached_file
 from hf_prefopt.loading import holds_adapter
 from hf_prefopt.recipe.options import ModelOptions
 
-# Of an adapter; that of recipes/configs/base.yaml, where all losses train with it.
+# The default for adapters. recipes/configs/base.yaml uses the same value for all losses.
 ADAPTER_LEARNING_RATE = 1e-4
 ADAPTER = (
     "lora_r",
@@ -33,7 +33,7 @@ LOADING = {"revision": "model_revision", "dtype": "dtype", "attn_implementation"
 def check_model_options(model: ModelOptions) -> None:
     """Raise `ValueError` for an invalid option, or an option that has no effect in combination with the others."""
     if model.lora_task_type != "CAUSAL_LM":
-        raise ValueError(f"lora_task_type={model.lora_task_type}: a causal language model is trained; leave it out")
+        raise ValueError(f"lora_task_type={model.lora_task_type} is not supported, only CAUSAL_LM: leave it out")
     if model.load_in_8bit and model.load_in_4bit:
         raise ValueError("load_in_8bit=True and load_in_4bit=True: choose one of them")
     if model.lora_r < 1:
@@ -62,7 +62,7 @@ def check_model_is_there(model: ModelOptions) -> None:
         raise ValueError(f"model_name_or_path={name} is a file: pass the folder of a model, or a model on the Hub")
     is_path = name.startswith((".", "/", "~", "models/", "runs/")) or name.count("/") > 1
     if is_path:
-        demo = "; make demo puts SmolLM2 there, HuggingFaceTB/SmolLM2-135M-Instruct is it on the Hub"
+        demo = "; `make demo` puts SmolLM2 there, or pass HuggingFaceTB/SmolLM2-135M-Instruct"
         raise ValueError(f"model_name_or_path={name}: there is no such folder{demo if 'smollm2' in name else ''}")
     reason = "the Hub has no such model"
     try:
@@ -82,7 +82,7 @@ def _changed(model: ModelOptions, names: tuple[str, ...]) -> str:
 
 
 def trains_adapter(model: ModelOptions) -> bool:
-    """Whether an adapter trains: a new one, or the one that `model_name_or_path` names."""
+    """Return whether an adapter is trained: a new adapter, or the adapter that `model_name_or_path` names."""
     return model.use_peft or bool(model.model_name_or_path and holds_adapter(model.model_name_or_path))
 
 

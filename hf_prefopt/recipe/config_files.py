@@ -18,7 +18,7 @@ COMMAND_LINE = "the command line"
 
 @dataclass(frozen=True)
 class Layer:
-    """Settings from one origin: a file, a script or the command line.
+    """The settings from one origin: a file, a script or the command line.
 
     Attributes:
         where: Name of the origin in messages. environment: Environment variables that a file sets.
@@ -33,10 +33,10 @@ def read_layers(given: list[str], options: Mapping[str, Action]) -> list[Layer]:
     """Read the files given by `--config`, in their order, as one layer per file.
 
     The key `base` of the first file names a file that is read before it. The key `base` of later files is ignored,
-    because the files before them take its place.
+    because the files before them replace the base.
 
     Args:
-        options: Option of each setting, which defines how a value is parsed.
+        options: Options, keyed by setting; an option defines how a value is parsed.
 
     Raises:
         ValueError: If a file is missing or is not a mapping, or has an unknown key, a duplicate key or a value of the
@@ -83,7 +83,11 @@ def _layer(file: Path, options: Mapping[str, Action]) -> Layer:
 
 
 def unknown_setting(name: str, options: Mapping[str, Action], reason: str = "", value: str = "...") -> str:
-    """What to say of a name that is no setting; with a reason, where there is one. `value`: what was given."""
+    """Return the message for a name that is not a setting.
+
+    Args:
+        reason: The reason, if it is known. value: The value that was given.
+    """
     plain = name.replace("-", "_")
     near = plain if plain in options else nearest_setting(plain, options)
     hint = f"; did you mean {near}?" if near else "; `hf_prefopt train --help-all` names all"
@@ -109,7 +113,7 @@ _TYPES: dict[type, str] = {list: "list", str: "text"}
 
 
 def _fault(error: yaml.MarkedYAMLError) -> str:
-    """Where a file is no YAML, and why. `context_mark` is the beginning of the list or mapping that is not closed."""
+    """Describe where and why YAML is invalid. `context_mark` is the start of the list or mapping that is not closed."""
     mark, start = error.problem_mark or error.context_mark, error.context_mark
     where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
     problem = error.problem or error.context or "unknown fault"

@@ -23,11 +23,13 @@ Rows: TypeAlias = Dataset | IterableDataset | Mixture
 def check_data_options(data: DataOptions) -> None:
     """Raise `ValueError` for options that have no effect or contradict each other."""
     if data.ignore_bias_buffers:
-        raise ValueError("ignore_bias_buffers=True has no effect: leave it out; --ddp_broadcast_buffers false is close")
+        raise ValueError(
+            "ignore_bias_buffers=True has no effect: leave it out; --ddp_broadcast_buffers false is similar"
+        )
     if data.test_split_size is not None and data.dataset_test_split != "test":
         raise ValueError(
             f"test_split_size={data.test_split_size} holds rows out, and dataset_test_split="
-            f"{data.dataset_test_split} names a split to evaluate: give one of them"
+            f"{data.dataset_test_split} names a split to evaluate: pass only one of them"
         )
     if data.dataset_config and data.dataset_name and Path(data.dataset_name).exists():
         raise ValueError(
@@ -48,7 +50,7 @@ _OF_ENTRIES = {"dataset_name": "path", "dataset_config": "name", "dataset_train_
 
 
 def _no_mixture(unused: dict[str, Any]) -> str:
-    """What to say of settings that are given beside `datasets`, in whose entries they belong."""
+    """Return the message for settings that must be in the entries of `datasets`, not next to `datasets`."""
     given = " and ".join(f"{name}={value}" for name, value in unused.items())
     entry = {_OF_ENTRIES[name]: value for name, value in unused.items() if name in _OF_ENTRIES}
     one, other = ("'" + json.dumps(example) + "'" for example in ({"path": "a.jsonl"} | entry, {"path": "b.jsonl"}))
@@ -79,7 +81,9 @@ def _load(data: DataOptions, training: PreferenceConfig) -> tuple[Rows, Rows | N
         evaluated = evaluation_split(splits, data.dataset_test_split, trained)
         test = not_too_long(splits[evaluated], data.longest_row) if evaluated else None
     elif isinstance(train, IterableDataset):
-        raise ValueError("test_split_size: a stream has no length to hold a share out of: name a split to evaluate")
+        raise ValueError(
+            "test_split_size: no share of a stream can be held out, as its length is unknown: name a split to evaluate"
+        )
     else:
         train, test = split_by_prompt(train, data.test_split_size, training.seed, **_reading(training))
         held_out = f"{len(test):,} rows are held out to evaluate, {len(train):,} are trained on"
@@ -104,7 +108,7 @@ def _load_mixture(data: DataOptions, training: PreferenceConfig) -> tuple[Mixtur
         train, test = train.hold_out(data.test_split_size)
     if test is not None:
         names = ", ".join(f"{source.name}" for source in test.sources)
-        _say(training, f"Evaluated are {'held-out rows' if data.test_split_size else 'splits'} of {names}.")
+        _say(training, f"Evaluation uses {'held-out rows' if data.test_split_size else 'splits'} of {names}.")
     return train, test
 
 

@@ -20,7 +20,7 @@ RESULTS = (
     "model.safetensors.index.json",
     "checkpoint-*",
 )
-# Files that a run writes at its end; until then, those of an earlier run would pass for its results.
+# Files that a run writes at its end. Until then, the files of an earlier run would be mistaken for its results.
 OF_THE_END = ("record.jsonl", "report.html", "curves.png")
 # Settings that are ignored when two runs are compared.
 NOT_OF_THE_RUN = ("overwrite_output_dir", "resume_from_checkpoint")
@@ -65,10 +65,10 @@ def keep_settings(recipe: Recipe) -> None:
     head = [
         _command(recipe.command_line),
         f"hf_prefopt {__version__}, {versions}",
-        f"The same run again: hf_prefopt train --config {folder / FILE}",
+        f"To repeat the run: hf_prefopt train --config {folder / FILE}",
     ]
     if recipe.environment:
-        head.append(f"Environment variables that were set, whose values are not kept: {', '.join(recipe.environment)}")
+        head.append(f"Environment variables that were set (without their values): {', '.join(recipe.environment)}")
     settings = yaml.safe_dump(_plain(recipe.settings), allow_unicode=True, sort_keys=False, width=120)
     (folder / FILE).write_text("".join(f"# {line}\n" for line in head) + settings, encoding="utf-8")
 

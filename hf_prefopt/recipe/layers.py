@@ -1,6 +1,6 @@
 """Merging of the settings from several files and the command line. Later layers override earlier layers.
 
-Some settings depend on another setting and are dropped together with it:
+Some settings depend on another setting and are dropped when that setting changes:
 
 - Hyperparameters belong to their loss. If a later layer selects another loss, they are dropped.
 - Limits such as `train_rows` belong to the data shipped with the package. If a later layer selects other data, they are
@@ -29,7 +29,8 @@ def merged(layers: Iterable[Layer], say: Callable[[str], None] = print) -> dict[
     for layer in layers:
         given = dict(layer.settings)
         if _data_of(settings) and not _is_demo(settings) and _is_demo(given) and layer.where != COMMAND_LINE:
-            say(f"dataset_name={given.pop('dataset_name')} in {layer.where}: not used, {_data_of(settings)} is")
+            name = given.pop("dataset_name")
+            say(f"dataset_name={name} in {layer.where} is not used, because you chose {_data_of(settings)}")
         for names, reason in (_of_another_loss(settings, given), _of_other_data(settings, given)):
             not_used = {name: settings.pop(name) for name in names if name in settings and name not in given}
             if not_used:
@@ -54,14 +55,14 @@ def _of_another_loss(before: Settings, given: Settings) -> tuple[tuple[str, ...]
     old, new = before.get("loss_type"), given.get("loss_type")
     if not old or not new or list(map(_own_name, old)) == list(map(_own_name, new)):
         return (), ""
-    return OF_A_LOSS, f"of the loss {' + '.join(old)}; {' + '.join(new)} has its own"
+    return OF_A_LOSS, f"set for the loss {' + '.join(old)}; {' + '.join(new)} has its own"
 
 
 def _of_other_data(before: Settings, given: Settings) -> tuple[tuple[str, ...], str]:
     if not _is_demo(before) or not _data_of(given) or _is_demo(given):
         return (), ""
     name = given.get("dataset_name") or "other data"
-    return OF_THE_DEMO, f"of {before['dataset_name']}; of {name} all rows are taken"
+    return OF_THE_DEMO, f"set for {before['dataset_name']}; all rows of {name} are used"
 
 
 def _own_name(loss: str) -> str:

@@ -46,7 +46,7 @@ class Entry:
 
     @property
     def label(self) -> str:
-        """Name of the data set in messages."""
+        """The name of the data set in messages."""
         return self.path + "".join(f" {part}" for part in (self.name, self.split) if part not in (None, "train"))
 
 
@@ -58,8 +58,8 @@ def read_entries(given: list[Any]) -> list[Entry]:
             entry = _from_text(entry)
         unknown = [key for key in entry if key not in {field.name for field in fields(Entry)}]
         if unknown or "path" not in entry:
-            wrong = f"has no use for {unknown[0]!r}" if unknown else "has no path"
-            raise ValueError(f"datasets: {entry} {wrong}: {', '.join(field.name for field in fields(Entry))}")
+            wrong = f"has the unknown key {unknown[0]!r}" if unknown else "has no path"
+            raise ValueError(f"datasets: {entry} {wrong}: the keys are {', '.join(f.name for f in fields(Entry))}")
         entries.append(Entry(**entry))
     return entries
 

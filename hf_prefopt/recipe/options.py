@@ -27,19 +27,20 @@ class DataOptions:
     dataset_config: str | None = field(default=None, metadata=_help("The configuration of a data set of the Hub."))
     dataset_train_split: str = field(default="train", metadata=_help("The split to train on."))
     dataset_test_split: str = field(
-        default="test", metadata=_help("The split to evaluate; test stands for all usual names.")
+        default="test", metadata=_help("The split to evaluate; test also finds other usual names, such as validation.")
     )
     dataset_streaming: bool = field(default=False, metadata=_help("Read the data set as a stream."))
     datasets: list[str] | None = field(
         default=None,
         metadata=_help(
-            "A mixture instead of dataset_name: paths, or entries with path, weight and more; see the README."
+            "A mixture instead of dataset_name: paths, or entries with keys such as path and weight; see the README."
         ),
     )
     test_split_size: float | None = field(
         default=None,
         metadata=_help(
-            "Hold out this share of the rows to evaluate, above 0 and below 1, by whole prompts, in place of a split."
+            "Hold out this share of the rows (above 0 and below 1) for evaluation instead of using a split. All rows "
+            "of a prompt stay together."
         ),
     )
     train_rows: int | None = field(
@@ -50,7 +51,7 @@ class DataOptions:
         default=None, metadata=_help("Leave out rows with more than N characters, prompt and responses together.")
     )
     ignore_bias_buffers: bool = field(
-        default=False, metadata=_help("Not supported: ddp_broadcast_buffers=false is close.")
+        default=False, metadata=_help("Not supported: ddp_broadcast_buffers=false is similar.")
     )
 
     def __post_init__(self):
@@ -75,18 +76,18 @@ class ModelOptions:
     """The model and its adapter."""
 
     model_name_or_path: str | None = field(
-        default=None, metadata=_help("A name on the Hub or a folder; also of an adapter, which trains on.")
+        default=None, metadata=_help("A name on the Hub or a folder. For an adapter, its training continues.")
     )
     model_revision: str = field(default="main", metadata=_help("The branch, tag or commit of the model."))
     dtype: str | None = field(
         default="float32",
         metadata=_help(
-            "The type of the weights; bfloat16 halves the memory of a model under an adapter.",
+            "The dtype of the weights; bfloat16 halves the memory of an adapter's base model.",
             choices=["auto", "bfloat16", "float16", "float32"],
         ),
     )
     attn_implementation: str | None = field(
-        default=None, metadata=_help("The attention, such as sdpa or flash_attention_2.")
+        default=None, metadata=_help("The attention implementation, such as sdpa or flash_attention_2.")
     )
     use_peft: bool = field(default=False, metadata=_help("Train a LoRA adapter instead of all weights."))
     lora_r: int = field(default=16, metadata=_help("The rank of the adapter."))
@@ -96,32 +97,30 @@ class ModelOptions:
         default=None, metadata=_help("The layers with an adapter, such as all-linear, or q_proj v_proj.")
     )
     lora_target_parameters: list[str] | None = field(
-        default=None, metadata=_help("Parameters with an adapter, for experts.")
+        default=None, metadata=_help("Parameters with an adapter, such as the weights of experts.")
     )
     lora_modules_to_save: list[str] | None = field(
-        default=None, metadata=_help("Layers that train as a whole and are saved with the adapter.")
+        default=None, metadata=_help("Layers that are fully trained and saved with the adapter.")
     )
-    lora_task_type: str = field(default="CAUSAL_LM", metadata=_help("CAUSAL_LM, the only one."))
+    lora_task_type: str = field(default="CAUSAL_LM", metadata=_help("Must be CAUSAL_LM."))
     use_rslora: bool = field(default=False, metadata=_help("Scale by lora_alpha / √lora_r."))
     use_dora: bool = field(default=False, metadata=_help("Weight-decomposed LoRA."))
     load_in_8bit: bool = field(
-        default=False, metadata=_help("Load the model beneath the adapter in 8 bits (needs bitsandbytes).")
+        default=False, metadata=_help("Load the adapter's base model in 8 bits (needs bitsandbytes).")
     )
     load_in_4bit: bool = field(
-        default=False, metadata=_help("Load the model beneath the adapter in 4 bits (needs bitsandbytes).")
+        default=False, metadata=_help("Load the adapter's base model in 4 bits (needs bitsandbytes).")
     )
-    bnb_4bit_quant_type: str = field(default="nf4", metadata=_help("The type of the 4 bits.", choices=["fp4", "nf4"]))
-    use_bnb_nested_quant: bool = field(
-        default=False, metadata=_help("Quantize the constants of the quantization, too.")
-    )
+    bnb_4bit_quant_type: str = field(default="nf4", metadata=_help("The 4-bit data type.", choices=["fp4", "nf4"]))
+    use_bnb_nested_quant: bool = field(default=False, metadata=_help("Also quantize the quantization constants."))
     bnb_4bit_quant_storage: str | None = field(
-        default=None, metadata=_help("The type that 4-bit weights are stored in.")
+        default=None, metadata=_help("The dtype in which 4-bit weights are stored.")
     )
 
 
 @dataclass
 class RunOptions:
-    """Options of the command `train` itself."""
+    """The options of the command `train` itself."""
 
     gsm8k_problems: int = field(
         default=0, metadata=_help("Solve N GSM8K problems (at most 200) at every evaluation; 0 for none.")

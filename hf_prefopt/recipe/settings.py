@@ -34,7 +34,7 @@ class Recipe:
 
     @property
     def data_names(self) -> str | list[str]:
-        """Names of the data sets, for the model card."""
+        """The names of the data sets, for the model card."""
         return [entry.path for entry in self.data.entries] if self.data.datasets else str(self.data.dataset_name)
 
 

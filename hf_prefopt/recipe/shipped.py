@@ -81,7 +81,7 @@ def copy(name: str, folder: str = ".", *others: str) -> list[Path]:
         ValueError: If there is no such name, or a file already exists.
     """
     if others:
-        raise ValueError(f"--copy takes a name and a folder; what is {others[0]}?")
+        raise ValueError(f"--copy takes a name and a folder; {others[0]} is one argument too many")
     found = {**engines(), **recipes()}.get(name.removesuffix(".yaml"))
     if found is None:
         near = get_close_matches(name, [*recipes(), *engines()], 3)

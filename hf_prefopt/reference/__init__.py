@@ -1,1 +1,1 @@
-"""Where the reference's log-probs come from."""
+"""The reference: a model, or a cache of its log-probs."""

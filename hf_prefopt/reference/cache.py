@@ -20,12 +20,12 @@ from hf_prefopt.reference.cache_key import fingerprint
 from hf_prefopt.reference.cache_store import LogProbStore
 from hf_prefopt.reference.live import LiveReference
 
-# Next to the caches of models and data sets, so that runs with other output folders find it.
+# This folder is next to the caches of models and data sets, so that runs with other output folders find it.
 DEFAULT_FOLDER = os.path.join(HF_HOME, "hf_prefopt", "reference_log_probs")
 
 
 class MissingLogProbs(LookupError):
-    """Log-probs are not in the cache, and the reference that would compute them has been freed."""
+    """Raised if log-probs are not in the cache, and the reference that would compute them has been freed."""
 
 
 class CachedReference:
@@ -35,12 +35,12 @@ class CachedReference:
         live: the reference that computes missing log-probs.
         folder: the folder of all caches; each reference has a sub-folder named after its fingerprint.
         temperature: the temperature of the log-probs.
-        autocast_dtype: the dtype of autocast, if it is on.
+        autocast_dtype: the dtype of autocast; `None` without autocast.
 
     Attributes:
         live: the live reference; `None` once it is released.
-        any_rank: maps "something is missing on this rank" to "something is missing on any rank", for engines whose
-            ranks must run the reference together.
+        any_rank: a function that maps "something is missing on this rank" to "something is missing on any rank". It is
+            needed for engines whose ranks must run the reference together.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class CachedReference:
 
     @property
     def model(self) -> nn.Module | None:
-        """The module that computes missing log-probs; `None` once it is released."""
+        """The module that computes missing log-probs; `None` once the live reference is released."""
         return self.live.model if self.live else None
 
     def place(self, accelerator: Accelerator) -> None:
@@ -68,7 +68,7 @@ class CachedReference:
 
     @cached_property
     def store(self) -> LogProbStore:
-        """The store of the log-probs, created on first use: it is named by a hash of the weights."""
+        """The store of the log-probs, created on first use, because its name is a hash of the final weights."""
         assert self.live is not None
         with self.live.switch():
             name = fingerprint(self.live.model, self._temperature, self._autocast_dtype)
@@ -81,13 +81,13 @@ class CachedReference:
         return LogProbStore(self._folder / name, about)
 
     def score(self, batch: PreferenceBatch, token_stats: tuple[str, ...] = ()) -> ResponseScores:
-        """The reference's scores of a batch, from the cache, or computed and stored.
+        """Return the reference's scores of a batch, from the cache, or computed and stored.
 
         Args:
             token_stats: not used: token statistics are not cached, and the configuration rejects losses that need them.
 
         Raises:
-            MissingLogProbs: some are not cached, and the reference has been released.
+            MissingLogProbs: some log-probs are not cached, and the reference has been released.
         """
         keys = batch["response_keys"]
         if self.any_rank(bool(self.store.missing(keys).any())):
@@ -96,7 +96,7 @@ class CachedReference:
         return ResponseScores(token_logps, batch["response_index"], batch["response_lengths"])
 
     def predictions(self, scores: ResponseScores) -> None:
-        """Always `None`: predictions over the vocabulary are not cached."""
+        """Return `None`, because predictions over the vocabulary are not cached."""
 
     def compute(self, batch: PreferenceBatch) -> ResponseScores:
         """Run the reference on a batch and store the log-probs that were missing.
@@ -124,7 +124,7 @@ class CachedReference:
             self.live = None
 
     def missing_error(self, missing: int, responses: int, where: str) -> MissingLogProbs:
-        """The error for log-probs that can no longer be computed."""
+        """Return the error for log-probs that can no longer be computed."""
         return MissingLogProbs(
             f"{missing:,} of {responses:,} responses of {where} have no reference log-probs in {self.store.folder}, "
             "and the reference model has been freed: pass every data set to the trainer at construction "

@@ -87,7 +87,7 @@ def plan_batches(inventory: Inventory, missing: np.ndarray, tokens: int) -> list
 
 
 def single_responses(dataset: Any, inventory: Inventory, places: np.ndarray) -> list[dict[str, Any]]:
-    """Return rows that contain only the given responses, whatever the dataset's kind of examples."""
+    """Return rows that contain only the given responses, for a dataset of any kind of examples."""
     wanted: dict[int, list[int]] = {}
     for place in places:
         wanted.setdefault(int(inventory.rows[place]), []).append(int(inventory.which[place]))
@@ -181,7 +181,7 @@ def _shares(batches: list[np.ndarray], accelerator: Accelerator) -> Iterator[tup
 
 
 class CacheFiller:
-    """Compute the missing log-probs of datasets, each dataset once.
+    """An object that computes the missing log-probs of datasets, each dataset once.
 
     Args:
         reference: Cache that wraps the live reference model.

@@ -2,10 +2,12 @@
 
 A *fingerprint* identifies the reference. It covers the bytes of every tensor that affects the output, the relevant part
 of the model's configuration, the temperature, the dtype of autocast, and the precision of fp32 products (TF32 keeps 10
-of their 23 bits). A *key* identifies a response by its prompt's ids, its own ids, and the mask of scored tokens.
-Losses, β, seeds, the adapter that is trained, batches, layouts and folders affect neither.
+of the 23 bits). A *key* identifies a response by the token ids of its prompt, its own token ids, and the mask of scored
+tokens. Losses, β, seeds, the adapter that is trained, batches, layouts and folders affect neither fingerprints nor
+keys.
 
-Settings that only change the last bits of a result (the device, the attention implementation, the layout) are left out.
+The fingerprint leaves out settings that only change the last bits of a result, such as the device, the attention
+implementation and the layout.
 """
 
 import hashlib
@@ -37,10 +39,13 @@ _BESIDE_THE_POINT_OF_ADAPTERS = ("base_model_name_or_path", "revision", "inferen
 
 
 def response_keys(prompt_ids: Sequence[int], responses: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[bytes]:
-    """The key of each response to a prompt, 16 bytes: BLAKE2b over the three lists, each preceded by its length.
+    """Return the 16-byte key of each response to a prompt.
+
+    A key is the BLAKE2b hash of three lists, each preceded by its length: the prompt's ids, the response's ids, and the
+    mask of scored tokens.
 
     Args:
-        prompt_ids: token ids. responses: for each response its token ids and which of them are scored (0 or 1).
+        prompt_ids: token ids. responses: the token ids of each response, and their mask (1 for a scored token, else 0).
     """
     prompt = hashlib.blake2b(_framed(np.asarray(prompt_ids, dtype="<i4")), digest_size=KEY_BYTES)
     keys = []
@@ -58,16 +63,16 @@ def _framed(array: np.ndarray) -> bytes:
 
 @dataclass
 class KeyedCollator:
-    """A layout's collator that also gives the batch `response_keys`: the key of each of its R responses, in order."""
+    """A layout's collator that also adds `response_keys` to the batch: the keys of its R responses, in order."""
 
     collator: Collator
 
     def count_tokens(self, rows: Sequence[Mapping[str, Any]]) -> int:
-        """The collator's count."""
+        """Return the number of tokens that the layout's collator counts."""
         return self.collator.count_tokens(rows)
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> PreferenceBatch:
-        """The collator's batch, with keys."""
+        """Return the batch of the layout's collator, with `response_keys`."""
         batch = self.collator(rows)
         groups = group_rows(rows).groups
         batch["response_keys"] = tuple(
@@ -77,17 +82,18 @@ class KeyedCollator:
 
 
 def fingerprint(model: nn.Module, temperature: float, autocast_dtype: torch.dtype | None) -> str:
-    """The fingerprint of the model in its current state, 32 hexadecimal digits.
+    """Return the fingerprint of the model in its current state, 32 hexadecimal digits.
 
-    It covers the tensors and the configuration of active adapters, and ignores disabled ones. A base model with any
-    disabled adapter, a copy of it, and the same weights loaded again therefore have the same fingerprint.
+    The fingerprint covers the tensors and the configuration of active adapters, and ignores disabled adapters. A base
+    model with a disabled adapter, a copy of the base model, and the same weights loaded again therefore have the same
+    fingerprint.
 
-    Where an engine has sharded the parameters, they are gathered one by one: call it on every rank.
+    If an engine has sharded the parameters, this function gathers them one by one, so call it on every rank.
 
     Args:
-        model: the reference, inside the context in which it is the reference.
-        temperature: the one that log-probs are taken at.
-        autocast_dtype: what matrix products run in, where autocast makes it another dtype than the weights'.
+        model: the reference; call this function inside the context that makes the model the reference.
+        temperature: the temperature of the log-probs.
+        autocast_dtype: the dtype of autocast; `None` without autocast.
     """
     acting = _acting_adapters(model)
     configs = cast("Mapping[str, PeftConfig]", getattr(model, "peft_config", {}))
@@ -104,7 +110,7 @@ def fingerprint(model: nn.Module, temperature: float, autocast_dtype: torch.dtyp
 
 
 def fp32_products(model: nn.Module) -> str:
-    """The precision of fp32 products on the model's device: "ieee" (full), "tf32" or "bf16"."""
+    """Return the precision of fp32 matrix products on the model's device: "ieee" (full), "tf32" or "bf16"."""
     on_cpu = not torch.cuda.is_available() or all(parameter.device.type == "cpu" for parameter in model.parameters())
     backend = torch.backends.mkldnn if on_cpu else torch.backends.cuda
     precision = backend.matmul.fp32_precision
@@ -112,7 +118,7 @@ def fp32_products(model: nn.Module) -> str:
 
 
 def _acting_adapters(model: nn.Module) -> list[str]:
-    """The adapters that affect the model's output."""
+    """Return the names of the adapters that affect the model's output."""
     if not isinstance(model, PeftModel):
         return []
     layers = [module for module in model.modules() if hasattr(module, "adapter_layer_names")]
@@ -125,7 +131,7 @@ def _acting_in(layer: Any) -> list[str]:
 
 
 def _settings(config: Mapping[str, Any], left_out: tuple[str, ...]) -> dict[str, Any]:
-    """The settings that affect the output, including those of nested configurations."""
+    """Return the settings that affect the output, including those of nested configurations."""
     return {
         name: _settings(value, left_out) if isinstance(value, Mapping) else value
         for name, value in ((str(name), value) for name, value in config.items())
@@ -138,7 +144,7 @@ def _plain(value: Any) -> Any:
 
 
 def _tensor_digests(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """(name without an adapter's wrappers, digest) of every tensor that takes part in the model's output."""
+    """Yield (name without an adapter's wrappers, digest) for every tensor that affects the model's output."""
     renamed = _renaming(model)
     for name, _ in model.named_parameters():
         acting_name = renamed(name)
@@ -161,8 +167,10 @@ def _tensor_digests(model: nn.Module) -> Iterator[tuple[str, str]]:
 
 
 def _renaming(model: nn.Module) -> Any:
-    """A function that maps a tensor's name to its name without adapters, or to `None` if it does not affect the
-    output."""
+    """Return a function that maps a tensor's name to its name without an adapter's wrappers.
+
+    The function returns `None` for a tensor that does not affect the output.
+    """
     causal_lm = base_causal_lm(model)
     inside = next(name for name, module in model.named_modules() if module is causal_lm)
     hidden: list[str] = []
@@ -192,7 +200,7 @@ def _renaming(model: nn.Module) -> Any:
 
 
 def _quantization(parameter: nn.Parameter, owner: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The tensors that bitsandbytes stores in addition to a quantized weight."""
+    """Return the tensors that bitsandbytes stores in addition to a quantized weight, with their names."""
     state = getattr(parameter, "quant_state", None)
     if state is not None:
         tensors = state.as_dict(packed=True)
@@ -204,6 +212,6 @@ def _quantization(parameter: nn.Parameter, owner: nn.Module) -> Iterator[tuple[s
 
 
 def _digest(tensor: Tensor) -> str:
-    """dtype, shape and bytes."""
+    """Return the dtype, the shape, and the XXH3-128 hash of the bytes of a tensor."""
     data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return f"{tensor.dtype} {tuple(tensor.shape)} {xxhash.xxh3_128_hexdigest(data.data)}"

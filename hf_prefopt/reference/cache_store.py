@@ -1,14 +1,14 @@
 """Token log-probs on disk, in shards that are written atomically and checked when they are read.
 
-A folder belongs to one reference: its name is the fingerprint, which `about.json` describes in words. It contains
-shards, safetensors files with three little-endian tensors each:
+A folder belongs to one reference. The folder's name is the fingerprint of the reference, and `about.json` describes the
+reference in words. The folder contains shards. A shard is a safetensors file with three little-endian tensors:
 
     keys      uint8 `[R, 16]`        the key of each response (see `cache_key`)
-    offsets   int64 `[R + 1]`        where each response's scored tokens begin in `logps`, and where the last one ends
-    logps     float32 `[N]`          log-probs (nats) of the scored tokens; float64 if the reference computes in it
+    offsets   int64 `[R + 1]`        the start of each response's scored tokens in `logps`, and the end of the last one
+    logps     float32 `[N]`          log-probs (nats) of the scored tokens; float64 if the reference computes in float64
 
 The name of a shard is the XXH3-128 hash of the three tensors' bytes, so damaged files are detected. Any number of
-processes and runs may write into a folder, because shards never change, and entries that are in two shards are equal.
+processes and runs may write into a folder, because shards never change, and entries with the same key are equal.
 """
 
 import contextlib
@@ -33,14 +33,14 @@ from hf_prefopt.reference.cache_key import KEY_BYTES
 logger = logging.getLogger(__name__)
 
 FORMAT = "hf_prefopt reference log-probs 1"
-# Limits of what an interruption can lose: a shard is written after this many tokens, or after this time.
+# An interrupted run recomputes at most this much: a shard is written after this many tokens, or after this time.
 SHARD_TOKENS = 1 << 20
 SHARD_SECONDS = 30.0
 # A temporary file older than this belongs to a process that was killed.
 _STALE_SECONDS = 3600.0
 
 
-# Keys as NumPy sorts and compares them: all bytes count.
+# The dtype of keys: NumPy sorts and compares all their bytes.
 KEY = np.dtype(f"V{KEY_BYTES}")
 
 
@@ -53,7 +53,7 @@ class Shard(NamedTuple):
 
 
 class DamagedShard(ValueError):
-    """A shard whose content does not match its name."""
+    """Raised for a shard that cannot be used, for example because its content does not match its name."""
 
 
 def write_shard(folder: Path, entries: Mapping[bytes, Tensor]) -> Path:
@@ -72,12 +72,12 @@ def write_shard(folder: Path, entries: Mapping[bytes, Tensor]) -> Path:
 
 
 def shards_of(folder: Path) -> list[Path]:
-    """The shards in a folder, in the order of their names."""
+    """Return the shards in a folder, in the order of their names."""
     return sorted(folder.glob("*.safetensors"))
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write a file that appears under its name when it is complete."""
+    """Write a file; it gets its final name only when it is complete."""
     temporary = path.with_name(f"{uuid.uuid4().hex}.tmp")
     temporary.write_bytes(content)
     os.replace(temporary, path)
@@ -87,20 +87,20 @@ def read_shard(path: Path) -> Shard:
     """Read and check a shard.
 
     Raises:
-        DamagedShard: it is not a shard, its content does not match its name, or its format is different.
-        OSError: the file cannot be read, which says nothing about its content.
+        DamagedShard: the file is not a shard, its content does not match its name, or its format is different.
+        OSError: the file cannot be read; its content may still be valid.
     """
     try:
         with safe_open(path, "pt") as file:
             form = (file.metadata() or {}).get("format")
             keys, offsets, logps = (file.get_tensor(name) for name in ("keys", "offsets", "logps"))
     except (SafetensorError, ValueError) as error:
-        path.read_bytes()  # safetensors may call a fault of the disk an error of the content
+        path.read_bytes()  # raises `OSError` for a disk error, which safetensors may report as wrong content
         raise DamagedShard(f"cannot be read ({str(error).splitlines()[0]})") from None
     if form != FORMAT:
         raise DamagedShard(f"is of the format {form!r} and not {FORMAT!r}")
     if _digest(keys, offsets, logps) != path.stem:
-        raise DamagedShard("has another checksum than its name")
+        raise DamagedShard("has a checksum that differs from its name")
     return Shard(keys.numpy().reshape(-1).view(KEY), offsets.numpy(), logps)
 
 
@@ -128,7 +128,7 @@ class LogProbStore:
         self._shards: list[Shard] = []
         self._names: set[str] = set()
         self._keys = np.empty(0, dtype=KEY)  # sorted
-        self._places = np.empty((0, 2), dtype=np.int64)  # of each: the number of its shard, the response in it
+        self._places = np.empty((0, 2), dtype=np.int64)  # for each key: the indices of its shard and of its response
         self._waiting: dict[bytes, Tensor] = {}
         self._waiting_tokens, self._waiting_since = 0, 0.0
         folder.mkdir(parents=True, exist_ok=True)
@@ -138,9 +138,9 @@ class LogProbStore:
         self.reload()
 
     def reload(self) -> None:
-        """Load the shards that others have written.
+        """Load the shards that other processes have written.
 
-        A damaged shard is renamed, with a warning. A shard that cannot be read now stays where it is.
+        A damaged shard is renamed, with a warning. A shard that cannot be read now is left unchanged.
         """
         new = []
         for path in shards_of(self.folder):
@@ -149,7 +149,7 @@ class LogProbStore:
                     new.append(read_shard(path))
                     self._names.add(path.stem)
                 except OSError as error:
-                    logger.warning("%s cannot be read now (%s): what is in it counts as missing", path, error)
+                    logger.warning("%s cannot be read now (%s): its log-probs count as missing", path, error)
                 except DamagedShard as damage:
                     # Another process may have renamed it already.
                     with contextlib.suppress(FileNotFoundError):
@@ -158,14 +158,14 @@ class LogProbStore:
         self._take_in(new)
 
     def missing(self, keys: Sequence[bytes]) -> np.ndarray:
-        """`[R]` bool: which of these responses are missing."""
+        """Return `[R]` bool, True for the responses that are missing."""
         unknown = self._find(_as_array(keys)) < 0
         if self._waiting:
             unknown &= [key not in self._waiting for key in keys]
         return unknown
 
     def get(self, keys: Sequence[bytes]) -> list[Tensor]:
-        """The log-probs of these responses, each `[tokens]`. Raises `KeyError` for a missing one."""
+        """Return the log-probs of these responses, each `[tokens]`. Raises `KeyError` for a missing response."""
         found = zip(keys, self._find(_as_array(keys)), strict=True)
         return [self._waiting[key] if at < 0 else self._read(*self._places[at]) for key, at in found]
 
@@ -202,7 +202,7 @@ class LogProbStore:
         self._places = np.insert(self._places, at, places[first][new], axis=0)
 
     def _find(self, keys: np.ndarray) -> np.ndarray:
-        """`[R]`: the index of each key among the sorted keys, −1 for missing ones."""
+        """Return `[R]`: the index of each key among the sorted keys, or −1 if it is missing."""
         if not len(self._keys):
             return np.full(len(keys), -1)
         at = np.searchsorted(self._keys, keys).clip(max=len(self._keys) - 1)

@@ -30,9 +30,8 @@ def choose_reference(setting: str, model: nn.Module, ref_model: nn.Module | None
     """Build the reference of a run; `None` if the losses need no reference (then nothing is copied or computed).
 
     Args:
-        setting: Value of `PreferenceConfig.reference`. "auto" uses `ref_model` if one is passed; under PEFT, the model
-            with its adapter disabled if the adapter is new, or a frozen copy if the adapter was trained before;
-            without PEFT, a frozen copy of the policy.
+        setting: Value of `PreferenceConfig.reference`. "auto" uses `ref_model` if it is passed. Otherwise, "auto" uses
+            the model with its adapter disabled if the model has a new adapter, and a frozen copy of the policy if not.
         model: The policy, before an engine wraps it.
         ref_model: The model that the user passed as reference.
         needed: True if a loss uses the reference.

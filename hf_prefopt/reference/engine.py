@@ -1,7 +1,7 @@
 """Shard a separate reference model across ranks, like the policy.
 
-Each rank keeps a shard of every parameter, and gathers a layer while it runs. Nothing in the model is trained, so there
-is no optimizer and no reduction of gradients.
+Each rank keeps a shard of every parameter, and gathers a layer only while the layer runs. Nothing in the model is
+trained, so there is no optimizer and no reduction of gradients.
 """
 
 from typing import Any
@@ -28,7 +28,7 @@ def shard_like_the_policy(model: nn.Module, accelerator: Accelerator) -> Any:
 
 
 def _under_zero3(model: nn.Module, settings: dict[str, Any], accelerator: Accelerator) -> Any:
-    """A separate engine for the model, with the policy's settings for placing and gathering parameters."""
+    """Return a separate engine for the model, with the policy's settings for placing and gathering parameters."""
     import deepspeed
 
     # "auto" means DeepSpeed's default here; settings of the optimizer do not apply.
@@ -41,7 +41,7 @@ def _under_zero3(model: nn.Module, settings: dict[str, Any], accelerator: Accele
 
 
 def any_rank(accelerator: Accelerator, here: bool) -> bool:
-    """Whether something holds on this rank or, if ranks must call a sharded model together, on any rank."""
+    """Return whether `here` is True on this rank or, if ranks must call a sharded model together, on any rank."""
     if accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         return here
     return bool(accelerator.gather(torch.tensor([here], device=accelerator.device)).any())

@@ -21,9 +21,10 @@ _TOKENS = 16
 
 
 def made_up_logps(reference: LiveReference) -> list[float]:
-    """The reference's log-probs of synthetic tokens, in nats; models with the same config get the same tokens.
+    """Return the reference's log-probs of synthetic tokens, in nats; models with the same config get the same tokens.
 
-    Call it on every rank of an engine that shards the model, and without autocast, because fp32 is more sensitive.
+    If an engine shards the model, call this function on every rank. Call it without autocast, because differences
+    between models are easier to see in fp32.
     """
     tokens = made_up_tokens(base_causal_lm(reference.model).config, _TOKENS, random.Random(0))
     ids = torch.tensor([tokens], device=device_of(reference.model))
@@ -35,10 +36,10 @@ def warn_of_another_reference(before: Sequence[float], now: Sequence[float], mod
 
     Args:
         before, now: results of `made_up_logps`.
-        model: has the reference's dtypes.
+        model: a model with the reference's dtypes.
     """
     if len(before) != len(now):
-        return  # another model, which its checkpoint does not fit
+        return  # the checkpoint belongs to another model
     old, new = torch.tensor(before), torch.tensor(now)
     apart = float((old - new).abs().max())
     rounding = relative_rounding(model) * float((old.abs() + old.abs().mean()).max())

@@ -1,8 +1,8 @@
-"""References that are computed during training: the same forward, without gradients, dropout or checkpointing.
+"""References that are computed during training: the policy's forward, without gradients, dropout or checkpointing.
 
-Each consists of a model and a context manager, inside which that model *is* the reference: an adapter is disabled,
-another adapter is enabled, the trained tensors are replaced by a frozen copy of their initial values, or nothing
-changes.
+A reference consists of a model and a context manager. Inside the context, the model *is* the reference: an adapter is
+disabled, another adapter is enabled, the trained tensors are replaced by a frozen copy of their initial values, or
+nothing changes.
 """
 
 from collections.abc import Callable, Iterator
@@ -43,9 +43,9 @@ class LiveReference:
         switch: returns the context in which the model is the reference.
         description: a phrase for logs and model cards.
         copies: the frozen copies of trained tensors, if the reference uses them.
-        is_separate: whether the module is not the policy's.
-        engine: the object that keeps a separate module sharded, if it is.
-        compiled: the compiled module, which is called instead if it is set.
+        is_separate: whether the model is another module than the policy.
+        engine: the object that keeps a separate module sharded; `None` if the module is not sharded.
+        compiled: the compiled model, which is called instead of the model; `None` if the model is not compiled.
         lower: the layers that run once for reference and policy, if there are any.
     """
 
@@ -65,7 +65,7 @@ class LiveReference:
 
     @property
     def has_own_memory(self) -> bool:
-        """Whether freeing it saves memory."""
+        """Whether freeing the reference saves memory."""
         return self.is_separate or self.copies is not None
 
     def place(self, accelerator: Accelerator) -> None:
@@ -77,13 +77,13 @@ class LiveReference:
             self.model.to(accelerator.device)
 
     def score(self, batch: PreferenceBatch, token_stats: tuple[str, ...] = ()) -> ResponseScores:
-        """The reference's scores of a batch: no gradients, evaluation mode, whatever state the policy is in."""
+        """Return the reference's scores of a batch, without gradients and in evaluation mode."""
         return self._scored(batch, token_stats, self.lower.states() if self.lower is not None else None)
 
     def _scored(
         self, batch: PreferenceBatch, token_stats: tuple[str, ...], states: LowerStates | None
     ) -> ResponseScores:
-        # Reshard first: PEFT must enable the same parameter objects again that it disabled.
+        # Reshard first, because PEFT must enable the same parameter objects that it has disabled.
         with self.tree.held():
             reshard(self.tree)
             with torch.no_grad(), evaluation_mode(self.tree), self.switch():
@@ -93,7 +93,10 @@ class LiveReference:
         return scores
 
     def share_lower_layers(self, policy: ModuleTree, batch: PreferenceBatch, known: str | None = None) -> str | None:
-        """Run layers that are the policy's once for both, see `settle_lower_layers`; what there is to say of it."""
+        """Run the layers that policy and reference share only once; return a line for the start summary, or `None`.
+
+        See `settle_lower_layers`.
+        """
 
         def scored(batch: PreferenceBatch, states: LowerStates) -> ResponseScores:
             return self._scored(batch, (), states)
@@ -102,18 +105,18 @@ class LiveReference:
         return said
 
     def predictions(self, scores: ResponseScores) -> Callable[[slice], Tensor]:
-        """A function that maps a slice of the scored tokens to the reference's log-probs over the vocabulary, `[C, V]`.
+        """Return a function that maps a slice of the scored tokens to the reference's log-probs `[C, V]`.
 
-        It computes them from the hidden states in `scores` on every call, also in the backward pass of a checkpointed
-        policy, so only one chunk is in memory at a time. The head's weights are gathered here, because ranks have
-        different numbers of chunks.
+        The function computes the log-probs from the hidden states in `scores` on every call, also in the backward pass
+        of a checkpointed policy, so only one chunk is in memory at a time. The head's weights are gathered beforehand,
+        because ranks have different numbers of chunks.
         """
         head, hidden = base_causal_lm(self.model).get_output_embeddings(), scores.token_stats[HIDDEN]
         release_gathered(self.tree)
         with self.switch():
             in_hand = self.copies or any(map(is_sharded, head.parameters()))
             weights = _weights(head, hidden.dtype) if in_hand else {}
-        # The weights of a copy are in `weights` already; an adapter is switched for each chunk.
+        # For a frozen copy, `weights` already holds the reference's weights; an adapter is switched for each chunk.
         acting = nullcontext if self.copies else self.switch
 
         def predict(tokens: slice) -> Tensor:
@@ -124,7 +127,7 @@ class LiveReference:
 
 
 def _weights(module: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The full parameters of a module, keyed by name; sharded ones in the dtype in which their engine computes."""
+    """Return the full parameters of a module, keyed by name; sharded parameters are cast to `dtype`."""
     weights = {}
     for name, parameter in module.named_parameters():
         with gathered(parameter) as values:
@@ -133,25 +136,27 @@ def _weights(module: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def has_its_place(model: nn.Module) -> bool:
-    """Whether a model must not be moved: it is quantized, spread over devices by a device map, or offloaded."""
+    """Return whether a model must not be moved: it is quantized, spread over devices by a device map, or offloaded."""
     placed = hasattr(model, "hf_device_map") or getattr(model, "quantization_method", None) is not None
     return placed or any(hasattr(module, "_hf_hook") for module in model.modules())
 
 
 def adapter_off(model: PeftModel) -> LiveReference:
-    """The model without its adapter."""
+    """Return a reference that is the model with its adapter disabled."""
     tree = ModuleTree(model)
     return LiveReference(tree, partial(adapters_off, tree), "the base model, the adapter switched off")
 
 
 def named_adapter(model: PeftModel, name: str) -> LiveReference:
-    """The model with another of its adapters.
+    """Return a reference that is the model with another of its adapters.
 
     Raises:
         ValueError: the model has no adapter with that name.
     """
     if name not in model.peft_config:
-        raise ValueError(f"reference='adapter:{name}': the model's adapters are {', '.join(model.peft_config)}")
+        raise ValueError(
+            f"reference='adapter:{name}': no such adapter; the model's adapters are {', '.join(model.peft_config)}"
+        )
 
     tree = ModuleTree(model)
     if is_set_by_layer(tree):
@@ -178,25 +183,25 @@ def named_adapter(model: PeftModel, name: str) -> LiveReference:
 
 
 def separate_model(model: nn.Module) -> LiveReference:
-    """A separate model, frozen."""
+    """Freeze a separate model, and return it as a reference."""
     model.requires_grad_(False).eval()
     name = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
     return LiveReference(ModuleTree(model), nullcontext, f"another model ({name})", is_separate=True)
 
 
 def frozen_copy(model: nn.Module) -> LiveReference:
-    """The policy as it is now: a copy in memory of every tensor that trains, everything else shared with the policy."""
+    """Return a reference that is the current policy: trained tensors are copied, all others are shared with it."""
     copies = FrozenTensors(tree := ModuleTree(model))
     return LiveReference(tree, copies.swapped_in, "a frozen copy of the policy as given", copies)
 
 
 @dataclass
 class FrozenTensors:
-    """Copies of a model's trainable parameters, which can take the parameters' place for a while.
+    """Copies of a model's trainable parameters that can temporarily replace the parameters' values.
 
-    The parameters stay the same objects, so that optimizers, engines and tied weights never notice; nothing of the copy
-    is in the model's state dict, so it is in no checkpoint. Where an engine shards the parameters, a rank keeps its
-    shards of the copy.
+    The parameter objects stay the same, so optimizers, engines and tied weights are not affected. The copies are not in
+    the model's state dict, and so not in checkpoints of the model. If an engine shards the parameters, each rank keeps
+    its shards of the copies.
     """
 
     tree: ModuleTree
@@ -207,7 +212,7 @@ class FrozenTensors:
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """The model computes with the copies inside this context."""
+        """Make the model compute with the copies inside this context."""
         self._exchange()
         try:
             yield
@@ -216,7 +221,7 @@ class FrozenTensors:
 
     @torch.no_grad()
     def move(self, share: float) -> None:
-        """copy ← share · parameter + (1 − share) · copy; each rank updates its shards, without gathering."""
+        """Set copy ← share · parameter + (1 − share) · copy; each rank updates its shards, without gathering."""
         parameters = _named(self.tree)
         for name, values in self.tensors.items():
             policy = local_shard(parameters[name])
@@ -224,7 +229,7 @@ class FrozenTensors:
             self.tensors[name] = mine.lerp_(policy.to(mine.dtype), share)
 
     def gathered(self) -> Iterator[tuple[str, Tensor]]:
-        """Iterate over (name, full copy) of the parameters; if they are sharded, call it on every rank."""
+        """Yield (name, full copy) of each copied parameter; if parameters are sharded, call it on every rank."""
         with self.swapped_in():
             for name, parameter in _named(self.tree).items():
                 if name in self.tensors:
@@ -232,14 +237,15 @@ class FrozenTensors:
                         yield name, tensor
 
     def replace(self, values: Callable[[str], Tensor]) -> None:
-        """Replace the copies; the argument maps a name to the full tensor, of which each rank keeps its shard."""
+        """Replace the copies. `values` maps a name to the full tensor; each rank keeps its shard of the tensor."""
         release_gathered(self.tree)
         parameters = _named(self.tree)
         for name, old in self.tensors.items():
             self.tensors[name] = shard_of(parameters[name], values(name)).to(old.device, old.dtype)
 
     def _exchange(self) -> None:
-        # Autocast caches low-precision casts per parameter object, so the cache would hold the other tensors' casts.
+        # Autocast caches low-precision casts per parameter object, so the cache would still hold casts of the old
+        # values.
         torch.clear_autocast_cache()
         release_gathered(self.tree)
         parameters = _named(self.tree)
@@ -247,5 +253,5 @@ class FrozenTensors:
 
 
 def _named(tree: ModuleTree) -> dict[str, nn.Parameter]:
-    """The parameters, keyed by their original names; an engine's checkpointing inserts a part into the names."""
+    """Return the parameters, keyed by name, without the part of a name that an engine's checkpointing inserts."""
     return {name.replace("_checkpoint_wrapped_module.", ""): p for name, p in tree.named_parameters()}

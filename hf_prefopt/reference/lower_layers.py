@@ -43,7 +43,7 @@ class LowerLayers:
     Attributes:
         tree: Modules of the policy.
         count: Number of shared layers.
-        later: Ids of trained modules outside the decoder layers, which run after the shared layers.
+        later: Ids of trained modules outside the decoder layers. These modules run after the shared layers.
         acting: Adapters that were active in the shared layers when the layers were chosen.
     """
 

@@ -2,7 +2,7 @@
 
 α < 1 is the paper's soft update, and α = 1 its hard update. The frozen copies of the trained tensors (of the model, or
 only of the adapter) are updated in place. For an adapter these are the factors A and B, so a soft update mixes the
-factors and not their product; a hard update gives the policy in any case.
+factors and not their product. A hard update copies the policy in any case.
 """
 
 import logging
@@ -21,7 +21,7 @@ FILE = "moving_reference.safetensors"
 
 @dataclass
 class MovingReference:
-    """Moves the frozen copies of a reference, and saves them in checkpoints.
+    """A reference whose frozen copies move toward the policy, and are saved in checkpoints.
 
     Every process updates its own copies with its own parameters, sharded or not.
 
@@ -37,10 +37,10 @@ class MovingReference:
 
     @property
     def description(self) -> str:
-        """A phrase for logs and model cards."""
+        """The reference, described by a phrase for logs and model cards."""
         return (
-            f"a copy of the policy that follows it: every {self.every} steps, "
-            f"{self.share} of the policy and {1 - self.share:.3g} of itself"
+            f"a copy of the policy that is updated every {self.every} steps "
+            f"({self.share} × policy + {1 - self.share:.3g} × copy)"
         )
 
     def follow(self, step: int) -> bool:
@@ -53,7 +53,8 @@ class MovingReference:
     def save(self, checkpoint: Path, saves: bool) -> None:
         """Write the full reference into a checkpoint, so that any number of ranks can resume with it.
 
-        Call it on every rank: sharded tensors are gathered one at a time into the memory of the rank that `saves`.
+        Call it on every rank. Sharded tensors are gathered one at a time, and kept in memory on the rank where `saves`
+        is True.
         """
         tensors = {}
         for name, tensor in self.copies.gathered():

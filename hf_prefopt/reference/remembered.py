@@ -10,7 +10,7 @@ from hf_prefopt.batch import PreferenceBatch, ResponseScores
 
 
 class RememberedScores:
-    """Token log-probs of the batches of evaluation data sets, on the CPU: four bytes per scored token.
+    """The reference's token log-probs for the batches of evaluation data sets, on the CPU: four bytes per scored token.
 
     A batch is identified by its data set, its rows and its tokens, because in concatenated data sets several rows can
     have the same number. Call `forget` after changing the reference.
@@ -30,14 +30,15 @@ class RememberedScores:
         score: Callable[[PreferenceBatch], ResponseScores],
         any_rank: Callable[[bool], bool] = bool,
     ) -> ResponseScores:
-        """The reference's scores of a batch, from memory, or computed by `score` and stored.
+        """Return the reference's scores of a batch, from memory, or computed by `score` and stored.
 
         Args:
             dataset: an identifier of the data set, such as a fingerprint; with `None`, nothing is stored.
-            batch: a batch of that data set; a batch without examples only keeps the rank in step with others.
+            batch: a batch of that data set; a batch without examples only lets this rank run the reference together
+                with the others.
             score: computes the scores of a new batch.
-            any_rank: maps "new on this rank" to "new on any rank", for engines whose ranks must run the reference
-                together.
+            any_rank: a function that maps "new on this rank" to "new on any rank", for engines whose ranks must run the
+                reference together.
         """
         key = (dataset, *batch["rows"].tolist(), *batch["pair_in_row"].tolist(), _digest(batch))
         is_idle = not len(batch["rows"])
@@ -51,6 +52,6 @@ class RememberedScores:
 
 
 def _digest(batch: PreferenceBatch) -> int:
-    """A hash of the tokens and of which of them are scored."""
+    """Return a hash of the tokens and of the positions that are scored."""
     parts = (batch[name].cpu().contiguous().numpy() for name in ("input_ids", "scored_rows", "targets"))
     return xxhash.xxh3_128_intdigest(b"".join(part.tobytes() for part in parts))

@@ -1,7 +1,7 @@
-"""Access to the part of a parameter that a rank holds: all of it, or its shard under ZeRO-3 and FSDP2.
+"""Access to the part of a parameter that a rank holds: the whole parameter, or its shard under ZeRO-3 and FSDP2.
 
-Only `gathered` communicates. Elsewhere a rank replaces its shard of the parameter by its shard of other values, and the
-engine gathers those as it would have gathered the parameter's.
+Only `gathered` communicates. The other functions read a rank's shard of a parameter or replace it by a shard of other
+values. The engine then gathers the other values as it would have gathered the parameter's own.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,10 +18,10 @@ from hf_prefopt.scoring.modes import ModuleTree
 
 
 def local_shard(parameter: nn.Parameter) -> Tensor:
-    """The part of a parameter that this rank holds: `[shape]`, or `[shard]` (flat) under ZeRO-3.
+    """Return the part of a parameter that this rank holds: `[shape]`, or `[shard]` (flat) under ZeRO-3.
 
     Raises:
-        ValueError: ZeRO-3 keeps them on an NVMe disk.
+        ValueError: ZeRO-3 keeps the parameter on an NVMe disk.
     """
     if isinstance(parameter, DTensor):
         return parameter.to_local().data
@@ -29,15 +29,15 @@ def local_shard(parameter: nn.Parameter) -> Tensor:
         return parameter.data
     if parameter.ds_tensor.status.name != "AVAILABLE":
         raise ValueError(
-            "a frozen copy of parameters that ZeRO-3 keeps on NVMe cannot be swapped in: offload_param to the CPU, or "
-            "train an adapter with reference='adapter_off'"
+            "a frozen copy of parameters that ZeRO-3 keeps on NVMe cannot be swapped in: set offload_param to the CPU, "
+            "or train an adapter with reference='adapter_off'"
         )
     return parameter.ds_tensor.data
 
 
 @contextmanager
 def gathered(parameter: nn.Parameter) -> Iterator[Tensor]:
-    """A context that gives the full parameter `[shape]`; if the parameter is sharded, enter it on every rank."""
+    """Yield the full parameter `[shape]`; if the parameter is sharded, enter this context on every rank."""
     if is_zero3_partitioned(parameter):
         import deepspeed
 
@@ -51,8 +51,7 @@ def gathered(parameter: nn.Parameter) -> Iterator[Tensor]:
 
 
 def shard_of(parameter: nn.Parameter, values: Tensor) -> Tensor:
-    """This rank's shard of a parameter's full values `[shape]`; values that are a shard already are returned
-    unchanged."""
+    """Return this rank's shard of a parameter's full values `[shape]`; a shard is returned unchanged."""
     if values.shape == local_shard(parameter).shape:
         return values
     if isinstance(parameter, DTensor):
@@ -71,7 +70,7 @@ def swap_shard(parameter: nn.Parameter, values: Tensor) -> Tensor:
     current = local_shard(parameter)
     values = shard_of(parameter, values).to(device=current.device, dtype=current.dtype)
     if isinstance(parameter, DTensor):
-        # FSDP2 gathers from its own buffer; the parameter is a view of it.
+        # FSDP2 gathers from its own buffer, and the parameter is a view of this buffer.
         kept = current.clone()
         current.copy_(values)
         return kept
@@ -83,7 +82,7 @@ def swap_shard(parameter: nn.Parameter, values: Tensor) -> Tensor:
 
 
 def reshard(tree: ModuleTree) -> None:
-    """Replace the gathered parameters, which are other objects and which FSDP2 keeps after a forward, by its shards."""
+    """Replace the gathered parameters, which FSDP2 keeps after a forward, by the parameter objects with the shards."""
     if torch.distributed.is_initialized() and any(issubclass(kind, FSDPModule) for kind in set(map(type, tree))):
         for module in tree:
             if isinstance(module, FSDPModule):
@@ -91,8 +90,7 @@ def reshard(tree: ModuleTree) -> None:
 
 
 def release_gathered(tree: ModuleTree) -> None:
-    """Free gathered parameters that an engine keeps between two forwards, so that the next forward gathers them
-    again."""
+    """Free the gathered parameters that an engine keeps after a forward, so that the next forward gathers again."""
     reshard(tree)
     for _, parameter in tree.named_parameters():
         if is_zero3_partitioned(parameter) and parameter.ds_status.name == "AVAILABLE":
@@ -100,12 +98,12 @@ def release_gathered(tree: ModuleTree) -> None:
 
 
 def is_sharded(parameter: nn.Parameter) -> bool:
-    """Whether this rank holds only a part of a parameter."""
+    """Return whether this rank holds only a part of a parameter."""
     return isinstance(parameter, DTensor) or is_zero3_partitioned(parameter)
 
 
 class Zero3Parameter(nn.Parameter):
-    """What ZeRO-3 adds to a parameter, for type checkers."""
+    """A parameter with the attributes that ZeRO-3 adds, for type checkers."""
 
     ds_tensor: Any
     ds_status: Any
@@ -114,5 +112,5 @@ class Zero3Parameter(nn.Parameter):
 
 
 def is_zero3_partitioned(parameter: nn.Parameter) -> TypeGuard[Zero3Parameter]:
-    """Whether ZeRO-3 shards a parameter, which is then empty while it is not in use."""
+    """Return whether ZeRO-3 shards a parameter; a sharded parameter is empty while it is not in use."""
     return hasattr(parameter, "ds_tensor")

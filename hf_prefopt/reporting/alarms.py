@@ -37,7 +37,7 @@ LENGTH = (
 
 @dataclass
 class Window:
-    """Collects one row of values per example and returns the rows in groups of at least `WINDOW`."""
+    """A buffer with one row of values per example, which returns the rows in groups of at least `WINDOW`."""
 
     rows: list[np.ndarray] = field(default_factory=list)
 
@@ -54,7 +54,7 @@ class Window:
 
 
 class Displacement:
-    """Rule for decreased chosen log-probs: mean + 3 standard errors < −log 1.1 nats per token.
+    """The rule for decreased chosen log-probs: mean + 3 standard errors < −log 1.1 nats per token.
 
     The mean is taken over the log-ratios of chosen responses to the reference. Without a reference, it is the mean
     log-prob minus the mean log-prob of the first window, and the variances of both windows are added.
@@ -89,7 +89,7 @@ class Displacement:
 
 
 class LengthAlone:
-    """Rule for margins that grow by length alone, from the regression margin = a + b · (difference in length).
+    """The rule for margins that grow by length alone, from the regression margin = a + b · (difference in length).
 
     A window breaks the rule if length explains at least half of the variance, the mean margin is more than 3 standard
     errors above 0, and a, the margin at equal length, is at most 3 standard errors above 0.

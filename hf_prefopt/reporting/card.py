@@ -1,6 +1,7 @@
 """The model card, which describes the model, the data, the loss, the reference, and the results.
 
-The card is built from plain values, so the trainer, a script or a test can create one. The caller saves or pushes it.
+The card is built from plain values, so the trainer, a script or a test can create one. The caller saves or pushes the
+card.
 """
 
 import html
@@ -225,7 +226,7 @@ def citations(facts: CardFacts) -> str:
 
 
 def _results_section(facts: CardFacts) -> str:
-    """Return the table before → after or, before the run has ended, the metrics of the last evaluation."""
+    """Return the results before and after training or, during the run, the metrics of the last evaluation."""
     results = facts.results
     if results.after is None:
         return _table_section("Evaluation", _rounded(facts.metrics))

@@ -23,7 +23,7 @@ def closing_report(
     console: Console | None = None,
     answers: Sequence[Mapping[str, str]] = (),
 ) -> None:
-    """Print the table before → after, the answers, the paths of the results, and the commands of the next steps.
+    """Print the results before and after training, the answers, the paths of the results, and commands for next steps.
 
     Args:
         evaluated: Results of the evaluations. The table is omitted if there is no evaluation after training.

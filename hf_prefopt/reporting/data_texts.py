@@ -49,7 +49,7 @@ def size_text(summary: DataSummary, counts: Mapping[str, int]) -> str:
 
 
 def content_texts(summary: DataSummary, by_prompt: bool = False) -> list[str]:
-    """Describe tokens, savings by prompt sharing, and whether better responses are longer, or the label counts."""
+    """Describe the tokens, the savings by prompt sharing, how often better responses are longer, and label counts."""
     row, prompt = f"{summary.saved_by_row:.0%}", f"{summary.saved_by_prompt:.0%}"
     saved = prompt if by_prompt else row + f" ({prompt} with group_by_prompt)" * (row != prompt)
     texts = [f"{summary.tokens:,} tokens, {summary.scored_tokens:,} of them scored; sharing prompts saves {saved}"]
@@ -66,6 +66,6 @@ def content_texts(summary: DataSummary, by_prompt: bool = False) -> list[str]:
 _LONGER = {
     "pairs": "the chosen response is longer in {} of pairs",
     "triples": "the chosen response is longer in {} of pairs",
-    "lists": "of two responses of a list the better one is longer in {} of cases",
+    "lists": "the better of two responses of a list is longer in {} of cases",
     "unpaired examples": "a desirable response is longer than an undesirable one in {} of cases",
 }

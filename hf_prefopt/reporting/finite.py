@@ -23,7 +23,7 @@ _KEPT, _NAMED = 1000, 8
 
 @dataclass(frozen=True)
 class Seen:
-    """Inputs and losses of some examples.
+    """The inputs and losses of some examples.
 
     Attributes:
         rows: `[B]`, row indices of the examples in their data set.
@@ -103,7 +103,7 @@ class FiniteRun:
 
     @property
     def is_full(self) -> bool:
-        """True if a check is due even if nothing is logged."""
+        """Whether a check is due even if nothing is logged."""
         return len(self._seen) >= _KEPT
 
     @property

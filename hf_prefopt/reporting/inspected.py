@@ -16,8 +16,8 @@ class Inspection:
         name: Name of the data set.
         layout: Layout of the columns, or "prepared rows".
         content: Content type of the rows: "messages", "text" or "tokens".
-        columns: Role → column, such as {"prompt": "question"}.
-        numbers: Columns of numbers that losses may read: prepared name → column, such as {"margins": "margin"}.
+        columns: Columns, keyed by role, such as {"prompt": "question"}.
+        numbers: Columns of numbers that losses may read, keyed by prepared name, such as {"margins": "margin"}.
         unused: Columns that are not used.
         about_the_row: Unused columns that are known to be about the row: ids, sources, models.
         kinds: If no loss was named, the kinds of examples that losses can compare in this data set: "pairs", "lists", …
@@ -25,7 +25,8 @@ class Inspection:
         settings: Settings passed by the user, and settings for truncation, such as {"max_length": 1024}.
         summary: Counts of the prepared rows.
         counts: Counts of what happened to the given rows, see `data.notes.count_notes`; empty for prepared rows.
-        within: Number of tokens → share of rows whose prompt and longest response fit, before truncation.
+        within: Share of rows whose prompt and longest response, before truncation, fit into a number of tokens; keyed
+            by this number.
         remarks: Messages that training would log about the data set.
         errors: Errors that would stop training.
         rows: The first rows that are kept, including a truncated one if there is any.
@@ -50,7 +51,7 @@ class Inspection:
 
     @property
     def rows_given(self) -> int:
-        """Number of rows that were read."""
+        """The number of rows that were read."""
         return self.counts.get("rows", self.summary.rows)
 
 

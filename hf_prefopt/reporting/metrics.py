@@ -59,7 +59,7 @@ def metric_names(objective: Objective) -> list[str]:
 
 
 class RunningMeans:
-    """Sums and counts over all examples since the last call of `pop`, accumulated on the device of the tensors.
+    """The sums and counts over all examples since the last call of `pop`, accumulated on the device of the tensors.
 
     No method waits for the device.
     """
@@ -88,7 +88,7 @@ class RunningMeans:
 
 @dataclass(frozen=True)
 class OfRank:
-    """What one rank has recorded since the last log, on the CPU.
+    """The values that one rank has recorded since the last log, on the CPU.
 
     Attributes:
         sums, counts: Sum and number of the values of each metric.
@@ -145,7 +145,7 @@ class TrainingRecord:
 
     @property
     def is_full(self) -> bool:
-        """True if a call of `check` is due even if nothing is logged."""
+        """Whether a call of `check` is due even if nothing is logged."""
         return self._finite.is_full
 
     def add(self, step: int, rows: Tensor, inputs: dict[str, Tensor], output: LossOutput) -> None:
@@ -191,7 +191,7 @@ class TrainingRecord:
         return found | responses.metrics(self._objective.kind)
 
     def _pop_own(self, has_other_problems: bool) -> OfRank:
-        """Return what this rank has recorded since the last call."""
+        """Return the values that this rank has recorded since the last call."""
         is_finite = {} if self._finite.is_finite is None else {"": self._finite.is_finite}
         flag, sums, counts, observed = copied(is_finite, *self._means.pop(), join(self._observed))
         self._observed.clear()

@@ -59,8 +59,8 @@ class Responses:
         logps: Mean of log π over the tokens, in nats per token.
         preferred: 1 for responses that the data prefer, 0 for other responses and padding.
         log_ratios: Mean of d = log π − log π_ref over the tokens, in nats per token; `None` without a reference.
-        kls: Mean of e^d − 1 − d ≥ 0 over the tokens. If the responses are samples of the reference, its expectation is
-            KL(π_ref‖π) per token (J. Schulman, "Approximating KL divergence", estimator k3).
+        kls: Mean of e^d − 1 − d ≥ 0 over the tokens. If the responses are samples of the reference, this mean has the
+            expectation KL(π_ref‖π) per token (J. Schulman, "Approximating KL divergence", estimator k3).
     """
 
     lengths: np.ndarray
@@ -102,7 +102,7 @@ class Responses:
         return np.logical_and(self.chosen.any(1), self.rejected.any(1))
 
     def side(self, values: np.ndarray, which: np.ndarray) -> np.ndarray:
-        """Compute `[B]`, the mean of `values` over the responses in the mask `which`, both `[B, K]`; NaN if none is."""
+        """Compute `[B]`, the mean of `values` over the responses in the mask `which`; NaN if no response is in it."""
         number = which.sum(1)
         sums = np.where(which, values, 0.0).sum(1)
         return np.divide(sums, number, out=np.full(len(sums), np.nan), where=number > 0)

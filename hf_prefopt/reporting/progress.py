@@ -19,7 +19,7 @@ SHOWN = {
 
 
 class ShortProgressCallback(ProgressCallback):
-    """Writes one short line per log record above the progress bar, instead of the complete record as a dict."""
+    """A callback that writes one short line per log record above the progress bar, not the whole record as a dict."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and self.training_bar is not None:

@@ -42,7 +42,7 @@ class RunRecord:
 
     @property
     def name(self) -> str:
-        """Name of the run."""
+        """The name of the run."""
         return str(self.run.get("name", "run"))
 
     def lines(self) -> Iterable[dict[str, Any]]:

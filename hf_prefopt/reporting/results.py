@@ -52,7 +52,7 @@ SHOWN = (
 
 @dataclass(frozen=True)
 class Results:
-    """Evaluation results before and after training.
+    """The evaluation results before and after training.
 
     Attributes:
         before, after: Metrics without their prefix; `None` without such an evaluation.
@@ -76,13 +76,14 @@ class Results:
         """Compare the trained model with each rule, in one sentence per rule.
 
         Two accuracies of the same examples are not independent, so the sentence counts only the examples where the
-        model and the rule disagree. The model is better if it is right in more than half of them, beyond the interval.
+        model and the rule disagree. The model is better if the interval of its accuracy on these examples is above one
+        half.
         """
         return [_verdict(rule, accuracy) for rule, accuracy in self.disagreements.items()]
 
     @property
     def columns(self) -> list[tuple[str, Mapping[str, float]]]:
-        """Name and metrics of each available evaluation."""
+        """The name and the metrics of each available evaluation."""
         both = (("before", self.before), (self.last, self.after))
         return [(name, metrics) for name, metrics in both if metrics is not None]
 
@@ -103,7 +104,7 @@ class Results:
 
     @property
     def _measured(self) -> str:
-        """Metric in `accuracies`: the accuracy of the loss's rewards or, if the loss has no rewards, of log-ratios."""
+        """The metric in `accuracies`: the accuracy of the loss's rewards or, without rewards, of log-ratios."""
         names = ("rewards/accuracies", "log_ratios/accuracies")
         return next((name for name in names if name in (self.after or {})), "")
 
@@ -173,7 +174,8 @@ def baselines(examples: list[dict[str, Any]]) -> dict[str, Accuracy]:
 def disagreements(examples: list[dict[str, Any]]) -> dict[str, Accuracy | None]:
     """Compute the model's accuracy on the examples where it disagrees with a rule, for each rule.
 
-    If only one of the two ties, the other one counts as right or wrong.
+    A tie is better than a wrong prediction and worse than a right one. The model counts as right on an example if its
+    prediction is better than the rule's.
     """
     prompts = [entry["prompt"] for entry in examples]
     model = correct(np.array([entry["margin"] for entry in examples], dtype=float))

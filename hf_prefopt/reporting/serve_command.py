@@ -7,7 +7,7 @@ from peft import LoraConfig, PeftConfig
 
 # Values that vLLM accepts for --max-lora-rank (default: 16).
 _RANKS = (16, 32, 64, 128, 256, 320, 512)
-# Settings of LoRA adapters that vLLM does not load: it loads only low-rank matrices of linear layers.
+# Settings of LoRA adapters that vLLM does not load; vLLM loads only low-rank matrices of linear layers.
 _MORE = (
     "use_dora",
     "modules_to_save",

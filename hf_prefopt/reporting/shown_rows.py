@@ -23,7 +23,7 @@ class Piece:
         text: The decoded tokens.
         state: "prompt"; "scored" for tokens whose log-prob counts; "masked" for response tokens that are not scored; or
             "cut" for tokens that `max_length` removed.
-        is_special: Whether they are control tokens.
+        is_special: Whether the tokens are control tokens.
         tokens: Number of tokens.
     """
 
@@ -49,22 +49,22 @@ class ShownText:
 
     @property
     def tokens(self) -> int:
-        """Number of tokens, without truncated ones."""
+        """The number of tokens, without truncated tokens."""
         return sum(piece.tokens for piece in self.pieces if piece.state != "cut")
 
     @property
     def scored(self) -> int:
-        """Number of scored tokens."""
+        """The number of scored tokens."""
         return sum(piece.tokens for piece in self.pieces if piece.state == "scored")
 
     @property
     def cut(self) -> int:
-        """Number of truncated tokens."""
+        """The number of truncated tokens."""
         return sum(piece.tokens for piece in self.pieces if piece.state == "cut")
 
     @property
     def counts(self) -> list[str]:
-        """Descriptions of the token counts (all, scored, cut), and `about`."""
+        """The descriptions of the token counts (all, scored, cut), and `about`."""
         counts = [plural(self.tokens, "token")] + [f"{self.scored:,} scored"] * (self.name != "prompt")
         return counts + [f"{self.cut:,} cut"] * bool(self.cut) + [self.about] * bool(self.about)
 
@@ -102,7 +102,7 @@ def show_row(row: Mapping[str, Any], kinds: TokenKinds, uncut: Mapping[str, Any]
 
 
 def _pieces(full: Sequence[int], kept: Sequence[int], states: Sequence[State], kinds: TokenKinds) -> tuple[Piece, ...]:
-    """Return the pieces of the text `full`. `kept`: the tokens left by truncation; `states`: one for each of them."""
+    """Return the pieces of the text `full`. `kept`: the tokens left by truncation. `states`: their states."""
     places = kept_places(full, kept)
     marked = [(token, "cut" if at is None else states[at]) for token, at in zip(full, places, strict=True)]
     runs = groupby(marked, key=lambda token: (token[1], token[0] in kinds.special))

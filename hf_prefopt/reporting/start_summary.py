@@ -19,7 +19,7 @@ MOST_LINES = 14
 
 
 class StartSummary(TrainerCallback):
-    """Logs the start summary on the first rank when training begins. The model card contains the same facts."""
+    """A callback that logs the start summary on the first rank. The model card contains the same facts."""
 
     def __init__(self):
         self._texts: dict[str, tuple[str, ...]] = {}

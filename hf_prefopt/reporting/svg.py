@@ -1,4 +1,4 @@
-"""Charts as inline SVG without scripts. The `title` of a mark contains its values, which browsers show on hover.
+"""Charts as inline SVG without scripts. The `title` of a mark contains its values. Browsers show the title on hover.
 
 Colors are CSS classes (`c0`, `c1`, …), so a page can define them for light and dark mode.
 """
@@ -16,7 +16,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 14, 30
 
 
 class Axes:
-    """Maps values to positions in the chart, in SVG units."""
+    """The axes of a chart, which map values to positions in SVG units."""
 
     def __init__(self, xs: Iterable[float], ys: Iterable[float]):
         self.x_low, self.x_high = _bounds(xs)
@@ -53,7 +53,7 @@ def line_chart(drawn: Drawn) -> Markup:
     compared = [(value, label) for value, label in drawn.lines if axes.y_low <= value <= axes.y_high]
     parts += [_horizontal(axes, value) for value, _ in compared]
     parts += [_curve(axes, curve) for curve in drawn.curves]
-    # The name of the lowest of several lines is below it, because lines may be close together.
+    # If there are several lines, the lowest one has its name below it, because lines may be close together.
     lowest = min((value for value, _ in compared), default=0.0) if len(compared) > 1 else None
     parts += [_label(axes, value, label, below=value == lowest) for value, label in compared]
     parts += _bands(axes, drawn.curves)

@@ -7,7 +7,7 @@ from hf_prefopt.reporting.results import Results
 
 
 def evaluation_table(results: Results) -> Table:
-    """Build the table before → after, with a row for each metric of the evaluation; rewards and loss are in nats."""
+    """Build the table of results before and after training, with a row per metric; rewards and loss are in nats."""
     number = "" if results.examples is None else f"{results.examples:,} "
     table = Table(title=f"Evaluation on {number}held-out examples", title_justify="left", title_style="bold")
     table.add_column("")

@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 
 from hf_prefopt.batch import LoaderBatch
 
-# Dense bf16 peak in 10¹² FLOPs per second, keyed by part of the device name; the first match counts. From data sheets.
+# Dense bf16 peak in 10¹² FLOPs per second from data sheets, keyed by part of the device name; the first match counts.
 PEAK_TERAFLOPS = {
     "H100 NVL": 835,
     "H100 PCIe": 756,
@@ -32,7 +32,7 @@ PEAK_TERAFLOPS = {
 
 
 class Throughput(TrainerCallback):
-    """Counts tokens and positions between two training logs.
+    """A callback that counts tokens and positions between two training logs.
 
     Args:
         flops_per_position: Function that returns the model FLOPs per position (see `flops_per_position`). It is called

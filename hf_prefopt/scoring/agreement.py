@@ -36,11 +36,11 @@ def settle_scores(model: nn.Module, compute_dtype: torch.dtype | None = None) ->
     Three tokens are scored at every position: the most likely token, the least likely token and the next token. For
     logits z and unit roundoff u of the dtype, a score may have an error of 4u · (|z_token| + mean|z|). A wrong factor
     of 1 + f in the logits is therefore detected if f is at least about 4u · (|z_min| + mean|z|) / |z_min − mean z|.
-    For logits around 0 this is 4u to 8u: 2 to 3 % in bf16, and below 10⁻³ in fp32.
+    For logits around 0, this threshold is 4u to 8u: 2 to 3 % in bf16, and below 10⁻³ in fp32.
 
     Args:
-        model: A model prepared by `scoring.forward.install_scoring`, on its device. It runs three or four times on 16
-            tokens, on all ranks.
+        model: A model prepared by `scoring.forward.install_scoring`, on its device. The model runs three or four times
+            on 16 tokens, on all ranks.
         compute_dtype: Dtype of the computation, if an engine or autocast makes it different from the weights' dtype.
 
     Returns:
@@ -91,7 +91,7 @@ def _refuse_leak(name: str, effect: Tensor, rounding: Tensor, body_unit: float) 
         effect: `[T]`, largest change of a log-prob at each position. rounding: `[T]`, change that rounding explains.
         body_unit: Unit roundoff of the layers.
     """
-    # Rounding errors grow inside the model; an effect is counted as a leak only if it exceeds half of the digits.
+    # Rounding errors grow inside the model, so a leak must exceed √u times the mean effect on the changed tokens.
     leak, noise = effect[:_KEPT], rounding[:_KEPT] + body_unit**0.5 * effect[_KEPT:].mean()
     if not (leak <= noise).all():
         raise ValueError(
@@ -238,9 +238,9 @@ def body_precision(model: nn.Module, compute_dtype: torch.dtype | None = None) -
 def _units(model: nn.Module, compute_dtype: torch.dtype | None) -> tuple[float, float]:
     """Return the unit roundoffs of the head and of the base model, from the coarsest dtype used in each.
 
-    GPUs may multiply fp32 matrices in TF32, which has 11 bits. With 8-bit weights, activations are also quantized to 8
-    bits, with a scale that depends on all tokens of the batch; the head keeps a higher precision. 4-bit weights, stored
-    as two per byte, are multiplied in bf16 on a CPU, which also has 8 bits.
+    GPUs may multiply fp32 matrices in TF32, which has 11 significant bits. With 8-bit weights, activations are also
+    quantized to 8 bits, with a scale that depends on all tokens of the batch; the head keeps a higher precision. 4-bit
+    weights, stored as two per byte, are multiplied in bf16 on a CPU; bf16 has 8 significant bits, too.
     """
     held = {p.dtype for p in model.parameters()}
     floats = {dtype for dtype in held if dtype.is_floating_point and dtype.itemsize > 1}

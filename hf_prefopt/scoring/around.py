@@ -7,8 +7,9 @@ padding, in which each prompt occurs once, and the last layer unpacks the row in
 token mixer gets the padded sequences, but its linear projections compute the packed row, and its output is packed.
 Padding is on the right and models are causal, so values in the padding have no effect.
 
-The modules that pack and unpack are switched (see `scoring.switched`). The indices are passed to a layer as a keyword
-argument of its call, so they are also available when an activation checkpoint runs the layer again.
+The classes of the modules that pack and unpack are replaced by subclasses (see `scoring.switched`). The indices are
+passed to a layer as a keyword argument of its call, so they are also available when an activation checkpoint runs the
+layer again.
 """
 
 from collections.abc import Callable
@@ -41,7 +42,7 @@ class UnsupportedLayer(RuntimeError):
 
 @dataclass(frozen=True)
 class Rows:
-    """Indices that convert between the padded sequences and the packed row of a batch.
+    """The indices that convert between the padded sequences and the packed row of a batch.
 
     Attributes:
         places: `[T]` int64, index of each token of the packed row in the flattened padded sequences.
@@ -52,7 +53,7 @@ class Rows:
     tokens: Tensor
 
     def collapsed(self, padded: Tensor) -> Tensor:
-        """Pack `[R, L, ...]` into `[1, T, ...]`; of the copies of a prompt, the first is used."""
+        """Pack `[R, L, ...]` into `[1, T, ...]`, with the first copy of each prompt."""
         return padded.flatten(0, 1).index_select(0, self.places.to(padded.device))[None]
 
     def padded(self, row: Tensor) -> Tensor:
@@ -71,22 +72,22 @@ class Rows:
 
 @dataclass
 class _OfBody:
-    """State shared by all layers of a model: the indices of the current batch; `None` outside a forward pass."""
+    """The state shared by all layers of a model: the indices of the current batch, or `None` outside a forward pass."""
 
     rows: Rows | None = None
 
 
 @dataclass
 class _OfLayer:
-    """State shared by the modules of a layer during its forward pass.
+    """The state shared by the modules of a layer during the layer's forward pass.
 
     Attributes:
         body: State of the model; see `_OfBody`.
         hidden: Name of the first parameter of the layer's forward.
         is_last: True for the last layer.
         rows: Indices of the current batch.
-        pairs: Padded sequences, each with the packed row from which they were unpacked, so that they need not be packed
-            again: the inputs of the mixer, and the last output of a projection.
+        pairs: Padded tensors, each with the packed row from which it was unpacked, so that it need not be packed again.
+            They are the inputs of the mixer and the last output of a projection.
     """
 
     body: _OfBody
@@ -105,7 +106,7 @@ class _OfLayer:
 
 
 class _Body(Switched):
-    """Base model: accepts the indices of a batch, and runs without a mask because padding is on the right."""
+    """A base model that accepts the indices of a batch, and runs without a mask because padding is on the right."""
 
     def __call__(self, *args, around_places=None, around_tokens=None, **kwargs):
         if around_places is None:
@@ -120,7 +121,7 @@ class _Body(Switched):
 
 
 class _Called(Switched):
-    """Decoder layer, outside its activation checkpoint: packs its input and passes the indices on."""
+    """A decoder layer, outside its activation checkpoint, that packs its input and passes the indices on."""
 
     def __call__(self, *args, **kwargs):
         state: _OfLayer = vars(self)[STATE]
@@ -136,7 +137,7 @@ class _Called(Switched):
 
 
 class _Layer(Switched):
-    """Decoder layer, inside its activation checkpoint: stores the indices for its token mixers."""
+    """A decoder layer, inside its activation checkpoint, that stores the indices for its token mixers."""
 
     def forward(self, *args, around_rows=None, **kwargs):
         state: _OfLayer = vars(self)[STATE]
@@ -148,7 +149,7 @@ class _Layer(Switched):
 
 
 class _Mixer(Switched):
-    """Token mixer: unpacks its input into padded sequences, and packs its output into a row."""
+    """A token mixer that unpacks its input into padded sequences, and packs its output into a row."""
 
     def __call__(self, *args, **kwargs):
         state: _OfLayer = vars(self)[STATE]
@@ -167,7 +168,7 @@ class _Mixer(Switched):
 
 
 class _Projection(Switched):
-    """Linear layer inside a token mixer: packs its input, computes the row, and unpacks its output."""
+    """A linear layer inside a token mixer that packs its input, computes the row, and unpacks its output."""
 
     def __call__(self, hidden, *args, **kwargs):
         state: _OfLayer = vars(self)[STATE]

@@ -44,7 +44,7 @@ class LostSegments(UnsupportedAttention):
 
 
 class SegmentAttention(str):
-    """Registered name of segment attention for an implementation; it is pickled as the implementation's own name."""
+    """The registered name of segment attention for an implementation; pickled as the implementation's own name."""
 
     def __reduce__(self):
         return str, (self.removeprefix(_PREFIX),)
@@ -168,7 +168,7 @@ def _hidden_by_mask(module: nn.Module, kwargs: Mapping[str, Any]) -> dict[str, i
     return {name: size for name, size in hidden.items() if size}
 
 
-@torch.compiler.disable  # each batch has different segments and would be recompiled
+@torch.compiler.disable  # each batch has different segments and would cause a recompilation
 def segment_attention(
     query: Tensor,
     key: Tensor,

@@ -45,7 +45,7 @@ def switch_off_dropout(model: nn.Module, setting: bool | None) -> list[str]:
 
 @dataclass(frozen=True)
 class _Place:
-    """Location of dropout rates: `holder[key]`, which is replaced by `without` to disable dropout."""
+    """The location of dropout rates, `holder[key]`; assigning `without` to it disables dropout."""
 
     holder: dict[str, Any]
     key: str
@@ -84,7 +84,7 @@ def _own_places(name: str, module: nn.Module, in_adapter: bool) -> Iterator[_Pla
     for key, rate in _floats_about_dropout(module).items():
         yield _Place(state, key, 0.0, {key: rate}, in_adapter)
     for key, rates in state.items():
-        if "dropout" in key and type(rates) is dict:  # by adapter
+        if "dropout" in key and type(rates) is dict:  # keyed by adapter
             for adapter, rate in rates.items():
                 if type(rate) is float and rate:
                     yield _Place(rates, adapter, 0.0, {key: rate}, in_adapter)
@@ -106,7 +106,7 @@ def _listed(rates: dict[str, float]) -> str:
 
 
 class ConfigWithoutDropout:
-    """Proxy of a model's config, for one module, with dropout rates of zero.
+    """A proxy of a model's config, for one module, with dropout rates of zero.
 
     All other attributes are read from and written to the config. Some modules read their rates from the config in each
     forward pass, so they get this proxy. Pickling the proxy pickles the config.

@@ -35,9 +35,10 @@ from hf_prefopt.scoring.lengths import own_lengths, own_positions, ropes_by_leng
 from hf_prefopt.scoring.lower_states import LowerStates, takes_lower_states
 from hf_prefopt.scoring.tail import auxiliary_loss, body_of, own_logits
 
-# Rows of logits per chunk. On a GPU a budget of bytes limits them (`fused_head`); more do not fit a CPU's cache.
+# Rows of logits per chunk; more rows do not fit a CPU's cache. On a GPU, a budget of bytes sets the number (see
+# `fused_head`).
 CHUNK_ROWS = {"cpu": 512}
-# Of a head that does not say how many logits it has.
+# The assumed vocabulary size for a head without the attribute `out_features`.
 _LARGE_VOCABULARY = 262_144
 # Per-token statistics that cannot be computed from one log-prob distribution: the head's input, and the KL to the
 # reference.
@@ -74,7 +75,7 @@ def base_causal_lm(model: nn.Module) -> PreTrainedModel:
 
 
 class ScoringModel(PreTrainedModel):
-    """A model as `install_scoring` leaves it, for type checkers.
+    """A model after `install_scoring`, for type checkers.
 
     Attributes:
         plain_forward: The model's own forward.
@@ -88,7 +89,7 @@ class ScoringModel(PreTrainedModel):
 
 
 class ScoringHead(nn.Module):
-    """A head as `install_scoring` leaves it, for type checkers.
+    """A head after `install_scoring`, for type checkers.
 
     Attributes:
         plain_forward: The head's own forward.
@@ -183,7 +184,7 @@ def _scoring_forward(self: ScoringModel, *args: Any, scored_rows: Tensor | None 
 
 
 def _tokens_of_sequences(inputs: dict[str, Any]) -> Tensor:
-    """Return the flat positions of all tokens without padding; those of a shared prompt occur once per response."""
+    """Return the flat positions of all tokens except padding; a shared prompt's positions occur once per response."""
     shared, around = inputs.get("segment_key_index"), inputs.get("around_tokens")
     if shared is not None:
         return shared
@@ -192,7 +193,7 @@ def _tokens_of_sequences(inputs: dict[str, Any]) -> Tensor:
 
 
 def score_by_own_logits(causal_lm: PreTrainedModel) -> None:
-    """Make the model compute logits with its own forward instead of its head alone, which is slower."""
+    """Make the model compute logits with its own forward, which is slower than calling only its head."""
     head = causal_lm.get_output_embeddings()
     head.logit_transform = astuple(LogitTransform(temperature=transform_of(head).temperature))
     cast(ScoringModel, causal_lm).has_own_tail = True
@@ -266,7 +267,7 @@ def _most_chunks(group: Any, hidden: Tensor, chunk_rows: int) -> int:
 
 
 class _PlainForward(nn.Module):
-    """Module that calls a head's own forward and bypasses the engine's hooks on the head."""
+    """A module that calls a head's own forward and bypasses the engine's hooks on the head."""
 
     head: ScoringHead
 
@@ -311,8 +312,8 @@ def score(
         reference_predictions: Function that maps a slice of the scored tokens to the reference's log-probs `[C, V]`;
             required for "vocabulary_kl".
         with_aux_loss: If True, also compute the load-balancing loss of a mixture of experts' routers.
-        lower_states: Output of the lower layers for this batch: recorded if it is empty, otherwise used instead of
-            running these layers.
+        lower_states: Output of the lower layers for this batch. An empty object records the output; otherwise, the
+            recorded output is used and these layers do not run.
 
     Returns:
         The scores, with gradients if gradients are enabled.

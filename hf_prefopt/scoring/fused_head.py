@@ -1,15 +1,16 @@
 """The log-prob head on a GPU, for heads without gradients of their weight and without a soft-cap.
 
-On a GPU, a pass over the logits costs more than memory for their log-probs. Here each chunk makes 24 bytes of passes
-per logit with a gradient, and 16 without (`head.FrozenHeadLogps`: 40 and 32): the product in half precision, its copy
-in fp32, one kernel for the log-softmax, and one that reads log-probs and writes probabilities in half precision.
-`benchmarks/head_passes.py` counts them. Shapes: as in `head`.
+On a GPU, another pass over the logits costs more than the memory for their log-probs. Here the kernels of a chunk read
+and write 24 bytes per logit with a gradient, and 16 without; the kernels of `head.FrozenHeadLogps` need 40 and 32. The
+kernels here are the matrix product in half precision, its copy in fp32, the log-softmax, and a kernel that reads
+log-probs and writes probabilities in half precision. `benchmarks/head_passes.py` counts these bytes. Shapes: as in
+`head`.
 """
 
 import torch
 from torch import Tensor
 
-# Of a chunk, per logit: the product and the probabilities in half precision, logits and log-probs in fp32.
+# Memory of a chunk per logit: the product and the probabilities in half precision, logits and log-probs in fp32.
 BYTES_PER_LOGIT = 12
 BUDGET = 512 * 2**20
 
@@ -32,7 +33,7 @@ def unit_gradient(logps: Tensor, at_targets: Tensor, targets: Tensor, weight: Te
     """Compute d logp_target / d hidden for transform.factor = 1: (1 − p_t) w_t − Σ_{v ≠ t} p_v w_v, `[C, H]`.
 
     Args:
-        logps: `[C, V]`, log-probs in full precision. at_targets: `[C]`, those of the targets.
+        logps: `[C, V]`, log-probs in full precision. at_targets: `[C]`, the log-probs of the targets.
     """
     others = probabilities_without_target(logps, targets, weight.dtype) @ weight
     return weight[targets] * -torch.expm1(at_targets).unsqueeze(1) - others

@@ -7,7 +7,7 @@ from hf_prefopt.scoring.switched import STATE, Switched, decoder_layers, mixers_
 
 
 class _Layer(Switched):
-    """Decoder layer, inside its activation checkpoint: stores the segment bounds for its token mixers."""
+    """A decoder layer, inside its activation checkpoint, that stores the segment bounds for its token mixers."""
 
     def forward(self, *args, **kwargs):
         segments = vars(self)[STATE]
@@ -19,7 +19,7 @@ class _Layer(Switched):
 
 
 class _Mixer(Switched):
-    """Token mixer: receives the stored segment bounds as keyword arguments."""
+    """A token mixer that receives the stored segment bounds as keyword arguments."""
 
     def __call__(self, *args, **kwargs):
         return super().__call__(*args, **{**kwargs, **vars(self)[STATE]})

@@ -4,8 +4,9 @@ Only the logits of one chunk are in memory at a time, never those of a whole bat
 N scored tokens, C rows per chunk, H hidden size, V vocabulary size. There are three implementations:
 
     frozen weight     The forward pass also computes the gradient d logp / d hidden, `[N, H]`, while the probabilities
-                      are in memory. The backward pass only scales this gradient. In total, two matrix products over
-                      the vocabulary. On a GPU, `FusedHeadLogps` does this with fewer passes.
+                      are in memory. The backward pass only scales this gradient. Both passes together compute two
+                      matrix products over the vocabulary. On a GPU, `FusedHeadLogps` needs fewer passes over the
+                      logits.
     trained weight    The backward pass recomputes the logits of each chunk, and sums the weight's gradient in fp32.
     any other module  (such as a head with an adapter) is called per chunk under activation checkpointing.
 
@@ -28,12 +29,12 @@ from hf_prefopt.scoring.fused_head import unit_gradient
 
 @dataclass(frozen=True)
 class LogitTransform:
-    """Transformation of z = W·h before the softmax: cap · tanh(scale · z / cap) / temperature.
+    """The transformation of z = W·h before the softmax: cap · tanh(scale · z / cap) / temperature.
 
     Attributes:
         scale: Factor (Cohere's `logit_scale`, or the inverse of Granite's `logits_scaling`).
         softcap: Cap (Gemma-2's `final_logit_softcapping`); `None` for no cap.
-        temperature: Divisor of the result.
+        temperature: Divisor of the scaled and capped logits.
     """
 
     scale: float = 1.0
@@ -76,8 +77,8 @@ def vocabulary_kl(logps: Tensor, reference_logps: Tensor) -> Tensor:
     """
     if logps.shape != reference_logps.shape:
         raise ValueError(
-            "the KL of policy and reference needs one vocabulary, but theirs have "
-            f"{logps.shape[-1]:,} and {reference_logps.shape[-1]:,} tokens: choose a reference whose head has the same "
+            "the KL between policy and reference needs the same vocabulary size, but the sizes are "
+            f"{logps.shape[-1]:,} and {reference_logps.shape[-1]:,}: choose a reference whose head has the same "
             "vocabulary size as the policy's"
         )
     return (reference_logps.exp() * (reference_logps - logps)).sum(-1)
@@ -130,11 +131,11 @@ def _in_range(gradient: Tensor, sums: Tensor, dtype: torch.dtype) -> tuple[Tenso
 
 
 class FrozenHeadLogps(torch.autograd.Function):
-    """Log-probs of targets for a head with a frozen weight; the forward pass computes the gradients for unit inputs."""
+    """The log-probs of targets for a head with a frozen weight; the forward pass also computes their unit gradients."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, transform, statistics, chunk_rows):
-        """(hidden `[N, H]`, weight `[V, H]`, targets `[N]`) → (logps `[N]`, one `[N]` per name in `statistics`)."""
+        """Return log-probs `[N]`, then `[N]` for each name in `statistics`; see `linear_head_logps`."""
         unit_gradient = torch.empty_like(hidden)
         outputs, buffer = _outputs(hidden, statistics), _buffer(hidden, weight, chunk_rows)
         for rows in _chunks(len(targets), chunk_rows):
@@ -157,9 +158,9 @@ class FrozenHeadLogps(torch.autograd.Function):
 
 
 class FusedHeadLogps(FrozenHeadLogps):
-    """The same with fewer passes over the logits, and without unit gradients if they are not needed; see `fused_head`.
+    """`FrozenHeadLogps` with fewer passes over the logits, and without unit gradients if no gradient is needed.
 
-    The transform must not have a soft-cap.
+    The transform must not have a soft-cap. See `fused_head`.
     """
 
     @staticmethod
@@ -179,7 +180,7 @@ class FusedHeadLogps(FrozenHeadLogps):
 
 
 class TrainedHeadLogps(torch.autograd.Function):
-    """Log-probs of targets for a head with a trained weight; the backward pass recomputes the logits of each chunk."""
+    """The log-probs of targets for a head with a trained weight; the backward pass recomputes each chunk's logits."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, transform, statistics, chunk_rows):
@@ -230,7 +231,7 @@ def _outputs(hidden: Tensor, statistics: tuple[str, ...]) -> list[Tensor]:
 
 
 def _buffer(hidden: Tensor, weight: Tensor, chunk_rows: int) -> Tensor:
-    """Allocate one buffer for the logits of all chunks; on a CPU, new memory would cause a page fault per page."""
+    """Allocate one buffer for the logits of all chunks, because new memory for each chunk would be slow on a CPU."""
     return hidden.new_empty(min(chunk_rows, len(hidden)), len(weight))
 
 
@@ -259,7 +260,7 @@ def _record_fused(
 
 
 def _fuses(hidden: Tensor, transform: LogitTransform) -> bool:
-    """Return True on a CUDA GPU, unless a soft-cap's slope is another factor of each logit's gradient."""
+    """Return True on a CUDA GPU without a soft-cap; its slope would be another factor in each logit's gradient."""
     return hidden.is_cuda and transform.softcap is None
 
 

@@ -53,7 +53,7 @@ _SHORT = 8
 
 @dataclass(frozen=True)
 class Reason:
-    """Why a layout is not exact for a model.
+    """The reason why a layout is not exact for a model.
 
     Attributes:
         words: The reason as text.
@@ -66,7 +66,7 @@ class Reason:
 
 @dataclass(frozen=True)
 class Layout:
-    """Name of a layout ("shared", "around" or "padded"), and the reason for choosing it, as a phrase."""
+    """The name of a layout ("shared", "around" or "padded"), and the reason for choosing it, as a phrase."""
 
     name: str
     why: str
@@ -260,7 +260,8 @@ def _probe(candidate: _Candidate, model: nn.Module, compute_dtype: torch.dtype |
         return Reason(f"its forward raises an error ({type(error).__name__}: {said})", cause=error)
     rejected = torch.arange(len(found)) % 2 == 1  # the rows' pairs alternate chosen, rejected
     effect = (padded_prompts - padded).abs().mean()
-    # Allows for rounding in a sum of log-probs; far below the effect of a token that is wrongly visible or hidden.
+    # The noise covers rounding in a sum of log-probs. It is far below the effect of a token that is wrongly visible or
+    # hidden.
     noise = body_precision(model, compute_dtype) * torch.minimum(padded.abs(), size).mean() + 0.01 * effect
     if (found_chosen - found)[rejected].abs().mean() > noise:
         return Reason("a response depends on another response to the same prompt")
@@ -271,7 +272,7 @@ def _probe(candidate: _Candidate, model: nn.Module, compute_dtype: torch.dtype |
 
 @contextmanager
 def _short_windows(model: nn.Module) -> Iterator[None]:
-    """Context in which attention windows and chunks, in configs and modules, have at most `_SHORT` tokens.
+    """Limit attention windows and chunks, in configs and modules, to `_SHORT` tokens within this context.
 
     The probe's sequences can then be short and still be longer than two windows. A layout that ignores a window makes
     most tokens wrongly visible, so the probe detects it.

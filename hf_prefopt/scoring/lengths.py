@@ -31,7 +31,7 @@ def own_positions(attention_mask: Tensor) -> Tensor:
 
 @contextmanager
 def own_lengths(model: nn.Module, ropes: list[str]) -> Iterator[None]:
-    """Context in which the named modules compute frequencies for each row of `position_ids` `[B, T]` separately."""
+    """Make the named modules compute frequencies per row of `position_ids` `[B, T]`, within this context."""
     with ExitStack() as stack:
         for name in ropes:
             stack.enter_context(_row_by_row(model.get_submodule(name)))

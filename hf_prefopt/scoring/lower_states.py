@@ -28,7 +28,7 @@ class UnsharedLayers(RuntimeError):
 
 @dataclass
 class LowerStates:
-    """Output of the last lower layer: recorded in the first forward pass that uses this object, reused in later ones.
+    """The output of the last lower layer, recorded in the first forward pass and reused in later ones.
 
     Attributes:
         count: Number of lower layers.
@@ -62,7 +62,7 @@ class LowerStates:
 
     @property
     def fits(self) -> bool:
-        """True if nothing is recorded yet, or the current autocast dtype is the dtype of the recording."""
+        """Whether nothing is recorded yet, or the current autocast dtype is the dtype of the recording."""
         return self.hidden is None or self.autocast == _autocast(self.hidden)
 
     def given(self, index: int, hidden: Tensor) -> Any:
@@ -86,7 +86,7 @@ def _autocast(hidden: Tensor) -> torch.dtype | None:
 
 @dataclass
 class _OfBody:
-    """State shared by the base model and its lower layers: the number of layers, and the states in use (or `None`)."""
+    """The state shared by the base model and its lower layers: the number of layers, and the states in use, if any."""
 
     count: int
     states: LowerStates | None = None
@@ -94,7 +94,7 @@ class _OfBody:
 
 @dataclass(frozen=True)
 class _OfLayer:
-    """State of a lower layer: its index, and the name of its hidden-states parameter."""
+    """The state of a lower layer: its index, and the name of its hidden-states parameter."""
 
     body: _OfBody
     index: int
@@ -102,7 +102,7 @@ class _OfLayer:
 
 
 class _Body(Switched):
-    """Base model: accepts `lower_states`, and checks that each lower layer is called once."""
+    """A base model that accepts `lower_states`, and checks that each lower layer is called once."""
 
     def __call__(self, *args, lower_states=None, **kwargs):
         state: _OfBody = vars(self)[_KEY]
@@ -120,7 +120,7 @@ class _Body(Switched):
 
 
 class _Layer(Switched):
-    """Lower layer: records its output, or returns the recorded output without running."""
+    """A lower layer that records its output, or returns the recorded output without running."""
 
     def __call__(self, *args, **kwargs):
         state: _OfLayer = vars(self)[_KEY]

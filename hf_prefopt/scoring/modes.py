@@ -1,8 +1,8 @@
 """A cached list of a model's modules, and contexts for a forward pass: evaluation mode, adapters off, no adapter casts.
 
 The contexts are used in every step. Iterating over the modules of a model with 24 layers (2,000 modules under LoRA)
-takes longer than launching the kernels of several layers. Therefore a `ModuleTree` caches the list and compares it with
-the model before each use, which takes a fifth of the time.
+takes longer than launching the kernels of several layers. Therefore a `ModuleTree` caches the list, and compares the
+list with the model before each use. The comparison takes a fifth of the time.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 T = TypeVar("T")
 # These methods affect the forward only by setting `_disable_adapters`; other `enable_adapters` methods may do more.
 _SWITCHES = {cls.enable_adapters for cls in (BaseTunerLayer, AuxiliaryTrainingWrapper, ModulesToSaveWrapper)}
-# These methods affect the forward only by setting `_active_adapter`; that of `TrainableTokensWrapper` also sets it in
-# the wrapped layer.
+# These methods affect the forward only by setting `_active_adapter`; the method of `TrainableTokensWrapper` also sets
+# the attribute of the wrapped layer.
 _SETTERS = {
     cls.set_adapter for cls in (BaseTunerLayer, AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper)
 }
@@ -77,7 +77,7 @@ class ModuleTree:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Context in which the modules must not change; the list is compared with the model only at its start."""
+        """Compare the list with the model only once, on entry; the modules must not change within this context."""
         self.modules()
         outer, self._held = self._held, True
         try:
@@ -98,7 +98,7 @@ def trained_parameters(modules: list[nn.Module]) -> int:
 
 @contextmanager
 def evaluation_mode(model: nn.Module | ModuleTree) -> Iterator[None]:
-    """Context with the effect of `model.eval()` on a forward pass; the mode of each module is restored afterwards."""
+    """Give forward passes within this context the effect of `model.eval()`; restore each module's mode afterwards."""
     modules = (model if isinstance(model, ModuleTree) else ModuleTree(model)).derived(_with_modes)
     # Set in __dict__ because nn.Module.__setattr__ is slow: it checks for parameters and modules.
     states = [module.__dict__ for module in modules if module.training]
@@ -127,7 +127,7 @@ def _of_bitsandbytes(module: nn.Module) -> list[type]:
 
 @contextmanager
 def training_mode(tree: ModuleTree) -> Iterator[None]:
-    """Context in which the model is in training mode; the mode of each module is restored afterwards."""
+    """Put the model into training mode within this context; restore each module's mode afterwards."""
     states = [module.__dict__ for module in tree if not module.training]
     tree.model.train()
     try:
@@ -139,7 +139,7 @@ def training_mode(tree: ModuleTree) -> Iterator[None]:
 
 @contextmanager
 def light_train(tree: ModuleTree) -> Iterator[None]:
-    """Context in which `model.train()` returns at once if every module is already in training mode.
+    """Make `model.train()` return at once within this context if every module is already in training mode.
 
     If any module overrides `train`, `model.train()` always runs.
     """
@@ -166,10 +166,10 @@ def _has_plain_train(modules: list[nn.Module]) -> bool:
 
 @contextmanager
 def adapters_off(tree: ModuleTree) -> Iterator[None]:
-    """Context in which the adapters of a `PeftModel` are disabled.
+    """Disable the adapters of a `PeftModel` within this context.
 
-    Unlike `model.disable_adapter()`, it does not change `requires_grad` of the adapters' tensors, so use it under
-    `torch.no_grad()`.
+    Unlike `model.disable_adapter()`, this context does not change `requires_grad` of the adapters' tensors, so use it
+    under `torch.no_grad()`.
     """
     layers = tree.derived(_switched_layers)
     if layers is None:
@@ -195,10 +195,10 @@ def _switched_layers(modules: list[nn.Module]) -> list[Any] | None:
 
 @contextmanager
 def adapter_on(tree: ModuleTree, name: str) -> Iterator[None]:
-    """Context in which only the named adapter of a `PeftModel` with LoRA adapters is active.
+    """Activate only the named adapter of a `PeftModel` with LoRA adapters within this context.
 
-    Unlike `model.set_adapter(name)`, it does not change `requires_grad` of the adapters' tensors, so use it under
-    `torch.no_grad()`. It requires that `is_set_by_layer(tree)` is True.
+    Unlike `model.set_adapter(name)`, this context does not change `requires_grad` of the adapters' tensors, so use it
+    under `torch.no_grad()`. `is_set_by_layer(tree)` must be True.
     """
     layers = tree.derived(_set_layers) or []
     before = [(layer.__dict__, layer._active_adapter, layer._disable_adapters) for layer in layers]
@@ -236,11 +236,11 @@ def is_switched_by_layer(tree: ModuleTree) -> bool:
 
 @contextmanager
 def adapter_casts_off(tree: ModuleTree, autocast: bool) -> Iterator[None]:
-    """Context in which adapters do not cast their inputs if autocast casts them anyway; results are bitwise equal.
+    """Stop adapters from casting their inputs within this context if autocast casts the inputs anyway.
 
-    PEFT casts the input of each adapter to the adapter's dtype, fp32, and keeps the result for the backward pass;
-    autocast then casts it back. Use the context around forward and backward pass, because checkpointing runs parts of
-    the forward pass in the backward pass.
+    The results are bitwise equal. PEFT casts the input of each adapter to the adapter's dtype, fp32, and keeps the
+    result for the backward pass; autocast then casts the input back. Use the context around forward and backward pass,
+    because checkpointing runs parts of the forward pass in the backward pass.
     """
     layers = tree.derived(_adapter_layers) if autocast else []
     states = [layer.__dict__ for layer in layers if getattr(layer, "cast_input_dtype_enabled", False)]

@@ -6,7 +6,7 @@ from transformers import PreTrainedModel
 from hf_prefopt.scoring.forward import base_causal_lm
 from hf_prefopt.scoring.tail import body_of
 
-# Config names of the number of positions, and the maximum number of additional, unused rows of a position embedding.
+# Names of the number of positions in configs. A position embedding may have up to `_UNUSED` additional rows.
 _NUMBERS = ("max_position_embeddings", "n_positions", "n_ctx", "max_target_positions", "max_seq_len")
 _UNUSED = 8
 

@@ -1,7 +1,7 @@
 """Find decoder layers and token mixers of a model, and switch modules to classes that extend their forward.
 
 A token mixer is the module of a decoder layer that uses other tokens: any kind of attention, a state space model, a
-linear attention, a convolution. It is recognized by the parameter names of its forward.
+linear attention, a convolution. A token mixer is recognized by the parameter names of its forward.
 
 A module is switched by replacing its class with a subclass of the same name. The module keeps its position in the
 model, its tensors and its hooks, including the engine's hooks. A pickled or copied module has its original class.
@@ -35,7 +35,7 @@ _OF_MIXERS = {
 
 
 class Switched:
-    """Base class of all classes that replace a module's class; see `switch`.
+    """The base class of all classes that replace a module's class; see `switch`.
 
     Attributes:
         plain: The module's original class.

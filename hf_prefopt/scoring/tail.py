@@ -88,7 +88,7 @@ def _stand_in(hidden: Tensor) -> dict[str, Any]:
 
 @contextmanager
 def _body_returning(causal_lm: PreTrainedModel, outputs: Any, hidden: Tensor) -> Iterator[None]:
-    """Context in which the base model's forward returns the given outputs, with hidden states `[1, C, H]`."""
+    """Make the base model's forward return the given outputs, with hidden states `[1, C, H]`, within this context."""
     body = body_of(causal_lm)
     # accelerate's hooks call the forward stored as `_old_forward`.
     place = "_old_forward" if hasattr(body, "_hf_hook") else "forward"

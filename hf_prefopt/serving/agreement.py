@@ -8,7 +8,7 @@ from hf_prefopt.serving.token_logps import TokenLogps
 
 
 class Agreement(NamedTuple):
-    """Differences between the merged model and the trained model (base with adapter) over the scored tokens of rows.
+    """The differences between the merged and the trained model (base with adapter) over the scored tokens of rows.
 
     Attributes:
         tokens: Number of compared tokens.
@@ -39,11 +39,12 @@ def compare(
 ) -> Agreement:
     """Compare the scored tokens of the same rows.
 
-    The median difference of a token is bounded by 4u · (|z| + E|z|), where z is its logit, E|z| the mean over the
-    vocabulary, and u the unit roundoff of the dtype. Rounding the weights changes the output of each block by a
-    relative error of about u. Later blocks amplify this error by at most e in total, and the head adds an error of u;
-    e + 1 < 4. The largest difference is not bounded, because rounding can change the selected expert in a mixture of
-    experts if two experts have almost equal scores.
+    The median of |log p(merged) − log p(trained)| over the tokens is bounded by 4u times the median of |z| + E|z|.
+    Here, z is the logit of a token, E|z| the mean of |z| over the predicted distribution, and u the unit roundoff of
+    the dtype. The reason is that rounding the weights changes the output of each block by a relative error of about u.
+    Later blocks amplify this error by at most e in total, and the head adds an error of u; e + 1 < 4. The largest
+    difference is not bounded, because rounding can change the selected expert in a mixture of experts if two experts
+    have almost equal scores.
 
     Args:
         rounding: 4u, or the relative error of float32 sums in a different order if that is larger.

@@ -53,10 +53,10 @@ def merge_adapter(
 ) -> MergedModel:
     """Merge an adapter into its base model, save the result, reload it and compare its log-probs.
 
-    The saved model has the class that the base checkpoint names and all tensors of the checkpoint, including tensors
-    that the class does not load. The tokenizer or processor, the chat template and the generation config are saved as
-    well. Embeddings and head stay tied only if their merged weights are equal. `hf_prefopt.serving.agreement` defines
-    the tolerance of the comparison.
+    The saved model has the class that the base checkpoint names. It has all tensors of the checkpoint, including
+    tensors that the class does not load. The tokenizer or processor, the chat template and the generation config are
+    saved as well. Embeddings and head stay tied only if their merged weights are equal. `hf_prefopt.serving.agreement`
+    defines the tolerance of the comparison.
 
     Args:
         run: Folder or Hub name of an adapter.
@@ -104,7 +104,7 @@ def merge_adapter(
 
 @contextmanager
 def _replacing(folder: Path) -> Iterator[Path]:
-    """Context with a temporary folder, which becomes `folder` at the end; it is removed if an error is raised."""
+    """Yield a temporary folder, which is renamed to `folder` on exit, or removed if an error is raised."""
     partial = folder.with_name(f"{folder.name}.partial")
     try:
         yield partial
@@ -227,8 +227,9 @@ def _check(agreement: Agreement) -> None:
             f"the merged model differs from the trained model, so it was not saved: {agreement} Merge with --dtype "
             "float32 (dtype=…), which reduces rounding. If that also fails, the merge itself is wrong"
         )
-    # In float32, the weights keep the adapter's changes, so only sums in another order may differ. The bound on them is
-    # wide: above 4u for u = 2⁻²⁴ (a 32nd of it) and above a 20th of the effect, a layer lacks its change.
+    # In float32, rounding does not remove the adapter's changes, so only the order of sums may cause a difference.
+    # `bound` is wide for this. A difference above 4u for u = 2⁻²⁴ (bound / 32), and above a 20th of the effect, means
+    # that a layer lacks its change.
     allowed = max(agreement.effect / 20, agreement.bound / 32)
     if agreement.dtype == torch.float32 and allowed < agreement.difference <= agreement.effect / 2:
         raise ValueError(f"the merged model lacks a part of the adapter, so it was not saved: {agreement}")

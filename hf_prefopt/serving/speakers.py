@@ -42,7 +42,7 @@ class Speaker:
 
 
 class _Parts(TextStreamer):
-    """Streams an answer in parts during generation."""
+    """A streamer that passes an answer on in parts during generation."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, show: Callable[[str], None]):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)

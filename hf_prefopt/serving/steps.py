@@ -12,9 +12,9 @@ from hf_prefopt.trainer import PreferenceTrainer
 
 
 def keep_rows_of(trainer: PreferenceTrainer) -> None:
-    """Save eight rows in the run's folder, which `hf_prefopt merge` uses to compare the merged with the trained model.
+    """Save eight rows in the run's folder, for the check of `hf_prefopt merge`.
 
-    The rows are not pushed to the Hub.
+    The check compares the merged model with the trained model on these rows. The rows are not pushed to the Hub.
     """
     if trainer.is_world_process_zero():
         model = trainer.accelerator.unwrap_model(trainer.model)
@@ -33,7 +33,7 @@ def serving_steps(trainer: PreferenceTrainer) -> dict[str, str]:
     serve = " && ".join(serve_command(repository, base or "BASE", adapter).splitlines())
     steps = {"talk to it": f"hf_prefopt chat {folder}{beside}", "serve it": serve}
     if adapter is not None and not serve.startswith("hf_prefopt merge"):
-        steps["one model of both"] = f"hf_prefopt merge {folder} --to {folder}-merged"
+        steps["merge it into its base"] = f"hf_prefopt merge {folder} --to {folder}-merged"
     return steps
 
 

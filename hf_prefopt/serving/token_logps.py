@@ -19,7 +19,7 @@ _HALF = (torch.bfloat16, torch.float16)
 
 
 class TokenLogps(NamedTuple):
-    """Log-probs of N scored tokens.
+    """The log-probs of N scored tokens.
 
     Attributes:
         logps: `[N]`, log-probs in nats. sizes: `[N]`, |z_token| + Σ_v p_v |z_v| for the logits z.

@@ -1,7 +1,7 @@
-"""Checks that every loss must pass. Each takes the name of a registered loss, and optionally hyperparameters.
+"""Checks that every loss must pass. A check takes the name of a registered loss, and optionally hyperparameters.
 
-A check calls the loss on synthetic examples of the kind that it compares, and raises `AssertionError` if it fails.
-`loss_checks` selects the checks that apply to a loss from its signature.
+A check calls the loss on synthetic examples of the kind that the loss compares, and raises `AssertionError` if it
+fails. `loss_checks` selects the checks that apply to a loss from its signature.
 """
 
 from collections.abc import Callable, Mapping
@@ -32,7 +32,7 @@ _CHECKS: list[tuple[Check, Callable[[LossSpec], bool]]] = []
 
 
 def loss_checks(name: str) -> list[Check]:
-    """The checks that apply to a loss. Call each with the loss's name, and optionally with hyperparameters.
+    """Return the checks that apply to a loss. Call each with the loss's name, and optionally with hyperparameters.
 
     Raises:
         ValueError: no loss with that name is registered.
@@ -57,19 +57,19 @@ def call(name: str, inputs: Mapping[str, Tensor], **params: Any) -> LossOutput:
 
 
 def gradients(name: str, inputs: Mapping[str, Tensor]) -> Tensor:
-    """The gradients in the policy's log-probs, concatenated; 0 for those that the loss does not read."""
+    """Return the gradients with respect to the policy's log-probs, concatenated; 0 for those that the loss ignores."""
     read = [inputs[key] for key in POLICY_LOGPS[get_loss(name).kind]]
     return torch.cat([(torch.zeros_like(x) if x.grad is None else x.grad).flatten() for x in read])
 
 
 def with_gradients(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inputs, with `requires_grad` set on the policy's log-probs."""
+    """Return the inputs, with `requires_grad` set on the policy's log-probs."""
     return {key: value.requires_grad_("policy" in key and "logps" in key) for key, value in inputs.items()}
 
 
 @_check()
 def check_gradients(name: str, **params: Any) -> None:
-    """Gradients in the policy's log-probs pass gradcheck in float64, with detached values held constant."""
+    """Check gradients with respect to the policy's log-probs in float64 (gradcheck); detached values stay constant."""
     inputs, held = made_up_inputs(), DetachedValues()
     policy = [key for key in get_loss(name).inputs if key.startswith("policy") and key.endswith("logps")]
 
@@ -81,14 +81,14 @@ def check_gradients(name: str, **params: Any) -> None:
 
 
 class DetachedValues:
-    """Records the results of `detach` in the first call and returns them again in later calls."""
+    """A record of the results of `detach` in a first call, which later calls get again."""
 
     def __init__(self):
         self._values: list[Tensor] | None = None
 
     @contextmanager
     def replayed(self):
-        """A context in which `detach` is recorded or replayed; not thread-safe."""
+        """Record or replay the results of `detach` within this context, which is not thread-safe."""
         values, detach, known = [], torch.Tensor.detach, self._values
 
         def replay(tensor: Tensor) -> Tensor:
@@ -104,7 +104,7 @@ class DetachedValues:
 
 @_check(lambda spec: spec.kind is not SCORED)
 def check_preferred_direction(name: str, **params: Any) -> None:
-    """dL/ds ≤ 0 for preferred and ≥ 0 for other responses; in a list, only the best and the worst are checked.
+    """Check that dL/ds ≤ 0 for preferred and ≥ 0 for other responses; in a list, only for the best and the worst one.
 
     Skip this check for losses with a finite target, such as squared losses: their gradient changes sign at the target.
     """
@@ -126,7 +126,7 @@ def check_preferred_direction(name: str, **params: Any) -> None:
 
 @_check()
 def check_order_of_examples(name: str, **params: Any) -> None:
-    """Permuting the examples permutes their losses."""
+    """Check that permuting the examples permutes their losses."""
     inputs, order = made_up_inputs(), torch.tensor([3, 0, 4, 1, 2])
     permuted = call(name, {key: value[order] for key, value in inputs.items()}, **params).losses
     torch.testing.assert_close(permuted, call(name, inputs, **params).losses[order], rtol=1e-14, atol=0)
@@ -134,7 +134,7 @@ def check_order_of_examples(name: str, **params: Any) -> None:
 
 @_check(lambda spec: not spec.needs_global_batch)
 def check_examples_apart(name: str, **params: Any) -> None:
-    """An example has the same loss alone and in a batch; if not, register the loss with `needs_global_batch=True`."""
+    """Check that an example has the same loss alone and in a batch; otherwise, the loss `needs_global_batch`."""
     inputs = made_up_inputs()
     alone = [call(name, {k: v[i : i + 1] for k, v in inputs.items()}, **params).losses for i in range(5)]
     torch.testing.assert_close(torch.cat(alone), call(name, inputs, **params).losses, rtol=1e-14, atol=0)
@@ -142,7 +142,7 @@ def check_examples_apart(name: str, **params: Any) -> None:
 
 @_check()
 def check_far_out(name: str, **params: Any) -> None:
-    """Sums of −3,000 nats and log-ratios of ±1,000 nats give finite losses and gradients in fp32."""
+    """Check that sums of −3,000 nats and log-ratios of ±1,000 nats give finite losses and gradients in fp32."""
     inputs = made_up_inputs(torch.float32)
     sign = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0])
     far = {key: value - 3000 if "ref" in key else value for key, value in inputs.items()}
@@ -164,7 +164,10 @@ def check_far_out(name: str, **params: Any) -> None:
 
 @_check()
 def check_fp32(name: str, **params: Any) -> None:
-    """fp32 losses at 2,000 tokens and −3,000 nats, where e^s underflows, are within the error of rounding s to 1e-4."""
+    """Check fp32 losses at 2,000 tokens and −3,000 nats, where e^s underflows, against float64.
+
+    The tolerance is the error of rounding s to 1e-4.
+    """
     inputs = made_up_inputs()
     for key in ("chosen_lengths", "rejected_lengths", "gold_lengths", "lengths", "list_lengths"):
         inputs[key] = inputs[key] + 2000
@@ -177,7 +180,7 @@ def check_fp32(name: str, **params: Any) -> None:
 
 @_check(lambda spec: bool({"chosen_lengths", "lengths", "list_lengths"} & {*spec.inputs}))
 def check_empty_responses(name: str, **params: Any) -> None:
-    """An empty response (length 0, sum 0) gives finite losses and gradients."""
+    """Check that an empty response (length 0, sum 0) gives finite losses and gradients."""
     inputs = made_up_inputs()
     empty = {
         key: torch.zeros_like(value) if "lengths" in key or "logps" in key else value for key, value in inputs.items()
@@ -190,7 +193,7 @@ def check_empty_responses(name: str, **params: Any) -> None:
 
 @_check(lambda spec: spec.kind is LISTS)
 def check_list_padding(name: str, **params: Any) -> None:
-    """Padding has no gradient, and neither its values nor its width change the losses."""
+    """Check that padding has no gradient, and that neither its values nor its width change the losses."""
     inputs = with_gradients(made_up_inputs())
     losses = call(name, inputs, **params).losses
     losses.sum().backward()
@@ -208,9 +211,9 @@ def check_list_padding(name: str, **params: Any) -> None:
 
 @_check(lambda spec: spec.kind is LISTS)
 def check_list_order(name: str, **params: Any) -> None:
-    """Permuting the responses of a list, with their ranks and scores, keeps the losses and permutes the rewards.
+    """Check that permuting a list's responses, with ranks and scores, keeps the loss and permutes the rewards.
 
-    This includes equally good responses, and a policy that equals the reference.
+    The lists include equally good responses, and the check also runs with a policy that equals the reference.
     """
     inputs = {key: x for key, x in made_up_inputs().items() if "list" in key}
     order = torch.tensor([3, 1, 0, 2])
@@ -224,7 +227,7 @@ def check_list_order(name: str, **params: Any) -> None:
 
 @_check(lambda spec: spec.kind is LISTS and "list_ranks" in spec.inputs)
 def check_list_ties(name: str, **params: Any) -> None:
-    """If all responses are equally good, no response's log-prob is decreased."""
+    """Check that no response's log-prob is decreased if all responses are equally good."""
     inputs = with_gradients({key: x for key, x in made_up_inputs().items() if "list" in key})
     call(name, {**inputs, "list_ranks": torch.ones_like(inputs["list_ranks"])}, **params).losses.sum().backward()
     found = inputs["policy_list_logps"].grad
@@ -233,7 +236,7 @@ def check_list_ties(name: str, **params: Any) -> None:
 
 @_check(lambda spec: any("token" in name for name in spec.inputs))
 def check_token_width(name: str, **params: Any) -> None:
-    """Padding to a longer response, or no padding, gives the same losses up to the order of summation."""
+    """Check that the width of the padding does not change the losses, up to the order of summation."""
     inputs = made_up_inputs()
     longest = int(max(inputs[f"{side}_lengths"].max() for side in ("chosen", "rejected")))
     for width in (longest, 3 * longest):
@@ -244,7 +247,7 @@ def check_token_width(name: str, **params: Any) -> None:
 
 @_check()
 def check_objective(name: str, **params: Any) -> None:
-    """A configuration with only this loss computes the loss itself."""
+    """Check that a configuration with only this loss computes the loss itself."""
     inputs = made_up_inputs()
     objective = build_objective([name], loss_params=params)
     objective.update_state(inputs)

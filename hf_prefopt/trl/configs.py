@@ -20,14 +20,14 @@ from hf_prefopt.trl.metrics import of_dpo, renamed, renamed_per_token
 logger = logging.getLogger(__name__)
 
 _OFFLOADING = "Whether to keep activations in CPU memory between forward and backward pass. It needs a GPU."
-_MULTIPLE = "Round padded lengths up to a multiple of this (layout padded); auto: no rounding."
+_MULTIPLE = "Round padded lengths up to a multiple of this number (layout padded). auto does not round."
 _BETA = "β of the losses."
-_SMOOTHING = "ε of the losses that support label smoothing; other values than 0.0 are an error if none does."
+_SMOOTHING = "ε of the losses that support label smoothing. Values other than 0.0 need such a loss."
 
 
 @dataclass
 class TRLConfig(PreferenceConfig):
-    """Base class of TRL's configurations: fields in addition to those of `PreferenceConfig`, and other defaults."""
+    """The base class of TRL's configurations: `PreferenceConfig` with additional fields and other defaults."""
 
     # The hyperparameters of losses that are fields in TRL.
     HYPERPARAMETERS: ClassVar[tuple[str, ...]] = ()
@@ -54,7 +54,7 @@ class TRLConfig(PreferenceConfig):
             logger.warning("%s=%r: %s", name, value, meaning.text)
 
     def check(self) -> None:
-        """As `PreferenceConfig.check`; hyperparameters of losses that are not used give a warning."""
+        """Check the settings like `PreferenceConfig.check`, but only warn about hyperparameters that no loss uses."""
         super().check()
         if self.loss_params is not None:
             raise ValueError(
@@ -67,7 +67,7 @@ class TRLConfig(PreferenceConfig):
                 self.refuse_unread(f"{name}={value!r} is not used by loss_type={', '.join(self.loss_type)}")
 
     def used_hyperparameters(self) -> set[str]:
-        """The names in `HYPERPARAMETERS` that the losses read."""
+        """Return the names in `HYPERPARAMETERS` that the losses read."""
         raise NotImplementedError
 
     def refuse_unread(self, text: str) -> None:
@@ -75,44 +75,44 @@ class TRLConfig(PreferenceConfig):
         logger.warning("no effect: %s", text)
 
     def build_objective(self, kind: ExampleKind | None = None, columns: Collection[str] = ()) -> Objective:
-        """As `PreferenceConfig.build_objective`, with TRL's names for the metrics."""
+        """Build the objective as `PreferenceConfig.build_objective` does, with TRL's names for the metrics."""
         objective = super().build_objective(kind, columns)
         objective.as_logged = self.as_logged(objective)
         return objective
 
     def as_logged(self, objective: Objective) -> AsLogged:
-        """The conversion of an objective's metrics to TRL's conventions."""
+        """Return the function that converts an objective's metrics to TRL's conventions."""
         return renamed
 
 
 @dataclass
 class OneLossConfig(TRLConfig):
-    """A configuration whose `loss_type` is an entry of a table."""
+    """A configuration with one `loss_type`, which the table `LOSSES` translates."""
 
     LOSSES: ClassVar[Mapping[str, Translation]]
 
     def losses(self) -> dict[str, Any]:
-        """As `PreferenceConfig.losses`."""
+        """Return the losses as `PreferenceConfig.losses` does, translated by `LOSSES`."""
         return super().losses() | translated(self.LOSSES, self)
 
     def used_hyperparameters(self) -> set[str]:
-        """As `TRLConfig.used_hyperparameters`."""
+        """See `TRLConfig.used_hyperparameters`."""
         this = self.LOSSES[self.loss_type[0]]
         return {*this.params.values(), *filter(None, [this.nll_weight]), *(["alpha"] if this.bent else [])}
 
 
 class _PerToken:
-    """Logs log-probs per token for losses that average over tokens, as TRL's experimental trainers do."""
+    """A mixin that logs log-probs per token for losses that average over tokens, as TRL's experimental trainers do."""
 
     def as_logged(self, objective: Objective) -> AsLogged:
-        """As `TRLConfig.as_logged`."""
+        """See `TRLConfig.as_logged`."""
         return renamed_per_token if objective.terms[0].spec.is_average_loss else renamed
 
 
 @documented({"loss_type": "TRL's fields"})
 @dataclass
 class DPOConfig(TRLConfig):
-    """TRL's `DPOConfig`: the fields of `PreferenceConfig` with TRL's defaults, and the following.
+    """TRL's `DPOConfig`: the fields of `PreferenceConfig` with TRL's defaults, and the following fields.
 
     Raises:
         ValueError: at construction; the message names the field and its value, and says what to do.
@@ -139,7 +139,7 @@ class DPOConfig(TRLConfig):
         super().__post_init__()
 
     def losses(self) -> dict[str, Any]:
-        """As `PreferenceConfig.losses`, without the default β if no loss has one."""
+        """Return the losses as `PreferenceConfig.losses` does, without TRL's default β if no loss has a β."""
         given, specs = super().losses(), [get_loss(name) for name in self.loss_type]
         if self.beta == DPOConfig.beta and not any("beta" in spec.defaults for spec in specs):
             given["shared_params"].pop("beta")
@@ -147,18 +147,18 @@ class DPOConfig(TRLConfig):
         return given | {"loss_params": own}
 
     def used_hyperparameters(self) -> set[str]:
-        """As `TRLConfig.used_hyperparameters`."""
+        """See `TRLConfig.used_hyperparameters`."""
         return {name for loss in self.loss_type for name in get_loss(loss).defaults}
 
     def as_logged(self, objective: Objective) -> AsLogged:
-        """As `TRLConfig.as_logged`."""
+        """See `TRLConfig.as_logged`."""
         return of_dpo(self.beta)
 
 
 @documented({"loss_type": "TRL's fields"})
 @dataclass
 class KTOConfig(OneLossConfig):
-    """TRL's `KTOConfig`: the fields of `PreferenceConfig` with TRL's defaults, and the following.
+    """TRL's `KTOConfig`: the fields of `PreferenceConfig` with TRL's defaults, and the following fields.
 
     Raises:
         ValueError: at construction; the message names the field and its value, and says what to do.
@@ -187,8 +187,9 @@ class KTOConfig(OneLossConfig):
 @documented({"loss_type": "TRL's fields"})
 @dataclass
 class CPOConfig(_PerToken, OneLossConfig):
-    """TRL's `CPOConfig`, for CPO, SimPO and AlphaPO: the fields of `PreferenceConfig` with TRL's defaults, and the
-    following.
+    """TRL's `CPOConfig`, for CPO, SimPO and AlphaPO.
+
+    It has the fields of `PreferenceConfig` with TRL's defaults, and the following fields.
 
     Raises:
         ValueError: at construction; the message names the field and its value, and says what to do.
@@ -210,7 +211,7 @@ class CPOConfig(_PerToken, OneLossConfig):
 @documented({"loss_type": "TRL's fields"})
 @dataclass
 class ORPOConfig(_PerToken, OneLossConfig):
-    """TRL's `ORPOConfig`: the fields of `PreferenceConfig` with TRL's defaults, and the following.
+    """TRL's `ORPOConfig`: the fields of `PreferenceConfig` with TRL's defaults, and the following fields.
 
     Raises:
         ValueError: at construction; the message names the field and its value, and says what to do.
@@ -231,7 +232,7 @@ class ORPOConfig(_PerToken, OneLossConfig):
 @documented({"loss_type": "TRL's fields"})
 @dataclass
 class TPOConfig(_PerToken, OneLossConfig):
-    """TRL's `TPOConfig`: the fields of `PreferenceConfig` with TRL's defaults, and the following.
+    """TRL's `TPOConfig`: the fields of `PreferenceConfig` with TRL's defaults, and the following fields.
 
     Raises:
         ValueError: at construction; the message names the field and its value, and says what to do.
@@ -249,7 +250,7 @@ class TPOConfig(_PerToken, OneLossConfig):
 
 
 def _multiple(value: int | str | None) -> int | None:
-    """The multiple to pad to. "auto" and "none" mean no padding, as in TRL on all devices except AWS Trainium."""
+    """Parse `pad_to_multiple_of`. "auto" and "none" mean no padding, as in TRL except on AWS Trainium."""
     if not isinstance(value, str):
         return value
     return None if value.lower() in ("auto", "none", "null") else int(value)

@@ -1,7 +1,8 @@
 """All cases in which losses differ from TRL 1.16 with the same settings; docs/from_trl.md prints this list.
 
-The losses are from a tiny model on synthetic rows, with policy and reference about one nat apart.
-`tests/parity/test_dropin_faults.py` computes both and compares them with this list. All other losses agree to 1e-5.
+The losses are computed with a tiny model on synthetic rows; the log-probs of policy and reference differ by about one
+nat. `tests/parity/test_dropin_faults.py` computes both and compares them with this list. All other losses agree to
+1e-5.
 """
 
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ class Difference:
     """A loss that differs from TRL's.
 
     Attributes:
-        what: what TRL does, and what this package does.
+        what: a description of TRL's behavior and of this package's behavior.
         method: the trainer's name without "Trainer". settings: the settings, with TRL's names.
         rows: the name of the test rows.
         theirs, ours: the loss of one batch, or the name of the error.
@@ -27,7 +28,8 @@ class Difference:
     ours: float | str = "ValueError"
 
 
-# Fields with a different default: TRL's, ours, and why. (`loss_type` is always a list here; in TRL, some are strings.)
+# Fields with a different default: TRL's default, our default, and the reason. (`loss_type` is always a list here; in
+# TRL, some are strings.)
 OTHER_DEFAULTS: dict[str, tuple[Any, Any, str]] = {
     "train_sampling_strategy": (
         "sequential",
@@ -88,7 +90,7 @@ DIFFERENCES = (
     ),
     Difference("The same difference in CPO's NLL.", "CPO", {}, rows="uneven", theirs=7.73878, ours=7.44227),
     Difference(
-        "The same difference in ORPO's NLL, which covers prompt and response in both.",
+        "The same difference in ORPO's NLL, which covers prompt and response in both packages.",
         "ORPO",
         {},
         rows="uneven",

@@ -18,12 +18,12 @@ def _is_set(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class Meaning:
-    """What a field from TRL does here.
+    """The effect of a field from TRL in this package.
 
     Attributes:
-        text: the text for the help, docs/from_trl.md, warnings and errors.
-        is_idle: whether a value has no effect.
-        is_refused: whether a value raises an error.
+        text: a description of the field, for the help, docs/from_trl.md, warnings and errors.
+        is_idle: returns whether a value has no effect.
+        is_refused: returns whether a value raises an error.
     """
 
     text: str
@@ -33,14 +33,14 @@ class Meaning:
 
 TRL_FIELDS: Mapping[str, Meaning] = {
     "trust_remote_code": Meaning(
-        "Whether to run the code that comes with models and tokenizers loaded by name: model_init_kwargs="
-        "{'trust_remote_code': True}."
+        "Whether to run the code that comes with models and tokenizers loaded by name. In PreferenceConfig: "
+        "model_init_kwargs={'trust_remote_code': True}."
     ),
     "padding_free": Meaning(
         "No effect, as in TRL. layout='auto' avoids padding if that is exact for the model.", is_idle=bool
     ),
     "precompute_ref_batch_size": Meaning(
-        "No effect: max_tokens_per_batch bounds the batches of that pass.",
+        "No effect: max_tokens_per_batch limits the batches in which the reference's log-probs are precomputed.",
         is_idle=_is_set,
     ),
     "pad_token": Meaning("No effect: padding is never read.", is_idle=_is_set),
@@ -50,34 +50,40 @@ TRL_FIELDS: Mapping[str, Meaning] = {
         is_idle=_is_set,
     ),
     "generate_during_eval": Meaning(
-        "Whether evaluations also generate. Not supported: add hf_prefopt.callbacks.GenerationEvalCallback.",
+        "Whether evaluations also generate text. Not supported: add hf_prefopt.callbacks.GenerationEvalCallback.",
         is_refused=bool,
     ),
     "is_encoder_decoder": Meaning("Whether the model is an encoder-decoder model. Not supported.", is_refused=bool),
-    "discopop_tau": Meaning("τ of the loss discopop: loss_params={'discopop_tau': ...}."),
-    "desirable_weight": Meaning("λ_D, of desirable responses: loss_params={'desirable_weight': ...}."),
-    "undesirable_weight": Meaning("λ_U, of undesirable responses: loss_params={'undesirable_weight': ...}."),
-    "cpo_alpha": Meaning(
-        "Weight of the chosen responses' NLL: loss_params={'cpo_alpha': ...} for the loss cpo, sft_weight for others."
+    "discopop_tau": Meaning("τ of the loss discopop. In PreferenceConfig: loss_params={'discopop_tau': ...}."),
+    "desirable_weight": Meaning(
+        "λ_D, the weight of desirable responses. In PreferenceConfig: loss_params={'desirable_weight': ...}."
     ),
-    "simpo_gamma": Meaning("γ of simpo, the target margin: loss_params={'gamma': ...}."),
+    "undesirable_weight": Meaning(
+        "λ_U, the weight of undesirable responses. In PreferenceConfig: loss_params={'undesirable_weight': ...}."
+    ),
+    "cpo_alpha": Meaning(
+        "The weight of the chosen responses' NLL. In PreferenceConfig: loss_params={'cpo_alpha': ...} for the loss "
+        "cpo, sft_weight for other losses."
+    ),
+    "simpo_gamma": Meaning("γ of simpo, the target margin. In PreferenceConfig: loss_params={'gamma': ...}."),
     "alpha": Meaning(
-        "α of AlphaPO, 0.0 for SimPO: loss_params={'alpha': ...} for the loss alphapo. An error with other losses, for "
-        "which TRL computes e^(−α·s) from summed log-probs s, which is infinite below −103 nats."
+        "α of AlphaPO; 0.0 means SimPO. In PreferenceConfig: loss_params={'alpha': ...} for the loss alphapo. Other "
+        "losses raise an error: TRL computes (e^s)^(−α) from their summed log-probs s, which is infinite for s below "
+        "−103 nats."
     ),
     "tpo_alpha": Meaning(
-        "Weight of the gold responses' NLL: loss_params={'tpo_alpha': ...} for the losses tpo and tpo_l, the weight of "
-        "sft_gold for others."
+        "The weight of the gold responses' NLL. In PreferenceConfig: loss_params={'tpo_alpha': ...} for the losses tpo "
+        "and tpo_l, the weight of sft_gold for other losses."
     ),
-    "tpo_l_gamma": Meaning("γ of tpo_l, the target margin: loss_params={'gamma': ...}."),
+    "tpo_l_gamma": Meaning("γ of tpo_l, the target margin. In PreferenceConfig: loss_params={'gamma': ...}."),
 }
 
 
 def trl_field(name: str, default: Any) -> Any:
-    """A dataclass field that only TRL has, with its help text."""
+    """Return a dataclass field for a field that only TRL has, with its help text."""
     return field(default=default, metadata={"help": TRL_FIELDS[name].text})
 
 
 def helped(text: str) -> dict[str, str]:
-    """The metadata of a field that overrides the default or help text of a field of `PreferenceConfig`."""
+    """Return the metadata of a field that overrides the default or help text of a field of `PreferenceConfig`."""
     return {"help": text}

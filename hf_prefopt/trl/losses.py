@@ -1,4 +1,4 @@
-"""Translates the `loss_type` of TRL's CPO, ORPO, TPO and KTO configurations to the losses of this package.
+"""Translate the `loss_type` of TRL's CPO, ORPO, TPO and KTO configurations to the losses of this package.
 
 TRL's DPO losses have the same names here. The losses of the other trainers translate to a loss and an NLL term.
 """
@@ -14,11 +14,11 @@ class Translation:
 
     Attributes:
         loss: the loss of pairs, triples or single responses.
-        params: maps its hyperparameters to TRL's fields; `beta` and `label_smoothing` have the same names.
+        params: maps the loss's hyperparameters to TRL's fields; `beta` and `label_smoothing` have the same names.
         nll: the loss that adds the NLL of a response, if `loss` does not include it.
         nll_weight: the name of TRL's field for the weight of `nll`; `None` means a weight of 0.
         reference_free: whether the loss is used without a reference.
-        bent: the loss that replaces it if TRL's field `alpha` is not 0; it has a hyperparameter `alpha`.
+        bent: the loss that replaces `loss` if TRL's field `alpha` is not 0. It has a hyperparameter `alpha`.
     """
 
     loss: str
@@ -35,7 +35,7 @@ CPO = {
     "hinge": Translation("hinge", {}, "sft", "cpo_alpha", reference_free=True),
     "ipo": Translation("ipo", {}, "sft", "cpo_alpha", reference_free=True),
     "simpo": _SIMPO,
-    # TRL sets cpo_alpha=0.0 for it.
+    # TRL sets cpo_alpha=0.0 for alphapo.
     "alphapo": Translation("simpo", {"gamma": "simpo_gamma"}, bent="alphapo"),
 }
 TPO = {
@@ -50,7 +50,7 @@ KTO = {name: Translation(name, _KTO_WEIGHTS) for name in ("kto", "apo_zero_unpai
 
 
 def translated(table: Mapping[str, Translation], args: Any) -> dict[str, Any]:
-    """The losses of a configuration, as arguments of `objective.build.build_objective`.
+    """Return the losses of a configuration, as arguments of `objective.build.build_objective`.
 
     Args:
         args: the configuration, with a single `loss_type`.
@@ -67,7 +67,7 @@ def translated(table: Mapping[str, Translation], args: Any) -> dict[str, Any]:
     this, alpha = table[name], getattr(args, "alpha", 0.0)
     if alpha and this.bent is None:
         takers = " or ".join(other for other in table if table[other].bent)
-        raise ValueError(f"alpha={alpha} is for loss_type={takers}; with {name} it would overflow: leave it out")
+        raise ValueError(f"alpha={alpha} is for loss_type={takers}; with {name}, it would overflow: leave it out")
     loss = this.bent if alpha else this.loss
     params = {ours: getattr(args, theirs) for ours, theirs in this.params.items()} | ({"alpha": alpha} if alpha else {})
     weight = getattr(args, this.nll_weight) if this.nll_weight else 0.0

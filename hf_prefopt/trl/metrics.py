@@ -48,7 +48,7 @@ LOGGED = (
         )
     ),
 )
-# What this package logs for every loss, and TRL for none.
+# Metrics that this package logs for every loss, and TRL for no loss.
 OURS = (
     "`log_ratios/…` (Δ log p per token, accuracy and margins of log-ratios), `ref_kl`, `logps_per_token/…`, "
     "`lengths/…`, `tokens_per_second`, `positions_saved`, `peak_memory_gib`, `mfu`: see "
@@ -63,20 +63,20 @@ LEFT_OUT = (
 
 
 def renamed(metrics: Metrics, inputs: Inputs) -> Metrics:
-    """Renames the components of losses to TRL's names; all other metrics keep their names."""
+    """Rename the components of losses to TRL's names; all other metrics keep their names."""
     signs = {name: RENAMED.get(name, (name, 1.0)) for name in metrics}
     return {to: Metric(sign * metrics[name].values, metrics[name].counted) for name, (to, sign) in signs.items()}
 
 
 def renamed_per_token(metrics: Metrics, inputs: Inputs) -> Metrics:
-    """Like `renamed`, with the log-probs of the responses per token."""
+    """Rename metrics as `renamed` does, and divide the log-probs of responses by their numbers of tokens."""
     lengths = {f"logps/{side}": inputs[f"{side}_lengths"].clamp(min=1) for side in ("chosen", "rejected")}
     averaged = {name: Metric(metrics[name].values / length) for name, length in lengths.items()}
     return renamed(metrics | averaged, inputs)
 
 
 def rewards_of_sums(metrics: Metrics, inputs: Inputs, beta: float) -> Metrics:
-    """Rewards as in DPOTrainer: β(s − s_ref) from summed log-probs, for every loss."""
+    """Replace the rewards of every loss by those of TRL's DPOTrainer: β(s − s_ref) from summed log-probs."""
     sides = [(f"policy_{side}_logps", f"ref_{side}_logps") for side in ("chosen", "rejected")]
     if not all(name in inputs for pair in sides for name in pair):
         return metrics
@@ -85,5 +85,5 @@ def rewards_of_sums(metrics: Metrics, inputs: Inputs, beta: float) -> Metrics:
 
 
 def of_dpo(beta: float) -> AsLogged:
-    """DPOTrainer's conventions."""
+    """Return the function that converts metrics to the conventions of TRL's DPOTrainer."""
     return partial(rewards_of_sums, beta=beta)

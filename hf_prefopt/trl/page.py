@@ -1,4 +1,4 @@
-"""Generates docs/from_trl.md from the tables of this package: `python -m hf_prefopt.trl.page > docs/from_trl.md`."""
+"""Generate docs/from_trl.md from the tables of this package: `python -m hf_prefopt.trl.page > docs/from_trl.md`."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
@@ -33,7 +33,7 @@ has a bug: see [Different numbers](#different-numbers). All fields of `Preferenc
 `max_tokens_per_batch` and `group_by_prompt` ([settings.md](settings.md)).
 
 The configurations are subclasses of `PreferenceConfig`, and the trainers subclasses of `PreferenceTrainer`. Use these
-two classes in new code: they have every loss, with its published defaults. If you use one of TRL's names that they do
+two classes in new code: they have every loss, with its published defaults. For a name from TRL that these classes do
 not have, the error says what to write instead."""
 TESTS = """\
 ## TRL's own tests and scripts
@@ -44,7 +44,7 @@ TRL's scripts `dpo.py` and `kto.py` run after changing the import (`tests/trl/te
 
 
 def page() -> str:
-    """The page in Markdown."""
+    """Return the page in Markdown."""
     parts = [HEAD, _fields(), _losses(), _metrics(), _differences(), _behavior(), _names(), TESTS]
     return "\n\n".join(parts) + "\n"
 
@@ -55,7 +55,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def _fields() -> str:
-    """The fields that TRL's configurations add to `TrainingArguments`, or whose defaults they change."""
+    """Return the section on fields that TRL's configurations add, or for which they change the default."""
     of_trainer, ours = ({f.name for f in fields(c)} for c in (TrainingArguments, PreferenceConfig))
     own = {name for config in (TRLConfig, *CONFIGS) for name in config.__annotations__} & ours - {"unpair"}
     rows = []
@@ -87,7 +87,7 @@ _TRLS = {
 
 
 def _where(defaults: dict[str, Any]) -> str:
-    """The default of a field, with the configurations that have it unless all agree."""
+    """Return the default of a field. If the configurations differ, name the configurations with each default."""
     if len(set(map(repr, defaults.values()))) == 1 and len(defaults) == len(CONFIGS):
         return f"`{next(iter(defaults.values()))!r}`"
     by_value: dict[str, list[str]] = {}
@@ -152,8 +152,8 @@ def _behavior() -> str:
         ("metrics of an evaluation", "means of batch means", "means over the rows"),
         (
             "metrics of several evaluation sets",
-            "the loss has the set's name, `eval_NAME_loss`, and the others do not, `eval_rewards/chosen`",
-            "all have it, `eval_NAME_rewards/chosen`",
+            "only the loss has the name of the set: `eval_NAME_loss`, but `eval_rewards/chosen`",
+            "all metrics have the name of the set: `eval_NAME_rewards/chosen`",
         ),
         ("`logps/*` with `ld_alpha`", "weighted as the loss weights them", "the log-probs of the whole responses"),
         ("a tie of rewards", "counts as an inaccurate pair", "counts half"),
@@ -174,13 +174,15 @@ def _behavior() -> str:
             "raise an error if the split matters",
         ),
         ("`train_dataset=None`", "an error", "evaluation only"),
-        ("encoder-decoder models, images", "supported in CPO and ORPO; in DPO and KTO", "an error"),
+        ("encoder-decoder models", "supported in CPO and ORPO", "an error"),
+        ("images", "supported in DPO and KTO", "an error"),
         ("`compute_metrics`", "gets logits", "gets rewards, and labels of 1 for preferred responses"),
         ("a streaming data set with KTO's loss", "accepted", "an error, because other prompts are not known"),
         (
             "a mixture of experts' auxiliary loss",
-            "added by default in DPO and KTO; in the others if the model's config has `output_router_logits=True`",
-            "added by default in all; `router_aux_loss_coef=0.0` turns it off",
+            "added by default in DPO and KTO; in the other trainers, if the model's config has "
+            "`output_router_logits=True`",
+            "added by default in all trainers; `router_aux_loss_coef=0.0` turns it off",
         ),
         ("weights or a loss that are not finite", "training continues", "an error that names the step and the row"),
         ("`tpo_alpha=0.0`", "does not compute the gold responses", "computes the gold responses, with weight 0"),

@@ -18,12 +18,12 @@ _CONCATENATED = ("model", "args", *_DATA, "model_init", "callbacks", "optimizers
 
 
 class TRLTrainer(PreferenceTrainer):
-    """Base class of TRL's trainers.
+    """The base class of TRL's trainers.
 
     Attributes:
-        config_class: the class of its configuration.
+        config_class: the class of the trainer's configuration.
         method: the name of the method, for tags and folders.
-        order: the names of its arguments, in order.
+        order: the names of the trainer's arguments, in order.
         ref_model: the reference model, if it is separate from the policy; otherwise `None`.
         aux_loss_enabled: whether a mixture of experts' auxiliary loss is computed.
     """
@@ -55,7 +55,7 @@ class TRLTrainer(PreferenceTrainer):
 
     @classmethod
     def _checked(cls, args: Any, model: Any) -> TRLConfig:
-        """The configuration; by default one whose output folder is named after the model, as in TRL."""
+        """Return the configuration. The output folder of the default one is named after the model, as in TRL."""
         if args is None:
             name = model if isinstance(model, str | os.PathLike) else getattr(model, "name_or_path", "")
             return cls.config_class(f"{os.path.basename(os.fspath(name))}-{cls.method}")
@@ -76,7 +76,7 @@ class TRLTrainer(PreferenceTrainer):
     def aux_loss_enabled(self) -> bool:
         """Whether the auxiliary loss of a mixture of experts is part of the loss.
 
-        This follows TRL's `DPOTrainer`; TRL's other trainers compute it only if the model's config has
+        This follows TRL's `DPOTrainer`; TRL's other trainers compute the auxiliary loss only if the model's config has
         `output_router_logits=True`.
         """
         return aux_loss_coef(self.model, self.args.router_aux_loss_coef) > 0
@@ -88,7 +88,7 @@ class TRLTrainer(PreferenceTrainer):
         tags: str | list[str] | None = None,
         **metadata: Any,
     ) -> None:
-        """As `PreferenceTrainer.create_model_card`, with TRL's argument names and order."""
+        """Create the model card as `PreferenceTrainer.create_model_card` does, with TRL's argument names and order."""
         super().create_model_card(model_name=model_name, dataset=dataset_name, tags=tags, **metadata)
 
 

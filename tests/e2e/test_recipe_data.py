@@ -53,7 +53,7 @@ def test_a_mixture_on_the_command_line(load, files, capsys):
     assert train.seed == 7 and train.sources[1].column_mapping == MAPPING
     assert [(source.name, len(source.rows)) for source in test.sources] == [(files["folder"], 3)]
     assert recipe.data_names == [files["folder"], files["file"]]
-    assert f"Evaluated are splits of {files['folder']}." in capsys.readouterr().out
+    assert f"Evaluation uses splits of {files['folder']}." in capsys.readouterr().out
 
 
 def test_a_mixture_in_a_yaml_file_with_a_share_held_out(load, files, tmp_path):
@@ -88,7 +88,10 @@ REFUSED = {
         ["--datasets", "y", "--dataset_train_split", "a"],
         'dataset_train_split=a cannot be combined with --datasets.*"split": "a"',
     ),
-    "an unknown key": (["--datasets", '{"path": "y", "ratio": 2}'], "has no use for 'ratio': path, name, .*weight"),
+    "an unknown key": (
+        ["--datasets", '{"path": "y", "ratio": 2}'],
+        "has the unknown key 'ratio': the keys are path, name, .*weight",
+    ),
     "no path": (["--datasets", '{"weight": 2}'], "has no path"),
     "broken JSON": (["--datasets", '{"path": '], "is neither a path nor JSON"),
     "two ways to evaluate": (
@@ -111,7 +114,7 @@ def test_the_demos_limits_are_not_those_of_other_data(recipe, load, files, capsy
     train, _, recipe = load("--config", str(RECIPES / recipe), "--dataset_name", files["folder"])
     assert recipe.data.train_rows is None and recipe.data.eval_rows is None and len(train) == 12
     assert recipe.training.max_length == 1024
-    assert f"of {files['folder']} all rows are taken" in capsys.readouterr().out
+    assert f"; all rows of {files['folder']} are used" in capsys.readouterr().out
 
 
 def test_limits_of_the_command_line_and_of_a_users_own_file_stay(load, files, tmp_path, capsys):

@@ -76,7 +76,7 @@ REFUSED: list[tuple[dict[str, Any], list[str], str]] = [
     ({}, ["--load_in_8bit", "true"], "load_in_8bit=True: quantized weights cannot be trained"),
     (ADAPTER, ["--use_peft", "false", "--lora_r", "8"], "lora_r=8 has no effect without an adapter"),
     (ADAPTER, ["--bnb_4bit_quant_type", "fp4"], "bnb_4bit_quant_type=fp4 has no effect without load_in_4bit=true"),
-    (ADAPTER, ["--lora_task_type", "SEQ_CLS"], "lora_task_type=SEQ_CLS: a causal language model is trained"),
+    (ADAPTER, ["--lora_task_type", "SEQ_CLS"], "lora_task_type=SEQ_CLS is not supported, only CAUSAL_LM"),
     (
         BITS,
         ["--load_in_8bit", "--load_in_4bit=0", "--bnb_4bit_quant_type=fp4"],

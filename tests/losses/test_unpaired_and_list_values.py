@@ -231,7 +231,7 @@ def test_losses_of_pairs_join_those_of_triples():
     assert objective.kind is TRIPLES and build_objective(["dpo"]).kind is PAIRS
     parts = {name: build_objective([name])(inputs).losses for name in ("dpo", "tpo", "sft")}
     torch.testing.assert_close(objective(inputs).losses, 2 * parts["dpo"] + 0.5 * parts["tpo"] + 0.3 * parts["sft"])
-    with pytest.raises(ValueError, match="weights preference pairs, but tpo compares triples"):
+    with pytest.raises(ValueError, match="weights pairs, but tpo compares triples"):
         build_objective(["dpo", "tpo"], use_weighting=True)
 
 

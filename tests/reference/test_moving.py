@@ -146,7 +146,7 @@ def test_a_move_leaves_the_policy_alone(tmp_path):
     assert not torch.equal(trainer.reference.score(batch).token_logps, scores)
     assert any(not torch.equal(policy[name], before[name]) for name in policy)
     assert trainer.reference.description == (
-        "a copy of the policy that follows it: every 2 steps, 1.0 of the policy and 0 of itself"
+        "a copy of the policy that is updated every 2 steps (1.0 × policy + 0 × copy)"
     )
 
 
