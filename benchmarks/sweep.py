@@ -77,11 +77,11 @@ def as_markdown(runs: list[Run], arguments: argparse.Namespace) -> str:
     head = (
         "# Every loss, a few steps\n\n"
         f"`python -m benchmarks.sweep --layers {arguments.layers} --steps {arguments.steps} "
-        f"--pairs {arguments.pairs}`: "
-        f"the first {arguments.layers} layers of SmolLM2-135M-Instruct with their whole vocabulary, "
-        f"{arguments.pairs} examples a step. The table shows that each loss trains with its file in "
-        "`recipes/configs/`, without a value that is not finite, and what a step costs. A few steps of a few examples "
-        "say nothing about what a model learns.\n\n"
+        f"--pairs {arguments.pairs}` trains "
+        f"the first {arguments.layers} layers of SmolLM2-135M-Instruct with the whole vocabulary, "
+        f"{arguments.pairs} examples per step. The table shows that each loss trains with its file in "
+        "`recipes/configs/` with finite values only, and how long a step takes. A few steps on a few examples do not show "
+        "what a model learns.\n\n"
         f"{where}\n"
     )
     rows = ["| " + " | ".join(cells) + " |" for cells in (COLUMNS, ["---"] * len(COLUMNS), *(r.cells() for r in runs))]

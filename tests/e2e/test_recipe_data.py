@@ -138,7 +138,7 @@ def test_the_files_of_losses_are_written_and_others_stay(monkeypatch, tmp_path, 
     write.main()
     sys.modules.pop("write")
     assert (tmp_path / "mine.yaml").read_text() == "loss_type: [dpo]\n"
-    assert "left as they are: mine.yaml" in capsys.readouterr().out
+    assert "registered loss: mine.yaml" in capsys.readouterr().out
     for name in filter(is_ours, list_losses()):
         file = RECIPES / "configs" / f"{name}.yaml"
         assert (tmp_path / file.name).read_text() == file.read_text()

@@ -355,18 +355,21 @@ def page(rows: Iterable[str], layouts: Iterable[str] = LAYOUTS) -> str:
     lines = [
         "# Model families",
         "",
-        f"Tiny random models of {len(rows)} types that transformers {transformers.__version__} knows, each trained "
-        f"in full and under LoRA (`all-linear`), with layout={' and '.join(layouts)}, and "
-        "compared with transformers' own forward of each sequence alone: "
-        "log-probs, gradients (with checkpointing, too), two steps, the saved model. On one CPU core, in float64, or "
-        "in fp32 where a model cannot compute in float64. This page is written by "
-        f"`python -m tests.scoring.families --write docs/models.md{options}`.",
+        "This page lists the language models that transformers knows, and whether training them is exact. "
+        f"Tiny random models of {len(rows)} types in transformers {transformers.__version__} were each trained "
+        f"in full and under LoRA (`all-linear`), with layout={' and '.join(layouts)}, and compared with transformers' own "
+        "forward of each sequence alone: log-probs, gradients (also with checkpointing), the losses of two steps, and the "
+        "saved model. The test runs on one CPU core, in float64, or in fp32 if a model cannot compute in float64. "
+        f"`python -m tests.scoring.families --write docs/models.md{options}` writes this page.",
         "",
         ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in VERDICTS) + ".",
         "",
-        "*exact*: within some hundred roundings, which is said as the largest relative difference of log-probs and of "
-        "gradients. *wrong*: something is off by more. *refused*: an error is raised before the first step. *not "
-        "tried*: there is no tiny model to try, by the configuration that the test makes up.",
+        "*exact*: rounding explains all differences; the column of log-probs and gradients has the largest relative "
+        "differences. *wrong*: a difference is larger. *refused*: the trainer raises an error before the first step. *not "
+        "tried*: the test could not build a tiny model of this type.",
+        "",
+        "*shared*: each prompt is computed once, and padding is not computed. *around*: the same, except for the token "
+        "mixers, which compute padded sequences. *padded*: each response is computed as a padded sequence with its prompt.",
         "",
         "| type | class | result | layout | precision | log-probs, gradients | why |",
         "|---|---|---|---|---|---|---|",
