@@ -21,8 +21,7 @@ from hf_prefopt.scoring import forward
 
 @contextmanager
 def _padded(side: Side) -> Iterator[None]:
-    """Use the layout "padded": each response has its own copy of the prompt, and sequences are padded to the longest.
-    """
+    """Use the layout "padded": each response has its own copy of the prompt, and sequences have the same length."""
     with (
         patch.object(side.trainer.data_collator, "layout", "padded"),
         patch.object(side.trainer.scorer, "layout", "padded"),

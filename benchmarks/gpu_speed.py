@@ -96,9 +96,7 @@ def least_flop(shape: str, rows: Sequence[Row]) -> float:
 
 @dataclass(frozen=True)
 class Case:
-    """A comparison: a shape from `SHAPES`, the lengths of the rows, the dtype of frozen weights, and the pairs per
-    step.
-    """
+    """A comparison: a shape from `SHAPES`, the lengths of the rows, the dtype of frozen weights, pairs per step."""
 
     shape: str
     lengths: str
@@ -138,7 +136,7 @@ def chat_lengths(vocabulary: int, pairs: int) -> list[Row]:
 
 
 def layouts_in_turns(case: Case, rows: Sequence[Row], rounds: int, device: str) -> dict[str, Any]:
-    """Compare "padded" (the peer) with "shared" on one model, through the scoring functions, with AdamW on the adapter.
+    """Compare "padded" (the peer) with "shared" on one model through the scoring functions, with AdamW on its adapter.
     """
     from benchmarks.sides import lora
 

@@ -357,19 +357,20 @@ def page(rows: Iterable[str], layouts: Iterable[str] = LAYOUTS) -> str:
         "",
         "This page lists the language models that transformers knows, and whether training them is exact. "
         f"Tiny random models of {len(rows)} types in transformers {transformers.__version__} were each trained "
-        f"in full and under LoRA (`all-linear`), with layout={' and '.join(layouts)}, and compared with transformers' own "
-        "forward of each sequence alone: log-probs, gradients (also with checkpointing), the losses of two steps, and the "
-        "saved model. The test runs on one CPU core, in float64, or in fp32 if a model cannot compute in float64. "
-        f"`python -m tests.scoring.families --write docs/models.md{options}` writes this page.",
+        f"in full and under LoRA (`all-linear`), with layout={' and '.join(layouts)}, and compared with "
+        "transformers' own forward of each sequence alone: log-probs, gradients (also with checkpointing), the losses "
+        "of two steps, and the saved model. The test runs on one CPU core, in float64, or in fp32 if a model cannot "
+        f"compute in float64. `python -m tests.scoring.families --write docs/models.md{options}` writes this page.",
         "",
         ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in VERDICTS) + ".",
         "",
         "*exact*: rounding explains all differences; the column of log-probs and gradients has the largest relative "
-        "differences. *wrong*: a difference is larger. *refused*: the trainer raises an error before the first step. *not "
-        "tried*: the test could not build a tiny model of this type.",
+        "differences. *wrong*: a difference is larger. *refused*: the trainer raises an error before the first step. "
+        "*not tried*: the test could not build a tiny model of this type.",
         "",
         "*shared*: each prompt is computed once, and padding is not computed. *around*: the same, except for the token "
-        "mixers, which compute padded sequences. *padded*: each response is computed as a padded sequence with its prompt.",
+        "mixers, which compute padded sequences. *padded*: each response is computed as a padded sequence with its "
+        "prompt.",
         "",
         "| type | class | result | layout | precision | log-probs, gradients | why |",
         "|---|---|---|---|---|---|---|",
