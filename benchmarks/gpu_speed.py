@@ -136,8 +136,7 @@ def chat_lengths(vocabulary: int, pairs: int) -> list[Row]:
 
 
 def layouts_in_turns(case: Case, rows: Sequence[Row], rounds: int, device: str) -> dict[str, Any]:
-    """Compare "padded" (the peer) with "shared" on one model through the scoring functions, with AdamW on its adapter.
-    """
+    """Compare "padded" (the peer) with "shared" on one model through the scoring functions, with an adapter."""
     from benchmarks.sides import lora
 
     model = get_peft_model(random_model(case.shape, device, case.weights), lora()).train()
