@@ -6,12 +6,12 @@ from textwrap import fill
 from typing import Any
 
 _WIDTH = 120
-# Of each documented configuration: the headings of its groups, keyed by the first field of each group.
+# For each documented configuration, the headings of its groups, keyed by the first field of each group.
 _GROUPS: dict[type, Mapping[str, str]] = {}
 
 
 def documented(groups: Mapping[str, str]) -> Callable[[type], type]:
-    """A class decorator that inserts the list of settings into a configuration's docstring, before `Raises:`.
+    """Return a class decorator that inserts the list of settings into a configuration's docstring, before `Raises:`.
 
     Args:
         groups: the headings of the groups, keyed by the first field of each group.
@@ -30,7 +30,7 @@ def documented(groups: Mapping[str, str]) -> Callable[[type], type]:
 
 
 def settings_by_group(config: type) -> dict[str, list[Field]]:
-    """The settings that a documented configuration defines itself, in order, keyed by the heading of their group."""
+    """Return the settings that a configuration itself defines, in order, keyed by the heading of their group."""
     by_name, groups = {field.name: field for field in fields(config)}, _GROUPS[config]
     found: dict[str, list[Field]] = {}
     for name in filter(by_name.get, config.__annotations__):
@@ -41,16 +41,17 @@ def settings_by_group(config: type) -> dict[str, list[Field]]:
 
 
 def default_of(setting: Field) -> Any:
-    """The default value of a field."""
+    """Return the default value of a field."""
     return setting.default if setting.default_factory is MISSING else setting.default_factory()
 
 
 def settings_page(config: type) -> str:
-    """The settings as a Markdown page, with a table for each group."""
-    sections = [f"# Settings\n\n`{config.__name__}` has every field of `transformers.TrainingArguments`, and these."]
+    """Return a Markdown page of the settings, with a table for each group."""
+    summary = f"`{config.__name__}` has all fields of `transformers.TrainingArguments`, and the fields on this page."
+    sections = [f"# Settings\n\n{summary}"]
     for group, found in settings_by_group(config).items():
         rows = [f"| `{s.name}` | `{default_of(s)!r}` | {s.metadata['help']} |" for s in found]
-        sections.append("\n".join([f"## {group}", "", "| field | default | |", "|---|---|---|", *rows]))
+        sections.append("\n".join([f"## {group}", "", "| field | default | meaning |", "|---|---|---|", *rows]))
     return "\n\n".join(sections) + "\n"
 
 
