@@ -1,4 +1,4 @@
-"""Merged adapters: the folder loads without PEFT, and says what the adapter on its base says."""
+"""Merged adapters: the folder loads without PEFT, and gives the results of the adapter on its base model."""
 
 import json
 
@@ -22,11 +22,11 @@ from tests.tiny_models import QUANTIZABLE, perturbed, random_rows
 from tests.tokenizers import tiny_tokenizer
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11]])
-BF16_UNIT = 2.0**-8  # half the distance between 1 and the next number
+BF16_UNIT = 2.0**-8  # half the distance between 1 and the next larger number
 
 
 def tiny_model(**settings):
-    """With as many embeddings as the tokenizer has tokens."""
+    """Return a model with as many embeddings as the tokenizer has tokens."""
     return tiny_models.tiny_model(vocab_size=len(tiny_tokenizer()), **settings)
 
 
@@ -37,7 +37,7 @@ def save_base(folder, model, dtype=torch.bfloat16):
 
 
 def save_adapter(base, folder, config, dtype=torch.float32, scale=0.05, seed=5):
-    """A trained adapter: noise on everything that trains."""
+    """Save a trained adapter: noise is added to all trainable weights."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
     policy = perturbed(get_peft_model(model, config), scale, seed)
@@ -79,8 +79,9 @@ ADAPTERS = {
 @pytest.mark.parametrize(("config", "of_model"), ADAPTERS.values(), ids=ADAPTERS.keys())
 @pytest.mark.filterwarnings("ignore:.*tie_word_embeddings")
 def test_a_merged_model_is_the_adapter_on_its_base(config, of_model, tmp_path):
-    """In float32, logits of the reloaded folder are those of PEFT's own forward up to 128 · 2⁻²⁴ of their size: sums
-    in another order."""
+    """In float32, the logits of the reloaded folder equal those of PEFT's own
+    forward up to a relative 128 · 2⁻²⁴, because sums have another order.
+    """
     base = save_base(tmp_path / "base", tiny_model(**of_model), torch.float32)
     adapter = save_adapter(base, tmp_path / "run", config)
     found = merge_adapter(adapter, tmp_path / "merged")
@@ -99,7 +100,9 @@ def adapts_one_of_the_two(config):
 
 
 def test_weights_are_rounded_once_and_keep_their_dtype(tmp_path):
-    """W + (α/r) B A in float64, rounded to bfloat16, is the merged weight; what has no adapter keeps every bit."""
+    """W + (α/r) B A in float64, rounded to bfloat16, is the merged weight; weights
+    without an adapter keep every bit.
+    """
     base = save_base(tmp_path / "base", tiny_model())
     adapter = save_adapter(base, tmp_path / "run", lora(target_modules=["q_proj"], lora_alpha=6))
     found = merge_adapter(adapter, tmp_path / "merged")
@@ -112,7 +115,7 @@ def test_weights_are_rounded_once_and_keep_their_dtype(tmp_path):
             continue
         a, b = (low_rank[f"base_model.model.{name.replace('.weight', '')}.lora_{which}.weight"] for which in "AB")
         exact = weight.double() + 6 / 4 * b.double() @ a.double()
-        # Half a step of bfloat16, and the float32 sum's own rounding before it.
+        # Half a step of bfloat16, and the rounding of the float32 sum before it.
         assert ((after[name].double() - exact).abs() <= exact.abs() * BF16_UNIT * (1 + 2.0**-10) + 1e-9).all()
     assert found.agreement.dtype == torch.bfloat16
     assert 0 < found.agreement.difference <= found.agreement.bound
