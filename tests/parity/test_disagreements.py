@@ -154,7 +154,9 @@ def test_the_sft_term_changes_with_the_batch(tmp_path):
 
 
 def test_the_nll_of_tpo_changes_with_the_batch(tmp_path):
-    """The same holds for TPO's gold responses, with eight and two tokens."""
+    """TRL's NLL is a mean over the tokens of gold responses with eight and two
+    tokens, so splitting the batch changes it.
+    """
     first, second = triples(2, seed=5)
     first["response_ids"][2], second["response_ids"][2] = [5, 6, 7, 8, 9, 10, 11, 2], [12, 2]
     for row in (first, second):

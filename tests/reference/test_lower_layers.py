@@ -437,7 +437,9 @@ def test_another_trainer_of_the_same_model_changes_nothing(other, tmp_path):
 
 
 def test_reference_scores_that_are_kept_keep_no_hidden_states(tmp_path):
-    """This holds for the log-probs of a step that are collected first, and for those of evaluation rows."""
+    """No hidden states are stored with the log-probs of a step that are collected
+    first, or with those of evaluation rows.
+    """
     trainer = make_trainer(tmp_path, upper_lora(tiny_model(**DEPTH)), reference="adapter_off", loss_type="kto")
     trainer.scorer.settle()
     batch = first_batch(trainer)

@@ -128,7 +128,7 @@ def test_pad_to_multiple_of(given, multiple, tmp_path):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_configuration_survives_a_round_trip(method, tmp_path):
-    """Its dump has TRL's values, and gives the same losses again."""
+    """The dump of a configuration has TRL's values, and gives the same losses again."""
     first = config(method, tmp_path)
     (again,) = HfArgumentParser(type(first)).parse_dict(
         {name: value for name, value in first.to_dict().items() if name not in TRAINER}
