@@ -97,7 +97,7 @@ def test_the_reference_adapter_is_saved_along(tmp_path):
 
 
 def three_rows_won_lost_won() -> list[dict]:
-    """Return rows of which the policy ranks the first and third right and the second wrong, by swapping responses."""
+    """Return three rows, with swapped responses: the policy ranks the first and third right and the second wrong."""
     from hf_prefopt.scoring.forward import install_scoring, score
     from tests.scoring.plain import PaddedCollator
 

@@ -329,7 +329,7 @@ def test_a_damaged_shard_is_computed_again_and_said_once(damage, runs, tmp_path,
 
 @pytest.fixture
 def with_reference_alignment():
-    """A loss that reads Σp² of the reference."""
+    """Register a loss that reads Σp² of the reference."""
 
     @register_loss("reads_reference_statistics")
     def loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_alignment, beta=0.1):

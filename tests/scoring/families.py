@@ -353,7 +353,7 @@ def _child(pipe: Any, model_type: str, adapters: tuple[str, ...], layouts: tuple
 
 
 def page(rows: Iterable[str], layouts: Iterable[str] = LAYOUTS) -> str:
-    """docs/models.md, from the rows of its table."""
+    """Return the text of docs/models.md for the rows of its table."""
     rows, options = list(rows), "" if tuple(layouts) == LAYOUTS else f" --layouts {' '.join(layouts)}"
     verdicts = [row.split(" | ")[2] for row in rows]
     lines = [
@@ -383,10 +383,10 @@ def page(rows: Iterable[str], layouts: Iterable[str] = LAYOUTS) -> str:
 
 
 def rows_of(text: str, layouts: Iterable[str]) -> dict[str, str]:
-    """The rows of a page by model type.
+    """Return the rows of a page, keyed by model type.
 
     Raises:
-        ValueError: the page is of other layouts.
+        ValueError: the page was written with other layouts.
     """
     if f"with layout={' and '.join(layouts)}, and" not in text:
         raise ValueError("the page was written with other --layouts: write all of it, or name the same layouts")
