@@ -26,7 +26,7 @@ from tests.trainers import make_trainer
 TOLERANCE = {"losses": 1e-5, "weights": 1e-4, "metrics": 1e-5}
 CAN_RESUME_DDP = pytest.mark.skipif(
     Version(transformers.__version__) < Version("5.18"),
-    reason="wants transformers 5.18, before which the optimizer's state cannot be loaded by several CPU processes",
+    reason="needs transformers 5.18: earlier versions cannot load the optimizer state in several CPU processes",
 )
 
 

@@ -433,7 +433,7 @@ def _said(family: Family) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("model_types", nargs="*", help="by default all of them")
+    parser.add_argument("model_types", nargs="*", help="the types to test; default: all")
     parser.add_argument("--write", type=Path, help="the page to write; with model types, only their rows change")
     parser.add_argument("--layouts", nargs="+", default=LAYOUTS, choices=LAYOUTS)
     arguments = parser.parse_args()
