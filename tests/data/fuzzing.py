@@ -1,8 +1,8 @@
 """Rows for fuzzing: valid rows with their meaning, mutations of them, and an
 independent implementation of reading them.
 
-`Meaning` is what the model should see. `expected_row` converts it to token ids, with the ChatML template written out by
-hand and one plain call of the tokenizer for each sequence.
+`Meaning` is what the model should see. `expected_row` converts a `Meaning` to token ids, with a ChatML template that is
+written by hand, and one plain call of the tokenizer for each sequence.
 """
 
 import copy
@@ -219,7 +219,7 @@ HARMLESS = {
 
 
 def _somewhere(change):
-    """Draw a change of the value in one of the row's columns."""
+    """Return a mutation that applies a change to the value of one random column."""
 
     def mutate(draw, row: Row) -> Row:
         name = draw(st.sampled_from(list(row)))

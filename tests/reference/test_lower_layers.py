@@ -333,7 +333,7 @@ NOTHING = {
 
 @pytest.mark.parametrize(("make", "settings"), NOTHING.values(), ids=NOTHING)
 def test_where_there_is_nothing_to_share_nothing_is_said(make, settings, tmp_path):
-    """No layer is switched, and the start summary does not mention it."""
+    """No layer is switched, and the start summary does not mention lower layers."""
     if "precompute_ref_log_probs" in settings:
         settings = {**settings, "reference_cache_dir": str(tmp_path / "cache")}
     trainer = build(tmp_path, make, settings)

@@ -294,8 +294,8 @@ def _gradients(value: Tensor, model: nn.Module) -> dict[str, Tensor]:
 def _gradients_off(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
     """Return the largest difference of a gradient, relative to the largest entry of its tensor.
 
-    For tensors in which all entries are below 10⁻³ of the largest entry of all tensors, the difference is relative to
-    this value: some gradients, like those of the biases of keys, are only rounding errors.
+    The divisor is at least 10⁻³ of the largest entry of all tensors, because some gradients are only rounding errors,
+    such as those of the biases of keys.
     """
     if found.keys() != wanted.keys():
         return float("inf")
