@@ -1,7 +1,7 @@
-"""Trains every registered loss for a few steps on real preferences and prints one table.
+"""Train every registered loss for a few steps on real preferences, and print one table.
 
-The model consists of the first layers of the real model, with its whole vocabulary. Data and hyperparameters come from
-the loss's file in `recipes/configs/`, so the sweep also checks that all these files run.
+The model consists of the first layers of SmolLM2-135M-Instruct, with its whole vocabulary. Data and hyperparameters
+come from the loss's file in `recipes/configs/`, so the sweep also checks that all these files run.
 
     python -m benchmarks.sweep --layers 3 --steps 6 --write benchmarks/SWEEP.md
 """
@@ -31,14 +31,14 @@ COLUMNS = ("loss", "first loss", "seconds a step")
 
 @dataclass
 class Run:
-    """A few steps of a loss: the first logged loss, and seconds per step."""
+    """The result of a few steps of a loss: the first logged loss, and the seconds per step."""
 
     loss: str
     first: float
     seconds: float
 
     def cells(self) -> list[str]:
-        """The row of the table."""
+        """Return the row of the table."""
         return [self.loss, *(f"{figure:.4g}" for figure in (self.first, self.seconds))]
 
 
@@ -72,16 +72,16 @@ def run(loss: str, layers: int, steps: int, pairs: int) -> Run:
 
 
 def as_markdown(runs: list[Run], arguments: argparse.Namespace) -> str:
-    """The table, with a description of the machine."""
+    """Return the table, with a description of the machine."""
     where = ", ".join(f"{name} {value}" for name, value in machine().items())
     head = (
         "# Every loss, a few steps\n\n"
         f"`python -m benchmarks.sweep --layers {arguments.layers} --steps {arguments.steps} "
-        f"--pairs {arguments.pairs}`: "
-        f"the first {arguments.layers} layers of SmolLM2-135M-Instruct with their whole vocabulary, "
-        f"{arguments.pairs} examples a step. The table shows that each loss trains with its file in "
-        "`recipes/configs/`, without a value that is not finite, and what a step costs. A few steps of a few examples "
-        "say nothing about what a model learns.\n\n"
+        f"--pairs {arguments.pairs}` trains "
+        f"the first {arguments.layers} layers of SmolLM2-135M-Instruct with the whole vocabulary, "
+        f"{arguments.pairs} examples per step. The table shows that each loss trains with its file in "
+        "`recipes/configs/` with finite values only, and how long a step takes. A few steps on a few examples do not "
+        "show what a model learns.\n\n"
         f"{where}\n"
     )
     rows = ["| " + " | ".join(cells) + " |" for cells in (COLUMNS, ["---"] * len(COLUMNS), *(r.cells() for r in runs))]
@@ -98,7 +98,7 @@ def main() -> None:
     arguments = parser.parse_args()
     disable_progress_bar()
     transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()  # do not warn about the missing layers
+    transformers_logging.set_verbosity_error()  # no warnings about the missing layers
 
     runs = []
     console = Console()

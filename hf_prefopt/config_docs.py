@@ -6,7 +6,7 @@ from textwrap import fill
 from typing import Any
 
 _WIDTH = 120
-# The headings of the groups of each documented configuration, keyed by the first field of each group.
+# For each documented configuration, the headings of its groups, keyed by the first field of each group.
 _GROUPS: dict[type, Mapping[str, str]] = {}
 
 
@@ -30,7 +30,7 @@ def documented(groups: Mapping[str, str]) -> Callable[[type], type]:
 
 
 def settings_by_group(config: type) -> dict[str, list[Field]]:
-    """Return the settings that a documented configuration itself defines, in order, keyed by their group's heading."""
+    """Return the settings that a configuration itself defines, in order, keyed by the heading of their group."""
     by_name, groups = {field.name: field for field in fields(config)}, _GROUPS[config]
     found: dict[str, list[Field]] = {}
     for name in filter(by_name.get, config.__annotations__):
@@ -46,11 +46,12 @@ def default_of(setting: Field) -> Any:
 
 
 def settings_page(config: type) -> str:
-    """Return the settings as a Markdown page, with a table for each group."""
-    sections = [f"# Settings\n\n`{config.__name__}` has every field of `transformers.TrainingArguments`, and these."]
+    """Return a Markdown page of the settings, with a table for each group."""
+    summary = f"`{config.__name__}` has all fields of `transformers.TrainingArguments`, and the fields on this page."
+    sections = [f"# Settings\n\n{summary}"]
     for group, found in settings_by_group(config).items():
         rows = [f"| `{s.name}` | `{default_of(s)!r}` | {s.metadata['help']} |" for s in found]
-        sections.append("\n".join([f"## {group}", "", "| field | default | |", "|---|---|---|", *rows]))
+        sections.append("\n".join([f"## {group}", "", "| field | default | meaning |", "|---|---|---|", *rows]))
     return "\n\n".join(sections) + "\n"
 
 

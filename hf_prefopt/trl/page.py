@@ -147,7 +147,7 @@ def _behavior() -> str:
             "keeps a frozen copy of the initial trainable weights",
         ),
         ("a PEFT model is passed", "adds an adapter `ref`, which is saved with the model", "adds nothing"),
-        ("KTO's mismatched responses", "from the neighbor in the batch", "from the whole data set, new in every epoch"),
+        ("KTO's mismatched responses", "from another row of the batch", "from the whole data set, new in every epoch"),
         ("KTO's z, AOT's sort", "over a micro-batch", "over the global batch"),
         ("metrics of an evaluation", "means of batch means", "means over the rows"),
         (
@@ -156,7 +156,7 @@ def _behavior() -> str:
             "all metrics have the name of the set: `eval_NAME_rewards/chosen`",
         ),
         ("`logps/*` with `ld_alpha`", "weighted as the loss weights them", "the log-probs of the whole responses"),
-        ("a tie of rewards", "counts as an inaccurate pair", "counts half"),
+        ("a pair with equal rewards", "counts as inaccurate", "counts half"),
         (
             "end of a conversation in CPO and ORPO",
             "adds an EOS after a template that ends with a line break, as ChatML's does: two ends of turn are scored",

@@ -1,4 +1,4 @@
-"""Every engine with every case against one process, as a table in Markdown.
+"""Print a Markdown table that compares every engine and every case with one process.
 
 python -m tests.distributed.table [engine …]
 """
@@ -17,7 +17,7 @@ from tests.distributed.launch import differences, launch, one_process
 def main() -> None:
     options = argparse.ArgumentParser()
     options.add_argument("engines", nargs="*")
-    options.add_argument("--all-cases", action="store_true", help="every case under every engine: takes a while")
+    options.add_argument("--all-cases", action="store_true", help="run every case under every engine, which is slow")
     arguments = options.parse_args()
     print("| engine | loss, layout, what trains | losses | weights | metrics |\n|---|---|---|---|---|")
     for engine in arguments.engines or ENGINES:
@@ -26,7 +26,7 @@ def main() -> None:
             outcomes = launch(engine, cases, Path(folder))
         for case, ranks in outcomes.items():
             failed = next((outcome["error"].strip().splitlines()[-1] for outcome in ranks if "error" in outcome), None)
-            with contextlib.redirect_stdout(sys.stderr):  # what a trainer prints is no row of the table
+            with contextlib.redirect_stdout(sys.stderr):  # the output of the trainers is not part of the table
                 found = [] if failed else [differences(outcome, one_process(case)) for outcome in ranks]
             cells = [failed] if failed else [f"{max(d[name] for d in found):.0e}" for name in found[0]]
             print(f"| {engine} | {case} | {' | '.join(cells)} |", flush=True)
