@@ -355,6 +355,9 @@ def page(rows: Iterable[str], layouts: Iterable[str] = LAYOUTS) -> str:
     lines = [
         "# Model families",
         "",
+        "Which families of models train, in which layout, and how exactly: look for the `model_type` in your model's "
+        "`config.json`. The layouts are described in [Settings](settings.md#speed-and-memory).",
+        "",
         f"Tiny random models of {len(rows)} types that transformers {transformers.__version__} knows, each trained "
         f"in full and under LoRA (`all-linear`), with layout={' and '.join(layouts)}, and "
         "compared with transformers' own forward of each sequence alone: "
