@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from accelerate.commands.launch import launch_command_parser
 
+from hf_prefopt import get_loss, list_losses
 from hf_prefopt.commands import COMMANDS
 from hf_prefopt.commands.parser import parser_of
 from hf_prefopt.recipe.shipped import engines, recipes
@@ -107,3 +108,11 @@ def test_a_wrong_option_is_found():
     (words,) = commands_of("```\naccelerate launch --nodes 2 recipes/dpo_lora.py --learning-rats 1 --beta 1\n```")
     assert unknown_options(words) == ["--nodes", "--learning-rats"]
     assert unknown_options(["--learning_rats", "1"]) == ["--learning_rats"]
+
+
+def test_the_readmes_counts():
+    """The losses of the package, and the families in the table of docs/models.md."""
+    readme, models = ((ROOT / name).read_text("utf-8") for name in ("README.md", "docs/models.md"))
+    own = [name for name in list_losses() if get_loss(name).function.__module__.startswith("hf_prefopt.")]
+    assert f"{len(own)} losses" in readme
+    assert f"{models.count(' | exact | ')} model families that train exactly" in " ".join(readme.split())
