@@ -1,4 +1,4 @@
-"""Hooks of MkDocs: each page gets a description, and long names in tables may break.
+"""Hooks of MkDocs: each page gets a description, and long names in tables break between words.
 
 The description, which search engines and link previews show, is the first paragraph of the page.
 """
@@ -24,12 +24,11 @@ def first_paragraph(markdown: str) -> str:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Let long names in the cells of tables break after a punctuation mark or before a capital letter."""
+    """In the cells of tables, let long names break between their words, and keep numbers such as 2e-07 in one line."""
     return re.sub(r"<td.*?</td>", lambda cell: re.sub(r"(?<=>)[^<]+", _breakable, cell[0]), html, flags=re.DOTALL)
 
 
 def _breakable(text: re.Match) -> str:
-    long = r"[\w./=,:-]{12,}"
-    return re.sub(
-        long, lambda name: re.sub(r"(?<=[_./=,])(?=[A-Za-z_])|(?<=[a-z])(?=[A-Z])", "<wbr>", name[0]), text[0]
-    )
+    between_words = r"(?<=[_./=,])(?=[A-Za-z_])|(?<=[a-z])(?=[A-Z])"
+    names = re.sub(r"[\w./=,:-]{12,}", lambda name: re.sub(between_words, "<wbr>", name[0]), text[0])
+    return re.sub(r"\b\de-\d\d\b", r'<span class="number">\g<0></span>', names)

@@ -83,6 +83,6 @@ def test_a_run_counts_its_tokens(tmp_path):
     assert logged(trainer, "tokens_per_second")[0] > 0
 
 
-def test_of_a_users_collator_no_saving_is_claimed(tmp_path):
+def test_of_a_users_collator_no_saving_is_claimed():
     """Its rows may be anything: tokens and padding are unknown unless rows are prepared ones."""
     assert sequence_sizes([{"input_ids": [1]}]) == {}

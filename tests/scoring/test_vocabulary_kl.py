@@ -140,7 +140,7 @@ def test_the_log_probs_beside_it_are_the_same():
     assert_same_gradients(one, other, rtol=1e-12)
 
 
-def test_dropout_of_the_policy_is_not_the_references(monkeypatch):
+def test_dropout_of_the_policy_is_not_the_references():
     """A policy in training mode with dropout on an adapted head: its reference, another adapter there, predicts the
     same twice, and is in training mode afterwards."""
     model = twin(lora(target_modules=["q_proj", "lm_head"], lora_dropout=0.5)())
