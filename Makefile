@@ -1,10 +1,10 @@
-# make demo   aligns a real model on a CPU, from nothing
-# make test   the whole CPU test suite
-# make test-oldest   the same with the oldest versions that pyproject.toml admits; its PyTorch may bring a CUDA build
-# make docs-test   builds the documentation in build/site, and runs the code blocks of its pages
-# make nightly   what takes too long for every run; prints its date and the table of habits and engines, and writes
-#                docs/models.md, the table of model families
-# Each sets up its environment by itself; PYTHON=python3.12 picks the interpreter it is made with.
+# make demo          installs the package, and trains a small model on a CPU
+# make test          runs the whole CPU test suite
+# make test-oldest   runs it with the oldest versions that pyproject.toml accepts; their PyTorch may be a CUDA build
+# make docs-test     builds the documentation in build/site, and runs the code blocks of its pages
+# make nightly       runs the tests that take too long for every run, prints the date and the table of uses under each
+#                    engine, and writes docs/models.md, the table of model families
+# Each command creates its virtual environment. PYTHON=python3.12 selects the interpreter.
 
 PYTHON ?= python3
 VENV := .venv
@@ -12,16 +12,16 @@ CONSTRAINTS := constraints.txt
 TORCH := $(shell sed -n 's/^torch==//p' $(CONSTRAINTS))
 READY := $(VENV)/.ready
 READY_TO_TEST := $(VENV)/.ready-to-test
-# Twice quiet: errors only. What stands in between are remarks on the indexes that pip is set to use.
+# -qq prints only errors: -q would still print notes on the configured package indexes.
 PIP := $(VENV)/bin/python -m pip install -qq --disable-pip-version-check -c $(CONSTRAINTS)
 MODEL := models/smollm2-135m-instruct
-# Named in full, for accelerate otherwise lists the defaults that it fell back on, one CPU thread among them.
+# All options are given, because accelerate otherwise prints a list of its defaults, and uses one CPU thread.
 LAUNCH := $(VENV)/bin/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
     --num_cpu_threads_per_process $(shell getconf _NPROCESSORS_ONLN)
-# Further options of the demo's recipe: make demo DEMO_OPTIONS="--loss_type simpo"
+# Additional options of the demo: make demo DEMO_OPTIONS="--loss_type simpo"
 DEMO_OPTIONS ?=
 
-# How many tests run at once, and in which order: make test TEST_OPTIONS="--random-order" WORKERS=1
+# The number of test processes, and the order of the tests: make test TEST_OPTIONS="--random-order" WORKERS=1
 WORKERS ?= logical --maxprocesses 4
 TEST_OPTIONS ?=
 
@@ -50,7 +50,7 @@ lint: $(READY_TO_TEST)
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/mypy
 
-# Generated: the pages of losses, papers, settings and TRL, the loss atlas, and the lines of each loss in recipes/configs.
+# Generates the pages of losses, papers, settings and TRL, the loss atlas, and the file of each loss in recipes/configs.
 docs: $(READY_TO_TEST)
 	@$(VENV)/bin/python -m hf_prefopt.reporting.loss_page > docs/losses.md
 	@$(VENV)/bin/python -m hf_prefopt.reporting.papers_page > docs/papers.md
@@ -60,7 +60,7 @@ docs: $(READY_TO_TEST)
 	@$(VENV)/bin/python -m hf_prefopt.reporting.loss_atlas > docs/images/loss_atlas.svg
 	@$(VENV)/bin/python recipes/configs/write.py
 
-# The site in build/site, and every Python block of its pages.
+# Builds the site in build/site, and runs every Python block of its pages.
 docs-test: $(READY_TO_TEST)
 	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs --quiet build --strict
 	@HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest tests/docs
@@ -71,22 +71,22 @@ clean:
 $(MODEL)/config.json: | $(READY)
 	@$(VENV)/bin/python recipes/get_smollm2.py --to $(MODEL)
 
-# The stamp is written last, so an interrupted installation is taken up again.
+# The stamp file is written last, so an interrupted installation continues with the next make.
 $(READY): pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
 		{ echo "hf_prefopt needs Python 3.11 or newer; name one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
 	@echo "Setting up $(VENV): $$($(PYTHON) --version)"
 	@$(PYTHON) -m venv $(VENV)
 	@echo "Installing PyTorch ..."
-	@# First and by its exact version: the open requirement of another package may bring a CUDA build, gigabytes of it.
+	@# PyTorch is installed first, with its exact version: a dependency of another package may install a large CUDA build.
 	@$(PIP) torch==$(TORCH)
-	@echo "Installing hf_prefopt and what it needs ..."
+	@echo "Installing hf_prefopt and its dependencies ..."
 	@$(PIP) -e '.[demo]'
 	@touch $@
 
 $(READY_TO_TEST): $(READY)
-	@echo "Installing what the tests need ..."
-	@# DeepSpeed is built here, and looks at the torch that it will run with: what builds it must be there already.
+	@echo "Installing the dependencies of the tests ..."
+	@# DeepSpeed is built against the installed torch (--no-build-isolation), so its build dependencies come first.
 	@$(PIP) setuptools packaging ninja numpy
 	@DS_ACCELERATOR=cpu DS_BUILD_OPS=0 $(PIP) --no-build-isolation deepspeed
 	@$(PIP) -e '.[dev]'

@@ -1,1 +1,1 @@
-"""Paired measurements of speed and memory: this trainer and TRL's, with the same weights, tokens and process."""
+"""Paired measurements of speed and memory: our trainer and TRL's, with the same weights and tokens, in one process."""

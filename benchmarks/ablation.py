@@ -1,6 +1,6 @@
-"""The ablation ladder: times steps without one optimization ("lever"), alternating with complete steps.
+"""The ablation study: time steps without one optimization (a "lever"), alternating with complete steps.
 
-The levers are switched off by patches here, because users of the library have no reason to switch them off.
+Patches switch the levers off, because users of the library have no reason to switch them off.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +21,7 @@ from hf_prefopt.scoring import forward
 
 @contextmanager
 def _padded(side: Side) -> Iterator[None]:
-    """The layout "padded": each response has its own copy of the prompt, and all sequences have the longest length."""
+    """Use the layout "padded": each response has its own copy of the prompt, and sequences have the same length."""
     with (
         patch.object(side.trainer.data_collator, "layout", "padded"),
         patch.object(side.trainer.scorer, "layout", "padded"),
@@ -31,14 +31,14 @@ def _padded(side: Side) -> Iterator[None]:
 
 @contextmanager
 def _no_unit_gradient(_: Side) -> Iterator[None]:
-    """The frozen head computed like a trained one: the backward pass recomputes the logits of each chunk."""
+    """Compute the frozen head like a trained one: the backward pass recomputes the logits of each chunk."""
     with patch.object(forward, "is_plain_linear", lambda head: False):
         yield
 
 
 @contextmanager
 def _every_position(side: Side) -> Iterator[None]:
-    """The head on all positions, including prompts and padding, instead of only scored positions."""
+    """Compute the head on all positions, including prompts and padding, instead of only scored positions."""
     collate = side.trainer.data_collator
 
     def all_scored(rows: Sequence[Row]) -> LoaderBatch:
@@ -50,14 +50,14 @@ def _every_position(side: Side) -> Iterator[None]:
 
 @contextmanager
 def _one_chunk(_: Side) -> Iterator[None]:
-    """All logits at once."""
+    """Compute all logits at once instead of in chunks."""
     with patch.dict(forward.CHUNK_ROWS, dict.fromkeys(forward.CHUNK_ROWS, 1 << 40)):
         yield
 
 
 @contextmanager
 def _apart(side: Side) -> Iterator[None]:
-    """One group for each pair, even if pairs share their prompt."""
+    """Put each pair into its own group, even if pairs share their prompt."""
     collate = side.trainer.data_collator
     with patch.object(side.trainer, "data_collator", lambda rows: collate(as_groups_of_pairs(rows))):
         yield
@@ -65,7 +65,7 @@ def _apart(side: Side) -> Iterator[None]:
 
 @contextmanager
 def _entropy(side: Side) -> Iterator[None]:
-    """Not a lever: adds the cost of TRL's entropy metric, the entropy of every token."""
+    """Add the cost of TRL's entropy metric, the entropy of every token. (This is not an optimization of ours.)"""
     with patch.object(type(side.trainer.criterion), "token_stats", ("entropy",)):
         yield
 
@@ -83,7 +83,7 @@ ALL_OFF = ("layout: padded", "head: no unit gradient", "head: every position")
 
 @contextmanager
 def lever_off(side: Side, name: str) -> Iterator[None]:
-    """Switch a lever off inside the context; "a + b" switches off several."""
+    """Switch a lever off inside the context; "a + b" switches off both levers."""
     with ExitStack() as stack:
         for one in name.split(" + "):
             stack.enter_context(LEVERS[one](side))
@@ -91,33 +91,33 @@ def lever_off(side: Side, name: str) -> Iterator[None]:
 
 
 class WithoutLever(Side):
-    """A side that switches levers off for each of its steps."""
+    """A side that switches levers off in each of its steps."""
 
     lever: str
 
     def backward(self, rows: Sequence[Row]) -> Tensor:
-        """As `Side.backward`."""
+        """Same as `Side.backward`, with the levers off."""
         with lever_off(self, self.lever):
             return super().backward(rows)
 
     def positions(self, rows: Sequence[Row]) -> int:
-        """As `Side.positions`."""
+        """Same as `Side.positions`, with the levers off."""
         with lever_off(self, self.lever):
             return super().positions(as_groups_of_pairs(rows) if "each pair a group" in self.lever else rows)
 
 
 def without(side: Side, lever: str) -> WithoutLever:
-    """The same trainer with levers off."""
+    """Return the same trainer as a side with levers off."""
     variant = WithoutLever(lever, side.trainer, side.model, side.optimizer)
     variant.lever = lever
     return variant
 
 
 def ladder(source: str, work: Work, rounds: int, levers: Sequence[str] | None = None) -> dict[str, Mapping[str, Any]]:
-    """For each lever, `ratio` is the time of a step without it divided by the time of a complete step."""
+    """Measure each lever. `ratio` is the time of a step without it divided by the time of a complete step."""
     side = our_side(source)
     perturb_adapters(side)
-    side.backward(work.batch(0))  # settles the layout
+    side.backward(work.batch(0))  # chooses the layout
     side.model.zero_grad()
     results: dict[str, Mapping[str, Any]] = {}
     for lever in levers or [*list(LEVERS)[:4], "with token entropy", " + ".join(ALL_OFF)]:
@@ -129,7 +129,7 @@ def ladder(source: str, work: Work, rounds: int, levers: Sequence[str] | None = 
 
 
 def _scoring_everything(batch: PreferenceBatch) -> PreferenceBatch:
-    """The batch with all other positions scored as well, as an additional response that belongs to no pair."""
+    """Return the batch with all other positions scored too, as an additional response that belongs to no pair."""
     batch = {**batch}
     asked = torch.zeros(batch["input_ids"].numel(), dtype=torch.bool)
     asked[batch["scored_rows"]] = True

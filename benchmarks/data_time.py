@@ -1,10 +1,10 @@
-"""Time and memory of preparing chat pairs, compared with TRL's `DPOTrainer._prepare_dataset` on the same rows.
+"""Measure the time and memory of preparing chat pairs, and compare with TRL's `DPOTrainer._prepare_dataset`.
 
     python -m benchmarks.data_time --rows 100000
 
-The rows are synthetic and stored as JSON lines; each side reads, tokenizes and checks them in a separate process. CPU
-seconds include all threads. Memory is the peak of anonymous pages minus the memory after imports, so files that Arrow
-maps do not count. `--rows 100000 25000` shows whether memory grows with the number of rows.
+The rows are synthetic and stored as JSON Lines; each side reads, tokenizes and checks the same rows in a separate
+process. CPU seconds include all threads. Memory is the peak of anonymous pages minus the memory after imports, so files
+that Arrow maps into memory do not count. `--rows 100000 25000` shows whether memory grows with the number of rows.
 """
 
 import argparse
@@ -32,7 +32,7 @@ MAX_LENGTH = 1024
 
 
 def write_pairs(file: Path, rows: int) -> None:
-    """Conversations of one to three turns with two answers, made of words from a small vocabulary."""
+    """Write conversations of one to three turns with two answers, made of words from a small vocabulary."""
     draw = random.Random(0)
     letters = "etaoinshrdlucmfwypvbgkq"
     words = ["".join(draw.choices(letters, k=draw.randint(2, 9))) for _ in range(20_000)]
@@ -58,7 +58,7 @@ class Clock:
 
     @contextmanager
     def timed(self, step: str) -> Iterator[None]:
-        """Add the time of the context to a step."""
+        """Add the time spent inside the context to a step."""
         wall, cpu = time.perf_counter(), time.process_time()
         self._within.append([0.0, 0.0])
         try:
@@ -72,7 +72,7 @@ class Clock:
                 self._within[-1] = [before + now for before, now in zip(self._within[-1], taken, strict=True)]
 
     def around(self, owner: Any, name: str, step: str) -> None:
-        """Time a function by patching it in its module or class."""
+        """Replace a function in its module or class by one that is timed."""
         function = getattr(owner, name)
 
         def timed(*arguments: Any, **options: Any) -> Any:
@@ -84,7 +84,7 @@ class Clock:
 
 @contextmanager
 def peak_memory(found: dict[str, float]) -> Iterator[None]:
-    """The peak of anonymous memory above its initial value, in MiB, sampled every 10 ms; only on Linux."""
+    """Measure the peak of anonymous memory above its initial value, in MiB, sampled every 10 ms; only on Linux."""
 
     def now() -> float:
         lines = Path("/proc/self/status").read_text().splitlines()
@@ -108,7 +108,7 @@ def peak_memory(found: dict[str, float]) -> Iterator[None]:
 
 
 def ours(data: Dataset, tokenizer: PreTrainedTokenizerBase, clock: Clock) -> Dataset:
-    """The rows prepared and checked as `PreferenceTrainer` does."""
+    """Prepare and check the rows as `PreferenceTrainer` does."""
     from hf_prefopt import PreferenceConfig
     from hf_prefopt.data import prepare, tokenize
     from hf_prefopt.data.check import check_embeddings, check_examples
@@ -130,7 +130,7 @@ def ours(data: Dataset, tokenizer: PreTrainedTokenizerBase, clock: Clock) -> Dat
 
 
 def trl(data: Dataset, tokenizer: PreTrainedTokenizerBase, clock: Clock) -> Dataset:
-    """The rows as TRL's `DPOTrainer` prepares them; its collator truncates them later."""
+    """Prepare the rows as TRL's `DPOTrainer` does; its collator truncates them later."""
     from trl import DPOConfig, DPOTrainer
 
     args = DPOConfig("unused", use_cpu=True, bf16=False, report_to="none", max_length=MAX_LENGTH)
@@ -142,11 +142,11 @@ SIDES: dict[str, Callable[[Dataset, PreTrainedTokenizerBase, Clock], Dataset]] =
 
 
 def measure(side: str, file: str, model: str, folder: str) -> dict[str, Any]:
-    """One side's times and memory, in this process."""
+    """Return the times and the memory of one side, measured in this process."""
     clock, memory = Clock(), {}
     tokenizer = AutoTokenizer.from_pretrained(model)
     prepare, first = SIDES[side], {"rows": 2, "split": "train"}
-    with tempfile.TemporaryDirectory() as warm:  # exclude imports and compilation for the first row
+    with tempfile.TemporaryDirectory() as warm:  # two rows before the clock starts
         write_pairs(Path(warm) / "rows.jsonl", first["rows"])
         prepare(
             load_dataset("json", data_files=f"{warm}/rows.jsonl", cache_dir=warm, split="train"), tokenizer, Clock()
@@ -160,7 +160,7 @@ def measure(side: str, file: str, model: str, folder: str) -> dict[str, Any]:
 
 
 def in_a_process(side: str, file: Path, model: str) -> dict[str, Any]:
-    """The result of `measure` in a new process."""
+    """Return the result of `measure` in a new process."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "benchmarks.data_time", "--side", side, str(file), model, folder]
         run = subprocess.run(command, capture_output=True, text=True)

@@ -3,18 +3,22 @@
     python -m benchmarks.gpu_check --out DIR                      # correctness, speed, losses, a profile, in this order
     python -m benchmarks.gpu_check --device cpu --tiny            # the same code, small enough for any machine
 
-Correctness comes first: fp32 weights under autocast use the variable-length kernel; the kernel agrees with an explicit
-mask (fewer queries than keys, grouped heads, sliding windows); both layouts in bf16 agree with fp32; and the decisions
-of the probe. Then speed, on random weights with LoRA, most important cases first: `PreferenceTrainer` against TRL's
-`DPOTrainer`, or, if `trl` cannot be imported, "shared" against "padded" through the scoring functions. Steps alternate
-and are timed with CUDA events after warming up. The results include peak allocated and reserved memory, and MFU based
-on the minimal FLOP of a step. Then each loss takes two steps on the CPU and on the device. The last part profiles one
-step of each trainer: launches, waits of the host by call site, and the slowest kernels.
+The parts are:
+
+1. Correctness: fp32 weights under autocast use the variable-length kernel; the kernel agrees with an explicit mask
+   (fewer queries than keys, grouped heads, sliding windows); both layouts in bf16 agree with fp32; the probe chooses
+   the right layout.
+2. Speed, on random weights with LoRA, most important cases first: `PreferenceTrainer` against TRL's `DPOTrainer`, or,
+   if `trl` cannot be imported, "shared" against "padded" through the scoring functions. Steps alternate and are timed
+   with CUDA events after warming up. The results include peak allocated and reserved memory, and MFU based on the
+   minimal FLOP of a step.
+3. Losses: each loss takes two steps on the CPU and on the device.
+4. A profile of one step of each trainer: launches, waits of the host by call site, and the slowest kernels.
 
 Every part prints and writes its results before the next one starts; no case starts later than `--budget` seconds after
-the start. It needs torch, transformers, accelerate and peft. For TRL, copy the wheels of trl, datasets, dill,
+the start. The script needs torch, transformers, accelerate and peft. For TRL, copy the wheels of trl, datasets, dill,
 multiprocess, pyarrow and other missing packages to the machine, and install them into a folder named `site-packages` on
-PYTHONPATH; from this name dill recognizes modules that it must not pickle.
+PYTHONPATH; by this name, dill recognizes modules that it must not pickle.
 """
 
 import argparse
@@ -36,8 +40,10 @@ import torch
 
 
 def stand_in_for_datasets() -> None:
-    """Stand-ins for the names that `hf_prefopt` imports from `datasets`, if the package is absent; they are never
-    called."""
+    """Install stand-ins for the names that `hf_prefopt` imports from `datasets`, if the package is missing.
+
+    The stand-ins are never called.
+    """
     if importlib.util.find_spec("datasets") is not None:
         return
     module = ModuleType("datasets", "stand-in of benchmarks.gpu_check")
@@ -58,7 +64,7 @@ from benchmarks.gpu_report import as_markdown, print_checks, print_speed  # noqa
 from benchmarks.gpu_speed import Case, layouts_in_turns, trainers_in_turns  # noqa: E402
 
 HALF, FULL = torch.bfloat16, torch.float32
-# Most important first; the pairs per step are what fits into 80 GB with TRL's padded activations.
+# Most important cases first. The number of pairs per step is what fits into 80 GB with TRL's padded activations.
 CASES = [
     Case("0.5B", "4:1", FULL, 8),  # the default configuration: fp32 weights under bf16 autocast
     Case("8B", "4:1", HALF, 2),
@@ -75,7 +81,7 @@ TINY_CASES = [Case("tiny", lengths, FULL, 2) for lengths in ("4:1", "1:1", "chat
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    """Run the parts, print tables, write `gpu.json` and `gpu.md`."""
+    """Run the parts, print tables, and write `gpu.json` and `gpu.md`."""
     options = _options(arguments)
     torch.set_num_threads(options.threads)
     start = time.monotonic()

@@ -25,12 +25,12 @@ Check = dict[str, Any]
 
 
 def moved(batch: dict[str, Any], device: str) -> dict[str, Any]:
-    """The batch on a device."""
+    """Return the batch on a device."""
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
 
 
 def attention_by_mask(query: Tensor, key: Tensor, value: Tensor, batch: dict[str, Any], window: int | None) -> Tensor:
-    """Reference attention over segments in float64, with an explicit mask for each key: `[1, T, heads, D]`."""
+    """Compute attention over segments in float64, as a reference, with an explicit mask per key: `[1, T, heads, D]`."""
     groups = query.shape[1] // key.shape[1]
     query, key, value = (
         query.double(),
@@ -52,8 +52,7 @@ def attention_by_mask(query: Tensor, key: Tensor, value: Tensor, batch: dict[str
 
 
 def kernel(device: str, dtype: torch.dtype) -> dict[str, Check]:
-    """Compare attention over segments with the explicit mask: fewer queries than keys, grouped heads, sliding
-    windows."""
+    """Compare attention over segments with the explicit mask, for few queries, grouped heads, and sliding windows."""
     checks = {}
     rows = [row for batch in (synthetic(500, 2, 37, 19, 3)[0], synthetic(500, 1, 5, 40, 2)[0]) for row in batch]
     batch = moved(SharedCollator()(rows), device)
@@ -100,7 +99,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "qwen2": {},
     "qwen3": {},
     "mistral": {"sliding_window": 24},
-    # Older versions of transformers use PyTorch's own attention for it, which drops the soft-cap.
+    # Older versions of transformers use PyTorch's own attention for it, which ignores the soft-cap.
     "gemma2": {"sliding_window": 24, "attn_implementation": "eager"},
     "gemma3_text": {"sliding_window": 24},
     "phi3": {},
@@ -109,7 +108,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 
 
 def small_model(model_type: str, device: str, dtype: torch.dtype, **changes: Any) -> nn.Module:
-    """A random model of an architecture, with heads wide enough for every kernel and a nonzero LoRA adapter."""
+    """Return a random model of an architecture, with heads wide enough for every kernel and a nonzero LoRA adapter."""
     sizes = {
         "vocab_size": 500,
         "hidden_size": 256,
@@ -139,7 +138,7 @@ def small_model(model_type: str, device: str, dtype: torch.dtype, **changes: Any
 
 
 def dpo_step(model: nn.Module, batch: dict[str, Any], backward: bool = True) -> Tensor:
-    """The DPO loss of a batch and its backward pass; the reference is the model with its adapter disabled."""
+    """Compute the DPO loss of a batch and run its backward pass. The reference is the model without its adapter."""
     policy = score(model, batch)
     with torch.no_grad(), model.disable_adapter():
         reference = score(model, batch)
@@ -152,7 +151,7 @@ def dpo_step(model: nn.Module, batch: dict[str, Any], backward: bool = True) -> 
 
 
 def default_configuration(device: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, Check]:
-    """With fp32 weights under autocast, as in the recipes, every attention call uses the variable-length kernel.
+    """Check that fp32 weights under autocast, as in the recipes, always use the variable-length kernel.
 
     The log-probs are compared with the padded layout in fp32; the tolerance is the error of the padded layout itself
     under autocast.
@@ -174,7 +173,7 @@ def _default_configuration(model_type: str, device: str, dtype: torch.dtype, cha
         with torch.autocast(device, dtype=dtype), counted_varlen_calls() as calls:
             found = _logps_and_gradients(model, batch)
         figures[f"{layout} log-probs"], figures[f"{layout} gradients"] = map(_relative, found, expected)
-    layers, forwards = model.config.num_hidden_layers, 3  # scoring, the policy, the reference
+    layers, forwards = model.config.num_hidden_layers, 3  # one call each for scoring, the policy, and the reference
     figures["varlen calls"] = f"{len(calls)} of {layers * forwards}"
     capped = getattr(model.config, "attn_logit_softcapping", None) is not None
     on_kernel = len(calls) == (0 if capped or device == "cpu" else layers * forwards)
@@ -186,7 +185,7 @@ def _default_configuration(model_type: str, device: str, dtype: torch.dtype, cha
 
 @contextmanager
 def counted_varlen_calls() -> Iterator[list[torch.dtype]]:
-    """The dtype of each call of the variable-length kernel inside the context."""
+    """Record the dtype of each call of the variable-length kernel inside the context."""
     kernel_call, calls = attention._varlen, []
 
     def counted(query: Tensor, *args: Any) -> Tensor:
@@ -201,7 +200,7 @@ def counted_varlen_calls() -> Iterator[list[torch.dtype]]:
 
 
 def layouts(model_type: str, device: str, dtype: torch.dtype, changes: dict[str, Any]) -> Check:
-    """Log-probs and gradients of both layouts in `dtype`, each against "padded" in fp32."""
+    """Compare log-probs and gradients of both layouts in `dtype` with those of "padded" in fp32."""
     rows = synthetic(500, 3, 41, 23, 2)[0] + synthetic(500, 1, 30, 12, 4)[0]
     batches = {"padded": PaddedCollator(0)(rows), "shared": SharedCollator()(rows)}
     model = small_model(model_type, device, torch.float32, **changes)
@@ -227,7 +226,7 @@ def _logps_and_gradients(model: nn.Module, batch: dict[str, Any]) -> tuple[Tenso
 
 
 def probes(device: str, dtype: torch.dtype) -> dict[str, Check]:
-    """The decision of the probe for each architecture."""
+    """Compare the layout that the probe chooses for each architecture with the expected one."""
     decisions = {}
     for model_type, changes in ARCHITECTURES.items():
         decisions[model_type] = _attempt(

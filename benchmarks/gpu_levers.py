@@ -1,11 +1,11 @@
-"""The effect of fused kernels and compiled layers on a LoRA step of `PreferenceTrainer`, on a CUDA machine.
+"""Measure the effect of fused kernels and compiled layers on a LoRA step of `PreferenceTrainer`, on a CUDA machine.
 
     python -m benchmarks.gpu_levers --out DIR          # liger-kernel must be importable for its rows
     python -m benchmarks.gpu_levers --device cpu --tiny
 
 Each variant has its own trainer on the same random weights: unchanged, with each decoder layer compiled
 (`layer.compile(dynamic=True)`), with Liger's norms, rotary embeddings and SwiGLU, and with both. Liger replaces
-functions for the whole process, so its variants come last.
+functions for the whole process, so the variants with Liger come last.
 """
 
 import argparse
@@ -31,25 +31,25 @@ CASES = [
 
 
 def compile_layers(model: nn.Module) -> None:
-    """Compile each decoder layer in place; its name, hooks and parameters do not change."""
+    """Compile each decoder layer in place, without changing its name, hooks and parameters."""
     for module in model.modules():
         if type(module).__name__.endswith("DecoderLayer"):
             module.compile(dynamic=True)
 
 
 def put_liger_in(model: nn.Module) -> None:
-    """Liger's kernels, as `use_liger_kernel=True` puts them in when training begins."""
+    """Install Liger's kernels, as the Trainer does when training begins with `use_liger_kernel=True`."""
     from transformers.trainer import apply_liger_kernel
 
     apply_liger_kernel(model, {"fused_linear_cross_entropy": False})
 
 
 def nothing(model: nn.Module) -> None:
-    """The unchanged model."""
+    """Leave the model unchanged."""
 
 
 def both(model: nn.Module) -> None:
-    """Liger's kernels, then compiled layers."""
+    """Install Liger's kernels, then compile the layers."""
     put_liger_in(model)
     compile_layers(model)
 
@@ -63,7 +63,7 @@ VARIANTS: dict[str, Callable[[nn.Module], None]] = {
 
 
 def measured(case: Case, variant: str, device: str, tiny: bool, rounds: int = 7) -> dict[str, Any]:
-    """Median time of a step, the host's share, peak memory and the loss of one variant."""
+    """Return the median time of a step, the host's share, the peak memory and the loss of one variant."""
     from unittest.mock import patch
 
     from benchmarks import sides

@@ -1,4 +1,4 @@
-"""Two steps of the real trainer with every loss: fp32 on a device must equal the CPU, and bf16 must be finite."""
+"""Take two steps of the trainer with every loss: fp32 on a device must equal the CPU, and bf16 must be finite."""
 
 import math
 import tempfile
@@ -7,12 +7,12 @@ from contextlib import redirect_stdout
 from io import StringIO
 from typing import Any
 
-# The rounding error after two steps of AdamW, whose update keeps only the sign of a gradient that is nearly zero.
+# The rounding error after two steps of AdamW, which keeps only the sign of gradients that are nearly zero.
 TOLERANCE = 1e-3
 
 
 def every_loss(device: str, names: Sequence[str] | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The name and the check of each registered loss, as they come."""
+    """Yield the name and the result of the check of each registered loss."""
     from hf_prefopt.losses import list_losses
 
     for name in names or list_losses():
@@ -34,7 +34,7 @@ def _check(name: str, device: str) -> dict[str, Any]:
 
 
 def _two_steps(name: str, **settings: Any) -> list[float]:
-    """The losses and gradient norms of two steps of a tiny Llama with a LoRA adapter."""
+    """Return the losses and gradient norms of two steps of a tiny Llama with a LoRA adapter."""
     from tests.tiny_models import tiny_model, with_lora
     from tests.trainers import logged, make_trainer
 

@@ -1,4 +1,4 @@
-"""One step of each trainer under PyTorch's profiler: kernel launches, waits of the host, and the slowest kernels."""
+"""Profile one step of each trainer with PyTorch: kernel launches, waits of the host, and the slowest kernels."""
 
 import cProfile
 import pstats
@@ -21,7 +21,7 @@ LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaun
 
 
 def profiles(case: Case, rows: Sequence[Row], device: str, out: Path | None) -> dict[str, dict[str, Any]]:
-    """Counts of a step of both trainers; the tables of the longest kernels are written to `out`."""
+    """Return the counts of a step of both trainers, and write tables of the slowest kernels to `out`."""
     results = {}
     for name, side in zip(("trl", "ours"), both_trainers(case, device), strict=True):
         for _ in range(2):
@@ -38,7 +38,7 @@ def profiles(case: Case, rows: Sequence[Row], device: str, out: Path | None) -> 
 
 
 def _host_milliseconds(step: Callable[[], None], device: str) -> dict[str, float]:
-    """The time until the step's Python code returns, and the time until the device has finished."""
+    """Return the time until the step's Python code returns, and the time until the device has finished."""
     start = time.perf_counter()
     step()
     returned = time.perf_counter()
@@ -48,7 +48,7 @@ def _host_milliseconds(step: Callable[[], None], device: str) -> dict[str, float
 
 
 def _python_profile(step: Callable[[], None]) -> str:
-    """Python's time in three steps, by function."""
+    """Return Python's time in three steps, by function."""
     profiler = cProfile.Profile()
     for _ in range(3):
         profiler.runcall(step)
@@ -58,7 +58,7 @@ def _python_profile(step: Callable[[], None]) -> str:
 
 
 def _waits(step: Callable[[], None], device: str) -> dict[str, int]:
-    """How often the host waited for the device, by call site."""
+    """Count how often the host waited for the device, by call site."""
     if device != "cuda":
         return {}
     torch.cuda.set_sync_debug_mode("warn")

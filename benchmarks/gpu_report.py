@@ -30,7 +30,7 @@ Results = Mapping[str, Any]
 
 
 def print_checks(groups: Mapping[str, Mapping[str, Results]]) -> None:
-    """A table of checks for each group."""
+    """Print a table for each group of checks."""
     for group, checks in groups.items():
         table = Table(title=group, title_justify="left")
         for column in ("check", "ok", "figures"):
@@ -46,7 +46,7 @@ def _figures(check: Results) -> str:
 
 
 def print_speed(cases: Sequence[Results]) -> None:
-    """The cases that have been timed."""
+    """Print the results of the cases that have been timed so far."""
     table = Table(title="Speed: the peer's step time / ours", title_justify="left")
     for column in SPEED_COLUMNS:
         table.add_column(column, justify="right")
@@ -73,7 +73,7 @@ def _speed(case: Results) -> list[str]:
 
 
 def as_markdown(results: Results) -> str:
-    """All results so far, as a section of a page."""
+    """Return all results so far, as a section of a page."""
     about = results["about"]
     versions = ", ".join(f"{name} {number}" for name, number in about.items() if name not in ("device", "date"))
     lines = [

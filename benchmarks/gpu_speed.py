@@ -1,4 +1,4 @@
-"""Alternating timings on a device: both trainers, or, without TRL, both layouts through the scoring functions."""
+"""Time alternating steps on a device: both trainers, or, without TRL, both layouts through the scoring functions."""
 
 import gc
 import random
@@ -21,17 +21,17 @@ from hf_prefopt.data.layouts import PaddedCollator, SharedCollator
 from hf_prefopt.scoring.attention import install_segment_attention
 from hf_prefopt.scoring.forward import base_causal_lm, install_scoring
 
-# Measured throughput of large bf16 products without sparsity, which is below the data sheets' values.
+# Measured throughput of large bf16 products without sparsity. It is below the values of the data sheets.
 REACHED_FLOP_PER_SECOND = {"H100": 790e12, "H200": 790e12, "A100": 270e12}
 WARM_UP = 2
-# Prompt and response tokens.
+# Numbers of prompt and response tokens.
 LENGTHS = {"1:1": (512, 512), "4:1": (1024, 256), "10:1": (2560, 256)}
 TINY_LENGTHS = {"1:1": (16, 16), "4:1": (64, 16), "10:1": (160, 16)}
 GIB = 1024**3
 
 
 def seconds_of(step: Callable[[], Any], device: str) -> float:
-    """The time of a step: CUDA events on a GPU, the process's CPU time on a CPU."""
+    """Return the time of a step: from CUDA events on a GPU, from the process's CPU time on a CPU."""
     gc.collect()
     if device == "cpu":
         start = time.process_time()
@@ -47,7 +47,7 @@ def seconds_of(step: Callable[[], Any], device: str) -> float:
 
 
 def peak_of(step: Callable[[], Any], device: str) -> dict[str, float]:
-    """The peak of allocated and of reserved memory during a step in GiB, including the model; empty on a CPU."""
+    """Return the peaks of allocated and reserved memory during a step in GiB, including the model; empty on a CPU."""
     if device == "cpu":
         return {"allocated": 0.0, "reserved": 0.0}
     torch.cuda.empty_cache()
@@ -60,7 +60,7 @@ def peak_of(step: Callable[[], Any], device: str) -> dict[str, float]:
 
 
 def in_turns(peer: Callable[[], Any], ours: Callable[[], Any], rounds: int, device: str, flop: float) -> dict[str, Any]:
-    """Measure alternating steps of both sides; `flop` is the minimum for a step."""
+    """Measure alternating steps of both sides; `flop` is the minimal FLOP of a step."""
     for _ in range(WARM_UP if device == "cuda" else 1):
         peer(), ours()
     figures: dict[str, Any] = {"peer": peak_of(peer, device), "ours": peak_of(ours, device)}
@@ -86,17 +86,17 @@ def _mfu(flop: float, seconds: float, device: str) -> float | None:
 
 
 def least_flop(shape: str, rows: Sequence[Row]) -> float:
-    """The minimal FLOP of a LoRA step on these rows with a live reference."""
+    """Return the minimal FLOP of a LoRA step on these rows with a live reference."""
     responses = [(len(row["prompt_ids"]), len(ids)) for row in rows for ids in row["response_ids"]]
     positions = shared_positions(rows)
-    # A position of a sequence of n attends to n / 2 others on average.
+    # In a sequence of n tokens, a position attends to n / 2 others on average.
     keys = sum(len(row["prompt_ids"]) ** 2 / 2 for row in rows) + sum(r * (p + r / 2) for p, r in responses)
     return SHAPES[shape].step_flop(positions, sum(r for _, r in responses), int(keys / positions))
 
 
 @dataclass(frozen=True)
 class Case:
-    """One comparison: a shape from `SHAPES`, the lengths of rows, the dtype of frozen weights, and pairs per step."""
+    """A comparison: a shape from `SHAPES`, the lengths of the rows, the dtype of frozen weights, pairs per step."""
 
     shape: str
     lengths: str
@@ -104,14 +104,14 @@ class Case:
     pairs: int
 
     def rows(self, tiny: bool = False) -> Sequence[Row]:
-        """The rows of a step, with random tokens."""
+        """Return the rows of a step, with random tokens."""
         vocabulary = SHAPES[self.shape].vocab
         if self.lengths == "chat":
             return chat_lengths(vocabulary, self.pairs)
         return synthetic(vocabulary, self.pairs, *(TINY_LENGTHS if tiny else LENGTHS)[self.lengths])[0]
 
     def names(self) -> dict[str, Any]:
-        """Its identification in tables and files."""
+        """The columns that identify the case in tables and files."""
         return {
             "shape": self.shape,
             "lengths": self.lengths,
@@ -121,7 +121,7 @@ class Case:
 
 
 def chat_lengths(vocabulary: int, pairs: int) -> list[Row]:
-    """A random batch with the lengths of the chat pairs, in words and punctuation marks, and random tokens."""
+    """Return a random batch with random tokens and the lengths of the chat pairs, in words and punctuation marks."""
     rng = random.Random(0)
     texts = rng.sample(read_rows("benchmarks/data/chat_pairs.jsonl.gz"), pairs)
 
@@ -136,7 +136,7 @@ def chat_lengths(vocabulary: int, pairs: int) -> list[Row]:
 
 
 def layouts_in_turns(case: Case, rows: Sequence[Row], rounds: int, device: str) -> dict[str, Any]:
-    """ "padded" (the peer) against "shared", one model, through the scoring functions, with AdamW on the adapter."""
+    """Compare "padded" (the peer) with "shared" on one model through the scoring functions, with an adapter."""
     from benchmarks.sides import lora
 
     model = get_peft_model(random_model(case.shape, device, case.weights), lora()).train()
@@ -163,7 +163,7 @@ def layouts_in_turns(case: Case, rows: Sequence[Row], rounds: int, device: str) 
 def trainers_in_turns(
     case: Case, rows: Sequence[Row], rounds: int, device: str, adapt: Callable[[nn.Module], Any] = lambda model: None
 ) -> dict[str, Any]:
-    """TRL's trainer against `PreferenceTrainer`, with equal settings and separate models.
+    """Compare TRL's trainer with `PreferenceTrainer`, with equal settings and separate models.
 
     Args:
         adapt: a function that modifies the model of each side before timing.
@@ -181,12 +181,12 @@ def trainers_in_turns(
 
 
 def both_trainers(case: Case, device: str) -> tuple[Any, Any]:
-    """TRL's trainer and ours on random weights of a shape, which they share, with equal nonzero adapters."""
+    """Return TRL's trainer and ours on shared random weights of a shape, with equal nonzero adapters."""
     from unittest.mock import patch
 
     from benchmarks import sides
 
-    source = f"random:vocab={SHAPES[case.shape].vocab}"  # names the tokenizer; the weights are those of the shape
+    source = f"random:vocab={SHAPES[case.shape].vocab}"  # only for the tokenizer
     with patch.object(sides, "load_model", lambda _: random_model(case.shape, device, case.weights)):
         options = {"bf16": device == "cuda", "use_cpu": device == "cpu"}
         peer, ours = sides.trl_side(source, **options), sides.our_side(source, **options)
@@ -196,7 +196,7 @@ def both_trainers(case: Case, device: str) -> tuple[Any, Any]:
 
 
 def _share_frozen(first: nn.Module, second: nn.Module) -> None:
-    """Make two models share their equal frozen weights, so that peak memory includes them once."""
+    """Make two models share their equal frozen weights, so that the peak memory includes these weights only once."""
     frozen = {name: p for name, p in first.named_parameters() if not p.requires_grad}
     for name, parameter in second.named_parameters():
         if name in frozen:

@@ -1,7 +1,8 @@
-"""The growth of time and memory with the tokens, the responses per prompt, the vocabulary, and the data set.
+"""Measure how time and memory grow with the tokens, the responses per prompt, the vocabulary, and the data set.
 
-Each point runs in a separate process (see `benchmarks.memory`), only with our trainer, because the claim is linear or
-constant growth, not a ratio. The vocabulary is varied for a model of four layers, in which the head dominates the step.
+Each point runs in a separate process (see `benchmarks.memory`). Only our trainer is measured, because the claim is
+linear or constant growth, not a ratio. The vocabulary is varied for a model of four layers, in which the head dominates
+the step.
 """
 
 import json
@@ -28,32 +29,32 @@ def _scored(rows: list[Row]) -> int:
 
 
 def by_tokens(source: str, pairs: tuple[int, ...] = (1, 2, 4, 8)) -> dict[str, Mapping[str, float]]:
-    """T: a growing number of pairs of 96 + 2 · 128 tokens in a step."""
+    """Increase T, the number of tokens: a growing number of pairs of 96 + 2 · 128 tokens in a step."""
     vocabulary = vocabulary_of(source)
     return {f"{n} pairs": _point(source, synthetic(vocabulary, n, 96, 128)[0]) for n in pairs}
 
 
 def by_responses(source: str, counts: tuple[int, ...] = (2, 4, 8)) -> dict[str, Mapping[str, float]]:
-    """K: one prompt of 512 tokens with a growing number of responses of 64 tokens."""
+    """Increase K, the number of responses: one prompt of 512 tokens with a growing number of responses of 64 tokens."""
     vocabulary = vocabulary_of(source)
     return {f"K = {k}": _point(source, synthetic(vocabulary, 1, 512, 64, responses=k)[0]) for k in counts}
 
 
 def by_pairs_at_fixed_tokens(source: str, counts: tuple[int, ...] = (2, 4, 8)) -> dict[str, Mapping[str, float]]:
-    """A growing number of shorter pairs, with 1,536 tokens in each step."""
+    """Increase the number of pairs while they become shorter, with 1,536 tokens in each step."""
     vocabulary = vocabulary_of(source)
     rows = {n: synthetic(vocabulary, n, 512 // n, 512 // n)[0] for n in counts}
     return {f"{n} pairs": _point(source, rows[n]) for n in counts}
 
 
 def by_vocabulary(sizes: tuple[int, ...] = (16_384, 49_152, 147_456)) -> dict[str, Mapping[str, float]]:
-    """V: four layers and a growing head, eight pairs."""
+    """Increase V, the size of the vocabulary: four layers and a growing head, eight pairs."""
     rows = synthetic(16_000, 8, 64, 96)[0]
     return {f"V = {size:,}": _point(f"{_FOUR_LAYERS},vocab={size}", rows) for size in sizes}
 
 
 def by_data_set(sizes: tuple[int, ...] = (1_000, 10_000, 100_000)) -> dict[str, Mapping[str, float]]:
-    """A growing number of rows in a prepared data set, with one training step: the peak of `trainer.train()`."""
+    """Increase the number of rows of a prepared data set, take one step, and measure the peak of `trainer.train()`."""
     return {f"{size:,} rows": _train_one_step(size) for size in sizes}
 
 
@@ -76,7 +77,7 @@ GROWTH: dict[str, Any] = {
 
 
 def _main(size: int) -> None:
-    """One step of `trainer.train()` on a data set of `size` rows on disk; prints the peak."""
+    """Take one step of `trainer.train()` on a data set of `size` rows on disk, and print the peak."""
     import tempfile
     import time
 
@@ -89,7 +90,7 @@ def _main(size: int) -> None:
     torch.set_num_threads(1)
     source = "random:layers=2,hidden=64,mlp=128,heads=4,key_heads=2,vocab=1000"
     with tempfile.TemporaryDirectory() as folder:
-        # Written with a generator and memory-mapped, like a data set from the Hub.
+        # The rows are written with a generator and memory-mapped, like those of a data set from the Hub.
         row = synthetic(1000, 1, 96, 128)[0][0]
         rows = Dataset.from_generator(
             lambda: ({**row, "row": number} for number in range(size)), cache_dir=folder, writer_batch_size=500

@@ -1,9 +1,9 @@
-"""The number of passes of the log-prob head over its logits on a GPU: ours, TRL's, and ours in the way of the CPU.
+"""Count how often the log-prob head moves its logits on a GPU: our head for GPUs, TRL's head, and our head for CPUs.
 
     python -m benchmarks.head_passes
 
-The passes are counted on fake tensors, as in `benchmarks.roofline`. Ours is `scoring/fused_head.py`. On a CPU, and for
-models with a soft-cap, the logits are overwritten in place instead, which takes more passes.
+The passes are counted on fake tensors, as in `benchmarks.roofline`. Our head for GPUs is `scoring/fused_head.py`. On a
+CPU, and for models with a soft-cap, the logits are overwritten in place instead, which takes more passes.
 """
 
 from benchmarks.roofline.fake_device import fake_gpu, load_device
@@ -27,13 +27,13 @@ from hf_prefopt.scoring import head
 from hf_prefopt.scoring.fused_head import chunk_rows
 from hf_prefopt.scoring.head import FrozenHeadLogps, LogitTransform, TrainedHeadLogps, linear_head_logps
 
-# Qwen3-4B's head, and the scored tokens of 8 pairs with responses of 256 tokens.
+# The size of Qwen3-4B's head, and the scored tokens of 8 pairs with responses of 256 tokens.
 VOCABULARY, HIDDEN, TOKENS = 151_936, 2560, 4096
 TRL_TILE = 32_768
 
 
 def heads() -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
-    """The heads that are compared, by name."""
+    """Return the heads that are compared, keyed by name."""
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
     def in_place(h: Tensor, w: Tensor, t: Tensor) -> Tensor:
@@ -42,7 +42,7 @@ def heads() -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
             return way.apply(h, w, None, t, LogitTransform(), (), 2048)[0]
 
     rows = chunk_rows(VOCABULARY)
-    statistics = ("entropy", "mean_logits", "is_top1")  # TRL computes these in every step
+    statistics = ("entropy", "mean_logits", "is_top1")  # TRL computes these statistics in every step
     return {
         f"ours, {rows} rows": lambda h, w, t: linear_head_logps(h, w, None, t, chunk_rows=rows)[0],
         "ours, 2048 rows": lambda h, w, t: linear_head_logps(h, w, None, t, chunk_rows=2048)[0],
@@ -52,7 +52,7 @@ def heads() -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
 
 
 def counted(scored: Callable[[Tensor, Tensor, Tensor], Tensor], with_gradient: bool) -> tuple[list[Work], int]:
-    """The work of a head's forward pass, and of its backward pass if there is one; the bytes in use."""
+    """Return the work of a head's forward pass, and of its backward pass if there is one, and the bytes in use."""
     counting = Counting({VOCABULARY, VOCABULARY % TRL_TILE, TRL_TILE}, None)
     with fake_gpu(), cuda_kernels(counting), counting, torch.set_grad_enabled(with_gradient):
         device = {"device": "cuda", "dtype": torch.bfloat16}

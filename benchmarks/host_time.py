@@ -1,4 +1,4 @@
-"""Python's time for a micro-batch on a CPU, without the model's own forward and backward passes.
+"""Measure Python's time for a micro-batch on a CPU, without the model's own forward and backward passes.
 
     python -m benchmarks.host_time --profile
 
@@ -24,14 +24,14 @@ from benchmarks.sides import Side, our_side, perturb_adapters, trl_side
 from benchmarks.work import synthetic
 
 MODEL = "random:hidden=64,mlp=128,layers=24,heads=4,key_heads=2,vocab=512"
-# The model's own work, and work that a step does once for any number of micro-batches.
+# The model's own work, and work that a step does only once for all micro-batches.
 MODEL_PARTS = ("policy forward", "reference forward", "backward")
 STEP_PARTS = ("collating, counting", "clipping", "optimizer", "zero_grad")
 HOST = "micro-batch: all else"
 
 
 class Clock:
-    """CPU seconds of each part; an optional profiler runs only outside the model's own parts."""
+    """A clock that adds up CPU seconds by part; an optional profiler runs only outside the model's own parts."""
 
     def __init__(self, profiler: cProfile.Profile | None = None):
         self.seconds: Counter = Counter()
@@ -39,7 +39,7 @@ class Clock:
 
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:
-        """Add the time of the context to a part."""
+        """Add the time spent inside the context to a part."""
         pauses = self._profiler if part in MODEL_PARTS else None
         if pauses:
             pauses.disable()
@@ -52,7 +52,7 @@ class Clock:
                 pauses.enable()
 
     def around(self, function: Callable, part: Callable[[], str] | str) -> Callable:
-        """The function, timed."""
+        """Return a function that runs `function` and adds its time to a part."""
 
         def timed(*args: Any, **kwargs: Any) -> Any:
             with self.timed(part if isinstance(part, str) else part()):
@@ -66,7 +66,7 @@ def _whose() -> str:
 
 
 def _freeing(backward: Callable) -> Callable:
-    """The backward pass, including the time to free the graph."""
+    """Run the backward pass, including the time to free the graph."""
 
     def freeing(loss: torch.Tensor, **options: Any) -> None:
         backward(loss, **options)
@@ -76,7 +76,7 @@ def _freeing(backward: Callable) -> Callable:
 
 
 def step(side: Side, rows: list, clock: Clock) -> None:
-    """One step of one micro-batch, its parts timed."""
+    """Take a step of one micro-batch and time its parts."""
     with ExitStack() as stack:
         stack.enter_context(patch.object(side.model, "forward", clock.around(side.model.forward, _whose)))
         for owner, name, part in (
@@ -96,7 +96,7 @@ def step(side: Side, rows: list, clock: Clock) -> None:
 
 
 def host_milliseconds(side: Side, rows: list, steps: int) -> dict[str, float]:
-    """The minimal CPU milliseconds of each part over some steps, because other processes only add time."""
+    """Return the minimal CPU milliseconds of each part over some steps. Other processes can only add to the time."""
     found: dict[str, list[float]] = {part: [] for part in (*MODEL_PARTS, *STEP_PARTS, HOST)}
     for _ in range(steps):
         step(side, rows, clock := Clock())
@@ -106,7 +106,7 @@ def host_milliseconds(side: Side, rows: list, steps: int) -> dict[str, float]:
 
 
 def profile(side: Side, rows: list, steps: int) -> cProfile.Profile:
-    """The time of Python functions outside the model's own forward and backward passes."""
+    """Return the time of Python functions outside the model's own forward and backward passes."""
     profiler = cProfile.Profile()
     clock = Clock(profiler)
     for _ in range(steps):
@@ -117,7 +117,7 @@ def profile(side: Side, rows: list, steps: int) -> cProfile.Profile:
 
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:
-    """Print the table, and with `--profile` the functions."""
+    """Print the table and, with `--profile`, the functions."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--side", default="ours", choices=("ours", "trl"))
     parser.add_argument("--steps", type=int, default=30)

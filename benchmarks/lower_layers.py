@@ -1,10 +1,14 @@
-"""What adapters on the upper half of the layers save: counted for a GPU, or measured on this machine's CPU.
+"""Measure what adapters on the upper half of the layers save: counted for a GPU, or timed on the CPU of this machine.
 
-Three steps of ours on the same rows: adapters on all layers; on the upper half, where all layers run twice, for policy
-and reference; on the upper half, where the lower half runs once for both. For a GPU they are counted as
-`benchmarks.roofline` counts, from two and four layers. On the CPU, TRL's trainer with adapters on all layers is the
-fourth. There the last two must have equal losses and gradients, bit for bit, the first one TRL's, and the four are
-timed in turns, by the CPU time of one thread. The default model and rows of `--measure` take some two minutes.
+Our trainer takes steps on the same rows in three variants: with adapters on all layers; with adapters on the upper
+half, where all layers run twice, for policy and reference; and with adapters on the upper half, where the lower half
+runs once for both. For a GPU, the steps are counted as in `benchmarks.roofline`, and extrapolated from two and four
+layers.
+
+On the CPU, the fourth variant is TRL's trainer with adapters on all layers. Before timing, the script checks that the
+second and third variants have equal losses and gradients, bit for bit, and that the first variant agrees with TRL. Then
+the variants take alternating steps, measured in CPU time of one thread. With the default model and rows, `--measure`
+takes about two minutes.
 
     python -m benchmarks.lower_layers --model llama-8b --case 4:1
     python -m benchmarks.lower_layers --measure
@@ -21,14 +25,14 @@ from unittest.mock import patch
 
 COLUMNS = ("TFLOP", "GB moved", "launches", "peak GiB", "estimated ms")
 TRL = "TRL, all layers"
-# Prompt and response tokens, and the model, of `--measure`: SmolLM2-135M's width, and fewer layers and tokens.
+# Numbers of prompt and response tokens, and the model, of `--measure`: as wide as SmolLM2-135M, with fewer layers.
 LENGTHS, SMALL = (256, 64), "random:layers=12,vocab=8192"
 ALL, TWICE, ONCE = "all layers", "upper half, all layers run twice", "upper half, the lower half runs once"
 
 
 def count(models: list[str], cases: list[str], pairs: int) -> None:
-    """Print a table of what a step of each model asks of a GPU."""
-    import benchmarks.roofline.__main__ as roofline  # readies the fake device
+    """Print a table of the counted work of a step of each model on a GPU."""
+    import benchmarks.roofline.__main__ as roofline  # must run before torch is imported
     from benchmarks.roofline.models import config_of
     from benchmarks.roofline.stepping import Case, counted_step
     from benchmarks.roofline.table import figures, with_more_layers
@@ -52,7 +56,7 @@ def count(models: list[str], cases: list[str], pairs: int) -> None:
 
 
 def measure(source: str, pairs: int, rounds: int) -> None:
-    """Print the ratios of the times of a step, round by round, and their medians."""
+    """Print the ratios of the step times, round by round, and their medians."""
     import torch
 
     from benchmarks import sides
@@ -79,7 +83,7 @@ def measure(source: str, pairs: int, rounds: int) -> None:
 
 
 def _our_side(source: str, name: str) -> Any:
-    """Our trainer with the adapters of a row of the table, its layout and lower layers settled."""
+    """Return our trainer with the adapters of a variant, after it has chosen its layout and lower layers."""
     from benchmarks import sides
 
     depth = sides.load_model(source).config.num_hidden_layers
@@ -106,7 +110,7 @@ def _assert_same_bits(one: Any, other: Any, rows: Sequence[Any]) -> None:
 
 
 def main() -> None:
-    """Count, or with `--measure` time."""
+    """Count the work or, with `--measure`, time the steps."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", default=["llama-8b"], help="shapes of benchmarks.roofline")
     parser.add_argument("--case", nargs="+", default=["4:1"], help="lengths of benchmarks.roofline")

@@ -1,4 +1,4 @@
-"""The peak memory of one side on one batch, measured in a separate process.
+"""Measure the peak memory of one side on one batch, in a separate process.
 
 The parent writes the task as JSON to the child's standard input. The child loads one trainer, takes steps, and prints
 its peak resident memory: `VmHWM` on Linux, which starts at zero in a child process, and `ru_maxrss` elsewhere.
@@ -51,7 +51,7 @@ def in_own_process(
 
 
 def peak_resident() -> float:
-    """The peak resident memory of this process in GiB."""
+    """Return the peak resident memory of this process in GiB."""
     status = Path("/proc/self/status")
     if status.exists():
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))

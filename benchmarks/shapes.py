@@ -1,4 +1,4 @@
-"""Model shapes for the GPU benchmark, with random weights, because the results do not depend on the weights' values."""
+"""Model shapes for the GPU benchmark. Their weights are random, because the results do not depend on the values."""
 
 from dataclasses import dataclass
 
@@ -21,16 +21,17 @@ class Shape:
 
     @property
     def body(self) -> int:
-        """Parameters of the linear layers, without embeddings and head."""
+        """The number of parameters of the linear layers, without embeddings and head."""
         size = self.head_size or self.hidden // self.heads
         attention = self.hidden * size * (2 * self.heads + 2 * self.key_heads)
         return self.layers * (attention + 3 * self.hidden * self.mlp)
 
     def step_flop(self, positions: int, scored: int, context: int) -> float:
-        """Minimal FLOP of a LoRA step that computes these positions: policy, reference and activation gradients.
+        """Return the minimal FLOP of a LoRA step with these positions: policy, reference and activation gradients.
 
         Args:
-            positions: computed positions. scored: positions that reach the head. context: mean keys of a query.
+            positions: number of computed positions. scored: number of positions that reach the head.
+            context: mean number of keys of a query.
         """
         size = self.head_size or self.hidden // self.heads
         # Scores and values: 2 products forward and 4 backward for the policy, 2 forward for the reference.
@@ -48,7 +49,7 @@ SHAPES = {
 
 
 def random_model(name: str, device: str, dtype: torch.dtype, attention: str = "sdpa") -> PreTrainedModel:
-    """A model of a shape, with weights initialized on the device."""
+    """Return a model of a shape, with random weights initialized on the device."""
     shape = SHAPES[name]
     sizes = {
         "hidden_size": shape.hidden,

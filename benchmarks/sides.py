@@ -1,4 +1,4 @@
-"""The two trainers under test, ready to step: TRL's `DPOTrainer` and this project's `PreferenceTrainer`.
+"""The two trainers of the benchmark, ready to step: TRL's `DPOTrainer` and this project's `PreferenceTrainer`.
 
 Both get the same weights, the same LoRA adapter and equal settings. A step uses each trainer's own collator,
 `get_batch_samples`, `training_step`, clipping and optimizer, without omissions.
@@ -29,7 +29,7 @@ _SHAPE = {"hidden": 576, "mlp": 1536, "layers": 30, "heads": 9, "key_heads": 3, 
 
 
 def load_model(source: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A model from a folder, or, with "random:layers=4,vocab=1000", a random model of SmolLM2's shape with changes."""
+    """Load a model from a folder, or build a random model with SmolLM2's shape: "random:layers=4,vocab=1000"."""
     if not source.startswith("random:"):
         return AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
     changes = dict(item.split("=") for item in source.removeprefix("random:").split(",") if item)
@@ -55,7 +55,7 @@ def load_model(source: str, dtype: torch.dtype = torch.float32) -> PreTrainedMod
 
 
 def vocabulary_of(source: str) -> int:
-    """The number of token ids of the model at `source`."""
+    """Return the number of token ids of the model at `source`."""
     if source.startswith("random:"):
         sizes = dict(item.split("=") for item in source.removeprefix("random:").split(",") if item)
         return int(sizes.get("vocab", _SHAPE["vocab"]))
@@ -63,7 +63,7 @@ def vocabulary_of(source: str) -> int:
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
-    """The tokenizer in the model's folder; for a random model, a tokenizer that knows three words."""
+    """Load the tokenizer in the model's folder; for a random model, return a tokenizer that knows three words."""
     if not source.startswith("random:"):
         return PreTrainedTokenizerFast.from_pretrained(source)
     from tokenizers import Tokenizer, models
@@ -73,7 +73,7 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
 
 
 def lora(layers: Sequence[int] | None = None) -> LoraConfig:
-    """Rank 16 on all linear modules, or on those of some decoder layers; no dropout."""
+    """Return the LoRA configuration: rank 16 on all linear modules, or on those of some decoder layers; no dropout."""
     target = "all-linear"
     if layers is not None:
         target = rf".*\.layers\.({'|'.join(map(str, layers))})\..*_proj"
@@ -104,8 +104,7 @@ class Side:
         return cls(name, trainer, model, optimizer)
 
     def backward(self, rows: Sequence[Row]) -> Tensor:
-        """Collate the rows, run the trainer's forward and backward passes, and return the loss without waiting for
-        it."""
+        """Collate the rows, run forward and backward passes, and return the loss without waiting for its value."""
         features = as_pairs(rows) if self.name == "trl" else list(rows)
         trainer = self.trainer
         device = trainer.accelerator.device
@@ -121,18 +120,18 @@ class Side:
         return loss
 
     def gradients(self) -> dict[str, Tensor]:
-        """The current gradients, keyed by parameter."""
+        """Return the current gradients, keyed by parameter."""
         return {name: p.grad.detach().clone() for name, p in self.model.named_parameters() if p.grad is not None}
 
     def positions(self, rows: Sequence[Row]) -> int:
-        """The positions that this side computes for these rows."""
+        """Return the number of positions that this side computes for these rows."""
         if self.name == "trl":
             return padded_positions(as_groups_of_pairs(rows))
         return padded_positions(rows) if self.trainer.layout == "padded" else shared_positions(rows)
 
 
 class _Collated:
-    """The single batch of a step, collated on demand, after our trainer has chosen its layout."""
+    """The single batch of a step. It is collated when it is needed, after our trainer has chosen its layout."""
 
     def __init__(self, trainer: Trainer, features: list[Row]):
         self.trainer, self.features = trainer, features
@@ -142,7 +141,7 @@ class _Collated:
 
 
 def settings(bf16: bool = False, on_gpu: bool = False) -> dict[str, Any]:
-    """The arguments of both trainers: no checkpointing, no saving, no reporting."""
+    """Return the arguments of both trainers: no checkpointing, no saving, no reporting."""
     return {
         "output_dir": tempfile.gettempdir(),
         "per_device_train_batch_size": 8,
@@ -160,7 +159,7 @@ def settings(bf16: bool = False, on_gpu: bool = False) -> dict[str, Any]:
 
 
 def trl_side(source: str, **changes: Any) -> Side:
-    """TRL's trainer, with its defaults except for `settings`."""
+    """Return TRL's trainer, with its defaults except for `settings`."""
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
@@ -178,7 +177,7 @@ def trl_side(source: str, **changes: Any) -> Side:
 
 
 def our_side(source: str, **changes: Any) -> Side:
-    """`PreferenceTrainer`, with its defaults except for `settings`."""
+    """Return `PreferenceTrainer`, with its defaults except for `settings`."""
     from hf_prefopt import PreferenceConfig, PreferenceTrainer
 
     arguments = PreferenceConfig(**(settings() | {"max_length": None} | changes))

@@ -1,7 +1,7 @@
-"""Trains every registered loss for a few steps on one batch of real preferences, and prints the loss before and after.
+"""Train every registered loss for a few steps on one batch of real preferences, and print the loss before and after.
 
 The loss must fall. A fall shows that a loss, the data of its file in `recipes/configs/`, and its gradient fit together.
-The model consists of the first layers of the real model, with its whole vocabulary.
+The model consists of the first layers of SmolLM2-135M-Instruct, with its whole vocabulary.
 
     python -m benchmarks.sweep --write benchmarks/SWEEP.md
 """
@@ -39,7 +39,7 @@ class Run:
     last: float
 
     def cells(self) -> list[str]:
-        """The row of the table."""
+        """Return the row of the table."""
         return [self.loss, self.kind, *(f"{figure:.4g}" for figure in (self.first, self.last))]
 
 
@@ -73,7 +73,7 @@ def run(loss: str, layers: int, steps: int, examples: int) -> Run:
 
 
 def as_markdown(runs: list[Run], arguments: argparse.Namespace) -> str:
-    """The table, with a description of the machine."""
+    """Return the table, with a description of the machine."""
     where = ", ".join(f"{name} {value}" for name, value in machine().items())
     head = (
         "# Every loss, before and after a few steps\n\n"
@@ -100,7 +100,7 @@ def main() -> None:
     arguments = parser.parse_args()
     disable_progress_bar()
     transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()  # do not warn about the missing layers
+    transformers_logging.set_verbosity_error()  # no warnings about the missing layers
 
     runs = []
     console = Console()

@@ -1,4 +1,6 @@
-"""Settings of every test run: one thread, which is fastest for models this small and the same on any machine."""
+"""Settings of every test run: one thread, which is fastest for such small models and
+gives the same results everywhere.
+"""
 
 import os
 from collections.abc import Iterator
@@ -14,10 +16,10 @@ torch.set_num_threads(1)
 
 @pytest.fixture(autouse=True)
 def fresh_process_state() -> Iterator[None]:
-    """What a test leaves behind in the process does not reach the next one.
+    """Reset state of the process that one test could leave to the next.
 
-    accelerate keeps devices, engines and what the last data loader left over in shared states; TrainingArguments sets
-    environment variables; models and shuffles draw from global random numbers.
+    accelerate keeps devices, engines and the state of the last data loader in shared objects; TrainingArguments sets
+    environment variables; models and samplers use global random numbers.
     """
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()

@@ -1,4 +1,4 @@
-"""A stand-in for the Hub on this machine: it takes what `huggingface_hub` pushes, and answers as the Hub would."""
+"""A local stand-in for the Hub: it accepts what `huggingface_hub` pushes, and answers like the Hub."""
 
 import base64
 import hashlib
@@ -14,8 +14,12 @@ COMMIT = "0" * 40
 
 
 class Hub(ThreadingHTTPServer):
-    """Attributes: `address`, for `HF_ENDPOINT`; `created`, the repositories; `private`, those of them that are;
-    `contents`, for each repository the newest content by name."""
+    """The state of the stand-in.
+
+    Attributes:
+        address: the URL for `HF_ENDPOINT`. created: the repositories. private: the private ones among them.
+        contents: the newest files of each repository, keyed by name.
+    """
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), _Request)
@@ -26,11 +30,11 @@ class Hub(ThreadingHTTPServer):
 
     @property
     def files(self) -> dict[str, bytes]:
-        """The files of `REPOSITORY`."""
+        """Return the files of `REPOSITORY`."""
         return self.contents.setdefault(REPOSITORY, {})
 
     def answer(self, path: str, body: bytes) -> dict | list:
-        """The answer to a request, after doing what it asks for."""
+        """Do what a request asks for, and return the answer."""
         if path == "/api/repos/create":
             return self._create(json.loads(body))
         found = re.match(r"/api/models/([\w.-]+/[\w.-]+)/(\w+)", path)
@@ -52,7 +56,7 @@ class Hub(ThreadingHTTPServer):
         return {}
 
     def file(self, path: str) -> bytes | None:
-        """What is downloaded from an address; `None` if there is no such file."""
+        """Return the file at an address; `None` if there is no such file."""
         found = re.fullmatch(r"/([\w.-]+/[\w.-]+)/resolve/\w+/(.*)", path)
         return self.contents.get(found[1], {}).get(found[2]) if found else None
 
@@ -111,12 +115,12 @@ class _Request(BaseHTTPRequestHandler):
             self.wfile.write(answer)
 
     def log_message(self, *_) -> None:
-        """Nothing: the tests look at what arrived."""
+        """Log nothing: the tests check only the files."""
 
 
 @contextmanager
 def hub() -> Iterator[Hub]:
-    """A hub that answers as long as the context lasts."""
+    """Return a context in which a hub answers requests."""
     server = Hub()
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:

@@ -1,4 +1,4 @@
-"""Adapters that arrive trained, as a folder or put on by transformers; and policies of which nothing trains."""
+"""Trained adapters, from a folder or added by transformers, and policies without trainable weights."""
 
 import json
 import math
@@ -39,7 +39,7 @@ def base(tmp_path):
 
 @pytest.fixture
 def sft(base, tmp_path):
-    """The folder of a trained LoRA adapter on the base."""
+    """Create the folder of a trained LoRA adapter on the base model."""
     folder = tmp_path / "sft"
     perturbed(get_peft_model(plain(base), lora()), scale=0.05, seed=5).save_pretrained(folder)
     return folder
@@ -61,7 +61,7 @@ def loaded_by_transformers_to_train(base, sft):
 
 @pytest.mark.parametrize("make", [by_folder, loaded_by_peft, loaded_by_transformers_to_train])
 def test_an_sft_adapter_goes_on_training(make, base, sft, tmp_path):
-    """The policy and the reference are the SFT model, in the first step and after: log 2, then away from it."""
+    """Policy and reference start as the SFT model: the first loss is log 2, and later losses differ."""
     rows = random_rows(4, longest=10)
     expected = mean_chosen_logp(PeftModel.from_pretrained(plain(base), sft), rows)
     assert abs(expected - mean_chosen_logp(plain(base), rows)) > 0.1
@@ -116,7 +116,7 @@ def test_a_folder_of_a_soft_prompt_is_refused_with_advice_that_works(base, tmp_p
 
 
 def test_a_folder_under_model_init_kwargs(sft):
-    """The dtype is the base's; adapters train in float32 above bf16."""
+    """The dtype is that of the base model; adapters train in float32 if the base is bf16."""
     model = load_model(str(sft), {"dtype": "bfloat16"})
     dtypes = {("lora_" in name, p.dtype) for name, p in model.named_parameters()}
     assert dtypes == {(True, torch.float32), (False, torch.bfloat16)}
@@ -134,7 +134,7 @@ def test_a_folder_on_a_quantized_base(tmp_path):
 
 
 def test_the_tokenizer_of_an_adapter_is_its_own_or_the_bases(base, sft):
-    """A chat template that came with SFT is the adapter's."""
+    """If the adapter has its own chat template, it is used."""
     model = load_model(str(sft), None)
     assert load_processing_class(model, None, str(sft)).name_or_path == str(base)
     tokenizer = tiny_tokenizer()
@@ -189,7 +189,7 @@ def with_a_module_to_save(base, sft):
     ],
 )
 def test_a_second_adapter_beside_the_first_is_refused(make, base, sft, tmp_path):
-    """`get_peft_model` would throw the first away, or leave it frozen in the base."""
+    """Without the error, `get_peft_model` would discard the first adapter, or leave it frozen in the base model."""
     args, data = make_config(tmp_path / "run"), {"train_dataset": pairs(4), "processing_class": tiny_tokenizer()}
     with pytest.raises(ValueError, match=r"so peft_config cannot be applied: remove peft_config .*merge_and_unload"):
         PreferenceTrainer(make(base, sft), args=args, peft_config=lora(), **data)
@@ -215,7 +215,7 @@ def deleted_by_transformers(base, sft):
 
 @pytest.mark.parametrize("make", [merged, unloaded, merged_from_a_folder, deleted_by_transformers])
 def test_a_model_whose_adapter_is_gone_takes_another(make, base, sft, tmp_path):
-    """What the refusal advises works: the merged model is the reference under the new adapter."""
+    """The fix in the error works: the merged model is the reference below the new adapter."""
     model = make(base, sft)
     expected = mean_chosen_logp(model, random_rows(4, longest=10))
     trainer = make_trainer(tmp_path / "run", model, peft_config=lora(), **DATA)
@@ -226,7 +226,9 @@ def test_a_model_whose_adapter_is_gone_takes_another(make, base, sft, tmp_path):
 
 
 def test_an_adapter_folder_as_ref_model(base, sft, tmp_path):
-    """DPO of a fresh adapter on the base against the SFT adapter: rewards are β times the difference of two models."""
+    """DPO of a new adapter on the base, against the SFT adapter: rewards are β times
+    the difference of the two models.
+    """
     rows = random_rows(4, longest=10)
     reference = mean_chosen_logp(PeftModel.from_pretrained(plain(base), sft), rows)
     trainer = make_trainer(tmp_path / "run", with_lora(plain(base)), ref_model=str(sft), **DATA)
@@ -282,7 +284,7 @@ def test_a_policy_of_which_nothing_trains_is_refused(make, cure, settings, base,
 
 
 def test_a_frozen_policy_can_be_evaluated(base, sft, tmp_path):
-    """Without training data nothing is meant to train."""
+    """Without training data, no weight needs to be trainable."""
     trainer = make_trainer(tmp_path / "run", loaded_without_is_trainable(base, sft), train_dataset=None)
     expected = mean_chosen_logp(loaded_without_is_trainable(base, sft), random_rows(4, longest=10))
     assert trainer.evaluate(pairs(4))["eval_logps/chosen"] == pytest.approx(expected, abs=1e-4)
@@ -290,14 +292,16 @@ def test_a_frozen_policy_can_be_evaluated(base, sft, tmp_path):
 
 @pytest.mark.parametrize("make", [lambda model: model, lambda model: model.get_base_model()])
 def test_a_reference_that_shares_what_trains_is_refused(make, tmp_path):
-    """The base beneath an adapter holds the adapter's layers, so freezing it as reference would freeze the policy."""
+    """The base model below an adapter contains the adapter's layers, so freezing it
+    as the reference would freeze the policy.
+    """
     model = with_lora(tiny_model())
     with pytest.raises(ValueError, match=r"ref_model is the policy itself or shares .*training would change"):
         make_trainer(tmp_path, model, ref_model=make(model))
 
 
 def test_the_base_beside_peft_config_is_no_reference(tmp_path):
-    """The same object, which gets the adapter's layers."""
+    """It is the same object, which gets the adapter's layers."""
     base = tiny_model()
     with pytest.raises(ValueError, match=r"shares .* trainable parameters"):
         make_trainer(tmp_path, base, ref_model=base, peft_config=lora())
@@ -324,7 +328,7 @@ def over_what_is_frozen(model):
 
 
 def over_all_but_one_that_was_replaced(model):
-    """As after `resize_token_embeddings`."""
+    """Return an optimizer over all parameters except one that was replaced, as `resize_token_embeddings` does."""
     embedding = model.get_input_embeddings().weight
     others = [p for p in model.parameters() if p is not embedding]
     return AdamW([*others, torch.nn.Parameter(embedding.detach().clone())])
@@ -358,7 +362,7 @@ def over_one_layer(model):
     [(over_everything, tiny_model), (over_everything, lambda: with_lora(tiny_model())), (over_one_layer, tiny_model)],
 )
 def test_an_optimizer_of_the_policy_trains_what_it_holds(optimizer_of, model, tmp_path):
-    """All, all with the frozen ones beside, or a part on purpose."""
+    """The optimizer has all parameters, also frozen ones, or intentionally a part of them."""
     trainer = trainer_with(optimizer_of, tmp_path, model())
     before, held = weights(trainer.model), {id(p) for g in trainer.optimizer.param_groups for p in g["params"]}
     trainer.train()
@@ -369,7 +373,9 @@ def test_an_optimizer_of_the_policy_trains_what_it_holds(optimizer_of, model, tm
 
 @pytest.mark.parametrize(("name", "other"), [("default", None), ("dpo", None), ("default", "sft"), ("dpo", "default")])
 def test_the_best_adapter_is_loaded_at_the_end_whatever_its_name(name, other, tmp_path):
-    """The evaluation after training has the loss of the best one, also with another adapter that does not train."""
+    """The evaluation after training has the loss of the best checkpoint, even with
+    another adapter that does not train.
+    """
     model = get_peft_model(tiny_model(), lora(), adapter_name=name)
     if other:
         model.add_adapter(other, lora())

@@ -1,4 +1,4 @@
-"""bitsandbytes as people use it: optimizers of 8 bits and paged ones, and weights of 4 bits in every variant."""
+"""bitsandbytes in common uses: 8-bit and paged optimizers, and all variants of 4-bit weights."""
 
 import math
 from types import SimpleNamespace
@@ -22,7 +22,9 @@ RUN = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "learning_rate
 
 @pytest.mark.parametrize("optim", ["adamw_bnb_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "lion_8bit"])
 def test_a_run_with_an_optimizer_of_theirs_is_resumed_bit_for_bit(optim, tmp_path):
-    """The state of the optimizer, in blocks of 8 bits, comes back from a checkpoint. It has moved the weights, too."""
+    """The state of the optimizer, in blocks of 8 bits, is restored from a
+    checkpoint. It has changed the weights, too.
+    """
 
     def run(folder, **resumed):
         trainer = make_trainer(folder, tiny_model(**QUANTIZABLE), optim=optim, train_dataset=pairs(8), **RUN)
@@ -37,7 +39,9 @@ def test_a_run_with_an_optimizer_of_theirs_is_resumed_bit_for_bit(optim, tmp_pat
 
 
 def test_paged_adamw_in_32_bits_is_adamw(tmp_path):
-    """The same formula by other kernels: weights within a hundredth of the learning rate after four steps."""
+    """The formula is the same, with other kernels: weights agree to a hundredth of
+    the learning rate after four steps.
+    """
     trained = {}
     for optim in ("adamw_torch", "paged_adamw_32bit"):
         trainer = make_trainer(tmp_path, tiny_model(**QUANTIZABLE), optim=optim, train_dataset=pairs(8), **RUN)
@@ -58,8 +62,9 @@ VARIANTS = {
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_4_bit_weights_train_an_adapter_and_stay(variant, tmp_path):
-    """The first loss is log 2, for the reference is the same quantized model; the last is not. Weights that are not
-    quantized stay; the bytes of the others do not tell, for a CPU may pack them anew."""
+    """The first loss is log 2, because the reference is the same quantized model; the last loss differs. Weights that
+    are not quantized stay equal. The bytes of the quantized weights are not compared, because a CPU may pack them.
+    """
     quantization = BitsAndBytesConfig(load_in_4bit=True, **{"bnb_4bit_quant_type": "nf4", **VARIANTS[variant]})
     tiny_model(**QUANTIZABLE).save_pretrained(tmp_path / "base")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=quantization)
@@ -76,7 +81,7 @@ def test_4_bit_weights_train_an_adapter_and_stay(variant, tmp_path):
 
 
 def in_bits(folder, **config):
-    """The tiny model in 4 bits, or as a `BitsAndBytesConfig` says."""
+    """Return the tiny model in 4 bits, or with a `BitsAndBytesConfig`."""
     tiny_model(**QUANTIZABLE).save_pretrained(folder)
     quantization = BitsAndBytesConfig(**(config or {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}))
     return AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization)
@@ -84,10 +89,10 @@ def in_bits(folder, **config):
 
 @pytest.mark.parametrize("evaluates", [False, True])
 def test_gradients_pass_through_4_bit_weights(evaluates, tmp_path):
-    """Trained as the same weights in fp32 are, also after an evaluation, whose forwards may pack weights on a CPU.
+    """They train like the same weights in fp32, also after an evaluation, whose forward may pack weights on a CPU.
 
-    A gradient of 20 layers' products of 64 numbers each is off by 20·√64·2⁻²⁴ ≈ 1e-5 of it; 1e-4 is ten times that.
-    No gradient passes through packed weights: its norm is then a tenth.
+    A gradient of products of 64 numbers in 20 layers has a relative error of 20·√64·2⁻²⁴ ≈ 1e-5; 1e-4 is ten times
+    that. Packed weights pass no gradient: the norm is then a tenth.
     """
     settings = {"train_dataset": pairs(8), "eval_dataset": pairs(4, seed=1), "reference": "adapter_off", "optim": "sgd"}
     norms, trained = {}, {}
@@ -112,7 +117,9 @@ def start(folder):
 
 
 def test_packed_weights_are_refused(tmp_path, monkeypatch):
-    """No gradient passes through them any more. Whether a forward packs them depends on the CPU, so they are marked."""
+    """Packed weights pass no gradient. Whether a forward packs them depends on the
+    CPU, so the test marks them as packed.
+    """
     model = in_bits(tmp_path / "base")
     monkeypatch.setattr(policy, "lost_adapters", lambda _: [])  # reads weights that are only marked as packed
     model.model.layers[1].mlp.up_proj.weight.quant_state.packing_format_for_cpu = True
@@ -164,7 +171,9 @@ def test_engines_refuse_storage_that_they_would_cast(name, precision, config, er
 @pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_models_in_4_bits_share_prompts(dtype, compute, tmp_path):
-    """The product of 4-bit weights rounds to bf16 in an order that depends on the batch: no layout is to blame."""
+    """The product of 4-bit weights rounds to bf16 in an order that depends on the
+    batch, so this is not a wrong layout.
+    """
     tiny_model(**QUANTIZABLE, num_hidden_layers=6).save_pretrained(tmp_path)
     quantized = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=quantized, device_map="cpu", dtype=dtype)

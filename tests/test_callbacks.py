@@ -1,4 +1,4 @@
-"""Generation as an evaluation: GSM8K's answers are read rightly, and the model and tokenizer are left as they were."""
+"""Generation as an evaluation: the answers to GSM8K are read correctly, and model and tokenizer are not changed."""
 
 from types import SimpleNamespace
 
@@ -18,10 +18,10 @@ PROBLEMS = [{"prompt": "The capital of France?"}, {"prompt": "under the sea"}, {
 
 
 class StandInTrainer(SimpleNamespace):
-    """What the callback asks of a trainer, around a tiny model."""
+    """A stand-in for the trainer with what the callback needs, for a tiny model."""
 
     def __init__(self, model, tokenizer):
-        AcceleratorState._reset_state()  # or the precision of whatever trained before in this process would hold
+        AcceleratorState._reset_state()  # otherwise, the precision of an earlier trainer in this process would be used
         super().__init__(model=model, processing_class=tokenizer, accelerator=Accelerator(cpu=True), logged=[])
         self.args = SimpleNamespace(disable_tqdm=True)
 
@@ -82,7 +82,7 @@ def test_exact_match_is_strict_about_the_number_and_lenient_about_its_form():
 
 
 def test_the_mean_score_is_logged_with_its_count_and_returned_by_evaluate(trainer):
-    """Scores 0, 1, 2 by the problem's place have the mean 1."""
+    """The score is the index of the problem: 0, 1 and 2 have the mean 1."""
     callback = GenerationEvalCallback(
         trainer, PROBLEMS, lambda problem, text: PROBLEMS.index(problem), name="place/mean", max_new_tokens=2
     )
@@ -94,7 +94,7 @@ def test_the_mean_score_is_logged_with_its_count_and_returned_by_evaluate(traine
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3])
 def test_answers_do_not_depend_on_the_batch_they_are_generated_in(trainer, batch_size):
-    """Left padding is invisible to the model: in batches of any size the answers are those generated one by one."""
+    """Left padding has no effect on the model: the answers of any batch size equal those generated one by one."""
     answers = {}
 
     def keep(problem, text):

@@ -1,4 +1,4 @@
-"""`python -m hf_prefopt`: what each command prints, and its exit code; a mistake is one line."""
+"""`python -m hf_prefopt`: the output and the exit code of each command; an error is one line."""
 
 import json
 import runpy
@@ -15,7 +15,7 @@ from tests.tokenizers import tiny_tokenizer
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> str:
-    """A folder with a tokenizer and no weights."""
+    """Create a folder with a tokenizer and no weights."""
     folder = tmp_path_factory.mktemp("model")
     tiny_tokenizer().save_pretrained(folder)
     return str(folder)

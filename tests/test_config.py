@@ -1,4 +1,4 @@
-"""`PreferenceConfig`: refused at construction or used; the same from Python, YAML and the command line."""
+"""`PreferenceConfig`: each setting is used or rejected at construction, in Python, in YAML and on the command line."""
 
 import itertools
 import json
@@ -61,13 +61,13 @@ REFUSALS = {
 
 @pytest.mark.parametrize(("settings", "message"), REFUSALS.values(), ids=REFUSALS)
 def test_refused_at_construction(settings, message):
-    """Every value that could not be used is an error before any model is loaded; the message names it."""
+    """Every value that could not be used raises an error before a model is loaded; the error names it."""
     with pytest.raises(ValueError, match=message):
         config(**settings)
 
 
 def test_the_defaults_are_each_losses_own():
-    """beta=None is the published default of the loss, and a given one reaches it."""
+    """beta=None is the published default of the loss, and any other value is passed to the loss."""
     for name in ("dpo", "simpo", "hinge", "dpo_norm"):
         (term,) = config(loss_type=name).build_objective().terms
         assert "beta" not in term.params and "beta" in get_loss(name).defaults
@@ -89,7 +89,7 @@ FULL = {
 
 
 def test_a_dict_and_back():
-    """to_dict() is JSON, and the settings in it make an equal configuration."""
+    """to_dict() is valid JSON, and its settings give an equal configuration."""
     first = config(**FULL)
     stored = json.loads(json.dumps(first.to_dict()))
     assert {name: stored[name] for name in FULL} == FULL
@@ -99,7 +99,7 @@ def test_a_dict_and_back():
 
 
 def test_the_command_line():
-    """HfArgumentParser: lists by spaces, loss_params and model_init_kwargs as JSON."""
+    """HfArgumentParser reads lists separated by spaces, and loss_params and model_init_kwargs as JSON."""
     line = ["--output_dir", "unused", "--use_cpu", "true", "--report_to", "none", "--loss_type", "simpo", "sft"]
     line += ["--loss_weights", "1.0", "0.5", "--loss_params", '{"simpo": {"gamma": 0.7}}', "--beta", "1.5"]
     line += ["--max_length", "77", "--temperature", "0.9", "--model_init_kwargs", '{"dtype": "bfloat16"}']
@@ -108,7 +108,7 @@ def test_the_command_line():
 
 
 def test_flat_parameters_on_the_command_line():
-    """With one loss its parameters need no name around them."""
+    """With one loss, its parameters need no loss name."""
     line = ["--output_dir", "unused", "--use_cpu", "true", "--loss_type", "simpo", "--loss_params", '{"gamma": 0.7}']
     (parsed,) = HfArgumentParser(PreferenceConfig).parse_args_into_dataclasses(line)
     (term,) = parsed.build_objective().terms
@@ -117,7 +117,7 @@ def test_flat_parameters_on_the_command_line():
 
 @pytest.mark.parametrize("overridden", [False, True])
 def test_yaml_by_trl_parser(overridden, tmp_path):
-    """A YAML file gives what Python gives; the command line wins over it."""
+    """A YAML file gives the same settings as Python; the command line overrides the file."""
     trl = pytest.importorskip("trl")
     text = """
         output_dir: unused
@@ -141,12 +141,12 @@ def test_yaml_by_trl_parser(overridden, tmp_path):
 
 
 def test_one_name_is_a_list_of_one():
-    """A YAML scalar and a Python string mean the same as a list."""
+    """A YAML scalar and a Python string are the same as a list with one entry."""
     assert config(loss_type="ipo").loss_type == ["ipo"]
 
 
 def test_each_setting_is_documented_once_and_everywhere():
-    """The help of a field is what `--help`, the docstring and docs/settings.md say."""
+    """`--help`, the docstring and docs/settings.md contain the help text of each field."""
     own = {name for name in PreferenceConfig.__annotations__ if not name.startswith("_")}
     listed = {field.name: field for group in settings_by_group(PreferenceConfig).values() for field in group}
     assert listed.keys() == own
@@ -158,7 +158,7 @@ def test_each_setting_is_documented_once_and_everywhere():
 
 
 def test_the_import_is_light():
-    """`import hf_prefopt` brings in neither trl nor matplotlib nor tensorboard, in a fresh interpreter."""
+    """In a new interpreter, `import hf_prefopt` imports neither trl nor matplotlib nor tensorboard."""
     heavy = "trl", "matplotlib", "tensorboard", "deepspeed", "wandb"
     code = f"import sys, hf_prefopt; print([name for name in {heavy!r} if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -166,7 +166,7 @@ def test_the_import_is_light():
 
 
 def test_the_import_is_quiet():
-    """Whatever libraries have to say of the machine, and whether DeepSpeed is imported after it."""
+    """This includes messages of libraries about the machine, also if DeepSpeed is imported afterwards."""
     code = "import hf_prefopt, deepspeed, bitsandbytes, logging; logging.getLogger('DeepSpeed').warning('heard')"
     environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
@@ -175,7 +175,9 @@ def test_the_import_is_quiet():
 
 
 def test_sequence_parallelism_is_refused(tmp_path):
-    """Its ranks hold parts of a row, and scored tokens are found by their place in the whole."""
+    """With sequence parallelism, a rank has a part of a row, but scored tokens are
+    located by their position in the whole row.
+    """
     from accelerate.parallelism_config import ParallelismConfig
 
     with pytest.raises(ValueError, match="sp_size or cp_size above 1"):
@@ -186,7 +188,7 @@ def test_sequence_parallelism_is_refused(tmp_path):
     ("setting", "cure"), [({"split_batches": True}, "by the 2 ranks"), ({"even_batches": False}, "leave it out")]
 )
 def test_what_gives_ranks_other_rows_than_are_counted_is_refused(setting, cure, tmp_path, monkeypatch):
-    """Where there are several ranks; one rank has all rows either way."""
+    """The error is only raised with several ranks, because one rank always gets all rows."""
     settings = {"output_dir": str(tmp_path), "accelerator_config": setting}
     assert PreferenceConfig(**settings).accelerator_config is not None
     monkeypatch.setattr(PreferenceConfig, "world_size", 2)
@@ -195,7 +197,7 @@ def test_what_gives_ranks_other_rows_than_are_counted_is_refused(setting, cure, 
 
 
 def test_liger_keeps_off_the_models_forward(tmp_path):
-    """Its fused head is switched off, whatever else is chosen, also in JSON; asked for, it is refused."""
+    """Its fused head is disabled whatever else is selected, also in JSON; selecting it raises an error."""
     off = {"fused_linear_cross_entropy": False}
     assert PreferenceConfig(str(tmp_path)).liger_kernel_config is None
     assert PreferenceConfig(str(tmp_path), use_liger_kernel=True).liger_kernel_config == off
@@ -208,7 +210,7 @@ def test_liger_keeps_off_the_models_forward(tmp_path):
 
 @pytest.mark.parametrize("has_gpu", [True, False])
 def test_batches_are_copied_without_waiting_where_they_are_pinned(has_gpu, monkeypatch, tmp_path):
-    """Unless the user says so; a run on the CPU of a machine with a GPU does not ask for it either."""
+    """The user can change this; a run on the CPU of a machine with a GPU does not use it."""
     monkeypatch.setattr("hf_prefopt.config._is_pinned", lambda args: has_gpu)
     of_user = {"use_seedable_sampler": False}
     for given, expected in ((None, has_gpu), (of_user, has_gpu), ({"non_blocking": False}, False)):

@@ -1,4 +1,4 @@
-"""Names of other libraries raise an error that says what to write, wherever a user can write them."""
+"""Names of other libraries raise an error that says what to write instead, wherever a user can write them."""
 
 import inspect
 from dataclasses import fields
@@ -19,7 +19,7 @@ def test_a_foreign_setting(name, tmp_path):
 
 
 def test_no_foreign_name_is_a_setting_or_an_argument():
-    """Else the table would hide it, or never be read."""
+    """If such a name were a setting or an argument, the table would hide it, or the entry would never be used."""
     settings = {field.name for field in fields(PreferenceConfig)}
     arguments = set(inspect.signature(transformers.Trainer.__init__).parameters)
     assert not settings & FOREIGN_SETTINGS.keys()
@@ -47,7 +47,7 @@ def test_no_foreign_name_is_a_setting_or_an_argument():
     ],
 )
 def test_what_is_to_be_written_is_accepted(written, settings, tmp_path):
-    """The setting that the error names exists, under that name."""
+    """The setting that the error names exists."""
     make_config(tmp_path, **settings)
     names = {name for key, value in settings.items() for name in (key, *(value if isinstance(value, dict) else ()))}
     assert any(name in FOREIGN_SETTINGS[written] for name in names - {"loss_type"} or names)
@@ -64,13 +64,13 @@ def test_a_foreign_argument_of_the_trainer(name, tmp_path):
     [("beta", r"args=PreferenceConfig\(beta="), ("learning_rate", "PreferenceConfig"), ("rpo_alpha", "sft_weight")],
 )
 def test_a_setting_as_an_argument_of_the_trainer(name, hint, tmp_path):
-    """As trainers of TRL's first versions took them."""
+    """TRL's first versions took settings as arguments of the trainer."""
     with pytest.raises(TypeError, match=hint):
         _trainer(tmp_path, **{name: 0.1})
 
 
 def test_a_foreign_argument_of_the_card(tmp_path):
-    """TRL's scripts call push_to_hub(dataset_name=...), which hands its arguments on."""
+    """TRL's scripts call push_to_hub(dataset_name=...), which passes its arguments to the card."""
     with pytest.raises(TypeError, match="use dataset="):
         make_trainer(tmp_path).create_model_card(dataset_name="trl-lib/ultrafeedback_binarized")
     with pytest.raises(TypeError):
@@ -78,7 +78,7 @@ def test_a_foreign_argument_of_the_card(tmp_path):
 
 
 def test_a_hint_is_written_where_it_is_read():
-    """In Python, on the command line and in YAML, with the value that was given."""
+    """The error has the form for Python, for the command line or for YAML, with the user's value."""
     assert hint_for("rpo_alpha", "{}={}".format) == ": use sft_weight=..."
     assert hint_for("gamma", as_option, "0.5") == """: use --loss_params '{"gamma": 0.5}'"""
     assert hint_for("rpo_alpha", as_yaml, "1.0") == ": use sft_weight: 1.0"

@@ -1,4 +1,4 @@
-"""A user's own script shows and leaves what the recipes do."""
+"""A user's own script prints and writes the same as the recipes."""
 
 from transformers import ProgressCallback
 
@@ -8,7 +8,7 @@ from tests.trainers import make_trainer, pairs
 
 
 def test_a_run_is_finished_with_card_curves_and_report(tmp_path, capsys):
-    """The evaluation on start is the column before, the last one the column after."""
+    """The evaluation on start is the column "before", and the last evaluation is the column "after"."""
     trainer = make_trainer(tmp_path, eval_dataset=pairs(3), eval_on_start=True, max_steps=2)
     trainer.train()
     trainer.evaluate()

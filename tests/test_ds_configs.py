@@ -1,4 +1,4 @@
-"""The engines' configurations are ones that accelerate and DeepSpeed know, key by key."""
+"""accelerate and DeepSpeed accept every key in the configurations of the engines."""
 
 import json
 from pathlib import Path
@@ -15,15 +15,16 @@ each_json = pytest.mark.parametrize("file", JSON_FILES, ids=lambda file: file.na
 
 
 def test_there_is_a_file_for_each_engine():
-    """Two sets of files, of which the YAML ones are given to `accelerate launch`."""
+    """There are two sets of files; the YAML files are for `accelerate launch`."""
     assert {file.stem for file in YAML_FILES} == {"ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2"}
     assert {file.stem for file in JSON_FILES} == {"zero1", "zero2", "zero3", "zero3_offload"}
 
 
 @each_yaml
 def test_accelerate_reads_it(file):
-    """accelerate refuses unknown keys at the top; those below are options of `accelerate launch`. A DeepSpeed file
-    that is named exists, seen from the project's root."""
+    """accelerate rejects unknown keys at the top level; other keys are options of `accelerate launch`. The DeepSpeed
+    file that is named exists, relative to the root of the repository.
+    """
     config = load_config_from_file(str(file))
     assert config.num_processes == 8 and config.num_machines == 1
     options = {action.dest for action in launch_command_parser()._actions}
@@ -37,7 +38,7 @@ def test_accelerate_reads_it(file):
 
 @each_json
 def test_deepspeed_reads_it(file, monkeypatch):
-    """Every key is one of DeepSpeed's, which its own classes check below the top; the stage is the file's name."""
+    """DeepSpeed's own classes check every key below the top level; the stage is that in the file name."""
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     constants = pytest.importorskip("deepspeed.runtime.constants")
     from deepspeed.runtime.precision_config import DeepSpeedBF16Config

@@ -1,4 +1,4 @@
-"""LoRA on the experts of a mixture, whose weights are parameters and no layers (`target_parameters`)."""
+"""LoRA on the experts of a mixture of experts, whose weights are parameters and not layers (`target_parameters`)."""
 
 import math
 
@@ -35,8 +35,8 @@ ROWS = text_rows(4, longest=10)
 
 
 def make(model, output, **settings):
-    """All pairs in each step."""
-    torch.manual_seed(0)  # of the adapter's first weights
+    """Return a trainer with all pairs in each step."""
+    torch.manual_seed(0)  # seed of the adapter's initial weights
     quiet = {
         "learning_rate": 1e-2,
         "max_steps": 4,
@@ -50,8 +50,9 @@ def make(model, output, **settings):
 
 
 def test_fresh_trained_saved_and_trained_on(base, tmp_path):
-    """The reference is the base model without the experts' adapters at first, then a copy of them as they were: the
-    first loss is log 2 both times. What is saved gives the trained log-probs, from each sequence alone."""
+    """The reference is first the base model without the experts' adapters, and then a copy of the trained adapters: the
+    first loss is log 2 both times. The saved adapters give the trained log-probs, for each sequence alone.
+    """
     first = make(base, tmp_path / "first", peft_config=experts())
     assert first.reference.description.startswith("the base model")
     first.train()
@@ -68,7 +69,7 @@ def test_fresh_trained_saved_and_trained_on(base, tmp_path):
         served = PeftModel.from_pretrained(plain, tmp_path / "first").eval()
         trained = _plain_logps(served, ROWS)
         of_trainer = _plain_logps(first.model.eval(), ROWS)
-    # fp32: roundings of 6e-8 in sums of some 50 nats.
+    # fp32: roundings of 6e-8 in sums of about 50 nats.
     torch.testing.assert_close(of_trainer, trained, rtol=1e-5, atol=0)
     assert (trained - untrained).abs().max() > 0.1
 
@@ -81,7 +82,7 @@ def test_fresh_trained_saved_and_trained_on(base, tmp_path):
 
 
 def test_resumed_as_if_never_stopped(base, tmp_path):
-    """Four steps at once, and two and two: the same losses, bit for bit on one machine."""
+    """Four steps at once, and two and two: the losses are equal, bit for bit on one machine."""
     whole = make(base, tmp_path / "whole", peft_config=experts())
     whole.train()
     settings = {"save_strategy": "steps", "save_steps": 2, "peft_config": experts()}

@@ -1,4 +1,4 @@
-"""`inspect_dataset`: what training would make of a data set, with the problems in it, and without a model."""
+"""`inspect_dataset`: how training would read a data set, and its problems, without a model."""
 
 import json
 import logging
@@ -108,7 +108,7 @@ def test_an_unpaired_pair_is_shown_as_two_rows_with_their_cut_tokens():
 
 
 def test_a_stream_is_looked_at_from_its_beginning():
-    """Also one with classes, whose names say what the labels mean."""
+    """This also works for a stream with class labels, whose names define what the labels mean."""
     features = Features(
         {"prompt": Value("string"), "completion": Value("string"), "label": ClassLabel(names=["bad", "good"])}
     )
@@ -121,7 +121,7 @@ def test_a_stream_is_looked_at_from_its_beginning():
 
 
 def test_it_says_which_losses_can_use_the_rows():
-    """Triples are pairs, too, and are shown with their third response."""
+    """Triples are pairs, too; the third response is shown."""
     triples = [{**row, "reference": reply("In Paris.")} for row in chats()]
     found = inspect_dataset(triples, TOKENIZER)
     assert (found.layout, found.kinds, found.summary.kind) == ("triples, question", ("pairs", "triples"), "triples")

@@ -1,6 +1,6 @@
-"""Imports point one way: a module imports from its own layer or from an earlier one, and never in a circle.
+"""Imports have one direction: a module imports from its own layer or from an earlier one, without cycles.
 
-The same table is the map in docs/design.md.
+docs/design.md shows the same table.
 """
 
 import ast
@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "hf_prefopt"
-# In the order in which they may be imported; a name is a module or a package of hf_prefopt.
+# The order in which they may be imported. A name is a module or a package of hf_prefopt.
 LAYERS = (
     ("version", "noise", "kinds"),
     ("batch",),
@@ -40,7 +40,7 @@ MODULES = {
 
 
 def imports(module: str) -> set[str]:
-    """The modules of the package that a module imports, anywhere in it, also for type checkers alone."""
+    """Return the modules of the package that a module imports, anywhere, including imports for type checkers."""
     found = set()
     for node in ast.walk(ast.parse(MODULES[module].read_text())):
         if isinstance(node, ast.ImportFrom):
@@ -71,12 +71,12 @@ def test_no_module_imports_itself_through_others():
 
 
 def is_package(module: str) -> bool:
-    """A package's `__init__` collects what its own modules define."""
+    """A package's `__init__` exports names of its own modules."""
     return MODULES[module].name == "__init__.py"
 
 
 def test_the_map_in_the_design_is_this_table():
-    """One line for each layer, whose first word or words are its modules and packages, in this order."""
+    """The page has a line for each layer, which begins with the modules and packages of the layer, in this order."""
     page = (ROOT / "docs" / "design.md").read_text()
     table = page.split("## The map", 1)[1].split("\n## ", 1)[0]
     lines = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
@@ -86,7 +86,7 @@ def test_the_map_in_the_design_is_this_table():
 
 @pytest.mark.parametrize("package", sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py")))
 def test_the_design_names_every_file_of_a_package(package):
-    """In the list of its files or in the table of a row's path; and the list names no file that does not exist."""
+    """Every file is in the list of files or in the table of data preparation, and every file in the list exists."""
     page = (ROOT / "docs" / "design.md").read_text()
     (listed,) = re.findall(rf"^- `{package}/`: (.*?)(?=^- |^\n)", page, re.MULTILINE | re.DOTALL)
     named = set(re.findall(r"`(\w+)`", listed))

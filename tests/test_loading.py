@@ -1,4 +1,4 @@
-"""Checkpoints by name: the class that they name is loaded, trained and saved, so that what was trained is served."""
+"""Checkpoints by name: the class that they name is loaded, trained and saved, so that servers can load the result."""
 
 import json
 import logging
@@ -21,7 +21,7 @@ from tests.tiny_models import perturbed, tiny_model
 from tests.tokenizers import CHATML, tiny_tokenizer
 from tests.trainers import make_config
 
-# Of images and text; and the names of the modules that text does not reach.
+# Image-text models, and the names of the modules that text does not reach.
 OF_IMAGES = {
     "gemma3": "Gemma3ForConditionalGeneration",
     "mistral3": "Mistral3ForConditionalGeneration",
@@ -36,7 +36,7 @@ def lora(target_modules="all-linear", **settings):
 
 
 def checkpoint(folder, model_type):
-    """A random checkpoint of the class that the family's own checkpoints name, with a tokenizer."""
+    """Save a random checkpoint of the class that the family's own checkpoints name, with a tokenizer."""
     torch.manual_seed(0)
     model = getattr(transformers, OF_IMAGES[model_type])._from_config(tiny_config(model_type))
     model.save_pretrained(folder)
@@ -64,7 +64,9 @@ def tensors(folder):
 @pytest.mark.parametrize("model_type", OF_IMAGES)
 class TestImagesAndText:
     def test_an_adapter_fits_the_class_that_the_checkpoint_names(self, model_type, tmp_path, caplog):
-        """Every tensor of the saved adapter is found there, none is zero, and the served model gives other logits."""
+        """Every tensor of the saved adapter exists there, none is zero, and the
+        adapter changes the logits of the served model.
+        """
         base = checkpoint(tmp_path / "base", model_type)
         trainer = train(base, tmp_path / "run", lora())
         named = getattr(transformers, json.loads((base / "config.json").read_text())["architectures"][0])
@@ -83,7 +85,7 @@ class TestImagesAndText:
         assert "text does not reach them" in caplog.text
 
     def test_all_weights_are_saved(self, model_type, tmp_path):
-        """Under the same names, the untouched ones with the same values."""
+        """The names are the same, and weights that did not train have the same values."""
         base = checkpoint(tmp_path / "base", model_type)
         train(base, tmp_path / "run")
         before, after = tensors(base), tensors(tmp_path / "run")
@@ -94,7 +96,9 @@ class TestImagesAndText:
 
 
 def test_what_the_class_leaves_out_is_said(tmp_path, caplog):
-    """Layers for several tokens at once, which transformers passes over without a word, and a tensor nobody knows."""
+    """These are layers that predict several tokens, which transformers ignores
+    without a message, and an unknown tensor.
+    """
     base = checkpoint(tmp_path, "qwen3_5")
     extra = {"mtp.layers.0.weight": torch.zeros(2), "stranger.weight": torch.zeros(2)}
     save_file({**tensors(base), **extra}, base / "model.safetensors", {"format": "pt"})
@@ -112,13 +116,15 @@ def test_weights_that_would_be_random_are_an_error(kind, tmp_path):
 
 
 def test_a_config_without_a_class(tmp_path):
-    """The first Auto class that knows it."""
+    """The first Auto class that accepts the config is used."""
     assert model_class(AutoConfig.for_model("llama")) is AutoModelForCausalLM
     assert model_class(AutoConfig.for_model("mistral3")) is transformers.AutoModelForImageTextToText
 
 
 def test_an_adapter_of_another_class_is_an_error(tmp_path):
-    """Trained on the text-only class, its tensors have names that the served class does not have."""
+    """The tensors of an adapter that was trained on the text-only class have names
+    that the served class does not have.
+    """
     base = checkpoint(tmp_path / "base", "qwen3_5")
     text_only = AutoModelForCausalLM.from_pretrained(base)
     assert type(text_only).__name__ == "Qwen3_5ForCausalLM"
@@ -129,7 +135,9 @@ def test_an_adapter_of_another_class_is_an_error(tmp_path):
 
 
 def test_an_adapter_that_peft_loses_is_an_error(tmp_path):
-    """PEFT 0.21 saves the adapters of Laguna's shared experts and does not load them: it is said, before they train."""
+    """PEFT 0.21 saves the adapters of Laguna's shared experts but does not load
+    them: the error comes before training.
+    """
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(tiny_config("laguna")).save_pretrained(tmp_path / "base")
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), lora())
@@ -139,7 +147,7 @@ def test_an_adapter_that_peft_loses_is_an_error(tmp_path):
 
 
 class TestLostAdapters:
-    """Adapters that PEFT saves and does not load again, here those of Laguna's shared experts."""
+    """Adapters that PEFT saves but does not load, here those of Laguna's shared experts."""
 
     def model(self):
         torch.manual_seed(0)
@@ -176,7 +184,9 @@ def no_processor(name, **_):
 
 
 def test_the_processors_template(tmp_path, monkeypatch, caplog):
-    """In a file of its own, beside a processor that cannot be loaded: the tokenizer has it, and it is said."""
+    """The template is in its own file, next to a processor that cannot be loaded:
+    the tokenizer gets it, with a message.
+    """
     monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", no_processor)
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = None
@@ -191,7 +201,7 @@ def test_the_processors_template(tmp_path, monkeypatch, caplog):
 
 
 def test_a_processor_is_what_processes(tmp_path, monkeypatch):
-    """Its template is what rows are rendered with, and its files are saved beside the model."""
+    """Rows are rendered with the processor's template, and its files are saved with the model."""
 
     class Processor(transformers.ProcessorMixin):
         def __init__(self, tokenizer):
@@ -211,12 +221,12 @@ def test_a_processor_is_what_processes(tmp_path, monkeypatch):
 
 
 class TestTowers:
-    """Adapters on towers for images, which text never reaches."""
+    """Adapters on image towers, which text never reaches."""
 
     @pytest.mark.parametrize("model_type", ["gemma3", "mistral3", "qwen2_5_vl", "llava"])
     @pytest.mark.parametrize("target", [["q_proj", "v_proj", "qkv", "lm_head"], r"(.*\.)?(q_proj|qkv|v_proj|lm_head)"])
     def test_named_layers_of_a_tower_are_left_out(self, model_type, target, caplog):
-        """The head and the language model keep theirs, and each has a gradient."""
+        """The head and the language model keep their adapters, and each adapter has a gradient."""
         model = with_adapter(AutoModelForImageTextToText.from_config(tiny_config(model_type)), lora(target))
         assert "(model.v" in caplog.text and "text does not reach them" in caplog.text
         ids = torch.randint(3, 270, (1, 12))
@@ -226,13 +236,13 @@ class TestTowers:
 
     @pytest.mark.parametrize("model_type", ["gemma4", "llama4"])
     def test_layers_that_peft_chooses_by_itself(self, model_type):
-        """For a family, where the configuration names none."""
+        """The configuration names no modules, so PEFT chooses those of the family."""
         model = with_adapter(AutoModelForImageTextToText.from_config(tiny_config(model_type)), lora(None))
         adapted = {name for name, module in model.named_modules() if hasattr(module, "lora_A")}
         assert adapted and all("language_model" in name for name in adapted)
 
     def test_an_adapter_that_is_there(self, caplog):
-        """It stays, and it is said."""
+        """An existing adapter is kept, and a message names it."""
         config = tiny_config("gemma3")
         model = get_peft_model(AutoModelForImageTextToText.from_config(config), lora(["q_proj", "lm_head"]))
         assert with_adapter(model, None) is model
@@ -241,7 +251,7 @@ class TestTowers:
 
 
 class TestAllLinear:
-    """What PEFT cannot adapt is left out, and the rest trains."""
+    """Layers that PEFT cannot adapt are left out, and the other layers train."""
 
     @pytest.mark.parametrize(
         ("model_type", "reason"),
@@ -265,7 +275,7 @@ class TestAllLinear:
         ids = torch.randint(3, 280, (1, 12))
         model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.sum().backward()
         adapted = [p for name, p in model.named_parameters() if "lora_B" in name]
-        # What only chooses positions has no gradient, adapted or not.
+        # An indexer only selects positions, so it has no gradient, with or without an adapter.
         assert adapted and (model_type == "deepseek_v4" or all(p.grad is not None for p in adapted))
 
     @pytest.mark.parametrize("given", [["q_proj"], r"model\.layers\.0\..*"])
@@ -278,7 +288,7 @@ class TestAllLinear:
 
     @pytest.mark.parametrize(("model_type", "layers"), [("qwen3", 7), ("falcon", 4), ("bloom", 4)])
     def test_a_model_of_text_is_adapted_whole(self, model_type, layers, caplog):
-        """Falcon's linear layers have a forward of their own, which gives what any other's gives."""
+        """Falcon's linear layers have their own forward, which computes the same as the common one."""
         model = with_adapter(AutoModelForCausalLM.from_config(tiny_config(model_type)), lora())
         assert sum(hasattr(module, "lora_A") for module in model.modules()) == 2 * layers
         assert "get no adapter" not in caplog.text

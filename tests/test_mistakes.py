@@ -1,6 +1,6 @@
-"""The mistakes that people make, and the sentence that each is answered with: one line, no traceback, exit code 1.
+"""Common mistakes on the command line, and their error messages: one line, no traceback, exit code 1.
 
-Exit code 2 is for a command line that cannot be read. Nothing here trains.
+The exit code is 2 if the command line cannot be parsed. No test here trains.
 """
 
 import json
@@ -66,7 +66,7 @@ FILES = {
 
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory) -> Path:
-    """A folder with a model, one without a chat template, and the files."""
+    """Create a folder with a model, a model without a chat template, and the files."""
     folder = tmp_path_factory.mktemp("desk")
     tokenizer = tiny_tokenizer()
     for name in ("model", "plain"):
@@ -85,7 +85,7 @@ def desk(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def typed(desk, monkeypatch, tmp_path, capsys) -> Callable[[str], tuple[int, str]]:
-    """The exit code of a command line, and the line that begins with "error"."""
+    """Return the exit code of a command line, and the line that begins with "error"."""
     for settings in (huggingface_hub.constants, datasets.config):
         monkeypatch.setattr(settings, "HF_HUB_OFFLINE", True)
     monkeypatch.chdir(desk)
@@ -113,7 +113,7 @@ def typed(desk, monkeypatch, tmp_path, capsys) -> Callable[[str], tuple[int, str
     return run
 
 
-# What is typed ("...": a model, data and a folder), and what is said.
+# The command line ("...": a model, data and a folder), and the message.
 READ: dict[str, str] = {
     "trian": "there is no command trian: did you mean train?",
     "train ... --lerning_rate 1e-4": "unknown argument --lerning_rate: did you mean --learning_rate?",
@@ -272,7 +272,9 @@ def test_a_missing_library_is_named_with_the_command_that_installs_it(theirs):
 
 
 def test_other_errors_are_named_by_their_type_and_place(monkeypatch, capsys):
-    """A fault of the code is no `ValueError`: one line says where it is; ranks after the first wait and say which."""
+    """An error in the code is not a `ValueError`: one line says where it is. Other
+    ranks than the first wait, and say which rank they are.
+    """
     from hf_prefopt.commands import faults
 
     monkeypatch.setattr(faults, "_SECONDS_BEHIND_THE_FIRST_RANK", 0.0)
@@ -290,7 +292,7 @@ def _with_adapter() -> Any:
     return get_peft_model(tiny_model(), LoraConfig(target_modules="all-linear"))
 
 
-# In Python: what is wrong, and what is raised.
+# In Python: the mistake, and the error.
 IN_PYTHON: dict[str, tuple[Callable[[str], Any], str]] = {
     "another trainer's arguments": (
         lambda folder: PreferenceTrainer(

@@ -1,4 +1,4 @@
-"""The files around the package agree with each other."""
+"""The files around the package are consistent."""
 
 import json
 import os
@@ -60,7 +60,7 @@ def test_actions_are_pinned_by_commit():
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    """The wheel of this tree."""
+    """Build the wheel of this tree."""
     folder = tmp_path_factory.mktemp("dist")
     build = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(folder)]
     subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
@@ -68,7 +68,7 @@ def wheel(tmp_path_factory) -> Path:
 
 
 def test_the_wheel_has_the_recipes_their_data_and_the_engines(wheel):
-    """Byte for byte, below `hf_prefopt/shipped/`; and everything of the package that is not Python."""
+    """The files are in `hf_prefopt/shipped/`, byte for byte, and the wheel has all non-Python files of the package."""
     with ZipFile(wheel) as archive:
         files = {name: archive.read(name) for name in archive.namelist()}
     for folder in ("recipes", "ds_configs"):
@@ -82,7 +82,7 @@ def test_the_wheel_has_the_recipes_their_data_and_the_engines(wheel):
 
 @pytest.mark.nightly
 def test_the_wheel_trains_in_a_fresh_environment(wheel, tmp_path):
-    """Without TRL and away from the checkout; torch and its like are those of this environment, by a path file."""
+    """There is no TRL and no checkout; torch and other dependencies come from this environment, through a path file."""
     environment = tmp_path / "venv"
     venv.create(environment, with_pip=True)
     (site,) = environment.glob("lib/python*/site-packages")
@@ -133,4 +133,4 @@ def test_the_wheel_trains_in_a_fresh_environment(wheel, tmp_path):
         "1",
         "--use_cpu",
     )
-    assert (tmp_path / "runs" / "lipo" / "train.yaml").is_file()  # on data that are in the wheel
+    assert (tmp_path / "runs" / "lipo" / "train.yaml").is_file()  # the data are in the wheel

@@ -1,4 +1,6 @@
-"""`torch.save(trainer.model)` writes a plain model: it loads without this package, and may be trained again with it."""
+"""`torch.save(trainer.model)` saves a plain model, which loads without this package
+and can be trained again with it.
+"""
 
 import math
 import subprocess

@@ -1,4 +1,4 @@
-"""What is recorded of a run: its numbers are those of the model, and its answers are from before and after training."""
+"""The record of a run: its numbers are those of the model, and its answers are from before and after training."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ TOKENIZER = tiny_tokenizer()
 
 
 def text_pairs(count=12):
-    """Two pairs for each prompt."""
+    """Return two pairs for each prompt."""
     return Dataset.from_list(
         [
             {
@@ -50,7 +50,9 @@ def token_logps(model, prompt, response):
 
 @pytest.mark.parametrize("loss", ["dpo", "simpo"])
 def test_tokens_and_margins_are_those_of_single_sequences(tmp_path, loss):
-    """Log-ratios to the model without its adapter, whether or not the loss has a reference; fp32 noise of 1e-4 nats."""
+    """The log-ratios are relative to the model without its adapter, with or without
+    a reference; fp32 error of 1e-4 nats.
+    """
     trainer = trained(tmp_path, loss_type=loss)
     record = record_run(trainer, trainer.card_facts())
     model = trainer.model
@@ -64,13 +66,15 @@ def test_tokens_and_margins_are_those_of_single_sequences(tmp_path, loss):
             assert "".join(text for text, _ in response["tokens"]) == TOKENIZER.decode(ids)
             assert sum(value for _, value in response["tokens"]) == pytest.approx((policy - base).sum(), abs=1e-4)
             sums.append((policy - base).sum())
-        if loss == "dpo":  # the record's margin is that of the loss's own rewards, here 0.1 · h
+        if loss == "dpo":  # the margin in the record is that of the loss's own rewards, here 0.1 · h
             assert pair["margin"] == pytest.approx(0.1 * (sums[0] - sums[1]), abs=1e-4)
     assert len(record.pairs) >= 4 and {pair["prompt"] for pair in record.pairs} <= set(text_pairs()["prompt"])
 
 
 def test_shown_pairs_are_of_different_prompts_first(tmp_path):
-    """Three prompts with two pairs each: three pairs of three prompts, then a second one of the best prompt."""
+    """Three prompts have two pairs each: the record shows three pairs of three
+    prompts, then a second pair of the best prompt.
+    """
     trainer = trained(tmp_path, learning_rate=3e-2)
     record = record_run(trainer, trainer.card_facts())
     for is_right in (True, False):
@@ -84,7 +88,7 @@ def test_shown_pairs_are_of_different_prompts_first(tmp_path):
 
 
 def test_an_answer_that_has_not_ended_says_so():
-    """Greedy answers are the same whatever their token limit; the token that ends one is made its EOS."""
+    """Greedy answers do not depend on their token limit. The test makes the last token of an answer the EOS."""
     model = tiny_model(vocab_size=512)
     prompt = TOKENIZER("What is")["input_ids"]
     (whole,) = greedy_answers(model, TOKENIZER, [prompt], 6)
@@ -124,7 +128,7 @@ def test_answers_are_of_the_untrained_and_of_the_trained_model(tmp_path):
 
 
 def test_a_resumed_run_has_answers_of_the_base_or_none(tmp_path):
-    """The base is the adapter switched off; a whole model has forgotten what it was."""
+    """The base is the model with its adapter disabled; for a full model, the initial weights are not available."""
     for name, adapter in (("lora", True), ("full", False)):
         model = (lambda: with_lora(tiny_model(vocab_size=512))) if adapter else (lambda: tiny_model(vocab_size=512))
         options = {"save_strategy": "steps", "save_steps": 2, "learning_rate": 3e-2}
@@ -155,7 +159,7 @@ def test_a_finished_run_leaves_a_record_from_which_its_report_is_made(tmp_path, 
 
 
 def test_texts_of_the_data_are_not_pushed(tmp_path, monkeypatch):
-    """Neither this run's record and report nor those that an earlier one has left."""
+    """This holds for the record and report of this run, and for those of an earlier run."""
     trainer = make_trainer(tmp_path, train_dataset=pairs(4), max_steps=1, push_to_hub=False)
     trainer.train()
     for name in ("record.jsonl", "report.html"):
@@ -196,7 +200,7 @@ def test_several_evaluation_sets_are_all_recorded(tmp_path):
 
 
 def test_the_texts_of_tokens_are_the_text_and_no_character_is_broken():
-    """ "é" and "→" are several bytes, which are tokens of their own here."""
+    """Here, "é" and "→" are several bytes, which are separate tokens."""
     ids = TOKENIZER("Paris é → 12!", add_special_tokens=False)["input_ids"]
     pieces = token_texts(TOKENIZER, ids, [1.0] * len(ids))
     assert "".join(text for text, _ in pieces) == "Paris é → 12!"

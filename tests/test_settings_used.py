@@ -1,4 +1,4 @@
-"""Every setting is used, off or refused: values that mean "off" go with any loss, others never go unread."""
+"""Every setting is used, off or rejected: any loss accepts values that mean "off", and no other value is ignored."""
 
 from pathlib import Path
 
@@ -36,9 +36,10 @@ OFF = {
 
 @pytest.mark.parametrize("name", list_losses())
 def test_what_is_off_goes_with_every_loss(name):
-    """Each by itself and all together, also `ld_alpha=1`, and other losses' hyperparameters where they do nothing.
+    """Each value is tested alone and with all others, also `ld_alpha=1`, and
+    hyperparameters of other losses with no effect.
 
-    EXO's ε is a probability that its target needs above 0, so it has no off value.
+    EXO's target needs ε above 0, so its ε has no value for "off".
     """
     off = {key: value for key, value in OFF.items() if (name, key) != ("exo_pair", "label_smoothing")}
     plain = PreferenceConfig("unused", loss_type=name).build_objective().terms[0].params
@@ -64,7 +65,7 @@ OFF_PARAMETERS = {
 @pytest.mark.parametrize("name", list_losses())
 @pytest.mark.parametrize("parameter", ["label_smoothing", "beta"])
 def test_what_a_loss_has_not_is_refused_by_name(name, parameter):
-    """With the loss, the value and what to do."""
+    """The error has the loss, the value and the fix."""
     if parameter in get_loss(name).defaults:
         PreferenceConfig("unused", loss_type=name, **{parameter: 0.1})
         return
@@ -82,7 +83,7 @@ def test_a_misspelt_off_value_is_no_off_value():
 
 @pytest.mark.parametrize("alpha", [1.0, 1])
 def test_ld_alpha_at_one_is_dpo(alpha, tmp_path):
-    """Its tokens weigh 1: the very numbers of the plain loss."""
+    """The weights of all tokens are 1: the numbers are exactly those of the plain loss."""
     losses = []
     for settings in ({}, {"ld_alpha": alpha}, {"ld_alpha": alpha, "ld_policy_only": True}):
         trainer = make_trainer(tmp_path, max_steps=2, learning_rate=1e-2, **settings)
@@ -115,7 +116,7 @@ def test_arguments_of_another_trainer_are_refused(tmp_path):
 @pytest.mark.parametrize("recipe", ["dpo_lora", "dpo_full", "qlora"])
 @pytest.mark.parametrize("name", list_losses())
 def test_another_loss_on_a_recipes_settings_has_its_own_hyperparameters(recipe, name):
-    """`--loss_type name` on the command line replaces that line of the file, and nothing else."""
+    """`--loss_type name` on the command line replaces only this line of the file."""
     of_the_file = yaml.safe_load((RECIPES / f"{recipe}.yaml").read_text())
     loss = {key: of_the_file[key] for key in ("beta", "label_smoothing", "loss_params") if key in of_the_file}
     (term,) = PreferenceConfig("unused", **{**loss, "loss_type": [name]}).build_objective().terms
@@ -151,7 +152,9 @@ def test_every_setting_that_is_read_with_another_is_tried():
 
 @pytest.mark.parametrize("name", UNREAD)
 def test_a_setting_without_the_one_that_it_goes_with_is_refused(name):
-    """By its value and with what to set; with that it is taken, and so is its default without it."""
+    """The error has the value and the setting that is missing. Together, the two are
+    accepted, and so is the default alone.
+    """
     without, value, with_it = UNREAD[name]
     with pytest.raises(ValueError, match=rf"{name}={value!r} is only used with .*leave {name} out"):
         PreferenceConfig("unused", **without, **{name: value})
@@ -160,7 +163,9 @@ def test_a_setting_without_the_one_that_it_goes_with_is_refused(name):
 
 
 def test_what_says_how_to_load_a_model_needs_a_name(tmp_path):
-    """The policy's or the reference's; a model that is loaded already is as it is."""
+    """This applies to the policy or the reference; a model object is not loaded, so
+    these settings have no effect on it.
+    """
     with pytest.raises(ValueError, match=r"model_init_kwargs=\{'dtype': 'bfloat16'\} is only used when .* by name"):
         make_trainer(tmp_path, model_init_kwargs={"dtype": "bfloat16"})
     with pytest.raises(ValueError, match="quantization_config is only used when the model is passed by name"):
@@ -175,7 +180,7 @@ def test_how_batches_are_laid_out_is_a_collators_own_affair(setting, value, tmp_
 
 
 def test_a_hyperparameter_of_one_of_several_losses_is_given_to_it():
-    """The example in the error is one that works."""
+    """The example in the error message works."""
     with pytest.raises(ValueError, match=r"by loss: loss_params=\{'simpo': \{'gamma': 1\.0\}\}"):
         PreferenceConfig("unused", loss_type=["dpo", "simpo"], loss_params={"gamma": 1.0})
     PreferenceConfig("unused", loss_type=["dpo", "simpo"], loss_params={"simpo": {"gamma": 1.0}})

@@ -1,4 +1,4 @@
-"""Importing the package, and commands that need no library, do not import the libraries, which takes seconds."""
+"""Importing the package, and commands that need no library, do not import the large libraries, which takes seconds."""
 
 import subprocess
 import sys
@@ -19,7 +19,7 @@ sys.exit(code)
 
 
 def test_a_reader_that_has_read_enough_ends_the_command_without_a_traceback():
-    """As `| head` does; here the pipe is closed before the command writes."""
+    """For example, `| head` closes the pipe; here, it is closed before the command writes."""
     command = [sys.executable, "-m", "hf_prefopt", "train", "--list"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.close()
@@ -27,7 +27,7 @@ def test_a_reader_that_has_read_enough_ends_the_command_without_a_traceback():
 
 
 def imported(*arguments: str) -> set[str]:
-    """Run a command in a fresh process, and return which of the heavy libraries it imported."""
+    """Run a command in a new process, and return which of the large libraries it imported."""
     code = _RUN.format(heavy=_HEAVY)
     found = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
@@ -40,7 +40,7 @@ def test_help_and_lists_import_no_library(words):
 
 
 def test_the_losses_need_torch_but_no_trainer():
-    """torch, for the losses; transformers, whose argument parser is used and which does not import torch by itself."""
+    """The losses need torch, and the argument parser of transformers, which does not import torch."""
     assert imported("losses", "dpo") == {"torch", "transformers"}
 
 
@@ -48,7 +48,7 @@ def test_every_public_name_can_be_imported():
     assert set(hf_prefopt.__all__) == {*hf_prefopt._MODULES, "__version__"} <= set(dir(hf_prefopt))
     for name in hf_prefopt.__all__:
         assert getattr(hf_prefopt, name) is not None
-    assert hf_prefopt.callbacks.__name__ == "hf_prefopt.callbacks"  # a module that nothing else has to import
+    assert hf_prefopt.callbacks.__name__ == "hf_prefopt.callbacks"  # a module that no other module needs
     with pytest.raises(AttributeError, match="module 'hf_prefopt' has no attribute 'nothing'"):
         _ = hf_prefopt.nothing
 

@@ -1,4 +1,4 @@
-"""`hf_prefopt train`: how YAML files and the command line are put together, what is kept of a run, and the help."""
+"""`hf_prefopt train`: how YAML files and the command line are combined, the files of a run, and the help."""
 
 import json
 from pathlib import Path
@@ -35,7 +35,9 @@ def test_later_files_win_and_the_command_line_wins_over_all(desk):
 
 
 def test_a_losss_file_goes_on_any_base_with_its_own_hyperparameters(desk, capsys):
-    """It takes the model and the data of the base, and neither the β of its loss nor, from its own base, anything."""
+    """It uses the model and data of the first file. It ignores the β of the first
+    file's loss, and its own base file.
+    """
     recipe = read("--config", "base.yaml", "--config", "simpo")
     assert recipe.training.loss_type == ["simpo"] and recipe.training.beta == 2.0 and recipe.data.dataset_name == "mine"
     assert recipe.training.learning_rate == 1e-5 and recipe.training.per_device_train_batch_size == 8
@@ -48,7 +50,7 @@ def test_a_losss_file_goes_on_any_base_with_its_own_hyperparameters(desk, capsys
 
 @pytest.mark.parametrize("given", ["simpo", "recipes/configs/simpo.yaml", str(ROOT / "recipes/configs/simpo.yaml")])
 def test_a_losss_file_alone_begins_with_its_base(given, desk):
-    """By its name, by its path in the repository, wherever that is, and by its path on this machine."""
+    """The file is found by its name, by its path in the repository from any folder, and by an absolute path."""
     recipe = read("--config", given, "--use_cpu")
     assert recipe.training.beta == 2.0 and recipe.training.learning_rate == 1e-4 and recipe.data.train_rows == 160
     written = yaml.safe_load((ROOT / "recipes/configs/base.yaml").read_text())
@@ -62,7 +64,7 @@ def test_a_file_of_ones_own_may_name_its_base(desk):
 
 
 def test_values_of_files_are_read_as_on_the_command_line(desk):
-    """`1e-4` is text to YAML; `null` is no value; one name stands for a list; an environment is set."""
+    """`1e-4` is text in YAML; `null` unsets a value; one name is a list of one; environment variables are set."""
     lines = "learning_rate: 1e-4\nmax_length: null\nloss_type: ipo\nlora_target_modules: all-linear\nbf16: no\n"
     (desk / "more.yaml").write_text(lines + "report_to: [tensorboard]\nenv: {SOME_SWITCH: 1}\n")
     recipe = read("--config", "base.yaml", "more.yaml", "--use_cpu")
@@ -74,7 +76,9 @@ def test_values_of_files_are_read_as_on_the_command_line(desk):
 
 
 def test_an_adapter_trains_at_its_own_default_rate(desk, capsys):
-    """It is the rate of base.yaml; a new adapter, a saved one, and a script's have it. A given rate is kept."""
+    """The rate is that of base.yaml, for a new adapter, a saved adapter, and an
+    adapter of a script. A given rate is kept.
+    """
     typed = ("--model_name_or_path", "m", "--dataset_name", "mine", "--use_cpu")
     base = yaml.safe_load((ROOT / "recipes/configs/base.yaml").read_text())
     (desk / "saved").mkdir()
@@ -99,7 +103,7 @@ def test_trls_keys_are_read(desk):
 
 
 def test_what_is_kept_is_the_same_run_and_has_no_secrets(desk):
-    """The file, read again, gives the same settings; tokens and the values of the environment are not in it."""
+    """Reading the file again gives the same settings. It has no tokens and no values of environment variables."""
     (desk / "secret.yaml").write_text("env: {API_KEY: verysecret}\n")
     typed = ["--config", "base.yaml", "secret.yaml", "--loss_type", "simpo", "sft", "--loss_weights", "1", "0.5"]
     typed += ["--loss_params", '{"simpo": {"gamma": 1.0}}', "--hub_token", "hf_abcdefghijk", "--output_dir", "out"]
@@ -116,12 +120,13 @@ def test_what_is_kept_is_the_same_run_and_has_no_secrets(desk):
 
 
 def test_another_runs_folder_is_not_overwritten(desk, capsys):
-    """The same run may write again, and so may a run with `--overwrite_output_dir` or one that resumes. What was
-    recorded of a run that is replaced would otherwise pass for the new run's if that is interrupted."""
+    """The same run may write again, and so may a run that resumes, or a run with `--overwrite_output_dir`. In the last
+    case, records of the earlier run are removed, because they could be mistaken for those of an interrupted new run.
+    """
     first = read("--config", "base.yaml", "--output_dir", "out")
     refuse_other_run(first)
     keep_settings(first)
-    refuse_other_run(read("--config", "base.yaml", "--output_dir", "out", "--beta", "1"))  # nothing was trained yet
+    refuse_other_run(read("--config", "base.yaml", "--output_dir", "out", "--beta", "1"))  # before any training
     (desk / "out" / "README.md").touch()
     refuse_other_run(read("--config", "base.yaml", "--output_dir", "out"))
     assert "out holds this run: its files are replaced" in capsys.readouterr().out
@@ -136,7 +141,7 @@ def test_another_runs_folder_is_not_overwritten(desk, capsys):
 
 
 def test_a_run_from_its_own_file_is_the_same_run(desk, capsys):
-    """To the last digit of its losses, in the same process."""
+    """The losses are equal to the last digit, in the same process."""
     tiny_tokenizer().save_pretrained("model")
     tiny_model(vocab_size=len(tiny_tokenizer())).save_pretrained("model")
     rows = [{"prompt": f"Is {n} even? ", "chosen": "I can help you.", "rejected": "I'm sorry."} for n in range(6)]
@@ -180,7 +185,7 @@ def test_what_comes_along_is_listed_and_copied(desk, capsys):
     assert read("--config", "mine/simpo.yaml").training.beta == 2.0
     assert main(["train", "--copy", "simpo", "mine"]) == 1
     assert "mine/simpo.yaml, mine/base.yaml exists already" in capsys.readouterr().err
-    assert main(["train", "--copy", "zero3"]) == 0  # both files, where accelerate looks for the second one
+    assert main(["train", "--copy", "zero3"]) == 0  # both files, and accelerate finds the second one
     engine = yaml.safe_load((desk / "ds_configs/zero3.yaml").read_text())
     assert (desk / engine["deepspeed_config"]["deepspeed_config_file"]).is_file()
 
@@ -190,7 +195,7 @@ def test_losses_are_listed_and_described(capsys, monkeypatch):
     assert main(["losses"]) == 0
     table = capsys.readouterr().out
     ours = [name for name in list_losses() if get_loss(name).function.__module__.startswith("hf_prefopt.")]
-    assert len(ours) > 50 and all(f"\n{name} " in table for name in ours)  # other tests register losses, too
+    assert len(ours) > 50 and all(f"\n{name} " in table for name in ours)  # because other tests register losses, too
     assert main(["losses", "simpo", "sigmoid"]) == 0
     text = capsys.readouterr().out
     assert "beta=2.0" in text and "https://arxiv.org/abs/2405.14734" in text and "ℓ(β(s̄_w − s̄_l) − γ)" in text

@@ -1,4 +1,4 @@
-"""What people pass by mistake is refused with what to pass instead; what has no rows is refused by name."""
+"""Wrong arguments raise an error that says what to pass instead; an empty data set is named."""
 
 from pathlib import Path
 
@@ -73,7 +73,7 @@ def test_a_key_of_a_later_row_is_a_column(tmp_path):
 
 @pytest.mark.parametrize("name", [name for name in SOURCES if name not in ("columns", "splits")])
 def test_what_holds_rows_is_a_data_set_to_evaluate(name, tmp_path):
-    """At construction, as one of several, and later."""
+    """This holds at construction, for one of several data sets, and later."""
     trainer = make_trainer(tmp_path, model(), eval_dataset=SOURCES[name], processing_class=tiny_tokenizer())
     assert len(trainer.eval_dataset) == len(trainer._prepared(SOURCES[name], "test")) == 2
     several = {"easy": pairs(2), "hard": SOURCES[name]}
@@ -122,7 +122,7 @@ def test_what_is_no_data_set_to_train_on(given, tmp_path):
 
 @pytest.mark.parametrize("given", ["texts", "mixed", "torch stream", "name", "path", "number"])
 def test_what_is_no_data_set_to_evaluate(given, tmp_path):
-    """At construction, as one of several, and later."""
+    """This holds at construction, for one of several data sets, and later."""
     data, message = MISTAKES[given]
     trainer = make_trainer(tmp_path)
     for call in (
@@ -184,7 +184,9 @@ def test_a_set_all_of_which_is_dropped_is_named(tmp_path):
 
 
 def test_a_stream_without_rows_is_refused_when_it_is_read(tmp_path):
-    """Nothing to train, nothing to evaluate: from the start, or because all rows were dropped."""
+    """The stream is empty from the start, or all of its rows were dropped: there is
+    nothing to train on or to evaluate.
+    """
     empty = IterableDataset.from_generator(lambda: iter([]), features=pairs(2).features)
     bad = Dataset.from_list([text_pair(chosen="")] * 3).to_iterable_dataset()
     for data in (empty, bad):
@@ -245,13 +247,13 @@ def test_a_batch_of_another_shape_is_an_error_that_says_what_to_do(tmp_path):
 
 def test_several_gpus_of_one_process_are_refused_before_anything_is_loaded(tmp_path):
     args = make_config(tmp_path)
-    args._n_gpu = 2  # what transformers counts
+    args._n_gpu = 2  # the number of rows that transformers counts
     with pytest.raises(ValueError, match="2 GPUs"):
         PreferenceTrainer("no/such/model", args=args, train_dataset=pairs(2))
 
 
 def test_a_removed_callback_that_training_needs_is_an_error(tmp_path):
-    """Without it a moving reference would stay where it is."""
+    """Without this callback, a moving reference would not be updated."""
     trainer = make_trainer(tmp_path, sync_ref_model=True, max_steps=1)
     trainer.callback_handler.callbacks = []
     with pytest.raises(ValueError, match=r"ScorerEvents, RanksAgree were removed.*trainer\.remove_callback"):

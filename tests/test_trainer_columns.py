@@ -1,4 +1,4 @@
-"""Further columns of the data, weights, margins, scores and win rates, from the raw row to the loss."""
+"""Optional columns of the data (weights, margins, scores, win rates), from the raw row to the loss."""
 
 import logging
 
@@ -47,7 +47,7 @@ def test_a_column_travels_with_its_pair(column, name):
 
 
 def test_columns_of_every_kind_and_format():
-    """A weight beside a label, a list, a stream and token ids; both unpaired rows have that of their pair."""
+    """A weight with a label, a list, a stream and token ids; two unpaired rows have the weight of their pair."""
     labeled = {"prompt": "A", "completion": " b", "label": True, "weight": 2}
     listed = {"prompt": "A", "responses": [" b", " c"], "scores": [0, 1], "weight": 2}
     ids = {"prompt_ids": [7], "chosen_ids": [8], "rejected_ids": [9], "weight": 2}
@@ -60,8 +60,10 @@ def test_columns_of_every_kind_and_format():
 
 
 def test_ultrafeedback_and_pandalm_fit_as_they_are(tmp_path):
-    """`score_chosen` and `score_rejected` for odpo; PandaLM's share of votes as the one win rate of sppo, 1 − P for the
-    other: at the reference r = 0, so the loss is ½·2·((P − ½)/β)² for P = 1, ⅔ and ½: (25 + 25/9 + 0)/3 at β = 0.1."""
+    """odpo uses `score_chosen` and `score_rejected`. sppo uses PandaLM's share of votes as
+    the win rate P of the chosen response, and 1 − P for the other. At the reference, r = 0,
+    so the loss is ½·2·((P − ½)/β)². For P = 1, ⅔ and ½, this is (25 + 25/9 + 0)/3 at β = 0.1.
+    """
     rows = [
         {**text_pair(), "score_chosen": 8.5, "score_rejected": 6.0},
         {**text_pair(), "score_chosen": 7, "score_rejected": 6},
@@ -81,8 +83,9 @@ def test_ultrafeedback_and_pandalm_fit_as_they_are(tmp_path):
 
 @pytest.mark.parametrize("loss", ["dpo", "plackett_luce"])
 def test_a_weight_multiplies_its_example_and_not_the_count(loss, tmp_path):
-    """Weights 0, 1, 2, 0, 1, 2: the evaluation's loss is Σ w_i ℓ_i / 6, ℓ_i those of the rows evaluated alone; rewards
-    are as without weights."""
+    """Weights 0, 1, 2, 0, 1, 2: the loss of the evaluation is Σ w_i ℓ_i / 6, with
+    ℓ_i from rows evaluated alone; rewards do not depend on the weights.
+    """
     rows = KINDS[loss](6)
     model = {"model": perturbed(tiny_model(), scale=0.05), "ref_model": tiny_model()}
     plain = make_trainer(tmp_path, **model, loss_type=loss, train_dataset=rows)
@@ -99,7 +102,7 @@ def test_a_weight_multiplies_its_example_and_not_the_count(loss, tmp_path):
 
 @pytest.mark.parametrize("loss", ["kto", "plackett_luce", "beta_dpo"])
 def test_weights_and_accumulation(loss, tmp_path):
-    """1×8 = 8×1 with weights and an NLL beside, the batch-wise losses too; a weight of 0 trains nothing."""
+    """1×8 = 8×1 with weights and an additional NLL, also for batch-wise losses; a weight of 0 trains nothing."""
     rows = with_column(KINDS.get(loss, pairs)(8), "weights", lambda row: row % 3)
     objective = {"loss_type": loss, "sft_weight": 0.5}
     settings = {"train_dataset": rows, "learning_rate": 0.01, "max_grad_norm": 1.0}
@@ -114,8 +117,9 @@ def test_weights_and_accumulation(loss, tmp_path):
 
 @pytest.mark.parametrize("loss", ["dpo", "kto"])
 def test_weights_are_said_once_for_each_data_set(loss, tmp_path, caplog):
-    """Weights 0, 1, 2, 0, 1, 2: six examples from 0 to 2, 1 on average; of a stream that there are any; without the
-    column nothing."""
+    """Weights 0, 1, 2, 0, 1, 2: the message says six examples from 0 to 2, 1 on average. For a stream, it only says
+    that there are weights. Without the column, there is no message.
+    """
     rows = with_column(KINDS.get(loss, pairs)(6), "weights", lambda row: row % 3)
     said = "train: the column `weight` multiplies the losses of its examples"
     for data, expected in (
@@ -146,7 +150,7 @@ def test_a_stream_without_a_column_is_refused_at_construction(settings, reason, 
 
 
 def test_a_row_of_a_stream_without_scores_is_refused_when_it_comes(tmp_path):
-    """A ranked list behind two scored ones, for a loss of scores."""
+    """A ranked list follows two scored lists, and the loss needs scores."""
     rows = lists(3).map(lambda row: {"scores": [] if row["row"] == 2 else row["scores"]})
     trainer = make_trainer(tmp_path, loss_type="lipo", train_dataset=rows.to_iterable_dataset(), max_steps=2)
     with pytest.raises(
@@ -164,8 +168,9 @@ def test_equal_weights_are_a_factor():
 
 @pytest.mark.parametrize("loss", ["dpo", "dpo_norm", "hinge", "simpo"])
 def test_margins_reach_the_losses_that_subtract_them(loss, tmp_path):
-    """The trainer's loss with a column of margins is the loss function's on the same inputs with them; without the
-    column there are none, and rows of an evaluation set without it have margins of 0."""
+    """The trainer's loss with a column of margins equals the loss function with margins; without the column there are
+    no margins, and an evaluation set without it has margins of 0.
+    """
     rows = with_column(pairs(6), "margins", lambda row: row / 4)
     objective = {"loss_type": loss, "sft_weight": 0.2}
     model, reference = off_reference(objective)
@@ -185,7 +190,7 @@ def test_a_margin_of_alpha_log_delta_r_makes_dpo_odpo():
 
 
 def test_modifiers_compose():
-    """0.7 hinge with margins and WPO weights + 0.3 ipo + 0.5 sft, all times the example's weight."""
+    """The loss is 0.7 hinge with margins and WPO weights + 0.3 ipo + 0.5 sft, all times the example's weight."""
     inputs = made_up_inputs()
     inputs |= {"margins": torch.rand(5).double(), "weights": torch.arange(5).double()}
     objective = build_objective(
@@ -286,7 +291,7 @@ def test_missing_columns_are_named_together_and_may_have_other_names(tmp_path):
 
 
 def test_a_column_that_no_loss_asks_for_may_hold_anything(tmp_path):
-    """Scores are None in some rows, and DPO does not look at them; nor does it train differently."""
+    """Some scores are None, but DPO does not use them, and its training does not change."""
     rows = [{**text_pair(), "score_chosen": None}, {**text_pair(), "score_chosen": 3.0}]
     given = {"processing_class": TOKENIZER, "max_steps": 1, **DESCENT}
     changes = []
@@ -298,14 +303,15 @@ def test_a_column_that_no_loss_asks_for_may_hold_anything(tmp_path):
 
 
 def soft_rows(count=4):
-    """Pairs whose chosen response is the better one with probability 3/8, 4/8, …, 7/8, 3/8, …"""
+    """Return pairs whose chosen response is better with probability 3/8, 4/8, …, 7/8, 3/8, …"""
     return with_column(pairs(count), "chosen_win_rates", lambda row: (3 + row % 5) / 8)
 
 
 @pytest.mark.parametrize("loss", ["dpo", "dpo_norm", "wpo"])
 def test_soft_labels_are_label_smoothing_by_pair(loss, tmp_path):
-    """The evaluation's loss is the mean of p·ℓ_i + (1 − p)·ℓ'_i: ℓ_i those of the rows alone, ℓ'_i with their responses
-    exchanged, which is label smoothing with ε = 1 − p, in fp32."""
+    """The evaluation's loss is the mean of p·ℓ_i + (1 − p)·ℓ'_i. ℓ_i is the loss of a row alone, and ℓ'_i that with
+    swapped responses. In fp32, this equals label smoothing with ε = 1 − p.
+    """
     rows = soft_rows()
     model = {"model": perturbed(tiny_model(), scale=0.05), "ref_model": tiny_model(), "loss_type": loss}
     soft = make_trainer(tmp_path, **model, train_dataset=rows, use_win_rates=True)
@@ -323,7 +329,7 @@ def test_soft_labels_are_label_smoothing_by_pair(loss, tmp_path):
 
 
 def test_win_rates_are_used_only_where_they_are_asked_for(tmp_path, caplog):
-    """Without the setting the loss is that of hard labels and one line says so; with it, so does the start summary."""
+    """Without the setting, the loss is that of hard labels, with a message; with it, the start summary has a line."""
     given = {"model": perturbed(tiny_model(), scale=0.05), "ref_model": tiny_model(), "train_dataset": soft_rows()}
     with caplog.at_level(logging.WARNING):
         hard = make_trainer(tmp_path, **given)

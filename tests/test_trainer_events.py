@@ -1,7 +1,7 @@
-"""A user's callback sees under `PreferenceTrainer` what it sees under plain `transformers.Trainer`.
+"""A callback gets the same events under `PreferenceTrainer` as under `transformers.Trainer`.
 
-The same events in the same order, with the same arguments, flags, steps and epochs, for the same schedule; and what it
-asks for is done.
+For the same schedule, the events have the same order, arguments, flags, steps and
+epochs, and the flags that a callback sets have the same effect.
 """
 
 import inspect
@@ -17,18 +17,19 @@ from tests.trainers import QUIET, make_trainer, pairs
 
 EVENTS = [name for name, _ in inspect.getmembers(TrainerCallback, inspect.isfunction) if name.startswith("on_")]
 FLAGS = ["should_training_stop", "should_epoch_stop", "should_save", "should_evaluate", "should_log"]
-# What callbacks are given that belongs to the trainer.
+# Arguments of callbacks that belong to the trainer.
 OWNED = ("model", "optimizer", "lr_scheduler", "train_dataloader", "eval_dataloader", "processing_class")
-# Names of the Trainer's figures; those of the losses come in addition.
+# Names of the Trainer's metrics; the metrics of the losses are additional.
 TRAINERS = {"loss", "grad_norm", "learning_rate", "epoch", "train_loss", "total_flos", "step"}
 SETTINGS = {**QUIET, "num_train_epochs": 2, "learning_rate": 0.0}
 
 
 class Witness(TrainerCallback):
-    """Notes every event as (name, step, epoch, flags, arguments, what is the trainer's, figures), and sets one flag.
+    """A callback that records every event as (name, step, epoch, flags, arguments,
+    trainer's values, metrics), and sets one flag.
 
     Args:
-        asks: (event, flag): the flag is set at every second time of the event.
+        asks: (event, flag): the flag is set at every second occurrence of the event.
     """
 
     def __init__(self, asks=None):
@@ -72,13 +73,13 @@ for _event in EVENTS:
 
 
 def plain_rows(count, seed=0):
-    """Rows for a causal language model, as many as there are pairs."""
+    """Return rows for a causal language model, as many as there are pairs."""
     ids = torch.randint(3, 300, (count, 9), generator=torch.Generator().manual_seed(seed)).tolist()
     return Dataset.from_list([{"input_ids": row, "labels": row, "attention_mask": [1] * 9} for row in ids])
 
 
 def plain(folder, train, evaluation, callbacks=(), **settings):
-    """transformers' own Trainer."""
+    """Return transformers' own Trainer."""
     args = TrainingArguments(str(folder), **{**SETTINGS, **settings})
     return Trainer(tiny_model(), args, train_dataset=train, eval_dataset=evaluation, callbacks=list(callbacks))
 
@@ -89,11 +90,13 @@ def ours(folder, train, evaluation, callbacks=(), **settings):
 
 
 def seen_by(make, rows, folder, asks=None, also=(), sets=False, **settings):
-    """What a callback sees of a run, of an evaluation and of a prediction after it, beside others that set flags."""
+    """Return the events of a run, of an evaluation and of a prediction after it,
+    with other callbacks that set flags.
+    """
     evaluation = {"a": rows(3, seed=1), "b": rows(2, seed=2)} if sets else rows(3, seed=1)
     witness = Witness(asks)
     trainer = make(folder, rows(7), evaluation, [witness, *map(Witness, also)], **settings)
-    # The tokenizer is no part of a schedule.
+    # The tokenizer does not affect the schedule.
     witness.trainer = trainer
     trainer.train()
     trainer.evaluate()
@@ -121,7 +124,7 @@ SCHEDULES = {
     "on start, delayed": {**STEPS, "eval_on_start": True, "eval_delay": 3, "eval_steps": 1},
     "several sets": {**STEPS, "sets": True},
     "the best": {**STEPS, "save_steps": 2, "load_best_model_at_end": True, "save_total_limit": 1},
-    # Evaluations drop no row here, so there is none to drop.
+    # Evaluations drop no row here.
     "dropped rest": {
         **ACCUMULATED,
         "dataloader_drop_last": True,
@@ -139,7 +142,7 @@ def test_a_callback_sees_what_plain_trainer_shows(settings, tmp_path):
     assert {event for event, *_ in found} >= {"on_init_end", "on_train_begin", "on_step_end", "on_predict"}
 
 
-# Each event and each flag at least once, at moments that are odd.
+# Each event and each flag at least once, at unusual moments.
 ODD = [
     ("on_train_begin", "should_evaluate"),
     ("on_epoch_begin", "should_save"),
@@ -171,7 +174,7 @@ def test_what_a_callback_asks_for_is_done_as_by_plain_trainer(event, flag, tmp_p
     assert found == expected
 
 
-# What two callbacks ask for.
+# The requests of two callbacks.
 TWO = [
     (("on_step_end", "should_save"), ("on_step_end", "should_training_stop")),
     (("on_log", "should_evaluate"), ("on_evaluate", "should_save")),
@@ -194,7 +197,7 @@ class Second(TrainerCallback):
 
 
 def handled(make, rows, folder):
-    """The callbacks of a trainer through all that adds and removes them; those of ours are left out."""
+    """Return the callbacks of a trainer after all ways to add and remove them, without our own callbacks."""
     second = Second()
     trainer = make(folder, rows(4), None, [First, second])
     lists = []
@@ -222,5 +225,5 @@ def handled(make, rows, folder):
 
 
 def test_callbacks_come_and_go_as_in_plain_trainer(tmp_path):
-    """As classes and as instances, in the same order."""
+    """Callbacks are classes and instances, in the same order."""
     assert handled(ours, pairs, tmp_path / "ours") == handled(plain, plain_rows, tmp_path / "plain")

@@ -1,8 +1,8 @@
-"""A step's loss is the mean over the examples of the global batch, and an evaluation is of the rows, however they are
-cut into micro-batches, padded or logged.
+"""A step's loss is the mean over the examples of the global batch, and an evaluation is the mean over the rows.
 
-The runs are in float64 with plain gradient descent, whose steps are linear in the gradient: Adam would turn the sign
-of a rounding error into a full step. Norms inside the models are computed in fp32 by transformers, row by row.
+This holds for any micro-batches, padding and logging. The runs are in float64 with plain
+gradient descent, whose steps are linear in the gradient: Adam would turn the sign of a rounding
+error into a full step. transformers computes norms inside the models in fp32, row by row.
 """
 
 import pytest
@@ -15,10 +15,10 @@ from hf_prefopt.scoring.forward import VOCABULARY_KL, score
 from tests.tiny_models import perturbed, random_rows, tiny_model
 from tests.trainers import examples, first_batch, logged, make_config, make_trainer, pairs, values_read, weights
 
-# Every loss, and what is built on several of them.
+# Every loss, and some combinations of losses.
 OBJECTIVES = {
     **{name: {"loss_type": name} for name in list_losses()},
-    # Squares whose targets, 1/(2β), are 500 nats by default: three steps of plain descent towards those would diverge.
+    # Squared losses with targets 1/(2β), which are 500 nats by default: three steps of plain descent would diverge.
     **{name: {"loss_type": name, "beta": 0.1} for name in ("sppo_hard", "cal_dpo", "sppo")},
     "with sft_weight": {"loss_type": "dpo", "sft_weight": 0.5},
     "with use_weighting": {"loss_type": "hinge", "use_weighting": True},
@@ -30,7 +30,7 @@ OBJECTIVES = {
     "modified tokens": {"loss_type": "kto_pair", "humanline": True, "ld_alpha": 0.3, "use_token_weights": True},
     "humanline": {"loss_type": "kto", "humanline": True},
 }
-# One of each kind that the trainer treats differently.
+# One loss of each kind that the trainer treats differently.
 KINDS = {
     name: OBJECTIVES[name]
     for name in (
@@ -44,7 +44,7 @@ DESCENT = {"optim": "sgd", "learning_rate": 1.0, "lr_scheduler_type": "constant"
 
 
 def off_reference(objective):
-    """A policy half a nat or so away from its reference, where a loss has one."""
+    """Return a policy that differs by about half a nat from its reference, if the loss has a reference."""
     model = perturbed(tiny_model(dtype=torch.float64), scale=0.05)
     needed = make_config("unused", **objective).build_objective().needs_reference_model
     return model, {"ref_model": tiny_model(dtype=torch.float64)} if needed else {}
@@ -75,11 +75,12 @@ def assert_same_change(actual, expected, tolerance):
     ids=[*OBJECTIVES, *(f"{name}, shared" for name in KINDS)],
 )
 def test_a_step_is_the_gradient_of_the_mean_over_its_examples(objective, layout, tmp_path):
-    """Eight micro-batches of one pair, in either layout. At rate 1 the change of the weights is minus the gradient of
-    the objective's mean over the eight pairs scored at once, padded, by autograd; the logged loss is that mean.
+    """There are eight micro-batches of one pair, in both layouts. At learning rate 1,
+    the change of the weights is minus the gradient (by autograd) of the objective's
+    mean over the eight pairs, scored at once and padded. The logged loss is this mean.
 
-    Padded, the same sums are rounded in float64: 1e-10. The other layout adds up attention in another order, and that
-    last bit may move a rounding of the fp32 norms: some 1e-7, which 1e-6 covers.
+    For "padded", the same sums are rounded in float64: 1e-10. The other layout adds attention in another order, and
+    this may change a rounding of the fp32 norms by about 1e-7; the tolerance is 1e-6.
     """
     trainer, change = run(tmp_path, objective, 1, 8, max_steps=1, layout=layout)
     model, _ = off_reference(objective)
@@ -95,7 +96,7 @@ def test_a_step_is_the_gradient_of_the_mean_over_its_examples(objective, layout,
     gradients = dict(zip(change, torch.autograd.grad(loss, list(model.parameters())), strict=True))
     tolerance = {"padded": 1e-10, "shared": 1e-6}[layout]
     assert_same_change({name: -value for name, value in change.items()}, gradients, tolerance)
-    # The Trainer keeps its running loss in fp32.
+    # The Trainer's running loss is in fp32.
     assert logged(trainer, "loss") == pytest.approx([loss.item()], rel=1e-6)
 
 
@@ -104,10 +105,11 @@ def test_a_step_is_the_gradient_of_the_mean_over_its_examples(objective, layout,
     [pytest.param(o, marks=() if n in KINDS else pytest.mark.nightly, id=n) for n, o in OBJECTIVES.items()],
 )
 def test_accumulation_changes_nothing(objective, tmp_path):
-    """1×8 = 8×1 over 12 pairs, of which the last step has only four: weights, losses and metrics of both steps.
+    """1×8 = 8×1 over 12 pairs, and the last step has only four pairs: weights,
+    losses and metrics of both steps are compared.
 
-    The gradient is clipped to length 1, since the squares of some losses would take the first step far out, where the
-    second one blows up every rounding.
+    The gradient is clipped to norm 1, because the squares of some losses would make
+    the first step so large that the second one amplifies every rounding.
     """
     settings = {"train_dataset": rows_for(objective, 12), "learning_rate": 0.01, "max_grad_norm": 1.0}
     whole, expected = run(tmp_path, objective, 8, 1, **settings)
@@ -123,7 +125,7 @@ def test_accumulation_changes_nothing(objective, tmp_path):
     ("other", "tolerance"), [({"layout": "padded", "pad_to_multiple_of": 64}, 1e-9), ({"layout": "shared"}, 1e-6)]
 )
 def test_padding_changes_nothing(objective, other, tolerance, tmp_path):
-    """A run whose rows are padded to multiples of 64, or not padded at all, ends where the padded run does."""
+    """Runs with rows padded to multiples of 64, or without padding, end with the same weights."""
     settings = {"train_dataset": pairs(12), "learning_rate": 0.01}
     _, expected = run(tmp_path, OBJECTIVES[objective], 4, 2, **settings, layout="padded")
     _, change = run(tmp_path, OBJECTIVES[objective], 4, 2, **settings, **other)
@@ -133,7 +135,7 @@ def test_padding_changes_nothing(objective, other, tolerance, tmp_path):
 @each_objective
 def test_evaluation_is_of_the_rows(objective, tmp_path):
     """Seven rows in batches of 1, 2 and 3 have the loss and metrics of all seven at once, which are the objective's on
-    all rows; a mean of batch means would give the last row another weight.
+    all rows. A mean of batch means would give the last row another weight.
     """
     model, reference = off_reference(objective)
     trainer = make_trainer(tmp_path, model, **reference, **objective, eval_dataset=rows_for(objective, 7))
@@ -146,8 +148,8 @@ def test_evaluation_is_of_the_rows(objective, tmp_path):
 
 
 def test_evaluation_counts_every_pair_of_a_prompt(tmp_path):
-    """A row with responses (a, b, c) and pairs (a, b), (a, c) and a row with one pair are three examples: the mean of
-    the metrics is that of three rows of one pair each.
+    """A row with responses (a, b, c) and pairs (a, b), (a, c), and a row with one pair, are three examples: the mean of
+    the metrics is that of three rows with one pair each.
     """
     first, second = random_rows(2)
     extra = [11, 12, 2]
@@ -165,7 +167,7 @@ def test_evaluation_counts_every_pair_of_a_prompt(tmp_path):
 
 
 def test_evaluation_counts_rows_that_share_a_number(tmp_path):
-    """Two prepared data sets put together have row numbers twice; every row still counts."""
+    """Two concatenated prepared data sets have each row number twice; every row still counts."""
     one, other = random_rows(3, seed=1), random_rows(3, seed=2)
     trainer = make_trainer(tmp_path, perturbed(tiny_model()), ref_model=tiny_model())
     together = trainer.evaluate(Dataset.from_list(one + other))["eval_loss"]
@@ -175,7 +177,7 @@ def test_evaluation_counts_rows_that_share_a_number(tmp_path):
 
 
 def test_a_tie_is_half_a_win(tmp_path):
-    """An untrained policy is its reference, so all rewards are 0 and accuracy is 0.5, not 0."""
+    """An untrained policy equals its reference, so all rewards are 0 and the accuracy is 0.5, not 0."""
     trainer = make_trainer(tmp_path, eval_dataset=pairs(5))
     metrics = trainer.evaluate()
     assert metrics["eval_rewards/accuracies"] == 0.5
@@ -183,8 +185,8 @@ def test_a_tie_is_half_a_win(tmp_path):
 
 
 def test_logged_metrics_are_means_over_the_examples_since_the_last_log(tmp_path):
-    """At rate 0 the policy stands still, so one log over an epoch of 4 + 4 + 2 pairs has the figures of an evaluation
-    of the ten pairs, and logs of single steps have theirs: weighted 4, 4, 2 they give the same.
+    """At learning rate 0, the policy does not change. A log over an epoch of 4 + 4 + 2 pairs has the metrics of an
+    evaluation of the ten pairs, and the logs of single steps, weighted 4, 4, 2, give the same.
     """
     settings = {"learning_rate": 0.0, "per_device_train_batch_size": 4, "train_dataset": pairs(10)}
     runs = {}
@@ -211,22 +213,22 @@ def test_logged_metrics_are_means_over_the_examples_since_the_last_log(tmp_path)
 
 @each_kind
 def test_no_step_waits_for_the_device(objective, tmp_path, monkeypatch):
-    """Between logs the package's own code reads no value off a tensor, which on a GPU would wait for it.
+    """Between logs, the package's own code reads no value from a tensor, which would wait for a GPU.
 
-    In layout "padded": the other one's attention goes by segment on the CPU, and by one kernel on a GPU.
+    The layout is "padded", because attention of the other layout runs by segment on a CPU, and in one kernel on a GPU.
     """
     model, reference = off_reference(objective)
     settings = {"logging_steps": 100, "max_steps": 2, "gradient_accumulation_steps": 2, "layout": "padded"}
     trainer = make_trainer(tmp_path, model, **settings, **reference, **objective)
     monkeypatch.setattr(trainer, "log", lambda *_, **__: None)
-    trainer.scorer.settle()  # once, before the first step, the model is tried out
+    trainer.scorer.settle()  # the model is tested once, before the first step
     seen = values_read(monkeypatch)
     trainer.train()
     assert seen == []
 
 
 def test_predictions_are_of_examples_and_not_of_rows(tmp_path):
-    """Five rows of three pairs in batches of two: 15 predictions, whose mean is the metric's."""
+    """Five rows of three pairs in batches of two: 15 predictions, and their mean is the metric."""
     rows = [
         {**row, "response_ids": [*row["response_ids"], *other["response_ids"]], "pairs": [[0, 1], [0, 2], [3, 1]]}
         for row, other in zip(random_rows(5, longest=8), random_rows(5, seed=1, longest=8), strict=True)

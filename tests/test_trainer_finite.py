@@ -1,4 +1,4 @@
-"""A run whose loss, gradient or weights are not finite stops, says where that began, and saves nothing of it."""
+"""A run with a loss, gradient or weights that are not finite stops, names the cause, and saves no damaged state."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from hf_prefopt.reporting.finite import Seen
 from tests.tiny_models import tiny_model
 from tests.trainers import logged, make_config, make_trainer, pairs, with_column
 
-# Rows in order, two to a step: row 5 is in step 3.
+# Rows in order, two per step: row 5 is in step 3.
 IN_ORDER = {"train_sampling_strategy": "sequential", "per_device_train_batch_size": 2, "train_dataset": pairs(8)}
 NEVER_LOGGED = {"logging_strategy": "no"}
 
@@ -39,7 +39,7 @@ def checkpoints(folder):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("when", [{}, NEVER_LOGGED, {"logging_steps": 3}, {"logging_nan_inf_filter": True}])
 def test_a_loss_of_one_example_stops_the_run(value, when, tmp_path):
-    """However seldom is logged, with the step in which it happened."""
+    """The error names the step in which it happened, even if logs are rare."""
     settings = {"loss_type": "fails_in_row_5", "loss_params": {"value": value}, **IN_ORDER, **when}
     trainer = make_trainer(tmp_path, **settings)
     with pytest.raises(FloatingPointError, match=f"^step 3: the loss fails_in_row_5 is {value} for row 5 of") as error:
@@ -49,7 +49,7 @@ def test_a_loss_of_one_example_stops_the_run(value, when, tmp_path):
 
 
 def test_nothing_is_saved_of_a_ruined_run(tmp_path):
-    """The checkpoints before it are kept, the one of the step is not written, though nothing was logged."""
+    """Checkpoints before the step are kept, and that of the step is not written, even if nothing was logged."""
     trainer = make_trainer(
         tmp_path, loss_type="fails_in_row_5", save_strategy="steps", save_steps=1, **IN_ORDER, **NEVER_LOGGED
     )
@@ -59,7 +59,7 @@ def test_nothing_is_saved_of_a_ruined_run(tmp_path):
 
 
 def test_a_run_that_never_logs_is_looked_at_now_and_then(tmp_path, monkeypatch):
-    """What is kept of micro-batches is bounded: after four of them the run is looked at."""
+    """The number of stored micro-batches is bounded: after four of them, the run is checked."""
     monkeypatch.setattr(finite, "_KEPT", 4)
     trainer = make_trainer(tmp_path, loss_type="fails_in_row_5", max_steps=100, **IN_ORDER, **NEVER_LOGGED)
     with pytest.raises(FloatingPointError, match=r"^step 3"):
@@ -84,9 +84,9 @@ def test_the_row_is_named_however_a_step_is_cut(batches, tmp_path):
 
 @pytest.mark.parametrize("loss", ["dpo", "kto_pair", "sampo", "plackett_luce", "kto"])
 def test_ruined_weights_are_named_as_the_cause(loss, tmp_path):
-    """A policy whose weights are no longer numbers: its log-probs are named, and not the formula."""
+    """The policy's weights are NaN, so the error names its log-probs and not the loss."""
     trainer = make_trainer(tmp_path, loss_type=loss, layout="padded", max_steps=1)
-    trainer.scorer.settle()  # which would refuse such a model
+    trainer.scorer.settle()  # which would reject such a model
     with torch.no_grad():
         trainer.model.lm_head.weight.fill_(torch.nan)
     with pytest.raises(FloatingPointError, match=r"^step 1: the loss .* policy_.* the model's weights are not finite"):
@@ -95,7 +95,7 @@ def test_ruined_weights_are_named_as_the_cause(loss, tmp_path):
 
 @pytest.mark.parametrize(("column", "value"), [("weights", torch.inf), ("margins", torch.nan)])
 def test_data_that_are_not_finite_are_named_as_the_cause(column, value, tmp_path):
-    """A data set with such a number is refused when the trainer is made; here it comes later."""
+    """Normally, such a data set raises an error at construction; here, the number appears later."""
     sound = with_column(pairs(8), column, lambda row: 1.0)
     broken = with_column(pairs(8), column, lambda row: value if row == 3 else 1.0)
     with pytest.raises(ValueError, match="row 3"):
@@ -107,7 +107,7 @@ def test_data_that_are_not_finite_are_named_as_the_cause(column, value, tmp_path
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path):
-    """Though the loss is 0."""
+    """This holds even if the loss is 0."""
     trainer = make_trainer(tmp_path, loss_type="has_no_gradient_at_0", **IN_ORDER)
     with pytest.raises(FloatingPointError, match="gradient's norm is nan"):
         trainer.train()
@@ -115,7 +115,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path):
 
 @pytest.mark.parametrize("steps", [1, 2])
 def test_weights_that_a_gradient_ruins_are_not_saved(steps, tmp_path):
-    """In the last step too, behind which no loss is computed."""
+    """This includes the last step, after which no loss is computed."""
     settings = {"loss_type": "has_no_gradient_at_0", "max_steps": 1, "max_grad_norm": 0.0}
     saving = {"save_strategy": "steps", "save_steps": steps}
     trainer = make_trainer(tmp_path, **settings, **saving, **IN_ORDER, **NEVER_LOGGED)
@@ -132,7 +132,7 @@ def test_an_evaluation_stops_too(tmp_path):
 
 
 def test_a_run_is_looked_at_before_it_is_evaluated(tmp_path):
-    """What went wrong in training is said, and not what an evaluation makes of it."""
+    """The error is that of training, and not that of the evaluation."""
     settings = {"eval_strategy": "steps", "eval_steps": 3, "eval_dataset": pairs(8), **IN_ORDER, **NEVER_LOGGED}
     trainer = make_trainer(tmp_path, loss_type="fails_in_row_5", **settings)
     with pytest.raises(FloatingPointError, match=r"^step 3"):
@@ -151,13 +151,15 @@ def test_after_an_error_a_trainer_can_train_again(tmp_path):
 
 
 def test_the_filter_of_the_trainer_is_off(tmp_path):
-    """It reads the loss of every micro-batch, and shows 0 for one that is NaN."""
+    """The filter would read the loss of every micro-batch, and log 0 for a loss that is NaN."""
     assert make_config(tmp_path).logging_nan_inf_filter is False
     assert PreferenceConfig(output_dir=str(tmp_path), logging_nan_inf_filter=True).logging_nan_inf_filter is True
 
 
 def test_of_a_loss_over_the_batch_the_example_with_the_bad_input_is_named():
-    """One NaN makes the loss of every example one; an input that is not finite where the loss is says nothing."""
+    """If one NaN makes all losses NaN, the example with this input is named. If the
+    losses are finite, no input is named.
+    """
     losses = torch.tensor([torch.nan] * 3)
     inputs = {"policy_logps": torch.tensor([-1.0, torch.nan, -2.0]), "ref_logps": torch.tensor([-1.0, -2.0, -1.0])}
     alone, text = Seen(torch.tensor([7, 8, 9]), inputs, {"kto": losses, "": losses}).finding()

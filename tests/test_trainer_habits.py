@@ -1,4 +1,4 @@
-"""What people do with a `Trainer` works as it does with theirs: resuming, callbacks, logging, evaluating, saving."""
+"""Common uses of a `Trainer` work with ours: resuming, callbacks, logging, evaluating, saving."""
 
 import math
 from types import MethodType
@@ -38,14 +38,14 @@ RUNS = {
 
 @pytest.mark.parametrize(("make", "settings"), RUNS.values(), ids=RUNS)
 def test_a_resumed_run_is_the_uninterrupted_one(make, settings, tmp_path):
-    """Stopped after step 2 of 6 (in the middle of an epoch) and resumed from the checkpoint by a new trainer: losses,
-    metrics and final weights are the same bits, dropout included.
+    """A run that stops after step 2 of 6 (in the middle of an epoch) is resumed by a new trainer: losses, metrics and
+    final weights are bit-equal, including dropout.
     """
     settings = {"num_train_epochs": 2, "train_dataset": pairs(6), "save_strategy": "steps", "save_steps": 2, **settings}
     whole = make_trainer(tmp_path / "whole", make(), **settings)
     whole.train()
     resumed = make_trainer(tmp_path / "again", make(), **settings)
-    torch.rand(100)  # another state of the generator, which the checkpoint must bring back
+    torch.rand(100)  # another random state, so that the checkpoint must restore it
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     assert resumed.state.global_step == whole.state.global_step == 6
     for name in ("loss", "rewards/margins", "logps/chosen", "grad_norm"):
@@ -69,7 +69,7 @@ class Recorder(TrainerCallback):
 
 
 def test_callbacks_see_steps_logs_and_evaluations(tmp_path):
-    """Each step, each log with the metrics under their names, each evaluation with its own."""
+    """A callback gets each step, each log with its metrics, and each evaluation with its own metrics."""
     recorder = Recorder()
     settings = {"eval_dataset": pairs(3), "eval_strategy": "steps", "eval_steps": 2, "max_steps": 2}
     make_trainer(tmp_path, callbacks=[recorder], **settings).train()
@@ -80,7 +80,9 @@ def test_callbacks_see_steps_logs_and_evaluations(tmp_path):
 
 @pytest.mark.parametrize("loss", ["dpo", "sft"])
 def test_compute_metrics_gets_a_score_per_response_and_which_was_chosen(loss, tmp_path):
-    """Predictions `[N, 2]`: the implicit rewards, or log-probs where the loss has none; labels (1, 0) in every row."""
+    """Predictions `[N, 2]` are the implicit rewards, or log-probs if the loss has
+    none; labels are (1, 0) in every row.
+    """
     seen = []
 
     def compute_metrics(prediction):
@@ -103,7 +105,7 @@ def test_predict_gives_rewards_labels_and_metrics(tmp_path):
 
 
 def test_model_init_starts_over(tmp_path):
-    """Every train() has a fresh policy and a fresh reference, so two runs of one trainer are the same run."""
+    """Every train() has a new policy and a new reference, so two runs of one trainer are equal."""
     trainer = make_trainer(tmp_path, model_init=lambda: with_lora(tiny_model()), max_steps=2)
     trainer.train()
     first = weights(trainer.model)
@@ -113,7 +115,7 @@ def test_model_init_starts_over(tmp_path):
 
 
 def test_several_evaluation_sets_by_name(tmp_path):
-    """Each set's figures under its own name, equal to evaluating it alone."""
+    """The metrics of each set are under its name, and equal those of evaluating it alone."""
     sets = {"small": pairs(3, seed=1), "large": pairs(5, seed=2)}
     trainer = make_trainer(tmp_path, perturbed(tiny_model()), ref_model=tiny_model(), eval_dataset=sets)
     together = trainer.evaluate()
@@ -124,7 +126,7 @@ def test_several_evaluation_sets_by_name(tmp_path):
 
 
 def test_a_raw_data_set_can_be_evaluated_at_any_time(tmp_path):
-    """Text or messages given to evaluate() or predict() are prepared as at construction."""
+    """Text or messages that are passed to evaluate() or predict() are prepared as at construction."""
     raw = Dataset.from_list([chat_pair(), chat_pair(chosen="It is Paris.")])
     given = make_trainer(tmp_path, raw_model(), eval_dataset=raw, **RAW).evaluate()
     later = make_trainer(tmp_path, raw_model(), **{**RAW, "train_dataset": None})
@@ -133,7 +135,7 @@ def test_a_raw_data_set_can_be_evaluated_at_any_time(tmp_path):
 
 
 def test_tensorboard_gets_trl_names(tmp_path, monkeypatch):
-    """`report_to="tensorboard"` writes train/ and eval/ curves under the names of TRL's."""
+    """`report_to="tensorboard"` writes train/ and eval/ curves with TRL's names."""
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "curves"))
     settings = {"report_to": "tensorboard", "eval_dataset": pairs(2), "eval_strategy": "steps", "eval_steps": 2}
@@ -147,7 +149,7 @@ def test_tensorboard_gets_trl_names(tmp_path, monkeypatch):
 
 
 def test_the_best_model_is_loaded_at_the_end(tmp_path):
-    """At a rate that ruins the policy the first checkpoint is the best by evaluation loss, and comes back."""
+    """The learning rate ruins the policy, so the first checkpoint has the best evaluation loss, and is restored."""
     settings = {"eval_dataset": pairs(4, seed=3), "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps"}
     settings |= {"save_steps": 1, "load_best_model_at_end": True, "max_steps": 3, "learning_rate": 0.5}
     trainer = make_trainer(tmp_path, with_lora(tiny_model()), **settings)
@@ -160,7 +162,7 @@ def test_the_best_model_is_loaded_at_the_end(tmp_path):
 
 
 def test_training_stops_early_by_a_metric_of_ours(tmp_path):
-    """`metric_for_best_model` takes a reward metric by its name."""
+    """`metric_for_best_model` accepts the name of a reward metric."""
     settings = {"eval_dataset": pairs(2), "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps"}
     settings |= {"save_steps": 1, "load_best_model_at_end": True, "metric_for_best_model": "rewards/accuracies"}
     settings |= {"learning_rate": 0.0, "max_steps": 4, "callbacks": [EarlyStoppingCallback(1)]}
@@ -170,7 +172,7 @@ def test_training_stops_early_by_a_metric_of_ours(tmp_path):
 
 
 def test_a_stream_trains_for_a_number_of_steps(tmp_path):
-    """A streaming raw data set, endless as far as the trainer knows."""
+    """The raw data set is a stream, whose length the trainer does not know."""
     settings = {**RAW, "train_dataset": TEXTS.to_iterable_dataset()}
     trainer = make_trainer(tmp_path, raw_model(), max_steps=3, **settings)
     trainer.train()
@@ -180,7 +182,9 @@ def test_a_stream_trains_for_a_number_of_steps(tmp_path):
 
 @pytest.mark.parametrize("adapt", [False, True], ids=["full", "lora"])
 def test_what_is_saved_loads_without_us(adapt, tmp_path):
-    """`save_model` writes a plain transformers model or PEFT adapter with the tokenizer: the same logits come back."""
+    """`save_model` writes a plain transformers model or PEFT adapter with the
+    tokenizer; loading gives the same logits.
+    """
     trainer = make_trainer(tmp_path, with_lora(raw_model()) if adapt else raw_model(), max_steps=2, **RAW)
     trainer.train()
     trainer.save_model(str(tmp_path / "saved"))
@@ -195,7 +199,7 @@ def test_what_is_saved_loads_without_us(adapt, tmp_path):
 
 
 def test_gradient_checkpointing_changes_no_number(tmp_path):
-    """Activations made again in the backward are the same bits, so are the steps."""
+    """Recomputed activations are bit-equal, and so are the steps."""
     runs = []
     for settings in ({}, {"gradient_checkpointing": True}):
         trainer = make_trainer(tmp_path, with_lora(tiny_model()), max_steps=2, **settings)
@@ -205,7 +209,7 @@ def test_gradient_checkpointing_changes_no_number(tmp_path):
 
 
 def test_worker_processes_feed_the_same_batches(tmp_path):
-    """With dataloader workers the run is the same run."""
+    """The run with data loader workers is equal."""
     runs = []
     for workers in (0, 1):
         trainer = make_trainer(tmp_path, max_steps=2, dataloader_num_workers=workers)
@@ -215,7 +219,7 @@ def test_worker_processes_feed_the_same_batches(tmp_path):
 
 
 def test_hyperparameters_are_searched(tmp_path):
-    """Each trial trains a fresh policy at the rate it was given: DPO's first loss is log 2 in both."""
+    """Each trial trains a new policy at its learning rate: DPO's first loss is log 2 in both."""
     pytest.importorskip("optuna")
     rates, first_losses = [], []
 
@@ -242,7 +246,7 @@ def test_a_trainer_without_a_model_is_refused(tmp_path):
 
 
 def stand_in_for_liger(model, kernel_config):
-    """What transformers' `apply_liger_kernel` does: it wants a GPU, and this replaces the same forward as it does."""
+    """Do what transformers' `apply_liger_kernel` does, which needs a GPU: replace the same functions."""
     causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
     if (kernel_config or {}).get("fused_linear_cross_entropy", True):
 
@@ -254,19 +258,19 @@ def stand_in_for_liger(model, kernel_config):
 
 
 def normed(self, hidden):
-    """The norm as Liger binds it to each instance: the same formula."""
+    """Compute the norm as Liger's function, which is bound to each instance: the formula is the same."""
     wide = hidden.float()
     scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
     return self.weight * (wide * scale).to(hidden.dtype)
 
 
 def gated(self, hidden):
-    """The gated unit, likewise."""
+    """Compute the gated unit with the same formula."""
     return self.down_proj(torch.nn.functional.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
 
 
 def rotated(query, key, cos, sin, unsqueeze_dim=1):
-    """The rotation of queries and keys, which Liger replaces in the model's file."""
+    """Compute the rotation of queries and keys, which Liger replaces in the model's module."""
     cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
     turn = modeling_llama.rotate_half
     return query * cos + turn(query) * sin, key * cos + turn(key) * sin
@@ -275,8 +279,9 @@ def rotated(query, key, cos, sin, unsqueeze_dim=1):
 @pytest.mark.parametrize("layout", ["shared", "around", "padded"])
 @pytest.mark.parametrize("adapt", ["full", "all layers", "upper layers"])
 def test_liger_kernels_leave_the_losses_as_they_are(adapt, layout, tmp_path, monkeypatch):
-    """transformers puts them in when training begins, into norms, gated units and the rotation; with checkpointing, and
-    with lower layers that run once. Without the fused head the run is the one without liger."""
+    """When training begins, transformers replaces norms, gated units and the rotation. This is tested with
+    checkpointing, and with lower layers that run once. Without the fused head, the run equals one without Liger.
+    """
     called = []
 
     def liger(model, kernel_config):
@@ -318,7 +323,7 @@ def test_a_forward_replaced_in_train_is_an_error_before_the_first_step(tmp_path,
     ("bf16", "by_autocast", "casting"), [(True, True, False), (True, False, True), (False, False, True)]
 )
 def test_adapters_leave_their_casts_to_autocast_alone(bf16, by_autocast, casting, tmp_path, monkeypatch):
-    """bf16 without autocast is an engine's, such as DeepSpeed's: PEFT's casts are needed there."""
+    """PEFT's casts are needed if an engine such as DeepSpeed computes in bf16 without autocast."""
     trainer = make_trainer(tmp_path, with_lora(tiny_model()), bf16=bf16, max_steps=1)
     assert trainer.accelerator.native_amp == bf16
     trainer.accelerator.native_amp = by_autocast

@@ -1,6 +1,6 @@
-"""A micro-batch leaves the host free: nothing of it walks the model, waits for the device or counts parameters again.
+"""In a micro-batch, the host does not traverse the model, wait for the device, or count parameters again.
 
-Counts, not times; times are `benchmarks/host_time.py`'s.
+The tests count calls; `benchmarks/host_time.py` measures times.
 """
 
 import sys
@@ -26,7 +26,8 @@ from tests.trainers import logged, make_trainer, pairs
 
 WALKS = ("named_modules", "named_parameters", "parameters", "modules", "children", "_named_members")
 aten = torch.ops.aten
-# What reads a tensor's numbers, for which a GPU must compute them first: `item`, `bool`, `int`, `float` are the first.
+# Methods and operators that read a tensor's values, which a GPU must compute first, such as `item`, `bool`, `int`,
+# `float`.
 WAITS = {
     aten._local_scalar_dense.default,
     aten.nonzero.default,
@@ -39,7 +40,7 @@ READS = ("tolist", "numpy", "cpu")
 
 @contextmanager
 def counted(owner: type, names: tuple[str, ...], calls: Counter):
-    """Counts the calls of these methods, by method and by the function that called."""
+    """Count the calls of these methods, by method and by calling function."""
     with mock.patch.multiple(owner, **{name: counting(owner, name, calls) for name in names}):
         yield
 
@@ -55,7 +56,7 @@ def counting(owner, name, calls):
 
 
 class Waits(TorchDispatchMode):
-    """Counts what waits for a device, by operator and by the function outside of torch that asked."""
+    """A mode that counts operators that wait for a device, by operator and by the calling function outside torch."""
 
     def __init__(self, calls: Counter):
         super().__init__()
@@ -72,7 +73,7 @@ class Waits(TorchDispatchMode):
 
 
 class MicroBatches(TrainerCallback):
-    """Keeps what was counted up to the end of each micro-batch that is not a step's last one."""
+    """A callback that keeps the counts up to the end of each micro-batch that is not the last one of its step."""
 
     def __init__(self, calls: Counter):
         self.calls, self.seen = calls, []
@@ -83,7 +84,7 @@ class MicroBatches(TrainerCallback):
 
 
 def counts_of_micro_batches(folder, count: Callable[[Counter], AbstractContextManager], **settings) -> list[dict]:
-    """What was counted in the second and third of four micro-batches, in each of two steps without a log."""
+    """Return the counts of the second and third of four micro-batches, in each of two steps without a log."""
     model = perturbed(with_lora(tiny_model(num_hidden_layers=3)), scale=0.1)
     calls: Counter = Counter()
     options = {"gradient_accumulation_steps": 4, "max_steps": 2, "logging_steps": 50, "train_dataset": pairs(16)}
@@ -103,7 +104,9 @@ def test_no_micro_batch_walks_the_model(tmp_path, layout):
 @pytest.mark.parametrize("loss", ["dpo", "simpo", "orpo"])
 @pytest.mark.parametrize("layout", ["shared", "padded"])
 def test_no_micro_batch_waits_for_the_device(tmp_path, layout, loss):
-    """From its forward to its record; transformers' own masks, which padding needs, ask whether there is any."""
+    """This is from the forward to the recording of metrics. transformers' own masks
+    for padding check whether there is any.
+    """
 
     @contextmanager
     def count(calls):
@@ -117,7 +120,7 @@ def test_no_micro_batch_waits_for_the_device(tmp_path, layout, loss):
 
 
 def test_parameters_are_counted_once(tmp_path, monkeypatch):
-    """As the Trainer counts them, and anew for a model that has changed."""
+    """The count is that of the Trainer, and a changed model is counted again."""
     model = with_lora(tiny_model())
     trainer, counts = make_trainer(tmp_path, model), Counter()
     causal_lm = type(model.get_base_model())
@@ -142,7 +145,7 @@ def test_a_batch_is_moved_as_accelerate_is_told(tmp_path, non_blocking):
 
 @pytest.mark.nightly
 def test_reference_and_collection_are_compiled_too(tmp_path, monkeypatch):
-    """The module that is called is a compiled one; the losses are those of a model that is not compiled.
+    """The compiled module is called, and the losses are those of a model that is not compiled.
 
     AOT compares examples, so the inputs of the whole step are collected first.
     """

@@ -1,8 +1,8 @@
-"""A run is the same in every layout, under any token budget and however the pairs of a prompt are brought together.
+"""A run has the same results in every layout, with any token budget, and with any grouping of the pairs of a prompt.
 
-Two optimizer steps of fp32 training with plain SGD: a gradient that is equal to rounding (1e-5 relative, tests/scoring)
-moves weights of order 0.3 by lr · |gradient| ≤ 1e-2 · 10 each, so weights agree to 2 · 1e-5 · 0.1 = 2e-6; the logged
-losses, of order 1, to 1e-5.
+There are two optimizer steps in fp32 with plain SGD. Gradients agree to rounding (1e-5
+relative, tests/scoring) and change weights of order 0.3 by lr · |gradient| ≤ 1e-2 · 10 in each
+step, so weights agree to 2 · 1e-5 · 0.1 = 2e-6; the logged losses, of order 1, agree to 1e-5.
 """
 
 import logging
@@ -22,7 +22,7 @@ WEIGHTS, LOSSES = 2e-6, 1e-5
 
 
 def rows_with_shared_prompts(count: int = 12) -> list[dict]:
-    """Every third row takes over the prompt, and the chosen response, of the row before it."""
+    """Return rows in which every third row has the prompt, and the chosen response, of the row before it."""
     rows = random_rows(count)
     for before, row in zip(rows[::3], rows[1::3], strict=True):
         row["prompt_ids"] = before["prompt_ids"]
@@ -56,7 +56,7 @@ def make_trainer(output_dir, model=None, rows=None, **settings) -> PreferenceTra
 
 
 def run(output_dir, **settings):
-    """(losses of the steps, trained weights, evaluation) of a run."""
+    """Return (losses of the steps, trained weights, evaluation) of a run."""
     trainer = make_trainer(output_dir, **settings)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -83,7 +83,7 @@ def test_all_layouts_train_alike(tmp_path, loss):
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("adapt", [with_lora, lambda model: model], ids=["lora", "full"])
 def test_a_hybrid_trains_alike(tmp_path, adapt, reentrant):
-    """Convolutions and attention, under checkpointing, against the padded layout without it."""
+    """The model has convolutions and attention; checkpointing is compared with the padded layout without it."""
     checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
     padded = run(tmp_path, model=adapt(architecture("lfm2")), layout="padded")
     assert_same_run(padded, run(tmp_path, model=adapt(architecture("lfm2")), layout="auto", **checkpointing))
@@ -92,7 +92,9 @@ def test_a_hybrid_trains_alike(tmp_path, adapt, reentrant):
 @pytest.mark.parametrize("layout", ["shared", "padded"])
 @pytest.mark.parametrize("loss", ["dpo", "kto_pair", "sampo", "tdpo2"])
 def test_a_token_budget_changes_nothing_but_memory(tmp_path, layout, loss):
-    """70 positions hold one or two of the six examples of a batch; with accumulation, pieces and micro-batches mix."""
+    """70 positions are one or two of the six examples of a batch; with accumulation,
+    there are pieces and micro-batches.
+    """
     whole = run(tmp_path, loss_type=loss, layout=layout)
     assert_same_run(whole, run(tmp_path, loss_type=loss, layout=layout, max_tokens_per_batch=70))
     accumulated = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2, "max_tokens_per_batch": 70}
@@ -100,7 +102,7 @@ def test_a_token_budget_changes_nothing_but_memory(tmp_path, layout, loss):
 
 
 def test_a_token_budget_is_kept(tmp_path, monkeypatch):
-    """No forward has more positions than the budget (every row here has fewer), and there are more forwards."""
+    """No forward has more positions than the budget (each single row has fewer), and there are more forwards."""
     from hf_prefopt.training import scorer as module
 
     seen, score = [], module.score
@@ -115,7 +117,9 @@ def test_a_token_budget_is_kept(tmp_path, monkeypatch):
 
 
 def test_grouping_by_prompt_shares_its_tokens(tmp_path, monkeypatch):
-    """All 12 rows are one step, so any order of them gives the same step; with two rows a batch, fewer positions."""
+    """All 12 rows are in one step, so the order has no effect on the step; with two
+    rows per batch, there are fewer positions.
+    """
     together = {"per_device_train_batch_size": 12, "max_steps": 1}
     assert_same_run(run(tmp_path, **together), run(tmp_path, **together, group_by_prompt=True))
 
@@ -128,7 +132,9 @@ def test_grouping_by_prompt_shares_its_tokens(tmp_path, monkeypatch):
 
 
 def test_predictions_stand_in_the_order_of_the_rows(tmp_path):
-    """Rewards of predict() equal those of each row predicted alone, also where prompts were merged and batches cut."""
+    """The rewards of predict() equal those of each row predicted alone, also if
+    prompts are merged and batches are split.
+    """
     trainer = make_trainer(tmp_path, max_tokens_per_batch=100)
     trainer.train()
     together = trainer.predict(trainer.eval_dataset).predictions
@@ -137,7 +143,7 @@ def test_predictions_stand_in_the_order_of_the_rows(tmp_path):
 
 
 def test_the_layout_falls_back_with_a_reason_or_refuses(tmp_path, caplog):
-    """auto: one line that says why; a layout by name: an error before the first step."""
+    """With "auto", a message has the reason; a named layout raises an error before the first step."""
     trainer = make_trainer(tmp_path, model=architecture("bloom"))
     with caplog.at_level(logging.WARNING):
         trainer.train()
@@ -150,7 +156,7 @@ def test_the_layout_falls_back_with_a_reason_or_refuses(tmp_path, caplog):
 
 
 def test_a_layout_that_nothing_takes(tmp_path, caplog):
-    """Soft prompts stand before every sequence: both reasons are said, and "around" by name is an error."""
+    """Soft prompts precede every sequence: the message has both reasons, and naming "around" raises an error."""
 
     def soft_prompt():
         return get_peft_model(tiny_model(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
@@ -184,7 +190,9 @@ def test_activation_checkpointing_changes_nothing(tmp_path, checkpointing):
 
 
 def test_a_reference_model_that_cannot_share_decides_for_both(tmp_path, caplog):
-    """The policy could share, its explicit reference could not: one batch serves both, so it is padded."""
+    """The policy could share prompts, but its explicit reference could not: both use
+    the same batch, so it is padded.
+    """
     rows = Dataset.from_list(random_rows(4))
     trainer = PreferenceTrainer(
         tiny_model(),
@@ -199,7 +207,9 @@ def test_a_reference_model_that_cannot_share_decides_for_both(tmp_path, caplog):
 
 
 def test_noise_on_embeddings_needs_the_padded_layout(tmp_path, caplog):
-    """NEFTune's noise is uniform on ±α/√(L·d), L the length of the embedded row: less for a row of several."""
+    """NEFTune's noise is uniform in ±α/√(L·d), where L is the length of the embedded
+    row: it is smaller for a row of several sequences.
+    """
     trainer = make_trainer(tmp_path, neftune_noise_alpha=5.0, max_steps=1)
     with caplog.at_level(logging.WARNING):
         trainer.train()

@@ -1,4 +1,4 @@
-"""Losses that change over a run: what λ each step and each evaluation has, however the steps are cut."""
+"""Losses that change during a run: the λ of each step and of each evaluation, for any split of the steps."""
 
 import itertools
 
@@ -29,8 +29,9 @@ def test_lambda_goes_with_the_optimizer_steps(split, tmp_path):
 
 
 def test_an_evaluation_has_the_lambda_of_the_steps_taken(tmp_path):
-    """Before training it is that of a constant λ = lambda_coef, after it that of lambda_end; a run that stands still
-    (rate 0) has the same policy at both."""
+    """Before training, it is that of a constant λ = lambda_coef, and afterwards that
+    of lambda_end; at learning rate 0, the policy is the same for both.
+    """
     model = {"model": perturbed(tiny_model(), scale=0.05), "ref_model": tiny_model()}
     data, still = pairs(6), {"learning_rate": 0.0, "max_steps": 2}
     constant = {
@@ -49,8 +50,9 @@ def test_an_evaluation_has_the_lambda_of_the_steps_taken(tmp_path):
 
 @pytest.mark.parametrize("layout", ["padded", "shared"])
 def test_sampo_draws_again_in_each_epoch_and_alike_in_every_split(layout, tmp_path):
-    """A policy that stands still, three epochs of one step over all rows: another loss in each, the same losses
-    one by one; evaluations between them are all the same. Sums in another order are 1e-5 of one another."""
+    """The policy does not change, and three epochs have one step over all rows: each has another loss, and splitting
+    the step gives the same losses. The evaluations between them are equal. Sums in another order differ by 1e-5.
+    """
     model = {"model": perturbed(tiny_model(), scale=0.05), "ref_model": tiny_model()}
     settings = {"loss_type": "sampo", "beta": 1.0, "learning_rate": 0.0, "num_train_epochs": 3, "layout": layout}
     settings |= {"train_dataset": pairs(8), "eval_dataset": pairs(4, seed=1), "eval_strategy": "epoch"}
@@ -66,7 +68,7 @@ def test_sampo_draws_again_in_each_epoch_and_alike_in_every_split(layout, tmp_pa
 
 
 def test_other_losses_are_told_nothing(tmp_path):
-    """`progress` is no hyperparameter, and no loss but those that name it is called with it."""
+    """`progress` is not a hyperparameter, and only losses that name it are called with it."""
     with pytest.raises(ValueError, match=r"progress=0.5 is not used by any loss: dpo_shift takes beta"):
         make_trainer(tmp_path, loss_type="dpo_shift", loss_params={"progress": 0.5})
     make_trainer(tmp_path, loss_type=["dpo_shift", "dpo"], max_steps=1).train()

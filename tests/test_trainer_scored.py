@@ -1,4 +1,4 @@
-"""Scored responses, from raw rows with a `quantile` to QRPO's numbers."""
+"""Single responses with a quantile, from raw rows to QRPO's numbers."""
 
 import math
 
@@ -24,27 +24,30 @@ def trainer_of(folder, rows, **settings):
 
 
 def test_the_targets_are_rewards_of_a_policy():
-    """Q is uniform under the reference, and π = π_ref e^r adds up to 1: the mean of e^(target/β) over Q is 1. At the
-    reference the loss is the target squared. A sum over n midpoints is off by 1/(24 n² β²)."""
+    """Q is uniform under the reference, and π = π_ref e^r adds up to 1, so the mean of e^(target/β) over Q is 1. At the
+    reference, the loss is the squared target. A sum over n midpoints is off by 1/(24 n² β²).
+    """
     count = 10_000
     quantiles = (torch.arange(count, dtype=torch.float64) + 0.5) / count
     zeros, lengths = torch.zeros(count, dtype=torch.float64), torch.full((count,), 7)
     for beta, normalized, effective in ((0.2, False, 0.2), (1.0, False, 1.0), (3.5, True, 0.5)):
         losses = qrpo_loss(zeros, zeros, lengths, quantiles, beta=beta, length_normalize=normalized).losses
-        # A target rises with Q, from below 0 to above.
+        # A target increases with Q, from below 0 to above 0.
         target = losses.sqrt() * torch.where(torch.arange(count) <= losses.argmin(), -1, 1)
         assert (target / effective).exp().mean().item() == pytest.approx(1, abs=1e-4)
 
 
 def test_a_beta_whose_z_overflows():
-    """β = 1e-4: e^10000 is no number, and β log Z = 1 + β log β."""
+    """β = 1e-4: e^10000 overflows, but β log Z = 1 + β log β is finite."""
     loss = qrpo_loss(vector(0.0), vector(0.0), torch.tensor([5]), vector(1.0), beta=1e-4).losses.item()
     assert loss == pytest.approx((1e-4 * math.log(1e-4)) ** 2, rel=1e-9)
 
 
 def test_raw_rows_become_their_loss(tmp_path):
-    """At the reference r = 0: the first loss is the mean of (Q − β log Z)², Z = β(e^(1/β) − 1), for Q = 0, ¼ and 1; and
-    the response of the largest quantile rises above the reference, that of the smallest falls."""
+    """At the reference, r = 0: the first loss is the mean of (Q − β log Z)², Z =
+    β(e^(1/β) − 1), for Q = 0, ¼ and 1. The response with the largest quantile becomes
+    more likely than under the reference, and that with the smallest less likely.
+    """
     rows = [{**ROW, "quantile": quantile} for quantile in (0, 0.25, 1.0)]
     rows[0]["completion"], rows[2]["completion"] = " green.", " far away."
     settings = {"beta": 0.5, "learning_rate": 1e-4, "max_steps": 8, "eval_dataset": Dataset.from_list(rows)}
@@ -74,7 +77,7 @@ def test_rows_without_a_quantile_are_named(rows, error, tmp_path):
 
 
 def test_a_label_beside_it_is_for_the_losses_of_labels(tmp_path):
-    """The losses decide which of the two columns is read; a quantile is no label."""
+    """The losses decide which of the two columns is read; a quantile is not a label."""
     both = [{**ROW, "quantile": 0.1, "label": True}]
     assert trainer_of(tmp_path, both).criterion.kind is SCORED
     assert "labels" in trainer_of(tmp_path, both, loss_type="apo_zero_unpaired").train_dataset.column_names
@@ -101,7 +104,7 @@ def test_a_step_is_the_mean_over_its_examples(tmp_path):
 
 
 def test_both_layouts_and_a_reference_of_its_own(tmp_path):
-    """The evaluation of rows that share a prompt is the same in both layouts, to fp32's rounding of 50 nats."""
+    """Rows that share a prompt have the same evaluation in both layouts, up to fp32 rounding of 50 nats."""
     rows = [{**ROW, "quantile": 0.5}, {**ROW, "completion": " green.", "quantile": 0.1}]
     policy = perturbed(tiny_model(vocab_size=600), 0.05)
     data = {"eval_dataset": Dataset.from_list(rows), "processing_class": tiny_tokenizer(), "train_dataset": None}

@@ -1,4 +1,4 @@
-"""Settings of the Trainer act on a preference run as they say, or are refused; what changes no number changes none."""
+"""Settings of the Trainer have their effect on a preference run, or raise an error; some must not change any number."""
 
 import logging
 import signal
@@ -25,7 +25,7 @@ def config(**settings):
 
 
 def run(folder, **settings):
-    """A run with an adapter over two epochs of uneven steps, evaluated after each."""
+    """Run two epochs of uneven steps with an adapter, with an evaluation after each epoch."""
     trainer = make_trainer(folder, with_lora(tiny_model()), **{**SMALL, **settings})
     trainer.train()
     return trainer
@@ -42,7 +42,7 @@ def plain(tmp_path_factory):
 
 @pytest.fixture
 def deterministic_kernels_off() -> Iterator[None]:
-    """`full_determinism` switches them on for the process."""
+    """Disable deterministic kernels, which `full_determinism` enables for the process."""
     yield
     torch.use_deterministic_algorithms(False)
 
@@ -78,7 +78,7 @@ ALIKE = {
 
 @pytest.mark.parametrize("settings", ALIKE.values(), ids=ALIKE)
 def test_settings_that_change_no_number(settings, plain, tmp_path, deterministic_kernels_off):
-    """Bit for bit: losses, gradients and metrics of steps and evaluations."""
+    """Losses, gradients and metrics of steps and evaluations are equal, bit for bit."""
     handler = signal.getsignal(signal.SIGTERM)
     assert figures(run(tmp_path, **settings)) == plain
     signal.signal(signal.SIGTERM, handler)
@@ -86,7 +86,7 @@ def test_settings_that_change_no_number(settings, plain, tmp_path, deterministic
 
 @pytest.mark.nightly
 def test_a_compiled_model_trains_alike(tmp_path):
-    """A step and its gradient; graphs are captured and run, and without fused kernels they compute the same."""
+    """A step and its gradient agree. Graphs are captured and run; without fused kernels, they compute the same."""
     from torch._dynamo.utils import counters
 
     settings = {"max_steps": 1, "gradient_accumulation_steps": 1, "eval_strategy": "no", "layout": "padded"}
@@ -101,7 +101,7 @@ def test_a_compiled_model_trains_alike(tmp_path):
 @pytest.mark.nightly
 @pytest.mark.parametrize("layout", ["shared", "padded"])
 def test_compiled_layers_train_alike(layout, tmp_path, monkeypatch):
-    """accelerate's regional compilation, which replaces the layers by compiled ones: a step and its gradient."""
+    """With accelerate's regional compilation, which replaces layers by compiled ones, a step and its gradient agree."""
     from torch._dynamo.utils import counters
 
     settings = {"max_steps": 1, "gradient_accumulation_steps": 1, "eval_strategy": "no", "layout": layout}
@@ -118,7 +118,7 @@ def test_compiled_layers_train_alike(layout, tmp_path, monkeypatch):
     ("layout", "counted"), [("shared", "all"), ("padded", "all"), ("padded", "non_padding"), ("shared", "non_padding")]
 )
 def test_input_tokens_are_the_positions_of_the_forward(layout, counted, tmp_path):
-    """Shared, a prompt counts once; padded, twice, and padding too unless it is left out."""
+    """In "shared", a prompt counts once; in "padded", it counts twice, and padding counts unless it is excluded."""
     rows = pairs(4)
     settings = {"layout": layout, "include_num_input_tokens_seen": counted, "per_device_train_batch_size": 1}
     trainer = make_trainer(tmp_path, train_dataset=rows, **settings)
@@ -140,7 +140,7 @@ def evaluated(folder, compute_metrics, **settings):
 
 
 def test_predictions_whole_in_parts_or_batch_by_batch(tmp_path):
-    """The same numbers reach `compute_metrics` in each way, and none where only the loss is asked for."""
+    """`compute_metrics` gets the same numbers in each way, and is not called if only the loss is needed."""
     seen: dict[str, list] = {"whole": [], "parts": [], "batches": []}
     calls: list[bool] = []
 
@@ -161,7 +161,7 @@ def test_predictions_whole_in_parts_or_batch_by_batch(tmp_path):
 
 
 def test_what_an_evaluation_keeps_moves_to_the_cpu(monkeypatch):
-    """Every two batches, of five."""
+    """Results are moved after every two of five batches."""
     moved: list[int] = []
     monkeypatch.setattr("hf_prefopt.reporting.metrics._on_cpu", lambda part: moved.append(int(part["rows"][0])) or part)
     inputs = {f"{m}_{w}_logps": torch.zeros(1) for m in ("policy", "ref") for w in ("chosen", "rejected")}
@@ -172,7 +172,7 @@ def test_what_an_evaluation_keeps_moves_to_the_cpu(monkeypatch):
 
 
 def test_persistent_workers_evaluate_the_data_set_that_is_given(tmp_path):
-    """Also between two evaluations of the trainer's own, whose workers stay."""
+    """This includes an evaluation between two evaluations of the trainer's own set, whose workers persist."""
     own, other = pairs(5, seed=3), pairs(4, seed=9)
     losses = {}
     for workers in (0, 1):
@@ -186,7 +186,7 @@ def test_persistent_workers_evaluate_the_data_set_that_is_given(tmp_path):
 
 
 class MemoryRunsOut(TrainerCallback):
-    """At a step, as long as batches have more than two rows."""
+    """A callback that raises an out-of-memory error at a step if batches have more than two rows."""
 
     def __init__(self, step):
         self.step, self.trainer = step, None
@@ -208,7 +208,7 @@ def run_out(folder, step=0, **settings):
 @pytest.mark.parametrize("loss", ["dpo", "bco_pair"])
 @pytest.mark.parametrize("cached", [False, pytest.param(True, marks=pytest.mark.nightly)])
 def test_an_attempt_that_ran_out_of_memory_leaves_nothing_behind(loss, cached, tmp_path):
-    """Neither in the metrics nor in what the loss keeps: the run is the one with the batches that fit."""
+    """Neither metrics nor the state of the loss contain it: the run equals one with batches that fit."""
     settings = {"loss_type": loss}
     if cached:
         settings |= {"precompute_ref_log_probs": True, "reference_cache_dir": str(tmp_path / "cache")}
@@ -220,7 +220,7 @@ def test_an_attempt_that_ran_out_of_memory_leaves_nothing_behind(loss, cached, t
 
 
 def test_steps_before_memory_ran_out_are_told(tmp_path, caplog):
-    """The Trainer does not take them back."""
+    """The Trainer does not revert these steps."""
     with caplog.at_level(logging.WARNING, logger="hf_prefopt"):
         run_out(tmp_path / "first", auto_find_batch_size=True, per_device_train_batch_size=4)
         assert "training restarts" not in caplog.text
@@ -245,7 +245,7 @@ def test_steps_before_memory_ran_out_are_told(tmp_path, caplog):
     ],
 )
 def test_less_of_a_loss_is_better(metric, given, expected):
-    """Also of one among several, whose name does not end in "loss", and of scores of rejected responses."""
+    """This includes one of several losses, whose name does not end with "loss", and scores of rejected responses."""
     assert config(metric_for_best_model=metric, greater_is_better=given).greater_is_better is expected
 
 
@@ -256,7 +256,7 @@ def test_a_metric_without_a_direction_needs_one(metric):
 
 
 def test_the_best_model_by_one_of_several_losses(tmp_path):
-    """At a rate that ruins the policy the first checkpoint is the best."""
+    """The learning rate ruins the policy, so the first checkpoint is the best."""
     settings = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "best", "load_best_model_at_end": True}
     settings |= {"metric_for_best_model": "loss/sft", "loss_type": ["dpo", "sft"], "max_steps": 3, "learning_rate": 0.5}
     trainer = run(tmp_path, **settings)
@@ -273,7 +273,7 @@ def test_a_scheduler_that_watches_a_metric_is_told_its_direction():
 
 
 def test_only_training_drops_a_last_batch_that_is_not_full(tmp_path):
-    """Seven rows, two at a time: six are trained on; of an evaluation every row counts, also of few."""
+    """Of seven rows, two per batch, six are trained on; an evaluation counts every row, also of a small data set."""
     trainer = make_trainer(tmp_path, **{**SMALL, "num_train_epochs": 1}, dataloader_drop_last=True)
     assert len(trainer.get_train_dataloader()) == 3 and len(trainer.get_eval_dataloader()) == 3
     assert trainer.predict(pairs(5)).predictions.shape == (5, 2)
@@ -288,7 +288,9 @@ def test_a_data_set_of_less_than_a_batch_that_is_dropped_is_refused(tmp_path):
 
 
 def test_a_checkpoint_when_the_machine_is_taken_away_is_resumed(tmp_path):
-    """Asked for after step 2 of 4; the run that goes on from it is the uninterrupted one, δ of the loss included."""
+    """A checkpoint is requested after step 2 of 4; the resumed run equals the
+    uninterrupted one, including δ of the loss.
+    """
     handler = signal.getsignal(signal.SIGTERM)
     settings = {**SMALL, "loss_type": "bco_pair", "eval_strategy": "no"}
 
@@ -312,7 +314,9 @@ def test_a_checkpoint_when_the_machine_is_taken_away_is_resumed(tmp_path):
 
 
 def test_a_resumed_run_may_begin_with_the_first_rows(tmp_path):
-    """`ignore_data_skip`: six steps as of old, and after step 3 the rows of an epoch from its start."""
+    """`ignore_data_skip`: a run resumes from step 1 of 6, and its next steps have
+    the rows of an epoch from its start.
+    """
     settings = {"train_dataset": pairs(6), "train_sampling_strategy": "sequential", "save_strategy": "steps"}
     settings |= {"save_steps": 1, "learning_rate": 0.0, "num_train_epochs": 2}
     whole = make_trainer(tmp_path, **settings)
@@ -395,7 +399,7 @@ def test_rows_of_a_stream_are_not_drawn_by_prompt(tmp_path):
 
 
 def test_changed_defaults(tmp_path):
-    """Those of the settings page; on a CPU without fast bf16 there is no autocast."""
+    """The defaults are those of the settings page; on a CPU without fast bf16, there is no autocast."""
     made = config(bf16=None)
     assert (made.learning_rate, made.logging_steps, made.logging_nan_inf_filter) == (1e-6, 10, False)
     assert made.bf16 == torch.cpu._is_amx_tile_supported()
@@ -403,7 +407,7 @@ def test_changed_defaults(tmp_path):
 
 
 def test_autocast_is_in_the_forward_and_weights_stay_as_they_are(tmp_path):
-    """In bf16 the losses move by its rounding: 2⁻⁹ of log-probs of some 50 nats, times β."""
+    """In bf16, the losses change by rounding: 2⁻⁹ of log-probs of about 50 nats, times β."""
     trainer = run(tmp_path, bf16=True, eval_strategy="no")
     assert trainer.accelerator.native_amp and {p.dtype for p in trainer.model.parameters()} == {torch.float32}
     plain = run(tmp_path, eval_strategy="no")
@@ -412,7 +416,7 @@ def test_autocast_is_in_the_forward_and_weights_stay_as_they_are(tmp_path):
 
 
 def test_a_cpu_is_used_where_there_is_nothing_else_or_it_is_asked_for(monkeypatch):
-    """Elsewhere the Trainer would refuse bf16 on it."""
+    """On other machines, the Trainer would reject bf16."""
     assert config(bf16=True).device.type == "cpu"
     monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
     assert config(use_cpu=False, bf16=True).use_cpu

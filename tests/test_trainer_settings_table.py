@@ -1,7 +1,7 @@
-"""Each field of `TrainingArguments`: the test that covers it here, or why it is the Trainer's own affair.
+"""For each field of `TrainingArguments`, this table has the test of the field, or the reason why none is needed.
 
-A field that a new version of transformers brings is in neither table and fails a test: ask whether the data path, the
-loss, the step, the logs, the evaluation, checkpoints or layouts here make it mean something else, or nothing.
+A field of a new version of transformers is in neither table, and fails a test: check whether our data path, loss, step,
+logs, evaluation, checkpoints or layouts change its meaning or its effect.
 """
 
 import ast
@@ -13,7 +13,7 @@ import pytest
 from transformers import TrainingArguments
 
 TESTS = Path(__file__).parent
-# Fields that not every supported version has.
+# Fields that some supported versions do not have.
 NOT_IN_ALL = {"activation_checkpointing", "activation_checkpointing_kwargs"}
 HERE, HABITS, EXACT = "test_trainer_settings.py", "test_trainer_habits.py", "test_trainer_exactness.py"
 WRAPPING = "training/test_wrapping.py"
@@ -104,10 +104,10 @@ COVERED = {
     "fsdp": "distributed/test_engines.py::test_two_processes_do_what_one_does",
     "fsdp_config": "distributed/test_engines.py::test_two_processes_do_what_one_does",
     "deepspeed": "distributed/test_engines.py::test_two_processes_do_what_one_does",
-    # For scripts
+    # Scripts
     "do_predict": "e2e/test_recipe_options.py::test_an_option_without_effect_is_refused",
 }
-# Read by the Trainer and accelerate alone; nothing of ours stands between.
+# Only the Trainer and accelerate read these fields; our code has no effect on them.
 THE_TRAINERS = {
     "warmup_steps": "the schedule of the learning rate",
     "optim_args": "handed to the optimizer",
@@ -172,7 +172,7 @@ def test_the_tests_of_the_table_are_there(test):
 
 @pytest.mark.parametrize("field", [name for name, test in COVERED.items() if test in (REFUSED, ALIKE)])
 def test_a_field_of_a_table_of_cases_is_among_them(field):
-    """Of tests with many cases, one sets the field."""
+    """In a test with many cases, one case sets the field."""
     cases = ast.parse((TESTS / HERE).read_text()).body
     names = {
         key.value
@@ -188,11 +188,11 @@ def test_a_field_of_a_table_of_cases_is_among_them(field):
 
 @pytest.mark.parametrize(("field", "reason"), THE_TRAINERS.items(), ids=THE_TRAINERS)
 def test_nothing_of_ours_reads_what_is_the_trainers(field, reason):
-    """A field that our code reads by its name is ours to test."""
+    """A field that our code reads by its name needs a test of ours."""
     readers = [
         path
         for path in (TESTS.parent / "hf_prefopt").rglob("*.py")
         if f"args.{field}" in path.read_text().replace(f"args.{field}_", "")
-        and path.parent.name != "reporting"  # what is said of a run
+        and path.parent.name != "reporting"  # shown as information about the run
     ]
     assert reason and not readers

@@ -1,4 +1,4 @@
-"""Triples through the whole trainer: from a raw row to the loss, as pairs for losses of pairs, and refused."""
+"""Triples in the trainer: from a raw row to the loss, as pairs for losses of pairs, and errors."""
 
 import pytest
 import torch
@@ -24,7 +24,9 @@ GIVEN = {"processing_class": TOKENIZER, "per_device_train_batch_size": 1}
 
 @pytest.mark.parametrize("collate", [PaddedCollator(0), SharedCollator()])
 def test_the_inputs_of_a_triple_are_those_of_its_responses(collate):
-    """The log-probs of each response are those of the same response in a pair: of (chosen, gold), it is the second."""
+    """The log-probs of each response equal those of the same response in a pair; the
+    second response of (chosen, gold) is gold.
+    """
     from hf_prefopt.scoring.attention import install_segment_attention
 
     model, rows = tiny_model(dtype=torch.float64), [*triples(3)]
@@ -42,7 +44,7 @@ def test_the_inputs_of_a_triple_are_those_of_its_responses(collate):
 
 
 def test_raw_triples_train(tmp_path):
-    """From text, `reference` and all, to the first step's NLL, which is that of the gold responses."""
+    """The rows are text with a column `reference`; the NLL of the first step is that of the gold responses."""
     data = Dataset.from_list(RAW)
     trainer = make_trainer(tmp_path, tiny_model(vocab_size=600), loss_type="tpo", train_dataset=data, **GIVEN)
     assert [*trainer.train_dataset.features][-2:] == ["golds", "row"]
@@ -60,7 +62,7 @@ def test_raw_triples_train(tmp_path):
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_loss_of_pairs_leaves_the_gold_response_aside(stream, tmp_path):
-    """DPO on the same rows prepares two responses of each; the cache of one is not taken for the other."""
+    """DPO prepares two responses of each row, and does not use the cached rows of a loss of triples."""
     data = Dataset.from_list(RAW)
     data = data.to_iterable_dataset() if stream else data
     model = tiny_model(vocab_size=600)
@@ -72,7 +74,7 @@ def test_a_loss_of_pairs_leaves_the_gold_response_aside(stream, tmp_path):
 
 
 def test_prepared_triples_fit_losses_of_pairs(tmp_path):
-    """They hold the pairs: the evaluation is that of the pairs alone."""
+    """Prepared triples contain the pairs: the evaluation equals that of the pairs alone."""
     rows = triples(4)
     trainer = make_trainer(tmp_path, tiny_model(), loss_type="simpo", train_dataset=rows)
     as_pairs = rows.remove_columns("golds").map(

@@ -1,4 +1,4 @@
-"""Unpaired rows and lists through the whole trainer: order, mismatched responses, resuming, metrics, reports."""
+"""Unpaired rows and lists in the trainer: order, mismatched responses, resuming, metrics, reports."""
 
 import functools
 import itertools
@@ -28,7 +28,7 @@ UNPAIRED_LOSSES = ["kto", "bco", "apo_zero_unpaired", "npo"]
 
 
 def away(**config):
-    """A policy and a reference some nats apart."""
+    """Return settings with a policy and a reference that differ by some nats."""
     return {"model": perturbed(tiny_model(**config), scale=0.05), "ref_model": tiny_model(**config)}
 
 
@@ -39,13 +39,14 @@ def train_batches(trainer, epoch=0):
 
 
 def response_tokens(batch, which):
-    """The scored tokens of the responses that an entry of the batch names, one tuple each."""
+    """Return the scored tokens of the responses to which an entry of the batch points, as a tuple for each response."""
     return [tuple(batch["targets"][batch["response_index"] == response].tolist()) for response in batch[which].tolist()]
 
 
 def test_unpaired_pairs_are_shuffled(tmp_path):
-    """Of 32 pairs in micro-batches of four, batches mix the labels: neither all desirable ones first, nor each pair's
-    two responses behind each other; the order is another in the next epoch."""
+    """In micro-batches of four of 32 pairs, the labels are mixed: desirable rows are not all first, and the two
+    responses of a pair are not adjacent. The next epoch has another order.
+    """
     trainer = make_trainer(tmp_path, loss_type="bco", unpair=True, train_dataset=pairs(32))
     trainer.args.per_device_train_batch_size = trainer._train_batch_size = 4
     orders = []
@@ -66,7 +67,7 @@ def test_unpaired_pairs_are_shuffled(tmp_path):
 
 @pytest.mark.parametrize("layout", ["padded", "shared"])
 def test_mismatched_responses_are_another_rows_behind_the_own_prompt(layout, tmp_path):
-    """Each is some other row's response; and in the shared layout the prompt is there once for both responses."""
+    """Each is the response of another row; in the shared layout, both responses share the prompt."""
     data = unpaired(12)
     trainer = make_trainer(tmp_path, loss_type="kto", train_dataset=data, layout=layout)
     trainer.scorer.settle()
@@ -81,7 +82,9 @@ def test_mismatched_responses_are_another_rows_behind_the_own_prompt(layout, tmp
 
 
 def test_mismatched_responses_are_drawn_anew_each_epoch_and_alike_for_any_split(tmp_path):
-    """By row: the same in micro-batches of 1, 2 and 8, in worker processes, and after all in the same epoch again."""
+    """The draws are the same in micro-batches of 1, 2 and 8, in worker processes,
+    and if the same epoch is read again.
+    """
 
     def by_row(size, epoch, workers=0):
         settings = {"per_device_train_batch_size": size, "dataloader_num_workers": workers}
@@ -98,7 +101,7 @@ def test_mismatched_responses_are_drawn_anew_each_epoch_and_alike_for_any_split(
 
 
 def test_each_epoch_of_a_run_has_its_own_mismatches(tmp_path, monkeypatch):
-    """What the training steps of three epochs score as mismatched: three draws, with worker processes too."""
+    """The mismatched responses of the training steps differ in three epochs, also with worker processes."""
     for workers in (0, 1):
         settings = {"num_train_epochs": 3, "dataloader_num_workers": workers, "per_device_train_batch_size": 8}
         settings |= {"dataloader_persistent_workers": workers > 0}
@@ -135,8 +138,9 @@ RESUMED = {
 
 @pytest.mark.parametrize("settings", RESUMED.values(), ids=RESUMED)
 def test_a_resumed_run_is_the_uninterrupted_one(settings, tmp_path):
-    """Stopped after step 4 of 6, in the middle of the second epoch: the same bits, with that epoch's mismatched
-    responses, and δ going on where it was."""
+    """A run that stops after step 4 of 6, in the second epoch, is bit-equal when
+    resumed, including the mismatched responses of this epoch and δ.
+    """
     settings = {"save_strategy": "steps", "save_steps": 2, "train_dataset": unpaired(6), **settings}
     settings["num_train_epochs"] = 2
     whole = make_trainer(tmp_path / "whole", with_lora(tiny_model(), lora_dropout=0.3), **settings)
@@ -155,7 +159,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(settings, tmp_path):
 
 
 def test_a_checkpoint_without_the_state_says_so(tmp_path, caplog):
-    """A run that goes on with another loss, which kept nothing so far."""
+    """The run resumes with another loss, which has no saved state."""
     settings = {"train_dataset": pairs(6), "save_strategy": "steps", "save_steps": 1, "max_steps": 1}
     make_trainer(tmp_path, **settings).train()
     resumed = make_trainer(tmp_path, loss_type="bco_pair", **{**settings, "max_steps": 2})
@@ -167,7 +171,7 @@ def test_a_checkpoint_without_the_state_says_so(tmp_path, caplog):
 @pytest.mark.parametrize("label", [True, False])
 @pytest.mark.parametrize("loss", UNPAIRED_LOSSES)
 def test_data_of_one_class_trains_and_evaluates(loss, label, tmp_path):
-    """Finite numbers; what the absent class would say is left out, not nan."""
+    """The numbers are finite; metrics of the missing class are left out instead of being nan."""
     data = unpaired(4).map(lambda row: {"labels": [label]})
     trainer = make_trainer(tmp_path, **away(), loss_type=loss, train_dataset=data, eval_dataset=data)
     trainer.train()
@@ -181,8 +185,9 @@ def test_data_of_one_class_trains_and_evaluates(loss, label, tmp_path):
 
 @pytest.mark.parametrize("loss", UNPAIRED_LOSSES)
 def test_metrics_are_means_over_their_class(loss, tmp_path):
-    """Six desirable and three undesirable rows in batches of two, some of one class only: the means of each class are
-    those of its rows evaluated alone, and the margin is their difference."""
+    """Six desirable and three undesirable rows are in batches of two, some with only one class. The metrics of each
+    class are means over its rows evaluated alone, and the margin is their difference.
+    """
     data = unpaired(9)
     trainer = make_trainer(tmp_path, **away(), loss_type=loss, train_dataset=data)
     trainer.criterion.update_state(
@@ -199,7 +204,9 @@ def test_metrics_are_means_over_their_class(loss, tmp_path):
 
 @pytest.mark.parametrize("size", [1, 2, 5])
 def test_compute_metrics_gets_lists_filled_up(size, tmp_path):
-    """Lists of 2, 3, 4, 2, 3: `[5, 4]`, −100 where a list has no response, 1 for the best; in any batches."""
+    """Lists of 2, 3, 4, 2, 3 responses: `[5, 4]`, with −100 for missing responses
+    and 1 for the best, for any batch size.
+    """
     seen = []
     settings = {"loss_type": "plackett_luce", "train_dataset": None, "per_device_eval_batch_size": size}
     trainer = make_trainer(
@@ -231,7 +238,9 @@ def test_compute_metrics_gets_one_reward_and_its_label(tmp_path):
 
 
 def test_the_accuracy_of_lists_by_hand(tmp_path):
-    """An untrained policy: all rewards 0, the best of K is one of K at the top: (½ + ⅓ + ¼)/3 over lists of 2, 3, 4."""
+    """The policy is untrained, so all rewards are 0 and the best of K is first with
+    probability 1/K: (½ + ⅓ + ¼)/3 over lists of 2, 3, 4.
+    """
     metrics = make_trainer(tmp_path, loss_type="s_dpo", train_dataset=None).evaluate(list_rows(3))
     assert metrics["eval_rewards/accuracies"] == pytest.approx((1 / 2 + 1 / 3 + 1 / 4) / 3)
     assert metrics["eval_rewards/margins"] == metrics["eval_rewards/best"] == 0
@@ -239,7 +248,7 @@ def test_the_accuracy_of_lists_by_hand(tmp_path):
 
 @pytest.mark.parametrize(("loss", "data"), [("bco", unpaired), ("plackett_luce", list_rows)])
 def test_reports_take_their_metrics(loss, data, tmp_path):
-    """Card, figure and table of a run whose evaluation has no accuracies, or no chosen and rejected rewards."""
+    """Card, figure and table of a run without accuracies, or without chosen and rejected rewards."""
     settings = {"train_dataset": data(4), "eval_dataset": data(3), "eval_strategy": "steps", "eval_steps": 1}
     trainer = make_trainer(tmp_path, **away(), loss_type=loss, max_steps=2, eval_on_start=True, **settings)
     trainer.train()
@@ -261,7 +270,9 @@ LONG = functools.partial(tiny_model, vocab_size=600, max_position_embeddings=512
 
 
 def test_real_labeled_rows_train(tmp_path):
-    """Eight answers to four problems, raw, two epochs of KTO, the mismatched ones from other problems."""
+    """The data are eight raw answers to four problems, with two epochs of KTO;
+    mismatched responses are from other problems.
+    """
     settings = {"train_dataset": REAL, "eval_dataset": REAL, "processing_class": tiny_tokenizer(), "max_length": 512}
     trainer = make_trainer(tmp_path, LONG(), loss_type="kto", **settings)
     trainer.train()
@@ -281,8 +292,9 @@ def test_real_lists_train(tmp_path):
     settings = {"train_dataset": Dataset.from_list(rows), "processing_class": tiny_tokenizer()}
     trainer = make_trainer(tmp_path, LONG(), loss_type="lipo", **settings)
     trainer.train()
-    # All rewards are equal at first, so two responses are at any two places: the mean over the 12. The four-way tie of
-    # scores compares nothing.
+    # All rewards are equal at first, so two responses have random places: the mean over all 12 pairs of places. The
+    # four-way
+    # tie of scores compares nothing.
     gains, discounts = 2 ** (np.array([2.5, 2.5, 0.5, 0.5]) / 3), 1 / np.log(np.arange(2, 6))
     apart = np.abs(discounts[:, None] - discounts).sum() / 12
     expected = sum((gains[i] - gains[j]) * apart * math.log(2) for i in (0, 1) for j in (2, 3))
@@ -332,7 +344,9 @@ def test_a_stream_has_no_other_prompts_to_draw_from(tmp_path):
     ],
 )
 def test_labels_out_of_balance_are_pointed_out_once(labels, given, advice, tmp_path, caplog):
-    """Outside [1, 4/3], with counts and cure; following it silences the advice. One class alone has no balance."""
+    """Outside of [1, 4/3], a message has the counts and the fix; the fix stops the
+    message. One class has no balance.
+    """
     data = unpaired(len(labels)).map(lambda row, at: {"labels": [labels[at]]}, with_indices=True)
     with caplog.at_level(logging.WARNING, logger="hf_prefopt"):
         make_trainer(tmp_path, loss_type="kto", loss_params=given, train_dataset=data)
@@ -342,7 +356,7 @@ def test_labels_out_of_balance_are_pointed_out_once(labels, given, advice, tmp_p
 
 
 def test_lipo_refuses_scores_that_are_no_gains(tmp_path):
-    """Raw scores of a reward model, by row; stretched on request they train."""
+    """The error names the row of the raw scores of a reward model; with rescaling, they train."""
     raw = list_rows(4).map(lambda row: {"scores": [10 * s if row["row"] in (1, 3) else s for s in row["scores"]]})
     with pytest.raises(ValueError, match=r"does not fit lipo: row 1 \(and 1 more rows\): its scores reach 3"):
         make_trainer(tmp_path, loss_type="lipo", train_dataset=raw)

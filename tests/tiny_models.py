@@ -1,4 +1,4 @@
-"""Tiny random models, made from configs: no download, a second each."""
+"""Tiny random models, created from configs: no download, about a second each."""
 
 from typing import Any
 
@@ -28,14 +28,14 @@ QUANTIZABLE = {"hidden_size": 64, "intermediate_size": 128, "num_key_value_heads
 def tiny_model(
     model_type: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32, **config
 ) -> PreTrainedModel:
-    """A random causal language model of an architecture; large initial weights, so that log-ratios are not tiny."""
+    """Return a random causal language model. Its initial weights are large, so that log-ratios are not tiny."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**_SIZES, **config}))
     return model.to(dtype).eval()
 
 
 def perturbed(model: torch.nn.Module, scale: float = 0.02, seed: int = 1) -> torch.nn.Module:
-    """The model with noise added in place to everything that trains."""
+    """Add noise to all trainable weights of the model in place, and return the model."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -45,14 +45,14 @@ def perturbed(model: torch.nn.Module, scale: float = 0.02, seed: int = 1) -> tor
 
 
 def with_lora(model: PreTrainedModel, seed: int = 0, **config) -> PeftModel:
-    """The model under a fresh LoRA adapter of rank 4 on all linear layers."""
+    """Return the model with a new LoRA adapter of rank 4 on all linear layers."""
     torch.manual_seed(seed)
     settings = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **config}
     return get_peft_model(model, LoraConfig(**settings))
 
 
 def random_rows(count: int = 6, seed: int = 0, longest: int = 20) -> list[dict[str, Any]]:
-    """Prepared rows of random tokens: pairs of unequal lengths behind prompts of unequal lengths."""
+    """Return prepared rows of random tokens: pairs with different lengths after prompts with different lengths."""
     generator = torch.Generator().manual_seed(seed)
 
     def tokens(low: int, high: int) -> list[int]:

@@ -25,14 +25,14 @@ CHATML = (
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"
 )
-# The same without tool calls: what many templates do.
+# The same without tool calls, like many templates.
 CHATML_WITHOUT_TOOLS = (
     "{%- for message in messages -%}"
     "{{- '<|im_start|>' + message['role'] + '\n' + (message['content'] or '') + '<|im_end|>\n' -}}"
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"
 )
-# The assistant's words and its end of turn are marked, the line break after it is not.
+# The assistant's words and the end of turn are marked, but not the line break after it.
 CHATML_WITH_MARKERS = (
     "{%- for message in messages -%}"
     "{{- '<|im_start|>' + message['role'] + '\n' -}}"
@@ -43,7 +43,7 @@ CHATML_WITH_MARKERS = (
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"
 )
-# As Qwen3's: thinking is written into the last assistant turn only, if no user turn follows.
+# Like Qwen3's: thinking is only written in the last assistant turn, if no user turn follows.
 CHATML_THINKING_LAST = (
     "{%- for message in messages -%}"
     "{{- '<|im_start|>' + message['role'] + '\n' -}}"
@@ -72,13 +72,13 @@ def _backend() -> str:
 def tiny_tokenizer(
     chat_template: str | None = CHATML, *, bos: bool = False, pad_is_eos: bool = False, eos: str = "<|im_end|>"
 ) -> PreTrainedTokenizerFast:
-    """A fresh tokenizer.
+    """Return a new tokenizer.
 
     Args:
         chat_template: one of the templates above, or None.
-        bos: whether texts get `<s>` before them by the tokenizer itself.
+        bos: whether the tokenizer itself adds `<s>` before texts.
         pad_is_eos: whether the pad token is the EOS.
-        eos: the EOS token: ChatML's end of turn, as instruction-tuned models have it, or `<|endoftext|>`.
+        eos: the EOS token: ChatML's end of turn, as in instruction-tuned models, or `<|endoftext|>`.
     """
     backend = Tokenizer.from_str(_backend())
     if bos:

@@ -18,7 +18,7 @@ from tests.tokenizers import tiny_tokenizer
 
 
 def examples(objective: Objective, count: int = 8, seed: int = 0) -> Dataset:
-    """Prepared random rows of the kind that an objective compares, with the further columns that it asks for."""
+    """Return prepared random rows of the kind that an objective compares, with the optional columns that it needs."""
     rows = ROWS[objective.kind](count, seed)
     if "chosen_token_weights" in objective.inputs:
         rows = rows.map(lambda row: {"token_weights": token_weights(row["response_ids"])})
@@ -29,7 +29,7 @@ def examples(objective: Objective, count: int = 8, seed: int = 0) -> Dataset:
 
 
 def token_weights(responses: list[list[int]]) -> list[list[float]]:
-    """A weight between ½ and 2 for each token, by its id and place."""
+    """Return a weight between ½ and 2 for each token, depending on its id and position."""
     return [[0.5 + (7 * place + token) % 13 / 8 for place, token in enumerate(ids)] for ids in responses]
 
 
@@ -41,12 +41,12 @@ OPTIONAL_COLUMNS = {
 
 
 def with_column(rows: Dataset, name: str, value: Callable[[int], float]) -> Dataset:
-    """The rows with that prepared column, a function of the row's number."""
+    """Return the rows with a prepared column, computed from the number of the row."""
     return rows.add_column(name, [[float(value(row))] for row in rows["row"]])
 
 
 def unpaired(count: int = 8, seed: int = 0) -> Dataset:
-    """The first responses of random pairs, two desirable ones and then an undesirable one, and so on."""
+    """Return the first responses of random pairs: two desirable ones, then an undesirable one, and so on."""
     return Dataset.from_list(
         [
             {
@@ -62,13 +62,13 @@ def unpaired(count: int = 8, seed: int = 0) -> Dataset:
 
 
 def scored(count: int = 8, seed: int = 0) -> Dataset:
-    """The first responses of random pairs, with quantiles 0, 3/8, 6/8, 1/8, …"""
+    """Return the first responses of random pairs, with quantiles 0, 3/8, 6/8, 1/8, …"""
     rows = unpaired(count, seed).remove_columns("labels")
     return rows.add_column("quantiles", [[3 * row % 8 / 8] for row in rows["row"]])
 
 
 def lists(count: int = 8, seed: int = 0) -> Dataset:
-    """Lists of 2, 3, 4, 2, … random responses, scored in [0, 1] in no order."""
+    """Return lists of 2, 3, 4, 2, … random responses, with scores in [0, 1] in random order."""
     rows = []
     for number, row in enumerate(random_rows(count, seed, longest=10)):
         extra = [ids for other in random_rows(2, 100 + number, longest=10) for ids in other["response_ids"]]
@@ -88,12 +88,12 @@ def lists(count: int = 8, seed: int = 0) -> Dataset:
 
 
 def pairs(count: int = 8, seed: int = 0, longest: int = 10) -> Dataset:
-    """Prepared random pairs as a data set."""
+    """Return prepared random pairs as a data set."""
     return Dataset.from_list(random_rows(count, seed, longest))
 
 
 def triples(count: int = 8, seed: int = 0) -> Dataset:
-    """Random pairs with a third response."""
+    """Return random pairs with a third response."""
     rows = []
     for row, other in zip(random_rows(count, seed, longest=10), random_rows(count, seed + 1, longest=10), strict=True):
         responses = [*row["response_ids"], other["response_ids"][0]]
@@ -105,7 +105,7 @@ def triples(count: int = 8, seed: int = 0) -> Dataset:
 ROWS = {PAIRS: pairs, TRIPLES: triples, UNPAIRED: unpaired, SCORED: scored, LISTS: lists}
 
 
-# Every step logged, nothing saved, evaluated or reported.
+# Every step is logged; nothing is saved, evaluated or reported.
 QUIET: dict[str, Any] = {
     "use_cpu": True,
     "bf16": False,
@@ -121,12 +121,14 @@ QUIET: dict[str, Any] = {
 
 
 def make_config(folder: str | Path, **settings: Any) -> PreferenceConfig:
-    """Quiet settings, and others in their place."""
+    """Return these settings, with changes."""
     return PreferenceConfig(output_dir=str(folder), **{**QUIET, **settings})
 
 
 def make_trainer(folder: str | Path, model: nn.Module | None = None, **settings: Any) -> PreferenceTrainer:
-    """A trainer of `model` (a tiny Llama by default); what is not an argument of the trainer is a setting."""
+    """Return a trainer of `model` (a tiny Llama by default); other options than the
+    trainer's arguments are settings.
+    """
     given = {
         name: settings.pop(name)
         for name in (
@@ -151,27 +153,29 @@ def make_trainer(folder: str | Path, model: nn.Module | None = None, **settings:
 
 
 def logged(trainer: PreferenceTrainer, name: str) -> list[float]:
-    """The values of one figure over the logs of a run, in order."""
+    """Return the values of a metric in the logs of a run, in order."""
     return [entry[name] for entry in trainer.state.log_history if name in entry]
 
 
 def first_batch(trainer: PreferenceTrainer) -> dict[str, torch.Tensor]:
-    """The first training batch, as the step would get it."""
+    """Return the first training batch, as the step gets it."""
     (piece,) = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))["pieces"]
     return piece
 
 
 def weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """A copy of every parameter by name."""
+    """Return a copy of every parameter, keyed by name."""
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
-# Methods that on a GPU wait for the device.
+# Methods that wait for the device on a GPU.
 SYNCHRONIZING = ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__float__", "__int__")
 
 
 def values_read(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
-    """From now on, the calls by which the package's own code reads values off a tensor: the method and the module."""
+    """Record from now on the calls with which the package's own code reads values
+    from a tensor: the method and the module.
+    """
     seen = []
 
     def watched(name, method):

@@ -1,13 +1,13 @@
-"""Counts the work of a training step on a GPU, for our trainer and TRL's, on a CPU and without weights.
+"""Count the work of a training step on a GPU, for our trainer and TRL's, on a CPU and without weights.
 
     python -m benchmarks.roofline --model llama-8b --case 4:1
-    python -m benchmarks.roofline --model qwen2.5-0.5b --case 4:1 --dtype fp32-autocast   # was measured, too
+    python -m benchmarks.roofline --model qwen2.5-0.5b --case 4:1 --dtype fp32-autocast   # measured in GPU.md, too
     python -m benchmarks.roofline --tiny
 
 Both trainers run their real `training_step`, clipping and optimizer at a real shape, on fake CUDA tensors. The script
 counts FLOP, bytes that operators read and write, kernel launches, waits of the host by call site, and peak memory.
-These counts are exact; the milliseconds on an H100 are estimated from them (`estimate.py`) and do not include Python's
-time, which `python -m benchmarks.host_time` measures. A C++ compiler is needed to build a device that does nothing.
+These counts are exact. The milliseconds on an H100 are estimated from them (`estimate.py`) and do not include Python's
+time, which `python -m benchmarks.host_time` measures. A C++ compiler is needed to build a device without memory.
 """
 
 import warnings
@@ -35,14 +35,14 @@ CASES = [*LENGTHS, *LONG, "chat"]
 
 
 def rows_of(lengths: str, pairs: int, tiny: bool) -> list[Row]:
-    """The rows of a micro-batch. The values of tokens do not matter; they are below the size of any vocabulary."""
+    """Return the rows of a micro-batch. The values of the tokens do not matter; every vocabulary contains them."""
     if lengths == "chat":
         return chat_lengths(512, pairs)
     return synthetic(512, pairs, *(TINY_LENGTHS | LONG if tiny else LENGTHS | LONG)[lengths])[0]
 
 
 def main(arguments: list[str] | None = None) -> list[dict]:
-    """Count, print a table for each case, and write the requested files."""
+    """Count the work, print a table for each case, and write the requested files."""
     options = _options(arguments)
     warnings.filterwarnings("ignore", category=FutureWarning)
     records = json.loads(options.json.read_text()) if options.json and options.json.exists() else []
@@ -71,7 +71,7 @@ def _whole(case: Case) -> dict[str, Any]:
 
 
 def _by_layer(case: Case) -> dict[str, Any]:
-    """The results of both sides, extrapolated from two and three layers."""
+    """Return the results of both sides, extrapolated from two and three layers."""
     depth = config_of(case.model).num_hidden_layers
 
     def found(side: str) -> dict[str, float]:

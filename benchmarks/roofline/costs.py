@@ -1,7 +1,7 @@
-"""The cost of one operator on a GPU: kernel launches, FLOP, and bytes read and written.
+"""Compute the cost of one operator on a GPU: kernel launches, FLOP, and bytes read and written.
 
-Bytes are those of inputs and outputs, each moved once; caches and repeated reads are not modeled. An operator is one
-launch, unless it is a view or in `LAUNCHES`.
+The bytes are those of inputs and outputs, each moved once; caches and repeated reads are not modeled. An operator is
+one launch, unless it is a view or in `LAUNCHES`.
 """
 
 import math
@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 aten = torch.ops.aten
-# No kernel, though their schemas do not say that they are views or give memory only.
+# Operators that launch no kernel, although their schemas do not say that they are views or only allocate memory.
 FREE = {
     "_unsafe_view",
     "_reshape_alias",
@@ -29,10 +29,10 @@ FREE = {
     "_local_scalar_dense",
     "device",
 }
-# The numbers of kernels for operators with several in PyTorch's CUDA implementation.
+# The number of kernels of operators that launch several in PyTorch's CUDA implementation.
 LAUNCHES = {
-    "_varlen_attn": 2,  # the state of the random generator is filled
-    "_varlen_attn_backward": 3,  # sums of dO · O, the products, dQ to half precision
+    "_varlen_attn": 2,  # one kernel fills the state of the random generator
+    "_varlen_attn_backward": 3,  # the sums of dO · O, the products, and the conversion of dQ to half precision
     "_scaled_dot_product_flash_attention_backward": 3,
     "_scaled_dot_product_efficient_attention_backward": 2,
     "nonzero": 3,
@@ -43,9 +43,9 @@ LAUNCHES = {
     "masked_scatter": 2,
     "masked_scatter_backward": 4,
 }
-# Sorted by index first, so that equal indices add up in order.
+# PyTorch sorts by index first, so that values with equal indices are added in order.
 ACCUMULATED = 8
-# The tensors per launch of a `foreach` kernel, keyed by its number of lists, and the elements of its blocks.
+# The number of tensors per launch of a `foreach` kernel, keyed by its number of lists, and the elements of its blocks.
 FOREACH_TENSORS = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}
 FOREACH_BLOCKS, FOREACH_CHUNK = 320, 65_536
 PICKS = {"embedding", "index_select", "gather", "index"}
@@ -56,30 +56,30 @@ ADDS_AT = {"scatter_add_", "index_add_", "index_put_", "scatter_", "_index_put_i
 
 @cache
 def name_of(function: Any) -> str:
-    """An operator's name without namespace and overload."""
+    """Return the name of an operator without namespace and overload."""
     return function._schema.name.split("::")[1]
 
 
 def dense_bytes(tensor: Tensor) -> int:
-    """The bytes of a tensor's elements; elements repeated by a stride of zero count once."""
+    """Return the bytes of a tensor's elements; elements that a stride of zero repeats count once."""
     count = math.prod(size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride)
     return count * tensor.element_size()
 
 
 def tensors_in(*values: Any) -> list[Tensor]:
-    """The tensors on the device among arguments or results."""
+    """Return the tensors on the device among arguments or results."""
     return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor) and leaf.is_cuda]
 
 
 @cache
 def is_view(function: Any) -> bool:
-    """Whether an operator only returns views of its arguments."""
+    """Return whether an operator only returns views of its arguments."""
     aliases = [r.alias_info for r in function._schema.returns]
     return bool(aliases) and all(alias is not None and not alias.is_write for alias in aliases)
 
 
 def is_between_devices(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
-    """Whether an operator copies from the host to the device or back."""
+    """Return whether an operator copies from the host to the device or back."""
     if name == "copy_":
         return args[0].device.type != args[1].device.type
     target = kwargs.get("device")
@@ -87,12 +87,12 @@ def is_between_devices(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -
 
 
 def launches(function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> int:
-    """Kernels that an operator launches."""
+    """Return the number of kernels that an operator launches."""
     name = name_of(function)
     if name in FREE or is_view(function):
         return 0
     if is_between_devices(name, args, kwargs):
-        return 0  # a copy engine's work
+        return 0  # done by a copy engine
     if name.startswith(("_foreach", "_fused")):
         return _foreach_launches([arg for arg in args if isinstance(arg, list | tuple) and tensors_in(arg)])
     if name in ("index_put_", "index_put", "_index_put_impl_") and len(args) > 3 and args[3]:
@@ -107,7 +107,7 @@ def _foreach_launches(lists: list[Sequence[Tensor]]) -> int:
 
 
 def moved_bytes(function: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> int:
-    """Bytes that an operator reads and writes on the device."""
+    """Return the bytes that an operator reads and writes on the device."""
     name = name_of(function)
     if name in FREE or is_view(function):
         return 0
@@ -118,7 +118,7 @@ def moved_bytes(function: Any, args: Sequence[Any], kwargs: dict[str, Any], resu
         return 2 * written + sum(map(dense_bytes, tensors_in(args[1:])))
     if name in ADDS_AT:
         given = tensors_in(args[1:])
-        return sum(map(dense_bytes, given)) + 2 * dense_bytes(given[-1])  # the places are read and written
+        return sum(map(dense_bytes, given)) + 2 * dense_bytes(given[-1])  # the selected positions are read and written
     if name == "copy_" or "out" in kwargs:
         args = args[1:] if name == "copy_" else args
         return written + sum(map(dense_bytes, _distinct(tensors_in(args))))
@@ -135,14 +135,15 @@ def _distinct(tensors: list[Tensor]) -> list[Tensor]:
 
 
 def flop(function: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any, pairs: int) -> int:
-    """FLOP of an operator's products.
+    """Return the FLOP of an operator's products.
 
     Args:
-        pairs: (query, key) pairs of the variable-length attention's segments, which only their bounds' values tell.
+        pairs: number of (query, key) pairs in the segments of variable-length attention; it depends on the values of
+            the bounds.
     """
     name = name_of(function)
     if name in ("_varlen_attn", "_varlen_attn_backward"):
-        query = tensors_in(args)[0]  # of the backward: the gradient of its output, as wide as a query
+        query = tensors_in(args)[0]  # in the backward pass, the gradient of the output
         return _attention_flop(query.shape[-2], pairs, query.shape[-1], backward=name.endswith("backward"))
     if name.startswith(("_scaled_dot_product_flash", "_scaled_dot_product_efficient")):
         return _sdpa_flop(name, args, kwargs)
@@ -155,7 +156,7 @@ def flop(function: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any
 
 
 def _attention_flop(heads: int, pairs: int, width: int, backward: bool) -> int:
-    """Two products of 2 · width for each pair; the backward makes the scores again and has four more."""
+    """Return the FLOP of attention: two products of 2 · width per pair; the backward pass has five."""
     return (5 if backward else 2) * 2 * heads * pairs * width
 
 
@@ -163,13 +164,13 @@ def _sdpa_flop(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> int:
     backward = name.endswith("backward")
     query, key = args[1:3] if backward else args[:2]
     batch, heads, queries, width = query.shape
-    causal = "flash" in name  # the others are given a mask, and compute the scores that it takes away
+    causal = "flash" in name  # other kernels get a mask, and also compute the scores that the mask removes
     pairs = queries * (queries + 1) // 2 if causal else queries * key.shape[2]
     return _attention_flop(heads, batch * pairs, width, backward)
 
 
 def _grouped_flop(first: Tensor, second: Tensor) -> int:
-    """A row by its group's matrix; or where both have rows, the sum of their outer products."""
+    """Return the FLOP of a grouped product: rows times their group's matrix, or, if both have rows, outer products."""
     if first.dim() == second.dim() == 2:
         return 2 * first.shape[0] * first.shape[1] * second.shape[1]
     rows = first if first.dim() == 2 else second

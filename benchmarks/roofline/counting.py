@@ -1,4 +1,4 @@
-"""Counts the operators of a step on fake tensors: launches, FLOP, bytes, waits of the host, memory in use."""
+"""Count the operators of a step on fake tensors: launches, FLOP, bytes, waits of the host, and memory in use."""
 
 import sys
 import weakref
@@ -20,12 +20,12 @@ from benchmarks.roofline import costs
 aten = torch.ops.aten
 HERE = str(Path(__file__).parent)
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "_grouped_mm"}
-# The allocator gives memory in blocks of that many bytes.
+# The allocator allocates memory in blocks of this number of bytes.
 BLOCK = 512
 
 
 class Work(NamedTuple):
-    """One operator, or one kernel outside PyTorch."""
+    """The work of one operator, or of one kernel outside PyTorch."""
 
     operator: str
     phase: str
@@ -38,11 +38,11 @@ class Work(NamedTuple):
 
 @dataclass(frozen=True)
 class Batch:
-    """Facts that depend on the values of a micro-batch, which fake tensors do not have.
+    """Facts that depend on the values of a micro-batch. Fake tensors have no values.
 
     Attributes:
-        attention_pairs: (query, key) pairs of all segments.
-        scored: the share of the positions of a padded batch that a mask selects.
+        attention_pairs: number of (query, key) pairs of all segments.
+        scored: share of the positions of a padded batch that a mask selects.
         is_padded: whether some sequence is shorter than another.
     """
 
@@ -52,16 +52,16 @@ class Batch:
 
 
 def is_copy(tensor: Tensor) -> bool:
-    """Whether a tensor has no value, such as a copy of a fake tensor on the CPU, for which the host has waited."""
+    """Return whether a tensor is a copy of a fake tensor on the CPU, for which the host has waited; it has no value."""
     return isinstance(tensor, FakeTensor) and tensor.constant is None
 
 
 class Counting(TorchDispatchMode):
-    """Records the operators on the device.
+    """A mode that records the operators on the device.
 
     Args:
-        head: the widths that identify the head's tensors: the vocabulary's, and those of its pieces.
-        rank: the rank of the adapter, which identifies its products.
+        head: widths that identify the tensors of the head: the size of the vocabulary and of its pieces.
+        rank: rank of the adapter, which identifies the adapter's products.
 
     Attributes:
         work: the recorded work, in order. waits: the host's waits for the device, keyed by call site.
@@ -78,12 +78,12 @@ class Counting(TorchDispatchMode):
         self.batch, self.phase = Batch(), "other"
         self._head, self._rank = head, rank
         self._in_use: dict[int, tuple[weakref.ref, int]] = {}
-        # Of a cast's memory: the dtype that it was cast from first, and what `kept` calls it.
+        # For the memory of each cast: the dtype of the first tensor in a chain of casts, and the key in `kept`.
         self._casts: weakref.WeakKeyDictionary[Any, tuple[torch.dtype, str]] = weakref.WeakKeyDictionary()
         self.memory = self.peak = 0
 
     def begin(self, batch: Batch) -> None:
-        """Reset the counts; memory stays in use."""
+        """Reset the counts; memory that is in use stays in use."""
         self.work, self.waits, self.kept, self.batch = [], Counter(), Counter(), batch
         self.peak = self.memory
 
@@ -130,7 +130,7 @@ class Counting(TorchDispatchMode):
         flop = costs.flop(function, args, kwargs, result, self.batch.attention_pairs)
         moved = costs.moved_bytes(function, args, kwargs, result)
         name = costs.name_of(function)
-        # The sums of a product may be wider than its factors.
+        # The sums of a product may have a wider dtype than its factors.
         dtype = min(
             (tensor.dtype for tensor in tensors), key=lambda dtype: (not dtype.is_floating_point, dtype.itemsize)
         )
@@ -148,14 +148,14 @@ class Counting(TorchDispatchMode):
             return "adapter" if is_narrow else "products"
         return "elementwise"
 
-    # -- what waits -----------------------------------------------------------------------------------------------
+    # -- waits ----------------------------------------------------------------------------------------------------
 
     def _wait(self, kind: str) -> None:
         self.waits[f"{kind}: {call_site()}"] += 1
 
     def _made_up(self, dtype: torch.dtype) -> bool | int | float:
-        """A number for which the host would wait for the GPU."""
-        if dtype == torch.bool:  # asked by what builds masks: does the mask leave nothing out?
+        """Return a constant for a number for which the host would wait for the GPU."""
+        if dtype == torch.bool:  # code that builds masks asks whether the mask is all True
             return not (self.batch.is_padded and "masking_utils" in call_site())
         return 1.0 if dtype.is_floating_point else 1
 
@@ -176,7 +176,7 @@ class Counting(TorchDispatchMode):
         return args[0], places, *args[2:]
 
     def _copies(self, name: str, args: tuple, kwargs: dict[str, Any], result: Any) -> None:
-        """Copies between devices, which the host waits for if they are blocking, and casts."""
+        """Record copies between devices, for which the host waits if they are blocking, and casts."""
         if name not in ("_to_copy", "copy_"):
             return
         source, target = (args[1], args[0]) if name == "copy_" else (args[0], result)
@@ -195,7 +195,7 @@ class Counting(TorchDispatchMode):
             what = f"fp32 copy: {call_site()}"
         self._casts[target.untyped_storage()] = first, what
 
-    # -- what is in use -------------------------------------------------------------------------------------------
+    # -- memory in use --------------------------------------------------------------------------------------------
 
     def _use(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -212,7 +212,7 @@ class Counting(TorchDispatchMode):
 
     @contextmanager
     def watching_saved(self) -> Iterator[None]:
-        """Note in `kept` which casts autograd keeps."""
+        """Record in `kept` which casts autograd keeps."""
         seen: weakref.WeakSet[Any] = weakref.WeakSet()
 
         def pack(tensor: Tensor) -> Tensor:
@@ -228,7 +228,7 @@ class Counting(TorchDispatchMode):
 
 
 def call_site() -> str:
-    """The file and function that called torch; for autograd nodes, the caller of the backward pass."""
+    """Return the file and function that called torch; for autograd nodes, the caller of the backward pass."""
     frame = sys._getframe(1)
     while frame and ("/torch/" in frame.f_code.co_filename or frame.f_code.co_filename.startswith(HERE)):
         frame = frame.f_back

@@ -1,6 +1,6 @@
 """A CUDA device without memory or arithmetic, for a CPU build of PyTorch.
 
-Tensors on it are fake: they have shapes, dtypes and `is_cuda`, so that code takes the path that it would take on a GPU.
+Tensors on this device are fake: they have shapes, dtypes and `is_cuda`, so that code takes the same path as on a GPU.
 Call `load_device` before `import torch`; `fake_gpu` is a context in which `torch.cuda` reports a GPU.
 """
 
@@ -25,7 +25,7 @@ _LOADED: list[ctypes.CDLL] = []
 
 
 def compiler() -> str | None:
-    """The C++ compiler for the device: $CXX, or an installed one."""
+    """Return the C++ compiler for the device: $CXX, or an installed one."""
     return os.environ.get("CXX") or next(filter(None, map(shutil.which, COMPILERS)), None)
 
 
@@ -60,15 +60,15 @@ def _build(library: Path, torch: Path) -> None:
 
 @contextmanager
 def fake_gpu(capability: tuple[int, int] = (9, 0)) -> Iterator[None]:
-    """A context with fake tensors, in which `torch.cuda` has one device with this compute capability.
+    """Return a context with fake tensors, in which `torch.cuda` has one device with this compute capability.
 
-    Without a device, autocast for "cuda" would turn itself off, and accelerate would choose the CPU.
+    Without a device, autocast for "cuda" would disable itself, and accelerate would choose the CPU.
     """
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     class WithoutDevice(FakeTensorMode):
-        # torch.tensor(list, device="cuda") makes a CPU tensor, and its copy to the device is seen as one.
+        # torch.tensor(list, device="cuda") creates a CPU tensor; its copy to the device is counted as one copy.
         avoid_device_init = True
 
     properties = SimpleNamespace(name="fake", major=capability[0], minor=capability[1], total_memory=80 << 30)
@@ -88,7 +88,7 @@ def fake_gpu(capability: tuple[int, int] = (9, 0)) -> Iterator[None]:
     with ExitStack() as stack:
         for name, answer in answers.items():
             stack.enter_context(patch.object(torch.cuda, name, lambda *_, answer=answer, **__: answer))
-        # `module.to` would exchange two tensors, which PyTorch refuses where something has a weak reference to one.
+        # `module.to` would swap two tensors, which PyTorch does not allow if there is a weak reference to one of them.
         stack.enter_context(patch.object(torch.utils, "swap_tensors", lambda old, new: setattr(old, "data", new)))
         stack.enter_context(WithoutDevice(allow_non_fake_inputs=True))
         yield

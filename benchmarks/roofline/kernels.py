@@ -1,6 +1,7 @@
-"""Kernels that a CPU build of PyTorch lacks: the choice of attention, and TRL's Triton kernels.
+"""Kernels that a CPU build of PyTorch lacks: the choice of the attention kernel, and TRL's Triton kernels.
 
-Without them PyTorch's attention would be written out, scores and all, and TRL's head would take its slow way.
+Without them, PyTorch would compute attention with separate operators and full score matrices, and TRL's head would use
+its slow path.
 """
 
 import contextlib
@@ -30,10 +31,10 @@ def cuda_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """`F.scaled_dot_product_attention` as on an NVIDIA GPU: flash without a mask, memory-efficient with one.
+    """Replace `F.scaled_dot_product_attention` as on an NVIDIA GPU: flash without a mask, memory-efficient with one.
 
     Raises:
-        NotImplementedError: a GPU would take another kernel, which is not counted.
+        NotImplementedError: a GPU would use another kernel, which is not counted.
     """
     if torch.is_autocast_enabled("cuda"):
         dtype = torch.get_autocast_dtype("cuda")
@@ -59,17 +60,17 @@ def cuda_attention(
 
 
 class TritonKernel:
-    """A Triton kernel over a tile of logits, called as `kernel[grid](tile, …)`: one launch, recorded.
+    """A Triton kernel over a tile of logits, called as `kernel[grid](tile, …)`. Each call is recorded as one launch.
 
     Args:
-        passes: how often the tile is moved: 1 if it is read, 2 if it is written too.
+        passes: how often the tile is moved: 1 if it is only read, 2 if it is also written.
     """
 
     def __init__(self, name: str, passes: int, counting: Counting):
         self._name, self._passes, self._counting = name, passes, counting
 
     def __getitem__(self, grid: Any) -> Callable[..., None]:
-        """The launcher."""
+        """Return the function that launches the kernel."""
 
         def launch(tile: Tensor, *_: Any, **__: Any) -> None:
             bytes_moved = self._passes * tile.numel() * tile.element_size()
@@ -79,12 +80,12 @@ class TritonKernel:
 
 
 def _add_product(sums: Tensor, first: Tensor, second: Tensor) -> None:
-    """`sums += first @ second` in fp32 from half precision, for which a CPU build has no operator."""
+    """Compute `sums += first @ second` in fp32 from half precision; a CPU build has no operator for this."""
     aten.addmm.out(sums, first, second, out=sums)
 
 
 def _made_up_list(tensor: Tensor) -> Any:
-    """The result of `tolist`: the host waits once, and all numbers have a fixed value."""
+    """Return the result of `tolist`: the host waits once, and all numbers have a fixed value."""
     values: Any = tensor.flatten()[0].item()
     for size in reversed(tensor.shape):
         values = [values] * size
@@ -93,11 +94,11 @@ def _made_up_list(tensor: Tensor) -> Any:
 
 @contextmanager
 def cuda_kernels(counting: Counting) -> Iterator[None]:
-    """A context in which PyTorch, transformers and TRL call the functions that they would call on a GPU."""
+    """Return a context in which PyTorch, transformers and TRL call the functions that they would call on a GPU."""
     patches: list[Any] = [
         patch.object(torch.nn.functional, "scaled_dot_product_attention", cuda_attention),
         patch.object(FakeTensor, "tolist", _made_up_list),
-        # It returns False for fake tensors, and each gradient would be clipped by separate launches.
+        # It returns False for fake tensors, so each gradient would be clipped by separate launches.
         patch("torch.nn.utils.clip_grad._has_foreach_support", lambda *_: True),
         patch("transformers.masking_utils.is_tracing", lambda *_: False),
     ]

@@ -42,7 +42,7 @@ CONFIGS: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
         Qwen3MoeConfig,
         _sizes(2048, 6144, 48, 32, 4, QWEN_VOCABULARY, False) | {"head_dim": 128} | _EXPERTS,
     ),
-    # What was measured on a GPU.
+    # The shapes that were measured on a GPU.
     "qwen2.5-0.5b": (Qwen2Config, _sizes(896, 4864, 24, 14, 2, QWEN_VOCABULARY, True)),
     "qwen3-8b": (Qwen3Config, _sizes(4096, 12_288, 36, 32, 8, QWEN_VOCABULARY, False) | {"head_dim": 128}),
     "tiny": (Qwen3Config, _sizes(64, 96, 2, 4, 2, 512, True) | {"head_dim": 64}),
@@ -50,11 +50,11 @@ CONFIGS: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
 
 
 def config_of(name: str, **changes: Any) -> PretrainedConfig:
-    """The config of a model, with changes."""
+    """Return the config of a model, with changes."""
     kind, sizes = CONFIGS[name]
     return kind(**sizes | changes)
 
 
 def build(name: str, dtype: torch.dtype, **changes: Any) -> PreTrainedModel:
-    """The model, with weights on the current device; `changes` are fields of its config."""
+    """Return the model, with weights on the current device; `changes` are fields of its config."""
     return AutoModelForCausalLM.from_config(config_of(name, **changes), dtype=dtype)

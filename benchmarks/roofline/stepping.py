@@ -1,4 +1,4 @@
-"""One training step of either trainer on fake tensors, counted."""
+"""Count one training step of either trainer on fake tensors."""
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -28,7 +28,7 @@ DTYPES = {
     "fp32-autocast": (torch.float32, "bf16"),
     "fp16-autocast": (torch.float32, "fp16"),
 }
-# The size of the vocabulary chunks that TRL's head computes.
+# The size of the vocabulary chunks in TRL's head.
 TRL_TILE = 32_768
 
 
@@ -37,11 +37,12 @@ class Case:
     """The model and the data of a step.
 
     Attributes:
-        model: a name in `CONFIGS`. lengths: a name for tables. rows: the rows of one micro-batch.
+        model: a name in `CONFIGS`. lengths: the name of the lengths in tables. rows: the rows of one micro-batch.
         mode: "lora" or "full". dtype: a name in `DTYPES`.
-        keeps_attention: whether our checkpointed layers keep attention's outputs.
+        keeps_attention: whether our checkpointed layers store the outputs of attention.
         changes: fields of the model's config.
-        adapted: for LoRA, the layers that have adapters; `None`: all. shares: whether the others run once.
+        adapted: for LoRA, the layers that have adapters; `None` means all layers. shares: whether the other layers run
+            once for policy and reference.
     """
 
     model: str
@@ -74,16 +75,16 @@ class Counts:
     layout: str | None
 
     def total(self, what: str, **where: str) -> int:
-        """The sum of "launches", "flop" or "bytes" over work of a phase or part."""
+        """Return the sum of "launches", "flop" or "bytes" over the work of a phase or part."""
         chosen = (w for w in self.work if all(getattr(w, name) == value for name, value in where.items()))
         return sum(getattr(w, what) for w in chosen)
 
 
 def counted_step(name: str, case: Case, **settings: Any) -> Counts:
-    """A step of a trainer, "trl" or "ours", whose optimizer has its state.
+    """Count a step of a trainer, "trl" or "ours", after the first step has created the optimizer state.
 
     Args:
-        settings: the trainer's own, such as `layout`.
+        settings: settings of the trainer, such as `layout`.
     """
     vocabulary = config_of(case.model, **case.changes).vocab_size
     head = {vocabulary, vocabulary % TRL_TILE, min(vocabulary, TRL_TILE)}
@@ -99,7 +100,7 @@ def counted_step(name: str, case: Case, **settings: Any) -> Counts:
         step = counting.work, dict(counting.waits)
         kept, peak = dict(counting.kept), counting.peak
         counting.begin(Batch())
-        with patch.object(Responses, "of", lambda _: None):  # reads values
+        with patch.object(Responses, "of", lambda _: None):  # it would read values
             side.trainer.log({"loss": 0.0})
         layout = getattr(side.trainer, "layout", None)
         return Counts(*step, dict(counting.waits), kept, peak, side.positions(case.rows), layout)
@@ -112,12 +113,12 @@ def _side(name: str, case: Case, settings: dict[str, Any]) -> Side:
     weights, autocast = DTYPES[case.dtype]
     options = {"bf16": autocast == "bf16", "fp16": autocast == "fp16", "use_cpu": False} | settings
     if name == "ours" and case.mode == "lora":
-        options["reference"] = "adapter_off"  # "auto" looks whether the adapter is zero
+        options["reference"] = "adapter_off"  # reference="auto" would check whether the adapter is zero
     if name == "trl":
-        options["router_aux_loss_coef"] = 0.0  # ours has no such term
+        options["router_aux_loss_coef"] = 0.0  # our loss has no such term
     with ExitStack() as stack:
         stack.enter_context(patch.object(sides, "load_model", model))
-        stack.enter_context(patch.object(policy, "lost_adapters", lambda _: []))  # compares values
+        stack.enter_context(patch.object(policy, "lost_adapters", lambda _: []))  # it would compare values
         if case.adapted is not None:
             stack.enter_context(patch.object(sides, "lora", partial(sides.lora, case.adapted)))
         if case.mode == "full":
@@ -132,7 +133,7 @@ def _side(name: str, case: Case, settings: dict[str, Any]) -> Side:
 
 
 def _settle(scorer: Any, collator: Any, shares: bool) -> None:
-    """`Scorer.settle` without its checks on synthetic sequences, which need values."""
+    """Replace `Scorer.settle` without its checks on synthetic sequences, which need values."""
     from hf_prefopt.reference.lower_layers import find_lower_layers
     from hf_prefopt.scoring.attention import install_segment_attention
     from hf_prefopt.scoring.forward import base_causal_lm
@@ -157,7 +158,7 @@ def _make_optimizer_state(side: Side) -> None:
 
 
 def _values(rows: Sequence[Row]) -> Batch:
-    """The facts about attention and padding that depend on the rows."""
+    """Return the facts about attention and padding that depend on the rows."""
     sequences = [(len(r["prompt_ids"]), len(ids)) for r in as_groups_of_pairs(rows) for ids in r["response_ids"]]
     longest = max(map(sum, sequences))
     scored = sum(response for _, response in sequences) / (len(sequences) * (longest - 1))
@@ -165,14 +166,14 @@ def _values(rows: Sequence[Row]) -> Batch:
 
 
 def _pairs_of(row: Row) -> int:
-    """(query, key) pairs: a triangle for the prompt and each response, and a prompt × response rectangle for each."""
+    """Count (query, key) pairs: a triangle for prompt and each response, a rectangle for prompt × each response."""
     prompt = len(row["prompt_ids"])
     responses = [len(ids) for ids in row["response_ids"]]
     return prompt * (prompt + 1) // 2 + sum(r * (r + 1) // 2 + r * prompt for r in responses)
 
 
 def _step(side: Side, rows: Sequence[Row], counting: Counting) -> None:
-    """A complete step, with its work recorded by phase."""
+    """Take a complete step, and record its work by phase."""
     trainer, model = side.trainer, side.model
     forwards = [model] + ([trainer.ref_model] if getattr(trainer, "ref_model", None) is not None else [])
     with ExitStack() as stack:
@@ -186,7 +187,7 @@ def _step(side: Side, rows: Sequence[Row], counting: Counting) -> None:
                 backward(*args, **kwargs)
 
         stack.enter_context(patch.object(trainer.accelerator, "backward", in_backward))
-        with _disable_current_modes():  # a data loader's tensors are on the CPU, and real
+        with _disable_current_modes():  # the tensors of a data loader are real tensors on the CPU
             collated = trainer.data_collator(as_pairs(rows) if side.name == "trl" else list(rows))
         batches, count = trainer.get_batch_samples(iter([collated]), 1, trainer.args.device)
         with counting.watching_saved(), counting.during("loss"):

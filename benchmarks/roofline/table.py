@@ -1,4 +1,4 @@
-"""Tables of the counts of both trainers, with measurements of the same case."""
+"""Tables of the counts of both trainers, and of measurements of the same case."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,14 +12,14 @@ from benchmarks.roofline.stepping import Case, Counts
 
 GIB = 1024**3
 MEASURED = Path(__file__).resolve().parents[1] / "GPU.md"
-# The shapes of `GPU.md`, and how it calls the dtype of frozen weights.
+# The names of the shapes in `GPU.md`, and its names for the dtype of frozen weights.
 SHAPES = {"qwen2.5-0.5b": "0.5B", "qwen3-8b": "8B"}
 WEIGHTS = {"bf16": "bfloat16", "fp32-autocast": "float32"}
 Figures = dict[str, float]
 
 
 def figures(counts: Counts) -> Figures:
-    """The totals of a step and the parts of its estimate, keyed by the names of the table's rows."""
+    """Return the totals of a step and the parts of its estimate, keyed by the names of the table's rows."""
     estimated = parts(counts.work)
     return {
         "positions": counts.positions,
@@ -34,13 +34,12 @@ def figures(counts: Counts) -> Figures:
 
 
 def with_more_layers(few: Figures, one_more: Figures, more: int) -> Figures:
-    """Extrapolate from a few layers and one more layer to a model of equal layers; `more` is the number beyond the
-    few."""
+    """Extrapolate from a few layers, and from one more layer, to `more` additional layers of the same kind."""
     return {name: few[name] + more * (one_more[name] - few[name]) for name in few}
 
 
 def measured(case: Case, path: Path = MEASURED) -> dict[str, str]:
-    """The row for this case in the first table of `GPU.md`, keyed by column; empty if there is none."""
+    """Return the row for this case in the first table of `GPU.md`, keyed by column; empty if there is none."""
     wanted = {
         "shape": SHAPES.get(case.model),
         "frozen weights": WEIGHTS.get(case.dtype),
@@ -101,7 +100,7 @@ def _number(value: float) -> str:
 
 
 def names_of(case: Case) -> dict[str, Any]:
-    """The identification of a case in tables."""
+    """Return the columns that identify a case in tables."""
     checkpointing = "yes" if case.checkpointing else "no"
     checkpointing = "keeps attention" if case.keeps_attention else checkpointing
     names = {"model": case.model, "lengths": case.lengths, "pairs": len(case.rows), "mode": case.mode}
@@ -109,7 +108,7 @@ def names_of(case: Case) -> dict[str, Any]:
 
 
 def markdown(records: list[dict[str, Any]]) -> str:
-    """Two tables: the counts of both sides, and the parts of the estimate."""
+    """Return two tables in Markdown: the counts of both sides, and the parts of the estimate."""
     counts, estimates = [], []
     for each in records:
         theirs, mine, case = each["trl"], each["ours"], each["case"]

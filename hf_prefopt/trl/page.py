@@ -1,4 +1,4 @@
-"""Generates docs/from_trl.md from the tables of this package: `python -m hf_prefopt.trl.page > docs/from_trl.md`."""
+"""Generate docs/from_trl.md from the tables of this package: `python -m hf_prefopt.trl.page > docs/from_trl.md`."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
@@ -45,7 +45,7 @@ TRL's scripts `dpo.py` and `kto.py` run after changing the import (`tests/trl/te
 
 
 def page() -> str:
-    """The page in Markdown."""
+    """Return the page in Markdown."""
     parts = [HEAD, _fields(), _losses(), _metrics(), _differences(), _behavior(), _names(), TESTS]
     return "\n\n".join(parts) + "\n"
 
@@ -56,7 +56,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def _fields() -> str:
-    """The fields that TRL's configurations add to `TrainingArguments`, or whose defaults they change."""
+    """Return the section on fields that TRL's configurations add to `TrainingArguments`, or whose defaults differ."""
     of_trainer, ours = ({f.name for f in fields(c)} for c in (TrainingArguments, PreferenceConfig))
     own = {name for config in (TRLConfig, *CONFIGS) for name in config.__annotations__} & ours - {"unpair"}
     rows = []
@@ -88,7 +88,7 @@ _TRLS = {
 
 
 def _where(defaults: dict[str, Any]) -> str:
-    """The default of a field, with the configurations that have it unless all agree."""
+    """Return the defaults of a field, with the configurations that have each default unless all have the same."""
     if len(set(map(repr, defaults.values()))) == 1 and len(defaults) == len(CONFIGS):
         return f"`{next(iter(defaults.values()))!r}`"
     by_value: dict[str, list[str]] = {}
@@ -148,7 +148,7 @@ def _behavior() -> str:
             "keeps a frozen copy of the initial trainable weights",
         ),
         ("a PEFT model is passed", "adds an adapter `ref`, which is saved with the model", "adds nothing"),
-        ("KTO's mismatched responses", "from the neighbor in the batch", "from the whole data set, new in every epoch"),
+        ("KTO's mismatched responses", "from another row of the batch", "from the whole data set, new in every epoch"),
         ("KTO's z, AOT's sort", "over a micro-batch", "over the global batch"),
         ("metrics of an evaluation", "means of batch means", "means over the rows"),
         (
@@ -157,7 +157,7 @@ def _behavior() -> str:
             "all have it, `eval_NAME_rewards/chosen`",
         ),
         ("`logps/*` with `ld_alpha`", "weighted as the loss weights them", "the log-probs of the whole responses"),
-        ("a tie of rewards", "counts as an inaccurate pair", "counts half"),
+        ("a pair with equal rewards", "counts as inaccurate", "counts half"),
         (
             "end of a conversation in CPO and ORPO",
             "adds an EOS after a template that ends with a line break, as ChatML's does: two ends of turn are scored",
@@ -175,7 +175,8 @@ def _behavior() -> str:
             "raise an error if the split matters",
         ),
         ("`train_dataset=None`", "an error", "evaluation only"),
-        ("encoder-decoder models, images", "supported in CPO and ORPO; in DPO and KTO", "an error"),
+        ("encoder-decoder models", "supported in CPO and ORPO", "an error"),
+        ("images", "supported in DPO and KTO", "an error"),
         ("`compute_metrics`", "gets logits", "gets rewards, and labels of 1 for preferred responses"),
         ("a streaming data set with KTO's loss", "accepted", "an error, because other prompts are not known"),
         (

@@ -1,10 +1,10 @@
-"""Writes a YAML file for every registered loss, with the loss's published defaults: `python recipes/configs/write.py`.
+"""Write a YAML file for every registered loss, with the published defaults: `python recipes/configs/write.py`.
 
-A file has the loss's own lines and begins with base.yaml, which has the model, the adapter, the data and the training.
-Other files in the folder are left as they are.
+A file contains the settings of the loss and includes base.yaml, which has the settings of the model, the adapter, the
+data and the training. The script does not change other files in the folder.
 
-    hf_prefopt train --config simpo                      on base.yaml
-    hf_prefopt train --config mine.yaml --config simpo   on a file of your own
+    hf_prefopt train --config simpo                      # the loss with base.yaml
+    hf_prefopt train --config mine.yaml --config simpo   # the loss with your own file
 """
 
 from itertools import starmap
@@ -20,7 +20,7 @@ FOLDER = Path(__file__).parent
 BASE = "base.yaml"
 # Fields of PreferenceConfig itself; every other hyperparameter of a loss goes into loss_params.
 FIELDS = ("beta", "label_smoothing")
-# The data of each kind of examples, where they are not those of base.yaml.
+# The settings of the data for each kind of examples, if they differ from base.yaml.
 DATA: dict[Any, dict[str, Any]] = {
     PAIRS: {},
     TRIPLES: {"dataset_name": "recipes/data/gsm8k_triples"},
@@ -28,7 +28,7 @@ DATA: dict[Any, dict[str, Any]] = {
     SCORED: {"dataset_name": "recipes/data/gsm8k_quantiles"},
     LISTS: {"dataset_name": "recipes/data/gsm8k_lists"},
 }
-# The sets that have what some losses ask for besides, by the input that they ask by.
+# Data sets for losses that need additional columns, keyed by the input that needs the column.
 DATA_WITH = {
     "chosen_scores": {"dataset_name": "recipes/data/pandalm_pairs"},
     "chosen_win_rates": {"dataset_name": "recipes/data/pandalm_pairs"},
@@ -37,7 +37,7 @@ DATA_WITH = {
 
 
 def config_of(spec: LossSpec) -> str:
-    """The file of a loss: what it is, in a comment, then the loss, and the data that it needs."""
+    """Return the text of a loss's file: a comment with its formula and paper, then the settings of loss and data."""
     own = {name: value for name, value in spec.defaults.items() if value is not None}
     loss = {"loss_type": [spec.name], **{name: own.pop(name) for name in FIELDS if name in own}}
     loss |= {"loss_params": own} if own else {}
@@ -49,7 +49,7 @@ def config_of(spec: LossSpec) -> str:
 
 
 def _line(name: str, value: Any) -> str:
-    """An entry, what it holds on the same line."""
+    """Return a setting as YAML, on one line also if its value is a list or a dict."""
     in_line = None if isinstance(value, list | dict) else False
     return yaml.safe_dump({name: value}, width=1000, default_flow_style=in_line)
 
@@ -59,7 +59,7 @@ def main() -> None:
         (FOLDER / f"{name}.yaml").write_text(config_of(get_loss(name)))
     others = sorted(file.name for file in FOLDER.glob("*.yaml") if file.stem not in list_losses())
     if others := [name for name in others if name != BASE]:
-        print(f"not written here, and left as they are: {', '.join(others)}")
+        print(f"not changed, because they belong to no registered loss: {', '.join(others)}")
 
 
 if __name__ == "__main__":

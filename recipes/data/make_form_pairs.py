@@ -1,8 +1,9 @@
-"""Make `form_pairs` from the answers in `pandalm_pairs`: one answer in two forms, of which the prompt asks for one.
+"""Make `form_pairs` from the answers in `pandalm_pairs`: a pair has one answer in two forms; the prompt asks for one.
 
-Each question is asked eight times, for one of two forms of four kinds. The chosen response has the form that the prompt
-asks for, and the rejected response has the other form of the same kind. Each pair of responses occurs twice, with
-either of them chosen, so neither a length nor a form is preferred in general: only the prompt tells which is right.
+There are four kinds of forms with two forms each, so each question is asked eight times. The chosen response has the
+form that the prompt asks for, and the rejected response has the other form of the same kind. Each pair of responses
+occurs twice, and each of the two responses is chosen once. Therefore neither the length nor the form of a response is
+preferred in general: only the prompt determines which response is right.
 
     python recipes/data/make_form_pairs.py
 """

@@ -1,4 +1,4 @@
-"""Prints counts of tiny steps as JSON, for `test_roofline.py`: PyTorch must not be imported before the fake device."""
+"""Print counts of tiny steps as JSON, for `test_roofline.py`: PyTorch must not be imported before the fake device."""
 
 from benchmarks.roofline.fake_device import fake_gpu, load_device
 
@@ -28,7 +28,7 @@ ROWS = [prepared([7] * 12, [[3] * 5, [4] * 7]), prepared([8] * 9, [[5] * 4, [6] 
 
 
 def summary(counts: Counts) -> dict[str, Any]:
-    """What the tests look at."""
+    """Return the counts that the tests check."""
     operators = Counter((w.phase, w.operator) for w in counts.work)
     return {
         "launches": {phase: counts.total("launches", phase=phase) for phase in PHASES},
@@ -45,13 +45,15 @@ def summary(counts: Counts) -> dict[str, Any]:
 
 
 def step(side: str, layers: int, dtype: str = "bf16", checkpointing: bool = False) -> dict[str, Any]:
-    """A counted step."""
+    """Count a step."""
     changes = {"num_hidden_layers": layers}
     return summary(counted_step(side, Case("tiny", "unequal", ROWS, "lora", dtype, checkpointing, changes=changes)))
 
 
 def plain(layers: int, dtype: str) -> dict[str, int]:
-    """Launches of the model itself on the padded rows: with the adapter and backward, and without it."""
+    """Count the launches of the model itself on the padded rows: forward and
+    backward with the adapter, forward without.
+    """
     weights, autocast = DTYPES[dtype]
     counting = Counting(set(), None)
     with fake_gpu(), cuda_kernels(counting), counting, torch.device("cuda"):
@@ -69,7 +71,7 @@ def plain(layers: int, dtype: str) -> dict[str, int]:
 
 
 def by_hand() -> dict[str, Any]:
-    """The counter on operators whose counts are known."""
+    """Run the counter on operators with known counts."""
     counting = Counting(set(), None)
     with fake_gpu(), counting:
         first, second = (torch.ones(64, 32, device="cuda", dtype=torch.bfloat16) for _ in range(2))
@@ -110,7 +112,7 @@ KINDS = ("read", "copy", "nonzero", "mask as index")
 
 
 def attention_path(query: str, value: str, autocast: str | None, width: int) -> bool:
-    """Whether attention over segments takes the variable-length kernel."""
+    """Return whether attention over segments uses the variable-length kernel."""
     counting = Counting(set(), None)
     with fake_gpu(), cuda_kernels(counting), counting, torch.device("cuda"):
         q, k = (torch.ones(1, heads, 7, width, dtype=getattr(torch, query)) for heads in (4, 2))
@@ -130,12 +132,12 @@ def attention_path(query: str, value: str, autocast: str | None, width: int) -> 
                     segment_longest=(4, 4),
                     segment_lengths=lengths,
                 )
-        except NotImplementedError:  # `cuda_attention` has no kernel for it: another path was taken
+        except NotImplementedError:  # `cuda_attention` has no kernel for it, so another path was used
             return False
     return any(w.operator == "_varlen_attn" for w in counting.work)
 
 
-# (query and key, value, autocast, width): weights and activations of each way to load a model.
+# (dtypes of query and key, of the value, of autocast; head width): weights and activations of each way to load a model.
 PATHS = {
     "bf16": ("bfloat16", "bfloat16", None, 64),
     "fp16": ("float16", "float16", None, 64),

@@ -1,4 +1,4 @@
-"""The benchmark runs, on a tiny model: it compares the right things and refuses what does not agree."""
+"""The benchmark runs on a tiny model, compares equal work, and raises an error if the two trainers do not agree."""
 
 import json
 
@@ -33,7 +33,9 @@ def sides():
 
 
 def test_counts_of_a_list_by_hand():
-    """A prompt of 5 and responses of 2, 3, 4: shared 5 + 9; the first against both others 2·(2·5) + (2+3) + (2+4)."""
+    """A prompt of 5 tokens, responses of 2, 3, 4: shared 5 + 9; as pairs of the
+    first with each other, 2·(2·5) + (2+3) + (2+4).
+    """
     row = prepared([7] * 5, [[1] * 2, [1] * 3, [1] * 4])
     assert shared_positions([row]) == 14
     assert real_tokens([row]) == 31
@@ -52,7 +54,7 @@ def test_batches_too_large_for_the_peer_are_drawn_again():
 
 @pytest.mark.parametrize("responses", [2, 4])
 def test_both_sides_compute_the_same(sides, responses):
-    """A pair, and a list of four: one group here, three pairs in TRL."""
+    """Both trainers get a pair, and a list of four responses: one group for ours, three pairs for TRL."""
     apart = agreement(*sides, synthetic(500, 2, 24, 12, responses)[0])
     apart.check()
     assert 0 < apart.worst_parameter < 1e-4
@@ -110,7 +112,9 @@ def test_gpu_check_runs_its_code_on_a_cpu(tmp_path):
 
 
 def test_upper_layers_are_measured_against_all_layers_and_trl(capsys):
-    """Losses and gradients are compared first; then a line for each step, and a ratio for each of the other three."""
+    """Losses and gradients are compared first. Then the output has a line per step,
+    and a ratio for the three variants.
+    """
     lower_layers.measure(TINY, pairs=1, rounds=1)
     lines = capsys.readouterr().out.splitlines()
     assert sum(line.startswith("round 1 of 1:") for line in lines) == 4

@@ -1,4 +1,4 @@
-"""The benchmark of preparing data times every step of ours, and both sides make the same tokens."""
+"""The benchmark of data preparation times every step of ours, and both trainers produce the same tokens."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from tests.tokenizers import tiny_tokenizer
 
 @pytest.fixture
 def restored(monkeypatch):
-    """What the clock has put itself around is as before."""
+    """Undo the patches of the clock after each test."""
     from hf_prefopt.data import prepare, tokenize
 
     for owner, names in (
@@ -35,7 +35,9 @@ def test_both_sides_make_the_same_tokens_and_every_step_is_timed(restored, monke
 
 
 def test_time_within_a_step_is_counted_once(monkeypatch):
-    """Two ticks outside, three inside: the clock of the process ticks once at every look."""
+    """The test's clock advances by one with each call: one tick is in the inner
+    step, and two are only in the outer step.
+    """
     ticks = iter(range(100))
     monkeypatch.setattr("benchmarks.data_time.time.perf_counter", lambda: float(next(ticks)))
     clock = Clock()

@@ -1,4 +1,4 @@
-"""The GPU's head makes the passes over its logits that `scoring/fused_head.py` names."""
+"""The head for GPUs moves its logits as often as `scoring/fused_head.py` says."""
 
 import json
 import subprocess
@@ -11,7 +11,7 @@ from benchmarks.work import ROOT
 
 pytestmark = pytest.mark.slow
 
-# In a process of its own: the fake device must be registered before torch is imported.
+# A separate process, because the fake device must be registered before torch is imported.
 COUNT = """
 import json
 from benchmarks.roofline.fake_device import load_device
@@ -31,8 +31,9 @@ print("COUNTS " + json.dumps(found))
 def test_bytes_of_passes_per_logit():
     """Products (2 bytes written, 2 read for the gradient) are not passes: 24 − 4 and 16 − 2 bytes per logit are left.
 
-    In place: fp32 copy 6, maximum 4, subtraction 8, exponential 8, sum 4, half-precision copy 6. Tensors of width H or
-    less add less than 2 %: H is 2,560 of 151,936, and the gradient has some eight of them, of 2 to 8 bytes.
+    In place: fp32 copy 6, maximum 4, subtraction 8, exponential 8, sum 4, half-precision copy
+    6. Tensors of width H or less add less than 2 %: H is 2,560, the vocabulary has 151,936
+    tokens, and the gradient uses about eight such tensors, of 2 to 8 bytes per element.
     """
     if compiler() is None:
         pytest.skip("needs a C++ compiler, for a CUDA device that does nothing")

@@ -1,6 +1,6 @@
-"""Budgets of a training step on a GPU, as counts on fake tensors: waits of the host, launches, what is kept.
+"""Budgets for a training step on a GPU, counted on fake tensors: waits of the host, launches, and casts that are kept.
 
-The step of `benchmarks.roofline` at a tiny shape, in a process of its own. Needs a C++ compiler.
+The tests run the step of `benchmarks.roofline` at a tiny shape in a separate process. They need a C++ compiler.
 """
 
 import json
@@ -17,7 +17,7 @@ from benchmarks.work import ROOT, prepared
 pytestmark = pytest.mark.slow
 
 HALVES = ("bf16", "fp32-autocast")
-# Of the tiny model: parameters of a layer's linear modules, of which q, k and v.
+# Parameters of the linear modules in a layer of the tiny model, and those of q, k and v.
 QKV = 64 * (4 + 2 + 2) * 64
 LAYER = QKV + 4 * 64 * 64 + 3 * 64 * 96
 
@@ -35,7 +35,7 @@ def counts():
 
 
 def test_operators_counted_by_hand(counts):
-    """A [64, 32] · [32, 64] product in bf16, its cast, its sum, and a [64] bias added that is expanded."""
+    """The operators: a [64, 32] · [32, 64] product in bf16, its cast, its sum, and adding an expanded [64] bias."""
     found = counts["by hand"]
     product = 64 * 64 * 2
     assert found["work"] == [
@@ -44,30 +44,31 @@ def test_operators_counted_by_hand(counts):
         ["sum", 1, 0, 2 * product + 4],
         ["add", 1, 0, 64 * 2 + 2 * product],
     ]
-    # Product, sum (a block of the allocator) and expanded sum are in use, the cast is not; then the sum alone is.
+    # In use are the product, its sum (one block of the allocator) and the sum with the bias, not the cast; then only
+    # the sum.
     assert (found["in use"], found["after"]) == (2 * product + 512, 512)
 
 
 def test_waits_by_hand(counts):
-    """`item`, `bool`; to the CPU, from a list, from the CPU; `nonzero`; a mask as index.
+    """These wait: `item`, `bool`; copies to the CPU, from a list, and from the CPU; `nonzero`; a mask as index.
 
-    Neither a copy that does not block nor a number that is filled in is one.
+    A non-blocking copy and filling a tensor with a number do not wait.
     """
     assert counts["by hand"]["waits"] == {"read": 2, "copy": 3, "nonzero": 1, "mask as index": 1}
-    assert counts["by hand"]["selected"] == 0.25 * 64  # of the mask, as the batch was said to have it
+    assert counts["by hand"]["selected"] == 0.25 * 64  # the share that `Batch.scored` gives
     assert counts["by hand"]["kept"] == {"fp32 copy: counted.py:by_hand": 8 * 4}
 
 
 @pytest.mark.parametrize("layers", [1, 2])
 def test_products_by_closed_form(counts, layers):
-    """2 FLOP for a weight and position: policy, reference, gradients of the inputs, but for the first q, k and v."""
+    """A weight has 2 FLOP per position in policy, reference and input gradients (the first q, k, v need none)."""
     found = counts["ours"]["bf16"][layers - 1]
     assert found["positions"] == 12 + 5 + 7 + 9 + 4 + 6
     assert found["product flop"] == 2 * found["positions"] * (3 * layers * LAYER - QKV)
 
 
 def test_attention_by_closed_form(counts):
-    """A causal triangle for each prompt and response, a rectangle between them; 2, 2 and 5 products of 2 · 64 FLOP."""
+    """Prompts and responses are causal triangles with a rectangle between them; 2, 2 and 5 products of 2 · 64 FLOP."""
     pairs = 12 * 13 // 2 + (5 * 6 + 7 * 8) // 2 + (5 + 7) * 12 + 9 * 10 // 2 + (4 * 5 + 6 * 7) // 2 + (4 + 6) * 9
     assert counts["ours"]["bf16"][1]["attention flop"] == 2 * 9 * 2 * 4 * 64 * pairs
 
@@ -79,7 +80,7 @@ def all_of_ours(counts):
 def test_no_wait_from_forward_to_record(counts):
     assert [found["waits"] for found in all_of_ours(counts)] == [{}] * 6
     theirs = counts["command"][0]["waits"]["trl"]
-    assert theirs["read: dpo_trainer.py:_compute_loss"] == 15  # the counter sees them
+    assert theirs["read: dpo_trainer.py:_compute_loss"] == 15  # the counter counts these, too
 
 
 def test_a_log_waits_once(counts):
@@ -90,7 +91,7 @@ def test_a_log_waits_once(counts):
 
 @pytest.mark.parametrize("dtype", HALVES)
 def test_launches_of_a_layer(counts, dtype):
-    """Within 10 % of those of the model's own padded forward and backward, by phase and in all."""
+    """The launches are within 10 % of those of the model's own padded forward and backward, by phase and in total."""
 
     def of_a_layer(found):
         return {phase: found[1][phase] - found[0][phase] for phase in ("policy", "reference", "backward")}
@@ -102,13 +103,15 @@ def test_launches_of_a_layer(counts, dtype):
 
 
 def test_no_needless_cast_is_kept(counts):
-    """But those of the model's own norms. PEFT's of an adapter's input are there and back, and TRL keeps them."""
+    """Only the casts of the model's own norms are kept. PEFT casts an adapter's
+    input there and back, which TRL keeps.
+    """
     assert {site for found in all_of_ours(counts) for site in found["kept"]} == {"fp32 copy: modeling_qwen3.py:forward"}
     assert "cast there and back: layer.py:forward" in counts["command"][0]["kept"]["trl"]
 
 
 def test_every_layer_takes_the_kernel(counts):
-    """Policy, reference and backward; with checkpointing the backward runs the forward again."""
+    """Policy, reference and backward pass use it; with checkpointing, the backward pass runs the forward again."""
     for layers, found in [(1, counts["fp16"]), *((n, counts["ours"][d][n - 1]) for d in HALVES for n in (1, 2))]:
         assert found["layout"] == "shared"
         assert (found["varlen"]["policy"], found["varlen"]["reference"], found["varlen backward"]) == (layers,) * 3
@@ -116,12 +119,14 @@ def test_every_layer_takes_the_kernel(counts):
 
 
 def test_every_dtype_takes_the_kernel(counts):
-    """Half precision in the end, wherever it comes from: weights, autocast, or values beside which norms are fp32."""
+    """Attention runs in half precision if the weights, autocast, or the values (next
+    to fp32 norms) are in half precision.
+    """
     assert {name for name, taken in counts["paths"].items() if not taken} == {"fp32"}
 
 
 def test_the_command_counts_both_sides(counts):
-    """At 64 + 16 tokens, a pair is 160 positions in TRL and 96 here."""
+    """With 64 + 16 tokens, a pair has 160 positions in TRL and 96 positions here."""
     (found,) = counts["command"]
     assert (found["trl"]["positions"], found["ours"]["positions"]) == (2 * 160, 2 * 96)
     assert found["ours"]["waits of the host"] == 0 < found["trl"]["waits of the host"]
@@ -131,7 +136,9 @@ def test_the_command_counts_both_sides(counts):
 
 
 def test_layers_are_alike(counts):
-    """Three layers from one and two, as `--by-layer` goes on from two and three: products by closed form."""
+    """Three layers are extrapolated from one and two, as `--by-layer` does from two
+    and three: the products are exact.
+    """
     one, two = ({"product flop": found["product flop"]} for found in counts["ours"]["bf16"])
     expected = 2 * counts["ours"]["bf16"][0]["positions"] * (3 * 3 * LAYER - QKV)
     assert with_more_layers(one, two, 2) == {"product flop": expected}

@@ -1,6 +1,7 @@
-"""Rows for fuzzing: right ones with what they mean, mutations of them, and a reading that shares no code with ours.
+"""Rows for fuzzing: valid rows with their meaning, mutations of them, and an
+independent implementation of reading them.
 
-`Meaning` says what a model should see. `expected_rows` turns it into token ids with the ChatML template written out by
+`Meaning` is what the model should see. `expected_row` converts it to token ids, with the ChatML template written out by
 hand and one plain call of the tokenizer for each sequence.
 """
 
@@ -20,11 +21,11 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Meaning:
-    """What a row means.
+    """The meaning of a row.
 
     Attributes:
         prompt: text or messages.
-        responses: K texts or lists of messages; of a pair the chosen, then the rejected one.
+        responses: K texts or lists of messages; for a pair, the chosen response, then the rejected one.
         columns: the example columns of the prepared row.
     """
 
@@ -34,13 +35,13 @@ class Meaning:
 
 
 def chatml(messages: list[Message], opened: str = "") -> str:
-    """The text of messages in ChatML, and the header of a turn that begins."""
+    """Return the text of messages in ChatML, followed by the header of the next turn."""
     turns = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages)
     return turns + (f"<|im_start|>{opened}\n" if opened else "")
 
 
 def expected_row(meaning: Meaning, tokenizer) -> Row:
-    """The prepared row, without its number: each sequence alone through the tokenizer."""
+    """Return the prepared row without its number: each sequence is tokenized separately."""
     is_text = isinstance(meaning.prompt, str)
     prompt = meaning.prompt if is_text else chatml(meaning.prompt, "assistant")
     full, scored = [], []
@@ -51,13 +52,13 @@ def expected_row(meaning: Meaning, tokenizer) -> Row:
     encode = {"add_special_tokens": is_text, "return_offsets_mapping": True}
     prompt_ids = tokenizer(prompt, **encode)["input_ids"]
     encoded = [tokenizer(text, **encode) for text in full]
-    # A token that reaches over the boundary belongs to the response.
+    # A token that spans the boundary belongs to the response.
     shared = min(_common(prompt_ids, one["input_ids"]) for one in encoded)
     masks = []
     for one, is_scored in zip(encoded, scored, strict=True):
         ends = [end for _, end in one["offset_mapping"]][shared:]
         words = [int(end <= len(prompt) or is_scored[end - len(prompt) - 1]) for end in ends]
-        masks.append(words if shared else [0, *words[1:]])  # nothing predicts the first token of all
+        masks.append(words if shared else [0, *words[1:]])  # nothing predicts the first token of the sequence
     return {
         "prompt_ids": encoded[0]["input_ids"][:shared],
         "response_ids": [one["input_ids"][shared:] for one in encoded],
@@ -67,7 +68,9 @@ def expected_row(meaning: Meaning, tokenizer) -> Row:
 
 
 def _pieces(response: list[Message]) -> list[tuple[str, bool]]:
-    """The text of a reply after the header of its first turn, and which parts of it the assistant writes."""
+    """Return the text of a reply after the header of its first turn, and the parts
+    of the text that the assistant writes.
+    """
     pieces = []
     for place, message in enumerate(response):
         words = f"{message['content']}<|im_end|>\n"
@@ -81,14 +84,16 @@ def _common(left: list[int], right: list[int]) -> int:
     return next((at for at, (one, other) in pairs if one != other), min(len(left), len(right)))
 
 
-# Right rows. Their texts hold blanks, control characters, joiners, other scripts and the signs of other formats.
+# Valid rows. Their texts contain spaces, control characters, joiners, other scripts and symbols of other formats.
 ODD = "\x00 \t\n\r\u00a0\u200b\u200d\u2028\ufeff\u0301\u202e{}[]<>|%#\"'\\:?👩‍🚀🇩🇪ßİ漢字ไทยעברית"
 words = st.text(st.sampled_from("abcXYZ .,!?\n0159" + ODD) | st.characters(exclude_categories=["Cs"]), max_size=12)
 texts = st.lists(words, min_size=1, max_size=4).map(" ".join).filter(lambda text: text.strip() and _is_plain(text))
 
 
 def _is_plain(text: str) -> bool:
-    """Neither a transcript, nor JSON, nor with control tokens: these mean something else."""
+    """Return whether a text is not a transcript, not JSON, and without control
+    tokens, which would have another meaning.
+    """
     return text.lstrip()[:1] not in ("[", "{") and not any(
         word in text for word in ("<|", "<s>", "<bos>", "<｜", "<pad>", "<extra_id", "Human:", "Assistant:", "[INST]")
     )
@@ -100,7 +105,7 @@ def say(role: str, content: str) -> Message:
 
 @st.composite
 def conversations(draw) -> list[Message]:
-    """A prompt: perhaps a system prompt, some turns, and the user's words."""
+    """Draw a prompt: possibly a system prompt, some turns, and the user's message."""
     messages = [say("system", draw(texts))] if draw(st.booleans()) else []
     for _ in range(draw(st.integers(0, 2))):
         messages += [say("user", draw(texts)), say("assistant", draw(texts))]
@@ -109,7 +114,7 @@ def conversations(draw) -> list[Message]:
 
 @st.composite
 def replies(draw) -> list[Message]:
-    """A reply: mostly one turn of the assistant, sometimes with the user's next one and the answer to it."""
+    """Draw a reply: usually one turn of the assistant, sometimes with another user turn and its answer."""
     messages = [say("assistant", draw(texts))]
     if draw(st.integers(0, 4)) == 0:
         messages += [say("user", draw(texts)), say("assistant", draw(texts))]
@@ -121,12 +126,12 @@ PAIR = {"pairs": [[0, 1]]}
 
 @st.composite
 def right_rows(draw) -> tuple[Row, Meaning]:
-    """A row of one of the formats, with what it means."""
+    """Draw a row of one of the formats, with its meaning."""
     is_text = draw(st.booleans())
     prompt = draw(texts if is_text else conversations())
     count = draw(st.integers(2, 4))
     responses = draw(st.lists(texts if is_text else replies(), min_size=count, max_size=count))
-    # Responses that repeat the prompt or its question mean something else.
+    # Responses that repeat the prompt or its question have another meaning.
     asked = prompt.strip() if is_text else prompt[-1]
     assume(not any(asked in (response if is_text else response[1:]) for response in responses))
     return draw(st.sampled_from(_FORMATS))(draw, prompt, responses, is_text)
@@ -173,9 +178,9 @@ def _ranked(draw, prompt, responses, is_text):
 _FORMATS = (_pair, _implicit_pair, _triple, _labeled, _scored, _ranked)
 
 
-# Rows of known layouts, which mean pairs, labeled responses or lists.
+# Rows of known layouts: pairs, labeled responses or lists.
 def known_meaning(means: Row) -> Meaning | None:
-    """The meaning of a row of layouts.jsonl; None where only the whole texts count, or the row is to be refused."""
+    """Return the meaning of a row of layouts.jsonl; None if the row needs whole texts, or must raise an error."""
     if not {"prompt"} <= means.keys() or "prefix" in means:
         return None
     is_text = isinstance(means["prompt"], str)
@@ -199,7 +204,7 @@ KNOWN_ROWS = [
 ]
 
 
-# Mutations. The first kind changes nothing that matters.
+# Mutations. The first kind does not change the meaning.
 def _shuffled(draw, row: Row) -> Row:
     return {name: row[name] for name in draw(st.permutations(list(row)))}
 
@@ -214,7 +219,7 @@ HARMLESS = {
 
 
 def _somewhere(change):
-    """A change of the value of one column, of those that the row has."""
+    """Draw a change of the value in one of the row's columns."""
 
     def mutate(draw, row: Row) -> Row:
         name = draw(st.sampled_from(list(row)))
@@ -235,7 +240,7 @@ def _without(draw, row: Row) -> Row:
 
 
 def _deep(change):
-    """A change of one value at any depth."""
+    """Draw a change of one value at any depth."""
 
     def walk(draw, value):
         if isinstance(value, dict) and value:
@@ -250,7 +255,7 @@ def _deep(change):
 
 
 def _role_swapped(draw, value: Any) -> Any:
-    """Another role for one message, or another of its keys left out or renamed."""
+    """Draw a row in which one message has another role, or has lost or renamed another key."""
     if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
         at = draw(st.integers(0, len(value) - 1))
         return [*value[:at], _message_changed(draw, value[at]), *value[at + 1 :]]
@@ -291,7 +296,7 @@ HARMFUL = {
 
 
 def mutated(kind: dict[str, Any]) -> st.SearchStrategy:
-    """A known or random right row with what it means, and a mutation of it with the mutation's name."""
+    """Draw a known or random valid row with its meaning, a mutation of the row, and the name of the mutation."""
 
     @st.composite
     def draws(draw) -> tuple[str, Row, Row, Meaning]:
@@ -302,11 +307,11 @@ def mutated(kind: dict[str, Any]) -> st.SearchStrategy:
     return draws()
 
 
-# Anything under names that are known, alone or beside others.
+# Arbitrary values in columns with known names, and possibly in other columns.
 NAMES = sorted(
     {name for case in KNOWN for row in case["rows"] for name in row} | {"tools", "weight", "margin", "images"}
 )
-# Arrow cuts names at a NUL.
+# Arrow truncates names at a NUL.
 names = st.sampled_from(NAMES) | words.filter(lambda name: "\0" not in name)
 messages = st.fixed_dictionaries(
     {"role": st.sampled_from(["user", "assistant", "system", "tool", "human", "x"]), "content": texts},

@@ -1,4 +1,4 @@
-"""What the tests of the data layer share: rows, the odd cases, and a way to prepare one row."""
+"""Helpers of the data tests: rows, unusual cases, and functions that prepare one row."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ from datasets import Dataset
 from hf_prefopt.data.formats import FORMATS
 from hf_prefopt.data.prepare import prepare_dataset
 
-# By the name of a format, the function that reads a row of it.
+# The function that reads a row of a format, keyed by the format's name.
 READ = {name: row_format.read for name, row_format in FORMATS.items()}
 
 ODD_CASES = {
@@ -37,17 +37,17 @@ def text_pair(prompt: str = "The capital of France is", chosen: str = " Paris.",
 
 
 def prepare_row(row: dict, tokenizer, **options) -> dict:
-    """The first prepared row of a data set of this one row, with nothing cut unless asked for."""
+    """Return the first prepared row of a data set with only this row; by default nothing is truncated."""
     return prepare_dataset(Dataset.from_list([row]), tokenizer, **{"max_length": None, **options})[0]
 
 
 def scored_text(row: dict, response: int, tokenizer) -> str:
-    """The scored tokens of a response, decoded."""
+    """Decode the scored tokens of a response."""
     tokens = zip(row["response_ids"][response], row["scored_masks"][response], strict=True)
     return tokenizer.decode([token for token, scored in tokens if scored])
 
 
 def real_rows(name: str) -> list[dict]:
-    """The rows of that set in unpaired_and_lists.jsonl."""
+    """Return the rows of this set in unpaired_and_lists.jsonl."""
     lines = map(json.loads, Path(__file__).with_name("unpaired_and_lists.jsonl").open(encoding="utf-8"))
     return [row for row in lines if row.pop("set") == name]

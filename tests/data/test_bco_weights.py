@@ -1,4 +1,4 @@
-"""Weights for undesirable rows whose prompts are unlike those of the desirable ones (BCO's UDM)."""
+"""Weights of undesirable rows: prompts that are unlike those of desirable rows weigh less (BCO's UDM)."""
 
 import sys
 
@@ -15,8 +15,11 @@ pytest.importorskip("sklearn")
 
 
 def balanced_regression(x, y, steps=50):
-    """θ = (w, b) of min ½|w|² + Σ_i s_i·NLL_i, s_i = n/(2n_class), by Newton's method in float64, and the smallest
-    curvature of that sum over n at its minimum."""
+    """Fit θ = (w, b) = argmin ½|w|² + Σ_i s_i·NLL_i, s_i = n/(2·n_class), by Newton's method in float64.
+
+    Returns:
+        θ, and the smallest curvature of this sum at its minimum, divided by n.
+    """
     share = np.where(y, len(y) / (2 * y.sum()), len(y) / (2 * (~y).sum()))
     design = np.column_stack([x, np.ones(len(x))])
     ridge = np.diag([*np.ones(x.shape[1]), 0.0])
@@ -30,9 +33,11 @@ def balanced_regression(x, y, steps=50):
 
 
 def test_weights_are_the_odds_of_a_balanced_regression():
-    """40 desirable and 20 undesirable prompts, a standard deviation apart in one of three directions: p/(1 − p) =
-    e^(w·x + b), the minimum found by Newton's method here. The library stops where no entry of the gradient of the mean
-    exceeds 1e-4, so that θ is off by |gradient|/curvature at most, and log-odds by |(x, 1)| times that."""
+    """There are 40 desirable and 20 undesirable prompts, one standard deviation apart in one of three directions.
+
+    p/(1 − p) = e^(w·x + b), and Newton's method finds the minimum here. The library stops when no entry of the gradient
+    of the mean exceeds 1e-4, so θ is off by at most |gradient|/curvature, and log-odds by |(x, 1)| times that.
+    """
     generator = np.random.default_rng(3)
     labels = np.arange(60) % 3 < 2
     prompts = generator.normal(size=(60, 3)) + labels[:, None] * np.array([1.0, 0.0, 0.0])
@@ -48,23 +53,25 @@ def test_weights_are_the_odds_of_a_balanced_regression():
 
 
 def test_prompts_that_say_nothing_weigh_one():
-    """All alike, three desirable to one undesirable: balanced, p = ½, and the odds are 1 and not 3."""
+    """All prompts are equal, three desirable to one undesirable: balanced, p = ½, so the odds are 1 and not 3."""
     weights = distribution_matching_weights(np.zeros((8, 2)), [True, True, True, False] * 2)
     np.testing.assert_allclose(weights, 1.0, rtol=1e-6)
 
 
 def test_weights_stay_within_their_bounds():
-    """Undesirable prompts deep among the desirable ones (x = 40) weigh 10, those far from them (x = −40) ½: nine of ten
-    desirable prompts lie at 40, nine of ten undesirable ones at −40."""
+    """Undesirable prompts among the desirable ones (x = 40) weigh up to 10, and those far away (x = −40) weigh ½.
+
+    Nine of ten desirable prompts are at 40, and nine of ten undesirable prompts are at −40.
+    """
     at = np.array([40.0] * 9 + [-40.0] + [-40.0] * 9 + [40.0])[:, None]
     weights = distribution_matching_weights(at, [True] * 10 + [False] * 10)
-    # Balanced odds of 9 : 1, pulled towards 1 by a penalty that is nothing beside x = 40.
+    # The balanced odds are 9 : 1; the penalty pulls them towards 1, which is negligible at x = 40.
     np.testing.assert_allclose(weights, [1.0] * 10 + [0.5] * 9 + [9.0], rtol=1e-2)
     np.testing.assert_allclose(distribution_matching_weights(at, [True] * 10 + [False] * 10, high=3.0)[-1], 3.0)
 
 
 def test_so_many_prompts_of_a_class_are_enough():
-    """Fitted to two of each class, a draw by the seed: every example still has a weight."""
+    """The regression uses two prompts of each class, drawn with the seed; every example still gets a weight."""
     generator = np.random.default_rng(0)
     prompts, labels = generator.normal(size=(50, 2)), np.arange(50) % 2 == 0
     few = [distribution_matching_weights(prompts, labels, prompts_per_class=2, seed=seed) for seed in (0, 0, 1)]
@@ -96,7 +103,7 @@ def test_without_scikit_learn_the_extra_is_named(monkeypatch):
 
 
 def test_the_weights_are_a_column_of_bco(tmp_path):
-    """At the reference every reward is 0 and so is δ: a row's loss is w log 2, the mean over rows mean(w) log 2."""
+    """At the reference, every reward is 0, and so is δ: the loss of a row is w log 2, and the mean is mean(w) log 2."""
     texts = ["The capital of France is", "2+2?", "2+3?", "The capital of Italy is"]
     rows = Dataset.from_list(
         [{"prompt": text, "completion": " Yes.", "label": label} for text in texts for label in (True, text[0] == "T")]

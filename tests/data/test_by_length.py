@@ -1,4 +1,4 @@
-"""Rows in an order by length: `group_by_length` and `batch_rebalance`, in every layout."""
+"""Sampling by length: `group_by_length` and `batch_rebalance`, in every layout."""
 
 from unittest.mock import patch
 
@@ -15,7 +15,7 @@ STRATEGIES = ["group_by_length", "batch_rebalance"]
 
 
 def rows_of_lengths(*lengths):
-    """Pairs of a prompt of 3 tokens, and responses of 2 and of n − 5 tokens: n together."""
+    """Return pairs with a prompt of 3 tokens and responses of 2 and n − 5 tokens, which are n tokens in total."""
     return Dataset.from_list(
         [{"prompt_ids": [1] * 3, "response_ids": [[1] * 2, [1] * (length - 5)]} for length in lengths]
     )
@@ -27,7 +27,7 @@ def sampler(strategy, lengths, layout="shared", seed=0, rows_at_once=4, micro_ba
 
 
 def test_the_length_of_a_row():
-    """Prompt 3, responses 2 and 7: 12 tokens in one row, and 10 in the longest sequence alone."""
+    """A prompt of 3 and responses of 2 and 7 tokens: 12 tokens in the shared row, and 10 in the longest sequence."""
     lengths = RowLengths(rows_of_lengths(12, 6))
     assert lengths.of_layout("shared").tolist() == lengths.of_layout("around").tolist() == [12, 6]
     assert lengths.of_layout("padded").tolist() == [10, 5]
@@ -49,8 +49,8 @@ def test_every_row_once_in_another_order_each_epoch_and_the_same_on_every_rank(s
 
 
 def test_the_micro_batches_of_a_step_are_equally_long():
-    """16 rows in 4 micro-batches of 4: dealt out, the longest has a few tokens more than the mean, at most what one row
-    differs from another; drawn at random, it has many more.
+    """The longest of 4 micro-batches exceeds the mean by at most the largest
+    difference of two rows; random ones exceed it more.
     """
     lengths = np.random.default_rng(0).integers(6, 300, 160)
     order = np.array(list(sampler("batch_rebalance", lengths)))
@@ -58,12 +58,12 @@ def test_the_micro_batches_of_a_step_are_equally_long():
     drawn = lengths.reshape(10, 4, 4).sum(2)
     excess, at_random = (step.max(1) / step.mean(1) - 1 for step in (dealt, drawn))
     assert excess.max() < 0.1 < at_random.mean()
-    # What runs at one time on two ranks is about as long.
+    # The micro-batches that two ranks run at the same time have about the same length.
     assert (dealt[:, 0] >= dealt[:, 1]).all() and (dealt[:, 2] >= dealt[:, 3]).all()
 
 
 def test_a_padded_step_pads_little():
-    """Sorted within the step: a micro-batch has neighbors by length."""
+    """The rows are sorted within a step, so a micro-batch has rows of similar lengths."""
     lengths = np.random.default_rng(0).integers(6, 300, 160)
     order = np.array(list(sampler("batch_rebalance", lengths, "padded")))
     batches = lengths[order].reshape(10, 4, 4)
@@ -71,8 +71,8 @@ def test_a_padded_step_pads_little():
 
 
 def test_rows_of_one_length_come_together():
-    """Two lengths, equally often, each step of 16 rows taken from 3 sorted stretches: at most one step in a stretch has
-    both.
+    """There are two lengths, equally often. Rows are sorted within groups of three
+    steps: one step per group has both lengths.
     """
     lengths = np.array([6, 200] * 96)
     order = np.array(list(sampler("group_by_length", lengths)))
@@ -90,7 +90,9 @@ def test_dealt_groups_have_equal_sizes(numbers):
 @pytest.mark.parametrize("layout", ["shared", "padded"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_run_takes_every_row_once(strategy, layout, tmp_path):
-    """An epoch of 11 rows in batches of 2; predictions come in the order of the rows, each as of the row alone."""
+    """An epoch has 11 rows in batches of 2. Predictions are in the order of the rows
+    and equal those of each row alone.
+    """
     rows, seen = Dataset.from_list(random_rows(11)), []
     trainer = make_trainer(
         tmp_path, train_dataset=rows, layout=layout, train_sampling_strategy=strategy, gradient_accumulation_steps=2
@@ -100,11 +102,13 @@ def test_a_run_takes_every_row_once(strategy, layout, tmp_path):
     assert sorted(seen) == [*range(11)] and seen != [*range(11)]
     predicted = trainer.predict(rows).predictions
     alone = [trainer.predict(rows.select([row])).predictions for row in (0, 7)]
-    assert np.allclose(predicted[[0, 7]], np.concatenate(alone), atol=1e-5)  # β times a last place of some 50 nats
+    assert np.allclose(predicted[[0, 7]], np.concatenate(alone), atol=1e-5)  # β times rounding of 50 nats
 
 
 def test_a_column_of_lengths_is_used_or_missed(tmp_path):
-    """Rows whose column says that the last ones are the longest, whatever their tokens; raw rows have no column."""
+    """The length column says that the last rows are the longest, whatever their
+    tokens; raw rows have no such column.
+    """
     rows = Dataset.from_list(random_rows(8)).add_column("size", [*range(8)])
     settings = {"train_sampling_strategy": "group_by_length", "length_column_name": "size"}
     trainer = make_trainer(tmp_path, train_dataset=rows, per_device_train_batch_size=8, **settings)

@@ -1,4 +1,4 @@
-"""What is said of a chat template, and its arguments: each once, before the first step."""
+"""Messages about a chat template and its arguments: each appears once, before the first step."""
 
 import json
 
@@ -11,13 +11,13 @@ from tests.data.helpers import ask, chat_pair, prepare_row, reply, say, scored_t
 from tests.data.test_templates import TEMPLATES, tokenizer_of
 from tests.tokenizers import CHATML, CHATML_THINKING_LAST, tiny_tokenizer
 
-# As Qwen3's: without thinking, an empty block of it is part of the generation prompt.
+# Like Qwen3's: without thinking, the generation prompt contains an empty thinking block.
 SWITCHED = CHATML + "{%- if add_generation_prompt and not enable_thinking -%}{{- '<think></think>' -}}{%- endif -%}"
 
 
 @pytest.fixture
 def said(caplog):
-    """The lines of this package so far; then they are forgotten."""
+    """Return the messages that this package has logged so far, and forget them."""
 
     def lines() -> str:
         found = "\n".join(record.getMessage() for record in caplog.records if record.name.startswith("hf_prefopt"))
@@ -28,7 +28,7 @@ def said(caplog):
 
 
 def test_an_empty_block_of_thinking_is_scored_if_the_answer_holds_it():
-    """The template of Qwen3 writes the same text for both, once by itself and once because the message says so."""
+    """Qwen3's template writes the same text for both: an empty block by default, or the empty block of the message."""
     tokenizer = tokenizer_of("qwen3")
     written = prepare_row(chat_pair(), tokenizer)
     assert scored_text(written, 0, tokenizer) == "Paris.<|im_end|>\n"
@@ -75,7 +75,7 @@ def test_a_role_that_the_template_leaves_out_is_an_error():
 
 
 def test_words_that_the_template_cuts_are_an_error_in_every_turn():
-    """DeepSeek's template drops thinking; the other side and an earlier turn are looked at, too."""
+    """DeepSeek's template drops thinking; the other response and earlier turns are checked, too."""
     tokenizer = tokenizer_of("deepseekv3")
     with pytest.raises(
         ValueError, match=r"`rejected` contains '<think>Muse\.</think>Rome\.', but the chat template does"
@@ -160,7 +160,7 @@ def test_rows_prepared_with_other_arguments_are_refused():
 
 @pytest.mark.parametrize("side", ["chosen", "rejected"])
 def test_a_response_that_merges_with_the_prompt_is_blamed_for_that(side):
-    """ "Th" and "e" are one token, the first; nothing is left to score but the EOS."""
+    """The first token is "Th" merged with "e", so only the EOS would be scored."""
     merging = {**text_pair("Th", "x yes", "x no"), side: "e"}
     with pytest.raises(ValueError, match=f"row 0: `{side}` and the prompt merge into one token, the first"):
         prepare_row(merging, tiny_tokenizer())

@@ -1,4 +1,4 @@
-"""Rows that fill up the last batches of the ranks are known, and their examples left out."""
+"""Rows that repeat to fill the last batches of the ranks are recognized, and their examples are not counted."""
 
 import pytest
 import torch
@@ -13,7 +13,9 @@ from tests.tiny_models import random_rows
 @pytest.mark.parametrize("rows", range(1, 25))
 @pytest.mark.parametrize(("share", "world_size"), [(1, 2), (2, 2), (3, 2), (2, 4)])
 def test_the_rows_that_count_are_each_row_once(rows, share, world_size):
-    """Of what accelerate's sampler gives out to all ranks: all of it until the last batch, and what counts of that."""
+    """The rows that count are those that accelerate's sampler gives to all ranks,
+    without the repeated rows of the last batch.
+    """
     seen = []
     for rank in range(world_size):
         batches = list(BatchSamplerShard(BatchSampler(SequentialSampler(range(rows)), share, False), world_size, rank))
@@ -24,7 +26,9 @@ def test_the_rows_that_count_are_each_row_once(rows, share, world_size):
 
 @pytest.mark.parametrize("rows", [1, 3, 4, 7])
 def test_a_filled_up_stream_says_which_rows_come_again(rows):
-    """Two ranks with two rows at a time: those that are not marked are each row once, and both ranks have as many."""
+    """Two ranks get two rows at a time: the unmarked rows are each row once, and
+    both ranks get the same number of rows.
+    """
     stream = EvenStream([{"row": row} for row in range(rows)], 4)
     shards = [list(IterableDatasetShard(stream, 2, num_processes=2, process_index=rank)) for rank in range(2)]
     assert len(shards[0]) == len(shards[1])
@@ -32,7 +36,9 @@ def test_a_filled_up_stream_says_which_rows_come_again(rows):
 
 
 def test_examples_are_told_by_their_rows():
-    """Rows of 2, 1 and 3 pairs in pieces of two rows and of one: of the first two rows the first three examples."""
+    """Rows have 2, 1 and 3 pairs, in pieces of two rows and one row: the first two
+    rows have the first three examples.
+    """
     pieces = [{"rows": torch.zeros(3), "pair_in_row": torch.tensor([0, 1, 0])}]
     pieces.append({"rows": torch.zeros(3), "pair_in_row": torch.tensor([0, 1, 2])})
     kept = [mask.tolist() for mask in examples_of_first_rows(pieces, 2)]
@@ -41,7 +47,7 @@ def test_examples_are_told_by_their_rows():
 
 
 def test_repeated_rows_of_a_batch_are_marked_in_each_piece():
-    """Four rows, the last two of which come again, under a budget that makes several pieces."""
+    """The last two of four rows are repeated, and a token budget splits the batch into several pieces."""
     rows = random_rows(4)
     rows[2:] = [{**row, "repeated": True} for row in rows[:2]]
     collators = {"padded": PaddedCollator(0), "shared": SharedCollator()}

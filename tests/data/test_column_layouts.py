@@ -1,6 +1,6 @@
-"""Rows in the columns that public sets and other trainers have become the prompt, responses and preference they mean.
+"""Rows with the columns of public data sets and of other trainers become the right prompt, responses and preference.
 
-Each is compared with the same row in the columns of its format: the tokens, masks and example columns are equal.
+Each row is compared with the same row in the columns of its format: tokens, masks and example columns are equal.
 """
 
 import ast
@@ -28,7 +28,7 @@ def prepare(*rows: dict, **options):
 
 
 def own_row(means: dict) -> dict:
-    """The row in the columns of its format that has this meaning."""
+    """Return the row in the columns of its format that has this meaning."""
     prompt = means["prompt"]
     if "prefix" in means:
         prompt = [*prompt, say("assistant", means["prefix"])]
@@ -45,7 +45,7 @@ def tokens(prepared) -> list[dict]:
 
 @pytest.mark.parametrize("case", KNOWN, ids=lambda case: case["layout"])
 def test_a_known_layout_is_read_as_it_is_meant(case):
-    """The rows of one layout together; ties are left out, and what is to be refused is refused."""
+    """The rows of one layout are read together. Ties are dropped, and invalid rows raise errors."""
     rows, means = case["rows"], case["means"]
     if all("refuse" in meaning for meaning in means):
         with pytest.raises(ValueError, match=r"(?s)train: .*(put|do not begin)"):
@@ -273,7 +273,7 @@ VERDICTS = {
 
 @pytest.mark.parametrize("column", VERDICTS)
 def test_what_verdicts_say(column):
-    """0 and 1: the first, the second response is the better one; None: a tie, which is no pair."""
+    """0: the first response is better. 1: the second response is better. None: a tie, which is not a pair."""
     for value, better in VERDICTS[column]:
         row = {"prompt": WHAT, "response_a": BLUE, "response_b": GREEN, column: value}
         if better is None:
@@ -483,7 +483,9 @@ SCALES = {
 
 @pytest.mark.parametrize("name", SCALES)
 def test_numbers_that_mean_something_else_are_refused(name):
-    """All rows together tell; 16 or more for a short scale, fewer may all prefer the second response by chance."""
+    """All rows decide together. A short scale is only recognized in 16 rows: fewer
+    may prefer the second response by chance.
+    """
     column, values, message = SCALES[name]
     rows = [{"prompt": WHAT, "response_1": BLUE, "response_2": GREEN, column: value} for value in values]
     with pytest.raises(ValueError, match=message.replace("[", r"\[")):
@@ -515,7 +517,7 @@ def test_the_kind_that_is_wanted_decides_between_two_layouts():
 
 
 def test_names_of_layouts_are_unique():
-    """Worker processes find a layout by its name."""
+    """Worker processes identify a layout by its name."""
     assert len({layout.name for layout in LAYOUTS}) == len(LAYOUTS)
 
 

@@ -1,4 +1,4 @@
-"""What users say about columns: other names, columns to leave out, and whether text is a conversation."""
+"""Settings for columns: other names, columns to remove, and whether text becomes a conversation."""
 
 import json
 import logging
@@ -86,7 +86,9 @@ def test_the_trainers_data_is_read_as_the_settings_say(tmp_path):
 
 
 def test_text_becomes_messages_where_it_is_asked_for(said):
-    """One line says that text stays text; with the switch it is the conversation of the same words."""
+    """By default a message says that text stays text; with the setting, it becomes
+    the conversation with the same words.
+    """
     row = text_pair("What is the capital of France?", " Paris.", " Rome.")
     prepare(row)
     assert said() == [
@@ -107,7 +109,7 @@ TRANSCRIPT = {
 
 
 def test_a_transcript_is_split_at_the_assistants_marker(said):
-    """Both answers begin with "The city of", which belongs to the responses."""
+    """Both answers begin with "The city of", which belongs to the responses and not to the prompt."""
     row = prepare(TRANSCRIPT)[0]
     assert TOKENIZER.decode(row["prompt_ids"]).endswith("France?\n\nAssistant:")
     assert [TOKENIZER.decode(ids) for ids in row["response_ids"]] == [
@@ -135,7 +137,7 @@ PLAIN = {"chosen": "The capital of France is Paris.", "rejected": "The capital o
     "loss", ["dpo", "hinge", "robust", "ipo", "simpo", "orpo", "apo_zero", "dpo_norm", "dpop", "cpo"]
 )
 def test_texts_without_a_marker_are_for_losses_that_compare_sums(loss, tmp_path):
-    """Where the prompt ends does not matter to functions of the difference of the log-ratios."""
+    """The position where the prompt ends has no effect on functions of the difference of the log-ratios."""
     made = PreferenceData(make_config(tmp_path, loss_type=loss), TOKENIZER)
     if loss in ("dpo", "hinge", "robust"):
         assert len(made.prepare([PLAIN], "train")) == 1
@@ -200,7 +202,7 @@ def test_columns_that_change_the_loss_are_said_once(said, tmp_path):
 
 
 def test_what_the_template_does_not_write_is_named(said):
-    """`name` and the thinking of an earlier turn are in one row only; the template writes tool calls and not these."""
+    """Only one row has `name`, and thinking in an earlier turn. The template writes tool calls, but not these keys."""
     call = [{"type": "function", "function": {"name": "f", "arguments": {}}}]
     thought = {"role": "assistant", "content": "Hello.", "reasoning_content": "Think.", "name": "bot"}
     called = {"role": "assistant", "content": "Paris.", "tool_calls": call}
@@ -211,7 +213,7 @@ def test_what_the_template_does_not_write_is_named(said):
 
 
 def test_keys_of_structs_that_are_not_used_are_named(said):
-    """UltraFeedback's responses were written for system prompts that differ; scores and models are about the row."""
+    """UltraFeedback's responses were written for different system prompts; scores and models only describe the row."""
     sides = [
         {"response": text, "overall_score": score, "custom_system_prompt": system, "model": "m", "critique": "Good."}
         for text, score, system in (("Paris.", 5.0, "Be truthful."), ("Rome.", 2.0, "Be helpful."))

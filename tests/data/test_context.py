@@ -1,4 +1,4 @@
-"""What a row says beside its prompt and responses: context is refused, what is about the row is not."""
+"""Columns other than prompt and responses: context raises an error, and columns that only describe the row do not."""
 
 import gzip
 import json
@@ -16,8 +16,8 @@ WHAT = "What is the capital of France?"
 ANSWERS = {"chosen": "It is Paris.", "rejected": "It is Rome."}
 TALK = {"chosen": [*ask(), *reply("Paris.")], "rejected": [*ask(), *reply("Rome.")]}
 
-# Rows in the columns of well-known sets, after `prompt` and the responses have the kind that a format wants, and the
-# columns that are refused.
+# Columns of well-known data sets, with prompt and responses already in a known format, and those of the columns that
+# raise an error.
 HUB = {
     "Intel/orca_dpo_pairs": ({"system": "Be brief.", "question": WHAT, **ANSWERS}, []),
     "argilla/distilabel-intel-orca-dpo-pairs": (
@@ -139,7 +139,7 @@ METADATA = {
     "metadata": {"prompt": "Something else that stood in a template.", "temperature": 0.7},
     "turns": 2,
 }
-# Names that the module has no list of: what they say is prose.
+# Names that are not in the module's lists, with prose as values.
 CONTEXT = {
     "question": "?",
     "userQuery": "2+2",
@@ -196,7 +196,7 @@ def test_context_that_nobody_reads_is_refused(column):
 
 @pytest.mark.parametrize("column", [name for name in CONTEXT if name not in ("question", "messages", "conversations")])
 def test_context_is_refused_without_a_prompt_too(column):
-    """What the columns `question`, `messages` and `conversations` hold is the prompt then."""
+    """If there is no prompt, the column `question`, `messages` or `conversations` becomes the prompt."""
     with pytest.raises(ValueError, match=rf"row 0: `{column}` contains .*join it into `prompt`"):
         prepare({**ANSWERS, column: CONTEXT[column]})
 
@@ -223,10 +223,10 @@ def test_rows_of_every_kind_are_looked_at(row):
 
 
 def test_what_the_row_says_already_may_be_said_twice():
-    """In a prompt or a response, in text, messages or blocks, whatever the white space."""
+    """A column may repeat a text of the prompt or a response (as text, messages or blocks, with any white space)."""
     talk = [say("system", "Be  brief."), *ask()]
     row = {**chat_pair(prompt=talk), "preprompt": "Be brief.\n", "question": [{"type": "text", "text": WHAT}]}
-    row["messages"] = [*talk, *reply("Lyon.")]  # its answer is another one
+    row["messages"] = [*talk, *reply("Lyon.")]  # this answer differs
     assert len(prepare(row)) == 2
     assert len(prepare({**text_pair(), "question": "The capital\nof France is"})) == 2
     assert len(prepare({**text_pair(), "whole": "The capital of France is Paris."})) == 2
@@ -294,7 +294,7 @@ def test_a_set_all_of_which_is_dropped_says_why():
         prepare({**text_pair(), "preprompt": "Be brief."}, on_bad_rows="drop")
 
 
-# Ids are those of another tokenizer.
+# Such ids belong to another tokenizer.
 RECIPES = [
     file
     for file in sorted((Path(__file__).parents[2] / "recipes/data").glob("*/test.jsonl.gz"))

@@ -1,4 +1,4 @@
-"""Every row of docs/data.md becomes what the page says, and every layout that is read has a row there."""
+"""Every row in docs/data.md is read as the page says, and every layout has a row on the page."""
 
 import json
 import re
@@ -14,7 +14,7 @@ from tests.tokenizers import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 PAGE = Path(__file__).parents[2].joinpath("docs/data.md").read_text(encoding="utf-8")
-# By the heading of a section, the row in our own columns and the rows that become it.
+# The row in our own columns and the rows that are converted to it, keyed by the heading of the section.
 SECTIONS = {
     title: (json.loads(block[1]), [json.loads(row) for row in re.findall(r"^\|[^|]*\| `(\{.*\})` \|$", text, re.M)])
     for title, text in re.findall(r"^### (.*?)\n(.*?)(?=^##|\Z)", PAGE, re.M | re.S)
@@ -30,13 +30,13 @@ def prepared(row: dict):
 
 
 def tokens(row: dict) -> dict:
-    """The prepared row, without scores beside a list's order."""
+    """Return the prepared row, without the optional columns of scores."""
     (made,) = prepared(row).dataset
     return {key: value for key, value in made.items() if key not in ("row", "chosen_scores", "rejected_scores")}
 
 
 def test_the_page_is_read():
-    """Every table of rows belongs to a section with its meaning, and no line is missed."""
+    """Every table of rows belongs to a section with a JSON block, and no line of a table is missed."""
     lines = [line for line in PAGE.splitlines() if re.match(r"\|.*`\{", line)]
     assert len(lines) == len(CASES) + len(ERRORS)
     assert all(rows for _, rows in SECTIONS.values()) and len(CASES) > 50 and len(ERRORS) > 10
@@ -55,11 +55,11 @@ def test_an_error_says_what_the_page_says(row, message):
 
 
 def test_every_layout_has_a_row():
-    """A question and an instruction with an input are one layout here, as are two responses and two conversations."""
+    """Some layouts count as one here: question, and instruction with input; two responses, and two conversations."""
 
     def plainly(name: str) -> str:
         return name.split(", ")[0].replace("two conversations and", "two responses and")
 
     rows = [row for meaning, given in SECTIONS.values() for row in (meaning, *given)]
     shown = {plainly(prepared(row).layout.name) for row in rows}
-    assert {plainly(layout.name) for layout in LAYOUTS} - shown == {"pairs in lists"}  # only for losses of pairs
+    assert {plainly(layout.name) for layout in LAYOUTS} - shown == {"pairs in lists"}  # only read for losses of pairs

@@ -1,4 +1,6 @@
-"""Responses that end in a token at which the model does not stop are said, and ids without an embedding refused."""
+"""A message reports responses that end with a token at which the model does not
+stop; ids without embedding are errors.
+"""
 
 from types import SimpleNamespace
 
@@ -34,7 +36,9 @@ def test_a_model_stops_where_its_configs_say(model, expected):
 
 @pytest.mark.parametrize("rows", [[chat_pair()] * 3, [{**chat_pair(), "rejected": chat_pair()["chosen"]}]])
 def test_an_end_of_turn_at_which_the_model_does_not_stop_is_said(rows, caplog):
-    """A template of ChatML on a base model, whose EOS is another token; not so with its token among those."""
+    """The EOS of a base model is not ChatML's end of turn; there is no message if
+    the end of turn is one of its EOS tokens.
+    """
     done = prepare_dataset(Dataset.from_list(rows), TOKENIZER)
     caplog.clear()
     report_endings(done, TOKENIZER, frozenset({TEXT}), "train")
@@ -44,7 +48,7 @@ def test_an_end_of_turn_at_which_the_model_does_not_stop_is_said(rows, caplog):
     caplog.clear()
     report_endings(done, TOKENIZER, frozenset({TURN}), "train")
     report_endings(prepare_dataset(Dataset.from_list([text_pair()]), TOKENIZER), TOKENIZER, frozenset(), "train")
-    report_endings(done, tiny_tokenizer(CHATML), frozenset({TEXT}), "train")  # its EOS is the end of the turn
+    report_endings(done, tiny_tokenizer(CHATML), frozenset({TEXT}), "train")  # the EOS is the end of the turn
     assert "does not stop" not in caplog.text
 
 

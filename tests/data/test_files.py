@@ -1,4 +1,4 @@
-"""Data sets are read by a Hub name, a folder, a file or a pattern; errors name what is missing or broken."""
+"""Data sets are read by Hub name, folder, file or pattern; errors name what is missing or broken."""
 
 import gzip
 import json
@@ -13,7 +13,7 @@ LINES = "\n".join(map(json.dumps, ROWS))
 
 
 def write(folder):
-    """A file of each kind with the same rows."""
+    """Write the same rows to a file of each type."""
     (folder / "rows.jsonl").write_text(LINES)
     (folder / "rows.json").write_text(json.dumps(ROWS))
     (folder / "rows.jsonl.gz").write_bytes(gzip.compress(LINES.encode()))
@@ -86,7 +86,7 @@ FAULTS = {
     "no Parquet": ({"a.parquet": PARQUET}, "a.parquet is no Parquet file"),
     "no Arrow": ({"a.arrow": PARQUET}, "a.arrow is no Arrow file"),
 }
-# Of a stream these show once it is read.
+# For a stream, these errors are raised when it is read.
 FAULTS_OF_SEVERAL = {
     "other columns": (
         {"a.jsonl": LINES.encode(), "b.jsonl": OTHER.encode()},

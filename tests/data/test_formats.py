@@ -1,4 +1,4 @@
-"""Rows of every format become one canonical row, and a bad one says what is wrong with it and what to do."""
+"""Rows of every format become canonical rows, and the error of a bad row says what is wrong and how to fix it."""
 
 import pytest
 
@@ -28,7 +28,7 @@ def test_each_format_is_found_by_its_columns_and_others_are_left_aside(name):
 
 @pytest.mark.parametrize("kind", [None, PAIRS, UNPAIRED])
 def test_a_reference_is_a_gold_response_only_where_triples_are_wanted(kind):
-    """Other data sets have a column of that name; a loss of pairs leaves it aside, as TRL's trainers do."""
+    """`reference` is a column of other data sets, too; losses of pairs ignore it, as in TRL's trainers."""
     columns = ["prompt", "chosen", "rejected", "reference"]
     assert find_format(columns, kind).name == "pairs"
     assert find_format(columns, TRIPLES).name == "triples"
@@ -36,7 +36,7 @@ def test_a_reference_is_a_gold_response_only_where_triples_are_wanted(kind):
 
 
 def test_a_triple_is_a_pair_and_a_gold_response():
-    """In text, in messages with their prompt inside, and in tokens."""
+    """A triple may be text, messages that contain the prompt, or tokens."""
     explicit = READ["triples"]({**text_pair(), "reference": " Paris!"})
     assert explicit.responses == [*READ["pairs"](text_pair()).responses, " Paris!"]
     sides = {side: [*ask(), *reply(side)] for side in ("chosen", "rejected", "reference")}
@@ -63,7 +63,9 @@ def test_explicit_pairs_keep_their_parts():
 
 
 def test_implicit_messages_split_after_the_messages_that_both_sides_share():
-    """user, assistant are shared; the second user turn differs, so responses are the last two messages of each."""
+    """Both conversations share user and assistant; the second user turn differs, so
+    responses are their last two messages.
+    """
     start = [*ask("Hi"), *reply("Hello")]
     row = READ["pairs that begin with their prompt"](
         {"chosen": [*start, *ask("2+2?"), *reply("4")], "rejected": [*start, *ask("3+3?"), *reply("5")]}
@@ -73,7 +75,7 @@ def test_implicit_messages_split_after_the_messages_that_both_sides_share():
 
 
 def test_a_shared_prompt_never_swallows_a_response():
-    """The rejected side goes on where the chosen one ends: the chosen one's last message is still its response."""
+    """The rejected conversation continues the chosen one, whose last message is still its response."""
     longer = [*ask("Hi"), *reply("Hello"), *ask("2+2?"), *reply("4")]
     row = READ["pairs that begin with their prompt"]({"chosen": longer[:2], "rejected": longer})
     assert row.prompt == ask("Hi")
@@ -88,7 +90,9 @@ def test_identical_implicit_conversations_keep_their_last_message_as_response():
 
 
 def test_a_shared_assistant_message_is_no_unfinished_turn():
-    """Both sides follow one shared assistant message with another: the prompt stops before the first of the two."""
+    """After one shared assistant message, both conversations have another one: the
+    prompt ends before the first of the two.
+    """
     chosen, rejected = ([*ask(), *reply("Well."), *reply(end)] for end in ("Paris.", "Rome."))
     row = READ["pairs that begin with their prompt"]({"chosen": chosen, "rejected": rejected})
     assert (row.prompt, row.responses) == (ask(), [chosen[1:], rejected[1:]])

@@ -1,7 +1,7 @@
-"""Random rows, and mutations of right ones: what is prepared says what the row says, or a clear error names the column.
+"""Random rows and mutations of valid rows: prepared rows match the raw row, or a clear error names the column.
 
-The oracle is `fuzzing.expected_row`, which renders and tokenizes by itself. A few hundred rows in every run, 10,000 by
-`make nightly`.
+The reference implementation is `fuzzing.expected_row`, which renders and tokenizes independently. Every run tests a few
+hundred rows, and `make nightly` tests 10,000.
 """
 
 import json
@@ -39,7 +39,7 @@ def quiet() -> Iterator[None]:
 
 
 class Said(logging.Handler):
-    """Keeps what the package logs."""
+    """A log handler that keeps the messages of the package."""
 
     def __init__(self):
         super().__init__()
@@ -50,7 +50,9 @@ class Said(logging.Handler):
 
 
 def prepared(row: Row, tokenizer=TOKENIZER, as_stream: bool = False, **options) -> tuple[list[Row], str]:
-    """The prepared rows of a data set of this row, and what was logged; errors must be ours and name something."""
+    """Return the prepared rows of a data set of this row, and the log; errors must
+    come from our code and name a cause.
+    """
     said, logger = Said(), logging.getLogger("hf_prefopt")
     logger.addHandler(said)
     logger.propagate = False
@@ -71,14 +73,14 @@ class Rejected(Exception):
 
 
 def check_error(error: Exception, row: Row) -> None:
-    """It is of our own types, raised by our own code, and names a column of the row or what is wrong with all."""
+    """Check that the error has one of our types, comes from our code, and names a column, the row, or the columns."""
     assert type(error) in OURS, f"{type(error)}: {error}"
     assert "/hf_prefopt/" in traceback.extract_tb(error.__traceback__)[-1].filename, error
     assert re.search("|".join(["row 0", "columns?", *map(re.escape, row)]), str(error)), error
 
 
 def fuzz(count: int, nightly: int, *strategies: st.SearchStrategy):
-    """A property tried on `count` rows in every run, the same ones, and on `nightly` random ones by `make nightly`."""
+    """Test a property on `count` fixed rows in every run, and on `nightly` random rows in `make nightly`."""
 
     def tried(check, number: int):
         how = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
@@ -97,7 +99,7 @@ def test_right_rows_are_read_as_they_are_meant(case, has_bos, as_stream):
     tokenizer = WITH_BOS if has_bos else TOKENIZER
     (found,), _ = prepared(row, tokenizer, as_stream, kind=TRIPLES if "golds" in meaning.columns else None)
     assert found == {**expected_row(meaning, tokenizer), "row": 0}
-    for ids in found["response_ids"]:  # nothing is lost on the way to tokens
+    for ids in found["response_ids"]:  # no text is lost
         assert tokenizer.decode(found["prompt_ids"] + ids).endswith(_end(meaning, found["response_ids"].index(ids)))
 
 
@@ -149,7 +151,7 @@ def test_a_mutated_row_is_read_faithfully_or_is_an_error(case, as_stream):
 
 
 def check_faithful(found: Row, said: str, row: Row, mutant: Row, meaning: Meaning) -> None:
-    """What the row was meant to show the model and still holds is shown, in its order, and nothing else."""
+    """Check that texts of the original row that are still in the mutated row are shown, in order, and nothing else."""
     full = [TOKENIZER.decode(found["prompt_ids"] + ids) for ids in found["response_ids"]]
     unused = [text for column in _unused(said) for text in _strings({column: mutant.get(column)})]
 
@@ -160,28 +162,28 @@ def check_faithful(found: Row, said: str, row: Row, mutant: Row, meaning: Meanin
         assert all(_is_shown(text, whole) for whole in full) or any(text in other for other in unused), text
     sides = [_texts_of(response) for response in meaning.responses]
     if len(full) == len(sides) and all(is_kept(text) for side in sides for text in side):
-        # The blank that joins a text to its prompt is no part of a message.
+        # The space that joins a text to its prompt is not part of a message.
         sides = [[text.strip() for text in side] for side in sides]
         in_order = all(text in whole for whole, side in zip(full, sides, strict=True) for text in side)
-        # Scores and verdicts that were changed may say otherwise.
+        # Scores and verdicts that were changed may prefer another response.
         in_any_order = all(any(text in whole for whole in full) for side in sides for text in side)
         assert in_order or (in_any_order and _verdict_changed(row, mutant, meaning))
     check_scored(found, mutant)
 
 
 def _is_shown(text: str, whole: str) -> bool:
-    """Whether a text is shown as it is, or the turns of a transcript as messages."""
+    """Return whether a text is shown as it is, or the turns of a transcript are shown as messages."""
     turns = re.split("\n\n(?:Human|Assistant):", text)
     return text in whole or (len(turns) > 1 and all(turn.strip() in whole for turn in turns))
 
 
 def check_scored(found: Row, row: Row) -> None:
-    """What is scored is in the row, and is no header and no written-down structure."""
+    """Check that the scored text is in the row, and contains no header and no serialized structure."""
     there = " ".join(_strings(row))
     for ids, mask in zip(found["response_ids"], found["scored_masks"], strict=True):
         scored = TOKENIZER.decode([token for token, is_scored in zip(ids, mask, strict=True) if is_scored])
         words = re.sub(r"<\|im_end\|>\n?", "\0", scored)
-        # Without a prompt the first token is not scored, and it may end within a character.
+        # Without a prompt, the first token is not scored and may end inside a character.
         parts = [_squeezed(part).lstrip("\ufffd") for part in words.split("\0")]
         assert all(part in _squeezed(there) for part in parts), scored
         assert "<|im_start|>" not in scored or "<|im_start|>" in there
@@ -189,7 +191,7 @@ def check_scored(found: Row, row: Row) -> None:
 
 
 def _count(text: str, row: Row) -> int:
-    """How many texts of a row contain this one."""
+    """Count the texts of a row that contain this text."""
     return sum(text in other for other in _strings(row))
 
 
@@ -198,7 +200,7 @@ def _squeezed(text: str) -> str:
 
 
 def _strings(value: Any) -> Iterator[str]:
-    """All texts in a value, at any depth, also of what is written as JSON."""
+    """Yield all texts in a value, at any depth, including texts inside JSON."""
     if isinstance(value, dict):
         for key, item in value.items():
             if key not in ("role", "from"):
@@ -220,7 +222,7 @@ def _texts_of(content: Any) -> list[str]:
 
 
 def _unused(said: str) -> list[str]:
-    """The columns of which a line says that they are not used."""
+    """Return the columns that a message reports as not used."""
     found = re.search("columns not used: ([^;\n]*)", said)
     return found[1].split(", ") if found else []
 

@@ -1,4 +1,4 @@
-"""Rows of one prompt meet: in a group, in the sampler's order, and in pieces under a token budget."""
+"""Rows with the same prompt come together: in a group, in the sampler's order, and in pieces under a token budget."""
 
 import numpy as np
 import pytest
@@ -21,19 +21,19 @@ def pair(row, prompt, chosen, rejected):
     }
 
 
-# Rows 0 and 2 share a prompt and a chosen response; row 1 stands between them.
+# Rows 0 and 2 share a prompt and a chosen response; row 1 is between them.
 A, B = [5, 6, 7], [8, 9]
 ROWS = [pair(0, A, [10, 2], [11, 2]), pair(1, B, [12, 2], [13, 13, 2]), pair(2, A, [10, 2], [14, 2])]
 
 
 def test_a_prompt_and_a_response_are_computed_once():
-    """Group A: prompt 3 + responses of 2, 2 and 2 tokens = 9; B: 2 + 2 + 3 = 7. Row 2's responses are A's 0 and 2."""
+    """Group A: prompt 3 + responses of 2, 2 and 2 tokens = 9; B: 2 + 2 + 3 = 7. Row 2 has A's responses 0 and 2."""
     grouped = group_rows(ROWS)
     assert [group.tokens for group in grouped.groups] == [9, 7]
     assert [places.tolist() for places in grouped.places] == [[0, 1], [3, 4], [0, 2]]
     assert SharedCollator()(ROWS)["input_ids"].shape == (1, 16)
     assert SharedCollator().count_tokens(ROWS) == 16
-    # Padded: five sequences of at most 3 + 2 or 2 + 3 tokens.
+    # Padded: five sequences with at most 3 + 2 or 2 + 3 tokens.
     assert PaddedCollator(0)(ROWS)["input_ids"].shape == (5, 5)
     assert PaddedCollator(0).count_tokens(ROWS) == 25
 
@@ -52,7 +52,9 @@ def test_the_same_tokens_scored_otherwise_are_another_response():
 
 
 def test_a_shared_row_by_hand():
-    """[5 6 7 | 10 2 | 11 2]: the second response stands at 5 and 6 with positions 3 and 4, and sees 0, 1, 2, 5, 6."""
+    """[5 6 7 | 10 2 | 11 2]: the second response is at 5 and 6 with position ids 3
+    and 4, and attends to 0, 1, 2, 5, 6.
+    """
     batch = SharedCollator()(ROWS[:1])
     assert batch["input_ids"].tolist() == [[5, 6, 7, 10, 2, 11, 2]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 3, 4]]
@@ -60,7 +62,7 @@ def test_a_shared_row_by_hand():
     assert batch["segment_keys"].tolist() == [0, 5, 10]
     assert batch["segment_key_index"].tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 5, 6]
     assert batch["segment_longest"] == (5, 5)
-    # Each first token is predicted by the prompt's last state, each second by the first's.
+    # The last prompt state predicts each first token, and the first token's state predicts each second token.
     assert batch["scored_rows"].tolist() == [2, 3, 2, 5]
     assert batch["targets"].tolist() == [10, 2, 11, 2]
     assert batch["response_index"].tolist() == [0, 0, 1, 1]
@@ -94,10 +96,10 @@ class TestTokenBudget:
     @pytest.mark.parametrize(
         ("budget", "rows"),
         [
-            (16, [[0, 1, 2]]),  # all three: 16 tokens with the shared prompt
+            (16, [[0, 1, 2]]),  # all three rows: 16 tokens with the shared prompt
             (15, [[0, 1], [2]]),  # 7 + 7 = 14, then 7
             (13, [[0], [1], [2]]),
-            (1, [[0], [1], [2]]),  # a row beyond the budget is a piece of its own
+            (1, [[0], [1], [2]]),  # a row that exceeds the budget becomes a separate piece
         ],
     )
     def test_pieces_stay_below_it(self, budget, rows):
@@ -112,12 +114,12 @@ class TestTokenBudget:
         [
             ("shared", None, 16, 16),
             ("shared", 15, 14 + 7, 14 + 7),
-            ("padded", None, 25, 3 * 5 + 4 + 5),  # the prompt B with one response of two tokens is padded by one
-            ("padded", 15, 3 * 10, 10 + 4 + 5 + 10),  # a row at a time
+            ("padded", None, 25, 3 * 5 + 4 + 5),  # the prompt B with a response of two tokens is padded by one token
+            ("padded", 15, 3 * 10, 10 + 4 + 5 + 10),  # one row at a time
         ],
     )
     def test_what_the_trainer_counts_is_of_all_pieces(self, layout, max_tokens, positions, tokens):
-        """The examples and the tokens, as the Trainer finds them, are those of the pieces together."""
+        """The counts of examples and tokens that the Trainer reads are those of all pieces together."""
         collators = {"shared": SharedCollator(), "padded": PaddedCollator(0)}
         batch = LoaderCollator(collators, layout, max_tokens)(ROWS)
         assert find_batch_size(batch) == 3

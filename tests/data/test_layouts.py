@@ -1,4 +1,4 @@
-"""The padded layout: every index points where batch.py says it does."""
+"""The padded layout: every index has the meaning that batch.py documents."""
 
 import pytest
 import torch
@@ -25,8 +25,9 @@ LIST = {
 
 
 def test_a_pair_by_hand():
-    """T = 5. Response 0 = 5 6 |7 8 9|: 7 and 9 are scored, by the states at 1 and 3. Response 1 = 5 6 |10| pad pad:
-    10 is scored by the state at 1 of the second sequence, row 5 + 1 = 6 of the flattened states."""
+    """T = 5. Response 0 = 5 6 |7 8 9|: the states at 1 and 3 score 7 and 9. Response 1 = 5 6 |10| pad pad: the state at
+    1 of the second sequence, row 5 + 1 = 6 of the flattened states, scores 10.
+    """
     batch = PaddedCollator(PAD)([PAIR])
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9], [5, 6, 10, PAD, PAD]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]
@@ -38,14 +39,14 @@ def test_a_pair_by_hand():
 
 
 def test_every_tensor_is_int64():
-    """Beside them there is a number: the scored tokens of the longest response, 2."""
+    """The only entry that is not a tensor is a number, the scored tokens of the longest response: 2."""
     batch = PaddedCollator(PAD)([PAIR, LIST])
     assert batch.pop("longest_response") == 2
     assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
 
 
 def test_responses_come_group_by_group_and_examples_point_at_them():
-    """PAIR's responses are 0, 1; LIST's 2, 3, 4, with the pairs (2, 4) and (3, 4)."""
+    """PAIR has responses 0 and 1; LIST has 2, 3, 4, with the pairs (2, 4) and (3, 4)."""
     examples = PaddedCollator(PAD)([PAIR, LIST])
     assert examples["chosen"].tolist() == [0, 2, 3]
     assert examples["rejected"].tolist() == [1, 4, 4]
@@ -68,13 +69,13 @@ def test_scoring_the_first_token_of_a_sequence_is_refused():
 
 
 def test_pad_being_a_scored_token_changes_nothing():
-    """With 9 as the pad token, the 9 that ends response 0 is attended to and scored all the same."""
+    """With 9 as the pad token, the 9 that ends response 0 is still attended to and scored."""
     batch = PaddedCollator(pad_token_id=9)([PAIR])
     assert batch["attention_mask"].sum().item() == 8 and 9 in batch["targets"].tolist()
 
 
 def test_scored_rows_pick_the_log_probs_of_separate_forwards():
-    """Each scored token's log-prob from the padded batch equals that of its own unpadded sequence."""
+    """The log-prob of each scored token in the padded batch equals that of its sequence alone, without padding."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=16, initializer_range=0.3, **sizes)).eval()

@@ -1,4 +1,4 @@
-"""Images, video and audio are refused by name; content blocks of text are text under every template."""
+"""Images, video and audio raise an error that names them; content blocks of text are text under every template."""
 
 import numpy as np
 import pytest
@@ -30,7 +30,9 @@ def blocks(*texts: str, kind: str = "text") -> list[dict]:
 
 @pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
 def test_blocks_of_text_are_the_text_under_every_template(template):
-    """As the plain text, the same for prompt and response, single blocks, several, and mixed with plain text."""
+    """Text blocks give the same tokens as plain text: in prompt or response, one or
+    several, also mixed with plain text.
+    """
     plain = {"prompt": ask("Why?"), "chosen": reply("So it is."), "rejected": reply("No.")}
     written = {
         "prompt": [say("user", blocks("Why?"))],
@@ -53,7 +55,7 @@ def test_a_begun_answer_goes_on_whatever_it_is_written_in(template):
     }
     texts = {"prompt": [*ask("Why?"), *reply("So")], "chosen": reply(" it is."), "rejected": reply(" what?")}
     tokenizer = tiny_tokenizer(template)
-    # From a generator: Arrow does not mix text and blocks in a column.
+    # From a generator, because Arrow does not allow text and blocks in one column.
     mixed, plain = (
         prepare_dataset(IterableDataset.from_generator(lambda given=given: iter([given])), tokenizer)
         for given in (row, texts)

@@ -1,4 +1,4 @@
-"""Mixtures: sources of different layouts become one data set, with as many rows of each as was asked for."""
+"""Mixtures: sources with different layouts become one data set, with the requested number of rows of each source."""
 
 import json
 from collections import Counter
@@ -15,13 +15,13 @@ TOKENIZER = tiny_tokenizer()
 
 
 def chats(count: int, letter: str = "a") -> Dataset:
-    """Conversations in TRL's columns."""
+    """Return conversations in TRL's columns."""
     rows = [{"prompt": ask(f"{letter} {n}"), "chosen": reply("Yes."), "rejected": reply("No.")} for n in range(count)]
     return Dataset.from_list(rows)
 
 
 def questions(count: int, letter: str = "b") -> Dataset:
-    """The layout of Intel/orca_dpo_pairs, under names that a mapping has to say."""
+    """Return rows in the layout of Intel/orca_dpo_pairs, with other column names that need a mapping."""
     return Dataset.from_dict(
         {
             "asked": [f"{letter} {n}" for n in range(count)],
@@ -58,14 +58,14 @@ def prepare(mixture: Mixture, tmp_path, **settings):
 
 
 def asked(rows) -> list[str]:
-    """The question of each prepared row."""
+    """Return the question of each prepared row."""
     texts = [TOKENIZER.decode(row["prompt_ids"]) for row in rows]
     return [text.split("<|im_start|>user\n")[1].split("<|im_end|>")[0] for text in texts]
 
 
 @pytest.mark.parametrize("streams", [False, True])
 def test_sources_of_different_layouts_are_one_data_set(streams, tmp_path):
-    """The tokens are those of each source prepared alone."""
+    """The tokens equal those of each source prepared separately."""
     sources = [("chats", chats(3), {}), ("questions", questions(2), {"column_mapping": MAPPING})]
     given = [
         Source(rows.to_iterable_dataset() if streams else rows, name, **settings) for name, rows, settings in sources
@@ -84,7 +84,7 @@ def test_sources_of_different_layouts_are_one_data_set(streams, tmp_path):
     ("weights", "expected"), [((1, 1), (10, 20)), ((2, 0.5), (20, 10)), ((2.5, 0.05), (25, 1)), ((0.1, 1), (1, 20))]
 )
 def test_a_weight_is_how_often_each_row_is_there(weights, expected, tmp_path, caplog):
-    """2.5 of ten rows: each twice, and five of them once more. The line says the counts."""
+    """A weight of 2.5 on ten rows uses each row twice, and five rows a third time. A message reports the counts."""
     sources = [Source(chats(10), "one", weights[0]), Source(chats(20, "b"), "two", weights[1])]
     first, again = ([*asked(prepare(Mixture(sources, seed), tmp_path))] for seed in (1, 1))
     assert first == again
@@ -99,7 +99,9 @@ def test_a_weight_is_how_often_each_row_is_there(weights, expected, tmp_path, ca
 
 
 def test_fractions_are_shares_without_a_row_twice(tmp_path):
-    """TRL's numbers: shares 3/4 and 1/4 of 10 and 20 rows: at most 10 / (3/4) = 13.3 rows, 10 and 3 of them."""
+    """TRL's semantics: shares of 3/4 and 1/4 of 10 and 20 rows give at most 10 /
+    (3/4) = 13.3 rows, 10 and 3 of them.
+    """
     sources = [Source(chats(10), "one", fraction=3), Source(chats(20, "b"), "two", fraction=1)]
     questions = asked(prepare(Mixture(sources), tmp_path))
     assert Counter(question[0] for question in questions) == {"a": 10, "b": 3}
@@ -115,14 +117,15 @@ def test_streams_by_fractions_end_with_the_first_and_by_whole_weights_repeat(tmp
 
     shares = asked(prepare(Mixture(streams(each=[{"fraction": 1}, {"fraction": 3}])), tmp_path))
     counts = Counter(question[0] for question in shares)
-    # The number of b before the 30th a is negative binomial: mean 30 · 3 = 90, deviation √(30 · 0.75) / 0.25 = 19.
+    # The number of rows of b before the 30th row of a is negative binomial: mean 30 · 3 = 90, standard deviation
+    # √(30 · 0.75) / 0.25 = 19.
     assert counts["a"] in (29, 30) and 90 - 4 * 19 < counts["b"] < 90 + 4 * 19
     twice = asked(prepare(Mixture(streams(each=[{"weight": 2}, {}])), tmp_path))
     assert Counter(question[0] for question in twice) == {"a": 60, "b": 300}
 
 
 def test_a_number_that_only_one_source_has(tmp_path, caplog):
-    """A weight is 1 in the other; scores, which have no neutral value, are left out."""
+    """If only one source has weights, they are 1 in the other one; scores have no neutral value and are dropped."""
     scored = chats(2).add_column("weight", [3.0, 4.0]).add_column("chosen_score", [1.0, 2.0])
     rows = prepare(Mixture([Source(scored, "one"), Source(chats(1, "b"), "two")]), tmp_path)
     assert rows["weights"][:] == [[3.0], [4.0], [1.0]]
@@ -166,7 +169,7 @@ def test_what_cannot_be_mixed_is_named(name, tmp_path):
 
 
 def test_no_prompt_is_in_both_parts():
-    """Four rows a prompt, under two layouts of the same prompts; text and one user message are the same prompt."""
+    """Each prompt has four rows, in two layouts; a text and a single user message are the same prompt."""
     rows = [{"prompt": ask(f"q {n % 25}"), "chosen": reply(f"{n}"), "rejected": reply("No.")} for n in range(100)]
     texts = [{"prompt": f"q {n}", "chosen": " y", "rejected": " n"} for n in range(25)]
     for seed in range(5):
@@ -180,7 +183,7 @@ def test_no_prompt_is_in_both_parts():
         ]
         of_train, of_held = (set(one) | {text.strip('"') for text in other} for one, other in parts)
         assert not of_train & of_held and len(of_train | of_held) == 25
-        # 125 rows, 5 to a prompt: 25 rows are a fifth.
+        # 125 rows, 5 per prompt: a fifth is 25 rows.
         assert sum(len(source.rows) for source in held.sources) == 25
         assert [source.weight for source in train.sources] == [2, 1] and held.sources[0].weight == 1
 

@@ -1,4 +1,4 @@
-"""Layouts of public data sets and annotation tools: the rows that they become, or the error with its fix."""
+"""Layouts of public data sets and annotation tools: the rows that they are converted to, or the error and its fix."""
 
 import json
 import logging
@@ -143,7 +143,9 @@ def test_a_row_means_what_it_says(name):
 
 
 def test_the_judges_prompt_is_not_the_prompt():
-    """`instruction` holds what a judge was asked in the sets of Prometheus, `orig_instruction` what the models were."""
+    """In the data sets of Prometheus, `instruction` is the judge's prompt, and
+    `orig_instruction` is the models' prompt.
+    """
     row = {"orig_instruction": WHAT, "orig_response_A": BLUE, "orig_response_B": GREEN, "orig_preference": "A"}
     with pytest.raises(ValueError, match=r"`instruction` contains 'Judge these.*remove_columns=\['instruction'\]"):
         prepare({**row, "instruction": "Judge these answers.", "output": "A"})
@@ -253,7 +255,7 @@ def test_lists_of_one_response_are_pairs_for_losses_of_pairs():
 
 
 def test_arguments_in_json_are_written_once():
-    """OpenAI's format has the arguments of a call as JSON, which `tojson` would quote once more."""
+    """OpenAI's format has the arguments of a call as JSON text, which `tojson` would encode a second time."""
 
     def called(arguments):
         function = {"name": "f", "arguments": arguments}
@@ -267,7 +269,7 @@ def test_arguments_in_json_are_written_once():
 
 
 def test_text_beside_conversations_is_counted(said):
-    """The template writes the messages of the first row, and not the text of the second."""
+    """The template writes the messages of the first row, and drops the text of the second row."""
     rows = [{**TWO_TEXTS, "prompt": json.dumps(ask(WHAT))}, TWO_TEXTS]
     prepare(*rows)
     assert "1 row is text, trained on unchanged, and the others are conversations" in said()[-1]

@@ -1,4 +1,4 @@
-"""A whole data set: its columns, its cache, and the one line that says what was cut, dropped or refused."""
+"""Preparing a whole data set: its columns, its cache, and the message about truncated, dropped and rejected rows."""
 
 import logging
 
@@ -16,13 +16,13 @@ BAD = {**text_pair(), "rejected": ""}
 
 @pytest.fixture
 def said(caplog):
-    """The lines that preparing a data set logs."""
+    """Collect the messages that preparing a data set logs."""
     caplog.set_level(logging.WARNING, logger="hf_prefopt")
     return lambda: [record.getMessage() for record in caplog.records if record.name.startswith("hf_prefopt")]
 
 
 def letters(prompt: int, chosen: int, rejected: int) -> dict:
-    """A row of ids with these lengths, the responses different and ended by EOS."""
+    """Return a row of ids with these lengths; the responses differ and end with EOS."""
     eos = tiny_tokenizer().eos_token_id
     return {
         "prompt_ids": [10] * prompt,
@@ -60,7 +60,9 @@ def test_what_fits_is_not_talked_about(said):
 
 
 def test_one_line_counts_what_was_cut_and_dropped(said):
-    """max_length 8. Row 0 fits (8); row 1: one response cut (2 + 9 = 11); row 2: both; row 3: its prompt fills all."""
+    """max_length 8. Row 0 fits (8); row 1: one response is cut (2 + 9 = 11); row 2:
+    both; row 3: its prompt has 8 tokens.
+    """
     rows = Dataset.from_list([letters(2, 6, 3), letters(2, 9, 3), letters(2, 7, 8), letters(8, 2, 2)])
     prepared = prepare_dataset(rows, tiny_tokenizer(), max_length=8, name="eval")
     assert said() == [
@@ -71,7 +73,7 @@ def test_one_line_counts_what_was_cut_and_dropped(said):
 
 
 def test_keep_end_counts_the_prompts_that_it_cuts(said):
-    """max_length 8: 7 + 3 = 10 tokens lose 2 of the prompt, the other row fits."""
+    """max_length 8: a row with 7 + 3 = 10 tokens loses 2 prompt tokens, and the other row fits."""
     rows = Dataset.from_list([letters(7, 3, 2), letters(2, 2, 2)])
     prepared = prepare_dataset(rows, tiny_tokenizer(), max_length=8, truncation_mode="keep_end")
     assert said() == ["train: 1 prompt cut at the start to max_length=8 (longest 10 tokens); raise max_length"]
@@ -88,7 +90,7 @@ def test_counts_are_right_when_the_map_comes_from_the_cache(tmp_path, said, monk
     Dataset.from_list([letters(2, 9, 3)] * 5).save_to_disk(tmp_path / "rows")
     for _ in range(2):
         prepare_dataset(Dataset.load_from_disk(tmp_path / "rows"), tiny_tokenizer(), max_length=8)
-        # From here on nothing can be computed any more.
+        # Computing anything from here on would raise an error.
         monkeypatch.setattr("hf_prefopt.data.prepare.tokenize_rows", None)
     assert len(said()) == 2 and said()[0] == said()[1]
     assert said()[0].startswith("train: 5 of 10 responses cut")
@@ -195,7 +197,7 @@ class TestStreaming:
     ids=["length", "mode", "template"],
 )
 def test_a_set_prepared_with_other_settings_is_refused(options, message, tmp_path):
-    """Saved, loaded, and with some of its rows. A set made by hand has no note: only its rows can be looked at."""
+    """The set is saved, loaded, and filtered. A set made by hand has no note of settings, so its rows are checked."""
     settings = {"tokenizer": tiny_tokenizer(), "max_length": None}
     prepared = prepare_dataset(Dataset.from_list([chat_pair(), chat_pair()]), **settings)
     prepared.select([1]).save_to_disk(tmp_path)
@@ -214,7 +216,7 @@ TOKENIZER = tiny_tokenizer()
 
 @pytest.mark.parametrize("streamed", [False, True], ids=["rows", "stream"])
 def test_prepared_rows_without_a_note_are_looked_at(streamed):
-    """As they come from a file or as a stream: too long for `max_length`, or ids that the tokenizer does not have."""
+    """Rows from a file or a stream are checked: they may exceed `max_length`, or have ids that the tokenizer lacks."""
     done = prepare_dataset(Dataset.from_list([text_pair(), text_pair(chosen=" Paris, of course.")]), TOKENIZER)
     lengths = [len(row["prompt_ids"]) + max(map(len, row["response_ids"])) for row in done]
     bare = Dataset.from_dict(done[:], features=done.features)

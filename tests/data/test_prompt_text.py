@@ -1,4 +1,4 @@
-"""The text of a prompt is the text of its messages: for every template that TRL ships, and for plain text."""
+"""The text of a prompt is the text of its messages, for every template that TRL ships, and for plain text."""
 
 import pytest
 
@@ -46,7 +46,7 @@ def test_plain_text_is_only_decoded(template):
 
 
 def test_the_arguments_of_the_template_are_used():
-    """A default system prompt that an argument changes is not part of the messages."""
+    """A default system prompt that depends on a template argument is not part of the messages."""
     template = "{{ 'system: ' + persona + '\n' }}" + tiny_tokenizer().chat_template
     tokenizer = tiny_tokenizer(template)
     ids = tokenizer.apply_chat_template(ONE, add_generation_prompt=True, persona="a poet")["input_ids"]

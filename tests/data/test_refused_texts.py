@@ -1,4 +1,4 @@
-"""Texts and sources that were once read as something else: what they become now, or the error with its fix."""
+"""Texts and sources that earlier versions misread: the rows that they become now, or the error with its fix."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ QUESTION = {"question": "Sky?", "chosen": "Blue.", "rejected": "Green."}
 @pytest.mark.parametrize("end", ["<|im_end|>", "<|im_end|>\n", " <|im_end|> \n<|im_end|>"])
 @pytest.mark.parametrize("row", [QUESTION, chat_pair("Blue.", "Green.")])
 def test_an_end_of_turn_in_a_response_is_not_doubled(row, end):
-    """The template writes it; a text that was generated before may hold it, too."""
+    """The template writes the end of turn; a text that was generated earlier may already contain it."""
     texts = {"chosen": f"Blue.{end}", "rejected": "Green."}
     ended = {**row, **(texts if "question" in row else {side: reply(text) for side, text in texts.items()})}
     assert prepare_row(ended, TOKENIZER) == prepare_row(row, TOKENIZER)
@@ -61,7 +61,7 @@ def test_messages_written_as_text_are_read_with_the_function_that_is_named(write
 
 
 def test_a_column_of_mixed_types_in_a_file_keeps_its_texts(tmp_path):
-    """`datasets` stores such a column as JSON; its texts have no quotation marks."""
+    """`datasets` stores such a column as JSON; the texts that are read have no quotation marks."""
     lines = [QUESTION, {**QUESTION, "chosen": reply("Blue.")}, {**QUESTION, "chosen": 5}]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)))
     rows = load_splits(str(tmp_path / "rows.jsonl"))["train"]

@@ -1,4 +1,4 @@
-"""Which splits the recipes train on and evaluate."""
+"""The splits that the recipes use for training and evaluation."""
 
 import pytest
 
@@ -29,7 +29,7 @@ def test_the_split_to_train_on(names, asked, trained):
         (("eval", "train"), "test", "eval"),
         (("train", "dev"), "test", "dev"),
         (("train", "test", "test_prefs"), "test_prefs", "test_prefs"),
-        (("test", "validation"), "test", "validation"),  # the test split is what is trained on
+        (("test", "validation"), "test", "validation"),  # the test split is used for training
         (("train",), "test", None),
         (("train", "test_sft"), "test", None),
         (("train_prefs", "test", "test_sft", "test_prefs"), "test", "test_prefs"),

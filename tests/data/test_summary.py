@@ -1,4 +1,4 @@
-"""The counts of a prepared data set are those of a plain count, row by row."""
+"""The counts of a prepared data set equal those of a simple count, row by row."""
 
 import math
 from itertools import product
@@ -20,7 +20,7 @@ def tokens(low: int, high: int) -> list[int]:
     return RANDOM.integers(0, 5, int(RANDOM.integers(low, high))).tolist()
 
 
-# Few tokens and short texts, so that prompts, responses and lengths repeat.
+# There are few tokens and short texts, so that prompts, responses and lengths repeat.
 EXAMPLES = {
     "pairs": lambda: ({"pairs": [[0, 1]]}, 2),
     "triples": lambda: ({"pairs": [[0, 1]], "golds": [2]}, 3),
@@ -33,7 +33,7 @@ EXAMPLES = {
 
 
 def rows_of(kind, count: int = 60) -> Dataset:
-    """Random rows; also ones with an empty prompt, and responses of which nothing is scored."""
+    """Return random rows; some have an empty prompt, or responses without scored tokens."""
     rows = []
     for row in range(count):
         columns, responses = EXAMPLES[kind.name]()
@@ -44,11 +44,11 @@ def rows_of(kind, count: int = 60) -> Dataset:
 
 
 def compared(kind, rows) -> list[tuple[int, int]]:
-    """The scored tokens of the better and the worse response of each comparison."""
+    """Return the numbers of scored tokens of the better and the worse response of each comparison."""
     if kind is UNPAIRED:
         lengths = {label: [sum(r["scored_masks"][0]) for r in rows if r["labels"][0] == label] for label in (0, 1)}
         return list(product(lengths[1], lengths[0]))
-    if kind is SCORED:  # nothing is compared
+    if kind is SCORED:  # no comparisons
         return []
     found = []
     for row in rows:
@@ -62,7 +62,7 @@ def compared(kind, rows) -> list[tuple[int, int]]:
 @pytest.mark.parametrize("batch_rows", [7, 1000])
 def test_counts_are_those_of_a_plain_count(kind, batch_rows, monkeypatch):
     monkeypatch.setattr(module, "_BATCH_ROWS", batch_rows)
-    # A selection, so that the arrays are no whole columns.
+    # A selection of rows, so that the arrays are not complete columns.
     dataset = rows_of(kind).select([*range(3, 50), 3, 4])
     rows, found = list(dataset), summarize(dataset)
     responses = [(row, k) for row in rows for k in range(len(row["response_ids"]))]
@@ -89,7 +89,7 @@ def test_counts_are_those_of_a_plain_count(kind, batch_rows, monkeypatch):
     assert (found.desirable, found.undesirable) == (sum(labels), len(labels) - sum(labels))
     prompts = sorted(len(row["prompt_ids"]) for row in rows)
     assert found.lengths["prompt"].longest == prompts[-1]
-    # The smallest length that at least this share of the prompts does not exceed.
+    # The smallest length for which this share of the prompts is not longer.
     for share, length in ((0.5, found.lengths["prompt"].median), (0.95, found.lengths["prompt"].p95)):
         assert length == prompts[math.ceil(share * len(prompts)) - 1]
 
@@ -102,8 +102,11 @@ def test_no_rows_and_labels_of_one_kind():
 
 
 def test_what_sharing_saves_and_kto_s_weights():
-    """Two pairs of one prompt (4 tokens) with one chosen response (2) and two rejected ones (1 and 3): as sequences
-    4·4 + 2·2 + 1 + 3 = 24 tokens, by row 2·4 + 8 = 16, by prompt 4 + 2 + 1 + 3 = 10."""
+    """Two pairs have one prompt (4 tokens), one chosen response (2), and two rejected ones (1 and 3).
+
+    As sequences they have 4·4 + 2·2 + 1 + 3 = 24 tokens, shared by row 2·4 + 8 = 16,
+    shared by prompt 4 + 2 + 1 + 3 = 10.
+    """
     rows = [
         {"prompt_ids": [1] * 4, "response_ids": [[2, 3], other], "scored_masks": [[1, 1], [1] * len(other)],
          "pairs": [[0, 1]], "row": row}

@@ -1,8 +1,9 @@
-"""Every chat template that TRL ships, with eleven kinds of rows: what is scored is the response, and nothing else.
+"""Every chat template that TRL ships, with eleven kinds of rows: exactly the response is scored.
 
-The folder is the table, so that a template of a new version is tried as well. What is expected is found without the
-package: in the text that the template writes for the whole conversation, by the words of the row. A row is rejected if
-the template raises an error or leaves out words, or where a turn cannot be found in a text without markers.
+The parameters are the files in TRL's folder, so templates of a new version are tested as well.
+The expected result is computed without the package, from the text that the template writes for
+the whole conversation and the words of the row. A row must be rejected if the template raises
+an error or drops words, or if a turn cannot be found in a text without markers.
 """
 
 import json
@@ -21,7 +22,7 @@ from tests.tokenizers import tiny_tokenizer
 
 FOLDER = Path(pytest.importorskip("trl").__file__).parent / "chat_templates"
 TEMPLATES = {file.stem: file.read_text(encoding="utf-8") for file in sorted(FOLDER.glob("*.jinja"))}
-# Spellings of control tokens, which a tokenizer of the family does not split.
+# Control tokens that the tokenizers of the models do not split.
 CONTROL = r"<\|[^|<>' ]+\|>|<｜[^<>']+｜>|<\|\w+>|<\w+\|>|<(?:start|end)_of_\w+>|</?s>"
 
 SEARCH = {
@@ -42,7 +43,7 @@ def call(words: str, content: str = "") -> dict:
 
 
 def row_of(response, prompt: list | None = None, **more) -> dict:
-    """A row whose responses `response` makes for each side."""
+    """Return a row with the responses that `response` makes for each side."""
     return {"prompt": prompt or ask(), **{side: response(side) for side in ANSWERS}, **more}
 
 
@@ -89,9 +90,10 @@ def prepared(row: dict, tokenizer) -> TokenizedRow | BadRow:
 
 
 def write(row: dict, side: str, name: str) -> tuple[str, str]:
-    """The prompt as the model gets it to generate, and the whole conversation; with content as the template reads it.
+    """Return the generation prompt and the text of the whole conversation, with
+    content in the form that the template reads.
 
-    Raises what the template raises.
+    Raises any error that the template raises.
     """
     tokenizer = tokenizer_of(name)
     how = {"tokenize": False, "tools": json.loads(row["tools"]) if "tools" in row else None}
@@ -114,7 +116,7 @@ def write(row: dict, side: str, name: str) -> tuple[str, str]:
 
 
 def pieces(messages: list[dict], by_assistant: bool) -> list[str]:
-    """What messages say, of the assistant or of the others, without the marks around thinking."""
+    """Return the texts of the assistant's messages, or of all other messages, without the markers of thinking."""
     said = []
     for message in messages:
         if (message["role"] == "assistant") == by_assistant:
@@ -134,7 +136,7 @@ def scored(done: TokenizedRow, k: int, tokenizer) -> str:
 
 
 def part(known: str, text: str) -> str:
-    """What of a text follows the beginning that it shares with another one."""
+    """Return the part of a text after the beginning that it shares with another text."""
     same = takewhile(lambda pair: pair[0] == pair[1], zip(known, text, strict=False))
     return text[len([*same]) :]
 
@@ -144,7 +146,9 @@ def is_marked(name: str) -> bool:
 
 
 def check_scored(text: str, row: dict, side: str, asked: str, full: str, name: str) -> None:
-    """The scored text is the answer's words, with marks of channels, thinking and calls, and ends of turns."""
+    """Check that the scored text is the answer's words, with markers of channels,
+    thinking and calls, and ends of turns.
+    """
     spoken = pieces(row[side], by_assistant=True)
     others = pieces([*row["prompt"], *row[side]], by_assistant=False)
     assert has_all(text, spoken), (text, spoken)
@@ -153,15 +157,15 @@ def check_scored(text: str, row: dict, side: str, asked: str, full: str, name: s
     plain_asked, plain = write(ROWS["turn"], side, name)
     header = part(question, plain_asked)
     if len(row[side]) == 1:
-        # One turn: all that follows the prompt, apart from an empty block of thinking, and a header for once.
+        # One turn: everything after the prompt, except for an empty thinking block, and possibly one header.
         after = part(asked, full).removeprefix(header)
         if not any("Musing" in word for word in spoken):
             after = re.sub(r"^\s*(<think>)?\s*</think>\s*", "", after)
         unscored = after.removeprefix(text) if after.startswith(text) else after
-        # Markers may leave an end of turn out, which is said of the row.
+        # Generation markers may exclude the end of turn; a message reports this.
         assert not unscored or (is_marked(name) and re.fullmatch(rf"({CONTROL}|\s)*", unscored)), (text, after)
     elif header.strip():
-        # The header of a later turn is not scored, and no empty block of thinking is.
+        # The headers of later turns and empty thinking blocks are not scored.
         lead = part(plain_asked, plain[: plain.rindex(ANSWERS[side])])
         assert header not in text.removeprefix(lead), (text, header)
         assert "</think>" not in text, text
@@ -173,7 +177,7 @@ def test_what_is_scored_is_the_response(name):
         done = prepared(row, tokenizer_of(name))
         try:
             written = {side: write(row, side, name) for side in ANSWERS}
-        except Exception as error:  # a template may raise anything
+        except Exception as error:  # a template may raise any exception
             assert isinstance(done, BadRow) and "rejected by the chat template" in str(done), (what, done, error)
             continue
         missing = [
@@ -197,7 +201,7 @@ def check_cause(error: BadRow, row: dict, written: dict[str, tuple[str, str]], n
     """Rows whose words are all written are rejected for one of two reasons."""
     _, full = written["chosen"]
     if "begins with thinking" in str(error):
-        assert full.count("</think>") == 2  # an empty block, and the answer's own
+        assert full.count("</think>") == 2  # an empty block, followed by the block of the answer
         return
     assert "it rewrites earlier turns" in str(error) and not is_marked(name)
     first = [*row["prompt"], row["chosen"][0]]

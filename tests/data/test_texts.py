@@ -1,4 +1,4 @@
-"""Texts that begin with no prompt, repeat it, or are messages in writing."""
+"""Texts without a prompt, texts that repeat the prompt, and messages that are written as text."""
 
 import json
 
@@ -21,7 +21,7 @@ def sides(chosen: str, rejected: str) -> dict:
     return {"chosen": chosen, "rejected": rejected}
 
 
-# Answers alone: some begin alike, in a word or three.
+# Answers without prompts; some share their first one to three words.
 ANSWERS = [
     sides("The sky is blue.", "The sky is green, I think."),
     sides("I'm sorry, I can't.", "I'm sorry, but no."),
@@ -48,7 +48,7 @@ ASKED = [sides("Why? Because.", "Why? Therefore.")] * 12
     ],
 )
 def test_the_words_that_texts_begin_with(texts, words):
-    """Two letters of Chinese count as one word."""
+    """Two Chinese characters count as one word."""
     assert count_shared_words(texts) == words
 
 
@@ -75,7 +75,7 @@ def test_answers_that_begin_with_nothing_in_common_are_refused_by_the_row():
     with pytest.raises(ValueError, match="row 12: `rejected` and `chosen` do not begin with the same word"):
         prepare(*CONTINUED, unlike)
     assert len(prepare(*CONTINUED, unlike, on_bad_rows="drop")) == 12
-    with pytest.raises(ValueError, match="12 of 12 rows share"):  # what is left is no better
+    with pytest.raises(ValueError, match="12 of 12 rows share"):  # the other rows are rejected, too
         prepare(*ANSWERS, *[unlike] * 20, on_bad_rows="drop")
     assert len(prepare({"prompt": "", **unlike})) == 1
 
@@ -148,7 +148,7 @@ def test_an_answer_in_json_is_an_answer(answer):
 
 @pytest.mark.parametrize("end", ["", " ", "\n"], ids=["no blank", "blank", "line"])
 def test_a_prompt_that_all_responses_repeat_is_taken_off(end, caplog):
-    """The same tokens as without it, and one line that counts the rows."""
+    """The tokens equal those without the repeated prompt, and one message counts the rows."""
     prompt = f"Human: What color is the sky?\nAssistant:{end}"
     joint = "" if end else " "
     whole = {"chosen": f"{prompt}{joint}Blue.", "rejected": f" {prompt}{joint}Green."}
@@ -163,7 +163,9 @@ def test_a_prompt_that_all_responses_repeat_is_taken_off(end, caplog):
 
 
 def test_an_echo_is_no_repeated_prompt():
-    """One response alone, an undesirable completion, or a greeting: there the words are the model's own."""
+    """Only one response, an undesirable completion, or a greeting begins with the
+    prompt: these words are the model's.
+    """
     assert len(prepare({**text_pair(), "rejected": "The capital of France is the capital of France is"})) == 1
     assert len(prepare({"prompt": "Why is it so?", "completion": "Why is it so? Why?", "label": False})) == 1
     assert len(prepare({"prompt": "Hello", "chosen": "Hello there!", "rejected": "Hello."})) == 1
@@ -171,7 +173,7 @@ def test_an_echo_is_no_repeated_prompt():
 
 
 def test_short_prompts_that_all_responses_begin_with_stay_and_are_counted(caplog):
-    """Of fewer than four words; "Hell" begins "Hello", and is no word of it."""
+    """Such prompts have fewer than four words. "Hello" begins with "Hell", but not with the word "Hell"."""
     rows = [
         {"prompt": "Hello", "chosen": "Hello, you!", "rejected": "Hello."},
         {"prompt": "Hell", "chosen": "Hello, you!", "rejected": "Hello."},

@@ -1,4 +1,4 @@
-"""Weights of tokens, from the columns of a tokenized pair to the entries of a batch."""
+"""Token weights, from the columns of a tokenized pair to the entries of a batch."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def test_rows_without_them_have_no_such_column():
 
 
 def test_they_are_cut_with_their_tokens():
-    """Room for three of [10, 11, 12, eos]: 10, 11 and the EOS stay, each with its own weight."""
+    """Three of [10, 11, 12, eos] fit: 10, 11 and the EOS stay, each with its weight."""
     eos = tiny_tokenizer().eos_token_id
     row = prepared({**ROW, "chosen_ids": [10, 11, 12, eos]}, max_length=6)[0]
     assert row["response_ids"][0] == [10, 11, eos]
@@ -62,7 +62,7 @@ def test_weights_that_do_not_fit_are_refused(change, message):
 
 
 def test_weights_of_texts_are_refused():
-    """Nothing says which tokens a text will have; the message says what to give instead."""
+    """The tokens of a text are not known in advance; the error says which columns to use instead."""
     row = {"prompt": "2+2?", "chosen": " 4", "rejected": " 5", "chosen_token_weights": [1.0]}
     with pytest.raises(ValueError, match=r"have no token ids: add prompt_ids"):
         prepared(row)
@@ -74,7 +74,7 @@ def test_a_loss_of_weights_refuses_rows_without_them(tmp_path):
         make_trainer(tmp_path, loss_type="tis_dpo", train_dataset=plain)
 
 
-# Two rows of one prompt, whose pairs share their chosen response and weigh it differently; some turns are not scored.
+# Two rows of one prompt: the pairs share their chosen response with different weights. Some turns are not scored.
 SHARED = [
     {
         "prompt_ids": [5, 6],
@@ -97,7 +97,7 @@ SHARED = [
 
 @pytest.mark.parametrize("collate", [PaddedCollator(0), SharedCollator()])
 def test_a_response_of_several_pairs_has_the_weights_of_each(collate):
-    """The chosen response is computed once; of its weights those of scored tokens are kept, in each pair its own."""
+    """The chosen response is computed once. Each pair keeps its weights for the scored tokens."""
     batch = collate(SHARED)
     assert batch["chosen"].tolist() == [0, 0]
     assert batch["chosen_token_weights"].tolist() == [[1, 3, 0], [5, 7, 0]]
@@ -105,8 +105,10 @@ def test_a_response_of_several_pairs_has_the_weights_of_each(collate):
 
 
 def test_token_inputs_stand_beside_their_weights():
-    """Log-probs of tokens row by row, zeros behind the end, of the width that the weights and the masks have; their
-    sums are the responses' log-probs."""
+    """Token log-probs have one row per response, padded with zeros to the width of weights and masks.
+
+    Their sums are the log-probs of the responses.
+    """
     model, batch = tiny_model(dtype=torch.float64), PaddedCollator(0)(SHARED)
     install_scoring(model)
     scores = score(model, batch)

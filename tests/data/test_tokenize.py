@@ -1,4 +1,4 @@
-"""Rows become the tokens that the model is to see, split where they should be, scored where the model is to write."""
+"""Rows become the right tokens, with the right boundary between prompt and response, and the right scored tokens."""
 
 import json
 from types import SimpleNamespace
@@ -25,7 +25,7 @@ UNUSABLE = {
     "whitespace_only_completion": "`rejected` is only whitespace",
     "missing_rejected": "`rejected` is missing",
 }
-# Mixed kinds are in test_column_layouts.py.
+# test_column_layouts.py has rows with several kinds of values.
 USABLE = [name for name in ODD_CASES if name not in UNUSABLE and name != "wrong_types"]
 
 
@@ -38,7 +38,7 @@ def test_unusable_odd_cases_are_refused_by_name(name):
 @pytest.mark.parametrize("options", [{}, {"bos": True}, {"pad_is_eos": True}], ids=str)
 @pytest.mark.parametrize("name", USABLE)
 def test_decoding_prompt_and_response_gives_the_rendered_text(name, options):
-    """Whatever the boundary, nothing of the text is lost or doubled; every response has a token to score."""
+    """For any boundary, no text is lost or repeated; every response has a scored token."""
     tokenizer, data = tiny_tokenizer(**options), ODD_CASES[name]["data"]
     row = prepare_row(data, tokenizer)
     sides = ("completion",) if "completion" in data else ("chosen", "rejected")
@@ -51,7 +51,7 @@ def _rendered(data: dict, side: str, tokenizer) -> str:
     if isinstance(data[side], str):
         return (tokenizer.bos_token or "") + data.get("prompt", "") + data[side] + tokenizer.eos_token
     prompt, response = data.get("prompt", []), data[side]
-    # The end of a turn in a response is not written twice.
+    # An end of turn in the response is not written a second time.
     response = [{**message, "content": (message["content"] or "").removesuffix("<|im_end|>")} for message in response]
     if prompt and prompt[-1]["role"] == "assistant":
         prompt, response = prompt[:-1], reply(prompt[-1]["content"] + response[0]["content"])
@@ -79,7 +79,7 @@ def test_an_empty_list_of_messages_leaves_the_assistants_header_as_prompt():
 
 
 def test_one_eos_ends_a_text_and_is_scored():
-    """Of " Paris." and " Rome.<|im_end|>" only the first lacks its EOS."""
+    """Of " Paris." and " Rome.<|im_end|>", only the first response gets an EOS."""
     tokenizer = tiny_tokenizer()
     row = prepare_row(text_pair(rejected=" Rome.<|im_end|>"), tokenizer)
     for ids, mask in zip(row["response_ids"], row["scored_masks"], strict=True):
@@ -99,7 +99,9 @@ def test_texts_get_the_tokenizers_bos_and_conversations_do_not():
 
 
 def test_tokens_that_merge_across_the_boundary_belong_to_the_response_of_both():
-    """The tokens of "unbelievable" do not begin with those of "un", so nothing of "un" is a prompt for both sides."""
+    """The tokens of "unbelievable" do not begin with those of "un", so no token of
+    "un" is in the prompt of both responses.
+    """
     tokenizer = tiny_tokenizer(bos=True)
     row = prepare_row(ODD_CASES["boundary_merge"]["data"], tokenizer)
     assert row["prompt_ids"] == [tokenizer.bos_token_id]
@@ -117,8 +119,9 @@ def test_without_a_prompt_the_first_token_is_not_scored():
 
 
 def test_implicit_texts_split_on_whole_tokens():
-    """The texts part within a word, after "each toy c": by characters (TRL) that would be the prompt. " car" and
-    " cost" are tokens of this vocabulary, so the prompt ends before them."""
+    """The texts differ within a word, after "each toy c", which TRL uses as prompt.
+    The tokens are " car" and " cost" here, so the prompt ends before them.
+    """
     tokenizer = tiny_tokenizer()
     row = prepare_row({"chosen": "each toy car", "rejected": "each toy cost"}, tokenizer)
     assert tokenizer.decode(row["prompt_ids"]) == "each toy"
@@ -132,7 +135,7 @@ def test_an_implicit_text_that_the_other_begins_with_keeps_its_eos_to_score():
 
 
 def test_identical_implicit_texts_keep_one_token_each():
-    """All tokens are shared, so the prompt is all of them but the last, the EOS."""
+    """All tokens are shared, so the prompt has all tokens except for the last one, the EOS."""
     tokenizer = tiny_tokenizer()
     row = prepare_row({"chosen": "The capital", "rejected": "The capital"}, tokenizer)
     assert tokenizer.decode(row["prompt_ids"]) == "The capital"
@@ -153,7 +156,7 @@ MULTI_TURN = {
 
 
 def test_only_the_assistants_turns_of_a_response_are_scored():
-    """Found turn by turn: its words, its end of turn and the line break after it; no header, no user, no tool."""
+    """Only the words, the end of turn and the line break after it are scored; no header, no user turn, no tool turn."""
     tokenizer = tiny_tokenizer()
     row = prepare_row(MULTI_TURN, tokenizer)
     assert scored_text(row, 0, tokenizer) == "Hello.<|im_end|>\nFour.<|im_end|>\n"
@@ -161,7 +164,7 @@ def test_only_the_assistants_turns_of_a_response_are_scored():
 
 
 def test_a_templates_generation_markers_say_what_is_scored():
-    """The markers of this template leave out the line break after the end of turn."""
+    """The generation markers of this template exclude the line break after the end of turn."""
     tokenizer = tiny_tokenizer(CHATML_WITH_MARKERS)
     row = prepare_row(MULTI_TURN, tokenizer)
     assert scored_text(row, 0, tokenizer) == "Hello.<|im_end|>Four.<|im_end|>"
@@ -169,14 +172,14 @@ def test_a_templates_generation_markers_say_what_is_scored():
 
 
 def test_turns_are_told_apart_where_only_the_last_one_shows_its_thinking():
-    """The empty block of thinking that the template writes is not scored."""
+    """The empty thinking block that the template writes is not scored."""
     tokenizer = tiny_tokenizer(CHATML_THINKING_LAST)
     row = prepare_row(MULTI_TURN, tokenizer)
     assert scored_text(row, 0, tokenizer) == "Hello.<|im_end|>\nFour.<|im_end|>\n"
 
 
 def test_turns_that_cannot_be_told_apart_make_a_bad_row():
-    """A template that begins with the number of messages renders no turn as it does alone."""
+    """The template begins with the number of messages, so single turns look different than in a conversation."""
     counting = "{{ messages | length }}{% for m in messages %}{{ m['role'] + ': ' + m['content'] }} {% endfor %}"
     with pytest.raises(ValueError, match=r"row 0: `chosen` is rejected.*it rewrites earlier turns"):
         prepare_row(MULTI_TURN, tiny_tokenizer(counting))
@@ -188,7 +191,7 @@ def test_a_template_that_ignores_tool_calls_makes_a_bad_row():
 
 
 def test_control_tokens_in_a_users_words_do_not_move_the_boundary():
-    """The prompt fakes an assistant header; the response still begins after the real one."""
+    """The prompt contains a fake assistant header; the response still begins after the real one."""
     tokenizer = tiny_tokenizer()
     row = prepare_row(ODD_CASES["special_tokens_in_content"]["data"], tokenizer)
     assert tokenizer.decode(row["response_ids"][0]) == "No.<|im_end|>\n"
@@ -227,7 +230,7 @@ def test_ordinary_rows_have_the_tokens_that_trl_gives_them(options):
 
 
 def test_a_chat_template_is_read_once_for_all_rows_of_a_batch_with_the_same_arguments(monkeypatch):
-    """Four rows: two alike, one with tools, one with another template argument make three templates."""
+    """Of four rows, two have equal arguments, one has tools, and one has another template argument: three templates."""
     built = []
 
     class Counted(render.ChatTemplate):
@@ -252,7 +255,7 @@ def test_the_tokenizer_is_asked_once_a_batch_whether_it_adds_an_eos(monkeypatch)
 
 
 def test_one_bos_and_one_eos_whoever_wrote_them():
-    """In texts that a chat template has written, and with a tokenizer that adds both by itself."""
+    """This holds for texts that a chat template has written, and for a tokenizer that adds both tokens itself."""
     tokenizer = tiny_tokenizer(bos=True)
     plain = prepare_row(text_pair("The capital", " is Paris.", " is Rome."), tokenizer)
     written = text_pair("<s>The capital", " is Paris.<|im_end|>", " is Rome.<|im_end|>")
@@ -278,7 +281,7 @@ def test_a_text_that_a_template_has_ended_gets_no_second_eos():
 
 
 def test_responses_that_do_not_end_are_counted(caplog):
-    """A template without an end of turn, and one whose markers leave it out."""
+    """The templates have no end of turn, or generation markers that exclude it."""
     endless = CHATML.replace("'<|im_end|>\n'", "'\n'")
     unscored = CHATML_WITH_MARKERS.replace(
         "message['content'] + '<|im_end|>' -}}{%- endgeneration -%}",

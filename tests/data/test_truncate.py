@@ -1,4 +1,4 @@
-"""What is cut is cut where it hurts least: the EOS stays, the prompt stays one, nothing empty is left behind."""
+"""Truncation keeps the EOS and one prompt for all responses, and leaves no empty response."""
 
 import pytest
 from datasets import Dataset
@@ -13,7 +13,7 @@ TOKENIZER = tiny_tokenizer()
 KINDS = TokenKinds(TOKENIZER)
 EOS = TOKENIZER.eos_token_id
 NEWLINE, *_ = TOKENIZER("\n")["input_ids"]
-# Ids of plain letters, so that a row can be written by hand.
+# Ids stand for letters, so that rows can be written by hand.
 A, B, C, D, E, P, Q, R = (TOKENIZER.convert_tokens_to_ids(letter) for letter in "abcdepqr")
 
 
@@ -23,14 +23,14 @@ def row_of(prompt, *responses, masks=None) -> TokenizedRow:
 
 
 def test_a_row_that_fits_comes_back_as_it_is():
-    """2 prompt tokens and at most 3 of a response: 5 in all."""
+    """There are 2 prompt tokens and at most 3 response tokens, 5 in total."""
     row = row_of([P, Q], [A, B, EOS], [C, EOS])
     assert truncate_row(row, 5, "keep_start", KINDS) == (row, Cuts(longest=5))
     assert truncate_row(row, None, "keep_start", KINDS) == (row, Cuts(longest=5))
 
 
 def test_keep_start_cuts_the_end_of_a_response_and_keeps_its_eos_scored():
-    """max_length 5 leaves 3 tokens after the prompt: two words and the EOS that ended the whole response."""
+    """max_length 5 leaves 3 tokens after the prompt: two words and the EOS of the whole response."""
     row, cuts = truncate_row(row_of([P, Q], [A, B, C, D, EOS], [C, EOS]), 5, "keep_start", KINDS)
     assert row.response_ids == [[A, B, EOS], [C, EOS]]
     assert row.scored_masks == [[1, 1, 1], [1, 1]]
@@ -49,7 +49,7 @@ def test_a_response_without_eos_gets_none():
 
 @pytest.mark.parametrize("prompt", [[P, Q, R], [P, Q, R, P, Q]])
 def test_keep_start_drops_a_row_whose_prompt_leaves_no_word_of_a_response(prompt):
-    """max_length 4: a prompt of 3 leaves room for the EOS alone, one of 5 for nothing."""
+    """max_length 4: a prompt of 3 tokens leaves room only for the EOS, and a prompt of 5 for nothing."""
     kept, cuts = truncate_row(row_of(prompt, [A, B, EOS], [C, D, EOS]), 4, "keep_start", KINDS)
     assert kept is None and cuts.responses == 0
 
@@ -60,21 +60,21 @@ def test_keep_start_keeps_a_full_row_whose_one_token_responses_fit():
 
 
 def test_keep_end_cuts_the_start_of_the_prompt_alike_for_all_responses():
-    """max_length 5, longest response 3: the last 2 prompt tokens stay, also before the response of 2."""
+    """max_length 5, longest response 3: the last 2 prompt tokens are kept, also for the response with 2 tokens."""
     row, cuts = truncate_row(row_of([P, Q, R], [A, B, EOS], [C, EOS]), 5, "keep_end", KINDS)
     assert (row.prompt_ids, row.response_ids) == ([Q, R], [[A, B, EOS], [C, EOS]])
     assert cuts == Cuts(responses=0, prompt=True, longest=6)
 
 
 def test_keep_end_keeps_one_prompt_token_and_cuts_the_response_that_is_too_long_alone():
-    """max_length 4: one prompt token, so 3 for a response: 2 words and the EOS."""
+    """max_length 4: one prompt token is kept, which leaves 3 for a response: 2 words and the EOS."""
     row, cuts = truncate_row(row_of([P, Q, R], [A, B, C, D, EOS], [C, EOS]), 4, "keep_end", KINDS)
     assert (row.prompt_ids, row.response_ids) == ([R], [[A, B, EOS], [C, EOS]])
     assert cuts == Cuts(responses=1, prompt=True, longest=8)
 
 
 def test_a_cut_through_somebody_elses_turn_ends_with_the_assistants_turn_before_it():
-    """Scored A B EOS, a user's turn Q Q Q, scored C EOS; room for 5 ends inside the user's turn, which goes."""
+    """Scored A B EOS, a user turn Q Q Q, scored C EOS: 5 tokens end inside the user turn, so this turn is removed."""
     ids, mask = [A, B, EOS, Q, Q, Q, C, EOS], [1, 1, 1, 0, 0, 0, 1, 1]
     row, _ = truncate_row(row_of([P], ids, [D, EOS], masks=[mask, [1, 1]]), 6, "keep_start", KINDS)
     assert row.response_ids[0] == [A, B, EOS] and row.scored_masks[0] == [1, 1, 1]
@@ -113,7 +113,7 @@ def test_keep_end_keeps_the_system_prompt_and_the_users_header():
 
 
 def turns(*words: str) -> list[dict]:
-    """A conversation that begins and ends with the user."""
+    """Return a conversation that begins and ends with a user turn."""
     return [say(("user", "assistant")[at % 2], word) for at, word in enumerate(words)]
 
 
@@ -122,7 +122,9 @@ LONG = "What is the capital of France? " * 9
 
 @pytest.mark.parametrize("system", [[], [say("system", "Be brief.")]], ids=["no system", "system"])
 def test_keep_end_cuts_whole_turns_before_it_cuts_the_last_message(system):
-    """Each result is what the template writes for fewer turns, with one token of room less than the next longer."""
+    """Each result is what the template writes for the remaining turns; one token
+    less of room removes the next turns.
+    """
     talk = turns("Hi", "Hello, who are you?", "Dean", "Oh, Dean.", "And the capital?")
     parts = [[*system, *talk[at:]] for at in (0, 2, 4)]
     wholes = [TOKENIZER.apply_chat_template(part, add_generation_prompt=True, tokenize=False) for part in parts]
@@ -139,14 +141,14 @@ def test_keep_end_cuts_whole_turns_before_it_cuts_the_last_message(system):
 
 
 def test_keep_end_drops_a_prompt_that_would_begin_in_the_middle_of_another_turn():
-    """The user's last message is followed by an answer that is too long, which the response continues."""
+    """The prompt ends with an assistant message that the responses continue, and this message alone is too long."""
     rows = Dataset.from_list([chat_pair(prompt=[*ask("Hi"), say("assistant", LONG)]), chat_pair()])
     done = prepare_dataset(rows, TOKENIZER, max_length=48, truncation_mode="keep_end")
     assert done["row"][:] == [1]
 
 
 def test_keep_end_looks_at_the_template_of_the_row():
-    """A tool's result after the user's question is not cut within either."""
+    """A tool result that follows the user's question is not cut in the middle."""
     prompt = [*ask("Hi"), say("assistant", "Well."), say("tool", LONG)]
     rows = Dataset.from_list([chat_pair(prompt=[*ask("Oh"), *prompt]), chat_pair()])
     assert prepare_dataset(rows, TOKENIZER, max_length=48, truncation_mode="keep_end")["row"][:] == [1]

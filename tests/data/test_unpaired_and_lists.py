@@ -1,6 +1,6 @@
-"""Labelled responses and lists become prepared rows, and pairs unpaired rows on request.
+"""Labeled responses and lists become prepared rows, and pairs become unpaired rows on request.
 
-A row is given another prompt's response where a loss asks for it.
+If a loss needs mismatched responses, each row gets a response to another prompt.
 """
 
 from collections import Counter
@@ -41,7 +41,7 @@ def test_a_labeled_text_is_one_response_and_its_label(label):
 
 
 def test_a_labeled_message_has_the_tokens_of_the_same_pair():
-    """Prompt and response of a chat row are what they are as the chosen side of a pair."""
+    """A labeled chat row has the same prompt and response tokens as the chosen response of a pair."""
     row = prepare_row({"prompt": ask(), "completion": reply("Paris."), "label": False}, TOKENIZER)
     pair = prepare_row(chat_pair(), TOKENIZER)
     assert row["prompt_ids"] == pair["prompt_ids"] and row["response_ids"][0] == pair["response_ids"][0]
@@ -49,7 +49,7 @@ def test_a_labeled_message_has_the_tokens_of_the_same_pair():
 
 
 def test_ranks_are_kept_and_scores_give_ranks_too():
-    """Scores (2, 5, 2): the second is the best, the others share rank 2, counted behind one better response."""
+    """Scores (2, 5, 2): the second response is the best; the others have rank 2, because one response is better."""
     ranked, scored = (prepare_row(listed(*given), TOKENIZER) for given in (("ranks", [2, 1, 3]), ("scores", [2, 5, 2])))
     assert (ranked["ranks"], ranked["scores"]) == ([2.0, 1.0, 3.0], [])
     assert (scored["ranks"], scored["scores"]) == ([2.0, 1.0, 2.0], [2.0, 5.0, 2.0])
@@ -111,7 +111,7 @@ def test_bad_rows_are_counted_and_named_or_dropped():
 
 
 def test_a_list_is_cut_as_a_whole():
-    """Responses beyond max_length are cut one by one, behind one prompt, their ranks untouched."""
+    """Responses longer than max_length are truncated separately; the prompt and the ranks do not change."""
     long = " Paris, the capital of France, once upon a time, under the sea"
     rows = Dataset.from_list([listed("ranks", [2, 1], [" Rome.", long])])
     whole = prepare_dataset(rows, TOKENIZER, max_length=None)[0]
@@ -123,7 +123,9 @@ def test_a_list_is_cut_as_a_whole():
 
 
 def test_real_labeled_answers():
-    """Eight GSM8K answers, a right and a wrong one to each of four problems, whose prompts are the same tokens."""
+    """The rows are eight GSM8K answers: a correct and a wrong one for each of four
+    problems, with equal prompt tokens.
+    """
     rows = real_rows("gsm8k")
     prepared = prepare_dataset(Dataset.from_list(rows), TOKENIZER, max_length=None)
     assert prepared["labels"][:] == [[row["label"]] for row in rows] == [[True], [False]] * 4
@@ -133,7 +135,7 @@ def test_real_labeled_answers():
 
 
 def test_real_lists():
-    """Four answers with the number of comparisons each has won: 2½, 2½, ½, ½ and a four-way tie."""
+    """The rows are four answers with the number of comparisons that each has won (2½, 2½, ½, ½), and a four-way tie."""
     rows = [
         {
             "prompt": row["prompt"],
@@ -177,7 +179,7 @@ def test_unpairing_leaves_labeled_rows_alone_and_refuses_rows_of_several_pairs()
 
 
 def test_an_unpaired_stream_mixes_its_labels():
-    """Streams are shuffled where they are read: the two responses of a pair do not follow each other."""
+    """Streams are shuffled while they are read, so the two responses of a pair are not adjacent."""
     rows = [text_pair(chosen=f" {n}.", rejected=f" {-n}.") for n in range(1, 65)]
     stream = prepare_dataset(Dataset.from_list(rows).to_iterable_dataset(), TOKENIZER, unpair=True)
     found = [(row["row"], row["labels"][0]) for row in stream]
@@ -190,7 +192,7 @@ def test_an_unpaired_stream_mixes_its_labels():
 
 
 def same_prompts(counts: list[int]) -> Dataset:
-    """Unpaired rows of prompts 0, 1, … that have so many rows each, in no order; a row's response is its own number."""
+    """Return unpaired rows in random order, with `counts[p]` rows of prompt p; the response of a row is its number."""
     prompts = np.random.default_rng(0).permutation(np.repeat(np.arange(len(counts)), counts))
     return Dataset.from_list(
         [
@@ -207,8 +209,10 @@ def same_prompts(counts: list[int]) -> Dataset:
 
 
 def test_no_mismatched_response_answers_the_own_prompt():
-    """One prompt of 12 rows and three small ones, 120 epochs: never a row of the own prompt, the row itself included;
-    every other row about as often as the next (χ² of 12 rows is below 40 but once in 10,000)."""
+    """One prompt has 12 rows, and three have fewer. In 120 epochs, no row gets a response to its own prompt.
+
+    All other rows are drawn equally often (χ² of 12 rows exceeds 40 once in 10,000).
+    """
     data = same_prompts([12, 4, 3, 1])
     prompt_of = {row["response_ids"][0][0]: row["prompt_ids"][0] for row in data}
     rows = MismatchedResponses(data, seed=3)
@@ -218,7 +222,7 @@ def test_no_mismatched_response_answers_the_own_prompt():
         for row in rows.__getitems__(range(len(rows))):
             (ids,) = row["mismatched_ids"]
             assert prompt_of[ids[0]] != row["prompt_ids"][0]
-            if row["prompt_ids"] == [13]:  # the single row, to which all 19 others are open
+            if row["prompt_ids"] == [13]:  # the prompt with a single row: the 19 other rows are possible
                 drawn[ids[0]] += 1
     counts = np.array([drawn[number] for number in prompt_of if prompt_of[number] == 10])
     assert ((counts - 120 / 19) ** 2 / (120 / 19)).sum() < 40
@@ -226,7 +230,7 @@ def test_no_mismatched_response_answers_the_own_prompt():
 
 
 def test_a_draw_is_of_the_seed_the_epoch_and_the_row():
-    """However rows are asked for, one by one or together, the mismatch is the same; another epoch has another."""
+    """The drawn response of a row is the same for any order or batch of rows; another epoch has another one."""
     data = unpaired(16)
 
     def draws(seed=0, epoch=0):

@@ -1,6 +1,7 @@
-"""PEFT methods under the engines, one function for each method and engine: trained, evaluated, saved and resumed.
+"""PEFT methods under the engines: one function per method and engine, which trains, evaluates, saves and resumes.
 
-Policies have moved away from their base, so that losses have margins. The optimizer is the smooth Adam of `habits`.
+The policies have moved away from their base model, so that losses have margins. The
+optimizer is the smooth Adam of `habits`.
 """
 
 from collections.abc import Callable
@@ -23,12 +24,12 @@ ROWS = random_rows(3, seed=2, longest=10)
 
 
 def base(kind: str) -> PreTrainedModel:
-    """The model beneath an adapter."""
+    """Return the model below the adapter."""
     return tiny_model(**({"attention_bias": True, "mlp_bias": True} if kind == ALL_BIASES else {}))
 
 
 def adapted(kind: str) -> PeftModel:
-    """A policy under an adapter that has been trained."""
+    """Return a policy with a trained adapter."""
     config, settings = BIASES if kind == ALL_BIASES else KINDS[kind]
     torch.manual_seed(0)
     model = get_peft_model(base(kind), config(task_type="CAUSAL_LM", **settings))
@@ -36,15 +37,15 @@ def adapted(kind: str) -> PeftModel:
 
 
 def run(place: Place, kind: str, reference: str) -> dict[str, Any]:
-    """Train, evaluate, save, resume.
+    """Train, evaluate, save, and resume.
 
     Returns:
-        What `Place.outcome` returns, and reference: the reference's log-probs of `ROWS` after training, `[6]`.
+        The result of `Place.outcome`, and reference: the reference's log-probs of `ROWS` after training, `[6]`.
         resumed: the weights of a run that was resumed in the second epoch. saved: the folder of the adapter.
     """
 
     def trainer():
-        place.policy()  # forgets the engine's configuration, which would shard the next model while it is created
+        place.policy()  # resets the engine's configuration, which would shard the next model during its construction
         return place.trainer(adapted(kind), reference=reference, **resumable())
 
     whole = trainer()
@@ -60,7 +61,7 @@ def run(place: Place, kind: str, reference: str) -> dict[str, Any]:
 
 
 def scene(engine: str, kind: str, reference: str) -> Callable[[Path], dict[str, Any]]:
-    """A run under an engine as a scene."""
+    """Return a run under an engine as a scene."""
 
     def play(folder: Path) -> dict[str, Any]:
         return run(Place(ENGINES[engine], bf16=False, folder=folder), kind, reference)

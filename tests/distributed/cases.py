@@ -1,9 +1,9 @@
-"""What is trained the same way by every engine and by one process.
+"""The training runs that every engine and one process run in the same way.
 
-Every case has a global batch of four examples, in two micro-batches, over seven rows: one process takes
-two rows at a time, two processes one each. The second step has three rows, so a rank is left over, to which
-the data loader gives a row that it has seen already. Gradients are clipped to length 1 and the weights go down by plain
-gradient descent, which is linear in the gradient: Adam would make a full step of the sign of a rounding error.
+Every case has a global batch of four examples, in two micro-batches, over seven rows: one process gets two rows at a
+time, and each of two processes gets one. The second step has only three rows, so the data loader gives one rank a row
+that it has already seen. Gradients are clipped to norm 1. The optimizer is plain gradient descent, which is linear in
+the gradient: Adam would turn the sign of a rounding error into a full step.
 """
 
 from dataclasses import dataclass, field
@@ -32,17 +32,17 @@ class Case:
     """A training run.
 
     Attributes:
-        name: what the table calls it.
-        settings: of `PreferenceConfig`, over `DESCENT`.
-        lora: whether an adapter trains (one that is not fresh) or all weights.
-        model: of the model's config. adapter: of the adapter's.
-        four_bits: of the `BitsAndBytesConfig` of a model in 4 bits; `None` for one that is not quantized.
-        rows: of the training data. streams: whether rows come as a stream.
+        name: the name in the table.
+        settings: settings of `PreferenceConfig`, in addition to `DESCENT`.
+        lora: whether an adapter (not a fresh one) trains, or all weights.
+        model: settings of the model's config. adapter: settings of the adapter.
+        four_bits: settings of the `BitsAndBytesConfig` of a 4-bit model; `None` for a model that is not quantized.
+        rows: the training data. streams: whether the data set is a stream.
         ref_model: an explicit reference, "given" as a model or "by name".
-        seed: of how far the policy is from its reference when training begins.
-        resumes: whether the run is also continued from its second checkpoint, in a new trainer.
-        row_by_row: whether each forward has one row, on one rank or on several: an auxiliary loss is a mean over the
-            tokens of a forward.
+        seed: seed of the difference between policy and reference when training begins.
+        resumes: whether the run is also resumed from its second checkpoint, in a new trainer.
+        row_by_row: whether each forward has one row for any number of ranks: an
+            auxiliary loss is a mean over the tokens of a forward.
     """
 
     name: str
@@ -59,7 +59,9 @@ class Case:
     row_by_row: bool = False
 
     def build_model(self) -> nn.Module:
-        """The policy, the same on every rank; an adapter has moved away from zero, so that every loss has margins."""
+        """Return the policy, which is the same on every rank. An adapter is not
+        zero, so that every loss has margins.
+        """
         model = tiny_model(**self.model) if self.four_bits is None else self._quantized()
         return perturbed(with_lora(model, **self.adapter), 0.1, self.seed) if self.lora else model
 
@@ -70,7 +72,9 @@ class Case:
         return type(model).from_pretrained(None, config=model.config, state_dict=weights, quantization_config=config)
 
     def build_reference(self, folder: Path) -> nn.Module | str:
-        """The explicit reference, or where it was saved: a model that is neither the policy nor what is beneath it."""
+        """Return the explicit reference or its saved folder: it differs from the
+        policy and from the policy's base model.
+        """
         model = perturbed(tiny_model(**self.model), 0.1, seed=3)
         if self.ref_model == "given":
             return model
@@ -78,7 +82,7 @@ class Case:
         return str(folder)
 
     def merged_settings(self, world_size: int) -> dict[str, Any]:
-        """The settings of a rank."""
+        """Return the settings of a rank."""
         merged = {**DESCENT, **self.settings}
         if self.row_by_row:
             merged["gradient_accumulation_steps"] = GLOBAL_BATCH // world_size
@@ -98,9 +102,10 @@ def _case(loss: str, layout: str, lora: bool, name: str = "", **settings: Any) -
     return Case(name, {"loss_type": loss, "layout": layout, **reference, **settings}, lora, **own)
 
 
-# An example of its own; over the batch, unpaired, with mismatched responses; no reference; a list; a running mean.
+# One loss of each type: over single examples; over the batch, unpaired, with mismatched responses; without a reference;
+# of lists; with a running mean.
 LOSSES = ("dpo", "kto", "simpo", "plackett_luce", "bco_pair", "kto_pair")
-# With them KTO's baseline is above 0 in every step and in the evaluation, so that it counts.
+# With these settings, KTO's baseline is above 0 in every step and in the evaluation, so that it has an effect.
 SEEDS = {("kto", "shared"): 7, ("kto", "padded"): 5}
 EVERY_LOSS = [
     _case(loss, layout, lora=(number + shift) % 2 == 0, seed=SEEDS.get((loss, layout), 1))
@@ -109,7 +114,7 @@ EVERY_LOSS = [
 ]
 CHECKPOINTED = {"gradient_checkpointing": True}
 BUDGET = {"max_tokens_per_batch": 45, "gradient_accumulation_steps": 1, "rows": 10}
-# With an epsilon as large as the gradients, Adam is as smooth as plain descent; and it has a state to resume.
+# With an epsilon as large as the gradients, Adam is as smooth as plain descent. It has a state to resume.
 RESUMED = {"optim": "adamw_torch", "adam_epsilon": 0.01, "learning_rate": 0.01, "num_train_epochs": 2, "resumes": True}
 MOVING = {"sync_ref_model": True, "ref_model_mixup_alpha": 0.5, "ref_model_sync_steps": 2}
 # Models whose layers need whole sequences, and one with a load-balancing loss.
@@ -130,7 +135,7 @@ HYBRIDS: dict[str, dict[str, Any]] = {
 HYBRIDS = {name: {"model_type": name, **config} for name, config in HYBRIDS.items()}
 MAMBA_EXPERTS = {**HYBRIDS["granitemoehybrid"], "num_local_experts": 4, "num_experts_per_tok": 2}
 EXPERTS = {"model_type": "mixtral", "num_local_experts": 4}
-# Two of the layers train nothing, and run once for policy and reference.
+# In two of the layers nothing trains, so they run once for policy and reference.
 THREE_LAYERS = {"num_hidden_layers": 3}
 UPPER = {"target_modules": ["q_proj", "down_proj"], "layers_to_transform": [2]}
 MORE = [
@@ -183,8 +188,9 @@ MORE = [
 CASES = {case.name: case for case in EVERY_LOSS + MORE}
 assert len(CASES) == len(EVERY_LOSS) + len(MORE)
 
-# What the test suite runs: everything where it is quick, and elsewhere each loss, in both layouts, and what an engine
-# may treat in a way of its own. `python -m tests.distributed.table --all-cases` runs everything everywhere.
+# The test suite runs all cases if they are fast. For slower engines it runs each loss, in both layouts, and settings
+# that an engine may treat differently. `python -m tests.distributed.table --all-cases` runs all cases under all
+# engines.
 SOME = [
     "dpo, padded, full",
     "dpo, shared, LoRA, copy of a trained adapter",
@@ -203,7 +209,7 @@ SOME = [
     "dpo, around, full, checkpointed",
     "kto, around, LoRA",
 ]
-# Where weights are in shards, also what reads those of the reference.
+# Under engines that shard the weights, also cases that read the reference's weights.
 SHARDED = [
     *SOME,
     "dpo, shared, LoRA, adapted head",
@@ -214,20 +220,20 @@ SHARDED = [
     "tdpo2, padded, full, explicit reference",
     "dpo, padded, full, explicit reference by name",
 ]
-# Other models, in what is special about them: mixers that need whole sequences, the model's own logits, routers.
+# Models with special layers: token mixers that need whole sequences, log-probs from the model's own logits, routers.
 MODELS = [
     "dpo, around, full, short convolution",
     "dpo, shared, full, own logits",
     "dpo, shared, full, auxiliary loss",
 ]
-# All of them, nightly.
+# The nightly tests run all of them.
 EVERY_MODEL = [name for name, case in CASES.items() if "model_type" in case.model]
 # DeepSpeed's ZeRO-3 raises a "tracing error" for this model. The cause may be that its Mamba-2 layers read weights of
 # submodules in training mode and call the submodules in evaluation mode; this is not confirmed.
 UNDER_ZERO3 = [name for name in EVERY_MODEL if "Mamba-2 and experts" not in name]
 FEW = ["dpo, padded, full", "dpo, shared, LoRA, copy of a trained adapter", "bco, shared, LoRA, resumed"]
 QLORA = "dpo, shared, LoRA, 4 bits, resumed"
-# What an engine is to compute, and, of that, what is tried in every run of the suite; the rest is nightly.
+# The cases of each engine, and the subset that every run of the test suite runs; the other cases are nightly.
 ALL_OF = {
     "ddp": list(CASES),
     "zero1": FEW,
@@ -236,7 +242,7 @@ ALL_OF = {
     "zero3_offload": FEW,
     "fsdp2": [*SHARDED, *EVERY_MODEL, "dpo, shared, LoRA, 4 bits stored as fp32, resumed"],
 }
-# Every second case, and the moving reference, which the tests of resuming read.
+# Every second case, and the moving reference, which the tests of resuming need.
 _MOVING = "dpo, shared, full, moving reference, resumed"
 IN_SUITE = {
     **ALL_OF,

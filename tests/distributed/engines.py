@@ -1,4 +1,4 @@
-"""The engines, set up on the CPU: what a trainer is told, and how a rank sees the whole of a sharded parameter."""
+"""The engines on the CPU: the settings of the trainer, and access to the full value of a sharded parameter."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,11 +16,11 @@ class Engine:
     """An engine.
 
     Attributes:
-        settings: of `PreferenceConfig`.
-        whole: a parameter's values, whole, on every rank.
-        is_sharded: whether a rank holds only a part of a parameter.
-        adapt: what a trainer needs beyond its settings.
-        bf16: its settings where it computes in bf16.
+        settings: settings of `PreferenceConfig`.
+        whole: returns the full value of a parameter, on every rank.
+        is_sharded: whether a rank has only a part of a parameter.
+        adapt: changes of a trainer in addition to its settings.
+        bf16: the settings if the engine computes in bf16.
     """
 
     settings: dict[str, Any] = field(default_factory=dict)
@@ -30,12 +30,12 @@ class Engine:
     bf16: dict[str, Any] = field(default_factory=dict)
 
     def in_precision(self, bf16: bool) -> dict[str, Any]:
-        """Its settings, in fp32 or in bf16."""
+        """Return the settings, in fp32 or in bf16."""
         return {**self.settings, "bf16": True, **self.bf16} if bf16 else self.settings
 
 
 def zero(stage: int, **optimization: Any) -> dict[str, Any]:
-    """A DeepSpeed configuration of a ZeRO stage. In fp32, without overlap, which the CPU has no streams for."""
+    """Return a DeepSpeed configuration of a ZeRO stage in fp32, without overlap, because a CPU has no streams."""
     return {
         # The default buckets take gigabytes.
         "zero_optimization": {
@@ -46,7 +46,7 @@ def zero(stage: int, **optimization: Any) -> dict[str, Any]:
             **optimization,
         },
         "zero_allow_untested_optimizer": True,
-        # With parameters in CPU memory, DeepSpeed insists on its own Adam otherwise.
+        # With parameters in CPU memory, DeepSpeed would otherwise require its own Adam.
         "zero_force_ds_cpu_optimizer": False,
         "gradient_clipping": "auto",
         "gradient_accumulation_steps": "auto",
@@ -62,7 +62,7 @@ def _zero3(**more: Any) -> Engine:
 
 
 def zero_in_bf16(stage: int, **optimization: Any) -> dict[str, Any]:
-    """The settings of a ZeRO stage whose weights are in bf16, of which the optimizer has copies in fp32."""
+    """Return the settings of a ZeRO stage with weights in bf16; the optimizer has fp32 copies of the weights."""
     return {"deepspeed": {**zero(stage, **optimization), "bf16": {"enabled": True}}}
 
 
@@ -78,7 +78,7 @@ def _is_partitioned(parameter: nn.Parameter) -> bool:
 
 
 def _switch_fsdp_on(trainer: Trainer) -> None:
-    """What accelerate does for processes with GPUs, and leaves for those with CPUs."""
+    """Do what accelerate does for GPU processes, but not for CPU processes."""
     for state in (PartialState(), trainer.accelerator.state):
         state.distributed_type = DistributedType.FSDP
     plugin = FullyShardedDataParallelPlugin(**trainer.args.fsdp_plugin_args)
@@ -88,15 +88,15 @@ def _switch_fsdp_on(trainer: Trainer) -> None:
     trainer.is_fsdp_enabled = True
 
 
-# What is wrapped are the layers that a model says must not be split.
+# FSDP wraps the layer classes that the model lists in `_no_split_modules`.
 FSDP2 = {"fsdp": True, "fsdp_config": {"version": 2}}
 ENGINES = {
     "ddp": Engine(),
     "zero1": Engine({"deepspeed": zero(1)}),
     "zero2": Engine({"deepspeed": zero(2)}, bf16=zero_in_bf16(2)),
-    # No parameter is too small to be sharded, none is gathered before it is used or kept for another use.
+    # All parameters are sharded, even small ones; none is gathered in advance or kept for another use.
     "zero3": _zero3(stage3_param_persistence_threshold=0, stage3_prefetch_bucket_size=0, stage3_max_reuse_distance=0),
-    # With DeepSpeed's own threshold, which leaves everything of a tiny model whole between its uses.
+    # With DeepSpeed's default threshold, so the parameters of a tiny model stay gathered between their uses.
     "zero3_offload": _zero3(offload_optimizer={"device": "cpu"}, offload_param={"device": "cpu"}),
     "fsdp2": Engine(
         FSDP2,

@@ -1,7 +1,8 @@
-"""What people do with a trainer, one function a habit: run by one process, and by two under each engine.
+"""Common uses of a trainer ("habits"), one function each: run in one process, and in two processes under each engine.
 
-Every run has a global batch of four examples, in two micro-batches, over seven rows, by plain gradient descent, as in
-`cases`. Models start from weights that bf16 has, so that an engine that keeps bf16 weights starts from the same model.
+Every run has a global batch of four examples, in two micro-batches, over seven rows,
+with plain gradient descent, as in `cases`. Models start from weights that bf16 can
+represent, so that an engine with bf16 weights starts from the same model.
 """
 
 from collections.abc import Callable
@@ -29,20 +30,20 @@ from tests.trainers import logged, make_trainer, pairs
 
 TIMING = ("runtime", "per_second", "epoch", "preparation_time")
 EVERY_STEP = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
-# With an epsilon as large as the gradients, Adam is as smooth as plain descent; and it has a state to resume.
+# With an epsilon as large as the gradients, Adam is as smooth as plain descent. It has a state to resume.
 WITH_STATE = {"optim": "adamw_torch", "adam_epsilon": 0.01, "learning_rate": 0.01, "lr_scheduler_type": "linear"}
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a habit is followed: an engine, a precision, a folder."""
+    """The place in which a habit runs: an engine, a precision, and a folder."""
 
     engine: Engine
     bf16: bool
     folder: Path
 
     def trainer(self, model: nn.Module | None = None, folder: str = "out", **settings: Any) -> PreferenceTrainer:
-        """A trainer of the engine, with the share of the global batch that a rank has."""
+        """Return a trainer of the engine, with the rank's share of the global batch."""
         share = GLOBAL_BATCH // (2 * (dist.get_world_size() if dist.is_initialized() else 1))
         settings = {
             "train_dataset": pairs(7),
@@ -59,20 +60,22 @@ class Place:
         return trainer
 
     def policy(self, seed: int = 1, lora: bool = True) -> nn.Module:
-        """A model of weights that bf16 has; whole, whatever the trainer before was configured for."""
+        """Return a model with weights that bf16 can represent; it is not sharded,
+        whatever the engine of earlier trainers.
+        """
         unset_hf_deepspeed_config()
         return policy(seed, lora)
 
     def wait(self) -> None:
-        """Until every rank is here."""
+        """Wait until every rank is here."""
         if dist.is_initialized():
             dist.barrier()
 
     def outcome(self, *trainers: PreferenceTrainer, **more: Any) -> dict[str, Any]:
-        """The losses, gradient norms and evaluations of trainers, and the weights of the last of them."""
+        """Return the losses, gradient norms and evaluations of the trainers, and the weights of the last one."""
         logs = [entry for trainer in trainers for entry in trainer.state.log_history]
         model = trainers[-1].model
-        release_gathered(ModuleTree(model))  # FSDP2 leaves what the last forward has gathered whole until the next one
+        release_gathered(ModuleTree(model))  # FSDP2 would keep them gathered until the next forward
         return {
             "losses": [entry["loss"] for entry in logs if "loss" in entry],
             "norms": [float(entry["grad_norm"]) for entry in logs if "grad_norm" in entry],
@@ -83,13 +86,13 @@ class Place:
 
 
 def policy(seed: int = 1, lora: bool = True) -> nn.Module:
-    """A model of weights that bf16 has; an adapter that has been trained trains, or all weights."""
+    """Return a model with weights that bf16 can represent; either a trained adapter trains, or all weights."""
     model = perturbed(with_lora(tiny_model()) if lora else tiny_model(), 0.1, seed)
     return model.to(torch.bfloat16).float()
 
 
 def metrics(entry: dict[str, float]) -> dict[str, float]:
-    """The figures of an evaluation, without its timing."""
+    """Return the metrics of an evaluation, without its timing."""
     return {name: value for name, value in entry.items() if not name.endswith((*TIMING, "step"))}
 
 
@@ -97,7 +100,7 @@ HABITS: dict[str, Callable[[Place], dict[str, Any]]] = {}
 
 
 def habit(function: Callable[[Place], dict[str, Any]]) -> Callable[[Place], dict[str, Any]]:
-    """Add a habit to the table, under its name."""
+    """Register a habit under its name."""
     HABITS[function.__name__] = function
     return function
 
@@ -145,7 +148,7 @@ def predicts_after(place):
 
 
 def resumable(**more: Any) -> dict[str, Any]:
-    """The settings of a run of two epochs and four steps that is taken up in the middle of the second."""
+    """Return the settings of a run of two epochs and four steps, which is resumed in the middle of the second epoch."""
     return {**WITH_STATE, "num_train_epochs": 2, "save_strategy": "steps", "save_steps": 1, **more}
 
 
@@ -162,7 +165,7 @@ def resumes(place):
 
 
 def resumes_with_fewer(place):
-    """One rank goes on from what two have saved; the steps have the same rows."""
+    """One rank resumes from the checkpoint of two ranks; the steps have the same rows."""
     two = place.folder.parent / place.folder.name.replace("_with_fewer", "")
     resumed = place.trainer(**resumable())
     resumed.train(resume_from_checkpoint=str(two / "out" / "checkpoint-3"))
@@ -185,7 +188,7 @@ def resumes_all_weights_alone(place):
 
 @habit
 def two_trainers(place):
-    """The second is made before the first trains; both evaluate when both have trained."""
+    """The second trainer is created before the first one trains; both evaluate after both have trained."""
     first = place.trainer(folder="first")
     second = place.trainer(place.policy(seed=5), folder="second", loss_type="hinge", train_dataset=pairs(6))
     first.train()
@@ -197,7 +200,7 @@ def two_trainers(place):
 
 @habit
 def one_after_the_other(place):
-    """Each trainer is made when the one before has done its work."""
+    """The second trainer is created after the first one has finished."""
     outcomes = [trains(Place(place.engine, place.bf16, place.folder / str(number))) for number in range(2)]
     joined = {name: outcomes[0][name] + outcomes[1][name] for name in ("losses", "norms", "metrics")}
     return {**outcomes[1], **joined}
@@ -205,7 +208,7 @@ def one_after_the_other(place):
 
 @habit
 def runs_the_cell_again(place):
-    """The loss is registered again, the same model object is trained on by another trainer, in the same folder."""
+    """The loss is registered again, and a new trainer trains the same model object in the same folder."""
     model = place.policy()
 
     def cell():
@@ -227,7 +230,9 @@ def of_a_cell(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_
 
 @habit
 def streams(place):
-    """Two loader workers and accumulation; a step may take the rows in an order of its own, so there is only one."""
+    """A stream with two loader workers and accumulation. The order of the rows in a
+    step may differ, so there is one step.
+    """
     rows = pairs(10).to_iterable_dataset(num_shards=2)
     settings = {"dataloader_num_workers": 2, "gradient_accumulation_steps": 4, "max_steps": 1}
     trainer = place.trainer(train_dataset=rows, eval_dataset=pairs(5, seed=1).to_iterable_dataset(), **settings)
@@ -255,7 +260,9 @@ def several_evaluation_sets(place):
 
 @habit
 def loads_the_best(place, lora=True):
-    """The second of two steps makes the model worse, so that the first checkpoint is the best; then it evaluates."""
+    """The second of two steps makes the model worse, so the first checkpoint is the
+    best; then the trainer evaluates.
+    """
     settings = {"load_best_model_at_end": True, "learning_rate": 1.0, **EVERY_STEP}
     trainer = place.trainer(place.policy(lora=lora), **settings)
     trainer.train()
@@ -272,7 +279,7 @@ def loads_the_best_of_all_weights(place):
 
 @habit
 def keeps_a_reference_adapter(place):
-    """The reference is a frozen adapter with a head of its own; checkpoints and `save_model` have it whole."""
+    """The reference is a frozen adapter with its own head; checkpoints and `save_model` contain its full tensors."""
     model = place.policy()
     model.add_adapter("before", LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
     generator = torch.Generator().manual_seed(3)
@@ -304,7 +311,7 @@ def saves_weights_alone(place):
 
 
 class Impatient(TrainerCallback):
-    """Evaluates after step 1, saves after step 2, and stops after step 3 of 4; and notes what it sees."""
+    """A callback that evaluates after step 1, saves after step 2, stops after step 3 of 4, and records what it gets."""
 
     def __init__(self):
         self.seen = []
@@ -331,7 +338,7 @@ def own_callback(place):
 
 
 def scene(engine: str, bf16: bool, name: str) -> Callable[[Path], dict[str, Any]]:
-    """A habit under an engine as a scene, whose name says all three."""
+    """Return a habit under an engine as a scene, with a name that contains engine, precision, and habit."""
 
     def play(folder: Path) -> dict[str, Any]:
         follow = HABITS.get(name, resumes_with_fewer)
@@ -342,7 +349,7 @@ def scene(engine: str, bf16: bool, name: str) -> Callable[[Path], dict[str, Any]
 
 
 def scene_name(engine: str, bf16: bool, name: str) -> str:
-    """The name of that scene."""
+    """Return the name of this scene."""
     return f"{engine}_{'bf16' if bf16 else 'fp32'}_{name}"
 
 

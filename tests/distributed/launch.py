@@ -1,4 +1,4 @@
-"""Two processes on the CPU that run cases under an engine, and one process that runs the same."""
+"""Run cases in two CPU processes under an engine, and the same cases in one process."""
 
 import functools
 import os
@@ -19,9 +19,9 @@ WORLD_SIZE = 2
 
 
 def launch(engine: str, cases: list[str], folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """What came out of each case, by rank: `run_case`'s outcome, or an `error`.
+    """Return the outcome of each case by rank: the result of `run_case`, or an `error`.
 
-    One start of two processes for all cases, because starting them costs more than most cases do.
+    The two processes are started once for all cases, because starting them takes longer than most cases.
     """
     output = torchrun("tests.distributed.worker", engine, folder, *cases)
     outcomes = {}
@@ -33,7 +33,7 @@ def launch(engine: str, cases: list[str], folder: Path) -> dict[str, list[dict[s
 
 
 def torchrun(module: str, *arguments: object, ranks: int = WORLD_SIZE, timeout: int = 900) -> str:
-    """Run a module in several processes; the end of what they printed."""
+    """Run a module in several processes, and return the end of their output."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     environment = {
         **os.environ,
@@ -50,25 +50,25 @@ def torchrun(module: str, *arguments: object, ranks: int = WORLD_SIZE, timeout: 
 
 @functools.cache
 def one_process(case: str) -> dict[str, Any]:
-    """What comes out of a case in this process."""
+    """Return the outcome of a case in this process."""
     with tempfile.TemporaryDirectory() as folder:
         return run_case(CASES[case], Engine(), Path(folder))
 
 
 def differences(actual: dict[str, Any], expected: dict[str, Any]) -> dict[str, float]:
-    """The largest difference of the losses, of the weights (as a share of their largest change) and of the metrics."""
+    """Return the largest differences of losses, of weights (relative to their largest change) and of metrics."""
     if len(actual["losses"]) != len(expected["losses"]) or actual["metrics"].keys() != expected["metrics"].keys():
         return dict.fromkeys(("losses", "weights", "metrics"), float("inf"))
     metrics = ((actual["metrics"][name], value, name) for name, value in expected["metrics"].items())
     return {
         "losses": max(abs(a - b) for a, b in zip(actual["losses"], expected["losses"], strict=True)),
         "weights": largest_difference(actual["weights"], expected["weights"]) / expected["scale"],
-        # In the unit of a loss and of rewards: β times log-ratios in nats, β = 0.1.
+        # Metrics are compared in the unit of a loss and of rewards: β times log-ratios in nats, β = 0.1.
         "metrics": max(abs(a - b) / max(10.0 if "log_ratios/" in name else 1.0, abs(b)) for a, b, name in metrics),
     }
 
 
 def largest_difference(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
-    """The largest difference of any weight."""
+    """Return the largest difference of any weight."""
     assert actual.keys() == expected.keys()
     return max((actual[name] - expected[name]).abs().max().item() for name in expected)

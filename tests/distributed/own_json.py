@@ -1,4 +1,4 @@
-"""Runs of two ranks under DeepSpeed configurations as users have them: an optimizer and a scheduler of their own.
+"""Runs of two ranks under DeepSpeed configurations that define an optimizer and a scheduler.
 
 Started by torchrun: `python -m tests.distributed.own_json FOLDER`.
 """
@@ -41,7 +41,7 @@ STEPS, WARM_UP, RATE = 6, 3, 1e-2
 
 
 def settings(ranks: int) -> dict[str, Any]:
-    """Eight rows a step, in two micro-batches."""
+    """Return the settings: eight rows per step, in two micro-batches."""
     return {
         "max_steps": STEPS,
         "warmup_steps": WARM_UP,

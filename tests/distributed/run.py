@@ -1,4 +1,4 @@
-"""One case under one engine: what came out of it, as plain tensors and numbers."""
+"""Run one case under one engine, and return its outcome as plain tensors and numbers."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -22,20 +22,20 @@ from tests.trainers import ROWS, logged, make_trainer
 RESUMED_FROM = 3
 
 
-@mock.patch.dict(CHUNK_ROWS, cpu=16)  # several chunks to a micro-batch, and not as many on every rank
+@mock.patch.dict(CHUNK_ROWS, cpu=16)  # a micro-batch has several chunks, and their number differs between ranks
 def run_case(case: Case, engine: Engine, folder: Path) -> dict[str, Any]:
     """Train, evaluate and save.
 
     Returns:
-        losses: of each step. metrics: of the evaluation of seven rows. weights: of all that trains.
-        baselines: KTO's, of each step and of the evaluation. checkpoint: the last one, if the case has any.
-        moved: where a reference that moves is after the last step.
-        resumed: the weights of a new trainer that went on from the middle of the second epoch, if the case asks for it.
-        lower_layers: how many layers run once for policy and reference.
+        losses: the loss of each step. metrics: those of an evaluation of seven rows. weights: all trainable weights.
+        baselines: KTO's baselines in each step and in the evaluation. checkpoint: the last one, if there is any.
+        moved: the weights of a moving reference after the last step.
+        resumed: the weights of a new trainer that resumed in the middle of the second epoch, if the case resumes.
+        lower_layers: the number of layers that run once for policy and reference.
         head_is_whole: see `watch_head`. pieces: see `count_pieces`.
-        whole_parameters: names of the parameters of policy and explicit reference of which this rank holds more than
-            its part, after training.
-        saved: where the model was saved. scale: the largest change of a weight.
+        whole_parameters: the names of parameters of policy and explicit reference
+            that are not sharded on this rank after training.
+        saved: the folder of the saved model. scale: the largest change of a weight.
     """
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     trainer = _trainer(case, engine, folder, world_size)
@@ -50,7 +50,7 @@ def run_case(case: Case, engine: Engine, folder: Path) -> dict[str, Any]:
         outcome["whole_parameters"] += _whole_parameters(trainer.reference.model, engine)
     outcome["metrics"] = _metrics(trainer)
     outcome["baselines"] = [*logged(trainer, "loss/kto_kl"), *logged(trainer, "eval_loss/kto_kl")]
-    # Saved as the evaluation has left it.
+    # Saved in the state in which the evaluation left the model.
     outcome["saved"] = str(folder / "saved")
     trainer.save_model(outcome["saved"])
     outcome["weights"] = _trained(trainer, engine)
@@ -66,7 +66,7 @@ def run_case(case: Case, engine: Engine, folder: Path) -> dict[str, Any]:
 
 
 class Hooks(TrainerCallback):
-    """Registers hooks when training begins, so that they run inside those of the engine."""
+    """A callback that registers hooks when training begins, so that they run inside the hooks of the engine."""
 
     def __init__(self, register: Callable[[], None]):
         self.register = register
@@ -76,14 +76,16 @@ class Hooks(TrainerCallback):
 
 
 def watch_head(trainer: PreferenceTrainer, engine: Engine) -> dict[str, set[bool]]:
-    """Whether the head's weight was whole before, inside and after the head's forward, filled in by training."""
+    """Record whether the head's weight is gathered before, inside and after the
+    head's forward; training fills the list.
+    """
     seen: dict[str, set[bool]] = {"before": set(), "inside": set(), "after": set()}
 
     def register() -> None:
         causal_lm = base_causal_lm(trainer.model)
         head = causal_lm.get_output_embeddings()
-        head = getattr(head, "base_layer", head)  # beneath an adapter
-        weight = head.weight  # asking the module for it inside a forward would make ZeRO-3 gather it
+        head = getattr(head, "base_layer", head)  # the head below an adapter
+        weight = head.weight  # accessing the module inside a forward would make ZeRO-3 gather its parameter
 
         def note(place: str) -> Callable[..., None]:
             return lambda *_: seen[place].add(not engine.is_sharded(weight))
@@ -97,7 +99,7 @@ def watch_head(trainer: PreferenceTrainer, engine: Engine) -> dict[str, set[bool
 
 
 def count_pieces(trainer: PreferenceTrainer) -> list[int]:
-    """How many pieces each batch of this rank was cut into, filled in by training."""
+    """Record the number of pieces of each batch of this rank; training fills the list."""
     counts: list[int] = []
     idle = trainer.global_batch.idle
     trainer.global_batch.idle = lambda batches: (counts.extend(len(b["pieces"]) for b in batches), idle(batches))[1]
@@ -109,7 +111,7 @@ def _whole_parameters(model: nn.Module, engine: Engine) -> list[str]:
 
 
 def _trained(trainer: PreferenceTrainer, engine: Engine) -> dict[str, Any]:
-    # FSDP2 leaves what the last forward has gathered whole until the next one.
+    # FSDP2 keeps the parameters of the last forward gathered until the next one.
     release_gathered(ModuleTree(trainer.model))
     return {name: engine.whole(p) for name, p in trainer.model.named_parameters() if p.requires_grad}
 
@@ -120,17 +122,18 @@ def _trainer(case: Case, engine: Engine, folder: Path, world_size: int) -> Prefe
         settings["reference_cache_dir"] = str(folder / "cache")
     if case.resumes:
         settings |= {"save_strategy": "steps", "save_steps": 1}
-    # The configuration of the last case would make models in parts, each rank of its own random numbers.
+    # With the configuration of the last case, models would be created in shards, with different random numbers on each
+    # rank.
     unset_hf_deepspeed_config()
     model = case.build_model()
     if case.ref_model:
         settings["ref_model"] = case.build_reference(folder / "reference")
         if world_size > 1:
-            dist.barrier()  # the first rank writes it
+            dist.barrier()  # the first rank saves it
     trainer = make_trainer(folder, model, train_dataset=None, **settings)
     engine.adapt(trainer)
     if not case.lora:
-        # The reference is a copy of what it was, so the first loss has margins, and KTO's baseline is above 0.
+        # The reference is a copy of the earlier weights, so the first loss has margins, and KTO's baseline is above 0.
         perturbed(trainer.model, 0.1, case.seed)
     rows = ROWS[trainer.criterion.kind]
     datasets = rows(case.rows), rows(7, seed=1)

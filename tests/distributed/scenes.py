@@ -1,6 +1,6 @@
-"""Short scenes for two processes: each is a function that every rank calls, and that gives back numbers.
+"""Scenes for two processes: a scene is a function that every rank calls and that returns numbers.
 
-Started as a module, it runs those of a test module that are named, one after the other:
+As a module, this file runs the given scenes of a test module, one after the other:
 `python -m torch.distributed.run … -m tests.distributed.scenes FOLDER TEST_MODULE SCENE…`.
 """
 
@@ -21,7 +21,7 @@ from tests.distributed.launch import WORLD_SIZE, torchrun
 def play(
     scenes: list[Callable[[Path], Any]], folder: Path, ranks: int = WORLD_SIZE, timeout: int = 900
 ) -> dict[str, list[Any]]:
-    """What each scene gave back on each rank, by its name; an error is given back as its text."""
+    """Return the result of each scene on each rank, keyed by the scene's name; an error is returned as its text."""
     names = [scene.__name__ for scene in scenes]
     module = scenes[0].__module__
     output = torchrun("tests.distributed.scenes", folder, module, *names, ranks=ranks, timeout=timeout)
@@ -42,7 +42,7 @@ def _main(folder: str, module: str, *names: str) -> None:
         except Exception:
             outcome = traceback.format_exc()
         torch.save(outcome, Path(folder, f"{name}{dist.get_rank()}.pt"))
-        # A rank that has failed would answer the other one's next call of another kind.
+        # After an error on one rank, collective calls of the ranks would no longer match.
         dist.monitored_barrier()
     dist.destroy_process_group()
 

@@ -1,4 +1,4 @@
-"""Every engine with every case against one process, as a table in Markdown.
+"""Print a Markdown table that compares every engine and every case with one process.
 
 python -m tests.distributed.table [engine …]
 """
@@ -26,7 +26,7 @@ def main() -> None:
             outcomes = launch(engine, cases, Path(folder))
         for case, ranks in outcomes.items():
             failed = next((outcome["error"].strip().splitlines()[-1] for outcome in ranks if "error" in outcome), None)
-            with contextlib.redirect_stdout(sys.stderr):  # what a trainer prints is no row of the table
+            with contextlib.redirect_stdout(sys.stderr):  # the output of the trainers is not part of the table
                 found = [] if failed else [differences(outcome, one_process(case)) for outcome in ranks]
             cells = [failed] if failed else [f"{max(d[name] for d in found):.0e}" for name in found[0]]
             print(f"| {engine} | {case} | {' | '.join(cells)} |", flush=True)

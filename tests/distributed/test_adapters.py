@@ -1,7 +1,7 @@
-"""PEFT methods other than LoRA under each engine: the numbers of one process, or an error that says what to do.
+"""PEFT methods other than LoRA under each engine: the results equal those of one process, or an error says what to do.
 
-Tolerances are those of `test_habits` in fp32: a loss is off by 1e-5 at most, a weight by 1e-4 of the largest change of
-one. A log-prob of a response is a sum of ten terms of 8 nats: 1e-4 is twenty roundings of it.
+The tolerances are those of `test_habits` in fp32: 1e-5 for a loss, and 1e-4 of the largest change of a weight for a
+weight. A log-prob of a response is a sum of ten terms of 8 nats: 1e-4 is twenty roundings of this sum.
 """
 
 import functools
@@ -17,7 +17,7 @@ from tests.distributed.habits import Place
 from tests.distributed.scenes import play
 from tests.distributed.test_habits import apart
 
-ENGINES = ("fsdp2", "ddp", "zero2", "zero3")  # DeepSpeed leaves settings behind that exclude FSDP, so it comes last
+ENGINES = ("fsdp2", "ddp", "zero2", "zero3")  # DeepSpeed leaves settings that exclude FSDP, so FSDP2 comes first
 KINDS = [
     *(
         (kind, "auto")
@@ -36,7 +36,7 @@ KINDS = [
     *((kind, "adapter_off") for kind in ("DoRA", "IA3", "VeRA", "trained tokens", "LoRA with modules_to_save")),
 ]
 REFUSED = {("zero3", kind): "ZeRO-3 cannot save soft prompts" for kind in ("prompt tuning", "prefix tuning")}
-# The tests switch FSDP2 on after construction, so they do not get its errors: see reference/test_unusual_adapters.py.
+# The tests enable FSDP2 after construction, so its errors do not occur here: see reference/test_unusual_adapters.py.
 NOT_UNDER_FSDP2 = ("VeRA", "prompt tuning", "prefix tuning")
 CELLS = [(engine, *run) for engine in ENGINES for run in KINDS if engine != "fsdp2" or run[0] not in NOT_UNDER_FSDP2]
 
@@ -45,7 +45,7 @@ pytestmark = pytest.mark.nightly
 
 @pytest.fixture(scope="module")
 def outcomes(request, tmp_path_factory):
-    """What came out of the runs that are to be compared; two processes are started once for all of them."""
+    """Return the outcomes of the runs; two processes are started once for all of them."""
     params = [item.callspec.params for item in request.session.items if item.module is request.module]
     scenes = [scene(p["engine"], p["kind"], p["reference"]) for p in params]
     return play(scenes, tmp_path_factory.mktemp("adapters"), timeout=3600)
@@ -53,19 +53,19 @@ def outcomes(request, tmp_path_factory):
 
 @functools.cache
 def one_process(kind, reference, folder):
-    """What comes out of a run in this process."""
+    """Return the outcome of a run in one process."""
     return adapters.run(Place(Engine(), False, folder / kind / reference), kind, reference)
 
 
 @functools.cache
 def start(kind):
-    """The trained weights as given."""
+    """Return the trained weights before the run."""
     return {name: p.detach().clone() for name, p in adapters.adapted(kind).named_parameters() if p.requires_grad}
 
 
 @functools.cache
 def plain_logps(kind, reference):
-    """The log-probs of `ROWS` under the untouched reference, one sequence at a time."""
+    """Return the log-probs of `ROWS` under the unchanged reference, one sequence at a time."""
     model = (adapters.base(kind) if reference == "adapter_off" else adapters.adapted(kind)).eval()
     found = []
     for row in ROWS:
@@ -103,11 +103,11 @@ def test_an_adapter_trains_is_saved_and_is_resumed_as_in_one_process(
 
 
 def loaded(kind, folder):
-    """The weights that PEFT loads on the base."""
+    """Return the weights that PEFT loads on the base model."""
     model = PeftModel.from_pretrained(adapters.base(kind), folder)
     return dict(model.named_parameters())
 
 
 def apart_weights(found, expected):
-    """The largest difference of any of the expected weights."""
+    """Return the largest difference of any expected weight."""
     return max((found[name] - values).abs().max().item() for name, values in expected.items())

@@ -1,11 +1,10 @@
-"""Two processes under an engine do what one process does with the same global batch: the same losses, weights and
-evaluation, whatever the loss, the layout and what trains.
+"""Two processes under an engine get the same losses, weights and evaluation as one process with the same global batch.
 
-Everything is in fp32, and what differs is the order of sums. A loss is made of log-probs of some 50 nats, whose last
-place is 4e-6, times β = 0.1 (SimPO's are per token): 1e-5 leaves room for ten of them. Weights of about 1 have a last
-place of 1.2e-7, and the largest of them moves by 1e-2: 1e-4 of that is eight last places. A row that counts twice,
-which is what accelerate's data loader does to fill up the last batch, changes weights by 13 % of the largest change or
-more.
+Everything is in fp32, and only the order of sums differs. A loss is computed from log-probs of about
+50 nats, with a unit in the last place of 4e-6, times β = 0.1 (SimPO's log-probs are per token): 1e-5
+is more than ten such units. Weights of about 1 have a unit in the last place of 1.2e-7, and the
+largest change is 1e-2: 1e-4 of that is eight units. If the row that accelerate's data loader repeats
+to fill the last batch were counted, weights would change by 13 % of the largest change or more.
 """
 
 import functools
@@ -33,7 +32,9 @@ CAN_RESUME_DDP = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def outcomes_of(tmp_path_factory):
-    """What came out of a case: an engine is started once for all cases of the suite, and once for the nightly ones."""
+    """Return the outcomes of a case. An engine is started once for the cases of the
+    suite, and once for the nightly ones.
+    """
 
     @functools.cache
     def launched(engine, in_suite):
@@ -62,7 +63,9 @@ def each(engines):
 
 @each(ENGINES)
 def test_two_processes_do_what_one_does(outcomes_of, engine, case):
-    """On every rank; and a run that is resumed in the middle of its second epoch ends where the whole one does."""
+    """All ranks have the results of one process. A run that is resumed in its second
+    epoch ends with the same weights.
+    """
     expected = one_process(case)
     for outcome in outcomes_of(engine, case):
         assert "error" not in outcome, outcome["error"]
@@ -76,7 +79,7 @@ def test_two_processes_do_what_one_does(outcomes_of, engine, case):
 
 @each(ENGINES)
 def test_what_was_saved_loads_without_the_engine(outcomes_of, engine, case):
-    """By transformers and PEFT alone, every weight bit for bit what was trained."""
+    """transformers and PEFT load the saved model without the engine, with the trained weights, bit for bit."""
     outcome = outcomes_of(engine, case)[0]
     if CASES[case].lora:
         base = tiny_model(**CASES[case].model)
@@ -89,15 +92,18 @@ def test_what_was_saved_loads_without_the_engine(outcomes_of, engine, case):
 
 @each(["zero3", "fsdp2"])
 def test_every_parameter_is_sharded(outcomes_of, engine, case):
-    """After a step a rank holds no parameter whole: what was to be sharded is."""
+    """After a step, no rank has a full parameter."""
     assert [outcome["whole_parameters"] for outcome in outcomes_of(engine, case)] == [[], []]
 
 
 @each(["zero3"])
 def test_the_heads_weight_is_whole_only_inside_the_head(outcomes_of, engine, case):
-    """Policy and reference, with and without gradients: not while the last layer runs, and not after the head. Beneath
-    an adapter, or in a head of several layers, it is called once more in the backward, after which it stays whole for
-    its own gradient."""
+    """In policy and reference, with and without gradients, the weight is sharded
+    while the last layer runs and after the head.
+
+    Below an adapter, or in a head of several layers, the head is called once more in
+    the backward pass, and then stays gathered for its own gradient.
+    """
     after = {False, True} if "adapted head" in case or "LoRA, own logits" in case else {False}
     expected = {"before": {False}, "inside": {True}, "after": after}
     assert [outcome["head_is_whole"] for outcome in outcomes_of(engine, case)] == [expected, expected]
@@ -105,15 +111,18 @@ def test_the_heads_weight_is_whole_only_inside_the_head(outcomes_of, engine, cas
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_ktos_baseline_is_above_zero(outcomes_of, engine):
-    """In every step and in the evaluation of every case, so that the comparison is one of baselines too: the case would
-    pass without them if z = max(0, mean) were 0."""
+    """This holds in every step and in the evaluation of every case. If z = max(0,
+    mean) were 0, the comparison of engines would not test the baselines.
+    """
     baselines = {case: outcomes_of(engine, case)[0]["baselines"] for case in IN_SUITE[engine] if case[:4] == "kto,"}
     assert all(len(found) >= 3 and min(found) > 0 for found in baselines.values()), baselines
 
 
 @pytest.mark.parametrize("engine", [pytest.param("ddp", marks=CAN_RESUME_DDP), "zero2", "zero3", "fsdp2"])
 def test_a_moved_reference_goes_on_with_another_number_of_ranks(outcomes_of, engine, tmp_path):
-    """What two ranks have saved is whole: one process takes it over, and it is what the one process had saved."""
+    """The checkpoint of two ranks has full tensors: one process can resume from it,
+    and it equals that of one process.
+    """
     case = "dpo, shared, full, moving reference, resumed"
     expected = one_process(case)
     trainer = make_trainer(tmp_path, CASES[case].build_model(), train_dataset=None, **CASES[case].merged_settings(1))
@@ -124,6 +133,6 @@ def test_a_moved_reference_goes_on_with_another_number_of_ranks(outcomes_of, eng
 
 
 def test_a_token_budget_cuts_ranks_batches_unequally(outcomes_of):
-    """So the comparison above is of ranks that fill up with pieces without examples."""
+    """Therefore the comparison above includes ranks that add pieces without examples."""
     first, second = (outcome["pieces"] for outcome in outcomes_of("ddp", "dpo, shared, full, token budget"))
     assert len(first) == len(second) and first != second

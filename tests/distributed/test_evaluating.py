@@ -1,7 +1,7 @@
-"""Under engines that shard, an evaluation under a token budget is that of one process, whichever way ranks cut batches.
+"""Under engines that shard, an evaluation with a token budget equals that of one process, however ranks split batches.
 
-In fp32 a loss of log-probs of some 50 nats (a last place of 4e-6) times β = 0.1 differs by 1e-5 at most: see
-`test_engines`.
+In fp32, a loss of log-probs of about 50 nats (unit in the last place: 4e-6) times β
+= 0.1 differs by at most 1e-5: see `test_engines`.
 """
 
 import pytest
@@ -13,7 +13,7 @@ from tests.tiny_models import perturbed, random_rows, tiny_model
 from tests.trainers import make_trainer, pairs
 
 ONE_PROCESS = Engine()
-# Two rows a rank: short | long, long | short, long | short and a rest that is filled up.
+# Two rows per rank: short | long, long | short, long | short, and a last batch that is filled with repeated rows.
 LONG = [False] * 2 + [True] * 4 + [False] * 2 + [True] * 2 + [False] * 2 + [True]
 
 
@@ -23,7 +23,7 @@ def uneven_rows():
 
 
 def evaluations(engine, folder, **settings):
-    """The metrics of two evaluations, of which the second remembers the reference, and how many pieces batches had."""
+    """Return the metrics of two evaluations (the second one reuses reference log-probs), and the pieces per batch."""
     settings = {"loss_type": "dpo", "max_tokens_per_batch": 30, "eval_dataset": uneven_rows(), **settings}
     data = {"train_dataset": pairs(2), "ref_model": perturbed(tiny_model(), 0.1, seed=3)}
     trainer = make_trainer(
@@ -58,7 +58,7 @@ def _named(engine):
         yield function
 
 
-# DeepSpeed leaves settings behind that exclude FSDP, so it comes last.
+# DeepSpeed leaves settings that exclude FSDP, so FSDP2 comes first.
 SCENES = {engine: list(_named(engine)) for engine in ("fsdp2", "zero3")}
 
 

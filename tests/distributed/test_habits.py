@@ -1,21 +1,22 @@
-"""What people do with a trainer, under each engine and in fp32 and bf16: the numbers of one process, or a clear error.
+"""Common uses of a trainer under each engine, in fp32 and bf16: the results of one process, or a clear error.
 
-In fp32 the order of sums differs, as in `test_engines`: a loss of log-probs of 50 nats, whose last place is 4e-6, times
-β = 0.1 is off by 1e-5 at most, a weight by 1e-4 of the largest change of one.
+In fp32, only the order of sums differs, as in `test_engines`. The log-probs of a
+loss are about 50 nats, with a unit in the last place of 4e-6. Times β = 0.1, a loss
+differs by at most 1e-5, and a weight by 1e-4 of the largest change of a weight.
 
-In bf16 every operand is rounded by up to u = 2^-8 of it, or u/√3 in the mean square. Between token and logit of the two
-layers some D = 22 results are rounded one after the other, so a logit is off by u·√(D/3) = 1.1 % of it: with logits of
-1.7, a token's log-prob, a difference of two, by √2·1.7·1.1 % = 0.025 nats. A response of 6 tokens is off by
-√6·0.025 = 0.06 nats, the margin of a pair (two responses, policy and reference) by 0.12, and the mean of the four
-pairs of a step by 0.06. Two runs that round otherwise are √2 times as far apart, and NATS = 0.34 is four times that. A
-loss of slope β = 0.1 is off by β·NATS.
+In bf16, every operand has a relative rounding error of up to u = 2^-8, or u/√3 in the mean square. Between token and
+logit, the two layers round about D = 22 results one after the other, so a logit has a relative error of u·√(D/3) = 1.1
+%. With logits of 1.7, a token's log-prob, a difference of two logits, has an error of √2·1.7·1.1 % = 0.025 nats. A
+response of 6 tokens has an error of √6·0.025 = 0.06 nats, the margin of a pair (two responses, policy and reference)
+0.12, and the mean of the four pairs of a step 0.06. The difference of two runs is √2 times as large, and NATS = 0.34 is
+four times that. A loss with slope β = 0.1 has an error of β·NATS.
 
-The gradient is a product of 2·D such results, u·√(2D/3) = 1.5 %, and a difference of those of the chosen and of the
-rejected response, which share the prompt: √2 times that. Two runs are √2 times as far apart again, and GRADIENT = 12 %
-is four times that: of the gradient's norm and of the largest change of a weight. Adam divides one such number by
-another, which makes twice that. DeepSpeed keeps weights in bf16: a weight is off by u·|w| besides. What evaluations
-change with the weights is off by the weights' share, too. An accuracy counts signs of margins, those of size 0 among
-them, so it is not compared in bf16.
+The gradient is a product of 2·D such results, with an error of u·√(2D/3) = 1.5 %, and a difference between the chosen
+and the rejected response, which share the prompt: √2 times that. The difference of two runs is √2 times as large again,
+and GRADIENT = 12 % is four times that; it applies to the norm of the gradient and to the largest change of a weight.
+Adam divides one such number by another, which doubles the error. DeepSpeed keeps weights in bf16, which adds an error
+of u·|w| to a weight. The change of an evaluation has the error of the change of the weights, too. An accuracy counts
+signs of margins, some of which are 0, so it is not compared in bf16.
 """
 
 import functools
@@ -32,16 +33,16 @@ from tests.distributed.habits import HABITS, Place, policy, scene, scene_name
 from tests.distributed.scenes import play
 
 ROUNDING, NATS, GRADIENT, BETA = 2.0**-8, 0.34, 0.12, 0.1
-ENGINES = ("fsdp2", "ddp", "zero2", "zero3")  # DeepSpeed leaves settings behind that exclude FSDP, so it comes last
+ENGINES = ("fsdp2", "ddp", "zero2", "zero3")  # DeepSpeed leaves settings that exclude FSDP, so FSDP2 comes first
 PRECISIONS = ("fp32", "bf16")
-# With a state of Adam's.
+# These habits use Adam, because they need an optimizer state.
 ADAPTIVE = ("resumes", "resumes_weights_alone", "resumes_all_weights_alone", "resumes_with_fewer")
 FEWER = "resumes_with_fewer"
 ONCE = "under DeepSpeed, a trainer can train only once.* set eval_on_start=True"
 NOT_BEFORE = "cannot evaluate or predict before training: set eval_on_start=True"
 ANEW = "another trainer has sharded this model.* load the model again"
 WEIGHTS = "only weights.* start a new run from its weights"
-# What is refused, and what the error says to do.
+# The habits that raise an error, and a pattern for the error.
 REFUSED = {
     **{(engine, "splits_batches"): "divide per_device_train_batch_size .* by the 2 ranks" for engine in ENGINES},
     ("zero2", "evaluates_first"): NOT_BEFORE,
@@ -55,7 +56,7 @@ REFUSED = {
     **{(engine, "resumes_all_weights_alone"): WEIGHTS for engine in ("zero2", "zero3", "fsdp2")},
     **{(f"zero{n}", FEWER): "written by 2 ranks, but this run has 1.* start the same number of ranks" for n in (2, 3)},
 }
-# What no other test of two processes has; the rest is for make nightly.
+# Habits that no other test of two processes covers; make nightly runs the others.
 IN_SUITE = [
     *(
         (engine, "fp32", name)
@@ -87,7 +88,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def outcomes(request, folder):
-    """What came out of the habits that are to be compared; two processes are started once for all of them."""
+    """Return the outcomes of the habits; two processes are started once for all of them."""
     params = [item.callspec.params for item in request.session.items if item.module is request.module]
     wanted = [(p["engine"], p["precision"], p["habit"]) for p in params if "habit" in p]
     fewer = [scene(engine, dtype == "bf16", name) for engine, dtype, name in wanted if name == FEWER]
@@ -98,7 +99,7 @@ def outcomes(request, folder):
 
 @pytest.fixture(scope="module")
 def table():
-    """The largest differences, by habit and by engine and precision; written where NIGHTLY_TABLE says."""
+    """Collect the largest differences by habit, engine and precision, and write them to the file in NIGHTLY_TABLE."""
     rows = {}
     yield rows
     if os.environ.get("NIGHTLY_TABLE"):
@@ -107,14 +108,14 @@ def table():
 
 @functools.cache
 def by_one_process(name, precision, folder):
-    """What comes out of a habit in this process."""
+    """Return the outcome of a habit in one process."""
     name = "resumes" if name == FEWER else name
     return HABITS[name](Place(Engine(), precision == "bf16", folder / "one" / precision / name))
 
 
 @functools.cache
 def start(lora, precision, folder):
-    """The weights and the evaluation of a policy before it is trained."""
+    """Return the weights and the evaluation of a policy before training."""
     trainer = Place(Engine(), precision == "bf16", folder / "start" / precision).trainer(policy(lora=lora))
     weights = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
     return weights, habits.metrics(trainer.evaluate())
@@ -140,7 +141,7 @@ def test_a_habit_gives_the_numbers_of_one_process(outcomes, table, folder, engin
 
 
 def shares(outcome, expected, engine, precision, habit, folder):
-    """The largest difference of each kind of number, and its bound."""
+    """Return the largest difference of each kind of number, relative to its bound."""
     assert isinstance(outcome, dict), outcome
     before, evaluated = start("of_all" not in habit and "resumes_all" not in habit, precision, folder)
     exact = precision == "fp32"
@@ -176,13 +177,15 @@ def shares(outcome, expected, engine, precision, habit, folder):
 
 
 def apart(found, expected, relative=False):
-    """The largest difference of two lists of numbers."""
+    """Return the largest difference of two lists of numbers."""
     pairs = zip(found, expected, strict=True)
     return max((abs(a - b) / (abs(b) if relative else 1.0) for a, b in pairs), default=0.0)
 
 
 def of_evaluations(found, expected, before, exact, nats, gradient):
-    """The largest difference of a figure, as a share of its bound; each step's change of it is off by its own share."""
+    """Return the largest difference of a metric relative to its bound, which grows
+    with the metric's change in each step.
+    """
     largest, path, last = 0.0, {}, dict(before)
     for mine, theirs in zip(found, expected, strict=True):
         assert mine.keys() == theirs.keys()
@@ -191,7 +194,8 @@ def of_evaluations(found, expected, before, exact, nats, gradient):
                 continue
             path[name] = path.get(name, 0.0) + abs(value - last.get(name, value))
             last[name] = value
-            # β times a figure in nats, or a figure in nats (for a sum, or for a token, which is less).
+            # The bound is in nats for log-probs (summed or, which is smaller, per token), and β times that for other
+            # metrics.
             in_rewards = "rewards/" in name or "loss" in name
             bound = (BETA * nats if in_rewards else nats) + gradient * path[name]
             largest = max(largest, abs(mine[name] - value) / (bound + (1e-5 * abs(value) if exact else 0.0)))
@@ -199,7 +203,9 @@ def of_evaluations(found, expected, before, exact, nats, gradient):
 
 
 def markdown(rows):
-    """The table: the largest difference of a loss and, as a share of the largest change, of a weight; or an error."""
+    """Return the table: the largest difference of a loss, and of a weight relative
+    to the largest change, or "error".
+    """
     columns = [(engine, precision) for engine in ("ddp", "zero2", "zero3", "fsdp2") for precision in PRECISIONS]
     lines = [f"| habit | {' | '.join(map(' '.join, columns))} |", "|---" * (len(columns) + 1) + "|"]
     for habit, row in rows.items():

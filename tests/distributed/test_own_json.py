@@ -1,4 +1,4 @@
-"""A DeepSpeed configuration with its own optimizer and scheduler trains as one process with the same two."""
+"""A DeepSpeed configuration with its own optimizer and scheduler trains like one process with the same two."""
 
 import pytest
 import torch
@@ -18,19 +18,21 @@ def outcomes(tmp_path_factory):
 
 
 def linear(step):
-    """transformers' schedule: up to 1 in the first steps, then down to 0."""
+    """Compute transformers' schedule: up to 1 in the first steps, then linearly to 0."""
     return step / WARM_UP if step < WARM_UP else (STEPS - step) / (STEPS - WARM_UP)
 
 
 def warmup_decay(step):
-    """DeepSpeed's WarmupDecayLR, which is told of a step after it: two steps are its first."""
+    """Compute DeepSpeed's WarmupDecayLR, which is one step late: the first two steps have the first value."""
     return linear(max(0, step - 1))
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_its_own_optimizer_and_scheduler_are_used(name, outcomes, tmp_path):
-    """Losses to 1e-5 and weights to a thousandth of a step: the orders of summation differ, 2⁻²⁴ of sums of about 100
-    nats, and AdamW divides by the root of a mean of few squares."""
+    """The tolerances are 1e-5 for losses and a thousandth of a step for weights.
+
+    The orders of summation differ: 2⁻²⁴ of sums of about 100 nats. AdamW divides by the root of a mean of few squares.
+    """
     model = tiny_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.1)
     schedule = warmup_decay if "scheduler" in name else linear

@@ -1,6 +1,6 @@
-"""What losses are given is neither cast nor rounded on its way, under engines that compute in bf16.
+"""Under engines that compute in bf16, the inputs of the losses are neither cast nor rounded.
 
-Scores of 8.51 and 8.5 are one number in bf16, whose steps there are 1/16, and so are Elo ratings of 1508 and 1510.
+Scores of 8.51 and 8.5 are equal in bf16, which has steps of 1/16 there, and so are Elo ratings of 1508 and 1510.
 """
 
 from pathlib import Path
@@ -33,7 +33,7 @@ def scored_pairs(count=4):
 
 
 def watched(trainer):
-    """What the objective is given, by name, filled in by training and evaluation."""
+    """Record the inputs of the objective by name; training and evaluation fill the dict."""
     seen = []
     objective = trainer.criterion
 
@@ -47,7 +47,7 @@ def watched(trainer):
 
 
 def in_bf16(engine: dict, folder: Path):
-    """A run in bf16: what the losses were given, whether the gradient is above 0, and the logs."""
+    """Train in bf16, and return the inputs of the losses, whether the gradient is above 0, and the logs."""
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     data = {"train_dataset": scored_pairs(), "eval_dataset": scored_pairs()}
     trainer = make_trainer(
@@ -83,7 +83,7 @@ def ddp_in_bf16(folder):
 
 
 def zero3_evaluates_first(folder):
-    """The metrics of an evaluation before training, and what training says then."""
+    """Return the metrics of an evaluation before training, and the error of training after it."""
     trainer = make_trainer(folder, eval_dataset=pairs(6), ref_model=perturbed(tiny_model(), 0.1, seed=3), **ZERO3)
     metrics = trainer.evaluate()
     with pytest.raises(ValueError) as error:
@@ -100,7 +100,9 @@ def zero2_trains_twice(folder):
 
 
 def fsdp2_in_bf16(folder):
-    """Scores of the policy and of an explicit reference, and the whole weights that they were made with."""
+    """Return log-probs of the policy and of an explicit reference, and the full
+    weights with which they were computed.
+    """
     reference = perturbed(tiny_model(), 0.1, seed=3)
     engine = ENGINES["fsdp2"]
     trainer = make_trainer(
@@ -138,13 +140,15 @@ def outcomes(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory):
-    """Processes of their own: DeepSpeed leaves settings behind that exclude FSDP."""
+    """Run each engine in its own processes, because DeepSpeed leaves settings that exclude FSDP."""
     return play([fsdp2_in_bf16], tmp_path_factory.mktemp("scenes"))["fsdp2_in_bf16"]
 
 
 @pytest.mark.parametrize("scene", ["ddp_in_bf16", "zero2_in_bf16", "zero3_in_bf16"])
 def test_loss_inputs_are_what_the_data_say(outcomes, scene):
-    """In fp32 and to the bit, in training and in evaluation; log-probs are no bf16 numbers; and something trains."""
+    """The inputs are in fp32 and exact, in training and evaluation. Log-probs are
+    not bf16 numbers, and weights do train.
+    """
     rows = set()
     for outcome in outcomes[scene]:
         assert not isinstance(outcome, str), outcome
@@ -166,10 +170,11 @@ def test_loss_inputs_are_what_the_data_say(outcomes, scene):
 
 @pytest.mark.parametrize("name", ["policy", "ref"])
 def test_fsdp2_returns_log_probs_in_fp32(sharded, name):
-    """They are those of a plain model with these weights in bf16, whose logits are normalized in fp32.
+    """The log-probs equal those of a plain model with these weights in bf16, with logits normalized in fp32.
 
-    Logits of up to 8 have steps of 1/32 in bf16, so the two ways to them differ by some steps. Log-probs beyond −4 that
-    were rounded to bf16 would be multiples of 1/32 or more: a distance of 1e-3 from those is no rounding of fp32's.
+    Logits of up to 8 have steps of 1/32 in bf16, so the two log-probs may differ by
+    some steps. If log-probs below −4 were rounded to bf16, they would be multiples of
+    1/32 or more; a distance of 1e-3 from such multiples cannot be rounding in fp32.
     """
     for outcome in sharded:
         assert not isinstance(outcome, str), outcome
@@ -186,7 +191,7 @@ def test_fsdp2_returns_log_probs_in_fp32(sharded, name):
 
 
 def test_zero3_evaluates_before_training_and_refuses_to_train_then(outcomes, tmp_path):
-    """The evaluation is that of one process, to what fp32 leaves of log-probs of 50 nats times 0.1."""
+    """The evaluation equals that of one process up to rounding in fp32: log-probs of 50 nats times 0.1."""
     alone = make_trainer(tmp_path, eval_dataset=pairs(6), ref_model=perturbed(tiny_model(), 0.1, seed=3))
     expected = {name: value for name, value in alone.evaluate().items() if "/" in name or name == "eval_loss"}
     for outcome in outcomes["zero3_evaluates_first"]:
@@ -197,7 +202,7 @@ def test_zero3_evaluates_before_training_and_refuses_to_train_then(outcomes, tmp
 
 
 def test_under_deepspeed_a_second_training_is_refused(outcomes):
-    """It would fail in its first backward, for accelerate has closed the engine."""
+    """Without the error, the first backward pass would fail, because accelerate has destroyed the engine."""
     assert all(
         "a trainer can train only once" in error and "new model" in error for error in outcomes["zero2_trains_twice"]
     )

@@ -1,7 +1,8 @@
-"""Under DDP a run trains the same model whatever was evaluated before it, and ranks that drift apart are noticed.
+"""Under DDP, an evaluation before training does not change the trained model, and ranks that diverge are detected.
 
-Plain gradient descent in fp32, as in `cases`: weights of about 1 move by 1e-2 to 1e-1, their last place is 1.2e-7, and
-1e-4 of the largest change is some ten of them. Gradients that are not averaged move them by another half of it.
+Plain gradient descent in fp32, as in `cases`: weights of about 1 change by 1e-2 to
+1e-1, a unit in the last place is 1.2e-7, and 1e-4 of the largest change is about ten
+units. Gradients that are not averaged change the weights by another half of that.
 """
 
 import functools
@@ -87,7 +88,7 @@ def train_evaluate_train(folder):
 
 
 def broken(folder):
-    """What upstream does with evaluate() before train(), here without the cure."""
+    """Call `evaluate()` before `train()` without our fix, which unwraps the model after the evaluation."""
     trainer = make(folder)
     trainer.evaluate()
     with mock.patch.object(engines, "unwrapped_after_evaluation", lambda accelerator, model, wrapped: wrapped):
@@ -95,7 +96,7 @@ def broken(folder):
 
 
 def broken_behind_a_warm_up(folder):
-    """The first step is at learning rate 0, and moves nothing on either rank."""
+    """The learning rate of the first step is 0, so the step changes no weight on either rank."""
     trainer = make(folder, lr_scheduler_type="linear", warmup_steps=1)
     trainer.evaluate()
     with mock.patch.object(engines, "unwrapped_after_evaluation", lambda accelerator, model, wrapped: wrapped):
@@ -103,7 +104,7 @@ def broken_behind_a_warm_up(folder):
 
 
 def changed_on_one_rank(folder):
-    """Someone moves one weight of one rank in a callback of the first step; the others stay as they are."""
+    """A callback changes one weight of one rank in the first step; the other ranks do not change."""
     trainer = make(folder)
     before = replicas.RanksAgree.on_step_end
 
@@ -118,7 +119,7 @@ def changed_on_one_rank(folder):
 
 
 class ChangesOneRank(TrainerCallback):
-    """Moves one weight of one rank after the second step, when nothing is compared any more until a checkpoint."""
+    """A callback that changes one weight of one rank after the second step. The next comparison is at a checkpoint."""
 
     def on_step_end(self, args, state, control, model=None, **rest):
         if dist.get_rank() == 1 and state.global_step == 2:
@@ -140,7 +141,9 @@ def changed_before_the_end(folder):
 
 
 def not_finite_on_one_rank(folder):
-    """The loss of a row that one of the ranks has, in the second of two steps; nothing is logged, all is saved."""
+    """The loss of one row is not finite; one of the ranks has this row in the second
+    of two steps. No loss is logged.
+    """
     with mock.patch.dict(registry._LOSSES):
 
         @register_loss("fails_in_row_5")
@@ -184,7 +187,7 @@ def before():
 
 @pytest.mark.parametrize(("scene", "plain"), SAME, ids=lambda scene: scene.__name__)
 def test_an_evaluation_before_training_changes_nothing(outcomes, scene, plain):
-    """To the bit on both ranks; and there is something that trained."""
+    """The weights on both ranks are equal, bit for bit, and training has changed them."""
     (first, second), (expected, _) = outcomes[scene.__name__], outcomes[plain.__name__]
     assert isinstance(first, dict), first
     assert largest_difference(first, second) == 0
@@ -217,7 +220,9 @@ def test_a_loss_that_is_not_finite_stops_every_rank(outcomes):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_a_checksum_sees_every_change(dtype):
-    """One element by one last place, two that are swapped, the sign of a zero; and nothing where nothing changed."""
+    """It detects a change of one element by one unit in the last place, two swapped
+    elements, and the sign of a zero.
+    """
     values = torch.randn(7, 11, generator=torch.Generator().manual_seed(0)).to(dtype)
     swapped, nudged, signed = values.clone(), values.clone(), torch.zeros(3, dtype=dtype)
     swapped[0, 0], swapped[6, 10] = values[6, 10], values[0, 0]

@@ -1,7 +1,7 @@
-"""A stream with a shard for each rank: a rank reads its own shards only, each row counts once, and no rank waits.
+"""A stream with a shard for each rank: a rank reads only its own shards, each row counts once, and no rank hangs.
 
 Plain gradient descent in fp32, compared with one process that trains on the same rows in each step: weights of about 1
-move by 1e-2 to 1e-1, their last place is 1.2e-7, and 1e-4 of the largest change is some ten of them.
+change by 1e-2 to 1e-1, a unit in the last place is 1.2e-7, and 1e-4 of the largest change is about ten units.
 """
 
 import pytest
@@ -20,7 +20,7 @@ ROWS = 9
 
 
 def stream(read, *shards):
-    """Rows by shard; the numbers of the rows that were read are added to `read`."""
+    """Return a stream with these rows in each shard; the numbers of the rows that are read are added to `read`."""
 
     rows = pairs(ROWS)
 
@@ -40,7 +40,7 @@ def trainer_of(folder, rows, **settings):
 
 
 def train(folder, *shards, resume=None, **settings):
-    """What a rank has read and trained on, the losses, and the weights."""
+    """Return the rows that a rank has read and trained on, the losses, and the weights."""
     read, steps = [], []
     trainer = trainer_of(folder, stream(read, *shards), **settings)
     begin = trainer.global_batch.begin
@@ -133,7 +133,8 @@ def test_each_rank_reads_its_own_shards(outcomes):
     [
         (uneven, [[[0], [1], [2]], [[3], [4], []]]),
         (one_rank_has_no_rows, [[[0], [1], [2]], [[], [], []]]),
-        # In each epoch rank 0 is at its end first; the last row of rank 1 begins the next epoch.
+        # In each epoch, rank 0 reaches the end first; the last row of rank 1 becomes part of the next epoch's first
+        # step.
         (
             accumulated_over_epochs,
             [[[0, 1], [2], [0, 1], [2], []], [[3, 4], [5, 6], [7, 3], [4, 5], [6, 7]]],
@@ -148,7 +149,9 @@ def test_every_row_is_trained_on_once_per_epoch(outcomes, scene, expected):
 
 @pytest.mark.parametrize("scene", [uneven, compares_examples], ids=lambda scene: scene.__name__)
 def test_the_loss_is_the_mean_over_the_examples_of_all_ranks(outcomes, scene, tmp_path):
-    """Steps of rows (0, 3), (1, 4) and (2): those of one process with two rows a batch and one in its last."""
+    """The steps with rows (0, 3), (1, 4) and (2) equal those of one process with two
+    rows in a batch and one in the last.
+    """
     loss = "aot" if scene is compares_examples else "dpo"
     rows = pairs(ROWS).select([0, 3, 1, 4, 2])
     order = {"train_sampling_strategy": "sequential", "per_device_train_batch_size": 2}

@@ -1,4 +1,4 @@
-"""A rank: runs cases under an engine and leaves what came out. Started by `launch.py`."""
+"""A rank: run cases under an engine and save their outcomes. `launch.py` starts it."""
 
 import argparse
 import traceback
@@ -23,7 +23,7 @@ def main() -> None:
     if "deepspeed" in ENGINES[arguments.engine].settings:
         import deepspeed
 
-        deepspeed.init_distributed("gloo")  # as accelerate does, which finds a group here already
+        deepspeed.init_distributed("gloo")  # accelerate would create the same group; it finds this one instead
     for number, name in enumerate(arguments.cases):
         folder = arguments.folder / str(number)
         folder.mkdir(parents=True, exist_ok=True)
@@ -32,7 +32,7 @@ def main() -> None:
         except Exception:
             outcome = {"error": traceback.format_exc()}
         torch.save(outcome, folder / f"rank{dist.get_rank()}.pt")
-        # A rank that has failed would answer the other one's next call of another kind.
+        # After an error on one rank, collective calls of the ranks would no longer match.
         dist.monitored_barrier()
     dist.destroy_process_group()
 

@@ -1,4 +1,4 @@
-"""Everything public is documented: it has a docstring with its parameters, and docs/api.md names it."""
+"""Everything public has documentation: a docstring with its parameters, and an entry in docs/api.md."""
 
 import dataclasses
 import importlib
@@ -22,7 +22,7 @@ PAGES = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "docs").rg
 
 
 def public(module_name: str) -> list[str]:
-    """The names in `__all__`, or, without it, what the module itself defines."""
+    """Return the names in `__all__` or, without it, the names that the module itself defines."""
     module = importlib.import_module(module_name)
     own = (name for name, value in vars(module).items() if getattr(value, "__module__", None) == module_name)
     return [name for name in getattr(module, "__all__", own) if not name.startswith("_")]

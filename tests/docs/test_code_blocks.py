@@ -1,6 +1,6 @@
-"""The Python blocks of every page, and the cells of the notebook, run from the first to the last, as one program.
+"""The Python blocks of every page, and the cells of the notebook, run from first to last, as one program.
 
-Names of the Hub stand for a tiny random model and ten pairs, so that the blocks train for seconds and need no network.
+Names on the Hub refer to a tiny random model and ten pairs, so the blocks train for seconds and need no network.
 """
 
 import json
@@ -29,7 +29,7 @@ COMMIT = "0" * 40
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory) -> Path:
-    """A cache of the Hub that has the models which the pages name."""
+    """Create a Hub cache with the models that the pages name."""
     cache = tmp_path_factory.mktemp("hub")
     tokenizer = tiny_tokenizer()
     model = tiny_model(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
@@ -45,7 +45,7 @@ def cache(tmp_path_factory) -> Path:
 def ten_pairs(
     name: str, split: str | None = None, data_files: str | None = None
 ) -> datasets.Dataset | datasets.DatasetDict:
-    """Pairs of messages, whatever the name or the file."""
+    """Return pairs of messages, for any data set name or file."""
     rows = datasets.Dataset.from_list(
         [
             {
@@ -72,7 +72,7 @@ def test_the_cells_of_the_notebook_run():
     sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
     names = {}
     for source in sources:
-        if not source.startswith("%"):  # a command of the notebook, not Python
+        if not source.startswith("%"):  # a shell command of the notebook, not Python
             exec(compile(source, "the notebook", "exec"), names)
     assert names["trainer"].state.global_step > 0
 

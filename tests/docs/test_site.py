@@ -1,4 +1,4 @@
-"""The site builds without a warning: no broken link, no page that the navigation leaves out, no unknown API name."""
+"""The site builds without warnings: no broken links, no pages missing in the navigation, no unknown API names."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""What the recipes train on, where they are told to take fewer rows than there are."""
+"""The rows that the recipes train on if they use only a part of the data set."""
 
 from datasets import Dataset
 
@@ -17,7 +17,7 @@ def test_rows_are_drawn_at_random_and_stay_in_their_order():
 
 
 def test_prompts_are_drawn_with_all_their_rows():
-    """Of all prompts but the last one drawn, every row is there."""
+    """For all drawn prompts except the last one, every row is used."""
     for seed in range(20):
         prompts = [row["prompt"][0]["content"] for row in draw_prompts(ROWS, 6, seed)]
         assert len(prompts) == 6

@@ -1,4 +1,4 @@
-"""The demo's data are what their script makes, and neither length nor a form alone tells which response is right."""
+"""The demo's data equal the output of their script, and neither length nor form alone tells which response is right."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""What the recipes train on: mixtures, held-out shares, and limits that belong to the demo's data alone."""
+"""The training data of the recipes: mixtures, held-out rows, and limits that apply only to the demo's data."""
 
 import json
 import sys
@@ -17,7 +17,7 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 
 @pytest.fixture
 def load(tmp_path):
-    """The rows that a command line asks for, with the parsed settings."""
+    """Return the rows that a command line selects, and the parsed settings."""
 
     def loaded(*options: str):
         fixed = ["--model_name_or_path", "m", "--output_dir", str(tmp_path / "out"), "--use_cpu", "--bf16", "false"]
@@ -29,7 +29,7 @@ def load(tmp_path):
 
 @pytest.fixture
 def files(tmp_path) -> dict[str, str]:
-    """A folder with two splits, and a file in other columns."""
+    """Create a folder with two splits, and a file with other columns."""
     folder, other = tmp_path / "pairs", tmp_path / "other.jsonl"
     folder.mkdir()
     for split, count in (("train", 12), ("test", 3)):
@@ -66,13 +66,13 @@ def test_a_mixture_in_a_yaml_file_with_a_share_held_out(load, files, tmp_path):
     train, test, *_ = load("--config", str(config))
     assert [source.fraction for source in train.sources] == [1, 3]
     sizes = [sum(len(source.rows) for source in mixture.sources) for mixture in (train, test)]
-    assert sum(sizes) == 20 and sizes[1] in (4, 5)  # a fifth of 20, by prompts of one or two rows
+    assert sum(sizes) == 20 and sizes[1] in (4, 5)  # a fifth of 20 rows, with whole prompts of one or two rows
 
 
 def test_a_share_is_held_out_in_place_of_a_split(load, files, capsys):
     train, test, *_ = load("--dataset_name", files["folder"], "--test_split_size", "0.25")
     keys = [set(prompt_keys_of(part, None, None, "text").tolist()) for part in (train, test)]
-    assert not keys[0] & keys[1] and (len(train), len(test)) == (8, 4)  # of six prompts of two rows, three rows or more
+    assert not keys[0] & keys[1] and (len(train), len(test)) == (8, 4)  # whole prompts of two rows
     printed = capsys.readouterr().out
     assert "4 rows are held out to evaluate, 8 are trained on" in printed
     assert "Splits: train is trained on; not used: test." in printed
@@ -138,7 +138,7 @@ def test_the_files_of_losses_are_written_and_others_stay(monkeypatch, tmp_path, 
     write.main()
     sys.modules.pop("write")
     assert (tmp_path / "mine.yaml").read_text() == "loss_type: [dpo]\n"
-    assert "left as they are: mine.yaml" in capsys.readouterr().out
+    assert "registered loss: mine.yaml" in capsys.readouterr().out
     for name in filter(is_ours, list_losses()):
         file = RECIPES / "configs" / f"{name}.yaml"
         assert (tmp_path / file.name).read_text() == file.read_text()
@@ -156,5 +156,5 @@ def test_without_one_nothing_is_evaluated_and_one_line_says_so(tmp_path, capsys)
 
 
 def is_ours(name: str) -> bool:
-    """Whether the package has registered a loss, and not another test."""
+    """Return whether the package has registered a loss, and not another test."""
     return get_loss(name).function.__module__.startswith("hf_prefopt.")

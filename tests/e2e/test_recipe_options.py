@@ -1,4 +1,6 @@
-"""Every option that a recipe parses has an effect, or is refused with what to do; trl's new options show up here."""
+"""Every option of a recipe has an effect, or raises an error that says what to do.
+New options of TRL fail these tests.
+"""
 
 from collections import Counter
 from collections.abc import Callable
@@ -27,7 +29,7 @@ Parse = Callable[..., SimpleNamespace]
 
 @pytest.fixture
 def parse(tmp_path) -> Parse:
-    """What is read from a command line, on top of the settings of a script."""
+    """Parse a command line, with the settings of a script as defaults."""
 
     def parsed(script: dict[str, Any], *options: str) -> SimpleNamespace:
         fixed = ["--model_name_or_path", "m", "--dataset_name", "d", "--output_dir", str(tmp_path)]
@@ -44,7 +46,7 @@ def parse(tmp_path) -> Parse:
     return parsed
 
 
-# An option: the recipe, what is typed, where the effect is, and which.
+# A test for each option: the recipe, the command line, the object with the effect, and the effect.
 USED: dict[str, tuple[dict[str, Any], list[str], str, Any]] = {
     "model_name_or_path": (ADAPTER, ["other"], "model.model_name_or_path", "other"),
     "model_revision": (ADAPTER, ["v2"], "loading.revision", "v2"),
@@ -65,7 +67,7 @@ USED: dict[str, tuple[dict[str, Any], list[str], str, Any]] = {
     "use_bnb_nested_quant": (BITS, ["true"], "bits.bnb_4bit_use_double_quant", True),
     "bnb_4bit_quant_storage": (BITS, ["uint8"], "bits.bnb_4bit_quant_storage.itemsize", 1),
 }
-# What is typed, and what is said.
+# The command line, and the error.
 REFUSED: list[tuple[dict[str, Any], list[str], str]] = [
     (
         {},
@@ -91,7 +93,7 @@ REFUSED: list[tuple[dict[str, Any], list[str], str]] = [
 
 
 def test_options_and_defaults_are_those_of_trl():
-    """So that its YAML files are read; `load_in_4bit` and the like become what TRL makes of them."""
+    """YAML files of TRL can be used; `load_in_4bit` and similar options become the same objects as in TRL."""
     for ours, theirs in ((ModelOptions, ModelConfig), (DataOptions, ScriptArguments)):
         defaults = {field.name: field.default for field in fields(ours)}
         assert {field.name: field.default for field in fields(theirs)}.items() <= defaults.items()
@@ -135,7 +137,7 @@ def test_an_option_without_effect_is_refused(recipe, typed, message, parse):
 
 
 def test_the_adapter_on_the_upper_half_of_the_layers(parse):
-    """Seven linear modules in each of the layers 15 to 29 of a model as deep as SmolLM2-135M, and none elsewhere."""
+    """The adapter is on seven linear modules in each of the layers 15 to 29 of a model as deep as SmolLM2-135M."""
     lora = parse(ADAPTER, "--config", str(RECIPES / "dpo_lora_upper.yaml")).lora
     model = get_peft_model(tiny_model(num_hidden_layers=30), lora)
     adapted = [name.split(".layers.")[1] for name, _ in model.named_parameters() if "lora_A" in name]
@@ -148,7 +150,7 @@ def test_further_arguments_of_loading_are_kept(parse):
     assert loading == {"trust_remote_code": True, "num_hidden_layers": 2, "revision": "v2", "dtype": "float32"}
 
 
-# What is typed, and what `datasets.load_dataset` is asked, or which rows are found.
+# The command line, and the arguments of `datasets.load_dataset` or the rows that are read.
 DATA: dict[str, tuple[list[str], dict[str, Any]]] = {
     "dataset_name": (["other"], {"path": "other"}),
     "dataset_config": (["easy"], {"name": "easy"}),
@@ -182,7 +184,7 @@ FILES = ("dpo_lora.yaml", "configs/dpo.yaml", "configs/simpo.yaml", "configs/sft
 @pytest.mark.parametrize("loss", ["simpo", "sft", "cal_dpo", "dpo"])
 @pytest.mark.parametrize("file", FILES)
 def test_another_loss_than_the_files_has_its_own_hyperparameters(file, loss, parse, capsys):
-    """`--config configs/dpo.yaml --loss_type simpo` runs at SimPO's β, and a line says what was left out."""
+    """`--config configs/dpo.yaml --loss_type simpo` uses SimPO's β, and a message lists the dropped hyperparameters."""
     parsed = parse(ADAPTER, "--config", str(RECIPES / file), "--loss_type", loss)
     (term,) = parsed.training.build_objective().terms
     assert term.spec is get_loss(loss) and term.hyperparameters == get_loss(loss).defaults
@@ -192,7 +194,7 @@ def test_another_loss_than_the_files_has_its_own_hyperparameters(file, loss, par
 
 
 def test_hyperparameters_on_the_command_line_are_the_losses(parse):
-    """Also the file's own loss by another of its names keeps what the file says."""
+    """If the command line names the file's loss by an alias, the hyperparameters of the file stay."""
     file = ["--config", str(RECIPES / "configs" / "dpo.yaml")]
     (term,) = parse(ADAPTER, *file, "--loss_type", "simpo", "--beta", "3.0").training.build_objective().terms
     assert term.params["beta"] == 3.0

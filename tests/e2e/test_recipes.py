@@ -1,4 +1,4 @@
-"""Every recipe runs as a user runs it, on a tiny random model, and leaves behind what it says it does."""
+"""Every recipe runs like a user's run, on a tiny random model, and writes the files that it announces."""
 
 import gzip
 import json
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory) -> Path:
-    """A tiny Llama with its tokenizer, saved as a model of the Hub is."""
+    """Save a tiny Llama with its tokenizer, like a model on the Hub."""
     folder = tmp_path_factory.mktemp("tiny-model")
     tokenizer = tiny_tokenizer()
     sizes = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, **QUANTIZABLE}
@@ -33,7 +33,7 @@ def model_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def data_folder(tmp_path_factory) -> Path:
-    """Sixteen training pairs and four held-back ones, as `train` and `test` in one folder."""
+    """Write sixteen training pairs and four held-out pairs, as `train` and `test` in one folder."""
     folder = tmp_path_factory.mktemp("pairs")
     for split, count in (("train", 16), ("test", 4)):
         with gzip.open(folder / f"{split}.jsonl.gz", "wt") as file:
@@ -44,7 +44,7 @@ def data_folder(tmp_path_factory) -> Path:
 
 
 def run_recipe(name: str, output: Path, model: Path, data: Path, *options: str, **environment: str) -> str:
-    """What a recipe prints with its own YAML file, cut down to a tiny model, two steps and a few rows."""
+    """Run a recipe with its own YAML file on a tiny model with few steps and rows, and return its output."""
     command = [sys.executable, str(RECIPES / f"{name}.py"), "--config", str(RECIPES / f"{name}.yaml")]
     shared = ["--model_name_or_path", str(model), "--dataset_name", str(data), "--output_dir", str(output)]
     small = ["--max_steps=2", "--logging_steps=1", "--train_rows=16", "--eval_rows=4", "--max_length=128"]
@@ -54,7 +54,7 @@ def run_recipe(name: str, output: Path, model: Path, data: Path, *options: str, 
 
 
 def in_a_process(command: list[str], cwd: Path, cache: Path, **environment: str) -> subprocess.CompletedProcess:
-    """Runs a command on the package of this tree, whatever is installed, without a network and in a wide terminal."""
+    """Run a command with the package in this tree, without a network, in a wide terminal."""
     settings = {"PYTHONPATH": str(RECIPES.parent), "HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
     settings |= {**os.environ, **settings, "HF_DATASETS_CACHE": str(cache), **environment}
     return subprocess.run(command, capture_output=True, text=True, env=settings, cwd=cwd)
@@ -88,7 +88,7 @@ def test_command_line_overrides_the_yaml_and_the_downstream_check_joins_the_tabl
 
 
 def test_an_adapter_is_pushed_with_its_card_and_curves(tmp_path, model_folder, data_folder):
-    """To a stand-in for the Hub, which then has the very files of the output folder."""
+    """The run pushes to a stand-in for the Hub, which then has the same files as the output folder."""
     with hub() as server:
         online = {"HF_ENDPOINT": server.address, "HF_TOKEN": "hf_none", "HF_HUB_OFFLINE": "0"}
         options = ("--push_to_hub", "--hub_model_id", REPOSITORY)
@@ -100,7 +100,7 @@ def test_an_adapter_is_pushed_with_its_card_and_curves(tmp_path, model_folder, d
 
 
 def test_a_loss_of_ones_own_is_registered_by_its_file(tmp_path, model_folder, data_folder):
-    """Three lines in a file: the loss then goes by its name on the command line, into the logs and the card."""
+    """A file with three lines registers the loss; its name works on the command line, in the logs, and in the card."""
     own = tmp_path / "own.py"
     own.write_text(
         "from hf_prefopt import register_loss\n"
@@ -115,7 +115,7 @@ def test_a_loss_of_ones_own_is_registered_by_its_file(tmp_path, model_folder, da
 
 
 def test_a_data_set_of_one_file_is_trained_on_and_a_column_may_be_left_out(tmp_path, model_folder):
-    """No split to evaluate, and a column that looks like context, which the recipe is told to leave out."""
+    """There is no evaluation split, and the recipe is told to ignore a column that looks like context."""
     data = tmp_path / "one"
     data.mkdir()
     pair = {"prompt": "Is 2 even? ", "chosen": "I can help you.", "rejected": "I'm sorry.", "question": "Is 3 odd?"}
@@ -126,7 +126,7 @@ def test_a_data_set_of_one_file_is_trained_on_and_a_column_may_be_left_out(tmp_p
 
 
 def test_a_script_ends_with_one_line_at_a_mistake(tmp_path):
-    """Exit code 1, and no traceback; `--traceback` shows where the error comes from."""
+    """The exit code is 1, without a traceback; `--traceback` prints it."""
     command = [sys.executable, str(RECIPES / "dpo_lora.py")]
     run = in_a_process(command, cwd=tmp_path, cache=tmp_path)
     assert run.returncode == 1 and run.stderr.splitlines()[-1].startswith("error: the data set is missing")

@@ -1,4 +1,4 @@
-"""The two trainers that the callbacks are tried in: transformers' own, and ours."""
+"""The two trainers for tests of the callbacks: transformers' own, and ours."""
 
 from datasets import Dataset
 from transformers import Trainer, TrainingArguments, default_data_collator
@@ -11,13 +11,13 @@ PROMPTS = ["The capital of France?", "under the sea", {"prompt": [{"role": "user
 
 
 def policy(adapter=True, **settings):
-    """A tiny model, with dropout in its attention, so that training draws random numbers."""
+    """Return a tiny model with dropout in its attention, so that training draws random numbers."""
     model = tiny_model(vocab_size=600, attention_dropout=0.2, eos_token_id=tiny_tokenizer().eos_token_id)
     return with_lora(model, lora_dropout=0.2, init_lora_weights=False, **settings) if adapter else model
 
 
 def plain_trainer(folder, model, **settings):
-    """transformers' own, on the language modelling of a few tokens."""
+    """Return transformers' own Trainer, on language modeling of a few tokens."""
     rows = [{"input_ids": [5, 6, 7, 8 + n], "labels": [5, 6, 7, 8 + n]} for n in range(8)]
     args = TrainingArguments(str(folder), **{**QUIET, "learning_rate": 1e-2, "eval_strategy": "steps", **settings})
     data = {"train_dataset": Dataset.from_list(rows), "eval_dataset": Dataset.from_list(rows[:2])}
@@ -26,7 +26,7 @@ def plain_trainer(folder, model, **settings):
 
 
 def preference_trainer(folder, model, **settings):
-    """Ours."""
+    """Return our trainer."""
     settings = {"learning_rate": 1e-2, "eval_strategy": "steps", "disable_dropout": False, **settings}
     return make_trainer(folder, model, train_dataset=pairs(8), eval_dataset=pairs(2), **settings)
 

@@ -1,4 +1,4 @@
-"""Samples and win rates in transformers' own Trainer and in ours: they are right, and training does not notice them."""
+"""Samples and win rates in transformers' Trainer and in ours: the results are right, and training does not change."""
 
 import io
 import math
@@ -24,7 +24,7 @@ def longer(prompt, first, second):
 
 
 def alone(model, prompt):
-    """A greedy answer by the model's own `generate`, of the prompt alone."""
+    """Return a greedy answer from the model's own `generate`, on this prompt alone."""
     tokenizer = tiny_tokenizer()
     ids = torch.tensor([prompt_ids(prompt, tokenizer)])
     output = model.eval().generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
@@ -34,7 +34,7 @@ def alone(model, prompt):
 @pytest.mark.parametrize("make", TRAINERS.values(), ids=TRAINERS.keys())
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_training_gives_the_same_bits_with_and_without_the_callbacks(make, checkpointing, tmp_path):
-    """With dropout, sampled answers, a judge that draws random numbers, and activation checkpointing."""
+    """The run has dropout, sampled answers, a judge that draws random numbers, and activation checkpointing."""
 
     def judge(prompt, first, second):
         return float(len(first) > len(second))
@@ -56,7 +56,7 @@ def test_training_gives_the_same_bits_with_and_without_the_callbacks(make, check
 
 @pytest.mark.parametrize("make", TRAINERS.values(), ids=TRAINERS.keys())
 def test_policy_and_reference_are_the_adapter_on_and_off(make, tmp_path):
-    """Their answers are those of each model alone, generated prompt by prompt."""
+    """The answers equal those of each model alone, generated prompt by prompt."""
     trainer = make(tmp_path, policy(), **({"reference": "adapter_off"} if make is preference_trainer else {}))
     console = Console(record=True, width=120, file=io.StringIO())
     callback = SampleGenerationsCallback(trainer, PROMPTS, max_new_tokens=6, console=console)
@@ -72,7 +72,7 @@ def test_policy_and_reference_are_the_adapter_on_and_off(make, tmp_path):
 
 @pytest.mark.parametrize("make", TRAINERS.values(), ids=TRAINERS.keys())
 def test_a_reference_that_is_passed(make, tmp_path):
-    """For a policy whose weights all train."""
+    """All weights of the policy train."""
     trainer, other = make(tmp_path, policy(adapter=False)), perturbed(policy(adapter=False), 0.2)
     callback = SampleGenerationsCallback(trainer, PROMPTS, reference=other, max_new_tokens=6)
     trainer.add_callback(callback)
@@ -81,7 +81,9 @@ def test_a_reference_that_is_passed(make, tmp_path):
 
 
 def test_our_trainers_own_reference_is_taken(tmp_path):
-    """A frozen copy of a policy whose weights all train: after training it still answers as the policy did before."""
+    """The reference is a frozen copy of the policy: after training, it still answers
+    like the policy before training.
+    """
     trainer = preference_trainer(tmp_path, policy(adapter=False), max_steps=3, learning_rate=0.1, eval_steps=3)
     before = [alone(policy(adapter=False), prompt) for prompt in PROMPTS]
     callback = SampleGenerationsCallback(trainer, PROMPTS, max_new_tokens=6)
@@ -117,12 +119,12 @@ class TestWinRate:
         return {k: v for k, v in trainer.evaluate().items() if "win_rate" in k}
 
     def test_a_judge_of_places_gives_ties(self, tmp_path):
-        """It says "the first" in both orders: each prompt counts ½, and no verdict is consistent."""
+        """The judge prefers the first answer in both orders: each prompt counts ½, and no verdict is consistent."""
         found = self.run(tmp_path, lambda prompt, first, second: 1)
         assert found["eval_win_rate"] == 0.5 and found["eval_win_rate/consistent"] == 0
 
     def test_by_hand(self, tmp_path):
-        """Wins 1, ½ and 0 on three prompts: ½, and Wilson's interval for n = 3 around it."""
+        """Wins of 1, ½ and 0 on three prompts: the rate is ½, with Wilson's interval for n = 3."""
         answers = {}
         self.run(tmp_path, lambda prompt, first, second: answers.setdefault(str(prompt), [first]) and 0.5)
         policys = {prompt: texts[0] for prompt, texts in answers.items()}
@@ -141,7 +143,7 @@ class TestWinRate:
         assert found["eval_win_rate/consistent"] == 1
 
     def test_a_prompt_that_comes_twice_counts_once(self, tmp_path):
-        """Wins 1, 1 on one prompt and 0 on another: ½ of two, not ⅔ of three."""
+        """Wins of 1 and 1 on one prompt and 0 on another: the rate is ½ of two prompts, not ⅔ of three."""
         kept = {}
 
         def judge(prompt, first, second):
@@ -159,7 +161,7 @@ class TestWinRate:
 
 
 def test_modes_and_random_numbers_are_as_they_were():
-    """Each module has its own mode again, also one that was in evaluation mode inside a training model."""
+    """Each module has its previous mode, even a module in evaluation mode inside a model in training mode."""
     model = policy().train()
     model.base_model.model.model.layers[0].eval()
     modes = [module.training for module in model.modules()]
@@ -172,7 +174,7 @@ def test_modes_and_random_numbers_are_as_they_were():
 
 @pytest.mark.parametrize("metric", ["eval_rewards/margins", "eval_rewards/accuracies"])
 def test_transformers_own_early_stopping_watches_margins_and_accuracies(metric, tmp_path):
-    """An improvement is asked for that none reaches: training stops after `patience` evaluations after the first."""
+    """The required improvement is never reached: training stops `patience` evaluations after the first one."""
     trainer = preference_trainer(
         tmp_path,
         tiny_model(vocab_size=600),

@@ -1,4 +1,4 @@
-"""Tables and pictures arrive in the real trackers, in the run that has the metrics."""
+"""Tables and pictures are logged to the real trackers, in the same run as the metrics."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from tests.generation.any_trainer import PROMPTS, TRAINERS, plain_trainer, polic
 
 
 def watched(make, folder, **settings):
-    """A short run with a table of samples and a picture at each evaluation."""
+    """Train briefly, with a table of samples and a picture at each evaluation."""
     trainer = make(folder, policy(), max_steps=2, eval_steps=1, **settings)
     trainer.add_callback(SampleGenerationsCallback(trainer, PROMPTS, max_new_tokens=4))
     trainer.add_callback(PictureCallback(trainer, draw))
@@ -47,7 +47,7 @@ def test_tensorboard(make, tmp_path, monkeypatch):
 
 
 def test_trackio(tmp_path):
-    """The database has the rows and the picture. trackio keeps threads, so it runs in a new process."""
+    """The database has the rows and the picture. trackio starts threads, so the test runs in a new process."""
     pytest.importorskip("trackio", reason="trackio is not installed")
     environment = {**os.environ, "TRACKIO_DIR": str(tmp_path / "trackio"), "HF_HOME": str(tmp_path / "home")}
     code = (

@@ -32,8 +32,10 @@ def pairs_of(margins, rows=None, lengths=1.0):
 
 @pytest.mark.parametrize("name", ["beta_dpo", "alpha_dpo"])
 def test_the_running_mean_and_spread_by_hand(name):
-    """Batches (1, 3), mean 2 and spread √2, and (5, 5, 8), mean 6 and spread √3: from 0 by 0.9, μ = 0.2 and then
-    0.18 + 0.6, σ = 0.1√2 and then 0.09√2 + 0.1√3. A single pair has no spread. Computing the loss changes no state."""
+    """Batches (1, 3), mean 2 and spread √2, and (5, 5, 8), mean 6 and spread √3. With
+    a decay of 0.9 from 0, μ = 0.2 and then 0.18 + 0.6, and σ = 0.1√2 and then 0.09√2 +
+    0.1√3. A single pair has no spread. Computing the loss does not change the state.
+    """
     objective = build_objective([name])
     expected = [(0.2, 0.1 * 2**0.5), (0.78, 0.09 * 2**0.5 + 0.1 * 3**0.5), (0.9 * 0.78 + 0.4, None)]
     for margins, (mean, std) in zip(((1, 3), (5, 5, 8), (4,)), expected, strict=True):
@@ -73,7 +75,9 @@ def test_alpha_dpo_without_alpha_is_simpo():
 
 
 def test_beta_dpo_by_hand():
-    """All kept: h = (1, 3), μ = 1, a = ½, β = 0.2: β_b = 0.2(1 + ½(2 − 1)) = 0.3. Far below μ, β_b is 10⁻³."""
+    """All pairs are kept: h = (1, 3), μ = 1, a = ½, β = 0.2: β_b = 0.2(1 + ½(2 − 1))
+    = 0.3. Far below μ, β_b is 10⁻³.
+    """
     state = {"mean": vector(1.0)[0], "std": vector(1.0)[0], "batches": vector(0.0)[0]}
     given = {"beta": 0.2, "a": 0.5, "rho": 0.0, "state": state}
     output = call("beta_dpo", pairs_of([1, 3]), **given)
@@ -100,8 +104,10 @@ def test_so_many_pairs_are_kept_and_the_mean_is_theirs(count, rho, kept):
 
 
 def test_an_evaluation_keeps_all_pairs(tmp_path):
-    """After two steps, on seven rows of which training would leave out two: the mean of ℓ(β_b h) over all seven in
-    NumPy, with β_b = 0.1(1 + 0.6(mean h − μ)) and μ from training, for every batch size; μ does not change."""
+    """After two steps, the evaluation keeps all seven rows, of which training would drop
+    two. For every batch size, it equals the mean of ℓ(β_b h) over all seven rows in
+    NumPy, with β_b = 0.1(1 + 0.6(mean h − μ)) and μ from training, and does not change μ.
+    """
     model = {"model": perturbed(tiny_model(), scale=0.05), "ref_model": tiny_model()}
     trainer = make_trainer(tmp_path, **model, loss_type="beta_dpo", loss_params={"rho": 0.4}, max_steps=2)
     trainer.train()
@@ -139,7 +145,9 @@ def test_pairs_are_drawn_by_their_weights():
 
 
 def test_a_draw_is_of_the_batch_and_of_the_pairs():
-    """A permutation keeps the same pairs; after more batches, or with other row numbers, the kept pairs differ."""
+    """The same pairs are kept after a permutation; the kept pairs differ after more
+    batches, or with other row numbers.
+    """
     inputs = pairs_of(range(12), rows=range(100, 112))
 
     def kept(batches=0.0, order=None, shift=0):
@@ -156,7 +164,7 @@ def test_a_draw_is_of_the_batch_and_of_the_pairs():
 
 @pytest.mark.parametrize("loss", [beta_dpo_loss, alpha_dpo_loss])
 def test_equal_margins_are_finite(loss):
-    """At the reference all margins and their spread are 0: the loss does not divide by 0, and has a gradient."""
+    """At the reference, all margins and their spread are 0. The loss does not divide by 0, and has a gradient."""
     inputs = pairs_of([0.0] * 4)
     inputs["policy_chosen_logps"].requires_grad_()
     output = loss(**{key: inputs[key] for key in get_loss(loss.__name__[:-5]).inputs})

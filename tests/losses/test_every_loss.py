@@ -47,7 +47,7 @@ OTHER_VALUES = {
     "eta": 0.6,
     "margin": "ratio",
 }
-# Values for losses for which that value is out of range, or the default.
+# Values for losses in which the value above is out of range, or equal to the default.
 OTHER_VALUES_OF = {
     "r_dpo": {"alpha": 0.6},
     "slic_hf": {"length_normalize": True},
@@ -78,7 +78,7 @@ RISING = {
 # Losses that equal another loss at their defaults: they are compared at a different value.
 TOLD_APART_BY = {
     "gpo": {"function": "exponential"},
-    "infonca": {"alpha": 0.3},  # at α → 0 all is on the best response: softmax DPO
+    "infonca": {"alpha": 0.3},  # for α → 0, all weight is on the best response: softmax DPO
 }
 
 

@@ -22,14 +22,16 @@ def test_r_dpo_trains_less_on_a_preference_for_length():
     ("name", "params"), [("r_dpo", {}), ("chi_po", {}), ("alphapo", {"gamma": 0.0}), ("simpo", {"gamma": 0.0})]
 )
 def test_logged_rewards_are_those_of_the_loss(name, params):
-    """If the loss is ℓ of a reward margin, the logged rewards have this margin; they are not β·log-ratios."""
+    """If the loss is ℓ of a reward margin, the logged rewards have this margin; they are not simply β·log-ratios."""
     output = call(name, made_up_inputs(), **params)
     expected = -F.logsigmoid(output.chosen_rewards - output.rejected_rewards)
     torch.testing.assert_close(output.losses, expected, rtol=1e-12, atol=0)
 
 
 def test_label_smoothing_means_something_else_in_each_loss():
-    """One ε, three meanings: cDPO, robust and EXO give three numbers, and DPO without it a fourth."""
+    """The same ε has three meanings: cDPO, robust and EXO give three numbers, and
+    DPO without label smoothing a fourth.
+    """
     values = [
         by_log_ratios(name, 2.0, 0.0, beta=0.5, label_smoothing=epsilon).losses.item()
         for name, epsilon in (("dpo", 0.0), ("dpo", 0.2), ("robust", 0.2), ("exo_pair", 0.2))
@@ -44,8 +46,9 @@ def _gradient(tensor):
 @pytest.mark.parametrize("name", BATCHWISE)
 @pytest.mark.parametrize("sizes", [(2, 3), (1, 1, 3), (1, 1, 1, 1, 1)])
 def test_batchwise_losses_are_those_of_the_global_batch(name, sizes):
-    """For every split of 5 pairs: if each part gets the other parts as constants, as in the trainer, the losses equal
-    the batch's, and the gradients add up to the batch's gradient."""
+    """For every split of 5 pairs, each part gets the other parts as constants, as in the trainer. The losses then equal
+    those of the whole batch, and the gradients add up to the gradient of the batch.
+    """
     inputs = made_up_inputs()
     keys = [key for key in get_loss(name).inputs if key.startswith("policy")]
 
@@ -87,7 +90,7 @@ def test_aot_is_the_mean_over_sorted_values(name):
 
 
 def test_a_hopeless_pair_keeps_a_gradient_where_an_exponential_is_bounded():
-    """A clamped e^(−z) would have no gradient where the loss is largest."""
+    """If e^(−z) were clamped, it would have no gradient where the loss is largest."""
     chosen = torch.tensor([-1000.0], requires_grad=True)
     by_log_ratios("gpo", chosen, torch.zeros(1), beta=1.0, function="exponential").losses.sum().backward()
     assert chosen.grad.isfinite().all() and chosen.grad < 0

@@ -1,6 +1,6 @@
-"""Losses made from a formula in the two log-ratios take, and check, the four sums."""
+"""Losses that are defined by a formula in the two log-ratios take the four sums, and check them."""
 
-from __future__ import annotations  # turns annotations into strings, as any module may
+from __future__ import annotations  # turns annotations into strings, as any module may do
 
 import inspect
 import re

@@ -1,4 +1,4 @@
-"""The other pair losses, on numbers that can be computed by hand.
+"""The other losses of pairs, on numbers that can be computed by hand.
 
 ℓ(1) = log(1 + e⁻¹) = 0.3132617, ℓ(−z) = ℓ(z) + z, and σ(1) = 0.7310586 are used throughout.
 """
@@ -86,7 +86,7 @@ def test_gpo_by_hand(function, at_minus_one, at_two):
 
 
 def test_cauchy_by_hand():
-    """atan(±1) = ±π/4: probabilities ¾ and ¼. Far out, P(−x) → 1/(πx): −log P = log(π·10⁶) in fp32 too."""
+    """atan(±1) = ±π/4: probabilities ¾ and ¼. For large x, P(−x) → 1/(πx): −log P = log(π·10⁶), also in fp32."""
     assert value("cauchy", 2.0, 0.0, beta=0.5) == pytest.approx(-math.log(0.75))
     assert value("cauchy", -2.0, 0.0, beta=0.5) == pytest.approx(-math.log(0.25))
     far = torch.tensor([-1e6])
@@ -217,7 +217,9 @@ def test_repo_by_hand():
 
 
 def test_exponentials_go_on_as_their_tangent():
-    """e²⁰(1 + x − 20) past 20, with the slope e²⁰ there; below, e^x and e^x − 1 themselves, small x included."""
+    """Above 20, the exponential is e²⁰(1 + x − 20), with slope e²⁰ at 20; below, it
+    is e^x and e^x − 1, also for small x.
+    """
     x = vector(1e-12, 2.0, 20.0, 1000.0).requires_grad_()
     exp_to_tangent(x).sum().backward()
     assert exp_to_tangent(x).tolist() == pytest.approx([1.0, math.exp(2), math.exp(20), math.exp(20) * 981])

@@ -49,7 +49,7 @@ def test_a_batch_of_one_pair_is_dpo(name):
 
 
 def test_dr_dpo_with_a_large_beta_prime_is_dpo():
-    """−β′ log(1 − mean ℓ/β′ + …) → mean ℓ, the next term being −var(ℓ)/(2β′)."""
+    """−β′ log(1 − mean ℓ/β′ + …) → mean ℓ; the next term is −var(ℓ)/(2β′)."""
     inputs = made_up_inputs()
     value = losses("dr_dpo", inputs, beta=BETA, beta_prime=1e6)[0]
     torch.testing.assert_close(value, losses("dpo", inputs, beta=BETA).mean(), rtol=1e-6, atol=0)

@@ -25,7 +25,7 @@ def losses(name, inputs, **params):
 
 
 def of_tokens(name, chosen, rejected, weights=None, **params):
-    """The loss of one pair with these token log-ratios (lists); those of the rejected response are padded with a 0."""
+    """Return the loss of one pair with these token log-ratios (lists); the rejected response is padded with a 0."""
     length = {"chosen": len(chosen), "rejected": len(rejected)}
     ratios = {"chosen": vector(*chosen)[None], "rejected": vector(*rejected, 0.0)[None]}
     inputs = {f"policy_{side}_token_logps": ratios[side] for side in ratios}
@@ -107,7 +107,7 @@ def test_a_reference_without_entropy_gives_a_finite_mallows_loss():
     [("d2po", {"gamma": 1.0}), ("tdpo2", {"alpha": 0.0}), ("tis_dpo", {}), ("sampo", {}), ("mallows_dpo", {})],
 )
 def test_neutral_setting_is_dpo(name, neutral):
-    """γ = 1, α = 0, weights of 1, equal lengths, H = 1/e: DPO's losses to the order in which tokens are added up."""
+    """γ = 1, α = 0, weights of 1, equal lengths, H = 1/e: DPO's losses, up to the order in which tokens are added."""
     inputs = made_up_inputs()
     for side in ("chosen", "rejected"):
         inputs[f"{side}_token_weights"] = inputs[f"{side}_token_mask"].double()
@@ -125,7 +125,7 @@ def test_tdpo2_at_alpha_one_is_tdpo1_in_value():
 
 
 def test_a_mallows_dispersion_scales_beta():
-    """Two pairs that differ only in H: the loss of each is DPO's at −log(H)·β."""
+    """The pairs differ only in H: the loss of each pair is DPO's with β multiplied by −log(H)."""
     inputs = made_up_inputs()
     entropy = (inputs["ref_chosen_normalized_entropy"] + inputs["ref_rejected_normalized_entropy"]) / 2
     for pair in range(5):
@@ -141,8 +141,8 @@ def test_a_subset_has_as_many_tokens_as_asked_and_none_behind_the_end():
 
 
 def test_every_token_is_as_likely_as_the_next():
-    """Three of twelve over 20,000 keys: each token 5,000 times, with a standard deviation of √(20000·¼·¾) = 61; five
-    of those. Two tokens are drawn together with probability (3·2)/(12·11): 909 times, standard deviation 29.
+    """Three of twelve tokens over 20,000 keys: each token occurs 5,000 times, within five standard deviations of
+    √(20000·¼·¾) = 61. Two tokens occur together with probability (3·2)/(12·11): 909 times, standard deviation 29.
     """
     keys = torch.arange(20_000) * 977
     subset = _subset(torch.full((20_000,), 12), torch.full((20_000,), 3), keys, width=12)
@@ -165,8 +165,9 @@ def test_sampos_subsets_of_an_epoch():
 
 
 def test_sampos_subset_depends_on_the_pair_and_the_seed_alone():
-    """The subset does not depend on the other pairs of the batch; it depends on the row, the pair in it, and the
-    seed."""
+    """The subset depends on the row, on the pair in the row, and on the seed, but
+    not on the other pairs of the batch.
+    """
     inputs = made_up_inputs()
     inputs["chosen_lengths"], inputs["rejected_lengths"] = torch.full((5,), 32), torch.full((5,), 4)
     inputs["policy_chosen_token_logps"] = torch.linspace(-3, 0, 160, dtype=torch.float64).view(5, 32)

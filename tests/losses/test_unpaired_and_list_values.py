@@ -66,7 +66,7 @@ def test_no_gradient_goes_through_ktos_baseline():
 
 
 def test_npo_forgets_and_leaves_the_rest_alone():
-    """r = 0: (2/β) log 2 to forget, 0 to keep; β = 0.5 gives 4 log 2."""
+    """r = 0: (2/β) log 2 for a response to forget, and 0 for a response to retain; β = 0.5 gives 4 log 2."""
     assert unpaired("npo", (0, 0), (False, True), beta=0.5).losses.tolist() == pytest.approx([4 * math.log(2), 0])
 
 
@@ -121,15 +121,17 @@ def ranked(name, log_ratios, ranks):
 
 
 def test_lists_of_equal_responses_by_hand():
-    """Three equal responses: 3! orders are equally likely, log 6; the best one of three, log 3. InfoNCA's and NCA's
-    scores (1, ½, 0) put all weight on the best: log 3, and log 2 + log 2."""
+    """Three equal responses: 3! orders are equally likely, log 6; one best response of three, log 3. InfoNCA's and
+    NCA's scores (1, ½, 0) put all weight on the best: log 3, and log 2 + log 2.
+    """
     expected = {"plackett_luce": math.log(6), "s_dpo": math.log(3), "infonca": math.log(3), "nca": 2 * math.log(2)}
     assert {name: listed(name, (0, 0, 0)) for name in expected} == pytest.approx(expected)
 
 
 def test_equally_good_responses_by_hand():
-    """Two best responses of log-ratios 0 and 1 before a worse one of 2, at β = 1: each best one is compared with the
-    worse one alone. log-probs per token are the log-ratios, so the NLL of the best is −½."""
+    """Two best responses have log-ratios 0 and 1, and a worse one has 2, with β = 1. Each best response is compared
+    only with the worse one. Log-probs per token equal the log-ratios, so the NLL of the best is −½.
+    """
     ranks = torch.tensor([[1.0, 1.0, 3.0]]).double()
     against_worst = [-math.log(sigmoid(0 - 2)), -math.log(sigmoid(1 - 2))]
     expected = {
@@ -248,7 +250,7 @@ def test_tpo_by_hand():
 
 
 def test_tpo_with_the_chosen_response_for_gold_is_cpo():
-    """And TPO-L is SimPO with the NLL of the chosen response."""
+    """TPO-L is then SimPO with the NLL of the chosen response."""
     inputs = made_up_inputs()
     inputs |= {"policy_gold_logps": inputs["policy_chosen_logps"], "gold_lengths": inputs["chosen_lengths"]}
     for loss, parents, params in (("tpo", ["cpo"], {}), ("tpo_l", ["simpo", "sft"], {"simpo": {"gamma": 0.5}})):
@@ -259,7 +261,7 @@ def test_tpo_with_the_chosen_response_for_gold_is_cpo():
 
 
 def test_sft_joins_either_kind():
-    """With a loss of single responses, `sft` is the NLL of the desirable ones."""
+    """In combination with a loss of single responses, `sft` is the NLL of the desirable responses."""
     inputs = made_up_inputs()
     output = build_objective(["npo"], sft_weight=0.5)(inputs)
     nll = -inputs["policy_logps"] / inputs["lengths"] * inputs["labels"]

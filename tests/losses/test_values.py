@@ -87,7 +87,7 @@ def test_ipo_by_hand_and_its_turning_point():
 
 
 def test_hinge_by_hand():
-    """1 − 0.1 · 3 = 0.7; with β = 1 the margin 3 is past 1, and the loss is 0."""
+    """1 − 0.1 · 3 = 0.7; with β = 1, the margin 3 is larger than 1, and the loss is 0."""
     assert hinge_loss(*PAIR, beta=0.1).losses.item() == pytest.approx(0.7)
     assert hinge_loss(*PAIR, beta=1.0).losses.item() == 0
 
@@ -133,7 +133,9 @@ def test_orpo_by_hand():
 
 
 def test_orpo_survives_a_certain_response():
-    """At s̄ = −1e-6 (fp32), where log1p(−exp(s̄)) is coarse or −inf, log odds = −log 1e-6 = 13.8155; finite at 0."""
+    """At s̄ = −1e-6 (fp32), log1p(−exp(s̄)) is inaccurate or −inf, but log odds =
+    −log 1e-6 = 13.8155; it is finite at 0.
+    """
     chosen = torch.tensor([-2e-6, 0.0], requires_grad=True)
     output = orpo_loss(chosen, torch.tensor([-4.0, -4.0]), torch.tensor([2, 2]), torch.tensor([4, 4]))
     output.losses.sum().backward()
@@ -160,7 +162,7 @@ def test_wpo_weight_is_clamped_and_detached():
 
 
 def test_sft_averages_each_example_by_its_own_length():
-    """−(−3)/2 = 1.5 and −(−8)/4 = 2: each response is divided by its own length, so batch splits do not matter."""
+    """−(−3)/2 = 1.5 and −(−8)/4 = 2: each response is divided by its own length, so batch splits have no effect."""
     assert sft_loss(vector(-3.0, -8.0), vector(2.0, 4.0)).losses.tolist() == [1.5, 2.0]
 
 
@@ -170,7 +172,7 @@ def test_an_empty_response_divides_by_one():
 
 
 def test_a_users_loss_gets_a_name_aliases_and_rewards():
-    """A function that returns only losses is registered in one line; its rewards are β·(s − s_ref)."""
+    """A function that only returns losses is registered in one line; its rewards are β·(s − s_ref)."""
 
     @register_loss("test_squared", aliases=("test_sq",))
     def squared_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta=0.5):

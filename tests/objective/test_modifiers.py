@@ -1,4 +1,4 @@
-"""Modifiers: the losses that each supports, their results, and that neutral settings change nothing.
+"""Modifiers: the losses that each one supports, and their results; neutral settings change nothing.
 
 The tests run over the registry, so every new loss is either modified correctly or rejected with a reason.
 """
@@ -22,7 +22,7 @@ from tests.losses.pairs import vector
 from tests.tiny_models import tiny_model
 from tests.trainers import make_config
 
-# Each modifier with a setting that changes something, and with one that changes nothing.
+# Each modifier with a setting that changes the loss, and with a neutral setting.
 MODIFIERS = {
     "f_divergence": (FDivergence("js"), FDivergence("alpha", 1.0)),
     "ld_alpha": (TokenSums([LengthDesensitized(0.3)]), TokenSums([LengthDesensitized(1.0)])),
@@ -112,7 +112,9 @@ RESPONSES = ("chosen_", "rejected_", "", "mismatched_", "list_")
 
 
 def _divergence_by_hand(inputs):
-    """js: log 2 + log σ(r) replaces the policy's sum, and 0 the reference's."""
+    """Compute the divergence by hand. js: log 2 + log σ(r) replaces the policy's
+    sum, and 0 replaces the reference's.
+    """
     made = {}
     for response in RESPONSES:
         ratio = inputs[f"policy_{response}logps"] - inputs[f"ref_{response}logps"]
@@ -122,7 +124,7 @@ def _divergence_by_hand(inputs):
 
 
 def _length_by_hand(inputs, models=("policy", "ref")):
-    """Token by token: 1 for the first min(n_w, n_l), 0.3 for the others."""
+    """Compute the weights by hand: 1 for the first min(n_w, n_l) tokens, 0.3 for the others."""
     made = {}
     shorter = [min(pair) for pair in zip(inputs["chosen_lengths"], inputs["rejected_lengths"], strict=True)]
     for response in ("chosen_", "rejected_"):
@@ -210,8 +212,9 @@ F_PRIME = {
 @pytest.mark.parametrize("length_normalize", [True, False])
 @pytest.mark.parametrize(("divergence", "f_prime_of"), F_PRIME.values(), ids=F_PRIME)
 def test_ipo_under_a_divergence_equals_numpy(divergence, f_prime_of, length_normalize):
-    """(f′(u_w)/|y_w| − f′(u_l)/|y_l| − 1/(2β))² in float64, without the lengths where they do not count; with its
-    gradient, 2·(…)·(±u f″(u)/|y|), u f″(u) by central differences in log u."""
+    """(f′(u_w)/|y_w| − f′(u_l)/|y_l| − 1/(2β))² in float64, without lengths for sums. The gradient is 2·(…)·(±u
+    f″(u)/|y|), with u f″(u) from central differences in log u.
+    """
     inputs = made_up_inputs()
     for side in ("chosen", "rejected"):
         inputs[f"policy_{side}_logps"].requires_grad_()
@@ -229,7 +232,8 @@ def test_ipo_under_a_divergence_equals_numpy(divergence, f_prime_of, length_norm
     np.testing.assert_allclose(output.losses.detach().numpy(), distance**2, rtol=1e-12)
     np.testing.assert_allclose(output.rewards.numpy(), 0.3 * np.stack([values["chosen"], values["rejected"]], 1))
     for side, sign in (("chosen", 1), ("rejected", -1)):
-        # A central difference is off by step²·f‴/6 ≈ 1e-10 and rounds at 1e-16/step = 1e-11, of the terms' scale.
+        # The error of a central difference is step²·f‴/6 ≈ 1e-10, and its rounding 1e-16/step = 1e-11, relative to the
+        # terms.
         found = inputs[f"policy_{side}_logps"].grad.numpy()
         np.testing.assert_allclose(found, 2 * distance * sign * slopes[side], rtol=1e-7, atol=1e-8)
 
@@ -243,7 +247,7 @@ def test_alpha_goes_from_the_forward_to_the_reverse_kl():
 
 @pytest.mark.parametrize("name", ["forward_kl", "js", "alpha"])
 def test_far_out_rewards_and_their_gradients_are_finite(name):
-    """r = ±1,000 in fp32: no overflow, and a rejected or chosen response far below the reference still has a slope."""
+    """r = ±1,000 in fp32: no overflow, and responses far below the reference still have a gradient."""
     ratio = torch.tensor([1000.0, -1000.0], requires_grad=True)
     value = f_prime(ratio, name)
     value.sum().backward()
@@ -251,7 +255,7 @@ def test_far_out_rewards_and_their_gradients_are_finite(name):
 
 
 def test_the_logged_reward_is_that_of_the_divergence():
-    """β·f′ and not β·r, and the loss is ℓ of its margin."""
+    """The reward is β·f′ and not β·r, and the loss is ℓ of the reward margin."""
     inputs = made_up_inputs()
     output = modified("dpo", FDivergence("forward_kl"), inputs, beta=0.2)
     ratio = inputs["policy_chosen_logps"] - inputs["ref_chosen_logps"]
@@ -261,7 +265,7 @@ def test_the_logged_reward_is_that_of_the_divergence():
 
 
 def test_an_nll_beside_a_modified_loss_stays_one():
-    """dpo + 0.5 sft with every modifier: only dpo changes, and the NLL uses the plain sums."""
+    """For dpo + 0.5 sft with every modifier, only dpo changes; the NLL uses the sums without weights."""
     inputs = inputs_of_tokens()
     nll_of_chosen = -inputs["policy_chosen_logps"] / inputs["chosen_lengths"]
     for modifier, _ in MODIFIERS.values():
@@ -272,10 +276,10 @@ def test_an_nll_beside_a_modified_loss_stays_one():
 
 
 def test_modifiers_follow_each_other():
-    """Clamp, weigh, cut the tail, then the divergence: the steps one after another on one token of each side.
+    """The order is: clamp, token weights, the weight of the tail, then the divergence. Each is computed by hand here.
 
-    One pair, chosen tokens ρ = (4, 4), rejected (1): clamped (1.5, 1.5) and (1); weights (2, 2) and (3): (3, 3), (3);
-    α = ½ past the first token: 4.5 and 3; forward KL: 1 − e^{−4.5} and 1 − e^{−3}.
+    One pair, chosen tokens ρ = (4, 4), rejected (1): clamped (1.5, 1.5) and (1); weights (2, 2) and (3): (3, 3), (3); α
+    = ½ after the first token: 4.5 and 3; forward KL: 1 − e^{−4.5} and 1 − e^{−3}.
     """
     inputs = {
         "policy_chosen_token_logps": vector(4.0, 4.0)[None],
@@ -293,8 +297,9 @@ def test_modifiers_follow_each_other():
 
 @pytest.mark.parametrize("collate", [PaddedCollator(0), SharedCollator()])
 def test_a_response_of_several_pairs_has_the_tail_of_each(collate):
-    """A chosen response of four tokens, paired with rejected ones of one and three tokens: it is computed once, and at
-    α = 0 one of its tokens counts in the first pair and three in the second."""
+    """A chosen response of four tokens is in pairs with rejected ones of one and three tokens. It is computed once. At
+    α = 0, one of its tokens counts in the first pair, and three in the second.
+    """
     from hf_prefopt.scoring.attention import install_segment_attention
 
     chosen, short, long = [10, 11, 12, 2], [13], [14, 15, 2]

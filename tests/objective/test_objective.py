@@ -53,7 +53,7 @@ def test_shared_parameters_reach_the_losses_that_take_them():
 
 
 def test_reference_free_leaves_the_reference_out():
-    """Hinge on s instead of r is CPO's hinge form with sft_weight, and needs no reference."""
+    """Hinge on s instead of r equals CPO's hinge form with sft_weight, and needs no reference."""
     inputs = made_up_inputs()
     objective = build_objective(["hinge"], reference_free=True, sft_weight=1.0, shared_params={"beta": 0.01})
     margin = inputs["policy_chosen_logps"] - inputs["policy_rejected_logps"]

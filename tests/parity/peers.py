@@ -17,13 +17,13 @@ QUIET = {
     "disable_tqdm": True,
     "save_strategy": "no",
 }
-# One raw row that the peers' constructors look at; batches are made of token ids.
+# One raw row for the constructors of TRL's trainers; the batches consist of token ids.
 RAW = Dataset.from_list([{"prompt": "The capital of France is", "chosen": " Paris.", "rejected": " Rome."}])
 
 
 @dataclass
 class Step:
-    """What a trainer makes of one batch: its loss, the gradient of every parameter, its metrics."""
+    """The result of a trainer for one batch: its loss, the gradient of every parameter, its metrics."""
 
     loss: float
     gradients: dict[str, Tensor]
@@ -31,7 +31,7 @@ class Step:
 
 
 def policy() -> nn.Module:
-    """A policy some nats away from `reference()`; without dropout."""
+    """Return a policy that differs by some nats from `reference()`, without dropout."""
     return perturbed(tiny_model("qwen2", vocab_size=600), scale=0.05)
 
 
@@ -51,7 +51,7 @@ def step_of(loss: Tensor, model: nn.Module, metrics: dict[str, float]) -> Step:
 
 
 def our_step(folder, data: list[dict] | None = None, model: nn.Module | None = None, **settings) -> Step:
-    """Our trainer's, through the `compute_loss` that `train()` calls."""
+    """Return the result of our trainer, with the `compute_loss` that `train()` calls."""
     model = model or policy()
     trainer = make_trainer(folder, model, layout="padded", **settings)
     (batch,) = trainer.data_collator(data or rows())["pieces"]
@@ -62,7 +62,7 @@ def our_step(folder, data: list[dict] | None = None, model: nn.Module | None = N
 
 
 def dpo_trainer(folder, model: nn.Module | None = None, ref_model: nn.Module | None = None, **settings):
-    """TRL's DPOTrainer, in fp32 on the CPU; without `ref_model`, what it makes of that by itself."""
+    """Return TRL's DPOTrainer, in fp32 on the CPU. Without `ref_model`, TRL chooses the reference."""
     from trl import DPOConfig, DPOTrainer
 
     raw = {name: settings.pop(name) for name in ("train_dataset", "eval_dataset", "peft_config") if name in settings}
@@ -72,7 +72,7 @@ def dpo_trainer(folder, model: nn.Module | None = None, ref_model: nn.Module | N
 
 
 def trl_rows(data: list[dict]) -> list[dict]:
-    """Prepared pairs under the names that TRL's DPO collator takes."""
+    """Return prepared pairs with the column names of TRL's DPO collator."""
     return [
         {"prompt_ids": row["prompt_ids"], "chosen_ids": row["response_ids"][0], "rejected_ids": row["response_ids"][1]}
         for row in data
@@ -80,7 +80,7 @@ def trl_rows(data: list[dict]) -> list[dict]:
 
 
 def dpo_step(folder, data: list[dict] | None = None, **settings) -> Step:
-    """TRL's DPOTrainer's."""
+    """Return the result of TRL's DPOTrainer."""
     trainer = dpo_trainer(folder, ref_model=reference(), **settings)
     batch = trainer.data_collator(trl_rows(data or rows()))
     trainer.model.train()
@@ -90,7 +90,7 @@ def dpo_step(folder, data: list[dict] | None = None, **settings) -> Step:
 
 
 def concatenated_step(kind: str, folder, data: list[dict] | None = None, **settings) -> Step:
-    """TRL's CPOTrainer's ("cpo") or ORPOTrainer's ("orpo")."""
+    """Return the result of TRL's CPOTrainer ("cpo") or ORPOTrainer ("orpo")."""
     if kind == "cpo":
         from trl.experimental.cpo import CPOConfig as Config
         from trl.experimental.cpo import CPOTrainer as Trainer
@@ -106,7 +106,7 @@ def concatenated_step(kind: str, folder, data: list[dict] | None = None, **setti
 
 
 def _labeled(row: dict) -> dict:
-    """A prepared pair as CPO's and ORPO's collator takes it: whole sequences, and labels with the prompt left out."""
+    """Return a prepared pair for the collator of CPO and ORPO: whole sequences, and labels that mask the prompt."""
     labeled = {"prompt_input_ids": row["prompt_ids"], "prompt_attention_mask": [1] * len(row["prompt_ids"])}
     for side, response in zip(("chosen", "rejected"), row["response_ids"], strict=True):
         ids = row["prompt_ids"] + response
@@ -117,7 +117,7 @@ def _labeled(row: dict) -> dict:
 
 
 def tpo_step(folder, data: list[dict], **settings) -> Step:
-    """TRL's TPOTrainer's, on prepared triples."""
+    """Return the result of TRL's TPOTrainer on prepared triples."""
     from trl.experimental.tpo import TPOConfig, TPOTrainer
 
     raw = Dataset.from_list([{**RAW[0], "reference": " Paris, of course."}])
@@ -132,7 +132,7 @@ def tpo_step(folder, data: list[dict], **settings) -> Step:
 
 
 def kto_trainer(folder, **settings):
-    """TRL's KTOTrainer, in fp32 on the CPU, on raw rows; it insists on two rows a batch and on their order."""
+    """Return TRL's KTOTrainer, in fp32 on the CPU, on raw rows. It needs two rows per batch, in a fixed order."""
     from trl import KTOConfig, KTOTrainer
 
     raw = Dataset.from_list(
@@ -147,7 +147,7 @@ def kto_trainer(folder, **settings):
 
 
 def kto_step(folder, data: list[dict], **settings) -> Step:
-    """TRL's, on prepared unpaired rows with their mismatched responses."""
+    """Return the result of TRL's KTOTrainer on prepared unpaired rows with their mismatched responses."""
     trainer = kto_trainer(folder, **settings)
     batch = trainer.data_collator(
         [
@@ -167,7 +167,7 @@ def kto_step(folder, data: list[dict], **settings) -> Step:
 
 
 def labeled_rows(labels: tuple[bool, ...], mismatched: bool = True) -> list[dict]:
-    """Prepared unpaired rows with these labels, each with the response of the row behind it as its mismatched one."""
+    """Return unpaired rows with these labels; the mismatched response of a row is the response of the next row."""
     data = rows(len(labels))
     first = [row["response_ids"][0] for row in data]
     unpaired = [

@@ -1,6 +1,6 @@
-"""Where TRL 1.16 goes wrong: each test shows its number and ours on the same model and tokens.
+"""Errors of TRL 1.16: each test shows TRL's number and ours for the same model and tokens.
 
-A test that fails on TRL's side says that a later TRL has changed, and that the comparison in the docs is out of date.
+If a test fails because of TRL's number, a later version of TRL has changed, and the comparison in the docs is outdated.
 """
 
 import math
@@ -34,7 +34,9 @@ LOG_TWO = math.log(2)
 
 
 def first_losses(tmp_path, trl_model, our_model, **settings):
-    """(TRL's, our) loss of the first step, each with the reference it chooses by itself; TRL's in training mode."""
+    """Return (TRL's, our) loss of the first step, each with the reference that it
+    chooses itself; TRL in training mode.
+    """
     theirs = dpo_trainer(tmp_path, trl_model, **settings)
     theirs.model.train()
     loss = theirs.compute_loss(theirs.model, theirs.data_collator(trl_rows(rows()))).item()
@@ -53,7 +55,7 @@ def test_label_smoothing_is_ignored_by_sigmoid(tmp_path):
 
 
 def test_an_unknown_loss_passes_the_constructor(tmp_path):
-    """TRL finds out at the first step; we at construction, with the nearest name."""
+    """TRL raises an error at the first step; we raise it at construction, and suggest the nearest name."""
     trainer = dpo_trainer(tmp_path, ref_model=reference(), loss_type=["sigmoidd"])
     with pytest.raises(ValueError, match="Unknown loss type"):
         trainer.compute_loss(trainer.model, trainer.data_collator(trl_rows(rows())))
@@ -62,7 +64,7 @@ def test_an_unknown_loss_passes_the_constructor(tmp_path):
 
 
 def test_a_model_modified_in_memory_is_not_its_own_reference(tmp_path):
-    """TRL loads the reference from the folder that the model once came from, so the first loss is not log 2."""
+    """TRL loads the reference from the folder from which the model was loaded, so the first loss is not log 2."""
     reference().save_pretrained(tmp_path / "base")
     modified = [perturbed(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), scale=0.3) for _ in range(2)]
     theirs, ours = first_losses(tmp_path, *modified, beta=1.0)
@@ -71,14 +73,16 @@ def test_a_model_modified_in_memory_is_not_its_own_reference(tmp_path):
 
 
 def test_a_model_built_from_a_config_has_no_reference(tmp_path):
-    """TRL looks for a name to reload it from; we copy what is there."""
+    """TRL needs a name to load the reference again; we copy the model in memory."""
     with pytest.raises(Exception, match=r"(?i)repo|path|huggingface|identifier"):
         dpo_trainer(tmp_path, policy())
     assert our_step(tmp_path, model=policy()).loss == pytest.approx(LOG_TWO, abs=1e-6)
 
 
 def test_the_reference_adapter_is_saved_along(tmp_path):
-    """A PeftModel makes TRL add an adapter "ref", which is saved beside the trained one; ours saves what was given."""
+    """For a PeftModel, TRL adds an adapter "ref", which is saved with the trained
+    one; we save only the given adapters.
+    """
     theirs = dpo_trainer(tmp_path / "theirs", with_lora(policy()))
     theirs.save_model(str(tmp_path / "theirs"))
     ours = make_trainer(tmp_path / "ours", perturbed(with_lora(policy())))
@@ -93,7 +97,7 @@ def test_the_reference_adapter_is_saved_along(tmp_path):
 
 
 def three_rows_won_lost_won() -> list[dict]:
-    """Rows of which the policy has the first and third right, and the second wrong: by swapping responses."""
+    """Return rows of which the policy ranks the first and third right and the second wrong, by swapping responses."""
     from hf_prefopt.scoring.forward import install_scoring, score
     from tests.scoring.plain import PaddedCollator
 
@@ -111,7 +115,7 @@ def three_rows_won_lost_won() -> list[dict]:
 
 
 def test_evaluation_averages_batches(tmp_path):
-    """Right, wrong | right, in batches of two: TRL reports (½ + 1)/2 = .75, where two of three rows are right."""
+    """Right, wrong | right, in batches of two: TRL reports (½ + 1)/2 = .75, but two of three rows are right."""
     data = three_rows_won_lost_won()
     theirs = dpo_trainer(tmp_path, ref_model=reference(), per_device_eval_batch_size=2)
     theirs.eval_dataset = Dataset.from_list(trl_rows(data))
@@ -122,7 +126,7 @@ def test_evaluation_averages_batches(tmp_path):
 
 
 def test_a_tie_is_a_loss(tmp_path):
-    """An untrained policy: TRL reports an accuracy of 0, we one half."""
+    """The policy is untrained: TRL reports an accuracy of 0, and we report one half."""
     settings = {"model": reference(), "ref_model": reference()}
     theirs = dpo_trainer(tmp_path, settings["model"], settings["ref_model"])
     theirs.compute_loss(theirs.model, theirs.data_collator(trl_rows(rows())))
@@ -132,8 +136,8 @@ def test_a_tie_is_a_loss(tmp_path):
 
 
 def test_the_sft_term_changes_with_the_batch(tmp_path):
-    """Two pairs with chosen responses of unequal lengths: TRL's mean over the tokens of both is not the mean of the two
-    losses, so splitting a batch changes it; ours, each example by its own length, is the same either way.
+    """Two pairs have chosen responses of different lengths. TRL's mean over the tokens of both is not the mean of the
+    two losses, so splitting the batch changes it. Ours divides each example by its own length, and does not change.
     """
     first, second = rows(2)
     first["response_ids"][0], second["response_ids"][0] = [5, 6, 7, 8, 9, 10, 11, 2], [12, 2]
@@ -150,7 +154,7 @@ def test_the_sft_term_changes_with_the_batch(tmp_path):
 
 
 def test_the_nll_of_tpo_changes_with_the_batch(tmp_path):
-    """The same of TPO's gold responses, of eight tokens and of two."""
+    """The same holds for TPO's gold responses, with eight and two tokens."""
     first, second = triples(2, seed=5)
     first["response_ids"][2], second["response_ids"][2] = [5, 6, 7, 8, 9, 10, 11, 2], [12, 2]
     for row in (first, second):
@@ -165,7 +169,7 @@ def test_the_nll_of_tpo_changes_with_the_batch(tmp_path):
 
 
 def test_wpo_weights_grow_beyond_one(tmp_path):
-    """Greedy responses have p_t ≥ Σp², so w ≥ 1: TRL multiplies by it, where the paper's weight is at most 1."""
+    """Greedy responses have p_t ≥ Σp², so w ≥ 1. TRL multiplies by w, but the paper's weight is at most 1."""
     model, data = policy(), rows(2)
     for row in data:
         prompt = torch.tensor([row["prompt_ids"]])
@@ -188,7 +192,7 @@ def test_wpo_weights_grow_beyond_one(tmp_path):
 
 
 def test_weighting_with_an_sft_term_crashes(tmp_path):
-    """TRL writes into an expanded tensor; ours weighs the pairs' loss and leaves the NLL alone."""
+    """TRL writes into an expanded tensor; ours weights the loss of the pairs and does not change the NLL."""
     settings = {"loss_type": ["sigmoid", "sft"], "use_weighting": True}
     with pytest.raises(RuntimeError):
         dpo_step(tmp_path, **settings)
@@ -201,8 +205,8 @@ def test_weighting_with_an_sft_term_crashes(tmp_path):
 
 
 def test_disabling_dropout_leaves_attention_dropout(tmp_path):
-    """Attention dropout is a rate on the attention module and no nn.Dropout: TRL's adapter-off reference and policy
-    draw different masks, and the first loss is noise about log 2; ours is log 2.
+    """Attention dropout is a rate of the attention module, not an nn.Dropout. TRL's policy and its reference (adapter
+    off) draw different masks, so the first loss is log 2 plus noise; ours is log 2.
     """
     models = [with_lora(tiny_model("qwen2", vocab_size=600, attention_dropout=0.5)) for _ in range(2)]
     theirs, ours = first_losses(tmp_path, *models, disable_dropout=True)
@@ -211,7 +215,9 @@ def test_disabling_dropout_leaves_attention_dropout(tmp_path):
 
 
 def test_an_adapter_on_the_head_is_refused(tmp_path):
-    """TRL reads the head's weight and would pass by the adapter, so it refuses; ours calls the head and trains it."""
+    """TRL reads the weight of the head and would ignore the adapter, so it raises an
+    error; ours calls and trains the head.
+    """
     adapter = LoraConfig(r=4, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM")
     with pytest.raises(ValueError, match="lm_head"):
         dpo_trainer(tmp_path, policy(), peft_config=adapter)
@@ -220,7 +226,7 @@ def test_an_adapter_on_the_head_is_refused(tmp_path):
 
 
 def test_evaluating_wants_a_training_set(tmp_path):
-    """TRL's constructor refuses train_dataset=None; ours evaluates."""
+    """TRL's constructor raises an error for train_dataset=None; ours can evaluate."""
     with pytest.raises(ValueError, match="train_dataset"):
         dpo_trainer(tmp_path, ref_model=reference(), train_dataset=None)
     trainer = make_trainer(tmp_path, policy(), train_dataset=None)
@@ -228,15 +234,15 @@ def test_evaluating_wants_a_training_set(tmp_path):
 
 
 def test_token_ids_are_refused(tmp_path):
-    """Rows that are token ids already: a KeyError in TRL, accepted here."""
+    """Rows of token ids raise a KeyError in TRL, and are accepted here."""
     with pytest.raises(KeyError):
         dpo_trainer(tmp_path, ref_model=reference(), train_dataset=Dataset.from_list(trl_rows(rows())))
     make_trainer(tmp_path, policy(), train_dataset=Dataset.from_list(rows()), max_steps=1).train()
 
 
 def test_rewards_of_ipo_are_not_its_own(tmp_path):
-    """IPO compares log-ratios per token; TRL logs β·(summed log-ratio), ours is β·(log-ratio per token): on one pair
-    the two differ by the number of tokens.
+    """IPO compares log-ratios per token. TRL logs β·(summed log-ratio), and we log β·(log-ratio per token). On one
+    pair, the two differ by a factor, the number of tokens.
     """
     one = rows(1)
     theirs = dpo_step(tmp_path, one, loss_type="ipo").metrics["rewards/chosen"]
@@ -245,7 +251,7 @@ def test_rewards_of_ipo_are_not_its_own(tmp_path):
 
 
 def test_simpo_comes_with_an_nll(tmp_path):
-    """TRL's SimPO adds cpo_alpha = 1 times the NLL unless told otherwise; ours is the paper's loss."""
+    """TRL's SimPO adds cpo_alpha = 1 times the NLL by default; ours is the paper's loss."""
     one, settings = rows(1), {"loss_type": "simpo", "beta": 2.0}
     ours = our_step(tmp_path, one, loss_params={"gamma": 0.5}, **settings)
     theirs = concatenated_step("cpo", tmp_path, one, simpo_gamma=0.5, **settings)
@@ -254,7 +260,7 @@ def test_simpo_comes_with_an_nll(tmp_path):
 
 
 def test_orpo_trains_on_the_prompt(tmp_path):
-    """TRL's NLL in ORPO is of prompt and response; ours is of the response, like every other loss."""
+    """TRL's NLL in ORPO includes the prompt; ours is that of the response, as in all other losses."""
     one = rows(1)
     theirs = concatenated_step("orpo", tmp_path, one).metrics["nll_loss"]
     response = concatenated_step("cpo", tmp_path, one, loss_type="sigmoid").metrics["nll_loss"]
@@ -264,8 +270,9 @@ def test_orpo_trains_on_the_prompt(tmp_path):
 
 
 def test_kto_is_not_shuffled(tmp_path):
-    """TRL refuses every order but that of the data, which auto-unpaired pairs make all desirable, then all undesirable;
-    ours is shuffled."""
+    """TRL only accepts the order of the data, and its conversion of pairs puts all
+    desirable rows first. We shuffle the rows.
+    """
     with pytest.raises(ValueError, match="train_sampling_strategy"):
         kto_trainer(tmp_path, train_sampling_strategy="random")
     assert type(kto_trainer(tmp_path)._get_train_sampler()).__name__ == "SequentialSampler"
@@ -275,8 +282,9 @@ def test_kto_is_not_shuffled(tmp_path):
 
 
 def test_kto_takes_no_single_row(tmp_path):
-    """TRL draws mismatched responses from the batch, so it refuses batches of one; we draw from the data set, and 1 × 4
-    is 4 × 1 (proven for every loss in test_trainer_exactness)."""
+    """TRL draws mismatched responses from the batch, so it raises an error for batches of one. We draw from the data
+    set, and 1 × 4 equals 4 × 1 (test_trainer_exactness tests this for every loss).
+    """
     with pytest.raises(ValueError, match="batch size must be > 1"):
         kto_trainer(tmp_path, per_device_train_batch_size=1)
     trainer = make_trainer(
@@ -287,8 +295,9 @@ def test_kto_takes_no_single_row(tmp_path):
 
 
 def test_a_row_left_over_is_its_own_mismatch(tmp_path):
-    """Three rows in TRL's batches of two: the third is alone in its batch of the map, so its "mismatched" response is
-    its own; ours never is, whatever is left over."""
+    """With three rows in TRL's batches of two, the third row is alone in its batch,
+    so its "mismatched" response is its own response. Here it never is.
+    """
     from datasets import Dataset as Rows
 
     from tests.tokenizers import tiny_tokenizer
@@ -306,9 +315,9 @@ def test_a_row_left_over_is_its_own_mismatch(tmp_path):
 
 
 def test_ktos_baseline_is_of_one_micro_batch(tmp_path):
-    """TRL's z is clamped and averaged by micro-batch, so accumulation changes the loss; ours is of the whole step. The
-    first half's mismatched responses are the policy's own greedy ones, which it finds likelier than the reference does;
-    the other half's are below 0.
+    """TRL averages and clamps z in each micro-batch, so accumulation changes the loss; ours is over the whole step. In
+    the first half, the mismatched responses are the policy's own greedy ones, which are more likely than under the
+    reference; the log-ratios of the other half are below 0.
     """
     data, model = labeled_rows((True, False, True, False)), policy()
     for row in data[:2]:

@@ -1,7 +1,7 @@
-"""`hf_prefopt.trl` beside TRL 1.16's running trainers: loss, every gradient and every shared metric, for every loss.
+"""Compare `hf_prefopt.trl` with TRL 1.16's running trainers: the loss, every gradient and every shared metric.
 
-Both get the same settings, by TRL's names; the policy is some nats away from the reference. Tolerances as in
-test_same_numbers.py. Where TRL is at fault its number and ours are in test_dropin_faults.py.
+Both get the same settings, with TRL's names; the policy differs by some nats from the reference. The tolerances are
+those of test_same_numbers.py. test_dropin_faults.py has the cases in which TRL has an error, with both numbers.
 """
 
 import pytest
@@ -28,12 +28,12 @@ trl = pytest.importorskip("trl")
 
 from hf_prefopt import trl as ours  # noqa: E402
 
-# TRL's metrics that cost a pass over the vocabulary, or count tokens: not computed here.
+# Metrics of TRL that need a pass over the vocabulary, or that count tokens; they are not computed here.
 LEFT_OUT = {"entropy", "num_tokens", "mean_token_accuracy", "logits/chosen", "logits/rejected"}
 
 
 def dropin_step(method: str, folder, data: list[dict], ref_model=None, **settings):
-    """The drop-in trainer's, on prepared rows, through the `compute_loss` that `train()` calls."""
+    """Return the result of the drop-in trainer on prepared rows, with the `compute_loss` that `train()` calls."""
     config_class, trainer_class = getattr(ours, f"{method}Config"), getattr(ours, f"{method}Trainer")
     args = config_class(output_dir=str(folder), layout="padded", **{**QUIET, **settings})
     given = {"ref_model": ref_model} if ref_model is not None else {}
@@ -52,7 +52,7 @@ def dropin_step(method: str, folder, data: list[dict], ref_model=None, **setting
 
 
 def assert_same(mine, theirs, loss_rtol=1e-5, other=()):
-    """Loss, gradients, and every metric of theirs but those that are left out or said to be `other`."""
+    """Compare loss, gradients, and all metrics of TRL, except for those that are left out or given as `other`."""
     assert mine.loss == pytest.approx(theirs.loss, rel=loss_rtol)
     assert_same_gradients(mine.gradients, theirs.gradients, rtol=1e-4)
     for name in theirs.metrics.keys() - LEFT_OUT - set(other):
@@ -60,7 +60,7 @@ def assert_same(mine, theirs, loss_rtol=1e-5, other=()):
 
 
 def test_the_policy_is_perturbed(tmp_path):
-    """The log-ratios that all of this compares are of about 1 nat, so that a wrong β or sign cannot hide."""
+    """The log-ratios in these tests are about 1 nat, so that a wrong β or sign cannot stay undetected."""
     metrics = dpo_step(tmp_path, beta=1.0).metrics
     assert min(abs(metrics["rewards/chosen"]), abs(metrics["rewards/rejected"]), abs(metrics["rewards/margins"])) > 0.5
 
@@ -102,7 +102,7 @@ DPO = {
 
 @pytest.mark.parametrize("settings", DPO.values(), ids=DPO)
 def test_dpo_trainer(settings, tmp_path):
-    """Every loss that DPOTrainer has, with its own default β; `ld_alpha` weighs its logged log-probs, too."""
+    """Every loss of DPOTrainer is tested, with its default β; `ld_alpha` also weights the logged log-probs."""
     theirs = dpo_step(tmp_path, **settings)
     other = ("logps/chosen", "logps/rejected") if "ld_alpha" in settings else ()
     assert_same(dropin_step("DPO", tmp_path, rows(), reference(), **settings), theirs, other=other)
@@ -112,8 +112,9 @@ def test_dpo_trainer(settings, tmp_path):
     "settings", [{"loss_type": ["sigmoid", "sft"], "loss_weights": [0.5, 0.25]}, {"loss_type": ["sft"]}]
 )
 def test_dpo_trainer_with_sft(settings, tmp_path):
-    """On a single pair, where TRL's mean over the tokens of a micro-batch is that of the pair. `sft` alone has no
-    rewards, and no reference is run for them."""
+    """There is one pair, for which TRL's mean over the tokens of a micro-batch equals the mean of the pair. `sft` alone
+    has no rewards, and the reference is not run.
+    """
     one, alone = rows(1), settings["loss_type"] == ["sft"]
     mine = dropin_step("DPO", tmp_path, one, None if alone else reference(), **settings)
     theirs = dpo_step(tmp_path, one, **settings)
@@ -133,7 +134,9 @@ CPO = {
 
 @pytest.mark.parametrize("settings", CPO.values(), ids=CPO)
 def test_cpo_trainer(settings, tmp_path):
-    """One pair, since its NLL is a mean over the tokens of a micro-batch. Without the NLL, TRL logs 0 for it."""
+    """There is one pair, because the NLL is a mean over the tokens of a micro-batch.
+    Without the NLL, TRL logs 0 for it.
+    """
     one = rows(1)
     theirs = concatenated_step("cpo", tmp_path, one, **settings)
     other = ("nll_loss",) if settings.get("cpo_alpha") == 0.0 or settings["loss_type"] == "alphapo" else ()
@@ -142,7 +145,9 @@ def test_cpo_trainer(settings, tmp_path):
 
 @pytest.mark.parametrize("beta", [0.1, 0.7])
 def test_orpo_trainer(beta, tmp_path):
-    """Its NLL is of prompt and response, and so is ours; one pair, since it is a mean over the tokens of a batch."""
+    """TRL's NLL includes the prompt, and so does ours. There is one pair, because it
+    is a mean over the tokens of a batch.
+    """
     one = rows(1)
     theirs = concatenated_step("orpo", tmp_path, one, beta=beta)
     assert_same(dropin_step("ORPO", tmp_path, one, beta=beta), theirs)
@@ -159,7 +164,7 @@ TPO = {
 
 @pytest.mark.parametrize("settings", TPO.values(), ids=TPO)
 def test_tpo_trainer(settings, tmp_path):
-    """One triple, since its NLL is a mean over the tokens of a micro-batch."""
+    """There is one triple, because the NLL is a mean over the tokens of a micro-batch."""
     one = [*triples(1, seed=5)]
     assert_same(dropin_step("TPO", tmp_path, one, **settings), tpo_step(tmp_path, one, **settings))
 
@@ -174,7 +179,7 @@ KTO = {
 @pytest.mark.parametrize("labels", [(True, False, True, False, False), (True, True)])
 @pytest.mark.parametrize("settings", KTO.values(), ids=KTO)
 def test_kto_trainer(settings, labels, tmp_path):
-    """The same rows with the same mismatched responses. TRL logs a kl of 0 for the loss that has none."""
+    """Both get the same rows with the same mismatched responses. If a loss has no kl, TRL logs 0."""
     unmatched = "loss_type" in settings
     data = labeled_rows(labels, mismatched=not unmatched)
     theirs = kto_step(tmp_path, data, **settings)
@@ -184,7 +189,9 @@ def test_kto_trainer(settings, labels, tmp_path):
 
 @pytest.mark.parametrize("layout", ["shared", "padded"])
 def test_the_nll_of_a_prompt_is_the_models_own(layout, tmp_path):
-    """ORPO's NLL on several pairs of one and of two prompts: the mean of −log π(x₂…, y)/n by plain logits of each."""
+    """ORPO's NLL on pairs of one and of two prompts is the mean of −log π(x₂…, y)/n,
+    from plain logits of each sequence.
+    """
     data = rows(3)
     data[1]["prompt_ids"] = data[0]["prompt_ids"]
     args = ours.ORPOConfig(output_dir=str(tmp_path), layout=layout, per_device_eval_batch_size=3, **QUIET)
@@ -198,5 +205,5 @@ def test_the_nll_of_a_prompt_is_the_models_own(layout, tmp_path):
         with torch.no_grad():
             logps = model(ids).logits[0, :-1].double().log_softmax(-1)
         expected.append(-logps.gather(1, ids[0, 1:, None]).mean().item())
-    # Sums of some 30 numbers of some nats in fp32: 30 · 2⁻²⁴ relative, rounded up.
+    # Sums of about 30 numbers of a few nats in fp32: relative 30 · 2⁻²⁴, rounded up.
     assert logged["eval_nll_loss"] == pytest.approx(sum(expected) / 3, rel=1e-5)

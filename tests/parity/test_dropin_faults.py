@@ -1,4 +1,4 @@
-"""Where TRL 1.16 is at fault the drop-in trainers differ from it: by the numbers of `hf_prefopt.trl.differences`."""
+"""In the cases in which TRL 1.16 has an error, the numbers are those listed in `hf_prefopt.trl.differences`."""
 
 import math
 
@@ -22,7 +22,7 @@ STEPS = {
 
 
 def uneven(data: list[dict], which: int) -> list[dict]:
-    """Two rows whose responses of that number have eight tokens and two."""
+    """Return two rows in which the given response has eight tokens and two tokens."""
     for row, response in zip(data, ([5, 6, 7, 8, 9, 10, 11, 2], [12, 2]), strict=True):
         row["response_ids"][which] = response
         row["scored_masks"] = [[1] * len(ids) for ids in row["response_ids"]]
@@ -30,7 +30,7 @@ def uneven(data: list[dict], which: int) -> list[dict]:
 
 
 def greedy() -> list[dict]:
-    """Two rows whose responses are the policy's own greedy ones."""
+    """Return two rows whose responses are the policy's own greedy responses."""
     model, data = policy(), rows(2)
     for row in data:
         prompt = torch.tensor([row["prompt_ids"]])
@@ -45,7 +45,7 @@ def greedy() -> list[dict]:
 
 
 def long() -> list[dict]:
-    """A row with responses of 60 tokens, of some −400 nats."""
+    """Return a row with responses of 60 tokens and log-probs of about −400 nats."""
     (row,), generator = rows(1), torch.Generator().manual_seed(0)
     row["response_ids"] = [torch.randint(3, 300, (60,), generator=generator).tolist() for _ in range(2)]
     return [{**row, "scored_masks": [[1] * 60] * 2}]
@@ -61,7 +61,7 @@ ROWS = {
 
 
 def loss_of(step, *given, **settings) -> float | str:
-    """The loss, or the name of the error; "nan" where it is no number."""
+    """Return the loss, or the name of the error, or "nan" if the loss is not a number."""
     try:
         loss = step(*given, **settings).loss
     except (RuntimeError, ValueError) as error:
@@ -70,13 +70,13 @@ def loss_of(step, *given, **settings) -> float | str:
 
 
 def same(listed: float | str):
-    """To the five decimals that the list gives."""
+    """Return whether two losses are equal to five decimals, the precision of the list."""
     return listed if isinstance(listed, str) else pytest.approx(listed, abs=1e-5)
 
 
 @pytest.mark.parametrize("this", DIFFERENCES, ids=lambda this: f"{this.method} {this.settings} {this.rows}")
 def test_the_numbers_of_the_list(this, tmp_path):
-    """Both losses are those of the list, and they differ by more than rounding."""
+    """Both losses are those in the list, and they differ by more than rounding."""
     ref_model = reference() if this.method == "DPO" else None
     theirs = loss_of(STEPS[this.method], tmp_path, ROWS[this.rows](), **this.settings)
     ours = loss_of(dropin_step, this.method, tmp_path, ROWS[this.rows](), ref_model, **this.settings)

@@ -1,7 +1,7 @@
-"""Where TRL 1.16 is right, we agree with it: loss, every gradient and the metrics of one batch of a tiny model.
+"""In all cases in which TRL 1.16 is right, we agree with it: the loss, every gradient and the metrics of one batch.
 
-The tolerances are the project's promise: losses to 1e-5, each parameter's gradient to 1e-4 of its largest entry. Both
-sides compute in fp32, where sums of some 50 nats round at 4e-6 and ratios of a few nats keep five digits or more.
+The tolerances are 1e-5 for losses, and 1e-4 of the largest entry for the gradient of each parameter. Both sides compute
+in fp32, where sums of about 50 nats have a rounding error of 4e-6, and ratios of a few nats have five digits or more.
 """
 
 import pytest
@@ -30,7 +30,7 @@ METRICS = (
     "logps/rejected",
 )
 
-# Ours, and theirs where it has another name or needs other settings to say the same.
+# Our losses, and TRL's if it has another name or needs other settings.
 DPO = {
     "sigmoid": ({"loss_type": "sigmoid"}, {}),
     "sigmoid, beta": ({"loss_type": "sigmoid", "beta": 0.5}, {}),
@@ -42,7 +42,7 @@ DPO = {
 }
 
 
-# A log-ratio is a difference of two such sums, on either side: e^r passes its absolute error on as a relative one.
+# A log-ratio is a difference of two such sums, for both trainers; the absolute error of r is a relative error of e^r.
 OF_AN_EXPONENTIAL = 1e-5 + 4 * 4e-6
 
 
@@ -55,8 +55,8 @@ def compare(ours, theirs, metrics=METRICS, loss_rtol=1e-5):
 
 @pytest.mark.parametrize(("ours", "also"), DPO.values(), ids=DPO)
 def test_dpo_trainer(ours, also, tmp_path):
-    """TRL logs β·(summed log-ratio) whatever the loss is; so do we, but for losses of averages, whose own reward is
-    β·(log-ratio per token) here.
+    """TRL logs β·(summed log-ratio) for every loss. We do the same, except for
+    losses of averages, whose reward here is β·(log-ratio per token).
     """
     averaged = ours["loss_type"] in ("sigmoid_norm", "ipo")
     metrics = METRICS[-2:] if averaged else METRICS
@@ -72,14 +72,14 @@ F_DIVERGENCES = {
 }
 
 
-# IPO squares the exponentials of all but one divergence, and with them the rounding of fp32 sums.
+# IPO squares exponentials of log-ratios (for all divergences but one), which also amplifies rounding of fp32 sums.
 @pytest.mark.parametrize(
     ("loss_type", "divergence"),
     [(loss_type, name) for loss_type in ("sigmoid", "sigmoid_norm", "hinge") for name in F_DIVERGENCES]
     + [("ipo", "js_divergence")],
 )
 def test_dpo_trainer_with_an_f_divergence(loss_type, divergence, tmp_path):
-    """Loss, gradients and the policy's own log-probs; the rewards are β·f′ here and β·(log-ratio) there.
+    """Loss, gradients and log-probs agree; the rewards are β·f′ here and β·(log-ratio) in TRL.
 
     The Jensen-Shannon divergence's f′ is a log-sigmoid; those of the others are powers of e^r.
     """
@@ -91,33 +91,35 @@ def test_dpo_trainer_with_an_f_divergence(loss_type, divergence, tmp_path):
 @pytest.mark.parametrize("loss_type", ["sigmoid", "hinge", "apo_zero"])
 @pytest.mark.parametrize("ld_alpha", [0.0, 0.4, 1.0])
 def test_dpo_trainer_with_ld_alpha(ld_alpha, loss_type, tmp_path):
-    """Loss, gradients and rewards; the logged log-probs are the policy's own here and the weighted ones there."""
+    """Loss, gradients and rewards agree; the logged log-probs are the policy's own
+    here and the weighted ones in TRL.
+    """
     settings = {"loss_type": loss_type, "beta": 0.3, "ld_alpha": ld_alpha}
     compare(our_step(tmp_path, ref_model=reference(), **settings), dpo_step(tmp_path, **settings), METRICS[:4])
 
 
 def test_dpo_trainer_with_ld_alpha_and_an_f_divergence(tmp_path):
-    """The divergence of the weighted log-ratios."""
+    """The divergence is computed from the weighted log-ratios."""
     settings = {"loss_type": "sigmoid", "ld_alpha": 0.4, "f_divergence_type": "js_divergence"}
     compare(our_step(tmp_path, ref_model=reference(), **settings), dpo_step(tmp_path, **settings), ())
 
 
 @pytest.mark.parametrize("weights", [None, [1.0, 0.25]])
 def test_dpo_trainer_with_sft(weights, tmp_path):
-    """["sigmoid", "sft"] on a single pair, where TRL's mean over tokens and our mean over examples are the same."""
+    """On a single pair, TRL's mean over tokens and our mean over examples are equal for ["sigmoid", "sft"]."""
     settings = {"loss_type": ["sigmoid", "sft"], "loss_weights": weights, "beta": 0.2}
     one = rows(1)
     compare(our_step(tmp_path, one, ref_model=reference(), **settings), dpo_step(tmp_path, one, **settings))
 
 
 def test_dpo_trainer_with_sft_alone(tmp_path):
-    """The NLL of the chosen response; we log no rewards for it, having none."""
+    """The loss is the NLL of the chosen response. It has no rewards, so we log none."""
     one = rows(1)
     compare(our_step(tmp_path, one, loss_type="sft"), dpo_step(tmp_path, one, loss_type=["sft"]), METRICS[-2:])
 
 
 def test_dpo_trainer_with_an_adapter(tmp_path):
-    """A fresh adapter against itself switched off: log 2, and the same gradient of every LoRA matrix that has one."""
+    """With a fresh adapter, the loss is log 2, and the gradients of all LoRA matrices with a gradient agree."""
     from peft import LoraConfig
 
     adapter = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
@@ -143,7 +145,7 @@ def our_step_with_adapter(folder, adapter):
     from tests.parity.peers import policy
 
     base = policy()
-    set_seed(42)  # TRL's default seed, which it sets before it makes the adapter
+    set_seed(42)  # TRL's default seed, which TRL sets before it creates the adapter
     return our_step(folder, model=get_peft_model(base, adapter), reference="adapter_off")
 
 
@@ -169,7 +171,9 @@ CPO = {
 
 @pytest.mark.parametrize(("ours", "theirs"), CPO.values(), ids=CPO)
 def test_cpo_trainer(ours, theirs, tmp_path):
-    """One pair, since its NLL is a mean over the batch's tokens. For the averaged losses its logps are per token."""
+    """There is one pair, because the NLL is a mean over the batch's tokens. For
+    averaged losses, the logps are per token.
+    """
     one = rows(1)
     averaged = theirs["loss_type"] in ("ipo", "simpo")
     metrics = METRICS[:4] if averaged else METRICS
@@ -178,14 +182,14 @@ def test_cpo_trainer(ours, theirs, tmp_path):
 
 @pytest.mark.parametrize("name", ["simpo"])
 def test_cpo_trainer_on_three_pairs(name, tmp_path):
-    """Without an NLL the batch does not matter."""
+    """Without an NLL, the batch size has no effect."""
     ours, theirs = CPO[name]
     compare(our_step(tmp_path, **ours), concatenated_step("cpo", tmp_path, **theirs), METRICS[:4])
 
 
 @pytest.mark.parametrize("beta", [0.1, 0.7])
 def test_orpo_trainer(beta, tmp_path):
-    """Its NLL is of prompt and response. With a prompt of one token, which nothing predicts, that is our NLL."""
+    """TRL's NLL includes the prompt. A prompt of one token is not predicted, so the NLL then equals ours."""
     one = [{**rows(1)[0], "prompt_ids": [7]}]
     ours = our_step(tmp_path, one, loss_type="orpo", beta=beta)
     theirs = concatenated_step("orpo", tmp_path, one, beta=beta)
@@ -205,7 +209,9 @@ TPO = {
 
 @pytest.mark.parametrize(("ours", "also"), TPO.values(), ids=TPO)
 def test_tpo_trainer(ours, also, tmp_path):
-    """One triple, since its NLL is a mean over the batch's tokens; the log-probs logged for TPO-L are per token."""
+    """There is one triple, because the NLL is a mean over the batch's tokens. The
+    log-probs logged for TPO-L are per token.
+    """
     one = [*triples(1, seed=5)]
     plain = {name: value for name, value in ours.items() if name not in ("loss_type", "loss_params")}
     their_name = "sigmoid" if ours["loss_type"] == "tpo" else "tpo-l"
@@ -215,7 +221,7 @@ def test_tpo_trainer(ours, also, tmp_path):
 
 @pytest.mark.parametrize(("ours", "also"), [TPO["tpo-l, margin"]])
 def test_tpo_trainer_on_three_triples(ours, also, tmp_path):
-    """Without the NLL the batch does not matter."""
+    """Without the NLL, the batch size has no effect."""
     three = [*triples(3, seed=5)]
     given = {"loss_type": "tpo-l", "beta": 2.0, "tpo_alpha": 0.0}
     ours = ours | {"loss_params": {"gamma": 1.1, "tpo_alpha": 0.0}}
@@ -233,8 +239,9 @@ KTO_METRICS = ("rewards/chosen", "rewards/rejected", "logps/chosen", "logps/reje
 @pytest.mark.parametrize("labels", [(True, False, True, False, False), (True, True), (False, False)])
 @pytest.mark.parametrize("settings", KTO.values(), ids=KTO)
 def test_kto_trainer(settings, labels, tmp_path):
-    """The same rows with the same mismatched responses, of both classes and of one: its z is ours where the batch is
-    whole. The metrics of a class that is absent are left out on both sides."""
+    """Both get the same rows and mismatched responses, of both classes or of one. For the whole batch, TRL's z equals
+    ours. Both leave out the metrics of a missing class.
+    """
     data = labeled_rows(labels, mismatched=settings["loss_type"] == "kto")
     weights = {name: value for name, value in settings.items() if name.endswith("weight")}
     others = {name: value for name, value in settings.items() if name not in weights}

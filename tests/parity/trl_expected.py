@@ -1,4 +1,4 @@
-"""Tests of TRL's that pass on TRL and fail on `hf_prefopt.trl`: a closed list, each with its reason."""
+"""Tests of TRL that pass with TRL and fail with `hf_prefopt.trl`: a complete list, with the reason of each."""
 
 import re
 
@@ -7,7 +7,7 @@ _COLLATOR = "internals: it reads TRL's collator"
 _PROMPT = "deliberate: TRL splits two texts at the first character that differs; here the prompt must be said"
 _STREAM = "better: a stream's reference log-probs are computed as its rows come"
 _TAG = "deliberate: the models' tags name this library"
-# A pattern for the test's name, with its class and parameters, and why it is not to pass.
+# A pattern for the test's name (with its class and parameters), and the reason why it does not pass.
 EXPECTED: dict[str, str] = {
     r"test_(orpo|cpo)_trainer\[t5": "deliberate: encoder-decoder models are refused",
     r"test_(orpo|cpo)_trainer\.py.*test_init_with_eval_dataset\[dataset": _PREPARED,
@@ -28,5 +28,5 @@ EXPECTED: dict[str, str] = {
 
 
 def expected_reason(test: str) -> str | None:
-    """Why a test is expected to fail, or `None`."""
+    """Return the reason why a test is expected to fail, or `None`."""
     return next((reason for pattern, reason in EXPECTED.items() if re.search(pattern, test)), None)

@@ -1,6 +1,6 @@
-"""The pytest plugin of `trl_suite`: stand-ins for the Hub's data, classes replaced, outcomes written to a file.
+"""The pytest plugin of `trl_suite`: it replaces data of the Hub and classes, and writes the outcomes to a file.
 
-It works when it is loaded, before TRL's test modules are. It stands alone: `tests` is TRL's package in its process.
+It must be loaded before TRL's test modules. It imports nothing of our tests: in its process, `tests` is TRL's package.
 """
 
 import json
@@ -20,7 +20,7 @@ OWNER = "trl-internal-testing"
 
 
 def loader_of(folder: Path, original: Any) -> Any:
-    """`load_dataset` that finds the data of TRL's tests in a folder of stand-ins."""
+    """Return a `load_dataset` that reads the data of TRL's tests from a folder."""
 
     def load_dataset(path: str, name: str | None = None, split: str | None = None, streaming: bool = False, **others):
         owner, _, repository = path.partition("/")
@@ -35,7 +35,7 @@ def loader_of(folder: Path, original: Any) -> Any:
 
 
 def availability(name: str) -> Any:
-    """`is_<package>_available` of a TRL newer than the one that is installed."""
+    """Return an `is_<package>_available` function of a newer TRL than the installed one."""
     if not (package := re.fullmatch("is_(.+)_available", name)):
         raise AttributeError(name)
     return lambda: find_spec(package[1]) is not None
@@ -56,7 +56,7 @@ if os.environ["TRL_SUITE_OURS"] == "1":
 
 
 def pytest_runtest_logreport(report):
-    """The outcome of a test: that of its call, or of a setup that did not get there."""
+    """Record the outcome of a test: that of its call, or of a setup that failed."""
     test = report.nodeid.split("/")[-1]
     if report.when == "call" or report.outcome != "passed":
         OUTCOMES[test] = report.outcome if report.outcome != "failed" else _last_line(report)
@@ -68,5 +68,5 @@ def _last_line(report) -> str:
 
 
 def pytest_sessionfinish(session):
-    """All outcomes, by test."""
+    """Write the outcomes of all tests."""
     Path(os.environ["TRL_SUITE_RESULTS"]).write_text(json.dumps(OUTCOMES, indent=1))

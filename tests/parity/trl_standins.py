@@ -1,7 +1,7 @@
-"""What TRL's tests take from the Hub, made offline: tiny models with random weights, and its own made-up data.
+"""Offline replacements for the models and data that TRL's tests load from the Hub.
 
-Models go into a folder that has the form of the Hub's cache, so that they are found by their names; tokenizers are the
-tests' own. Data come from the generators in TRL's repository.
+The models are tiny, have random weights, and are saved in a folder with the structure of the Hub's cache, so that their
+names work. The tokenizers are those of our tests. The data come from the generators in TRL's repository.
 """
 
 import importlib.util
@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from tests.tokenizers import tiny_tokenizer
 
 OWNER = "trl-internal-testing"
-SNAPSHOT = "0" * 40  # code of a model is only found beside a commit
+SNAPSHOT = "0" * 40  # code of a model is only found if there is a commit
 _SIZES: dict[str, Any] = {
     "vocab_size": 600,
     "hidden_size": 16,
@@ -76,7 +76,7 @@ REMOTE = "tiny-RemoteForCausalLM"
 
 
 def make_standins(trl: Path, folder: Path) -> None:
-    """Make what is missing in a folder: `hub`, the cache of models, and `data`.
+    """Create what is missing in a folder: `hub`, the cache of models, and `data`.
 
     Args:
         trl: a checkout of TRL's repository.
@@ -101,14 +101,14 @@ def _save_model(model_type: str, config: dict[str, Any], snapshot: Path) -> None
 
 
 def _name_snapshot(snapshot: Path) -> None:
-    """The file in which the Hub's cache says which snapshot a branch is."""
+    """Write the file with which the Hub's cache maps a branch to a snapshot."""
     refs = snapshot.parents[1] / "refs"
     refs.mkdir(exist_ok=True)
     (refs / "main").write_text(snapshot.name)
 
 
 def _make_remote(trl: Path, snapshot: Path) -> None:
-    """A model whose code is beside its weights."""
+    """Save a model with its code next to the weights."""
     if snapshot.exists():
         return
     code = trl / "scripts" / "generate_tiny_models" / "for_causal_lm" / "_remote_code"
@@ -128,7 +128,7 @@ def _make_remote(trl: Path, snapshot: Path) -> None:
 
 
 def _imported(file: Path, package: str) -> Any:
-    """A module of a folder that is imported as a package of that name."""
+    """Import a module of a folder as part of a package with this name."""
     spec = importlib.machinery.ModuleSpec(package, None, is_package=True)
     spec.submodule_search_locations = [str(file.parent)]
     sys.modules[package] = importlib.util.module_from_spec(spec)
@@ -136,7 +136,7 @@ def _imported(file: Path, package: str) -> Any:
 
 
 def _make_data(script: Path, folder: Path) -> None:
-    """Run a generator; what it would push is saved, each configuration in a folder of its own."""
+    """Run a generator, and save what it would push, with a folder for each configuration."""
     namespace: dict[str, Any] = {"__name__": "generator"}
 
     def save(data: Dataset | DatasetDict, repo_id: str, config_name: str = "default") -> None:

@@ -1,14 +1,14 @@
-"""TRL's own tests of its offline preference trainers, run on TRL and on `hf_prefopt.trl`.
+"""Run TRL's own tests of its offline preference trainers, with TRL and with `hf_prefopt.trl`.
 
     python -m tests.parity.trl_suite --trl ../trl
 
-`--trl` is a checkout of huggingface/trl at v1.16 (its tests are not in the package). Each file is run twice, in
-processes of its own: as it is, and with TRL's classes replaced by those of `hf_prefopt.trl`. Printed are the counts and
-the tests that pass on TRL alone, with their reasons (`trl_expected.py`); any other ends with an error. `--only` takes a
-part of a file's name, `-k` what pytest takes.
+`--trl` is a checkout of huggingface/trl at v1.16 (the package does not contain its tests). Each file runs twice, in
+separate processes: unchanged, and with TRL's classes replaced by those of `hf_prefopt.trl`. The script prints the
+counts, and the tests that pass only with TRL, with their reasons (`trl_expected.py`). If there is no reason for a test,
+the script ends with an error. `--only` selects files by a part of their name, and `-k` works as in pytest.
 
-A pass means little by itself: those tests ask that training ends and that parameters change. The numbers are compared
-in test_dropin.py.
+A pass does not prove much: these tests check that training ends and that parameters
+change. test_dropin.py compares the numbers.
 """
 
 import argparse
@@ -27,13 +27,13 @@ FILES = (
     "tests/experimental/test_orpo_trainer.py",
     "tests/experimental/test_tpo_trainer.py",
 )
-# Images are not trained on here.
+# Training on images is not supported.
 TEXT = "not vlm and not vision and not Vision and not image"
 ROOT = Path(__file__).parents[2]
 
 
 def run_file(trl: Path, standins: Path, file: str, is_ours: bool, chosen: str) -> dict[str, str]:
-    """The outcome of every test of a file: "passed", "skipped", or the error's last line."""
+    """Return the outcome of every test of a file: "passed", "skipped", or the error's last line."""
     results = standins / f"{Path(file).stem}-{'ours' if is_ours else 'trl'}.json"
     results.unlink(missing_ok=True)
     environment = os.environ | {
@@ -54,7 +54,7 @@ def run_file(trl: Path, standins: Path, file: str, is_ours: bool, chosen: str) -
 
 
 def compare(file: str, theirs: dict[str, str], ours: dict[str, str]) -> tuple[str, list[str]]:
-    """A line of counts, and the tests whose outcome is not the one that is expected."""
+    """Return a line of counts, and the tests with an unexpected outcome."""
     passed = [test for test, outcome in theirs.items() if outcome == "passed"]
     failed = {test: ours.get(test, "not run") for test in passed if ours.get(test) != "passed"}
     wrong = [f"{test}: {error}" for test, error in failed.items() if expected_reason(test) is None]

@@ -1,4 +1,4 @@
-"""Kinds of adapters, fresh and trained: the reference is the policy as given, so DPO starts at log 2."""
+"""With fresh and trained adapters of all kinds, the reference is the policy as passed, so DPO's first loss is log 2."""
 
 import math
 
@@ -62,7 +62,9 @@ def adapted(kind, trained):
 
 
 def mean_chosen_logp(model, rows):
-    """Of one sequence at a time, from `model(...).logits`; virtual tokens stand before the sequence."""
+    """Return the mean log-prob, one sequence at a time, from `model(...).logits`;
+    virtual tokens precede the sequence.
+    """
     sums = []
     model.eval()
     for row in rows:
@@ -78,10 +80,12 @@ def mean_chosen_logp(model, rows):
 @pytest.mark.parametrize("trained", at_least([True], [False, True]))
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_first_loss_is_log_2_against_the_policy_as_given(kind, trained, tmp_path):
-    """Policy and reference both score as the plain model does, so rewards are 0; a step later it still does.
+    """Policy and reference have the log-probs of the plain model, so rewards are 0;
+    after a step, the reference still does.
 
-    Log-probs of some 10 tokens of about 5 nats in float32: 1e-4 is 20 roundings of their sum. A reference that is
-    another model is off by 0.1 and more wherever the adapter acts (asserted for what was trained).
+    Log-probs of about 10 tokens of about 5 nats in float32: 1e-4 is 20 roundings of
+    their sum. If the reference were another model, the difference would be at least
+    0.1 where the adapter has an effect (the tests assert this for trained ones).
     """
     model = adapted(kind, trained)
     rows = random_rows(4, longest=10)
@@ -96,14 +100,16 @@ def test_the_first_loss_is_log_2_against_the_policy_as_given(kind, trained, tmp_
     trainer.train()
     assert logged(trainer, "loss")[0] == pytest.approx(math.log(2), abs=1e-6)
     after = trainer.evaluate()
-    # The reference has not moved along: the reward is β times what the plain model has moved by.
+    # The reference has not changed: the reward is β times the change of the plain model.
     moved = mean_chosen_logp(trainer.model, rows) - expected
     assert after["eval_rewards/chosen"] == pytest.approx(0.1 * moved, abs=2e-5)
     assert after["eval_loss"] != metrics["eval_loss"]
 
 
 def test_a_trained_adapter_acts():
-    """What the test above calls trained is another model than the base, for each kind; else it would prove nothing."""
+    """The trained adapters of the test above change the model, for each kind;
+    otherwise the test would prove nothing.
+    """
     base = mean_chosen_logp(tiny_model(), random_rows(4, longest=10))
     silent = [
         kind
@@ -114,7 +120,7 @@ def test_a_trained_adapter_acts():
 
 
 def test_magnitudes_alone_make_a_dora_adapter_trained():
-    """B·A is still zero, and the output is not the base's."""
+    """B·A is still zero, but the output is not that of the base model."""
     model = with_lora(tiny_model(), use_dora=True)
     assert is_fresh_adapter(model)
     with torch.no_grad():
@@ -123,7 +129,7 @@ def test_magnitudes_alone_make_a_dora_adapter_trained():
 
 
 def test_only_lora_is_ever_called_fresh():
-    """New methods of PEFT, too: whatever is not LoRA by its own name is not looked into."""
+    """A PEFT method that is not named LoRA is never called fresh, even a new one."""
     for kind in KINDS:
         model = adapted(kind, trained=False)
         assert is_fresh_adapter(model) <= (model.active_peft_config.peft_type == PeftType.LORA)

@@ -1,4 +1,4 @@
-"""Reference log-probs are computed once and found again whenever the reference and the tokens are the same."""
+"""Reference log-probs are computed once, and reused whenever the reference and the tokens are the same."""
 
 import gc
 import logging
@@ -25,7 +25,7 @@ DESCENT = {"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant"
 
 @pytest.fixture
 def runs(monkeypatch):
-    """The number of responses of every batch of rows that a reference is run on."""
+    """Record the number of responses of every batch of rows that a reference runs on."""
     seen, score = [], LiveReference.score
 
     def counted(self, batch, *token_stats):
@@ -38,7 +38,7 @@ def runs(monkeypatch):
 
 
 def cached(folder, model=None, **settings):
-    """A trainer whose cache is in a folder beside its output."""
+    """Return a trainer with its cache in a folder next to its output."""
     if settings.get("precompute_ref_log_probs", True):
         settings = {"reference_cache_dir": str(folder / "cache"), "precompute_ref_log_probs": True, **settings}
     model = with_lora(tiny_model()) if model is None and "model_init" not in settings else model
@@ -46,7 +46,7 @@ def cached(folder, model=None, **settings):
 
 
 def before_training(trainer):
-    """What train() does to the cache before its first step."""
+    """Do what `train()` does to the cache before its first step."""
     loader = trainer.get_train_dataloader()
     trainer.scorer.settle()
     (events,) = (callback for callback in trainer.callback_handler.callbacks if isinstance(callback, ScorerEvents))
@@ -54,13 +54,13 @@ def before_training(trainer):
 
 
 def stored(folder):
-    """(fingerprint, key) of every response in the caches beneath a folder."""
+    """Return (fingerprint, key) of every response in the caches below a folder."""
     shards = {path: read_shard(path) for path in (folder / "cache").rglob("*.safetensors")}
     return [(path.parent.name, key.tobytes()) for path, shard in shards.items() for key in shard.keys]
 
 
 def off_reference(**settings):
-    """A policy away from its reference, the base model beneath it."""
+    """Return a policy that differs from its reference, the base model below its adapter."""
     return perturbed(with_lora(tiny_model(), **settings), scale=0.1)
 
 
@@ -71,11 +71,12 @@ def off_reference(**settings):
     + [("dpo", "padded", {"max_tokens_per_batch": 60}), ("kto", "shared", {"max_tokens_per_batch": 60})],
 )
 def test_a_cached_run_is_the_live_run(loss, layout, batches, runs, tmp_path):
-    """Two epochs, evaluated after each: losses, gradient norms and evaluations agree. The reference runs once on each
-    of the two sets, and for KTO once more on the mismatched responses of the second epoch; in another run never.
+    """In two epochs, evaluated after each, losses, gradient norms and evaluations agree with those of a live reference.
 
-    The pass has batches of its own, so the last bits of the sums inside the model differ: about 1e-6 of a log-prob of
-    −4, hence 1e-5 on the sums of ten tokens, which β = 0.1 makes 1e-6 of the loss; 1e-5 covers six steps of it.
+    The reference runs once on each of the two sets, and for KTO once more on the mismatched responses
+    of the second epoch; in another run, it never runs. The pass uses other batches, so the last bits
+    of the sums in the model differ: about 1e-6 of a log-prob of −4, hence 1e-5 on the sums of ten
+    tokens. Times β = 0.1, the loss differs by 1e-6; the tolerance of 1e-5 is enough for six steps.
     """
     rows = {"dpo": pairs, "kto_pair": pairs, "plackett_luce": lists, "kto": unpaired}[loss]
     settings = {"loss_type": loss, "layout": layout, "num_train_epochs": 2, "eval_strategy": "epoch", **DESCENT}
@@ -101,7 +102,7 @@ ROWS = random_rows(6)
 BASE = {"loss_type": "dpo", "reference": "adapter_off", "max_steps": 1, "layout": "padded"}
 EXTRA = [{**row, "row": 6 + row["row"]} for row in random_rows(2, seed=5)]
 
-# What is changed, by settings of the trainer: nothing is computed again.
+# Changes of the trainer's settings after which nothing is computed again.
 HITS = {
     "the same again": {},
     "another loss": {"loss_type": "ipo"},
@@ -139,7 +140,7 @@ def one_element_away():
     return model
 
 
-# What is changed, and how many of the 12 responses are computed for it.
+# Changes, and the number of the 12 responses that are computed again.
 MISSES = {
     "a weight by one element": ({"model": one_element_away}, 12),
     "the dtype of the weights": ({"model": lambda: with_lora(tiny_model(dtype=torch.bfloat16))}, 12),
@@ -164,7 +165,7 @@ MATRIX = {**{name: (change, 0) for name, change in HITS.items()}, **MISSES}
 
 @pytest.fixture(scope="module")
 def filled(tmp_path_factory):
-    """A folder with the cache of the base run."""
+    """Return a folder with the cache of the base run."""
     folder = tmp_path_factory.mktemp("filled")
     cached(folder, **BASE, train_dataset=Dataset.from_list(ROWS)).train()
     assert len(stored(folder)) == 12
@@ -173,7 +174,9 @@ def filled(tmp_path_factory):
 
 @pytest.mark.parametrize(("change", "count"), MATRIX.values(), ids=MATRIX)
 def test_what_is_found_and_what_is_computed(change, count, filled, tmp_path):
-    """Another run after one of 6 rows, 12 responses: it computes exactly those that its change concerns."""
+    """Another run follows one with 6 rows and 12 responses: it computes exactly the
+    responses that its change affects.
+    """
     shutil.copytree(filled / "cache", tmp_path / "cache")
     settings = {**BASE, "train_dataset": Dataset.from_list(ROWS), **change}
     settings |= {name: settings[name]() for name in ("model", "ref_model") if name in settings}
@@ -183,8 +186,9 @@ def test_what_is_found_and_what_is_computed(change, count, filled, tmp_path):
 
 @pytest.mark.parametrize(("precision", "count"), [("ieee", 0), ("tf32", 12), ("bf16", 12)])
 def test_the_precision_of_fp32_products_is_part_of_the_key(precision, count, filled, tmp_path):
-    """The base run had PyTorch's default, "none", which is full precision. Where fp32 products are made of fewer bits,
-    all 12 responses are computed."""
+    """The base run has PyTorch's default, "none", which is full precision. With a
+    lower precision of fp32 products, all 12 responses are computed again.
+    """
     shutil.copytree(filled / "cache", tmp_path / "cache")
     before, torch.backends.mkldnn.matmul.fp32_precision = torch.backends.mkldnn.matmul.fp32_precision, precision
     try:
@@ -195,8 +199,9 @@ def test_the_precision_of_fp32_products_is_part_of_the_key(precision, count, fil
 
 
 def test_a_cut_is_another_response(tmp_path):
-    """A `max_length` that cuts some rows computes the responses that it changed, by the prepared tokens; and another
-    way of cutting that cuts nothing gives the same tokens, hence computes nothing."""
+    """A `max_length` that cuts some rows computes the responses that it changed. Another truncation mode that cuts
+    nothing gives the same tokens, so nothing is computed.
+    """
     texts = [text_pair(), text_pair(chosen=" Paris it is, as everybody knows."), text_pair(rejected=" Berlin.")]
     settings = {"train_dataset": Dataset.from_list(texts), "processing_class": tiny_tokenizer(), "max_steps": 1}
     seen, counts = set(), []
@@ -226,8 +231,8 @@ def test_a_cut_is_another_response(tmp_path):
     ids=["ref_model", "frozen copy", "frozen adapter"],
 )
 def test_a_reference_with_memory_of_its_own_is_let_go(make, settings, tmp_path):
-    """Nothing of the trainer holds it during training; a data set that it was not given can then not be scored, which
-    is an error that counts: one of the two responses of each of three new rows is new too.
+    """The trainer holds no reference to it during training. A later data set can then not be scored, and the error says
+    how many responses are missing: one of the two responses of each of three new rows.
     """
     settings = {name: make() for name, make in settings.items()}
     trainer = cached(tmp_path, make(), eval_dataset=pairs(3, seed=3), **settings)
@@ -249,7 +254,7 @@ def test_a_reference_with_memory_of_its_own_is_let_go(make, settings, tmp_path):
 
 
 def test_an_adapter_that_is_off_stays_at_hand(runs, tmp_path):
-    """It has no memory of its own to give back, so another data set is computed whenever it comes."""
+    """A disabled adapter has no memory of its own to free, so another data set is computed whenever it is passed."""
     trainer = cached(tmp_path, max_steps=1)
     trainer.train()
     trainer.evaluate(pairs(3, seed=3))
@@ -260,7 +265,9 @@ def test_an_adapter_that_is_off_stays_at_hand(runs, tmp_path):
 
 
 def test_a_stream_is_cached_as_it_comes(runs, tmp_path):
-    """Four steps of two rows over a stream of four: the reference runs for the first two, and in another run never."""
+    """Four steps of two rows over a stream of four rows: the reference runs in the
+    first two steps, and never in another run.
+    """
     stream = pairs(4).to_iterable_dataset()
     live = cached(tmp_path, train_dataset=stream, max_steps=4, precompute_ref_log_probs=False)
     live.train()
@@ -274,7 +281,9 @@ def test_a_stream_is_cached_as_it_comes(runs, tmp_path):
 
 
 def test_every_trial_of_a_model_init_has_its_cache(runs, tmp_path):
-    """A second train() starts from a fresh policy with a fresh reference, of the same weights, which is found."""
+    """A second train() starts from a new policy and a new reference with the same
+    weights, whose log-probs are cached.
+    """
     trainer = cached(tmp_path, model_init=lambda: with_lora(tiny_model()), max_steps=1)
     trainer.train()
     trainer.train()
@@ -298,7 +307,7 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_a_damaged_shard_is_computed_again_and_said_once(damage, runs, tmp_path, caplog):
-    """The damaged file is put aside with one warning that names it; the run after it finds everything."""
+    """The damaged file is renamed, and one warning names it; the next run reuses everything."""
     trainer = cached(tmp_path)
     before_training(trainer)
     keys = [key for _, key in sorted(stored(tmp_path))]
@@ -339,7 +348,7 @@ def with_reference_alignment():
     ],
 )
 def test_what_a_cache_cannot_serve_is_refused(settings, message, with_reference_alignment, tmp_path):
-    """At construction, with the reason."""
+    """The error is raised at construction, with the reason."""
     with pytest.raises(ValueError, match=message):
         make_config(tmp_path, precompute_ref_log_probs=True, **settings)
 
@@ -350,7 +359,7 @@ def test_batches_without_keys_are_refused(tmp_path):
 
 
 def test_reference_cache_is_auto_with_a_cache(tmp_path):
-    """The other way to say it, and a dict of the settings says the same again."""
+    """The two settings are equivalent, and a dict of the settings gives the same configuration."""
     config = make_config(tmp_path, reference="cache")
     assert (config.reference, config.precompute_ref_log_probs) == ("auto", True)
     again = PreferenceConfig(
@@ -360,7 +369,7 @@ def test_reference_cache_is_auto_with_a_cache(tmp_path):
 
 
 def test_the_pass_shows_its_speed(tmp_path, capfd):
-    """A progress bar in tokens, in which all tokens of the different responses and their prompts count."""
+    """The progress bar counts tokens: those of all different responses and their prompts."""
     rows = random_rows(4)
     trainer = cached(tmp_path, train_dataset=Dataset.from_list(rows), max_steps=1, disable_tqdm=False)
     trainer.train()
@@ -369,7 +378,9 @@ def test_the_pass_shows_its_speed(tmp_path, capfd):
 
 
 def test_a_cached_step_waits_for_no_device(tmp_path, monkeypatch):
-    """As `test_no_step_waits_for_the_device`, with every log-prob looked up: no value is read off a tensor."""
+    """As in `test_no_step_waits_for_the_device`, but with all log-probs from the
+    cache: no value is read from a tensor.
+    """
     trainer = cached(tmp_path, max_steps=2, logging_steps=100, layout="padded")
     before_training(trainer)
     monkeypatch.setattr(trainer, "log", lambda *_, **__: None)
@@ -379,8 +390,9 @@ def test_a_cached_step_waits_for_no_device(tmp_path, monkeypatch):
 
 
 def test_ranks_that_must_run_together_do(runs, tmp_path):
-    """Where another rank misses something this one runs too, says the same as it would by itself, and keeps nothing
-    twice."""
+    """If another rank misses some log-probs, this rank runs the reference, too. Its
+    results do not change, and nothing is stored twice.
+    """
     trainer = cached(tmp_path)
     before_training(trainer)
     batch = first_batch(trainer)

@@ -1,4 +1,4 @@
-"""The files of the cache: readable by their description alone, and whole after a kill at any moment."""
+"""The files of the cache can be read from their documentation, and are complete after a kill at any moment."""
 
 import errno
 import hashlib
@@ -36,14 +36,14 @@ def scored_model():
 
 
 def plain_key(prompt, response, mask):
-    """A key as the documentation has it: BLAKE2b-128 of three lists, each behind its length as eight bytes."""
+    """Return a key as documented: BLAKE2b-128 of three lists, each preceded by its length as eight bytes."""
     parts = [np.array(prompt, "<i4"), np.array(response, "<i4"), np.array(mask, "u1")]
     data = b"".join(struct.pack("<Q", len(part)) + part.tobytes() for part in parts)
     return hashlib.blake2b(data, digest_size=16).digest()
 
 
 def plain_read(path):
-    """A shard by safetensors' specification and NumPy: eight bytes of length, JSON, then the tensors."""
+    """Read a shard with NumPy by safetensors' specification: eight bytes with the length, JSON, then the tensors."""
     data = path.read_bytes()
     (length,) = struct.unpack("<Q", data[:8])
     header = json.loads(data[8 : 8 + length])
@@ -58,7 +58,9 @@ def plain_read(path):
 
 
 def test_another_program_can_read_the_files(tmp_path):
-    """Found by a key made from the ids, a response's log-probs are those of the model, token by token."""
+    """The log-probs of a response, found by a key that is computed from its ids, are
+    those of the model, token by token.
+    """
     model, data = scored_model(), pairs(3)
     reference = CachedReference(separate_model(model), tmp_path)
     fill(reference, data, KeyedCollator(PaddedCollator(0)), Accelerator(cpu=True), silent=True)
@@ -77,7 +79,7 @@ def test_another_program_can_read_the_files(tmp_path):
 
 
 def test_a_key_tells_its_parts_apart():
-    """Moving a token over the border between prompt and response, or to another list, makes another key."""
+    """Moving a token across the boundary between prompt and response, or to another list, changes the key."""
     keys = [
         response_keys([1, 2], [([3, 4], [1, 1])])[0],
         response_keys([1, 2, 3], [([4], [1])])[0],
@@ -101,7 +103,9 @@ FORMS = {
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_an_adapter_counts_when_it_is_on(form, tied):
-    """Off, the fingerprint is the base model's, whatever has been trained; on, it is that of the adapter's tensors."""
+    """With the adapter disabled, the fingerprint is that of the base model; with the
+    adapter, it depends on its tensors.
+    """
 
     def make():
         return with_lora(tiny_model(tie_word_embeddings=tied), **form)
@@ -118,7 +122,7 @@ def test_an_adapter_counts_when_it_is_on(form, tied):
 
 
 def test_a_model_is_known_after_a_way_over_the_disk(tmp_path):
-    """Saved and loaded again, or taught the scoring forward, it is the same reference."""
+    """After saving and loading, or after installing the scoring forward, the reference has the same fingerprint."""
     model = tiny_model()
     before = fingerprint(model, 1.0, None)
     model.save_pretrained(tmp_path)
@@ -128,7 +132,7 @@ def test_a_model_is_known_after_a_way_over_the_disk(tmp_path):
 
 
 def test_batches_are_full_and_hold_every_missing_response_once():
-    """Each within the budget unless it is a single response; the responses of a prompt in one run of the order."""
+    """Each batch is within the budget unless it is a single response; the responses of a prompt are consecutive."""
     data = pairs(20, longest=20)
     inventory = take_inventory(data)
     missing = np.arange(len(inventory.keys)) % 5 != 0
@@ -146,11 +150,11 @@ def test_batches_are_full_and_hold_every_missing_response_once():
 
 
 def test_a_pass_that_is_killed_goes_on(tmp_path, monkeypatch):
-    """Twenty processes, each killed by SIGKILL at a random moment of its pass, and one that ends it.
+    """Twenty processes are killed by SIGKILL at random moments of their pass, and one process finishes the pass.
 
-    A shard is written after every batch of four responses. After every kill each shard in the folder is whole and
-    nothing is said of damage; in the end the 80 responses are those of an uninterrupted pass, and beyond them no more
-    was computed than one batch for each kill.
+    A shard is written after every batch of four responses. After every kill, each shard in
+    the folder is complete, and no message reports damage. At the end, the 80 responses
+    equal those of an uninterrupted pass, and at most one batch per kill was computed twice.
     """
     monkeypatch.setattr(cache_store, "SHARD_TOKENS", 1)
     monkeypatch.setattr(cache_store, "_STALE_SECONDS", 0.0)
@@ -183,7 +187,7 @@ def test_a_pass_that_is_killed_goes_on(tmp_path, monkeypatch):
         child = os.fork()
         if child == 0:
             torch.set_num_threads(1)
-            tqdm.set_lock(threading.RLock())  # the parent's is shared with a process that may be killed inside it
+            tqdm.set_lock(threading.RLock())  # a killed process may hold the parent's lock
             one_pass(tmp_path / "killed")
             os._exit(0)
         time.sleep(moments.uniform(0, duration / 4))
@@ -195,7 +199,7 @@ def test_a_pass_that_is_killed_goes_on(tmp_path, monkeypatch):
     store = one_pass(tmp_path / "killed")
     found = store.get(inventory.keys)
     for ours, theirs in zip(found, expected, strict=True):
-        # The batches after a kill are others, so the last bits are.
+        # The batches after a kill differ, and so do the last bits.
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
     widest = max(len(batch) for batch in plan_batches(inventory, np.ones(80, dtype=bool), 4 * 20))
     assert len(inventory.keys) <= log.stat().st_size <= len(inventory.keys) + killed * widest
@@ -203,7 +207,7 @@ def test_a_pass_that_is_killed_goes_on(tmp_path, monkeypatch):
 
 
 def test_what_waits_is_found_and_written(tmp_path, monkeypatch):
-    """By tokens, by time and by flush; keys that end in zero bytes are keys like others."""
+    """Shards are written after a number of tokens, after a time, and by flush; keys may end in zero bytes."""
     monkeypatch.setattr(cache_store, "SHARD_TOKENS", 10)
     entries = {bytes([n]) * 8 + bytes(8): torch.arange(float(n)) for n in range(1, 8)}
     store = LogProbStore(tmp_path)
@@ -211,7 +215,7 @@ def test_what_waits_is_found_and_written(tmp_path, monkeypatch):
         store.put(key, logps)
         assert torch.equal(store.get([key])[0], logps)
     assert store.missing([*entries, bytes(16)]).tolist() == [False] * 7 + [True]
-    assert len(list(tmp_path.glob("*.safetensors"))) == 2  # 1+2+3+4, 5+6 tokens; the seventh waits
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2  # 1+2+3+4 and 5+6 tokens; the seventh token waits
     monkeypatch.setattr(cache_store, "SHARD_SECONDS", 0.0)
     store.put(b"\xff" * 16, torch.zeros(1))
     again = LogProbStore(tmp_path)
@@ -220,7 +224,9 @@ def test_what_waits_is_found_and_written(tmp_path, monkeypatch):
 
 
 def test_ranks_share_the_batches():
-    """Seven batches over three ranks: three rounds on each, every batch once, and what is left over is run in vain."""
+    """Seven batches on three ranks take three rounds on each rank. Every batch is
+    stored once; extra runs are discarded.
+    """
     batches = [np.array([n]) for n in range(7)]
     shares = []
     for rank in range(3):
@@ -233,8 +239,8 @@ def test_ranks_share_the_batches():
 
 @pytest.mark.parametrize("says", [OSError(errno.ESTALE, "Stale file handle"), SafetensorError("I/O error")], ids=type)
 def test_a_shard_that_cannot_be_read_now_stays(says, tmp_path, monkeypatch, caplog):
-    """A fault of the disk, also one that safetensors takes for one of the content: a warning, and its keys are missing;
-    read again, all of it is there.
+    """A disk error, even one that safetensors reports as invalid content, causes a warning, and the keys are missing.
+    When the shard can be read again, all its keys are found.
     """
     key = b"k" * 16
     first = LogProbStore(tmp_path)

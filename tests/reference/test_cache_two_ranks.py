@@ -1,4 +1,4 @@
-"""Two processes under plain data parallelism (gloo) fill one cache, each its share, and both read all of it."""
+"""Two processes under DDP (gloo) fill one cache: each computes its share, and both read the whole cache."""
 
 import json
 import os
@@ -15,7 +15,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    """(folder, what each rank saw)."""
+    """Return (folder, results of each rank)."""
     folder = tmp_path_factory.mktemp("ranks")
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
@@ -26,7 +26,7 @@ def ranks(tmp_path_factory):
 
 
 def test_both_ranks_train_as_with_a_live_reference(ranks):
-    """The rows are split otherwise in the pass than in training, so the last bits differ (see test_cache)."""
+    """The pass splits the rows differently than training, so the last bits differ (see test_cache)."""
     for seen in ranks[1]:
         for name in ("cached", "again", "apart", "one is new"):
             assert seen[name]["loss"] == pytest.approx(seen["live"]["loss"], rel=1e-5)
@@ -34,9 +34,9 @@ def test_both_ranks_train_as_with_a_live_reference(ranks):
 
 
 def test_each_rank_computes_its_share_and_then_none(ranks):
-    """7 + 3 pairs are 20 responses, of which each rank computes some, and in the next run none does."""
+    """7 + 3 pairs are 20 responses. Each rank computes some of them, and none in the next run."""
     one, other = (seen["cached"]["responses"] for seen in ranks[1])
-    # A rank without a batch of its own in the last round of a pass runs one of the other's in vain.
+    # In the last round of a pass, a rank without a batch repeats a batch of the other rank and discards the result.
     assert 20 <= one + other <= 20 + 2 * 4 and min(one, other) >= 4
     assert [seen["again"]["responses"] for seen in ranks[1]] == [0, 0]
 
@@ -46,8 +46,8 @@ def stored(folder):
 
 
 def test_folders_of_their_own_are_filled_alike(ranks):
-    """Each of two folders gets the 20 responses, of which each rank computes some; in the next run rank 0 has its own
-    and rank 1 a new one, which gets all of them, and nothing is computed.
+    """Each of two folders gets the 20 responses, and each rank computes some of them. In the next run, rank 0 has its
+    folder and rank 1 a new one, which gets all responses without computing any.
     """
     folder, seen = ranks
     one, other = (rank["apart"]["responses"] for rank in seen)
@@ -58,7 +58,7 @@ def test_folders_of_their_own_are_filled_alike(ranks):
 
 
 def test_nothing_is_stored_twice(ranks):
-    """No key is in two shards, and there are at least the 20 of the pairs and the 16 of the stream."""
+    """No key is in two shards, and there are at least the 20 responses of the pairs and the 16 of the stream."""
     keys = [key.tobytes() for path in (ranks[0] / "cache").rglob("*.safetensors") for key in read_shard(path).keys]
     assert len(keys) == len(set(keys))
     assert len(keys) >= 20 + 16

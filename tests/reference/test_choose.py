@@ -1,4 +1,4 @@
-"""Which reference a configuration means, what it costs, and which wishes contradict each other."""
+"""The reference that a configuration selects, its cost, and settings that contradict each other."""
 
 import pytest
 import torch
@@ -27,8 +27,8 @@ ADAPTERS = {
 
 @pytest.mark.parametrize(("make", "fresh"), ADAPTERS.values(), ids=ADAPTERS)
 def test_a_fresh_adapter_is_told_from_a_trained_one(make, fresh):
-    """Fresh means: its output is zero and nothing else trains, so switching it off is the policy as given, for good;
-    otherwise a copy of what trains is the reference.
+    """An adapter is fresh if its output is zero and nothing else trains: disabling it gives the policy as passed.
+    Otherwise the reference is a copy of the trainable weights.
     """
     model = make()
     assert is_fresh_adapter(model) is fresh
@@ -38,7 +38,7 @@ def test_a_fresh_adapter_is_told_from_a_trained_one(make, fresh):
 
 @pytest.mark.parametrize("setting", ["auto", "copy"])
 def test_biases_that_train_do_not_move_the_reference(setting, tmp_path):
-    """`bias="lora_only"` trains biases of the base model, which stay changed when the adapter is off."""
+    """`bias="lora_only"` trains biases of the base model, which stay changed when the adapter is disabled."""
     trainer = make_trainer(tmp_path, with_lora(tiny_model("qwen2"), bias="lora_only"), reference=setting, max_steps=2)
     batch = first_batch(trainer)
     before = trainer.reference.score(batch).token_logps
@@ -46,15 +46,17 @@ def test_biases_that_train_do_not_move_the_reference(setting, tmp_path):
     assert torch.equal(trainer.reference.score(batch).token_logps, before)
 
 
-# All losses without a reference, and some of each kind of examples with one.
+# All losses without a reference, and some losses with a reference for each kind of example.
 _OFTEN = [*(name for name in list_losses() if not get_loss(name).needs_reference_model), "dpo", "kto", "tdpo2", "lipo"]
 
 
 @pytest.mark.parametrize("name", at_least(_OFTEN, list_losses()))
 def test_a_loss_without_a_reference_runs_and_copies_none(name, tmp_path):
-    """One micro-batch runs the model once where no reference is needed, and then none exists; otherwise twice."""
+    """Without a reference, a micro-batch runs the model once, and no reference
+    exists; otherwise the model runs twice.
+    """
     trainer = make_trainer(tmp_path, loss_type=name, max_steps=1, layout="padded")
-    trainer.scorer.settle()  # which runs the model by itself
+    trainer.scorer.settle()  # which would run the model, too
     calls = []
     trainer.model.register_forward_pre_hook(lambda *_: calls.append(1))
     trainer.train()
@@ -69,7 +71,7 @@ def test_the_reference_of_reference_free_losses_is_none(tmp_path):
 
 
 def test_the_trained_tensors_alone_are_copied():
-    """Under LoRA the frozen copy holds the adapter, in memory of its own, and not the model beneath it."""
+    """With LoRA, the frozen copy contains only the adapter, in its own memory, and not the model below it."""
     model = perturbed(with_lora(tiny_model()))
     copies = FrozenTensors(ModuleTree(model)).tensors
     assert copies and all("lora_" in name for name in copies)
@@ -112,7 +114,7 @@ def test_contradictions_are_refused(make, setting, settings, message, tmp_path):
 
 
 def test_the_policy_is_no_reference_of_itself(tmp_path):
-    """The same object as ref_model would train along and keep the margin at 0."""
+    """If ref_model were the same object as the policy, it would train, too, and the margin would stay 0."""
     model = tiny_model()
     with pytest.raises(ValueError, match="is the policy itself"):
         make_trainer(tmp_path, model, ref_model=model)

@@ -1,4 +1,4 @@
-"""Reference log-probs as columns: exported, written to files, imported, and refused where the model is another one."""
+"""Reference log-probs as columns: exporting, writing to files, importing, and errors if the model is another one."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def cached(folder, model=None, rows=None, **settings):
 
 
 def plain_sum(row, which):
-    """Σ log p of a response's tokens by the base model's own logits, of this sequence alone."""
+    """Return Σ log p of a response's tokens, from the base model's own logits of this sequence alone."""
     response = row["response_ids"][which]
     ids = torch.tensor([row["prompt_ids"] + response])
     with torch.no_grad():
@@ -28,7 +28,9 @@ def plain_sum(row, which):
 
 
 def test_exported_sums_are_those_of_the_plain_model(tmp_path):
-    """Up to float32's rounding of a sum of at most 10 log-probs, of logits up to 20: 10 · 128 · 2⁻²⁴ · 40."""
+    """The tolerance is float32's rounding of a sum of at most 10 log-probs from
+    logits up to 20: 10 · 128 · 2⁻²⁴ · 40.
+    """
     rows = pairs(6)
     exported = export_reference(cached(tmp_path), rows)
     for row, out in zip(rows, exported, strict=True):
@@ -62,7 +64,7 @@ def test_a_run_on_imported_log_probs_is_the_same_and_never_runs_the_reference(tm
     score = LiveReference.score
     monkeypatch.setattr(LiveReference, "score", never)
     second.train()
-    if kind == "json":  # ten digits after the point, in `datasets`
+    if kind == "json":  # `datasets` writes ten digits
         assert logged(second, "loss") == pytest.approx(logged(first, "loss"), abs=1e-9 * 10 + 2.0**-23)
     else:
         assert logged(second, "loss") == logged(first, "loss")
@@ -97,7 +99,9 @@ def test_a_trainer_without_a_cache_is_refused(tmp_path):
 
 
 def test_other_tokens_get_no_imported_log_probs(tmp_path):
-    """The import is of six pairs, the run of eight: what is missing is computed, and the first loss is log 2."""
+    """The import has six pairs and the run has eight: the missing log-probs are
+    computed, and the first loss is log 2.
+    """
     exported = export_reference(cached(tmp_path), pairs(6))
     trainer = cached(tmp_path / "other", rows=pairs(8, seed=3))
     assert import_reference(trainer, exported) == 12

@@ -1,5 +1,6 @@
-"""A reference that the user names: another model, by itself or by its path, in another dtype or quantized, or another
-adapter; cached or not, it is scored as it is by itself."""
+"""An explicit reference (another model, a path, another dtype, quantized, or an
+adapter) has the log-probs that it has alone, with and without the cache.
+"""
 
 import math
 from functools import partial
@@ -16,14 +17,14 @@ from tests.trainers import first_batch, logged, make_trainer, pairs, weights
 
 
 def scores_by_itself(model, folder, batch):
-    """The token log-probs of a model as the policy of a trainer of its own."""
+    """Return the token log-probs of a model as the policy of its own trainer."""
     trainer = make_trainer(folder, model, loss_type="sft", layout="padded")
     with torch.no_grad():
         return score(trainer.model.eval(), batch).token_logps
 
 
 def cache(folder, cached):
-    """The settings that keep the reference's scores in a folder, or none."""
+    """Return the settings of a cache in a folder, or no settings."""
     return {"precompute_ref_log_probs": True, "reference_cache_dir": str(folder / "cache")} if cached else {}
 
 
@@ -33,7 +34,7 @@ def reference_scores(trainer, batch):
 
 
 def test_a_name_is_loaded_as_the_policy_is(tmp_path):
-    """In the dtype that `model_init_kwargs` asks for, the model that was saved."""
+    """The saved model is loaded in the dtype of `model_init_kwargs`."""
     perturbed(tiny_model(), scale=0.1).save_pretrained(tmp_path / "saved")
     settings = {"ref_model": str(tmp_path / "saved"), "model_init_kwargs": {"dtype": "float64"}, "layout": "padded"}
     trainer = make_trainer(tmp_path / "run", tiny_model(dtype=torch.float64), **settings)
@@ -44,15 +45,15 @@ def test_a_name_is_loaded_as_the_policy_is(tmp_path):
 
 
 def test_a_name_is_not_loaded_where_no_loss_needs_it(tmp_path):
-    """The refusal comes first: the name leads nowhere."""
+    """The error comes before loading: the name does not exist."""
     with pytest.raises(ValueError, match="need no reference"):
         make_trainer(tmp_path, tiny_model(), ref_model="nowhere/at-all", loss_type="simpo")
 
 
 @pytest.mark.parametrize("cached", [False, True])
 def test_a_reference_in_another_dtype(cached, tmp_path):
-    """bf16 beside a policy in fp32: its scores are those it has by itself, in full precision from the head on; the
-    first loss is near log 2 but not on it.
+    """The reference is in bf16 and the policy in fp32. Its log-probs are those that it has alone, in full precision
+    from the head on; the first loss is close to log 2, but not equal.
     """
     settings = {"ref_model": tiny_model(dtype=torch.bfloat16), "layout": "padded", "max_steps": 2}
     settings |= cache(tmp_path, cached)
@@ -68,8 +69,8 @@ def test_a_reference_in_another_dtype(cached, tmp_path):
 @pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("layout", ["padded", "shared"])
 def test_a_reference_that_waits_in_the_cpus_memory(layout, cached, tmp_path):
-    """accelerate's hooks bring each layer's weights for its use; before and after they are on no device. Scores are
-    those of the model as it is, bit for bit, and so is what it is known by in the cache.
+    """accelerate's hooks load each layer's weights when they are used; before and after, they are on no device. The
+    log-probs and the fingerprint equal those of the model without offloading, bit for bit.
     """
     plain = perturbed(tiny_model(), scale=0.1)
     known_by = fingerprint(plain, 1.0, None)
@@ -89,7 +90,7 @@ def test_a_reference_that_waits_in_the_cpus_memory(layout, cached, tmp_path):
 
 
 def test_whole_predictions_of_a_reference_that_waits_in_the_cpus_memory(tmp_path):
-    """The same losses as with the model as it is: TDPO asks its head for them beside the forward."""
+    """The losses equal those of the model without offloading: TDPO uses the reference's head outside its forward."""
     losses = []
     for place in (lambda model: model, partial(cpu_offload, execution_device="cpu")):
         reference = place(perturbed(tiny_model(), scale=0.1))
@@ -102,7 +103,7 @@ def test_whole_predictions_of_a_reference_that_waits_in_the_cpus_memory(tmp_path
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("cached", [False, True])
 def test_a_quantized_reference(bits, cached, tmp_path):
-    """Under a policy in full precision; what was rounded away in its weights shows in the first loss."""
+    """The policy is in full precision; the rounding of the reference's weights changes the first loss."""
     pytest.importorskip("bitsandbytes", reason="quantized references need bitsandbytes")
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -121,7 +122,7 @@ def test_a_quantized_reference(bits, cached, tmp_path):
         logits = quantized(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
     rows = logits.flatten(0, 1)[batch["scored_rows"]].log_softmax(-1)
     expected = rows.gather(1, batch["targets"][:, None])[:, 0]
-    # The head of a batch of scored rows and of all rows: the same products, in another order.
+    # The head computes a batch of scored rows or all rows: the same products in another order.
     torch.testing.assert_close(reference_scores(trainer, batch), expected, rtol=1e-3, atol=1e-3)
     trainer.train()
     assert 1e-5 < abs(logged(trainer, "loss")[0] - 0.6931472) < 1.0
@@ -130,7 +131,7 @@ def test_a_quantized_reference(bits, cached, tmp_path):
 @pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("layout", ["padded", "shared"])
 def test_a_named_adapter_is_the_model_with_it_merged(layout, cached, tmp_path):
-    """Beside another that trains. Merging rounds W + B·A once in fp32: some 1e-6 of log-probs of a few nats."""
+    """Another adapter trains. Merging rounds W + B·A once in fp32: about 1e-6 of log-probs of a few nats."""
     ours = perturbed(with_lora(tiny_model()), scale=0.1, seed=5)
     ours.save_pretrained(tmp_path / "adapter")
     model = with_lora(tiny_model())
@@ -151,8 +152,9 @@ def test_a_named_adapter_is_the_model_with_it_merged(layout, cached, tmp_path):
 
 
 def test_several_active_adapters_are_active_again(tmp_path):
-    """An SFT adapter below the one that trains, and a third one as reference: after its forward both are active, the
-    frozen one stays frozen, and the other one trains."""
+    """An SFT adapter is active below the adapter that trains, and a third adapter is the reference. After the
+    reference's forward, the first two are active, the SFT adapter is still frozen, and the other one trains.
+    """
     model = perturbed(with_lora(tiny_model()), 0.1)
     model.add_adapter("ref", LoraConfig(r=4, target_modules="all-linear"))
     model.add_adapter("dpo", LoraConfig(r=4, target_modules="all-linear"))

@@ -1,4 +1,4 @@
-"""The reference is the policy at step 0, in every mode; it stays what it was, and nothing of it is ever saved."""
+"""In every mode, the reference is the policy at step 0. It does not change, and checkpoints do not contain it."""
 
 import math
 from pathlib import Path
@@ -21,7 +21,7 @@ def trained_adapter(**settings) -> PeftModel:
 
 
 def with_frozen_twin() -> PeftModel:
-    """A trained adapter, and another of the same weights."""
+    """Return a model with a trained adapter, and a second adapter with the same weights."""
     model = trained_adapter()
     model.add_adapter("before", model.peft_config["default"])
     state = {name: value for name, value in model.state_dict().items() if ".default." in name}
@@ -29,7 +29,7 @@ def with_frozen_twin() -> PeftModel:
     return model
 
 
-# How each policy comes, and the settings under which its reference is the policy as given.
+# How each policy is created, and the settings with which the reference is the policy as passed.
 STARTS = {
     "full": (tiny_model, {}),
     "full, modified in memory": (lambda: perturbed(tiny_model(), scale=0.1), {}),
@@ -72,10 +72,10 @@ def build(folder, make, settings, **more):
 
 @each_start
 def test_the_first_loss_is_log_two(make, settings, tmp_path):
-    """π = π_ref at step 0, so every margin is 0 and −log σ(0) = log 2 = 0.6931472.
+    """At step 0, π = π_ref, so every margin is 0, and −log σ(0) = log 2 = 0.6931472.
 
-    Both forwards run the same operations, so the margins are zero to fp32 rounding of sums of about 100 nats: 1e-5, of
-    which β/2 = 0.05 enters the loss.
+    Both forwards run the same operations, so the margins are zero up to fp32 rounding of sums of about 100 nats: 1e-5,
+    which changes the loss by at most β/2 = 0.05 of it.
     """
     trainer = build(tmp_path, make, settings, train_dataset=pairs(2), max_steps=1)
     trainer.train()
@@ -84,7 +84,7 @@ def test_the_first_loss_is_log_two(make, settings, tmp_path):
 
 @each_start
 def test_the_reference_stays_what_it_was(make, settings, tmp_path):
-    """After three steps at a high rate the policy has moved by nats, and the reference not by one bit."""
+    """After three steps at a high learning rate, the policy has changed by nats, and the reference by no bit."""
     trainer = build(tmp_path, make, settings, max_steps=3, learning_rate=1e-2)
     batch = first_batch(trainer)
     before = trainer.reference.score(batch).token_logps
@@ -97,9 +97,9 @@ def test_the_reference_stays_what_it_was(make, settings, tmp_path):
 
 @pytest.mark.parametrize("name", ["full", "trained adapter", "trained adapter, its twin", "fresh adapter"])
 def test_bf16_autocast_does_not_mix_the_two_up(name, tmp_path):
-    """Autocast caches the low-precision casts of weights by parameter object; a cache that outlives the exchange of
-    tensors gives one model the other's weights. Steps under autocast leave the reference's scores bit for bit, and a
-    policy scored after the reference, in one context, is the policy.
+    """Autocast caches the low-precision casts of weights, keyed by parameter object. If the cache survived the swap of
+    tensors, one model would use the other's weights. Steps under autocast do not change the reference's log-probs, bit
+    for bit. A policy that is scored after the reference, in one context, has its own log-probs.
     """
     trainer = build(tmp_path, *STARTS[name], max_steps=3, learning_rate=1e-2, bf16=True)
     batch = first_batch(trainer)
@@ -119,8 +119,8 @@ def test_bf16_autocast_does_not_mix_the_two_up(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["full", "fresh adapter", "trained adapter", "trained adapter, its twin"])
 def test_the_reference_has_no_dropout_while_the_policy_has(name, tmp_path):
-    """With LoRA and functional attention dropout at 0.3 and the policy in training mode, the reference repeats itself
-    bit for bit and the policy does not; every module is then in training mode as before.
+    """With LoRA and functional attention dropout of 0.3 in training mode, the reference's log-probs are reproducible
+    bit for bit, and the policy's are not. Afterwards, every module is in training mode as before.
     """
     make = {
         "full": lambda: tiny_model(attention_dropout=0.3),
@@ -147,7 +147,7 @@ def test_the_reference_has_no_dropout_while_the_policy_has(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["full", "trained adapter", "modules_to_save, trained", "full, ref_model by itself"])
 def test_nothing_of_the_reference_is_saved(name, tmp_path):
-    """Checkpoints and save_model hold exactly the tensors that a model saved without a trainer holds."""
+    """Checkpoints and save_model contain exactly the tensors of a model that is saved without a trainer."""
     make, settings = STARTS[name]
     plain = make()
     plain.save_pretrained(tmp_path / "plain")
@@ -161,7 +161,9 @@ def test_nothing_of_the_reference_is_saved(name, tmp_path):
 
 
 def test_products_of_8_bit_weights_are_one_kernels(tmp_path):
-    """bitsandbytes has two on CPUs, by the mode of a layer: with one for each, the first loss was 0.70 here."""
+    """bitsandbytes has two kernels on CPUs, one for each mode of a layer: with
+    different kernels, the first loss was 0.70.
+    """
     quantization = BitsAndBytesConfig(load_in_8bit=True)
     tiny_model(**QUANTIZABLE).save_pretrained(tmp_path / "base")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=quantization)
@@ -173,13 +175,15 @@ def test_products_of_8_bit_weights_are_one_kernels(tmp_path):
 
 
 def saved_names(folder: Path) -> dict[str, list[str]]:
-    """The tensors in each safetensors file of a folder and its sub-folders."""
+    """Return the tensors in each safetensors file of a folder and its subfolders."""
     files = sorted(folder.rglob("*.safetensors"))
     return {str(file.relative_to(folder)): sorted(load_file(file)) for file in files}
 
 
 def test_a_named_adapter_leaves_the_model_as_it_was(tmp_path):
-    """After the reference has run, the active adapter and what trains are as before, and so after an error."""
+    """After the reference has run, even with an error, the active adapter and the
+    trainable parameters are as before.
+    """
     trainer = build(tmp_path, *STARTS["trained adapter, its twin"])
     trains = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
     trainer.reference.score(first_batch(trainer))
@@ -191,7 +195,7 @@ def test_a_named_adapter_leaves_the_model_as_it_was(tmp_path):
 
 
 def with_other_modules() -> PeftModel:
-    """A trained adapter with a head of its own, and another of other modules, with none."""
+    """Return a model with a trained adapter that has its own head, and an adapter on other modules without a head."""
     model = trained_adapter(modules_to_save=["lm_head"], target_modules=["q_proj", "up_proj"])
     torch.manual_seed(1)
     config = LoraConfig(r=2, target_modules=["up_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
@@ -201,7 +205,7 @@ def with_other_modules() -> PeftModel:
 
 @pytest.mark.parametrize("make", [with_frozen_twin, with_other_modules])
 def test_a_named_adapter_is_what_peft_makes_of_it(make, tmp_path):
-    """The scores under `model.set_adapter(name)`, bit for bit, and no tensor's `requires_grad` is written."""
+    """The log-probs equal those after `model.set_adapter(name)`, bit for bit, and no `requires_grad` is changed."""
     model = make()
     trainer = make_trainer(tmp_path, model, reference="adapter:before")
     batch = first_batch(trainer)
@@ -216,8 +220,8 @@ def test_a_named_adapter_is_what_peft_makes_of_it(make, tmp_path):
 
 
 def test_an_explicit_reference_is_that_one(tmp_path):
-    """Switching a trained adapter off is not the policy as given: the first loss is −log σ(β·margin) of the two models,
-    far from log 2, and the reference's scores are those of the base model alone.
+    """Disabling a trained adapter does not give the policy as passed: the first loss is −log σ(β·margin) of the two
+    models, far from log 2, and the reference's log-probs are those of the base model alone.
     """
     trainer = make_trainer(tmp_path, trained_adapter(), reference="adapter_off")
     batch = first_batch(trainer)
@@ -230,7 +234,7 @@ def test_an_explicit_reference_is_that_one(tmp_path):
 
 
 def test_a_copy_exchanges_tensors_and_no_objects(tmp_path):
-    """The parameters stay the same objects with the same storage after the reference has run: optimizers keep them."""
+    """After the reference has run, the parameters are the same objects with the same storage, which optimizers need."""
     trainer = build(tmp_path, *STARTS["full, tied"])
     before = {name: (id(p), p.data_ptr()) for name, p in trainer.model.named_parameters()}
     values = weights(trainer.model)

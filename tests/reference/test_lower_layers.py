@@ -1,4 +1,4 @@
-"""Layers below all that trains run once for policy and reference, and no bit of a score or a gradient changes."""
+"""Layers below all trainable weights run once for policy and reference; no bit of a log-prob or a gradient changes."""
 
 import copy
 import io
@@ -45,12 +45,12 @@ def family(name, **settings):
 
 
 def upper_lora(model, layers=(2, 3), **settings):
-    """Adapters on some layers, as if they had trained."""
+    """Add trained adapters on some layers."""
     return perturbed(with_lora(model, **{**linear_of(model), "layers_to_transform": list(layers), **settings}), 0.05)
 
 
 def linear_of(model):
-    """The names that PEFT's "all-linear" stands for, which it does not take together with `layers_to_transform`."""
+    """Return the modules of PEFT's "all-linear", which PEFT does not accept together with `layers_to_transform`."""
     inside = [
         name.rsplit(".", 1)[-1]
         for layer in decoder_layers(model)
@@ -61,7 +61,7 @@ def linear_of(model):
 
 
 def calls_by_layer(*models):
-    """Counts how often the mixer of each layer runs in any of the models."""
+    """Count how often the mixer of each layer runs in any of the models."""
     counter = Counter()
     for model in set(models):
         for index, layer in enumerate(decoder_layers(base_causal_lm(model))):
@@ -70,7 +70,7 @@ def calls_by_layer(*models):
 
 
 def step(trainer, batch):
-    """The loss, and the gradient of each trained parameter, of one micro-batch."""
+    """Return the loss and the gradient of each trained parameter for one micro-batch."""
     model = trainer.model.train()
     model.zero_grad()
     torch.manual_seed(0)
@@ -81,7 +81,7 @@ def step(trainer, batch):
 
 
 def assert_same_bits(trainer, count):
-    """A step with shared layers is the step without, bit for bit, and each lower layer runs once in it."""
+    """Check that a step with shared layers equals the step without, bit for bit, and runs each lower layer once."""
     trainer.scorer.settle()
     assert trainer.reference.lower is not None and trainer.reference.lower.count == count
     batch = first_batch(trainer)
@@ -101,13 +101,13 @@ def assert_same_bits(trainer, count):
 @pytest.mark.parametrize("layout", ["auto", "padded"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_no_bit_changes(name, layout, tmp_path):
-    """Losses and gradients in float32, of eleven families, in the layout they take and padded."""
+    """Losses and gradients in float32 of eleven families, in the layout that each uses, and padded."""
     trainer = make_trainer(tmp_path, upper_lora(family(name)), reference="adapter_off", layout=layout)
     assert_same_bits(trainer, count=2)
 
 
 def upper_half_trains(model):
-    """Full fine-tuning of the upper layers, of the norm above them, and of the head."""
+    """Train the upper layers, the norm above them, and the head."""
     model.requires_grad_(False)
     for module in (*decoder_layers(model)[2:], model.model.norm, model.lm_head):
         module.requires_grad_(True)
@@ -115,7 +115,7 @@ def upper_half_trains(model):
 
 
 def with_second_adapter(name, active, **settings):
-    """A trained adapter on the upper layers beside another one, which is as trained."""
+    """Return a model with a trained adapter on the upper layers, and another trained adapter."""
     model = upper_lora(tiny_model(**DEPTH))
     targets = {"target_modules": ["q_proj", "up_proj"], **settings}
     torch.manual_seed(1)
@@ -128,7 +128,7 @@ def with_second_adapter(name, active, **settings):
 
 
 def moved_copy(trainer):
-    """Makes the frozen copy differ from the policy."""
+    """Change the frozen copy, so that it differs from the policy."""
     perturbed(trainer.model, 0.05, seed=2)
     return trainer
 
@@ -230,21 +230,21 @@ def build(folder, make, settings):
 
 @pytest.mark.parametrize(("make", "settings", "count"), SHARED.values(), ids=SHARED)
 def test_what_is_shared(make, settings, count, tmp_path):
-    """A bit-equal step; copies of the policy as given are moved away from it first."""
+    """The step is bit-equal. Copies of the policy are changed first, so that they differ from it."""
     trainer = build(tmp_path, make, settings)
     is_copy = settings["reference"] == "copy" if "reference" in settings else "sync_ref_model" in settings
     assert_same_bits(moved_copy(trainer) if is_copy else trainer, count)
 
 
 class InPlaceLayer(LlamaDecoderLayer):
-    """Adds to the hidden states that it gets."""
+    """A layer that modifies the hidden states that it gets in place."""
 
     def forward(self, hidden_states, **kwargs):
         return hidden_states.add_(super().forward(hidden_states, **kwargs))
 
 
 class BodyThatLooksBack(LlamaModel):
-    """The last layer's output has the first one's added, which the body has kept."""
+    """A body that adds the first layer's output, which it has stored, to the last layer's output."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -253,7 +253,7 @@ class BodyThatLooksBack(LlamaModel):
 
 
 def odd_llama(layer=None, body=None):
-    """A Llama of another class of layer or body."""
+    """Return a Llama with another class for its layers or its body."""
     model = tiny_model(**DEPTH)
     if layer is not None:
         model.model.layers[2].__class__ = layer
@@ -305,7 +305,7 @@ def frozen_but(model, name):
 
 @pytest.mark.parametrize(("make", "settings", "reason"), UNSHARED.values(), ids=UNSHARED)
 def test_what_cannot_be_shared_is_said(make, settings, reason, tmp_path):
-    """The start summary has the reason, and the run is the plain one."""
+    """The start summary has the reason, and the run equals one without sharing."""
     trainer = build(tmp_path, make, settings)
     trainer.scorer.settle()
     assert trainer.reference.lower is None
@@ -333,7 +333,7 @@ NOTHING = {
 
 @pytest.mark.parametrize(("make", "settings"), NOTHING.values(), ids=NOTHING)
 def test_where_there_is_nothing_to_share_nothing_is_said(make, settings, tmp_path):
-    """No layer is switched, and the summary has no word on it."""
+    """No layer is switched, and the start summary does not mention it."""
     if "precompute_ref_log_probs" in settings:
         settings = {**settings, "reference_cache_dir": str(tmp_path / "cache")}
     trainer = build(tmp_path, make, settings)
@@ -343,7 +343,9 @@ def test_where_there_is_nothing_to_share_nothing_is_said(make, settings, tmp_pat
 
 
 def test_an_adapter_merged_below_is_no_reference_layer(tmp_path):
-    """Switching an adapter off takes out what was merged, so a layer with a merged adapter differs."""
+    """Disabling an adapter also removes merged weights, so a layer with a merged
+    adapter differs from the reference's.
+    """
     model = with_second_adapter("merged", True)
     model.base_model.merge_adapter(["merged"])
     trainer = make_trainer(tmp_path, model, reference="adapter_off")
@@ -352,7 +354,7 @@ def test_an_adapter_merged_below_is_no_reference_layer(tmp_path):
 
 
 def runs(folder, **settings):
-    """The logs and the weights of two runs of one model: with shared lower layers, and without."""
+    """Return logs and weights of two runs of one model: with shared lower layers, and without."""
     for name in ("shared", "whole"):
         trainer = make_trainer(folder / name, upper_lora(tiny_model(**DEPTH)), reference="adapter_off", **settings)
         trainer.scorer.settle()
@@ -374,7 +376,7 @@ def runs(folder, **settings):
     ids=["evaluations", "statistics of the step", "pieces", "sorted batch"],
 )
 def test_whole_runs_are_equal(settings, tmp_path):
-    """Every logged loss and evaluation, and every weight at the end, bit for bit."""
+    """Every logged loss and evaluation, and all final weights, are equal, bit for bit."""
     settings = {name: value() if callable(value) else value for name, value in settings.items()}
     shared, whole = runs(tmp_path, **settings)
     assert logged(shared, "loss") == logged(whole, "loss") and logged(shared, "eval_loss") == logged(whole, "eval_loss")
@@ -383,7 +385,7 @@ def test_whole_runs_are_equal(settings, tmp_path):
 
 
 def test_what_begins_to_train_below_is_run(tmp_path):
-    """A layer that a callback lets train in the middle of a run gets its gradient."""
+    """If a callback unfreezes a layer in the middle of a run, the layer gets its gradient."""
     trainer = make_trainer(tmp_path, upper_half_trains(tiny_model(**DEPTH)), reference="copy")
     trainer.scorer.settle()
     batch = first_batch(trainer)
@@ -395,7 +397,7 @@ def test_what_begins_to_train_below_is_run(tmp_path):
 
 
 def test_the_model_is_its_own_again(tmp_path):
-    """A copy and a pickled model have plain classes; another trainer finds its own layers."""
+    """A copy and a pickled model have the plain classes; another trainer finds its own layers."""
     model = upper_lora(tiny_model("qwen3_5_text", **DEPTH, **QWEN35))
     trainer = make_trainer(tmp_path / "first", model, reference="adapter_off")
     trainer.scorer.settle()
@@ -414,7 +416,9 @@ def test_the_model_is_its_own_again(tmp_path):
 
 @pytest.mark.parametrize("other", [{"loss_type": "simpo"}, {"reference": "copy"}], ids=["no reference", "other layers"])
 def test_another_trainer_of_the_same_model_changes_nothing(other, tmp_path):
-    """It makes the model ready for itself; the first one's steps then run all layers, or those that it shares."""
+    """The other trainer prepares the model for itself. The steps of the first one
+    then run all layers, or its shared ones.
+    """
     model = upper_lora(tiny_model(**DEPTH))
     trainer = make_trainer(tmp_path / "first", model, reference="adapter_off")
     trainer.scorer.settle()
@@ -433,7 +437,7 @@ def test_another_trainer_of_the_same_model_changes_nothing(other, tmp_path):
 
 
 def test_reference_scores_that_are_kept_keep_no_hidden_states(tmp_path):
-    """The scores of a step that its losses collect first, and those of evaluation rows."""
+    """This holds for the log-probs of a step that are collected first, and for those of evaluation rows."""
     trainer = make_trainer(tmp_path, upper_lora(tiny_model(**DEPTH)), reference="adapter_off", loss_type="kto")
     trainer.scorer.settle()
     batch = first_batch(trainer)

@@ -1,4 +1,4 @@
-"""A reference that follows the policy is where the formula says, and a resumed run finds it there."""
+"""A moving reference has the weights of the formula, and a resumed run restores them."""
 
 import math
 
@@ -23,7 +23,7 @@ HARD = {"sync_ref_model": True, "ref_model_mixup_alpha": 1.0, "ref_model_sync_st
 
 
 class Watch(TrainerCallback):
-    """The policy's trained weights after every step."""
+    """A callback that records the policy's trained weights after every step."""
 
     def __init__(self):
         self.after = []
@@ -34,7 +34,7 @@ class Watch(TrainerCallback):
 
 @each_policy
 def test_the_reference_is_the_mixture(make, tmp_path):
-    """Six steps, moved after 2 and 4 and 6: θ_ref = .3·θ_6 + .7·(.3·θ_4 + .7·(.3·θ_2 + .7·θ_0)), computed in float64.
+    """Six steps with updates after 2, 4 and 6: θ_ref = .3·θ_6 + .7·(.3·θ_4 + .7·(.3·θ_2 + .7·θ_0)), in float64.
 
     Each of three updates rounds in fp32 once or twice: 1e-6 relative to the largest weight.
     """
@@ -59,13 +59,14 @@ def test_the_reference_is_the_mixture(make, tmp_path):
     ids=[*POLICIES, "fresh adapter, shared"],
 )
 def test_after_a_hard_update_the_loss_is_log_2(make, layout, tmp_path):
-    """The reference is the policy at steps 1, 3 and 5 and not at steps 2 and 4; in evaluations after steps 2 and 4 all
-    rewards are 0, which what was remembered of the old reference would not give."""
+    """The reference equals the policy at steps 1, 3 and 5, but not at steps 2 and 4. In evaluations after steps 2 and
+    4, all rewards are 0, which would not be so with stored log-probs of the old reference.
+    """
     settings = {"max_steps": 5, "eval_dataset": pairs(3), "eval_strategy": "steps", "eval_steps": 1, "layout": layout}
     trainer = make_trainer(tmp_path, make(), **settings, **HARD)
     trainer.train()
     distances = [abs(loss - math.log(2)) for loss in logged(trainer, "loss")]
-    # The layouts' two forwards are the same forward here, but sums of β·(log-ratio) are rounded: 1e-6 as elsewhere.
+    # Both layouts run the same forward here, but sums of β·(log-ratio) are rounded: 1e-6, as in other tests.
     assert max(distances[::2]) < 1e-6 and min(distances[1::2]) > 1e-5
     margins = [abs(margin) for margin in logged(trainer, "eval_rewards/margins")]
     assert margins[1] < 1e-5 and margins[3] < 1e-5 and min(margins[0], margins[2]) > 1e-5
@@ -77,8 +78,8 @@ def test_after_a_hard_update_the_loss_is_log_2(make, layout, tmp_path):
     ids=["full, soft", "trained adapter, soft", "fresh adapter, hard"],
 )
 def test_a_resumed_run_is_the_uninterrupted_one(make, settings, tmp_path):
-    """Stopped after step 3 of 6, between two updates, and resumed by a new trainer: the same bits in losses, policy
-    and reference. The checkpoint holds the moved tensors, the saved model does not.
+    """The run stops after step 3 of 6, between two updates, and a new trainer resumes it: losses, policy and reference
+    are bit-equal. The checkpoint contains the moved tensors, and the saved model does not.
     """
     settings = {"train_dataset": pairs(6), "num_train_epochs": 2, "save_strategy": "steps", "save_steps": 3, **settings}
     whole = make_trainer(tmp_path / "whole", make(), **settings)
@@ -98,9 +99,10 @@ def test_a_resumed_run_is_the_uninterrupted_one(make, settings, tmp_path):
 
 @each_policy
 def test_humanline_beside_a_reference_that_is_the_policy(make, tmp_path):
-    """A hard update after every step: each step's log-ratios, clamped or not, are exactly 0, the same numbers through
-    the same operations, so that the loss is log 2; and its gradient is DPO's, for a ratio of 0 is inside the bounds:
-    the norms of four steps agree to what Adam makes of sums that are rounded in another order."""
+    """With a hard update after every step, all log-ratios are exactly 0, clamped or not, so the loss is log 2. The
+    gradient is DPO's, because a ratio of 0 is inside the bounds: the norms of four steps agree up to Adam's
+    amplification of rounding in sums of another order.
+    """
     steps = {"max_steps": 4, "layout": "padded", **HARD, "ref_model_sync_steps": 1}
     human = make_trainer(tmp_path, make(), humanline=True, **steps)
     human.train()
@@ -113,8 +115,9 @@ def test_humanline_beside_a_reference_that_is_the_policy(make, tmp_path):
 
 
 def test_humanline_clamps_between_two_moves(tmp_path):
-    """Moved after every second step: at steps 1 and 3 the policy is the reference and bounds of a thousandth of a nat
-    clamp nothing; at steps 2 and 4 they hold every token's log-ratio."""
+    """With an update after every second step, the policy is the reference at steps 1 and 3, and bounds of a thousandth
+    of a nat have no effect; at steps 2 and 4, they clamp the log-ratio of every token.
+    """
     bounds = {"humanline": True, "humanline_log_eps_p": -1e-3, "humanline_log_eps_r": 1e-3}
     settings = {"max_steps": 4, "layout": "padded", "learning_rate": 1e-2, **HARD}
     runs = [make_trainer(tmp_path, tiny_model(), **settings, **given) for given in ({}, bounds)]
@@ -122,7 +125,7 @@ def test_humanline_clamps_between_two_moves(tmp_path):
         trainer.train()
     plain, clamped = ([abs(value) for value in logged(trainer, "rewards/chosen")] for trainer in runs)
     assert plain[0] == clamped[0] == clamped[2] == 0
-    # β = 0.1, a thousandth of a nat at most, of ten tokens and an EOS.
+    # β = 0.1 times at most a thousandth of a nat for each of ten tokens and an EOS.
     assert all(0 < value <= 0.1 * 1e-3 * 11 for value in (clamped[1], clamped[3])) and plain[1] > 0.1 * 1e-3 * 11
 
 
@@ -136,7 +139,7 @@ def test_a_checkpoint_of_another_adapter_is_refused(tmp_path):
 
 
 def test_a_move_leaves_the_policy_alone(tmp_path):
-    """No parameter of the policy changes by it, and the reference's scores do."""
+    """An update changes no parameter of the policy, but the reference's log-probs."""
     trainer = make_trainer(tmp_path, tiny_model(), **HARD)
     batch, before = first_batch(trainer), weights(trainer.model)
     perturbed(trainer.model)
@@ -178,8 +181,9 @@ def test_a_reference_model_does_not_move(tmp_path):
 
 
 def test_an_evaluation_before_resuming_is_forgotten(tmp_path):
-    """Evaluations after resuming see the checkpoint's reference, not the one at the start, whose scores an earlier
-    evaluation kept: they equal those of the uninterrupted run."""
+    """Evaluations after resuming use the reference of the checkpoint, although an earlier evaluation has stored
+    log-probs of the first reference: they equal those of the uninterrupted run.
+    """
     settings = {"sync_ref_model": True, "ref_model_mixup_alpha": 0.5, "ref_model_sync_steps": 2, "max_steps": 4}
     settings |= {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 1}
     settings |= {"eval_dataset": pairs(5, seed=3), "learning_rate": 2e-2}
@@ -193,7 +197,7 @@ def test_an_evaluation_before_resuming_is_forgotten(tmp_path):
 
 @pytest.mark.parametrize("make", [POLICIES["full"], POLICIES["trained adapter"]], ids=["full", "adapter"])
 def test_the_best_checkpoint_comes_back_with_its_reference(make, tmp_path):
-    """What is evaluated after training is what was measured at that checkpoint, bit for bit."""
+    """An evaluation after training equals the one at the best checkpoint, bit for bit."""
     settings = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 5}
     settings |= {"load_best_model_at_end": True, "eval_dataset": pairs(5, seed=3), "learning_rate": 0.3}
     trainer = make_trainer(tmp_path, make(), **{**HARD, "ref_model_sync_steps": 3}, **settings)

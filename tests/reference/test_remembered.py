@@ -1,4 +1,4 @@
-"""The reference is run once over an evaluation set, however often the policy is evaluated on it."""
+"""The reference runs once on an evaluation set, for any number of evaluations of the policy."""
 
 import pytest
 from datasets import Dataset
@@ -10,7 +10,7 @@ from tests.trainers import make_trainer
 
 @pytest.fixture
 def runs(monkeypatch):
-    """The rows of every batch of rows that the reference is run on."""
+    """Record the rows of every batch of rows that the reference runs on."""
     seen, score = [], LiveReference.score
 
     def counted(self, batch, token_stats=()):
@@ -30,7 +30,7 @@ def trainer_with(folder, rows, **settings):
 
 
 def test_a_second_evaluation_asks_nothing_of_it(tmp_path, runs):
-    """Five rows, two a batch: three runs at the first evaluation, none at the second, the same figures."""
+    """Five rows, two per batch: three runs in the first evaluation, none in the second, and the same metrics."""
     trainer = trainer_with(tmp_path, random_rows(5))
     first, runs_of_first = trainer.evaluate(), len(runs)
     second = trainer.evaluate()
@@ -52,7 +52,7 @@ def test_another_data_set_is_not_taken_for_this_one(tmp_path, runs):
 
 @pytest.mark.parametrize("size", [1, 3])
 def test_rows_of_one_number_in_concatenated_sets_are_told_apart(tmp_path, size):
-    """Of equal lengths, so that nothing but the tokens differs; against an evaluation that remembers nothing."""
+    """The rows have equal lengths, so only the tokens differ. The evaluation equals one without stored log-probs."""
     rows = random_rows(3, longest=5)
     others = [
         {
@@ -70,7 +70,7 @@ def test_rows_of_one_number_in_concatenated_sets_are_told_apart(tmp_path, size):
 
 
 def test_training_never_reads_the_memory(tmp_path, runs):
-    """Two steps of two rows after an evaluation of the same rows: the reference runs for each."""
+    """After an evaluation, two steps of two of the same rows run the reference twice."""
     trainer = trainer_with(tmp_path, random_rows(4), per_device_train_batch_size=2, max_steps=2)
     trainer.evaluate()
     before = len(runs)

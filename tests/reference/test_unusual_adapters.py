@@ -1,4 +1,4 @@
-"""Adapters that look at more than a token, ask for more than tokens, or change the model beneath: right or refused."""
+"""Adapters that use several tokens, need other inputs, or change the base model: right results, or an error."""
 
 from types import SimpleNamespace
 
@@ -29,9 +29,9 @@ ZERO2, ZERO3 = (
 
 
 def test_an_adapter_that_begins_at_invocation_tokens_is_scored_as_the_plain_model_scores_it(tmp_path):
-    """aLoRA looks for the last invocation tokens of a row, which has several sequences in the layout "shared".
+    """aLoRA searches for the last invocation tokens of a row; in the layout "shared", a row has several sequences.
 
-    Rounding: sums of some 10 log-probs of about 5 nats in float32, 1e-4 is 20 roundings of one.
+    Rounding: for sums of about 10 log-probs of about 5 nats in float32, 1e-4 is 20 roundings of one.
     """
     config = LoraConfig(r=4, alora_invocation_tokens=INVOCATION, **ATTENTION)
     model = perturbed(get_peft_model(tiny_model(), config), 0.5, seed=3)
@@ -45,7 +45,9 @@ def test_an_adapter_that_begins_at_invocation_tokens_is_scored_as_the_plain_mode
 
 
 def test_a_fresh_adapter_that_looks_ahead_is_refused(tmp_path):
-    """Lily's routers take the mean over a sequence. A new one gives 0, so nothing shows before it has trained."""
+    """Lily's routers use the mean over a sequence. A new adapter has no effect, so
+    this is only visible after training.
+    """
     torch.manual_seed(0)
     model = get_peft_model(tiny_model(), peft.LilyConfig(r=4, **ATTENTION))
     with pytest.raises(ValueError, match="LlamaForCausalLM under LILY is not causal"):
@@ -53,7 +55,7 @@ def test_a_fresh_adapter_that_looks_ahead_is_refused(tmp_path):
 
 
 def test_the_noise_of_the_trial_is_gone_after_it():
-    """Bit for bit; plain LoRA gets none."""
+    """The weights are restored bit for bit; plain LoRA is not tested with noise."""
     unusual = get_peft_model(tiny_model(), peft.IA3Config(task_type="CAUSAL_LM"))
     for model, is_tried in ((unusual, True), (with_lora(tiny_model()), False)):
         before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
@@ -82,7 +84,7 @@ def test_an_adapter_that_wants_a_task_is_an_error_that_names_it(config, settings
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora"])
 @pytest.mark.parametrize("setting", ["adapter_off", "adapter:first"])
 def test_a_base_that_an_adapter_has_changed_is_no_reference(init, setting, tmp_path):
-    """Without its adapter the model is what is left of the base."""
+    """Without its adapter, the model is what the initialization has left of the base model."""
     model = with_lora(tiny_model(), init_lora_weights=init)
     left, whole = (m.model.layers[0].mlp.up_proj.weight for m in (model.get_base_model(), tiny_model()))
     assert (left - whole).abs().max() > 0.1
@@ -93,7 +95,7 @@ def test_a_base_that_an_adapter_has_changed_is_no_reference(init, setting, tmp_p
 
 @pytest.mark.parametrize("init", [True, "gaussian", "orthogonal"])
 def test_a_base_that_stays_as_it_was_is_one(init, tmp_path):
-    """Switched off, the adapter leaves the pretrained model, to the rounding of above."""
+    """Without the adapter, the model is the pretrained model, up to the rounding above."""
     rows = random_rows(4, longest=10)
     model = perturbed(with_lora(tiny_model(), init_lora_weights=init), 0.1)
     trainer = make_trainer(tmp_path, model, reference="adapter_off", eval_dataset=pairs(4))
@@ -120,7 +122,7 @@ def test_soft_prompts_are_an_error_where_weights_are_sharded(config):
     ids=["VeRA", "RandLoRA"],
 )
 def test_buffers_that_layers_share_are_an_error_under_fsdp2(config, settings):
-    """PyTorch's set_model_state_dict would end in a KeyError when the run is resumed."""
+    """Without this error, PyTorch's set_model_state_dict would raise a KeyError when the run is resumed."""
     model = get_peft_model(tiny_model(), config(target_modules=["q_proj"], task_type="CAUSAL_LM", **settings))
     with pytest.raises(ValueError, match=r"FSDP2 cannot load checkpoints of this adapter \((VERA|RANDLORA)\)"):
         check_adapter(FSDP, model)

@@ -1,4 +1,4 @@
-"""What each of two processes runs: three cached runs in one folder, and what this rank saw of them, as JSON.
+"""The code of each of two processes: three cached runs in one folder. The results of the rank are written as JSON.
 
 python -m torch.distributed.run --nproc_per_node 2 tests/reference/two_ranks.py FOLDER
 """

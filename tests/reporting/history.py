@@ -1,10 +1,12 @@
-"""A made-up run that learns, as its record: evaluation on start, ten log records, a last evaluation."""
+"""The record of a synthetic run that learns: an evaluation on start, ten log records, a last evaluation."""
 
 from hf_prefopt.reporting.record import RunRecord
 
 
 def made_up_run(name: str = "runs", **changes) -> RunRecord:
-    """Six examples of three prompts: of the rewards five are right and one is wrong, by lengths three."""
+    """Return the record. It has six examples of three prompts: five rewards are
+    right, and the lengths are right for three.
+    """
     margins = [1.0, 2.0, 0.5, 0.25, 3.0, -1.5]
     examples = [
         {
@@ -58,7 +60,7 @@ def log_history(steps: int = 20, every: int = 2) -> list[dict[str, float]]:
 
 
 def training(learned: float) -> dict[str, float]:
-    """The metrics of a training batch after a share of what the run will learn."""
+    """Return the metrics of a training batch after a fraction of the learning of the run."""
     return {
         "loss": 0.693 - 0.1 * learned,
         "rewards/accuracies": 0.5 + 0.2 * learned,

@@ -1,4 +1,4 @@
-"""The two warnings: the rules on made-up numbers, and a run that displaces beside one that does not."""
+"""The two warnings: the rules on synthetic numbers, a run with displacement, and a run without."""
 
 import logging
 
@@ -14,7 +14,7 @@ from tests.trainers import logged, make_trainer, pairs
 
 
 def of_pairs(ratios, lengths=None, logps=None):
-    """Pairs whose responses have these mean log-ratios `[B, 2]`."""
+    """Return pairs with these mean log-ratios `[B, 2]`."""
     ratios = np.asarray(ratios, dtype=float)
     lengths = np.full(ratios.shape, 10.0) if lengths is None else np.asarray(lengths, dtype=float)
     preferred = np.tile([1.0, 0.0], (len(ratios), 1))
@@ -22,13 +22,15 @@ def of_pairs(ratios, lengths=None, logps=None):
 
 
 def chosen_at(mean, spread, count=WINDOW):
-    """Half of the chosen responses at mean + spread and half at mean − spread: a standard error of s/√(n − 1)."""
+    """Return half of the chosen responses at mean + spread and half at mean −
+    spread: the standard error is s/√(n − 1).
+    """
     values = mean + spread * np.where(np.arange(count) % 2, 1.0, -1.0)
     return of_pairs(np.stack([values, np.zeros(count)], 1))
 
 
 def test_the_rule_is_mean_plus_three_standard_errors_below_the_fall():
-    """Just above and just below −log 1.1 − 3·s/√(n − 1), with s = 0.2 and n = 100."""
+    """The values are just above and just below −log 1.1 − 3·s/√(n − 1), with s = 0.2 and n = 100."""
     edge = -FALL - 3 * 0.2 / np.sqrt(WINDOW - 1)
     assert Displacement().finding(chosen_at(edge + 1e-6, 0.2)) == {}
     found = Displacement().finding(chosen_at(edge - 1e-6, 0.2))
@@ -58,7 +60,7 @@ def test_two_windows_in_a_row_warn_once():
 
 
 def test_without_a_reference_the_first_window_is_the_start():
-    """Its variance counts, too: s²/(n − 1) of both windows."""
+    """The variance is that of both windows: s²/(n − 1) each."""
     rule = Displacement()
 
     def window(mean):
@@ -72,7 +74,7 @@ def test_without_a_reference_the_first_window_is_the_start():
 
 
 def margins_of(intercept, slope, noise, seed=0):
-    """Pairs with margin = intercept + slope·(difference in length) + noise, differences around +5."""
+    """Return pairs with margin = intercept + slope·(difference in length) + noise; the mean difference is 5."""
     rng = np.random.default_rng(seed)
     rejected = rng.integers(10, 40, WINDOW).astype(float)
     chosen = rejected + rng.integers(1, 10, WINDOW)
@@ -96,7 +98,7 @@ def test_other_margins_are_left_alone(intercept, slope, noise):
 
 
 def test_the_line_is_that_of_least_squares():
-    """Against NumPy's solver, with the covariance of its coefficients."""
+    """The regression equals NumPy's solver, including the covariance of its coefficients."""
     seen = margins_of(0.05, 0.5, 0.3, seed=3)
     found = LengthAlone().finding(seen)
     (_, intercept), covariance = np.polyfit(seen.length_differences, seen.margins, 1, cov=True)
@@ -106,8 +108,9 @@ def test_the_line_is_that_of_least_squares():
 
 
 def made_to_displace(count):
-    """Chosen responses are 3 and rejected ones 12 draws of the same three tokens: to lower the rejected sum by lowering
-    these tokens gains four times what it costs."""
+    """Chosen responses are 3 tokens and rejected ones are 12 tokens, drawn from the same three tokens. Lowering the
+    rejected sum by lowering these tokens therefore gains four times what it costs.
+    """
     rows, rng = random_rows(count, seed=5, longest=10), np.random.default_rng(0)
     for row in rows:
         row["response_ids"] = [rng.integers(7, 10, size).tolist() for size in (3, 12)]
@@ -126,7 +129,7 @@ def run(folder, caplog, **settings):
 
 
 def test_a_run_that_displaces_says_so_once_and_with_the_cure_it_does_not(tmp_path, caplog):
-    """The same run with the negative log-likelihood of chosen responses beside the loss says nothing."""
+    """The same run with the negative log-likelihood of chosen responses added to the loss logs no warning."""
     said, log, trainer = run(tmp_path, caplog, learning_rate=3e-3)
     assert len(said) == 1 and log.count(said[0]) == 1 and "docs/displacement.md" in said[0]
     assert logged(trainer, "log_ratios/chosen")[-1] < -FALL
@@ -137,6 +140,6 @@ def test_a_run_that_displaces_says_so_once_and_with_the_cure_it_does_not(tmp_pat
 
 
 def test_a_healthy_run_says_nothing(tmp_path, caplog):
-    """Random pairs, as long as they come."""
+    """Random pairs, in a long run, log no warning."""
     said, log, trainer = run(tmp_path, caplog, learning_rate=1e-4, train_dataset=pairs(400))
     assert not said and "less likely" not in log and logged(trainer, "log_ratios/accuracies")

@@ -1,4 +1,4 @@
-"""The model card: metadata that the Hub accepts, and the facts a reader looks for."""
+"""The model card has metadata that the Hub accepts, and the facts that readers need."""
 
 import subprocess
 import sys
@@ -57,13 +57,13 @@ def test_several_losses_are_listed_with_their_weights():
 
 
 def test_folders_of_this_machine_stay_out_of_the_metadata(tmp_path):
-    """The Hub refuses a card whose base model is no Hub name, and nobody else has the folder."""
+    """The Hub rejects a card whose base model is not a Hub name, and a local folder is useless to others."""
     card = model_card(facts(base_model=str(tmp_path), datasets=[str(tmp_path)]))
     assert card.data.base_model is None and card.data.datasets is None
 
 
 def test_the_setup_is_a_table_of_its_own_after_the_data():
-    """A bar in a text would end the cell."""
+    """A vertical bar in a text would end the table cell."""
     text = model_card(facts(setup={"loss": "1 × dpo, beta=0.1", "data": "a|b"})).text
     table = text.split("## Setup\n")[1].split("\n## ")[0]
     assert "| loss | 1 × dpo, beta=0.1 |" in table and "| data | a&#124;b |" in table
@@ -94,14 +94,14 @@ def test_usage_snippet_is_ten_lines_of_valid_python(is_adapter):
 
 
 def test_reporting_does_not_import_matplotlib_or_trl():
-    """`import hf_prefopt` stays light: both take seconds."""
+    """`import hf_prefopt` is fast, because importing these packages takes seconds."""
     modules = "hf_prefopt.reporting.card, hf_prefopt.reporting.closing, hf_prefopt.reporting.plots"
     code = f"import sys, {modules}; sys.exit(bool({{'matplotlib', 'trl'}} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_a_finished_run_has_results_answers_curves_and_an_index_for_the_hub():
-    """Of the data and of the model's answers everything is text: no HTML, no Markdown, no broken table."""
+    """All texts of the data and of the model's answers are escaped: no HTML, no Markdown, no broken table."""
     run = made_up_run()
     text = str(
         model_card(

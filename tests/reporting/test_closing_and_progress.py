@@ -1,4 +1,4 @@
-"""The closing lines and the short progress lines, as they are read."""
+"""The closing lines and the short progress lines, as they appear in the terminal."""
 
 import io
 
@@ -11,7 +11,7 @@ from tests.reporting.history import made_up_run
 
 
 def test_closing_report_keeps_paths_and_commands_whole():
-    """A path longer than the terminal must not be broken: people copy it."""
+    """A path that is longer than the terminal is not wrapped, because people copy it."""
     long_path = "runs/" + "a" * 120
     out = io.StringIO()
     results, next_steps = {"adapter": long_path}, {"a data set": "--dataset_name x"}

@@ -1,4 +1,4 @@
-"""What the metrics of every loss cost in a step: operators and numbers, which are counted, and not times."""
+"""The cost of the metrics that every loss has, as counts of operators and elements in a step, not as times."""
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -6,12 +6,12 @@ from hf_prefopt.reporting import observed
 from tests.tiny_models import tiny_model, with_lora
 from tests.trainers import make_trainer, pairs
 
-# The demo's model.
+# The size of the demo's model.
 LAYERS = 30
 
 
 class Operators(TorchDispatchMode):
-    """Counts operators, and the numbers that they give back."""
+    """A mode that counts operators and the elements of their results."""
 
     def __init__(self):
         super().__init__()
@@ -27,7 +27,9 @@ class Operators(TorchDispatchMode):
 
 
 def counts(folder, monkeypatch, layers):
-    """(operators of a step of training with its reference, those of the metrics, numbers that these make)."""
+    """Return (operators of a training step with its reference, operators of the
+    metrics, elements that these compute).
+    """
     own = Operators()
 
     def watched(*args):
@@ -46,10 +48,10 @@ def counts(folder, monkeypatch, layers):
 
 
 def test_less_than_one_operator_in_a_hundred_is_for_the_metrics(tmp_path, monkeypatch):
-    """A step's operators grow with the layers, and those of the metrics do not."""
+    """The operators of a step grow with the number of layers, and those of the metrics do not."""
     (two, own, numbers), (four, same, _) = (counts(tmp_path, monkeypatch, layers) for layers in (2, 4))
     assert own == same > 0
     assert own < 0.01 * (two + (LAYERS - 2) * (four - two) / 2)
-    # Numbers per scored token: a layer of the demo's model makes more than 10 · 576 of each.
+    # Elements per scored token: a layer of the demo's model computes more than 10 · 576 for each token.
     tokens = sum(len(ids) for row in pairs(8) for ids in row["response_ids"])
     assert numbers < 30 * tokens

@@ -1,4 +1,4 @@
-"""An inspection in the terminal and as a page: the same facts, readable without colors, and data that stays text."""
+"""An inspection in the terminal and as a page: the same facts, readable without colors, with escaped data."""
 
 from html.parser import HTMLParser
 from io import StringIO
@@ -17,7 +17,9 @@ EVIL = "<script>alert('x')</script><img src=x onerror=alert(1)>\"'></div></mark>
 
 
 def found(**options):
-    """Every state of tokens, control characters, and markup in a row, a column's name, the template and the name."""
+    """Return an inspection with every state of tokens, and with control characters
+    and markup in rows, names and template.
+    """
     template = CHATML.replace("'<|im_start|>'", "'<|im_start|><script>t()</script>'")
     chosen = [*reply("Hello. " + EVIL), say("user", "And?"), *reply("Paris. " * 200)]
     rows = [{**chat_pair(), "chosen": chosen, "<script>c()</script>": [1]}] * 2
@@ -27,7 +29,7 @@ def found(**options):
 
 
 class Page(HTMLParser):
-    """The elements of a page with their attributes, and its text."""
+    """A parser that collects the elements of a page with their attributes, and its text."""
 
     def __init__(self, page: str):
         super().__init__()
@@ -103,7 +105,7 @@ def test_without_colors_brackets_tell_what_is_scored_and_cut():
 def test_colors_in_a_terminal_that_has_them(no_color, is_colored, monkeypatch):
     monkeypatch.delenv("NO_COLOR", raising=False)
     text = printed(found(), force_terminal=True, color_system="standard", no_color=no_color)
-    # 36 is cyan, the color of scored tokens; data cannot send codes of its own (31).
+    # 36 is cyan, the color of scored tokens; codes in the data (31) are not printed.
     assert ("\x1b[1;36m" in text) == is_colored and "\x1b[31mred" not in text
 
 

@@ -1,4 +1,4 @@
-"""The interval of an accuracy, and how it counts examples that share a prompt."""
+"""The confidence interval of an accuracy, for examples that may share prompts."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from hf_prefopt.reporting.intervals import accuracy_of, effective_size, wilson_i
 
 
 def test_wilson_interval_equals_the_textbook_value():
-    """p = 1/2, n = 96, z² = 3.8415: the centre stays 1/2, the half-width is z/(2·√(n + z²)) = 1.95996/(2·9.99207)."""
+    """p = 1/2, n = 96, z² = 3.8415: the center is 1/2, and the half-width is z/(2·√(n + z²)) = 1.95996/(2·9.99207)."""
     assert wilson_interval(0.5, 96) == pytest.approx((0.5 - 0.098076, 0.5 + 0.098076), abs=1e-6)
 
 
@@ -43,9 +43,9 @@ def test_copies_of_an_example_tell_nothing_new(copies):
 
 
 def test_the_interval_is_that_of_a_bootstrap_over_prompts():
-    """300 prompts of 1 to 6 examples, whose accuracy differs by prompt: the half-widths agree within 10 %.
+    """300 prompts have 1 to 6 examples, whose accuracy differs by prompt: the half-widths agree within 10 %.
 
-    2,000 resamples of whole prompts know their own standard deviation within 1/√4000 = 1.6 %.
+    With 2,000 resamples of whole prompts, the standard deviation has an error of 1/√4000 = 1.6 %.
     """
     rng = np.random.default_rng(0)
     sizes = rng.integers(1, 7, 300)

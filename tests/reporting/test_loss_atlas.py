@@ -1,4 +1,4 @@
-"""The atlas shows every loss of pairs as it is trained."""
+"""The atlas shows the registered function of every loss of pairs."""
 
 import re
 from functools import cache
@@ -27,7 +27,7 @@ LOSSES = [name for name in list_losses() if get_loss(name).kind is PAIRS]
 )
 def test_a_curve_is_the_formula(name, losses, gradients):
     curve = curve_of(get_loss(name), points=9)
-    inside = curve.h < 20  # the hinge has its kink there, and its gradient is 0 beyond it
+    inside = curve.h < 20  # the position of the hinge's kink; its gradient is 0 beyond it
     assert torch.allclose(curve.losses, losses(curve.h), rtol=1e-12)
     assert torch.allclose(curve.gradients[inside], gradients(curve.h)[inside], rtol=1e-12)
 

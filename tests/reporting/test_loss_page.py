@@ -19,7 +19,7 @@ CONFIGS = sorted(path for path in (ROOT / "recipes" / "configs").glob("*.yaml") 
 
 
 def test_the_pages_are_current():
-    """They are generated in a new interpreter, in which no test has registered losses."""
+    """The pages are generated in a new interpreter, because other tests register losses."""
     program = (
         "from hf_prefopt.reporting import loss_page, papers_page; import json; "
         "print(json.dumps([loss_page.loss_page(), papers_page.papers_page()]))"
@@ -30,7 +30,7 @@ def test_the_pages_are_current():
 
 
 def test_every_loss_with_a_paper_is_in_the_index():
-    """In the row of its own paper, with a link to a section of losses.md that exists."""
+    """The loss is in the row of its paper, with a link to an existing section of losses.md."""
     rows = dict(re.findall(r"^\| \[([0-9.]+)\]\(https://arxiv.org/abs/\1\) \| (.*) \|$", papers_page(), re.MULTILINE))
     catalog = loss_page()
     for name in list_losses():
@@ -57,7 +57,7 @@ def test_every_loss_has_its_section_its_source_and_its_file():
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_a_config_builds_its_loss_with_its_published_defaults(path):
-    """What the file sets is the loss's default; with the file that it begins with, it is a whole run."""
+    """The file sets the loss's defaults; together with the base file, it is a complete run."""
     entries = yaml.safe_load(path.read_text())
     spec = get_loss(path.stem)
     given = {name: entries[name] for name in ("beta", "label_smoothing") if name in entries}

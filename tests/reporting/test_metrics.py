@@ -1,4 +1,4 @@
-"""`Evaluation` and `TrainingRecord` by themselves: metrics over examples and not over batches."""
+"""`Evaluation` and `TrainingRecord` alone: metrics are means over examples and not over batches."""
 
 import math
 
@@ -12,7 +12,7 @@ from hf_prefopt.reporting.metrics import Evaluation, TrainingRecord
 
 
 def batches(objective, sizes, seed=0):
-    """Batches of these numbers of pairs, with random log-probs, as (batch, loss inputs)."""
+    """Return batches with these numbers of pairs and random log-probs, as (batch, loss inputs)."""
     generator, rows = torch.Generator().manual_seed(seed), iter(range(100))
     names = dict.fromkeys((*objective.inputs, *objective.kind.metric_inputs))
     for size in sizes:
@@ -21,7 +21,7 @@ def batches(objective, sizes, seed=0):
 
 
 def expected(inputs):
-    """DPO's loss and margin at β = 0.1, in closed form: the means of log(1 + e^−z) and z = 0.1·h."""
+    """Return DPO's loss and margin at β = 0.1 in closed form: the means of log(1 + e^−z) and of z = 0.1·h."""
     pairs = [
         [values[name][i].item() for name in ("policy_chosen_logps", "ref_chosen_logps")]
         + [values[name][i].item() for name in ("policy_rejected_logps", "ref_rejected_logps")]
@@ -33,7 +33,9 @@ def expected(inputs):
 
 
 def test_the_mean_is_over_the_rows_and_not_over_the_batches():
-    """Batches of 3 and 1: the mean of two batch means would weigh the last row three times as much."""
+    """Batches of 3 and 1 pairs: the mean of two batch means would give the last row
+    three times the weight of another row.
+    """
     objective = build_objective(["dpo"])
     evaluation, seen = Evaluation(objective), list(batches(objective, (3, 1)))
     for batch, inputs in seen:
@@ -49,7 +51,7 @@ def test_examples_that_do_not_count_are_left_out():
     output = evaluation.add({**batch, "counted": torch.tensor([True, False, True])}, inputs)
     kept = {name: values[[0, 2]] for name, values in inputs.items()}
     assert evaluation.metrics()["loss"] == pytest.approx(expected([kept])[0], rel=1e-12)
-    assert len(output.losses) == 3  # what the batch's own output is of
+    assert len(output.losses) == 3  # computed from the batch's own output
 
 
 def test_an_evaluation_of_nothing_is_an_error():
@@ -73,7 +75,7 @@ def test_a_training_log_is_of_the_examples_since_the_last_one():
     for step, (batch, inputs) in enumerate(seen[:2]):
         record.add(step, batch["rows"], inputs, objective(inputs))
     found = record.pop_means(accelerator)["rewards/margins"]
-    assert found == pytest.approx(expected([inputs for _, inputs in seen[:2]])[1], rel=1e-6)  # summed in fp32
+    assert found == pytest.approx(expected([inputs for _, inputs in seen[:2]])[1], rel=1e-6)  # added in fp32
     batch, inputs = seen[2]
     record.add(2, batch["rows"], inputs, objective(inputs))
     assert record.pop_means(accelerator)["rewards/margins"] == pytest.approx(expected([inputs])[1], rel=1e-6)
@@ -88,12 +90,13 @@ def test_a_loss_that_is_not_finite_stops_the_run_at_the_next_check():
         record.add(step + 1, batch["rows"], inputs, objective(inputs))
     with pytest.raises(FloatingPointError, match=r"step 2: .* row 2"):
         record.check(accelerator)
-    record.check(accelerator)  # said once
+    record.check(accelerator)  # logged once
 
 
 def test_equally_good_responses_are_averaged_in_the_metrics_of_lists():
-    """Ranks (1, 1, 3), rewards (1, 3, 2): the best ones' mean is 2, the other's 2, and one of the best is at the top.
-    All of one rank, rewards (1, 1, 0): two tied at the top, both among the best, and nobody to be above."""
+    """Ranks (1, 1, 3), rewards (1, 3, 2): the mean of the best is 2, the other reward is 2, and a best response is
+    first. If all have one rank, with rewards (1, 1, 0), two are tied for the first place, and none is worse.
+    """
     inputs = {
         "list_mask": torch.tensor([[True] * 3] * 2),
         "list_ranks": torch.tensor([[1.0, 1.0, 3.0], [1.0, 1.0, 1.0]]),

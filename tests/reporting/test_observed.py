@@ -1,4 +1,4 @@
-"""The metrics that every loss has, against plain calls of the model on one sequence at a time, in NumPy."""
+"""The metrics that every loss has equal NumPy computations from plain calls of the model on single sequences."""
 
 import math
 
@@ -12,12 +12,12 @@ from hf_prefopt.reporting.observed import Responses, correct, join, observe, obs
 from tests.tiny_models import perturbed, tiny_model, with_lora
 from tests.trainers import lists, logged, make_trainer, pairs, unpaired
 
-# fp32 log-probs of a tiny model, of tens of nats: 1e-7 relative in each of some hundred operations.
+# fp32 log-probs of a tiny model, of tens of nats: relative 1e-7 in each of about a hundred operations.
 NATS = 1e-4
 
 
 def token_logps(model, prompt, response):
-    """log π of each token of a response, from the logits of one sequence alone."""
+    """Return log π of each token of a response, from the logits of its sequence alone."""
     ids = torch.tensor([[*prompt, *response]])
     with torch.no_grad():
         logps = model(input_ids=ids).logits[0, :-1].double().log_softmax(-1)
@@ -26,7 +26,7 @@ def token_logps(model, prompt, response):
 
 
 def by_hand(model, rows):
-    """For each pair (chosen, rejected): the policy's and the reference's log-probs of the tokens."""
+    """Return, for each pair (chosen, rejected), the log-probs of its tokens under policy and reference."""
     found = []
     for row in rows:
         both = []
@@ -61,7 +61,7 @@ def expected_of_pairs(found):
 @pytest.mark.parametrize("loss", ["dpo", "ipo", "aot"])
 @pytest.mark.parametrize("layout", ["shared", "padded"])
 def test_metrics_of_an_evaluation_are_those_of_single_sequences(tmp_path, loss, layout):
-    """Whatever the loss: nine pairs in batches of four; AOT compares the pairs of a batch."""
+    """The metrics are the same for every loss: nine pairs in batches of four; AOT compares the pairs of a batch."""
     model = perturbed(with_lora(tiny_model()), scale=0.1)
     rows = pairs(9)
     options = {"loss_type": loss, "layout": layout, "reference": "adapter_off", "per_device_eval_batch_size": 4}
@@ -72,7 +72,7 @@ def test_metrics_of_an_evaluation_are_those_of_single_sequences(tmp_path, loss, 
 
 
 def test_metrics_of_a_training_log_are_of_all_examples_since_the_last_one(tmp_path):
-    """Two accumulated micro-batches with a learning rate of 0; a second log starts anew."""
+    """There are two accumulated micro-batches with a learning rate of 0; a second log starts with no examples."""
     model = perturbed(with_lora(tiny_model()), scale=0.1)
     rows = pairs(8)
     options = {"reference": "adapter_off", "learning_rate": 0.0, "weight_decay": 0.0, "logging_steps": 2}
@@ -131,7 +131,7 @@ def test_of_a_list_the_best_is_compared_with_the_mean_of_the_others(tmp_path):
 
 
 def test_the_kl_estimate_is_the_kl_of_the_vocabulary_on_samples_of_the_reference():
-    """40,000 single-token responses sampled from π_ref over 20 tokens: within 4 standard errors of the exact KL."""
+    """40,000 responses of one token, sampled from π_ref over 20 tokens: within 4 standard errors of the exact KL."""
     generator = torch.Generator().manual_seed(0)
     reference, policy = (torch.randn(20, generator=generator, dtype=torch.float64).log_softmax(-1) for _ in range(2))
     exact = (reference.exp() * (reference - policy)).sum().item()

@@ -1,4 +1,4 @@
-"""The picture of a run: it is drawn, and it shows what the log says."""
+"""The picture of a run shows the values in the log."""
 
 import numpy as np
 from matplotlib.image import imread
@@ -10,7 +10,7 @@ from tests.reporting.history import log_history, made_up_run
 
 
 def test_a_run_becomes_a_png_of_readable_size(tmp_path):
-    """Four panels have curves: two rows of 2.9 inches and 0.9 for the text, at 150 dpi."""
+    """Four panels have curves: two rows of 2.9 inches, and 0.9 inches for the text, at 150 dpi."""
     path = plot_training(made_up_run(), tmp_path / "made" / "curves.png")
     height, width, _ = imread(path).shape
     assert (height, width) == (round((0.9 + 2 * 2.9) * 150), 1500)
@@ -49,7 +49,7 @@ def test_evaluations_have_their_intervals_and_the_baseline_its_line():
 
 
 def test_a_line_far_away_does_not_make_the_curves_one_mark():
-    """SimPO's rewards lie at −30, and no preference at 0."""
+    """SimPO's rewards are at −30, and no preference is at 0; the axis does not include 0."""
     logs = [{"step": step, "rewards/margins": 30 + step / 10} for step in range(3)]
     (drawn,) = drawn_panels(RunRecord({}, logs))
     assert min(drawn.values) == 30.0

@@ -1,4 +1,4 @@
-"""The preview shows what the model sees: counts, special tokens, and which tokens are scored."""
+"""The preview shows what the model gets: counts, special tokens, and which tokens are scored."""
 
 from io import StringIO
 

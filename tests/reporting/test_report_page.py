@@ -1,4 +1,4 @@
-"""The report and the comparison: data are escaped, nothing is loaded, every section has its content."""
+"""The report and the comparison: data are escaped, nothing is loaded, and every section has content."""
 
 import re
 from html.parser import HTMLParser
@@ -16,7 +16,9 @@ figcaption b span i svg path line text circle rect article header code ul li det
 
 
 class Page(HTMLParser):
-    """The elements, attributes and texts of a page; an element that is not closed is an error."""
+    """A parser that collects the elements, attributes and texts of a page; an
+    element that is not closed raises an error.
+    """
 
     VOID = ("meta", "path", "line")
 
@@ -79,7 +81,9 @@ def test_without_an_evaluation_after_training_the_report_says_so():
 
 
 def test_a_tokens_color_is_its_log_ratio():
-    """Full color at the 95 % quantile of |log-ratio|: of 0.01, 0.01, 1.5, 1.5, 2, 2 that is 2; 1.5 is level 8 of 10."""
+    """The full color is the 95 % quantile of |log-ratio|: of 0.01, 0.01, 1.5, 1.5,
+    2, 2 it is 2, so 1.5 is level 8 of 10.
+    """
     record = made_up_run()
     assert color_scale(record) == 2.0
     page = report_page(record)

@@ -18,7 +18,7 @@ KINDS = TokenKinds(TOKENIZER)
 @pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
 @pytest.mark.parametrize("max_length", range(4, 20))
 def test_what_truncation_keeps_is_found_in_what_it_was_given(mode, max_length):
-    """Tokens repeat, the response ends in EOS and a line break, and the prompt has a head that is never cut."""
+    """Tokens repeat, the response ends with EOS and a line break, and the beginning of the prompt is never cut."""
     word, other, newline = (TOKENIZER(text)["input_ids"][0] for text in ("a", "b", "\n"))
     ends = ([], [TOKENIZER.eos_token_id], [TOKENIZER.eos_token_id, newline])
     for length, end in product((1, 3, 9), ends):
@@ -40,7 +40,7 @@ def test_tokens_that_were_not_cut_from_these():
 
 
 def test_the_pieces_are_the_text_and_say_what_counts():
-    """A user's turn in a response is not scored; max_length cuts the end, and EOS stays."""
+    """A user turn in a response is not scored; max_length cuts the end and keeps the EOS."""
     chosen = [*reply("Hello."), say("user", "And?"), *reply("Paris is the capital of France.")]
     raw = {**chat_pair(), "chosen": chosen}
     whole = prepare_row(raw, TOKENIZER)

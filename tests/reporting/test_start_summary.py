@@ -1,4 +1,4 @@
-"""The lines that say what a run is when training begins: at most fourteen, on the first rank, in the card, too."""
+"""The lines that describe a run when training begins: at most fourteen, on the first rank, and also in the card."""
 
 import logging
 import operator
@@ -28,8 +28,9 @@ def said(caplog):
 
 
 def test_a_run_says_what_it_is(caplog, tmp_path):
-    """Losses by the names they are registered under, defaults resolved, in the order of the configuration; sft_weight
-    is a loss, too."""
+    """Losses have their registered names and resolved defaults, in the order of the
+    configuration; sft_weight adds a loss.
+    """
     losses = {"loss_type": ["simpo", "sigmoid"], "loss_weights": [0.5, 1.0], "sft_weight": 0.1, "label_smoothing": 0.2}
     trainer = make_trainer(
         tmp_path,
@@ -77,7 +78,7 @@ def test_a_run_says_what_it_is(caplog, tmp_path):
 
 
 def test_it_comes_before_a_cache_is_filled(caplog, tmp_path, monkeypatch):
-    """Where a wrong setting is still cheap."""
+    """The lines come before the cache is filled, when stopping the run costs little."""
     seen = []
     monkeypatch.setattr(Scorer, "fill_cache", lambda *_: seen.append(len(said(caplog))) or True)
     monkeypatch.setattr(Scorer, "release_reference", lambda *_: None)
@@ -102,7 +103,7 @@ def test_an_evaluation_alone_says_its_layout_once(caplog, tmp_path):
 
 
 def test_many_losses_are_folded():
-    """Seven other topics, one of three lines, leave five lines."""
+    """The seven other topics, one of which has three lines, leave five lines for the losses."""
     summary = StartSummary()
     for topic in TOPICS:
         summary.say(topic, topic)
@@ -181,4 +182,4 @@ def test_what_a_data_set_says_by_kind():
         '"the longer one is better" is 62.5%',
         "3 desirable and 1 undesirable",
     ]
-    assert set(_LONGER) == {kind.name for kind in KINDS} - {"scored responses"}  # of which none are compared
+    assert set(_LONGER) == {kind.name for kind in KINDS} - {"scored responses"}  # none of these are compared

@@ -26,15 +26,17 @@ def test_both_evaluations_intervals_and_baselines_are_shown():
 
 
 def test_baselines_are_counted_by_hand():
-    """Lengths 10 … 15 beside 12.5: right from row 3 on; the reference is right in even rows."""
+    """Lengths 10 … 15 compared with 12.5: right from row 3 on. The reference is right in even rows."""
     found = baselines(made_up_run().examples)
     assert (found[LONGER].value, found[UNTRAINED].value) == (0.5, 0.5)
     assert (found[LONGER].examples, found[LONGER].prompts) == (6, 3)
 
 
 def test_the_model_is_compared_with_a_rule_where_they_disagree():
-    """Length is right in rows 3, 4, 5 and the model in all but row 5, so it is right in 3 of 4 disagreements: rows 0,
-    1, 2 and 5, of three prompts. The reference is right in the even rows, so they disagree in rows 1 and 3."""
+    """Length is right in rows 3, 4, 5, and the model in all rows but row 5, so the
+    model is right in 3 of 4 disagreements: rows 0, 1, 2 and 5, of three prompts. The
+    reference is right in the even rows, so they disagree in rows 1 and 3.
+    """
     results = results_of(made_up_run())
     found = results.disagreements
     assert (found[LONGER].value, found[LONGER].examples, found[LONGER].prompts) == (0.75, 4, 3)
@@ -48,7 +50,7 @@ def test_the_model_is_compared_with_a_rule_where_they_disagree():
     [(40, 10, "Better than"), (10, 40, "Worse than"), (25, 25, "Not clearly better than"), (0, 0, "they agree on")],
 )
 def test_a_verdict_needs_an_interval_on_one_side_of_one_half(right, wrong, said):
-    """Wilson's interval of 40 in 50 is [0.67, 0.89]. In ten more examples both are right."""
+    """Wilson's interval of 40 in 50 is [0.67, 0.89]. In ten more examples, both are right."""
     margins = [1.0] * right + [-1.0] * wrong + [1.0] * 10
     longer = [-1.0] * right + [1.0] * wrong + [1.0] * 10
     base = {"set": "eval", "reference_margin": None}

@@ -1,4 +1,4 @@
-"""Tokens per second, positions saved, memory and MFU, on a clock and a device that are made up."""
+"""Tokens per second, positions saved, memory and MFU, with a fake clock and a fake device."""
 
 from types import SimpleNamespace
 
@@ -18,14 +18,14 @@ def drawn(positions, tokens, padded):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Seconds that the test sets."""
+    """Return a clock that the test sets."""
     time = SimpleNamespace(now=100.0)
     monkeypatch.setattr(throughput, "perf_counter", lambda: time.now)
     return time
 
 
 def test_the_clock_stands_still_between_steps(clock):
-    """Steps of 2 and 3 seconds with an evaluation of 50 between them: 1,000 tokens in 5 seconds."""
+    """Steps of 2 and 3 seconds, with an evaluation of 50 seconds between them: 1,000 tokens in 5 seconds."""
     counter = Throughput()
     counter.on_train_begin(None, None, None)
     for seconds in (2, 3):
@@ -71,7 +71,7 @@ def test_flops_of_a_run_under_lora_and_of_one_that_trains_all():
 
 
 def test_a_run_counts_its_tokens(tmp_path):
-    """8 rows in one step; the packed layout computes each prompt once and no padding."""
+    """A step has 8 rows; the packed layout computes each prompt once and no padding."""
     rows = pairs(8)
     trainer = make_trainer(tmp_path, train_dataset=rows, per_device_train_batch_size=8, layout="shared")
     trainer.train()
@@ -84,5 +84,7 @@ def test_a_run_counts_its_tokens(tmp_path):
 
 
 def test_of_a_users_collator_no_saving_is_claimed():
-    """Its rows may be anything: tokens and padding are unknown unless rows are prepared ones."""
+    """The rows of a custom collator are unknown, so tokens and padding are unknown
+    unless the rows are prepared rows.
+    """
     assert sequence_sizes([{"input_ids": [1]}]) == {}

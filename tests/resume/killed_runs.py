@@ -1,7 +1,8 @@
-"""Training runs that are killed at chosen moments and started again, each in a process of its own.
+"""Training runs that are killed at selected moments and started again, each in its own process.
 
-A moment is the beginning of a micro-batch, the end of a step, or a write of a checkpoint: the process then leaves the
-first half of the file and gets SIGKILL. Twenty kills drawn at random, each followed by a second one in the resumed run:
+A moment is the beginning of a micro-batch, the end of a step, or a write of a checkpoint
+file. At a write, the process leaves the first half of the file before SIGKILL. Twenty
+kills at random moments, each followed by a second kill in the resumed run:
 
     python -m tests.resume.killed_runs 20
 """
@@ -29,7 +30,7 @@ from tests.trainers import make_trainer, unpaired, weights
 
 
 class Moments:
-    """Counts the moments of a run, and ends the process at one of them.
+    """A counter of the moments of a run, which ends the process at one of them.
 
     Attributes:
         names: the moments so far.
@@ -39,7 +40,9 @@ class Moments:
         self._last, self.names = last, []
 
     def pass_one(self, name: str, leave_half: Callable[[], None] = lambda: None) -> None:
-        """One more moment; if it is the last, what a write leaves behind, and the end."""
+        """Count one moment. If it is the last one, call `leave_half`, which writes
+        half a file, and kill the process.
+        """
         self.names.append(name)
         if len(self.names) - 1 == self._last:
             leave_half()
@@ -80,25 +83,27 @@ class Moments:
 
 
 class MomentsOfTraining(TrainerCallback):
-    """Beginnings of micro-batches after the first of a step, and ends of steps."""
+    """A callback for the moments of training: beginnings of micro-batches after the
+    first of a step, and ends of steps.
+    """
 
     def __init__(self, moments: Moments):
         self._moments = moments
 
     def on_substep_end(self, args, state, control, **_):
-        """Between two micro-batches."""
+        """Count the moment between two micro-batches."""
         self._moments.pass_one(f"between the micro-batches of step {state.global_step + 1}")
 
     def on_step_end(self, args, state, control, **_):
-        """After the optimizer's step, before a checkpoint of it."""
+        """Count the moment after the optimizer's step and before its checkpoint."""
         self._moments.pass_one(f"after step {state.global_step}")
 
 
 def train(folder: Path, last_moment: int | None) -> None:
-    """Start or continue a run in `folder`: `weights.pt` is written at its end, `moments.json` beside it.
+    """Start or resume a run in `folder`; at its end, write the weights, the state of the loss and the moments.
 
-    An adapter with dropout, BCO with its running mean, mismatched sampling order over two epochs of seven rows, AdamW,
-    a learning rate that falls, a checkpoint every second step and only the newest two kept.
+    The run has an adapter with dropout, BCO with its running mean, two epochs of seven shuffled rows, AdamW, a
+    decreasing learning rate, and a checkpoint every second step, of which the newest two are kept.
     """
     torch.set_num_threads(1)
     moments = Moments(last_moment)
@@ -126,7 +131,7 @@ def train(folder: Path, last_moment: int | None) -> None:
 
 
 def run(folder: Path, last_moment: int | None = None) -> int | None:
-    """`train` in a process of its own; its exit code, −9 where it was killed."""
+    """Run `train` in its own process, and return its exit code, −9 if it was killed."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.resume.killed_runs"])
     process = context.Process(target=train, args=(folder, last_moment))
@@ -136,12 +141,12 @@ def run(folder: Path, last_moment: int | None = None) -> int | None:
 
 
 def result(folder: Path) -> tuple[bytes, str]:
-    """The final weights, bit for bit, and what the loss keeps."""
+    """Return the final weights, bit for bit, and the state of the loss."""
     return (folder / "weights").read_bytes(), (folder / "state.json").read_text()
 
 
 def kill_twice(folder: Path, first: int, generator: random.Random) -> tuple[int | None, int | None]:
-    """A run killed at one moment, resumed and killed at another, and resumed to its end: the two exit codes."""
+    """Kill a run at one moment, resume and kill it at another, and resume it to its end; return the two exit codes."""
     codes = run(folder, first), run(folder, generator.randrange(10))
     for _ in itertools.takewhile(lambda code: code != 0, (run(folder) for _ in range(2))):
         pass

@@ -11,7 +11,7 @@ SETTINGS = {"train_dataset": pairs(8), "save_strategy": "steps", "save_steps": 2
 
 
 def named(*names):
-    """A model whose adapters have these names, and are all active."""
+    """Return a model with active adapters of these names."""
     torch.manual_seed(0)
     config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     model = get_peft_model(tiny_model(), config, adapter_name=names[0])
@@ -23,7 +23,7 @@ def named(*names):
 
 @pytest.mark.parametrize("names", [("default", "other"), ("one", "two"), ("dpo",)], ids="+".join)
 def test_a_resumed_run_with_these_adapters_is_the_uninterrupted_one(names, tmp_path):
-    """Bit for bit, and the same adapters are active."""
+    """The weights are bit-equal, and the same adapters are active."""
     whole = make_trainer(tmp_path, named(*names), **SETTINGS)
     whole.train()
     resumed = make_trainer(tmp_path, named(*names), **SETTINGS)
@@ -49,14 +49,16 @@ def test_a_resumed_run_with_these_adapters_is_the_uninterrupted_one(names, tmp_p
     ids=["another name", "one more", "none before", "none now"],
 )
 def test_other_adapters_than_the_checkpoint_has_are_refused(written_by, resumed_by, message, tmp_path):
-    """The Trainer would continue with an untrained adapter and the optimizer state of another one."""
+    """Without the error, the Trainer would continue with an untrained adapter and another adapter's optimizer state."""
     make_trainer(tmp_path, written_by(), **SETTINGS).train()
     with pytest.raises(ValueError, match=message):
         make_trainer(tmp_path, resumed_by(), **SETTINGS).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
 def test_a_model_that_was_replaced_after_construction_is_refused(tmp_path):
-    """The Trainer's optimizer would have its parameters, and the losses those of the model before."""
+    """Without the error, the Trainer's optimizer would have the new model's
+    parameters, but the losses the old model's.
+    """
     trainer = make_trainer(tmp_path, **SETTINGS)
     trainer.model = tiny_model(seed=3)
     with pytest.raises(ValueError, match="was replaced after construction: create a new trainer"):

@@ -1,6 +1,6 @@
-"""A run that is killed at any moment and started again ends where it would have ended, to the last bit.
+"""A run that is killed at any moment and started again ends like an uninterrupted run, bit for bit.
 
-`python -m tests.resume.killed_runs 20` does this for moments drawn at random.
+`python -m tests.resume.killed_runs 20` tests this for random moments.
 """
 
 import json
@@ -15,7 +15,7 @@ from tests.trainers import make_trainer
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A run that nobody kills."""
+    """Return the result of a run that is not killed."""
     folder = tmp_path_factory.mktemp("whole")
     assert run(folder) == 0
     return folder
@@ -30,7 +30,9 @@ def whole(tmp_path_factory):
     ],
 )
 def test_a_killed_run_ends_as_the_whole_one(moment, whole, tmp_path):
-    """Killed at its last such moment, and again in the resumed run: the weights and the loss's running mean."""
+    """The run is killed at its last such moment, and again after resuming: weights
+    and the loss's running mean are equal.
+    """
     moments = json.loads((whole / "moments.json").read_text())
     last = len(moments) - 1 - moments[::-1].index(moment)
     first_code, _ = kill_twice(tmp_path, last, random.Random(moment))
@@ -39,7 +41,9 @@ def test_a_killed_run_ends_as_the_whole_one(moment, whole, tmp_path):
 
 
 def test_half_a_checkpoint_is_passed_over(tmp_path):
-    """Newest first by number, not by name; without its last file, or with half of it, a checkpoint does not count."""
+    """Checkpoints are sorted by number, not by name. A checkpoint that lacks its
+    last file, or has half of it, is ignored.
+    """
     for step, state in ((2, "{}"), (10, "{}"), (12, '{"global_st'), (14, None)):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
@@ -51,7 +55,7 @@ def test_half_a_checkpoint_is_passed_over(tmp_path):
 
 
 def test_half_a_checkpoint_is_refused_with_the_whole_one_named(tmp_path):
-    """The Trainer would take its weights and begin at step 0 without a word."""
+    """Without the error, the Trainer would load the weights and start at step 0 without a message."""
     trainer = make_trainer(tmp_path)
     with pytest.raises(ValueError, match="no complete checkpoint"):
         trainer.train(resume_from_checkpoint=True)

@@ -1,4 +1,4 @@
-"""A run that is resumed with other losses than it began with says so, and trains on them."""
+"""A run that is resumed with other losses logs a warning, and trains with the new losses."""
 
 import pytest
 
@@ -19,7 +19,7 @@ RESUMED = {
 
 @pytest.mark.parametrize("case", RESUMED)
 def test_other_losses_are_noticed(case, tmp_path, caplog):
-    """And without a checkpoint nothing is said."""
+    """Without a checkpoint, there is no message."""
     first, second, is_other = RESUMED[case]
     make_trainer(tmp_path, tiny_model(), train_dataset=pairs(8), **RUN, **first).train()
     assert WARNING not in caplog.text

@@ -1,4 +1,4 @@
-"""A run that is resumed with another reference than it began with says so; one with the same reference says nothing."""
+"""A run that is resumed with another reference logs a warning; one with the same reference does not."""
 
 import pytest
 from peft import PeftModel
@@ -15,7 +15,8 @@ def adapter_of_the_checkpoint(checkpoint):
     return PeftModel.from_pretrained(tiny_model(), checkpoint, is_trainable=True)
 
 
-# How the model comes first, how it comes for the resumed run, further settings, and whether the reference is another.
+# How the model is created first, how it is created for the resumed run, other settings, and whether the reference
+# differs.
 RESUMED = {
     "the same adapter": (lambda: with_lora(tiny_model()), None, {}, False),
     "the same trained adapter": (lambda: perturbed(with_lora(tiny_model()), 0.1), None, {}, False),

@@ -1,4 +1,4 @@
-"""A run that is resumed with other rows, another order or another optimizer says so."""
+"""A run that is resumed with other rows, another order or another optimizer logs a warning or raises an error."""
 
 import pytest
 
@@ -34,6 +34,6 @@ def test_other_rows_are_warned_of(checkpoint, settings, warning, tmp_path, caplo
 
 
 def test_another_optimizer_is_refused(checkpoint, tmp_path):
-    """SGD would look for its momentum in Adam's state."""
+    """Without the error, SGD would search for its momentum in Adam's state."""
     with pytest.raises(ValueError, match=r"has the state of optim='adamw_torch'.* this run has optim='sgd'"):
         make_trainer(tmp_path, optim="sgd", **SETTINGS).train(resume_from_checkpoint=checkpoint)

@@ -1,4 +1,4 @@
-"""What a command line says of the checkpoint to resume from, where everything is text."""
+"""The values of `--resume_from_checkpoint` on a command line, where everything is text."""
 
 import pytest
 
@@ -8,7 +8,7 @@ SETTINGS = {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 2}
 
 
 def steps(folder, said: str | bool | None) -> tuple[list[int], list[float]]:
-    """The steps that a run has logged, and their losses, resumed from what is said."""
+    """Return the steps that a resumed run has logged, and their losses."""
     trainer = make_trainer(folder, train_dataset=pairs(6), **SETTINGS)
     trainer.train(resume_from_checkpoint=said)
     assert trainer.state.global_step == 6
@@ -17,14 +17,16 @@ def steps(folder, said: str | bool | None) -> tuple[list[int], list[float]]:
 
 @pytest.mark.parametrize("said", ["true", "True", "last", "auto", True])
 def test_the_newest_whole_checkpoint_is_taken(said, tmp_path):
-    """The last one is half of one: a run that was killed while it wrote it. The losses are those of the whole run."""
+    """The last checkpoint is incomplete, as after a kill during its write. The
+    losses are those of the uninterrupted run.
+    """
     whole = steps(tmp_path, None)
     (tmp_path / "checkpoint-6" / "trainer_state.json").unlink()
     written = [(tmp_path / f"checkpoint-{step}" / "scheduler.pt") for step in (4, 6)]
     before = [file.stat().st_mtime_ns for file in written]
     assert steps(tmp_path, said) == whole
     kept, again = (file.stat().st_mtime_ns - then for file, then in zip(written, before, strict=True))
-    assert kept == 0 < again  # step 4 was not taken again, step 6 was
+    assert kept == 0 < again  # step 4 was not repeated, and step 6 was
 
 
 @pytest.mark.parametrize("said", ["false", False, None, ""])

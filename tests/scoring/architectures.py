@@ -1,6 +1,6 @@
-"""The architectures that the layouts are tried on: tiny random models, and what each may share.
+"""The architectures with which the layouts are tested: tiny random models, and the layouts that each one supports.
 
-A window shorter than the sequences is set wherever the model has one.
+If a model has a sliding window, the window is shorter than the sequences.
 """
 
 from peft import PeftModel
@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from tests.tiny_models import tiny_model, with_lora
 
 _WINDOW = {"sliding_window": 7}
-# PyTorch's own attention has no soft-cap; older versions of transformers use it all the same, without the cap.
+# PyTorch's own attention has no soft-cap; older versions of transformers use it for such models, without the cap.
 _CAPPED = {"query_pre_attn_scalar": 8, "attn_implementation": "eager"}
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 
@@ -30,7 +30,7 @@ _LATENT = {
 _LLAMA4 = {"num_local_experts": 2, "attention_chunk_size": 8, "intermediate_size_mlp": 64, "num_hidden_layers": 4}
 _SINKS = {**_WINDOW, "num_local_experts": 4, "num_experts_per_tok": 2}
 
-# Exact in the layout "shared".
+# These are exact in the layout "shared".
 SHARING = {
     "llama": {},
     "qwen2": {},
@@ -53,7 +53,7 @@ SHARING = {
     "jetmoe": {"num_local_experts": 4, "num_experts_per_tok": 2, "kv_channels": 8},
     "hyperclovax": {"logits_scaling": 0.25},
     "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
-    "stablelm": {},  # whose decoder layers do not hand keyword arguments on
+    "stablelm": {},  # decoder layers that drop keyword arguments
     "nemotron": {},
     "gpt_oss": _SINKS,
     "granite_swa": _WINDOW,
@@ -82,7 +82,7 @@ _DELTA_NET = {
 }
 _STATE, _INTERFACE = "carry a state along the row", "does not use transformers' attention interface"
 
-# Exact in the layout "around", but not in "shared", for the reason that a part of which is given.
+# These are exact in the layout "around" but not in "shared", with a part of the reason.
 AROUND = {
     "mamba": ({"state_size": 8}, _STATE),
     "mamba2": ({"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1, "chunk_size": 8}, _STATE),
@@ -144,7 +144,8 @@ AROUND = {
     ),
     "minimax": ({"num_local_experts": 4, "block_size": 8}, _STATE),
     "recurrent_gemma": ({"num_hidden_layers": 3, "attention_window_size": 7, "lru_width": 32}, _STATE),
-    # With 16 heads of the index, hardly any two tokens tie at a score of 0, between which the top k choose at will.
+    # With 16 heads of the indexer, almost no two tokens have an equal score of 0, for which the kernel selects the top
+    # k.
     "deepseek_v32": ({**_LATENT, "index_topk": 4, "index_head_dim": 8, "index_n_heads": 16}, "select tokens"),
     "bloom": ({"n_layer": 2, "n_head": 4}, _INTERFACE),
     "mpt": ({"d_model": 32, "n_layers": 2, "n_heads": 4}, _INTERFACE),
@@ -155,24 +156,24 @@ AROUND = {
     "gptj": ({"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4}, _INTERFACE),
     "falcon": ({"alibi": True}, "ALiBi"),
     "llama4_text with scaled queries": ({**_LLAMA4, "floor_scale": 4}, "scales queries by their position in the row"),
-    "doge": ({}, "a mask that the module builds itself"),  # with learned weights in it
+    "doge": ({}, "a mask that the module builds itself"),  # the mask has learned weights
 }
 
 _WITHOUT_HEAD_DIM = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
 def architecture(name: str) -> PreTrainedModel:
-    """A tiny random model of that architecture, whose type is the name's first word."""
+    """Return a tiny random model of an architecture; the first word of the name is the model type."""
     settings = SHARING[name] if name in SHARING else AROUND[name][0]
-    if name == "falcon":  # its config computes head_dim and takes none
+    if name == "falcon":  # the config computes head_dim and does not accept it
         config = AutoConfig.for_model(name, **_WITHOUT_HEAD_DIM, **settings)
         return AutoModelForCausalLM.from_config(config).eval()
     return tiny_model(name.split()[0], **settings)
 
 
 def adapted(name: str) -> PeftModel:
-    """The same under a fresh LoRA adapter on all linear layers that PEFT can adapt."""
-    # Routers that give a pair, and outputs that a kernel multiplies itself.
+    """Return the model with a fresh LoRA adapter on all linear layers that PEFT can adapt."""
+    # Not routers that return a pair, and not layers whose weights a kernel multiplies itself.
     routed = name.split()[0] in ("llama4_text", "phimoe", "mamba", "mamba2", "falcon_h1", "nemotron_h")
     settings = {"target_modules": ["q_proj", "v_proj", "o_proj", "in_proj", "up_proj"]} if routed else {}
     return with_lora(architecture(name), **settings)

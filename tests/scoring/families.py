@@ -1,13 +1,13 @@
-"""Every family of language models that transformers knows, tried on a tiny random model: is training exact?
+"""Test every family of language models in transformers with a tiny random model: is training exact?
 
-A checkpoint of each family is saved, loaded by name and trained, in full and under LoRA, in the layout "auto" and in
-"padded". It is compared with an untouched copy that transformers loads, which sees each sequence alone: log-probs in
-evaluation and training mode, every gradient (with checkpointing, too), the losses of two steps of SGD, and the model
-that was saved. Each family runs in a process of its own, bounded in time and memory.
+A checkpoint of each family is saved, loaded by name and trained, in full and with LoRA, in the layouts "auto" and
+"padded". It is compared with an unmodified copy that transformers loads and that gets each sequence alone: log-probs in
+evaluation and training mode, every gradient (also with checkpointing), the losses of two steps of SGD, and the saved
+model. Each family runs in its own process, with limits on time and memory.
 
-    python -m tests.scoring.families llama qwen3_next                  # some families, in words
-    python -m tests.scoring.families --write docs/models.md            # all of them, as a page; an hour on one core
-    python -m tests.scoring.families --write docs/models.md youtu      # their rows of the page, which must exist
+    python -m tests.scoring.families llama qwen3_next                  # prints the results of some families
+    python -m tests.scoring.families --write docs/models.md            # writes the page; an hour on one core
+    python -m tests.scoring.families --write docs/models.md youtu      # updates some rows of an existing page
 """
 
 import argparse
@@ -41,7 +41,7 @@ from tests.tiny_models import perturbed
 from tests.tokenizers import tiny_tokenizer
 from tests.trainers import logged, make_config
 
-# What people align, of the families that the layouts and loading treat in different ways.
+# Families that are used most, and that the layouts and loading treat in different ways.
 USED = (
     *("llama", "qwen3", "qwen3_moe", "qwen3_next", "qwen3_5", "gemma3", "gemma4", "gpt_oss", "llama4_text", "mistral3"),
     *("ministral", "phi3", "olmo3", "smollm3", "granitemoehybrid", "nemotron_h", "lfm2", "glm4", "deepseek_v3"),
@@ -59,12 +59,12 @@ TOLERANCES = {torch.float64: (1e-5, 1e-4), torch.float32: (1e-4, 1e-2)}
 
 @dataclass
 class Case:
-    """What became of a family in one way of training.
+    """The result of a family in one way of training.
 
     Attributes:
-        layout, why: the one that was taken.
-        off: by how much it was off, relative, by what was compared.
-        dtype: what was computed in.
+        layout, why: the layout that was used, and the reason.
+        off: relative differences, keyed by what was compared.
+        dtype: the dtype of the computation.
     """
 
     adapter: str
@@ -87,10 +87,10 @@ class Case:
 
 @dataclass
 class Family:
-    """A family, and what became of it.
+    """A family and its results.
 
     Attributes:
-        not_built: why there is no tiny model of it to try.
+        not_built: the reason why there is no tiny model of it.
     """
 
     model_type: str
@@ -100,18 +100,20 @@ class Family:
 
     @property
     def verdict(self) -> str:
-        """Of all its cases."""
+        """The worst verdict of all cases."""
         found = {case.verdict for case in self.cases}
         return "not tried" if self.not_built else next((v for v in ("wrong", "refused", "exact") if v in found), "")
 
 
 def all_families() -> list[str]:
-    """The types of text models, and those of images and text, on which text is trained; the most used ones first."""
+    """Return the types of text models and of image-text models, which are trained on
+    text; the most used types come first.
+    """
     return list(dict.fromkeys([*USED, *MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES]))
 
 
 def build(model_type: str) -> PreTrainedModel:
-    """A tiny random model of the class that the family's own checkpoints name."""
+    """Return a tiny random model of the class that the family's own checkpoints name."""
     config = tiny_config(model_type)
     both = (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING)
     known = both if config.get_text_config(decoder=True) is not config else both[::-1]
@@ -119,23 +121,23 @@ def build(model_type: str) -> PreTrainedModel:
     if cls is None:
         raise ValueError(f"transformers has no class of language models for {type(config).__name__}")
     torch.manual_seed(0)
-    # With noise, so that nothing is 0 or 1, such as biases and the scales of norms.
+    # Noise, so that no weight is 0 or 1, such as biases and the scales of norms.
     return perturbed(cls._from_config(config), scale=0.05).eval()
 
 
 def examine(model_type: str, adapters: Iterable[str] = ADAPTERS, layouts: Iterable[str] = LAYOUTS) -> Family:
-    """Try a family in this process."""
+    """Test a family in this process."""
     family = Family(model_type)
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder, "base")
         try:
             model = build(model_type)
             ids = torch.tensor([[5, 6, 7, 8, 9]])
-            if not model.config.is_encoder_decoder:  # those are refused
+            if not model.config.is_encoder_decoder:  # encoder-decoder models raise an error
                 model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
             model.save_pretrained(base)
             tokenizer = tiny_tokenizer()
-            tokenizer.pad_token = "<|endoftext|>"  # of id 0, as in the config, for the Trainer writes it there
+            tokenizer.pad_token = "<|endoftext|>"  # id 0: the Trainer writes it to the config
             tokenizer.save_pretrained(base)
         except Exception as error:
             family.not_built = _words(error)
@@ -149,7 +151,7 @@ def examine(model_type: str, adapters: Iterable[str] = ADAPTERS, layouts: Iterab
 
 
 def _tried(base: Path, output: Path, adapter: str, asked: str) -> Case:
-    """One way of training, in float64 or, where a model cannot compute in it, in fp32."""
+    """Test one way of training, in float64 or, if the model cannot compute in float64, in fp32."""
     for dtype in (torch.float64, torch.float32):
         case = Case(adapter, asked, dtype=str(dtype).removeprefix("torch."))
         try:
@@ -223,7 +225,8 @@ def _trainer(case: Case, base: Path, output: Path, rows: list[dict[str, Any]], d
         lr_scheduler_type="constant",
         max_grad_norm=0.0,
         beta=BETA,
-        # Each forward has its own, so it is no sum over sequences; tests/training/test_router.py has it.
+        # Each forward has its own auxiliary loss, so it is not a sum over sequences; tests/training/test_router.py
+        # tests it.
         router_aux_loss_coef=0.0,
         model_init_kwargs={"dtype": str(dtype).removeprefix("torch.")},
     )
@@ -239,9 +242,10 @@ def _untouched(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def _restore_padding(loaded: PreTrainedModel, saved: PreTrainedModel) -> bool:
-    """Give a padding token's embedding its saved value where transformers has zeroed it; whether it has.
+    """Give a padding token's embedding its saved value if transformers has zeroed it, and return whether it has.
 
-    Some classes (Youtu) zero that row after loading. If the head is tied to the embedding, it is one of the logits.
+    Some classes (Youtu) zero this row after loading. If the head is tied to the
+    embedding, the row is one of the logits.
     """
     table, row = loaded.get_input_embeddings(), getattr(loaded.get_input_embeddings(), "padding_idx", None)
     if row is None or table.weight[row].any() or not saved.get_input_embeddings().weight[row].any():
@@ -251,7 +255,7 @@ def _restore_padding(loaded: PreTrainedModel, saved: PreTrainedModel) -> bool:
 
 
 def _plain_logps(model: nn.Module, rows: list[dict[str, Any]]) -> Tensor:
-    """`[R]`: the summed log-prob of each response, from the logits of its sequence alone."""
+    """Return the summed log-prob of each response, `[R]`, from the logits of its sequence alone."""
     sums = []
     for row in rows:
         for response in row["response_ids"]:
@@ -263,7 +267,7 @@ def _plain_logps(model: nn.Module, rows: list[dict[str, Any]]) -> Tensor:
 
 
 def _plain_steps(model: nn.Module, rows: list[dict[str, Any]], reference: Tensor) -> list[float]:
-    """The losses of two steps of SGD on DPO's loss."""
+    """Return the losses of two steps of SGD on DPO's loss."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     losses = []
     for _ in range(2):
@@ -288,10 +292,10 @@ def _gradients(value: Tensor, model: nn.Module) -> dict[str, Tensor]:
 
 
 def _gradients_off(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
-    """The worst tensor's difference, as a share of its largest entry.
+    """Return the largest difference of a gradient, relative to the largest entry of its tensor.
 
-    Entries below 10⁻³ of the largest of all tensors count as that: some gradients, like those of the biases of keys,
-    are nothing but rounding.
+    For tensors in which all entries are below 10⁻³ of the largest entry of all tensors, the difference is relative to
+    this value: some gradients, like those of the biases of keys, are only rounding errors.
     """
     if found.keys() != wanted.keys():
         return float("inf")
@@ -303,7 +307,7 @@ def _gradients_off(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float
 
 
 def _off(found: Tensor, expected: Tensor) -> float:
-    """The largest difference, relative."""
+    """Return the largest relative difference."""
     share = (found.detach().double() - expected.detach().double()).abs() / expected.detach().double().abs()
     return float(share.max()) if not share.isnan().any() else float("inf")
 
@@ -319,7 +323,7 @@ def _words(error: BaseException) -> str:
 def examined(
     model_types: Iterable[str], adapters: Iterable[str] = ADAPTERS, layouts: Iterable[str] = LAYOUTS
 ) -> Iterable[Family]:
-    """Try families one after the other, each in a process of its own."""
+    """Test families one after the other, each in its own process."""
     for model_type in model_types:
         yield _bounded(model_type, tuple(adapters), tuple(layouts))
 
@@ -355,21 +359,24 @@ def page(rows: Iterable[str], layouts: Iterable[str] = LAYOUTS) -> str:
     lines = [
         "# Model families",
         "",
-        "Which families of models train, in which layout, and how exactly: look for the `model_type` in your model's "
-        "`config.json`. The layouts are described in [Settings](settings.md#speed-and-memory).",
+        "This page lists which families of models train, in which layout, and how exactly. Look for the `model_type` "
+        "in your model's `config.json`.",
         "",
-        f"Tiny random models of {len(rows)} types that transformers {transformers.__version__} knows, each trained "
-        f"in full and under LoRA (`all-linear`), with layout={' and '.join(layouts)}, and "
-        "compared with transformers' own forward of each sequence alone: "
-        "log-probs, gradients (with checkpointing, too), two steps, the saved model. On one CPU core, in float64, or "
-        "in fp32 where a model cannot compute in float64. This page is written by "
-        f"`python -m tests.scoring.families --write docs/models.md{options}`.",
+        f"Tiny random models of {len(rows)} types in transformers {transformers.__version__} were each trained "
+        f"in full and under LoRA (`all-linear`), with layout={' and '.join(layouts)}, and compared with "
+        "transformers' own forward of each sequence alone: log-probs, gradients (also with checkpointing), the losses "
+        "of two steps, and the saved model. The test runs on one CPU core, in float64, or in fp32 if a model cannot "
+        f"compute in float64. `python -m tests.scoring.families --write docs/models.md{options}` writes this page.",
         "",
         ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in VERDICTS) + ".",
         "",
-        "*exact*: within some hundred roundings, which is said as the largest relative difference of log-probs and of "
-        "gradients. *wrong*: something is off by more. *refused*: an error is raised before the first step. *not "
-        "tried*: there is no tiny model to try, by the configuration that the test makes up.",
+        "*exact*: rounding explains all differences; the column of log-probs and gradients has the largest relative "
+        "differences. *wrong*: a difference is larger. *refused*: the trainer raises an error before the first step. "
+        "*not tried*: the test could not build a tiny model of this type.",
+        "",
+        "*shared*: each prompt is computed once, and padding is not computed. *around*: the same, except for the token "
+        "mixers, which compute padded sequences. *padded*: each response is computed as a padded sequence with its "
+        "prompt.",
         "",
         "| type | class | result | layout | precision | log-probs, gradients | why |",
         "|---|---|---|---|---|---|---|",

@@ -1,4 +1,4 @@
-"""The plain way to a log-prob, by which the scoring path is judged: all logits at once, and autograd."""
+"""A simple implementation of log-probs, with which scoring is compared: all logits at once, and autograd."""
 
 import torch
 from torch import Tensor, nn
@@ -10,32 +10,32 @@ from tests.tiny_models import random_rows
 
 
 def padded_batch(count: int = 3, seed: int = 0, **settings) -> PreferenceBatch:
-    """Random pairs in the padded layout."""
+    """Return random pairs in the padded layout."""
     return PaddedCollator(pad_token_id=0, **settings)(random_rows(count, seed))
 
 
 def scored_mask(batch: PreferenceBatch) -> Tensor:
-    """`[R, T]`: 1 where a token is scored. A token stands one place after the row that predicts it."""
+    """Return a mask `[R, T]`, 1 for scored tokens. A token is one position after the row that predicts it."""
     mask = torch.zeros(batch["input_ids"].numel(), dtype=torch.long)
     mask[batch["scored_rows"] + 1] = 1
     return mask.view_as(batch["input_ids"])
 
 
 def plain_response_logps(model: nn.Module, batch: PreferenceBatch, temperature: float = 1.0) -> Tensor:
-    """`[R]`: the summed log-prob of each response, from `model(...).logits`."""
+    """Return the summed log-prob of each response, `[R]`, from `model(...).logits`."""
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
     return sequence_logps(logits, batch["input_ids"], scored_mask(batch), temperature=temperature)
 
 
 def gradients(value: Tensor, model: nn.Module) -> dict[str, Tensor]:
-    """The gradient of a scalar by the name of each trained parameter that takes part in it."""
+    """Return the gradient of a scalar, keyed by the name of each trained parameter that it depends on."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     found = torch.autograd.grad(value, list(trained.values()), allow_unused=True)
     return {name: g for name, g in zip(trained, found, strict=True) if g is not None}
 
 
 def assert_same_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor], rtol: float) -> float:
-    """Every parameter's gradient agrees to `rtol` of that gradient's largest entry; returns the worst ratio seen."""
+    """Check that every gradient agrees to `rtol` of its largest entry; return the largest relative difference."""
     assert actual.keys() == expected.keys()
     worst = 0.0
     for name, gradient in expected.items():

@@ -1,7 +1,7 @@
-"""What is trained is what the model says: scores are compared with its own logits, and made of them where they differ.
+"""Scores are compared with the model's own logits, and are computed from these logits if they differ.
 
-A fault is seen down to 4u · (|z_min| + mean|z|) / |z_min − mean z| relative (see `settle_scores`): 3 % in bf16. The
-faults here are of 10 % or more, in models whose logits reach ±5.
+A difference is detected from 4u · (|z_min| + mean|z|) / |z_min − mean z| on, relative (see `settle_scores`): 3 % in
+bf16. The differences here are 10 % or more, in models with logits up to ±5.
 """
 
 import copy
@@ -28,7 +28,7 @@ NOT_ITS_OWN = "differ from those of its own logits"
 
 
 class OddLlama(LlamaForCausalLM):
-    """A family nobody knows: what `change` makes of the logits, or `before_head` of the hidden states."""
+    """A family that the package does not know: `change` modifies the logits, or `before_head` the hidden states."""
 
     change = staticmethod(lambda logits: logits)
     before_head = staticmethod(lambda hidden: hidden)
@@ -40,7 +40,7 @@ class OddLlama(LlamaForCausalLM):
 
 
 def dense(hidden):
-    """A layer with an activation, as BERT has before its output embeddings."""
+    """Return a linear layer with an activation, as BERT has before its output embeddings."""
     layer = torch.randn(32, 32, generator=torch.Generator().manual_seed(0)) / 32**0.5
     return nn.functional.gelu(hidden @ layer.to(hidden.dtype))
 
@@ -67,7 +67,7 @@ FAULTS = {
 
 
 def by_place(hidden):
-    """Hidden states are weighed by their place in the sequence, which no single one of them knows."""
+    """Weight hidden states by their position in the sequence, which a single hidden state does not contain."""
     return hidden * torch.linspace(0.5, 1.5, hidden.shape[1], dtype=hidden.dtype)[:, None]
 
 
@@ -100,7 +100,7 @@ class TestFaults:
     @pytest.mark.parametrize("temperature", [1.0, 2.5])
     @pytest.mark.parametrize("fault", FAULTS)
     def test_a_model_that_does_something_unknown_is_scored_by_its_own_logits(self, fault, temperature, way):
-        """Which then agree, or it would be an error."""
+        """The scores from the model's own logits agree; otherwise there would be an error."""
         made, autocast = WAYS[way]
         assert check(made(odd_llama(fault)), temperature, autocast)
 
@@ -114,7 +114,9 @@ class TestFaults:
     @pytest.mark.parametrize("fault", [fault for fault in FAULTS if not fault.startswith("a token ")])
     @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
     def test_log_probs_and_gradients_are_those_of_its_logits(self, fault, lora, chunk_rows, monkeypatch):
-        """In float64, where only roundings of the head differ: 1e-12, as in test_head. Chunks do not divide N."""
+        """In float64, only the rounding of the head differs: 1e-12, as in test_head.
+        The chunk size does not divide N.
+        """
         monkeypatch.setitem(forward.CHUNK_ROWS, "cpu", chunk_rows)
         model = odd_llama(fault).double()
         model = perturbed(with_lora(model)).double() if lora else model
@@ -128,7 +130,7 @@ class TestFaults:
         assert_same_gradients(gradients((logps * weights).sum(), model), expected, rtol=1e-11)
 
     def test_its_layers_run_once(self):
-        """The body is run for the scores, and not again for each chunk of logits."""
+        """The body runs once for the scores, and not again for each chunk of logits."""
         model, calls = odd_llama("a dense layer"), []
         check(model)
         model.model.layers[0].register_forward_hook(lambda *_: calls.append(1))
@@ -137,7 +139,7 @@ class TestFaults:
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_small_logits_hide_no_fault(self, dtype):
-        """Weights as they are before any training: all logits within ±0.4, where 10 % are 0.04 nats."""
+        """The weights are as before any training: all logits are within ±0.4, so 10 % is 0.04 nats."""
         torch.manual_seed(0)
         model = OddLlama(AutoConfig.for_model("llama", **{**_SIZES, "initializer_range": 0.02})).eval()
         assert not check(copy.deepcopy(model).to(dtype))
@@ -153,7 +155,7 @@ class TestFaults:
     @pytest.mark.parametrize("role", ["policy", "reference"])
     @pytest.mark.parametrize("settings", [{"layout": "padded"}, {"layout": "shared"}, {}, {"data_collator": 0}])
     def test_nothing_trains(self, settings, role, tmp_path):
-        """In every layout, also under a collator of the user's own, for the policy and for a reference of its own."""
+        """This holds in every layout, also with a custom collator, for the policy and for an explicit reference."""
         if "data_collator" in settings:
             settings = {"data_collator": PaddedCollator(0)}
         odd = odd_llama("by place")
@@ -185,7 +187,7 @@ VISION = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "n
 
 
 def multimodal(kind, vision, text, **settings):
-    """A tiny model of images and text over a text model that scales its logits when it stands alone."""
+    """Return a tiny image-text model with a text model that scales its logits when it is used alone."""
     config = getattr(transformers, f"{kind}Config")(
         vision_config=AutoConfig.for_model(vision, **VISION, image_size=28, patch_size=14),
         text_config=AutoConfig.for_model(text[0], **_SIZES, **text[1]),
@@ -219,11 +221,13 @@ BY_OWN_LOGITS = {
 
 
 class TestFamilies:
-    """With what each does between hidden states and logits set away from neutral."""
+    """Families with their own scales, caps or layers between hidden states and
+    logits, with values that have an effect.
+    """
 
     @pytest.mark.parametrize("name", RIGHT_NOW)
     def test_what_was_wrong_is_right(self, name):
-        """Log-probs to fp32's rounding: 2e-5 a token at most (see test_forward)."""
+        """Log-probs agree up to fp32 rounding: at most 2e-5 per token (see test_forward)."""
         model, batch = tiny_model(name, **RIGHT_NOW[name]), padded_batch()
         with torch.no_grad():
             expected = plain_response_logps(model, batch)
@@ -233,8 +237,9 @@ class TestFamilies:
 
     @pytest.mark.parametrize("name", BY_OWN_LOGITS)
     def test_what_no_config_says_is_taken_from_the_model(self, name):
-        """Log-probs to fp32's rounding; the gradient of every tensor within 1e-4 of its largest entry, which are some
-        thousand roundings of 6e-8. A bias of keys moves no softmax, so its gradient is nothing but rounding."""
+        """Log-probs agree up to fp32 rounding, and the gradient of every tensor to 1e-4 of its largest entry, which is
+        about a thousand roundings of 6e-8. A bias of keys does not change a softmax, so its gradient is only rounding.
+        """
         model, batch = BY_OWN_LOGITS[name](), padded_batch()
         plain = plain_response_logps(model, batch)
         expected = gradients(plain.sum(), model)
@@ -251,11 +256,13 @@ class TestFamilies:
         assert check(BY_OWN_LOGITS[name]().bfloat16())
 
     def test_images_are_no_reason(self):
-        """The same multimodal model over a text model without a scale; no made-up token stands for an image."""
+        """The same image-text model with a text model without a scale is scored
+        fast; no synthetic token stands for an image.
+        """
         check(multimodal("LlavaNext", "clip_vision_model", ("llama", {}), image_grid_pinpoints=[[28, 28]]))
 
 
-MORE = {  # right today, each for a reason of its own
+MORE = {  # these are right, each for a different reason
     "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
     "qwen2_moe": {"num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16},
     "phi": {},
@@ -275,11 +282,13 @@ MORE = {  # right today, each for a reason of its own
 class TestNoFalseAlarms:
     @pytest.mark.parametrize("name", [*SHARING, *AROUND, *MORE])
     def test_what_is_right_is_scored_fast(self, name):
-        """Every architecture in fp32, in bf16 weights where transformers itself runs it, and under autocast."""
+        """Every architecture is tested in fp32, in bf16 weights if transformers
+        itself supports this, and with autocast.
+        """
         build = (lambda: tiny_model(name, **MORE[name])) if name in MORE else (lambda: architecture(name))
         assert not check(build(), temperature=1.7)
         assert not check(build(), autocast=True)
-        if name not in ("mamba", "mamba2"):  # whose path for CPUs has no bf16
+        if name not in ("mamba", "mamba2"):  # the CPU implementations of these have no bf16
             assert not check(build().bfloat16())
 
     @pytest.mark.parametrize("name", ["llama", "gemma2", "cohere", "granite", "mixtral", "gpt2"])
@@ -293,14 +302,16 @@ class TestNoFalseAlarms:
         check(get_peft_model(tiny_model(), kind(task_type="CAUSAL_LM", num_virtual_tokens=4)))
 
     def test_in_training_mode_with_dropout(self):
-        """Dropout is off for the comparison, and on again behind it."""
+        """Dropout is disabled for the comparison, and enabled again afterwards."""
         model = architecture("gpt2").train()
         check(model)
         assert model.training and model.transformer.drop.training
 
     @pytest.mark.parametrize("weights", [{"load_in_4bit": True}, {"load_in_8bit": True}])
     def test_in_few_bits(self, weights, tmp_path):
-        """In 8 bits, which columns are kept in 16 bits depends on all tokens: no leak, only rounding."""
+        """In 8 bits, all tokens determine which columns stay in 16 bits: this is
+        rounding, and not a leak of later tokens.
+        """
         tiny_model(**QUANTIZABLE).save_pretrained(tmp_path)
         quantized = BitsAndBytesConfig(**weights, llm_int8_threshold=2.0)
         model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=quantized, device_map="cpu")
@@ -308,7 +319,7 @@ class TestNoFalseAlarms:
         check(perturbed(with_lora(model)))
 
     def test_several_ends_of_a_text(self):
-        """Llama 3 and GLM-4 name a list of ids, none of which is made up."""
+        """Llama 3 and GLM-4 have a list of EOS ids; the synthetic sequence contains none of them."""
         model = tiny_model(eos_token_id=[2, *range(50, 150)])
         assert not check(model)
         assert set(made_up_tokens(model.config, 100, random.Random(0))).isdisjoint(range(50, 150))
@@ -319,7 +330,7 @@ class TestNoFalseAlarms:
         check(cpu_offload(tiny_model(), execution_device=torch.device("cpu")))
 
     def test_logits_that_stand_far_from_zero(self):
-        """A common offset changes no log-prob, but bf16 rounds logits of about −100 to 0.5."""
+        """A common offset does not change log-probs, but bf16 rounds logits of about −100 to multiples of 0.5."""
         torch.manual_seed(0)
         model = OddLlama(AutoConfig.for_model("llama", **_SIZES)).eval().bfloat16()
         model.change = lambda logits: logits - 100
@@ -327,7 +338,7 @@ class TestNoFalseAlarms:
 
 
 class Leaking(LlamaForCausalLM):
-    """Every position sees a share of the next one."""
+    """A model in which every position gets a part of the next position's hidden state."""
 
     share = 0.0
 
@@ -341,7 +352,7 @@ class Leaking(LlamaForCausalLM):
 class TestCausality:
     @pytest.mark.parametrize(("share", "dtype"), [(0.01, torch.float32), (0.3, torch.bfloat16), (1.0, torch.bfloat16)])
     def test_one_token_ahead_is_seen(self, share, dtype):
-        """Scores agree with logits, and both are of the future: 1 % of it in fp32."""
+        """Scores agree with the logits, but both depend on the next token: 1 % of it is detected in fp32."""
         torch.manual_seed(0)
         model = Leaking(AutoConfig.for_model("llama", **_SIZES)).eval().to(dtype)
         check(model)
@@ -351,7 +362,7 @@ class TestCausality:
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_attention_in_both_directions(self, dtype, tmp_path):
-        """A masked language model whose head is plain: refused before the first step, in every layout."""
+        """A masked language model with a plain head raises an error before the first step, in every layout."""
         model = tiny_model("bert-generation").to(dtype)
         with pytest.raises(ValueError, match=r"BertGenerationDecoder is not causal.*is_decoder=True"):
             make_trainer(tmp_path, model, layout="padded").train()

@@ -1,9 +1,9 @@
-"""The layout "around": token mixers compute padded sequences, everything else each prompt once.
+"""The layout "around": token mixers compute padded sequences, and all other modules compute each prompt once.
 
-Models are in float64, since gated delta nets in fp32 differ from themselves by 1e-4 with the padding. What these models
-compute in fp32 all the same (norms, rotary embeddings, softmax, time steps) is rounded to 2⁻²⁴ per operation: about
-thirty roundings in a row on log-probs of size 10 are below 2e-5. Gradients, compared in norm, have the same relative
-error of 30 · 2⁻²⁴ = 2e-6 per token, with random signs over tokens and layers: 1e-5.
+The models are in float64, because gated delta nets in fp32 differ by 1e-4 from themselves with other padding. Some
+operations of these models (norms, rotary embeddings, softmax, time steps) still compute in fp32, with a rounding error
+of 2⁻²⁴ each. About thirty roundings in a row on log-probs of size 10 are below 2e-5. Gradients, compared in norm, have
+the same relative error of 30 · 2⁻²⁴ = 2e-6 per token, with random signs over tokens and layers: 1e-5.
 """
 
 import copy
@@ -28,13 +28,13 @@ COLLATE = AroundCollator(PaddedCollator(0))
 
 
 def in_float64(model):
-    """The model in float64, its experts one by one: their fused product has no float64."""
+    """Return the model in float64, with its experts computed one by one, because the fused product has no float64."""
     base_causal_lm(model).set_experts_implementation("eager")
     return model.double()
 
 
 def rows_of_three_kinds():
-    """Pairs, a list of three responses, and a single response."""
+    """Return pairs, a list of three responses, and a single response."""
     rows = random_rows(3)
     rows[0]["response_ids"].append([5, 6, 7, 8])
     rows[1]["response_ids"] = rows[1]["response_ids"][:1]
@@ -45,7 +45,7 @@ def rows_of_three_kinds():
 
 
 def plain_logps(model, rows):
-    """Of each response token, by the model's own forward of one sequence, unpadded."""
+    """Return the log-prob of each response token from the model's own forward of one sequence without padding."""
     logps = []
     for prompt, ids in ((row["prompt_ids"], ids) for row in rows for ids in row["response_ids"]):
         rows_of_logits = model(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1]
@@ -59,13 +59,13 @@ def weighted(logps):
 
 
 def assert_close(model, logps, expected, expected_gradients):
-    """The log-probs, and all gradients of a random weighting of them."""
+    """Compare the log-probs, and all gradients of a random weighting of them."""
     torch.testing.assert_close(logps.double(), expected.double(), rtol=0, atol=LOGPS)
     model.zero_grad()
     weighted(logps).backward()
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert found.keys() == expected_gradients.keys()
-    # Some gradients are nothing but rounding (a bias on the keys cancels in the softmax): eps of the whole gradient.
+    # Some gradients are only rounding (a bias of keys cancels in the softmax): eps of the whole gradient is allowed.
     floor = 1.2e-7 * torch.stack([gradient.norm() for gradient in expected_gradients.values()]).norm()
     for name, gradient in expected_gradients.items():
         assert (found[name] - gradient).norm() <= GRADIENTS * gradient.norm() + floor, name
@@ -83,7 +83,9 @@ CASES = [
 
 @pytest.mark.parametrize(("name", "lora"), CASES)
 def test_equals_the_plain_logits_of_each_sequence_alone(name, lora):
-    """Log-probs and all gradients, in evaluation mode, and in training mode under both kinds of checkpointing."""
+    """Log-probs and all gradients are compared, in evaluation mode, and in training
+    mode with both kinds of checkpointing.
+    """
     model = in_float64(perturbed(adapted(name)) if lora else architecture(name))
     rows = rows_of_three_kinds()
     expected = plain_logps(model, rows)
@@ -110,7 +112,7 @@ def test_auto_takes_it_with_the_reason_against_shared(name):
 
 @pytest.mark.parametrize("name", ["lfm2", "llama"])
 def test_layers_that_pytorch_checkpoints(name):
-    """Wrapped one by one, as FSDP2's activation checkpointing does it."""
+    """The layers are wrapped one by one, as FSDP2's activation checkpointing does."""
     model, batch = in_float64(architecture(name)), COLLATE(rows_of_three_kinds())
     install_scoring(model)
     logps = score(model, PaddedCollator(0)(rows_of_three_kinds())).token_logps
@@ -125,7 +127,7 @@ def test_layers_that_pytorch_checkpoints(name):
 
 
 def test_only_mixers_see_padding():
-    """Norms and MLPs compute the row, projections too; the recurrence and the attention get whole sequences."""
+    """Norms, MLPs and projections compute the row; only the recurrence and the attention get whole sequences."""
     model = architecture("qwen3_5_text")
     install_scoring(model)
     assert reason_against("around", model) is None
@@ -147,7 +149,7 @@ def test_only_mixers_see_padding():
 
 
 def test_a_batch_without_anything_to_share_is_the_padded_one(monkeypatch):
-    """One response alone: no index is used."""
+    """With one response, no index is used."""
     model = architecture("bloom")
     install_scoring(model)
     assert reason_against("around", model) is None
@@ -209,13 +211,13 @@ class TestTheProbe:
         return model
 
     def test_notices_tokens_of_another_response(self, model, monkeypatch):
-        """A row that takes each token of a response from the next one."""
+        """The row gives each token of a response the state of the next token."""
         right = Rows.collapsed
         monkeypatch.setattr(Rows, "collapsed", lambda self, padded: right(self, padded.roll(1, 0)))
         assert reason_against("around", model) is not None
 
     def test_notices_a_mixer_that_is_not_known_as_one(self, monkeypatch):
-        """A convolution over the row as one sequence sees other responses."""
+        """A convolution over the row as a single sequence mixes responses."""
         model = architecture("lfm2")
         install_scoring(model)
         mixers = around.mixers_of
@@ -232,7 +234,9 @@ class TestTheProbe:
 
 
 def test_under_autocast_it_is_as_far_from_fp32_as_padded():
-    """bf16 error of the summed log-probs against fp32, mean over responses: within 1.2 times padded's."""
+    """The bf16 error of the summed log-probs against fp32, as a mean over responses,
+    is within 1.2 times that of padded.
+    """
     model, rows = architecture("lfm2"), random_rows(12)
     install_scoring(model)
     with torch.no_grad():
@@ -245,7 +249,7 @@ def test_under_autocast_it_is_as_far_from_fp32_as_padded():
 
 
 def test_weights_that_hooks_bring():
-    """accelerate's hooks call a forward that they have put aside."""
+    """accelerate's hooks call the forward that they have replaced."""
     from accelerate import cpu_offload
 
     model, rows = architecture("lfm2"), random_rows(3)
@@ -260,7 +264,7 @@ def test_weights_that_hooks_bring():
 
 @pytest.mark.nightly
 def test_compiled():
-    """With graphs of its own for each batch of other lengths, or without any: the numbers are the same."""
+    """With graphs that are compiled for each length, or without graphs, the results are equal."""
     model, batch = architecture("bloom"), COLLATE(random_rows(3))
     install_scoring(model)
     assert reason_against("around", model) is None

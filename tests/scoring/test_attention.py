@@ -1,7 +1,7 @@
-"""Attention over segments, against a mask that is spelled out key by key.
+"""Attention over segments is compared with an explicit mask for every key.
 
-PyTorch's variable-length kernel has no CPU version: a stand-in with its signatures and its documented meaning takes its
-place here, which checks what the kernel is given. Whether the kernel keeps to that is for `benchmarks/gpu_check.py`.
+PyTorch's variable-length kernel has no CPU version. A stand-in with the same signatures and the documented behavior
+replaces it, and checks its arguments. `benchmarks/gpu_check.py` checks whether the kernel behaves as documented.
 """
 
 import inspect
@@ -20,12 +20,14 @@ from hf_prefopt.scoring.forward import install_scoring, score
 from tests.scoring.architectures import architecture
 from tests.tiny_models import random_rows, tiny_model
 
-# Heads, key heads and window; the rows are up to twelve tokens long.
+# Heads, key heads and window; the rows have up to twelve tokens.
 SHAPES = [(4, 4, None), (4, 2, None), (4, 1, 3), (2, 2, 1), (4, 2, 64)]
 
 
 def documented(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
-    """`varlen_attn` of PyTorch 2.11, `[T, heads, D]`: the last query on the last key, keys in a window."""
+    """Implement `varlen_attn` of PyTorch 2.11, `[T, heads, D]`: the last query is
+    aligned with the last key; windows.
+    """
 
     def by_segment(tensor, bounds):
         return tensor.transpose(0, 1).split(bounds.diff().tolist(), dim=1)
@@ -43,7 +45,7 @@ def documented(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=Non
 
 
 def documented_with_gqa(query, key, value, *bounds, enable_gqa=False, **options):
-    """The same of PyTorch 2.13, which repeats grouped heads by itself when it is told to."""
+    """Implement that of PyTorch 2.13, which repeats grouped heads itself if `enable_gqa` is set."""
     groups = query.shape[1] // key.shape[1]
     assert groups == 1 or enable_gqa
     key, value = (tensor.repeat_interleave(groups, 1) for tensor in (key, value))
@@ -51,14 +53,14 @@ def documented_with_gqa(query, key, value, *bounds, enable_gqa=False, **options)
 
 
 def by_kernel(query, key, value, *, segment_key_index, sliding_window, segment_lengths, **bounds):
-    """Every segment to the kernel, as half precision on a GPU goes to it."""
+    """Run the kernel for every segment, as for half precision on a GPU."""
     assert max(segment_lengths.queries) == bounds["segment_longest"][0]
     key, value = (tensor.index_select(2, segment_key_index) for tensor in (key, value))
     settled = (bounds[f"segment_{name}"] for name in ("queries", "keys", "longest"))
     return attention._varlen(query, key, value, *settled, None, sliding_window)
 
 
-WAYS = {  # what attends, PyTorch's kernel, and whether that repeats grouped heads
+WAYS = {  # the attention function, PyTorch's kernel, and whether the kernel repeats grouped heads
     "by segment": (segment_attention, None, None),
     "kernel of 2.11": (by_kernel, documented, False),
     "kernel of 2.13": (by_kernel, documented_with_gqa, True),
@@ -68,7 +70,7 @@ WAYS = {  # what attends, PyTorch's kernel, and whether that repeats grouped hea
 @pytest.mark.parametrize(("heads", "key_heads", "window"), SHAPES)
 @pytest.mark.parametrize(("attend", "kernel", "has_gqa"), WAYS.values(), ids=WAYS)
 def test_every_way_is_the_mask_spelled_out(monkeypatch, attend, kernel, has_gqa, heads, key_heads, window):
-    """Output and gradients, in float64."""
+    """Output and gradients are compared in float64."""
     monkeypatch.setattr(attention, "varlen_attn", kernel)
     monkeypatch.setattr(attention, "_VARLEN_HAS_GQA", has_gqa)
     batch = SharedCollator()(random_rows(3))
@@ -88,7 +90,7 @@ def test_every_way_is_the_mask_spelled_out(monkeypatch, attend, kernel, has_gqa,
 
 
 def test_the_installed_kernel_takes_what_it_is_given():
-    """The names by which it is called are the installed PyTorch's."""
+    """The parameter names with which it is called exist in the installed PyTorch."""
     options = {"scale": None, "window_size": (-1, 0)} | ({"enable_gqa": True} if attention._VARLEN_HAS_GQA else {})
     inspect.signature(varlen_attn).bind(*"qkv", "queries", "keys", 1, 2, **options)
 
@@ -97,22 +99,22 @@ FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 
 
 class BySegment(Exception):
-    """A segment of so many queries has come to be computed by itself."""
+    """A segment with this number of queries is computed by a separate call."""
 
 
 @pytest.mark.parametrize(
     ("query", "value", "autocast", "expected"),
     [
-        (FP32, BF16, BF16, BF16),  # fp32 weights: rotary embeddings in fp32, the value projection under autocast
+        (FP32, BF16, BF16, BF16),  # fp32 weights: rotary embeddings in fp32, and the value projection under autocast
         (FP32, FP16, FP16, FP16),
         (FP32, FP32, BF16, BF16),
         (FP32, BF16, None, BF16),  # fp32 norms of queries and keys in a half-precision model
         (BF16, BF16, None, BF16),
-        (FP32, FP32, None, None),  # full precision everywhere: the kernel has none
+        (FP32, FP32, None, None),  # full precision everywhere, which the kernel does not support
     ],
 )
 def test_half_precision_reaches_the_kernel_on_cuda(monkeypatch, query, value, autocast, expected):
-    """Fake CUDA tensors walk the path that real ones take, up to the kernel's call or that of each segment."""
+    """Fake CUDA tensors take the same path as real ones, up to the call of the kernel or of a segment."""
     calls = []
 
     def kernel_call(query, key, value, *bounds_and_settings):
@@ -138,7 +140,7 @@ def test_half_precision_reaches_the_kernel_on_cuda(monkeypatch, query, value, au
             for heads, dtype in ((4, query), (2, query), (2, value))
         ]
         if expected is None:
-            # Fake tensors have no numbers, so asking one for the length would be another error.
+            # Fake tensors have no values, so reading a length would raise another error.
             with pytest.raises(BySegment, match=f"^{batch['segment_lengths'].queries[0]}$"):
                 segment_attention(*tensors, **segments)
         else:
@@ -148,7 +150,7 @@ def test_half_precision_reaches_the_kernel_on_cuda(monkeypatch, query, value, au
 
 @contextmanager
 def cuda_autocast(dtype):
-    """What `torch.autocast("cuda", dtype)` does, which switches itself off on a machine without a GPU."""
+    """Do what `torch.autocast("cuda", dtype)` does, which disables itself on a machine without a GPU."""
     enabled, before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
     torch.set_autocast_enabled("cuda", dtype is not None)
     torch.set_autocast_dtype("cuda", dtype or before)
@@ -161,7 +163,7 @@ def cuda_autocast(dtype):
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_under_autocast_every_layer_attends_in_its_dtype(monkeypatch, model_type):
-    """fp32 weights, bf16 autocast: what attention over segments computes with is bf16 in every architecture."""
+    """fp32 weights with bf16 autocast: in every architecture, attention over segments computes in bf16."""
     seen, one_segment = [], attention._one_segment
 
     def recorded(query, key, value, *settings):
@@ -181,7 +183,7 @@ def test_under_autocast_every_layer_attends_in_its_dtype(monkeypatch, model_type
 
 @pytest.mark.parametrize("asked", [{"position_bias": torch.ones(4)}, {"is_causal": False}])
 def test_what_it_does_not_have_is_refused(asked):
-    """A position bias, and attention to later tokens; by the name that the module asked with."""
+    """A position bias and attention to later tokens raise an error with the name of the argument."""
     batch = SharedCollator()(random_rows(2))
     segments = {name: value for name, value in batch.items() if name.startswith("segment_")}
     tensors = [torch.randn(1, 4, batch["input_ids"].shape[1], 8) for _ in range(3)]
@@ -192,7 +194,9 @@ def test_what_it_does_not_have_is_refused(asked):
 @pytest.mark.parametrize(("window", "chunk"), [(None, None), (3, None), (None, 4), (3, 4)])
 @pytest.mark.parametrize("has_sinks", [False, True])
 def test_sinks_and_chunks_are_the_mask_spelled_out(has_sinks, window, chunk):
-    """In float64, with the gradient to the sinks: out = attention · σ(lse − s), which is one more key of value 0."""
+    """In float64, with the gradient of the sinks: out = attention · σ(lse − s),
+    which equals one more key with value 0.
+    """
     batch = SharedCollator()(random_rows(3))
     segments = {name: value for name, value in batch.items() if name.startswith("segment_")}
     generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""Classes that transformers does not have, as remote code brings them: exact, or an error that says what is missing."""
+"""Custom model classes, as in remote code: the results are exact, or an error says what is missing."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ class OwnConfig(PreTrainedConfig):
 
 
 class OwnLayer(nn.Module):
-    """Attention outside the interface, by a mask that the body makes."""
+    """Attention that does not use transformers' interface, with a mask that the body computes."""
 
     def __init__(self, config):
         super().__init__()
@@ -57,7 +57,7 @@ class OwnBody(Model):
 
 
 class OwnModel(Model, GenerationMixin):
-    """No position_ids, no logits_to_keep, no **kwargs."""
+    """A model without position_ids, logits_to_keep, and **kwargs."""
 
     config_class = OwnConfig
     base_model_prefix = "transformer"
@@ -79,14 +79,14 @@ class OwnModel(Model, GenerationMixin):
 
 
 class Scaled(OwnModel):
-    """Its config does not say how it scales its logits."""
+    """A model that scales its logits, although its config does not mention a scale."""
 
     def forward(self, input_ids, attention_mask=None, use_cache=None, return_dict=None):
         return CausalLMOutput(logits=3 * super().forward(input_ids).logits)
 
 
 class Deeper(LlamaForCausalLM):
-    """A layer between base model and head."""
+    """A model with a layer between base model and head."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -129,10 +129,10 @@ def made(cls):
 
 @pytest.mark.parametrize("cls", [OwnModel, Scaled, Deeper])
 def test_a_class_of_ones_own_is_exact(cls, tmp_path):
-    """Log-probs and gradients are those of each sequence alone, by the model's own logits.
+    """Log-probs and gradients equal those of each sequence alone, from the model's own logits.
 
-    Sums of at most 60 terms in fp32, through some ten products: a hundred roundings of 6e-8 each are 6e-6; gradients
-    have cancelled another tenfold.
+    Sums of at most 60 terms in fp32, through about ten products: a hundred roundings of 6e-8 each are 6e-6. In
+    gradients, cancellation increases this tenfold.
     """
     rows, plain = random_rows(3), made(cls)
     trainer = make_trainer(tmp_path, made(cls), train_dataset=Dataset.from_list(rows), max_steps=1)
@@ -146,7 +146,7 @@ def test_a_class_of_ones_own_is_exact(cls, tmp_path):
         gradients((found * signs).sum(), trainer.model), gradients((expected * signs).sum(), plain), rtol=6e-5
     )
     trainer.train()
-    # β = 0.1 times log-ratios of log-probs of up to 2,000 nats, whose last place is 1.2e-4.
+    # β = 0.1 times log-ratios of log-probs of up to 2,000 nats, with a unit in the last place of 1.2e-4.
     assert logged(trainer, "loss") == [pytest.approx(0.693147, abs=1e-4)]
     assert trainer.layout == ("shared" if cls is Deeper else "padded")
 

@@ -1,4 +1,4 @@
-"""Dropout is off where it should be, in every place where a model may hold a rate, and stays where it was chosen."""
+"""Dropout is disabled where it should be, for every way in which models define a rate, and kept where it was chosen."""
 
 import copy
 import math
@@ -17,7 +17,7 @@ from tests.trainers import logged, make_trainer, pairs
 
 GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}
 # In modules (GPT-2, GPT-NeoX, Bloom), in functional calls (Llama, OPT, Seed-OSS), read from the config in each forward
-# (Falcon, Persimmon), layers left out (OPT, BioGPT), rates with other names (CTRL, CodeGen).
+# (Falcon, Persimmon), skipped layers (OPT, BioGPT), rates with other names (CTRL, CodeGen).
 FAMILIES = {
     "llama": {"attention_dropout": 0.3},
     "seed_oss": {"attention_dropout": 0.3, "residual_dropout": 0.3},
@@ -34,8 +34,8 @@ each_family = pytest.mark.parametrize("family", [*FAMILIES, "falcon"])
 
 
 def noisy_model(family):
-    """A model whose config has dropout of 0.3 wherever its architecture has any."""
-    if family == "falcon":  # its config computes head_dim
+    """Return a model whose config sets all dropout rates of its architecture to 0.3."""
+    if family == "falcon":  # the config computes head_dim
         torch.manual_seed(0)
         sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 300}
         config = AutoConfig.for_model("falcon", **sizes, attention_dropout=0.3, hidden_dropout=0.3)
@@ -51,7 +51,7 @@ def logits(model, training):
 
 @each_family
 def test_training_mode_is_evaluation_mode_without_dropout(family):
-    """Bit for bit; with the rates as they are, the two differ."""
+    """The results are equal, bit for bit; with the original rates, they differ."""
     model = noisy_model(family)
     evaluated = logits(model, training=False)
     assert not torch.equal(logits(model, training=True), evaluated)
@@ -74,7 +74,9 @@ def test_a_saved_model_keeps_its_rates(family, tmp_path):
 
 @each_family
 def test_the_first_loss_is_log_two_by_default(family, tmp_path):
-    """Margins are zero to fp32 rounding of sums of about 100 nats, 1e-5, of which β/2 = 0.05 enters the loss."""
+    """The margins are zero up to fp32 rounding of sums of about 100 nats, 1e-5; the
+    loss differs by β/2 = 0.05 of this.
+    """
     losses = {}
     for setting in (None, False):
         trainer = make_trainer(
@@ -138,7 +140,7 @@ def test_a_config_without_dropout_is_the_config_in_all_else():
 
 @pytest.mark.parametrize("jitter", [0.0, 0.3])
 def test_a_routers_jitter_is_noticed(jitter, tmp_path, caplog):
-    """Mixtral multiplies the router's input by noise in training; no dropout rate has a part in it."""
+    """Mixtral multiplies the router's input by noise in training, without a dropout rate."""
     model = tiny_model("mixtral", num_local_experts=4, router_jitter_noise=jitter)
     install_scoring(model)
     state = torch.random.get_rng_state()

@@ -1,4 +1,4 @@
-"""The families that people align are exact when they are loaded by name and trained; see `tests.scoring.families`."""
+"""Training the most used families is exact when they are loaded by name; see `tests.scoring.families`."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from tests.scoring.families import USED, Case, Family, _gradients_off, _off, _ro
 
 @pytest.mark.parametrize("model_type", USED)
 def test_used_families_are_exact(model_type):
-    """In full and under LoRA, in the layout that "auto" takes; `make nightly` tries the layout "padded" as well."""
+    """They train in full and with LoRA, in the layout "auto"; `make nightly` also tests the layout "padded"."""
     family = examine(model_type, layouts=["auto"])
     assert family.verdict == "exact", _said(family)
     compared = {name for case in family.cases for name in case.off}
@@ -16,18 +16,18 @@ def test_used_families_are_exact(model_type):
 
 
 def test_a_difference_is_seen():
-    """A missing tensor, a gradient off by 2 % of its largest entry, log-probs off by 10⁻³."""
+    """Detected are a missing tensor, a gradient that is off by 2 % of its largest entry, and log-probs off by 10⁻³."""
     wanted = {"a": torch.tensor([1.0, 0.1]), "b": torch.tensor([1e-9, 0.0])}
     assert _gradients_off({"a": wanted["a"]}, wanted) == float("inf")
     assert _gradients_off({"a": torch.tensor([1.0, 0.12]), "b": wanted["b"]}, wanted) == pytest.approx(0.02)
-    # Entries of 10⁻⁹ beside entries of 1 are rounding: their difference counts as a share of 10⁻³.
+    # Entries of 10⁻⁹ are rounding if other entries are 1: their difference is relative to 10⁻³.
     assert _gradients_off({"a": wanted["a"], "b": torch.zeros(2)}, wanted) == pytest.approx(1e-6)
     assert _off(torch.tensor([-50.05]), torch.tensor([-50.0])) == pytest.approx(1e-3, rel=1e-3)
     assert _off(torch.tensor([float("nan")]), torch.tensor([-50.0])) == float("inf")
 
 
 def test_the_page():
-    """One line a family; the worst of its cases decides."""
+    """The page has one line per family, with the worst verdict of its cases."""
     right = Case("full", "auto", "shared", "", "float64", {"log-probs": 1e-15, "gradients": 1e-7})
     wrong = Case("LoRA", "auto", "shared", "", "float64", {"log-probs": 1e-3, "gradients": 1e-7})
     refused = Case("full", "auto", dtype="float32", refused="ValueError: it is not causal")
@@ -45,7 +45,7 @@ def test_the_page():
 
 
 def test_a_part_of_the_page_is_written_anew():
-    """The order of the rows stays, the counts include every row, and a page written with other layouts is an error."""
+    """The order of the rows stays, the counts include all rows, and a page with other layouts raises an error."""
     right = Case("full", "auto", "shared", "", "float64", {"log-probs": 1e-15, "gradients": 1e-7})
     wrong = Case("full", "auto", "shared", "", "float64", {"log-probs": 1e-3, "gradients": 1e-7})
     rows = [_row(Family(name, "ForCausalLM", [case])) for name, case in (("a", wrong), ("b", right), ("a-b", right))]

@@ -1,4 +1,4 @@
-"""The scoring forward on real architectures: the log-prob of a response is the one that plain logits give."""
+"""The scoring forward on real architectures: the log-prob of a response equals that from plain logits."""
 
 import copy
 import inspect
@@ -12,7 +12,7 @@ from hf_prefopt.scoring.forward import base_causal_lm, install_scoring, logit_tr
 from tests.scoring.plain import padded_batch, plain_response_logps
 from tests.tiny_models import perturbed, random_rows, tiny_model, with_lora
 
-# Each with what is its own between hidden states and log-probs, set away from its neutral value.
+# Each family has its own scale, cap or layer between hidden states and log-probs, with a value that has an effect.
 ARCHITECTURES = {
     "llama": {},
     "qwen2": {"tie_word_embeddings": True},
@@ -33,7 +33,7 @@ def build(model_type, lora=False, **settings):
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("temperature", [1.0, 1.7])
 def test_a_response_has_the_log_prob_of_plain_logits(model_type, lora, temperature):
-    """The body is the same computation; the head differs by float64 rounding: 1e-12 of sums of about 100 nats."""
+    """The body computes the same; the head differs by float64 rounding: 1e-12 of sums of about 100 nats."""
     model, batch = build(model_type, lora, dtype=torch.float64), padded_batch()
     with torch.no_grad():
         expected = plain_response_logps(model, batch, temperature)
@@ -43,8 +43,8 @@ def test_a_response_has_the_log_prob_of_plain_logits(model_type, lora, temperatu
 
 @each_architecture
 def test_fp32_is_exact_to_its_own_rounding(model_type):
-    """In fp32 each token's log-prob carries a few roundings (6e-8) of logits of up to some 30 nats: 2e-5 a token at
-    most, and the sum over a response's tokens no more than that times their number.
+    """In fp32, each token's log-prob has a few roundings (6e-8) of logits of up to about 30 nats: at most 2e-5 per
+    token. The error of the sum over a response is at most that times the number of tokens.
     """
     model, batch = build(model_type), padded_batch()
     with torch.no_grad():
@@ -57,7 +57,7 @@ def test_fp32_is_exact_to_its_own_rounding(model_type):
 @each_architecture
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_the_model_goes_on_as_before(model_type, lora):
-    """Logits and greedy generation are, bit for bit, what they were before scoring was installed."""
+    """Logits and greedy generation are the same as before scoring was installed, bit for bit."""
     model = build(model_type, lora)
     prompt = torch.tensor([[5, 6, 7, 8]])
     settings = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 5, "do_sample": False}
@@ -71,7 +71,7 @@ def test_the_model_goes_on_as_before(model_type, lora):
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_a_deep_copy_scores_with_its_own_weights(lora):
-    """A copy made after installing gives the original's numbers until one of the two is changed."""
+    """A copy that is made after installing gives the original's log-probs until one of the two models changes."""
     model, batch = build("llama", lora), padded_batch()
     install_scoring(model)
     with torch.no_grad():
@@ -84,7 +84,7 @@ def test_a_deep_copy_scores_with_its_own_weights(lora):
 
 
 def test_installing_again_only_changes_the_temperature():
-    """The forward is not wrapped twice: the second temperature replaces the first."""
+    """The forward is not wrapped twice, and the second temperature replaces the first."""
     model, batch = build("llama", dtype=torch.float64), padded_batch()
     with torch.no_grad():
         expected = plain_response_logps(model, batch, temperature=0.5)
@@ -96,7 +96,7 @@ def test_installing_again_only_changes_the_temperature():
 
 
 def test_only_response_tokens_are_scored():
-    """N is the number of response tokens, and the targets are those tokens in order, EOS included, prompts left out."""
+    """N is the number of response tokens, and the targets are these tokens in order, including EOS, without prompts."""
     batch = padded_batch()
     responses = [response for row in random_rows(3) for response in row["response_ids"]]
     assert batch["targets"].tolist() == [token for response in responses for token in response]
@@ -108,7 +108,7 @@ def test_only_response_tokens_are_scored():
 
 
 def test_an_unscored_token_leaves_the_sum_and_stays_in_the_context():
-    """A mask of 0 on the first response token takes exactly its log-prob out of the response's sum."""
+    """If the mask of the first response token is 0, the response's sum lacks exactly the log-prob of this token."""
     rows = random_rows(2)
     for row in rows:
         row["response_ids"] = [[9, 10, *response] for response in row["response_ids"]]
@@ -138,7 +138,7 @@ def test_token_statistics_are_of_the_tempered_distribution():
 
 
 def test_what_a_config_says_of_its_logits():
-    """Scale, cap and temperature as the architectures' own configs name them."""
+    """Scale, cap and temperature are read from the fields in the architectures' own configs."""
     transforms = {name: logit_transform(build(name).config, 2.0) for name in ARCHITECTURES}
     found = {name: (t.scale, t.softcap, t.temperature) for name, t in transforms.items()}
     assert found == {
@@ -152,7 +152,7 @@ def test_what_a_config_says_of_its_logits():
 
 
 def test_a_model_without_a_head_is_refused():
-    """The bare body of a language model cannot score."""
+    """A language model's body without a head cannot score."""
     with pytest.raises(ValueError, match="has no language-model head"):
         install_scoring(tiny_model().base_model)
 
@@ -160,7 +160,7 @@ def test_a_model_without_a_head_is_refused():
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("takes_anything", [False, True])
 def test_a_forward_that_was_replaced_is_named(takes_anything, lora):
-    """A kernel library puts its own forward on the instance after the scoring forward, which is then gone."""
+    """A kernel library replaces the forward on the instance after the scoring forward was installed."""
     model = build("llama", lora)
     install_scoring(model)
     output = CausalLMOutputWithPast(logits=torch.zeros(1))
@@ -191,7 +191,7 @@ def test_other_type_errors_stay_what_they_are():
 
 
 def test_forwards_keep_their_signatures():
-    """`generate` and PEFT read off a forward's signature what the model takes: it stays the model's own."""
+    """`generate` and PEFT read a model's arguments from the signature of its forward, which stays the model's own."""
     model = build("llama", True)
     causal_lm = base_causal_lm(model)
     modules = (causal_lm, causal_lm.get_output_embeddings())

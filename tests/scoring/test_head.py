@@ -1,6 +1,6 @@
-"""The log-prob head: its gradients, its statistics and what it holds in memory, by itself and under real models.
+"""The log-prob head: its gradients, its statistics and its memory, alone and in real models.
 
-Everything that can be is in float64, where a correct formula agrees to about 1e-14 a rounding and a wrong one does not.
+Where possible, tests are in float64, in which a correct formula agrees to about 1e-14 per rounding.
 """
 
 import math
@@ -29,12 +29,14 @@ TRANSFORMS = {
     "all": LogitTransform(scale=0.7, softcap=2.0, temperature=1.7),
 }
 each_transform = pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
-# One row at a time, a size that does not divide N, all rows, more than there are.
+# One row per chunk, a size that does not divide N, all rows, and a larger size.
 each_chunk = pytest.mark.parametrize("chunk_rows", [1, 2, N, 64])
 
 
 def head_inputs(n=N, h=H, v=V, dtype=torch.float64):
-    """(hidden, weight, bias, targets) with logits of a few units, so that caps bend and probabilities differ."""
+    """Return (hidden, weight, bias, targets) with logits of a few units, so that
+    caps have an effect and probabilities differ.
+    """
     generator = torch.Generator().manual_seed(0)
     shapes = ((n, h), (v, h), (v,))
     tensors = (torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes)
@@ -42,7 +44,7 @@ def head_inputs(n=N, h=H, v=V, dtype=torch.float64):
 
 
 def direct_logps(hidden, weight, bias, targets, transform):
-    """(log-probs of the targets, all log-probs), written out."""
+    """Return (log-probs of the targets, all log-probs), computed directly."""
     logits = hidden @ weight.T + (0 if bias is None else bias)
     logits = logits * transform.scale
     if transform.softcap is not None:
@@ -55,7 +57,7 @@ def direct_logps(hidden, weight, bias, targets, transform):
 @each_transform
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_frozen_head_gradient_is_the_derivative(transform, chunk_rows, with_bias):
-    """Float64 gradcheck of the log-probs with respect to hidden, the weight frozen."""
+    """Float64 gradcheck of the log-probs with respect to hidden, with a frozen weight."""
     hidden, weight, bias, targets = head_inputs()
     bias = bias if with_bias else None
 
@@ -82,7 +84,7 @@ def test_trained_head_gradient_is_the_derivative(transform, chunk_rows, with_bia
 @each_chunk
 @each_transform
 def test_module_head_gradient_is_the_derivative(transform, chunk_rows):
-    """Float64 gradcheck through a head that is no plain linear (here a sum of two), parameters included."""
+    """Float64 gradcheck of a head that is not a single linear layer (a sum of two), including its parameters."""
     hidden, weight, bias, targets = head_inputs()
 
     def logps(hidden, weight, bias):
@@ -99,7 +101,9 @@ def test_module_head_gradient_is_the_derivative(transform, chunk_rows):
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("way", ["linear", "module"])
 def test_values_and_statistics_are_the_definitions(way, trained, transform, chunk_rows):
-    """log p_y, −Σ p log p, the same over log V, and log Σ p² are their definitions, with and without gradients."""
+    """log p_y, −Σ p log p, the same divided by log V, and log Σ p² equal their
+    definitions, with and without gradients.
+    """
     hidden, weight, bias, targets = head_inputs()
     weight.requires_grad_(trained)
     settings = (targets, transform, ("entropy", "log_sum_sq_probs", "normalized_entropy"), chunk_rows)
@@ -118,8 +122,9 @@ def test_values_and_statistics_are_the_definitions(way, trained, transform, chun
 
 @pytest.mark.parametrize(("chunk_rows", "least", "calls"), [(2, 0, 3), (2, 3, 3), (2, 5, 5), (9, 2, 2)])
 def test_empty_chunks_make_up_the_number_that_is_asked_for(chunk_rows, least, calls):
-    """N = 5: three chunks of two, or one of nine; the head is called that often, in the backward too, and the log-probs
-    and their gradient are those of one chunk."""
+    """N = 5: three chunks of two, or one of nine. The head is called as often as requested, also in the backward pass,
+    and the log-probs and their gradient equal those of one chunk.
+    """
     hidden, weight, bias, targets = head_inputs()
     hidden.requires_grad_()
     seen = []
@@ -138,7 +143,7 @@ def test_empty_chunks_make_up_the_number_that_is_asked_for(chunk_rows, least, ca
 
 @each_transform
 def test_frozen_and_trained_ways_give_the_same_gradient(transform):
-    """d/d hidden of a weighted sum is the same number whether or not the weight trains too."""
+    """The gradient of a weighted sum with respect to hidden does not depend on whether the weight trains, too."""
     hidden, weight, bias, targets = head_inputs()
     incoming = torch.linspace(-1, 2, N, dtype=torch.float64)
     found = []
@@ -152,11 +157,11 @@ def test_frozen_and_trained_ways_give_the_same_gradient(transform):
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("trained", [False, True])
 def test_bf16_autocast_costs_no_more_than_full_logits_do(trained, with_bias):
-    """Under bf16 autocast the error against float64 is at most that of full logits and autograd.
+    """With bf16 autocast, the error against float64 is at most that of full logits and autograd.
 
-    Both round hidden, weight and logits to bf16, so the log-probs' errors are of one size; in the gradient both round
-    (onehot − p), and the product. The frozen way rounds once more, after scaling by the incoming gradient: with
-    roundings of equal size, √(3/2) = 1.22 times the plain error at most.
+    Both round hidden, weight and logits to bf16, so the log-probs have errors of the same size. For the gradient, both
+    round (onehot − p) and the product. The frozen head rounds once more, after scaling by the incoming gradient: with
+    roundings of equal size, its error is at most √(3/2) = 1.22 times the plain error.
     """
     hidden, weight, bias, targets = head_inputs(n=200, h=64, v=500, dtype=torch.float32)
     incoming = torch.linspace(-1, 1, 200)
@@ -187,8 +192,8 @@ def test_bf16_autocast_costs_no_more_than_full_logits_do(trained, with_bias):
 def test_fp16_holds_a_flat_softmax_over_a_large_vocabulary(trained):
     """With V = 70,000 and logits near 0, Σ e^(z − max z) is about V, beyond fp16's 65,504.
 
-    The gradient is about W[y] − mean W: W[y] is exact in fp16, the probabilities 1/V, which fp16 has in steps of 6e-8,
-    are off by 0.2 % each and not all in one direction, and the result is rounded to 2⁻¹¹ of itself, once in the product
+    The gradient is about W[y] − mean W. W[y] is exact in fp16. The probabilities 1/V, which fp16 has in steps of 6e-8,
+    are off by 0.2 % each, and not all in one direction. The result is rounded to 2⁻¹¹ of itself, once in the product
     and once for each factor: within 4 · 2⁻¹¹ of the norm.
     """
     hidden, weight, _, targets = head_inputs(n=3, h=4, v=70_000, dtype=torch.float32)
@@ -204,7 +209,7 @@ def test_fp16_holds_a_flat_softmax_over_a_large_vocabulary(trained):
 
 
 class LargestTensor(TorchDispatchMode):
-    """Remembers the number of elements of the largest tensor that any operation returned."""
+    """A mode that records the number of elements of the largest tensor that any operator returned."""
 
     elements = 0
 
@@ -219,8 +224,8 @@ class LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("way", ["linear", "module"])
 def test_the_full_logits_are_never_held(way, trained):
-    """N = 64 rows, V = 1000, H = 8, chunks of C = 4: nothing larger than V·H = 8,000 elements (the weight and its
-    gradient; a chunk's logits are C·V = 4,000) is made in forward or backward, where the logits would be 64,000.
+    """N = 64 rows, V = 1000, H = 8, chunks of C = 4: no tensor in forward or backward has more than V·H = 8,000
+    elements (the weight and its gradient; a chunk's logits have C·V = 4,000). The full logits would have 64,000.
     """
     hidden, weight, bias, targets = head_inputs(n=64, h=8, v=1000, dtype=torch.float32)
     hidden.requires_grad_(), weight.requires_grad_(trained)
@@ -234,8 +239,8 @@ def test_the_full_logits_are_never_held(way, trained):
 
 
 def test_the_full_logits_are_never_held_in_a_model(monkeypatch):
-    """Scoring with V = 4096 and chunks of 4 makes nothing beyond V·H = 131,072 elements; the batch's logits at the
-    scored positions alone would be N·V, over 60 · 4096.
+    """Scoring with V = 4096 and chunks of 4 creates no tensor with more than V·H = 131,072 elements; the batch's logits
+    at the scored positions would have N·V, more than 60 · 4096.
     """
     monkeypatch.setitem(forward.CHUNK_ROWS, "cpu", 4)
     model, batch = tiny_model(vocab_size=4096), padded_batch()
@@ -271,10 +276,10 @@ HEADS = {
 @pytest.mark.parametrize(("config", "adapt"), HEADS.values(), ids=HEADS)
 @pytest.mark.parametrize(("model_type", "own"), [("llama", {}), ("gemma2", {"final_logit_softcapping": 5.0})])
 def test_every_kind_of_head_has_the_gradients_of_plain_logits(model_type, own, config, adapt, temperature, monkeypatch):
-    """Every trained parameter of a float64 model gets autograd's gradient through `model(...).logits`.
+    """Every trained parameter of a float64 model gets the gradient of autograd through `model(...).logits`.
 
-    The body computes the same numbers either way, so only float64 roundings of the head differ: about 100 of 1e-16 in
-    a sum of this size, 1e-12 with room. Each response is weighted by a number of its own, chunks do not divide N.
+    The body computes the same numbers in both cases, so only float64 roundings of the head differ: about 100 of 1e-16
+    in a sum of this size; the tolerance is 1e-12. Each response has a different weight, and chunks do not divide N.
     """
     monkeypatch.setitem(forward.CHUNK_ROWS, "cpu", 7)
     model, batch = adapt(tiny_model(model_type, dtype=torch.float64, **own, **config)), padded_batch()
@@ -297,7 +302,7 @@ def as_on_a_gpu(monkeypatch):
 @pytest.mark.parametrize("transform", ["plain", "scale", "temperature"])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_the_gpus_way_has_the_same_log_probs_and_gradients(transform, chunk_rows, with_bias, as_on_a_gpu, monkeypatch):
-    """Gradcheck in float64, frozen; and the very way that is taken, with statistics and without a gradient."""
+    """Gradcheck in float64 with a frozen head, and the method that is used with statistics and without a gradient."""
     transform = TRANSFORMS[transform]
     hidden, weight, bias, targets = head_inputs()
     bias = bias if with_bias else None
@@ -319,10 +324,10 @@ def test_the_gpus_way_has_the_same_log_probs_and_gradients(transform, chunk_rows
 
 
 def test_the_gpus_way_in_bf16(as_on_a_gpu):
-    """Against float64, of a token that is nearly certain, too: 1 − p is not rounded to 0.
+    """The error is measured against float64, also for a token that is nearly certain: 1 − p is not rounded to 0.
 
-    Each of 50 probabilities and the product are rounded to 8 bits; so are logits, which move p by their error.
-    log p is in fp32.
+    Each of 50 probabilities and the product are rounded to 8 bits, and so are
+    logits, whose error changes p. log p is in fp32.
     """
     hidden, weight, _, targets = head_inputs(11, 16, 50, torch.bfloat16)
     hidden[0] = weight[targets[0]]
@@ -332,12 +337,12 @@ def test_the_gpus_way_in_bf16(as_on_a_gpu):
     logps = direct_logps(exact, weight.double(), None, targets, TRANSFORMS["plain"])[0]
     logps.sum().backward()
     eps, largest = torch.finfo(torch.bfloat16).eps, float((exact @ weight.double().T).detach().abs().max())
-    spread = (1 - logps.detach().exp()).unsqueeze(1)  # the probability that is not the target's
+    spread = (1 - logps.detach().exp()).unsqueeze(1)  # a probability of another token than the target
     allowed = (eps * (2 * largest + 4) * spread + torch.finfo().eps * largest) * weight.abs().max().double()
     assert ((given.grad.double() - exact.grad).abs() <= allowed + eps * exact.grad.abs()).all()
 
 
 def test_rows_of_a_budget():
-    """12 bytes a logit: 512 MiB are 294 rows of Qwen3's vocabulary, and 170 of Gemma's; never none."""
+    """12 bytes per logit: 512 MiB are 294 rows of Qwen3's vocabulary, and 170 of Gemma's; at least one row."""
     assert (rows_of_budget(151_936), rows_of_budget(262_144)) == (294, 170)
     assert rows_of_budget(151_936, budget=1) == 1

@@ -1,8 +1,8 @@
-"""The layout "shared" computes every prompt once and gives the numbers of separate, padded sequences.
+"""The layout "shared" computes every prompt once, with the results of separate, padded sequences.
 
-Log-probs of single tokens are of order 10, so fp32 rounding is about 1e-6 a token and layer; sums over up to 20 tokens
-and two layers stay below 5e-5, a thousandth of what one token wrongly seen or not seen changes. Gradients, compared in
-norm, accumulate rounding over all tokens: 1e-5 relative.
+Log-probs of single tokens are of order 10, so fp32 rounding is about 1e-6 per token and layer. Sums over up to 20
+tokens and two layers stay below 5e-5, a thousandth of the change if one token were wrongly attended to or not.
+Gradients, compared in norm, accumulate rounding over all tokens: 1e-5 relative.
 """
 
 import copy
@@ -23,7 +23,9 @@ LOGPS, GRADIENTS = 5e-5, 1e-5
 
 
 def mixed_rows():
-    """Pairs, a list of four responses, a single response, an unscored stretch in a response, and an empty prompt."""
+    """Return pairs, a list of four responses, a single response, a response with
+    unscored tokens, and an empty prompt.
+    """
     rows = random_rows(6)
     rows[0]["response_ids"] += [[5, 6, 7, 8], [9, 9, 2]]
     rows[1]["response_ids"] = rows[1]["response_ids"][:1]
@@ -38,7 +40,7 @@ def mixed_rows():
 
 
 def scores_and_gradients(model, batch):
-    """Per-token log-probs, and the gradients of a random weighting of them."""
+    """Return per-token log-probs, and the gradients of a random weighting of them."""
     model.zero_grad()
     logps = score(model, batch).token_logps
     (logps * torch.randn(logps.shape, generator=torch.Generator().manual_seed(0))).sum().backward()
@@ -52,7 +54,7 @@ def assert_layouts_equal(model, rows, logps_tolerance=LOGPS, gradient_tolerance=
     shared, shared_gradients = scores_and_gradients(model, SharedCollator()(rows))
     assert (padded - shared).abs().max() < logps_tolerance
     assert padded_gradients.keys() == shared_gradients.keys()
-    # Some gradients are nothing but rounding (a bias on the keys cancels in the softmax): eps of the whole gradient.
+    # Some gradients are only rounding (a bias of keys cancels in the softmax): eps of the whole gradient is allowed.
     floor = 1.2e-7 * torch.stack([gradient.norm() for gradient in padded_gradients.values()]).norm()
     for name, gradient in padded_gradients.items():
         assert (gradient - shared_gradients[name]).norm() <= gradient_tolerance * gradient.norm() + floor, name
@@ -60,14 +62,14 @@ def assert_layouts_equal(model, rows, logps_tolerance=LOGPS, gradient_tolerance=
 
 @pytest.mark.parametrize("name", SHARING)
 def test_equals_padded_full(name):
-    """Log-probs and every gradient, all weights training."""
+    """Log-probs and every gradient are compared; all weights train."""
     assert_layouts_equal(architecture(name), mixed_rows()[:3] + mixed_rows()[4:])
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("name", SHARING)
 def test_equals_the_plain_logits_of_each_sequence_alone(name, lora):
-    """In both layouts, token by token: the model's own forward of one sequence, unpadded, before anything of ours."""
+    """Both layouts are compared, token by token, with the model's own forward of one sequence without padding."""
     model = perturbed(adapted(name)) if lora else architecture(name)
     rows = mixed_rows()[:3] + mixed_rows()[4:]
     plain = {}
@@ -90,13 +92,13 @@ def test_equals_the_plain_logits_of_each_sequence_alone(name, lora):
 
 @pytest.mark.parametrize("name", SHARING)
 def test_equals_padded_under_lora(name):
-    """The same with a trained LoRA adapter on all linear layers, the head frozen."""
+    """The model has a trained LoRA adapter on all linear layers, and a frozen head."""
     assert_layouts_equal(perturbed(adapted(name)), mixed_rows()[:3] + mixed_rows()[4:])
 
 
 @pytest.mark.parametrize("name", SHARING)
 def test_the_probe_lets_share_what_can(name):
-    """In fp32 and in bf16, whose rounding must not look like a wrong layout."""
+    """The probe runs in fp32 and in bf16, where rounding must not look like a wrong layout."""
     for dtype in (torch.float32, torch.bfloat16):
         model = architecture(name).to(dtype)
         install_scoring(model)
@@ -105,7 +107,7 @@ def test_the_probe_lets_share_what_can(name):
 
 @pytest.mark.parametrize("name", AROUND)
 def test_falls_back_where_it_would_be_wrong(name):
-    """The reason is said, and the padded layout still scores the model as its plain logits do."""
+    """The message has the reason, and the padded layout scores the model as its plain logits do."""
     model = architecture(name)
     install_scoring(model)
     assert AROUND[name][1] in reason_against("shared", model).words
@@ -117,7 +119,7 @@ def test_falls_back_where_it_would_be_wrong(name):
 
 
 def test_an_empty_prompt_is_shared_too():
-    """Nothing stands before the responses; the first token of each is not scored."""
+    """The first token of each response is not scored, because nothing precedes it."""
     assert_layouts_equal(tiny_model(), mixed_rows())
 
 
@@ -130,7 +132,9 @@ def test_equals_padded_under_other_adapters(adapter):
 @pytest.mark.parametrize("lora", [True, False])
 @pytest.mark.parametrize("name", ["llama", "nemotron", "gpt_oss"])
 def test_survives_activation_checkpointing(name, lora, reentrant):
-    """A layer's forward runs again during the backward, with the same segments: gradients as without checkpointing."""
+    """A layer's forward runs again in the backward pass, with the same segments: the
+    gradients equal those without checkpointing.
+    """
     model = perturbed(adapted(name)) if lora else architecture(name)
     install_scoring(model)
     assert reason_against("shared", model) is None
@@ -147,7 +151,7 @@ def test_survives_activation_checkpointing(name, lora, reentrant):
 
 
 def test_attention_and_head_stay_out_of_compiled_graphs(monkeypatch):
-    """They would be compiled anew for the segments and chunks of each batch; what else the model does is compiled."""
+    """They would be compiled again for the segments and chunks of each batch; the other modules are compiled."""
     compiling = {"_one_segment": [], "linear_head_logps": [], "body_of": []}
 
     def watch(module, name):
@@ -173,7 +177,7 @@ def test_attention_and_head_stay_out_of_compiled_graphs(monkeypatch):
 
 
 def test_no_batch_after_the_second_is_compiled_anew():
-    """Whatever its number of segments and their lengths."""
+    """This holds for any number and lengths of segments."""
     model, graphs = tiny_model(num_hidden_layers=2), []
     install_scoring(model)
     install_segment_attention(model)
@@ -189,12 +193,14 @@ def test_no_batch_after_the_second_is_compiled_anew():
 
 
 def test_eager_attention_is_shared_too():
-    """A model that was loaded with attn_implementation="eager" keeps it for plain calls, and shares as any other."""
+    """A model that was loaded with attn_implementation="eager" keeps it for plain
+    calls, and shares prompts like any other.
+    """
     assert_layouts_equal(tiny_model(attn_implementation="eager"), mixed_rows())
 
 
 def test_plain_calls_are_untouched():
-    """With attention over segments installed, plain logits and generation are bit for bit what they were."""
+    """After attention over segments is installed, plain logits and generation are the same as before, bit for bit."""
     model, inputs = tiny_model(), torch.arange(3, 23).view(2, 10)
     mask = torch.ones_like(inputs)
     mask[0, :4] = 0
@@ -207,7 +213,9 @@ def test_plain_calls_are_untouched():
 
 
 def test_half_precision_is_no_further_from_fp32_than_padded():
-    """bf16 error of the summed log-probs against fp32, mean over 24 responses: within 1.2 times padded's."""
+    """The bf16 error of the summed log-probs against fp32, as a mean over 24
+    responses, is within 1.2 times that of padded.
+    """
     rows = random_rows(12)
     exact = tiny_model()
     install_scoring(exact)
@@ -221,14 +229,14 @@ def test_half_precision_is_no_further_from_fp32_than_padded():
 
 
 def implementations(model):
-    """The attention that each module's config names, its parts' configs included."""
+    """Return the attention implementation in each module's config, including the configs of its parts."""
     configs = {name: module.config for name, module in model.named_modules() if hasattr(module, "config")}
     parts = {f"{name}.{key}": getattr(config, key) for name, config in configs.items() for key in config.sub_configs}
     return {name: config._attn_implementation for name, config in (configs | parts).items()}
 
 
 class TestAttentionIsGivenBack:
-    """A model that cannot share keeps its own attention, under the names it had, wherever it was replaced."""
+    """A model that cannot share gets its own attention back, under the original names, in all configs."""
 
     @pytest.mark.parametrize("name", AROUND)
     @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -264,7 +272,7 @@ class TestAttentionIsGivenBack:
         assert [implementations(model) for model in models] == before
 
     def test_each_part_keeps_its_own(self):
-        """A vision tower and a text model with different attentions: the whole's config has a third say."""
+        """A vision tower and a text model have different attention, and the config of the whole model names a third."""
         from transformers import AutoConfig, Gemma3Config, Gemma3ForConditionalGeneration
 
         vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -284,7 +292,7 @@ class TestAttentionIsGivenBack:
 
 @pytest.mark.parametrize("name", ["afmoe", "doge"])
 def test_a_mask_that_is_passed_by_name(name, tmp_path):
-    """These call attention with `attention_mask=`: they train by default, with the log-probs of plain logits."""
+    """These models call attention with `attention_mask=`; they train by default, with the log-probs of plain logits."""
     from tests.trainers import first_batch, make_trainer
 
     model = architecture(name)
@@ -313,7 +321,7 @@ NO_REFUSALS = (
 
 
 def raising(error):
-    """In the place of a collator's class: makes collators that raise the error."""
+    """Return a replacement for a collator's class, whose collators raise the error."""
 
     def collate(rows):
         raise error
@@ -332,7 +340,7 @@ def test_a_model_that_was_handed_segments_is_given_back():
 
 
 class TestTheProbe:
-    """It must notice what is silently wrong: here attention is broken on purpose, in each way that is known."""
+    """The probe must detect silent errors: attention is broken on purpose, in each known way."""
 
     @pytest.fixture
     def model(self):
@@ -347,7 +355,7 @@ class TestTheProbe:
         monkeypatch.setattr(attention, "segment_attention", lambda *args, **kwargs: right(*args, **change(kwargs)))
 
     def test_a_response_that_does_not_see_its_prompt(self, model, monkeypatch):
-        """Every later response's keys are made its own only, as PyTorch's document masking would."""
+        """Later responses attend only to their own keys, as with PyTorch's document masking."""
 
         def cut_off(kwargs):
             queries, keys = kwargs["segment_queries"], kwargs["segment_keys"]
@@ -366,7 +374,7 @@ class TestTheProbe:
         assert "differ from those of padded" in reason_against("shared", model).words
 
     def test_a_response_that_sees_another(self, model, monkeypatch):
-        """The whole row is one segment, as flash attention without bounds would have it."""
+        """The whole row is one segment, as in flash attention without bounds."""
 
         def run_together(kwargs):
             total = kwargs["segment_queries"][-1:]
@@ -391,7 +399,9 @@ class TestTheProbe:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     @pytest.mark.parametrize("window", [24, 512, 262144])
     def test_a_long_window_that_is_dropped(self, window, dtype, monkeypatch):
-        """However long it is, with small initial weights, on sequences of a few tokens, and the model keeps its own."""
+        """A window of any length is detected, with small initial weights and
+        sequences of a few tokens; the model keeps its window.
+        """
         model = tiny_model(
             "mistral", sliding_window=window, initializer_range=0.02, max_position_embeddings=window + 64
         )
@@ -416,7 +426,7 @@ class TestTheProbe:
     @pytest.mark.parametrize("name", ["phimoe", "qwen2_moe"])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_a_window_that_is_only_in_the_mask(self, name, dtype, monkeypatch):
-        """Where it is not taken from the config, log-probs differ."""
+        """If it is not taken from the config, log-probs differ."""
         model = architecture(name).to(dtype)
         install_scoring(model)
         assert reason_against("shared", model) is None
@@ -424,18 +434,18 @@ class TestTheProbe:
         assert "differ from those of padded" in reason_against("shared", model).words
 
     def test_a_window_that_only_the_config_has_is_none(self):
-        """Llama has no window, whatever its config says."""
+        """Llama has no window, even if its config has one."""
         model = tiny_model(sliding_window=7)
         assert_layouts_equal(model, mixed_rows())
 
     def test_a_model_of_few_positions(self):
-        """Learned positions end where the longest sequence of the probe does."""
+        """The longest sequence of the probe has as many tokens as there are learned positions."""
         model = tiny_model("gpt2", n_embd=32, n_layer=2, n_head=4, n_positions=24)
         install_scoring(model)
         assert reason_against("shared", model) is None
 
     def test_positions_that_run_on(self, model, monkeypatch):
-        """Position ids that count along the row instead of starting again behind the prompt."""
+        """Position ids count along the row instead of starting again after the prompt."""
 
         class RunningOn(SharedCollator):
             def __call__(self, rows):
@@ -454,7 +464,7 @@ class TestTheProbe:
 
     @pytest.mark.parametrize("error", NO_REFUSALS, ids=lambda error: type(error).__name__)
     def test_what_is_no_refusal_is_raised(self, error, model, monkeypatch):
-        """No memory, a broken device or a lost process would stop the padded layout as well."""
+        """Lack of memory, a broken device or a lost process would also stop the padded layout."""
         monkeypatch.setattr(layout, "SharedCollator", raising(error))
         with pytest.raises(type(error)) as raised:
             reason_against("shared", model)

@@ -1,4 +1,6 @@
-"""Rotary embeddings that depend on a sequence's length: on its own, whatever else is in the batch."""
+"""Rotary embeddings that depend on the length of a sequence use its own length, not
+that of other sequences in the batch.
+"""
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from tests.scoring.plain import assert_same_gradients, gradients
 from tests.tiny_models import random_rows, tiny_model, with_lora
 from tests.trainers import logged, make_trainer, pairs
 
-# For heads of 8, with factors for 4 frequencies. Sequences are of 6 to 37 tokens.
+# For heads of size 8, with factors for 4 frequencies. Sequences have 6 to 37 tokens.
 ORIGINAL = 20
 ROPES = {
     "dynamic": ("llama", {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}, {"max_position_embeddings": 20}),
@@ -36,7 +38,7 @@ def build(kind, **settings):
 
 
 def alone(kind, rows, lora=False):
-    """`[R]`: each response's log-prob from its sequence alone, in a model that has seen no other."""
+    """Return each response's log-prob, `[R]`, from its sequence alone, with a new copy of the model."""
     sums = []
     for row in rows:
         for response in row["response_ids"]:
@@ -49,8 +51,10 @@ def alone(kind, rows, lora=False):
 
 @each_rope
 def test_a_sequences_own_length_decides(kind):
-    """In float64, frequencies in fp32 as the model's own: the same numbers to 1e-10. In one batch, in the other order,
-    and twice, since "dynamic" remembers. Taken together, the model's forward would be off by nats."""
+    """In float64, with frequencies in fp32 as in the model itself, the results agree
+    to 1e-10: in one batch, in the other order, and twice, because "dynamic" has
+    state. For the whole batch, the model's own forward would be off by nats.
+    """
     rows, model = random_rows(4), build(kind).double()
     lengths = [len(row["prompt_ids"]) + len(ids) for row in rows for ids in row["response_ids"]]
     assert min(lengths) <= ORIGINAL < max(lengths)
@@ -68,7 +72,7 @@ def test_a_sequences_own_length_decides(kind):
 @each_rope
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradients_do_not_depend_on_the_batch(kind, checkpointing):
-    """The sum over rows one by one, in float64."""
+    """The sum over single rows is compared, in float64."""
     model = build(kind).double().train()
     install_scoring(model)
     if checkpointing:
@@ -91,7 +95,7 @@ def test_the_models_own_forward_stays_its_own(kind):
 
 @each_rope
 def test_prompts_are_shared_where_no_sequence_is_longer(kind):
-    """max_length decides; the reason says which one would do."""
+    """`max_length` decides; the reason names a sufficient value."""
     model = build(kind)
     install_scoring(model)
     assert length_limit(model) == ORIGINAL
@@ -103,7 +107,9 @@ def test_prompts_are_shared_where_no_sequence_is_longer(kind):
 
 @each_rope
 def test_losses_and_the_cache_do_not_depend_on_batches(kind, tmp_path):
-    """Batches of 4 and of 1 × 4; a cache that was filled by the former gives the latter's first loss, log 2."""
+    """Batches of 4 and of 1 × 4; a cache that was filled with the former gives log 2
+    as the first loss of the latter.
+    """
     train = pairs(4, longest=20)
     settings = {"train_dataset": train, "max_steps": 2, "train_sampling_strategy": "sequential"}
     cached = {"precompute_ref_log_probs": True, "reference_cache_dir": str(tmp_path / "cache")}

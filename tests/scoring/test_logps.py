@@ -1,4 +1,4 @@
-"""The plain utilities: log-probs from logits or hidden states, and the splitting of grouped rows, by hand."""
+"""The plain utilities: log-probs from logits or hidden states, and splitting of grouped rows, computed by hand."""
 
 import math
 
@@ -13,7 +13,7 @@ from tests.scoring.logps import (
     token_logps,
 )
 
-# Two tokens' worth of probabilities over three words: (1/2, 1/4, 1/4) and (1/8, 1/8, 3/4).
+# The probabilities of two tokens over three words: (1/2, 1/4, 1/4) and (1/8, 1/8, 3/4).
 LOGITS = torch.tensor([[0.5, 0.25, 0.25], [0.125, 0.125, 0.75]], dtype=torch.float64).log()
 
 
@@ -38,9 +38,9 @@ def test_bf16_logits_are_summed_in_fp32():
 
 
 def test_sequence_logps_shift_sum_and_average():
-    """Position t predicts token t + 1. Tokens (1, 0, 2), both last ones scored: log ½ + log ¾, mean half of it;
-    with only the last one scored, log ¾ either way. Padding has a mask of 0, and the last position's logits count
-    for nothing.
+    """Position t predicts token t + 1. Tokens (1, 0, 2), with the last two scored: log ½ +
+    log ¾, and the mean is half of it. With only the last one scored, it is log ¾ in both
+    cases. Padding has a mask of 0, and the logits at the last position have no effect.
     """
     logits = torch.cat([LOGITS, torch.full((1, 3), 50.0, dtype=torch.float64)]).expand(3, 3, 3)
     ids = torch.tensor([[1, 0, 2], [1, 0, 2], [1, 0, 0]])
@@ -59,7 +59,7 @@ def test_a_sequence_without_scored_tokens_is_zero():
 
 
 def test_masked_positions_take_no_gradient_and_no_nan():
-    """−inf logits at an unscored position reach neither the sum nor the gradient of the scored ones."""
+    """−inf logits at an unscored position change neither the sum nor the gradient of the scored positions."""
     logits = torch.zeros(1, 3, 3, dtype=torch.float64)
     logits[0, 0] = float("-inf")
     logits.requires_grad_()
@@ -105,7 +105,7 @@ def test_an_odd_number_of_rows_is_refused(split):
     ],
 )
 def test_what_does_not_fit_is_refused(change, message):
-    """Shapes, a scored first token, and temperatures without meaning are errors and not numbers."""
+    """Shapes, a scored first token, and meaningless temperatures raise errors."""
     arguments = {
         "logits": torch.zeros(1, 3, 3),
         "input_ids": torch.zeros(1, 3, dtype=torch.long),

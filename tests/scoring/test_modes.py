@@ -1,4 +1,4 @@
-"""A model in evaluation mode, and a model without its adapters, for the time of a context."""
+"""A model in evaluation mode, and a model without its adapters, inside a context."""
 
 import inspect
 from contextlib import nullcontext
@@ -58,7 +58,9 @@ def state(model) -> list:
 
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_adapters_off_is_pefts_own_switch(name):
-    """Bit for bit, away from the adapted model; and everything is as it was behind it, also after an error."""
+    """The results equal PEFT's `disable_adapter`, bit for bit, and differ from the
+    adapted model; the state is restored afterwards, even after an error.
+    """
     model = adapted(name)
     with torch.no_grad():
         before = model(IDS).logits
@@ -85,7 +87,7 @@ def test_adapters_that_are_off_stay_off():
 
 @pytest.mark.parametrize("name", ["LoRA", "DoRA", "modules_to_save", "LoHa"])
 def test_the_common_methods_are_switched_without_pefts_walks(monkeypatch, name):
-    """`disable_adapter` asks for the state of every layer, which takes longer than launching a forward."""
+    """`disable_adapter` reads the state of every layer, which takes longer than launching a forward."""
     model = adapted(name)
     monkeypatch.setattr(type(model), "get_model_status", lambda self: pytest.fail("walked"))
     with adapters_off(ModuleTree(model)), torch.no_grad():
@@ -102,7 +104,7 @@ def test_every_module_has_its_own_mode_again():
 
 
 def test_modules_that_are_passed_over_do_not_look_at_their_mode():
-    """Dropout does, also where it is the only thing that does; a replaced forward may."""
+    """Modules that are skipped do not read their mode. Dropout and modules with a replaced forward are switched."""
     layer = torch.nn.Linear(4, 4)
     model = torch.nn.Sequential(layer, torch.nn.Dropout(0.5)).train()
     layer.forward = lambda values: values + layer.training
@@ -173,7 +175,7 @@ def test_an_adapter_that_came_later_is_switched_off():
 
 
 class OfItsOwn(torch.nn.Module):
-    """A module that a `train()` of its own keeps in evaluation mode."""
+    """A module whose `train()` keeps it in evaluation mode."""
 
     calls = 0
 
@@ -183,7 +185,9 @@ class OfItsOwn(torch.nn.Module):
 
 
 def test_light_train_is_train():
-    """A submodule in evaluation mode trains again; `eval` and another mode are as they were; then nothing is left."""
+    """A submodule in evaluation mode is in training mode again; `eval` and other
+    modes are unchanged; no attribute stays.
+    """
     model = adapted("LoRA").eval()
     tree = ModuleTree(model)
     with light_train(tree):
@@ -212,7 +216,7 @@ def test_a_train_of_a_modules_own_is_called():
 
 
 class Copies(TorchDispatchMode):
-    """Counts casts from one dtype to another."""
+    """A mode that counts casts from one dtype to another."""
 
     count = 0
 
@@ -224,7 +228,7 @@ class Copies(TorchDispatchMode):
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("base", [torch.float32, torch.bfloat16])
 def test_adapter_casts_off_changes_no_bit(base, checkpointing):
-    """Loss and all gradients of an fp32 adapter under bf16 autocast are the same, with fewer casts."""
+    """Loss and gradients of an fp32 adapter under bf16 autocast are equal, with fewer casts."""
     model = get_peft_model(tiny_model(dtype=base).train(), ADAPTERS["LoRA"])
     perturbed(model, scale=0.3)
     if checkpointing:

@@ -13,7 +13,7 @@ from tests.scoring.tiny_configs import text_rows
 from tests.tiny_models import tiny_model
 from tests.trainers import logged, make_trainer
 
-# Learned, learned behind two unused ones, behind that of padding, sinusoids, a mask, of an image-text model.
+# Learned; learned after two unused ones; after the padding's; sinusoids; a mask; of an image-text model.
 TABLES = {"gpt2": 256, "opt": 256, "biogpt": 256, "roberta": 255, "gptj": 256, "gpt_neo": 256, "bart": 256, "git": 256}
 
 
@@ -63,7 +63,7 @@ def test_the_first_row_that_is_too_long_is_named(streamed):
 
 @pytest.mark.parametrize("short", ["policy", "reference"])
 def test_a_trainer_says_so_before_training(short, tmp_path):
-    """Also where only the reference has the table; max_length, as it says, is the cure."""
+    """The error is also raised if only the reference has the table; the `max_length` that it suggests is sufficient."""
     row = {**text_rows(1)[0], "prompt_ids": [7] * 250}
     rows = Dataset.from_list([row])
     models = {"policy": tiny_model(), "reference": tiny_model(), short: build("gpt2")}
@@ -73,7 +73,7 @@ def test_a_trainer_says_so_before_training(short, tmp_path):
 
 
 def kto_rows(*lengths):
-    """Rows with a prompt and a response of these lengths; each pair of lengths has a prompt of its own."""
+    """Return rows with a prompt and a response of these lengths; each pair of lengths has its own prompt."""
     return Dataset.from_list(
         [
             {
@@ -90,8 +90,9 @@ def kto_rows(*lengths):
 
 @pytest.mark.parametrize("lengths", [[(200, 9), (5, 60), (4, 8)], [(200, 50), (197, 8), (4, 58)], [(9, 240), (17, 3)]])
 def test_a_response_to_another_prompt_counts(lengths, tmp_path):
-    """Each row fits into 256 positions, but not the prompt of one row with a response of another one. With max_length,
-    as the error says, such responses are cut, and training runs."""
+    """Each row has at most 256 positions, but the prompt of one row with the response of another row has more. With the
+    `max_length` that the error suggests, such responses are cut, and training runs.
+    """
     rows = kto_rows(*lengths)
     (prompt, response), *_ = sorted(
         ((p, r) for p, _ in lengths for _, r in lengths if (p, r) not in lengths), key=sum, reverse=True
@@ -108,7 +109,7 @@ def test_a_response_to_another_prompt_counts(lengths, tmp_path):
 
 
 def test_responses_to_other_prompts_that_fit_are_accepted(tmp_path):
-    """The longest prompt and the longest response are of one row, and of one prompt: they are never drawn together."""
+    """The longest prompt and the longest response are in one row, so they are never combined with a mismatched one."""
     make_trainer(tmp_path, build("gpt2"), train_dataset=kto_rows((200, 56), (9, 50)), loss_type="kto", max_length=None)
     long, other, short = kto_rows((200, 9), (5, 3), (4, 8)).to_list()
     other["prompt_ids"] = long["prompt_ids"]

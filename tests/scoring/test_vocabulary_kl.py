@@ -1,6 +1,6 @@
-"""KL(π_ref ‖ π) over the vocabulary at every scored token: value, gradient and memory, whichever the reference.
+"""KL(π_ref ‖ π) over the vocabulary at every scored token: value, gradient and memory, for every kind of reference.
 
-Everything but the trainer's own runs is in float64, against all logits at once and autograd.
+All tests except those of the trainer are in float64, and compare with all logits at once and autograd.
 """
 
 import copy
@@ -24,7 +24,9 @@ from tests.trainers import first_batch, make_trainer
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
 @pytest.mark.parametrize("chunk_rows", [1, 2, 64])
 def test_the_kl_and_its_gradient_are_those_of_the_formula(transform, chunk_rows):
-    """Σ_v q (log q − log p) written out; float64 gradcheck with respect to hidden, weight and bias of the policy."""
+    """Σ_v q (log q − log p) is computed directly; float64 gradcheck with respect to
+    hidden, weight and bias of the policy.
+    """
     hidden, weight, bias, targets = head_inputs()
     reference = direct_logps(hidden.flip(0), weight.roll(1, 0), bias, targets, transform)[1]
 
@@ -52,7 +54,7 @@ def test_other_vocabularies_are_refused():
 
 
 def twin(model: PeftModel) -> PeftModel:
-    """With a second adapter of other weights on the same layers, the first one active."""
+    """Return a model with a second adapter with other weights on the same layers; the first one is active."""
     model.add_adapter("before", model.peft_config["default"])
     torch.manual_seed(5)
     for name, parameter in model.named_parameters():
@@ -69,7 +71,7 @@ def full(model_type="llama", **config):
     return lambda: tiny_model(model_type, dtype=torch.float64, **config)
 
 
-# How the policy is made, and its reference: a setting, or a model of its own.
+# How the policy is created, and its reference: a setting, or a separate model.
 PAIRS_OF_MODELS = {
     "copy": (full(), "copy"),
     "copy, tied": (full(tie_word_embeddings=True), "copy"),
@@ -84,7 +86,7 @@ PAIRS_OF_MODELS = {
 
 
 def all_predictions(model, rows):
-    """`[N, V]`: the log-probs of every token at the scored positions, from the model's logits."""
+    """Return the log-probs of every token at the scored positions, `[N, V]`, from the model's logits."""
     batch = PaddedCollator(0)(rows)
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     return (logits.flatten(0, 1)[batch["scored_rows"]] / 0.7).log_softmax(-1)
@@ -93,9 +95,9 @@ def all_predictions(model, rows):
 @pytest.mark.parametrize("layout", ["padded", "shared"])
 @pytest.mark.parametrize(("make", "setting"), PAIRS_OF_MODELS.values(), ids=PAIRS_OF_MODELS)
 def test_every_reference_gives_its_kl(make, setting, layout, monkeypatch):
-    """After the policy has moved away from the reference, at temperature 0.7 for both: D_t and the gradient of every
-    trained parameter are those of all logits at once. Padded to float64 rounding; the other layout adds attention up in
-    another order, which the fp32 norms inside the models round to 1e-6 or so.
+    """The policy has moved away from the reference; both have temperature 0.7. D_t and the gradient of every trained
+    parameter equal those of all logits at once. "padded" agrees to float64 rounding; the other layout adds attention in
+    another order, which the fp32 norms of the models round to about 1e-6.
     """
     monkeypatch.setitem(forward.CHUNK_ROWS, "cpu", 7)
     model, ref_model = make(), None if isinstance(setting, str) else setting()
@@ -126,7 +128,7 @@ def test_every_reference_gives_its_kl(make, setting, layout, monkeypatch):
 
 
 def test_the_log_probs_beside_it_are_the_same():
-    """Asking for the KL, and for statistics of each prediction, changes no log-prob and no gradient of one."""
+    """Computing the KL and other statistics does not change log-probs and their gradients."""
     model = tiny_model(dtype=torch.float64)
     reference = choose_reference("copy", model, None, needed=True)
     install_scoring(perturbed(model))
@@ -141,8 +143,9 @@ def test_the_log_probs_beside_it_are_the_same():
 
 
 def test_dropout_of_the_policy_is_not_the_references():
-    """A policy in training mode with dropout on an adapted head: its reference, another adapter there, predicts the
-    same twice, and is in training mode afterwards."""
+    """The policy is in training mode with dropout on an adapted head. Its reference,
+    another adapter, predicts the same twice, and is in training mode afterwards.
+    """
     model = twin(lora(target_modules=["q_proj", "lm_head"], lora_dropout=0.5)())
     reference = choose_reference("adapter:before", model, None, needed=True)
     install_scoring(model)
@@ -155,8 +158,9 @@ def test_dropout_of_the_policy_is_not_the_references():
 
 @pytest.mark.parametrize("adapted", [False, True])
 def test_no_full_logits_are_held(adapted, monkeypatch):
-    """V = 4096, H = 32, chunks of 4, over 60 scored tokens: nothing beyond V·H = 131,072 elements is made by either
-    model in forward or backward; N·V is over 245,000."""
+    """V = 4096, H = 32, chunks of 4, over 60 scored tokens: neither model creates a tensor with more than V·H = 131,072
+    elements in forward or backward; N·V is over 245,000.
+    """
     monkeypatch.setitem(forward.CHUNK_ROWS, "cpu", 4)
     model = tiny_model(vocab_size=4096)
     model = with_lora(model) if adapted else model
@@ -172,8 +176,9 @@ def test_no_full_logits_are_held(adapted, monkeypatch):
 
 
 def test_the_reference_is_untouched_by_a_step(tmp_path):
-    """The frozen copy takes the parameters' place for every chunk, in the backward too, under bf16 autocast with its
-    cache of casts: three steps of TDPO leave the reference's predictions as they were, and the policy elsewhere."""
+    """The frozen copy is swapped in for every chunk, also in the backward pass, under bf16 autocast with its cache of
+    casts. Three steps of TDPO do not change the reference's predictions, but the policy's.
+    """
     trainer = make_trainer(tmp_path, loss_type="tdpo2", max_steps=3, learning_rate=1e-2, bf16=True)
     batch = first_batch(trainer)
 
@@ -191,7 +196,7 @@ def test_the_reference_is_untouched_by_a_step(tmp_path):
 
 
 def test_kl_of_the_untrained_policy_is_zero():
-    """The policy against a copy of itself: 0 to rounding, with no gradient (KL is least there)."""
+    """For a copy of the policy as reference, the KL is 0 up to rounding, without a gradient, because it is minimal."""
     model = tiny_model(dtype=torch.float64)
     reference = choose_reference("model", model, copy.deepcopy(model), needed=True)
     for module in (model, reference.model):

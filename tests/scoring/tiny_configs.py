@@ -1,7 +1,7 @@
-"""Configurations of tiny models of any family, from the defaults that transformers gives the family.
+"""Configurations of tiny models of any family, from the defaults of the family in transformers.
 
-Numbers that make a model large are replaced by small ones, by the names that configs use for them. Lists with an entry
-for each layer keep the first layer of each kind. Windows, chunks and top-k are shorter than the sequences of the tests.
+Numbers that make a model large are replaced by small ones, by the field names in configs. Lists with an entry for each
+layer keep the first layer of each kind. Windows, chunks and top-k are shorter than the sequences of the tests.
 """
 
 import re
@@ -11,13 +11,13 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from tests.tiny_models import VOCABULARY, random_rows
 
-# Families of masked language models, which a flag makes causal.
+# Families of masked language models that a flag makes causal.
 _BIDIRECTIONAL = (
     *("bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert"),
     *("rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta", "xlm-roberta-xl", "xmod"),
 )
 _LAYERS = r"(num_hidden_layers|n_layers?|num_layers|num_blocks|depth|(num_)?(en|de)coder_layers|num_layers_per_stack)"
-# The first pattern that a name matches in full decides; what matches none keeps its default.
+# The first pattern that matches a whole name is used; other names keep their default.
 RULES: list[tuple[str, Any]] = [
     (r"(unpadded_)?vocab_size|vocab_size_per_layer_input|pronunciation_vocab_size|shape_vocab_size", VOCABULARY),
     (r"encoder_hash_byte_group_vocab|ngram_vocab_size_base", VOCABULARY),
@@ -73,12 +73,12 @@ RULES: list[tuple[str, Any]] = [
     (r"initializer_range|init_std|embedding_initializer_range", 0.2),
     (r"router_jitter_noise|input_jitter_noise|jitter_noise", 0.0),
     (r"layer_group_size|sliding_window_pattern|global_attn_every_n_layers", 2),
-    # Towers for images and sound.
+    # Towers for images and audio.
     (r"image_size|input_size", 28),
     (r"patch_size", 14),
 ]
 
-# None, where the model computes it from what the rules change.
+# None, because the model computes it from values that the rules change.
 _COMPUTED = {"head_dim": 8, "num_key_value_heads": 2}
 _MEANING = r"(image|video|audio|vision|img|boi|eoi|boa|eoa|speech).*token_?(id|index)"
 
@@ -88,12 +88,12 @@ def _sections(*sizes: int) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": list(sizes)}}
 
 
-# Of Mistral 4, beyond the positions that it was pretrained with.
+# For Mistral 4: positions beyond those of its pretraining.
 _SCALED_QUERIES: dict[str, Any] = {
     **{"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
     **{"llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 8},
 }
-# Layers of two kinds, each with rotary embeddings of its own.
+# Two kinds of layers, each with its own rotary embeddings.
 _COMPASS: dict[str, Any] = {
     "layer_types": ["sliding_attention", "full_attention"],
     "rope_parameters": {
@@ -112,14 +112,14 @@ _INDEXER: dict[str, Any] = {
     **{"indexer_budget": 8, "indexer_compress_ratio": 2},
 }
 _VQ: dict[str, Any] = {"base_channels": 32, "codebook_size": 64, "channel_multiplier": [1, 1]}
-# Attention twice as wide as the model, shared by two of its layers.
+# Attention twice as wide as the model; two of its layers share it.
 _ZAMBA: dict[str, Any] = {
     **{"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"]},
     **{"attention_hidden_size": 64, "attention_head_dim": 16, "num_key_value_heads": 4},
 }
-# Ids that stand for an image, a sound or one of their ends are the last ones of the vocabulary, one each.
+# The ids that stand for an image, audio or their ends are the last ones of the vocabulary.
 FIRST_SPECIAL = VOCABULARY - 20
-# What no rule can know: by model type.
+# Settings that no rule can derive, keyed by model type.
 EXCEPTIONS: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "bailing_hybrid": {"num_expert_group": 1, "n_group": 1, "num_experts": 4, "num_experts_per_tok": 2},
@@ -179,10 +179,10 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
 
 
 def tiny_config(model_type: str, **changes: Any) -> PreTrainedConfig:
-    """A tiny configuration of a family.
+    """Return a tiny configuration of a family.
 
     Args:
-        changes: settings of the text model that no rule decides.
+        changes: settings of the text model that no rule determines.
     """
     config_class = CONFIG_MAPPING[model_type]
     causal = {"is_decoder": True} if model_type in _BIDIRECTIONAL else {}
@@ -194,7 +194,7 @@ def tiny_config(model_type: str, **changes: Any) -> PreTrainedConfig:
 
 
 def _shrunk(config: PreTrainedConfig) -> dict[str, Any]:
-    """The settings of a configuration, and of those inside it, that are replaced."""
+    """Return the settings that are replaced, in a configuration and in those inside it."""
     settings: dict[str, Any] = {}
     known = vars(config)
     layers = next((v for k, v in known.items() if re.fullmatch(_LAYERS, k) and isinstance(v, int)), None)
@@ -206,7 +206,7 @@ def _shrunk(config: PreTrainedConfig) -> dict[str, Any]:
         elif name in lists:
             settings[name] = [_ruled(name, value[place]) for place in kept]
         elif isinstance(value, dict) and "mrope_section" in value:
-            half = int(4 * value.get("partial_rotary_factor", 1.0))  # of heads of 8
+            half = int(4 * value.get("partial_rotary_factor", 1.0))  # heads of size 8
             settings[name] = {**value, "mrope_section": [half - 2 * (half // 3), half // 3, half // 3]}
         elif re.search(_MEANING, name) and isinstance(value, int):
             settings[name] = FIRST_SPECIAL + len(settings) % 20
@@ -222,14 +222,14 @@ def _shrunk(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def _ruled(name: str, value: Any) -> Any:
-    """What the rules make of a number: of those that switch something off (0, −1), themselves."""
+    """Return the number that a rule gives; a number that disables something (0, −1) stays."""
     if not isinstance(value, int | float) or isinstance(value, bool) or (value <= 0 and "token" not in name):
         return value
     return next((small for pattern, small in RULES if re.fullmatch(pattern, name)), value)
 
 
 def _first_of_each_kind(lists: dict[str, Any], layers: int | None) -> list[int]:
-    """The places of the first layer of each kind, two at least, in order; none where there are no kinds."""
+    """Return the indices of the first layer of each kind, in order, at least two; empty if there are no kinds."""
     if not lists:
         return []
     kinds = {name: [str(entry) for entry in values] for name, values in lists.items()}
@@ -238,10 +238,10 @@ def _first_of_each_kind(lists: dict[str, Any], layers: int | None) -> list[int]:
 
 
 def text_rows(count: int = 4, seed: int = 0, longest: int = 20) -> list[dict[str, Any]]:
-    """`random_rows` without the ids that stand for an image or a sound, and with no id twice in a sequence.
+    """Return `random_rows` without the ids that stand for an image or audio, and without repeated ids in a sequence.
 
-    Two equal tokens are equal keys to the first layer of some models, which keep the k best (Doge): which of them is
-    among those is left to the kernel, and may be another one in a longer row.
+    Equal tokens are equal keys in the first layer. In models that keep the k best keys (Doge), the kernel then chooses
+    among equal keys, and may choose differently in a longer row.
     """
     rows = random_rows(count, seed, longest)
     for row in rows:
@@ -251,7 +251,7 @@ def text_rows(count: int = 4, seed: int = 0, longest: int = 20) -> list[dict[str
 
 
 def _distinct(ids: list[int], taken: set[int]) -> list[int]:
-    """The ids, where one is taken or none of text the next one that is not."""
+    """Replace ids that occur twice, or that are not text, by the next free ones."""
     for place, id in enumerate(ids):
         while id in taken or id >= FIRST_SPECIAL:
             id = 3 + (id - 2) % (FIRST_SPECIAL - 3)

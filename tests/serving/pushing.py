@@ -1,6 +1,6 @@
-"""Runs that push to a stand-in for the Hub while they train, and a run that resumes from there, for test_pushed.py.
+"""Runs that push to a stand-in for the Hub during training, and a run that resumes from a pushed checkpoint.
 
-Prints whether the run that was downloaded and resumed has, bit for bit, the weights of one without an interruption.
+The script, run by test_pushed.py, prints whether the resumed run has the weights of an uninterrupted run, bit for bit.
 """
 
 import json
@@ -31,7 +31,7 @@ def train(folder: Path, output: str, resume: str | None = None, **settings):
 def main(folder: Path) -> None:
     for strategy in STRATEGIES:
         pushed = {"push_to_hub": True, "hub_strategy": strategy, "hub_model_id": f"an-organization/{strategy}"}
-        # A run that was stopped after four of its eight steps.
+        # A run that stopped after four of its eight steps.
         stopped = {"hub_always_push": True, "hub_private_repo": True, "hub_base_model": BASE, "num_train_epochs": 0.5}
         train(folder, strategy, lr_scheduler_type="constant", **pushed, **stopped)
     checkpoint = Path(snapshot_download("an-organization/checkpoint", cache_dir=folder / "cache")) / "last-checkpoint"

@@ -1,4 +1,4 @@
-"""`hf_prefopt chat`: each model answers as it does alone, and the conversation ends where the input does."""
+"""`hf_prefopt chat`: each model answers as it does alone, and the conversation ends with the input."""
 
 import io
 
@@ -19,7 +19,7 @@ PROMPT = "What is the capital of France?"
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A base, an adapter on it, and a whole model that was trained from it."""
+    """Create folders with a base model, an adapter on it, and a full model that was trained from it."""
     folder = tmp_path_factory.mktemp("chat")
     base = tiny_model(vocab_size=600, eos_token_id=tiny_tokenizer().eos_token_id)
     base.save_pretrained(folder / "base")
@@ -46,7 +46,7 @@ def user(text):
 
 @pytest.mark.parametrize("run", ["adapter", "full"])
 def test_both_answer_as_they_do_alone_also_the_second_time(folders, run):
-    """The parts that are shown make up the answer; the second prompt comes after the speaker's own first answer."""
+    """The printed parts form the answer. The second prompt follows the speaker's own first answer."""
     base = AutoModelForCausalLM.from_pretrained(folders / "base")
     speakers, tokenizer = load_speakers(str(folders / run), str(folders / "base") if run == "full" else None)
     plain = AutoModelForCausalLM.from_pretrained(folders / "base")

@@ -1,4 +1,4 @@
-"""Merged adapters: the folder loads without PEFT, and says what the adapter on its base says."""
+"""Merged adapters: the folder loads without PEFT, and gives the results of the adapter on its base model."""
 
 import json
 
@@ -22,11 +22,11 @@ from tests.tiny_models import QUANTIZABLE, perturbed, random_rows
 from tests.tokenizers import tiny_tokenizer
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11]])
-BF16_UNIT = 2.0**-8  # half the distance between 1 and the next number
+BF16_UNIT = 2.0**-8  # half the distance between 1 and the next larger number
 
 
 def tiny_model(**settings):
-    """With as many embeddings as the tokenizer has tokens."""
+    """Return a model with as many embeddings as the tokenizer has tokens."""
     return tiny_models.tiny_model(vocab_size=len(tiny_tokenizer()), **settings)
 
 
@@ -37,7 +37,7 @@ def save_base(folder, model, dtype=torch.bfloat16):
 
 
 def save_adapter(base, folder, config, dtype=torch.float32, scale=0.05, seed=5):
-    """A trained adapter: noise on everything that trains."""
+    """Save a trained adapter: noise is added to all trainable weights."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
     policy = perturbed(get_peft_model(model, config), scale, seed)
@@ -79,8 +79,9 @@ ADAPTERS = {
 @pytest.mark.parametrize(("config", "of_model"), ADAPTERS.values(), ids=ADAPTERS.keys())
 @pytest.mark.filterwarnings("ignore:.*tie_word_embeddings")
 def test_a_merged_model_is_the_adapter_on_its_base(config, of_model, tmp_path):
-    """In float32, logits of the reloaded folder are those of PEFT's own forward up to 128 · 2⁻²⁴ of their size: sums
-    in another order."""
+    """In float32, the logits of the reloaded folder equal those of PEFT's own
+    forward up to a relative 128 · 2⁻²⁴, because sums have another order.
+    """
     base = save_base(tmp_path / "base", tiny_model(**of_model), torch.float32)
     adapter = save_adapter(base, tmp_path / "run", config)
     found = merge_adapter(adapter, tmp_path / "merged")
@@ -99,7 +100,9 @@ def adapts_one_of_the_two(config):
 
 
 def test_weights_are_rounded_once_and_keep_their_dtype(tmp_path):
-    """W + (α/r) B A in float64, rounded to bfloat16, is the merged weight; what has no adapter keeps every bit."""
+    """W + (α/r) B A in float64, rounded to bfloat16, is the merged weight; weights
+    without an adapter keep every bit.
+    """
     base = save_base(tmp_path / "base", tiny_model())
     adapter = save_adapter(base, tmp_path / "run", lora(target_modules=["q_proj"], lora_alpha=6))
     found = merge_adapter(adapter, tmp_path / "merged")
@@ -112,14 +115,16 @@ def test_weights_are_rounded_once_and_keep_their_dtype(tmp_path):
             continue
         a, b = (low_rank[f"base_model.model.{name.replace('.weight', '')}.lora_{which}.weight"] for which in "AB")
         exact = weight.double() + 6 / 4 * b.double() @ a.double()
-        # Half a step of bfloat16, and the float32 sum's own rounding before it.
+        # Half a step of bfloat16, and the rounding of the float32 sum before it.
         assert ((after[name].double() - exact).abs() <= exact.abs() * BF16_UNIT * (1 + 2.0**-10) + 1e-9).all()
     assert found.agreement.dtype == torch.bfloat16
     assert 0 < found.agreement.difference <= found.agreement.bound
 
 
 def test_the_log_probs_compared_are_those_of_each_sequence_alone(tmp_path):
-    """By log-softmax of the model's own logits, in float32 though the weights are bfloat16."""
+    """They are compared with the log-softmax of the model's own logits, in float32
+    although the weights are bfloat16.
+    """
     base, rows, expected = save_base(tmp_path / "base", tiny_model()), random_rows(2), []
     model, float32 = (AutoModelForCausalLM.from_pretrained(base, dtype=dtype) for dtype in ("auto", "float32"))
     found = token_logps(model, rows)
@@ -134,7 +139,7 @@ def test_the_log_probs_compared_are_those_of_each_sequence_alone(tmp_path):
 
 
 def test_a_model_whose_modules_read_each_others_weights(tmp_path):
-    """Mamba's mixer reads those of its convolution; its weights are bfloat16 again afterwards."""
+    """Mamba's mixer reads the weights of its convolution; afterwards, its weights are bfloat16 again."""
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(tiny_config("falcon_mamba")).save_pretrained(tmp_path)
     model, float32 = (AutoModelForCausalLM.from_pretrained(tmp_path, dtype=d) for d in ("bfloat16", "bfloat16"))
@@ -158,7 +163,7 @@ def test_experts_are_merged(tmp_path):
 
 
 def test_a_model_of_images_keeps_its_class_and_all_its_tensors(tmp_path):
-    """Also those that its class does not load, such as layers that predict further tokens."""
+    """This includes tensors that the class does not load, such as layers that predict additional tokens."""
     torch.manual_seed(0)
     named = transformers.Qwen3_5ForConditionalGeneration
     base = save_base(tmp_path / "base", named._from_config(tiny_config("qwen3_5")))
@@ -201,7 +206,7 @@ def test_the_rows_that_the_run_kept_are_compared(tmp_path):
 
 
 def test_a_merge_that_goes_wrong_is_an_error_and_leaves_nothing(tmp_path, monkeypatch):
-    """The saved model lacks the change of one layer: its log-probs are off by more than rounding."""
+    """In the saved model, the weight change of one layer is missing, so its log-probs differ by more than rounding."""
     base = save_base(tmp_path / "base", tiny_model())
     adapter = save_adapter(base, tmp_path / "run", lora())
     merge = Linear.merge
@@ -212,7 +217,7 @@ def test_a_merge_that_goes_wrong_is_an_error_and_leaves_nothing(tmp_path, monkey
 
 
 def test_an_adapter_lost_in_rounding_is_an_error(tmp_path):
-    """Changes far below a step of bfloat16 disappear: the merged model would be the base."""
+    """Weight changes far below one step of bfloat16 are lost, so the merged model would be the base model."""
     base = save_base(tmp_path / "base", tiny_model())
     adapter = save_adapter(base, tmp_path / "run", lora(init_lora_weights=True), scale=1e-3)
     with pytest.raises(ValueError, match=r"lost more than half of the adapter's effect.*--dtype float32"):
@@ -223,7 +228,7 @@ def test_an_adapter_lost_in_rounding_is_an_error(tmp_path):
 
 
 def test_an_adapter_that_is_not_merged_is_an_error_in_bfloat16(tmp_path, monkeypatch):
-    """Also where the bound on the rounding is wider than what the adapter does."""
+    """This holds even if the bound on the rounding is larger than the effect of the adapter."""
     base = save_base(tmp_path / "base", tiny_model())
     adapter = save_adapter(base, tmp_path / "run", lora(init_lora_weights=True), scale=7e-3)
     monkeypatch.setattr(Linear, "merge", lambda self, **_: None)
@@ -233,8 +238,9 @@ def test_an_adapter_that_is_not_merged_is_an_error_in_bfloat16(tmp_path, monkeyp
 
 @pytest.mark.parametrize("difference", [2.4e-7, 3.2e-4])
 def test_a_layer_that_is_not_merged_is_an_error_in_float32(difference):
-    """The figures of SmolLM2-135M with an adapter of two steps, merged right, and merged without its `down_proj`: both
-    below the bound for sums in another order."""
+    """The numbers are those of SmolLM2-135M with an adapter after two steps, merged correctly, and merged without its
+    `down_proj`. Both differences are below the bound for sums in another order.
+    """
     agreement = Agreement(174, difference, 0.02, bound=3.7e-4, effect=2.7e-3, dtype=torch.float32)
     if difference < 1e-6:
         return _check(agreement)

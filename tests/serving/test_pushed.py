@@ -19,7 +19,7 @@ from tests.trainers import make_config, pairs
 
 @pytest.fixture(scope="module")
 def pushed(tmp_path_factory):
-    """The stand-in after the runs of `pushing.py`, and what that printed."""
+    """Return the stand-in after the runs of `pushing.py`, and the output of the script."""
     folder = tmp_path_factory.mktemp("pushed")
     tiny_model().save_pretrained(folder / "base")
     tiny_tokenizer().save_pretrained(folder / "base")

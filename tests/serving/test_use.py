@@ -1,4 +1,4 @@
-"""What a finished run says about using its model: the card's Python runs as printed, and so does the merge."""
+"""The instructions that a finished run prints: the Python code in the card runs as printed, and so does the merge."""
 
 import contextlib
 import io
@@ -40,7 +40,7 @@ def finished_run(base, output, peft_config, rows):
 
 @pytest.fixture(params=["adapter", "full", "images"])
 def run(request, tmp_path, capsys):
-    """A finished run on a base in a folder: an adapter, a whole model, an adapter on a model of images and text."""
+    """Finish a run on a base model in a folder: an adapter, a full model, or an adapter on an image-text model."""
     torch.manual_seed(0)
     if request.param == "images":
         config = tiny_config("gemma3", text_config={"vocab_size": 600})
@@ -60,7 +60,7 @@ def answer(model, tokenizer):
 
 
 def test_the_cards_python_runs_as_printed(run):
-    """It prints what the trained model in memory answers."""
+    """The code prints the answer of the trained model in memory."""
     card = Path(run.args.output_dir, "README.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     shown = io.StringIO()
@@ -70,7 +70,9 @@ def test_the_cards_python_runs_as_printed(run):
 
 
 def test_the_printed_commands(run, tmp_path, capsys):
-    """The merge runs as printed, on the rows that the run kept; the card says how to serve what the screen says."""
+    """The merge runs as printed, with the rows that the run has saved; the card has
+    the serving command of the terminal.
+    """
     capsys.readouterr()
     finish_run(run)
     shown = capsys.readouterr().out

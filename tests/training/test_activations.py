@@ -1,4 +1,6 @@
-"""What is kept for the backward pass changes no bit of a gradient, in any layout; counts show what it saves."""
+"""What is stored for the backward pass does not change any bit of a gradient, in any
+layout; counts show the savings.
+"""
 
 import pytest
 import torch
@@ -22,7 +24,7 @@ def trainer_of(folder, model=None, **settings):
 
 
 class Attention(TorchDispatchMode):
-    """Counts attention's forward operators."""
+    """A mode that counts attention's forward operators."""
 
     def __init__(self):
         super().__init__()
@@ -34,7 +36,7 @@ class Attention(TorchDispatchMode):
 
 
 def outcome(trainer):
-    """Losses, gradient norms, weights; runs of attention, and FLOPs."""
+    """Return losses, gradient norms, weights, the number of attention calls, and FLOPs."""
     with FlopCounterMode(display=False) as flops, Attention() as attention:
         trainer.train()
     figures = [logged(trainer, name) for name in ("loss", "grad_norm")]
@@ -47,13 +49,13 @@ def same_bits(one, other):
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    """Outcomes without checkpointing, by layout."""
+    """Return the results without checkpointing, by layout."""
     folder = tmp_path_factory.mktemp("plain")
     return {layout: outcome(trainer_of(folder, layout=layout)) for layout in LAYOUTS}
 
 
 def recomputed(layout):
-    """Runs of attention that full checkpointing adds: by sequence for a segment, at once for a padded batch."""
+    """Return the attention calls that full checkpointing adds: one per segment, or one per padded batch."""
     return LAYERS * (4 if layout == "shared" else 1)
 
 
@@ -63,7 +65,9 @@ def products(one):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_attention_that_is_kept_is_not_computed_again(layout, plain, tmp_path):
-    """Matrix products are computed again as with full checkpointing. (PyTorch counts no FLOPs of a CPU's attention.)"""
+    """Matrix products are recomputed as with full checkpointing. (PyTorch does not
+    count FLOPs of attention on a CPU.)
+    """
     full = outcome(trainer_of(tmp_path, layout=layout, **CHECKPOINTED))
     kept = outcome(trainer_of(tmp_path, layout=layout, checkpointing_keeps="attention", **CHECKPOINTED))
     assert same_bits(full, plain[layout]) and same_bits(kept, plain[layout])
@@ -78,7 +82,7 @@ def test_attention_that_is_kept_is_not_computed_again(layout, plain, tmp_path):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("keeps", ["nothing", "attention"])
 def test_every_other_layer(keeps, layout, plain, tmp_path):
-    """transformers' `every_n_layers`: of three layers, the first and third are computed again."""
+    """With transformers' `every_n_layers`, the first and third of three layers are recomputed."""
     chosen = {"gradient_checkpointing_kwargs": {"every_n_layers": 2}, "checkpointing_keeps": keeps, **CHECKPOINTED}
     found = outcome(trainer_of(tmp_path, layout=layout, **chosen))
     assert same_bits(found, plain[layout])
@@ -86,7 +90,9 @@ def test_every_other_layer(keeps, layout, plain, tmp_path):
 
 
 def test_attention_with_dropout_is_computed_again(tmp_path):
-    """Its random numbers come first: without them, the adapter's dropout after it would draw others."""
+    """Its random numbers are drawn first. Without them, the adapter's dropout, which
+    follows, would draw other numbers.
+    """
 
     def model():
         return perturbed(with_lora(tiny_model(attention_dropout=0.5), lora_dropout=0.5), 0.1)
@@ -119,7 +125,7 @@ def test_other_attention_is_an_error(tmp_path):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("checkpointing", [{}, CHECKPOINTED], ids=["plain", "checkpointed"])
 def test_offloaded_activations_give_the_same_gradients(checkpointing, layout, plain, tmp_path, monkeypatch):
-    """Everything that is saved is moved, but for parameters and their views, which are saved, too."""
+    """All saved tensors are moved, except for parameters and their views, which are saved, too."""
     moved, stayed = [], []
 
     def watched(is_on, model, device):

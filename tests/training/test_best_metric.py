@@ -1,4 +1,4 @@
-"""`metric_for_best_model` is a metric of the evaluation, or an error before the first step."""
+"""`metric_for_best_model` is a metric of the evaluation; otherwise there is an error before the first step."""
 
 import pytest
 from transformers import EarlyStoppingCallback, TrainerCallback

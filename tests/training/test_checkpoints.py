@@ -1,4 +1,4 @@
-"""What the losses keep is in `trainer_state.json`: any resume has it."""
+"""The state of the losses is in `trainer_state.json`, so it is restored in every way of resuming."""
 
 import json
 import logging
@@ -14,7 +14,7 @@ BCO = {"loss_type": "bco_pair", "train_dataset": pairs(8), "save_strategy": "ste
 
 
 class AtBegin(TrainerCallback):
-    """Calls a function when training begins."""
+    """A callback that calls a function when training begins."""
 
     def __init__(self, function=None):
         self.function = function
@@ -24,7 +24,7 @@ class AtBegin(TrainerCallback):
 
 
 def moved():
-    """BCO's δ away from where it starts."""
+    """Change BCO's δ from its initial value."""
     objective = build_objective(["bco_pair"])
     (loss,) = objective.state
     objective.load_state_dict({loss: dict.fromkeys(objective.state[loss], 0.25)})
@@ -38,11 +38,11 @@ def test_the_state_survives_a_file(tmp_path):
     loaded, fresh = TrainerState.load_from_json(str(tmp_path / "state.json")), build_objective(["bco_pair"])
     restore_losses(loaded, fresh)
     assert fresh.state_dict() == objective.state_dict() != build_objective(["bco_pair"]).state_dict()
-    assert LOSSES not in loaded.stateful_callbacks  # the Trainer would look for a callback of that name
+    assert LOSSES not in loaded.stateful_callbacks  # the Trainer would search for a callback of this name
 
 
 def test_losses_without_state_leave_their_names(caplog):
-    """And nothing for the Trainer, which takes what is left for the states of callbacks."""
+    """The Trainer gets no state of the losses, because it treats remaining entries as states of callbacks."""
     state = TrainerState()
     keep_losses(state, build_objective(["dpo"]))
     assert state.stateful_callbacks == {
@@ -54,7 +54,7 @@ def test_losses_without_state_leave_their_names(caplog):
 
 
 def test_a_state_that_is_not_there_starts_afresh(caplog):
-    """Also in a trainer that has trained before."""
+    """This includes a trainer that has trained before."""
     objective = moved()
     with caplog.at_level(logging.WARNING, logger="hf_prefopt"):
         restore_losses(TrainerState(), objective)
@@ -64,7 +64,7 @@ def test_a_state_that_is_not_there_starts_afresh(caplog):
 
 @pytest.mark.parametrize("settings", [{}, {"save_only_model": True}, {"restore_callback_states_from_checkpoint": True}])
 def test_a_resumed_bco_keeps_its_delta(settings, tmp_path):
-    """δ after step 2, whatever is saved beside it and whatever else the Trainer restores."""
+    """δ is that after step 2, for any other saved or restored state."""
     whole = make_trainer(tmp_path, **BCO, **settings, max_steps=2)
     whole.train()
     saved = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
@@ -79,7 +79,7 @@ PAIRS = {"train_dataset": pairs(8), "save_strategy": "steps", "save_steps": 1}
 
 
 def test_another_number_of_rows_a_step_is_an_error(tmp_path):
-    """Half the rows would make it another place in the data, and other learning rates."""
+    """With half the rows per step, the position in the data and the learning rates would be different."""
     make_trainer(tmp_path, **PAIRS, gradient_accumulation_steps=2).train()
     checkpoint = str(tmp_path / "checkpoint-1")
     with pytest.raises(ValueError, match=r"4 rows per step .*=2 × .*=2 × 1 rank\), but this run has 2 rows per step"):
@@ -101,7 +101,9 @@ def test_weights_alone_resume_with_a_warning(tmp_path, caplog):
 
 @pytest.mark.parametrize(("name", "engine"), [("global_step1", "DeepSpeed"), ("optimizer_0", "FSDP")])
 def test_a_checkpoint_of_another_engine_is_an_error(name, engine, tmp_path):
-    """The Trainer would go on with an optimizer and a learning rate that start afresh, and say nothing."""
+    """Without the error, the Trainer would continue with a new optimizer and a new
+    learning rate schedule, without a message.
+    """
     make_trainer(tmp_path, **PAIRS, max_steps=1).train()
     checkpoint = tmp_path / "checkpoint-1"
     (checkpoint / "optimizer.pt").unlink()
@@ -111,7 +113,7 @@ def test_a_checkpoint_of_another_engine_is_an_error(name, engine, tmp_path):
 
 
 def test_the_last_of_several_runs_checkpoints_has_to_be_named(tmp_path):
-    """A shorter run in the folder of a longer one leaves the longer one's last checkpoints."""
+    """A shorter run in the folder of a longer one leaves the last checkpoints of the longer one."""
     make_trainer(tmp_path, **PAIRS).train()
     make_trainer(tmp_path, **PAIRS, max_steps=2).train()
     with pytest.raises(ValueError, match="several runs: checkpoint-2 was written after checkpoint-4"):

@@ -1,6 +1,6 @@
-"""`GlobalBatch` by itself: on one process with a made-up objective, and as one of two ranks with a made-up accelerator.
+"""`GlobalBatch` alone: in one process with a fake objective, and as one of two ranks with a fake accelerator.
 
-What two real ranks do is in `tests/distributed`.
+`tests/distributed` tests two real ranks.
 """
 
 from functools import partial
@@ -14,7 +14,7 @@ from hf_prefopt.training.global_batch import GlobalBatch
 
 
 def accelerator(ranks=1, rank=0, gather=None, dataset=None, at_end=True):
-    """What a `GlobalBatch` reads of an accelerator."""
+    """Return a fake accelerator with the attributes that a `GlobalBatch` reads."""
     loader = SimpleNamespace(dataset=dataset)
     state = SimpleNamespace(end_of_dataloader=at_end, active_dataloader=loader)
     device = torch.device("cpu")
@@ -24,20 +24,20 @@ def accelerator(ranks=1, rank=0, gather=None, dataset=None, at_end=True):
 
 
 def pieces(*sizes):
-    """Pieces with these numbers of pairs, each pair from its own row."""
+    """Return pieces with these numbers of pairs; each pair is from a different row."""
     numbers = torch.arange(sum(sizes)).split(sizes)
     return [{"rows": part, "pair_in_row": torch.zeros_like(part), "chosen": part} for part in numbers]
 
 
 def kept_of(at, *batches):
-    """The pairs that are left of each batch of a step."""
+    """Return the pairs that are kept in each batch of a step."""
     loaded = [{"pieces": pieces_of_batch} for pieces_of_batch in batches]
     at.without_repeats(loaded, 2)
     return [[number for piece in batch["pieces"] for number in piece["chosen"].tolist()] for batch in loaded]
 
 
 def inputs_of(objective, count, seed=0):
-    """Random log-probs around −10 for the inputs of an objective of pairs, live."""
+    """Return random log-probs around −10 for the inputs of an objective of pairs, with gradients."""
     generator = torch.Generator().manual_seed(seed)
     names = [name for name in objective.inputs if "logps" in name]
     values = torch.randn(len(names), count, generator=generator, dtype=torch.float64) - 10
@@ -47,8 +47,9 @@ def inputs_of(objective, count, seed=0):
 @pytest.mark.parametrize("sizes", [(4,), (1, 1, 1, 1), (3, 1), (1, 2, 1)])
 @pytest.mark.parametrize("loss", ["dpo", "aot", "kto_pair"])
 def test_the_gradients_of_the_pieces_add_up_to_that_of_the_mean(loss, sizes):
-    """By autograd of the objective's mean over the four pairs at once; the values add up to the mean. In float64, sums
-    of a few terms of size 1: 1e-12."""
+    """The gradient is that of the objective's mean over the four pairs at once, and the values add up to the mean. In
+    float64, sums of a few terms of size 1: 1e-12.
+    """
     objective = build_objective([loss])
     whole = inputs_of(objective, 4)
     expected = objective(whole).losses.mean()
@@ -67,7 +68,7 @@ def test_the_gradients_of_the_pieces_add_up_to_that_of_the_mean(loss, sizes):
 
 
 def test_a_piece_that_is_a_step_by_itself_needs_no_collecting():
-    """Outside a step, as when `compute_loss` is called by hand, the loss is that of the piece alone."""
+    """Outside of a step, for example if you call `compute_loss`, the loss is that of the piece alone."""
     objective = build_objective(["aot"])
     own = inputs_of(objective, 3)
     output, loss = GlobalBatch(accelerator(), objective).loss(pieces(3)[0], own, None)
@@ -106,7 +107,7 @@ def test_rows_that_come_again_at_the_end_do_not_count(rank, expected):
     [
         {"ranks": 1, "dataset": range(7)},
         {"ranks": 2, "dataset": range(7), "at_end": False},
-        {"ranks": 2, "dataset": iter(range(7))},  # a stream says itself which rows come again
+        {"ranks": 2, "dataset": iter(range(7))},  # a stream marks its repeated rows
     ],
 )
 def test_otherwise_every_row_counts(where):
@@ -128,17 +129,21 @@ def test_a_piece_that_says_what_counts_is_believed():
 
 
 def test_batches_that_say_what_counts_are_believed_wherever_they_come():
-    """As those of a stream with several loader workers, each of which fills up its own last batch."""
+    """For example, a stream with several loader workers has such batches, because
+    each worker fills its own last batch.
+    """
     marked = [{**piece, "counted": torch.tensor([True, False])} for piece in pieces(2)]
     at = GlobalBatch(accelerator(2, dataset=iter(range(7))), build_objective(["dpo"]))
     assert kept_of(at, marked, pieces(2)) == [[0], [0, 1]]
-    # What the length tells is of the last batch alone: rows 4, 5 and rows 6, 0 on the second rank.
+    # The length only determines the last batch: rows 4, 5 and rows 6, 0 on the second rank.
     at = GlobalBatch(accelerator(2, 1, dataset=range(7)), build_objective(["dpo"]))
     assert kept_of(at, pieces(2), pieces(2)) == [[0, 1], [0]]
 
 
 def test_a_rank_with_fewer_pieces_gets_idle_ones():
-    """The other rank has three pieces and one, this one has one and two: two idle pieces, asked for once."""
+    """The other rank has three pieces and one, and this one has one and two: it adds
+    two idle pieces, with one gather.
+    """
     asked = []
 
     def gather(own):

@@ -1,4 +1,4 @@
-"""`PreferenceData` by itself: settings and a tokenizer, no trainer."""
+"""`PreferenceData` alone: settings and a tokenizer, without a trainer."""
 
 import logging
 
@@ -17,7 +17,7 @@ def data(folder, **settings):
 
 
 def test_the_first_data_set_settles_the_objective(tmp_path):
-    """`sft` compares pairs or lists; `margin` is a column that `dpo` uses where it is there."""
+    """`sft` compares pairs or lists; `dpo` uses the column `margin` if there is one."""
     of_lists = data(tmp_path, loss_type="sft_lists")
     of_lists.prepare(lists(4), "train")
     assert of_lists.objective.kind.name == "lists"
@@ -43,7 +43,7 @@ def test_examples_that_the_losses_cannot_compare_are_named(tmp_path):
 
 
 def test_pairs_that_are_all_identical_are_an_error_where_only_differences_count(tmp_path):
-    """Also of 1,001 rows the last one alone that differs makes the set usable; NLL learns from equal responses, too."""
+    """A set is usable if only the last of 1,001 rows differs; the NLL also trains on equal responses."""
     same = Dataset.from_list([text_pair(chosen=" Paris.", rejected=" Paris.")] * 1000)
     with pytest.raises(ValueError, match="train: chosen and rejected have the same tokens in all of 1,000 pairs, so "):
         data(tmp_path).prepare(same, "train")
@@ -63,7 +63,7 @@ def test_changed_settings_are_checked_against_the_data(tmp_path):
 
 
 def test_an_evaluation_set_named_train_does_not_hide_the_training_set(tmp_path):
-    """What settles the objective is the training set, with its margins."""
+    """The training set determines the objective, here with its margins."""
     made = data(tmp_path)
     train = made.prepare(Dataset.from_list([text_pair() | {"margin": 0.5}] * 2), "train")
     made.settle_again(train, {"train": pairs(2)})
@@ -87,7 +87,7 @@ def test_rows_get_a_mismatched_response_where_a_loss_needs_one(tmp_path):
 
 
 def test_a_stream_is_filled_up_for_several_ranks(tmp_path):
-    """Three rows for two ranks that take two at a time: the first one comes again, and says so."""
+    """Three rows for two ranks with two rows at a time: the first row is repeated, and marked."""
     made, stream = data(tmp_path), pairs(3).to_iterable_dataset()
     assert made.to_read(stream, 4) is stream
     made.args.__class__ = type("TwoRanks", (type(made.args),), {"world_size": 2})
@@ -99,7 +99,7 @@ def test_a_stream_is_filled_up_for_several_ranks(tmp_path):
 
 
 def test_a_token_without_embedding_is_named_with_its_row(tmp_path):
-    """Ids of prompts and of responses; the highest id is one below the number of embeddings."""
+    """Ids of prompts and responses are checked; the highest valid id is the number of embeddings minus 1."""
     rows = pairs(3)
     highest = max(token for row in rows for ids in (row["prompt_ids"], *row["response_ids"]) for token in ids)
     exact = PreferenceData(make_config(tmp_path), tiny_tokenizer(), embeddings=highest + 1)
@@ -115,7 +115,7 @@ def test_a_token_without_embedding_is_named_with_its_row(tmp_path):
 
 
 def test_what_was_prepared_is_not_checked_again(tmp_path, caplog):
-    """An evaluation gives the data set that the trainer has prepared; other losses check it again."""
+    """An evaluation can pass the data set that the trainer has prepared; with other losses, it is checked again."""
     args = make_config(tmp_path)
     data = PreferenceData(args, tiny_tokenizer())
     rows = pairs(3).add_column("margins", [[0.5]] * 3)

@@ -1,4 +1,4 @@
-"""The auxiliary loss of a mixture of experts: in the objective where the config asks for it, and exact in every layout.
+"""The auxiliary loss of a mixture of experts: part of the objective if the config says so, and exact in every layout.
 
 The loss of routers is E · Σ_e f_e · P_e, over all layers at once: f_e is the share of tokens that choose expert e,
 times the number of choices, and P_e the mean probability of e. Both are means over the tokens of a forward, in which a
@@ -43,7 +43,7 @@ def moe(name="qwen3_moe", **settings):
 
 
 def by_hand(model, rows):
-    """The auxiliary loss, from the routers' logits of each sequence alone, in float64."""
+    """Return the auxiliary loss, from the routers' logits of each sequence alone, in float64."""
     logits = [[] for _ in range(model.config.num_hidden_layers)]
     for row in rows:
         for response in row["response_ids"]:
@@ -59,8 +59,9 @@ def by_hand(model, rows):
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_prompt_counts_once_for_each_response(layout, name):
-    """fp32 logits of single sequences and of the batch differ by roundings of 6e-8 · 30, and so do probabilities; 1e-5
-    of a mean over 200 of them has room. The gradient in the same measure as in test_forward."""
+    """fp32 logits of single sequences and of the batch differ by roundings of 6e-8 · 30, and so do probabilities; a
+    mean over 200 of them agrees to 1e-5. The gradient is compared as in test_forward.
+    """
     model, rows = moe(name), random_rows(3)
     expected = by_hand(model, rows)
     wanted = gradients(expected.float(), model)
@@ -74,7 +75,7 @@ def test_a_prompt_counts_once_for_each_response(layout, name):
 
 @pytest.mark.parametrize("coefficient", [None, 0.5, 0.0])
 def test_loss_and_gradients_are_trls(coefficient, tmp_path):
-    """TRL 1.16's DPOTrainer on the same batch; by default both take the config's coefficient, here 10."""
+    """TRL 1.16's DPOTrainer gets the same batch; by default, both use the config's coefficient, which is 10 here."""
     pytest.importorskip("trl")
     rows, settings = random_rows(3), {"router_aux_loss_coef": coefficient}
 
@@ -105,9 +106,10 @@ def test_loss_and_gradients_are_trls(coefficient, tmp_path):
 @pytest.mark.parametrize("settings", [{}, {"gradient_checkpointing": True}, {"loss_type": "aot"}])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_two_steps_by_hand(layout, settings, tmp_path):
-    """The log has the loss with it and `aux_loss` without its coefficient: the first loss of DPO is log 2 + 3 · aux.
+    """The logged loss includes it, and `aux_loss` is logged without its coefficient:
+    DPO's first loss is log 2 + 3 · aux.
 
-    The second step begins from weights that plain SGD on the same loss gives. AOT's is collected over the whole step.
+    The second step starts from weights after plain SGD on the same loss. AOT's loss is collected over the whole step.
     """
     train = pairs(4)
     trainer = make_trainer(
@@ -127,7 +129,7 @@ def test_two_steps_by_hand(layout, settings, tmp_path):
     plain = moe()
     first = by_hand(plain, list(train))
     before = trainer.evaluate()
-    assert before["eval_aux_loss"] == pytest.approx(first.item(), rel=1e-2)  # the mean of two batches' own
+    assert before["eval_aux_loss"] == pytest.approx(first.item(), rel=1e-2)  # the mean of the two batches' own losses
     trainer.train()
     assert logged(trainer, "aux_loss")[0] == pytest.approx(first.item(), rel=1e-5)
     assert logged(trainer, "loss")[0] == pytest.approx(math.log(2) + 3 * first.item(), rel=1e-5)
@@ -135,13 +137,15 @@ def test_two_steps_by_hand(layout, settings, tmp_path):
     with torch.no_grad():
         for parameter in plain.parameters():
             parameter -= 1e-3 * (0 if parameter.grad is None else parameter.grad)
-    # DPO's own gradient moves the routers, too, but by 1e-3 of a gradient of order β: seen in the third digit.
+    # DPO's own gradient changes the routers, too, but only by 1e-3 of a gradient of order β, in the third digit.
     assert logged(trainer, "aux_loss")[1] == pytest.approx(by_hand(plain, list(train)).item(), rel=1e-2)
     assert logged(trainer, "aux_loss")[1] < logged(trainer, "aux_loss")[0]
 
 
 def test_forwards_count_by_their_examples(tmp_path):
-    """Six pairs in batches of 4 and 2, one step: 4/6 of the first forward's auxiliary loss and 2/6 of the second's."""
+    """Six pairs in batches of 4 and 2, in one step: 4/6 of the first forward's
+    auxiliary loss and 2/6 of the second's.
+    """
     train = pairs(6)
     settings = {"per_device_train_batch_size": 4, "train_sampling_strategy": "sequential", "num_train_epochs": 1}
     trainer = make_trainer(
@@ -155,7 +159,7 @@ def test_forwards_count_by_their_examples(tmp_path):
 
 
 def test_reentrant_checkpointing_is_refused(tmp_path):
-    """It runs the layers without a graph, so that the routers' logits have no gradient."""
+    """It runs the layers without a graph, so the routers' logits have no gradient."""
     settings = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
     trainer = make_trainer(tmp_path, moe(), max_steps=1, **settings)
     with pytest.raises(RuntimeError, match=r"'use_reentrant': False.*router_aux_loss_coef=0"):
@@ -172,13 +176,13 @@ class TestWhatIsSaid:
         assert "plus 0.001 × the auxiliary router loss (aux_loss)" in self.said(tmp_path, moe())
 
     def test_a_constant(self, tmp_path):
-        """The last layer's experts alone train: no router comes behind them."""
+        """Only the last layer's experts train, and no router follows them."""
         model = moe().requires_grad_(False)
         model.model.layers[1].mlp.experts.requires_grad_(True)
         assert "a constant, because no trained parameter comes before a router" in self.said(tmp_path, model)
 
     def test_adapters_before_frozen_routers_are_moved(self, tmp_path):
-        """The routers' logits are of hidden states that adapters change, although the routers are frozen."""
+        """The routers' logits depend on hidden states that adapters change, although the routers are frozen."""
         adapter = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
         model = with_lora(moe(), target_modules=["q_proj", "v_proj"])
         assert "whose gradient reaches the adapters" in self.said(tmp_path, model)

@@ -1,4 +1,4 @@
-"""`Scorer` by itself: a model, an objective and an accelerator, without a trainer."""
+"""`Scorer` alone: a model, an objective and an accelerator, without a trainer."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from tests.trainers import make_config
 
 
 def scorer(folder, model, ref_model=None, custom=None, **settings):
-    """A scorer with that model attached, and its collator."""
+    """Return a scorer with this model attached, and its collator."""
     args = make_config(folder, **settings)
     collator = loader_collator(args, 0, custom)
     made = Scorer(args, collator, ref_model)
@@ -28,7 +28,7 @@ def batch_of(collator, count=3) -> PreferenceBatch:
 
 
 def plain_logp(model, row, which):
-    """The summed log-prob of one response, by `model(...)` on its sequence alone."""
+    """Return the summed log-prob of one response, by `model(...)` on its sequence alone."""
     prompt, response, mask = row["prompt_ids"], row["response_ids"][which], row["scored_masks"][which]
     with torch.no_grad():
         logits = model.eval()(input_ids=torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1]
@@ -38,8 +38,9 @@ def plain_logp(model, row, which):
 
 @pytest.mark.parametrize("layout", ["shared", "padded"])
 def test_policy_and_reference_are_the_plain_models(layout, tmp_path):
-    """Each response's summed log-prob, by `model(...)` on that one sequence; fp32 sums of at most nine tokens of a few
-    nats: 1e-4."""
+    """Each response's summed log-prob is compared with `model(...)` on its sequence
+    alone; fp32 sums of at most nine tokens of a few nats: 1e-4.
+    """
     base = tiny_model()
     model = perturbed(with_lora(tiny_model()), 0.1)
     made, collator = scorer(tmp_path, model, layout=layout, reference="adapter_off")
@@ -117,7 +118,7 @@ def test_a_collator_of_other_rows_is_an_error_that_says_what_to_do(custom, messa
 
 
 def test_a_reference_that_follows_is_moved_when_it_is_due(tmp_path):
-    """α = 1, every second step: after step 2 the reference is the policy."""
+    """With α = 1, every second step: after step 2, the reference is the policy."""
     model = tiny_model()
     settings = {"sync_ref_model": True, "ref_model_mixup_alpha": 1.0, "ref_model_sync_steps": 2}
     made, collator = scorer(tmp_path, model, **settings)

@@ -1,4 +1,4 @@
-"""`hyperparameter_search` over our own settings: each trial is the run that has its values from the start."""
+"""`hyperparameter_search` over our own settings: each trial equals a run that has its values from the start."""
 
 import gc
 
@@ -20,7 +20,7 @@ SIMPO, TWO = {"loss_type": "simpo"}, {"loss_type": ["dpo", "ipo"], "loss_weights
 LD, MOVING = {"ld_alpha": 0.5}, {"sync_ref_model": True, "ref_model_sync_steps": 1}
 HUMANLINE = {"humanline": True, "humanline_log_eps_p": -0.1, "humanline_log_eps_r": 0.1}
 ALPHA = {"f_divergence_type": "alpha_divergence"}
-# For each setting the values of consecutive trials, and what the configuration has beside.
+# For each setting, the values of consecutive trials, and other settings of the configuration.
 SEARCHES = {
     "beta": ([0.01, 1.0], {}),
     "beta, whole numbers before others": ([1, 0.5], {}),
@@ -59,25 +59,25 @@ SEARCHES = {
 
 @pytest.fixture(autouse=True, scope="module")
 def quick_collections():
-    """The Trainer collects garbage three times a trial: half a second each, were all modules looked through."""
+    """Disable garbage collection, which the Trainer runs three times per trial: half a second each."""
     gc.freeze()
     yield
     gc.unfreeze()
 
 
 def model():
-    """With a trained adapter, so that references differ, and with dropout."""
+    """Return a model with a trained adapter, so that references differ, and with dropout."""
     return perturbed(with_lora(tiny_model(attention_dropout=0.2), lora_dropout=0.1), scale=0.05)
 
 
 def experts():
-    """A mixture of experts under a trained adapter."""
+    """Return a mixture of experts with a trained adapter."""
     sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
     return perturbed(with_lora(tiny_model("qwen3_moe", **sizes), target_modules=["q_proj", "v_proj"]), scale=0.05)
 
 
 def rows():
-    """Token weights and win rates in the columns, and every prompt twice."""
+    """Return rows with token weights and win rates, and with every prompt twice."""
     weighted = examples(make_config("unused", use_token_weights=True, use_win_rates=True).build_objective(), count=3)
     return [{**row, "row": number} for number, row in enumerate([*weighted, *weighted])]
 
@@ -89,14 +89,14 @@ def trainer_for(folder, **settings):
 
 
 def figures(trainer):
-    """Losses of the steps, and the evaluation after them."""
+    """Return the losses of the steps, and the evaluation after them."""
     measured = trainer.evaluate()
     steps = [*logged(trainer, "loss"), *logged(trainer, "logps/chosen")]
     return [*steps, *(measured[name] for name in ("eval_loss", "eval_logps/chosen"))]
 
 
 def search(trainer, spaces):
-    """The figures of the trials, which have these settings one after the other."""
+    """Return the losses and evaluations of consecutive trials with these settings."""
     found = []
 
     def objective(metrics):
@@ -129,7 +129,7 @@ OFTEN = (
 
 @pytest.mark.parametrize("what", at_least(OFTEN, SEARCHES))
 def test_each_trial_is_the_direct_run_with_its_value(what, tmp_path):
-    """Bit for bit: the same model, data and seeds, and every setting as it is in a configuration of its own."""
+    """The results are bit-equal: model, data and seeds are the same, and every setting is as in a new configuration."""
     name = what.split(",")[0]
     values, beside = SEARCHES[what]
     trials = search(trainer_for(tmp_path / "search", **beside), [{name: value} for value in values])
@@ -137,7 +137,7 @@ def test_each_trial_is_the_direct_run_with_its_value(what, tmp_path):
         direct = trainer_for(tmp_path / "direct", **{**beside, name: value})
         direct.train()
         assert trial == figures(direct), f"{name}={value!r}"
-    # Every setting acts; those that change no expected number move the draws of dropout.
+    # Every setting has an effect; those that do not change an expected value change the draws of dropout.
     assert trials[0] != trials[1]
 
 
@@ -176,12 +176,12 @@ def test_a_setting_that_comes_too_late_is_refused(name, tmp_path):
     with pytest.raises(ValueError, match=f"{name}=.* comes too late: .* create a trainer for each value"):
         search(trainer, [{name: LATE[name]}])
     assert getattr(trainer.args, name) != LATE[name]
-    # As it is, it may stand in a space.
+    # The unchanged value may be in a space.
     assert len(search(trainer, [{name: getattr(trainer.args, name), "beta": 0.5}])) == 1
 
 
 def test_every_settled_setting_is_tried():
-    """`unpair` wants another loss than the pairs of these tests have."""
+    """`unpair` is missing, because it needs another loss than the pairs of these tests."""
     assert {*LATE, "unpair"} == set(SETTLED)
 
 
@@ -206,7 +206,7 @@ def test_what_a_configuration_refuses_a_trial_refuses(space, message, tmp_path):
 
 
 def test_a_bare_hyperparameter_is_refused(tmp_path):
-    """The Trainer would only warn that it is no setting, and run equal trials."""
+    """Without the error, the Trainer would only warn that it is not a setting, and run equal trials."""
     with pytest.raises(
         ValueError, match=r"gamma=0.5, which is a hyperparameter of simpo.* search over loss_params=\{'gamma'"
     ):
@@ -214,7 +214,9 @@ def test_a_bare_hyperparameter_is_refused(tmp_path):
 
 
 def test_a_trial_starts_from_the_configuration_and_so_does_what_follows(tmp_path):
-    """Spaces that name other settings in each trial; the Trainer leaves the values of the trial before."""
+    """The spaces name different settings in each trial, and the Trainer does not
+    reset the values of the trial before.
+    """
     trainer = trainer_for(tmp_path / "search")
     trials = search(trainer, [{"loss_type": "simpo", "beta": 2.0}, {"sft_weight": 0.5}, {}])
     for settings, trial in zip([{"loss_type": "simpo", "beta": 2.0}, {"sft_weight": 0.5}, {}], trials, strict=True):
@@ -225,7 +227,7 @@ def test_a_trial_starts_from_the_configuration_and_so_does_what_follows(tmp_path
 
 
 def test_the_best_settings_set_by_hand_are_those_of_the_next_run(tmp_path):
-    """As transformers advises after a search: `setattr(trainer.args, name, value)`, then `train()`."""
+    """transformers recommends this after a search: `setattr(trainer.args, name, value)`, then `train()`."""
     trainer = trainer_for(tmp_path / "search")
     search(trainer, [{"beta": 0.01}, {"beta": 1.0}])
     for name, value in {"beta": 0.7, "temperature": 0.5}.items():
@@ -237,7 +239,7 @@ def test_the_best_settings_set_by_hand_are_those_of_the_next_run(tmp_path):
 
 
 def test_a_space_is_asked_once(tmp_path):
-    """It may draw at random, or count."""
+    """A space may draw at random, or count."""
     asked = []
 
     def space(trial):
@@ -262,7 +264,7 @@ def test_a_cache_is_of_the_trials_temperature(tmp_path):
 
 @pytest.mark.parametrize("arguments", [0, 1])
 def test_a_model_init_of_the_trial_without_a_tokenizer(arguments, tmp_path):
-    """The tokenizer is the one beside the model's weights."""
+    """The tokenizer is the one next to the model's weights."""
     tiny_model().save_pretrained(tmp_path / "base")
     tiny_tokenizer().save_pretrained(tmp_path / "base")
     seen = []
@@ -289,7 +291,7 @@ def by_itself(trainer, spaces, **options):
 
 
 class Evaluations(TrainerCallback):
-    """The losses of each evaluation, by data set."""
+    """A callback that records the losses of each evaluation, by data set."""
 
     def __init__(self):
         self.losses = []
@@ -299,7 +301,7 @@ class Evaluations(TrainerCallback):
 
 
 def test_what_is_searched_for_by_default_is_the_loss(tmp_path):
-    """The Trainer would add up rewards and log-probs, and so prefer a model that has collapsed."""
+    """By default, the Trainer would add up rewards and log-probs, and so prefer a model that has collapsed."""
     seen = Evaluations()
     trainer = trainer_for(tmp_path, callbacks=[seen])
     found = by_itself(trainer, [{"learning_rate": rate} for rate in (1e-5, 1e-2, 3.0)])

@@ -1,7 +1,7 @@
-"""Trainers that share a process, a model or a configuration: each computes as if it were alone.
+"""Trainers that share a process, a model or a configuration: each one computes as if it were alone.
 
-Alone means a fresh model and a trainer made at once, so equal losses are the same bits. A loss in bf16 is another
-number than in fp32 from the second step on.
+The comparison is a new model and a trainer created at once, so equal losses are
+bit-equal. A loss in bf16 differs from one in fp32 from the second step on.
 """
 
 import functools
@@ -31,7 +31,7 @@ def losses(trainer):
 
 @functools.cache
 def alone(kind, bf16):
-    """The losses of a trainer that shares nothing."""
+    """Return the losses of a trainer that shares nothing."""
     return losses(make_trainer("unused", MODELS[kind](), bf16=bf16, train_dataset=pairs(7), **SETTINGS))
 
 
@@ -47,7 +47,7 @@ def test_the_precisions_differ():
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("kind", MODELS)
 def test_a_model_that_another_trainer_has_used_is_trained_in_the_precision_asked_for(kind, bf16, tmp_path):
-    """A notebook's cell that is run again with bf16 switched."""
+    """For example, a cell of a notebook is run again with another value of bf16."""
     model = MODELS[kind]()
     trainer_of(model, tmp_path, not bf16, learning_rate=0.0).train()
     assert losses(trainer_of(model, tmp_path, bf16)) == alone(kind, bf16)
@@ -57,7 +57,9 @@ def test_a_model_that_another_trainer_has_used_is_trained_in_the_precision_asked
 @pytest.mark.parametrize("sft_bf16", [False, True])
 @pytest.mark.parametrize("kind", MODELS)
 def test_a_model_may_come_from_transformers_own_trainer(kind, sft_bf16, bf16, tmp_path):
-    """SFT and then preferences, on one object: accelerate has marked it, and wrapped the forward that we replace."""
+    """SFT and then preference training on one object: accelerate has marked it, and
+    wrapped the forward that we replace.
+    """
     model = MODELS[kind]()
     ids = list(range(3, 12))
     rows = [{"input_ids": ids, "labels": ids, "attention_mask": [1] * len(ids)}] * 2
@@ -72,7 +74,7 @@ def test_a_model_may_come_from_transformers_own_trainer(kind, sft_bf16, bf16, tm
 
 @pytest.mark.parametrize("first", [False, True])
 def test_trainers_that_are_made_together_keep_their_precisions(first, tmp_path):
-    """Also in accelerate's shared state while each of them trains, from which autocast takes its dtype on GPUs."""
+    """This includes accelerate's shared state during training, from which autocast takes its dtype on GPUs."""
     models = tiny_model(), tiny_model()
     one, other = (trainer_of(model, tmp_path, bf16) for model, bf16 in zip(models, (first, not first), strict=True))
     for trainer, bf16 in ((one, first), (other, not first), (one, first)):
@@ -90,7 +92,7 @@ def test_trainers_that_are_made_together_keep_their_precisions(first, tmp_path):
 
 
 def test_an_evaluation_after_another_trainer_has_used_the_model(tmp_path):
-    """It is in the first trainer's precision again, whatever the other one's was."""
+    """The model has the first trainer's precision again, whatever the precision of the other trainer."""
     model, evaluated = tiny_model(), pairs(5, seed=1)
     one = trainer_of(model, tmp_path, False, eval_dataset=evaluated, learning_rate=0.0)
     one.train()
@@ -115,7 +117,9 @@ def test_another_precision_in_the_middle_of_training_is_an_error(tmp_path):
 
 
 def test_configurations_may_be_made_before_any_trainer(tmp_path):
-    """accelerate would say that its state cannot be changed, and that the process has to be started again."""
+    """Without our fix, accelerate would say that its state cannot be changed, and
+    that the process has to be restarted.
+    """
     configs = {bf16: make_config(tmp_path, bf16=bf16, **SETTINGS) for bf16 in (True, False)}
     for bf16 in (True, False, True):
         trainer = PreferenceTrainer(
@@ -126,7 +130,7 @@ def test_configurations_may_be_made_before_any_trainer(tmp_path):
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_engines_that_cannot_evaluate_before_training_say_so(stage):
-    """DeepSpeed's own error is that its configuration is wrong."""
+    """DeepSpeed's own error would say that its configuration is wrong."""
     plugin = SimpleNamespace(zero_stage=stage)
     accelerator = SimpleNamespace(
         _models=[], distributed_type=DistributedType.DEEPSPEED, state=SimpleNamespace(deepspeed_plugin=plugin)
@@ -139,7 +143,7 @@ def test_engines_that_cannot_evaluate_before_training_say_so(stage):
 
 
 def test_under_fsdp2_trainers_have_one_precision():
-    """It is in accelerate's plugin, of which a process has one."""
+    """accelerate's plugin has the precision, and a process has only one plugin."""
     state = SimpleNamespace(mixed_precision="bf16")
     accelerator = SimpleNamespace(distributed_type=DistributedType.FSDP, state=state)
     with pytest.raises(ValueError, match="mixed_precision='no', but a trainer created later has 'bf16'"):

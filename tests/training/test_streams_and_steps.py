@@ -1,4 +1,4 @@
-"""Streams whose batches do not fill the last step of an epoch: every step has its rows, and no row is left out."""
+"""Streams whose batches do not fill the last step of an epoch: every step is full, and no row is left out."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def stream_trainer(folder, rows=5, **settings):
 
 
 def rows_of_steps(trainer):
-    """The rows of each step, filled in by training."""
+    """Record the rows of each step; training fills the list."""
     steps, begin = [], trainer.global_batch.begin
 
     def watched(pieces, collect):
@@ -33,8 +33,9 @@ def rows_of_steps(trainer):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_what_is_left_of_an_epoch_begins_the_next(workers, tmp_path):
-    """Five rows, two a step: the third step is the last row and the first one. Losses, norms and weights are those of
-    the rows in that order, as a data set."""
+    """Five rows, two per step: the third step has the last row and the first one.
+    Losses, norms and weights are those of a data set with the rows in this order.
+    """
     trainer = stream_trainer(tmp_path, max_steps=5, dataloader_num_workers=workers)
     steps = rows_of_steps(trainer)
     trainer.train()
@@ -55,7 +56,7 @@ def test_what_is_left_of_an_epoch_begins_the_next(workers, tmp_path):
 
 
 def test_a_second_run_begins_with_the_first_row(tmp_path):
-    """What was left of the last epoch of the run before is not trained on."""
+    """The rows that were left after the last epoch of the first run are not used."""
     trainer = stream_trainer(tmp_path, max_steps=3)
     steps = rows_of_steps(trainer)
     trainer.train()
@@ -64,14 +65,14 @@ def test_a_second_run_begins_with_the_first_row(tmp_path):
 
 
 def test_a_stream_of_less_than_a_step_is_an_error(tmp_path):
-    """It would be read again and again, and no step made."""
+    """Without the error, the stream would be read again and again without a step."""
     trainer = stream_trainer(tmp_path, rows=1, max_steps=2)
     with pytest.raises(ValueError, match="has only 1 batches, but a step needs gradient_accumulation_steps=2"):
         trainer.train()
 
 
 def test_a_run_that_is_resumed_behind_the_streams_end_is_an_error(tmp_path):
-    """The place is searched from the stream's beginning, in one pass."""
+    """The position is searched from the beginning of the stream, in one pass."""
     settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 1}
     stream_trainer(tmp_path, **settings).train()
     resumed = stream_trainer(tmp_path, **settings)

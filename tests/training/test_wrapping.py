@@ -1,4 +1,4 @@
-"""What is settled before accelerate prepares the model."""
+"""The settings that are chosen before accelerate prepares the model."""
 
 from types import SimpleNamespace
 
@@ -13,7 +13,7 @@ from tests.tiny_models import tiny_model, with_lora
 
 
 class Experts(nn.Module):
-    """Each token goes through one of two layers, the token's own."""
+    """A layer in which each token uses one of two experts."""
 
     def __init__(self):
         super().__init__()
@@ -65,7 +65,7 @@ MODELS = {
 
 @pytest.mark.parametrize(("make", "expected"), MODELS.values(), ids=MODELS)
 def test_whether_every_parameter_gets_a_gradient(make, expected):
-    """Where it is said so, the backward of a few tokens gives all of them one."""
+    """If the result is True, the backward pass of a few tokens gives a gradient to all parameters."""
     model = make()
     install_scoring(model)
     assert uses_every_parameter(model) == expected

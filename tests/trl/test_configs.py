@@ -35,7 +35,7 @@ def test_every_field_of_trl_is_a_field_with_its_default(method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_field_that_is_trls_alone_has_a_meaning(method):
-    """The table has an entry for each, and no other entries."""
+    """The table has an entry for each of these fields, and no others."""
     known = defaults(PreferenceConfig).keys()
     assert defaults(trl_config(method)).keys() - known <= TRL_FIELDS.keys()
     everywhere = {name for other in METHODS for name in defaults(trl_config(other))}
@@ -44,7 +44,7 @@ def test_every_field_that_is_trls_alone_has_a_meaning(method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_all_of_trls_defaults_written_out_are_accepted(method, tmp_path, caplog):
-    """As in a YAML file with every key, or a dumped configuration; nothing is said of them."""
+    """For example, a YAML file has every key, or a dumped configuration; there are no messages."""
     own = {name: value for name, value in defaults(trl_config(method)).items() if name not in TRAINER}
     with caplog.at_level(logging.WARNING, "hf_prefopt"):
         assert config(method, tmp_path, **own).beta == own["beta"]
@@ -53,7 +53,7 @@ def test_all_of_trls_defaults_written_out_are_accepted(method, tmp_path, caplog)
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_command_line(method, tmp_path):
-    """Every field of TRL's as a switch; a list takes one value, too."""
+    """Every field of TRL is an option; a list accepts a single value, too."""
     (args,) = HfArgumentParser(getattr(ours, f"{method}Config")).parse_args_into_dataclasses(
         [
             "--output_dir",
@@ -128,7 +128,7 @@ def test_pad_to_multiple_of(given, multiple, tmp_path):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_configuration_survives_a_round_trip(method, tmp_path):
-    """Its dump says what TRL's would, and makes the same losses again."""
+    """Its dump has TRL's values, and gives the same losses again."""
     first = config(method, tmp_path)
     (again,) = HfArgumentParser(type(first)).parse_dict(
         {name: value for name, value in first.to_dict().items() if name not in TRAINER}

@@ -1,4 +1,4 @@
-"""docs/from_trl.md is what the tables say, and names everything that it is to name."""
+"""docs/from_trl.md is up to date, and names everything that it should name."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "from_trl.md"
 
 
 def test_the_page_is_current():
-    """`make docs` writes it."""
+    """`make docs` writes the page."""
     assert PAGE.read_text() == page()
 
 
@@ -23,7 +23,7 @@ def test_every_field_of_trls_is_on_the_page(method):
 
 
 def test_fields_that_are_the_same_have_the_same_default():
-    """The page lists them in one line; they are TRL's, and none of another default."""
+    """The page lists these fields in one line; they are TRL's, with TRL's defaults."""
     from hf_prefopt import PreferenceConfig
 
     ours = defaults(PreferenceConfig)

@@ -1,4 +1,4 @@
-"""TRL's own training scripts with the imports changed: from the command line to a saved model."""
+"""TRL's own training scripts with changed imports, from the command line to a saved model."""
 
 import json
 from importlib import import_module
@@ -30,7 +30,7 @@ RUNS = {
 
 @pytest.mark.parametrize(("script", "rows", "options"), RUNS.values(), ids=RUNS)
 def test_a_script_of_trls(script, rows, options, tmp_path, monkeypatch):
-    """`trl/scripts/dpo.py` and `kto.py`, whose `from trl import ...` finds our classes."""
+    """In `trl/scripts/dpo.py` and `kto.py`, `from trl import ...` imports our classes."""
     for name in ours.__all__:
         if hasattr(trl, name):
             monkeypatch.setattr(trl, name, getattr(ours, name))
@@ -49,7 +49,7 @@ def test_a_script_of_trls(script, rows, options, tmp_path, monkeypatch):
 
 
 def test_a_yaml_file_of_trls(tmp_path):
-    """TRL's parser with our classes: keys that only TRL has, among them those that do nothing."""
+    """TRL's parser gets our classes; the file has keys that only TRL has, including those without an effect."""
     file = tmp_path / "cpo.yaml"
     file.write_text(
         f"output_dir: {tmp_path}\nloss_type: simpo\nsimpo_gamma: 1.0\ncpo_alpha: 0.0\nbeta: 2.0\n"

@@ -1,4 +1,6 @@
-"""The trainers of `hf_prefopt.trl`: TRL's arguments in TRL's order, its attributes, runs from raw data to a card."""
+"""The trainers of `hf_prefopt.trl`: TRL's arguments in TRL's order, its attributes,
+and runs from raw data to a card.
+"""
 
 import inspect
 import logging
@@ -19,7 +21,7 @@ PAIRS = [
     for country, capital in (("France", "Paris"), ("Italy", "Rome"), ("Spain", "Madrid"), ("Peru", "Lima"))
 ]
 DATA = dict.fromkeys(METHODS, PAIRS) | {"TPO": [{**row, "reference": row["chosen"] + " It is."} for row in PAIRS]}
-# Metrics that each of TRL's trainers logs, but for those that docs/from_trl.md says are left out.
+# Metrics that each of TRL's trainers logs, except for those that docs/from_trl.md lists as not logged.
 METRICS = {
     "DPO": {"rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen"},
     "KTO": {"rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen", "logps/rejected", "kl"},
@@ -34,7 +36,7 @@ def model(**config):
 
 
 def make(method: str, folder, *positional, **settings):
-    """A trainer of two steps on raw pairs; what is not an argument of TRL's trainer is a setting."""
+    """Return a trainer of two steps on raw pairs; options that are not arguments of TRL's trainer are settings."""
     trainer_class = getattr(ours, f"{method}Trainer")
     given = {name: settings.pop(name) for name in trainer_class.order if name in settings}
     quiet = {"use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True, "logging_steps": 1}
@@ -52,7 +54,7 @@ def test_the_arguments_are_trls_in_their_order(method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_from_raw_pairs(method, tmp_path):
-    """With TRL's defaults, gradient checkpointing and no dropout among them; KTO makes two examples of each pair."""
+    """The defaults are TRL's, including gradient checkpointing and no dropout; KTO makes two examples of each pair."""
     data = Dataset.from_list(DATA[method])
     trainer = make(method, tmp_path, eval_dataset=data, eval_strategy="steps", eval_steps=1)
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
@@ -65,7 +67,7 @@ def test_a_run_from_raw_pairs(method, tmp_path):
 
 
 def test_arguments_by_their_place(tmp_path):
-    """CPO's second one is args, where DPO's is ref_model."""
+    """The second argument of CPO is args; that of DPO is ref_model."""
     args = ours.CPOConfig(str(tmp_path), use_cpu=True, report_to="none")
     data = Dataset.from_list(PAIRS)
     trainer = ours.CPOTrainer(model(), args, None, data, None, tiny_tokenizer())
@@ -78,7 +80,7 @@ def test_arguments_by_their_place(tmp_path):
 
 
 def test_the_configuration_is_made_where_there_is_none(tmp_path, monkeypatch):
-    """Its folder is named as TRL names it."""
+    """Its folder has TRL's default name."""
     monkeypatch.chdir(tmp_path)
     model().save_pretrained("tiny")
     tiny_tokenizer().save_pretrained("tiny")
@@ -89,7 +91,7 @@ def test_the_configuration_is_made_where_there_is_none(tmp_path, monkeypatch):
 
 
 def test_a_configuration_of_another_kind(tmp_path):
-    """TRL's own, whose import was not changed, and another method's."""
+    """The configuration is TRL's own (with an unchanged import), or that of another method."""
     other = pytest.importorskip("trl").DPOConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none")
     for args in (other, ours.KTOConfig(str(tmp_path), use_cpu=True, report_to="none")):
         with pytest.raises(TypeError, match="DPOTrainer takes the DPOConfig of hf_prefopt"):
@@ -97,7 +99,9 @@ def test_a_configuration_of_another_kind(tmp_path):
 
 
 def test_the_reference_model(tmp_path):
-    """The model that is passed; none where the reference is the policy's own module, as under an adapter in TRL."""
+    """It is the model that is passed; it is None if the reference is the policy's
+    own module, as with an adapter in TRL.
+    """
     given = model()
     assert make("DPO", tmp_path, model(), given).ref_model is given
     assert make("DPO", tmp_path).ref_model is None
@@ -106,7 +110,7 @@ def test_the_reference_model(tmp_path):
 
 
 def test_an_adapter_is_drawn_from_the_seed(tmp_path):
-    """As TRL draws it: the same for the same `seed`, whatever was drawn before."""
+    """As in TRL, the same `seed` gives the same adapter, whatever was drawn before."""
     first, again, other = (
         make("DPO", tmp_path, seed=seed, peft_config=LoraConfig(target_modules=["q_proj"])) for seed in (1, 1, 2)
     )
@@ -118,7 +122,7 @@ def test_an_adapter_is_drawn_from_the_seed(tmp_path):
 
 
 def test_the_tags_and_the_card(tmp_path):
-    """`push_to_hub(dataset_name=...)` hands its arguments on to the card."""
+    """`push_to_hub(dataset_name=...)` passes its arguments to the card."""
     trainer = make("ORPO", tmp_path)
     assert trainer.model.model_tags == ["hf_prefopt", "orpo"]
     trainer.train()
@@ -129,7 +133,7 @@ def test_the_tags_and_the_card(tmp_path):
 
 
 def test_code_of_a_model_is_only_run_where_it_is_asked_for(tmp_path):
-    """`trust_remote_code` reaches what loads the model and its tokenizer."""
+    """`trust_remote_code` is passed to the loading of the model and its tokenizer."""
     model().save_pretrained(tmp_path / "tiny")
     tiny_tokenizer().save_pretrained(tmp_path / "tiny")
     trainer = make("DPO", tmp_path, str(tmp_path / "tiny"), trust_remote_code=True, processing_class=None)
@@ -138,7 +142,7 @@ def test_code_of_a_model_is_only_run_where_it_is_asked_for(tmp_path):
 
 
 def test_the_auxiliary_loss_of_experts_is_added(tmp_path):
-    """By default, as TRL's DPOTrainer does; tests/training/test_router.py compares the numbers."""
+    """It is added by default, as in TRL's DPOTrainer; tests/training/test_router.py compares the numbers."""
     settings = {"vocab_size": 600, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
     for coefficient, is_added in ((None, True), (0.0, False)):
         trainer = make("DPO", tmp_path, tiny_model("qwen3_moe", **settings), router_aux_loss_coef=coefficient)
@@ -156,7 +160,7 @@ def test_a_setting_of_trls_that_is_changed_too_late(tmp_path):
 
 
 def test_labeled_rows_stay_as_they_are(tmp_path, caplog):
-    """KTO's pairs become examples by themselves, and examples are not changed."""
+    """KTO converts pairs to examples itself, and does not change examples."""
     rows = [{"prompt": row["prompt"], "completion": row["chosen"], "label": n % 2 == 0} for n, row in enumerate(PAIRS)]
     with caplog.at_level(logging.WARNING, "hf_prefopt"):
         trainer = make("KTO", tmp_path, train_dataset=Dataset.from_list(rows))
