@@ -171,8 +171,8 @@ def in_a_process(side: str, file: Path, model: str) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, nargs="+", default=[100_000], help="How many pairs; several to compare.")
-    parser.add_argument("--model", default=MODEL, help="Whose tokenizer and chat template.")
+    parser.add_argument("--rows", type=int, nargs="+", default=[100_000], help="Number of pairs; several are compared.")
+    parser.add_argument("--model", default=MODEL, help="Model whose tokenizer is used.")
     parser.add_argument("--side", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.side:

@@ -106,7 +106,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         results["speed"] = []
         for case in TINY_CASES if options.tiny else CASES:
             if time.monotonic() - start > options.budget:
-                print(f"left out for lack of time: {case.names()}", flush=True)
+                print(f"skipped, because the time budget is used up: {case.names()}", flush=True)
                 continue
             results["speed"].append(_speed(case, options))
             print_speed(results["speed"][-1:])
@@ -118,7 +118,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         for name, check in every_loss(options.device, TINY_LOSSES if options.tiny else None):
             results["losses"][name] = check
             if time.monotonic() - start > options.budget + 60:
-                print(f"losses after {name} left out for lack of time", flush=True)
+                print(f"losses after {name} skipped, because the time budget is used up", flush=True)
                 break
         print_checks({"every loss trains as on the CPU": results["losses"]})
         print(f"{time.monotonic() - start:.0f} s", flush=True)
@@ -163,7 +163,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="use short sequences and the shape 'tiny'")
     parser.add_argument("--layouts-only", action="store_true", help="compare shared with padded, not with trl")
     parser.add_argument("--liger", action="store_true", help="use Liger's kernels in the models of both trainers")
-    parser.add_argument("--threads", type=int, default=1, help="of the CPU")
+    parser.add_argument("--threads", type=int, default=1, help="number of CPU threads")
     parser.add_argument("--budget", type=float, default=360, help="seconds after which no more cases start")
     parser.add_argument("--out", type=Path, help="the folder for results and profiles")
     return parser.parse_args(arguments)

@@ -115,7 +115,7 @@ def main() -> None:
     for variant in options.variants:
         for case in cases:
             if time.monotonic() - start > options.budget:
-                print(f"left out for lack of time: {variant}, {case.names()}", flush=True)
+                print(f"skipped, because the time budget is used up: {variant}, {case.names()}", flush=True)
                 continue
             try:
                 figures = measured(case, variant, options.device, options.tiny)

@@ -121,7 +121,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--side", default="ours", choices=("ours", "trl"))
     parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--bf16", action="store_true", help="under autocast")
+    parser.add_argument("--bf16", action="store_true", help="run under bf16 autocast")
     parser.add_argument("--layout", default="auto", choices=("auto", "shared", "padded"))
     parser.add_argument("--profile", action="store_true")
     options = parser.parse_args(arguments)

@@ -114,7 +114,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", default=["llama-8b"], help="shapes of benchmarks.roofline")
     parser.add_argument("--case", nargs="+", default=["4:1"], help="lengths of benchmarks.roofline")
-    parser.add_argument("--pairs", type=int, help="of a step (default 8, with --measure 2)")
+    parser.add_argument("--pairs", type=int, help="pairs per step (default 8; 2 with --measure)")
     parser.add_argument("--measure", nargs="?", const=SMALL, help=f"a model's folder, or random:… (default {SMALL})")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()

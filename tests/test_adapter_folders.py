@@ -215,7 +215,7 @@ def deleted_by_transformers(base, sft):
 
 @pytest.mark.parametrize("make", [merged, unloaded, merged_from_a_folder, deleted_by_transformers])
 def test_a_model_whose_adapter_is_gone_takes_another(make, base, sft, tmp_path):
-    """The fix in the error works: the merged model is the reference below the new adapter."""
+    """The error suggests a merge, which works: the merged model is the reference below the new adapter."""
     model = make(base, sft)
     expected = mean_chosen_logp(model, random_rows(4, longest=10))
     trainer = make_trainer(tmp_path / "run", model, peft_config=lora(), **DATA)
@@ -301,7 +301,7 @@ def test_a_reference_that_shares_what_trains_is_refused(make, tmp_path):
 
 
 def test_the_base_beside_peft_config_is_no_reference(tmp_path):
-    """It is the same object, which gets the adapter's layers."""
+    """The base and the policy are the same object, which gets the adapter's layers."""
     base = tiny_model()
     with pytest.raises(ValueError, match=r"shares .* trainable parameters"):
         make_trainer(tmp_path, base, ref_model=base, peft_config=lora())

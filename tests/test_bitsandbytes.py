@@ -89,7 +89,8 @@ def in_bits(folder, **config):
 
 @pytest.mark.parametrize("evaluates", [False, True])
 def test_gradients_pass_through_4_bit_weights(evaluates, tmp_path):
-    """They train like the same weights in fp32, also after an evaluation, whose forward may pack weights on a CPU.
+    """4-bit weights train like the same weights in fp32, also after an evaluation,
+    whose forward may pack weights on a CPU.
 
     A gradient of products of 64 numbers in 20 layers has a relative error of 20·√64·2⁻²⁴ ≈ 1e-5; 1e-4 is ten times
     that. Packed weights pass no gradient: the norm is then a tenth.

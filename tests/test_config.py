@@ -166,7 +166,9 @@ def test_the_import_is_light():
 
 
 def test_the_import_is_quiet():
-    """This includes messages of libraries about the machine, also if DeepSpeed is imported afterwards."""
+    """Importing prints nothing: no messages of libraries about the machine, also if
+    DeepSpeed is imported afterwards.
+    """
     code = "import hf_prefopt, deepspeed, bitsandbytes, logging; logging.getLogger('DeepSpeed').warning('heard')"
     environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
@@ -188,7 +190,7 @@ def test_sequence_parallelism_is_refused(tmp_path):
     ("setting", "cure"), [({"split_batches": True}, "by the 2 ranks"), ({"even_batches": False}, "leave it out")]
 )
 def test_what_gives_ranks_other_rows_than_are_counted_is_refused(setting, cure, tmp_path, monkeypatch):
-    """The error is only raised with several ranks, because one rank always gets all rows."""
+    """With several ranks, settings that change which rows a rank gets raise an error; one rank always gets all rows."""
     settings = {"output_dir": str(tmp_path), "accelerator_config": setting}
     assert PreferenceConfig(**settings).accelerator_config is not None
     monkeypatch.setattr(PreferenceConfig, "world_size", 2)
@@ -197,7 +199,7 @@ def test_what_gives_ranks_other_rows_than_are_counted_is_refused(setting, cure, 
 
 
 def test_liger_keeps_off_the_models_forward(tmp_path):
-    """Its fused head is disabled whatever else is selected, also in JSON; selecting it raises an error."""
+    """Liger's fused head is disabled whatever else is selected, also in JSON; selecting it raises an error."""
     off = {"fused_linear_cross_entropy": False}
     assert PreferenceConfig(str(tmp_path)).liger_kernel_config is None
     assert PreferenceConfig(str(tmp_path), use_liger_kernel=True).liger_kernel_config == off

@@ -78,7 +78,7 @@ def test_a_foreign_argument_of_the_card(tmp_path):
 
 
 def test_a_hint_is_written_where_it_is_read():
-    """The error has the form for Python, for the command line or for YAML, with the user's value."""
+    """The fix in the error has the form for Python, for the command line or for YAML, with the user's value."""
     assert hint_for("rpo_alpha", "{}={}".format) == ": use sft_weight=..."
     assert hint_for("gamma", as_option, "0.5") == """: use --loss_params '{"gamma": 0.5}'"""
     assert hint_for("rpo_alpha", as_yaml, "1.0") == ": use sft_weight: 1.0"

@@ -108,7 +108,7 @@ def test_an_unpaired_pair_is_shown_as_two_rows_with_their_cut_tokens():
 
 
 def test_a_stream_is_looked_at_from_its_beginning():
-    """This also works for a stream with class labels, whose names define what the labels mean."""
+    """A stream with class labels is inspected, too; the names of the classes define what the labels mean."""
     features = Features(
         {"prompt": Value("string"), "completion": Value("string"), "label": ClassLabel(names=["bad", "good"])}
     )

@@ -96,8 +96,8 @@ class TestImagesAndText:
 
 
 def test_what_the_class_leaves_out_is_said(tmp_path, caplog):
-    """These are layers that predict several tokens, which transformers ignores
-    without a message, and an unknown tensor.
+    """The tensors are of layers that predict several tokens, which transformers
+    ignores without a message, and an unknown one.
     """
     base = checkpoint(tmp_path, "qwen3_5")
     extra = {"mtp.layers.0.weight": torch.zeros(2), "stranger.weight": torch.zeros(2)}

@@ -159,7 +159,7 @@ def test_a_finished_run_leaves_a_record_from_which_its_report_is_made(tmp_path, 
 
 
 def test_texts_of_the_data_are_not_pushed(tmp_path, monkeypatch):
-    """This holds for the record and report of this run, and for those of an earlier run."""
+    """Neither the record and report of this run nor those of an earlier run are pushed."""
     trainer = make_trainer(tmp_path, train_dataset=pairs(4), max_steps=1, push_to_hub=False)
     trainer.train()
     for name in ("record.jsonl", "report.html"):

@@ -163,9 +163,7 @@ def test_a_setting_without_the_one_that_it_goes_with_is_refused(name):
 
 
 def test_what_says_how_to_load_a_model_needs_a_name(tmp_path):
-    """This applies to the policy or the reference; a model object is not loaded, so
-    these settings have no effect on it.
-    """
+    """These settings only apply to a policy or reference that is loaded by name, not to a model object."""
     with pytest.raises(ValueError, match=r"model_init_kwargs=\{'dtype': 'bfloat16'\} is only used when .* by name"):
         make_trainer(tmp_path, model_init_kwargs={"dtype": "bfloat16"})
     with pytest.raises(ValueError, match="quantization_config is only used when the model is passed by name"):

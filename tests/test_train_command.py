@@ -35,8 +35,8 @@ def test_later_files_win_and_the_command_line_wins_over_all(desk):
 
 
 def test_a_losss_file_goes_on_any_base_with_its_own_hyperparameters(desk, capsys):
-    """It uses the model and data of the first file. It ignores the β of the first
-    file's loss, and its own base file.
+    """The loss's file uses the model and data of the first file, but neither the β
+    of the first loss nor its own base file.
     """
     recipe = read("--config", "base.yaml", "--config", "simpo")
     assert recipe.training.loss_type == ["simpo"] and recipe.training.beta == 2.0 and recipe.data.dataset_name == "mine"

@@ -73,7 +73,7 @@ def test_a_key_of_a_later_row_is_a_column(tmp_path):
 
 @pytest.mark.parametrize("name", [name for name in SOURCES if name not in ("columns", "splits")])
 def test_what_holds_rows_is_a_data_set_to_evaluate(name, tmp_path):
-    """This holds at construction, for one of several data sets, and later."""
+    """A data set is accepted at construction, as one of several data sets, and in a later call."""
     trainer = make_trainer(tmp_path, model(), eval_dataset=SOURCES[name], processing_class=tiny_tokenizer())
     assert len(trainer.eval_dataset) == len(trainer._prepared(SOURCES[name], "test")) == 2
     several = {"easy": pairs(2), "hard": SOURCES[name]}
@@ -122,7 +122,7 @@ def test_what_is_no_data_set_to_train_on(given, tmp_path):
 
 @pytest.mark.parametrize("given", ["texts", "mixed", "torch stream", "name", "path", "number"])
 def test_what_is_no_data_set_to_evaluate(given, tmp_path):
-    """This holds at construction, for one of several data sets, and later."""
+    """The error is raised at construction, for one of several data sets, and in a later call."""
     data, message = MISTAKES[given]
     trainer = make_trainer(tmp_path)
     for call in (

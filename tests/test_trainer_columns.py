@@ -128,7 +128,7 @@ def test_weights_are_said_once_for_each_data_set(loss, tmp_path, caplog):
         (rows.remove_columns("weights"), None),
     ):
         if loss == "kto" and not isinstance(data, Dataset):
-            continue  # it draws from the whole data set
+            continue  # KTO draws responses from the whole data set
         caplog.clear()
         with caplog.at_level(logging.WARNING, logger="hf_prefopt"):
             make_trainer(tmp_path, loss_type=loss, train_dataset=data, max_steps=1).train()

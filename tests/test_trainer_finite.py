@@ -107,7 +107,7 @@ def test_data_that_are_not_finite_are_named_as_the_cause(column, value, tmp_path
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path):
-    """This holds even if the loss is 0."""
+    """A gradient that is not finite stops the run even if the loss is 0."""
     trainer = make_trainer(tmp_path, loss_type="has_no_gradient_at_0", **IN_ORDER)
     with pytest.raises(FloatingPointError, match="gradient's norm is nan"):
         trainer.train()
@@ -115,7 +115,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path):
 
 @pytest.mark.parametrize("steps", [1, 2])
 def test_weights_that_a_gradient_ruins_are_not_saved(steps, tmp_path):
-    """This includes the last step, after which no loss is computed."""
+    """Weights are also checked after the last step, which no forward pass follows."""
     settings = {"loss_type": "has_no_gradient_at_0", "max_steps": 1, "max_grad_norm": 0.0}
     saving = {"save_strategy": "steps", "save_steps": steps}
     trainer = make_trainer(tmp_path, **settings, **saving, **IN_ORDER, **NEVER_LOGGED)
@@ -132,7 +132,7 @@ def test_an_evaluation_stops_too(tmp_path):
 
 
 def test_a_run_is_looked_at_before_it_is_evaluated(tmp_path):
-    """The error is that of training, and not that of the evaluation."""
+    """If training has failed, the error is that of training, and not that of the evaluation."""
     settings = {"eval_strategy": "steps", "eval_steps": 3, "eval_dataset": pairs(8), **IN_ORDER, **NEVER_LOGGED}
     trainer = make_trainer(tmp_path, loss_type="fails_in_row_5", **settings)
     with pytest.raises(FloatingPointError, match=r"^step 3"):

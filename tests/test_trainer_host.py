@@ -104,9 +104,7 @@ def test_no_micro_batch_walks_the_model(tmp_path, layout):
 @pytest.mark.parametrize("loss", ["dpo", "simpo", "orpo"])
 @pytest.mark.parametrize("layout", ["shared", "padded"])
 def test_no_micro_batch_waits_for_the_device(tmp_path, layout, loss):
-    """This is from the forward to the recording of metrics. transformers' own masks
-    for padding check whether there is any.
-    """
+    """No wait occurs from the forward to the recording of metrics, except if transformers' masks check for padding."""
 
     @contextmanager
     def count(calls):

@@ -172,7 +172,7 @@ def test_what_an_evaluation_keeps_moves_to_the_cpu(monkeypatch):
 
 
 def test_persistent_workers_evaluate_the_data_set_that_is_given(tmp_path):
-    """This includes an evaluation between two evaluations of the trainer's own set, whose workers persist."""
+    """Another data set may be evaluated between two evaluations of the trainer's own set, whose workers persist."""
     own, other = pairs(5, seed=3), pairs(4, seed=9)
     losses = {}
     for workers in (0, 1):
@@ -245,7 +245,7 @@ def test_steps_before_memory_ran_out_are_told(tmp_path, caplog):
     ],
 )
 def test_less_of_a_loss_is_better(metric, given, expected):
-    """This includes one of several losses, whose name does not end with "loss", and scores of rejected responses."""
+    """Lower is better for a loss (one of several has a name without "loss" at its end) and for rejected responses."""
     assert config(metric_for_best_model=metric, greater_is_better=given).greater_is_better is expected
 
 

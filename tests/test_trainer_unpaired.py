@@ -356,7 +356,7 @@ def test_labels_out_of_balance_are_pointed_out_once(labels, given, advice, tmp_p
 
 
 def test_lipo_refuses_scores_that_are_no_gains(tmp_path):
-    """The error names the row of the raw scores of a reward model; with rescaling, they train."""
+    """The scores are raw scores of a reward model: the error names the row, and rescaled scores train."""
     raw = list_rows(4).map(lambda row: {"scores": [10 * s if row["row"] in (1, 3) else s for s in row["scores"]]})
     with pytest.raises(ValueError, match=r"does not fit lipo: row 1 \(and 1 more rows\): its scores reach 3"):
         make_trainer(tmp_path, loss_type="lipo", train_dataset=raw)

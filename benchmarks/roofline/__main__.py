@@ -86,16 +86,16 @@ def _by_layer(case: Case) -> dict[str, Any]:
 def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", default=["qwen3-0.6b"], choices=MODELS)
-    parser.add_argument("--case", nargs="+", default=["4:1"], choices=CASES, help="prompt : response, or real lengths")
-    parser.add_argument("--pairs", type=int, default=8, help="of a micro-batch (default 8)")
+    parser.add_argument("--case", nargs="+", default=["4:1"], choices=CASES, help="prompt : response, or chat lengths")
+    parser.add_argument("--pairs", type=int, default=8, help="pairs per micro-batch (default 8)")
     parser.add_argument("--mode", default="lora", choices=("lora", "full"))
-    parser.add_argument("--dtype", default="bf16", choices=list(DTYPES), help="of the weights; both run under autocast")
+    parser.add_argument("--dtype", default="bf16", choices=list(DTYPES), help="of the weights (steps use autocast)")
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--keep-attention", action="store_true", help="ours: checkpointing_keeps='attention'")
     parser.add_argument("--tiny", action="store_true", help="a model of two layers and short rows")
-    by_layer = "count two and three layers, which are alike, and take the others from them: minutes become seconds"
+    by_layer = "count two and three layers and extrapolate to all: seconds instead of minutes"
     parser.add_argument("--by-layer", action="store_true", help=by_layer)
-    parser.add_argument("--json", type=Path, help="a file that the figures are added to")
+    parser.add_argument("--json", type=Path, help="a JSON file to which the figures are added")
     parser.add_argument("--markdown", type=Path, help="a file for the tables of all figures")
     return parser.parse_args(arguments)
 

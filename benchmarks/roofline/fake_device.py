@@ -38,7 +38,7 @@ def load_device() -> None:
     if _LOADED:
         return
     if "torch" in sys.modules:
-        raise RuntimeError("torch was imported before the device: load it first thing, or run a process of its own")
+        raise RuntimeError("torch was imported before the device: call load_device first, or in a separate process")
     (torch,) = importlib.util.find_spec("torch").submodule_search_locations
     key = hashlib.sha256(SOURCE.read_bytes() + version("torch").encode() + torch.encode()).hexdigest()[:16]
     library = BUILT / f"fake_device_{key}.so"

@@ -47,7 +47,7 @@ def cuda_attention(
         with torch.autocast("cuda", enabled=False):
             return aten._scaled_dot_product_flash_attention(query, key, value, 0.0, is_causal, scale=scale)[0]
     if enable_gqa:
-        raise NotImplementedError("grouped heads beside a mask")
+        raise NotImplementedError("grouped heads with a mask")
     if attn_mask.dtype == torch.bool:
         zero, never = (torch.full((), x, dtype=query.dtype, device=query.device) for x in (0.0, float("-inf")))
         attn_mask = torch.where(attn_mask, zero, never)

@@ -100,7 +100,7 @@ def counted_step(name: str, case: Case, **settings: Any) -> Counts:
         step = counting.work, dict(counting.waits)
         kept, peak = dict(counting.kept), counting.peak
         counting.begin(Batch())
-        with patch.object(Responses, "of", lambda _: None):  # it would read values
+        with patch.object(Responses, "of", lambda _: None):  # `Responses.of` would read values
             side.trainer.log({"loss": 0.0})
         layout = getattr(side.trainer, "layout", None)
         return Counts(*step, dict(counting.waits), kept, peak, side.positions(case.rows), layout)
@@ -115,10 +115,10 @@ def _side(name: str, case: Case, settings: dict[str, Any]) -> Side:
     if name == "ours" and case.mode == "lora":
         options["reference"] = "adapter_off"  # reference="auto" would check whether the adapter is zero
     if name == "trl":
-        options["router_aux_loss_coef"] = 0.0  # our loss has no such term
+        options["router_aux_loss_coef"] = 0.0  # off, so that both trainers have the same loss
     with ExitStack() as stack:
         stack.enter_context(patch.object(sides, "load_model", model))
-        stack.enter_context(patch.object(policy, "lost_adapters", lambda _: []))  # it would compare values
+        stack.enter_context(patch.object(policy, "lost_adapters", lambda _: []))  # the check compares values
         if case.adapted is not None:
             stack.enter_context(patch.object(sides, "lora", partial(sides.lora, case.adapted)))
         if case.mode == "full":

@@ -50,7 +50,8 @@ def test_operators_counted_by_hand(counts):
 
 
 def test_waits_by_hand(counts):
-    """These wait: `item`, `bool`; copies to the CPU, from a list, and from the CPU; `nonzero`; a mask as index.
+    """The host waits for `item`, `bool`, `nonzero`, a mask as index, and copies to
+    the CPU, from a list, and from the CPU.
 
     A non-blocking copy and filling a tensor with a number do not wait.
     """

@@ -1,8 +1,8 @@
 """Rows for fuzzing: valid rows with their meaning, mutations of them, and an
 independent implementation of reading them.
 
-`Meaning` is what the model should see. `expected_row` converts it to token ids, with the ChatML template written out by
-hand and one plain call of the tokenizer for each sequence.
+`Meaning` is what the model should see. `expected_row` converts a `Meaning` to token ids, with a ChatML template that is
+written by hand, and one plain call of the tokenizer for each sequence.
 """
 
 import copy
@@ -219,7 +219,7 @@ HARMLESS = {
 
 
 def _somewhere(change):
-    """Draw a change of the value in one of the row's columns."""
+    """Return a mutation that applies a change to the value of one random column."""
 
     def mutate(draw, row: Row) -> Row:
         name = draw(st.sampled_from(list(row)))
@@ -240,7 +240,7 @@ def _without(draw, row: Row) -> Row:
 
 
 def _deep(change):
-    """Draw a change of one value at any depth."""
+    """Return a mutation that applies a change to one random value at any depth."""
 
     def walk(draw, value):
         if isinstance(value, dict) and value:
@@ -255,7 +255,7 @@ def _deep(change):
 
 
 def _role_swapped(draw, value: Any) -> Any:
-    """Draw a row in which one message has another role, or has lost or renamed another key."""
+    """Draw a value in which one message has another role, or lacks or renames another key."""
     if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
         at = draw(st.integers(0, len(value) - 1))
         return [*value[:at], _message_changed(draw, value[at]), *value[at + 1 :]]

@@ -102,7 +102,7 @@ def test_a_run_takes_every_row_once(strategy, layout, tmp_path):
     assert sorted(seen) == [*range(11)] and seen != [*range(11)]
     predicted = trainer.predict(rows).predictions
     alone = [trainer.predict(rows.select([row])).predictions for row in (0, 7)]
-    assert np.allclose(predicted[[0, 7]], np.concatenate(alone), atol=1e-5)  # β times rounding of 50 nats
+    assert np.allclose(predicted[[0, 7]], np.concatenate(alone), atol=1e-5)  # rounding of 50 nats, times β
 
 
 def test_a_column_of_lengths_is_used_or_missed(tmp_path):

@@ -73,7 +73,7 @@ class Rejected(Exception):
 
 
 def check_error(error: Exception, row: Row) -> None:
-    """Check that the error has one of our types, comes from our code, and names a column, the row, or the columns."""
+    """Check that the error has one of our types, comes from our code, and names the row or a column."""
     assert type(error) in OURS, f"{type(error)}: {error}"
     assert "/hf_prefopt/" in traceback.extract_tb(error.__traceback__)[-1].filename, error
     assert re.search("|".join(["row 0", "columns?", *map(re.escape, row)]), str(error)), error

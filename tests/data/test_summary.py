@@ -89,7 +89,7 @@ def test_counts_are_those_of_a_plain_count(kind, batch_rows, monkeypatch):
     assert (found.desirable, found.undesirable) == (sum(labels), len(labels) - sum(labels))
     prompts = sorted(len(row["prompt_ids"]) for row in rows)
     assert found.lengths["prompt"].longest == prompts[-1]
-    # The smallest length for which this share of the prompts is not longer.
+    # The smallest length that this share of the prompts does not exceed.
     for share, length in ((0.5, found.lengths["prompt"].median), (0.95, found.lengths["prompt"].p95)):
         assert length == prompts[math.ceil(share * len(prompts)) - 1]
 

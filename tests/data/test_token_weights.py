@@ -107,7 +107,7 @@ def test_a_response_of_several_pairs_has_the_weights_of_each(collate):
 def test_token_inputs_stand_beside_their_weights():
     """Token log-probs have one row per response, padded with zeros to the width of weights and masks.
 
-    Their sums are the log-probs of the responses.
+    The sums of the token log-probs are the log-probs of the responses.
     """
     model, batch = tiny_model(dtype=torch.float64), PaddedCollator(0)(SHARED)
     install_scoring(model)

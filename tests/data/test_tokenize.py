@@ -255,7 +255,7 @@ def test_the_tokenizer_is_asked_once_a_batch_whether_it_adds_an_eos(monkeypatch)
 
 
 def test_one_bos_and_one_eos_whoever_wrote_them():
-    """This holds for texts that a chat template has written, and for a tokenizer that adds both tokens itself."""
+    """Texts that a chat template has written are tested, and a tokenizer that adds both tokens itself."""
     tokenizer = tiny_tokenizer(bos=True)
     plain = prepare_row(text_pair("The capital", " is Paris.", " is Rome."), tokenizer)
     written = text_pair("<s>The capital", " is Paris.<|im_end|>", " is Rome.<|im_end|>")

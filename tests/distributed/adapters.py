@@ -71,7 +71,7 @@ def scene(engine: str, kind: str, reference: str) -> Callable[[Path], dict[str, 
 
 
 def scene_name(engine: str, kind: str, reference: str) -> str:
-    """The name of that scene."""
+    """Return the name of the scene."""
     return f"{engine}_{kind}_{reference}".replace(" ", "_")
 
 

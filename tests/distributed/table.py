@@ -17,7 +17,7 @@ from tests.distributed.launch import differences, launch, one_process
 def main() -> None:
     options = argparse.ArgumentParser()
     options.add_argument("engines", nargs="*")
-    options.add_argument("--all-cases", action="store_true", help="every case under every engine: takes a while")
+    options.add_argument("--all-cases", action="store_true", help="run every case under every engine, which is slow")
     arguments = options.parse_args()
     print("| engine | loss, layout, what trains | losses | weights | metrics |\n|---|---|---|---|---|")
     for engine in arguments.engines or ENGINES:

@@ -26,7 +26,7 @@ from tests.trainers import make_trainer
 TOLERANCE = {"losses": 1e-5, "weights": 1e-4, "metrics": 1e-5}
 CAN_RESUME_DDP = pytest.mark.skipif(
     Version(transformers.__version__) < Version("5.18"),
-    reason="wants transformers 5.18, before which the optimizer's state cannot be loaded by several CPU processes",
+    reason="needs transformers 5.18: earlier versions cannot load the optimizer state in several CPU processes",
 )
 
 
@@ -111,8 +111,9 @@ def test_the_heads_weight_is_whole_only_inside_the_head(outcomes_of, engine, cas
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_ktos_baseline_is_above_zero(outcomes_of, engine):
-    """This holds in every step and in the evaluation of every case. If z = max(0,
-    mean) were 0, the comparison of engines would not test the baselines.
+    """KTO's baseline is above 0 in every step and in the evaluation of every case.
+
+    If z = max(0, mean) were 0, the comparison of engines would not test the baselines.
     """
     baselines = {case: outcomes_of(engine, case)[0]["baselines"] for case in IN_SUITE[engine] if case[:4] == "kto,"}
     assert all(len(found) >= 3 and min(found) > 0 for found in baselines.values()), baselines

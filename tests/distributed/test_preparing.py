@@ -220,8 +220,8 @@ def test_a_loss_that_is_not_finite_stops_every_rank(outcomes):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_a_checksum_sees_every_change(dtype):
-    """It detects a change of one element by one unit in the last place, two swapped
-    elements, and the sign of a zero.
+    """The checksum detects a change of one element by one unit in the last place,
+    two swapped elements, and the sign of a zero.
     """
     values = torch.randn(7, 11, generator=torch.Generator().manual_seed(0)).to(dtype)
     swapped, nudged, signed = values.clone(), values.clone(), torch.zeros(3, dtype=dtype)

@@ -174,7 +174,7 @@ def test_modes_and_random_numbers_are_as_they_were():
 
 @pytest.mark.parametrize("metric", ["eval_rewards/margins", "eval_rewards/accuracies"])
 def test_transformers_own_early_stopping_watches_margins_and_accuracies(metric, tmp_path):
-    """The required improvement is never reached: training stops `patience` evaluations after the first one."""
+    """No evaluation reaches the required improvement, so training stops `patience` evaluations after the first one."""
     trainer = preference_trainer(
         tmp_path,
         tiny_model(vocab_size=600),

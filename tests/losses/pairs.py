@@ -11,10 +11,10 @@ def vector(*values):
 
 
 def by_log_ratios(name: str, r_w, r_l, lengths=(1.0, 1.0), **params) -> LossOutput:
-    """The loss of pairs with log-ratios `r_w` and `r_l` (numbers, or vectors `[B]`) to a reference of zeros.
+    """Return the loss of pairs with log-ratios `r_w` and `r_l` (numbers, or vectors `[B]`) to a reference of zeros.
 
-    Scores are 1 and 0, and the chosen response always wins. A loss of lists gets each pair as a list of two with ranks
-    1 and 2 and these scores.
+    Scores are 1 and 0, and the chosen response always wins. A loss of lists gets
+    each pair as a list of two with ranks 1 and 2 and these scores.
     """
     chosen, rejected = (r if torch.is_tensor(r) else vector(r) for r in (r_w, r_l))
     values = {"policy_chosen_logps": chosen, "policy_rejected_logps": rejected}

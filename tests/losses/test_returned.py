@@ -25,7 +25,7 @@ def pairs(count=4, dtype=torch.float32):
 
 
 def registered(change):
-    """A DPO-like loss whose result is changed by `change`."""
+    """Register a DPO-like loss, with its result changed by `change`."""
 
     @register_loss("changed")
     def changed(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta=0.1):

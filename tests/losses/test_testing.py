@@ -23,7 +23,9 @@ def register(monkeypatch):
 
 
 def test_the_checks_see_ties_single_tokens_and_single_responses():
-    """The check's examples have ties, single tokens and single responses, so it detects a loss that fails on them."""
+    """The examples of the checks have ties, single tokens and single responses, so
+    they detect losses that fail on these.
+    """
     inputs = made_up_inputs()
     assert inputs["chosen_lengths"][0] == 1
     assert inputs["policy_chosen_logps"][3] == inputs["policy_rejected_logps"][3]

@@ -18,7 +18,7 @@ def sigmoid(x):
 
 
 def unpaired(name, ratios, labels, mismatched=None, **params):
-    """The loss of responses with these log-ratios to a reference of zeros."""
+    """Return the loss of responses with these log-ratios to a reference of zeros."""
     values = {"policy_logps": vector(*ratios), "policy_mismatched_logps": vector(*(mismatched or ratios))}
     values |= {key.replace("policy", "ref"): torch.zeros_like(value) for key, value in values.items()}
     values["labels"] = torch.tensor(labels)
@@ -27,7 +27,7 @@ def unpaired(name, ratios, labels, mismatched=None, **params):
 
 
 def listed(name, ratios, **params):
-    """The loss of one list with these log-ratios, best first, with scores decreasing linearly from 1 to 0."""
+    """Return the loss of one list with these log-ratios, best first, with scores decreasing linearly from 1 to 0."""
     k = len(ratios)
     values = {
         "policy_list_logps": vector(*ratios)[None],
@@ -107,7 +107,7 @@ def test_lists_of_two_are_pairs(lists, pair):
 
 
 def ranked(name, log_ratios, ranks):
-    """The loss of one list with these ranks, one token per response, and its hyperparameters set to 1."""
+    """Return the loss of one list with these ranks, one token per response, and hyperparameters set to 1."""
     spec, values = get_loss(name), torch.tensor([log_ratios]).double()
     given = {
         "policy_list_logps": values,

@@ -97,7 +97,7 @@ def test_the_reference_adapter_is_saved_along(tmp_path):
 
 
 def three_rows_won_lost_won() -> list[dict]:
-    """Return rows of which the policy ranks the first and third right and the second wrong, by swapping responses."""
+    """Return three rows, with swapped responses: the policy ranks the first and third right and the second wrong."""
     from hf_prefopt.scoring.forward import install_scoring, score
     from tests.scoring.plain import PaddedCollator
 
@@ -154,7 +154,9 @@ def test_the_sft_term_changes_with_the_batch(tmp_path):
 
 
 def test_the_nll_of_tpo_changes_with_the_batch(tmp_path):
-    """The same holds for TPO's gold responses, with eight and two tokens."""
+    """TRL's NLL is a mean over the tokens of gold responses with eight and two
+    tokens, so splitting the batch changes it.
+    """
     first, second = triples(2, seed=5)
     first["response_ids"][2], second["response_ids"][2] = [5, 6, 7, 8, 9, 10, 11, 2], [12, 2]
     for row in (first, second):

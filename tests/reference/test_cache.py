@@ -199,8 +199,8 @@ def test_the_precision_of_fp32_products_is_part_of_the_key(precision, count, fil
 
 
 def test_a_cut_is_another_response(tmp_path):
-    """A `max_length` that cuts some rows computes the responses that it changed. Another truncation mode that cuts
-    nothing gives the same tokens, so nothing is computed.
+    """If a `max_length` cuts some rows, only the responses that it changed are computed. If another truncation mode
+    cuts nothing, the tokens are the same, so nothing is computed.
     """
     texts = [text_pair(), text_pair(chosen=" Paris it is, as everybody knows."), text_pair(rejected=" Berlin.")]
     settings = {"train_dataset": Dataset.from_list(texts), "processing_class": tiny_tokenizer(), "max_steps": 1}
@@ -329,7 +329,7 @@ def test_a_damaged_shard_is_computed_again_and_said_once(damage, runs, tmp_path,
 
 @pytest.fixture
 def with_reference_alignment():
-    """A loss that reads Σp² of the reference."""
+    """Register a loss that reads Σp² of the reference."""
 
     @register_loss("reads_reference_statistics")
     def loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_alignment, beta=0.1):
@@ -348,7 +348,7 @@ def with_reference_alignment():
     ],
 )
 def test_what_a_cache_cannot_serve_is_refused(settings, message, with_reference_alignment, tmp_path):
-    """The error is raised at construction, with the reason."""
+    """Settings that need the reference model raise an error at construction, with the reason."""
     with pytest.raises(ValueError, match=message):
         make_config(tmp_path, precompute_ref_log_probs=True, **settings)
 

@@ -56,7 +56,7 @@ def test_a_loss_without_a_reference_runs_and_copies_none(name, tmp_path):
     exists; otherwise the model runs twice.
     """
     trainer = make_trainer(tmp_path, loss_type=name, max_steps=1, layout="padded")
-    trainer.scorer.settle()  # which would run the model, too
+    trainer.scorer.settle()  # otherwise, its checks would run the model, too
     calls = []
     trainer.model.register_forward_pre_hook(lambda *_: calls.append(1))
     trainer.train()

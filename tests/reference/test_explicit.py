@@ -45,7 +45,7 @@ def test_a_name_is_loaded_as_the_policy_is(tmp_path):
 
 
 def test_a_name_is_not_loaded_where_no_loss_needs_it(tmp_path):
-    """The error comes before loading: the name does not exist."""
+    """The name does not exist, but the error about the unused reference comes before loading."""
     with pytest.raises(ValueError, match="need no reference"):
         make_trainer(tmp_path, tiny_model(), ref_model="nowhere/at-all", loss_type="simpo")
 

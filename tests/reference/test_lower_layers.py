@@ -333,7 +333,7 @@ NOTHING = {
 
 @pytest.mark.parametrize(("make", "settings"), NOTHING.values(), ids=NOTHING)
 def test_where_there_is_nothing_to_share_nothing_is_said(make, settings, tmp_path):
-    """No layer is switched, and the start summary does not mention it."""
+    """No layer is switched, and the start summary does not mention lower layers."""
     if "precompute_ref_log_probs" in settings:
         settings = {**settings, "reference_cache_dir": str(tmp_path / "cache")}
     trainer = build(tmp_path, make, settings)
@@ -437,7 +437,9 @@ def test_another_trainer_of_the_same_model_changes_nothing(other, tmp_path):
 
 
 def test_reference_scores_that_are_kept_keep_no_hidden_states(tmp_path):
-    """This holds for the log-probs of a step that are collected first, and for those of evaluation rows."""
+    """No hidden states are stored with the log-probs of a step that are collected
+    first, or with those of evaluation rows.
+    """
     trainer = make_trainer(tmp_path, upper_lora(tiny_model(**DEPTH)), reference="adapter_off", loss_type="kto")
     trainer.scorer.settle()
     batch = first_batch(trainer)

@@ -294,8 +294,8 @@ def _gradients(value: Tensor, model: nn.Module) -> dict[str, Tensor]:
 def _gradients_off(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
     """Return the largest difference of a gradient, relative to the largest entry of its tensor.
 
-    For tensors in which all entries are below 10⁻³ of the largest entry of all tensors, the difference is relative to
-    this value: some gradients, like those of the biases of keys, are only rounding errors.
+    The divisor is at least 10⁻³ of the largest entry of all tensors, because some gradients are only rounding errors,
+    such as those of the biases of keys.
     """
     if found.keys() != wanted.keys():
         return float("inf")
@@ -353,7 +353,7 @@ def _child(pipe: Any, model_type: str, adapters: tuple[str, ...], layouts: tuple
 
 
 def page(rows: Iterable[str], layouts: Iterable[str] = LAYOUTS) -> str:
-    """docs/models.md, from the rows of its table."""
+    """Return the text of docs/models.md for the rows of its table."""
     rows, options = list(rows), "" if tuple(layouts) == LAYOUTS else f" --layouts {' '.join(layouts)}"
     verdicts = [row.split(" | ")[2] for row in rows]
     lines = [
@@ -385,10 +385,10 @@ def page(rows: Iterable[str], layouts: Iterable[str] = LAYOUTS) -> str:
 
 
 def rows_of(text: str, layouts: Iterable[str]) -> dict[str, str]:
-    """The rows of a page by model type.
+    """Return the rows of a page, keyed by model type.
 
     Raises:
-        ValueError: the page is of other layouts.
+        ValueError: the page was written with other layouts.
     """
     if f"with layout={' and '.join(layouts)}, and" not in text:
         raise ValueError("the page was written with other --layouts: write all of it, or name the same layouts")
@@ -435,7 +435,7 @@ def _said(family: Family) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("model_types", nargs="*", help="by default all of them")
+    parser.add_argument("model_types", nargs="*", help="the types to test; default: all")
     parser.add_argument("--write", type=Path, help="the page to write; with model types, only their rows change")
     parser.add_argument("--layouts", nargs="+", default=LAYOUTS, choices=LAYOUTS)
     arguments = parser.parse_args()

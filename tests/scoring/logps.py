@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def token_logps(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
-    """log softmax(logits / temperature) at the targets, in fp32 (float64 stays float64).
+    """Return log softmax(logits / temperature) at the targets, in fp32 (float64 stays float64).
 
     Args:
         logits: `[..., V]`, already aligned with the targets (the shift is the caller's).
@@ -31,15 +31,15 @@ def token_logps(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Te
 def sequence_logps(
     logits: Tensor, input_ids: Tensor, mask: Tensor, *, average: bool = False, temperature: float = 1.0
 ) -> Tensor:
-    """`[B]`: the log-prob of each sequence's scored tokens, summed or averaged over them.
+    """Return the log-prob of each sequence's scored tokens, `[B]`, summed or averaged.
 
     Args:
         logits: `[B, T, V]`, as a causal language model returns them for `input_ids`: position t predicts token t + 1.
-        input_ids: `[B, T]`. mask: `[B, T]`, 1 where the token is scored; the first token has no prediction.
+        input_ids: `[B, T]`. mask: `[B, T]`, 1 for scored tokens; the first token has no prediction.
         average: divide by the number of scored tokens (0 counts as 1).
 
     Raises:
-        ValueError: shapes do not agree, the first token is masked in, or temperature is not above 0.
+        ValueError: shapes do not agree, the first token is scored, or temperature is not above 0.
     """
     if input_ids.shape != mask.shape:
         raise ValueError(f"input_ids {tuple(input_ids.shape)} and mask {tuple(mask.shape)} do not agree")
@@ -59,16 +59,16 @@ def sequence_logps_from_hidden(
     average: bool = False,
     temperature: float = 1.0,
 ) -> Tensor:
-    """`sequence_logps` of logits = hidden · head_weightᵀ; hidden `[B, T, H]`, head_weight `[V, H]`.
+    """Return `sequence_logps` for logits = hidden · head_weightᵀ; hidden `[B, T, H]`, head_weight `[V, H]`.
 
     Raises:
-        ValueError: as `sequence_logps`.
+        ValueError: as for `sequence_logps`.
     """
     return sequence_logps(hidden @ head_weight.T, input_ids, mask, average=average, temperature=temperature)
 
 
 def split_interleaved(values: Tensor) -> tuple[Tensor, Tensor]:
-    """(chosen, rejected) of rows that alternate chosen, rejected, chosen, …: `[2B, ...]` to two `[B, ...]`.
+    """Split rows that alternate chosen, rejected, chosen, …, `[2B, ...]`, into (chosen, rejected), `[B, ...]` each.
 
     Raises:
         ValueError: the number of rows is odd.
@@ -79,7 +79,7 @@ def split_interleaved(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def split_concatenated(values: Tensor) -> tuple[Tensor, Tensor]:
-    """(chosen, rejected) of rows that hold all the chosen, then all the rejected: `[2B, ...]` to two `[B, ...]`.
+    """Split rows with all chosen and then all rejected ones, `[2B, ...]`, into (chosen, rejected), `[B, ...]` each.
 
     Raises:
         ValueError: the number of rows is odd.

@@ -155,7 +155,9 @@ class TestFaults:
     @pytest.mark.parametrize("role", ["policy", "reference"])
     @pytest.mark.parametrize("settings", [{"layout": "padded"}, {"layout": "shared"}, {}, {"data_collator": 0}])
     def test_nothing_trains(self, settings, role, tmp_path):
-        """This holds in every layout, also with a custom collator, for the policy and for an explicit reference."""
+        """Every layout raises an error, also a custom collator, whether the model is
+        the policy or an explicit reference.
+        """
         if "data_collator" in settings:
             settings = {"data_collator": PaddedCollator(0)}
         odd = odd_llama("by place")
@@ -262,7 +264,7 @@ class TestFamilies:
         check(multimodal("LlavaNext", "clip_vision_model", ("llama", {}), image_grid_pinpoints=[[28, 28]]))
 
 
-MORE = {  # these are right, each for a different reason
+MORE = {  # correct without changes, each for a different reason
     "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
     "qwen2_moe": {"num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16},
     "phi": {},

@@ -51,7 +51,7 @@ def logits(model, training):
 
 @each_family
 def test_training_mode_is_evaluation_mode_without_dropout(family):
-    """The results are equal, bit for bit; with the original rates, they differ."""
+    """Without dropout, training and evaluation mode are equal, bit for bit; with the original rates, they differ."""
     model = noisy_model(family)
     evaluated = logits(model, training=False)
     assert not torch.equal(logits(model, training=True), evaluated)
@@ -74,8 +74,8 @@ def test_a_saved_model_keeps_its_rates(family, tmp_path):
 
 @each_family
 def test_the_first_loss_is_log_two_by_default(family, tmp_path):
-    """The margins are zero up to fp32 rounding of sums of about 100 nats, 1e-5; the
-    loss differs by β/2 = 0.05 of this.
+    """The margins are zero up to 1e-5, the fp32 rounding of sums of about 100 nats;
+    the loss then differs by 0.05 · 1e-5.
     """
     losses = {}
     for setting in (None, False):

@@ -8,7 +8,7 @@ from tests.scoring.families import USED, Case, Family, _gradients_off, _off, _ro
 
 @pytest.mark.parametrize("model_type", USED)
 def test_used_families_are_exact(model_type):
-    """They train in full and with LoRA, in the layout "auto"; `make nightly` also tests the layout "padded"."""
+    """The families train in full and with LoRA, in the layout "auto"; `make nightly` also tests the layout "padded"."""
     family = examine(model_type, layouts=["auto"])
     assert family.verdict == "exact", _said(family)
     compared = {name for case in family.cases for name in case.off}

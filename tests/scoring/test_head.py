@@ -324,7 +324,8 @@ def test_the_gpus_way_has_the_same_log_probs_and_gradients(transform, chunk_rows
 
 
 def test_the_gpus_way_in_bf16(as_on_a_gpu):
-    """The error is measured against float64, also for a token that is nearly certain: 1 − p is not rounded to 0.
+    """The tolerance is for float64 as the exact value, also for a token that is
+    nearly certain: 1 − p is not rounded to 0.
 
     Each of 50 probabilities and the product are rounded to 8 bits, and so are
     logits, whose error changes p. log p is in fp32.

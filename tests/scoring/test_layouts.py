@@ -107,7 +107,7 @@ def test_the_probe_lets_share_what_can(name):
 
 @pytest.mark.parametrize("name", AROUND)
 def test_falls_back_where_it_would_be_wrong(name):
-    """The message has the reason, and the padded layout scores the model as its plain logits do."""
+    """A message has the reason for the padded layout, which scores the model as its plain logits do."""
     model = architecture(name)
     install_scoring(model)
     assert AROUND[name][1] in reason_against("shared", model).words
@@ -151,7 +151,9 @@ def test_survives_activation_checkpointing(name, lora, reentrant):
 
 
 def test_attention_and_head_stay_out_of_compiled_graphs(monkeypatch):
-    """They would be compiled again for the segments and chunks of each batch; the other modules are compiled."""
+    """Attention and head would be compiled again for the segments and chunks of each
+    batch; other modules are compiled.
+    """
     compiling = {"_one_segment": [], "linear_head_logps": [], "body_of": []}
 
     def watch(module, name):
@@ -177,7 +179,7 @@ def test_attention_and_head_stay_out_of_compiled_graphs(monkeypatch):
 
 
 def test_no_batch_after_the_second_is_compiled_anew():
-    """This holds for any number and lengths of segments."""
+    """The number and the lengths of segments may change without another compilation."""
     model, graphs = tiny_model(num_hidden_layers=2), []
     install_scoring(model)
     install_segment_attention(model)

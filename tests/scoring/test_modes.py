@@ -58,8 +58,8 @@ def state(model) -> list:
 
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_adapters_off_is_pefts_own_switch(name):
-    """The results equal PEFT's `disable_adapter`, bit for bit, and differ from the
-    adapted model; the state is restored afterwards, even after an error.
+    """`adapters_off` gives the results of PEFT's `disable_adapter`, bit for bit, and
+    restores the state, even after an error.
     """
     model = adapted(name)
     with torch.no_grad():

@@ -122,8 +122,8 @@ def test_weights_are_rounded_once_and_keep_their_dtype(tmp_path):
 
 
 def test_the_log_probs_compared_are_those_of_each_sequence_alone(tmp_path):
-    """They are compared with the log-softmax of the model's own logits, in float32
-    although the weights are bfloat16.
+    """The log-probs are compared with the log-softmax of the model's own logits, in
+    float32 although weights are bfloat16.
     """
     base, rows, expected = save_base(tmp_path / "base", tiny_model()), random_rows(2), []
     model, float32 = (AutoModelForCausalLM.from_pretrained(base, dtype=dtype) for dtype in ("auto", "float32"))
@@ -163,7 +163,7 @@ def test_experts_are_merged(tmp_path):
 
 
 def test_a_model_of_images_keeps_its_class_and_all_its_tensors(tmp_path):
-    """This includes tensors that the class does not load, such as layers that predict additional tokens."""
+    """The merged model has tensors that its class does not load, such as layers that predict additional tokens."""
     torch.manual_seed(0)
     named = transformers.Qwen3_5ForConditionalGeneration
     base = save_base(tmp_path / "base", named._from_config(tiny_config("qwen3_5")))
@@ -228,7 +228,7 @@ def test_an_adapter_lost_in_rounding_is_an_error(tmp_path):
 
 
 def test_an_adapter_that_is_not_merged_is_an_error_in_bfloat16(tmp_path, monkeypatch):
-    """This holds even if the bound on the rounding is larger than the effect of the adapter."""
+    """The error is raised even if the bound on the rounding is larger than the effect of the adapter."""
     base = save_base(tmp_path / "base", tiny_model())
     adapter = save_adapter(base, tmp_path / "run", lora(init_lora_weights=True), scale=7e-3)
     monkeypatch.setattr(Linear, "merge", lambda self, **_: None)

@@ -90,8 +90,8 @@ def test_every_other_layer(keeps, layout, plain, tmp_path):
 
 
 def test_attention_with_dropout_is_computed_again(tmp_path):
-    """Its random numbers are drawn first. Without them, the adapter's dropout, which
-    follows, would draw other numbers.
+    """The adapter's dropout draws after attention: if attention did not draw again,
+    the adapter would draw other numbers.
     """
 
     def model():

@@ -54,7 +54,7 @@ def test_losses_without_state_leave_their_names(caplog):
 
 
 def test_a_state_that_is_not_there_starts_afresh(caplog):
-    """This includes a trainer that has trained before."""
+    """If a checkpoint has no state, the losses start with a new state, even in a trainer that has trained before."""
     objective = moved()
     with caplog.at_level(logging.WARNING, logger="hf_prefopt"):
         restore_losses(TrainerState(), objective)

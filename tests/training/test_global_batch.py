@@ -141,8 +141,8 @@ def test_batches_that_say_what_counts_are_believed_wherever_they_come():
 
 
 def test_a_rank_with_fewer_pieces_gets_idle_ones():
-    """The other rank has three pieces and one, and this one has one and two: it adds
-    two idle pieces, with one gather.
+    """The other rank has three pieces and one, and this rank has one and two, so it
+    adds two idle pieces, with one gather.
     """
     asked = []
 

@@ -159,7 +159,7 @@ def test_forwards_count_by_their_examples(tmp_path):
 
 
 def test_reentrant_checkpointing_is_refused(tmp_path):
-    """It runs the layers without a graph, so the routers' logits have no gradient."""
+    """Reentrant checkpointing runs the layers without a graph, so the routers' logits have no gradient."""
     settings = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
     trainer = make_trainer(tmp_path, moe(), max_steps=1, **settings)
     with pytest.raises(RuntimeError, match=r"'use_reentrant': False.*router_aux_loss_coef=0"):

@@ -239,7 +239,7 @@ def test_the_best_settings_set_by_hand_are_those_of_the_next_run(tmp_path):
 
 
 def test_a_space_is_asked_once(tmp_path):
-    """A space may draw at random, or count."""
+    """The function of a search space may draw at random, or count its calls, so it is called once."""
     asked = []
 
     def space(trial):

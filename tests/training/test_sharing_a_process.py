@@ -74,7 +74,9 @@ def test_a_model_may_come_from_transformers_own_trainer(kind, sft_bf16, bf16, tm
 
 @pytest.mark.parametrize("first", [False, True])
 def test_trainers_that_are_made_together_keep_their_precisions(first, tmp_path):
-    """This includes accelerate's shared state during training, from which autocast takes its dtype on GPUs."""
+    """Each trainer sets accelerate's shared state during its training, because
+    autocast takes its dtype from it on GPUs.
+    """
     models = tiny_model(), tiny_model()
     one, other = (trainer_of(model, tmp_path, bf16) for model, bf16 in zip(models, (first, not first), strict=True))
     for trainer, bf16 in ((one, first), (other, not first), (one, first)):

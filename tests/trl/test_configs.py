@@ -44,7 +44,7 @@ def test_every_field_that_is_trls_alone_has_a_meaning(method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_all_of_trls_defaults_written_out_are_accepted(method, tmp_path, caplog):
-    """For example, a YAML file has every key, or a dumped configuration; there are no messages."""
+    """A YAML file or a dumped configuration may have every key with TRL's default; no message is logged."""
     own = {name: value for name, value in defaults(trl_config(method)).items() if name not in TRAINER}
     with caplog.at_level(logging.WARNING, "hf_prefopt"):
         assert config(method, tmp_path, **own).beta == own["beta"]
@@ -128,7 +128,7 @@ def test_pad_to_multiple_of(given, multiple, tmp_path):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_configuration_survives_a_round_trip(method, tmp_path):
-    """Its dump has TRL's values, and gives the same losses again."""
+    """The dump of a configuration has TRL's values, and gives the same losses again."""
     first = config(method, tmp_path)
     (again,) = HfArgumentParser(type(first)).parse_dict(
         {name: value for name, value in first.to_dict().items() if name not in TRAINER}

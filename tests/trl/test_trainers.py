@@ -80,7 +80,7 @@ def test_arguments_by_their_place(tmp_path):
 
 
 def test_the_configuration_is_made_where_there_is_none(tmp_path, monkeypatch):
-    """Its folder has TRL's default name."""
+    """The default output folder has TRL's name."""
     monkeypatch.chdir(tmp_path)
     model().save_pretrained("tiny")
     tiny_tokenizer().save_pretrained("tiny")
@@ -99,9 +99,7 @@ def test_a_configuration_of_another_kind(tmp_path):
 
 
 def test_the_reference_model(tmp_path):
-    """It is the model that is passed; it is None if the reference is the policy's
-    own module, as with an adapter in TRL.
-    """
+    """`ref_model` is the model that is passed, or None if the reference is the policy's own module, as in TRL."""
     given = model()
     assert make("DPO", tmp_path, model(), given).ref_model is given
     assert make("DPO", tmp_path).ref_model is None
@@ -142,7 +140,9 @@ def test_code_of_a_model_is_only_run_where_it_is_asked_for(tmp_path):
 
 
 def test_the_auxiliary_loss_of_experts_is_added(tmp_path):
-    """It is added by default, as in TRL's DPOTrainer; tests/training/test_router.py compares the numbers."""
+    """The auxiliary loss is added by default, as in TRL's DPOTrainer;
+    tests/training/test_router.py compares the numbers.
+    """
     settings = {"vocab_size": 600, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
     for coefficient, is_added in ((None, True), (0.0, False)):
         trainer = make("DPO", tmp_path, tiny_model("qwen3_moe", **settings), router_aux_loss_coef=coefficient)

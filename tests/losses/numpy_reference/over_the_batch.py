@@ -14,7 +14,9 @@ def kto_pair(w, l, rw, rl, beta=0.1, **_):
 
 
 def _sorted_against(own, other, beta, label_smoothing):
-    """The loss of each sorted difference, assigned to the example with that `own` value."""
+    """Return the loss of each sorted difference, at the place of the example that
+    has the corresponding value in `own`.
+    """
     order = np.argsort(own)
     z = beta * (np.sort(own) - np.sort(other))
     losses = np.empty_like(own)
