@@ -91,9 +91,9 @@ class PreferenceTrainer(Trainer):
         peft_config: Configuration of a new adapter, for a model without an adapter.
         quantization_config: Quantization options, used if the model is loaded by name.
         model_init: As in `Trainer`, instead of `model`.
-        **trainer_arguments: The other arguments of `Trainer`. `compute_metrics`, and `preprocess_logits_for_metrics` for
-            each batch, get the implicit rewards `[rows, 2]`, or the log-probs of a loss without rewards, as predictions,
-            and (1, 0) per row as labels. Unpaired examples have one column and their label; lists label the best one 1.
+        **trainer_arguments: The other arguments of `Trainer`. `compute_metrics`, and `preprocess_logits_for_metrics`
+            for each batch, get the implicit rewards `[rows, 2]`, or a loss's log-probs if it has no rewards, as
+            predictions, and (1, 0) per row as labels. Unpaired examples have their label; lists label the best one 1.
 
     Attributes:
         criterion: The objective.
