@@ -15,15 +15,13 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 from hf_prefopt.evaluation.gsm8k import exact_match, load_gsm8k_problems
 from hf_prefopt.generation import PictureCallback, SampleGenerationsCallback, WinRateCallback
-from hf_prefopt.generation.answers import Problem, generate_answers, pad_left, prompt_ids
+from hf_prefopt.generation.answers import Problem, generate_answers, prompt_ids
 
 __all__ = [
     "GenerationEvalCallback",
     "PictureCallback",
     "SampleGenerationsCallback",
     "WinRateCallback",
-    "pad_left",
-    "prompt_ids",
 ]
 
 

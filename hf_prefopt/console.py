@@ -19,7 +19,11 @@ from hf_prefopt.trainer import PreferenceTrainer
 
 
 def use_short_progress(trainer: PreferenceTrainer) -> None:
-    """Show short progress lines instead of complete log records. Without progress bars, the output does not change."""
+    """Show short progress lines instead of complete log records; call it before `trainer.train()`.
+
+    Args:
+        trainer: The trainer. Without progress bars (`disable_tqdm`), its output does not change.
+    """
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(ShortProgressCallback)
 
@@ -46,6 +50,7 @@ def finish_run(
         ```
 
     Args:
+        trainer: The trainer, after training.
         dataset: Names of the data sets, for the model card.
         next_steps: Further commands that the summary suggests, keyed by purpose, such as
             `{"another loss": "--loss_type simpo"}`.

@@ -40,7 +40,8 @@ class BeforeAndAfter(TrainerCallback):
 
     Args:
         trainer: Trainer that the callback is added to.
-        prompts: Number of prompts. max_new_tokens: Maximum number of tokens per answer.
+        prompts: Number of prompts.
+        max_new_tokens: Maximum number of tokens per answer.
         longest: Maximum number of tokens per prompt; longer prompts are skipped.
 
     Attributes:

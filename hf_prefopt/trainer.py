@@ -86,18 +86,19 @@ class PreferenceTrainer(Trainer):
             options as the policy. Default: see `PreferenceConfig.reference`.
         args: The configuration.
         data_collator: Function that collates prepared rows into a `PreferenceBatch`.
-        train_dataset, eval_dataset: Preference data, raw or prepared; `eval_dataset` may be a dict of datasets.
+        train_dataset: Preference data, raw or prepared.
+        eval_dataset: The same, or a dict of data sets.
         processing_class: The tokenizer. Default: the tokenizer saved with the model.
         peft_config: Configuration of a new adapter, for a model without an adapter.
         quantization_config: Quantization options, used if the model is loaded by name.
-        All other arguments are those of `Trainer`: `model_init`, `compute_metrics`, `callbacks`, `optimizers`, ….
-            `compute_metrics` receives the implicit rewards `[rows, 2]` as predictions and (1, 0) per row as labels; for
-            a loss without rewards, the predictions are log-probs. Unpaired examples have one column and their label;
-            lists have one column per response, and the label of the best response is 1.
+        model_init: As in `Trainer`, instead of `model`.
+        **trainer_arguments: The other arguments of `Trainer`. `compute_metrics`, and `preprocess_logits_for_metrics`
+            for each batch, get the implicit rewards `[rows, 2]`, or a loss's log-probs if it has no rewards, as
+            predictions, and (1, 0) per row as labels. Unpaired examples have their label; lists label the best one 1.
 
     Attributes:
-        criterion: The objective. data, scorer, global_batch, evaluation: The four objects described above.
-        evaluated: The examples of the first and last evaluation. throughput: Counter of the tokens between two logs.
+        criterion: The objective.
+        evaluated: The examples of the first and last evaluation.
         run_record: Record of the run, written by `console.finish_run` and shown in the model card.
 
     Raises:

@@ -8,8 +8,9 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from peft import LoraConfig, get_peft_model
 
-from hf_prefopt.callbacks import GenerationEvalCallback, pad_left, prompt_ids
+from hf_prefopt.callbacks import GenerationEvalCallback
 from hf_prefopt.evaluation.gsm8k import exact_match, final_answer, load_gsm8k_problems
+from hf_prefopt.generation.answers import pad_left, prompt_ids
 from tests.tiny_models import tiny_model
 from tests.tokenizers import tiny_tokenizer
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -39,6 +40,12 @@ def test_pinned_versions_are_admitted(requirement: Requirement, file: str):
     )
     assert pinned is None or requirement.specifier.contains(pinned), f"{file} pins {requirement.name}=={pinned}"
     assert pinned is not None or file == "constraints-oldest.txt", f"{file} does not pin {requirement.name}"
+
+
+def test_pre_commit_runs_the_pinned_ruff():
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    (rev,) = (repo["rev"] for repo in hooks if repo["repo"].endswith("/ruff-pre-commit"))
+    assert f"ruff=={rev.removeprefix('v')}\n" in (ROOT / "constraints.txt").read_text()
 
 
 def test_actions_are_pinned_by_commit():

@@ -28,11 +28,16 @@ def split_by_prompt(
     Whether a prompt is used for evaluation depends only on the prompt and the seed, not on the order of the rows.
 
     Args:
-        dataset: Raw rows in any of the layouts of `layout_table.LAYOUTS`.
+        dataset: Raw rows in any known column layout.
         test_size: Share of the rows for evaluation, between 0 and 1 (exclusive). Rows with the same prompt stay
             together, so the evaluation rows may exceed this share, by less than the rows of one prompt.
         seed: Seed for drawing the prompts.
-        column_mapping, remove_columns, text_as: See `PreferenceConfig`.
+        column_mapping: As in `PreferenceConfig`.
+        remove_columns: As in `PreferenceConfig`.
+        text_as: As in `PreferenceConfig`.
+
+    Returns:
+        The rows for training, and the rows for evaluation.
 
     Raises:
         ValueError: If the share is out of range, the columns have no known layout, or all rows have the same prompt.

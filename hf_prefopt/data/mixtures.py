@@ -31,8 +31,9 @@ class Source:
             weight of a stream must be a whole number, because the length of a stream is unknown.
         fraction: Share of the mixture that comes from this source, as in TRL. Shares are divided by their sum, and the
             mixture is as large as possible without repeating a row. Set it for all sources or for none.
-        column_mapping, remove_columns, text_as: As in `PreferenceConfig`, for this source; None uses the values of the
-            config.
+        column_mapping: As in `PreferenceConfig`, for this source; None uses the value of the config.
+        remove_columns: The same.
+        text_as: The same.
     """
 
     rows: Any

@@ -45,7 +45,9 @@ class WinRateCallback(TrainerCallback):
         judge: Function of `(prompt, first answer, second answer)` that returns a number from 0 to 1: 1 if the first
             answer is better, 0 if the second answer is better, 0.5 for a tie. `prompt` is an element of `prompts`.
         reference: Reference model. Required if the policy has no adapter and the trainer has no reference.
-        max_new_tokens, temperature, batch_size: See `SampleGenerationsCallback`.
+        max_new_tokens: Maximum number of tokens per answer.
+        temperature: Sampling temperature; 0 selects the most likely token.
+        batch_size: Number of answers per batch.
         name: Name of the metric.
 
     Raises:

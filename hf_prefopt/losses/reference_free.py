@@ -37,6 +37,13 @@ def cpo_loss(
 
     Use it if a reference model does not fit into memory, and the chosen responses are good enough to imitate.
 
+    Args:
+        policy_chosen_logps, policy_rejected_logps: `[B]`, summed, nats.
+        chosen_lengths: `[B]`, tokens; the NLL is a mean over them.
+        beta: > 0.
+        cpo_alpha: α ≥ 0.
+        label_smoothing: ε in [0, 0.5), the probability that a label is flipped.
+
     Raises:
         ValueError: shapes differ or a value is out of range.
     """

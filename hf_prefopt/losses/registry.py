@@ -58,7 +58,8 @@ class LossSpec:
     """A registered loss: the function, and what the trainer must know to call it.
 
     Attributes:
-        name: the loss's main name; `aliases` are accepted wherever the name is.
+        name: the loss's main name.
+        aliases: other names, accepted wherever the main name is.
         function: `(named tensors [B], **hyperparameters) -> LossOutput`, or a tensor `[B]` of losses.
         paper: arXiv number of the source; empty if there is none.
         description: the first line of the function's docstring.
@@ -72,7 +73,8 @@ class LossSpec:
             inputs of the loss (`[N]`, `[N, K]`). It returns advice for the user, or `None`, and raises
             `UnsuitableExamples` for examples that the loss cannot compare.
         form_of: the name of the loss that this loss adapts to another kind of examples.
-        inputs: the names of the loss's tensor parameters. `defaults`: its hyperparameters and their default values.
+        inputs: the names of the loss's tensor parameters.
+        defaults: its hyperparameters and their default values.
     """
 
     name: str
@@ -193,8 +195,8 @@ def register_loss(
         name: the loss's name.
         aliases: other accepted names.
         paper: arXiv number.
-        **capabilities: `is_average_loss`, `computes_reward_metrics`, `needs_global_batch`, `has_own_divergence`,
-            `is_one_value`, `check_data`, `state`, `form_of`, if they differ from `LossSpec`'s defaults.
+        **capabilities: what else the trainer must know, such as `needs_global_batch` or `state`: the attributes of
+            `hf_prefopt.losses.LossSpec`, where they differ from its defaults.
 
     Returns:
         A decorator that returns the function unchanged. A function with the same module and qualified name replaces the
@@ -296,7 +298,13 @@ def _input_near(name: str) -> str | None:
 
 
 def get_loss(name: str) -> LossSpec:
-    """Return the registered loss with that name or alias.
+    """Return the registered loss with that name or alias, callable with named tensors and hyperparameters.
+
+    Args:
+        name: the loss's name or one of its aliases.
+
+    Returns:
+        The loss, with its `description`, `paper`, `inputs` (names of tensors), and `defaults` of hyperparameters.
 
     Raises:
         ValueError: no loss has this name; the message suggests similar names.

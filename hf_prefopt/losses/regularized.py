@@ -29,7 +29,8 @@ def dpop_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.3, lambda_coef: 
 
     Args:
         policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps: `[B]`, summed, nats.
-        beta: > 0. lambda_coef: λ ≥ 0.
+        beta: > 0.
+        lambda_coef: λ ≥ 0.
 
     Raises:
         ValueError: shapes differ or a hyperparameter is out of range.
@@ -92,7 +93,8 @@ def dpo_shift_loss(
     Use it if DPO lowers the likelihood of the chosen responses.
 
     Args:
-        lambda_coef: λ in [0, 1], or its initial value. lambda_end: its final value in [0, 1]; `None` for a constant λ.
+        lambda_coef: λ in [0, 1], or its initial value.
+        lambda_end: its final value in [0, 1]; `None` for a constant λ.
         progress: k/n, in [0, 1]. The trainer provides it; the default 1 is the end of a run.
 
     Raises:

@@ -40,7 +40,10 @@ def simpo_loss(
 
     Args:
         policy_chosen_logps, policy_rejected_logps: `[B]`, summed, nats; lengths: `[B]`, tokens.
-        beta: > 0. gamma: ≥ 0, in reward units. gamma_beta_ratio: ≥ 0, nats per token.
+        beta: > 0.
+        gamma: ≥ 0, in reward units.
+        gamma_beta_ratio: ≥ 0, nats per token.
+        label_smoothing: ε in [0, 0.5), the probability that a label is flipped.
         margins: `[B]`, the target margin of each pair in reward units, subtracted in addition to γ.
 
     Raises:

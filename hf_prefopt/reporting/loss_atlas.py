@@ -1,4 +1,4 @@
-"""The loss atlas: one small plot per registered pair loss, with the loss and its gradient as functions of h.
+"""The loss atlas: for each registered pair loss, the loss and its gradient as functions of h, one above the other.
 
     python -m hf_prefopt.reporting.loss_atlas > docs/images/loss_atlas.svg
 
@@ -19,13 +19,16 @@ from hf_prefopt.kinds import PAIRS
 from hf_prefopt.kinds.made_up import made_up_examples
 from hf_prefopt.losses.registry import LossSpec, RunningState, get_loss, list_losses
 
-WIDEST = 20.0  # nats
-POINTS = 81
+WIDEST = 25.0  # nats: beyond the margin 1/β = 20 at which the hinge loss ends
+POINTS = 101
 TOKENS = 20
 REFERENCE = -30.0  # nats
-COLUMNS = 6
+COLUMNS = 4
 STEPS = 100  # enough for running means to be close to their limits
-LOSS_COLOR, GRADIENT_COLOR, TEXT_COLOR = "#0072b2", "#d55e00", "#808080"  # Okabe and Ito's blue and vermilion
+SIZE = (1.9, 2.0)  # of a panel, in inches
+# Okabe and Ito's blue and vermilion. On a dark page, an SVG shows the second color of each pair.
+COLORS = {"loss": ("#0072b2", "#56b4e9"), "gradient": ("#c44e00", "#e69f00"), "text": ("#24292f", "#e6edf3")}
+LINES = ("#8c959f", "#8c959f")
 RUN = {"progress": 0.5, "epoch": 0, "training": False}
 # Scores and win rates for which the chosen response is better with certainty.
 COLUMNS_OF_DATA = {"chosen_scores": 1.0, "rejected_scores": 0.0, "chosen_win_rates": 1.0, "rejected_win_rates": 0.0}
@@ -92,36 +95,55 @@ def draw_atlas() -> str:
 
     specs = [spec for spec in map(get_loss, list_losses()) if spec.kind is PAIRS]
     rows = -(-len(specs) // COLUMNS)
-    figure = Figure(figsize=(2.1 * COLUMNS, 1.55 * rows), layout="constrained")
+    figure = Figure(figsize=(SIZE[0] * COLUMNS, SIZE[1] * rows), layout="constrained")
     figure.patch.set_alpha(0)
-    canvas, places = FigureCanvasSVG(figure), figure.subplots(rows, COLUMNS).flat
-    for axes, spec in zip(places, specs, strict=False):
-        _draw(axes, spec.name, curve_of(spec))
-    for axes in places:  # unused axes
-        axes.set_axis_off()
-    figure.supxlabel("h, nats: from −20 to 20", fontsize=9, color=TEXT_COLOR)
-    drawn = io.StringIO()
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "atlas"}):
+    figure.get_layout_engine().set(h_pad=0.045, hspace=0)
+    canvas = FigureCanvasSVG(figure)
+    panels = figure.subfigures(rows, COLUMNS).flat
+    style = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "atlas",
+        "font.size": 7,
+        "font.sans-serif": ["DejaVu Sans", "Arial"],
+    }
+    with rc_context(style):
+        for number, (panel, spec) in enumerate(zip(panels, specs, strict=False)):
+            _draw(panel, spec.name, curve_of(spec), is_leftmost=number % COLUMNS == 0)
+        drawn = io.StringIO()
         canvas.print_svg(drawn, metadata={"Date": None})
-    return drawn.getvalue()
+    return drawn.getvalue().replace('<style type="text/css">', f'<style type="text/css">{_dark_colors()}', 1)
 
 
-def _draw(axes, name: str, curve: Curve) -> None:
-    """Draw a panel: the loss in nats (left axis), and the gradient relative to its largest absolute value (dashed)."""
-    axes.plot(curve.h, curve.losses, color=LOSS_COLOR, linewidth=1.5)
-    axes.set_title(name, fontsize=9, color=TEXT_COLOR)
-    axes.set_xticks([0], [])
-    axes.locator_params(axis="y", nbins=3)
-    axes.tick_params(labelsize=7, colors=TEXT_COLOR)
-    axes.patch.set_alpha(0)
-    axes.axvline(0, color=TEXT_COLOR, linewidth=0.5)
-    gradients = axes.twinx()
-    gradients.plot(curve.h, curve.gradients / curve.gradients.abs().max(), "--", color=GRADIENT_COLOR, linewidth=1)
-    gradients.set_ylim(-1.1, 1.1)
-    gradients.set_yticks([])
-    for spine in (*axes.spines.values(), *gradients.spines.values()):
-        spine.set_color(TEXT_COLOR)
-        spine.set_linewidth(0.5)
+def _draw(panel: Any, name: str, curve: Curve, is_leftmost: bool) -> None:
+    """Draw the loss above its gradient, each with its own scale, over the same h."""
+    above, below = panel.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    panel.patch.set_alpha(0)
+    above.set_title(name, fontsize=8.5, color=COLORS["text"][0])
+    above.plot(curve.h, curve.losses, color=COLORS["loss"][0], linewidth=1.5)
+    below.plot(curve.h, curve.gradients, color=COLORS["gradient"][0], linewidth=1.2)
+    below.axhline(0, color=LINES[0], linewidth=0.5)
+    below.set_xticks([-20, 0, 20])
+    if is_leftmost:
+        above.set_ylabel("ℓ", color=COLORS["loss"][0])
+        below.set_ylabel("dℓ/dh", color=COLORS["gradient"][0])
+    below.set_xlabel("h (nats)", color=COLORS["text"][0], labelpad=1)
+    for axes in (above, below):
+        axes.axvline(0, color=LINES[0], linewidth=0.5)
+        axes.locator_params(axis="y", nbins=3)
+        axes.margins(y=0.1)
+        axes.tick_params(color=LINES[0], labelcolor=COLORS["text"][0], length=2, pad=1.5)
+        axes.patch.set_alpha(0)
+        axes.spines[:].set(color=LINES[0], linewidth=0.5)
+
+
+def _dark_colors() -> str:
+    """Return the style sheet that replaces matplotlib's inline colors where the page is dark."""
+    rules = (
+        f'[style*="{property}: {light}"]{{{property}:{dark} !important}}'
+        for light, dark in COLORS.values()
+        for property in ("fill", "stroke")
+    )
+    return f"@media(prefers-color-scheme:dark){{{''.join(rules)}}}"
 
 
 if __name__ == "__main__":

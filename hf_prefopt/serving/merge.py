@@ -33,7 +33,9 @@ class MergedModel(NamedTuple):
     """A merged model.
 
     Attributes:
-        folder: Folder of the model. agreement: Result of the check. notes: Notes for users of the model.
+        folder: Folder of the model.
+        agreement: Result of the check.
+        notes: Notes for users of the model.
     """
 
     folder: Path

@@ -34,8 +34,23 @@ _CHECKS: list[tuple[Check, Callable[[LossSpec], bool]]] = []
 def loss_checks(name: str) -> list[Check]:
     """Return the checks that apply to a loss. Call each with the loss's name, and optionally with hyperparameters.
 
+    They compare gradients with finite differences and dtypes with each other, and try extreme values, batches cut in
+    two, and responses of one token.
+
+    Example:
+        ```python
+        for check in loss_checks("my_loss"):
+            check("my_loss", beta=0.5)
+        ```
+
+    Args:
+        name: The name of a registered loss.
+
+    Returns:
+        Functions `(name, **hyperparameters)`, which raise `AssertionError` if the loss fails.
+
     Raises:
-        ValueError: no loss with that name is registered.
+        ValueError: If no loss with that name is registered.
     """
     spec = get_loss(name)
     return [check for check, applies in _CHECKS if applies(spec)]

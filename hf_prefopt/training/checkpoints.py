@@ -49,6 +49,9 @@ def last_complete_checkpoint(output_dir: str | Path) -> str | None:
         trainer.train(resume_from_checkpoint=last_complete_checkpoint(trainer.args.output_dir))
         ```
 
+    Args:
+        output_dir: The output folder of the run.
+
     Raises:
         ValueError: a checkpoint with fewer steps was written later, so the checkpoints are from several runs.
     """

@@ -10,9 +10,9 @@ import torch
 from rich.console import Console
 from transformers import EarlyStoppingCallback
 
-from hf_prefopt.callbacks import SampleGenerationsCallback, WinRateCallback, prompt_ids
+from hf_prefopt.callbacks import SampleGenerationsCallback, WinRateCallback
 from hf_prefopt.generation import partners
-from hf_prefopt.generation.answers import generate_answers
+from hf_prefopt.generation.answers import generate_answers, prompt_ids
 from tests.generation.any_trainer import PROMPTS, TRAINERS, plain_trainer, policy, preference_trainer
 from tests.tiny_models import perturbed, tiny_model
 from tests.tokenizers import tiny_tokenizer
@@ -160,7 +160,7 @@ class TestWinRate:
             self.run(tmp_path, lambda *_: verdict)
 
 
-def test_modes_and_random_numbers_are_as_they_were(tmp_path):
+def test_modes_and_random_numbers_are_as_they_were():
     """Each module has its previous mode, even a module in evaluation mode inside a model in training mode."""
     model = policy().train()
     model.base_model.model.model.layers[0].eval()

@@ -39,13 +39,15 @@ def test_a_second_evaluation_asks_nothing_of_it(tmp_path, runs):
     assert first["eval_rewards/margins"] == second["eval_rewards/margins"]
 
 
-def test_other_rows_and_other_data_sets_are_not_taken_for_these(tmp_path, runs):
-    """Another data set has its own rows 0 to 4, and the first set is run again if its batches differ."""
+def test_another_data_set_is_not_taken_for_this_one(tmp_path, runs):
+    """Another data set has its own rows 0 to 4: its three batches are run, with the figures of a new trainer."""
     trainer = trainer_with(tmp_path, random_rows(5))
     trainer.evaluate()
     other = Dataset.from_list(random_rows(5, seed=9))
     fresh = trainer_with(tmp_path, random_rows(5, seed=9)).evaluate()
+    runs.clear()
     assert trainer.evaluate(other)["eval_loss"] == pytest.approx(fresh["eval_loss"], rel=1e-6)
+    assert len(runs) == 3
 
 
 @pytest.mark.parametrize("size", [1, 3])

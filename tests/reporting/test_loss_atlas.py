@@ -1,5 +1,7 @@
 """The atlas shows the registered function of every loss of pairs."""
 
+import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,8 @@ from hf_prefopt.kinds import PAIRS
 from hf_prefopt.losses import get_loss, list_losses
 from hf_prefopt.reporting.loss_atlas import curve_of
 
-DRAWN = Path(__file__).parents[2] / "docs" / "images" / "loss_atlas.svg"
+DOCS = Path(__file__).parents[2] / "docs"
+DRAWN = DOCS / "images" / "loss_atlas.svg"
 LOSSES = [name for name in list_losses() if get_loss(name).kind is PAIRS]
 
 
@@ -24,7 +27,7 @@ LOSSES = [name for name in list_losses() if get_loss(name).kind is PAIRS]
 )
 def test_a_curve_is_the_formula(name, losses, gradients):
     curve = curve_of(get_loss(name), points=9)
-    inside = curve.h < 20  # the position of the hinge's kink
+    inside = curve.h < 20  # the position of the hinge's kink; its gradient is 0 beyond it
     assert torch.allclose(curve.losses, losses(curve.h), rtol=1e-12)
     assert torch.allclose(curve.gradients[inside], gradients(curve.h)[inside], rtol=1e-12)
 
@@ -39,3 +42,25 @@ def test_a_curve_is_finite_and_trains(name):
 def test_the_picture_has_every_loss():
     drawn = DRAWN.read_text(encoding="utf-8")
     assert [name for name in LOSSES if f">{name}<" not in drawn] == []
+
+
+@cache
+def relative_gradients(name: str) -> tuple[float, float]:
+    """dℓ/dh at the two ends of the picture, as a share of the largest |dℓ/dh|."""
+    gradients = curve_of(get_loss(name), points=21).gradients
+    left, right = gradients[[0, -1]] / gradients.abs().max()
+    return left.item(), right.item()
+
+
+@pytest.mark.parametrize(
+    ("paragraph", "holds"),
+    [
+        ("Pairs that are more than right", lambda left, right: right > 0.01),
+        ("Pairs that are far wrong", lambda left, right: abs(left) < 0.55),
+    ],
+)
+def test_the_page_names_the_losses_of_a_shape(paragraph, holds):
+    """All of them; beside them it names `dpo`, to compare with, and `ipo`, whose target is outside the picture."""
+    (text,) = re.findall(rf"- \*\*{paragraph}\*\*(.*?)(?=\n- |\n\n)", (DOCS / "atlas.md").read_text("utf-8"), re.DOTALL)
+    named = set(re.findall(r"`(\w+)`", text)) - {"dpo", "ipo"}
+    assert named == {name for name in LOSSES if holds(*relative_gradients(name))}

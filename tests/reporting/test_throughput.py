@@ -83,7 +83,7 @@ def test_a_run_counts_its_tokens(tmp_path):
     assert logged(trainer, "tokens_per_second")[0] > 0
 
 
-def test_of_a_users_collator_no_saving_is_claimed(tmp_path):
+def test_of_a_users_collator_no_saving_is_claimed():
     """The rows of a custom collator are unknown, so tokens and padding are unknown
     unless the rows are prepared rows.
     """

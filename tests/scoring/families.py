@@ -359,7 +359,9 @@ def page(rows: Iterable[str], layouts: Iterable[str] = LAYOUTS) -> str:
     lines = [
         "# Model families",
         "",
-        "This page lists the language models that transformers knows, and whether training them is exact. "
+        "This page lists which families of models train, in which layout, and how exactly. Look for the `model_type` "
+        "in your model's `config.json`.",
+        "",
         f"Tiny random models of {len(rows)} types in transformers {transformers.__version__} were each trained "
         f"in full and under LoRA (`all-linear`), with layout={' and '.join(layouts)}, and compared with "
         "transformers' own forward of each sequence alone: log-probs, gradients (also with checkpointing), the losses "

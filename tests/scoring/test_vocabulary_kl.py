@@ -142,7 +142,7 @@ def test_the_log_probs_beside_it_are_the_same():
     assert_same_gradients(one, other, rtol=1e-12)
 
 
-def test_dropout_of_the_policy_is_not_the_references(monkeypatch):
+def test_dropout_of_the_policy_is_not_the_references():
     """The policy is in training mode with dropout on an adapted head. Its reference,
     another adapter, predicts the same twice, and is in training mode afterwards.
     """

@@ -98,7 +98,7 @@ def test_a_whole_model_without_a_base_answers_alone(folders, capsys):
     assert "--base MODEL" in shown and "trained: " in shown and "base: " not in shown
 
 
-def test_the_base_that_the_card_names(folders, capsys, tmp_path):
+def test_the_base_that_the_card_names(folders, tmp_path):
     full = AutoModelForCausalLM.from_pretrained(folders / "full")
     full.save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)

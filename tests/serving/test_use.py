@@ -59,7 +59,7 @@ def answer(model, tokenizer):
     return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-def test_the_cards_python_runs_as_printed(run, capsys):
+def test_the_cards_python_runs_as_printed(run):
     """The code prints the answer of the trained model in memory."""
     card = Path(run.args.output_dir, "README.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
@@ -111,7 +111,7 @@ def test_what_vllm_cannot_load_beside_a_base_is_merged_first(adapter, expected):
         assert command.endswith(expected.removeprefix("…"))
 
 
-def test_training_rows_are_kept_where_nothing_is_evaluated(tmp_path, capsys):
+def test_training_rows_are_kept_where_nothing_is_evaluated(tmp_path):
     trainer = PreferenceTrainer(
         tiny_model(), args=make_config(tmp_path, max_steps=1), train_dataset=pairs(3), processing_class=tiny_tokenizer()
     )
