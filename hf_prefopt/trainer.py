@@ -87,14 +87,15 @@ class PreferenceTrainer(Trainer):
         args: The configuration.
         data_collator: Function that collates prepared rows into a `PreferenceBatch`.
         train_dataset: Preference data, raw or prepared.
-        eval_dataset: The same, or a dict of data sets.
+        eval_dataset: Preference data, raw or prepared, or a dict of data sets.
         processing_class: The tokenizer. Default: the tokenizer saved with the model.
         peft_config: Configuration of a new adapter, for a model without an adapter.
         quantization_config: Quantization options, used if the model is loaded by name.
         model_init: As in `Trainer`, instead of `model`.
-        **trainer_arguments: The other arguments of `Trainer`. `compute_metrics`, and `preprocess_logits_for_metrics`
-            for each batch, get the implicit rewards `[rows, 2]`, or a loss's log-probs if it has no rewards, as
-            predictions, and (1, 0) per row as labels. Unpaired examples have their label; lists label the best one 1.
+        **trainer_arguments: All other arguments of `Trainer`. `compute_metrics` and `preprocess_logits_for_metrics` get
+            the implicit rewards `[rows, 2]` as predictions, and (1, 0) per row as labels; for a loss without rewards,
+            the predictions are log-probs. Unpaired examples have one column and their label; lists have one column
+            per response, and the label of the best response is 1.
 
     Attributes:
         criterion: The objective.
