@@ -133,7 +133,7 @@ def _side(name: str, case: Case, settings: dict[str, Any]) -> Side:
 
 
 def _settle(scorer: Any, collator: Any, shares: bool) -> None:
-    """Replace `Scorer.settle` without its checks on synthetic sequences, which need values."""
+    """Do what `Scorer.settle` does, without its checks on synthetic sequences, which need values."""
     from hf_prefopt.reference.lower_layers import find_lower_layers
     from hf_prefopt.scoring.attention import install_segment_attention
     from hf_prefopt.scoring.forward import base_causal_lm

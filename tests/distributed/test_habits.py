@@ -194,8 +194,7 @@ def of_evaluations(found, expected, before, exact, nats, gradient):
                 continue
             path[name] = path.get(name, 0.0) + abs(value - last.get(name, value))
             last[name] = value
-            # The bound is in nats for log-probs (summed or, which is smaller, per token), and β times that for other
-            # metrics.
+            # Log-probs, summed or per token, are in nats. Losses and rewards are β times such numbers.
             in_rewards = "rewards/" in name or "loss" in name
             bound = (BETA * nats if in_rewards else nats) + gradient * path[name]
             largest = max(largest, abs(mine[name] - value) / (bound + (1e-5 * abs(value) if exact else 0.0)))

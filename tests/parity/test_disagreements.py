@@ -217,9 +217,7 @@ def test_disabling_dropout_leaves_attention_dropout(tmp_path):
 
 
 def test_an_adapter_on_the_head_is_refused(tmp_path):
-    """TRL reads the weight of the head and would ignore the adapter, so it raises an
-    error; ours calls and trains the head.
-    """
+    """TRL reads only the head's weight, not its adapter, so TRL raises an error. Our trainer trains the adapter."""
     adapter = LoraConfig(r=4, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM")
     with pytest.raises(ValueError, match="lm_head"):
         dpo_trainer(tmp_path, policy(), peft_config=adapter)
