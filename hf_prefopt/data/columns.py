@@ -74,7 +74,9 @@ def _not_found(dataset: Dataset | IterableDataset, column: str, columns: Sequenc
     """Describe a column that does not exist, or that is a key of a struct."""
     outer, _, key = column.partition(".")
     if key and isinstance((dataset.features or {}).get(outer), Mapping):
-        return f"{column!r} is a key in the structs of column {outer!r}: make columns of them first, dataset.flatten()"
+        return (
+            f"{column!r} is a key in the structs of column {outer!r}: make columns of the keys first, dataset.flatten()"
+        )
     return f"no column {column!r}; found {', '.join(columns)}"
 
 

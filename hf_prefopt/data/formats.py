@@ -99,7 +99,7 @@ def _read_explicit(row: Mapping[str, Any], columns: tuple[str, ...], how: Readin
     """Read a prompt and responses, given as text or messages."""
     responses = read_responses({column: row.get(column) for column in columns[1:]})
     is_talk = all(isinstance(response, list) for response in responses.values())
-    # A data set may mix rows that have a prompt with rows whose whole conversations contain it.
+    # Some rows of a data set may have a prompt, and others whole conversations that contain the prompt.
     prompt = None if row.get(columns[0]) is None and is_talk else read_content(columns[0], row.get(columns[0]))
     return _canonical_row(prompt, responses, row, _pair(responses), how)
 

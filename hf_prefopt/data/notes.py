@@ -36,7 +36,7 @@ NOTES = {
     "_text": Value("bool"),  # it is text, without a chat template
     "_change": Value("string"),  # how the prompt differs from the prompt for generation, or ""
 }
-# In fewer rows than this, texts may share, or not share, their first words by chance.
+# Fewer rows than this are not judged: their texts may have the same first words, or not, by chance.
 _ENOUGH_ROWS = 8
 
 

@@ -15,7 +15,7 @@ _DESIRABLE = {
     **dict.fromkeys(("incorrect", "failed", "fail", "no", "down", "dislike", "disliked", "downvote", "👎"), False),
     **dict.fromkeys(("thumbs_down", "thumbs down", "thumb_down", "thumbsdown"), False),
 }
-# Compared after spaces, underscores, points and hyphens are removed.
+# Verdicts without spaces, underscores, points and hyphens are compared with these words.
 _TIES = {
     *("tie", "ties", "tied", "both", "neither", "same", "aboutthesame", "equal", "draw", "nopreference", "a=b"),
     *("bothbad", "bothgood", "botharebad", "botharegood", "tiebothbad", "tiebothgood", "equallybad", "equallygood"),

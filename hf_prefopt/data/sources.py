@@ -102,7 +102,7 @@ def _from_mapping(splits: Mapping[str, Any], name: str) -> Any:
     names = ", ".join(map(str, splits)) or "nothing"
     if not splits or not all(isinstance(split, Dataset | IterableDataset) for split in splits.values()):
         raise ValueError(
-            f"the data set {name!r} is a {_type(splits)} of {names}: pass a data set, or columns, each a list"
+            f"the data set {name!r} is a {_type(splits)} of {names}: pass a data set, or a dict of columns, each a list"
         )
     if name not in splits:
         raise ValueError(

@@ -63,7 +63,7 @@ def describe_nearest(sample: Mapping[str, Any]) -> str:
     structs = [name for name, value in sample.items() if isinstance(value, Mapping)]
     flattened = _flattened(sample) if missing and structs else None
     if flattened:
-        return f"the columns are in the structs {quoted(structs)}: make columns of them first, {flattened}"
+        return f"the columns are in the structs {quoted(structs)}: make columns of the keys first, {flattened}"
     if not missing:
         return nearest.why(sample) or "the names of the columns are known, but the first rows have no values in them"
     mapping = {column: _meant(column, sample) for column in missing}

@@ -114,7 +114,7 @@ def forget_other_trainers(model: nn.Module) -> None:
 
 
 def take_over(accelerator: Accelerator, model: nn.Module, precision: str) -> bool:
-    """Make a model that another trainer may have used ready to be prepared for this trainer.
+    """Undo what another trainer has done to a model, so that accelerate can prepare it for this trainer.
 
     Args:
         precision: Mixed precision of this trainer: "no", "bf16" or "fp16".

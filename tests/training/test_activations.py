@@ -108,7 +108,7 @@ def test_attention_with_dropout_is_computed_again(tmp_path):
     [
         ({}, "checkpointing_keeps='attention' is only used with gradient_checkpointing=True"),
         ({"gradient_checkpointing_kwargs": {"use_reentrant": True}, **CHECKPOINTED}, "use_reentrant=False"),
-        ({"torch_compile": True, **CHECKPOINTED}, "which torch_compile=True fuses"),
+        ({"torch_compile": True, **CHECKPOINTED}, "torch_compile=True fuses operators"),
     ],
 )
 def test_what_it_cannot_go_with_is_an_error(settings, message, tmp_path):
