@@ -130,7 +130,7 @@ def _lengths_of(policy: str) -> str:
 
 
 def _varied_examples(term: Term) -> tuple[Inputs, Callable[[torch.Size | tuple[int, ...]], Tensor]]:
-    """Return synthetic inputs with distinct sums, and a function for random numbers in [0, 3); reproducible."""
+    """Return reproducible synthetic inputs with distinct sums, and a function for random numbers in [0, 3)."""
     generator = torch.Generator().manual_seed(0)
 
     def noise(shape: torch.Size | tuple[int, ...]) -> Tensor:

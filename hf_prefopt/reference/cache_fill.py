@@ -20,7 +20,8 @@ from hf_prefopt.reference.cache_exchange import exchange, say_whether_shared
 from hf_prefopt.reference.cache_key import response_keys
 from hf_prefopt.reference.engine import any_rank
 
-# Tokens per forward pass. Without gradients no activations are kept, so this can be far above the limit in training.
+# Tokens per forward pass. Without gradients, no activations are kept, so this number can be far above the limit in
+# training.
 TOKENS = {"cpu": 4096, "cuda": 16384}
 _ROWS_AT_ONCE = 1000
 
