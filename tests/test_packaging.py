@@ -48,6 +48,17 @@ def test_pre_commit_runs_the_pinned_ruff():
     assert f"ruff=={rev.removeprefix('v')}\n" in (ROOT / "constraints.txt").read_text()
 
 
+def test_the_classifiers_are_the_pythons_that_are_tested():
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "test.yml").read_text())
+    named = [
+        line.split(" :: ")[-1]
+        for line in PROJECT["classifiers"]
+        if line.startswith("Programming Language :: Python :: 3.")
+    ]
+    assert named == workflow["jobs"]["test"]["strategy"]["matrix"]["python"]
+    assert PROJECT["requires-python"] == f">={named[0]}"
+
+
 def test_actions_are_pinned_by_commit():
     uses = [
         line.split("uses:")[1].strip()

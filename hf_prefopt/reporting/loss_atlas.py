@@ -92,15 +92,16 @@ def draw_atlas() -> str:
     from matplotlib import rc_context
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     specs = [spec for spec in map(get_loss, list_losses()) if spec.kind is PAIRS]
     rows = -(-len(specs) // COLUMNS)
-    figure = Figure(figsize=(SIZE[0] * COLUMNS, SIZE[1] * rows), layout="constrained")
+    layout = ConstrainedLayoutEngine(h_pad=0.045, hspace=0)
+    figure = Figure(figsize=(SIZE[0] * COLUMNS, SIZE[1] * rows), layout=layout)
     figure.patch.set_alpha(0)
-    figure.get_layout_engine().set(h_pad=0.045, hspace=0)
     canvas = FigureCanvasSVG(figure)
-    panels = figure.subfigures(rows, COLUMNS).flat
-    style = {
+    panels = figure.subfigures(rows, COLUMNS, squeeze=False).flat
+    style: Any = {
         "svg.fonttype": "none",
         "svg.hashsalt": "atlas",
         "font.size": 7,
