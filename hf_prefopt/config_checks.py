@@ -72,7 +72,13 @@ def checkpointing(args: Any) -> tuple[bool, dict[str, Any]]:
 
 
 def _check_selective(args: Any) -> None:
-    if checkpointing(args)[1].get("use_reentrant"):
+    kwargs = checkpointing(args)[1]
+    if "context_fn" in kwargs:
+        raise ValueError(
+            f"checkpointing_keeps={args.checkpointing_keeps!r} sets context_fn, which gradient_checkpointing_kwargs "
+            "also sets: leave one of them out"
+        )
+    if kwargs.get("use_reentrant"):
         raise ValueError(
             f"checkpointing_keeps={args.checkpointing_keeps!r} needs checkpointing with use_reentrant=False: leave "
             "use_reentrant out"

@@ -60,7 +60,7 @@ from hf_prefopt.training.settings import OwnSettings, evaluation_loss
 from hf_prefopt.training.step_batches import StepBatches
 from hf_prefopt.training.stream_shards import ShardedRanks, is_split_by_shards
 from hf_prefopt.training.trainable import check_trainable, refuse_another_model, refuse_frozen
-from hf_prefopt.training.wrapping import settle_unused_parameters
+from hf_prefopt.training.wrapping import settle_before_wrapping
 
 logger = logging.getLogger(__name__)
 
@@ -226,7 +226,7 @@ class PreferenceTrainer(Trainer):
         loss, synchronizes = torch.zeros((), device=self.args.device), self.accelerator.sync_gradients
         tree = self.scorer.tree
         # DeepSpeed computes in bf16 without autocast.
-        offload = offloaded(self.args.activation_offloading, self.model, self.args.device)
+        offload = offloaded(self.args.activation_offloading, tree, self.args.device)
         with tree.held(), light_train(tree), adapter_casts_off(tree, self.accelerator.native_amp), offload:
             for piece in pieces[:-1]:
                 state._set_sync_gradients(False)
@@ -251,7 +251,7 @@ class PreferenceTrainer(Trainer):
         objective, state = self.criterion, self.state
         objective.progress = min(1.0, state.global_step / max(1, state.max_steps))
         objective.epoch = int(state.epoch or 0)
-        is_training = self.model.training  # DeepSpeed's wrapper stays in training mode
+        is_training = self.scorer.is_training
         known_as = None if is_training else self.evaluation.dataset
         reference = self.scorer.reference_scores(inputs, known_as)
         policy = self.scorer.policy_scores(model, inputs, reference)
@@ -446,9 +446,9 @@ class PreferenceTrainer(Trainer):
         return super()._inner_training_loop(*args, **options)
 
     def _wrap_model(self, model: nn.Module, training: bool = True, *others: Any) -> nn.Module:
-        """Wrap the model as the Trainer does, after setting DDP's `find_unused_parameters`."""
+        """Wrap the model as the Trainer does, after settling what depends on the wrapper."""
         if training:
-            settle_unused_parameters(self.accelerator, self.args.ddp_find_unused_parameters, self.scorer.model)
+            settle_before_wrapping(self.scorer, self.args.ddp_find_unused_parameters)
         return super()._wrap_model(model, training, *others)
 
     def hyperparameter_search(  # type: ignore[override]  # the other arguments are passed on

@@ -101,6 +101,12 @@ def test_no_micro_batch_walks_the_model(tmp_path, layout):
     assert counts_of_micro_batches(tmp_path, walks, layout=layout, reference="adapter_off") == [{}] * 4
 
 
+def test_offloading_does_not_walk_the_model(tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_prefopt.training.activations._check_offloading", lambda _: None)
+    walks = partial(counted, nn.Module, WALKS)
+    assert counts_of_micro_batches(tmp_path, walks, activation_offloading=True) == [{}] * 4
+
+
 @pytest.mark.parametrize("loss", ["dpo", "simpo", "orpo"])
 @pytest.mark.parametrize("layout", ["shared", "padded"])
 def test_no_micro_batch_waits_for_the_device(tmp_path, layout, loss):

@@ -5,7 +5,9 @@ response follows its own copy of the prompt, only the row's longest sequence cou
 epoch) and the lengths, so they are the same on every rank. Every micro-batch has the configured number of rows.
 """
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,14 +32,18 @@ class RowLengths:
         self._counted: tuple[np.ndarray, np.ndarray] | None = None
 
     def of_layout(self, layout: str | None) -> np.ndarray:
-        """Return the lengths of the rows in this layout, `[rows]` int64."""
+        """Return the lengths of the rows in this layout, `[rows]` int64.
+
+        Raises:
+            ValueError: the column has a value that is not a number of tokens.
+        """
         if self._counted is None:
             self._counted = self._count()
         return self._counted[layout == "padded"]
 
     def _count(self) -> tuple[np.ndarray, np.ndarray]:
         if self._column in self._rows.column_names:
-            lengths = np.array(self._rows.with_format(None)[self._column], dtype=np.int64)
+            lengths = _checked(self._rows.with_format(None)[self._column], self._column)
             return lengths, lengths
         rows = self._rows.select_columns(["prompt_ids", "response_ids"]).with_format(None)
         batches = (batch for batch in rows.iter(batch_size=1000))
@@ -46,6 +52,17 @@ class RowLengths:
         both = [(prompt + sum(sizes), prompt + max(sizes, default=0)) for prompt, sizes in counted]
         together, longest = np.array(both, dtype=np.int64).reshape(-1, 2).T
         return together, longest
+
+
+def _checked(values: Iterable[Any], column: str) -> np.ndarray:
+    for row, value in enumerate(values := list(values)):
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not 0 <= value < math.inf:
+            raise ValueError(
+                f"length_column_name={column!r}: row {row} has {value!r}, which is not a number of tokens: correct the "
+                "column, or remove it, and the tokens are counted"
+            )
+    return np.array(values, dtype=np.int64)
 
 
 class LengthSampler(Sampler[int]):

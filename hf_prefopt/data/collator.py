@@ -127,6 +127,11 @@ class LoaderCollator:
     max_tokens: int | None = None
     scores_prompts: bool = False
 
+    @property
+    def is_custom(self) -> bool:
+        """True if a user's collator is in use."""
+        return isinstance(self.collators[self.layout], CustomCollator)
+
     def __call__(self, rows: Rows) -> LoaderBatch:
         """Return the batch of these rows; the examples of rows that are marked `repeated` do not count."""
         collate = self.collators[self.layout]
@@ -212,13 +217,16 @@ def check_loaded(batch: Any) -> LoaderBatch:
 def sequence_sizes(rows: Rows) -> dict[str, int]:
     """Count the tokens of the sequences [prompt | response] of some rows, and the positions of their padded batch.
 
+    Mismatched responses (see `data.unpaired`) are scored, too, so they count.
+
     Example:
         >>> sequence_sizes([{"prompt_ids": [1, 2], "response_ids": [[3], [4, 5]]}])
         {'sequence_tokens': 7, 'padded_positions': 8}
     """
     if not rows or not {"prompt_ids", "response_ids"} <= rows[0].keys():
         return {}  # only a user's collator accepts such rows
-    lengths = [len(row["prompt_ids"]) + len(ids) for row in rows for ids in row["response_ids"]]
+    responses = [(row, ids) for row in rows for ids in (*row["response_ids"], *row.get("mismatched_ids", ()))]
+    lengths = [len(row["prompt_ids"]) + len(ids) for row, ids in responses]
     return {"sequence_tokens": sum(lengths), "padded_positions": len(lengths) * max(lengths)}
 
 

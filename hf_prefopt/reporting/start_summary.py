@@ -4,18 +4,24 @@ Each part of the trainer adds its lines, such as the losses with their hyperpara
 """
 
 import logging
+from collections.abc import Sized
+from typing import Any
 
 from peft import PeftModel
 from torch import nn
 from transformers import TrainerCallback, TrainerState
 
 from hf_prefopt.config import PreferenceConfig
+from hf_prefopt.data.collator import LoaderCollator
+from hf_prefopt.data.notes import plural
 from hf_prefopt.objective.objective import Objective
 
 logger = logging.getLogger(__name__)
 
 TOPICS = ("model", "loss", "reference", "layout", "attention", "data", "batch", "optimizer")
 MOST_LINES = 14
+# Training rows whose positions are counted.
+_ROWS = 64
 
 
 class StartSummary(TrainerCallback):
@@ -23,6 +29,7 @@ class StartSummary(TrainerCallback):
 
     def __init__(self):
         self._texts: dict[str, tuple[str, ...]] = {}
+        self._positions = ""
 
     def say(self, topic: str, *texts: str) -> None:
         """Set the texts of a topic, one line per text.
@@ -36,9 +43,10 @@ class StartSummary(TrainerCallback):
 
     def lines(self) -> list[str]:
         """Return all lines, in the order of the topics. A topic with too many lines ends with "and N more"."""
-        found, total = [], sum(map(len, self._texts.values()))
+        said = self._said()
+        found, total = [], sum(map(len, said.values()))
         for topic in TOPICS:
-            texts = self._texts.get(topic, ())
+            texts = said.get(topic, ())
             room = max(2, MOST_LINES - (total - len(texts)))
             if len(texts) > room:
                 total -= len(texts) - room
@@ -48,7 +56,14 @@ class StartSummary(TrainerCallback):
 
     def as_dict(self) -> dict[str, str]:
         """Return the texts keyed by topic, for the model card."""
-        return {topic: "; ".join(self._texts[topic]) for topic in TOPICS if topic in self._texts}
+        said = self._said()
+        return {topic: "; ".join(said[topic]) for topic in TOPICS if topic in said}
+
+    def _said(self) -> dict[str, tuple[str, ...]]:
+        """Return the texts keyed by topic; the layout's text ends with the positions that it saves in this run."""
+        if not self._positions or "layout" not in self._texts:
+            return self._texts
+        return self._texts | {"layout": tuple(f"{text}; {self._positions}" for text in self._texts["layout"])}
 
     def show(self, *topics: str) -> None:
         """Log the lines of these topics, or all lines."""
@@ -56,12 +71,39 @@ class StartSummary(TrainerCallback):
             if not topics or line.split(":")[0] in topics:
                 logger.warning(line)
 
-    def on_train_begin(self, args, state, control, model=None, **_):
+    def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **_):
         """Add the settings of this run (or of this trial of a hyperparameter search), and log all lines."""
+        self._positions = positions_text(train_dataloader, args.train_batch_size)
         self.say("batch", batch_text(args, state))
         self.say("optimizer", optimizer_text(args))
         if state.is_world_process_zero:
             self.show()
+
+
+def positions_text(loader: Any, rows_at_once: int) -> str:
+    """Describe the positions that the layout computes, of those of right-padded batches, for the first rows.
+
+    Args:
+        loader: Data loader of the training rows. rows_at_once: Number of rows of a micro-batch.
+
+    Returns:
+        The text; "" if the layout saves nothing, for streams, and for a user's collator.
+    """
+    dataset, collate = getattr(loader, "dataset", None), getattr(loader, "collate_fn", None)
+    ours = getattr(collate, "data_collator", collate)  # the Trainer may wrap it
+    if not isinstance(dataset, Sized) or not isinstance(ours, LoaderCollator) or ours.is_custom:
+        return ""
+    rows = [dataset[place] for place in range(min(len(dataset), _ROWS))]  # type: ignore[index]
+    batches = [ours(rows[start : start + rows_at_once]) for start in range(0, len(rows), rows_at_once)]
+    pieces = [piece for batch in batches for piece in batch["pieces"]]
+    computed = sum(piece.get("around_places", piece["input_ids"]).numel() for piece in pieces)
+    padded = sum(batch["padded_positions"] for batch in batches)
+    if computed >= padded:
+        return ""
+    return (
+        f"{computed:,} of {padded:,} padded positions computed ({padded / computed:.1f}× fewer) in the first "
+        f"{plural(len(rows), 'row')}"
+    )
 
 
 def loss_texts(objective: Objective) -> list[str]:

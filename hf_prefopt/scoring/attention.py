@@ -129,7 +129,7 @@ def describe_attention(model: PreTrainedModel, device: torch.device, dtype: torc
     if not any(implementation.startswith(_PREFIX) for implementation in implementations):
         return named
     one_by_one = f"PyTorch's ({named}), one response at a time"
-    if not fits_varlen(dtype, (1, 1), capability_of(device)):
+    if not fits_varlen(dtype, (8, 8), capability_of(device)):
         return one_by_one
     config = model.config.get_text_config()
     others = [name for name, known in _WITHOUT_KERNEL.items() if known(model, config)]
@@ -141,7 +141,15 @@ _WITHOUT_KERNEL: dict[str, Callable[[PreTrainedModel, Any], bool]] = {
     "sinks": lambda model, config: any(name.rsplit(".", 1)[-1] == "sinks" for name, _ in model.named_parameters()),
     "soft-cap": lambda model, config: bool(getattr(config, "attn_logit_softcapping", None)),
     "chunks": lambda model, config: "chunked_attention" in (getattr(config, "layer_types", None) or ()),
+    "head dimension": lambda model, config: not _fits_width(_head_widths(config)),
 }
+
+
+def _head_widths(config: Any) -> tuple[int, int]:
+    """Return the head dimensions of keys and values according to a config; (8, 8) if it does not have them."""
+    hidden, heads = (getattr(config, name, None) for name in ("hidden_size", "num_attention_heads"))
+    width = getattr(config, "head_dim", None) or (hidden // heads if hidden and heads else 8)
+    return width, getattr(config, "v_head_dim", None) or width
 
 
 def _plain(implementation: str, module: nn.Module) -> Callable:
@@ -256,11 +264,15 @@ def fits_varlen(dtype: torch.dtype, widths: tuple[int, int], capability: tuple[i
 
     Args:
         dtype: Dtype of queries, keys and values; must be bf16 or fp16.
-        widths: Head dimensions of keys and values; must be equal and at most 256.
+        widths: Head dimensions of keys and values; must be equal, a multiple of 8, and at most 256.
         capability: Result of `capability_of`; must be 8.0 (Ampere) or newer.
     """
     fits_device = capability is not None and capability >= (8, 0)
-    return fits_device and dtype in _VARLEN_DTYPES and widths[0] == widths[1] <= 256
+    return fits_device and dtype in _VARLEN_DTYPES and _fits_width(widths)
+
+
+def _fits_width(widths: tuple[int, int]) -> bool:
+    return widths[0] == widths[1] <= 256 and widths[0] % 8 == 0
 
 
 def capability_of(device: torch.device) -> tuple[int, int] | None:

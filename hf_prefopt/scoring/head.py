@@ -22,6 +22,7 @@ from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from hf_prefopt.scoring.fused_head import unit_gradient
@@ -151,6 +152,7 @@ class FrozenHeadLogps(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
+    @once_differentiable  # the gradients computed in the forward pass are constants for autograd
     def backward(ctx, grad_logps, *_):
         """Scale d logps / d hidden by the incoming gradient `[N]`."""
         (unit_gradient,) = ctx.saved_tensors
@@ -196,6 +198,7 @@ class TrainedHeadLogps(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_logps, *_):
         """Compute the gradients of hidden, weight and bias; weight and bias are summed in full precision."""
         hidden, weight, bias, targets = ctx.saved_tensors

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import PeftType
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
@@ -25,7 +26,7 @@ _SETTERS = {
     cls.set_adapter for cls in (BaseTunerLayer, AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper)
 }
 # The forward of exactly these types never depends on the training mode.
-_MODELESS = {nn.Linear, nn.Embedding, nn.Identity, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict}
+_MODELESS = {nn.Linear, nn.Identity, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict}
 # These methods have no effect if all modules are already in training mode.
 _PLAIN_TRAIN = {nn.Module.train, PreTrainedModel.train}
 
@@ -236,13 +237,14 @@ def is_switched_by_layer(tree: ModuleTree) -> bool:
 
 @contextmanager
 def adapter_casts_off(tree: ModuleTree, autocast: bool) -> Iterator[None]:
-    """Stop adapters from casting their inputs within this context if autocast casts the inputs anyway.
+    """Stop LoRA from casting its inputs within this context if autocast casts the inputs anyway.
 
     The results are bitwise equal. PEFT casts the input of each adapter to the adapter's dtype, fp32, and keeps the
     result for the backward pass; autocast then casts the input back. Use the context around forward and backward pass,
-    because checkpointing runs parts of the forward pass in the backward pass.
+    because checkpointing runs parts of the forward pass in the backward pass. Other adapters keep their casts: DoRA,
+    for example, computes the norms of weights in the dtype of its input.
     """
-    layers = tree.derived(_adapter_layers) if autocast else []
+    layers = tree.derived(_plain_lora_layers) if autocast else []
     states = [layer.__dict__ for layer in layers if getattr(layer, "cast_input_dtype_enabled", False)]
     for state in states:
         state["cast_input_dtype_enabled"] = False
@@ -253,8 +255,9 @@ def adapter_casts_off(tree: ModuleTree, autocast: bool) -> Iterator[None]:
             state["cast_input_dtype_enabled"] = True
 
 
-def _adapter_layers(modules: list[nn.Module]) -> list[BaseTunerLayer]:
-    return [module for module in modules if isinstance(module, BaseTunerLayer)]
+def _plain_lora_layers(modules: list[nn.Module]) -> list[LoraLayer]:
+    """Return the layers whose adapters are two linear modules, which cast their inputs under autocast."""
+    return [module for module in modules if isinstance(module, LoraLayer) and not module.lora_variant]
 
 
 def _switched_by_layer(model: nn.Module) -> bool:

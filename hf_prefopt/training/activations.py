@@ -14,11 +14,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
-from torch.autograd.graph import save_on_cpu
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from hf_prefopt.config import PreferenceConfig
 from hf_prefopt.scoring.attention import attention_implementations
+from hf_prefopt.scoring.modes import ModuleTree
 
 # Operators that compute attention, by the names under which PyTorch and flash-attn register them.
 ATTENTION = {
@@ -72,10 +73,12 @@ def keep_attention(model: nn.Module) -> int:
     return sum(bool(getattr(module, "gradient_checkpointing", False)) for module in modules)
 
 
-class OffloadedActivations(save_on_cpu):
+class OffloadedActivations(saved_tensors_hooks):
     """Context for a forward and backward pass that keeps saved tensors in pinned CPU memory.
 
-    Parameters, their views, and tensors of fewer than `least_bytes` bytes are not moved.
+    Parameters, their views, and tensors of fewer than `least_bytes` bytes are not moved. Other tensors come back with
+    the same strides, which compiled backward passes require. The host does not wait for copies: both directions run in
+    the stream of the operators that save and read the tensor.
 
     Args:
         parameters: Parameters of the model.
@@ -84,16 +87,25 @@ class OffloadedActivations(save_on_cpu):
     """
 
     def __init__(self, parameters: Iterable[Tensor], device: torch.device, least_bytes: int = 2**20):
-        super().__init__(pin_memory=device.type != "cpu", device_type=device.type)
-        to_cpu, back = self.pack_hook, self.unpack_hook
+        is_pinned = device.type != "cpu"
         storages = {parameter.untyped_storage().data_ptr() for parameter in parameters}
 
         def stays(tensor: Tensor) -> bool:
             is_small = tensor.numel() * tensor.element_size() < least_bytes
-            return is_small or tensor.device != device or tensor.untyped_storage().data_ptr() in storages
+            # Only the types are compared, because devices with and without an index differ.
+            is_elsewhere = tensor.device.type != device.type
+            return is_small or is_elsewhere or tensor.untyped_storage().data_ptr() in storages
 
-        self.pack_hook = lambda tensor: tensor if stays(tensor) else to_cpu(tensor)
-        self.unpack_hook = lambda packed: packed if isinstance(packed, Tensor) else back(packed)
+        def pack(tensor: Tensor) -> Tensor | tuple[torch.device, Tensor]:
+            if stays(tensor):
+                return tensor
+            kept = torch.empty_like(tensor, device="cpu", pin_memory=is_pinned)
+            return tensor.device, kept.copy_(tensor, non_blocking=is_pinned)
+
+        def unpack(packed: Tensor | tuple[torch.device, Tensor]) -> Tensor:
+            return packed if isinstance(packed, Tensor) else packed[1].to(packed[0], non_blocking=is_pinned)
+
+        super().__init__(pack, unpack)
 
 
 def check_activations(args: PreferenceConfig, model: nn.Module, accelerator: Accelerator) -> None:
@@ -119,6 +131,8 @@ def _check_offloading(accelerator: Accelerator) -> None:
         )
 
 
-def offloaded(is_on: bool, model: nn.Module, device: torch.device) -> AbstractContextManager:
+def offloaded(is_on: bool, tree: ModuleTree, device: torch.device) -> AbstractContextManager:
     """Return the context for a micro-batch: `OffloadedActivations` if `is_on`, otherwise a null context."""
-    return OffloadedActivations(model.parameters(), device) if is_on else nullcontext()
+    if not is_on:
+        return nullcontext()
+    return OffloadedActivations((parameter for _, parameter in tree.named_parameters()), device)

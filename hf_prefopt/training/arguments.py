@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from datasets import IterableDataset
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from torch import nn
 from torch._dynamo import OptimizedModule
 from transformers import TrainingArguments
@@ -169,12 +169,19 @@ def _check_custom_collator(args: PreferenceConfig) -> None:
 
 
 def _refuse_wrapped(name: str, model: Any) -> None:
-    """Raise `ValueError` if a model is already wrapped by `torch.compile` or for data parallelism."""
+    """Raise `ValueError` if a model is already compiled, or wrapped for data parallelism."""
     if isinstance(model, OptimizedModule):
         raise ValueError(
             f"{name} is wrapped by torch.compile: pass the model itself ({name}._orig_mod), and set torch_compile=True "
             "to compile it"
         )
+    for each in (model, model.get_base_model() if isinstance(model, PeftModel) else None):
+        # Evaluations, checks and the reference would call it, too, each time with a new compilation.
+        if getattr(each, "_compiled_call_impl", None) is not None:
+            raise ValueError(
+                f"{name} was compiled in place by compile(): pass a model that is not compiled, and set "
+                "torch_compile=True to compile it"
+            )
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
         raise ValueError(
             f"{name} is wrapped by {type(model).__name__}: pass the model itself ({name}.module); `accelerate launch` "

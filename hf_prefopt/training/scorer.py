@@ -37,7 +37,7 @@ from hf_prefopt.training.acting import acting_adapter
 from hf_prefopt.training.policy_checks import own_logits_note, warn_of_incomparable_metric, warn_of_noise
 from hf_prefopt.training.router import aux_loss_coef, settled_aux_loss
 from hf_prefopt.training.saved_adapters import base_name_notes
-from hf_prefopt.training.wrapping import compiled_for_scoring
+from hf_prefopt.training.wrapping import compiled_for_scoring, is_compiled
 
 CUSTOM = "the data_collator's"
 NEFTUNE = "NEFTune scales its noise by the row length, but a row would contain several sequences"
@@ -142,6 +142,15 @@ class Scorer:
         """The policy, without an engine's wrapper."""
         return self.tree.model
 
+    @property
+    def is_training(self) -> bool:
+        """True if the policy is in training mode.
+
+        The mode of the head decides: DeepSpeed's wrapper stays in training mode, and if accelerate compiles layer by
+        layer, it copies the outer modules, whose mode then is not the model's.
+        """
+        return base_causal_lm(self.model).get_output_embeddings().training
+
     def settle(self) -> bool:
         """Move the reference to its device, check the scores of both models, and choose the layout, once per model.
 
@@ -216,8 +225,10 @@ class Scorer:
         known = None
         if self.aux_loss_coef:
             known = "the routers' auxiliary loss reads all layers"
-        elif self._compiled is not None:
-            known = "the model is compiled as a whole"
+        elif is_compiled(self.accelerator):
+            known = "the model is compiled"
+        elif self._args.neftune_noise_alpha is not None:
+            known = "NEFTune adds noise to the policy's embeddings, but not to the reference's"
         with self.accelerator.autocast():
             said = reference.share_lower_layers(self.tree, made_up_batch(str(self.layout), self.model), known)
         if any_rank(self.accelerator, reference.lower is None):
@@ -291,7 +302,7 @@ class Scorer:
 
     def both_scores(self, batch: PreferenceBatch) -> tuple[ResponseScores, ResponseScores | None]:
         """Compute the scores of policy and reference for a batch on the device, without gradients and dropout."""
-        with torch.no_grad(), evaluation_mode(self.tree):
+        with torch.no_grad(), evaluation_mode(self.tree), self.accelerator.autocast():
             reference = self.reference_scores(batch)
             model = self.model if self._compiled is None else self._compiled
             return self.policy_scores(model, batch, reference), reference

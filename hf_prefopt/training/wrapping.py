@@ -1,28 +1,64 @@
 """Settings of DDP and `torch.compile` that depend on the policy's forward pass."""
 
 import random
-from typing import cast
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, DynamoBackend
+from accelerate.utils.other import compile_regions
 from torch import nn
+from torch._dynamo import OptimizedModule
 
 from hf_prefopt.scoring.agreement import device_of, made_up_tokens
 from hf_prefopt.scoring.forward import base_causal_lm
 
 
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Return True under an engine that may shard the model's weights."""
+    return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+
+
+def is_compiled(accelerator: Accelerator) -> bool:
+    """Return True if accelerate compiles the model or its layers."""
+    return accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
+
+
+def copies_when_compiled(accelerator: Accelerator) -> bool:
+    """Return True if accelerate compiles each layer, for which it copies the modules that contain the layers."""
+    is_regional = is_compiled(accelerator) and accelerator.state.dynamo_plugin.use_regional_compilation
+    return is_regional and not is_sharded(accelerator)
+
+
 def compiled_for_scoring(accelerator: Accelerator, model: nn.Module) -> nn.Module | None:
     """Return the model compiled with accelerate's options, without DDP; `None` if the policy is not compiled.
 
-    The compiled graphs of the policy are reused. For sharded models and for regional compilation, the result is also
-    `None`.
+    The compiled graphs of the policy are reused. The function also returns `None` for sharded models.
     """
     plugin = accelerator.state.dynamo_plugin
-    is_sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-    if plugin.backend == DynamoBackend.NO or plugin.use_regional_compilation or is_sharded:
+    if not is_compiled(accelerator) or is_sharded(accelerator):
         return None
-    return cast(nn.Module, torch.compile(model, **plugin.to_kwargs()))
+    if not plugin.use_regional_compilation:
+        return cast(nn.Module, torch.compile(model, **plugin.to_kwargs()))
+    compiled, originals = compile_regions(model, **plugin.to_kwargs()), set(map(id, model.modules()))
+    # The contexts that switch the model to evaluation mode do not reach the copies of the outer modules.
+    for copy in compiled.modules():
+        if id(copy) not in originals and not isinstance(copy, OptimizedModule):
+            vars(copy)["training"] = False
+    return compiled
+
+
+def settle_before_wrapping(scorer: Any, setting: bool | None) -> None:
+    """Settle what must be known before accelerate wraps or copies the policy.
+
+    A layout changes classes of modules, so it must be chosen before compilation copies the modules.
+
+    Args:
+        scorer: The trainer's `Scorer`. setting: Value of `ddp_find_unused_parameters`.
+    """
+    settle_unused_parameters(scorer.accelerator, setting, scorer.model)
+    if copies_when_compiled(scorer.accelerator):
+        scorer.settle()
 
 
 def settle_unused_parameters(accelerator: Accelerator, setting: bool | None, model: nn.Module) -> None:

@@ -119,6 +119,16 @@ def test_a_column_of_lengths_is_used_or_missed(tmp_path):
         make_trainer(tmp_path, train_dataset=pairs(8), **settings).train()
 
 
+@pytest.mark.parametrize("lengths", [[*range(7), None], [*range(7), -1], [*range(7), float("nan")], list("abcdefgh")])
+def test_a_length_that_is_no_number_of_tokens_is_an_error(lengths, tmp_path):
+    """Before the first step, with the row."""
+    rows = Dataset.from_list(random_rows(8)).add_column("length", lengths)
+    trainer = make_trainer(tmp_path, train_dataset=rows, train_sampling_strategy="group_by_length")
+    with pytest.raises(ValueError, match=r"'length': row \d has .*, which is not a number of tokens"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_stream_is_refused(strategy, tmp_path):
     with pytest.raises(ValueError, match=f"'{strategy}' needs the lengths of all rows.*without streaming"):

@@ -241,3 +241,28 @@ def test_a_copy_exchanges_tensors_and_no_objects(tmp_path):
     trainer.reference.score(first_batch(trainer))
     assert {name: (id(p), p.data_ptr()) for name, p in trainer.model.named_parameters()} == before
     assert all(torch.equal(p, values[name]) for name, p in trainer.model.named_parameters())
+
+
+@pytest.mark.parametrize("evaluates_first", [False, True])
+def test_noise_on_embeddings_reaches_the_policy_alone(evaluates_first, tmp_path):
+    """The reference gets none. Layers below the adapter run twice, because the policy's get noise, even if the
+    evaluation before training, where there is no noise, has found them equal.
+    """
+    model = with_lora(tiny_model(num_hidden_layers=2), layers_to_transform=[1], target_modules=["q_proj"])
+    settings = {"neftune_noise_alpha": 5.0, "reference": "adapter_off", "max_steps": 1, "eval_dataset": pairs(2)}
+    trainer, seen = make_trainer(tmp_path, model, **settings), []
+    if evaluates_first:
+        trainer.evaluate()
+    policy_scores = trainer.scorer.policy_scores
+
+    def watched(model, batch, reference):
+        policy = policy_scores(model, batch, reference)
+        seen.append((batch, policy.token_logps.detach(), reference.token_logps))
+        return policy
+
+    trainer.scorer.policy_scores = watched
+    trainer.train()
+    ((batch, policy, reference),) = seen
+    assert torch.equal(reference, trainer.reference.score(batch).token_logps)
+    assert (policy - reference).abs().max() > 0.01
+    assert "NEFTune adds noise" in trainer.summary.as_dict()["reference"]

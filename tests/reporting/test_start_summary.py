@@ -6,6 +6,7 @@ import operator
 import pytest
 from transformers import TrainerState
 
+from hf_prefopt.data.layouts import PaddedCollator
 from hf_prefopt.data.summary import DataSummary
 from hf_prefopt.kinds import KINDS
 from hf_prefopt.losses import get_loss, list_losses
@@ -49,6 +50,10 @@ def test_a_run_says_what_it_is(caplog, tmp_path):
     tokens, prompts, scored = (
         sum(column) for column in zip(*((2 * p + c + r, p, c + r) for p, c, r in rows), strict=True)
     )
+    computed, padded = prompts + scored, 0
+    for first, second in zip(rows[::2], rows[1::2], strict=True):
+        padded += 4 * max(p + response for p, *responses in (first, second) for response in responses)
+    positions = f"{computed:,} of {padded:,} padded positions computed ({padded / computed:.1f}× fewer)"
     longer, equal = (100 * sum(is_so(*row[1:]) for row in rows) / 8 for is_so in (operator.gt, operator.eq))
     data = [
         f"data: {tokens:,} tokens, {scored:,} of them scored; sharing prompts saves {100 * prompts / tokens:.0f}%",
@@ -65,7 +70,7 @@ def test_a_run_says_what_it_is(caplog, tmp_path):
         "loss: 1 × dpo, beta=0.3, label_smoothing=0.2",
         "loss: 0.1 × sft",
         "reference: the base model, the adapter switched off",
-        "layout: shared, each prompt is computed once, and no padding",
+        f"layout: shared, each prompt is computed once, and no padding; {positions} in the first 8 rows",
         "attention: PyTorch's (sdpa), one response at a time",
         "data: train 8 rows → 8 pairs of 8 prompts, eval 3 rows → 3 pairs of 3 prompts",
         *data,
@@ -74,7 +79,29 @@ def test_a_run_says_what_it_is(caplog, tmp_path):
     ]
     trainer.create_model_card()
     card = (tmp_path / "README.md").read_text()
-    assert "| layout | shared, each prompt is computed once, and no padding |" in card
+    assert f"| layout | shared, each prompt is computed once, and no padding; {positions} in the first 8 rows |" in card
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"layout": "around"}, True),
+        ({"layout": "padded"}, False),
+        ({"data_collator": PaddedCollator(0)}, False),
+        ({"train_dataset": pairs().to_iterable_dataset()}, False),
+        ({"loss_type": "kto", "precompute_ref_log_probs": True}, True),
+        ({"train_sampling_strategy": "batch_rebalance", "max_tokens_per_batch": 40}, True),
+    ],
+    ids=["around", "padded", "collator", "stream", "kto", "pieces"],
+)
+def test_positions_are_those_of_the_first_rows(settings, says, tmp_path):
+    """Said where the layout saves any, once, also by a second run. Nothing is read twice from a stream."""
+    if "precompute_ref_log_probs" in settings:
+        settings = {**settings, "reference_cache_dir": str(tmp_path / "cache")}
+    trainer = make_trainer(tmp_path, max_steps=1, **settings)
+    for _ in range(2):
+        trainer.train()
+        assert trainer.summary.as_dict()["layout"].count(" padded positions computed (1.") == says
 
 
 def test_it_comes_before_a_cache_is_filled(caplog, tmp_path, monkeypatch):

@@ -238,6 +238,7 @@ V100, T4, A100, H100 = (7, 0), (7, 5), (8, 0), (9, 0)
         (H100, FP32, (64, 64), False),
         (H100, BF16, (320, 320), False),
         (H100, BF16, (192, 128), False),  # DeepSeek-V3
+        (H100, BF16, (100, 100), False),  # OpenLLaMA-3B; the kernel needs a multiple of 8
         (T4, FP16, (64, 64), False),
         (V100, BF16, (64, 64), False),
         (None, BF16, (64, 64), False),
@@ -262,3 +263,12 @@ def test_the_summary_names_the_attention(name, capability, dtype, said, monkeypa
     model = architecture(name)
     attention.install_segment_attention(model)
     assert attention.describe_attention(model, torch.device("cuda"), dtype) == said
+
+
+@pytest.mark.parametrize("config", [{"head_dim": 12}, {"head_dim": 264}, {"head_dim": None, "hidden_size": 48}])
+def test_the_summary_names_head_dimensions_that_the_kernel_lacks(config, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: H100)
+    model = tiny_model(**config)
+    attention.install_segment_attention(model)
+    said = attention.describe_attention(model, torch.device("cuda"), BF16)
+    assert said == "PyTorch's (sdpa), one response at a time, because of its head dimension"

@@ -8,9 +8,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, Llam
 from transformers import PreTrainedModel as Model
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
-from hf_prefopt.scoring.forward import score
+from hf_prefopt.scoring.forward import base_causal_lm, score
 from tests.scoring.plain import assert_same_gradients, gradients
-from tests.tiny_models import perturbed, random_rows, tiny_model
+from tests.tiny_models import perturbed, random_rows, tiny_model, with_lora
 from tests.trainers import logged, make_trainer
 
 
@@ -187,6 +187,13 @@ def test_a_compiled_model_is_refused(name, tmp_path):
     models = {"model": tiny_model(), "ref_model": tiny_model(), name: torch.compile(tiny_model(), backend="eager")}
     with pytest.raises(ValueError, match=rf"{name} is wrapped by torch.compile: pass the model itself \({name}._orig"):
         make_trainer(tmp_path, **models)
+    for make in (tiny_model, lambda: with_lora(tiny_model())):
+        models[name] = make()
+        base_causal_lm(models[name]).compile(backend="eager")
+        with pytest.raises(
+            ValueError, match=rf"{name} was compiled in place by compile\(\): .* set torch_compile=True"
+        ):
+            make_trainer(tmp_path, **models)
     models[name] = nn.DataParallel(tiny_model())
     with pytest.raises(ValueError, match=rf"{name} is wrapped by DataParallel: pass the model itself \({name}.module"):
         make_trainer(tmp_path, **models)

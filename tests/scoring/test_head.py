@@ -347,3 +347,15 @@ def test_rows_of_a_budget():
     """12 bytes per logit: 512 MiB are 294 rows of Qwen3's vocabulary, and 170 of Gemma's; at least one row."""
     assert (rows_of_budget(151_936), rows_of_budget(262_144)) == (294, 170)
     assert rows_of_budget(151_936, budget=1) == 1
+
+
+@pytest.mark.parametrize("trains", [False, True])
+@pytest.mark.parametrize("fuses", [False, True])
+def test_second_derivatives_are_an_error(trains, fuses, monkeypatch):
+    """The forward pass computes the gradient as a constant, so a second derivative would silently lack terms."""
+    monkeypatch.setattr(head_module, "_fuses", lambda *_: fuses)
+    hidden, weight, bias, targets = head_inputs()
+    logps = linear_head_logps(hidden.requires_grad_(), weight.requires_grad_(trains), bias, targets)[0]
+    (gradient,) = torch.autograd.grad(logps.square().sum(), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()

@@ -109,6 +109,7 @@ def test_attention_with_dropout_is_computed_again(tmp_path):
         ({}, "checkpointing_keeps='attention' is only used with gradient_checkpointing=True"),
         ({"gradient_checkpointing_kwargs": {"use_reentrant": True}, **CHECKPOINTED}, "use_reentrant=False"),
         ({"torch_compile": True, **CHECKPOINTED}, "torch_compile=True fuses operators"),
+        ({"gradient_checkpointing_kwargs": {"context_fn": print}, **CHECKPOINTED}, "context_fn, which gradient_chec"),
     ],
 )
 def test_what_it_cannot_go_with_is_an_error(settings, message, tmp_path):
@@ -123,20 +124,24 @@ def test_other_attention_is_an_error(tmp_path):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("checkpointing", [{}, CHECKPOINTED], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize(
+    "checkpointing",
+    [{}, CHECKPOINTED, {"checkpointing_keeps": "attention", **CHECKPOINTED}],
+    ids=["plain", "checkpointed", "attention kept"],
+)
 def test_offloaded_activations_give_the_same_gradients(checkpointing, layout, plain, tmp_path, monkeypatch):
     """All saved tensors are moved, except for parameters and their views, which are saved, too."""
     moved, stayed = [], []
 
-    def watched(is_on, model, device):
-        context = OffloadedActivations(model.parameters(), device, least_bytes=0)
-        storages = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    def watched(is_on, tree, device):
+        context = OffloadedActivations(tree.model.parameters(), device, least_bytes=0)
+        storages = {p.untyped_storage().data_ptr() for p in tree.model.parameters()}
         pack = context.pack_hook
 
         def watch(tensor):
             packed = pack(tensor)
             (moved if isinstance(packed, tuple) else stayed).append(tensor.untyped_storage().data_ptr() in storages)
-            return (packed[0], packed[1].clone()) if isinstance(packed, tuple) else packed
+            return packed
 
         context.pack_hook = watch
         return context
@@ -152,6 +157,24 @@ def test_small_tensors_stay():
     context = OffloadedActivations([], torch.device("cpu"), least_bytes=1024)
     assert isinstance(context.pack_hook(torch.ones(255)), torch.Tensor)
     assert isinstance(context.pack_hook(torch.ones(256)), tuple)
+
+
+@pytest.mark.parametrize("made", [torch.Tensor.t, lambda tensor: tensor[:, 1:], lambda tensor: tensor.view(2, 4, 8).mT])
+def test_a_tensor_comes_back_with_its_strides(made):
+    """Compiled backward passes refuse others. Memory between the rows of a slice is left out, as in `empty_like`."""
+    tensor = made(torch.randn(8, 8))
+    context = OffloadedActivations([], torch.device("cpu"), least_bytes=0)
+    packed = context.pack_hook(tensor)
+    found = context.unpack_hook(packed)
+    assert torch.equal(found, tensor) and found.stride() == torch.empty_like(tensor).stride()
+    assert packed[1].data_ptr() != tensor.data_ptr()
+
+
+def test_devices_are_compared_by_their_types():
+    """A device without an index is the current one."""
+    context = OffloadedActivations([], torch.device("cpu", 0), least_bytes=0)
+    assert isinstance(context.pack_hook(torch.ones(4)), tuple)
+    assert isinstance(context.pack_hook(torch.ones(4, device="meta")), torch.Tensor)
 
 
 def test_offloading_on_a_cpu_is_an_error(tmp_path):
