@@ -4,7 +4,7 @@ BOS, the system prompt and the header of the first user turn are kept. Whole tur
 user turn, so that no text appears under the header of another speaker. Only the last user message is cut within.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,11 +24,14 @@ class Beginning:
         turns: Positions, in order, directly after the headers of later user turns. The rest of the prompt may start at
             any of them, directly after the head.
         splits: Whether the rest may also start after the last of these positions, within a message.
+        tail: Number of tokens at the end that are always kept: the end of the last message, and the header of the
+            assistant's turn.
     """
 
     head: int = 0
     turns: tuple[int, ...] = ()
     splits: bool = True
+    tail: int = 0
 
 
 def find_beginning(
@@ -55,4 +58,10 @@ def find_beginning(
         if whole[:head] == part[:head] and whole[place:] == part[head:]:
             turns.append(place)
     is_last = users[-1:] == [len(row.prompt) - 1] and len(turns) == len(users) - 1
-    return Beginning(head, tuple(turns), splits=is_last)
+    return Beginning(head, tuple(turns), is_last, _tail(row, whole, renderer, tokens) if is_last else 0)
+
+
+def _tail(row: CanonicalRow, whole: list[int], renderer: Renderer, tokens: Callable[[str], list[int]]) -> int:
+    """Return the number of tokens that follow the content of the last message: they do not depend on the content."""
+    asked = (renderer.asked(row, [*row.prompt[:-1], {**row.prompt[-1], "content": word}]) for word in ("a", "1"))
+    return min(shared_length(whole[::-1], tokens(text)[::-1]) for text in asked)
