@@ -8,7 +8,7 @@ import torch
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
-from hf_prefopt.config_checks import REFERENCES, check_reference_settings, check_values, unread_settings
+from hf_prefopt.config_checks import REFERENCES, check_reference_settings, check_types, check_values, unread_settings
 from hf_prefopt.config_docs import documented
 from hf_prefopt.config_names import refuse_foreign_settings
 from hf_prefopt.config_trainer import check_trainer_settings, greater_is_better, without_fused_head
@@ -331,6 +331,7 @@ class PreferenceConfig(TrainingArguments):
             self.loss_type = [self.loss_type]
         if self.reference == "cache":
             self.reference, self.precompute_ref_log_probs = "auto", True
+        check_types(self)
         check_values(self)
         for unread in unread_settings(self):
             self.refuse_unread(unread)

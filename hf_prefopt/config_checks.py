@@ -2,7 +2,11 @@
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from functools import lru_cache
+from numbers import Integral, Real
+from os import PathLike
+from types import NoneType
+from typing import Any, get_args, get_type_hints
 
 from hf_prefopt.objective.divergences import ALIASES
 from hf_prefopt.objective.objective import Objective
@@ -29,6 +33,47 @@ READ_WITH: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "checkpointing_keeps": ("gradient_checkpointing=True", lambda args: checkpointing(args)[0]),
     "pad_to_multiple_of": ("layout='padded', 'around' or 'auto'", lambda args: args.layout != "shared"),
 }
+
+
+# For each type of a field: whether a value has it, and what to write.
+_TYPES: Mapping[type, tuple[Callable[[Any], bool], str]] = {
+    bool: (lambda value: not isinstance(value, str) and value in (0, 1), "True or False, without quotes"),
+    int: (lambda value: isinstance(value, Integral) and not isinstance(value, bool), "a whole number"),
+    float: (lambda value: isinstance(value, Real) and not isinstance(value, bool), "a number, without quotes"),
+    str: (lambda value: isinstance(value, str | PathLike), "text"),
+    NoneType: (lambda value: value is None, "None"),
+    list[str]: (lambda value: _is_list_of(value, str), "a list of texts"),
+    list[float]: (lambda value: _is_list_of(value, Real), "a list of numbers"),
+}
+
+
+def check_types(args: Any) -> None:
+    """Check the types of all settings; a whole number such as 1e3 becomes an int where one is needed.
+
+    Raises:
+        ValueError: a value has another type. Any text is true, so `unpair="false"` would be `unpair=True`.
+    """
+    config: Any = type(args)
+    for name, types in _types_of_fields(config).items():
+        value = getattr(args, name)
+        if int in types and float not in types and isinstance(value, float) and value.is_integer():
+            setattr(args, name, int(value))
+        elif not any(_TYPES[one][0](value) for one in types):
+            wanted = " or ".join(_TYPES[one][1] for one in types)
+            raise ValueError(f"{name}={value!r} must be {wanted}")
+
+
+@lru_cache
+def _types_of_fields(config: type) -> dict[str, tuple[Any, ...]]:
+    """Return the types of each field, without the fields with types that are not in `_TYPES`, such as enumerations."""
+    hints = get_type_hints(config)
+    types = {name: get_args(hints[name]) or (hints[name],) for name in config.__dataclass_fields__}  # type: ignore[attr-defined]
+    types = {name: (hints[name],) if hints[name] in _TYPES else given for name, given in types.items()}
+    return {name: given for name, given in types.items() if all(one in _TYPES for one in given)}
+
+
+def _is_list_of(value: Any, kind: type) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(item, kind) for item in value)
 
 
 def check_values(args: Any) -> None:

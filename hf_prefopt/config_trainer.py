@@ -81,7 +81,7 @@ def check_trainer_settings(args: Any) -> None:
             raise ValueError(f"{name}={value!r} {refusal.reason}")
     for name, least in LEAST.items():
         value = getattr(args, name)
-        if value is not None and value < least and not (name == "num_train_epochs" and args.max_steps > 0):
+        if value is not None and not value >= least and not (name == "num_train_epochs" and args.max_steps > 0):
             raise ValueError(f"{name}={value} must be at least {least}")
     for asked in args.include_for_metrics:
         if asked in METRIC_EXTRAS:

@@ -164,7 +164,7 @@ class PreferenceTrainer(Trainer):
 
     def _add_callbacks(self) -> None:
         events = ScorerEvents(self.scorer, self._evaluated, keeps_reference=self.model_init is not None)
-        self._needed = (EpochOfMismatches(), SettleScorer(self.scorer), events, RanksAgree())
+        self._needed = (EpochOfMismatches(), SettleScorer(self.scorer), self.settings, events, RanksAgree())
         for callback in (*self._needed[:2], self.summary, *self._needed[2:], self.throughput):
             self.add_callback(callback)
 
@@ -321,7 +321,7 @@ class PreferenceTrainer(Trainer):
                 self.scorer.policy_scores(model, piece, self.scorer.reference_scores(piece, self.evaluation.dataset))
             results = [self.compute_loss(model, piece, return_outputs=True) for piece in pieces]
         losses, outputs = zip(*results, strict=True)
-        loss = torch.stack(losses).mean()
+        loss = self.evaluation.returned(losses, pieces)
         return (loss, None, None) if prediction_loss_only else (loss, *join_outputs(pieces, outputs))
 
     # -- data -----------------------------------------------------------------------------------------------------

@@ -54,6 +54,26 @@ REFUSALS = {
     "no room": ({"max_length": 1}, "max_length=1"),
     "batches cut by accelerate": ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches=True"),
     "a width of nothing": ({"pad_to_multiple_of": 0}, "pad_to_multiple_of=0"),
+    "a truth in quotes": ({"unpair": "false"}, "unpair='false' must be True or False, without quotes"),
+    "a truth of the Trainer's in quotes": ({"bf16": "false"}, "bf16='false' must be True or False"),
+    "a number in quotes": ({"beta": "0.1"}, "beta='0.1' must be a number, without quotes"),
+    "a truth for a number": ({"max_length": True}, "max_length=True must be a whole number"),
+    "half a step": ({"gradient_accumulation_steps": 1.5}, "gradient_accumulation_steps=1.5 must be a whole number"),
+    "a text for a list": ({"remove_columns": "extra"}, "remove_columns='extra' must be a list of texts"),
+    "one weight for all": ({"loss_weights": 1.0}, "loss_weights=1.0 must be a list of numbers"),
+    "weights that are no numbers": ({"loss_weights": [float("nan")]}, "must be finite"),
+    "no weight at all": ({"loss_weights": [0.0]}, "not all 0"),
+    "a rate that is none": ({"learning_rate": float("nan")}, "learning_rate=nan must be at least 0"),
+    "a hyperparameter in quotes": ({"loss_params": {"beta": "0.1"}}, "beta='0.1' of dpo must be a number"),
+    "a hyperparameter without a default in quotes": (
+        {"loss_type": "simpo", "loss_params": {"gamma": "1"}},
+        "check its formula and its hyperparameters",
+    ),
+    "two values for one": ({"beta": 0.3, "loss_params": {"beta": 0.5}}, "beta=0.3 has no effect"),
+    "a loss by two names": (
+        {"loss_type": ["sigmoid", "ipo"], "loss_params": {"sigmoid": {"beta": 0.3}, "dpo": {"beta": 0.7}}},
+        "names dpo twice",
+    ),
     "objects to gather": ({"eval_use_gather_object": True}, "eval_use_gather_object=True has no effect"),
     "inputs for metrics": ({"include_for_metrics": ["inputs"]}, "'inputs' would be rows of the batch layout"),
 }
@@ -64,6 +84,14 @@ def test_refused_at_construction(settings, message):
     """Every value that could not be used raises an error before a model is loaded; the error names it."""
     with pytest.raises(ValueError, match=message):
         config(**settings)
+
+
+def test_whole_numbers_and_names_in_other_forms():
+    """1e3 is a whole number, a path is a text, and `loss_params` may name one loss by an alias."""
+    made = config(max_steps=1e3, max_length=64.0, reference_cache_dir=Path("cache"), precompute_ref_log_probs=True)
+    assert made.max_steps == 1000 and made.max_length == 64 and isinstance(made.max_length, int)
+    (term,) = config(loss_type="sigmoid", loss_params={"sigmoid": {"beta": 0.3}}).build_objective().terms
+    assert term.params == {"beta": 0.3}
 
 
 def test_the_defaults_are_each_losses_own():

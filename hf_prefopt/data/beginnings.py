@@ -5,7 +5,7 @@ user turn, so that no text appears under the header of another speaker. Only the
 its text.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,11 +25,14 @@ class Beginning:
         turns: Positions directly after the headers of later user turns, in ascending order. A cut prompt consists of
             the head and the tokens from one of these positions on.
         splits: Whether the kept tokens may also start after the last of these positions, within a message.
+        tail: Number of tokens at the end that are always kept: the end of the last message, and the header of the
+            assistant's turn.
     """
 
     head: int = 0
     turns: tuple[int, ...] = ()
     splits: bool = True
+    tail: int = 0
 
 
 def find_beginning(
@@ -56,4 +59,10 @@ def find_beginning(
         if whole[:head] == part[:head] and whole[place:] == part[head:]:
             turns.append(place)
     is_last = users[-1:] == [len(row.prompt) - 1] and len(turns) == len(users) - 1
-    return Beginning(head, tuple(turns), splits=is_last)
+    return Beginning(head, tuple(turns), is_last, _tail(row, whole, renderer, tokens) if is_last else 0)
+
+
+def _tail(row: CanonicalRow, whole: list[int], renderer: Renderer, tokens: Callable[[str], list[int]]) -> int:
+    """Return the number of tokens that follow the content of the last message: they do not depend on the content."""
+    asked = (renderer.asked(row, [*row.prompt[:-1], {**row.prompt[-1], "content": word}]) for word in ("a", "1"))
+    return min(shared_length(whole[::-1], tokens(text)[::-1]) for text in asked)

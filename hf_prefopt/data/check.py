@@ -58,7 +58,8 @@ def _check_ids(columns: Mapping[str, list[Any]], embeddings: int, name: str) -> 
         if found >= embeddings:
             raise ValueError(
                 f"{name}: row {row['row']:,} has token id {found:,}, but the model has {embeddings:,} embeddings: "
-                "use the model's tokenizer, or model.resize_token_embeddings(len(tokenizer)) for new tokens"
+                "use the model's tokenizer, or model.resize_token_embeddings(len(tokenizer)) for new tokens; a "
+                "ref_model must have as many"
             )
     return {}
 

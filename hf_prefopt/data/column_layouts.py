@@ -113,8 +113,7 @@ def find_layout(
             f"column_mapping={{'winner': {verdicts[0]!r}}}, or remove the others, remove_columns={verdicts[1:]}"
         )
     row_format = FORMATS[layout.format]
-    if "prompt" in sample and "prompt" not in columns.values() and roles.is_texts(sample["prompt"]):
-        raise ValueError("`prompt` is a list of texts; make it one text or a list of messages")
+    _refuse_unread_prompt(sample, columns)
     weights = [name for name in FORMATS["tokenized pairs with weights"].columns[3:] if name in sample]
     if weights and not row_format.has_token_weights:
         raise ValueError(
@@ -122,3 +121,14 @@ def find_layout(
             "ids: add prompt_ids, chosen_ids, rejected_ids, chosen_token_weights, rejected_token_weights"
         )
     return FoundLayout(layout.name, columns, text_as)
+
+
+def _refuse_unread_prompt(sample: Mapping[str, Any], columns: Mapping[str, str]) -> None:
+    """Raise `ValueError` for a column `prompt` that no layout reads because of its type."""
+    prompt = sample.get("prompt")
+    if "prompt" in columns.values() or prompt is None:
+        return
+    if roles.is_texts(prompt):
+        raise ValueError("`prompt` is a list of texts; make it one text or a list of messages")
+    if not isinstance(prompt, str | list | tuple | dict):
+        raise ValueError(f"`prompt` is of type {type(prompt).__name__}; make it text or a list of messages")

@@ -31,6 +31,26 @@ def column_names(dataset: Dataset | IterableDataset) -> list[str]:
     return dataset.column_names if dataset.column_names is not None else list(next(iter(dataset), {}))
 
 
+def as_shown(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
+    """Return the data set as plain Python values, without the columns that `set_format(columns=...)` hides.
+
+    Raises:
+        ValueError: If rows are made by a function each time they are read (`set_transform`): the rows that are checked
+            and tokenized would be the stored ones, not the ones that the function makes.
+    """
+    if not isinstance(dataset, Dataset):
+        return dataset
+    if dataset.format["type"] == "custom":
+        raise ValueError(
+            "the data set has a function that makes its rows when they are read (set_transform, with_transform), but "
+            "rows are tokenized once: apply the function with dataset.with_format(None).map(function, batched=True)"
+        )
+    shown = dataset.format["columns"]
+    if len(shown) < len(dataset.column_names) and not dataset.format["output_all_columns"]:
+        dataset = dataset.select_columns(shown)
+    return dataset if dataset.format["type"] is None else dataset.with_format(None)
+
+
 def choose_columns(
     dataset: Dataset | IterableDataset, mapping: Mapping[str, str] | None, removed: Sequence[str] | None
 ) -> Dataset | IterableDataset:
@@ -42,8 +62,9 @@ def choose_columns(
         removed: Columns to remove.
 
     Raises:
-        ValueError: If there is no such column, or the new name is already a column.
+        ValueError: If there is no such column, or the new name is already a column; or see `as_shown`.
     """
+    dataset = as_shown(dataset)
     columns = column_names(dataset)
     unknown = [column for column in removed or () if column not in columns]
     if unknown:

@@ -18,7 +18,7 @@ from hf_prefopt.data.messages import (
     split_conversations,
     text_of,
 )
-from hf_prefopt.data.rows import BadRow, check_text_prompt, check_text_response, take_off_prompt
+from hf_prefopt.data.rows import BadRow, check_text_prompt, check_text_response, is_blank, take_off_prompt
 from hf_prefopt.data.transcripts import is_transcript, read_transcript
 
 # Roles that begin a whole conversation.
@@ -130,7 +130,7 @@ def text_as_messages(text: str) -> list[Message]:
     if _RENDERED.match(text):
         cure = "use messages, or use the columns prompt, chosen and rejected for texts that should stay unchanged"
         raise BadRow("prompt", f"is already rendered by a chat template ({text.strip()[:20]!r})", cure)
-    if not text.strip():
+    if is_blank(text):
         raise BadRow("prompt", "is only whitespace" if text else "is empty")
     return read_transcript(text) if is_transcript(text) else [{"role": "user", "content": text}]
 

@@ -187,11 +187,16 @@ def _canonical_row(
         responses = {column: _whole_conversation(column, content, how) for column, content in responses.items()}
     talk = join_conversation(prompt, responses, how.continues)
     # None instead of an empty list, because some templates write a heading for an empty list of tools.
-    tools = read_json(row, "tools", list) or None
+    tools = [_read_tool(tool) for tool in read_json(row, "tools", list) or ()] or None
     template_kwargs = _read_template_kwargs(row)
     values, names = [*talk.responses.values()], tuple(talk.responses)
     unread = {} if talk.prompt_is_read or prompt is None else {"prompt": prompt}
     return CanonicalRow("messages", talk.prompt, values, names, example_columns, tools, template_kwargs, unread)
+
+
+def _read_tool(tool: Any) -> Any:
+    """Return a tool's schema, which may be stored as JSON."""
+    return read_json({"tools": tool}, "tools", dict) if isinstance(tool, str) else tool
 
 
 def _read_template_kwargs(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,13 +3,14 @@
 Messages contain text. Images, video and audio, in messages and in other columns, are found here and raise an error.
 """
 
+import json
 import re
 from collections.abc import Mapping
 from datetime import date, time, timedelta
 from decimal import Decimal
 from typing import Any
 
-from hf_prefopt.data.rows import DROP_CURE, BadRow, drop_nones
+from hf_prefopt.data.rows import DROP_CURE, BadRow, drop_nones, is_blank
 
 Message = dict[str, Any]
 
@@ -52,6 +53,8 @@ def _check_message(column: str, position: int, message: Any) -> Message:
         message = _with_our_names(column, position, message)
     role, content = message["role"], message.get("content")
     where = f"message {position} ({role})"
+    if message.get("tool_calls"):
+        message["tool_calls"] = _as_calls(column, message["tool_calls"], where)
     if content is None and not message.get("tool_calls"):
         others = ", ".join(repr(key) for key in message if key != "role")
         problem = f"has no `content` in {where}" + (f", but {others}" if others else "")
@@ -65,6 +68,19 @@ def _check_message(column: str, position: int, message: Any) -> Message:
     if isinstance(content, list):
         message["content"] = "".join(_block_text(column, block, where) for block in content)
     return message
+
+
+def _as_calls(column: str, calls: Any, where: str) -> list[Any]:
+    """Return tool calls as a list; they may be stored as JSON, and a single one without a list."""
+    if isinstance(calls, str):
+        try:
+            calls = json.loads(calls)
+        except json.JSONDecodeError as error:
+            raise BadRow(column, f"has `tool_calls` in {where} that are not JSON ({error})", DROP_CURE) from None
+    calls = [calls] if isinstance(calls, dict) else calls
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise BadRow(column, f"has `tool_calls` of another form in {where}", "make them a list of dicts, or its JSON")
+    return calls
 
 
 def _with_our_names(column: str, position: int, message: Message) -> Message:
@@ -108,7 +124,7 @@ def check_says_something(column: str, checked: list[Message]) -> list[Message]:
         roles = ", ".join(sorted({message["role"] for message in checked}))
         problem = f"has no assistant message, so there is no token to score (roles: {roles})"
         raise BadRow(column, problem, "give the model's turns the role 'assistant'")
-    if not any(message.get("tool_calls") or text_of(message).strip() for message in replies):
+    if not any(message.get("tool_calls") or not is_blank(text_of(message)) for message in replies):
         raise BadRow(column, "is only whitespace" if any(map(text_of, replies)) else "is empty")
     return checked
 

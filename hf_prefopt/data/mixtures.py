@@ -7,6 +7,7 @@ concatenated. The prepared rows are cached by source, so a change of weights doe
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any, cast
 
 import numpy as np
@@ -194,6 +195,10 @@ class Mixture:
             raise ValueError(
                 f"{', '.join(streams)} of the mixture are streams, but the others are not: stream all or none"
             )
+        for source in self.sources:
+            for name, value in (("weight", source.weight), ("fraction", source.fraction or 0)):
+                if isinstance(value, bool) or not isinstance(value, Real):
+                    raise ValueError(f"{source.name}: {name}={value!r} must be a number, without quotes")
         if any(source.fraction is not None for source in self.sources):
             self._check_fractions()
         for source in self.sources:
@@ -241,10 +246,10 @@ def _with_the_same_columns(prepared: Sequence[Any], names: Sequence[str], name: 
 
 
 def _filled(rows: Any, column: str, value: float) -> Any:
-    """Return the prepared rows, which have one example each, with a new column that holds this value."""
+    """Return the prepared rows with a new column that holds this value for each example of a row."""
     features = Features({**rows.features, column: List(Value("float64"))})
-    return rows.map(_fill, batched=True, features=features, fn_kwargs={"column": column, "value": value})
+    return rows.map(_fill, features=features, fn_kwargs={"column": column, "value": value})
 
 
-def _fill(columns: dict[str, list[Any]], column: str, value: float) -> dict[str, list[Any]]:
-    return {column: [[value]] * len(columns["row"])}
+def _fill(row: dict[str, Any], column: str, value: float) -> dict[str, Any]:
+    return {column: [value] * cast(ExampleKind, kind_of_columns(row)).count_examples(row)}

@@ -1,4 +1,5 @@
-"""Reject rows whose chosen and rejected responses are only the names of responses in other columns.
+"""Reject rows whose chosen and rejected responses are only the names of responses in other columns, and rows in which
+another column names the rejected response as the better one.
 
 `chosen` may contain the better answer, its letter, its column, or the model that wrote it. The values count as names if
 they have at most a few words, and two other columns contain texts that have nothing in common with them.
@@ -10,6 +11,7 @@ from typing import Any
 
 from hf_prefopt.data.contents import read_content
 from hf_prefopt.data.messages import text_of
+from hf_prefopt.data.preferences import VERDICTS
 from hf_prefopt.data.roles import BY_PLACE, TWO, Names
 from hf_prefopt.data.rows import BadRow, CanonicalRow
 
@@ -39,6 +41,19 @@ def reject_names_of_responses(unused: Mapping[str, Any], read: CanonicalRow, col
             problem = f"is {responses[0]!r}, but {' and '.join(f'`{name}`' for name in names)} contain other texts"
             own = [columns.get(part, part) for part in read.columns]
             raise BadRow(own[0], problem, _cure(names, own))
+
+
+def reject_other_verdict(unused: Mapping[str, Any], columns: Mapping[str, str]) -> None:
+    """Raise `BadRow` if an unused column names the rejected response of a pair as the better one.
+
+    The arguments are those of `reject_names_of_responses`.
+    """
+    chosen, rejected = (columns.get(part) for part in ("chosen", "rejected"))
+    for name in VERDICTS if chosen and rejected else ():
+        value = unused.get(name)
+        if isinstance(value, str) and value.strip() == rejected:
+            cure = f"if it is right, swap the columns of this row; if not, remove_columns={[name]}"
+            raise BadRow(name, f"is {value!r}, but the better response is in `{chosen}`", cure)
 
 
 def _cure(names: Names, own: Sequence[str]) -> str:

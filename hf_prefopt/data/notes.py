@@ -5,6 +5,7 @@ What happened to each row is recorded in additional columns (`NOTES`), so that t
 """
 
 import logging
+import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,6 +28,7 @@ NOTES = {
     "_prompt_cut": Value("bool"),
     "_longest": Value("int32"),  # tokens of prompt + longest response, before truncation
     "_identical": Value("bool"),  # chosen and rejected are the same tokens
+    "_alike": Value("bool"),  # chosen and rejected differ only in white space or in their Unicode form
     "_lacks_prompt": Value("bool"),  # it has no prompt column, and its texts share only a few words at the beginning
     "_tie": Value("bool"),  # neither response is the better one
     "_open": Value("bool"),  # a response does not end with a scored control token
@@ -61,6 +63,7 @@ def note_row(
     responses = kept.response_ids if kept else []
     pairs = kept.example_columns.get("pairs", []) if kept else []
     is_tie = isinstance(problem, Tie)
+    is_identical = any(responses[chosen] == responses[rejected] for chosen, rejected in pairs)
     return {
         "_problem": "" if problem is None or is_tie else str(problem),
         "_bad": problem is not None and not is_tie,
@@ -69,7 +72,8 @@ def note_row(
         "_responses_cut": cuts.responses,
         "_prompt_cut": cuts.prompt,
         "_longest": cuts.longest,
-        "_identical": any(responses[chosen] == responses[rejected] for chosen, rejected in pairs),
+        "_identical": is_identical,
+        "_alike": bool(pairs) and not is_identical and read is not None and _are_alike(*read.responses[:2]),
         "_lacks_prompt": read is not None and probably_lacks_prompt(read),
         "_tie": is_tie,
         "_open": is_open,
@@ -78,6 +82,18 @@ def note_row(
         "_text": read is not None and read.content_type == "text",
         "_change": "" if change is None else "{!r} in generation, {!r} in training".format(*change),
     }
+
+
+def _are_alike(chosen: Any, rejected: Any) -> bool:
+    """Return True if two responses are equal without white space and in the same Unicode form."""
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        one, other = ("".join(unicodedata.normalize("NFC", text).split()) for text in (chosen, rejected))
+        return one == other
+    if isinstance(chosen, dict) and isinstance(rejected, dict):
+        return chosen.keys() == rejected.keys() and all(_are_alike(chosen[key], rejected[key]) for key in chosen)
+    if isinstance(chosen, list) and isinstance(rejected, list):
+        return len(chosen) == len(rejected) and all(map(_are_alike, chosen, rejected))
+    return chosen == rejected
 
 
 def keep_usable_rows(
@@ -207,6 +223,9 @@ def _events(notes: Mapping[str, np.ndarray], max_length: int | None) -> list[str
         events.append(f"the prompt removed from the responses of {plural(repeated, 'row')}, which began with it")
     if identical:
         events.append(f"{plural(identical, 'pair')} with chosen = rejected kept (nothing to learn from)")
+    alike = int(notes["_alike"].sum())
+    if alike:
+        events.append(f"{plural(alike, 'pair')} kept whose responses differ only in white space or Unicode form")
     if unclosed:
         events.append(
             f"{plural(unclosed, 'row')} with a response that has no scored end-of-turn token, so the model does not "

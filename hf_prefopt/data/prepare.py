@@ -34,6 +34,7 @@ from hf_prefopt.data.beginnings import find_beginning
 from hf_prefopt.data.codes import check_codes, describe_codes
 from hf_prefopt.data.column_layouts import FoundLayout, find_layout
 from hf_prefopt.data.columns import (
+    as_shown,
     check_mapped,
     choose_columns,
     class_names,
@@ -46,7 +47,7 @@ from hf_prefopt.data.columns import (
 )
 from hf_prefopt.data.context import reject_unread_context
 from hf_prefopt.data.formats import RowFormat, optional_columns
-from hf_prefopt.data.named import reject_names_of_responses
+from hf_prefopt.data.named import reject_names_of_responses, reject_other_verdict
 from hf_prefopt.data.notes import NOTES, keep_usable_rows, note_row
 from hf_prefopt.data.roles import AROUND
 from hf_prefopt.data.rows import BadRow, CanonicalRow, as_number, reject_texts_without_prompt
@@ -62,7 +63,7 @@ logger = logging.getLogger(__name__)
 
 # Part of the cache key. The key contains the functions of this module only by name, so increase this number when their
 # results change.
-_CACHE_VERSION = 10
+_CACHE_VERSION = 11
 _EXAMPLE_FEATURES = {
     "pairs": List(List(Value("int32"))),
     "golds": List(Value("int32")),
@@ -176,6 +177,8 @@ def prepare(
     _check_arguments(max_length, truncation_mode, on_bad_rows, text_as, chat_template_kwargs)
     template_kwargs = dict(chat_template_kwargs or {})
     settings = settings_of(tokenizer, max_length, truncation_mode, template_kwargs)
+    with _naming(name):
+        dataset = as_shown(dataset)
     if _is_prepared(column_names(dataset)):
         with _naming(name):
             dataset = check_settings(dataset, settings, len(tokenizer))
@@ -347,6 +350,7 @@ def _read(layout: FoundLayout, row: Mapping[str, Any], needs_prompt: bool = Fals
         read = layout.read(row)
         unread = layout.unread(row, read)
         reject_names_of_responses(unread, read, layout.columns)
+        reject_other_verdict(unread, layout.columns)
         reject_unread_context(unread, read)
         reject_texts_without_prompt(read, needs_prompt)
         return read

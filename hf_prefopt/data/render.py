@@ -54,7 +54,9 @@ class Renderer:
 
     def render(self, row: CanonicalRow) -> RenderedRow:
         """Return the texts of a row of text or messages. Raises `BadRow` if the chat template rejects the row."""
-        return self._render_text(row) if row.content_type == "text" else self._render_messages(row)
+        rendered = self._render_text(row) if row.content_type == "text" else self._render_messages(row)
+        _reject_surrogates(row, rendered)
+        return rendered
 
     def asked(self, row: CanonicalRow, prompt: list[Message]) -> str:
         """Return prompt messages as text, rendered in the same way as the prompt of the row."""
@@ -116,6 +118,17 @@ class Renderer:
         prompt = _unscored_beginning(asked, full, spans)
         kept = [None if span == [(len(prompt), len(text))] else span for span, text in zip(spans, full, strict=True)]
         return RenderedRow(prompt, full, kept, add_special_tokens=False, change=_change(asked, full))
+
+
+def _reject_surrogates(row: CanonicalRow, rendered: RenderedRow) -> None:
+    """Raise `BadRow` for half of a surrogate pair, as in JSON that was cut inside an emoji: no tokenizer encodes it."""
+    named = zip(("prompt", *row.columns), (rendered.prompt or "", *rendered.full), strict=True)
+    for column, text in named:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            problem = f"contains {text[error.start]!r} at character {error.start:,}, which is half of a surrogate pair"
+            raise BadRow(column, problem, "remove it, or pass on_bad_rows='drop'") from None
 
 
 def _unscored_beginning(asked: str, full: list[str], spans: list[list[Span]]) -> str:

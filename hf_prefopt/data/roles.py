@@ -8,6 +8,7 @@ accepts.
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any
 
 from hf_prefopt.data.contents import is_message
@@ -157,7 +158,7 @@ def _two(accepts: Callable[[Any], bool] = is_content, parts: Names = (), beside:
 
 
 def _is_content_or_number(value: Any) -> bool:
-    return is_content(value) or isinstance(value, int | float)
+    return is_content(value) or isinstance(value, int | float | Decimal)
 
 
 def read_texts(value: Any) -> list[str | None] | None:
@@ -189,7 +190,12 @@ FIRST_FLAGGED_SCORED = Role(
     (*FIRST_FLAGGED.parts, "first_score", "second_score"), ((*_SHP, "score_A", "score_B"),), _is_content_or_number
 )
 # Votes of several people; in Argilla's format, with the status of each vote.
-VOTES = role("votes", "votes", "preferences", *[f"{name}.responses" for name in NAMING], accepts=is_texts)
+VOTES = role(
+    "votes",
+    *("votes", "preferences", *[f"{name}.responses" for name in NAMING]),
+    accepts=is_texts,
+    wanted="a list with the name of the better response, such as 'a', for each vote",
+)
 SUBMITTED_VOTES = Role(
     ("votes", "statuses"),
     tuple((f"{name}.responses", f"{name}.responses.status") for name in NAMING),

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any, Literal
 
 ContentType = Literal["text", "messages", "tokens"]
@@ -145,7 +146,7 @@ _NUMERAL = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?\s*", re.IGNORECASE
 
 def as_number(value: Any) -> float:
     """Return the value as a float, also if it is a number stored as text; NaN otherwise, also for booleans."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    is_number = isinstance(value, int | float | Decimal) and not isinstance(value, bool)
     is_numeral = isinstance(value, str) and _NUMERAL.fullmatch(value) is not None
     return float(value) if is_number or is_numeral else math.nan
 
@@ -184,9 +185,18 @@ def check_text_prompt(column: str, text: str) -> str:
     return _check_text(column, text)
 
 
+# White space, and characters that are not shown: zero-width ones, marks of direction, and the byte order mark.
+_INVISIBLE = re.compile(r"[\s\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufeff]*")
+
+
+def is_blank(text: str) -> bool:
+    """Return True if a text shows nothing."""
+    return _INVISIBLE.fullmatch(text) is not None
+
+
 def check_text_response(column: str, text: str) -> str:
     """Return the text. Raises `BadRow` if the text is only whitespace, or contains messages written as text."""
-    if not text.strip():
+    if is_blank(text):
         raise BadRow(column, "is only whitespace" if text else "is empty")
     return _check_text(column, text)
 

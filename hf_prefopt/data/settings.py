@@ -9,6 +9,8 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
+from hf_prefopt.data.prepared_rows import PreparedRowCheck
+
 _NOTE = re.compile(r"Prepared by hf_prefopt with (\{.*?\})\.")
 
 
@@ -39,7 +41,7 @@ def check_settings(
 ) -> Dataset | IterableDataset:
     """Check that a prepared data set was prepared with these settings.
 
-    If the data set has no stored settings, like a stream, the lengths and token ids of its rows are checked.
+    If the data set has no stored settings, like a stream, its rows are checked (`prepared_rows`).
 
     Args:
         dataset: The prepared data set.
@@ -54,10 +56,10 @@ def check_settings(
     """
     notes = _NOTE.findall(dataset.info.description or "")
     if not notes:
-        check = _RowCheck(settings["max_length"], vocabulary)
-        if isinstance(dataset, IterableDataset):
-            return dataset.filter(check)
-        for row in dataset.select_columns(["prompt_ids", "response_ids", "row"]).with_format(None):
+        check, rows = PreparedRowCheck(settings["max_length"], vocabulary), dataset.with_format(None)
+        if isinstance(rows, IterableDataset):
+            return rows.filter(check)
+        for row in rows:
             check(row)
         return dataset
     for found in notes:
@@ -70,26 +72,6 @@ def check_settings(
                 f"this data set was prepared with {differing}: prepare the raw rows again, or use the same settings"
             )
     return dataset
-
-
-class _RowCheck:
-    """Filter that keeps every row. Raises `ValueError` if a row is too long or has ids of another tokenizer."""
-
-    def __init__(self, max_length: int | None, vocabulary: int):
-        self.max_length, self.vocabulary = max_length, vocabulary
-
-    def __call__(self, row: Mapping[str, Any]) -> bool:
-        length = len(row["prompt_ids"]) + max(map(len, row["response_ids"]))
-        highest = max(token for ids in (row["prompt_ids"], *row["response_ids"]) for token in ids)
-        where = f"row {row['row']:,} of this prepared data set"
-        if self.max_length is not None and length > self.max_length:
-            raise ValueError(f"{where} has {length:,} tokens, but max_length={self.max_length}: prepare it again")
-        if highest >= self.vocabulary:
-            raise ValueError(
-                f"{where} has token id {highest:,}, but the tokenizer has {self.vocabulary:,} tokens: use the "
-                "tokenizer that it was prepared with"
-            )
-        return True
 
 
 def _key(text: str) -> str:

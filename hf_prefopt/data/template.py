@@ -55,7 +55,7 @@ class ChatTemplate:
         self.has_markers = bool(_GENERATION_MARKER.search(self.source))
         self.reads_blocks = _reads_blocks(self.source)
         self.knows_thinking = bool(THINKING_MARKER.search(self.source)) or "thought" in self.source
-        self._writes: dict[tuple[str, bool], bool] = {}
+        self._unwritten: dict[tuple[tuple[str, bool], ...], frozenset[int]] = {}
 
     def _contents(self, messages: list[Message]) -> list[Message]:
         """Return the messages with contents and tool-call arguments in the form that the template reads."""
@@ -93,19 +93,32 @@ class ChatTemplate:
             return ""
         return asked[shared_length(asked, alone) :]
 
-    def writes(self, messages: list[Message], at: int) -> bool:
-        """Return whether the template writes the content of this message.
+    def unwritten(self, messages: list[Message]) -> frozenset[int]:
+        """Return the positions of the messages whose content the template does not write.
 
-        The result is stored for each role, separately for the first message and for later ones.
+        The result is stored for each sequence of roles.
         """
-        key = (messages[at]["role"], at == 0)
-        if key not in self._writes:
-            other = [*messages[:at], {**messages[at], "content": _PROBE}, *messages[at + 1 :]]
-            try:
-                self._writes[key] = self.render(other) != self.render(messages)
-            except TEMPLATE_ERRORS:
-                return True  # rendering this row raises the error
-        return self._writes[key]
+        roles = tuple((message["role"], bool(message.get("tool_calls"))) for message in messages)
+        if roles not in self._unwritten:
+            self._unwritten[roles] = self._find_unwritten(messages)
+        return self._unwritten[roles]
+
+    def _find_unwritten(self, messages: list[Message]) -> frozenset[int]:
+        marks = [f"{_PROBE}{at}." for at in range(len(messages))]
+        try:
+            text = self.render([{**message, "content": mark} for message, mark in zip(messages, marks, strict=True)])
+        except TEMPLATE_ERRORS:
+            text = ""
+        # A template may change the text that it writes.
+        missing = (at for at, mark in enumerate(marks) if mark not in text)
+        return frozenset(at for at in missing if not self._makes_difference(messages, at))
+
+    def _makes_difference(self, messages: list[Message], at: int) -> bool:
+        other = [*messages[:at], {**messages[at], "content": _PROBE}, *messages[at + 1 :]]
+        try:
+            return self.render(other) != self.render(messages)
+        except TEMPLATE_ERRORS:
+            return True  # rendering this row raises the error
 
     def writes_date(self, messages: list[Message], **names: str) -> bool:
         """Return whether the rendered messages contain today's date, if the template gets the arguments `names`."""

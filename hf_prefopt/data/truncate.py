@@ -89,8 +89,8 @@ def _end_of_prompt(row: TokenizedRow, max_length: int, begin: Begin) -> list[int
     for place in beginning.turns:
         if kept + len(prompt) - place <= room:
             return [*prompt[:kept], *prompt[place:]]
-    # A response that is too long by itself is truncated; the head is not.
-    end = max(1, room - kept)
+    # A response that is too long by itself is truncated; the head and the tail, with a token before it, are not.
+    end = max(beginning.tail + 1, room - kept)
     if not beginning.splits or kept + end > max_length - 1:
         return None
     return [*prompt[:kept], *prompt[-end:]]
@@ -108,11 +108,14 @@ def _cut_response(
 ) -> tuple[list[int], list[int], Sequence[int]]:
     """Return the response's first tokens and its closing token. A cut inside an unscored turn removes the whole turn.
 
+    So does a cut after the first token of a scored turn, because the closing token would take that token's place.
+
     Returns:
         The tokens, their scored mask, and their positions in the original response.
     """
     end = max(0, room)
-    if end and not mask[end - 1]:
+    if 0 in mask[max(0, end - 2) : end]:
+        end -= mask[end - 1]
         while end and not mask[end - 1]:
             end -= 1
         return ids[:end], mask[:end], range(end)
@@ -120,4 +123,4 @@ def _cut_response(
     if closing is None or not end:
         return ids[:end], mask[:end], range(end)
     closed_at = len(ids) - 1 - ids[::-1].index(closing)
-    return [*ids[: end - 1], closing], [*mask[: end - 1], 1], [*range(end - 1), closed_at]
+    return [*ids[: end - 1], closing], [*mask[: end - 1], mask[closed_at]], [*range(end - 1), closed_at]

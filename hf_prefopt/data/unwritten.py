@@ -1,19 +1,23 @@
 """Raise errors for text of a row that the chat template does not write, because the model would train without it."""
 
+from typing import Any
+
 from hf_prefopt.data.messages import Message, text_of
 from hf_prefopt.data.rows import BadRow
 from hf_prefopt.data.template import TEMPLATE_ERRORS, THINKING_MARKER, ChatTemplate
 
 # Keys that hold the assistant's output in addition to its content.
 THINKING_KEYS = ("reasoning_content", "reasoning", "thinking")
+# `function_call` is the former name of `tool_calls` in OpenAI's format, for one call.
+_CALL_KEYS = ("tool_calls", "function_call")
 _CURE = (
     "use a chat template that writes it (tokenizer.chat_template), remove it from the rows, or pass on_bad_rows='drop'"
 )
 
 
 def check_prompt_written(prompt: list[Message], response: list[Message], template: ChatTemplate) -> None:
-    """Raise `BadRow` if the template does not write a prompt message of a role other than assistant."""
-    _check_others("prompt", [*prompt, *response], range(len(prompt)), template)
+    """Raise `BadRow` if the template does not write a message of the prompt."""
+    _check_messages("prompt", [*prompt, *response], range(len(prompt)), template)
 
 
 def check_response_written(
@@ -31,7 +35,7 @@ def check_response_written(
     messages, at = [*prompt, *response], 0
     for place, message in enumerate(messages[len(prompt) :], len(prompt)):
         if message["role"] != "assistant":
-            _check_others(column, messages, range(place, place + 1), template)
+            _check_messages(column, messages, range(place, place + 1), template)
             continue
         if len(message) > 2:
             _check_keys(column, messages, place, text, template)
@@ -43,10 +47,10 @@ def check_response_written(
             raise BadRow(column, f"contains {_shown(content)}, but the chat template does not write all of it", _CURE)
 
 
-def _check_others(column: str, messages: list[Message], places: range, template: ChatTemplate) -> None:
-    for at in places:
-        role = messages[at]["role"]
-        if role != "assistant" and text_of(messages[at]).strip() and not template.writes(messages, at):
+def _check_messages(column: str, messages: list[Message], places: range, template: ChatTemplate) -> None:
+    for at in sorted(template.unwritten(messages) & {*places}):
+        if text_of(messages[at]).strip():
+            role = messages[at]["role"]
             raise BadRow(column, f"has a message of role {role!r}, which the chat template does not write", _CURE)
 
 
@@ -57,15 +61,37 @@ def _check_keys(column: str, messages: list[Message], place: int, text: str, tem
         words = message.get(key)
         if isinstance(words, str) and not _holds(text, words):
             raise BadRow(column, f"contains {_shown(words)} in `{key}`, which the chat template does not write", _CURE)
-    if message.get("tool_calls"):
-        silent = {key: value for key, value in message.items() if key != "tool_calls"}
-        whole = template.render(messages)
+    for key in filter(message.get, _CALL_KEYS):
+        _check_calls(column, messages, place, key, template)
+
+
+def _check_calls(column: str, messages: list[Message], place: int, key: str, template: ChatTemplate) -> None:
+    """Raise `BadRow` if the text stays the same without the calls, the first or last of them, or their arguments."""
+    message, calls = messages[place], messages[place][key]
+    whole = template.render(messages)
+    changed = {f"`{key}`": {name: value for name, value in message.items() if name != key}}
+    if isinstance(calls, list):
+        several = {0: calls[1:], len(calls) - 1: calls[:-1]} if len(calls) > 1 else {}
+        changed |= {f"`{key}[{at}]`": {**message, key: others} for at, others in several.items()}
+        bare = [_without_arguments(call) for call in calls]
+        changed |= {f"arguments in `{key}`": {**message, key: bare}} if bare != calls else {}
+    for part, other in changed.items():
         try:
-            is_written = template.render([*messages[:place], silent, *messages[place + 1 :]]) != whole
+            is_written = template.render([*messages[:place], other, *messages[place + 1 :]]) != whole
         except TEMPLATE_ERRORS:
-            is_written = True  # the template needs them
+            is_written = True  # the template needs it
         if not is_written:
-            raise BadRow(column, "has `tool_calls`, which the chat template does not write", _CURE)
+            raise BadRow(column, f"has {part}, which the chat template does not write", _CURE)
+
+
+def _without_arguments(call: Any) -> Any:
+    """Return a tool call with empty arguments; they are a dict or its JSON."""
+    if not isinstance(call, dict):
+        return call
+    if isinstance(call.get("function"), dict):
+        return {**call, "function": _without_arguments(call["function"])}
+    arguments = call.get("arguments")
+    return {**call, "arguments": "{}" if isinstance(arguments, str) else {}} if arguments else call
 
 
 def _holds(text: str, words: str) -> bool:

@@ -1,8 +1,10 @@
 """Build the objective of a configuration: look up losses, distribute hyperparameters, and check the combination."""
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
+from numbers import Real
 from typing import Any
 
 from hf_prefopt.kinds import PAIRS, ExampleKind
@@ -85,6 +87,8 @@ def _weighted(
             f"loss_weights={weights}: give one weight for each of {', '.join(loss_types)}, such as "
             f"loss_weights={[1.0] * len(specs)}"
         )
+    if not all(map(math.isfinite, weights)) or not any(weights):
+        raise ValueError(f"loss_weights={weights} must be finite, and not all 0")
     check_range("sft_weight", sft_weight, 0.0)
     return ([*specs, get_loss("sft")], [*weights, sft_weight]) if sft_weight > 0 else (specs, weights)
 
@@ -162,7 +166,8 @@ def _refuse_senseless_columns(specs: list[LossSpec], use_weighting: bool, column
 
 def _distribute(specs: list[LossSpec], loss_params: dict, shared_params: dict) -> dict[str, dict[str, Any]]:
     """Return each loss's hyperparameters, keyed by loss. Raises `ValueError` for parameters that no loss takes."""
-    by_name = loss_params if len(specs) > 1 or specs[0].name in loss_params else {specs[0].name: loss_params}
+    is_by_name = loss_params and all(isinstance(values, dict) for values in loss_params.values())
+    by_name = loss_params if len(specs) > 1 or is_by_name else {specs[0].name: loss_params}
     own = {}
     for name, values in by_name.items():
         if not isinstance(values, dict):
@@ -172,18 +177,43 @@ def _distribute(specs: list[LossSpec], loss_params: dict, shared_params: dict) -
                 f"loss_params={loss_params}: with several losses, group the hyperparameters by loss: "
                 f"loss_params={grouped}"
             )
+        if get_loss(name).name in own:
+            raise ValueError(f"loss_params={loss_params} names {get_loss(name).name} twice ({name} is the same loss)")
         own[get_loss(name).name] = values
     missing = [name for name in own if name not in {spec.name for spec in specs}]
     if missing:
         raise ValueError(f"loss_params has {', '.join(missing)}, which is not among the losses: remove it")
     for spec in specs:
         _refuse_unknown(own.get(spec.name, {}), [spec])
+        _refuse_other_types(own.get(spec.name, {}), spec)
     _refuse_unknown(shared_params, specs)
+    _refuse_overridden(shared_params, own, specs)
     return {
         spec.name: {name: value for name, value in shared_params.items() if name in spec.defaults}
         | {name: value for name, value in own.get(spec.name, {}).items() if name in spec.defaults}
         for spec in specs
     }
+
+
+def _refuse_overridden(shared: dict[str, Any], own: dict[str, dict[str, Any]], specs: list[LossSpec]) -> None:
+    """Raise `ValueError` for a shared value that no loss uses, because `loss_params` has another one for each."""
+    for name, value in shared.items():
+        others = [own.get(spec.name, {}).get(name, value) for spec in specs if name in spec.defaults]
+        if others and value not in others:
+            raise ValueError(
+                f"{name}={value!r} has no effect, because loss_params sets {name}={others[0]!r}: leave one out"
+            )
+
+
+def _refuse_other_types(params: dict[str, Any], spec: LossSpec) -> None:
+    """Raise `ValueError` for a value that is no number, or no truth, if the hyperparameter's default is one."""
+    for name, value in params.items():
+        default = spec.defaults.get(name)
+        if isinstance(default, bool):
+            if not isinstance(value, bool):
+                raise ValueError(f"{name}={value!r} of {spec.name} must be True or False, without quotes")
+        elif isinstance(default, Real) and (isinstance(value, bool) or not isinstance(value, Real)):
+            raise ValueError(f"{name}={value!r} of {spec.name} must be a number, without quotes")
 
 
 # Values at which a hyperparameter has no effect; they are accepted for losses without that hyperparameter.

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterable, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from hf_prefopt.losses.base import LossOutput
 from hf_prefopt.losses.dpo import wpo_weights
 from hf_prefopt.losses.registry import token_stats_of
 from hf_prefopt.objective.term import State, Term
+from hf_prefopt.objective.trial import try_loss
 
 # The name of the routers' auxiliary loss among the inputs, and in the logs.
 AUX_LOSS = "aux_loss"
@@ -39,7 +40,7 @@ class Objective:
             `hf_prefopt.trl` sets it to follow TRL's conventions.
 
     Raises:
-        ValueError: at construction, if a loss rejects its hyperparameters in a trial on two synthetic examples.
+        ValueError: at construction, if a loss fails in a trial on two synthetic examples; see `trial.try_loss`.
     """
 
     def __init__(self, terms: list[Term], use_weighting: bool = False, use_weights: bool = False):
@@ -173,8 +174,9 @@ class Objective:
         return output
 
     def _check_on_made_up_numbers(self) -> None:
-        """Call every loss once, so that a bad hyperparameter raises an error now and not at the first step."""
-        self(made_up_examples(self.inputs))
+        """Try every loss, so that a mistake raises an error now and not at the first step; see `trial.try_loss`."""
+        for term in self.terms:
+            try_loss(term, partial(self._weighted, term, training=True), self.inputs)
 
 
 def _counts_tokens(name: str) -> bool:

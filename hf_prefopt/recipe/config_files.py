@@ -14,6 +14,8 @@ from hf_prefopt.recipe.shipped import find_config
 # Keys that are not settings: the base file, and environment variables (as in TRL).
 BASE, ENVIRONMENT = "base", "env"
 COMMAND_LINE = "the command line"
+# The key under which YAML merges the keys of another mapping, which then have no line of their own.
+_MERGED = "<<"
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,13 @@ def _layer(file: Path, options: Mapping[str, Action]) -> Layer:
     if not isinstance(environment, dict):
         raise ValueError(f"{file}, line {lines[ENVIRONMENT]}: env must be a mapping of names to values")
     settings = {}
+    for name in values:
+        if not isinstance(name, str):
+            raise ValueError(
+                f"{file}: {name!r} is not the name of a setting (YAML reads an unquoted yes or no as a truth)"
+            )
     for name, value in values.items():
-        where = f"{file}, line {lines[name]}"
+        where = f"{file}, line {lines.get(name, lines.get(_MERGED))}"
         if name not in options:
             nested = "; settings are not nested: write them at the left margin" if isinstance(value, dict) else ""
             raise ValueError(f"{where}: {unknown_setting(str(name), options, nested, str(value))}")

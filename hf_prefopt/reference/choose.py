@@ -152,6 +152,26 @@ def check_reference(setting: str, model: nn.Module, ref_model: nn.Module | None,
         _refuse_what_trains_along(setting, model)
 
 
+def refuse_moved(reference: LiveReference, model: nn.Module) -> None:
+    """Raise `ValueError` if a parameter is trained now that the reference shares with the policy.
+
+    A reference is chosen for the parameters that are trained when the trainer is created. Parameters may become
+    trainable later, for example when layers are unfrozen one after the other.
+    """
+    if reference.is_separate:
+        late = _trained_in_both(model, reference.model)
+    elif reference.copies is not None:
+        late = reference.copies.not_copied()
+    else:
+        late = trained_beneath(cast(PeftModel, model))
+    if late:
+        raise ValueError(
+            f"{len(late)} parameters ({late[0]}, …) were made trainable after the trainer was created. The reference "
+            "shares them, so training would change it: make them trainable before you create the trainer, or pass a "
+            "ref_model"
+        )
+
+
 def _trained_in_both(model: nn.Module, ref_model: nn.Module) -> list[str]:
     others = {id(parameter) for parameter in ref_model.parameters()}
     return [name for name, p in model.named_parameters() if p.requires_grad and id(p) in others]

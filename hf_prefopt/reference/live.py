@@ -210,6 +210,10 @@ class FrozenTensors:
     def __post_init__(self):
         self.tensors = {name: local_shard(p).clone() for name, p in _named(self.tree).items() if p.requires_grad}
 
+    def not_copied(self) -> list[str]:
+        """The names of trained parameters without a copy: they were not trained when the copies were made."""
+        return [name for name, p in _named(self.tree).items() if p.requires_grad and name not in self.tensors]
+
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
         """Make the model compute with the copies inside this context."""

@@ -66,6 +66,7 @@ EVENTS: Mapping[str, str] = {
     "echoed": "rows whose responses begin with a prompt that is too short to be removed",
     "change": "rows whose prompt in training differs from the prompt for generation",
     "identical": "pairs with chosen = rejected, from which nothing is learned",
+    "alike": "pairs whose responses differ only in white space or Unicode form",
     "against": "pairs whose chosen response has the lower score",
     "open": "rows with a response that has no scored end-of-turn token: the model does not learn to stop",
 }

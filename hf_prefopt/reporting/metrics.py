@@ -222,6 +222,8 @@ class Evaluation:
         self.dataset = dataset
         self._objective, self._steps_on_device = objective, steps_on_device
         self._inputs: list[dict[str, Tensor]] = []
+        self._means: list[Tensor] = []  # the mean loss of each piece, and what `compute_loss` returned instead
+        self._added: list[Tensor] = []
         self.examples: Examples | None = None
 
     def add(self, batch: PreferenceBatch, inputs: dict[str, Tensor]) -> LossOutput:
@@ -236,7 +238,32 @@ class Evaluation:
         self._inputs.append(kept)
         if self._steps_on_device and len(self._inputs) % self._steps_on_device == 0:
             self._inputs = [_on_cpu(part) for part in self._inputs]
-        return self._objective(inputs, training=False)
+        output = self._objective(inputs, training=False)
+        self._means.append(output.loss)
+        return output
+
+    def returned(self, losses: Sequence[Tensor], pieces: Sequence[PreferenceBatch]) -> Tensor:
+        """Keep what an overridden `compute_loss` adds to the mean loss of pieces.
+
+        Args:
+            losses: The losses that it returned, in the order of the pieces.
+
+        Returns:
+            Their mean.
+
+        Raises:
+            ValueError: If it did not call the trainer's own `compute_loss`, so the examples are unknown.
+        """
+        means, self._means = self._means, []
+        if len(means) != len(pieces):
+            raise ValueError(
+                "the overridden compute_loss does not call super().compute_loss(...), which collects the examples of "
+                "an evaluation: call it, or override prediction_step and evaluation_loop, too"
+            )
+        for loss, mean, piece in zip(losses, means, pieces, strict=True):
+            examples = piece["counted"].sum() if "counted" in piece else len(piece["rows"])
+            self._added.append((loss.detach() - mean) * examples)
+        return torch.stack(list(losses)).mean()
 
     def metrics(self, where: str = "evaluation") -> dict[str, float]:
         """Compute the loss and the metrics over all examples of all ranks, keyed by name.
@@ -259,6 +286,7 @@ class Evaluation:
             raise FloatingPointError(f"{where}: {finding[1]}")
         found = {"loss": Metric(output.losses), **example_metrics(self._objective, output, inputs)}
         means = {name: (metric.total / metric.count).item() for name, metric in found.items() if metric.count}
+        means["loss"] += sum(gather_object([sum(part.item() for part in self._added)])) / len(output.losses)
         self.examples = Examples.of(inputs, output.rewards)
         observed = self.examples.responses.metrics(self._objective.kind) if self.examples else {}
         return self._objective.kind.finish_metrics(means) | observed

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from hf_prefopt.batch import PreferenceBatch
 from hf_prefopt.scoring.forward import base_causal_lm, score, score_by_own_logits, scores_by_own_logits, transform_of
 from hf_prefopt.scoring.modes import ModuleTree, adapters_off, evaluation_mode, training_mode
+from hf_prefopt.scoring.tail import body_of
 
 _KEPT, _CHANGED = 10, 6
 # Number of roundings to the model's dtype in a logit: the product, a scale, a division by a cap, tanh, a product.
@@ -68,6 +69,8 @@ def settle_scores(model: nn.Module, compute_dtype: torch.dtype | None = None) ->
     size = logits.gather(1, targets).abs() + (logits.softmax(-1) * logits.abs()).nansum(1, keepdim=True)
     rounding = (_ROUNDINGS * unit * size + _SUMMING * (size + plain.abs())).nan_to_num(posinf=0.0)
 
+    if _trains_between(model, ids):
+        score_by_own_logits(causal_lm)
     off = _distance(model, ids, targets, plain)
     if not (off <= rounding).all() and not scores_by_own_logits(causal_lm):
         score_by_own_logits(causal_lm)
@@ -82,6 +85,24 @@ def settle_scores(model: nn.Module, compute_dtype: torch.dtype | None = None) ->
         )
     _refuse_leak(name, _difference(plain_changed, plain).amax(1), rounding.amax(1), body_unit)
     return scores_by_own_logits(causal_lm)
+
+
+def _trains_between(model: nn.Module, ids: Tensor) -> bool:
+    """Return True if the model's own logits depend on a trained parameter that is neither in its body nor in its head.
+
+    At the start, such a parameter may be neutral (a bias of 0, a scale of 1), so the scores are equal without it, but
+    it would never be trained.
+    """
+    causal_lm = base_causal_lm(model)
+    parts = (body_of(causal_lm), causal_lm.get_output_embeddings())
+    inside = {id(parameter) for part in parts for parameter in part.parameters()}
+    between = [p for p in causal_lm.parameters() if p.requires_grad and id(p) not in inside]
+    if not between:
+        return False
+    with torch.enable_grad(), evaluation_mode(model):
+        total = _plain_logits(model, ids).logsumexp(-1).sum()
+    gradients = torch.autograd.grad(total, between, allow_unused=True) if total.requires_grad else ()
+    return any(gradient is not None for gradient in gradients)
 
 
 def _refuse_leak(name: str, effect: Tensor, rounding: Tensor, body_unit: float) -> None:

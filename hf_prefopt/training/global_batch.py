@@ -6,6 +6,7 @@ only the piece's own inputs have gradients. The gradients of all pieces add up t
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -45,17 +46,17 @@ class GlobalBatch:
         known = [piece.get("counted") for piece in pieces]
         if world_size == 1 or not state.end_of_dataloader or any(k is not None for k in known):
             return known
-        dataset = state.active_dataloader.dataset
-        if not has_length(dataset):
+        rows = _rows_drawn(state.active_dataloader)
+        if rows is None:
             return known
-        count = rows_that_count(len(dataset), rows_per_rank, self.accelerator.process_index, world_size)
+        count = rows_that_count(rows, rows_per_rank, self.accelerator.process_index, world_size)
         return list(examples_of_first_rows(pieces, count))
 
     def without_repeats(self, batches: list[LoaderBatch], rows_per_rank: int) -> None:
         """Remove the examples that do not count from the batches of a step.
 
         A batch of a stream already has a mask (`counted`). For other datasets, only the last batch of the data loader
-        has repeated rows, which are found from the length of the dataset.
+        has repeated rows, which are found from the number of rows that the sampler draws.
         """
         for batch in batches:
             pieces = batch["pieces"]
@@ -105,7 +106,10 @@ class GlobalBatch:
                 batch["pieces"] = [*idle, *batch["pieces"]]
         pieces = [piece for batch in batches for piece in batch["pieces"]]
         self.begin(pieces, collect)
-        return self.count(pieces)
+        count = self.count(pieces)
+        for piece in pieces:
+            cast(dict[str, Any], piece)["examples_of_step"] = count
+        return count
 
     def begin_evaluation(
         self, batch: LoaderBatch, rows_per_rank: int, pieces_differ: bool = False
@@ -147,12 +151,15 @@ class GlobalBatch:
 
         Args:
             own: Loss inputs of the piece.
-            num_examples: Number of examples in the whole step; `None` if the piece is the whole step.
+            num_examples: Number of examples in the whole step; `None` if it was not passed on, for example by an
+                overridden `training_step`: then the number of the step that was begun with this piece, or else of the
+                piece.
         """
         everything, place = self._inputs(piece, own)
         output = self.objective(everything)
         own_output = output.rows(place)
-        examples = len(piece["rows"]) if num_examples is None else num_examples
+        known = cast(dict[str, Any], piece).get("examples_of_step", len(piece["rows"]))
+        examples = known if num_examples is None else num_examples
         scale = self.accelerator.num_processes / examples
         total, share = output.losses.sum() * scale, own_output.losses.detach().sum() * scale
         # The value is the piece's share; the gradient is the gradient of the whole batch's loss.
@@ -167,6 +174,18 @@ class GlobalBatch:
         if number == 0:
             self.objective.update_state(step.everything)
         return step.splice(number, own)
+
+
+def _rows_drawn(loader: Any) -> int | None:
+    """Return the number of rows that a data loader draws over all ranks; `None` for a stream.
+
+    A user's sampler may draw fewer or more rows than the dataset has.
+    """
+    batches: Any = getattr(loader, "batch_sampler", None)
+    while hasattr(batches, "batch_sampler"):  # accelerate's, which deal out batches to ranks or skip some
+        batches = batches.batch_sampler
+    sized = (rows for rows in (getattr(batches, "sampler", None), loader.dataset) if has_length(rows))
+    return next((len(rows) for rows in sized), None)
 
 
 class StepInputs:

@@ -71,10 +71,17 @@ class Models:
             processing_class: A tokenizer, or a processor that has one.
         """
         policy = self.policy
-        embeddings = getattr(policy.get_input_embeddings(), "num_embeddings", None) if policy is not None else None
+        embeddings = _fewest_embeddings(policy, self.reference) if policy is not None else None
         tokenizer = getattr(processing_class, "tokenizer", processing_class)
         limit = shortest_limit(policy, self.reference)
         return PreferenceData(self.args, tokenizer, embeddings, stop_tokens(policy), limit)
+
+
+def _fewest_embeddings(*models: nn.Module | None) -> int | None:
+    """Return the smallest number of token embeddings of several models; `None` if it is unknown."""
+    layers = [model.get_input_embeddings() for model in models if isinstance(model, PreTrainedModel | PeftModel)]
+    counts = [getattr(layer, "num_embeddings", None) for layer in layers]
+    return min((count for count in counts if count is not None), default=None)
 
 
 def load_models(

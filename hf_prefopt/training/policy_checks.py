@@ -25,6 +25,30 @@ INCOMPARABLE = (
 )
 
 
+LOST_STEPS = (
+    "%.0f %% of the trained %s weights are too large for a step of learning_rate=%g to change: rounding removes a step "
+    "that is smaller than half of the distance to the next number. Load the weights in float32 (dtype='float32'; "
+    "bf16=True still computes in bf16), train an adapter, or raise learning_rate"
+)
+# Number of weights of each tensor that are looked at.
+_SAMPLED = 4096
+
+
+def warn_of_lost_steps(model: nn.Module, args: PreferenceConfig) -> None:
+    """Warn if rounding removes most steps of an Adam optimizer, which change a weight by about the learning rate."""
+    trained = [p for p in model.parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)]
+    if not trained or "adam" not in str(getattr(args.optim, "value", args.optim)) or args.process_index:
+        return
+    # Numbers around w are at least |w| · eps / 2 apart.
+    lost = [
+        p.detach().flatten()[:_SAMPLED].abs().float() * torch.finfo(p.dtype).eps / 4 > args.learning_rate
+        for p in trained
+    ]
+    share = torch.cat([each.cpu() for each in lost]).float().mean().item()
+    if share > 0.5:
+        logger.warning(LOST_STEPS, 100 * share, str(trained[0].dtype).removeprefix("torch."), args.learning_rate)
+
+
 def own_logits_note(model: nn.Module, objective: Objective, losses: Sequence[str]) -> str:
     """Return a note about a model that must be scored with the logits of its own forward pass.
 

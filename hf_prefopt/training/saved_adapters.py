@@ -4,10 +4,11 @@ Under ZeRO-3, the Trainer gathers only trained parameters. A frozen adapter (the
 the trained one) would then be saved without its tensors, and a frozen adapter with `modules_to_save` not at all.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 
 from hf_prefopt.reference.choose import adapter_parameters
@@ -38,7 +39,7 @@ def load_adapters(model: PeftModel, checkpoint: str | Path) -> None:
     name. The Trainer itself would load only one adapter and activate it.
 
     Raises:
-        ValueError: the adapter names of the checkpoint and the model differ.
+        ValueError: the checkpoint and the model have adapters with different names or configurations.
     """
     folders = {name: Path(checkpoint) if name == "default" else Path(checkpoint, name) for name in model.peft_config}
     saved = saved_adapters(checkpoint)
@@ -47,11 +48,45 @@ def load_adapters(model: PeftModel, checkpoint: str | Path) -> None:
             f"{checkpoint} has the adapters {', '.join(sorted(saved)) or '(none)'}, but the model has "
             f"{', '.join(sorted(folders))}: add adapters with the same names to the model"
         )
+    for name, folder in folders.items():
+        _refuse_other_adapter(folder, name, PeftConfig.from_pretrained(str(folder)), model.peft_config[name])
     trains = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     for name, folder in folders.items():
         model.load_adapter(str(folder), name)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trains[name])
+
+
+# Entries of an adapter's configuration that do not change what its saved tensors compute: its origin, initialization,
+# regularization, and ranks that change in training (AdaLoRA).
+_WITHOUT_EFFECT = (
+    *("base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping", "task_type"),
+    *("init_lora_weights", "init_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+    *("lora_dropout", "runtime_config", "rank_pattern", "total_step"),
+)
+
+
+def _refuse_other_adapter(checkpoint: Path, name: str, saved: PeftConfig, config: PeftConfig) -> None:
+    """Raise `ValueError` if an adapter's tensors were trained with another configuration, such as another scale."""
+    before, now = ({key: _as_json(value) for key, value in one.to_dict().items()} for one in (saved, config))
+    differing = [key for key in now if key in before and before[key] != now[key] and key not in _WITHOUT_EFFECT]
+    if differing:
+        shown = ", ".join(f"{key}={_short(before[key])} (now {_short(now[key])})" for key in differing)
+        raise ValueError(
+            f"{checkpoint} has the adapter {name!r} with {shown}: pass the peft_config of the run that wrote it, or "
+            "start a new run with the checkpoint folder as model"
+        )
+
+
+def _short(value: str) -> str:
+    return value if len(value) <= 60 else f"{value[:60]}…"
+
+
+def _as_json(value: Any) -> str:
+    """The value as it is saved; the order of names does not matter."""
+    if isinstance(value, set | list | tuple) and all(isinstance(item, str) for item in value):
+        value = sorted(value)
+    return json.dumps(value, sort_keys=True, default=str)
 
 
 def saved_adapters(checkpoint: str | Path) -> set[str]:

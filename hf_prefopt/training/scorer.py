@@ -151,6 +151,11 @@ class Scorer:
         """
         return base_causal_lm(self.model).get_output_embeddings().training
 
+    @property
+    def live_reference(self) -> LiveReference | None:
+        """The reference that is run; `None` if there is none, or if all its scores are cached and it was freed."""
+        return self.reference.live if isinstance(self.reference, CachedReference) else self.reference
+
     def settle(self) -> bool:
         """Move the reference to its device, check the scores of both models, and choose the layout, once per model.
 
@@ -198,7 +203,7 @@ class Scorer:
     def _settle_reference(self) -> None:
         """Identify the reference, compile the model for scoring, share lower layers, and open the cache."""
         args = self._args
-        live = self.reference.live if isinstance(self.reference, CachedReference) else self.reference
+        live = self.live_reference
         self.made_up_logps = made_up_logps(live) if live is not None and self._moving is None else None
         self._compiled = compiled_for_scoring(self.accelerator, self.model)
         if isinstance(self.reference, LiveReference) and not self.reference.is_separate:

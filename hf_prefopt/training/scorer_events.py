@@ -3,21 +3,40 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from accelerate.utils import DistributedType
 from transformers import TrainerCallback
 
+from hf_prefopt.reference.choose import refuse_moved
+from hf_prefopt.training.policy_checks import warn_of_lost_steps
 from hf_prefopt.training.scorer import Scorer
+from hf_prefopt.training.trainable import refuse_foreign_optimizer
 
 
 class SettleScorer(TrainerCallback):
-    """Callback that chooses the layout when training begins, after model wrapping and checkpoint loading."""
+    """Callback that chooses the layout when training begins, after model wrapping and checkpoint loading.
+
+    Before a step, it checks the reference if the number of parameters that the optimizer trains has changed.
+    """
 
     def __init__(self, scorer: Scorer):
         self._scorer = scorer
+        self._trained = 0
 
-    def on_train_begin(self, args, state, control, **_):
-        """Choose the layout before the start summary is shown and before a cache is filled."""
+    def on_train_begin(self, args, state, control, optimizer=None, **_):
+        """Choose the layout before the start summary is shown and before a cache is filled; check the optimizer."""
+        if self._scorer.accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+            refuse_foreign_optimizer(self._scorer.model, optimizer)
+            warn_of_lost_steps(self._scorer.model, args)
         self._scorer.settle()
         self._scorer.check_resumed()
+        self._trained = 0
+
+    def on_step_begin(self, args, state, control, optimizer=None, **_):
+        """Check that the step does not change the reference."""
+        trained = sum(tensor.requires_grad for group in optimizer.param_groups for tensor in group["params"])
+        if trained != self._trained and self._scorer.live_reference is not None:
+            refuse_moved(self._scorer.live_reference, self._scorer.model)
+        self._trained = trained
 
 
 class ScorerEvents(TrainerCallback):

@@ -1,11 +1,11 @@
-"""Apply settings that change after construction, in a hyperparameter search or by hand, or raise an error."""
+"""Apply settings that change after construction (by a search, by hand or by a callback), or raise an error."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from hf_prefopt.config import PreferenceConfig
 from hf_prefopt.objective.objective import Objective
@@ -39,8 +39,11 @@ SETTLED = (
 )
 
 
-class OwnSettings:
+class OwnSettings(TrainerCallback):
     """The values, at construction, of the settings that `PreferenceConfig` adds to `TrainingArguments`.
+
+    As a callback, it raises `ValueError` if a setting has changed since training began: the losses, the reference and
+    the data were made from the settings before that.
 
     Args:
         args: The configuration; it may change later.
@@ -51,10 +54,13 @@ class OwnSettings:
 
     def __init__(self, args: PreferenceConfig):
         self._args, self.names = args, own_names(type(args))
-        self._at_start = self._before_search = self._now()
+        self._at_start = self._before_search = self._in_use = self._now()
+        self._accumulation = args.gradient_accumulation_steps
 
     def _now(self) -> dict[str, Any]:
-        return {name: getattr(self._args, name) for name in self.names}
+        """The values, with copies of lists and dicts, which may be changed in place."""
+        values = {name: getattr(self._args, name) for name in self.names}
+        return {name: value.copy() if isinstance(value, list | dict) else value for name, value in values.items()}
 
     def refuse_changes(self) -> None:
         """Raise `ValueError` if a setting has changed: without `model_init`, the change would have no effect."""
@@ -65,8 +71,38 @@ class OwnSettings:
                 "or pass model_init instead of model"
             )
 
+    def on_train_begin(self, args, state, control, **_):
+        """Remember how many batches a step has."""
+        self._accumulation = args.gradient_accumulation_steps
+
+    def on_step_begin(self, args, state, control, **_):
+        """Check the settings before each step."""
+        self._refuse_unused()
+        if args.gradient_accumulation_steps != self._accumulation:
+            raise ValueError(
+                f"gradient_accumulation_steps={args.gradient_accumulation_steps} was set during training, which began "
+                f"with {self._accumulation}, so the losses of a step would have wrong weights: set it before train()"
+            )
+
+    def on_prediction_step(self, args, state, control, **_):
+        """Check the settings in an evaluation, which may be called at any time."""
+        self._refuse_unused()
+
+    def _refuse_unused(self) -> None:
+        now = self._now()
+        if now != self._in_use:
+            changed = ", ".join(f"{name}={now[name]!r}" for name in now if now[name] != self._in_use[name])
+            raise ValueError(
+                f"{changed} was set after the losses were made from the settings, so it has no effect: create a new "
+                "trainer, or, for a value that changes during training, register a loss with a parameter `progress` "
+                "or `epoch`"
+            )
+
     def refuse_late_changes(self) -> None:
-        """Raise `ValueError` if a setting that affects the trainer's construction or prepared data has changed."""
+        """Raise `ValueError` if a setting that affects the trainer's construction or prepared data has changed.
+
+        Otherwise the current values are those in use.
+        """
         for name in SETTLED:
             value, before = getattr(self._args, name), self._at_start[name]
             if value != before:
@@ -74,6 +110,7 @@ class OwnSettings:
                     f"{name}={value!r} comes too late: the trainer and its data were created with {name}={before!r}; "
                     "create a trainer for each value"
                 )
+        self._in_use = self._now()
 
     @contextmanager
     def restored(self) -> Iterator[None]:
@@ -83,6 +120,7 @@ class OwnSettings:
             yield
         finally:
             self._set(self._before_search)
+            self._in_use = self._before_search
 
     def take(self, values: Mapping[str, Any], is_space: bool) -> None:
         """Set the values of a trial without conversion; reset all other settings to their values before the search.

@@ -1,12 +1,14 @@
 """Find the policy's trained parameters; raise an error if none exist or the optimizer has different ones."""
 
 import logging
+from typing import Any
 
 from accelerate.optimizer import AcceleratedOptimizer
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.optim import Optimizer
+from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 
 from hf_prefopt.scoring.four_bits import refuse_packed
 
@@ -67,6 +69,20 @@ def refuse_frozen(model: nn.Module) -> None:
         else "pass a peft_config, or make parameters trainable: model.requires_grad_(True)"
     )
     raise ValueError(f"no parameter of the policy ({type(model).__name__}) is trained: {cure}")
+
+
+def refuse_foreign_optimizer(model: nn.Module, optimizer: Any) -> None:
+    """Raise `ValueError` if the optimizer, such as one from an overridden `create_optimizer`, trains nothing.
+
+    Optimizers that keep one optimizer per layer are not checked.
+    """
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    is_dummy = isinstance(getattr(optimizer, "optimizer", optimizer), LayerWiseDummyOptimizer)
+    if not is_dummy and not any(id(parameter) in held for parameter in trained_parameters(model).values()):
+        raise ValueError(
+            "the optimizer has none of the trained parameters, so no step would change the model: create it with the "
+            "parameters of trainer.model (create_optimizer), after adapters were added"
+        )
 
 
 def refuse_stale_optimizer(model: nn.Module, optimizer: Optimizer | None) -> None:

@@ -42,6 +42,22 @@ def test_an_eos_before_the_templates_line_break_counts_as_the_end():
     assert row.response_ids[0] == [A, B, EOS]
 
 
+@pytest.mark.parametrize(("room", "kept"), [(2, 2), (3, 2), (4, 2), (5, 2), (6, 6), (7, 7)])
+def test_a_later_turn_is_cut_to_words_or_removed(room, kept):
+    """A turn A EOS, an unscored turn P Q, and the turn B C D EOS. Of the last, the first token would be replaced by its
+    end, and a turn without words would be left."""
+    ids, mask = [A, EOS, P, Q, B, C, D, EOS], [1, 1, 0, 0, 1, 1, 1, 1]
+    row, _ = truncate_row(row_of([R], ids, [C, EOS], masks=[mask, [1, 1]]), room + 1, "keep_start", KINDS)
+    assert row.response_ids[0] == ([A, EOS] if kept == 2 else [*ids[: kept - 1], EOS])
+    assert row.scored_masks[0] == mask[:kept]
+
+
+def test_an_end_that_is_not_scored_stays_unscored():
+    """As with a template whose generation markers exclude the end of the turn."""
+    row, _ = truncate_row(row_of([P], [A, B, C, EOS], [C], masks=[[1, 1, 1, 0], [1]]), 4, "keep_start", KINDS)
+    assert row.response_ids[0] == [A, B, EOS] and row.scored_masks[0] == [1, 1, 0]
+
+
 def test_a_response_without_eos_gets_none():
     row, _ = truncate_row(row_of([P], [A, B, C, D], [C, EOS]), 4, "keep_start", KINDS)
     assert row.response_ids[0] == [A, B, C]

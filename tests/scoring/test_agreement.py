@@ -185,6 +185,36 @@ class TestFaults:
             trainer.train()
 
 
+class Neutral(LlamaForCausalLM):
+    """A bias of 0 after the head, a scale of 1 before it, and a layer that the forward does not use."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.bias, self.scale = nn.Parameter(torch.zeros(config.vocab_size)), nn.Parameter(torch.ones(()))
+        self.unused = nn.Linear(2, 2)
+
+    def forward(self, input_ids=None, attention_mask=None, **kwargs):
+        hidden = self.model(input_ids=input_ids, attention_mask=attention_mask, **kwargs).last_hidden_state
+        return transformers.modeling_outputs.CausalLMOutputWithPast(
+            logits=self.lm_head(hidden * self.scale) + self.bias
+        )
+
+
+@pytest.mark.parametrize("trained", [("bias",), ("scale",), ("bias", "scale"), ("unused",), ()])
+def test_parameters_that_are_neutral_at_the_start_are_trained(trained):
+    """The scores are those of the head alone, but their gradients are not; frozen or unused, they are no reason."""
+    torch.manual_seed(0)
+    model = Neutral(AutoConfig.for_model("llama", **_SIZES)).eval()
+    for name in ("bias", "scale", "unused"):
+        getattr(model, name).requires_grad_(name in trained)
+    batch, acts = padded_batch(), {"bias", "scale"}.intersection(trained)
+    expected = gradients(plain_response_logps(model, batch).sum(), model)
+    assert check(model) == bool(acts)
+    found = gradients(score(model, batch).logps.sum(), model)
+    assert_same_gradients(found, expected, rtol=1e-4)
+    assert all(found[name].abs().max() > 0 for name in acts)
+
+
 VISION = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 

@@ -8,6 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.data_loader import BatchSamplerShard, SkipBatchSampler
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
 from hf_prefopt.objective.build import build_objective
 from hf_prefopt.training.global_batch import GlobalBatch
@@ -100,6 +102,23 @@ def test_rows_that_come_again_at_the_end_do_not_count(rank, expected):
     (counted,) = at.counted(pieces(2), 2)
     assert counted.tolist() == expected
     assert kept_of(at, pieces(2)) == [[place for place, counts in enumerate(expected) if counts]]
+
+
+@pytest.mark.parametrize("drawn", [5, 7, 9])
+def test_a_sampler_of_ones_own_may_draw_other_rows_than_there_are(drawn):
+    """Of seven rows, two at a time on two ranks. accelerate deals out the batches and repeats the first rows at the
+    end; each row that was drawn counts once, from the beginning and after a skipped batch."""
+    for skipped in (0, 1):
+        counted = 0
+        for rank in (0, 1):
+            batches = BatchSampler(RandomSampler(range(7), replacement=True, num_samples=drawn), 2, False)
+            mine = SkipBatchSampler(BatchSamplerShard(batches, 2, rank), skipped)
+            loader = DataLoader(range(7), batch_sampler=mine)
+            state = SimpleNamespace(end_of_dataloader=True, active_dataloader=loader)
+            shape = SimpleNamespace(**{**vars(accelerator(2, rank)), "gradient_state": state})
+            kept = kept_of(GlobalBatch(shape, build_objective(["dpo"])), *(pieces(len(batch)) for batch in mine))
+            counted += sum(map(len, kept))
+        assert counted == drawn - 4 * skipped
 
 
 @pytest.mark.parametrize(
