@@ -132,14 +132,9 @@ def fsdp2_in_bf16(folder):
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
-    scenes = [ddp_in_bf16, zero2_in_bf16, zero3_in_bf16, zero3_evaluates_first, zero2_trains_twice]
+    # DeepSpeed leaves settings behind that exclude FSDP, so it comes last.
+    scenes = [fsdp2_in_bf16, ddp_in_bf16, zero2_in_bf16, zero3_in_bf16, zero3_evaluates_first, zero2_trains_twice]
     return play(scenes, tmp_path_factory.mktemp("scenes"))
-
-
-@pytest.fixture(scope="module")
-def sharded(tmp_path_factory):
-    """Processes of their own: DeepSpeed leaves settings behind that exclude FSDP."""
-    return play([fsdp2_in_bf16], tmp_path_factory.mktemp("scenes"))["fsdp2_in_bf16"]
 
 
 @pytest.mark.parametrize("scene", ["ddp_in_bf16", "zero2_in_bf16", "zero3_in_bf16"])
@@ -165,13 +160,13 @@ def test_loss_inputs_are_what_the_data_say(outcomes, scene):
 
 
 @pytest.mark.parametrize("name", ["policy", "ref"])
-def test_fsdp2_returns_log_probs_in_fp32(sharded, name):
+def test_fsdp2_returns_log_probs_in_fp32(outcomes, name):
     """They are those of a plain model with these weights in bf16, whose logits are normalized in fp32.
 
     Logits of up to 8 have steps of 1/32 in bf16, so the two ways to them differ by some steps. Log-probs beyond −4 that
     were rounded to bf16 would be multiples of 1/32 or more: a distance of 1e-3 from those is no rounding of fp32's.
     """
-    for outcome in sharded:
+    for outcome in outcomes["fsdp2_in_bf16"]:
         assert not isinstance(outcome, str), outcome
         found, batch = outcome[name], outcome["batch"]
         assert found.dtype == torch.float32
