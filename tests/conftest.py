@@ -2,6 +2,7 @@
 gives the same results everywhere.
 """
 
+import gc
 import os
 from collections.abc import Iterator
 from unittest.mock import patch
@@ -12,6 +13,17 @@ from accelerate.state import AcceleratorState, GradientState
 from transformers import set_seed
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_collections() -> None:
+    """The Trainer collects garbage at each start of training: half a second each, were all modules looked through.
+
+    What exists before a test module's own fixtures is left out of later collections, and still freed when nothing
+    refers to it.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -29,9 +29,21 @@ class Engine:
     adapt: Callable[[Trainer], None] = lambda trainer: None
     bf16: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def is_deepspeed(self) -> bool:
+        """Whether it is DeepSpeed's."""
+        return "deepspeed" in self.settings
+
     def in_precision(self, bf16: bool) -> dict[str, Any]:
         """Return the settings, in fp32 or in bf16."""
         return {**self.settings, "bf16": True, **self.bf16} if bf16 else self.settings
+
+
+def compile_no_sums() -> None:
+    """DeepSpeed would first compile its own sums over ranks, most of a minute, which only its inference uses."""
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__ = {}
 
 
 def zero(stage: int, **optimization: Any) -> dict[str, Any]:

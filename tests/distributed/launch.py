@@ -18,17 +18,17 @@ ROOT = Path(__file__).parents[2]
 WORLD_SIZE = 2
 
 
-def launch(engine: str, cases: list[str], folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """Return the outcome of each case by rank: the result of `run_case`, or an `error`.
+def launch(runs: list[tuple[str, str]], folder: Path) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """Return the outcome of each engine and case by rank: the result of `run_case`, or an `error`.
 
-    The two processes are started once for all cases, because starting them takes longer than most cases.
+    The two processes are started once for all of them, because starting them takes longer than most cases.
     """
-    output = torchrun("tests.distributed.worker", engine, folder, *cases)
+    output = torchrun("tests.distributed.worker", folder, *map(": ".join, runs), timeout=3600)
     outcomes = {}
-    for number, name in enumerate(cases):
+    for number, run in enumerate(runs):
         files = [folder / str(number) / f"rank{rank}.pt" for rank in range(WORLD_SIZE)]
         died = {"error": output}
-        outcomes[name] = [torch.load(file, weights_only=False) if file.exists() else died for file in files]
+        outcomes[run] = [torch.load(file, weights_only=False) if file.exists() else died for file in files]
     return outcomes
 
 

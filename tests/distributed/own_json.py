@@ -3,6 +3,7 @@
 Started by torchrun: `python -m tests.distributed.own_json FOLDER`.
 """
 
+import gc
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from accelerate import PartialState
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from tests.distributed.engines import ENGINES, zero
+from tests.distributed.engines import ENGINES, compile_no_sums, zero
 from tests.tiny_models import tiny_model
 from tests.trainers import logged, make_trainer, pairs
 
@@ -56,6 +57,8 @@ def settings(ranks: int) -> dict[str, Any]:
 def main(folder: Path) -> None:
     """Train under each configuration; the first rank writes losses and weights."""
     outcomes = {}
+    compile_no_sums()
+    gc.freeze()  # each training begins with a collection, which would look through all modules
     for name, (stage, parts) in CONFIGURATIONS.items():
         unset_hf_deepspeed_config()
         gathers = {"stage3_gather_16bit_weights_on_model_save": True} if stage == 3 else {}

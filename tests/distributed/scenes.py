@@ -4,17 +4,21 @@ As a module, this file runs the given scenes of a test module, one after the oth
 `python -m torch.distributed.run … -m tests.distributed.scenes FOLDER TEST_MODULE SCENE…`.
 """
 
+import gc
 import importlib
+import os
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from tests.distributed.engines import compile_no_sums
 from tests.distributed.launch import WORLD_SIZE, torchrun
 
 
@@ -35,10 +39,15 @@ def play(
 def _main(folder: str, module: str, *names: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
+    scenes = importlib.import_module(module)
+    if any(name.startswith("zero") for name in names):
+        compile_no_sums()
+    gc.freeze()  # each training begins with a collection, which would look through all modules
     for name in names:
         unset_hf_deepspeed_config()
         try:
-            outcome = getattr(importlib.import_module(module), name)(Path(folder, name))
+            with mock.patch.dict(os.environ):  # TrainingArguments sets variables
+                outcome = getattr(scenes, name)(Path(folder, name))
         except Exception:
             outcome = traceback.format_exc()
         torch.save(outcome, Path(folder, f"{name}{dist.get_rank()}.pt"))

@@ -23,8 +23,8 @@ def main() -> None:
     for engine in arguments.engines or ENGINES:
         cases = list(CASES) if arguments.all_cases else ALL_OF[engine]
         with tempfile.TemporaryDirectory() as folder:
-            outcomes = launch(engine, cases, Path(folder))
-        for case, ranks in outcomes.items():
+            outcomes = launch([(engine, case) for case in cases], Path(folder))
+        for (_, case), ranks in outcomes.items():
             failed = next((outcome["error"].strip().splitlines()[-1] for outcome in ranks if "error" in outcome), None)
             with contextlib.redirect_stdout(sys.stderr):  # the output of the trainers is not part of the table
                 found = [] if failed else [differences(outcome, one_process(case)) for outcome in ranks]

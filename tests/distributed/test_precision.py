@@ -134,14 +134,9 @@ def fsdp2_in_bf16(folder):
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
-    scenes = [ddp_in_bf16, zero2_in_bf16, zero3_in_bf16, zero3_evaluates_first, zero2_trains_twice]
+    # DeepSpeed leaves settings behind that exclude FSDP, so it comes last.
+    scenes = [fsdp2_in_bf16, ddp_in_bf16, zero2_in_bf16, zero3_in_bf16, zero3_evaluates_first, zero2_trains_twice]
     return play(scenes, tmp_path_factory.mktemp("scenes"))
-
-
-@pytest.fixture(scope="module")
-def sharded(tmp_path_factory):
-    """Run each engine in its own processes, because DeepSpeed leaves settings that exclude FSDP."""
-    return play([fsdp2_in_bf16], tmp_path_factory.mktemp("scenes"))["fsdp2_in_bf16"]
 
 
 @pytest.mark.parametrize("scene", ["ddp_in_bf16", "zero2_in_bf16", "zero3_in_bf16"])
@@ -169,14 +164,14 @@ def test_loss_inputs_are_what_the_data_say(outcomes, scene):
 
 
 @pytest.mark.parametrize("name", ["policy", "ref"])
-def test_fsdp2_returns_log_probs_in_fp32(sharded, name):
+def test_fsdp2_returns_log_probs_in_fp32(outcomes, name):
     """The log-probs equal those of a plain model with these weights in bf16, with logits normalized in fp32.
 
     Logits of up to 8 have steps of 1/32 in bf16, so the two log-probs may differ by
     some steps. If log-probs below −4 were rounded to bf16, they would be multiples of
     1/32 or more; a distance of 1e-3 from such multiples cannot be rounding in fp32.
     """
-    for outcome in sharded:
+    for outcome in outcomes["fsdp2_in_bf16"]:
         assert not isinstance(outcome, str), outcome
         found, batch = outcome[name], outcome["batch"]
         assert found.dtype == torch.float32

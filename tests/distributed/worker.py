@@ -1,34 +1,40 @@
-"""A rank: run cases under an engine and save their outcomes. `launch.py` starts it."""
+"""A rank: run cases under engines and save their outcomes. `launch.py` starts it."""
 
 import argparse
+import gc
+import os
 import traceback
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 
 from tests.distributed.cases import CASES
-from tests.distributed.engines import ENGINES
+from tests.distributed.engines import ENGINES, compile_no_sums
 from tests.distributed.run import run_case
 
 
 def main() -> None:
     options = argparse.ArgumentParser()
-    options.add_argument("engine", choices=ENGINES)
     options.add_argument("folder", type=Path)
-    options.add_argument("cases", nargs="*")
+    options.add_argument("runs", nargs="*", help="ENGINE: CASE")
     arguments = options.parse_args()
+    runs = [run.split(": ", 1) for run in arguments.runs]
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    if "deepspeed" in ENGINES[arguments.engine].settings:
+    if any(ENGINES[engine].is_deepspeed for engine, _ in runs):
         import deepspeed
 
+        compile_no_sums()
         deepspeed.init_distributed("gloo")  # accelerate would create the same group; it finds this one instead
-    for number, name in enumerate(arguments.cases):
+    gc.freeze()  # each training begins with a collection, which would look through all modules
+    for number, (engine, name) in enumerate(runs):
         folder = arguments.folder / str(number)
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            outcome = run_case(CASES[name], ENGINES[arguments.engine], folder)
+            with mock.patch.dict(os.environ):  # TrainingArguments sets variables
+                outcome = run_case(CASES[name], ENGINES[engine], folder)
         except Exception:
             outcome = {"error": traceback.format_exc()}
         torch.save(outcome, folder / f"rank{dist.get_rank()}.pt")

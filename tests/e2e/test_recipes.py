@@ -60,47 +60,51 @@ def in_a_process(command: list[str], cwd: Path, cache: Path, **environment: str)
     return subprocess.run(command, capture_output=True, text=True, env=settings, cwd=cwd)
 
 
-@pytest.mark.parametrize(
-    ("recipe", "weights"),
-    [
-        ("dpo_lora", ADAPTER),
-        pytest.param("dpo_full", WHOLE_MODEL, marks=pytest.mark.nightly),
-        pytest.param("qlora", ADAPTER, marks=pytest.mark.nightly),
-    ],
-)
-def test_recipe_leaves_weights_card_and_curves(recipe, weights, tmp_path, model_folder, data_folder):
-    printed = run_recipe(recipe, tmp_path, model_folder, data_folder)
-    assert (tmp_path / weights).stat().st_size > 0
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-    card = ModelCard.load(tmp_path / "README.md")
-    assert "dpo" in card.data.tags and "arXiv:2305.18290" in card.text and "reward accuracy" in card.text
-    for said in ("before", "after", "0.6931", "reward accuracy", "Next steps", str(tmp_path / "curves.png")):
-        assert said in printed
-
-
-def test_command_line_overrides_the_yaml_and_the_downstream_check_joins_the_table(tmp_path, model_folder, data_folder):
-    options = ("--loss_type", "simpo", "sft", "--loss_weights", "1", "0.1", "--gsm8k_problems", "2")
-    printed = run_recipe("dpo_lora", tmp_path, model_folder, data_folder, *options)
-    card = ModelCard.load(tmp_path / "README.md")
-    assert {"simpo", "sft"} <= set(card.data.tags) and "0.1 × **sft**" in card.text
-    assert "none, the loss needs none" in card.text
-    assert "GSM8K exact match" in printed
-
-
-def test_an_adapter_is_pushed_with_its_card_and_curves(tmp_path, model_folder, data_folder):
-    """The run pushes to a stand-in for the Hub, which then has the same files as the output folder."""
+@pytest.fixture(scope="module")
+def pushed(tmp_path_factory, model_folder, data_folder):
+    """The stand-in for the Hub after a run that pushes, the run's output folder, and what it printed."""
+    folder = tmp_path_factory.mktemp("pushed")
     with hub() as server:
         online = {"HF_ENDPOINT": server.address, "HF_TOKEN": "hf_none", "HF_HUB_OFFLINE": "0"}
         options = ("--push_to_hub", "--hub_model_id", REPOSITORY)
-        run_recipe("dpo_lora", tmp_path, model_folder, data_folder, *options, **online)
+        return server, folder, run_recipe("dpo_lora", folder, model_folder, data_folder, *options, **online)
+
+
+def assert_left(folder: Path, weights: str, printed: str) -> None:
+    """Weights, card and curves are in the output folder, and the end of the run says so."""
+    assert (folder / weights).stat().st_size > 0
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    card = ModelCard.load(folder / "README.md")
+    assert "dpo" in card.data.tags and "arXiv:2305.18290" in card.text and "reward accuracy" in card.text
+    for said in ("before", "after", "0.6931", "reward accuracy", "Next steps", str(folder / "curves.png")):
+        assert said in printed
+
+
+def test_recipe_leaves_weights_card_and_curves(pushed):
+    _, folder, printed = pushed
+    assert_left(folder, ADAPTER, printed)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(("recipe", "weights"), [("dpo_lora", ADAPTER), ("dpo_full", WHOLE_MODEL), ("qlora", ADAPTER)])
+def test_every_recipe_leaves_weights_card_and_curves(recipe, weights, tmp_path, model_folder, data_folder):
+    """Without a push."""
+    assert_left(tmp_path, weights, run_recipe(recipe, tmp_path, model_folder, data_folder))
+
+
+def test_an_adapter_is_pushed_with_its_card_and_curves(pushed):
+    """To a stand-in for the Hub, which then has the very files of the output folder."""
+    server, folder, _ = pushed
     assert set(server.created) == {REPOSITORY}
     for name in (ADAPTER, "adapter_config.json", "tokenizer.json", "README.md", "curves.png"):
-        assert server.files[name] == (tmp_path / name).read_bytes(), name
+        assert server.files[name] == (folder / name).read_bytes(), name
     assert f'"{REPOSITORY}"' in server.files["README.md"].decode()
 
 
-def test_a_loss_of_ones_own_is_registered_by_its_file(tmp_path, model_folder, data_folder):
-    """A file with three lines registers the loss; its name works on the command line, in the logs, and in the card."""
+def test_command_line_overrides_the_yaml_and_a_loss_of_ones_own_is_registered(tmp_path, model_folder, data_folder):
+    """A file with three lines registers the loss. Its name works on the command line, in the logs and in the card, also
+    beside another loss; the table has the downstream check.
+    """
     own = tmp_path / "own.py"
     own.write_text(
         "from hf_prefopt import register_loss\n"
@@ -108,10 +112,13 @@ def test_a_loss_of_ones_own_is_registered_by_its_file(tmp_path, model_folder, da
         "def likelier(policy_chosen_logps, policy_rejected_logps, beta=0.1):\n"
         "    return (1 - beta * (policy_chosen_logps - policy_rejected_logps)).relu()\n"
     )
-    options = ("--losses_from", str(own), "--loss_type", "likelier", "--beta", "0.5")
-    run_recipe("dpo_lora", tmp_path, model_folder, data_folder, *options)
+    losses = ("--losses_from", str(own), "--loss_type", "likelier", "sft", "--loss_weights", "1", "0.1")
+    options = (*losses, "--beta", "0.5", "--gsm8k_problems", "2")
+    printed = run_recipe("dpo_lora", tmp_path, model_folder, data_folder, *options)
     card = ModelCard.load(tmp_path / "README.md")
-    assert "likelier" in card.data.tags and "none, the loss needs none" in card.text
+    assert {"likelier", "sft"} <= set(card.data.tags) and "0.1 × **sft**" in card.text
+    assert "none, the loss needs none" in card.text
+    assert "GSM8K exact match" in printed
 
 
 def test_a_data_set_of_one_file_is_trained_on_and_a_column_may_be_left_out(tmp_path, model_folder):
@@ -126,10 +133,15 @@ def test_a_data_set_of_one_file_is_trained_on_and_a_column_may_be_left_out(tmp_p
 
 
 def test_a_script_ends_with_one_line_at_a_mistake(tmp_path):
-    """The exit code is 1, without a traceback; `--traceback` prints it."""
-    command = [sys.executable, str(RECIPES / "dpo_lora.py")]
-    run = in_a_process(command, cwd=tmp_path, cache=tmp_path)
+    """The exit code is 1, without a traceback."""
+    run = in_a_process([sys.executable, str(RECIPES / "dpo_lora.py")], cwd=tmp_path, cache=tmp_path)
     assert run.returncode == 1 and run.stderr.splitlines()[-1].startswith("error: the data set is missing")
     assert "Traceback" not in run.stderr
-    shown = in_a_process([*command, "--traceback"], cwd=tmp_path, cache=tmp_path)
-    assert shown.returncode == 1 and "Traceback" in shown.stderr and "_refuse_missing" in shown.stderr
+
+
+@pytest.mark.nightly
+def test_a_script_shows_where_a_mistake_comes_from(tmp_path):
+    """`test_commands` asks the command itself."""
+    command = [sys.executable, str(RECIPES / "dpo_lora.py"), "--traceback"]
+    run = in_a_process(command, cwd=tmp_path, cache=tmp_path)
+    assert run.returncode == 1 and "Traceback" in run.stderr and "_refuse_missing" in run.stderr

@@ -3,6 +3,7 @@
 python -m torch.distributed.run --nproc_per_node 2 tests/reference/two_ranks.py FOLDER
 """
 
+import gc
 import json
 import os
 import sys
@@ -34,6 +35,7 @@ RUNS = {
     "stream": {"train_dataset": pairs(8, seed=4).to_iterable_dataset(), "max_steps": 2},
 }
 seen = {}
+gc.freeze()  # each training begins with a collection, which would look through all modules
 for name, settings in RUNS.items():
     shared = {"precompute_ref_log_probs": True, "reference_cache_dir": str(folder / "cache"), "layout": "padded"}
     shared |= {"reference": "adapter_off", "optim": "sgd", "eval_dataset": pairs(3, seed=3), "max_tokens_per_batch": 60}

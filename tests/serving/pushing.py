@@ -3,6 +3,7 @@
 The script, run by test_pushed.py, prints whether the resumed run has the weights of an uninterrupted run, bit for bit.
 """
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -29,6 +30,7 @@ def train(folder: Path, output: str, resume: str | None = None, **settings):
 
 
 def main(folder: Path) -> None:
+    gc.freeze()  # each training begins with a collection, which would look through all modules
     for strategy in STRATEGIES:
         pushed = {"push_to_hub": True, "hub_strategy": strategy, "hub_model_id": f"an-organization/{strategy}"}
         # A run that stopped after four of its eight steps.

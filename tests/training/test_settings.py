@@ -1,7 +1,5 @@
 """`hyperparameter_search` over our own settings: each trial equals a run that has its values from the start."""
 
-import gc
-
 import pytest
 from datasets import Dataset
 from transformers import TrainerCallback
@@ -55,14 +53,6 @@ SEARCHES = {
     "router_aux_loss_coef": ([0.0, 2.0], {"model_init": lambda: experts()}),
     "learning_rate": ([1e-3, 1e-2], {}),
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_collections():
-    """Disable garbage collection, which the Trainer runs three times per trial: half a second each."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def model():
