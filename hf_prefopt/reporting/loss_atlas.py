@@ -8,6 +8,7 @@ is −30 nats, and hyperparameters have their defaults.
 """
 
 import io
+import re
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -98,7 +99,7 @@ def draw_atlas() -> str:
     rows = -(-len(specs) // COLUMNS)
     layout = ConstrainedLayoutEngine(h_pad=0.045, hspace=0)
     figure = Figure(figsize=(SIZE[0] * COLUMNS, SIZE[1] * rows), layout=layout)
-    figure.patch.set_alpha(0)
+    figure.patch.set_visible(False)
     canvas = FigureCanvasSVG(figure)
     panels = figure.subfigures(rows, COLUMNS, squeeze=False).flat
     style: Any = {
@@ -112,28 +113,33 @@ def draw_atlas() -> str:
             _draw(panel, spec.name, curve_of(spec), is_leftmost=number % COLUMNS == 0)
         drawn = io.StringIO()
         canvas.print_svg(drawn, metadata={"Date": None})
-    return drawn.getvalue().replace('<style type="text/css">', f'<style type="text/css">{_dark_colors()}', 1)
+    # Two decimals of coordinates, not of labels: further ones differ from run to run.
+    svg = re.sub(r"(?<![>−\d.])\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}", drawn.getvalue())
+    return svg.replace('<style type="text/css">', f'<style type="text/css">{_dark_colors()}', 1)
 
 
 def _draw(panel: Any, name: str, curve: Curve, is_leftmost: bool) -> None:
-    """Draw the loss above its gradient, each with its own scale, over the same h."""
+    """Draw the loss above its gradient, each with its own scale, over the same h.
+
+    Nothing is clipped, because matplotlib names clip paths differently in each run.
+    """
     above, below = panel.subplots(2, 1, sharex=True, height_ratios=(3, 2))
-    panel.patch.set_alpha(0)
+    panel.patch.set_visible(False)
     above.set_title(name, fontsize=8.5, color=COLORS["text"][0])
-    above.plot(curve.h, curve.losses, color=COLORS["loss"][0], linewidth=1.5)
-    below.plot(curve.h, curve.gradients, color=COLORS["gradient"][0], linewidth=1.2)
-    below.axhline(0, color=LINES[0], linewidth=0.5)
+    above.plot(curve.h, curve.losses, color=COLORS["loss"][0], linewidth=1.5, clip_on=False)
+    below.plot(curve.h, curve.gradients, color=COLORS["gradient"][0], linewidth=1.2, clip_on=False)
+    below.axhline(0, color=LINES[0], linewidth=0.5, clip_on=False)
     below.set_xticks([-20, 0, 20])
     if is_leftmost:
         above.set_ylabel("ℓ", color=COLORS["loss"][0])
         below.set_ylabel("dℓ/dh", color=COLORS["gradient"][0])
     below.set_xlabel("h (nats)", color=COLORS["text"][0], labelpad=1)
     for axes in (above, below):
-        axes.axvline(0, color=LINES[0], linewidth=0.5)
+        axes.axvline(0, color=LINES[0], linewidth=0.5, clip_on=False)
         axes.locator_params(axis="y", nbins=3)
         axes.margins(y=0.1)
         axes.tick_params(color=LINES[0], labelcolor=COLORS["text"][0], length=2, pad=1.5)
-        axes.patch.set_alpha(0)
+        axes.patch.set_visible(False)
         axes.spines[:].set(color=LINES[0], linewidth=0.5)
 
 
