@@ -4,6 +4,7 @@
 work. TRL itself is not required.
 """
 
+import os
 import runpy
 import traceback
 from dataclasses import dataclass, field
@@ -75,7 +76,8 @@ class ModelOptions:
     """The model and its adapter."""
 
     model_name_or_path: str | None = field(
-        default=None, metadata=_help("A name on the Hub or a folder; also of an adapter, which trains on.")
+        default=None,
+        metadata=_help("A name on the Hub or a folder; also of an adapter, which trains on.", aliases=["--model"]),
     )
     model_revision: str = field(default="main", metadata=_help("The branch, tag or commit of the model."))
     dtype: str | None = field(
@@ -117,6 +119,10 @@ class ModelOptions:
     bnb_4bit_quant_storage: str | None = field(
         default=None, metadata=_help("The type that 4-bit weights are stored in.")
     )
+
+    def __post_init__(self):
+        if self.model_name_or_path and self.model_name_or_path.startswith("~"):
+            self.model_name_or_path = os.path.expanduser(self.model_name_or_path)
 
 
 @dataclass
