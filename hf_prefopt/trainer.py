@@ -91,9 +91,9 @@ class PreferenceTrainer(Trainer):
         peft_config: Configuration of a new adapter, for a model without an adapter.
         quantization_config: Quantization options, used if the model is loaded by name.
         All other arguments are those of `Trainer`: `model_init`, `compute_metrics`, `callbacks`, `optimizers`, ….
-            `compute_metrics` receives the implicit rewards `[rows, 2]` as predictions and (1, 0) per row as labels; for
-            a loss without rewards, the predictions are log-probs. Unpaired examples have one column and their label;
-            lists have one column per response, and the label of the best response is 1.
+            `compute_metrics`, and `preprocess_logits_for_metrics` for each batch, get the implicit rewards `[rows, 2]`
+            as predictions and (1, 0) per row as labels; for a loss without rewards, the predictions are log-probs.
+            Unpaired examples have one column and their label, lists have one per response and label the best one 1.
 
     Attributes:
         criterion: The objective. data, scorer, global_batch, evaluation: The four objects described above.
@@ -142,7 +142,7 @@ class PreferenceTrainer(Trainer):
             model=models.policy,
             args=args,
             data_collator=cast("Callable[[list[Any]], dict[str, Any]]", collator),
-            train_dataset=self.data.prepare(train_dataset, "train"),
+            train_dataset=self.data.prepare_training(train_dataset),
             eval_dataset=self.data.prepare(eval_dataset, "eval"),
             processing_class=processing_class,
             model_init=cast("Callable[..., PreTrainedModel] | None", models.model_init),
