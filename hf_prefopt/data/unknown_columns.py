@@ -133,9 +133,14 @@ def _kind_of(value: Any) -> str:
 
 
 def _cast(column: str, value: Any, needed: Role) -> str:
-    """Describe how to convert a number, as which a CSV file's "4" is read, to the text that a role needs."""
-    is_number_for_text = isinstance(value, int | float) and needed.accepts(str(value))
-    return f": dataset.cast_column({column!r}, Value('string'))" if is_number_for_text else ""
+    """Describe what to do about a number, as which a CSV file's "4" is read, where a role needs text."""
+    if not isinstance(value, int | float) or not needed.accepts(str(value)):
+        return ""
+    mapping = {column: _UNKNOWN}
+    return (
+        f": convert it, dataset.cast_column({column!r}, Value('string')), or name the column of the text, "
+        f"column_mapping={mapping}"
+    )
 
 
 def _columns(names: list[str]) -> str:

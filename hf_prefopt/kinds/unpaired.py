@@ -17,7 +17,7 @@ class Unpaired(ExampleKind):
     """
 
     name = "unpaired examples"
-    wanted = "rows with `label`, or pairs with unpair=True, which makes two labeled rows of each"
+    wanted = "rows with `label`, or pairs with unpair=True, which makes two labeled rows of each pair"
     columns = ("labels",)
     responses = {"": "responses", "mismatched": "mismatched"}  # noqa: RUF012
     optional_columns = {"weights": WEIGHT}  # noqa: RUF012
