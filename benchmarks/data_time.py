@@ -9,6 +9,7 @@ that Arrow maps into memory do not count. `--rows 100000 25000` shows whether me
 
 import argparse
 import json
+import logging
 import random
 import subprocess
 import sys
@@ -141,6 +142,19 @@ def trl(data: Dataset, tokenizer: PreTrainedTokenizerBase, clock: Clock) -> Data
 SIDES: dict[str, Callable[[Dataset, PreTrainedTokenizerBase, Clock], Dataset]] = {"hf_prefopt": ours, "TRL": trl}
 
 
+@contextmanager
+def heard(said: list[str]) -> Iterator[None]:
+    """Collect what `hf_prefopt` logs, such as the reasons for which rows are left out."""
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("hf_prefopt")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
 def measure(side: str, file: str, model: str, folder: str) -> dict[str, Any]:
     """Return the times and the memory of one side, measured in this process."""
     clock, memory = Clock(), {}
@@ -151,12 +165,14 @@ def measure(side: str, file: str, model: str, folder: str) -> dict[str, Any]:
         prepare(
             load_dataset("json", data_files=f"{warm}/rows.jsonl", cache_dir=warm, split="train"), tokenizer, Clock()
         )
-    with peak_memory(memory):
+    said: list[str] = []
+    with peak_memory(memory), heard(said):
         with clock.timed("read"):
             data = load_dataset("json", data_files=file, cache_dir=folder, split="train")
         prepared = prepare(data, tokenizer, clock)
     tokens = sum(map(len, prepared["prompt_ids"][:1000]))
-    return {"wall": clock.wall, "cpu": clock.cpu, "rows": len(prepared), "prompt tokens": tokens, **memory}
+    found = {"wall": clock.wall, "cpu": clock.cpu, "rows": len(prepared), "prompt tokens": tokens, "said": said}
+    return {**found, **memory}
 
 
 def in_a_process(side: str, file: Path, model: str) -> dict[str, Any]:
@@ -196,6 +212,8 @@ def main() -> None:
         ratios = [
             sum(found["TRL"][kind].values()) / sum(found["hf_prefopt"][kind].values()) for kind in ("wall", "cpu")
         ]
+        for line in found["hf_prefopt"]["said"]:
+            console.print(f"hf_prefopt said: {line}", highlight=False)
         console.print(f"TRL's time / ours: {ratios[0]:.2f}, CPU time {ratios[1]:.2f}")
 
 

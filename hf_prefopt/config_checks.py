@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator, Mapping
+from difflib import get_close_matches
 from functools import lru_cache
 from numbers import Integral, Real
 from os import PathLike
@@ -215,4 +216,6 @@ def _check_moving(args: Any, objective: Objective, losses: str) -> None:
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     """Raise `ValueError` unless the value of a setting is one of the choices."""
     if value not in choices:
-        raise ValueError(f"{name}={value!r} is not one of {', '.join(choices)}")
+        near = get_close_matches(str(value), choices, 1)
+        meant = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"{name}={value!r} is not one of {', '.join(choices)}{meant}")

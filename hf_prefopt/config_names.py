@@ -32,7 +32,7 @@ FOREIGN_SETTINGS: Mapping[str, str] = {
     "max_target_length": _MAX_LENGTH,
     "model_adapter_name": "call model.set_adapter(name) before you create the trainer",
     "pad_token": _NO_PADDING,
-    "padding_free": "remove it: layout='auto' computes no padding",
+    "padding_free": "remove it: batches have no padding by default (layout='auto')",
     "padding_value": _NO_PADDING,
     "precompute_ref_batch_size": "use max_tokens_per_batch=N, which also bounds the batches of that pass",
     "pref_beta": "use beta=...",

@@ -1,5 +1,6 @@
 """Settings of the Trainer that preference training does not support: they raise an error or are corrected."""
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -7,6 +8,11 @@ from typing import Any
 
 # Optimizers that change weights during the backward pass; a step may have several backward passes.
 _IN_BACKWARD = re.compile(r"(ada)?lomo|.*_layerwise")
+# Settings that only some optimizers read, and those that do not.
+_UNREAD_BY: Mapping[str, re.Pattern[str]] = {
+    "optim_args": re.compile(r"adamw_torch(_fused|_xla|_npu_fused)?|adafactor|(ada)?lomo"),
+    "optim_target_modules": re.compile(r"(?!galore_|apollo_).*"),
+}
 
 
 @dataclass(frozen=True)
@@ -58,11 +64,14 @@ LEAST: Mapping[str, float] = {
     "dataset_num_proc": 1,
     "max_tokens_per_batch": 1,
     "learning_rate": 0,
-    "num_train_epochs": 0,
     "max_grad_norm": 0,
     "weight_decay": 0,
     "logging_steps": 0,
     "save_steps": 0,
+    "eval_steps": 0,
+    "eval_delay": 0,
+    "eval_accumulation_steps": 1,
+    "save_total_limit": 1,
 }
 # Values of include_for_metrics that raise an error, and the reason.
 METRIC_EXTRAS = {
@@ -81,13 +90,15 @@ def check_trainer_settings(args: Any) -> None:
             raise ValueError(f"{name}={value!r} {refusal.reason}")
     for name, least in LEAST.items():
         value = getattr(args, name)
-        if value is not None and not value >= least and not (name == "num_train_epochs" and args.max_steps > 0):
+        if value is not None and not value >= least:  # also for NaN
             raise ValueError(f"{name}={value} must be at least {least}")
+    _refuse_no_steps(args.max_steps, args.num_train_epochs)
     for asked in args.include_for_metrics:
         if asked in METRIC_EXTRAS:
             raise ValueError(f"include_for_metrics: {METRIC_EXTRAS[asked]}")
     if args.mixed_precision == "fp16" and args.use_cpu and args.deepspeed is None:
-        raise ValueError("fp16=True (or ACCELERATE_MIXED_PRECISION=fp16) has no effect on a CPU: leave it out")
+        name = "fp16=True" if args.fp16 else "the environment variable ACCELERATE_MIXED_PRECISION=fp16"
+        raise ValueError(f"{name} has no effect on a CPU: leave it out")
     if args.group_by_prompt and args.train_sampling_strategy != "random":
         raise ValueError(
             f"train_sampling_strategy={args.train_sampling_strategy!r} and group_by_prompt=True both choose the order "
@@ -98,6 +109,7 @@ def check_trainer_settings(args: Any) -> None:
             f"length_column_name={args.length_column_name!r} is only read with "
             "train_sampling_strategy='group_by_length' or 'batch_rebalance': set one of them, or leave it out"
         )
+    _refuse_unread_by_optimizer(args)
     _refuse_splits_within_steps(args)
     _refuse_wrong_direction(args)
     _refuse_cut_rows(args.parallelism_config)
@@ -106,9 +118,40 @@ def check_trainer_settings(args: Any) -> None:
     args.accelerator_config.dispatch_batches = False
 
 
+def _refuse_no_steps(max_steps: int, epochs: float) -> None:
+    """Raise `ValueError` if training would make no step, or if its length is not a number.
+
+    The Trainer makes one step with a learning rate of 0 for `max_steps=0`, none for `num_train_epochs=0`, and reads
+    every negative `max_steps` as -1.
+    """
+    if max_steps < -1:
+        raise ValueError(f"max_steps={max_steps} must be at least 1, or -1 to train for num_train_epochs={epochs:g}")
+    name, value = ("num_train_epochs", epochs) if max_steps == -1 else ("max_steps", max_steps)
+    if value == 0:
+        raise ValueError(
+            f"{name}=0 trains nothing: set a number above 0; to evaluate a model without training, leave {name} out "
+            "and call trainer.evaluate()"
+        )
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name}={value} must be above 0, and finite")
+
+
+def _optimizer(args: Any) -> str:
+    return str(getattr(args.optim, "value", args.optim))
+
+
+def _refuse_unread_by_optimizer(args: Any) -> None:
+    """Raise `ValueError` for a setting that the optimizer does not read."""
+    name = _optimizer(args)
+    for setting, optimizers in _UNREAD_BY.items():
+        value = getattr(args, setting)
+        if value and optimizers.fullmatch(name):
+            raise ValueError(f"{setting}={value!r} is not read by optim={name!r}: leave it out, or change optim")
+
+
 def _refuse_splits_within_steps(args: Any) -> None:
     """Raise `ValueError` if the optimizer changes weights in backward passes and a step has several backward passes."""
-    name = str(getattr(args.optim, "value", args.optim))
+    name = _optimizer(args)
     if not _IN_BACKWARD.fullmatch(name):
         return
     cut = {"max_tokens_per_batch": None, "gradient_accumulation_steps": 1}

@@ -5,7 +5,6 @@ import platform
 import shlex
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -17,6 +16,7 @@ from transformers import TrainerCallback
 from hf_prefopt.batch import PreferenceBatch, ResponseScores
 from hf_prefopt.data.group import prompt_keys
 from hf_prefopt.data.prompt_text import PromptText
+from hf_prefopt.folders import name_of
 from hf_prefopt.reference.choose import is_fresh_adapter
 from hf_prefopt.reference.live import LiveReference, adapter_off
 from hf_prefopt.reporting.answers import greedy_answers, token_texts
@@ -26,6 +26,7 @@ from hf_prefopt.reporting.inspected import EVENTS
 from hf_prefopt.reporting.intervals import accuracy_of
 from hf_prefopt.reporting.observed import Responses, correct
 from hf_prefopt.reporting.record import RunRecord
+from hf_prefopt.reporting.run_facts import untrained
 from hf_prefopt.trainer import PreferenceTrainer
 
 logger = logging.getLogger(__name__)
@@ -115,7 +116,7 @@ def _facts(trainer: PreferenceTrainer, facts: CardFacts) -> dict[str, Any]:
     args, history = trainer.args, trainer.state.log_history
     runtime = next((log["train_runtime"] for log in reversed(history) if "train_runtime" in log), None)
     return {
-        "name": Path(args.output_dir).name,
+        "name": name_of(args.output_dir),
         "base_model": facts.base_model,
         "losses": [
             {
@@ -137,7 +138,7 @@ def _facts(trainer: PreferenceTrainer, facts: CardFacts) -> dict[str, Any]:
         "hardware": hardware(trainer.args.device, args.world_size),
         "seconds": runtime,
         "steps": trainer.state.global_step,
-        "warnings": list(trainer.record.alarms.said),
+        "warnings": [*untrained(trainer.state), *trainer.record.alarms.said],
         "sets": list(trainer.evaluated.last),
     }
 

@@ -144,7 +144,7 @@ class PreferenceTrainer(Trainer):
             model=models.policy,
             args=args,
             data_collator=cast("Callable[[list[Any]], dict[str, Any]]", collator),
-            train_dataset=self.data.prepare(train_dataset, "train"),
+            train_dataset=self.data.prepare_training(train_dataset),
             eval_dataset=self.data.prepare(eval_dataset, "eval"),
             processing_class=processing_class,
             model_init=cast("Callable[..., PreTrainedModel] | None", models.model_init),

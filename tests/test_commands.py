@@ -55,6 +55,19 @@ def test_settings_have_their_effect(data, model, capsys):
     assert "max_length=None" in out and "5 desirable" in out and "About the row" not in out
 
 
+def test_names_of_options_may_be_those_of_other_commands(data, model, capsys):
+    """The data as in `train`, the model's short name, hyphens for underscores."""
+    printed = []
+    for words in (
+        [data, "--model_name_or_path", model, "--max_length", "90"],
+        [data, "--model", model, "--max-length=90"],
+        ["--dataset_name", data, "--model-name-or-path", model, "--max-length", "90", "--dataset_train_split", "train"],
+    ):
+        assert main(["inspect", *words]) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1] == printed[2] and "max_length=90" in printed[0]
+
+
 def test_a_problem_of_the_data_is_exit_code_1(data, model, tmp_path, capsys):
     bad = tmp_path / "bad.jsonl"
     bad.write_text(json.dumps(chat_pair()) + "\n" + json.dumps({**chat_pair(), "chosen": []}))
@@ -69,7 +82,10 @@ def test_a_problem_of_the_data_is_exit_code_1(data, model, tmp_path, capsys):
         ({"data": "missing.jsonl"}, "error: missing.jsonl: there is no such file\n"),
         ({"data": "./missing"}, "error: ./missing: there is no such file or folder\n"),
         ({"data": "missing/set"}, "error: missing/set: no such file or folder, and not "),
-        ({"model": "missing/model"}, "error: --model missing/model: no folder with a tokenizer, and no "),
+        (
+            {"model": "missing/model"},
+            "error: --model_name_or_path missing/model: no folder with a tokenizer, and no ",
+        ),
         (
             {"--split": "test"},
             "no split 'test' to train on: the data set has only the split train: name one with --split",
@@ -100,7 +116,7 @@ def test_a_traceback_is_shown_on_request(data, model):
     ("arguments", "message"),
     [
         (["--max_lenght", "8"], "unknown argument --max_lenght: did you mean --max_length?"),
-        (["--max-length=8"], "unknown argument --max-length: did you mean --max_length?"),
+        (["--max-lenght=8"], "unknown argument --max-lenght: did you mean --max_length?"),
         (["--zzz"], "unknown argument --zzz\n"),
         (["--max_length", "many"], "argument --max_length: 'many' is not a valid value"),
         (["--column_mapping", "{a"], "argument --column_mapping: {a is not a JSON object"),

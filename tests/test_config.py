@@ -75,6 +75,18 @@ REFUSALS = {
         "names dpo twice",
     ),
     "objects to gather": ({"eval_use_gather_object": True}, "eval_use_gather_object=True has no effect"),
+    "no steps": ({"max_steps": 0}, "max_steps=0 trains nothing: .*call trainer.evaluate"),
+    "fewer than no steps": (
+        {"max_steps": -5},
+        "max_steps=-5 must be at least 1, or -1 to train for num_train_epochs=3",
+    ),
+    "no epochs": ({"num_train_epochs": 0}, "num_train_epochs=0 trains nothing"),
+    "fewer than no epochs": ({"num_train_epochs": -1.0}, "num_train_epochs=-1.0 must be above 0, and finite"),
+    "epochs without end": ({"num_train_epochs": float("inf")}, "num_train_epochs=inf must be above 0, and finite"),
+    "epochs that are no number": ({"num_train_epochs": float("nan")}, "num_train_epochs=nan must be above 0"),
+    "a rate that is no number": ({"learning_rate": float("nan")}, "learning_rate=nan must be at least 0"),
+    "evaluations less than every step": ({"eval_steps": -5, "eval_strategy": "steps"}, "eval_steps=-5 must be at"),
+    "no checkpoints to keep": ({"save_total_limit": 0}, "save_total_limit=0 must be at least 1"),
     "inputs for metrics": ({"include_for_metrics": ["inputs"]}, "'inputs' would be rows of the batch layout"),
 }
 

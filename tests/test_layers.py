@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "hf_prefopt"
 # The order in which they may be imported. A name is a module or a package of hf_prefopt.
 LAYERS = (
-    ("version", "noise", "kinds"),
+    ("version", "noise", "folders", "kinds"),
     ("batch",),
     ("losses",),
     ("objective",),

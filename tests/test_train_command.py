@@ -48,6 +48,15 @@ def test_a_losss_file_goes_on_any_base_with_its_own_hyperparameters(desk, capsys
     assert "beta=0.3 not used: set for the loss dpo; repo has its own" in capsys.readouterr().out
 
 
+def test_the_model_has_a_short_name(desk):
+    """`--model` is `--model_name_or_path`, which is the name in files; `~` is the home, also after `=`."""
+    home = Path.home()
+    for words in (("--model", "~/m"), ("--model_name_or_path=~/m",), ("--model-name-or-path", "~/m")):
+        recipe = read("--config", "base.yaml", *words, "--output_dir=~/runs", "--use_cpu")
+        assert recipe.model.model_name_or_path == str(home / "m") and "model" not in recipe.settings
+        assert recipe.training.output_dir == str(home / "runs")
+
+
 @pytest.mark.parametrize("given", ["simpo", "recipes/configs/simpo.yaml", str(ROOT / "recipes/configs/simpo.yaml")])
 def test_a_losss_file_alone_begins_with_its_base(given, desk):
     """The file is found by its name, by its path in the repository from any folder, and by an absolute path."""

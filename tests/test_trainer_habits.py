@@ -3,6 +3,7 @@
 import math
 from types import MethodType
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -11,10 +12,11 @@ from transformers import AutoModelForCausalLM, EarlyStoppingCallback, TrainerCal
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama import modeling_llama
 
+from hf_prefopt import PreferenceTrainer
 from tests.data.helpers import chat_pair, text_pair
 from tests.tiny_models import perturbed, tiny_model, with_lora
 from tests.tokenizers import tiny_tokenizer
-from tests.trainers import logged, make_trainer, pairs, weights
+from tests.trainers import logged, make_config, make_trainer, pairs, weights
 
 TEXTS = Dataset.from_list([text_pair(), text_pair(chosen=" Paris it is."), text_pair(rejected=" Berlin."), text_pair()])
 RAW = {"train_dataset": TEXTS, "processing_class": tiny_tokenizer()}
@@ -96,6 +98,53 @@ def test_compute_metrics_gets_a_score_per_response_and_which_was_chosen(loss, tm
     assert seen[0].label_ids.tolist() == [[1.0, 0.0]] * 5
     own = "eval_rewards/chosen" if loss == "dpo" else "eval_logps/chosen"
     assert metrics["eval_mean_chosen"] == pytest.approx(metrics[own], rel=1e-5, abs=1e-9)
+
+
+def test_scores_are_preprocessed_before_compute_metrics(tmp_path):
+    """`preprocess_logits_for_metrics` gets the scores and labels of each batch, as tensors; metrics of ours do not."""
+    given = []
+
+    def signs(scores, labels):
+        given.append((scores, labels))
+        return scores.sign()
+
+    settings = {"ref_model": tiny_model(), "eval_dataset": pairs(5), "processing_class": tiny_tokenizer()}
+    trainer = PreferenceTrainer(
+        perturbed(tiny_model()),
+        args=make_config(tmp_path),
+        compute_metrics=lambda prediction: {"signs": prediction.predictions},
+        preprocess_logits_for_metrics=signs,
+        **settings,
+    )
+    plain = make_trainer(tmp_path, perturbed(tiny_model()), train_dataset=None, **settings)
+    metrics, expected = trainer.evaluate(), plain.predict(pairs(5))
+    assert [scores.shape for scores, _ in given] == [(2, 2), (2, 2), (1, 2)]
+    assert torch.cat([scores for scores, _ in given]).tolist() == expected.predictions.tolist()
+    assert torch.cat([labels for _, labels in given]).tolist() == expected.label_ids.tolist()
+    assert (metrics["eval_signs"] == np.sign(expected.predictions)).all()
+    assert metrics["eval_rewards/margins"] == expected.metrics["test_rewards/margins"]
+
+
+@pytest.mark.parametrize("way", ["optimizer_cls_and_kwargs", "optimizers"])
+def test_an_optimizer_of_the_users_trains(way, tmp_path):
+    """Plain SGD at a constant rate, given as a class or as an object, makes the steps of `optim="sgd"`."""
+    rate = {"learning_rate": 0.1, "lr_scheduler_type": "constant"}
+    named = make_trainer(tmp_path, tiny_model(), optim="sgd", **rate)
+    named.train()
+    model = tiny_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    given = {"optimizer_cls_and_kwargs": (torch.optim.SGD, {"lr": 0.1}), "optimizers": (optimizer, None)}
+    trainer = PreferenceTrainer(
+        model,
+        args=make_config(tmp_path, **rate),
+        train_dataset=pairs(8),
+        processing_class=tiny_tokenizer(),
+        **{way: given[way]},
+    )
+    trainer.train()
+    expected = weights(named.model)
+    assert logged(trainer, "loss") == logged(named, "loss")
+    assert all(torch.equal(value, expected[name]) for name, value in weights(trainer.model).items())
 
 
 def test_predict_gives_rewards_labels_and_metrics(tmp_path):

@@ -369,6 +369,11 @@ REFUSED = {
         {"optim": "galore_adamw_layerwise", "gradient_accumulation_steps": 2},
         "optim='galore_adamw_layerwise' .*and gradient_accumulation_steps=2",
     ),
+    "optim_args": ({"optim_args": "fused=true"}, "optim_args='fused=true' is not read by optim='adamw_torch"),
+    "optim_target_modules": (
+        {"optim_target_modules": ["q_proj"], "optim": "sgd", "optim_args": "momentum=0.9"},
+        r"optim_target_modules=\['q_proj'\] is not read by optim='sgd': leave it out, or change optim",
+    ),
     "an order for batches": ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches=True would cut"),
 }
 

@@ -32,6 +32,8 @@ COVERED = {
     "torch_empty_cache_steps": ALIKE,
     "include_num_input_tokens_seen": f"{HERE}::test_input_tokens_are_the_positions_of_the_forward",
     "optim": REFUSED,
+    "optim_args": REFUSED,
+    "optim_target_modules": REFUSED,
     "learning_rate": f"{HERE}::test_changed_defaults",
     "lr_scheduler_type": f"{HERE}::test_a_scheduler_that_watches_a_metric_is_told_its_direction",
     "lr_scheduler_kwargs": f"{HERE}::test_a_scheduler_that_watches_a_metric_is_told_its_direction",
@@ -110,8 +112,6 @@ COVERED = {
 # Only the Trainer and accelerate read these fields; our code has no effect on them.
 THE_TRAINERS = {
     "warmup_steps": "the schedule of the learning rate",
-    "optim_args": "handed to the optimizer",
-    "optim_target_modules": "names modules of the policy, which stay as they are named",
     "weight_decay": "handed to the optimizer",
     "adam_beta1": "handed to the optimizer",
     "adam_beta2": "handed to the optimizer",

@@ -5,6 +5,7 @@ import itertools
 import logging
 import math
 import re
+from dataclasses import replace
 from io import StringIO
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from datasets import Dataset
 from rich.console import Console
 
+from hf_prefopt import Mixture, Source
 from hf_prefopt.recording import record_run
 from hf_prefopt.reporting.plots import plot_training
 from hf_prefopt.reporting.report_page import report_page
@@ -340,7 +342,6 @@ def test_a_stream_has_no_other_prompts_to_draw_from(tmp_path):
         ([True, False] * 4, {"desirable_weight": 2.0}, "weight ratio of 2; .*: leave both weights at 1"),
         ([True] * 2 + [False] * 6, {"desirable_weight": 3.5}, None),
         ([True] * 4 + [False] * 3, {}, None),
-        ([True] * 8, {}, None),
     ],
 )
 def test_labels_out_of_balance_are_pointed_out_once(labels, given, advice, tmp_path, caplog):
@@ -353,6 +354,60 @@ def test_labels_out_of_balance_are_pointed_out_once(labels, given, advice, tmp_p
     said = [record.getMessage() for record in caplog.records if "recommend 1 to 4/3" in record.getMessage()]
     assert len(said) == (advice is not None)
     assert advice is None or re.search(advice, said[0])
+
+
+ONE_LABEL = "{0} of {0} examples are {1}desirable: without "
+
+
+@pytest.mark.parametrize("loss", ["kto", "bco", "apo_zero_unpaired"])
+@pytest.mark.parametrize("label", [True, False])
+def test_data_of_one_label_are_pointed_out(loss, label, tmp_path, caplog):
+    """With the count, for training and for evaluation; a set of both labels has no such line."""
+    one, other = (unpaired(6, seed).map(lambda row: {"labels": [label]}) for seed in (0, 1))
+    with caplog.at_level(logging.WARNING, logger="hf_prefopt"):
+        make_trainer(tmp_path, loss_type=loss, train_dataset=one, eval_dataset={"one": other, "both": unpaired(4)})
+    found = [text for text in caplog.messages if "examples are" in text]
+    expected = ONE_LABEL.format(6, "" if label else "un")
+    assert [text.partition(": ")[0] for text in found] == ["train", "one"] and all(expected in text for text in found)
+
+
+@pytest.mark.parametrize(
+    ("settings", "label"),
+    [
+        ({"loss_type": "npo"}, True),
+        ({"loss_type": "sft"}, False),
+        ({"loss_type": "kto", "loss_params": {"undesirable_weight": 0.0}}, False),
+    ],
+)
+def test_a_label_without_a_gradient_cannot_be_trained_on_alone(settings, label, tmp_path, caplog):
+    """Such a set can be evaluated, which is said. The other label alone has a gradient, and so have both."""
+    one = unpaired(6).map(lambda row: {"labels": [label]})
+    message = f"train: all examples .6 rows. are {'' if label else 'un'}desirable, for which .* has no gradient"
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, train_dataset=one, **settings)
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, logger="hf_prefopt"):
+        make_trainer(tmp_path, train_dataset=unpaired(6), eval_dataset=one, **settings)
+    (said,) = [text for text in caplog.messages if text.startswith("eval: ")]
+    assert "has no gradient" in said or ONE_LABEL.format(6, "" if label else "un") in said
+    opposite = unpaired(6).map(lambda row: {"labels": [not label]})
+    trainer = make_trainer(tmp_path, tiny_model(), train_dataset=opposite, max_steps=1, **settings)
+    trainer.train()
+    assert logged(trainer, "grad_norm")[0] > 0
+
+
+def test_sources_of_one_label_each_make_a_mixture_of_both(tmp_path, caplog):
+    """The advice is about the mixture, not about its sources."""
+    sources = [
+        Source(unpaired(4, seed=seed).map(lambda row, label=label: {"labels": [label]}), name)
+        for seed, (name, label) in enumerate({"good": True, "bad": False}.items())
+    ]
+    with caplog.at_level(logging.WARNING, logger="hf_prefopt"):
+        make_trainer(tmp_path, loss_type="kto", train_dataset=Mixture(sources))
+        assert not [text for text in caplog.messages if "desirable" in text]
+        make_trainer(tmp_path, loss_type="kto", train_dataset=Mixture([sources[0], replace(sources[1], weight=0.5)]))
+    (said,) = [text for text in caplog.messages if "desirable" in text]
+    assert said.startswith("train: 4 desirable and 2 undesirable examples have a weight ratio of 2; ")
 
 
 def test_lipo_refuses_scores_that_are_no_gains(tmp_path):

@@ -1,10 +1,11 @@
 """Show how a data set is read, its statistics, and some rows as the model gets them, without loading a model.
 
-    hf_prefopt inspect pairs.jsonl --model Qwen/Qwen3-0.6B --loss_type dpo --html pairs.html
+    hf_prefopt inspect pairs.jsonl --model_name_or_path Qwen/Qwen3-0.6B --loss_type dpo --html pairs.html
 
 The exit code is 1 if training on this data set would raise an error.
 """
 
+import os
 from argparse import SUPPRESS, ArgumentParser, Namespace, _ArgumentGroup
 from dataclasses import fields
 from functools import partial
@@ -47,12 +48,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 def add_options(parser: ArgumentParser) -> None:
     """Add the options of `inspect`. Training settings have the same names and help texts as in `train`."""
-    parser.usage = "%(prog)s DATA --model MODEL [options]"
-    parser.add_argument("data", metavar="DATA", help="a file, a pattern, a folder, or a name on the Hub")
+    parser.usage = "%(prog)s DATA --model_name_or_path MODEL [options]"
+    parser.add_argument("data", metavar="DATA", nargs="?", help="a file, a pattern, a folder, or a name on the Hub")
+    parser.add_argument("--dataset_name", metavar="DATA", help="another way to name DATA, as in `train`")
     parser.add_argument(
-        "--model", required=True, help="the model whose tokenizer is used: a folder or a name on the Hub"
+        "--model_name_or_path",
+        "--model",
+        metavar="MODEL",
+        help="the model whose tokenizer is used: a folder or a name on the Hub",
     )
-    parser.add_argument("--split", help="the split to inspect (default: train)")
+    parser.add_argument("--split", "--dataset_train_split", help="the split to inspect (default: train)")
     parser.add_argument("--dataset_config", metavar="NAME", help="the configuration of a data set of the Hub")
     parser.add_argument("--dataset_streaming", action="store_true", help="read only the first --stream_rows rows")
     parser.add_argument("--stream_rows", type=int, default=1000, metavar="N", help="rows to read from a stream (1000)")
@@ -75,10 +80,12 @@ def _add_settings(group: _ArgumentGroup) -> None:
 
 def run(options: Namespace) -> int:
     """Print the inspection, and write the page if `--html` is given. Raises `ValueError` if the data cannot be read."""
-    dataset = _split(options)
+    name = options.data or options.dataset_name
+    _refuse_missing(options)
+    dataset = _split(name, options)
     tokenizer = _tokenizer(options)
     settings = {name: getattr(options, name) for name in SETTINGS if hasattr(options, name)}
-    shown = {"rows": options.rows, "stream_rows": options.stream_rows, "name": options.data}
+    shown = {"rows": options.rows, "stream_rows": options.stream_rows, "name": name}
     found = inspect_dataset(dataset, tokenizer, **shown, use_cpu=True, **settings)
     console = Console(no_color=options.no_color or None, highlight=False)
     print_inspection(found, console, None if options.full else CHARACTERS)
@@ -91,23 +98,34 @@ def run(options: Namespace) -> int:
     return 1 if found.errors else 0
 
 
-def _split(options: Namespace) -> Any:
+def _refuse_missing(options: Namespace) -> None:
+    example = "hf_prefopt inspect pairs.jsonl --model_name_or_path Qwen/Qwen3-0.6B"
+    if options.data and options.dataset_name:
+        raise ValueError(f"{options.data} and --dataset_name {options.dataset_name}: name one data set")
+    if not options.data and not options.dataset_name:
+        raise ValueError(f"the data set is missing: name a file, a folder or a data set of the Hub, as in {example}")
+    if not options.model_name_or_path:
+        raise ValueError(f"the model is missing (its tokenizer counts the tokens): pass it, as in {example}")
+
+
+def _split(name: str, options: Namespace) -> Any:
     """Load the split given by `--split`, or the split that training would use."""
     try:
-        splits = load_splits(options.data, options.dataset_config, options.dataset_streaming)
+        splits = load_splits(name, options.dataset_config, options.dataset_streaming)
     except OSError as error:
         raise ValueError(
-            f"{options.data}: there is no such file or folder, and no such data set on the Hub: {_line(error)}"
+            f"{name}: there is no such file or folder, and no such data set on the Hub: {_line(error)}"
         ) from error
     return splits[training_split(splits, options.split or "train", "--split")]
 
 
 def _tokenizer(options: Namespace) -> PreTrainedTokenizerBase:
+    model = os.path.expanduser(options.model_name_or_path)
     try:
-        loaded = processing_class_of(options.model, {"trust_remote_code": True} if options.trust_remote_code else None)
+        loaded = processing_class_of(model, {"trust_remote_code": True} if options.trust_remote_code else None)
     except OSError as error:
         raise ValueError(
-            f"--model {options.model}: no folder with a tokenizer, and no tokenizer on the Hub: {_line(error)}"
+            f"--model_name_or_path {model}: no folder with a tokenizer, and no tokenizer on the Hub: {_line(error)}"
         ) from error
     return tokenizer_of(loaded)
 

@@ -10,6 +10,7 @@ model with its adapter. If they differ by more than rounding explains, the exit 
 
 from argparse import ArgumentParser, Namespace
 
+from hf_prefopt.folders import check_folder
 from hf_prefopt.serving.merge import merge_adapter
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -19,7 +20,7 @@ def add_options(parser: ArgumentParser) -> None:
     """Add the options of `merge`."""
     parser.usage = "%(prog)s RUN --to FOLDER [options]"
     parser.add_argument("run", metavar="RUN", help="the folder of a run or checkpoint, or an adapter on the Hub")
-    parser.add_argument("--to", required=True, metavar="FOLDER", help="the new folder for the merged model")
+    parser.add_argument("--to", "--output_dir", required=True, metavar="FOLDER", help="the new folder for the model")
     parser.add_argument("--base", metavar="MODEL", help="the base model (default: the one that the adapter names)")
     parser.add_argument(
         "--adapter",
@@ -46,6 +47,7 @@ def add_options(parser: ArgumentParser) -> None:
 
 def run(options: Namespace) -> int:
     """Merge the adapter, and print a line for each step. Raises `ValueError` if the merge or its check fails."""
+    check_folder("to", options.to)
     merged = merge_adapter(
         options.run,
         options.to,

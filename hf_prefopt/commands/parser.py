@@ -3,6 +3,7 @@
 import argparse
 import json
 import re
+import sys
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import Field, fields
 from difflib import get_close_matches
@@ -29,15 +30,33 @@ class CommandParser(HfArgumentParser):
         return self.short_help or super().format_help()
 
     def parse_args(self, words: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        """Parse arguments like argparse. The error for an unknown option suggests the most similar option."""
-        options, unknown = self.parse_known_args(words, namespace)
+        """Parse arguments like argparse. The error for an unknown option suggests the most similar option.
+
+        Options may be written with hyphens or with underscores.
+        """
+        given = sys.argv[1:] if words is None else words
+        options, unknown = self.parse_known_args([self._as_known(word) for word in given], namespace)
         if unknown:
             self.error(self._unknown(*unknown[:2]))
         return options
 
     def error(self, message: str) -> NoReturn:
         """Print the error as one line, without the usage, and exit with code 2."""
-        self.exit(2, f"error: {_plain(message)}\n")
+        required = re.fullmatch("the following arguments are required: (.*)", message)
+        self.exit(2, f"error: {self._missing(required[1]) if required else _plain(message)}\n")
+
+    def _missing(self, names: str) -> str:
+        """Name the missing arguments, and show the first example of the help."""
+        names = re.sub(r"/--[\w-]+", "", names)  # other spellings
+        example = re.search(rf"^ *({re.escape(self.prog)} .+)$", self.description or "", re.MULTILINE)
+        return f"{names} {'are' if ',' in names else 'is'} missing" + (f", as in {example[1]}" if example else "")
+
+    def _as_known(self, word: str) -> str:
+        """Write an option with underscores if that is how it is known."""
+        option, is_pair, value = word.partition("=")
+        plain = "--" + option.removeprefix("--").replace("-", "_")
+        is_other = option.startswith("--") and option not in self._option_string_actions
+        return plain + is_pair + value if is_other and plain in self._option_string_actions else word
 
     def _unknown(self, word: str, following: str = "-") -> str:
         option, _, value = word.partition("=")
@@ -107,6 +126,8 @@ _FILES = {
 }
 
 
+# Names of types that other libraries use.
+_SHORT_NAMES = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32", "float": "float32"}
 _NO_LOSS = "name at least one loss, such as --loss_type dpo; `hf_prefopt losses` lists them"
 
 
@@ -122,7 +143,7 @@ def _plain(message: str) -> str:
     message = re.sub(r"invalid \w+ value: (.*)$", r"\1 is not a valid value", message)
     if found := re.search(r"invalid choice: '?(.*?)'? \(choose from (.*)\)$", message):
         given, choices = found[1], [choice.strip("'") for choice in found[2].split(", ")]
-        near = get_close_matches(given, choices, 3)
+        near = [name for name in (_SHORT_NAMES.get(given), *get_close_matches(given, choices, 3)) if name in choices]
         offered = f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(choices)}"
         message = message[: found.start()] + f"{given} is not a choice; {offered}"
     return message

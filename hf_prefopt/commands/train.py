@@ -20,7 +20,7 @@ from hf_prefopt.console import finish_run, use_short_progress
 from hf_prefopt.recipe.adapters import check_model_is_there, lora_of, quantization_of
 from hf_prefopt.recipe.data import load_pairs
 from hf_prefopt.recipe.help import HELP
-from hf_prefopt.recipe.kept import keep_settings, refuse_other_run
+from hf_prefopt.recipe.kept import check_places, keep_settings, refuse_other_run
 from hf_prefopt.recipe.options import DataOptions, ModelOptions, RunOptions
 from hf_prefopt.recipe.settings import Recipe, read_recipe
 from hf_prefopt.recipe.shipped import copy, listing
@@ -81,6 +81,7 @@ def recipe(**defaults: Any) -> NoReturn:
 def train(recipe: Recipe) -> None:
     """Run a recipe: load the data and the model, train, evaluate, save, and write the report."""
     training, data, model = recipe.training, recipe.data, recipe.model
+    check_places(recipe)
     refuse_other_run(recipe)
     check_model_is_there(model)
     set_seed(training.seed)  # before the adapter is initialized

@@ -1,7 +1,8 @@
 """Check the examples of a data set against the losses, before the first step.
 
 An example that a loss cannot compare raises an error that names its row. The advice of a loss about its data, and the
-optional columns that the losses read, are logged once.
+optional columns that the losses read, are logged once. Training data of one label raise an error if the losses have no
+gradient for that label.
 """
 
 import inspect
@@ -18,7 +19,8 @@ from torch import Tensor
 from hf_prefopt.batch import join_examples
 from hf_prefopt.data.notes import plural
 from hf_prefopt.data.ragged import pair_places, ragged
-from hf_prefopt.kinds import ExampleKind
+from hf_prefopt.kinds import UNPAIRED, ExampleKind
+from hf_prefopt.kinds.made_up import made_up_examples
 from hf_prefopt.losses.base import UnsuitableExamples
 from hf_prefopt.objective.objective import Objective
 from hf_prefopt.objective.term import Term
@@ -133,16 +135,60 @@ def check_examples(dataset: Dataset | IterableDataset, objective: Objective, nam
     if len(dataset):
         _refuse_identical_pairs(dataset, objective, name)
     if has_checks and len(dataset):
-        needed = [column for column in (*kind.columns, *optional, "row") if column in dataset.column_names]
-        batches = dataset.select_columns(needed).with_format(None).iter(batch_size=1000)
-        parts = [_examples(_as_rows(batch), kind) for batch in batches]
-        examples = {column: join_examples([part[column] for part in parts]) for column in parts[0]}
-        for advice in _check(examples, objective, name):
-            logger.warning("%s: %s", name, advice)
+        examples = _all_examples(dataset, objective)
+        _check(examples, objective, name)
         _say_what_is_read(optional, dataset.column_names, kind, name)
         if "weights" in optional and "weights" in examples:
             logger.warning(_describe_weights(name, examples["weights"].numpy()))
     return dataset
+
+
+def advise(dataset: Dataset | IterableDataset, objective: Objective, name: str) -> None:
+    """Log the advice of the losses about a whole data set that `check_examples` has accepted; none about a stream."""
+    if isinstance(dataset, IterableDataset) or not len(dataset):
+        return
+    if any(term.spec.check_data for term in objective.terms):
+        for advice in _check(_all_examples(dataset, objective), objective, name):
+            logger.warning("%s: %s", name, advice)
+    elif reason := without_gradient(dataset, objective):
+        logger.warning("%s: %s", name, reason)
+
+
+def without_gradient(dataset: Dataset, objective: Objective) -> str | None:
+    """Say that all examples have one label for which the losses have no gradient, and what to do; otherwise `None`.
+
+    A trial on synthetic examples decides whether there is a gradient.
+    """
+    label = only_label(dataset)
+    if objective.kind is not UNPAIRED or label is None or _has_gradient(objective, label):
+        return None
+    one, other = ("", "un") if label else ("un", "")
+    losses = ", ".join(term.spec.form_of or term.spec.name for term in objective.terms)
+    return (
+        f"all examples ({plural(len(dataset), 'row')}) are {one}desirable, for which {losses} has no gradient, so "
+        f"training on them changes nothing: check the labels, or add {other}desirable examples"
+    )
+
+
+def only_label(dataset: Any) -> bool | None:
+    """Return the label of all examples of prepared rows; `None` if there are both labels, none, or only a stream."""
+    if not isinstance(dataset, Dataset) or "labels" not in dataset.column_names:
+        return None
+    tables = dataset.select_columns("labels").with_format("arrow").iter(batch_size=10_000)
+    labels = {bool(label) for table in tables for label in pc.unique(pc.list_flatten(table["labels"])).to_pylist()}
+    return labels.pop() if len(labels) == 1 else None
+
+
+def _has_gradient(objective: Objective, label: bool) -> bool:
+    """Whether the losses of synthetic examples with this label depend on the policy."""
+    inputs = made_up_examples(dict.fromkeys((*objective.inputs, "labels")), count=8)
+    inputs["labels"] = torch.full((8,), label)
+    policy = [inputs[name].requires_grad_() for name in objective.inputs if name.startswith("policy")]
+    loss = objective(inputs, training=False).loss
+    if not loss.requires_grad:
+        return False
+    gradients = torch.autograd.grad(loss, policy, allow_unused=True)
+    return any(gradient is not None and bool(gradient.any()) for gradient in gradients)
 
 
 def _refuse_identical_pairs(dataset: Dataset, objective: Objective, name: str) -> None:
@@ -179,6 +225,16 @@ def _examples(rows: Sequence[Mapping[str, Any]], kind: ExampleKind) -> dict[str,
     values = {column: torch.from_numpy(array) for column, array in kind.batch_inputs_of(rows).items()}
     counts = torch.tensor([kind.count_examples(row) for row in rows])
     return {**values, "row": torch.tensor([row["row"] for row in rows]).repeat_interleave(counts)}
+
+
+def _all_examples(dataset: Dataset, objective: Objective) -> dict[str, Tensor]:
+    """Return what `_examples` returns for all rows."""
+    kind = objective.kind
+    optional = [column for column in objective.inputs if column in kind.optional_columns]
+    needed = [column for column in (*kind.columns, *optional, "row") if column in dataset.column_names]
+    batches = dataset.select_columns(needed).with_format(None).iter(batch_size=1000)
+    parts = [_examples(_as_rows(batch), kind) for batch in batches]
+    return {column: join_examples([part[column] for part in parts]) for column in parts[0]}
 
 
 def _check(examples: Mapping[str, Tensor], objective: Objective, name: str) -> list[str]:

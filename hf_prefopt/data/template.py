@@ -46,8 +46,9 @@ class ChatTemplate:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, tools: list | None, kwargs: dict[str, Any]):
         if not (tokenizer.chat_template or kwargs.get("chat_template")):
             raise ValueError(
-                "the data set holds messages, but the tokenizer has no chat template: use an instruction-tuned model "
-                "or its tokenizer, or give prompt, chosen and rejected as plain text"
+                "the data set holds messages, but the tokenizer has no chat template: use an instruction-tuned model, "
+                "pass a template, chat_template_kwargs={'chat_template': '...'}, or give prompt, chosen and rejected "
+                "as plain text"
             )
         self.tokenizer = tokenizer
         self.arguments = {"tools": tools, **kwargs}

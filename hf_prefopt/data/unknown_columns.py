@@ -133,9 +133,14 @@ def _kind_of(value: Any) -> str:
 
 
 def _cast(column: str, value: Any, needed: Role) -> str:
-    """Describe how to convert numbers to the text that a role needs; a "4" in a CSV file is read as a number."""
-    is_number_for_text = isinstance(value, int | float) and needed.accepts(str(value))
-    return f": dataset.cast_column({column!r}, Value('string'))" if is_number_for_text else ""
+    """Describe what to do about a number for a role that needs text; a "4" in a CSV file is read as a number."""
+    if not isinstance(value, int | float) or not needed.accepts(str(value)):
+        return ""
+    mapping = {column: _UNKNOWN}
+    return (
+        f": convert it, dataset.cast_column({column!r}, Value('string')), or name the column of the text, "
+        f"column_mapping={mapping}"
+    )
 
 
 def _columns(names: list[str]) -> str:

@@ -70,6 +70,19 @@ class UnsuitableExamples(ValueError):
         self.which = which
 
 
+def advise_on_labels(labels: Tensor) -> str | None:
+    """Advice for data with one label, for losses that compare the two labels; `None` if there are examples of both."""
+    desirable = int(labels.sum())
+    if 0 < desirable < len(labels):
+        return None
+    one, other, learned = ("", "un", "likelier") if desirable else ("un", "", "less likely")
+    return (
+        f"{len(labels):,} of {len(labels):,} examples are {one}desirable: without {other}desirable ones, training only "
+        f"makes responses {learned}, and an evaluation has no rewards/margins; check the labels, or add "
+        f"{other}desirable examples"
+    )
+
+
 def pair_rewards(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Tensor:
     """Return `[B, 2]`: the two `[B]` reward vectors of pairs as columns, detached."""
     return torch.stack([chosen_rewards, rejected_rewards], dim=-1).detach()

@@ -6,7 +6,15 @@ r is the log-ratio of policy to reference, summed over a response (nats).
 import torch
 from torch import Tensor
 
-from hf_prefopt.losses.base import LossOutput, check_positive, check_same_shape, logistic, of_log_ratios, pair_rewards
+from hf_prefopt.losses.base import (
+    LossOutput,
+    advise_on_labels,
+    check_positive,
+    check_same_shape,
+    logistic,
+    of_log_ratios,
+    pair_rewards,
+)
 from hf_prefopt.losses.registry import RunningState, register_loss
 
 _START = {"delta": 0.0, "count": 0.0}
@@ -34,7 +42,13 @@ def _update_pairs(
     return _mean_with(state, beta * torch.cat(ratios))
 
 
-@register_loss("bco", paper="2404.04656", needs_global_batch=True, state=RunningState(_START, _update_unpaired))
+@register_loss(
+    "bco",
+    paper="2404.04656",
+    needs_global_batch=True,
+    check_data=advise_on_labels,
+    state=RunningState(_START, _update_unpaired),
+)
 def bco_loss(
     policy_logps: Tensor,
     ref_logps: Tensor,

@@ -6,15 +6,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_prefopt.losses.base import LossOutput, check_positive, check_range, check_same_shape, of_log_ratios
+from hf_prefopt.losses.base import (
+    LossOutput,
+    advise_on_labels,
+    check_positive,
+    check_range,
+    check_same_shape,
+    of_log_ratios,
+)
 from hf_prefopt.losses.registry import register_loss
 
 
 def advise_on_balance(labels: Tensor, desirable_weight: float, undesirable_weight: float) -> str | None:
-    """Return advice for data with λ_D·n_D / λ_U·n_U outside [1, 4/3]; `None` for balanced or one-label data."""
+    """Return advice for data with one label, or with λ_D·n_D / λ_U·n_U outside [1, 4/3]; `None` for balanced data."""
     desirable, undesirable = int(labels.sum()), int((~labels).sum())
     if not min(desirable, undesirable, desirable_weight, undesirable_weight) > 0:
-        return None
+        return advise_on_labels(labels)
     ratio = desirable_weight * desirable / (undesirable_weight * undesirable)
     if 1 - 1e-6 <= ratio <= 4 / 3 + 1e-6:
         return None

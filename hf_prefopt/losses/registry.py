@@ -250,8 +250,8 @@ def _split_signature(name: str, function: Callable) -> tuple[tuple[str, ...], di
     unknown = [parameter for parameter, default in defaults.items() if default is inspect.Parameter.empty]
     if unknown:
         raise ValueError(
-            f"loss {name!r}: parameter {', '.join(unknown)} is not a known input, and hyperparameters need a default "
-            f"value; {_offered(unknown[0])}"
+            f"loss {name!r}: parameter {', '.join(unknown)} is neither a known input nor a hyperparameter, which needs "
+            f"a default value; {_offered(unknown[0])}"
         )
     _refuse_misspelt(name, {p.name: p.default for p in parameters}, inputs)
     return inputs, defaults
@@ -313,8 +313,9 @@ def get_loss(name: str) -> LossSpec:
     if canonical not in _LOSSES:
         known = [*_LOSSES, *_ALIASES]
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(near)}?" if near else "`hf_prefopt losses` lists them"
-        raise ValueError(f"loss_type={name!r}: there is no such loss; {hint}")
+        *others, last = near or [""]
+        meant = f"did you mean {', '.join(others)}{' or ' * bool(others)}{last}? " if near else ""
+        raise ValueError(f"there is no loss {name}; {meant}`hf_prefopt losses` lists all")
     return _LOSSES[canonical]
 
 

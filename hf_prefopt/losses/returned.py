@@ -44,10 +44,10 @@ def check_returned(spec: NamedLoss, output: LossOutput, given: Mapping[str, Tens
     size, losses = len(like), output.losses
     _check_tensor(spec, like, "losses", losses, (size,))
     if not losses.is_floating_point() or torch.promote_types(losses.dtype, like.dtype) != losses.dtype:
-        _refuse(spec, like, "losses", losses, (size,), "keep the dtype of the log-probs")
+        _refuse(spec, like, "losses", losses, f"{like.dtype} like its inputs", "keep the dtype of the log-probs")
     asked = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given.values())
     if asked and not losses.requires_grad:
-        _refuse(spec, like, "losses without a gradient", losses, (size,), "remove detach(), item() and no_grad()")
+        _refuse(spec, like, "losses without a gradient", losses, "a gradient", "remove detach(), item() and no_grad()")
     if output.rewards is not None:
         _check_tensor(spec, like, "rewards", output.rewards, (size, spec.kind.count_rewards(given)))
     for part, values in output.components.items():
@@ -56,29 +56,33 @@ def check_returned(spec: NamedLoss, output: LossOutput, given: Mapping[str, Tens
 
 def _check_tensor(spec: NamedLoss, like: Tensor, what: str, returned: Any, shape: tuple[int, ...]) -> None:
     if not isinstance(returned, Tensor):
-        _refuse(spec, like, what, returned, shape, "return a tensor")
+        _refuse(spec, like, what, returned, f"shape {list(shape)}", "return a tensor")
     if returned.shape != shape:
         cure = (
             "remove mean() or sum(): the trainer takes the mean over the examples of a step"
             if returned.dim() == 0
             else "look for an operand that broadcasts, such as x[:, None], or for a missing sum"
         )
-        _refuse(spec, like, what, returned, shape, cure)
+        _refuse(spec, like, what, returned, f"shape {list(shape)}", cure)
     if returned.device != like.device:
-        _refuse(spec, like, what, returned, shape, "create tensors with zeros_like() or new_tensor()")
+        needed = f"tensors on {like.device} like its inputs"
+        _refuse(spec, like, what, returned, needed, "create tensors with zeros_like() or new_tensor()")
 
 
-def _refuse(spec: NamedLoss, like: Tensor, what: str, returned: Any, shape: tuple[int, ...], cure: str) -> NoReturn:
+def _refuse(spec: NamedLoss, like: Tensor, what: str, returned: Any, needed: str, cure: str) -> NoReturn:
     raise ValueError(
-        f"loss {spec.name!r} ({_place(spec.function)}) returned {what} {_description(returned)}. Given {len(like)} "
-        f"examples, it must return shape {list(shape)}, in {like.dtype} on {like.device} like its inputs: {cure}"
+        f"loss {spec.name!r} ({_place(spec.function)}) returned {what} {_description(returned, like)}. Given "
+        f"{len(like)} examples, it must return {needed}: {cure}"
     )
 
 
-def _description(returned: Any) -> str:
+def _description(returned: Any, like: Tensor) -> str:
+    """Describe the type or the shape, and the dtype and the device if they are not those of `like`."""
     if not isinstance(returned, Tensor):
         return f"of type {type(returned).__name__}"
-    return f"of shape {list(returned.shape)} in {returned.dtype} on {returned.device}"
+    dtype = f" in {returned.dtype}" if returned.dtype != like.dtype else ""
+    device = f" on {returned.device}" if returned.device != like.device else ""
+    return f"of shape {list(returned.shape)}{dtype}{device}"
 
 
 def _place(function: Callable) -> str:

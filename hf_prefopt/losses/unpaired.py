@@ -10,6 +10,7 @@ from torch import Tensor
 from hf_prefopt.losses.base import (
     LossOutput,
     UnsuitableExamples,
+    advise_on_labels,
     check_positive,
     check_range,
     check_same_shape,
@@ -19,7 +20,7 @@ from hf_prefopt.losses.base import (
 from hf_prefopt.losses.registry import register_loss
 
 
-@register_loss("apo_zero_unpaired", paper="2408.06266")
+@register_loss("apo_zero_unpaired", paper="2408.06266", check_data=advise_on_labels)
 def apo_zero_unpaired_loss(
     policy_logps: Tensor,
     ref_logps: Tensor,

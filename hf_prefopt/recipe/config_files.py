@@ -128,7 +128,8 @@ def _fault(error: yaml.MarkedYAMLError) -> str:
     if "'\\t'" in problem:
         return f"{where}: YAML does not allow a tab here: use spaces"
     if start and (error.context or "").startswith(("while parsing a flow", "while scanning a quoted")):
-        problem += f"; the part that begins in line {start.line + 1}, column {start.column + 1} is not closed"
+        opened = (start.buffer or "")[start.pointer : start.pointer + 1] or "part that begins"
+        problem += f"; the {opened} in line {start.line + 1}, column {start.column + 1} is not closed"
     return f"{where}: invalid YAML: {problem}"
 
 

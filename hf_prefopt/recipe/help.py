@@ -22,7 +22,7 @@ Data
   --max_length 1024         the maximum number of tokens of prompt and response together
   --train_rows, --eval_rows use N rows, drawn at random
 Model
-  --model_name_or_path NAME a name on the Hub, or a folder
+  --model_name_or_path NAME a name on the Hub, or a folder; --model is short for it
   --use_peft true           train an adapter; --lora_r 16, --lora_alpha 32, --lora_target_modules all-linear
   --load_in_4bit true       with an adapter: load its base model in 4 bits
   --dtype bfloat16          the dtype of the loaded weights (default: float32)

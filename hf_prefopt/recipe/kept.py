@@ -8,7 +8,9 @@ from typing import Any
 
 import yaml
 
+from hf_prefopt.folders import refuse_same_folder
 from hf_prefopt.recipe.settings import Recipe
+from hf_prefopt.training.arguments import check_folders
 from hf_prefopt.version import __version__
 
 FILE = "train.yaml"
@@ -30,6 +32,20 @@ _TOKEN = re.compile(r"hf_\w{8,}")
 _ENTRY = re.compile(rf'("\w*(?:{"|".join(_SECRET_NAMES)})"\s*:\s*)"[^"]*"', re.IGNORECASE)
 
 
+def check_places(recipe: Recipe) -> None:
+    """Raise `ValueError` if the run's folders cannot be written, or if its files would be among those that it reads."""
+    check_folders(recipe.training)
+    folder, model, data = recipe.training.output_dir, recipe.model.model_name_or_path, recipe.data_names
+    refuse_same_folder("output_dir", folder, model, "the model")
+    for name in [data] if isinstance(data, str) else data:
+        read = Path(name).expanduser()
+        if read.is_dir() and Path(folder).resolve().is_relative_to(read.resolve()):
+            raise ValueError(
+                f"output_dir={folder} is in the folder of the data, {name}, so the next run would read its files as "
+                "data: name a folder elsewhere, or name the data's files"
+            )
+
+
 def refuse_other_run(recipe: Recipe) -> None:
     """Raise `ValueError` if `output_dir` contains the results of a run with different settings.
 
@@ -37,8 +53,6 @@ def refuse_other_run(recipe: Recipe) -> None:
     report of a run that is replaced is removed at once.
     """
     folder = Path(recipe.training.output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"output_dir={folder} is a file: name a folder")
     if recipe.training.resume_from_checkpoint or not any(found for name in RESULTS for found in folder.glob(name)):
         return
     before, now = _kept(folder), _plain(recipe.settings)

@@ -4,6 +4,7 @@
 work. TRL itself is not required.
 """
 
+import os
 import runpy
 import traceback
 from dataclasses import dataclass, field
@@ -76,7 +77,8 @@ class ModelOptions:
     """The model and its adapter."""
 
     model_name_or_path: str | None = field(
-        default=None, metadata=_help("A name on the Hub or a folder. For an adapter, its training continues.")
+        default=None,
+        metadata=_help("A name on the Hub or a folder. For an adapter, its training continues.", aliases=["--model"]),
     )
     model_revision: str = field(default="main", metadata=_help("The branch, tag or commit of the model."))
     dtype: str | None = field(
@@ -116,6 +118,10 @@ class ModelOptions:
     bnb_4bit_quant_storage: str | None = field(
         default=None, metadata=_help("The dtype in which 4-bit weights are stored.")
     )
+
+    def __post_init__(self):
+        if self.model_name_or_path and self.model_name_or_path.startswith("~"):
+            self.model_name_or_path = os.path.expanduser(self.model_name_or_path)
 
 
 @dataclass

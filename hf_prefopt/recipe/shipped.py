@@ -8,6 +8,8 @@ import shutil
 from difflib import get_close_matches
 from pathlib import Path
 
+from hf_prefopt.folders import check_folder
+
 SHIPPED_DATA = "recipes/data/"
 _PACKAGE = Path(__file__).parents[1]
 
@@ -78,7 +80,7 @@ def copy(name: str, folder: str = ".", *others: str) -> list[Path]:
     refer to each other by this path.
 
     Raises:
-        ValueError: If there is no such name, or a file already exists.
+        ValueError: If there is no such name, a file already exists, or the folder cannot be written.
     """
     if others:
         raise ValueError(f"--copy takes a name and a folder; {others[0]} is one argument too many")
@@ -95,6 +97,7 @@ def copy(name: str, folder: str = ".", *others: str) -> list[Path]:
     there = [str(to / source.name) for source in sources if (to / source.name).exists()]
     if there:
         raise ValueError(f"--copy {name}: {', '.join(there)} exists already; name another folder: --copy {name} FOLDER")
+    check_folder("folder", to)
     to.mkdir(parents=True, exist_ok=True)
     return [Path(shutil.copyfile(source, to / source.name)) for source in sources]
 

@@ -29,8 +29,8 @@ _OBSERVED = 1000
 
 NO_GRADIENT = (
     "the gradient of step %d is exactly 0, so the step does not change the model (this warning appears once). Possible "
-    "causes: all responses tie, all weights are 0, the adapter is not active for these rows, or the loss has reached "
-    "its margin"
+    "causes: all responses tie, all weights are 0, all labels are one that the loss ignores, the adapter is not active "
+    "for these rows, or the loss has reached its margin"
 )
 
 

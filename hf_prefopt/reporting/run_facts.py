@@ -12,6 +12,7 @@ from peft import PeftModel
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel, TrainerState
 
 from hf_prefopt.config import PreferenceConfig
+from hf_prefopt.folders import name_of
 from hf_prefopt.objective.term import Term
 from hf_prefopt.reporting.card import CardFacts, LossFacts
 from hf_prefopt.reporting.record import RunRecord
@@ -33,6 +34,7 @@ _ARGUMENTS = (
     "seed",
 )
 _SETUP = ("model", "layout", "attention", "batch")
+NOTHING_TRAINED = "nothing was trained: the run made no step, so the model is the one that it started from"
 
 
 def card_facts(
@@ -65,7 +67,7 @@ def card_facts(
     base_model = args.hub_base_model or model.config._name_or_path or "a model made in memory"
     counts = {name: f"{len(dataset):,}" for name, dataset in rows.items() if isinstance(dataset, Sized)}
     return CardFacts(
-        model_name=model_name or Path(repository).name,
+        model_name=model_name or name_of(repository),
         base_model=base_model,
         losses=[_loss_facts(term) for term in terms],
         is_adapter=adapter is not None,
@@ -80,8 +82,13 @@ def card_facts(
         metrics=last_evaluation(state.log_history),
         configuration=configuration(args),
         has_curves=record is not None and Path(args.output_dir, "curves.png").is_file(),
-        **(_of_record(record) if record is not None else {}),
+        **(_of_record(record) if record is not None else {"warnings": untrained(state)}),
     )
+
+
+def untrained(state: TrainerState) -> tuple[str, ...]:
+    """Return a warning if no step was made."""
+    return () if state.global_step else (NOTHING_TRAINED,)
 
 
 def _of_record(record: RunRecord) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
+from hf_prefopt.folders import check_folder
 from hf_prefopt.loading import holds_adapter, load_adapter, load_checkpoint, processing_class_of, read_tensors
 from hf_prefopt.scoring.agreement import relative_rounding
 from hf_prefopt.scoring.modes import ModuleTree, adapters_off
@@ -73,12 +74,13 @@ def merge_adapter(
 
     Raises:
         ValueError: If there is no adapter, or several and none is selected; if the base model is quantized; if the
-            adapter cannot be merged; if `folder` is not empty; or if the merged model differs from the trained model.
-            In the last case, `folder` is not created.
+            adapter cannot be merged; if `folder` is not empty or cannot be written; or if the merged model differs from
+            the trained model. In the last case, `folder` is not created.
     """
-    folder = Path(folder)
+    check_folder("folder", folder)
+    folder = Path(folder).expanduser()
     names = _adapter_names(str(run), adapters)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty: name a new folder")
     base = base or PeftConfig.from_pretrained(names[0]).base_model_name_or_path
     kwargs = {"dtype": dtype, **({"trust_remote_code": True} if trust_remote_code else {})}

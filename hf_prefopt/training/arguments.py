@@ -14,6 +14,7 @@ from hf_prefopt.config import PreferenceConfig
 from hf_prefopt.config_names import refuse_foreign_arguments
 from hf_prefopt.data.by_length import STRATEGIES
 from hf_prefopt.data.mixtures import Mixture
+from hf_prefopt.folders import check_folder, refuse_same_folder
 
 
 def check_types(args: Any, ref_model: Any, peft_config: Any = None, processing_class: Any = None) -> None:
@@ -120,8 +121,8 @@ def check_arguments(
         trainer_arguments: Keyword arguments for `transformers.Trainer`.
 
     Raises:
-        ValueError: an argument is missing or contradicts another one, there are several GPUs in one process, or a model
-            is wrapped by an engine.
+        ValueError: an argument is missing or contradicts another one, there are several GPUs in one process, a model
+            is wrapped by an engine, or a folder cannot be written or would replace a model.
         TypeError: an argument does not exist.
     """
     refuse_foreign_arguments(trainer_arguments, type(args).__dataclass_fields__, type(args).__name__)
@@ -129,6 +130,8 @@ def check_arguments(
         raise ValueError("no model: pass model, or model_init, a function that returns a model")
     for name, given in (("model", model), ("ref_model", ref_model)):
         _refuse_wrapped(name, given)
+        refuse_same_folder("output_dir", args.output_dir, given, f"the {name}")
+    check_folders(args)
     if args.sync_ref_model and ref_model is not None:
         raise ValueError(
             "sync_ref_model=True updates a frozen copy of the trained weights, not a ref_model: remove ref_model"
@@ -141,6 +144,14 @@ def check_arguments(
         )
     _check_order(args, train_dataset)
     _refuse_data_parallel(args.n_gpu)
+
+
+def check_folders(args: PreferenceConfig) -> None:
+    """Raise `ValueError` if this rank cannot write to the folders of the run."""
+    if args.should_save:
+        check_folder("output_dir", args.output_dir)
+        if args.reference_cache_dir is not None:
+            check_folder("reference_cache_dir", args.reference_cache_dir)
 
 
 def _check_custom_collator(args: PreferenceConfig) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from hf_prefopt.config import PreferenceConfig
+from hf_prefopt.data.check import only_label
 from hf_prefopt.objective.objective import Objective
 from hf_prefopt.reporting.metrics import metric_names
 
@@ -30,7 +31,8 @@ def check_best_metric(
     if metric is None or args.eval_strategy == "no" or any(map(_may_add_metrics, evaluating)):
         return
     name = metric.removeprefix("eval_")
-    sets = [f"{key}_" for key in evaluated] if isinstance(evaluated, dict) else [""]
+    rows_of = {f"{key}_": rows for key, rows in evaluated.items()} if isinstance(evaluated, dict) else {"": evaluated}
+    sets = list(rows_of)
     if has_own_metrics and name.startswith(tuple(sets)):
         return
     known = metric_names(objective)
@@ -40,6 +42,17 @@ def check_best_metric(
             f"metric_for_best_model={metric!r} is not a metric of the evaluation: choose one of "
             f"{', '.join([*own, *(of_set + each for of_set in sets for each in known)])}"
         )
+    for of_set, rows in rows_of.items():
+        if (label := only_label(rows)) is not None and name.removeprefix(of_set) in _without(label, known):
+            raise ValueError(
+                f"metric_for_best_model={metric!r} needs {'un' * label}desirable examples, but all examples of the "
+                "evaluation data are of the other label: choose another metric, such as the loss, or add such examples"
+            )
+
+
+def _without(label: bool, known: Iterable[str]) -> set[str]:
+    """Return the metrics that an evaluation of unpaired examples lacks if all have this label."""
+    return {name for name in known if name.endswith(("/rejected" if label else "/chosen", "rewards/margins"))}
 
 
 def _may_add_metrics(function: Callable[..., Any]) -> bool:

@@ -88,8 +88,8 @@ def checkpoint_to_resume(asked: str | bool | None, output_dir: str | Path) -> st
         newest = last_complete_checkpoint(output_dir)
         if newest is None:
             raise ValueError(
-                f"resume_from_checkpoint={asked}: {output_dir} has no complete checkpoint to resume from: correct "
-                "output_dir, or, for a first run, leave resume_from_checkpoint out"
+                f"resume_from_checkpoint={asked}: output_dir={output_dir} has no complete checkpoint to resume from: "
+                "correct it, or pass the folder of a checkpoint; for a first run, leave resume_from_checkpoint out"
             )
         checkpoint = newest
         logger.warning("resuming from %s", checkpoint)

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_prefopt.config import PreferenceConfig
 from hf_prefopt.data.by_length import STRATEGIES, LengthSampler, RowLengths
-from hf_prefopt.data.check import check_embeddings, check_examples, check_lengths
+from hf_prefopt.data.check import advise, check_embeddings, check_examples, check_lengths, without_gradient
 from hf_prefopt.data.collator import EvenStream
 from hf_prefopt.data.columns import describe_layout
 from hf_prefopt.data.endings import report_endings
@@ -113,6 +113,20 @@ class PreferenceData:
             self.streams[checked] = _layout_of(made)
         return checked
 
+    def prepare_training(self, dataset: Any) -> DataOrSplits | None:
+        """Prepare the data set to train on.
+
+        Raises:
+            ValueError: as in `prepare`, or the losses have no gradient for the only label of the examples.
+        """
+        prepared = self.prepare(dataset, "train")
+        self._refuse_without_gradient(prepared)
+        return prepared
+
+    def _refuse_without_gradient(self, train: Any) -> None:
+        if isinstance(train, Dataset) and (reason := without_gradient(train, self.objective)):
+            raise ValueError(f"train: {reason}")
+
     def _joined(self, mixture: Mixture, name: str) -> Data:
         """Prepare and check each source of a mixture separately, and join the prepared rows."""
         made = []
@@ -121,7 +135,8 @@ class PreferenceData:
             own = {key: value for key, value in own.items() if value is not None}
             made.append(self.read(source.rows, f"{name} ({source.name})", **own))
         aligned = zip(mixture.sources, mixture.align([one.dataset for one in made], name), strict=True)
-        joined = mixture.join([self.checked(rows, f"{name} ({source.name})") for source, rows in aligned], name)
+        joined = mixture.join([self._comparable(rows, f"{name} ({source.name})") for source, rows in aligned], name)
+        advise(joined, self.objective, name)
         if isinstance(joined, IterableDataset):
             described = zip(mixture.sources, map(_layout_of, made), strict=True)
             self.streams[joined] = ", ".join(f"{source.name}: {layout}" for source, layout in described)
@@ -160,7 +175,7 @@ class PreferenceData:
         """Rebuild the objective from the current settings, and check the prepared data against it.
 
         Raises:
-            ValueError: the losses cannot compare the examples.
+            ValueError: the losses cannot compare the examples, or have no gradient for those of the training data.
         """
         self.objective, self._is_settled = self.args.build_objective(), False
         self._fitting.clear()
@@ -168,6 +183,7 @@ class PreferenceData:
         for name, dataset in (("train", train), *named.items()):
             if dataset is not None:
                 self.checked(dataset, name)
+        self._refuse_without_gradient(train)
 
     def texts(self, train: Data | None, evaluation: DataOrSplits | None) -> list[str]:
         """Describe the prepared data in a line or two; see `reporting.data_texts`."""
@@ -176,6 +192,12 @@ class PreferenceData:
         return data_texts({"train": train, **named}, self.counts, self.args.group_by_prompt, self.streams)
 
     def checked(self, dataset: Data, name: str) -> Data:
+        """Check the dataset's examples, and log the advice of the losses about them."""
+        fitting = self._comparable(dataset, name)
+        advise(fitting, self.objective, name)
+        return fitting
+
+    def _comparable(self, dataset: Data, name: str) -> Data:
         """Check that the losses can compare the dataset's examples; the first dataset determines the objective."""
         kind = kind_of_columns(dataset.column_names)
         assert kind is not None, "prepared rows are of a kind"

@@ -8,6 +8,7 @@ from transformers import TrainerState, TrainingArguments
 
 from hf_prefopt.batch import LoaderBatch
 from hf_prefopt.data.collator import check_loaded
+from hf_prefopt.reporting.run_facts import NOTHING_TRAINED
 from hf_prefopt.training.checkpoints import begun_at
 from hf_prefopt.training.stream_shards import ShardedRanks
 
@@ -32,8 +33,10 @@ class StepBatches:
         """Return the `count` batches of the next step; [] if the epoch has too few batches left or the run has ended.
 
         Raises:
-            ValueError: a stream ended before the row at which training resumes.
+            ValueError: a stream ended before the row at which training resumes, or the run has no steps.
         """
+        if state.max_steps == 0:
+            raise ValueError("nothing is trained, because the run has 0 steps: set args.max_steps above 0, or to -1")
         if 0 < state.max_steps <= state.global_step:
             return []  # resumed at the last step, where the Trainer would run one more step
         if loaded is self._ended:
@@ -53,14 +56,16 @@ class StepBatches:
         return [] if self._ended_short else batches
 
     def check_end(self, state: TrainerState, args: TrainingArguments) -> None:
-        """Warn if a resumed run has made no step.
+        """Warn if the run has made no step.
 
         Raises:
             ValueError: a new run has made no step, because its stream has too few rows.
         """
         if state.global_step == 0 and self._ended_short:
             raise ValueError(f"nothing was trained: {self._reason(args)}")
-        if self._checkpoint is not None and state.global_step == self._begun_at:
+        if state.global_step == 0:
+            logger.warning(NOTHING_TRAINED)
+        elif self._checkpoint is not None and state.global_step == self._begun_at:
             logger.warning(
                 "nothing was trained: %s is at step %d, and the run ends at step %d",
                 self._checkpoint,

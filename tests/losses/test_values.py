@@ -193,7 +193,7 @@ def test_a_users_loss_gets_a_name_aliases_and_rewards():
 
 
 def test_a_loss_with_an_unknown_input_is_refused():
-    with pytest.raises(ValueError, match="policy_chosen_logp is not a known input"):
+    with pytest.raises(ValueError, match="policy_chosen_logp is neither a known input"):
         register_loss("test_bad")(lambda policy_chosen_logp: policy_chosen_logp)
 
 

@@ -4,7 +4,7 @@ import pytest
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from hf_prefopt.reporting.metrics import metric_names
-from tests.trainers import examples, make_trainer, pairs
+from tests.trainers import examples, make_trainer, pairs, unpaired
 
 BEST = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 1}
 BEST |= {"load_best_model_at_end": True, "log_level": "error"}
@@ -55,6 +55,26 @@ def test_a_metric_of_a_set_a_function_or_a_callback_is_found(metric, more, tmp_p
     trainer = make_trainer(tmp_path, metric_for_best_model=metric, **{"eval_dataset": SETS, **BEST, **more})
     trainer.train()
     assert trainer.state.best_global_step == 1
+
+
+@pytest.mark.parametrize(("label", "has_several"), [(True, False), (False, True)])
+def test_a_metric_of_the_label_that_an_evaluation_set_lacks_is_an_error(label, has_several, tmp_path):
+    """Those of the other label are metrics. The set of both labels beside it has all of them."""
+    both, one = unpaired(4), unpaired(4).map(lambda row: {"labels": [label]})
+    evaluated, prefix = ({"both": both, "one": one}, "one_") if has_several else (one, "")
+    lacking, present = ("rejected", "chosen") if label else ("chosen", "rejected")
+    for metric, is_there in ((f"rewards/{lacking}", False), ("rewards/margins", False), (f"rewards/{present}", True)):
+        settings = {"loss_type": "bco", "metric_for_best_model": prefix + metric, "greater_is_better": True, **BEST}
+        trainer = make_trainer(tmp_path, eval_dataset=evaluated, **settings)
+        if is_there:
+            trainer.train()
+        else:
+            with pytest.raises(ValueError, match=f"needs {'un' * label}desirable examples, but all"):
+                trainer.train()
+        assert trainer.state.global_step == is_there
+    if has_several:
+        settings["metric_for_best_model"] = "both_rewards/margins"
+        make_trainer(tmp_path, eval_dataset=evaluated, **settings).train()
 
 
 def test_an_unknown_metric_beside_compute_metrics_names_no_set(tmp_path):

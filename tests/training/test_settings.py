@@ -180,7 +180,7 @@ def test_every_settled_setting_is_tried():
     [
         ({"beta": -1.0}, "beta=-1.0"),
         ({"temperature": 0.0}, "temperature=0.0 must be above 0"),
-        ({"loss_type": "dop"}, "loss_type='dop': there is no such loss; did you mean dpo"),
+        ({"loss_type": "dop"}, "there is no loss dop; did you mean dpo"),
         ({"loss_type": "sft", "beta": 0.5}, "beta=0.5 is not used by any loss"),
         ({"loss_type": "kto"}, "the train data set holds pairs, but kto needs"),
         ({"reference": "none"}, "a loss needs a reference"),

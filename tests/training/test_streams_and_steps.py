@@ -1,8 +1,17 @@
-"""Streams whose batches do not fill the last step of an epoch: every step is full, and no row is left out."""
+"""Streams whose batches do not fill the last step of an epoch: every step is full, and no row is left out.
+
+A run without a step raises an error or says so.
+"""
+
+import logging
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
+from hf_prefopt.console import finish_run
+from hf_prefopt.reporting.record import read_record
+from hf_prefopt.reporting.run_facts import NOTHING_TRAINED
 from tests.tiny_models import tiny_model
 from tests.trainers import logged, make_trainer, pairs, weights
 
@@ -86,3 +95,41 @@ def test_a_run_that_is_resumed_behind_the_streams_end_is_an_error(tmp_path):
     steps = rows_of_steps(anew)
     anew.train(resume_from_checkpoint=checkpoint)
     assert steps == [[0, 1], [2, 3]]
+
+
+def test_a_run_of_no_steps_is_an_error_where_the_settings_were_changed_later(tmp_path):
+    """The Trainer would make one step with a learning rate of 0."""
+    trainer = make_trainer(tmp_path)
+    before, trainer.args.max_steps = weights(trainer.model), 0
+    with pytest.raises(ValueError, match=r"the run has 0 steps: set args\.max_steps above 0"):
+        trainer.train()
+    assert all(torch.equal(values, before[name]) for name, values in weights(trainer.model).items())
+
+
+class StopsAtOnce(TrainerCallback):
+    """Ends the run after the first micro-batch, before the optimizer steps."""
+
+    def on_step_begin(self, args, state, control, **_):
+        control.should_training_stop = True
+
+
+@pytest.mark.parametrize("has_step", [False, True])
+def test_a_run_that_ends_before_its_first_step_says_so(has_step, tmp_path, caplog):
+    """In the log, in the model card and in the record; after a run with a step, in none of them."""
+    accumulated = 1 if has_step else 2
+    trainer = make_trainer(tmp_path, callbacks=[StopsAtOnce()], gradient_accumulation_steps=accumulated)
+    with caplog.at_level(logging.WARNING):
+        trainer.train()
+    finish_run(trainer)
+    assert trainer.state.global_step == has_step
+    card, record = (tmp_path / "README.md").read_text(), read_record(tmp_path).run
+    for places in (caplog.messages, card.splitlines(), [f"- {text}" for text in record["warnings"]]):
+        assert any(NOTHING_TRAINED in line for line in places) is not has_step
+
+
+def test_no_epochs_set_later_are_said(tmp_path, caplog):
+    trainer = make_trainer(tmp_path)
+    trainer.args.num_train_epochs = 0
+    with caplog.at_level(logging.WARNING):
+        trainer.train()
+    assert NOTHING_TRAINED in caplog.messages
