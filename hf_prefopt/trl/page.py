@@ -41,6 +41,8 @@ TESTS = """\
 
 With a checkout of huggingface/trl, `python -m tests.parity.trl_suite --trl PATH` runs TRL's tests of these five
 trainers on TRL and on `hf_prefopt.trl`. `tests/parity/trl_expected.py` lists the tests that do not pass here, and why.
+On 2026-11-27, with the tests of TRL's repository at f2cd577, 57 of the 64 tests of KTO passed on TRL, and 41 of these
+57 here; the other 16 are in the list.
 TRL's scripts `dpo.py` and `kto.py` run after changing the import (`tests/trl/test_scripts.py`)."""
 
 
