@@ -117,10 +117,10 @@ class LiveReference:
             in_hand = self.copies or any(map(is_sharded, head.parameters()))
             weights = _weights(head, hidden.dtype) if in_hand else {}
         # For a frozen copy, `weights` already holds the reference's weights; an adapter is switched for each chunk.
-        acting = nullcontext if self.copies else self.switch
+        acting, modules = nullcontext if self.copies else self.switch, ModuleTree(head)
 
         def predict(tokens: slice) -> Tensor:
-            with torch.no_grad(), evaluation_mode(head), acting():
+            with torch.no_grad(), evaluation_mode(modules), acting():
                 return head_predictions(head, hidden[tokens], weights)
 
         return predict
