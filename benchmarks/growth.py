@@ -1,4 +1,4 @@
-"""Measure how time and memory grow with the tokens, the responses per prompt, the vocabulary, and the data set.
+"""Measure how time and memory grow with the tokens, the responses per prompt, the vocabulary, and the dataset.
 
 Each point runs in a separate process (see `benchmarks.memory`). Only our trainer is measured, because the claim is
 linear or constant growth, not a ratio. The vocabulary is varied for a model of four layers, in which the head dominates
@@ -54,7 +54,7 @@ def by_vocabulary(sizes: tuple[int, ...] = (16_384, 49_152, 147_456)) -> dict[st
 
 
 def by_data_set(sizes: tuple[int, ...] = (1_000, 10_000, 100_000)) -> dict[str, Mapping[str, float]]:
-    """Increase the number of rows of a prepared data set, take one step, and measure the peak of `trainer.train()`."""
+    """Increase the number of rows of a prepared dataset, take one step, and measure the peak of `trainer.train()`."""
     return {f"{size:,} rows": _train_one_step(size) for size in sizes}
 
 
@@ -72,12 +72,12 @@ GROWTH: dict[str, Any] = {
     "responses of a prompt (K)": by_responses,
     "pairs at fixed tokens": by_pairs_at_fixed_tokens,
     "vocabulary (V)": lambda source: by_vocabulary(),
-    "data set": lambda source: by_data_set(),
+    "dataset": lambda source: by_data_set(),
 }
 
 
 def _main(size: int) -> None:
-    """Take one step of `trainer.train()` on a data set of `size` rows on disk, and print the peak."""
+    """Take one step of `trainer.train()` on a dataset of `size` rows on disk, and print the peak."""
     import tempfile
     import time
 
@@ -90,7 +90,7 @@ def _main(size: int) -> None:
     torch.set_num_threads(1)
     source = "random:layers=2,hidden=64,mlp=128,heads=4,key_heads=2,vocab=1000"
     with tempfile.TemporaryDirectory() as folder:
-        # The rows are written with a generator and memory-mapped, like those of a data set from the Hub.
+        # The rows are written with a generator and memory-mapped, like those of a dataset from the Hub.
         row = synthetic(1000, 1, 96, 128)[0][0]
         rows = Dataset.from_generator(
             lambda: ({**row, "row": number} for number in range(size)), cache_dir=folder, writer_batch_size=500

@@ -163,7 +163,7 @@ def trl_side(source: str, **changes: Any) -> Side:
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
-    # The trainer requires a data set, but its batches come from the benchmark.
+    # The trainer requires a dataset, but its batches come from the benchmark.
     unused = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])
     arguments = DPOConfig(**(settings() | {"max_length": None} | changes))
     trainer = DPOTrainer(

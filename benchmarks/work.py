@@ -122,7 +122,7 @@ def synthetic(
 def shuffled_batches(
     rows: Sequence[Row], size: int, steps: int, seed: int = 0, largest: int = LARGEST_PADDED
 ) -> list[list[Row]]:
-    """Random batches, as from a shuffled data set; batches that TRL would pad beyond `largest` are drawn again."""
+    """Random batches, as from a shuffled dataset; batches that TRL would pad beyond `largest` are drawn again."""
 
     def draws() -> Iterator[list[Row]]:
         rng = random.Random(seed)

@@ -47,7 +47,7 @@ class PreferenceBatch(TypedDict, total=False):
         list_responses, list_mask, list_ranks, list_scores: `[B, K]`, for lists (see `kinds.lists`).
         chosen_token_weights, rejected_token_weights: `[B, T]` fp32, for pairs with token weights, padded with 0.
         weights, margins, chosen_scores, ...: `[B]` float32, if rows have them (see `ExampleKind.optional_columns`).
-        rows, pair_in_row: `[B]` int64, the example's row in its data set, and its index among that row's pairs.
+        rows, pair_in_row: `[B]` int64, the example's row in its dataset, and its index among that row's pairs.
         counted: `[B]` bool, False for examples that repeat earlier examples and are excluded from the loss (see
             `data.collator`). The entry exists only if there are such examples.
 
@@ -106,7 +106,7 @@ class LoaderBatch(TypedDict):
     `rows`, `input_ids` and `attention_mask`.
 
     Attributes:
-        rows: `[B]` int64, each example's row in the data set.
+        rows: `[B]` int64, each example's row in the dataset.
         input_ids, attention_mask: `[1, T]`, all positions of all pieces, and which of them are not padding.
         pieces: the micro-batches.
         sequence_tokens, padded_positions: the number of tokens in all sequences [prompt | response], and the number of

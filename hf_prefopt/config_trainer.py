@@ -76,7 +76,7 @@ LEAST: Mapping[str, float] = {
 # Values of include_for_metrics that raise an error, and the reason.
 METRIC_EXTRAS = {
     "inputs": "'inputs' would be rows of the batch layout, which do not match the predictions: leave it out; "
-    "predictions are in the order of the data set's rows",
+    "predictions are in the order of the dataset's rows",
     "loss": "'loss' would repeat the mean of each batch, which does not match the predictions: leave it out; "
     "eval_loss is the mean over the rows",
 }

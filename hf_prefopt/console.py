@@ -51,7 +51,7 @@ def finish_run(
 
     Args:
         trainer: The trainer, after training.
-        dataset: Names of the data sets, for the model card.
+        dataset: Names of the datasets, for the model card.
         next_steps: Further commands that the summary suggests, keyed by purpose, such as
             `{"another loss": "--loss_type simpo"}`.
     """

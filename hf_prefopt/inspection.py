@@ -1,4 +1,4 @@
-"""`inspect_dataset`: show how training would read a data set, before a model is loaded."""
+"""`inspect_dataset`: show how training would read a dataset, before a model is loaded."""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -48,7 +48,7 @@ def inspect_dataset(
     loss_type: str | list[str] | None = None,
     **settings: Any,
 ) -> Inspection:
-    """Read a data set as training would: find its layout and columns, count its rows, and show some of them.
+    """Read a dataset as training would: find its layout and columns, count its rows, and show some of them.
 
     Unusable rows are counted and do not raise an error. Problems that would stop training are in `errors`.
 
@@ -59,12 +59,12 @@ def inspect_dataset(
         ```
 
     Args:
-        dataset: Any data set that `PreferenceTrainer` accepts as `train_dataset`. All rows are tokenized, but of a
+        dataset: Any dataset that `PreferenceTrainer` accepts as `train_dataset`. All rows are tokenized, but of a
             stream only the first `stream_rows` rows.
         processing_class: The tokenizer.
         rows: Number of rows to show.
         stream_rows: Number of rows to read from a stream.
-        name: Name of the data set in messages.
+        name: Name of the dataset in messages.
         loss_type: Losses for which the rows are checked; None checks no loss.
         settings: Other fields of `PreferenceConfig`, such as `max_length`, `column_mapping` or `text_as`.
 
@@ -165,7 +165,7 @@ def _remark(record: logging.LogRecord, name: str) -> list[str]:
 
 
 def _columns(made: Prepared, mapping: Mapping[str, str], given: Sequence[str]) -> dict[str, Any]:
-    """Return how the columns are read, with their names in the given data set."""
+    """Return how the columns are read, with their names in the given dataset."""
     layout, columns = made.layout, column_names(made.raw)
     if layout is None:
         return {"layout": "prepared rows", "content": "tokens", "columns": {}, "numbers": {}, **_NOT_USED}

@@ -153,7 +153,7 @@ def hardware(device: torch.device, processes: int) -> str:
 
 
 def _events(trainer: PreferenceTrainer) -> list[str]:
-    """Describe how many rows of each data set were cut or dropped, and why."""
+    """Describe how many rows of each dataset were cut or dropped, and why."""
     datasets = {"train": trainer.train_dataset, **_evaluation_sets(trainer)}
     return [
         f"{name}: {text}: {counts[event]:,}"
@@ -165,7 +165,7 @@ def _events(trainer: PreferenceTrainer) -> list[str]:
 
 
 def _evaluation_sets(trainer: PreferenceTrainer) -> dict[str, Any]:
-    """Return the evaluation data sets, keyed by the prefix of their metrics."""
+    """Return the evaluation datasets, keyed by the prefix of their metrics."""
     given = trainer.eval_dataset
     if isinstance(given, dict):
         return {f"eval_{name}": dataset for name, dataset in given.items()}

@@ -87,7 +87,7 @@ class PreferenceTrainer(Trainer):
         args: The configuration.
         data_collator: Function that collates prepared rows into a `PreferenceBatch`.
         train_dataset: Preference data, raw or prepared.
-        eval_dataset: Preference data, raw or prepared, or a dict of data sets.
+        eval_dataset: Preference data, raw or prepared, or a dict of datasets.
         processing_class: The tokenizer. Default: the tokenizer saved with the model.
         peft_config: Configuration of a new adapter, for a model without an adapter.
         quantization_config: Quantization options, used if the model is loaded by name.

@@ -88,7 +88,7 @@ def test_a_problem_of_the_data_is_exit_code_1(data, model, tmp_path, capsys):
         ),
         (
             {"--split": "test"},
-            "no split 'test' to train on: the data set has only the split train: name one with --split",
+            "no split 'test' to train on: the dataset has only the split train: name one with --split",
         ),
         ({"--max_length": "1"}, "error: --max_length 1 leaves no room"),
         ({"--loss_type": "dppo"}, "did you mean dpo"),

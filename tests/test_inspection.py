@@ -1,4 +1,4 @@
-"""`inspect_dataset`: how training would read a data set, and its problems, without a model."""
+"""`inspect_dataset`: how training would read a dataset, and its problems, without a model."""
 
 import json
 import logging

@@ -153,7 +153,7 @@ READ: dict[str, str] = {
     "losses --kind pair": "pair is not a choice; did you mean pairs?",
 }
 SAID: dict[str, str] = {
-    "train": "the data set is missing: pass --dataset_name, or set it in a YAML file",
+    "train": "the dataset is missing: pass --dataset_name, or set it in a YAML file",
     "train --dataset_name pairs.jsonl": "the model is missing: pass --model_name_or_path, or set it in a YAML file",
     # files of settings
     "train ... --config typo.yaml": "typo.yaml, line 2: there is no setting lerning_rate; did you mean learning_rate?",
@@ -179,9 +179,9 @@ SAID: dict[str, str] = {
     "train --copy simpo pairs.jsonl": "folder=pairs.jsonl is a file: name a folder",
     "train --copy dpo_lra": "--copy dpo_lra: there is no such recipe; did you mean dpo_lora",
     # other commands
-    "inspect": "the data set is missing: name a file, a folder or a data set of the Hub, as in hf_prefopt inspect",
+    "inspect": "the dataset is missing: name a file, a folder or a dataset of the Hub, as in hf_prefopt inspect",
     "inspect pairs.jsonl": "tokens): pass it, as in hf_prefopt inspect pairs.jsonl --model_name_or_path Qwen/",
-    "inspect pairs.jsonl --dataset_name chat.jsonl": "pairs.jsonl and --dataset_name chat.jsonl: name one data set",
+    "inspect pairs.jsonl --dataset_name chat.jsonl": "pairs.jsonl and --dataset_name chat.jsonl: name one dataset",
     "merge done --to pairs.jsonl": "--to pairs.jsonl is a file: name a folder",
     "merge done --output_dir pairs.jsonl/new": "--to pairs.jsonl/new: pairs.jsonl is a file: name a folder",
     "merge done --to ''": "--to '' is empty: name a folder",
@@ -200,7 +200,7 @@ SAID: dict[str, str] = {
     """train ... --loss_type simpo --loss_params '{"gama": 1}'""": """did you mean --loss_params '{"gamma": 1}'?""",
     """train ... --loss_type dpo simpo --loss_params '{"gamma": 1}'""": """--loss_params '{"simpo": {"gamma": 1}}'""",
     "train ... --loss_type dpo sft --loss_weights 1": "weight for each of dpo, sft, such as --loss_weights 1.0 1.0",
-    "train ... --loss_type kto": "data set holds pairs, but kto needs rows with `label`, or pairs with --unpair true",
+    "train ... --loss_type kto": "dataset holds pairs, but kto needs rows with `label`, or pairs with --unpair true",
     "train ... --loss_type odpo": "are missing, `chosen_score`, `rejected_score`: add them, or",
     "train ... --losses_from mean.py --loss_type mean_loss": "remove mean() or sum(): the trainer takes the mean",
     "train ... --losses_from names.py": "2: .*chosen_logps is neither a known input.*mean policy_chosen_logps",

@@ -1,4 +1,4 @@
-"""Wrong arguments raise an error that says what to pass instead; an empty data set is named."""
+"""Wrong arguments raise an error that says what to pass instead; an empty dataset is named."""
 
 from pathlib import Path
 
@@ -73,7 +73,7 @@ def test_a_key_of_a_later_row_is_a_column(tmp_path):
 
 @pytest.mark.parametrize("name", [name for name in SOURCES if name not in ("columns", "splits")])
 def test_what_holds_rows_is_a_data_set_to_evaluate(name, tmp_path):
-    """A data set is accepted at construction, as one of several data sets, and in a later call."""
+    """A dataset is accepted at construction, as one of several datasets, and in a later call."""
     trainer = make_trainer(tmp_path, model(), eval_dataset=SOURCES[name], processing_class=tiny_tokenizer())
     assert len(trainer.eval_dataset) == len(trainer._prepared(SOURCES[name], "test")) == 2
     several = {"easy": pairs(2), "hard": SOURCES[name]}
@@ -109,7 +109,7 @@ MISTAKES = {
         IterableDatasetDict(train_prefs=Dataset.from_list(ROWS).to_iterable_dataset()),
         r"is a IterableDatasetDict of train_prefs: .*splits\['train_prefs'\]",
     ),
-    "a dict of other things": ({"prompt": "a", "chosen": "b"}, "is a dict of prompt, chosen: pass a data set"),
+    "a dict of other things": ({"prompt": "a", "chosen": "b"}, "is a dict of prompt, chosen: pass a dataset"),
 }
 
 
@@ -122,7 +122,7 @@ def test_what_is_no_data_set_to_train_on(given, tmp_path):
 
 @pytest.mark.parametrize("given", ["texts", "mixed", "torch stream", "name", "path", "number"])
 def test_what_is_no_data_set_to_evaluate(given, tmp_path):
-    """The error is raised at construction, for one of several data sets, and in a later call."""
+    """The error is raised at construction, for one of several datasets, and in a later call."""
     data, message = MISTAKES[given]
     trainer = make_trainer(tmp_path)
     for call in (
@@ -163,16 +163,16 @@ EMPTY = {
 
 @pytest.mark.parametrize("data", EMPTY.values(), ids=EMPTY)
 def test_a_set_without_rows_is_named(data, tmp_path):
-    with pytest.raises(ValueError, match="the data set 'train' has no rows"):
+    with pytest.raises(ValueError, match="the dataset 'train' has no rows"):
         make_trainer(tmp_path, train_dataset=data)
-    with pytest.raises(ValueError, match="the data set 'eval' has no rows"):
+    with pytest.raises(ValueError, match="the dataset 'eval' has no rows"):
         make_trainer(tmp_path, eval_dataset=data)
-    with pytest.raises(ValueError, match="the data set 'hard' has no rows"):
+    with pytest.raises(ValueError, match="the dataset 'hard' has no rows"):
         make_trainer(tmp_path, eval_dataset={"easy": pairs(2), "hard": data})
     trainer = make_trainer(tmp_path)
-    with pytest.raises(ValueError, match="the data set 'eval' has no rows"):
+    with pytest.raises(ValueError, match="the dataset 'eval' has no rows"):
         trainer.evaluate(data)
-    with pytest.raises(ValueError, match="the data set 'test' has no rows"):
+    with pytest.raises(ValueError, match="the dataset 'test' has no rows"):
         trainer.predict(data)
 
 
@@ -193,7 +193,7 @@ def test_a_stream_without_rows_is_refused_when_it_is_read(tmp_path):
         given = {"processing_class": tiny_tokenizer(), "on_bad_rows": "drop", "max_steps": 1}
         with pytest.raises(ValueError, match="nothing was trained: the training stream"):
             make_trainer(tmp_path, train_dataset=data, **given).train()
-        with pytest.raises(ValueError, match="evaluation data set is empty"):
+        with pytest.raises(ValueError, match="evaluation dataset is empty"):
             make_trainer(tmp_path, eval_dataset=data, **given).evaluate()
 
 

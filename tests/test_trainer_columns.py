@@ -128,7 +128,7 @@ def test_weights_are_said_once_for_each_data_set(loss, tmp_path, caplog):
         (rows.remove_columns("weights"), None),
     ):
         if loss == "kto" and not isinstance(data, Dataset):
-            continue  # KTO draws responses from the whole data set
+            continue  # KTO draws responses from the whole dataset
         caplog.clear()
         with caplog.at_level(logging.WARNING, logger="hf_prefopt"):
             make_trainer(tmp_path, loss_type=loss, train_dataset=data, max_steps=1).train()
@@ -145,7 +145,7 @@ STREAMED = {
 
 @pytest.mark.parametrize(("settings", "reason"), STREAMED.values(), ids=STREAMED)
 def test_a_stream_without_a_column_is_refused_at_construction(settings, reason, tmp_path):
-    with pytest.raises(ValueError, match=f"the train data set does not fit {reason}"):
+    with pytest.raises(ValueError, match=f"the train dataset does not fit {reason}"):
         make_trainer(tmp_path, **settings, train_dataset=pairs(3).to_iterable_dataset(), max_steps=1)
 
 
@@ -154,7 +154,7 @@ def test_a_row_of_a_stream_without_scores_is_refused_when_it_comes(tmp_path):
     rows = lists(3).map(lambda row: {"scores": [] if row["row"] == 2 else row["scores"]})
     trainer = make_trainer(tmp_path, loss_type="lipo", train_dataset=rows.to_iterable_dataset(), max_steps=2)
     with pytest.raises(
-        ValueError, match=r"the train data set does not fit lipo: row 2: it compares scores, .*a column `scores`"
+        ValueError, match=r"the train dataset does not fit lipo: row 2: it compares scores, .*a column `scores`"
     ):
         trainer.train()
 

@@ -167,7 +167,7 @@ def test_evaluation_counts_every_pair_of_a_prompt(tmp_path):
 
 
 def test_evaluation_counts_rows_that_share_a_number(tmp_path):
-    """Two concatenated prepared data sets have each row number twice; every row still counts."""
+    """Two concatenated prepared datasets have each row number twice; every row still counts."""
     one, other = random_rows(3, seed=1), random_rows(3, seed=2)
     trainer = make_trainer(tmp_path, perturbed(tiny_model()), ref_model=tiny_model())
     together = trainer.evaluate(Dataset.from_list(one + other))["eval_loss"]

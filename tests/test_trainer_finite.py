@@ -95,14 +95,14 @@ def test_ruined_weights_are_named_as_the_cause(loss, tmp_path):
 
 @pytest.mark.parametrize(("column", "value"), [("weights", torch.inf), ("margins", torch.nan)])
 def test_data_that_are_not_finite_are_named_as_the_cause(column, value, tmp_path):
-    """Normally, such a data set raises an error at construction; here, the number appears later."""
+    """Normally, such a dataset raises an error at construction; here, the number appears later."""
     sound = with_column(pairs(8), column, lambda row: 1.0)
     broken = with_column(pairs(8), column, lambda row: value if row == 3 else 1.0)
     with pytest.raises(ValueError, match="row 3"):
         make_trainer(tmp_path, **{**IN_ORDER, "train_dataset": broken})
     trainer = make_trainer(tmp_path, **{**IN_ORDER, "train_dataset": sound})
     trainer.train_dataset = broken
-    with pytest.raises(FloatingPointError, match=rf"^step 2: .* row 3 of the data set: .*not finite \({column}\)"):
+    with pytest.raises(FloatingPointError, match=rf"^step 2: .* row 3 of the dataset: .*not finite \({column}\)"):
         trainer.train()
 
 

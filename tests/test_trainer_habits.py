@@ -221,7 +221,7 @@ def test_training_stops_early_by_a_metric_of_ours(tmp_path):
 
 
 def test_a_stream_trains_for_a_number_of_steps(tmp_path):
-    """The raw data set is a stream, whose length the trainer does not know."""
+    """The raw dataset is a stream, whose length the trainer does not know."""
     settings = {**RAW, "train_dataset": TEXTS.to_iterable_dataset()}
     trainer = make_trainer(tmp_path, raw_model(), max_steps=3, **settings)
     trainer.train()

@@ -82,7 +82,7 @@ def test_a_label_beside_it_is_for_the_losses_of_labels(tmp_path):
     assert trainer_of(tmp_path, both).criterion.kind is SCORED
     assert "labels" in trainer_of(tmp_path, both, loss_type="apo_zero_unpaired").train_dataset.column_names
     with pytest.raises(
-        ValueError, match="the train data set holds scored responses, but apo_zero_unpaired needs rows with `label`"
+        ValueError, match="the train dataset holds scored responses, but apo_zero_unpaired needs rows with `label`"
     ):
         trainer_of(tmp_path, [{**ROW, "quantile": 0.1}], loss_type="apo_zero_unpaired")
     with pytest.raises(

@@ -172,7 +172,7 @@ def test_what_an_evaluation_keeps_moves_to_the_cpu(monkeypatch):
 
 
 def test_persistent_workers_evaluate_the_data_set_that_is_given(tmp_path):
-    """Another data set may be evaluated between two evaluations of the trainer's own set, whose workers persist."""
+    """Another dataset may be evaluated between two evaluations of the trainer's own set, whose workers persist."""
     own, other = pairs(5, seed=3), pairs(4, seed=9)
     losses = {}
     for workers in (0, 1):
@@ -273,7 +273,7 @@ def test_a_scheduler_that_watches_a_metric_is_told_its_direction():
 
 
 def test_only_training_drops_a_last_batch_that_is_not_full(tmp_path):
-    """Of seven rows, two per batch, six are trained on; an evaluation counts every row, also of a small data set."""
+    """Of seven rows, two per batch, six are trained on; an evaluation counts every row, also of a small dataset."""
     trainer = make_trainer(tmp_path, **{**SMALL, "num_train_epochs": 1}, dataloader_drop_last=True)
     assert len(trainer.get_train_dataloader()) == 3 and len(trainer.get_eval_dataloader()) == 3
     assert trainer.predict(pairs(5)).predictions.shape == (5, 2)

@@ -86,7 +86,7 @@ def test_prepared_triples_fit_losses_of_pairs(tmp_path):
 
 def test_rows_without_a_gold_response_are_refused(tmp_path):
     with pytest.raises(
-        ValueError, match=r"the train data set holds pairs, but tpo needs triples: .* gold response in `reference`"
+        ValueError, match=r"the train dataset holds pairs, but tpo needs triples: .* gold response in `reference`"
     ):
         make_trainer(tmp_path, loss_type="tpo", train_dataset=pairs(2))
     bad = Dataset.from_list([RAW[0], {**RAW[1], "reference": " "}])

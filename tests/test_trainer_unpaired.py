@@ -305,10 +305,10 @@ def test_real_lists_train(tmp_path):
 
 def test_data_of_another_kind_is_refused(tmp_path):
     with pytest.raises(
-        ValueError, match="the train data set holds pairs, but kto needs rows with `label`, or pairs with unpair"
+        ValueError, match="the train dataset holds pairs, but kto needs rows with `label`, or pairs with unpair"
     ):
         make_trainer(tmp_path, loss_type="kto", train_dataset=pairs(2))
-    with pytest.raises(ValueError, match="the eval data set holds lists, but dpo needs pairs"):
+    with pytest.raises(ValueError, match="the eval dataset holds lists, but dpo needs pairs"):
         make_trainer(tmp_path, train_dataset=pairs(2), eval_dataset=list_rows(2))
     with pytest.raises(ValueError, match="unpair=True makes unpaired examples, but dpo needs pairs"):
         make_trainer(tmp_path, unpair=True)
@@ -417,5 +417,5 @@ def test_lipo_refuses_scores_that_are_no_gains(tmp_path):
         make_trainer(tmp_path, loss_type="lipo", train_dataset=raw)
     make_trainer(tmp_path, loss_type="lipo", loss_params={"normalize_scores": True}, train_dataset=raw)
     streamed = make_trainer(tmp_path, loss_type="lipo", train_dataset=raw.to_iterable_dataset(), max_steps=1)
-    with pytest.raises(ValueError, match="the train data set does not fit lipo: row 1"):
+    with pytest.raises(ValueError, match="the train dataset does not fit lipo: row 1"):
         streamed.train()

@@ -88,7 +88,7 @@ def lists(count: int = 8, seed: int = 0) -> Dataset:
 
 
 def pairs(count: int = 8, seed: int = 0, longest: int = 10) -> Dataset:
-    """Return prepared random pairs as a data set."""
+    """Return prepared random pairs as a dataset."""
     return Dataset.from_list(random_rows(count, seed, longest))
 
 

@@ -1,8 +1,8 @@
-"""Show how a data set is read, its statistics, and some rows as the model gets them, without loading a model.
+"""Show how a dataset is read, its statistics, and some rows as the model gets them, without loading a model.
 
     hf_prefopt inspect pairs.jsonl --model_name_or_path Qwen/Qwen3-0.6B --loss_type dpo --html pairs.html
 
-The exit code is 1 if training on this data set would raise an error.
+The exit code is 1 if training on this dataset would raise an error.
 """
 
 import os
@@ -58,7 +58,7 @@ def add_options(parser: ArgumentParser) -> None:
         help="the model whose tokenizer is used: a folder or a name on the Hub",
     )
     parser.add_argument("--split", "--dataset_train_split", help="the split to inspect (default: train)")
-    parser.add_argument("--dataset_config", metavar="NAME", help="the configuration of a data set of the Hub")
+    parser.add_argument("--dataset_config", metavar="NAME", help="the configuration of a dataset of the Hub")
     parser.add_argument("--dataset_streaming", action="store_true", help="read only the first --stream_rows rows")
     parser.add_argument("--stream_rows", type=int, default=1000, metavar="N", help="rows to read from a stream (1000)")
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the tokenizer")
@@ -101,9 +101,9 @@ def run(options: Namespace) -> int:
 def _refuse_missing(options: Namespace) -> None:
     example = "hf_prefopt inspect pairs.jsonl --model_name_or_path Qwen/Qwen3-0.6B"
     if options.data and options.dataset_name:
-        raise ValueError(f"{options.data} and --dataset_name {options.dataset_name}: name one data set")
+        raise ValueError(f"{options.data} and --dataset_name {options.dataset_name}: name one dataset")
     if not options.data and not options.dataset_name:
-        raise ValueError(f"the data set is missing: name a file, a folder or a data set of the Hub, as in {example}")
+        raise ValueError(f"the dataset is missing: name a file, a folder or a dataset of the Hub, as in {example}")
     if not options.model_name_or_path:
         raise ValueError(f"the model is missing (its tokenizer counts the tokens): pass it, as in {example}")
 
@@ -114,7 +114,7 @@ def _split(name: str, options: Namespace) -> Any:
         splits = load_splits(name, options.dataset_config, options.dataset_streaming)
     except OSError as error:
         raise ValueError(
-            f"{name}: there is no such file or folder, and no such data set on the Hub: {_line(error)}"
+            f"{name}: there is no such file or folder, and no such dataset on the Hub: {_line(error)}"
         ) from error
     return splits[training_split(splits, options.split or "train", "--split")]
 

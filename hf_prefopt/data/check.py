@@ -1,4 +1,4 @@
-"""Check the examples of a data set against the losses, before the first step.
+"""Check the examples of a dataset against the losses, before the first step.
 
 An example that a loss cannot compare raises an error that names its row. The advice of a loss about its data, and the
 optional columns that the losses read, are logged once. Training data of one label raise an error if the losses have no
@@ -33,10 +33,10 @@ def check_embeddings(dataset: Dataset | IterableDataset, embeddings: int, name: 
 
     Args:
         embeddings: Number of embeddings of the model.
-        name: Name of the data set in errors.
+        name: Name of the dataset in errors.
 
     Returns:
-        The data set. Rows of a stream are checked when they are read.
+        The dataset. Rows of a stream are checked when they are read.
 
     Raises:
         ValueError: If a token id has no embedding; for a stream, when the row is read.
@@ -71,10 +71,10 @@ def check_lengths(dataset: Dataset | IterableDataset, positions: int, name: str)
 
     Args:
         positions: Maximum number of tokens of a prompt and a response.
-        name: Name of the data set in errors.
+        name: Name of the dataset in errors.
 
     Returns:
-        The data set. Rows of a stream are checked when they are read.
+        The dataset. Rows of a stream are checked when they are read.
 
     Raises:
         ValueError: If a sequence is too long; for a stream, when the row is read.
@@ -108,10 +108,10 @@ def check_examples(dataset: Dataset | IterableDataset, objective: Objective, nam
 
     Args:
         dataset: Prepared rows with the kind of examples that the objective compares.
-        name: Name of the data set in errors.
+        name: Name of the dataset in errors.
 
     Returns:
-        The data set. Rows of a stream are checked when they are read.
+        The dataset. Rows of a stream are checked when they are read.
 
     Raises:
         ValueError: If a loss cannot compare an example, or a number is missing or out of range; the error names the
@@ -144,7 +144,7 @@ def check_examples(dataset: Dataset | IterableDataset, objective: Objective, nam
 
 
 def advise(dataset: Dataset | IterableDataset, objective: Objective, name: str) -> None:
-    """Log the advice of the losses about a whole data set that `check_examples` has accepted; none about a stream."""
+    """Log the advice of the losses about a whole dataset that `check_examples` has accepted; none about a stream."""
     if isinstance(dataset, IterableDataset) or not len(dataset):
         return
     if any(term.spec.check_data for term in objective.terms):
@@ -211,7 +211,7 @@ def _check_batch(columns: Mapping[str, list[Any]], objective: Objective, name: s
         reason = objective.kind.refusal(row, objective.inputs)
         if reason is not None:
             losses = ", ".join(term.spec.name for term in objective.terms)
-            raise ValueError(f"the {name} data set does not fit {losses}: row {row['row']:,}: {reason}")
+            raise ValueError(f"the {name} dataset does not fit {losses}: row {row['row']:,}: {reason}")
     _check(_examples(rows, objective.kind), objective, name)
     return {}
 
@@ -248,7 +248,7 @@ def _check(examples: Mapping[str, Tensor], objective: Objective, name: str) -> l
             advice.append(_run_check(term, examples))
         except UnsuitableExamples as error:
             where = _name_rows(error.which, examples["row"])
-            raise ValueError(f"the {name} data set does not fit {term.spec.name}: {where}: {error}") from None
+            raise ValueError(f"the {name} dataset does not fit {term.spec.name}: {where}: {error}") from None
     return [line for line in advice if line]
 
 
@@ -270,7 +270,7 @@ def _check_numbers(column: str, examples: Mapping[str, Tensor], kind: ExampleKin
         first = values[wrong][0]
         found = "has no number" if first.isnan() else f"is {first.item():g}"
         raise ValueError(
-            f"the {name} data set does not fit: {_name_rows(wrong, examples['row'])}: `{allowed.columns[0]}` {found}; "
+            f"the {name} dataset does not fit: {_name_rows(wrong, examples['row'])}: `{allowed.columns[0]}` {found}; "
             f"give every row a number {bounds}or remove the column"
         )
 

@@ -23,7 +23,7 @@ def check_codes(dataset: Dataset | IterableDataset, columns: Mapping[str, str]) 
         columns: The column of each role.
 
     Returns:
-        The data set. Labels of a stream are checked when they are read. For verdicts of a stream, only the scale in the
+        The dataset. Labels of a stream are checked when they are read. For verdicts of a stream, only the scale in the
         first rows is checked.
 
     Raises:

@@ -5,7 +5,7 @@
 peak memory.
 
 If the rows do not fill the last batch of every rank, accelerate repeats earlier rows to keep all ranks in step. The
-repeated rows are computed, but their examples are excluded from the loss. For a data set, its length determines the
+repeated rows are computed, but their examples are excluded from the loss. For a dataset, its length determines the
 repeated rows; a stream is padded here with rows that are marked as repeated.
 """
 
@@ -27,7 +27,7 @@ def rows_that_count(rows: int, share: int, rank: int, world_size: int) -> int:
     """Return the number of rows in a rank's last batch that are not repeated.
 
     Args:
-        rows: Number of rows in the data set.
+        rows: Number of rows in the dataset.
         share: Number of rows per batch on one rank.
 
     Example:

@@ -1,4 +1,4 @@
-"""Find the layout of `layout_table.py` that matches the columns of a data set, and read its rows in this layout."""
+"""Find the layout of `layout_table.py` that matches the columns of a dataset, and read its rows in this layout."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
@@ -22,7 +22,7 @@ _TEXT_COLUMNS = {
 
 @dataclass(frozen=True)
 class FoundLayout:
-    """The layout of a data set, with the column for each role of the layout.
+    """The layout of a dataset, with the column for each role of the layout.
 
     Attributes:
         name: Name of the layout.

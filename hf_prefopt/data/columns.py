@@ -1,4 +1,4 @@
-"""Rename, remove, sample and describe the columns of a data set before its rows are read."""
+"""Rename, remove, sample and describe the columns of a dataset before its rows are read."""
 
 import logging
 from collections.abc import Collection, Mapping, Sequence
@@ -32,7 +32,7 @@ def column_names(dataset: Dataset | IterableDataset) -> list[str]:
 
 
 def as_shown(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
-    """Return the data set as plain Python values, without the columns that `set_format(columns=...)` hides.
+    """Return the dataset as plain Python values, without the columns that `set_format(columns=...)` hides.
 
     Raises:
         ValueError: If rows are made by a function each time they are read (`set_transform`): the rows that are checked
@@ -42,7 +42,7 @@ def as_shown(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
         return dataset
     if dataset.format["type"] == "custom":
         raise ValueError(
-            "the data set has a function that makes its rows when they are read (set_transform, with_transform), but "
+            "the dataset has a function that makes its rows when they are read (set_transform, with_transform), but "
             "rows are tokenized once: apply the function with dataset.with_format(None).map(function, batched=True)"
         )
     shown = dataset.format["columns"]
@@ -54,10 +54,10 @@ def as_shown(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
 def choose_columns(
     dataset: Dataset | IterableDataset, mapping: Mapping[str, str] | None, removed: Sequence[str] | None
 ) -> Dataset | IterableDataset:
-    """Return the data set without the removed columns and with the renamed ones.
+    """Return the dataset without the removed columns and with the renamed ones.
 
     Args:
-        mapping: The column for each new name; see `PreferenceConfig.column_mapping`. If the data set has the new name
+        mapping: The column for each new name; see `PreferenceConfig.column_mapping`. If the dataset has the new name
             but not the column, the entry is ignored.
         removed: Columns to remove.
 
@@ -102,7 +102,7 @@ def _not_found(dataset: Dataset | IterableDataset, column: str, columns: Sequenc
 
 
 def undecoded(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
-    """Return the data set as plain Python values. Images, video and audio stay encoded, because they are rejected."""
+    """Return the dataset as plain Python values. Images, video and audio stay encoded, because they are rejected."""
     for column, feature in (dataset.features or {}).items():
         # Columns of mixed types (`Json`) stay decoded, because an encoded text is a JSON string with quotes.
         if getattr(feature, "decode", False) and type(feature).__name__ != "Json":
@@ -111,7 +111,7 @@ def undecoded(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
 
 
 def without_empty(dataset: Dataset | IterableDataset, names: Collection[str]) -> Dataset | IterableDataset:
-    """Return the data set without the columns in `names` that are empty in all rows (their Arrow type is null)."""
+    """Return the dataset without the columns in `names` that are empty in all rows (their Arrow type is null)."""
     empty = [name for name, feature in (dataset.features or {}).items() if feature == Value("null") and name in names]
     return dataset.remove_columns(empty) if empty else dataset
 
@@ -143,7 +143,7 @@ def class_names(dataset: Dataset | IterableDataset) -> dict[str, list[str]]:
 
 
 def describe_columns(found: FoundLayout, sample: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Describe the columns of a data set: their layout, unused columns, and texts that do not become messages."""
+    """Describe the columns of a dataset: their layout, unused columns, and texts that do not become messages."""
     lines = []
     if not found.is_own:
         lines.append(f"read as {describe_layout(found)}")

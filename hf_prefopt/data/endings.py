@@ -31,7 +31,7 @@ def report_endings(
     Args:
         dataset: Prepared rows; only the first 1,000 are checked. A stream is not checked.
         stops: The result of `stop_tokens`; the tokenizer's EOS is added.
-        name: Name of the data set in the warning.
+        name: Name of the dataset in the warning.
     """
     stops = stops | {tokenizer.eos_token_id} - {None}
     if not isinstance(dataset, Dataset) or not stops:

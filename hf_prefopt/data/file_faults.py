@@ -1,4 +1,4 @@
-"""After loading has failed, find the unreadable file of a data set, with the line and the reason.
+"""After loading has failed, find the unreadable file of a dataset, with the line and the reason.
 
 The loaders report the error but often not the file, so this module reads the files again.
 """

@@ -1,4 +1,4 @@
-"""Load the splits of a data set from the Hub, a folder, a file, or files that match a pattern."""
+"""Load the splits of a dataset from the Hub, a folder, a file, or files that match a pattern."""
 
 from collections.abc import Callable, Mapping, Sequence
 from glob import glob, has_magic
@@ -27,11 +27,11 @@ _LOADER = {kind: loader for kind, (loader, _) in KINDS.items()}
 
 
 def load_splits(name: str, config: str | None = None, streaming: bool = False) -> Any:
-    """Return the splits of a data set, keyed by name. Files form one split, "train".
+    """Return the splits of a dataset, keyed by name. Files form one split, "train".
 
     Args:
         name: A Hub name, a folder, a file or a pattern such as "data/*.jsonl.gz".
-        config: Name of the configuration of a Hub data set.
+        config: Name of the configuration of a Hub dataset.
         streaming: Whether to load streams.
 
     Raises:
@@ -58,12 +58,12 @@ def load_splits(name: str, config: str | None = None, streaming: bool = False) -
     return splits if field is None else _loaded(name, files, lambda: load(field=field))
 
 
-# Files that `save_to_disk` writes for a data set, and for a dict of splits.
+# Files that `save_to_disk` writes for a dataset, and for a dict of splits.
 _SAVED = ("state.json", "dataset_dict.json")
 
 
 def _saved(name: str, path: str, streaming: bool) -> Any:
-    """Return the splits of a folder that `save_to_disk` wrote; a single data set is the split "train"."""
+    """Return the splits of a folder that `save_to_disk` wrote; a single dataset is the split "train"."""
     try:
         saved = load_from_disk(path)
     except Exception as error:  # loaders raise errors of any type
@@ -75,7 +75,7 @@ def _saved(name: str, path: str, streaming: bool) -> Any:
 def _check_one_kind(name: str, path: str, files: Sequence[str]) -> None:
     """Raise `ValueError` if a folder has files of several kinds, of which the loader would read only one.
 
-    No error is raised if there is a README, which may list the files to read. Files about the data set
+    No error is raised if there is a README, which may list the files to read. Files about the dataset
     (`dataset_info.json`) are ignored.
     """
     files = [file for file in files if Path(file).name not in ("dataset_info.json", "dataset_infos.json")]

@@ -1,6 +1,6 @@
 """The formats of rows: the columns of each format, and how to convert a row to a canonical row.
 
-Each format is an entry of `FORMATS`. `column_layouts.py` converts data sets with other columns to one of them. Prompts
+Each format is an entry of `FORMATS`. `column_layouts.py` converts datasets with other columns to one of them. Prompts
 and responses are text or messages:
 
     prompt, chosen, rejected                   explicit prompt
@@ -68,7 +68,7 @@ class RowFormat:
     Attributes:
         name: Name of the format in error messages.
         kind: Kind of examples in its rows.
-        columns: Columns that a data set of this format must have.
+        columns: Columns that a dataset of this format must have.
         reader: Function that converts a raw row to the canonical row, given `columns`.
         has_token_weights: Whether its rows have token weights.
     """
@@ -99,7 +99,7 @@ def _read_explicit(row: Mapping[str, Any], columns: tuple[str, ...], how: Readin
     """Read a prompt and responses, given as text or messages."""
     responses = read_responses({column: row.get(column) for column in columns[1:]})
     is_talk = all(isinstance(response, list) for response in responses.values())
-    # Some rows of a data set may have a prompt, and others whole conversations that contain the prompt.
+    # Some rows of a dataset may have a prompt, and others whole conversations that contain the prompt.
     prompt = None if row.get(columns[0]) is None and is_talk else read_content(columns[0], row.get(columns[0]))
     return _canonical_row(prompt, responses, row, _pair(responses), how)
 

@@ -1,4 +1,4 @@
-"""Split off a share of a data set for evaluation, by prompt: no prompt is in both parts."""
+"""Split off a share of a dataset for evaluation, by prompt: no prompt is in both parts."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ def split_by_prompt(
     remove_columns: Sequence[str] | None = None,
     text_as: str = "text",
 ) -> tuple[Dataset, Dataset]:
-    """Split a data set into rows for training and rows for evaluation. Both parts keep the raw rows and their order.
+    """Split a dataset into rows for training and rows for evaluation. Both parts keep the raw rows and their order.
 
     Whether a prompt is used for evaluation depends only on the prompt and the seed, not on the order of the rows.
 

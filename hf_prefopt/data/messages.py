@@ -15,7 +15,7 @@ from hf_prefopt.data.rows import DROP_CURE, BadRow, drop_nones, is_blank
 Message = dict[str, Any]
 
 _TEXT_BLOCKS = ("text", "input_text", "output_text")
-# Keys of a message for its role and its content, as found in data sets; the first of each is the standard key.
+# Keys of a message for its role and its content, as found in datasets; the first of each is the standard key.
 ROLE_KEYS = ("role", "from", "speaker")
 CONTENT_KEYS = ("content", "value", "text", "parts")
 _ROLES = {

@@ -1,4 +1,4 @@
-"""Mix several data sets, whose columns may differ, into one.
+"""Mix several datasets, whose columns may differ, into one.
 
 Each source is prepared separately, in its own column layout. Prepared rows are then drawn from the sources and
 concatenated. The prepared rows are cached by source, so a change of weights does not repeat the tokenization.
@@ -23,10 +23,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Source:
-    """One data set of a mixture.
+    """One dataset of a mixture.
 
     Attributes:
-        rows: Any data set that `train_dataset` accepts.
+        rows: Any dataset that `train_dataset` accepts.
         name: Name of the source in messages.
         weight: How often each row is used: 2 uses every row twice; 0.5 uses half of the rows, drawn at random. The
             weight of a stream must be a whole number, because the length of a stream is unknown.
@@ -47,7 +47,7 @@ class Source:
 
 
 class Mixture:
-    """Several data sets that are trained on, or evaluated, as one: `PreferenceTrainer(train_dataset=Mixture([...]))`.
+    """Several datasets that are trained on, or evaluated, as one: `PreferenceTrainer(train_dataset=Mixture([...]))`.
 
     Example:
         ```python
@@ -61,7 +61,7 @@ class Mixture:
         ```
 
     Args:
-        sources: The data sets. Either all or none are streams.
+        sources: The datasets. Either all or none are streams.
         seed: Seed for drawing rows, and for the order of streams with fractions.
 
     Raises:
@@ -116,7 +116,7 @@ class Mixture:
 
         Args:
             prepared: The prepared rows of each source.
-            name: Name of the data set in messages.
+            name: Name of the dataset in messages.
 
         Raises:
             ValueError: If sources hold different kinds of examples, or only some have token weights.
@@ -135,7 +135,7 @@ class Mixture:
 
         Args:
             aligned: The result of `align`.
-            name: Name of the data set in messages.
+            name: Name of the dataset in messages.
 
         Raises:
             ValueError: If no rows of a source are drawn.

@@ -103,7 +103,7 @@ def keep_usable_rows(
 
     Args:
         noted: Prepared rows with their notes.
-        name: Name of the data set in messages.
+        name: Name of the dataset in messages.
         max_length: Maximum number of tokens, for messages.
         on_bad_rows: "error" or "drop".
 

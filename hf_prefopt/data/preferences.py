@@ -1,4 +1,4 @@
-"""Read which response is better, or whether a response is desirable, in the notations that data sets use."""
+"""Read which response is better, or whether a response is desirable, in the notations that datasets use."""
 
 import math
 import re
@@ -188,7 +188,7 @@ NAMING = (
     *("human_preference", "orig_preference", "preference", "choice", "chosen", "selected", "verdict"),
 )
 # Columns that name the better of two responses, and the function that reads each. Columns read by name may have other
-# meanings in other data sets, so their values must name one of the two responses.
+# meanings in other datasets, so their values must name one of the two responses.
 VERDICTS: Mapping[str, Callable[..., int]] = {
     "winner": by_name,
     "overall_preference": by_sign,

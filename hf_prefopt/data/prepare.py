@@ -1,4 +1,4 @@
-"""Prepare a data set for training: read, tokenize and truncate each row in one batched map, which `datasets` caches.
+"""Prepare a dataset for training: read, tokenize and truncate each row in one batched map, which `datasets` caches.
 
 column_layouts.py finds the layout of the columns, formats.py reads rows, tokenize.py and truncate.py convert rows to
 tokens, and notes.py rejects or drops unusable rows.
@@ -9,11 +9,11 @@ Prepared rows have these columns:
     response_ids      K lists of token ids: the chosen response of a pair, then the rejected one; the gold response of a
                       triple is the last
     scored_masks      K lists of 0 / 1, one entry for each response token: 1 if its log-prob counts
-    row               the index of the row in the given data set
+    row               the index of the row in the given dataset
     pairs             [[0, 1]], for pairs and triples; triples also have `golds`, [2]
     labels            [whether the response is desirable], for unpaired rows
     quantiles         [the response's quantile], for scored responses
-    ranks, scores     K numbers each, for lists; `scores` is empty if the data set has only ranks
+    ranks, scores     K numbers each, for lists; `scores` is empty if the dataset has only ranks
     token_weights     K lists of numbers, only for tokenized pairs with weights
     weights, ...      the optional columns (`ExampleKind.optional_columns`), a number for each example
 """
@@ -91,7 +91,7 @@ def prepared_features(example_columns: Iterable[str], optional: Iterable[str] = 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A prepared data set, and how it was prepared from the given rows.
+    """A prepared dataset, and how it was prepared from the given rows.
 
     Attributes:
         dataset: The prepared rows.
@@ -110,7 +110,7 @@ class Prepared:
     options: dict[str, Any] = field(default_factory=dict)
 
     def uncut(self, rows: Sequence[int]) -> list[dict[str, Any]]:
-        """Return these rows of the given data set, tokenized but not truncated. Requires `noted`."""
+        """Return these rows of the given dataset, tokenized but not truncated. Requires `noted`."""
         assert self.layout is not None and isinstance(self.raw, Dataset)
         options = {**_read_as(self.layout, self.raw), **self.options, "max_length": None}
         batch = self.raw.select(rows)[:]
@@ -121,7 +121,7 @@ class Prepared:
 def prepare_dataset(
     dataset: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, **settings: Any
 ) -> Dataset | IterableDataset:
-    """Return the prepared rows of a data set; takes the arguments of `prepare`."""
+    """Return the prepared rows of a dataset; takes the arguments of `prepare`."""
     return prepare(dataset, tokenizer, **settings).dataset
 
 
@@ -144,7 +144,7 @@ def prepare(
 ) -> Prepared:
     """Tokenize preference data in any of the layouts of `layout_table.LAYOUTS`.
 
-    A data set that was prepared with the same settings is returned unchanged. If no column mapping can describe the
+    A dataset that was prepared with the same settings is returned unchanged. If no column mapping can describe the
     columns, convert the rows with `Dataset.map` first.
 
     Args:
@@ -158,7 +158,7 @@ def prepare(
             user text would remain.
         on_bad_rows: "error" raises an error that counts the unusable rows; "drop" drops them.
         num_proc: Number of processes for `Dataset.map`.
-        name: Name of the data set in messages.
+        name: Name of the dataset in messages.
         unpair: Whether to convert each pair to two unpaired rows.
         kind: Kind of examples to prepare if the columns match several layouts; None prepares the first match.
         column_mapping, remove_columns, text_as, chat_template_kwargs: See `PreferenceConfig`.
@@ -171,7 +171,7 @@ def prepare(
 
     Raises:
         ValueError: If an argument is invalid, the columns have no known layout, there are messages but no chat
-            template, most texts seem to lack a prompt, or the data set was prepared with other settings. With
+            template, most texts seem to lack a prompt, or the dataset was prepared with other settings. With
             on_bad_rows="error", also if a row is unusable, for example because it has unread context.
     """
     _check_arguments(max_length, truncation_mode, on_bad_rows, text_as, chat_template_kwargs)
@@ -225,7 +225,7 @@ def _is_prepared(columns: Sequence[str]) -> bool:
 
 @contextmanager
 def _naming(name: str) -> Iterator[None]:
-    """Prefix the message of a `ValueError` with the name of the data set."""
+    """Prefix the message of a `ValueError` with the name of the dataset."""
     try:
         yield
     except ValueError as error:

@@ -25,7 +25,7 @@ class PreparedRowCheck:
     def __call__(self, row: Mapping[str, Any]) -> bool:
         problem = _tokens_fault(row) or _examples_fault(row) or self._limits_fault(row)
         if problem is not None:
-            raise ValueError(f"row {row['row']:,} of this prepared data set {problem}")
+            raise ValueError(f"row {row['row']:,} of this prepared dataset {problem}")
         return True
 
     def _limits_fault(self, row: Mapping[str, Any]) -> str | None:

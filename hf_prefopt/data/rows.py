@@ -26,7 +26,7 @@ class BadRow(ValueError):
         self.parts = (column, problem, cure)
 
     def renamed(self, names: Mapping[str, str]) -> "BadRow":
-        """Return the error with the column names of the data set. `names` maps the names in this error to them."""
+        """Return the error with the column names of the dataset. `names` maps the names in this error to them."""
         column, problem, cure = self.parts
         problem = re.sub("`([^`]+)`", lambda found: f"`{names.get(found[1], found[1])}`", problem)
         return type(self)(names.get(column, column), problem, cure)
@@ -38,7 +38,7 @@ class Tie(BadRow):
 
 @dataclass(frozen=True)
 class CanonicalRow:
-    """One prompt and its K responses, independent of the format of the data set.
+    """One prompt and its K responses, independent of the format of the dataset.
 
     Attributes:
         content_type: Whether prompt and responses are text, lists of messages, or lists of token ids.

@@ -1,4 +1,4 @@
-"""Store the settings of a prepared data set in its description, so that it is not used with other settings."""
+"""Store the settings of a prepared dataset in its description, so that it is not used with other settings."""
 
 import hashlib
 import json
@@ -32,27 +32,27 @@ def settings_of(
 
 
 def write_settings(dataset: Dataset | IterableDataset, settings: dict[str, Any]) -> None:
-    """Store the settings in the data set's description. `save_to_disk` saves the description; streams lose it."""
+    """Store the settings in the dataset's description. `save_to_disk` saves the description; streams lose it."""
     dataset.info.description = f"Prepared by hf_prefopt with {json.dumps(settings)}."
 
 
 def check_settings(
     dataset: Dataset | IterableDataset, settings: dict[str, Any], vocabulary: int
 ) -> Dataset | IterableDataset:
-    """Check that a prepared data set was prepared with these settings.
+    """Check that a prepared dataset was prepared with these settings.
 
-    If the data set has no stored settings, like a stream, its rows are checked (`prepared_rows`).
+    If the dataset has no stored settings, like a stream, its rows are checked (`prepared_rows`).
 
     Args:
-        dataset: The prepared data set.
+        dataset: The prepared dataset.
         settings: The current settings.
         vocabulary: Number of tokens of the tokenizer.
 
     Returns:
-        The data set. Rows of a stream are checked when they are read.
+        The dataset. Rows of a stream are checked when they are read.
 
     Raises:
-        ValueError: If the data set was prepared with other settings; for a stream, when the row is read.
+        ValueError: If the dataset was prepared with other settings; for a stream, when the row is read.
     """
     notes = _NOTE.findall(dataset.info.description or "")
     if not notes:
@@ -69,7 +69,7 @@ def check_settings(
                 f"{name} {value!r}, but now it is {settings.get(name)!r}" for name, value in others.items()
             )
             raise ValueError(
-                f"this data set was prepared with {differing}: prepare the raw rows again, or use the same settings"
+                f"this dataset was prepared with {differing}: prepare the raw rows again, or use the same settings"
             )
     return dataset
 

@@ -12,13 +12,13 @@ logger = logging.getLogger(__name__)
 
 
 def as_dataset(source: Any, name: str) -> Any:
-    """Convert the source to a data set. For evaluation, a dict of several data sets is returned unchanged.
+    """Convert the source to a dataset. For evaluation, a dict of several datasets is returned unchanged.
 
     Args:
-        source: A data set; a list of rows; a pandas or polars frame; a dict of columns, each a list; a generator or a
-            function that returns a generator; a torch data set with a length; or a dict of splits, from which the
+        source: A dataset; a list of rows; a pandas or polars frame; a dict of columns, each a list; a generator or a
+            function that returns a generator; a torch dataset with a length; or a dict of splits, from which the
             split "train" is used.
-        name: Name of the data set in messages: "eval" for evaluation, where a dict contains several data sets.
+        name: Name of the dataset in messages: "eval" for evaluation, where a dict contains several datasets.
 
     Raises:
         ValueError: If the source is none of these, its rows are not dicts, or a column mixes types.
@@ -29,22 +29,22 @@ def as_dataset(source: Any, name: str) -> Any:
     try:
         return convert(source, name)
     except (TypeError, OverflowError) as error:  # Arrow's errors are ValueError and TypeError
-        raise ValueError(f"the data set {name!r} cannot be built from this {_type(source)}: {error}") from error
+        raise ValueError(f"the dataset {name!r} cannot be built from this {_type(source)}: {error}") from error
 
 
 def check_rows(dataset: Dataset | IterableDataset, name: str) -> None:
-    """Raise `ValueError` if the data set has no rows. An empty stream is detected only when it is read."""
+    """Raise `ValueError` if the dataset has no rows. An empty stream is detected only when it is read."""
     if isinstance(dataset, Dataset) and not len(dataset):
-        raise ValueError(f"the data set {name!r} has no rows: check how it was loaded and filtered")
+        raise ValueError(f"the dataset {name!r} has no rows: check how it was loaded and filtered")
 
 
 def _from_rows(rows: Iterable[Any], name: str) -> Dataset:
-    """Build a data set whose columns are all keys that occur in any row."""
+    """Build a dataset whose columns are all keys that occur in any row."""
     rows = list(rows)
     wrong = next((at for at, row in enumerate(rows) if not isinstance(row, Mapping)), None)
     if wrong is not None:
         raise ValueError(
-            f"the data set {name!r}: row {wrong:,} is a {_type(rows[wrong])}: make each row a dict, as in "
+            f"the dataset {name!r}: row {wrong:,} is a {_type(rows[wrong])}: make each row a dict, as in "
             "{'prompt': ..., 'chosen': ..., 'rejected': ...}"
         )
     columns = dict.fromkeys(key for row in rows for key in row)
@@ -56,7 +56,7 @@ def _from_columns(columns: Mapping[str, list[Any]], name: str) -> Dataset:
         try:
             Dataset.from_dict({column: values})
         except (ValueError, TypeError, OverflowError) as error:
-            raise ValueError(f"the data set {name!r}: {_fault(column, values)}: {error}") from error
+            raise ValueError(f"the dataset {name!r}: {_fault(column, values)}: {error}") from error
     return Dataset.from_dict(dict(columns))
 
 
@@ -96,17 +96,17 @@ def _from_function(function: Callable[[], Iterable[Any]], name: str) -> Dataset:
 
 
 def _from_mapping(splits: Mapping[str, Any], name: str) -> Any:
-    """Return the split `train`, or build a data set from columns."""
+    """Return the split `train`, or build a dataset from columns."""
     if splits and all(isinstance(values, list) for values in splits.values()):
         return _from_columns(splits, name)
     names = ", ".join(map(str, splits)) or "nothing"
     if not splits or not all(isinstance(split, Dataset | IterableDataset) for split in splits.values()):
         raise ValueError(
-            f"the data set {name!r} is a {_type(splits)} of {names}: pass a data set, or a dict of columns, each a list"
+            f"the dataset {name!r} is a {_type(splits)} of {names}: pass a dataset, or a dict of columns, each a list"
         )
     if name not in splits:
         raise ValueError(
-            f"the data set {name!r} is a {_type(splits)} of {names}: pass one of them, as in "
+            f"the dataset {name!r} is a {_type(splits)} of {names}: pass one of them, as in "
             f"train_dataset=splits[{next(iter(splits))!r}]"
         )
     others = ", ".join(repr(split) for split in splits if split != name)
@@ -117,7 +117,7 @@ def _from_mapping(splits: Mapping[str, Any], name: str) -> Any:
 
 def _refuse(cure: str) -> Callable[[Any, str], Any]:
     def refuse(source: Any, name: str) -> Any:
-        raise ValueError(f"the data set {name!r} is a {_type(source)}, not a datasets.Dataset: {cure}")
+        raise ValueError(f"the dataset {name!r} is a {_type(source)}, not a datasets.Dataset: {cure}")
 
     return refuse
 

@@ -1,4 +1,4 @@
-"""Select the splits of a data set for training and evaluation."""
+"""Select the splits of a dataset for training and evaluation."""
 
 from collections.abc import Collection
 
@@ -58,7 +58,7 @@ def evaluation_split(splits: Collection[str], name: str, trained: str) -> str | 
 
 def _what_there_is(splits: Collection[str]) -> str:
     kinds = ("no splits", "only the split ", "the splits ")
-    return f"the data set has {kinds[min(len(splits), 2)]}{', '.join(splits)}"
+    return f"the dataset has {kinds[min(len(splits), 2)]}{', '.join(splits)}"
 
 
 def describe_splits(splits: Collection[str], trained: str, evaluated: str | None) -> str | None:

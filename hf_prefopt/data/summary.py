@@ -1,6 +1,6 @@
-"""Summarize a prepared data set in numbers: examples, tokens, and how response length relates to preference.
+"""Summarize a prepared dataset in numbers: examples, tokens, and how response length relates to preference.
 
-The data set is read once, in batches, with Arrow and NumPy. Python only handles hashes of whole prompts and responses.
+The dataset is read once, in batches, with Arrow and NumPy. Python only handles hashes of whole prompts and responses.
 """
 
 from collections.abc import Callable, Mapping
@@ -29,7 +29,7 @@ class Lengths:
 
 @dataclass(frozen=True)
 class DataSummary:
-    """Counts of a prepared data set.
+    """Counts of a prepared dataset.
 
     Attributes:
         kind: Kind of its examples: pairs, triples, lists, unpaired examples.
@@ -198,7 +198,7 @@ _COMPARE: Mapping[str, Callable[[_Rows], _Compared]] = {
 
 
 class _Total:
-    """Counts over all batches of a data set."""
+    """Counts over all batches of a dataset."""
 
     def __init__(self) -> None:
         self.parts: list[_Compared] = []

@@ -46,7 +46,7 @@ class ChatTemplate:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, tools: list | None, kwargs: dict[str, Any]):
         if not (tokenizer.chat_template or kwargs.get("chat_template")):
             raise ValueError(
-                "the data set holds messages, but the tokenizer has no chat template: use an instruction-tuned model, "
+                "the dataset holds messages, but the tokenizer has no chat template: use an instruction-tuned model, "
                 "pass a template, chat_template_kwargs={'chat_template': '...'}, or give prompt, chosen and rejected "
                 "as plain text"
             )

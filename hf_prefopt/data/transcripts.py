@@ -1,7 +1,7 @@
 r"""Read transcripts: conversations written as one text, with a marker before each turn.
 
-\n\nHuman: What color is the sky?\n\nAssistant: Blue.        Anthropic's data sets, and data sets derived from them
-What color is the sky?\n<extra_id_1>Assistant\nBlue.         NVIDIA's data sets; the user begins without a marker
+\n\nHuman: What color is the sky?\n\nAssistant: Blue.        Anthropic's datasets, and datasets derived from them
+What color is the sky?\n<extra_id_1>Assistant\nBlue.         NVIDIA's datasets; the user begins without a marker
 """
 
 import re

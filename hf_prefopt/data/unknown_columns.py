@@ -149,7 +149,7 @@ def _columns(names: list[str]) -> str:
 
 @dataclass(frozen=True)
 class _Lack:
-    """A layout, and those of its roles that a data set lacks."""
+    """A layout, and those of its roles that a dataset lacks."""
 
     layout: ColumnLayout
     roles: list[Role]
@@ -164,7 +164,7 @@ class _Lack:
         return roles.ALPACA in self.roles
 
     def distance(self, sample: Mapping[str, Any]) -> tuple[int, bool, bool, bool, int]:
-        """Return the distance of a data set from this layout; the smallest one identifies the nearest layout."""
+        """Return the distance of a dataset from this layout; the smallest one identifies the nearest layout."""
         missing = len(self.missing(sample))
         return (-self.present(sample), missing > 2, self.is_half, self.layout.is_talk, missing)
 

@@ -18,7 +18,7 @@ STREAM_BUFFER = 1000
 def unpair(dataset: Dataset | IterableDataset, features: Features) -> Dataset | IterableDataset:
     """Convert each row n, which contains one pair, to the unpaired rows 2n (chosen, desirable) and 2n + 1 (rejected).
 
-    The two rows are separate rows of the data set, so shuffling separates them.
+    The two rows are separate rows of the dataset, so shuffling separates them.
 
     Args:
         dataset: Prepared pairs.
@@ -58,10 +58,10 @@ def _unpair_batch(columns: Mapping[str, list[Any]], names: Sequence[str]) -> dic
 
 
 class MismatchedResponses(TorchDataset):
-    """A prepared data set that adds a mismatched response, an answer to another prompt, to each response.
+    """A prepared dataset that adds a mismatched response, an answer to another prompt, to each response.
 
     KTO's baseline is the policy's divergence from its reference on mismatched responses, `mismatched_ids` and
-    `mismatched_masks`. They are drawn uniformly from all rows with other prompts in the data set, so they also exist
+    `mismatched_masks`. They are drawn uniformly from all rows with other prompts in the dataset, so they also exist
     for a batch of one row. They are cut to the length that `max_length` leaves after the prompt. The draw depends only
     on (seed, epoch, index of the row), so it is the same on every rank and for every batch size.
 
@@ -137,7 +137,7 @@ def check_mismatched_lengths(dataset: Dataset, max_length: int | None, positions
     Args:
         max_length: Length to which mismatched responses are cut; `None` for no cut.
         positions: Maximum number of tokens of a prompt and a response.
-        name: Name of the data set in errors.
+        name: Name of the dataset in errors.
 
     Raises:
         ValueError: If some prompt and some response to another prompt are too long together.
@@ -169,7 +169,7 @@ def check_mismatched_lengths(dataset: Dataset, max_length: int | None, positions
 class EpochOfMismatches(TrainerCallback):
     """Callback that sets the epoch of `MismatchedResponses`.
 
-    The Trainer sets the epoch of either the sampler or the data set, but not of both.
+    The Trainer sets the epoch of either the sampler or the dataset, but not of both.
     """
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **_):

@@ -88,7 +88,7 @@ class ExampleKind(ABC):
 
     Attributes:
         name: the name of the kind, such as "pairs".
-        wanted: a description of the rows that such a data set needs, for error messages.
+        wanted: a description of the rows that such a dataset needs, for error messages.
         columns: the prepared columns that identify this kind; the first has an entry for each example.
         responses: maps the name of a response in a loss's parameters, `{policy | ref}_{name}_{statistic}`, to the
             entry of the batch that holds its indices into the R responses.
@@ -196,8 +196,8 @@ class ExampleKind(ABC):
             places: for each row, the positions of its responses in the batch's flat order.
 
         Returns:
-            This kind's entries, and `rows` and `pair_in_row`, `[B]` int64: the index of each example's row in its data
-            set, and the index of the example among the examples of its row.
+            This kind's entries, and `rows` and `pair_in_row`, `[B]` int64. `rows` has the index of each example's row in
+            its dataset, and `pair_in_row` the index of the example among the examples of its row.
         """
 
     @abstractmethod
@@ -213,7 +213,7 @@ class ExampleKind(ABC):
         """Return `[B, K]`, like `shown`: 1 for the responses that the data prefer, 0 for the others."""
 
     def refusal(self, row: Mapping[str, Any], inputs: Sequence[str]) -> str | None:
-        """Return why a data set with this row cannot provide these inputs; `None` if it can."""
+        """Return why a dataset with this row cannot provide these inputs; `None` if it can."""
         optional = [self.optional_columns[name] for name in inputs if name in self.optional_columns and name not in row]
         missing = [column.columns[0] for column in optional if column.default is None]
         if not missing:

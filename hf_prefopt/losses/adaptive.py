@@ -86,7 +86,7 @@ def beta_dpo_loss(
     exp(−½((h − μ)/σ)²), where μ and σ are the moving averages. h̄_kept is the mean h of the kept pairs. The loss of a
     kept pair is its ℓ times B divided by the number of kept pairs; the loss of every other pair is 0. The mean over the
     batch is therefore the mean over the kept pairs. The implicit reward of every pair is βr. The draw depends only on
-    the number of batches so far and on the pairs' positions in their data set, so it is the same on every rank, for
+    the number of batches so far and on the pairs' positions in their dataset, so it is the same on every rank, for
     every batch split, and after resuming. Evaluation keeps all pairs, so that metrics cover all rows; β_b then uses the
     mean h of the evaluated batch, and μ from training.
 
@@ -96,7 +96,7 @@ def beta_dpo_loss(
     Args:
         policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps: `[B]`, summed, nats, of
             the global batch.
-        rows, pair_in_row: `[B]` int64, the pair's row in its data set and its index among that row's pairs.
+        rows, pair_in_row: `[B]` int64, the pair's row in its dataset and its index among that row's pairs.
         beta: > 0. a: ≥ 0, per nat. rho: ρ in [0, 1), the fraction of pairs left out.
         state: μ (`mean`), σ (`std`) and `batches`; `None` uses the statistics of this batch alone.
         training: False keeps all pairs.

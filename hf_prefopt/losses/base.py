@@ -59,7 +59,7 @@ class LossOutput:
 
 
 class UnsuitableExamples(ValueError):
-    """Raised if a loss cannot compare some examples of a data set.
+    """Raised if a loss cannot compare some examples of a dataset.
 
     Attributes:
         which: `[N]` bool, True for the examples that the loss cannot compare.

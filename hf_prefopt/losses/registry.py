@@ -7,8 +7,8 @@ A loss is a pure function of tensors. The names of its parameters say what it ne
     chosen_lengths, rejected_lengths               scored tokens per response: `[B]`
     policy_chosen_token_logps, ...                 log-probs of the scored tokens: `[B, T]`, padded with 0
     chosen_token_mask, rejected_token_mask         `[B, T]` bool, False for padding
-    chosen_token_weights, rejected_token_weights   token weights from the data set's columns: `[B, T]`
-    rows, pair_in_row                              the pair's row in the data set, and its index in that row: `[B]`
+    chosen_token_weights, rejected_token_weights   token weights from the dataset's columns: `[B, T]`
+    rows, pair_in_row                              the pair's row in the dataset, and its index in that row: `[B]`
     policy_gold_logps, gold_lengths, ...           triples: a pair and a third, gold response: `[B]`
     policy_logps, ref_logps, lengths, labels       single responses, desirable (True) or not: `[B]`
     quantiles                                      the quantile of a response's reward among the reference's: `[B]`
@@ -69,7 +69,7 @@ class LossSpec:
         has_own_divergence: the loss contains its own divergence from the reference, so no other divergence can be used.
         state: the numbers that the loss keeps across batches; the loss gets them as the argument `state`.
         is_one_value: the loss is one value for the global batch, so the losses of examples cannot be weighted.
-        check_data: checks the examples of a whole data set before training. Its parameters are hyperparameters and
+        check_data: checks the examples of a whole dataset before training. Its parameters are hyperparameters and
             inputs of the loss (`[N]`, `[N, K]`). It returns advice for the user, or `None`, and raises
             `UnsuitableExamples` for examples that the loss cannot compare.
         form_of: the name of the loss that this loss adapts to another kind of examples.

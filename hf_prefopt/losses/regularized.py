@@ -118,7 +118,7 @@ def chi_po_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.1, reward_boun
 
     χ²-preference optimization, algorithm 1, with the link φ(z) = z + log z at z = π/π_ref = e^r. φ is the derivative of
     ½(z−1)² + z log z, so E[R] − β(χ² + KL) has its optimum at R = βφ plus a constant for each prompt, and βφ(r) is the
-    implicit reward. The algorithm clips at the bound R of the true reward, which a data set does not provide. Without
+    implicit reward. The algorithm clips at the bound R of the true reward, which a dataset does not provide. Without
     `reward_bound`, nothing is clipped. The paper gives no default for β. Beyond r = 20, e^r is replaced by its tangent.
 
     Use it if DPO overfits the pairs (overoptimization): the χ² term grows with the distance from the reference.

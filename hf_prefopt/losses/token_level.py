@@ -30,7 +30,7 @@ def sampo_loss(
     """ℓ(βh) over a random subset of min(|y_w|, |y_l|) tokens of each response: length alone is not rewarded.
 
     SamPO uses as many tokens of the longer response as the shorter one has, drawn uniformly. The subset depends only on
-    the pair's position in its data set, the epoch and `seed`: it is the same on every rank, for every batch split and
+    the pair's position in its dataset, the epoch and `seed`: it is the same on every rank, for every batch split and
     after resuming, and differs between epochs. The authors' code draws a new subset whenever it sees the pair. All
     evaluations use the subsets of the first epoch.
 
@@ -114,7 +114,7 @@ def tis_dpo_loss(
     """ℓ(β(Σ_t w_t ρ_w,t − Σ_t w_t ρ_l,t)), w from the columns `chosen_token_weights` and `rejected_token_weights`.
 
     Token-level importance sampling DPO uses the weighted sequence log-ratios u. It omits the weighted sequence KL η,
-    which the paper's derivation also subtracts. The weights come from the data set; the paper estimates them with a
+    which the paper's derivation also subtracts. The weights come from the dataset; the paper estimates them with a
     contrastive pair of models. Weights of 1 give DPO.
 
     Use it if you know which tokens matter, for example from contrastive models, span annotations or a verifier.

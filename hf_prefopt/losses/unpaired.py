@@ -126,7 +126,7 @@ def qrpo_loss(
 def sft_unpaired_loss(policy_logps: Tensor, lengths: Tensor, labels: Tensor) -> LossOutput:
     """NLL(y) = −s̄ for a desirable response, 0 for an undesirable one: `sft` on unpaired examples.
 
-    Use it as `sft`: the trainer selects this form if the data set has labels.
+    Use it as `sft`: the trainer selects this form if the dataset has labels.
 
     Raises:
         ValueError: shapes differ.

@@ -124,7 +124,7 @@ def _of_one_kind(specs: list[LossSpec], kind: ExampleKind | None) -> list[LossSp
         if all(form.fits(tried) for form in forms):
             return forms
     wants = "; ".join(f"{spec.name} needs {spec.kind.wanted}" for spec in specs)
-    raise ValueError(f"these losses compare different kinds of examples, and a data set has only one kind: {wants}")
+    raise ValueError(f"these losses compare different kinds of examples, and a dataset has only one kind: {wants}")
 
 
 def _refuse_senseless(specs: list[LossSpec], use_weighting: bool, reference_free: bool) -> None:

@@ -1,6 +1,6 @@
 """Modifiers of token log-probs: a loss gets sums over modified token log-probs instead of the plain sums.
 
-The steps run in this order: humanline clamps each log-ratio, the data set's token weights are applied, and LD-DPO
+The steps run in this order: humanline clamps each log-ratio, the dataset's token weights are applied, and LD-DPO
 weights the tail of the longer response. Losses that divide by a length still divide by the number of scored tokens.
 
 Shapes: B examples, T tokens of the longest response. Padding is 0 and stays 0.

@@ -55,7 +55,7 @@ def _no_mixture(unused: dict[str, Any]) -> str:
     entry = {_OF_ENTRIES[name]: value for name, value in unused.items() if name in _OF_ENTRIES}
     one, other = ("'" + json.dumps(example) + "'" for example in ({"path": "a.jsonl"} | entry, {"path": "b.jsonl"}))
     return (
-        f"{given} cannot be combined with --datasets: for one data set remove --datasets; for several write each as an "
+        f"{given} cannot be combined with --datasets: for one dataset remove --datasets; for several write each as an "
         f"entry, such as --datasets {one} {other}"
     )
 
@@ -116,7 +116,7 @@ def _without_evaluation(training: PreferenceConfig) -> None:
     """Turn evaluation off, and print a message."""
     if training.load_best_model_at_end:
         raise ValueError(
-            "load_best_model_at_end=True needs rows to evaluate, and the data set has no split for that: pass "
+            "load_best_model_at_end=True needs rows to evaluate, and the dataset has no split for that: pass "
             "test_split_size=0.05 to hold some out, or load_best_model_at_end=False"
         )
     training.eval_on_start, training.eval_strategy = False, "no"

@@ -16,7 +16,7 @@ Files
   --list, --copy NAME [TO]  list the recipes, losses and engine configurations of the package; copy one
 Data
   --dataset_name DATA       a name on the Hub, a folder, a file (.jsonl, .csv, .parquet), or a pattern
-  --datasets ...            a mixture of several data sets
+  --datasets ...            a mixture of several datasets
   --test_split_size 0.05    hold out a share of the rows to evaluate
   --column_mapping JSON     your name of each standard column: '{"prompt": "question"}'
   --max_length 1024         the maximum number of tokens of prompt and response together

@@ -1,4 +1,4 @@
-"""Mixtures of data sets, from the setting `datasets`. Entries have TRL's keys and a few additional keys.
+"""Mixtures of datasets, from the setting `datasets`. Entries have TRL's keys and a few additional keys.
 
     datasets:
       - path: trl-lib/ultrafeedback_binarized
@@ -25,7 +25,7 @@ from hf_prefopt.data.splits import evaluation_split, training_split
 
 @dataclass(frozen=True)
 class Entry:
-    """One data set of a mixture.
+    """One dataset of a mixture.
 
     Attributes:
         path, name, data_dir, data_files, split, columns: Data to load, as in TRL's `DatasetConfig`.
@@ -46,7 +46,7 @@ class Entry:
 
     @property
     def label(self) -> str:
-        """The name of the data set in messages."""
+        """The name of the dataset in messages."""
         return self.path + "".join(f" {part}" for part in (self.name, self.split) if part not in (None, "train"))
 
 
@@ -78,14 +78,14 @@ def load_mixture(
 ) -> tuple[Mixture, Mixture | None]:
     """Load the training mixture and the evaluation mixture.
 
-    The evaluation mixture contains each row of the evaluation splits once; it is None if no data set has such a split.
+    The evaluation mixture contains each row of the evaluation splits once; it is None if no dataset has such a split.
 
     Args:
-        keep: Function that removes the rows that are too long from the rows of a data set.
+        keep: Function that removes the rows that are too long from the rows of a dataset.
         reading: Default values of `column_mapping`, `remove_columns` and `text_as` for all entries.
 
     Raises:
-        ValueError: If a data set cannot be loaded or the mixture is invalid.
+        ValueError: If a dataset cannot be loaded or the mixture is invalid.
     """
     train, test = [], []
     for entry in entries:

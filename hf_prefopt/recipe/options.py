@@ -25,12 +25,12 @@ class DataOptions:
     dataset_name: str | None = field(
         default=None, metadata=_help("A name on the Hub, a folder, a file, or a pattern of files.")
     )
-    dataset_config: str | None = field(default=None, metadata=_help("The configuration of a data set of the Hub."))
+    dataset_config: str | None = field(default=None, metadata=_help("The configuration of a dataset of the Hub."))
     dataset_train_split: str = field(default="train", metadata=_help("The split to train on."))
     dataset_test_split: str = field(
         default="test", metadata=_help("The split to evaluate; test also finds other usual names, such as validation.")
     )
-    dataset_streaming: bool = field(default=False, metadata=_help("Read the data set as a stream."))
+    dataset_streaming: bool = field(default=False, metadata=_help("Read the dataset as a stream."))
     datasets: list[str] | None = field(
         default=None,
         metadata=_help(

@@ -34,7 +34,7 @@ class Recipe:
 
     @property
     def data_names(self) -> str | list[str]:
-        """The names of the data sets, for the model card."""
+        """The names of the datasets, for the model card."""
         return [entry.path for entry in self.data.entries] if self.data.datasets else str(self.data.dataset_name)
 
 
@@ -77,7 +77,7 @@ def _of(kind: type, settings: dict[str, Any]) -> dict[str, Any]:
 
 def _refuse_missing(settings: dict[str, Any]) -> None:
     if not settings.get("dataset_name") and not settings.get("datasets"):
-        raise ValueError("the data set is missing: pass --dataset_name, or set it in a YAML file passed with --config")
+        raise ValueError("the dataset is missing: pass --dataset_name, or set it in a YAML file passed with --config")
     if not settings.get("model_name_or_path"):
         raise ValueError(
             "the model is missing: pass --model_name_or_path, or set it in a YAML file passed with --config"

@@ -20,7 +20,7 @@ from hf_prefopt.reference.cache_key import fingerprint
 from hf_prefopt.reference.cache_store import LogProbStore
 from hf_prefopt.reference.live import LiveReference
 
-# This folder is next to the caches of models and data sets, so that runs with other output folders find it.
+# This folder is next to the caches of models and datasets, so that runs with other output folders find it.
 DEFAULT_FOLDER = os.path.join(HF_HOME, "hf_prefopt", "reference_log_probs")
 
 
@@ -127,6 +127,6 @@ class CachedReference:
         """Return the error for log-probs that can no longer be computed."""
         return MissingLogProbs(
             f"{missing:,} of {responses:,} responses of {where} have no reference log-probs in {self.store.folder}, "
-            "and the reference model has been freed: pass every data set to the trainer at construction "
+            "and the reference model has been freed: pass every dataset to the trainer at construction "
             "(train_dataset, eval_dataset), or set precompute_ref_log_probs=False"
         )

@@ -10,9 +10,9 @@ from hf_prefopt.batch import PreferenceBatch, ResponseScores
 
 
 class RememberedScores:
-    """The reference's token log-probs for the batches of evaluation data sets, on the CPU: four bytes per scored token.
+    """The reference's token log-probs for the batches of evaluation datasets, on the CPU: four bytes per scored token.
 
-    A batch is identified by its data set, its rows and its tokens, because in concatenated data sets several rows can
+    A batch is identified by its dataset, its rows and its tokens, because in concatenated datasets several rows can
     have the same number. Call `forget` after changing the reference.
     """
 
@@ -33,8 +33,8 @@ class RememberedScores:
         """Return the reference's scores of a batch, from memory, or computed by `score` and stored.
 
         Args:
-            dataset: an identifier of the data set, such as a fingerprint; with `None`, nothing is stored.
-            batch: a batch of that data set; a batch without examples only lets this rank run the reference together
+            dataset: an identifier of the dataset, such as a fingerprint; with `None`, nothing is stored.
+            batch: a batch of that dataset; a batch without examples only lets this rank run the reference together
                 with the others.
             score: computes the scores of a new batch.
             any_rank: a function that maps "new on this rank" to "new on any rank", for engines whose ranks must run the

@@ -46,7 +46,7 @@ class CardFacts:
         serve: Shell commands that serve the result.
         repository: Name that the usage snippet loads: `owner/name` on the Hub, or a local folder.
         reference: Description of the reference, as a phrase.
-        datasets: Hub names or folders of the data sets. Hub names are also written to the metadata.
+        datasets: Hub names or folders of the datasets. Hub names are also written to the metadata.
         data: Facts about the data, such as `{"training pairs": 1878}`.
         setup: Description of the training setup, keyed by topic, from `StartSummary.as_dict`.
         hyperparameters: Values, keyed by name.

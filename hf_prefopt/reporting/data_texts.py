@@ -1,4 +1,4 @@
-"""Describe data sets in a line or two, for the start of a run."""
+"""Describe datasets in a line or two, for the start of a run."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -16,11 +16,11 @@ def data_texts(
     by_prompt: bool = False,
     streams: Mapping[Any, str] = MappingProxyType({}),
 ) -> list[str]:
-    """Describe the sizes of the data sets, and the tokens and response lengths of the first one.
+    """Describe the sizes of the datasets, and the tokens and response lengths of the first one.
 
     Args:
-        datasets: Prepared data sets by purpose, such as `{"train": dataset}`.
-        counts: For each data set, the counts of what happened to its rows (`notes.count_notes`), if known.
+        datasets: Prepared datasets by purpose, such as `{"train": dataset}`.
+        counts: For each dataset, the counts of what happened to its rows (`notes.count_notes`), if known.
         by_prompt: Whether all rows with the same prompt are computed together.
         streams: For each stream, the layout of its rows or its sources, if known.
     """

@@ -1,4 +1,4 @@
-"""The examples of evaluations. The first and the last evaluation of each data set are kept for reports."""
+"""The examples of evaluations. The first and the last evaluation of each dataset are kept for reports."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,10 +11,10 @@ from hf_prefopt.reporting.observed import Responses
 
 @dataclass(frozen=True)
 class Examples:
-    """The examples of a data set, in the order of its rows.
+    """The examples of a dataset, in the order of its rows.
 
     Attributes:
-        rows: `[B]`, row index of each example in the data set that the user passed.
+        rows: `[B]`, row index of each example in the dataset that the user passed.
         pair_in_row: `[B]`, index of each example among the examples of its row.
         responses: Measurements of the responses.
         reward_margins: `[B]`, difference of the loss's own rewards, chosen − rejected; NaN if an example has no chosen
@@ -56,10 +56,10 @@ class Examples:
 
 @dataclass
 class EvaluatedSets:
-    """The first and the last evaluation of each data set, and the margins of all evaluations.
+    """The first and the last evaluation of each dataset, and the margins of all evaluations.
 
     Attributes:
-        first, last: Step and examples, keyed by the metric prefix of the data set, such as "eval".
+        first, last: Step and examples, keyed by the metric prefix of the dataset, such as "eval".
         margins: Margins of the examples (see `Examples.margins`), keyed by metric prefix and step.
     """
 

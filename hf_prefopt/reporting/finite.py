@@ -26,7 +26,7 @@ class Seen:
     """The inputs and losses of some examples.
 
     Attributes:
-        rows: `[B]`, row indices of the examples in their data set.
+        rows: `[B]`, row indices of the examples in their dataset.
         inputs: Inputs of the losses, `[B]` or `[B, K]`, without inputs per token.
         losses: `[B]`, keyed by the name of the loss. The key "" holds the weighted sum of the losses.
     """
@@ -75,7 +75,7 @@ def _names(losses: list[str]) -> str:
 def _listed(rows: Tensor) -> str:
     numbers = sorted(set(rows.tolist()))
     more = f" and {len(numbers) - _NAMED} more" if len(numbers) > _NAMED else ""
-    return f"row{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers[:_NAMED]))}{more} of the data set"
+    return f"row{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers[:_NAMED]))}{more} of the dataset"
 
 
 def _cause(inputs: list[str]) -> str:

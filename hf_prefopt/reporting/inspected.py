@@ -10,24 +10,24 @@ from hf_prefopt.reporting.shown_rows import ShownRow
 
 @dataclass(frozen=True)
 class Inspection:
-    """A data set as training would read it.
+    """A dataset as training would read it.
 
     Attributes:
-        name: Name of the data set.
+        name: Name of the dataset.
         layout: Layout of the columns, or "prepared rows".
         content: Content type of the rows: "messages", "text" or "tokens".
         columns: Columns, keyed by role, such as {"prompt": "question"}.
         numbers: Columns of numbers that losses may read, keyed by prepared name, such as {"margins": "margin"}.
         unused: Columns that are not used.
         about_the_row: Unused columns that are known to be about the row: ids, sources, models.
-        kinds: If no loss was named, the kinds of examples that losses can compare in this data set: "pairs", "lists", …
+        kinds: If no loss was named, the kinds of examples that losses can compare in this dataset: "pairs", "lists", …
         is_beginning: Whether only the first rows of a stream were read.
         settings: Settings passed by the user, and settings for truncation, such as {"max_length": 1024}.
         summary: Counts of the prepared rows.
         counts: Counts of what happened to the given rows, see `data.notes.count_notes`; empty for prepared rows.
         within: Share of rows whose prompt and longest response, before truncation, fit into a number of tokens; keyed
             by this number.
-        remarks: Messages that training would log about the data set.
+        remarks: Messages that training would log about the dataset.
         errors: Errors that would stop training.
         rows: The first rows that are kept, including a truncated one if there is any.
     """
@@ -81,7 +81,7 @@ def events(inspection: Inspection) -> list[tuple[str, int]]:
 
 
 def facts(inspection: Inspection) -> list[tuple[str, str]]:
-    """Return the facts about a data set, as pairs of name and value."""
+    """Return the facts about a dataset, as pairs of name and value."""
     found, summary = inspection, inspection.summary
     beginning = f" (the first {found.rows_given:,} rows of a stream)" if found.is_beginning else ""
     columns = [f"{part} = {column}" if part != column else part for part, column in found.columns.items()]
@@ -106,7 +106,7 @@ def facts(inspection: Inspection) -> list[tuple[str, str]]:
 
 
 def _kinds(kinds: tuple[str, ...]) -> str:
-    """Describe the kinds of losses that can use a data set."""
+    """Describe the kinds of losses that can use a dataset."""
     unpaired = " (with unpair=True also of unpaired examples)" if "pairs" in kinds else ""
     return ", ".join(kinds) + unpaired
 

@@ -1,4 +1,4 @@
-"""Show an inspection in the terminal: how the data set is read, its counts, and some of its rows."""
+"""Show an inspection in the terminal: how the dataset is read, its counts, and some of its rows."""
 
 from collections.abc import Iterable
 

@@ -152,7 +152,7 @@ class TrainingRecord:
         """Record examples of a step, without waiting for the device.
 
         Args:
-            rows: `[B]`, row indices of the examples in their data set. inputs: Inputs of the losses, keyed by name.
+            rows: `[B]`, row indices of the examples in their dataset. inputs: Inputs of the losses, keyed by name.
         """
         self._means.add(example_metrics(self._objective, output, inputs))
         self._finite.add(step, Seen.of(self._objective, rows, inputs, output))
@@ -211,7 +211,7 @@ class Evaluation:
 
     Args:
         objective: Objective of the evaluation.
-        dataset: Evaluated data set.
+        dataset: Evaluated dataset.
         steps_on_device: Number of batches after which stored inputs move to the CPU. `None`: they stay on the device.
 
     Attributes:
@@ -276,7 +276,7 @@ class Evaluation:
             FloatingPointError: If the loss of an example is not finite. The message names the row.
         """
         if not self._inputs:
-            raise ValueError("the evaluation data set is empty: pass a data set with at least one row")
+            raise ValueError("the evaluation dataset is empty: pass a dataset with at least one row")
         parts = [_on_cpu(part) for part in self._inputs] if self._steps_on_device else self._inputs
         own = {name: join_examples([part[name] for part in parts]).cpu() for name in parts[0]}
         ranks = gather_object([own])

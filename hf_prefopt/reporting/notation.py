@@ -7,6 +7,6 @@ SYMBOLS = (
     "h = r_w − r_l",
     "σ is the logistic function, and ℓ(z) = −log σ(z)",
     "sg stops the gradient",
-    "R is a score from the data set",
+    "R is a score from the dataset",
 )
 NOTATION = "; ".join(SYMBOLS) + "."

@@ -25,7 +25,7 @@ BRACKETS: dict[State, tuple[str, str]] = {"scored": ("⟦", "⟧"), "cut": ("⟪
 def preview_rows(
     rows: Iterable[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, limit: int = 1
 ) -> RenderableType:
-    """Render the first `limit` rows of a prepared data set for rich.
+    """Render the first `limit` rows of a prepared dataset for rich.
 
     Args:
         rows: Prepared rows (`prepare_dataset`).

@@ -91,7 +91,7 @@ def _facts(record: RunRecord) -> list[tuple[str, str]]:
         "Layout": summary.get("layout"),
         "Attention": summary.get("attention"),
         "Data": summary.get("data"),
-        "Data sets": str(run.get("data", {}).get("data sets") or "").replace("`", ""),  # Markdown, for the card
+        "Datasets": str(run.get("data", {}).get("datasets") or "").replace("`", ""),  # Markdown, for the card
         "Batch": summary.get("batch"),
         "Optimizer": summary.get("optimizer"),
         "Hardware": run.get("hardware"),

@@ -24,7 +24,7 @@ class Shown:
     """A row of the table.
 
     Attributes:
-        key: Name of the metric, without the prefix of the data set. label: Label in the table.
+        key: Name of the metric, without the prefix of the dataset. label: Label in the table.
         form: Format of the value. share_of: For a share, the metric that holds its sample size.
     """
 
@@ -129,10 +129,10 @@ class Results:
 
 
 def results_of(record: RunRecord, name: str = "eval") -> Results:
-    """Return the results for one data set.
+    """Return the results for one dataset.
 
     Args:
-        name: Prefix of the data set's metrics.
+        name: Prefix of the dataset's metrics.
     """
     before, after = first_evaluation(record.logs, name), last_evaluation(record.logs, name)
     known = [entry for entry in record.accuracies if entry["set"] == name]
@@ -160,7 +160,7 @@ def _unprefixed(metrics: Mapping[str, float] | None, name: str) -> dict[str, flo
 
 
 def evaluated_sets(record: RunRecord) -> list[str]:
-    """Return the metric prefixes of the evaluated data sets."""
+    """Return the metric prefixes of the evaluated datasets."""
     return list(record.run.get("sets") or ["eval"])
 
 

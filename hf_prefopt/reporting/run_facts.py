@@ -56,7 +56,7 @@ def card_facts(
         terms: Losses of the objective.
         reference: Description of the reference, as a phrase; `None` if the losses need no reference.
         state: State of the Trainer. Before training, it has no evaluation to report.
-        rows: Data sets, keyed by purpose, such as `{"training rows": dataset}`.
+        rows: Datasets, keyed by purpose, such as `{"training rows": dataset}`.
         model_name: Title of the card. Default: the name of the repository or of the output folder.
         datasets: Names or folders of the data. The trainer only knows the rows, so the caller passes the names.
         setup: Start summary, keyed by topic. Topics that other sections of the card cover are ignored.
@@ -76,7 +76,7 @@ def card_facts(
         repository=repository,
         reference=reference or "none, the loss needs none",
         datasets=list(datasets),
-        data={"data sets": ", ".join(f"`{name}`" for name in datasets), **counts},
+        data={"datasets": ", ".join(f"`{name}`" for name in datasets), **counts},
         setup={topic: text for topic, text in setup.items() if topic in _SETUP},
         hyperparameters=_hyperparameters(args, model, state.global_step),
         metrics=last_evaluation(state.log_history),

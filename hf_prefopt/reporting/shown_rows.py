@@ -71,7 +71,7 @@ class ShownText:
 
 @dataclass(frozen=True)
 class ShownRow:
-    """A row: its index in the data set, its prompt and its responses."""
+    """A row: its index in the dataset, its prompt and its responses."""
 
     number: int
     prompt: ShownText

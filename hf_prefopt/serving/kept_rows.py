@@ -36,7 +36,7 @@ def keep_rows(folder: Path, evaluated: Any, trained: Any, quantized: str | None)
     """Save the first rows of the evaluation data or, without evaluation data, of the training data.
 
     Args:
-        evaluated: Prepared data set, dict of prepared data sets, or None. trained: Prepared data set, or None.
+        evaluated: Prepared dataset, dict of prepared datasets, or None. trained: Prepared dataset, or None.
         quantized: Quantization of the base model during training, or None.
     """
     dataset = next(iter(evaluated.values()), None) if isinstance(evaluated, dict) else evaluated

@@ -114,7 +114,7 @@ class PreferenceData:
         return checked
 
     def prepare_training(self, dataset: Any) -> DataOrSplits | None:
-        """Prepare the data set to train on.
+        """Prepare the dataset to train on.
 
         Raises:
             ValueError: as in `prepare`, or the losses have no gradient for the only label of the examples.
@@ -206,7 +206,7 @@ class PreferenceData:
             self.objective, self._is_settled = self.args.build_objective(kind, columns), True
         losses, wanted = ", ".join(self.args.loss_type), self.objective.inputs
         if not all(map(kind.has_input, wanted)):
-            raise ValueError(f"the {name} data set holds {kind.name}, but {losses} needs {self.objective.kind.wanted}")
+            raise ValueError(f"the {name} dataset holds {kind.name}, but {losses} needs {self.objective.kind.wanted}")
         is_stream = not isinstance(dataset, Dataset)
         # Only the columns of a stream can be checked here; its rows are checked when they are read.
         first = dict.fromkeys(dataset.column_names, True) if is_stream or not len(dataset) else dataset[0]
@@ -214,7 +214,7 @@ class PreferenceData:
         if reason is None and self.objective.needs_mismatched and is_stream:
             reason = "it draws responses to other prompts from the whole dataset, which a stream does not support"
         if reason is not None:
-            raise ValueError(f"the {name} data set does not fit {losses}: {reason}")
+            raise ValueError(f"the {name} dataset does not fit {losses}: {reason}")
         fitting = check_examples(dataset, self.objective, name)
         self._check_mismatched(fitting, name)
         self._fitting.add(fitting)

@@ -35,7 +35,7 @@ OTHER_DEFAULTS: dict[str, tuple[Any, Any, str]] = {
         "sequential",
         "random",
         "For KTO, TRL pairs each row with its neighbor in the batch, so it must not shuffle; here mismatched pairs "
-        "come from the whole data set.",
+        "come from the whole dataset.",
     ),
     "logging_nan_inf_filter": (True, False, "A loss that is not finite stops the run."),
     "ddp_broadcast_buffers": (None, False, "Buffers do not change in training, so they need no broadcast."),

@@ -150,7 +150,7 @@ def _behavior() -> str:
             "keeps a frozen copy of the initial trainable weights",
         ),
         ("a PEFT model is passed", "adds an adapter `ref`, which is saved with the model", "adds nothing"),
-        ("KTO's mismatched responses", "from another row of the batch", "from the whole data set, new in every epoch"),
+        ("KTO's mismatched responses", "from another row of the batch", "from the whole dataset, new in every epoch"),
         ("KTO's z, AOT's sort", "over a micro-batch", "over the global batch"),
         ("metrics of an evaluation", "means of batch means", "means over the rows"),
         (
@@ -180,7 +180,7 @@ def _behavior() -> str:
         ("encoder-decoder models", "supported in CPO and ORPO", "an error"),
         ("images", "supported in DPO and KTO", "an error"),
         ("`compute_metrics`", "gets logits", "gets rewards, and labels of 1 for preferred responses"),
-        ("a streaming data set with KTO's loss", "accepted", "an error, because other prompts are not known"),
+        ("a streaming dataset with KTO's loss", "accepted", "an error, because other prompts are not known"),
         (
             "a mixture of experts' auxiliary loss",
             "added by default in DPO and KTO; in the other trainers, if the model's config has "

@@ -28,7 +28,7 @@ DATA: dict[Any, dict[str, Any]] = {
     SCORED: {"dataset_name": "recipes/data/gsm8k_quantiles"},
     LISTS: {"dataset_name": "recipes/data/gsm8k_lists"},
 }
-# Data sets for losses that need additional columns, keyed by the input that needs the column.
+# Datasets for losses that need additional columns, keyed by the input that needs the column.
 DATA_WITH = {
     "chosen_scores": {"dataset_name": "recipes/data/pandalm_pairs"},
     "chosen_win_rates": {"dataset_name": "recipes/data/pandalm_pairs"},

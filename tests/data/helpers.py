@@ -37,7 +37,7 @@ def text_pair(prompt: str = "The capital of France is", chosen: str = " Paris.",
 
 
 def prepare_row(row: dict, tokenizer, **options) -> dict:
-    """Return the first prepared row of a data set with only this row; by default nothing is truncated."""
+    """Return the first prepared row of a dataset with only this row; by default nothing is truncated."""
     return prepare_dataset(Dataset.from_list([row]), tokenizer, **{"max_length": None, **options})[0]
 
 

@@ -1,4 +1,4 @@
-"""Rows with the columns of public data sets and of other trainers become the right prompt, responses and preference.
+"""Rows with the columns of public datasets and of other trainers become the right prompt, responses and preference.
 
 Each row is compared with the same row in the columns of its format: tokens, masks and example columns are equal.
 """

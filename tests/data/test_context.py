@@ -16,7 +16,7 @@ WHAT = "What is the capital of France?"
 ANSWERS = {"chosen": "It is Paris.", "rejected": "It is Rome."}
 TALK = {"chosen": [*ask(), *reply("Paris.")], "rejected": [*ask(), *reply("Rome.")]}
 
-# Columns of well-known data sets, with prompt and responses already in a known format, and those of the columns that
+# Columns of well-known datasets, with prompt and responses already in a known format, and those of the columns that
 # raise an error.
 HUB = {
     "Intel/orca_dpo_pairs": ({"system": "Be brief.", "question": WHAT, **ANSWERS}, []),

@@ -1,4 +1,4 @@
-"""Data sets are read by Hub name, folder, file or pattern; errors name what is missing or broken."""
+"""Datasets are read by Hub name, folder, file or pattern; errors name what is missing or broken."""
 
 import gzip
 import json

@@ -28,7 +28,7 @@ def test_each_format_is_found_by_its_columns_and_others_are_left_aside(name):
 
 @pytest.mark.parametrize("kind", [None, PAIRS, UNPAIRED])
 def test_a_reference_is_a_gold_response_only_where_triples_are_wanted(kind):
-    """`reference` is a column of other data sets, too; losses of pairs ignore it, as in TRL's trainers."""
+    """`reference` is a column of other datasets, too; losses of pairs ignore it, as in TRL's trainers."""
     columns = ["prompt", "chosen", "rejected", "reference"]
     assert find_format(columns, kind).name == "pairs"
     assert find_format(columns, TRIPLES).name == "triples"

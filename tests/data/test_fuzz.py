@@ -50,7 +50,7 @@ class Said(logging.Handler):
 
 
 def prepared(row: Row, tokenizer=TOKENIZER, as_stream: bool = False, **options) -> tuple[list[Row], str]:
-    """Return the prepared rows of a data set of this row, and the log; errors must
+    """Return the prepared rows of a dataset of this row, and the log; errors must
     come from our code and name a cause.
     """
     said, logger = Said(), logging.getLogger("hf_prefopt")

@@ -1,4 +1,4 @@
-"""Mixtures: sources with different layouts become one data set, with the requested number of rows of each source."""
+"""Mixtures: sources with different layouts become one dataset, with the requested number of rows of each source."""
 
 import json
 from collections import Counter

@@ -1,4 +1,4 @@
-"""Layouts of public data sets and annotation tools: the rows that they are converted to, or the error and its fix."""
+"""Layouts of public datasets and annotation tools: the rows that they are converted to, or the error and its fix."""
 
 import json
 import logging
@@ -143,7 +143,7 @@ def test_a_row_means_what_it_says(name):
 
 
 def test_the_judges_prompt_is_not_the_prompt():
-    """In the data sets of Prometheus, `instruction` is the judge's prompt, and
+    """In the datasets of Prometheus, `instruction` is the judge's prompt, and
     `orig_instruction` is the models' prompt.
     """
     row = {"orig_instruction": WHAT, "orig_response_A": BLUE, "orig_response_B": GREEN, "orig_preference": "A"}

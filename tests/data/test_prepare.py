@@ -1,4 +1,4 @@
-"""Preparing a whole data set: its columns, its cache, and the message about truncated, dropped and rejected rows."""
+"""Preparing a whole dataset: its columns, its cache, and the message about truncated, dropped and rejected rows."""
 
 import logging
 
@@ -16,7 +16,7 @@ BAD = {**text_pair(), "rejected": ""}
 
 @pytest.fixture
 def said(caplog):
-    """Collect the messages that preparing a data set logs."""
+    """Collect the messages that preparing a dataset logs."""
     caplog.set_level(logging.WARNING, logger="hf_prefopt")
     return lambda: [record.getMessage() for record in caplog.records if record.name.startswith("hf_prefopt")]
 
@@ -204,7 +204,7 @@ def test_a_set_prepared_with_other_settings_is_refused(options, message, tmp_pat
     loaded = Dataset.load_from_disk(tmp_path)
     for given in (prepared, loaded):
         assert prepare_dataset(given, **settings) is given
-        with pytest.raises(ValueError, match=f"train: this data set was prepared with .*{message}"):
+        with pytest.raises(ValueError, match=f"train: this dataset was prepared with .*{message}"):
             prepare_dataset(given, **{**settings, **options})
     by_hand = Dataset.from_list(list(prepared), features=prepared.features)
     if "max_length" not in options:
@@ -223,7 +223,7 @@ def test_prepared_rows_without_a_note_are_looked_at(streamed):
     rows = bare.to_iterable_dataset() if streamed else bare
     assert len(list(prepare_dataset(rows, TOKENIZER, max_length=max(lengths)))) == 2
     longest = lengths.index(max(lengths))
-    with pytest.raises(ValueError, match=f"row {longest} of this prepared data set has {max(lengths)} tokens"):
+    with pytest.raises(ValueError, match=f"row {longest} of this prepared dataset has {max(lengths)} tokens"):
         list(prepare_dataset(rows, TOKENIZER, max_length=max(lengths) - 1))
     beyond = done[0] | {"response_ids": [[len(TOKENIZER)], [3]], "scored_masks": [[1], [1]]}
     wrong = Dataset.from_list([beyond], features=done.features)

@@ -53,7 +53,7 @@ WRONG = {
 def test_columns_that_do_not_match_are_named_with_the_row(kind, columns, said, streamed):
     rows = Dataset.from_list(changed(kind, **columns))
     rows = rows.to_iterable_dataset() if streamed else rows
-    with pytest.raises(ValueError, match="row 2 of this prepared data set .*" + re.escape(said)):
+    with pytest.raises(ValueError, match="row 2 of this prepared dataset .*" + re.escape(said)):
         list(prepare_dataset(rows, TOKENIZER))
 
 
@@ -74,7 +74,7 @@ def test_rows_that_match_stay_as_they_are(kind):
 
 
 class TestShown:
-    """A data set is what it shows: not its hidden columns, and not the rows from which a function makes others."""
+    """A dataset is what it shows: not its hidden columns, and not the rows from which a function makes others."""
 
     RAW = Dataset.from_dict(
         {"prompt": ["Q: "] * 2, "chosen": ["Yes."] * 2, "rejected": ["No."] * 2, "margin": [3.0] * 2}

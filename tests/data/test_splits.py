@@ -53,7 +53,7 @@ def test_a_split_that_somebody_asked_for_and_is_not_there_is_an_error():
     with pytest.raises(ValueError, match=r"no split 'other' to train on: .* train_prefs, test_prefs: .*train_split"):
         splits.training_split(names, "other")
     with pytest.raises(
-        ValueError, match="dataset_test_split=held_out: the data set has the splits train_prefs, test_prefs"
+        ValueError, match="dataset_test_split=held_out: the dataset has the splits train_prefs, test_prefs"
     ):
         splits.evaluation_split(names, "held_out", "train_prefs")
 

@@ -1,4 +1,4 @@
-"""The counts of a prepared data set equal those of a simple count, row by row."""
+"""The counts of a prepared dataset equal those of a simple count, row by row."""
 
 import math
 from itertools import product

@@ -37,7 +37,7 @@ class Case:
         lora: whether an adapter (not a fresh one) trains, or all weights.
         model: settings of the model's config. adapter: settings of the adapter.
         four_bits: settings of the `BitsAndBytesConfig` of a 4-bit model; `None` for a model that is not quantized.
-        rows: the training data. streams: whether the data set is a stream.
+        rows: the training data. streams: whether the dataset is a stream.
         ref_model: an explicit reference, "given" as a model or "by name".
         seed: seed of the difference between policy and reference when training begins.
         resumes: whether the run is also resumed from its second checkpoint, in a new trainer.

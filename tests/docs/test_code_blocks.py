@@ -45,7 +45,7 @@ def cache(tmp_path_factory) -> Path:
 def ten_pairs(
     name: str, split: str | None = None, data_files: str | None = None
 ) -> datasets.Dataset | datasets.DatasetDict:
-    """Return pairs of messages, for any data set name or file."""
+    """Return pairs of messages, for any dataset name or file."""
     rows = datasets.Dataset.from_list(
         [
             {

@@ -1,4 +1,4 @@
-"""The rows that the recipes train on if they use only a part of the data set."""
+"""The rows that the recipes train on if they use only a part of the dataset."""
 
 from datasets import Dataset
 

@@ -135,7 +135,7 @@ def test_a_data_set_of_one_file_is_trained_on_and_a_column_may_be_left_out(tmp_p
 def test_a_script_ends_with_one_line_at_a_mistake(tmp_path):
     """The exit code is 1, without a traceback."""
     run = in_a_process([sys.executable, str(RECIPES / "dpo_lora.py")], cwd=tmp_path, cache=tmp_path)
-    assert run.returncode == 1 and run.stderr.splitlines()[-1].startswith("error: the data set is missing")
+    assert run.returncode == 1 and run.stderr.splitlines()[-1].startswith("error: the dataset is missing")
     assert "Traceback" not in run.stderr
 
 

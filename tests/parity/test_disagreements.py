@@ -282,8 +282,8 @@ def test_kto_is_not_shuffled(tmp_path):
 
 
 def test_kto_takes_no_single_row(tmp_path):
-    """TRL draws mismatched responses from the batch, so it raises an error for batches of one. We draw from the data
-    set, and 1 × 4 equals 4 × 1 (test_trainer_exactness tests this for every loss).
+    """TRL draws mismatched responses from the batch, so it raises an error for batches of one. We draw from the
+    dataset, and 1 × 4 equals 4 × 1 (test_trainer_exactness tests this for every loss).
     """
     with pytest.raises(ValueError, match="batch size must be > 1"):
         kto_trainer(tmp_path, per_device_train_batch_size=1)

@@ -231,7 +231,7 @@ def test_a_cut_is_another_response(tmp_path):
     ids=["ref_model", "frozen copy", "frozen adapter"],
 )
 def test_a_reference_with_memory_of_its_own_is_let_go(make, settings, tmp_path):
-    """The trainer holds no reference to it during training. A later data set can then not be scored, and the error says
+    """The trainer holds no reference to it during training. A later dataset can then not be scored, and the error says
     how many responses are missing: one of the two responses of each of three new rows.
     """
     settings = {name: make() for name, make in settings.items()}
@@ -254,7 +254,7 @@ def test_a_reference_with_memory_of_its_own_is_let_go(make, settings, tmp_path):
 
 
 def test_an_adapter_that_is_off_stays_at_hand(runs, tmp_path):
-    """A disabled adapter has no memory of its own to free, so another data set is computed whenever it is passed."""
+    """A disabled adapter has no memory of its own to free, so another dataset is computed whenever it is passed."""
     trainer = cached(tmp_path, max_steps=1)
     trainer.train()
     trainer.evaluate(pairs(3, seed=3))

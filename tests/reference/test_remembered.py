@@ -40,7 +40,7 @@ def test_a_second_evaluation_asks_nothing_of_it(tmp_path, runs):
 
 
 def test_another_data_set_is_not_taken_for_this_one(tmp_path, runs):
-    """Another data set has its own rows 0 to 4: its three batches are run, with the figures of a new trainer."""
+    """Another dataset has its own rows 0 to 4: its three batches are run, with the figures of a new trainer."""
     trainer = trainer_with(tmp_path, random_rows(5))
     trainer.evaluate()
     other = Dataset.from_list(random_rows(5, seed=9))

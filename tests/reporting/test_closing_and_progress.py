@@ -14,7 +14,7 @@ def test_closing_report_keeps_paths_and_commands_whole():
     """A path that is longer than the terminal is not wrapped, because people copy it."""
     long_path = "runs/" + "a" * 120
     out = io.StringIO()
-    results, next_steps = {"adapter": long_path}, {"a data set": "--dataset_name x"}
+    results, next_steps = {"adapter": long_path}, {"a dataset": "--dataset_name x"}
     closing_report(results_of(made_up_run()), results, next_steps, Console(width=80, file=out))
     text = out.getvalue()
     assert long_path in text and "--dataset_name x" in text and "Next steps" in text

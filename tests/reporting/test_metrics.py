@@ -55,7 +55,7 @@ def test_examples_that_do_not_count_are_left_out():
 
 
 def test_an_evaluation_of_nothing_is_an_error():
-    with pytest.raises(ValueError, match="evaluation data set is empty"):
+    with pytest.raises(ValueError, match="evaluation dataset is empty"):
         Evaluation(build_objective(["dpo"])).metrics()
 
 
@@ -65,7 +65,7 @@ def test_a_row_that_is_not_finite_is_named():
     inputs["ref_chosen_logps"][1] = math.nan
     evaluation = Evaluation(objective)
     evaluation.add(batch, inputs)
-    with pytest.raises(FloatingPointError, match=r"evaluation at step 7: .* row 1 of the data set.*ref_chosen_logps"):
+    with pytest.raises(FloatingPointError, match=r"evaluation at step 7: .* row 1 of the dataset.*ref_chosen_logps"):
         evaluation.metrics("evaluation at step 7")
 
 

@@ -36,9 +36,9 @@ def test_raw_rows_are_tokenized_and_prepared_ones_stay(tmp_path):
 
 
 def test_examples_that_the_losses_cannot_compare_are_named(tmp_path):
-    with pytest.raises(ValueError, match="the train data set holds unpaired examples, but dpo needs pairs"):
+    with pytest.raises(ValueError, match="the train dataset holds unpaired examples, but dpo needs pairs"):
         data(tmp_path).prepare(unpaired(3), "train")
-    with pytest.raises(ValueError, match="the b data set holds lists, but dpo needs pairs"):
+    with pytest.raises(ValueError, match="the b dataset holds lists, but dpo needs pairs"):
         data(tmp_path).prepare({"a": pairs(2), "b": lists(2)}, "eval")
 
 
@@ -58,7 +58,7 @@ def test_changed_settings_are_checked_against_the_data(tmp_path):
     made.settle_again(train, {"a": train})
     assert [term.spec.name for term in made.objective.terms] == ["ipo"]
     made.args.loss_type = ["kto"]
-    with pytest.raises(ValueError, match="the train data set holds pairs, but kto needs"):
+    with pytest.raises(ValueError, match="the train dataset holds pairs, but kto needs"):
         made.settle_again(train, None)
 
 
@@ -115,7 +115,7 @@ def test_a_token_without_embedding_is_named_with_its_row(tmp_path):
 
 
 def test_what_was_prepared_is_not_checked_again(tmp_path, caplog):
-    """An evaluation can pass the data set that the trainer has prepared; with other losses, it is checked again."""
+    """An evaluation can pass the dataset that the trainer has prepared; with other losses, it is checked again."""
     args = make_config(tmp_path)
     data = PreferenceData(args, tiny_tokenizer())
     rows = pairs(3).add_column("margins", [[0.5]] * 3)

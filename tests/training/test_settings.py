@@ -182,7 +182,7 @@ def test_every_settled_setting_is_tried():
         ({"temperature": 0.0}, "temperature=0.0 must be above 0"),
         ({"loss_type": "dop"}, "there is no loss dop; did you mean dpo"),
         ({"loss_type": "sft", "beta": 0.5}, "beta=0.5 is not used by any loss"),
-        ({"loss_type": "kto"}, "the train data set holds pairs, but kto needs"),
+        ({"loss_type": "kto"}, "the train dataset holds pairs, but kto needs"),
         ({"reference": "none"}, "a loss needs a reference"),
         ({"reference": "cache"}, "precompute_ref_log_probs=True comes too late"),
         ({"unpair": True}, "unpair=True makes unpaired examples"),
@@ -281,7 +281,7 @@ def by_itself(trainer, spaces, **options):
 
 
 class Evaluations(TrainerCallback):
-    """A callback that records the losses of each evaluation, by data set."""
+    """A callback that records the losses of each evaluation, by dataset."""
 
     def __init__(self):
         self.losses = []

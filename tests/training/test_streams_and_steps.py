@@ -43,7 +43,7 @@ def rows_of_steps(trainer):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_what_is_left_of_an_epoch_begins_the_next(workers, tmp_path):
     """Five rows, two per step: the third step has the last row and the first one.
-    Losses, norms and weights are those of a data set with the rows in this order.
+    Losses, norms and weights are those of a dataset with the rows in this order.
     """
     trainer = stream_trainer(tmp_path, max_steps=5, dataloader_num_workers=workers)
     steps = rows_of_steps(trainer)
