@@ -196,8 +196,8 @@ class ExampleKind(ABC):
             places: for each row, the positions of its responses in the batch's flat order.
 
         Returns:
-            This kind's entries, and `rows` and `pair_in_row`, `[B]` int64. `rows` has the index of each example's row in
-            its dataset, and `pair_in_row` the index of the example among the examples of its row.
+            This kind's entries, and `rows` and `pair_in_row`, `[B]` int64. `rows` has the index of each example's row
+            in its dataset, and `pair_in_row` the index of the example among the examples of its row.
         """
 
     @abstractmethod
