@@ -43,7 +43,7 @@ class PreferenceConfig(TrainingArguments):
     Fields that TRL's `DPOConfig` also has have the same name and meaning.
 
     Raises:
-        ValueError: at construction; the message names the field, its value and the valid values.
+        ValueError: a field has an invalid value. The error is raised at construction.
         TypeError: the field does not exist; for names from other libraries, the message says what to use instead.
     """
 

@@ -2,12 +2,15 @@
 
 import re
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields
 from difflib import get_close_matches
 from functools import lru_cache
 from numbers import Integral, Real
 from os import PathLike
 from types import NoneType
 from typing import Any, get_args, get_type_hints
+
+from transformers import TrainingArguments
 
 from hf_prefopt.objective.divergences import ALIASES
 from hf_prefopt.objective.objective import Objective
@@ -66,11 +69,19 @@ def check_types(args: Any) -> None:
 
 @lru_cache
 def _types_of_fields(config: type) -> dict[str, tuple[Any, ...]]:
-    """Return the types of each field, without the fields with types that are not in `_TYPES`, such as enumerations."""
+    """Return the types of each field, without the fields with types that are not in `_TYPES`, such as enumerations.
+
+    Texts of `TrainingArguments` are left out, too: it also takes other values for some of them, such as `fsdp=True`.
+    """
     hints = get_type_hints(config)
     types = {name: get_args(hints[name]) or (hints[name],) for name in config.__dataclass_fields__}  # type: ignore[attr-defined]
     types = {name: (hints[name],) if hints[name] in _TYPES else given for name, given in types.items()}
-    return {name: given for name, given in types.items() if all(one in _TYPES for one in given)}
+    theirs = {field.name for field in fields(TrainingArguments)}
+    return {
+        name: given
+        for name, given in types.items()
+        if all(one in _TYPES for one in given) and not (name in theirs and str in given)
+    }
 
 
 def _is_list_of(value: Any, kind: type) -> bool:

@@ -45,8 +45,8 @@ def load_model(
 
     The weights are loaded in fp32 unless `init_kwargs` has a `dtype`; bf16 training uses autocast. The model class is
     the one that the config names (`architectures`), or else the first of `AutoModelForCausalLM` and
-    `AutoModelForImageTextToText` that supports the config. An adapter is loaded, trainable, on the base model that the
-    adapter's configuration names.
+    `AutoModelForImageTextToText` that supports the config. If the name is an adapter's, the base model in the
+    adapter's configuration is loaded, and the adapter on it is trainable.
 
     Raises:
         ValueError: the adapter's configuration names no base model; the adapter is a soft prompt; the adapter's tensors

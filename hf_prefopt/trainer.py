@@ -38,6 +38,7 @@ from hf_prefopt.reporting.throughput import Throughput
 from hf_prefopt.scoring.modes import adapter_casts_off, body_parameters, light_train
 from hf_prefopt.training.activations import check_activations, keep_attention, offloaded
 from hf_prefopt.training.arguments import check_arguments, check_types, refuse_empty_epoch, refuse_missing
+from hf_prefopt.training.batch_layout import loader_collator
 from hf_prefopt.training.best_metric import check_best_metric
 from hf_prefopt.training.engines import (
     accept_model,
@@ -54,7 +55,7 @@ from hf_prefopt.training.preference_data import Data, DataOrSplits
 from hf_prefopt.training.replicas import RanksAgree, refuse_drifted
 from hf_prefopt.training.saved_adapters import load_adapters, refuse_adapter_alone, set_base_name, with_frozen_adapters
 from hf_prefopt.training.saved_run import SavedRun
-from hf_prefopt.training.scorer import Scorer, loader_collator
+from hf_prefopt.training.scorer import Scorer
 from hf_prefopt.training.scorer_events import ScorerEvents, SettleScorer
 from hf_prefopt.training.settings import OwnSettings, evaluation_loss
 from hf_prefopt.training.step_batches import StepBatches
@@ -344,7 +345,7 @@ class PreferenceTrainer(Trainer):
         return prepared
 
     def _evaluated(self) -> dict[str, Any]:
-        """Return the evaluation datasets as their data loaders read them, keyed by name."""
+        """Return the prepared datasets of the evaluation data loaders, keyed by the names of the evaluation sets."""
         if self.eval_dataset is None:
             return {}
         names = list(self.eval_dataset) if isinstance(self.eval_dataset, dict) else [None]

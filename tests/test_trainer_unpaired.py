@@ -170,8 +170,11 @@ def test_a_checkpoint_without_the_state_says_so(tmp_path, caplog):
     assert "the checkpoint has no state for bco_pair: using the initial state" in caplog.text
 
 
-@pytest.mark.parametrize("label", [True, False])
-@pytest.mark.parametrize("loss", UNPAIRED_LOSSES)
+ONE_CLASS = [(loss, label) for loss in UNPAIRED_LOSSES for label in (True, False)]
+ONE_CLASS.remove(("npo", True))  # an error, because desirable responses have no gradient
+
+
+@pytest.mark.parametrize(("loss", "label"), ONE_CLASS)
 def test_data_of_one_class_trains_and_evaluates(loss, label, tmp_path):
     """The numbers are finite; metrics of the missing class are left out instead of being nan."""
     data = unpaired(4).map(lambda row: {"labels": [label]})

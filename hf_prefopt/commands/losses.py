@@ -8,7 +8,7 @@ import textwrap
 from argparse import ArgumentParser, Namespace
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from hf_prefopt.kinds import KINDS
@@ -39,7 +39,7 @@ def run(options: Namespace) -> int:
 
 def _table(specs: list[LossSpec], kind: str | None) -> Table:
     """Build a table with one row per loss, grouped by the kind of examples."""
-    table = Table("loss", "data", "reference", "formula", "defaults", box=None, pad_edge=False)
+    table = Table(Column("loss", no_wrap=True), "data", "reference", "formula", "defaults", box=None, pad_edge=False)
     for of_kind in KINDS:
         for spec in specs:
             if spec.kind is of_kind and kind in (None, of_kind.name):

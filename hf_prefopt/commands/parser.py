@@ -49,7 +49,7 @@ class CommandParser(HfArgumentParser):
         """Name the missing arguments, and show the first example of the help."""
         names = re.sub(r"/--[\w-]+", "", names)  # other spellings
         example = re.search(rf"^ *({re.escape(self.prog)} .+)$", self.description or "", re.MULTILINE)
-        return f"{names} {'are' if ',' in names else 'is'} missing" + (f", as in {example[1]}" if example else "")
+        return f"{names} {'are' if ',' in names else 'is'} missing" + (f"; example: {example[1]}" if example else "")
 
     def _as_known(self, word: str) -> str:
         """Write an option with underscores if that is how it is known."""

@@ -1,1 +1,1 @@
-"""Convert the rows of a dataset to batches of prompt groups."""
+"""Convert the rows of a dataset to batches of prompts with their responses."""

@@ -38,7 +38,7 @@ def distribution_matching_weights(
         labels: `[N]`, whether each example is desirable.
         low, high: Bounds of a weight, 0 ≤ low ≤ high.
         prompts_per_class: Maximum number of prompts per class, ≥ 1.
-        seed: Seed for drawing the prompts.
+        seed: Seed of the random choice of at most `prompts_per_class` prompts, to which the classifier is fitted.
 
     Returns:
         `[N]` float64, in the order of the examples.

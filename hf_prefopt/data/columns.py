@@ -68,7 +68,10 @@ def choose_columns(
     columns = column_names(dataset)
     unknown = [column for column in removed or () if column not in columns]
     if unknown:
-        raise ValueError(f"remove_columns={list(removed or ())}: no column {unknown[0]!r}; found {', '.join(columns)}")
+        raise ValueError(
+            f"remove_columns={list(removed or ())}: no column {unknown[0]!r}; found {', '.join(columns)}: "
+            "name one of these, or leave it out"
+        )
     if removed:
         dataset = dataset.remove_columns(list(removed))
         columns = [column for column in columns if column not in removed]

@@ -211,7 +211,11 @@ def _ordered(given: Given, better: int) -> Row:
 
 
 def _up_to(turn: int | None, part: str, value: Any) -> Any:
-    """Return a conversation up to the answer to the user's nth message, if the row has the number of a judged turn."""
+    """Return a conversation up to and including the answer to the judged turn; without a judged turn, return all of it.
+
+    Args:
+        turn: Number of the judged turn, which is a message of the user, counted from 1.
+    """
     content = None if turn is None else read_content(part, value)
     if turn is None or not isinstance(content, list):
         return value

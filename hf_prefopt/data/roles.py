@@ -19,7 +19,7 @@ Names = tuple[str, ...]
 
 
 def is_content(value: Any) -> bool:
-    """Return True if the value may be a text, a message or a list of messages; a list of texts is not."""
+    """Return True for a text, a dict such as a message, and a list, but False for a list of texts."""
     return isinstance(value, str | dict) or (isinstance(value, list | tuple) and not is_texts(value))
 
 

@@ -19,7 +19,7 @@ from hf_prefopt.data.template import Span
 
 @dataclass(frozen=True)
 class TokenizedRow:
-    """One prompt group as tokens.
+    """A prompt and all its responses, as tokens.
 
     Attributes:
         prompt_ids: Token ids of the prompt that all responses share.

@@ -126,8 +126,9 @@ def lipo_loss(
 ) -> LossOutput:
     """Σ_{R_i > R_j} Δ_ij ℓ(β(r_i − r_j)), Δ_ij = |2^R_i − 2^R_j|·|1/log(1+τ_i) − 1/log(1+τ_j)|, τ the rank by βr.
 
-    LiPO-λ, eq. 8: a pair counts more if swapping it would change the DCG of the policy's ranking more. Δ is not
-    differentiated. For equal rewards, as all are before the first step, Δ is averaged over their possible orders.
+    R are the scores, r the log-ratios of the responses, and τ_i is the rank of response i by βr. LiPO-λ, eq. 8: a pair
+    counts more if swapping it would change the DCG of the policy's ranking more. Δ is not differentiated. For equal
+    rewards, as all are before the first step, Δ is averaged over their possible orders.
     Scores are gains in [0, 1]; the trainer rejects data with scores outside this range.
 
     Use it on lists of four or more scored responses, if the top of the ranking matters most.

@@ -176,7 +176,8 @@ class Objective:
     def _check_on_made_up_numbers(self) -> None:
         """Try every loss, so that a mistake raises an error now and not at the first step; see `trial.try_loss`."""
         for term in self.terms:
-            try_loss(term, partial(self._weighted, term, training=True), self.inputs)
+            with torch.device("cpu"):  # also if the caller has another default device
+                try_loss(term, partial(self._weighted, term, training=True), self.inputs)
 
 
 def _counts_tokens(name: str) -> bool:

@@ -129,7 +129,7 @@ def _fault(error: yaml.MarkedYAMLError) -> str:
         return f"{where}: YAML does not allow a tab here: use spaces"
     if start and (error.context or "").startswith(("while parsing a flow", "while scanning a quoted")):
         opened = (start.buffer or "")[start.pointer : start.pointer + 1] or "part that begins"
-        problem += f"; the {opened} in line {start.line + 1}, column {start.column + 1} is not closed"
+        return f", line {start.line + 1}, column {start.column + 1}: the {opened} here is not closed ({problem}{where})"
     return f"{where}: invalid YAML: {problem}"
 
 
@@ -189,9 +189,10 @@ def _wanted(option: Action, value: Any, error: Exception) -> str:
     if option.choices is not None:
         return f"{given} is not one of {', '.join(map(str, option.choices))}"
     if isinstance(error, TypeError):
-        return f"{given} must be one value, and not a {type(value).__name__}"
+        wanted = "a value or a list of values" if option.nargs == "+" else "one value"
+        return f"{given} must be {wanted}, and not a {type(value).__name__}"
     if isinstance(error, ArgumentTypeError):
-        return f"{given} cannot be used: {error}"
+        return f"{option.dest}: {error}"
     kind = _KINDS.get(getattr(option.type, "__name__", ""))
     return f"{given} is not {kind}" if kind else f"{given}: {error}"
 

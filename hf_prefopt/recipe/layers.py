@@ -1,4 +1,4 @@
-"""Merging of the settings from several files and the command line. Later layers override earlier layers.
+"""Merge the settings of several files and the command line. Later layers override earlier layers.
 
 Some settings depend on another setting and are dropped when that setting changes:
 

@@ -59,8 +59,9 @@ class Responses:
         logps: Mean of log π over the tokens, in nats per token.
         preferred: 1 for responses that the data prefer, 0 for other responses and padding.
         log_ratios: Mean of d = log π − log π_ref over the tokens, in nats per token; `None` without a reference.
-        kls: Mean of e^d − 1 − d ≥ 0 over the tokens. If the responses are samples of the reference, this mean has the
-            expectation KL(π_ref‖π) per token (J. Schulman, "Approximating KL divergence", estimator k3).
+        kls: Mean of e^d − 1 − d over the tokens, with the same d; never negative. If the responses are samples of the
+            reference, this mean has the expectation KL(π_ref‖π) per token (J. Schulman, "Approximating KL divergence",
+            estimator k3).
     """
 
     lengths: np.ndarray

@@ -76,8 +76,9 @@ def read_record(folder: str | Path) -> RunRecord:
         raise ValueError(
             f"{folder}: there is no such folder: name the output_dir of a run"
             if not Path(folder).exists()
-            else f"{folder} has no {FILE}: name the output_dir of a run that has ended (the recipes and "
-            "`hf_prefopt.console.finish_run` write it), or resume an interrupted run with --resume_from_checkpoint true"
+            else f"{folder} has no {FILE}, which is written when a run of `hf_prefopt train` ends, and by "
+            "`hf_prefopt.console.finish_run`: name the output_dir of a finished run, or finish an interrupted run with "
+            "--resume_from_checkpoint true"
         )
     record = RunRecord()
     for number, text in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):

@@ -83,7 +83,7 @@ class Results:
 
     @property
     def columns(self) -> list[tuple[str, Mapping[str, float]]]:
-        """The name and the metrics of each available evaluation."""
+        """The columns of the table: the name and the metrics of each evaluation that was made."""
         both = (("before", self.before), (self.last, self.after))
         return [(name, metrics) for name, metrics in both if metrics is not None]
 

@@ -4,11 +4,11 @@ Each part of the trainer adds its lines, such as the losses with their hyperpara
 """
 
 import logging
-from collections.abc import Sized
 from typing import Any
 
 from peft import PeftModel
 from torch import nn
+from torch.utils.data import IterableDataset
 from transformers import TrainerCallback, TrainerState
 
 from hf_prefopt.config import PreferenceConfig
@@ -89,11 +89,12 @@ def positions_text(loader: Any, rows_at_once: int) -> str:
     Returns:
         The text; "" if the layout saves nothing, for streams, and for a user's collator.
     """
-    dataset, collate = getattr(loader, "dataset", None), getattr(loader, "collate_fn", None)
+    dataset: Any = getattr(loader, "dataset", None)
+    collate = getattr(loader, "collate_fn", None)
     ours = getattr(collate, "data_collator", collate)  # the Trainer may wrap it
-    if not isinstance(dataset, Sized) or not isinstance(ours, LoaderCollator) or ours.is_custom:
+    if isinstance(dataset, IterableDataset) or not isinstance(ours, LoaderCollator) or ours.is_custom:
         return ""
-    rows = [dataset[place] for place in range(min(len(dataset), _ROWS))]  # type: ignore[index]
+    rows = [dataset[place] for place in range(min(len(dataset), _ROWS))]
     batches = [ours(rows[start : start + rows_at_once]) for start in range(0, len(rows), rows_at_once)]
     pieces = [piece for batch in batches for piece in batch["pieces"]]
     computed = sum(piece.get("around_places", piece["input_ids"]).numel() for piece in pieces)

@@ -1,10 +1,10 @@
 """Attention over segments: several responses share the tokens of their prompt in one packed row.
 
 A row contains groups `[prompt | response 1 | … | response K]`. Its queries are divided into contiguous segments: the
-prompt with the first response, and each other response. The keys of a segment are the keys of its prompt and its own
-keys, gathered by index. The causal mask is aligned so that the last query sees the last key. The segment bounds are
-keyword arguments of the model's forward, never globals, because activation checkpointing runs a layer's forward again
-in the backward pass.
+prompt with the first response, and each other response. A segment attends to the tokens of its prompt and to its own
+tokens; their keys are gathered by index. The causal mask is aligned so that the last query sees the last key. The
+segment bounds are keyword arguments of the model's forward, never globals, because activation checkpointing runs a
+layer's forward again in the backward pass.
 
 The function is registered with transformers' `AttentionInterface` in front of the model's own implementation, which
 handles all calls without segments.

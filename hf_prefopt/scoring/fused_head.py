@@ -1,10 +1,10 @@
 """The log-prob head on a GPU, for heads without gradients of their weight and without a soft-cap.
 
-On a GPU, another pass over the logits costs more than the memory for their log-probs. Here the kernels of a chunk read
-and write 24 bytes per logit with a gradient, and 16 without; the kernels of `head.FrozenHeadLogps` need 40 and 32. The
-kernels here are the matrix product in half precision, its copy in fp32, the log-softmax, and a kernel that reads
-log-probs and writes probabilities in half precision. `benchmarks/head_passes.py` counts these bytes. Shapes: as in
-`head`.
+On a GPU, the log-probs of a chunk are kept in memory, because another pass over the logits would take longer. Here the
+kernels of a chunk read and write 24 bytes per logit with a gradient, and 16 without; the kernels of
+`head.FrozenHeadLogps` need 40 and 32. The kernels here are the matrix product in half precision, its copy in fp32, the
+log-softmax, and a kernel that reads log-probs and writes probabilities in half precision. `benchmarks/head_passes.py`
+counts these bytes. Shapes: as in `head`.
 """
 
 import torch

@@ -8,10 +8,10 @@ from hf_prefopt.serving.token_logps import TokenLogps
 
 
 class Agreement(NamedTuple):
-    """The differences between the merged and the trained model (base with adapter) over the scored tokens of rows.
+    """The differences in log-probs between the merged model and the trained model (base with adapter).
 
     Attributes:
-        tokens: Number of compared tokens.
+        tokens: Number of compared tokens, which are the scored tokens of some rows.
         difference: Median of |log p(merged) − log p(trained)|, in nats. largest: Maximum, in nats.
         bound: Largest median that rounding explains, in nats.
         effect: Median of |log p(trained) − log p(base)|, the effect of the adapter, in nats.

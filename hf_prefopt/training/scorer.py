@@ -1,23 +1,20 @@
 """Score batches with policy and reference, in a layout that is exact for both models."""
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, send_to_device
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from hf_prefopt.batch import PreferenceBatch, ResponseScores
 from hf_prefopt.config import PreferenceConfig
-from hf_prefopt.data.collator import Collator, CustomCollator, LoaderCollator
-from hf_prefopt.data.layouts import AroundCollator, PaddedCollator, SharedCollator
+from hf_prefopt.data.collator import LoaderCollator
 from hf_prefopt.objective.objective import Objective
 from hf_prefopt.reference.cache import CachedReference
 from hf_prefopt.reference.cache_fill import CacheFiller
-from hf_prefopt.reference.cache_key import KeyedCollator
 from hf_prefopt.reference.choose import choose_reference
 from hf_prefopt.reference.engine import any_rank
 from hf_prefopt.reference.identity import made_up_logps, warn_of_another_reference
@@ -31,29 +28,14 @@ from hf_prefopt.scoring.attention import describe_attention
 from hf_prefopt.scoring.dropout import switch_off_dropout
 from hf_prefopt.scoring.forward import VOCABULARY_KL, base_causal_lm, install_scoring, score
 from hf_prefopt.scoring.four_bits import keep_unpacked
-from hf_prefopt.scoring.layout import made_up_batch, reason_of_length, settled_layout
 from hf_prefopt.scoring.modes import ModuleTree, body_parameters, evaluation_mode, trained_parameters
 from hf_prefopt.training.acting import acting_adapter
+from hf_prefopt.training.batch_layout import CUSTOM, settle_layout
 from hf_prefopt.training.policy_checks import own_logits_note, warn_of_incomparable_metric, warn_of_noise
 from hf_prefopt.training.router import aux_loss_coef, settled_aux_loss
 from hf_prefopt.training.saved_adapters import base_name_notes
-from hf_prefopt.training.wrapping import compiled_for_scoring, is_compiled
-
-CUSTOM = "the data_collator's"
-NEFTUNE = "NEFTune scales its noise by the row length, but a row would contain several sequences"
-
-
-def loader_collator(
-    args: PreferenceConfig, pad_token_id: int, custom: Callable[[Any], PreferenceBatch] | None
-) -> LoaderCollator:
-    """Return the trainer's collator. The scorer chooses its layout; a custom collator is the only layout."""
-    if custom is not None:
-        return LoaderCollator({CUSTOM: CustomCollator(custom)}, CUSTOM)
-    padded = PaddedCollator(pad_token_id, args.pad_to_multiple_of)
-    layouts: dict[str, Collator] = {"shared": SharedCollator(), "around": AroundCollator(padded), "padded": padded}
-    if args.precompute_ref_log_probs:
-        layouts = {name: KeyedCollator(collator) for name, collator in layouts.items()}
-    return LoaderCollator(layouts, max_tokens=args.max_tokens_per_batch)
+from hf_prefopt.training.shared_layers import share_lower_layers
+from hf_prefopt.training.wrapping import compiled_for_scoring
 
 
 class Scorer:
@@ -165,7 +147,7 @@ class Scorer:
             True at the first call for a model, False at later calls.
 
         Raises:
-            ValueError: the scores differ from those of the model's own logits, or the requested layout is not exact.
+            ValueError: the scores differ from those of the model's own logits, or the requested layout changes them.
         """
         if self.layout is not None:
             return False
@@ -173,7 +155,8 @@ class Scorer:
             self.reference.place(self.accelerator)
         with self.accelerator.autocast(), acting_adapter(self.tree):
             self._settle_scores()
-            self._settle_layout()
+            layout = settle_layout(self._collator, self._args, self._models(), self._autocast_dtype)
+        self._summary.say("layout", layout)
         self.layout = self._collator.layout
         self._settle_reference()
         self._say_how()
@@ -187,19 +170,6 @@ class Scorer:
         if self.reference is not None:
             warn_of_noise(self.model, self._args, self._autocast_dtype, self.accelerator.is_main_process)
 
-    def _settle_layout(self) -> None:
-        """Choose the layout of the batches, unless a custom collator determines it."""
-        args, collator = self._args, self._collator
-        if collator.layout == CUSTOM:
-            self._summary.say("layout", CUSTOM)
-            return
-        collator.max_tokens = args.max_tokens_per_batch
-        models = self._models()
-        known = NEFTUNE if args.neftune_noise_alpha is not None else reason_of_length(models, args.max_length)
-        layout = settled_layout(args.layout, models, self._autocast_dtype, known)
-        collator.layout = layout.name
-        self._summary.say("layout", f"{layout.name}, {layout.why}")
-
     def _settle_reference(self) -> None:
         """Identify the reference, compile the model for scoring, share lower layers, and open the cache."""
         args = self._args
@@ -208,7 +178,9 @@ class Scorer:
         self._compiled = compiled_for_scoring(self.accelerator, self.model)
         if isinstance(self.reference, LiveReference) and not self.reference.is_separate:
             self.reference.compiled = self._compiled
-        self._lower = self._share_lower_layers()
+        self._lower = share_lower_layers(
+            self.reference, self.tree, str(self.layout), args, self.accelerator, self.aux_loss_coef != 0
+        )
         if isinstance(self.reference, CachedReference):
             silent = bool(args.disable_tqdm) or not self.accelerator.is_main_process
             self._filler = CacheFiller(
@@ -220,25 +192,6 @@ class Scorer:
         coefficient, notes = settled_aux_loss(self.model, self.aux_loss_coef, self._args.router_aux_loss_coef)
         self.aux_loss_coef = self.objective.aux_loss_coef = coefficient
         self._notes += notes
-
-    def _share_lower_layers(self) -> list[str]:
-        """Share the layers below the first trained layer, if the reference runs on every batch; return notes."""
-        reference = self.reference
-        is_sharded = self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-        if not isinstance(reference, LiveReference) or (reference.is_separate and is_sharded):
-            return []
-        known = None
-        if self.aux_loss_coef:
-            known = "the routers' auxiliary loss reads all layers"
-        elif is_compiled(self.accelerator):
-            known = "the model is compiled"
-        elif self._args.neftune_noise_alpha is not None:
-            known = "NEFTune adds noise to the policy's embeddings, but not to the reference's"
-        with self.accelerator.autocast():
-            said = reference.share_lower_layers(self.tree, made_up_batch(str(self.layout), self.model), known)
-        if any_rank(self.accelerator, reference.lower is None):
-            reference.lower = None
-        return [said] if said else []
 
     def _say_how(self) -> None:
         """Add lines about the model, the reference and the attention to the start summary."""

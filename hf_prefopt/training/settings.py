@@ -72,7 +72,12 @@ class OwnSettings(TrainerCallback):
             )
 
     def on_train_begin(self, args, state, control, **_):
-        """Remember how many batches a step has."""
+        """Check that the run has steps, and remember how many batches a step has."""
+        if state.max_steps == 0:
+            raise ValueError(
+                "nothing is trained, because the run has 0 steps: set args.max_steps above 0, or to -1 with "
+                "args.num_train_epochs above 0"
+            )
         self._accumulation = args.gradient_accumulation_steps
 
     def on_step_begin(self, args, state, control, **_):

@@ -33,10 +33,8 @@ class StepBatches:
         """Return the `count` batches of the next step; [] if the epoch has too few batches left or the run has ended.
 
         Raises:
-            ValueError: a stream ended before the row at which training resumes, or the run has no steps.
+            ValueError: a stream ended before the row at which training resumes.
         """
-        if state.max_steps == 0:
-            raise ValueError("nothing is trained, because the run has 0 steps: set args.max_steps above 0, or to -1")
         if 0 < state.max_steps <= state.global_step:
             return []  # resumed at the last step, where the Trainer would run one more step
         if loaded is self._ended:

@@ -115,7 +115,7 @@ class DPOConfig(TRLConfig):
     """TRL's `DPOConfig`: the fields of `PreferenceConfig` with TRL's defaults, and the following fields.
 
     Raises:
-        ValueError: at construction; the message names the field and its value, and says what to do.
+        ValueError: a field has an invalid value. The error is raised at construction.
     """
 
     HYPERPARAMETERS: ClassVar[tuple[str, ...]] = ("discopop_tau",)
@@ -161,7 +161,7 @@ class KTOConfig(OneLossConfig):
     """TRL's `KTOConfig`: the fields of `PreferenceConfig` with TRL's defaults, and the following fields.
 
     Raises:
-        ValueError: at construction; the message names the field and its value, and says what to do.
+        ValueError: a field has an invalid value. The error is raised at construction.
     """
 
     LOSSES: ClassVar[Mapping[str, Translation]] = KTO
@@ -192,7 +192,7 @@ class CPOConfig(_PerToken, OneLossConfig):
     It has the fields of `PreferenceConfig` with TRL's defaults, and the following fields.
 
     Raises:
-        ValueError: at construction; the message names the field and its value, and says what to do.
+        ValueError: a field has an invalid value. The error is raised at construction.
     """
 
     LOSSES: ClassVar[Mapping[str, Translation]] = CPO
@@ -214,7 +214,7 @@ class ORPOConfig(_PerToken, OneLossConfig):
     """TRL's `ORPOConfig`: the fields of `PreferenceConfig` with TRL's defaults, and the following fields.
 
     Raises:
-        ValueError: at construction; the message names the field and its value, and says what to do.
+        ValueError: a field has an invalid value. The error is raised at construction.
     """
 
     LOSSES: ClassVar[Mapping[str, Translation]] = ORPO
@@ -235,7 +235,7 @@ class TPOConfig(_PerToken, OneLossConfig):
     """TRL's `TPOConfig`: the fields of `PreferenceConfig` with TRL's defaults, and the following fields.
 
     Raises:
-        ValueError: at construction; the message names the field and its value, and says what to do.
+        ValueError: a field has an invalid value. The error is raised at construction.
     """
 
     LOSSES: ClassVar[Mapping[str, Translation]] = TPO

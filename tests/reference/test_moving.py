@@ -156,9 +156,9 @@ def test_a_move_leaves_the_policy_alone(tmp_path):
 MOVE = {"sync_ref_model": True}
 REFUSALS = {
     "no reference": ({**MOVE, "loss_type": "simpo"}, "simpo needs no reference"),
-    "reference none": ({**MOVE, "reference": "none"}, "reference='none' is not one"),
-    "adapter off": ({**MOVE, "reference": "adapter_off"}, "reference='adapter_off' is not one"),
-    "a named adapter": ({**MOVE, "reference": "adapter:x"}, "reference='adapter:x' is not one"),
+    "reference none": ({**MOVE, "reference": "none"}, "reference='none' is no such copy"),
+    "adapter off": ({**MOVE, "reference": "adapter_off"}, "reference='adapter_off' is no such copy"),
+    "a named adapter": ({**MOVE, "reference": "adapter:x"}, "reference='adapter:x' is no such copy"),
     "a cache": ({**MOVE, "precompute_ref_log_probs": True}, "caches its scores"),
     "a cache, said otherwise": ({**MOVE, "reference": "cache"}, "caches its scores"),
     "α of 0": ({**MOVE, "ref_model_mixup_alpha": 0.0}, r"ref_model_mixup_alpha=0.0 must be above 0 and at most 1"),

@@ -7,7 +7,8 @@ from transformers import DataCollatorWithPadding, default_data_collator
 
 from hf_prefopt.batch import PreferenceBatch
 from hf_prefopt.data.layouts import PaddedCollator
-from hf_prefopt.training.scorer import Scorer, loader_collator
+from hf_prefopt.training.batch_layout import loader_collator
+from hf_prefopt.training.scorer import Scorer
 from tests.tiny_models import perturbed, random_rows, tiny_model, with_lora
 from tests.tokenizers import tiny_tokenizer
 from tests.trainers import make_config
@@ -77,7 +78,7 @@ def test_collected_inputs_are_those_of_the_step_without_gradients(tmp_path):
 
 
 def test_the_layout_is_settled_once_for_a_model_and_anew_for_another(tmp_path, monkeypatch):
-    from hf_prefopt.training import scorer as module
+    from hf_prefopt.training import batch_layout as module
 
     seen, settled_layout = [], module.settled_layout
     monkeypatch.setattr(module, "settled_layout", lambda *args: seen.append(1) or settled_layout(*args))

@@ -97,10 +97,13 @@ def test_a_run_that_is_resumed_behind_the_streams_end_is_an_error(tmp_path):
     assert steps == [[0, 1], [2, 3]]
 
 
-def test_a_run_of_no_steps_is_an_error_where_the_settings_were_changed_later(tmp_path):
-    """The Trainer would make one step with a learning rate of 0."""
+@pytest.mark.parametrize("setting", ["max_steps", "num_train_epochs"])
+def test_a_run_of_no_steps_is_an_error_where_the_settings_were_changed_later(setting, tmp_path):
+    """With max_steps=0, the Trainer would make one step with a learning rate of 0."""
     trainer = make_trainer(tmp_path)
-    before, trainer.args.max_steps = weights(trainer.model), 0
+    before = weights(trainer.model)
+    trainer.args.max_steps = -1
+    setattr(trainer.args, setting, 0)
     with pytest.raises(ValueError, match=r"the run has 0 steps: set args\.max_steps above 0"):
         trainer.train()
     assert all(torch.equal(values, before[name]) for name, values in weights(trainer.model).items())
@@ -125,11 +128,3 @@ def test_a_run_that_ends_before_its_first_step_says_so(has_step, tmp_path, caplo
     card, record = (tmp_path / "README.md").read_text(), read_record(tmp_path).run
     for places in (caplog.messages, card.splitlines(), [f"- {text}" for text in record["warnings"]]):
         assert any(NOTHING_TRAINED in line for line in places) is not has_step
-
-
-def test_no_epochs_set_later_are_said(tmp_path, caplog):
-    trainer = make_trainer(tmp_path)
-    trainer.args.num_train_epochs = 0
-    with caplog.at_level(logging.WARNING):
-        trainer.train()
-    assert NOTHING_TRAINED in caplog.messages

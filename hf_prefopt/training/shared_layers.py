@@ -1,0 +1,44 @@
+"""Whether the policy and its reference run the layers below the first trained layer once, for both."""
+
+from accelerate import Accelerator
+
+from hf_prefopt.config import PreferenceConfig
+from hf_prefopt.reference.cache import CachedReference
+from hf_prefopt.reference.engine import any_rank
+from hf_prefopt.reference.live import LiveReference
+from hf_prefopt.scoring.layout import made_up_batch
+from hf_prefopt.scoring.modes import ModuleTree
+from hf_prefopt.training.wrapping import is_compiled, is_sharded
+
+
+def share_lower_layers(
+    reference: LiveReference | CachedReference | None,
+    tree: ModuleTree,
+    layout: str,
+    args: PreferenceConfig,
+    accelerator: Accelerator,
+    has_aux_loss: bool,
+) -> list[str]:
+    """Share the layers below the first trained layer, on all ranks or on none, if the reference runs on every batch.
+
+    Args:
+        tree: Modules of the policy. layout: Name of the batch layout.
+        has_aux_loss: Whether the auxiliary router loss is added.
+
+    Returns:
+        Notes for the start summary: what is shared, or the reason why nothing is.
+    """
+    if not isinstance(reference, LiveReference) or (reference.is_separate and is_sharded(accelerator)):
+        return []
+    known = None
+    if has_aux_loss:
+        known = "the routers' auxiliary loss reads all layers"
+    elif is_compiled(accelerator):
+        known = "the model is compiled"
+    elif args.neftune_noise_alpha is not None:
+        known = "NEFTune adds noise to the policy's embeddings, but not to the reference's"
+    with accelerator.autocast():
+        said = reference.share_lower_layers(tree, made_up_batch(layout, tree.model), known)
+    if any_rank(accelerator, reference.lower is None):
+        reference.lower = None
+    return [said] if said else []
