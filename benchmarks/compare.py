@@ -58,8 +58,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         peer, ours = trl_side(options.model), our_side(options.model)
         perturb_adapters(peer, ours)
         built = {name: CASES[name](peer, options.model) for name in options.cases}
-        # The first batch also chooses the layout, which takes forward passes of its own.
-        ours.backward(next(iter(built.values())).batch(0))
+        if options.rounds:  # the first batch also chooses the layout, which takes forward passes of its own
+            ours.backward(next(iter(built.values())).batch(0))
         for name, work in built.items():
             if options.rounds:
                 keep("cases", name, results.get("cases", {}).get(name, {}) | compared(peer, ours, work, options.rounds))

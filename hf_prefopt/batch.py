@@ -22,9 +22,9 @@ class PreferenceBatch(TypedDict, total=False):
         input_ids, position_ids, attention_mask: as the model takes them.
         segment_queries, segment_keys, segment_key_index, segment_longest, segment_lengths: the positions that each
             response of a row attends to, in the layout "shared" (see `scoring.attention`).
-        around_places: `[T]` int64, in the layout "around" (see `scoring.around`). This layout has a packed row of T
-            tokens, which contains every prompt once, and padded sequences `[R, L]`. Entry t is the index of token t in
-            the flattened padded sequences.
+        around_places: `[T]` int64, only in the layout "around" (see `scoring.around`). This layout has a packed row of
+            T tokens, which contains every prompt once, and padded sequences `[R, L]`. Entry t is the position of token
+            t when the padded sequences are flattened.
         around_tokens: `[R, L]` int64, for each position of the padded sequences, the index of its token in the packed
             row.
 

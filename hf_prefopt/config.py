@@ -369,7 +369,7 @@ class PreferenceConfig(TrainingArguments):
         )
 
     def losses(self) -> dict[str, Any]:
-        """Return the losses of these settings, as arguments of `objective.build.build_objective`."""
+        """Return the arguments of `objective.build.build_objective` that these settings determine."""
         shared = {"beta": self.beta, "label_smoothing": self.label_smoothing}
         return {
             "loss_types": self.loss_type,

@@ -126,7 +126,7 @@ _FILES = {
 }
 
 
-# Names of types that other libraries use.
+# The names that other libraries use for dtypes, mapped to the names in torch.
 _SHORT_NAMES = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32", "float": "float32"}
 _NO_LOSS = "name at least one loss, such as --loss_type dpo; `hf_prefopt losses` lists them"
 

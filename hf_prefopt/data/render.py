@@ -26,7 +26,7 @@ class RenderedRow:
     """The texts of one row.
 
     Attributes:
-        prompt: The prompt as text; None if the prompt is the common beginning of the token ids of `full`.
+        prompt: The prompt as text. If it is None, the prompt is the common prefix of the token ids of `full`.
         full: K texts, prompt + response.
         spans: For each text in `full`, the character ranges `(start, end)` to score; None scores everything after the
             prompt.

@@ -148,7 +148,14 @@ THIRD: dict[Names, str] = {two: third for two, thirds in _THREE.items() for thir
 
 
 def _two(accepts: Callable[[Any], bool] = is_content, parts: Names = (), beside: Sequence[Names] = ((),)) -> Role:
-    """Return a role of two responses, with further columns of the same suffixes (`beside`, such as `score_{0}`)."""
+    """Return the role that is filled by the columns of two responses, such as `response_a` and `response_b`.
+
+    Args:
+        accepts: Function that returns whether a value can be a response.
+        parts: Names of further values that the role needs, such as the two scores.
+        beside: Names of the further columns, in which `{0}` and `{1}` stand for the suffixes of the two responses, such
+            as `score_{0}`. Each entry of this sequence is an alternative.
+    """
     names = {
         (*two, *[column.format(*suffixes) for column in columns]): _THREE[two]
         for two, suffixes in SUFFIXES.items()

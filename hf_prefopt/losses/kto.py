@@ -52,7 +52,8 @@ def kto_loss(
     another prompt) over the global batch, regardless of labels. The component `kl` is z. See `kto_weights` for
     imbalanced labels.
 
-    Use it on thumbs-up / thumbs-down data, unpaired and imbalanced, or with `unpair=True` on pairs of doubtful quality.
+    Use it on unpaired thumbs-up / thumbs-down data, even if the labels are imbalanced. With `unpair=True`, use it on
+    pairs of doubtful quality.
 
     Args:
         policy_logps, ref_logps: `[B]`, summed, nats.

@@ -23,7 +23,7 @@ def merged(layers: Iterable[Layer], say: Callable[[str], None] = print) -> dict[
     """Merge the settings of all layers; later layers override earlier layers.
 
     Args:
-        say: Function that receives a message for settings that are not used.
+        say: Function that is called with a message about each setting that is dropped.
     """
     settings: dict[str, Any] = {}
     for layer in layers:

@@ -182,7 +182,7 @@ def _shares(batches: list[np.ndarray], accelerator: Accelerator) -> Iterator[tup
 
 
 class CacheFiller:
-    """An object that computes the missing log-probs of datasets, each dataset once.
+    """An object that computes the reference log-probs that the cache lacks. Each dataset is processed once.
 
     Args:
         reference: Cache that wraps the live reference model.

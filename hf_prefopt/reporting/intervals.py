@@ -39,7 +39,7 @@ def accuracy_of(correct: np.ndarray, prompts: Sequence[Hashable] | np.ndarray) -
     """Compute the accuracy of `B` examples; `None` if no example counts.
 
     Args:
-        correct: `[B]`, 1, ½ or 0 for each example; NaN for an example that does not count.
+        correct: `[B]`. 1 if an example is right, 0 if it is wrong, ½ for a tie; NaN excludes an example.
         prompts: `[B]`, an identifier of each example's prompt.
     """
     counted = ~np.isnan(correct)

@@ -45,8 +45,8 @@ class Rows:
     """The indices that convert between the padded sequences and the packed row of a batch.
 
     Attributes:
-        places: `[T]` int64, index of each token of the packed row in the flattened padded sequences.
-        tokens: `[R, L]` int64, index in the packed row of the token at each position of the padded sequences.
+        places: `[T]` int64. For each token of the packed row, its position when the padded sequences are flattened.
+        tokens: `[R, L]` int64. For each position of the padded sequences, the index of its token in the packed row.
     """
 
     places: Tensor

@@ -105,7 +105,7 @@ def _registered(implementation: str) -> str:
 
 
 def no_mask(like: Tensor) -> Tensor:
-    """Return a placeholder for the attention mask, for calls with segments.
+    """Return a placeholder for the attention mask, for forward passes in which segments determine the attention.
 
     transformers passes a four-dimensional mask on unchanged, so it builds no mask.
     """

@@ -1,4 +1,4 @@
-"""Apply settings that change after construction (by a search, by hand or by a callback), or raise an error."""
+"""Settings that change after the trainer was created (by a search, by hand or by a callback) are applied or refused."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn.functional import logsigmoid
 
-from hf_prefopt.losses import list_losses, register_loss, registry
+from hf_prefopt.losses import get_loss, list_losses, register_loss, registry
 from tests.trainers import make_config
 
 
@@ -90,4 +90,5 @@ def test_accepted(function, capabilities, context, tmp_path):
 
 def test_every_loss_of_ours_is_accepted(tmp_path):
     for name in list_losses():
-        make_config(tmp_path, loss_type=name)
+        if get_loss(name).function.__module__.startswith("hf_prefopt."):  # other tests register losses, too
+            make_config(tmp_path, loss_type=name)
