@@ -63,7 +63,7 @@ logger = logging.getLogger(__name__)
 
 # Part of the cache key. The key contains the functions of this module only by name, so increase this number when their
 # results change.
-_CACHE_VERSION = 11
+_CACHE_VERSION = 12
 _EXAMPLE_FEATURES = {
     "pairs": List(List(Value("int32"))),
     "golds": List(Value("int32")),

@@ -168,9 +168,10 @@ def _ended(text: str, eos: str, adds_eos: bool) -> str:
     chat templates, is kept."""
     if not eos:
         return text
-    if text.endswith(eos):
-        return text.removesuffix(eos) if adds_eos else text
-    return text if text.rstrip().endswith(eos) and not adds_eos else text + ("" if adds_eos else eos)
+    bare = text if text.endswith(eos) else text.rstrip()
+    if not bare.endswith(eos):
+        return text if adds_eos else text + eos
+    return bare.removesuffix(eos) if adds_eos else text
 
 
 def _continues_last_message(row: CanonicalRow) -> bool:

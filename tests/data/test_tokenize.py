@@ -278,6 +278,12 @@ def test_a_text_that_a_template_has_ended_gets_no_second_eos():
     tokenizer = tiny_tokenizer()
     row = prepare_row(text_pair("<|im_start|>user", "Hi<|im_end|>\n", "No<|im_end|>\n"), tokenizer)
     assert [tokenizer.decode(ids) for ids in row["response_ids"]] == ["Hi<|im_end|>\n", "No<|im_end|>\n"]
+    end = tokenizer.eos_token_id
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A <|im_end|>", special_tokens=[("<|im_end|>", end)]
+    )
+    row = prepare_row(text_pair("<|im_start|>user", "Hi<|im_end|>\n", "No"), tokenizer)
+    assert [(ids.count(end), ids[-1]) for ids in row["response_ids"]] == [(1, end), (1, end)]
 
 
 def test_responses_that_do_not_end_are_counted(caplog):
