@@ -87,7 +87,11 @@ def describe_codes(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]
 
 
 def _check_scale(dataset: Dataset | IterableDataset, column: str, names: tuple[str, str]) -> Dataset | IterableDataset:
-    """Check that a verdict that is read by its sign is negative in some rows. Too few rows are not checked (`_MANY`)."""
+    """Check that a verdict that is read by its sign is negative in some rows.
+
+    Fewer than `_MANY` rows of a dataset are checked only if a number is above `_LARGEST`. Of a stream, only the first
+    `_MANY` rows are checked.
+    """
     if isinstance(dataset, IterableDataset):
         return dataset.filter(_Scale(column, names))
     numbers = _numbers(dataset.unique(column))

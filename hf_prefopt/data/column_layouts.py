@@ -75,11 +75,11 @@ class FoundLayout:
             raise error.renamed(self.columns) from None
 
     def unread(self, row: Mapping[str, Any], read: CanonicalRow) -> dict[str, Any]:
-        """Return the values of a raw row that are not in the result of `read`, keyed by column.
+        """Return the values of a raw row that its canonical row does not use, keyed by column.
 
         Args:
             row: The raw row.
-            read: The result of `read` for this row.
+            read: Its canonical row, as returned by the method `read`.
         """
         unread = {column: value for column, value in row.items() if column not in self._used}
         return unread | {self.columns.get(part, part): value for part, value in read.unread.items()}
@@ -94,7 +94,7 @@ def fitting_kinds(sample: Mapping[str, Any], mapped: Collection[str] = ()) -> tu
 
     Args:
         sample: One example value per column.
-        mapped: New column names from the user's `column_mapping`. They take precedence over other names.
+        mapped: New column names from the user's `column_mapping`. A role prefers columns with these names.
     """
     fitting = (layout for layout in LAYOUTS if layout.find(sample, mapped) is not None)
     return tuple(dict.fromkeys(FORMATS[layout.format].kind for layout in fitting))
@@ -108,7 +108,7 @@ def find_layout(
     Args:
         sample: One example value per column.
         kind: Requested kind of examples. None accepts any kind.
-        mapped: New column names from the user's `column_mapping`. They take precedence over other names.
+        mapped: New column names from the user's `column_mapping`. A role prefers columns with these names.
         text_as: If "messages", all texts are converted to messages.
 
     Raises:

@@ -58,8 +58,8 @@ def choose_columns(
 
     Args:
         dataset: Raw rows.
-        mapping: Maps each new name to the present name of the column; see `PreferenceConfig.column_mapping`. An entry is
-            ignored if the dataset already has a column with the new name and none with the present name.
+        mapping: Maps each new name to the present name of the column (see `PreferenceConfig.column_mapping`). An entry
+            is ignored if the dataset already has a column with the new name and none with the present name.
         removed: Columns to remove.
 
     Raises:
@@ -132,7 +132,7 @@ def first_rows(dataset: Dataset | IterableDataset) -> list[dict[str, Any]]:
 def sample_of(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, Any]:
     """Return an example value for each column: the first value in these rows that is neither None nor empty.
 
-    If there is no such value, return the column's value in the last row.
+    If a column has no such value, its value in the last row is returned.
 
     Args:
         rows: The first rows of the dataset.
@@ -189,7 +189,7 @@ def describe_columns(found: FoundLayout, sample: Mapping[str, Any], tokenizer: P
 
 
 def check_mapped(found: FoundLayout, mapped: Collection[str], sample: Mapping[str, Any]) -> None:
-    """Raise `ValueError` if the layout and the losses read no column with a new name of the user's `column_mapping`."""
+    """Raise `ValueError` if neither the layout nor any loss reads a column that the user's `column_mapping` renames."""
     unused = [name for name in mapped if name in unused_columns(found, sample)]
     if unused:
         known = {name for layout in LAYOUTS for one in (*layout.needs, *layout.may) for name in chain(*one.names)}
