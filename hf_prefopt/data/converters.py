@@ -166,7 +166,7 @@ def _order(numbers: Sequence[Any]) -> list[list[bool]]:
 
 
 def flagged_list(given: Given) -> Row:
-    """Return a list of responses from responses with flags. The score of a response is 1 if its flag is true, else 0."""
+    """Return a list of responses from responses with flags. A response has score 1 if its flag is true, otherwise 0."""
     flags = check_list("flags", given["flags"], "booleans")
     if not all(isinstance(flag, bool) for flag in flags):
         raise BadRow("flags", f"is {flags}", "make each true (right) or false")

@@ -118,7 +118,16 @@ def _has_layout(row: dict[str, Any]) -> bool:
 
 
 def _loaded(name: str, files: Sequence[str], load: Callable[[], Any]) -> Any:
-    """Return the loaded splits. Raises `ValueError` if loading fails; for local files, the error names the faulty one."""
+    """Return the loaded splits.
+
+    Args:
+        name: Name of the dataset, for errors.
+        files: The local files of the dataset. Empty if it is not local.
+        load: Function that loads the splits.
+
+    Raises:
+        ValueError: If loading fails. For local files, the error names the file and the problem, if they can be found.
+    """
     try:
         splits = load()
         for split in splits.values() if files else ():

@@ -148,7 +148,7 @@ def _read_weighted_tokens(row: Mapping[str, Any], columns: tuple[str, ...], how:
 
 
 def _read_labeled(row: Mapping[str, Any], columns: tuple[str, ...], how: Reading) -> CanonicalRow:
-    """Read a row with a response, its label and its prompt. A whole conversation as the response has no prompt column."""
+    """Read a row with a response and its label. There is also a prompt, unless the response is a whole conversation."""
     return _single_response(row, columns, {"labels": [read_label("label", row.get("label"))]}, how)
 
 

@@ -31,8 +31,8 @@ def split_by_prompt(
     Args:
         dataset: Raw rows in any known column layout.
         test_size: Share of the rows for evaluation, between 0 and 1 (exclusive). Rows with the same prompt stay
-            together. The number of evaluation rows may therefore be larger than this share, but only by less than the
-            number of rows with one prompt.
+            together. The evaluation part may therefore exceed this share, but by fewer rows than its last drawn prompt
+            has.
         seed: Seed for drawing the prompts that are used for evaluation.
         column_mapping: As in `PreferenceConfig`.
         remove_columns: As in `PreferenceConfig`.
