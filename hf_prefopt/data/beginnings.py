@@ -1,8 +1,8 @@
 """Find the places where a prompt that is too long may be cut, so that the rest is still a valid prompt.
 
-BOS, the system prompt and the header of the first user turn are always kept. The rest of the prompt
-starts at the content of a later user message: all turns in between are removed whole, so that no text appears under the
-header of another speaker. If this is not enough, the last user message loses the beginning of its text.
+BOS, the system prompt and the header of the first user turn are always kept. The rest of the prompt starts at the
+content of a later user message. All turns in between are removed whole, so that no text appears under the header of
+another speaker. If this is not enough, the last user message loses the beginning of its text.
 """
 
 from collections.abc import Callable, Mapping

@@ -54,7 +54,7 @@ def check_codes(dataset: Dataset | IterableDataset, columns: Mapping[str, str]) 
 def _refuse_places(column: str, numbers: Collection[float], names: tuple[str, str]) -> None:
     """Raise `ValueError` if the verdicts contain 0 and 1 but not 2.
 
-    They may then be places counted from 0, so that 1 means the second response, which is in the column numbered 2.
+    They may then be places counted from 0, so that 1 means the second response, whose column has the suffix 2.
     """
     if {0, 1}.issubset(numbers) and 2 not in numbers:
         raise ValueError(

@@ -67,13 +67,15 @@ def keep_examples(batch: PreferenceBatch, kept: Tensor | slice) -> PreferenceBat
 
 
 class EvenStream(IterableDataset):
-    """A stream that yields only full batches: the first rows are repeated at the end, with `repeated` set to True.
+    """A stream whose rows fill a whole number of batches.
+
+    By default, its first rows are repeated at the end, with `repeated` set to True, until the last batch is full.
 
     Args:
         stream: The rows, which are mappings.
         multiple: Number of rows per batch, summed over all ranks. The stream is padded to a multiple of this number.
-        drops_last: If True, rows at the end that do not fill a batch of `multiple` rows are dropped. No row is then
-            repeated.
+        drops_last: If True, no row is repeated. Rows at the end that do not fill a batch of `multiple` rows are dropped
+            instead.
     """
 
     def __init__(self, stream: Iterable[Mapping[str, Any]], multiple: int, drops_last: bool = False):

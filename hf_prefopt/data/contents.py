@@ -83,7 +83,7 @@ def _read_struct(column: str, value: Mapping[str, Any]) -> Content:
 
 
 def is_message(value: Any) -> bool:
-    """Return True if the value has the keys of a message."""
+    """Return True if the value is a dict with a key for a role, and a key for content or tool calls."""
     return isinstance(value, Mapping) and any(key in value for key in ROLE_KEYS) and any(key in value for key in _KEYS)
 
 

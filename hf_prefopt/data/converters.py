@@ -58,7 +58,7 @@ def _told(given: Given, part: str, value: Any) -> Any:
 
 
 def better_of_two(given: Given) -> Row:
-    """Return a pair from two responses and a verdict, which says which of them is better and so the chosen one."""
+    """Return a pair from two responses and a verdict, which says which of the two is better."""
     better = _place_of_text(given["verdict"], (given["first"], given["second"]))
     if better is None:
         verdict = given.columns["verdict"]
@@ -141,9 +141,9 @@ def items(given: Given) -> Row:
 
 
 def _reject_other_items(part: str, keys: Sequence[str], structs: Sequence[Mapping[str, Any]]) -> None:
-    """Raise `BadRow` if several keys hold different texts, or several scores that order the responses differently.
+    """Raise `BadRow` if structs hold several texts that differ, or several scores that order the responses differently.
 
-    The overall score takes precedence over other scores, so it never raises an error.
+    If there is an overall score, no error is raised, because it takes precedence over the other scores.
 
     Args:
         part: What the keys hold: "responses" or "scores".
@@ -229,7 +229,7 @@ def _talks(given: Given) -> Given:
 def _ordered(given: Given, better: int) -> Row:
     sides = [_up_to(given.get("turn"), part, given[part]) for part in ("first", "second")]
     prompt = _prompt(given)
-    if prompt.get("prompt") is None:  # two conversations
+    if prompt.get("prompt") is None:  # the two responses are whole conversations
         sides = [_told(given, part, side) for part, side in zip(("first", "second"), sides, strict=True)]
     scores = [as_number(given.get(part)) for part in ("first_score", "second_score")]
     return {
@@ -241,11 +241,11 @@ def _ordered(given: Given, better: int) -> Row:
 
 
 def _up_to(turn: int | None, part: str, value: Any) -> Any:
-    """Remove the messages that follow the answer to the judged turn from a conversation.
+    """Remove from a conversation all messages after the answer that was judged.
 
     Args:
-        turn: Number of the judged turn: the answer to the user's message with this number, counted from 1, was judged.
-            If None, the conversation is returned unchanged.
+        turn: Number of the user's message whose answer was judged, counted from 1. If None, the conversation is returned
+            unchanged.
         part: The role of the conversation, for errors.
         value: The conversation. A text is returned unchanged.
     """

@@ -101,6 +101,8 @@ def _no_json(error: json.JSONDecodeError, line: int) -> _Fault:
 def _types(rows: Sequence[tuple[str, Any]]) -> Types:
     """Check that each column has the same type in all rows, and return the name of this type.
 
+    Integers and floats count as the same type. A value that is None fits any type.
+
     Args:
         rows: Pairs of a row's place in the file, for errors, and the row.
     """

@@ -1,8 +1,9 @@
 """Merge rows with the same prompt into one group, which contains the prompt once and each distinct response once.
 
-Preference data often has several pairs for the same prompt, and the same response in several of these pairs. If they
-are in the same micro-batch, the prompt and each distinct response are computed only once. `PromptSampler` orders the
-rows so that rows with the same prompt usually are in the same micro-batch.
+Preference data often has several pairs for the same prompt, and the same response in several of these pairs. If such
+pairs are in the same micro-batch, each distinct response is computed only once. A packed row (the layouts "around" and
+"shared") also contains the prompt only once. `PromptSampler` orders the rows so that rows with the same prompt usually
+are in the same micro-batch.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -100,7 +101,7 @@ def prompt_keys(dataset: Dataset) -> np.ndarray:
 class PromptSampler(Sampler[int]):
     """Sampler that draws the prompts in random order and yields all rows of a prompt one after another.
 
-    Rows with the same prompt are then usually in the same batch, where the prompt is computed once. For a given
+    Rows with the same prompt are then usually in the same batch, where they are merged into one group. For a given
     dataset, the order depends only on the seed and the epoch, so it is the same on every rank.
     """
 

@@ -30,9 +30,8 @@ def split_by_prompt(
 
     Args:
         dataset: Raw rows in any known column layout.
-        test_size: Share of the rows for evaluation, between 0 and 1 (exclusive). Rows with the same prompt stay
-            together. The evaluation part may therefore exceed this share, but by fewer rows than its last drawn prompt
-            has.
+        test_size: Share of the rows for evaluation, between 0 and 1 (exclusive). Prompts are drawn, each with all its
+            rows, until this share is reached. The evaluation part may therefore exceed the share.
         seed: Seed for drawing the prompts that are used for evaluation.
         column_mapping: As in `PreferenceConfig`.
         remove_columns: As in `PreferenceConfig`.

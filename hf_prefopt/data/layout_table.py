@@ -29,8 +29,8 @@ class ColumnLayout:
         needs: Required roles.
         may: Optional roles, which are read if the dataset has columns for them.
         convert: Function that converts the values of the roles to a row of the format.
-        is_talk: Whether texts are always turns of a conversation. If False, texts are trained on
-            unchanged if all columns have standard names (`_TEXT_COLUMNS` in `column_layouts.py`).
+        is_talk: Whether texts are always turns of a conversation. If False, texts are trained on unchanged if all
+            columns have standard names (`_TEXT_COLUMNS` in `column_layouts.py`).
     """
 
     name: str

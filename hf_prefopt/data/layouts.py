@@ -154,8 +154,8 @@ class AroundCollator:
         batch = self.padded.collate(rows, grouped)
         count, width = batch["input_ids"].shape
         segments = _Segments.of(grouped.groups)
-        # A padded position gets the index of the last token of its sequence. Any index would do, because the positions
-        # before it do not attend to it.
+        # A padded position gets the index of the last token of its sequence. This has no effect on other positions,
+        # because earlier positions do not attend to it.
         place = np.minimum(np.arange(width), segments.keys[:, None] - 1)
         tokens = segments.key_index()[place + (np.cumsum(segments.keys) - segments.keys)[:, None]]
         places = np.empty(segments.queries.sum(), dtype=np.int64)
