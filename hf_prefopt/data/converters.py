@@ -244,8 +244,8 @@ def _up_to(turn: int | None, part: str, value: Any) -> Any:
     """Remove from a conversation all messages after the answer that was judged.
 
     Args:
-        turn: Number of the user's message whose answer was judged, counted from 1. If None, the conversation is returned
-            unchanged.
+        turn: Number of the user's message whose answer was judged, counted from 1. If None, the conversation is
+            returned unchanged.
         part: The role of the conversation, for errors.
         value: The conversation. A text is returned unchanged.
     """
