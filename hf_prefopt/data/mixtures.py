@@ -34,8 +34,9 @@ class Source:
         fraction: Share of the mixture's rows that come from this source, as in TRL. The fractions of all sources are
             divided by their sum. The mixture is as large as possible without repeating a row. Set `fraction` for all
             sources or for none.
-        column_mapping, remove_columns, text_as: As in `PreferenceConfig`, but for this source only. If None, the value
-            in the config is used.
+        column_mapping: As in `PreferenceConfig`, but for this source only. If None, the value in the config is used.
+        remove_columns: As in `PreferenceConfig`, but for this source only. If None, the value in the config is used.
+        text_as: As in `PreferenceConfig`, but for this source only. If None, the value in the config is used.
     """
 
     rows: Any
