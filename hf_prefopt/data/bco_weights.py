@@ -1,13 +1,14 @@
-"""Underlying distribution matching for BCO: weights for the undesirable rows, computed once before training.
+"""Underlying distribution matching (UDM) for BCO: compute weights for the undesirable rows once, before training.
 
-If thumbs-down examples have different prompts than thumbs-up examples, a classifier can separate the two classes by the
-prompt alone. The weight p/(1 − p) of an undesirable example corrects this shift, where p is the probability that the
-example is desirable, given its prompt.
+If undesirable (thumbs-down) examples have different prompts than desirable (thumbs-up) examples, a classifier can
+separate the two classes by the prompt alone. Let p be the probability that an example is desirable, given its prompt.
+The weight p/(1 − p) of an undesirable example corrects this shift.
 
     rows = rows.add_column("weight", distribution_matching_weights(embed(rows["prompt"]), rows["label"]))
 
-Embed the prompts with any method, such as a sentence encoder or the mean of a model's last hidden states. The trainer
-reads the column like any other `weight`. Only this file needs scikit-learn: `pip install "hf_prefopt[bco]"`.
+In this example, `embed` stands for any method that embeds prompts, such as a sentence encoder or the mean of a model's
+last hidden states. The trainer reads the new column like any other column `weight`. Only this file needs scikit-learn:
+`pip install "hf_prefopt[bco]"`.
 """
 
 from collections.abc import Sequence
@@ -28,24 +29,25 @@ def distribution_matching_weights(
     """Compute the weights of unpaired examples: 1 if desirable, otherwise clamp(p/(1 − p), low, high).
 
     p = P(desirable | embedding) is the output of scikit-learn's logistic regression with its default L2 penalty
-    (C = 1). Both classes have equal total weight (`class_weight="balanced"`), so p/(1 − p) is a ratio of densities for
-    any class sizes. The regression is fitted to at most `prompts_per_class` prompts of each class, drawn without
-    replacement. The default bounds and the default number of prompts are the values of TRL's last BCO trainer, which
-    draws from both classes together.
+    (C = 1). In the fit, both classes have equal total weight (`class_weight="balanced"`). Therefore, p/(1 − p)
+    estimates the ratio of the two classes' prompt densities, whatever the class sizes. The regression is fitted to at
+    most `prompts_per_class` prompts of each class, drawn without replacement. The default bounds and the default number
+    of prompts are those of TRL's last BCO trainer. That trainer draws its prompts from both classes together.
 
     Args:
-        embeddings: `[N, D]`, finite: the embedding of each example's prompt.
-        labels: `[N]`, whether each example is desirable.
-        low, high: Bounds of a weight, 0 ≤ low ≤ high.
-        prompts_per_class: Maximum number of prompts per class, ≥ 1.
-        seed: Seed of the random choice of at most `prompts_per_class` prompts, to which the classifier is fitted.
+        embeddings: `[N, D]`. The embedding of each example's prompt. All values must be finite.
+        labels: `[N]`. True if the example is desirable, False if it is undesirable.
+        low, high: Bounds of the weight of an undesirable example, with 0 ≤ low ≤ high.
+        prompts_per_class: Maximum number of prompts per class to which the regression is fitted, ≥ 1.
+        seed: Seed for drawing these prompts.
 
     Returns:
-        `[N]` float64, in the order of the examples.
+        `[N]` float64. The weight of each example.
 
     Raises:
         ImportError: If scikit-learn is not installed.
-        ValueError: If shapes differ, an embedding is not finite, there is only one class, or a value is out of range.
+        ValueError: If `embeddings` and `labels` do not have matching shapes, an embedding is not finite, a label is
+            neither true nor false, there is only one class, or another argument is out of range.
     """
     try:
         from sklearn.linear_model import LogisticRegression
@@ -61,14 +63,14 @@ def distribution_matching_weights(
     fitted_to = np.concatenate(drawn)
     regression = LogisticRegression(class_weight="balanced", max_iter=1000)
     regression.fit(prompts[fitted_to], desirable[fitted_to])
-    # The log-odds of the regression are log(p/(1 − p)); their exponential may overflow beyond the bounds.
+    # The decision function is log(p/(1 − p)). Its exponential may overflow to inf, which is then clipped to `high`.
     with np.errstate(over="ignore"):
         odds = np.exp(regression.decision_function(prompts))
     return np.where(desirable, 1.0, odds.clip(low, high))
 
 
 def _checked(embeddings: NDArray[np.float64], labels: NDArray) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """Return the embeddings `[N, D]`, and whether each example is desirable `[N]`, after checking both."""
+    """Check the arguments. Return the embeddings, `[N, D]`, and the labels as booleans, `[N]` (True if desirable)."""
     if embeddings.ndim != 2 or labels.shape != embeddings.shape[:1]:
         raise ValueError(
             f"embeddings {embeddings.shape} and labels {labels.shape}: pass a matrix [N, D] and one label per row"

@@ -1,8 +1,9 @@
-"""Orders of the training rows by length: `train_sampling_strategy="group_by_length"` and `"batch_rebalance"`.
+"""Order the training rows by length, for `train_sampling_strategy="group_by_length"` and `"batch_rebalance"`.
 
-The length of a row is the number of tokens in its prompt and all of its responses. In the layout "padded", where each
-response follows its own copy of the prompt, only the row's longest sequence counts. Both orders depend only on (seed,
-epoch) and the lengths, so they are the same on every rank. Every micro-batch has the configured number of rows.
+The length of a row is the number of tokens in its prompt and all of its responses. The layout "padded" is an exception,
+because each response there follows its own copy of the prompt: the length of a row is then the length of its longest
+sequence [prompt | response]. Both orders depend only on the seed, the epoch and the lengths, so they are the same on
+every rank. They do not change the number of rows per micro-batch.
 """
 
 import math
@@ -15,16 +16,19 @@ from datasets import Dataset
 from torch.utils.data import Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-# The names of the two orders; see `LengthSampler`.
+# The names of the two orders, which `LengthSampler` describes.
 STRATEGIES = ("group_by_length", "batch_rebalance")
 
 
 class RowLengths:
-    """The number of tokens in each row, for "padded" and for all other layouts; computed once, at the first use.
+    """The length of each row: one number for the layout "padded", and one for all other layouts.
+
+    The lengths are computed at the first use and then stored.
 
     Args:
         rows: Prepared rows.
-        column: Column of `rows` with the lengths. If the column is missing, the tokens are counted.
+        column: Name of a column that gives the length of each row, for every layout. If `rows` has no such column, the
+            tokens are counted.
     """
 
     def __init__(self, rows: Dataset, column: str = "length"):
@@ -32,10 +36,10 @@ class RowLengths:
         self._counted: tuple[np.ndarray, np.ndarray] | None = None
 
     def of_layout(self, layout: str | None) -> np.ndarray:
-        """Return the lengths of the rows in this layout, `[rows]` int64.
+        """Return `[rows]` int64: the length of each row in this layout.
 
         Raises:
-            ValueError: the column has a value that is not a number of tokens.
+            ValueError: If the column has a value that is not a number of tokens.
         """
         if self._counted is None:
             self._counted = self._count()
@@ -68,19 +72,21 @@ def _checked(values: Iterable[Any], column: str) -> np.ndarray:
 class LengthSampler(Sampler[int]):
     """Sampler that orders rows by length.
 
-    "group_by_length" puts rows of similar length into the same step, like transformers. "batch_rebalance" draws the
-    rows of each step at random and distributes them so that the micro-batches of all ranks are equally long. Without
-    padding, it balances the total tokens per micro-batch. In the layout "padded", it sorts the rows by length, so that
-    micro-batches contain little padding and micro-batches that run at the same time have similar lengths.
+    "group_by_length" puts rows of similar length into the same step, with the function that transformers uses.
+
+    "batch_rebalance" draws the rows of each step at random, and then distributes them over the micro-batches of the
+    step. In the layout "padded", it sorts the rows by length. So micro-batches contain little padding, and the
+    micro-batches that the ranks run at the same time have similar lengths. In all other layouts, it gives the
+    micro-batches similar total numbers of tokens.
 
     Args:
         strategy: One of `STRATEGIES`.
         lengths: Lengths of the rows.
-        layout: Function that returns the layout; called at the start of each epoch.
+        layout: Function that returns the name of the layout. It is called at the start of each epoch.
         rows_at_once: Number of rows per micro-batch on one rank.
-        micro_batches: Number of micro-batches per step, over all ranks.
-        seed: Seed of the order.
-        size: Number of rows.
+        micro_batches: Number of micro-batches per step, summed over all ranks.
+        seed: Seed of the random order. The epoch is added to it.
+        size: Total number of rows.
     """
 
     def __init__(
@@ -119,7 +125,7 @@ class LengthSampler(Sampler[int]):
         per_step = self._rows_at_once * self._micro_batches
         for start in range(0, len(order), per_step):
             rows = order[start : start + per_step]
-            if len(rows) < per_step:  # the last step of the epoch may be incomplete: keep its order
+            if len(rows) < per_step:  # the last step may be incomplete; its rows keep their random order
                 yield from rows.tolist()
                 continue
             longest_first = rows[np.argsort(-lengths[rows], kind="stable")]
@@ -133,16 +139,16 @@ class LengthSampler(Sampler[int]):
 
 
 def deal(lengths: np.ndarray, groups: int) -> list[list[int]]:
-    """Distribute numbers over groups of equal size with similar sums.
+    """Distribute lengths over groups, so that all groups have the same size and similar sums.
 
-    Each number goes to the group with the smallest sum among the groups that are not full.
+    Each length goes to the group with the smallest sum among the groups that are not full.
 
     Args:
-        lengths: `[groups · size]`, in descending order.
+        lengths: `[groups · size]`, where size is the number of lengths per group. In descending order.
         groups: Number of groups.
 
     Returns:
-        For each group, the indices of its numbers.
+        For each group, the indices of its lengths in `lengths`.
     """
     size = len(lengths) // groups
     dealt: list[list[int]] = [[] for _ in range(groups)]

@@ -1,8 +1,8 @@
-"""Check the examples of a dataset against the losses, before the first step.
+"""Check, before the first step, whether the losses of a run can be computed on the examples of a dataset.
 
-An example that a loss cannot compare raises an error that names its row. The advice of a loss about its data, and the
-optional columns that the losses read, are logged once. Training data of one label raise an error if the losses have no
-gradient for that label.
+If a loss cannot compare an example, an error names the row of the example. If a loss has advice about the data, the
+advice is logged once. So are the names of the optional columns that the losses read. If all examples have the same
+label and the losses have no gradient for it, training raises an error (see `without_gradient`).
 """
 
 import inspect
@@ -29,17 +29,18 @@ logger = logging.getLogger(__name__)
 
 
 def check_embeddings(dataset: Dataset | IterableDataset, embeddings: int, name: str) -> Dataset | IterableDataset:
-    """Check that the model has an embedding for every token id; the first step would fail otherwise.
+    """Check that the model has an embedding for every token id. Without this check, a training step would fail.
 
     Args:
+        dataset: Prepared rows.
         embeddings: Number of embeddings of the model.
         name: Name of the dataset in errors.
 
     Returns:
-        The dataset. Rows of a stream are checked when they are read.
+        The dataset. If it is a stream, each row is checked when it is read.
 
     Raises:
-        ValueError: If a token id has no embedding; for a stream, when the row is read.
+        ValueError: If a token id has no embedding. For a stream, the error is raised when the row is read.
     """
     if isinstance(dataset, IterableDataset):
         arguments = {"embeddings": embeddings, "name": name}
@@ -54,7 +55,7 @@ def check_embeddings(dataset: Dataset | IterableDataset, embeddings: int, name: 
 
 
 def _check_ids(columns: Mapping[str, list[Any]], embeddings: int, name: str) -> dict[str, list[Any]]:
-    """Check a batch of rows without changing it."""
+    """Check the token ids of a batch of rows. Return no columns, so that `map` does not change the rows."""
     for row in _as_rows({column: columns[column] for column in ("prompt_ids", "response_ids", "row")}):
         found = max(token for ids in (row["prompt_ids"], *row["response_ids"]) for token in ids)
         if found >= embeddings:
@@ -67,17 +68,18 @@ def _check_ids(columns: Mapping[str, list[Any]], embeddings: int, name: str) -> 
 
 
 def check_lengths(dataset: Dataset | IterableDataset, positions: int, name: str) -> Dataset | IterableDataset:
-    """Check that no sequence is longer than the number of the model's positions; the first step would fail otherwise.
+    """Check that the model has enough positions for every sequence. Without this check, a training step would fail.
 
     Args:
-        positions: Maximum number of tokens of a prompt and a response.
+        dataset: Prepared rows.
+        positions: Number of positions of the model: the maximum number of tokens in a prompt and one response together.
         name: Name of the dataset in errors.
 
     Returns:
-        The dataset. Rows of a stream are checked when they are read.
+        The dataset. If it is a stream, each row is checked when it is read.
 
     Raises:
-        ValueError: If a sequence is too long; for a stream, when the row is read.
+        ValueError: If a sequence is too long. For a stream, the error is raised when the row is read.
     """
     if isinstance(dataset, IterableDataset):
         arguments = {"positions": positions, "name": name}
@@ -92,7 +94,7 @@ def check_lengths(dataset: Dataset | IterableDataset, positions: int, name: str)
 
 
 def _check_lengths(columns: Mapping[str, list[Any]], positions: int, name: str) -> dict[str, list[Any]]:
-    """Check a batch of rows without changing it."""
+    """Check the lengths of a batch of rows. Return no columns, so that `map` does not change the rows."""
     for row in _as_rows({column: columns[column] for column in ("prompt_ids", "response_ids", "row")}):
         prompt, response = len(row["prompt_ids"]), max(map(len, row["response_ids"]))
         if prompt + response > positions:
@@ -107,15 +109,18 @@ def check_examples(dataset: Dataset | IterableDataset, objective: Objective, nam
     """Check that the losses can compare the examples.
 
     Args:
-        dataset: Prepared rows with the kind of examples that the objective compares.
+        dataset: Prepared rows, whose examples are of the kind that the objective compares (such as pairs or lists).
+        objective: The losses.
         name: Name of the dataset in errors.
 
     Returns:
-        The dataset. Rows of a stream are checked when they are read.
+        The dataset. If it is a stream, each row is checked when it is read.
 
     Raises:
-        ValueError: If a loss cannot compare an example, or a number is missing or out of range; the error names the
-            row. Also if the two responses are equal in every pair and the losses depend only on their difference.
+        ValueError: If a loss cannot compare an example, or if an optional column that the losses read lacks a number or
+            has one that is out of range. The error names the row. For a stream, it is raised when the row is read. Also
+            if the two responses of every pair are equal and the losses depend only on the difference between the two
+            responses. This is not checked for a stream.
     """
     kind = objective.kind
     optional = [column for column in objective.inputs if column in kind.optional_columns]
@@ -124,7 +129,7 @@ def check_examples(dataset: Dataset | IterableDataset, objective: Objective, nam
         logger.warning("%s: win_rate is not read: use_win_rates=True converts it to soft labels", name)
     has_checks = bool(optional) or any(term.spec.check_data for term in objective.terms)
     if isinstance(dataset, IterableDataset):
-        # If a row without any columns is accepted, every row is accepted.
+        # If the kind accepts even a row without any columns, it accepts every row, and nothing needs to be checked.
         if not has_checks and kind.refusal({}, objective.inputs) is None:
             return dataset
         if objective.use_weights:
@@ -144,7 +149,7 @@ def check_examples(dataset: Dataset | IterableDataset, objective: Objective, nam
 
 
 def advise(dataset: Dataset | IterableDataset, objective: Objective, name: str) -> None:
-    """Log the advice of the losses about a whole dataset that `check_examples` has accepted; none about a stream."""
+    """Log the advice of the losses about a dataset that `check_examples` has accepted. For a stream, log nothing."""
     if isinstance(dataset, IterableDataset) or not len(dataset):
         return
     if any(term.spec.check_data for term in objective.terms):
@@ -155,9 +160,10 @@ def advise(dataset: Dataset | IterableDataset, objective: Objective, name: str) 
 
 
 def without_gradient(dataset: Dataset, objective: Objective) -> str | None:
-    """Say that all examples have one label for which the losses have no gradient, and what to do; otherwise `None`.
+    """Return a message if all examples have the same label and the losses have no gradient for it; otherwise None.
 
-    A trial on synthetic examples decides whether there is a gradient.
+    The message describes the problem and says what to do. Whether there is a gradient is found by computing the losses
+    on synthetic examples.
     """
     label = only_label(dataset)
     if objective.kind is not UNPAIRED or label is None or _has_gradient(objective, label):
@@ -171,7 +177,7 @@ def without_gradient(dataset: Dataset, objective: Objective) -> str | None:
 
 
 def only_label(dataset: Any) -> bool | None:
-    """Return the label of all examples of prepared rows; `None` if there are both labels, none, or only a stream."""
+    """Return the label that all examples of prepared rows have. Return None for mixed labels, no labels or a stream."""
     if not isinstance(dataset, Dataset) or "labels" not in dataset.column_names:
         return None
     tables = dataset.select_columns("labels").with_format("arrow").iter(batch_size=10_000)
@@ -180,7 +186,7 @@ def only_label(dataset: Any) -> bool | None:
 
 
 def _has_gradient(objective: Objective, label: bool) -> bool:
-    """Whether the losses of synthetic examples with this label depend on the policy."""
+    """Return True if the losses have a gradient with respect to the policy, on synthetic examples with this label."""
     inputs = made_up_examples(dict.fromkeys((*objective.inputs, "labels")), count=8)
     inputs["labels"] = torch.full((8,), label)
     policy = [inputs[name].requires_grad_() for name in objective.inputs if name.startswith("policy")]
@@ -192,7 +198,7 @@ def _has_gradient(objective: Objective, label: bool) -> bool:
 
 
 def _refuse_identical_pairs(dataset: Dataset, objective: Objective, name: str) -> None:
-    """Raise `ValueError` if the two responses are equal in every pair, because every gradient is then zero."""
+    """Raise `ValueError` if the two responses of every pair are equal and every gradient is zero for this reason."""
     if not objective.ignores_shared_tokens:
         return
     for table in dataset.select_columns(["response_ids", "pairs"]).with_format("arrow").iter(batch_size=1000):
@@ -205,7 +211,7 @@ def _refuse_identical_pairs(dataset: Dataset, objective: Objective, name: str) -
 
 
 def _check_batch(columns: Mapping[str, list[Any]], objective: Objective, name: str) -> dict[str, list[Any]]:
-    """Check a batch of a stream without changing it."""
+    """Check the examples of a batch of rows. Return no columns, so that `map` does not change the rows."""
     rows = _as_rows(columns)
     for row in rows:
         reason = objective.kind.refusal(row, objective.inputs)
@@ -221,14 +227,14 @@ def _as_rows(columns: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
 
 
 def _examples(rows: Sequence[Mapping[str, Any]], kind: ExampleKind) -> dict[str, Tensor]:
-    """Return the values that losses may check, and the `row` of each example."""
+    """Return the inputs that losses may check, with one value for each example, and the number of its row (`row`)."""
     values = {column: torch.from_numpy(array) for column, array in kind.batch_inputs_of(rows).items()}
     counts = torch.tensor([kind.count_examples(row) for row in rows])
     return {**values, "row": torch.tensor([row["row"] for row in rows]).repeat_interleave(counts)}
 
 
 def _all_examples(dataset: Dataset, objective: Objective) -> dict[str, Tensor]:
-    """Return what `_examples` returns for all rows."""
+    """Return the result of `_examples` for all rows of a dataset."""
     kind = objective.kind
     optional = [column for column in objective.inputs if column in kind.optional_columns]
     needed = [column for column in (*kind.columns, *optional, "row") if column in dataset.column_names]
@@ -238,7 +244,7 @@ def _all_examples(dataset: Dataset, objective: Objective) -> dict[str, Tensor]:
 
 
 def _check(examples: Mapping[str, Tensor], objective: Objective, name: str) -> list[str]:
-    """Return the losses' advice on these examples. Raises `ValueError` for examples that a loss cannot compare."""
+    """Return the losses' advice on these examples. Raises `ValueError` if a loss cannot compare an example."""
     for column in objective.inputs:
         if column in objective.kind.optional_columns and column in examples:
             _check_numbers(column, examples, objective.kind, name)
@@ -253,7 +259,7 @@ def _check(examples: Mapping[str, Tensor], objective: Objective, name: str) -> l
 
 
 def _run_check(term: Term, examples: Mapping[str, Tensor]) -> str | None:
-    """Return the advice of a loss's `check_data`, or None."""
+    """Return the advice that a loss's `check_data` gives on these examples, or None if there is none."""
     check = term.spec.check_data
     if check is None:
         return None
@@ -262,7 +268,7 @@ def _run_check(term: Term, examples: Mapping[str, Tensor]) -> str | None:
 
 
 def _check_numbers(column: str, examples: Mapping[str, Tensor], kind: ExampleKind, name: str) -> None:
-    """Raise `ValueError` unless every example has a number within the column's bounds."""
+    """Raise `ValueError` unless every example has a finite number within the bounds of this optional column."""
     values, allowed = examples[column], kind.optional_columns[column]
     wrong = ~values.isfinite() | (values < allowed.low) | (values > allowed.high)
     if wrong.any():
@@ -276,20 +282,30 @@ def _check_numbers(column: str, examples: Mapping[str, Tensor], kind: ExampleKin
 
 
 def _name_rows(which: Tensor, rows: Tensor) -> str:
-    """Describe the rows of the selected examples: the first one and a count. `which`: `[B]` bool; `rows`: `[B]`."""
+    """Name the first row that contains a selected example, and count the other such rows.
+
+    Args:
+        which: `[B]` bool. True for the selected examples.
+        rows: `[B]` int64. The row of each example.
+    """
     first, *others = dict.fromkeys(rows[which].tolist())
     return f"row {first:,}" + (f" (and {len(others):,} more rows)" if others else "")
 
 
 def _say_what_is_read(inputs: Sequence[str], columns: Collection[str], kind: ExampleKind, name: str) -> None:
-    """Log which columns of numbers, except weights, the losses read."""
+    """Log the names of the optional columns that the losses read, except the column of weights."""
     read = [kind.optional_columns[column].columns[0] for column in inputs if column in columns and column != "weights"]
     if read:
         logger.warning("%s: the losses read %s; use remove_columns to exclude columns", name, ", ".join(read))
 
 
 def _describe_weights(name: str, weights: np.ndarray | None = None) -> str:
-    """Describe the effect of the column `weight`. `weights`: one for each example; None for a stream."""
+    """Describe the effect of the column `weight`.
+
+    Args:
+        name: Name of the dataset.
+        weights: `[B]`. The weight of each example; None for a stream, whose weights are not known.
+    """
     line = f"{name}: the column `weight` multiplies the losses of its examples"
     if weights is None or not len(weights):
         return line

@@ -1,4 +1,9 @@
-"""Check the meaning of the numbers in a column, when a single number is ambiguous and all rows are needed."""
+"""Check what the numbers in columns of labels and verdicts mean, where one number alone is ambiguous.
+
+A verdict is a value that says which of two responses is better. Its number may be a sign, or the place of a response
+counted from 0 or from 1. A label says whether a response is desirable. Only the numbers of many rows together show
+whether the meaning with which they are read is plausible.
+"""
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -11,8 +16,9 @@ from hf_prefopt.data.preferences import VERDICTS, by_name, by_sign
 from hf_prefopt.data.roles import SUFFIXES
 from hf_prefopt.data.rows import as_number
 
-# A verdict that is read by its sign is suspicious if 16 rows all prefer the second response: the probability of this by
-# chance is 2 ** -16. Signed scales end at 3, so a single number above 3 is suspicious, too.
+# Verdicts that are read by their sign are suspicious if none of them is negative, so that none prefers the first
+# response. They are rejected if there are at least 16 rows, because the probability of this by chance is then at most
+# 2 ** -16. With fewer rows, they are rejected if a number is above 3, because signed scales end at 3.
 _MANY, _LARGEST = 16, 3
 
 
@@ -20,15 +26,17 @@ def check_codes(dataset: Dataset | IterableDataset, columns: Mapping[str, str]) 
     """Check that the numbers in columns of labels and verdicts are read with the right meaning.
 
     Args:
-        columns: The column of each role.
+        dataset: Raw rows.
+        columns: Maps each role, such as "label" or "verdict", to the name of its column.
 
     Returns:
-        The dataset. Labels of a stream are checked when they are read. For verdicts of a stream, only the scale in the
-        first rows is checked.
+        The dataset. If it is a stream, labels are checked when they are read. Of its verdicts, only those that are read
+        by their sign are checked, and only in the first 16 rows.
 
     Raises:
-        ValueError: If there are labels −1 and 0 (for a stream, when the second of them is read). Also if verdicts count
-            responses from 0 but column names count from 1, or if verdicts are read by their sign and none is negative.
+        ValueError: If the labels contain both −1 and 0. For a stream, the error is raised when the second of these is
+            read. Also if verdicts seem to count the responses from 0 although the names of their columns count from 1,
+            or if verdicts are read by their sign although none is negative.
     """
     if "label" in columns:
         dataset = _check_labels(dataset, columns["label"])
@@ -44,7 +52,10 @@ def check_codes(dataset: Dataset | IterableDataset, columns: Mapping[str, str]) 
 
 
 def _refuse_places(column: str, numbers: Collection[float], names: tuple[str, str]) -> None:
-    """Raise `ValueError` if the verdicts contain 0 and 1 but not 2, because 1 may then be the second response."""
+    """Raise `ValueError` if the verdicts contain 0 and 1 but not 2.
+
+    They may then be places counted from 0, so that 1 means the second response, whose column has the suffix 2.
+    """
     if {0, 1}.issubset(numbers) and 2 not in numbers:
         raise ValueError(
             f"column `{column}` contains 0 and 1, and the responses are `{names[0]}` and `{names[1]}`, so 1 may mean "
@@ -58,11 +69,11 @@ def _numbers(values: Iterable[Any]) -> set[float]:
 
 
 def describe_codes(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> list[str]:
-    """Describe verdicts that are read by their sign, if they prefer the second response in all of these rows.
+    """If verdicts are read by their sign and none of them is negative in these rows, return a message that says so.
 
     Args:
-        rows: The first rows.
-        columns: The column of each role.
+        rows: The first rows of the dataset.
+        columns: Maps each role, such as "verdict", to the name of its column.
     """
     verdict = columns.get("verdict", "")
     numbers = _numbers(row.get(verdict) for row in rows)
@@ -76,7 +87,11 @@ def describe_codes(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]
 
 
 def _check_scale(dataset: Dataset | IterableDataset, column: str, names: tuple[str, str]) -> Dataset | IterableDataset:
-    """Check that some numbers are below zero, unless there are too few rows to decide."""
+    """Check that a verdict that is read by its sign is negative in some rows.
+
+    Fewer than `_MANY` rows of a dataset are checked only if a number is above `_LARGEST`. Of a stream, only the first
+    `_MANY` rows are checked.
+    """
     if isinstance(dataset, IterableDataset):
         return dataset.filter(_Scale(column, names))
     numbers = _numbers(dataset.unique(column))
@@ -86,7 +101,7 @@ def _check_scale(dataset: Dataset | IterableDataset, column: str, names: tuple[s
 
 
 def _refuse_scale(column: str, numbers: Collection[float], names: tuple[str, str]) -> None:
-    """Raise `ValueError` if there are several different numbers and none is below zero."""
+    """Raise `ValueError` if there are at least two different numbers and none of them is negative."""
     if numbers and min(numbers) >= 0 and len(numbers) > 1:
         middle = (min(numbers) + max(numbers)) / 2
         raise ValueError(
@@ -97,7 +112,7 @@ def _refuse_scale(column: str, numbers: Collection[float], names: tuple[str, str
 
 
 class _Scale:
-    """Filter that keeps every row and checks the numbers of the first rows."""
+    """Filter that keeps every row of a stream, and checks the scale of a verdict in the first `_MANY` rows."""
 
     def __init__(self, column: str, names: tuple[str, str]):
         self.column, self.names, self.first = column, names, list[Any]()
@@ -121,7 +136,7 @@ def _check_labels(dataset: Dataset | IterableDataset, column: str) -> Dataset | 
 
 
 class _LabelCodes:
-    """Filter that keeps every row and remembers the labels of earlier rows."""
+    """Filter that keeps every row, and checks that the labels so far do not contain both −1 and 0."""
 
     def __init__(self, column: str):
         self.column, self.seen = column, set[Any]()

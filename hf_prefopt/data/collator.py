@@ -1,12 +1,13 @@
 """Collate the rows from the data loader into a batch, in the layout of the run.
 
-`per_device_train_batch_size` is the number of examples per rank, with or without a token budget. With a token budget
-(`max_tokens_per_batch`), the rows are split, in order, into pieces of at most that many positions, so the budget bounds
-peak memory.
+`per_device_train_batch_size` is the number of rows that a rank draws for a batch, with or without a token budget. With
+a token budget (`max_tokens_per_batch`), the rows of a batch are split, in order, into pieces: smaller batches of at
+most that many token positions, which are computed one after another. In this way, the budget bounds peak memory.
 
-If the rows do not fill the last batch of every rank, accelerate repeats earlier rows to keep all ranks in step. The
-repeated rows are computed, but their examples are excluded from the loss. For a dataset, its length determines the
-repeated rows; a stream is padded here with rows that are marked as repeated.
+If there are not enough rows for the last batch of every rank, accelerate repeats earlier rows, so that all ranks run
+the same number of batches. The repeated rows are computed, but their examples are excluded from the loss. For a
+dataset, the length of the dataset shows which rows are repeated. A stream has no length, so `EvenStream` repeats rows
+itself and marks them.
 """
 
 from bisect import bisect_right
@@ -24,11 +25,13 @@ from hf_prefopt.kinds import EXAMPLE_ENTRIES
 
 
 def rows_that_count(rows: int, share: int, rank: int, world_size: int) -> int:
-    """Return the number of rows in a rank's last batch that are not repeated.
+    """Return how many rows of a rank's last batch are not repetitions of earlier rows.
 
     Args:
         rows: Number of rows in the dataset.
         share: Number of rows per batch on one rank.
+        rank: Index of the rank.
+        world_size: Number of ranks.
 
     Example:
         >>> [rows_that_count(7, 2, rank, 2) for rank in (0, 1)]  # rows 4, 5 and rows 6, 0
@@ -39,18 +42,24 @@ def rows_that_count(rows: int, share: int, rank: int, world_size: int) -> int:
 
 
 def examples_of_first_rows(pieces: list[PreferenceBatch], count: int) -> list[Tensor]:
-    """Return, for each piece of a batch, `[B]` bool: whether an example belongs to the batch's first `count` rows."""
-    # The first example of each row has index 0, so the cumulative sum numbers the rows 1, 1, 2, … over their examples.
+    """Return a mask for each piece of a batch: `[B]` bool, True for examples of the batch's first `count` rows."""
+    # `pair_in_row` is 0 only for the first example of a row. The cumulative sum of this condition is therefore the
+    # number of each example's row, counted from 1 in the batch.
     lengths = [len(piece["rows"]) for piece in pieces]
     row = (torch.cat([piece["pair_in_row"] for piece in pieces]) == 0).cumsum(0)
     return list((row <= count).split(lengths))
 
 
 def keep_examples(batch: PreferenceBatch, kept: Tensor | slice) -> PreferenceBatch:
-    """Return the batch with the examples that `kept` selects, `[B]` bool or a slice; the forward pass does not change.
+    """Return the batch with only some of its examples, and with all of its sequences.
 
-    A batch without examples has no effect on the gradients. The ranks of a sharded model must run its layers together,
-    so a rank without examples runs such a batch.
+    The forward pass therefore stays the same. A batch without examples has no effect on the gradients. It is needed
+    because the ranks of a sharded model must run the layers together: a rank that has no examples left runs such a
+    batch.
+
+    Args:
+        batch: The batch, with B examples.
+        kept: The examples to keep, as a slice or as `[B]` bool.
     """
     entries = cast(dict[str, Any], batch)
     names = [name for name in (*EXAMPLE_ENTRIES, "counted") if name in entries]
@@ -58,12 +67,15 @@ def keep_examples(batch: PreferenceBatch, kept: Tensor | slice) -> PreferenceBat
 
 
 class EvenStream(IterableDataset):
-    """A stream padded to full batches: its first rows are repeated at the end and marked `repeated`.
+    """A stream whose rows fill a whole number of batches.
+
+    By default, its first rows are repeated at the end, with `repeated` set to True, until the last batch is full.
 
     Args:
         stream: The rows, which are mappings.
-        multiple: Number of rows per batch, over all ranks. The stream is padded to a multiple of this number.
-        drops_last: Drop the last rows that do not fill such a batch, instead of repeating rows.
+        multiple: Number of rows per batch, summed over all ranks. The stream is padded to a multiple of this number.
+        drops_last: If True, no row is repeated. Rows at the end that do not fill a batch of `multiple` rows are dropped
+            instead.
     """
 
     def __init__(self, stream: Iterable[Mapping[str, Any]], multiple: int, drops_last: bool = False):
@@ -101,7 +113,7 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 class Collator(Protocol):
-    """Interface of the collator of a layout."""
+    """Interface of a collator, which makes batches in one layout."""
 
     def count_tokens(self, rows: Rows) -> int:
         """Return the number of positions in the batch of these rows."""
@@ -112,14 +124,16 @@ class Collator(Protocol):
 
 @dataclass
 class LoaderCollator:
-    """Collator that calls the collator of the current layout. `layout` may be set after the data loaders are created.
+    """Collator that calls the collator of the current layout.
 
     Attributes:
-        collators: The collator of each layout. Collators that are used with `max_tokens` must be able to count tokens.
-        layout: Name of the layout in use.
-        max_tokens: Maximum number of positions in a piece; a row with more positions is a piece by itself. None makes
-            one piece.
-        scores_prompts: Whether prompts are scored in addition to the responses, for losses that need prompt scores.
+        collators: Maps the name of each layout to its collator. If `max_tokens` is set, the collator must have the
+            method `count_tokens`.
+        layout: Name of the layout in use. It may be changed after the data loaders are created.
+        max_tokens: Maximum number of positions in a piece. A row with more positions is a piece by itself. If None, all
+            rows are one piece.
+        scores_prompts: Whether the log-probs of prompts are computed in addition to those of responses, for losses that
+            read them.
     """
 
     collators: Mapping[str, Collator | Callable[[Rows], PreferenceBatch]]
@@ -129,11 +143,11 @@ class LoaderCollator:
 
     @property
     def is_custom(self) -> bool:
-        """True if a user's collator is in use."""
+        """True if the collator of the current layout is a user's own collator."""
         return isinstance(self.collators[self.layout], CustomCollator)
 
     def __call__(self, rows: Rows) -> LoaderBatch:
-        """Return the batch of these rows; the examples of rows that are marked `repeated` do not count."""
+        """Return the batch of these rows. Examples of rows that are marked `repeated` are excluded from the loss."""
         collate = self.collators[self.layout]
         parts = self._cut(rows, collate)
         pieces = [collate(part) for part in parts]
@@ -164,10 +178,10 @@ def _longest_piece(rows: Rows, collate: Collator, max_tokens: int) -> Rows:
 
 @dataclass
 class CustomCollator:
-    """A user's collator. If it fails, the error names the columns that it got and the type that it must return.
+    """A user's own collator. If it fails, the error names the columns that it got and the type that it must return.
 
     Raises:
-        ValueError: The collator fails, or returns something other than a `PreferenceBatch`.
+        ValueError: When called, if the collator fails or returns something other than a `PreferenceBatch`.
     """
 
     collate: Callable[[Rows], PreferenceBatch]
@@ -215,9 +229,10 @@ def check_loaded(batch: Any) -> LoaderBatch:
 
 
 def sequence_sizes(rows: Rows) -> dict[str, int]:
-    """Count the tokens of the sequences [prompt | response] of some rows, and the positions of their padded batch.
+    """Count the tokens of all sequences [prompt | response] of these rows, and the positions after padding.
 
-    Mismatched responses (see `data.unpaired`) are scored, too, so they count.
+    Each sequence is padded to the longest one. Mismatched responses (see `data.unpaired`) are also scored, so the
+    sequences of a row's prompt with its mismatched responses are counted, too.
 
     Example:
         >>> sequence_sizes([{"prompt_ids": [1, 2], "response_ids": [[3], [4, 5]]}])
@@ -231,7 +246,11 @@ def sequence_sizes(rows: Rows) -> dict[str, int]:
 
 
 def loader_batch(pieces: list[PreferenceBatch]) -> LoaderBatch:
-    """Return the batch of these pieces."""
+    """Return the batch of a data loader that consists of these pieces.
+
+    Its `rows`, `[examples]`, join those of the pieces. Its `input_ids` and `attention_mask`, `[1, positions]`, join
+    those of the pieces as one row. The mask is 1 for all positions of a piece that has no mask.
+    """
     masks = [piece.get("attention_mask", torch.ones_like(piece["input_ids"])) for piece in pieces]
     return {
         "rows": torch.cat([piece["rows"] for piece in pieces]),

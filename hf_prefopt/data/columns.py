@@ -22,21 +22,21 @@ from hf_prefopt.kinds import KINDS
 
 logger = logging.getLogger(__name__)
 
-# Number of rows that are searched for an example value of each column.
+# Number of rows at the start of a dataset in which an example value of each column is searched.
 _SAMPLE = {Dataset: 64, IterableDataset: 8}
 
 
 def column_names(dataset: Dataset | IterableDataset) -> list[str]:
-    """Return the column names; for a stream without known columns, the keys of its first row."""
+    """Return the column names. If a stream does not know them, return the keys of its first row."""
     return dataset.column_names if dataset.column_names is not None else list(next(iter(dataset), {}))
 
 
 def as_shown(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
-    """Return the dataset as plain Python values, without the columns that `set_format(columns=...)` hides.
+    """Return the dataset without the columns that `set_format(columns=...)` hides. Its rows are plain Python values.
 
     Raises:
-        ValueError: If rows are made by a function each time they are read (`set_transform`): the rows that are checked
-            and tokenized would be the stored ones, not the ones that the function makes.
+        ValueError: If the dataset has a function that makes its rows each time they are read (`set_transform`). Without
+            the error, the stored rows would be checked and tokenized instead of the rows that the function makes.
     """
     if not isinstance(dataset, Dataset):
         return dataset
@@ -57,12 +57,14 @@ def choose_columns(
     """Return the dataset without the removed columns and with the renamed ones.
 
     Args:
-        mapping: The column for each new name; see `PreferenceConfig.column_mapping`. If the dataset has the new name
-            but not the column, the entry is ignored.
+        dataset: Raw rows.
+        mapping: Maps each new name to the present name of the column (see `PreferenceConfig.column_mapping`). An entry
+            is ignored if the dataset already has a column with the new name and none with the present name.
         removed: Columns to remove.
 
     Raises:
-        ValueError: If there is no such column, or the new name is already a column; or see `as_shown`.
+        ValueError: If a column to remove or rename does not exist, if a new name is already the name of another column,
+            or if two new names are given to one column. Also for the reason that `as_shown` gives.
     """
     dataset = as_shown(dataset)
     columns = column_names(dataset)
@@ -95,7 +97,7 @@ def choose_columns(
 
 
 def _not_found(dataset: Dataset | IterableDataset, column: str, columns: Sequence[str]) -> str:
-    """Describe a column that does not exist, or that is a key of a struct."""
+    """Say why a column is not found: it does not exist, or it is a key of a column of structs (`column.key`)."""
     outer, _, key = column.partition(".")
     if key and isinstance((dataset.features or {}).get(outer), Mapping):
         return (
@@ -105,27 +107,37 @@ def _not_found(dataset: Dataset | IterableDataset, column: str, columns: Sequenc
 
 
 def undecoded(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
-    """Return the dataset as plain Python values. Images, video and audio stay encoded, because they are rejected."""
+    """Return the dataset with rows of plain Python values.
+
+    Images, video and audio are not decoded, because rows that contain them are rejected.
+    """
     for column, feature in (dataset.features or {}).items():
-        # Columns of mixed types (`Json`) stay decoded, because an encoded text is a JSON string with quotes.
+        # Columns of mixed types (`Json`) are decoded, because a text in them is stored as a JSON string with quotes.
         if getattr(feature, "decode", False) and type(feature).__name__ != "Json":
             dataset = dataset.cast_column(column, replace(feature, decode=False))
     return dataset.with_format(None)
 
 
 def without_empty(dataset: Dataset | IterableDataset, names: Collection[str]) -> Dataset | IterableDataset:
-    """Return the dataset without the columns in `names` that are empty in all rows (their Arrow type is null)."""
+    """Return the dataset without those columns in `names` that are empty in all rows (of the Arrow type null)."""
     empty = [name for name, feature in (dataset.features or {}).items() if feature == Value("null") and name in names]
     return dataset.remove_columns(empty) if empty else dataset
 
 
 def first_rows(dataset: Dataset | IterableDataset) -> list[dict[str, Any]]:
-    """Return the first rows; see `_SAMPLE`."""
+    """Return the first rows of a dataset: 64, or 8 of a stream (`_SAMPLE`)."""
     return list(islice(iter(dataset), next(count for kind, count in _SAMPLE.items() if isinstance(dataset, kind))))
 
 
 def sample_of(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, Any]:
-    """Return an example value per column: the first that is neither missing nor empty in these rows, or else None."""
+    """Return an example value for each column: the first value in these rows that is neither None nor empty.
+
+    If a column has no such value, its value in the last row is returned.
+
+    Args:
+        rows: The first rows of the dataset.
+        names: Names of columns that the result must contain, in addition to those of the rows.
+    """
     columns = dict.fromkeys(names) | dict.fromkeys(column for row in rows for column in row)
     return {column: _first(row.get(column) for row in rows) for column in columns}
 
@@ -140,13 +152,19 @@ def _first(values: Any) -> Any:
 
 
 def class_names(dataset: Dataset | IterableDataset) -> dict[str, list[str]]:
-    """Return the class names of the columns that contain class indices."""
+    """Return the class names of each column that contains class indices (`ClassLabel`), keyed by column."""
     features = dataset.features or {}
     return {column: feature.names for column, feature in features.items() if isinstance(feature, ClassLabel)}
 
 
 def describe_columns(found: FoundLayout, sample: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Describe the columns of a dataset: their layout, unused columns, and texts that do not become messages."""
+    """Return messages that describe a dataset's layout, its unused columns, and texts that do not become messages.
+
+    Args:
+        found: The layout of the dataset.
+        sample: One example value per column.
+        tokenizer: The tokenizer, whose chat template may be unused.
+    """
     lines = []
     if not found.is_own:
         lines.append(f"read as {describe_layout(found)}")
@@ -171,7 +189,7 @@ def describe_columns(found: FoundLayout, sample: Mapping[str, Any], tokenizer: P
 
 
 def check_mapped(found: FoundLayout, mapped: Collection[str], sample: Mapping[str, Any]) -> None:
-    """Raise `ValueError` if a new name of the column mapping is neither a column of the layout nor read by a loss."""
+    """Raise `ValueError` if neither the layout nor any loss reads a column that the user's `column_mapping` renames."""
     unused = [name for name in mapped if name in unused_columns(found, sample)]
     if unused:
         known = {name for layout in LAYOUTS for one in (*layout.needs, *layout.may) for name in chain(*one.names)}
@@ -184,13 +202,13 @@ def check_mapped(found: FoundLayout, mapped: Collection[str], sample: Mapping[st
 
 
 def describe_layout(found: FoundLayout) -> str:
-    """Describe a layout and its columns: `pairs, question (prompt = question, chosen, rejected)`."""
+    """Describe a layout and its columns, for example `pairs, question (prompt = question, chosen, rejected)`."""
     roles = ", ".join(column if part == column else f"{part} = {column}" for part, column in found.columns.items())
     return f"{found.layout.name} ({roles})"
 
 
 def unused_columns(found: FoundLayout, columns: Collection[str]) -> list[str]:
-    """Return the columns that neither the layout nor any loss reads."""
+    """Return the columns that are read neither by the layout nor by any loss."""
     used = {*found.columns.values(), *optional_columns(found.format.kind, columns).values(), *_BESIDE}
     return [column for column in columns if column not in used]
 
@@ -219,7 +237,10 @@ def _are_plain_text(sample: Mapping[str, Any], columns: Collection[str], tokeniz
 
 
 def _begin_with_prompt(found: FoundLayout, sample: Mapping[str, Any]) -> bool:
-    """Return True if the responses are texts, not transcripts, and the beginning that they share is the prompt."""
+    """Return True if the prompt is the beginning that the two responses share.
+
+    The dataset then has no prompt column, and its responses are texts that are not transcripts.
+    """
     values = [sample[column] for part, column in found.columns.items() if part in ("chosen", "rejected")]
     has_no_prompt = "prompt" not in found.format.columns and len(values) == 2
     if not has_no_prompt or not all(isinstance(value, str) for value in values):
@@ -229,5 +250,5 @@ def _begin_with_prompt(found: FoundLayout, sample: Mapping[str, Any]) -> bool:
 
 
 def _listed(value: Any) -> list[Any]:
-    """Return the responses of a list, or the value as a list of one; a list of messages is one value."""
+    """Return a list of responses unchanged, and any other value in a list of one. A list of messages is one value."""
     return value if isinstance(value, list) and value and not isinstance(value[0], dict) else [value]

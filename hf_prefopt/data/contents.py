@@ -1,8 +1,8 @@
-"""Read the value of a prompt or response column: text, or messages in any of the forms in which they are stored.
+"""Read the value of a prompt or response column: text, or messages in any of the forms in which datasets store them.
 
-Messages are stored as a list, as one message, as a struct of lists (the `Sequence` feature of older versions of
-`datasets`), as JSON, or as a struct with a list of `messages`. A message has the keys `role`/`content`, `from`/`value`
-or others (`messages.py`). A struct may also contain only a text, `{"text": ...}`.
+Messages may be stored as a list of messages, as a single message, as JSON, as a struct whose key `messages` holds a
+list, or as a struct of lists (the `Sequence` feature of older versions of `datasets`). A message has the keys `role`
+and `content`, `from` and `value`, or others (see `messages.py`). A struct may also hold only a text: `{"text": ...}`.
 """
 
 import json
@@ -16,7 +16,11 @@ Content = str | list[Message]
 
 
 def read_content(column: str, value: Any) -> Content:
-    """Return the text, or the messages as a list of dicts. The messages are not checked yet.
+    """Return the text, or the messages as a list of dicts. The messages are not checked.
+
+    Args:
+        column: Name of the column, for errors.
+        value: Value of the column.
 
     Raises:
         BadRow: If the value is missing, or is neither text nor messages.
@@ -36,8 +40,8 @@ def read_responses(values: Mapping[str, Any]) -> dict[str, Content]:
     """Return the contents of the responses, keyed by column.
 
     Raises:
-        BadRow: If a response is missing or is neither text nor messages, or if one response contains messages as JSON
-            and another is plain text.
+        BadRow: If a response is missing, or is neither text nor messages. Also if one response is messages stored as
+            JSON and another response is plain text.
     """
     contents = {column: read_content(column, value) for column, value in values.items()}
     written = [column for column, value in values.items() if isinstance(value, str) and value is not contents[column]]
@@ -47,7 +51,7 @@ def read_responses(values: Mapping[str, Any]) -> dict[str, Content]:
 
 
 def _read_text(text: str) -> Content:
-    """Return the text, or the messages if the text is their JSON."""
+    """Return the messages if the text is JSON that contains messages, or else the text."""
     if text.lstrip()[:1] not in ("[", "{"):
         return text
     try:
@@ -79,7 +83,7 @@ def _read_struct(column: str, value: Mapping[str, Any]) -> Content:
 
 
 def is_message(value: Any) -> bool:
-    """Return True if the value has the keys of a message."""
+    """Return True if the value is a dict with a key for a role, and a key for content or tool calls."""
     return isinstance(value, Mapping) and any(key in value for key in ROLE_KEYS) and any(key in value for key in _KEYS)
 
 
@@ -87,5 +91,5 @@ _KEYS = (*CONTENT_KEYS, "tool_calls")
 
 
 def _is_spoken(value: Any) -> bool:
-    """Return True if the value is a message of a known role. JSON in a text may also contain other structs."""
+    """Return True if the value is a message with a known role. A text may also be JSON that holds other objects."""
     return is_message(value) and any(is_role(value.get(key)) for key in ROLE_KEYS)

@@ -1,7 +1,8 @@
-"""Convert a prompt and responses, each text or messages, to one conversation for each response.
+"""Convert a prompt and its responses, each of which is text or messages, to messages.
 
-A text becomes a message: a user message in a prompt, an assistant message in a response. Responses are either replies,
-or whole conversations that begin with the prompt; the prompt is then removed from them.
+A text becomes a message: a prompt becomes a user message, and a response an assistant message. A response is either a
+reply to the prompt, or a whole conversation that begins with the prompt. In the second case, the prompt is removed from
+the response.
 """
 
 import re
@@ -21,13 +22,13 @@ from hf_prefopt.data.messages import (
 from hf_prefopt.data.rows import BadRow, check_text_prompt, check_text_response, is_blank, take_off_prompt
 from hf_prefopt.data.transcripts import is_transcript, read_transcript
 
-# Roles that begin a whole conversation.
+# If the first message of a response has one of these roles, the response is a whole conversation.
 _ASKING = ("user", "system", "developer")
-# The beginning of a text that a chat template has already rendered.
+# Matches the beginning of a text to which a chat template has already been applied.
 _RENDERED = re.compile(r"\s*(<s>|<bos>|<\|[\w ]+\|>|\[INST\]|<start_of_turn>|<｜)")
 
 
-# Keys with which trainers exclude an answer from training, if their value is zero or false.
+# Keys of a message. If the value of one of them is zero or false, trainers exclude the message from training.
 _MARKS = ("weight", "train", "training", "loss")
 
 
@@ -37,16 +38,18 @@ def _untrained(message: Message) -> list[str]:
 
 @dataclass(frozen=True)
 class Conversation:
-    """The messages of a prompt, and the messages of each response, keyed by column.
+    """The messages of a prompt and of each of its responses.
 
     Attributes:
-        prompt_is_read: Whether the prompt column was used. If False, the prompt comes from the responses, and the
-            caller must check that they contain the text of the prompt column.
+        prompt: The messages of the prompt.
+        responses: The messages of each response, keyed by column.
+        prompt_is_read: Whether `prompt` comes from the prompt column. If False, it comes from the responses, and the
+            caller must check that the responses contain the text of the prompt column.
 
     Raises:
-        BadRow: If only some responses begin with an assistant message: the header of the assistant's turn would then be
-            part of only some prompts. Also if an answer within a response is marked as excluded from training: all
-            assistant messages of a response are trained on.
+        BadRow: If some responses begin with an assistant message and others do not, because the header of the
+            assistant's turn would then belong to the prompt of only some responses. Also if an assistant message of a
+            response is marked as excluded from training, because all assistant messages of a response are trained on.
     """
 
     prompt: list[Message]
@@ -70,18 +73,18 @@ def join_conversation(prompt: Content | None, responses: Mapping[str, Content], 
     """Return the checked messages of a prompt and its responses.
 
     Args:
-        prompt: The prompt; None if the responses are whole conversations.
+        prompt: The prompt. None if the responses are whole conversations.
         responses: The responses, keyed by column.
-        begins: Whether a prompt may end with an assistant message that the responses continue.
+        begins: Whether the prompt may end with the beginning of an assistant message that the responses continue.
 
     Raises:
-        BadRow: If messages are invalid, or the place where the response begins is ambiguous.
+        BadRow: If messages are invalid, or if it is ambiguous where a response begins.
     """
     contents = dict(responses)
     if isinstance(prompt, str):
         texts = {column: content for column, content in responses.items() if isinstance(content, str)}
         alone = take_off_prompt(prompt, texts) if texts else texts
-        if alone is not texts:  # the white space between a prompt and its response is not part of a message
+        if alone is not texts:  # whitespace between a prompt and its response is part of neither message
             contents |= {column: text.lstrip() for column, text in alone.items()}
     replies = {column: _reply(column, content) for column, content in contents.items()}
     written = [column for column, content in responses.items() if isinstance(content, str)]
@@ -115,9 +118,14 @@ def join_conversation(prompt: Content | None, responses: Mapping[str, Content], 
 
 
 def _after(asked: list[Message], messages: list[Message]) -> list[Message]:
-    """Return the messages after the prompt in a conversation that begins with the prompt.
+    """Return the messages that follow the prompt in a conversation.
 
-    The conversation may lack the prompt's system message. Return an empty list if it does not begin with the prompt.
+    The conversation must begin with the prompt, but it may lack the prompt's system message. If it does not begin with
+    the prompt, an empty list is returned.
+
+    Args:
+        asked: The messages of the prompt.
+        messages: The messages of the conversation.
     """
     for begin in (asked, asked[1:]) if asked and asked[0]["role"] == "system" else (asked,):
         if begin and messages[: len(begin)] == begin:
@@ -126,7 +134,11 @@ def _after(asked: list[Message], messages: list[Message]) -> list[Message]:
 
 
 def text_as_messages(text: str) -> list[Message]:
-    """Convert a prompt text to messages: the turns of a transcript, or one user message."""
+    """Convert a prompt text to messages: one for each turn if the text is a transcript, or else one user message.
+
+    Raises:
+        BadRow: If the text is empty or only whitespace, or if a chat template has already been applied to it.
+    """
     if _RENDERED.match(text):
         cure = "use messages, or use the columns prompt, chosen and rejected for texts that should stay unchanged"
         raise BadRow("prompt", f"is already rendered by a chat template ({text.strip()[:20]!r})", cure)
@@ -136,7 +148,10 @@ def text_as_messages(text: str) -> list[Message]:
 
 
 def _reject_question_in_replies(asked: list[Message], replies: Mapping[str, list[Message]]) -> None:
-    """Raise `BadRow` if a response repeats the last prompt message: it is then a conversation, not a reply."""
+    """Raise `BadRow` if a response repeats the prompt's last message after its own first message.
+
+    The response is then a conversation that contains the prompt, not a reply.
+    """
     if asked and asked[-1] in (message for messages in replies.values() for message in messages[1:]):
         column = next(column for column, messages in replies.items() if asked[-1] in messages)
         raise BadRow(column, "repeats the end of `prompt` after other messages", "remove the `prompt` column")
@@ -155,12 +170,16 @@ def _reply(column: str, content: Content) -> list[Message]:
 
 
 def _without_joint(reply: list[Message]) -> list[Message]:
-    """Remove the space that joined a text reply to its prompt, because it is not part of the message."""
+    """Remove a space at the start of a reply. It separated the reply from its prompt and is not part of the message."""
     return [{**reply[0], "content": reply[0]["content"].removeprefix(" ")}]
 
 
 def _without_answer(prompt: list[Message], replies: Mapping[str, list[Message]], begins: bool) -> list[Message]:
-    """Return the prompt without a final answer that is also one of the responses."""
+    """If the prompt ends with an assistant message that is also one of the responses, return it without this message.
+
+    Raises:
+        BadRow: If the prompt ends with another assistant message, but `begins` is False.
+    """
     if not prompt or prompt[-1]["role"] != "assistant":
         return prompt
     last: Any = prompt[-1].get("content")

@@ -1,7 +1,9 @@
-"""Convert the rows of a layout to rows of a format: the functions that `layout_table.LAYOUTS` refers to.
+"""Functions that convert the rows of a column layout to rows of a format, used in `layout_table.LAYOUTS`.
 
-Each function converts the values of a row by role (`Given`) to the columns of a format. formats.py then converts these
-columns to the canonical row. The functions move values without reading texts, except for transcripts in a prompt.
+Each function gets the values of a row, keyed by role (`Given`). A role is the meaning of a column, such as "prompt" or
+"chosen" (see `roles.py`). The function returns a row with the columns of a format, which formats.py then converts to a
+`CanonicalRow`. Most functions only move values. They convert texts to messages only where turns must be joined, for
+example to add a system prompt.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -32,13 +34,13 @@ class Given(dict[str, Any]):
 
 
 def plain(given: Given) -> Row:
-    """Keep the roles unchanged, and build the prompt from all roles that belong to it."""
+    """Keep all values under the names of their roles, and join all values that belong to the prompt into the prompt."""
     around = ("system", "history", "instruction", "input", "prefix")
     return {part: value for part, value in given.items() if part not in around} | _prompt(given)
 
 
 def talks(given: Given) -> Row:
-    """Return whole conversations. They begin with the system prompt from its own column, if there is one."""
+    """Return a row of whole conversations. If the row has a separate system prompt, each of them begins with it."""
     row = {part: value for part, value in given.items() if part != "system"}
     for part in ("chosen", "rejected", "reference", "completion"):
         if part in row:
@@ -47,16 +49,16 @@ def talks(given: Given) -> Row:
 
 
 def _told(given: Given, part: str, value: Any) -> Any:
-    """Return a conversation that begins with the system prompt from its own column, if there is one."""
+    """If the row has a separate system prompt, return the conversation in `value` as messages that begin with it."""
     if not given.get("system"):
         return value
     content = read_content(part, value)
-    # A text may be only an answer; another column then holds its question.
+    # A text that is not a transcript may be only an answer, whose question is in another column. It stays unchanged.
     return value if isinstance(content, str) and not is_transcript(content) else _surrounded(content, given["system"])
 
 
 def better_of_two(given: Given) -> Row:
-    """Return the pair for two responses and a verdict."""
+    """Return a pair from two responses and a verdict, which says which of the two is better."""
     better = _place_of_text(given["verdict"], (given["first"], given["second"]))
     if better is None:
         verdict = given.columns["verdict"]
@@ -65,14 +67,21 @@ def better_of_two(given: Given) -> Row:
 
 
 def _names(given: Given) -> tuple[tuple[str, str], tuple[str, str], tuple[Any, Any]]:
-    """Return the names that a verdict may use for two responses: their columns, the columns' suffixes, their models."""
+    """Return the names by which a verdict may call the two responses.
+
+    These are the names of their columns, the suffixes of these names, and the models that wrote the responses (None if
+    unknown).
+    """
     names = (given.columns["first"], given.columns["second"])
     first, second = SUFFIXES[names]
     return names, (first, second), (given.get("first_model"), given.get("second_model"))
 
 
 def voted_two(given: Given) -> Row:
-    """Return the pair for two responses and a list of votes. Argilla's votes count only if they are submitted."""
+    """Return a pair from two responses and a list of votes for the better one.
+
+    In Argilla's format, each vote has a status, and only votes with the status "submitted" count.
+    """
     column, votes = given.columns["votes"], read_texts(given["votes"])
     statuses = given.get("statuses") or ["submitted"] * len(votes or ())
     if votes is not None and len(votes) != len(statuses):
@@ -82,7 +91,10 @@ def voted_two(given: Given) -> Row:
 
 
 def _place_of_text(verdict: Any, responses: tuple[Any, Any]) -> int | None:
-    """Return the index of the response that a verdict repeats; None if it repeats neither, or is a single word."""
+    """Return the index of the response whose whole text the verdict repeats.
+
+    Return None if it repeats neither, if both responses are equal, or if the verdict is a single word.
+    """
     if not isinstance(verdict, str) or not all(isinstance(response, str) for response in responses):
         return None
     texts = [response.strip() for response in responses]
@@ -91,26 +103,29 @@ def _place_of_text(verdict: Any, responses: tuple[Any, Any]) -> int | None:
 
 
 def flagged_first(given: Given) -> Row:
-    """Return the pair for two responses and a flag: 1 if the first is better, 0 if the second is better."""
+    """Return a pair from two responses and a flag, which is 1 if the first is better and 0 if the second is better."""
     return _ordered(given, first_if_true(given.columns["verdict"], given["verdict"]))
 
 
 def scored_two(given: Given) -> Row:
-    """Return the pair for two responses with a score each; the response with the higher score is chosen."""
+    """Return a pair from two responses with one score each. The response with the higher score is the chosen one."""
     parts = ("first_score", "second_score")
     return _ordered(given, by_scores([given.columns[part] for part in parts], [given[part] for part in parts]))
 
 
 def flagged_two(given: Given) -> Row:
-    """Return the pair for two responses with a flag each, and an optional flag for a tie."""
+    """Return a pair from two responses with one flag each, which says that this response is better.
+
+    There may also be a flag for a tie.
+    """
     parts = [part for part in ("first_wins", "second_wins", "tie") if part in given]
     return _ordered(given, by_flags([given.columns[part] for part in parts], [given[part] for part in parts]))
 
 
 def items(given: Given) -> Row:
-    """Return the list for responses stored as structs, each with its text and a score or a rank."""
+    """Return a list of responses from a list of structs, each with the text of a response and its score or rank."""
     structs = given["items"]
-    if isinstance(structs, Mapping):  # the struct of lists that a `Sequence` of structs becomes
+    if isinstance(structs, Mapping):  # `datasets` turns a `Sequence` of structs into a struct of lists
         structs = [dict(zip(structs, values, strict=True)) for values in zip(*structs.values(), strict=True)]
     if not isinstance(structs, list | tuple) or not all(isinstance(item, Mapping) for item in structs):
         raise BadRow("items", "is not a list of structs")
@@ -126,7 +141,15 @@ def items(given: Given) -> Row:
 
 
 def _reject_other_items(part: str, keys: Sequence[str], structs: Sequence[Mapping[str, Any]]) -> None:
-    """Raise `BadRow` if several keys may hold the responses, or several scores order them differently."""
+    """Raise `BadRow` if structs hold several texts that differ, or several scores that order the responses differently.
+
+    If there is an overall score, no error is raised, because it takes precedence over the other scores.
+
+    Args:
+        part: What the keys hold: "responses" or "scores".
+        keys: The keys of the structs that hold it, preferred keys first.
+        structs: The structs, one for each response.
+    """
     for key in keys[1:]:
         first, other = ([item.get(name) for item in structs] for name in (keys[0], key))
         is_same = first == other if part == "responses" else _order(first) == _order(other)
@@ -138,12 +161,12 @@ def _reject_other_items(part: str, keys: Sequence[str], structs: Sequence[Mappin
 
 
 def _order(numbers: Sequence[Any]) -> list[list[bool]]:
-    """Return, for each pair of numbers, whether the first is larger; False if one of them is missing."""
+    """Return a matrix. Entry (i, j) is True if number i is larger than number j, and False if one of them is None."""
     return [[None not in (left, right) and left > right for right in numbers] for left in numbers]
 
 
 def flagged_list(given: Given) -> Row:
-    """Return the list for responses with flags: correct responses have the score 1, the others 0."""
+    """Return a list of responses from responses with flags. A response has score 1 if its flag is true, otherwise 0."""
     flags = check_list("flags", given["flags"], "booleans")
     if not all(isinstance(flag, bool) for flag in flags):
         raise BadRow("flags", f"is {flags}", "make each true (right) or false")
@@ -151,7 +174,7 @@ def flagged_list(given: Given) -> Row:
 
 
 def one_of_each(given: Given) -> Row:
-    """Return the pair for two lists of one response each."""
+    """Return a pair from a list with one chosen response and a list with one rejected response."""
     for side in ("chosen", "rejected"):
         count = len(check_list(side, given[side], "one response"))
         if count != 1:
@@ -160,7 +183,10 @@ def one_of_each(given: Given) -> Row:
 
 
 def good_and_bad(given: Given) -> Row:
-    """Return the list for one or several chosen responses (rank 1) and rejected responses (rank 2)."""
+    """Return a list of responses: all chosen ones, with rank 1, and all rejected ones, with rank 2.
+
+    Each side of the row may be one response or a list of responses.
+    """
     sides = (given[side] for side in ("chosen", "rejected"))
     chosen, rejected = ([side] if isinstance(side, str) else list(side or ()) for side in sides)
     if not chosen or not rejected:
@@ -172,17 +198,21 @@ def good_and_bad(given: Given) -> Row:
 
 
 def turns(given: Given) -> Row:
-    """Return the pair for two conversations, each stored as lists of turns, and a verdict."""
+    """Return a pair from two conversations, which are stored as lists of turns, and a verdict on them."""
     return better_of_two(_talks(given))
 
 
 def turns_flagged(given: Given) -> Row:
-    """Return the pair for two conversations, each stored as lists of turns, and flags."""
+    """Return a pair from two conversations, which are stored as lists of turns, and one flag for each."""
     return flagged_two(_talks(given))
 
 
 def _talks(given: Given) -> Given:
-    """Replace the lists of turns by conversations, and remove the prompt, which the conversations contain."""
+    """Replace lists of turns by two conversations, and remove the prompt.
+
+    The prompt is the list of the user's turns, which both conversations share. Each response is the list of the
+    assistant's turns in one conversation.
+    """
     lists = {part: read_texts(given[part]) for part in ("prompt", "first", "second")}
     for part, texts in lists.items():
         if texts is None or None in texts:
@@ -199,7 +229,7 @@ def _talks(given: Given) -> Given:
 def _ordered(given: Given, better: int) -> Row:
     sides = [_up_to(given.get("turn"), part, given[part]) for part in ("first", "second")]
     prompt = _prompt(given)
-    if prompt.get("prompt") is None:  # two conversations
+    if prompt.get("prompt") is None:  # the two responses are whole conversations
         sides = [_told(given, part, side) for part, side in zip(("first", "second"), sides, strict=True)]
     scores = [as_number(given.get(part)) for part in ("first_score", "second_score")]
     return {
@@ -211,10 +241,13 @@ def _ordered(given: Given, better: int) -> Row:
 
 
 def _up_to(turn: int | None, part: str, value: Any) -> Any:
-    """Return a conversation up to and including the answer to the judged turn; without a judged turn, return all of it.
+    """Remove from a conversation all messages after the answer that was judged.
 
     Args:
-        turn: Number of the judged turn, which is a message of the user, counted from 1.
+        turn: Number of the user's message whose answer was judged, counted from 1. If None, the conversation is
+            returned unchanged.
+        part: The role of the conversation, for errors.
+        value: The conversation. A text is returned unchanged.
     """
     content = None if turn is None else read_content(part, value)
     if turn is None or not isinstance(content, list):
@@ -235,7 +268,11 @@ _QUESTION_KEYS = ("full_text", "text", "question", "prompt")
 
 
 def _prompt(given: Given) -> Row:
-    """Return the column `prompt`: the question, and a system prompt, earlier turns and an answer's start if present."""
+    """Return a row with the column `prompt`, or an empty row if there is no prompt.
+
+    The prompt is the question. An instruction and its input are joined by a line break. If the row has a system prompt,
+    earlier turns or the start of an answer, the prompt becomes messages that also contain these.
+    """
     if "instruction" in given:
         instruction, more = given["instruction"], given["input"]
         question = f"{instruction}\n{more}" if instruction and more and more.strip() else instruction or more
@@ -245,7 +282,7 @@ def _prompt(given: Given) -> Row:
         return {}
     if isinstance(question, Mapping):
         _reject_other_keys(question)
-    if isinstance(question, Mapping) and "messages" in question:  # the struct of OpenAI's format
+    if isinstance(question, Mapping) and "messages" in question:  # a struct in OpenAI's format
         return {"prompt": question["messages"], **({"tools": question["tools"]} if question.get("tools") else {})}
     if isinstance(question, Mapping):
         question = next((question[key] for key in _QUESTION_KEYS if isinstance(question.get(key), str)), question)
@@ -256,7 +293,7 @@ def _prompt(given: Given) -> Row:
 
 
 def _reject_other_keys(question: Mapping[str, Any]) -> None:
-    """Raise `BadRow` if a struct has content in addition to its question that is not about the row."""
+    """Raise `BadRow` if a struct holds more than its question, unless the other keys only describe the row (ids, …)."""
     known = (*_QUESTION_KEYS, *ROLE_KEYS, *CONTENT_KEYS, "messages", "tools", "parallel_tool_calls")
     others = [key for key, value in question.items() if value and key not in known and not is_about_the_row(key)]
     if others:
@@ -278,13 +315,13 @@ def _surrounded(question: Any, system: str = "", history: Any = (), prefix: str 
 
 
 def _earlier(history: Any) -> list[dict[str, Any]]:
-    """Return the messages of earlier turns, given as messages or as pairs of a question and its answer."""
+    """Return earlier turns as messages. They are given as messages, or as pairs of a question and its answer."""
     if all(isinstance(turn, list | tuple) and len(turn) == 2 for turn in history):
         return _in_turn(history)
     return check_messages("history", history)
 
 
 def _in_turn(exchanges: Iterable[Iterable[Any]]) -> list[dict[str, Any]]:
-    """Return the messages for pairs of a question and its answer."""
+    """Convert pairs of a question and its answer to user and assistant messages."""
     speakers = ("user", "assistant")
     return [{"role": role, "content": text} for turn in exchanges for role, text in zip(speakers, turn, strict=True)]

@@ -15,7 +15,7 @@ _ROWS = 1000
 
 
 def stop_tokens(model: Any) -> frozenset[int]:
-    """Return the end-of-sequence ids in a model's config and generation config; empty without a model."""
+    """Return the end-of-sequence ids in a model's config and generation config. If `model` is None, return no ids."""
     configs = [getattr(model, name, None) for name in ("generation_config", "config")]
     found: set[int] = set()
     for ids in (getattr(config, "eos_token_id", None) for config in configs):
@@ -29,8 +29,9 @@ def report_endings(
     """Warn once if responses end with a control token at which the model does not stop generating.
 
     Args:
-        dataset: Prepared rows; only the first 1,000 are checked. A stream is not checked.
-        stops: The result of `stop_tokens`; the tokenizer's EOS is added.
+        dataset: Prepared rows. Only the first 1,000 rows are checked. A stream is not checked.
+        tokenizer: The tokenizer. Its EOS counts as a token at which the model stops.
+        stops: Other ids at which the model stops generating: the result of `stop_tokens`.
         name: Name of the dataset in the warning.
     """
     stops = stops | {tokenizer.eos_token_id} - {None}

@@ -1,6 +1,6 @@
-"""After loading has failed, find the unreadable file of a dataset, with the line and the reason.
+"""After a dataset could not be loaded, find the file that is unreadable, the line in it, and the reason.
 
-The loaders report the error but often not the file, so this module reads the files again.
+The loaders of `datasets` report an error, but often do not name the file. Therefore, this module reads the files again.
 """
 
 import csv
@@ -18,10 +18,13 @@ Types = dict[str, str]
 
 
 def find_fault(files: Sequence[str]) -> str | None:
-    """Describe the problem of the first unreadable file, or of the first file with different columns.
+    """Return a message about the first unreadable file. Return None if no problem is found.
+
+    If all files are readable, the message is about the first file whose columns, or their types, differ from those of
+    the first file.
 
     Args:
-        files: Local paths. The suffix determines the kind of file; files may be compressed.
+        files: Local paths. The suffix determines the kind of file. Files may be compressed.
     """
     columns: dict[str, Types] = {}
     for file in files:
@@ -33,14 +36,17 @@ def find_fault(files: Sequence[str]) -> str | None:
 
 
 class _Fault(Exception):
-    """A problem with a file. Its message follows the file name."""
+    """A problem with a file. Its message is appended to the name of the file."""
 
 
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 
 
 def kind_of(file: str) -> str:
-    """Return the suffix of a file, without the suffix of its compression."""
+    """Return the suffix of a file in lower case, ignoring a suffix of compression: ".jsonl" for `a.jsonl.gz`.
+
+    Return "" if the file has no other suffix.
+    """
     suffixes = [suffix for suffix in Path(file).suffixes if suffix.lower() not in COMPRESSED]
     return suffixes[-1].lower() if suffixes else ""
 
@@ -57,7 +63,7 @@ def _content(file: str) -> bytes:
 
 
 def _lines(content: bytes) -> Iterator[tuple[int, str]]:
-    """Yield the lines that are not blank, with their numbers."""
+    """Yield the number (counted from 1) and the text of each line that is not blank."""
     for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
         try:
             text = line.decode()
@@ -68,7 +74,7 @@ def _lines(content: bytes) -> Iterator[tuple[int, str]]:
 
 
 def _read_json(content: bytes) -> Types:
-    """Return the types of the columns in a list of rows, or in a file with one row per line."""
+    """Return the type of each column in a JSON file, which holds a list of rows or one row per line."""
     lines = list(_lines(content))
     if lines[0][1].lstrip().startswith("["):
         try:
@@ -93,7 +99,13 @@ def _no_json(error: json.JSONDecodeError, line: int) -> _Fault:
 
 
 def _types(rows: Sequence[tuple[str, Any]]) -> Types:
-    """Return the type of each column, after checking that it is the same in all rows."""
+    """Check that each column has the same type in all rows, and return the name of this type.
+
+    Integers and floats count as the same type. A value that is None fits any type.
+
+    Args:
+        rows: Pairs of a row's place in the file, for errors, and the row.
+    """
     types: dict[str, tuple[str, str]] = {}
     for where, row in rows:
         if not isinstance(row, dict):
@@ -158,7 +170,13 @@ _READERS: dict[str, Callable[[bytes], Types]] = {
 
 
 def _differing(columns: dict[str, Types]) -> str | None:
-    """Describe the first difference of a file from the first file, in its columns or in the type of a column."""
+    """Describe how a file differs from the first file, in its columns or in the type of a column.
+
+    Only the first difference is described. Return None if there is none.
+
+    Args:
+        columns: The columns of each file, with their types, keyed by file.
+    """
     (first, expected), *others = columns.items()
     for file, types in others:
         if types.keys() != expected.keys():

@@ -13,7 +13,7 @@ from hf_prefopt.data.contents import is_message
 from hf_prefopt.data.file_faults import find_fault, kind_of
 from hf_prefopt.data.layout_table import LAYOUTS
 
-# The loader for each kind of file, and its options.
+# The loader of `datasets` for each suffix of a file, and the loader's options.
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     ".json": ("json", {}),
     ".jsonl": ("json", {}),
@@ -27,15 +27,16 @@ _LOADER = {kind: loader for kind, (loader, _) in KINDS.items()}
 
 
 def load_splits(name: str, config: str | None = None, streaming: bool = False) -> Any:
-    """Return the splits of a dataset, keyed by name. Files form one split, "train".
+    """Return the splits of a dataset, keyed by name.
 
     Args:
-        name: A Hub name, a folder, a file or a pattern such as "data/*.jsonl.gz".
+        name: A Hub name, a folder, a file, or a pattern such as "data/*.jsonl.gz". A file, or all files that match a
+            pattern, are loaded as one split, "train".
         config: Name of the configuration of a Hub dataset.
-        streaming: Whether to load streams.
+        streaming: Whether to load the splits as streams.
 
     Raises:
-        ValueError: If the path does not exist, a file is empty or broken, or the files are of different kinds.
+        ValueError: If the dataset does not exist, a file is empty or broken, or the files are of different kinds.
     """
     if not (has_magic(name) or kind_of(name) in KINDS or Path(name).expanduser().is_file()):
         if name.startswith((".", "/", "~")) and not Path(name).expanduser().exists():
@@ -58,12 +59,12 @@ def load_splits(name: str, config: str | None = None, streaming: bool = False) -
     return splits if field is None else _loaded(name, files, lambda: load(field=field))
 
 
-# Files that `save_to_disk` writes for a dataset, and for a dict of splits.
+# `save_to_disk` writes the first of these files for a dataset, and the second for a dict of splits.
 _SAVED = ("state.json", "dataset_dict.json")
 
 
 def _saved(name: str, path: str, streaming: bool) -> Any:
-    """Return the splits of a folder that `save_to_disk` wrote; a single dataset is the split "train"."""
+    """Return the splits in a folder that `save_to_disk` wrote. A single dataset becomes the split "train"."""
     try:
         saved = load_from_disk(path)
     except Exception as error:  # loaders raise errors of any type
@@ -73,10 +74,10 @@ def _saved(name: str, path: str, streaming: bool) -> Any:
 
 
 def _check_one_kind(name: str, path: str, files: Sequence[str]) -> None:
-    """Raise `ValueError` if a folder has files of several kinds, of which the loader would read only one.
+    """Raise `ValueError` if a folder has files of several kinds, because the loader would read only one kind.
 
-    No error is raised if there is a README, which may list the files to read. Files about the dataset
-    (`dataset_info.json`) are ignored.
+    If there is a README, no error is raised, because a README may list the files to read. Files that describe the
+    dataset (such as `dataset_info.json`) are ignored.
     """
     files = [file for file in files if Path(file).name not in ("dataset_info.json", "dataset_infos.json")]
     kinds = {_LOADER[kind_of(file)]: file for file in files}
@@ -91,7 +92,14 @@ _LISTS_OF_ROWS = ("data", "rows", "examples", "instances", "items", "train")
 
 
 def _field_of_rows(rows: Any, files: int) -> str | None:
-    """Return the key of the list of rows if each file is one JSON object: `{"version": 1, "data": [...]}`."""
+    """If each file is one JSON object that holds a list of rows, return the key of this list.
+
+    An example of such a file is `{"version": 1, "data": [...]}`. In all other cases, return None.
+
+    Args:
+        rows: The rows that the loader found in the files.
+        files: Number of files.
+    """
     objects = list(islice(iter(rows), files + 1))
     if len(objects) != files:
         return None
@@ -110,11 +118,20 @@ def _has_layout(row: dict[str, Any]) -> bool:
 
 
 def _loaded(name: str, files: Sequence[str], load: Callable[[], Any]) -> Any:
-    """Return the loaded splits. Raises `ValueError` if loading fails; the error names the file if it is local."""
+    """Return the loaded splits.
+
+    Args:
+        name: Name of the dataset, for errors.
+        files: The local files of the dataset. Empty if it is not local.
+        load: Function that loads the splits.
+
+    Raises:
+        ValueError: If loading fails. For local files, the error names the file and the problem, if they can be found.
+    """
     try:
         splits = load()
         for split in splits.values() if files else ():
-            next(iter(split))  # a stream is read only when it is iterated
+            next(iter(split))  # reads a row, because a stream raises errors only when it is read
         return splits
     except Exception as error:  # loaders raise errors of any type
         reason = find_fault(files) if files else None

@@ -1,7 +1,9 @@
-"""Merge rows with the same prompt into one group: the prompt once, and each distinct response once.
+"""Merge rows with the same prompt into one group, which contains the prompt once and each distinct response once.
 
-Preference data often has several pairs for the same prompt, and the same response in several of these pairs. Rows with
-the same prompt in one micro-batch are computed together; `PromptSampler` puts them into the same batch.
+Preference data often has several pairs for the same prompt, and the same response in several of these pairs. If such
+pairs are in the same micro-batch, each distinct response is computed only once. A packed row (the layouts "around" and
+"shared") also contains the prompt only once. `PromptSampler` orders the rows so that rows with the same prompt usually
+are in the same micro-batch.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,18 +20,19 @@ from hf_prefopt.kinds import kind_of_columns
 
 @dataclass
 class Group:
-    """A prompt and its distinct responses, in the order of the rows.
+    """A prompt and its distinct responses, in the order in which the rows contain them.
 
     Attributes:
         prompt_ids: Token ids of the prompt.
-        responses: Map from (token ids, scored mask) to the index of the response in this group.
+        responses: Maps each distinct response, as (token ids, scored mask), to its index in this group. The mask is 1
+            for the tokens that are scored.
     """
 
     prompt_ids: Sequence[int]
     responses: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = field(default_factory=dict)
 
     def place(self, ids: Sequence[int], mask: Sequence[int]) -> int:
-        """Return the index of a response in this group, after adding the response if it is new."""
+        """Add a response to this group if it is new, and return its index in the group."""
         return self.responses.setdefault((tuple(ids), tuple(mask)), len(self.responses))
 
     @property
@@ -43,9 +46,9 @@ class Grouped:
     """Rows merged by prompt.
 
     Attributes:
-        groups: The groups, in the order of their first rows.
-        places: For each row, the indices of its responses and then of its mismatched responses, in the concatenated
-            responses of all groups.
+        groups: The groups, ordered by their first rows.
+        places: One array for each row: the indices of its responses, followed by those of its mismatched responses (see
+            `data.unpaired`). They count the distinct responses of all groups, one group after another.
     """
 
     groups: list[Group]
@@ -53,7 +56,7 @@ class Grouped:
 
 
 def group_rows(rows: Sequence[Mapping[str, Any]]) -> Grouped:
-    """Merge rows with the same prompt, and equal responses to this prompt."""
+    """Merge rows that have the same prompt, and equal responses to the same prompt."""
     groups: dict[tuple[int, ...], Group] = {}
     numbered = []
     for row in rows:
@@ -70,11 +73,13 @@ def group_rows(rows: Sequence[Mapping[str, Any]]) -> Grouped:
 
 
 def index_examples(rows: Sequence[Mapping[str, Any]], places: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
-    """Index the examples of all rows, in the order of the rows, as entries of the batch; see `ExampleKind.index`.
+    """Return the entries of the batch that describe its examples, such as the index of each pair's chosen response.
+
+    The examples are in the order of the rows. `ExampleKind.index` defines the entries.
 
     Args:
         rows: Prepared rows.
-        places: See `Grouped`.
+        places: The indices of each row's responses; see `Grouped`.
 
     Raises:
         ValueError: If the rows are not prepared.
@@ -86,7 +91,7 @@ def index_examples(rows: Sequence[Mapping[str, Any]], places: Sequence[np.ndarra
 
 
 def prompt_keys(dataset: Dataset) -> np.ndarray:
-    """Return `[rows]` int64: a number for each row's prompt, equal for equal prompts."""
+    """Return `[rows]` int64: a number for each row. Two rows have the same number if their prompts are equal."""
     numbers: dict[tuple[int, ...], int] = {}
     prompts = dataset.select_columns(["prompt_ids"]).with_format(None).iter(batch_size=1000)
     keys = [numbers.setdefault(tuple(ids), len(numbers)) for batch in prompts for ids in batch["prompt_ids"]]
@@ -94,14 +99,19 @@ def prompt_keys(dataset: Dataset) -> np.ndarray:
 
 
 class PromptSampler(Sampler[int]):
-    """Sampler that draws prompts in random order, with all rows of a prompt next to each other.
+    """Sampler that draws the prompts in random order and yields all rows of a prompt one after another.
 
-    Rows with the same prompt are then usually in the same batch, where the prompt is computed once. The order depends
-    only on (seed, epoch), so it is the same on every rank.
+    Rows with the same prompt are then usually in the same batch, where they are merged into one group. For a given
+    dataset, the order depends only on the seed and the epoch, so it is the same on every rank.
     """
 
     def __init__(self, prompt_keys: np.ndarray, seed: int):
-        """Group the rows by `prompt_keys`, `[rows]`, which are equal for rows with the same prompt."""
+        """Group the rows by prompt.
+
+        Args:
+            prompt_keys: `[rows]` int64. One number for each row, equal for rows with the same prompt.
+            seed: Seed of the random order. The epoch is added to it.
+        """
         order = np.argsort(prompt_keys, kind="stable")
         boundaries = np.flatnonzero(np.diff(prompt_keys[order])) + 1
         self._rows_of_prompt = np.split(order, boundaries)

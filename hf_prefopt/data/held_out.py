@@ -1,4 +1,4 @@
-"""Split off a share of a dataset for evaluation, by prompt: no prompt is in both parts."""
+"""Split a dataset into a part for training and a part for evaluation, so that no prompt is in both parts."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -23,15 +23,16 @@ def split_by_prompt(
     remove_columns: Sequence[str] | None = None,
     text_as: str = "text",
 ) -> tuple[Dataset, Dataset]:
-    """Split a dataset into rows for training and rows for evaluation. Both parts keep the raw rows and their order.
+    """Split a dataset into rows for training and rows for evaluation, so that no prompt is in both parts.
 
-    Whether a prompt is used for evaluation depends only on the prompt and the seed, not on the order of the rows.
+    The rows are not changed, and both parts keep their order. The order of the rows has no influence on which prompts
+    are used for evaluation.
 
     Args:
         dataset: Raw rows in any known column layout.
-        test_size: Share of the rows for evaluation, between 0 and 1 (exclusive). Rows with the same prompt stay
-            together, so the evaluation rows may exceed this share, by less than the rows of one prompt.
-        seed: Seed for drawing the prompts.
+        test_size: Share of the rows for evaluation, between 0 and 1 (exclusive). Prompts are drawn, each with all its
+            rows, until this share is reached. The evaluation part may therefore exceed the share.
+        seed: Seed for drawing the prompts that are used for evaluation.
         column_mapping: As in `PreferenceConfig`.
         remove_columns: As in `PreferenceConfig`.
         text_as: As in `PreferenceConfig`.
@@ -40,7 +41,7 @@ def split_by_prompt(
         The rows for training, and the rows for evaluation.
 
     Raises:
-        ValueError: If the share is out of range, the columns have no known layout, or all rows have the same prompt.
+        ValueError: If `test_size` is out of range, the columns have no known layout, or all rows have the same prompt.
     """
     keys = prompt_keys_of(dataset, column_mapping, remove_columns, text_as)
     is_held = held_out_rows(keys, test_size, seed)
@@ -48,10 +49,18 @@ def split_by_prompt(
 
 
 def held_out_rows(keys: np.ndarray, share: float, seed: int) -> np.ndarray:
-    """Return `[rows]` bool: whether a row is held out. `keys`: `[rows]` uint64, equal for rows with the same prompt.
+    """Choose the rows that are held out for evaluation.
+
+    Args:
+        keys: `[rows]` uint64. A key for each row, equal for rows with the same prompt.
+        share: Share of the rows to hold out, between 0 and 1 (exclusive).
+        seed: Seed for drawing the prompts that are held out.
+
+    Returns:
+        `[rows]` bool. True for rows that are held out.
 
     Raises:
-        ValueError: If the share is not between 0 and 1 (exclusive), or there are fewer than two prompts.
+        ValueError: If `share` is not between 0 and 1 (exclusive), or if there are fewer than two prompts.
     """
     if not 0 < share < 1:
         raise ValueError(f"test size {share!r} must be a share of the rows, above 0 and below 1")
@@ -67,7 +76,16 @@ def held_out_rows(keys: np.ndarray, share: float, seed: int) -> np.ndarray:
 def prompt_keys_of(
     dataset: Dataset, mapping: Mapping[str, str] | None, removed: Sequence[str] | None, text_as: str
 ) -> np.ndarray:
-    """Return `[rows]` uint64: a key for each row's prompt. An unreadable row has a unique key."""
+    """Return `[rows]` uint64: a key for each row, equal for rows with the same prompt.
+
+    A row that cannot be read gets a key of its own.
+
+    Args:
+        dataset: Raw rows.
+        mapping: As `column_mapping` in `PreferenceConfig`.
+        removed: As `remove_columns` in `PreferenceConfig`.
+        text_as: As in `PreferenceConfig`.
+    """
     rows = without_empty(undecoded(choose_columns(dataset, mapping, removed)), AROUND)
     layout = find_layout(sample_of(first_rows(rows), column_names(rows)), None, tuple(mapping or ()), text_as)
     keys: list[int] = []
@@ -82,9 +100,10 @@ def prompt_keys_of(
 
 
 def _prompt_of(row: CanonicalRow) -> str:
-    """Return the text of a prompt; a text and a single message with this text give the same result."""
+    """Return the prompt of a row as one text. A text and a single message with this text give the same result."""
     if row.prompt is None:
-        # Answers may share words by chance: the prompt ends at the last line break, question mark or colon, if any.
+        # The prompt is in the beginning that the responses share. The answers may also begin with the same words by
+        # chance, so the prompt ends at the last line break, question mark or colon of this beginning, if there is one.
         shared = row.responses[0][: min(shared_length(row.responses[0], other) for other in row.responses[1:])]
         end = max(shared.rfind(sign) for sign in "\n?:？：")
         return (shared[: end + 1] or shared).strip()

@@ -1,8 +1,9 @@
 """The table of column layouts: the columns that identify each layout, and the format to which its rows are converted.
 
-A layout is an entry of `LAYOUTS`: its required and optional roles (`roles.py`), the format of its rows (`formats.py`),
-and a function that moves the values to the columns of the format (`converters.py`). `column_layouts.py` selects the
-first layout that fits the columns, preferably one with the requested kind of examples.
+A layout is an entry of `LAYOUTS`. It consists of roles, which are meanings of columns such as "prompt" or "chosen"
+(`roles.py`), of the format to which its rows are converted (`formats.py`), and of the function that converts them
+(`converters.py`). If several layouts fit the columns of a dataset, `column_layouts.py` selects the first one with the
+requested kind of examples, or else the first one.
 
 To add a layout, add an entry here, and example rows with their meaning in `tests/data/test_column_layouts.py`.
 """
@@ -26,10 +27,10 @@ class ColumnLayout:
         name: Name of the layout in messages.
         format: Name of the format to which its rows are converted.
         needs: Required roles.
-        may: Optional roles, which are read if their columns exist.
+        may: Optional roles, which are read if the dataset has columns for them.
         convert: Function that converts the values of the roles to a row of the format.
-        is_talk: Whether texts are always turns of a conversation. If False, texts in columns with TRL's names are plain
-            text.
+        is_talk: Whether texts are always turns of a conversation. If False, texts are trained on unchanged if all
+            columns have standard names (`_TEXT_COLUMNS` in `column_layouts.py`).
     """
 
     name: str
@@ -40,11 +41,11 @@ class ColumnLayout:
     is_talk: bool = False
 
     def find(self, sample: Mapping[str, Any], mapped: Collection[str] = ()) -> dict[str, str] | None:
-        """Return the column of each role, or None if the columns do not have this layout.
+        """Return the name of the column of each role, keyed by role, or None if the columns do not have this layout.
 
         Args:
             sample: One example value per column.
-            mapped: New names of columns in the user's column_mapping, which take precedence over other columns.
+            mapped: New column names from the user's `column_mapping`. A role prefers columns with these names.
         """
         columns: dict[str, str] = {}
         for needed in self.needs:
@@ -66,7 +67,7 @@ def _is_anything(_: Any) -> bool:
 _TOKENS = tuple(role(name, name, accepts=_is_anything) for name in FORMATS["tokenized triples"].columns)
 _WEIGHTS = tuple(role(name, name, accepts=_is_anything) for name in FORMATS["tokenized pairs with weights"].columns[3:])
 VERDICT = role("verdict", *VERDICTS, accepts=lambda value: isinstance(value, str | int | float))
-# A label may mean anything unless it names one of two responses.
+# A column `label` is read as a verdict only if its values name one of two responses. Other labels may mean anything.
 LABEL_OF_TWO = role(
     "verdict",
     "label",
@@ -76,7 +77,8 @@ LABEL_OF_TWO = role(
 _AROUND = (roles.SYSTEM, roles.HISTORY, roles.PREFIX)
 _WITH_PROMPT = "pairs that begin with their prompt"
 
-# Columns that may identify the better of two responses, and how to build a pair from them.
+# What may identify the better of two responses. Each entry has its description, the role of the two responses, further
+# required roles, and the function that builds a pair from them.
 _TWO_AND = (
     ("a verdict and scores", roles.SCORED, (VERDICT,), to.better_of_two),
     ("a verdict", roles.TWO, (VERDICT,), to.better_of_two),
@@ -88,7 +90,8 @@ _TWO_AND = (
     ("the flag of the first", roles.FIRST_FLAGGED, (), to.flagged_first),
     ("scores", roles.SCORED, (), to.scored_two),
 )
-# Columns by which the responses of a list are compared.
+# How the responses of a list are compared. Each entry has the format, the required roles in addition to the question,
+# the function that converts a row, the name of the layout, and `ColumnLayout.is_talk`.
 _LISTS_OF = (
     ("scored lists", (roles.RESPONSES, roles.SCORES), to.plain, "responses with scores", False),
     ("ranked lists", (roles.RESPONSES, roles.RANKS), to.plain, "responses with ranks", False),
@@ -99,13 +102,13 @@ _LISTS_OF = (
     ("ranked lists", (roles.ONE_GOOD, roles.SEVERAL_BAD), to.good_and_bad, "one chosen and rejected responses", True),
     ("ranked lists", (roles.SEVERAL_GOOD, roles.ONE_BAD), to.good_and_bad, "chosen and one rejected response", True),
 )
-# The question: an instruction with an input (Alpaca's columns), or one column.
+# The question of a row is in two columns, an instruction and its input (as in Alpaca), or in one column.
 _ASKED = (("instruction and input", roles.ALPACA), ("question", roles.QUESTION))
 
 LAYOUTS: tuple[ColumnLayout, ...] = (
     ColumnLayout("tokenized pairs with weights", "tokenized pairs with weights", (*_TOKENS[:3], *_WEIGHTS)),
     ColumnLayout("tokenized pairs", "tokenized pairs", _TOKENS[:3]),
-    # Pairs by column name: one column for the better response, and one for the other.
+    # Pairs whose columns' names say which response is better, such as `chosen` and `rejected`.
     *(ColumnLayout(f"pairs, {asked}", "pairs", (what, roles.BY_PLACE), _AROUND) for asked, what in _ASKED),
     ColumnLayout(_WITH_PROMPT, _WITH_PROMPT, (roles.BY_PLACE,), (roles.SYSTEM,), to.talks),
     ColumnLayout(
@@ -123,7 +126,7 @@ LAYOUTS: tuple[ColumnLayout, ...] = (
         (roles.SYSTEM,),
         to.talks,
     ),
-    # Pairs by verdict: two responses, and columns that identify the better one.
+    # Pairs with a verdict: columns of two responses, and other columns that say which response is better.
     ColumnLayout(
         "turns and flags", _WITH_PROMPT, (roles.TURNS, roles.TURNS_FLAGGED), (roles.SYSTEM,), to.turns_flagged, True
     ),
@@ -187,7 +190,8 @@ LAYOUTS: tuple[ColumnLayout, ...] = (
         for row_format, needs, convert, name, is_talk in _LISTS_OF
         for asked, what in _ASKED
     ),
-    # Lists with one chosen and one rejected response are read as pairs only for pair losses: other rows may have more.
+    # If the first rows have one chosen and one rejected response in lists, the dataset is read as pairs only if the
+    # losses compare pairs, because other rows may have more responses.
     *(
         ColumnLayout(f"pairs in lists, {asked}", "pairs", (what, roles.ONE_OF_EACH), _AROUND, to.one_of_each, True)
         for asked, what in _ASKED

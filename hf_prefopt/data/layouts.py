@@ -1,14 +1,15 @@
 """Collate prepared rows to a batch, in each layout.
 
 "padded": one right-padded sequence [prompt | response] for each response. Every causal language model supports it.
-"around": the same sequences, with indices that map their tokens to a packed row that contains each prompt once (see
-`scoring.around`).
-"shared": one packed row without padding that contains each prompt once. Each group is
-[prompt | response 1 | … | response K]. The position ids of each response start at the length of its prompt, and
-segments define which tokens a response attends to (see `scoring.attention`).
+"around": the sequences of "padded", and indices that map their tokens to a packed row. The packed row has no padding
+and contains each prompt once (see `scoring.around`).
+"shared": one packed row without padding that contains each prompt once. Its parts are the groups (a prompt and its K
+responses), [prompt | response 1 | … | response K]. The position ids of each response start at the length of its prompt.
+Each response is a segment, which defines the tokens that the response attends to (see `scoring.attention`).
 
-Shapes: R responses of all rows, group by group; T tokens of the longest sequence (padded) or of the row (shared);
-S segments, one per response; Tk gathered keys; N scored tokens; B examples.
+Shapes: R is the number of responses of all rows, which are ordered by group. T is the number of tokens of the longest
+sequence ("padded", "around") or of the packed row ("shared"). S is the number of segments, one for each response. Tk is
+the sum of the numbers of keys of all segments. N is the number of scored tokens, and B the number of examples.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,9 +29,9 @@ class PaddedCollator:
     """Collate prepared rows (see `prepare_dataset`) into a `PreferenceBatch` of padded sequences.
 
     Attributes:
-        pad_token_id: Fills `input_ids` after the end of a sequence. It may be the EOS, because masks are computed from
-            lengths.
-        pad_to_multiple_of: T is rounded up to a multiple of this number.
+        pad_token_id: Token id with which sequences are padded. It may be the EOS, because masks are computed from the
+            lengths of the sequences and not from this id.
+        pad_to_multiple_of: The length of the padded sequences is rounded up to a multiple of this number.
 
     Example:
         >>> row = {"prompt_ids": [5, 6], "response_ids": [[7, 8], [9]], "scored_masks": [[1, 1], [1]],
@@ -52,11 +53,15 @@ class PaddedCollator:
         return len(lengths) * self._width(max(lengths))
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> PreferenceBatch:
-        """Return the batch. Raises `ValueError` if a response scores no token, or the first token of its sequence."""
+        """Return the batch of these rows.
+
+        Raises:
+            ValueError: If a response has no scored token, or the first token of a sequence is scored.
+        """
         return self.collate(rows, group_rows(rows))
 
     def collate(self, rows: Sequence[Mapping[str, Any]], grouped: Grouped) -> PreferenceBatch:
-        """Return the batch of these rows, which are already merged by prompt."""
+        """Return the batch of these rows. `grouped` is the result of `group_rows` for them."""
         tokens, scored, lengths = _concatenate(grouped.groups)
         width = self._width(int(lengths.max()))
         sequence = np.repeat(np.arange(len(lengths)), lengths)
@@ -90,7 +95,12 @@ class PaddedCollator:
 
 
 def _concatenate(groups: Sequence[Group]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Concatenate all sequences. Returns tokens and scored flags, both `[sum of lengths]`, and the lengths `[R]`."""
+    """Concatenate the sequences [prompt | response] of all responses.
+
+    Returns:
+        The token ids, `[sum of lengths]` int64. A mask, `[sum of lengths]` bool, which is True for scored tokens. The
+            lengths of the sequences, `[R]`.
+    """
     tokens: list[Sequence[int]] = []
     scored: list[Sequence[int]] = []
     lengths: list[int] = []
@@ -108,10 +118,12 @@ def _concatenate(groups: Sequence[Group]) -> tuple[np.ndarray, np.ndarray, np.nd
 
 @dataclass
 class AroundCollator:
-    """Collate rows like `PaddedCollator`, with indices into a packed row that contains each prompt once.
+    """Collate rows like `PaddedCollator`, and add indices that relate the sequences to a packed row.
+
+    The packed row contains each prompt once.
 
     Attributes:
-        padded: Collator that pads and arranges the sequences.
+        padded: Collator that makes the padded sequences.
 
     Example:
         >>> row = {"prompt_ids": [5, 6], "response_ids": [[7, 8], [9]], "scored_masks": [[1, 1], [1]],
@@ -126,20 +138,28 @@ class AroundCollator:
     padded: PaddedCollator
 
     def count_tokens(self, rows: Sequence[Mapping[str, Any]]) -> int:
-        """Return the number of positions in the batch, padding included, because token mixers compute all of them."""
+        """Return the number of positions in the batch of these rows, padding included.
+
+        Padding is counted, because the layers that mix tokens (such as attention) compute the padded sequences.
+        """
         return self.padded.count_tokens(rows)
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> PreferenceBatch:
-        """Return the batch. Raises `ValueError` if a response scores no token, or the first token of its sequence."""
+        """Return the batch of these rows.
+
+        Raises:
+            ValueError: If a response has no scored token, or the first token of a sequence is scored.
+        """
         grouped = group_rows(rows)
         batch = self.padded.collate(rows, grouped)
         count, width = batch["input_ids"].shape
         segments = _Segments.of(grouped.groups)
-        # A padded position repeats the last token of its sequence; earlier positions do not attend to it.
+        # A padded position gets the index of the last token of its sequence. This has no effect on other positions,
+        # because earlier positions do not attend to it.
         place = np.minimum(np.arange(width), segments.keys[:, None] - 1)
         tokens = segments.key_index()[place + (np.cumsum(segments.keys) - segments.keys)[:, None]]
         places = np.empty(segments.queries.sum(), dtype=np.int64)
-        places[tokens.flatten()[::-1]] = np.arange(count * width)[::-1]  # a token's first place is written last
+        places[tokens.flatten()[::-1]] = np.arange(count * width)[::-1]  # reversed, so the first place remains
         batch["around_places"], batch["around_tokens"] = torch.from_numpy(places), torch.from_numpy(tokens)
         return batch
 
@@ -163,7 +183,11 @@ class SharedCollator:
         return sum(group.tokens for group in group_rows(rows).groups)
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> PreferenceBatch:
-        """Return the batch. Raises `ValueError` if a response scores no token, or the first token of its sequence."""
+        """Return the batch of these rows.
+
+        Raises:
+            ValueError: If a response has no scored token, or the first token of a sequence is scored.
+        """
         grouped = group_rows(rows)
         groups, segments = grouped.groups, _Segments.of(grouped.groups)
         prompts, lengths, response_starts = segments.prompts, segments.lengths, segments.response_starts
@@ -204,13 +228,16 @@ class SharedCollator:
 
 @dataclass(frozen=True)
 class _Segments:
-    """The places of the responses in a packed row that contains each prompt once; each array is `[S]`, S = R.
+    """The places of prompts and responses in a packed row that contains each prompt once.
+
+    Each response has one segment. All arrays are `[S]`, with one value for each response.
 
     Attributes:
-        prompts, lengths: Lengths of a response's prompt and of the response.
-        first: Whether the response is the first of its group; its segment then also contains the prompt's queries.
-        queries, keys: Numbers of queries and keys of its segment.
-        prompt_starts, response_starts: Positions in the row.
+        prompts: Length of the response's prompt.
+        lengths: Length of the response.
+        first: True for the first response of a group. Its segment also contains the queries of the prompt.
+        queries, keys: Number of queries and number of keys of the response's segment.
+        prompt_starts, response_starts: Index of the first token of the prompt and of the response in the packed row.
     """
 
     prompts: np.ndarray
@@ -233,11 +260,14 @@ class _Segments:
         return cls(prompts, lengths, first, queries, prompts + lengths, prompt_starts, response_starts)
 
     def positions(self) -> np.ndarray:
-        """Return `[T]`: the position of each token of the row in its own sequence."""
+        """Return `[T]`: the position id of each token of the packed row, its index in its [prompt | response]."""
         return _count_up(self.queries) + np.repeat(np.where(self.first, 0, self.prompts), self.queries)
 
     def key_index(self) -> np.ndarray:
-        """Return `[Tk]`: the positions in the row of each segment's keys, first its prompt's keys and then its own."""
+        """Return `[Tk]`: the index of each key in the packed row, one segment after another.
+
+        The keys of a segment are the tokens of its prompt, followed by the tokens of its response.
+        """
         inside = _count_up(self.keys)
         of_prompt = inside < np.repeat(self.prompts, self.keys)
         starts = (self.prompt_starts, self.response_starts - self.prompts)
@@ -245,10 +275,10 @@ class _Segments:
 
 
 def _bounds(lengths: np.ndarray) -> np.ndarray:
-    """Return `[S + 1]` int32: the starts of consecutive segments of these lengths, and the end of the last one."""
+    """Return `[S + 1]` int32: the starts of consecutive segments with these lengths, then the end of the last one."""
     return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
 
 
 def _count_up(lengths: np.ndarray) -> np.ndarray:
-    """Return 0, 1, …, n − 1 for each n in `lengths`, concatenated."""
+    """Return the concatenation of the ranges 0, 1, …, n − 1 for each n in `lengths`."""
     return np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)

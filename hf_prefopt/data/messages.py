@@ -1,6 +1,7 @@
-"""Check lists of messages: the form of each message, the reply in a response, and the prompt that responses share.
+"""Check lists of messages, and split conversations into the prompt that they share and their responses.
 
-Messages contain text. Images, video and audio, in messages and in other columns, are found here and raise an error.
+Each message must have a role, and text or tool calls. Each response must have an assistant message. Images, video and
+audio are not supported: `find_media` finds them in messages and in other columns, and they raise an error.
 """
 
 import json
@@ -15,7 +16,7 @@ from hf_prefopt.data.rows import DROP_CURE, BadRow, drop_nones, is_blank
 Message = dict[str, Any]
 
 _TEXT_BLOCKS = ("text", "input_text", "output_text")
-# Keys of a message for its role and its content, as found in datasets; the first of each is the standard key.
+# Keys under which datasets store the role and the content of a message. The first of each is the standard key.
 ROLE_KEYS = ("role", "from", "speaker")
 CONTENT_KEYS = ("content", "value", "text", "parts")
 _ROLES = {
@@ -27,15 +28,22 @@ _KNOWN_ROLES = ("user", "assistant", "system", "tool", "developer")
 
 
 def is_role(name: Any) -> bool:
-    """Return True if this is a standard role name or a known alternative."""
+    """Return True if this is the standard name of a role, or another name that is known to mean such a role."""
     return isinstance(name, str) and (name.lower() in _KNOWN_ROLES or name.lower() in _ROLES)
 
 
 def check_messages(column: str, messages: Any) -> list[Message]:
-    """Return the messages without their empty keys. Content in blocks of text becomes one text.
+    """Check messages, and return them in the standard form.
+
+    Keys whose value is None are removed, and other keys and names for the role and the content are replaced by the
+    standard ones. If the content is a list of text blocks, they are joined to one text.
+
+    Args:
+        column: Name of the column, for errors.
+        messages: The messages.
 
     Raises:
-        BadRow: If a message has no role, or neither text nor tool calls, or has content that is not text.
+        BadRow: If a message has no role, if it has neither content nor tool calls, or if its content is not text.
     """
     if not isinstance(messages, list | tuple):
         raise BadRow(column, f"is of type {type(messages).__name__}", "make it text or a list of messages")
@@ -71,7 +79,7 @@ def _check_message(column: str, position: int, message: Any) -> Message:
 
 
 def _as_calls(column: str, calls: Any, where: str) -> list[Any]:
-    """Return tool calls as a list; they may be stored as JSON, and a single one without a list."""
+    """Return tool calls as a list of dicts. They may be stored as JSON. A single call may be stored without a list."""
     if isinstance(calls, str):
         try:
             calls = json.loads(calls)
@@ -84,7 +92,13 @@ def _as_calls(column: str, calls: Any, where: str) -> list[Any]:
 
 
 def _with_our_names(column: str, position: int, message: Message) -> Message:
-    """Return the message with `role` and `content` and the standard name of its role. An unknown role is kept."""
+    """Return the message with the keys `role` and `content` and the standard name of its role.
+
+    An unknown role is kept if its key is `role`.
+
+    Raises:
+        BadRow: If there is no role, or if its key is not `role` and the role is unknown.
+    """
     keys = [next((key for key in names if message.get(key) is not None), None) for names in (ROLE_KEYS, CONTENT_KEYS)]
     named = {key: value for key, value in message.items() if key not in keys}
     role = message.get(keys[0]) if keys[0] else None
@@ -99,7 +113,7 @@ def _with_our_names(column: str, position: int, message: Message) -> Message:
 
 
 def _block_text(column: str, block: Any, where: str) -> str:
-    """Return the text of a content block. Raises `BadRow` for any other block."""
+    """Return the text of a block of text. Raises `BadRow` for a block of another type, such as an image."""
     if isinstance(block, str):
         return block
     named = block if isinstance(block, dict) else {"type": type(block).__name__}
@@ -130,14 +144,19 @@ def check_says_something(column: str, checked: list[Message]) -> list[Message]:
 
 
 def split_conversations(checked: Mapping[str, list[Message]]) -> tuple[list[Message], dict[str, list[Message]]]:
-    """Split conversations into the prompt, which is their common beginning, and the rest of each, keyed by column.
+    """Split conversations into their prompt, which is the beginning that they share, and their responses.
 
-    The conversations must have been checked by `check_reply`. The last message of a conversation always belongs to its
-    response. The prompt does not end between two assistant messages, because the second message would then be read as
-    the continuation of the first.
+    The last message of a conversation always belongs to its response. The prompt does not end between two assistant
+    messages, because the second message would then be read as the continuation of the first.
+
+    Args:
+        checked: The conversations, as returned by `check_reply`, keyed by column.
+
+    Returns:
+        The messages of the prompt, and the messages of each response, keyed by column.
 
     Raises:
-        BadRow: If a response has no text and no tool calls, or there is no prompt.
+        BadRow: If no assistant message of a response has text or tool calls, or if there is no prompt.
     """
     sides = list(checked.values())
     longest = min(len(messages) for messages in sides) - 1
@@ -168,15 +187,16 @@ MEDIA_CURE = "images, video and audio are not supported: drop the row, or remove
 _MEDIA = r"(image|img|picture|photo|screenshot|frame|video|audio|pixel_value)s?"
 _FORMS = r"(path|url|uri|file|byte|data|base64|list|\d+)s?"
 _MEDIA_NAME = re.compile(rf"(.*[_\-. ])?{_MEDIA}([_\-. ]?{_FORMS})*", re.IGNORECASE)
-# Types of Arrow values for columns of text, numbers, flags and times.
+# Types of the Python values in columns of text, numbers, flags and times.
 _PLAIN = (str, int, float, date, time, timedelta, Decimal, type(None))
 
 
 def find_media(values: Mapping[str, Any]) -> str | None:
-    """Return the first key of a row, a message or a block that holds an image, video or audio; None if there is none.
+    """Return the first key of a row, a message or a block that holds an image, video or audio. None if there is none.
 
-    A key matches if its value is bytes, a stored file or a decoded object. A key also matches by its name, unless the
-    value is empty or a number. A count (`num_images`) or an id (`image_id`) does not match.
+    A key matches if its value is bytes, a stored file (a dict of `bytes` and `path`), or an object of a type that
+    columns of text and numbers do not have, such as a decoded image. A key also matches if its name says that it holds
+    such data, unless its value is empty or a number. Counts (`num_images`) and ids (`image_id`) do not match.
     """
     for key, value in values.items():
         if (_MEDIA_NAME.fullmatch(key) and _is_present(value)) or _is_binary(value):
@@ -185,7 +205,7 @@ def find_media(values: Mapping[str, Any]) -> str | None:
 
 
 def _is_present(value: Any) -> bool:
-    """Return True if a value may be a file. A number may not, because it is a count or a flag."""
+    """Return True if a value may be a file. Return False for an empty value, and for a number (a count or a flag)."""
     if isinstance(value, dict):
         return any(map(_is_present, value.values()))
     if isinstance(value, list | tuple):
@@ -194,7 +214,7 @@ def _is_present(value: Any) -> bool:
 
 
 def _is_binary(value: Any) -> bool:
-    """Return True if a value, or anything in it, is bytes, a stored file or a decoded object."""
+    """Return True if a value, or a value in it at any depth, is bytes, a stored file or a decoded object."""
     if isinstance(value, dict):
         is_file = value.keys() == {"bytes", "path"} and any(item is not None for item in value.values())
         return is_file or any(map(_is_binary, value.values()))

@@ -1,7 +1,8 @@
-"""Mix several datasets, whose columns may differ, into one.
+"""Mix several datasets into one. Their columns may differ.
 
-Each source is prepared separately, in its own column layout. Prepared rows are then drawn from the sources and
-concatenated. The prepared rows are cached by source, so a change of weights does not repeat the tokenization.
+Each of these datasets, or sources, is prepared separately, in its own column layout. Prepared rows are then drawn from
+the sources and concatenated. The prepared rows of each source are cached, so they are not tokenized again if only the
+weights of the sources change.
 """
 
 import logging
@@ -27,14 +28,15 @@ class Source:
 
     Attributes:
         rows: Any dataset that `train_dataset` accepts.
-        name: Name of the source in messages.
-        weight: How often each row is used: 2 uses every row twice; 0.5 uses half of the rows, drawn at random. The
-            weight of a stream must be a whole number, because the length of a stream is unknown.
-        fraction: Share of the mixture that comes from this source, as in TRL. Shares are divided by their sum, and the
-            mixture is as large as possible without repeating a row. Set it for all sources or for none.
-        column_mapping: As in `PreferenceConfig`, for this source; None uses the value of the config.
-        remove_columns: The same.
-        text_as: The same.
+        name: Name of the source in log messages and errors.
+        weight: How often each row is used. With 2, every row is used twice. With 0.5, half of the rows are used, drawn
+            at random. The weight of a stream must be a whole number, because the length of a stream is unknown.
+        fraction: Share of the mixture's rows that come from this source, as in TRL. The fractions of all sources are
+            divided by their sum. The mixture is as large as possible without repeating a row. Set `fraction` for all
+            sources or for none.
+        column_mapping: As in `PreferenceConfig`, but for this source only. If None, the value in the config is used.
+        remove_columns: As in `PreferenceConfig`, but for this source only. If None, the value in the config is used.
+        text_as: As in `PreferenceConfig`, but for this source only. If None, the value in the config is used.
     """
 
     rows: Any
@@ -62,11 +64,13 @@ class Mixture:
 
     Args:
         sources: The datasets. Either all or none are streams.
-        seed: Seed for drawing rows, and for the order of streams with fractions.
+        seed: Seed for drawing rows and held-out prompts. If streams have fractions, it also determines the order in
+            which their rows are drawn.
 
     Raises:
-        ValueError: If there are no sources, or only some are streams. Also if a weight is not above 0 (for a stream,
-            not a whole number), only some sources have fractions, or a source has both a fraction and a weight.
+        ValueError: If there are no sources, or if some sources are streams and others are not. If a weight is not above
+            0, or the weight of a stream is not a whole number. If some sources have a fraction and others do not, if a
+            fraction is not above 0, or if a source has both a fraction and a weight other than 1.
     """
 
     def __init__(self, sources: Sequence[Source], seed: int = 42):
@@ -76,19 +80,23 @@ class Mixture:
 
     @property
     def is_stream(self) -> bool:
-        """Whether the rows come from streams."""
+        """Whether the sources are streams."""
         return isinstance(self.sources[0].rows, IterableDataset)
 
     def hold_out(self, share: float) -> tuple["Mixture", "Mixture"]:
-        """Split the mixture into a mixture for training and a mixture with the held-out rows, each used once.
+        """Split the mixture into a mixture for training and a mixture of held-out rows for evaluation.
 
-        No prompt is in both mixtures.
+        No prompt is in both mixtures. The mixture of held-out rows has no weights or fractions: it uses each row once.
 
         Args:
-            share: Share of all rows of the sources, before weights; between 0 and 1 (exclusive).
+            share: Share of the rows to hold out, between 0 and 1 (exclusive). It refers to all rows of the sources,
+                before weights are applied.
+
+        Returns:
+            The mixture for training, and the mixture of held-out rows.
 
         Raises:
-            ValueError: If the sources are streams, the share is out of range, or the rows cannot be split by prompt.
+            ValueError: If the sources are streams, `share` is out of range, or the rows cannot be split by prompt.
         """
         if self.is_stream:
             raise ValueError(
@@ -110,16 +118,17 @@ class Mixture:
         return Mixture([source for source in sources if len(source.rows)], self.seed)
 
     def align(self, prepared: Sequence[Any], name: str) -> list[Any]:
-        """Return the prepared rows of each source, all with the same columns.
+        """Give the prepared rows of all sources the same columns, and return the rows of each source.
 
-        If only some sources have an optional column, the others get its default; a column without a default is removed.
+        If only some sources have an optional column, the other sources get it with its default value. If it has no
+        default, it is removed from all sources.
 
         Args:
             prepared: The prepared rows of each source.
-            name: Name of the dataset in messages.
+            name: Name of the dataset in log messages and errors.
 
         Raises:
-            ValueError: If sources hold different kinds of examples, or only some have token weights.
+            ValueError: If the sources hold different kinds of examples, or if only some of them have token weights.
         """
         names = [source.name for source in self.sources]
         kinds = [cast(ExampleKind, kind_of_columns(rows.column_names)) for rows in prepared]
@@ -131,14 +140,17 @@ class Mixture:
         return _with_the_same_columns(prepared, names, name)
 
     def join(self, aligned: Sequence[Any], name: str) -> Dataset | IterableDataset:
-        """Concatenate the rows of all sources and number them again; log the number of rows per source.
+        """Draw rows from all sources and concatenate them. Streams are interleaved instead.
+
+        The rows are numbered again in the column `row`. The number of rows from each source is logged. For streams, it
+        is not logged.
 
         Args:
             aligned: The result of `align`.
-            name: Name of the dataset in messages.
+            name: Name of the dataset in log messages and errors.
 
         Raises:
-            ValueError: If no rows of a source are drawn.
+            ValueError: If the weight or fraction of a source is so small that none of its rows is drawn.
         """
         if self.is_stream:
             return self._in_turns(aligned)
@@ -156,7 +168,11 @@ class Mixture:
         return joined.add_column("row", list(range(len(joined))))
 
     def counts(self, sizes: Sequence[int]) -> list[int]:
-        """Return the number of rows from each source in the mixture. `sizes`: the number of rows of each source."""
+        """Return how many rows of the mixture come from each source.
+
+        Args:
+            sizes: The number of rows of each source.
+        """
         if self.sources[0].fraction is None:
             return [round(source.weight * size) for source, size in zip(self.sources, sizes, strict=True)]
         shares = self._shares()
@@ -164,12 +180,24 @@ class Mixture:
         return [round(share * total) for share in shares]
 
     def _draw(self, at: int, size: int, count: int) -> np.ndarray:
-        """Draw the rows of one source: whole copies of all rows, plus a random subset without repetition."""
+        """Draw rows from a source, and return their indices.
+
+        All rows are drawn as often as possible. For the rest, a random subset of the rows is drawn without replacement.
+
+        Args:
+            at: Index of the source.
+            size: Number of rows of the source.
+            count: Number of rows to draw.
+        """
         rest = np.random.default_rng([self.seed, at]).choice(size, count % size, replace=False)
         return np.concatenate([np.tile(np.arange(size), count // size), np.sort(rest)])
 
     def _in_turns(self, streams: Sequence[Any]) -> IterableDataset:
-        """Interleave streams: with fractions at random until one stream ends, otherwise in turns until all end."""
+        """Interleave the rows of streams.
+
+        If the sources have fractions, each row comes from a stream that is drawn with these probabilities, until one
+        stream ends. Otherwise, the streams take turns until all of them have ended.
+        """
         repeated = [
             stream if source.weight == 1 else stream.repeat(int(source.weight))
             for source, stream in zip(self.sources, streams, strict=True)
@@ -221,7 +249,13 @@ def _numbered(columns: dict[str, list[Any]], indices: list[int]) -> dict[str, li
 
 
 def _with_the_same_columns(prepared: Sequence[Any], names: Sequence[str], name: str) -> list[Any]:
-    """Return the prepared rows of each source with the same columns; see `Mixture.align`."""
+    """Give the prepared rows of all sources the same columns, as `Mixture.align` describes.
+
+    Args:
+        prepared: The prepared rows of each source.
+        names: Names of the sources.
+        name: Name of the dataset in log messages and errors.
+    """
     kind = cast(ExampleKind, kind_of_columns(prepared[0].column_names))
     every = dict.fromkeys(column for rows in prepared for column in rows.column_names)
     partial = {column: [rows for rows in prepared if column not in rows.column_names] for column in every}
@@ -246,7 +280,7 @@ def _with_the_same_columns(prepared: Sequence[Any], names: Sequence[str], name: 
 
 
 def _filled(rows: Any, column: str, value: float) -> Any:
-    """Return the prepared rows with a new column that holds this value for each example of a row."""
+    """Add a column to prepared rows. It holds a list with this value for each example of the row."""
     features = Features({**rows.features, column: List(Value("float64"))})
     return rows.map(_fill, features=features, fn_kwargs={"column": column, "value": value})
 
