@@ -28,8 +28,8 @@ _BEFORE = "model|response|assistant|answer|output|completion|candidate|option|co
 _SIDE = re.compile(rf"(?:(?:{_BEFORE})[\s_-]*)?([ab012]|left|right|first|second)", re.IGNORECASE)
 # Comparisons of two responses: `A>B` means that A is better, and `B<<A` that A is much better.
 _COMPARED = re.compile(r"([^<>]+?)\s*(<+|>+)\s*([^<>]+)")
-# Words for the first (0) and the second (1) response, whatever their columns are called. Numbers are not listed, because
-# some datasets count from 0 and others from 1.
+# Words for the first (0) and the second (1) response, whatever their columns are called. Numbers are not listed: some
+# datasets count from 0, others from 1.
 _ORDINALS = {"a": 0, "b": 1, "left": 0, "right": 1, "first": 0, "second": 1}
 
 
@@ -192,8 +192,8 @@ NAMING = (
     *("better_response_id", "better_response", "better", "best_response", "best", "preferred_response", "preferred"),
     *("human_preference", "orig_preference", "preference", "choice", "chosen", "selected", "verdict"),
 )
-# Columns that say which of two responses is better, mapped to the function that reads the column. In other datasets, the
-# columns in `NAMING` may mean something else. Therefore, `by_name` rejects values that name neither response.
+# Columns that say which of two responses is better, mapped to the function that reads the column. In some datasets,
+# columns in `NAMING` mean something else. Therefore, `by_name` rejects values that name neither response.
 VERDICTS: Mapping[str, Callable[..., int]] = {
     "winner": by_name,
     "overall_preference": by_sign,

@@ -62,8 +62,8 @@ from hf_prefopt.kinds import PAIRS, UNPAIRED, ExampleKind, kind_of_columns
 
 logger = logging.getLogger(__name__)
 
-# Part of the key under which `datasets` caches prepared rows. The key contains only the names of this module's functions,
-# not their code, so increase this number when their results change.
+# Part of the key under which `datasets` caches prepared rows. The key contains only the names of the functions of this
+# module, not their code, so increase this number when their results change.
 _CACHE_VERSION = 11
 _EXAMPLE_FEATURES = {
     "pairs": List(List(Value("int32"))),

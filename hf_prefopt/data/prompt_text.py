@@ -49,7 +49,7 @@ class PromptText:
         if self._template is None:
             return None
         text = str(self._tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
-        for turns in range(_TURNS, 0, -1):  # most turns first, because with fewer turns, several messages would match as one
+        for turns in range(_TURNS, 0, -1):  # most turns first: with fewer, several messages would match as one
             for has_system in (False, True):
                 roles = (*["system"] * has_system, *["user", "assistant"] * (turns - 1), "user")
                 frame = self._frame(roles)
