@@ -37,7 +37,7 @@ class Ragged:
         return (view[bounds[at] : bounds[at + 1]] for at in range(len(self.lengths)))
 
     def are_equal(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
-        """Return `[P]` bool: whether list `left[i]` equals list `right[i]`. `left`, `right`: `[P]`, indices of lists."""
+        """Return `[P]` bool: True if the lists `left[i]` and `right[i]` are equal. `left`, `right`: `[P]`, indices."""
         equal = self.lengths[left] == self.lengths[right]
         for at in np.flatnonzero(equal):
             one, other = (slice(self.bounds[side[at]], self.bounds[side[at] + 1]) for side in (left, right))

@@ -122,7 +122,7 @@ BY_PLACE = Role(
 GOLD = role("reference", "reference")
 
 # Stems of the column names of two responses, if another column says which one is better. A column name is a stem with a
-# mark, such as `response_a` and `response_b`. If there is a column of a third response (`response_c`), rows are no pairs.
+# mark, such as `response_a` and `response_b`. Rows with the column of a third response (`response_c`) are not pairs.
 _STEMS = (
     *_NOUNS,
     *_words("model_response assistant_response orig_response candidate human_ref model_output generated_text"),

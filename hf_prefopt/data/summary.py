@@ -1,7 +1,7 @@
 """Summarize a prepared dataset in numbers: examples, tokens, and how response length relates to preference.
 
-The dataset is read once, in batches, with Arrow and NumPy. No Python code runs for single tokens: Python loops only
-hash whole prompts and responses.
+The dataset is read once, in batches, with Arrow and NumPy. Python loops handle only whole prompts and responses (to
+hash or compare them), never single tokens.
 """
 
 from collections.abc import Callable, Mapping

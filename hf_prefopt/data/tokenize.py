@@ -132,7 +132,10 @@ class _Encoding:
 
 
 def _encode_all(rows: list[RenderedRow], tokenizer: PreTrainedTokenizerBase) -> Iterator[_Encoding]:
-    """Return the encodings in the order of the rows. Rows with and without special tokens need one tokenizer call each."""
+    """Return the encodings of the rows, in order.
+
+    The tokenizer is called at most twice: for the rows that need special tokens, and for the others.
+    """
     done: dict[int, _Encoding] = {}
     for add_special_tokens in (False, True):
         group = {at: row for at, row in enumerate(rows) if row.add_special_tokens == add_special_tokens}
@@ -230,7 +233,11 @@ def _finish_row(
 
 
 def _boundary(encoding: _Encoding) -> int:
-    """Return the number of tokens that all sequences share with the prompt, but leave each sequence at least one token."""
+    """Return the number of tokens that all sequences share with the prompt.
+
+    If there is no separate prompt, count the tokens that the sequences share with each other. In both cases, each
+    sequence has at least one more token.
+    """
     if encoding.prompt is None:
         first, *others = encoding.full
         shared = min(shared_length(first, ids) for ids in others)

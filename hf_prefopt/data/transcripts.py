@@ -19,7 +19,7 @@ _EXTRA = re.compile(r"\n?<extra_id_1>(User|Assistant)\n")
 def is_transcript(text: str) -> bool:
     """Return True if the text is a transcript.
 
-    A transcript contains an NVIDIA marker, or begins with an Anthropic marker and contains an assistant marker.
+    A transcript contains `<extra_id_1>`, or it begins with a marker of Anthropic's form and has an assistant turn.
     """
     if "<extra_id_1>" in text:
         return True

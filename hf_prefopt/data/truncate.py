@@ -81,7 +81,7 @@ def _whole_prompt(row: TokenizedRow, max_length: int, begin: Begin) -> list[int]
 
 
 def _end_of_prompt(row: TokenizedRow, max_length: int, begin: Begin) -> list[int] | None:
-    """Return the head of the prompt (see `Beginning`), and as many of its last tokens as fit before the longest response.
+    """Return the head of the prompt (`Beginning.head`), and the last tokens that fit before the longest response.
 
     At least one token is kept, because it predicts the first response token. Return None if the head does not fit, or
     if the last tokens would start within a turn other than the last user turn.
@@ -95,7 +95,7 @@ def _end_of_prompt(row: TokenizedRow, max_length: int, begin: Begin) -> list[int
     for place in beginning.turns:
         if kept + len(prompt) - place <= room:
             return [*prompt[:kept], *prompt[place:]]
-    # The head, the tail and one token before the tail are always kept. If this leaves too little, responses are truncated.
+    # The head, the tail and one token before the tail are always kept. If a response does not fit, it is truncated.
     end = max(beginning.tail + 1, room - kept)
     if not beginning.splits or kept + end > max_length - 1:
         return None
