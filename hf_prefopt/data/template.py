@@ -101,7 +101,7 @@ class ChatTemplate:
     def unwritten(self, messages: list[Message]) -> frozenset[int]:
         """Return the positions of the messages whose content the template does not write.
 
-        The result is cached and used for all messages with the same sequence of roles and the same places of tool calls.
+        The result is cached for all messages with the same sequence of roles and the same places of tool calls.
         """
         roles = tuple((message["role"], bool(message.get("tool_calls"))) for message in messages)
         if roles not in self._unwritten:

@@ -23,7 +23,7 @@ class TurnTokens:
     """The special tokens that a chat template writes around messages, and the EOS.
 
     Args:
-        tokenizer: The tokenizer. If it has no chat template, only its rows without messages are used, and nothing is checked.
+        tokenizer: The tokenizer. If it has no chat template, nothing is checked.
         kwargs: Further arguments of the chat template.
     """
 

@@ -43,7 +43,7 @@ UNREADABLE: dict[tuple[str, ...], str] = {
 
 
 def describe_nearest(sample: Mapping[str, Any]) -> str:
-    """Describe how to change the columns, so that they have the nearest layout. Name its missing columns."""
+    """Describe why the columns have no known layout, and how to change them to the nearest layout."""
     for columns, problem in UNREADABLE.items():
         if set(columns).issubset(sample):
             return f"columns {quoted(columns)}: {problem}"
@@ -172,7 +172,7 @@ class _Lack:
 
     @property
     def is_half(self) -> bool:
-        """Whether the role "instruction and input" (`roles.ALPACA`) is missing. Datasets may have only one of the two."""
+        """Whether the role "instruction and input" (`roles.ALPACA`) is missing; one of its two columns may exist."""
         return roles.ALPACA in self.roles
 
     def distance(self, sample: Mapping[str, Any]) -> tuple[int, bool, bool, bool, int]:
