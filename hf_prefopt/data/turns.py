@@ -74,7 +74,7 @@ def _turn_end(full: str, start: int, messages: list[Message], at: int, template:
     if at == len(messages) - 1:
         return len(full)
     turn = template.render(messages[: at + 1])[start:]
-    # A template may write more in the last turn than in earlier ones (Qwen3: thinking), but the turn ends in the same way.
+    # A template may write more in the last turn than in earlier turns (Qwen3: thinking), but the same end of turn.
     for skipped in range(len(turn.rstrip())):
         if full.startswith(turn[skipped:], start):
             return start + len(turn) - skipped

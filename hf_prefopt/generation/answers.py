@@ -17,7 +17,7 @@ Problem = Mapping[str, Any]
 
 
 def messages_of(problem: Problem | str) -> list[dict[str, Any]]:
-    """Convert a prompt to messages. It is a text, or a row with the column `prompt` (text or messages) or `question`."""
+    """Convert a prompt to messages: a text, or a row with the column `prompt` (text or messages) or `question`."""
     if isinstance(problem, str):
         prompt: Any = problem
     else:

@@ -65,7 +65,7 @@ def refuse_sharded(trainer: Trainer) -> None:
 def answers_of(
     trainer: Trainer, partner: Partner, problems: Sequence[Problem | str], settings: dict[str, Any], batch_size: int
 ) -> list[str]:
-    """Generate an answer of `partner`, the policy or the reference, to each problem. The answers are in the same order."""
+    """Generate an answer of `partner`, the policy or the reference, to each problem, and return them in order."""
     processing_class: Any = trainer.processing_class
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     if tokenizer is None:

@@ -26,8 +26,8 @@ class WinRateCallback(TrainerCallback):
     are ties, it is wider than necessary.
 
     The callback works in any `transformers.Trainer` of a causal language model. With several ranks (data parallelism
-    without sharded parameters), each rank answers a part of the prompts. If the policy has an adapter, the reference is the model with its adapter
-    disabled.
+    without sharded parameters), each rank answers a part of the prompts. If the policy has an adapter, the reference is
+    the model with its adapter disabled.
 
     Logged metrics: `eval_win_rate`, `eval_win_rate/low`, `eval_win_rate/high`, `eval_win_rate/prompts`, and
     `eval_win_rate/consistent`, the share of prompts with the same verdict in both orders.
@@ -102,7 +102,7 @@ class WinRateCallback(TrainerCallback):
     def _judge_all(self) -> dict[int, dict[str, Any]]:
         """Return, on every rank, the answers and the score for every prompt, keyed by the index of the prompt."""
         state = PartialState()
-        # Padding repeats prompts, so that every rank has the same number of batches. The dict removes the repeated indices.
+        # Padding repeats prompts, so that all ranks have the same number of batches. The dict removes repeated prompts.
         with state.split_between_processes(list(range(len(self._prompts))), apply_padding=True) as own:
             judged = self._judge_own(list(own))
         return dict(gather_object(list(judged.items()))) if state.num_processes > 1 else judged
@@ -124,7 +124,7 @@ class WinRateCallback(TrainerCallback):
         }
 
     def _win(self, prompt: Problem | str, policy: str, reference: str) -> dict[str, Any]:
-        """Return the policy's score w, and whether both orders give the same verdict. Equal answers are a tie, unjudged."""
+        """Return the policy's score w, and whether both orders agree. Equal answers are a tie without a judgment."""
         if policy == reference:
             return {"win": 0.5, "consistent": True}
         before, after = self._verdict(prompt, policy, reference), 1 - self._verdict(prompt, reference, policy)

@@ -9,8 +9,8 @@ from hf_prefopt.kinds.scored import SCORED
 from hf_prefopt.kinds.triples import TRIPLES
 from hf_prefopt.kinds.unpaired import UNPAIRED
 
-# A loss has the first of these kinds that provides all inputs of the loss. If a kind provides all inputs of another kind,
-# as triples do for pairs, it must come after that kind. docs/design.md lists what else a new kind needs.
+# The kind of a loss is the first of these kinds that provides all inputs of the loss. If a kind provides all inputs of
+# another kind, as triples do for pairs, it must come after that kind. docs/design.md lists what else a new kind needs.
 KINDS: tuple[ExampleKind, ...] = (PAIRS, TRIPLES, UNPAIRED, SCORED, LISTS)
 
 # Names of the batch entries that have one element for each example.

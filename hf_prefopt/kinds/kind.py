@@ -218,7 +218,7 @@ class ExampleKind(ABC):
 
     @abstractmethod
     def preferred(self, shown: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Return `[B, K]`, the shape and dtype of `shown`. 1 for the responses that the data prefer, 0 for the others."""
+        """Return `[B, K]`, in the dtype of `shown`: 1 for the responses that the data prefer, 0 for the others."""
 
     def refusal(self, row: Mapping[str, Any], inputs: Sequence[str]) -> str | None:
         """Return why a dataset with this row cannot provide these inputs; `None` if it can."""
@@ -238,7 +238,7 @@ def _columns(tensors: list[Tensor]) -> Tensor:
 
 
 def row_numbers(rows: Sequence[Mapping[str, Any]], counts: Sequence[int]) -> dict[str, np.ndarray]:
-    """Return the entries `rows` and `pair_in_row` (see `ExampleKind.index`). `counts`: number of examples of each row."""
+    """Return `rows` and `pair_in_row` (see `ExampleKind.index`). `counts` has the number of examples of each row."""
     return {
         "rows": np.repeat(np.array([row["row"] for row in rows], dtype=np.int64), counts),
         "pair_in_row": np.concatenate([np.arange(count) for count in counts]),

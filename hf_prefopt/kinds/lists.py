@@ -32,7 +32,7 @@ class Lists(ExampleKind):
     has_token_inputs = False
 
     def index(self, rows: Sequence[Mapping[str, Any]], places: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
-        """Return the batch entries. Each row is one example. All entries are padded with 0 (False in `list_mask`)."""
+        """Return the batch entries. Each row is one example. Padding is 0, and False in `list_mask`."""
         return {
             "list_responses": _padded(
                 [at[: len(row["ranks"])] for row, at in zip(rows, places, strict=True)], np.int64
@@ -50,7 +50,7 @@ class Lists(ExampleKind):
         return next(tensor.shape[1] for tensor in inputs.values() if tensor.dim() == 2)
 
     def batch_inputs_of(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
-        """Also return `list_mask`, `list_ranks` and `list_scores`, `[B, K]`. The scores are 0 for rows with only ranks."""
+        """Also return `list_mask`, `list_ranks` and `list_scores`, `[B, K]`. Scores are 0 for rows with only ranks."""
         ranks = [row["ranks"] for row in rows]
         return {
             "list_mask": _padded([np.ones(len(given)) for given in ranks], bool),
@@ -100,7 +100,7 @@ def best_of(ranks: Tensor, mask: Tensor) -> Tensor:
 
 
 def mean_of(values: Tensor, chosen: Tensor) -> Tensor:
-    """Return `[B]`: the mean of `values` over the responses of each list for which `chosen` is True; 0 if there is none."""
+    """Return `[B]`: for each list, the mean of `values` over the responses with True in `chosen`; 0 if there is none."""
     return torch.where(chosen, values, 0.0).sum(1) / chosen.sum(1).clamp(min=1)
 
 

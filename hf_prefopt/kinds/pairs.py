@@ -15,8 +15,8 @@ class Pairs(ExampleKind):
 
     Batch entries:
         `chosen`, `rejected`: `[B]` int64. Indices of the responses. A response may belong to several pairs.
-        `chosen_token_weights`, `rejected_token_weights`: `[B, T]` float32, where T is the length of the longest
-            response. Optional. Pairs with the same response may have different weights for it.
+        `chosen_token_weights`, `rejected_token_weights`: `[B, T]` float32, where T is the number of scored tokens
+            of the longest response. Optional. Pairs with the same response may have different weights for it.
         `weights`: `[B]` float32. Optional.
         `margins`: `[B]` float32, in units of rewards. Optional.
         `chosen_scores`, `rejected_scores`: `[B]` float32. Optional.
@@ -41,7 +41,7 @@ class Pairs(ExampleKind):
     metric_inputs: tuple[str, ...] = ("policy_chosen_logps", "policy_rejected_logps")
 
     def index(self, rows: Sequence[Mapping[str, Any]], places: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
-        """Return the batch entries. The column `pairs` has, for each pair, the indices [chosen, rejected] in its row."""
+        """Return the batch entries. The column `pairs` has the indices [chosen, rejected] of each pair within its row."""
         pairs = [
             at[np.array(row["pairs"], dtype=np.int64).reshape(-1, 2)] for row, at in zip(rows, places, strict=True)
         ]
@@ -52,7 +52,7 @@ class Pairs(ExampleKind):
         return {**indices, **weights, **self.batch_inputs_of(rows), **row_numbers(rows, counts)}
 
     def refusal(self, row: Mapping[str, Any], inputs: Sequence[str]) -> str | None:
-        """Return the reason of the base class, or a reason if the loss weights tokens and the row has no token weights."""
+        """Return the reason of the base class, or a reason if the loss needs token weights and the row has none."""
         if "chosen_token_weights" in inputs and "token_weights" not in row:
             return (
                 "it weights tokens, but these rows have no weights: provide prompt_ids, chosen_ids and rejected_ids "

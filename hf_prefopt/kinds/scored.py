@@ -1,4 +1,4 @@
-"""Scored responses: single responses with a quantile, which compares their reward with the reference's responses."""
+"""Scored responses: single responses, each with its reward's quantile among rewards of the reference's responses."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

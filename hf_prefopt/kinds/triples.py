@@ -23,7 +23,7 @@ class Triples(Pairs):
     metric_inputs = (*Pairs.metric_inputs, "policy_gold_logps")
 
     def index(self, rows: Sequence[Mapping[str, Any]], places: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
-        """Also return `gold`. The column `golds` has, for each pair of a row, the index of its gold response in the row."""
+        """Also return `gold`. The column `golds` has the index of the gold response of each pair within its row."""
         golds = [at[np.array(row["golds"], dtype=np.int64)] for row, at in zip(rows, places, strict=True)]
         return {**super().index(rows, places), "gold": np.concatenate(golds)}
 

@@ -29,7 +29,7 @@ class Unpaired(ExampleKind):
     metric_inputs = ("policy_logps", "labels")
 
     def index(self, rows: Sequence[Mapping[str, Any]], places: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
-        """Return the batch entries. Each labeled response of a row is an example; mismatched responses follow them."""
+        """Return the batch entries. Each labeled response of a row is an example. Further responses are mismatched."""
         counts = [len(row["labels"]) for row in rows]
         entries = {
             "responses": np.concatenate([at[:count] for at, count in zip(places, counts, strict=True)]),
