@@ -135,7 +135,7 @@ def count_notes(noted: Dataset) -> dict[str, int]:
     """Return the sum of each note over the rows, keyed by the name of the note without its underscore.
 
     The key `rows` is the number of rows. `longest` is the maximum instead of the sum. For a note that is text, the
-    number is that of the rows in which the note is not empty.
+    value is the number of rows in which the note is not empty.
     """
     counts = {"rows": len(noted)}
     for column, feature in NOTES.items():
@@ -169,9 +169,10 @@ class _StreamFilter:
 
 
 def _reject_missing_prompts(name: str, lacking: int, rows: int) -> None:
-    """Raise `ValueError` if most rows lack a prompt: `lacking` of `rows` usable rows (see `probably_lacks_prompt`).
+    """Raise `ValueError` if most rows seem to lack a prompt (see `probably_lacks_prompt`).
 
-    A small number of rows (less than `_ENOUGH_ROWS`) raises no error.
+    `lacking` is the number of these rows, and `rows` the number of all usable rows. Fewer than `_ENOUGH_ROWS` rows
+    raise no error.
     """
     if rows >= _ENOUGH_ROWS and 2 * lacking > rows:
         raise ValueError(

@@ -34,7 +34,9 @@ _ORDINALS = {"a": 0, "b": 1, "left": 0, "right": 1, "first": 0, "second": 1}
 
 
 def read_label(column: str, value: Any) -> bool:
-    """Return True if the value says that a response is desirable. It is a boolean, 1 or 0, 1 or −1, or a known word.
+    """Return True if the value means that a response is desirable, False if it means that it is undesirable.
+
+    Accepted values are booleans, 1 (desirable), 0 and −1 (undesirable), and words such as "good" and "bad".
 
     Raises:
         BadRow: If the value is none of these.

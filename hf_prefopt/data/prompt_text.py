@@ -65,7 +65,7 @@ class PromptText:
     def _rendered_frame(self, roles: tuple[str, ...]) -> list[str] | None:
         """Return the frame: the texts that the template writes before, between and after messages with these roles.
 
-        Return `None` if there is not a text between all messages, or if the template rejects or moves messages.
+        Return `None` if there is no text between two messages, or if the template rejects, omits or moves a message.
         """
         assert self._template is not None
         messages: list[Message] = [{"role": role, "content": _MARK.format(at)} for at, role in enumerate(roles)]

@@ -1,6 +1,6 @@
 """Render a canonical row (`rows.CanonicalRow`) as text: the prompt, each prompt + response, and the ranges to score.
 
-Conversations are rendered with the chat template. Plain text is used unchanged, with an EOS at its end. tokenize.py
+Conversations are rendered with the chat template. Plain text gets an EOS if it does not end with one. tokenize.py
 passes the texts of many rows to the tokenizer in one call.
 """
 

@@ -110,7 +110,7 @@ def drop_nones(value: Any) -> Any:
 def check_list(column: str, value: Any, items: str) -> list[Any]:
     """Return a column's list, which may be stored as JSON.
 
-    Raises `BadRow` for any other value. The error calls the entries of the list `items`.
+    Raises `BadRow` for any other value. `items` says what the list must contain, for the error.
     """
     value = as_list(value)
     if value is None:

@@ -1,4 +1,4 @@
-"""Convert rows to a `Dataset`: a list of rows, columns, a frame, splits, a generator, or a torch dataset."""
+"""Convert data in any supported form, such as a list of rows, a frame or a generator, to a `Dataset`."""
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

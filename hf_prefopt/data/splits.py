@@ -7,10 +7,10 @@ HELD_BACK = ("test", "validation", "valid", "val", "dev", "eval")
 
 
 def training_split(splits: Collection[str], name: str, option: str = "--dataset_train_split") -> str:
-    """Return the split for training.
+    """Return the split for training: the split `name` if it exists.
 
-    If there is no split `name` and `name` is "train", return the only split, the only split whose name starts with
-    "train", or `train_prefs`.
+    If there is no split "train" and `name` is "train", return `train_prefs`, or the only split whose name starts with
+    "train". A dataset with only one split is trained on, unless the split has the usual name of a held-out split.
 
     Args:
         splits: Names of all splits.

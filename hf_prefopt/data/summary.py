@@ -41,12 +41,12 @@ class DataSummary:
         tokens: Tokens of prompt + response, summed over the responses.
         tokens_by_row: Number of tokens if the prompt of each row is counted once.
         tokens_by_prompt: Number of tokens if each distinct prompt, and each distinct response to it, is counted once.
-            So many tokens are computed if all rows with the same prompt are in one batch (`group_by_prompt`).
+            This is the number computed if all rows with the same prompt are in one batch (`group_by_prompt`).
         scored_tokens: Tokens whose log-prob counts, summed over the responses.
         lengths: Lengths of prompts and responses in tokens, keyed by a name such as "prompt" or "chosen".
-        comparisons: Number of comparisons of a better response with a worse one. For pairs, each pair is one. For
-            lists, each two responses of a list with different ranks are one. For labels, each desirable response is
-            compared with each undesirable response of the dataset.
+        comparisons: Number of comparisons of a better response with a worse one. For pairs, this is the
+            number of pairs. In a list, all pairs of responses with different ranks are compared. With labels, each
+            desirable response is compared with each undesirable response of the dataset.
         longer, as_long: Shares of comparisons in which the better response has more scored tokens than the worse one
             (`longer`), or equally many (`as_long`); NaN without comparisons.
         desirable, undesirable: Numbers of responses with each label.
@@ -136,7 +136,7 @@ class _Compared:
         better, worse: `[C]` each. Numbers of scored tokens of the better and of the worse response of each comparison.
             For labels, instead, those of all desirable and of all undesirable responses.
         identical: Number of pairs with equal responses.
-        labels: `[B]` bool. True if the response is desirable. Empty for other kinds than labels.
+        labels: `[B]` bool. True if the response is desirable. Empty if the examples have no labels.
         keys: The labels, ranks or quantiles of each of the P rows. If these differ, rows with equal responses are not
             counted as repeated. None for pairs.
     """

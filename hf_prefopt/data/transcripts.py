@@ -59,7 +59,10 @@ def has_later_turn(text: str) -> bool:
 
 
 def _turns(text: str) -> list[tuple[str, str]]:
-    """Return the turns in order, as pairs of speaker and text. Return an empty list if there is text before them."""
+    """Return the turns in order, as pairs of speaker and text.
+
+    In Anthropic's form, return an empty list if there is text before the first marker.
+    """
     if "<extra_id_1>" in text:
         begin, *rest = _EXTRA.split(text)
         return [*([("User", begin)] if begin.strip() else []), *zip(rest[::2], rest[1::2], strict=True)]

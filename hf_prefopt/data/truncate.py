@@ -1,7 +1,7 @@
 """Truncate a row's prompt and responses to a maximum number of tokens.
 
-A truncated response keeps its last token if this is EOS or the template's end of turn. All responses of a row keep the
-same prompt.
+A truncated response keeps the control token at its end (EOS, or the template's end of turn). All responses of a row
+keep the same prompt.
 """
 
 from collections.abc import Callable, Sequence

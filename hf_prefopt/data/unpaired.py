@@ -16,9 +16,10 @@ STREAM_BUFFER = 1000
 
 
 def unpair(dataset: Dataset | IterableDataset, features: Features) -> Dataset | IterableDataset:
-    """Convert each row n, which contains one pair, to the unpaired rows 2n (chosen, desirable) and 2n + 1 (rejected).
+    """Convert each row n, which contains one pair, to two unpaired rows.
 
-    The two rows are separate rows of the dataset, so shuffling separates them.
+    Row 2n has the chosen response, labeled desirable, and row 2n + 1 the rejected response, labeled undesirable. They
+    are separate rows of the dataset, so shuffling separates them. A stream is shuffled here.
 
     Args:
         dataset: Prepared pairs.
@@ -172,7 +173,7 @@ def check_mismatched_lengths(dataset: Dataset, max_length: int | None, positions
 class EpochOfMismatches(TrainerCallback):
     """Callback that sets the epoch of `MismatchedResponses`.
 
-    The Trainer sets the epoch of either the sampler or the dataset, but not of both.
+    It is needed because the Trainer sets the epoch of the sampler or of the dataset, but never of both.
     """
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **_):

@@ -29,8 +29,8 @@ def load_gsm8k_problems(limit: int | None = None) -> list[dict[str, str]]:
 def final_answer(text: str) -> str | None:
     """Return the final number of a solution in normalized form: `$1,234.00`, `1234` and `1,234.0` all give `"1234"`.
 
-    This is the number after the last marker `####` or `A:`. Without a marker, it is the last number in the text; `None`
-    if the text has no number.
+    This is the number after the last marker `####` or `A:`. Without a marker, it is the last number in the text. If the
+    text has no number, return `None`.
     """
     found = _MARKED.findall(text) or _ANY.findall(text)
     if not found:

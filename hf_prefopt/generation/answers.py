@@ -66,7 +66,7 @@ def generate_answers(
         tokenizer: Tokenizer of the model.
         prompts: Token ids of each prompt.
         settings: Arguments of `generate`, such as `max_new_tokens` and `do_sample`.
-        autocast: Autocast context for the forward passes; None for none.
+        autocast: Autocast context for the forward passes. `None` adds no context.
     """
     pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     input_ids, attention_mask = pad_left(list(prompts), pad_id)

@@ -102,7 +102,7 @@ class WinRateCallback(TrainerCallback):
     def _judge_all(self) -> dict[int, dict[str, Any]]:
         """Return, on every rank, the answers and the score for every prompt, keyed by the index of the prompt."""
         state = PartialState()
-        # Padding repeats prompts, so that all ranks have the same number of batches. The dict removes repeated prompts.
+        # Padding repeats indices, so that all ranks have the same number of batches. The dict removes repeated indices.
         with state.split_between_processes(list(range(len(self._prompts))), apply_padding=True) as own:
             judged = self._judge_own(list(own))
         return dict(gather_object(list(judged.items()))) if state.num_processes > 1 else judged

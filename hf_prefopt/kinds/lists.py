@@ -100,7 +100,7 @@ def best_of(ranks: Tensor, mask: Tensor) -> Tensor:
 
 
 def mean_of(values: Tensor, chosen: Tensor) -> Tensor:
-    """Return `[B]`: for each list, the mean of `values` over the responses with True in `chosen`; 0 if there is none."""
+    """Return `[B]`: for each list, the mean of `values` where `chosen` is True; 0 if `chosen` is never True."""
     return torch.where(chosen, values, 0.0).sum(1) / chosen.sum(1).clamp(min=1)
 
 

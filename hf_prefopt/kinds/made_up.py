@@ -91,7 +91,7 @@ def _whole_predictions(rng, pairs, dtype) -> dict[str, torch.Tensor]:
 
 
 def _logps(rng, shape, dtype) -> dict[str, torch.Tensor]:
-    """Return the lengths of responses and their log-probs under policy and reference. Each tensor has this shape."""
+    """Return lengths of responses and their log-probs under policy and reference, all with the shape `shape`."""
     n = rng.integers(3, 30, shape)
     reference = -n * rng.uniform(0.5, 2.5, shape)
     policy = np.minimum(reference + rng.normal(0, 3, shape), -0.05 * n)

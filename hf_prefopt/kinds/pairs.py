@@ -41,7 +41,7 @@ class Pairs(ExampleKind):
     metric_inputs: tuple[str, ...] = ("policy_chosen_logps", "policy_rejected_logps")
 
     def index(self, rows: Sequence[Mapping[str, Any]], places: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
-        """Return the batch entries. The column `pairs` has the indices [chosen, rejected] of each pair within its row."""
+        """Return the batch entries. The column `pairs` has, for each pair, indices [chosen, rejected] into its row."""
         pairs = [
             at[np.array(row["pairs"], dtype=np.int64).reshape(-1, 2)] for row, at in zip(rows, places, strict=True)
         ]
