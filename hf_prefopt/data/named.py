@@ -1,8 +1,9 @@
 """Reject rows whose chosen and rejected responses are only the names of responses in other columns, and rows in which
 another column names the rejected response as the better one.
 
-`chosen` may contain the better answer, its letter, its column, or the model that wrote it. The values count as names if
-they have at most a few words, and two other columns contain texts that have nothing in common with them.
+`chosen` may contain the better answer, or only a name of it: its letter, its column, or the model that wrote it. The
+values of `chosen` and `rejected` count as names if they have at most a few words, and two unused columns contain other
+texts.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,17 +16,17 @@ from hf_prefopt.data.preferences import VERDICTS
 from hf_prefopt.data.roles import BY_PLACE, TWO, Names
 from hf_prefopt.data.rows import BadRow, CanonicalRow
 
-# Names of models have a few words.
+# Maximum number of words of a name; the name of a model may have several words.
 _WORDS = 4
 
 
 def reject_names_of_responses(unused: Mapping[str, Any], read: CanonicalRow, columns: Mapping[str, str]) -> None:
-    """Raise `BadRow` if the responses of a pair are the names of texts in columns that are not used.
+    """Raise `BadRow` if the responses of a pair are only names of texts that are in unused columns.
 
     Args:
         unused: The values of the raw row in columns that were not read, keyed by column.
-        read: The canonical row.
-        columns: The column of each role.
+        read: The canonical row that was read from the other columns.
+        columns: The dataset's name of each column that was read, keyed by the format's name, such as "chosen".
     """
     if read.content_type == "tokens" or "pairs" not in read.example_columns:
         return
@@ -72,12 +73,12 @@ def _have_in_common(left: str, right: str) -> bool:
 
 @lru_cache(maxsize=256)
 def _rivals(columns: Names) -> tuple[Names, ...]:
-    """Return the pairs of columns that could hold two responses."""
+    """Return the pairs among these columns that may hold two responses, according to their names."""
     return tuple(names for names in (*TWO.names, *BY_PLACE.names) if set(names).issubset(columns))
 
 
 def _text(value: Any) -> str:
-    """Return the text, or the text of the last message; "" if the value is neither text nor messages."""
+    """Return the value if it is text, or the text of its last message; "" if it is neither text nor messages."""
     try:
         content = read_content("text", value)
     except BadRow:

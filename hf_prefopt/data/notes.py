@@ -1,7 +1,7 @@
-"""Keep the usable rows: raise an error for other rows or drop them, and report in one line what was changed.
+"""Keep the usable rows of a dataset. Raise an error for the other rows or drop them, and log what was changed.
 
-What happened to each row is recorded in additional columns (`NOTES`), so that the counts are also correct when
-`datasets` loads prepared rows from its cache. These columns are removed after counting.
+What happened to each row is recorded in additional columns, the notes (`NOTES`), so that the counts are also correct
+when `datasets` loads prepared rows from its cache. These columns are removed after counting.
 """
 
 import logging
@@ -21,24 +21,25 @@ logger = logging.getLogger(__name__)
 
 NOTES = {
     "_problem": Value("string"),  # why the row cannot be used, or ""
-    "_bad": Value("bool"),
-    "_no_room": Value("bool"),  # its prompt leaves no tokens for a response
-    "_responses": Value("int32"),
-    "_responses_cut": Value("int32"),
-    "_prompt_cut": Value("bool"),
-    "_longest": Value("int32"),  # tokens of prompt + longest response, before truncation
+    "_bad": Value("bool"),  # the row cannot be used; False for a tie
+    "_no_room": Value("bool"),  # the prompt leaves no tokens for a response
+    "_responses": Value("int32"),  # number of responses; 0 if the row is dropped
+    "_responses_cut": Value("int32"),  # number of truncated responses
+    "_prompt_cut": Value("bool"),  # the prompt was truncated
+    "_longest": Value("int32"),  # number of tokens of prompt + longest response, before truncation
     "_identical": Value("bool"),  # chosen and rejected are the same tokens
     "_alike": Value("bool"),  # chosen and rejected differ only in white space or in their Unicode form
-    "_lacks_prompt": Value("bool"),  # it has no prompt column, and its texts share only a few words at the beginning
+    "_lacks_prompt": Value("bool"),  # there is no prompt column, and the texts share only a few words at the start
     "_tie": Value("bool"),  # neither response is the better one
     "_open": Value("bool"),  # a response does not end with a scored control token
     "_against": Value("bool"),  # the chosen response has the lower score
-    "_repeated": Value("bool"),  # its responses began with the prompt, which was removed from them
-    "_echoed": Value("bool"),  # its responses begin with the prompt, which is too short to be removed
-    "_text": Value("bool"),  # it is text, without a chat template
-    "_change": Value("string"),  # how the prompt differs from the prompt for generation, or ""
+    "_repeated": Value("bool"),  # the responses began with the prompt, and it was removed from them
+    "_echoed": Value("bool"),  # the responses begin with the prompt, but it is too short to be removed
+    "_text": Value("bool"),  # the row is text, to which no chat template is applied
+    "_change": Value("string"),  # how the prompts in generation and in training differ; "" if they are equal
 }
-# Fewer rows than this are not judged: their texts may have the same first words, or not, by chance.
+# Minimum number of rows for the error that prompts are missing. In fewer rows, it may be chance whether the texts share
+# their first words.
 _ENOUGH_ROWS = 8
 
 
@@ -55,10 +56,10 @@ def note_row(
     Args:
         kept: The row after truncation, or None if it is dropped.
         cuts: What truncation removed.
-        problem: The reason why the row cannot be used.
-        read: The canonical row, if the row could be read.
-        is_open: Whether a response has no scored end token, before truncation.
-        change: See `TokenizedRow`.
+        problem: The reason why the row cannot be used; None if it can be used.
+        read: The canonical row; None if the row could not be read.
+        is_open: Whether a response, before truncation, has no scored end token.
+        change: See `TokenizedRow.change`.
     """
     responses = kept.response_ids if kept else []
     pairs = kept.example_columns.get("pairs", []) if kept else []
@@ -85,7 +86,7 @@ def note_row(
 
 
 def _are_alike(chosen: Any, rejected: Any) -> bool:
-    """Return True if two responses are equal without white space and in the same Unicode form."""
+    """Return True if two responses are equal after white space is removed and Unicode is normalized (NFC)."""
     if isinstance(chosen, str) and isinstance(rejected, str):
         one, other = ("".join(unicodedata.normalize("NFC", text).split()) for text in (chosen, rejected))
         return one == other
@@ -109,7 +110,7 @@ def keep_usable_rows(
 
     Raises:
         ValueError: If on_bad_rows="error" and a row cannot be used, if no row can be used, or if most rows seem to lack
-            a prompt. For a stream, errors are raised when a row is read, and it is not detected if no row can be used.
+            a prompt. For a stream, errors are raised while rows are read, and a stream without usable rows raises none.
     """
     if isinstance(noted, IterableDataset):
         return noted.filter(_StreamFilter(name, max_length, on_bad_rows)).remove_columns(list(NOTES))
@@ -131,9 +132,10 @@ def keep_usable_rows(
 
 
 def count_notes(noted: Dataset) -> dict[str, int]:
-    """Sum each note over the rows; the keys are the notes without underscore, and `rows`, the number of rows.
+    """Return the sum of each note over the rows, keyed by the name of the note without its underscore.
 
-    `longest` is the maximum instead of the sum. A note that is text counts the rows in which it is not empty.
+    The key `rows` is the number of rows. `longest` is the maximum instead of the sum. For a note that is text, the
+    value is the number of rows in which the note is not empty.
     """
     counts = {"rows": len(noted)}
     for column, feature in NOTES.items():
@@ -146,7 +148,7 @@ def count_notes(noted: Dataset) -> dict[str, int]:
 
 
 class _StreamFilter:
-    """A filter that keeps the usable rows of a stream; each row is checked when it is read."""
+    """A filter that keeps the usable rows of a stream. Each row is checked when it is read."""
 
     def __init__(self, name: str, max_length: int | None, on_bad_rows: str):
         self.name, self.max_length, self.on_bad_rows = name, max_length, on_bad_rows
@@ -167,7 +169,11 @@ class _StreamFilter:
 
 
 def _reject_missing_prompts(name: str, lacking: int, rows: int) -> None:
-    """Raise `ValueError` if most rows are texts that should begin with their prompt but hardly share a beginning."""
+    """Raise `ValueError` if most rows seem to lack a prompt (see `probably_lacks_prompt`).
+
+    `lacking` is the number of these rows, and `rows` the number of all usable rows. Fewer than `_ENOUGH_ROWS` rows
+    raise no error.
+    """
     if rows >= _ENOUGH_ROWS and 2 * lacking > rows:
         raise ValueError(
             f"{name}: the texts of {lacking:,} of {plural(rows, 'row')} share fewer than {PROMPT_WORDS} words at their "
@@ -177,7 +183,11 @@ def _reject_missing_prompts(name: str, lacking: int, rows: int) -> None:
 
 
 def _describe_no_rows(name: str, notes: Mapping[str, np.ndarray], max_length: int | None) -> str:
-    """Return why no row is left: one sentence with what to do, and a line for each other event."""
+    """Return the error message for a dataset of which no row is left.
+
+    If rows are too long, the first sentence says so and names the fix. A line follows for each other event
+    (`_events`).
+    """
     count, others = len(notes["_bad"]), {**notes, "_no_room": np.zeros(1, bool)}
     if not notes["_no_room"].any():
         return "\n  ".join([f"{name}: none of {plural(count, 'row')} is left", *_events(others, max_length)])
@@ -192,7 +202,10 @@ def _describe_no_rows(name: str, notes: Mapping[str, np.ndarray], max_length: in
 
 
 def _summarize(name: str, notes: Mapping[str, np.ndarray], max_length: int | None) -> str:
-    """Return one line on what was cut and dropped, or "" if nothing was. `notes` maps columns to a value per row."""
+    """Return one line that says what was truncated, dropped or changed; "" if there is nothing to report.
+
+    `notes` maps the columns of `NOTES` to arrays with one value per row.
+    """
     events = _events(notes, max_length)
     no_room = bool(notes["_no_room"].any())
     too_long = no_room or any(notes[column].any() for column in ("_responses_cut", "_prompt_cut"))
@@ -201,7 +214,10 @@ def _summarize(name: str, notes: Mapping[str, np.ndarray], max_length: int | Non
 
 
 def _events(notes: Mapping[str, np.ndarray], max_length: int | None) -> list[str]:
-    """Return texts on what was cut, dropped, changed and kept. `notes` maps columns to a value per row."""
+    """Return one text for each kind of event: rows truncated, dropped or changed, and doubtful rows that are kept.
+
+    `notes` maps the columns of `NOTES` to arrays with one value per row.
+    """
     cut, no_room = int(notes["_responses_cut"].sum()), int(notes["_no_room"].sum())
     prompts, bad, identical = (int(notes[column].sum()) for column in ("_prompt_cut", "_bad", "_identical"))
     ties, repeated, against, unclosed = (
@@ -255,13 +271,16 @@ def _events(notes: Mapping[str, np.ndarray], max_length: int | None) -> list[str
 
 
 def describe_bad_rows(name: str, problems: Sequence[str], shown: int = 3) -> str:
-    """Return how many rows are unusable, and why the first ones are. `problems`: for each row, the problem or ""."""
+    """Return how many rows are unusable, and why the first `shown` of these rows are.
+
+    `problems` has one entry per row: the problem, or "" if the row is usable.
+    """
     bad = sum(map(bool, problems))
     return "\n".join([f"{name}: {bad:,} of {plural(len(problems), 'row')} cannot be used", *_bad_rows(problems, shown)])
 
 
 def _bad_rows(problems: Sequence[str], shown: int = 3) -> list[str]:
-    """Return a line for each of the first unusable rows, and a last line that says how rows are counted."""
+    """Return one line for each of the first `shown` unusable rows, and a last line that says how rows are counted."""
     bad = [(index, problem) for index, problem in enumerate(problems) if problem]
     lines = [f"  row {index:,}: {problem}" for index, problem in bad[:shown]]
     more = [f"  … and {plural(len(bad) - shown, 'more row')}"] * (len(bad) > shown)

@@ -1,4 +1,4 @@
-"""Read which response is better, or whether a response is desirable, in the notations that datasets use."""
+"""Read values that say which of two responses is better, or whether a response is desirable, in common notations."""
 
 import math
 import re
@@ -15,25 +15,28 @@ _DESIRABLE = {
     **dict.fromkeys(("incorrect", "failed", "fail", "no", "down", "dislike", "disliked", "downvote", "👎"), False),
     **dict.fromkeys(("thumbs_down", "thumbs down", "thumb_down", "thumbsdown"), False),
 }
-# Verdicts without spaces, underscores, points and hyphens are compared with these words.
+# Words for a tie. Spaces, underscores, points and hyphens are removed from a verdict before it is compared with them.
 _TIES = {
     *("tie", "ties", "tied", "both", "neither", "same", "aboutthesame", "equal", "draw", "nopreference", "a=b"),
     *("bothbad", "bothgood", "botharebad", "botharegood", "tiebothbad", "tiebothgood", "equallybad", "equallygood"),
 }
 _JOINTS = re.compile(r"[\s_.\-]")
-# Verdicts of LLM judges: `[[A]]`.
+# Brackets around the verdict of an LLM judge: `[[A]]`.
 _BRACKETS = re.compile(r"\[+(.*?)\]+", re.DOTALL)
-# Words before the letter or number of a response: `model_a`, `Response 1`.
+# Words that may precede the letter or number of a response: `model_a`, `Response 1`.
 _BEFORE = "model|response|assistant|answer|output|completion|candidate|option|conversation|generation|summary|reply"
 _SIDE = re.compile(rf"(?:(?:{_BEFORE})[\s_-]*)?([ab012]|left|right|first|second)", re.IGNORECASE)
-# `A>B`; `B<<A` means that A is much better.
+# Comparisons of two responses: `A>B` means that A is better, and `B<<A` that A is much better.
 _COMPARED = re.compile(r"([^<>]+?)\s*(<+|>+)\s*([^<>]+)")
-# Words for the first and the second response, for any column names. Numbers are not listed: they may count from 0 or 1.
+# Words for the first (0) and the second (1) response, whatever their columns are called. Numbers are not listed: some
+# datasets count from 0, others from 1.
 _ORDINALS = {"a": 0, "b": 1, "left": 0, "right": 1, "first": 0, "second": 1}
 
 
 def read_label(column: str, value: Any) -> bool:
-    """Return whether a response is desirable, from a boolean, 0/1, −1/1 or a word.
+    """Return True if the value means that a response is desirable, False if it means that it is undesirable.
+
+    Accepted values are booleans, 1 (desirable), 0 and −1 (undesirable), and words such as "good" and "bad".
 
     Raises:
         BadRow: If the value is none of these.
@@ -49,7 +52,7 @@ def read_label(column: str, value: Any) -> bool:
 
 
 def read_quantile(column: str, value: Any) -> float:
-    """Return a number from 0 to 1. Raises `BadRow` for any other value."""
+    """Return the value as a number from 0 to 1. Raises `BadRow` for any other value."""
     number = _number(column, value)
     if isinstance(value, bool) or not 0 <= number <= 1:
         cure = "set it to the share of the reference's responses that this response is at least as good as, 0 to 1"
@@ -58,7 +61,10 @@ def read_quantile(column: str, value: Any) -> float:
 
 
 def names_a_side(value: Any) -> bool:
-    """Return True if a text names one of two responses as the better one: `B`, `model_a`, `A>>B`, `[[left]]`."""
+    """Return True if a text names the better of two responses by a letter or a word, but not by a number.
+
+    Examples: `B`, `model_a`, `A>>B`, `[[left]]`.
+    """
     if not isinstance(value, str):
         return False
     text = _BRACKETS.sub(r"\1", value.strip())
@@ -67,18 +73,19 @@ def names_a_side(value: Any) -> bool:
 
 
 def by_name(column: str, value: Any, names: tuple[str, str], suffixes: tuple[str, str], models: tuple[Any, Any]) -> int:
-    """Return the index, 0 or 1, of the response that a value names by its letter, number, column or model.
+    """Return the index, 0 or 1, of the response that the value names: by a letter, a number, a column or a model.
 
     A comparison (`A>B`) names the better response.
 
     Args:
         column: Column of the value, for errors.
         value: The value.
-        names, suffixes: Columns of the two responses, such as `response_a`, `response_b`, and their suffixes `a`, `b`.
+        names: Columns of the two responses, such as `response_a` and `response_b`.
+        suffixes: Suffixes of these columns, such as `a` and `b`.
         models: Names of the models that wrote the responses; None if unknown.
 
     Raises:
-        Tie: If the value means that neither is better.
+        Tie: If the value means that neither response is better.
         BadRow: If the value names no response.
     """
     if value is None:
@@ -114,16 +121,16 @@ def _place(text: str, names: tuple[str, str], suffixes: tuple[str, str]) -> int 
 
 
 def by_votes(column: str, votes: Any, place_of: Callable[[Any], int]) -> int:
-    """Return the index of the response that most verdicts of a list name; a vote for a tie counts for neither.
+    """Return the index of the response that has more votes. A vote for a tie counts for neither response.
 
     Args:
         column: Column of the votes, for errors.
-        votes: A list with the verdict of each rater: the name of a response, or a tie.
+        votes: A list with one verdict per rater. A verdict names a response, or it is a tie.
         place_of: Function that returns the index of the response that a verdict names.
 
     Raises:
         Tie: If both responses have the same number of votes.
-        BadRow: If the value is not a list, or a verdict names no response.
+        BadRow: If the value is not a list or is empty, or a verdict names no response.
     """
     if not isinstance(votes, Sequence) or isinstance(votes, str) or not votes:
         raise BadRow(column, "is not a list of verdicts")
@@ -154,7 +161,7 @@ def first_if_true(column: str, value: Any, *_: Any) -> int:
 
 
 def by_scores(columns: Sequence[str], scores: Sequence[Any]) -> int:
-    """Return the index of the higher score. Raises `Tie` for equal scores and `BadRow` if a score is not a number."""
+    """Return the index of the higher score. Raises `Tie` if the scores are equal, `BadRow` if one is not a number."""
     first, second = (_number(column, score) for column, score in zip(columns, scores, strict=True))
     if first == second:
         raise Tie(columns[0], f"and `{columns[1]}` are equal")
@@ -162,7 +169,7 @@ def by_scores(columns: Sequence[str], scores: Sequence[Any]) -> int:
 
 
 def by_flags(columns: Sequence[str], flags: Sequence[Any]) -> int:
-    """Return the index of the flag that is set. There is one flag per response, and an optional third one for a tie.
+    """Return the index of the response whose flag is set. There are two flags, and an optional third flag for a tie.
 
     Raises:
         Tie: If the third flag is set.
@@ -187,8 +194,8 @@ NAMING = (
     *("better_response_id", "better_response", "better", "best_response", "best", "preferred_response", "preferred"),
     *("human_preference", "orig_preference", "preference", "choice", "chosen", "selected", "verdict"),
 )
-# Columns that name the better of two responses, and the function that reads each. Columns read by name may have other
-# meanings in other datasets, so their values must name one of the two responses.
+# Columns that say which of two responses is better, mapped to the function that reads the column. In some datasets,
+# columns in `NAMING` mean something else. Therefore, `by_name` rejects values that name neither response.
 VERDICTS: Mapping[str, Callable[..., int]] = {
     "winner": by_name,
     "overall_preference": by_sign,

@@ -1,21 +1,22 @@
 """Prepare a dataset for training: read, tokenize and truncate each row in one batched map, which `datasets` caches.
 
-column_layouts.py finds the layout of the columns, formats.py reads rows, tokenize.py and truncate.py convert rows to
-tokens, and notes.py rejects or drops unusable rows.
+column_layouts.py finds out which columns hold the prompt and the responses (the layout). formats.py reads rows,
+tokenize.py and truncate.py convert rows to tokens, and notes.py rejects or drops unusable rows.
 
 Prepared rows have these columns:
 
     prompt_ids        token ids of the prompt
     response_ids      K lists of token ids: the chosen response of a pair, then the rejected one; the gold response of a
                       triple is the last
-    scored_masks      K lists of 0 / 1, one entry for each response token: 1 if its log-prob counts
+    scored_masks      K lists of 0 / 1, one entry for each response token: 1 if the token's log-prob counts
     row               the index of the row in the given dataset
-    pairs             [[0, 1]], for pairs and triples; triples also have `golds`, [2]
-    labels            [whether the response is desirable], for unpaired rows
-    quantiles         [the response's quantile], for scored responses
-    ranks, scores     K numbers each, for lists; `scores` is empty if the dataset has only ranks
-    token_weights     K lists of numbers, only for tokenized pairs with weights
-    weights, ...      the optional columns (`ExampleKind.optional_columns`), a number for each example
+    pairs             for pairs and triples: [[0, 1]], the indices of the chosen and the rejected response
+    golds             for triples: [2], the index of the gold response
+    labels            for unpaired rows: a list with one boolean, True if the response is desirable
+    quantiles         for scored responses: a list with one number, the quantile of the response
+    ranks, scores     for lists: K numbers each; `scores` is empty if the dataset has only ranks
+    token_weights     for tokenized pairs with weights: K lists of numbers, one number for each response token
+    weights, ...      the optional columns (`ExampleKind.optional_columns`): a list with one number for each example
 """
 
 import logging
@@ -61,8 +62,8 @@ from hf_prefopt.kinds import PAIRS, UNPAIRED, ExampleKind, kind_of_columns
 
 logger = logging.getLogger(__name__)
 
-# Part of the cache key. The key contains the functions of this module only by name, so increase this number when their
-# results change.
+# Part of the key under which `datasets` caches prepared rows. The key contains only the names of the functions of this
+# module, not their code, so increase this number when their results change.
 _CACHE_VERSION = 12
 _EXAMPLE_FEATURES = {
     "pairs": List(List(Value("int32"))),
@@ -98,7 +99,7 @@ class Prepared:
         raw: The given rows, after columns were renamed and removed.
         layout: How the columns of the raw rows are read; None if the given rows were already prepared.
         noted: Each given row with its notes (`notes.NOTES`); None for a stream and for rows already prepared.
-        is_unpaired: Whether the pair in row n became the rows 2n and 2n + 1.
+        is_unpaired: Whether pairs were split into two rows: the pair in row n became the rows 2n and 2n + 1.
         options: The options for tokenizing and truncating the rows.
     """
 
@@ -121,7 +122,7 @@ class Prepared:
 def prepare_dataset(
     dataset: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, **settings: Any
 ) -> Dataset | IterableDataset:
-    """Return the prepared rows of a dataset; takes the arguments of `prepare`."""
+    """Return the prepared rows of a dataset. The arguments are those of `prepare`."""
     return prepare(dataset, tokenizer, **settings).dataset
 
 
@@ -142,7 +143,7 @@ def prepare(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     needs_prompt: bool = False,
 ) -> Prepared:
-    """Tokenize preference data in any of the layouts of `layout_table.LAYOUTS`.
+    """Tokenize preference data. Its columns may have any of the layouts in `layout_table.LAYOUTS`.
 
     A dataset that was prepared with the same settings is returned unchanged. If no column mapping can describe the
     columns, convert the rows with `Dataset.map` first.
@@ -151,20 +152,20 @@ def prepare(
         dataset: The rows. Rows of a stream are prepared when they are read, so errors and warnings appear then.
         tokenizer: The model's tokenizer, with its chat template if the rows contain messages.
         max_length: Maximum number of tokens of prompt + response; None disables truncation.
-        truncation_mode: "keep_start" truncates the end of a response that is too long but keeps its EOS, and drops a
-            row whose prompt leaves no tokens for a response. "keep_end" truncates the start of the prompt, by the same
-            amount for all responses of a row, and truncates a response only if it is too long by itself. It keeps BOS
-            and system prompt, removes whole turns before it cuts within the last user message, and drops a row if no
-            user text would remain.
-        on_bad_rows: "error" raises an error that counts the unusable rows; "drop" drops them.
+        truncation_mode: What is removed from a row that is too long. "keep_start" removes the end of the response, but
+            keeps its EOS. It drops the row if the prompt leaves no tokens for a response. "keep_end" removes the start
+            of the prompt, by the same amount for all responses of the row, but keeps BOS and system prompt. It removes
+            whole turns before it cuts within the last user message, and drops the row if no user text would remain.
+            It truncates a response only if the response is too long by itself.
+        on_bad_rows: "error" raises an error that says how many rows are unusable; "drop" drops these rows.
         num_proc: Number of processes for `Dataset.map`.
         name: Name of the dataset in messages.
         unpair: Whether to convert each pair to two unpaired rows.
-        kind: Kind of examples to prepare if the columns match several layouts; None prepares the first match.
+        kind: Kind of examples to prepare if the columns match several layouts; None selects the first of them.
         column_mapping, remove_columns, text_as, chat_template_kwargs: See `PreferenceConfig`.
-        needs_prompt: Whether the losses depend on where a prompt ends. If True, texts without a prompt column raise an
-            error unless they are transcripts, because their common beginning may be longer than the prompt by chance.
-            `unpair` implies True.
+        needs_prompt: Whether the losses depend on where the prompt ends. If True, texts without a prompt column raise
+            an error, because the beginning that they share may be longer than the prompt by chance. Transcripts are
+            allowed, because they mark where the prompt ends. `unpair=True` implies `needs_prompt=True`.
 
     Returns:
         The prepared rows, with the columns listed in the docstring of this module, and how they were prepared.
@@ -172,7 +173,7 @@ def prepare(
     Raises:
         ValueError: If an argument is invalid, the columns have no known layout, there are messages but no chat
             template, most texts seem to lack a prompt, or the dataset was prepared with other settings. With
-            on_bad_rows="error", also if a row is unusable, for example because it has unread context.
+            on_bad_rows="error", also if a row is unusable, for example because a column with context is not read.
     """
     _check_arguments(max_length, truncation_mode, on_bad_rows, text_as, chat_template_kwargs)
     template_kwargs = dict(chat_template_kwargs or {})
@@ -277,7 +278,7 @@ def _map_rows(
         "fn_kwargs": {**_read_as(layout, dataset), "cache_version": _CACHE_VERSION, **options},
     }
     if isinstance(dataset, IterableDataset):
-        # With small batches, the first rows are available before a thousand rows are read.
+        # With small batches, the first rows are available before 1,000 rows (the default batch size) are read.
         return dataset.map(_prepare_batch, batch_size=64, **arguments)
     # Batches of 1,000 conversations need 200 MiB more for the tokenizer's encodings and are no faster.
     return dataset.map(_prepare_batch, batch_size=128, num_proc=num_proc, desc=f"Tokenizing {name}", **arguments)
@@ -330,7 +331,7 @@ def _prepare_batch(
 
 
 def _scores_against(columns: Mapping[str, list[Any]], rows: Sequence[Any]) -> list[bool]:
-    """Return, for each row, whether its chosen response has the lower score; False for unreadable rows and NaN."""
+    """Return, for each row, whether its chosen response has the lower score; False for bad rows and missing scores."""
     unknown = [[math.nan]] * len(rows)
     scores = (columns.get(name, unknown) for name in ("chosen_scores", "rejected_scores"))
     is_read = (isinstance(row, CanonicalRow) for row in rows)

@@ -1,7 +1,7 @@
-"""Check prepared rows that were made by hand, or that were read from a stream, when they are read.
+"""Check the structure of prepared rows without stored settings: rows made by hand, and rows of a stream.
 
-The collator relies on the structure of prepared rows: a row with one mask entry too few, or with the label of another
-row, would be trained on without an error.
+The collator relies on this structure. Without the check, a row with one mask entry too few, or with one label too many,
+could be trained on without an error.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,10 @@ from hf_prefopt.kinds import ExampleKind, kind_of_columns
 
 
 class PreparedRowCheck:
-    """Filter that keeps every row. Raises `ValueError` if a row is too long, or its columns do not match each other.
+    """Filter that keeps every row but raises `ValueError` for an invalid one.
+
+    A row is invalid if it is too long, if the tokenizer lacks one of its token ids, or if its columns do not match each
+    other.
 
     Args:
         max_length: Maximum number of tokens of prompt + response; None for no limit.
@@ -42,7 +45,7 @@ class PreparedRowCheck:
 
 
 def _tokens_fault(row: Mapping[str, Any]) -> str | None:
-    """Return what is wrong with the responses and their masks, or None."""
+    """Return what is wrong with the responses and their masks; None if they are valid."""
     responses, masks = row["response_ids"], row["scored_masks"]
     if not responses:
         return "has no response in `response_ids`"
@@ -64,7 +67,7 @@ def _tokens_fault(row: Mapping[str, Any]) -> str | None:
 
 
 def _examples_fault(row: Mapping[str, Any]) -> str | None:
-    """Return what is wrong with the columns that say how the responses are compared, or None."""
+    """Return what is wrong with the columns that say how the responses are compared; None if they are valid."""
     kind = kind_of_columns(row)
     assert kind is not None, "prepared rows are of a kind"
     responses, examples = len(row["response_ids"]), kind.count_examples(row)
@@ -81,7 +84,7 @@ def _examples_fault(row: Mapping[str, Any]) -> str | None:
 
 
 def _counts_fault(row: Mapping[str, Any], kind: ExampleKind, responses: int, examples: int) -> str | None:
-    """Return which column has too many or too few entries, or None."""
+    """Return which column has too many or too few entries; None if there is no such column."""
     per_response = [name for name in _PER_RESPONSE if name in row and (row[name] or name != "scores")]
     per_example = [name for name in (*kind.optional_columns, "golds") if name in row]
     for names, count, per in ((per_response, responses, "response"), (per_example, examples, "example")):
@@ -91,7 +94,7 @@ def _counts_fault(row: Mapping[str, Any], kind: ExampleKind, responses: int, exa
     return None
 
 
-# A list without scores has `scores` of length 0.
+# Columns with one entry per response. In a list that has only ranks, `scores` is empty.
 _PER_RESPONSE = ("labels", "quantiles", "ranks", "scores", "token_weights")
 
 

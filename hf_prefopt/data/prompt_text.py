@@ -32,10 +32,10 @@ class PromptText:
         self._frame = lru_cache(maxsize=None)(self._rendered_frame)
 
     def __call__(self, ids: Sequence[int]) -> str:
-        """Return the text of a prompt: the content of a single message, or several messages, each with its role.
+        """Return the text of a prompt: the content of its message or, for several messages, `role: content` for each.
 
-        If the ids are not a conversation in the form that the template writes, such as plain text, they are decoded
-        without special tokens. A system prompt that the template adds by itself is left out.
+        If the ids are not a conversation in the form that the template writes, they are decoded without special tokens.
+        This is the case for plain text. A system prompt that the template adds by itself is left out.
         """
         found = self.messages(ids)
         if found is None:
@@ -49,13 +49,13 @@ class PromptText:
         if self._template is None:
             return None
         text = str(self._tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
-        for turns in range(_TURNS, 0, -1):  # most turns first; with fewer turns, several messages would match as one
+        for turns in range(_TURNS, 0, -1):  # most turns first: with fewer, several messages would match as one
             for has_system in (False, True):
                 roles = (*["system"] * has_system, *["user", "assistant"] * (turns - 1), "user")
                 frame = self._frame(roles)
                 found = _contents(text, frame) if frame else None
                 if found is not None:
-                    # After the last header, a response may begin, or the template may write empty thinking.
+                    # The rest after the last header may be the beginning of a response or an empty thinking block.
                     *contents, rest = found
                     named = list(zip(roles, contents, strict=True))
                     named += [("assistant", rest)] * bool(THINKING_MARKER.sub("", rest).strip())
@@ -63,9 +63,9 @@ class PromptText:
         return None
 
     def _rendered_frame(self, roles: tuple[str, ...]) -> list[str] | None:
-        """Return the texts that the template writes around messages with these roles.
+        """Return the frame: the texts that the template writes before, between and after messages with these roles.
 
-        Return `None` if these texts do not separate the messages.
+        Return `None` if there is no text between two messages, or if the template rejects, omits or moves a message.
         """
         assert self._template is not None
         messages: list[Message] = [{"role": role, "content": _MARK.format(at)} for at, role in enumerate(roles)]
@@ -80,7 +80,10 @@ class PromptText:
 
 
 def _contents(text: str, frame: Sequence[str]) -> list[str] | None:
-    """Return the contents between the parts of a frame, and the text after the last part; `None` without a match."""
+    """Return the texts between the parts of a frame (see `_rendered_frame`), and the text after its last part.
+
+    Return `None` if the text does not contain the parts in their order.
+    """
     first, *others = map(_pattern, frame)
     begin = first.match(text)
     if begin is None:
@@ -102,5 +105,5 @@ def _contents(text: str, frame: Sequence[str]) -> list[str] | None:
 
 @lru_cache(maxsize=256)
 def _pattern(part: str) -> re.Pattern[str]:
-    """Return a pattern of the part that ignores white space, because decoding may change it."""
+    """Return a pattern that matches the part with any white space, because decoding may change white space."""
     return re.compile(r"\s*".join(["", *map(re.escape, part.split()), ""]))

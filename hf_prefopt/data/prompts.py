@@ -1,7 +1,8 @@
-"""Score the prompts of a batch in addition to the responses: the prompt tokens follow the tokens of the responses.
+"""Score the prompts of a batch in addition to its responses. The scored prompt tokens follow the response tokens.
 
-No positions are added, because every layout already computes the prompts. The first token of a prompt is not scored,
-because no position predicts it. If a layout contains a prompt once per response, its first copy is scored.
+The model computes no further positions, because every layout of a batch (padded or packed) already contains the
+prompts. The first token of a prompt is not scored, because no position predicts it. If a layout contains a prompt once
+per response, the first copy is scored.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,10 +16,10 @@ from hf_prefopt.data.group import group_rows
 
 
 def with_scored_prompts(batch: PreferenceBatch, rows: Sequence[Mapping[str, Any]]) -> PreferenceBatch:
-    """Add the G prompts of the groups to the R responses of a batch of pairs.
+    """Append the G distinct prompts of these rows to the R responses of a batch of pairs, as scored sequences.
 
     Returns:
-        A batch of R + G scored sequences. Its entry `prompts`, `[B]` int64, is the index of each pair's prompt among
+        A batch of R + G scored sequences. Its entry `prompts`, `[B]` int64, has the index of each pair's prompt among
             these sequences.
     """
     groups = group_rows(rows).groups
@@ -45,7 +46,7 @@ def with_scored_prompts(batch: PreferenceBatch, rows: Sequence[Mapping[str, Any]
 
 
 def _starts(batch: PreferenceBatch, first_responses: np.ndarray) -> np.ndarray:
-    """Return the start of each group's prompt, as an index into the flattened positions."""
+    """Return, for each group, the index of its first prompt token in the flattened positions of the batch."""
     if "segment_queries" in batch:
         return batch["segment_queries"].numpy()[first_responses].astype(np.int64)
     return first_responses * batch["input_ids"].shape[1]

@@ -1,4 +1,4 @@
-"""Convert columns of prepared rows to NumPy arrays: the tokens of a batch of rows, and the length of each list."""
+"""Convert a column of lists to two NumPy arrays: the concatenated entries of all lists, and the length of each list."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,11 +23,11 @@ class Ragged:
 
     @cached_property
     def bounds(self) -> np.ndarray:
-        """`[L + 1]`: list i contains the entries `bounds[i]` to `bounds[i + 1] - 1`."""
+        """`[L + 1]`. List i consists of the entries `bounds[i]` to `bounds[i + 1] - 1` of `values`."""
         return np.concatenate([[0], np.cumsum(self.lengths)])
 
     def sums(self) -> np.ndarray:
-        """Return the sum of each list, `[L]`."""
+        """Return `[L]`: the sum of the entries of each list."""
         return np.diff(np.concatenate([[0], np.cumsum(self.values, dtype=np.int64)])[self.bounds])
 
     def as_bytes(self) -> Iterator[memoryview]:
@@ -37,7 +37,7 @@ class Ragged:
         return (view[bounds[at] : bounds[at + 1]] for at in range(len(self.lengths)))
 
     def are_equal(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
-        """Return `[P]` bool: whether the two lists of each pair are equal. `left`, `right`: `[P]`, indices of lists."""
+        """Return `[P]` bool: True if the lists `left[i]` and `right[i]` are equal. `left`, `right`: `[P]`, indices."""
         equal = self.lengths[left] == self.lengths[right]
         for at in np.flatnonzero(equal):
             one, other = (slice(self.bounds[side[at]], self.bounds[side[at] + 1]) for side in (left, right))
@@ -46,7 +46,7 @@ class Ragged:
 
 
 def ragged(column: pa.ChunkedArray, depth: int = 1) -> Ragged:
-    """Return the innermost lists of a column of lists, or of lists of lists (`depth=2`)."""
+    """Return the innermost lists of a column. `depth` is 1 for a column of lists, 2 for a column of lists of lists."""
     for _ in range(depth - 1):
         column = pc.list_flatten(column)
     values = pc.list_flatten(column)
@@ -54,7 +54,7 @@ def ragged(column: pa.ChunkedArray, depth: int = 1) -> Ragged:
 
 
 def pair_places(table: pa.Table) -> np.ndarray:
-    """Return `[N, 2]`: the indices of the two responses of each pair, among all responses of these rows."""
+    """Return `[N, 2]`: for each pair, the indices of its two responses among all responses of these rows."""
     counts = ragged(table["response_ids"]).lengths
     first = np.repeat(np.cumsum(counts) - counts, ragged(table["pairs"]).lengths)
     return ragged(table["pairs"], 2).values.reshape(-1, 2) + first[:, None]

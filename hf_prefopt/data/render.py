@@ -1,7 +1,7 @@
-"""Render a canonical row as text: its prompt, prompt + response for each response, and the character ranges to score.
+"""Render a canonical row (`rows.CanonicalRow`) as text: the prompt, each prompt + response, and the ranges to score.
 
-The chat template renders conversations; text gets an EOS. tokenize.py passes the texts of many rows to the tokenizer in
-one call.
+Conversations are rendered with the chat template. Plain text gets an EOS if it does not end with one. tokenize.py
+passes the texts of many rows to the tokenizer in one call.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from hf_prefopt.data.template import TEMPLATE_ERRORS, THINKING_MARKER, ChatTempl
 from hf_prefopt.data.turns import scored_spans
 from hf_prefopt.data.unwritten import check_prompt_written, check_response_written
 
-# Number of characters shown on each side of a difference.
+# Number of characters shown before and after a difference between the prompts in generation and in training.
 _SHOWN = 16
 
 
@@ -27,11 +27,13 @@ class RenderedRow:
 
     Attributes:
         prompt: The prompt as text. If it is None, the prompt is the common prefix of the token ids of `full`.
-        full: K texts, prompt + response.
-        spans: For each text in `full`, the character ranges `(start, end)` to score; None scores everything after the
-            prompt.
-        add_special_tokens: Whether the tokenizer should add its BOS. A chat template writes the BOS itself.
-        change: The end of the prompt in generation, and the text at the same place in training; None if they are equal.
+        full: K texts: prompt + response, for each response.
+        spans: For each text in `full`, the character ranges `(start, end)` to score. None instead of the ranges scores
+            everything after the prompt.
+        add_special_tokens: Whether the tokenizer should add its special tokens, such as BOS. False for messages: the
+            chat template writes these tokens.
+        change: If the prompts in generation and in training differ, two texts: the end of the prompt in generation, and
+            the text at the same place in training. Otherwise None.
     """
 
     prompt: str | None
@@ -42,7 +44,7 @@ class RenderedRow:
 
 
 class Renderer:
-    """A renderer of rows. Results that depend only on tokenizer, tools and template arguments are computed once.
+    """A renderer of rows. A chat template is analyzed only once for the same tools and template arguments.
 
     Raises:
         ValueError: If rows contain messages and the tokenizer has no chat template.
@@ -59,11 +61,15 @@ class Renderer:
         return rendered
 
     def asked(self, row: CanonicalRow, prompt: list[Message]) -> str:
-        """Return prompt messages as text, rendered in the same way as the prompt of the row."""
+        """Return the messages `prompt` as text, rendered with the template and arguments of `row`."""
         return _render_prompt(prompt, _continues_last_message(row), [], self._template(row))
 
     def head(self, row: CanonicalRow) -> str:
-        """Return the text before a user's content: the template's own beginning, system prompt and user header."""
+        """Return the text before the content of the first user message.
+
+        It consists of the template's own beginning, the row's system prompt and the header of the user turn. If the
+        template rejects these messages, return "".
+        """
         template = self._template(row)
         system = [message for message in row.prompt[:1] if message["role"] in ("system", "developer")]
         try:
@@ -121,7 +127,10 @@ class Renderer:
 
 
 def _reject_surrogates(row: CanonicalRow, rendered: RenderedRow) -> None:
-    """Raise `BadRow` for half of a surrogate pair, as in JSON that was cut inside an emoji: no tokenizer encodes it."""
+    """Raise `BadRow` if a text contains half of a surrogate pair, because no tokenizer can encode it.
+
+    Such a half occurs, for example, if JSON was cut inside an emoji.
+    """
     named = zip(("prompt", *row.columns), (rendered.prompt or "", *rendered.full), strict=True)
     for column, text in named:
         try:
@@ -132,14 +141,17 @@ def _reject_surrogates(row: CanonicalRow, rendered: RenderedRow) -> None:
 
 
 def _unscored_beginning(asked: str, full: list[str], spans: list[list[Span]]) -> str:
-    """Return the common beginning of all texts, up to the first scored character in any text."""
+    """Return the common prefix of all texts, which ends at the latest before the first scored character of any text."""
     starts = [span[0][0] if span else shared_length(asked, text) for span, text in zip(spans, full, strict=True)]
     beginning = full[0][: min(starts)]
     return beginning[: min(shared_length(beginning, text) for text in full)]
 
 
 def _change(asked: str, full: list[str]) -> tuple[str, str] | None:
-    """Return the end of the generation prompt, and the text in its place in `full`; None if they are equal."""
+    """Return the end of the generation prompt, and the text at its place in the first text that differs from it.
+
+    Return None if all texts begin with the generation prompt.
+    """
     for text in full:
         shared = shared_length(asked, text)
         if shared < len(asked):
@@ -164,8 +176,10 @@ def _reject_later_bos(bos: str, prompt: str | None, row: CanonicalRow) -> None:
 
 
 def _ended(text: str, eos: str, adds_eos: bool) -> str:
-    """Return the text with one EOS, or without one if the tokenizer adds it. White space after an EOS, as written by
-    chat templates, is kept."""
+    """Return the text with one EOS at its end, or without it if the tokenizer adds the EOS.
+
+    A text that ends with an EOS and white space, as rendered by some chat templates, is returned unchanged.
+    """
     if not eos:
         return text
     bare = text if text.endswith(eos) else text.rstrip()
@@ -195,8 +209,8 @@ def _render_prompt(prompt: list[Message], continues: bool, full: list[str], temp
         return template.render(prompt, unfinished=True)
     if prompt:
         return template.render(prompt, generation_prompt=True)
-    # transformers rejects an empty conversation. The prompt is then the template's text before an assistant message,
-    # possibly without the thinking marker at its end.
+    # transformers cannot render an empty conversation. Therefore, an empty prompt is rendered as the text that the
+    # template writes before an assistant message, possibly without the thinking marker at the end of this text.
     for header in (template.header, THINKING_MARKER.sub("", template.header).rstrip()):
         beginning = full[0][: full[0].find(header) + len(header)]
         if header and header in full[0] and all(text.startswith(beginning) for text in full):

@@ -1,8 +1,8 @@
-"""The roles of columns, and the column names by which each role is found; `layout_table.py` is built from these roles.
+"""The roles of columns, such as "prompt" or "chosen and rejected response", and the column names that identify them.
 
-A role may consist of several parts (a chosen and a rejected response). Each name of the role is therefore a tuple of
-columns, one for each part. A role is found by its first name for which all columns exist and hold values that the role
-accepts.
+A role may consist of several parts (a chosen and a rejected response). Each entry of `Role.names` is therefore a tuple
+of columns, one for each part. A dataset has the role if, for one of these entries, all columns exist and hold values
+that the role accepts; the first such entry is used. `layout_table.py` defines the layouts by these roles.
 """
 
 import math
@@ -41,11 +41,11 @@ class Role:
     """The meaning of one or several columns.
 
     Attributes:
-        parts: Names of the parts; converters get the values under these names.
+        parts: Names of the parts. The functions in converters.py get the values under these names.
         names: Column names that identify the role, preferred names first. Each entry has one column for each part.
-        accepts: Function that checks whether a value of each column may have this role.
-        others: Columns that must not exist, such as the column of a third response, keyed by an entry of `names`.
-        wanted: Description of its values, for errors.
+        accepts: Function that returns whether a value can have this role. It is called for a value of each column.
+        others: For an entry of `names`, the columns that must not exist, such as the column of a third response.
+        wanted: Description of the values that the role accepts, for errors.
     """
 
     parts: Names
@@ -55,11 +55,12 @@ class Role:
     wanted: str = "text or messages"
 
     def find(self, sample: Mapping[str, Any], mapped: Collection[str] = ()) -> dict[str, str] | None:
-        """Return the column of each part, or None.
+        """Return the column of each part; None if the dataset does not have this role.
 
         Args:
             sample: One example value per column.
-            mapped: New names of columns in the user's column_mapping.
+            mapped: New names of columns in the user's column_mapping. Names of the role with such a column take
+                precedence.
         """
         found = [names for names in self.names if self._fits(names, sample)]
         found.sort(key=lambda names: not set(names).intersection(mapped))
@@ -76,12 +77,15 @@ def _words(text: str) -> Names:
 
 
 def role(part: str, *names: str, accepts: Callable[[Any], bool] = is_content, wanted: str = "text or messages") -> Role:
-    """Return a role of one column."""
+    """Return a role with one part, which is in the first of the columns `names` that exists."""
     return Role((part,), tuple((name,) for name in names), accepts, wanted=wanted)
 
 
 def _spellings(words: Iterable[Names], nouns: Sequence[str]) -> tuple[Names, ...]:
-    """Return every pair of words alone, before and after a noun: `chosen`, `chosen_response`, `response_chosen`."""
+    """Return the column names that can be built from each pair of words: alone, before a noun, and after a noun.
+
+    For the word "chosen" and the noun "response", these are `chosen`, `chosen_response` and `response_chosen`.
+    """
     joined = [
         [pair, *[tuple(f"{word}_{noun}" for word in pair) for noun in nouns]]
         + [tuple(f"{noun}_{word}" for word in pair) for noun in nouns]
@@ -117,12 +121,13 @@ BY_PLACE = Role(
 )
 GOLD = role("reference", "reference")
 
-# Two responses with a verdict in another column, and the column of a third response.
+# Stems of the column names of two responses, if another column says which one is better. A column name is a stem with a
+# mark, such as `response_a` and `response_b`. Rows with the column of a third response (`response_c`) are not pairs.
 _STEMS = (
     *_NOUNS,
     *_words("model_response assistant_response orig_response candidate human_ref model_output generated_text"),
 )
-# The letters or numbers of two responses, and of a third one.
+# The marks of two responses (letters, numbers or words), mapped to those of a third response.
 _SUFFIXES: dict[Names, str] = {("0", "1"): "2", ("1", "2"): "0 3", ("a", "b"): "c", ("A", "B"): "C"}
 _WORDS: dict[Names, str] = {("left", "right"): "middle", ("first", "second"): "third"}
 _MARKED = {
@@ -143,7 +148,7 @@ _THREE: dict[Names, list[str]] = {
     for pattern, marks in _PATTERNS
     for suffixes, thirds in marks.items()
 }
-# For each pair of responses, the column of a third one.
+# Maps the columns of two responses to the column of a third response.
 THIRD: dict[Names, str] = {two: third for two, thirds in _THREE.items() for third in thirds}
 
 
@@ -196,7 +201,7 @@ FIRST_FLAGGED = Role(("first", "second", "verdict"), (_SHP,), _is_content_or_num
 FIRST_FLAGGED_SCORED = Role(
     (*FIRST_FLAGGED.parts, "first_score", "second_score"), ((*_SHP, "score_A", "score_B"),), _is_content_or_number
 )
-# Votes of several people; in Argilla's format, with the status of each vote.
+# Votes of several people. In Argilla's format (`SUBMITTED_VOTES`), a second column has the status of each vote.
 VOTES = role(
     "votes",
     *("votes", "preferences", *[f"{name}.responses" for name in NAMING]),
@@ -215,7 +220,7 @@ MODELS = Role(
 )
 # The number of the turn that was judged; later turns are removed from the conversation.
 JUDGED_TURN = role("turn", "turn", accepts=lambda value: isinstance(value, int) and not isinstance(value, bool))
-# Conversations stored as lists of texts: the user's turns, and the assistant's turns.
+# Conversations stored as separate lists of texts: the user's turns (`TURNS`), and the turns of each of two assistants.
 TURNS = role("prompt", "prompt", "question", accepts=_is_turns)
 TURNS_OF_TWO = _two(_is_turns)
 TURNS_FLAGGED = Role(FLAGGED.parts, FLAGGED.names, lambda value: _is_turns(value) or isinstance(value, int))
@@ -242,14 +247,15 @@ ALPACA = Role(
 SYSTEM = role("system", "system", "system_prompt", "system_message", "sys_prompt", accepts=lambda v: isinstance(v, str))
 HISTORY = role("history", "history", accepts=_is_list)
 PREFIX = role("prefix", "initial_reason_steps", accepts=lambda value: isinstance(value, str))
-# Columns that may accompany a question. If one of them is present and not empty, texts are turns of a conversation.
+# Columns that may exist in addition to a question: a system prompt, earlier turns, and the beginning of the response.
+# If one of them is present and not empty, a prompt and responses given as text are converted to messages.
 AROUND = tuple(name for names in (SYSTEM, HISTORY, PREFIX) for (name,) in names.names)
 
 COMPLETION = role("completion", "completion")
 ANSWER = role("completion", *_words("completion response output generation solution answer reply"))
 LABEL = role("label", "label", accepts=_is_text_or_number, wanted="true or false")
 TAG = role("label", "desirable", "is_desirable", "kto_tag", accepts=_is_text_or_number, wanted="true or false")
-# Flags: True means desirable. Numbers and texts in these columns may mean anything.
+# Boolean columns in which True means desirable. Numbers and texts are not accepted: their meaning is unknown.
 FLAG = role(
     "label",
     *_words("label is_correct correct passed thumbs_up thumbs liked is_liked is_good is_preferred is_chosen accepted"),
@@ -277,7 +283,7 @@ ITEM_RANKS = ("rank",)
 
 
 def _items_with(numbers: Names) -> Callable[[Any], bool]:
-    """Return a check for lists of structs (or structs of lists) that have a text and one of these numbers."""
+    """Return a function that checks for a list of structs, or a struct of lists, with a text and one of these keys."""
 
     def accepts(value: Any) -> bool:
         first = value if isinstance(value, dict) else value[0] if _is_list(value) and value else None
@@ -298,7 +304,7 @@ ONE_OF_EACH = Role(("chosen", "rejected"), BY_PLACE.names, lambda value: is_text
 _GOOD, _BAD = ((side, *dict.fromkeys(names[at] for names in BY_PLACE.names)) for at, side in enumerate(BY_PLACE.parts))
 ONE_GOOD, ONE_BAD = (role(*names, accepts=lambda value: isinstance(value, str)) for names in (_GOOD, _BAD))
 SEVERAL_GOOD, SEVERAL_BAD = (role(*names, accepts=is_texts) for names in (_GOOD, _BAD))
-# Whether each response of a list is correct.
+# A list of flags that say whether each response of a list is correct.
 FLAGS_OF_LIST = role(
     "flags",
     *_words("correctness correctness_math_verify is_correct correct passed"),

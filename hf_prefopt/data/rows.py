@@ -1,7 +1,8 @@
-"""The canonical row, the error for an unusable row, and checks of text, numbers and token ids.
+"""The canonical row (a prompt with its responses), the error for an unusable row, and checks of values.
 
-Texts without a prompt column must begin with their prompt, which is checked here. messages.py checks messages, and
-formats.py defines which columns make a row.
+The values are texts, numbers and token ids; messages.py checks messages. If there is no prompt column, each text must
+begin with its prompt. This module also checks whether such texts begin with the same words. formats.py defines the
+columns of each format.
 """
 
 import ast
@@ -26,14 +27,14 @@ class BadRow(ValueError):
         self.parts = (column, problem, cure)
 
     def renamed(self, names: Mapping[str, str]) -> "BadRow":
-        """Return the error with the column names of the dataset. `names` maps the names in this error to them."""
+        """Return this error with other column names. `names` maps the names in this error to those in the dataset."""
         column, problem, cure = self.parts
         problem = re.sub("`([^`]+)`", lambda found: f"`{names.get(found[1], found[1])}`", problem)
         return type(self)(names.get(column, column), problem, cure)
 
 
 class Tie(BadRow):
-    """An error for two responses of which neither is better. The row is not a pair, but its data is valid."""
+    """An error for two responses of which neither is better. The row is valid, but it cannot be used as a pair."""
 
 
 @dataclass(frozen=True)
@@ -42,18 +43,19 @@ class CanonicalRow:
 
     Attributes:
         content_type: Whether prompt and responses are text, lists of messages, or lists of token ids.
-        prompt: The prompt. None for texts that begin with their prompt; tokenize.py finds where the prompt ends.
+        prompt: The prompt. None if the responses are texts that begin with the prompt; tokenize.py then finds where the
+            prompt ends.
         responses: The K responses: chosen, then rejected for a pair; the gold response of a triple is the last.
         columns: The column of each response, for error messages.
         example_columns: How the responses are compared, keyed by prepared column (`pairs`, `golds`, `labels`, `ranks`,
             `scores` or `token_weights`).
         tools: Tool schemas for the chat template, or None.
         chat_template_kwargs: Other arguments of the chat template.
-        unread: Values that were not used because the responses contain them, keyed by the format's columns.
-        repeated: Whether the responses began with the prompt, which was removed from them.
+        unread: Values that were not used, because the responses already contain them, keyed by the format's columns.
+        repeated: Whether the responses began with the prompt, and it was removed from them.
         echoed: Whether the responses begin with the prompt, but the prompt was not removed from them, because it is so
             short that they may begin with the same words by chance.
-        against: Whether the columns that were read show that the chosen response has the lower score.
+        against: Whether the chosen response has the lower score, according to scores that were read to find the pair.
     """
 
     content_type: ContentType
@@ -72,7 +74,8 @@ class CanonicalRow:
 def read_json(row: Mapping[str, Any], column: str, expected: type) -> Any:
     """Return a column's list or dict, which may be stored as JSON; None if the value is missing.
 
-    Keys without a value are dropped from a list or dict. In JSON, a null is kept, because it was written on purpose.
+    In a list or dict, keys whose value is None are dropped (see `drop_nones`). In JSON, null is kept, because it was
+    written on purpose.
 
     Raises:
         BadRow: If the JSON is invalid, or the value has another type.
@@ -94,7 +97,8 @@ def read_json(row: Mapping[str, Any], column: str, expected: type) -> Any:
 def drop_nones(value: Any) -> Any:
     """Return the value without keys whose value is None, at any depth.
 
-    Arrow stores the same keys for every struct of a column: a key in one row's tool call is None in all other rows.
+    Arrow stores the same keys for every struct of a column. For example, a key of one row's tool call is added to all
+    other rows, with the value None.
     """
     if isinstance(value, dict):
         return {key: drop_nones(item) for key, item in value.items() if item is not None}
@@ -104,7 +108,10 @@ def drop_nones(value: Any) -> Any:
 
 
 def check_list(column: str, value: Any, items: str) -> list[Any]:
-    """Return a column's list, which may be stored as JSON. Raises `BadRow` otherwise; `items` describes its entries."""
+    """Return a column's list, which may be stored as JSON.
+
+    Raises `BadRow` for any other value. `items` says what the list must contain, for the error.
+    """
     value = as_list(value)
     if value is None:
         raise BadRow(column, "is missing")
@@ -124,7 +131,9 @@ def check_ids(column: str, value: Any) -> list[int]:
 
 
 def check_numbers(column: str, value: Any, count: int, per: str, low: float = -math.inf) -> list[float]:
-    """Return a column's finite numbers ≥ `low`, one for each of the row's `count` responses or tokens (`per`).
+    """Return a column's list of `count` finite numbers ≥ `low`.
+
+    `per` says what each number belongs to ("response" or "token"), for errors.
 
     Raises:
         BadRow: If the value is not a list, its length differs from `count`, or an entry is not a valid number.
@@ -145,14 +154,14 @@ _NUMERAL = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?\s*", re.IGNORECASE
 
 
 def as_number(value: Any) -> float:
-    """Return the value as a float, also if it is a number stored as text; NaN otherwise, also for booleans."""
+    """Return a number, or a number stored as text, as a float. Return NaN for any other value, including booleans."""
     is_number = isinstance(value, int | float | Decimal) and not isinstance(value, bool)
     is_numeral = isinstance(value, str) and _NUMERAL.fullmatch(value) is not None
     return float(value) if is_number or is_numeral else math.nan
 
 
 def as_list(value: Any) -> Any:
-    """Return the list that a text contains as JSON; any other value is returned unchanged."""
+    """Return the list if the value is a text that contains a list as JSON. Return any other value unchanged."""
     if not isinstance(value, str) or not value.lstrip().startswith("["):
         return value
     try:
@@ -161,14 +170,14 @@ def as_list(value: Any) -> Any:
         return value
 
 
-# Letters of scripts without spaces between words: two of them count as a word.
+# Letters of scripts that put no spaces between words. Two of these letters count as a word.
 UNSPACED = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
 _WORD = re.compile(rf"[{UNSPACED}]{{1,2}}|[^\W{UNSPACED}]+")
-# Two answers may share their first words by chance. This many shared words, or a shared line end, question mark or
-# speaker's name, are unlikely by chance, so they count as a prompt.
+# Two answers may share their first words by chance. If they share at least this many words, or a line end, a question
+# mark or a colon (as after a speaker's name), chance is unlikely, so the shared beginning counts as a prompt.
 PROMPT_WORDS = 4
 _PROMPT_ENDS = re.compile(r"[\n?:？：]")
-# Messages in the notation of JSON, Python or NumPy.
+# Texts that are messages, written in the notation of JSON, Python or NumPy.
 _WRITTEN_MESSAGES = re.compile(
     r"""\[?\s*\{.*["'](role|from)["']\s*:\s*["'](system|developer|user|human|assistant|gpt|model|tool)["'].*\}\s*\]?""",
     re.DOTALL,
@@ -185,12 +194,12 @@ def check_text_prompt(column: str, text: str) -> str:
     return _check_text(column, text)
 
 
-# White space, and characters that are not shown: zero-width ones, marks of direction, and the byte order mark.
+# White space and invisible characters: zero-width characters, marks of text direction, and the byte order mark.
 _INVISIBLE = re.compile(r"[\s\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufeff]*")
 
 
 def is_blank(text: str) -> bool:
-    """Return True if a text shows nothing."""
+    """Return True if a text is empty or has only white space and invisible characters."""
     return _INVISIBLE.fullmatch(text) is not None
 
 
@@ -228,7 +237,7 @@ def _is_readable(text: str, read: Callable[[str], Any]) -> bool:
 
 
 def _is_cut_off(text: str) -> bool:
-    """Return True if a text is the beginning of JSON and ends within it."""
+    """Return True if a text is JSON whose end is missing."""
     try:
         json.JSONDecoder().raw_decode(text)
     except json.JSONDecodeError as error:
@@ -248,7 +257,7 @@ def _unquoted(text: str) -> str:
 
 
 def take_off_prompt(prompt: str, responses: dict[str, str]) -> dict[str, str]:
-    """Remove the prompt from the responses (keyed by column), if all responses begin with the prompt and continue.
+    """Remove the prompt from the responses (keyed by column) if each response is the prompt followed by more text.
 
     A prompt with fewer than `PROMPT_WORDS` words is not removed: a response may begin with the same few words by
     chance, such as a greeting that answers the same greeting.
@@ -266,16 +275,20 @@ def take_off_prompt(prompt: str, responses: dict[str, str]) -> dict[str, str]:
 
 
 def echoes_prompt(prompt: str, responses: Mapping[str, str]) -> bool:
-    """Return True if all responses begin with the text of the prompt, followed by more text."""
+    """Return True if all responses begin with the prompt, and no letter or digit directly follows the prompt.
+
+    White space at the start and end of the prompt is ignored. Return False for an empty prompt.
+    """
     begin = prompt.strip()
     rest = [text.lstrip()[len(begin) :] for text in responses.values() if text.lstrip().startswith(begin)]
     return begin != "" and len(rest) == len(responses) and not any(text[:1].isalnum() for text in rest)
 
 
 def reject_texts_without_prompt(row: CanonicalRow, needs_prompt: bool = False) -> None:
-    """Raise `BadRow` if texts that should begin with their prompt do not even begin with the same word.
+    """Raise `BadRow` if the texts of a row without a prompt column do not begin with the same word.
 
-    With `needs_prompt`, raise it for every text with an unknown prompt length.
+    Such texts must begin with their prompt. With `needs_prompt`, raise it for every row of text without a prompt
+    column, because it is unknown where the prompt ends.
     """
     if row.content_type != "text" or row.prompt is not None:
         return
@@ -291,12 +304,15 @@ def reject_texts_without_prompt(row: CanonicalRow, needs_prompt: bool = False) -
 
 
 def probably_lacks_prompt(row: CanonicalRow) -> bool:
-    """Return True if the texts of a row should begin with their prompt but share only a few words at the beginning."""
+    """Return True if a row of text has no prompt, and its texts share less than `PROMPT_WORDS` words at the start."""
     return row.content_type == "text" and row.prompt is None and count_shared_words(row.responses) < PROMPT_WORDS
 
 
 def count_shared_words(texts: Sequence[str]) -> float:
-    """Count the words that all texts begin with; infinite if the shared beginning contains a line end, `?` or `:`."""
+    """Return the number of words that all texts begin with.
+
+    Return infinity if the shared beginning contains a line end, a question mark or a colon.
+    """
     first, *others = [text.lstrip()[:400] for text in texts]
     if _PROMPT_ENDS.search(first[: min((shared_length(first, other) for other in others), default=len(first))]):
         return math.inf
@@ -307,6 +323,6 @@ def count_shared_words(texts: Sequence[str]) -> float:
 def shared_length(left: Sequence, right: Sequence) -> int:
     """Return the length of the longest common prefix of two texts or lists."""
     shorter = min(len(left), len(right))
-    if left[:shorter] == right[:shorter]:  # the usual case, at C speed
+    if left[:shorter] == right[:shorter]:  # the usual case, computed in C
         return shorter
     return next(at for at in range(shorter) if left[at] != right[at])

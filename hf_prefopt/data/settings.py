@@ -1,4 +1,4 @@
-"""Store the settings of a prepared dataset in its description, so that it is not used with other settings."""
+"""Store the settings of a prepared dataset in its description, to detect if it is used with other settings."""
 
 import hashlib
 import json
@@ -41,7 +41,8 @@ def check_settings(
 ) -> Dataset | IterableDataset:
     """Check that a prepared dataset was prepared with these settings.
 
-    If the dataset has no stored settings, like a stream, its rows are checked (`prepared_rows`).
+    If the dataset has no stored settings, as is the case for a stream, its rows are checked instead
+    (`prepared_rows.PreparedRowCheck`).
 
     Args:
         dataset: The prepared dataset.
@@ -52,7 +53,8 @@ def check_settings(
         The dataset. Rows of a stream are checked when they are read.
 
     Raises:
-        ValueError: If the dataset was prepared with other settings; for a stream, when the row is read.
+        ValueError: If the dataset was prepared with other settings, or a row is invalid. For a stream, the error is
+            raised when the row is read.
     """
     notes = _NOTE.findall(dataset.info.description or "")
     if not notes:

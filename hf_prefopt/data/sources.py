@@ -1,4 +1,4 @@
-"""Convert any supported source of rows to a `Dataset` or an `IterableDataset`: rows, frames, splits, generators."""
+"""Convert data in any supported form, such as a list of rows, a frame or a generator, to a `Dataset`."""
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -12,13 +12,13 @@ logger = logging.getLogger(__name__)
 
 
 def as_dataset(source: Any, name: str) -> Any:
-    """Convert the source to a dataset. For evaluation, a dict of several datasets is returned unchanged.
+    """Convert the source to a dataset. For evaluation, a dict (of several datasets) is returned unchanged.
 
     Args:
         source: A dataset; a list of rows; a pandas or polars frame; a dict of columns, each a list; a generator or a
             function that returns a generator; a torch dataset with a length; or a dict of splits, from which the
-            split "train" is used.
-        name: Name of the dataset in messages: "eval" for evaluation, where a dict contains several datasets.
+            split `name` is used.
+        name: Name of the dataset, also in messages: "train", or "eval" for evaluation.
 
     Raises:
         ValueError: If the source is none of these, its rows are not dicts, or a column mixes types.
@@ -39,7 +39,7 @@ def check_rows(dataset: Dataset | IterableDataset, name: str) -> None:
 
 
 def _from_rows(rows: Iterable[Any], name: str) -> Dataset:
-    """Build a dataset whose columns are all keys that occur in any row."""
+    """Build a dataset with a column for each key that occurs in any row. A missing key becomes None."""
     rows = list(rows)
     wrong = next((at for at, row in enumerate(rows) if not isinstance(row, Mapping)), None)
     if wrong is not None:
@@ -61,7 +61,7 @@ def _from_columns(columns: Mapping[str, list[Any]], name: str) -> Dataset:
 
 
 def _fault(column: str, values: Sequence[Any]) -> str:
-    """Describe the first value of a column that cannot be stored, alone or with the values before it."""
+    """Describe the first value that Arrow cannot store, by itself or in one column with the values before it."""
     for at, value in enumerate(values):
         if not _is_storable(column, [value]):
             return f"row {at:,}: `{column}` is a value that Arrow cannot store; correct it or drop the row"
@@ -96,7 +96,7 @@ def _from_function(function: Callable[[], Iterable[Any]], name: str) -> Dataset:
 
 
 def _from_mapping(splits: Mapping[str, Any], name: str) -> Any:
-    """Return the split `train`, or build a dataset from columns."""
+    """Return the split `name` of a dict of splits, or build a dataset from a dict of columns."""
     if splits and all(isinstance(values, list) for values in splits.values()):
         return _from_columns(splits, name)
     names = ", ".join(map(str, splits)) or "nothing"
@@ -122,8 +122,8 @@ def _refuse(cure: str) -> Callable[[Any, str], Any]:
     return refuse
 
 
-# The first entry with matching types converts the source. "DataFrame" matches classes of this name, so that the
-# libraries need not be installed.
+# The first entry whose types match the source converts it. A string such as "DataFrame" matches classes with this name,
+# so that the library that defines the class (pandas or polars) need not be installed.
 _SOURCES: Sequence[tuple[Any, Callable[[Any, str], Any]]] = (
     (
         (str, Path),

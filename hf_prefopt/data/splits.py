@@ -2,15 +2,15 @@
 
 from collections.abc import Collection
 
-# Usual names of held-out splits; the first one found is used.
+# Usual names of held-out splits, in order of preference.
 HELD_BACK = ("test", "validation", "valid", "val", "dev", "eval")
 
 
 def training_split(splits: Collection[str], name: str, option: str = "--dataset_train_split") -> str:
-    """Return the split for training.
+    """Return the split for training: the split `name` if it exists.
 
-    If there is no split `name` and `name` is "train", return the only split, the only split whose name starts with
-    "train", or `train_prefs`.
+    If there is no split "train" and `name` is "train", return `train_prefs`, or the only split whose name starts with
+    "train". A dataset with only one split is trained on, unless the split has the usual name of a held-out split.
 
     Args:
         splits: Names of all splits.
@@ -33,9 +33,10 @@ def training_split(splits: Collection[str], name: str, option: str = "--dataset_
 
 
 def evaluation_split(splits: Collection[str], name: str, trained: str) -> str | None:
-    """Return the split `name`, or else a split with a usual name; None if there is none.
+    """Return the split `name`, or a split with a usual name (`HELD_BACK`) if there is no split `name`.
 
-    "test" accepts every usual name. For `train_prefs`, names such as `test_prefs` take precedence.
+    Return None if neither exists. The default name "test" stands for any usual name: if the training split is
+    `train_prefs`, names with the same ending, such as `test_prefs`, take precedence even over `test`.
 
     Args:
         splits: Names of all splits.
@@ -43,7 +44,7 @@ def evaluation_split(splits: Collection[str], name: str, trained: str) -> str | 
         trained: The split for training, which is never returned.
 
     Raises:
-        ValueError: If there is no split `name`, and the user chose this name (it is not a usual name).
+        ValueError: If there is no split `name` and `name` is not a usual name, so the user must have chosen it.
     """
     if name not in (*splits, *HELD_BACK):
         raise ValueError(

@@ -1,6 +1,7 @@
 """Summarize a prepared dataset in numbers: examples, tokens, and how response length relates to preference.
 
-The dataset is read once, in batches, with Arrow and NumPy. Python only handles hashes of whole prompts and responses.
+The dataset is read once, in batches, with Arrow and NumPy. Python loops handle only whole prompts and responses (to
+hash or compare them), never single tokens.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,7 +21,7 @@ _BATCH_ROWS = 10_000
 
 @dataclass(frozen=True)
 class Lengths:
-    """Lengths of a group of texts in tokens: the median, the 95th percentile and the maximum."""
+    """The median, the 95th percentile and the maximum of the lengths of texts, in tokens."""
 
     median: int = 0
     p95: int = 0
@@ -32,19 +33,20 @@ class DataSummary:
     """Counts of a prepared dataset.
 
     Attributes:
-        kind: Kind of its examples: pairs, triples, lists, unpaired examples.
+        kind: Name of the kind of its examples, such as "pairs" or "lists".
         rows, examples, responses: Numbers of rows, examples and responses.
         prompts: Number of distinct prompts.
         repeated_rows: Number of rows with the same prompt, responses and labels as an earlier row.
         identical_pairs: Number of pairs whose two responses have the same tokens.
         tokens: Tokens of prompt + response, summed over the responses.
-        tokens_by_row: Tokens if the prompt of each row is counted once.
-        tokens_by_prompt: Tokens if each distinct prompt, and each distinct response to it, is counted once. This is the
-            number computed if all rows with the same prompt are in one batch (`group_by_prompt`).
+        tokens_by_row: Number of tokens if the prompt of each row is counted once.
+        tokens_by_prompt: Number of tokens if each distinct prompt, and each distinct response to it, is counted once.
+            This is the number computed if all rows with the same prompt are in one batch (`group_by_prompt`).
         scored_tokens: Tokens whose log-prob counts, summed over the responses.
         lengths: Lengths of prompts and responses in tokens, keyed by a name such as "prompt" or "chosen".
-        comparisons: Number of comparisons of a better response with a worse one. These are all pairs, all pairs of
-            responses with different ranks in a list, or all pairs of a desirable and an undesirable response.
+        comparisons: Number of comparisons of a better response with a worse one. For pairs, this is the
+            number of pairs. In a list, all pairs of responses with different ranks are compared. With labels, each
+            desirable response is compared with each undesirable response of the dataset.
         longer, as_long: Shares of comparisons in which the better response has more scored tokens than the worse one
             (`longer`), or equally many (`as_long`); NaN without comparisons.
         desirable, undesirable: Numbers of responses with each label.
@@ -114,7 +116,7 @@ def summarize(dataset: Dataset) -> DataSummary:
 
 
 class _Rows:
-    """A batch of prepared rows as arrays: P rows with R responses."""
+    """A batch of prepared rows as arrays: P rows, which have R responses in total."""
 
     def __init__(self, table: pa.Table):
         self.table = table
@@ -131,10 +133,12 @@ class _Compared:
     Attributes:
         examples: Number of examples.
         lengths: Lengths of the responses in tokens, keyed by a name such as "chosen".
-        better, worse: `[C]`, numbers of scored tokens of the compared responses.
+        better, worse: `[C]` each. Numbers of scored tokens of the better and of the worse response of each comparison.
+            For labels, instead, those of all desirable and of all undesirable responses.
         identical: Number of pairs with equal responses.
-        labels: `[B]` bool, whether a response is desirable.
-        keys: `[P]`, values that distinguish rows with equal responses.
+        labels: `[B]` bool. True if the response is desirable. Empty if the examples have no labels.
+        keys: The labels, ranks or quantiles of each of the P rows. If these differ, rows with equal responses are not
+            counted as repeated. None for pairs.
     """
 
     examples: int
@@ -159,7 +163,7 @@ def _pairs(rows: _Rows) -> _Compared:
 
 
 def _labels(rows: _Rows) -> _Compared:
-    """Collect single responses with labels, which are compared after all batches are read."""
+    """Collect single responses with labels. They are compared after all batches are read (`_compare_all`)."""
     keys = ragged(rows.table["labels"])
     labels, lengths = keys.values.astype(bool), rows.responses.lengths
     named = {"desirable": lengths[labels], "undesirable": lengths[~labels]}
@@ -167,7 +171,7 @@ def _labels(rows: _Rows) -> _Compared:
 
 
 def _lists(rows: _Rows) -> _Compared:
-    """Compare all pairs of responses in a list that differ in rank; lists of equal length are processed together."""
+    """Compare each two responses of a list that differ in rank. Lists of equal length are processed together."""
     keys, first = ragged(rows.table["ranks"]), np.cumsum(rows.counts) - rows.counts
     better, worse = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.int64)]
     for size in np.unique(rows.counts):
@@ -182,13 +186,13 @@ def _lists(rows: _Rows) -> _Compared:
 
 
 def _quantiles(rows: _Rows) -> _Compared:
-    """Collect single responses with quantiles, which are not compared."""
+    """Collect single responses with quantiles. They are not compared."""
     none = np.zeros(0, dtype=np.int64)
     named = {"responses": rows.responses.lengths}
     return _Compared(len(rows.counts), named, none, none, keys=ragged(rows.table["quantiles"]))
 
 
-# How to compare the examples of a kind, keyed by the first column of the kind.
+# Functions that compare the examples of a batch, keyed by the first prepared column of their kind.
 _COMPARE: Mapping[str, Callable[[_Rows], _Compared]] = {
     "pairs": _pairs,
     "labels": _labels,
@@ -221,7 +225,7 @@ class _Total:
         self._count_different(rows, compared.keys)
 
     def _count_different(self, rows: _Rows, keys: Ragged | None) -> None:
-        """Count distinct prompts, distinct responses to them (as in `group.Group`) and repeated rows."""
+        """Count distinct prompts, distinct responses to the same prompt (see `group.Group`) and repeated rows."""
         responses = zip(rows.responses.as_bytes(), rows.masks.as_bytes(), rows.responses.lengths.tolist(), strict=True)
         others = keys.as_bytes() if keys is not None else iter([memoryview(b"")] * len(rows.counts))
         prompts = zip(rows.prompts.as_bytes(), rows.prompts.lengths.tolist(), rows.counts.tolist(), strict=True)
@@ -239,7 +243,7 @@ class _Total:
             self.repeated += not _first_time(of_row.digest(), self._seen)
 
     def summary(self, kind: str) -> DataSummary:
-        """Return all counts."""
+        """Return the counts of all batches that were added."""
         labels, better, worse = (
             np.concatenate([getattr(part, name) for part in self.parts]) for name in ("labels", "better", "worse")
         )
@@ -268,7 +272,7 @@ class _Total:
 
 
 def _first_time(key: bytes, seen: set[bytes]) -> bool:
-    """Return True if the key is new, and add it."""
+    """Add the key to the set. Return True if it was not in the set before."""
     before = len(seen)
     seen.add(key)
     return len(seen) > before
@@ -278,20 +282,24 @@ def _lengths(parts: list[np.ndarray]) -> Lengths:
     lengths = np.concatenate(parts)
     if not len(lengths):
         return Lengths()
-    # For an even number of lengths, use the lower of the two middle ones, so that the median is an existing length.
+    # For an even number of lengths, the median is the lower of the two middle lengths, so that it is an integer.
     median, p95 = np.quantile(lengths, [0.5, 0.95], method="inverted_cdf")
     return Lengths(int(median), int(p95), int(lengths.max()))
 
 
 def _compare_each(better: np.ndarray, worse: np.ndarray) -> tuple[int, float, float]:
-    """Return the number of comparisons, the share with a longer better response, and the share with equal lengths."""
+    """Compare `better[i]` with `worse[i]`, the numbers of scored tokens of two responses.
+
+    Returns:
+        The number of comparisons; the share in which the better response is longer; and the share with equal lengths.
+    """
     if not len(better):
         return 0, float("nan"), float("nan")
     return len(better), float((better > worse).mean()), float((better == worse).mean())
 
 
 def _compare_all(better: np.ndarray, worse: np.ndarray) -> tuple[int, float, float]:
-    """Return the same as `_compare_each`, but compare every better response with every worse one."""
+    """Compare every better response with every worse one, and return the same three numbers as `_compare_each`."""
     count = len(better) * len(worse)
     if not count:
         return 0, float("nan"), float("nan")

@@ -27,7 +27,7 @@ _DATE = re.compile(r"strftime_now\([^()]*\)")
 
 @contextmanager
 def blaming(column: str) -> Iterator[None]:
-    """Convert an error of the template to a `BadRow` that names this column."""
+    """Convert an error that the template raises in this context to a `BadRow` that names this column."""
     try:
         yield
     except BadRow:
@@ -37,7 +37,7 @@ def blaming(column: str) -> Iterator[None]:
 
 
 class ChatTemplate:
-    """A tokenizer's chat template, with tools and other arguments.
+    """The chat template of a tokenizer, with the tools and other arguments that it gets in each call.
 
     Raises:
         ValueError: If the tokenizer has no chat template.
@@ -67,7 +67,11 @@ class ChatTemplate:
         return [{**message, "content": [{"type": "text", "text": text_of(message)}]} for message in messages]
 
     def render(self, messages: list[Message], generation_prompt: bool = False, unfinished: bool = False) -> str:
-        """Render the messages, followed by the header of an assistant turn or with the last message left open."""
+        """Render the messages as text.
+
+        With `generation_prompt`, the header of an assistant turn follows. With `unfinished`, the last message is left
+        open, without its end of turn.
+        """
         how = {"add_generation_prompt": generation_prompt, "continue_final_message": unfinished, "tokenize": False}
         contents = self._contents(messages)
         return cast(str, self.tokenizer.apply_chat_template(contents, **{**self.arguments, **how}))
@@ -78,7 +82,7 @@ class ChatTemplate:
         return self._render_alone(messages, **how)[1]
 
     def _render_alone(self, messages: list[Message], **how: Any) -> tuple[str, list[Span]]:
-        """Return a conversation as text, rendered without the tokenizer, and the ranges between generation markers."""
+        """Render the messages without the tokenizer. Return the text, and the ranges between generation markers."""
         arguments = {**self.tokenizer.special_tokens_map, **self.arguments, "chat_template": self.source, **how}
         rendered = render_jinja_template([self._contents(messages)], **arguments)
         texts, spans = cast(tuple[list[str], list[list[Span]]], rendered)
@@ -86,7 +90,7 @@ class ChatTemplate:
 
     @cached_property
     def header(self) -> str:
-        """The text before an assistant message: the generation prompt after a user message."""
+        """The text before an assistant message: the part that the generation prompt adds after a user message."""
         question = [{"role": "user", "content": "a"}]
         try:
             asked, alone = self.render(question, generation_prompt=True), self.render(question)
@@ -97,7 +101,7 @@ class ChatTemplate:
     def unwritten(self, messages: list[Message]) -> frozenset[int]:
         """Return the positions of the messages whose content the template does not write.
 
-        The result is stored for each sequence of roles.
+        The result is cached for all messages with the same sequence of roles and the same places of tool calls.
         """
         roles = tuple((message["role"], bool(message.get("tool_calls"))) for message in messages)
         if roles not in self._unwritten:
@@ -110,7 +114,7 @@ class ChatTemplate:
             text = self.render([{**message, "content": mark} for message, mark in zip(messages, marks, strict=True)])
         except TEMPLATE_ERRORS:
             text = ""
-        # A template may change the text that it writes.
+        # A mark may also be missing because the template changes the text that it writes, so test this separately.
         missing = (at for at, mark in enumerate(marks) if mark not in text)
         return frozenset(at for at in missing if not self._makes_difference(messages, at))
 
@@ -122,19 +126,19 @@ class ChatTemplate:
             return True  # rendering this row raises the error
 
     def writes_date(self, messages: list[Message], **names: str) -> bool:
-        """Return whether the rendered messages contain today's date, if the template gets the arguments `names`."""
+        """Return True if the template, called with the further arguments `names`, writes today's date."""
         if "strftime_now" not in self.source:
             return False
         dated = _DATE.sub(repr(_PROBE), self.source)
         return _PROBE in self._render_alone(messages, **{**names, "chat_template": dated})[0]
 
     def reads(self, name: str) -> bool:
-        """Return True if the template contains this variable."""
+        """Return True if the template contains a variable with this name."""
         return re.search(rf"\b{re.escape(name)}\b", self.source) is not None
 
 
 def _with_arguments(message: Message) -> Message:
-    """Convert the arguments of tool calls to dicts; OpenAI's format stores them as JSON."""
+    """Convert the arguments of tool calls from JSON, as in OpenAI's format, to dicts."""
     calls = message.get("tool_calls")
     return {**message, "tool_calls": [_with_dict(call) for call in calls]} if isinstance(calls, list) else message
 
@@ -152,7 +156,10 @@ def _with_dict(call: Any) -> Any:
 
 @lru_cache(maxsize=64)
 def _reads_arguments(template: str) -> bool:
-    """Return True if a chat template accepts tool-call arguments as a dict. It may quote arguments given as text."""
+    """Return True if a chat template accepts tool-call arguments as a dict.
+
+    Arguments are then given as a dict, because the template may put arguments that are text in quotes.
+    """
     function = {"name": "f", "arguments": {"a": _PROBE}}
     call = {"type": "function", "id": "abcdefghi", "function": function}
     called = {"role": "assistant", "content": "", "tool_calls": [call]}
@@ -165,7 +172,7 @@ def _reads_arguments(template: str) -> bool:
 
 @lru_cache(maxsize=64)
 def _reads_blocks(template: str) -> bool:
-    """Return True if a chat template reads only content blocks, and writes nothing for content given as text."""
+    """Return True if a chat template writes content given as a list of blocks, but not content given as text."""
     shown = []
     for content in (_PROBE, [{"type": "text", "text": _PROBE}]):
         try:

@@ -1,7 +1,7 @@
 """Convert canonical rows to token ids: the prompt that all responses share, and the scored tokens of each response.
 
-The texts of all rows are tokenized in one call. Tokens may merge across the boundary of prompt and response, so the
-shared prompt ends at the first token where any prompt + response differs from the prompt alone.
+The texts of many rows are tokenized in one call. Tokens may merge across the boundary of prompt and response.
+Therefore, the shared prompt ends before the first token in which any prompt + response differs from the prompt alone.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,14 +19,15 @@ from hf_prefopt.data.template import Span
 
 @dataclass(frozen=True)
 class TokenizedRow:
-    """A prompt and all its responses, as tokens.
+    """A prompt and all its responses, as token ids.
 
     Attributes:
         prompt_ids: Token ids of the prompt that all responses share.
-        response_ids: K lists of token ids.
-        scored_masks: K lists of 0 / 1, one entry per response token: 1 if its log-prob counts.
+        response_ids: K lists of token ids, one list per response.
+        scored_masks: K lists of 0 / 1, one entry per response token: 1 if the token's log-prob counts.
         example_columns: See `CanonicalRow`.
-        change: The end of the prompt in generation, and the text at the same place in training; None if they are equal.
+        change: If the prompts in generation and in training differ, two texts: the end of the prompt in generation, and
+            the text at the same place in training. Otherwise None.
     """
 
     prompt_ids: list[int]
@@ -56,7 +57,10 @@ class TokenKinds:
         return self._blank[token_id]
 
     def closing_token(self, ids: Sequence[int]) -> int | None:
-        """Return the control token (EOS, or the template's end of turn) that ends these ids, ignoring whitespace."""
+        """Return the control token at the end of these ids, such as EOS or the template's end of turn.
+
+        Whitespace after it is ignored. Return None if the ids end with another token.
+        """
         for token_id in reversed(ids):
             if token_id in self.special:
                 return token_id
@@ -65,7 +69,10 @@ class TokenKinds:
         return None
 
     def is_closed(self, ids: Sequence[int], scored: Sequence[int]) -> bool:
-        """Return True if a scored control token ends these ids; otherwise the model does not learn to stop."""
+        """Return True if a scored control token ends these ids (see `closing_token`).
+
+        Otherwise, the model does not learn to stop.
+        """
         closing = self.closing_token(ids)
         return closing is not None and bool(scored[len(ids) - 1 - list(reversed(ids)).index(closing)])
 
@@ -108,7 +115,7 @@ def tokenize_rows(
 
 
 def _try(step, *arguments):
-    """Return the result of a step, or the `BadRow` that it raised."""
+    """Call a function with these arguments. Return its result, or the `BadRow` that it raised."""
     try:
         return step(*arguments)
     except BadRow as error:
@@ -117,7 +124,7 @@ def _try(step, *arguments):
 
 @dataclass(frozen=True)
 class _Encoding:
-    """The token ids of a row's texts. `offsets`: the character range of each token; None if no row needs them."""
+    """The token ids of a row's texts. `offsets`: the character range of each token in `full`; None if not needed."""
 
     prompt: list[int] | None
     full: list[list[int]]
@@ -125,7 +132,10 @@ class _Encoding:
 
 
 def _encode_all(rows: list[RenderedRow], tokenizer: PreTrainedTokenizerBase) -> Iterator[_Encoding]:
-    """Encode the rows, in order, with one tokenizer call with special tokens and one without."""
+    """Return the encodings of the rows, in order.
+
+    The tokenizer is called at most twice: for the rows that need special tokens, and for the others.
+    """
     done: dict[int, _Encoding] = {}
     for add_special_tokens in (False, True):
         group = {at: row for at, row in enumerate(rows) if row.add_special_tokens == add_special_tokens}
@@ -171,9 +181,9 @@ def _split_row(row: CanonicalRow, texts: RenderedRow, encoding: _Encoding, kinds
 
 
 def _token_change(texts: RenderedRow, encoding: _Encoding, boundary: int, kinds: TokenKinds) -> tuple[str, str] | None:
-    """Return the end of the prompt alone, and the text in its place before a response.
+    """Return the end of the prompt tokenized alone, and the text at its place in prompt + response.
 
-    Return None if the tokenizer merges no tokens at the boundary.
+    Return None if no tokens merge at the boundary, or if the scored text does not begin directly after the prompt.
     """
     prompt = encoding.prompt or []
     first = next((k for k, ids in enumerate(encoding.full) if shared_length(prompt, ids) < len(prompt)), None)
@@ -223,7 +233,11 @@ def _finish_row(
 
 
 def _boundary(encoding: _Encoding) -> int:
-    """Return the number of prompt tokens that all sequences share; each sequence has at least one token after them."""
+    """Return the number of tokens that all sequences share with the prompt.
+
+    If there is no separate prompt, count the tokens that the sequences share with each other. In both cases, each
+    sequence has at least one more token.
+    """
     if encoding.prompt is None:
         first, *others = encoding.full
         shared = min(shared_length(first, ids) for ids in others)
@@ -237,5 +251,5 @@ def _scored_mask(texts: RenderedRow, encoding: _Encoding, k: int) -> list[int]:
     spans = texts.spans[k]
     if spans is None or encoding.offsets is None:
         return [1] * len(encoding.full[k])
-    # Use the end, because a byte-level tokenizer moves the start of a token past its leading spaces.
+    # The end decides, because a byte-level tokenizer moves the start of a token past its leading spaces.
     return [int(any(start < end <= stop for start, stop in spans)) for _, end in encoding.offsets[k]]

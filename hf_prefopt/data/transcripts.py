@@ -1,7 +1,7 @@
 r"""Read transcripts: conversations written as one text, with a marker before each turn.
 
 \n\nHuman: What color is the sky?\n\nAssistant: Blue.        Anthropic's datasets, and datasets derived from them
-What color is the sky?\n<extra_id_1>Assistant\nBlue.         NVIDIA's datasets; the user begins without a marker
+What color is the sky?\n<extra_id_1>Assistant\nBlue.         NVIDIA's datasets, in which the first turn has no marker
 """
 
 import re
@@ -11,13 +11,16 @@ from hf_prefopt.data.messages import Message
 from hf_prefopt.data.rows import shared_length
 
 _ROLES = {"human": "user", "user": "user", "assistant": "assistant", "system": "system"}
-# The marker before a turn; the last group is the speaker. A transcript of the first kind begins with a marker.
+# The marker before a turn, in Anthropic's and in NVIDIA's form. The group is the speaker.
 _MARKED = re.compile(r"(?:\n\n(?!System)|^)(Human|Assistant|System):(?: |(?=\n)|$)")
 _EXTRA = re.compile(r"\n?<extra_id_1>(User|Assistant)\n")
 
 
 def is_transcript(text: str) -> bool:
-    """Return True if the text is a transcript: it begins with a marker and contains a marker of the assistant."""
+    """Return True if the text is a transcript.
+
+    A transcript contains `<extra_id_1>`, or it begins with a marker of Anthropic's form and has an assistant turn.
+    """
     if "<extra_id_1>" in text:
         return True
     return "Assistant:" in text and text.lstrip().startswith(("Human:", "System:")) and len(_turns(text)) > 1
@@ -44,18 +47,22 @@ def split_transcripts(texts: Sequence[str]) -> int | None:
     pattern = _EXTRA if "<extra_id_1>" in first else _MARKED
     if pattern is _MARKED and not is_transcript(first):
         return None
-    # The space after the marker belongs to the response, as in every text.
+    # One character after the speaker, the colon or line end, belongs to the prompt. A space after the colon belongs to
+    # the response.
     ends = [found.end(1) + 1 for found in pattern.finditer(first) if found[1] == "Assistant"]
     return max((end for end in ends if end <= shared), default=None)
 
 
 def has_later_turn(text: str) -> bool:
-    """Return True if the rest of the transcript contains another user turn."""
+    """Return True if the text, the part of a transcript after the prompt, contains another user turn."""
     return any(found[1] in ("Human", "User") for pattern in (_MARKED, _EXTRA) for found in pattern.finditer(text, 1))
 
 
 def _turns(text: str) -> list[tuple[str, str]]:
-    """Return the pairs of speaker and text, in order."""
+    """Return the turns in order, as pairs of speaker and text.
+
+    In Anthropic's form, return an empty list if there is text before the first marker.
+    """
     if "<extra_id_1>" in text:
         begin, *rest = _EXTRA.split(text)
         return [*([("User", begin)] if begin.strip() else []), *zip(rest[::2], rest[1::2], strict=True)]

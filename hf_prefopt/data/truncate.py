@@ -1,7 +1,7 @@
 """Truncate a row's prompt and responses to a maximum number of tokens.
 
-A truncated response keeps the token that ends it (EOS, or the template's end of turn), and all responses of a row keep
-the same prompt.
+A truncated response keeps the control token at its end (EOS, or the template's end of turn). All responses of a row
+keep the same prompt.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,8 +13,13 @@ from hf_prefopt.data.tokenize import TokenizedRow, TokenKinds
 
 @dataclass(frozen=True)
 class Cuts:
-    """The effect of truncation on one row: the number of truncated responses, whether the prompt lost tokens at its
-    start, and the number of tokens of prompt + longest response before truncation."""
+    """The effect of truncation on one row.
+
+    Attributes:
+        responses: Number of truncated responses.
+        prompt: Whether the prompt was truncated.
+        longest: Number of tokens of prompt + longest response, before truncation.
+    """
 
     responses: int = 0
     prompt: bool = False
@@ -35,10 +40,11 @@ def truncate_row(
         max_length: Maximum number of tokens; None disables truncation.
         mode: A key of `TRUNCATION_MODES`.
         kinds: Classification of the token ids.
-        begin: Function that finds where the prompt may be cut; called only if needed.
+        begin: Function that finds where the prompt may be cut. It is called only if a prompt must be cut.
 
     Returns:
-        The row, or None if a response would keep only control tokens and whitespace; and the effect of truncation.
+        The truncated row, and the effect of truncation. The row is None if the prompt cannot be cut enough, or if a
+        response would keep only control tokens and whitespace.
     """
     longest = len(row.prompt_ids) + max(map(len, row.response_ids))
     if max_length is None or longest <= max_length:
@@ -75,10 +81,10 @@ def _whole_prompt(row: TokenizedRow, max_length: int, begin: Begin) -> list[int]
 
 
 def _end_of_prompt(row: TokenizedRow, max_length: int, begin: Begin) -> list[int] | None:
-    """Return the head of the prompt and the tokens that fit before the longest response.
+    """Return the head of the prompt (`Beginning.head`), and the last tokens that fit before the longest response.
 
     At least one token is kept, because it predicts the first response token. Return None if the head does not fit, or
-    if the rest would start within a turn other than the last user turn.
+    if the last tokens would start within a turn other than the last user turn.
     """
     room = max(1, max_length - max(map(len, row.response_ids)))
     prompt = row.prompt_ids
@@ -89,14 +95,14 @@ def _end_of_prompt(row: TokenizedRow, max_length: int, begin: Begin) -> list[int
     for place in beginning.turns:
         if kept + len(prompt) - place <= room:
             return [*prompt[:kept], *prompt[place:]]
-    # A response that is too long by itself is truncated; the head and the tail, with a token before it, are not.
+    # The head, the tail and one token before the tail are always kept. If a response does not fit, it is truncated.
     end = max(beginning.tail + 1, room - kept)
     if not beginning.splits or kept + end > max_length - 1:
         return None
     return [*prompt[:kept], *prompt[-end:]]
 
 
-# The prompt tokens that are kept if a row is too long; the responses use the rest of max_length.
+# Functions that return the prompt tokens to keep if a row is too long. The responses get the rest of max_length.
 TRUNCATION_MODES: dict[str, Callable[[TokenizedRow, int, Begin], list[int] | None]] = {
     "keep_start": _whole_prompt,
     "keep_end": _end_of_prompt,
@@ -106,9 +112,10 @@ TRUNCATION_MODES: dict[str, Callable[[TokenizedRow, int, Begin], list[int] | Non
 def _cut_response(
     ids: list[int], mask: list[int], room: int, kinds: TokenKinds
 ) -> tuple[list[int], list[int], Sequence[int]]:
-    """Return the response's first tokens and its closing token. A cut inside an unscored turn removes the whole turn.
+    """Return the first tokens of a response and the control token that closes it, at most `room` tokens together.
 
-    So does a cut after the first token of a scored turn, because the closing token would take that token's place.
+    If the cut is inside an unscored turn, this whole turn is removed, and no closing token is added. The same applies
+    if the cut is directly after the first token of a scored turn, because the closing token would replace that token.
 
     Returns:
         The tokens, their scored mask, and their positions in the original response.

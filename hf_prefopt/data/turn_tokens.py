@@ -1,8 +1,8 @@
-"""Find the special tokens of a chat template in the text of responses; the model would learn to write them.
+"""Find special tokens of a chat template in the text of responses, because the model would learn to write them.
 
 A text that was generated or rendered earlier often ends with the end-of-turn token. There the token is removed, because
 the template writes it. At any other place, a special token raises an error. Prompts are not changed, because the
-prompts that the model gets in use may contain such tokens, too.
+prompts that users write after training may contain such tokens, too.
 """
 
 import re
@@ -23,7 +23,7 @@ class TurnTokens:
     """The special tokens that a chat template writes around messages, and the EOS.
 
     Args:
-        tokenizer: The tokenizer; without a chat template, nothing is checked.
+        tokenizer: The tokenizer. If it has no chat template, nothing is checked.
         kwargs: Further arguments of the chat template.
     """
 
@@ -37,7 +37,7 @@ class TurnTokens:
         self._ends = _pattern(ends | eos, r"(?:\s*(?:{}))+\s*\Z")
 
     def checked(self, row: CanonicalRow | BadRow) -> CanonicalRow | BadRow:
-        """Return the row with its responses checked, or the reason why it cannot be used."""
+        """Return the row without end-of-turn tokens at the end of its texts, or the reason why it cannot be used."""
         if isinstance(row, BadRow) or row.content_type != "messages":
             return row
         try:
@@ -65,7 +65,7 @@ class TurnTokens:
 
 
 def _short_conversation(tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any]) -> str:
-    """Return a question and its answer as the chat template writes them; "" if it writes no such conversation."""
+    """Return a question and an answer, rendered with the chat template; "" if the template raises an error."""
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _ANSWER}]
     try:
         return ChatTemplate(tokenizer, None, dict(kwargs)).render(messages)
@@ -74,6 +74,6 @@ def _short_conversation(tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str,
 
 
 def _pattern(tokens: Iterable[str], form: str = "{}") -> re.Pattern[str]:
-    """Return a pattern that finds any of the tokens, and nothing if there are none."""
+    """Return a pattern that matches any of the tokens. Without tokens, it matches nothing."""
     either = "|".join(map(re.escape, sorted(tokens, key=len, reverse=True)))
     return re.compile(form.format(either)) if either else re.compile(r"(?!)")

@@ -25,15 +25,15 @@ def scored_spans(
 ) -> list[Span]:
     """Return the character ranges of `full` that the assistant writes.
 
-    If the template has no generation markers, a turn is the text that rendering one more message adds after the
-    generation prompt.
+    If the template has no generation markers, the messages before a turn are rendered with the generation prompt. The
+    turn is the text that follows when its message is rendered, too.
 
     Args:
         column: Column of the response, for errors.
         full: The conversation as text.
         asked: The prompt as text, with the generation prompt.
-        shared: The messages of the prompt, without the last one if the response continues it.
-        response: The messages after `shared`.
+        shared: The messages of the prompt. If the response continues the last of them, it is not in `shared`.
+        response: The messages after `shared`. If the response continues a message, the first one has the text of both.
         template: The chat template.
 
     Raises:
@@ -62,7 +62,7 @@ def scored_spans(
 
 
 def _turn_start(full: str, asked: str, before: list[Message], template: ChatTemplate, is_first: bool) -> int:
-    """Return where the text after the generation prompt starts, or where it first differs from the prompt."""
+    """Return the position in `full` after the generation prompt, or where `full` first differs from that prompt."""
     generation = asked if is_first else template.render(before, generation_prompt=True)
     start = shared_length(generation, full)
     if start < len(generation) and before and start < len(template.render(before)):
@@ -74,7 +74,7 @@ def _turn_end(full: str, start: int, messages: list[Message], at: int, template:
     if at == len(messages) - 1:
         return len(full)
     turn = template.render(messages[: at + 1])[start:]
-    # A template may write more in the last turn than in earlier turns (Qwen3: thinking), but the turns end alike.
+    # A template may write more in the last turn than in earlier turns (Qwen3: thinking), but the same end of turn.
     for skipped in range(len(turn.rstrip())):
         if full.startswith(turn[skipped:], start):
             return start + len(turn) - skipped
@@ -84,7 +84,8 @@ def _turn_end(full: str, start: int, messages: list[Message], at: int, template:
 def _first_word(column: str, full: str, start: int, message: Message, template: ChatTemplate) -> int:
     """Return `start`, moved past text that belongs to no message.
 
-    Such text is a header that the generation prompt lacks, as after a tool result, or an empty thinking block.
+    Such text is an empty thinking block, or a header that the generation prompt lacks (for example, after the result of
+    a tool).
     """
     if template.header and full.startswith(template.header, start):
         start += len(template.header)

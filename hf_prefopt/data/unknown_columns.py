@@ -10,7 +10,7 @@ from hf_prefopt.data import roles
 from hf_prefopt.data.layout_table import LAYOUTS, ColumnLayout
 from hf_prefopt.data.roles import Role
 
-# Columns that are known but cannot be read row by row, with a description of the fix.
+# Known columns that cannot be read row by row, mapped to a description of the fix.
 _ALONE = (
     "these rows are single responses with a rating, not preferences: merge the rows of each prompt into one row with "
     "`prompt`, `responses` and `scores`, or convert the rating to a `label` or a `quantile`"
@@ -43,7 +43,7 @@ UNREADABLE: dict[tuple[str, ...], str] = {
 
 
 def describe_nearest(sample: Mapping[str, Any]) -> str:
-    """Describe the columns found, the layout with the fewest missing columns, and the missing columns."""
+    """Describe why the columns have no known layout, and how to change them to the nearest layout."""
     for columns, problem in UNREADABLE.items():
         if set(columns).issubset(sample):
             return f"columns {quoted(columns)}: {problem}"
@@ -76,7 +76,10 @@ def describe_nearest(sample: Mapping[str, Any]) -> str:
 
 
 def _flattened(sample: Mapping[str, Any]) -> str | None:
-    """Return the calls that make columns of the keys of structs; None if these are not known columns either."""
+    """Return the code that converts the keys of structs to columns.
+
+    Return None if no layout matches with these columns either.
+    """
     structs = {name: value for name, value in sample.items() if isinstance(value, Mapping)}
     keys = {f"{name}.{key}": key for name, value in structs.items() for key in value}
     flat = {key: item for value in structs.values() for key, item in value.items()}
@@ -87,7 +90,7 @@ def _flattened(sample: Mapping[str, Any]) -> str | None:
     return f"dataset.flatten().rename_columns({named})"
 
 
-# Beginnings of column names that probably mean a known column but belong to no layout.
+# Beginnings of unknown column names, keyed by the known column that they probably mean.
 _MEANINGS = {"chosen": ("good", "better", "pos", "win"), "rejected": ("bad", "worse", "neg", "los")}
 
 
@@ -95,7 +98,10 @@ _UNKNOWN = "<your column>"
 
 
 def _meant(column: str, sample: Mapping[str, Any]) -> str:
-    """Return the column that is probably meant, by spelling or meaning; a placeholder if no column is similar."""
+    """Return the column of the dataset that is probably meant by the known name `column`.
+
+    It has a similar spelling or meaning. If there is no such column, return a placeholder.
+    """
     named = [name for name, value in sample.items() if not isinstance(value, bool)]
     near = get_close_matches(column, named, 1, cutoff=0.75)
     alike = [name for name in named if name.lower().startswith(_MEANINGS.get(column, ("\0",)))]
@@ -103,9 +109,12 @@ def _meant(column: str, sample: Mapping[str, Any]) -> str:
 
 
 def _describe_spelling(sample: Mapping[str, Any]) -> str | None:
-    """Describe how to map columns that would match a layout if their spelling, or the file's separator, were fixed."""
+    """Describe the fix if only the spelling of the columns, or the separator of a CSV file, is wrong.
+
+    Return None in all other cases.
+    """
     first, *others = sample
-    # If such a file is read with commas as separators, commas in a row make columns without a name.
+    # If a file with another separator is read with commas, each comma in a text adds a column without a name.
     is_alone = all(name.startswith(("Unnamed: ", "__index_level_")) for name in others)
     separator = next((mark for mark in ";\t|" if mark in first and is_alone), None)
     if separator:
@@ -123,7 +132,7 @@ def _describe_spelling(sample: Mapping[str, Any]) -> str | None:
 
 
 def _spelled(name: str) -> str:
-    """Return `Chosen Response` and `chosenResponse` as `chosen_response`."""
+    """Return the name in snake case: `Chosen Response` and `chosenResponse` become `chosen_response`."""
     name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name.strip(" \ufeff"))
     return re.sub(r"[\s-]+", "_", name).lower()
 
@@ -133,7 +142,10 @@ def _kind_of(value: Any) -> str:
 
 
 def _cast(column: str, value: Any, needed: Role) -> str:
-    """Describe what to do about a number for a role that needs text; a "4" in a CSV file is read as a number."""
+    """Describe the fix if a column of numbers should be text, because `datasets` reads "4" in a CSV file as a number.
+
+    Return "" if the value is no number, or if its text would not be accepted either.
+    """
     if not isinstance(value, int | float) or not needed.accepts(str(value)):
         return ""
     mapping = {column: _UNKNOWN}
@@ -149,7 +161,7 @@ def _columns(names: list[str]) -> str:
 
 @dataclass(frozen=True)
 class _Lack:
-    """A layout, and those of its roles that a dataset lacks."""
+    """A layout, and the roles of this layout that the columns of a dataset lack."""
 
     layout: ColumnLayout
     roles: list[Role]
@@ -160,11 +172,11 @@ class _Lack:
 
     @property
     def is_half(self) -> bool:
-        """Whether a column of the role "instruction and input" is missing; the input may be optional."""
+        """Whether the role "instruction and input" (`roles.ALPACA`) is missing; one of its two columns may exist."""
         return roles.ALPACA in self.roles
 
     def distance(self, sample: Mapping[str, Any]) -> tuple[int, bool, bool, bool, int]:
-        """Return the distance of a dataset from this layout; the smallest one identifies the nearest layout."""
+        """Return the distance of a dataset from this layout. The nearest layout has the smallest distance."""
         missing = len(self.missing(sample))
         return (-self.present(sample), missing > 2, self.is_half, self.layout.is_talk, missing)
 
@@ -172,7 +184,7 @@ class _Lack:
         return [column for column in self.columns if column not in sample]
 
     def why(self, sample: Mapping[str, Any]) -> str:
-        """Return the reason why columns do not have this layout although all of them exist."""
+        """Return the reason why the columns do not have this layout although all columns of the layout exist."""
         unfit = [(column, needed) for needed in self.roles for column in needed.names[0]]
         kinds = [
             f"column `{column}` is {_kind_of(sample[column])} and should be {needed.wanted}"

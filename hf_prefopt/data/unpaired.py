@@ -11,14 +11,15 @@ from transformers import TrainerCallback
 
 from hf_prefopt.data.group import prompt_keys
 
-# Size of the buffer for shuffling a stream. Shuffling separates the two rows of a pair.
+# Buffer size, in rows, for shuffling a stream. Shuffling separates the two rows of a pair.
 STREAM_BUFFER = 1000
 
 
 def unpair(dataset: Dataset | IterableDataset, features: Features) -> Dataset | IterableDataset:
-    """Convert each row n, which contains one pair, to the unpaired rows 2n (chosen, desirable) and 2n + 1 (rejected).
+    """Convert each row n, which contains one pair, to two unpaired rows.
 
-    The two rows are separate rows of the dataset, so shuffling separates them.
+    Row 2n has the chosen response, labeled desirable, and row 2n + 1 the rejected response, labeled undesirable. They
+    are separate rows of the dataset, so shuffling separates them. A stream is shuffled here.
 
     Args:
         dataset: Prepared pairs.
@@ -60,10 +61,11 @@ def _unpair_batch(columns: Mapping[str, list[Any]], names: Sequence[str]) -> dic
 class MismatchedResponses(TorchDataset):
     """A prepared dataset that adds a mismatched response, an answer to another prompt, to each response.
 
-    KTO's baseline is the policy's divergence from its reference on mismatched responses, `mismatched_ids` and
-    `mismatched_masks`. They are drawn uniformly from all rows with other prompts in the dataset, so they also exist
-    for a batch of one row. They are cut to the length that `max_length` leaves after the prompt. The draw depends only
-    on (seed, epoch, index of the row), so it is the same on every rank and for every batch size.
+    KTO's baseline is the KL between policy and reference, estimated on mismatched responses. Each row gets them as
+    `mismatched_ids` and `mismatched_masks`. The rows that they come from are drawn uniformly from all rows of the
+    dataset with other prompts, so a batch of one row has them, too. They are cut to the length that `max_length` leaves
+    after the prompt. The draw depends only on (seed, epoch, index of the row), so it is the same on every rank and for
+    every batch size.
 
     Raises:
         ValueError: If all rows have the same prompt.
@@ -77,7 +79,7 @@ class MismatchedResponses(TorchDataset):
                 f"all {len(dataset):,} rows have the same prompt, but KTO's baseline needs responses to other prompts: "
                 "pass rows with at least two prompts"
             )
-        # This order groups the rows by prompt: the rows with the prompt of row i are at first[i] to end[i] - 1.
+        # `_order` groups the rows by prompt. In it, the rows with the prompt of row i are at _first[i] to _end[i] - 1.
         self._order = np.argsort(keys, kind="stable")
         self._first, self._end = (np.searchsorted(keys[self._order], keys, side=side) for side in ("left", "right"))
         # Shared memory: worker processes that outlive an epoch must see the next epoch number.
@@ -85,11 +87,11 @@ class MismatchedResponses(TorchDataset):
 
     @property
     def epoch(self) -> int:
-        """The epoch whose responses are drawn."""
+        """The epoch for which responses are drawn."""
         return self._epoch.value
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the epoch; each epoch draws different responses."""
+        """Set the epoch. In each epoch, other responses are drawn."""
         self._epoch.value = epoch
 
     def __len__(self) -> int:
@@ -120,7 +122,7 @@ class MismatchedResponses(TorchDataset):
     def _draw_response(
         self, row: Mapping[str, Any], prompt_length: int, generator: np.random.Generator
     ) -> tuple[list[int], list[int]]:
-        """Draw one of the row's responses; return its token ids and scored mask, cut to fit after the prompt."""
+        """Draw one of the row's responses. Return its token ids and scored mask, cut to fit after the prompt."""
         which = int(generator.integers(len(row["response_ids"])))
         room = None if self._max_length is None else max(1, self._max_length - prompt_length)
         ids, mask = row["response_ids"][which][:room], row["scored_masks"][which][:room]
@@ -129,14 +131,16 @@ class MismatchedResponses(TorchDataset):
 
 
 def check_mismatched_lengths(dataset: Dataset, max_length: int | None, positions: int, name: str) -> None:
-    """Check that no prompt with a mismatched response is longer than the number of the model's positions.
+    """Check that no prompt together with its mismatched response has more tokens than the model has positions.
 
     Any response to another prompt may be drawn (see `MismatchedResponses`), so a prompt and the response drawn for it
     may be too long together, even if no row is too long.
 
     Args:
-        max_length: Length to which mismatched responses are cut; `None` for no cut.
-        positions: Maximum number of tokens of a prompt and a response.
+        dataset: The prepared rows.
+        max_length: Maximum length of prompt + mismatched response, to which the response is cut. If `None`, it is not
+            cut.
+        positions: Number of the model's positions: the maximum number of tokens of prompt + response.
         name: Name of the dataset in errors.
 
     Raises:
@@ -152,7 +156,7 @@ def check_mismatched_lengths(dataset: Dataset, max_length: int | None, positions
     ]
     prompts, responses = np.array(lengths).T
     keys, longest = prompt_keys(dataset), int(responses.argmax())
-    others = np.where(keys == keys[longest], 0, responses)  # 0 for responses to the same prompt as the longest one
+    others = np.where(keys == keys[longest], 0, responses)  # 0 for responses to the same prompt as the longest response
     partners = np.where(keys == keys[longest], others.argmax(), longest)
     drawn = np.where(keys == keys[longest], others.max(), responses[longest])
     totals = prompts + (drawn if max_length is None else np.minimum(drawn, np.maximum(1, max_length - prompts)))
@@ -169,7 +173,7 @@ def check_mismatched_lengths(dataset: Dataset, max_length: int | None, positions
 class EpochOfMismatches(TrainerCallback):
     """Callback that sets the epoch of `MismatchedResponses`.
 
-    The Trainer sets the epoch of either the sampler or the dataset, but not of both.
+    It is needed because the Trainer sets the epoch of the sampler or of the dataset, but never of both.
     """
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **_):

@@ -1,4 +1,4 @@
-"""Warn about message keys that a chat template ignores, arguments that it ignores, and a date that it writes."""
+"""Warn if a chat template ignores keys of messages, ignores its arguments, or writes today's date."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from hf_prefopt.data.rows import CanonicalRow
 from hf_prefopt.data.template import TEMPLATE_ERRORS, ChatTemplate
 
 _ALWAYS_READ = ("role", "content")
-# Argument names with which templates accept a date instead of today's date.
+# Names of the template arguments that set a date to write instead of today's date.
 _DATES = ("date_string", "current_date", "date")
 
 
@@ -25,7 +25,7 @@ def describe_template(
         kwargs: Arguments of the chat template from the settings.
 
     Raises:
-        ValueError: If the template does not read one of the arguments.
+        ValueError: If the template does not read one of the arguments in `kwargs`.
     """
     talks = [row for row in rows if row.content_type == "messages"]
     if not talks:
@@ -82,7 +82,10 @@ def unrendered_keys(
 def _try_without(
     row: CanonicalRow, messages: list[Message], tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any]
 ) -> dict[str, bool]:
-    """Return, for each key except role and content, and for tools, whether the text changes without it."""
+    """Return, for each message key, whether the rendered text changes if the key is removed.
+
+    The keys `role` and `content` are left out. The result also has the key `tools` if the row has tool schemas.
+    """
     keys = dict.fromkeys(key for message in messages for key in message if key not in _ALWAYS_READ)
     if not keys and not row.tools:
         return {}

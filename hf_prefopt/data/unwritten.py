@@ -1,4 +1,4 @@
-"""Raise errors for text of a row that the chat template does not write, because the model would train without it."""
+"""Raise an error if a chat template does not write all text of a row: the model would be trained without this text."""
 
 from typing import Any
 
@@ -6,9 +6,9 @@ from hf_prefopt.data.messages import Message, text_of
 from hf_prefopt.data.rows import BadRow
 from hf_prefopt.data.template import TEMPLATE_ERRORS, THINKING_MARKER, ChatTemplate
 
-# Keys that hold the assistant's output in addition to its content.
+# Keys of a message that hold thinking, which the assistant writes in addition to the content.
 THINKING_KEYS = ("reasoning_content", "reasoning", "thinking")
-# `function_call` is the former name of `tool_calls` in OpenAI's format, for one call.
+# `function_call` is an older key of OpenAI's format that holds one call. `tool_calls` has replaced it.
 _CALL_KEYS = ("tool_calls", "function_call")
 _CURE = (
     "use a chat template that writes it (tokenizer.chat_template), remove it from the rows, or pass on_bad_rows='drop'"
@@ -66,7 +66,11 @@ def _check_keys(column: str, messages: list[Message], place: int, text: str, tem
 
 
 def _check_calls(column: str, messages: list[Message], place: int, key: str, template: ChatTemplate) -> None:
-    """Raise `BadRow` if the text stays the same without the calls, the first or last of them, or their arguments."""
+    """Raise `BadRow` if the template does not write all tool calls of a message.
+
+    This is the case if the rendered text stays the same without the calls, without the first or the last call, or
+    without the arguments of the calls.
+    """
     message, calls = messages[place], messages[place][key]
     whole = template.render(messages)
     changed = {f"`{key}`": {name: value for name, value in message.items() if name != key}}
@@ -79,13 +83,13 @@ def _check_calls(column: str, messages: list[Message], place: int, key: str, tem
         try:
             is_written = template.render([*messages[:place], other, *messages[place + 1 :]]) != whole
         except TEMPLATE_ERRORS:
-            is_written = True  # the template needs it
+            is_written = True  # the template needs this part
         if not is_written:
             raise BadRow(column, f"has {part}, which the chat template does not write", _CURE)
 
 
 def _without_arguments(call: Any) -> Any:
-    """Return a tool call with empty arguments; they are a dict or its JSON."""
+    """Return a tool call with empty arguments: an empty dict, or its JSON if the arguments are JSON."""
     if not isinstance(call, dict):
         return call
     if isinstance(call.get("function"), dict):

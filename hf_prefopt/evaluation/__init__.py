@@ -1,1 +1,1 @@
-"""Evaluations in addition to the loss: answers to problems with known solutions."""
+"""Evaluations in addition to the loss: compare generated answers with known solutions."""

@@ -1,4 +1,4 @@
-"""Generate answers to a batch of prompts, without changing the model, the tokenizer or any random state."""
+"""Generate answers to a batch of prompts. The model, the tokenizer and the random states are not changed."""
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +17,7 @@ Problem = Mapping[str, Any]
 
 
 def messages_of(problem: Problem | str) -> list[dict[str, Any]]:
-    """Convert a text, or a row with a column `prompt` (text or messages) or `question`, to messages."""
+    """Convert a prompt to messages: a text, or a row with the column `prompt` (text or messages) or `question`."""
     if isinstance(problem, str):
         prompt: Any = problem
     else:
@@ -26,7 +26,7 @@ def messages_of(problem: Problem | str) -> list[dict[str, Any]]:
 
 
 def prompt_ids(problem: Problem | str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the prompt as token ids, with the generation prompt of the chat template if the tokenizer has one."""
+    """Return the prompt as token ids. If the tokenizer has a chat template, they end with its generation prompt."""
     messages = messages_of(problem)
     if tokenizer.chat_template is None:
         return tokenizer("\n".join(message["content"] for message in messages) + "\n")["input_ids"]
@@ -35,7 +35,11 @@ def prompt_ids(problem: Problem | str, tokenizer: PreTrainedTokenizerBase) -> li
 
 
 def pad_left(sequences: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Pad sequences on the left, independently of the tokenizer's padding side. Returns ids and mask, `[B, T]` each."""
+    """Pad sequences on the left, whatever the tokenizer's padding side is.
+
+    Returns:
+        The token ids and the attention mask, `[B, T]` int64 each.
+    """
     width = max(len(ids) for ids in sequences)
     input_ids = torch.full((len(sequences), width), pad_id, dtype=torch.int64)
     attention_mask = torch.zeros_like(input_ids)
@@ -58,14 +62,16 @@ def generate_answers(
     and PyTorch are restored afterwards.
 
     Args:
-        model: Model without an engine's wrapper.
+        model: Model without the wrapper of a training engine, such as DDP or DeepSpeed.
+        tokenizer: Tokenizer of the model.
+        prompts: Token ids of each prompt.
         settings: Arguments of `generate`, such as `max_new_tokens` and `do_sample`.
-        autocast: Context for the forward passes.
+        autocast: Autocast context for the forward passes. `None` adds no context.
     """
     pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     input_ids, attention_mask = pad_left(list(prompts), pad_id)
     device = device_of(model)
-    # Under PEFT, generate calls the inner model, which the engine's own autocast does not wrap.
+    # With PEFT, `generate` calls the inner model, but the engine's autocast wraps only the outer one.
     with torch.no_grad(), evaluation_mode(model), random_states_kept(), autocast or nullcontext():
         output = cast(Any, model).generate(
             input_ids=input_ids.to(device),
@@ -78,7 +84,13 @@ def generate_answers(
 
 
 def generation_settings(max_new_tokens: int, temperature: float = 0.0) -> dict[str, Any]:
-    """Return arguments of `generate`: greedy for a temperature of 0, otherwise sampling without top-k and top-p."""
+    """Return arguments of `generate`.
+
+    A temperature of 0 selects greedy decoding. Any other temperature selects sampling without top-k and top-p.
+
+    Raises:
+        ValueError: If the temperature is negative or `max_new_tokens` is less than 1.
+    """
     if temperature < 0 or max_new_tokens < 1:
         raise ValueError(
             f"temperature must be at least 0 and max_new_tokens at least 1, got temperature={temperature}, "

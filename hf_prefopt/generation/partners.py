@@ -1,4 +1,4 @@
-"""The policy and the reference of any `transformers.Trainer`, for generation."""
+"""Find the policy and the reference of any `transformers.Trainer`, to generate with them."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -17,22 +17,25 @@ from hf_prefopt.scoring.modes import ModuleTree, adapters_off
 
 
 class Partner(NamedTuple):
-    """A model, and a function that returns the context in which the model acts as policy or as reference."""
+    """The policy or the reference: a model, and a function that returns the context in which the model is used.
+
+    For example, the context may disable an adapter, so that the policy's model is the reference.
+    """
 
     model: nn.Module
     acting: Callable[[], AbstractContextManager] = nullcontext
 
 
 def policy_of(trainer: Trainer) -> Partner:
-    """Return the policy, without an engine's wrapper."""
+    """Return the policy, without the wrapper of a training engine, such as DDP or DeepSpeed."""
     return Partner(trainer.accelerator.unwrap_model(trainer.model))
 
 
 def reference_of(trainer: Trainer, given: nn.Module | None = None) -> Partner:
-    """Return the first available reference: `given`, the reference of a `PreferenceTrainer`, or the disabled adapter.
+    """Return a reference: `given`, else the reference of a `PreferenceTrainer`, else the policy without its adapter.
 
     Raises:
-        ValueError: If none is available.
+        ValueError: If none of these exists.
     """
     if given is not None:
         return Partner(given.to(trainer.args.device))
@@ -50,7 +53,7 @@ def reference_of(trainer: Trainer, given: nn.Module | None = None) -> Partner:
 
 
 def refuse_sharded(trainer: Trainer) -> None:
-    """Raise `ValueError` if the engine shards the model's parameters."""
+    """Raise `ValueError` if the training engine (FSDP or DeepSpeed) shards the model's parameters."""
     kind = trainer.accelerator.distributed_type
     if kind == DistributedType.FSDP or any(map(is_sharded, policy_of(trainer).model.parameters())):
         raise ValueError(
@@ -62,7 +65,7 @@ def refuse_sharded(trainer: Trainer) -> None:
 def answers_of(
     trainer: Trainer, partner: Partner, problems: Sequence[Problem | str], settings: dict[str, Any], batch_size: int
 ) -> list[str]:
-    """Generate the answers of the policy or the reference to all problems, in order."""
+    """Generate an answer of `partner`, the policy or the reference, to each problem, and return them in order."""
     processing_class: Any = trainer.processing_class
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     if tokenizer is None:

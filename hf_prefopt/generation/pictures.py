@@ -20,7 +20,7 @@ class PictureCallback(TrainerCallback):
 
     Args:
         trainer: Trainer that the callback is added to.
-        draw: Function that writes a PNG file to a given path.
+        draw: Function that takes a path and writes a PNG file to it.
         name: Name of the picture in the trackers.
     """
 

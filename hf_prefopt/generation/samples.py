@@ -17,7 +17,8 @@ class SampleGenerationsCallback(TrainerCallback):
     """A callback that shows answers of policy and reference at every evaluation, in the terminal and in trackers.
 
     The callback works in any `transformers.Trainer` of a causal language model. If the policy has an adapter, the
-    reference is the model with its adapter disabled. The first rank generates. Generation does not change training.
+    reference is the model with its adapter disabled. Only the first rank generates. Training is the same as without
+    the callback.
 
     Example:
         ```python
@@ -32,13 +33,14 @@ class SampleGenerationsCallback(TrainerCallback):
         temperature: Sampling temperature; 0 selects the most likely token.
         batch_size: Number of answers per batch.
         name: Name of the table in the trackers.
-        console: Console that prints the table. Default: standard output, or no output with `disable_tqdm`.
+        console: Console that prints the table. By default, it is printed to standard output, or not at all if the
+            training arguments set `disable_tqdm`.
 
     Attributes:
         rows: Latest answers, as dicts with `prompt`, `reference` and `policy`.
 
     Raises:
-        ValueError: If there is no reference or no prompt or, when training begins, if the engine shards the parameters.
+        ValueError: If there is no reference or no prompt; when training begins, if the engine shards the parameters.
     """
 
     def __init__(

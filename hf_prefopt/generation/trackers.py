@@ -1,4 +1,4 @@
-"""Tables and pictures for the experiment trackers of a Trainer: TensorBoard, trackio and Weights & Biases.
+"""Log tables and pictures to the experiment trackers of a Trainer: TensorBoard, trackio and Weights & Biases.
 
 The functions write through the Trainer's own callbacks, so tables and pictures are in the same run as the metrics.
 """
@@ -14,7 +14,7 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 def log_table(trainer: Trainer, name: str, rows: Rows) -> list[str]:
-    """Log a table to each active tracker; its rows are dicts with the same keys.
+    """Log a table to each active tracker. The rows of the table are dicts with the same keys.
 
     Returns:
         The names of the trackers that logged the table.
@@ -32,7 +32,7 @@ def log_picture(trainer: Trainer, name: str, path: str | Path) -> list[str]:
 
 
 def _to_each(trainer: Trainer, writers: Mapping[type, Any], name: str, content: Any) -> list[str]:
-    """Log the content on the first rank; other ranks return an empty list."""
+    """Log the content on the first rank, and return the names of the trackers. Other ranks return an empty list."""
     told: list[str] = []
     if not trainer.is_world_process_zero():
         return told
@@ -66,7 +66,7 @@ def _tensorboard_table(callback: Any, name: str, rows: Rows, step: int) -> bool:
 def _tensorboard_picture(callback: Any, name: str, path: Path, step: int) -> bool:
     if callback.tb_writer is None:
         return False
-    from PIL import Image  # comes with matplotlib, which draws the pictures
+    from PIL import Image  # matplotlib, which draws the pictures, requires PIL
 
     with Image.open(path) as picture:
         import numpy as np

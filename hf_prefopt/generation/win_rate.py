@@ -19,14 +19,15 @@ Judge = Callable[[Any, str, str], float]
 class WinRateCallback(TrainerCallback):
     """A callback that logs the win rate of the policy against the reference, with a 95 % interval, at every evaluation.
 
-    The judge compares each pair of answers in both orders, so that position bias leads to a tie:
-    w = (judge(x, policy, reference) + 1 − judge(x, reference, policy)) / 2. The win rate is the mean of w over
-    different prompts. Repeated prompts are averaged first, because their answers are not independent. The interval is
-    the Wilson interval for n = the number of different prompts; it is wider than necessary if there are ties.
+    The judge compares the two answers to a prompt x in both orders, so that position bias leads to a tie. The policy's
+    score is w = (judge(x, policy, reference) + 1 − judge(x, reference, policy)) / 2. The win rate is the mean of w over
+    the different prompts. If a prompt is repeated, its scores are averaged first, because its answers are not
+    independent. The interval is the Wilson interval, with the number of different prompts as the sample size. If there
+    are ties, it is wider than necessary.
 
-    The callback works in any `transformers.Trainer` of a causal language model. Under plain data parallelism, the
-    prompts are divided among the ranks. If the policy has an adapter, the reference is the model with its adapter
-    disabled.
+    The callback works in any `transformers.Trainer` of a causal language model. With several ranks (data parallelism
+    without sharded parameters), each rank answers a part of the prompts. If the policy has an adapter, the reference is
+    the model with its adapter disabled.
 
     Logged metrics: `eval_win_rate`, `eval_win_rate/low`, `eval_win_rate/high`, `eval_win_rate/prompts`, and
     `eval_win_rate/consistent`, the share of prompts with the same verdict in both orders.
@@ -99,9 +100,9 @@ class WinRateCallback(TrainerCallback):
         return {f"eval_{self._name}{suffix}": value for suffix, value in found.items()}
 
     def _judge_all(self) -> dict[int, dict[str, Any]]:
-        """Return the answers and the verdict of every prompt, keyed by its index, on every rank."""
+        """Return, on every rank, the answers and the score for every prompt, keyed by the index of the prompt."""
         state = PartialState()
-        # Padding gives every rank the same number of batches; the dict removes repeated indices.
+        # Padding repeats indices, so that all ranks have the same number of batches. The dict removes repeated indices.
         with state.split_between_processes(list(range(len(self._prompts))), apply_padding=True) as own:
             judged = self._judge_own(list(own))
         return dict(gather_object(list(judged.items()))) if state.num_processes > 1 else judged
@@ -123,7 +124,7 @@ class WinRateCallback(TrainerCallback):
         }
 
     def _win(self, prompt: Problem | str, policy: str, reference: str) -> dict[str, Any]:
-        """Return the policy's score w, and whether both orders agree. Equal answers are a tie and are not judged."""
+        """Return the policy's score w, and whether both orders agree. Equal answers are a tie without a judgment."""
         if policy == reference:
             return {"win": 0.5, "consistent": True}
         before, after = self._verdict(prompt, policy, reference), 1 - self._verdict(prompt, reference, policy)

@@ -9,11 +9,11 @@ from hf_prefopt.kinds.scored import SCORED
 from hf_prefopt.kinds.triples import TRIPLES
 from hf_prefopt.kinds.unpaired import UNPAIRED
 
-# The kind of a loss is the first entry that has all inputs of the loss. A kind that has all inputs of another kind must
-# come after it, as triples after pairs. docs/design.md lists what else a new kind needs.
+# The kind of a loss is the first of these kinds that provides all inputs of the loss. If a kind provides all inputs of
+# another kind, as triples do for pairs, it must come after that kind. docs/design.md lists what else a new kind needs.
 KINDS: tuple[ExampleKind, ...] = (PAIRS, TRIPLES, UNPAIRED, SCORED, LISTS)
 
-# The entries of a batch with one element for each example.
+# Names of the batch entries that have one element for each example.
 EXAMPLE_ENTRIES = tuple(
     {name for kind in KINDS for name in (*kind.responses.values(), *kind.batch_inputs, "rows", "pair_in_row")}
 )

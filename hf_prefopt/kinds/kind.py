@@ -1,7 +1,8 @@
 """The interface of a kind of examples: the names of its loss inputs, its entries in a batch, and its metrics.
 
-A loss gives one number for each example: a pair of responses, one labeled response, or a list of responses. A batch
-holds its R responses in one flat order; the kind defines which responses each of the B examples compares.
+An example is a pair of responses, one labeled response, or a list of responses. A loss returns one number for each
+example. A batch numbers its R responses from 0 to R - 1, and the kind defines which of them each of the B examples
+compares.
 """
 
 import re
@@ -21,15 +22,16 @@ class Statistic:
     """The per-token statistics that a loss input requires from the language-model heads, in addition to log-probs.
 
     Attributes:
-        own: statistics from the head of the model that the input describes.
-        of_reference: statistics from the reference's head; the reference is then scored before the policy.
+        own: statistics that the head computes for the model in the input's name, "policy" or "ref".
+        of_reference: statistics that the head computes for the reference. If there are any, the reference is scored
+            before the policy.
     """
 
     own: tuple[str, ...] = ()
     of_reference: tuple[str, ...] = ()
 
 
-# Statistics of a response under a model, which can be inputs of losses; see `objective.objective`.
+# Statistics of a response under a model that can be inputs of losses. `objective.objective` computes them.
 STATISTICS: dict[str, Statistic] = {
     "logps": Statistic(),
     "token_logps": Statistic(),
@@ -42,11 +44,11 @@ STATISTICS: dict[str, Statistic] = {
 
 @dataclass(frozen=True)
 class OptionalColumn:
-    """An optional number for each example: a column of the prepared data and an input of losses.
+    """An optional number for each example. It is a column of the prepared data and an input of losses.
 
     Attributes:
-        columns: the column's accepted names in raw rows; error messages suggest the first.
-        default: the value for rows without the column; `None` if losses that use the column require it.
+        columns: the column's accepted names in raw rows. Error messages suggest the first.
+        default: the value for rows without the column. If it is `None`, losses that use the column require it.
         low, high: the allowed range, both ends included.
     """
 
@@ -64,8 +66,8 @@ class Metric:
     """A metric of the examples of a batch.
 
     Attributes:
-        values: `[B]`.
-        counted: `[B]` bool, the examples for which the metric is defined; `None` if it is defined for all.
+        values: `[B]`. The metric of each example.
+        counted: `[B]` bool. True for the examples for which the metric is defined; `None` if it is defined for all.
     """
 
     values: Tensor
@@ -73,29 +75,31 @@ class Metric:
 
     @property
     def total(self) -> Tensor:
-        """The sum over the examples that count, in float64."""
+        """The sum over the examples for which the metric is defined, in float64."""
         values = self.values.detach().double()
         return (values if self.counted is None else torch.where(self.counted, values, 0.0)).sum()
 
     @property
     def count(self) -> Tensor | int:
-        """The number of examples that count."""
+        """The number of examples for which the metric is defined."""
         return len(self.values) if self.counted is None else self.counted.sum()
 
 
 class ExampleKind(ABC):
-    """A kind of examples. The parameter names of a loss determine which kind the loss compares.
+    """A kind of examples. The parameter names of a loss determine the kind of examples that it compares.
 
     Attributes:
         name: the name of the kind, such as "pairs".
-        wanted: a description of the rows that such a dataset needs, for error messages.
-        columns: the prepared columns that identify this kind; the first has an entry for each example.
-        responses: maps the name of a response in a loss's parameters, `{policy | ref}_{name}_{statistic}`, to the
-            entry of the batch that holds its indices into the R responses.
+        wanted: a description of the rows that a dataset of this kind needs, for error messages.
+        columns: the prepared columns that identify this kind. Except for lists, the first column has one entry for each
+            example.
+        responses: maps the name of a response, such as "chosen", to the batch entry with the indices of these responses
+            (0 to R - 1). A loss's parameters contain this name: `{policy | ref}_{name}_{statistic}`.
         batch_inputs: entries of the batch that losses take unchanged, including the optional columns.
-        optional_columns: the optional numbers of an example, keyed by the name of the prepared column and input.
-        rewarded: the names of the responses with implicit rewards, in the order of the rewards' columns.
-        metric_inputs: the inputs that the metrics read; they are provided for every loss.
+        optional_columns: the optional numbers of an example. The key is the name of the prepared column and of the
+            input.
+        rewarded: the names of the responses with implicit rewards, in the order of the columns of the rewards `[B, K]`.
+        metric_inputs: the inputs that the metrics read. They are provided with every loss.
         has_token_inputs: whether losses can take `..._token_logps` and `..._token_mask`.
         has_preferences: whether the data define which responses are preferred.
     """
@@ -121,22 +125,24 @@ class ExampleKind(ABC):
         )
 
     def has_input(self, name: str) -> bool:
-        """Return True if a loss parameter of this name is an input of this kind."""
+        """Return True if this kind provides a loss parameter of this name."""
         return name in self.batch_inputs or self._pattern.fullmatch(name) is not None
 
     def statistic(self, name: str) -> str | None:
-        """Return the statistic of a response that an input holds; `None` for lengths and entries of the batch."""
+        """Return the name of the statistic in an input's name; `None` for lengths, token masks and `batch_inputs`."""
         match = self._pattern.fullmatch(name)
         return match["statistic"] if match else None
 
     def input_of(self, name: str, batch: Mapping[str, Any], scores: Mapping[str, Any]) -> Tensor:
-        """Return the input of this name for the examples of a batch; gradients flow to the policy's scores.
+        """Return the input of this name for the examples of a batch. Gradients flow back to the policy's scores.
 
         Args:
-            scores: the `ResponseStatistics` of "policy" and "ref".
+            name: the name of the input.
+            batch: the entries of the batch.
+            scores: the `ResponseStatistics` of the models, keyed by "policy" and "ref".
 
         Raises:
-            ValueError: the rows lack a column that has no default.
+            ValueError: if the rows lack a column that has no default.
         """
         if name in self.batch_inputs:
             return batch[name] if name in batch else self._left_out(name, batch)
@@ -147,7 +153,7 @@ class ExampleKind(ABC):
         return getattr(scores[match["model"] or "policy"], match["statistic"] or match["length"])[places]
 
     def _left_out(self, name: str, batch: Mapping[str, Any]) -> Tensor:
-        """Return the default of an optional column that the rows lack."""
+        """Return the default value of an optional column for all examples, because the rows lack this column."""
         default = self.optional_columns[name].default if name in self.optional_columns else None
         if default is None:
             raise ValueError(
@@ -158,7 +164,8 @@ class ExampleKind(ABC):
     def default_rewards(self, arguments: Mapping[str, Any], beta: float) -> Tensor | None:
         """Return the implicit rewards β·(s − s_ref), `[B, K]`, for a loss that returns no rewards.
 
-        s and s_ref are the log-probs of policy and reference. Without log-probs of the policy, return `None`.
+        s and s_ref are the log-probs of a response under policy and reference. If the loss takes no log-probs of the
+        reference, s_ref is 0. If it takes none of the policy, return `None`.
         """
         stems = [f"{name}_logps" if name else "logps" for name in self.rewarded]
         if any(f"policy_{stem}" not in arguments for stem in stems):
@@ -170,9 +177,10 @@ class ExampleKind(ABC):
         return len(self.rewarded)
 
     def predictions(self, rewards: Tensor | None, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the arguments of `compute_metrics`, `[B, K]` each.
+        """Return the arguments of `compute_metrics`: `predictions` and `labels`, `[B, K]` each.
 
-        The predictions are the rewards, or else the log-probs; the labels are 1 for preferred responses.
+        The predictions are the rewards, or the log-probs if the loss has no rewards. The labels are those of
+        `preferred`.
         """
         stems = [f"{name}_logps" if name else "logps" for name in self.rewarded]
         shown = _columns([inputs[f"policy_{stem}"] for stem in stems]).detach() if rewards is None else rewards
@@ -183,7 +191,7 @@ class ExampleKind(ABC):
         return len(row[self.columns[0]])
 
     def batch_inputs_of(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
-        """Return the `batch_inputs` that prepared rows hold, one value for each example, in the order of the rows."""
+        """Return those of the `batch_inputs` that prepared rows contain: one value for each example, in row order."""
         present = [name for name in self.optional_columns if name in rows[0]]
         return {name: np.concatenate([np.array(row[name], dtype=np.float32) for row in rows]) for name in present}
 
@@ -193,11 +201,11 @@ class ExampleKind(ABC):
 
         Args:
             rows: prepared rows.
-            places: for each row, the positions of its responses in the batch's flat order.
+            places: for each row, the indices of its responses among the R responses of the batch.
 
         Returns:
-            This kind's entries, and `rows` and `pair_in_row`, `[B]` int64. `rows` has the index of each example's row
-            in its dataset, and `pair_in_row` the index of the example among the examples of its row.
+            The entries of this kind, and two entries of every kind, `[B]` int64 each. `rows` has the index of each
+            example's row in the dataset. `pair_in_row` has the index of each example among the examples of its row.
         """
 
     @abstractmethod
@@ -210,7 +218,7 @@ class ExampleKind(ABC):
 
     @abstractmethod
     def preferred(self, shown: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Return `[B, K]`, like `shown`: 1 for the responses that the data prefer, 0 for the others."""
+        """Return `[B, K]`, in the dtype of `shown`: 1 for the responses that the data prefer, 0 for the others."""
 
     def refusal(self, row: Mapping[str, Any], inputs: Sequence[str]) -> str | None:
         """Return why a dataset with this row cannot provide these inputs; `None` if it can."""
@@ -225,12 +233,12 @@ class ExampleKind(ABC):
 
 
 def _columns(tensors: list[Tensor]) -> Tensor:
-    """Return vectors `[B]` as the columns of a matrix `[B, K]`; a single matrix is returned unchanged."""
+    """Stack K vectors `[B]` to a matrix `[B, K]`. If the first tensor is such a matrix already, return it."""
     return torch.stack(tensors, dim=-1) if tensors[0].dim() == 1 else tensors[0]
 
 
 def row_numbers(rows: Sequence[Mapping[str, Any]], counts: Sequence[int]) -> dict[str, np.ndarray]:
-    """Return `rows` and `pair_in_row` of the examples; `counts` is the number of examples in each row."""
+    """Return `rows` and `pair_in_row` (see `ExampleKind.index`). `counts` has the number of examples of each row."""
     return {
         "rows": np.repeat(np.array([row["row"] for row in rows], dtype=np.int64), counts),
         "pair_in_row": np.concatenate([np.arange(count) for count in counts]),

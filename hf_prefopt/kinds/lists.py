@@ -1,4 +1,4 @@
-"""Lists: K ≥ 2 responses to one prompt, ranked or scored; K may differ from list to list."""
+"""Lists: several responses to one prompt, with ranks or scores. The number of responses may differ between lists."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,8 +12,13 @@ from hf_prefopt.kinds.kind import WEIGHT, ExampleKind, Metric, row_numbers
 
 
 class Lists(ExampleKind):
-    """Lists of responses. Batch entries, `[B, K]`, where K is the length of the longest list: `list_responses` int64,
-    `list_mask` bool (False for padding), `list_ranks` (smaller is better) and `list_scores` (larger is better) float32.
+    """Lists of responses.
+
+    Batch entries, `[B, K]` each, where K is the length of the longest list:
+        `list_responses`: int64. Indices of the responses.
+        `list_mask`: bool. False for padding.
+        `list_ranks`: float32. Smaller is better.
+        `list_scores`: float32. Larger is better.
     """
 
     name = "lists"
@@ -27,7 +32,7 @@ class Lists(ExampleKind):
     has_token_inputs = False
 
     def index(self, rows: Sequence[Mapping[str, Any]], places: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
-        """Return the entries, one example for each row. Padding is 0 in `list_responses` and False in `list_mask`."""
+        """Return the batch entries. Each row is one example. Padding is 0, and False in `list_mask`."""
         return {
             "list_responses": _padded(
                 [at[: len(row["ranks"])] for row, at in zip(rows, places, strict=True)], np.int64
@@ -41,11 +46,11 @@ class Lists(ExampleKind):
         return 1
 
     def count_rewards(self, inputs: Mapping[str, Tensor]) -> int:
-        """Return K, including padding."""
+        """Return K, the length of the longest list in the batch, because rewards are padded to this length."""
         return next(tensor.shape[1] for tensor in inputs.values() if tensor.dim() == 2)
 
     def batch_inputs_of(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
-        """Also return `list_mask`, `list_ranks` and `list_scores`, `[B, K]`; rows with only ranks have scores of 0."""
+        """Also return `list_mask`, `list_ranks` and `list_scores`, `[B, K]`. Scores are 0 for rows with only ranks."""
         ranks = [row["ranks"] for row in rows]
         return {
             "list_mask": _padded([np.ones(len(given)) for given in ranks], bool),
@@ -55,11 +60,12 @@ class Lists(ExampleKind):
         }
 
     def metrics(self, rewards: Tensor | None, inputs: Mapping[str, Tensor]) -> dict[str, Metric]:
-        """Return metrics of the best response in the data, or their means if several responses are equally good.
+        """Return metrics of the best response of each list, the one with the smallest rank in the data.
 
-        The metrics are the log-prob, the reward, the accuracy and the margin. A list is accurate if this reward is the
-        highest; a tie of n responses counts 1/n. The margin is the difference from the mean reward of the other
-        responses, for lists that have other responses.
+        If several responses are best, metrics are means over them. The metrics are the log-prob, the reward, the
+        accuracy and the margin. The accuracy is 1 if the best response has the highest reward, else 0. If several
+        responses have the highest reward, it is the share of best responses among them. The margin is the reward of the
+        best response minus the mean reward of the other responses. It is undefined for lists without other responses.
         """
         mask = inputs["list_mask"]
         best = best_of(inputs["list_ranks"], mask)
@@ -81,20 +87,20 @@ class Lists(ExampleKind):
         return F.pad(best, (0, shown.shape[1] - best.shape[1]))
 
     def refusal(self, row: Mapping[str, Any], inputs: Sequence[str]) -> str | None:
-        """Return the base class's reason. Losses that compare scores also need the column `scores`."""
+        """Return the reason of the base class, or a reason if the loss compares scores and the row has none."""
         if "list_scores" in inputs and not row.get("scores"):
             return "it compares scores, but these rows have only `ranks`: add a column `scores`"
         return super().refusal(row, inputs)
 
 
 def best_of(ranks: Tensor, mask: Tensor) -> Tensor:
-    """Return `[B, K]` bool: True for the response with the smallest rank, or for all responses that have it."""
+    """Return `[B, K]` bool: True for each response that has the smallest rank of its list."""
     ranks = ranks.masked_fill(~mask, torch.inf)
     return (ranks == ranks.amin(dim=1, keepdim=True)) & mask
 
 
 def mean_of(values: Tensor, chosen: Tensor) -> Tensor:
-    """Return `[B]`: the mean over the chosen responses of each list, 0 if none is chosen."""
+    """Return `[B]`: for each list, the mean of `values` where `chosen` is True; 0 if `chosen` is never True."""
     return torch.where(chosen, values, 0.0).sum(1) / chosen.sum(1).clamp(min=1)
 
 

@@ -1,7 +1,8 @@
-"""Synthetic examples of every kind, as the named inputs of losses, to try a loss before training and to test it.
+"""Synthetic examples of every kind, in the form of loss inputs, to try a loss before training and to test it.
 
-The five default examples include hard cases: a chosen response of one token (example 0), a list with two equal scores
-and ranks (2), a pair whose responses have equal log-probs (3), and a list of one response (4).
+The five default examples include hard cases: a chosen response of one token (example 0), a list in which two responses
+have the same score and rank (example 2), a pair whose responses have equal log-probs (example 3), and a list of one
+response (example 4).
 """
 
 from collections.abc import Iterable
@@ -16,7 +17,10 @@ LONGEST_RESPONSE = 32
 
 
 def made_up_inputs(dtype=torch.float64, pairs: int = EXAMPLES, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Return inputs for all kinds, keyed by name, with about −1.5 nats per token and log-ratios of a few nats."""
+    """Return loss inputs of all kinds, keyed by name.
+
+    The log-probs are about −1.5 nats per token, and the log-ratios of policy to reference are a few nats per response.
+    """
     rng = np.random.default_rng(seed)
     lengths = {side: rng.integers(3, 30, pairs) for side in ("chosen", "rejected")}
     lengths["chosen"][0] = 1
@@ -41,13 +45,17 @@ def made_up_inputs(dtype=torch.float64, pairs: int = EXAMPLES, seed: int = 0) ->
 
 
 def made_up_examples(names: Iterable[str], count: int = 2, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """Return the inputs with these names for `count` examples; all inputs of all kinds are supported."""
+    """Return the inputs with these names for `count` examples. All inputs of all kinds are supported."""
     known = made_up_inputs(dtype, count)
     return {name: known[name] if name in known else _any_input(name, count, dtype) for name in names}
 
 
 def _any_input(name: str, count: int, dtype: torch.dtype) -> Tensor:
-    """Return a constant: −4 nats for sums over 8 tokens, −½ nats for a token, 1 for weights, ½ for all others."""
+    """Return an input with the same value everywhere.
+
+    The value is True for masks, 8 for lengths, −4 nats for log-probs of responses (of 8 tokens), −½ nats for log-probs
+    of tokens, 1 for weights, and ½ for all other inputs.
+    """
     shape = (count, LONGEST_RESPONSE) if "token" in name else (count, LONGEST_LIST) if "list" in name else (count,)
     if name.endswith("mask"):
         return torch.ones(shape, dtype=torch.bool)
@@ -58,7 +66,10 @@ def _any_input(name: str, count: int, dtype: torch.dtype) -> Tensor:
 
 
 def _tokens(rng, inputs) -> dict[str, torch.Tensor]:
-    """Return token log-probs that add up to the pairs' sums, token weights near 1, and row numbers."""
+    """Return the inputs of pairs that concern tokens, and `rows` and `pair_in_row`.
+
+    The token log-probs of a response add up to its log-prob in `inputs`. The token weights are between 0.5 and 2.
+    """
     tokens = {"rows": torch.tensor(rng.permutation(100)[: len(inputs["chosen_lengths"])])}
     for side in ("chosen", "rejected"):
         mask = torch.arange(LONGEST_RESPONSE) < inputs[f"{side}_lengths"][:, None]
@@ -73,14 +84,14 @@ def _tokens(rng, inputs) -> dict[str, torch.Tensor]:
 
 
 def _whole_predictions(rng, pairs, dtype) -> dict[str, torch.Tensor]:
-    """Return KLs of a few nats per response, and normalized entropies between 0.1 and 0.5."""
+    """Return the policy's KLs, 0.5 to 8 nats per response, and the reference's normalized entropies, 0.1 to 0.5."""
     kl = {f"policy_{side}_kl": rng.uniform(0.5, 8, pairs) for side in ("chosen", "rejected")}
     entropies = {f"ref_{side}_normalized_entropy": rng.uniform(0.1, 0.5, pairs) for side in ("chosen", "rejected")}
     return {name: torch.tensor(values, dtype=dtype) for name, values in {**kl, **entropies}.items()}
 
 
 def _logps(rng, shape, dtype) -> dict[str, torch.Tensor]:
-    """Return lengths, policy log-probs and reference log-probs of responses, in the given shape."""
+    """Return lengths of responses and their log-probs under policy and reference, all with the shape `shape`."""
     n = rng.integers(3, 30, shape)
     reference = -n * rng.uniform(0.5, 2.5, shape)
     policy = np.minimum(reference + rng.normal(0, 3, shape), -0.05 * n)
@@ -92,7 +103,10 @@ def _logps(rng, shape, dtype) -> dict[str, torch.Tensor]:
 
 
 def _unpaired(rng, count, dtype) -> dict[str, torch.Tensor]:
-    """Return single responses; every second one is desirable. Quantiles are 0 to 1, mismatched log-ratios positive."""
+    """Return the inputs of single responses.
+
+    Every second response is desirable. Quantiles increase from 0 to 1. Log-ratios of mismatched responses are ≥ 0.
+    """
     own, other = _logps(rng, count, dtype), _logps(rng, count, dtype)
     return {
         "policy_logps": own["policy"],
@@ -106,8 +120,11 @@ def _unpaired(rng, count, dtype) -> dict[str, torch.Tensor]:
 
 
 def _lists(rng, count, dtype) -> dict[str, torch.Tensor]:
-    """Return lists of 2, 3, 4, 2, 1, 4, … responses with scores in [0, 1] in random order, their ranks, and arbitrary
-    padding."""
+    """Return the inputs of lists with 2, 3, 4, 2, 1, 4, … responses.
+
+    The scores are in [0, 1], in random order, and the ranks follow from them. Padding has arbitrary values, because
+    losses must not use them.
+    """
     shape = (count, LONGEST_LIST)
     own = _logps(rng, shape, dtype)
     sizes = torch.arange(count) % (LONGEST_LIST - 1) + 2

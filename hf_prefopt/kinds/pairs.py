@@ -13,10 +13,15 @@ from hf_prefopt.kinds.kind import WEIGHT, ExampleKind, Metric, OptionalColumn, r
 class Pairs(ExampleKind):
     """Pairs of a chosen and a rejected response.
 
-    Batch entries: `chosen` and `rejected`, `[B]` int64, indices of responses; a response may belong to several pairs.
-        `chosen_token_weights` and `rejected_token_weights`, `[B, T]` fp32, may differ between pairs with the same
-        response. Optional, `[B]` float32: `weights`; `margins` in reward units; scores of both responses; win rates
-        of both responses against all samples for the prompt.
+    Batch entries:
+        `chosen`, `rejected`: `[B]` int64. Indices of the responses. A response may belong to several pairs.
+        `chosen_token_weights`, `rejected_token_weights`: `[B, T]` float32, where T is the number of scored tokens
+            of the longest response. Optional. Pairs with the same response may have different weights for it.
+        `weights`: `[B]` float32. Optional.
+        `margins`: `[B]` float32, in units of rewards. Optional.
+        `chosen_scores`, `rejected_scores`: `[B]` float32. Optional.
+        `chosen_win_rates`, `rejected_win_rates`: `[B]` float32. Optional. Win rate of the response against all samples
+            for the prompt.
     """
 
     name = "pairs"
@@ -36,7 +41,7 @@ class Pairs(ExampleKind):
     metric_inputs: tuple[str, ...] = ("policy_chosen_logps", "policy_rejected_logps")
 
     def index(self, rows: Sequence[Mapping[str, Any]], places: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
-        """Return the entries. The column `pairs` holds (chosen, rejected): indices into the row's responses."""
+        """Return the batch entries. The column `pairs` has, for each pair, indices [chosen, rejected] into its row."""
         pairs = [
             at[np.array(row["pairs"], dtype=np.int64).reshape(-1, 2)] for row, at in zip(rows, places, strict=True)
         ]
@@ -47,7 +52,7 @@ class Pairs(ExampleKind):
         return {**indices, **weights, **self.batch_inputs_of(rows), **row_numbers(rows, counts)}
 
     def refusal(self, row: Mapping[str, Any], inputs: Sequence[str]) -> str | None:
-        """Return the base class's reason. Losses that weight tokens also need a weight for each token."""
+        """Return the reason of the base class, or a reason if the loss needs token weights and the row has none."""
         if "chosen_token_weights" in inputs and "token_weights" not in row:
             return (
                 "it weights tokens, but these rows have no weights: provide prompt_ids, chosen_ids and rejected_ids "
@@ -56,7 +61,7 @@ class Pairs(ExampleKind):
         return super().refusal(row, inputs)
 
     def metrics(self, rewards: Tensor | None, inputs: Mapping[str, Tensor]) -> dict[str, Metric]:
-        """Return metrics with TRL's names; a tie of rewards counts as half an accurate pair."""
+        """Return metrics with TRL's names. If both rewards of a pair are equal, its accuracy is ½."""
         metrics = {}
         if rewards is not None:
             chosen, rejected = rewards[:, 0], rewards[:, 1]
@@ -70,14 +75,14 @@ class Pairs(ExampleKind):
         return {name: Metric(values) for name, values in metrics.items()}
 
     def preferred(self, shown: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Return (1, 0) for every pair."""
+        """Return 1 for the chosen and 0 for the rejected response of every pair."""
         labels = torch.zeros_like(shown)
         labels[:, 0] = 1
         return labels
 
 
 def _token_weights(rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
-    """Return the weights of the scored tokens of each pair's responses, padded with 0 to the longest response."""
+    """Return the weights of the scored tokens of each pair's responses, `[B, T]` each. Padding is 0."""
     scored = [
         [
             np.asarray(weights, dtype=np.float32)[np.asarray(mask, dtype=bool)]

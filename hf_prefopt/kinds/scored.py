@@ -1,4 +1,4 @@
-"""Scored responses: single responses with the quantile of their reward among the reference's own responses."""
+"""Scored responses: single responses, each with its reward's quantile among rewards of the reference's responses."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,8 +12,10 @@ from hf_prefopt.kinds.kind import WEIGHT, ExampleKind, Metric, row_numbers
 class Scored(ExampleKind):
     """Single responses with quantiles.
 
-    Batch entries: `responses`, `[B]` int64; `quantiles`, `[B]` float32 in [0, 1], the quantile of the response's reward
-        among the rewards of the reference's responses to the prompt.
+    Batch entries:
+        `responses`: `[B]` int64. Indices of the responses.
+        `quantiles`: `[B]` float32, 0 to 1. The quantile of the response's reward among the rewards of the reference's
+            responses to the same prompt.
     """
 
     name = "scored responses"
@@ -27,7 +29,7 @@ class Scored(ExampleKind):
     has_preferences = False
 
     def index(self, rows: Sequence[Mapping[str, Any]], places: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
-        """Return the entries; every response of a row is an example."""
+        """Return the batch entries. Each response of a row is an example."""
         counts = [len(row["quantiles"]) for row in rows]
         return {"responses": np.concatenate(places), **self.batch_inputs_of(rows), **row_numbers(rows, counts)}
 
@@ -37,12 +39,12 @@ class Scored(ExampleKind):
         return {"quantiles": quantiles, **super().batch_inputs_of(rows)}
 
     def metrics(self, rewards: Tensor | None, inputs: Mapping[str, Tensor]) -> dict[str, Metric]:
-        """Return metrics that are means over all responses."""
+        """Return quantile, log-prob and, if the loss has rewards, reward of each response."""
         metrics = {"quantiles": Metric(inputs["quantiles"]), "logps/responses": Metric(inputs["policy_logps"])}
         return metrics if rewards is None else {"rewards/responses": Metric(rewards[:, 0]), **metrics}
 
     def preferred(self, shown: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Return the quantile of each response."""
+        """Return the quantile of each response, because the data define no preferred responses."""
         return inputs["quantiles"].to(shown.dtype)[:, None]
 
 

@@ -11,8 +11,10 @@ from hf_prefopt.kinds.pairs import Pairs
 
 
 class Triples(Pairs):
-    """Pairs with a gold response: the batch entries of pairs, plus `gold`, `[B]` int64. Losses of pairs use only the
-    pair of each triple."""
+    """Pairs with a gold response. A loss for pairs can also be used and ignores the gold response.
+
+    Batch entries: those of pairs, and `gold`, `[B]` int64, the index of the gold response.
+    """
 
     name = "triples"
     wanted = "triples: rows with `chosen`, `rejected` and a third, gold response in `reference`"
@@ -21,7 +23,7 @@ class Triples(Pairs):
     metric_inputs = (*Pairs.metric_inputs, "policy_gold_logps")
 
     def index(self, rows: Sequence[Mapping[str, Any]], places: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
-        """Also return `gold`. The column `golds` holds, for each pair of a row, an index into the row's responses."""
+        """Also return `gold`. The column `golds` has the index of the gold response of each pair within its row."""
         golds = [at[np.array(row["golds"], dtype=np.int64)] for row, at in zip(rows, places, strict=True)]
         return {**super().index(rows, places), "gold": np.concatenate(golds)}
 

@@ -12,8 +12,11 @@ from hf_prefopt.kinds.kind import WEIGHT, ExampleKind, Metric, row_numbers
 class Unpaired(ExampleKind):
     """Single responses with labels.
 
-    Batch entries: `responses`, `[B]` int64; `labels`, `[B]` bool, True for desirable; and for losses that need them,
-        `mismatched`, `[B]` int64, the index of a response to another prompt, scored after this example's prompt.
+    Batch entries:
+        `responses`: `[B]` int64. Indices of the responses.
+        `labels`: `[B]` bool. True if the response is desirable.
+        `mismatched`: `[B]` int64. Only for losses that need it. Index of a response to another prompt that is scored
+            after the prompt of this example.
     """
 
     name = "unpaired examples"
@@ -26,7 +29,7 @@ class Unpaired(ExampleKind):
     metric_inputs = ("policy_logps", "labels")
 
     def index(self, rows: Sequence[Mapping[str, Any]], places: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
-        """Return the entries; every response of a row is an example, and mismatched responses follow if present."""
+        """Return the batch entries. Each labeled response of a row is an example. Further responses are mismatched."""
         counts = [len(row["labels"]) for row in rows]
         entries = {
             "responses": np.concatenate([at[:count] for at, count in zip(places, counts, strict=True)]),
@@ -42,7 +45,7 @@ class Unpaired(ExampleKind):
         return {"labels": labels, **super().batch_inputs_of(rows)}
 
     def metrics(self, rewards: Tensor | None, inputs: Mapping[str, Tensor]) -> dict[str, Metric]:
-        """Return means over the desirable ("chosen") and over the undesirable ("rejected") examples."""
+        """Return reward and log-prob, separately for desirable ("chosen") and undesirable ("rejected") examples."""
         metrics = {}
         for side, counted in (("chosen", inputs["labels"]), ("rejected", ~inputs["labels"])):
             if rewards is not None:
@@ -51,13 +54,13 @@ class Unpaired(ExampleKind):
         return metrics
 
     def finish_metrics(self, means: dict[str, float]) -> dict[str, float]:
-        """Add the margin, the difference of the two mean rewards, if there are examples with both labels."""
+        """Add the margin, the mean reward of desirable minus that of undesirable examples, if there are both."""
         if {"rewards/chosen", "rewards/rejected"} <= means.keys():
             means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
         return means
 
     def preferred(self, shown: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Return the label of each example."""
+        """Return the label of each example: 1 if its response is desirable, 0 if not."""
         return inputs["labels"].to(shown.dtype)[:, None]
 
 
