@@ -57,7 +57,10 @@ def _devices() -> dict[str, str]:
 
 
 def _packages() -> list[str]:
-    """Return the required and optional packages from the package's metadata, without development dependencies."""
+    """Return the names of the required and optional packages, and of a few others that affect a run.
+
+    Packages that are needed only for development are left out.
+    """
     found = [Requirement(line) for line in requires("hf_prefopt") or ()]
     names = [one.name for one in found if one.name != "hf_prefopt" and "dev" not in str(one.marker)]
     return list(dict.fromkeys([*names, "trl", "flash-attn", "liger-kernel", "wandb", "tensorboard"]))

@@ -9,9 +9,10 @@ from collections.abc import Callable, Collection
 
 from hf_prefopt.config_names import as_option, rewritten
 
-# Errors whose message is printed without their type.
+# Types of errors whose message is printed without the name of the type.
 _SPOKEN = (ValueError, OSError, ImportError, TypeError)
-# Patterns of messages from other libraries, and the message with the fix that is printed instead.
+# Patterns of error messages, most of them from other libraries. Each is mapped to the message that is printed instead,
+# which says how to fix the error.
 CURES: dict[str, str] = {
     r"DeepSpeed is not installed|No module named 'deepspeed'": (
         'DeepSpeed is not installed: pip install --no-build-isolation "hf_prefopt[deepspeed]", after torch'

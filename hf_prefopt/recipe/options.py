@@ -68,7 +68,7 @@ class DataOptions:
 
     @property
     def entries(self) -> list[Entry]:
-        """The entries of `datasets`, which `__post_init__` has read."""
+        """The entries of `datasets`, which `__post_init__` has parsed; [] if `datasets` is not set."""
         return cast("list[Entry]", self.datasets or [])
 
 

@@ -1,7 +1,8 @@
 """A reference that follows the policy (TR-DPO, arXiv 2404.09656): every τ optimizer steps, θ_ref ← α·θ + (1 − α)·θ_ref.
 
-α < 1 is the paper's soft update, and α = 1 its hard update. The frozen copies of the trained tensors (of the model, or
-only of the adapter) are updated in place. For an adapter these are the factors A and B, so a soft update mixes the
+Here θ are the parameters of the policy, and θ_ref those of the reference. An update with α < 1 is the paper's soft
+update, and an update with α = 1 its hard update. The frozen copies of the trained tensors (of the model, or
+only of the adapter) are updated in place. For an adapter, these are the factors A and B, so a soft update mixes the
 factors and not their product. A hard update copies the policy in any case.
 """
 
@@ -44,7 +45,7 @@ class MovingReference:
         )
 
     def follow(self, step: int) -> bool:
-        """Update after the optimizer step with this number if an update is due; return whether it was."""
+        """Update the reference if an update is due after this optimizer step. Return True if it was due."""
         is_due = step % self.every == 0
         if is_due:
             self.copies.move(self.share)

@@ -1,10 +1,10 @@
 """Check before training that scores equal the log-probs of the model's own logits.
 
 Scoring (`scoring.forward`) computes logits from hidden states with the model's head and a transformation (a scale, a
-soft-cap). It reads the transformation from known entries of the config. A model may use an unknown entry, or use a known
-entry with another meaning. Such an error would be silent: policy and reference share it, and the first loss is still
-correct. Therefore one synthetic sequence is scored and also passed through the model's own forward. If the results
-differ, all later scores use the logits of the model's own forward.
+soft-cap). It reads the transformation from known entries of the config. A model may use an unknown entry, or use a
+known entry with another meaning. Such an error would be silent: policy and reference share it, and the first loss is
+still correct. Therefore one synthetic sequence is scored and also passed through the model's own forward. If the
+results differ, all later scores use the logits of the model's own forward.
 
 In a model that is not causal, the log-prob of a token could depend on the token itself. Therefore the model's own
 forward also runs with other tokens at the end of the sequence. The log-probs of the earlier positions must not change.
@@ -30,8 +30,8 @@ _KEPT, _CHANGED = 10, 6
 # Number of roundings to the model's dtype in the computation of a logit with a soft-cap: the matrix product, the
 # division by the cap, tanh, and the multiplication by the cap.
 _ROUNDINGS = 4
-# Relative error of a sum in fp32. Matrix products sum in an order that depends on their shapes, and the error grows with
-# the square root of the hidden size (128 is the square root of 16,384).
+# Relative error of a sum in fp32. Matrix products sum in an order that depends on their shapes, and the error grows
+# with the square root of the hidden size (128 is the square root of 16,384).
 _SUMMING = 128 * 2.0**-24
 
 
@@ -56,8 +56,8 @@ def settle_scores(model: nn.Module, compute_dtype: torch.dtype | None = None) ->
         True if scores use the logits of the model's own forward.
 
     Raises:
-        ValueError: the model's log-probs are NaN, the scores still differ from the log-probs of the model's own forward,
-            or a log-prob depends on later tokens.
+        ValueError: the model's log-probs are NaN, the scores still differ from the log-probs of the model's own
+            forward, or a log-prob depends on later tokens.
         TypeError: the model's class does not follow transformers' conventions; see `_says_what_is_missing`.
     """
     causal_lm = base_causal_lm(model)
@@ -74,8 +74,8 @@ def settle_scores(model: nn.Module, compute_dtype: torch.dtype | None = None) ->
             f"{name} gives NaN for synthetic tokens: check its weights for NaN, or use bf16 instead of fp16"
         )
     unit, body_unit = _units(model, compute_dtype)
-    # `size` is |z_t| + mean|z|, where the mean is over the predicted distribution. For a token with z_t = −∞, the allowed
-    # difference is 0, so its score must be exactly −∞.
+    # `size` is |z_t| + mean|z|, where the mean is over the predicted distribution. For a token with z_t = −∞, the
+    # allowed difference is 0, so its score must be exactly −∞.
     size = logits.gather(1, targets).abs() + (logits.softmax(-1) * logits.abs()).nansum(1, keepdim=True)
     rounding = (_ROUNDINGS * unit * size + _SUMMING * (size + plain.abs())).nan_to_num(posinf=0.0)
 
@@ -100,8 +100,8 @@ def settle_scores(model: nn.Module, compute_dtype: torch.dtype | None = None) ->
 def _trains_between(model: nn.Module, ids: Tensor) -> bool:
     """Return True if the model's own logits depend on a trained parameter outside its base model and its head.
 
-    At the start of training, such a parameter may have no effect (a bias of 0, a scale of 1). Scores that do not use the
-    parameter are then still correct, but the parameter would never be trained.
+    At the start of training, such a parameter may have no effect (a bias of 0, a scale of 1). Scores that do not use
+    the parameter are then still correct, but the parameter would never be trained.
     """
     causal_lm = base_causal_lm(model)
     parts = (body_of(causal_lm), causal_lm.get_output_embeddings())
@@ -268,7 +268,8 @@ def scored_batch(ids: Tensor, targets: Tensor) -> PreferenceBatch:
 def relative_rounding(model: nn.Module, compute_dtype: torch.dtype | None = None) -> float:
     """Return the maximum rounding error of a token's log-prob, divided by |z_t| + mean|z|.
 
-    Here z are the logits, and z_t is the logit of the token. The error comes from rounding in the base model or from the order of summation, whichever is larger.
+    Here z are the logits, and z_t is the logit of the token. The error comes from rounding in the base model or from
+    the order of summation, whichever is larger.
     """
     return max(_ROUNDINGS * _units(model, compute_dtype)[1], _SUMMING)
 

@@ -5,8 +5,8 @@ model. All other parts of a layer (norms, MLPs, experts) compute each token inde
 a token mixer do, too.
 
 In this layout, the model is called with ordinary right-padded sequences `[R, L]`, so rotary embeddings, masks and
-position biases are those of padded sequences. The first decoder layer packs the sequences into one row `[1, T]`. The row
-has no padding, and contains each prompt only once. The last decoder layer unpacks the row into padded sequences. In
+position biases are those of padded sequences. The first decoder layer packs the sequences into one row `[1, T]`. The
+row has no padding, and contains each prompt only once. The last decoder layer unpacks the row into padded sequences. In
 between, each token mixer unpacks its input and packs its output. Inside a token mixer, each linear projection packs its
 input and unpacks its output. Padding is on the right and models are causal, so values in the padding have no effect.
 
@@ -56,7 +56,7 @@ class Rows:
     tokens: Tensor
 
     def collapsed(self, padded: Tensor) -> Tensor:
-        """Pack values of the padded sequences `[R, L, ...]` into a row `[1, T, ...]`; use the first copy of each prompt."""
+        """Pack padded values `[R, L, ...]` into a row `[1, T, ...]`. Only the first copy of each prompt is used."""
         return padded.flatten(0, 1).index_select(0, self.places.to(padded.device))[None]
 
     def padded(self, row: Tensor) -> Tensor:
@@ -92,9 +92,9 @@ class _OfLayer:
         hidden: Name of the first parameter of the layer's forward, the hidden states.
         is_last: True for the last layer.
         rows: Indices of the current batch.
-        pairs: Pairs of a padded tensor and the packed row from which it was unpacked. If the padded tensor must be packed
-            again, this row is reused. At most two pairs are stored: for the mixer's input and for the last tensor that
-            was unpacked.
+        pairs: Pairs of a padded tensor and the packed row from which it was unpacked. If the padded tensor must be
+            packed again, this row is reused. At most two pairs are stored: for the mixer's input and for the last
+            tensor that was unpacked.
     """
 
     body: _OfBody

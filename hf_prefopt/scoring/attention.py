@@ -94,7 +94,8 @@ def _registered(implementation: str) -> str:
     """Return the name of attention over segments for an implementation. The first call registers it."""
     name = SegmentAttention(_PREFIX + implementation)
     if name not in ALL_ATTENTION_FUNCTIONS:
-        # The parameters have the same names as in transformers' own functions, because some models pass the mask by name.
+        # The parameters have the same names as in transformers' own functions, because some models pass the mask by
+        # name.
         def attention(
             module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
         ):
@@ -343,10 +344,13 @@ def _softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
 
 
 def _causal_mask(queries: int, keys: int, window: int | None, chunk: int | None, device: torch.device) -> Tensor:
-    """Return a mask `[queries, keys]` bool. True where a query sees a key. The last query is at the last key's position.
+    """Return a mask `[queries, keys]` bool. True where a query sees a key.
+
+    The last query is at the position of the last key.
 
     Args:
-        window, chunk: See `sliding_window` and `chunk` of `segment_attention`. The segment's first key is at position 0.
+        window, chunk: See `sliding_window` and `chunk` of `segment_attention`. The segment's first key is at position
+            0.
     """
     positions = torch.arange(keys, device=device)
     of_query = positions[keys - queries :, None]
