@@ -124,7 +124,7 @@ _TYPES: dict[type, str] = {list: "list", str: "text"}
 
 
 def _fault(error: yaml.MarkedYAMLError) -> str:
-    """Return a text that says where and why a file is invalid YAML. For an unclosed bracket or quote, name its start."""
+    """Return a text that says where and why a file is invalid YAML. Name the start of an unclosed bracket or quote."""
     mark, start = error.problem_mark or error.context_mark, error.context_mark
     where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
     problem = error.problem or error.context or "unknown fault"
@@ -138,7 +138,7 @@ def _fault(error: yaml.MarkedYAMLError) -> str:
 
 
 def _lines(file: Path) -> dict[str, int]:
-    """Return the line of each key. Raises `ValueError` if a key occurs twice, because YAML would use only the last one."""
+    """Return the line of each key. Raises `ValueError` if a key occurs twice, because YAML would use the last one."""
     lines: dict[str, int] = {}
     node = yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     for key, _ in node.value if node else ():

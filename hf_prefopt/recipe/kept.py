@@ -28,7 +28,7 @@ OF_THE_END = ("record.jsonl", "report.html", "curves.png")
 # Settings that are ignored when two runs are compared.
 NOT_OF_THE_RUN = ("overwrite_output_dir", "resume_from_checkpoint")
 _SECRET_NAMES = ("token", "password", "api_key", "secret")
-# An access token of the Hub, and a JSON entry whose key names a secret.
+# Patterns of an access token of the Hub, and of a JSON entry whose key names a secret.
 _TOKEN = re.compile(r"hf_\w{8,}")
 _ENTRY = re.compile(rf'("\w*(?:{"|".join(_SECRET_NAMES)})"\s*:\s*)"[^"]*"', re.IGNORECASE)
 
@@ -54,7 +54,7 @@ def refuse_other_run(recipe: Recipe) -> None:
     """Raise `ValueError` if `output_dir` contains the results of a run with different settings.
 
     The error is not raised if the run resumes from a checkpoint or `overwrite_output_dir` is set. If the run replaces
-    an earlier run, the record and the report of the earlier run are removed at once.
+    an earlier run, the record, the report and the curves of the earlier run are removed at once.
     """
     folder = Path(recipe.training.output_dir)
     if recipe.training.resume_from_checkpoint or not any(found for name in RESULTS for found in folder.glob(name)):

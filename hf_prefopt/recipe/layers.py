@@ -23,6 +23,7 @@ def merged(layers: Iterable[Layer], say: Callable[[str], None] = print) -> dict[
     """Merge the settings of all layers; later layers override earlier layers.
 
     Args:
+        layers: The settings of each origin, such as a file or the command line.
         say: Function that is called with a message about each setting that is dropped.
     """
     settings: dict[str, Any] = {}

@@ -39,8 +39,9 @@ class CachedReference:
 
     Attributes:
         live: the live reference; `None` once it is released.
-        any_rank: a function that takes whether log-probs are missing on this rank, and returns whether this rank must
-            run the reference. With some engines, all ranks must run it together, so the function then asks all ranks.
+        any_rank: a function that is called with True if log-probs are missing on this rank, and returns True if this
+            rank must run the reference. With engines whose ranks must run it together, it returns True if log-probs are
+            missing on any rank.
     """
 
     def __init__(

@@ -1,10 +1,10 @@
-"""Identifiers of cached log-probs. They depend only on the reference and on the tokens that it scores.
+"""Identifiers of cached log-probs. They depend only on the reference and on the tokens that it reads.
 
 A *fingerprint* identifies the reference. It covers the bytes of every tensor that affects the output, the relevant part
 of the model's configuration, the temperature, the dtype of autocast, and the precision of fp32 products (TF32 keeps 10
-of the 23 bits). A *key* identifies a response by the token ids of its prompt, its own token ids, and the mask of scored
-tokens. Losses, β, seeds, the adapter that is trained, batches, layouts and folders affect neither fingerprints nor
-keys.
+of the 23 mantissa bits). A *key* identifies a response by the token ids of its prompt, its own token ids, and the mask
+of scored tokens. Losses, β, seeds, the adapter that is trained, batches, layouts and folders affect neither
+fingerprints nor keys.
 
 The fingerprint leaves out settings that only change the last bits of a result, such as the device, the attention
 implementation and the layout.

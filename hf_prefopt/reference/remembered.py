@@ -38,8 +38,9 @@ class RememberedScores:
             batch: a batch of that dataset. It may have no examples: this rank then only runs the reference together
                 with the other ranks.
             score: function that computes the scores of a batch with the reference.
-            any_rank: function that takes whether the batch is new on this rank, and returns whether this rank must run
-                the reference. With some engines, all ranks must run it together, so the function then asks all ranks.
+            any_rank: function that is called with True if the batch is new on this rank, and returns True if this rank
+                must run the reference. With engines whose ranks must run it together, it returns True if the batch is
+                new on any rank.
         """
         key = (dataset, *batch["rows"].tolist(), *batch["pair_in_row"].tolist(), _digest(batch))
         is_idle = not len(batch["rows"])

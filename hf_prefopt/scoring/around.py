@@ -1,8 +1,8 @@
 """Layout "around": prefix sharing for models whose token mixers need whole sequences.
 
-A token mixer is the part of a decoder layer in which a token uses other tokens, such as attention or a state space
-model. All other parts of a layer (norms, MLPs, experts) compute each token independently. The linear projections inside
-a token mixer do, too.
+A token mixer is a module in a decoder layer that computes a token from several tokens, such as attention or a state
+space model. All other parts of a layer (norms, MLPs, experts) compute each token independently. The linear projections
+inside a token mixer do, too.
 
 In this layout, the model is called with ordinary right-padded sequences `[R, L]`, so rotary embeddings, masks and
 position biases are those of padded sequences. The first decoder layer packs the sequences into one row `[1, T]`. The

@@ -44,9 +44,9 @@ class LostSegments(UnsupportedAttention):
 
 
 class SegmentAttention(str):
-    """The name under which attention over segments is registered for an implementation of the model, such as "sdpa".
+    """The name under which attention over segments is registered, for one of the model's own implementations.
 
-    It is pickled as the name of this implementation.
+    It is pickled as the name of this implementation, such as "sdpa".
     """
 
     def __reduce__(self):
@@ -94,8 +94,7 @@ def _registered(implementation: str) -> str:
     """Return the name of attention over segments for an implementation. The first call registers it."""
     name = SegmentAttention(_PREFIX + implementation)
     if name not in ALL_ATTENTION_FUNCTIONS:
-        # The parameters have the same names as in transformers' own functions, because some models pass the mask by
-        # name.
+        # The parameters are named as in transformers' own functions, because some models pass the mask by name.
         def attention(
             module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
         ):
@@ -349,8 +348,7 @@ def _causal_mask(queries: int, keys: int, window: int | None, chunk: int | None,
     The last query is at the position of the last key.
 
     Args:
-        window, chunk: See `sliding_window` and `chunk` of `segment_attention`. The segment's first key is at position
-            0.
+        window, chunk: See `sliding_window` and `chunk` of `segment_attention`. The first key is at position 0.
     """
     positions = torch.arange(keys, device=device)
     of_query = positions[keys - queries :, None]

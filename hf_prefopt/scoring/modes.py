@@ -1,4 +1,4 @@
-"""A cached list of a model's modules, and contexts for a forward pass: evaluation mode, adapters off, no adapter casts.
+"""A cached list of a model's modules, and context managers that change the state of modules during a forward pass.
 
 The contexts are used in every step. Iterating over the modules of a model with 24 layers (2,000 modules under LoRA)
 takes longer than launching the kernels of several layers. Therefore a `ModuleTree` caches the list. Before each use,

@@ -1,7 +1,7 @@
 """Find decoder layers and token mixers of a model, and switch modules to classes that extend their forward.
 
-A token mixer is the module of a decoder layer that uses other tokens: any kind of attention, a state space model, a
-linear attention, a convolution. A token mixer is recognized by the parameter names of its forward.
+A token mixer is a module in a decoder layer that computes a token from several tokens: any kind of attention, a state
+space model, a linear attention, a convolution. A token mixer is recognized by the parameter names of its forward.
 
 A module is switched by replacing its class with a subclass of the same name. The module keeps its position in the
 model, its tensors and its hooks, including the engine's hooks. A pickled or copied module has its original class.
@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 # Attribute under which a switched module stores its state; also the prefix of other names for such attributes.
 STATE = "_hf_prefopt_switched"
-# A module whose forward has one of these parameters uses other tokens.
+# A module whose forward has one of these parameters counts as a token mixer.
 _OF_MIXERS = {
     "alibi",
     "attention_mask",
