@@ -105,7 +105,7 @@ def lora_of(model: ModelOptions) -> LoraConfig | None:
 
 
 def quantization_of(model: ModelOptions) -> BitsAndBytesConfig | None:
-    """Return the quantization config; `None` if no option quantizes the model. 4-bit layers compute in `model.dtype`."""
+    """Return the quantization config, or `None` if the options do not ask for one. 4-bit layers compute in `dtype`."""
     if model.load_in_8bit:
         return BitsAndBytesConfig(load_in_8bit=True)
     if not model.load_in_4bit:

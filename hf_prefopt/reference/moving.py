@@ -1,9 +1,9 @@
 """A reference that follows the policy (TR-DPO, arXiv 2404.09656): every τ optimizer steps, θ_ref ← α·θ + (1 − α)·θ_ref.
 
 Here θ are the parameters of the policy, and θ_ref those of the reference. An update with α < 1 is the paper's soft
-update, and an update with α = 1 its hard update. The frozen copies of the trained tensors (of the model, or
-only of the adapter) are updated in place. For an adapter, these are the factors A and B, so a soft update mixes the
-factors and not their product. A hard update copies the policy in any case.
+update, and an update with α = 1 its hard update. The frozen copies of the trained tensors (of the model, or only of the
+adapter) are updated in place. For a LoRA adapter, these are the factors A and B, so a soft update mixes the factors and
+not their product B·A. A hard update is not affected: it copies the policy.
 """
 
 import logging
