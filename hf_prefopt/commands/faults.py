@@ -103,7 +103,7 @@ def reported(run: Callable[[], int], with_traceback: bool, options: Collection[s
 
 
 def message_of(error: BaseException) -> str:
-    """Return the message to print for an error."""
+    """Return the message to print for an error: a message from `CURES` if one applies, otherwise the error's own."""
     import torch  # not at the top, because commands start ten times faster without PyTorch
 
     text = str(error).strip() or type(error).__name__

@@ -19,7 +19,7 @@ from hf_prefopt.config_names import as_option, hint_for, nearest_setting
 
 
 class CommandParser(HfArgumentParser):
-    """An argparse parser with one-line errors, options for dataclass fields, and a short and a full help."""
+    """An argparse parser with one-line error messages, options for dataclass fields, and two help texts (short, full)."""
 
     def __init__(self, prog: str, **settings: Any):
         super().__init__(prog=prog, **{"formatter_class": _Help, "allow_abbrev": False, **settings})
@@ -73,11 +73,14 @@ class CommandParser(HfArgumentParser):
         return f"unknown argument {option}" + (hint or (f": did you mean {known[near]}?" if near else ""))
 
     def add_full_help(self) -> None:
-        """Add the option `--help-all`."""
+        """Add the option `--help-all`, which prints the full help."""
         self.add_argument("--help-all", "--help_all", action=_FullHelp, nargs=0, help="show every option")
 
     def add_settings(self, heading: str, dataclass: type, without: Collection[str] = ()) -> None:
-        """Add an option for each field. The parsed options contain only values from the command line, no defaults."""
+        """Add an option for each field of a dataclass, except the fields in `without`.
+
+        The parsed options contain only values from the command line, no defaults.
+        """
         group, hints = self.add_argument_group(heading), get_type_hints(dataclass)
         for field in fields(dataclass):
             if field.init and field.name not in without:
@@ -150,7 +153,7 @@ def _plain(message: str) -> str:
 
 
 def _finish(option: argparse.Action, field: Field, may_be_none: bool) -> None:
-    """Add the default to the help text of an option, and let optional numbers accept `none`."""
+    """Add the default to the help text of an option. If `may_be_none`, a number option also accepts the word `none`."""
     if may_be_none and option.type in (int, float):
         option.type = _or_none(option.type)
     option.metavar = option.metavar or ("VALUE" if option.nargs != 0 else None)

@@ -55,7 +55,7 @@ def add_options(parser: CommandParser) -> None:
 
 
 def run(options: Namespace) -> int:
-    """Train, or list or copy the files shipped with the package."""
+    """Train. With `--list` or `--copy`, list or copy files shipped with the package instead."""
     if options.list:
         print(listing())
     elif options.copy:

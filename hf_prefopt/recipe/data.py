@@ -101,7 +101,7 @@ def _found(name: str) -> str:
 
 
 def _load_mixture(data: DataOptions, training: PreferenceConfig) -> tuple[Mixture, Mixture | None]:
-    """Load the rows of `datasets`; see `mixture.py`."""
+    """Load the rows of `datasets`; see `hf_prefopt.recipe.mixture`."""
     keep = partial(not_too_long, longest=data.longest_row)
     train, test = load_mixture(data.entries, data.dataset_streaming, training.seed, keep, _reading(training))
     if data.test_split_size is not None:
@@ -113,7 +113,7 @@ def _load_mixture(data: DataOptions, training: PreferenceConfig) -> tuple[Mixtur
 
 
 def _without_evaluation(training: PreferenceConfig) -> None:
-    """Turn evaluation off, and print a message."""
+    """Turn evaluation off, and print a message. Raises `ValueError` if `load_best_model_at_end` needs evaluation."""
     if training.load_best_model_at_end:
         raise ValueError(
             "load_best_model_at_end=True needs rows to evaluate, and the dataset has no split for that: pass "

@@ -20,7 +20,7 @@ def not_too_long(rows: Any, longest: int | None) -> Any:
 
 
 def characters(value: Any) -> int:
-    """Count the characters of all texts in a row, including nested texts and role names."""
+    """Count the characters of all texts in a row, including texts in nested lists and dicts, and role names."""
     if isinstance(value, str):
         return len(value)
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()

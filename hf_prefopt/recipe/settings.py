@@ -86,6 +86,6 @@ def _refuse_missing(settings: dict[str, Any]) -> None:
 
 
 def _say(line: str) -> None:
-    """Print a line on the first rank."""
+    """Print a line, only on the first rank."""
     if not int(os.environ.get("RANK", 0)):
         print(line, flush=True)

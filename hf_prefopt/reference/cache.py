@@ -105,7 +105,7 @@ class CachedReference:
         """Return `None`, because predictions over the vocabulary are not cached."""
 
     def compute(self, batch: PreferenceBatch) -> ResponseScores:
-        """Run the reference on a batch and store the log-probs that were missing.
+        """Run the reference on a batch, store the log-probs that were missing, and return the scores.
 
         Raises:
             MissingLogProbs: the reference has been released.
@@ -123,7 +123,7 @@ class CachedReference:
         return scores
 
     def release(self) -> None:
-        """Free the live reference if it has its own memory; log-probs then come only from the cache."""
+        """Free the live reference if this saves memory. From then on, log-probs come only from the cache."""
         if not self.store:
             raise RuntimeError("open the store before the weights are freed, because its name is their fingerprint")
         if self.live is not None and self.live.has_own_memory:

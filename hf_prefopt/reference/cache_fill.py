@@ -45,7 +45,10 @@ class Inventory(NamedTuple):
 
 
 def responses_of(row: Mapping[str, Any]) -> list[tuple[Sequence[int], Sequence[int]]]:
-    """Return the token ids and the mask of each response of a row, including mismatched responses."""
+    """Return the token ids and the mask of each response of a row.
+
+    This includes the mismatched responses, which belong to other prompts but are also scored after this one.
+    """
     ids = [*row["response_ids"], *row.get("mismatched_ids", ())]
     masks = [*row["scored_masks"], *row.get("mismatched_masks", ())]
     return list(zip(ids, masks, strict=True))
@@ -215,7 +218,7 @@ class CacheFiller:
     def fill(self, dataset: Any, name: str) -> bool:
         """Compute the missing log-probs of a dataset.
 
-        Return False for a stream: its log-probs are computed when it is read.
+        Return True. For a stream, do nothing and return False: its log-probs are computed when it is read.
         """
         if not hasattr(dataset, "__getitems__"):
             self._reference.any_rank = partial(any_rank, self._accelerator)

@@ -69,7 +69,7 @@ class KeyedCollator:
     collator: Collator
 
     def count_tokens(self, rows: Sequence[Mapping[str, Any]]) -> int:
-        """Return the number of tokens that the layout's collator counts."""
+        """Return the number of tokens of these rows, as the layout's collator counts them."""
         return self.collator.count_tokens(rows)
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> PreferenceBatch:
@@ -132,7 +132,7 @@ def _acting_in(layer: Any) -> list[str]:
 
 
 def _settings(config: Mapping[str, Any], left_out: tuple[str, ...]) -> dict[str, Any]:
-    """Return the settings that affect the output, including those of nested configurations."""
+    """Return the settings of a configuration that affect the model's output, including nested settings."""
     return {
         name: _settings(value, left_out) if isinstance(value, Mapping) else value
         for name, value in ((str(name), value) for name, value in config.items())
@@ -201,7 +201,7 @@ def _renaming(model: nn.Module) -> Any:
 
 
 def _quantization(parameter: nn.Parameter, owner: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Return the tensors that bitsandbytes stores in addition to a quantized weight, with their names."""
+    """Return (name, tensor) for each tensor that bitsandbytes stores in addition to a quantized weight."""
     state = getattr(parameter, "quant_state", None)
     if state is not None:
         tensors = state.as_dict(packed=True)

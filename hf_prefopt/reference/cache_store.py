@@ -176,7 +176,7 @@ class LogProbStore:
         return [self._waiting[key] if at < 0 else self._read(*self._places[at]) for key, at in found]
 
     def put(self, key: bytes, logps: Tensor) -> None:
-        """Store the log-probs `[tokens]` of a response."""
+        """Store the log-probs `[tokens]` of a response. If many are waiting to be written, write them to a shard."""
         if not self._waiting:
             self._waiting_since = time.monotonic()
         self._waiting[key] = logps

@@ -85,7 +85,7 @@ def trained_beneath(model: PeftModel) -> list[str]:
 
 
 def adapter_parameters(model: PeftModel) -> dict[str, nn.Parameter]:
-    """Return the parameters of all adapters by name, including inactive and frozen adapters."""
+    """Return the parameters of all adapters, keyed by name, including inactive and frozen adapters."""
     prefixes = (
         PEFT_TYPE_TO_PREFIX_MAPPING.get(cast(PeftType, config.peft_type)) for config in model.peft_config.values()
     )

@@ -65,7 +65,7 @@ class LiveReference:
 
     @property
     def has_own_memory(self) -> bool:
-        """Whether freeing the reference saves memory."""
+        """True if freeing the reference saves memory."""
         return self.is_separate or self.copies is not None
 
     def place(self, accelerator: Accelerator) -> None:
@@ -151,7 +151,7 @@ def adapter_off(model: PeftModel) -> LiveReference:
 
 
 def named_adapter(model: PeftModel, name: str) -> LiveReference:
-    """Return a reference that is the model with another of its adapters.
+    """Return a reference that is the model with the adapter `name` active instead of the trained adapter.
 
     Raises:
         ValueError: the model has no adapter with that name.

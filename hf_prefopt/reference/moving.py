@@ -38,7 +38,7 @@ class MovingReference:
 
     @property
     def description(self) -> str:
-        """The reference, described by a phrase for logs and model cards."""
+        """A phrase that describes the reference, for logs and model cards."""
         return (
             f"a copy of the policy that is updated every {self.every} steps "
             f"({self.share} × policy + {1 - self.share:.3g} × copy)"

@@ -68,7 +68,7 @@ def shard_of(parameter: nn.Parameter, values: Tensor) -> Tensor:
 
 
 def swap_shard(parameter: nn.Parameter, values: Tensor) -> Tensor:
-    """Replace this rank's shard of a parameter by its shard of other values, and return the old shard."""
+    """Write this rank's shard of `values` into this rank's shard of a parameter, and return the old shard."""
     current = local_shard(parameter)
     values = shard_of(parameter, values).to(device=current.device, dtype=current.dtype)
     if isinstance(parameter, DTensor):

@@ -78,7 +78,11 @@ class Rows:
 
 @dataclass
 class _OfBody:
-    """The state shared by all layers of a model: the indices of the current batch, or `None` outside a forward pass."""
+    """The state shared by all layers of a model.
+
+    Attributes:
+        rows: Indices of the current batch; `None` outside a forward pass, or if no sequence has to be packed.
+    """
 
     rows: Rows | None = None
 

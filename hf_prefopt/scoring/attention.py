@@ -160,7 +160,7 @@ def _head_widths(config: Any) -> tuple[int, int]:
 
 
 def _plain(implementation: str, module: nn.Module) -> Callable:
-    """Return the attention function of the model's own implementation; each model file defines its own "eager"."""
+    """Return the attention function of the model's own implementation. "eager" is defined in the model's own file."""
     own_eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     return ALL_ATTENTION_FUNCTIONS.get_interface(implementation, own_eager)
 

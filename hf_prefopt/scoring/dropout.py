@@ -79,7 +79,7 @@ def _places(model: nn.Module) -> Iterator[_Place]:
 
 
 def _own_places(name: str, module: nn.Module, in_adapter: bool) -> Iterator[_Place]:
-    """Yield the rates stored in a module itself."""
+    """Yield the places of the dropout rates that a module itself stores, without those of its submodules."""
     state = vars(module)
     if "Dropout" in type(module).__name__ and isinstance(state.get("p"), float) and state["p"]:
         yield _Place(state, "p", 0.0, {name: state["p"]}, in_adapter)

@@ -250,7 +250,7 @@ def _target_logps(
 def _own_target_logps(
     causal_lm: PreTrainedModel, outputs: Any, hidden: Tensor, targets: Tensor, token_stats: tuple[str, ...]
 ) -> dict[str, Tensor]:
-    """Compute the results of `_target_logps` from the logits of the model's own forward."""
+    """Compute log-probs and the statistics in `STATISTICS` like `_target_logps`, but with the model's own logits."""
     head = causal_lm.get_output_embeddings()
     chunk_rows = _chunk_rows(head, hidden.device)
     # Each chunk calls the head, and under FSDP2 all ranks must call it equally often.

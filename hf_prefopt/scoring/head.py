@@ -212,7 +212,7 @@ class TrainedHeadLogps(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_logps, *_):
-        """Compute the gradients of hidden, weight and bias. Those of weight and bias are summed in full precision."""
+        """Compute the gradients of hidden, weight and bias. Those of weight and bias are summed in fp32 or float64."""
         hidden, weight, bias, targets = ctx.saved_tensors
         exact = full_precision(weight.dtype)
         buffer = _buffer(hidden, weight, ctx.chunk_rows)

@@ -302,7 +302,7 @@ def _short_windows(model: nn.Module) -> Iterator[None]:
 
 
 def is_failure(error: Exception) -> bool:
-    """Return True if an error is unrelated to the layout, such as out of memory."""
+    """Return True if an error has nothing to do with the layout, for example if the device is out of memory."""
     return isinstance(error, _FAILURES) or any(words in str(error) for words in _NO_MEMORY)
 
 

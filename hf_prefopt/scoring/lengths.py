@@ -20,7 +20,7 @@ def ropes_by_length(model: nn.Module) -> list[str]:
 
 
 def length_limit(model: nn.Module) -> int | None:
-    """Return the length up to which frequencies do not depend on the length; `None` if they never depend on it."""
+    """Return the sequence length up to which frequencies are constant; `None` if they never depend on the length."""
     ropes = [module for module in model.modules() if _kinds(module)]
     return min((_limit(module) for module in ropes), default=None)
 

@@ -108,7 +108,7 @@ def unwrapped(layer: nn.Module) -> nn.Module:
 
 
 def mixers_of(layer: nn.Module) -> list[nn.Module]:
-    """Return the token mixers of a decoder layer that are separate modules."""
+    """Return the token mixers of a decoder layer. Only mixers that are modules of their own are found."""
     return list(outermost(layer, lambda module: not _OF_MIXERS.isdisjoint(parameters_of(module))))
 
 
