@@ -19,7 +19,7 @@ from hf_prefopt.config_names import as_option, hint_for, nearest_setting
 
 
 class CommandParser(HfArgumentParser):
-    """An argparse parser with one-line error messages, options for dataclass fields, and two help texts (short, full)."""
+    """An argparse parser with one-line error messages, options for dataclass fields, and a short and a full help."""
 
     def __init__(self, prog: str, **settings: Any):
         super().__init__(prog=prog, **{"formatter_class": _Help, "allow_abbrev": False, **settings})
