@@ -1,6 +1,6 @@
 """The command line: `hf_prefopt COMMAND …`, or `python -m hf_prefopt COMMAND …`.
 
-A command is a module of this package that `COMMANDS` names. The module's docstring is the help text,
+Each command is a module of this package, listed in `COMMANDS`. The module's docstring is the help text,
 `add_options(parser)` adds the options, and `run(options)` runs the command and returns the exit code. An error is
 printed as one line, and the exit code is 1. Only the module of the chosen command is imported, because the libraries
 that most commands need take seconds to import.
@@ -20,7 +20,7 @@ from hf_prefopt.recipe.shipped import listing
 from hf_prefopt.version import __version__
 
 COMMANDS = ("train", "inspect", "report", "compare", "chat", "merge", "losses", "env")
-# Command lines that are answered without importing the command.
+# Command lines that are answered by printing a text, without importing the module of the command.
 ANSWERS: Mapping[tuple[str, ...], Callable[[], str]] = {
     ("train", "--help"): HELP.rstrip,
     ("train", "-h"): HELP.rstrip,

@@ -136,7 +136,7 @@ def side_by_side(texts: dict[str, str], width: int) -> Columns | Group:
 
 
 class _Silent:
-    """A replacement for the live display if there is no terminal."""
+    """Replaces the live display if the output is not a terminal."""
 
     def __enter__(self) -> "_Silent":
         return self

@@ -25,11 +25,11 @@ VARIABLES = (
 
 
 def add_options(parser: ArgumentParser) -> None:
-    """Add no options."""
+    """Do nothing, because `env` has no options of its own."""
 
 
 def run(options: Namespace) -> int:
-    """Print one line per fact."""
+    """Print one line for each version, device, package and environment variable."""
     facts = {"hf_prefopt": __version__, "Python": platform.python_version(), "system": _system(), **_devices()}
     facts |= {name: _version(name) for name in _packages()}
     facts |= {name: os.environ[name] for name in VARIABLES if name in os.environ}
@@ -44,7 +44,7 @@ def _system() -> str:
 
 
 def _devices() -> dict[str, str]:
-    """Return the accelerators, the CUDA version and the bf16 support."""
+    """Return the accelerators, the CUDA version, and whether the GPU supports bf16, keyed by the words to print."""
     if not torch.accelerator.is_available():
         return {"device": "CPU alone"}
     if not torch.cuda.is_available():
@@ -57,7 +57,10 @@ def _devices() -> dict[str, str]:
 
 
 def _packages() -> list[str]:
-    """Return the required and optional packages from the package's metadata, without development dependencies."""
+    """Return the names of the required and optional packages, and of a few others that affect a run.
+
+    Packages that are needed only for development are left out.
+    """
     found = [Requirement(line) for line in requires("hf_prefopt") or ()]
     names = [one.name for one in found if one.name != "hf_prefopt" and "dev" not in str(one.marker)]
     return list(dict.fromkeys([*names, "trl", "flash-attn", "liger-kernel", "wandb", "tensorboard"]))

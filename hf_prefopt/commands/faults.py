@@ -9,9 +9,10 @@ from collections.abc import Callable, Collection
 
 from hf_prefopt.config_names import as_option, rewritten
 
-# Errors whose message is printed without their type.
+# Types of errors whose message is printed without the name of the type.
 _SPOKEN = (ValueError, OSError, ImportError, TypeError)
-# Patterns of messages from other libraries, and the message with the fix that is printed instead.
+# Patterns of error messages, most of them from other libraries. Each is mapped to the message that is printed instead,
+# which says how to fix the error.
 CURES: dict[str, str] = {
     r"DeepSpeed is not installed|No module named 'deepspeed'": (
         'DeepSpeed is not installed: pip install --no-build-isolation "hf_prefopt[deepspeed]", after torch'
@@ -102,7 +103,7 @@ def reported(run: Callable[[], int], with_traceback: bool, options: Collection[s
 
 
 def message_of(error: BaseException) -> str:
-    """Return the message to print for an error."""
+    """Return the message to print for an error: a message from `CURES` if one applies, otherwise the error's own."""
     import torch  # not at the top, because commands start ten times faster without PyTorch
 
     text = str(error).strip() or type(error).__name__

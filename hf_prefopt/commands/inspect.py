@@ -31,7 +31,7 @@ def _length(text: str) -> int | None:
     return None if text.lower() == "none" else int(text)
 
 
-# Settings of `PreferenceConfig` that this command takes, with the arguments of `add_argument`.
+# Settings of `PreferenceConfig` that are options of this command, mapped to their arguments of `add_argument`.
 SETTINGS: dict[str, dict[str, Any]] = {
     "loss_type": {"nargs": "+", "metavar": "LOSS"},
     "max_length": {"type": _length, "metavar": "TOKENS"},

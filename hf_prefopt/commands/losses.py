@@ -38,7 +38,7 @@ def run(options: Namespace) -> int:
 
 
 def _table(specs: list[LossSpec], kind: str | None) -> Table:
-    """Build a table with one row per loss, grouped by the kind of examples."""
+    """Build a table with one row per loss, grouped by the kind of examples that the losses need."""
     table = Table(Column("loss", no_wrap=True), "data", "reference", "formula", "defaults", box=None, pad_edge=False)
     for of_kind in KINDS:
         for spec in specs:

@@ -1,4 +1,4 @@
-"""The argument parser of a command. Errors are one line and suggest the option that the user probably meant."""
+"""The argument parser of a command. Its error messages are one line, and suggest the option that was probably meant."""
 
 import argparse
 import json
@@ -19,7 +19,7 @@ from hf_prefopt.config_names import as_option, hint_for, nearest_setting
 
 
 class CommandParser(HfArgumentParser):
-    """An argparse parser with one-line errors, options for dataclass fields, and a short and a full help."""
+    """An argparse parser with one-line error messages, options for dataclass fields, and a short and a full help."""
 
     def __init__(self, prog: str, **settings: Any):
         super().__init__(prog=prog, **{"formatter_class": _Help, "allow_abbrev": False, **settings})
@@ -46,13 +46,13 @@ class CommandParser(HfArgumentParser):
         self.exit(2, f"error: {self._missing(required[1]) if required else _plain(message)}\n")
 
     def _missing(self, names: str) -> str:
-        """Name the missing arguments, and show the first example of the help."""
-        names = re.sub(r"/--[\w-]+", "", names)  # other spellings
+        """Return a message that names the missing arguments, and shows the first example from the command's help."""
+        names = re.sub(r"/--[\w-]+", "", names)  # remove other spellings of an option
         example = re.search(rf"^ *({re.escape(self.prog)} .+)$", self.description or "", re.MULTILINE)
         return f"{names} {'are' if ',' in names else 'is'} missing" + (f"; example: {example[1]}" if example else "")
 
     def _as_known(self, word: str) -> str:
-        """Write an option with underscores if that is how it is known."""
+        """Replace hyphens in the name of an option by underscores if the parser knows only that spelling."""
         option, is_pair, value = word.partition("=")
         plain = "--" + option.removeprefix("--").replace("-", "_")
         is_other = option.startswith("--") and option not in self._option_string_actions
@@ -73,17 +73,20 @@ class CommandParser(HfArgumentParser):
         return f"unknown argument {option}" + (hint or (f": did you mean {known[near]}?" if near else ""))
 
     def add_full_help(self) -> None:
-        """Add the option `--help-all`."""
+        """Add the option `--help-all`, which prints the full help."""
         self.add_argument("--help-all", "--help_all", action=_FullHelp, nargs=0, help="show every option")
 
     def add_settings(self, heading: str, dataclass: type, without: Collection[str] = ()) -> None:
-        """Add an option for each field. The parsed options contain only values from the command line, no defaults."""
+        """Add an option for each field of a dataclass, except the fields in `without`.
+
+        The parsed options contain only values from the command line, no defaults.
+        """
         group, hints = self.add_argument_group(heading), get_type_hints(dataclass)
         for field in fields(dataclass):
             if field.init and field.name not in without:
                 field.type = hints[field.name]
                 before = len(self._actions)
-                self._parse_dataclass_field(cast(argparse.ArgumentParser, group), field)  # it only adds arguments
+                self._parse_dataclass_field(cast(argparse.ArgumentParser, group), field)  # only adds arguments
                 for option in self._actions[before:]:
                     _finish(option, field, type(None) in get_args(hints[field.name]))
                     if field.name in getattr(dataclass, "_VALID_DICT_FIELDS", ()):
@@ -94,7 +97,7 @@ class CommandParser(HfArgumentParser):
         return {option.dest for option in self._actions if option.option_strings}
 
     def settings(self) -> dict[str, argparse.Action]:
-        """Return the option of each setting, keyed by its name."""
+        """Return the options that are settings of a run, keyed by the name of the setting."""
         return {option.dest: option for option in reversed(self._actions) if option.default == argparse.SUPPRESS}
 
 
@@ -118,7 +121,7 @@ def parser_of(command: ModuleType, prog: str) -> CommandParser:
     return parser
 
 
-# Options to suggest for a positional argument, by its file ending.
+# If an unexpected positional argument has one of these file endings, the error suggests the option.
 _FILES = {
     "--config": re.compile(r"\.ya?ml$"),
     "--dataset_name": re.compile(r"\.(jsonl?|csv|tsv|parquet|arrow)(\.\w+)?$"),
@@ -150,7 +153,7 @@ def _plain(message: str) -> str:
 
 
 def _finish(option: argparse.Action, field: Field, may_be_none: bool) -> None:
-    """Add the default to the help text of an option, and let optional numbers accept `none`."""
+    """Add the default to the help text of an option. If `may_be_none`, a number option also accepts the word `none`."""
     if may_be_none and option.type in (int, float):
         option.type = _or_none(option.type)
     option.metavar = option.metavar or ("VALUE" if option.nargs != 0 else None)
@@ -159,7 +162,7 @@ def _finish(option: argparse.Action, field: Field, may_be_none: bool) -> None:
     option.default = argparse.SUPPRESS
 
 
-# What to type for a setting that is a dict.
+# Examples of what to type for settings that are dicts.
 _EXAMPLES = {
     "column_mapping": """'{"prompt": "asked"}' (standard name: your column)""",
     "loss_params": """'{"gamma": 1.0}'""",
@@ -168,7 +171,7 @@ _EXAMPLES = {
 
 
 def json_object(text: str, setting: str) -> dict[str, Any]:
-    """Parse the value of a setting. Raises `ArgumentTypeError` if it is not a JSON object."""
+    """Parse the value of a setting that is a dict. Raises `ArgumentTypeError` if the text is not a JSON object."""
     try:
         found = json.loads(text)
     except ValueError:
@@ -180,7 +183,7 @@ def json_object(text: str, setting: str) -> dict[str, Any]:
 
 
 def _mapping_for(setting: str) -> Callable[[str], Any]:
-    """Return a function that parses a setting that is a dict: a JSON object, or the path of a JSON or YAML file."""
+    """Return a function that parses a setting that is a dict, given as a JSON object or as the path of a file."""
 
     def _mapping(text: str) -> Any:
         if Path(text).is_file():
@@ -193,7 +196,7 @@ def _mapping_for(setting: str) -> Callable[[str], Any]:
 
 
 def _checked_json(file: str) -> str:
-    """Return the path. Raises `ArgumentTypeError`, with line and column, if a .json file holds invalid JSON."""
+    """Return the path of a file. If it is a .json file with invalid JSON, raise `ArgumentTypeError` with the place."""
     try:
         if file.endswith(".json"):
             json.loads(Path(file).read_text(encoding="utf-8"))
@@ -204,7 +207,7 @@ def _checked_json(file: str) -> str:
 
 
 def _or_none(read: Callable[[str], Any]) -> Callable[[str], Any]:
-    """Return a function that also accepts the word `none`."""
+    """Return a function that parses like `read`, but returns `None` for the word `none`."""
 
     @wraps(read, updated=())
     def reading(text: str) -> Any:

@@ -27,7 +27,7 @@ from hf_prefopt.recipe.shipped import copy, listing
 from hf_prefopt.recording import BeforeAndAfter
 from hf_prefopt.trainer import PreferenceTrainer
 
-# PEFT reads an attribute that transformers has deprecated, which would print this warning in every run.
+# PEFT reads an attribute that transformers has deprecated. Without this filter, every run would print a warning.
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
 
 
@@ -55,7 +55,7 @@ def add_options(parser: CommandParser) -> None:
 
 
 def run(options: Namespace) -> int:
-    """Train, or list or copy the files shipped with the package."""
+    """Train. With `--list` or `--copy`, list or copy files shipped with the package instead."""
     if options.list:
         print(listing())
     elif options.copy:
@@ -67,10 +67,10 @@ def run(options: Namespace) -> int:
 
 
 def recipe(**defaults: Any) -> NoReturn:
-    """Run `train` from a script with the command line of the process, and exit.
+    """Run the command `train` from a script, with the arguments of the process, and exit.
 
     Args:
-        defaults: Settings of the script. YAML files and the command line override them.
+        defaults: Default settings from the script. YAML files and the command line override them.
     """
     parser = parser_of(sys.modules[__name__], sys.argv[0])
     options = parser.parse_args()

@@ -12,7 +12,7 @@ from transformers.utils import cached_file
 from hf_prefopt.loading import holds_adapter
 from hf_prefopt.recipe.options import ModelOptions
 
-# The default for adapters. recipes/configs/base.yaml uses the same value for all losses.
+# The default learning rate for adapters. recipes/configs/base.yaml uses the same value for all losses.
 ADAPTER_LEARNING_RATE = 1e-4
 ADAPTER = (
     "lora_r",
@@ -26,7 +26,7 @@ ADAPTER = (
 )
 BITS = ("load_in_4bit", "load_in_8bit")
 FOUR_BITS = ("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage")
-# Arguments of `from_pretrained` that have a separate option.
+# Arguments of `from_pretrained` that have an option of their own, mapped to this option.
 LOADING = {"revision": "model_revision", "dtype": "dtype", "attn_implementation": "attn_implementation"}
 
 
@@ -87,7 +87,7 @@ def trains_adapter(model: ModelOptions) -> bool:
 
 
 def lora_of(model: ModelOptions) -> LoraConfig | None:
-    """Return the config of the LoRA adapter, or `None` if all weights train."""
+    """Return the config of the new LoRA adapter, or `None` if the run adds no adapter."""
     if not model.use_peft:
         return None
     modules = model.lora_target_modules
@@ -105,7 +105,7 @@ def lora_of(model: ModelOptions) -> LoraConfig | None:
 
 
 def quantization_of(model: ModelOptions) -> BitsAndBytesConfig | None:
-    """Return the quantization config, or `None`. 4-bit layers compute in `dtype`."""
+    """Return the quantization config, or `None` if the options do not ask for one. 4-bit layers compute in `dtype`."""
     if model.load_in_8bit:
         return BitsAndBytesConfig(load_in_8bit=True)
     if not model.load_in_4bit:

@@ -14,7 +14,7 @@ from hf_prefopt.recipe.shipped import find_config
 # Keys that are not settings: the base file, and environment variables (as in TRL).
 BASE, ENVIRONMENT = "base", "env"
 COMMAND_LINE = "the command line"
-# The key under which YAML merges the keys of another mapping, which then have no line of their own.
+# The key that merges another mapping into a mapping in YAML. The merged keys have no line of their own.
 _MERGED = "<<"
 
 
@@ -23,7 +23,9 @@ class Layer:
     """The settings from one origin: a file, a script or the command line.
 
     Attributes:
-        where: Name of the origin in messages. environment: Environment variables that a file sets.
+        where: Name of the origin in messages.
+        settings: Settings, keyed by name.
+        environment: Environment variables that a file sets.
     """
 
     where: str
@@ -38,7 +40,7 @@ def read_layers(given: list[str], options: Mapping[str, Action]) -> list[Layer]:
     because the files before them replace the base.
 
     Args:
-        options: Options, keyed by setting; an option defines how a value is parsed.
+        options: Options of the command line, keyed by the name of the setting. They define how values are parsed.
 
     Raises:
         ValueError: If a file is missing or is not a mapping, or has an unknown key, a duplicate key or a value of the
@@ -93,7 +95,9 @@ def unknown_setting(name: str, options: Mapping[str, Action], reason: str = "", 
     """Return the message for a name that is not a setting.
 
     Args:
-        reason: The reason, if it is known. value: The value that was given.
+        options: See `read_layers`.
+        reason: Why the name is not a setting, if this is known. It replaces the suggestion of a similar name.
+        value: The value that was given.
     """
     plain = name.replace("-", "_")
     near = plain if plain in options else nearest_setting(plain, options)
@@ -120,7 +124,7 @@ _TYPES: dict[type, str] = {list: "list", str: "text"}
 
 
 def _fault(error: yaml.MarkedYAMLError) -> str:
-    """Describe where and why YAML is invalid. `context_mark` is the start of the list or mapping that is not closed."""
+    """Return a text that says where and why a file is invalid YAML. Name the start of an unclosed bracket or quote."""
     mark, start = error.problem_mark or error.context_mark, error.context_mark
     where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
     problem = error.problem or error.context or "unknown fault"
@@ -134,7 +138,7 @@ def _fault(error: yaml.MarkedYAMLError) -> str:
 
 
 def _lines(file: Path) -> dict[str, int]:
-    """Return the line of each key. Raises `ValueError` for a duplicate key, because YAML would use the last one."""
+    """Return the line of each key. Raises `ValueError` if a key occurs twice, because YAML would use the last one."""
     lines: dict[str, int] = {}
     node = yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     for key, _ in node.value if node else ():
@@ -146,7 +150,7 @@ def _lines(file: Path) -> dict[str, int]:
 
 
 def _read(option: Action, value: Any) -> Any:
-    """Parse a value in the same way as the command line."""
+    """Parse a value from a YAML file in the same way as a value from the command line."""
     if value is None or isinstance(value, dict):
         return _checked(option, value)
     if isinstance(value, list):

@@ -50,7 +50,7 @@ _OF_ENTRIES = {"dataset_name": "path", "dataset_config": "name", "dataset_train_
 
 
 def _no_mixture(unused: dict[str, Any]) -> str:
-    """Return the message for settings that must be in the entries of `datasets`, not next to `datasets`."""
+    """Return the error message for settings that must be part of an entry of `datasets` if `datasets` is set."""
     given = " and ".join(f"{name}={value}" for name, value in unused.items())
     entry = {_OF_ENTRIES[name]: value for name, value in unused.items() if name in _OF_ENTRIES}
     one, other = ("'" + json.dumps(example) + "'" for example in ({"path": "a.jsonl"} | entry, {"path": "b.jsonl"}))
@@ -95,13 +95,13 @@ def _load(data: DataOptions, training: PreferenceConfig) -> tuple[Rows, Rows | N
 
 
 def _found(name: str) -> str:
-    """Return the name or, for data shipped with the package, the path of their folder."""
+    """Return the name of a dataset. If the data are shipped with the package, return their path."""
     is_shipped = name.startswith(SHIPPED_DATA) and not Path(name).exists()
     return str(shipped(name)) if is_shipped and shipped(name).exists() else name
 
 
 def _load_mixture(data: DataOptions, training: PreferenceConfig) -> tuple[Mixture, Mixture | None]:
-    """Load the rows of `datasets`; see `mixture.py`."""
+    """Load the rows of `datasets`; see `hf_prefopt.recipe.mixture`."""
     keep = partial(not_too_long, longest=data.longest_row)
     train, test = load_mixture(data.entries, data.dataset_streaming, training.seed, keep, _reading(training))
     if data.test_split_size is not None:
@@ -113,7 +113,7 @@ def _load_mixture(data: DataOptions, training: PreferenceConfig) -> tuple[Mixtur
 
 
 def _without_evaluation(training: PreferenceConfig) -> None:
-    """Turn evaluation off, and print a message."""
+    """Turn evaluation off, and print a message. Raises `ValueError` if `load_best_model_at_end` needs evaluation."""
     if training.load_best_model_at_end:
         raise ValueError(
             "load_best_model_at_end=True needs rows to evaluate, and the dataset has no split for that: pass "
@@ -128,7 +128,7 @@ def _without_evaluation(training: PreferenceConfig) -> None:
 
 
 def _reading(training: PreferenceConfig) -> dict[str, Any]:
-    """Return the settings that define how columns are read."""
+    """Return the settings that define how the columns of a dataset are read, keyed by name."""
     return {name: getattr(training, name) for name in ("column_mapping", "remove_columns", "text_as")}
 
 

@@ -20,7 +20,7 @@ def not_too_long(rows: Any, longest: int | None) -> Any:
 
 
 def characters(value: Any) -> int:
-    """Count the characters of all texts in a row, including nested texts and role names."""
+    """Count the characters of all texts in a row, including texts in nested lists and dicts, and role names."""
     if isinstance(value, str):
         return len(value)
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
@@ -28,7 +28,7 @@ def characters(value: Any) -> int:
 
 
 def draw(rows: Rows, count: int | None, seed: int) -> Rows:
-    """Sample `count` rows, reproducibly for a seed, and keep their order. `None` keeps all rows.
+    """Sample `count` rows with a seed, and keep their order. If `count` is `None`, return all rows.
 
     For a stream, the first `count` rows are used instead of a sample.
     """
@@ -40,9 +40,10 @@ def draw(rows: Rows, count: int | None, seed: int) -> Rows:
 
 
 def draw_prompts(rows: Rows, count: int | None, seed: int) -> Rows:
-    """Sample prompts, and use all rows of each prompt until `count` rows are selected. See `draw`.
+    """Sample prompts, and select all rows of each sampled prompt until `count` rows are selected.
 
-    The last prompt may be incomplete. Without a column `prompt`, single rows are sampled.
+    Some rows of the last sampled prompt may be left out. For a stream, and for rows without a column `prompt`, this
+    function does the same as `draw`.
     """
     if count is None or isinstance(rows, IterableDataset) or "prompt" not in rows.column_names:
         return draw(rows, count, seed)

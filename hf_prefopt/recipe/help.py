@@ -1,4 +1,7 @@
-"""`hf_prefopt train --help`: three commands, and the settings that people use; `--help-all` prints every option."""
+"""The text of `hf_prefopt train --help`: three example commands, and the settings that are used most.
+
+`--help-all` prints every option.
+"""
 
 HELP = """\
 usage: hf_prefopt train [--config FILE ...] [--setting value ...]

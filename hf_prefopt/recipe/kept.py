@@ -22,18 +22,22 @@ RESULTS = (
     "model.safetensors.index.json",
     "checkpoint-*",
 )
-# Files that a run writes at its end. Until then, the files of an earlier run would be mistaken for its results.
+# Files that a run writes at its end. A run removes those of an earlier run from its folder, because they could be
+# mistaken for its own results.
 OF_THE_END = ("record.jsonl", "report.html", "curves.png")
 # Settings that are ignored when two runs are compared.
 NOT_OF_THE_RUN = ("overwrite_output_dir", "resume_from_checkpoint")
 _SECRET_NAMES = ("token", "password", "api_key", "secret")
-# An access token of the Hub, and a JSON entry whose key names a secret.
+# Patterns of an access token of the Hub, and of a JSON entry whose key names a secret.
 _TOKEN = re.compile(r"hf_\w{8,}")
 _ENTRY = re.compile(rf'("\w*(?:{"|".join(_SECRET_NAMES)})"\s*:\s*)"[^"]*"', re.IGNORECASE)
 
 
 def check_places(recipe: Recipe) -> None:
-    """Raise `ValueError` if the run's folders cannot be written, or if its files would be among those that it reads."""
+    """Raise `ValueError` if the run's folders cannot be written.
+
+    Also raise it if `output_dir` is the folder of the model, or is in a folder from which the run reads its data.
+    """
     check_folders(recipe.training)
     folder, model, data = recipe.training.output_dir, recipe.model.model_name_or_path, recipe.data_names
     refuse_same_folder("output_dir", folder, model, "the model")
@@ -49,8 +53,8 @@ def check_places(recipe: Recipe) -> None:
 def refuse_other_run(recipe: Recipe) -> None:
     """Raise `ValueError` if `output_dir` contains the results of a run with different settings.
 
-    The error is not raised if the run resumes from a checkpoint or `overwrite_output_dir` is set. The
-    report of a run that is replaced is removed at once.
+    The error is not raised if the run resumes from a checkpoint or `overwrite_output_dir` is set. If the run replaces
+    an earlier run, the record, the report and the curves of the earlier run are removed at once.
     """
     folder = Path(recipe.training.output_dir)
     if recipe.training.resume_from_checkpoint or not any(found for name in RESULTS for found in folder.glob(name)):
@@ -70,7 +74,10 @@ def refuse_other_run(recipe: Recipe) -> None:
 
 
 def keep_settings(recipe: Recipe) -> None:
-    """Write the settings, without secrets, to a file for `--config` in the run's folder. A comment has the command."""
+    """Write the settings, without secrets, to `train.yaml` in the run's folder.
+
+    The file is a YAML file for `--config`. Comments at its start contain the command and the versions of packages.
+    """
     if recipe.training.process_index:
         return
     folder = Path(recipe.training.output_dir)
@@ -88,7 +95,7 @@ def keep_settings(recipe: Recipe) -> None:
 
 
 def _command(words: Any) -> str:
-    """Return the command line; dots replace secrets."""
+    """Return the command line as text, with dots in place of secrets."""
     shown, hide = [], False
     for word in words:
         name, is_pair, _ = word.partition("=")

@@ -23,6 +23,7 @@ def merged(layers: Iterable[Layer], say: Callable[[str], None] = print) -> dict[
     """Merge the settings of all layers; later layers override earlier layers.
 
     Args:
+        layers: The settings of each origin, such as a file or the command line.
         say: Function that is called with a message about each setting that is dropped.
     """
     settings: dict[str, Any] = {}
@@ -51,7 +52,7 @@ def _is_demo(settings: Settings) -> bool:
 
 
 def _of_another_loss(before: Settings, given: Settings) -> tuple[tuple[str, ...], str]:
-    """Return the settings that do not apply to the new loss, and the reason."""
+    """Return the names of settings to drop because `given` selects another loss, and the reason as text."""
     old, new = before.get("loss_type"), given.get("loss_type")
     if not old or not new or list(map(_own_name, old)) == list(map(_own_name, new)):
         return (), ""
@@ -66,7 +67,10 @@ def _of_other_data(before: Settings, given: Settings) -> tuple[tuple[str, ...], 
 
 
 def _own_name(loss: str) -> str:
-    """Return the canonical name of a loss. A user's own losses are not registered yet, so their names are unchanged."""
+    """Return the name of a loss, given its name or an alias.
+
+    The name of a user's own loss is returned unchanged, because the loss is not registered yet.
+    """
     try:
         return get_loss(loss).name
     except ValueError:

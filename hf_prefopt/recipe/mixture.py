@@ -78,10 +78,11 @@ def load_mixture(
 ) -> tuple[Mixture, Mixture | None]:
     """Load the training mixture and the evaluation mixture.
 
-    The evaluation mixture contains each row of the evaluation splits once; it is None if no dataset has such a split.
+    The evaluation mixture contains each row of the evaluation splits once. It is `None` if no dataset has an evaluation
+    split.
 
     Args:
-        keep: Function that removes the rows that are too long from the rows of a dataset.
+        keep: Function that gets the rows of a dataset, and returns those that are not too long.
         reading: Default values of `column_mapping`, `remove_columns` and `text_as` for all entries.
 
     Raises:

@@ -68,7 +68,7 @@ class DataOptions:
 
     @property
     def entries(self) -> list[Entry]:
-        """The entries of `datasets`, which `__post_init__` has read."""
+        """The entries of `datasets`, which `__post_init__` has parsed; [] if `datasets` is not set."""
         return cast("list[Entry]", self.datasets or [])
 
 
@@ -126,7 +126,7 @@ class ModelOptions:
 
 @dataclass
 class RunOptions:
-    """The options of the command `train` itself."""
+    """The options of `train` that describe neither the data, nor the model, nor the training."""
 
     gsm8k_problems: int = field(
         default=0, metadata=_help("Solve N GSM8K problems (at most 200) at every evaluation; 0 for none.")
@@ -146,7 +146,7 @@ class RunOptions:
 
 
 def _run_file(path: str) -> None:
-    """Run a user's file. Raises `ValueError` with the line number for any error in the file."""
+    """Run a Python file of the user. Raises `ValueError` with the line number for any error in the file."""
     try:
         runpy.run_path(path)
     except SyntaxError as error:

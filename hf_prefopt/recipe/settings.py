@@ -19,9 +19,10 @@ class Recipe:
     """The complete settings of a run.
 
     Attributes:
-        settings: All given settings, keyed by name, as they are saved in a YAML file.
+        run, data, model, training: The settings, by the dataclass to which they belong.
+        settings: All settings that were given, keyed by name, in the form in which they are saved in a YAML file.
         environment: Names of the environment variables that files set.
-        command_line: Words of the command line.
+        command_line: The command line as a list of words.
     """
 
     run: RunOptions
@@ -54,7 +55,7 @@ def read_recipe(options: Namespace) -> Recipe:
     for loss in settings.get("loss_type", ()):
         if "," in loss:
             raise ValueError(f"loss_type='{loss}': separate losses with spaces, --loss_type {loss.replace(',', ' ')}")
-    # First, because `losses_from` registers losses that PreferenceConfig looks up.
+    # This comes first, because `losses_from` registers losses that PreferenceConfig looks up.
     run = RunOptions(**_of(RunOptions, settings))
     settings.setdefault("output_dir", "runs/" + "+".join(settings.get("loss_type", ["dpo"])))
     data, model = DataOptions(**_of(DataOptions, settings)), ModelOptions(**_of(ModelOptions, settings))
@@ -66,7 +67,7 @@ def read_recipe(options: Namespace) -> Recipe:
     training = PreferenceConfig(**_of(PreferenceConfig, settings))
     if training.do_predict:
         raise ValueError("do_predict=True has no effect: `train` trains and evaluates; leave it out")
-    others = cast("dict[str, Any] | None", training.model_init_kwargs)  # JSON is read by now
+    others = cast("dict[str, Any] | None", training.model_init_kwargs)  # parsed from JSON by now
     training.model_init_kwargs = loading_arguments(model, others)
     return Recipe(run, data, model, training, settings, tuple(environment), options.command_line)
 
@@ -85,6 +86,6 @@ def _refuse_missing(settings: dict[str, Any]) -> None:
 
 
 def _say(line: str) -> None:
-    """Print a line on the first rank."""
+    """Print a line, only on the first rank."""
     if not int(os.environ.get("RANK", 0)):
         print(line, flush=True)

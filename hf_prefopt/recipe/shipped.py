@@ -15,7 +15,7 @@ _PACKAGE = Path(__file__).parents[1]
 
 
 def shipped(path: str) -> Path:
-    """Return the location of a file or folder of the repository, such as "recipes/dpo_lora.yaml"."""
+    """Return where a file or folder of the repository, such as "recipes/dpo_lora.yaml", is on this machine."""
     installed = _PACKAGE / "shipped"
     return (installed if installed.is_dir() else _PACKAGE.parent) / path
 
@@ -103,7 +103,7 @@ def copy(name: str, folder: str = ".", *others: str) -> list[Path]:
 
 
 def base_of(file: Path) -> Path | None:
-    """Return the base file of a YAML file, from its line `base:`, or None."""
+    """Return the base file that a YAML file names in its line `base:`; `None` if there is no such line."""
     lines = (line.partition("#")[0].strip() for line in file.read_text().splitlines())
     named = next((line.removeprefix("base:").strip() for line in lines if line.startswith("base:")), None)
     return file.parent / named if named else None

@@ -1,8 +1,8 @@
-"""A cached reference: its token log-probs are on disk, computed once and shared by runs.
+"""A reference whose token log-probs are cached on disk. They are computed once, and other runs can use them.
 
-Before training, one pass computes missing log-probs (`cache_fill`); for streams, they are computed when a batch
-arrives. The collator gives each response of a batch the key of its log-probs. `cache_store` reads and writes the files,
-and `cache_key` computes the keys.
+For a dataset, one pass before training computes the missing log-probs (`cache_fill`). For a stream, they are computed
+when a batch arrives. The collator adds the cache key of each response to the batch. `cache_store` reads and writes the
+files, and `cache_key` computes the keys.
 """
 
 import os
@@ -29,7 +29,7 @@ class MissingLogProbs(LookupError):
 
 
 class CachedReference:
-    """A live reference with a cache; it has the same methods for scoring.
+    """A live reference with a cache. It has the scoring methods of `LiveReference`.
 
     Args:
         live: the reference that computes missing log-probs.
@@ -39,8 +39,9 @@ class CachedReference:
 
     Attributes:
         live: the live reference; `None` once it is released.
-        any_rank: a function that maps "something is missing on this rank" to "something is missing on any rank". It is
-            needed for engines whose ranks must run the reference together.
+        any_rank: a function that is called with True if log-probs are missing on this rank, and returns True if this
+            rank must run the reference. With engines whose ranks must run it together, it returns True if log-probs are
+            missing on any rank.
     """
 
     def __init__(
@@ -68,7 +69,11 @@ class CachedReference:
 
     @cached_property
     def store(self) -> LogProbStore:
-        """The store of the log-probs, created on first use, because its name is a hash of the final weights."""
+        """The store of the log-probs.
+
+        It is created on first use, because its folder is named after a hash of the weights, which must be final by
+        then.
+        """
         assert self.live is not None
         with self.live.switch():
             name = fingerprint(self.live.model, self._temperature, self._autocast_dtype)
@@ -81,10 +86,11 @@ class CachedReference:
         return LogProbStore(self._folder / name, about)
 
     def score(self, batch: PreferenceBatch, token_stats: tuple[str, ...] = ()) -> ResponseScores:
-        """Return the reference's scores of a batch, from the cache, or computed and stored.
+        """Return the reference's scores of a batch. If log-probs are missing, run the reference and store them.
 
         Args:
-            token_stats: not used: token statistics are not cached, and the configuration rejects losses that need them.
+            token_stats: ignored, because token statistics are not cached. The configuration rejects losses that need
+                them.
 
         Raises:
             MissingLogProbs: some log-probs are not cached, and the reference has been released.
@@ -99,7 +105,7 @@ class CachedReference:
         """Return `None`, because predictions over the vocabulary are not cached."""
 
     def compute(self, batch: PreferenceBatch) -> ResponseScores:
-        """Run the reference on a batch and store the log-probs that were missing.
+        """Run the reference on a batch, store the log-probs that were missing, and return the scores.
 
         Raises:
             MissingLogProbs: the reference has been released.
@@ -112,12 +118,12 @@ class CachedReference:
         parts = scores.token_logps.cpu().split(batch["response_lengths"].tolist())
         for key, logps, new in zip(keys, parts, missing, strict=True):
             if new:
-                # A copy: a view would keep the whole batch's memory.
+                # A copy, because a view would keep the tensor of the whole batch in memory.
                 self.store.put(key, logps.clone())
         return scores
 
     def release(self) -> None:
-        """Free the live reference if it has its own memory; log-probs then come only from the cache."""
+        """Free the live reference if this saves memory. From then on, log-probs come only from the cache."""
         if not self.store:
             raise RuntimeError("open the store before the weights are freed, because its name is their fingerprint")
         if self.live is not None and self.live.has_own_memory:

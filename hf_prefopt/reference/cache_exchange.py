@@ -39,7 +39,7 @@ def say_whether_shared(folder: Path, accelerator: Accelerator) -> None:
 
 
 def exchange(folder: Path, accelerator: Accelerator) -> None:
-    """Write the shards that only other processes have into this process's folder; call it on every rank.
+    """Add the shards that only other processes have to this process's folder. Call this function on every rank.
 
     A shard that cannot be read is skipped.
     """

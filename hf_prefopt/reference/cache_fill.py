@@ -1,7 +1,7 @@
-"""Compute the reference log-probs of a dataset that are not cached yet: in large batches, each response once.
+"""Compute the reference log-probs of a dataset that are not cached yet, in large batches.
 
-Each rank computes and writes its share. Then all ranks read all shards, even if each rank has its own folder (see
-`cache_exchange`). An interrupted pass resumes after the last shard that was written.
+Each rank computes and writes a share of the responses. Then all ranks read all shards, even if each rank has its own
+folder (see `cache_exchange`). An interrupted pass resumes after the last shard that was written.
 """
 
 from array import array
@@ -27,13 +27,14 @@ _ROWS_AT_ONCE = 1000
 
 
 class Inventory(NamedTuple):
-    """The distinct responses of a dataset, each at its first occurrence.
+    """The distinct responses of a dataset. Each field has one entry per response.
 
     Attributes:
-        keys: Cache key of each response.
-        rows, which: Index of the row, and index of the response in the row.
-        prompts: Index of the prompt's hash, used only to group responses, so collisions are harmless.
-        lengths: Number of tokens of prompt and response.
+        keys: Cache key of the response.
+        rows, which: Place where the response first occurs: index of the row, and index of the response in the row.
+        prompts: Number that identifies the prompt. It is derived from a hash and used only to group responses, so hash
+            collisions are harmless.
+        lengths: Number of tokens of prompt and response together.
     """
 
     keys: list[bytes]
@@ -44,7 +45,10 @@ class Inventory(NamedTuple):
 
 
 def responses_of(row: Mapping[str, Any]) -> list[tuple[Sequence[int], Sequence[int]]]:
-    """Return the token ids and the mask of each response of a row, including mismatched responses."""
+    """Return the token ids and the mask of each response of a row.
+
+    This includes the mismatched responses, which belong to other prompts but are also scored after this one.
+    """
     ids = [*row["response_ids"], *row.get("mismatched_ids", ())]
     masks = [*row["scored_masks"], *row.get("mismatched_masks", ())]
     return list(zip(ids, masks, strict=True))
@@ -69,9 +73,10 @@ def take_inventory(dataset: Any) -> Inventory:
 
 
 def plan_batches(inventory: Inventory, missing: np.ndarray, tokens: int) -> list[np.ndarray]:
-    """Return indices into the inventory for each batch, longest responses first, grouped by prompt.
+    """Divide the missing responses into batches. A batch is an array of indices into the inventory.
 
-    A batch, padded to its longest response, has at most `tokens` tokens, unless it consists of a single response.
+    Responses to the same prompt are adjacent, and prompts with the longest responses come first. A batch that is padded
+    to its longest response has at most `tokens` tokens, unless it consists of a single response.
     """
     chosen = np.flatnonzero(missing)
     longest = np.zeros(inventory.prompts.max(initial=-1) + 1, dtype=np.int64)
@@ -88,7 +93,10 @@ def plan_batches(inventory: Inventory, missing: np.ndarray, tokens: int) -> list
 
 
 def single_responses(dataset: Any, inventory: Inventory, places: np.ndarray) -> list[dict[str, Any]]:
-    """Return rows that contain only the given responses, for a dataset of any kind of examples."""
+    """Return rows that contain only the responses at the given indices of the inventory.
+
+    The dataset may contain any kind of examples.
+    """
     wanted: dict[int, list[int]] = {}
     for place in places:
         wanted.setdefault(int(inventory.rows[place]), []).append(int(inventory.which[place]))
@@ -164,7 +172,10 @@ def fill(
 
 
 def _missing_anywhere(accelerator: Accelerator, missing: np.ndarray) -> np.ndarray:
-    """Mark the entries that are missing on any rank; ranks may differ if another run writes to the folder."""
+    """Return True for each response that is missing on any rank.
+
+    Ranks may see different files if another run writes to the folder at the same time.
+    """
     if accelerator.num_processes == 1:
         return missing
     return np.logical_or.reduce(gather_object([missing]))
@@ -173,7 +184,7 @@ def _missing_anywhere(accelerator: Accelerator, missing: np.ndarray) -> np.ndarr
 def _shares(batches: list[np.ndarray], accelerator: Accelerator) -> Iterator[tuple[int | None, np.ndarray]]:
     """Yield (index, batch) for each batch of this rank.
 
-    All ranks yield the same number of batches; the index of a filler batch is `None`.
+    All ranks yield the same number of batches. A rank that has no batch left yields (None, last batch).
     """
     ranks, rank = accelerator.num_processes, accelerator.process_index
     for first in range(0, len(batches), ranks):
@@ -182,7 +193,7 @@ def _shares(batches: list[np.ndarray], accelerator: Accelerator) -> Iterator[tup
 
 
 class CacheFiller:
-    """An object that computes the reference log-probs that the cache lacks. Each dataset is processed once.
+    """Computes the reference log-probs of datasets that the cache does not have. Each dataset is processed only once.
 
     Args:
         reference: Cache that wraps the live reference model.
@@ -207,7 +218,7 @@ class CacheFiller:
     def fill(self, dataset: Any, name: str) -> bool:
         """Compute the missing log-probs of a dataset.
 
-        Return False for a stream: its log-probs are computed when it is read.
+        Return True. For a stream, do nothing and return False: its log-probs are computed when it is read.
         """
         if not hasattr(dataset, "__getitems__"):
             self._reference.any_rank = partial(any_rank, self._accelerator)

@@ -1,10 +1,10 @@
-"""The keys of cached log-probs, which depend only on the reference and on the tokens that it reads.
+"""Identifiers of cached log-probs. They depend only on the reference and on the tokens that it reads.
 
 A *fingerprint* identifies the reference. It covers the bytes of every tensor that affects the output, the relevant part
 of the model's configuration, the temperature, the dtype of autocast, and the precision of fp32 products (TF32 keeps 10
-of the 23 bits). A *key* identifies a response by the token ids of its prompt, its own token ids, and the mask of scored
-tokens. Losses, β, seeds, the adapter that is trained, batches, layouts and folders affect neither fingerprints nor
-keys.
+of the 23 mantissa bits). A *key* identifies a response by the token ids of its prompt, its own token ids, and the mask
+of scored tokens. Losses, β, seeds, the adapter that is trained, batches, layouts and folders affect neither
+fingerprints nor keys.
 
 The fingerprint leaves out settings that only change the last bits of a result, such as the device, the attention
 implementation and the layout.
@@ -31,7 +31,7 @@ from hf_prefopt.scoring.forward import base_causal_lm
 
 KEY_BYTES = 16
 
-# The parts that PEFT, and an engine's checkpointing, insert into the names of the tensors that they wrap.
+# Parts of a tensor's name that appear if PEFT, or the activation checkpointing of an engine, wraps a module.
 _WRAPPERS = ("base_layer", "original_module", "token_adapter", "_checkpoint_wrapped_module")
 # Settings of a configuration that describe where a model came from or how it is used, not what it computes.
 _BESIDE_THE_POINT = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache")
@@ -45,7 +45,8 @@ def response_keys(prompt_ids: Sequence[int], responses: Sequence[tuple[Sequence[
     mask of scored tokens.
 
     Args:
-        prompt_ids: token ids. responses: the token ids of each response, and their mask (1 for a scored token, else 0).
+        prompt_ids: token ids of the prompt.
+        responses: for each response, its token ids, and its mask with 1 for a scored token and 0 for any other token.
     """
     prompt = hashlib.blake2b(_framed(np.asarray(prompt_ids, dtype="<i4")), digest_size=KEY_BYTES)
     keys = []
@@ -63,12 +64,12 @@ def _framed(array: np.ndarray) -> bytes:
 
 @dataclass
 class KeyedCollator:
-    """A layout's collator that also adds `response_keys` to the batch: the keys of its R responses, in order."""
+    """A wrapper of a layout's collator. It adds `response_keys` to the batch: the keys of its R responses, in order."""
 
     collator: Collator
 
     def count_tokens(self, rows: Sequence[Mapping[str, Any]]) -> int:
-        """Return the number of tokens that the layout's collator counts."""
+        """Return the number of tokens of these rows, as the layout's collator counts them."""
         return self.collator.count_tokens(rows)
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> PreferenceBatch:
@@ -82,7 +83,7 @@ class KeyedCollator:
 
 
 def fingerprint(model: nn.Module, temperature: float, autocast_dtype: torch.dtype | None) -> str:
-    """Return the fingerprint of the model in its current state, 32 hexadecimal digits.
+    """Return the fingerprint of the model in its current state, as 32 hexadecimal digits.
 
     The fingerprint covers the tensors and the configuration of active adapters, and ignores disabled adapters. A base
     model with a disabled adapter, a copy of the base model, and the same weights loaded again therefore have the same
@@ -131,7 +132,7 @@ def _acting_in(layer: Any) -> list[str]:
 
 
 def _settings(config: Mapping[str, Any], left_out: tuple[str, ...]) -> dict[str, Any]:
-    """Return the settings that affect the output, including those of nested configurations."""
+    """Return the settings of a configuration that affect the model's output, including nested settings."""
     return {
         name: _settings(value, left_out) if isinstance(value, Mapping) else value
         for name, value in ((str(name), value) for name, value in config.items())
@@ -144,7 +145,7 @@ def _plain(value: Any) -> Any:
 
 
 def _tensor_digests(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """Yield (name without an adapter's wrappers, digest) for every tensor that affects the model's output."""
+    """Yield (name, digest) for every tensor that affects the model's output. Names omit the wrappers of adapters."""
     renamed = _renaming(model)
     for name, _ in model.named_parameters():
         acting_name = renamed(name)
@@ -200,7 +201,7 @@ def _renaming(model: nn.Module) -> Any:
 
 
 def _quantization(parameter: nn.Parameter, owner: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Return the tensors that bitsandbytes stores in addition to a quantized weight, with their names."""
+    """Return (name, tensor) for each tensor that bitsandbytes stores in addition to a quantized weight."""
     state = getattr(parameter, "quant_state", None)
     if state is not None:
         tensors = state.as_dict(packed=True)
@@ -212,6 +213,6 @@ def _quantization(parameter: nn.Parameter, owner: nn.Module) -> Iterator[tuple[s
 
 
 def _digest(tensor: Tensor) -> str:
-    """Return the dtype, the shape, and the XXH3-128 hash of the bytes of a tensor."""
+    """Return a text with a tensor's dtype, its shape, and the XXH3-128 hash of its bytes."""
     data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return f"{tensor.dtype} {tuple(tensor.shape)} {xxhash.xxh3_128_hexdigest(data.data)}"

@@ -33,19 +33,25 @@ from hf_prefopt.reference.cache_key import KEY_BYTES
 logger = logging.getLogger(__name__)
 
 FORMAT = "hf_prefopt reference log-probs 1"
-# An interrupted run recomputes at most this much: a shard is written after this many tokens, or after this time.
+# A shard is written after this number of tokens or seconds. An interrupted run therefore loses at most this much work.
 SHARD_TOKENS = 1 << 20
 SHARD_SECONDS = 30.0
 # A temporary file older than this belongs to a process that was killed.
 _STALE_SECONDS = 3600.0
 
 
-# The dtype of keys: NumPy sorts and compares all their bytes.
+# The dtype of keys is raw bytes, so NumPy sorts and compares keys by all their bytes.
 KEY = np.dtype(f"V{KEY_BYTES}")
 
 
 class Shard(NamedTuple):
-    """The content of a shard. keys: `[R]` of 16 bytes. offsets: `[R + 1]`. logps: `[N]`, mapped from the file."""
+    """The content of a shard; see the module's docstring.
+
+    Attributes:
+        keys: `[R]`, with 16 bytes per entry.
+        offsets: `[R + 1]` int64.
+        logps: `[N]`. The tensor is memory-mapped from the file.
+    """
 
     keys: np.ndarray
     offsets: np.ndarray
@@ -57,7 +63,7 @@ class DamagedShard(ValueError):
 
 
 def write_shard(folder: Path, entries: Mapping[bytes, Tensor]) -> Path:
-    """Write log-probs with their keys; the file gets its final name only when it is complete."""
+    """Write a shard with log-probs, keyed by response. The file gets its final name only when it is complete."""
     lengths = [0, *(len(logps) for logps in entries.values())]
     tensors = {
         "keys": torch.frombuffer(bytearray(b"".join(entries)), dtype=torch.uint8).view(-1, KEY_BYTES),
@@ -116,11 +122,11 @@ def _digest(keys: Tensor, offsets: Tensor, logps: Tensor) -> str:
 
 
 class LogProbStore:
-    """The log-probs of one reference: those in the shards of its folder, and those not written yet.
+    """The log-probs of one reference: those in the shards of its folder, and those that are not written yet.
 
     Args:
         folder: the folder, which is created if it does not exist.
-        about: a description of the fingerprint, for people.
+        about: a description of the reference for people, written to `about.json`.
     """
 
     def __init__(self, folder: Path, about: Mapping[str, Any] | None = None):
@@ -158,19 +164,19 @@ class LogProbStore:
         self._take_in(new)
 
     def missing(self, keys: Sequence[bytes]) -> np.ndarray:
-        """Return `[R]` bool, True for the responses that are missing."""
+        """Return `[R]` bool. True if the log-probs of the response with this key are missing."""
         unknown = self._find(_as_array(keys)) < 0
         if self._waiting:
             unknown &= [key not in self._waiting for key in keys]
         return unknown
 
     def get(self, keys: Sequence[bytes]) -> list[Tensor]:
-        """Return the log-probs of these responses, each `[tokens]`. Raises `KeyError` for a missing response."""
+        """Return the log-probs `[tokens]` of each response. Raises `KeyError` for a missing response."""
         found = zip(keys, self._find(_as_array(keys)), strict=True)
         return [self._waiting[key] if at < 0 else self._read(*self._places[at]) for key, at in found]
 
     def put(self, key: bytes, logps: Tensor) -> None:
-        """Store the log-probs `[tokens]` of a response."""
+        """Store the log-probs `[tokens]` of a response. If many are waiting to be written, write them to a shard."""
         if not self._waiting:
             self._waiting_since = time.monotonic()
         self._waiting[key] = logps
@@ -188,7 +194,7 @@ class LogProbStore:
                 self._take_in([read_shard(path)])
 
     def _take_in(self, shards: list[Shard]) -> None:
-        """Merge the entries of these shards into the sorted index."""
+        """Add the keys of these shards to the sorted index of all keys."""
         if not shards:
             return
         keys = np.concatenate([shard.keys for shard in shards])

@@ -46,7 +46,8 @@ def choose_reference(setting: str, model: nn.Module, ref_model: nn.Module | None
         return named_adapter(model, setting.removeprefix("adapter:"))
     if setting == "auto":
         setting = _automatic(model, ref_model)
-    # The configuration has turned "cache" into "auto", and sync_ref_model=True into "copy".
+    # The setting is not "cache": the configuration has replaced "cache" by "auto". It also sets "copy" for
+    # sync_ref_model.
     if setting == "model" and ref_model is not None:
         return separate_model(ref_model)
     return adapter_off(model) if isinstance(model, PeftModel) and setting == "adapter_off" else frozen_copy(model)
@@ -59,12 +60,12 @@ def _automatic(model: nn.Module, ref_model: nn.Module | None) -> str:
 
 
 def is_fresh_adapter(model: PeftModel) -> bool:
-    """Return True if the model with its adapter disabled equals the initial policy, also after training.
+    """Return True if the model with its adapter disabled is the initial policy, and stays so during training.
 
     This holds if the adapter does not change the output yet, like a new LoRA adapter, and if training changes only the
     adapter's parameters. The function returns True for LoRA (including DoRA and rsLoRA) with B·A = 0, if all fully
-    trained modules (`modules_to_save`) equal the originals. Everything else, such as PiSSA, soft prompts and other
-    methods, counts as trained: the reference is then a frozen copy, which is always correct.
+    trained modules (`modules_to_save`) equal the originals. For everything else, such as PiSSA, soft prompts and other
+    methods, it returns False. The reference is then a frozen copy, which is always correct.
     """
     if type(model.base_model) is not LoraModel:
         return False
@@ -84,7 +85,7 @@ def trained_beneath(model: PeftModel) -> list[str]:
 
 
 def adapter_parameters(model: PeftModel) -> dict[str, nn.Parameter]:
-    """Return the parameters of all adapters by name, including inactive and frozen adapters."""
+    """Return the parameters of all adapters, keyed by name, including inactive and frozen adapters."""
     prefixes = (
         PEFT_TYPE_TO_PREFIX_MAPPING.get(cast(PeftType, config.peft_type)) for config in model.peft_config.values()
     )
@@ -153,9 +154,9 @@ def check_reference(setting: str, model: nn.Module, ref_model: nn.Module | None,
 
 
 def refuse_moved(reference: LiveReference, model: nn.Module) -> None:
-    """Raise `ValueError` if a parameter is trained now that the reference shares with the policy.
+    """Raise `ValueError` if the policy now trains a parameter that it shares with the reference.
 
-    A reference is chosen for the parameters that are trained when the trainer is created. Parameters may become
+    The reference is chosen based on the parameters that are trainable when the trainer is created. Others may become
     trainable later, for example when layers are unfrozen one after the other.
     """
     if reference.is_separate:

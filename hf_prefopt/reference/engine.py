@@ -28,10 +28,10 @@ def shard_like_the_policy(model: nn.Module, accelerator: Accelerator) -> Any:
 
 
 def _under_zero3(model: nn.Module, settings: dict[str, Any], accelerator: Accelerator) -> Any:
-    """Return a separate engine for the model, with the policy's settings for placing and gathering parameters."""
+    """Return a separate DeepSpeed engine for the model. It places and gathers parameters by the policy's settings."""
     import deepspeed
 
-    # "auto" means DeepSpeed's default here; settings of the optimizer do not apply.
+    # Without the "auto" values, DeepSpeed uses its defaults. The setting for the optimizer does not apply.
     kept = {name: value for name, value in settings.items() if value != "auto" and name != "offload_optimizer"}
     config = {"zero_optimization": kept, "train_micro_batch_size_per_gpu": 1}
     if accelerator.mixed_precision in ("bf16", "fp16"):
@@ -41,7 +41,7 @@ def _under_zero3(model: nn.Module, settings: dict[str, Any], accelerator: Accele
 
 
 def any_rank(accelerator: Accelerator, here: bool) -> bool:
-    """Return whether `here` is True on this rank or, if ranks must call a sharded model together, on any rank."""
+    """Return `here`. If all ranks must call a sharded model together, return whether `here` is True on any rank."""
     if accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         return here
     return bool(accelerator.gather(torch.tensor([here], device=accelerator.device)).any())

@@ -21,7 +21,7 @@ _TOKENS = 16
 
 
 def made_up_logps(reference: LiveReference) -> list[float]:
-    """Return the reference's log-probs of synthetic tokens, in nats; models with the same config get the same tokens.
+    """Return the reference's log-probs of synthetic tokens, in nats. The tokens depend only on the model's config.
 
     If an engine shards the model, call this function on every rank. Call it without autocast, because differences
     between models are easier to see in fp32.
@@ -32,11 +32,11 @@ def made_up_logps(reference: LiveReference) -> list[float]:
 
 
 def warn_of_another_reference(before: Sequence[float], now: Sequence[float], model: nn.Module) -> None:
-    """Warn if the log-probs saved in a checkpoint differ from the reference's by more than rounding.
+    """Warn if the reference's log-probs differ from those saved in a checkpoint by more than rounding explains.
 
     Args:
-        before, now: results of `made_up_logps`.
-        model: a model with the reference's dtypes.
+        before, now: results of `made_up_logps`: those saved in the checkpoint, and those of the current reference.
+        model: a model whose parameters have the dtypes of the reference.
     """
     if len(before) != len(now):
         return  # the checkpoint belongs to another model

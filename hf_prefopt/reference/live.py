@@ -1,8 +1,8 @@
-"""References that are computed during training: the policy's forward, without gradients, dropout or checkpointing.
+"""References that run during training, with the policy's forward but no gradients, dropout or checkpointing.
 
-A reference consists of a model and a context manager. Inside the context, the model *is* the reference: an adapter is
-disabled, another adapter is enabled, the trained tensors are replaced by a frozen copy of their initial values, or
-nothing changes.
+A reference consists of a model and a context manager. Inside the context, the model *is* the reference. To achieve
+this, the context disables an adapter, activates another adapter, or replaces the trained tensors by a frozen copy of
+their initial values. For a separate model, the context changes nothing.
 """
 
 from collections.abc import Callable, Iterator
@@ -40,13 +40,13 @@ class LiveReference:
 
     Attributes:
         tree: the modules of the model that is called.
-        switch: returns the context in which the model is the reference.
+        switch: function that returns the context in which the model is the reference.
         description: a phrase for logs and model cards.
         copies: the frozen copies of trained tensors, if the reference uses them.
-        is_separate: whether the model is another module than the policy.
+        is_separate: True if the model is not the policy's module.
         engine: the object that keeps a separate module sharded; `None` if the module is not sharded.
         compiled: the compiled model, which is called instead of the model; `None` if the model is not compiled.
-        lower: the layers that run once for reference and policy, if there are any.
+        lower: the lower decoder layers that run only once for reference and policy; `None` if there are none.
     """
 
     tree: ModuleTree
@@ -65,11 +65,14 @@ class LiveReference:
 
     @property
     def has_own_memory(self) -> bool:
-        """Whether freeing the reference saves memory."""
+        """True if freeing the reference saves memory."""
         return self.is_separate or self.copies is not None
 
     def place(self, accelerator: Accelerator) -> None:
-        """Move a separate model to the device, sharded like the policy, unless it was loaded with a device map."""
+        """Move a separate model to the device, or shard it if the policy is sharded.
+
+        A model that must not be moved stays where it is; see `has_its_place`.
+        """
         if not self.is_separate or has_its_place(self.model):
             return
         self.engine = self.engine or shard_like_the_policy(self.model, accelerator)
@@ -93,9 +96,9 @@ class LiveReference:
         return scores
 
     def share_lower_layers(self, policy: ModuleTree, batch: PreferenceBatch, known: str | None = None) -> str | None:
-        """Run the layers that policy and reference share only once; return a line for the start summary, or `None`.
+        """Find the lower layers that policy and reference have in common, and from now on run them only once per batch.
 
-        See `settle_lower_layers`.
+        Return a line for the start summary, or `None`. See `settle_lower_layers`.
         """
 
         def scored(batch: PreferenceBatch, states: LowerStates) -> ResponseScores:
@@ -116,7 +119,7 @@ class LiveReference:
         with self.switch():
             in_hand = self.copies or any(map(is_sharded, head.parameters()))
             weights = _weights(head, hidden.dtype) if in_hand else {}
-        # For a frozen copy, `weights` already holds the reference's weights; an adapter is switched for each chunk.
+        # For a frozen copy, `weights` already holds the reference's weights. Adapters must be switched for each chunk.
         acting, modules = nullcontext if self.copies else self.switch, ModuleTree(head)
 
         def predict(tokens: slice) -> Tensor:
@@ -127,7 +130,7 @@ class LiveReference:
 
 
 def _weights(module: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return the full parameters of a module, keyed by name; sharded parameters are cast to `dtype`."""
+    """Return the unsharded parameters of a module, keyed by name. Those that were sharded are cast to `dtype`."""
     weights = {}
     for name, parameter in module.named_parameters():
         with gathered(parameter) as values:
@@ -148,7 +151,7 @@ def adapter_off(model: PeftModel) -> LiveReference:
 
 
 def named_adapter(model: PeftModel, name: str) -> LiveReference:
-    """Return a reference that is the model with another of its adapters.
+    """Return a reference that is the model with the adapter `name` active instead of the trained adapter.
 
     Raises:
         ValueError: the model has no adapter with that name.
@@ -190,7 +193,7 @@ def separate_model(model: nn.Module) -> LiveReference:
 
 
 def frozen_copy(model: nn.Module) -> LiveReference:
-    """Return a reference that is the current policy: trained tensors are copied, all others are shared with it."""
+    """Return the current policy as a reference. Trained tensors are copied; all others are shared with the policy."""
     copies = FrozenTensors(tree := ModuleTree(model))
     return LiveReference(tree, copies.swapped_in, "a frozen copy of the policy as given", copies)
 
@@ -211,7 +214,7 @@ class FrozenTensors:
         self.tensors = {name: local_shard(p).clone() for name, p in _named(self.tree).items() if p.requires_grad}
 
     def not_copied(self) -> list[str]:
-        """The names of trained parameters without a copy: they were not trained when the copies were made."""
+        """Return the names of parameters that have no copy because they became trainable after the copies were made."""
         return [name for name, p in _named(self.tree).items() if p.requires_grad and name not in self.tensors]
 
     @contextmanager
@@ -225,7 +228,7 @@ class FrozenTensors:
 
     @torch.no_grad()
     def move(self, share: float) -> None:
-        """Set copy ← share · parameter + (1 − share) · copy; each rank updates its shards, without gathering."""
+        """Set copy ← share · parameter + (1 − share) · copy. Each rank updates its shards, so nothing is gathered."""
         parameters = _named(self.tree)
         for name, values in self.tensors.items():
             policy = local_shard(parameters[name])
@@ -257,5 +260,5 @@ class FrozenTensors:
 
 
 def _named(tree: ModuleTree) -> dict[str, nn.Parameter]:
-    """Return the parameters, keyed by name, without the part of a name that an engine's checkpointing inserts."""
+    """Return the parameters, keyed by name. Names omit the part that an engine's activation checkpointing inserts."""
     return {name.replace("_checkpoint_wrapped_module.", ""): p for name, p in tree.named_parameters()}

@@ -43,8 +43,9 @@ class LowerLayers:
     Attributes:
         tree: Modules of the policy.
         count: Number of shared layers.
-        later: Ids of trained modules outside the decoder layers. These modules run after the shared layers.
-        acting: Adapters that were active in the shared layers when the layers were chosen.
+        later: Ids of modules outside the decoder layers that are trained or differ from the reference's. They run after
+            the shared layers.
+        acting: Active and merged adapters of the modules that the shared layers depend on, when the layers were chosen.
     """
 
     tree: ModuleTree
@@ -55,7 +56,8 @@ class LowerLayers:
     def states(self) -> LowerStates | None:
         """Return an empty `LowerStates` to record hidden states of a batch.
 
-        Return `None` if a shared layer has become trainable or its active adapters have changed.
+        Return `None` if the layers can no longer be shared: a module that they depend on has become trainable, or its
+        adapters have changed.
         """
         below = list(_below(self.tree, self.count, self.later))
         is_same = not any(map(_trains, below)) and _all_acting(below) == self.acting
@@ -78,7 +80,7 @@ def settle_lower_layers(
         switch: Function that returns a context in which `reference` computes the reference.
         score_reference: Function that scores a batch with the reference and records the hidden states.
         batch: Synthetic rows in the layout of the run, on the policy's device.
-        known: A reason against sharing that cannot be seen from the models.
+        known: Reason against sharing that does not depend on the models alone; `None` if there is no such reason.
 
     Returns:
         The shared layers (`None` if there are none), and a line for the start summary (`None` if no layer qualifies).
@@ -104,7 +106,9 @@ def settle_lower_layers(
 def find_lower_layers(
     tree: ModuleTree, reference: nn.Module, switch: Callable[[], AbstractContextManager]
 ) -> tuple[LowerLayers, list[nn.Module]]:
-    """Return the layers before the first layer that is trained or differs from the reference's; they are not tested.
+    """Find the decoder layers before the first one that is trained or differs from the reference's.
+
+    This function does not test that sharing these layers is exact.
 
     Args:
         tree, reference, switch: As for `settle_lower_layers`.
@@ -121,7 +125,7 @@ def find_lower_layers(
 
     def changes(module: nn.Module) -> bool:
         mine, theirs = acting[id(module)], in_reference[id(module)]
-        # Disabling an adapter layer unmerges its merged adapters.
+        # A layer with merged adapters counts as changed, because disabling it unmerges the adapters.
         return _trains(module) or (mine is not None and (mine != theirs or mine[1] != ()))
 
     layers, outside = tree.derived(_places)
@@ -142,7 +146,8 @@ def _reason_against(
 ) -> str | None:
     """Return the reason why these layers cannot be shared, or `None` if they can.
 
-    The batch is scored with and without sharing, in training mode and with the same random numbers.
+    `outside` are the modules outside the decoder layers that are trained or differ from the reference's. The batch is
+    scored with and without sharing, in training mode and with the same random numbers.
     """
     for model in models:
         install_lower_states(model, lower.count)
@@ -226,8 +231,9 @@ def _all_acting(modules: Any) -> tuple[Any, ...]:
 def _equal_layers(policy: PreTrainedModel, reference: PreTrainedModel) -> int:
     """Return the number of lower layers with equal weights in policy and reference.
 
-    The number is 0 if tensors outside the layers and the head differ, unless they are trained. Trained modules outside
-    the layers must run after the shared layers; `_reason_against` tests this. Adapters are not compared.
+    The number is 0 if the classes, the configs, or tensors outside the layers and the head differ. Tensors that the
+    policy trains may differ: their modules must run after the shared layers, which `_reason_against` tests. Adapters
+    are not compared.
     """
     if type(policy) is not type(reference) or _settings(policy) != _settings(reference):
         return 0

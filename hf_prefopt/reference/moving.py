@@ -1,8 +1,9 @@
 """A reference that follows the policy (TR-DPO, arXiv 2404.09656): every τ optimizer steps, θ_ref ← α·θ + (1 − α)·θ_ref.
 
-α < 1 is the paper's soft update, and α = 1 its hard update. The frozen copies of the trained tensors (of the model, or
-only of the adapter) are updated in place. For an adapter these are the factors A and B, so a soft update mixes the
-factors and not their product. A hard update copies the policy in any case.
+Here θ are the parameters of the policy, and θ_ref those of the reference. An update with α < 1 is the paper's soft
+update, and an update with α = 1 its hard update. The frozen copies of the trained tensors (of the model, or only of the
+adapter) are updated in place. For a LoRA adapter, these are the factors A and B, so a soft update mixes the factors and
+not their product B·A. A hard update is not affected: it copies the policy.
 """
 
 import logging
@@ -37,14 +38,14 @@ class MovingReference:
 
     @property
     def description(self) -> str:
-        """The reference, described by a phrase for logs and model cards."""
+        """A phrase that describes the reference, for logs and model cards."""
         return (
             f"a copy of the policy that is updated every {self.every} steps "
             f"({self.share} × policy + {1 - self.share:.3g} × copy)"
         )
 
     def follow(self, step: int) -> bool:
-        """Update after the optimizer step with this number if an update is due; return whether it was."""
+        """Update the reference if an update is due after this optimizer step. Return True if it was due."""
         is_due = step % self.every == 0
         if is_due:
             self.copies.move(self.share)

@@ -10,10 +10,11 @@ from hf_prefopt.batch import PreferenceBatch, ResponseScores
 
 
 class RememberedScores:
-    """The reference's token log-probs for the batches of evaluation datasets, on the CPU: four bytes per scored token.
+    """A memory of the reference's token log-probs for batches of evaluation datasets.
 
-    A batch is identified by its dataset, its rows and its tokens, because in concatenated datasets several rows can
-    have the same number. Call `forget` after changing the reference.
+    The log-probs are on the CPU, and take four bytes per scored token. A batch is identified by its dataset, its row
+    numbers and its tokens. Row numbers are not enough, because several rows of concatenated datasets can have the same
+    number. Call `forget` after changing the reference.
     """
 
     def __init__(self):
@@ -30,15 +31,16 @@ class RememberedScores:
         score: Callable[[PreferenceBatch], ResponseScores],
         any_rank: Callable[[bool], bool] = bool,
     ) -> ResponseScores:
-        """Return the reference's scores of a batch, from memory, or computed by `score` and stored.
+        """Return the reference's scores of a batch. If they are not in memory, compute them by `score` and store them.
 
         Args:
             dataset: an identifier of the dataset, such as a fingerprint; with `None`, nothing is stored.
-            batch: a batch of that dataset; a batch without examples only lets this rank run the reference together
-                with the others.
-            score: computes the scores of a new batch.
-            any_rank: a function that maps "new on this rank" to "new on any rank", for engines whose ranks must run the
-                reference together.
+            batch: a batch of that dataset. It may have no examples: this rank then only runs the reference together
+                with the other ranks.
+            score: function that computes the scores of a batch with the reference.
+            any_rank: function that is called with True if the batch is new on this rank, and returns True if this rank
+                must run the reference. With engines whose ranks must run it together, it returns True if the batch is
+                new on any rank.
         """
         key = (dataset, *batch["rows"].tolist(), *batch["pair_in_row"].tolist(), _digest(batch))
         is_idle = not len(batch["rows"])
@@ -52,6 +54,6 @@ class RememberedScores:
 
 
 def _digest(batch: PreferenceBatch) -> int:
-    """Return a hash of the tokens and of the positions that are scored."""
+    """Return a hash of the batch's tokens, its targets, and its scored positions."""
     parts = (batch[name].cpu().contiguous().numpy() for name in ("input_ids", "scored_rows", "targets"))
     return xxhash.xxh3_128_intdigest(b"".join(part.tobytes() for part in parts))

@@ -18,7 +18,9 @@ from hf_prefopt.scoring.modes import ModuleTree
 
 
 def local_shard(parameter: nn.Parameter) -> Tensor:
-    """Return the part of a parameter that this rank holds: `[shape]`, or `[shard]` (flat) under ZeRO-3.
+    """Return the part of a parameter that this rank holds: its shard, or the whole parameter if it is not sharded.
+
+    Under ZeRO-3, a shard is flat.
 
     Raises:
         ValueError: ZeRO-3 keeps the parameter on an NVMe disk.
@@ -51,7 +53,7 @@ def gathered(parameter: nn.Parameter) -> Iterator[Tensor]:
 
 
 def shard_of(parameter: nn.Parameter, values: Tensor) -> Tensor:
-    """Return this rank's shard of a parameter's full values `[shape]`; a shard is returned unchanged."""
+    """Return this rank's shard of a parameter's full values. If `values` is already a shard, return it unchanged."""
     if values.shape == local_shard(parameter).shape:
         return values
     if isinstance(parameter, DTensor):
@@ -66,7 +68,7 @@ def shard_of(parameter: nn.Parameter, values: Tensor) -> Tensor:
 
 
 def swap_shard(parameter: nn.Parameter, values: Tensor) -> Tensor:
-    """Replace this rank's shard of a parameter by its shard of other values, and return the old shard."""
+    """Write this rank's shard of `values` into this rank's shard of a parameter, and return the old shard."""
     current = local_shard(parameter)
     values = shard_of(parameter, values).to(device=current.device, dtype=current.dtype)
     if isinstance(parameter, DTensor):
@@ -82,7 +84,7 @@ def swap_shard(parameter: nn.Parameter, values: Tensor) -> Tensor:
 
 
 def reshard(tree: ModuleTree) -> None:
-    """Replace the gathered parameters, which FSDP2 keeps after a forward, by the parameter objects with the shards."""
+    """Replace the gathered parameters that FSDP2 keeps after a forward by the original, sharded parameter objects."""
     if torch.distributed.is_initialized() and any(issubclass(kind, FSDPModule) for kind in set(map(type, tree))):
         for module in tree:
             if isinstance(module, FSDPModule):
@@ -103,7 +105,7 @@ def is_sharded(parameter: nn.Parameter) -> bool:
 
 
 class Zero3Parameter(nn.Parameter):
-    """A parameter with the attributes that ZeRO-3 adds, for type checkers."""
+    """The type of a parameter with the attributes that ZeRO-3 adds, used only by type checkers."""
 
     ds_tensor: Any
     ds_status: Any

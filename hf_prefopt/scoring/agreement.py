@@ -1,10 +1,13 @@
 """Check before training that scores equal the log-probs of the model's own logits.
 
-The transformation between hidden states and logits is derived from names in the config, and a name can be missing or
-have another meaning. Such an error would be silent: policy and reference share it, and the first loss is still correct.
-Therefore one synthetic sequence is scored and also passed through the model's own forward. If the results differ, all
-later scores use the logits of the model's own forward. A second forward pass with other tokens at the end of the
-sequence checks that the model is causal; otherwise the log-prob of a token could depend on the token itself.
+Scoring (`scoring.forward`) computes logits from hidden states with the model's head and a transformation (a scale, a
+soft-cap). It reads the transformation from known entries of the config. A model may use an unknown entry, or use a
+known entry with another meaning. Such an error would be silent: policy and reference share it, and the first loss is
+still correct. Therefore one synthetic sequence is scored and also passed through the model's own forward. If the
+results differ, all later scores use the logits of the model's own forward.
+
+In a model that is not causal, the log-prob of a token could depend on the token itself. Therefore the model's own
+forward also runs with other tokens at the end of the sequence. The log-probs of the earlier positions must not change.
 """
 
 import random
@@ -22,22 +25,27 @@ from hf_prefopt.scoring.forward import base_causal_lm, score, score_by_own_logit
 from hf_prefopt.scoring.modes import ModuleTree, adapters_off, evaluation_mode, training_mode
 from hf_prefopt.scoring.tail import body_of
 
+# Numbers of tokens at the start and at the end of the synthetic sequence. The test of causality changes only the end.
 _KEPT, _CHANGED = 10, 6
-# Number of roundings to the model's dtype in a logit: the product, a scale, a division by a cap, tanh, a product.
+# Number of roundings to the model's dtype in the computation of a logit with a soft-cap: the matrix product, the
+# division by the cap, tanh, and the multiplication by the cap.
 _ROUNDINGS = 4
-# Matrix products sum in fp32 in an order that depends on the shape; errors grow with the root of the hidden size.
+# Relative error of a sum in fp32. Matrix products sum in an order that depends on their shapes, and the error grows
+# with the square root of the hidden size (128 is the square root of 16,384).
 _SUMMING = 128 * 2.0**-24
 
 
 def settle_scores(model: nn.Module, compute_dtype: torch.dtype | None = None) -> bool:
-    """Compare each score of one made-up sequence with log softmax(logits / temperature) of the model's own forward.
+    """Check that scores of a synthetic sequence equal log softmax(logits / temperature) of the model's own forward.
 
-    If they differ, switch to scores from the logits of the model's own forward (see `scoring.tail`) and compare again.
+    If they differ, make the model score with the logits of its own forward (see `scoring.tail`), and compare again. The
+    model also scores in this way if its logits depend on a trained parameter outside the base model and the head.
 
-    Three tokens are scored at every position: the most likely token, the least likely token and the next token. For
-    logits z and unit roundoff u of the dtype, a score may have an error of 4u · (|z_token| + mean|z|). A wrong factor
-    of 1 + f in the logits is therefore detected if f is at least about 4u · (|z_min| + mean|z|) / |z_min − mean z|.
-    For logits around 0, this threshold is 4u to 8u: 2 to 3 % in bf16, and below 10⁻³ in fp32.
+    Three tokens are scored at every position: the most likely token, the least likely token and the next token. Let z
+    be the logits, z_t the logit of the scored token, and u the unit roundoff of the dtype. A score may differ by
+    4u · (|z_t| + mean|z|), because rounding explains such a difference. If all logits are wrong by a factor of 1 + f,
+    this is detected if f is at least about 4u · (|z_min| + mean|z|) / |z_min − mean z|. For logits around 0, this
+    threshold is 4u to 8u: 2 to 3 % in bf16, and below 10⁻³ in fp32.
 
     Args:
         model: A model prepared by `scoring.forward.install_scoring`, on its device. The model runs three or four times
@@ -48,7 +56,8 @@ def settle_scores(model: nn.Module, compute_dtype: torch.dtype | None = None) ->
         True if scores use the logits of the model's own forward.
 
     Raises:
-        ValueError: the scores still differ from the model's own logits, or a log-prob depends on later tokens.
+        ValueError: the model's log-probs are NaN, the scores still differ from the log-probs of the model's own
+            forward, or a log-prob depends on later tokens.
         TypeError: the model's class does not follow transformers' conventions; see `_says_what_is_missing`.
     """
     causal_lm = base_causal_lm(model)
@@ -65,7 +74,8 @@ def settle_scores(model: nn.Module, compute_dtype: torch.dtype | None = None) ->
             f"{name} gives NaN for synthetic tokens: check its weights for NaN, or use bf16 instead of fp16"
         )
     unit, body_unit = _units(model, compute_dtype)
-    # The mean is over the predicted distribution. A token with z = −∞ must have a log-prob of exactly −∞.
+    # `size` is |z_t| + mean|z|, where the mean is over the predicted distribution. For a token with z_t = −∞, the
+    # allowed difference is 0, so its score must be exactly −∞.
     size = logits.gather(1, targets).abs() + (logits.softmax(-1) * logits.abs()).nansum(1, keepdim=True)
     rounding = (_ROUNDINGS * unit * size + _SUMMING * (size + plain.abs())).nan_to_num(posinf=0.0)
 
@@ -88,10 +98,10 @@ def settle_scores(model: nn.Module, compute_dtype: torch.dtype | None = None) ->
 
 
 def _trains_between(model: nn.Module, ids: Tensor) -> bool:
-    """Return True if the model's own logits depend on a trained parameter that is neither in its body nor in its head.
+    """Return True if the model's own logits depend on a trained parameter outside its base model and its head.
 
-    At the start, such a parameter may be neutral (a bias of 0, a scale of 1), so the scores are equal without it, but
-    it would never be trained.
+    At the start of training, such a parameter may have no effect (a bias of 0, a scale of 1). Scores that do not use
+    the parameter are then still correct, but the parameter would never be trained.
     """
     causal_lm = base_causal_lm(model)
     parts = (body_of(causal_lm), causal_lm.get_output_embeddings())
@@ -109,10 +119,12 @@ def _refuse_leak(name: str, effect: Tensor, rounding: Tensor, body_unit: float) 
     """Raise `ValueError` if changing the last tokens changes earlier log-probs.
 
     Args:
-        effect: `[T]`, largest change of a log-prob at each position. rounding: `[T]`, change that rounding explains.
-        body_unit: Unit roundoff of the layers.
+        effect: `[T]`. Largest change of a log-prob at each position.
+        rounding: `[T]`. Change that rounding explains at each position.
+        body_unit: Unit roundoff u of the base model.
     """
-    # Rounding errors grow inside the model, so a leak must exceed √u times the mean effect on the changed tokens.
+    # Rounding errors grow inside the model. Therefore a change counts as a leak only if it exceeds the rounding of the
+    # logits plus √u times the mean effect at the changed tokens.
     leak, noise = effect[:_KEPT], rounding[:_KEPT] + body_unit**0.5 * effect[_KEPT:].mean()
     if not (leak <= noise).all():
         raise ValueError(
@@ -124,7 +136,10 @@ def _refuse_leak(name: str, effect: Tensor, rounding: Tensor, body_unit: float) 
 
 @contextmanager
 def _says_which_adapter(model: nn.Module) -> Iterator[None]:
-    """Raise `ValueError` if an adapter needs an additional argument of the forward, such as a task ID."""
+    """Turn errors of a PEFT model's forward within this context into a `ValueError` that names the PEFT method.
+
+    Such an error occurs if an adapter needs an additional argument of the forward, such as a task ID.
+    """
     try:
         yield
     except (TypeError, ValueError, KeyError) as error:
@@ -138,7 +153,10 @@ def _says_which_adapter(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _says_what_is_missing(model: nn.Module) -> Iterator[None]:
-    """Raise `TypeError` if a custom class lacks an argument or an output that all models of transformers have."""
+    """Raise `TypeError` if a forward within this context shows that a custom class breaks transformers' conventions.
+
+    The class then lacks an argument or an output that all models of transformers have.
+    """
     try:
         yield
     except (TypeError, AttributeError) as error:
@@ -161,7 +179,7 @@ def _named(model: nn.Module) -> str:
 
 
 def _distance(model: nn.Module, ids: Tensor, targets: Tensor, plain: Tensor) -> Tensor:
-    """Return the absolute differences `[T, K]` between a sequence's scores and its plain log-probs, in nats."""
+    """Score the targets `[T, K]`; return their absolute differences `[T, K]` from the log-probs `plain`, in nats."""
     with torch.no_grad(), evaluation_mode(model), _says_what_is_missing(model):
         scores = _scores(model, ids, targets.to(ids.device)).to(plain.device)
     return _difference(scores, plain)
@@ -175,8 +193,9 @@ def _difference(some: Tensor, others: Tensor) -> Tensor:
 def training_noise(model: nn.Module, compute_dtype: torch.dtype | None = None) -> float:
     """Return the largest difference between log-probs in training and evaluation mode, in nats.
 
-    If a router has jitter, or a kernel depends on the mode, the policy differs from its reference before the first
-    step. Adapters are disabled, so their dropout has no effect.
+    The policy is scored in training mode, and the reference in evaluation mode. If a router has jitter, or a kernel
+    depends on the mode, the two differ before the first step. This function disables adapters, so that their dropout
+    has no effect.
 
     Args:
         model, compute_dtype: See `settle_scores`. The model runs twice on 16 tokens.
@@ -200,7 +219,7 @@ def training_noise(model: nn.Module, compute_dtype: torch.dtype | None = None) -
 
 
 def made_up_tokens(config: Any, count: int, generator: random.Random) -> list[int]:
-    """Return arbitrary token ids, without ids that have a special meaning in the config (such as an image token)."""
+    """Return `count` random token ids, except ids that the config names (such as an EOS token or an image token)."""
     text_config = config.get_text_config()
     named = [value for part in (config, text_config) for key, value in vars(part).items() if "token" in key]
     # A config entry may be a list of ids, such as several EOS tokens.
@@ -212,7 +231,7 @@ def made_up_tokens(config: Any, count: int, generator: random.Random) -> list[in
 def device_of(model: nn.Module) -> torch.device:
     """Return the device for a model's inputs: the device of its first parameter that is not on the meta device.
 
-    For offloaded weights (on the meta device), accelerate's hooks move weights and inputs.
+    Offloaded weights are on the meta device. For them, accelerate's hooks move the weights and the inputs.
     """
     return next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
 
@@ -230,7 +249,10 @@ def _scores(model: nn.Module, ids: Tensor, targets: Tensor) -> Tensor:
 
 
 def scored_batch(ids: Tensor, targets: Tensor) -> PreferenceBatch:
-    """Build a padded batch of one sequence `[1, T]`; its K targets per position `[T, K]` form one response."""
+    """Build a padded batch from one sequence `[1, T]` and its targets `[T, K]`, K tokens to score at each position.
+
+    All targets together form one response with T · K scored tokens.
+    """
     count = targets.numel()
     return {
         "input_ids": ids,
@@ -244,15 +266,16 @@ def scored_batch(ids: Tensor, targets: Tensor) -> PreferenceBatch:
 
 
 def relative_rounding(model: nn.Module, compute_dtype: torch.dtype | None = None) -> float:
-    """Return the maximum rounding error of a log-prob, relative to |z| + mean|z|.
+    """Return the maximum rounding error of a token's log-prob, divided by |z_t| + mean|z|.
 
-    The error comes from rounding in the base model or from the order of summation, whichever is larger.
+    Here z are the logits, and z_t is the logit of the token. The error comes from rounding in the base model or from
+    the order of summation, whichever is larger.
     """
     return max(_ROUNDINGS * _units(model, compute_dtype)[1], _SUMMING)
 
 
 def body_precision(model: nn.Module, compute_dtype: torch.dtype | None = None) -> float:
-    """Return eps of the coarsest dtype used in the base model; see `settle_scores` for the arguments."""
+    """Return the machine epsilon of the coarsest dtype used in the base model. Arguments: see `settle_scores`."""
     return 2 * _units(model, compute_dtype)[1]
 
 
@@ -261,7 +284,8 @@ def _units(model: nn.Module, compute_dtype: torch.dtype | None) -> tuple[float, 
 
     GPUs may multiply fp32 matrices in TF32, which has 11 significant bits. With 8-bit weights, activations are also
     quantized to 8 bits, with a scale that depends on all tokens of the batch; the head keeps a higher precision. 4-bit
-    weights, stored as two per byte, are multiplied in bf16 on a CPU; bf16 has 8 significant bits, too.
+    weights are stored as two per byte, so they look like 8-bit weights. On a CPU, they are multiplied in bf16, which
+    also has 8 significant bits.
     """
     held = {p.dtype for p in model.parameters()}
     floats = {dtype for dtype in held if dtype.is_floating_point and dtype.itemsize > 1}

@@ -1,15 +1,18 @@
 """Layout "around": prefix sharing for models whose token mixers need whole sequences.
 
-All other parts of a layer (norms, MLPs, experts) and the projections inside a mixer compute each token independently.
-In this layout, the model is called with ordinary right-padded sequences `[R, L]`, so rotary embeddings, masks and
-position biases are those of padded sequences. The first decoder layer packs the sequences into a row `[1, T]` without
-padding, in which each prompt occurs once, and the last layer unpacks the row into padded sequences. In between, each
-token mixer gets the padded sequences, but its linear projections compute the packed row, and its output is packed.
-Padding is on the right and models are causal, so values in the padding have no effect.
+A token mixer is a module in a decoder layer that computes a token from several tokens, such as attention or a state
+space model. All other parts of a layer (norms, MLPs, experts) compute each token independently. The linear projections
+inside a token mixer do, too.
 
-The classes of the modules that pack and unpack are replaced by subclasses (see `scoring.switched`). The indices are
-passed to a layer as a keyword argument of its call, so they are also available when an activation checkpoint runs the
-layer again.
+In this layout, the model is called with ordinary right-padded sequences `[R, L]`, so rotary embeddings, masks and
+position biases are those of padded sequences. The first decoder layer packs the sequences into one row `[1, T]`. The
+row has no padding, and contains each prompt only once. The last decoder layer unpacks the row into padded sequences. In
+between, each token mixer unpacks its input and packs its output. Inside a token mixer, each linear projection packs its
+input and unpacks its output. Padding is on the right and models are causal, so values in the padding have no effect.
+
+The classes of the modules that pack and unpack are replaced by subclasses (see `scoring.switched`). The indices for
+packing (`Rows`) are passed to a layer as a keyword argument of its call. They are therefore also available when an
+activation checkpoint runs the layer again.
 """
 
 from collections.abc import Callable
@@ -53,26 +56,33 @@ class Rows:
     tokens: Tensor
 
     def collapsed(self, padded: Tensor) -> Tensor:
-        """Pack `[R, L, ...]` into `[1, T, ...]`, with the first copy of each prompt."""
+        """Pack padded values `[R, L, ...]` into a row `[1, T, ...]`. Only the first copy of each prompt is used."""
         return padded.flatten(0, 1).index_select(0, self.places.to(padded.device))[None]
 
     def padded(self, row: Tensor) -> Tensor:
-        """Unpack `[1, T, ...]` into `[R, L, ...]`."""
+        """Unpack values of the packed row `[1, T, ...]` into padded sequences `[R, L, ...]`."""
         tokens = self.tokens.to(row.device)
         return row[0].index_select(0, tokens.flatten()).unflatten(0, tokens.shape)
 
     def is_row(self, value: Any) -> bool:
-        """Return True for a tensor `[1, T, H]`; T > L, because the row contains tokens of several sequences."""
+        """Return True if the value is a packed row, a tensor `[1, T, H]`.
+
+        Padded sequences `[R, L, H]` have another shape, because T > L: the row contains tokens of several sequences.
+        """
         return isinstance(value, Tensor) and value.dim() == 3 and value.shape[:2] == (1, len(self.places))
 
     def is_padded(self, value: Any) -> bool:
-        """Return True for a tensor `[R, L, H]`."""
+        """Return True if the value has the shape of the padded sequences, `[R, L, H]`."""
         return isinstance(value, Tensor) and value.dim() == 3 and value.shape[:2] == self.tokens.shape
 
 
 @dataclass
 class _OfBody:
-    """The state shared by all layers of a model: the indices of the current batch, or `None` outside a forward pass."""
+    """The state shared by all layers of a model.
+
+    Attributes:
+        rows: Indices of the current batch; `None` outside a forward pass, or if no sequence has to be packed.
+    """
 
     rows: Rows | None = None
 
@@ -83,11 +93,12 @@ class _OfLayer:
 
     Attributes:
         body: State of the model; see `_OfBody`.
-        hidden: Name of the first parameter of the layer's forward.
+        hidden: Name of the first parameter of the layer's forward, the hidden states.
         is_last: True for the last layer.
         rows: Indices of the current batch.
-        pairs: Padded tensors, each with the packed row from which it was unpacked, so that it need not be packed again.
-            They are the inputs of the mixer and the last output of a projection.
+        pairs: Pairs of a padded tensor and the packed row from which it was unpacked. If the padded tensor must be
+            packed again, this row is reused. At most two pairs are stored: for the mixer's input and for the last
+            tensor that was unpacked.
     """
 
     body: _OfBody
@@ -121,7 +132,10 @@ class _Body(Switched):
 
 
 class _Called(Switched):
-    """A decoder layer, outside its activation checkpoint, that packs its input and passes the indices on."""
+    """A decoder layer outside its activation checkpoint.
+
+    It packs its input, and passes the indices to the layer inside the checkpoint. The last layer unpacks its output.
+    """
 
     def __call__(self, *args, **kwargs):
         state: _OfLayer = vars(self)[STATE]
@@ -137,7 +151,7 @@ class _Called(Switched):
 
 
 class _Layer(Switched):
-    """A decoder layer, inside its activation checkpoint, that stores the indices for its token mixers."""
+    """A decoder layer inside its activation checkpoint. It stores the indices, which its token mixers read."""
 
     def forward(self, *args, around_rows=None, **kwargs):
         state: _OfLayer = vars(self)[STATE]
@@ -168,7 +182,7 @@ class _Mixer(Switched):
 
 
 class _Projection(Switched):
-    """A linear layer inside a token mixer that packs its input, computes the row, and unpacks its output."""
+    """A linear layer inside a token mixer. It packs its input, runs on the packed row, and unpacks its output."""
 
     def __call__(self, hidden, *args, **kwargs):
         state: _OfLayer = vars(self)[STATE]
@@ -179,7 +193,7 @@ class _Projection(Switched):
 
 
 def _row(rows: Rows, hidden: Tensor) -> Tensor:
-    """Return the input of a layer as a packed row."""
+    """Pack the input of a layer, unless it is a packed row already."""
     return rows.collapsed(hidden) if rows.is_padded(hidden) else hidden
 
 
@@ -187,7 +201,7 @@ def _first(output: Any, is_it: Callable[[Any], bool], change: Callable[[Tensor],
     """Apply `change` to the hidden states of a module's output: the first element of a tuple, or the output itself.
 
     Raises:
-        UnsupportedLayer: `is_it` is False for the hidden states.
+        UnsupportedLayer: `is_it` returns False for the hidden states.
     """
     hidden = output[0] if isinstance(output, tuple) else output
     if not is_it(hidden):
@@ -196,7 +210,10 @@ def _first(output: Any, is_it: Callable[[Any], bool], change: Callable[[Tensor],
 
 
 def install_around(model: PreTrainedModel, body: nn.Module) -> None:
-    """Switch the classes of base model, layers, mixers and projections; a second call has no effect.
+    """Prepare a model for the layout "around"; a second call has no effect.
+
+    The classes of the base model, its decoder layers, their token mixers and the projections in them are replaced by
+    subclasses.
 
     Raises:
         UnsupportedLayer: see `reason_against_layers`.
@@ -222,7 +239,10 @@ def install_around(model: PreTrainedModel, body: nn.Module) -> None:
 
 
 def reason_against_layers(model: PreTrainedModel) -> str | None:
-    """Return the reason, from the layers' classes, why a model does not support the layout "around", or `None`."""
+    """Return the reason why a model does not support the layout "around"; `None` if none is found.
+
+    Only the classes of the modules are checked. The model is not run.
+    """
     layers = [unwrapped(layer) for layer in decoder_layers(model)]
     mixers = [mixer for layer in layers for mixer in mixers_of(layer)]
     if not mixers:

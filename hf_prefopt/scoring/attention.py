@@ -1,13 +1,13 @@
 """Attention over segments: several responses share the tokens of their prompt in one packed row.
 
-A row contains groups `[prompt | response 1 | … | response K]`. Its queries are divided into contiguous segments: the
-prompt with the first response, and each other response. A segment attends to the tokens of its prompt and to its own
-tokens; their keys are gathered by index. The causal mask is aligned so that the last query sees the last key. The
-segment bounds are keyword arguments of the model's forward, never globals, because activation checkpointing runs a
-layer's forward again in the backward pass.
+A row contains groups `[prompt | response 1 | … | response K]`. The queries of a row are divided into contiguous
+segments: the prompt together with the first response, and each other response. A segment attends to the tokens of its
+prompt and to its own tokens; their keys are gathered by index. Within a segment, the causal mask is aligned so that the
+last query sees the last key. The segment bounds are keyword arguments of the model's forward, never globals, because
+activation checkpointing runs a layer's forward again in the backward pass.
 
-The function is registered with transformers' `AttentionInterface` in front of the model's own implementation, which
-handles all calls without segments.
+Attention over segments is registered with transformers' `AttentionInterface` under a name of its own. Calls without
+segments go to the model's own attention implementation.
 """
 
 import inspect
@@ -27,11 +27,11 @@ from hf_prefopt.batch import SegmentLengths
 
 SEGMENT_INPUTS = ("segment_queries", "segment_keys", "segment_key_index", "segment_longest", "segment_lengths")
 _PREFIX = "hf_prefopt|"
-# Keyword arguments of attention modules that do not affect the result, or are handled here.
+# Keyword arguments of attention functions that are ignored, because they do not affect attention over segments.
 _HARMLESS = {"position_ids", "use_cache", "output_attentions", "output_hidden_states", "return_dict", "cache_position"}
 _HARMLESS |= {"output_router_logits"}
 _VARLEN_DTYPES = (torch.bfloat16, torch.float16)
-# The kernel of PyTorch 2.11 needs as many key heads as query heads.
+# True if the kernel supports fewer key heads than query heads. The kernel of PyTorch 2.11 does not.
 _VARLEN_HAS_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
@@ -44,7 +44,10 @@ class LostSegments(UnsupportedAttention):
 
 
 class SegmentAttention(str):
-    """The registered name of segment attention for an implementation; pickled as the implementation's own name."""
+    """The name under which attention over segments is registered, for one of the model's own implementations.
+
+    It is pickled as the name of this implementation, such as "sdpa".
+    """
 
     def __reduce__(self):
         return str, (self.removeprefix(_PREFIX),)
@@ -57,7 +60,10 @@ class SegmentAttention(str):
 
 
 def install_segment_attention(model: PreTrainedModel) -> None:
-    """Install attention over segments in front of the model's implementation; a second call has no effect."""
+    """Make a model use attention over segments for calls with segments; a second call has no effect.
+
+    Calls without segments still use the model's own implementation.
+    """
     for config, implementation in _implementations(model):
         if not implementation.startswith(_PREFIX):
             config._attn_implementation_internal = _registered(implementation)
@@ -72,7 +78,7 @@ def remove_segment_attention(model: PreTrainedModel) -> None:
 def _implementations(model: nn.Module) -> list[tuple[Any, str]]:
     """Return each config of the model's modules with the name of its attention implementation.
 
-    Callers set `_attn_implementation_internal`, because setting `_attn_implementation` also changes nested configs.
+    To change the name, set `_attn_implementation_internal`: setting `_attn_implementation` also changes nested configs.
     """
     configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
     named = [(config, getattr(config, "_attn_implementation", None)) for config in configs.values()]
@@ -85,10 +91,10 @@ def attention_implementations(model: nn.Module) -> set[str]:
 
 
 def _registered(implementation: str) -> str:
-    """Return the name of attention over segments for an implementation; register it at the first call."""
+    """Return the name of attention over segments for an implementation. The first call registers it."""
     name = SegmentAttention(_PREFIX + implementation)
     if name not in ALL_ATTENTION_FUNCTIONS:
-        # The parameters have the same names as in transformers' own functions: some models pass the mask by name.
+        # The parameters are named as in transformers' own functions, because some models pass the mask by name.
         def attention(
             module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
         ):
@@ -119,9 +125,10 @@ def _refuse_lost_segments(mask: Tensor | None) -> None:
 
 
 def describe_attention(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> str:
-    """Return a phrase that describes the attention of a model's forward pass.
+    """Return a phrase that says how a model's forward pass computes attention.
 
     Args:
+        device: Device of the model.
         dtype: Dtype in which the model computes.
     """
     implementations = sorted({implementation for _, implementation in _implementations(model)})
@@ -153,16 +160,17 @@ def _head_widths(config: Any) -> tuple[int, int]:
 
 
 def _plain(implementation: str, module: nn.Module) -> Callable:
-    """Return the attention function of the model's own implementation; each model file defines its own "eager"."""
+    """Return the attention function of the model's own implementation. "eager" is defined in the model's own file."""
     own_eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     return ALL_ATTENTION_FUNCTIONS.get_interface(implementation, own_eager)
 
 
 def _hidden_by_mask(module: nn.Module, kwargs: Mapping[str, Any]) -> dict[str, int]:
-    """Return window and chunk size that a module implements only in its mask, not as an argument of its attention.
+    """Return the window size and the chunk size that a module puts only into its mask.
 
-    Llama 4 implements its chunks only in the mask, and PhiMoE and Qwen2-MoE their windows. A size in the config has no
-    effect if the model's file builds no such mask.
+    Such a size is not an argument of the module's attention function, which here gets no mask. Examples are the chunks
+    of Llama 4, and the windows of PhiMoE and Qwen2-MoE. A window size in the config is ignored if the model's file
+    builds no mask with windows.
     """
     config, file = cast(Any, getattr(module, "config", None)), sys.modules[type(module).__module__]
     types = getattr(config, "layer_types", None)
@@ -202,17 +210,19 @@ def segment_attention(
     Args:
         query: `[1, heads, T, D]`.
         key, value: `[1, key heads, T, D]`; the D of `value` may differ.
-        segment_queries, segment_keys: `[S + 1]` int32, the start of each of the S segments among the queries and among
-            the gathered keys, and the end of the last segment.
-        segment_key_index: `[Tk]` int64, position in the row of each gathered key.
-        segment_longest: Maximum numbers of queries and of keys of a segment.
-        segment_lengths: Lengths of all segments, on the CPU, so that computing segments one by one needs no device
-            synchronization.
+        segment_queries: `[S + 1]` int32. For each of the S segments, the index of its first query; then the end of the
+            last segment.
+        segment_keys: `[S + 1]` int32. The same for the gathered keys.
+        segment_key_index: `[Tk]` int64. For each gathered key, its position in the row.
+        segment_longest: Maximum number of queries in a segment, and maximum number of keys in a segment.
+        segment_lengths: Number of queries and number of keys in each segment. They are on the CPU, so that computing
+            segments one by one needs no device synchronization.
         attention_mask: Placeholder of one element (see `no_mask`) or `None`; a larger mask raises an error.
-        scaling: Factor of the scores. Default: 1 / sqrt(D). dropout: Dropout rate of the attention weights.
-        sliding_window: Number of keys that a query sees, including its own position.
+        scaling: Factor of the scores. Default: 1 / sqrt(D).
+        dropout: Dropout rate of the attention weights.
+        sliding_window: Maximum number of keys that a query sees, including the key at its own position.
         softcap: Cap of the scores: cap · tanh(score / cap).
-        s_aux: `[heads]`, sinks: for each head, the logit of an additional key whose value is zero.
+        s_aux: `[heads]`. Attention sinks: for each head, the score of an additional key whose value is zero.
         chunk: Chunk size: a query at position i sees a key at position j only if i // chunk = j // chunk.
 
     Returns:
@@ -249,7 +259,7 @@ def _check_supported(attention_mask: Tensor | None, is_causal: bool | None, othe
 
 
 def _in_one_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Cast query, key and value to autocast's dtype, as PyTorch's attention does, or without autocast to value's dtype.
+    """Cast query, key and value to one dtype: under autocast to autocast's dtype, otherwise to the dtype of the value.
 
     Rotary embeddings and norms in fp32 can leave queries and keys in fp32 while values are in half precision.
     """
@@ -260,7 +270,9 @@ def _in_one_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Te
 
 
 def fits_varlen(dtype: torch.dtype, widths: tuple[int, int], capability: tuple[int, int] | None) -> bool:
-    """Return True if the variable-length flash kernel supports attention without soft-cap, sinks, chunks and dropout.
+    """Return True if the variable-length flash kernel can compute attention with these properties.
+
+    The kernel supports neither soft-cap, sinks, chunks nor dropout, which this function does not check.
 
     Args:
         dtype: Dtype of queries, keys and values; must be bf16 or fp16.
@@ -283,7 +295,7 @@ def capability_of(device: torch.device) -> tuple[int, int] | None:
 def _varlen(query, key, value, query_bounds, key_bounds, longest: tuple[int, int], scaling, window) -> Tensor:
     """Compute all segments with one call of the variable-length flash kernel.
 
-    The kernel's causal mask is aligned at the last key.
+    The kernel aligns its causal mask so that the last query of a segment sees the last key.
     """
     options: dict[str, Any] = {"window_size": (window - 1 if window else -1, 0)}
     groups = query.shape[1] // key.shape[1]
@@ -297,7 +309,11 @@ def _varlen(query, key, value, query_bounds, key_bounds, longest: tuple[int, int
 
 
 def _one_segment(query, key, value, scaling, dropout, hidden: tuple[int | None, int | None], softcap, sinks) -> Tensor:
-    """Compute one segment `[1, heads, n, D]` with PyTorch's attention; explicit formulas for soft-cap and sinks."""
+    """Compute the attention output `[1, heads, n, D]` of a segment with n queries.
+
+    This function calls PyTorch's attention, or uses explicit formulas if there is a soft-cap or a sink. `hidden` is
+    (window size, chunk size).
+    """
     queries, keys, groups = query.shape[2], key.shape[2], query.shape[1] // key.shape[1]
     mask = None
     if queries != keys or any(hidden):
@@ -315,7 +331,10 @@ def _one_segment(query, key, value, scaling, dropout, hidden: tuple[int | None, 
 
 
 def _softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
-    """Compute the softmax `[1, heads, n, k]` over k keys, and the head's sink if there is one, in fp32 or float64."""
+    """Compute the attention weights `[1, heads, n, k]` of n queries over k keys, in fp32 or float64.
+
+    If there are sinks, the softmax also includes the sink of the head, so the weights of the keys sum to less than 1.
+    """
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if sinks is None:
         return scores.softmax(-1)
@@ -324,10 +343,12 @@ def _softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
 
 
 def _causal_mask(queries: int, keys: int, window: int | None, chunk: int | None, device: torch.device) -> Tensor:
-    """Return a `[queries, keys]` bool mask, True where a query sees a key; the last query is aligned with the last key.
+    """Return a mask `[queries, keys]` bool. True where a query sees a key.
+
+    The last query is at the position of the last key.
 
     Args:
-        window, chunk: As for `segment_attention`; the keys of a segment begin at position 0.
+        window, chunk: See `sliding_window` and `chunk` of `segment_attention`. The first key is at position 0.
     """
     positions = torch.arange(keys, device=device)
     of_query = positions[keys - queries :, None]

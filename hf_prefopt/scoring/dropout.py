@@ -20,16 +20,18 @@ from hf_prefopt.scoring.forward import base_causal_lm
 
 
 def switch_off_dropout(model: nn.Module, setting: bool | None) -> list[str]:
-    """Disable dropout in place: `nn.Dropout` modules, rates of functional dropout, and rates read from the config.
+    """Disable dropout in place.
 
-    The config itself is unchanged, so a saved model keeps its rates.
+    This covers `nn.Dropout` modules, modules with a rate for functional dropout, and modules that read a rate from the
+    config. The config itself is unchanged, so a saved model keeps its rates.
 
     Args:
         setting: `None` disables the model's own dropout but not the dropout of adapters; `True` disables both; `False`
             disables neither.
 
     Returns:
-        One phrase for the disabled rates and one for the remaining rates; [] for a model without dropout.
+        One phrase that lists the disabled rates, and one that lists the remaining rates. A phrase without rates is left
+        out, so the list is empty for a model without dropout.
     """
     off: dict[str, float] = {}
     on: dict[str, float] = {}
@@ -45,7 +47,7 @@ def switch_off_dropout(model: nn.Module, setting: bool | None) -> list[str]:
 
 @dataclass(frozen=True)
 class _Place:
-    """The location of dropout rates, `holder[key]`; assigning `without` to it disables dropout."""
+    """The place of one or several dropout rates, `holder[key]`. Assigning `without` to it disables this dropout."""
 
     holder: dict[str, Any]
     key: str
@@ -77,7 +79,7 @@ def _places(model: nn.Module) -> Iterator[_Place]:
 
 
 def _own_places(name: str, module: nn.Module, in_adapter: bool) -> Iterator[_Place]:
-    """Yield the rates stored in a module itself."""
+    """Yield the places of the dropout rates that a module itself stores, without those of its submodules."""
     state = vars(module)
     if "Dropout" in type(module).__name__ and isinstance(state.get("p"), float) and state["p"]:
         yield _Place(state, "p", 0.0, {name: state["p"]}, in_adapter)
@@ -106,10 +108,11 @@ def _listed(rates: dict[str, float]) -> str:
 
 
 class ConfigWithoutDropout:
-    """A proxy of a model's config, for one module, with dropout rates of zero.
+    """A proxy of a model's config in which all dropout rates are zero.
 
-    All other attributes are read from and written to the config. Some modules read their rates from the config in each
-    forward pass, so they get this proxy. Pickling the proxy pickles the config.
+    Some modules read their dropout rates from the config in each forward pass, so they get this proxy in place of the
+    config. All other attributes are read from the config, and all attributes are written to it. Pickling the proxy
+    pickles the config.
     """
 
     def __init__(self, config: PreTrainedConfig):

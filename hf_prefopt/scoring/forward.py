@@ -1,8 +1,9 @@
 """The scoring forward pass: a causal language model's forward that can return log-probs of given tokens.
 
-`install_scoring` replaces the forward of the model and of its head on the instances, inside PEFT's and the engine's
-wrappers. Their hooks (gathering, unsharding, casting, bookkeeping) therefore see ordinary calls. Without the argument
-`scored_rows`, the model behaves as before, so generation and other evaluations still work.
+`install_scoring` replaces the attribute `forward` of two module instances: the causal language model and its head. Both
+are inside the wrappers of PEFT and of the engine. The hooks of these wrappers (gathering, unsharding, casting,
+bookkeeping) therefore see ordinary calls. Without the argument `scored_rows`, the model behaves as before, so
+generation and other evaluations still work.
 """
 
 import inspect
@@ -40,8 +41,8 @@ from hf_prefopt.scoring.tail import auxiliary_loss, body_of, own_logits
 CHUNK_ROWS = {"cpu": 512}
 # The assumed vocabulary size for a head without the attribute `out_features`.
 _LARGE_VOCABULARY = 262_144
-# Per-token statistics that cannot be computed from one log-prob distribution: the head's input, and the KL to the
-# reference.
+# Names of the per-token statistics that are not functions of the policy's log-probs: the head's input, and the KL to
+# the reference.
 HIDDEN, VOCABULARY_KL = "hidden", "vocabulary_kl"
 # Key of the routers' auxiliary loss, which belongs to the whole forward pass and not to a token.
 AUX_LOSS = "aux_loss"
@@ -75,12 +76,12 @@ def base_causal_lm(model: nn.Module) -> PreTrainedModel:
 
 
 class ScoringModel(PreTrainedModel):
-    """A model after `install_scoring`, for type checkers.
+    """The type of a model after `install_scoring`, used only by type checkers.
 
     Attributes:
         plain_forward: The model's own forward.
-        ropes_by_length: See `own_lengths`.
-        has_own_tail: See `score_by_own_logits`.
+        ropes_by_length: Names of the rotary embeddings whose frequencies depend on the sequence length.
+        has_own_tail: True after `score_by_own_logits`.
     """
 
     plain_forward: Callable[..., Any]
@@ -89,11 +90,11 @@ class ScoringModel(PreTrainedModel):
 
 
 class ScoringHead(nn.Module):
-    """A head after `install_scoring`, for type checkers.
+    """The type of a head after `install_scoring`, used only by type checkers.
 
     Attributes:
         plain_forward: The head's own forward.
-        logit_transform: The fields of a `LogitTransform`.
+        logit_transform: The values of the fields of a `LogitTransform`.
     """
 
     plain_forward: Callable[..., Any]
@@ -138,10 +139,10 @@ def transform_of(head: nn.Module) -> LogitTransform:
 
 
 def _in_place_of(method: Callable, function: Callable) -> Callable:
-    """Return `function(self, ...)` with the signature of a bound method; `generate` and PEFT inspect this signature.
+    """Return a function that calls `function(self, ...)` and has the signature of the bound method `method`.
 
-    The function is named `forward`, so that pickle resolves it to the class's own forward: a model saved by
-    `torch.save` is loaded as the plain model.
+    `generate` and PEFT inspect this signature. The returned function is named `forward`, so that pickle resolves it to
+    the class's own forward: a model saved by `torch.save` is loaded as the plain model.
     """
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -184,7 +185,10 @@ def _scoring_forward(self: ScoringModel, *args: Any, scored_rows: Tensor | None 
 
 
 def _tokens_of_sequences(inputs: dict[str, Any]) -> Tensor:
-    """Return the flat positions of all tokens except padding; a shared prompt's positions occur once per response."""
+    """Return the positions of all tokens except padding, in the flattened batch.
+
+    The positions of a shared prompt occur once for each of its responses.
+    """
     shared, around = inputs.get("segment_key_index"), inputs.get("around_tokens")
     if shared is not None:
         return shared
@@ -222,7 +226,11 @@ def _target_logps(
     token_stats: tuple[str, ...] = (),
     reference_predictions: Callable[[slice], Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """Compute the log-probs of the targets in chunks, and the requested statistics, as `[N]` tensors by name."""
+    """Compute the log-probs of the targets and the requested statistics, in chunks of rows.
+
+    Returns:
+        Tensors, keyed by name: `[N]`, and `[N, H]` for "hidden".
+    """
     chunk_rows = _chunk_rows(head, hidden.device)
     statistics = tuple(name for name in token_stats if name in STATISTICS)
     settings = (targets, transform_of(head), statistics, chunk_rows)
@@ -242,7 +250,7 @@ def _target_logps(
 def _own_target_logps(
     causal_lm: PreTrainedModel, outputs: Any, hidden: Tensor, targets: Tensor, token_stats: tuple[str, ...]
 ) -> dict[str, Tensor]:
-    """Compute the same as `_target_logps`, from the logits of the model's own forward."""
+    """Compute log-probs and the statistics in `STATISTICS` like `_target_logps`, but with the model's own logits."""
     head = causal_lm.get_output_embeddings()
     chunk_rows = _chunk_rows(head, hidden.device)
     # Each chunk calls the head, and under FSDP2 all ranks must call it equally often.
@@ -254,7 +262,7 @@ def _own_target_logps(
 
 
 def _chunks_of_all_ranks(head: nn.Module, hidden: Tensor, chunk_rows: int) -> int:
-    """Return the maximum number of chunks over ranks if each call gathers weights (ZeRO-3), otherwise 0."""
+    """Return the maximum number of chunks over ranks if each call of the head gathers weights (ZeRO-3), otherwise 0."""
     groups = [cast(Any, p).ds_process_group for p in head.parameters() if hasattr(p, "ds_tensor")]
     return _most_chunks(groups[0], hidden, chunk_rows) if groups else 0
 
@@ -285,7 +293,7 @@ def head_predictions(head: nn.Module, hidden: Tensor, weights: dict[str, Tensor]
     Args:
         head: Head of a model prepared by `install_scoring`.
         hidden: Input of the head at the scored positions.
-        weights: Unsharded tensors, by name, to use instead of the head's own tensors.
+        weights: Unsharded parameters, keyed by name, that replace the head's own parameters.
     """
     if not weights:
         return predictions(head, hidden, transform_of(head))
@@ -307,13 +315,13 @@ def score(
     Args:
         model: The model, or an engine's wrapper around it.
         batch: The batch, on the model's device.
-        token_stats: Names of additional per-token statistics: names in `scoring.head.STATISTICS`, "hidden" for the
-            head's input, and "vocabulary_kl".
+        token_stats: Names of additional per-token statistics: the names in `scoring.head.STATISTICS`, "hidden" for the
+            head's input, and "vocabulary_kl" for the KL between reference and policy.
         reference_predictions: Function that maps a slice of the scored tokens to the reference's log-probs `[C, V]`;
             required for "vocabulary_kl".
         with_aux_loss: If True, also compute the load-balancing loss of a mixture of experts' routers.
-        lower_states: Output of the lower layers for this batch. An empty object records the output; otherwise, the
-            recorded output is used and these layers do not run.
+        lower_states: Object that holds the output of the lower decoder layers for this batch. If it is empty, the
+            output is recorded in it. Otherwise, these layers do not run, and the recorded output is used.
 
     Returns:
         The scores, with gradients if gradients are enabled.

@@ -7,7 +7,7 @@ from hf_prefopt.scoring.switched import STATE, Switched, decoder_layers, mixers_
 
 
 class _Layer(Switched):
-    """A decoder layer, inside its activation checkpoint, that stores the segment bounds for its token mixers."""
+    """A decoder layer inside its activation checkpoint. It stores the segment bounds, which its token mixers read."""
 
     def forward(self, *args, **kwargs):
         segments = vars(self)[STATE]

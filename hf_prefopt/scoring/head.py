@@ -1,7 +1,8 @@
 """Compute log-probs of tokens from hidden states of scored positions, in chunks of rows.
 
-Only the logits of one chunk are in memory at a time, never those of a whole batch. Statistics are in fp32. Shapes:
-N scored tokens, C rows per chunk, H hidden size, V vocabulary size. There are three implementations:
+Only the logits of one chunk are in memory at a time, never those of a whole batch. Log-probs and statistics are in
+fp32, or in float64 for a float64 model. The letters in shapes are: N scored tokens, C rows per chunk, H hidden size,
+V vocabulary size. There are three implementations:
 
     frozen weight     The forward pass also computes the gradient d logp / d hidden, `[N, H]`, while the probabilities
                       are in memory. The backward pass only scales this gradient. Both passes together compute two
@@ -30,11 +31,13 @@ from hf_prefopt.scoring.fused_head import unit_gradient
 
 @dataclass(frozen=True)
 class LogitTransform:
-    """The transformation of z = W·h before the softmax: cap · tanh(scale · z / cap) / temperature.
+    """The transformation of the logits z between the head and the softmax.
+
+    It is cap · tanh(scale · z / cap) / temperature, or scale · z / temperature without a cap.
 
     Attributes:
-        scale: Factor (Cohere's `logit_scale`, or the inverse of Granite's `logits_scaling`).
-        softcap: Cap (Gemma-2's `final_logit_softcapping`); `None` for no cap.
+        scale: Factor, such as Cohere's `logit_scale` or the inverse of Granite's `logits_scaling`.
+        softcap: Cap, such as Gemma-2's `final_logit_softcapping`. `None` if there is no cap.
         temperature: Divisor of the scaled and capped logits.
     """
 
@@ -54,7 +57,10 @@ class LogitTransform:
         return self.scale / self.temperature
 
     def relative_slope(self, transformed: Tensor) -> Tensor | None:
-        """Return d transformed / d z divided by `factor`, from the transformed logits; `None` if it is always 1."""
+        """Return (d transformed / d z) / `factor`, computed from the transformed logits.
+
+        Return `None` if there is no cap, because the result would always be 1.
+        """
         if self.softcap is None:
             return None
         return 1 - (transformed * (self.temperature / self.softcap)).square()
@@ -86,7 +92,7 @@ def vocabulary_kl(logps: Tensor, reference_logps: Tensor) -> Tensor:
 
 
 STATISTICS: dict[str, Callable[[Tensor], Tensor]] = {
-    # Each function maps log-probs [C, V] in full precision to [C].
+    # Each function computes a statistic [C] from log-probs [C, V] in full precision.
     "entropy": entropy,
     "normalized_entropy": lambda logps: entropy(logps) / math.log(logps.shape[-1]),
     "log_sum_sq_probs": lambda logps: (2 * logps).logsumexp(-1),
@@ -106,8 +112,8 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: Logi
 def _softmax_at(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return log-probs `[C]` of the targets, and the softmax as numerators e^(z − max z) `[C, V]` and sums `[C, 1]`.
 
-    Overwrites the logits. The division by the sums is left to later steps that work on smaller tensors, which saves a
-    pass over the vocabulary.
+    This function overwrites the logits. It does not divide the numerators by the sums: later steps apply the division
+    to smaller tensors, which saves a pass over the vocabulary.
     """
     at_targets = logits.gather(1, targets.unsqueeze(1))
     largest = logits.amax(-1, keepdim=True)
@@ -117,26 +123,31 @@ def _softmax_at(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 
 def _minus_target(exponentials: Tensor, sums: Tensor, targets: Tensor, slope: Tensor | None) -> Tensor:
-    """Return −(d logp_target / d z) · sums / transform.factor, `[C, V]`; overwrites the exponentials."""
+    """Return −(d logp_target / d z) · sums / transform.factor, `[C, V]`; overwrite the exponentials with it.
+
+    Args:
+        exponentials, sums: Results of `_softmax_at`.
+        slope: Result of `LogitTransform.relative_slope`.
+    """
     gradient = exponentials.scatter_add_(1, targets.unsqueeze(1), -sums)
     return gradient if slope is None else gradient.mul_(slope)
 
 
 def _in_range(gradient: Tensor, sums: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return a gradient that can be cast to `dtype`, and the divisors `[C, 1]` that must still be applied.
+    """Return a gradient that can be cast to `dtype`, and divisors `[C, 1]` by which the caller must still divide it.
 
-    With fp16 the gradient is divided by the sums first, because the sums of a flat softmax over a large vocabulary can
+    With fp16, the gradient is divided by the sums first, because the sums of a flat softmax over a large vocabulary can
     exceed 65,504, the maximum of fp16.
     """
     return (gradient.div_(sums), torch.ones_like(sums)) if dtype == torch.float16 else (gradient, sums)
 
 
 class FrozenHeadLogps(torch.autograd.Function):
-    """The log-probs of targets for a head with a frozen weight; the forward pass also computes their unit gradients."""
+    """The log-probs of targets for a head with a frozen weight. The forward pass also computes d logp / d hidden."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, transform, statistics, chunk_rows):
-        """Return log-probs `[N]`, then `[N]` for each name in `statistics`; see `linear_head_logps`."""
+        """Return the log-probs `[N]`, then a tensor `[N]` for each name in `statistics`; see `linear_head_logps`."""
         unit_gradient = torch.empty_like(hidden)
         outputs, buffer = _outputs(hidden, statistics), _buffer(hidden, weight, chunk_rows)
         for rows in _chunks(len(targets), chunk_rows):
@@ -160,9 +171,10 @@ class FrozenHeadLogps(torch.autograd.Function):
 
 
 class FusedHeadLogps(FrozenHeadLogps):
-    """`FrozenHeadLogps` with fewer passes over the logits, and without unit gradients if no gradient is needed.
+    """`FrozenHeadLogps` with fewer passes over the logits.
 
-    The transform must not have a soft-cap. See `fused_head`.
+    The forward pass computes d logp / d hidden only if a gradient is needed. The transform must not have a soft-cap.
+    See `fused_head`.
     """
 
     @staticmethod
@@ -200,7 +212,7 @@ class TrainedHeadLogps(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_logps, *_):
-        """Compute the gradients of hidden, weight and bias. Those of weight and bias are summed in full precision."""
+        """Compute the gradients of hidden, weight and bias. Those of weight and bias are summed in fp32 or float64."""
         hidden, weight, bias, targets = ctx.saved_tensors
         exact = full_precision(weight.dtype)
         buffer = _buffer(hidden, weight, ctx.chunk_rows)
@@ -213,7 +225,7 @@ class TrainedHeadLogps(torch.autograd.Function):
             _, exponentials, sums = _softmax_at(logits, targets[rows])
             gradient = _minus_target(exponentials, sums, targets[rows], slope)
             gradient, divisors = _in_range(gradient, sums, weight.dtype)
-            # Multiply the narrow tensors by the factors of each row, not the tensors of width V.
+            # The factors of each row multiply tensors of width H, which are smaller than those of width V.
             factors = grad_logps[rows].unsqueeze(1) * (-ctx.transform.factor / divisors)
             if grad_bias is not None:
                 grad_bias += gradient.T.mv(factors.squeeze(1))
@@ -241,7 +253,7 @@ def _buffer(hidden: Tensor, weight: Tensor, chunk_rows: int) -> Tensor:
 def _record(
     outputs: list[Tensor], rows: slice, logits: Tensor, targets: Tensor, statistics: tuple[str, ...]
 ) -> tuple[Tensor, Tensor]:
-    """Write a chunk's log-probs and statistics to the outputs; return numerators and sums as `_softmax_at` does."""
+    """Write a chunk's log-probs and statistics to the outputs; return the numerators and sums of `_softmax_at`."""
     if statistics:
         logps = logits.log_softmax(-1)
         for output, name in zip(outputs[1:], statistics, strict=True):
@@ -254,7 +266,7 @@ def _record(
 def _record_fused(
     outputs: list[Tensor], rows: slice, logits: Tensor, targets: Tensor, statistics: tuple[str, ...]
 ) -> Tensor:
-    """Write a chunk's log-probs and statistics to the outputs; return all log-probs `[C, V]`."""
+    """Write a chunk's log-probs and statistics to the outputs; return the log-probs `[C, V]` of all tokens."""
     logps = logits.log_softmax(-1)
     outputs[0][rows] = logps.gather(1, targets.unsqueeze(1)).squeeze(1)
     for output, name in zip(outputs[1:], statistics, strict=True):
@@ -263,7 +275,10 @@ def _record_fused(
 
 
 def _fuses(hidden: Tensor, transform: LogitTransform) -> bool:
-    """Return True on a CUDA GPU without a soft-cap; its slope would be another factor in each logit's gradient."""
+    """Return True on a CUDA GPU if the logits have no soft-cap.
+
+    The slope of a soft-cap would be another factor in each logit's gradient.
+    """
     return hidden.is_cuda and transform.softcap is None
 
 
@@ -285,7 +300,7 @@ def linear_head_logps(
         chunk_rows: Number of rows per chunk.
 
     Returns:
-        (`[N]` log-probs in nats, then `[N]` for each statistic), in fp32 or float64.
+        A tuple of `[N]` tensors, in fp32 or float64: the log-probs in nats, then each statistic.
     """
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
@@ -314,9 +329,9 @@ def module_head_logps(
 
     Args:
         head: Function that maps hidden states `[C, H]` to logits `[C, V]`.
-        reference: Function that returns the reference's log-probs `[C, V]` of a slice of rows, without gradient. The KL
-            to the reference, `[N]` with gradient, is then returned after the statistics.
-        least_chunks: Minimum number of chunks; empty chunks are added.
+        reference: Function that maps a slice of rows to the reference's log-probs `[C, V]`, without gradient. If it is
+            given, the KL to the reference, `[N]` with gradient, is returned after the statistics.
+        least_chunks: Minimum number of chunks. If there are fewer, the head is also called on empty chunks.
     """
 
     def chunk(hidden_rows: Tensor, target_rows: Tensor, rows: slice) -> tuple[Tensor, ...]:

@@ -1,7 +1,10 @@
 """Choose the layout for a model: the first of "shared", "around" and "padded" that is exact for the model.
 
-Static checks exclude known incompatibilities. A probe on the model itself decides all other cases, because a wrong
-layout raises no error and only gives wrong numbers.
+A layout is exact if it gives the scores of padded sequences, except for rounding. In "shared" (`scoring.attention`) and
+"around" (`scoring.around`), the responses to a prompt share the tokens of the prompt.
+
+Static checks exclude known incompatibilities. A probe on the model itself decides all other cases, because a layout
+that is not exact raises no error and only gives wrong numbers.
 """
 
 import math
@@ -66,7 +69,7 @@ class Reason:
 
 @dataclass(frozen=True)
 class Layout:
-    """The name of a layout ("shared", "around" or "padded"), and the reason for choosing it, as a phrase."""
+    """A chosen layout: its name ("shared", "around" or "padded"), and a phrase `why` with the reason for the choice."""
 
     name: str
     why: str
@@ -77,8 +80,9 @@ class _Candidate:
     """A layout to try.
 
     Attributes:
-        gain: Savings of the layout, as a phrase.
-        known: Function that returns a known incompatibility of a model without running it, or `None`.
+        gain: Phrase that says what the layout saves.
+        known: Function that returns the known reason why a model does not support the layout, or `None`. It does not
+            run the model.
         install, remove: Functions that prepare a model for the layout, and undo the preparation.
         collate: Function that collates rows in this layout.
     """
@@ -101,7 +105,7 @@ def settled_layout(
     Args:
         asked: Name of a layout, or "auto" for the first layout that is exact.
         models, compute_dtype: As for `reason_against`.
-        known: A reason for "padded" that cannot be seen from the models.
+        known: Reason for "padded" that does not depend on the models alone; `None` if there is no such reason.
 
     Raises:
         ValueError: the requested layout is not exact for one of the models.
@@ -129,7 +133,10 @@ def settled_layout(
 
 
 def _first_reason(name: str, models: Sequence[nn.Module], compute_dtype: torch.dtype | None) -> Reason | None:
-    """Return the first reason why a model cannot be scored in a layout, with the model's class; `None` if all can."""
+    """Return the reason why the first incompatible model cannot be scored in a layout, with the model's class.
+
+    Return `None` if all models can be scored in the layout. They are then prepared for it.
+    """
     for model in models:
         reason = reason_against(name, model, compute_dtype)
         if reason is not None:
@@ -163,7 +170,9 @@ def reason_against(name: str, model: nn.Module, compute_dtype: torch.dtype | Non
 
 
 def reason_of_length(models: Sequence[nn.Module], max_length: int | None) -> str | None:
-    """Return the reason why a prompt's hidden states depend on the response's length in one of the models, or `None`.
+    """Return the reason why, in one of the models, a prompt's hidden states depend on the length of the response.
+
+    Return `None` if they do not in any model.
 
     Args:
         max_length: Maximum sequence length in tokens; `None` for no maximum.
@@ -235,12 +244,13 @@ _CANDIDATES = {
 
 
 def _probe(candidate: _Candidate, model: nn.Module, compute_dtype: torch.dtype | None) -> Reason | None:
-    """Compare the scores of synthetic groups in the layout with those of padded sequences.
+    """Compare the scores of synthetic preference pairs in a layout with those of the pairs as padded sequences.
 
-    The comparison is repeated with changed prompts. Changed first responses must not affect the other responses.
+    The comparison is repeated with other prompts. Finally, the first response to each prompt is changed, which must not
+    affect the second response.
 
     Returns:
-        The reason against the layout, or `None`.
+        The reason why the layout is not exact, or `None`.
     """
     rows = _made_up_rows(base_causal_lm(model))
     other_prompts = [{**row, "prompt_ids": row["prompt_ids"][::-1]} for row in rows]
@@ -292,15 +302,16 @@ def _short_windows(model: nn.Module) -> Iterator[None]:
 
 
 def is_failure(error: Exception) -> bool:
-    """Return True if an error is unrelated to the layout, such as out of memory."""
+    """Return True if an error has nothing to do with the layout, for example if the device is out of memory."""
     return isinstance(error, _FAILURES) or any(words in str(error) for words in _NO_MEMORY)
 
 
 def _score(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """Return each response's summed log-prob and distance from a uniform distribution, each `[R]` on the CPU.
 
-    The distance is the sum over the tokens of |log p + log V| + (log V − entropy), in nats. It bounds the size of
-    rounding errors: a model with an almost uniform distribution has log-probs close to −log V for any input.
+    The distance is the sum over the tokens of |log p + log V| + (log V − entropy), in nats. Here p is the probability
+    of the token, V the vocabulary size, and the entropy is that of the predicted distribution. The distance bounds the
+    size of rounding errors: a model with an almost uniform distribution has log-probs close to −log V for any input.
     """
     scores = score(model, _on_device(batch, device_of(model)), ("entropy",))
     uniform = math.log(base_causal_lm(model).config.get_text_config().vocab_size)
@@ -310,7 +321,7 @@ def _score(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
 
 
 def made_up_batch(layout: str, model: nn.Module) -> PreferenceBatch:
-    """Return a few synthetic groups in a layout, on the model's device."""
+    """Return a batch of three synthetic preference pairs in a layout, on the model's device."""
     rows = _made_up_rows(base_causal_lm(model))
     batch = _CANDIDATES[layout].collate(rows) if layout in _CANDIDATES else PaddedCollator(0)(rows)
     return _on_device(batch, device_of(model))
@@ -322,7 +333,10 @@ def _on_device(batch: Mapping[str, Any], device: torch.device) -> PreferenceBatc
 
 
 def _made_up_rows(causal_lm: PreTrainedModel) -> Sequence[dict[str, Any]]:
-    """Return three pairs of arbitrary tokens; the longest spans more than two windows if the model's limit allows."""
+    """Return three synthetic preference pairs of random tokens.
+
+    The longest sequence has more than two windows of `_SHORT` tokens, if the model's maximum length allows it.
+    """
     config, longest_response = causal_lm.config, 11
     known = (getattr(config.get_text_config(), "max_position_embeddings", None), length_limit(causal_lm))
     most = min((limit for limit in known if limit), default=1 << 20)

@@ -1,7 +1,8 @@
 """Handle rotary embeddings whose frequencies depend on the sequence length: "dynamic" and "longrope".
 
-transformers uses the longest sequence of a batch for all sequences, and "dynamic" keeps the longest length seen so far.
-During scoring, each sequence gets the frequencies for its own length, as if it were the first sequence the model sees.
+In transformers, the longest sequence of a batch determines the frequencies for all sequences in the batch. With
+"dynamic", it is the longest sequence that the model has seen so far. During scoring, each sequence gets the frequencies
+for its own length, as if it were the first sequence that the model sees.
 A prompt shared by responses of several lengths would need several sets of frequencies, so such prompts are not shared.
 """
 
@@ -19,7 +20,7 @@ def ropes_by_length(model: nn.Module) -> list[str]:
 
 
 def length_limit(model: nn.Module) -> int | None:
-    """Return the length up to which frequencies do not depend on the length; `None` if they never depend on it."""
+    """Return the sequence length up to which frequencies are constant; `None` if they never depend on the length."""
     ropes = [module for module in model.modules() if _kinds(module)]
     return min((_limit(module) for module in ropes), default=None)
 
@@ -31,7 +32,7 @@ def own_positions(attention_mask: Tensor) -> Tensor:
 
 @contextmanager
 def own_lengths(model: nn.Module, ropes: list[str]) -> Iterator[None]:
-    """Make the named modules compute frequencies per row of `position_ids` `[B, T]`, within this context."""
+    """Make the named modules handle each row of `position_ids` `[B, T]` separately, within this context."""
     with ExitStack() as stack:
         for name in ropes:
             stack.enter_context(_row_by_row(model.get_submodule(name)))
@@ -62,7 +63,7 @@ def _row_by_row(rope: nn.Module) -> Iterator[None]:
 
 
 def _forget(rope: nn.Module) -> None:
-    """Reset frequencies and the cached maximum length that longer sequences have changed."""
+    """Reset the frequencies and the cached maximum length, which earlier sequences may have changed."""
     for name, original in list(rope.named_buffers(recurse=False)):
         if name.endswith("original_inv_freq"):
             rope.register_buffer(name.replace("original_", ""), original.clone(), persistent=False)
@@ -71,7 +72,7 @@ def _forget(rope: nn.Module) -> None:
 
 
 def _kinds(module: nn.Module) -> list[str]:
-    """Return the rope types of a module that depend on the length (a module may have one type per layer type)."""
+    """Return the rope types of a module that depend on the sequence length. A module may have one per layer type."""
     kind = getattr(module, "rope_type", None)
     kinds = kind.values() if isinstance(kind, dict) else [kind]
     return [kind for kind in kinds if isinstance(kind, str) and ("dynamic" in kind or kind == "longrope")]

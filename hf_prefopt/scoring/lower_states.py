@@ -5,8 +5,9 @@ records the output of the last lower layer. In the policy's forward pass, the lo
 unchanged, except the last one, which returns the recorded output. Everything else (embeddings, masks, positions, upper
 layers) runs in both forward passes.
 
-The classes of the lower layers are replaced (see `scoring.switched`) outside activation checkpoints and engine hooks.
-Therefore the weights of a skipped layer are not gathered, and the layer does not run again in the backward pass.
+For this, the classes of the lower layers are replaced (see `scoring.switched`). A layer is skipped before its
+activation checkpoint and the hooks of the engine are reached. Therefore the weights of a skipped layer are not
+gathered, and the layer does not run again in the backward pass.
 """
 
 from dataclasses import dataclass, field
@@ -33,7 +34,7 @@ class LowerStates:
     Attributes:
         count: Number of lower layers.
         hidden: The recorded output; `None` before it is recorded.
-        calls: Number of lower layers called so far in the current forward pass.
+        calls: Number of lower layers that have been called in the current forward pass.
         autocast: Dtype of autocast during the recording; `None` without autocast.
     """
 
@@ -46,7 +47,7 @@ class LowerStates:
     _others: list[int | None] = field(default_factory=list)
 
     def enter(self, index: int) -> None:
-        """Count a call of a layer; raise `UnsharedLayers` if the layers are not called in order."""
+        """Count a call of the layer with this index. Raise `UnsharedLayers` if layers are not called in order."""
         if index != self.calls:
             raise UnsharedLayers(f"layer {index} is called after {self.calls} layers")
         self.calls += 1
@@ -66,7 +67,10 @@ class LowerStates:
         return self.hidden is None or self.autocast == _autocast(self.hidden)
 
     def given(self, index: int, hidden: Tensor) -> Any:
-        """Return the output of a lower layer in a later forward pass; values other than hidden states are `None`.
+        """Return the output of a lower layer in a later forward pass.
+
+        The last lower layer returns the recorded hidden states, all others return their input `hidden`. If a layer also
+        returns other values, these are `None`.
 
         The returned hidden states require a gradient if the layer's input does, because reentrant checkpoints need
         inputs that require a gradient.
@@ -86,7 +90,12 @@ def _autocast(hidden: Tensor) -> torch.dtype | None:
 
 @dataclass
 class _OfBody:
-    """The state shared by the base model and its lower layers: the number of layers, and the states in use, if any."""
+    """The state shared by the base model and its lower layers.
+
+    Attributes:
+        count: Number of lower layers.
+        states: The `LowerStates` of the current forward pass; `None` outside a forward pass that uses them.
+    """
 
     count: int
     states: LowerStates | None = None
@@ -136,7 +145,10 @@ class _Layer(Switched):
 
 
 def install_lower_states(model: PreTrainedModel, count: int) -> None:
-    """Make the base model accept `lower_states` of its first `count` layers; it must not be installed already."""
+    """Make the base model accept `lower_states` for its first `count` decoder layers.
+
+    Call `remove_lower_states` before you call this function again.
+    """
     shared = _OfBody(count)
     switch(body_of(model), (_Body,), shared, _KEY)
     for index, layer in enumerate(decoder_layers(model)[:count]):
@@ -144,7 +156,7 @@ def install_lower_states(model: PreTrainedModel, count: int) -> None:
 
 
 def takes_lower_states(body: nn.Module) -> bool:
-    """Return True if the base model accepts `lower_states` (another trainer may have removed this)."""
+    """Return True if the base model accepts `lower_states`. Another trainer may have called `remove_lower_states`."""
     return _KEY in vars(body)
 
 

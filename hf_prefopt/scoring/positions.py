@@ -6,7 +6,7 @@ from transformers import PreTrainedModel
 from hf_prefopt.scoring.forward import base_causal_lm
 from hf_prefopt.scoring.tail import body_of
 
-# Names of the number of positions in configs. A position embedding may have up to `_UNUSED` additional rows.
+# Config entries that hold the number of positions. A position embedding may have up to `_UNUSED` more rows than that.
 _NUMBERS = ("max_position_embeddings", "n_positions", "n_ctx", "max_target_positions", "max_seq_len")
 _UNUSED = 8
 
@@ -15,9 +15,9 @@ def position_limit(model: nn.Module) -> int | None:
     """Return the maximum length of prompt and response together, in tokens.
 
     Return `None` if positions are computed instead of stored, as in rotary embeddings. A longer sequence makes the
-    forward pass fail, on a GPU without a clear error. Position tables are recognized by their size: an embedding other
-    than the token embedding with as many rows as the config has positions, or a buffer (a mask, sinusoids) with a
-    dimension of this size.
+    forward pass fail, and on a GPU the error is not clear. A position table is recognized by its size, the number of
+    positions in the config. It is either an embedding with this number of rows (except the token embedding), or a
+    buffer (a mask, sinusoids) with a dimension of this size.
     """
     causal_lm = base_causal_lm(model)
     config = causal_lm.config.get_text_config()
@@ -39,7 +39,7 @@ def shortest_limit(*models: nn.Module | None) -> int | None:
 
 
 def _room(table: nn.Embedding, number: int) -> int:
-    """Return the number of usable positions of a table: all, or the positions after the padding index."""
+    """Return the number of usable positions of a table. If it has a padding index, only positions after it count."""
     return min(number, table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1))
 
 

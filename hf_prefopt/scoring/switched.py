@@ -1,7 +1,7 @@
 """Find decoder layers and token mixers of a model, and switch modules to classes that extend their forward.
 
-A token mixer is the module of a decoder layer that uses other tokens: any kind of attention, a state space model, a
-linear attention, a convolution. A token mixer is recognized by the parameter names of its forward.
+A token mixer is a module in a decoder layer that computes a token from several tokens: any kind of attention, a state
+space model, a linear attention, a convolution. A token mixer is recognized by the parameter names of its forward.
 
 A module is switched by replacing its class with a subclass of the same name. The module keeps its position in the
 model, its tensors and its hooks, including the engine's hooks. A pickled or copied module has its original class.
@@ -17,9 +17,9 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-# Attribute name (or prefix) under which a switched module stores its state.
+# Attribute under which a switched module stores its state; also the prefix of other names for such attributes.
 STATE = "_hf_prefopt_switched"
-# A module whose forward has one of these parameters uses other tokens.
+# A module whose forward has one of these parameters counts as a token mixer.
 _OF_MIXERS = {
     "alibi",
     "attention_mask",
@@ -52,11 +52,11 @@ class Switched:
 
 
 def switch(module: nn.Module, roles: tuple[type, ...], state: Any, key: str = STATE) -> None:
-    """Replace a module's class with a subclass that has the roles as additional base classes.
+    """Replace a module's class with a subclass that also inherits from the classes `roles`.
 
     Args:
-        roles: Subclasses of `Switched`.
-        state: Object that the roles read from `vars(module)[key]`.
+        roles: Subclasses of `Switched` that extend the module's calls.
+        state: Object that these classes read from `vars(module)[key]`.
         key: Attribute name that begins with `STATE`; use a different key for each `switch` of the same module.
     """
     module.__class__ = _subclass(type(module), roles)  # type: ignore[arg-type]  # classes are hashable
@@ -95,7 +95,7 @@ def _renew_put_aside(module: nn.Module) -> None:
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """Return the decoder layers of the text model, including wrappers; [] if they are not found."""
+    """Return the decoder layers of the text model, with their wrappers if they have any; [] if no layers are found."""
     count = getattr(model.config.get_text_config(), "num_hidden_layers", 0)
     lists = (module for module in model.get_decoder().modules() if isinstance(module, nn.ModuleList))
     found = next((each for each in lists if len(each) >= count and any(map(mixers_of, map(unwrapped, each)))), ())
@@ -108,12 +108,12 @@ def unwrapped(layer: nn.Module) -> nn.Module:
 
 
 def mixers_of(layer: nn.Module) -> list[nn.Module]:
-    """Return the token mixers of a decoder layer that are separate modules."""
+    """Return the token mixers of a decoder layer. Only mixers that are modules of their own are found."""
     return list(outermost(layer, lambda module: not _OF_MIXERS.isdisjoint(parameters_of(module))))
 
 
 def outermost(module: nn.Module, is_it: Callable[[nn.Module], bool]) -> Iterator[nn.Module]:
-    """Yield the outermost submodules for which `is_it` is True; do not search inside these submodules."""
+    """Yield the outermost submodules for which `is_it` returns True, but not the submodules inside them."""
     for child in module.children():
         if is_it(child):
             yield child
@@ -127,5 +127,5 @@ def parameters_of(module: nn.Module) -> list[str]:
 
 
 def first_parameter(layer: nn.Module) -> str:
-    """Return the name of the first parameter of a layer's forward, the hidden states."""
+    """Return the name of the first parameter of a layer's forward. It takes the hidden states."""
     return next(name for name in parameters_of(layer) if name != "self")

@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 def body_of(causal_lm: PreTrainedModel) -> nn.Module:
     """Return the base model (the model without its head).
 
-    In some architectures, `base_model` is not the correct module. If the base model itself contains the head, as in
-    some multimodal models, return the base model of that inner model.
+    In some architectures, the attribute `base_model` is the model itself, so other attributes are tried. If the module
+    found in this way contains the head, as in some multimodal models, return the base model of this inner model.
     """
     candidates = (causal_lm.base_model, causal_lm.get_decoder(), getattr(causal_lm, "model", None))
     body = next(module for module in candidates if module is not None and module is not causal_lm)
@@ -48,7 +48,8 @@ def auxiliary_loss(causal_lm: PreTrainedModel, outputs: Any, tokens: Tensor) -> 
     Args:
         causal_lm: A model prepared by `scoring.forward.install_scoring`.
         outputs: Outputs of the base model, with `router_logits`: one tensor per layer, with one row per position.
-        tokens: `[N]` int64, the positions that count; a position that counts several times is repeated.
+        tokens: `[N]` int64. Positions in the flattened batch that the loss counts. A position that counts several times
+            occurs several times.
 
     Raises:
         RuntimeError: the loss has no gradient because of reentrant activation checkpointing.
