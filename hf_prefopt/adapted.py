@@ -167,7 +167,7 @@ def _is_in(name: str, parts: list[str]) -> bool:
 
 
 def _has_other_output(linear: nn.Linear) -> bool:
-    """Return True if a transformers subclass of `nn.Linear` does not map an input `[2, in]` to one tensor `[2, out]`."""
+    """Return True for a transformers subclass of `nn.Linear` that does not map a tensor `[2, in]` to one `[2, out]`."""
     own = type(linear).__module__.startswith("transformers.models.") and type(linear).forward is not nn.Linear.forward
     if not own:
         return False

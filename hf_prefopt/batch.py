@@ -35,7 +35,7 @@ class PreferenceBatch(TypedDict, total=False):
         targets: `[N]` int64. The token's id.
         response_index: `[N]` int64. Index of the response to which the token belongs.
 
-    R responses and B examples. An index of a response is one from 0 to R − 1:
+    R responses, with indices from 0 to R − 1, and B examples:
         response_lengths: `[R]` int64. Number of scored tokens of each response, ≥ 1.
         longest_response: The largest response length as a Python number, so that the width of tensors `[R, T]` is known
             without waiting for the device.
@@ -43,8 +43,8 @@ class PreferenceBatch(TypedDict, total=False):
             cached.
         chosen, rejected: `[B]` int64. Indices of the two responses of each pair. A response may belong to several
             pairs.
-        prompts: `[B]` int64. Index of each pair's prompt, which is scored like a response (see `data.prompts`).
-            Present only if a loss needs log-probs of prompts.
+        prompts: `[B]` int64. Index of each pair's prompt. Scored prompts have the indices after those of the
+            responses (see `data.prompts`). Present only if a loss needs log-probs of prompts.
         gold: `[B]` int64. Index of the third response of each triple (see `kinds.triples`).
         responses, mismatched: `[B]` int64. Indices of the responses of unpaired examples (see `kinds.unpaired`).
         labels: `[B]` bool. Labels of unpaired examples.
@@ -191,7 +191,7 @@ class ResponseScores:
 
     @property
     def alignment(self) -> Tensor:
-        """`[R]`. Logarithm of WPO's weight: the mean over tokens t of log π_t − log Σ_v π_v², in nats per token, detached.
+        """`[R]`. Mean over the tokens t of log π_t − log Σ_v π_v², in nats per token, detached: the log of WPO's weight.
 
         π_t is the probability of token t, and π_v the probability of the vocabulary's token v at the same position.
         """
@@ -204,7 +204,7 @@ class ResponseScores:
 
     @property
     def normalized_entropy(self) -> Tensor:
-        """`[R]`. Mean over the tokens of the entropy divided by log V, its maximum for V vocabulary tokens; in [0, 1]."""
+        """`[R]`, in [0, 1]. Mean over the tokens of the entropy divided by its maximum, log(size of the vocabulary)."""
         return self.mean_by_response(self.token_stats["normalized_entropy"])
 
     @property

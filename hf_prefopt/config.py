@@ -404,5 +404,5 @@ def _is_pinned(args: TrainingArguments) -> bool:
 
 
 def _is_fast_in_bf16(use_cpu: bool) -> bool:
-    """Return True on GPUs that support bf16 and on CPUs with AMX. Other devices emulate bf16, which is slower than fp32."""
+    """Return True on GPUs that support bf16 and on CPUs with AMX. Emulated bf16 would be far slower than fp32."""
     return torch.cpu._is_amx_tile_supported() if use_cpu else is_torch_bf16_gpu_available()

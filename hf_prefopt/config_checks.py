@@ -76,9 +76,9 @@ def _types_of_fields(config: type) -> dict[str, tuple[Any, ...]]:
     are left out, too, because `TrainingArguments` also accepts other values for some of them, such as `fsdp=True`.
     """
     hints = get_type_hints(config)
-    types = {name: get_args(hints[name]) or (hints[name],) for name in config.__dataclass_fields__}  # type:
-    ignore[attr-defined] types = {name: (hints[name],) if hints[name] in _TYPES else given for name, given in
-    types.items()} theirs = {field.name for field in fields(TrainingArguments)}
+    types = {name: get_args(hints[name]) or (hints[name],) for name in config.__dataclass_fields__}  # type: ignore[attr-defined]
+    types = {name: (hints[name],) if hints[name] in _TYPES else given for name, given in types.items()}
+    theirs = {field.name for field in fields(TrainingArguments)}
     return {
         name: given
         for name, given in types.items()
@@ -197,7 +197,7 @@ def check_template_kwargs(name: str, kwargs: Any) -> None:
 
 
 def check_reference_settings(args: Any, objective: Objective) -> None:
-    """Raise `ValueError` if the settings move or cache the reference, but the losses or other settings do not allow it."""
+    """Raise `ValueError` if the reference must move or be cached, but the losses or other settings do not allow it."""
     losses = ", ".join(args.loss_type)
     if args.precompute_ref_log_probs and not objective.needs_reference_model:
         raise ValueError(f"precompute_ref_log_probs=True, but {losses} needs no reference: leave it out")
