@@ -36,7 +36,7 @@ def left_out(model: PreTrainedModel, peft_config: PeftConfig) -> dict[str, list[
 
     - it belongs to an image or audio tower, which text never passes through;
     - it is a subclass of `nn.Linear` with another output than `nn.Linear`, such as a router that returns several
-    tensors;
+      tensors;
     - the model reads its weight without calling the layer (for example in a fused kernel), which bypasses the adapter;
     - PEFT does not support it under "all-linear".
     """

@@ -19,7 +19,7 @@ class PreferenceBatch(TypedDict, total=False):
     """A micro-batch: a plain dict of tensors, which accelerate, the Trainer and worker processes can handle.
 
     Inputs of the model, whose shapes depend on the layout:
-        input_ids, position_ids, attention_mask: the arguments with these names of the model's forward.
+        input_ids, position_ids, attention_mask: arguments of the model's forward with these names.
         segment_queries, segment_keys, segment_key_index, segment_longest, segment_lengths: describe to which positions
             each response of a row attends. Present only in the layout "shared" (see `scoring.attention`).
         around_places: `[T]` int64. Present only in the layout "around" (see `scoring.around`). In this layout, most
@@ -49,9 +49,10 @@ class PreferenceBatch(TypedDict, total=False):
         responses, mismatched: `[B]` int64. Indices of the responses of unpaired examples (see `kinds.unpaired`).
         labels: `[B]` bool. Labels of unpaired examples.
         quantiles: `[B]` float32. Quantiles of scored responses (see `kinds.scored`).
-        list_responses, list_mask, list_ranks, list_scores: `[B, K]`. The entries of lists (see `kinds.lists`).
+        list_responses, list_mask, list_ranks, list_scores: `[B, K]`, for lists of up to K responses. For each response
+            its index, False if it is padding, its rank, and its score (see `kinds.lists`).
         chosen_token_weights, rejected_token_weights: `[B, T]` fp32. Weights of the tokens of pairs, padded with 0.
-        weights, margins, chosen_scores, ...: `[B]` float32. Optional columns of the rows (see
+        weights, margins, chosen_scores, ...: `[B]` float32. Optional columns, present only if the rows have them (see
             `ExampleKind.optional_columns`).
         rows, pair_in_row: `[B]` int64. Number of each example's row in its dataset, and index of the example in this
             row.
@@ -59,7 +60,7 @@ class PreferenceBatch(TypedDict, total=False):
             `data.collator`). Present only if there are such examples.
 
     Set during a step that needs the global batch (see `training.global_batch`):
-        place_in_step: Index of this micro-batch among all micro-batches of the step on this rank.
+        place_in_step: Index of this piece (see `LoaderBatch`) among all pieces of the step on this rank.
         reference_scores: The `ResponseScores` of the reference, after they were computed.
     """
 
@@ -191,7 +192,7 @@ class ResponseScores:
 
     @property
     def alignment(self) -> Tensor:
-        """`[R]`. Mean over the tokens t of log π_t − log Σ_v π_v², in nats per token, detached: the log of WPO's weight.
+        """`[R]`. Log of WPO's weight: the mean over tokens t of log π_t − log Σ_v π_v², in nats per token. Detached.
 
         π_t is the probability of token t, and π_v the probability of the vocabulary's token v at the same position.
         """
