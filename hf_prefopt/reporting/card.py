@@ -188,7 +188,7 @@ def base_on_hub(base_model: str) -> str | None:
 
 
 def license_of(base_model: str) -> str | None:
-    """Return the license of a base model in a local folder, as given in the folder's model card. Otherwise, return None."""
+    """Return the license in the model card of a base model that is a local folder. Otherwise, return None."""
     named = _card_of(base_model).get("license")
     return named if isinstance(named, str) else None
 

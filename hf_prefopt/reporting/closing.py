@@ -73,7 +73,7 @@ def shortened(text: str, most: int = _CHARACTERS) -> str:
 
 
 def _print_aligned(console: Console, entries: Mapping[str, str]) -> None:
-    """Print names and texts in two columns. Each text (a path or a command) stays on one line, so that it can be copied."""
+    """Print names and texts in two columns. Each text stays on one line, so that users can copy paths and commands."""
     width = max((len(name) for name in entries), default=0)
     for name, text in entries.items():
         console.print(f"  {name:<{width}}  {text}", soft_wrap=True, markup=False, highlight=False)

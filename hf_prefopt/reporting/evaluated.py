@@ -47,7 +47,7 @@ class Examples:
 
     @property
     def margins(self) -> np.ndarray | None:
-        """`[B]`. Margins of the loss's rewards. If the loss has no rewards, margins of the log-ratios to the reference."""
+        """`[B]`. Margins of the loss's rewards. If it has none, margins of the log-ratios to the reference."""
         return self.responses.margins if self.reward_margins is None else self.reward_margins
 
     def same_as(self, other: "Examples") -> bool:
