@@ -367,7 +367,7 @@ class PreferenceTrainer(Trainer):
         return {name or "eval": self.get_eval_dataloader(name).dataset for name in names}
 
     def _get_train_sampler(self, train_dataset: Any = None):
-        """Return a sampler that groups rows by prompt or length if a setting asks for it, else the Trainer's sampler."""
+        """Return a sampler that groups rows by prompt or length if a setting asks for it, or else the Trainer's."""
         dataset = self.train_dataset if train_dataset is None else train_dataset
         sampler = self.data.sampler(dataset, lambda: self.layout, self._train_batch_size)
         return super()._get_train_sampler(train_dataset) if sampler is None else sampler

@@ -28,7 +28,7 @@ Notation:
 
 
 def loss_page() -> str:
-    """Return the page: the notation and, for each kind of examples, a table of its losses and a section for each loss."""
+    """Return the page: the notation and, for each kind of examples, a table of losses and a section for each loss."""
     specs = [get_loss(name) for name in list_losses()]
     parts = [INTRODUCTION]
     for kind in KINDS:

@@ -109,7 +109,7 @@ class OfRank:
 
 
 def copied(*groups: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-    """Copy all tensors to the CPU as float64. A single copy is made, because the host waits for the device in each copy."""
+    """Copy all tensors to the CPU as float64, all in one copy, because the host waits for the device in each copy."""
     tensors = [tensor for group in groups for tensor in group.values()]
     if not tensors:
         return [{} for _ in groups]
@@ -168,7 +168,9 @@ class TrainingRecord:
             self._observed.append(observed)
 
     def pop_means(self, accelerator: Accelerator, norm: float | None = None) -> dict[str, float]:
-        """Return the mean metrics over the examples of all ranks since the last call. Check losses, gradient and alarms.
+        """Return the means of the metrics over the examples of all ranks since the last call.
+
+        Losses and gradient are checked for finite values, and the responses are added to the alarms.
 
         The host waits for the device only once, and the ranks exchange values only once. The first time that the
         gradient is 0, a warning is logged.

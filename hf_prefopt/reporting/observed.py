@@ -75,7 +75,7 @@ class Responses:
 
     @classmethod
     def of(cls, inputs: Mapping[str, Tensor]) -> "Responses | None":
-        """Build from a dict with the entries that `observe` or `join` returns. Return `None` if it has no such entries."""
+        """Build from a dict with the entries that `observe` or `join` returns; `None` if it has no such entries."""
         present = {field.name: inputs.get(_PREFIX + field.name) for field in fields(cls)}
         if present["lengths"] is None:
             return None
@@ -119,7 +119,7 @@ class Responses:
         return np.divide(sums, number, out=np.full(len(sums), np.nan), where=number > 0)
 
     def difference(self, values: np.ndarray) -> np.ndarray:
-        """Return for each example, `[B]`, the mean of `values` over chosen responses minus that over rejected responses.
+        """Return for each example, `[B]`, the mean of `values` over chosen minus their mean over rejected responses.
 
         The result is NaN for an example without chosen or without rejected responses.
         """

@@ -9,7 +9,7 @@ from hf_prefopt.reporting.preview import visible
 
 
 def render_page(template: str, **values: Any) -> str:
-    """Render a template of this package as HTML. In templates, the filter `visible` makes control characters visible."""
+    """Render a template of this package as HTML. Templates have a filter `visible`, which shows control characters."""
     environment = Environment(
         loader=PackageLoader("hf_prefopt", "reporting"),
         autoescape=True,

@@ -100,7 +100,7 @@ class Drawn:
 
     @property
     def values(self) -> list[float]:
-        """All values that the visible range must contain: those of curves, intervals, and baselines close to the curves."""
+        """All values that must be visible: those of curves, of intervals, and of baselines close to the curves."""
         points = [y for c in self.curves for _, y in (*c.train, *c.evaluations)]
         ends = [y for c in self.curves for interval in c.intervals.values() for y in interval]
         return points + ends + [value for value, _ in self.lines if self._is_near(value, points)]
@@ -143,7 +143,7 @@ def _curve(
 
 
 def series(logs: Sequence[Mapping[str, Any]], key: str) -> Points:
-    """Return a pair (step, value) for each log that has the metric. If a step has several such logs, use the last one."""
+    """Return a pair (step, value) for each step with a log that has the metric. The last such log is used."""
     return list({log["step"]: log[key] for log in logs if log.get(key) is not None}.items())
 
 
