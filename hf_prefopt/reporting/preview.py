@@ -111,7 +111,7 @@ def _shortened(pieces: Sequence[Piece], characters: int | None) -> list[Piece]:
 
 
 def _first(pieces: Iterable[Piece], room: int, cut: Callable[[str, int], str]) -> Iterator[Piece]:
-    """Yield the first pieces until they have `room` characters. The function `cut` shortens the last one if necessary."""
+    """Yield the first pieces, up to `room` characters in total. The function `cut` shortens the last one if needed."""
     for piece in pieces:
         if room > 0:
             yield replace(piece, text=cut(piece.text, room))

@@ -94,8 +94,8 @@ def _facts(record: RunRecord) -> list[tuple[str, str]]:
         "Layout": summary.get("layout"),
         "Attention": summary.get("attention"),
         "Data": summary.get("data"),
-        "Datasets": str(run.get("data", {}).get("datasets") or "").replace("`", ""),  # The model card needs backticks,
-        but HTML does not. "Batch": summary.get("batch"),
+        "Datasets": str(run.get("data", {}).get("datasets") or "").replace("`", ""),  # backticks are for Markdown
+        "Batch": summary.get("batch"),
         "Optimizer": summary.get("optimizer"),
         "Hardware": run.get("hardware"),
         "Command": run.get("command"),

@@ -176,7 +176,7 @@ def baselines(examples: list[dict[str, Any]]) -> dict[str, Accuracy]:
 
 
 def disagreements(examples: list[dict[str, Any]]) -> dict[str, Accuracy | None]:
-    """Compute, for each rule that needs no training, the model's accuracy on the examples where it disagrees with the rule.
+    """Compute the model's accuracy on the examples where it disagrees with a rule, for each rule of `_rules`.
 
     A right prediction is better than a tie, and a tie is better than a wrong prediction. The model counts as right on
     an example if its prediction is better than that of the rule.
@@ -192,7 +192,7 @@ def disagreements(examples: list[dict[str, Any]]) -> dict[str, Accuracy | None]:
 
 
 def _rules(examples: list[dict[str, Any]]) -> dict[str, np.ndarray]:
-    """Return the predictions of the rules that need no training, keyed by the rule's name.
+    """Return for each rule that needs no training whether it is right, keyed by the rule's name.
 
     There are two rules: the longer response is better, and the response with the higher reference log-prob is better.
     For each example, the value is 1 if the rule is right, ½ for a tie, and 0 if the rule is wrong.

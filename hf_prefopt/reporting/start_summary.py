@@ -111,7 +111,7 @@ def positions_text(loader: Any, rows_at_once: int) -> str:
 
 
 def loss_texts(objective: Objective) -> list[str]:
-    """Describe each loss by its weight, name, hyperparameters and modifiers, as in `0.5 × simpo, beta=2.0, gamma=None`."""
+    """Describe each loss by weight, name, hyperparameters and modifiers, as in `0.5 × simpo, beta=2.0, gamma=None`."""
     texts = []
     for term in objective.terms:
         settings = [f"{name}={value!r}" for name, value in term.hyperparameters.items()]
