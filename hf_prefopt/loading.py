@@ -98,7 +98,7 @@ def model_class(config: PreTrainedConfig) -> Any:
 
 
 def is_adapter(name: str, init_kwargs: dict[str, Any] | None = None) -> bool:
-    """Return True if a folder or a Hub repository contains an adapter, and False if it contains a full model."""
+    """Return True if a folder or a Hub repository contains an adapter, and False otherwise."""
     return find_adapter_config_file(name, **_hub_arguments(init_kwargs)) is not None
 
 

@@ -28,7 +28,7 @@ class LossFacts:
 
     Attributes:
         name: Name of the loss.
-        formula: Formula of the loss of one example, as text.
+        formula: Formula of the loss of one example, followed by a short description.
         paper: arXiv number of the paper.
         weight: Weight of the loss in the sum of all losses.
         hyperparameters: Values of the hyperparameters, keyed by name.

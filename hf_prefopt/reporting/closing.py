@@ -28,8 +28,8 @@ def closing_report(
     Args:
         evaluated: Results of the evaluations. If there is no evaluation after training, no table is printed.
         results: Paths, keyed by name, such as `{"model card": "runs/dpo_lora/README.md"}`.
-        next_steps: Commands that the user may run next, keyed by purpose, such as `{"another loss": "--loss_type
-            simpo"}`.
+        next_steps: Commands that the user may run next, keyed by purpose, such as
+            `{"another loss": "--loss_type simpo"}`.
         console: Console that prints the report. Default: standard output.
         answers: Dicts with a `prompt` and the answers `before` and `after` training.
     """

@@ -1,8 +1,8 @@
 """Measure every response independently of the loss: its length, its log-prob and its log-ratio to the reference.
 
 Each step stores only a few small tensors and does not wait for the device. `Responses` computes the metrics from these
-tensors at every log. Log-probs and log-ratios are in nats per scored token. Margins are differences of
-sums over tokens, in nats.
+tensors at every log. Log-probs and log-ratios are in nats per scored token. Margins are differences of sums
+over tokens, in nats.
 """
 
 from collections.abc import Iterable, Mapping

@@ -31,8 +31,8 @@ class RunRecord:
             and `reference_margin` (chosen − rejected, in nats), `lengths` and `log_ratios` (lists of the values of the
             chosen and the rejected response). Unknown values are `None`.
         pairs: Dicts for the pairs with the largest positive and the most negative margins, with `row`, `margin`,
-            `is_right`, `prompt`, and `responses`. Each response has a `name` and `tokens`, which is a list of pairs
-            [text, log-ratio in nats].
+            `is_right` (True if the margin is positive), `prompt` (text), and `responses`. Each response has a `name`
+            and `tokens`, which is a list of pairs [text, log-ratio in nats].
         answers: Dicts with a `prompt` and the answers `before` and `after` training.
     """
 

@@ -76,9 +76,8 @@ class Throughput(TrainerCallback):
         - `positions_saved`: 1 − (computed positions) / (positions of right-padded batches of the same rows).
         - `peak_memory_gib`: Largest peak memory of any rank. On a GPU, this is the memory that PyTorch has allocated;
           otherwise, it is the resident memory of the process.
-        - `mfu`: Model FLOPs per second as a share of the GPU's peak. It is present only if the peak is known and the
-        run
-          uses bf16 or fp16.
+        - `mfu`: Model FLOPs per second as a share of the GPU's peak. It is present only if the peak is known and
+          the run uses bf16 or fp16.
         """
         seconds = perf_counter() - self._since
         own = [(self._tokens, self._computed, self._padded, peak_memory(accelerator.device))]
