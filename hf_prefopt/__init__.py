@@ -1,6 +1,7 @@
-"""Offline preference optimization for Hugging Face causal language models: one Trainer, the whole DPO family.
+"""Offline preference optimization for Hugging Face causal language models: one Trainer for the whole DPO family.
 
-Names are imported when they are first used (PEP 562), because torch and transformers take seconds to import.
+The names in `__all__` are imported when they are first used (PEP 562), because torch and transformers take seconds to
+import.
 """
 
 from importlib import import_module
@@ -48,7 +49,7 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Return a public name, imported from its module, or a module of the package."""
+    """Import and return the object with a public name, or else the module of this package with this name."""
     if name in _MODULES:
         globals()[name] = value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
         return value

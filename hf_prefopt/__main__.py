@@ -1,4 +1,4 @@
-"""`python -m hf_prefopt COMMAND …`."""
+"""Run the command line with `python -m hf_prefopt COMMAND …`."""
 
 import sys
 

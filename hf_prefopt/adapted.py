@@ -1,8 +1,8 @@
 """Find layers on which an adapter would not work, and the reason.
 
-PEFT selects layers by name. For some layers the adapter has no effect: text never passes through the layer, or the
-model reads the layer's weight without calling the layer. For other layers PEFT does not load the saved adapter again.
-PEFT raises no error in any of these cases.
+PEFT selects layers by name. On some layers, an adapter has no effect, because text never passes through the layer, or
+because the model reads the layer's weight without calling the layer. For other layers, PEFT saves an adapter that it
+cannot load again. PEFT raises no error in any of these cases.
 """
 
 import ast
@@ -25,18 +25,19 @@ from hf_prefopt.reference.choose import adapter_parameters
 ALL_LINEAR = "all-linear"
 UNREACHED = "text does not reach them"
 LOST = "PEFT saves adapters there but does not load them again"
-# Attributes of a weight that do not use its values.
+# Attributes of a weight that do not depend on its values.
 _ABOUT_WEIGHTS = {"data", "device", "dtype", "ndim", "requires_grad", "shape"}
 
 
 def left_out(model: PreTrainedModel, peft_config: PeftConfig) -> dict[str, list[str]]:
-    """Return the layers that `target_modules` selects but that get no adapter: lists of names, keyed by the reason.
+    """Return the names of the layers that `target_modules` selects but that must get no adapter, keyed by the reason.
 
-    A layer gets no adapter if
+    A layer must get no adapter if
 
     - it belongs to an image or audio tower, which text never passes through;
-    - it is a subclass of `nn.Linear` with a different output, such as a router that returns several tensors;
-    - the model reads its weight directly, bypassing the adapter (in training or in a kernel, for example);
+    - it is a subclass of `nn.Linear` with another output than `nn.Linear`, such as a router that returns several
+      tensors;
+    - the model reads its weight without calling the layer (for example in a fused kernel), which bypasses the adapter;
     - PEFT does not support it under "all-linear".
     """
     text, head, everywhere = text_parts(model), model.get_output_embeddings(), is_all_linear(peft_config)
@@ -79,9 +80,10 @@ def unreached_adapters(model: PeftModel) -> list[str]:
 def lost_adapters(model: PeftModel) -> list[str]:
     """Return the names of layers whose adapters PEFT would not load again.
 
-    The function tests this on the model itself: it changes each tensor, loads the changed values, compares, and
-    restores the tensor. Cause: when loading, PEFT applies transformers' renaming rules for checkpoint tensors. If a
-    rule also matches a name that must stay unchanged, the tensor is loaded under a name that does not exist.
+    The function tests this on the model itself. It loads changed values for all adapter tensors, checks whether the
+    model has these values, and restores the tensors. When PEFT loads an adapter, it applies transformers' renaming
+    rules for checkpoint tensors. If a rule also matches a name that must stay unchanged, the tensor is loaded under a
+    name that does not exist.
     """
     lost, own = [], adapter_parameters(model)
     for name in model.active_adapters:
@@ -106,7 +108,7 @@ def text_parts(model: PreTrainedModel) -> list[str]:
 
 @cache
 def weights_read_past(module_type: type) -> frozenset[str]:
-    """Return the children whose weights the module's methods read directly, as in `F.linear(x, self.child.weight)`.
+    """Return the names of child modules whose weights a class reads directly, as in `F.linear(x, self.child.weight)`.
 
     Reading an attribute of a weight, such as its dtype, does not count. Reading a slice does not count either: old
     models use slices only to simulate tensor parallelism, which is off by default.
@@ -150,7 +152,7 @@ def _chosen(model: PreTrainedModel, peft_config: PeftConfig) -> Iterator[str]:
 
 
 def _with_defaults(model: PreTrainedModel, peft_config: PeftConfig) -> PeftConfig:
-    """Return the configuration. If it has no target modules, add PEFT's default target modules for the model type."""
+    """Return the configuration, with PEFT's default target modules for the model type if it has no target modules."""
     if getattr(peft_config, "target_modules", None) or getattr(peft_config, "target_parameters", None):
         return peft_config
     tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(cast(PeftType, peft_config.peft_type))
@@ -165,7 +167,7 @@ def _is_in(name: str, parts: list[str]) -> bool:
 
 
 def _has_other_output(linear: nn.Linear) -> bool:
-    """Return True for a transformers subclass of `nn.Linear` whose output for `[2, in]` is not a `[2, out]` tensor."""
+    """Return True for a transformers subclass of `nn.Linear` that does not map a tensor `[2, in]` to one `[2, out]`."""
     own = type(linear).__module__.startswith("transformers.models.") and type(linear).forward is not nn.Linear.forward
     if not own:
         return False

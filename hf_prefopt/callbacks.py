@@ -1,8 +1,9 @@
 """A callback for downstream evaluation: generate answers at every evaluation and score them.
 
-The default is GSM8K exact match; users can pass other problems and another scoring function. Under plain data
-parallelism, the problems are divided among the ranks. Sampling is not supported, because greedy answers are
-reproducible. Sharded parameters are not supported, because evaluating the saved model afterwards is faster.
+By default, the problems are those of GSM8K, and the score is exact match. Users can pass other problems and another
+scoring function. Under plain data parallelism, the problems are divided among the ranks. Sampling is not supported,
+because only greedy answers are reproducible. Sharded parameters are not supported, because it is faster to evaluate the
+saved model afterwards.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,7 +27,7 @@ __all__ = [
 
 
 class GenerationEvalCallback(TrainerCallback):
-    """A callback that logs the mean score of greedy answers, and the number of problems, at every evaluation.
+    """A callback that logs the mean score of greedy answers and the number of problems at every evaluation.
 
     Example:
         ```python
@@ -37,8 +38,8 @@ class GenerationEvalCallback(TrainerCallback):
         trainer: Trainer that the callback is added to. Its model generates the answers.
         problems: Rows with a column `prompt` (text or messages) or `question`. Default: GSM8K.
         score: Function `(problem, generated text) -> number`. Default: GSM8K exact match.
-        name: Name of the metric, which is logged as `eval_<name>`. The part before the slash also names the metric that
-            counts the problems, `eval_gsm8k/problems`.
+        name: Name of the metric, which is logged as `eval_<name>`. The number of problems is logged as
+            `eval_<part of the name before the slash>/problems`.
         limit: Number of problems to use, starting with the first. Default: all.
         max_new_tokens: Maximum number of tokens per answer.
         batch_size: Number of answers per batch on each rank.
@@ -74,13 +75,13 @@ class GenerationEvalCallback(TrainerCallback):
     def _score_all(self) -> dict[int, float]:
         """Return the score of every problem, keyed by its index, on every rank."""
         state = PartialState()
-        # Padding gives every rank the same number of batches; the dict removes repeated indices.
+        # Padding repeats problems so that every rank has the same number of them. The dict removes repeated indices.
         with state.split_between_processes(list(range(len(self.problems))), apply_padding=True) as own:
             scores = self._score_own(list(own))
         return dict(gather_object(list(scores.items()))) if state.num_processes > 1 else scores
 
     def _score_own(self, indices: list[int]) -> dict[int, float]:
-        """Return the scores of this rank's problems. Prompts are sorted by length, which reduces padding."""
+        """Return the scores of this rank's problems. Prompts are sorted by length, because this reduces padding."""
         processing_class: Any = self.trainer.processing_class
         tokenizer = getattr(processing_class, "tokenizer", processing_class)
         prompts = {index: prompt_ids(self.problems[index], tokenizer) for index in indices}

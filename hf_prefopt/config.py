@@ -1,4 +1,4 @@
-"""`PreferenceConfig`: every setting of a run, checked at construction."""
+"""`PreferenceConfig`: all settings of a run. They are checked when the configuration is created."""
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -38,13 +38,13 @@ def _help(text: str) -> dict[str, str]:
 @documented(GROUPS)
 @dataclass
 class PreferenceConfig(TrainingArguments):
-    """Every setting of a run: the fields of `transformers.TrainingArguments`, and the following.
+    """All settings of a run: the fields of `transformers.TrainingArguments`, and the following ones.
 
-    Fields that TRL's `DPOConfig` also has have the same name and meaning.
+    Fields that TRL's `DPOConfig` also has have the same name and meaning here.
 
     Raises:
-        ValueError: a field has an invalid value. The error is raised at construction.
-        TypeError: the field does not exist; for names from other libraries, the message says what to use instead.
+        ValueError: a field has an invalid value. The error is raised when the configuration is created.
+        TypeError: a field does not exist. For names from other libraries, the message says what to use instead.
     """
 
     if TYPE_CHECKING:
@@ -304,12 +304,12 @@ class PreferenceConfig(TrainingArguments):
     )
 
     def __new__(cls, *args: Any, **settings: Any):
-        """Raise `TypeError` for names of settings from other libraries; the message says what to use instead."""
+        """Raise `TypeError` for names of settings from other libraries. The message says what to use instead."""
         refuse_foreign_settings(settings, cls.__dataclass_fields__, cls.__name__)
         return super().__new__(cls)
 
     def __post_init__(self):
-        # TrainingArguments rejects bf16 on a CPU unless use_cpu is set, even if there is no other device.
+        # Even if the CPU is the only device, TrainingArguments rejects bf16 unless use_cpu is set.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         if self.accelerator_config is None or isinstance(self.accelerator_config, dict):
             self.accelerator_config = {"non_blocking": _is_pinned(self), **(self.accelerator_config or {})}
@@ -325,7 +325,7 @@ class PreferenceConfig(TrainingArguments):
         """Check all settings and their combination. Call it again after changing settings.
 
         Raises:
-            ValueError: as at construction.
+            ValueError: a setting has an invalid value, or settings contradict each other.
         """
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
@@ -353,8 +353,8 @@ class PreferenceConfig(TrainingArguments):
         """Return the objective that these settings describe.
 
         Args:
-            kind: the kind of examples in the data, for losses that take several kinds (`sft`).
-            columns: the optional columns of the data, such as `weights`.
+            kind: Kind of the examples in the data. It is needed for losses that support several kinds (`sft`).
+            columns: Optional columns that the data have, such as `weights`.
 
         Raises:
             ValueError: see `objective.build.build_objective`.
@@ -404,5 +404,5 @@ def _is_pinned(args: TrainingArguments) -> bool:
 
 
 def _is_fast_in_bf16(use_cpu: bool) -> bool:
-    """Return True on GPUs that support bf16 and CPUs with AMX. Other devices emulate bf16, far slower than fp32."""
+    """Return True on GPUs that support bf16 and on CPUs with AMX. Emulated bf16 would be far slower than fp32."""
     return torch.cpu._is_amx_tile_supported() if use_cpu else is_torch_bf16_gpu_available()

@@ -1,4 +1,4 @@
-"""Checks of the settings, at construction and after changes; each error names the field and says what to do."""
+"""Check the settings when a configuration is created or changed. Each error names the field and says what to do."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -21,8 +21,8 @@ BAD_ROWS = ("error", "drop")
 TEXT_AS = ("text", "messages")
 LAYOUTS = ("auto", "shared", "around", "padded")
 KEPT = ("nothing", "attention")
-# Settings that only have an effect with another setting, with a description of that setting and a test of whether it
-# is on.
+# Settings that only have an effect if another setting is on. The value has a description of the other setting, and a
+# function that tests whether it is on.
 READ_WITH: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "f_alpha_divergence_coef": (
         "f_divergence_type='alpha_divergence'",
@@ -39,7 +39,7 @@ READ_WITH: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
 }
 
 
-# For each type of a field: whether a value has it, and what to write.
+# For each type of a field: a function that tests whether a value has this type, and a text that says what to write.
 _TYPES: Mapping[type, tuple[Callable[[Any], bool], str]] = {
     bool: (lambda value: not isinstance(value, str) and value in (0, 1), "True or False, without quotes"),
     int: (lambda value: isinstance(value, Integral) and not isinstance(value, bool), "a whole number"),
@@ -52,10 +52,11 @@ _TYPES: Mapping[type, tuple[Callable[[Any], bool], str]] = {
 
 
 def check_types(args: Any) -> None:
-    """Check the types of all settings; a whole number such as 1e3 becomes an int where one is needed.
+    """Check the types of all settings. If a field is an int, a whole number such as 1e3 is converted to an int.
 
     Raises:
-        ValueError: a value has another type. Any text is true, so `unpair="false"` would be `unpair=True`.
+        ValueError: a value has another type than its field. Without this check, `unpair="false"` would mean
+            `unpair=True`, because Python treats any text that is not empty as true.
     """
     config: Any = type(args)
     for name, types in _types_of_fields(config).items():
@@ -69,9 +70,10 @@ def check_types(args: Any) -> None:
 
 @lru_cache
 def _types_of_fields(config: type) -> dict[str, tuple[Any, ...]]:
-    """Return the types of each field, without the fields with types that are not in `_TYPES`, such as enumerations.
+    """Return the allowed types of each field that can be checked, keyed by the field's name.
 
-    Texts of `TrainingArguments` are left out, too: it also takes other values for some of them, such as `fsdp=True`.
+    Fields with types that are not in `_TYPES`, such as enumerations, are left out. Text fields of `TrainingArguments`
+    are left out, too, because `TrainingArguments` also accepts other values for some of them, such as `fsdp=True`.
     """
     hints = get_type_hints(config)
     types = {name: get_args(hints[name]) or (hints[name],) for name in config.__dataclass_fields__}  # type: ignore[attr-defined]
@@ -92,7 +94,7 @@ def check_values(args: Any) -> None:
     """Raise `ValueError` if a setting of `PreferenceConfig` has an invalid value.
 
     Args:
-        args: a `PreferenceConfig`.
+        args: The `PreferenceConfig`.
     """
     check_choice("truncation_mode", args.truncation_mode, TRUNCATION_MODES)
     check_choice("layout", args.layout, LAYOUTS)
@@ -121,7 +123,11 @@ def check_values(args: Any) -> None:
 
 
 def checkpointing(args: Any) -> tuple[bool, dict[str, Any]]:
-    """Return whether activation checkpointing is on, and its arguments, from the current or the former settings."""
+    """Return whether activation checkpointing is on, and its keyword arguments.
+
+    Both are read from the settings with the prefix `activation_checkpointing` or, under their older name,
+    `gradient_checkpointing`.
+    """
     names = ("activation_checkpointing", "gradient_checkpointing")
     is_on = any(getattr(args, name, None) for name in names)
     given = (getattr(args, f"{name}_kwargs", None) for name in names)
@@ -150,7 +156,7 @@ def _check_selective(args: Any) -> None:
 def unread_settings(args: Any) -> Iterator[str]:
     """Yield a message for each setting that has no effect because another setting is off.
 
-    The message says what to do.
+    Each message says what to do.
     """
     for name, (feature, is_on) in READ_WITH.items():
         value, default = getattr(args, name), type(args).__dataclass_fields__[name].default
@@ -169,7 +175,7 @@ def _check_mapping(mapping: Any) -> None:
         )
 
 
-# Arguments of the chat template that `data.template` sets itself.
+# Arguments of the chat template that users cannot set, because `data.template` sets them.
 _RENDERING = (
     *("messages", "conversation", "tools", "add_generation_prompt", "continue_final_message", "tokenize"),
     *("padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask"),
@@ -178,7 +184,11 @@ _RENDERING = (
 
 
 def check_template_kwargs(name: str, kwargs: Any) -> None:
-    """Raise `ValueError` unless these are valid arguments for a chat template."""
+    """Raise `ValueError` unless `kwargs` is a dict of arguments that users can set for a chat template.
+
+    Args:
+        name: Name of the setting, for the message.
+    """
     if kwargs is not None and not isinstance(kwargs, dict):
         raise ValueError(f"{name}={kwargs!r} must be a dict, or JSON on the command line")
     taken = [key for key in kwargs or {} if key in _RENDERING]
@@ -187,7 +197,7 @@ def check_template_kwargs(name: str, kwargs: Any) -> None:
 
 
 def check_reference_settings(args: Any, objective: Objective) -> None:
-    """Raise `ValueError` if the reference cannot be moved or cached as requested, or if no loss needs one."""
+    """Raise `ValueError` if the reference must move or be cached, but the losses or other settings do not allow it."""
     losses = ", ".join(args.loss_type)
     if args.precompute_ref_log_probs and not objective.needs_reference_model:
         raise ValueError(f"precompute_ref_log_probs=True, but {losses} needs no reference: leave it out")

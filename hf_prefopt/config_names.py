@@ -1,6 +1,6 @@
-"""Names of settings from other libraries, mainly from current and older versions of TRL, and what to use instead.
+"""Names of settings in other libraries, mainly in current and older versions of TRL, and what to use instead.
 
-`hf_prefopt.trl` accepts TRL's current names.
+The classes in `hf_prefopt.trl` accept TRL's current names.
 """
 
 import re
@@ -12,7 +12,7 @@ _GAMMA = "use loss_params={'gamma': ...}"
 _MAX_LENGTH = "use max_length=N, which limits prompt and response together"
 _NO_PADDING = "remove it: padding is never read"
 _NO_LOGITS = "remove it: logits are computed only for scored tokens"
-# In these texts `...` is the value that was given.
+# In these texts, `...` stands for the value that the user gave.
 FOREIGN_SETTINGS: Mapping[str, str] = {
     "alpha": "use loss_params={'alpha': ...}",
     "cpo_alpha": "use loss_params={'cpo_alpha': ...} with loss_type='cpo', sft_weight=... with another loss",
@@ -49,11 +49,11 @@ FOREIGN_SETTINGS: Mapping[str, str] = {
     "use_logits_to_keep": _NO_LOGITS,
     "use_num_logits_to_keep": _NO_LOGITS,
 }
-# A setting in a message, as in Python: its name and its value.
+# Matches a setting in a message, written as in Python (`name=value`). The groups are its name and its value.
 _SETTING = re.compile(
     r"(?<![\w.\-])(\w+)=(\.\.\.|\{(?:[^{}]|\{[^{}]*\})*\}|\[[^\]]*\]|'[^']*'|\"[^\"]*\"|[^\s,;:()'\"]*[^\s,;:()'\".])"
 )
-# Common short names of settings.
+# Common short names that users try, mapped to the names of the settings.
 USUAL_NAMES: Mapping[str, str] = {
     "accumulation_steps": "gradient_accumulation_steps",
     "batch_size": "per_device_train_batch_size",
@@ -79,7 +79,7 @@ USUAL_NAMES: Mapping[str, str] = {
     "train_file": "dataset_name",
     "warmup_ratio": "warmup_steps",
 }
-# Arguments of trainers, not settings.
+# Arguments of other libraries' trainers (not settings), and what to use instead.
 FOREIGN_ARGUMENTS: Mapping[str, str] = {
     "tokenizer": "use processing_class=tokenizer",
     "tools": "use a column `tools` of the rows",
@@ -89,10 +89,12 @@ FOREIGN_ARGUMENTS: Mapping[str, str] = {
 
 
 def refuse_foreign_settings(given: Collection[str], known: Collection[str], config: str) -> None:
-    """Raise `TypeError` for names from other libraries; the message says what to use instead.
+    """Raise `TypeError` for names of settings from other libraries. The message says what to use instead.
 
     Args:
-        given: the names. known: the fields of the configuration. config: the name of the configuration.
+        given: Names that the user gave.
+        known: Names of the fields of the configuration.
+        config: Class name of the configuration, for the message.
     """
     for name in given:
         if name not in known and name in FOREIGN_SETTINGS:
@@ -102,10 +104,12 @@ def refuse_foreign_settings(given: Collection[str], known: Collection[str], conf
 def refuse_foreign_arguments(
     given: Iterable[str], settings: Collection[str] = (), config: str = "PreferenceConfig"
 ) -> None:
-    """Raise `TypeError` for names from other libraries and for settings that are passed to a trainer as arguments.
+    """Raise `TypeError` if a name is no argument of the trainer but a setting, or a name from another library.
 
     Args:
-        settings: the fields of the configuration. config: the name of the configuration.
+        given: Names of the arguments that were passed to the trainer.
+        settings: Names of the fields of the configuration.
+        config: Class name of the configuration, for the message.
     """
     for name in given:
         if name in FOREIGN_ARGUMENTS:
@@ -117,34 +121,39 @@ def refuse_foreign_arguments(
 
 
 def nearest_setting(name: str, known: Collection[str]) -> str | None:
-    """Return the setting that a name abbreviates, or else the setting with the most similar spelling, if any."""
+    """Return the setting for which a name is a common short name, or else the setting with the most similar spelling.
+
+    Return `None` if there is neither.
+    """
     usual = USUAL_NAMES.get(name)
     return usual if usual in known else next(iter(get_close_matches(name, known, 1)), None)
 
 
 def hint_for(name: str, write: Callable[[str, str], str], value: str = "...") -> str:
-    """Return the end of a message: what to use instead of another library's setting. Return "" for any other name.
+    """Return the end of a message, which says what to use instead of another library's setting.
+
+    Return "" if the name is not in `FOREIGN_SETTINGS`.
 
     Args:
-        write: function that formats a setting, given its name and its value in Python.
-        value: the value that was given.
+        write: Function that formats a setting, given its name and its value in Python notation.
+        value: Value that the user gave.
     """
     text = rewritten(FOREIGN_SETTINGS.get(name, ""), write)
     return f": {text.replace('...', value)}" if text else ""
 
 
 def rewritten(text: str, write: Callable[[str, str], str], names: Collection[str] | None = None) -> str:
-    """Return a message with its settings, which are written as in Python (`name=value`), in another notation.
+    """Rewrite the settings in a message from Python notation (`name=value`) to another notation.
 
     Args:
-        write: function that formats a setting, given its name and its value in Python.
-        names: the settings to rewrite. Default: everything that looks like a setting.
+        write: Function that formats a setting, given its name and its value in Python notation.
+        names: Names of the settings to rewrite. Default: everything that looks like a setting.
     """
     return _SETTING.sub(lambda found: write(*found.groups()) if names is None or found[1] in names else found[0], text)
 
 
 def as_option(name: str, value: str) -> str:
-    """Return a setting as a command-line option: `--loss_params '{"gamma": 1}'` for `loss_params={'gamma': 1}`."""
+    """Format a setting as a command-line option: `--loss_params '{"gamma": 1}'` for `loss_params={'gamma': 1}`."""
     words = re.findall(r"[^\s,'\"]+", value.strip("[]")) if value[0] == "[" else [value.strip("'\"")]
     if value[0] == "{":
         words = [re.sub(r"\b(True|False|None)\b", lambda found: _JSON[found[0]], value.replace("'", '"'))]
@@ -156,5 +165,5 @@ _WORDS = {"True": "true", "False": "false", "None": "none"}
 
 
 def as_yaml(name: str, value: str) -> str:
-    """Return a setting as written in a YAML file."""
+    """Format a setting as in a YAML file."""
     return f"{name}: {_WORDS.get(value, value)}"

@@ -1,4 +1,4 @@
-"""Settings of the Trainer that preference training does not support: they raise an error or are corrected."""
+"""Raise an error for the settings of the Trainer that preference training does not support, or correct them."""
 
 import math
 import re
@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-# Optimizers that change weights during the backward pass; a step may have several backward passes.
+# Optimizers that change weights during each backward pass. A step may have several backward passes.
 _IN_BACKWARD = re.compile(r"(ada)?lomo|.*_layerwise")
-# Settings that only some optimizers read, and those that do not.
+# For each setting that only some optimizers read, a pattern of the optimizers that do not read it.
 _UNREAD_BY: Mapping[str, re.Pattern[str]] = {
     "optim_args": re.compile(r"adamw_torch(_fused|_xla|_npu_fused)?|adafactor|(ada)?lomo"),
     "optim_target_modules": re.compile(r"(?!galore_|apollo_).*"),
@@ -17,11 +17,11 @@ _UNREAD_BY: Mapping[str, re.Pattern[str]] = {
 
 @dataclass(frozen=True)
 class Refusal:
-    """A setting that would have no effect, or a different effect than documented.
+    """The check of a setting that would have no effect, or a different effect than documented.
 
     Attributes:
-        applies: function that returns whether a value raises an error.
-        reason: the text after `name=value` in the error message, which says what to do.
+        applies: Function that returns True if a value must raise an error.
+        reason: Text of the error message after `name=value`. It also says what to do.
     """
 
     applies: Callable[[Any], bool]
@@ -73,7 +73,7 @@ LEAST: Mapping[str, float] = {
     "eval_accumulation_steps": 1,
     "save_total_limit": 1,
 }
-# Values of include_for_metrics that raise an error, and the reason.
+# Values of include_for_metrics that raise an error, mapped to the reason.
 METRIC_EXTRAS = {
     "inputs": "'inputs' would be rows of the batch layout, which do not match the predictions: leave it out; "
     "predictions are in the order of the dataset's rows",
@@ -90,7 +90,7 @@ def check_trainer_settings(args: Any) -> None:
             raise ValueError(f"{name}={value!r} {refusal.reason}")
     for name, least in LEAST.items():
         value = getattr(args, name)
-        if value is not None and not value >= least:  # also for NaN
+        if value is not None and not value >= least:  # True also for NaN
             raise ValueError(f"{name}={value} must be at least {least}")
     _refuse_no_steps(args.max_steps, args.num_train_epochs)
     for asked in args.include_for_metrics:
@@ -121,8 +121,8 @@ def check_trainer_settings(args: Any) -> None:
 def _refuse_no_steps(max_steps: int, epochs: float) -> None:
     """Raise `ValueError` if training would make no step, or if its length is not a number.
 
-    The Trainer makes one step with a learning rate of 0 for `max_steps=0`, none for `num_train_epochs=0`, and reads
-    every negative `max_steps` as -1.
+    For `max_steps=0`, the Trainer would make one step with a learning rate of 0. For `num_train_epochs=0`, it would
+    make no step. It would treat every negative `max_steps` as -1.
     """
     if max_steps < -1:
         raise ValueError(f"max_steps={max_steps} must be at least 1, or -1 to train for num_train_epochs={epochs:g}")
@@ -150,7 +150,7 @@ def _refuse_unread_by_optimizer(args: Any) -> None:
 
 
 def _refuse_splits_within_steps(args: Any) -> None:
-    """Raise `ValueError` if the optimizer changes weights in backward passes and a step has several backward passes."""
+    """Raise `ValueError` if a step has several backward passes and the optimizer changes weights in each of them."""
     name = _optimizer(args)
     if not _IN_BACKWARD.fullmatch(name):
         return
@@ -165,7 +165,7 @@ def _refuse_splits_within_steps(args: Any) -> None:
 
 
 def _refuse_wrong_direction(args: Any) -> None:
-    """Raise `ValueError` if a scheduler expects a metric to fall, but larger values are better."""
+    """Raise `ValueError` if the scheduler waits for a metric to fall, but larger values of the metric are better."""
     scheduler = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
     kwargs = args.lr_scheduler_kwargs or {}
     if scheduler in ("reduce_lr_on_plateau", "greedy") and args.greater_is_better and "mode" not in kwargs:
@@ -176,14 +176,17 @@ def _refuse_wrong_direction(args: Any) -> None:
 
 
 def greater_is_better(metric: str | None, given: bool | None) -> bool | None:
-    """Return whether larger values of a metric are better; with `None`, the Trainer decides from the metric's name.
+    """Return whether larger values of a metric are better, or `None` to let the Trainer decide.
+
+    The Trainer treats smaller values as better if the metric's name ends in "loss". This function returns False for
+    other metrics that should be small: the losses `loss/<name>`, and metrics whose name ends in "/rejected".
 
     Args:
-        metric: `metric_for_best_model`; the losses of an objective are `loss/<name>`.
-        given: the user's setting; `None` if it is not set. For the Trainer, smaller is better if a name ends in "loss".
+        metric: The setting `metric_for_best_model`.
+        given: The setting `greater_is_better`; `None` if the user has not set it. Otherwise, it is returned.
 
     Raises:
-        ValueError: the setting is `None`, and neither large nor small values of the metric are better in general.
+        ValueError: `given` is `None`, and neither large nor small values of the metric are better in general.
     """
     if metric is None or given is not None:
         return given
@@ -209,7 +212,7 @@ def _refuse_cut_rows(settings: Any) -> None:
 
 
 def _refuse_uneven_batches(settings: Any, world_size: int) -> None:
-    """Raise `ValueError` for settings of accelerate that break the accounting of rows across ranks."""
+    """Raise `ValueError` for settings of accelerate with which rows would be lost or counted twice across ranks."""
     if settings.dispatch_batches:
         raise ValueError("accelerator_config.dispatch_batches=True would cut batches whose tensors differ in length")
     if world_size > 1 and settings.split_batches:
@@ -226,10 +229,12 @@ def _refuse_uneven_batches(settings: Any, world_size: int) -> None:
 
 
 def without_fused_head(liger_kernel_config: dict[str, bool]) -> dict[str, bool]:
-    """Return Liger's configuration with the kernel switched off that would replace the model's forward.
+    """Return Liger's configuration without the kernel that would replace the model's forward.
+
+    This kernel is `fused_linear_cross_entropy`.
 
     Raises:
-        ValueError: the configuration requests that kernel.
+        ValueError: the configuration switches this kernel on.
     """
     if liger_kernel_config.get("fused_linear_cross_entropy"):
         raise ValueError(

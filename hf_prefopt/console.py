@@ -1,4 +1,4 @@
-"""Terminal output and files of a run: short progress lines, and a report at the end."""
+"""Show short progress lines during a run, and write its results and print a report at its end."""
 
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -19,10 +19,10 @@ from hf_prefopt.trainer import PreferenceTrainer
 
 
 def use_short_progress(trainer: PreferenceTrainer) -> None:
-    """Show short progress lines instead of complete log records; call it before `trainer.train()`.
+    """Show short progress lines instead of complete log records. Call this function before `trainer.train()`.
 
     Args:
-        trainer: The trainer. Without progress bars (`disable_tqdm`), its output does not change.
+        trainer: The trainer. If it shows no progress bars (`disable_tqdm`), its output does not change.
     """
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(ShortProgressCallback)
@@ -63,7 +63,7 @@ def finish_run(
     results = {"trained model": folder, "model card": folder / "README.md"}
     page = folder / "report.html"
     if is_first:
-        # Report and record contain texts from the data, so they must not exist while the folder is pushed.
+        # Report and record contain texts from the data. They are removed, so that they are not pushed with the folder.
         for path in (page, folder / RECORD):
             path.unlink(missing_ok=True)
         if find_spec("matplotlib"):

@@ -1,4 +1,4 @@
-"""The folders that a run writes to: their names, and checks before the work whose results they will hold."""
+"""Names of the folders to which a run writes, and checks of these folders before the run."""
 
 import os
 from pathlib import Path
@@ -12,7 +12,8 @@ def check_folder(setting: str, folder: str | os.PathLike) -> None:
         folder: The folder; `~` stands for the user's home.
 
     Raises:
-        ValueError: Its name is empty, it is a file or inside a file, or there is no permission to write or create it.
+        ValueError: The folder's name is empty, the path is a file or inside a file, or there is no permission to write
+            to the folder or to create it.
     """
     if not os.fspath(folder).strip():
         raise ValueError(f"{setting}={os.fspath(folder)!r} is empty: name a folder")
@@ -26,15 +27,16 @@ def check_folder(setting: str, folder: str | os.PathLike) -> None:
 
 
 def name_of(folder: str | os.PathLike) -> str:
-    """Return the last part of a folder's path, also for `.`; of a name on the Hub, the part behind the owner."""
+    """Return the last part of a folder's absolute path or, for a name on the Hub, the part after the owner."""
     return Path(os.path.abspath(folder)).name
 
 
 def refuse_same_folder(setting: str, folder: str | os.PathLike, other: object, what: str) -> None:
-    """Raise `ValueError` if `folder` is the existing folder `other`, whose files would be replaced.
+    """Raise `ValueError` if `folder` and `other` are the same existing folder, because its files would be replaced.
 
     Args:
-        other: A path or the name of something on the Hub; anything else is no folder.
+        setting: Name of the setting that names `folder`, for the message.
+        other: A path, or a name on the Hub. Values of other types are not checked.
         what: Description of `other`, for the message.
     """
     if not isinstance(other, str | os.PathLike):

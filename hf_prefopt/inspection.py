@@ -34,7 +34,7 @@ from hf_prefopt.reporting.shown_rows import ShownRow, show_row
 from hf_prefopt.training.preference_data import PreferenceData, settings_of_rows
 from hf_prefopt.training.settings import own_names
 
-# Lengths in tokens. For each length, the share of rows that are not longer is reported.
+# Lengths in tokens. The share of rows that are not longer is reported for each of them.
 _LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
 
 
@@ -59,13 +59,13 @@ def inspect_dataset(
         ```
 
     Args:
-        dataset: Any dataset that `PreferenceTrainer` accepts as `train_dataset`. All rows are tokenized, but of a
-            stream only the first `stream_rows` rows.
+        dataset: Any dataset that `PreferenceTrainer` accepts as `train_dataset`. All of its rows are tokenized. If it
+            is a stream, only the first `stream_rows` rows are read.
         processing_class: The tokenizer.
         rows: Number of rows to show.
         stream_rows: Number of rows to read from a stream.
         name: Name of the dataset in messages.
-        loss_type: Losses for which the rows are checked; None checks no loss.
+        loss_type: One or more losses for which the rows are checked. None: the rows are not checked for any loss.
         settings: Other fields of `PreferenceConfig`, such as `max_length`, `column_mapping` or `text_as`.
 
     Raises:
@@ -108,7 +108,7 @@ def inspect_dataset(
 
 
 def _checked(data: PreferenceData, given: Dataset, name: str) -> tuple[Prepared, list[str]]:
-    """Return the prepared rows, and the error that the losses would raise for them."""
+    """Return the prepared rows, and a list with the error that the losses would raise for them, or an empty list."""
     made = data.read(given, name)
     try:
         data.checked(made.dataset, name)
@@ -118,7 +118,7 @@ def _checked(data: PreferenceData, given: Dataset, name: str) -> tuple[Prepared,
 
 
 def _kinds(given: Dataset, settings: Mapping[str, Any]) -> tuple[ExampleKind, ...]:
-    """Return the kinds of examples that these rows can be read as; empty if the columns cannot be read."""
+    """Return the kinds of examples, such as pairs, as which the rows can be read; empty if no columns can be read."""
     try:
         rows = undecoded(choose_columns(given, settings["column_mapping"], settings["remove_columns"]))
     except ValueError:
@@ -129,13 +129,13 @@ def _kinds(given: Dataset, settings: Mapping[str, Any]) -> tuple[ExampleKind, ..
 
 
 def _settings(args: PreferenceConfig, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings passed by the user, and the settings for truncation."""
+    """Return the settings for truncation, and the settings that the user passed, keyed by name."""
     named = {"max_length": args.max_length, "truncation_mode": args.truncation_mode, **given}
     return {name: value for name, value in named.items() if name in own_names()}
 
 
 def _beginning(stream: IterableDataset, count: int) -> Dataset:
-    """Return the first rows of a stream."""
+    """Return the first `count` rows of a stream as a dataset."""
     stream = undecoded(stream)
     rows = list(islice(iter(stream), count))
     return Dataset.from_list(rows, features=stream.features)
@@ -143,7 +143,10 @@ def _beginning(stream: IterableDataset, count: int) -> Dataset:
 
 @contextmanager
 def _said(name: str) -> Iterator[list[str]]:
-    """Collect log messages about the data, without counts and columns, which `Inspection` reports separately."""
+    """Return a context manager that collects the log messages about the data.
+
+    Messages about counts and columns are left out, because `Inspection` has them as separate attributes.
+    """
     remarks: list[str] = []
     handler, logger = logging.Handler(), logging.getLogger("hf_prefopt.data")
     handler.emit = lambda record: remarks.extend(_remark(record, name))  # type: ignore[method-assign]
@@ -165,7 +168,7 @@ def _remark(record: logging.LogRecord, name: str) -> list[str]:
 
 
 def _columns(made: Prepared, mapping: Mapping[str, str], given: Sequence[str]) -> dict[str, Any]:
-    """Return how the columns are read, with their names in the given dataset."""
+    """Return the attributes of `Inspection` about columns. The columns have their names in the user's dataset."""
     layout, columns = made.layout, column_names(made.raw)
     if layout is None:
         return {"layout": "prepared rows", "content": "tokens", "columns": {}, "numbers": {}, **_NOT_USED}
@@ -196,7 +199,10 @@ def _content(layout: FoundLayout, rows: Any) -> str:
 
 
 def _within(noted: Dataset | None) -> dict[int, float]:
-    """Return, for each length, the share of rows that are not longer, up to the first length with a share of 1."""
+    """Return the share of rows that are not longer than a length, keyed by this length.
+
+    The lengths are those of `_LENGTHS`, up to the first one with a share of 1.
+    """
     if noted is None:
         return {}
     notes = noted.select_columns(["_longest", "_bad", "_tie"]).with_format("numpy")[:]
@@ -207,7 +213,10 @@ def _within(noted: Dataset | None) -> dict[int, float]:
 
 
 def _shown_rows(made: Prepared, count: int, kinds: TokenKinds) -> Iterator[ShownRow]:
-    """Yield the first rows that are kept. If none is truncated, the first truncated row replaces the last one."""
+    """Yield the first `count` prepared rows.
+
+    If none of them is truncated, the first truncated row of the dataset replaces the last of them.
+    """
     places = list(range(min(count, len(made.dataset))))
     cut = _first_cut(made)
     if places and cut is not None and cut > places[-1]:
@@ -222,7 +231,7 @@ def _shown_rows(made: Prepared, count: int, kinds: TokenKinds) -> Iterator[Shown
 
 
 def _first_cut(made: Prepared) -> int | None:
-    """Return the index, among the prepared rows, of the first truncated row."""
+    """Return the index of the first truncated row among the prepared rows; None if no row is truncated."""
     if made.noted is None:
         return None
     notes = made.noted.select_columns(["row", "_responses_cut", "_prompt_cut"]).with_format("numpy")[:]

@@ -1,7 +1,8 @@
 """Load models, adapters, tokenizers and processors by name or path.
 
-A model is loaded with the class that its config names, because a checkpoint is usually served with this class. An
-adapter's tensors are matched by name, so an adapter trained on another class may load without having any effect.
+A model is loaded with the class that its config names, because a checkpoint is usually served with this class. When an
+adapter is loaded, its tensors are matched to the model by name. If the adapter was trained on another class, the names
+may differ, and the adapter would have no effect.
 """
 
 import json
@@ -45,12 +46,12 @@ def load_model(
 
     The weights are loaded in fp32 unless `init_kwargs` has a `dtype`; bf16 training uses autocast. The model class is
     the one that the config names (`architectures`), or else the first of `AutoModelForCausalLM` and
-    `AutoModelForImageTextToText` that supports the config. If the name is an adapter's, the base model in the
-    adapter's configuration is loaded, and the adapter on it is trainable.
+    `AutoModelForImageTextToText` that supports the config. If `name` is an adapter, the base model that its
+    configuration names is loaded, and the adapter is added to it as trainable.
 
     Raises:
-        ValueError: the adapter's configuration names no base model; the adapter is a soft prompt; the adapter's tensors
-            belong to another model class; or the checkpoint lacks weights of the model class.
+        ValueError: the adapter's configuration names no base model; the adapter is a soft prompt; the adapter was
+            trained on another model class; or the checkpoint lacks weights that the model class has.
     """
     kwargs = {"dtype": torch.float32, **(init_kwargs or {})}
     if quantization_config is not None:
@@ -68,17 +69,17 @@ def load_model(
             f"the adapter {name} is a soft prompt ({config.peft_type.value}), which PEFT loads frozen: pass "
             "PeftModel.from_pretrained(base_model, adapter) as the model, after model.prompt_encoder.requires_grad_()"
         )
-    # revision and subfolder apply to the adapter, not to its base model.
+    # revision and subfolder belong to the adapter, not to its base model.
     of_base = {key: value for key, value in kwargs.items() if key not in ("revision", "subfolder")}
     base, _ = load_checkpoint(config.base_model_name_or_path, of_base | {"revision": config.revision or "main"})
     return load_adapter(base, name, init_kwargs)
 
 
 def load_adapter(base: PreTrainedModel, name: str, init_kwargs: dict[str, Any] | None = None) -> PeftModel:
-    """Load an adapter by name or path onto a loaded model, as trainable.
+    """Load an adapter by name or path, and add it to a loaded model as trainable.
 
     Raises:
-        ValueError: some of the adapter's tensors do not match the model's class.
+        ValueError: some of the adapter's tensors do not match the base model, because it has another class.
     """
     _make_room_for_tokens(base, name, init_kwargs)
     model = PeftModel.from_pretrained(base, name, is_trainable=True, **_hub_arguments(init_kwargs))
@@ -89,7 +90,7 @@ def load_adapter(base: PreTrainedModel, name: str, init_kwargs: dict[str, Any] |
 def model_class(config: PreTrainedConfig) -> Any:
     """Return the class that loads a checkpoint with this config; see `load_model`."""
     named = getattr(transformers, (config.architectures or [""])[0], None)
-    # A class without a language-model head, such as a classifier, is not the class to train.
+    # The config may name a class without a language-model head, such as a classifier, which cannot be trained here.
     if isinstance(named, type) and issubclass(named, GenerationMixin):
         return named
     auto = (AutoModelForCausalLM, AutoModelForImageTextToText)
@@ -97,12 +98,12 @@ def model_class(config: PreTrainedConfig) -> Any:
 
 
 def is_adapter(name: str, init_kwargs: dict[str, Any] | None = None) -> bool:
-    """Return True if a folder or Hub repository contains an adapter, not a full model."""
+    """Return True if a folder or a Hub repository contains an adapter, and False otherwise."""
     return find_adapter_config_file(name, **_hub_arguments(init_kwargs)) is not None
 
 
 def holds_adapter(run: str) -> bool:
-    """Return `is_adapter(run)`, or False if neither a folder nor a Hub repository has this name."""
+    """Return True if `run` is a folder or a Hub repository with an adapter, and False if it is anything else."""
     try:
         return is_adapter(run)
     except OSError:
@@ -110,7 +111,7 @@ def holds_adapter(run: str) -> bool:
 
 
 def tokenizer_of(processing_class: PreTrainedTokenizerBase | ProcessorMixin) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a processor; a tokenizer is returned unchanged."""
+    """Return the tokenizer of a processor. If the argument is a tokenizer, return it unchanged."""
     return cast(PreTrainedTokenizerBase, getattr(processing_class, "tokenizer", processing_class))
 
 
@@ -119,8 +120,8 @@ def load_processing_class(
 ) -> PreTrainedTokenizerBase | ProcessorMixin:
     """Load the processor saved with a model, or the tokenizer if no processor was saved.
 
-    A processor's chat template is copied to its tokenizer. For an adapter, load the adapter's own tokenizer if one was
-    saved, otherwise the base model's.
+    A processor's chat template is copied to its tokenizer. For an adapter, the tokenizer that was saved with the
+    adapter is loaded or, if there is none, the tokenizer of the base model.
 
     Args:
         name: Name or path from which the model was loaded.
@@ -139,15 +140,16 @@ def load_processing_class(
 def processing_class_of(
     name: str, init_kwargs: dict[str, Any] | None = None, base: str | None = None
 ) -> PreTrainedTokenizerBase | ProcessorMixin:
-    """Load the processor or tokenizer of a model or adapter by name or path; the model need not be loaded.
+    """Load the processor or the tokenizer of a model or an adapter, without loading the model itself.
 
     Args:
-        base: Base model whose tokenizer is used if `name` is an adapter without a tokenizer. Default: the base model
-            that the adapter's configuration names.
+        name: Name or path of the model or the adapter.
+        base: Base model whose tokenizer is loaded if `name` is an adapter that was saved without a tokenizer. Default:
+            the base model that the adapter's configuration names.
     """
     if is_adapter(name, init_kwargs) and not _has_file(name, "tokenizer_config.json", init_kwargs):
         config = PeftConfig.from_pretrained(name, **_hub_arguments(init_kwargs))
-        # The revision in init_kwargs applies to the adapter, not to its base model.
+        # The revision in init_kwargs belongs to the adapter, not to its base model.
         return _processing_class(base or config.base_model_name_or_path, {}, None)
     kwargs = {key: value for key, value in (init_kwargs or {}).items() if key in ("revision", "trust_remote_code")}
     return _processing_class(name, kwargs, init_kwargs)
@@ -174,7 +176,7 @@ def _processing_class(
 
 
 def load_checkpoint(name: str, kwargs: dict[str, Any]) -> tuple[PreTrainedModel, list[str]]:
-    """Load a full model (not an adapter) and warn about the checkpoint tensors that the model class does not use.
+    """Load a full model (not an adapter), and warn if the checkpoint has tensors that the model class does not use.
 
     Returns:
         The model, and the names of the unused tensors.
@@ -188,7 +190,7 @@ def load_checkpoint(name: str, kwargs: dict[str, Any]) -> tuple[PreTrainedModel,
         config = AutoConfig.from_pretrained(config or name, **read)
     is_remote = kwargs.get("trust_remote_code") and hasattr(config, "auto_map")
     loader = AutoModelForCausalLM if is_remote else model_class(config)
-    # With `output_loading_info`, `from_pretrained` returns a pair, which its annotation omits.
+    # With `output_loading_info`, `from_pretrained` returns a pair, although its annotation does not say so.
     model, info = cast("tuple[PreTrainedModel, dict]", loader.from_pretrained(name, output_loading_info=True, **kwargs))
     if missing := sorted(info["missing_keys"]):
         raise ValueError(
@@ -208,15 +210,17 @@ def load_checkpoint(name: str, kwargs: dict[str, Any]) -> tuple[PreTrainedModel,
 
 
 def _left_out(name: str, model: PreTrainedModel, info: dict[str, Any], kwargs: dict[str, Any]) -> list[str]:
-    """Return the checkpoint tensors that the model class does not load, including those that transformers ignores
-    silently."""
+    """Return the names of the checkpoint tensors that the model class does not load.
+
+    They include the tensors that transformers ignores without a warning.
+    """
     patterns = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
     silent = {key for key in _tensors_of(name, kwargs) if any(pattern.search(key) for pattern in patterns)}
     return sorted(set(info["unexpected_keys"]) | silent)
 
 
 def _tensors_of(name: str, kwargs: dict[str, Any]) -> dict[str, str]:
-    """Return the tensor names of a safetensors checkpoint with the name of each tensor's file; {} for other formats."""
+    """Return the names of the files of a safetensors checkpoint, keyed by tensor name. Return {} for other formats."""
     index, single = (_file(name, file, kwargs) for file in _WEIGHTS)
     if index is not None:
         return json.loads(Path(index).read_text())["weight_map"]
@@ -227,7 +231,10 @@ def _tensors_of(name: str, kwargs: dict[str, Any]) -> dict[str, str]:
 
 
 def read_tensors(name: str, tensors: Iterable[str], kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Read tensors of a safetensors checkpoint by name, unchanged, including tensors that the model class ignores."""
+    """Read the tensors with these names from a safetensors checkpoint, without converting them.
+
+    They may be tensors that the model class ignores.
+    """
     files, read = _tensors_of(name, kwargs), {}
     for tensor in tensors:
         path = _file(name, files[tensor], kwargs)
@@ -237,7 +244,7 @@ def read_tensors(name: str, tensors: Iterable[str], kwargs: dict[str, Any]) -> d
 
 
 def _make_room_for_tokens(base: PreTrainedModel, name: str, init_kwargs: dict[str, Any] | None) -> None:
-    """Resize the embeddings if the adapter's tokenizer has more tokens, as PEFT does."""
+    """Resize the base model's embeddings if the adapter's tokenizer has more tokens than there are embeddings."""
     if _has_file(name, "tokenizer_config.json", init_kwargs):
         tokens = len(AutoTokenizer.from_pretrained(name, **_hub_arguments(init_kwargs)))
         embeddings = len(base.get_input_embeddings().get_parameter("weight"))

@@ -1,9 +1,9 @@
-"""Suppress messages that libraries log at every import, although the messages do not concern the run."""
+"""Suppress messages that libraries log at every import and that are irrelevant to the run."""
 
 import logging
 from functools import partial
 
-# Logger name: beginning of the message.
+# Beginnings of messages, keyed by the name of the logger.
 MESSAGES = {
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",  # even if nothing is quantized
     "DeepSpeed": "Setting accelerator to CPU",  # even if a library only imports DeepSpeed

@@ -1,4 +1,7 @@
-"""Build the policy: add a new adapter to a loaded model, on the layers that text reaches and that PEFT can adapt."""
+"""Build the policy: add a new adapter to a loaded model.
+
+Only layers that text passes through, and whose adapters PEFT can load again, are adapted.
+"""
 
 import copy
 import logging
@@ -21,13 +24,13 @@ _Model = TypeVar("_Model", bound=nn.Module)
 
 
 def with_adapter(model: PreTrainedModel, peft_config: PeftConfig | None) -> PreTrainedModel | PeftModel:
-    """Add a new adapter to the model; without `peft_config`, return the model unchanged.
+    """Add a new adapter to the model. Without a `peft_config`, return the model without a new adapter.
 
     Some layers that the configuration selects get no adapter; see `adapted.left_out` and `adapted.lost_adapters`.
 
     Raises:
-        ValueError: the model has an adapter already; `target_modules` selects no module; or PEFT would save adapters
-            that it cannot load again.
+        ValueError: there is a `peft_config`, but the model already has an adapter; `target_modules` selects no module;
+            or PEFT would save adapters that it cannot load again.
     """
     if peft_config is None:
         if isinstance(model, PeftModel):
@@ -44,7 +47,10 @@ def with_adapter(model: PreTrainedModel, peft_config: PeftConfig | None) -> PreT
 def under_adapter(
     model_init: Callable[..., PreTrainedModel], peft_config: PeftConfig | None
 ) -> Callable[..., PreTrainedModel | PeftModel]:
-    """Return a `model_init` that adds a new adapter to each model, with the same argument: a trial, or none."""
+    """Return a `model_init` function that adds a new adapter to each model that the given `model_init` returns.
+
+    It takes a trial as an argument if the given function does.
+    """
 
     def fresh_policy() -> PreTrainedModel | PeftModel:
         return with_adapter(model_init(), peft_config)
@@ -56,7 +62,7 @@ def under_adapter(
 
 
 def sample_of(model_init: Callable[..., PreTrainedModel | PeftModel]) -> PreTrainedModel | PeftModel:
-    """Call a `model_init` as the Trainer does outside a hyperparameter search."""
+    """Call `model_init` as the Trainer does outside a hyperparameter search, and return the model."""
     return model_init(None) if number_of_arguments(model_init) else model_init()
 
 
@@ -85,7 +91,7 @@ def _adapted(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
 
 
 def _applied(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
-    """Call `get_peft_model`; an error about unknown `target_modules` lists the model's linear layers."""
+    """Call `get_peft_model`. If no module matches `target_modules`, the error lists the model's linear layers."""
     try:
         return get_peft_model(model, peft_config)
     except ValueError as error:
@@ -103,12 +109,12 @@ def _applied(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
 
 
 def _lost(model: PeftModel) -> list[str]:
-    """Return `lost_adapters(model)` for LoRA, [] for other methods: PEFT renames only LoRA's tensors."""
+    """Return `lost_adapters(model)` for LoRA. Return [] for other methods, because PEFT renames only LoRA's tensors."""
     return lost_adapters(model) if model.active_peft_config.peft_type == PeftType.LORA else []
 
 
 def _check_given(model: PeftModel) -> None:
-    """Warn about adapters of the user's model that have no effect.
+    """Check the adapters of a model that the user passed, and warn if some of them have no effect.
 
     Raises:
         ValueError: PEFT would not load some of the adapters again.
@@ -127,13 +133,17 @@ def _check_given(model: PeftModel) -> None:
 
 
 def _without(peft_config: PeftConfig, reasons: dict[str, list[str]]) -> PeftConfig:
-    """Return the configuration with these layers added to `exclude_modules`."""
+    """Return the configuration, with the layers in `reasons` added to `exclude_modules`.
+
+    Args:
+        reasons: Lists of layer names, keyed by the reason.
+    """
     names = [name for part in reasons.values() for name in part]
     if not names:
         return peft_config
     changed: Any = copy.deepcopy(peft_config)  # a PEFT method with target modules
     excluded = changed.exclude_modules
-    if isinstance(excluded, str):  # a pattern of whole names
+    if isinstance(excluded, str):  # a regular expression that must match the whole name
         changed.exclude_modules = "|".join([f"(?:{excluded})", *map(re.escape, names)])
     else:
         changed.exclude_modules = {*(excluded or ()), *names}
@@ -141,7 +151,7 @@ def _without(peft_config: PeftConfig, reasons: dict[str, list[str]]) -> PeftConf
 
 
 def _short(names: list[str]) -> str:
-    """Return at most three distinct names, with layer indices replaced by `*`."""
+    """Format at most three distinct names as text. Layer indices are replaced by `*`."""
     shapes: Iterator[str] = iter(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names))
     first = [shape for shape, _ in zip(shapes, range(4), strict=False)]
     return ", ".join([*first[:3], *["…"] * (len(first) > 3)])
@@ -155,7 +165,7 @@ def _has_adapters(module: nn.Module) -> bool:
 
 
 def _called_late(model: _Model) -> _Model:
-    """Make PEFT's adaption-prompt wrapper call the model's current forward instead of the forward it stored."""
+    """Make PEFT's adaption-prompt wrapper call the current forward of the model, not the one that it has stored."""
     tuner = getattr(model, "base_model", None)
     if isinstance(tuner, AdaptionPromptModel):
         tuner.forward = tuner.model.__call__

@@ -1,4 +1,4 @@
-"""The record of a finished run: facts, evaluations, the tokens of a few pairs, and answers."""
+"""Build the record of a finished run: facts, evaluations, the tokens of a few pairs, and answers."""
 
 import logging
 import platform
@@ -36,17 +36,19 @@ class BeforeAndAfter(TrainerCallback):
     """A callback that generates greedy answers to a few prompts before and after training.
 
     The prompts are the first distinct prompts of the evaluation data or, without evaluation data, of the training
-    data. A resumed run has no answers from before training, unless its adapter was untrained when the callback was
-    created. In this case, the model with the adapter disabled generates these answers.
+    data. In a run that resumes from a checkpoint, the untrained model is available only if the adapter was untrained
+    when the callback was created. In this case, the model with the adapter disabled generates the answers from before
+    training. In all other resumed runs, no answers are generated.
 
     Args:
         trainer: Trainer that the callback is added to.
         prompts: Number of prompts.
         max_new_tokens: Maximum number of tokens per answer.
-        longest: Maximum number of tokens per prompt; longer prompts are skipped.
+        longest: Maximum number of tokens per prompt. Longer prompts are skipped.
 
     Attributes:
-        answers: Dicts with `prompt`, `before` and `after`; empty until training has ended.
+        answers: One dict per prompt, with the `prompt` and the answers `before` and `after` training; empty until
+            training has ended.
     """
 
     def __init__(self, trainer: PreferenceTrainer, prompts: int = 3, max_new_tokens: int = 64, longest: int = 256):
@@ -59,7 +61,7 @@ class BeforeAndAfter(TrainerCallback):
         self._base = adapter_off(model) if isinstance(model, PeftModel) and is_fresh_adapter(model) else None
 
     def on_train_begin(self, args, state, control, **_):
-        """Generate the answers before the first step, after a checkpoint was loaded."""
+        """Generate the answers from before training. A checkpoint may already have been loaded."""
         self._before, self.answers = [], []
         if _is_sharded(self._trainer):
             logger.warning("no answers before and after training are generated: the engine shards the parameters")
@@ -70,7 +72,7 @@ class BeforeAndAfter(TrainerCallback):
                 self._before = self._generate()
 
     def on_train_end(self, args, state, control, **_):
-        """Generate the answers after the last step; with `load_best_model_at_end`, the best model generates them."""
+        """Generate the answers after the last step. With `load_best_model_at_end`, the best model generates them."""
         if self._before:
             asked = map(_prompt_text(self._trainer), self._prompts)
             both = zip(asked, self._before, self._generate(), strict=True)
@@ -90,8 +92,8 @@ def record_run(trainer: PreferenceTrainer, facts: CardFacts, shown_pairs: int = 
 
     Args:
         facts: Facts of the model card.
-        shown_pairs: Number of pairs that are recorded with their tokens: at most this many with the largest positive
-            margins, and at most this many with the most negative margins. Pairs with different prompts come first.
+        shown_pairs: Maximum number of pairs with the largest positive margins, and maximum number of pairs with the
+            most negative margins, that are recorded with their tokens. Pairs with different prompts are preferred.
     """
     record = RunRecord(_facts(trainer, facts), [dict(log) for log in trainer.state.log_history])
     for name, dataset in _evaluation_sets(trainer).items():
@@ -112,7 +114,7 @@ def record_run(trainer: PreferenceTrainer, facts: CardFacts, shown_pairs: int = 
 
 
 def _facts(trainer: PreferenceTrainer, facts: CardFacts) -> dict[str, Any]:
-    """Return the content of the line "run" of the record."""
+    """Return the content of the record's line of the kind "run"."""
     args, history = trainer.args, trainer.state.log_history
     runtime = next((log["train_runtime"] for log in reversed(history) if "train_runtime" in log), None)
     return {
@@ -153,7 +155,7 @@ def hardware(device: torch.device, processes: int) -> str:
 
 
 def _events(trainer: PreferenceTrainer) -> list[str]:
-    """Describe how many rows of each dataset were cut or dropped, and why."""
+    """Describe for each dataset how many rows were cut, dropped or changed, and why, in one text per reason."""
     datasets = {"train": trainer.train_dataset, **_evaluation_sets(trainer)}
     return [
         f"{name}: {text}: {counts[event]:,}"
@@ -173,7 +175,10 @@ def _evaluation_sets(trainer: PreferenceTrainer) -> dict[str, Any]:
 
 
 def _prompts(dataset: Any, examples: Examples) -> np.ndarray:
-    """Return `[B]`, a prompt id for each example. Streams are not stored, so the row index replaces the prompt id."""
+    """Return a prompt id for each example, `[B]`.
+
+    For a stream, it is the number of the example's row, because the rows of a stream cannot be read again.
+    """
     if not isinstance(dataset, Dataset):
         return examples.rows
     of_row = dict(zip(dataset["row"], prompt_keys(dataset).tolist(), strict=True))
@@ -183,7 +188,7 @@ def _prompts(dataset: Any, examples: Examples) -> np.ndarray:
 def _example_lines(
     trainer: PreferenceTrainer, name: str, examples: Examples, prompts: np.ndarray
 ) -> list[dict[str, Any]]:
-    """Return the content of the lines "example" of an evaluation."""
+    """Return the content of the record's lines of the kind "example" for one evaluation dataset."""
     change = trainer.evaluated.change(name) or examples.responses
     first_step, first = trainer.evaluated.first[name]
     nothing = np.full(len(examples.rows), np.nan)
@@ -215,7 +220,7 @@ def _or(values: np.ndarray | None, other: np.ndarray) -> np.ndarray:
 def _shown_pairs(
     trainer: PreferenceTrainer, dataset: Any, examples: Examples, prompts: np.ndarray, count: int
 ) -> list[dict[str, Any]]:
-    """Return the pairs with the largest positive and the most negative margins, with the log-ratio of each token."""
+    """Return the pairs with the largest positive and the most negative margins, with the log-ratios of their tokens."""
     margins = examples.margins
     if margins is None or not isinstance(dataset, Dataset) or not trainer.criterion.kind.has_preferences:
         return []
@@ -242,15 +247,18 @@ def _shown_pairs(
 
 
 def _different(places: list[int], prompts: np.ndarray) -> list[int]:
-    """Return the indices, with the first index of each prompt before all others and otherwise in the same order."""
+    """Reorder indices of examples: the first index of each prompt comes before all other indices.
+
+    Otherwise, the order does not change.
+    """
     firsts = set({prompts[place].item(): place for place in reversed(places)}.values())
     return sorted(places, key=lambda place: place not in firsts)
 
 
 def _scored_tokens(trainer: PreferenceTrainer, row: dict[str, Any], example: int) -> list[dict[str, Any]]:
-    """Return the responses of one example of a row, each with a name and its tokens' log-ratios.
+    """Return the responses of one example of a row, each with its name and its tokens, and the log-ratio of each token.
 
-    Return [] if there is no reference.
+    Return [] if there is no reference to which log-ratios can be computed.
     """
     batch = trainer.scorer.collated([row])
     with trainer.accelerator.autocast():
@@ -269,7 +277,10 @@ def _scored_tokens(trainer: PreferenceTrainer, row: dict[str, Any], example: int
 
 
 def _scores_of_base(trainer: PreferenceTrainer, batch: PreferenceBatch) -> ResponseScores | None:
-    """Compute the scores of the base model, for losses without a reference; `None` if the policy has no adapter."""
+    """Compute the scores of the base model, which serve as a reference if the losses have none.
+
+    Return `None` if the policy has no adapter, or if an engine shards it.
+    """
     model = trainer.scorer.model
     if not isinstance(model, PeftModel) or _is_sharded(trainer):
         return None

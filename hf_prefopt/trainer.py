@@ -1,8 +1,9 @@
 """`PreferenceTrainer`: transformers' Trainer with a preference objective as its loss.
 
-A batch passes through `get_batch_samples`, `training_step` and `compute_loss`. These methods use four objects:
-`PreferenceData` prepares and draws rows, `Scorer` scores policy and reference, `GlobalBatch` makes the loss of each
-step the exact mean over its examples, and `Evaluation` collects the results of an evaluation.
+A batch passes through `get_batch_samples`, `training_step` and `compute_loss`. These methods use four objects.
+`PreferenceData` prepares the rows and builds samplers. `Scorer` computes log-probs under the policy and the reference.
+`GlobalBatch` makes the loss of each step the exact mean over its examples. `Evaluation` collects the results of an
+evaluation.
 """
 
 import logging
@@ -81,26 +82,27 @@ class PreferenceTrainer(Trainer):
         ```
 
     Args:
-        model: A transformers model, a PEFT model, or the name or path of a model or adapter (training continues with
-            this adapter). Cannot be combined with `model_init`.
-        ref_model: The reference: a model of any dtype, or a name or path. A model given by name is loaded with the same
-            options as the policy. Default: see `PreferenceConfig.reference`.
+        model: A transformers model, a PEFT model, or the name or path of a model or an adapter. A given adapter is
+            trained further. Cannot be combined with `model_init`.
+        ref_model: The reference: a model of any dtype, or the name or path of a model. A reference given by name is
+            loaded with the same options as the policy. Default: see `PreferenceConfig.reference`.
         args: The configuration.
         data_collator: Function that collates prepared rows into a `PreferenceBatch`.
-        train_dataset: Preference data, raw or prepared.
-        eval_dataset: Preference data, raw or prepared, or a dict of datasets.
+        train_dataset: Preference data, either raw or already prepared by this package.
+        eval_dataset: Preference data, either raw or already prepared, or a dict of such datasets.
         processing_class: The tokenizer. Default: the tokenizer saved with the model.
         peft_config: Configuration of a new adapter, for a model without an adapter.
         quantization_config: Quantization options, used if the model is loaded by name.
-        model_init: As in `Trainer`, instead of `model`.
-        **trainer_arguments: All other arguments of `Trainer`. `compute_metrics` and `preprocess_logits_for_metrics` get
-            the implicit rewards `[rows, 2]` as predictions, and (1, 0) per row as labels; for a loss without rewards,
-            the predictions are log-probs. Unpaired examples have one column and their label; lists have one column
-            per response, and the label of the best response is 1.
+        model_init: Function that returns a model, as in `Trainer`. It is passed instead of `model`.
+        **trainer_arguments: All other arguments of `Trainer`. For pairs, `compute_metrics` and
+            `preprocess_logits_for_metrics` get the implicit rewards `[examples, 2]` as predictions, and labels of the
+            same shape with (1, 0) for each pair. If the loss has no rewards, the predictions are log-probs. For
+            unpaired examples, there is one column, and the labels are those of the data. For lists, there is one
+            column per response, and the label of the best response is 1.
 
     Attributes:
         criterion: The objective.
-        evaluated: The examples of the first and last evaluation.
+        evaluated: The examples of the first and the last evaluation of each dataset.
         run_record: Record of the run, written by `console.finish_run` and shown in the model card.
 
     Raises:
@@ -109,7 +111,7 @@ class PreferenceTrainer(Trainer):
 
     args: PreferenceConfig
     model: nn.Module
-    # `Trainer.objective` is the metric of a hyperparameter search, so the objective has another name.
+    # Named `criterion`, because `Trainer.objective` is the metric of a hyperparameter search.
     criterion: Objective
     global_batch: GlobalBatch
     evaluation: Evaluation
@@ -170,10 +172,10 @@ class PreferenceTrainer(Trainer):
             self.add_callback(callback)
 
     def _attach_model(self) -> None:
-        """Prepare a model for the objective: called at construction and for each model from `model_init`."""
+        """Prepare the model for the objective, at construction and again for each new model from `model_init`."""
         if self.train_dataset is not None:
             refuse_frozen(self.model)
-        self._eval_dataloaders = {}  # persistent workers would use the previous model's layout
+        self._eval_dataloaders = {}  # Loaders with persistent workers would keep the layout of the previous model.
         self._use(self.data.objective)
         accept_model(self.accelerator, self.model, self.args.mixed_precision)
         check_activations(self.args, self.model, self.accelerator)
@@ -201,7 +203,9 @@ class PreferenceTrainer(Trainer):
     # -- a step ---------------------------------------------------------------------------------------------------
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """Return the batches of a step and its number of examples; see `StepBatches` and `GlobalBatch.begin_step`.
+        """Return the batches of a step, and the number of examples in the step.
+
+        See `StepBatches.draw` and `GlobalBatch.begin_step`.
 
         Raises:
             RuntimeError: another trainer has used the model in a different precision since training began.
@@ -222,7 +226,10 @@ class PreferenceTrainer(Trainer):
     def training_step(  # type: ignore[override]  # our batches
         self, model: nn.Module, inputs: LoaderBatch, num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Run forward and backward pass for each piece; gradients are synchronized with the last piece."""
+        """Run the forward and backward pass of each piece of a batch (see `LoaderBatch`).
+
+        Gradients are synchronized across ranks in the backward pass of the last piece.
+        """
         state, *pieces = self.accelerator.gradient_state, *inputs["pieces"]
         loss, synchronizes = torch.zeros((), device=self.args.device), self.accelerator.sync_gradients
         tree = self.scorer.tree
@@ -243,9 +250,11 @@ class PreferenceTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        """Compute a piece's share of the step's loss; in evaluation, the mean loss over the examples of the piece.
+        """Compute the loss of one piece of a batch (see `LoaderBatch`).
 
-        With `return_outputs`, also return the rewards and the labels, `[B, 2]` each.
+        In training, this is the piece's share of the loss of the step. In evaluation, it is the mean loss over the
+        examples of the piece. With `return_outputs`, also return the predictions and the labels, `[B, 2]` each for
+        pairs.
         """
         if "pieces" in inputs:
             raise ValueError("compute_loss expects one piece of a batch: call it for each piece in batch['pieces']")
@@ -267,14 +276,15 @@ class PreferenceTrainer(Trainer):
         return (loss, objective.kind.predictions(output.rewards, own)) if return_outputs else loss
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Count FLOPs as the Trainer does, but without counting the model's parameters for every batch."""
+        """Estimate FLOPs as the Trainer does, but do not count the parameters of the model again for every batch."""
         return 6 * inputs["input_ids"].numel() * self.scorer.tree.derived(body_parameters)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log as the Trainer does; a training log also has the mean of each metric since the previous training log.
+        """Log as the Trainer does. Training logs also have the mean of each metric since the previous training log.
 
         Raises:
-            FloatingPointError: a loss since the previous log, the gradient or (in the last log) a weight is not finite.
+            FloatingPointError: a loss since the previous log, the gradient or, in the last log of a run, a weight is
+                not finite.
         """
         if "train_loss" in logs:  # the last log of a run
             self.record.check(self.accelerator, ruined_weights(self.model))
@@ -300,7 +310,8 @@ class PreferenceTrainer(Trainer):
             self.summary.show("layout")
         self.scorer.fill_cache(dataloader.dataset, description.lower())
         self.evaluation = Evaluation(self.criterion, dataloader.dataset, self.args.eval_accumulation_steps)
-        # The Trainer's own function cuts the last batch to its number of rows, but a row may have several examples.
+        # The Trainer's own gather function truncates the last batch to its number of rows, but a row may have several
+        # examples.
         self.gather_function = partial(gather_examples, self.accelerator)
         output = super().evaluation_loop(
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
@@ -313,11 +324,15 @@ class PreferenceTrainer(Trainer):
         return output
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Return (mean loss of the batch, rewards `[B, 2]`, labels `[B, 2]`)."""
+        """Return the mean loss of the batch, the predictions, and the labels.
+
+        Predictions and labels are `[B, 2]` for pairs. They are `None` with `prediction_loss_only`.
+        """
         with torch.no_grad(), self.compute_loss_context_manager():
             batch = self._prepare_inputs(check_loaded(inputs))
             pieces, splits = batch["pieces"], self.args.max_tokens_per_batch is not None
-            # The ranks of a sharded model run its layers together, so each rank must run the same number of pieces.
+            # The ranks of a sharded model must run its layers at the same time, so all ranks must run equally many
+            # pieces.
             for piece in self.global_batch.begin_evaluation(batch, self.args.eval_batch_size, splits):
                 self.scorer.policy_scores(model, piece, self.scorer.reference_scores(piece, self.evaluation.dataset))
             results = [self.compute_loss(model, piece, return_outputs=True) for piece in pieces]
@@ -328,14 +343,14 @@ class PreferenceTrainer(Trainer):
     # -- data -----------------------------------------------------------------------------------------------------
 
     def get_eval_dataloader(self, eval_dataset: str | Data | None = None):
-        """Return the Trainer's data loader; a raw dataset is prepared first."""
+        """Return the Trainer's data loader. A raw dataset is prepared first."""
         if eval_dataset is None or isinstance(eval_dataset, str):
             return super().get_eval_dataloader(eval_dataset)
         # Not the Trainer's own method: with persistent workers, that method returns one loader for all datasets.
         return super().get_test_dataloader(self._prepared(eval_dataset, "eval"))
 
     def get_test_dataloader(self, test_dataset: Data):
-        """Return the Trainer's data loader; a raw dataset is prepared first."""
+        """Return the Trainer's data loader. A raw dataset is prepared first."""
         return super().get_test_dataloader(self._prepared(test_dataset, "test"))
 
     def _prepared(self, dataset: Data, name: str) -> Data:
@@ -352,20 +367,19 @@ class PreferenceTrainer(Trainer):
         return {name or "eval": self.get_eval_dataloader(name).dataset for name in names}
 
     def _get_train_sampler(self, train_dataset: Any = None):
-        """Return a sampler that groups rows by prompt or length if the settings say so, otherwise the Trainer's."""
+        """Return a sampler that groups rows by prompt or length if a setting asks for it, or else the Trainer's."""
         dataset = self.train_dataset if train_dataset is None else train_dataset
         sampler = self.data.sampler(dataset, lambda: self.layout, self._train_batch_size)
         return super()._get_train_sampler(train_dataset) if sampler is None else sampler
 
     def _get_eval_sampler(self, eval_dataset: Any) -> SequentialSampler:
-        """Return a sampler that keeps the row order, so that predictions are in the order of the rows."""
+        """Return a sampler in the order of the dataset's rows, so that the predictions have the same order."""
         return SequentialSampler(eval_dataset)
 
     def _get_dataloader(  # type: ignore[override]  # the other arguments are passed on
         self, dataset: Data, description: str, batch_size: int, is_training: bool = False, **kwargs: Any
     ):
-        """Return the Trainer's data loader over the dataset in the form that the losses need. In evaluation, no row is
-        dropped."""
+        """Return the Trainer's data loader for the result of `PreferenceData.to_read`. Evaluations drop no row."""
         drops_last = self.args.dataloader_drop_last
         self.args.dataloader_drop_last = drops_last and is_training
         try:
@@ -379,8 +393,8 @@ class PreferenceTrainer(Trainer):
     def _prepare_input(self, data: Any) -> Any:
         """Move tensors to the device without casting them.
 
-        Under DeepSpeed the Trainer would cast floats to the model's dtype. The floats of a batch are scores, margins
-        and weights, which only the losses use.
+        Under DeepSpeed, the Trainer would cast floats to the dtype of the model. But the floats of a batch are scores,
+        margins and weights, which only the losses use.
         """
         if not isinstance(data, Tensor):
             return super()._prepare_input(data)
@@ -392,15 +406,18 @@ class PreferenceTrainer(Trainer):
     # -- training, searching, resuming ----------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any):  # type: ignore[override]
-        """Train as the Trainer does; `resume_from_checkpoint=True` resumes from the newest complete checkpoint.
+        """Train as the Trainer does.
 
-        With `model_init`, training uses the current values of our settings in `args`.
+        `resume_from_checkpoint=True` resumes from the complete checkpoint with the most steps.
+
+        With `model_init`, training uses the current values in `args`, including those of the settings that
+        `PreferenceConfig` adds.
 
         Raises:
-            ValueError: our settings have changed and there is no `model_init`; no parameter is trained; a callback that
-                training needs was removed; `metric_for_best_model` is unknown; the optimizer has other parameters than
-                the model; the checkpoint is missing, incomplete or incompatible with this run; or a stream has too few
-                rows for one step.
+            ValueError: a setting that `PreferenceConfig` adds was changed and there is no `model_init`; no parameter is
+                trained; a callback that training needs was removed; `metric_for_best_model` is unknown; the optimizer
+                has other parameters than the trained ones; the checkpoint is missing, incomplete or incompatible with
+                this run; or a stream has too few rows for one step.
             RuntimeError: the ranks have different weights.
             FloatingPointError: a loss is not finite, or a weight is not finite at a checkpoint or at the end.
         """
@@ -429,9 +446,9 @@ class PreferenceTrainer(Trainer):
         return output
 
     def _inner_training_loop(self, *args: Any, **options: Any):
-        """Run the training loop; reset losses and metrics first.
+        """Reset the state of losses and metrics, and run the training loop.
 
-        With `auto_find_batch_size`, the Trainer calls this method again with a smaller batch size when memory runs out.
+        With `auto_find_batch_size`, the Trainer calls this method again with a smaller batch size if memory runs out.
         """
         if self._attempts and self.state.global_step:
             logger.warning(
@@ -447,7 +464,7 @@ class PreferenceTrainer(Trainer):
         return super()._inner_training_loop(*args, **options)
 
     def _wrap_model(self, model: nn.Module, training: bool = True, *others: Any) -> nn.Module:
-        """Wrap the model as the Trainer does, after settling what depends on the wrapper."""
+        """Wrap the model as the Trainer does. For training, call `settle_before_wrapping` first."""
         if training:
             settle_before_wrapping(self.scorer, self.args.ddp_find_unused_parameters)
         return super()._wrap_model(model, training, *others)
@@ -455,17 +472,19 @@ class PreferenceTrainer(Trainer):
     def hyperparameter_search(  # type: ignore[override]  # the other arguments are passed on
         self, hp_space=None, compute_objective=None, n_trials: int = 20, direction="minimize", **search: Any
     ):
-        """Search hyperparameters as the Trainer does, including our own settings: β, the loss, the reference, ….
+        """Search hyperparameters as the Trainer does.
+
+        The search may include the settings that `PreferenceConfig` adds, such as `beta`, `loss_type` or `reference`.
 
         Each trial starts from the settings before the search. The search restores these settings when it ends.
 
         Args:
-            compute_objective: Function that maps evaluation metrics to the value to optimize. Default: the loss, or
-                the mean of the losses of several evaluation sets.
+            compute_objective: Function that maps evaluation metrics to the value to optimize. Default: the evaluation
+                loss. If there are several evaluation datasets, the default is the mean of their losses.
 
         Raises:
-            ValueError: a trial's settings are invalid, are incompatible with the data, or would change the prepared
-                data; or `direction` would maximize the loss.
+            ValueError: the settings of a trial are invalid or incompatible with the data, or they would change the
+                prepared data; or `direction` would maximize the evaluation loss.
         """
         if compute_objective is None and direction != "minimize":
             raise ValueError(f"direction={direction!r} needs compute_objective: by default the loss is minimized")
@@ -475,7 +494,11 @@ class PreferenceTrainer(Trainer):
             )
 
     def _hp_search_setup(self, trial: Any) -> None:
-        """Set the values of a trial; our settings are set without the Trainer's conversion to the old value's type."""
+        """Set the values of a trial.
+
+        The Trainer would convert each value to the type of the old value. Settings that `PreferenceConfig` adds are set
+        without this conversion.
+        """
         if trial is None or self.hp_search_backend is None:
             super()._hp_search_setup(trial)
         else:
@@ -513,7 +536,7 @@ class PreferenceTrainer(Trainer):
         super()._save(output_dir, with_frozen_adapters(self.model, state_dict))
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """Save the random state and wait for all ranks, so that `trainer_state.json` is written last."""
+        """Save the random state, and wait for all ranks. Therefore, `trainer_state.json` is written last."""
         super()._save_rng_state(output_dir)
         self.accelerator.wait_for_everyone()
 
@@ -523,7 +546,7 @@ class PreferenceTrainer(Trainer):
         super()._load_callback_state()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Load a checkpoint, including all adapters (several may be active)."""
+        """Load a checkpoint, including all adapters, of which several may be active."""
         if isinstance(self.model, PeftModel) and not self.is_fsdp_enabled:
             load_adapters(self.model, resume_from_checkpoint)
             return
@@ -534,7 +557,8 @@ class PreferenceTrainer(Trainer):
     def _load_best_model(self) -> None:
         """Load the best checkpoint, including all adapters and a moving reference.
 
-        The Trainer would load only the adapter named "default"; PEFT saves each other adapter in a separate folder.
+        The Trainer would load only the adapter named "default". PEFT saves each of the other adapters in its own
+        folder.
         """
         best = self.state.best_model_checkpoint
         assert best is not None, "the Trainer calls this method if there is a best checkpoint"
@@ -553,22 +577,24 @@ class PreferenceTrainer(Trainer):
     def create_model_card(  # type: ignore[override]  # metadata by name
         self, *, model_name: str | None = None, dataset: str | list[str] | None = None, **metadata: Any
     ) -> None:
-        """Write the model card of the run, `README.md`, to `output_dir`; `push_to_hub` forwards its arguments here.
+        """Write the model card of the run to `README.md` in `output_dir`.
+
+        `push_to_hub` passes its arguments to this method.
 
         Args:
             model_name: Title of the card. Default: the name of the repository or of the output folder.
-            dataset: One or more names of the datasets, on the Hub or local.
+            dataset: Names of one or more datasets: names on the Hub, or local folders.
             metadata: Additional Hub metadata, such as `license="apache-2.0"` or `language="en"`.
 
         Raises:
-            TypeError: an argument has the name that another library uses.
+            TypeError: an argument has a name that only another library uses.
         """
         refuse_foreign_arguments(metadata)
         if self.is_world_process_zero():
             model_card(self.card_facts(model_name, dataset), **metadata).save(f"{self.args.output_dir}/README.md")
 
     def card_facts(self, model_name: str | None = None, dataset: str | list[str] | None = None) -> CardFacts:
-        """Return the contents of the model card; the arguments are those of `create_model_card`."""
+        """Return the content of the model card. The arguments have the same meaning as in `create_model_card`."""
         return card_facts(
             self.args,
             self.accelerator.unwrap_model(self.model),

@@ -1,7 +1,8 @@
-"""Two warnings during training: chosen responses become less likely, or the model learns only the response length.
+"""Warn during training if chosen responses become less likely, or if the model learns only the response length.
 
-Both alarms monitor the training examples in consecutive windows. Each alarm warns once, when two consecutive windows
-break its rule. See docs/displacement.md.
+There is one alarm for each of these two problems. An alarm divides the training examples into consecutive windows, and
+applies a rule to each window. It warns only once, when two consecutive windows break its rule. See
+docs/displacement.md.
 """
 
 from dataclasses import dataclass, field
@@ -10,14 +11,15 @@ import numpy as np
 
 from hf_prefopt.reporting.observed import Responses
 
-# Minimum number of examples per window: the standard error of a mean is a tenth of the standard deviation (1/√100).
+# Minimum number of examples per window. With 100 examples, the standard error of a mean is a tenth of the standard
+# deviation (1/√100).
 WINDOW = 100
-# Smallest decrease that counts, in nats per token: the perplexity of chosen responses is 10 % higher than at the start.
+# Smallest decrease of log-probs that counts, in nats per token. It increases the perplexity by 10 %.
 FALL = float(np.log(1.1))
-# Required distance of a mean in standard errors. By chance, one window in 740 is that far on one side, and two
-# consecutive windows about once in 550,000.
+# Required distance of a mean from the threshold, in standard errors. By chance, this happens on one side in one of 740
+# windows, and in two consecutive windows in about one of 550,000 cases.
 ERRORS = 3.0
-# Minimum share of the variance of margins that length explains.
+# Minimum share of the margins' variance that must be explained by length.
 EXPLAINED = 0.5
 
 FELL = (
@@ -37,14 +39,17 @@ LENGTH = (
 
 @dataclass
 class Window:
-    """A buffer with one row of values per example, which returns the rows in groups of at least `WINDOW`."""
+    """A buffer of rows, one per example, with Q values each. It returns the rows when there are at least `WINDOW`."""
 
     rows: list[np.ndarray] = field(default_factory=list)
 
     def full(self, values: np.ndarray) -> np.ndarray | None:
-        """Add rows, and return all rows `[n, Q]` since the last full window, or None if they are fewer than `WINDOW`.
+        """Add rows. Return all rows since the last full window, or None if they are fewer than `WINDOW`.
 
         Rows with NaN are ignored.
+
+        Args:
+            values: The new rows, `[B, Q]`.
         """
         self.rows.append(values[~np.isnan(values).any(1)])
         if sum(map(len, self.rows)) < WINDOW:
@@ -54,17 +59,18 @@ class Window:
 
 
 class Displacement:
-    """The rule for decreased chosen log-probs: mean + 3 standard errors < −log 1.1 nats per token.
+    """The rule for chosen responses that become less likely.
 
-    The mean is taken over the log-ratios of chosen responses to the reference. Without a reference, it is the mean
-    log-prob minus the mean log-prob of the first window, and the variances of both windows are added.
+    A window breaks the rule if mean + 3 standard errors < −log 1.1 nats per token. The mean is that of the chosen
+    responses' log-ratios to the reference. Without a reference, it is the mean log-prob of the chosen responses minus
+    their mean log-prob in the first window. The squared standard error is then the sum of those of both windows.
     """
 
     def __init__(self):
         self._window, self._start = Window(), None
 
     def finding(self, responses: Responses) -> dict[str, object] | None:
-        """Add responses, and check the window if it is full.
+        """Add the responses of some examples, and check the window if it is full.
 
         Returns:
             The values for the warning text if the window breaks the rule, `{}` if it does not, and `None` if the
@@ -89,17 +95,19 @@ class Displacement:
 
 
 class LengthAlone:
-    """The rule for margins that grow by length alone, from the regression margin = a + b · (difference in length).
+    """The rule for margins that grow only because chosen responses are longer.
 
-    A window breaks the rule if length explains at least half of the variance, the mean margin is more than 3 standard
-    errors above 0, and a, the margin at equal length, is at most 3 standard errors above 0.
+    The margins of a window are fitted by the regression margin = a + b · (length of chosen − length of rejected). A
+    window breaks the rule if three conditions hold: the regression explains at least half of the margins' variance; the
+    mean margin is more than 3 standard errors above 0; and a, the margin at equal length, is at most 3 standard errors
+    above 0.
     """
 
     def __init__(self):
         self._window = Window()
 
     def finding(self, responses: Responses) -> dict[str, object] | None:
-        """Add responses, and check the window if it is full; see `Displacement.finding` for the return values."""
+        """Add responses, and check the window if it is full. The return values are those of `Displacement.finding`."""
         if responses.margins is None:
             return None
         values = self._window.full(np.stack([responses.margins, responses.length_differences], 1))
@@ -128,7 +136,8 @@ class _Alarm:
     """A rule and its warning text.
 
     Attributes:
-        raised: True if the last full window broke the rule. done: True once the warning was issued.
+        raised: True if the last full window broke the rule.
+        done: True if the warning was already given.
     """
 
     rule: Displacement | LengthAlone
@@ -137,7 +146,7 @@ class _Alarm:
     done: bool = False
 
     def look(self, step: int, responses: Responses) -> str | None:
-        """Add responses, and return the warning if two consecutive windows broke the rule."""
+        """Add responses. Return the warning if two consecutive windows broke the rule, otherwise None."""
         found = None if self.done else self.rule.finding(responses)
         if found is None:
             return None
@@ -149,7 +158,7 @@ class Alarms:
     """The two alarms of a run.
 
     Attributes:
-        said: Warnings issued so far.
+        said: Warnings given so far.
     """
 
     def __init__(self):
@@ -157,7 +166,7 @@ class Alarms:
         self._alarms = [_Alarm(Displacement(), FELL), _Alarm(LengthAlone(), LENGTH)]
 
     def look(self, step: int, responses: Responses) -> list[str]:
-        """Check the examples since the last training log, and return the new warnings."""
+        """Add the responses since the last training log, and return the new warnings."""
         texts = [text for alarm in self._alarms if (text := alarm.look(step, responses))]
         self.said += texts
         return texts

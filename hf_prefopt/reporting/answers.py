@@ -1,4 +1,4 @@
-"""Greedy answers of a model to a few prompts in one batch, and the text of single tokens."""
+"""Generate greedy answers to a few prompts in one batch, and decode responses token by token."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -16,12 +16,12 @@ def greedy_answers(
     max_new_tokens: int = 64,
     autocast: AbstractContextManager | None = None,
 ) -> list[str]:
-    """Generate greedy answers, and restore the model's mode (training or evaluation) afterwards.
+    """Generate greedy answers in evaluation mode, and restore the mode of the model afterwards.
 
-    An answer that has not ended after `max_new_tokens` ends with an ellipsis.
+    If an answer has not ended after `max_new_tokens` tokens, an ellipsis is added to its text.
 
     Args:
-        prompts: Token ids, including the generation prompt.
+        prompts: Token ids of each prompt, including the generation prompt of the chat template.
     """
     width = max(map(len, prompts))
     pad = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
@@ -49,10 +49,13 @@ def greedy_answers(
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], values: Sequence[float]) -> list[list[Any]]:
-    """Return `[text, value]` for each token, in order.
+    """Return a list `[text, value]` for each token, in the order of the tokens.
 
-    Tokens that share a character are joined, and their values are added. Each token is decoded together with the four
-    preceding tokens, because its white space may depend on them.
+    If several tokens encode one character, they become one entry with the sum of their values. Each token is decoded
+    together with the four preceding tokens, because its white space may depend on them.
+
+    Args:
+        values: A number for each token, such as its log-ratio.
     """
     pieces: list[list[Any]] = []
     begin = 0
@@ -60,7 +63,7 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], values: 
         before = list(ids[max(0, begin - 4) : begin])
         seen = _decode(tokenizer, before)
         text = _decode(tokenizer, [*before, *ids[begin:end]])
-        # An unfinished character decodes to the replacement character.
+        # An incomplete character is decoded to the replacement character U+FFFD.
         if text.endswith("\ufffd") and end < len(ids) and end - begin < 4:
             continue
         own = text[len(seen) :] if text.startswith(seen) else _decode(tokenizer, ids[begin:end])

@@ -24,7 +24,15 @@ PACKAGES = ("hf_prefopt", "torch", "transformers", "peft", "accelerate", "datase
 
 @dataclass(frozen=True)
 class LossFacts:
-    """A loss in the card: name, formula per example, arXiv number, weight and hyperparameters."""
+    """A loss in the card.
+
+    Attributes:
+        name: Name of the loss.
+        formula: Formula of the loss of one example, followed by a short description.
+        paper: arXiv number of the paper.
+        weight: Weight of the loss in the sum of all losses.
+        hyperparameters: Values of the hyperparameters, keyed by name.
+    """
 
     name: str
     formula: str = ""
@@ -42,22 +50,23 @@ class CardFacts:
         base_model: Model that was trained: a Hub name or a local folder.
         losses: Losses, in the order of the configuration.
         is_adapter: True if the result is a PEFT adapter, False if it is a full model.
-        model_class: Class that loads the model, if `AutoModelForCausalLM` would load another class.
-        serve: Shell commands that serve the result.
+        model_class: Name of the class that must load the model; None if `AutoModelForCausalLM` loads the right class.
+        serve: Shell commands that serve the trained model.
         repository: Name that the usage snippet loads: `owner/name` on the Hub, or a local folder.
-        reference: Description of the reference, as a phrase.
-        datasets: Hub names or folders of the datasets. Hub names are also written to the metadata.
+        reference: Description of the reference in a few words.
+        datasets: Names on the Hub, or folders, of the datasets. Names on the Hub are also written to the metadata.
         data: Facts about the data, such as `{"training pairs": 1878}`.
-        setup: Description of the training setup, keyed by topic, from `StartSummary.as_dict`.
-        hyperparameters: Values, keyed by name.
+        setup: Texts that describe the training setup, keyed by topic, from `StartSummary.as_dict`.
+        hyperparameters: Values of the settings and hyperparameters, keyed by name.
         metrics: Metrics of the last evaluation.
         versions: Package versions. Default: the versions installed in this environment.
-        results: Results before and after training, with intervals and baselines; empty until the run has ended.
+        results: Results before and after training, with confidence intervals and baselines; empty until the run has
+            ended.
         answers: Dicts with a `prompt` and the answers `before` and `after` training.
-        hardware: Hardware of the run, and its duration.
+        hardware: Text with the hardware and the duration of the run.
         warnings: Warnings of the run.
         has_curves: True if the card's folder contains `curves.png`.
-        configuration: Settings that differ from their defaults, as YAML.
+        configuration: YAML text with the settings that differ from their defaults.
     """
 
     model_name: str
@@ -83,7 +92,7 @@ class CardFacts:
 
 
 def model_card(facts: CardFacts, tags: str | list[str] | None = None, **metadata: Any) -> ModelCard:
-    """Build the model card, as a `huggingface_hub.ModelCard`: use `.save(path)`, `.push_to_hub(name)` and `.data`.
+    """Build the model card as a `huggingface_hub.ModelCard`, which has `.save(path)`, `.push_to_hub(name)` and `.data`.
 
     Args:
         facts: Content of the card.
@@ -137,7 +146,7 @@ def package_versions() -> dict[str, str]:
 
 
 def is_hub_name(name: str) -> bool:
-    """Return True if a name is valid in a card's metadata: `owner/name` or `name`, and not a local path."""
+    """Return True if a name is valid in a card's metadata: it must be `owner/name` or `name`, and no local path."""
     return re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name) is not None and not Path(name).exists()
 
 
@@ -168,7 +177,10 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_to
 
 
 def base_on_hub(base_model: str) -> str | None:
-    """Return the Hub name of the base model; for a local folder, the name in the folder's own model card, or None."""
+    """Return the name of the base model on the Hub.
+
+    If the base model is a local folder, return the name of the base model in the model card of this folder, or None.
+    """
     if is_hub_name(base_model):
         return base_model
     named = _card_of(base_model).get("base_model")
@@ -176,7 +188,7 @@ def base_on_hub(base_model: str) -> str | None:
 
 
 def license_of(base_model: str) -> str | None:
-    """Return the license from the base model's card if the base model is a local folder, or None."""
+    """Return the license in the model card of a base model that is a local folder. Otherwise, return None."""
     named = _card_of(base_model).get("license")
     return named if isinstance(named, str) else None
 
@@ -193,7 +205,7 @@ def _card_of(folder: str) -> dict[str, Any]:
 
 
 def _eval_results(facts: CardFacts) -> list[EvalResult]:
-    """Return the accuracy as an entry of the Hub's `model-index`, or an empty list."""
+    """Return the accuracy after training as an entry of the Hub's `model-index`, or [] if there is none."""
     accuracy = facts.results.accuracies.get("after")
     if accuracy is None:
         return []
@@ -226,7 +238,7 @@ def citations(facts: CardFacts) -> str:
 
 
 def _results_section(facts: CardFacts) -> str:
-    """Return the results before and after training or, during the run, the metrics of the last evaluation."""
+    """Return the results before and after training. If the run has not ended, return the last evaluation's metrics."""
     results = facts.results
     if results.after is None:
         return _table_section("Evaluation", _rounded(facts.metrics))
@@ -238,7 +250,7 @@ def _results_section(facts: CardFacts) -> str:
 
 
 def _answers_section(answers: Sequence[Mapping[str, str]]) -> str:
-    """Return a table of prompts with the answers before and after training. Cells contain escaped text only."""
+    """Return a table of prompts with the answers before and after training. The text in all cells is escaped."""
     if not answers:
         return ""
     rows = [f"| {' | '.join(_cell(answer[name]) for name in ('prompt', 'before', 'after'))} |" for answer in answers]
@@ -250,7 +262,7 @@ _CELL = 600
 
 
 def _cell(text: str) -> str:
-    """Escape a text from data or a model for a Markdown table cell: HTML, Markdown and line breaks have no effect."""
+    """Escape a text for a cell of a Markdown table, so that HTML, Markdown and line breaks in it have no effect."""
     text = text.strip()
     text = text if len(text) <= _CELL else text[:_CELL] + " …"
     escaped = re.sub(r"([\\`*_\[\]#~$!])", r"\\\1", html.escape(visible(text), quote=False))
@@ -262,13 +274,13 @@ def _one_line(text: str) -> str:
 
 
 def _code_section(title: str, language: str, code: str) -> str:
-    """Return a code block whose fence is longer than any run of backticks in the code."""
+    """Return a section with a code block. Its fence has more backticks than any sequence of backticks in the code."""
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", code)), default=0))
     return f"## {title}\n\n{fence}{language}\n{code.strip()}\n{fence}" if code else ""
 
 
 def _summary(facts: CardFacts) -> str:
-    """Return one paragraph: the type of the model, its base model, losses and reference."""
+    """Return one paragraph with the type of the model, its base model, its losses and its reference."""
     kind = "A PEFT adapter for" if facts.is_adapter else "A fine-tuned version of"
     base = f"[{facts.base_model}](https://huggingface.co/{facts.base_model})"
     names = " + ".join(loss.name for loss in facts.losses)
@@ -279,7 +291,7 @@ def _summary(facts: CardFacts) -> str:
 
 
 def _loss_line(loss: LossFacts, losses: int) -> str:
-    """Return a loss as one line; the weight is included only if there are several losses."""
+    """Describe a loss in one line, with its weight only if there are several losses."""
     weight = f"{loss.weight:g} × " if losses > 1 else ""
     formula = f": `{loss.formula}`" if loss.formula else ""
     settings = ", ".join(f"{name} = {value}" for name, value in loss.hyperparameters.items())

@@ -23,12 +23,13 @@ def closing_report(
     console: Console | None = None,
     answers: Sequence[Mapping[str, str]] = (),
 ) -> None:
-    """Print the results before and after training, the answers, the paths of the results, and commands for next steps.
+    """Print the answers, the results before and after training, the paths of the results, and commands for next steps.
 
     Args:
-        evaluated: Results of the evaluations. The table is omitted if there is no evaluation after training.
+        evaluated: Results of the evaluations. If there is no evaluation after training, no table is printed.
         results: Paths, keyed by name, such as `{"model card": "runs/dpo_lora/README.md"}`.
-        next_steps: Commands, keyed by purpose, such as `{"another loss": "--loss_type simpo"}`.
+        next_steps: Commands that the user may run next, keyed by purpose, such as
+            `{"another loss": "--loss_type simpo"}`.
         console: Console that prints the report. Default: standard output.
         answers: Dicts with a `prompt` and the answers `before` and `after` training.
     """
@@ -72,7 +73,7 @@ def shortened(text: str, most: int = _CHARACTERS) -> str:
 
 
 def _print_aligned(console: Console, entries: Mapping[str, str]) -> None:
-    """Print two columns, and keep each path and command on one line, so that users can copy it."""
+    """Print names and texts in two columns. Each text stays on one line, so that users can copy paths and commands."""
     width = max((len(name) for name in entries), default=0)
     for name, text in entries.items():
         console.print(f"  {name:<{width}}  {text}", soft_wrap=True, markup=False, highlight=False)

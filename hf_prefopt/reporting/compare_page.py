@@ -1,4 +1,4 @@
-"""Comparison of several runs: a table, and one chart per metric with the curves of all runs."""
+"""Compare several runs in a table, and in one chart per metric with the curves of all runs."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,13 +16,13 @@ from hf_prefopt.reporting.svg import overlay_chart
 
 
 def run_names(records: Sequence[RunRecord], folders: Sequence[str]) -> list[str]:
-    """Return the names of the runs or, if two names are equal, their folders."""
+    """Return the names of the runs. If two names are equal, return the folders of all runs instead."""
     names = [record.name for record in records]
     return names if len(set(names)) == len(names) else list(map(str, folders))
 
 
 def comparison_rows(records: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
-    """Return the rows of the table: a label and one cell per run. Rows that are empty for all runs are omitted."""
+    """Return the rows of the table, each with a label and one cell per run. Rows without any value are omitted."""
     results = [results_of(record, evaluated_sets(record)[0]) for record in records]
     cells = [{label: values[-1] for label, values in found.rows()} for found in results]
     labels = [shown.label for shown in SHOWN]
@@ -42,7 +42,7 @@ def comparison_rows(records: Sequence[RunRecord]) -> list[tuple[str, list[str]]]
 
 
 def comparison_notes(records: Sequence[RunRecord], names: Sequence[str]) -> list[str]:
-    """Return notes on differences that make a comparison unfair: the held-out examples or the base model."""
+    """Return notes about differences that make a comparison unfair: other held-out examples, or another base model."""
     notes = []
     groups: dict[Any, list[str]] = {}
     for record, name in zip(records, names, strict=True):
@@ -58,7 +58,7 @@ def comparison_notes(records: Sequence[RunRecord], names: Sequence[str]) -> list
 
 
 def comparison_table(records: Sequence[RunRecord], names: Sequence[str]) -> Table:
-    """Build the table for the terminal."""
+    """Build the table of the runs for the terminal."""
     table = Table("", *(escape(visible(name)) for name in names), title="After training", title_justify="left")
     for label, cells in comparison_rows(records):
         table.add_row(label, *(escape(visible(cell)) for cell in cells))
@@ -66,7 +66,7 @@ def comparison_table(records: Sequence[RunRecord], names: Sequence[str]) -> Tabl
 
 
 def comparison_page(records: Sequence[RunRecord], names: Sequence[str]) -> str:
-    """Return the page as HTML."""
+    """Return an HTML page with the table, the notes and the charts."""
     charts: list[tuple[Any, str, Any]] = []
     for panel in PANELS:
         several = len({label for _, label in panel.curves.values()}) > 1

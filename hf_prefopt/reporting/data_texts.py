@@ -20,9 +20,9 @@ def data_texts(
 
     Args:
         datasets: Prepared datasets by purpose, such as `{"train": dataset}`.
-        counts: For each dataset, the counts of what happened to its rows (`notes.count_notes`), if known.
-        by_prompt: Whether all rows with the same prompt are computed together.
-        streams: For each stream, the layout of its rows or its sources, if known.
+        counts: For each dataset, how many of its rows were dropped, cut or changed (`notes.count_notes`), if known.
+        by_prompt: True if all rows with the same prompt are in one batch (`group_by_prompt`).
+        streams: For each stream, a description of the columns of its rows (or of its sources), if known.
     """
     present = {name: rows for name, rows in datasets.items() if rows is not None}
     summaries = {name: summarize(rows) for name, rows in present.items() if isinstance(rows, Dataset)}
@@ -37,7 +37,7 @@ def data_texts(
 
 
 def size_text(summary: DataSummary, counts: Mapping[str, int]) -> str:
-    """Describe the numbers of rows and examples: `1,000 rows → 990 pairs of 640 prompts (10 rows dropped)`."""
+    """Describe the numbers of rows and examples, as in `1,000 rows → 990 pairs of 640 prompts (10 rows dropped)`."""
     given = counts.get("rows", summary.rows)
     dropped = sum(counts.get(reason, 0) for reason in ("bad", "no_room", "tie"))
     cut = counts.get("responses_cut", 0)
@@ -49,7 +49,11 @@ def size_text(summary: DataSummary, counts: Mapping[str, int]) -> str:
 
 
 def content_texts(summary: DataSummary, by_prompt: bool = False) -> list[str]:
-    """Describe the tokens, the savings by prompt sharing, how often better responses are longer, and label counts."""
+    """Describe the content of a dataset, in one text per topic.
+
+    The topics are the number of tokens and the share that prompt sharing saves, how often the better response is
+    longer, and the number of examples with each label.
+    """
     row, prompt = f"{summary.saved_by_row:.0%}", f"{summary.saved_by_prompt:.0%}"
     saved = prompt if by_prompt else row + f" ({prompt} with group_by_prompt)" * (row != prompt)
     texts = [f"{summary.tokens:,} tokens, {summary.scored_tokens:,} of them scored; sharing prompts saves {saved}"]

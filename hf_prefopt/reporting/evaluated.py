@@ -1,4 +1,4 @@
-"""The examples of evaluations. The first and the last evaluation of each dataset are kept for reports."""
+"""Store the examples of the first and the last evaluation of each dataset, for reports."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,11 +14,12 @@ class Examples:
     """The examples of a dataset, in the order of its rows.
 
     Attributes:
-        rows: `[B]`, row index of each example in the dataset that the user passed.
-        pair_in_row: `[B]`, index of each example among the examples of its row.
+        rows: `[B]`. Index of each example's row in the dataset that the user passed.
+        pair_in_row: `[B]`. Index of each example among the examples of its row.
         responses: Measurements of the responses.
-        reward_margins: `[B]`, difference of the loss's own rewards, chosen − rejected; NaN if an example has no chosen
-            or no rejected response. `None` if the loss has no rewards.
+        reward_margins: `[B]`. Reward of the chosen response minus reward of the rejected response, with the rewards
+            that the loss defines; NaN if an example has no chosen or no rejected response. `None` if the loss has no
+            rewards.
     """
 
     rows: np.ndarray
@@ -28,9 +29,9 @@ class Examples:
 
     @classmethod
     def of(cls, inputs: Mapping[str, Tensor], rewards: Tensor | None = None) -> "Examples | None":
-        """Build the examples from the joined inputs and the rewards of an evaluation.
+        """Build the examples from the loss inputs and the rewards of all examples of an evaluation.
 
-        Returns `None` if the inputs have no entries of `observe`.
+        Return `None` if the inputs have no entries that `observe` has added.
         """
         if Responses.of(inputs) is None:
             return None
@@ -46,11 +47,11 @@ class Examples:
 
     @property
     def margins(self) -> np.ndarray | None:
-        """`[B]`: margins of the loss's rewards or, if the loss has no rewards, of log-ratios to the reference."""
+        """`[B]`. Margins of the loss's rewards. If it has none, margins of the log-ratios to the reference."""
         return self.responses.margins if self.reward_margins is None else self.reward_margins
 
     def same_as(self, other: "Examples") -> bool:
-        """Return True if both objects hold the same examples of the same rows."""
+        """Return True if both objects have the same examples: the same rows, and the same indices in these rows."""
         return np.array_equal(self.rows, other.rows) and np.array_equal(self.pair_in_row, other.pair_in_row)
 
 
@@ -59,8 +60,9 @@ class EvaluatedSets:
     """The first and the last evaluation of each dataset, and the margins of all evaluations.
 
     Attributes:
-        first, last: Step and examples, keyed by the metric prefix of the dataset, such as "eval".
-        margins: Margins of the examples (see `Examples.margins`), keyed by metric prefix and step.
+        first, last: Step and examples of the first and the last evaluation, keyed by the metric prefix of the dataset,
+            such as "eval".
+        margins: Margins of the examples (see `Examples.margins`), keyed first by metric prefix and then by step.
     """
 
     first: dict[str, tuple[int, Examples]] = field(default_factory=dict)
@@ -68,16 +70,17 @@ class EvaluatedSets:
     margins: dict[str, dict[int, np.ndarray]] = field(default_factory=dict)
 
     def forget(self) -> None:
-        """Remove all evaluations, because the model was replaced."""
+        """Remove all evaluations. Call this method when the model is replaced."""
         for kept in (self.first, self.last, self.margins):
             kept.clear()
 
     def keep(self, name: str, step: int, examples: Examples | None) -> dict[str, float]:
-        """Store an evaluation.
+        """Store an evaluation, and return further metrics.
 
         Returns:
-            Without a reference, and if the same rows were evaluated at step 0: `log_ratios/chosen` and
-            `log_ratios/rejected`, the mean change of log π since step 0 in nats per token. Otherwise an empty dict.
+            If there is no reference and the same rows were evaluated at step 0: the metrics `log_ratios/chosen` and
+            `log_ratios/rejected`, which are the mean change of log π since step 0, in nats per token. Otherwise, an
+            empty dict.
         """
         if examples is None:
             return {}
@@ -97,9 +100,10 @@ class EvaluatedSets:
         }
 
     def change(self, name: str) -> Responses | None:
-        """Return the last evaluation, with log-ratios to the reference or, without a reference, to step 0.
+        """Return the responses of the last evaluation, with log-ratios to the reference.
 
-        Returns `None` if there is neither a reference nor an evaluation of the same rows at step 0.
+        Without a reference, the log-ratios are those to the model at step 0. Return `None` if there is neither a
+        reference nor an evaluation of the same rows at step 0.
         """
         (_, last), (start, first) = self.last[name], self.first[name]
         if last.responses.log_ratios is not None:

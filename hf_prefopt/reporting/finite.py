@@ -1,7 +1,7 @@
-"""Checks that stop a run on every rank if a loss or a weight is not finite. The error names the first affected step.
+"""Stop a run on every rank if a loss or a weight is not finite. The error names the first step with such a loss.
 
-Reading a value from the device blocks the host. Losses and inputs therefore stay on the device and are read only when
-the trainer waits for the device anyway: before a training log, an evaluation and a checkpoint.
+The host must wait for the device to read a value from it. Losses and inputs therefore stay on the device. They are read
+only when the trainer waits for the device anyway: before a training log, an evaluation, or a checkpoint.
 """
 
 import math
@@ -17,7 +17,7 @@ from hf_prefopt.losses.base import LossOutput
 from hf_prefopt.objective.objective import Objective
 from hf_prefopt.reference.shards import is_zero3_partitioned, local_shard
 
-# Maximum number of micro-batches kept between two checks, and of rows named in an error.
+# Maximum number of micro-batches that are stored between two checks, and of rows that an error names.
 _KEPT, _NAMED = 1000, 8
 
 
@@ -26,9 +26,10 @@ class Seen:
     """The inputs and losses of some examples.
 
     Attributes:
-        rows: `[B]`, row indices of the examples in their dataset.
-        inputs: Inputs of the losses, `[B]` or `[B, K]`, without inputs per token.
-        losses: `[B]`, keyed by the name of the loss. The key "" holds the weighted sum of the losses.
+        rows: `[B]`. Row indices of the examples in their dataset.
+        inputs: Inputs of the losses, keyed by name, `[B]` or `[B, K]` each. Inputs per token are left out.
+        losses: Losses of the examples, `[B]` each, keyed by the name of the loss. The key "" has the weighted sum of
+            the losses.
     """
 
     rows: Tensor
@@ -37,7 +38,7 @@ class Seen:
 
     @classmethod
     def of(cls, objective: Objective, rows: Tensor, inputs: Mapping[str, Tensor], output: LossOutput) -> "Seen":
-        """Keep detached inputs and losses, without reading any value from the device."""
+        """Build from the detached inputs and losses. No value is read from the device."""
         kept = {n: t.detach() for n, t in inputs.items() if t.is_floating_point() and "token" not in n}
         names = [term.spec.name for term in objective.terms]
         losses = {name: output.components.get(name, output.losses).detach() for name in names}
@@ -47,8 +48,8 @@ class Seen:
         """Describe losses that are not finite.
 
         Returns:
-            A pair: True if all inputs of the affected examples are finite, and the text of the error. `None` if the
-            weighted sum of the losses is finite.
+            A pair of a bool and the text of the error. The bool is True if all inputs of the affected examples are
+            finite. `None` if the weighted sums of the losses of all examples are finite.
         """
         ruined = _not_finite(self.losses[""])
         if not ruined.any():
@@ -64,7 +65,7 @@ class Seen:
 
 
 def _not_finite(values: Tensor) -> Tensor:
-    """Return `[B]` bool: True if any value of an example is not finite."""
+    """Return a `[B]` bool mask: True for an example if any of its values is not finite."""
     return ~values.isfinite().reshape(len(values), math.prod(values.shape[1:])).all(1)
 
 
@@ -92,7 +93,7 @@ def _cause(inputs: list[str]) -> str:
 
 
 class FiniteRun:
-    """The micro-batches of training since the last check."""
+    """An object that stores the micro-batches of training since the last check, and checks their losses."""
 
     def __init__(self):
         self._forget()
@@ -103,12 +104,12 @@ class FiniteRun:
 
     @property
     def is_full(self) -> bool:
-        """Whether a check is due even if nothing is logged."""
+        """True if so many micro-batches are stored that they must be checked now, even if nothing is logged."""
         return len(self._seen) >= _KEPT
 
     @property
     def is_finite(self) -> Tensor | None:
-        """Whether all stored losses are finite, `[]` bool on their device; `None` if there are none."""
+        """`[]` bool, on the device of the losses. True if all stored losses are finite. `None` if none is stored."""
         return self._is_finite
 
     def add(self, step: int, seen: Seen) -> None:
@@ -121,10 +122,11 @@ class FiniteRun:
         """Check the stored micro-batches on all ranks together, and remove them.
 
         Args:
-            others: Further problems found on this rank, or `None`.
+            others: Texts that describe other problems found on this rank; `None` for no problem.
 
         Raises:
-            FloatingPointError: On every rank, if any rank found a problem. The text describes the earliest problem.
+            FloatingPointError: Any rank found a problem. The error is raised on every rank, and describes the problem
+                at the earliest step.
         """
         is_finite = self._is_finite is None or bool(self._is_finite)
         is_ruined = not is_finite or any(others)
@@ -133,15 +135,17 @@ class FiniteRun:
         self.settle(is_finite, is_ruined, *others)
 
     def settle(self, is_finite: bool, any_is_ruined: bool, *others: str | None) -> None:
-        """Remove the stored micro-batches after all ranks have exchanged whether they found a problem.
+        """Remove the stored micro-batches, and raise an error if any rank found a problem.
+
+        The ranks must have exchanged before whether they found a problem.
 
         Args:
-            is_finite: Value of `is_finite` on this rank.
-            any_is_ruined: Whether any rank found a problem.
-            others: Further problems found on this rank, or `None`.
+            is_finite: The property `is_finite` of this rank, as a Python bool; True if it is `None`.
+            any_is_ruined: True if any rank found a problem.
+            others: Texts that describe other problems found on this rank; `None` for no problem.
 
         Raises:
-            FloatingPointError: As `check` does.
+            FloatingPointError: See `check`.
         """
         own = [] if is_finite else self._findings()
         own += [(float("inf"), True, text) for text in others if text]
@@ -156,7 +160,7 @@ class FiniteRun:
 
 
 def ruined_weights(model: nn.Module) -> str | None:
-    """Return an error text if a trainable weight held by this rank is not finite, or None."""
+    """Return an error text if any trainable weight that is stored on this rank is not finite, otherwise None."""
     extremes = {name: torch.stack(torch.aminmax(values)) for name, values in _held_weights(model)}
     if not extremes or torch.stack([pair.float().isfinite().all() for pair in extremes.values()]).all():
         return None
@@ -169,7 +173,7 @@ def ruined_weights(model: nn.Module) -> str | None:
 
 
 def ruined_gradient(norm: float | None) -> str | None:
-    """Return an error text if the norm of the gradient is not finite, or None."""
+    """Return an error text if the norm of the gradient is not finite, otherwise None."""
     if norm is None or math.isfinite(norm):
         return None
     return (

@@ -1,4 +1,4 @@
-"""The results of `inspect_dataset` as plain data, which the terminal and the HTML page show."""
+"""The result of `inspect_dataset`. The terminal and the HTML page show it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,22 +14,25 @@ class Inspection:
 
     Attributes:
         name: Name of the dataset.
-        layout: Layout of the columns, or "prepared rows".
+        layout: Name of the column layout, that is, of the way in which the columns are read; or "prepared rows".
         content: Content type of the rows: "messages", "text" or "tokens".
-        columns: Columns, keyed by role, such as {"prompt": "question"}.
-        numbers: Columns of numbers that losses may read, keyed by prepared name, such as {"margins": "margin"}.
+        columns: Names of the columns that are read, keyed by what they contain, such as {"prompt": "question"}.
+        numbers: Names of the columns with numbers that losses may read, keyed by their names in prepared rows, such as
+            {"margins": "margin"}.
         unused: Columns that are not used.
-        about_the_row: Unused columns that are known to be about the row: ids, sources, models.
-        kinds: If no loss was named, the kinds of examples that losses can compare in this dataset: "pairs", "lists", …
-        is_beginning: Whether only the first rows of a stream were read.
-        settings: Settings passed by the user, and settings for truncation, such as {"max_length": 1024}.
+        about_the_row: Unused columns whose names show that they describe the row, such as ids, sources and models.
+        kinds: Kinds of examples as which the rows can be read, such as "pairs" or "lists"; empty if the user named a
+            loss.
+        is_beginning: True if only the first rows of a stream were read.
+        settings: Settings for truncation, such as {"max_length": 1024}, and settings that the user passed.
         summary: Counts of the prepared rows.
-        counts: Counts of what happened to the given rows, see `data.notes.count_notes`; empty for prepared rows.
-        within: Share of rows whose prompt and longest response, before truncation, fit into a number of tokens; keyed
-            by this number.
+        counts: How many of the given rows were dropped, cut or changed (see `data.notes.count_notes`); empty if the
+            given rows were already prepared.
+        within: Share of rows that fit into a number of tokens, keyed by this number. The length of a row is that of its
+            prompt and its longest response before truncation.
         remarks: Messages that training would log about the dataset.
         errors: Errors that would stop training.
-        rows: The first rows that are kept, including a truncated one if there is any.
+        rows: The first usable rows. They include a truncated row if the dataset has any.
     """
 
     name: str
@@ -55,7 +58,7 @@ class Inspection:
         return self.counts.get("rows", self.summary.rows)
 
 
-# Descriptions of what happens to rows, by the name of the count (`data.notes.NOTES`): dropped rows first.
+# Descriptions of what happens to rows, keyed by the name of the count (`data.notes.NOTES`). Dropped rows come first.
 EVENTS: Mapping[str, str] = {
     "bad": "rows that cannot be used",
     "no_room": "rows dropped because the prompt alone fills max_length",
@@ -74,18 +77,18 @@ _NO_EVENTS = ("rows", "responses", "longest", "lacks_prompt", "problem", "text")
 
 
 def events(inspection: Inspection) -> list[tuple[str, int]]:
-    """Return what happened to rows, and how often, in the order of `EVENTS`."""
+    """Return pairs of a description of what happened to rows and their number, in the order of `EVENTS`."""
     names = dict.fromkeys([*EVENTS, *inspection.counts])
     counted = [(EVENTS.get(name, name), inspection.counts.get(name, 0)) for name in names if name not in _NO_EVENTS]
     return [event for event in counted if event[1]]
 
 
 def facts(inspection: Inspection) -> list[tuple[str, str]]:
-    """Return the facts about a dataset, as pairs of name and value."""
+    """Return the facts about a dataset, as pairs of a name and a text."""
     found, summary = inspection, inspection.summary
     beginning = f" (the first {found.rows_given:,} rows of a stream)" if found.is_beginning else ""
     columns = [f"{part} = {column}" if part != column else part for part, column in found.columns.items()]
-    # Rounded down, so that 100% means that all rows fit.
+    # Shares are rounded down, so that 100% means that all rows fit.
     within = [f"{int(1000 * share) / 10:g}% ≤ {length:,}" for length, share in found.within.items()]
     listed = {
         "Rows": size_text(summary, found.counts) + beginning,
@@ -106,7 +109,7 @@ def facts(inspection: Inspection) -> list[tuple[str, str]]:
 
 
 def _kinds(kinds: tuple[str, ...]) -> str:
-    """Describe the kinds of losses that can use a dataset."""
+    """Describe the kinds of examples for which losses can use a dataset."""
     unpaired = " (with unpair=True also of unpaired examples)" if "pairs" in kinds else ""
     return ", ".join(kinds) + unpaired
 
@@ -124,7 +127,7 @@ def _setting(value: object) -> str:
 
 
 def _labels(summary: DataSummary, advises: bool) -> str:
-    """Describe the label counts, with KTO's recommended weights unless a named loss gives its own advice."""
+    """Describe the number of examples with each label and, if `advises`, the weights that KTO's authors recommend."""
     if not summary.desirable and not summary.undesirable:
         return ""
     counts = f"{summary.desirable:,} desirable, {summary.undesirable:,} undesirable"

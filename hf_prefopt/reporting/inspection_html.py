@@ -1,6 +1,6 @@
-"""Render an inspection as one HTML page, which loads no resources and runs no scripts.
+"""Render the result of `inspect_dataset` as one HTML page, which loads no resources and runs no scripts.
 
-Jinja escapes all text from the data. The page does not rely on colors alone: scored tokens are underlined, truncated
+Jinja escapes all text from the data. The page can be read without colors: scored tokens are underlined, truncated
 tokens are struck through, and both have their own HTML elements.
 """
 
@@ -13,7 +13,7 @@ _PAGE = "inspection.html"
 
 
 def inspection_page(inspection: Inspection) -> str:
-    """Return the page as HTML."""
+    """Return the HTML page of an inspection."""
     summary = inspection.summary
     longest = max((lengths.longest for lengths in summary.lengths.values()), default=0)
     return render_page(

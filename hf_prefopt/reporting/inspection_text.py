@@ -1,4 +1,4 @@
-"""Show an inspection in the terminal: how the dataset is read, its counts, and some of its rows."""
+"""Show the result of `inspect_dataset` in the terminal: how the dataset is read, its counts, and some of its rows."""
 
 from collections.abc import Iterable
 
@@ -61,7 +61,7 @@ def _lengths(inspection: Inspection) -> Table:
 
 
 def _bullets(heading: str, lines: Iterable[str], style: str) -> list[RenderableType]:
-    """Return a heading and one line per entry; empty if there are no lines."""
+    """Return a heading and one bullet per line. Return [] if there are no lines."""
     bullets = Table.grid(padding=(0, 1))
     for line in lines:
         bullets.add_row("·", Text(visible(line)))

@@ -1,4 +1,4 @@
-"""Confidence intervals of accuracies. Examples that share a prompt are not treated as independent."""
+"""Compute confidence intervals of accuracies. Examples that share a prompt are not treated as independent."""
 
 from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass
@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-# The two-sided 95 % point of the normal distribution.
+# 95 % of a normal distribution lie within this many standard deviations of its mean.
 Z_95 = 1.959964
 
 
@@ -16,9 +16,11 @@ class Accuracy:
     """The share of correct examples, with a 95 % confidence interval.
 
     Attributes:
-        value: Share of correct examples; a tie counts half.
-        low, high: Bounds of the interval. Prompts are treated as independent; examples of one prompt are not.
-        examples, prompts: Number of examples and of different prompts.
+        value: Share of correct examples. A tie counts half.
+        low, high: Bounds of the interval. Different prompts are treated as independent, but not the examples of the
+            same prompt.
+        examples: Number of examples.
+        prompts: Number of different prompts.
     """
 
     value: float
@@ -36,11 +38,11 @@ class Accuracy:
 
 
 def accuracy_of(correct: np.ndarray, prompts: Sequence[Hashable] | np.ndarray) -> Accuracy | None:
-    """Compute the accuracy of `B` examples; `None` if no example counts.
+    """Compute the accuracy of B examples. Return `None` if all examples are excluded.
 
     Args:
         correct: `[B]`. 1 if an example is right, 0 if it is wrong, ½ for a tie; NaN excludes an example.
-        prompts: `[B]`, an identifier of each example's prompt.
+        prompts: `[B]`. An identifier of each example's prompt.
     """
     counted = ~np.isnan(correct)
     if not counted.any():
@@ -53,13 +55,15 @@ def accuracy_of(correct: np.ndarray, prompts: Sequence[Hashable] | np.ndarray) -
 def effective_size(values: np.ndarray, clusters: np.ndarray) -> float:
     """Compute Kish's effective sample size: the number of independent examples whose mean has the same variance.
 
-    The result is n divided by the design effect. The design effect is the ratio of two variances of the mean: the
-    cluster-robust variance, G/(G−1) Σ_g (Σ_{i∈g} (x_i − x̄))² / n², and the variance of n independent examples,
+    There are n values x_i with mean x̄, in G clusters g. The result is n divided by the design effect. The design
+    effect is the ratio of two estimates of the variance of the mean. One is the cluster-robust variance,
+    G/(G−1) Σ_g (Σ_{i∈g} (x_i − x̄))² / n². The other is the variance for n independent examples,
     n/(n−1) Σ_i (x_i − x̄)² / n². The result is clipped to [1, n]. If all values are equal, their dependence cannot be
-    estimated, and the result is the number of clusters G.
+    estimated, and the result is G.
 
     Args:
-        values: `[n]`. clusters: `[n]` int, cluster index of each value, from 0.
+        values: `[n]`. The values, such as 1 for a correct example.
+        clusters: `[n]` int. Cluster index of each value, from 0 to G − 1.
     """
     n, groups = len(values), int(clusters.max()) + 1
     residuals = values - values.mean()
@@ -72,10 +76,10 @@ def effective_size(values: np.ndarray, clusters: np.ndarray) -> float:
 
 
 def wilson_interval(share: float, n: float, z: float = Z_95) -> tuple[float, float]:
-    """Compute the Wilson score interval for a share p of n independent trials (E. B. Wilson 1927), 95 % by default.
+    """Compute the Wilson score interval for a share p of n independent trials (E. B. Wilson 1927).
 
-    (p + z²/2n ± z·√(p(1−p)/n + z²/4n²)) / (1 + z²/n). Ties may count half in p: the variance of p is then below
-    p(1−p)/n, so the interval is too wide rather than too narrow.
+    The bounds are (p + z²/2n ± z·√(p(1−p)/n + z²/4n²)) / (1 + z²/n). The default of z gives a 95 % interval. If ties
+    count half in p, the variance of p is below p(1−p)/n, so the interval is too wide rather than too narrow.
 
     Raises:
         ValueError: If the share is outside [0, 1] or n is below 1.

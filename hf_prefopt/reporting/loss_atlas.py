@@ -1,10 +1,10 @@
-"""The loss atlas: for each registered pair loss, the loss and its gradient as functions of h, one above the other.
+"""Draw the loss atlas: each registered pair loss as a function of h, with its gradient below it.
 
     python -m hf_prefopt.reporting.loss_atlas > docs/images/loss_atlas.svg
 
-h = r_w − r_l is the chosen log-ratio minus the rejected log-ratio, in nats. One pair is evaluated at a time: the chosen
-log-ratio is h/2, the rejected log-ratio is −h/2, each response has 20 tokens, the reference log-prob of each response
-is −30 nats, and hyperparameters have their defaults.
+h = r_w − r_l is the chosen log-ratio minus the rejected log-ratio, in nats. The loss is computed for one pair at a
+time. The chosen log-ratio is h/2, and the rejected log-ratio is −h/2. Each response has 20 tokens and a reference
+log-prob of −30 nats. The hyperparameters have their default values.
 """
 
 import io
@@ -20,18 +20,18 @@ from hf_prefopt.kinds import PAIRS
 from hf_prefopt.kinds.made_up import made_up_examples
 from hf_prefopt.losses.registry import LossSpec, RunningState, get_loss, list_losses
 
-WIDEST = 25.0  # nats: beyond the margin 1/β = 20 at which the hinge loss ends
+WIDEST = 25.0  # largest |h|, in nats; above 1/β = 20, the margin from which the hinge loss is 0
 POINTS = 101
 TOKENS = 20
 REFERENCE = -30.0  # nats
 COLUMNS = 4
-STEPS = 100  # enough for running means to be close to their limits
-SIZE = (1.9, 2.0)  # of a panel, in inches
-# Okabe and Ito's blue and vermilion. On a dark page, an SVG shows the second color of each pair.
+STEPS = 100  # number of updates after which running means are close to their limits
+SIZE = (1.9, 2.0)  # width and height of a panel, in inches
+# Blue and vermilion as in the palette of Okabe and Ito. The second color of each pair is used on dark pages.
 COLORS = {"loss": ("#0072b2", "#56b4e9"), "gradient": ("#c44e00", "#e69f00"), "text": ("#24292f", "#e6edf3")}
 LINES = ("#8c959f", "#8c959f")
 RUN = {"progress": 0.5, "epoch": 0, "training": False}
-# Scores and win rates for which the chosen response is better with certainty.
+# Scores and win rates with which the chosen response is certainly better.
 COLUMNS_OF_DATA = {"chosen_scores": 1.0, "rejected_scores": 0.0, "chosen_win_rates": 1.0, "rejected_win_rates": 0.0}
 
 
@@ -40,8 +40,9 @@ class Curve:
     """A loss as a function of h.
 
     Attributes:
-        h: `[N]`, nats. losses: `[N]`.
-        gradients: `[N]`, dℓ/dh from autograd; values that the loss detaches are constants.
+        h: `[N]`. Values of h, in nats.
+        losses: `[N]`. Loss ℓ at each h.
+        gradients: `[N]`. dℓ/dh from autograd. Values that the loss detaches are treated as constants.
     """
 
     h: Tensor
@@ -61,7 +62,7 @@ def curve_of(spec: LossSpec, points: int = POINTS) -> Curve:
 
 
 def _state_after(spec: LossSpec, running: RunningState, h: Tensor, steps: int) -> dict[str, Tensor]:
-    """Return the state of the loss after `steps` updates, each with the batch of all pairs."""
+    """Return the state of the loss after `steps` updates. Each update uses one batch with a pair for each h."""
     state = {name: h.new_tensor(value) for name, value in running.initial.items()}
     for _ in range(steps):
         state = running.update(state, **_inputs(spec, h), **spec.defaults)
@@ -69,7 +70,10 @@ def _state_after(spec: LossSpec, running: RunningState, h: Tensor, steps: int) -
 
 
 def _inputs(spec: LossSpec, h: Tensor) -> dict[str, Tensor]:
-    """Return the inputs of the loss for pairs at h `[N]`: `[N]`, or `[N, TOKENS]` for inputs per token."""
+    """Return the inputs of the loss for N pairs, one for each value in h `[N]`.
+
+    Each input is `[N]`, or `[N, TOKENS]` if it has a value per token.
+    """
     needed = [name for name in spec.inputs if name not in spec.optional_inputs or name in spec.reference_inputs]
     return {name: _input(name, h) for name in needed}
 
@@ -113,15 +117,15 @@ def draw_atlas() -> str:
             _draw(panel, spec.name, curve_of(spec), is_leftmost=number % COLUMNS == 0)
         drawn = io.StringIO()
         canvas.print_svg(drawn, metadata={"Date": None})
-    # Two decimals of coordinates, not of labels: further ones differ from run to run.
+    # Coordinates (but not labels) are rounded to two decimals, because further decimals differ from run to run.
     svg = re.sub(r"(?<![>−\d.])\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}", drawn.getvalue())
     return svg.replace('<style type="text/css">', f'<style type="text/css">{_dark_colors()}', 1)
 
 
 def _draw(panel: Any, name: str, curve: Curve, is_leftmost: bool) -> None:
-    """Draw the loss above its gradient, each with its own scale, over the same h.
+    """Draw the loss above its gradient. Both have the same h axis, but each has its own vertical scale.
 
-    Nothing is clipped, because matplotlib names clip paths differently in each run.
+    Clipping is off, because matplotlib gives clip paths different names in each run.
     """
     above, below = panel.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     panel.patch.set_visible(False)
@@ -144,7 +148,7 @@ def _draw(panel: Any, name: str, curve: Curve, is_leftmost: bool) -> None:
 
 
 def _dark_colors() -> str:
-    """Return the style sheet that replaces matplotlib's inline colors where the page is dark."""
+    """Return the style sheet that replaces matplotlib's inline colors on dark pages."""
     rules = (
         f'[style*="{property}: {light}"]{{{property}:{dark} !important}}'
         for light, dark in COLORS.values()

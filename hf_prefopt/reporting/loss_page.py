@@ -1,4 +1,4 @@
-"""The loss catalog as a Markdown page: `python -m hf_prefopt.reporting.loss_page > docs/losses.md`.
+"""Print the loss catalog as a Markdown page: `python -m hf_prefopt.reporting.loss_page > docs/losses.md`.
 
 The page is generated from the signatures and docstrings of the registered losses, so it is complete and up to date.
 """
@@ -28,7 +28,7 @@ Notation:
 
 
 def loss_page() -> str:
-    """Return the page: the notation, then for each kind of examples a table of losses and a section for each loss."""
+    """Return the page: the notation and, for each kind of examples, a table of losses and a section for each loss."""
     specs = [get_loss(name) for name in list_losses()]
     parts = [INTRODUCTION]
     for kind in KINDS:
@@ -44,7 +44,7 @@ def _table(specs: list[LossSpec]) -> str:
 
 
 def _section(spec: LossSpec) -> str:
-    """Return the section of a loss: formula, description, defaults, inputs, requirements, and source."""
+    """Return the section about a loss: its formula, description, defaults, inputs, requirements, and paper."""
     _, *details = prose_of(spec)
     facts = {
         "Aliases": ", ".join(f"`{alias}`" for alias in spec.aliases),
@@ -59,7 +59,7 @@ def _section(spec: LossSpec) -> str:
 
 
 def needs_of(spec: LossSpec) -> list[str]:
-    """Describe the requirements of a loss in addition to the policy's summed log-probs."""
+    """Describe what a loss needs in addition to the policy's summed log-probs, in one text per requirement."""
     statistics = ", ".join(sorted(token_stats_of(spec.inputs, "policy") | token_stats_of(spec.inputs, "ref")))
     said = {
         "a reference model": spec.needs_reference_model and not spec.can_be_reference_free,
@@ -89,7 +89,7 @@ def prose_of(spec: LossSpec) -> list[str]:
 
 
 def formula_of(spec: LossSpec) -> str:
-    """Return the formula: the first line of the docstring up to the colon before the description."""
+    """Return the formula of a loss: the first line of its docstring, up to the colon before the description."""
     return spec.description.split(": ", 1)[0].rstrip(".")
 
 

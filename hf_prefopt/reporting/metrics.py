@@ -1,4 +1,4 @@
-"""Metrics in training and evaluation, measured per example and averaged exactly over examples."""
+"""Compute the metrics of training and evaluation for each example, and average them exactly over examples."""
 
 import logging
 from collections import deque
@@ -24,7 +24,7 @@ from hf_prefopt.reporting.observed import Responses, join, observed_in
 
 logger = logging.getLogger(__name__)
 
-# Maximum number of micro-batches since the last log whose responses are measured.
+# The metrics of a log use the responses of at most this many micro-batches since the last log.
 _OBSERVED = 1000
 
 NO_GRADIENT = (
@@ -35,7 +35,10 @@ NO_GRADIENT = (
 
 
 def example_metrics(objective: Objective, output: LossOutput, inputs: dict[str, Tensor]) -> dict[str, Metric]:
-    """Compute the metrics of each example: the components of the loss and the metrics of the kind, with TRL's names."""
+    """Compute the metrics of each example, with TRL's names.
+
+    They are the components of the loss, and the metrics for the kind of examples.
+    """
     components = {f"loss/{name}": Metric(values) for name, values in output.components.items()}
     aux_loss = {AUX_LOSS: Metric(inputs[AUX_LOSS].detach())} if AUX_LOSS in inputs else {}
     metrics = components | aux_loss | objective.kind.metrics(output.rewards, inputs)
@@ -43,9 +46,10 @@ def example_metrics(objective: Objective, output: LossOutput, inputs: dict[str, 
 
 
 def metric_names(objective: Objective) -> list[str]:
-    """Return the names of the metrics of an evaluation, without the prefix `eval_`, from made-up examples.
+    """Return the names of the metrics of an evaluation, without the prefix `eval_`.
 
-    Without a reference, `log_ratios/chosen` and `log_ratios/rejected` need an evaluation at step 0.
+    The names are found by evaluating synthetic examples. Without a reference, an evaluation has the metrics
+    `log_ratios/chosen` and `log_ratios/rejected` only if there was an evaluation at step 0.
     """
     inputs = made_up_examples(dict.fromkeys((*objective.inputs, *objective.kind.metric_inputs)))
     output = objective(inputs, training=False)
@@ -59,7 +63,7 @@ def metric_names(objective: Objective) -> list[str]:
 
 
 class RunningMeans:
-    """The sums and counts over all examples since the last call of `pop`, accumulated on the device of the tensors.
+    """Sums and counts of metrics over all examples since the last call of `pop`, on the device of the tensors.
 
     No method waits for the device.
     """
@@ -75,10 +79,10 @@ class RunningMeans:
             self._counts[name] = self._counts.get(name, 0) + metric.count
 
     def pop(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return the sum and the number of values of each metric on this rank, and reset."""
+        """Return the sum and the number of values of each metric on this rank, and reset both to 0."""
         sums, counts = self._sums, self._counts
         self._sums, self._counts = {}, {}
-        # torch.full creates the value on the device; copying a host value would block the host.
+        # torch.full creates the value on the device. Copying a value from the host would block the host.
         numbers = {
             name: torch.full((), count, device=sums[name].device) if isinstance(count, int) else count
             for name, count in counts.items()
@@ -91,10 +95,10 @@ class OfRank:
     """The values that one rank has recorded since the last log, on the CPU.
 
     Attributes:
-        sums, counts: Sum and number of the values of each metric.
-        observed: Entries of `observe`.
-        is_finite: Whether all losses are finite.
-        is_ruined: Whether the rank found a loss, a gradient or a weight that is not finite.
+        sums, counts: Sum and number of the values of each metric, keyed by the metric's name.
+        observed: Measurements of the responses from `observe`.
+        is_finite: True if all losses are finite.
+        is_ruined: True if the rank found a loss, a gradient or a weight that is not finite.
     """
 
     sums: dict[str, Tensor]
@@ -105,7 +109,7 @@ class OfRank:
 
 
 def copied(*groups: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-    """Copy all tensors to the CPU, as float64, with a single copy: each copy makes the host wait for the device."""
+    """Copy all tensors to the CPU as float64, all in one copy, because the host waits for the device in each copy."""
     tensors = [tensor for group in groups for tensor in group.values()]
     if not tensors:
         return [{} for _ in groups]
@@ -117,7 +121,7 @@ def copied(*groups: dict[str, Tensor]) -> list[dict[str, Tensor]]:
 
 
 def means(ranks: Sequence[OfRank]) -> dict[str, float]:
-    """Return the means over the examples of all ranks. Metrics without examples are omitted."""
+    """Return the mean of each metric over the examples of all ranks. Metrics without examples are omitted."""
     totals = {
         name: [
             sum(float(getattr(rank, part)[name]) for rank in ranks if name in rank.sums) for part in ("sums", "counts")
@@ -128,14 +132,16 @@ def means(ranks: Sequence[OfRank]) -> dict[str, float]:
 
 
 class TrainingRecord:
-    """Training results since the last log: running means of the metrics, the responses of the last 1,000 micro-batches,
-    and the losses that are checked for finite values.
+    """Training results since the last log.
+
+    They are running means of the metrics, measurements of the responses in the last 1,000 micro-batches, and the
+    losses, which are checked for finite values.
 
     Args:
         objective: Objective whose outputs are recorded.
 
     Attributes:
-        alarms: Alarms that check the responses at every log.
+        alarms: Alarms to which the responses are added at every log.
     """
 
     def __init__(self, objective: Objective):
@@ -145,14 +151,15 @@ class TrainingRecord:
 
     @property
     def is_full(self) -> bool:
-        """Whether a call of `check` is due even if nothing is logged."""
+        """True if `check` must be called now, even if nothing is logged."""
         return self._finite.is_full
 
     def add(self, step: int, rows: Tensor, inputs: dict[str, Tensor], output: LossOutput) -> None:
         """Record examples of a step, without waiting for the device.
 
         Args:
-            rows: `[B]`, row indices of the examples in their dataset. inputs: Inputs of the losses, keyed by name.
+            rows: `[B]`. Row indices of the examples in their dataset.
+            inputs: Inputs of the losses, keyed by name.
         """
         self._means.add(example_metrics(self._objective, output, inputs))
         self._finite.add(step, Seen.of(self._objective, rows, inputs, output))
@@ -161,16 +168,18 @@ class TrainingRecord:
             self._observed.append(observed)
 
     def pop_means(self, accelerator: Accelerator, norm: float | None = None) -> dict[str, float]:
-        """Return the metrics over the examples of all ranks since the last call, and check losses, gradient and alarms.
+        """Return the means of the metrics over the examples of all ranks since the last call.
 
-        The host waits for the device once, and the ranks exchange values once. If the gradient is 0, a warning is
-        logged once per run.
+        Losses and gradient are checked for finite values, and the responses are added to the alarms.
+
+        The host waits for the device only once, and the ranks exchange values only once. The first time that the
+        gradient is 0, a warning is logged.
 
         Args:
             norm: Norm of the gradient; `None` if it was not computed.
 
         Raises:
-            FloatingPointError: On every rank, if a loss or the gradient is not finite.
+            FloatingPointError: A loss or the gradient is not finite. The error is raised on every rank.
         """
         if accelerator.mixed_precision == "fp16":
             norm = None  # loss scaling skips steps whose gradients overflow
@@ -204,7 +213,9 @@ class TrainingRecord:
 
 
 class Evaluation:
-    """The loss inputs of all examples of an evaluation. The metrics computed from them do not depend on the batches.
+    """The loss inputs of all examples of an evaluation, from which metrics are computed.
+
+    Therefore, the metrics do not depend on how the examples are divided into batches.
 
     Rows that the data loader repeats, to give all ranks the same number of batches, are ignored. A loss that compares
     examples with each other compares all examples of the evaluation.
@@ -212,18 +223,20 @@ class Evaluation:
     Args:
         objective: Objective of the evaluation.
         dataset: Evaluated dataset.
-        steps_on_device: Number of batches after which stored inputs move to the CPU. `None`: they stay on the device.
+        steps_on_device: Number of batches after which the stored inputs are moved to the CPU. `None`: they stay on the
+            device until the evaluation ends.
 
     Attributes:
-        examples: All examples of all ranks, set by `metrics`. `None` if the inputs have no entries of `observe`.
+        examples: All examples of all ranks. `metrics` sets them. `None` before that, and if the inputs have no entries
+            that `observe` has added.
     """
 
     def __init__(self, objective: Objective, dataset: Any = None, steps_on_device: int | None = None):
         self.dataset = dataset
         self._objective, self._steps_on_device = objective, steps_on_device
         self._inputs: list[dict[str, Tensor]] = []
-        self._means: list[Tensor] = []  # the mean loss of each piece, and what `compute_loss` returned instead
-        self._added: list[Tensor] = []
+        self._means: list[Tensor] = []  # the mean loss of each piece of the current batch
+        self._added: list[Tensor] = []  # sums over examples of what an overridden `compute_loss` has added
         self.examples: Examples | None = None
 
     def add(self, batch: PreferenceBatch, inputs: dict[str, Tensor]) -> LossOutput:
@@ -243,16 +256,18 @@ class Evaluation:
         return output
 
     def returned(self, losses: Sequence[Tensor], pieces: Sequence[PreferenceBatch]) -> Tensor:
-        """Keep what an overridden `compute_loss` adds to the mean loss of pieces.
+        """Store how much an overridden `compute_loss` has added to the mean losses of the pieces of a batch.
 
         Args:
-            losses: The losses that it returned, in the order of the pieces.
+            losses: The losses that `compute_loss` returned, in the order of the pieces.
+            pieces: The pieces of the batch (see `LoaderBatch`).
 
         Returns:
-            Their mean.
+            The mean of these losses.
 
         Raises:
-            ValueError: If it did not call the trainer's own `compute_loss`, so the examples are unknown.
+            ValueError: The overridden method did not call the trainer's own `compute_loss`, so the examples are
+                unknown.
         """
         means, self._means = self._means, []
         if len(means) != len(pieces):

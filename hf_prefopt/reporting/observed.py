@@ -1,7 +1,8 @@
-"""Measurements of every response, independent of the loss: length, log-prob and log-ratio to the reference.
+"""Measure every response independently of the loss: its length, its log-prob and its log-ratio to the reference.
 
-Each step keeps only a few small tensors and does not wait for the device. `Responses` computes the metrics from these
-tensors at every log. Log-probs and log-ratios are in nats per scored token; margins are differences of sums, in nats.
+Each step stores only a few small tensors and does not wait for the device. `Responses` computes the metrics from these
+tensors at every log. Log-probs and log-ratios are in nats per scored token. Margins are differences of sums
+over tokens, in nats.
 """
 
 from collections.abc import Iterable, Mapping
@@ -15,7 +16,7 @@ from torch import Tensor
 from hf_prefopt.batch import PreferenceBatch, ResponseScores, join_examples
 from hf_prefopt.kinds import ExampleKind
 
-# Prefix of the names that `observe` returns. The word "token" excludes them from the checks of `finite.Seen.of`.
+# Prefix of the names that `observe` returns. Because of the word "token" in it, `finite.Seen.of` ignores these entries.
 _PREFIX = "token_observed_"
 _QUANTILES = {"p10": 0.1, "p50": 0.5, "p90": 0.9}
 
@@ -30,7 +31,7 @@ def observe(
     """Compute the tensors `[B, K]` that `Responses` needs for the examples of a batch, without gradients.
 
     Args:
-        inputs: Inputs of the losses, keyed by name. They determine which responses are preferred.
+        inputs: Inputs of the losses, keyed by name. They tell which responses are preferred.
     """
     wide = torch.float32 if policy.token_logps.device.type == "mps" else torch.float64
     logps = policy.token_logps.detach().to(wide)
@@ -52,16 +53,18 @@ def observe(
 
 @dataclass(frozen=True)
 class Responses:
-    """Measurements of the responses of B examples, as float64 arrays `[B, K]`; K = 2 for pairs (chosen, rejected).
+    """Measurements of the responses of B examples, as float64 arrays `[B, K]`.
+
+    K is the number of responses per example. For pairs, K = 2, and the responses are chosen and rejected.
 
     Attributes:
-        lengths: Number of scored tokens; 0 for padding in lists.
+        lengths: Number of scored tokens; 0 for padding, which occurs in lists.
         logps: Mean of log π over the tokens, in nats per token.
         preferred: 1 for responses that the data prefer, 0 for other responses and padding.
         log_ratios: Mean of d = log π − log π_ref over the tokens, in nats per token; `None` without a reference.
-        kls: Mean of e^d − 1 − d over the tokens, with the same d; never negative. If the responses are samples of the
-            reference, this mean has the expectation KL(π_ref‖π) per token (J. Schulman, "Approximating KL divergence",
-            estimator k3).
+        kls: Mean of e^d − 1 − d over the tokens, with the same d. It is never negative. If the responses are samples of
+            the reference, this mean has the expectation KL(π_ref‖π) per token (J. Schulman, "Approximating KL
+            divergence", estimator k3).
     """
 
     lengths: np.ndarray
@@ -72,61 +75,77 @@ class Responses:
 
     @classmethod
     def of(cls, inputs: Mapping[str, Tensor]) -> "Responses | None":
-        """Build from the output of `observe` or `join`; `None` if `inputs` has no such entries."""
+        """Build from a dict with the entries that `observe` or `join` returns; `None` if it has no such entries."""
         present = {field.name: inputs.get(_PREFIX + field.name) for field in fields(cls)}
         if present["lengths"] is None:
             return None
         return cls(**{name: v.double().cpu().numpy() for name, v in present.items() if v is not None})
 
     def since(self, start: "Responses") -> "Responses":
-        """Return the responses with log-ratios to an earlier state of the model; `start` has the same responses."""
+        """Return the responses with log-ratios to an earlier state of the model.
+
+        Args:
+            start: Measurements of the same responses under the earlier state.
+        """
         return Responses(self.lengths, self.logps, self.preferred, self.logps - start.logps)
 
     @cached_property
     def present(self) -> np.ndarray:
-        """`[B, K]` bool: True except for padding."""
+        """`[B, K]` bool. True except for padding."""
         return self.lengths > 0
 
     @cached_property
     def chosen(self) -> np.ndarray:
-        """`[B, K]` bool: True for preferred responses."""
+        """`[B, K]` bool. True for preferred responses."""
         return (self.preferred == 1) & self.present
 
     @cached_property
     def rejected(self) -> np.ndarray:
-        """`[B, K]` bool: True for responses that are neither preferred nor padding."""
+        """`[B, K]` bool. True for responses that are neither preferred nor padding."""
         return (self.preferred == 0) & self.present
 
     @cached_property
     def compares(self) -> np.ndarray:
-        """`[B]` bool: True if an example has both chosen and rejected responses."""
+        """`[B]` bool. True if an example has both chosen and rejected responses."""
         return np.logical_and(self.chosen.any(1), self.rejected.any(1))
 
     def side(self, values: np.ndarray, which: np.ndarray) -> np.ndarray:
-        """Compute `[B]`, the mean of `values` over the responses in the mask `which`; NaN if no response is in it."""
+        """Return for each example, `[B]`, the mean of `values` over the responses for which the mask `which` is True.
+
+        The result is NaN for an example without such a response.
+        """
         number = which.sum(1)
         sums = np.where(which, values, 0.0).sum(1)
         return np.divide(sums, number, out=np.full(len(sums), np.nan), where=number > 0)
 
     def difference(self, values: np.ndarray) -> np.ndarray:
-        """Compute `[B]`, mean of chosen − mean of rejected responses; NaN if an example lacks either."""
+        """Return for each example, `[B]`, the mean of `values` over chosen minus their mean over rejected responses.
+
+        The result is NaN for an example without chosen or without rejected responses.
+        """
         return self.side(values, self.chosen) - self.side(values, self.rejected)
 
     @cached_property
     def margins(self) -> np.ndarray | None:
-        """`[B]`: difference of the summed log-ratios in nats, chosen − rejected; NaN if an example lacks either."""
+        """`[B]`, in nats. Summed log-ratio of chosen minus rejected responses, as in `difference`.
+
+        `None` if there is no reference.
+        """
         return None if self.log_ratios is None else self.difference(self.log_ratios * self.lengths)
 
     @cached_property
     def reference_margins(self) -> np.ndarray | None:
-        """`[B]`: difference of the reference's summed log-probs in nats, chosen − rejected; NaN as in `margins`."""
+        """`[B]`, in nats. The reference's summed log-prob of chosen minus rejected responses, as in `difference`.
+
+        `None` if there is no reference.
+        """
         if self.log_ratios is None:
             return None
         return self.difference((self.logps - self.log_ratios) * self.lengths)
 
     @cached_property
     def length_differences(self) -> np.ndarray:
-        """`[B]`: length difference in scored tokens, chosen − rejected; NaN as in `margins`."""
+        """`[B]`, in scored tokens. Length of chosen minus rejected responses, as in `difference`."""
         return self.difference(self.lengths)
 
     def metrics(self, kind: ExampleKind) -> dict[str, float]:
@@ -161,11 +180,11 @@ def _mean(values: np.ndarray) -> float:
 
 
 def join(observed: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Concatenate the outputs of `observe` for several batches; shorter lists are padded with 0."""
+    """Concatenate the outputs of `observe` for several batches. Shorter lists are padded with 0."""
     parts = list(observed)
     return {name: join_examples([part[name] for part in parts]) for name in (parts[0] if parts else ())}
 
 
 def observed_in(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the entries of `inputs` that come from `observe`."""
+    """Return the entries of `inputs` that `observe` has added, without `pair_in_row`."""
     return {name: values for name, values in inputs.items() if name.startswith(_PREFIX)}

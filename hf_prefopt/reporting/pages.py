@@ -1,4 +1,4 @@
-"""HTML pages without scripts and external resources. Jinja escapes all inserted values."""
+"""Render HTML pages without scripts and without external resources. Jinja escapes all inserted values."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from hf_prefopt.reporting.preview import visible
 
 
 def render_page(template: str, **values: Any) -> str:
-    """Render a template of this package as HTML. The filter `visible` makes control characters visible."""
+    """Render a template of this package as HTML. Templates have a filter `visible`, which shows control characters."""
     environment = Environment(
         loader=PackageLoader("hf_prefopt", "reporting"),
         autoescape=True,

@@ -1,4 +1,4 @@
-"""The curves of a run, grouped into panels. The PNG and the HTML page draw the same panels, without empty ones.
+"""The curves of a run, grouped into panels. The PNG and the HTML page draw the same panels and leave out empty ones.
 
 The colors are from the palette of M. Okabe and K. Ito, which also works with color vision deficiency.
 """
@@ -14,7 +14,7 @@ from hf_prefopt.reporting.results import LONGER, evaluated_sets, results_of
 
 # Blue, vermilion, bluish green, orange, reddish purple, sky blue.
 OKABE_ITO = ("#0072b2", "#d55e00", "#009e73", "#e69f00", "#cc79a7", "#56b4e9")
-# Window of the running mean: minimum number of logs, and share of all logs.
+# Size of the window of the running mean: the minimum number of logs, and the share of all logs.
 _FEWEST, _SHARE = 5, 0.1
 
 Points = list[tuple[float, float]]
@@ -25,7 +25,9 @@ class Panel:
     """A panel of metrics.
 
     Attributes:
-        curves: Color index and label of each curve, keyed by metric. compared_with: Value and label of a baseline.
+        title, unit: Title of the panel, and unit of its values.
+        curves: Color index and label of each curve, keyed by metric.
+        compared_with: Value and label of a baseline; `None` if there is none.
     """
 
     title: str
@@ -67,9 +69,11 @@ class Curve:
     """The curve of a metric.
 
     Attributes:
-        label, color: Label, and index of the color.
-        train, mean: Training logs and their running mean, as (step, value).
-        evaluations: Evaluations, as (step, value). intervals: Known confidence intervals (low, high), keyed by step.
+        label: Label of the curve.
+        color: Index of its color in `OKABE_ITO`.
+        train, mean: Values in the training logs, and their running mean, as pairs (step, value).
+        evaluations: Values in the evaluations, as pairs (step, value).
+        intervals: Confidence intervals (low, high) of evaluations, keyed by step.
     """
 
     label: str
@@ -85,7 +89,9 @@ class Drawn:
     """A panel with its curves.
 
     Attributes:
-        lines: Baselines of the curves, as (value, label).
+        panel: The panel.
+        curves: Its curves.
+        lines: Its baselines, as pairs (value, label).
     """
 
     panel: Panel
@@ -94,19 +100,22 @@ class Drawn:
 
     @property
     def values(self) -> list[float]:
-        """All values inside the visible range: curves, intervals, and baselines close to the curves."""
+        """All values that must be visible: those of curves, of intervals, and of baselines close to the curves."""
         points = [y for c in self.curves for _, y in (*c.train, *c.evaluations)]
         ends = [y for c in self.curves for interval in c.intervals.values() for y in interval]
         return points + ends + [value for value, _ in self.lines if self._is_near(value, points)]
 
     def _is_near(self, value: float, points: list[float]) -> bool:
-        """Return True if a baseline is at most twice the range of the curves away; others would flatten the curves."""
+        """Return True if the distance of a baseline from the curves is at most twice the range of the curves.
+
+        If a more distant baseline were visible, the curves would look flat.
+        """
         low, high = min(points), max(points)
         return low - 2 * (high - low) <= value <= high + 2 * (high - low)
 
 
 def drawn_panels(record: RunRecord) -> list[Drawn]:
-    """Return the nonempty panels of a run, with the evaluations of its first evaluation set."""
+    """Return the panels of a run that have curves, with the evaluations of the first evaluation dataset."""
     name = evaluated_sets(record)[0]
     known = [entry for entry in record.accuracies if entry["set"] == name]
     intervals = {entry["step"]: (entry["low"], entry["high"]) for entry in known}
@@ -134,12 +143,12 @@ def _curve(
 
 
 def series(logs: Sequence[Mapping[str, Any]], key: str) -> Points:
-    """Return (step, value) for each log with the metric. If a step has several such logs, the last one is used."""
+    """Return a pair (step, value) for each step with a log that has the metric. The last such log is used."""
     return list({log["step"]: log[key] for log in logs if log.get(key) is not None}.items())
 
 
 def running_mean(points: Points) -> Points:
-    """Compute a running mean over a tenth of the logs, but at least five. Empty for fewer than five logs."""
+    """Compute a running mean over a tenth of the logs, but at least five logs. Return [] for fewer than five logs."""
     if len(points) < _FEWEST:
         return []
     width = max(_FEWEST, round(_SHARE * len(points)))
@@ -150,7 +159,7 @@ def running_mean(points: Points) -> Points:
 
 
 def median_of(logs: Sequence[Mapping[str, Any]], key: str) -> float | None:
-    """Compute the median of a metric over the logs; `None` if no log has the metric."""
+    """Compute the median of a metric over the logs. Return `None` if no log has the metric."""
     values = [log[key] for log in logs if log.get(key) is not None]
     return float(np.median(values)) if values else None
 

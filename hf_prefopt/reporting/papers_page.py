@@ -1,4 +1,4 @@
-"""The paper index as a Markdown page: `python -m hf_prefopt.reporting.papers_page > docs/papers.md`."""
+"""Print the paper index as a Markdown page: `python -m hf_prefopt.reporting.papers_page > docs/papers.md`."""
 
 from collections import defaultdict
 
@@ -14,7 +14,7 @@ formula, its inputs, its default hyperparameters, and any difference from the pa
 
 
 def papers_page() -> str:
-    """Return the page: a table of papers, sorted by arXiv number, with the losses of each paper."""
+    """Return the page, which has a table of papers, sorted by arXiv number, with the losses of each paper."""
     by_paper: dict[str, list[str]] = defaultdict(list)
     for name in list_losses():
         if paper := get_loss(name).paper:

@@ -1,4 +1,4 @@
-"""The training curves as a PNG; see `panels` for the metrics."""
+"""Plot the training curves as a PNG. The metrics are those of `panels`."""
 
 from pathlib import Path
 from typing import Any
@@ -13,15 +13,15 @@ _MARKS = ("D", "s", "o", "^", "v", "P")
 def plot_training(record: RunRecord, path: str | Path) -> Path:
     """Plot the curves of a run, and return the path of the PNG.
 
-    Faint lines show training logs, and solid or dashed lines show their running mean. Markers show evaluations, with
-    the 95 % interval for accuracies. Dotted lines show baselines.
+    Faint lines show training logs, and solid or dashed lines show their running mean. Markers show evaluations. For
+    accuracies, vertical lines show the 95 % interval. Dotted lines show baselines.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     panels = drawn_panels(record)
     rows = max(1, -(-len(panels) // 2))
-    # Without pyplot, which has global state and may select a GUI backend.
+    # pyplot is not used, because it has global state and may select a GUI backend.
     figure = Figure(figsize=(10, 0.9 + 2.9 * rows), layout="constrained", dpi=150)
     FigureCanvasAgg(figure)
     places = figure.subplots(rows, 2, squeeze=False).flat

@@ -1,6 +1,6 @@
-"""Show rows in the terminal: the text that the model sees, and the scored tokens.
+"""Show rows in the terminal: the text that the model sees, and which tokens are scored.
 
-Scored tokens are between ⟦ ⟧ and truncated tokens between ⟪ ⟫, so that they are visible without colors.
+Scored tokens are enclosed in ⟦ ⟧ and truncated tokens in ⟪ ⟫, so that they can be recognized without colors.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -42,16 +42,17 @@ def print_preview(
     limit: int = 1,
     console: Console | None = None,
 ) -> None:
-    """Print `preview_rows` to the given console, or to standard output."""
+    """Print the result of `preview_rows` to the given console. Default: standard output."""
     (console or Console()).print(preview_rows(rows, tokenizer, limit))
 
 
 def render_row(row: ShownRow, characters: int | None = None) -> RenderableType:
-    """Render a row for rich: a panel for the prompt and one for each response.
+    """Render a row for rich, with one panel for the prompt and one for each response.
 
     Args:
         row: The row.
-        characters: Maximum number of characters shown of a text, without the middle of a longer text; None shows all.
+        characters: Maximum number of characters that are shown of the prompt and of each response. The middle of a
+            longer text is left out. None shows all characters.
     """
     panels = [_panel(text, characters) for text in (row.prompt, *row.responses)]
     return Group(Text(f"row {row.number:,}", style="bold"), *panels)
@@ -75,7 +76,7 @@ def _panel(text: ShownText, characters: int | None) -> Panel:
 
 
 def _render(pieces: Iterable[Piece]) -> Text:
-    """Render the text, with special tokens in italics and brackets around scored and truncated tokens."""
+    """Render a text, with special tokens in italics, and with brackets around scored and around truncated tokens."""
     shown = Text()
     for state, run in groupby(pieces, key=lambda piece: piece.state):
         begin, end = BRACKETS.get(state, ("", ""))
@@ -87,7 +88,7 @@ def _render(pieces: Iterable[Piece]) -> Text:
 
 
 def visible(text: str) -> str:
-    """Replace control characters, which could control the terminal or reverse the text, by visible symbols."""
+    """Replace control characters by visible symbols, because they could control the terminal or reverse the text."""
     return text.translate(_SIGNS)
 
 
@@ -96,7 +97,10 @@ _SIGNS |= {code: f"<U+{code:04X}>" for code in (*range(0x7F, 0xA0), *range(0x202
 
 
 def _shortened(pieces: Sequence[Piece], characters: int | None) -> list[Piece]:
-    """Return the pieces; a text longer than `characters` keeps 2/3 of them at its start and 1/3 at its end."""
+    """Return the pieces of a text, without its middle if it has more than `characters` characters.
+
+    Two thirds of `characters` are kept at the start of the text, and one third at its end.
+    """
     total = sum(len(piece.text) for piece in pieces)
     if characters is None or total <= characters:
         return list(pieces)
@@ -107,7 +111,7 @@ def _shortened(pieces: Sequence[Piece], characters: int | None) -> list[Piece]:
 
 
 def _first(pieces: Iterable[Piece], room: int, cut: Callable[[str, int], str]) -> Iterator[Piece]:
-    """Yield the first pieces, up to `room` characters; the last piece may be shortened."""
+    """Yield the first pieces, up to `room` characters in total. The function `cut` shortens the last one if needed."""
     for piece in pieces:
         if room > 0:
             yield replace(piece, text=cut(piece.text, room))

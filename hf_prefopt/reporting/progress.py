@@ -1,6 +1,6 @@
-"""Progress output in the terminal: the Trainer's progress bars, and one short line per log record.
+"""Show progress in the terminal: the Trainer's progress bars, and one short line per log.
 
-The complete record is still written to `log_history` and to every `report_to` integration.
+The complete log is still added to `log_history` and sent to every `report_to` integration.
 """
 
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ SHOWN = {
 
 
 class ShortProgressCallback(ProgressCallback):
-    """A callback that writes one short line per log record above the progress bar, not the whole record as a dict."""
+    """A callback that writes one short line per log above the progress bar, instead of the whole log as a dict."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and self.training_bar is not None:
@@ -29,7 +29,7 @@ class ShortProgressCallback(ProgressCallback):
 
 
 def short_line(logs: Mapping[str, float], step: int, max_steps: int) -> str:
-    """Format a record as `step 10/40 · loss 0.6512 · accuracy 0.600 · …`; empty without any metric of `SHOWN`."""
+    """Format a log as `step 10/40 · loss 0.6512 · accuracy 0.600 · …`. Return "" if it has no metric of `SHOWN`."""
     prefix = "eval_" if "eval_loss" in logs else ""
     numbers = [text.format(float(logs[prefix + key])) for key, text in SHOWN.items() if prefix + key in logs]
     where = f"{'evaluation at ' if prefix else ''}step {step}/{max_steps}"

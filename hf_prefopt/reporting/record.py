@@ -1,8 +1,8 @@
 """The record of a run: a JSON Lines file in the run's folder, from which the report can be built at any time.
 
-Each line has a `kind`: "run" (facts), "log" (an entry of the Trainer's log history), "accuracy" (accuracy of an
-evaluation, with its interval), "example" (an example of the last evaluation), "pair" (a pair with the log-ratio of each
-token) or "answer".
+Each line has a `kind`: "run" (facts about the run), "log" (an entry of the Trainer's log history), "accuracy" (the
+accuracy of one evaluation, with its confidence interval), "example" (an example of the last evaluation), "pair" (a pair
+with the log-ratio of each token) or "answer" (answers to a prompt before and after training).
 """
 
 import json
@@ -24,13 +24,16 @@ class RunRecord:
         run: Facts about the run, such as name, base_model, losses, reference, summary, data, hyperparameters, versions
             and command.
         logs: Log history of the Trainer.
-        accuracies: One entry per evaluation: `set`, `step`, and the attributes of `Accuracy`.
-        examples: One entry per example of the last evaluation: `set`, `row`, `pair`, `prompt` (an integer), `margin`,
-            `margin_before`, `reference_margin` (nats, chosen − rejected), `lengths` and `log_ratios` (chosen,
-            rejected). Unknown values are null.
-        pairs: The pairs with the largest and the smallest margins: `row`, `margin`, `is_right`, `prompt`, and
-            `responses`, each with a `name` and `tokens`, a list of [text, log-ratio in nats].
-        answers: Dicts with `prompt`, and the answers `before` and `after` training.
+        accuracies: One dict per evaluation, with `set` (the metric prefix of the dataset), `step`, and the attributes
+            of `Accuracy`.
+        examples: One dict per example of the last evaluation, with `set`, `row`, `pair` (the index of the example in
+            its row), `prompt` (an integer that identifies the prompt), the margins `margin`, `margin_before` training
+            and `reference_margin` (chosen − rejected, in nats), `lengths` and `log_ratios` (lists of the values of the
+            chosen and the rejected response). Unknown values are `None`.
+        pairs: Dicts for the pairs with the largest positive and the most negative margins, with `row`, `margin`,
+            `is_right` (True if the margin is positive), `prompt` (text), and `responses`. Each response has a `name`
+            and `tokens`, which is a list of pairs [text, log-ratio in nats].
+        answers: Dicts with a `prompt` and the answers `before` and `after` training.
     """
 
     run: dict[str, Any] = field(default_factory=dict)
@@ -46,7 +49,7 @@ class RunRecord:
         return str(self.run.get("name", "run"))
 
     def lines(self) -> Iterable[dict[str, Any]]:
-        """Yield all lines of the file as dicts."""
+        """Yield the content of each line of the file as a dict."""
         yield {"kind": "run", **self.run}
         for kind, name in _LISTS.items():
             yield from ({"kind": kind, **entry} for entry in getattr(self, name))
@@ -65,7 +68,7 @@ def read_record(folder: str | Path) -> RunRecord:
     """Read the record of a run.
 
     Args:
-        folder: Folder of the run, or path of the file.
+        folder: Folder of the run, or path of the record file.
 
     Raises:
         ValueError: If the file does not exist or has an invalid line.
@@ -99,7 +102,7 @@ def read_record(folder: str | Path) -> RunRecord:
 
 
 def _finite(value: Any) -> Any:
-    """Replace NaN and infinity with `None`, because JSON lacks them, and round floats to six significant digits."""
+    """Replace NaN and infinity by `None`, because JSON does not have them. Round floats to six significant digits."""
     if isinstance(value, float):
         return float(f"{value:.6g}") if math.isfinite(value) else None
     if isinstance(value, Mapping):

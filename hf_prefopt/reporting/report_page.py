@@ -1,4 +1,4 @@
-"""The report of a run as one HTML page, built from the record, without scripts and external resources."""
+"""Build the report of a run from its record, as one HTML page without scripts and without external resources."""
 
 from pathlib import Path
 from typing import Any
@@ -13,18 +13,18 @@ from hf_prefopt.reporting.results import LONGER, Results, evaluated_sets, result
 from hf_prefopt.reporting.svg import line_chart, scatter_chart
 from hf_prefopt.reporting.table import plain_caption
 
-# Number of color levels of a token; level 0 has no color.
+# Highest color level of a token. Level 0 has no color.
 _LEVELS = 10
 # Maximum number of points in a scatter chart.
 _DOTS = 2000
 
 
 def report_page(record: RunRecord) -> str:
-    """Return the page as HTML."""
+    """Return the report as an HTML page."""
     scale = color_scale(record)
 
     def shade(value: float) -> int:
-        """Return the color level of a token, from 0 to 10."""
+        """Return the color level of a token with this log-ratio, from 0 to 10."""
         return min(_LEVELS, round(_LEVELS * abs(value) / scale))
 
     tables = [(name, results_of(record, name)) for name in evaluated_sets(record)]
@@ -51,13 +51,16 @@ def write_report(record: RunRecord, path: str | Path) -> Path:
 
 
 def color_scale(record: RunRecord) -> float:
-    """Return the absolute log-ratio with full color, in nats: the 95th percentile of the tokens shown."""
+    """Return the absolute log-ratio, in nats, from which tokens have the highest color level.
+
+    It is the 95th percentile of the absolute log-ratios of all tokens in the record.
+    """
     values = [abs(token[1]) for pair in record.pairs for response in pair["responses"] for token in response["tokens"]]
     return max(float(np.quantile(values, 0.95)), 1e-6) if values else 1.0
 
 
 def _figures(record: RunRecord, results: Results) -> list[tuple[str, str]]:
-    """Return the figures at the top of the page, as (value, label)."""
+    """Return the numbers at the top of the page, as pairs (value, label)."""
     figures = []
     if accuracy := results.accuracies.get("after"):
         when = "" if results.last == "after" else f" at {results.last}"
@@ -79,7 +82,7 @@ def _figures(record: RunRecord, results: Results) -> list[tuple[str, str]]:
 
 
 def _facts(record: RunRecord) -> list[tuple[str, str]]:
-    """Return the facts about the model, the data and the training setup, as (name, text)."""
+    """Return the facts about the model, the data and the training setup, as pairs (name, text)."""
     run, summary = record.run, record.run.get("summary", {})
     losses = run.get("losses", [])
     found = {
@@ -91,7 +94,7 @@ def _facts(record: RunRecord) -> list[tuple[str, str]]:
         "Layout": summary.get("layout"),
         "Attention": summary.get("attention"),
         "Data": summary.get("data"),
-        "Datasets": str(run.get("data", {}).get("datasets") or "").replace("`", ""),  # Markdown, for the card
+        "Datasets": str(run.get("data", {}).get("datasets") or "").replace("`", ""),  # backticks are for Markdown
         "Batch": summary.get("batch"),
         "Optimizer": summary.get("optimizer"),
         "Hardware": run.get("hardware"),
@@ -114,7 +117,7 @@ def _details(record: RunRecord) -> list[tuple[str, Any]]:
 
 
 def _by_length(record: RunRecord) -> Any:
-    """Build a scatter chart of margins over length differences; `None` if no example compares responses."""
+    """Build a scatter chart of margins over length differences. Return `None` if no example has both."""
     name = evaluated_sets(record)[0]
     points = []
     for entry in record.examples:

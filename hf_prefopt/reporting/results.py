@@ -1,6 +1,7 @@
-"""The results of a run as a table: before and after training, with intervals, and baselines that need no training.
+"""The results of a run before and after training, with confidence intervals, and baselines that need no training.
 
-The table is built from the record of the run, so the terminal, the model card, the report and comparisons agree.
+They are read from the record of the run. Therefore, the terminal, the model card, the report and comparisons of runs
+show the same numbers.
 """
 
 from collections.abc import Iterable, Mapping
@@ -15,17 +16,19 @@ from hf_prefopt.reporting.record import RunRecord
 
 LONGER, UNTRAINED = "always the longer one", "the untrained model's log-probs"
 
-# Endings of metrics that describe the evaluation, not the model.
+# Endings of the names of metrics that describe the evaluation and not the model.
 _BOOKKEEPING = ("runtime", "per_second", "preparation_time", "epoch", "step")
 
 
 @dataclass(frozen=True)
 class Shown:
-    """A row of the table.
+    """A row in the table of results.
 
     Attributes:
-        key: Name of the metric, without the prefix of the dataset. label: Label in the table.
-        form: Format of the value. share_of: For a share, the metric that holds its sample size.
+        key: Name of the metric, without the prefix of the dataset.
+        label: Label in the table.
+        form: Format of the value.
+        share_of: If the metric is a share, such as an accuracy, the name of the metric with its sample size.
     """
 
     key: str
@@ -55,13 +58,14 @@ class Results:
     """The evaluation results before and after training.
 
     Attributes:
-        before, after: Metrics without their prefix; `None` without such an evaluation.
-        accuracies: Accuracies "before" and "after" training, with intervals that treat prompts as independent.
+        before, after: Metrics before and after training, keyed by name without the prefix of the dataset; `None` if
+            there was no such evaluation.
+        accuracies: Accuracies, keyed by "before" and "after". Their intervals treat different prompts as independent.
         baselines: Accuracies of rules that need no training, keyed by name.
         disagreements: For each rule, the trained model's accuracy on the examples where it disagrees with the rule;
             `None` if they never disagree.
-        examples: Number of evaluated examples; `None` if unknown.
-        last: Name of the last evaluation: "after", or its step if training went on after it.
+        examples: Number of evaluated examples; `None` if it is unknown.
+        last: Name of the last evaluation: "after" if it was made at the end of training, otherwise "step" and its step.
     """
 
     before: Mapping[str, float] | None = None
@@ -75,20 +79,20 @@ class Results:
     def verdicts(self) -> list[str]:
         """Compare the trained model with each rule, in one sentence per rule.
 
-        Two accuracies of the same examples are not independent, so the sentence counts only the examples where the
-        model and the rule disagree. The model is better if the interval of its accuracy on these examples is above one
-        half.
+        Two accuracies on the same examples are not independent. Therefore, only the examples on which the model and the
+        rule disagree are counted. The model is better if the whole confidence interval of its accuracy on these
+        examples is above one half.
         """
         return [_verdict(rule, accuracy) for rule, accuracy in self.disagreements.items()]
 
     @property
     def columns(self) -> list[tuple[str, Mapping[str, float]]]:
-        """The columns of the table: the name and the metrics of each evaluation that was made."""
+        """The columns of the table: a pair (name, metrics) for each evaluation that was made."""
         both = (("before", self.before), (self.last, self.after))
         return [(name, metrics) for name, metrics in both if metrics is not None]
 
     def rows(self) -> list[tuple[str, list[str]]]:
-        """Return the rows of the table: a label, and one cell for each of `columns`."""
+        """Return the rows of the table: for each row, its label and one cell for each of `columns`."""
         found: list[tuple[str, list[str]]] = []
         if self.after is None:
             return found
@@ -104,12 +108,12 @@ class Results:
 
     @property
     def _measured(self) -> str:
-        """The metric in `accuracies`: the accuracy of the loss's rewards or, without rewards, of log-ratios."""
+        """The name of the metric in `accuracies`: the accuracy of rewards or, if the loss has none, of log-ratios."""
         names = ("rewards/accuracies", "log_ratios/accuracies")
         return next((name for name in names if name in (self.after or {})), "")
 
     def _says_the_same(self, shown: Shown) -> bool:
-        """Return True for a log-ratio accuracy that equals the reward accuracy, as in DPO."""
+        """Return True for the row of the log-ratio accuracy if it equals the reward accuracy, as with DPO."""
         pair = ("log_ratios/accuracies", "rewards/accuracies")
         values = [[metrics.get(key) for _, metrics in self.columns] for key in pair]
         return shown.key == pair[0] and values[0] == values[1]
@@ -138,7 +142,7 @@ def results_of(record: RunRecord, name: str = "eval") -> Results:
     known = [entry for entry in record.accuracies if entry["set"] == name]
     examples = [entry for entry in record.examples if entry["set"] == name]
     step, steps = _last_step(record.logs, name), record.run.get("steps")
-    if step == 0 and steps:  # the model was not evaluated after it was trained
+    if step == 0 and steps:  # The only evaluation was made before training.
         return Results(before=_unprefixed(before, name), examples=len(examples) or None)
     accuracies = {}
     if known:
@@ -165,17 +169,17 @@ def evaluated_sets(record: RunRecord) -> list[str]:
 
 
 def baselines(examples: list[dict[str, Any]]) -> dict[str, Accuracy]:
-    """Compute the accuracies of "the longer response is better" and of the reference's log-probs."""
+    """Compute the accuracy of each rule that needs no training, keyed by the rule's name (see `_rules`)."""
     prompts = [entry["prompt"] for entry in examples]
     found = {rule: accuracy_of(values, prompts) for rule, values in _rules(examples).items()}
     return {rule: accuracy for rule, accuracy in found.items() if accuracy is not None}
 
 
 def disagreements(examples: list[dict[str, Any]]) -> dict[str, Accuracy | None]:
-    """Compute the model's accuracy on the examples where it disagrees with a rule, for each rule.
+    """Compute the model's accuracy on the examples where it disagrees with a rule, for each rule of `_rules`.
 
-    A tie is better than a wrong prediction and worse than a right one. The model counts as right on an example if its
-    prediction is better than the rule's.
+    A right prediction is better than a tie, and a tie is better than a wrong prediction. The model counts as right on
+    an example if its prediction is better than that of the rule.
     """
     prompts = [entry["prompt"] for entry in examples]
     model = correct(np.array([entry["margin"] for entry in examples], dtype=float))
@@ -188,7 +192,11 @@ def disagreements(examples: list[dict[str, Any]]) -> dict[str, Accuracy | None]:
 
 
 def _rules(examples: list[dict[str, Any]]) -> dict[str, np.ndarray]:
-    """Return 1, ½ or 0 for each example, as `correct` does, for each rule that needs no training."""
+    """Return for each rule that needs no training whether it is right, keyed by the rule's name.
+
+    There are two rules: the longer response is better, and the response with the higher reference log-prob is better.
+    For each example, the value is 1 if the rule is right, ½ for a tie, and 0 if the rule is wrong.
+    """
     if not examples:
         return {}
     lengths = np.array([entry["lengths"] for entry in examples], dtype=float)
@@ -209,16 +217,16 @@ def _accuracy(entry: dict[str, Any]) -> Accuracy:
 
 
 def first_evaluation(log_history: Iterable[Mapping[str, float]], name: str = "eval") -> dict[str, float] | None:
-    """Return the evaluation at step 0, including results of callbacks, or `None` if the run has no such evaluation.
+    """Return the metrics of the evaluation at step 0, including those that callbacks add; `None` if there are none.
 
     Args:
-        name: Prefix of the metrics. Each of several evaluation sets has its own prefix.
+        name: Prefix of the metrics. Each evaluation dataset has its own prefix.
     """
     return _evaluation_at(0, log_history, name) or None
 
 
 def last_evaluation(log_history: Iterable[Mapping[str, float]], name: str = "eval") -> dict[str, float]:
-    """Return the last evaluation, including results of callbacks; empty if the run has no evaluation."""
+    """Return the metrics of the last evaluation, including those that callbacks add; empty if there are none."""
     records = list(log_history)
     step = _last_step(records, name)
     return {} if step is None else _evaluation_at(step, records, name)
@@ -230,7 +238,7 @@ def _last_step(logs: Iterable[Mapping[str, float]], name: str) -> float | None:
 
 
 def _evaluation_at(step: float, log_history: Iterable[Mapping[str, float]], name: str) -> dict[str, float]:
-    """Return all evaluation metrics of a step. Later records of the step override earlier records."""
+    """Return all evaluation metrics of a step. Later logs of this step override earlier ones."""
     found: dict[str, float] = {}
     for record in log_history:
         if record["step"] == step:

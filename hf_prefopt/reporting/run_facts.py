@@ -1,4 +1,4 @@
-"""The facts of a run for the model card and the closing report."""
+"""Collect the facts of a run for the model card and the closing report."""
 
 from collections.abc import Iterable, Mapping, Sized
 from dataclasses import MISSING, fields
@@ -54,13 +54,13 @@ def card_facts(
     Args:
         model: Policy, without an engine's wrapper.
         terms: Losses of the objective.
-        reference: Description of the reference, as a phrase; `None` if the losses need no reference.
-        state: State of the Trainer. Before training, it has no evaluation to report.
-        rows: Datasets, keyed by purpose, such as `{"training rows": dataset}`.
+        reference: Description of the reference in a few words; `None` if the losses need no reference.
+        state: State of the Trainer. Its logs contain the evaluations.
+        rows: Datasets whose numbers of rows are shown, keyed by purpose, such as `{"training rows": dataset}`.
         model_name: Title of the card. Default: the name of the repository or of the output folder.
         datasets: Names or folders of the data. The trainer only knows the rows, so the caller passes the names.
-        setup: Start summary, keyed by topic. Topics that other sections of the card cover are ignored.
-        record: Record of the run, after the run has ended.
+        setup: Texts of the start summary, keyed by topic. Topics that other sections of the card cover are ignored.
+        record: Record of the run; `None` if the run has not ended.
     """
     repository = args.hub_model_id or str(args.output_dir)
     adapter = model.active_peft_config if isinstance(model, PeftModel) else None
@@ -104,14 +104,14 @@ def _of_record(record: RunRecord) -> dict[str, Any]:
 
 
 def _own_class(model: PreTrainedModel) -> str | None:
-    """Return the class name of a model if `AutoModelForCausalLM` would load another class, or None."""
+    """Return the name of a model's class if `AutoModelForCausalLM` would load another class. Otherwise, return None."""
     loaded = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), None)
-    is_public = hasattr(transformers, type(model).__name__)  # False for classes from a checkpoint's own code
+    is_public = hasattr(transformers, type(model).__name__)  # False for a class whose code is part of the checkpoint
     return type(model).__name__ if is_public and loaded is not type(model) else None
 
 
 def configuration(args: PreferenceConfig) -> str:
-    """Return the settings that differ from their defaults, as YAML for a recipe or `PreferenceConfig`."""
+    """Return the settings that differ from their defaults, as YAML text for a configuration file."""
     chosen = {}
     for setting in fields(args):
         if setting.init and setting.name not in _NOT_SHARED:
@@ -119,18 +119,18 @@ def configuration(args: PreferenceConfig) -> str:
             value = getattr(args, setting.name)
             value = getattr(value, "value", value)
             if setting.name == "output_dir" and Path(value).is_absolute():
-                continue  # valid on one machine only
+                continue  # An absolute path is valid only on this machine.
             if value != getattr(default, "value", default) and _is_plain(value):
                 chosen[setting.name] = value
     return yaml.safe_dump(chosen, sort_keys=True, allow_unicode=True) if chosen else ""
 
 
-# Secrets, and settings that are specific to one machine.
+# Settings that are not shown, because they are secrets or specific to one machine.
 _NOT_SHARED = ("hub_token", "push_to_hub_token", "logging_dir", "local_rank", "deepspeed", "resume_from_checkpoint")
 
 
 def _is_plain(value: Any) -> bool:
-    """Return True if plain YAML can represent a value, without Python type tags."""
+    """Return True if YAML can represent a value without tags for Python types."""
     if isinstance(value, dict):
         return all(map(_is_plain, (*value, *value.values())))
     return all(map(_is_plain, value)) if isinstance(value, list) else isinstance(value, str | int | float | None)

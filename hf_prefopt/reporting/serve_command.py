@@ -1,4 +1,4 @@
-"""The commands that serve a trained model with vLLM. Adapters that vLLM cannot load are merged first."""
+"""Build the commands that serve a trained model with vLLM. Adapters that vLLM cannot load are merged first."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ from peft import LoraConfig, PeftConfig
 
 # Values that vLLM accepts for --max-lora-rank (default: 16).
 _RANKS = (16, 32, 64, 128, 256, 320, 512)
-# Settings of LoRA adapters that vLLM does not load; vLLM loads only low-rank matrices of linear layers.
+# Settings with which vLLM cannot load a LoRA adapter, because it loads only low-rank matrices of linear layers.
 _MORE = (
     "use_dora",
     "modules_to_save",
@@ -23,7 +23,8 @@ def serve_command(repository: str, base_model: str, adapter: PeftConfig | None) 
     """Return the command that serves a model. For an adapter that vLLM cannot load, a first line merges the adapter.
 
     Args:
-        repository: Folder, or name on the Hub. base_model: Base model of the adapter.
+        repository: Folder of the model, or its name on the Hub.
+        base_model: Base model of the adapter.
         adapter: Configuration of the adapter; `None` for a full model.
     """
     if adapter is None:

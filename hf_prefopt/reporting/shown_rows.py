@@ -21,9 +21,9 @@ class Piece:
 
     Attributes:
         text: The decoded tokens.
-        state: "prompt"; "scored" for tokens whose log-prob counts; "masked" for response tokens that are not scored; or
-            "cut" for tokens that `max_length` removed.
-        is_special: Whether the tokens are control tokens.
+        state: "prompt" for prompt tokens; "scored" for response tokens whose log-prob counts; "masked" for other
+            response tokens; or "cut" for tokens that were removed because of `max_length`.
+        is_special: True if the tokens are control tokens.
         tokens: Number of tokens.
     """
 
@@ -38,9 +38,9 @@ class ShownText:
     """A prompt or a response.
 
     Attributes:
-        name: prompt, chosen, rejected, desirable, response 0, ….
-        about: Rank, score or quantile of a response, as text.
-        pieces: The text, including truncated tokens.
+        name: "prompt", or the name of a response, such as "chosen", "rejected", "desirable" or "response 0".
+        about: Rank, score and quantile of a response, as text; "" if there are none.
+        pieces: The pieces of the text, including truncated tokens.
     """
 
     name: str
@@ -64,7 +64,7 @@ class ShownText:
 
     @property
     def counts(self) -> list[str]:
-        """The descriptions of the token counts (all, scored, cut), and `about`."""
+        """Texts with the numbers of all, of scored and of truncated tokens, followed by `about`."""
         counts = [plural(self.tokens, "token")] + [f"{self.scored:,} scored"] * (self.name != "prompt")
         return counts + [f"{self.cut:,} cut"] * bool(self.cut) + [self.about] * bool(self.about)
 
@@ -84,7 +84,7 @@ def show_row(row: Mapping[str, Any], kinds: TokenKinds, uncut: Mapping[str, Any]
     Args:
         row: The prepared row.
         kinds: Token kinds of the tokenizer with which the row was prepared.
-        uncut: The same row before truncation; None if it was not truncated.
+        uncut: The same row before truncation; None if the row was not truncated.
     """
     uncut = uncut or row
     prompt = _pieces(uncut["prompt_ids"], row["prompt_ids"], ["prompt"] * len(row["prompt_ids"]), kinds)
@@ -102,7 +102,13 @@ def show_row(row: Mapping[str, Any], kinds: TokenKinds, uncut: Mapping[str, Any]
 
 
 def _pieces(full: Sequence[int], kept: Sequence[int], states: Sequence[State], kinds: TokenKinds) -> tuple[Piece, ...]:
-    """Return the pieces of the text `full`. `kept`: the tokens left by truncation. `states`: their states."""
+    """Return the pieces of a text.
+
+    Args:
+        full: Token ids of the text before truncation.
+        kept: Token ids after truncation.
+        states: State of each token in `kept`.
+    """
     places = kept_places(full, kept)
     marked = [(token, "cut" if at is None else states[at]) for token, at in zip(full, places, strict=True)]
     runs = groupby(marked, key=lambda token: (token[1], token[0] in kinds.special))
@@ -115,9 +121,10 @@ def _piece(ids: list[int], state: State, is_special: bool, kinds: TokenKinds) ->
 
 
 def kept_places(full: Sequence[int], kept: Sequence[int]) -> list[int | None]:
-    """Return, for each token, its index among the tokens that truncation kept, or None if it was removed.
+    """Return, for each token in `full`, its index in `kept`, or None if truncation has removed it.
 
-    Truncation keeps the first tokens, and either the last tokens (of a prompt) or one closing token (of a response).
+    Truncation keeps the first tokens of a text. In addition, it may keep the last tokens of a prompt, or the closing
+    token of a response.
 
     Raises:
         ValueError: If `kept` is not a truncation of `full`.
@@ -136,7 +143,11 @@ def kept_places(full: Sequence[int], kept: Sequence[int]) -> list[int | None]:
 
 
 def _names(row: Mapping[str, Any]) -> list[str]:
-    """Return names for the responses: by role for a pair or triple, by label if unpaired, by index for a list."""
+    """Return the names of the responses of a row.
+
+    They are "chosen", "rejected" and "gold" for a pair or a triple, "desirable" and "undesirable" for unpaired
+    examples, and "response 0" and so on for a list.
+    """
     if [list(pair) for pair in row.get("pairs", ())] == [[0, 1]]:
         return ["chosen", "rejected", *("gold" for _ in row.get("golds", ()))]
     if "labels" in row:

@@ -1,6 +1,7 @@
-"""The start summary: at most fourteen lines that describe a run before its first step, so that users spot mistakes.
+"""The start summary: about fourteen lines that describe a run before its first step, so that users see mistakes early.
 
-Each part of the trainer adds its lines, such as the losses with their hyperparameters, the reference and the layout.
+The parts of the trainer add the lines, for example about the losses and their hyperparameters, the reference, and the
+layout.
 """
 
 import logging
@@ -20,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 TOPICS = ("model", "loss", "reference", "layout", "attention", "data", "batch", "optimizer")
 MOST_LINES = 14
-# Training rows whose positions are counted.
+# Number of training rows whose positions are counted.
 _ROWS = 64
 
 
@@ -42,7 +43,7 @@ class StartSummary(TrainerCallback):
         self._texts[topic] = texts
 
     def lines(self) -> list[str]:
-        """Return all lines, in the order of the topics. A topic with too many lines ends with "and N more"."""
+        """Return all lines, in the order of `TOPICS`. If a topic has too many lines, the last one is "and N more"."""
         said = self._said()
         found, total = [], sum(map(len, said.values()))
         for topic in TOPICS:
@@ -60,19 +61,19 @@ class StartSummary(TrainerCallback):
         return {topic: "; ".join(said[topic]) for topic in TOPICS if topic in said}
 
     def _said(self) -> dict[str, tuple[str, ...]]:
-        """Return the texts keyed by topic; the layout's text ends with the positions that it saves in this run."""
+        """Return the texts, keyed by topic. The text about the layout ends with the result of `positions_text`."""
         if not self._positions or "layout" not in self._texts:
             return self._texts
         return self._texts | {"layout": tuple(f"{text}; {self._positions}" for text in self._texts["layout"])}
 
     def show(self, *topics: str) -> None:
-        """Log the lines of these topics, or all lines."""
+        """Log the lines of these topics. Without topics, log all lines."""
         for line in self.lines():
             if not topics or line.split(":")[0] in topics:
                 logger.warning(line)
 
     def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **_):
-        """Add the settings of this run (or of this trial of a hyperparameter search), and log all lines."""
+        """Add lines about the batch and the optimizer of this run or trial, and log all lines."""
         self._positions = positions_text(train_dataloader, args.train_batch_size)
         self.say("batch", batch_text(args, state))
         self.say("optimizer", optimizer_text(args))
@@ -81,13 +82,15 @@ class StartSummary(TrainerCallback):
 
 
 def positions_text(loader: Any, rows_at_once: int) -> str:
-    """Describe the positions that the layout computes, of those of right-padded batches, for the first rows.
+    """Compare the number of positions that the layout computes with that of right-padded batches, for the first rows.
 
     Args:
-        loader: Data loader of the training rows. rows_at_once: Number of rows of a micro-batch.
+        loader: Data loader of the training rows.
+        rows_at_once: Number of rows of a micro-batch.
 
     Returns:
-        The text; "" if the layout saves nothing, for streams, and for a user's collator.
+        Text with both numbers. "" if the layout saves no positions, if the data are a stream, or if the user passed a
+        collator.
     """
     dataset: Any = getattr(loader, "dataset", None)
     collate = getattr(loader, "collate_fn", None)
@@ -121,7 +124,7 @@ def loss_texts(objective: Objective) -> list[str]:
 
 
 def model_text(model: nn.Module, args: PreferenceConfig) -> str:
-    """Describe the model: class, number of trainable parameters, adapter, and precision."""
+    """Describe the model: its class, number of trainable parameters, adapter, dtypes, and autocast dtype."""
     name = type(model.get_base_model() if isinstance(model, PeftModel) else model).__name__
     sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
     trained, total = sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)

@@ -1,4 +1,4 @@
-"""Charts as inline SVG without scripts. The `title` of a mark contains its values. Browsers show the title on hover.
+"""Draw charts as inline SVG without scripts. The `title` of a point has its values; browsers show it on hover.
 
 Colors are CSS classes (`c0`, `c1`, …), so a page can define them for light and dark mode.
 """
@@ -25,12 +25,12 @@ class Axes:
         self.y_low, self.y_high = low - room, high + room
 
     def x(self, value: float) -> float:
-        """Return the distance from the left edge."""
+        """Return the distance of an x value from the left edge of the chart."""
         share = (value - self.x_low) / (self.x_high - self.x_low)
         return round(_LEFT + share * (_WIDTH - _LEFT - _RIGHT), 1)
 
     def y(self, value: float) -> float:
-        """Return the distance from the top edge."""
+        """Return the distance of a y value from the top edge of the chart."""
         share = (value - self.y_low) / (self.y_high - self.y_low)
         return round(_HEIGHT - _BOTTOM - share * (_HEIGHT - _TOP - _BOTTOM), 1)
 
@@ -53,7 +53,7 @@ def line_chart(drawn: Drawn) -> Markup:
     compared = [(value, label) for value, label in drawn.lines if axes.y_low <= value <= axes.y_high]
     parts += [_horizontal(axes, value) for value, _ in compared]
     parts += [_curve(axes, curve) for curve in drawn.curves]
-    # If there are several lines, the lowest one has its name below it, because lines may be close together.
+    # The name of the lowest of several lines is written below it, because the lines may be close together.
     lowest = min((value for value, _ in compared), default=0.0) if len(compared) > 1 else None
     parts += [_label(axes, value, label, below=value == lowest) for value, label in compared]
     parts += _bands(axes, drawn.curves)
@@ -61,7 +61,7 @@ def line_chart(drawn: Drawn) -> Markup:
 
 
 def overlay_chart(title: str, named: Sequence[tuple[str, Points]]) -> Markup:
-    """Draw one metric of several runs, with a line per run."""
+    """Draw one metric of several runs, with one curve per run."""
     axes = Axes([x for _, points in named for x, _ in points], [y for _, points in named for _, y in points])
     parts = [_frame(axes, "optimizer step", whole=True)]
     for number, (name, points) in enumerate(named):
@@ -98,7 +98,11 @@ def _svg(title: str, parts: Iterable[Markup]) -> Markup:
 
 
 def _frame(axes: Axes, x_label: str, whole: bool = False) -> Markup:
-    """Draw the grid lines with their values and the label of the x axis; `whole` omits fractional values of x."""
+    """Draw the grid lines with their values, and the label of the x axis.
+
+    Args:
+        whole: If True, label only whole numbers on the x axis.
+    """
     parts = []
     for value in _ticks(axes.y_low, axes.y_high, 4):
         y = axes.y(value)
@@ -118,7 +122,7 @@ def _frame(axes: Axes, x_label: str, whole: bool = False) -> Markup:
 
 
 def _ticks(low: float, high: float, count: int) -> list[float]:
-    """Return at most about `count` round values between `low` and `high`."""
+    """Return about `count` or fewer round values between `low` and `high`."""
     step = 10 ** math.floor(math.log10((high - low) / count))
     step *= next(factor for factor in (1, 2, 5, 10) if (high - low) / (step * factor) <= count)
     return [round(step * n, 12) for n in range(math.ceil(low / step), math.floor(high / step) + 1)]
@@ -159,7 +163,7 @@ def _dot(axes: Axes, x: float, y: float, classes: str, tip: str, radius: float) 
 
 
 def _bands(axes: Axes, curves: Sequence[Curve]) -> list[Markup]:
-    """Draw an invisible band per step whose hover text lists all values of the step."""
+    """Draw an invisible vertical band for each step. On hover, it shows all values of this step."""
     told: dict[float, list[str]] = {}
     for curve in curves:
         for what, points in (("", curve.train), (" (held-out)", curve.evaluations)):

@@ -1,4 +1,4 @@
-"""The table of a run's results in the terminal."""
+"""Build the table of a run's results for the terminal."""
 
 from rich.markup import escape
 from rich.table import Table
@@ -7,7 +7,7 @@ from hf_prefopt.reporting.results import Results
 
 
 def evaluation_table(results: Results) -> Table:
-    """Build the table of results before and after training, with a row per metric; rewards and loss are in nats."""
+    """Build the table of results before and after training, with one row per metric. Rewards and loss are in nats."""
     number = "" if results.examples is None else f"{results.examples:,} "
     table = Table(title=f"Evaluation on {number}held-out examples", title_justify="left", title_style="bold")
     table.add_column("")
@@ -21,7 +21,7 @@ def evaluation_table(results: Results) -> Table:
 
 
 def plain_caption(results: Results) -> str:
-    """Return the caption, which explains the intervals in brackets."""
+    """Return the caption of the table, which explains the intervals in brackets."""
     accuracy = results.accuracies.get("after")
     counted = ""
     if accuracy is not None and accuracy.prompts < accuracy.examples:

@@ -1,7 +1,7 @@
-"""Throughput metrics: tokens per second, positions saved by the layout, peak memory, and share of the GPU's peak FLOPs.
+"""Measure throughput: tokens per second, positions saved by the layout, peak memory, and share of the GPU's peak FLOPs.
 
-Tokens and positions are counted on the host when batches are drawn, without waiting for the device. The time between
-two training logs is measured; evaluations and checkpoints are excluded.
+Tokens and positions are counted on the host when batches are drawn, so the host does not wait for the device. The time
+between two training logs is measured without the time of evaluations and checkpoints.
 """
 
 import resource
@@ -16,7 +16,8 @@ from transformers import TrainerCallback
 
 from hf_prefopt.batch import LoaderBatch
 
-# Dense bf16 peak in 10¹² FLOPs per second from data sheets, keyed by part of the device name; the first match counts.
+# Peak for dense bf16 matrices, in 10¹² FLOPs per second, from data sheets. The keys are parts of device names, and the
+# first key that matches is used.
 PEAK_TERAFLOPS = {
     "H100 NVL": 835,
     "H100 PCIe": 756,
@@ -35,8 +36,8 @@ class Throughput(TrainerCallback):
     """A callback that counts tokens and positions between two training logs.
 
     Args:
-        flops_per_position: Function that returns the model FLOPs per position (see `flops_per_position`). It is called
-            only on a GPU with a known peak.
+        flops_per_position: Function that returns the model FLOPs per position (see the function `flops_per_position`).
+            It is called only on a GPU with a known peak.
     """
 
     def __init__(self, flops_per_position: Callable[[], float] = lambda: 0.0):
@@ -69,13 +70,14 @@ class Throughput(TrainerCallback):
             self._paused_at = None
 
     def pop(self, accelerator: Accelerator) -> dict[str, float]:
-        """Return the metrics since the last call, over all ranks. Call it on every rank, at every training log.
+        """Return the metrics over all ranks since the last call. Call this method on every rank, at every training log.
 
         - `tokens_per_second`: Tokens of the sequences [prompt | response] per second, without padding.
-        - `positions_saved`: Share of the positions of right-padded batches that was not computed.
-        - `peak_memory_gib`: Largest peak memory of a rank: memory allocated by PyTorch on a GPU, resident memory of
-          the process otherwise.
-        - `mfu`: Model FLOPs per second as a share of the GPU's peak, if the peak is known and the run uses 16 bits.
+        - `positions_saved`: 1 − (computed positions) / (positions of right-padded batches of the same rows).
+        - `peak_memory_gib`: Largest peak memory of any rank. On a GPU, this is the memory that PyTorch has allocated;
+          otherwise, it is the resident memory of the process.
+        - `mfu`: Model FLOPs per second as a share of the GPU's peak. It is present only if the peak is known and
+          the run uses bf16 or fp16.
         """
         seconds = perf_counter() - self._since
         own = [(self._tokens, self._computed, self._padded, peak_memory(accelerator.device))]
@@ -92,20 +94,21 @@ class Throughput(TrainerCallback):
 
 
 def flops_per_position(parameters: int, trained: int, reference_parameters: int) -> float:
-    """Compute the model FLOPs per position, without attention scores and recomputation.
+    """Compute the model FLOPs per position. Attention scores and recomputed activations are not counted.
 
-    Each parameter takes 2 FLOPs in the forward pass and 2 for the gradients of activations. Each trained parameter
-    takes 2 more for its gradient, and each parameter of the reference takes 2 for the reference's forward pass.
+    Each parameter takes 2 FLOPs in the forward pass, and 2 for the gradients of activations. Each trained parameter
+    takes 2 more for its own gradient. Each parameter of the reference takes 2 for the reference's forward pass.
 
     Args:
-        parameters: Number of parameters, without embeddings. trained: Number of these that train.
-        reference_parameters: Number of parameters of the reference, without embeddings; 0 if it is not run.
+        parameters: Number of parameters of the policy, without embeddings.
+        trained: Number of these parameters that are trained.
+        reference_parameters: Number of parameters of the reference, without embeddings; 0 if the reference is not run.
     """
     return 4.0 * parameters + 2.0 * trained + 2.0 * reference_parameters
 
 
 def peak_flops(accelerator: Accelerator) -> float:
-    """Return the dense 16-bit peak of the GPU in FLOPs per second; 0 if it is unknown or the run uses fp32."""
+    """Return the GPU's peak for dense 16-bit matrices, in FLOPs per second; 0 if it is unknown or the run uses fp32."""
     if accelerator.device.type != "cuda" or accelerator.mixed_precision not in ("bf16", "fp16"):
         return 0.0
     name = torch.cuda.get_device_name(accelerator.device)
@@ -113,7 +116,10 @@ def peak_flops(accelerator: Accelerator) -> float:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the peak memory in bytes: allocated by PyTorch on this GPU, or resident memory of this process."""
+    """Return the peak memory in bytes.
+
+    On a GPU, this is the memory that PyTorch has allocated; otherwise, it is the resident memory of this process.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024

@@ -1,8 +1,8 @@
-"""Add noise to new adapters during trial forward passes, so that the trials test the adapters too.
+"""Add noise to new adapters during the trial forward passes that check a model, so that they also check its adapters.
 
 A new adapter does not change the model's output, so a trial without noise would not show problems of the adapter.
-LoRA computes each token independently and needs no trial. Other methods may use the whole row, so their output may
-depend on the layout or on later tokens.
+Plain LoRA computes each token independently, so it gets no noise. Other methods may use all tokens of a row, so their
+output may depend on the batch layout or on later tokens.
 """
 
 from collections.abc import Iterator
@@ -16,15 +16,16 @@ from torch import nn
 from hf_prefopt.reference.live import FrozenTensors
 from hf_prefopt.scoring.modes import ModuleTree
 
-# With LoRA on weights of typical size, a B of this size changes a layer's output by 10 to 50 %.
+# Standard deviation of the noise. A LoRA matrix B with such entries changes the output of a layer with weights of
+# typical size by 10 to 50 %.
 _NOISE = 0.1
 
 
 @contextmanager
 def acting_adapter(tree: ModuleTree) -> Iterator[None]:
-    """Return a context in which the trained tensors of an adapter have noise, unless the adapter is plain LoRA.
+    """Return a context manager that adds noise to the trained tensors of an adapter, unless the adapter is plain LoRA.
 
-    Ranks with the same tensors add the same noise.
+    The tensors are restored when the context ends. Ranks that have the same tensors add the same noise.
     """
     if not isinstance(tree.model, PeftModel) or _acts_on_tokens_alone(tree.model):
         yield

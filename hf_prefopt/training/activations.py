@@ -1,8 +1,9 @@
 """Choose which activations the forward pass stores for the backward pass, and where it stores them.
 
 With activation checkpointing, a layer stores its input and recomputes the rest. With `keep_attention`, it also stores
-the outputs of attention, which take as much memory per token as the input. Attention, whose cost grows with the square
-of the sequence length, then runs only once. `OffloadedActivations` stores saved tensors in CPU memory.
+the outputs of attention, which take as much memory per token as the input. Then the backward pass does not recompute
+attention, whose cost grows with the square of the sequence length. `OffloadedActivations` moves the tensors that
+autograd saves to CPU memory.
 """
 
 from collections.abc import Iterable
@@ -21,7 +22,7 @@ from hf_prefopt.config import PreferenceConfig
 from hf_prefopt.scoring.attention import attention_implementations
 from hf_prefopt.scoring.modes import ModuleTree
 
-# Operators that compute attention, by the names under which PyTorch and flash-attn register them.
+# Names under which PyTorch and flash-attn register the operators that compute attention.
 ATTENTION = {
     "aten::_scaled_dot_product_flash_attention",
     "aten::_scaled_dot_product_flash_attention_for_cpu",
@@ -32,7 +33,7 @@ ATTENTION = {
     "flash_attn::_flash_attn_forward",
     "flash_attn::_flash_attn_varlen_forward",
 }
-# Implementations of transformers that call one of these operators.
+# Values of `attn_implementation` with which transformers calls one of these operators.
 _KEPT = ("sdpa", "flash_attention_2")
 
 
@@ -42,9 +43,10 @@ def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> Checkpoin
 
 
 def _drops(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Return True if attention applies dropout, and therefore must be recomputed.
+    """Return True if this call of attention applies dropout. Its output must then be recomputed, not stored.
 
-    Otherwise, the recomputed dropout after it would draw different random numbers.
+    If it were stored, the recomputation would not draw attention's random numbers, so later dropout would draw others
+    than in the forward pass.
     """
     given = dict(zip([argument.name for argument in operator._schema.arguments], args, strict=False)) | kwargs
     return given.get("dropout_p", 0.0) > 0
@@ -60,7 +62,7 @@ def _check_kept_attention(model: nn.Module) -> None:
 
 
 def keep_attention(model: nn.Module) -> int:
-    """Make checkpointed layers keep the outputs of attention; call it after checkpointing was enabled.
+    """Make checkpointed layers store the outputs of attention. Call this function after checkpointing was enabled.
 
     Returns:
         The number of layers that are checkpointed.
@@ -77,13 +79,14 @@ class OffloadedActivations(saved_tensors_hooks):
     """Context for a forward and backward pass that keeps saved tensors in pinned CPU memory.
 
     Parameters, their views, and tensors of fewer than `least_bytes` bytes are not moved. Other tensors come back with
-    the same strides, which compiled backward passes require. The host does not wait for copies: both directions run in
-    the stream of the operators that save and read the tensor.
+    the same strides, because compiled backward passes require them. The host does not wait for the copies. A copy to
+    the CPU runs in the stream of the operator that saves the tensor, and the copy back in the stream of the operator
+    that reads it.
 
     Args:
         parameters: Parameters of the model.
         device: Device of the model.
-        least_bytes: Size in bytes from which a tensor is moved to the CPU.
+        least_bytes: Minimum size, in bytes, of a tensor that is moved to the CPU.
     """
 
     def __init__(self, parameters: Iterable[Tensor], device: torch.device, least_bytes: int = 2**20):
@@ -92,7 +95,7 @@ class OffloadedActivations(saved_tensors_hooks):
 
         def stays(tensor: Tensor) -> bool:
             is_small = tensor.numel() * tensor.element_size() < least_bytes
-            # Only the types are compared, because devices with and without an index differ.
+            # Only the device types are compared, because "cuda" and "cuda:0" are unequal.
             is_elsewhere = tensor.device.type != device.type
             return is_small or is_elsewhere or tensor.untyped_storage().data_ptr() in storages
 
@@ -132,7 +135,10 @@ def _check_offloading(accelerator: Accelerator) -> None:
 
 
 def offloaded(is_on: bool, tree: ModuleTree, device: torch.device) -> AbstractContextManager:
-    """Return the context for a micro-batch: `OffloadedActivations` if `is_on`, otherwise a null context."""
+    """Return the context manager for the passes of a micro-batch.
+
+    It is an `OffloadedActivations` if `is_on`, and does nothing otherwise.
+    """
     if not is_on:
         return nullcontext()
     return OffloadedActivations((parameter for _, parameter in tree.named_parameters()), device)

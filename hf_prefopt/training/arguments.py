@@ -1,4 +1,4 @@
-"""Check the trainer's arguments before anything is loaded: types, data order, and contradictions."""
+"""Check the trainer's arguments before anything is loaded: their types, and whether they contradict each other."""
 
 from collections.abc import Iterable, Sized
 from pathlib import Path
@@ -18,7 +18,7 @@ from hf_prefopt.folders import check_folder, refuse_same_folder
 
 
 def check_types(args: Any, ref_model: Any, peft_config: Any = None, processing_class: Any = None) -> None:
-    """Raise `TypeError` if an argument has a type that the trainer does not accept, such as another configuration."""
+    """Raise `TypeError` if an argument has a type that the trainer does not accept, such as TRL's `DPOConfig`."""
     if isinstance(ref_model, TrainingArguments):
         raise TypeError(f"ref_model is a {type(ref_model).__name__}: pass the configuration by name, args=...")
     if not isinstance(args, PreferenceConfig | None):
@@ -87,7 +87,13 @@ def refuse_empty_epoch(dataset: Any, rows: int) -> None:
 
 
 def refuse_missing(needed: Iterable[Any], callbacks: Iterable[Any]) -> None:
-    """Raise `ValueError` if the user removed a callback that training needs, for example for a moving reference."""
+    """Raise `ValueError` if the user removed a callback that training needs, such as the one that updates a moving
+    reference.
+
+    Args:
+        needed: The callbacks that the trainer has added.
+        callbacks: The callbacks that the trainer has now.
+    """
     present = set(map(id, callbacks))
     missing = [type(callback).__name__ for callback in needed if id(callback) not in present]
     if missing:
@@ -98,7 +104,7 @@ def refuse_missing(needed: Iterable[Any], callbacks: Iterable[Any]) -> None:
 
 
 def _refuse_data_parallel(gpus: int) -> None:
-    """Raise `ValueError` if one process would split batches over several GPUs (DataParallel)."""
+    """Raise `ValueError` if one process has several GPUs, because the Trainer would use `DataParallel`."""
     if gpus > 1:
         raise ValueError(
             f"{gpus} GPUs in one process (DataParallel) are not supported: start with `accelerate launch`, or make "
@@ -121,8 +127,8 @@ def check_arguments(
         trainer_arguments: Keyword arguments for `transformers.Trainer`.
 
     Raises:
-        ValueError: an argument is missing or contradicts another one, there are several GPUs in one process, a model
-            is wrapped by an engine, or a folder cannot be written or would replace a model.
+        ValueError: an argument is missing or contradicts another one; one process has several GPUs; a model is compiled
+            or wrapped for data parallelism; a folder cannot be written; or `output_dir` is the folder of a model.
         TypeError: an argument does not exist.
     """
     refuse_foreign_arguments(trainer_arguments, type(args).__dataclass_fields__, type(args).__name__)
@@ -155,7 +161,7 @@ def check_folders(args: PreferenceConfig) -> None:
 
 
 def _check_custom_collator(args: PreferenceConfig) -> None:
-    """Raise `ValueError` for a setting that only our own collators use."""
+    """Raise `ValueError` if a setting is used that a custom `data_collator` does not support."""
     conflicts = (
         (
             args.precompute_ref_log_probs,
@@ -187,7 +193,7 @@ def _refuse_wrapped(name: str, model: Any) -> None:
             "to compile it"
         )
     for each in (model, model.get_base_model() if isinstance(model, PeftModel) else None):
-        # Evaluations, checks and the reference would call it, too, each time with a new compilation.
+        # Evaluations, checks and the reference would also call the compiled forward, and each would compile it again.
         if getattr(each, "_compiled_call_impl", None) is not None:
             raise ValueError(
                 f"{name} was compiled in place by compile(): pass a model that is not compiled, and set "

@@ -20,7 +20,10 @@ NEFTUNE = "NEFTune scales its noise by the row length, but a row would contain s
 def loader_collator(
     args: PreferenceConfig, pad_token_id: int, custom: Callable[[Any], PreferenceBatch] | None
 ) -> LoaderCollator:
-    """Return the trainer's collator. `settle_layout` chooses its layout; a custom collator is the only layout."""
+    """Return the trainer's collator, which has one collator per layout. `settle_layout` later chooses one of them.
+
+    If the user passed a `data_collator` (`custom`), it is the only choice.
+    """
     if custom is not None:
         return LoaderCollator({CUSTOM: CustomCollator(custom)}, CUSTOM)
     padded = PaddedCollator(pad_token_id, args.pad_to_multiple_of)
@@ -42,7 +45,7 @@ def settle_layout(
         The name of the layout and the reason for it, for the start summary.
 
     Raises:
-        ValueError: the requested layout is not exact for a model.
+        ValueError: `args.layout` is a layout that would change the scores of one of the models.
     """
     if collator.layout == CUSTOM:
         return CUSTOM

@@ -1,4 +1,4 @@
-"""Check `metric_for_best_model` before training starts. The Trainer only looks it up after the first evaluation."""
+"""Check `metric_for_best_model` before training. The Trainer would raise an error only after the first evaluation."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -9,7 +9,7 @@ from hf_prefopt.objective.objective import Objective
 from hf_prefopt.reporting.metrics import metric_names
 
 _OF_THE_TRAINER = ("runtime", "samples_per_second", "steps_per_second")
-# Modules with callbacks of this package that add metrics.
+# The modules of this package whose callbacks add metrics.
 _ADDING = ("hf_prefopt.callbacks", "hf_prefopt.generation.win_rate")
 
 
@@ -24,8 +24,9 @@ def check_best_metric(
 
     Args:
         evaluated: The evaluation dataset, or a dict of datasets. The keys of the dict are part of the metrics' names.
-        has_own_metrics: Whether `compute_metrics` adds metrics, whose names are unknown.
-        evaluating: The methods that evaluate and the callbacks' `on_evaluate`. Functions of users may add metrics.
+        has_own_metrics: True if the user passed `compute_metrics`, which may add metrics of any name.
+        evaluating: The trainer's methods that evaluate, and the `on_evaluate` methods of its callbacks. If the user
+            has defined one of these functions, it may add metrics, so nothing is checked.
     """
     metric = args.metric_for_best_model
     if metric is None or args.eval_strategy == "no" or any(map(_may_add_metrics, evaluating)):
@@ -51,7 +52,7 @@ def check_best_metric(
 
 
 def _without(label: bool, known: Iterable[str]) -> set[str]:
-    """Return the metrics that an evaluation of unpaired examples lacks if all have this label."""
+    """Return the names of the metrics that are missing if all unpaired examples of an evaluation have this label."""
     return {name for name in known if name.endswith(("/rejected" if label else "/chosen", "rewards/margins"))}
 
 

@@ -22,10 +22,10 @@ logger = logging.getLogger(__name__)
 
 # Key of a `BatchOfStep` in `TrainerState.stateful_callbacks`.
 BATCH = "hf_prefopt_batch"
-# For each engine, a pattern for the files of the optimizer's state, and the engine's name in error messages.
+# For each engine, the glob pattern of the files with the optimizer's state, and the engine's name in error messages.
 _OPTIMIZERS = {
     DistributedType.DEEPSPEED: ("global_step*", "DeepSpeed"),
-    DistributedType.FSDP: ("optimizer*[0n]", "FSDP"),  # optimizer_0, a folder, or optimizer.bin
+    DistributedType.FSDP: ("optimizer*[0n]", "FSDP"),  # the folder optimizer_0 or the file optimizer.bin
     None: ("optimizer.pt", "one process or DDP"),
 }
 # Values of resume_from_checkpoint on a command line, where every value is text.
@@ -33,7 +33,7 @@ _WORDS = {"true": True, "last": True, "auto": True, "false": None, "none": None}
 
 
 def is_complete(checkpoint: str | Path) -> bool:
-    """Return True if the checkpoint is complete, not interrupted while it was written."""
+    """Return True if the checkpoint is complete, that is, if writing it was not interrupted."""
     try:
         json.loads(Path(checkpoint, TRAINER_STATE_NAME).read_text())
     except (OSError, ValueError):
@@ -42,7 +42,7 @@ def is_complete(checkpoint: str | Path) -> bool:
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> str | None:
-    """Return the complete checkpoint with the most steps, or `None`. Use it to resume after a crash.
+    """Return the complete checkpoint with the most steps; `None` if there is none. Use it to resume after a crash.
 
     Example:
         ```python
@@ -107,7 +107,13 @@ def checkpoint_to_resume(asked: str | bool | None, output_dir: str | Path) -> st
 
 @dataclass(frozen=True)
 class BatchOfStep:
-    """The composition of an optimizer step's batch: rows per rank and micro-batch, accumulation steps, and ranks."""
+    """The three factors of the number of rows in an optimizer step.
+
+    Attributes:
+        rows: Number of rows in a micro-batch of one rank.
+        accumulation: Number of gradient accumulation steps.
+        ranks: Number of ranks.
+    """
 
     rows: int
     accumulation: int
@@ -122,7 +128,7 @@ class BatchOfStep:
 
 
 def begun_at(checkpoint: str | None) -> int:
-    """Return the step of a checkpoint; 0 for `None`."""
+    """Return the number of steps that a checkpoint's run had made; 0 if `checkpoint` is `None`."""
     return 0 if checkpoint is None else _read_state(checkpoint)["global_step"]
 
 
@@ -131,10 +137,11 @@ def check_resumable(
 ) -> None:
     """Raise `ValueError` if a run cannot continue exactly from this checkpoint.
 
-    If the checkpoint has no optimizer state (`save_only_model`), log a warning: optimizer and learning rate restart.
+    If the checkpoint has no optimizer state (`save_only_model`), log a warning that the optimizer and the learning-rate
+    schedule restart.
 
     Args:
-        batch: Composition of a step's batch in the run that resumes.
+        batch: The number of rows in a step of the run that resumes, as its three factors.
         rows: The training data.
     """
     _check_optimizer(Path(checkpoint), accelerator)
@@ -207,5 +214,5 @@ def _read_state(checkpoint: str | Path) -> dict:
 
 
 def begin_checkpoint(folder: Path) -> None:
-    """Mark a checkpoint that will be overwritten as incomplete."""
+    """Mark a checkpoint as incomplete before it is overwritten."""
     (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Correct settings of accelerate that would make a preference step wrong, or raise an error."""
+"""Correct the settings of accelerate that would make a training step wrong, or raise an error for them."""
 
 import weakref
 from dataclasses import replace
@@ -13,7 +13,8 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.nn.parallel import DistributedDataParallel
 
-# For each model, the mixed precision in which one of our trainers last prepared or used it (weak references).
+# For each model, the mixed precision of the last `PreferenceTrainer` that prepared or used it. The keys are weak
+# references.
 _PRECISION: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 
 
@@ -30,7 +31,10 @@ def keep_output_precision(accelerator: Accelerator) -> None:
 
 
 def refuse_first_fsdp(accelerator: Accelerator) -> None:
-    """Raise `ValueError` under FSDP version 1, accelerate's default, which flattens a layer's parameters into one."""
+    """Raise `ValueError` under FSDP version 1, which is accelerate's default.
+
+    FSDP 1 flattens the parameters of a layer into one, but the reference needs separate parameters.
+    """
     plugin: Any = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is not None and plugin.fsdp_version == 1:
         raise ValueError(
@@ -40,7 +44,7 @@ def refuse_first_fsdp(accelerator: Accelerator) -> None:
 
 
 def check_quantized(accelerator: Accelerator, model: nn.Module, precision: str) -> None:
-    """Raise `ValueError` for bitsandbytes weights that the engine cannot shard, or would corrupt by casting.
+    """Raise `ValueError` if the engine cannot shard the model's bitsandbytes weights, or would corrupt them by casting.
 
     4-bit weights are packed bytes, stored as elements of the dtype `bnb_4bit_quant_storage`. FSDP2 shards and saves
     them only if this dtype is a float. DeepSpeed and FSDP2 cast float parameters to the dtype in which they compute;
@@ -72,9 +76,10 @@ def check_adapter(accelerator: Accelerator, model: nn.Module) -> None:
     """Check that an engine that shards weights can save and load the adapters.
 
     Raises:
-        ValueError: the adapter is a soft prompt, which PEFT computes on one rank when it saves; this rank would wait
-            forever for the others. Or, under FSDP2, layers share a buffer, as in VeRA and RandLoRA. PyTorch saves such
-            buffers, but cannot load them when a run resumes or the best checkpoint is loaded.
+        ValueError: the adapter is a soft prompt; or, under FSDP2, layers of the adapter share a buffer, as in VeRA and
+            RandLoRA. PEFT computes a soft prompt on one rank when it saves it, and this rank would wait forever for the
+            other ranks. PyTorch saves shared buffers, but cannot load them when a run resumes or when the best
+            checkpoint is loaded.
     """
     engine = _sharding_engine(accelerator)
     if not isinstance(model, PeftModel) or engine not in ("FSDP2", "ZeRO-3"):
@@ -94,9 +99,10 @@ def check_adapter(accelerator: Accelerator, model: nn.Module) -> None:
 
 
 def make_room(precision: str) -> None:
-    """Reset accelerate's shared state if it has a different precision; call it before creating an accelerator.
+    """Reset accelerate's shared state if its mixed precision is not `precision`.
 
-    accelerate keeps one precision for all accelerators of a process.
+    Call this function before creating an accelerator. accelerate keeps one mixed precision for all accelerators of a
+    process.
     """
     state = AcceleratorState._shared_state
     if state and state["distributed_type"] != DistributedType.DEEPSPEED and state["_mixed_precision"] != precision:
@@ -104,10 +110,10 @@ def make_room(precision: str) -> None:
 
 
 def forget_other_trainers(model: nn.Module) -> None:
-    """Undo the preparation of a model by a trainer of another class; call it before replacing the model's forward.
+    """Undo the preparation of a model by a trainer of another class. Call it before the model's forward is replaced.
 
-    accelerate marks each model that it has prepared and does not prepare the model again. The model would then run
-    without autocast.
+    accelerate marks each model that it has prepared, and does not prepare a marked model again. With a replaced
+    forward, such a model would run without autocast.
     """
     if model not in _PRECISION:
         _forget_preparation(model)
@@ -136,9 +142,9 @@ def take_over(accelerator: Accelerator, model: nn.Module, precision: str) -> boo
 
 
 def compute_in(precision: str, accelerator: Accelerator, model: nn.Module) -> bool:
-    """Set the precision of accelerate and of the model, which another trainer may have changed.
+    """Set the mixed precision of accelerate and of the model again, because another trainer may have changed them.
 
-    All accelerators of a process share one state. Its precision is that of the trainer created last.
+    All accelerators of a process share one state. Its precision is that of the trainer that was created last.
 
     Returns:
         True if the model was prepared in a different precision and must be prepared again.
@@ -158,7 +164,7 @@ def compute_in(precision: str, accelerator: Accelerator, model: nn.Module) -> bo
     _PRECISION[model] = precision
     if differs:
         _forget_preparation(model)
-        # An evaluation prepares the model only if the accelerator has no prepared model.
+        # The Trainer prepares a model for evaluation only if the accelerator has no prepared model.
         accelerator._models = [known for known in accelerator._models if known is not model]
     return differs
 
@@ -174,7 +180,7 @@ def refuse_other_precision(accelerator: Accelerator, model: nn.Module, precision
 
 
 def refuse_early_evaluation(accelerator: Accelerator) -> None:
-    """Raise `ValueError` for an evaluation before training under an engine that does not support it."""
+    """Raise `ValueError` if the model is evaluated before training under an engine that does not support this."""
     if accelerator._models:
         return
     engine = _sharding_engine(accelerator)
@@ -186,7 +192,7 @@ def refuse_early_evaluation(accelerator: Accelerator) -> None:
 
 
 def _sharding_engine(accelerator: Accelerator) -> str:
-    """Return the name of a sharding engine; "" for one process and DDP."""
+    """Return the name of the engine if it may shard the model; "" for a single process and for DDP."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return f"ZeRO-{accelerator.state.deepspeed_plugin.zero_stage}"
     return "FSDP2" if accelerator.distributed_type == DistributedType.FSDP else ""
@@ -195,16 +201,16 @@ def _sharding_engine(accelerator: Accelerator) -> str:
 def unwrapped_after_evaluation(accelerator: Accelerator, model: nn.Module, wrapped: nn.Module) -> nn.Module:
     """Return the module that training should wrap: the plain model if an evaluation under DDP has prepared it.
 
-    accelerate prepares a model for evaluation without DDP's wrapper, which averages gradients, and does not prepare a
-    model twice. Without this function, training would run without the wrapper, and each rank would train a different
-    model.
+    For an evaluation, accelerate prepares a model without DDP's wrapper, and it does not prepare a model twice. Without
+    this function, training would then run without the wrapper, which averages gradients, and each rank would train a
+    different model.
 
     Args:
         wrapped: The module that accelerate returned when it last prepared the model.
 
     Raises:
-        ValueError: the engine is DeepSpeed and the model was already used. The model stays in the engine of its first
-            training or evaluation, and the Trainer closes this engine.
+        ValueError: the engine is DeepSpeed, and the model was already trained or evaluated. The model then stays in the
+            DeepSpeed engine that was created for it first, which the Trainer has closed.
     """
     engine = accelerator.distributed_type
     if engine == DistributedType.DEEPSPEED and wrapped is not model:

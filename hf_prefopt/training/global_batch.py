@@ -1,8 +1,10 @@
 """Compute the loss of an optimizer step as the exact mean over the global batch: all micro-batches on all ranks.
 
-Losses that compare examples with each other need the inputs of the whole step. When the first piece needs these inputs,
-they are computed for all pieces, without gradients. Each piece then evaluates the loss of the global batch, in which
-only the piece's own inputs have gradients. The gradients of all pieces add up to the gradient of the global loss.
+A *piece* is a micro-batch or, with `max_tokens_per_batch`, one of the parts into which a micro-batch is split. It has
+its own forward and backward pass. Losses that compare examples with each other need the inputs of the whole step. When
+the first piece needs these inputs, they are computed for all pieces, without gradients. Each piece then evaluates the
+loss of the global batch, in which only the piece's own inputs have gradients. The gradients of all pieces add up to the
+gradient of the global loss.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +24,7 @@ Inputs = dict[str, Tensor]
 
 
 class GlobalBatch:
-    """An object that counts the examples of a step, equalizes pieces across ranks, and evaluates the objective.
+    """An object that counts the examples of a step, gives all ranks equally many pieces, and evaluates the objective.
 
     Args:
         accelerator: Accelerator used for communication between ranks.
@@ -35,12 +37,14 @@ class GlobalBatch:
         self._step: StepInputs | None = None
 
     def counted(self, pieces: list[PreferenceBatch], rows_per_rank: int) -> list[Tensor | None]:
-        """Return, for each piece of the last drawn batch, a `[B]` bool mask of the examples that count.
+        """Return a `[B]` bool mask for each piece: True for the examples that count in the loss.
 
-        Repeated rows do not count. The mask is `None` if all examples of the piece count.
+        Rows that the data loader repeats at its end, so that all ranks have full batches, do not count. The mask is
+        `None` if all examples of the piece count.
 
         Args:
-            rows_per_rank: Number of rows that each rank draws at a time.
+            pieces: Pieces of the batch that was drawn last.
+            rows_per_rank: Number of rows that each rank draws for a batch.
         """
         state, world_size = self.accelerator.gradient_state, self.accelerator.num_processes
         known = [piece.get("counted") for piece in pieces]
@@ -53,10 +57,10 @@ class GlobalBatch:
         return list(examples_of_first_rows(pieces, count))
 
     def without_repeats(self, batches: list[LoaderBatch], rows_per_rank: int) -> None:
-        """Remove the examples that do not count from the batches of a step.
+        """Remove the examples that do not count (see `counted`) from the batches of a step.
 
-        A batch of a stream already has a mask (`counted`). For other datasets, only the last batch of the data loader
-        has repeated rows, which are found from the number of rows that the sampler draws.
+        The batches of a stream already have a mask, the entry `counted`. For other datasets, only the last batch of the
+        data loader has repeated rows. The number of rows that the sampler draws tells which rows these are.
         """
         for batch in batches:
             pieces = batch["pieces"]
@@ -68,10 +72,10 @@ class GlobalBatch:
             ]
 
     def idle(self, batches: list[LoaderBatch]) -> list[list[PreferenceBatch]]:
-        """Return empty pieces for each batch, so that every rank has the same number of pieces.
+        """Return, for each batch, pieces without examples, with which this rank has as many pieces as the other ranks.
 
         Args:
-            batches: Batches of this rank; all ranks have the same number of batches.
+            batches: Batches of this rank. All ranks have the same number of batches.
         """
         if self.accelerator.num_processes == 1:
             return [[] for _ in batches]
@@ -92,8 +96,8 @@ class GlobalBatch:
         """Begin a step: remove repeated examples and give every rank the same number of pieces.
 
         Args:
-            batches: Batches of the step in the order in which they were drawn; changed in place.
-            rows_per_rank: Number of rows that each rank draws at a time.
+            batches: Batches of the step, in the order in which they were drawn. They are changed in place.
+            rows_per_rank: Number of rows that each rank draws for a batch.
             collect: Function that computes the loss inputs of a piece without gradients.
             pieces_differ: True if batches are split into pieces, so that ranks may have different numbers of pieces.
 
@@ -114,12 +118,12 @@ class GlobalBatch:
     def begin_evaluation(
         self, batch: LoaderBatch, rows_per_rank: int, pieces_differ: bool = False
     ) -> list[PreferenceBatch]:
-        """Mark the examples of an evaluation batch that count, in the entry `counted` of its pieces.
+        """Store in each piece of an evaluation batch, as the entry `counted`, which of its examples count.
 
-        The arguments are those of `begin_step`.
+        The arguments have the same meaning as in `begin_step`.
 
         Returns:
-            Empty pieces, with which this rank has as many pieces as all other ranks; see `idle`.
+            Pieces without examples, which this rank must also run to have as many pieces as all others; see `idle`.
         """
         pieces = batch["pieces"]
         for piece, counted in zip(pieces, self.counted(pieces, rows_per_rank), strict=True):
@@ -152,8 +156,8 @@ class GlobalBatch:
         Args:
             own: Loss inputs of the piece.
             num_examples: Number of examples in the whole step; `None` if it was not passed on, for example by an
-                overridden `training_step`: then the number of the step that was begun with this piece, or else of the
-                piece.
+                overridden `training_step`. Then the number that `begin_step` has stored in the piece is used or, if
+                there is none, the number of examples in the piece.
         """
         everything, place = self._inputs(piece, own)
         output = self.objective(everything)
@@ -162,7 +166,7 @@ class GlobalBatch:
         examples = known if num_examples is None else num_examples
         scale = self.accelerator.num_processes / examples
         total, share = output.losses.sum() * scale, own_output.losses.detach().sum() * scale
-        # The value is the piece's share; the gradient is the gradient of the whole batch's loss.
+        # The value is the piece's share of the loss. The gradient is that of the loss of the whole batch.
         return own_output, total + (share - total.detach())
 
     def _inputs(self, piece: PreferenceBatch, own: Inputs) -> tuple[Inputs, slice]:
@@ -182,7 +186,7 @@ def _rows_drawn(loader: Any) -> int | None:
     A user's sampler may draw fewer or more rows than the dataset has.
     """
     batches: Any = getattr(loader, "batch_sampler", None)
-    while hasattr(batches, "batch_sampler"):  # accelerate's, which deal out batches to ranks or skip some
+    while hasattr(batches, "batch_sampler"):  # accelerate's samplers, which distribute batches to ranks or skip batches
         batches = batches.batch_sampler
     sized = (rows for rows in (getattr(batches, "sampler", None), loader.dataset) if has_length(rows))
     return next((len(rows) for rows in sized), None)
@@ -230,21 +234,24 @@ class StepInputs:
 
 
 def gather_examples(accelerator: Accelerator, values: Tensor) -> Tensor:
-    """Gather tensors `[B_r]` or `[B_r, K]` from all ranks; B_r may differ between ranks."""
+    """Gather a tensor `[B_r]` or `[B_r, K]` from all ranks, where rank r has B_r examples."""
     return gather_inputs(accelerator, {"": values})[0][""]
 
 
 def join_outputs(pieces: list[PreferenceBatch], outputs: Sequence[dict[str, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Join predictions and labels of a batch's pieces, `[B, K]` each, without the examples that do not count.
+    """Join the predictions of a batch's pieces, and their labels, without the examples that do not count.
 
     Args:
         outputs: For each piece, its "predictions" and "labels".
+
+    Returns:
+        The predictions and the labels, `[B, K]` each.
     """
     kept = [
         {name: values[piece.get("counted", slice(None))] for name, values in output.items()}
         for piece, output in zip(pieces, outputs, strict=True)
     ]
-    # The Trainer also pads with −100.
+    # The fill value is −100, with which the Trainer also pads.
     predictions, labels = (
         join_examples([part[name] for part in kept], fill=-100.0) for name in ("predictions", "labels")
     )
@@ -252,7 +259,10 @@ def join_outputs(pieces: list[PreferenceBatch], outputs: Sequence[dict[str, Tens
 
 
 def gather_inputs(accelerator: Accelerator, inputs: Inputs) -> tuple[Inputs, int]:
-    """Gather inputs `[B_r]`, `[B_r, K_r]` or `[B_r, T_r]` from all ranks, without gradients.
+    """Gather the loss inputs of all ranks, without gradients.
+
+    An input of rank r has the shape `[B_r]`, `[B_r, K_r]` (lists) or `[B_r, T_r]` (tokens). All inputs with two
+    dimensions are padded with 0 to the same width.
 
     Returns:
         The inputs of all ranks, and the index of this rank's first example in them.

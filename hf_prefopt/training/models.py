@@ -1,4 +1,4 @@
-"""Load what a trainer is built from: the policy, an explicit reference, and the tokenizer."""
+"""Load the parts from which a trainer is built: the policy, the reference if one was passed, and the tokenizer."""
 
 import os
 from collections.abc import Callable
@@ -28,9 +28,9 @@ class Models:
     Attributes:
         args: Settings of the trainer.
         policy: The policy; `None` if `model_init` creates it.
-        model_init: Function that creates the policy; `None` if there is a policy.
-        reference: The reference that the user passed. If the losses need no reference, it may still be a name; `check`
-            then raises an error.
+        model_init: Function that creates the policy; `None` if `policy` is set.
+        reference: The reference that the user passed. A reference given by name is loaded only if the losses need a
+            reference. Otherwise this is still the name, and `check` raises an error.
         name: Name or path from which the policy was loaded.
     """
 
@@ -41,15 +41,15 @@ class Models:
     name: str | None
 
     def check(self, optimizer: Optimizer | None, trains: bool) -> None:
-        """Check the policy; models from `model_init` are checked when they are created.
+        """Check the policy. A model from `model_init` is checked only when it is created.
 
         Args:
             optimizer: The user's optimizer.
             trains: True if there is training data.
 
         Raises:
-            ValueError: no parameter of the policy is trained, the optimizer has other parameters, or the `reference`
-                setting is incompatible with the models.
+            ValueError: no parameter of the policy is trained; the optimizer was not created for the trained
+                parameters; or the setting `reference` is incompatible with the models.
         """
         if self.policy is not None:
             check_trainable(self.policy, optimizer, trains)
@@ -78,7 +78,7 @@ class Models:
 
 
 def _fewest_embeddings(*models: nn.Module | None) -> int | None:
-    """Return the smallest number of token embeddings of several models; `None` if it is unknown."""
+    """Return the smallest number of token embeddings in any of the models; `None` if no number is known."""
     layers = [model.get_input_embeddings() for model in models if isinstance(model, PreTrainedModel | PeftModel)]
     counts = [getattr(layer, "num_embeddings", None) for layer in layers]
     return min((count for count in counts if count is not None), default=None)
@@ -116,5 +116,5 @@ def load_models(
 
 
 def _init_kwargs(args: PreferenceConfig) -> dict[str, Any] | None:
-    """Return `model_init_kwargs` as a dict; `PreferenceConfig` has parsed JSON."""
+    """Return `model_init_kwargs` with the type of a dict. `PreferenceConfig` has already parsed it if it was JSON."""
     return cast("dict[str, Any] | None", args.model_init_kwargs)

@@ -30,16 +30,19 @@ LOST_STEPS = (
     "that is smaller than half of the distance to the next number. Load the weights in float32 (dtype='float32'; "
     "bf16=True still computes in bf16), train an adapter, or raise learning_rate"
 )
-# Number of weights of each tensor that are looked at.
+# Number of weights that are checked in each tensor.
 _SAMPLED = 4096
 
 
 def warn_of_lost_steps(model: nn.Module, args: PreferenceConfig) -> None:
-    """Warn if rounding removes most steps of an Adam optimizer, which change a weight by about the learning rate."""
+    """Warn if rounding removes most updates of 16-bit weights by an Adam optimizer.
+
+    Adam changes each weight by about the learning rate per step.
+    """
     trained = [p for p in model.parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)]
     if not trained or "adam" not in str(getattr(args.optim, "value", args.optim)) or args.process_index:
         return
-    # Numbers around w are at least |w| · eps / 2 apart.
+    # Neighboring numbers of a dtype around w are at least |w| · eps / 2 apart, and a step below half of that is lost.
     lost = [
         p.detach().flatten()[:_SAMPLED].abs().float() * torch.finfo(p.dtype).eps / 4 > args.learning_rate
         for p in trained
@@ -66,7 +69,10 @@ def own_logits_note(model: nn.Module, objective: Objective, losses: Sequence[str
 
 
 def warn_of_incomparable_metric(args: PreferenceConfig) -> None:
-    """Warn if `metric_for_best_model` is relative to a reference that changes during training."""
+    """Warn if `metric_for_best_model` depends on the reference.
+
+    Call this function only if the reference changes during training.
+    """
     metric = (args.metric_for_best_model or "").removeprefix("eval_")
     if re.match(r"loss$|loss/|rewards/", metric):
         logger.warning(INCOMPARABLE, metric, args.ref_model_sync_steps)

@@ -45,7 +45,7 @@ _OF_ROWS = (
 
 
 def settings_of_rows(args: PreferenceConfig) -> dict[str, Any]:
-    """Return the settings for reading and truncating rows, as arguments of `prepare`."""
+    """Return the settings for reading and truncating rows, as keyword arguments for `data.prepare.prepare`."""
     return {"num_proc": args.dataset_num_proc, **{name: getattr(args, name) for name in _OF_ROWS}}
 
 
@@ -57,17 +57,18 @@ class PreferenceData:
     """An object that prepares datasets for the losses of a configuration, and builds samplers for them.
 
     Args:
-        args: Settings, which are read at each use, so later changes take effect.
+        args: Settings. They are read again at each use, so later changes take effect.
         tokenizer: Tokenizer for raw rows.
         embeddings: Number of token embeddings of the model; `None` if the number is not known yet.
         positions: Maximum sequence length of the model in tokens; `None` if there is no maximum.
         stops: Token ids at which the model stops generating.
 
     Attributes:
-        objective: The losses. The first dataset determines the kind of examples, for losses that support several kinds,
-            and the optional columns.
+        objective: The losses. The first prepared dataset determines which optional columns they read and, if they
+            support several kinds of examples, which kind.
         counts: For each prepared dataset, how many raw rows were cut, dropped or changed (`notes.count_notes`).
-        streams: For each stream, the column layout of its rows; for a mixture, the layout of each source.
+        streams: For each stream, a description of the columns of its rows; for a stream that is a mixture, of the
+            columns of each source.
     """
 
     def __init__(
@@ -83,7 +84,7 @@ class PreferenceData:
         self.objective, self._is_settled, self._has_warned = args.build_objective(), False, False
         self.counts: WeakKeyDictionary[Dataset, dict[str, int]] = WeakKeyDictionary()
         self.streams: WeakKeyDictionary[IterableDataset, str] = WeakKeyDictionary()
-        # Datasets that are prepared and checked for the current objective, so later evaluations skip these steps.
+        # Datasets that were already prepared and checked for the current objective, so that this is not repeated.
         self._fitting: WeakSet[Data] = WeakSet()
 
     def prepare(self, dataset: Any, name: str) -> DataOrSplits | None:
@@ -117,7 +118,7 @@ class PreferenceData:
         """Prepare the dataset to train on.
 
         Raises:
-            ValueError: as in `prepare`, or the losses have no gradient for the only label of the examples.
+            ValueError: see `prepare`; or all examples have the same label, and the losses have no gradient for it.
         """
         prepared = self.prepare(dataset, "train")
         self._refuse_without_gradient(prepared)
@@ -128,7 +129,7 @@ class PreferenceData:
             raise ValueError(f"train: {reason}")
 
     def _joined(self, mixture: Mixture, name: str) -> Data:
-        """Prepare and check each source of a mixture separately, and join the prepared rows."""
+        """Prepare and check each source of a mixture separately, then join the prepared rows into one dataset."""
         made = []
         for source in mixture.sources:
             own = {key: getattr(source, key) for key in ("column_mapping", "remove_columns", "text_as")}
@@ -147,7 +148,7 @@ class PreferenceData:
         """Tokenize a dataset without checking it against the losses.
 
         Args:
-            own: Settings that override the configuration for this dataset.
+            own: Settings for this dataset, which override those of the configuration.
 
         Returns:
             The prepared dataset, with its layout and notes.
@@ -175,7 +176,8 @@ class PreferenceData:
         """Rebuild the objective from the current settings, and check the prepared data against it.
 
         Raises:
-            ValueError: the losses cannot compare the examples, or have no gradient for those of the training data.
+            ValueError: the losses cannot compare the examples; or all training examples have the same label, and the
+                losses have no gradient for it.
         """
         self.objective, self._is_settled = self.args.build_objective(), False
         self._fitting.clear()
@@ -192,13 +194,16 @@ class PreferenceData:
         return data_texts({"train": train, **named}, self.counts, self.args.group_by_prompt, self.streams)
 
     def checked(self, dataset: Data, name: str) -> Data:
-        """Check the dataset's examples, and log the advice of the losses about them."""
+        """Check the examples of a dataset, and log what the losses advise for these examples.
+
+        The first dataset that is checked determines the objective.
+        """
         fitting = self._comparable(dataset, name)
         advise(fitting, self.objective, name)
         return fitting
 
     def _comparable(self, dataset: Data, name: str) -> Data:
-        """Check that the losses can compare the dataset's examples; the first dataset determines the objective."""
+        """Check that the losses can compare the examples of a dataset. The first dataset determines the objective."""
         kind = kind_of_columns(dataset.column_names)
         assert kind is not None, "prepared rows are of a kind"
         if not self._is_settled:
@@ -228,11 +233,11 @@ class PreferenceData:
         """Build the sampler that groups rows by prompt or by length; return `None` to use the Trainer's sampler.
 
         Args:
-            layout: Function that returns the layout, called after the layout is chosen.
-            rows_at_once: Number of rows that each rank draws at a time.
+            layout: Function that returns the batch layout. It is called only after the layout was chosen.
+            rows_at_once: Number of rows that each rank draws for a batch.
 
         Raises:
-            ValueError: the rows have no column `length_column_name`.
+            ValueError: the rows have no column with the name `args.length_column_name`.
         """
         args = self.args
         rows = dataset.dataset if isinstance(dataset, MismatchedResponses) else dataset
@@ -256,15 +261,16 @@ class PreferenceData:
     def to_read(self, dataset: Data, rows_at_once: int, is_training: bool = False) -> Any:
         """Return the dataset in the form that a data loader reads.
 
-        If a loss needs mismatched responses, they are added to the rows. In training, accelerate splits a stream with
-        enough shards across the ranks. Otherwise each rank reads the whole stream and uses its part, in the order of
-        the rows. The stream is extended (with `dataloader_drop_last`, cut), so that all ranks get equally many rows.
+        If a loss needs mismatched responses (responses to other prompts), they are added to the rows. In training, if a
+        stream has enough shards, accelerate splits them across the ranks. Otherwise each rank reads the whole stream
+        and uses only its own rows. Such a stream is extended by repeated rows or, with `dataloader_drop_last`, cut, so
+        that all ranks get equally many rows.
 
         Args:
-            rows_at_once: Number of rows that all ranks together draw at a time.
+            rows_at_once: Number of rows that all ranks together draw for a batch.
 
         Raises:
-            ValueError: the user has split the stream across ranks.
+            ValueError: the user has already split the stream across ranks.
         """
         if self.objective.needs_mismatched:
             dataset = MismatchedResponses(dataset, self._seed, self.args.max_length)
@@ -280,7 +286,7 @@ class PreferenceData:
 
     @property
     def pad_token_id(self) -> int:
-        """The token id used for padding; it may be the EOS, because masks are computed from lengths."""
+        """The token id used for padding. It may be the EOS token, because masks depend on lengths and not on ids."""
         return next((i for i in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id) if i is not None), 0)
 
     @property

@@ -1,14 +1,16 @@
-"""Export cached reference log-probs as dataset columns, and import them to train without the reference model.
+"""Export cached reference log-probs as columns of a dataset, and import them to train without the reference model.
+
+The columns are:
 
     ref_chosen_logps, ref_rejected_logps   for pairs: sums over the scored tokens, in nats (TRL's column names)
     ref_logps                              for single responses: the sum over the scored tokens, in nats
     ref_token_logps, ref_response_keys     for each response: log-probs of its tokens, and its cache key
     ref_model                              fingerprint of the reference
 
-The import uses only `ref_token_logps`, and raises an error if the fingerprint differs from the fingerprint of the
-current reference. The fingerprint depends on the weights, the configuration, the temperature and the compute dtype
-(`hf_prefopt.reference.cache_key`). A cache key is computed from the tokens of a response, so a response with different
-tokens never uses imported log-probs; its log-probs are computed as usual.
+The import takes the log-probs from `ref_token_logps`. It raises an error if `ref_model` differs from the fingerprint of
+the current reference. The fingerprint depends on the weights, the configuration, the temperature and the compute dtype
+(`hf_prefopt.reference.cache_key`). A cache key is computed from the tokens of a prompt and its response. If these
+tokens are different in a later run, the imported log-probs are not used, and the log-probs are computed as usual.
 """
 
 from collections.abc import Mapping
@@ -29,7 +31,7 @@ _ROUNDING = 1e-5
 
 
 def export_reference(trainer: Any, dataset: Dataset, prepared: Dataset | None = None) -> Dataset:
-    """Add the reference's log-probs to the rows of a dataset as columns; compute log-probs that are not cached yet.
+    """Add the reference's log-probs to a dataset as columns. Log-probs that are not cached yet are computed first.
 
     Args:
         trainer: A `PreferenceTrainer` with `precompute_ref_log_probs`.
@@ -73,18 +75,21 @@ def _columns_of(reference: CachedReference, row: Mapping[str, Any]) -> dict[str,
 
 
 def _places(row: Mapping[str, Any]) -> dict[str, int]:
-    """Return the index of the response for each of TRL's columns, from the row's first pair or single response."""
+    """Return the index of the response for each of TRL's columns.
+
+    If the row has pairs, the responses are those of the first pair.
+    """
     if row.get("pairs"):
         return dict(zip((CHOSEN, REJECTED), row["pairs"][0], strict=True))
     return {SINGLE: 0} if len(row["response_ids"]) == 1 else {}
 
 
 def import_reference(trainer: Any, dataset: Dataset) -> int:
-    """Import log-probs that `export_reference` has written into the cache; call it before training.
+    """Copy the log-probs that `export_reference` has added to a dataset into the cache. Call it before training.
 
     Args:
         trainer: A `PreferenceTrainer` with `precompute_ref_log_probs`.
-        dataset: Rows with the columns listed above.
+        dataset: Rows with the columns that the docstring of this module lists.
 
     Returns:
         The number of responses that were not cached before.
@@ -125,7 +130,7 @@ def _cached(trainer: Any) -> CachedReference:
 
 
 def _check_sums(number: int, row: Mapping[str, Any]) -> None:
-    """Raise `ValueError` if a sum in the row does not match any response's log-probs, so a column was changed."""
+    """Raise `ValueError` if a sum in the row is not the sum of any response's log-probs: then a column was changed."""
     sums = [sum(logps) for logps in row[TOKENS]]
     for name in (CHOSEN, REJECTED, SINGLE):
         value = row.get(name)

@@ -1,4 +1,7 @@
-"""Check that all ranks have the same weights: at the start, after the first step, at checkpoints and at the end."""
+"""Check that all ranks have the same trained weights.
+
+The check is made at the start, after the first step, at checkpoints and at the end.
+"""
 
 from collections.abc import Iterator
 
@@ -11,7 +14,7 @@ from transformers import TrainerCallback
 from hf_prefopt.reference.shards import is_sharded
 from hf_prefopt.scoring.forward import base_causal_lm
 
-# Number of elements summed at a time: 128 MB as int64.
+# Number of elements that are summed at a time. As int64, they take 128 MB.
 _CHUNK = 2**24
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -19,12 +22,12 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 class RanksAgree(TrainerCallback):
     """Callback that raises an error if the ranks have different weights.
 
-    It compares the weights at the start, after the first step that changes them, and at the end. A step at learning
-    rate 0 (warm-up) or a step skipped by fp16 loss scaling changes nothing; then the next step is also checked. Sharded
-    parameters are not compared.
+    It compares the trained weights at the start, after the first step that changes them, and at the end. A step with a
+    learning rate of 0 (warm-up), or one that fp16 loss scaling skips, does not change the weights, so the check is
+    repeated after the next step. Sharded parameters are not compared.
 
     Raises:
-        RuntimeError: on every rank; the message names a parameter that differs.
+        RuntimeError: the ranks have different weights. It is raised on every rank and names a parameter that differs.
     """
 
     def __init__(self):
@@ -47,7 +50,7 @@ class RanksAgree(TrainerCallback):
 
 
 def refuse_drifted(model: nn.Module, device: torch.device, when: str) -> None:
-    """Raise `RuntimeError` on every rank if the ranks have different trained weights; call it on every rank.
+    """Raise `RuntimeError` if the ranks have different trained weights. Call this function on every rank.
 
     Args:
         when: First words of the error message.
@@ -57,7 +60,7 @@ def refuse_drifted(model: nn.Module, device: torch.device, when: str) -> None:
 
 
 def _is_compared(model: nn.Module) -> bool:
-    """Return True if other ranks should have the same weights."""
+    """Return True if there are several ranks that must have the same trained weights."""
     engine = AcceleratorState()
     # Between forward passes, FSDP2 may replace sharded parameters with unsharded ones.
     is_whole = engine.distributed_type != DistributedType.FSDP and any(True for _ in _replicated(model))
@@ -65,7 +68,11 @@ def _is_compared(model: nn.Module) -> bool:
 
 
 def _compared(model: nn.Module, device: torch.device, when: str) -> Tensor:
-    """Return the checksums `[P, 2]` of the trained parameters; raise `RuntimeError` if they differ between ranks."""
+    """Return the checksums of the P trained parameters, `[P, 2]`.
+
+    Raises:
+        RuntimeError: The checksums differ between ranks.
+    """
     names, parameters = zip(*_replicated(model), strict=True)
     own = torch.stack([checksum(parameter).to(device) for parameter in parameters])
     ranks = gather(own[None])
@@ -89,9 +96,10 @@ def _replicated(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 @torch.no_grad()
 def checksum(tensor: Tensor) -> Tensor:
-    """Return a `[2]` int64 checksum: the sum of the elements' bits as integers, and the sum weighted by position.
+    """Return a checksum, `[2]` int64, of the elements' bits, read as integers.
 
-    Integer sums wrap around, so the result does not depend on the order of the additions.
+    The first number is the sum of these integers. In the second sum, each integer is multiplied by its position
+    (1, 2, …). Integer sums wrap around, so the result does not depend on the order of the additions.
     """
     bits = tensor.detach().contiguous().view(-1).view(_INTEGERS[tensor.element_size()])
     total = torch.zeros(2, dtype=torch.int64, device=tensor.device)

@@ -12,18 +12,19 @@ from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
 
 logger = logging.getLogger(__name__)
 
-# Key of the facts in `TrainerState.stateful_callbacks`.
+# Key under which `RunFacts` are stored in `TrainerState.stateful_callbacks`.
 RUN = "hf_prefopt_run"
 
 
 @dataclass(frozen=True)
 class RunFacts:
-    """The settings that determine the rows of each step and the optimizer's state.
+    """Facts that are compared when a run resumes. They determine each step's rows and the optimizer's state.
 
     Attributes:
         optim: The setting `optim` without the suffix "_fused", which only selects an implementation.
         seed: Seed of the row order.
-        rows: Number of rows and a checksum of three rows; `None` for a stream.
+        rows: Text with the number of rows, and a checksum of the tokens of the first, the middle and the last row;
+            `None` for a stream.
     """
 
     optim: str
@@ -47,7 +48,7 @@ def _mark(dataset: Any) -> str | None:
 
 
 def entries_of(state: TrainerState) -> dict[str, Any]:
-    """Return `state.stateful_callbacks`, which is a dict when training runs; transformers annotates it as a list."""
+    """Return `state.stateful_callbacks`. During training it is a dict, although transformers annotates it as a list."""
     return cast("dict[str, Any]", state.stateful_callbacks)
 
 
@@ -60,7 +61,8 @@ def check_facts(checkpoint: str, facts: RunFacts, skips_rows: bool) -> None:
     """Compare this run with the run that wrote the checkpoint; warn if the rows or their order differ.
 
     Args:
-        skips_rows: True if the rows before the checkpoint are skipped (False with `ignore_data_skip`).
+        skips_rows: True if this run skips the rows on which the run before the checkpoint has trained; False with
+            `ignore_data_skip`.
 
     Raises:
         ValueError: the checkpoint has the state of a different optimizer.

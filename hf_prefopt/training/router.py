@@ -1,6 +1,7 @@
-"""Determine the coefficient of a mixture of experts' load-balancing loss (auxiliary loss).
+"""Determine the coefficient of the load-balancing loss (auxiliary loss) of a mixture of experts.
 
-As in TRL, the loss is added if the config has `output_router_logits` and a nonzero `router_aux_loss_coef`.
+As in TRL, the loss is added if the model's config has the field `output_router_logits` and a nonzero
+`router_aux_loss_coef`.
 """
 
 import random
@@ -40,7 +41,8 @@ def settled_aux_loss(model: nn.Module, coefficient: float, setting: float | None
 
     Args:
         model: A model prepared by `scoring.forward.install_scoring`, on its device.
-        coefficient: Result of `aux_loss_coef`. setting: Value of `router_aux_loss_coef`.
+        coefficient: Result of `aux_loss_coef`.
+        setting: Value of `router_aux_loss_coef`.
 
     Returns:
         The coefficient (0 if the model computes no auxiliary loss), and notes for the start summary.

@@ -1,7 +1,8 @@
 """Save and load all adapters of a PEFT model completely, under every engine, with the name of their base model.
 
-Under ZeRO-3, the Trainer gathers only trained parameters. A frozen adapter (the reference, or an adapter combined with
-the trained one) would then be saved without its tensors, and a frozen adapter with `modules_to_save` not at all.
+Under ZeRO-3, the Trainer gathers only trained parameters. Without this module, a frozen adapter (the reference, or an
+adapter that is active together with the trained one) would be saved without its tensors. A frozen adapter with
+`modules_to_save` would not be saved at all.
 """
 
 import json
@@ -16,7 +17,7 @@ from hf_prefopt.reference.shards import gathered, is_zero3_partitioned
 
 
 def with_frozen_adapters(model: nn.Module, state_dict: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Add the tensors of frozen adapters to a state dict of the trained parameters; call it on every rank.
+    """Add the tensors of frozen adapters to a state dict of the trained parameters. Call this function on every rank.
 
     Args:
         state_dict: The state dict, or `None` on ranks that do not write.
@@ -57,8 +58,8 @@ def load_adapters(model: PeftModel, checkpoint: str | Path) -> None:
         parameter.requires_grad_(trains[name])
 
 
-# Entries of an adapter's configuration that do not change what its saved tensors compute: its origin, initialization,
-# regularization, and ranks that change in training (AdaLoRA).
+# Entries of an adapter's configuration that do not change what its saved tensors compute. They describe its origin, its
+# initialization, its regularization, and ranks that change during training (AdaLoRA).
 _WITHOUT_EFFECT = (
     *("base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping", "task_type"),
     *("init_lora_weights", "init_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
@@ -67,7 +68,7 @@ _WITHOUT_EFFECT = (
 
 
 def _refuse_other_adapter(checkpoint: Path, name: str, saved: PeftConfig, config: PeftConfig) -> None:
-    """Raise `ValueError` if an adapter's tensors were trained with another configuration, such as another scale."""
+    """Raise `ValueError` if an adapter's saved configuration differs from `config`, for example in `lora_alpha`."""
     before, now = ({key: _as_json(value) for key, value in one.to_dict().items()} for one in (saved, config))
     differing = [key for key in now if key in before and before[key] != now[key] and key not in _WITHOUT_EFFECT]
     if differing:
@@ -83,7 +84,7 @@ def _short(value: str) -> str:
 
 
 def _as_json(value: Any) -> str:
-    """The value as it is saved; the order of names does not matter."""
+    """Return the value as JSON, with sorted names, so that their order does not matter."""
     if isinstance(value, set | list | tuple) and all(isinstance(item, str) for item in value):
         value = sorted(value)
     return json.dumps(value, sort_keys=True, default=str)
@@ -96,7 +97,7 @@ def saved_adapters(checkpoint: str | Path) -> set[str]:
 
 
 def refuse_adapter_alone(checkpoint: str | Path) -> None:
-    """Raise `ValueError` if the checkpoint contains adapters, because the policy has none."""
+    """Raise `ValueError` if the checkpoint has adapters. Call this function only if the policy has none."""
     if saved := saved_adapters(checkpoint):
         raise ValueError(
             f"{checkpoint} has the adapters {', '.join(sorted(saved))}, but the policy of this run has no adapter: "
@@ -112,7 +113,10 @@ def set_base_name(model: nn.Module, name: str | None) -> None:
 
 
 def base_name_notes(model: nn.Module) -> list[str]:
-    """Return a note if the saved adapter could not find its base model on another machine; [] otherwise."""
+    """Return a note if the saved adapter names no base model, or a local folder, which other machines do not have.
+
+    Otherwise, return [].
+    """
     if not isinstance(model, PeftModel):
         return []
     name = model.active_peft_config.base_model_name_or_path

@@ -1,8 +1,8 @@
-"""Save in each checkpoint what a run needs to continue exactly, and restore it.
+"""Save in each checkpoint the state that a run needs to continue exactly, and restore it.
 
-Our entries in `TrainerState.stateful_callbacks` become part of `trainer_state.json`. They are the names and the state
-of the losses, log-probs that identify the reference, the composition of a step's batch, and the facts of the run. A
-moving reference has its own file in the checkpoint.
+This package's entries in `TrainerState.stateful_callbacks` become part of `trainer_state.json`. They are the names and
+the state of the losses, log-probs that identify the reference, the number of rows in a step (`BatchOfStep`), and the
+facts of the run (`RunFacts`). A moving reference has its own file in the checkpoint.
 """
 
 import logging
@@ -28,7 +28,7 @@ from hf_prefopt.training.scorer import Scorer
 
 logger = logging.getLogger(__name__)
 
-# Keys of our entries: the names of the losses, their state, and log-probs that identify the reference.
+# Keys of three entries: the names of the losses, their state, and log-probs that identify the reference.
 OBJECTIVE, LOSSES, REFERENCE = "hf_prefopt_objective", "hf_prefopt_losses", "hf_prefopt_reference"
 
 
@@ -61,9 +61,9 @@ class SavedRun:
         return checkpoint
 
     def save(self, checkpoint: Path, state: TrainerState, dataset: Any, rows: int) -> None:
-        """Begin a checkpoint: mark it as incomplete, save a moving reference, and add our entries to the state.
+        """Begin a checkpoint: mark it as incomplete, save a moving reference, and add entries to the state.
 
-        Call it on every rank. The arguments `dataset` and `rows` are those of `to_resume`.
+        Call it on every rank. The arguments `dataset` and `rows` have the same meaning as in `to_resume`.
         """
         saves = self._args.should_save
         if saves:
@@ -76,7 +76,7 @@ class SavedRun:
         keep_facts(state, facts_of(self._args, dataset))
 
     def restore(self, state: TrainerState) -> None:
-        """Remove our entries from a checkpoint's state, and restore the losses; see `restore_losses`."""
+        """Remove this package's entries from a checkpoint's state, and restore the losses; see `restore_losses`."""
         restore_losses(state, self._scorer.objective)
         self._scorer.resumed_logps = entries_of(state).pop(REFERENCE, {}).get("made_up_logps")
 
@@ -94,8 +94,8 @@ def keep_losses(state: TrainerState, objective: Objective) -> None:
 def restore_losses(state: TrainerState, objective: Objective) -> None:
     """Restore the losses' state from a checkpoint.
 
-    Log a warning if the checkpoint's run had different losses, or if the checkpoint has no state for a loss, which then
-    starts with its initial state.
+    Log a warning if the checkpoint's run had different losses, or if the checkpoint has no state for a loss. In the
+    second case, this loss starts with its initial state.
     """
     objective.reset_state()
     # The Trainer treats all remaining entries as states of callbacks.

@@ -1,4 +1,4 @@
-"""Score batches with policy and reference, in a layout that is exact for both models."""
+"""Compute the log-probs of batches under the policy and the reference, in a layout that is exact for both models."""
 
 from functools import partial
 from pathlib import Path
@@ -42,19 +42,20 @@ class Scorer:
     """An object that computes the scores of batches under the policy and its reference.
 
     Args:
-        args: Settings, read when a model is attached.
-        collator: Collator whose layout the scorer chooses.
-        ref_model: An explicit reference.
-        summary: Start summary, to which lines about model, reference, layout and attention are added.
+        args: Settings. They are read when a model is attached.
+        collator: Collator for which the scorer chooses the layout.
+        ref_model: The reference, if the user passed one.
+        summary: Start summary, to which the scorer adds lines about model, reference, layout and attention.
 
     Attributes:
-        objective: The losses; they determine which statistics are computed.
+        objective: The losses. They determine which statistics of each token are computed.
         reference: The reference, or `None` if the losses need no reference.
         layout: Name of the batch layout; `None` until the layout is chosen.
         tree: Modules of the policy.
         aux_loss_coef: Coefficient of the auxiliary router loss; 0 if this loss is not added.
-        made_up_logps: Log-probs that identify a fixed reference; see `reference.identity`.
-        resumed_logps: The same log-probs from the checkpoint's run.
+        made_up_logps: The reference's log-probs of synthetic tokens, in nats, which identify the reference; see
+            `reference.identity`. `None` if there is no reference or if it moves.
+        resumed_logps: The same log-probs as saved in the checkpoint from which the run resumes.
     """
 
     tree: ModuleTree
@@ -84,11 +85,11 @@ class Scorer:
         self.resumed_logps: list[float] | None = None
 
     def attach(self, model: nn.Module, objective: Objective, accelerator: Accelerator) -> None:
-        """Make a model the policy: set its dropout, choose its reference, install the scoring forward pass.
+        """Make a model the policy: set its dropout, choose its reference, and install the forward pass that scores.
 
         Raises:
-            ValueError: the `reference` setting is incompatible with the model or the losses, or a custom data_collator
-                is combined with a loss that needs log-probs of prompts.
+            ValueError: the setting `reference` is incompatible with the model or the losses; or a loss needs log-probs
+                of prompts, which a custom `data_collator` does not support.
         """
         args = self._args
         self.objective, self.accelerator = objective, accelerator
@@ -128,26 +129,28 @@ class Scorer:
     def is_training(self) -> bool:
         """True if the policy is in training mode.
 
-        The mode of the head decides: DeepSpeed's wrapper stays in training mode, and if accelerate compiles layer by
-        layer, it copies the outer modules, whose mode then is not the model's.
+        The mode is read from the head (the output embeddings). The mode of an outer module may be wrong: DeepSpeed's
+        wrapper stays in training mode, and if accelerate compiles each layer separately, it copies the outer modules.
         """
         return base_causal_lm(self.model).get_output_embeddings().training
 
     @property
     def live_reference(self) -> LiveReference | None:
-        """The reference that is run; `None` if there is none, or if all its scores are cached and it was freed."""
+        """The reference that can be run; `None` if there is none, or if it was freed after all scores were cached."""
         return self.reference.live if isinstance(self.reference, CachedReference) else self.reference
 
     def settle(self) -> bool:
-        """Move the reference to its device, check the scores of both models, and choose the layout, once per model.
+        """Move the reference to its device, check the scores of both models, and choose the layout.
 
-        Call this method when the model is on its device, before the first batch is collated.
+        Call this method when the model is on its device, before the first batch is collated. Only the first call for a
+        model has an effect.
 
         Returns:
             True at the first call for a model, False at later calls.
 
         Raises:
-            ValueError: the scores differ from those of the model's own logits, or the requested layout changes them.
+            ValueError: the scores differ from those of the model's own logits, or the requested layout changes the
+                scores.
         """
         if self.layout is not None:
             return False
@@ -163,7 +166,7 @@ class Scorer:
         return True
 
     def _settle_scores(self) -> None:
-        """Compare the scores with the models' own logits; warn if training mode adds noise."""
+        """Compare the scores with the models' own logits, and warn if training mode changes the policy's results."""
         own = [base_causal_lm(model) for model in self._models() if settle_scores(model, self._autocast_dtype)]
         self._notes = [own_logits_note(own[0], self.objective, self._args.loss_type)] if own else []
         self._settle_aux_loss()
@@ -171,7 +174,10 @@ class Scorer:
             warn_of_noise(self.model, self._args, self._autocast_dtype, self.accelerator.is_main_process)
 
     def _settle_reference(self) -> None:
-        """Identify the reference, compile the model for scoring, share lower layers, and open the cache."""
+        """Compute the log-probs that identify the reference, compile the model, share lower layers, and open the cache.
+
+        The compiled model computes scores without gradients. The lower layers are shared by policy and reference.
+        """
         args = self._args
         live = self.live_reference
         self.made_up_logps = made_up_logps(live) if live is not None and self._moving is None else None
@@ -212,7 +218,7 @@ class Scorer:
     def policy_scores(
         self, model: nn.Module, batch: PreferenceBatch, reference: ResponseScores | None
     ) -> ResponseScores:
-        """Compute the policy's scores, including the KL from the reference if a loss needs it.
+        """Compute the policy's scores, including the KL divergence from the reference if a loss needs it.
 
         Args:
             model: The policy, as wrapped by the engine.
@@ -220,7 +226,8 @@ class Scorer:
         """
         stats, lower = self.objective.token_stats, None
         if reference is not None:
-            # The reference's scores may be kept longer, so the hidden states are removed from them.
+            # The reference's scores may stay in memory for the whole step, so the large hidden states are removed from
+            # them.
             lower, reference.lower_states = reference.lower_states, None
         predictions = None
         if VOCABULARY_KL in stats:
@@ -232,7 +239,7 @@ class Scorer:
         """Compute the reference's scores of a batch; return `None` if the losses need no reference.
 
         Args:
-            dataset: The evaluation dataset, whose scores are computed once for all evaluations; `None` in training.
+            dataset: The evaluation dataset, for which the scores are stored for later evaluations; `None` in training.
         """
         if self.reference is None:
             return None
@@ -246,12 +253,12 @@ class Scorer:
         if "reference_scores" in batch:
             return batch["reference_scores"]
         assert self.reference is not None
-        # Engines apply autocast in the policy's forward; a separate reference model needs it here.
+        # Engines apply autocast in the forward pass of the policy, but not of a separate reference model.
         with self.accelerator.autocast():
             return self.reference.score(batch, self.objective.reference_token_stats)
 
     def collect(self, batch: PreferenceBatch) -> dict[str, Tensor]:
-        """Compute the loss inputs of a batch without gradients; store the reference's scores in the batch."""
+        """Compute the loss inputs of a batch without gradients, and store the reference's scores in the batch."""
         on_device = send_to_device(batch, self.accelerator.device)
         policy, reference = self.both_scores(on_device)
         if reference is not None:
@@ -259,7 +266,11 @@ class Scorer:
         return self.objective.read(on_device, policy, reference)
 
     def both_scores(self, batch: PreferenceBatch) -> tuple[ResponseScores, ResponseScores | None]:
-        """Compute the scores of policy and reference for a batch on the device, without gradients and dropout."""
+        """Compute the scores of policy and reference without gradients and without dropout.
+
+        Args:
+            batch: The batch, on the device of the models.
+        """
         with torch.no_grad(), evaluation_mode(self.tree), self.accelerator.autocast():
             reference = self.reference_scores(batch)
             model = self.model if self._compiled is None else self._compiled
@@ -274,11 +285,16 @@ class Scorer:
         )
 
     def fill_cache(self, dataset: Any, name: str) -> bool:
-        """Compute and cache the missing reference scores of a dataset; return True if all scores are now cached."""
+        """Compute the reference scores of a dataset that are not cached yet.
+
+        Returns:
+            True if all scores of the dataset are now cached. False for a stream, whose scores are computed while it is
+            read, and if there is no cache.
+        """
         return self._filler is not None and self._filler.fill(dataset, name)
 
     def flush_cache(self) -> None:
-        """Write new reference scores to the cache folder; a stream adds scores while it is read."""
+        """Write new reference scores to the cache folder. The scores of a stream are computed while it is read."""
         if self._filler is not None and isinstance(self.reference, CachedReference):
             self.reference.store.flush()
 
@@ -294,7 +310,7 @@ class Scorer:
             self._remembered.forget()
 
     def save(self, checkpoint: Path, saves: bool) -> None:
-        """Save a moving reference in a checkpoint; call it on every rank, with `saves=True` on one rank."""
+        """Save a moving reference in a checkpoint. Call this method on every rank, with `saves=True` on one rank."""
         if self._moving:
             self._moving.save(checkpoint, saves)
 

@@ -1,4 +1,4 @@
-"""Callbacks that run the scorer's work at the Trainer's events: settling, filling the cache, moving the reference."""
+"""Callbacks that choose the layout, fill the cache of reference scores, and move the reference at the right time."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,7 +13,7 @@ from hf_prefopt.training.trainable import refuse_foreign_optimizer
 
 
 class SettleScorer(TrainerCallback):
-    """Callback that chooses the layout when training begins, after model wrapping and checkpoint loading.
+    """Callback that chooses the layout when training begins, after the model was wrapped and a checkpoint was loaded.
 
     Before a step, it checks the reference if the number of parameters that the optimizer trains has changed.
     """
@@ -23,7 +23,7 @@ class SettleScorer(TrainerCallback):
         self._trained = 0
 
     def on_train_begin(self, args, state, control, optimizer=None, **_):
-        """Choose the layout before the start summary is shown and before a cache is filled; check the optimizer."""
+        """Check the optimizer, and choose the layout before the start summary is shown and before a cache is filled."""
         if self._scorer.accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
             refuse_foreign_optimizer(self._scorer.model, optimizer)
             warn_of_lost_steps(self._scorer.model, args)
@@ -42,13 +42,15 @@ class SettleScorer(TrainerCallback):
 class ScorerEvents(TrainerCallback):
     """Callback that fills the cache of reference scores and updates a moving reference.
 
-    With a cache, the reference scores of each dataset are computed before its first batch is read; then the reference
-    model may be freed. Mismatched responses change in every epoch, so their scores are computed at the beginning of
-    each epoch.
+    With a cache, the reference scores of a dataset are computed before its first batch is read, and those of a stream
+    while it is read. If the scores of the training data are then all cached, the reference model may be freed.
+    Mismatched responses (responses to other prompts) change in every epoch, so the scores of the training data are then
+    computed at the beginning of each epoch.
 
     Args:
         scorer: The scorer.
-        evaluated: Function that returns the evaluation datasets as their data loaders read them, keyed by name.
+        evaluated: Function that returns the datasets of the evaluation data loaders, after all preprocessing, keyed by
+            name.
         keeps_reference: True if a later run of the same trainer may need the reference model.
     """
 

@@ -1,4 +1,7 @@
-"""Settings that change after the trainer was created (by a search, by hand or by a callback) are applied or refused."""
+"""Apply changes made to the settings after the trainer was created, or raise an error for them.
+
+Such changes come from a hyperparameter search, from the user's code, or from a callback.
+"""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,7 +19,7 @@ def own_names(config: type[PreferenceConfig] = PreferenceConfig) -> frozenset[st
     return frozenset({field.name for field in fields(config)} - {field.name for field in fields(TrainingArguments)})
 
 
-# Settings used before the first trial: they affect the prepared data or the construction of the trainer.
+# Settings that cannot change between trials, because they affect the prepared data or the construction of the trainer.
 SETTLED = (
     "column_mapping",
     "remove_columns",
@@ -40,16 +43,16 @@ SETTLED = (
 
 
 class OwnSettings(TrainerCallback):
-    """The values, at construction, of the settings that `PreferenceConfig` adds to `TrainingArguments`.
+    """A callback that remembers the settings that `PreferenceConfig` adds to `TrainingArguments`, and detects changes.
 
-    As a callback, it raises `ValueError` if a setting has changed since training began: the losses, the reference and
-    the data were made from the settings before that.
+    It raises `ValueError` if one of these settings has changed since training began, because the losses, the reference
+    and the data were made from the earlier values.
 
     Args:
-        args: The configuration; it may change later.
+        args: The configuration. The callback compares its later values with the current ones.
 
     Attributes:
-        names: Names of the settings.
+        names: Names of these settings.
     """
 
     def __init__(self, args: PreferenceConfig):
@@ -58,12 +61,15 @@ class OwnSettings(TrainerCallback):
         self._accumulation = args.gradient_accumulation_steps
 
     def _now(self) -> dict[str, Any]:
-        """The values, with copies of lists and dicts, which may be changed in place."""
+        """Return the current values. Lists and dicts are copied, because users may change them in place."""
         values = {name: getattr(self._args, name) for name in self.names}
         return {name: value.copy() if isinstance(value, list | dict) else value for name, value in values.items()}
 
     def refuse_changes(self) -> None:
-        """Raise `ValueError` if a setting has changed: without `model_init`, the change would have no effect."""
+        """Raise `ValueError` if a setting has changed since the trainer was created.
+
+        Call this method only without `model_init`. In this case, a change would have no effect.
+        """
         changed = [f"{name}={value!r}" for name, value in self._now().items() if value != self._at_start[name]]
         if changed:
             raise ValueError(
@@ -72,7 +78,7 @@ class OwnSettings(TrainerCallback):
             )
 
     def on_train_begin(self, args, state, control, **_):
-        """Check that the run has steps, and remember how many batches a step has."""
+        """Check that the run has at least one step, and remember how many batches a step has."""
         if state.max_steps == 0:
             raise ValueError(
                 "nothing is trained, because the run has 0 steps: set args.max_steps above 0, or to -1 with "
@@ -106,7 +112,7 @@ class OwnSettings(TrainerCallback):
     def refuse_late_changes(self) -> None:
         """Raise `ValueError` if a setting that affects the trainer's construction or prepared data has changed.
 
-        Otherwise the current values are those in use.
+        Otherwise, the current values of all settings become the values from which later changes are detected.
         """
         for name in SETTLED:
             value, before = getattr(self._args, name), self._at_start[name]
@@ -119,7 +125,7 @@ class OwnSettings(TrainerCallback):
 
     @contextmanager
     def restored(self) -> Iterator[None]:
-        """Return a context in which trials may change the settings, which are restored when the context ends."""
+        """Return a context manager in which trials may change the settings. At its end, the settings are restored."""
         self._before_search = self._now()
         try:
             yield
@@ -128,11 +134,14 @@ class OwnSettings(TrainerCallback):
             self._in_use = self._before_search
 
     def take(self, values: Mapping[str, Any], is_space: bool) -> None:
-        """Set the values of a trial without conversion; reset all other settings to their values before the search.
+        """Set the values of a trial without converting them, and reset all other settings.
+
+        Other settings get the values that they had before the search. Only settings that `PreferenceConfig` adds to
+        `TrainingArguments` are set and reset.
 
         Args:
-            values: Values of our settings and of the Trainer's settings, keyed by name.
-            is_space: True if the values come from a search space, so that the user has chosen all names.
+            values: Values of the trial, keyed by the names of settings.
+            is_space: True if `values` is the user's search space, in which every name must be a setting.
 
         Raises:
             ValueError: a value is invalid, or a name is not a setting.
@@ -153,7 +162,7 @@ def evaluation_loss(metrics: Mapping[str, float]) -> float:
 
 
 def _refuse_unknown(values: Mapping[str, Any], objective: Objective, args: PreferenceConfig | None) -> None:
-    """Raise `ValueError` for a name that is not a setting; the Trainer would only log a warning."""
+    """Raise `ValueError` for a name that is not a setting. The Trainer would only log a warning."""
     for term in objective.terms:
         for name in (values.keys() & term.spec.defaults.keys()) - own_names():
             raise ValueError(

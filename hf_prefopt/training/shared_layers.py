@@ -1,4 +1,4 @@
-"""Whether the policy and its reference run the layers below the first trained layer once, for both."""
+"""Run the layers below the first trained layer only once for the policy and the reference, where this is possible."""
 
 from accelerate import Accelerator
 
@@ -19,14 +19,18 @@ def share_lower_layers(
     accelerator: Accelerator,
     has_aux_loss: bool,
 ) -> list[str]:
-    """Share the layers below the first trained layer, on all ranks or on none, if the reference runs on every batch.
+    """Let the policy reuse the reference's outputs of the layers below the first trained layer, if this is exact.
+
+    The layers are shared on all ranks or on none. They are not shared if the reference is a cache of log-probs, or a
+    separate model whose weights the engine shards.
 
     Args:
-        tree: Modules of the policy. layout: Name of the batch layout.
+        tree: Modules of the policy.
+        layout: Name of the batch layout.
         has_aux_loss: Whether the auxiliary router loss is added.
 
     Returns:
-        Notes for the start summary: what is shared, or the reason why nothing is.
+        Notes for the start summary: which layers are shared, or the reason why none is.
     """
     if not isinstance(reference, LiveReference) or (reference.is_separate and is_sharded(accelerator)):
         return []

@@ -16,11 +16,12 @@ logger = logging.getLogger(__name__)
 
 
 class StepBatches:
-    """An object that draws the batches of complete steps. Batches left over in one epoch go into the next epoch.
+    """An object that draws the batches of each step. If too few are left in an epoch, they go into the next epoch.
 
     Args:
         checkpoint: Checkpoint from which the run resumes; `None` if the run starts from the beginning.
-        ranks: The ranks, if they read different shards of a stream and may have different numbers of batches.
+        ranks: Object that evens out the numbers of batches, if the ranks read different shards of a stream; `None`
+            otherwise.
     """
 
     def __init__(self, checkpoint: str | None = None, ranks: ShardedRanks | None = None):
@@ -30,15 +31,15 @@ class StepBatches:
         self._ended_short = False
 
     def draw(self, loaded: Iterator[LoaderBatch], count: int, state: TrainerState) -> list[LoaderBatch]:
-        """Return the `count` batches of the next step; [] if the epoch has too few batches left or the run has ended.
+        """Return the `count` batches of the next step; [] if the epoch has fewer batches left, or if the run has ended.
 
         Raises:
             ValueError: a stream ended before the row at which training resumes.
         """
         if 0 < state.max_steps <= state.global_step:
-            return []  # resumed at the last step, where the Trainer would run one more step
+            return []  # The run resumes at its last step. The Trainer would make one more step.
         if loaded is self._ended:
-            return []  # the Trainer asks for batches until max_steps
+            return []  # The Trainer asks for batches until max_steps, even if the epoch has ended.
         batches = [*self._left_over, *map(check_loaded, islice(loaded, count - len(self._left_over)))]
         most = len(batches)
         if self._ranks is not None:

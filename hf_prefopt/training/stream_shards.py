@@ -1,8 +1,8 @@
-"""Streams that are split across ranks by shards (usually files): each rank reads and tokenizes only its own shards.
+"""Split a stream across ranks by its shards (usually files): each rank reads and tokenizes only its own shards.
 
-Shards may have different numbers of rows, so a rank may reach the end of its shards before the others do. It then adds
-batches without examples until the other ranks have too few batches for a step. Each row is trained on once per epoch,
-and the loss of a step remains the exact mean over its examples.
+Shards may have different numbers of rows, so a rank may reach the end of its shards before other ranks do. It then adds
+batches without examples until no rank has enough batches for another step. Each row is used once per epoch, and the
+loss of a step remains the exact mean over its examples.
 """
 
 from functools import cache
@@ -22,7 +22,8 @@ from hf_prefopt.data.collator import keep_examples, loader_batch
 def is_split_by_shards(dataset: Any, args: TrainingArguments, ranks: int | None = None) -> bool:
     """Return True if each rank reads only its own shards of a training stream.
 
-    With `dataloader_drop_last`, all ranks read the whole stream, because a batch is dropped on all ranks together.
+    With `dataloader_drop_last`, all ranks read the whole stream, because the last batch is dropped on all ranks or on
+    none.
 
     Args:
         ranks: Number of ranks. Default: the ranks of this run.
@@ -54,18 +55,18 @@ class ShardedRanks:
 
     def __init__(self, accelerator: Accelerator):
         self._accelerator = accelerator
-        self._known: LoaderBatch | None = None  # the batch of this rank from which idle batches are made
+        self._known: LoaderBatch | None = None  # idle batches are made from this batch
 
     def even(self, batches: list[LoaderBatch], count: int) -> tuple[list[LoaderBatch], int]:
-        """Add batches without examples (idle batches) up to `count`, if any rank has `count` batches.
+        """Add batches without examples (idle batches) until there are `count`, if any rank has drawn `count` batches.
 
         The ranks communicate through the CPU, so the host does not wait for the device.
 
         Args:
-            batches: Batches that this rank has drawn for a step, at most `count`.
+            batches: The batches that this rank has drawn for a step. There are at most `count`.
 
         Returns:
-            The batches, and the largest number of batches that a rank has drawn.
+            The batches including idle ones, and the largest number of batches that any rank has drawn.
         """
         self._known = batches[0] if self._known is None and batches else self._known
         numbers = torch.tensor([len(batches), self._known is None], dtype=torch.int64)
@@ -73,7 +74,7 @@ class ShardedRanks:
         most, some_have_none = numbers.tolist()
         if most < count:
             return batches, most
-        if some_have_none:  # at most once: a rank has no rows, or resumes after its last row
+        if some_have_none:  # at most once per run: a rank has no rows, or resumes after its last row
             self._known = self._first_known()
         return [*batches, *(_idle(self._known) for _ in range(count - len(batches)))], most  # type: ignore[arg-type]
 
@@ -84,7 +85,7 @@ class ShardedRanks:
 
 
 def _idle(batch: LoaderBatch) -> LoaderBatch:
-    """Return a batch without examples, which is computed to keep all ranks in step."""
+    """Return a batch without examples. A rank computes it so that all ranks make the same collective calls."""
     smallest = min(batch["pieces"], key=lambda piece: piece["input_ids"].numel())
     return loader_batch([keep_examples(smallest, slice(0))])
 

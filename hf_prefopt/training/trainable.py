@@ -1,4 +1,4 @@
-"""Find the policy's trained parameters; raise an error if none exist or the optimizer has different ones."""
+"""Find the policy's trained parameters, and raise an error if there are none or if the optimizer has others."""
 
 import logging
 from typing import Any
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the trained parameters, keyed by name, without those of disabled, inactive or merged adapters."""
+    """Return the trained parameters, keyed by name. Those of disabled, inactive or merged adapters are not included."""
     idle = set(model.peft_config) - set(model.active_adapters) if isinstance(model, PeftModel) else set()
     merged = tuple(
         f"{name}."
@@ -43,7 +43,9 @@ def check_trainable(model: nn.Module, optimizer: Optimizer | None, trains: bool 
 
 
 def refuse_another_model(model: nn.Module, prepared: nn.Module) -> None:
-    """Raise `ValueError` if `trainer.model` was replaced: the old model would be scored, the new one trained.
+    """Raise `ValueError` if `trainer.model` was replaced.
+
+    Without this check, the old model would be scored and the new one trained.
 
     Args:
         prepared: The model with which the trainer was created.
@@ -72,9 +74,10 @@ def refuse_frozen(model: nn.Module) -> None:
 
 
 def refuse_foreign_optimizer(model: nn.Module, optimizer: Any) -> None:
-    """Raise `ValueError` if the optimizer, such as one from an overridden `create_optimizer`, trains nothing.
+    """Raise `ValueError` if the optimizer has none of the trained parameters, so that no step would change the model.
 
-    Optimizers that keep one optimizer per layer are not checked.
+    Such an optimizer may come from an overridden `create_optimizer`. The Trainer's layer-wise optimizers, which keep
+    one optimizer per parameter, are not checked.
     """
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     is_dummy = isinstance(getattr(optimizer, "optimizer", optimizer), LayerWiseDummyOptimizer)
@@ -86,10 +89,11 @@ def refuse_foreign_optimizer(model: nn.Module, optimizer: Any) -> None:
 
 
 def refuse_stale_optimizer(model: nn.Module, optimizer: Optimizer | None) -> None:
-    """Check that the optimizer was created for the trained parameters; a subset of these parameters is allowed.
+    """Check that the optimizer was created for the trained parameters. It may have only some of them.
 
     Raises:
-        ValueError: the optimizer has no trained parameter; or it lacks some of them and has other parameters.
+        ValueError: the optimizer has none of the trained parameters; or it lacks some of them and has parameters that
+            are not trained.
     """
     if optimizer is None:
         return

@@ -15,7 +15,7 @@ from hf_prefopt.scoring.forward import base_causal_lm
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
-    """Return True under an engine that may shard the model's weights."""
+    """Return True under FSDP and DeepSpeed, which may shard the model's weights."""
     return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
@@ -25,15 +25,16 @@ def is_compiled(accelerator: Accelerator) -> bool:
 
 
 def copies_when_compiled(accelerator: Accelerator) -> bool:
-    """Return True if accelerate compiles each layer, for which it copies the modules that contain the layers."""
+    """Return True if accelerate compiles each layer separately. It then copies the modules that contain the layers."""
     is_regional = is_compiled(accelerator) and accelerator.state.dynamo_plugin.use_regional_compilation
     return is_regional and not is_sharded(accelerator)
 
 
 def compiled_for_scoring(accelerator: Accelerator, model: nn.Module) -> nn.Module | None:
-    """Return the model compiled with accelerate's options, without DDP; `None` if the policy is not compiled.
+    """Return the model compiled with accelerate's options, without a DDP wrapper.
 
-    The compiled graphs of the policy are reused. The function also returns `None` for sharded models.
+    The compiled graphs of the policy are reused. The result is `None` if the policy is not compiled, or if it is
+    sharded.
     """
     plugin = accelerator.state.dynamo_plugin
     if not is_compiled(accelerator) or is_sharded(accelerator):
@@ -41,7 +42,7 @@ def compiled_for_scoring(accelerator: Accelerator, model: nn.Module) -> nn.Modul
     if not plugin.use_regional_compilation:
         return cast(nn.Module, torch.compile(model, **plugin.to_kwargs()))
     compiled, originals = compile_regions(model, **plugin.to_kwargs()), set(map(id, model.modules()))
-    # The contexts that switch the model to evaluation mode do not reach the copies of the outer modules.
+    # `evaluation_mode` does not switch the mode of these copies of the outer modules, so it is set here.
     for copy in compiled.modules():
         if id(copy) not in originals and not isinstance(copy, OptimizedModule):
             vars(copy)["training"] = False
@@ -49,12 +50,14 @@ def compiled_for_scoring(accelerator: Accelerator, model: nn.Module) -> nn.Modul
 
 
 def settle_before_wrapping(scorer: Any, setting: bool | None) -> None:
-    """Settle what must be known before accelerate wraps or copies the policy.
+    """Set DDP's `find_unused_parameters` and, if compilation copies modules, choose the batch layout.
 
-    A layout changes classes of modules, so it must be chosen before compilation copies the modules.
+    Call this function before accelerate wraps or copies the policy. A layout changes the classes of modules, so it must
+    be chosen before they are copied.
 
     Args:
-        scorer: The trainer's `Scorer`. setting: Value of `ddp_find_unused_parameters`.
+        scorer: The trainer's `Scorer`.
+        setting: Value of `ddp_find_unused_parameters`.
     """
     settle_unused_parameters(scorer.accelerator, setting, scorer.model)
     if copies_when_compiled(scorer.accelerator):
@@ -62,10 +65,10 @@ def settle_before_wrapping(scorer: Any, setting: bool | None) -> None:
 
 
 def settle_unused_parameters(accelerator: Accelerator, setting: bool | None, model: nn.Module) -> None:
-    """Set DDP's `find_unused_parameters` to True only if the model may have unused parameters.
+    """Set DDP's `find_unused_parameters`: True if the model may have unused parameters, False otherwise.
 
     Args:
-        setting: Value of `ddp_find_unused_parameters`; unless it is `None`, nothing is changed.
+        setting: Value of `ddp_find_unused_parameters`. If it is not `None`, nothing is changed.
         model: The model that DDP will wrap, on its device.
     """
     without_ddp = (DistributedType.NO, DistributedType.FSDP, DistributedType.DEEPSPEED)
@@ -77,8 +80,8 @@ def settle_unused_parameters(accelerator: Accelerator, setting: bool | None, mod
 def uses_every_parameter(model: nn.Module) -> bool:
     """Return True if every trained parameter gets a gradient (possibly zero) for any input.
 
-    The test runs one token, which a router sends to only a few experts. The other experts count as unused, unless all
-    experts share one parameter tensor, as in transformers' own models.
+    The test runs the model on one token. A router sends this token to only a few experts. The other experts count as
+    unused, unless one parameter tensor holds the weights of all experts, as in transformers' own models.
     """
     config = base_causal_lm(model).config
     if getattr(config, "layerdrop", 0):
