@@ -82,12 +82,12 @@ def beta_dpo_loss(
 ) -> LossOutput:
     """ℓ(β_b h) of the kept pairs, β_b = sg max(10⁻³, β(1 + a(h̄_kept − μ))): β adapts to the batch.
 
-    Here, h = r_w − r_l is a pair's margin, r a response's log-ratio of policy to reference, and ℓ(z) = −log σ(z). μ is
-    the moving average of the margins' mean, and σ̄ that of their standard deviation. sg stops the gradient.
+    Here, h = r_w − r_l is a pair's margin, r a response's log-ratio of policy to reference, and ℓ(z) = log(1 + e^(−z)).
+    μ is the moving average of the margins' mean, and σ that of their standard deviation. sg stops the gradient.
 
     β-DPO increases β for batches with large margins, because such pairs are less informative. It also leaves out
     outliers: of B pairs, it keeps int(B(1 − ρ)), and at least one. The kept pairs are drawn without replacement, with
-    weights exp(−½((h − μ)/σ̄)²). h̄_kept is the mean h of the kept pairs. The loss of a kept pair is ℓ(β_b h) times B,
+    weights exp(−½((h − μ)/σ)²). h̄_kept is the mean h of the kept pairs. The loss of a kept pair is ℓ(β_b h) times B,
     divided by the number of kept pairs; the loss of every other pair is 0. The mean over the batch is therefore the
     mean over the kept pairs. The implicit reward of every response is βr.
 
@@ -104,8 +104,8 @@ def beta_dpo_loss(
         rows, pair_in_row: `[B]` int64. The index of the pair's row in its dataset, and the pair's index among the pairs
             of that row.
         beta: > 0. a: ≥ 0, per nat. rho: ρ in [0, 1), the fraction of pairs left out.
-        state: μ (`mean`), σ̄ (`std`) and the number of batches so far (`batches`). If it is `None`, the mean and the
-            standard deviation of this batch replace μ and σ̄.
+        state: μ (`mean`), σ (`std`) and the number of batches so far (`batches`). If it is `None`, the mean and the
+            standard deviation of this batch replace μ and σ.
         training: if False, all pairs are kept.
 
     Raises:
@@ -196,12 +196,12 @@ def alpha_dpo_loss(
     """ℓ(β[s̄_w − s̄_l − sg(γ/β + αz)]), z = (r̄_w − r̄_l − μ)/σ: SimPO with a target margin for each pair.
 
     Here, s̄ is a response's mean log-prob per token under the policy, r̄ its log-ratio to the reference per token, and
-    ℓ(z) = −log σ(z) with the logistic function. μ and the divisor σ are moving averages: of the mean of r̄_w − r̄_l over
-    a batch, and of its standard deviation. sg stops the gradient.
+    ℓ(x) = log(1 + e^(−x)). Of r̄_w − r̄_l, μ is the moving average of the batch mean, and σ that of the batch standard
+    deviation. sg stops the gradient.
 
-    α-DPO gives a larger target margin to pairs whose r̄_w − r̄_l is larger than that of other pairs. Set the common part
-    of the margin either as γ or as γ/β (default 0.4). The paper uses α = 0.05 for Gemma-2 and Mistral; the default is
-    0.2. The implicit reward is β·s̄, and the component `target` is γ/β + αz.
+    α-DPO gives a larger target margin to pairs whose r̄_w − r̄_l is larger than in other pairs. Set the part of the
+    margin that all pairs share either as γ or as γ/β (default 0.4). The paper uses α = 0.05 for Gemma-2 and Mistral;
+    the default is 0.2. The implicit reward is β·s̄, and the component `target` is γ/β + αz.
 
     Use it where SimPO works, a reference model is available, and the pairs differ widely in difficulty.
 
