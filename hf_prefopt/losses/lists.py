@@ -42,7 +42,7 @@ def plackett_luce_loss(
     Use it on fully ranked lists of three or more responses.
 
     Args:
-        policy_list_logps, ref_list_logps: `[B, K]`. Summed log-probs (nats). list_ranks: `[B, K]`. 1 is the best.
+        policy_list_logps, ref_list_logps: `[B, K]`. Summed log-probs (nats). list_ranks: `[B, K]`. Smaller is better.
         list_mask: `[B, K]` bool. False for padding. beta: > 0.
 
     Raises:
@@ -71,7 +71,7 @@ def s_dpo_loss(
     Use it for lists of one good response and several bad ones, as in recommendation.
 
     Args:
-        policy_list_logps, ref_list_logps: `[B, K]`. Summed log-probs (nats). list_ranks: `[B, K]`. 1 is the best.
+        policy_list_logps, ref_list_logps: `[B, K]`. Summed log-probs (nats). list_ranks: `[B, K]`. Smaller is better.
         list_mask: `[B, K]` bool. False for padding. beta: > 0.
 
     Raises:
@@ -118,7 +118,7 @@ def rrhf_loss(
 
     Args:
         policy_list_logps: `[B, K]`. Summed log-probs (nats). list_lengths: `[B, K]`. Numbers of scored tokens.
-        list_ranks: `[B, K]`. 1 is the best. list_mask: `[B, K]` bool. False for padding.
+        list_ranks: `[B, K]`. Smaller is better. list_mask: `[B, K]` bool. False for padding.
         sft_coef: λ ≥ 0.
 
     Raises:
