@@ -1,7 +1,7 @@
 """Losses without a reference that contain the NLL of the chosen responses: CPO, ORPO, SLiC-HF, and the NLL alone.
 
-s is a response's summed log-prob (nats) under the policy, and s̄ is s divided by the number of scored tokens. The NLL of
-a response is −s̄, except in SLiC-HF, where it is −s.
+s is a response's summed log-prob (nats) under the policy, and s̄ is s divided by the number of scored tokens. The NLL
+of a response is −s̄, except in SLiC-HF, where it is −s.
 """
 
 import torch

@@ -126,8 +126,8 @@ def chi_po_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.1, reward_boun
 
     χ²-preference optimization, algorithm 1. r is a response's log-ratio of policy to reference, and ℓ(z) = −log σ(z).
     The paper's link function is z + log z, which is φ(r) at z = π/π_ref = e^r. It is the derivative of
-    ½(z−1)² + z log z up to a constant. The optimum of E[reward] − β(χ² + KL) is therefore at reward = βφ(r) plus a
-    constant for each prompt, so βφ(r) is the implicit reward.
+    ½(z−1)² + z log z. At the optimum of E[reward] − β(χ² + KL), the reward is therefore βφ(r) plus a constant for each
+    prompt, so βφ(r) is the implicit reward.
 
     The algorithm clips at a bound R of the true reward, which a dataset does not provide. Without `reward_bound`,
     nothing is clipped. The paper gives no default for β. For r > 20, e^r is replaced by its tangent.

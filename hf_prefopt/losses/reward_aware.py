@@ -64,8 +64,8 @@ def odpo_loss(
     Args:
         policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps: `[B]`. Summed log-probs
             (nats).
-        chosen_scores, rejected_scores: `[B]`. Scores R_w and R_l, with R_w > R_l. The trainer rejects rows with other
-            scores, because the logarithm is not finite for them.
+        chosen_scores, rejected_scores: `[B]`. Scores R_w and R_l, with R_w > R_l. `margin="ratio"` also requires
+            R_l > 0. The trainer rejects rows with other scores.
         beta: > 0. alpha: ≥ 0, in reward units. margin: "difference" or "ratio".
 
     Raises:

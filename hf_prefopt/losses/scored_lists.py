@@ -161,7 +161,7 @@ def lipo_loss(
 
 
 def _discounts_apart(rewards: Tensor) -> Tensor:
-    """Return the mean of |1/log(1+τ_i) − 1/log(1+τ_j)| over all rankings τ by reward, for i and j in `[B, K, K]`.
+    """Return `[B, K, K]`. Entry [b, i, j] is the mean of |1/log(1+τ_i) − 1/log(1+τ_j)| over all rankings τ by reward.
 
     A ranking gives rank 1 to the largest reward. If n responses have equal rewards, they share n ranks, and there are
     several rankings. Over all of them, each of these responses has each of the n ranks equally often, and any two of
@@ -182,7 +182,7 @@ def _discounts_apart(rewards: Tensor) -> Tensor:
 
 
 def _differences(values: Tensor) -> Tensor:
-    """Return the differences between the values of each list: entry [b, i, j], of `[B, K, K]`, is value i minus j."""
+    """Return `[B, K, K]`. Entry [b, i, j] is value i minus value j of list b."""
     return values[:, :, None] - values[:, None, :]
 
 
