@@ -103,7 +103,7 @@ def d2po_loss(
 
 
 def _decay(ratio: Tensor, gamma: float) -> Tensor:
-    """Return the weights γ, γ², …, γ^T as `[T]`, computed as exp(t log γ), so that rounding errors do not accumulate."""
+    """Return the weights γ, γ², …, γ^T, `[T]`. They are computed as exp(t log γ), so rounding errors do not add up."""
     places = torch.arange(1, ratio.shape[1] + 1, dtype=ratio.dtype, device=ratio.device)
     return torch.exp(math.log(gamma) * places)
 

@@ -162,7 +162,7 @@ def mallows_dpo_per_token_loss(
 
 
 def _dispersion(chosen_entropy: Tensor, rejected_entropy: Tensor, scale: float) -> Tensor:
-    """Return −c log H, `[B]`. H is the mean of the two normalized entropies, clamped so that the logarithm is finite."""
+    """Return −c log H, `[B]`. H is the mean of the two normalized entropies, clamped so that log H is finite."""
     entropy = ((chosen_entropy + rejected_entropy) / 2).detach()
     return -scale * entropy.clamp(min=torch.finfo(entropy.dtype).tiny).log()
 
