@@ -25,8 +25,8 @@ def _alpha(ratio: Tensor, alpha: float) -> Tensor:
     return ratio if alpha == 1 else expm1_to_tangent((alpha - 1) * ratio) / (alpha - 1)
 
 
-# f′(e^r) of each divergence as a function of r and α, shifted so that it is 0 at r = 0. For exponents x above 20, e^x is
-# replaced by its tangent.
+# f′(e^r) of each divergence as a function of r and α, shifted so that it is 0 at r = 0. For exponents x above 20, e^x
+# is replaced by its tangent.
 DIVERGENCES: dict[str, Callable[[Tensor, float], Tensor]] = {
     "reverse_kl": lambda ratio, _: ratio,
     "forward_kl": lambda ratio, _: -expm1_to_tangent(-ratio),
