@@ -25,9 +25,9 @@ def try_loss(term: Term, evaluate: Callable[[Inputs], LossOutput], names: Iterab
         names: The names of the inputs.
 
     Raises:
-        ValueError: The loss raises an error, or is not finite; it changes its inputs in place; it depends on a tensor
-            of its own that requires a gradient; or the loss of one example depends on the other example, although the
-            loss is not registered with `needs_global_batch=True`.
+        ValueError: The loss rejects its hyperparameters, or is not finite with them; it changes its inputs in place; it
+            depends on a tensor of its own that requires a gradient; or the loss of one example depends on the other
+            example, although the loss is not registered with `needs_global_batch=True`.
     """
     inputs, name = made_up_examples(names), term.spec.name
     given = ", ".join(f"{key}={value!r}" for key, value in term.hyperparameters.items()) or "none"
