@@ -193,9 +193,9 @@ def check_far_out(name: str, **params: Any) -> None:
 
 @_check()
 def check_fp32(name: str, **params: Any) -> None:
-    """Compare the losses in fp32 and float64 for responses of about 2,000 tokens with summed log-probs s of −3,000 nats.
+    """Compare the losses in fp32 and float64 for long responses, of about 2,000 tokens and −3,000 nats.
 
-    e^s underflows for such s. The tolerance allows for the rounding of s in fp32, which is about 1e-4 nats.
+    For such summed log-probs s, e^s underflows. The tolerance allows for the rounding of s in fp32, about 1e-4 nats.
     """
     inputs = made_up_inputs()
     for key in ("chosen_lengths", "rejected_lengths", "gold_lengths", "lengths", "list_lengths"):
