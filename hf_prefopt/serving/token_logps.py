@@ -99,7 +99,9 @@ def products_in_float32(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def weights_in_float32(model: nn.Module) -> Iterator[None]:
-    """Within this context, cast all half-precision weights to float32, which needs additional memory of twice their size.
+    """Within this context, cast all half-precision weights to float32.
+
+    This needs additional memory of twice the size of these weights.
     """
     narrow = {parameter: parameter.data for parameter in model.parameters() if parameter.dtype in _HALF}
     for parameter in narrow:

@@ -24,8 +24,7 @@ class TRLTrainer(PreferenceTrainer):
         config_class: the class of the trainer's configuration.
         method: the name of the method, such as "DPO", which is used in the model's tags and in the default folder.
         order: the names of the trainer's arguments, in the order of TRL.
-        ref_model: the reference model if it is a separate model, or `None` if it shares weights with the policy or
-            does not exist.
+        ref_model: the reference model if it is loaded as a separate module, otherwise `None`.
         aux_loss_enabled: whether the auxiliary loss of a mixture of experts is part of the loss.
     """
 
@@ -75,7 +74,7 @@ class TRLTrainer(PreferenceTrainer):
 
     @property
     def ref_model(self) -> nn.Module | None:
-        """The reference model if it is a separate model, otherwise `None`."""
+        """The reference model if it is loaded as a separate module, otherwise `None`."""
         reference = self.reference
         return reference.model if isinstance(reference, LiveReference) and reference.is_separate else None
 
