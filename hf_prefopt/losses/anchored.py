@@ -24,7 +24,8 @@ def nca_pair_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.01) -> Tenso
     Use it if DPO lowers the likelihood of the chosen responses.
 
     Args:
-        policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps: `[B]`, summed, nats.
+        policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps: `[B]`. Summed log-probs
+            (nats).
         beta: > 0.
 
     Raises:

@@ -59,8 +59,8 @@ def bco_loss(
     """ℓ(βr − δ) if desirable, ℓ(δ − βr) if not; δ is the running mean of βr over all training examples so far.
 
     Binary classifier optimization. r is a response's log-ratio of policy to reference, and ℓ(z) = −log σ(z). Each step
-    updates δ with its global batch before the loss is computed; evaluation does not change δ. Like TRL's last BCO
-    trainer, it uses the plain mean of all rewards, not an exponential moving average. The implicit reward is βr.
+    updates δ with its global batch before the loss is computed; evaluation does not change δ. As in TRL's last BCO
+    trainer, δ is the plain mean of all rewards, not an exponential moving average. The implicit reward is βr.
 
     If desirable and undesirable examples have different prompts, the paper weights the undesirable examples by the
     similarity of their prompts to the prompts of the desirable examples (underlying distribution matching). Before

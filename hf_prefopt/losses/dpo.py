@@ -61,7 +61,10 @@ def dpo_loss(
 
 
 def reference_free_dpo_loss(chosen_logps: Tensor, rejected_logps: Tensor, beta: float = 0.1) -> LossOutput:
-    """Compute ℓ(β(s_w − s_l)), ℓ(z) = −log σ(z): DPO with a reference that gives all responses the same probability.
+    """Compute ℓ(β(s_w − s_l)), DPO with a uniform reference, from sums `[B]` or masked token log-probs `[B, T]`.
+
+    s_w and s_l are the policy's summed log-probs of the chosen and the rejected response, and ℓ(z) = −log σ(z). A
+    uniform reference gives all responses the same probability.
 
     Args:
         chosen_logps, rejected_logps: the policy's summed log-probs s, `[B]`, or its token log-probs, `[B, T]`. Tokens

@@ -21,7 +21,8 @@ def advise_on_balance(labels: Tensor, desirable_weight: float, undesirable_weigh
     """Return advice for the user if the labels are not balanced, or `None` if they are.
 
     They are balanced if both labels occur and λ_D·n_D / (λ_U·n_U) is in [1, 4/3]. n_D and n_U are the numbers of
-    desirable and undesirable examples. λ_D is `desirable_weight`, and λ_U is `undesirable_weight`.
+    desirable and undesirable examples. λ_D is `desirable_weight`, and λ_U is `undesirable_weight`. If a weight is 0, it
+    is enough that both labels occur.
     """
     desirable, undesirable = int(labels.sum()), int((~labels).sum())
     if not min(desirable, undesirable, desirable_weight, undesirable_weight) > 0:
@@ -119,7 +120,8 @@ def kto_pair_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.1) -> Tensor
     Use it on pairs if you want KTO's saturating loss without its forward pass over mismatched pairs.
 
     Args:
-        policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps: `[B]`, summed, nats.
+        policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps: `[B]`. Summed log-probs
+            (nats).
         beta: > 0.
 
     Raises:

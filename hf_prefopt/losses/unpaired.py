@@ -31,9 +31,9 @@ def apo_zero_unpaired_loss(
 ) -> LossOutput:
     """λ_D(1 − σ(βr)) if desirable, λ_U·σ(βr) if not: raises or lowers the likelihood relative to the reference.
 
-    Anchored preference optimization, APO-zero (eq. 7): each label has one of its two terms. The result equals KTO with
-    a baseline z of 0. r is a response's log-ratio of policy to reference, and σ is the logistic function. The implicit
-    reward is βr.
+    Anchored preference optimization, APO-zero (eq. 7). Desirable responses have the first of its two terms, and
+    undesirable ones the second. This is also KTO with a baseline z of 0. r is a response's log-ratio of policy to
+    reference, and σ is the logistic function. The implicit reward is βr.
 
     Use it if desirable responses are better than the model's own responses, and undesirable ones are worse. The loss
     needs no statistics of the batch.

@@ -102,7 +102,7 @@ class Term:
         return self.spec(**self._modified(inputs), **self.params, **asked)
 
     def updated(self, state: State, inputs: dict[str, Tensor]) -> State:
-        """Return the loss's state after a global batch with these inputs. A loss without a state returns `state`."""
+        """Return the loss's state after a global batch with these inputs. Without a state, return `state` itself."""
         if self.spec.state is None:
             return state
         with torch.no_grad():
