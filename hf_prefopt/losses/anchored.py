@@ -17,8 +17,8 @@ from hf_prefopt.losses.registry import register_loss
 def nca_pair_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.01) -> Tensor:
     """ℓ(βr_w) + ½ℓ(−βr_w) + ½ℓ(−βr_l): classifies the chosen response as data, and both responses as noise.
 
-    Noise contrastive alignment for two responses whose rewards are far apart. r_w and r_l are the log-ratios of policy
-    to reference of the chosen and the rejected response, and ℓ(z) = −log σ(z). If r_w grows so far that σ(βr_w) > 2/3,
+    Noise contrastive alignment for two responses whose rewards are far apart. r_w and r_l are the log-ratios
+    log(π/π_ref) of the chosen and the rejected response, and ℓ(z) = −log σ(z). If r_w grows so far that σ(βr_w) > 2/3,
     the loss grows again, so the likelihood of the chosen response stays bounded.
 
     Use it if DPO lowers the likelihood of the chosen responses.
@@ -89,8 +89,8 @@ def cal_dpo_loss(chosen: Tensor, rejected: Tensor, beta: float = 1e-3, calibrati
 def apo_zero_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.1) -> Tensor:
     """1 − σ(βr_w) + σ(βr_l): raises the chosen and lowers the rejected response, each relative to the reference.
 
-    Anchored preference optimization, APO-zero, eq. 7. r_w and r_l are the log-ratios of policy to reference of the
-    chosen and the rejected response, and σ is the logistic function.
+    Anchored preference optimization, APO-zero, eq. 7. r_w and r_l are the log-ratios log(π/π_ref) of the chosen and the
+    rejected response, and σ is the logistic function.
 
     Use it if the chosen responses are better than what the model writes now, so that their likelihood should rise.
 
@@ -106,9 +106,9 @@ def apo_zero_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.1) -> Tensor
 def apo_down_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.1) -> Tensor:
     """σ(βr_w) + 1 − σ(β(r_w − r_l)): lowers both responses, and the rejected one more.
 
-    Anchored preference optimization, APO-down, eq. 8. r_w and r_l are the log-ratios of policy to reference of the
-    chosen and the rejected response. If |r_w| < |r_w − r_l|, the loss increases with the likelihood of the chosen
-    response, as intended.
+    Anchored preference optimization, APO-down, eq. 8. r_w and r_l are the log-ratios log(π/π_ref) of the chosen and the
+    rejected response. If |r_w| < |r_w − r_l|, the loss increases with the likelihood of the chosen response, as
+    intended.
 
     Use it if even the chosen responses are worse than what the model writes now.
 

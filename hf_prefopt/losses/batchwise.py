@@ -91,11 +91,10 @@ def aot_unpaired_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.01, labe
 def dr_dpo_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.1, beta_prime: float = 1.0) -> LossOutput:
     """−β′ log mean_B e^(−ℓ(βh)/β′): pairs with a large loss, which may be mislabeled, count less.
 
-    Distributionally robustifying DPO (Dr. DPO). h = r_w − r_l is the difference between the log-ratios of policy to
-    reference of the chosen and the rejected response, and ℓ(z) = −log σ(z). The loss is one value for the whole batch.
-    Every pair gets this value, so the mean over the pairs equals it. In the gradient, pair i with the DPO loss
-    ℓ_i = ℓ(βh_i) has the weight softmax(−ℓ/β′)_i over the batch. The component `preference` is ℓ(βh) of each pair.
-    β′ → ∞ gives DPO.
+    Distributionally robustifying DPO (Dr. DPO). r_w and r_l are the log-ratios log(π/π_ref) of the chosen and the
+    rejected response, h = r_w − r_l, and ℓ(z) = −log σ(z). The loss is one value for the whole batch. Every pair gets
+    this value, so the mean over the pairs equals it. In the gradient, pair i with the DPO loss ℓ_i = ℓ(βh_i) has the
+    weight softmax(−ℓ/β′)_i over the batch. The component `preference` is ℓ(βh) of each pair. β′ → ∞ gives DPO.
 
     Use it if a substantial share of the pairs may have chosen and rejected swapped.
 

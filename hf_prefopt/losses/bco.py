@@ -95,10 +95,9 @@ def bco_pair_loss(
 ) -> LossOutput:
     """ℓ(βr_w − δ) + ℓ(δ − βr_l); δ is the running mean of both rewards over all training pairs so far.
 
-    Binary classifier optimization on pairs. r_w and r_l are the log-ratios of policy to reference of the chosen and the
-    rejected response, and ℓ(z) = −log σ(z). δ is computed as in `bco_loss`, from the rewards βr of both responses of
-    every pair. TRL's former `bco_pair` took the mean of the batch means, which is the same if all batches have the same
-    size.
+    Binary classifier optimization on pairs. r_w and r_l are the log-ratios log(π/π_ref) of the chosen and the rejected
+    response, and ℓ(z) = −log σ(z). δ is computed as in `bco_loss`, from the rewards βr of both responses of every pair.
+    TRL's former `bco_pair` took the mean of the batch means, which is the same if all batches have the same size.
 
     Use it in a mixture of losses, to judge each response on its own. MPO, for example, uses
     0.8 dpo + 0.2 bco_pair + 1 sft.

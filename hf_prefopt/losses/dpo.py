@@ -34,9 +34,9 @@ def dpo_loss(
 ) -> Tensor:
     """(1−ε)ℓ(βh) + εℓ(−βh), h = r_w − r_l; ε > 0 gives conservative DPO.
 
-    Direct Preference Optimization, eq. 7. r_w and r_l are the log-ratios of policy to reference of the chosen and the
-    rejected response, and ℓ(z) = −log σ(z). ε is the probability that a label is flipped (cDPO note, eq. 3). With win
-    rates p (`use_win_rates=True`), each pair has its own ε = 1 − p. These are soft labels, as in MMPO (2410.03145).
+    Direct Preference Optimization, eq. 7. r_w and r_l are the log-ratios log(π/π_ref) of the chosen and the rejected
+    response, and ℓ(z) = −log σ(z). ε is the probability that a label is flipped (cDPO note, eq. 3). With win rates p
+    (`use_win_rates=True`), each pair has its own ε = 1 − p. These are soft labels, as in MMPO (2410.03145).
 
     Use it first, as the baseline for all other losses.
 
@@ -126,10 +126,10 @@ def ipo_loss(
 ) -> LossOutput:
     """(r̄_w − r̄_l − 1/(2β))²: a finite target margin, so that deterministic preferences are not overfitted.
 
-    Identity preference optimization, eq. 17; β is the paper's τ. r̄ is the log-ratio r of policy to reference of a
-    response, averaged over its scored tokens. With `length_normalize=False`, the sum r over the tokens replaces r̄, as
-    in the paper. The authors' experiments average over the tokens, and so do most projects by default. The implicit
-    reward is β·r̄ (or β·r). The loss reaches its minimum at a reward margin of 1/2.
+    Identity preference optimization, eq. 17; β is the paper's τ. r is a response's summed log-ratio log(π/π_ref), and
+    r̄ is r divided by the number of scored tokens. With `length_normalize=False`, r replaces r̄, as in the paper. The
+    authors' experiments average over the tokens, and so do most projects by default. The implicit reward is β·r̄ (or
+    β·r). The loss reaches its minimum at a reward margin of 1/2.
 
     Use it if preferences are nearly deterministic and DPO's margins grow without bound.
 
@@ -146,9 +146,9 @@ def ipo_loss(
 def hinge_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.05, margins: Tensor | None = None) -> Tensor:
     """max(0, 1 − βh): a pair beyond the margin has no gradient.
 
-    The loss "hinge-norm" of statistical rejection sampling optimization (RSO); β is the paper's γ. h = r_w − r_l is the
-    difference between the log-ratios of policy to reference of the chosen and the rejected response. `margins` are
-    those of `dpo_loss`.
+    The loss "hinge-norm" of statistical rejection sampling optimization (RSO); β is the paper's γ. r_w and r_l are the
+    log-ratios log(π/π_ref) of the chosen and the rejected response, and h = r_w − r_l. `margins` are those of
+    `dpo_loss`.
 
     Use it if pairs that are already clearly separated should no longer be trained on.
 
@@ -171,10 +171,10 @@ def wpo_loss(
 ) -> Tensor:
     """sg[min(1, w_w·w_l)]·ℓ(βh): off-policy pairs weigh less; w = exp(mean_t(log π_t − log Σ_v π_v²)).
 
-    Weighted preference optimization, eq. 2 with the sampled-alignment weights of section 3.2. h = r_w − r_l is the
-    difference between the log-ratios of policy to reference of the chosen and the rejected response, and
-    ℓ(z) = −log σ(z). π_t is the policy's probability of token t of a response, and π_v that of a vocabulary entry v at
-    this position. The weight min(1, w_w·w_l) has no gradient (sg).
+    Weighted preference optimization, eq. 2 with the sampled-alignment weights of section 3.2. r_w and r_l are the
+    log-ratios log(π/π_ref) of the chosen and the rejected response, h = r_w − r_l, and ℓ(z) = −log σ(z). π_t is the
+    policy's probability of token t of a response, and π_v that of a vocabulary entry v at this position. The weight
+    min(1, w_w·w_l) has no gradient (sg).
 
     Use it on pairs written by other models: pairs that are unlikely under the policy count less.
 

@@ -21,9 +21,9 @@ from hf_prefopt.losses.registry import register_loss
 def robust_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.1, label_smoothing: float = 0.1) -> Tensor:
     """[(1−ε)ℓ(βh) − εℓ(−βh)]/(1−2ε): an unbiased DPO loss for labels that are flipped with probability ε.
 
-    Provably robust DPO (rDPO). h = r_w − r_l is the difference between the log-ratios of policy to reference of the
-    chosen and the rejected response, and ℓ(z) = −log σ(z). The expectation of the loss over the flips equals DPO's loss
-    on correct labels. ε = 0 gives DPO.
+    Provably robust DPO (rDPO). r_w and r_l are the log-ratios log(π/π_ref) of the chosen and the rejected response,
+    h = r_w − r_l, and ℓ(z) = −log σ(z). The expectation of the loss over the flips equals DPO's loss on correct labels.
+    ε = 0 gives DPO.
 
     Use it if you know roughly what share of the labels is flipped.
 
@@ -46,9 +46,9 @@ def robust_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.1, label_smoot
 def exo_pair_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.1, label_smoothing: float = 1e-3) -> Tensor:
     """q_w log(q_w/(1−ε)) + q_l log(q_l/ε), q_w = σ(βh) = 1 − q_l: the reverse KL(q‖p) to soft labels p = (1−ε, ε).
 
-    Efficient exact optimization, EXO-pref, eq. 16 for two responses. h = r_w − r_l is the difference between the
-    log-ratios of policy to reference of the chosen and the rejected response. The loss is 0 at βh = log((1−ε)/ε), and
-    grows again for larger βh.
+    Efficient exact optimization, EXO-pref, eq. 16 for two responses. r_w and r_l are the log-ratios log(π/π_ref) of the
+    chosen and the rejected response, and h = r_w − r_l. The loss is 0 at βh = log((1−ε)/ε), and grows again for larger
+    βh.
 
     Use it instead of DPO if the policy should be mode-seeking (reverse KL) rather than mode-covering.
 
@@ -70,10 +70,10 @@ def exo_pair_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.1, label_smo
 def discopop_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.05, discopop_tau: float = 0.05) -> Tensor:
     """(1−m)ℓ(βh) + m·e^(−βh), m = σ(βh/τ): logistic for pairs ranked wrongly, exponential for those ranked right.
 
-    Discovered preference optimization (DiscoPOP), the log-ratio modulated loss, eq. 5. h = r_w − r_l is the difference
-    between the log-ratios of policy to reference of the chosen and the rejected response, and ℓ(z) = −log σ(z). The
-    loss is not monotonic: with the default β and τ, it increases from h ≈ −2.37 to h ≈ 1.44. If τ ≤ 1, the product
-    m·e^(−βh) is bounded. It is computed as the exponential of a sum of logarithms, so that no factor overflows.
+    Discovered preference optimization (DiscoPOP), the log-ratio modulated loss, eq. 5. r_w and r_l are the log-ratios
+    log(π/π_ref) of the chosen and the rejected response, h = r_w − r_l, and ℓ(z) = −log σ(z). The loss is not
+    monotonic: with the default β and τ, it increases from h ≈ −2.37 to h ≈ 1.44. If τ ≤ 1, the product m·e^(−βh) is
+    bounded. It is computed as the exponential of a sum of logarithms, so that no factor overflows.
 
     Use it as an alternative to DPO that was found by a search over losses. Compare both losses on your own data.
 
@@ -107,9 +107,9 @@ def gpo_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.1, function: str 
     """f(βh): logistic, hinge (1−z)₊, square (z−1)², exponential e^−z, truncated_square (1−z)₊², savage 1/(1+e^z)².
 
     Generalized preference optimization, table 1, implemented from the paper because no code is published. The functions
-    f are losses of binary classification, given above in z = βh. h = r_w − r_l is the difference between the log-ratios
-    of policy to reference of the chosen and the rejected response. All functions except savage are convex. With
-    "logistic" the loss equals `dpo`, and with "hinge" it equals `hinge`. With "square" it is β² times `ipo` with
+    f are losses of binary classification, given above in z = βh. r_w and r_l are the log-ratios log(π/π_ref) of the
+    chosen and the rejected response, and h = r_w − r_l. All functions except savage are convex. With "logistic" the
+    loss equals `dpo`, and with "hinge" it equals `hinge`. With "square" it is β² times `ipo` with
     `length_normalize=False` and half the β. These other losses have other default values of β.
 
     Use it to compare convex losses under the same settings, or for functions that no other loss here covers.
@@ -130,10 +130,10 @@ def gpo_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.1, function: str 
 def cauchy_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.1) -> Tensor:
     """−log(atan(βh)/π + ½): models preferences with a Cauchy distribution; its heavy tails tolerate wrong labels.
 
-    The formula is from the code published with MallowsPO; the paper does not derive it. h = r_w − r_l is the difference
-    between the log-ratios of policy to reference of the chosen and the rejected response. The probability
-    atan(βh)/π + ½ is computed as atan2(1, −βh)/π. The two are equal, but the second does not lose precision for
-    βh → −∞.
+    The formula is from the code published with MallowsPO; the paper does not derive it. r is a response's log-ratio of
+    policy to reference, and h = r_w − r_l is the difference between the chosen and the rejected response. The
+    probability atan(βh)/π + ½, with π = 3.14…, is computed as atan2(1, −βh)/π. The two are equal, but the second does
+    not lose precision for βh → −∞.
 
     Use it if labels are noisy, and if a few pairs that the policy ranks very wrongly should not dominate.
 
@@ -155,8 +155,8 @@ def focal_po_loss(
 ) -> Tensor:
     """−p^γ log p, p = σ(βh): pairs that the policy ranks wrongly weigh less.
 
-    FocalPO is the focal loss with the factor p^γ instead of (1−p)^γ. h = r_w − r_l is the difference between the
-    log-ratios of policy to reference of the chosen and the rejected response. γ = 0 gives DPO.
+    FocalPO is the focal loss with the factor p^γ instead of (1−p)^γ. r_w and r_l are the log-ratios log(π/π_ref) of the
+    chosen and the rejected response, and h = r_w − r_l. γ = 0 gives DPO.
 
     The authors' code is not published, so this loss follows the paper's description. The paper does not say whether the
     factor p^γ is differentiated. By default it is. The derivative with respect to h, −p^γ(1−p)(1 + γ log p)β, then

@@ -35,8 +35,8 @@ def plackett_luce_loss(
 ) -> LossOutput:
     """−Σ_k [βr_k − logsumexp(βr_k, {βr_j of a worse rank})]: the NLL of the ranking under a Plackett–Luce model.
 
-    The general form of DPO, appendix A.3 of the DPO paper; for lists of two it is DPO. r_k is the log-ratio of policy
-    to reference of response k. In the Plackett–Luce model, each response is chosen from the set of itself and all worse
+    The general form of DPO, appendix A.3 of the DPO paper; for lists of two it is DPO. r_k is the log-ratio
+    log(π/π_ref) of response k. In the Plackett–Luce model, each response is chosen from the set of itself and all worse
     responses. Responses with equal ranks are therefore not compared with each other; the paper does not consider them.
 
     Use it on fully ranked lists of three or more responses.

@@ -23,8 +23,8 @@ from hf_prefopt.losses.registry import register_loss
 def dpop_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.3, lambda_coef: float = 50.0) -> LossOutput:
     """ℓ(β(h − λ·max(0, −r_w))): penalizes chosen responses that become less likely than under the reference.
 
-    DPO-positive (Smaug), eq. 3. r_w and r_l are the log-ratios of policy to reference of the chosen and the rejected
-    response, h = r_w − r_l, and ℓ(z) = −log σ(z). λ = 0 gives DPO. The implicit reward is βr, without the penalty.
+    DPO-positive (Smaug), eq. 3. r_w and r_l are the log-ratios log(π/π_ref) of the chosen and the rejected response,
+    h = r_w − r_l, and ℓ(z) = −log σ(z). λ = 0 gives DPO. The implicit reward is βr, without the penalty.
 
     Use it if chosen and rejected responses differ in few tokens. DPO then lowers the likelihoods of both.
 
@@ -91,7 +91,7 @@ def dpo_shift_loss(
 ) -> LossOutput:
     """ℓ(β(r_w − λr_l)): the rejected reward counts less, so that the chosen likelihood falls less.
 
-    DPO-Shift. r_w and r_l are the log-ratios of policy to reference of the chosen and the rejected response, and
+    DPO-Shift. r_w and r_l are the log-ratios log(π/π_ref) of the chosen and the rejected response, and
     ℓ(z) = −log σ(z). λ = 1 gives DPO.
 
     λ is constant, or changes linearly from λ_0 (`lambda_coef`) to λ_end (`lambda_end`). After k of the run's n

@@ -54,9 +54,9 @@ def odpo_loss(
 ) -> LossOutput:
     """ℓ(βh − α log ΔR): DPO with a margin that grows with how much better the chosen response is.
 
-    DPO with an offset (ODPO). h = r_w − r_l is the difference between the log-ratios of policy to reference of the
-    chosen and the rejected response, ΔR = R_w − R_l is the difference between their scores, and ℓ(z) = −log σ(z). With
-    `margin="ratio"`, the offset is α log(R_w/R_l). α = 0 gives DPO.
+    DPO with an offset (ODPO). r_w and r_l are the log-ratios log(π/π_ref) of the chosen and the rejected response, and
+    h = r_w − r_l. ΔR = R_w − R_l is the difference between their scores, and ℓ(z) = −log σ(z). With `margin="ratio"`,
+    the offset is α log(R_w/R_l). α = 0 gives DPO.
 
     Use it on pairs that a reward model or raters have scored on one scale, if some score differences are much larger
     than others.
@@ -101,12 +101,11 @@ def rpo_bwd_loss(
 ) -> Tensor:
     """KL(p* ‖ p), p* = σ(ηΔR), p = σ(βh): the target of the margin is ηΔR, not infinity.
 
-    Reward-aware preference optimization (Nemotron-4 340B), with the KL that the paper calls "backward". h = r_w − r_l
-    is the difference between the log-ratios of policy to reference of the chosen and the rejected response, and
-    ΔR = R_w − R_l is the difference between their scores. p is the policy's probability that the chosen response is
-    better, and p* the probability that follows from the scores. If the chosen response has the lower score, the loss
-    pushes its reward below that of the rejected response. The loss reaches its minimum, 0, at βh = ηΔR. η → ∞ gives
-    DPO.
+    Reward-aware preference optimization (Nemotron-4 340B), with the KL that the paper calls "backward". r_w and r_l are
+    the log-ratios log(π/π_ref) of the chosen and the rejected response, and h = r_w − r_l. ΔR = R_w − R_l is the
+    difference between their scores. p is the policy's probability that the chosen response is better, and p* the
+    probability that follows from the scores. If the chosen response has the lower score, the loss pushes its reward
+    below that of the rejected response. The loss reaches its minimum, 0, at βh = ηΔR. η → ∞ gives DPO.
 
     Use it on pairs with reward-model scores, if DPO would separate pairs that hardly differ.
 

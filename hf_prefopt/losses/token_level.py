@@ -31,11 +31,11 @@ def sampo_loss(
 ) -> LossOutput:
     """ℓ(βh) over a random subset of min(|y_w|, |y_l|) tokens of each response: length alone is not rewarded.
 
-    h is the difference between the summed log-ratios of policy to reference of the chosen response y_w and of the
-    rejected response y_l, and ℓ(z) = −log σ(z). SamPO uses all tokens of the shorter response. From the longer one, it
-    draws as many tokens uniformly. The subset depends only on the pair's position in its dataset, the epoch and `seed`.
-    It is therefore the same on every rank, for every batch split and after resuming, and it differs between epochs. The
-    authors' code draws a new subset whenever it sees the pair. All evaluations use the subsets of the first epoch.
+    h is the summed log-ratio log(π/π_ref) of the chosen response y_w, minus that of the rejected response y_l, and
+    ℓ(z) = −log σ(z). SamPO uses all tokens of the shorter response, and draws the same number of tokens uniformly from
+    the longer one. The subset depends only on the pair's position in its dataset, the epoch and `seed`. It is therefore the
+    same on every rank, for every batch split and after resuming, and it differs between epochs. The authors' code draws
+    a new subset whenever it sees the pair. All evaluations use the subsets of the first epoch.
 
     Use it if DPO makes responses longer, and the scale of the rewards must not change (as it does with `dpo_norm`).
 
@@ -80,9 +80,9 @@ def d2po_loss(
 ) -> LossOutput:
     """ℓ(β Σ_t γ^t(ρ_w,t − ρ_l,t)), t from 1: earlier tokens count more.
 
-    D²PO, DPO with temporal decay. ρ_w,t and ρ_l,t are the log-ratios of policy to reference of scored token t in the
-    chosen and in the rejected response, and ℓ(z) = −log σ(z). t counts the scored tokens from 1, as in the authors'
-    code. γ = 1 gives DPO.
+    D²PO, DPO with temporal decay. ρ_w,t and ρ_l,t are the log-ratios log(π/π_ref) of scored token t in the chosen and
+    in the rejected response, and ℓ(z) = −log σ(z). t counts the scored tokens from 1, as in the authors' code. γ = 1
+    gives DPO.
 
     Use it if responses drift after a good or bad start, so that late tokens carry little information.
 
@@ -120,11 +120,11 @@ def tis_dpo_loss(
 ) -> LossOutput:
     """ℓ(β(Σ_t w_t ρ_w,t − Σ_t w_t ρ_l,t)), w from the columns `chosen_token_weights` and `rejected_token_weights`.
 
-    ρ_w,t and ρ_l,t are the log-ratios of policy to reference of scored token t in the chosen and in the rejected
-    response, w_t is the weight of this token, and ℓ(z) = −log σ(z). Token-level importance sampling DPO compares these
-    weighted sums, which the paper calls u. The paper's derivation also subtracts η, a weighted KL of the sequences,
-    which this loss omits. The weights come from the dataset; the paper estimates them with a contrastive pair of
-    models. Weights of 1 give DPO.
+    ρ_w,t and ρ_l,t are the log-ratios log(π/π_ref) of scored token t in the chosen and in the rejected response. w_t is
+    the weight of this token, and ℓ(z) = −log σ(z). Token-level importance sampling DPO compares these weighted sums,
+    which the paper calls u. The paper's derivation also subtracts η, a weighted KL of the sequences, which this loss
+    omits. The weights come from the dataset; the paper estimates them with a contrastive pair of models. Weights of 1
+    give DPO.
 
     Use it if you know which tokens matter, for example from contrastive models, span annotations or a verifier.
 

@@ -101,9 +101,9 @@ def mallows_dpo_loss(
 
     MallowsPO-θ with the paper's proxy for the dispersion, −log H. H is the mean entropy of the reference's predictions
     at the tokens of a response, divided by log V and averaged over the two responses. V is the size of the vocabulary.
-    h = r_w − r_l is the difference between the log-ratios of policy to reference of the chosen and the rejected
-    response, and ℓ(z) = −log σ(z). The implicit reward is −c log(H)·βr. See `mallows_dpo_per_token` for the form that
-    the authors used.
+    r_w and r_l are the log-ratios log(π/π_ref) of the chosen and the rejected response, h = r_w − r_l, and
+    ℓ(z) = −log σ(z). The implicit reward is −c log(H)·βr. See `mallows_dpo_per_token` for the form that the authors
+    used.
 
     Use it if some prompts have one right answer and others have many. Prompts with one right answer then count more.
 

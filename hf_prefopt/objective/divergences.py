@@ -40,8 +40,8 @@ def f_prime(ratio: Tensor, divergence: str = "reverse_kl", alpha: float = 0.5) -
     """Return f′(π/π_ref), computed from r = log(π/π_ref). f′ is the derivative of the f-divergence's function f.
 
     f′ is r for reverse_kl, 1 − e^{−r} for forward_kl, log 2 + log σ(r) for js_divergence, and (e^{(α−1)r} − 1)/(α − 1)
-    for alpha_divergence, which equals forward_kl at α = 0 and reverse_kl at α = 1. For exponents above 20, exponentials
-    are replaced by their tangents.
+    for alpha_divergence. alpha_divergence equals forward_kl at α = 0 and reverse_kl at α = 1. For exponents above 20,
+    exponentials are replaced by their tangents.
 
     Args:
         ratio: the log-ratios r (nats), of any shape.
