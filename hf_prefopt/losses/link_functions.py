@@ -130,10 +130,10 @@ def gpo_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.1, function: str 
 def cauchy_loss(chosen: Tensor, rejected: Tensor, beta: float = 0.1) -> Tensor:
     """−log(atan(βh)/π + ½): models preferences with a Cauchy distribution; its heavy tails tolerate wrong labels.
 
-    The formula is from the code published with MallowsPO; the paper does not derive it. r is a response's log-ratio of
-    policy to reference, and h = r_w − r_l is the difference between the chosen and the rejected response. The
-    probability atan(βh)/π + ½, with π = 3.14…, is computed as atan2(1, −βh)/π. The two are equal, but the second does
-    not lose precision for βh → −∞.
+    The formula is from the code published with MallowsPO; the paper does not derive it. r_w and r_l are the log-ratios
+    (policy to reference) of the chosen and the rejected response, and h = r_w − r_l. The probability atan(βh)/π + ½,
+    with π = 3.14…, is computed as atan2(1, −βh)/π. The two are equal, but the second does not lose precision for
+    βh → −∞.
 
     Use it if labels are noisy, and if a few pairs that the policy ranks very wrongly should not dominate.
 

@@ -1,8 +1,8 @@
 """Losses of lists whose responses have scores R: InfoNCA, NCA, EXO, and LiPO's lambda loss. Larger scores are better.
 
 Tensors are `[B, K]`, for B lists of up to K responses. Entries where `list_mask` is False are padding and are ignored.
-r is the log-ratio of policy to reference, summed over a response (nats). p is the softmax of the scores of a list,
-divided by a temperature (α or τ).
+r is the log-ratio of policy to reference, summed over a response (nats). p = softmax(R / T) over the responses of a
+list, where T is a temperature, the hyperparameter α or τ.
 """
 
 import torch
@@ -112,7 +112,7 @@ def exo_rw_loss(
 
 
 def _check_gains(list_scores: Tensor, list_mask: Tensor, normalize_scores: bool) -> None:
-    """Check that scores are in [0, 1], which 2^R requires, unless `normalize_scores` rescales them."""
+    """Check that scores are in [0, 1], as the loss requires, unless `normalize_scores` rescales them."""
     outside = ((list_scores < 0) | (list_scores > 1)) & list_mask
     if outside.any() and not normalize_scores:
         raise UnsuitableExamples(

@@ -33,9 +33,9 @@ def sampo_loss(
 
     h is the summed log-ratio log(π/π_ref) of the chosen response y_w, minus that of the rejected response y_l, and
     ℓ(z) = −log σ(z). SamPO uses all tokens of the shorter response, and draws the same number of tokens uniformly from
-    the longer one. The subset depends only on the pair's position in its dataset, the epoch and `seed`. It is therefore the
-    same on every rank, for every batch split and after resuming, and it differs between epochs. The authors' code draws
-    a new subset whenever it sees the pair. All evaluations use the subsets of the first epoch.
+    the longer one. The subset depends only on the pair's position in its dataset, the epoch and `seed`. It is therefore
+    the same on every rank, for every batch split and after resuming, and it differs between epochs. The authors' code
+    draws a new subset whenever it sees the pair. All evaluations use the subsets of the first epoch.
 
     Use it if DPO makes responses longer, and the scale of the rewards must not change (as it does with `dpo_norm`).
 
@@ -171,7 +171,7 @@ def _subset(lengths: Tensor, count: Tensor, keys: Tensor, width: int) -> Tensor:
     Args:
         lengths: `[B]`. Numbers of scored tokens.
         count: `[B]`. Numbers of tokens to draw.
-        keys: `[B]`. An integer for each response; the draw depends only on it.
+        keys: `[B]`. An integer for each response, which makes the draw reproducible.
         width: the length of the longest response.
     """
     places = torch.arange(width, device=lengths.device)
