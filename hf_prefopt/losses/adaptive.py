@@ -140,9 +140,9 @@ def _draw(log_weights: Tensor, count: int, keys: tuple[Tensor, ...]) -> Tensor:
 
 
 def _uniform(keys: tuple[Tensor, ...]) -> Tensor:
-    """Return pseudo-random numbers in (0, 1), `[B]` fp32: hashes of the integer keys, as in SplitMix64 (Steele 2014).
+    """Return pseudo-random numbers in (0, 1), `[B]` fp32, which are hashes of the integer keys.
 
-    The hash runs on the keys' device. It needs no random generator, whose state would have to be the same on all ranks.
+    The hash is that of SplitMix64 (Steele et al. 2014). It runs on the keys' device. It needs no random generator, whose state would have to be the same on all ranks.
     The result uses 23 of the hash's 64 bits: such an integer plus ½ is exact in fp32, and divided by 2²³ it is below 1.
     """
     mixed = torch.zeros_like(keys[-1])
@@ -196,8 +196,8 @@ def alpha_dpo_loss(
     """ℓ(β[s̄_w − s̄_l − sg(γ/β + αz)]), z = (r̄_w − r̄_l − μ)/σ: SimPO with a target margin for each pair.
 
     Here, s̄ is a response's mean log-prob per token under the policy, r̄ its log-ratio to the reference per token, and
-    ℓ(x) = log(1 + e^(−x)). Of r̄_w − r̄_l, μ is the moving average of the batch mean, and σ that of the batch standard
-    deviation. sg stops the gradient.
+    ℓ(x) = log(1 + e^(−x)). In each batch, r̄_w − r̄_l has a mean and a standard deviation over the pairs. μ is the
+    moving average of the means, and σ that of the standard deviations. sg stops the gradient.
 
     α-DPO gives a larger target margin to pairs whose r̄_w − r̄_l is larger than in other pairs. Set the part of the
     margin that all pairs share either as γ or as γ/β (default 0.4). The paper uses α = 0.05 for Gemma-2 and Mistral;
