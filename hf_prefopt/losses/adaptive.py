@@ -142,8 +142,9 @@ def _draw(log_weights: Tensor, count: int, keys: tuple[Tensor, ...]) -> Tensor:
 def _uniform(keys: tuple[Tensor, ...]) -> Tensor:
     """Return pseudo-random numbers in (0, 1), `[B]` fp32, which are hashes of the integer keys.
 
-    The hash is that of SplitMix64 (Steele et al. 2014). It runs on the keys' device. It needs no random generator, whose state would have to be the same on all ranks.
-    The result uses 23 of the hash's 64 bits: such an integer plus ½ is exact in fp32, and divided by 2²³ it is below 1.
+    The hash is that of SplitMix64 (Steele et al. 2014). It runs on the keys' device, and needs no random generator,
+    whose state would have to be the same on all ranks. The result uses 23 of the hash's 64 bits: such an integer plus ½
+    is exact in fp32, and divided by 2²³ it is below 1.
     """
     mixed = torch.zeros_like(keys[-1])
     for key in keys:
